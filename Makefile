@@ -1,0 +1,72 @@
+# fastguard: `make demo` and `make test` are all a newcomer needs; `make help` lists the rest.
+
+PYTHON  ?= python3
+VENV    := .venv
+BIN     := $(VENV)/bin
+STAMP   := $(VENV)/.installed
+WORKERS ?= 2
+ARGS    ?=
+
+SHELL       := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test kernels-test gpu lint typecheck wheel-test bench stage clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | awk -F'|' '{ printf "  make %-14s %s\n", $$1, $$2 }'
+	@echo "Variables: PYTHON=python3  WORKERS=2 (test processes)  ARGS='...' (passed on by demo, test, gpu, bench)"
+
+venv: $(STAMP)  ## create .venv and install the project with all that development needs
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "fastguard needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "Installing into $(VENV) (only now, and when pyproject.toml or constraints.txt change)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## train a small GPT through injected faults: bare, clipped, guarded
+	@$(BIN)/fastguard demo --out fastguard-demo $(ARGS)
+
+test: $(STAMP) kernels-test  ## the whole test suite
+	$(BIN)/pytest -n $(WORKERS) $(ARGS)
+
+# A process of its own: triton reads TRITON_INTERPRET when it is first imported.
+kernels-test: $(STAMP)  ## the kernels in triton's interpreter: no GPU needed
+ifneq ($(wildcard tests/kernels/test_*.py),)
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels -n $(WORKERS)
+endif
+
+# An interpreter that already holds torch, triton and pytest does as well as .venv: make gpu GPU_PYTHON=python3
+ifeq ($(origin GPU_PYTHON), undefined)
+GPU_PYTHON := $(BIN)/python
+gpu: $(STAMP)
+endif
+gpu: stage  ## the tests that need a CUDA device; without one they fail instead of being skipped
+	FASTGUARD_REQUIRE_GPU=1 PYTHONPATH=build/stage $(GPU_PYTHON) -P -m pytest tests/gpu $(ARGS)
+
+lint: $(STAMP)  ## ruff: rules and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+typecheck: $(STAMP) stage  ## pyright over fastguard/ and kernels/
+	$(BIN)/pyright --project build/stage --pythonpath $(BIN)/python \
+		| sed -e 's|$(CURDIR)/build/stage/fastguard/kernels/|kernels/|' -e 's|$(CURDIR)/build/stage/||'
+
+# The package as it installs, kernels/ inside fastguard/, for what cannot follow an editable install.
+stage:
+	@rm -rf build/stage
+	@mkdir -p build/stage
+	@cp -R fastguard pyproject.toml build/stage/
+	@cp -R kernels build/stage/fastguard/kernels
+
+wheel-test: $(STAMP)  ## build the wheel and try it in a new environment, from another folder
+	.ci/wheel-test $(BIN)/python
+
+bench: $(STAMP)  ## the benchmark suite against its peers
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean:  ## remove everything that make, pytest and the demo created
+	rm -rf $(VENV) build dist *.egg-info fastguard-demo .benchmarks .hypothesis .pytest_cache .ruff_cache
+	find fastguard kernels tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

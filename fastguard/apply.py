@@ -1,0 +1,43 @@
+"""Stage 4, apply: what the verdict says is done to the gradients, in place.
+
+    g <- multiplier[segment of g] * (g if finite else 0 if the verdict cleans)
+
+I/O: nothing at all when there is nothing to do; otherwise reads and writes the gradients of the
+segments concerned (2N bytes).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastguard import backend
+from fastguard.buckets import GradBuckets
+from fastguard.decide import Verdict
+
+
+def apply(buckets: GradBuckets, verdict: Verdict) -> None:
+    """Scales and cleans the gradients in place, as decided.
+
+    Args:
+        buckets: The gradients that were measured.
+        verdict: Its `multiplier` is 1 where nothing is to be scaled.
+    """
+    scale(buckets, verdict.multiplier, verdict.clean)
+
+
+def scale(buckets: GradBuckets, multiplier: Tensor, clean: Tensor) -> None:
+    """Scales and cleans the gradients in place.
+
+    Args:
+        buckets: The gradients.
+        multiplier: float64 `(S,)` or `(1,)`; 1 leaves a segment untouched bit for bit.
+        clean: `()`; nonzero sets non-finite elements to 0.
+    """
+    if multiplier.numel() != buckets.n_segments:
+        multiplier = multiplier.expand(buckets.n_segments)
+    for bucket in buckets.buckets:
+        backend.stages(bucket.device).apply(
+            bucket,
+            multiplier.to(bucket.device, non_blocking=True),
+            clean.to(bucket.device, non_blocking=True),
+        )

@@ -1,0 +1,89 @@
+"""Who serves which device: Triton kernels on GPUs, PyTorch everywhere else.
+
+The choice is made once for each device type, by what is installed and what the device can do, and
+can be asked: `fastguard.backend_for(tensor)`. A GPU that Triton cannot serve gets one warning that
+says why, and PyTorch.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import warnings
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+OLDEST_TRITON = (3, 6)
+TRITON_DEVICES = ("cuda",)  # ROCm devices call themselves cuda too
+
+
+def backend_for(tensor: Tensor) -> Literal["triton", "torch"]:
+    """The backend that serves gradients on the device of `tensor`.
+
+    Example:
+        >>> import torch, fastguard
+        >>> fastguard.backend_for(torch.zeros(1))
+        'torch'
+    """
+    return backend_of(tensor.device)
+
+
+def backend_of(device: torch.device) -> Literal["triton", "torch"]:
+    """The backend that serves a device."""
+    return "torch" if device.type == "cpu" or triton_stages(device) is None else "triton"
+
+
+def stages(device: torch.device) -> ModuleType:
+    """The module whose `measure`, `decide` and `apply` work on tensors of this device."""
+    from fastguard import reference
+
+    if device.type == "cpu":
+        return reference
+    return triton_stages(device) or reference
+
+
+@functools.cache
+def triton_stages(device: torch.device) -> ModuleType | None:
+    """The kernel launchers for a device, or None after one warning that says why not."""
+    if device.type not in TRITON_DEVICES:
+        return None
+    reason = triton_problem(device)
+    if reason is None:
+        try:
+            return importlib.import_module("fastguard.kernels.stages")
+        except Exception as error:  # a broken wheel raises OSError, AttributeError, ...
+            reason = f"its import failed: {error!r}"
+    warnings.warn(
+        f"fastguard serves {device} with PyTorch instead of Triton kernels, because {reason}. "
+        "Results are the same; guarding a step costs more. "
+        "Remedy: pip install 'triton>=3.6' on a GPU of compute capability 8.0 or newer.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return None
+
+
+def triton_problem(device: torch.device | None = None) -> str | None:
+    """Why Triton cannot serve this machine or device, or None. Does not import triton on success
+    of the cheap checks alone."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        installed = version("triton")
+    except PackageNotFoundError:
+        installed = None  # bundled under another distribution name, e.g. pytorch-triton
+    if installed is not None:
+        numbers = tuple(int(n) for n in installed.split("+")[0].split(".")[:2] if n.isdigit())
+        if numbers < OLDEST_TRITON:
+            return f"triton {installed} is older than 3.6"
+    if device is not None and device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            return f"its compute capability is {capability[0]}.{capability[1]}"
+    return None

@@ -1,0 +1,185 @@
+"""Stage 3, decide: clip, clean, skip or apply, from what was measured.
+
+    clip_coef[s] = min(1, max_norm[s] / (norm[s] + 1e-6))            torch's formula
+    found_inf    = 1 if the step is to be skipped, else 0            exactly, float32, shape ()
+    multiplier   = clip_coef * inv_scale, and 1 for a skipped step   what apply multiplies by
+
+A handful of numbers in, a handful out: no gradient is read. Every comparison says what NaN does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastguard import backend
+from fastguard.errors import NonFiniteGradError, describe_culprits
+from fastguard.measure import GradStats
+from fastguard.reduce import Signals
+from fastguard.rules import GRAD_NORM, Rule, SpikeRule
+
+NonFinite = Literal["skip", "zero", "raise", "propagate"]
+EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm
+
+
+class Reason(IntEnum):
+    """Why a step was not simply applied; the first that holds, in this order."""
+
+    NONE = 0
+    NONFINITE_GRAD = 1
+    NONFINITE_LOSS = 2
+    GRAD_SPIKE = 3
+    LOSS_SPIKE = 4
+
+    @property
+    def label(self) -> str | None:
+        return self.name.lower() if self else None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Policy:
+    """What the user asked for.
+
+    Attributes:
+        max_norm: float64 `(S,)`, or `(1,)` for all segments: the limits; `inf` measures only. A tensor,
+            because it may change between steps and must not cause a recompilation.
+        nonfinite: What to do about NaN and Inf.
+        rules: The spike rules in the order of their rows in `GuardState`.
+        signals: The signal that each rule judges: `"grad_norm"` or a loss name.
+    """
+
+    max_norm: Tensor
+    nonfinite: NonFinite = "skip"
+    rules: tuple[Rule, ...] = ()
+    signals: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class GuardState:
+    """What outlives a step, on the device; updated in place, so that a CUDA graph may hold it.
+
+    Attributes:
+        counters: int64 `(4,)`: steps decided, applied, skipped (these never reset), and consecutive
+            skips (back to 0 when a step is applied).
+        windows: float64 `(K, W)`: a ring of accepted values for each of K rules.
+        rings: int64 `(K, 3)`: values in the ring (at most its window), where the next one goes, and
+            consecutive spikes (back to 0 at the first value that is none, or is accepted).
+    """
+
+    counters: Tensor
+    windows: Tensor
+    rings: Tensor
+
+    @staticmethod
+    def fresh(policy: Policy, device: torch.device) -> GuardState:
+        """The state before the first step."""
+        windows = [rule.window for rule in policy.rules if isinstance(rule, SpikeRule)]
+        n_rules = len(policy.rules)
+        return GuardState(
+            torch.zeros(4, dtype=torch.int64, device=device),
+            torch.zeros(n_rules, max(windows, default=0), dtype=torch.float64, device=device),
+            torch.zeros(n_rules, 3, dtype=torch.int64, device=device),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What is to be done with a step. Tensors on the device of the stats.
+
+    Attributes:
+        clip_coef: float64 `(S,)`: at most 1; NaN only in propagate mode.
+        multiplier: float64 `(S,)`: what apply multiplies by; 1 touches nothing.
+        found_inf: float32 `()`: exactly 1.0 if the step is skipped, else exactly 0.0.
+        clean: float32 `()`: 1 if apply replaces non-finite elements by 0.
+        reason: int64 `()`: a `Reason`.
+        total_norm: float64 `()`: the norm of the finite elements before clipping.
+        spikes: bool `(K,)`: which rules saw a spike.
+        thresholds: float64 `(K,)`: what each rule compared with; inf during its warm-up.
+    """
+
+    clip_coef: Tensor
+    multiplier: Tensor
+    found_inf: Tensor
+    clean: Tensor
+    reason: Tensor
+    total_norm: Tensor
+    spikes: Tensor
+    thresholds: Tensor
+
+
+def decide(
+    stats: GradStats, signals: Signals, state: GuardState | None, policy: Policy
+) -> Verdict:
+    """Takes the decision and brings `state` up to date.
+
+    Args:
+        stats: What all ranks measured.
+        signals: Losses and scaler.
+        state: Counters and baselines, changed in place; None for a single call, without rules.
+        policy: What the user asked for. In raise mode the caller has raised before.
+
+    Returns:
+        The verdict; nothing waits for a GPU.
+    """
+    return backend.stages(stats.summary.device).decide(stats, signals, state, policy)
+
+
+def clip_coefficients(norms: Tensor, max_norm: Tensor) -> Tensor:
+    """`min(1, max_norm / (norm + 1e-6))`; a limit of inf gives 1 for every norm, NaN a NaN."""
+    coef = (max_norm / (norms + EPS)).clamp(max=1.0)  # NaN stays NaN
+    return torch.where(max_norm == math.inf, 1.0, coef)
+
+
+def propagated_norms(norms: Tensor, nonfinite_counts: Tensor) -> Tensor:
+    """The norms as torch gives them: NaN if any element is NaN, else inf if any is infinite.
+
+    Args:
+        norms: float64 `(S,)`, of the finite elements.
+        nonfinite_counts: `(3, S)`: NaN, +Inf, -Inf.
+    """
+    nan, infinite = nonfinite_counts[0] > 0, nonfinite_counts[1:].sum(0) > 0
+    return torch.where(nan, math.nan, torch.where(infinite, math.inf, norms))
+
+
+def torch_total_norm(stats: GradStats) -> Tensor:
+    """float64 `()`: the norm of the whole model as torch gives it, NaN or Inf if an element is."""
+    return propagated_norms(stats.total_norm64, stats.segment_counts.sum(1))
+
+
+def raise_if_nonfinite(stats: GradStats, losses: Mapping[str, float] | None = None) -> None:
+    """Raises before anything is changed. Waits for a GPU.
+
+    Args:
+        stats: The stats of the step.
+        losses: Losses of the step by name.
+
+    Raises:
+        NonFiniteGradError: A gradient element or a loss is NaN or Inf.
+    """
+    if stats.segment_counts.sum() > 0:
+        culprits = stats.culprits()
+        nan, posinf, neginf = (int(n) for n in stats.segment_counts.sum(1).tolist())
+        where = describe_culprits(culprits) if culprits else "parameters of another rank"
+        raise NonFiniteGradError(
+            f"gradients are non-finite ({nan} NaN, {posinf} +Inf, {neginf} -Inf) in {where}; "
+            "nothing was changed",
+            culprits,
+        )
+    bad = {name: v for name, v in (losses or {}).items() if not math.isfinite(v)}
+    if bad:
+        described = ", ".join(f"{name}={value}" for name, value in bad.items())
+        raise NonFiniteGradError(f"the loss is non-finite: {described}; nothing was changed")
+
+
+def signal_values(stats: GradStats, signals: Signals, names: Sequence[str]) -> Tensor:
+    """float64 `(K,)`: the value of each named signal; NaN for a loss that this step did not give."""
+    known = {GRAD_NORM: stats.total_norm64}
+    known.update(zip(signals.loss_names, signals.losses, strict=True))
+    missing = torch.full((), math.nan, dtype=torch.float64, device=stats.summary.device)
+    return torch.stack([known.get(name, missing) for name in names])

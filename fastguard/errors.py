@@ -1,0 +1,51 @@
+"""The two errors that a guarded run can end in.
+
+Both are `RuntimeError`s, so that code written for `torch.nn.utils.clip_grad_norm_(..., error_if_nonfinite=True)` keeps
+catching them, and both name parameters and counts: an error that only says "NaN" starts an investigation, one that says
+where ends it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+Culprit = tuple[str, int, int, int]
+"""`(parameter name, NaN elements, +Inf elements, -Inf elements)`."""
+
+NAMED_CULPRITS = 8
+"""How many parameters an error or a record names; the rest are counted."""
+
+
+def describe_culprits(culprits: Sequence[Culprit], n_culprits: int | None = None) -> str:
+    """One line for people: `layer.3.weight (2 NaN, 1 +Inf), head.bias (4 NaN) and 12 more`."""
+    total = len(culprits) if n_culprits is None else n_culprits
+    named = []
+    for name, nan, posinf, neginf in culprits[:NAMED_CULPRITS]:
+        counts = [f"{n} {kind}" for n, kind in ((nan, "NaN"), (posinf, "+Inf"), (neginf, "-Inf")) if n]
+        named.append(f"{name} ({', '.join(counts)})")
+    more = total - len(named)
+    return ", ".join(named) + (f" and {more} more" if more > 0 else "")
+
+
+class NonFiniteGradError(RuntimeError):
+    """Gradients, or a loss, hold NaN or Inf, and the caller asked for an error.
+
+    Attributes:
+        culprits: `(name, nan, posinf, neginf)` of each bad parameter, in parameter order; empty if only a loss is bad.
+    """
+
+    def __init__(self, message: str, culprits: Sequence[Culprit] = ()) -> None:
+        super().__init__(message)
+        self.culprits = list(culprits)
+
+
+class TrainingDivergedError(RuntimeError):
+    """Training cannot go on: the budget of skipped steps or of rollbacks is used up.
+
+    Attributes:
+        culprits: `(name, nan, posinf, neginf)` of the bad parameters of the last incident, if it had any.
+    """
+
+    def __init__(self, message: str, culprits: Sequence[Culprit] = ()) -> None:
+        super().__init__(message)
+        self.culprits = list(culprits)

@@ -1,0 +1,163 @@
+"""Stage 1, measure: one read of the gradients gives `GradStats`.
+
+    GradStats.power_sum[s] = sum over the finite elements g of segment s of |g * inv_scale|^p
+
+I/O: reads every gradient once (N bytes), writes O(S + T) numbers. Only a segment whose sum is not
+finite is looked at again, to count what is NaN, +Inf or -Inf in which tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastguard import backend
+from fastguard.buckets import GradBuckets
+from fastguard.errors import Culprit
+
+
+@dataclass(frozen=True, slots=True)
+class GradStats:
+    """What one read of the gradients says. All tensors live on one device.
+
+    Attributes:
+        summary: float64 `(4, S)`: of each segment the power sum and how many elements are NaN, +Inf
+            and -Inf. One tensor, because that is what ranks exchange.
+        counts: int64 `(3, T)`: NaN, +Inf and -Inf of each tensor on this rank.
+        norm_type: p.
+        names: One name a tensor, or None: then they are called `parameter i`.
+        float64: Whether any gradient is float64; `total_norm` is then float64 too.
+    """
+
+    summary: Tensor
+    counts: Tensor
+    norm_type: float
+    names: Sequence[str] | None = None
+    float64: bool = False
+
+    @property
+    def power_sum(self) -> Tensor:
+        """float64 `(S,)`: sum of |g|^p over the finite elements; for the inf-norm their maximum."""
+        return self.summary[0]
+
+    @property
+    def segment_counts(self) -> Tensor:
+        """float64 `(3, S)`: how many elements of each segment are NaN, +Inf, -Inf."""
+        return self.summary[1:]
+
+    @property
+    def nan_count(self) -> Tensor:
+        """int64 `(T,)`: NaN elements of each tensor."""
+        return self.counts[0]
+
+    @property
+    def posinf_count(self) -> Tensor:
+        """int64 `(T,)`: +Inf elements of each tensor."""
+        return self.counts[1]
+
+    @property
+    def neginf_count(self) -> Tensor:
+        """int64 `(T,)`: -Inf elements of each tensor."""
+        return self.counts[2]
+
+    @property
+    def segment_norms(self) -> Tensor:
+        """float64 `(S,)`: the norm of the finite elements of each segment."""
+        return root(self.power_sum, self.norm_type)
+
+    @property
+    def total_norm64(self) -> Tensor:
+        """float64 `()`: the norm of the finite elements of the whole model."""
+        sums = self.power_sum
+        if sums.numel() == 1:
+            return root(sums[0], self.norm_type)
+        whole = sums.amax() if self.norm_type == math.inf else sums.sum()
+        return root(whole, self.norm_type)
+
+    @property
+    def total_norm(self) -> Tensor:
+        """float32 `()` (float64 if any gradient is): the norm of the finite elements of the model."""
+        norm = self.total_norm64
+        return norm if self.float64 else norm.float()
+
+    @property
+    def found_nonfinite(self) -> Tensor:
+        """float32 `()`: 1 if any element of the whole model is NaN or Inf, else 0."""
+        return (self.segment_counts.sum() > 0).float()
+
+    def culprits(self) -> list[Culprit]:
+        """`(name, nan, posinf, neginf)` of each tensor with non-finite elements. Waits."""
+        counts = self.counts.cpu()
+        bad = counts.sum(0).nonzero().squeeze(1).tolist()
+        rows = counts[:, bad].T.tolist()
+        return [(self.name(i), *row) for i, row in zip(bad, rows, strict=True)]
+
+    def name(self, i: int) -> str:
+        return self.names[i] if self.names is not None else f"parameter {i}"
+
+
+def root(power_sum: Tensor, norm_type: float) -> Tensor:
+    """The p-norm that belongs to a power sum."""
+    if norm_type == math.inf:
+        return power_sum
+    return power_sum.sqrt() if norm_type == 2.0 else power_sum.pow(1.0 / norm_type)
+
+
+def measure(
+    buckets: GradBuckets, norm_type: float = 2.0, inv_scale: Tensor | None = None
+) -> GradStats:
+    """Reads every gradient once.
+
+    Args:
+        buckets: The gradients.
+        norm_type: p > 0, or `inf`.
+        inv_scale: `()` float tensor: what a loss scaler would multiply the gradients by. The stats
+            are those of the unscaled gradients; the gradients themselves stay as they are.
+
+    Returns:
+        The stats, on the device of the first gradient. Nothing waits for a GPU.
+    """
+    parts = [
+        backend.stages(bucket.device).measure(
+            bucket, buckets.n_segments, buckets.n_tensors, norm_type, inv_scale
+        )
+        for bucket in buckets.buckets
+    ]
+    if not parts:
+        parts = [_nothing(buckets)]
+    summary, counts = parts[0]
+    for part, found in parts[1:]:
+        counts = counts + found.to(counts.device, non_blocking=True)
+        summary = _joined(summary, part.to(summary.device, non_blocking=True), norm_type)
+    return GradStats(summary, counts, norm_type, buckets.names, buckets.float64)
+
+
+def _nothing(buckets: GradBuckets) -> tuple[Tensor, Tensor]:
+    summary = torch.zeros(4, buckets.n_segments, dtype=torch.float64)
+    return summary, torch.zeros(3, buckets.n_tensors, dtype=torch.int64)
+
+
+def _joined(a: Tensor, b: Tensor, norm_type: float) -> Tensor:
+    if norm_type != math.inf:
+        return a + b
+    return torch.cat([torch.maximum(a[:1], b[:1]), a[1:] + b[1:]])
+
+
+def norm_type_of(value: object) -> float:
+    """The p of a p-norm as a float.
+
+    Raises:
+        TypeError: Not a number (`"inf"` is accepted, as torch does).
+        ValueError: Not in (0, inf].
+    """
+    try:
+        p = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise TypeError(f"norm_type={value!r} is not a number; use 2.0, 1.0 or float('inf')") from None
+    if not p > 0.0:
+        raise ValueError(f"norm_type={value!r} is not a norm; use a number > 0 or float('inf')")
+    return p

@@ -1,0 +1,105 @@
+"""One opaque op a stage, for `torch.compile`: schema, shapes, and the stage itself.
+
+Eager code calls the stages directly: the dispatcher costs 0.1 µs a tensor in a list, plain Python
+nothing. Compiled code needs the ops, because addresses and host decisions do not trace. All ops treat
+their gradients as one segment, but for `measure_tensors`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastguard.apply import scale
+from fastguard.buckets import bucketize
+from fastguard.decide import Policy, raise_if_nonfinite, torch_total_norm
+from fastguard.decide import decide as decide_stage
+from fastguard.measure import GradStats
+from fastguard.measure import measure as measure_stage
+from fastguard.reduce import Signals
+
+_library = torch.library.Library("fastguard", "DEF")
+# An empty list has no device to dispatch on, and addresses may change between replays of a graph.
+_KEY = "CompositeExplicitAutograd"
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
+
+
+def _define(schema: str, implementation, shapes) -> None:
+    name = schema.split("(")[0]
+    _library.define(schema, tags=_TAGS)
+    _library.impl(name, implementation, _KEY)
+    torch.library.register_fake(f"fastguard::{name}", shapes, lib=_library)
+
+
+def _measure(grads: list[Tensor], norm_type: float) -> tuple[Tensor, Tensor]:
+    stats = measure_stage(bucketize(grads, norm_type=norm_type), norm_type)
+    return stats.summary, stats.counts
+
+
+def _measure_tensors(grads: list[Tensor], norm_type: float) -> tuple[Tensor, Tensor]:
+    n = len(grads)
+    buckets = bucketize(grads, segments=range(n), n_segments=n, norm_type=norm_type)
+    stats = measure_stage(buckets, norm_type)
+    return stats.summary, stats.counts
+
+
+def _stats_shapes(grads: list[Tensor], n_segments: int) -> tuple[Tensor, Tensor]:
+    device = grads[0].device if grads else torch.device("cpu")
+    summary = torch.empty(4, n_segments, dtype=torch.float64, device=device)
+    return summary, torch.empty(3, len(grads), dtype=torch.int64, device=device)
+
+
+_define(
+    "measure(Tensor[] grads, float norm_type) -> (Tensor summary, Tensor counts)",
+    _measure,
+    lambda grads, norm_type: _stats_shapes(grads, 1),
+)
+_define(
+    "measure_tensors(Tensor[] grads, float norm_type) -> (Tensor summary, Tensor counts)",
+    _measure_tensors,
+    lambda grads, norm_type: _stats_shapes(grads, len(grads)),
+)
+
+
+def _decide(
+    summary: Tensor, counts: Tensor, max_norm: Tensor, norm_type: float, nonfinite: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    if max_norm.device.type == "cpu" and not max_norm >= 0:  # reading a GPU's limit would wait
+        raise ValueError(f"max_norm={max_norm.item()} must be >= 0; use float('inf') to measure only")
+    stats = GradStats(summary, counts, norm_type)
+    if nonfinite == "raise":
+        raise_if_nonfinite(stats)
+    policy = Policy(max_norm.reshape(1), nonfinite)  # type: ignore[arg-type]
+    verdict = decide_stage(stats, Signals.none(summary.device), None, policy)
+    norm = torch_total_norm(stats) if nonfinite == "propagate" else verdict.total_norm
+    return norm, verdict.multiplier, verdict.clean
+
+
+def _decide_shapes(
+    summary: Tensor, counts: Tensor, max_norm: Tensor, norm_type: float, nonfinite: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    device = summary.device
+    return (
+        torch.empty((), dtype=torch.float64, device=device),
+        torch.empty(summary.shape[1], dtype=torch.float64, device=device),
+        torch.empty((), dtype=torch.float32, device=device),
+    )
+
+
+_define(
+    "decide(Tensor summary, Tensor counts, Tensor max_norm, float norm_type, str nonfinite)"
+    " -> (Tensor total_norm, Tensor multiplier, Tensor clean)",
+    _decide,
+    _decide_shapes,
+)
+
+
+def _apply(grads: list[Tensor], multiplier: Tensor, clean: Tensor) -> None:
+    scale(bucketize(grads), multiplier, clean)
+
+
+_define(
+    "apply(Tensor(a!)[] grads, Tensor multiplier, Tensor clean) -> ()",
+    _apply,
+    lambda grads, multiplier, clean: None,
+)

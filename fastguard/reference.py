@@ -1,0 +1,297 @@
+"""The stages in plain PyTorch: what every device can do, and what the kernels are tested against.
+
+Same signatures and results as the kernels. On a CPU, `measure` goes through `fastguard.cpu`, which
+is exact to the same 1e-7 and runs at the speed of memory; on any other device the arithmetic below
+is spelled out tensor by tensor in float64, without waiting for the device.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastguard import cpu
+from fastguard.buckets import GradBucket
+from fastguard.decide import (
+    GuardState,
+    Policy,
+    Reason,
+    Verdict,
+    clip_coefficients,
+    propagated_norms,
+    signal_values,
+)
+from fastguard.measure import GradStats
+from fastguard.reduce import Signals
+from fastguard.rules import GRAD_NORM, Rule, SpikeRule, Threshold
+
+CPU = torch.device("cpu")
+TINY = 2.0**-1022  # smallest normal float64
+
+
+def measure(
+    bucket: GradBucket,
+    n_segments: int,
+    n_tensors: int,
+    norm_type: float,
+    inv_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Power sums and counts of one bucket.
+
+    Returns:
+        `summary` float64 `(4, S)`, `counts` int64 `(3, T)`: see `GradStats`.
+    """
+    if bucket.device != CPU:
+        return plain_measure(bucket, n_segments, n_tensors, norm_type, inv_scale)
+    sums, bad = cpu.measure(bucket, n_segments, norm_type)
+    counts = torch.zeros(3, n_tensors, dtype=torch.int64)
+    for position, found in bad.items():
+        counts[:, bucket.tensor_ids[position]] = torch.tensor(found)
+    summary = torch.zeros(4, n_segments, dtype=torch.float64)
+    summary[0] = torch.tensor(sums, dtype=torch.float64)
+    for position, found in bad.items():
+        summary[1:, bucket.segment_ids[position]] += torch.tensor(found)
+    return _unscaled(summary, norm_type, inv_scale), counts
+
+
+def plain_measure(
+    bucket: GradBucket,
+    n_segments: int,
+    n_tensors: int,
+    norm_type: float,
+    inv_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The definition, tensor by tensor, in float64 throughout: the oracle of the tests."""
+    summary = torch.zeros(4, n_segments, dtype=torch.float64, device=bucket.device)
+    sums = summary[0]
+    counts = torch.zeros(3, n_tensors, dtype=torch.int64, device=bucket.device)
+    for grad, i, segment in zip(bucket.grads, bucket.tensor_ids, bucket.segment_ids, strict=True):
+        x = grad.double()
+        finite = x.isfinite()  # False for NaN
+        magnitude = torch.where(finite, x, 0.0).abs()
+        if norm_type == math.inf:
+            largest = magnitude.amax() if x.numel() else magnitude.sum()
+            sums[segment] = torch.maximum(sums[segment], largest)
+        else:
+            sums[segment] += magnitude.pow(norm_type).sum()
+        counts[0, i] = x.isnan().sum()
+        counts[1, i] = x.isposinf().sum()
+        counts[2, i] = x.isneginf().sum()
+        summary[1:, segment] += counts[:, i]
+    return _unscaled(summary, norm_type, inv_scale), counts
+
+
+def _unscaled(summary: Tensor, norm_type: float, inv_scale: Tensor | None) -> Tensor:
+    """The power sums of `gradients * inv_scale`."""
+    if inv_scale is not None:
+        inv = inv_scale.to(device=summary.device, dtype=torch.float64)
+        summary[0] *= inv if norm_type == math.inf else inv.pow(norm_type)
+    return summary
+
+
+@dataclass(frozen=True, slots=True)
+class _RuleTable:
+    """The rules of a policy as float64 columns `(K,)` on a device."""
+
+    sigma: Tensor
+    warmup: Tensor
+    window: Tensor  # 0 for a fixed threshold
+    fixed: Tensor  # inf for a sigma rule
+    skips: Tensor  # bool
+    clips: Tensor  # bool
+    on_gradient: Tensor  # bool
+
+
+@functools.lru_cache(maxsize=64)
+def _rule_table(
+    rules: tuple[Rule, ...], signals: tuple[str, ...], device: torch.device
+) -> _RuleTable:
+    def column(values: list[float], dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    return _RuleTable(
+        sigma=column([r.sigma if isinstance(r, SpikeRule) else 0.0 for r in rules]),
+        warmup=column([r.warmup if isinstance(r, SpikeRule) else 0 for r in rules]),
+        window=column([r.window if isinstance(r, SpikeRule) else 0 for r in rules], torch.int64),
+        fixed=column([r.max if isinstance(r, Threshold) else math.inf for r in rules]),
+        skips=column([r.action == "skip" for r in rules], torch.bool),
+        clips=column([r.action == "clip" for r in rules], torch.bool),
+        on_gradient=column([s == GRAD_NORM for s in signals], torch.bool),
+    )
+
+
+def decide(
+    stats: GradStats, signals: Signals, state: GuardState | None, policy: Policy
+) -> Verdict:
+    """See `fastguard.decide.decide`."""
+    device = stats.summary.device
+    total_norm = stats.total_norm64
+    bad_grad = stats.segment_counts.sum() > 0
+    overflow = bad_grad & False if signals.found_inf is None else signals.found_inf > 0
+    if policy.nonfinite == "propagate":
+        grad_fault, loss_fault = overflow, overflow & False
+    else:
+        # Cleaning cures what was counted; a fault that only the scaler saw is not cured by it.
+        grad_fault = overflow & ~bad_grad if policy.nonfinite == "zero" else overflow | bad_grad
+        loss_fault = ~signals.losses.isfinite().all()  # NaN is not finite
+    fault = grad_fault | loss_fault
+
+    if policy.rules and state is not None:
+        table = _rule_table(policy.rules, policy.signals, device)
+        values = signal_values(stats, signals, policy.signals)
+        thresholds = _thresholds(state, table)
+        # NaN exceeds nothing: a non-finite loss is a fault, not a spike.
+        exceeds = (values > thresholds) & ~fault
+        lasting = (table.window > 0) & (state.rings[:, 2] >= table.window)
+        spikes = exceeds & ~lasting
+        skip = fault | (spikes & table.skips).any()
+        usable = ~fault if policy.nonfinite == "zero" else ~fault & ~bad_grad
+        enters = values.isfinite() & usable & (total_norm > 0) & (spikes | ~skip)
+        entering = torch.where(spikes, thresholds, values)
+        _update_rings(state, table, entering, enters, spikes, usable)
+    else:
+        skip = fault
+        spikes = torch.empty(0, dtype=torch.bool, device=device)
+        thresholds = torch.empty(0, dtype=torch.float64, device=device)
+
+    norms = stats.segment_norms
+    if policy.nonfinite == "propagate":
+        norms = propagated_norms(norms, stats.segment_counts)
+    clip_coef = clip_coefficients(norms, policy.max_norm)
+    if policy.rules and state is not None:
+        limit = torch.where(spikes & table.clips, thresholds, math.inf).amin()
+        spike_coef = clip_coefficients(total_norm, limit)
+        clip_coef = torch.minimum(clip_coef, spike_coef)  # NaN stays NaN
+    multiplier = clip_coef if signals.inv_scale is None else clip_coef * signals.inv_scale
+    clean = bad_grad & ~skip if policy.nonfinite == "zero" else bad_grad & False
+
+    if state is not None:
+        _count_step(state, skip)
+    return Verdict(
+        clip_coef=clip_coef,
+        multiplier=torch.where(skip, 1.0, multiplier),
+        found_inf=skip.float(),
+        clean=clean.float(),
+        reason=_reason(bad_grad | overflow, loss_fault, spikes, policy),
+        total_norm=total_norm,
+        spikes=spikes,
+        thresholds=thresholds,
+    )
+
+
+def _thresholds(state: GuardState, table: _RuleTable) -> Tensor:
+    """`mean + sigma * max(std, 0.01 * |mean|, tiny)` of the filled part of each ring, float64 `(K,)`."""
+    if not state.windows.shape[1]:
+        return table.fixed
+    filled = state.rings[:, :1]
+    mask = torch.arange(state.windows.shape[1], device=filled.device) < filled
+    n = filled.squeeze(1).clamp(min=1)
+    mean = torch.where(mask, state.windows, 0.0).sum(1) / n
+    deviation = torch.where(mask, state.windows - mean[:, None], 0.0)
+    std = (deviation.square().sum(1) / n).sqrt()
+    floor = torch.maximum(0.01 * mean.abs(), torch.full_like(mean, TINY))
+    moving = mean + table.sigma * torch.maximum(std, floor)
+    judged = (table.window > 0) & (filled.squeeze(1) >= table.warmup)
+    return torch.where(judged, moving, table.fixed)
+
+
+def _update_rings(
+    state: GuardState,
+    table: _RuleTable,
+    entering: Tensor,
+    enters: Tensor,
+    spikes: Tensor,
+    usable: Tensor,
+) -> None:
+    filled, at, consecutive = state.rings.unbind(1)
+    moves = enters & (table.window > 0)
+    if state.windows.shape[1]:
+        kept = state.windows.gather(1, at[:, None]).squeeze(1)
+        state.windows.scatter_(1, at[:, None], torch.where(moves, entering, kept)[:, None])
+    window = table.window.clamp(min=1)
+    state.rings.copy_(
+        torch.stack(
+            [
+                torch.minimum(filled + moves, table.window),
+                (at + moves) % window,
+                torch.where(usable, (consecutive + 1) * spikes, consecutive),
+            ],
+            dim=1,
+        )
+    )
+
+
+def _count_step(state: GuardState, skip: Tensor) -> None:
+    skipped = skip.long()
+    one = torch.ones_like(skipped)
+    state.counters += torch.stack([one, 1 - skipped, skipped, skipped])
+    state.counters[3] *= skipped
+
+
+def _reason(bad_grad: Tensor, loss_fault: Tensor, spikes: Tensor, policy: Policy) -> Tensor:
+    reason = torch.zeros_like(bad_grad, dtype=torch.int64)
+    if policy.rules:
+        on_gradient = _rule_table(policy.rules, policy.signals, spikes.device).on_gradient
+        reason = torch.where(spikes.any(), int(Reason.LOSS_SPIKE), reason)
+        reason = torch.where((spikes & on_gradient).any(), int(Reason.GRAD_SPIKE), reason)
+    reason = torch.where(loss_fault, int(Reason.NONFINITE_LOSS), reason)
+    return torch.where(bad_grad, int(Reason.NONFINITE_GRAD), reason)
+
+
+def apply(bucket: GradBucket, multiplier: Tensor, clean: Tensor) -> None:
+    """Multiplies the gradients of each segment, and sets non-finite elements to 0 if `clean`.
+
+    On a CPU the two arguments are read, and memory is touched only where something is to be done.
+    Elsewhere nothing waits, and every gradient is read and written.
+
+    Args:
+        bucket: Gradients, changed in place.
+        multiplier: float64 `(S,)`.
+        clean: `()`, nonzero to clean.
+    """
+    if bucket.device == CPU:
+        _apply_where_needed(bucket, multiplier.tolist(), bool(clean))
+        return
+    for grad, segment in zip(bucket.grads, bucket.segment_ids, strict=True):
+        cleaned = torch.where(grad.isfinite() | (clean == 0), grad, 0.0)
+        grad.copy_(cleaned * multiplier[segment].to(factor_dtype(grad.dtype)))
+
+
+def factor_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the coefficient that multiplies a gradient: float32 below float64, as in torch."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _apply_where_needed(bucket: GradBucket, multiplier: list[float], clean: bool) -> None:
+    if clean:
+        for grad in bucket.grads:
+            grad.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    segment = bucket.segment
+    if segment is not None:
+        _multiply(_pieces(bucket, segment, multiplier[segment]), multiplier[segment], bucket.dtype)
+        return
+    members: dict[int, list[Tensor]] = {}
+    for grad, s in zip(bucket.grads, bucket.segment_ids, strict=True):
+        members.setdefault(s, []).append(grad)
+    for s, grads in members.items():
+        _multiply(grads, multiplier[s], bucket.dtype)
+
+
+def _pieces(bucket: GradBucket, segment: int, multiplier: float) -> list[Tensor]:
+    """The long runs, where there are any: one multiplication instead of one a tensor.
+
+    Not for NaN or Inf, which would reach the zeros between the gradients of a run."""
+    if bucket.runs is None or not math.isfinite(multiplier):
+        return bucket.grads
+    return [run.flat for run in bucket.runs if run.segment == segment]
+
+
+def _multiply(grads: list[Tensor], multiplier: float, dtype: torch.dtype) -> None:
+    if multiplier == 1.0:
+        return
+    # A tensor, because _foreach_mul_ by a Python float costs six times as much on a CPU.
+    torch._foreach_mul_(grads, torch.tensor(multiplier, dtype=factor_dtype(dtype)))

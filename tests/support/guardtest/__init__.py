@@ -1,0 +1,28 @@
+"""What tests share: pytest puts tests/support on the path, so `from guardtest import require`."""
+
+import importlib
+import os
+from types import ModuleType
+
+import pytest
+
+
+def in_ci() -> bool:
+    return os.environ.get("CI", "").lower() in ("1", "true")
+
+
+def require(module: str) -> ModuleType:
+    """An optional module, for a test or (at the top of a file) for all tests of it.
+
+    Missing on a user's machine, the tests are skipped and say why; missing in CI, they fail, so
+    that no part of the suite disappears unseen. A module that is there but breaks while it is
+    imported is an error everywhere.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # `module` is installed, something that it imports is not
+        if in_ci():
+            pytest.fail(f"{module} is not installed, and CI must test with it", pytrace=False)
+        pytest.skip(f"{module} is not installed", allow_module_level=True)

@@ -1,0 +1,14 @@
+"""Every tolerance of the test suite, each with its reason."""
+
+import torch
+
+NORM_RTOL = 1e-7
+"""An L2 norm against float64: what the library promises, about one rounding to float32 (6e-8)."""
+
+INTERPRETER_BF16_RTOL = 2.0**-7
+"""bf16 stores in triton's interpreter truncate where a GPU rounds: the last bit may differ."""
+
+
+def scale_rtol(dtype: torch.dtype) -> float:
+    """A gradient times a clip coefficient: one rounding of the coefficient, one of the product."""
+    return 2 * torch.finfo(dtype).eps

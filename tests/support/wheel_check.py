@@ -1,0 +1,70 @@
+"""Checks an installed wheel from inside the environment that holds it: `python -I wheel_check.py`.
+
+Run by tests/test_packaging.py (beside the torch that is already installed) and by `make wheel-test`
+(with nothing but the required dependencies, so that an import of an optional one fails here).
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import pkgutil
+import sysconfig
+from pathlib import Path
+
+import torch
+
+import fastguard
+import fastguard.kernels
+
+SITE = Path(sysconfig.get_path("purelib")).resolve()
+MAY_NEED_AN_EXTRA = ("fastguard.kernels.", "fastguard.integrations.")
+
+
+def installed_here(file: str | None) -> bool:
+    return file is not None and Path(file).resolve().is_relative_to(SITE)
+
+
+def check_location() -> None:
+    for module in (fastguard, fastguard.kernels):
+        assert installed_here(module.__file__), f"{module.__name__} comes from {module.__file__}"
+
+
+def check_metadata() -> None:
+    distribution = importlib.metadata.distribution("torch-fastguard")
+    assert distribution.version == fastguard.__version__
+    assert (distribution.read_text("top_level.txt") or "").split() == ["fastguard"]
+    assert (SITE / "fastguard" / "py.typed").is_file()
+
+
+def check_top_level_kernels_is_not_ours() -> None:
+    spec = importlib.util.find_spec("kernels")  # another project publishes a package of this name
+    assert spec is None or not installed_here(spec.origin), f"the wheel installs {spec.origin}"
+
+
+def check_every_module_imports() -> None:
+    """Optional packages are imported where they are used: only adapters and kernels need them."""
+    for module in pkgutil.walk_packages(fastguard.__path__, "fastguard."):
+        if module.name != "fastguard.__main__" and not module.name.startswith(MAY_NEED_AN_EXTRA):
+            importlib.import_module(module.name)
+
+
+def check_it_works() -> None:
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([3.0, 4.0])
+    assert fastguard.clip_grad_norm_([weight], max_norm=1.0).item() == 5.0
+    assert abs(weight.grad.norm().item() - 1.0) < 1e-5
+
+    optimizer = fastguard.GuardedOptimizer(torch.optim.SGD([weight], lr=1.0), max_norm=1.0)
+    weight.grad = torch.tensor([1.0, float("nan")])
+    optimizer.step()
+    assert weight.tolist() == [0.0, 0.0]
+    assert optimizer.skipped_steps == 1
+
+
+if __name__ == "__main__":
+    check_location()
+    check_metadata()
+    check_top_level_kernels_is_not_ours()
+    check_every_module_imports()
+    check_it_works()
+    print(f"torch-fastguard {fastguard.__version__} works with torch {torch.__version__}")

@@ -1,0 +1,104 @@
+"""The wheel holds what it should, installs where it should, and `import fastguard` stays light."""
+
+import shutil
+import subprocess
+import sys
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import torch
+
+from guardtest import require
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SOURCES = ["fastguard", "kernels", "pyproject.toml", "README.md", "LICENSE"]
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command} failed:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def build_wheel(folder: Path) -> Path:
+    """The wheel of this working tree, built from a copy.
+
+    In place, setuptools would also pack what an earlier build left in build/lib.
+    """
+    for name in SOURCES:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / name)
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", folder, cwd=folder)
+    (wheel,) = (folder / "dist").glob("*.whl")
+    return wheel
+
+
+def install_in_new_environment(wheel: Path, folder: Path) -> Path:
+    """The Python of an environment that holds the wheel and borrows the torch installed here.
+
+    A .pth file adds a folder to the path but does not run the .pth files in there, so the editable
+    install of this working tree stays invisible. `make wheel-test` installs everything anew.
+    """
+    venv.create(folder)
+    python = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
+    run(*pip, "install", "-qq", "--no-deps", "--no-index", wheel, cwd=folder)
+    print_site = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = Path(run(python, "-I", "-c", print_site, cwd=folder).strip())
+    (site / "borrowed.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
+    return python
+
+
+def modules(folder: str, package: str) -> dict[str, str]:
+    """Every Python file of `folder` -> its place in the wheel when the folder is `package`."""
+    return {
+        path.relative_to(ROOT).as_posix(): f"{package}/{path.relative_to(ROOT / folder).as_posix()}"
+        for path in (ROOT / folder).rglob("*.py")
+    }
+
+
+MODULES = modules("fastguard", "fastguard") | modules("kernels", "fastguard/kernels")
+
+
+def test_every_package_is_listed():
+    packages = {
+        str(Path(place).parent).replace("/", ".")
+        for place in MODULES.values()
+        if Path(place).name == "__init__.py"
+    }
+    assert sorted(PROJECT["tool"]["setuptools"]["packages"]) == sorted(packages)
+
+
+def test_wheel_holds_the_package_and_works_from_another_folder(tmp_path):
+    require("build")
+    (tmp_path / "source").mkdir()
+    wheel = build_wheel(tmp_path / "source")
+    files = set(zipfile.ZipFile(wheel).namelist())
+    installed = {file for file in files if ".dist-info/" not in file}
+    assert installed == {*MODULES.values(), "fastguard/py.typed"}
+    assert any(file.endswith("/licenses/LICENSE") for file in files)
+
+    python = install_in_new_environment(wheel, tmp_path / "venv")
+    assert python.with_name("fastguard").exists()
+    check = shutil.copy(ROOT / "tests" / "support" / "wheel_check.py", tmp_path)
+    assert "works with torch" in run(python, "-I", check, cwd=tmp_path)
+
+
+IMPORT_IS_LIGHT = """
+import sys, time
+start = time.perf_counter(); import torch; torch_time = time.perf_counter() - start
+before = set(sys.modules)
+start = time.perf_counter(); import fastguard; own_time = time.perf_counter() - start
+optional = {"triton", "matplotlib", "rich", "tensorboard", "yaml", "transformers"}
+eager = optional & (set(sys.modules) - before)
+assert not eager, f"import fastguard imported {sorted(eager)}"
+assert not torch.cuda.is_initialized(), "import fastguard initialised CUDA"
+print(f"import fastguard: {1e3 * own_time:.0f} ms, after import torch: {1e3 * torch_time:.0f} ms")
+"""
+
+
+def test_import_is_light(tmp_path):
+    print(run(sys.executable, "-c", IMPORT_IS_LIGHT, cwd=tmp_path))
