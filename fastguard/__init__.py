@@ -4,6 +4,7 @@ Reads every gradient once, and from that read knows the global norm, what is NaN
 parameter, and whether the step is a spike; decides on the device to clip, clean, skip or apply.
 """
 
+from fastguard import ops as ops  # registers the ops that torch.compile needs
 from fastguard.backend import backend_for as backend_for
 from fastguard.clip import clip_grad_norm_ as clip_grad_norm_
 from fastguard.clip import clip_grad_value_ as clip_grad_value_
@@ -13,11 +14,13 @@ from fastguard.clip import measure_grads as measure_grads
 from fastguard.clip import sanitize_grads_ as sanitize_grads_
 from fastguard.errors import NonFiniteGradError as NonFiniteGradError
 from fastguard.errors import TrainingDivergedError as TrainingDivergedError
+from fastguard.flat_buckets import FlatGradBuckets as FlatGradBuckets
 from fastguard.measure import GradStats as GradStats
+from fastguard.optimizer import GuardedOptimizer as GuardedOptimizer
 from fastguard.patch import patch_torch as patch_torch
 from fastguard.patch import unpatch_torch as unpatch_torch
+from fastguard.records import StepRecord as StepRecord
 from fastguard.rules import SpikeRule as SpikeRule
 from fastguard.rules import Threshold as Threshold
-from fastguard import ops as _ops  # registers the ops that torch.compile needs
 
 __version__ = "0.1.0"

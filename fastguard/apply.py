@@ -8,6 +8,9 @@ segments concerned (2N bytes).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from fastguard import backend
@@ -41,3 +44,19 @@ def scale(buckets: GradBuckets, multiplier: Tensor, clean: Tensor) -> None:
             multiplier.to(bucket.device, non_blocking=True),
             clean.to(bucket.device, non_blocking=True),
         )
+
+
+def clamp_finite_(grads: Sequence[Tensor], limit: float, inv_scale: Tensor | None = None) -> None:
+    """Clamps the finite elements to [-limit, limit], in place; NaN and Inf stay, to be found.
+
+    Args:
+        grads: Gradients of any dtype and device.
+        limit: The largest magnitude of an unscaled element.
+        inv_scale: `()`, what the gradients are still to be multiplied by.
+    """
+    for grad in grads:
+        bound: Tensor | float = limit
+        if inv_scale is not None:
+            bound = limit / inv_scale.to(device=grad.device, dtype=torch.float32)
+        clamped = grad.clamp(-bound, bound)
+        grad.copy_(torch.where(grad.isinf(), grad, clamped))

@@ -1,8 +1,9 @@
 """Gradients in the order in which the stages read them: one bucket per (device, dtype).
 
-A *tensor* is one parameter's gradient and has an index in the caller's list; a *segment* is the set of tensors that one
-clip coefficient belongs to (the whole model, a param group, or one tensor). A bucket says both of each of its tensors.
-Building buckets costs about 0.4 µs a tensor on the host and copies nothing.
+A *tensor* is one parameter's gradient and has an index in the caller's list; a *segment* is the set
+of tensors that one clip coefficient belongs to (the whole model, a param group, or one tensor). A
+bucket says both of each of its tensors. Building buckets costs about 0.4 µs a tensor on the host
+and copies nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A contiguous stretch of memory that holds whole gradients of one segment, and zeros between them."""
+    """A contiguous stretch of memory that holds whole gradients of one segment, and zeros between
+    them.
+    """
 
     flat: Tensor
     segment: int
@@ -36,8 +39,9 @@ class GradBucket:
         grads: Dense real tensors of any strides; a complex gradient appears as its real view.
         tensor_ids: For each of them, its index in the caller's list of tensors.
         segment_ids: For each of them, its segment.
-        runs: The same elements in as few contiguous pieces as possible, where somebody laid them out so
-            (`FlatGradBuckets`); None otherwise. The clean path reads these instead of `grads`.
+        runs: The same elements in as few contiguous pieces as possible, where somebody laid them
+            out so (`FlatGradBuckets`); None otherwise. The clean path reads these instead of
+            `grads`.
     """
 
     device: torch.device
@@ -51,7 +55,11 @@ class GradBucket:
     def segment(self) -> int | None:
         """The one segment of all tensors of this bucket, or None if there are several."""
         first = self.segment_ids[0]
-        return first if isinstance(self.segment_ids, _Same) or len(set(self.segment_ids)) == 1 else None
+        return (
+            first
+            if isinstance(self.segment_ids, _Same) or len(set(self.segment_ids)) == 1
+            else None
+        )
 
 
 class _Same(Sequence):
@@ -78,11 +86,11 @@ class GradBuckets:
     """All gradients of one step.
 
     Attributes:
-        buckets: One per (device, dtype), in order of first appearance; empty if there is no gradient.
-        n_tensors: T, the length of the caller's list (tensors without a gradient count too).
-        n_segments: S, the number of clip coefficients.
-        names: One name a tensor, or None: then they are numbered.
-        device: Where the results of the stages live: the device of the first gradient, else the CPU.
+        buckets: One per (device, dtype), in order of first appearance; empty if there is no
+        gradient. n_tensors: T, the length of the caller's list (tensors without a gradient count
+        too). n_segments: S, the number of clip coefficients. names: One name a tensor, or None:
+        then they are numbered. device: Where the results of the stages live: the device of the
+        first gradient, else the CPU.
     """
 
     buckets: tuple[GradBucket, ...]
@@ -98,10 +106,12 @@ class GradBuckets:
 
 
 def gradients_of(parameters: Tensor | Iterable) -> tuple[list[Tensor | None], list[str] | None]:
-    """The gradients (None where there is none) and the names, if any, of what a user calls "parameters".
+    """The gradients (None where there is none) and the names, if any, of what a user calls
+    "parameters".
 
     Args:
-        parameters: A tensor, or an iterable of tensors or of `(name, tensor)` pairs such as `model.named_parameters()`.
+        parameters: A tensor, or an iterable of tensors or of `(name, tensor)` pairs such as
+            `model.named_parameters()`.
     """
     if isinstance(parameters, Tensor):
         return [parameters.grad], None
@@ -113,7 +123,8 @@ def gradients_of(parameters: Tensor | Iterable) -> tuple[list[Tensor | None], li
     except AttributeError:
         wrong = next(p for p in items if not hasattr(p, "grad"))
         raise TypeError(
-            f"parameters must be tensors or (name, tensor) pairs, but one is a {type(wrong).__name__}: {wrong!r}; "
+            "parameters must be tensors or (name, tensor) pairs, but one is a "
+            f"{type(wrong).__name__}: {wrong!r}; "
             "pass model.parameters() or model.named_parameters()"
         ) from None
 
@@ -125,6 +136,7 @@ def bucketize(
     n_segments: int = 1,
     names: Sequence[str] | None = None,
     norm_type: float = 2.0,
+    device: torch.device | None = None,
 ) -> GradBuckets:
     """Sorts gradients into buckets.
 
@@ -134,9 +146,11 @@ def bucketize(
         n_segments: How many segments there are.
         names: One name a tensor.
         norm_type: The norm that will be taken; complex gradients have only the 2-norm.
+        device: Where the results of the stages shall live; None: where the first gradient does.
 
     Raises:
-        TypeError: A gradient is sparse, quantized or of an integer dtype, or complex with another norm than 2.
+        TypeError: A gradient is sparse, quantized or of an integer dtype, or complex with another
+            norm than 2.
     """
     n_tensors = len(grads)
     ids: Sequence[int] = range(n_tensors)
@@ -144,7 +158,7 @@ def bucketize(
         ids = [i for i, g in enumerate(grads) if g is not None]
         grads = [grads[i] for i in ids]
     if not grads:
-        return GradBuckets((), n_tensors, n_segments, names, torch.device("cpu"))
+        return GradBuckets((), n_tensors, n_segments, names, device or torch.device("cpu"))
 
     dense: list[Tensor] = list(grads)  # type: ignore[arg-type]
     if any(map(attrgetter("is_sparse"), dense)) or dense[0].layout is not torch.strided:
@@ -157,14 +171,16 @@ def bucketize(
         if dtype not in FLOATING:
             where = _name(ids[positions[0]], names)
             raise TypeError(
-                f"the gradient of {where} is {dtype}; fastguard measures float16, bfloat16, float32, float64 and complex "
-                "gradients: leave this tensor out"
+                f"the gradient of {where} is {dtype}; fastguard measures float16, bfloat16, "
+                "float32, float64 and complex gradients: leave this tensor out"
             )
         whole = len(positions) == n_tensors
         tensor_ids = range(n_tensors) if whole else [ids[i] for i in positions]
-        segment_ids = _Same(0, len(members)) if segments is None else [segments[i] for i in tensor_ids]
+        segment_ids = (
+            _Same(0, len(members)) if segments is None else [segments[i] for i in tensor_ids]
+        )
         buckets.append(GradBucket(device, dtype, members, tensor_ids, segment_ids))
-    return GradBuckets(tuple(buckets), n_tensors, n_segments, names, dense[0].device)
+    return GradBuckets(tuple(buckets), n_tensors, n_segments, names, device or dense[0].device)
 
 
 def _grouped(
@@ -183,11 +199,14 @@ def _name(i: int, names: Sequence[str] | None) -> str:
     return names[i] if names is not None else f"parameter {i}"
 
 
-def _refuse_sparse(grads: Sequence[Tensor], ids: Sequence[int], names: Sequence[str] | None) -> None:
+def _refuse_sparse(
+    grads: Sequence[Tensor], ids: Sequence[int], names: Sequence[str] | None
+) -> None:
     position, grad = next((i, g) for i, g in enumerate(grads) if g.layout is not torch.strided)
     raise TypeError(
-        f"the gradient of {_name(ids[position], names)} is sparse ({grad.layout}); fastguard guards dense gradients: "
-        "use sparse=False in the embedding, or keep this parameter in an optimizer of its own"
+        f"the gradient of {_name(ids[position], names)} is sparse ({grad.layout}); "
+        "fastguard guards dense gradients: use sparse=False in the embedding, "
+        "or keep this parameter in an optimizer of its own"
     )
 
 
@@ -200,8 +219,8 @@ def _real_views(
 ) -> tuple[list[Tensor], torch.dtype]:
     if norm_type != 2.0:
         raise TypeError(
-            f"the gradient of {_name(ids[positions[0]], names)} is complex and norm_type is {norm_type}; complex gradients "
-            "have only the 2-norm here: use norm_type=2.0"
+            f"the gradient of {_name(ids[positions[0]], names)} is complex and norm_type is "
+            f"{norm_type}; complex gradients have only the 2-norm here: use norm_type=2.0"
         )
     # A lazily conjugated tensor has no real view, but its conjugate has, over the same memory.
     views = [torch.view_as_real(g.conj() if g.is_conj() else g) for g in members]

@@ -1,8 +1,8 @@
 """The functions of `torch.nn.utils` for gradients, with the same arguments and results.
 
-Each is the four stages without a state: measure, reduce, decide, apply. What differs from torch: norms
-are true to 1e-7, gradients are read once and stay untouched at coefficient 1, and `max_norm=inf` never
-multiplies.
+Each is the four stages without a state: measure, reduce, decide, apply. What differs from torch:
+norms are true to 1e-7, gradients are read once and stay untouched at coefficient 1, and
+`max_norm=inf` never multiplies.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastguard.apply import apply, scale
-from fastguard.buckets import bucketize, gradients_of
+from fastguard.buckets import GradBuckets, bucketize, gradients_of
 from fastguard.decide import (
     Policy,
     clip_coefficients,
@@ -52,14 +52,14 @@ def clip_grad_norm_(
         norm_type: p > 0 of the p-norm; `inf` for the largest magnitude.
         error_if_nonfinite: The same as `nonfinite="raise"`.
         foreach: Accepted for compatibility; there is one implementation a device.
-        nonfinite: What NaN and Inf do: `"propagate"` as in torch, `"zero"` sets them to 0 and clips by
-            the norm of the rest, `"raise"` raises before anything is changed. Skipping a step takes
-            `GuardedOptimizer`.
+        nonfinite: What NaN and Inf do: `"propagate"` as in torch, `"zero"` sets them to 0 and clips
+            by the norm of the rest, `"raise"` raises before anything is changed. Skipping a step
+            takes `GuardedOptimizer`.
         group: Reserved for several processes; None: this process holds the whole model.
 
     Returns:
-        The norm before clipping, `()`, float32 (float64 if a gradient is), on the device of the first
-        gradient. In propagate mode NaN or Inf if an element is; else of the finite elements.
+        The norm before clipping, `()`, float32 (float64 if a gradient is), on the device of the
+        first gradient. In propagate mode NaN or Inf if an element is; else of the finite elements.
 
     Raises:
         NonFiniteGradError: In raise mode; this waits for a GPU.
@@ -77,16 +77,29 @@ def clip_grad_norm_(
     p = norm_type_of(norm_type)
     mode = _mode(nonfinite, error_if_nonfinite)
     _check_foreach(foreach)
-    parameters = _listed(parameters)
-    grads, names = gradients_of(parameters)
+    grads, names = gradients_of(_listed(parameters))
     if torch.compiler.is_compiling():
         return _clip_compiled([g for g in grads if g is not None], max_norm, p, mode)
-    limit = limit_of("max_norm", max_norm)
     buckets = bucketize(grads, names=names, norm_type=p)
-    stats, signals = reduce(measure(buckets, p), Signals.none(buckets.device), group)
+    return clip_buckets(buckets, max_norm, p, mode == "raise", mode, group=group)
+
+
+def clip_buckets(
+    buckets: GradBuckets,
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    nonfinite: str = "propagate",
+    group: None = None,
+) -> Tensor:
+    """The four stages over gradients that are sorted already; arguments as in `clip_grad_norm_`."""
+    mode = _mode(nonfinite, error_if_nonfinite)
+    limit = _limits(limit_of("max_norm", max_norm), buckets.device)
+    stats = measure(buckets, norm_type_of(norm_type))
+    stats, signals = reduce(stats, Signals.none(buckets.device), group)
     if mode == "raise":
         raise_if_nonfinite(stats)
-    verdict = decide(stats, signals, None, Policy(_limits(limit, buckets.device), mode))
+    verdict = decide(stats, signals, None, Policy(limit, mode))
     apply(buckets, verdict)
     norm = torch_total_norm(stats) if mode == "propagate" else verdict.total_norm
     return norm if stats.float64 else norm.float()
@@ -146,10 +159,9 @@ def clip_grads_with_norm_(
     """Scales the gradients by `min(1, max_norm / (total_norm + 1e-6))`.
 
     Args:
-        parameters: As in `clip_grad_norm_`.
-        max_norm: The limit, >= 0; `inf` never multiplies.
-        total_norm: `()`, the norm, from `get_total_norm`. NaN makes every gradient NaN, as in torch.
-        foreach: Accepted for compatibility.
+        parameters: As in `clip_grad_norm_`. max_norm: The limit, >= 0; `inf` never multiplies.
+        total_norm: `()`, the norm, from `get_total_norm`. NaN makes every gradient NaN, as in
+        torch. foreach: Accepted for compatibility.
 
     Raises:
         TypeError, ValueError: An argument is not of the kind or range above.
@@ -274,9 +286,7 @@ def measure_grads(
         return _measure_compiled(grads, names, p, per_tensor)
     segments = range(len(grads)) if per_tensor else None
     n_segments = len(grads) if per_tensor else 1
-    buckets = bucketize(
-        grads, segments=segments, n_segments=n_segments, names=names, norm_type=p
-    )
+    buckets = bucketize(grads, segments=segments, n_segments=n_segments, names=names, norm_type=p)
     return reduce(measure(buckets, p), Signals.none(buckets.device), group)[0]
 
 
@@ -308,7 +318,9 @@ def _measure_compiled(
     grads: list[Tensor | None], names: list[str] | None, norm_type: float, per_tensor: bool
 ) -> GradStats:
     present = [g for g in grads if g is not None]
-    names = None if names is None else [n for n, g in zip(names, grads, strict=True) if g is not None]
+    names = (
+        None if names is None else [n for n, g in zip(names, grads, strict=True) if g is not None]
+    )
     op = torch.ops.fastguard.measure_tensors if per_tensor else torch.ops.fastguard.measure
     summary, counts = op(present, norm_type)
     wide = any(g.dtype in (torch.float64, torch.complex128) for g in present)
@@ -336,8 +348,8 @@ def limit_of(name: str, value: object) -> float:
         raise TypeError(f"{name}={value!r} is not a number; use a number >= 0") from None
     if not limit >= 0.0:  # NaN is not >= 0
         raise ValueError(
-            f"{name}={value!r} must be >= 0: a negative or NaN limit would flip or destroy gradients; "
-            "use float('inf') to measure only"
+            f"{name}={value!r} must be >= 0: a negative or NaN limit would flip or destroy "
+            "gradients; use float('inf') to measure only"
         )
     return limit
 

@@ -6,19 +6,22 @@ float32 by `torch.linalg.vector_norm` (one read of the data) and squared and sum
 Numerics. A row norm is off by up to 3e-7. Over rows that differ, these errors average out (1e-10
 over 1e6 elements); over rows that are alike, such as a constant gradient, they do not: all are off
 in the same direction (3e-7 seen on constants, where torch's own norm is 4e-2 off). So the bias is
-*measured*: `AUDITED` blocks of 16 rows, drawn in proportion to what they contribute, are summed
+*measured*: `AUDITED` blocks of 8 rows, drawn in proportion to what they contribute, are summed
 again in float64, and the mean relative error that they show is taken out of the total. Drawing by
 contribution makes the estimate unbiased however unevenly the sum is spread: if one block holds
 everything, every draw hits it and the result is exact. The draws are at fixed quantiles, so the
-same gradients give the same norm bit for bit.
+same gradients give the same norm bit for bit; one in each of `AUDITED` equal parts, and not always
+in its middle, or gradients that repeat at the pace of the draws would show one half of themselves
+(3e-7 off when blocks of two constants alternate; 7e-8 at the worst with these).
 
 What float32 cannot hold is noticed and done again in float64: a row that overflows makes the sum
-infinite, and a sum under `n_elements * 2**-126 * 1e9` may have lost squares to underflow. The sum is
-also the finiteness flag: NaN or Inf in it send the segment to the exact look, which counts NaN,
+infinite, and a sum under `n_elements * 2**-126 * 1e9` may have lost squares to underflow. The sum
+is also the finiteness flag: NaN or Inf in it send the segment to the exact look, which counts NaN,
 +Inf and -Inf and sums the rest.
 
 Tried and dropped: float64 throughout (1.8x slower), `vector_norm(dtype=torch.float64)` (20x), rows
-of 32 (1.4x, and still up to 9e-8 off), squares into a buffer and `torch.sum` (1.6x, up to 3e-7 off).
+of 32 (1.4x, and still up to 9e-8 off), squares into a buffer and `torch.sum` (1.6x, up to 3e-7
+off).
 
 Memory: one float32 staging buffer of 4 MB a thread, and at most about 8 MB of temporaries.
 """
@@ -37,15 +40,16 @@ from torch import Tensor
 from fastguard.buckets import GradBucket
 
 ROW = 256
-BLOCK = 16 * ROW  # what one draw of the audit looks at
-LARGE = 16 * BLOCK  # smaller tensors are gathered in the staging buffer: a call costs about 10 µs
-STAGE = 256 * BLOCK  # elements of the staging buffer: 4 MB of float32, which a level-3 cache holds
-SHARE = 2**15 * BLOCK  # elements between two audits: bounds the row norms kept to 6 MB
+BLOCK = 8 * ROW  # what one draw of the audit looks at
+LARGE = 32 * BLOCK  # smaller tensors are gathered in the staging buffer: a call costs about 10 µs
+STAGE = 512 * BLOCK  # elements of the staging buffer: 4 MB of float32, which a level-3 cache holds
+SHARE = 2**16 * BLOCK  # elements between two audits: bounds the row norms kept to 6 MB
 EXACT_BELOW = 2**17  # fewer elements than this are summed in float64 outright
-AUDITED = 32
+AUDITED = 64
 TINY_SQUARE = 2.0**-126  # smallest normal float32: smaller squares may be flushed to zero
 
-_QUANTILES = (np.arange(AUDITED) + 0.5) / AUDITED
+_GOLDEN = 0.6180339887498949  # its multiples modulo 1 fall into step with no period
+_QUANTILES = (np.arange(AUDITED) + np.arange(AUDITED) * _GOLDEN % 1) / AUDITED
 
 Counts = tuple[int, int, int]
 
@@ -64,7 +68,8 @@ def measure(
         norm_type: p > 0; `inf` gives the maximum in place of the power sum.
 
     Returns:
-        S power sums, and `{position in bucket.grads: (nan, posinf, neginf)}` of the bad tensors alone.
+        S power sums, and `{position in bucket.grads: (nan, posinf, neginf)}` of the bad tensors
+        alone.
     """
     sums = [0.0] * n_segments
     bad: dict[int, Counts] = {}
@@ -134,14 +139,18 @@ class _Source:
     n_blocks: int
     ends: np.ndarray | None = None  # cumulated lengths of `vectors`, if there are several
 
-    def block(self, k: int) -> Tensor:
+    def block(self, k: int) -> list[Tensor]:
+        """The pieces that make up block k."""
         start, stop = k * BLOCK, (k + 1) * BLOCK
         if self.ends is None:
-            return self.vectors[0][start:stop]
+            return [self.vectors[0][start:stop]]
         first = int(self.ends.searchsorted(start, side="right"))
         last = int(self.ends.searchsorted(stop, side="left"))
+        pieces = list(self.vectors[first : last + 1])
         origin = int(self.ends[first - 1]) if first else 0
-        return torch.cat(list(self.vectors[first : last + 1]))[start - origin : stop - origin]
+        pieces[-1] = pieces[-1][: len(pieces[-1]) - int(self.ends[last]) + stop]
+        pieces[0] = pieces[0][start - origin :]
+        return pieces
 
 
 def _l2_power_sum(tensors: Sequence[Tensor]) -> float:
@@ -196,7 +205,7 @@ def _share_power_sum(vectors: Sequence[Tensor], sizes: Sequence[int]) -> float:
                 small.append(tail)
                 small_sizes.append(n)
 
-    rest = 0.0
+    rest, n_blocks = 0.0, 0
     for batch, ends in _batches(small, small_sizes):
         n = int(ends[-1])
         staged = _gather(batch, n)
@@ -206,6 +215,8 @@ def _share_power_sum(vectors: Sequence[Tensor], sizes: Sequence[int]) -> float:
             sources.append(_Source(batch, n_blocks, ends))
         if n % BLOCK:
             rest += _float64_power_sum(staged[n_blocks * BLOCK :].double(), 2.0)
+    if n_blocks:  # of the last batch, which still lies in the staging buffer
+        sources[-1] = _Source([staged], n_blocks)
     if not sources:
         return rest
     block_sums = rows[:filled].double().square_().view(-1, BLOCK // ROW).sum(1)
@@ -214,19 +225,20 @@ def _share_power_sum(vectors: Sequence[Tensor], sizes: Sequence[int]) -> float:
 
 def _audited_sum(block_sums: Tensor, sources: list[_Source]) -> float:
     """The sum over all blocks, with the rounding bias that a sample of them shows taken out."""
-    running = block_sums.cumsum(0)
+    sums = block_sums.numpy()
+    running = sums.cumsum()
     total = running[-1].item()
     if not 0.0 < total < math.inf:  # NaN too: the caller looks again
         return total
-    targets = torch.from_numpy(_QUANTILES * total)
-    drawn = torch.searchsorted(running, targets).clamp_(max=len(block_sums) - 1)
+    drawn = running.searchsorted(_QUANTILES * total).clip(max=len(sums) - 1)
     ends = np.cumsum([source.n_blocks for source in sources])
-    blocks = []
-    for block in drawn.tolist():
-        i = int(ends.searchsorted(block, side="right"))
-        blocks.append(sources[i].block(block - (int(ends[i - 1]) if i else 0)))
-    true = torch.cat(blocks).double().square_().view(AUDITED, BLOCK).sum(1)
-    return total * true.div_(block_sums[drawn]).mean().item()
+    owners = ends.searchsorted(drawn, side="right")
+    starts = ends - [source.n_blocks for source in sources]
+    pieces: list[Tensor] = []
+    for i, block in zip(owners.tolist(), (drawn - starts[owners]).tolist(), strict=True):
+        pieces += sources[i].block(block)
+    true = torch.cat(pieces).double().square_().view(AUDITED, BLOCK).sum(1).numpy()
+    return total * (true / sums[drawn]).mean().item()
 
 
 def _stage(n: int) -> Tensor:

@@ -10,7 +10,7 @@ A handful of numbers in, a handful out: no gradient is read. Every comparison sa
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal
@@ -47,8 +47,8 @@ class Policy:
     """What the user asked for.
 
     Attributes:
-        max_norm: float64 `(S,)`, or `(1,)` for all segments: the limits; `inf` measures only. A tensor,
-            because it may change between steps and must not cause a recompilation.
+        max_norm: float64 `(S,)`, or `(1,)` for all segments: the limits; `inf` measures only. A
+            tensor, because it may change between steps and must not cause a recompilation.
         nonfinite: What to do about NaN and Inf.
         rules: The spike rules in the order of their rows in `GuardState`.
         signals: The signal that each rule judges: `"grad_norm"` or a loss name.
@@ -113,9 +113,7 @@ class Verdict:
     thresholds: Tensor
 
 
-def decide(
-    stats: GradStats, signals: Signals, state: GuardState | None, policy: Policy
-) -> Verdict:
+def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy: Policy) -> Verdict:
     """Takes the decision and brings `state` up to date.
 
     Args:
@@ -152,33 +150,37 @@ def torch_total_norm(stats: GradStats) -> Tensor:
     return propagated_norms(stats.total_norm64, stats.segment_counts.sum(1))
 
 
-def raise_if_nonfinite(stats: GradStats, losses: Mapping[str, float] | None = None) -> None:
+def raise_if_nonfinite(stats: GradStats, signals: Signals | None = None) -> None:
     """Raises before anything is changed. Waits for a GPU.
 
     Args:
         stats: The stats of the step.
-        losses: Losses of the step by name.
+        signals: Its losses; None: only gradients matter.
 
     Raises:
         NonFiniteGradError: A gradient element or a loss is NaN or Inf.
     """
-    if stats.segment_counts.sum() > 0:
+    nan, posinf, neginf = (int(n) for n in stats.segment_counts.sum(1).tolist())
+    if nan or posinf or neginf:
         culprits = stats.culprits()
-        nan, posinf, neginf = (int(n) for n in stats.segment_counts.sum(1).tolist())
         where = describe_culprits(culprits) if culprits else "parameters of another rank"
         raise NonFiniteGradError(
             f"gradients are non-finite ({nan} NaN, {posinf} +Inf, {neginf} -Inf) in {where}; "
             "nothing was changed",
             culprits,
         )
-    bad = {name: v for name, v in (losses or {}).items() if not math.isfinite(v)}
+    losses = (
+        {}
+        if signals is None
+        else dict(zip(signals.loss_names, signals.losses.tolist(), strict=True))
+    )
+    bad = ", ".join(f"{name}={v}" for name, v in losses.items() if not math.isfinite(v))
     if bad:
-        described = ", ".join(f"{name}={value}" for name, value in bad.items())
-        raise NonFiniteGradError(f"the loss is non-finite: {described}; nothing was changed")
+        raise NonFiniteGradError(f"the loss is non-finite: {bad}; nothing was changed")
 
 
 def signal_values(stats: GradStats, signals: Signals, names: Sequence[str]) -> Tensor:
-    """float64 `(K,)`: the value of each named signal; NaN for a loss that this step did not give."""
+    """float64 `(K,)`: the value of each named signal; NaN for a loss that was not given."""
     known = {GRAD_NORM: stats.total_norm64}
     known.update(zip(signals.loss_names, signals.losses, strict=True))
     missing = torch.full((), math.nan, dtype=torch.float64, device=stats.summary.device)

@@ -1,8 +1,8 @@
 """The two errors that a guarded run can end in.
 
-Both are `RuntimeError`s, so that code written for `torch.nn.utils.clip_grad_norm_(..., error_if_nonfinite=True)` keeps
-catching them, and both name parameters and counts: an error that only says "NaN" starts an investigation, one that says
-where ends it.
+Both are `RuntimeError`s, so that code written for `torch.nn.utils.clip_grad_norm_(...,
+error_if_nonfinite=True)` keeps catching them, and both name parameters and counts: an error that
+only says "NaN" starts an investigation, one that says where ends it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ def describe_culprits(culprits: Sequence[Culprit], n_culprits: int | None = None
     total = len(culprits) if n_culprits is None else n_culprits
     named = []
     for name, nan, posinf, neginf in culprits[:NAMED_CULPRITS]:
-        counts = [f"{n} {kind}" for n, kind in ((nan, "NaN"), (posinf, "+Inf"), (neginf, "-Inf")) if n]
+        counts = [
+            f"{n} {kind}" for n, kind in ((nan, "NaN"), (posinf, "+Inf"), (neginf, "-Inf")) if n
+        ]
         named.append(f"{name} ({', '.join(counts)})")
     more = total - len(named)
     return ", ".join(named) + (f" and {more} more" if more > 0 else "")
@@ -31,7 +33,8 @@ class NonFiniteGradError(RuntimeError):
     """Gradients, or a loss, hold NaN or Inf, and the caller asked for an error.
 
     Attributes:
-        culprits: `(name, nan, posinf, neginf)` of each bad parameter, in parameter order; empty if only a loss is bad.
+        culprits: `(name, nan, posinf, neginf)` of each bad parameter, in parameter order; empty if
+            only a loss is bad.
     """
 
     def __init__(self, message: str, culprits: Sequence[Culprit] = ()) -> None:
@@ -43,7 +46,8 @@ class TrainingDivergedError(RuntimeError):
     """Training cannot go on: the budget of skipped steps or of rollbacks is used up.
 
     Attributes:
-        culprits: `(name, nan, posinf, neginf)` of the bad parameters of the last incident, if it had any.
+        culprits: `(name, nan, posinf, neginf)` of the bad parameters of the last incident, if it
+            had any.
     """
 
     def __init__(self, message: str, culprits: Sequence[Culprit] = ()) -> None:

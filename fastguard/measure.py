@@ -80,7 +80,7 @@ class GradStats:
 
     @property
     def total_norm(self) -> Tensor:
-        """float32 `()` (float64 if any gradient is): the norm of the finite elements of the model."""
+        """float32 `()` (float64 if any gradient is): the norm of all finite elements."""
         norm = self.total_norm64
         return norm if self.float64 else norm.float()
 
@@ -121,24 +121,19 @@ def measure(
     Returns:
         The stats, on the device of the first gradient. Nothing waits for a GPU.
     """
-    parts = [
-        backend.stages(bucket.device).measure(
+    home = buckets.device
+    summary = counts = None
+    for bucket in buckets.buckets:
+        part, found = backend.stages(bucket.device).measure(
             bucket, buckets.n_segments, buckets.n_tensors, norm_type, inv_scale
         )
-        for bucket in buckets.buckets
-    ]
-    if not parts:
-        parts = [_nothing(buckets)]
-    summary, counts = parts[0]
-    for part, found in parts[1:]:
-        counts = counts + found.to(counts.device, non_blocking=True)
-        summary = _joined(summary, part.to(summary.device, non_blocking=True), norm_type)
+        part, found = part.to(home, non_blocking=True), found.to(home, non_blocking=True)
+        summary = part if summary is None else _joined(summary, part, norm_type)
+        counts = found if counts is None else counts + found
+    if summary is None or counts is None:
+        summary = torch.zeros(4, buckets.n_segments, dtype=torch.float64, device=home)
+        counts = torch.zeros(3, buckets.n_tensors, dtype=torch.int64, device=home)
     return GradStats(summary, counts, norm_type, buckets.names, buckets.float64)
-
-
-def _nothing(buckets: GradBuckets) -> tuple[Tensor, Tensor]:
-    summary = torch.zeros(4, buckets.n_segments, dtype=torch.float64)
-    return summary, torch.zeros(3, buckets.n_tensors, dtype=torch.int64)
 
 
 def _joined(a: Tensor, b: Tensor, norm_type: float) -> Tensor:
@@ -157,7 +152,9 @@ def norm_type_of(value: object) -> float:
     try:
         p = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
-        raise TypeError(f"norm_type={value!r} is not a number; use 2.0, 1.0 or float('inf')") from None
+        raise TypeError(
+            f"norm_type={value!r} is not a number; use 2.0, 1.0 or float('inf')"
+        ) from None
     if not p > 0.0:
         raise ValueError(f"norm_type={value!r} is not a norm; use a number > 0 or float('inf')")
     return p

@@ -1,8 +1,8 @@
 """One opaque op a stage, for `torch.compile`: schema, shapes, and the stage itself.
 
 Eager code calls the stages directly: the dispatcher costs 0.1 µs a tensor in a list, plain Python
-nothing. Compiled code needs the ops, because addresses and host decisions do not trace. All ops treat
-their gradients as one segment, but for `measure_tensors`.
+nothing. Compiled code needs the ops, because addresses and host decisions do not trace. All ops
+treat their gradients as one segment, but for `measure_tensors`.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def _decide(
     summary: Tensor, counts: Tensor, max_norm: Tensor, norm_type: float, nonfinite: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     if max_norm.device.type == "cpu" and not max_norm >= 0:  # reading a GPU's limit would wait
-        raise ValueError(f"max_norm={max_norm.item()} must be >= 0; use float('inf') to measure only")
+        raise ValueError(
+            f"max_norm={max_norm.item()} must be >= 0; use float('inf') to measure only"
+        )
     stats = GradStats(summary, counts, norm_type)
     if nonfinite == "raise":
         raise_if_nonfinite(stats)

@@ -1,4 +1,6 @@
-"""`patch_torch()`: every caller of `torch.nn.utils.clip_grad_norm_` and its three companions gets ours."""
+"""`patch_torch()`: every caller of `torch.nn.utils.clip_grad_norm_` and its three companions gets
+ours.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +36,9 @@ class _Patched:
 def patch_torch() -> _Patched:
     """Replaces the four gradient functions of `torch.nn.utils` and `torch.nn.utils.clip_grad`.
 
-    Process-wide and counted: each call needs one `unpatch_torch()`, and the last one puts back exactly
-    what was there before. Code that did `from torch.nn.utils import clip_grad_norm_` *before* the patch
-    holds torch's function and keeps it.
+    Process-wide and counted: each call needs one `unpatch_torch()`, and the last one puts back
+    exactly what was there before. Code that did `from torch.nn.utils import clip_grad_norm_`
+    *before* the patch holds torch's function and keeps it.
 
     Returns:
         A context manager that undoes this call.
@@ -69,7 +71,9 @@ def unpatch_torch() -> None:
     global _depth
     with _lock:
         if _depth == 0:
-            raise RuntimeError("torch is not patched: every unpatch_torch() needs a patch_torch() before")
+            raise RuntimeError(
+                "torch is not patched: every unpatch_torch() needs a patch_torch() before"
+            )
         _depth -= 1
         if _depth == 0:
             for place, originals in zip(_PLACES, _originals, strict=True):

@@ -1,7 +1,7 @@
 """Stage 2, reduce: every rank comes to know what all ranks know together.
 
-One SUM collective over one small float64 vector (power sums, counts of non-finite elements, losses),
-and one MAX for an inf-norm. With `group=None` and plain tensors there is nothing to do.
+One SUM collective over one small float64 vector (power sums, counts of non-finite elements,
+losses), and one MAX for an inf-norm. With `group=None` and plain tensors there is nothing to do.
 """
 
 from __future__ import annotations
@@ -50,5 +50,7 @@ def reduce(stats: GradStats, signals: Signals, group: None = None) -> tuple[Grad
         TypeError: `group` is of another kind.
     """
     if group is not None:
-        raise TypeError(f"group={group!r}: only group=None, one process, is supported in this release")
+        raise TypeError(
+            f"group={group!r}: only group=None, one process, is supported in this release"
+        )
     return stats, signals

@@ -124,9 +124,7 @@ def _rule_table(
     )
 
 
-def decide(
-    stats: GradStats, signals: Signals, state: GuardState | None, policy: Policy
-) -> Verdict:
+def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy: Policy) -> Verdict:
     """See `fastguard.decide.decide`."""
     device = stats.summary.device
     total_norm = stats.total_norm64
@@ -184,7 +182,9 @@ def decide(
 
 
 def _thresholds(state: GuardState, table: _RuleTable) -> Tensor:
-    """`mean + sigma * max(std, 0.01 * |mean|, tiny)` of the filled part of each ring, float64 `(K,)`."""
+    """`mean + sigma * max(std, 0.01 * |mean|, tiny)` of the filled part of each ring, float64
+    `(K,)`.
+    """
     if not state.windows.shape[1]:
         return table.fixed
     filled = state.rings[:, :1]
@@ -262,7 +262,7 @@ def apply(bucket: GradBucket, multiplier: Tensor, clean: Tensor) -> None:
 
 
 def factor_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the coefficient that multiplies a gradient: float32 below float64, as in torch."""
+    """The dtype of the coefficient for a gradient: float32 below float64, as in torch."""
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 

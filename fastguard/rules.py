@@ -5,8 +5,8 @@
     threshold = mean + sigma * max(std, 0.01 * |mean|, tiny)
 
 of the last `window` accepted values of its signal (population std). `Threshold` is a fixed limit.
-The sigma rule over 128 steps after a warm-up of 64 is the one that OLMo trains with; the floor under
-std keeps a nearly constant signal from calling noise a spike.
+The sigma rule over 128 steps after a warm-up of 64 is the one that OLMo trains with; the floor
+under std keeps a nearly constant signal from calling noise a spike.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class SpikeRule:
             raise ValueError(f"SpikeRule window={self.window!r} must be an integer >= 2")
         if not (isinstance(self.warmup, int) and 2 <= self.warmup <= self.window):
             raise ValueError(
-                f"SpikeRule warmup={self.warmup!r} must be an integer from 2 to window={self.window}: "
-                "the baseline holds no more than that"
+                f"SpikeRule warmup={self.warmup!r} must be an integer from 2 to "
+                f"window={self.window}: the baseline holds no more than that"
             )
         if not (isinstance(self.sigma, int | float) and 0 < self.sigma < math.inf):
             raise ValueError(f"SpikeRule sigma={self.sigma!r} must be a finite number > 0")

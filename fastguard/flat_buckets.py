@@ -1,0 +1,242 @@
+"""Gradients that live in one buffer per (device, dtype), so that their number costs nothing.
+
+Every `p.grad` is a view of the buffer: zeroing is one fill, measuring one long read, whether there
+are ten tensors or ten thousand. The price: autograd accumulates into `.grad` instead of handing its
+own tensor over, and a parameter that gets no gradient in a step holds a zero one, as with
+`zero_grad(set_to_none=False)`, unless its `.grad` is None.
+
+Slots begin at multiples of 16 bytes; what lies between them is zero and stays so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter, is_
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastguard.buckets import FLOATING, GradBucket, GradBuckets, Run, bucketize
+from fastguard.measure import GradStats, measure, norm_type_of
+
+ALIGN = 16  # bytes; what 128-bit loads and the vectorised optimizer kernels ask for
+
+
+@dataclass(slots=True)
+class _Buffer:
+    """One buffer: the positions of its parameters, its runs (one a segment) and its free slots."""
+
+    flat: Tensor
+    ids: list[int]
+    segments: list[int]
+    runs: tuple[Run, ...]
+    gaps: Tensor | None
+
+
+class FlatGradBuckets:
+    """Moves the gradients of a model into flat buffers and keeps them there.
+
+    Args:
+        parameters: Tensors or `(name, tensor)` pairs; those that need no gradient are left out.
+        trusted: Nobody replaces a `.grad` behind our back: skips the check of 0.1 µs a tensor.
+        segments: The segment of each parameter; None: one for all.
+        n_segments: How many segments there are.
+
+    Raises:
+        TypeError: A parameter is sparse, complex or of an integer dtype.
+        ValueError: There is no parameter that needs a gradient.
+
+    Example:
+        >>> import torch, fastguard
+        >>> model = torch.nn.Linear(3, 2)
+        >>> flat = fastguard.FlatGradBuckets(model.named_parameters())
+        >>> model(torch.ones(1, 3)).sum().backward()
+        >>> flat.clip_grad_norm_(1.0)
+        tensor(2.8284)
+        >>> flat.zero_()
+        >>> model.weight.grad.abs().sum()
+        tensor(0.)
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Tensor] | Iterable[tuple[str, Tensor]],
+        *,
+        trusted: bool = False,
+        segments: Sequence[int] | None = None,
+        n_segments: int = 1,
+    ) -> None:
+        items = list(parameters)
+        names: list[str] | None = None
+        if items and isinstance(items[0], tuple):
+            names = [name for name, _ in items]
+            items = [p for _, p in items]
+        chosen = [i for i, p in enumerate(items) if p.requires_grad]
+        if not chosen:
+            raise ValueError(
+                "FlatGradBuckets got no parameter that needs a gradient; pass model.parameters()"
+            )
+        self.parameters: list[Tensor] = [items[i] for i in chosen]
+        self.names = None if names is None else [names[i] for i in chosen]
+        self.segments = None if segments is None else [segments[i] for i in chosen]
+        self.n_segments = n_segments
+        self.trusted = trusted
+        self._views: list[Tensor] = [torch.empty(0)] * len(chosen)
+        self._check()
+        self._buffers = [self._lay_out(key, ids) for key, ids in self._grouped().items()]
+        for p, view in zip(self.parameters, self._views, strict=True):
+            if p.grad is not None:
+                view.copy_(p.grad)
+            p.grad = view
+        self._buckets = self._whole()
+
+    def zero_(self) -> None:
+        """Sets every gradient to zero: one fill a buffer. A detached `.grad` is attached again."""
+        for buffer in self._buffers:
+            buffer.flat.zero_()
+        if not self.trusted:
+            for p, view in zip(self.parameters, self._views, strict=True):
+                if p.grad is not view:
+                    p.grad = view
+
+    def buckets(self) -> GradBuckets:
+        """The gradients as the stages want them.
+
+        A gradient that somebody replaced is copied into its slot and attached again. One that is
+        None stays None for this step, its slot zero: a weight decay must not move a parameter that
+        torch leaves alone. One that is a view of a buffer of somebody else (DDP's) is used where it
+        is.
+        """
+        if self.trusted:
+            return self._buckets
+        grads = list(map(attrgetter("grad"), self.parameters))
+        if all(map(is_, grads, self._views)):
+            return self._buckets
+        foreign = False
+        for p, grad, view in zip(self.parameters, grads, self._views, strict=True):
+            if grad is view:
+                continue
+            if grad is None:
+                view.zero_()
+            elif _is_part_of_a_buffer(grad):
+                foreign = True
+            else:
+                if grad.layout is not torch.strided:
+                    raise TypeError(
+                        f"a gradient is sparse ({grad.layout}); flat buckets hold dense gradients: "
+                        "use sparse=False in the embedding"
+                    )
+                view.copy_(grad)
+                p.grad = view
+        if not foreign:
+            return self._buckets
+        return bucketize(
+            [p.grad for p in self.parameters],
+            segments=self.segments,
+            n_segments=self.n_segments,
+            names=self.names,
+        )
+
+    def measure(self, norm_type: float = 2.0) -> GradStats:
+        """Norm and non-finite counts from one read, as `fastguard.measure_grads`."""
+        return measure(self.buckets(), norm_type_of(norm_type))
+
+    @torch.no_grad()
+    def clip_grad_norm_(
+        self,
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        *,
+        nonfinite: Literal["propagate", "zero", "raise"] = "propagate",
+    ) -> Tensor:
+        """Clips all gradients by their joint norm, as `fastguard.clip_grad_norm_`."""
+        from fastguard.clip import clip_buckets
+
+        return clip_buckets(self.buckets(), max_norm, norm_type, error_if_nonfinite, nonfinite)
+
+    def close_gaps_(self) -> None:
+        """Makes what lies between the slots zero again, after a NaN coefficient reached it."""
+        for buffer in self._buffers:
+            if buffer.gaps is not None:
+                buffer.flat.index_fill_(0, buffer.gaps, 0.0)
+
+    def _check(self) -> None:
+        for i, p in enumerate(self.parameters):
+            if p.layout is not torch.strided or p.dtype not in FLOATING:
+                name = self.names[i] if self.names else f"parameter {i}"
+                raise TypeError(
+                    f"{name} is {p.dtype} ({p.layout}); flat buckets hold dense real gradients: "
+                    "leave this parameter out"
+                )
+
+    def _grouped(self) -> dict[tuple[torch.device, torch.dtype], list[int]]:
+        grouped: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        seen: set[int] = set()
+        for i, p in enumerate(self.parameters):
+            if id(p) in seen:
+                raise ValueError("a parameter appears twice; pass each parameter once")
+            seen.add(id(p))
+            grouped.setdefault((p.device, p.dtype), []).append(i)
+        return grouped
+
+    def _lay_out(self, key: tuple[torch.device, torch.dtype], ids: list[int]) -> _Buffer:
+        device, dtype = key
+        segment_of = self.segments or [0] * len(self.parameters)
+        ids = sorted(ids, key=lambda i: segment_of[i])  # stable: one run a segment
+        unit = ALIGN // dtype.itemsize
+        starts, at = [], 0
+        for i in ids:
+            starts.append(at)
+            at += -(-self.parameters[i].numel() // unit) * unit
+        flat = torch.zeros(at, dtype=dtype, device=device)
+        gaps: list[int] = []
+        bounds: dict[int, tuple[int, int]] = {}
+        for i, start, stop in zip(ids, starts, [*starts[1:], at], strict=True):
+            p = self.parameters[i]
+            self._views[i] = _slot(flat, start, p)
+            gaps.extend(range(start + p.numel(), stop))
+            first, _ = bounds.get(segment_of[i], (start, stop))
+            bounds[segment_of[i]] = (first, stop)
+        runs = tuple(Run(flat[a:b], segment) for segment, (a, b) in bounds.items())
+        free = torch.tensor(gaps, device=device) if gaps else None
+        return _Buffer(flat, ids, [segment_of[i] for i in ids], runs, free)
+
+    def _whole(self) -> GradBuckets:
+        """Buckets over all slots: they outlive every step, since the slots never move."""
+        buckets = tuple(
+            GradBucket(
+                b.flat.device,
+                b.flat.dtype,
+                [self._views[i] for i in b.ids],
+                b.ids,
+                b.segments,
+                b.runs,
+            )
+            for b in self._buffers
+        )
+        n = len(self.parameters)
+        return GradBuckets(buckets, n, self.n_segments, self.names, self._views[0].device)
+
+
+def _slot(flat: Tensor, start: int, p: Tensor) -> Tensor:
+    """The gradient of `p` inside `flat`, with the strides of `p`: fused optimizers ask for the
+    same.
+    """
+    dense = p.is_contiguous() or sorted(p.stride()) == sorted(torch.empty_like(p).stride())
+    strides = torch.empty_like(p, device="meta").stride() if dense else None
+    piece = flat[start : start + p.numel()]
+    return piece.view(p.shape) if strides is None else piece.as_strided(p.shape, strides)
+
+
+def _is_part_of_a_buffer(grad: Tensor) -> bool:
+    """Whether a gradient is a dense view of a larger buffer that belongs to somebody else.
+
+    Autograd hands over tensors with a storage of their own; DDP with `gradient_as_bucket_view=True`
+    gives views of its buckets, and must find them again.
+    """
+    if grad.layout is not torch.strided or not grad.numel():
+        return False
+    return grad._is_view() and grad.untyped_storage().nbytes() >= 2 * grad.numel() * grad.itemsize

@@ -1,0 +1,65 @@
+"""Losses on their way to a decision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+LOSS = "loss"
+"""The name of a loss that was given without one."""
+
+
+def named_losses(loss: Tensor | float | Mapping[str, Tensor | float] | None) -> dict[str, Tensor]:
+    """What a user passes as `loss`, as detached scalars by name.
+
+    Raises:
+        TypeError: A loss is neither a tensor nor a number.
+        ValueError: A loss has more than one element.
+    """
+    if loss is None:
+        return {}
+    named = loss if isinstance(loss, Mapping) else {LOSS: loss}
+    scalars = {}
+    for name, value in named.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            value = torch.tensor(float(value), dtype=torch.float64)
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name}={value!r} is a {type(value).__name__}; pass a scalar tensor, a number, "
+                "or a dict of them by name"
+            )
+        if value.numel() != 1:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}, but the guard needs one number; "
+                "reduce it first, for example with .mean()"
+            )
+        scalars[str(name)] = value.detach().reshape(())
+    return scalars
+
+
+class ObservedLosses:
+    """Means of the losses of the micro-batches since the last step.
+
+    Kept as sums on the device of each loss: a NaN or Inf in any micro-batch makes the sum, and so
+        the mean, non-finite.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def observe(self, losses: Mapping[str, Tensor]) -> None:
+        """Adds one micro-batch."""
+        for name, value in losses.items():
+            wide = value.double()
+            self._sums[name] = self._sums[name] + wide if name in self._sums else wide
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def take(self) -> dict[str, Tensor]:
+        """The means by name, float64 `()`; the next micro-batch starts anew."""
+        means = {name: total / self._counts[name] for name, total in self._sums.items()}
+        self._sums.clear()
+        self._counts.clear()
+        return means

@@ -1,0 +1,458 @@
+"""`GuardedOptimizer`: an optimizer whose steps are measured, decided, and applied or skipped.
+
+One step is four lines: measure, reduce, decide, apply; then the wrapped optimizer obeys. Everything
+else here is bookkeeping: what the step knows (losses, scaler), what it leaves behind (records), and
+being a `torch.optim.Optimizer` to schedulers, scalers and trainers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from operator import attrgetter, is_
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fastguard import resume
+from fastguard.apply import apply, clamp_finite_
+from fastguard.backend import backend_of
+from fastguard.buckets import GradBuckets, bucketize
+from fastguard.clip import limit_of
+from fastguard.decide import GuardState, NonFinite, Policy, Verdict, decide, raise_if_nonfinite
+from fastguard.errors import TrainingDivergedError
+from fastguard.flat_buckets import FlatGradBuckets
+from fastguard.losses import ObservedLosses, named_losses
+from fastguard.measure import measure, norm_type_of
+from fastguard.records import Recorder, StepRecord, pack
+from fastguard.reduce import Signals, reduce
+from fastguard.rules import Rule, rules_by_signal
+from fastguard.segments import SCOPES, ClipScope, Layout, lay_out, limits
+from fastguard.stepping import road_of
+from fastguard.whole_step import WholeStep
+
+log = logging.getLogger("fastguard")
+
+MODES = ("skip", "zero", "raise", "propagate")
+Loss = Tensor | float | Mapping[str, Tensor | float]
+
+
+class GuardedOptimizer(Optimizer):
+    """Wraps an optimizer so that no bad step reaches the weights.
+
+    Args:
+        optimizer: Any dense optimizer of `torch.optim`, or one that behaves like them. Fused ones
+            skip on the device without a synchronisation.
+        max_norm: Limit of the gradient norm, >= 0; None or `inf`: measure only.
+        norm_type: p > 0 of the p-norm, `inf` for the largest magnitude.
+        clip_scope: What one clip coefficient is for: the whole model (`"global"`), each param group
+            (`"group"`, which may carry a `max_norm` of its own), or each tensor (`"tensor"`). A
+            param group may also carry `clip_value`: its finite elements are clamped before the
+            norm.
+        nonfinite: What NaN and Inf in gradients do: `"skip"` the step, set them to `"zero"`,
+            `"raise"` before anything is changed, or `"propagate"` as torch does. A non-finite loss
+            skips the step in the first two modes, raises in the third, and is ignored in the last.
+        spike: A `SpikeRule` or `Threshold` for the gradient norm, or a dict of them by signal
+            (`"grad_norm"` or the name of a loss).
+        max_consecutive_skips: More skips in a row than this raise `TrainingDivergedError`.
+        named_parameters: `model.named_parameters()`, so that records can name the culprit.
+        flat_buckets: Keep the gradients in one buffer per (device, dtype): see `FlatGradBuckets`.
+        group: Reserved for several processes.
+
+    Raises:
+        TypeError, ValueError: An argument is not of the kind or range above; nothing was changed.
+
+    Example:
+        >>> import torch, fastguard
+        >>> model = torch.nn.Linear(2, 1)
+        >>> opt = fastguard.GuardedOptimizer(
+        ...     torch.optim.AdamW(model.parameters(), fused=True),
+        ...     max_norm=1.0,
+        ...     named_parameters=model.named_parameters(),
+        ... )
+        >>> model.weight.grad = torch.tensor([[float("nan"), 1.0]])
+        >>> opt.step()
+        >>> opt.skipped_steps, opt.records()[0].culprits
+        (1, (('weight', 1, 0, 0),))
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler.step then always calls step, also on Inf
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        clip_scope: ClipScope = "global",
+        nonfinite: NonFinite = "skip",
+        spike: Rule | Mapping[str, Rule] | None = None,
+        max_consecutive_skips: int | None = None,
+        named_parameters: Iterable[tuple[str, Tensor]] | None = None,
+        flat_buckets: bool = False,
+        group: None = None,
+    ) -> None:
+        _check_optimizer(optimizer)
+        _check_choice("clip_scope", clip_scope, SCOPES)
+        _check_choice("nonfinite", nonfinite, MODES)
+        _check_budget(max_consecutive_skips)
+        self.norm_type = norm_type_of(norm_type)
+        self.max_norm = None if max_norm is None else limit_of("max_norm", max_norm)
+        rules = rules_by_signal(spike)
+        limits(optimizer.param_groups, clip_scope, self.max_norm)
+        _clip_values(optimizer.param_groups)
+
+        self.optimizer = optimizer
+        self.clip_scope: ClipScope = clip_scope
+        self.nonfinite: NonFinite = nonfinite
+        self.rules = rules
+        self.max_consecutive_skips = max_consecutive_skips
+        self.group = group
+        self._names = {id(p): name for name, p in named_parameters or ()}
+        self._layout = self._lay_out()
+        self._device = self._layout.parameters[0].device
+        self._flat = self._flattened() if flat_buckets else None
+        self._limits: tuple[float, ...] = ()
+        self._policy = self._current_policy()
+        self._state = GuardState.fresh(self._policy, self._device)
+        self._observed = ObservedLosses()
+        self._recorder = Recorder()
+        self._road = WholeStep(optimizer) if WholeStep.serves(optimizer) else road_of(optimizer)
+        self.last: Verdict | None = None
+        self._become_an_optimizer()
+        log.info("%s", self.describe())
+
+    @torch._disable_dynamo
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], Loss] | None = None,
+        *,
+        loss: Loss | None = None,
+        tag: Any = None,
+    ) -> Any:
+        """Measures the gradients, decides, and lets the wrapped optimizer step, or not.
+
+        Args:
+            closure: Evaluates the model once more and returns the loss, as in torch.
+            loss: The loss of this step, a scalar or a dict of scalars by name; a non-finite one
+                makes the step bad, and spike rules judge it by name (`"loss"` if it has none).
+            tag: Anything that helps to find the batch again; it comes back in the record.
+
+        Returns:
+            What `closure` returned, else None.
+
+        Raises:
+            NonFiniteGradError: `nonfinite="raise"` and something is non-finite.
+            TrainingDivergedError: More than `max_consecutive_skips` steps in a row were skipped; on
+                a road without synchronisation this comes one step later.
+        """
+        if isinstance(self._road, WholeStep):
+            return self._step_whole(closure, loss, tag)
+        self._check_skip_budget(before=True)
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+            loss = result if loss is None else loss
+        self.observe(loss)
+        with torch.no_grad():
+            buckets = self._gather()
+            self._decide_and_obey(buckets, tag)
+        self._check_skip_budget(before=False)
+        return result
+
+    def _decide_and_obey(self, buckets: GradBuckets, tag: Any) -> None:
+        signals = self._signals()
+        policy = self._current_policy()
+
+        stats = measure(buckets, self.norm_type, signals.inv_scale)
+        stats, signals = reduce(stats, signals, self.group)
+        if policy.nonfinite == "raise":
+            raise_if_nonfinite(stats, signals)
+        verdict = decide(stats, signals, self._state, policy)
+        apply(buckets, verdict)
+        self._road.step(verdict)
+
+        if self._flat is not None and policy.nonfinite == "propagate":
+            self._flat.close_gaps_()
+        self.last = verdict
+        packed = pack(stats, signals, verdict, self._state, self.param_groups[0]["lr"])
+        self._recorder.add(packed, stats.name, signals.loss_names, policy.signals, tag)
+
+    def _step_whole(self, closure: Callable[[], Loss] | None, loss: Loss | None, tag: Any) -> Any:
+        """An optimizer that evaluates the closure itself (LBFGS): step, look, take back if bad."""
+        assert isinstance(self._road, WholeStep)
+        result, last_loss = self._road.attempt(closure)
+        try:
+            self.observe(last_loss if loss is None else loss)
+            with torch.no_grad():
+                self._decide_and_obey(self._gather(), tag)
+        except BaseException:
+            self._road.take_back()
+            raise
+        self._check_skip_budget(before=False)
+        return result
+
+    def observe(self, loss: Loss | None) -> None:
+        """Gives the guard a loss ahead of `step`, for trainers that call `step()` themselves.
+
+        Several calls before one step (gradient accumulation) count together: any non-finite one
+        makes the step bad, spike rules judge the mean.
+
+        Args:
+            loss: As in `step`.
+        """
+        self._observed.observe(named_losses(loss))
+
+    def _gather(self) -> GradBuckets:
+        groups = self.param_groups
+        if sum(len(g["params"]) for g in groups) != len(self._layout.parameters) or not all(
+            map(is_, self._layout.parameters, (p for g in groups for p in g["params"]))
+        ):
+            self._layout = self._lay_out()
+            self._flat = self._flattened() if self._flat is not None else None
+        for group, limit in _clip_values(groups):
+            grads = [p.grad for p in group["params"] if p.grad is not None]
+            clamp_finite_(grads, limit, self._inv_scale())
+        if self._flat is not None:
+            return self._flat.buckets()
+        layout = self._layout
+        return bucketize(
+            list(map(attrgetter("grad"), layout.parameters)),
+            segments=layout.segments,
+            n_segments=layout.n_segments,
+            names=layout.names,
+            norm_type=self.norm_type,
+            device=self._device,
+        )
+
+    def _signals(self) -> Signals:
+        losses = self._observed.take()
+        device = self._device
+        if losses:
+            values = torch.stack([v.to(device, non_blocking=True) for v in losses.values()])
+        else:
+            values = torch.empty(0, dtype=torch.float64, device=device)
+        found_inf = getattr(self, "found_inf", None)  # GradScaler.step leaves it here
+        if found_inf is not None:
+            found_inf = found_inf.to(device, non_blocking=True).reshape(())
+        return Signals(values, tuple(losses), self._inv_scale(), found_inf)
+
+    def _inv_scale(self) -> Tensor | None:
+        scale = getattr(self, "grad_scale", None)  # None after GradScaler.unscale_
+        if scale is None:
+            return None
+        return scale.to(self._device, torch.float64, non_blocking=True).reshape(()).reciprocal()
+
+    def _current_policy(self) -> Policy:
+        """The policy with the limits that the param groups hold now."""
+        now = limits(self.param_groups, self.clip_scope, self.max_norm)
+        if now != self._limits:
+            self._limits = now
+            self._policy = Policy(
+                torch.tensor(now, dtype=torch.float64).to(self._device, non_blocking=True),
+                self.nonfinite,
+                tuple(self.rules.values()),
+                tuple(self.rules),
+            )
+        return self._policy
+
+    def _lay_out(self) -> Layout:
+        return lay_out(self.param_groups, self.clip_scope, self._names)
+
+    def _flattened(self) -> FlatGradBuckets:
+        layout = self._layout
+        named = zip(layout.names, layout.parameters, strict=True)
+        return FlatGradBuckets(named, segments=layout.segments, n_segments=layout.n_segments)
+
+    def _check_skip_budget(self, *, before: bool) -> None:
+        """Raises when too many steps in a row were skipped.
+
+        Where the verdict of step k is on the host at once, after step k; else before step k + 1, by
+        waiting for step k, so that every rank and every rerun stops at the same step.
+        """
+        if self.max_consecutive_skips is None:
+            return
+        on_host = self._device.type == "cpu" or self._road.waits
+        if before == on_host:
+            return
+        record = self._recorder.wait()
+        if record is not None and record.consecutive_skips > self.max_consecutive_skips:
+            raise TrainingDivergedError(
+                f"{record.consecutive_skips} steps in a row were skipped, more than "
+                f"max_consecutive_skips={self.max_consecutive_skips}. Last: {record}",
+                record.culprits,
+            )
+
+    # What is known about the run.
+
+    def records(self) -> list[StepRecord]:
+        """The records of finished steps since the last call, oldest first. Never waits."""
+        return self._recorder.drain()
+
+    def flush(self) -> list[StepRecord]:
+        """As `records()`, but waits for the steps that the device has not finished."""
+        self._recorder.wait()
+        return self._recorder.drain()
+
+    @property
+    def applied_steps(self) -> int:
+        """Steps that reached the weights. Waits for a GPU."""
+        return int(self._state.counters[1])
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that did not. Waits for a GPU."""
+        return int(self._state.counters[2])
+
+    @property
+    def consecutive_skips(self) -> int:
+        """Skipped steps since the last applied one. Waits for a GPU."""
+        return int(self._state.counters[3])
+
+    @property
+    def sync_free(self) -> bool:
+        """Whether a step never waits for the device.
+
+        True for fused optimizers (but for the one step that creates the momentum buffers of SGD),
+        and for every optimizer on a CPU, where there is nothing to wait for; never in raise mode on
+        a GPU.
+        """
+        on_cpu = self._device.type == "cpu"
+        return on_cpu or not (self._road.waits or self.nonfinite == "raise")
+
+    def describe(self) -> str:
+        """What is guarded and how, in one line."""
+        elements = sum(p.numel() for p in self._layout.parameters)
+        rules = ", ".join(f"{signal}: {rule}" for signal, rule in self.rules.items()) or "none"
+        return (
+            f"guarding {type(self.optimizer).__name__}: {len(self._layout.parameters)} tensors, "
+            f"{elements:,} elements on {self._device} ({backend_of(self._device)} backend); "
+            f"max_norm={self.max_norm} (p={self.norm_type:g}, {self.clip_scope}), "
+            f"nonfinite={self.nonfinite}, spike rules: {rules}; "
+            f"skips {'after reading the verdict' if self._road.waits else 'through found_inf'}"
+        )
+
+    # Being an optimizer.
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The param groups of the wrapped optimizer, which replaces the list when it loads."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The state of the wrapped optimizer."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.optimizer.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The defaults of the wrapped optimizer."""
+        return self.optimizer.defaults
+
+    def _become_an_optimizer(self) -> None:
+        # What Optimizer.__init__ does, without param groups of our own.
+        for event in ("step", "state_dict", "load_state_dict"):
+            for when in ("pre", "post"):
+                setattr(self, f"_optimizer_{event}_{when}_hooks", OrderedDict())
+        self._warned_capturable_if_run_uncaptured = True
+        self._patch_step_function()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a param group to the wrapped optimizer; it is guarded from the next step on."""
+        limits([*self.param_groups, param_group], self.clip_scope, self.max_norm)
+        _clip_values([param_group])
+        self.optimizer.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients; with flat buckets by one fill, so they stay attached."""
+        if self._flat is not None:
+            self._flat.zero_()
+        else:
+            self.optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """The wrapped optimizer's state dict, and the guard's state under `"fastguard"`."""
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        state_dict = self.optimizer.state_dict()
+        state_dict["fastguard"] = resume.save(self._state, self._policy)
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        return state_dict
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resumes exactly: optimizer, counters and spike baselines.
+
+        A state dict without `"fastguard"` loads into a fresh guard, with one warning.
+
+        Raises:
+            ValueError: It belongs to another configuration; nothing was changed.
+        """
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        guard = resume.load(state_dict.pop("fastguard", None), self._policy, self._device)
+        self.optimizer.load_state_dict(state_dict)
+        self._state = guard
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._patch_step_function()
+
+
+def _check_optimizer(optimizer: object) -> None:
+    if isinstance(optimizer, GuardedOptimizer):
+        raise TypeError("the optimizer is guarded already; wrap the inner one: guarded.optimizer")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer={optimizer!r} is no torch.optim.Optimizer; "
+            "pass for example torch.optim.AdamW(model.parameters())"
+        )
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise TypeError(
+            "SparseAdam works on sparse gradients, which fastguard does not guard; use Adam with "
+            "a dense embedding, or leave this optimizer unguarded"
+        )
+    if not any(group["params"] for group in optimizer.param_groups):
+        raise ValueError("the optimizer has no parameters; there is nothing to guard")
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        raise ValueError(
+            "differentiable=True needs gradients that are not changed in place; guard without it"
+        )
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(choices)}")
+
+
+def _check_budget(value: object) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ValueError(f"max_consecutive_skips={value!r} must be None or an integer >= 1")
+
+
+def _clip_values(groups: Iterable[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], float]]:
+    """The param groups that carry a `clip_value`, with it."""
+    return [
+        (g, limit_of("clip_value", g["clip_value"]))
+        for g in groups
+        if g.get("clip_value") is not None
+    ]

@@ -1,0 +1,76 @@
+"""The guard's part of a state dict: tensors and plain values, for `weights_only=True`."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+from fastguard.decide import GuardState, Policy
+from fastguard.rules import SpikeRule
+
+VERSION = 1
+
+
+def save(state: GuardState, policy: Policy) -> dict[str, Any]:
+    """Counters and spike baselines, copied, and what they belong to."""
+    return {
+        "version": VERSION,
+        "signals": list(policy.signals),
+        "windows_of": _windows(policy),
+        "counters": state.counters.clone(),
+        "windows": state.windows.clone(),
+        "rings": state.rings.clone(),
+    }
+
+
+def load(saved: dict[str, Any] | None, policy: Policy, device: torch.device) -> GuardState:
+    """The state to resume with.
+
+    Raises:
+        ValueError: `saved` is of a newer version, incomplete, or of other spike rules.
+    """
+    fresh = GuardState.fresh(policy, device)
+    if saved is None:
+        warnings.warn(
+            "the state dict has no 'fastguard' entry, so the optimizer resumes and the guard "
+            "starts fresh: counters at 0, spike baselines empty. Save opt.state_dict() of the "
+            "GuardedOptimizer to keep them.",
+            stacklevel=4,
+        )
+        return fresh
+    version = saved.get("version")
+    if version != VERSION:
+        raise ValueError(
+            f"the guard's state has version {version!r}, this release reads {VERSION}; "
+            "upgrade fastguard, or delete state_dict['fastguard'] to start a fresh guard"
+        )
+    missing = [
+        k for k in ("signals", "windows_of", "counters", "windows", "rings") if k not in saved
+    ]
+    if missing:
+        raise ValueError(
+            f"the guard's state lacks {', '.join(missing)}; it is damaged: "
+            "delete state_dict['fastguard'] to start a fresh guard"
+        )
+    of = (list(saved["signals"]), list(saved["windows_of"]))
+    if of != (list(policy.signals), _windows(policy)):
+        raise ValueError(
+            f"the guard's state is of spike rules {of[0]} with windows {of[1]}, but this guard has "
+            f"{list(policy.signals)} with {_windows(policy)}; construct it with the same spike=, "
+            "or delete state_dict['fastguard'] to start a fresh guard"
+        )
+    for name in ("counters", "windows", "rings"):
+        expected, given = getattr(fresh, name), saved[name]
+        if given.shape != expected.shape:
+            raise ValueError(
+                f"the guard's state has {name} of shape {tuple(given.shape)}, expected "
+                f"{tuple(expected.shape)}; delete state_dict['fastguard'] to start a fresh guard"
+            )
+        expected.copy_(given)
+    return fresh
+
+
+def _windows(policy: Policy) -> list[int]:
+    return [r.window if isinstance(r, SpikeRule) else 0 for r in policy.rules]

@@ -1,0 +1,83 @@
+"""Which clip coefficient belongs to which parameter, and what limit it obeys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from fastguard.clip import limit_of
+
+ClipScope = Literal["global", "group", "tensor"]
+SCOPES = ("global", "group", "tensor")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The parameters of an optimizer in the order of the guard.
+
+    Attributes:
+        parameters: All T of them, group after group.
+        segments: The segment of each; None if there is one.
+        n_segments: S.
+        names: Of each parameter; the first name wins where there are several.
+    """
+
+    parameters: list[Tensor]
+    segments: Sequence[int] | None
+    n_segments: int
+    names: list[str]
+
+
+def lay_out(
+    groups: Sequence[Mapping[str, Any]], scope: ClipScope, names: Mapping[int, str]
+) -> Layout:
+    """The layout of param groups.
+
+    Args:
+        groups: `optimizer.param_groups`.
+        scope: What one clip coefficient is for.
+        names: Parameter names by `id`; others get the name that the param group gives, or a number.
+    """
+    parameters: list[Tensor] = []
+    labels: list[str] = []
+    segments: list[int] = []
+    for g, group in enumerate(groups):
+        given = group.get("param_names") or [None] * len(group["params"])
+        for p, label in zip(group["params"], given, strict=True):
+            labels.append(names.get(id(p)) or label or f"parameter {len(parameters)}")
+            parameters.append(p)
+            segments.append(g)
+    if scope == "global":
+        return Layout(parameters, None, 1, labels)
+    if scope == "group":
+        return Layout(parameters, segments, len(groups), labels)
+    return Layout(parameters, range(len(parameters)), len(parameters), labels)
+
+
+def limits(
+    groups: Sequence[Mapping[str, Any]], scope: ClipScope, max_norm: float | None
+) -> tuple[float, ...]:
+    """One limit a segment, or one for all; a group's own `max_norm` goes before that of the
+    wrapper.
+
+    Raises:
+        TypeError, ValueError: A group's `max_norm` is no limit, or the scope has no use for it.
+    """
+    own = [group.get("max_norm") for group in groups]
+    if scope != "group":
+        given = next((m for m in own if m is not None), None)
+        if given is not None:
+            raise ValueError(
+                f"a param group has max_norm={given!r}, but clip_scope={scope!r}; "
+                "use clip_scope='group' to clip param groups separately"
+            )
+        return (_limit(max_norm),)
+    return tuple(_limit(max_norm if m is None else m) for m in own)
+
+
+def _limit(max_norm: float | None) -> float:
+    return math.inf if max_norm is None else limit_of("max_norm", max_norm)

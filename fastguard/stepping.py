@@ -1,0 +1,78 @@
+"""How the wrapped optimizer is made to obey: two roads to "this step does not happen".
+
+* `FoundInf`: fused optimizers read the device scalar `found_inf` inside their kernel and write
+  nothing when it is exactly 1. Nobody waits. Their own step hooks run on skipped steps too: the
+  host does not know yet.
+* `ReadFirst`: every other optimizer is simply not called. That takes the value of `found_inf` on
+  the host: free on a CPU, one read of one scalar on a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.optim import Optimizer
+
+from fastguard.decide import Verdict
+
+
+class ReadFirst:
+    """Reads the verdict, then steps or does not. Waits for a GPU."""
+
+    waits = True
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def step(self, verdict: Verdict) -> None:
+        if verdict.found_inf.item() == 0.0:
+            self.optimizer.step()
+
+
+class FoundInf:
+    """Hands the verdict to the kernel of a fused optimizer.
+
+    The kernel tests `found_inf == 1` exactly and wants float32 of shape `()`; `grad_scale` stays
+    None, because with it the kernel writes the gradients back even at scale 1.
+
+    Fused SGD with momentum is the exception for one step: its first one leaves the momentum buffer
+    uninitialised if skipped, and no value there would mean "first step" to torch. So a step that
+    creates buffers reads the verdict first.
+    """
+
+    waits = False
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self._careful = ReadFirst(optimizer)
+
+    def step(self, verdict: Verdict) -> None:
+        if self._creates_momentum():
+            self._careful.step(verdict)
+            return
+        optimizer = self.optimizer
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+        optimizer.found_inf = verdict.found_inf  # type: ignore[attr-defined]
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+
+    def _creates_momentum(self) -> bool:
+        if not isinstance(self.optimizer, torch.optim.SGD):
+            return False
+        state = self.optimizer.state
+        for group in self.optimizer.param_groups:
+            if group["momentum"] == 0:
+                continue
+            for p in group["params"]:
+                if p.grad is not None and state.get(p, {}).get("momentum_buffer") is None:
+                    return True
+        return False
+
+
+def road_of(optimizer: Optimizer) -> FoundInf | ReadFirst:
+    """The road that an optimizer can take; `FoundInf` only if every param group is fused."""
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    if fused and getattr(optimizer, "_step_supports_amp_scaling", False):
+        return FoundInf(optimizer)
+    return ReadFirst(optimizer)
