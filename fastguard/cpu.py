@@ -9,10 +9,11 @@ in the same direction (3e-7 seen on constants, where torch's own norm is 4e-2 of
 *measured*: `AUDITED` blocks of 8 rows, drawn in proportion to what they contribute, are summed
 again in float64, and the mean relative error that they show is taken out of the total. Drawing by
 contribution makes the estimate unbiased however unevenly the sum is spread: if one block holds
-everything, every draw hits it and the result is exact. The draws are at fixed quantiles, so the
-same gradients give the same norm bit for bit; one in each of `AUDITED` equal parts, and not always
-in its middle, or gradients that repeat at the pace of the draws would show one half of themselves
-(3e-7 off when blocks of two constants alternate; 7e-8 at the worst with these).
+everything, every draw hits it and the result is exact. Where the drawn blocks disagree by more than
+random data does (blocks of several constants, say), sixteen times as many are drawn. The draws are at
+fixed quantiles, so the same gradients give the same norm bit for bit; but not evenly spaced ones,
+with which gradients that repeat at the pace of the draws would show one half of themselves (3e-7 off
+when blocks of two constants alternate).
 
 What float32 cannot hold is noticed and done again in float64: a row that overflows makes the sum
 infinite, and a sum under `n_elements * 2**-126 * 1e9` may have lost squares to underflow. The sum
@@ -46,10 +47,15 @@ STAGE = 512 * BLOCK  # elements of the staging buffer: 4 MB of float32, which a 
 SHARE = 2**16 * BLOCK  # elements between two audits: bounds the row norms kept to 6 MB
 EXACT_BELOW = 2**17  # fewer elements than this are summed in float64 outright
 AUDITED = 64
+DISAGREEING = 1.2e-7  # standard deviation of the audited errors; random data, however heavy its tail, has 8e-8
 TINY_SQUARE = 2.0**-126  # smallest normal float32: smaller squares may be flushed to zero
 
-_GOLDEN = 0.6180339887498949  # its multiples modulo 1 fall into step with no period
-_QUANTILES = (np.arange(AUDITED) + np.arange(AUDITED) * _GOLDEN % 1) / AUDITED
+def _quantiles(n: int) -> np.ndarray:
+    """One number in each of n equal parts of [0, 1); RandomState never changes its stream."""
+    return (np.arange(n) + np.random.RandomState(0).rand(n)) / n
+
+
+_DRAWS = (_quantiles(AUDITED), _quantiles(16 * AUDITED))
 
 Counts = tuple[int, int, int]
 
@@ -157,7 +163,8 @@ def _l2_power_sum(tensors: Sequence[Tensor]) -> float:
     sizes = list(map(Tensor.numel, tensors))
     n_elements = sum(sizes)
     if n_elements < EXACT_BELOW:
-        return math.fsum(_float64_power_sum(x, 2.0) for x, _ in _float64_pieces(tensors))
+        x = torch.cat([t.reshape(-1) for t in tensors]).double()
+        return torch.dot(x, x).item()
     vectors = tensors if set(map(Tensor.dim, tensors)) == {1} else [t.reshape(-1) for t in tensors]
     if n_elements <= SHARE:
         return _share_power_sum(vectors, sizes)
@@ -230,15 +237,26 @@ def _audited_sum(block_sums: Tensor, sources: list[_Source]) -> float:
     total = running[-1].item()
     if not 0.0 < total < math.inf:  # NaN too: the caller looks again
         return total
-    drawn = running.searchsorted(_QUANTILES * total).clip(max=len(sums) - 1)
+    errors = np.empty(0)
+    for quantiles in _DRAWS:
+        drawn = running.searchsorted(quantiles * total).clip(max=len(sums) - 1)
+        errors = _true_sums(drawn, sources) / sums[drawn] - 1.0
+        if errors.std() < DISAGREEING:
+            break
+    return total * (1.0 + errors.mean().item())
+
+
+def _true_sums(drawn: np.ndarray, sources: list[_Source]) -> np.ndarray:
+    """The sums of squares of the drawn blocks, in float64."""
     ends = np.cumsum([source.n_blocks for source in sources])
     owners = ends.searchsorted(drawn, side="right")
     starts = ends - [source.n_blocks for source in sources]
-    pieces: list[Tensor] = []
-    for i, block in zip(owners.tolist(), (drawn - starts[owners]).tolist(), strict=True):
-        pieces += sources[i].block(block)
-    true = torch.cat(pieces).double().square_().view(AUDITED, BLOCK).sum(1).numpy()
-    return total * (true / sums[drawn]).mean().item()
+    places = list(zip(owners.tolist(), (drawn - starts[owners]).tolist(), strict=True))
+    sums = []
+    for first in range(0, len(places), AUDITED):
+        pieces = [t for i, k in places[first : first + AUDITED] for t in sources[i].block(k)]
+        sums.append(torch.cat(pieces).double().square_().view(-1, BLOCK).sum(1))
+    return torch.cat(sums).numpy()
 
 
 def _stage(n: int) -> Tensor:

@@ -125,6 +125,10 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
     Returns:
         The verdict; nothing waits for a GPU.
     """
+    if stats.summary.device.type == "cpu":
+        from fastguard import host_decide
+
+        return host_decide.decide(stats, signals, state, policy)
     return backend.stages(stats.summary.device).decide(stats, signals, state, policy)
 
 

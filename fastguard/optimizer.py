@@ -27,7 +27,7 @@ from fastguard.errors import TrainingDivergedError
 from fastguard.flat_buckets import FlatGradBuckets
 from fastguard.losses import ObservedLosses, named_losses
 from fastguard.measure import measure, norm_type_of
-from fastguard.records import Recorder, StepRecord, pack
+from fastguard.records import Recorder, StepRecord
 from fastguard.reduce import Signals, reduce
 from fastguard.rules import Rule, rules_by_signal
 from fastguard.segments import SCOPES, ClipScope, Layout, lay_out, limits
@@ -179,8 +179,8 @@ class GuardedOptimizer(Optimizer):
         if self._flat is not None and policy.nonfinite == "propagate":
             self._flat.close_gaps_()
         self.last = verdict
-        packed = pack(stats, signals, verdict, self._state, self.param_groups[0]["lr"])
-        self._recorder.add(packed, stats.name, signals.loss_names, policy.signals, tag)
+        lr = self.param_groups[0]["lr"]
+        self._recorder.add(stats, signals, verdict, self._state, lr, policy.signals, tag)
 
     def _step_whole(self, closure: Callable[[], Loss] | None, loss: Loss | None, tag: Any) -> Any:
         """An optimizer that evaluates the closure itself (LBFGS): step, look, take back if bad."""

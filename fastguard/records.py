@@ -93,6 +93,50 @@ class StepRecord:
         return " ".join(parts)
 
 
+def record_now(
+    stats: GradStats,
+    signals: Signals,
+    verdict: Verdict,
+    state: GuardState,
+    lr: Any,
+    signal_names: Sequence[str],
+    tag: Any,
+) -> StepRecord:
+    """The record of a step on a CPU, where everything is at hand."""
+    coefs = verdict.clip_coef.tolist()
+    nan, posinf, neginf = (int(sum(counts)) for counts in stats.summary.tolist()[1:])
+    culprits = stats.culprits() if nan or posinf or neginf else []
+    step, _, _, in_a_row = state.counters.tolist()
+    coef = coefs[0] if len(coefs) == 1 else verdict.clip_coef.amin().item()
+    spiked = verdict.spikes.tolist()
+    return StepRecord(
+        step=step,
+        total_norm=verdict.total_norm.item(),
+        clip_coef=coef,
+        action=_action(coef, verdict.found_inf.item() > 0, verdict.clean.item() > 0),
+        reason=Reason(verdict.reason.item()).label,
+        nan=nan,
+        posinf=posinf,
+        neginf=neginf,
+        culprits=tuple(culprits[:NAMED_CULPRITS]),
+        n_culprits=len(culprits),
+        losses=dict(zip(signals.loss_names, signals.losses.tolist(), strict=True)),
+        spikes=tuple(s for s, hit in zip(signal_names, spiked, strict=True) if hit),
+        thresholds=dict(zip(signal_names, verdict.thresholds.tolist(), strict=True)),
+        consecutive_skips=in_a_row,
+        lr=float(lr),
+        tag=tag,
+    )
+
+
+def _action(coef: float, skipped: bool, cleaned: bool) -> str:
+    if skipped:
+        return "skipped"
+    if cleaned:
+        return "sanitized"
+    return "applied" if coef >= 1.0 else "clipped"  # a NaN coefficient did change gradients
+
+
 def pack(
     stats: GradStats, signals: Signals, verdict: Verdict, state: GuardState, lr: Any
 ) -> Tensor:
@@ -137,7 +181,7 @@ class _Pending:
     """A packed record on its way to the host, and what the host alone knows of that step."""
 
     values: Tensor
-    arrived: torch.cuda.Event | None
+    arrived: torch.cuda.Event
     name_of: Callable[[int], str]
     loss_names: Sequence[str]
     signal_names: Sequence[str]
@@ -159,15 +203,11 @@ class _Pending:
         at += len(losses)
         n_rules = len(self.signal_names)
         spiked, thresholds = values[at : at + n_rules], values[at + n_rules :]
-        action = (
-            "applied" if coef >= 1.0 else "clipped"
-        )  # a NaN coefficient did change the gradients
-        action = "sanitized" if cleaned else action
         return StepRecord(
             step=int(step),
             total_norm=norm,
             clip_coef=coef,
-            action="skipped" if skipped else action,
+            action=_action(coef, bool(skipped), bool(cleaned)),
             reason=Reason(int(reason)).label,
             nan=int(nan),
             posinf=int(posinf),
@@ -196,36 +236,39 @@ class Recorder:
 
     def add(
         self,
-        packed: Tensor,
-        name_of: Callable[[int], str],
-        loss_names: Sequence[str],
+        stats: GradStats,
+        signals: Signals,
+        verdict: Verdict,
+        state: GuardState,
+        lr: Any,
         signal_names: Sequence[str],
         tag: Any,
     ) -> None:
-        """Takes the packed record of a step. Never waits."""
-        arrived = None
-        if packed.is_cuda:
-            host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
-            packed = host.copy_(packed, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-        self._pending.append(_Pending(packed, arrived, name_of, loss_names, signal_names, tag))
+        """Takes the results of a step. Never waits."""
+        if stats.summary.device.type == "cpu":
+            self._finish(record_now(stats, signals, verdict, state, lr, signal_names, tag))
+            return
+        packed = pack(stats, signals, verdict, state, lr)
+        host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+        host.copy_(packed, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        self._pending.append(
+            _Pending(host, arrived, stats.name, signals.loss_names, signal_names, tag)
+        )
         self.poll()
 
     def poll(self) -> None:
         """Finishes the records that have arrived. Never waits."""
         while self._pending:
-            arrived = self._pending[0].arrived
-            if arrived is not None and not arrived.query():
+            if not self._pending[0].arrived.query():
                 return
             self._finish(self._pending.popleft().unpack())
 
     def wait(self) -> StepRecord | None:
         """Waits for the records of all steps so far; the last one."""
         while self._pending:
-            arrived = self._pending[0].arrived
-            if arrived is not None:
-                arrived.synchronize()
+            self._pending[0].arrived.synchronize()
             self._finish(self._pending.popleft().unpack())
         return self.last
 

@@ -51,8 +51,8 @@ def measure(
     counts = torch.zeros(3, n_tensors, dtype=torch.int64)
     for position, found in bad.items():
         counts[:, bucket.tensor_ids[position]] = torch.tensor(found)
-    summary = torch.zeros(4, n_segments, dtype=torch.float64)
-    summary[0] = torch.tensor(sums, dtype=torch.float64)
+    nothing = [0.0] * n_segments
+    summary = torch.tensor([sums, nothing, nothing, nothing], dtype=torch.float64)
     for position, found in bad.items():
         summary[1:, bucket.segment_ids[position]] += torch.tensor(found)
     return _unscaled(summary, norm_type, inv_scale), counts
