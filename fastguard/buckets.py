@@ -8,6 +8,7 @@ and copies nothing.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -116,12 +117,13 @@ def gradients_of(parameters: Tensor | Iterable) -> tuple[list[Tensor | None], li
     if isinstance(parameters, Tensor):
         return [parameters.grad], None
     items = list(parameters)
-    if items and isinstance(items[0], tuple):
-        return [p.grad for _, p in items], [name for name, _ in items]
+    named = bool(items) and isinstance(items[0], tuple)
     try:
+        if named:
+            return [p.grad for _, p in items], [name for name, _ in items]
         return [p.grad for p in items], None
-    except AttributeError:
-        wrong = next(p for p in items if not hasattr(p, "grad"))
+    except (AttributeError, TypeError, ValueError):  # the latter two: no pair
+        wrong = next(item for item in items if not _is_parameter(item, named))
         raise TypeError(
             "parameters must be tensors or (name, tensor) pairs, but one is a "
             f"{type(wrong).__name__}: {wrong!r}; "
@@ -160,8 +162,16 @@ def bucketize(
     if not grads:
         return GradBuckets((), n_tensors, n_segments, names, device or torch.device("cpu"))
 
+    _refuse_sharded(grads, ids, names)
     dense: list[Tensor] = list(grads)  # type: ignore[arg-type]
-    if any(map(attrgetter("is_sparse"), dense)) or dense[0].layout is not torch.strided:
+    try:
+        layouts = set(map(attrgetter("layout"), dense))
+    except AttributeError:
+        wrong = next(g for g in dense if not isinstance(g, Tensor))
+        raise TypeError(
+            f"gradients must be tensors, but one is a {type(wrong).__name__}: {wrong!r}"
+        ) from None
+    if layouts != {torch.strided}:
         _refuse_sparse(dense, ids, names)
 
     buckets = []
@@ -169,7 +179,7 @@ def bucketize(
         if dtype.is_complex:
             members, dtype = _real_views(members, positions, ids, names, norm_type)
         if dtype not in FLOATING:
-            where = _name(ids[positions[0]], names)
+            where = name_of(ids[positions[0]], names)
             raise TypeError(
                 f"the gradient of {where} is {dtype}; fastguard measures float16, bfloat16, "
                 "float32, float64 and complex gradients: leave this tensor out"
@@ -195,7 +205,13 @@ def _grouped(
         yield key, (members, positions)  # type: ignore[misc]
 
 
-def _name(i: int, names: Sequence[str] | None) -> str:
+def _is_parameter(item: object, named: bool) -> bool:
+    if named and not (isinstance(item, tuple) and len(item) == 2):
+        return False
+    return hasattr(item[1] if named else item, "grad")  # type: ignore[index]
+
+
+def name_of(i: int, names: Sequence[str] | None) -> str:
     return names[i] if names is not None else f"parameter {i}"
 
 
@@ -204,10 +220,25 @@ def _refuse_sparse(
 ) -> None:
     position, grad = next((i, g) for i, g in enumerate(grads) if g.layout is not torch.strided)
     raise TypeError(
-        f"the gradient of {_name(ids[position], names)} is sparse ({grad.layout}); "
+        f"the gradient of {name_of(ids[position], names)} is sparse ({grad.layout}); "
         "fastguard guards dense gradients: use sparse=False in the embedding, "
         "or keep this parameter in an optimizer of its own"
     )
+
+
+def _refuse_sharded(
+    grads: Sequence[Tensor | None], ids: Sequence[int], names: Sequence[str] | None
+) -> None:
+    if "torch.distributed.tensor" not in sys.modules:
+        return
+    from torch.distributed.tensor import DTensor
+
+    if any(issubclass(t, DTensor) for t in set(map(type, grads))):
+        sharded = next(i for i, g in zip(ids, grads, strict=True) if isinstance(g, DTensor))
+        raise TypeError(
+            f"the gradient of {name_of(sharded, names)} is a DTensor; sharded gradients are not "
+            "supported in this release: use torch.nn.utils.clip_grad_norm_ for them"
+        )
 
 
 def _real_views(
@@ -219,7 +250,7 @@ def _real_views(
 ) -> tuple[list[Tensor], torch.dtype]:
     if norm_type != 2.0:
         raise TypeError(
-            f"the gradient of {_name(ids[positions[0]], names)} is complex and norm_type is "
+            f"the gradient of {name_of(ids[positions[0]], names)} is complex and norm_type is "
             f"{norm_type}; complex gradients have only the 2-norm here: use norm_type=2.0"
         )
     # A lazily conjugated tensor has no real view, but its conjugate has, over the same memory.

@@ -5,16 +5,32 @@ ours.
 from __future__ import annotations
 
 import threading
-from types import TracebackType
+from types import ModuleType, TracebackType
 
 import torch
 
 from fastguard import clip
 
-_NAMES = ("clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm")
-_PLACES = (torch.nn.utils, torch.nn.utils.clip_grad)
+# In torch.nn.utils.clip_grad two of the four have private names, which sharded trainers call.
+_PLACES: dict[ModuleType, dict[str, str]] = {
+    torch.nn.utils: {
+        name: name
+        for name in (
+            "clip_grad_norm_",
+            "clip_grad_value_",
+            "clip_grads_with_norm_",
+            "get_total_norm",
+        )
+    },
+    torch.nn.utils.clip_grad: {
+        "clip_grad_norm_": "clip_grad_norm_",
+        "clip_grad_value_": "clip_grad_value_",
+        "_clip_grads_with_norm_": "clip_grads_with_norm_",
+        "_get_total_norm": "get_total_norm",
+    },
+}
 _lock = threading.RLock()
-_originals: list[dict[str, object]] = []
+_originals: list[tuple[ModuleType, str, object]] = []
 _depth = 0
 
 
@@ -54,10 +70,10 @@ def patch_torch() -> _Patched:
     global _depth
     with _lock:
         if _depth == 0:
-            for place in _PLACES:
-                _originals.append({name: getattr(place, name) for name in _NAMES})
-                for name in _NAMES:
-                    setattr(place, name, getattr(clip, name))
+            for place, names in _PLACES.items():
+                for theirs, ours in names.items():
+                    _originals.append((place, theirs, getattr(place, theirs)))
+                    setattr(place, theirs, getattr(clip, ours))
         _depth += 1
     return _Patched()
 
@@ -76,7 +92,6 @@ def unpatch_torch() -> None:
             )
         _depth -= 1
         if _depth == 0:
-            for place, originals in zip(_PLACES, _originals, strict=True):
-                for name, original in originals.items():
-                    setattr(place, name, original)
+            for place, name, original in _originals:
+                setattr(place, name, original)
             _originals.clear()
