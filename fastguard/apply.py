@@ -53,7 +53,12 @@ def clamp_finite_(grads: Sequence[Tensor], limit: float, inv_scale: Tensor | Non
         grads: Gradients of any dtype and device.
         limit: The largest magnitude of an unscaled element.
         inv_scale: `()`, what the gradients are still to be multiplied by.
+
+    Raises:
+        TypeError: A gradient is complex; nothing was changed.
     """
+    if any(grad.is_complex() for grad in grads):
+        raise TypeError("clip_value is for real gradients, but one is complex; use max_norm")
     for grad in grads:
         bound: Tensor | float = limit
         if inv_scale is not None:

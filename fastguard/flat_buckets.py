@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, is_
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -69,37 +69,38 @@ class FlatGradBuckets:
         n_segments: int = 1,
     ) -> None:
         items = list(parameters)
-        names: list[str] | None = None
+        self._all_names: list[str] | None = None
         if items and isinstance(items[0], tuple):
-            names = [name for name, _ in items]
+            self._all_names = [name for name, _ in items]
             items = [p for _, p in items]
-        chosen = [i for i, p in enumerate(items) if p.requires_grad]
-        if not chosen:
-            raise ValueError(
-                "FlatGradBuckets got no parameter that needs a gradient; pass model.parameters()"
-            )
-        self.parameters: list[Tensor] = [items[i] for i in chosen]
-        self.names = None if names is None else [names[i] for i in chosen]
-        self.segments = None if segments is None else [segments[i] for i in chosen]
+        self._all_parameters: list[Tensor] = items
+        self._all_segments = segments
         self.n_segments = n_segments
         self.trusted = trusted
-        self._views: list[Tensor] = [torch.empty(0)] * len(chosen)
-        self._check()
-        self._buffers = [self._lay_out(key, ids) for key, ids in self._grouped().items()]
+        self._views: list[Tensor] = []
+        self._attach()
         for p, view in zip(self.parameters, self._views, strict=True):
-            if p.grad is not None:
-                view.copy_(p.grad)
-            p.grad = view
-        self._buckets = self._whole()
+            if p.grad is None:
+                p.grad = view
 
     def zero_(self) -> None:
         """Sets every gradient to zero: one fill a buffer. A detached `.grad` is attached again."""
+        if not self.trusted and self._moved():
+            self._attach()
         for buffer in self._buffers:
             buffer.flat.zero_()
-        if not self.trusted:
-            for p, view in zip(self.parameters, self._views, strict=True):
-                if p.grad is not view:
-                    p.grad = view
+        if self.trusted:
+            return
+        for p, view in zip(self.parameters, self._views, strict=True):
+            grad = p.grad
+            if not p.requires_grad:
+                p.grad = None  # a weight decay would move a frozen parameter that has a gradient
+            elif grad is view:
+                continue
+            elif grad is not None and _is_part_of_a_buffer(grad):
+                grad.zero_()
+            else:
+                p.grad = view if _fits(view, p, p.grad_dtype or p.dtype) else None
 
     def buckets(self) -> GradBuckets:
         """The gradients as the stages want them.
@@ -107,29 +108,33 @@ class FlatGradBuckets:
         A gradient that somebody replaced is copied into its slot and attached again. One that is
         None stays None for this step, its slot zero: a weight decay must not move a parameter that
         torch leaves alone. One that is a view of a buffer of somebody else (DDP's) is used where it
-        is.
+        is. Where a parameter begins to have a gradient, or changes its dtype or shape, all slots
+        are laid out anew.
         """
         if self.trusted:
             return self._buckets
         grads = list(map(attrgetter("grad"), self.parameters))
-        if all(map(is_, grads, self._views)):
+        if self._moved():
+            self._attach()
+        elif all(map(is_, grads, self._views)):
             return self._buckets
+        elif any(
+            grad is not None and _is_movable(grad) and not _fits(view, grad, grad.dtype)
+            for grad, view in zip(grads, self._views, strict=True)
+        ):
+            self._attach()
         foreign = False
-        for p, grad, view in zip(self.parameters, grads, self._views, strict=True):
+        for p, view in zip(self.parameters, self._views, strict=True):
+            grad = p.grad
             if grad is view:
                 continue
             if grad is None:
                 view.zero_()
-            elif _is_part_of_a_buffer(grad):
-                foreign = True
-            else:
-                if grad.layout is not torch.strided:
-                    raise TypeError(
-                        f"a gradient is sparse ({grad.layout}); flat buckets hold dense gradients: "
-                        "use sparse=False in the embedding"
-                    )
+            elif _is_movable(grad):
                 view.copy_(grad)
                 p.grad = view
+            else:
+                foreign = True
         if not foreign:
             return self._buckets
         return bucketize(
@@ -137,7 +142,14 @@ class FlatGradBuckets:
             segments=self.segments,
             n_segments=self.n_segments,
             names=self.names,
+            device=self._buckets.device,
         )
+
+    def release(self) -> None:
+        """Gives every gradient memory of its own again, and forgets the buffers' contents."""
+        for p, view in zip(self.parameters, self._views, strict=True):
+            if p.grad is view:
+                p.grad = view.clone()
 
     def measure(self, norm_type: float = 2.0) -> GradStats:
         """Norm and non-finite counts from one read, as `fastguard.measure_grads`."""
@@ -163,23 +175,69 @@ class FlatGradBuckets:
             if buffer.gaps is not None:
                 buffer.flat.index_fill_(0, buffer.gaps, 0.0)
 
+    def _attach(self) -> None:
+        """Lays out slots for all parameters that have or need a gradient; moves gradients in."""
+        mine = set(map(id, self._views))
+        items, names, segments = self._all_parameters, self._all_names, self._all_segments
+        self._check()
+        chosen = [i for i, p in enumerate(items) if p.requires_grad or p.grad is not None]
+        if not chosen:
+            raise ValueError(
+                "FlatGradBuckets got no parameter that needs a gradient; pass model.parameters()"
+            )
+        self.parameters = [items[i] for i in chosen]
+        self.names = None if names is None else [names[i] for i in chosen]
+        self.segments = None if segments is None else [segments[i] for i in chosen]
+        self._left_out = [p for p in items if not p.requires_grad and p.grad is None]
+        self._views = [torch.empty(0)] * len(chosen)
+        self._buffers = [self._lay_out(key, ids) for key, ids in self._grouped().items()]
+        self._addresses = list(map(Tensor.data_ptr, self._views))
+        self._buckets = self._whole()
+        for p, view in zip(self.parameters, self._views, strict=True):
+            if p.grad is not None and (id(p.grad) in mine or _is_movable(p.grad)):
+                view.copy_(p.grad)
+                p.grad = view
+
+    def _moved(self) -> bool:
+        """Whether slots are out of date: the memory of a gradient was swapped (`p.grad.data = ...`,
+        `model.to(...)`), or a parameter has a gradient for the first time.
+        """
+        if list(map(Tensor.data_ptr, self._views)) != self._addresses:
+            return True
+        return any(p.grad is not None for p in self._left_out)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Slots are memory that tensors share, which a pickle does not keep: a copy makes its own.
+        kept = ("_all_parameters", "_all_names", "_all_segments", "n_segments", "trusted")
+        return {name: getattr(self, name) for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _views=[])
+        self._attach()
+
     def _check(self) -> None:
-        for i, p in enumerate(self.parameters):
+        seen: set[int] = set()
+        for i, p in enumerate(self._all_parameters):
+            name = self._all_names[i] if self._all_names else f"parameter {i}"
+            if not isinstance(p, Tensor):
+                raise TypeError(f"{name} is a {type(p).__name__}; pass model.parameters()")
+            if id(p) in seen:
+                raise ValueError(f"{name} appears twice; pass each parameter once")
+            seen.add(id(p))
+            if not p.requires_grad and p.grad is None:
+                continue
             if p.layout is not torch.strided or p.dtype not in FLOATING:
-                name = self.names[i] if self.names else f"parameter {i}"
                 raise TypeError(
                     f"{name} is {p.dtype} ({p.layout}); flat buckets hold dense real gradients: "
                     "leave this parameter out"
                 )
+            if p.grad is not None:
+                _refuse_sparse(p.grad)
 
     def _grouped(self) -> dict[tuple[torch.device, torch.dtype], list[int]]:
         grouped: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        seen: set[int] = set()
         for i, p in enumerate(self.parameters):
-            if id(p) in seen:
-                raise ValueError("a parameter appears twice; pass each parameter once")
-            seen.add(id(p))
-            grouped.setdefault((p.device, p.dtype), []).append(i)
+            grouped.setdefault((p.device, _grad_dtype(p)), []).append(i)
         return grouped
 
     def _lay_out(self, key: tuple[torch.device, torch.dtype], ids: list[int]) -> _Buffer:
@@ -222,13 +280,38 @@ class FlatGradBuckets:
 
 
 def _slot(flat: Tensor, start: int, p: Tensor) -> Tensor:
-    """The gradient of `p` inside `flat`, with the strides of `p`: fused optimizers ask for the
-    same.
+    """The gradient of `p` inside `flat`, with the strides of `p` if these leave no holes: fused
+    optimizers ask for the same.
     """
-    dense = p.is_contiguous() or sorted(p.stride()) == sorted(torch.empty_like(p).stride())
-    strides = torch.empty_like(p, device="meta").stride() if dense else None
     piece = flat[start : start + p.numel()]
-    return piece.view(p.shape) if strides is None else piece.as_strided(p.shape, strides)
+    strides = torch.empty_like(p, device="meta").stride()
+    return piece.as_strided(p.shape, strides)
+
+
+def _grad_dtype(p: Tensor) -> torch.dtype:
+    """The dtype that a gradient of `p` has, or will have."""
+    if p.grad is not None:
+        return p.grad.dtype
+    return p.grad_dtype or p.dtype  # None: any
+
+
+def _fits(view: Tensor, like: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a slot can hold a gradient of this dtype, with the shape and device of `like`."""
+    return (view.shape, view.dtype, view.device) == (like.shape, dtype, like.device)
+
+
+def _is_movable(grad: Tensor) -> bool:
+    """Whether a gradient belongs to nobody else, and so can move into its slot."""
+    _refuse_sparse(grad)
+    return not _is_part_of_a_buffer(grad)
+
+
+def _refuse_sparse(grad: Tensor) -> None:
+    if grad.layout is not torch.strided:
+        raise TypeError(
+            f"a gradient is sparse ({grad.layout}); flat buckets hold dense gradients: "
+            "use sparse=False in the embedding"
+        )
 
 
 def _is_part_of_a_buffer(grad: Tensor) -> bool:
@@ -237,6 +320,6 @@ def _is_part_of_a_buffer(grad: Tensor) -> bool:
     Autograd hands over tensors with a storage of their own; DDP with `gradient_as_bucket_view=True`
     gives views of its buckets, and must find them again.
     """
-    if grad.layout is not torch.strided or not grad.numel():
+    if not grad.numel():
         return False
     return grad._is_view() and grad.untyped_storage().nbytes() >= 2 * grad.numel() * grad.itemsize

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fastguard.rules import GRAD_NORM
+
 LOSS = "loss"
 """The name of a loss that was given without one."""
 
@@ -16,13 +18,17 @@ def named_losses(loss: Tensor | float | Mapping[str, Tensor | float] | None) -> 
 
     Raises:
         TypeError: A loss is neither a tensor nor a number.
-        ValueError: A loss has more than one element.
+        ValueError: A loss has more than one element, or the name of the gradient norm.
     """
     if loss is None:
         return {}
     named = loss if isinstance(loss, Mapping) else {LOSS: loss}
     scalars = {}
     for name, value in named.items():
+        if name == GRAD_NORM:
+            raise ValueError(
+                f"a loss is called {name!r}, which is the gradient norm's own signal; rename it"
+            )
         if isinstance(value, int | float) and not isinstance(value, bool):
             value = torch.tensor(float(value), dtype=torch.float64)
         if not isinstance(value, Tensor):
@@ -43,7 +49,7 @@ class ObservedLosses:
     """Means of the losses of the micro-batches since the last step.
 
     Kept as sums on the device of each loss: a NaN or Inf in any micro-batch makes the sum, and so
-        the mean, non-finite.
+    the mean, non-finite.
     """
 
     def __init__(self) -> None:
@@ -53,7 +59,7 @@ class ObservedLosses:
     def observe(self, losses: Mapping[str, Tensor]) -> None:
         """Adds one micro-batch."""
         for name, value in losses.items():
-            wide = value.double()
+            wide = value.to(torch.float64, copy=True)  # the caller may use its buffer again
             self._sums[name] = self._sums[name] + wide if name in self._sums else wide
             self._counts[name] = self._counts.get(name, 0) + 1
 

@@ -26,7 +26,7 @@ from fastguard.decide import GuardState, NonFinite, Policy, Verdict, decide, rai
 from fastguard.errors import TrainingDivergedError
 from fastguard.flat_buckets import FlatGradBuckets
 from fastguard.losses import ObservedLosses, named_losses
-from fastguard.measure import measure, norm_type_of
+from fastguard.measure import GradStats, measure, norm_type_of
 from fastguard.records import Recorder, StepRecord
 from fastguard.reduce import Signals, reduce
 from fastguard.rules import Rule, rules_by_signal
@@ -104,6 +104,7 @@ class GuardedOptimizer(Optimizer):
         rules = rules_by_signal(spike)
         limits(optimizer.param_groups, clip_scope, self.max_norm)
         _clip_values(optimizer.param_groups)
+        names = _names_by_tensor(named_parameters)
 
         self.optimizer = optimizer
         self.clip_scope: ClipScope = clip_scope
@@ -111,7 +112,7 @@ class GuardedOptimizer(Optimizer):
         self.rules = rules
         self.max_consecutive_skips = max_consecutive_skips
         self.group = group
-        self._names = {id(p): name for name, p in named_parameters or ()}
+        self._names = names
         self._layout = self._lay_out()
         self._device = self._layout.parameters[0].device
         self._flat = self._flattened() if flat_buckets else None
@@ -120,7 +121,7 @@ class GuardedOptimizer(Optimizer):
         self._state = GuardState.fresh(self._policy, self._device)
         self._observed = ObservedLosses()
         self._recorder = Recorder()
-        self._road = WholeStep(optimizer) if WholeStep.serves(optimizer) else road_of(optimizer)
+        self._road = road_of(optimizer)
         self.last: Verdict | None = None
         self._become_an_optimizer()
         log.info("%s", self.describe())
@@ -149,8 +150,18 @@ class GuardedOptimizer(Optimizer):
             TrainingDivergedError: More than `max_consecutive_skips` steps in a row were skipped; on
                 a road without synchronisation this comes one step later.
         """
-        if isinstance(self._road, WholeStep):
-            return self._step_whole(closure, loss, tag)
+        try:
+            if isinstance(self._road, WholeStep):
+                return self._step_whole(closure, loss, tag)
+            return self._step_once(closure, loss, tag)
+        except BaseException:
+            # GradScaler removes these only after a step that returns, and multiplies its scale onto
+            # what it finds.
+            self.__dict__.pop("grad_scale", None)
+            self.__dict__.pop("found_inf", None)
+            raise
+
+    def _step_once(self, closure: Callable[[], Loss] | None, loss: Loss | None, tag: Any) -> Any:
         self._check_skip_budget(before=True)
         result = None
         if closure is not None:
@@ -168,10 +179,7 @@ class GuardedOptimizer(Optimizer):
         signals = self._signals()
         policy = self._current_policy()
 
-        stats = measure(buckets, self.norm_type, signals.inv_scale)
-        stats, signals = reduce(stats, signals, self.group)
-        if policy.nonfinite == "raise":
-            raise_if_nonfinite(stats, signals)
+        stats, signals = self._measure(buckets, signals)
         verdict = decide(stats, signals, self._state, policy)
         apply(buckets, verdict)
         self._road.step(verdict)
@@ -181,6 +189,22 @@ class GuardedOptimizer(Optimizer):
         self.last = verdict
         lr = self.param_groups[0]["lr"]
         self._recorder.add(stats, signals, verdict, self._state, lr, policy.signals, tag)
+
+    def _measure(self, buckets: GradBuckets, signals: Signals) -> tuple[GradStats, Signals]:
+        """Measures and reduces, after clamping the param groups that carry a `clip_value`."""
+        clamped = _clip_values(self.param_groups)
+        if clamped and self.nonfinite == "raise":  # one more read: clamping changes gradients
+            raise_if_nonfinite(*self._measured(buckets, signals))
+        for group, limit in clamped:
+            grads = [p.grad for p in group["params"] if p.grad is not None]
+            clamp_finite_(grads, limit, signals.inv_scale)
+        stats, signals = self._measured(buckets, signals)
+        if self.nonfinite == "raise":
+            raise_if_nonfinite(stats, signals)
+        return stats, signals
+
+    def _measured(self, buckets: GradBuckets, signals: Signals) -> tuple[GradStats, Signals]:
+        return reduce(measure(buckets, self.norm_type, signals.inv_scale), signals, self.group)
 
     def _step_whole(self, closure: Callable[[], Loss] | None, loss: Loss | None, tag: Any) -> Any:
         """An optimizer that evaluates the closure itself (LBFGS): step, look, take back if bad."""
@@ -213,10 +237,11 @@ class GuardedOptimizer(Optimizer):
             map(is_, self._layout.parameters, (p for g in groups for p in g["params"]))
         ):
             self._layout = self._lay_out()
-            self._flat = self._flattened() if self._flat is not None else None
-        for group, limit in _clip_values(groups):
-            grads = [p.grad for p in group["params"] if p.grad is not None]
-            clamp_finite_(grads, limit, self._inv_scale())
+            if not isinstance(self._road, WholeStep):  # which holds what it may have to take back
+                self._road = road_of(self.optimizer)
+            if self._flat is not None:
+                self._flat.release()
+                self._flat = self._flattened()
         if self._flat is not None:
             return self._flat.buckets()
         layout = self._layout
@@ -362,7 +387,7 @@ class GuardedOptimizer(Optimizer):
         return self.optimizer.defaults
 
     def _become_an_optimizer(self) -> None:
-        # What Optimizer.__init__ does, without param groups of our own.
+        """What Optimizer.__init__ does, without param groups of our own."""
         for event in ("step", "state_dict", "load_state_dict"):
             for when in ("pre", "post"):
                 setattr(self, f"_optimizer_{event}_{when}_hooks", OrderedDict())
@@ -399,23 +424,35 @@ class GuardedOptimizer(Optimizer):
         A state dict without `"fastguard"` loads into a fresh guard, with one warning.
 
         Raises:
-            ValueError: It belongs to another configuration; nothing was changed.
+            TypeError, ValueError: It belongs to another configuration; nothing was changed.
         """
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
         guard = resume.load(state_dict.pop("fastguard", None), self._policy, self._device)
+        limits(state_dict["param_groups"], self.clip_scope, self.max_norm)
+        _clip_values(state_dict["param_groups"])
         self.optimizer.load_state_dict(state_dict)
+        self._road = road_of(self.optimizer)  # param groups bring their own `fused`
         self._state = guard
+        self._observed = ObservedLosses()
+        self._recorder.forget_last()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__.copy()
+        # As in torch, copies carry no hooks; nor the `step` that a scheduler puts on the instance:
+        # it holds this optimizer, and a copy would step the original.
+        transient = ("step", "_opt_called", "grad_scale", "found_inf")
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in transient and not name.endswith("_hooks")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._patch_step_function()
+        self._become_an_optimizer()
 
 
 def _check_optimizer(optimizer: object) -> None:
@@ -437,6 +474,19 @@ def _check_optimizer(optimizer: object) -> None:
         raise ValueError(
             "differentiable=True needs gradients that are not changed in place; guard without it"
         )
+
+
+def _names_by_tensor(named: Iterable[tuple[str, Tensor]] | None) -> dict[Tensor, str]:
+    """Names by parameter; the first one of a shared parameter."""
+    names: dict[Tensor, str] = {}
+    for item in named or ():
+        if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)):
+            raise TypeError(
+                f"named_parameters holds a {type(item).__name__}, but must give (name, parameter) "
+                "pairs; pass model.named_parameters()"
+            )
+        names.setdefault(item[1], item[0])
+    return names
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

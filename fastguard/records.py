@@ -272,6 +272,11 @@ class Recorder:
             self._finish(self._pending.popleft().unpack())
         return self.last
 
+    def forget_last(self) -> None:
+        """After loading a state, the last step of before says nothing about the next."""
+        self.wait()
+        self.last = None
+
     def drain(self) -> list[StepRecord]:
         """The finished records since the last call, oldest first. Never waits."""
         self.poll()

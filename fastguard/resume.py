@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,6 +33,11 @@ def load(saved: dict[str, Any] | None, policy: Policy, device: torch.device) -> 
         ValueError: `saved` is of a newer version, incomplete, or of other spike rules.
     """
     fresh = GuardState.fresh(policy, device)
+    if saved is not None and not isinstance(saved, Mapping):
+        raise ValueError(
+            f"state_dict['fastguard'] is {saved!r}, not the guard's state; "
+            "delete it to start a fresh guard"
+        )
     if saved is None:
         warnings.warn(
             "the state dict has no 'fastguard' entry, so the optimizer resumes and the guard "
@@ -63,9 +69,10 @@ def load(saved: dict[str, Any] | None, policy: Policy, device: torch.device) -> 
         )
     for name in ("counters", "windows", "rings"):
         expected, given = getattr(fresh, name), saved[name]
-        if given.shape != expected.shape:
+        shape = tuple(given.shape) if isinstance(given, torch.Tensor) else None
+        if shape != tuple(expected.shape):
             raise ValueError(
-                f"the guard's state has {name} of shape {tuple(given.shape)}, expected "
+                f"the guard's state has {name} of shape {shape}, expected "
                 f"{tuple(expected.shape)}; delete state_dict['fastguard'] to start a fresh guard"
             )
         expected.copy_(given)

@@ -33,14 +33,14 @@ class Layout:
 
 
 def lay_out(
-    groups: Sequence[Mapping[str, Any]], scope: ClipScope, names: Mapping[int, str]
+    groups: Sequence[Mapping[str, Any]], scope: ClipScope, names: Mapping[Tensor, str]
 ) -> Layout:
     """The layout of param groups.
 
     Args:
         groups: `optimizer.param_groups`.
         scope: What one clip coefficient is for.
-        names: Parameter names by `id`; others get the name that the param group gives, or a number.
+        names: Names by parameter; others get the name that the param group gives, or a number.
     """
     parameters: list[Tensor] = []
     labels: list[str] = []
@@ -48,7 +48,7 @@ def lay_out(
     for g, group in enumerate(groups):
         given = group.get("param_names") or [None] * len(group["params"])
         for p, label in zip(group["params"], given, strict=True):
-            labels.append(names.get(id(p)) or label or f"parameter {len(parameters)}")
+            labels.append(names.get(p) or label or f"parameter {len(parameters)}")
             parameters.append(p)
             segments.append(g)
     if scope == "global":

@@ -1,10 +1,11 @@
-"""How the wrapped optimizer is made to obey: two roads to "this step does not happen".
+"""How the wrapped optimizer is made to obey: the roads to "this step does not happen".
 
 * `FoundInf`: fused optimizers read the device scalar `found_inf` inside their kernel and write
   nothing when it is exactly 1. Nobody waits. Their own step hooks run on skipped steps too: the
   host does not know yet.
 * `ReadFirst`: every other optimizer is simply not called. That takes the value of `found_inf` on
   the host: free on a CPU, one read of one scalar on a GPU.
+* `WholeStep`: LBFGS, which evaluates its closure within the step: see `whole_step`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch.optim import Optimizer
 
 from fastguard.decide import Verdict
+from fastguard.whole_step import WholeStep
 
 
 class ReadFirst:
@@ -70,8 +72,10 @@ class FoundInf:
         return False
 
 
-def road_of(optimizer: Optimizer) -> FoundInf | ReadFirst:
+def road_of(optimizer: Optimizer) -> FoundInf | ReadFirst | WholeStep:
     """The road that an optimizer can take; `FoundInf` only if every param group is fused."""
+    if WholeStep.serves(optimizer):
+        return WholeStep(optimizer)
     fused = all(group.get("fused") for group in optimizer.param_groups)
     if fused and getattr(optimizer, "_step_supports_amp_scaling", False):
         return FoundInf(optimizer)
