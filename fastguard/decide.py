@@ -151,6 +151,8 @@ def propagated_norms(norms: Tensor, nonfinite_counts: Tensor) -> Tensor:
 
 def torch_total_norm(stats: GradStats) -> Tensor:
     """float64 `()`: the norm of the whole model as torch gives it, NaN or Inf if an element is."""
+    if stats.summary.device.type == "cpu" and not stats.segment_counts.any():
+        return stats.total_norm64
     return propagated_norms(stats.total_norm64, stats.segment_counts.sum(1))
 
 

@@ -26,11 +26,17 @@ from fastguard.rules import GRAD_NORM, SpikeRule
 
 TINY = 2.0**-1022  # smallest normal float64
 
+# Parts of nearly every verdict, made once: each would cost 1.5 µs. Nobody writes to them.
+_NO, _YES = torch.tensor(0.0), torch.tensor(1.0)
+_REASONS = tuple(torch.tensor(int(reason)) for reason in Reason)
+_NO_SPIKES = torch.empty(0, dtype=torch.bool)
+_NO_THRESHOLDS = torch.empty(0, dtype=torch.float64)
+
 
 def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy: Policy) -> Verdict:
     """See `fastguard.decide.decide`."""
     sums, *counts = stats.summary.tolist()
-    total_norm = _total_norm(sums, stats.norm_type)
+    total_norm = _total_norm(stats, sums)
     bad_grad = any(map(any, counts))
     overflow = signals.found_inf is not None and signals.found_inf.item() > 0
     losses = dict(zip(signals.loss_names, signals.losses.tolist(), strict=True))
@@ -72,20 +78,19 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
     return Verdict(
         clip_coef=clip_coef,
         multiplier=torch.ones_like(clip_coef) if skip else multiplier,
-        found_inf=torch.tensor(float(skip)),
-        clean=torch.tensor(float(policy.nonfinite == "zero" and bad_grad and not skip)),
-        reason=torch.tensor(int(_reason(bad_grad or overflow, loss_fault, spikes, policy))),
+        found_inf=_YES if skip else _NO,
+        clean=_YES if policy.nonfinite == "zero" and bad_grad and not skip else _NO,
+        reason=_REASONS[_reason(bad_grad or overflow, loss_fault, spikes, policy)],
         total_norm=torch.tensor(total_norm, dtype=torch.float64),
-        spikes=torch.tensor(spikes, dtype=torch.bool),
-        thresholds=torch.tensor(thresholds, dtype=torch.float64),
+        spikes=torch.tensor(spikes) if spikes else _NO_SPIKES,
+        thresholds=torch.tensor(thresholds, dtype=torch.float64) if spikes else _NO_THRESHOLDS,
     )
 
 
-def _total_norm(sums: list[float], norm_type: float) -> float:
-    if norm_type == math.inf:
-        return max(sums, default=0.0)
-    whole = sums[0] if len(sums) == 1 else math.fsum(sums)
-    return math.sqrt(whole) if norm_type == 2.0 else whole ** (1.0 / norm_type)
+def _total_norm(stats: GradStats, sums: list[float]) -> float:
+    if stats.norm_type != 2.0:
+        return stats.total_norm64.item()
+    return math.sqrt(sum(sums))  # not fsum, nor ** above: they raise where this overflows
 
 
 def _clip_coef(
@@ -125,8 +130,8 @@ def _thresholds(state: GuardState, policy: Policy) -> list[float]:
             thresholds.append(math.inf)
             continue
         ring = state.windows[k, :n].tolist()
-        mean = math.fsum(ring) / n
-        std = math.sqrt(math.fsum([(x - mean) ** 2 for x in ring]) / n)
+        mean = sum(ring) / n
+        std = math.sqrt(sum([(x - mean) * (x - mean) for x in ring]) / n)
         thresholds.append(mean + rule.sigma * max(std, 0.01 * abs(mean), TINY))
     return thresholds
 
@@ -155,8 +160,10 @@ def _update_rings(
     rings = state.rings.numpy()
     windows = state.windows.numpy()
     for k, rule in enumerate(policy.rules):
+        if not math.isfinite(values[k]):  # a loss that this step did not give says nothing
+            continue
         rings[k, 2] = rings[k, 2] + 1 if spikes[k] else 0
-        enters = moved and math.isfinite(values[k]) and (spikes[k] or not skip)
+        enters = moved and (spikes[k] or not skip)
         if enters and isinstance(rule, SpikeRule):
             at = rings[k, 1]
             windows[k, at] = thresholds[k] if spikes[k] else values[k]
