@@ -8,7 +8,7 @@ being a `torch.optim.Optimizer` to schedulers, scalers and trainers.
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter, is_
 from typing import Any
@@ -162,7 +162,7 @@ class GuardedOptimizer(Optimizer):
             raise
 
     def _step_once(self, closure: Callable[[], Loss] | None, loss: Loss | None, tag: Any) -> Any:
-        self._check_skip_budget(before=True)
+        self._deliver(before=True)
         result = None
         if closure is not None:
             with torch.enable_grad():
@@ -172,7 +172,7 @@ class GuardedOptimizer(Optimizer):
         with torch.no_grad():
             buckets = self._gather()
             self._decide_and_obey(buckets, tag)
-        self._check_skip_budget(before=False)
+        self._deliver(before=False)
         return result
 
     def _decide_and_obey(self, buckets: GradBuckets, tag: Any) -> None:
@@ -217,7 +217,7 @@ class GuardedOptimizer(Optimizer):
         except BaseException:
             self._road.take_back()
             raise
-        self._check_skip_budget(before=False)
+        self._deliver(before=False)
         return result
 
     def observe(self, loss: Loss | None) -> None:
@@ -293,22 +293,23 @@ class GuardedOptimizer(Optimizer):
         named = zip(layout.names, layout.parameters, strict=True)
         return FlatGradBuckets(named, segments=layout.segments, n_segments=layout.n_segments)
 
-    def _check_skip_budget(self, *, before: bool) -> None:
-        """Raises when too many steps in a row were skipped.
+    def _deliver(self, *, before: bool) -> None:
+        """Hands the record of a step to those who act on it, and checks the skip budget.
 
         Where the verdict of step k is on the host at once, after step k; else before step k + 1, by
-        waiting for step k, so that every rank and every rerun stops at the same step.
+        waiting for step k, so that every rank and every rerun acts at the same step.
         """
-        if self.max_consecutive_skips is None:
+        if self.max_consecutive_skips is None and not self._recorder.has_subscribers:
             return
         on_host = self._device.type == "cpu" or self._road.waits
         if before == on_host:
             return
-        record = self._recorder.wait()
-        if record is not None and record.consecutive_skips > self.max_consecutive_skips:
+        record = self._recorder.deliver()
+        limit = self.max_consecutive_skips
+        if record is not None and limit is not None and record.consecutive_skips > limit:
             raise TrainingDivergedError(
                 f"{record.consecutive_skips} steps in a row were skipped, more than "
-                f"max_consecutive_skips={self.max_consecutive_skips}. Last: {record}",
+                f"max_consecutive_skips={limit}. Last: {record}",
                 record.culprits,
             )
 
@@ -322,6 +323,15 @@ class GuardedOptimizer(Optimizer):
         """As `records()`, but waits for the steps that the device has not finished."""
         self._recorder.wait()
         return self._recorder.drain()
+
+    def subscribe(self) -> deque[StepRecord]:
+        """An inbox that gets every record once, for those who act on what happened.
+
+        The record of step k is there after step k where the verdict is on the host at once (a CPU, or
+        an optimizer that is not fused), else after step k + 1: the same on every rank and every rerun.
+        Take records out with `popleft`.
+        """
+        return self._recorder.subscribe()
 
     @property
     def applied_steps(self) -> int:

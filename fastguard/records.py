@@ -233,6 +233,8 @@ class Recorder:
         self.finished: deque[StepRecord] = deque(maxlen=KEPT)
         self.last: StepRecord | None = None
         self._pending: deque[_Pending] = deque()
+        self._inboxes: list[deque[StepRecord]] = []
+        self._undelivered: list[StepRecord] = []
 
     def add(
         self,
@@ -277,6 +279,26 @@ class Recorder:
         self.wait()
         self.last = None
 
+    @property
+    def has_subscribers(self) -> bool:
+        """Whether anybody acts on the records of this run."""
+        return bool(self._inboxes)
+
+    def subscribe(self) -> deque[StepRecord]:
+        """See `GuardedOptimizer.subscribe`."""
+        inbox: deque[StepRecord] = deque()
+        self._inboxes.append(inbox)
+        return inbox
+
+    def deliver(self) -> StepRecord | None:
+        """Waits for the steps so far and fills the inboxes; the last record."""
+        last = self.wait()
+        for record in self._undelivered:
+            for inbox in self._inboxes:
+                inbox.append(record)
+        self._undelivered.clear()
+        return last
+
     def drain(self) -> list[StepRecord]:
         """The finished records since the last call, oldest first. Never waits."""
         self.poll()
@@ -287,5 +309,7 @@ class Recorder:
     def _finish(self, record: StepRecord) -> None:
         self.last = record
         self.finished.append(record)
+        if self._inboxes:
+            self._undelivered.append(record)
         if record.reason is not None:
             log.warning("%s", record)
