@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastguard.apply import apply, scale
-from fastguard.buckets import GradBuckets, bucketize, gradients_of
+from fastguard.buckets import GradBuckets, bucketize, gradients_of, name_of
 from fastguard.decide import (
     Policy,
     clip_coefficients,
@@ -79,7 +79,7 @@ def clip_grad_norm_(
     _check_foreach(foreach)
     grads, names = gradients_of(_listed(parameters))
     if torch.compiler.is_compiling():
-        return _clip_compiled([g for g in grads if g is not None], max_norm, p, mode)
+        return _clip_compiled(grads, names, max_norm, p, mode)
     buckets = bucketize(grads, names=names, norm_type=p)
     return clip_buckets(buckets, max_norm, p, mode == "raise", mode, group=group)
 
@@ -136,11 +136,10 @@ def get_total_norm(
     """
     p = norm_type_of(norm_type)
     _check_foreach(foreach)
-    listed = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    mode = "raise" if error_if_nonfinite else "propagate"
+    listed = [tensors] if isinstance(tensors, Tensor) else _as_list("tensors", tensors)
     if torch.compiler.is_compiling():
-        summary, counts = torch.ops.fastguard.measure(listed, p)
-        return _decide_compiled(summary, counts, math.inf, p, mode, listed)[0]
+        mode = "raise" if error_if_nonfinite else "propagate"
+        return _decide_compiled(listed, None, math.inf, p, mode)[0]
     buckets = bucketize(listed, norm_type=p)
     stats, _ = reduce(measure(buckets, p), Signals.none(buckets.device), group)
     if error_if_nonfinite:
@@ -159,23 +158,27 @@ def clip_grads_with_norm_(
     """Scales the gradients by `min(1, max_norm / (total_norm + 1e-6))`.
 
     Args:
-        parameters: As in `clip_grad_norm_`. max_norm: The limit, >= 0; `inf` never multiplies.
+        parameters: As in `clip_grad_norm_`.
+        max_norm: The limit, >= 0; `inf` never multiplies.
         total_norm: `()`, the norm, from `get_total_norm`. NaN makes every gradient NaN, as in
-        torch. foreach: Accepted for compatibility.
+            torch.
+        foreach: Accepted for compatibility.
 
     Raises:
         TypeError, ValueError: An argument is not of the kind or range above.
     """
     _check_foreach(foreach)
     grads, names = gradients_of(_listed(parameters))
+    if not isinstance(total_norm, Tensor | int | float):
+        raise TypeError(
+            f"total_norm={total_norm!r} is not a tensor; pass what get_total_norm returned"
+        )
     norm = torch.as_tensor(total_norm)
     if norm.numel() != 1:
         raise ValueError(f"total_norm must be one number, but has shape {tuple(norm.shape)}")
     norm = norm.reshape(1).double()
     if torch.compiler.is_compiling():
-        limit = _limits(max_norm, norm.device)
-        coef, clean = clip_coefficients(norm, limit), torch.zeros((), device=norm.device)
-        torch.ops.fastguard.apply([g for g in grads if g is not None], coef, clean)
+        _scale_compiled(grads, max_norm, norm)
         return
     limit = _limits(limit_of("max_norm", max_norm), norm.device)
     buckets = bucketize(grads, names=names)
@@ -197,14 +200,22 @@ def clip_grad_value_(
         TypeError, ValueError: An argument is not of the kind or range above.
     """
     _check_foreach(foreach)
-    if not torch.compiler.is_compiling():
-        clip_value = limit_of("clip_value", clip_value)
     grads, names = gradients_of(_listed(parameters))
-    if not torch.compiler.is_compiling():
-        bucketize(grads, names=names)  # refuses what cannot be clamped, before anything is changed
+    if torch.compiler.is_compiling():
+        present = [g for g in grads if g is not None]
+        torch.ops.fastguard.clip_value(present, _limits(clip_value, torch.device("cpu")))
+        return
+    limit = limit_of("clip_value", clip_value)
+    bucketize(grads, names=names)  # refuses what cannot be clamped, before anything is changed
+    for i, grad in enumerate(grads):
+        if grad is not None and grad.is_complex():
+            raise TypeError(
+                f"the gradient of {name_of(i, names)} is complex, and complex numbers have no "
+                "order to clamp by; use clip_grad_norm_, or leave this parameter out"
+            )
     for grad in grads:
         if grad is not None:
-            grad.clamp_(-clip_value, clip_value)
+            grad.clamp_(-limit, limit)
 
 
 @torch.no_grad()
@@ -240,12 +251,19 @@ def sanitize_grads_(
             raise ValueError(f"{name}={value!r} must be a finite number: it replaces what is not")
     grads, names = gradients_of(_listed(parameters))
     if torch.compiler.is_compiling():
-        present = [g for g in grads if g is not None]
-        summary, counts = torch.ops.fastguard.measure(present, 2.0)
-        for grad in present:
-            grad.nan_to_num_(**fill)
-        return GradStats(summary, counts, 2.0, names)
+        stats = _measure_compiled(grads, names, 2.0)
+        for grad in grads:
+            if grad is not None:
+                grad.nan_to_num_(**fill)
+        return stats
     buckets = bucketize(grads, names=names)
+    for bucket in buckets.buckets:
+        largest = torch.finfo(bucket.dtype).max
+        for name, value in fill.items():
+            if abs(value) > largest:
+                raise ValueError(
+                    f"{name}={value!r} is infinite in {bucket.dtype}; use at most {largest}"
+                )
     stats = measure(buckets, 2.0)
     if any(fill.values()):
         for bucket in buckets.buckets:
@@ -293,38 +311,65 @@ def measure_grads(
 # Under torch.compile: one opaque op a stage.
 
 
-def _clip_compiled(grads: list[Tensor], max_norm: float, norm_type: float, mode: str) -> Tensor:
-    summary, counts = torch.ops.fastguard.measure(grads, norm_type)
-    norm, coef, clean = _decide_compiled(summary, counts, max_norm, norm_type, mode, grads)
-    torch.ops.fastguard.apply(grads, coef, clean)
+def _clip_compiled(
+    grads: list[Tensor | None],
+    names: list[str] | None,
+    max_norm: float,
+    norm_type: float,
+    mode: str,
+) -> Tensor:
+    norm, coef, clean = _decide_compiled(grads, names, max_norm, norm_type, mode)
+    torch.ops.fastguard.apply([g for g in grads if g is not None], coef, clean)
     return norm
 
 
 def _decide_compiled(
-    summary: Tensor,
-    counts: Tensor,
+    grads: list[Tensor | None],
+    names: list[str] | None,
     max_norm: float,
     norm_type: float,
     mode: str,
-    grads: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    limit = _limits(max_norm, summary.device)
-    norm, coef, clean = torch.ops.fastguard.decide(summary, counts, limit, norm_type, mode)
-    wide = any(g.dtype in (torch.float64, torch.complex128) for g in grads)
-    return norm if wide else norm.float(), coef, clean
+    stats = _measure_compiled(grads, names, norm_type)
+    limit = _limits(max_norm, stats.summary.device)
+    norm, coef, clean = torch.ops.fastguard.decide(
+        stats.summary, stats.counts, limit, norm_type, mode, names if mode == "raise" else None
+    )
+    return norm if stats.float64 else norm.float(), coef, clean
+
+
+def _scale_compiled(grads: list[Tensor | None], max_norm: float, norm: Tensor) -> None:
+    # For the inf-norm a power sum is the norm itself; the op checks the limit.
+    summary = torch.cat([norm, norm.new_zeros(3)]).reshape(4, 1)
+    counts = torch.zeros(3, 0, dtype=torch.int64, device=norm.device)
+    _, coef, clean = torch.ops.fastguard.decide(
+        summary, counts, _limits(max_norm, norm.device), math.inf, "propagate", None
+    )
+    torch.ops.fastguard.apply([g for g in grads if g is not None], coef, clean)
 
 
 def _measure_compiled(
-    grads: list[Tensor | None], names: list[str] | None, norm_type: float, per_tensor: bool
+    grads: list[Tensor | None],
+    names: list[str] | None,
+    norm_type: float,
+    per_tensor: bool = False,
 ) -> GradStats:
-    present = [g for g in grads if g is not None]
-    names = (
-        None if names is None else [n for n, g in zip(names, grads, strict=True) if g is not None]
-    )
+    ids = [i for i, g in enumerate(grads) if g is not None]
+    present = [grads[i] for i in ids]
     op = torch.ops.fastguard.measure_tensors if per_tensor else torch.ops.fastguard.measure
     summary, counts = op(present, norm_type)
+    if len(ids) < len(grads):
+        counts = _spread(counts, ids, len(grads))
+        summary = _spread(summary, ids, len(grads)) if per_tensor else summary
     wide = any(g.dtype in (torch.float64, torch.complex128) for g in present)
     return GradStats(summary, counts, norm_type, names, wide)
+
+
+def _spread(columns: Tensor, ids: list[int], n: int) -> Tensor:
+    """The columns at the places `ids` among n; the others are zero."""
+    spread = columns.new_zeros(columns.shape[0], n)
+    spread[:, ids] = columns
+    return spread
 
 
 def _limits(max_norm: float, device: torch.device) -> Tensor:
@@ -344,7 +389,7 @@ def limit_of(name: str, value: object) -> float:
     """
     try:
         limit = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise TypeError(f"{name}={value!r} is not a number; use a number >= 0") from None
     if not limit >= 0.0:  # NaN is not >= 0
         raise ValueError(
@@ -376,15 +421,19 @@ def _check_foreach(foreach: object) -> None:
 def _listed(parameters: Parameters) -> Tensor | list:
     if isinstance(parameters, Tensor):
         return parameters
-    try:
-        listed = list(parameters)
-    except TypeError:
-        raise TypeError(
-            f"parameters={parameters!r} must be a tensor or an iterable of tensors; "
-            "pass model.parameters()"
-        ) from None
+    listed = _as_list("parameters", parameters)
     if not listed and isinstance(parameters, types.GeneratorType):
         warnings.warn(
             "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=4
         )
     return listed
+
+
+def _as_list(name: str, value: Iterable) -> list:
+    try:
+        return list(value)
+    except TypeError:
+        remedy = "model.parameters()" if name == "parameters" else "a list of gradients"
+        raise TypeError(
+            f"{name}={value!r} must be a tensor or an iterable of tensors; pass {remedy}"
+        ) from None

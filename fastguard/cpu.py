@@ -9,11 +9,11 @@ in the same direction (3e-7 seen on constants, where torch's own norm is 4e-2 of
 *measured*: `AUDITED` blocks of 8 rows, drawn in proportion to what they contribute, are summed
 again in float64, and the mean relative error that they show is taken out of the total. Drawing by
 contribution makes the estimate unbiased however unevenly the sum is spread: if one block holds
-everything, every draw hits it and the result is exact. Where the drawn blocks disagree by more than
-random data does (blocks of several constants, say), sixteen times as many are drawn. The draws are at
-fixed quantiles, so the same gradients give the same norm bit for bit; but not evenly spaced ones,
-with which gradients that repeat at the pace of the draws would show one half of themselves (3e-7 off
-when blocks of two constants alternate).
+everything, every draw hits it and the result is exact. Where the drawn blocks disagree by more
+than random data does (blocks of several constants, say), sixteen times as many are drawn. The draws
+are at fixed quantiles, so the same gradients give the same norm bit for bit; but not at evenly
+spaced ones, which would show one half alone of gradients that repeat at their pace (3e-7 off when
+blocks of two constants alternate; 1e-8 as it is).
 
 What float32 cannot hold is noticed and done again in float64: a row that overflows makes the sum
 infinite, and a sum under `n_elements * 2**-126 * 1e9` may have lost squares to underflow. The sum
@@ -47,8 +47,9 @@ STAGE = 512 * BLOCK  # elements of the staging buffer: 4 MB of float32, which a 
 SHARE = 2**16 * BLOCK  # elements between two audits: bounds the row norms kept to 6 MB
 EXACT_BELOW = 2**17  # fewer elements than this are summed in float64 outright
 AUDITED = 64
-DISAGREEING = 1.2e-7  # standard deviation of the audited errors; random data, however heavy its tail, has 8e-8
+DISAGREEING = 1.2e-7  # standard deviation of audited errors; random data has 8e-8 at the most
 TINY_SQUARE = 2.0**-126  # smallest normal float32: smaller squares may be flushed to zero
+
 
 def _quantiles(n: int) -> np.ndarray:
     """One number in each of n equal parts of [0, 1); RandomState never changes its stream."""
@@ -113,12 +114,12 @@ def _clean_sum(
         return torch.stack(torch._foreach_norm(_not_empty(tensors), math.inf)).max().item()
     if norm_type == 2.0 and bucket.dtype is not torch.float64:
         return _l2_power_sum(tensors)
-    return math.fsum(_float64_power_sum(x, norm_type) for x, _ in _float64_pieces(tensors))
+    return sum(_float64_power_sum(x, norm_type) for x, _ in _float64_pieces(tensors))
 
 
 def _not_empty(tensors: Sequence[Tensor]) -> list[Tensor]:
     """torch has no inf-norm of an empty tensor; zero is the norm of nothing."""
-    return [t for t in tensors if t.numel()] or [torch.zeros(1)]
+    return [t for t in tensors if t.numel()] or [torch.zeros(1, device="cpu")]
 
 
 def _trustworthy(
@@ -159,13 +160,20 @@ class _Source:
         return pieces
 
 
+def _flat(t: Tensor) -> Tensor:
+    """A tensor as a vector, in whatever order lets it stay where it is."""
+    if not t.is_contiguous():  # channels_last, say
+        t = t.permute(sorted(range(t.dim()), key=t.stride, reverse=True))
+    return t.reshape(-1)
+
+
 def _l2_power_sum(tensors: Sequence[Tensor]) -> float:
     sizes = list(map(Tensor.numel, tensors))
     n_elements = sum(sizes)
     if n_elements < EXACT_BELOW:
         x = torch.cat([t.reshape(-1) for t in tensors]).double()
         return torch.dot(x, x).item()
-    vectors = tensors if set(map(Tensor.dim, tensors)) == {1} else [t.reshape(-1) for t in tensors]
+    vectors = tensors if set(map(Tensor.dim, tensors)) == {1} else list(map(_flat, tensors))
     if n_elements <= SHARE:
         return _share_power_sum(vectors, sizes)
     total = 0.0
@@ -183,7 +191,7 @@ def _l2_power_sum(tensors: Sequence[Tensor]) -> float:
 
 def _share_power_sum(vectors: Sequence[Tensor], sizes: Sequence[int]) -> float:
     """The sum of squares of vectors of one dtype, `SHARE` elements at the most."""
-    rows = torch.empty(sum(sizes) // ROW, dtype=torch.float32)
+    rows = torch.empty(sum(sizes) // ROW, dtype=torch.float32, device="cpu")
     sources: list[_Source] = []
     filled = 0
 
@@ -263,7 +271,7 @@ def _stage(n: int) -> Tensor:
     buffer = getattr(_local, "stage", None)
     if buffer is None:
         with torch.inference_mode(False):
-            buffer = _local.stage = torch.empty(STAGE, dtype=torch.float32)
+            buffer = _local.stage = torch.empty(STAGE, dtype=torch.float32, device="cpu")
     return buffer[:n]
 
 
@@ -301,7 +309,7 @@ def _float64_pieces(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, list[tu
     owners: list[tuple[int, int]] = []
     filled = 0
     for i, t in enumerate(tensors):
-        flat = t.view(-1) if t.is_contiguous() else t.reshape(-1)
+        flat = _flat(t)
         for piece in flat.split(limit) if flat.numel() else ():
             if filled + piece.numel() > limit:
                 yield torch.cat(batch).double(), owners

@@ -26,11 +26,16 @@ from fastguard.rules import GRAD_NORM, SpikeRule
 
 TINY = 2.0**-1022  # smallest normal float64
 
+
+def _float64(x: float | list[float]) -> Tensor:
+    return torch.tensor(x, dtype=torch.float64, device="cpu")  # whatever the default device is
+
+
 # Parts of nearly every verdict, made once: each would cost 1.5 µs. Nobody writes to them.
-_NO, _YES = torch.tensor(0.0), torch.tensor(1.0)
-_REASONS = tuple(torch.tensor(int(reason)) for reason in Reason)
-_NO_SPIKES = torch.empty(0, dtype=torch.bool)
-_NO_THRESHOLDS = torch.empty(0, dtype=torch.float64)
+_NO, _YES = (torch.tensor(x, dtype=torch.float32, device="cpu") for x in (0.0, 1.0))
+_REASONS = tuple(torch.tensor(int(reason), device="cpu") for reason in Reason)
+_NO_SPIKES = torch.empty(0, dtype=torch.bool, device="cpu")
+_NO_THRESHOLDS = _float64([])
 
 
 def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy: Policy) -> Verdict:
@@ -81,9 +86,9 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
         found_inf=_YES if skip else _NO,
         clean=_YES if policy.nonfinite == "zero" and bad_grad and not skip else _NO,
         reason=_REASONS[_reason(bad_grad or overflow, loss_fault, spikes, policy)],
-        total_norm=torch.tensor(total_norm, dtype=torch.float64),
-        spikes=torch.tensor(spikes) if spikes else _NO_SPIKES,
-        thresholds=torch.tensor(thresholds, dtype=torch.float64) if spikes else _NO_THRESHOLDS,
+        total_norm=_float64(total_norm),
+        spikes=torch.tensor(spikes, device="cpu") if spikes else _NO_SPIKES,
+        thresholds=_float64(thresholds) if spikes else _NO_THRESHOLDS,
     )
 
 
@@ -105,7 +110,7 @@ def _clip_coef(
     propagates = bad_grad and policy.nonfinite == "propagate"
     if len(sums) == 1 and not propagates:
         coef = min(_coef(total_norm, policy.max_norm.item()), _coef(total_norm, spike_limit))
-        return torch.tensor([coef], dtype=torch.float64)
+        return _float64([coef])
     norms = stats.segment_norms
     if propagates:
         norms = propagated_norms(norms, stats.segment_counts)

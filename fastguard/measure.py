@@ -75,7 +75,7 @@ class GradStats:
         sums = self.power_sum
         if sums.numel() == 1:
             return root(sums[0], self.norm_type)
-        whole = sums.amax() if self.norm_type == math.inf else sums.sum()
+        whole = sums.amax() if self.norm_type == math.inf and sums.numel() else sums.sum()
         return root(whole, self.norm_type)
 
     @property
@@ -151,7 +151,7 @@ def norm_type_of(value: object) -> float:
     """
     try:
         p = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise TypeError(
             f"norm_type={value!r} is not a number; use 2.0, 1.0 or float('inf')"
         ) from None

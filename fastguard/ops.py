@@ -61,24 +61,38 @@ _define(
 )
 
 
+def _check_limit(name: str, limit: Tensor) -> None:
+    if limit.device.type == "cpu" and not limit >= 0:  # reading a GPU's limit would wait
+        raise ValueError(f"{name}={limit.item()} must be >= 0; use float('inf') for no limit")
+
+
 def _decide(
-    summary: Tensor, counts: Tensor, max_norm: Tensor, norm_type: float, nonfinite: str
+    summary: Tensor,
+    counts: Tensor,
+    max_norm: Tensor,
+    norm_type: float,
+    nonfinite: str,
+    names: list[str] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if max_norm.device.type == "cpu" and not max_norm >= 0:  # reading a GPU's limit would wait
-        raise ValueError(
-            f"max_norm={max_norm.item()} must be >= 0; use float('inf') to measure only"
-        )
-    stats = GradStats(summary, counts, norm_type)
+    _check_limit("max_norm", max_norm)
+    stats = GradStats(summary, counts, norm_type, names)
     if nonfinite == "raise":
         raise_if_nonfinite(stats)
     policy = Policy(max_norm.reshape(1), nonfinite)  # type: ignore[arg-type]
     verdict = decide_stage(stats, Signals.none(summary.device), None, policy)
     norm = torch_total_norm(stats) if nonfinite == "propagate" else verdict.total_norm
-    return norm, verdict.multiplier, verdict.clean
+    # Compiled code may write over what an op returned: neither parts of its arguments (the norm may
+    # be one of `summary`) nor the constants that verdicts share.
+    return norm.clone(), verdict.multiplier, verdict.clean.clone()
 
 
 def _decide_shapes(
-    summary: Tensor, counts: Tensor, max_norm: Tensor, norm_type: float, nonfinite: str
+    summary: Tensor,
+    counts: Tensor,
+    max_norm: Tensor,
+    norm_type: float,
+    nonfinite: str,
+    names: list[str] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     device = summary.device
     return (
@@ -89,8 +103,8 @@ def _decide_shapes(
 
 
 _define(
-    "decide(Tensor summary, Tensor counts, Tensor max_norm, float norm_type, str nonfinite)"
-    " -> (Tensor total_norm, Tensor multiplier, Tensor clean)",
+    "decide(Tensor summary, Tensor counts, Tensor max_norm, float norm_type, str nonfinite,"
+    " str[]? names) -> (Tensor total_norm, Tensor multiplier, Tensor clean)",
     _decide,
     _decide_shapes,
 )
@@ -104,4 +118,19 @@ _define(
     "apply(Tensor(a!)[] grads, Tensor multiplier, Tensor clean) -> ()",
     _apply,
     lambda grads, multiplier, clean: None,
+)
+
+
+def _clip_value(grads: list[Tensor], clip_value: Tensor) -> None:
+    _check_limit("clip_value", clip_value)
+    limit = clip_value.item()
+    for grad in grads:
+        grad.clamp_(-limit, limit)
+
+
+_define(
+    # clip_value lies on the CPU
+    "clip_value(Tensor(a!)[] grads, Tensor clip_value) -> ()",
+    _clip_value,
+    lambda grads, clip_value: None,
 )

@@ -48,13 +48,13 @@ def measure(
     if bucket.device != CPU:
         return plain_measure(bucket, n_segments, n_tensors, norm_type, inv_scale)
     sums, bad = cpu.measure(bucket, n_segments, norm_type)
-    counts = torch.zeros(3, n_tensors, dtype=torch.int64)
+    counts = torch.zeros(3, n_tensors, dtype=torch.int64, device=CPU)
     for position, found in bad.items():
-        counts[:, bucket.tensor_ids[position]] = torch.tensor(found)
+        counts[:, bucket.tensor_ids[position]] = torch.tensor(found, device=CPU)
     nothing = [0.0] * n_segments
-    summary = torch.tensor([sums, nothing, nothing, nothing], dtype=torch.float64)
+    summary = torch.tensor([sums, nothing, nothing, nothing], dtype=torch.float64, device=CPU)
     for position, found in bad.items():
-        summary[1:, bucket.segment_ids[position]] += torch.tensor(found)
+        summary[1:, bucket.segment_ids[position]] += torch.tensor(found, device=CPU)
     return _unscaled(summary, norm_type, inv_scale), counts
 
 
@@ -148,9 +148,10 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
         spikes = exceeds & ~lasting
         skip = fault | (spikes & table.skips).any()
         usable = ~fault if policy.nonfinite == "zero" else ~fault & ~bad_grad
-        enters = values.isfinite() & usable & (total_norm > 0) & (spikes | ~skip)
+        judged = values.isfinite() & usable  # a loss that this step did not give says nothing
+        enters = judged & (total_norm > 0) & (spikes | ~skip)
         entering = torch.where(spikes, thresholds, values)
-        _update_rings(state, table, entering, enters, spikes, usable)
+        _update_rings(state, table, entering, enters, spikes, judged)
     else:
         skip = fault
         spikes = torch.empty(0, dtype=torch.bool, device=device)
@@ -205,7 +206,7 @@ def _update_rings(
     entering: Tensor,
     enters: Tensor,
     spikes: Tensor,
-    usable: Tensor,
+    judged: Tensor,
 ) -> None:
     filled, at, consecutive = state.rings.unbind(1)
     moves = enters & (table.window > 0)
@@ -218,7 +219,7 @@ def _update_rings(
             [
                 torch.minimum(filled + moves, table.window),
                 (at + moves) % window,
-                torch.where(usable, (consecutive + 1) * spikes, consecutive),
+                torch.where(judged, (consecutive + 1) * spikes, consecutive),
             ],
             dim=1,
         )
@@ -294,4 +295,4 @@ def _multiply(grads: list[Tensor], multiplier: float, dtype: torch.dtype) -> Non
     if multiplier == 1.0:
         return
     # A tensor, because _foreach_mul_ by a Python float costs six times as much on a CPU.
-    torch._foreach_mul_(grads, torch.tensor(multiplier, dtype=factor_dtype(dtype)))
+    torch._foreach_mul_(grads, torch.tensor(multiplier, dtype=factor_dtype(dtype), device=CPU))
