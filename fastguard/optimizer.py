@@ -327,9 +327,9 @@ class GuardedOptimizer(Optimizer):
     def subscribe(self) -> deque[StepRecord]:
         """An inbox that gets every record once, for those who act on what happened.
 
-        The record of step k is there after step k where the verdict is on the host at once (a CPU, or
-        an optimizer that is not fused), else after step k + 1: the same on every rank and every rerun.
-        Take records out with `popleft`.
+        The record of step k is there after step k where the verdict is on the host at once (a CPU,
+        or an optimizer that is not fused), else after step k + 1: the same on every rank and every
+        rerun. Take records out with `popleft`.
         """
         return self._recorder.subscribe()
 
