@@ -69,7 +69,8 @@ class GuardState:
             skips (back to 0 when a step is applied).
         windows: float64 `(K, W)`: a ring of accepted values for each of K rules.
         rings: int64 `(K, 3)`: values in the ring (at most its window), where the next one goes, and
-            consecutive spikes (back to 0 at the first value that is none, or is accepted).
+            consecutive values above the threshold (back to 0 at the first that is not); from the
+            window's length on they are accepted, until the baseline has caught up.
     """
 
     counters: Tensor

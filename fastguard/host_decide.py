@@ -167,7 +167,7 @@ def _update_rings(
     for k, rule in enumerate(policy.rules):
         if not math.isfinite(values[k]):  # a loss that this step did not give says nothing
             continue
-        rings[k, 2] = rings[k, 2] + 1 if spikes[k] else 0
+        rings[k, 2] = rings[k, 2] + 1 if values[k] > thresholds[k] else 0
         enters = moved and (spikes[k] or not skip)
         if enters and isinstance(rule, SpikeRule):
             at = rings[k, 1]

@@ -151,7 +151,7 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
         judged = values.isfinite() & usable  # a loss that this step did not give says nothing
         enters = judged & (total_norm > 0) & (spikes | ~skip)
         entering = torch.where(spikes, thresholds, values)
-        _update_rings(state, table, entering, enters, spikes, judged)
+        _update_rings(state, table, entering, enters, exceeds, judged)
     else:
         skip = fault
         spikes = torch.empty(0, dtype=torch.bool, device=device)
@@ -205,7 +205,7 @@ def _update_rings(
     table: _RuleTable,
     entering: Tensor,
     enters: Tensor,
-    spikes: Tensor,
+    exceeds: Tensor,
     judged: Tensor,
 ) -> None:
     filled, at, consecutive = state.rings.unbind(1)
@@ -219,7 +219,7 @@ def _update_rings(
             [
                 torch.minimum(filled + moves, table.window),
                 (at + moves) % window,
-                torch.where(judged, (consecutive + 1) * spikes, consecutive),
+                torch.where(judged, (consecutive + 1) * exceeds, consecutive),
             ],
             dim=1,
         )
