@@ -51,12 +51,9 @@ def triton_stages(device: torch.device) -> ModuleType | None:
     """The kernel launchers for a device, or None after one warning that says why not."""
     if device.type not in TRITON_DEVICES:
         return None
-    reason = triton_problem(device)
+    reason = why_not_triton(device)
     if reason is None:
-        try:
-            return importlib.import_module("fastguard.kernels.stages")
-        except Exception as error:  # a broken wheel raises OSError, AttributeError, ...
-            reason = f"its import failed: {error!r}"
+        return importlib.import_module("fastguard.kernels.stages")
     warnings.warn(
         f"fastguard serves {device} with PyTorch instead of Triton kernels, because {reason}. "
         "Results are the same; guarding a step costs more. "
@@ -65,6 +62,19 @@ def triton_stages(device: torch.device) -> ModuleType | None:
         stacklevel=3,
     )
     return None
+
+
+def why_not_triton(device: torch.device) -> str | None:
+    """Why PyTorch serves a device and not Triton; None if Triton does. Imports the kernels."""
+    if device.type not in TRITON_DEVICES:
+        return f"the kernels serve {' and '.join(TRITON_DEVICES)} devices"
+    reason = triton_problem(device)
+    if reason is None:
+        try:
+            importlib.import_module("fastguard.kernels.stages")
+        except Exception as error:  # a broken wheel raises OSError, AttributeError, ...
+            reason = f"its import failed: {error!r}"
+    return reason
 
 
 def triton_problem(device: torch.device | None = None) -> str | None:
