@@ -20,7 +20,11 @@ from fastguard.optimizer import GuardedOptimizer as GuardedOptimizer
 from fastguard.patch import patch_torch as patch_torch
 from fastguard.patch import unpatch_torch as unpatch_torch
 from fastguard.records import StepRecord as StepRecord
+from fastguard.rollback import Rewind as Rewind
+from fastguard.rollback import Rollback as Rollback
 from fastguard.rules import SpikeRule as SpikeRule
 from fastguard.rules import Threshold as Threshold
+from fastguard.schedule import GuardedLR as GuardedLR
+from fastguard.schedule import Warmup as Warmup
 
 __version__ = "0.1.0"

@@ -123,6 +123,7 @@ class GuardedOptimizer(Optimizer):
         self._recorder = Recorder()
         self._road = road_of(optimizer)
         self.last: Verdict | None = None
+        self._steps_taken = 0
         self._become_an_optimizer()
         log.info("%s", self.describe())
 
@@ -187,6 +188,7 @@ class GuardedOptimizer(Optimizer):
         if self._flat is not None and policy.nonfinite == "propagate":
             self._flat.close_gaps_()
         self.last = verdict
+        self._steps_taken += 1
         lr = self.param_groups[0]["lr"]
         self._recorder.add(stats, signals, verdict, self._state, lr, policy.signals, tag)
 
@@ -333,6 +335,15 @@ class GuardedOptimizer(Optimizer):
         """
         return self._recorder.subscribe()
 
+    def settle(self) -> None:
+        """Waits for all steps so far, so that every inbox holds their records."""
+        self._recorder.deliver()
+
+    @property
+    def steps_taken(self) -> int:
+        """Steps so far, skipped ones counted. Never waits."""
+        return self._steps_taken
+
     @property
     def applied_steps(self) -> int:
         """Steps that reached the weights. Waits for a GPU."""
@@ -445,6 +456,7 @@ class GuardedOptimizer(Optimizer):
         self.optimizer.load_state_dict(state_dict)
         self._road = road_of(self.optimizer)  # param groups bring their own `fused`
         self._state = guard
+        self._steps_taken = int(guard.counters[0])
         self._observed = ObservedLosses()
         self._recorder.forget_last()
         for hook in self._optimizer_load_state_dict_post_hooks.values():

@@ -1,0 +1,204 @@
+"""`Rollback` and its snapshots: back to the last good state, within the process."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from fastguard import GuardedLR, GuardedOptimizer, Rollback, SpikeRule, TrainingDivergedError
+from fastguard.snapshot import Snapshot
+
+
+class Run:
+    """A small training run whose every batch is found by its number."""
+
+    def __init__(self, **rollback) -> None:
+        torch.manual_seed(0)
+        self.model = torch.nn.Sequential(
+            torch.nn.Linear(4, 8),
+            torch.nn.BatchNorm1d(8),
+            torch.nn.Dropout(),
+            torch.nn.Linear(8, 1),
+        )
+        self.opt = GuardedOptimizer(
+            torch.optim.AdamW(self.model.parameters(), lr=0.01, fused=True),
+            spike={"loss": SpikeRule(window=4, warmup=4, action="record")},
+        )
+        self.lr = GuardedLR(self.opt)
+        self.rollback = Rollback(self.opt, {"model": self.model}, lr=self.lr, **rollback)
+
+    def batch(self, i: int, scale: float = 1.0):
+        generator = torch.Generator().manual_seed(i)
+        loss = self.model(torch.randn(6, 4, generator=generator)).square().mean() * scale
+        self.opt.zero_grad()
+        loss.backward()
+        self.opt.step(loss=loss, tag=i)
+        self.lr.step()
+        return self.rollback.step(position=i)
+
+    def state(self) -> list[torch.Tensor]:
+        tensors = [*self.model.state_dict().values()]
+        for entry in self.opt.state_dict()["state"].values():
+            tensors += entry.values()
+        return [t.clone() for t in tensors]
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return len(a) == len(b) and all(map(torch.equal, a, b))
+
+
+def test_too_many_skips_restore_the_last_snapshot_bit_for_bit() -> None:
+    run = Run(every=5, after_skips=3, lr_factor=0.5)
+    for i in range(7):
+        assert run.batch(i) is None
+    assert run.rollback.snapshots == [0, 5]
+    at_five = None
+    fresh = Run(every=5)
+    for i in range(5):
+        fresh.batch(i)
+    at_five = fresh.state()
+
+    assert run.batch(7, math.nan) is None
+    assert run.batch(8, math.nan) is None
+    rewind = run.batch(9, math.nan)
+    assert rewind is not None
+    assert (rewind.step, rewind.position, rewind.skip) == (5, 4, (7, 8, 9))
+    assert rewind.attempt == 1 and "3 steps in a row were skipped" in rewind.reason
+    assert same(run.state(), at_five)
+    assert run.opt.param_groups[0]["lr"] == pytest.approx(0.005)
+    assert run.opt.skipped_steps == 0  # the guard's own state went back as well
+
+
+def test_the_run_after_a_rollback_equals_one_that_left_the_bad_batches_out() -> None:
+    run = Run(every=2, after_skips=2, lr_factor=1.0)
+    for i in range(4):
+        run.batch(i)
+    run.batch(4, math.nan)
+    rewind = run.batch(5, math.nan)
+    for i in range(rewind.position + 1, 9):
+        if i not in rewind.skip:
+            run.batch(i)
+    clean = Run(every=2, lr_factor=1.0)
+    for i in (0, 1, 2, 3, 6, 7, 8):
+        clean.batch(i)
+    assert same(run.state(), clean.state())
+
+
+def test_a_spike_that_persists_restores() -> None:
+    run = Run(every=5, after_skips=None, after_spikes=2)
+    for i in range(6):
+        assert run.batch(i) is None
+    assert run.batch(6, 1e6) is None
+    rewind = run.batch(7, 1e12)
+    assert rewind is not None and rewind.skip == (6, 7)
+    assert "spiked" in rewind.reason
+
+
+def test_the_caller_may_ask_for_it() -> None:
+    run = Run(every=2)
+    for i in range(3):
+        run.batch(i)
+    assert run.rollback.trigger("validation collapsed").step == 2
+
+
+def test_it_gives_up_with_the_story() -> None:
+    run = Run(every=2, after_skips=1, max_attempts=2)
+    for i in range(4):
+        run.batch(i)
+    assert run.batch(4, math.nan).attempt == 1
+    assert run.batch(5, math.nan).attempt == 2
+    with pytest.raises(TrainingDivergedError, match=r"2 rollbacks did not get past.*nonfinite"):
+        run.batch(6, math.nan)
+
+
+def test_attempts_start_anew_beyond_the_trouble() -> None:
+    run = Run(every=2, after_skips=1, max_attempts=1)
+    for i in range(4):
+        run.batch(i)
+    run.batch(4, math.nan)
+    for i in range(5, 12):
+        run.batch(i)
+    assert run.batch(12, math.nan).attempt == 1
+
+
+def test_a_poisoned_snapshot_is_never_restored() -> None:
+    run = Run(every=2, keep=2)
+    for i in range(4):
+        run.batch(i)
+    with torch.no_grad():
+        run.model[0].weight[1, 2] = math.nan  # behind the guard's back
+    run.rollback.snapshot(position=3)
+    assert run.rollback.trigger("suspicion").step == 4
+    assert all(p.isfinite().all() for p in run.model.parameters())
+
+
+def test_without_a_finite_snapshot_it_says_which_tensors_are_bad() -> None:
+    run = Run(every=100, keep=1)
+    with torch.no_grad():
+        run.model[0].weight[1, 2] = math.inf
+    run.rollback.snapshot()
+    with pytest.raises(TrainingDivergedError, match=r"no snapshot is finite.*model\.0\.weight"):
+        run.rollback.trigger()
+
+
+def test_random_numbers_go_back_too() -> None:
+    run = Run()
+    run.rollback.snapshot()
+    drawn = torch.rand(3), np.random.rand(), random.random()
+    run.rollback.trigger()
+    again = torch.rand(3), np.random.rand(), random.random()
+    assert torch.equal(drawn[0], again[0]) and drawn[1:] == again[1:]
+
+
+def test_a_second_snapshot_reuses_the_memory_of_the_first() -> None:
+    model = torch.nn.Linear(64, 64)
+    slot = Snapshot()
+    slot.take({"model": model}, 1, None)
+    first = slot._states["model"]["weight"].data_ptr()
+    with torch.no_grad():
+        model.weight += 1
+    slot.take({"model": model}, 2, None)
+    assert slot._states["model"]["weight"].data_ptr() == first
+    assert torch.equal(slot._states["model"]["weight"], model.weight)
+
+
+def test_training_on_does_not_reach_into_a_snapshot() -> None:
+    run = Run(every=3)
+    for i in range(3):
+        run.batch(i)
+    at_three = run.state()
+    for i in range(3, 5):
+        run.batch(i)
+    run.rollback.trigger()
+    assert same(run.state(), at_three)
+    for i in range(3, 5):  # what was loaded is a copy: it must survive a second return
+        run.batch(i)
+    run.rollback.trigger()
+    assert same(run.state(), at_three)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "match"),
+    [
+        ({"every": 0}, ValueError, "every=0"),
+        ({"keep": 0}, ValueError, "keep=0"),
+        ({"after_skips": -1}, ValueError, "after_skips=-1"),
+        ({"lr_factor": 0.0}, ValueError, "lr_factor=0.0"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_named(kwargs: dict, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        Run(**kwargs)
+
+
+def test_an_object_without_state_is_refused() -> None:
+    opt = GuardedOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]))
+    with pytest.raises(TypeError, match=r"objects\['loader'\] is a list"):
+        Rollback(opt, {"loader": [1, 2]})
+    with pytest.raises(TypeError, match=r"must be a fastguard\.GuardedOptimizer"):
+        Rollback(opt.optimizer, {})  # type: ignore[arg-type]

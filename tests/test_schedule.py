@@ -1,0 +1,231 @@
+"""`GuardedLR`: schedules that know of skipped steps, told as scripts with known numbers."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    ExponentialLR,
+    LambdaLR,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+    StepLR,
+)
+
+import fastguard
+from fastguard import GuardedLR, GuardedOptimizer, Warmup
+
+GOOD, BAD = 1.0, math.nan
+
+
+def guarded(lr: float = 1.0, n_groups: int = 1, **kwargs) -> GuardedOptimizer:
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(2))]} for _ in range(n_groups)]
+    return GuardedOptimizer(torch.optim.SGD(groups, lr=lr, **kwargs))
+
+
+def play(opt: GuardedOptimizer, lr: GuardedLR, losses: list[float]) -> list[float]:
+    """The learning rate after each step of a run with these losses."""
+    seen = []
+    for loss in losses:
+        opt.step(loss=loss)
+        lr.step()
+        seen.append(round(float(opt.param_groups[0]["lr"]), 9))
+    return seen
+
+
+def test_the_schedule_advances_only_on_applied_steps() -> None:
+    opt = guarded()
+    lr = GuardedLR(ExponentialLR(opt, gamma=0.5))
+    assert play(opt, lr, [GOOD, BAD, BAD, GOOD]) == [0.5, 0.5, 0.5, 0.25]
+
+
+def test_an_incident_backs_off_and_applied_steps_take_it_back() -> None:
+    opt = guarded()
+    lr = GuardedLR(opt, backoff=0.5, recovery=2)
+    assert play(opt, lr, [GOOD, BAD, BAD, GOOD, GOOD, GOOD, GOOD, GOOD]) == [
+        1.0,
+        0.5,
+        0.25,
+        0.25,
+        0.5,
+        0.5,
+        1.0,
+        1.0,
+    ]
+
+
+def test_without_recovery_a_backoff_lasts() -> None:
+    opt = guarded()
+    lr = GuardedLR(opt, backoff=0.5)
+    assert play(opt, lr, [BAD] + [GOOD] * 20)[-1] == 0.5
+
+
+def test_the_floor_holds_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    opt = guarded(lr=1e-3)
+    lr = GuardedLR(ExponentialLR(opt, gamma=0.1), floor=1e-6)
+    assert play(opt, lr, [GOOD] * 30)[-1] == 1e-6  # where plain torch arrives at 1e-33
+    assert lr.held_at_floor == 27
+    assert sum("below the floor" in message for message in caplog.messages) == 1
+
+
+def test_the_schedule_never_sees_our_values() -> None:
+    """Recursive schedules would compound the back-off; the wrapped one computes from its own."""
+    plain = guarded()
+    guard = guarded()
+    alone = CosineAnnealingLR(plain, T_max=10, eta_min=0.1)
+    lr = GuardedLR(CosineAnnealingLR(guard, T_max=10, eta_min=0.1), backoff=0.5)
+    play(guard, lr, [BAD])
+    for _ in range(10):
+        plain.step()
+        alone.step()
+        now = play(guard, lr, [GOOD])[0]
+        assert now == pytest.approx(0.5 * alone.get_last_lr()[0], abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: LambdaLR(o, lambda n: 0.9**n),
+        lambda o: StepLR(o, 2),
+        lambda o: OneCycleLR(o, max_lr=1.0, total_steps=20),
+        lambda o: SequentialLR(o, [StepLR(o, 1), ExponentialLR(o, 0.5)], milestones=[3]),
+    ],
+    ids=["lambda", "step", "onecycle", "sequential"],
+)
+def test_a_clean_run_follows_torch_exactly(make) -> None:
+    plain, guard = guarded(momentum=0.9), guarded(momentum=0.9)
+    alone, lr = make(plain), GuardedLR(make(guard))
+    for _ in range(8):
+        plain.step()
+        alone.step()
+        guard.step()
+        lr.step()
+        assert guard.param_groups[0]["lr"] == plain.param_groups[0]["lr"]
+        assert guard.param_groups[0]["momentum"] == plain.param_groups[0]["momentum"]
+
+
+def test_plateau_looks_at_metrics_not_steps() -> None:
+    opt = guarded()
+    lr = GuardedLR(ReduceLROnPlateau(opt, patience=0, factor=0.1))
+    for metric in (1.0, 1.0, 1.0):
+        lr.step(metric)
+    assert opt.param_groups[0]["lr"] == pytest.approx(0.01)
+
+
+def test_groups_warm_up_from_above_and_from_below_and_momentum_too() -> None:
+    opt = guarded(lr=0.01, n_groups=2, momentum=0.937)
+    lr = GuardedLR(opt, warmup=Warmup(steps=4, lr=(0.1, 0.0), momentum=0.8))
+    biases, weights, momenta = [], [], []
+    for loss in (GOOD, GOOD, BAD, GOOD, GOOD):
+        biases.append(opt.param_groups[0]["lr"])
+        weights.append(opt.param_groups[1]["lr"])
+        momenta.append(opt.param_groups[0]["momentum"])
+        opt.step(loss=loss)
+        lr.step()
+    assert biases == pytest.approx([0.1, 0.0775, 0.055, 0.055, 0.0325])
+    assert weights == pytest.approx([0.0, 0.0025, 0.005, 0.005, 0.0075])
+    assert momenta == pytest.approx([0.8, 0.83425, 0.8685, 0.8685, 0.90275])
+    assert [g["lr"] for g in opt.param_groups] == pytest.approx([0.01, 0.01])
+    assert opt.param_groups[0]["momentum"] == pytest.approx(0.937)
+
+
+def test_adam_warms_its_first_beta() -> None:
+    p = torch.nn.Parameter(torch.zeros(2))
+    opt = GuardedOptimizer(torch.optim.AdamW([p], betas=(0.9, 0.99)))
+    lr = GuardedLR(opt, warmup=Warmup(steps=2, momentum=0.5))
+    assert opt.param_groups[0]["betas"] == (0.5, 0.99)
+    play(opt, lr, [GOOD, GOOD])
+    assert opt.param_groups[0]["betas"] == pytest.approx((0.9, 0.99))
+
+
+def test_a_tensor_learning_rate_stays_the_tensor_it_is() -> None:
+    p = torch.nn.Parameter(torch.zeros(2))
+    rate = torch.tensor(1.0)
+    opt = GuardedOptimizer(torch.optim.AdamW([p], lr=rate, fused=True))
+    lr = GuardedLR(ExponentialLR(opt, gamma=0.5), floor=0.2, backoff=0.5)
+    play(opt, lr, [GOOD, BAD, GOOD])
+    assert opt.param_groups[0]["lr"] is rate
+    assert rate.item() == pytest.approx(0.2)
+
+
+def test_resume_is_exact() -> None:
+    script = [GOOD, BAD, GOOD, GOOD, BAD, GOOD, GOOD, GOOD]
+
+    def fresh() -> tuple[GuardedOptimizer, GuardedLR]:
+        opt = guarded(momentum=0.9)
+        warmup = Warmup(steps=5, lr=0.3, momentum=0.5)
+        schedule = CosineAnnealingLR(opt, T_max=20)
+        return opt, GuardedLR(schedule, backoff=0.5, recovery=2, floor=0.05, warmup=warmup)
+
+    opt, lr = fresh()
+    whole = play(opt, lr, script)
+    first, first_lr = fresh()
+    head = play(first, first_lr, script[:4])
+    saved = copy.deepcopy((first.state_dict(), first_lr.state_dict()))
+    second, second_lr = fresh()
+    second.load_state_dict(saved[0])
+    second_lr.load_state_dict(saved[1])
+    assert head + play(second, second_lr, script[4:]) == whole
+
+
+def test_a_schedule_of_the_inner_optimizer_works_when_told_the_guard() -> None:
+    inner = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=1.0)
+    schedule = ExponentialLR(inner, gamma=0.5)
+    opt = GuardedOptimizer(inner)
+    with pytest.raises(TypeError, match="optimizer=guarded"):
+        GuardedLR(schedule)
+    lr = GuardedLR(schedule, optimizer=opt)
+    assert play(opt, lr, [GOOD, BAD, GOOD]) == [0.5, 0.5, 0.25]
+
+
+def test_lowering_by_hand_multiplies_for_good() -> None:
+    opt = guarded()
+    lr = GuardedLR(opt, backoff=0.5, recovery=1)
+    lr.lower(0.1)
+    assert play(opt, lr, [GOOD, GOOD])[-1] == 0.1
+    lr.lower()
+    assert play(opt, lr, [GOOD])[-1] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"floor": -1.0}, "floor=-1.0"),
+        ({"floor": (1.0, 2.0)}, "2 entries for 1"),
+        ({"backoff": 0.0}, "backoff=0.0"),
+        ({"backoff": 1.5}, "backoff=1.5"),
+        ({"recovery": 0}, "recovery=0"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_named(kwargs: dict, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        GuardedLR(guarded(), **kwargs)
+
+
+def test_warmup_names_its_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="steps=0"):
+        Warmup(steps=0)
+    with pytest.raises(ValueError, match="lr=-1"):
+        Warmup(steps=1, lr=-1.0)
+    with pytest.raises(ValueError, match="momentum"):
+        Warmup(steps=1, momentum=math.nan)
+
+
+def test_a_state_of_other_groups_is_refused_whole() -> None:
+    two = guarded(n_groups=2)
+    saved = GuardedLR(two).state_dict()
+    opt = guarded()
+    lr = GuardedLR(opt)
+    with pytest.raises(ValueError, match="2 param groups"):
+        lr.load_state_dict(saved)
+    assert opt.param_groups[0]["lr"] == 1.0
+
+
+def test_it_is_a_scheduler_to_others() -> None:
+    assert issubclass(fastguard.GuardedLR, torch.optim.lr_scheduler.LRScheduler)
