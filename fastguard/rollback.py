@@ -144,8 +144,8 @@ class Rollback:
             None, or what to do after a rollback.
 
         Raises:
-            TrainingDivergedError: `max_attempts` rollbacks did not get past the trouble, or there is
-                no finite snapshot.
+            TrainingDivergedError: `max_attempts` rollbacks did not get past the trouble, or no
+                snapshot is finite.
         """
         self._positions.append(position)
         reason = None
