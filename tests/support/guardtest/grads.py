@@ -1,0 +1,57 @@
+"""Gradients for tests, parameters that carry them, and the truth about their norm."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def parameters(*grads: Tensor | None) -> list[nn.Parameter]:
+    """One parameter for each gradient; None makes a parameter without one."""
+    made = []
+    for grad in grads:
+        like = torch.empty(1) if grad is None else grad
+        p = nn.Parameter(torch.zeros(like.shape, dtype=like.dtype))
+        p.grad = grad
+        made.append(p)
+    return made
+
+
+def copies(params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Parameters with gradients of their own, equal bit for bit, strides too."""
+    return parameters(*(None if p.grad is None else p.grad.clone() for p in params))
+
+
+def grads_of(params: Iterable[nn.Parameter]) -> list[Tensor | None]:
+    return [p.grad for p in params]
+
+
+def assert_bitwise_equal(a: Tensor, b: Tensor) -> None:
+    """Equal in every bit: NaN equals the same NaN, and -0.0 is not 0.0."""
+    assert a.dtype == b.dtype and a.shape == b.shape
+    assert torch.equal(_bits(a), _bits(b)), f"{a} differs from {b}"
+
+
+def _bits(t: Tensor) -> Tensor:
+    return t.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def true_power_sum(tensors: Iterable[Tensor], norm_type: float = 2.0) -> float:
+    """In float64, of the finite elements: sum of |x|^p, for the inf-norm the largest |x|."""
+    sums = [0.0]
+    for t in tensors:
+        x = torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+        x = x.double().abs()
+        x = x[x.isfinite()]
+        if norm_type == math.inf:
+            sums.append(x.max().item() if x.numel() else 0.0)
+        else:
+            sums.append(x.pow(norm_type).sum().item())
+    return max(sums) if norm_type == math.inf else sum(sums)
+
+
+def true_norm(tensors: Iterable[Tensor], norm_type: float = 2.0) -> float:
+    """In float64, of the finite elements."""
+    power_sum = true_power_sum(tensors, norm_type)
+    return power_sum if norm_type == math.inf else power_sum ** (1.0 / norm_type)
