@@ -26,5 +26,8 @@ from fastguard.rules import SpikeRule as SpikeRule
 from fastguard.rules import Threshold as Threshold
 from fastguard.schedule import GuardedLR as GuardedLR
 from fastguard.schedule import Warmup as Warmup
+from fastguard.sinks import JsonLinesSink as JsonLinesSink
+from fastguard.sinks import TensorBoardSink as TensorBoardSink
+from fastguard.sinks import read_records as read_records
 
 __version__ = "0.1.0"

@@ -326,6 +326,16 @@ class GuardedOptimizer(Optimizer):
         self._recorder.wait()
         return self._recorder.drain()
 
+    def add_sink(self, sink: Callable[[StepRecord], object]) -> None:
+        """Hands every record from now on to `sink` when it reaches the host, in order.
+
+        Args:
+            sink: `JsonLinesSink`, `TensorBoardSink`, or any callable that takes a `StepRecord`.
+        """
+        if not callable(sink):
+            raise TypeError(f"sink={sink!r} must be callable with a StepRecord")
+        self._recorder.sinks.append(sink)
+
     def subscribe(self) -> deque[StepRecord]:
         """An inbox that gets every record once, for those who act on what happened.
 

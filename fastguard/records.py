@@ -233,6 +233,7 @@ class Recorder:
         self.finished: deque[StepRecord] = deque(maxlen=KEPT)
         self.last: StepRecord | None = None
         self._pending: deque[_Pending] = deque()
+        self.sinks: list[Callable[[StepRecord], object]] = []
         self._inboxes: list[deque[StepRecord]] = []
         self._undelivered: list[StepRecord] = []
 
@@ -313,3 +314,5 @@ class Recorder:
             self._undelivered.append(record)
         if record.reason is not None:
             log.warning("%s", record)
+        for sink in self.sinks:
+            sink(record)

@@ -1,0 +1,224 @@
+"""Where records go: JSON lines, TensorBoard, or any callable, through `opt.add_sink(sink)`.
+
+A sink takes one `StepRecord`; it is called once a step, in order, when the record has reached the
+host. A sink never ends a run: what it cannot write it counts, and says so once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastguard.records import StepRecord
+from fastguard.strict_json import dumps
+
+log = logging.getLogger("fastguard")
+
+_FLOATS = ("total_norm", "clip_coef", "lr")
+_FIELDS = {f.name for f in dataclasses.fields(StepRecord)}
+
+
+class JsonLinesSink:
+    """Appends one JSON object a line; NaN and Inf become `"NaN"`, `"Infinity"`, `"-Infinity"`.
+
+    A line is handed to the system in one write, so a killed process leaves at most the last line
+    cut short, which readers skip; the next run starts on a new line. Full files are renamed to
+    `records.1.jsonl`, `records.2.jsonl`, ... and the oldest beyond `keep` are deleted.
+
+    Args:
+        path: The file; its folder is created.
+        max_bytes: Size at which a file is full.
+        keep: How many full files are kept beside the current one; None: all.
+
+    Raises:
+        ValueError: `max_bytes` or `keep` is out of range.
+        OSError: The file cannot be opened for writing.
+
+    Example:
+        >>> import tempfile, fastguard
+        >>> from pathlib import Path
+        >>> path = Path(tempfile.mkdtemp()) / "records.jsonl"
+        >>> with JsonLinesSink(path) as sink:
+        ...     sink(fastguard.StepRecord(1, float("inf"), 1.0, "applied"))
+        >>> [record.total_norm for record in read_records(path)]
+        [inf]
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, max_bytes: int = 1 << 30, keep: int | None = None
+    ) -> None:
+        if not isinstance(max_bytes, int) or max_bytes < 1024:
+            raise ValueError(f"max_bytes={max_bytes!r} must be an integer >= 1024")
+        if keep is not None and (not isinstance(keep, int) or keep < 0):
+            raise ValueError(f"keep={keep!r} must be None or an integer >= 0")
+        self.path = Path(path)
+        self.max_bytes = max_bytes
+        self.keep = keep
+        self.lost = 0
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._open()
+
+    def __call__(self, record: StepRecord) -> None:
+        line = (dumps(dataclasses.asdict(record)) + "\n").encode()
+        try:
+            if self._size and self._size + len(line) > self.max_bytes:
+                self._rotate()
+            written = os.write(self._file, line)
+            self._size += written
+            if written < len(line):
+                raise OSError(f"only {written} of {len(line)} bytes were written")
+        except OSError as error:
+            self.lost += 1
+            if self.lost == 1:
+                log.warning("records are being lost: cannot write %s: %s", self.path, error)
+
+    def close(self) -> None:
+        """Flushes to the disk and closes; further records are lost."""
+        if self._file >= 0:
+            os.fsync(self._file)
+            os.close(self._file)
+            self._file = -1
+
+    def __enter__(self) -> JsonLinesSink:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open(self) -> None:
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._size = os.fstat(self._file).st_size
+        if self._size and os.pread(self._file, 1, self._size - 1) != b"\n":
+            self._size += os.write(self._file, b"\n")  # after a line that was cut short
+
+    def _rotate(self) -> None:
+        full = rotated_files(self.path)
+        number = 1 + max((_number(p) for p in full), default=0)
+        os.close(self._file)
+        self.path.rename(self.path.with_name(f"{self.path.stem}.{number}{self.path.suffix}"))
+        self._open()
+        if self.keep is not None:
+            for old in rotated_files(self.path)[: -self.keep or None]:
+                old.unlink()
+
+
+def rotated_files(path: str | os.PathLike[str]) -> list[Path]:
+    """The full files of a `JsonLinesSink`, oldest first, without the current one."""
+    path = Path(path)
+    found = [
+        p
+        for p in path.parent.glob(f"{path.stem}.*{path.suffix}")
+        if p.name[len(path.stem) + 1 : len(p.name) - len(path.suffix)].isdigit()
+    ]
+    return sorted(found, key=_number)
+
+
+def _number(path: Path) -> int:
+    return int(path.suffixes[-2][1:] if path.suffix and len(path.suffixes) > 1 else path.suffix[1:])
+
+
+def read_records(path: str | os.PathLike[str], *, strict: bool = False) -> Iterator[StepRecord]:
+    """The records of a `JsonLinesSink`, oldest first, rotated files included.
+
+    Args:
+        path: The current file.
+        strict: Raise at the first line that is no record, instead of skipping and counting it.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: With `strict`, naming file and line.
+    """
+    path = Path(path)
+    files = [*rotated_files(path), path]
+    skipped = 0
+    for file in files:
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    yield _parse(line)
+                except (ValueError, TypeError, KeyError) as error:
+                    if strict:
+                        raise ValueError(
+                            f"{file}:{number} is no record ({error}); delete the line, or read "
+                            "with strict=False"
+                        ) from None
+                    skipped += 1
+    if skipped:
+        log.warning("%s: %d damaged lines were skipped", path, skipped)
+
+
+def _parse(line: bytes) -> StepRecord:
+    fields = json.loads(line)
+    if not isinstance(fields, dict):
+        raise ValueError("not a JSON object")
+    fields = {name: value for name, value in fields.items() if name in _FIELDS}
+    for name in _FLOATS:
+        if name in fields:
+            fields[name] = float(fields[name])  # "NaN" and "Infinity" too
+    for name in ("losses", "thresholds"):
+        fields[name] = {k: float(v) for k, v in fields.get(name, {}).items()}
+    fields["culprits"] = tuple(
+        (str(name), int(nan), int(posinf), int(neginf))
+        for name, nan, posinf, neginf in fields.get("culprits", ())
+    )
+    fields["spikes"] = tuple(fields.get("spikes", ()))
+    return StepRecord(**fields)
+
+
+class TensorBoardSink:
+    """Writes `train/grad_norm`, `train/clip_coef`, `train/skipped`, `train/lr` and the losses.
+
+    Args:
+        writer: A `SummaryWriter`, or a folder to make one for.
+
+    Raises:
+        ImportError: TensorBoard is not installed.
+    """
+
+    def __init__(self, writer: Any) -> None:
+        if isinstance(writer, str | os.PathLike):
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ImportError(
+                    "TensorBoard is not installed; run: pip install 'torch-fastguard[tensorboard]'"
+                ) from error
+            writer = SummaryWriter(os.fspath(writer))
+        self.writer = writer
+
+    def __call__(self, record: StepRecord) -> None:
+        for name, value in scalars(record).items():
+            self.writer.add_scalar(name, value, record.step)
+
+    def close(self) -> None:
+        """Flushes and closes the writer."""
+        self.writer.close()
+
+
+def scalars(record: StepRecord, prefix: str = "train") -> Mapping[str, float]:
+    """What loggers plot of a record, under the names that they are used to.
+
+    Args:
+        record: One step.
+        prefix: What goes before the slash.
+
+    Returns:
+        Finite numbers only: a plot of NaN is an empty plot, and the incident is in `skipped`.
+
+    Example:
+        >>> from fastguard import StepRecord
+        >>> scalars(StepRecord(1, 2.0, 0.5, "clipped", lr=0.1))
+        {'train/grad_norm': 2.0, 'train/clip_coef': 0.5, 'train/lr': 0.1, 'train/skipped': 0.0}
+    """
+    values = {"grad_norm": record.total_norm, "clip_coef": record.clip_coef, "lr": record.lr}
+    values |= {"skipped": float(record.action == "skipped")}
+    values |= {name if "loss" in name else f"loss/{name}": v for name, v in record.losses.items()}
+    return {f"{prefix}/{name}": v for name, v in values.items() if math.isfinite(v)}
