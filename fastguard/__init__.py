@@ -15,6 +15,7 @@ from fastguard.clip import sanitize_grads_ as sanitize_grads_
 from fastguard.errors import NonFiniteGradError as NonFiniteGradError
 from fastguard.errors import TrainingDivergedError as TrainingDivergedError
 from fastguard.flat_buckets import FlatGradBuckets as FlatGradBuckets
+from fastguard.loss_meter import LossMeter as LossMeter
 from fastguard.measure import GradStats as GradStats
 from fastguard.optimizer import GuardedOptimizer as GuardedOptimizer
 from fastguard.patch import patch_torch as patch_torch
