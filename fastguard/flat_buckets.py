@@ -322,4 +322,4 @@ def _is_part_of_a_buffer(grad: Tensor) -> bool:
     """
     if not grad.numel():
         return False
-    return grad._is_view() and grad.untyped_storage().nbytes() >= 2 * grad.numel() * grad.itemsize
+    return grad._is_view() and grad.untyped_storage().nbytes() > grad.numel() * grad.itemsize
