@@ -1,0 +1,150 @@
+"""Launch 3, apply: scales and cleans the gradients in place.
+
+    g <- multiplier[segment of g] * (g if finite else 0 when cleaning)
+
+I/O: one scalar a program when there is nothing to do; else 2N bytes of the segments whose
+multiplier is not 1. Cleaning at multiplier 1 reads N bytes and writes the blocks that hold NaN or
+Inf.
+
+The table is walked backwards: what measure read last is still in the L2 cache. The arithmetic is
+that of torch's multiplication: in float32 (float64 for float64), one rounding of the product to the
+dtype. A multiplier that rounds to 1 touches nothing. NaN and Inf multipliers reach every gradient
+element, but not the zeros between the gradients of a flat bucket (0 * NaN is NaN): then the pieces
+are walked instead of the chunk. Non-finite elements are replaced by a select, never by a
+multiplication by 0.
+
+Lab table (sass: machine code for sm_90; `make kernels-test` prints the current numbers): registers
+and instructions in 16 bytes of the scaling loop, four loads and four stores of 128 bits in flight."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastguard.kernels.chunks import ChunkTable
+from fastguard.kernels.launch import Launcher
+from fastguard.kernels.measure import BLOCK_BYTES, TRITON_DTYPES, float32_of, n_programs
+
+
+@triton.jit
+def scaled(x, multiplier, clean, DTYPE: tl.constexpr):
+    """One block of results, in the dtype of the gradients."""
+    if DTYPE != tl.float64:
+        x = float32_of(x)
+    if clean:
+        x = tl.where(tl.abs(x) < float("inf"), x, 0.0)  # NaN is not < inf
+    return (x * multiplier).to(DTYPE)
+
+
+@triton.jit(
+    do_not_specialize=["chunks_ptr", "pieces_ptr", "multiplier_ptr", "clean_ptr", "n_chunks"]
+)
+def apply_kernel(
+    chunks_ptr,  # int64 (n_chunks, 5): see `chunks`
+    pieces_ptr,  # int64 (n_pieces, 3)
+    multiplier_ptr,  # float64 (n_segments,)
+    clean_ptr,  # (1,): nonzero to clean
+    n_chunks,
+    DTYPE: tl.constexpr,
+    ITEM_SIZE: tl.constexpr,
+    ONE_SEGMENT: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    FACTOR: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
+    INF: tl.constexpr = float("inf")
+    clean = tl.load(clean_ptr) != 0
+    if ONE_SEGMENT:
+        if (clean == 0) & (tl.load(multiplier_ptr).to(FACTOR) == 1.0):  # False for NaN
+            return
+    offsets = tl.arange(0, BLOCK_SIZE)
+    tail_offsets = tl.arange(0, VEC)
+    k = tl.program_id(0)
+    while k < n_chunks:
+        row_ptr = chunks_ptr + 5 * (n_chunks - 1 - k)
+        multiplier = tl.load(multiplier_ptr + tl.load(row_ptr + 2)).to(FACTOR)
+        unscaled = multiplier == 1.0
+        if clean | (unscaled == 0):
+            address = tl.load(row_ptr)
+            n = tl.load(row_ptr + 1).to(tl.int32)
+            if tl.abs(multiplier) < INF:
+                x_ptr = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
+                tail_ptr = address.to(tl.pointer_type(DTYPE))
+                n_vec = (n // VEC) * VEC
+                i = 0
+                if clean:
+                    while i < n_vec:
+                        mask = i + offsets < n_vec
+                        x = tl.load(x_ptr + i + offsets, mask=mask, other=0.0)
+                        bad = (tl.abs(x.to(FACTOR)) < INF) == 0
+                        # A block is written whole or not at all, so that stores stay 128 bits wide.
+                        if (unscaled == 0) | (tl.max(bad.to(tl.int32), axis=0) > 0):
+                            y = scaled(x, multiplier, True, DTYPE)
+                            tl.store(x_ptr + i + offsets, y, mask=mask)
+                        i += BLOCK_SIZE
+                else:
+                    while i < n_vec:
+                        mask = i + offsets < n_vec
+                        x = tl.load(x_ptr + i + offsets, mask=mask, other=0.0)
+                        y = scaled(x, multiplier, False, DTYPE)
+                        tl.store(x_ptr + i + offsets, y, mask=mask)
+                        i += BLOCK_SIZE
+                if n_vec < n:
+                    mask = n_vec + tail_offsets < n
+                    x = tl.load(tail_ptr + n_vec + tail_offsets, mask=mask, other=0.0)
+                    y = scaled(x, multiplier, clean, DTYPE)
+                    tl.store(tail_ptr + n_vec + tail_offsets, y, mask=mask)
+            else:
+                end = address + n.to(tl.int64) * ITEM_SIZE
+                piece = tl.load(row_ptr + 3)
+                last = piece + tl.load(row_ptr + 4)
+                while piece < last:
+                    piece_address = tl.load(pieces_ptr + 3 * piece)
+                    piece_end = piece_address + tl.load(pieces_ptr + 3 * piece + 1) * ITEM_SIZE
+                    start = tl.maximum(piece_address, address)
+                    m = ((tl.minimum(piece_end, end) - start) // ITEM_SIZE).to(tl.int32)
+                    p_ptr = start.to(tl.pointer_type(DTYPE))
+                    i = 0
+                    while i < m:
+                        mask = i + offsets < m
+                        x = tl.load(p_ptr + i + offsets, mask=mask, other=0.0)
+                        y = scaled(x, multiplier, clean, DTYPE)
+                        tl.store(p_ptr + i + offsets, y, mask=mask)
+                        i += BLOCK_SIZE
+                    piece += 1
+        k += tl.num_programs(0)
+
+
+_apply = Launcher(apply_kernel, num_warps=8, max_registers=80)
+
+
+def apply_chunks(
+    table: ChunkTable,
+    device: torch.device,
+    dtype: torch.dtype,
+    multiplier: Tensor,
+    clean: Tensor,
+) -> None:
+    """Scales and cleans what a table describes.
+
+    Args:
+        multiplier: float64 `(S,)`, contiguous.
+        clean: `()`, any real dtype, nonzero to clean.
+    """
+    if not table.n_chunks:
+        return
+    item = dtype.itemsize
+    _apply(
+        min(n_programs(device), table.n_chunks),
+        device,
+        (table.chunks, table.pieces, multiplier, clean, table.n_chunks),
+        {
+            "DTYPE": TRITON_DTYPES[dtype],
+            "ITEM_SIZE": item,
+            "ONE_SEGMENT": multiplier.numel() == 1,
+            "BLOCK_SIZE": BLOCK_BYTES // item,
+            "VEC": 16 // item,
+        },
+    )

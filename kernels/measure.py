@@ -1,0 +1,479 @@
+"""Launch 1, measure: one read of the gradients gives power sums and finiteness.
+
+    sum[s] = sum over the finite elements g of segment s of |g|^p        (inf-norm: the maximum)
+
+I/O: reads N bytes once and writes 8 bytes a program (one segment) or a chunk (several). Chunks that
+hold NaN or Inf are read a second time.
+
+The grid is persistent: program k walks chunks k, k + P, k + 2P, ... of the table (see `chunks`), in
+blocks of 128-bit loads. Partial sums are float64 and added in a fixed order, by the last program to
+finish (one segment) or by a second small launch with one program a segment: same inputs and same
+grid, bitwise the same sums. No floating-point atomics.
+
+Numerics of p = 2. Float64 squares lose nothing, but a GPU widens few numbers at a time (16 a clock
+and SM on sm_90, 2 on consumer cards). So `GROUP` squares of neighbours are added in float32, as a
+tree, and their sum is widened. Squares of fp16 and bf16 are exact in float32, and every level of
+the tree rounds by at most u = 2^-24 of the power sum, half of that in the norm:
+
+| dtype      | GROUP | widened in 16 bytes | error of the norm, at most | for                     |
+|------------|-------|---------------------|----------------------------|-------------------------|
+| fp64, fp32 | 1     | 0, 4                | that of float64 arithmetic | any card                |
+| fp16, bf16 | 2     | 4                   | 0.5 u = 3.0e-8             | any card                |
+| fp32       | 4     | 1                   | 1.5 u = 8.9e-8             | fp64 at 1/32 or slower  |
+| fp16, bf16 | 8     | 1                   | 1.5 u = 8.9e-8             | fp64 at 1/32 or slower  |
+
+The bounds hold for constant arrays too, where all groups round the same way. A grouped chunk is
+summed again in float64 where float32 has no room: its sum is infinite (|x| > 9e18), or so small
+(n * 2^-100) that squares below 2^-126 could matter, and not every element is zero (the largest bit
+pattern tells, at an instruction an element). fp16 squares lie in [2^-48, 2^32] and never need it.
+
+Finiteness is free: NaN or Inf anywhere makes the chunk's sum NaN or Inf (for the inf-norm, the
+largest bit pattern that of one). Only then is the chunk read again, in float64, tensor by tensor,
+and its NaN, +Inf and -Inf are counted with integer atomics, whose order cannot matter.
+
+Lab table (sass: machine code for sm_90; `make kernels-test` prints the current numbers):
+
+| the main loop alone                         | registers | loads in flight | instructions / 16 B |
+|---------------------------------------------|-----------|-----------------|---------------------|
+| fp32, an fp64 accumulator an element [sass] | 62        | 4               | 16.2                |
+| fp32, an fp64 accumulator a vector [sass]   | 32        | 4               | 17.2  (used)        |
+| the same, blocks twice as long [sass]       | 62        | 8               | 17.1                |
+| bf16, GROUP 1 [sass]                        | 40        | 4               | 27.2                |
+| bf16, GROUP 2, OR of the bits [sass]        | 32        | 4               | 39.5                |
+
+The whole kernel with the second look takes 80 registers at the most. Left alone, the compiler
+spilled a few of them outside the loop to stay at 64 or 48 [sass]; capped at 80 it spills none.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastguard.kernels.chunks import ChunkTable
+from fastguard.kernels.launch import (
+    INTERPRETED,
+    INTERPRETED_PROGRAMS,
+    Launcher,
+    n_processors,
+    wide_fp64,
+)
+
+RECOUNT_SIZE = tl.constexpr(
+    512
+)  # the second look is rare: few elements, and few registers, at once
+
+
+@triton.jit
+def float32_of(x):
+    """float32 of narrower elements, exactly. bf16 is the upper half of a float32."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def widened(x):
+    """float64 of gradient elements."""
+    if x.dtype == tl.float64:
+        return x
+    else:
+        return float32_of(x).to(tl.float64)
+
+
+@triton.jit
+def powers(x, P: tl.constexpr):
+    """|x|^P of float64 values."""
+    if P == 2.0:
+        y = x * x
+    elif P == 1.0:
+        y = tl.abs(x)
+    else:
+        y = tl.exp2(P * tl.log2(tl.abs(x)))  # 0: exp2(-inf) = 0; NaN stays NaN
+    return y
+
+
+@triton.jit
+def magnitude_bits(x):
+    """Bit patterns of |x|: ordered as the magnitudes are, with Inf and then NaN above them all."""
+    if x.dtype == tl.float64:
+        bits = x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
+    else:
+        bits = float32_of(x).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return bits
+
+
+@triton.jit
+def vector_powers(x, P: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, VEC: tl.constexpr):
+    """float64 `(SIZE // VEC,)`: the power sum of each 16-byte vector of a block."""
+    if GROUP == 1:
+        y = powers(widened(x), P)
+        return tl.sum(tl.reshape(y, (SIZE // VEC, VEC)), axis=1)
+    else:
+        x = float32_of(x)
+        y = tl.sum(tl.reshape(x * x, (SIZE // 2, 2)), axis=1)
+        if GROUP >= 4:  # level by level, because the order inside a longer tl.sum is Triton's
+            y = tl.sum(tl.reshape(y, (SIZE // 4, 2)), axis=1)
+        if GROUP >= 8:
+            y = tl.sum(tl.reshape(y, (SIZE // 8, 2)), axis=1)
+        y = y.to(tl.float64)
+        if GROUP < VEC:
+            y = tl.sum(tl.reshape(y, (SIZE // VEC, VEC // GROUP)), axis=1)
+        return y
+
+
+@triton.jit
+def recount(
+    address,
+    n_elements,
+    piece,
+    n_pieces,
+    pieces_ptr,
+    counts_ptr,
+    n_tensors,
+    DTYPE: tl.constexpr,
+    ITEM_SIZE: tl.constexpr,
+    P: tl.constexpr,
+    INF_NORM: tl.constexpr,
+):
+    """The exact look: adds to the counts of the chunk's tensors.
+
+    Returns the sum (maximum) over the finite elements, and the chunk's NaN, +Inf, -Inf counts."""
+    INF: tl.constexpr = float("inf")
+    offsets = tl.arange(0, RECOUNT_SIZE)
+    acc = tl.zeros((RECOUNT_SIZE,), dtype=tl.float64)
+    chunk_nan = tl.full((), 0, tl.int64)
+    chunk_posinf = tl.full((), 0, tl.int64)
+    chunk_neginf = tl.full((), 0, tl.int64)
+    end = address + n_elements.to(tl.int64) * ITEM_SIZE
+    last = piece + n_pieces
+    while piece < last:
+        piece_address = tl.load(pieces_ptr + 3 * piece)
+        piece_end = piece_address + tl.load(pieces_ptr + 3 * piece + 1) * ITEM_SIZE
+        tensor = tl.load(pieces_ptr + 3 * piece + 2)
+        start = tl.maximum(piece_address, address)
+        n = ((tl.minimum(piece_end, end) - start) // ITEM_SIZE).to(tl.int32)
+        x_ptr = start.to(tl.pointer_type(DTYPE))
+        # Three counts of 10 bits in one register: a lane sees 65536 / RECOUNT_SIZE elements.
+        found = tl.zeros((RECOUNT_SIZE,), dtype=tl.int32)
+        i = 0
+        while i < n:
+            x = widened(tl.load(x_ptr + i + offsets, mask=i + offsets < n, other=0.0))
+            finite = tl.abs(x) < INF  # False for NaN
+            value = tl.where(finite, x, 0.0)
+            if INF_NORM:
+                acc = tl.maximum(acc, tl.abs(value))
+            else:
+                acc += powers(value, P)
+            found += tl.where(finite, 0, tl.where(x != x, 1, tl.where(x > 0, 1 << 10, 1 << 20)))
+            i += RECOUNT_SIZE
+        n_nan = tl.sum(found & 1023, axis=0).to(tl.int64)
+        n_posinf = tl.sum((found >> 10) & 1023, axis=0).to(tl.int64)
+        n_neginf = tl.sum(found >> 20, axis=0).to(tl.int64)
+        if n_nan + n_posinf + n_neginf > 0:
+            tl.atomic_add(counts_ptr + tensor, n_nan, sem="relaxed")
+            tl.atomic_add(counts_ptr + n_tensors + tensor, n_posinf, sem="relaxed")
+            tl.atomic_add(counts_ptr + 2 * n_tensors + tensor, n_neginf, sem="relaxed")
+        chunk_nan += n_nan
+        chunk_posinf += n_posinf
+        chunk_neginf += n_neginf
+        piece += 1
+    if INF_NORM:
+        total = tl.max(acc, axis=0)
+    else:
+        total = tl.sum(acc, axis=0)
+    return total, chunk_nan, chunk_posinf, chunk_neginf
+
+
+@triton.jit
+def store_summary(
+    total, segment, summary_ptr, segment_counts_ptr, inv_scale_ptr, n_segments,
+    P: tl.constexpr, INF_NORM: tl.constexpr, HAS_SCALE: tl.constexpr,
+):  # fmt: skip
+    """Column `segment` of the summary: the power sum of the unscaled gradients, and the counts."""
+    if HAS_SCALE:
+        inv = tl.load(inv_scale_ptr).to(tl.float64)
+        if INF_NORM:
+            total *= inv
+        else:
+            total *= powers(inv, P)
+    tl.store(summary_ptr + segment, total)
+    for kind in tl.static_range(3):
+        # .cg: from L2, where the atomics of the other programs went
+        n = tl.load(segment_counts_ptr + kind * n_segments + segment, cache_modifier=".cg")
+        tl.store(summary_ptr + (kind + 1) * n_segments + segment, n.to(tl.float64))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "chunks_ptr", "pieces_ptr", "partials_ptr", "summary_ptr", "counts_ptr",
+        "segment_counts_ptr", "ticket_ptr", "inv_scale_ptr", "n_chunks", "n_segments", "n_tensors",
+    ]
+)  # fmt: skip
+def measure_kernel(
+    chunks_ptr,  # int64 (n_chunks, 5): see `chunks`
+    pieces_ptr,  # int64 (n_pieces, 3)
+    partials_ptr,  # float64: (n_programs,) if ONE_SEGMENT, else (n_chunks,)
+    summary_ptr,  # float64 (4, n_segments)
+    counts_ptr,  # int64 (3, n_tensors), zeros
+    segment_counts_ptr,  # int64 (3, n_segments), zeros
+    ticket_ptr,  # int64 (1,), zero
+    inv_scale_ptr,
+    n_chunks,
+    n_segments,
+    n_tensors,
+    DTYPE: tl.constexpr,
+    ITEM_SIZE: tl.constexpr,
+    P: tl.constexpr,
+    INF_NORM: tl.constexpr,
+    GROUP: tl.constexpr,
+    ONE_SEGMENT: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    VEC: tl.constexpr,
+    REDUCE_SIZE: tl.constexpr,
+):
+    LANES: tl.constexpr = BLOCK_SIZE // VEC
+    WATCH_UNDERFLOW: tl.constexpr = GROUP > 1 and DTYPE != tl.float16
+    BITS: tl.constexpr = tl.int64 if DTYPE == tl.float64 else tl.int32
+    INF_BITS: tl.constexpr = 0x7FF0000000000000 if DTYPE == tl.float64 else 0x7F800000
+    program = tl.program_id(0)
+    n_programs = tl.num_programs(0)
+    offsets = tl.arange(0, BLOCK_SIZE)
+    tail_offsets = tl.arange(0, VEC)
+    mine = tl.full((), 0.0, tl.float64)
+
+    chunk = program
+    while chunk < n_chunks:
+        address = tl.load(chunks_ptr + 5 * chunk)
+        n = tl.load(chunks_ptr + 5 * chunk + 1).to(tl.int32)
+        # The hint is true for whole vectors only: a chunk that is not aligned has none (n_vec = 0).
+        x_ptr = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
+        tail_ptr = address.to(tl.pointer_type(DTYPE))
+        n_vec = (n // VEC) * VEC  # a mask bounded by whole vectors keeps 128-bit loads
+        tail_mask = n_vec + tail_offsets < n
+
+        if INF_NORM:
+            largest = tl.zeros((LANES,), dtype=BITS)
+            i = 0
+            while i < n_vec:
+                x = tl.load(x_ptr + i + offsets, mask=i + offsets < n_vec, other=0.0)
+                bits = tl.reshape(magnitude_bits(x), (LANES, VEC))
+                largest = tl.maximum(largest, tl.max(bits, axis=1))
+                i += BLOCK_SIZE
+            top = tl.max(largest, axis=0)
+            if n_vec < n:
+                x = tl.load(tail_ptr + n_vec + tail_offsets, mask=tail_mask, other=0.0)
+                top = tl.maximum(top, tl.max(magnitude_bits(x), axis=0))
+            trusted = top < INF_BITS
+            if DTYPE == tl.float64:
+                total = top.to(tl.float64, bitcast=True)
+            else:
+                total = top.to(tl.float32, bitcast=True).to(tl.float64)
+        else:
+            acc = tl.zeros((LANES,), dtype=tl.float64)
+            seen = tl.zeros((LANES,), dtype=tl.uint32)
+            i = 0
+            while i < n_vec:
+                x = tl.load(x_ptr + i + offsets, mask=i + offsets < n_vec, other=0.0)
+                acc += vector_powers(x, P, GROUP, BLOCK_SIZE, VEC)
+                if WATCH_UNDERFLOW:
+                    bits = tl.reshape(float32_of(x).to(tl.uint32, bitcast=True), (LANES, VEC))
+                    seen = tl.maximum(seen, tl.max(bits, axis=1))
+                i += BLOCK_SIZE
+            total = tl.sum(acc, axis=0)
+            trusted = tl.abs(total) < float("inf")  # False for NaN
+            if WATCH_UNDERFLOW:
+                room = total >= n_vec.to(tl.float64) * 2.0**-100
+                trusted = trusted & (room | (tl.max(seen, axis=0) == 0))
+            if n_vec < n:
+                x = tl.load(tail_ptr + n_vec + tail_offsets, mask=tail_mask, other=0.0)
+                total += tl.sum(powers(widened(x), P), axis=0)
+                trusted = trusted & (tl.abs(total) < float("inf"))
+
+        if trusted == 0:
+            segment = tl.load(chunks_ptr + 5 * chunk + 2)
+            piece = tl.load(chunks_ptr + 5 * chunk + 3)
+            n_pieces = tl.load(chunks_ptr + 5 * chunk + 4)
+            total, nan, posinf, neginf = recount(
+                address, n, piece, n_pieces, pieces_ptr, counts_ptr, n_tensors,
+                DTYPE, ITEM_SIZE, P, INF_NORM,
+            )  # fmt: skip
+            if nan + posinf + neginf > 0:
+                tl.atomic_add(segment_counts_ptr + segment, nan, sem="relaxed")
+                tl.atomic_add(segment_counts_ptr + n_segments + segment, posinf, sem="relaxed")
+                tl.atomic_add(segment_counts_ptr + 2 * n_segments + segment, neginf, sem="relaxed")
+
+        if ONE_SEGMENT:
+            if INF_NORM:
+                mine = tl.maximum(mine, total)
+            else:
+                mine += total
+        else:
+            tl.store(partials_ptr + chunk, total)
+        chunk += n_programs
+
+    if ONE_SEGMENT:
+        tl.store(partials_ptr + program, mine)
+        tl.debug_barrier()  # every thread's part is done before one of them takes the ticket
+        ticket = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu")
+        if ticket == n_programs - 1:
+            whole = sum_of_partials(partials_ptr, 0, n_programs, INF_NORM, REDUCE_SIZE)
+            store_summary(
+                whole, 0, summary_ptr, segment_counts_ptr, inv_scale_ptr, n_segments,
+                P, INF_NORM, HAS_SCALE,
+            )  # fmt: skip
+
+
+@triton.jit
+def sum_of_partials(partials_ptr, start, end, INF_NORM: tl.constexpr, REDUCE_SIZE: tl.constexpr):
+    """The sum (maximum) of partials [start, end), in an order that depends on nothing else."""
+    offsets = tl.arange(0, REDUCE_SIZE)
+    acc = tl.zeros((REDUCE_SIZE,), dtype=tl.float64)
+    i = start
+    while i < end:
+        # .cg: from L2, where the other programs wrote
+        part = tl.load(
+            partials_ptr + i + offsets, mask=i + offsets < end, other=0.0, cache_modifier=".cg"
+        )
+        if INF_NORM:
+            acc = tl.maximum(acc, part)
+        else:
+            acc += part
+        i += REDUCE_SIZE
+    if INF_NORM:
+        total = tl.max(acc, axis=0)
+    else:
+        total = tl.sum(acc, axis=0)
+    return total
+
+
+@triton.jit(
+    do_not_specialize=[
+        "segment_starts_ptr", "partials_ptr", "summary_ptr", "segment_counts_ptr",
+        "inv_scale_ptr", "n_segments",
+    ]
+)  # fmt: skip
+def segments_kernel(
+    segment_starts_ptr,  # int64 (n_segments + 1,): chunks are sorted by segment
+    partials_ptr,
+    summary_ptr,
+    segment_counts_ptr,
+    inv_scale_ptr,
+    n_segments,
+    P: tl.constexpr,
+    INF_NORM: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    REDUCE_SIZE: tl.constexpr,
+):
+    segment = tl.program_id(0)
+    start = tl.load(segment_starts_ptr + segment)
+    end = tl.load(segment_starts_ptr + segment + 1)
+    total = sum_of_partials(partials_ptr, start, end, INF_NORM, REDUCE_SIZE)
+    store_summary(
+        total, segment, summary_ptr, segment_counts_ptr, inv_scale_ptr, n_segments,
+        P, INF_NORM, HAS_SCALE,
+    )  # fmt: skip
+
+
+TRITON_DTYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+BLOCK_BYTES = 16384  # 256 threads with four 16-byte loads each in flight
+PROGRAMS_A_PROCESSOR = 3  # what 80 registers a thread leave room for: 48 kB in flight
+REDUCE_SIZE = 1024
+
+_measure = Launcher(measure_kernel, num_warps=8, max_registers=80)
+_reduce_segments = Launcher(segments_kernel, num_warps=8)
+
+
+def n_programs(device: torch.device) -> int:
+    """The grid of launches that walk the chunk table, when there are enough chunks."""
+    return INTERPRETED_PROGRAMS if INTERPRETED else PROGRAMS_A_PROCESSOR * n_processors(device)
+
+
+def group_of(dtype: torch.dtype, norm_type: float, wide: bool) -> int:
+    """How many squares are added in float32 before one is widened; see the table above."""
+    if norm_type != 2.0 or dtype is torch.float64:
+        return 1
+    if dtype is torch.float32:
+        return 1 if wide else 4
+    return 2 if wide else 8
+
+
+def measure_chunks(
+    table: ChunkTable,
+    device: torch.device,
+    dtype: torch.dtype,
+    n_segments: int,
+    n_tensors: int,
+    norm_type: float,
+    inv_scale: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Measures what a table describes.
+
+    Returns:
+        `summary` float64 `(4, S)`, `counts` int64 `(3, T)`: see `fastguard.measure.GradStats`.
+    """
+    # One memory fill for everything that starts at zero: summary, counts, segment counts, ticket.
+    zeros = torch.zeros(7 * n_segments + 3 * n_tensors + 1, dtype=torch.float64, device=device)
+    summary = zeros.as_strided((4, n_segments), (n_segments, 1))
+    integers = zeros.view(torch.int64)
+    counts = integers.as_strided((3, n_tensors), (n_tensors, 1), 4 * n_segments)
+    if not table.n_chunks:
+        return summary, counts
+    segment_counts = integers[4 * n_segments + 3 * n_tensors :]
+    ticket = integers[-1:]
+    grid = min(n_programs(device), table.n_chunks)
+    one_segment = n_segments == 1
+    partials = torch.empty(
+        grid if one_segment else table.n_chunks, dtype=torch.float64, device=device
+    )
+    scale = summary if inv_scale is None else inv_scale.to(device, non_blocking=True)
+    norm = {"P": norm_type, "INF_NORM": norm_type == math.inf}
+    has_scale = {"HAS_SCALE": inv_scale is not None}
+    item = dtype.itemsize
+    _measure(
+        grid,
+        device,
+        (
+            table.chunks,
+            table.pieces,
+            partials,
+            summary,
+            counts,
+            segment_counts,
+            ticket,
+            scale,
+            table.n_chunks,
+            n_segments,
+            n_tensors,
+        ),
+        {
+            "DTYPE": TRITON_DTYPES[dtype],
+            "ITEM_SIZE": item,
+            **norm,
+            "GROUP": group_of(dtype, norm_type, wide_fp64(device)),
+            "ONE_SEGMENT": one_segment,
+            **has_scale,
+            "BLOCK_SIZE": BLOCK_BYTES // item,
+            "VEC": 16 // item,
+            "REDUCE_SIZE": REDUCE_SIZE,
+        },
+    )
+    if not one_segment:
+        _reduce_segments(
+            n_segments,
+            device,
+            (table.starts, partials, summary, segment_counts, scale, n_segments),
+            {**norm, **has_scale, "REDUCE_SIZE": REDUCE_SIZE},
+        )
+    return summary, counts
