@@ -211,16 +211,18 @@ class GuardedOptimizer(Optimizer):
     def _step_whole(self, closure: Callable[[], Loss] | None, loss: Loss | None, tag: Any) -> Any:
         """An optimizer that evaluates the closure itself (LBFGS): step, look, take back if bad."""
         assert isinstance(self._road, WholeStep)
-        result, last_loss = self._road.attempt(closure)
+        first, last, stopped = self._road.attempt(
+            closure, stop_at_nonfinite=self.nonfinite != "propagate"
+        )
         try:
-            self.observe(last_loss if loss is None else loss)
+            self.observe(last if stopped or loss is None else loss)
             with torch.no_grad():
                 self._decide_and_obey(self._gather(), tag)
         except BaseException:
             self._road.take_back()
             raise
         self._deliver(before=False)
-        return result
+        return first
 
     def observe(self, loss: Loss | None) -> None:
         """Gives the guard a loss ahead of `step`, for trainers that call `step()` themselves.

@@ -2,7 +2,8 @@
 
 They move the weights between evaluations, so there is no moment before the step at which to decide.
 The guard lets them step, looks at the gradients and the loss of the last evaluation, and takes the
-whole step back, weights and state, if these are bad. Costs one copy of both a step.
+whole step back, weights and state, if these are bad. A non-finite loss ends the step there and
+then: the line search fails on it with an IndexError. Costs one copy of weights and state a step.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastguard.decide import Verdict
+
+
+class _NonFiniteLoss(Exception):
+    """Leaves the optimizer's step."""
 
 
 class WholeStep:
@@ -32,11 +37,17 @@ class WholeStep:
     def serves(optimizer: Optimizer) -> bool:
         return isinstance(optimizer, torch.optim.LBFGS)
 
-    def attempt(self, closure: Callable[[], Any] | None) -> tuple[Any, Any]:
-        """Steps the optimizer.
+    def attempt(
+        self, closure: Callable[[], Any] | None, *, stop_at_nonfinite: bool
+    ) -> tuple[Any, Any, bool]:
+        """Steps the optimizer. If anything raises, the step is taken back.
+
+        Args:
+            closure: Evaluates the model and returns the loss.
+            stop_at_nonfinite: The first non-finite loss is the last evaluation.
 
         Returns:
-            What the optimizer's step returned, and the loss of the last evaluation.
+            The losses of the first and of the last evaluation, and whether that one ended the step.
 
         Raises:
             TypeError: There is no closure.
@@ -51,14 +62,24 @@ class WholeStep:
             self._weights = [(p, p.detach().clone()) for g in groups for p in g["params"]]
             # By parameter: a copied parameter would be another key.
             self._state = {p: copy.deepcopy(s) for p, s in self.optimizer.state.items()}
-        last = None
+        losses: list[Any] = []
 
         def remember() -> Any:
-            nonlocal last
-            last = closure()
-            return last
+            loss = closure()
+            losses[1:] = [loss]  # the first and the last
+            if stop_at_nonfinite and not torch.as_tensor(loss).detach().isfinite().all():
+                raise _NonFiniteLoss
+            return loss
 
-        return self.optimizer.step(remember), last
+        stopped = False
+        try:
+            self.optimizer.step(remember)
+        except _NonFiniteLoss:
+            stopped = True
+        except BaseException:
+            self.take_back()
+            raise
+        return losses[0], losses[-1], stopped
 
     def take_back(self) -> None:
         """Weights and state as they were before `attempt`, bit for bit."""

@@ -1,0 +1,84 @@
+"""Losses on their way to a decision."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fastguard.losses import ObservedLosses, named_losses
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [2.0, 2, torch.tensor(2.0), torch.tensor([[2.0]]), torch.tensor(2), np.float64(2.0)],
+    ids=repr,
+)
+def test_a_loss_without_a_name_is_called_loss(loss):
+    losses = named_losses(loss)
+    assert list(losses) == ["loss"]
+    assert losses["loss"].item() == 2.0
+    assert losses["loss"].shape == ()
+    assert named_losses({"ce": loss})["ce"].item() == 2.0
+
+
+def test_no_loss_is_none():
+    assert named_losses(None) == {}
+    assert named_losses({}) == {}
+
+
+def test_losses_are_detached():
+    x = torch.ones((), requires_grad=True)
+    assert not named_losses({"a": x * 2})["a"].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "message"),
+    [
+        (torch.ones(3), ValueError, r"loss has shape \(3,\).*\.mean\(\)"),
+        ({"ce": torch.ones(2, 2)}, ValueError, r"ce has shape \(2, 2\)"),
+        (torch.ones(0), ValueError, r"loss has shape \(0,\)"),
+        ("1.0", TypeError, r"loss='1.0' is a str"),
+        ({"ce": None}, TypeError, "ce=None is a NoneType"),
+        (True, TypeError, "loss=True is a bool"),
+        ([1.0], TypeError, r"loss=\[1.0\] is a list"),
+        ({"grad_norm": 1.0}, ValueError, "'grad_norm', which is the gradient norm's own signal"),
+    ],
+)
+def test_what_is_no_loss_is_refused(loss, error, message):
+    with pytest.raises(error, match=message):
+        named_losses(loss)
+
+
+def test_means_over_micro_batches():
+    observed = ObservedLosses()
+    for ce, aux in ((1.0, 4.0), (2.0, None), (6.0, 5.0)):
+        observed.observe(named_losses({"ce": ce} if aux is None else {"ce": ce, "aux": aux}))
+    means = observed.take()
+    assert {k: v.item() for k, v in means.items()} == {"ce": 3.0, "aux": 4.5}
+    assert all(v.dtype == torch.float64 for v in means.values())
+    assert observed.take() == {}
+
+
+@pytest.mark.parametrize("bad", [[math.nan], [math.inf], [-math.inf], [math.inf, -math.inf]])
+def test_one_nonfinite_micro_batch_makes_the_mean_nonfinite(bad):
+    observed = ObservedLosses()
+    for value in [1.0, *bad, 2.0]:
+        observed.observe(named_losses(torch.tensor(value)))
+    assert not math.isfinite(observed.take()["loss"])
+
+
+def test_large_losses_do_not_overflow_on_the_way():
+    observed = ObservedLosses()
+    for _ in range(4):
+        observed.observe(named_losses(torch.tensor(3e38)))
+    assert observed.take()["loss"].item() == pytest.approx(3e38, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_caller_may_use_its_buffer_again(dtype):
+    buffer = torch.tensor(1.0, dtype=dtype)
+    observed = ObservedLosses()
+    observed.observe(named_losses(buffer))
+    buffer.fill_(math.nan)
+    assert observed.take()["loss"].item() == 1.0

@@ -1,0 +1,70 @@
+"""Spike rules as a user writes them. How they judge is in test_decide and test_optimizer_modes."""
+
+import math
+
+import pytest
+
+from fastguard import SpikeRule, Threshold
+from fastguard.rules import rules_by_signal
+
+
+def test_one_rule_is_for_the_gradient_norm():
+    rule = SpikeRule()
+    assert rules_by_signal(rule) == {"grad_norm": rule}
+    assert rules_by_signal(None) == {}
+    both = {"grad_norm": Threshold(max=3.0, action="clip"), "ce": SpikeRule(action="record")}
+    assert rules_by_signal(both) == both
+
+
+def test_defaults_are_those_that_long_runs_use():
+    assert SpikeRule() == SpikeRule(window=128, sigma=6.0, warmup=64, action="skip")
+    assert Threshold(max=1.0).action == "skip"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"window": 1, "warmup": 1}, "window=1 must be an integer >= 2"),
+        ({"window": 8.0}, "window=8.0"),
+        ({"window": math.nan}, "window=nan"),
+        ({"warmup": 1}, "warmup=1 must be an integer from 2 to window=128"),
+        ({"warmup": 129}, "warmup=129"),
+        ({"warmup": 2.5}, "warmup=2.5"),
+        ({"sigma": 0}, "sigma=0 must be a finite number > 0"),
+        ({"sigma": -1.0}, "sigma=-1.0"),
+        ({"sigma": math.nan}, "sigma=nan"),
+        ({"sigma": math.inf}, "sigma=inf"),
+        ({"sigma": "6"}, "sigma='6'"),
+        ({"action": "stop"}, "action='stop' is unknown; use one of skip, clip, record"),
+    ],
+)
+def test_a_bad_spike_rule_names_the_value(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        SpikeRule(**wrong)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, "3", None], ids=repr)
+def test_a_bad_threshold_names_the_value(value):
+    with pytest.raises(ValueError, match="Threshold max="):
+        Threshold(max=value)
+
+
+def test_a_threshold_with_an_unknown_action():
+    with pytest.raises(ValueError, match="Threshold action='halt'"):
+        Threshold(max=1.0, action="halt")
+
+
+@pytest.mark.parametrize(
+    ("spike", "error", "message"),
+    [
+        (6.0, TypeError, "spike=6.0 must be a SpikeRule"),
+        ([SpikeRule()], TypeError, "must be a SpikeRule, a Threshold, or a dict"),
+        ({"loss": 5.0}, TypeError, r"spike\['loss'\]=5.0"),
+        ({3: SpikeRule()}, TypeError, r"spike\[3\]"),
+        ({"loss": SpikeRule(action="clip")}, ValueError, "only 'grad_norm' can be clipped"),
+        ({"loss": Threshold(1.0, "clip")}, ValueError, "only 'grad_norm' can be clipped"),
+    ],
+)
+def test_what_is_no_rule_is_refused(spike, error, message):
+    with pytest.raises(error, match=message):
+        rules_by_signal(spike)

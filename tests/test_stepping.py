@@ -1,0 +1,44 @@
+"""Which road an optimizer takes, and when it must look before it steps."""
+
+import pytest
+import torch
+
+from fastguard.stepping import FoundInf, ReadFirst, road_of
+from fastguard.whole_step import WholeStep
+from guardtest.training import parameters_for, variants
+
+
+@pytest.mark.parametrize(
+    ("cls", "kwargs"), [pytest.param(cls, kwargs, id=name) for name, cls, kwargs in variants()]
+)
+def test_found_inf_is_the_road_of_fused_optimizers_alone(cls, kwargs):
+    inner = cls(parameters_for(cls), **kwargs)
+    assert type(road_of(inner)) is (FoundInf if kwargs.get("fused") else ReadFirst)
+
+
+def test_lbfgs_steps_first():
+    assert type(road_of(torch.optim.LBFGS(parameters_for(torch.optim.LBFGS)))) is WholeStep
+
+
+def test_a_fused_optimizer_that_does_not_support_the_protocol_is_read_first():
+    class Own(torch.optim.SGD):
+        """Accepts `fused`, as third-party optimizers do, and knows nothing of found_inf."""
+
+    inner = Own(parameters_for(Own), lr=0.1, fused=True)
+    del inner._step_supports_amp_scaling
+    assert type(road_of(inner)) is ReadFirst
+
+
+def test_momentum_buffers_are_created_on_the_reading_road():
+    (p, *_) = parameters = parameters_for(torch.optim.SGD)
+    inner = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, fused=True)
+    road = road_of(inner)
+    assert isinstance(road, FoundInf)
+    assert not road._creates_momentum()  # no gradient, no buffer
+    p.grad = torch.ones_like(p)
+    assert road._creates_momentum()
+    inner.step()
+    assert not road._creates_momentum()
+    inner.param_groups[0]["momentum"] = 0
+    inner.state.clear()
+    assert not road._creates_momentum()
