@@ -201,7 +201,8 @@ def _grouped(
         yield (grads[0].device, grads[0].dtype), (grads, range(len(grads)))
         return
     grouped = _group_tensors_by_device_and_dtype([grads], with_indices=True)
-    for key, ([members], positions) in grouped.items():
+    # torch's own order is that of a hash table
+    for key, ([members], positions) in sorted(grouped.items(), key=lambda group: group[1][1][0]):
         yield key, (members, positions)  # type: ignore[misc]
 
 

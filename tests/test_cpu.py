@@ -216,7 +216,7 @@ def test_empty_tensors(norm_type):
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32", "fp64"])
-@pytest.mark.parametrize("n", [20, 400])
+@pytest.mark.parametrize("n", [20, 300])
 def test_non_contiguous(n, dtype, norm_type):
     x = torch.randn(n, 3, n, 2).to(DTYPES[dtype])
     views = {
@@ -374,7 +374,7 @@ def gradients(draw):
 
 @hypothesis.given(gradients(), st.sampled_from([0.5, 1.0, 2.0, 3.5, math.inf]))
 @hypothesis.settings(
-    max_examples=80,
+    max_examples=50,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 def test_agrees_with_the_definition(monkeypatch, case, norm_type):
@@ -452,7 +452,7 @@ def allocated_at_most(work) -> int:
     return max(itertools.accumulate(deltas))
 
 
-N = 6_000_000
+N = 5_000_000
 
 
 BULKY = {
@@ -462,9 +462,9 @@ BULKY = {
     "1000 small": lambda: [torch.ones(N // 1000) for _ in range(1000)],
     "1000 small bf16": lambda: [torch.ones(N // 1000).bfloat16() for _ in range(1000)],
     "channels_last": lambda: [
-        torch.ones(100, 60, 100, 10).contiguous(memory_format=torch.channels_last)
+        torch.ones(100, 50, 100, 10).contiguous(memory_format=torch.channels_last)
     ],
-    "transposed": lambda: [torch.ones(2000, 3000).T],
+    "transposed": lambda: [torch.ones(2000, 2500).T],
     "overflow": lambda: [torch.full((N,), 1e20)],
     "underflow": lambda: [torch.full((N,), 1e-25)],
     "all NaN": lambda: [torch.full((N,), math.nan)],
@@ -472,8 +472,10 @@ BULKY = {
 }
 
 
-@pytest.mark.parametrize("case", BULKY)
-@pytest.mark.parametrize("norm_type", [2.0, 3.5, math.inf])
+@pytest.mark.parametrize(
+    ("case", "norm_type"),
+    [*((case, 2.0) for case in BULKY), ("all NaN", 3.5), ("fp64", 1.0), ("transposed", math.inf)],
+)
 def test_working_memory_stays_under_16_MB(monkeypatch, case, norm_type):
     (bucket,) = bucketize(BULKY[case]()).buckets
     monkeypatch.setattr(cpu, "_local", threading.local())  # its buffer counts too
