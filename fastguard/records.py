@@ -74,7 +74,7 @@ class StepRecord:
         """One line for a log."""
         parts = [f"step {self.step} {self.action}"]
         if self.tag is not None:
-            parts.append(f"(tag {self.tag})")
+            parts.append(f"(tag {' '.join(str(self.tag).split())})")
         if self.reason:
             parts.append(f"because of {self.reason}:")
         if self.culprits:

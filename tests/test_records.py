@@ -1,0 +1,237 @@
+"""What a step leaves behind: numbers, names, one line for the log, and no more memory than that."""
+
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastguard import GuardedOptimizer, SpikeRule, StepRecord, Threshold
+from fastguard.decide import GuardState, Policy, decide
+from fastguard.measure import GradStats
+from fastguard.records import KEPT, Recorder, _Pending, pack, record_now
+from fastguard.reduce import Signals
+
+NAN, INF = math.nan, math.inf
+RULES = {"grad_norm": SpikeRule(window=4, warmup=2, sigma=3.0), "ce": Threshold(max=5.0)}
+
+
+def guard(n=1, size=4, **options):
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for _ in range(n)]
+    for p in parameters:
+        p.grad = torch.ones(size)
+    names = [(f"layer.{i}.weight", p) for i, p in enumerate(parameters)]
+    inner = torch.optim.SGD(parameters, lr=0.5)
+    return parameters, GuardedOptimizer(inner, named_parameters=names, **options)
+
+
+# What they say.
+
+
+def test_a_quiet_step():
+    _, opt = guard(max_norm=10.0)
+    opt.step(loss={"ce": torch.tensor(1.5)}, tag=("epoch", 3))
+    assert opt.records() == [
+        StepRecord(
+            step=1,
+            total_norm=2.0,
+            clip_coef=1.0,
+            action="applied",
+            losses={"ce": 1.5},
+            lr=0.5,
+            tag=("epoch", 3),
+        )
+    ]
+
+
+def test_actions_and_reasons():
+    (p,), opt = guard(max_norm=10.0, spike=RULES, nonfinite="skip")
+    script = [
+        ([1.0] * 4, 1.0, "applied", None),
+        ([1.0] * 4, NAN, "skipped", "nonfinite_loss"),
+        ([NAN] * 4, NAN, "skipped", "nonfinite_grad"),
+        ([1.1] * 4, 1.0, "applied", None),
+        ([100.0] * 4, 9.0, "skipped", "grad_spike"),
+        ([1.0] * 4, 9.0, "skipped", "loss_spike"),
+    ]
+    for grad, loss, _, _ in script:
+        p.grad = torch.tensor(grad)
+        opt.step(loss={"ce": loss})
+    records = opt.records()
+    assert [(r.action, r.reason) for r in records] == [s[2:] for s in script]
+    assert [r.step for r in records] == [1, 2, 3, 4, 5, 6]
+    assert [r.consecutive_skips for r in records] == [0, 1, 2, 0, 1, 2]
+    assert records[4].spikes == ("grad_norm", "ce")
+    assert records[5].spikes == ("ce",)
+
+
+def test_the_first_eight_culprits_are_named_and_all_are_counted():
+    parameters, opt = guard(n=20)
+    for i, p in enumerate(parameters):
+        if i >= 5:
+            p.grad[:3] = torch.tensor([NAN, INF, -INF])
+    opt.step()
+    (record,) = opt.records()
+    assert [c[0] for c in record.culprits] == [f"layer.{i}.weight" for i in range(5, 13)]
+    assert all(c[1:] == (1, 1, 1) for c in record.culprits)
+    assert record.n_culprits == 15
+    assert (record.nan, record.posinf, record.neginf) == (15, 15, 15)
+    assert record.total_norm == pytest.approx(math.sqrt(5 * 4 + 15))
+    assert "layer.12.weight (1 NaN, 1 +Inf, 1 -Inf) and 7 more" in str(record)
+    assert "layer.13" not in str(record)
+
+
+@pytest.mark.parametrize(
+    ("scope", "expected"), [("global", 1 / math.sqrt(104)), ("tensor", 0.1), ("group", 0.1)]
+)
+def test_clip_coef_is_the_smallest_of_the_segments(scope, expected):
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    groups = [{"params": [p]} for p in parameters]
+    opt = GuardedOptimizer(torch.optim.SGD(groups, lr=1.0), max_norm=1.0, clip_scope=scope)
+    parameters[0].grad = torch.tensor([2.0])
+    parameters[1].grad = torch.tensor([10.0])
+    opt.step()
+    assert opt.records()[0].clip_coef == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("lr", [0.25, torch.tensor(0.25)], ids=["float", "tensor"])
+def test_the_learning_rate_is_that_of_the_first_group_now(lr):
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    groups = [{"params": parameters[:1], "lr": lr}, {"params": parameters[1:], "lr": 9.0}]
+    opt = GuardedOptimizer(torch.optim.AdamW(groups, foreach=False))
+    opt.step()
+    opt.param_groups[0]["lr"] = lr * 2
+    opt.step()
+    assert [r.lr for r in opt.records()] == [0.25, 0.5]
+
+
+def test_a_record_is_one_line_whatever_the_tag():
+    record = StepRecord(
+        step=7,
+        total_norm=1.0,
+        clip_coef=0.5,
+        action="skipped",
+        reason="loss_spike",
+        losses={"ce": 9.0, "aux": NAN},
+        spikes=("ce",),
+        thresholds={"ce": 5.0},
+        consecutive_skips=3,
+        lr=1e-3,
+        tag=torch.zeros(2, 2),
+    )
+    assert str(record) == (
+        "step 7 skipped (tag tensor([[0., 0.], [0., 0.]])) because of loss_spike: aux=nan; "
+        "ce=9 > 5; norm 1, clip_coef 0.5, lr 0.001 (3 skips in a row)"
+    )
+
+
+def test_a_nan_coefficient_is_not_taken_for_an_untouched_step():
+    """`nan < 1` is False, so the comparison must be the other way round."""
+    (p,), opt = guard(max_norm=1.0, nonfinite="propagate")
+    p.grad[0] = NAN
+    opt.step()
+    (record,) = opt.records()
+    assert record.action == "clipped"
+    assert math.isnan(record.clip_coef)
+    assert "clip_coef nan" in str(record)
+
+
+# How they come.
+
+
+def test_records_are_handed_out_once():
+    _, opt = guard()
+    opt.step()
+    opt.step()
+    assert len(opt.records()) == 2
+    assert opt.records() == []
+    opt.step()
+    assert [r.step for r in opt.flush()] == [3]
+
+
+def test_memory_is_bounded_when_nobody_fetches(monkeypatch):
+    recorder = Recorder()
+    for step in range(KEPT + 10):
+        recorder._finish(StepRecord(step, 1.0, 1.0, "applied"))
+    records = recorder.drain()
+    assert len(records) == KEPT
+    assert records[0].step == 10
+    assert recorder.drain() == []
+
+
+def test_a_record_holds_no_tensor():
+    (p,), opt = guard(spike=RULES)
+    p.grad[0] = NAN
+    opt.step(loss={"ce": torch.tensor(2.0)})
+    (record,) = opt.records()
+
+    def plain(value):
+        if isinstance(value, dict):
+            return all(map(plain, value.values()))
+        if isinstance(value, tuple):
+            return all(map(plain, value))
+        return value is None or type(value) in (int, float, str)
+
+    assert all(plain(getattr(record, name)) for name in StepRecord.__slots__)
+
+
+# The same record through the packed vector that leaves a GPU.
+
+
+def arrived():
+    return SimpleNamespace(query=lambda: True, synchronize=lambda: None)
+
+
+@pytest.mark.parametrize("n_tensors", [1, 3, 12])
+@pytest.mark.parametrize("mode", ["skip", "zero", "propagate"])
+@pytest.mark.parametrize("bad", ["none", "some", "all"])
+def test_packed_and_unpacked_is_the_record_of_a_cpu(n_tensors, mode, bad):
+    counts = torch.zeros(3, n_tensors, dtype=torch.int64)
+    if bad == "some":
+        counts[:, n_tensors // 2] = torch.tensor([2, 0, 1])
+    elif bad == "all":
+        counts += torch.arange(1, n_tensors + 1) * 3
+    summary = torch.cat([torch.tensor([4.0]), counts.sum(1)]).double()[:, None]
+    names = [f"w{i}" for i in range(n_tensors)]
+    stats = GradStats(summary, counts, 2.0, names)
+    policy = Policy(
+        torch.tensor([0.5], dtype=torch.float64), mode, tuple(RULES.values()), tuple(RULES)
+    )
+    state = GuardState.fresh(policy, torch.device("cpu"))
+    signals = Signals(torch.tensor([9.0, NAN], dtype=torch.float64), ("ce", "aux"))
+    for _ in range(3):
+        verdict = decide(stats, signals, state, policy)
+        now = record_now(stats, signals, verdict, state, 0.1, policy.signals, "tag")
+        packed = pack(stats, signals, verdict, state, torch.tensor(0.1, dtype=torch.float64))
+        sent = _Pending(
+            packed, arrived(), stats.name, signals.loss_names, policy.signals, "tag"
+        ).unpack()
+        assert repr(sent) == repr(now)
+
+
+def test_what_the_device_has_not_finished_is_waited_for_only_when_asked():
+    record = StepRecord(1, 1.0, 1.0, "applied")
+    recorder, done = Recorder(), []
+    event = SimpleNamespace(query=lambda: bool(done), synchronize=lambda: done.append(1))
+    recorder._pending.append(SimpleNamespace(arrived=event, unpack=lambda: record))
+    assert recorder.drain() == []
+    assert not done
+    assert recorder.wait() is record
+    assert recorder.drain() == [record]
+
+
+def test_forgetting_the_last_record_keeps_those_not_yet_fetched():
+    recorder = Recorder()
+    recorder._finish(StepRecord(1, 1.0, 1.0, "skipped", consecutive_skips=9))
+    recorder.forget_last()
+    assert recorder.wait() is None
+    assert len(recorder.drain()) == 1
+
+
+def test_records_survive_a_copy_of_the_optimizer():
+    _, opt = guard()
+    opt.step(tag=1)
+    twin = copy.deepcopy(opt)
+    assert [r.tag for r in twin.records()] == [1]
+    assert [r.tag for r in opt.records()] == [1]
