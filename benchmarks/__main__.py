@@ -1,0 +1,102 @@
+"""`make bench`: measures everything, prints it, refreshes the results and their charts.
+
+python -m benchmarks                      # the whole suite: about six minutes on two cores
+python -m benchmarks --quick              # a minute, printed only; the same as `fastguard bench`
+python -m benchmarks --device cuda        # on a GPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.accuracy import accuracy_cases, measure_accuracy
+from benchmarks.growth import SECONDS as POINT_SECONDS
+from benchmarks.growth import fits, growth_cases
+from benchmarks.memory import measure_memory, memory_cases
+from benchmarks.plots import draw
+from benchmarks.suite import CPU_SECONDS, CUDA_SECONDS, cases
+from benchmarks.syncs import count_syncs
+from fastguard.bench.command import device_of, wide_console
+from fastguard.bench.machine import slug_of
+from fastguard.bench.results import save
+from fastguard.bench.selection import SECONDS, selection
+from fastguard.bench.session import measure_cases
+from fastguard.bench.table import growth_table, row_table, target_table
+from fastguard.bench.targets import judge
+from fastguard.usage import UsageError, output_folder
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: cpu)", default="cpu")
+    parser.add_argument("--quick", action="store_true", help="a minute's selection, no files")
+    parser.add_argument("--out", metavar="DIR", help=f"where to write (default: {RESULTS.name})")
+    args = parser.parse_args()
+    try:
+        device = device_of(args.device)
+        folder = output_folder(args.out) if args.out else None if args.quick else RESULTS
+    except UsageError as error:
+        print(f"python -m benchmarks: {error}", file=sys.stderr)
+        return 2
+
+    console = wide_console()
+    start = time.perf_counter()
+    command = "python -m benchmarks"
+    command += "" if device.type == "cpu" else f" --device {args.device}"
+    if args.quick:
+        result = measure_cases(
+            selection(device),
+            device,
+            command=f"{command} --quick",
+            seconds=SECONDS,
+            console=console,
+        )
+    else:
+        result = whole(device, command, console)
+    result["seconds"] = time.perf_counter() - start
+
+    console.print(row_table(result))
+    if result["fits"]:
+        console.print(growth_table(result))
+    console.print(target_table(result))
+    console.print(f"{result['seconds']:.0f} s")
+    if folder:
+        path = folder / f"{slug_of(result['machine'])}{'-quick' if args.quick else ''}.json"
+        save(result, path)
+        for written in [path, *draw(path, folder)]:
+            console.print(f"written: {written}")
+    return 0
+
+
+def whole(device: torch.device, command: str, console):
+    """Cases, growth, memory, accuracy."""
+    seconds = CPU_SECONDS if device.type == "cpu" else CUDA_SECONDS
+    result = measure_cases(cases(device), device, command=command, seconds=seconds, console=console)
+    growth = measure_cases(
+        growth_cases(device), device, command=command, seconds=POINT_SECONDS, console=console
+    )
+    result["rows"] += growth["rows"]
+    result["left_out"] |= growth["left_out"]
+    result["fits"] = fits(result)
+    result["memory"] = [row for case in memory_cases() for row in measure_memory(case, device)]
+    result["accuracy"] = [
+        row for case in accuracy_cases() for row in measure_accuracy(case, device)
+    ]
+    result["syncs"] = count_syncs(device)
+    result["targets"] = judge(result)
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

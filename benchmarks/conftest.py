@@ -1,0 +1,7 @@
+"""The option that the suite adds to pytest."""
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where the benchmarks run: cpu or cuda")

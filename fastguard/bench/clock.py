@@ -1,0 +1,97 @@
+"""One measured call: wall time, and on a GPU host and device time apart.
+
+On a GPU a call is timed twice. First alone, from an idle device until it is idle again: that is
+what a user waits, and how long the call kept the host. Then behind a kernel that keeps the device
+busy until the host has queued everything: the time between two events is then the device's own
+work, without its waiting for launches.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+
+class Sample(NamedTuple):
+    """Milliseconds. `wall`: until the result is there. `host`: until the call returned. `device`:
+    the device's own work. On a CPU all three are the same.
+    """
+
+    wall_ms: float
+    host_ms: float
+    device_ms: float
+
+    @property
+    def work_ms(self) -> float:
+        """What bandwidth is computed from."""
+        return self.device_ms
+
+
+class Clock:
+    """Times calls on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            self._cycles_per_ms = self._calibrate()
+
+    def sample(
+        self,
+        call: Callable[[], object],
+        prepare: Callable[[], object] | None = None,
+        *,
+        repeat: int = 1,
+    ) -> Sample:
+        """Times one call; `prepare` (gradients restored, caches emptied) runs before it, untimed.
+
+        Args:
+            call: What is timed.
+            prepare: Runs before each timed call.
+            repeat: Calls in a row, of which the mean is taken; for microseconds on a CPU.
+        """
+        if self.device.type != "cuda":
+            if prepare:
+                prepare()
+            start = time.perf_counter()
+            for _ in range(repeat):
+                call()
+            elapsed = (time.perf_counter() - start) * 1e3 / repeat
+            return Sample(elapsed, elapsed, elapsed)
+        return self._sample_cuda(call, prepare)
+
+    def _calibrate(self, cycles: int = 2_000_000) -> float:
+        """Cycles that `torch.cuda._sleep` passes in a millisecond."""
+        before, after = self._events
+        for _ in range(2):  # the first one also loads the kernel
+            before.record()
+            torch.cuda._sleep(cycles)
+            after.record()
+            after.synchronize()
+        return cycles / before.elapsed_time(after)
+
+    def _sample_cuda(
+        self, call: Callable[[], object], prepare: Callable[[], object] | None
+    ) -> Sample:
+        if prepare:
+            prepare()
+        torch.cuda.synchronize(self.device)
+        start = time.perf_counter()
+        call()
+        host = time.perf_counter() - start
+        torch.cuda.synchronize(self.device)
+        wall = time.perf_counter() - start
+
+        if prepare:
+            prepare()
+        # Twice the time that the host just took, so that it is done before the device begins.
+        torch.cuda._sleep(int(self._cycles_per_ms * host * 2e3))
+        before, after = self._events
+        before.record()
+        call()
+        after.record()
+        after.synchronize()
+        return Sample(wall * 1e3, host * 1e3, before.elapsed_time(after))

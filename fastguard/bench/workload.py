@@ -1,0 +1,220 @@
+"""A case: which gradients, in what state, guarded inside what; and the bytes that it must move.
+
+Byte models, in bytes of gradients g (parameters p, momenta m and v are as large):
+
+| situation | functions | inside AdamW | inside SGD with momentum |
+|---|---|---|---|
+| nothing to clip | read g | + read g, update p, m, v | + read g, update p, m |
+| clipping | read g, update g | the same on top | the same on top |
+| one NaN, zeroed | read g | | |
+| one NaN, skipped | | read g | read g |
+
+An update is one read and one write of the same memory. Nothing else has to move, so the limit of a
+case is `read / read bandwidth + 2 * update / update bandwidth`; what fits a cache may beat it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+Situation = Literal["nothing to clip", "clipping", "one NaN, zeroed", "one NaN, skipped"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+UPDATED = {"AdamW": 3, "SGD": 2}  # tensors as large as g that a step reads and writes
+BLOCK = 2**22 - 3  # random values drawn; tiled, because drawing 1e9 takes longer than measuring
+
+
+@dataclass(frozen=True)
+class Io:
+    """What must move, in bytes: read only, and updated in place (read once and written once)."""
+
+    read: float
+    update: float
+    text: str
+
+    def seconds(self, read_gb_s: float, update_gb_s: float) -> float:
+        """The least time that this takes; `update_gb_s` counts bytes read and bytes written."""
+        return self.read / (read_gb_s * 1e9) + 2 * self.update / (update_gb_s * 1e9)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison.
+
+    Attributes:
+        name: The gradients: a model, or `"5000 x 100"`.
+        shapes: One entry a parameter.
+        contenders: Who is measured, by name; see `contenders.CONTENDERS` and `steps.STEPS`.
+        baseline: Whose time is divided by each contender's.
+        dtype: `"fp32"`, `"bf16"`, `"fp16"`, or `"mixed"`: bf16 matrices and fp32 vectors.
+        situation: What the guard meets.
+        optimizer: `("AdamW" | "SGD", "fused" | "foreach")` for a whole step; None: a function.
+        cold: Caches are emptied before every call. On a GPU that is always so.
+        segments: Clip coefficients that the parameters are spread over.
+        series: The growth curve that this case is a point of: `"tensors"`, `"bytes"`, `"segments"`.
+    """
+
+    name: str
+    shapes: Sequence[Shape]
+    contenders: tuple[str, ...]
+    baseline: str = "torch foreach"
+    dtype: str = "fp32"
+    situation: Situation = "nothing to clip"
+    optimizer: tuple[str, str] | None = None
+    cold: bool = False
+    segments: int = 1
+    series: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shapes", tuple(self.shapes))  # hashable
+
+    @property
+    def id(self) -> str:
+        """Tells the case from every other one, in tables and when two results are compared."""
+        parts = [f"{self.name} {self.dtype}"]
+        if self.optimizer:
+            parts.append(" ".join(self.optimizer))
+        parts.append(self.situation)
+        if self.cold:
+            parts.append("cold")
+        if self.segments > 1:
+            parts.append(f"{self.segments} segments")
+        return ", ".join(parts)
+
+    @property
+    def elements(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def grad_bytes(self) -> int:
+        return sum(math.prod(s) * _dtype(self.dtype, s).itemsize for s in self.shapes)
+
+    @property
+    def changes_grads(self) -> bool:
+        """Whether a measured call may leave other gradients than it found."""
+        return self.situation != "nothing to clip"
+
+    @property
+    def io(self) -> Io:
+        """The byte model."""
+        g = self.grad_bytes
+        clips = self.situation == "clipping"
+        text = "read g, update g" if clips else "read g"
+        if self.optimizer is None or self.situation == "one NaN, skipped":
+            return Io(g, g if clips else 0, text)
+        kind = self.optimizer[0]
+        more = "read g, update p, m, v" if kind == "AdamW" else "read g, update p, m"
+        return Io(2 * g, g * (UPDATED[kind] + clips), f"{text}; {more}")
+
+
+class Workload:
+    """Parameters with gradients, as a backward pass would leave them: one allocation a tensor.
+
+    A parameter of a function case owns no memory (a stretched scalar); one that an optimizer steps
+    does.
+
+    Attributes:
+        parameters: With `.grad` set.
+        true_norm: The L2 norm of the finite gradients in float64.
+        max_norm: Twice the norm, or half of it when clipping.
+        pristine: Copies of the gradients, where a call changes them; else empty.
+    """
+
+    def __init__(self, case: Case, device: torch.device, *, magnitude: float = 1.0) -> None:
+        self.case = case
+        self.device = device
+        generator = torch.Generator().manual_seed(0)
+        block = (torch.randn(BLOCK, generator=generator) * magnitude).to(device)
+        self.parameters: list[torch.nn.Parameter] = []
+        at = 0
+        for shape in case.shapes:
+            dtype = _dtype(case.dtype, shape)
+            parameter = _parameter(shape, dtype, device, real=case.optimizer is not None)
+            parameter.grad = torch.empty(shape, dtype=dtype, device=device)
+            at = _tile(parameter.grad.view(-1), block, at)
+            self.parameters.append(parameter)
+        self.true_norm = float64_norm(self.grads)
+        self.max_norm = self.true_norm * (0.5 if case.situation == "clipping" else 2.0)
+        if case.situation.startswith("one NaN"):
+            middle = self.grads[len(self.grads) // 2].view(-1)
+            self.true_norm = math.sqrt(
+                self.true_norm**2 - float(middle[middle.numel() // 2].double()) ** 2
+            )
+            middle[middle.numel() // 2] = math.nan
+        self.pristine = [g.clone() for g in self.grads] if case.changes_grads else []
+
+    @property
+    def grads(self) -> list[Tensor]:
+        return [p.grad for p in self.parameters if p.grad is not None]
+
+    @property
+    def segment_ids(self) -> list[int]:
+        """Parameters in equal stretches, one a segment."""
+        n, count = len(self.parameters), self.case.segments
+        return [i * count // n for i in range(n)]
+
+    def twin(self) -> list[torch.nn.Parameter]:
+        """The same parameters and gradients once more, for who keeps gradients elsewhere."""
+        twins = []
+        for p in self.parameters:
+            real = self.case.optimizer is not None
+            twin = torch.nn.Parameter(p.detach().clone() if real else p.detach())
+            assert p.grad is not None
+            twin.grad = p.grad.clone()
+            twins.append(twin)
+        return twins
+
+    def restore(self, parameters: Sequence[Tensor] | None = None) -> None:
+        """Puts the gradients back, in place."""
+        if self.pristine:
+            chosen = self.parameters if parameters is None else parameters
+            torch._foreach_copy_([p.grad for p in chosen], self.pristine)
+
+
+def bytes_needed(case: Case) -> int:
+    """Memory that the workload of a case takes, twins of flat contenders included."""
+    copies = 1 + case.changes_grads + sum("flat" in name for name in case.contenders)
+    if case.optimizer:
+        copies += 1 + UPDATED[case.optimizer[0]]
+        copies *= 1 + any("flat" in name for name in case.contenders)
+    return case.grad_bytes * copies
+
+
+def float64_norm(tensors: Sequence[Tensor]) -> float:
+    """The L2 norm of all tensors together, in float64, a million elements at a time."""
+    total = 0.0
+    for tensor in tensors:
+        for piece in tensor.view(-1).split(2**20):
+            x = piece.double()
+            total += float(torch.dot(x, x))
+    return math.sqrt(total)
+
+
+def _dtype(name: str, shape: Shape) -> torch.dtype:
+    if name == "mixed":
+        return torch.float32 if len(shape) < 2 else torch.bfloat16
+    return DTYPES[name]
+
+
+def _parameter(
+    shape: Shape, dtype: torch.dtype, device: torch.device, *, real: bool
+) -> torch.nn.Parameter:
+    if real:
+        return torch.nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
+    return torch.nn.Parameter(torch.zeros((), dtype=dtype, device=device).expand(shape))
+
+
+def _tile(flat: Tensor, block: Tensor, at: int) -> int:
+    """Fills a vector from a block that repeats, beginning at `at`; returns where it stopped."""
+    done = 0
+    while done < flat.numel():
+        n = min(flat.numel() - done, block.numel() - at)
+        flat[done : done + n].copy_(block[at : at + n])
+        done, at = done + n, (at + n) % block.numel()
+    return at
