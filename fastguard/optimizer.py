@@ -28,7 +28,7 @@ from fastguard.flat_buckets import FlatGradBuckets
 from fastguard.losses import ObservedLosses, named_losses
 from fastguard.measure import GradStats, measure, norm_type_of
 from fastguard.records import Recorder, StepRecord
-from fastguard.reduce import Signals, reduce
+from fastguard.reduce import Signals, check_group, reduce
 from fastguard.rules import Rule, rules_by_signal
 from fastguard.segments import SCOPES, ClipScope, Layout, lay_out, limits
 from fastguard.stepping import road_of
@@ -99,6 +99,7 @@ class GuardedOptimizer(Optimizer):
         _check_choice("clip_scope", clip_scope, SCOPES)
         _check_choice("nonfinite", nonfinite, MODES)
         _check_budget(max_consecutive_skips)
+        check_group(group)
         self.norm_type = norm_type_of(norm_type)
         self.max_norm = None if max_norm is None else limit_of("max_norm", max_norm)
         rules = rules_by_signal(spike)

@@ -49,8 +49,13 @@ def reduce(stats: GradStats, signals: Signals, group: None = None) -> tuple[Grad
     Raises:
         TypeError: `group` is of another kind.
     """
+    check_group(group)
+    return stats, signals
+
+
+def check_group(group: object) -> None:
+    """Raises a TypeError for what is no group."""
     if group is not None:
         raise TypeError(
             f"group={group!r}: only group=None, one process, is supported in this release"
         )
-    return stats, signals
