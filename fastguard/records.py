@@ -11,7 +11,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from fastguard.decide import GuardState, Reason, Verdict
 from fastguard.errors import NAMED_CULPRITS, Culprit, describe_culprits
 from fastguard.measure import GradStats
 from fastguard.reduce import Signals
+from fastguard.strict_json import strict
 
 log = logging.getLogger("fastguard")
 
@@ -69,6 +70,19 @@ class StepRecord:
     consecutive_skips: int = 0
     lr: float = math.nan
     tag: Any = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields by name, as values that strict JSON can hold.
+
+        NaN and infinities are the strings `"NaN"`, `"Infinity"` and `"-Infinity"`, which `float()`
+        reads back; a tag that JSON cannot hold is its `str`.
+
+        Example:
+            >>> record = StepRecord(1, math.nan, 1.0, "skipped", culprits=(("head", 2, 0, 0),))
+            >>> record.as_dict()["total_norm"], record.as_dict()["culprits"]
+            ('NaN', [['head', 2, 0, 0]])
+        """
+        return {f.name: strict(getattr(self, f.name)) for f in fields(self)}
 
     def __str__(self) -> str:
         """One line for a log."""
