@@ -259,7 +259,8 @@ def apply(bucket: GradBucket, multiplier: Tensor, clean: Tensor) -> None:
         return
     for grad, segment in zip(bucket.grads, bucket.segment_ids, strict=True):
         cleaned = torch.where(grad.isfinite() | (clean == 0), grad, 0.0)
-        grad.copy_(cleaned * multiplier[segment].to(factor_dtype(grad.dtype)))
+        factor = multiplier[segment].to(factor_dtype(grad.dtype))
+        grad.copy_(torch.where(factor == 1, cleaned, cleaned * factor))  # 1 * NaN may change bits
 
 
 def factor_dtype(dtype: torch.dtype) -> torch.dtype:

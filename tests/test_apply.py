@@ -1,0 +1,159 @@
+"""Stage 4: gradients are scaled and cleaned where the verdict says so, and untouched elsewhere."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastguard import reference
+from fastguard.apply import apply, clamp_finite_, scale
+from fastguard.buckets import GradBucket, GradBuckets, Run, bucketize
+from fastguard.decide import Policy, decide
+from fastguard.measure import measure
+from fastguard.reduce import Signals
+from guardtest.grads import assert_bitwise_equal
+from guardtest.tolerances import scale_rtol
+
+NAN, INF = math.nan, math.inf
+DTYPES = {
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
+NO, YES = torch.zeros(()), torch.ones(())
+
+
+def factor(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.fixture(params=["cpu", "plain"])
+def road(request, monkeypatch):
+    """The CPU road, which reads the verdict, and the one that serves devices without kernels."""
+    if request.param == "plain":
+        monkeypatch.setattr(reference, "CPU", torch.device("meta"))
+
+
+@pytest.mark.usefixtures("road")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("multiplier", [0.3, 1e-3, 1 / 1024])
+def test_scaling_is_correctly_rounded(dtype, multiplier):
+    # fp16 cannot hold 1e-3 to more than 3 digits: the product must not suffer from that.
+    grads = [torch.randn(n).to(DTYPES[dtype]) for n in (1, 7, 300)]
+    expected = [g.double() * multiplier for g in grads]
+    scale(bucketize(grads), factor(multiplier), NO)
+    for got, want in zip(grads, expected, strict=True):
+        rtol, tiny = scale_rtol(DTYPES[dtype]), torch.finfo(DTYPES[dtype]).tiny
+        torch.testing.assert_close(got.double(), want, rtol=rtol, atol=tiny)
+
+
+@pytest.mark.usefixtures("road")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_multiplier_of_one_changes_no_bit(dtype):
+    grad = torch.tensor([1.0, -0.0, NAN, INF, 6e-8, -3.3]).to(DTYPES[dtype])
+    before = grad.clone()
+    scale(bucketize([grad]), factor(1.0), NO)
+    assert_bitwise_equal(grad, before)
+
+
+def test_a_multiplier_of_one_does_not_even_touch_the_memory():
+    grads = [torch.ones(3), torch.ones(4)]
+    scale(bucketize(grads, segments=[0, 1], n_segments=2), factor(1.0, 0.5), NO)
+    assert [g._version for g in grads] == [0, 1]
+
+
+@pytest.mark.usefixtures("road")
+def test_each_segment_has_its_multiplier():
+    grads = [torch.ones(2), None, torch.ones(2).half(), torch.ones(2)]
+    buckets = bucketize(grads, segments=[0, 1, 2, 1], n_segments=3)
+    scale(buckets, factor(0.5, 0.25, 1.0), NO)
+    assert [g.tolist() for g in grads if g is not None] == [[0.5] * 2, [1.0] * 2, [0.25] * 2]
+
+
+@pytest.mark.usefixtures("road")
+def test_one_multiplier_serves_all_segments():
+    grads = [torch.ones(2), torch.ones(2)]
+    scale(bucketize(grads, segments=[0, 1], n_segments=2), factor(0.5), NO)
+    assert [g.tolist() for g in grads] == [[0.5] * 2] * 2
+
+
+@pytest.mark.usefixtures("road")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("multiplier", [1.0, 0.5, 0.0])
+def test_cleaning_replaces_and_never_multiplies_nan(dtype, multiplier):
+    grad = torch.tensor([2.0, NAN, INF, -INF, -4.0]).to(DTYPES[dtype])
+    scale(bucketize([grad]), factor(multiplier), YES)
+    assert grad.tolist() == [2.0 * multiplier, 0.0, 0.0, 0.0, -4.0 * multiplier]
+
+
+@pytest.mark.usefixtures("road")
+def test_multiplied_by_nan_or_zero_as_torch_does():
+    grad = torch.tensor([1.0, INF])
+    scale(bucketize([grad]), factor(0.0), NO)
+    assert grad[0] == 0.0 and grad[1].isnan()
+    scale(bucketize([grad]), factor(NAN), NO)
+    assert grad.isnan().all()
+
+
+@pytest.mark.usefixtures("road")
+def test_strides_and_complex_numbers():
+    memory = torch.ones(4, 4)
+    complex_grad = torch.tensor([3 + 4j])
+    scale(bucketize([memory[:, ::2], complex_grad, torch.tensor(2.0)]), factor(0.5), NO)
+    assert memory.tolist() == [[0.5, 1.0, 0.5, 1.0]] * 4
+    assert complex_grad.tolist() == [1.5 + 2j]
+
+
+def test_nothing_to_apply():
+    scale(bucketize([]), factor(0.5), YES)
+    scale(bucketize([None, torch.empty(0)]), factor(0.5), YES)
+
+
+def runs_of_two() -> tuple[Tensor, GradBuckets]:
+    """Two gradients with a gap of zeros between them, in one run."""
+    flat = torch.tensor([1.0, 2.0, 0.0, 0.0, 4.0])
+    grads = [flat[:2], flat[4:]]
+    cpu = torch.device("cpu")
+    bucket = GradBucket(cpu, flat.dtype, grads, range(2), [0, 0], (Run(flat, 0),))
+    return flat, GradBuckets((bucket,), 2, 1, None, cpu)
+
+
+def test_a_run_is_scaled_in_one_piece():
+    flat, buckets = runs_of_two()
+    scale(buckets, factor(0.5), NO)
+    assert flat.tolist() == [0.5, 1.0, 0.0, 0.0, 2.0]
+    assert flat._version == 1
+
+
+@pytest.mark.parametrize("multiplier", [NAN, INF])
+def test_the_gaps_of_a_run_stay_zero(multiplier):
+    flat, buckets = runs_of_two()
+    scale(buckets, factor(multiplier), NO)
+    assert flat[2:4].tolist() == [0.0, 0.0]
+    assert not flat[[0, 1, 4]].isfinite().any()
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "zero", "propagate"])
+def test_the_stages_together(nonfinite):
+    grads = [torch.tensor([3.0, NAN]), torch.tensor([4.0])]
+    buckets = bucketize(grads)
+    stats = measure(buckets)
+    policy = Policy(factor(1.0), nonfinite)
+    apply(buckets, decide(stats, Signals.none(buckets.device), None, policy))
+    expected = {
+        "skip": [3.0, NAN, 4.0],
+        "zero": [0.6, 0.0, 0.8],
+        "propagate": [NAN, NAN, NAN],
+    }[nonfinite]
+    assert torch.cat(grads).tolist() == pytest.approx(expected, rel=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize("inv_scale", [None, 0.25])
+def test_clamping_leaves_what_is_to_be_found(inv_scale):
+    unit = 1.0 if inv_scale is None else 1 / inv_scale
+    grad = torch.tensor([0.5, 3.0, -7.0, NAN, INF, -INF]) * unit
+    clamp_finite_([grad], 2.0, None if inv_scale is None else torch.tensor(inv_scale))
+    expected = [0.5 * unit, 2.0 * unit, -2.0 * unit, NAN, INF, -INF]
+    assert grad.tolist() == pytest.approx(expected, nan_ok=True)
