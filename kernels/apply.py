@@ -13,8 +13,7 @@ element, but not the zeros between the gradients of a flat bucket (0 * NaN is Na
 are walked instead of the chunk. Non-finite elements are replaced by a select, never by a
 multiplication by 0.
 
-Lab table (sass: machine code for sm_90; `make kernels-test` prints the current numbers): registers
-and instructions in 16 bytes of the scaling loop, four loads and four stores of 128 bits in flight."""
+"""
 
 from __future__ import annotations
 
@@ -27,15 +26,24 @@ from fastguard.kernels.chunks import ChunkTable
 from fastguard.kernels.launch import Launcher
 from fastguard.kernels.measure import BLOCK_BYTES, TRITON_DTYPES, float32_of, n_programs
 
+PIECE_SIZE = tl.constexpr(512)  # elements at a time of a step that is lost anyway
+
 
 @triton.jit
-def scaled(x, multiplier, clean, DTYPE: tl.constexpr):
-    """One block of results, in the dtype of the gradients."""
-    if DTYPE != tl.float64:
-        x = float32_of(x)
+def factors(x):
+    """Elements as they are multiplied: in float32, or float64 for float64."""
+    if x.dtype == tl.float64:
+        return x
+    else:
+        return float32_of(x)
+
+
+@triton.jit
+def scaled(x, multiplier, clean):
+    """One block of products, of elements as `factors` gives them."""
     if clean:
         x = tl.where(tl.abs(x) < float("inf"), x, 0.0)  # NaN is not < inf
-    return (x * multiplier).to(DTYPE)
+    return x * multiplier
 
 
 @triton.jit(
@@ -77,25 +85,24 @@ def apply_kernel(
                 if clean:
                     while i < n_vec:
                         mask = i + offsets < n_vec
-                        x = tl.load(x_ptr + i + offsets, mask=mask, other=0.0)
-                        bad = (tl.abs(x.to(FACTOR)) < INF) == 0
+                        x = factors(tl.load(x_ptr + i + offsets, mask=mask, other=0.0))
+                        y = scaled(x, multiplier, True)
                         # A block is written whole or not at all, so that stores stay 128 bits wide.
-                        if (unscaled == 0) | (tl.max(bad.to(tl.int32), axis=0) > 0):
-                            y = scaled(x, multiplier, True, DTYPE)
-                            tl.store(x_ptr + i + offsets, y, mask=mask)
+                        finite = tl.min((tl.abs(x) < INF).to(tl.int32), axis=0)
+                        if (unscaled == 0) | (finite == 0):
+                            tl.store(x_ptr + i + offsets, y.to(DTYPE), mask=mask)
                         i += BLOCK_SIZE
                 else:
                     while i < n_vec:
                         mask = i + offsets < n_vec
-                        x = tl.load(x_ptr + i + offsets, mask=mask, other=0.0)
-                        y = scaled(x, multiplier, False, DTYPE)
-                        tl.store(x_ptr + i + offsets, y, mask=mask)
+                        x = factors(tl.load(x_ptr + i + offsets, mask=mask, other=0.0))
+                        tl.store(x_ptr + i + offsets, (x * multiplier).to(DTYPE), mask=mask)
                         i += BLOCK_SIZE
                 if n_vec < n:
                     mask = n_vec + tail_offsets < n
-                    x = tl.load(tail_ptr + n_vec + tail_offsets, mask=mask, other=0.0)
-                    y = scaled(x, multiplier, clean, DTYPE)
-                    tl.store(tail_ptr + n_vec + tail_offsets, y, mask=mask)
+                    x = factors(tl.load(tail_ptr + n_vec + tail_offsets, mask=mask, other=0.0))
+                    y = scaled(x, multiplier, clean)
+                    tl.store(tail_ptr + n_vec + tail_offsets, y.to(DTYPE), mask=mask)
             else:
                 end = address + n.to(tl.int64) * ITEM_SIZE
                 piece = tl.load(row_ptr + 3)
@@ -104,15 +111,16 @@ def apply_kernel(
                     piece_address = tl.load(pieces_ptr + 3 * piece)
                     piece_end = piece_address + tl.load(pieces_ptr + 3 * piece + 1) * ITEM_SIZE
                     start = tl.maximum(piece_address, address)
+                    piece_offsets = tl.arange(0, PIECE_SIZE)
                     m = ((tl.minimum(piece_end, end) - start) // ITEM_SIZE).to(tl.int32)
                     p_ptr = start.to(tl.pointer_type(DTYPE))
                     i = 0
                     while i < m:
-                        mask = i + offsets < m
-                        x = tl.load(p_ptr + i + offsets, mask=mask, other=0.0)
-                        y = scaled(x, multiplier, clean, DTYPE)
-                        tl.store(p_ptr + i + offsets, y, mask=mask)
-                        i += BLOCK_SIZE
+                        mask = i + piece_offsets < m
+                        x = factors(tl.load(p_ptr + i + piece_offsets, mask=mask, other=0.0))
+                        y = scaled(x, multiplier, clean)
+                        tl.store(p_ptr + i + piece_offsets, y.to(DTYPE), mask=mask)
+                        i += PIECE_SIZE
                     piece += 1
         k += tl.num_programs(0)
 

@@ -150,7 +150,7 @@ def _built(bucket: Bucket, key: tuple, n_segments: int, n_programs: int) -> Chun
         memory = torch.from_numpy(flat)
     else:
         # A pinned block for each upload: torch hands it out again only after the copy ran.
-        pinned = torch.empty(flat.size, dtype=torch.int64, pin_memory=True)
+        pinned = torch.empty(flat.size, dtype=torch.int64, device=HOST, pin_memory=True)
         pinned.numpy()[:] = flat
         memory = pinned.to(device, non_blocking=True)
         if torch.cuda.is_current_stream_capturing():

@@ -1,21 +1,30 @@
 """The three stages that have kernels, with the signatures and results of `fastguard.reference`.
 
-    measure   chunk table -> launch 1 (two with several segments)      reads N bytes
-    decide    launch 2, one program                                    reads and writes O(S + K * W)
-    apply     chunk table -> launch 3                                  nothing, or 2N bytes
+    measure   chunk table -> launch 1 (a second one with several segments)    reads N bytes
+    decide    launch 2, one program                                           O(S + K * W)
+    apply     chunk table -> launch 3                                         nothing, or 2N bytes
 
 Nothing here waits for the device.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+
+import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fastguard.buckets import GradBucket
+from fastguard.decide import GuardState, Policy, Verdict
 from fastguard.kernels.apply import apply_chunks
 from fastguard.kernels.chunks import ChunkTable, table_of
+from fastguard.kernels.decide import decide_step
 from fastguard.kernels.measure import measure_chunks, n_programs
+from fastguard.measure import GradStats
+from fastguard.reduce import Signals
+from fastguard.rules import GRAD_NORM, Rule, SpikeRule, Threshold
 
 _diagnostics = {"copied_gradients": 0}
 
@@ -45,10 +54,70 @@ def measure(
     )
 
 
-def _copy_in(table: ChunkTable, bucket: GradBucket) -> None:
-    for position, buffer in table.copies:
-        buffer.copy_(bucket.grads[position])
-        _diagnostics["copied_gradients"] += 1
+def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy: Policy) -> Verdict:
+    """The verdict, and `state` brought up to date: see `fastguard.reference.decide`."""
+    rules = None
+    if policy.rules and state is not None:
+        names = tuple(signals.loss_names)
+        rules = _rule_table(policy.rules, policy.signals, names, stats.summary.device)
+    decision = decide_step(
+        stats.summary.contiguous(),
+        stats.norm_type,
+        policy.max_norm.contiguous(),
+        policy.nonfinite,
+        signals.losses.contiguous(),
+        signals.inv_scale,
+        signals.found_inf,
+        rules,
+        None if state is None else state.counters,
+        None if rules is None else state.windows,
+        None if rules is None else state.rings,
+    )
+    if state is not None:
+        written = (state.counters, state.windows, state.rings)
+        increment_version(written if rules is not None else written[:1])
+    return Verdict(
+        clip_coef=decision.clip_coef,
+        multiplier=decision.multiplier,
+        found_inf=decision.found_inf,
+        clean=decision.clean,
+        reason=decision.reason,
+        total_norm=decision.total_norm,
+        spikes=decision.spikes,
+        thresholds=decision.thresholds,
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _rule_table(
+    rules: tuple[Rule, ...],
+    signals: tuple[str, ...],
+    loss_names: tuple[str, ...],
+    device: torch.device,
+) -> Tensor:
+    """float64 `(K, 8)`: the rules in the columns of `kernels.decide`."""
+    rows = [
+        [
+            rule.sigma if isinstance(rule, SpikeRule) else 0.0,
+            rule.warmup if isinstance(rule, SpikeRule) else 0,
+            rule.window if isinstance(rule, SpikeRule) else 0,
+            rule.max if isinstance(rule, Threshold) else math.inf,
+            rule.action == "skip",
+            rule.action == "clip",
+            _signal_index(signal, loss_names),
+            0.0,
+        ]
+        for rule, signal in zip(rules, signals, strict=True)
+    ]
+    table = torch.tensor(rows, dtype=torch.float64, device="cpu")
+    # Before the first step with these rules, once: pinned, so that the host need not wait.
+    return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
+
+
+def _signal_index(signal: str, loss_names: tuple[str, ...]) -> int:
+    if signal == GRAD_NORM:
+        return -1
+    return loss_names.index(signal) if signal in loss_names else -2
 
 
 def apply(bucket: GradBucket, multiplier: Tensor, clean: Tensor) -> None:
@@ -61,5 +130,10 @@ def apply(bucket: GradBucket, multiplier: Tensor, clean: Tensor) -> None:
     for position, buffer in table.copies:
         bucket.grads[position].copy_(buffer)
     # Autograd does not see a kernel's writes; the gradients of a run share its version counter.
-    written = bucket.grads if bucket.runs is None else [run.flat for run in bucket.runs]
-    increment_version(written)
+    increment_version(bucket.grads if bucket.runs is None else [run.flat for run in bucket.runs])
+
+
+def _copy_in(table: ChunkTable, bucket: GradBucket) -> None:
+    for position, buffer in table.copies:
+        buffer.copy_(bucket.grads[position])
+        _diagnostics["copied_gradients"] += 1

@@ -1,0 +1,381 @@
+"""Launch 2, decide: one program gives the verdict and brings the guard's state up to date.
+
+    clip_coef[s] = min(1, max_norm[s] / (norm[s] + 1e-6))
+    threshold[k] = mean + sigma * max(std, 0.01 * |mean|, tiny)      of the values in ring k
+    skip         = a fault, or a spike of a rule that skips
+
+I/O: a few numbers a segment, and the rings of the rules; no gradient. One warp, float64.
+
+The rules are lanes of one tile, `RULES` of them, and their rings are walked in blocks of `WINDOW`
+values: nothing passes from lane to lane through memory. Every comparison says what NaN does. Sums
+over segments and rings are added in another order than PyTorch's; all else is bit for bit the
+arithmetic of `fastguard.reference.decide`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastguard.kernels.launch import Launcher
+
+TINY = tl.constexpr(2.0**-1022)  # smallest normal float64
+
+# Columns of the rule table, float64 (K, 8).
+SIGMA = tl.constexpr(0)
+WARMUP = tl.constexpr(1)
+WINDOW_SIZE = tl.constexpr(2)  # 0 for a fixed threshold
+FIXED = tl.constexpr(3)  # inf for a sigma rule
+SKIPS = tl.constexpr(4)
+CLIPS = tl.constexpr(5)
+SIGNAL = tl.constexpr(6)  # index of the loss; -1: the gradient norm; -2: this step has no such loss
+COLUMNS = tl.constexpr(8)
+
+# Reasons: `fastguard.decide.Reason`.
+NONFINITE_GRAD = tl.constexpr(1)
+NONFINITE_LOSS = tl.constexpr(2)
+GRAD_SPIKE = tl.constexpr(3)
+LOSS_SPIKE = tl.constexpr(4)
+
+
+@triton.jit
+def root(power_sum, P: tl.constexpr, INF_NORM: tl.constexpr):
+    """The p-norm that belongs to a power sum."""
+    if INF_NORM:
+        return power_sum
+    elif P == 2.0:
+        return tl.sqrt(power_sum)
+    else:
+        return tl.exp2(tl.log2(power_sum) / P)  # 0: exp2(-inf) = 0
+
+
+@triton.jit
+def clip_coefficient(norm, max_norm):
+    """`min(1, max_norm / (norm + 1e-6))`; a limit of inf gives 1 for every norm, NaN a NaN."""
+    coef = max_norm / (norm + 1e-6)
+    coef = tl.where(coef > 1.0, 1.0, coef)  # NaN is not > 1 and stays NaN
+    return tl.where(max_norm == float("inf"), 1.0, coef)
+
+
+@triton.jit
+def any_of(condition):
+    return tl.max(condition.to(tl.int32), axis=0) > 0
+
+
+@triton.jit
+def spread(condition, N: tl.constexpr):
+    """One condition in N lanes."""
+    return tl.where(condition, tl.full((N,), 1, tl.int32), tl.full((N,), 0, tl.int32)) > 0
+
+
+@triton.jit(
+    do_not_specialize=[
+        "summary_ptr", "max_norm_ptr", "losses_ptr", "inv_scale_ptr", "overflow_ptr", "rules_ptr",
+        "counters_ptr", "windows_ptr", "rings_ptr", "coef_ptr", "multiplier_ptr", "found_inf_ptr",
+        "clean_ptr", "reason_ptr", "total_norm_ptr", "spikes_ptr", "thresholds_ptr",
+        "n_segments", "max_norm_stride", "n_losses", "n_rules", "ring_stride",
+    ]
+)  # fmt: skip
+def decide_kernel(
+    summary_ptr,  # float64 (4, n_segments)
+    max_norm_ptr,  # float64 (n_segments,), or (1,) with stride 0
+    losses_ptr,  # float64 (n_losses,)
+    inv_scale_ptr,  # float64 (1,)
+    overflow_ptr,  # float32 (1,): > 0 if a loss scaler found non-finite gradients
+    rules_ptr,  # float64 (n_rules, COLUMNS)
+    counters_ptr,  # int64 (4,)
+    windows_ptr,  # float64 (n_rules, ring_stride)
+    rings_ptr,  # int64 (n_rules, 3)
+    coef_ptr,  # float64 (n_segments,)
+    multiplier_ptr,  # float64 (n_segments,)
+    found_inf_ptr,  # float32
+    clean_ptr,  # float32
+    reason_ptr,  # int64
+    total_norm_ptr,  # float64
+    spikes_ptr,  # uint8 (n_rules,)
+    thresholds_ptr,  # float64 (n_rules,)
+    n_segments,
+    max_norm_stride,
+    n_losses,
+    n_rules,
+    ring_stride,
+    P: tl.constexpr,
+    INF_NORM: tl.constexpr,
+    ZERO: tl.constexpr,  # nonfinite="zero"
+    PROPAGATE: tl.constexpr,  # nonfinite="propagate"
+    HAS_SCALE: tl.constexpr,
+    HAS_OVERFLOW: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    RULES: tl.constexpr,  # lanes; 0 without rules
+    WINDOW: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    INF: tl.constexpr = float("inf")
+    NAN: tl.constexpr = float("nan")
+    lanes = tl.arange(0, BLOCK_SIZE)
+
+    sums = tl.zeros((BLOCK_SIZE,), dtype=tl.float64)
+    bad = tl.zeros((BLOCK_SIZE,), dtype=tl.float64)
+    i = 0
+    while i < n_segments:
+        mask = i + lanes < n_segments
+        power_sum = tl.load(summary_ptr + i + lanes, mask=mask, other=0.0)
+        if INF_NORM:
+            sums = tl.where((power_sum > sums) | (power_sum != power_sum), power_sum, sums)
+        else:
+            sums += power_sum
+        for kind in tl.static_range(1, 4):
+            bad += tl.load(summary_ptr + kind * n_segments + i + lanes, mask=mask, other=0.0)
+        i += BLOCK_SIZE
+    if INF_NORM:
+        total = tl.max(sums, axis=0)
+    else:
+        total = tl.sum(sums, axis=0)
+    total_norm = root(total, P, INF_NORM)
+    bad_grad = tl.sum(bad, axis=0) > 0.0
+
+    overflow = bad_grad & (bad_grad == 0)
+    if HAS_OVERFLOW:
+        overflow = tl.load(overflow_ptr) > 0.0  # NaN is no overflow, as in the reference
+    lost = tl.zeros((BLOCK_SIZE,), dtype=tl.int32)
+    i = 0
+    while i < n_losses:
+        loss = tl.load(losses_ptr + i + lanes, mask=i + lanes < n_losses, other=0.0)
+        lost = tl.maximum(lost, ((tl.abs(loss) < INF) == 0).to(tl.int32))  # NaN is not < inf
+        i += BLOCK_SIZE
+    loss_fault = tl.max(lost, axis=0) > 0
+    if PROPAGATE:
+        grad_fault = overflow
+        loss_fault = loss_fault & (loss_fault == 0)
+    elif ZERO:
+        # Cleaning cures what was counted; a fault that only the scaler saw is not cured by it.
+        grad_fault = overflow & (bad_grad == 0)
+    else:
+        grad_fault = overflow | bad_grad
+    fault = grad_fault | loss_fault
+
+    skip = fault
+    limit = tl.full((), INF, tl.float64)
+    spiked = fault & (fault == 0)
+    grad_spiked = spiked
+    if RULES > 0:
+        k = tl.arange(0, RULES)
+        is_rule = k < n_rules
+        rule_ptr = rules_ptr + k * COLUMNS
+        sigma = tl.load(rule_ptr + SIGMA, mask=is_rule, other=0.0)
+        warmup = tl.load(rule_ptr + WARMUP, mask=is_rule, other=0.0)
+        window = tl.load(rule_ptr + WINDOW_SIZE, mask=is_rule, other=0.0).to(tl.int64)
+        fixed = tl.load(rule_ptr + FIXED, mask=is_rule, other=INF)
+        skips = tl.load(rule_ptr + SKIPS, mask=is_rule, other=0.0) > 0.0
+        clips = tl.load(rule_ptr + CLIPS, mask=is_rule, other=0.0) > 0.0
+        signal = tl.load(rule_ptr + SIGNAL, mask=is_rule, other=-2.0).to(tl.int32)
+        filled = tl.load(rings_ptr + 3 * k, mask=is_rule, other=0)
+        at = tl.load(rings_ptr + 3 * k + 1, mask=is_rule, other=0)
+        consecutive = tl.load(rings_ptr + 3 * k + 2, mask=is_rule, other=0)
+        on_gradient = signal == -1
+        value = tl.load(losses_ptr + signal, mask=signal >= 0, other=NAN)
+        value = tl.where(on_gradient, total_norm, value)
+
+        # Thresholds: two passes over the rings, mean and then deviations from it.
+        j = tl.arange(0, WINDOW)
+        ring_ptr = windows_ptr + k[:, None].to(tl.int64) * ring_stride
+        n = tl.maximum(filled, 1).to(tl.float64)
+        acc = tl.zeros((RULES, WINDOW), dtype=tl.float64)
+        i = 0
+        while i < ring_stride:
+            here = i + j[None, :] < filled[:, None]
+            acc += tl.load(ring_ptr + i + j[None, :], mask=here, other=0.0)
+            i += WINDOW
+        mean = tl.sum(acc, axis=1) / n
+        acc = tl.zeros((RULES, WINDOW), dtype=tl.float64)
+        i = 0
+        while i < ring_stride:
+            here = i + j[None, :] < filled[:, None]
+            deviation = tl.load(ring_ptr + i + j[None, :], mask=here, other=0.0) - mean[:, None]
+            deviation = tl.where(here, deviation, 0.0)
+            acc += deviation * deviation
+            i += WINDOW
+        std = tl.sqrt(tl.sum(acc, axis=1) / n)
+        # Rings hold finite values only, so that no NaN comes here.
+        moving = mean + sigma * tl.maximum(std, tl.maximum(0.01 * tl.abs(mean), TINY))
+        judged = (window > 0) & (filled.to(tl.float64) >= warmup)
+        threshold = tl.where(judged, moving, fixed)
+
+        exceeds = (value > threshold) & spread(fault == 0, RULES)  # NaN: a fault, no spike
+        lasting = (window > 0) & (consecutive >= window)
+        spike = exceeds & (lasting == 0)
+        spiked = any_of(spike)
+        grad_spiked = any_of(spike & on_gradient)
+        skip = fault | any_of(spike & skips)
+        limit = tl.min(tl.where(spike & clips, threshold, INF), axis=0)
+
+        usable = fault == 0
+        if ZERO == 0:
+            usable = usable & (bad_grad == 0)
+        # A loss that this step did not give is NaN, and says nothing.
+        heard = (tl.abs(value) < INF) & spread(usable, RULES)
+        moves = heard & spread(total_norm > 0.0, RULES) & (spike | spread(skip == 0, RULES))
+        moves = moves & (window > 0) & is_rule
+        streak = tl.where(exceeds, consecutive + 1, 0)
+        tl.debug_barrier()  # all threads have read the rings before one writes them
+        slot_ptr = windows_ptr + k.to(tl.int64) * ring_stride + at
+        tl.store(slot_ptr, tl.where(spike, threshold, value), mask=moves)
+        step = moves.to(tl.int64)
+        tl.store(rings_ptr + 3 * k, tl.minimum(filled + step, window), mask=is_rule)
+        tl.store(rings_ptr + 3 * k + 1, (at + step) % tl.maximum(window, 1), mask=is_rule)
+        tl.store(rings_ptr + 3 * k + 2, tl.where(heard, streak, consecutive), mask=is_rule)
+        tl.store(spikes_ptr + k, spike.to(tl.uint8), mask=is_rule)
+        tl.store(thresholds_ptr + k, threshold, mask=is_rule)
+
+    spike_coef = clip_coefficient(total_norm, limit)
+    i = 0
+    while i < n_segments:
+        mask = i + lanes < n_segments
+        norm = root(tl.load(summary_ptr + i + lanes, mask=mask, other=0.0), P, INF_NORM)
+        if PROPAGATE:
+            nan = tl.load(summary_ptr + n_segments + i + lanes, mask=mask, other=0.0)
+            posinf = tl.load(summary_ptr + 2 * n_segments + i + lanes, mask=mask, other=0.0)
+            neginf = tl.load(summary_ptr + 3 * n_segments + i + lanes, mask=mask, other=0.0)
+            norm = tl.where(posinf + neginf > 0.0, INF, norm)
+            norm = tl.where(nan > 0.0, NAN, norm)
+        max_norm = tl.load(max_norm_ptr + (i + lanes) * max_norm_stride, mask=mask, other=INF)
+        coef = clip_coefficient(norm, max_norm)
+        # The smaller; NaN in either wins.
+        coef = tl.where(spike_coef < coef, spike_coef, coef)
+        coef = tl.where(spike_coef == spike_coef, coef, spike_coef)
+        multiplier = coef
+        if HAS_SCALE:
+            multiplier = coef * tl.load(inv_scale_ptr)
+        tl.store(coef_ptr + i + lanes, coef, mask=mask)
+        tl.store(multiplier_ptr + i + lanes, tl.where(skip, 1.0, multiplier), mask=mask)
+        i += BLOCK_SIZE
+
+    skipped = skip.to(tl.int64)
+    clean = bad_grad & (skip == 0)
+    if ZERO == 0:
+        clean = clean & (clean == 0)
+    reason = tl.where(grad_spiked, GRAD_SPIKE, tl.where(spiked, LOSS_SPIKE, 0))
+    reason = tl.where(loss_fault, NONFINITE_LOSS, reason)
+    reason = tl.where(bad_grad | overflow, NONFINITE_GRAD, reason)
+    tl.store(found_inf_ptr, skipped.to(tl.float32))
+    tl.store(clean_ptr, clean.to(tl.float32))
+    tl.store(reason_ptr, reason.to(tl.int64))
+    tl.store(total_norm_ptr, total_norm)
+    if HAS_STATE:
+        decided = tl.load(counters_ptr)
+        applied = tl.load(counters_ptr + 1)
+        skips_so_far = tl.load(counters_ptr + 2)
+        in_a_row = tl.load(counters_ptr + 3)
+        tl.debug_barrier()
+        tl.store(counters_ptr, decided + 1)
+        tl.store(counters_ptr + 1, applied + 1 - skipped)
+        tl.store(counters_ptr + 2, skips_so_far + skipped)
+        tl.store(counters_ptr + 3, (in_a_row + 1) * skipped)
+
+
+_decide = Launcher(decide_kernel, num_warps=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The outputs of the kernel: see `fastguard.decide.Verdict`, field by field."""
+
+    clip_coef: Tensor
+    multiplier: Tensor
+    found_inf: Tensor
+    clean: Tensor
+    reason: Tensor
+    total_norm: Tensor
+    spikes: Tensor
+    thresholds: Tensor
+
+
+def decide_step(
+    summary: Tensor,
+    norm_type: float,
+    max_norm: Tensor,
+    nonfinite: str,
+    losses: Tensor,
+    inv_scale: Tensor | None,
+    overflow: Tensor | None,
+    rules: Tensor | None,
+    counters: Tensor | None,
+    windows: Tensor | None,
+    rings: Tensor | None,
+) -> Decision:
+    """Decides one step.
+
+    Args:
+        summary: float64 `(4, S)`: power sums and counts.
+        norm_type: p.
+        max_norm: float64 `(S,)` or `(1,)`.
+        nonfinite: `"skip"`, `"raise"`, `"zero"` or `"propagate"`.
+        losses: float64 `(L,)`.
+        inv_scale: float64 `()`, or None.
+        overflow: `()`, > 0 if a loss scaler found non-finite gradients, or None.
+        rules: float64 `(K, 8)`: the columns above, or None without rules.
+        counters, windows, rings: The guard's state, changed in place; None without a state.
+    """
+    device = summary.device
+    n_segments = summary.shape[1]
+    n_rules = 0 if rules is None else len(rules)
+    spikes = torch.empty(n_rules, dtype=torch.bool, device=device)
+
+    def new(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    decision = Decision(
+        clip_coef=new(n_segments),
+        multiplier=new(n_segments),
+        found_inf=new(dtype=torch.float32),
+        clean=new(dtype=torch.float32),
+        reason=new(dtype=torch.int64),
+        total_norm=new(),
+        spikes=spikes,
+        thresholds=new(n_rules),
+    )
+    ring_stride = windows.shape[1] if n_rules else 0
+    _decide(
+        1,
+        device,
+        (
+            summary,
+            max_norm,
+            losses if len(losses) else summary,
+            summary if inv_scale is None else inv_scale,
+            summary if overflow is None else overflow,
+            rules if n_rules else summary,
+            summary if counters is None else counters,
+            windows if ring_stride else summary,
+            rings if n_rules else summary,
+            decision.clip_coef,
+            decision.multiplier,
+            decision.found_inf,
+            decision.clean,
+            decision.reason,
+            decision.total_norm,
+            spikes.view(torch.uint8) if n_rules else summary,
+            decision.thresholds if n_rules else summary,
+            n_segments,
+            0 if max_norm.numel() == 1 else 1,
+            len(losses),
+            n_rules,
+            ring_stride,
+        ),
+        {
+            "P": norm_type,
+            "INF_NORM": norm_type == float("inf"),
+            "ZERO": nonfinite == "zero",
+            "PROPAGATE": nonfinite == "propagate",
+            "HAS_SCALE": inv_scale is not None,
+            "HAS_OVERFLOW": overflow is not None,
+            "HAS_STATE": counters is not None,
+            "RULES": triton.next_power_of_2(n_rules) if n_rules else 0,
+            "WINDOW": min(128, triton.next_power_of_2(ring_stride)) if ring_stride else 1,
+            "BLOCK_SIZE": min(512, max(32, triton.next_power_of_2(n_segments))),
+        },
+    )
+    return decision
