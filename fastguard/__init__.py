@@ -5,6 +5,7 @@ parameter, and whether the step is a spike; decides on the device to clip, clean
 """
 
 from fastguard import ops as ops  # registers the ops that torch.compile needs
+from fastguard.activations import ActivationGuard as ActivationGuard
 from fastguard.backend import backend_for as backend_for
 from fastguard.clip import clip_grad_norm_ as clip_grad_norm_
 from fastguard.clip import clip_grad_value_ as clip_grad_value_
@@ -20,6 +21,8 @@ from fastguard.measure import GradStats as GradStats
 from fastguard.optimizer import GuardedOptimizer as GuardedOptimizer
 from fastguard.patch import patch_torch as patch_torch
 from fastguard.patch import unpatch_torch as unpatch_torch
+from fastguard.provenance import NonFiniteReport as NonFiniteReport
+from fastguard.provenance import explain_nonfinite as explain_nonfinite
 from fastguard.records import StepRecord as StepRecord
 from fastguard.rollback import Rewind as Rewind
 from fastguard.rollback import Rollback as Rollback

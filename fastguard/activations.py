@@ -1,0 +1,200 @@
+"""`ActivationGuard`: counts, or cleans away, the NaN and Inf that modules put out.
+
+Traffic: one read of every watched output, and in `"clean"` mode one write. On a CPU a finite output
+costs its one read (`aminmax`) and nothing else; elsewhere nothing may wait, so the elements are
+compared and summed, which is one read when `torch.compile` fuses it and some five when it does not.
+The counters are one int64 table on the device, `(modules, 3)`; memory does not grow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+Mode = Literal["count", "clean"]
+MODES = ("count", "clean")
+
+_unguarded = False
+
+
+class ActivationCounts(NamedTuple):
+    """Elements that a module put out since the last reset.
+
+    Attributes:
+        nan: NaN.
+        inf: +Inf and -Inf.
+        over_limit: Finite, and larger in magnitude than `limit`.
+    """
+
+    nan: int
+    inf: int
+    over_limit: int
+
+
+class ActivationGuard:
+    """Watches the outputs of modules with forward hooks; never waits for a GPU.
+
+    In `"clean"` mode NaN and Inf become 0 and the rest is clamped to ±limit before the next module
+    sees them. Both select and never multiply, forward and backward: a replaced element gets the
+    gradient 0. What happens inside of a module, and gradients that are born in the backward pass,
+    are not touched: that is what `GuardedOptimizer` is for.
+
+    With `torch.compile`, guard first and compile then: the hooks are traced with the model, without
+    a graph break. A recomputing forward (activation checkpointing) counts twice.
+
+    Args:
+        model: Whose modules to watch.
+        mode: `"count"` changes no output, `"clean"` does.
+        limit: Largest magnitude of a good activation, > 0; None: no limit.
+        modules: One pattern or several, matched against the names of `model.named_modules()`:
+            `"*"` for all, `"decoder.*"`. `nn.Sequential`, which computes nothing itself, is left
+            out; the model itself has the name `""`.
+
+    Raises:
+        TypeError, ValueError: An argument is not of that kind, or no module matches.
+
+    Example:
+        >>> import torch, fastguard
+        >>> class Log(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return x.log()
+        >>> model = torch.nn.Sequential(Log(), torch.nn.ReLU())
+        >>> with fastguard.ActivationGuard(model, mode="clean", limit=10.0) as guard:
+        ...     print(model(torch.tensor([1.0, 0.0, -1.0])))
+        tensor([0., 0., 0.])
+        >>> guard.counts()["0"]
+        ActivationCounts(nan=1, inf=1, over_limit=0)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mode: Mode = "count",
+        limit: float | None = None,
+        modules: str | Sequence[str] = "*",
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode={mode!r} is unknown; use one of {', '.join(MODES)}")
+        if limit is not None and not (isinstance(limit, int | float) and limit > 0):  # NaN is not
+            raise ValueError(f"limit={limit!r} must be None or a number > 0")
+        watched = _matching(model, modules)
+        parameter = next(model.parameters(), None)
+        device = torch.device("cpu") if parameter is None else parameter.device
+        self.mode: Mode = mode
+        self.limit = math.inf if limit is None else float(limit)
+        self._names = list(watched)
+        self._table = torch.zeros(len(watched), 3, dtype=torch.int64, device=device)
+        self._hooks = [
+            module.register_forward_hook(_Watch(self, row))
+            for row, module in enumerate(watched.values())
+        ]
+
+    def counts(self) -> dict[str, ActivationCounts]:
+        """The counts of each watched module, by name. Waits for a GPU."""
+        rows = self._table.tolist()
+        return {n: ActivationCounts(*row) for n, row in zip(self._names, rows, strict=True)}
+
+    def reset(self) -> None:
+        """Sets all counts to 0."""
+        self._table.zero_()
+
+    def remove(self) -> None:
+        """Takes the hooks off; the counts stay."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def __enter__(self) -> ActivationGuard:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.remove()
+
+    def __str__(self) -> str:
+        """A line for every module that put out something bad. Waits for a GPU."""
+        bad = {name: counts for name, counts in self.counts().items() if any(counts)}
+        if not bad:
+            return f"nothing bad in the outputs of {len(self._names)} modules"
+        return "\n".join(
+            f"{name or '(the model)'}: {c.nan} NaN, {c.inf} Inf, {c.over_limit} over {self.limit:g}"
+            for name, c in bad.items()
+        )
+
+    def _see(self, row: int, output: Any) -> Any:
+        counted = [self._counted(t) for t in tree_leaves(output) if _is_watched(t)]
+        found = [c for c in counted if c is not None]
+        if not found:
+            return None
+        with torch.no_grad():
+            if self._table.device.type == "cpu" and found[0].device.type != "cpu":
+                self._table = self._table.to(found[0].device)  # the model has moved
+            for counts in found:
+                self._table[row] += counts.to(self._table.device, non_blocking=True)
+        if self.mode == "count":
+            return None
+        return tree_map(lambda t: self._cleaned(t) if _is_watched(t) else t, output)
+
+    def _counted(self, x: Tensor) -> Tensor | None:
+        """int64 `(3,)`; None if it is known to be all zeros."""
+        x = x.detach()
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            if not x.numel():
+                return None
+            low, high = (v.item() for v in x.aminmax())
+            if -self.limit <= low and high <= self.limit and -math.inf < low and high < math.inf:
+                return None  # NaN compares false
+        size, infinite = x.abs(), x.isinf()
+        over = (size > self.limit) & ~infinite
+        return torch.stack([x.isnan().sum(), infinite.sum(), over.sum()])
+
+    def _cleaned(self, x: Tensor) -> Tensor:
+        x = torch.where(x.isfinite(), x, torch.zeros((), dtype=x.dtype, device=x.device))
+        return x if self.limit == math.inf else x.clamp(-self.limit, self.limit)
+
+
+class _Watch:
+    """The hook of one module."""
+
+    def __init__(self, guard: ActivationGuard, row: int) -> None:
+        self._guard = guard
+        self._row = row
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return None if _unguarded else self._guard._see(self._row, output)
+
+
+@contextmanager
+def unguarded() -> Iterator[None]:
+    """Every guard looks away: for replays that want to see what a guard would hide."""
+    global _unguarded
+    before, _unguarded = _unguarded, True
+    try:
+        yield
+    finally:
+        _unguarded = before
+
+
+def _is_watched(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and x.layout is torch.strided
+
+
+def _matching(model: nn.Module, modules: str | Sequence[str]) -> dict[str, nn.Module]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
+    patterns = [modules] if isinstance(modules, str) else list(modules)
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is not nn.Sequential and any(fnmatchcase(name, p) for p in patterns)
+    }
+    if not found:
+        known = ", ".join(name for name, _ in model.named_modules() if name) or "none"
+        raise ValueError(f"no module matches modules={modules!r}; there are: {known}")
+    return found

@@ -1,0 +1,210 @@
+"""What a search for the first non-finite value found: `NonFiniteReport`, which reads as a story."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Origin = Literal["forward", "backward", "parameter", "buffer", "batch", "constant"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRange:
+    """The values of one tensor. All fields are plain Python values.
+
+    Attributes:
+        name: What the tensor is to the operation or to the model.
+        dtype, shape: As torch writes them.
+        min, max: Of the finite elements; NaN if there are none.
+        numel: Number of elements.
+        nan, posinf, neginf, zeros: How many of them are NaN, +Inf, -Inf, exactly 0.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    min: float
+    max: float
+    numel: int
+    nan: int = 0
+    posinf: int = 0
+    neginf: int = 0
+    zeros: int = 0
+
+    @staticmethod
+    @torch.no_grad()
+    def of(name: str, tensor: Tensor) -> TensorRange:
+        """Reads the tensor a few times; waits for a GPU."""
+        x = as_real(tensor)
+        finite = x.isfinite()
+        values = x[finite]
+        low, high = values.aminmax() if values.numel() else (math.nan, math.nan)
+        return TensorRange(
+            name=name,
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            shape=tuple(tensor.shape),
+            min=float(low),
+            max=float(high),
+            numel=x.numel(),
+            nan=int(x.isnan().sum()),
+            posinf=int((x == math.inf).sum()),
+            neginf=int((x == -math.inf).sum()),
+            zeros=int((x == 0).sum()),
+        )
+
+    @property
+    def nonfinite(self) -> int:
+        """Elements that are NaN or Inf."""
+        return self.nan + self.posinf + self.neginf
+
+    @property
+    def absmax(self) -> float:
+        """The largest magnitude of a finite element."""
+        return max(abs(self.min), abs(self.max))
+
+    @property
+    def finite_share(self) -> float:
+        """The share of finite elements, 1 for an empty tensor."""
+        return 1.0 - self.nonfinite / self.numel if self.numel else 1.0
+
+    def __str__(self) -> str:
+        counts = (
+            (self.nan, "NaN"),
+            (self.posinf, "+Inf"),
+            (self.neginf, "-Inf"),
+            (self.zeros, "exactly 0"),
+        )
+        text = [f"{self.name}: {self.dtype} {list(self.shape)}"]
+        if math.isnan(self.min):
+            text.append("no finite element" if self.numel else "empty")
+        else:
+            text.append(
+                f"from {self.min:.4g} to {self.max:.4g}, largest magnitude {self.absmax:.4g}"
+            )
+        if self.nonfinite:
+            text.append(f"{100 * self.finite_share:.3g} % finite")
+        text += [f"{n} {what}" for n, what in counts if n]
+        return ", ".join(text)
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """The elements in a dtype that every operation here knows."""
+    tensor = tensor.detach()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    if tensor.dtype.itemsize == 1 and tensor.is_floating_point():
+        return tensor.float()
+    return tensor
+
+
+@dataclass(frozen=True, slots=True)
+class NonFiniteReport:
+    """Where the first non-finite value of a step was born, or that there is none.
+
+    Attributes:
+        origin: `"forward"` or `"backward"`: an operation made it of finite values. `"parameter"`,
+            `"buffer"`, `"batch"`, `"constant"`: it was there before. None: nothing found.
+        module: Name and class of the innermost module around the operation.
+        operation: `aten.div.Tensor`; in the backward pass the autograd node, `DivBackward0`.
+        tensor: Where the value appeared first: an output of the operation, or the name of the
+            parameter, buffer or part of the batch.
+        source: `file:line in function: text` of the user's code that called the operation.
+        inputs, outputs: The ranges around the operation; in the backward pass the incoming
+            gradients and what the node saved, then the outgoing gradients.
+        already: What was non-finite before the step: parameters, buffers, parts of the batch.
+        reached: The operations after the first, from module to module.
+        loss: The loss, or its parts by name.
+        bad_gradients: Parameters whose gradient is non-finite; empty if the loss already is.
+        kind: The kind of operation, as in `remedies.KINDS`.
+        evidence: What in the ranges explains the value.
+        remedy: What to do about it.
+        precision: True: the same computation in float32 is finite, so the range of float16 or
+            bfloat16 is to blame. False: float32 does not help. None: no low precision took part,
+            or float32 could not be tried.
+    """
+
+    origin: Origin | None
+    module: str = ""
+    operation: str = ""
+    tensor: str = ""
+    source: str | None = None
+    inputs: tuple[TensorRange, ...] = ()
+    outputs: tuple[TensorRange, ...] = ()
+    already: tuple[TensorRange, ...] = ()
+    reached: tuple[str, ...] = ()
+    loss: dict[str, float] = field(default_factory=dict)
+    bad_gradients: tuple[str, ...] = ()
+    kind: str = ""
+    evidence: str = ""
+    remedy: str = ""
+    precision: bool | None = None
+
+    @property
+    def found(self) -> bool:
+        """Whether the step made or met a non-finite value that mattered."""
+        return self.origin is not None
+
+    def __str__(self) -> str:
+        """The story, for people."""
+        if self.origin is None:
+            lines = [
+                "Nothing found: loss and gradients of this batch are finite.",
+                "If the step did go wrong, the weights or the random numbers were other ones: "
+                "call this before the weights change, with rng= as it was before the batch.",
+            ]
+        else:
+            lines = [self._headline(), *self._where()]
+        if self.loss:
+            parts = ", ".join(f"{name}={value:.4g}" for name, value in self.loss.items())
+            lines += _section("loss", [parts])
+        lines += _section("already", [str(r) for r in self.already])
+        if self.evidence:
+            lines.append(f"Why: {self.evidence}.")
+        if self.precision is not None:
+            lines.append("Precision: " + _PRECISION[self.precision])
+        if self.remedy:
+            lines.append(f"Remedy: {self.remedy}")
+        return "\n".join(lines)
+
+    def _headline(self) -> str:
+        if self.origin in ("forward", "backward"):
+            return f"The first non-finite value was born in the {self.origin} pass."
+        return f"A {self.origin} value was non-finite before any operation: {self.tensor}."
+
+    def _where(self) -> list[str]:
+        born = self.origin in ("forward", "backward")
+        one = {
+            "module": self.module,
+            "operation" if born else "used by": self.operation,
+            "tensor": self.tensor if born else "",
+            "source": self.source or "",
+        }
+        many = {
+            "inputs": list(map(str, self.inputs)),
+            "outputs": list(map(str, self.outputs)),
+            "reached": list(self.reached),
+            "gradients": _first(self.bad_gradients, 8),
+        }
+        lines = [line for title, text in one.items() if text for line in _section(title, [text])]
+        return lines + [line for title, rows in many.items() for line in _section(title, rows)]
+
+
+_PRECISION = {
+    True: "the same computation in float32 is finite: the range of the 16-bit format is to blame, "
+    "not the model. Keep this part in float32, or use bfloat16 in place of float16.",
+    False: "the same computation in float32 is not finite either: precision is not to blame.",
+}
+
+
+def _section(title: str, rows: Sequence[str]) -> list[str]:
+    return [f"  {title if i == 0 else '':<9} {row}" for i, row in enumerate(rows)]
+
+
+def _first(names: Sequence[str], n: int) -> list[str]:
+    more = [f"and {len(names) - n} more"] if len(names) > n else []
+    return [*names[:n], *more]
