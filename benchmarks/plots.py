@@ -107,6 +107,10 @@ def draw(result_file: Path, folder: Path) -> list[Path]:
     return written
 
 
+def color_of(contender: str) -> str:
+    return COLORS.get(contender, QUIET)
+
+
 # Ratios: how many times torch's speed, and how far the norm is off.
 
 
@@ -120,7 +124,9 @@ def ratios(result: Result) -> Figure | None:
             if r["contender"] == "fastguard" and r["situation"] == "nothing to clip"
         )
     )
-    groups = [g for g in groups if any(_row(rows, g, "clipping", "fastguard") for _ in (0,))]
+    # Where torch is compiled the point is another one; the table has it.
+    compiled = {r["name"] for r in rows if r["contender"] == "torch compiled"}
+    groups = [g for g in groups if g[0] not in compiled]
     if not groups:
         return None
     bars = [b for b in BARS if any(r["contender"] == b for r in rows)]
@@ -131,10 +137,11 @@ def ratios(result: Result) -> Figure | None:
         axis.set_title(situation[0].upper() + situation[1:])
     _norm_errors(axes[2], rows, groups)
     axes[0].set_yticks(range(len(groups)), [_group_label(rows, g) for g in groups])
-    axes[0].invert_yaxis()
-    axes[0].tick_params(axis="y", length=0)
+    axes[0].set_ylim(len(groups) - 0.4, -0.6)
+    for axis in axes:
+        axis.tick_params(axis="y", length=0)
     handles = [
-        *(plt.Rectangle((0, 0), 1, 1, color=COLORS[b], label=LABELS.get(b, b)) for b in bars),
+        *(plt.Rectangle((0, 0), 1, 1, color=color_of(b), label=LABELS.get(b, b)) for b in bars),
         plt.Line2D([], [], color=COLORS["torch foreach"], lw=2, label="torch.nn.utils"),
     ]
     title = "Clipping gradients: speed as a multiple of torch.nn.utils.clip_grad_norm_"
@@ -156,7 +163,7 @@ def _ratio_bars(
             if row is None:
                 continue
             r, at = row["ratio"], y - 0.4 + (k + 0.5) * thick
-            axis.barh(at, r["p50"] - 1, thick * 0.86, left=1, color=COLORS[contender])
+            axis.barh(at, r["p50"] - 1, thick * 0.86, left=1, color=color_of(contender))
             axis.plot([r["p20"], r["p80"]], [at, at], color=INK, lw=0.7, alpha=0.75)
             if contender == "fastguard":
                 right = max(r["p80"], 1.0)
@@ -165,6 +172,7 @@ def _ratio_bars(
                 )
     axis.axvline(1, color=COLORS["torch foreach"], lw=2, zorder=3)
     axis.set_xscale("log")
+    axis.set_xlim(1 / 24, 40)
     ticks = (1 / 16, 1 / 4, 1, 4, 16, 64)
     axis.xaxis.set_major_locator(FixedLocator(ticks))
     axis.xaxis.set_minor_locator(FixedLocator((1 / 8, 1 / 2, 2, 8, 32)))
@@ -186,7 +194,8 @@ def _norm_errors(axis: Axes, rows: list[dict[str, Any]], groups: Sequence[tuple]
                 continue
             error = min(max(float(row["norm_error"]), 1e-10), 1.0)
             pair.append(error)
-            axis.plot(error, y, "o", color=COLORS[contender], ms=6, zorder=3)
+            ms = 9 if contender == "torch foreach" else 5.5  # seen behind ours where both agree
+            axis.plot(error, y, "o", color=color_of(contender), ms=ms, zorder=3)
             if float(row["norm_error"]) > 1:
                 axis.text(0.45, y - 0.27, "overflows", fontsize=7, ha="right", color=QUIET)
         axis.plot(pair, [y] * len(pair), color=FAINT, lw=2, zorder=1)
@@ -199,7 +208,6 @@ def _norm_errors(axis: Axes, rows: list[dict[str, Any]], groups: Sequence[tuple]
     axis.set_title("Error of the norm")
     axis.set_xlabel("relative, against float64")
     axis.spines["left"].set_visible(False)
-    axis.tick_params(axis="y", length=0)
 
 
 def _row(
@@ -236,10 +244,11 @@ def steps(result: Result) -> Figure | None:
         _step_bars(axis, rows, groups, situation)
         axis.set_title(situation[0].upper() + situation[1:])
     axes[0].set_yticks(range(len(groups)), [f"{optimizer}\n{name}" for name, optimizer in groups])
-    axes[0].invert_yaxis()
-    axes[0].tick_params(axis="y", length=0)
+    axes[0].set_ylim(len(groups) - 0.4, -0.6)
+    for axis in axes:
+        axis.tick_params(axis="y", length=0)
     handles = [
-        plt.Rectangle((0, 0), 1, 1, color=COLORS[b], label=LABELS.get(b, b)) for b in STEP_BARS
+        plt.Rectangle((0, 0), 1, 1, color=color_of(b), label=LABELS.get(b, b)) for b in STEP_BARS
     ]
     _frame(figure, result, "What guarding adds to an optimizer step", handles=handles)
     return figure
@@ -264,7 +273,7 @@ def _step_bars(
                 continue
             added = 100 * (here[contender]["ms"]["p50"] / bare - 1)
             at = y - 0.4 + (k + 0.5) * thick
-            axis.barh(at, added, thick * 0.86, color=COLORS[contender])
+            axis.barh(at, added, thick * 0.86, color=color_of(contender))
             place = max(added, 0.0)
             axis.annotate(
                 f"{added:+.0f} %",
@@ -277,8 +286,8 @@ def _step_bars(
             )
     axis.axvline(0, color=INK, lw=1)
     axis.set_xscale("symlog", linthresh=25)
-    axis.xaxis.set_major_locator(FixedLocator((0, 10, 20, 50, 100, 200, 500, 1000)))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:+g} %" if v else "bare step"))
+    axis.xaxis.set_major_locator(FixedLocator((0, 10, 20, 50, 100, 200, 400, 1000)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:+g} %" if v else "bare"))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.margins(x=0.12)
     axis.grid(axis="x")
@@ -310,7 +319,7 @@ def roofline(result: Result) -> Figure | None:
                 speed,
                 "o",
                 ms=6,
-                color=COLORS[contender],
+                color=color_of(contender),
                 alpha=0.9,
                 markeredgecolor="white",
                 markeredgewidth=0.7,
@@ -321,11 +330,10 @@ def roofline(result: Result) -> Figure | None:
         axis.axhline(roof, color=INK, lw=1.2)
         axis.annotate(
             f"limit of memory, {roof:.0f} GB/s",
-            (1, roof),
-            (-2, 4),
+            (0, roof),
+            (3, 4),
             xycoords=("axes fraction", "data"),
             textcoords="offset points",
-            ha="right",
             fontsize=8,
         )
         axis.axvline(result["machine"]["cache_mb"] * 2**20, color=QUIET, lw=0.8, ls=(0, (3, 3)))
@@ -387,13 +395,13 @@ def growth(result: Result) -> Figure | None:
     for axis, series in zip(axes.flat, AXES, strict=False):
         for contender in contenders_of(result, series):
             x, ms = curve(result, series, contender)
-            axis.plot(x, ms, "o-", ms=4, lw=1.6, color=COLORS[contender])
+            axis.plot(x, ms, "o-", ms=4, lw=1.6, color=color_of(contender))
             _label_end(
                 axis,
                 x,
                 ms,
                 f"{LABELS.get(contender, contender)}{_slope(result, series, contender)}",
-                COLORS[contender],
+                color_of(contender),
             )
         title, label = titles[series]
         axis.set_title(title)
@@ -413,7 +421,8 @@ def growth(result: Result) -> Figure | None:
     for axis in (axes[0, 1], axes[1, 1]):
         axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _bytes(v)))
     axes[1, 1].yaxis.set_major_formatter(FuncFormatter(lambda v, _: _bytes(v)))
-    _frame(figure, result, "How the cost of guarding grows", right=0.86)
+    _frame(figure, result, "How the cost of guarding grows")
+    figure.subplots_adjust(left=0.06, right=0.85, wspace=0.6, hspace=0.36)  # room for the labels
     return figure
 
 
@@ -426,8 +435,8 @@ def _memory(axis: Axes, result: Result) -> None:
             if m["contender"] == contender
         )
         x, y = np.array(points, dtype=float).T
-        axis.plot(x, y, "o-", ms=4, lw=1.6, color=COLORS[contender])
-        _label_end(axis, x, y, LABELS.get(contender, contender), COLORS[contender])
+        axis.plot(x, y, "o-", ms=4, lw=1.6, color=color_of(contender))
+        _label_end(axis, x, y, LABELS.get(contender, contender), color_of(contender))
     axis.axhline(16e6, color=QUIET, lw=0.8, ls=(0, (3, 3)))
     axis.set_title("Working memory beyond the gradients")
     axis.set_xlabel("gradients")
@@ -437,8 +446,13 @@ def _memory(axis: Axes, result: Result) -> None:
 def _slope(result: Result, series: str, contender: str) -> str:
     for fit in result["fits"]:
         if (fit["series"], fit["contender"]) == (series, contender):
-            return f"\n{fit['slope']:.2g} {fit['unit']}"
+            return f"\n{_two_digits(fit['slope'])} {fit['unit']}"
     return ""
+
+
+def _two_digits(value: float) -> str:
+    """Without an exponent."""
+    return f"{value:.0f}" if abs(value) >= 10 else f"{value:.2g}"
 
 
 def _label_end(axis: Axes, x: np.ndarray, y: np.ndarray, text: str, color: str) -> None:
@@ -463,7 +477,6 @@ def _frame(
     title: str,
     *,
     handles: Sequence[Any] = (),
-    right: float = 0.98,
 ) -> None:
     """Title, legend under it, and at the foot where the numbers come from."""
     height = figure.get_figheight()
@@ -480,7 +493,7 @@ def _frame(
         )
     figure.text(0.012, 0.1 / height, source_of(result), fontsize=7.5, color=QUIET)
     top = 1 - (0.78 if handles else 0.5) / height
-    figure.tight_layout(rect=(0.005, 0.3 / height, right, top))
+    figure.tight_layout(rect=(0.005, 0.3 / height, 0.985, top))
 
 
 def source_of(result: Result) -> str:

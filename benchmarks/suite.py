@@ -104,10 +104,9 @@ def step_cases(device: torch.device) -> list[Case]:
     ]
     gpt2 = model_shapes("gpt2-124m")
     fused = ("AdamW", "fused")
-    listed += [Case("gpt2-124m", gpt2, tuple(STEPS), USUAL_STEP, optimizer=fused)]
-    if device.type == "cuda":
-        listed += [
-            Case("gpt2-124m", gpt2, tuple(STEPS), USUAL_STEP, situation=s, optimizer=fused)
-            for s in STEP_SITUATIONS[1:]
-        ]
+    situations = STEP_SITUATIONS if device.type == "cuda" else CLIPS
+    listed += [
+        Case("gpt2-124m", gpt2, tuple(STEPS), USUAL_STEP, situation=s, optimizer=fused)
+        for s in situations
+    ]
     return listed
