@@ -1,0 +1,60 @@
+"""A GPT over bytes: pre-norm blocks, learned positions, nothing unusual."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BYTES = 256
+
+
+class Block(nn.Module):
+    """Causal attention and an MLP, each behind a layer norm and added to the stream."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.project = nn.Linear(width, width, bias=False)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.project(self._attend(self.attention_norm(x)))
+        return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
+
+    def _attend(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).movedim(1, 3).unbind(1)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+
+class GPT(nn.Module):
+    """Logits of the next byte, `(batch, time, 256)`, for bytes `(batch, time)`."""
+
+    def __init__(self, width: int, layers: int, heads: int, context: int) -> None:
+        super().__init__()
+        self.token = nn.Embedding(BYTES, width)
+        self.position = nn.Embedding(context, width)
+        self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(layers)])
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, BYTES, bias=False)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:  # as GPT-2: what adds to the stream starts smaller
+                adds = name.endswith(("project.weight", "down.weight"))
+                nn.init.normal_(p, std=0.02 / (2 * layers) ** 0.5 if adds else 0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
+        return self.head(self.norm(self.blocks(x)))
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats a byte, `()`."""
+        return F.cross_entropy(self(inputs).flatten(0, 1), targets.flatten())
+
+    @torch.no_grad()
+    def is_finite(self) -> bool:
+        """Whether every weight is finite."""
+        return all(bool(p.isfinite().all()) for p in self.parameters())

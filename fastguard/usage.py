@@ -1,0 +1,61 @@
+"""What the commands share: wrong use said in one line, and the checks that find it early."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+
+class UsageError(Exception):
+    """Wrong use of a command: one line that names the value and the remedy. Exit status 2."""
+
+
+def need(*packages: str, extra: str) -> None:
+    """Imports optional packages before any work is done.
+
+    Raises:
+        UsageError: One cannot be imported; it says which extra has it.
+    """
+    for name in packages:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UsageError(f"{error}; run: pip install 'torch-fastguard[{extra}]'") from None
+
+
+def output_folder(path: str) -> Path:
+    """The folder of `--out`, created if need be, and found to be writable before any work is done.
+
+    Raises:
+        UsageError: It is a file, or cannot be created or written to.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(
+            f"cannot write to --out {path!r}: {reason}; choose another folder"
+        ) from None
+    return folder
+
+
+def integer(low: int, high: int, *, why: str = "") -> Callable[[str], int]:
+    """The argparse type of an integer in `[low, high]`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
+        if not low <= value <= high:
+            reason = f" ({why})" if why else ""
+            raise argparse.ArgumentTypeError(f"{value} is not in {low} ... {high}{reason}")
+        return value
+
+    return parse
