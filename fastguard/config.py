@@ -1,0 +1,339 @@
+"""`GuardConfig`: everything about a guarded run in one typed place, from a dict, TOML or YAML file.
+
+    [guard]               max_norm, norm_type, clip_scope, nonfinite, max_consecutive_skips, ...
+    [spike.grad_norm]     window, sigma, warmup, action; or max, action
+    [groups."latents.*"]  max_norm, clip_value of the parameters whose names match
+    [schedule]  [schedule.warmup]  [rollback]  [activations]  [records]
+
+Strict: an unknown key or a value of the wrong type is an error that names the key and the nearest
+valid one, and nothing is built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from fastguard.activations import ActivationGuard
+from fastguard.optimizer import GuardedOptimizer
+from fastguard.rollback import Rollback
+from fastguard.rules import Rule, SpikeRule, Threshold
+from fastguard.schedule import GuardedLR, Warmup
+from fastguard.sinks import JsonLinesSink, TensorBoardSink
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class GuardSection:
+    """The arguments of `GuardedOptimizer`."""
+
+    max_norm: float | None = None
+    norm_type: float = 2.0
+    clip_scope: Literal["global", "group", "tensor"] = "global"
+    nonfinite: Literal["skip", "zero", "raise", "propagate"] = "skip"
+    max_consecutive_skips: int | None = None
+    flat_buckets: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSection:
+    """What the parameters whose names match a pattern get for themselves."""
+
+    max_norm: float | None = None
+    clip_value: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WarmupSection:
+    """The arguments of `Warmup`."""
+
+    steps: int
+    lr: float | list[float] = 0.0
+    momentum: float | list[float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleSection:
+    """The arguments of `GuardedLR`."""
+
+    floor: float | list[float] = 0.0
+    backoff: float = 1.0
+    recovery: int | None = None
+    warmup: WarmupSection | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RollbackSection:
+    """The arguments of `Rollback`."""
+
+    every: int = 100
+    keep: int = 2
+    after_skips: int | None = 5
+    after_spikes: int | None = None
+    lr_factor: float = 0.5
+    max_attempts: int = 3
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationSection:
+    """The arguments of `ActivationGuard`."""
+
+    mode: Literal["count", "clean"] = "count"
+    limit: float | None = None
+    modules: str | list[str] = "*"
+
+
+@dataclass(frozen=True, slots=True)
+class RecordSection:
+    """Where records go; relative paths are relative to the working folder."""
+
+    jsonl: str | None = None
+    max_bytes: int = 1 << 30
+    keep: int | None = None
+    tensorboard: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GuardConfig:
+    """The settings of a guarded run.
+
+    Attributes:
+        guard: Arguments of `GuardedOptimizer`.
+        spike: Rules by signal: `"grad_norm"` or the name of a loss.
+        groups: Own limits by pattern of parameter names (as in `fnmatch`); the first pattern that
+            matches counts. A `max_norm` here needs `clip_scope = "group"`.
+        schedule: Arguments of `GuardedLR`.
+        rollback: Arguments of `Rollback`; None: no rollback.
+        activations: Arguments of `ActivationGuard`; None: activations are not guarded.
+        records: Where records go.
+
+    Example:
+        >>> import torch
+        >>> settings = {"guard": {"max_norm": 1.0}, "spike": {"loss": {"max": 9}}}
+        >>> config = GuardConfig.from_dict(settings)
+        >>> model = torch.nn.Linear(2, 1)
+        >>> opt = config.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> opt.max_norm, opt.rules
+        (1.0, {'loss': Threshold(max=9.0, action='skip')})
+    """
+
+    guard: GuardSection = field(default_factory=GuardSection)
+    spike: dict[str, Rule] = field(default_factory=dict)
+    groups: dict[str, GroupSection] = field(default_factory=dict)
+    schedule: ScheduleSection = field(default_factory=ScheduleSection)
+    rollback: RollbackSection | None = None
+    activations: ActivationSection | None = None
+    records: RecordSection = field(default_factory=RecordSection)
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> GuardConfig:
+        """From nested dicts.
+
+        Raises:
+            ValueError: A key is unknown (the nearest one is named), or a value out of range.
+            TypeError: A value is of the wrong type.
+        """
+        return _build(cls, settings, "")
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> GuardConfig:
+        """From a `.toml`, `.yaml` or `.yml` file.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            TypeError, ValueError: It is of another kind, does not parse, or holds a wrong setting.
+            ImportError: YAML support is not installed.
+        """
+        path = Path(path)
+        text = path.read_text()
+        try:
+            return cls.from_dict(_parse(text, path.suffix))
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{path}: {error}") from None
+
+    def wrap(self, model: torch.nn.Module, optimizer: Optimizer) -> GuardedOptimizer:
+        """The optimizer, guarded as configured, its records going where they should.
+
+        Param groups whose parameters match a pattern only in part are split, so make schedulers
+        after this, for the optimizer that this returns.
+
+        Args:
+            model: Names the parameters.
+            optimizer: Is wrapped.
+
+        Raises:
+            ValueError: A pattern matches no parameter of the optimizer; nothing was changed.
+        """
+        names = {id(p): name for name, p in model.named_parameters()}
+        before = optimizer.param_groups
+        optimizer.param_groups = self._with_own_limits(before, names)
+        try:
+            guarded = GuardedOptimizer(
+                optimizer,
+                spike=self.spike,
+                named_parameters=model.named_parameters(),
+                **dataclasses.asdict(self.guard),
+            )
+        except (TypeError, ValueError):
+            optimizer.param_groups = before
+            raise
+        if self.records.jsonl is not None:
+            size, keep = self.records.max_bytes, self.records.keep
+            guarded.add_sink(JsonLinesSink(self.records.jsonl, max_bytes=size, keep=keep))
+        if self.records.tensorboard is not None:
+            guarded.add_sink(TensorBoardSink(self.records.tensorboard))
+        return guarded
+
+    def lr(self, optimizer: GuardedOptimizer, schedule: LRScheduler | None = None) -> GuardedLR:
+        """The learning-rate schedule as configured; `schedule=None`: a constant learning rate."""
+        warmup = self.schedule.warmup
+        return GuardedLR(
+            optimizer if schedule is None else schedule,
+            optimizer=optimizer,
+            floor=self.schedule.floor,
+            backoff=self.schedule.backoff,
+            recovery=self.schedule.recovery,
+            warmup=None if warmup is None else Warmup(warmup.steps, warmup.lr, warmup.momentum),
+        )
+
+    def rollback_for(
+        self,
+        optimizer: GuardedOptimizer,
+        objects: Mapping[str, Any],
+        lr: GuardedLR | None = None,
+    ) -> Rollback | None:
+        """The rollback as configured, or None if there is no such section."""
+        if self.rollback is None:
+            return None
+        return Rollback(optimizer, objects, lr=lr, **dataclasses.asdict(self.rollback))
+
+    def guard_activations(self, model: torch.nn.Module) -> ActivationGuard | None:
+        """The activation guard as configured, attached, or None if there is no such section."""
+        if self.activations is None:
+            return None
+        return ActivationGuard(model, **dataclasses.asdict(self.activations))
+
+    def _with_own_limits(
+        self, groups: list[dict[str, Any]], names: Mapping[int, str]
+    ) -> list[dict[str, Any]]:
+        """The param groups, split where the patterns ask for it; the given ones do not change."""
+        if not self.groups:
+            return groups
+        split: list[dict[str, Any]] = []
+        used: set[str] = set()
+        for group in groups:
+            parts: dict[str | None, list[Any]] = {}
+            for p in group["params"]:
+                name = names.get(id(p), "")
+                pattern = next((g for g in self.groups if fnmatch.fnmatchcase(name, g)), None)
+                parts.setdefault(pattern, []).append(p)
+            for pattern, params in parts.items():
+                own = {} if pattern is None else dataclasses.asdict(self.groups[pattern])
+                own = {key: value for key, value in own.items() if value is not None}
+                split.append({**group, "params": params, **own})
+                used |= {pattern} - {None}  # type: ignore[arg-type]
+        for pattern in self.groups:
+            if pattern not in used:
+                near = _nearest(pattern, names.values())
+                raise ValueError(f"groups.{pattern} matches no parameter of the optimizer{near}")
+        return split
+
+
+def _parse(text: str, suffix: str) -> Any:
+    if suffix == ".toml":
+        return tomllib.loads(text)
+    if suffix not in (".yaml", ".yml"):
+        raise ValueError(f"a configuration ends in .toml, .yaml or .yml, not {suffix!r}")
+    try:
+        import yaml
+    except ImportError as error:
+        raise ImportError(
+            "YAML support is not installed; run: pip install 'torch-fastguard[yaml]', or use TOML"
+        ) from error
+    try:
+        return yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"not valid YAML: {error}") from None
+
+
+def _build(cls: type[T], settings: Any, path: str) -> T:
+    """A section from a mapping; every key and type is checked."""
+    if not isinstance(settings, Mapping):
+        raise TypeError(f"{path or 'the configuration'} must hold settings, not {settings!r}")
+    hints = typing.get_type_hints(cls)
+    for key in settings:
+        if key not in hints:
+            raise ValueError(f"unknown setting {_join(path, key)}{_nearest(str(key), hints)}")
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        has_default = (f.default, f.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
+        if not has_default and f.name not in settings:
+            raise ValueError(f"{_join(path, f.name)} is missing")
+    checked = {key: _check(v, hints[key], _join(path, key)) for key, v in settings.items()}
+    try:
+        return cls(**checked)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{path}: {error}") from None
+
+
+def _check(value: Any, hint: Any, path: str) -> Any:
+    """The value as the type that is asked for; integers serve as floats, nothing else is bent."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return _check_any(value, args, path)
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(f"{path}={value!r} must be one of {', '.join(map(repr, args))}")
+        return value
+    if origin is list and isinstance(value, list):
+        return [_check(v, args[0], f"{path}[{i}]") for i, v in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{path} must hold settings by name, not {value!r}")
+        return {str(k): _check(v, args[1], _join(path, k)) for k, v in value.items()}
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, path)  # type: ignore[arg-type]
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and isinstance(value, hint):
+        if not isinstance(value, bool) or hint is bool:
+            return value
+    name = getattr(hint, "__name__", str(hint))
+    raise TypeError(f"{path}={value!r} is of type {type(value).__name__}, expected {name}")
+
+
+def _check_any(value: Any, hints: tuple[Any, ...], path: str) -> Any:
+    if value is None and type(None) in hints:
+        return None
+    hints = tuple(h for h in hints if h is not type(None))
+    if set(hints) == {SpikeRule, Threshold}:
+        fixed = isinstance(value, Mapping) and "max" in value
+        return _build(Threshold if fixed else SpikeRule, value, path)
+    if len(hints) == 1:
+        return _check(value, hints[0], path)
+    for hint in hints:
+        if isinstance(value, list) == (typing.get_origin(hint) is list):
+            return _check(value, hint, path)
+    raise TypeError(f"{path}={value!r} is of type {type(value).__name__}")
+
+
+def _join(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _nearest(key: str, valid: Collection[str]) -> str:
+    near = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; valid are {', '.join(list(valid)[:12])}"

@@ -1,0 +1,182 @@
+"""`GuardConfig`: strict settings from dicts, TOML and YAML."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastguard import GuardConfig, SpikeRule, Threshold, read_records
+from guardtest import require
+
+TOML = """
+[guard]
+max_norm = 1
+clip_scope = "group"
+max_consecutive_skips = 20
+
+[spike.grad_norm]
+max = 100.0
+
+[spike.seg]
+window = 64
+sigma = 5
+warmup = 32
+action = "record"
+
+[groups."latents.*"]
+max_norm = 0.5
+clip_value = 10.0
+
+[schedule]
+floor = 1e-6
+backoff = 0.5
+recovery = 50
+warmup = {steps = 10, lr = [0.1, 0.0], momentum = 0.8}
+
+[rollback]
+every = 10
+after_skips = 3
+
+[activations]
+mode = "clean"
+limit = 10.0
+modules = ["decoder*"]
+
+[records]
+jsonl = "records.jsonl"
+"""
+
+YAML = """
+guard: {max_norm: 1, clip_scope: group, max_consecutive_skips: 20}
+spike:
+  grad_norm: {max: 100.0}
+  seg: {window: 64, sigma: 5, warmup: 32, action: record}
+groups:
+  "latents.*": {max_norm: 0.5, clip_value: 10.0}
+schedule:
+  floor: 0.000001
+  backoff: 0.5
+  recovery: 50
+  warmup: {steps: 10, lr: [0.1, 0.0], momentum: 0.8}
+rollback: {every: 10, after_skips: 3}
+activations: {mode: clean, limit: 10.0, modules: ["decoder*"]}
+records: {jsonl: records.jsonl}
+"""
+
+
+class Sdf(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.latents = torch.nn.Embedding(5, 3)
+        self.decoder = torch.nn.Linear(3, 1)
+
+    def forward(self, i: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.latents(i))
+
+
+def test_toml_and_yaml_say_the_same(tmp_path: Path) -> None:
+    require("yaml")
+    (tmp_path / "guard.toml").write_text(TOML)
+    (tmp_path / "guard.yaml").write_text(YAML)
+    config = GuardConfig.from_file(tmp_path / "guard.toml")
+    assert config == GuardConfig.from_file(tmp_path / "guard.yaml")
+    assert config.spike == {
+        "grad_norm": Threshold(max=100.0),
+        "seg": SpikeRule(window=64, sigma=5.0, warmup=32, action="record"),
+    }
+
+
+def test_everything_that_is_configured_is_in_force(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "guard.toml").write_text(TOML)
+    config = GuardConfig.from_file("guard.toml")
+    model = Sdf()
+    opt = config.wrap(model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9))
+    assert [len(g["params"]) for g in opt.param_groups] == [1, 2]
+    assert opt.param_groups[0]["max_norm"] == 0.5 and "max_norm" not in opt.param_groups[1]
+    lr = config.lr(opt)
+    assert [g["lr"] for g in opt.param_groups] == [0.1, 0.0]
+    assert opt.param_groups[0]["momentum"] == 0.8
+    rollback = config.rollback_for(opt, {"model": model}, lr)
+    assert rollback is not None and rollback.every == 10
+    activations = config.guard_activations(model)
+    assert activations is not None
+
+    model(torch.arange(5)).sum().backward()
+    opt.step(loss={"seg": math.nan})
+    lr.step()
+    assert [g["lr"] for g in opt.param_groups] == pytest.approx([0.1, 0.0])
+    assert [r.reason for r in read_records("records.jsonl")] == ["nonfinite_loss"]
+    activations.remove()
+
+
+def test_sections_left_out_build_nothing() -> None:
+    model = Sdf()
+    config = GuardConfig.from_dict({})
+    opt = config.wrap(model, torch.optim.SGD(model.parameters(), lr=0.01))
+    assert opt.max_norm is None and len(opt.param_groups) == 1
+    assert config.rollback_for(opt, {}) is None and config.guard_activations(model) is None
+
+
+def test_the_split_optimizer_still_trains_every_parameter_once() -> None:
+    model = Sdf()
+    config = GuardConfig.from_dict({"groups": {"*bias": {"clip_value": 1.0}}})
+    opt = config.wrap(model, torch.optim.AdamW(model.parameters(), lr=0.01))
+    params = [id(p) for g in opt.param_groups for p in g["params"]]
+    assert sorted(params) == sorted(id(p) for p in model.parameters())
+    assert all(g["lr"] == 0.01 for g in opt.param_groups)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "match"),
+    [
+        ({"gaurd": {}}, ValueError, "unknown setting gaurd; did you mean 'guard'"),
+        ({"guard": {"max_nrom": 1}}, ValueError, "guard.max_nrom; did you mean 'max_norm'"),
+        ({"guard": {"max_norm": "1"}}, TypeError, "guard.max_norm='1' is of type str"),
+        ({"guard": {"max_norm": True}}, TypeError, "guard.max_norm=True is of type bool"),
+        ({"guard": {"max_consecutive_skips": 1.5}}, TypeError, "1.5 is of type float"),
+        ({"guard": {"nonfinite": "ignore"}}, ValueError, "guard.nonfinite='ignore' must be one of"),
+        ({"guard": 3}, TypeError, "guard must hold settings, not 3"),
+        ({"spike": {"loss": {"sigma": -1}}}, ValueError, "spike.loss: SpikeRule sigma=-1"),
+        (
+            {"spike": {"loss": {"max": 1, "sigma": 2}}},
+            ValueError,
+            "unknown setting spike.loss.sigma",
+        ),
+        ({"spike": []}, TypeError, "spike must hold settings by name"),
+        ({"schedule": {"warmup": {"lr": 0.1}}}, ValueError, "schedule.warmup.steps is missing"),
+        ({"schedule": {"floor": ["a"]}}, TypeError, r"schedule.floor\[0\]='a'"),
+        ([], TypeError, "the configuration must hold settings"),
+    ],
+    ids=lambda v: str(v)[:40],
+)
+def test_a_wrong_setting_is_named(settings, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        GuardConfig.from_dict(settings)
+
+
+def test_a_pattern_that_matches_nothing_is_an_error_and_changes_nothing() -> None:
+    model = Sdf()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    groups = optimizer.param_groups
+    with pytest.raises(ValueError, match=r"groups.latent.weight.*did you mean 'latents.weight'"):
+        GuardConfig.from_dict({"groups": {"latent.weight": {}}}).wrap(model, optimizer)
+    own_norm = {"groups": {"latents*": {"max_norm": 1.0}}}
+    with pytest.raises(ValueError, match="clip_scope"):
+        GuardConfig.from_dict(own_norm).wrap(model, optimizer)
+    assert optimizer.param_groups is groups and len(groups) == 1
+
+
+def test_files_that_do_not_parse_are_named(tmp_path: Path) -> None:
+    require("yaml")
+    for name, text in (("a.toml", "x ="), ("a.yaml", "a: [1"), ("a.ini", "")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=name):
+            GuardConfig.from_file(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        GuardConfig.from_file(tmp_path / "none.toml")
