@@ -166,6 +166,14 @@ def clip_grads_with_norm_(
 
     Raises:
         TypeError, ValueError: An argument is not of the kind or range above.
+
+    Example:
+        >>> import torch, fastguard
+        >>> p = torch.nn.Parameter(torch.zeros(2))
+        >>> p.grad = torch.tensor([3.0, 4.0])
+        >>> fastguard.clip_grads_with_norm_([p], 1.0, fastguard.get_total_norm([p.grad]))
+        >>> p.grad
+        tensor([0.6000, 0.8000])
     """
     _check_foreach(foreach)
     grads, names = gradients_of(_listed(parameters))
@@ -198,6 +206,14 @@ def clip_grad_value_(
 
     Raises:
         TypeError, ValueError: An argument is not of the kind or range above.
+
+    Example:
+        >>> import torch, fastguard
+        >>> p = torch.nn.Parameter(torch.zeros(2))
+        >>> p.grad = torch.tensor([3.0, -0.5])
+        >>> fastguard.clip_grad_value_([p], 1.0)
+        >>> p.grad
+        tensor([ 1.0000, -0.5000])
     """
     _check_foreach(foreach)
     grads, names = gradients_of(_listed(parameters))

@@ -53,8 +53,9 @@ def patch_torch() -> _Patched:
     """Replaces the four gradient functions of `torch.nn.utils` and `torch.nn.utils.clip_grad`.
 
     Process-wide and counted: each call needs one `unpatch_torch()`, and the last one puts back
-    exactly what was there before. Code that did `from torch.nn.utils import clip_grad_norm_`
-    *before* the patch holds torch's function and keeps it.
+    exactly what was there before. Code that did `from torch.nn.utils import get_total_norm`
+    *before* the patch holds torch's function and keeps it; a `clip_grad_norm_` held so is torch's
+    too, but finds our norm and our scaling when it looks up the private names.
 
     Returns:
         A context manager that undoes this call.

@@ -1,0 +1,64 @@
+"""Every example in a docstring runs as it stands."""
+
+import doctest
+import importlib
+import pkgutil
+from types import ModuleType
+
+import pytest
+
+import fastguard
+from guardtest import require
+
+OPTIONAL = ("fastguard.integrations.",)  # need a framework each
+ELSEWHERE = ("fastguard.kernels", "fastguard.__main__")  # tests/kernels; runs the command line
+
+
+def modules() -> list[str]:
+    names = ["fastguard"]
+    for module in pkgutil.walk_packages(
+        fastguard.__path__, "fastguard.", onerror=lambda name: None
+    ):
+        if not module.name.startswith(ELSEWHERE):
+            names.append(module.name)
+    return names
+
+
+def imported(name: str) -> ModuleType:
+    return require(name) if name.startswith(OPTIONAL) else importlib.import_module(name)
+
+
+def examples(module: ModuleType) -> list[doctest.DocTest]:
+    return [test for test in doctest.DocTestFinder().find(module) if test.examples]
+
+
+@pytest.mark.parametrize("name", modules())
+def test_examples_run(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+    report: list[str] = []
+    for test in examples(imported(name)):
+        runner.run(test, out=report.append)
+    assert runner.failures == 0, "".join(report)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "clip_grad_norm_",
+        "get_total_norm",
+        "clip_grads_with_norm_",
+        "clip_grad_value_",
+        "sanitize_grads_",
+        "measure_grads",
+        "backend_for",
+        "patch_torch",
+        "SpikeRule",
+        "Threshold",
+        "GuardedOptimizer",
+        "FlatGradBuckets",
+    ],
+)
+def test_what_users_call_first_has_an_example(name):
+    documented = getattr(fastguard, name)
+    assert doctest.DocTestParser().get_examples(documented.__doc__), name
