@@ -401,6 +401,8 @@ def test_a_state_of_another_configuration_is_refused_and_changes_nothing(case):
     train(opt, range(5), bad={4})
     make, message = OTHER_CONFIGURATIONS[case]
     other = make(opt.state_dict())
+    if isinstance(other["fastguard"], dict) and "counters" in other["fastguard"]:
+        other["fastguard"]["counters"] += 1  # nothing of it must arrive
     before, guard = snapshot(opt), opt.state_dict()["fastguard"]
     with pytest.raises(ValueError, match=message):
         opt.load_state_dict(other)
@@ -447,6 +449,18 @@ def test_loading_forgets_losses_of_the_abandoned_run():
     train(opt, [0], loss=False)
     assert opt.records()[0].losses == {}
     assert opt.applied_steps == 1
+
+
+def test_loading_forgets_the_skips_of_the_abandoned_run():
+    """Where the budget is checked before a step, it would stop the resumed run at once."""
+    opt = adamw(max_consecutive_skips=3)
+    state = opt.state_dict()
+    train(opt, range(3), bad=range(3))
+    opt.load_state_dict(state)
+    opt._deliver(before=False)
+    assert opt._recorder.wait() is None
+    assert opt.consecutive_skips == 0
+    assert len(opt.records()) == 3  # what happened stays told
 
 
 def test_a_learning_rate_may_be_a_tensor():
