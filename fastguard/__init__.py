@@ -7,12 +7,15 @@ parameter, and whether the step is a spike; decides on the device to clip, clean
 from fastguard import ops as ops  # registers the ops that torch.compile needs
 from fastguard.activations import ActivationGuard as ActivationGuard
 from fastguard.backend import backend_for as backend_for
+from fastguard.batch_check import BatchCheck as BatchCheck
+from fastguard.batch_check import check_batch as check_batch
 from fastguard.clip import clip_grad_norm_ as clip_grad_norm_
 from fastguard.clip import clip_grad_value_ as clip_grad_value_
 from fastguard.clip import clip_grads_with_norm_ as clip_grads_with_norm_
 from fastguard.clip import get_total_norm as get_total_norm
 from fastguard.clip import measure_grads as measure_grads
 from fastguard.clip import sanitize_grads_ as sanitize_grads_
+from fastguard.config import GuardConfig as GuardConfig
 from fastguard.errors import NonFiniteGradError as NonFiniteGradError
 from fastguard.errors import TrainingDivergedError as TrainingDivergedError
 from fastguard.flat_buckets import FlatGradBuckets as FlatGradBuckets

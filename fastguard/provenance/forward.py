@@ -161,7 +161,7 @@ class ForwardTrace(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         # A node gets its number before its operation runs; the first operation after it is its own.
-        node = torch._C._autograd._get_sequence_nr() - 1
+        node = torch.autograd._get_sequence_nr() - 1
         if node not in self.sites:
             self.sites[node] = self._site()
         if is_view(func):

@@ -70,7 +70,8 @@ class Search:
             for name, parameter in root.named_parameters(prefix=prefix):
                 self._parameters.setdefault(parameter, name)
                 self._outside.append(("parameter", name, parameter))
-            self._outside += [("buffer", n, b) for n, b in root.named_buffers(prefix=prefix)]
+            for name, buffer in root.named_buffers(prefix=prefix):
+                self._outside.append(("buffer", name, buffer))
         self.modules = list(self._names)
         self._batch = batch
         self._step = step
@@ -82,8 +83,7 @@ class Search:
     def report(self) -> NonFiniteReport:
         """Forward, and backward if the loss is finite."""
         batch = copied(self._batch)
-        outside = [*self._outside, *_parts_of(batch)]
-        dense = [(origin, name, t) for origin, name, t in outside if floats(t)]
+        dense = [known for known in (*self._outside, *_parts_of(batch)) if floats(known[2])]
         with ForwardTrace(self._names, dense) as trace:
             result = self._replay(batch)
         self.low_precision = trace.low_precision

@@ -1,0 +1,215 @@
+"""`check_batch`: is anything in this batch NaN, Inf, constant, or out of range?
+
+    low[t], high[t] = min and max of tensor t     (NaN goes through, so it shows in both)
+
+One read of every tensor, `aminmax`, on the device where it is; nothing waits until `problems()` is
+called. The two numbers a tensor tell all: NaN, an Inf at either end, constant if they are equal,
+and out of range. A NaN hides what else is wrong with its tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Limit = float | Mapping[str, float] | None
+Kind = Literal["nonfinite", "constant", "low", "high"]
+
+
+class BatchProblem(NamedTuple):
+    """One thing that is wrong with a tensor of a batch.
+
+    Attributes:
+        name: Which tensor: `inputs`, `targets.boxes[2]`.
+        kind: `"nonfinite"`, `"constant"`, `"low"` or `"high"`.
+        detail: For people.
+    """
+
+    name: str
+    kind: Kind
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.detail}"
+
+
+@dataclass(frozen=True, slots=True)
+class BatchCheck:
+    """What one read of a batch says.
+
+    Attributes:
+        names: Of the T tensors.
+        low, high: float64 `(T,)`: smallest and largest element, NaN if one is; +Inf and -Inf of an
+            empty tensor. On the device of the batch.
+        limits: `(low, high)` that each tensor must stay within, -Inf and Inf if there are none.
+        constant_is_bad: Whether a single value all over is a problem: floats of several elements.
+    """
+
+    names: tuple[str, ...]
+    low: Tensor
+    high: Tensor
+    limits: tuple[tuple[float, float], ...]
+    constant_is_bad: tuple[bool, ...]
+
+    def signals(self, prefix: str = "batch.") -> dict[str, Tensor]:
+        """The verdict as losses, so that the guarded step obeys and records it. Never waits.
+
+        One float64 `()` a tensor: 0 if it is fine, 1 if it is constant or out of range, NaN if it
+        is not finite. Given to `opt.step(loss={"loss": loss, **check.signals()})`, a non-finite
+        batch skips its step on the device, whatever became of the loss, with the name of the tensor
+        in the record; `spike={"batch.inputs": Threshold(max=0.5)}` skips constant and out-of-range
+        ones too, and with `action="record"` only records them.
+        """
+        empty = self.low > self.high
+        finite = self.low.isfinite() & self.high.isfinite()
+        limits = torch.tensor(self.limits, dtype=torch.float64).reshape(-1, 2)
+        low, high = limits.to(self.low.device, non_blocking=True).unbind(1)
+        constant = torch.tensor(self.constant_is_bad, dtype=torch.bool)
+        constant = constant.to(self.low.device, non_blocking=True) & (self.low == self.high)
+        bad = (constant | (self.low < low) | (self.high > high)) & ~empty
+        value = torch.where(finite | empty, bad.double(), math.nan)
+        return {prefix + name: v for name, v in zip(self.names, value.unbind(), strict=True)}
+
+    def problems(self) -> list[BatchProblem]:
+        """What is wrong, by tensor; empty if nothing is. Waits for a GPU."""
+        return [
+            problem
+            for name, low, high, limits, constant_is_bad in zip(
+                self.names,
+                self.low.tolist(),
+                self.high.tolist(),
+                self.limits,
+                self.constant_is_bad,
+                strict=True,
+            )
+            for problem in _problems(name, low, high, limits, constant_is_bad)
+        ]
+
+    def __str__(self) -> str:
+        """A line a problem. Waits for a GPU."""
+        return "\n".join(map(str, self.problems())) or "nothing wrong with this batch"
+
+
+def check_batch(
+    batch: Any,
+    *,
+    low: Limit = None,
+    high: Limit = None,
+    names: Sequence[str] = ("inputs", "targets"),
+) -> BatchCheck:
+    """Reads every tensor of a batch once. Never waits.
+
+    Args:
+        batch: A tensor, or dicts, lists and tuples of tensors, nested; what is no tensor is passed
+            over.
+        low, high: Smallest and largest allowed value: a number, for all floating-point tensors, or
+            a dict of them by name or pattern, `{"inputs*": 1.0, "targets": 9}`.
+        names: What the first members of a list or tuple are called; further ones are `[2]`, and a
+            tensor alone has the first name.
+
+    Returns:
+        The check; `problems()` tells in words, `signals()` tells the guarded optimizer.
+
+    Raises:
+        ValueError: `low` or `high` is NaN.
+
+    Example:
+        >>> import torch, fastguard
+        >>> images = torch.tensor([[0.0, 0.5], [float("nan"), 1.0]])
+        >>> labels = torch.tensor([3, 12])
+        >>> check = fastguard.check_batch((images, labels), high={"targets": 9})
+        >>> print(check)
+        inputs holds NaN
+        targets goes up to 12, above 9
+    """
+    tensors = list(_leaves(batch, names))
+    if not tensors:
+        return BatchCheck((), torch.empty(0).double(), torch.empty(0).double(), (), ())
+    home = next((t.device for _, t in tensors if t.device.type != "cpu"), torch.device("cpu"))
+    ends = torch.stack([_ends(t).to(home, non_blocking=True) for _, t in tensors], dim=1)
+    limits = tuple(
+        (_limit(low, "low", name, t, -math.inf), _limit(high, "high", name, t, math.inf))
+        for name, t in tensors
+    )
+    return BatchCheck(
+        names=tuple(name for name, _ in tensors),
+        low=ends[0],
+        high=ends[1],
+        limits=limits,
+        constant_is_bad=tuple(t.is_floating_point() and t.numel() > 1 for _, t in tensors),
+    )
+
+
+def _leaves(batch: Any, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(batch, list | tuple):
+        for i, part in enumerate(batch):
+            yield from _named(part, names[i] if i < len(names) else f"[{i}]")
+    elif isinstance(batch, Mapping):
+        for key, part in batch.items():
+            yield from _named(part, str(key))
+    else:
+        yield from _named(batch, names[0] if names else "batch")
+
+
+def _named(part: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(part, Tensor):
+        yield name, part.detach()
+    elif isinstance(part, Mapping):
+        for key, value in part.items():
+            yield from _named(value, f"{name}.{key}")
+    elif isinstance(part, list | tuple):
+        for i, value in enumerate(part):
+            yield from _named(value, f"{name}[{i}]")
+
+
+@torch.no_grad()
+def _ends(x: Tensor) -> Tensor:
+    """float64 `(2,)`: minimum and maximum, in one read."""
+    if x.layout is not torch.strided:
+        x = x._values() if x.layout is torch.sparse_coo else x.values()  # coalesce() would wait
+    if x.is_complex():
+        x = torch.view_as_real(x.resolve_conj())
+    if x.dtype is torch.bool:
+        x = x.view(torch.uint8)
+    elif x.is_floating_point() and x.dtype.itemsize == 1:
+        x = x.float()  # 8-bit floats have no minimum
+    if not x.numel():
+        return torch.tensor([math.inf, -math.inf], dtype=torch.float64)
+    return torch.stack(x.aminmax()).double()
+
+
+def _limit(given: Limit, what: str, name: str, x: Tensor, otherwise: float) -> float:
+    if isinstance(given, Mapping):
+        found = (float(v) for pattern, v in given.items() if fnmatchcase(name, pattern))
+        value = next(found, otherwise)
+    else:
+        value = float(given) if given is not None and x.is_floating_point() else otherwise
+    if math.isnan(value):
+        raise ValueError(f"{what}={given!r} of {name} is NaN; use a number, or None for no limit")
+    return value
+
+
+def _problems(
+    name: str, low: float, high: float, limits: tuple[float, float], constant_is_bad: bool
+) -> Iterator[BatchProblem]:
+    if math.isnan(low) or math.isnan(high):
+        yield BatchProblem(name, "nonfinite", "holds NaN")
+        return
+    if low > high:  # empty
+        return
+    if math.isinf(low) or math.isinf(high):
+        ends = ["-Inf"] * (low == -math.inf) + ["+Inf"] * (high == math.inf)
+        yield BatchProblem(name, "nonfinite", f"holds {' and '.join(ends)}")
+        return
+    if constant_is_bad and low == high:
+        yield BatchProblem(name, "constant", f"is {low:.6g} everywhere")
+    if low < limits[0]:
+        yield BatchProblem(name, "low", f"goes down to {low:.6g}, below {limits[0]:.6g}")
+    if high > limits[1]:
+        yield BatchProblem(name, "high", f"goes up to {high:.6g}, above {limits[1]:.6g}")

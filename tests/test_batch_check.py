@@ -1,0 +1,139 @@
+"""check_batch: one read of a batch says what is wrong with it, and the guarded step obeys."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import fastguard
+from fastguard import Threshold, check_batch
+
+NAN, INF = math.nan, math.inf
+
+
+def problems(batch, **kwargs) -> list[str]:
+    return [str(p) for p in check_batch(batch, **kwargs).problems()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "values, says",
+    [
+        ([0.0, 1.0], []),
+        ([0.0, NAN], ["inputs holds NaN"]),
+        ([NAN, NAN], ["inputs holds NaN"]),
+        ([0.0, INF], ["inputs holds +Inf"]),
+        ([-INF, INF, 0.0], ["inputs holds -Inf and +Inf"]),
+        ([-INF, NAN, 0.0], ["inputs holds NaN"]),
+        ([0.5, 0.5, 0.5], ["inputs is 0.5 everywhere"]),
+        ([0.5], []),
+        ([], []),
+    ],
+)
+def test_what_is_wrong_in_words(values, says, dtype):
+    assert problems(torch.tensor(values, dtype=dtype)) == says
+
+
+def test_nan_in_the_last_element_of_many():
+    x = torch.rand(100_003)
+    x[-1] = NAN
+    assert problems(x) == ["inputs holds NaN"]
+
+
+def test_every_tensor_has_a_name():
+    bad = torch.tensor([NAN])
+    batch = (
+        {"image": bad, "meta": ["text", 3, None]},
+        [bad, {"boxes": bad}],
+        bad,
+    )
+    names = [p.name for p in check_batch(batch).problems()]
+    assert names == ["inputs.image", "targets[0]", "targets[1].boxes", "[2]"]
+    assert [p.name for p in check_batch({"x": bad, "y": (bad,)}).problems()] == ["x", "y[0]"]
+    assert [p.name for p in check_batch([bad, bad], names=["a"]).problems()] == ["a", "[1]"]
+
+
+def test_a_number_limits_floats_and_a_dict_limits_by_pattern():
+    batch = torch.tensor([-3.0, 300.0]), torch.tensor([0, 12])
+    assert problems(batch, low=0.0, high=255.0) == [
+        "inputs goes down to -3, below 0",
+        "inputs goes up to 300, above 255",
+    ]
+    assert problems(batch, high={"tar*": 9}) == ["targets goes up to 12, above 9"]
+    assert problems(batch, low=-3.0, high=300.0) == []
+
+
+def test_labels_that_are_all_the_same_are_no_problem():
+    assert problems((torch.rand(3), torch.zeros(4, dtype=torch.long))) == []
+    assert problems((torch.rand(3), torch.ones(4, dtype=torch.bool))) == []
+
+
+def test_unusual_tensors():
+    assert problems(torch.tensor([1 + 1j, complex(0, NAN)])) == ["inputs holds NaN"]
+    sparse = torch.sparse_coo_tensor([[0, 2]], [1.0, INF], (4,))
+    assert problems(sparse) == ["inputs holds +Inf"]
+    assert problems(torch.tensor([1.0, NAN]).to(torch.float8_e4m3fn)) == ["inputs holds NaN"]
+    x = torch.rand(4, 6)
+    x[1, 1] = NAN
+    assert problems(x.T[::2]) == []
+    assert problems(x.T[1::2]) == ["inputs holds NaN"]
+
+
+def test_a_batch_without_tensors():
+    check = check_batch({"text": "hello"})
+    assert (check.problems(), check.signals()) == ([], {})
+    assert str(check) == "nothing wrong with this batch"
+
+
+@pytest.mark.parametrize(
+    "values, signal",
+    [
+        ([0.0, 1.0], 0.0),
+        ([0.0, 2.0], 1.0),
+        ([-1.0, 0.5], 1.0),
+        ([0.5, 0.5], 1.0),
+        ([], 0.0),
+        ([0.0, NAN], NAN),
+        ([0.0, INF], NAN),
+        ([0.0, -INF], NAN),
+    ],
+)
+def test_signals_are_device_numbers(values, signal):
+    signals = check_batch(torch.tensor(values), low=0.0, high=1.0).signals()
+    (value,) = signals.values()
+    assert list(signals) == ["batch.inputs"]
+    assert value.shape == ()
+    torch.testing.assert_close(value.item(), signal, equal_nan=True)
+
+
+def test_the_guarded_step_obeys_and_records_a_bad_batch():
+    """A model that hides the NaN (max(x, 0) of torch does not, but nan_to_num does)."""
+    model = nn.Linear(2, 1)
+    opt = fastguard.GuardedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        spike={"batch.inputs": Threshold(max=0.5, action="record")},
+    )
+    batches = [[[0.1, 0.2]], [[0.3, NAN]], [[0.3, 7.0]], [[0.3, 0.4]]]
+    for tag, batch in enumerate(batches):
+        x = torch.tensor(batch)
+        loss = model(x.nan_to_num()).square().mean()
+        loss.backward()
+        before = model.weight.detach().clone()
+        signals = check_batch(x, low=0.0, high=1.0).signals()
+        opt.step(loss={"loss": loss, **signals}, tag=tag)
+        assert torch.equal(before, model.weight) == (tag == 1)
+        opt.zero_grad()
+    clean, nan, far, _ = opt.records()
+    assert (clean.action, clean.losses["batch.inputs"]) == ("applied", 0.0)
+    assert (nan.action, nan.reason) == ("skipped", "nonfinite_loss")
+    assert math.isnan(nan.losses["batch.inputs"]) and math.isfinite(nan.losses["loss"])
+    assert (far.action, far.reason, far.spikes) == ("applied", "loss_spike", ("batch.inputs",))
+
+
+@pytest.mark.parametrize("kwargs", [{"low": NAN}, {"high": {"inputs": NAN}}])
+def test_a_limit_that_is_nan_is_refused(kwargs):
+    with pytest.raises(ValueError, match="NaN"):
+        check_batch(torch.rand(2), **kwargs)
