@@ -167,10 +167,18 @@ class FlatGradBuckets:
         """Clips all gradients by their joint norm, as `fastguard.clip_grad_norm_`."""
         from fastguard.clip import clip_buckets
 
-        return clip_buckets(self.buckets(), max_norm, norm_type, error_if_nonfinite, nonfinite)
+        buckets = self.buckets()
+        norm = clip_buckets(buckets, max_norm, norm_type, error_if_nonfinite, nonfinite)
+        if nonfinite == "propagate":
+            self.close_gaps_()
+        return norm
 
     def close_gaps_(self) -> None:
-        """Makes what lies between the slots zero again, after a NaN coefficient reached it."""
+        """Makes what lies between the slots zero again, after a NaN coefficient reached it.
+
+        Kernels multiply long runs whatever the coefficient; on a CPU the gradients one by one if it
+        is not finite.
+        """
         for buffer in self._buffers:
             if buffer.gaps is not None:
                 buffer.flat.index_fill_(0, buffer.gaps, 0.0)

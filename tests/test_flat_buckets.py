@@ -133,6 +133,25 @@ def test_autograd_accumulates_into_the_slots():
         assert torch.equal(p.grad, q.grad)
 
 
+def test_a_nan_coefficient_on_a_cpu_does_not_reach_the_gaps(monkeypatch):
+    parameters = new_parameters([(3,), (5,), (1,)])
+    flat = FlatGradBuckets(parameters)
+    monkeypatch.setattr(flat, "close_gaps_", lambda: None)
+    parameters[0].grad.fill_(NAN)
+    flat.clip_grad_norm_(1.0)
+    assert all(p.grad.isnan().all() for p in parameters)
+    assert not any(g.any() for g in gaps(flat))
+
+
+def test_gaps_that_a_kernel_filled_are_closed_again():
+    flat = FlatGradBuckets(new_parameters([(3,), (5,), (1,)]))
+    for buffer in flat._buffers:
+        buffer.flat[buffer.gaps] = NAN  # what multiplying whole runs by NaN leaves
+    flat.close_gaps_()
+    assert flat.measure().total_norm == 0.0
+    assert not any(g.any() for g in gaps(flat))
+
+
 def test_gaps_between_slots_stay_zero():
     """Where a NaN coefficient multiplies long stretches, it must not stay in what lies between."""
     parameters = new_parameters([(3,), (5,), (1,)])
@@ -506,6 +525,7 @@ def test_gradient_views_of_distributed_data_parallel_are_used_where_they_are(tmp
         plain = GuardedOptimizer(torch.optim.SGD(b.parameters(), lr=0.1))
         for step in range(3):
             opt.zero_grad()
+            assert [p.grad.data_ptr() for p in a.parameters()] == buckets
             plain.zero_grad()
             backward(ddp, step)
             backward(b, step)
@@ -535,6 +555,16 @@ def test_what_has_no_dense_real_gradient_is_refused_and_nothing_is_attached():
             FlatGradBuckets(nothing)
     with pytest.raises(ValueError, match="no parameter that needs a gradient"):
         FlatGradBuckets(p for p in ())
+
+
+def test_a_sparse_gradient_that_exists_is_refused_and_nothing_is_attached():
+    (dense,) = new_parameters([(3,)])
+    dense.grad = grad = torch.ones(3)
+    embedding = nn.Embedding(5, 2, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(TypeError, match="use sparse=False"):
+        FlatGradBuckets([dense, embedding.weight])
+    assert dense.grad is grad
 
 
 def test_a_sparse_gradient_is_refused_before_anything_changes():
