@@ -9,6 +9,7 @@ from fastguard.activations import ActivationGuard as ActivationGuard
 from fastguard.backend import backend_for as backend_for
 from fastguard.batch_check import BatchCheck as BatchCheck
 from fastguard.batch_check import check_batch as check_batch
+from fastguard.checkpoints import CheckpointStore as CheckpointStore
 from fastguard.clip import clip_grad_norm_ as clip_grad_norm_
 from fastguard.clip import clip_grad_value_ as clip_grad_value_
 from fastguard.clip import clip_grads_with_norm_ as clip_grads_with_norm_

@@ -44,6 +44,11 @@ COMMANDS = (
     Command(
         "demo", "train a small GPT through faults: bare, clipped, guarded", "fastguard.demo.command"
     ),
+    Command(
+        "ckpt",
+        "which checkpoints are good, and going back to one",
+        "fastguard.checkpoints.command",
+    ),
     Command("env", "versions, devices, and which backend serves each", "fastguard.environment"),
     Command("bench", "what guarding a step costs on this machine", "fastguard.bench.command"),
 )
@@ -56,7 +61,7 @@ class _CommandParser(argparse.ArgumentParser):
         super().__init__(**kwargs)
         self._command = command
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
         module = self._command.load()
         self.description = module.__doc__
         self.formatter_class = argparse.RawDescriptionHelpFormatter

@@ -1,0 +1,64 @@
+"""What callers of the store give it, checked and brought into one form."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fastguard.checkpoints.manifest import Entry
+from fastguard.records import StepRecord
+
+NOTES = 8
+"""Incidents of which the manifest keeps the text; the rest are counted."""
+
+
+def joined(objects: Mapping[str, Any] | None, named: Mapping[str, Any]) -> dict[str, Any]:
+    if objects is not None and not isinstance(objects, Mapping):
+        raise TypeError(
+            f"objects is a {type(objects).__name__}; give names: save(model=model, step=step)"
+        )
+    twice = set(objects or ()) & set(named)
+    if twice:
+        raise ValueError(f"{', '.join(sorted(twice))} is given twice, in objects and by name")
+    return {**(objects or {}), **named}
+
+
+def integer(name: str, value: object, low: int) -> int:
+    """An integer >= `low`; also one of numpy or of a tensor.
+
+    Raises:
+        ValueError: It is not.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or number < low:
+        raise ValueError(f"{name}={value!r} must be an integer >= {low}")
+    return number
+
+
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        known = ", ".join(map(repr, choices))
+        raise ValueError(f"{name}={value!r} is unknown; use one of {known}")
+
+
+def counted(
+    last: Entry | None, given: int | Iterable[StepRecord | str] | None, skipped: int | None
+) -> tuple[int, tuple[str, ...]]:
+    """How many incidents there were since the last clean checkpoint, and the last of them."""
+    carried = 0 if last is None or last.clean else last.incidents
+    notes = () if last is None or last.clean else last.notes
+    if given is None:
+        if skipped is None:
+            return carried, notes
+        before = (last.skipped_steps or 0) if last is not None else 0
+        return carried + (skipped - before if skipped >= before else skipped), notes
+    if isinstance(given, int):
+        return carried + integer("incidents", given, 0), notes
+    told = [
+        str(item) for item in given if not isinstance(item, StepRecord) or item.reason is not None
+    ]
+    return carried + len(told), (*notes, *told)[-NOTES:]

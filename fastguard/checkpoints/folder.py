@@ -1,0 +1,296 @@
+"""The folder of a store on disk: its manifest, and the changes that it can go through.
+
+Every change is one rename of `manifest.json`. A crash between a rename and the clean-up after it
+leaves files that the next writer recognises: temporary ones are removed, those that were to be
+removed too, and whole ones that the manifest does not know are looked at and taken in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastguard.checkpoints import archive, files, manifest, sharded
+from fastguard.checkpoints.errors import CheckpointError
+from fastguard.checkpoints.manifest import Entry, Manifest
+
+log = logging.getLogger("fastguard")
+
+REPLACED = ".replaced"
+Rotation = Callable[[Sequence[Entry]], tuple[Entry, ...]]
+_CHECKPOINT = re.compile(
+    rf"step-(\d+)\.(\d+)(?:{re.escape(archive.SUFFIX)}|{re.escape(sharded.SUFFIX)})"
+)
+
+
+def file_name(step: int, serial: int, suffix: str) -> str:
+    """The name of a checkpoint: sorts by step, and is never used twice."""
+    return f"step-{step:09d}.{serial:06d}{suffix}"
+
+
+def is_store(path: Path) -> bool:
+    """Whether a folder is that of a `CheckpointStore`."""
+    return (path / manifest.NAME).is_file() or any(_files(path))
+
+
+def _files(path: Path) -> Iterator[tuple[int, str]]:
+    """`(serial, name)` of the checkpoints in a folder, oldest first."""
+    matches = (_CHECKPOINT.fullmatch(name) for name in os.listdir(path))
+    yield from sorted((int(match[2]), match[0]) for match in matches if match)
+
+
+class Folder:
+    """One folder, open for reading or for writing.
+
+    Args:
+        path: The folder; created if it is to be written to.
+        read_only: Take no lock and change nothing.
+        mode: `"min"` or `"max"`: which metric is the best; None: as last time.
+        ignore: Patterns of tensors whose NaN and Inf do not count; None: those of last time.
+
+    Raises:
+        StoreLocked: Somebody else writes to it.
+        CheckpointError: It cannot be used, or its manifest is of a newer version.
+    """
+
+    def __init__(
+        self, path: Path, *, read_only: bool, mode: str | None, ignore: Sequence[str] | None
+    ) -> None:
+        self.path = path
+        self.read_only = read_only
+        self._closed = False
+        if read_only:
+            if not path.is_dir():
+                raise CheckpointError(f"{path} is no directory, so no checkpoints are in it")
+            self._manifest = self._read()
+            return
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = files.Lock(path)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} cannot be written to: {error.strerror}; choose another directory, or open "
+                "it with read_only=True"
+            ) from None
+        self._release = weakref.finalize(self, lock.release)
+        try:
+            self._manifest = self._read()
+            self._finish_what_a_crash_left()
+            settings = replace(
+                self._manifest,
+                mode=mode or self._manifest.mode,
+                ignore=self._manifest.ignore if ignore is None else tuple(ignore),
+            )
+            if settings != self._manifest or not (path / manifest.NAME).exists():
+                self._change(settings)
+        except OSError as error:
+            self.close()
+            raise CheckpointError(
+                f"{path} cannot be opened for writing: {error}; free some space, choose another "
+                "directory, or open it with read_only=True"
+            ) from error
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the folder holds; as of now, if another process may be writing to it."""
+        if self.read_only:
+            self._manifest = manifest.read(self.path) or self._manifest
+        return self._manifest
+
+    def close(self) -> None:
+        """Lets the next writer in."""
+        self._closed = True
+        if not self.read_only:
+            self._release()
+
+    # Changes.
+
+    def add(self, entry: Entry, payload: Mapping[str, Any], staying: Rotation) -> Entry:
+        """Writes a checkpoint, reads it back, and lets rotation remove what need not stay.
+
+        Args:
+            entry: What is known before it is written.
+            payload: What to write.
+            staying: Says which entries stay: `(entries) -> entries`.
+
+        Raises:
+            OSError: The disk is full, read-only or broken; the folder is as it was before.
+            DamagedFile: What came back from the disk is not what was written.
+        """
+        self.check_open()
+        path = self.path / entry.file
+        temporary = archive.write(path, payload)
+        try:
+            seen = archive.look(temporary, self._manifest.ignore)
+            entry = _seen(entry, seen)
+            files.commit(temporary, path)
+            entries = staying((*self._manifest.entries, entry))
+            self._change(replace(self._manifest, entries=entries, next_serial=entry.serial + 1))
+        except BaseException:
+            for leftover in (temporary, path):
+                with contextlib.suppress(OSError):
+                    files.remove(leftover)
+            raise
+        return entry
+
+    def verify(self, entry: Entry) -> tuple[Entry, str | None]:
+        """Reads a checkpoint from the disk, from front to back.
+
+        Returns:
+            The entry with its verdict brought up to date, and what is wrong with the file, if
+            anything.
+        """
+        problem, found = self._compare(entry)
+        updated = replace(entry, verified=False) if found is None else _seen(entry, found)
+        if updated != entry and not self.read_only and not self._closed:
+            self.update(updated)
+        return updated, problem
+
+    def _compare(self, entry: Entry) -> tuple[str | None, archive.Look | None]:
+        path = self.path / entry.file
+        try:
+            if path.is_file() and (size := path.stat().st_size) < entry.size:
+                return f"{path} is truncated: {size} of {entry.size} bytes", None
+            found = archive.look(path, self._manifest.ignore)
+        except FileNotFoundError:
+            return f"{path} is missing", None
+        except (CheckpointError, OSError) as error:
+            return str(error), None
+        if found.sha256 != entry.sha256:
+            return (
+                f"{path} changed on disk after it was written: its SHA-256 is "
+                f"{found.sha256[:16]}..., the manifest has {entry.sha256[:16]}...",
+                None,
+            )
+        return None, found
+
+    def update(self, entry: Entry) -> None:
+        """Replaces the entry of a file."""
+        after = self._manifest.with_entry(entry)
+        try:
+            self._change(after)
+        except OSError as error:
+            log.warning("the manifest of %s cannot be written: %s", self.path, error)
+            self._manifest = after  # known at least to this process
+
+    def roll_back(self, target: Entry) -> tuple[Entry, ...]:
+        """Puts aside what was saved after `target`, so that it is the last one again.
+
+        Returns:
+            What was put aside: it stays on disk, with `.replaced` behind its name, until the next
+            rollback.
+        """
+        self.check_open()
+        before = self._manifest
+        newer = tuple(e for e in before.entries if e.serial > target.serial)
+        if not newer:
+            return ()
+        outdated = tuple(e.file + REPLACED for e in before.replaced)
+        self._change(
+            replace(
+                before,
+                entries=tuple(e for e in before.entries if e.serial <= target.serial),
+                replaced=newer,
+                removing=outdated,
+            )
+        )
+        return newer
+
+    def _change(self, after: Manifest) -> None:
+        """Makes `after` the state of the folder, then brings the files in line with it."""
+        before = self._manifest
+        staying = {e.file for e in (*after.entries, *after.replaced)}
+        dropped = [e.file for e in before.entries if e.file not in staying]
+        after = replace(after, removing=(*after.removing, *dropped))
+        after.write(self.path)
+        self._manifest = after
+        self._bring_files_in_line()
+
+    def _bring_files_in_line(self) -> None:
+        """Renames and removes what the manifest says; a crash in between leaves it to the next."""
+        for entry in self._manifest.replaced:
+            path = self.path / entry.file
+            if path.exists():
+                os.replace(path, path.with_name(path.name + REPLACED))
+        if not self._manifest.removing:
+            return
+        stuck = []
+        for name in self._manifest.removing:
+            try:
+                files.remove(self.path / name)
+            except OSError as error:
+                stuck.append(name)
+                log.warning("%s cannot be removed: %s", self.path / name, error)
+        self._manifest = replace(self._manifest, removing=tuple(stuck))
+        # Written again, so that a file that somebody puts back under its old name is not removed.
+        with contextlib.suppress(OSError):
+            self._manifest.write(self.path)
+
+    # Opening.
+
+    def _read(self) -> Manifest:
+        known = manifest.read(self.path)
+        if known is not None:
+            return known
+        found = Manifest()
+        for serial, name in _files(self.path):
+            found = self._taken_in(found, serial, name)
+        damaged = self.path / manifest.NAME
+        if found.entries or damaged.exists():
+            n = len(found.entries)
+            log.warning("%s was lost or damaged; built again from %d checkpoints", damaged, n)
+        if not self.read_only and damaged.exists():
+            os.replace(damaged, damaged.with_name(damaged.name + ".damaged"))
+        return found
+
+    def _taken_in(self, found: Manifest, serial: int, name: str) -> Manifest:
+        """The manifest with a checkpoint that it did not know."""
+        try:
+            seen = archive.look(self.path / name, found.ignore)
+            entry = manifest.from_json({**seen.header, "serial": serial, "file": name})
+        except (CheckpointError, OSError, TypeError, ValueError) as error:
+            log.warning("%s is left alone: %s", name, error)
+            return replace(found, next_serial=max(found.next_serial, serial + 1))
+        entries = sorted((*found.entries, _seen(entry, seen)), key=lambda e: e.serial)
+        return replace(
+            found, entries=tuple(entries), next_serial=max(found.next_serial, serial + 1)
+        )
+
+    def _finish_what_a_crash_left(self) -> None:
+        files.remove_temporaries(self.path)
+        self._bring_files_in_line()
+        found = self._manifest
+        known = {e.file for e in found.entries}
+        for serial, name in _files(self.path):
+            if name not in known:
+                found = self._taken_in(found, serial, name)
+        if found != self._manifest:
+            self._change(found)
+
+    def check_open(self) -> None:
+        """Raises a CheckpointError unless the folder may be changed."""
+        if self.read_only:
+            raise CheckpointError(f"{self.path} was opened with read_only=True")
+        if self._closed:
+            raise CheckpointError(f"the store of {self.path} is closed")
+
+
+def _seen(entry: Entry, seen: archive.Look) -> Entry:
+    return replace(
+        entry,
+        n_tensors=seen.n_tensors,
+        bad=seen.bad,
+        sha256=seen.sha256,
+        size=seen.size,
+        verified=True,
+    )

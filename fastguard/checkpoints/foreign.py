@@ -1,0 +1,194 @@
+"""Checkpoint files that another program wrote: what they say of themselves, and going back.
+
+A file is rolled back by copying a good one over it, byte for byte. It is never unpickled and
+written again, so what the framework wrote is what it will read; and the epoch that it resumes from
+is the one that stands in the good file, which nobody has to edit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastguard.checkpoints import files
+from fastguard.checkpoints.archive import HEADER, not_ignored
+from fastguard.checkpoints.contents import SUFFIXES, read_contents
+from fastguard.checkpoints.errors import CheckpointError, DamagedFile
+from fastguard.checkpoints.inspection import inspect, sha256_of
+
+_EPOCH = ("epoch",)
+_STEP = ("step", "global_step", "iteration", "iter_num")
+_METRIC = ("best_fitness", "metric", "best_val_loss", "fitness")
+_OPTIMIZER = ("optimizer", "optimizer_states", "optimizer_state_dict", "optim")
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a file says of itself, without its tensors being read.
+
+    Attributes:
+        path: The file.
+        size: Bytes.
+        modified: Seconds since 1970.
+        format: `"torch"`, `"torch (legacy)"`, `"safetensors"`; `"unreadable"` with a `problem`.
+        n_tensors: Distinct tensors in it.
+        epoch, step, metric: What usually stands under such names at its top, if it does.
+        resumable: Whether it holds the state of an optimizer.
+        problem: Why it cannot be read; None if it can.
+    """
+
+    path: Path
+    size: int
+    modified: float
+    format: str
+    n_tensors: int = 0
+    epoch: int | None = None
+    step: int | None = None
+    metric: float | None = None
+    resumable: bool = False
+    problem: str | None = None
+
+
+def describe(path: Path) -> Description:
+    """What a `.pt`, `.pth`, `.ckpt` or `.safetensors` file says of itself.
+
+    Raises:
+        OSError: It cannot be opened.
+    """
+    stat = path.stat()
+    try:
+        contents = read_contents(path)
+    except CheckpointError as error:
+        return Description(path, stat.st_size, stat.st_mtime, "unreadable", problem=str(error))
+    top: dict[Any, Any] = contents.tree if isinstance(contents.tree, dict) else {}
+    top = {**contents.metadata, **top, **(top.get(HEADER) or {})}
+    states = top.get("objects") if HEADER in top else top
+    has_optimizer = isinstance(states, dict) and any(states.get(k) is not None for k in _OPTIMIZER)
+    return Description(
+        path,
+        stat.st_size,
+        stat.st_mtime,
+        contents.format,
+        contents.n_tensors,
+        _number(top, _EPOCH, int),
+        _number(top, _STEP, int),
+        _number(top, _METRIC, float),
+        has_optimizer,
+    )
+
+
+def _number(top: dict[Any, Any], names: Iterable[str], kind: type) -> Any:
+    for name in names:
+        if top.get(name) is not None:
+            with contextlib.suppress(TypeError, ValueError):
+                return kind(top[name])
+    return None
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The checkpoint files in a folder, by name."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix in SUFFIXES and not path.name.startswith(files.TEMPORARY) and path.is_file()
+    )
+
+
+def good_source(target: Path, ignore: Sequence[str] = ()) -> tuple[Path | None, list[str]]:
+    """The file beside `target` to go back to: whole, finite, of the latest epoch not after its own.
+
+    Args:
+        target: The file to be replaced; it may be damaged or missing.
+        ignore: Patterns of tensors whose NaN and Inf do not count.
+
+    Returns:
+        The file, or None; and why each candidate before it was passed over.
+    """
+    now = describe(target) if target.exists() else None
+    candidates = [describe(p) for p in checkpoint_files(target.parent) if p != target]
+    candidates.sort(key=lambda d: (-1 if d.epoch is None else d.epoch, d.modified), reverse=True)
+    passed_over = []
+    for candidate in candidates:
+        reason = candidate.problem or _unfit(candidate, now) or _unsound(candidate.path, ignore)
+        if reason is None:
+            return candidate.path, passed_over
+        passed_over.append(f"{candidate.path.name}: {reason}")
+    return None, passed_over
+
+
+def _unfit(candidate: Description, now: Description | None) -> str | None:
+    if now is None or now.problem:
+        return None
+    if now.resumable and not candidate.resumable:
+        return "holds no optimizer state to resume with"
+    if candidate.epoch is not None and now.epoch is not None and candidate.epoch > now.epoch:
+        return f"is of epoch {candidate.epoch}, after epoch {now.epoch}"
+    return None
+
+
+def _unsound(path: Path, ignore: Sequence[str]) -> str | None:
+    try:
+        found = inspect(path)
+    except CheckpointError as error:
+        return str(error)
+    if found.damaged:
+        return f"{', '.join(found.damaged)} changed after it was written"
+    bad = not_ignored(found.bad, ignore)
+    return f"{len(bad)} tensors are not finite, first {bad[0][0]}" if bad else None
+
+
+def roll_back_file(
+    target: str | os.PathLike[str],
+    source: str | os.PathLike[str],
+    *,
+    ignore: Sequence[str] = (),
+) -> Path | None:
+    """Replaces a checkpoint file by a copy of a good one, atomically, keeping what it replaces.
+
+    Args:
+        target: The file that the training program will resume from.
+        source: A whole and finite checkpoint.
+        ignore: Patterns of tensors whose NaN and Inf do not count.
+
+    Returns:
+        Where the old target is now: beside it, with `.replaced-1` (or 2, ...) behind its name. None
+        if there was none.
+
+    Raises:
+        CheckpointError: The source is the target, or damaged, or not finite; nothing was changed.
+        OSError: The disk is full or read-only; nothing was changed.
+    """
+    target, source = Path(target), Path(source)
+    if target.exists() and target.samefile(source):
+        raise CheckpointError(f"{source} is the file to be replaced; choose another one to copy")
+    problem = _unsound(source, ignore)
+    if problem:
+        raise CheckpointError(f"{source} cannot be rolled back to: {problem}")
+    temporary = files.copy_temporary(source, target)
+    try:
+        if sha256_of(temporary) != sha256_of(source):
+            raise DamagedFile(f"the copy of {source} differs from it; the disk may be failing")
+        backup = _keep(target) if target.exists() else None
+        files.commit(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    return backup
+
+
+def _keep(path: Path) -> Path:
+    """Gives the file a second name, which stays when the first is taken over."""
+    n = 1
+    while (backup := path.with_name(f"{path.name}.replaced-{n}")).exists():
+        n += 1
+    try:
+        os.link(path, backup)
+    except OSError:  # no hard links on this file system
+        files.commit(files.copy_temporary(path, backup), backup)
+    files.sync_folder(path.parent)
+    return backup

@@ -1,0 +1,135 @@
+"""From living objects to plain nested containers of tensors, and back.
+
+What goes into a checkpoint must come out of `torch.load(weights_only=True)`, so it is checked while
+it can still be named: "scheduler.fn is a function" at save time, not a refusal three weeks later.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastguard.checkpoints.errors import CheckpointError
+
+_PLAIN = (
+    bool, int, float, complex, str, bytes, bytearray, type(None),
+    torch.dtype, torch.device, torch.Size,
+)  # fmt: skip
+_GENERATOR = "generator_state"
+
+
+def gather(objects: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """States of the objects that have one, and the plain values among them.
+
+    Args:
+        objects: By name: anything with `state_dict()`, a `torch.Generator`, or plain data.
+
+    Raises:
+        TypeError: Something in them could not be loaded again with `weights_only=True`.
+    """
+    states, data = {}, {}
+    for name, value in objects.items():
+        if isinstance(value, torch.Generator):
+            states[name] = {_GENERATOR: value.get_state()}
+        elif callable(getattr(value, "state_dict", None)):
+            states[name] = plain(value.state_dict(), name)
+        else:
+            data[name] = plain(value, name)
+    return states, data
+
+
+def restore(objects: Mapping[str, Any], states: Mapping[str, Any]) -> None:
+    """Gives each object its state.
+
+    Raises:
+        CheckpointError: There is no state for one of them; nothing was changed.
+        TypeError: One of them cannot be given a state; nothing was changed.
+    """
+    for name, value in objects.items():
+        if not isinstance(value, torch.Generator) and not hasattr(value, "load_state_dict"):
+            raise TypeError(
+                f"{name}={value!r} has no load_state_dict; read it from checkpoint.state[{name!r}]"
+            )
+        if name not in states:
+            raise CheckpointError(
+                f"the checkpoint holds no state of {name!r}, only of "
+                f"{', '.join(map(repr, states)) or 'nothing'}"
+            )
+    for name, value in objects.items():
+        if isinstance(value, torch.Generator):
+            value.set_state(states[name][_GENERATOR])
+        else:
+            value.load_state_dict(states[name])
+
+
+def plain(value: Any, path: str) -> Any:
+    """The same value, numpy scalars as Python numbers.
+
+    Raises:
+        TypeError: Something in it is no tensor, no plain value and no container of such.
+    """
+    if isinstance(value, Tensor) or type(value) in _PLAIN:
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Counter):
+        return value
+    if isinstance(value, Mapping):
+        checked = {key: plain(item, f"{path}.{key}") for key, item in value.items()}
+        same = type(value) in (dict, OrderedDict) and all(
+            checked[key] is item for key, item in value.items()
+        )  # then keep it: the OrderedDict of a module carries its versions in `_metadata`
+        return value if same else checked
+    if type(value) in (list, tuple, set):
+        return type(value)(plain(item, f"{path}.{i}") for i, item in enumerate(value))
+    raise TypeError(
+        f"{path} is a {type(value).__qualname__}, which torch.load(weights_only=True) refuses: "
+        "keep tensors, numbers, strings and containers of them in the state"
+        + ("; torch.from_numpy makes an array a tensor" if isinstance(value, np.ndarray) else "")
+    )
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every global random generator: Python, numpy, torch, each CUDA device."""
+    version, words, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
+        "numpy": {
+            "keys": torch.from_numpy(np.asarray(keys, dtype=np.int64)),
+            "position": int(position),
+            "has_gauss": int(has_gauss),
+            "cached": float(cached),
+        },
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Continues every random stream where `random_state` left it.
+
+    Raises:
+        CheckpointError: The state is of another number of CUDA devices.
+    """
+    cuda = state.get("cuda")
+    if cuda is not None and len(cuda) != torch.cuda.device_count():
+        raise CheckpointError(
+            f"the random state is of {len(cuda)} CUDA devices, this process sees "
+            f"{torch.cuda.device_count()}; load with rng=False to start new random streams"
+        )
+    python, numpy = state["python"], state["numpy"]
+    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
+    keys = numpy["keys"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, numpy["position"], numpy["has_gauss"], numpy["cached"]))
+    torch.set_rng_state(state["torch"])
+    if cuda is not None:
+        torch.cuda.set_rng_state_all(cuda)
