@@ -36,14 +36,14 @@ def limit_of(device: torch.device) -> Ceilings:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    device = torch.device(metafunc.config.getoption("--device"))
+    device = torch.device(str(metafunc.config.getoption("--device")))
     pairs = [(case, name) for case in cases(device) for name in case.contenders]
     ids = [f"{case.id}: {name}" for case, name in pairs]
     metafunc.parametrize(("case", "contender"), pairs, ids=ids)
 
 
 def test_case(benchmark, case: Case, contender: str, request: pytest.FixtureRequest) -> None:
-    device = torch.device(request.config.getoption("--device"))
+    device = torch.device(str(request.config.getoption("--device")))
     if bytes_needed(case) > 0.8 * available_bytes(device):
         pytest.skip(f"needs {bytes_needed(case) / 1e9:.0f} GB of memory")
     benchmark.group = case.id

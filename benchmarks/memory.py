@@ -76,6 +76,6 @@ def _profiled_peak(call: Callable[[], object]) -> int:
     events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = most = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
+        now += event.nbytes()  # type: ignore[attr-defined]
         most = max(most, now)
     return most

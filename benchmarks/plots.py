@@ -62,7 +62,7 @@ STEP_BARS = (
     "GradScaler + clip + step",
     "isfinite + clip + step",
 )
-STYLE = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "text.color": INK,
@@ -111,6 +111,10 @@ def color_of(contender: str) -> str:
     return COLORS.get(contender, QUIET)
 
 
+def label_of(contender: str) -> str:
+    return LABELS.get(contender, contender)
+
+
 # Ratios: how many times torch's speed, and how far the norm is off.
 
 
@@ -141,7 +145,7 @@ def ratios(result: Result) -> Figure | None:
     for axis in axes:
         axis.tick_params(axis="y", length=0)
     handles = [
-        *(plt.Rectangle((0, 0), 1, 1, color=color_of(b), label=LABELS.get(b, b)) for b in bars),
+        *(plt.Rectangle((0, 0), 1, 1, color=color_of(b), label=label_of(b)) for b in bars),
         plt.Line2D([], [], color=COLORS["torch foreach"], lw=2, label="torch.nn.utils"),
     ]
     title = "Clipping gradients: speed as a multiple of torch.nn.utils.clip_grad_norm_"
@@ -247,9 +251,7 @@ def steps(result: Result) -> Figure | None:
     axes[0].set_ylim(len(groups) - 0.4, -0.6)
     for axis in axes:
         axis.tick_params(axis="y", length=0)
-    handles = [
-        plt.Rectangle((0, 0), 1, 1, color=color_of(b), label=LABELS.get(b, b)) for b in STEP_BARS
-    ]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color_of(b), label=label_of(b)) for b in STEP_BARS]
     _frame(figure, result, "What guarding adds to an optimizer step", handles=handles)
     return figure
 
@@ -323,7 +325,7 @@ def roofline(result: Result) -> Figure | None:
                 alpha=0.9,
                 markeredgecolor="white",
                 markeredgewidth=0.7,
-                label=LABELS.get(contender, contender),
+                label=label_of(contender),
             )
             if contender == "fastguard" and situation == "nothing to clip":
                 _name_points(axis, [r for r in mine if not r["series"]], moved)
@@ -400,7 +402,7 @@ def growth(result: Result) -> Figure | None:
                 axis,
                 x,
                 ms,
-                f"{LABELS.get(contender, contender)}{_slope(result, series, contender)}",
+                f"{label_of(contender)}{_slope(result, series, contender)}",
                 color_of(contender),
             )
         title, label = titles[series]
@@ -436,7 +438,7 @@ def _memory(axis: Axes, result: Result) -> None:
         )
         x, y = np.array(points, dtype=float).T
         axis.plot(x, y, "o-", ms=4, lw=1.6, color=color_of(contender))
-        _label_end(axis, x, y, LABELS.get(contender, contender), color_of(contender))
+        _label_end(axis, x, y, label_of(contender), color_of(contender))
     axis.axhline(16e6, color=QUIET, lw=0.8, ls=(0, (3, 3)))
     axis.set_title("Working memory beyond the gradients")
     axis.set_xlabel("gradients")

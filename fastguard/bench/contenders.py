@@ -51,7 +51,7 @@ def torch_foreach(work: Workload) -> Prepared:
     def call() -> Tensor:
         if zero_first:
             for p in parameters:
-                torch.nan_to_num_(p.grad, nan=0.0, posinf=0.0, neginf=0.0)
+                torch.nan_to_num_(p.grad, nan=0.0, posinf=0.0, neginf=0.0)  # type: ignore[arg-type]
         return torch_clip(parameters, limit, foreach=True)
 
     return _on_parameters(work, call)
@@ -74,7 +74,7 @@ def isfinite_then_clip(work: Workload) -> Prepared:
     parameters, limit = work.parameters, work.max_norm
 
     def call() -> Tensor | None:
-        if not all(torch.isfinite(p.grad).all() for p in parameters):
+        if not all(torch.isfinite(p.grad).all() for p in parameters):  # type: ignore[arg-type]
             return None
         return torch_clip(parameters, limit)
 

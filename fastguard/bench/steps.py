@@ -23,10 +23,10 @@ def inner_optimizer(work: Workload, parameters: Sequence[Tensor]) -> torch.optim
     """The optimizer that a case names."""
     assert work.case.optimizer is not None
     kind, road = work.case.optimizer
-    roads = {"fused": road == "fused", "foreach": road == "foreach"}
+    fused, foreach = road == "fused", road == "foreach"
     if kind == "AdamW":
-        return torch.optim.AdamW(parameters, lr=LR, **roads)
-    return torch.optim.SGD(parameters, lr=LR, momentum=0.9, **roads)
+        return torch.optim.AdamW(parameters, lr=LR, fused=fused, foreach=foreach)
+    return torch.optim.SGD(parameters, lr=LR, momentum=0.9, fused=fused, foreach=foreach)
 
 
 def bare_step(work: Workload, inner: torch.optim.Optimizer) -> Prepared:
@@ -63,7 +63,7 @@ def isfinite_clip_step(work: Workload, inner: torch.optim.Optimizer) -> Prepared
     """The usual guard: look at every gradient, clip, step."""
 
     def call() -> Tensor | None:
-        if not all(torch.isfinite(p.grad).all() for p in work.parameters):
+        if not all(torch.isfinite(g).all() for g in work.grads):
             return None
         norm = torch_clip(work.parameters, work.max_norm)
         inner.step()

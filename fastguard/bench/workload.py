@@ -174,7 +174,7 @@ class Workload:
         """Puts the gradients back, in place."""
         if self.pristine:
             chosen = self.parameters if parameters is None else parameters
-            torch._foreach_copy_([p.grad for p in chosen], self.pristine)
+            torch._foreach_copy_([p.grad for p in chosen if p.grad is not None], self.pristine)
 
 
 def bytes_needed(case: Case) -> int:
