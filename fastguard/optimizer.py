@@ -8,9 +8,8 @@ being a `torch.optim.Optimizer` to schedulers, scalers and trainers.
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -20,17 +19,18 @@ from torch.optim import Optimizer
 from fastguard import resume
 from fastguard.apply import apply, clamp_finite_
 from fastguard.backend import backend_of
-from fastguard.buckets import GradBuckets, bucketize
+from fastguard.buckets import GradBuckets
 from fastguard.clip import limit_of
 from fastguard.decide import GuardState, NonFinite, Policy, Verdict, decide, raise_if_nonfinite
+from fastguard.delegation import OptimizerAround
 from fastguard.errors import TrainingDivergedError
-from fastguard.flat_buckets import FlatGradBuckets
+from fastguard.gradients import Gradients
 from fastguard.losses import ObservedLosses, named_losses
-from fastguard.measure import GradStats, measure, norm_type_of
+from fastguard.measure import measure, norm_type_of
 from fastguard.records import Recorder, StepRecord
 from fastguard.reduce import Signals, check_group, reduce
 from fastguard.rules import Rule, rules_by_signal
-from fastguard.segments import SCOPES, ClipScope, Layout, lay_out, limits
+from fastguard.segments import SCOPES, ClipScope, clip_values, limits, names_by_tensor
 from fastguard.stepping import road_of
 from fastguard.whole_step import WholeStep
 
@@ -40,7 +40,7 @@ MODES = ("skip", "zero", "raise", "propagate")
 Loss = Tensor | float | Mapping[str, Tensor | float]
 
 
-class GuardedOptimizer(Optimizer):
+class GuardedOptimizer(OptimizerAround):
     """Wraps an optimizer so that no bad step reaches the weights.
 
     Args:
@@ -104,8 +104,8 @@ class GuardedOptimizer(Optimizer):
         self.max_norm = None if max_norm is None else limit_of("max_norm", max_norm)
         rules = rules_by_signal(spike)
         limits(optimizer.param_groups, clip_scope, self.max_norm)
-        _clip_values(optimizer.param_groups)
-        names = _names_by_tensor(named_parameters)
+        clip_values(optimizer.param_groups)
+        names = names_by_tensor(named_parameters)
 
         self.optimizer = optimizer
         self.clip_scope: ClipScope = clip_scope
@@ -113,10 +113,8 @@ class GuardedOptimizer(Optimizer):
         self.rules = rules
         self.max_consecutive_skips = max_consecutive_skips
         self.group = group
-        self._names = names
-        self._layout = self._lay_out()
-        self._device = self._layout.parameters[0].device
-        self._flat = self._flattened() if flat_buckets else None
+        self._gradients = Gradients(optimizer, clip_scope, names, self.norm_type, flat_buckets)
+        self._device = self._gradients.device
         self._limits: tuple[float, ...] = ()
         self._policy = self._current_policy()
         self._state = GuardState.fresh(self._policy, self._device)
@@ -171,43 +169,30 @@ class GuardedOptimizer(Optimizer):
                 result = closure()
             loss = result if loss is None else loss
         self.observe(loss)
-        with torch.no_grad():
-            buckets = self._gather()
-            self._decide_and_obey(buckets, tag)
+        self._guarded_step(tag)
         self._deliver(before=False)
         return result
 
-    def _decide_and_obey(self, buckets: GradBuckets, tag: Any) -> None:
+    @torch.no_grad()
+    def _guarded_step(self, tag: Any) -> None:
         signals = self._signals()
         policy = self._current_policy()
+        buckets = self._gather(signals)
 
-        stats, signals = self._measure(buckets, signals)
+        stats = measure(buckets, self.norm_type, signals.inv_scale)
+        stats, signals = reduce(stats, signals, self.group)
+        if policy.nonfinite == "raise":
+            raise_if_nonfinite(stats, signals)
         verdict = decide(stats, signals, self._state, policy)
         apply(buckets, verdict)
         self._road.step(verdict)
 
-        if self._flat is not None and policy.nonfinite == "propagate":
-            self._flat.close_gaps_()
+        if policy.nonfinite == "propagate":
+            self._gradients.close_gaps_()
         self.last = verdict
         self._steps_taken += 1
         lr = self.param_groups[0]["lr"]
         self._recorder.add(stats, signals, verdict, self._state, lr, policy.signals, tag)
-
-    def _measure(self, buckets: GradBuckets, signals: Signals) -> tuple[GradStats, Signals]:
-        """Measures and reduces, after clamping the param groups that carry a `clip_value`."""
-        clamped = _clip_values(self.param_groups)
-        if clamped and self.nonfinite == "raise":  # one more read: clamping changes gradients
-            raise_if_nonfinite(*self._measured(buckets, signals))
-        for group, limit in clamped:
-            grads = [p.grad for p in group["params"] if p.grad is not None]
-            clamp_finite_(grads, limit, signals.inv_scale)
-        stats, signals = self._measured(buckets, signals)
-        if self.nonfinite == "raise":
-            raise_if_nonfinite(stats, signals)
-        return stats, signals
-
-    def _measured(self, buckets: GradBuckets, signals: Signals) -> tuple[GradStats, Signals]:
-        return reduce(measure(buckets, self.norm_type, signals.inv_scale), signals, self.group)
 
     def _step_whole(self, closure: Callable[[], Loss] | None, loss: Loss | None, tag: Any) -> Any:
         """An optimizer that evaluates the closure itself (LBFGS): step, look, take back if bad."""
@@ -217,8 +202,7 @@ class GuardedOptimizer(Optimizer):
         )
         try:
             self.observe(last if stopped or loss is None else loss)
-            with torch.no_grad():
-                self._decide_and_obey(self._gather(), tag)
+            self._guarded_step(tag)
         except BaseException:
             self._road.take_back()
             raise
@@ -236,28 +220,18 @@ class GuardedOptimizer(Optimizer):
         """
         self._observed.observe(named_losses(loss))
 
-    def _gather(self) -> GradBuckets:
-        groups = self.param_groups
-        if sum(len(g["params"]) for g in groups) != len(self._layout.parameters) or not all(
-            map(is_, self._layout.parameters, (p for g in groups for p in g["params"]))
-        ):
-            self._layout = self._lay_out()
-            if not isinstance(self._road, WholeStep):  # which holds what it may have to take back
-                self._road = road_of(self.optimizer)
-            if self._flat is not None:
-                self._flat.release()
-                self._flat = self._flattened()
-        if self._flat is not None:
-            return self._flat.buckets()
-        layout = self._layout
-        return bucketize(
-            list(map(attrgetter("grad"), layout.parameters)),
-            segments=layout.segments,
-            n_segments=layout.n_segments,
-            names=layout.names,
-            norm_type=self.norm_type,
-            device=self._device,
-        )
+    def _gather(self, signals: Signals) -> GradBuckets:
+        """The gradients, those of groups with a `clip_value` clamped."""
+        if self._gradients.refresh() and not isinstance(self._road, WholeStep):
+            self._road = road_of(self.optimizer)
+        buckets = self._gradients.buckets()
+        clamped = clip_values(self.param_groups)
+        if clamped and self.nonfinite == "raise":  # one more read: clamping changes gradients
+            raise_if_nonfinite(measure(buckets, self.norm_type), signals)
+        for group, limit in clamped:
+            grads = [p.grad for p in group["params"] if p.grad is not None]
+            clamp_finite_(grads, limit, signals.inv_scale)
+        return buckets
 
     def _signals(self) -> Signals:
         losses = self._observed.take()
@@ -289,14 +263,6 @@ class GuardedOptimizer(Optimizer):
                 tuple(self.rules),
             )
         return self._policy
-
-    def _lay_out(self) -> Layout:
-        return lay_out(self.param_groups, self.clip_scope, self._names)
-
-    def _flattened(self) -> FlatGradBuckets:
-        layout = self._layout
-        named = zip(layout.names, layout.parameters, strict=True)
-        return FlatGradBuckets(named, segments=layout.segments, n_segments=layout.n_segments)
 
     def _deliver(self, *, before: bool) -> None:
         """Hands the record of a step to those who act on it, and checks the skip budget.
@@ -385,10 +351,11 @@ class GuardedOptimizer(Optimizer):
 
     def describe(self) -> str:
         """What is guarded and how, in one line."""
-        elements = sum(p.numel() for p in self._layout.parameters)
+        parameters = self._gradients.layout.parameters
+        elements = sum(p.numel() for p in parameters)
         rules = ", ".join(f"{signal}: {rule}" for signal, rule in self.rules.items()) or "none"
         return (
-            f"guarding {type(self.optimizer).__name__}: {len(self._layout.parameters)} tensors, "
+            f"guarding {type(self.optimizer).__name__}: {len(parameters)} tensors, "
             f"{elements:,} elements on {self._device} ({backend_of(self._device)} backend); "
             f"max_norm={self.max_norm} (p={self.norm_type:g}, {self.clip_scope}), "
             f"nonfinite={self.nonfinite}, spike rules: {rules}; "
@@ -397,49 +364,15 @@ class GuardedOptimizer(Optimizer):
 
     # Being an optimizer.
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The param groups of the wrapped optimizer, which replaces the list when it loads."""
-        return self.optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.optimizer.param_groups = groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        """The state of the wrapped optimizer."""
-        return self.optimizer.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.optimizer.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The defaults of the wrapped optimizer."""
-        return self.optimizer.defaults
-
-    def _become_an_optimizer(self) -> None:
-        """What Optimizer.__init__ does, without param groups of our own."""
-        for event in ("step", "state_dict", "load_state_dict"):
-            for when in ("pre", "post"):
-                setattr(self, f"_optimizer_{event}_{when}_hooks", OrderedDict())
-        self._warned_capturable_if_run_uncaptured = True
-        self._patch_step_function()
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group to the wrapped optimizer; it is guarded from the next step on."""
         limits([*self.param_groups, param_group], self.clip_scope, self.max_norm)
-        _clip_values([param_group])
+        clip_values([param_group])
         self.optimizer.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients; with flat buckets by one fill, so they stay attached."""
-        if self._flat is not None:
-            self._flat.zero_()
-        else:
-            self.optimizer.zero_grad(set_to_none)
+        self._gradients.zero_(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """The wrapped optimizer's state dict, and the guard's state under `"fastguard"`."""
@@ -465,7 +398,7 @@ class GuardedOptimizer(Optimizer):
             state_dict = hook(self, state_dict) or state_dict
         guard = resume.load(state_dict.pop("fastguard", None), self._policy, self._device)
         limits(state_dict["param_groups"], self.clip_scope, self.max_norm)
-        _clip_values(state_dict["param_groups"])
+        clip_values(state_dict["param_groups"])
         self.optimizer.load_state_dict(state_dict)
         self._road = road_of(self.optimizer)  # param groups bring their own `fused`
         self._state = guard
@@ -474,20 +407,6 @@ class GuardedOptimizer(Optimizer):
         self._recorder.forget_last()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # As in torch, copies carry no hooks; nor the `step` that a scheduler puts on the instance:
-        # it holds this optimizer, and a copy would step the original.
-        transient = ("step", "_opt_called", "grad_scale", "found_inf")
-        return {
-            name: value
-            for name, value in self.__dict__.items()
-            if name not in transient and not name.endswith("_hooks")
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._become_an_optimizer()
 
 
 def _check_optimizer(optimizer: object) -> None:
@@ -511,19 +430,6 @@ def _check_optimizer(optimizer: object) -> None:
         )
 
 
-def _names_by_tensor(named: Iterable[tuple[str, Tensor]] | None) -> dict[Tensor, str]:
-    """Names by parameter; the first one of a shared parameter."""
-    names: dict[Tensor, str] = {}
-    for item in named or ():
-        if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)):
-            raise TypeError(
-                f"named_parameters holds a {type(item).__name__}, but must give (name, parameter) "
-                "pairs; pass model.named_parameters()"
-            )
-        names.setdefault(item[1], item[0])
-    return names
-
-
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(choices)}")
@@ -532,12 +438,3 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 def _check_budget(value: object) -> None:
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
         raise ValueError(f"max_consecutive_skips={value!r} must be None or an integer >= 1")
-
-
-def _clip_values(groups: Iterable[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], float]]:
-    """The param groups that carry a `clip_value`, with it."""
-    return [
-        (g, limit_of("clip_value", g["clip_value"]))
-        for g in groups
-        if g.get("clip_value") is not None
-    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -81,3 +81,25 @@ def limits(
 
 def _limit(max_norm: float | None) -> float:
     return math.inf if max_norm is None else limit_of("max_norm", max_norm)
+
+
+def clip_values(groups: Iterable[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], float]]:
+    """The param groups that carry a `clip_value`, with it."""
+    return [
+        (g, limit_of("clip_value", g["clip_value"]))
+        for g in groups
+        if g.get("clip_value") is not None
+    ]
+
+
+def names_by_tensor(named: Iterable[tuple[str, Tensor]] | None) -> dict[Tensor, str]:
+    """Names by parameter; the first one of a shared parameter."""
+    names: dict[Tensor, str] = {}
+    for item in named or ():
+        if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)):
+            raise TypeError(
+                f"named_parameters holds a {type(item).__name__}, but must give (name, parameter) "
+                "pairs; pass model.named_parameters()"
+            )
+        names.setdefault(item[1], item[0])
+    return names

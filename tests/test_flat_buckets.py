@@ -162,9 +162,9 @@ def test_gaps_between_slots_stay_zero():
         for p in parameters:
             p.grad.fill_(value)
         opt.step()
-        assert not any(g.any() for g in gaps(opt._flat))
+        assert not any(g.any() for g in gaps(opt._gradients.flat))
         opt.zero_grad()
-    assert sum(len(g) for g in gaps(opt._flat)) == 1 + 3 + 3
+    assert sum(len(g) for g in gaps(opt._gradients.flat)) == 1 + 3 + 3
     assert opt.records()[-1].total_norm == 3.0
 
 
@@ -245,7 +245,7 @@ def test_a_gradient_replaced_behind_the_back_is_the_one_that_counts(replace, max
         opt.step()
         plain.step()
         if replace is not view_of_a_buffer:
-            assert attached(opt._flat)
+            assert attached(opt._gradients.flat)
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
         if max_norm is None:
@@ -291,7 +291,7 @@ def test_none_stays_none_so_that_weight_decay_moves_nothing(how):
     assert torch.equal(b.weight, before)
     assert not torch.equal(a.weight, torch.zeros_like(a.weight))
     opt.zero_grad()  # attaches again
-    assert attached(opt._flat)
+    assert attached(opt._gradients.flat)
 
 
 def test_a_stale_slot_of_a_gradient_that_is_none_does_not_count():
@@ -322,7 +322,7 @@ def test_a_parameter_thawed_later_is_guarded():
     opt.zero_grad()
     (head.sum() + body.sum()).backward()
     opt.step()
-    assert attached(opt._flat)
+    assert attached(opt._gradients.flat)
     (body * NAN).sum().backward()
     opt.step()
     records = opt.records()
@@ -346,7 +346,7 @@ def test_a_parameter_frozen_later_is_left_alone():
     assert torch.equal(body, before)
     body.requires_grad_(True)
     opt.zero_grad()
-    assert attached(opt._flat)
+    assert attached(opt._gradients.flat)
 
 
 @pytest.mark.parametrize("detached", [False, True], ids=["attached", "detached"])
@@ -500,13 +500,13 @@ def test_old_slots_are_freed_when_a_param_group_is_added():
     a, b = new_parameters([(3,), (4,)])
     opt = GuardedOptimizer(torch.optim.SGD([a], lr=0.1), flat_buckets=True)
     a.grad.fill_(1.0)
-    old = weakref.ref(opt._flat)
+    old = weakref.ref(opt._gradients.flat)
     opt.add_param_group({"params": [b]})
     b.grad = torch.ones(4)
     opt.step()
     gc.collect()
     assert old() is None
-    assert attached(opt._flat)
+    assert attached(opt._gradients.flat)
     assert opt.records()[0].total_norm == pytest.approx(7**0.5)
 
 

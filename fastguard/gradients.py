@@ -1,0 +1,90 @@
+"""Where the gradients of an optimizer are, step after step, as its param groups change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from operator import attrgetter, is_
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fastguard.buckets import GradBuckets, bucketize
+from fastguard.flat_buckets import FlatGradBuckets
+from fastguard.segments import ClipScope, Layout, lay_out
+
+
+class Gradients:
+    """The gradients of the parameters of an optimizer, in buckets.
+
+    Args:
+        optimizer: Its param groups say which parameters there are, now and later.
+        scope: What one clip coefficient is for.
+        names: Names by parameter.
+        norm_type: The norm that will be taken.
+        flat: Keep them in one buffer per (device, dtype).
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        scope: ClipScope,
+        names: Mapping[Tensor, str],
+        norm_type: float,
+        flat: bool,
+    ) -> None:
+        self.optimizer = optimizer
+        self.scope: ClipScope = scope
+        self.names = names
+        self.norm_type = norm_type
+        self.layout = self._lay_out()
+        self.device: torch.device = self.layout.parameters[0].device
+        self.flat = self._flattened() if flat else None
+
+    def refresh(self) -> bool:
+        """Looks whether the param groups hold other parameters than before; 0.03 µs a tensor."""
+        groups = self.optimizer.param_groups
+        known = self.layout.parameters
+        if sum(len(g["params"]) for g in groups) == len(known) and all(
+            map(is_, known, (p for g in groups for p in g["params"]))
+        ):
+            return False
+        self.layout = self._lay_out()
+        if self.flat is not None:
+            self.flat.release()
+            self.flat = self._flattened()
+        return True
+
+    def buckets(self) -> GradBuckets:
+        """The gradients of this step."""
+        if self.flat is not None:
+            return self.flat.buckets()
+        layout = self.layout
+        return bucketize(
+            list(map(attrgetter("grad"), layout.parameters)),
+            segments=layout.segments,
+            n_segments=layout.n_segments,
+            names=layout.names,
+            norm_type=self.norm_type,
+            device=self.device,
+        )
+
+    def zero_(self, set_to_none: bool) -> None:
+        """Clears them: one fill a flat buffer, else what the optimizer does."""
+        if self.flat is not None:
+            self.flat.zero_()
+        else:
+            self.optimizer.zero_grad(set_to_none)
+
+    def close_gaps_(self) -> None:
+        """See `FlatGradBuckets.close_gaps_`."""
+        if self.flat is not None:
+            self.flat.close_gaps_()
+
+    def _lay_out(self) -> Layout:
+        return lay_out(self.optimizer.param_groups, self.scope, self.names)
+
+    def _flattened(self) -> FlatGradBuckets:
+        layout = self.layout
+        named = zip(layout.names, layout.parameters, strict=True)
+        return FlatGradBuckets(named, segments=layout.segments, n_segments=layout.n_segments)
