@@ -334,6 +334,17 @@ def test_a_norm_of_zero_that_only_the_backward_pass_divides_by():
     assert "exactly 0" in report.evidence
 
 
+def test_a_bad_gradient_that_is_thrown_away_is_not_blamed():
+    def thrown_away(x):  # Inf at the root, but torch.where passes no gradient on to x
+        return torch.where(x > 1, x, torch.zeros_like(x)).sqrt()
+
+    model = chain(Call(thrown_away))
+    assert not explain_nonfinite(model, zeros(), mean).found
+
+    model = chain(Call(lambda x: x.abs() ** 0.5 + thrown_away(x)))  # the root's backward runs first
+    assert explain_nonfinite(model, zeros(), mean).operation == "PowBackward0"
+
+
 def test_a_value_that_where_hid_in_the_forward_pass_is_found_there():
     def hidden(x):
         return torch.where(x == 0, x, x * (1.0 / x))

@@ -1,7 +1,8 @@
 """`explain_nonfinite`: runs a bad batch again and names where its first NaN or Inf was born.
 
 The replay has the same weights, the same batch and, if they are given, the same random numbers;
-every operation is looked at, which makes it slow and, on a GPU, makes it wait after each. Until it is called it costs nothing.
+every operation is looked at, which makes it slow and, on a GPU, makes it wait after each. Until it
+is called it costs nothing.
 """
 
 from __future__ import annotations
