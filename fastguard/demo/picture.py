@@ -111,7 +111,8 @@ def _draw_losses(axes: Axes, runs: Sequence[Run]) -> None:
             _annotate(axes, text, (steps[-1], smooth[-1]), beside, "left", color)
     # The first twentieth of the run falls from chance level and would squeeze the rest.
     shown = [v for run in runs for v in _finite(run.losses)[1][len(run.losses) // 14 :]]
-    axes.set_ylim(min(shown) - 0.15, max(shown) + 0.15)
+    if shown:
+        axes.set_ylim(min(shown) - 0.15, max(shown) + 0.15)
     axes.set_ylabel("training loss, nats a byte", fontsize=9, color=INK)
 
 

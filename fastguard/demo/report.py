@@ -72,8 +72,8 @@ def sentences(runs: Sequence[Run], faults: Sequence[Fault]) -> list[str]:
     spike = next(fault for fault in faults if fault.kind is Kind.SPIKE)
     before, after = _around(bare.losses, spike.step)
     return [
-        f"{bare.name}: {_call(spike)} took the training loss from {before:.2f} to {after:.2f}. "
-        f"{_destruction(bare, faults)}",
+        f"{bare.name}: after {_call(spike)} the training loss went from {before:.2f} to "
+        f"{after:.2f}. {_destruction(bare, faults)}",
         f"{clipped.name}: scaled {_call(spike)} back to norm 1. {_destruction(clipped, faults)} "
         "Clipping cannot help: of an Inf the norm is Inf and the coefficient 0, and 0 × Inf is "
         "NaN.",

@@ -14,6 +14,8 @@ from fastguard.usage import UsageError
 
 CAP = 1_500_000
 """Bytes read; more than a run of a minute can see."""
+FEWEST = 10_000
+"""Bytes to train on, and bytes held out, below which there is no demo."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +67,13 @@ def load_text(folder: Path | None = None, cap: int = CAP) -> Text:
         total += len(source)
         if total >= cap:
             break
-    if total < min(cap, 100_000):
+    training, validation = (b"".join(parts[held_out]) for held_out in (False, True))
+    if min(len(training), len(validation)) < FEWEST:
         raise UsageError(
             f"{folder} holds {total} bytes of Python source, too little to train on; "
             "use a Python that ships its standard library as .py files"
         )
-    return Text(*(_as_tensor(b"".join(parts[held_out])) for held_out in (False, True)))
+    return Text(_as_tensor(training), _as_tensor(validation))
 
 
 def _as_tensor(data: bytes) -> Tensor:

@@ -52,7 +52,8 @@ class Bare:
 
     def step(self, loss: Tensor, batch: int) -> float:
         """Takes one step; the gradient norm before it."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters])  # for the picture
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)  # for the picture
         self.optimizer.step()
         return norm.item()
 
@@ -75,7 +76,7 @@ class Guarded(Bare):
 
     def __init__(self, model: GPT, settings: Settings) -> None:
         super().__init__(model, settings)
-        self.optimizer: GuardedOptimizer = GuardedOptimizer(
+        self.optimizer = self.guard = GuardedOptimizer(
             self.optimizer,
             max_norm=settings.max_norm,
             named_parameters=model.named_parameters(),
@@ -83,8 +84,8 @@ class Guarded(Bare):
         )
 
     def step(self, loss: Tensor, batch: int) -> float:
-        self.optimizer.step(loss=loss, tag={"batch": batch})
-        self.records += self.optimizer.records()
+        self.guard.step(loss=loss, tag={"batch": batch})
+        self.records += self.guard.records()
         return self.records[-1].total_norm
 
 
