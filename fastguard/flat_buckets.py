@@ -77,11 +77,7 @@ class FlatGradBuckets:
         self._all_segments = segments
         self.n_segments = n_segments
         self.trusted = trusted
-        self._views: list[Tensor] = []
-        self._attach()
-        for p, view in zip(self.parameters, self._views, strict=True):
-            if p.grad is None:
-                p.grad = view
+        self._start()
 
     def zero_(self) -> None:
         """Sets every gradient to zero: one fill a buffer. A detached `.grad` is attached again."""
@@ -183,6 +179,13 @@ class FlatGradBuckets:
             if buffer.gaps is not None:
                 buffer.flat.index_fill_(0, buffer.gaps, 0.0)
 
+    def _start(self) -> None:
+        self._views: list[Tensor] = []
+        self._attach()
+        for p, view in zip(self.parameters, self._views, strict=True):
+            if p.grad is None:
+                p.grad = view
+
     def _attach(self) -> None:
         """Lays out slots for all parameters that have or need a gradient; moves gradients in."""
         mine = set(map(id, self._views))
@@ -220,8 +223,8 @@ class FlatGradBuckets:
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _views=[])
-        self._attach()
+        self.__dict__.update(state)
+        self._start()
 
     def _check(self) -> None:
         seen: set[int] = set()

@@ -485,10 +485,15 @@ def test_any_sequence_of_replacements_equals_no_flat_buckets(data):
         assert a.total_norm == pytest.approx(b.total_norm, rel=1e-7)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-def test_a_copy_has_slots_of_its_own(copied):
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["deepcopy", "pickle"],
+)
+@pytest.mark.parametrize("trusted", [False, True], ids=["", "trusted"])
+def test_a_copy_has_slots_of_its_own(copied, trusted):
     model = nn.Linear(3, 2)
-    model.flat = FlatGradBuckets(model.named_parameters())
+    model.flat = FlatGradBuckets(model.named_parameters(), trusted=trusted)
     twin = copied(model)
     twin(torch.ones(1, 3)).sum().backward()
     assert twin.flat.measure().total_norm.item() == pytest.approx(8**0.5)
