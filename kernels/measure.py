@@ -423,15 +423,15 @@ def measure_chunks(
     Returns:
         `summary` float64 `(4, S)`, `counts` int64 `(3, T)`: see `fastguard.measure.GradStats`.
     """
-    # One memory fill for everything that starts at zero: summary, counts, segment counts, ticket.
-    zeros = torch.zeros(7 * n_segments + 3 * n_tensors + 1, dtype=torch.float64, device=device)
-    summary = zeros.as_strided((4, n_segments), (n_segments, 1))
-    integers = zeros.view(torch.int64)
-    counts = integers.as_strided((3, n_tensors), (n_tensors, 1), 4 * n_segments)
+    # One fill for what starts at zero. The summary has memory of its own, because two outputs of an
+    # op must not share theirs.
+    zeros = torch.zeros(3 * (n_tensors + n_segments) + 1, dtype=torch.int64, device=device)
+    counts = zeros.as_strided((3, n_tensors), (n_tensors, 1))
     if not table.n_chunks:
-        return summary, counts
-    segment_counts = integers[4 * n_segments + 3 * n_tensors :]
-    ticket = integers[-1:]
+        return torch.zeros(4, n_segments, dtype=torch.float64, device=device), counts
+    summary = torch.empty(4, n_segments, dtype=torch.float64, device=device)
+    segment_counts = zeros[3 * n_tensors :]
+    ticket = zeros[-1:]
     grid = min(n_programs(device), table.n_chunks)
     one_segment = n_segments == 1
     partials = torch.empty(

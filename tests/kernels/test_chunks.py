@@ -1,0 +1,127 @@
+"""The chunk table on the host: every element once, aligned, in the right segment."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from fastguard.buckets import GradBucket, Run, bucketize
+from fastguard.kernels import chunks
+
+
+def table(grads, segments=None, n_segments=1, n_programs=3):
+    bucket = bucketize(grads, segments=segments, n_segments=n_segments).buckets[0]
+    return chunks.host_table(bucket, n_segments, n_programs)
+
+
+def covered(rows, item):
+    """The addresses of all elements that a table names, sorted."""
+    parts = [np.arange(n) * item + address for address, n in rows[:, :2]]
+    return np.sort(np.concatenate(parts)) if parts else np.zeros(0, dtype=np.int64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_every_element_once_and_aligned(dtype):
+    rng = random.Random(3)
+    flat = torch.zeros(60000, dtype=dtype)
+    grads, at = [], 0
+    while at < 40000:
+        at += rng.randrange(3)
+        n = rng.choice([0, 1, 2, 7, 8, 9, 100, 4096, 9000])
+        grads.append(flat[at : at + n])
+        at += n
+    segments = [rng.randrange(4) for _ in grads]
+    rows, pieces, starts, copies = table(grads, segments, 5)
+    item = dtype.itemsize
+    want = np.concatenate([np.arange(g.numel()) * item + g.data_ptr() for g in grads])
+    assert np.array_equal(covered(rows, item), np.sort(want))
+    assert np.array_equal(covered(pieces, item), np.sort(want))
+    assert not copies
+    vec = 16 // item
+    assert all(address % 16 == 0 for address, n, *_ in rows.tolist() if n >= vec)
+    assert np.all(np.diff(rows[:, 2]) >= 0)
+    for s in range(5):
+        assert np.all(rows[starts[s] : starts[s + 1], 2] == s)
+    for address, n, segment, first, count in rows.tolist():
+        end = address + n * item
+        mine = pieces[first : first + count]
+        overlap = np.minimum(mine[:, 0] + mine[:, 1] * item, end) - np.maximum(mine[:, 0], address)
+        assert np.all(overlap > 0) and overlap.sum() == n * item
+        assert all(segments[t] == segment for t in mine[:, 2])
+
+
+def test_adjacent_views_of_one_buffer_are_one_stretch_in_either_direction():
+    flat = torch.zeros(96)
+    views = list(flat.split(8))
+    assert len(table(views)[0]) == 1
+    assert len(table(views[::-1])[0]) == 1
+    assert len(table(views, [0] * 6 + [1] * 6, 2)[0]) == 2
+    assert len(table([views[0], views[2], views[1]])[0]) > 1  # no neighbours in the list
+
+
+def test_neighbours_by_accident_are_not_joined():
+    """They would make the order of summation depend on the allocator."""
+    flat = torch.zeros(64)
+    storage = flat.untyped_storage()
+    a = torch.empty(0).set_(storage, 0, (32,))
+    b = torch.zeros(32)
+    assert len(table([a, b])[0]) == 2
+
+
+def test_small_models_get_small_chunks():
+    assert chunks.chunk_size(100, 396) == chunks.MIN_CHUNK
+    assert chunks.chunk_size(10**9, 396) == chunks.MAX_CHUNK
+    size = chunks.chunk_size(30_000_000, 396)
+    assert chunks.MIN_CHUNK < size < chunks.MAX_CHUNK and size & (size - 1) == 0
+
+
+def test_nothing_to_read_is_an_empty_table():
+    rows, pieces, starts, _ = table([torch.zeros(0)])
+    assert len(rows) == len(pieces) == 0 and starts.tolist() == [0, 0]
+
+
+def test_strides_with_holes_and_overlaps_get_a_buffer():
+    x = torch.zeros(8, 8)
+    assert not table([x.t(), torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last)])[3]
+    assert [i for i, _ in table([x[:, ::2], torch.zeros(1)])[3]] == [0]
+    assert [i for i, _ in table([x, x])[3]] == [1]
+    assert [i for i, _ in table([torch.zeros(1).expand(5)])[3]] == [0]
+
+
+def test_a_run_is_read_whole_and_its_tensors_are_known():
+    flat = torch.zeros(100)
+    grads = [flat[:10], flat[50:90]]
+    bucket = GradBucket(flat.device, flat.dtype, grads, [4, 9], [0, 0], runs=(Run(flat, 0),))
+    rows, pieces, _, _ = chunks.host_table(bucket, 1, 3)
+    assert rows[:, 1].tolist() == [100] and rows[0, 3:].tolist() == [0, 2]
+    assert pieces[:, 1:].tolist() == [[10, 4], [40, 9]]
+
+
+def cached(grads, **options):
+    return chunks.table_of(bucketize(grads, **options).buckets[0], options.get("n_segments", 1), 3)
+
+
+def test_the_table_is_kept_while_nothing_moves():
+    grads = [torch.zeros(5), torch.zeros(7)]
+    first = cached(grads)
+    assert cached(list(grads)) is first
+    assert cached([grads[0], None, grads[1]]) is not first  # other tensor ids
+    assert cached([grads[0]]) is not first
+    assert cached(grads) is first
+    assert cached(grads, segments=[0, 1], n_segments=2) is not first
+    assert cached([grads[0], torch.zeros(7)]) is not first
+    assert cached([grads[0][:3], grads[1]]) is not first  # same address, fewer elements
+
+
+def test_same_address_and_size_with_other_strides_is_another_table():
+    x = torch.arange(100.0)
+    assert cached([x[:50]]) is not cached([x[::2]])
+
+
+def test_old_tables_are_dropped():
+    grads = [torch.zeros(4) for _ in range(chunks.TABLES + 1)]
+    first = cached(grads[:1])
+    for grad in grads[1:]:
+        cached([grad])
+    assert cached(grads[:1]) is not first

@@ -1,0 +1,157 @@
+"""decide in the interpreter against `reference.decide`: verdict and state, step by step."""
+
+import dataclasses
+import itertools
+import math
+import random
+
+import pytest
+import torch
+
+from fastguard import reference
+from fastguard.decide import GuardState, Policy, Reason
+from fastguard.kernels import stages
+from fastguard.measure import GradStats
+from fastguard.reduce import Signals
+from fastguard.rules import SpikeRule, Threshold
+
+CPU = torch.device("cpu")
+RTOL = 1e-12  # sums over rings and segments in another order: n * eps of float64
+
+
+def stats_of(norms, counts=(0, 0, 0), norm_type=2.0):
+    """Stats of segments with these norms, all bad elements in the first."""
+    norms = torch.as_tensor(norms, dtype=torch.float64).reshape(-1)
+    summary = torch.zeros(4, len(norms), dtype=torch.float64)
+    summary[0] = norms if norm_type == math.inf else norms**norm_type
+    summary[1:, 0] = torch.tensor(counts, dtype=torch.float64)
+    return GradStats(summary, torch.zeros(3, 1, dtype=torch.int64), norm_type)
+
+
+def signals_of(losses=None, inv_scale=None, found_inf=None):
+    losses = losses or {}
+    return Signals(
+        torch.tensor(list(losses.values()), dtype=torch.float64),
+        tuple(losses),
+        None if inv_scale is None else torch.tensor(inv_scale, dtype=torch.float64),
+        None if found_inf is None else torch.tensor(found_inf),
+    )
+
+
+def assert_same(ours, theirs):
+    for field in dataclasses.fields(theirs):
+        a, b = getattr(ours, field.name), getattr(theirs, field.name)
+        assert (a.dtype, a.shape) == (b.dtype, b.shape), field.name
+        rtol = RTOL if a.is_floating_point() else 0
+        torch.testing.assert_close(
+            a, b, rtol=rtol, atol=0, equal_nan=True, msg=lambda m, f=field: f"{f.name}: {m}"
+        )
+
+
+class Story:
+    """A guard decided twice, by the kernel and by the reference."""
+
+    def __init__(self, policy):
+        self.policy = policy
+        self.ours, self.theirs = (GuardState.fresh(policy, CPU) for _ in range(2))
+
+    def step(self, stats, signals=None):
+        signals = signals or Signals.none(CPU)
+        verdict = stages.decide(stats, signals, self.ours, self.policy)
+        assert_same(verdict, reference.decide(stats, signals, self.theirs, self.policy))
+        assert_same(self.ours, self.theirs)
+        return verdict
+
+
+def policy_of(nonfinite="skip", max_norm=1.0, **rules):
+    limits = torch.as_tensor(max_norm, dtype=torch.float64).reshape(-1)
+    return Policy(limits, nonfinite, tuple(rules.values()), tuple(rules))
+
+
+MODES = ["skip", "zero", "raise", "propagate"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, math.inf, 3.0], ids=str)
+def test_one_call_without_a_state(mode, norm_type):
+    limits = itertools.cycle((1.0, math.inf, 0.0, 1.0))
+    for norms in ([0.0], [7.0], [3.0, 0.0, 0.2]):
+        for counts in ((0, 0, 0), (2, 0, 0), (1, 1, 0), (0, 0, 3)):
+            stats = stats_of(norms, counts, norm_type)
+            arguments = (stats, Signals.none(CPU), None, policy_of(mode, next(limits)))
+            assert_same(stages.decide(*arguments), reference.decide(*arguments))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_losses_and_scaler(mode):
+    story = Story(policy_of(mode, [1.0, math.inf]))
+    # Cycles of 5, 3 and 4 values have no common factor: 20 steps meet nearly every pair.
+    losses = itertools.cycle((1.0, math.nan, math.inf, -math.inf, 2.0))
+    scales = itertools.cycle((None, 0.25, math.inf))
+    found = itertools.cycle((0.0, None, 1.0, math.nan))
+    for step in range(20):
+        signals = signals_of({"loss": 1.0, "aux": next(losses)}, next(scales), next(found))
+        story.step(stats_of([3.0, 2.0], (0, 1, 0) if step % 3 else (0, 0, 0)), signals)
+
+
+def test_thousands_of_segments_with_their_own_limits():
+    n = 2000
+    norms = torch.rand(n, dtype=torch.float64) * 4
+    limits = torch.where(torch.rand(n) < 0.1, math.inf, 1.0).double()
+    Story(policy_of("propagate", limits)).step(stats_of(norms, (1, 0, 0)))
+
+
+def test_counters():
+    story = Story(policy_of())
+    for bad in (0, 1, 1, 0, 1):
+        story.step(stats_of([1.0], (bad, 0, 0)))
+    assert story.ours.counters.tolist() == [5, 2, 3, 1]
+
+
+def test_a_spike_is_skipped_and_enters_clipped():
+    story = Story(policy_of(grad_norm=SpikeRule(window=4, warmup=2, sigma=3.0)))
+    for norm in (1.0, 1.1, 0.9):
+        assert story.step(stats_of([norm])).found_inf == 0.0
+    verdict = story.step(stats_of([50.0]))
+    assert verdict.found_inf == 1.0 and verdict.reason == Reason.GRAD_SPIKE
+    assert story.ours.windows[0, 3] == verdict.thresholds[0]
+    assert story.step(stats_of([1.0])).found_inf == 0.0
+
+
+def test_a_lasting_shift_is_accepted_after_a_window_of_skips():
+    story = Story(policy_of(grad_norm=SpikeRule(window=6, warmup=3, sigma=2.0)))
+    for norm in (1.0, 1.05, 0.95, 1.0, 1.02, 0.98):
+        story.step(stats_of([norm]))
+    decisions = [story.step(stats_of([1e6])).found_inf.item() for _ in range(14)]
+    assert decisions[:6] == [1.0] * 6 and decisions[6:] == [0.0] * 8
+
+
+@pytest.mark.parametrize("action", ["skip", "clip", "record"])
+def test_actions_and_losses(action):
+    rules = {
+        "grad_norm": SpikeRule(window=5, warmup=2, sigma=3.0, action=action),
+        "loss": Threshold(3.0),
+        "aux": SpikeRule(window=130, warmup=3, action="record"),  # longer than a block
+    }
+    story = Story(policy_of(max_norm=2.0, **rules))
+    for i in range(9):
+        loss = 5.0 if i == 6 else 1.0
+        losses = {"aux": 1.0 + i, "loss": loss} if i % 3 else {"loss": loss}
+        story.step(stats_of([100.0 if i in (4, 5) else 1.0]), signals_of(losses))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_random_stories(mode):
+    rng = random.Random(7)
+    rules = {
+        "grad_norm": SpikeRule(window=4, warmup=2, sigma=2.0, action="clip"),
+        "loss": SpikeRule(window=3, warmup=2, sigma=2.0),
+    }
+    story = Story(policy_of(mode, [1.0, 2.0, math.inf], **rules))
+    for _ in range(40):
+        scale = rng.choice([0.0, 1.0, 1.0, 1.0, 30.0, 1e4])
+        counts = rng.choice([(0, 0, 0)] * 5 + [(1, 0, 0), (0, 2, 1)])
+        norms = [scale * rng.random() for _ in range(3)]
+        loss = rng.choice([1.0, 1.1, 0.9, 20.0, math.nan])
+        signals = signals_of({"loss": loss} if rng.random() < 0.8 else {})
+        story.step(stats_of(norms, counts), signals)

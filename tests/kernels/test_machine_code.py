@@ -1,0 +1,72 @@
+"""What the compiler makes of the kernels: read from the machine code, without a GPU.
+
+FASTGUARD_TRITON names a folder with another triton to compile with (`make kernels-test-oldest`).
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TARGETS = ["80", "90", "100", "gfx90a", "gfx942"]
+SUPPORT = Path(__file__).parents[1] / "support"
+MAX_REGISTERS = 80  # three programs of 256 threads a multiprocessor
+MAX_DECIDE_REGISTERS = 255  # one warp in all
+MAX_INSTRUCTIONS = {  # of the main loop, for each 16 bytes read; the budget of sm_90 is about 99
+    "measure fp16": 40,
+    "measure bf16": 48,
+    "measure fp32": 24,
+    "measure fp64": 14,
+    "apply fp16": 36,
+    "apply bf16": 36,
+    "apply fp32": 16,
+    "apply fp64": 14,
+}
+
+
+@functools.cache
+def reports(target: str) -> list[dict]:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    path = [os.environ.get("FASTGUARD_TRITON"), str(SUPPORT), env.get("PYTHONPATH")]
+    env["PYTHONPATH"] = os.pathsep.join(p for p in path if p)
+    run = subprocess.run(
+        [sys.executable, "-m", "guardtest.machine_code", target],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def table(rows: list[dict]) -> str:
+    columns = ["kernel", "target", "registers", "spills", "loads", "stores", "instructions"]
+    lines = [columns, *([str(r.get(c, "")) for c in columns] for r in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in lines
+    )
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_machine_code(target, capsys):
+    rows = reports(target)
+    with capsys.disabled():
+        print(f"\ntriton {rows[0]['triton']}\n{table(rows)}")
+    for row in rows:
+        name = row["kernel"]
+        ceiling = MAX_DECIDE_REGISTERS if name.startswith("decide") else MAX_REGISTERS
+        assert row["spills"] == 0, row
+        assert row["registers"] <= ceiling, row
+        if not name.startswith(("measure", "apply")):
+            continue
+        assert row["loads"] >= 4, row  # in flight, 128 bits each
+        if name.startswith("apply"):
+            assert row["stores"] >= 4, row
+        if not target.startswith("gfx"):
+            assert row["narrow_loads"] == row["narrow_stores"] == 0, row
+            assert row["instructions"] <= MAX_INSTRUCTIONS[" ".join(name.split()[:2])], row

@@ -1,0 +1,232 @@
+"""Compiles kernels ahead of time, without a GPU, and reads what the compiler made of them.
+
+`python -m guardtest.machine_code [TARGET...]` prints one JSON line a kernel variant and target. It
+must run in a process of its own, without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+CUDA = (80, 90, 100)
+ROCM = ("gfx90a", "gfx942")
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TYPES = {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32, "fp64": tl.float64}
+ITEM_SIZE = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
+
+_INSTRUCTION = re.compile(
+    r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);", re.MULTILINE
+)
+
+
+def compiled(launcher, signature: dict[str, str], constants: dict, target: int | str):
+    """A kernel for a target, with the options of its launcher.
+
+    Args:
+        launcher: A `fastguard.kernels.launch.Launcher`.
+        signature: Type of each argument that is no constant, such as `"*fp64"` or `"i32"`.
+        constants: The others.
+        target: A CUDA architecture such as 90, or a ROCm one such as "gfx942".
+    """
+    kernel = launcher.kernel
+    options = {**launcher.options, "enable_fp_fusion": True}
+    if isinstance(target, str):
+        gpu = GPUTarget("hip", target, 64)
+        options.pop("maxnreg", None)
+    else:
+        gpu = GPUTarget("cuda", target, 32)
+    types = {**signature, **dict.fromkeys(constants, "constexpr")}
+    assert list(types) == list(kernel.arg_names), (list(types), kernel.arg_names)
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs={})
+    return triton.compile(source, target=gpu, options=options)
+
+
+def sass(kernel) -> str:
+    """The machine code of a CUDA kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        path = f"{TOOLS}{os.pathsep}{os.environ['PATH']}"
+        run = subprocess.run(
+            [TOOLS / "cuobjdump", "-sass", "-res-usage", cubin],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PATH": path},
+            check=True,
+        )
+    return run.stdout + run.stderr
+
+
+def read_cuda(kernel) -> dict:
+    """Registers, spills, and the main loop: the shortest with most 128-bit loads of any.
+
+    Loads and instructions of a loop that the compiler unrolled are those of all its copies."""
+    text = sass(kernel)
+    code = [(int(at, 16), name, rest) for at, name, rest in _INSTRUCTION.findall(text)]
+    loops = []
+    for at, name, rest in code:
+        target = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
+        if target and int(target[1], 16) < at:
+            start = int(target[1], 16)
+            loops.append(Counter(n for a, n, _ in code if start <= a <= at))
+    wide = [loop for loop in loops if _count(loop, "LDG", "128")]
+    report = {
+        "registers": int(re.search(r"\bREG:(\d+)", text)[1]),
+        "spills": sum(name.startswith(("LDL", "STL")) for _, name, _ in code),
+    }
+    if wide:
+        # The loop that does the work without looking for what is wrong has no barrier in it.
+        main = min((w for w in wide if not _count(w, "BAR")), key=Counter.total)
+        loads = _count(main, "LDG", "128")
+        report |= {
+            "loads": loads,
+            "narrow_loads": _count(main, "LDG") - loads,
+            "stores": _count(main, "STG", "128"),
+            "narrow_stores": _count(main, "STG") - _count(main, "STG", "128"),
+            "instructions": round(main.total() / loads, 1),
+        }
+    return report
+
+
+def _count(loop: Counter, name: str, width: str = "") -> int:
+    return sum(n for op, n in loop.items() if op.startswith(name) and width in op)
+
+
+def read_rocm(kernel) -> dict:
+    """Registers and spills of a ROCm kernel, and its loads and stores of 128 bits."""
+    text = kernel.asm["amdgcn"]
+    number = {
+        what: int(re.search(rf"\.{what}:\s+(\d+)", text)[1])
+        for what in ("vgpr_count", "vgpr_spill_count")
+    }
+    return {
+        "registers": number["vgpr_count"],
+        "spills": number["vgpr_spill_count"],
+        "loads": len(re.findall(r"(?:global|buffer)_load_dwordx4", text)),
+        "stores": len(re.findall(r"(?:global|buffer)_store_dwordx4", text)),
+    }
+
+
+def variants():
+    """`(name, launcher, signature, constants)` of what is compiled."""
+    from fastguard.kernels import apply, decide, measure
+
+    table = {"chunks_ptr": "*i64", "pieces_ptr": "*i64"}
+    walk = {
+        **table,
+        "partials_ptr": "*fp64",
+        "summary_ptr": "*fp64",
+        "counts_ptr": "*i64",
+        "segment_counts_ptr": "*i64",
+        "ticket_ptr": "*i64",
+        "inv_scale_ptr": "*fp32",
+        **dict.fromkeys(("n_chunks", "n_segments", "n_tensors"), "i32"),
+    }
+    reduce_size = {"REDUCE_SIZE": measure.REDUCE_SIZE}
+
+    def measured(dtype, p=2.0, group=None, one=True):
+        item = ITEM_SIZE[dtype]
+        name = f"{dtype} p={p:g}" + (f" group {group}" if group else "")
+        constants = {
+            "DTYPE": TYPES[dtype],
+            "ITEM_SIZE": item,
+            "P": p,
+            "INF_NORM": p == float("inf"),
+            "GROUP": group or measure.group_of(_torch_dtype(dtype), p, wide=True),
+            "ONE_SEGMENT": one,
+            "HAS_SCALE": True,
+            "BLOCK_SIZE": measure.BLOCK_BYTES // item,
+            "VEC": 16 // item,
+            **reduce_size,
+        }
+        many = "" if one else ", many segments"
+        return f"measure {name}{many}", measure._measure, walk, constants
+
+    for dtype in TYPES:
+        yield measured(dtype)
+    yield measured("fp32", one=False)
+    yield measured("fp32", p=float("inf"))
+    yield measured("bf16", p=float("inf"))
+    yield measured("fp32", p=1.0)
+    yield measured("fp32", group=4)
+    yield measured("bf16", group=8)
+    summary = {
+        "segment_starts_ptr": "*i64",
+        "partials_ptr": "*fp64",
+        "summary_ptr": "*fp64",
+        "segment_counts_ptr": "*i64",
+        "inv_scale_ptr": "*fp64",
+        "n_segments": "i32",
+    }
+    norm = {"P": 3.0, "INF_NORM": False, "HAS_SCALE": True}
+    yield "reduce segments", measure._reduce_segments, summary, {**norm, **reduce_size}
+    scaling = {**table, "multiplier_ptr": "*fp64", "clean_ptr": "*fp32", "n_chunks": "i32"}
+    for dtype, item in ITEM_SIZE.items():
+        shape = {"BLOCK_SIZE": measure.BLOCK_BYTES // item, "VEC": 16 // item}
+        constants = {"DTYPE": TYPES[dtype], "ITEM_SIZE": item, "ONE_SEGMENT": True, **shape}
+        yield f"apply {dtype}", apply._apply, scaling, constants
+    verdict = {name: "*fp64" for name in decide.decide_kernel.arg_names if name.endswith("_ptr")}
+    verdict |= {
+        "overflow_ptr": "*fp32",
+        "counters_ptr": "*i64",
+        "rings_ptr": "*i64",
+        "found_inf_ptr": "*fp32",
+        "clean_ptr": "*fp32",
+        "reason_ptr": "*i64",
+        "spikes_ptr": "*u8",
+    }
+    sizes = ("n_segments", "max_norm_stride", "n_losses", "n_rules", "ring_stride")
+    verdict |= dict.fromkeys(sizes, "i32")
+    for rules, segments, p in ((0, 32, 2.0), (4, 256, 3.0)):
+        constants = {
+            "P": p,
+            "INF_NORM": False,
+            "ZERO": False,
+            "PROPAGATE": not rules,
+            "HAS_SCALE": True,
+            "HAS_OVERFLOW": True,
+            "HAS_STATE": True,
+            "RULES": rules,
+            "WINDOW": 64 if rules else 1,
+            "BLOCK_SIZE": segments,
+        }
+        yield f"decide, {rules} rules", decide._decide, verdict, constants
+
+
+def _torch_dtype(name: str):
+    import torch
+
+    return {
+        "fp16": torch.float16,
+        "bf16": torch.bfloat16,
+        "fp32": torch.float32,
+        "fp64": torch.float64,
+    }[name]
+
+
+def main(targets: list[str]) -> None:
+    wanted = [int(t) if t.isdigit() else t for t in targets] or [*CUDA, *ROCM]
+    for name, launcher, signature, constants in variants():
+        for target in wanted:
+            if target in (80, 100) and not re.fullmatch(r"(measure|apply) \w+( p=2)?", name):
+                continue  # sm_90 stands for its neighbours in what is not a main loop of its own
+            kernel = compiled(launcher, signature, constants, target)
+            report = read_rocm(kernel) if isinstance(target, str) else read_cuda(kernel)
+            line = {"kernel": name, "target": target, "triton": triton.__version__, **report}
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
