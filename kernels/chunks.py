@@ -22,6 +22,7 @@ earlier one) has a contiguous buffer here that stands for it; the caller copies,
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -66,6 +67,7 @@ class ChunkTable:
         n_chunks: C; 0 if there is no element.
         copies: `(position in bucket.grads, contiguous buffer)` of gradients that stand elsewhere.
         key: What the table was built from.
+        flats: The buffers of a flat bucket: while they are the same, nothing else is compared.
         uploaded: On a GPU, the event behind the upload.
         streams: The streams whose kernels come after it.
     """
@@ -77,6 +79,7 @@ class ChunkTable:
     n_chunks: int
     copies: tuple[tuple[int, Tensor], ...]
     key: tuple
+    flats: tuple[weakref.ref, ...]
     uploaded: torch.cuda.Event | None = None
     streams: set[int] = field(default_factory=set)
 
@@ -94,8 +97,13 @@ def table_of(bucket: Bucket, n_segments: int, n_programs: int) -> ChunkTable:
         n_programs: How many programs will share the chunks; small models get smaller chunks.
     """
     tables = _tables.setdefault((bucket.device, bucket.dtype, n_segments), deque(maxlen=TABLES))
-    key = _key(bucket)
-    table = next((t for t in tables if t.key == key), None)
+    key: tuple = ()
+    table = None
+    if bucket.runs is not None:
+        table = next((t for t in tables if _same_buffers(t, bucket)), None)
+    if table is None:
+        key = _key(bucket)
+        table = next((t for t in tables if t.key == key), None)
     if bucket.device == HOST:
         if table is None:
             table = _built(bucket, key, n_segments, n_programs)
@@ -124,6 +132,19 @@ def table_of(bucket: Bucket, n_segments: int, n_programs: int) -> ChunkTable:
     return table
 
 
+def _same_buffers(table: ChunkTable, bucket: Bucket) -> bool:
+    """Whether a table is that of this very flat bucket, without a look at each gradient.
+
+    Weak references: the cache must not keep the memory of gradients."""
+    runs = bucket.runs or ()
+    return (
+        table.key[3] is bucket.tensor_ids
+        and table.key[4] is bucket.segment_ids
+        and len(table.flats) == len(runs)
+        and all(flat() is run.flat for flat, run in zip(table.flats, runs, strict=True))
+    )
+
+
 def _key(bucket: Bucket) -> tuple:
     """All that a table depends on; equal keys, equal tables."""
     grads = bucket.grads
@@ -136,7 +157,7 @@ def _key(bucket: Bucket) -> tuple:
         list(map(Tensor.numel, grads)),
         strides,
         bucket.tensor_ids,
-        bucket.segment_ids if segment is None else segment,
+        bucket.segment_ids if segment is None or bucket.runs is not None else segment,
         None if bucket.runs is None else [(r.flat.data_ptr(), r.flat.numel()) for r in bucket.runs],
     )
 
@@ -168,6 +189,7 @@ def _built(bucket: Bucket, key: tuple, n_segments: int, n_programs: int) -> Chun
         len(chunks),
         copies,
         key,
+        tuple(weakref.ref(run.flat) for run in bucket.runs or ()),
         uploaded,
         streams,
     )

@@ -1,0 +1,275 @@
+"""The kernels on a GPU: against the reference, against torch, in graphs, on streams, and for long."""
+
+import math
+import time
+
+import pytest
+import torch
+from guardtest.tolerances import MEASURED_RTOL
+
+import fastguard
+from fastguard import reference
+from fastguard.buckets import bucketize
+from fastguard.decide import Policy
+from fastguard.measure import GradStats
+from fastguard.reduce import Signals
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+SIZES = [0, 1, 7, 8, 4095, 4096, 4097, 65536, 65537, 300_000]
+
+
+@pytest.fixture
+def stages():
+    from fastguard.kernels import stages
+
+    return stages
+
+
+@pytest.fixture
+def no_sync():
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def gradients(dtype, bad=False):
+    grads = [torch.randn(n, device="cuda").to(dtype) for n in SIZES]
+    if bad:
+        grads[3][17], grads[9][-1], grads[8][0] = math.nan, math.inf, -math.inf
+    return grads
+
+
+def parameters_with(grads):
+    parameters = [torch.nn.Parameter(torch.zeros_like(g)) for g in grads]
+    for p, g in zip(parameters, grads, strict=True):
+        p.grad = g
+    return parameters
+
+
+def check_measure(stages, grads, norm_type=2.0, segments=None, n_segments=1):
+    bucket = bucketize(grads, segments=segments, n_segments=n_segments).buckets[0]
+    arguments = (bucket, n_segments, len(grads), norm_type, None)
+    summary, counts = stages.measure(*arguments)
+    want, want_counts = reference.plain_measure(*arguments)
+    assert torch.equal(counts, want_counts) and torch.equal(summary[1:], want[1:])
+    exact = norm_type != 2.0 or bucket.dtype is torch.float64
+    rtol = 1e-12 if exact else 2 * MEASURED_RTOL
+    torch.testing.assert_close(summary[0], want[0], rtol=rtol, atol=0)
+
+
+def test_this_device_is_served_by_triton():
+    assert fastguard.backend_for(torch.zeros(1, device="cuda")) == "triton"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, math.inf, 3.0], ids=str)
+@pytest.mark.parametrize("bad", [False, True], ids=["finite", "bad"])
+def test_measure_against_the_reference(stages, dtype, norm_type, bad):
+    grads = gradients(dtype, bad)
+    check_measure(stages, grads, norm_type)
+    check_measure(stages, grads, norm_type, list(range(len(grads))), len(grads))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_measure_at_any_magnitude(stages, dtype):
+    for magnitude in (1e-40, 1e-30, 1e-25, 1e-19, 1.0, 1e18, 1e20, 1e37):
+        x = (torch.randn(100_000, device="cuda").double() * magnitude).to(dtype)
+        check_measure(stages, [x])
+        check_measure(stages, [torch.full((70_000,), magnitude, device="cuda").to(dtype)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("multiplier", [1.0, 0.3, 0.0, math.nan, math.inf], ids=str)
+@pytest.mark.parametrize("clean", [0.0, 1.0], ids=["keep", "clean"])
+def test_apply_rounds_as_torch_does(stages, dtype, multiplier, clean):
+    """Bit for bit, bf16 too: a product in float32, rounded once."""
+    grads = gradients(dtype, bad=True)
+    want = []
+    for g in grads:
+        x = torch.where(g.isfinite(), g, 0.0) if clean else g
+        factor = torch.tensor(multiplier, dtype=reference.factor_dtype(dtype), device="cuda")
+        want.append(x.clone() if multiplier == 1.0 else x * factor)
+    factors = torch.tensor([multiplier], dtype=torch.float64, device="cuda")
+    stages.apply(bucketize(grads).buckets[0], factors, torch.tensor(clean, device="cuda"))
+    for grad, expected in zip(grads, want, strict=True):
+        assert grad.dtype == expected.dtype
+        torch.testing.assert_close(grad, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("mode", ["skip", "zero", "propagate"])
+def test_decide_against_the_reference(stages, mode):
+    device = torch.device("cuda")
+    for n_segments in (1, 3, 2000):
+        summary = torch.rand(4, n_segments, dtype=torch.float64, device=device)
+        summary[1:] = 0
+        for bad in (0.0, 1.0):
+            summary[1, 0] = bad
+            stats = GradStats(summary, torch.zeros(3, 1, dtype=torch.int64, device=device), 2.0)
+            policy = Policy(torch.full((1,), 0.5, dtype=torch.float64, device=device), mode)
+            arguments = (stats, Signals.none(device), None, policy)
+            ours, theirs = stages.decide(*arguments), reference.decide(*arguments)
+            for name in ("clip_coef", "multiplier", "found_inf", "clean", "reason", "total_norm"):
+                a, b = getattr(ours, name), getattr(theirs, name)
+                torch.testing.assert_close(a, b, rtol=1e-12, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_clip_grad_norm_against_torch(dtype):
+    """Both round once; torch's coefficient comes from its less exact norm."""
+    ours = parameters_with(gradients(dtype))
+    theirs = parameters_with([p.grad.clone() for p in ours])
+    norm = fastguard.clip_grad_norm_(ours, 1.0)
+    true = torch.nn.utils.get_total_norm([p.grad.double() for p in theirs])
+    torch.testing.assert_close(norm.double(), true, rtol=1e-7, atol=0)
+    torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+    tolerance = {torch.bfloat16: 2.0**-7, torch.float32: 1e-4, torch.float64: 1e-12}[dtype]
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=tolerance, atol=0)
+
+
+def test_nothing_waits(stages, no_sync):
+    grads = gradients(torch.bfloat16, bad=True)
+    half = torch.ones(1, dtype=torch.float64, device="cuda")
+    clean = torch.zeros((), device="cuda")
+    limit = half * 0.5
+    for step in range(3):
+        grads = [g.clone() for g in grads]  # other addresses: a table is built and uploaded
+        bucket = bucketize(grads).buckets[0]
+        summary, counts = stages.measure(bucket, 1, len(grads), 2.0)
+        stats = GradStats(summary, counts, 2.0)
+        verdict = stages.decide(stats, Signals.none(summary.device), None, Policy(limit, "zero"))
+        stages.apply(bucket, verdict.multiplier, verdict.clean)
+        stages.apply(bucket, half, clean)
+        assert step >= 0
+
+
+def test_a_graph_sees_new_gradients_at_the_same_addresses(stages):
+    grads = gradients(torch.float32)
+    bucket = bucketize(grads).buckets[0]
+    half = torch.full((1,), 0.5, dtype=torch.float64, device="cuda")
+    clean = torch.zeros((), device="cuda")
+
+    def work():
+        measured = stages.measure(bucket, 1, len(grads), 2.0)
+        stages.apply(bucket, half, clean)
+        return measured
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        summary, counts = work()
+    for value in (1.0, 3.0, math.nan):
+        for g in grads:
+            g.fill_(1.0)
+        grads[-1].fill_(value)
+        want, want_counts = reference.plain_measure(bucket, 1, len(grads), 2.0)
+        graph.replay()
+        assert torch.equal(counts, want_counts)
+        torch.testing.assert_close(summary, want, rtol=2 * MEASURED_RTOL, atol=0)
+        assert grads[0].numel() == 0 and grads[1].item() == 0.5
+
+
+def test_gradients_that_are_born_inside_a_graph(stages):
+    """Their addresses are new at capture, so that the table is uploaded by the graph itself."""
+    weight = torch.randn(1000, device="cuda", requires_grad=True)
+
+    def step():
+        (grad,) = torch.autograd.grad((weight * weight).sum(), weight)
+        return stages.measure(bucketize([grad]).buckets[0], 1, 1, 2.0)[0], grad
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        summary, grad = step()
+    for _ in range(2):
+        graph.replay()
+        torch.testing.assert_close(summary[0, 0], grad.double().square().sum(), rtol=1e-7, atol=0)
+        with torch.no_grad():
+            weight.mul_(1.5)
+
+
+def test_streams_share_tables_and_results_agree(stages):
+    grads = gradients(torch.float32)
+    bucket = bucketize(grads).buckets[0]
+    want = stages.measure(bucket, 1, len(grads), 2.0)[0]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    results = []
+    for _ in range(20):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(stages.measure(bucket, 1, len(grads), 2.0)[0])
+    torch.cuda.synchronize()
+    assert all(torch.equal(r, want) for r in results)
+
+
+def test_determinism_over_100_runs(stages):
+    grads = [torch.randn(5_000_000, device="cuda"), torch.randn(777, device="cuda")]
+    first = stages.measure(bucketize(grads).buckets[0], 1, 2, 2.0)[0]
+    for run in range(100):
+        if run % 10 == 5:
+            grads = [g.clone() for g in grads]  # elsewhere in memory
+        again = stages.measure(bucketize(grads).buckets[0], 1, 2, 2.0)[0]
+        assert torch.equal(first, again)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_device_that_is_not_the_current_one(stages):
+    grads = [torch.randn(70_000, device="cuda:1")]
+    check_measure(stages, grads)
+    assert torch.cuda.current_device() == 0
+
+
+def test_thousands_of_segments(stages):
+    grads = [torch.randn(1 + i % 300, device="cuda") for i in range(3000)]
+    check_measure(stages, grads, segments=range(3000), n_segments=3000)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_soak(stages):
+    """Two minutes of steps with moving addresses, missing gradients and bad values."""
+    generator = torch.Generator().manual_seed(5)
+    end = time.monotonic() + 120
+    steps = 0
+    torch.cuda.synchronize()
+    peak = None
+    while time.monotonic() < end:
+        picked = torch.randperm(len(SIZES), generator=generator)[:6].tolist()
+        grads = [torch.randn(SIZES[i], device="cuda") for i in picked]
+        largest = max(grads, key=torch.Tensor.numel)
+        if steps % 3 == 0:
+            largest[-1] = math.nan
+        bucket = bucketize(grads).buckets[0]
+        summary, counts = stages.measure(bucket, 1, len(grads), 2.0)
+        if steps % 50 == 0:
+            want, want_counts = reference.plain_measure(bucket, 1, len(grads), 2.0)
+            assert torch.equal(counts, want_counts)
+            torch.testing.assert_close(summary, want, rtol=2 * MEASURED_RTOL, atol=0)
+        steps += 1
+        if steps == 500:
+            peak = torch.cuda.max_memory_allocated()
+    assert peak is None or torch.cuda.max_memory_allocated() <= peak + 2**24
+
+
+def test_the_host_is_done_long_before_torch_is(stages):
+    """The number itself belongs to benchmarks/gpu.py; here only that no launch is synchronous."""
+    grads = [torch.randn(1000, device="cuda") for _ in range(2000)]
+    bucket = bucketize(grads).buckets[0]
+    stages.measure(bucket, 1, len(grads), 2.0)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(200_000_000)  # about a tenth of a second of device time
+    event = torch.cuda.Event()
+    event.record()
+    stages.measure(bucket, 1, len(grads), 2.0)
+    assert not event.query()
+    torch.cuda.synchronize()
