@@ -60,8 +60,9 @@ def clamp_finite_(grads: Sequence[Tensor], limit: float, inv_scale: Tensor | Non
     if any(grad.is_complex() for grad in grads):
         raise TypeError("clip_value is for real gradients, but one is complex; use max_norm")
     for grad in grads:
-        bound: Tensor | float = limit
-        if inv_scale is not None:
+        if inv_scale is None:
+            clamped = grad.clamp(-limit, limit)
+        else:
             bound = limit / inv_scale.to(device=grad.device, dtype=torch.float32)
-        clamped = grad.clamp(-bound, bound)
+            clamped = grad.clamp(-bound, bound)
         grad.copy_(torch.where(grad.isinf(), grad, clamped))

@@ -71,9 +71,9 @@ class FlatGradBuckets:
         items = list(parameters)
         self._all_names: list[str] | None = None
         if items and isinstance(items[0], tuple):
-            self._all_names = [name for name, _ in items]
+            self._all_names = [name for name, _ in items]  # type: ignore[misc]
             items = [p for _, p in items]
-        self._all_parameters: list[Tensor] = items
+        self._all_parameters: list[Tensor] = items  # type: ignore[assignment]
         self._all_segments = segments
         self.n_segments = n_segments
         self.trusted = trusted
