@@ -355,8 +355,8 @@ def _decide_compiled(
 
 
 def _scale_compiled(grads: list[Tensor | None], max_norm: float, norm: Tensor) -> None:
-    # For the inf-norm a power sum is the norm itself; the op checks the limit.
-    summary = torch.cat([norm, norm.new_zeros(3)]).reshape(4, 1)
+    # For the inf-norm a power sum is the norm itself, and NaN is counted; the op checks the limit.
+    summary = torch.cat([norm, norm.isnan().double(), norm.new_zeros(2)]).reshape(4, 1)
     counts = torch.zeros(3, 0, dtype=torch.int64, device=norm.device)
     _, coef, clean = torch.ops.fastguard.decide(
         summary, counts, _limits(max_norm, norm.device), math.inf, "propagate", None

@@ -119,7 +119,7 @@ def _clip_coef(
 
 
 def _coef(norm: float, limit: float) -> float:
-    return 1.0 if limit == math.inf else min(1.0, limit / (norm + EPS))
+    return 1.0 if limit == math.inf else min(limit / (norm + EPS), 1.0)  # NaN first, and stays
 
 
 def _thresholds(state: GuardState, policy: Policy) -> list[float]:

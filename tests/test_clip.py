@@ -51,12 +51,15 @@ def model_grads() -> dict[str, list[Tensor | None]]:
         "float64": [torch.randn(4).double(), torch.randn(2, 2).double()],
         "non-contiguous": [torch.randn(4, 6).T, torch.randn(8)[::2], torch.randn(3, 3)[:, 1:]],
         "zeros": [torch.zeros(4), torch.zeros(2)],
-        "larger": [torch.randn(300, 500), torch.randn(500)],
+        "larger": [torch.randn(60, 500), torch.randn(500)],
     }
 
 
 CASES = list(model_grads())
-TORCHS_RTOL = 2e-5  # its float32 sum over the 150,000 elements of "larger", for p = 1
+
+
+def torchs_rtol(case: str) -> float:
+    return 1e-4 if case == "larger" else 1e-6  # one float32 sum over 30,000 elements
 
 
 # Parity: arguments and results.
@@ -86,8 +89,8 @@ def test_clip_grad_norm_is_torchs(case, norm_type, foreach):
         else:
             expected = torchs.clip_grad_norm_(theirs, max_norm, norm_type, foreach=foreach)
         assert got.shape == expected.shape == ()
-        torch.testing.assert_close(got, expected, rtol=TORCHS_RTOL, atol=0)
-        assert_same_grads(params, theirs, rtol=TORCHS_RTOL)
+        torch.testing.assert_close(got, expected, rtol=torchs_rtol(case), atol=0)
+        assert_same_grads(params, theirs, rtol=torchs_rtol(case))
 
 
 @pytest.mark.parametrize("foreach", [None, True, False])
@@ -97,7 +100,7 @@ def test_get_total_norm_is_torchs(case, norm_type, foreach):
     tensors = [g for g in model_grads()[case] if g is not None]
     got = fastguard.get_total_norm(tensors, norm_type, foreach=foreach)
     expected = torchs._get_total_norm(tensors, norm_type, foreach=foreach)
-    torch.testing.assert_close(got, expected, rtol=TORCHS_RTOL, atol=0)
+    torch.testing.assert_close(got, expected, rtol=torchs_rtol(case), atol=0)
 
 
 @pytest.mark.parametrize("foreach", [None, True, False])
@@ -779,24 +782,23 @@ def test_clipping_twice_is_clipping_once(grads, max_norm, norm_type):
         torch.testing.assert_close(grad, was, rtol=1.0 - again + 4e-7, atol=1e-37)
 
 
-@hypothesis.given(lists_of(finite), st.sampled_from([2.0**-20, 0.5, 2.0, 2.0**20]), norm_types)
+@hypothesis.given(lists_of(finite), st.sampled_from([2.0**-17, 0.5, 2.0, 2.0**17]), norm_types)
 def test_the_norm_is_scale_equivariant(grads, factor, norm_type):
-    hypothesis.assume(all((g * factor).isfinite().all() for g in grads))
     plain = fastguard.measure_grads(parameters(*grads), norm_type=norm_type)
     scaled = fastguard.measure_grads(parameters(*(g * factor for g in grads)), norm_type=norm_type)
     expected = plain.total_norm64.item() * factor
     assert scaled.total_norm64.item() == pytest.approx(expected, rel=1e-6, abs=1e-37)
 
 
-@hypothesis.given(lists_of(finite), norm_types)
+@hypothesis.given(lists_of(st.floats(-1e6, 1e6, width=32)), norm_types)
 def test_scaled_gradients_clip_to_the_same_direction(grads, norm_type):
-    hypothesis.assume(1e-3 < norm_of(grads, norm_type) < 1e30)
+    grads.append(torch.tensor([0.5]))  # so that torch's 1e-6 beside the norm is small
     limit = norm_of(grads, norm_type) / 4
     louder = [g * 4.0 for g in grads]
     fastguard.clip_grad_norm_(parameters(*grads), limit, norm_type)
     fastguard.clip_grad_norm_(parameters(*louder), limit, norm_type)
     for a, b in zip(grads, louder, strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-3 if limit < 1e-3 else 1e-3, atol=1e-35)
+        torch.testing.assert_close(a, b, rtol=3e-6, atol=1e-35)
 
 
 @hypothesis.given(lists_of(any_float), st.sampled_from([1e-3, 1.0, 1e6, INF]), norm_types)

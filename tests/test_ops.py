@@ -1,0 +1,333 @@
+"""torch.compile: one opaque op a stage, whole graphs, no recompilation, the same results."""
+
+import math
+import re
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch import Tensor, nn
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.utils import run_and_get_code
+
+import fastguard
+from fastguard import NonFiniteGradError
+from guardtest.grads import assert_bitwise_equal, copies, grads_of, parameters
+
+NAN, INF = math.nan, math.inf
+ops = torch.ops.fastguard
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def some_grads() -> list[Tensor]:
+    return [torch.tensor([3.0, 0.0]), torch.tensor([[0.0, -4.0]])]
+
+
+# The ops.
+
+
+def float64(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+SUMMARY, COUNTS = float64(25, 0, 0, 0).reshape(4, 1), torch.zeros(3, 2, dtype=torch.int64)
+# Not NaN: opcheck compares results, and NaN does not equal itself.
+BAD_SUMMARY = float64(25, 0, 1, 0).reshape(4, 1)
+BAD_COUNTS = torch.tensor([[0, 0], [0, 1], [0, 0]])
+
+
+@pytest.mark.parametrize("grads", [some_grads, list, lambda: [torch.tensor([NAN, 1.0])]])
+@pytest.mark.parametrize("name", ["measure", "measure_tensors"])
+@pytest.mark.parametrize("norm_type", [2.0, INF])
+def test_opcheck_measure(name, grads, norm_type):
+    torch.library.opcheck(getattr(ops, name).default, (grads(), norm_type))
+
+
+@pytest.mark.parametrize(
+    ("mode", "norm_type", "names"),
+    [
+        ("propagate", 2.0, None),
+        ("propagate", INF, None),
+        ("zero", INF, None),
+        ("raise", 2.0, list("ab")),
+    ],
+)
+def test_opcheck_decide(mode, norm_type, names):
+    torch.library.opcheck(
+        ops.decide.default, (SUMMARY, COUNTS, float64(1.0), norm_type, mode, names)
+    )
+    if mode != "raise":
+        torch.library.opcheck(
+            ops.decide.default, (BAD_SUMMARY, BAD_COUNTS, float64(INF), norm_type, mode, names)
+        )
+
+
+@pytest.mark.parametrize("grads", [some_grads, list])
+def test_opcheck_apply_and_clip_value(grads):
+    torch.library.opcheck(ops.apply.default, (grads(), float64(0.5), torch.ones(())))
+    torch.library.opcheck(ops.clip_value.default, (grads(), float64(0.5)))
+
+
+def test_every_op_is_checked_here():
+    defined = {name for name in dir(ops) if not name.startswith("_")} - {"name"}
+    assert defined == {"measure", "measure_tensors", "decide", "apply", "clip_value"}
+
+
+@pytest.mark.parametrize("norm_type", [2.0, INF])
+def test_outputs_share_no_memory_with_anything(norm_type):
+    # Compiled code may write over a returned tensor once it is done with it.
+    for mode in ("propagate", "zero"):
+        summary = SUMMARY.clone()
+        returned = [
+            *ops.decide(summary, COUNTS, float64(INF), norm_type, mode, None),
+            *ops.decide(summary, COUNTS, float64(INF), norm_type, mode, None),
+        ]
+        places = [t.untyped_storage().data_ptr() for t in (summary, *returned)]
+        assert len(set(places)) == 7
+
+
+# The functions: one graph, the same results as in eager mode.
+
+
+def with_raise(params):
+    return fastguard.clip_grad_norm_(params, 1.0, nonfinite="raise")
+
+
+def stats_fields(stats):
+    return (
+        stats.power_sum,
+        stats.segment_counts,
+        stats.counts,
+        stats.total_norm,
+        stats.segment_norms,
+        stats.found_nonfinite,
+    )
+
+
+def named(params):
+    return [(f"p{i}", p) for i, p in enumerate(params)]
+
+
+FUNCTIONS = {
+    "clip_grad_norm_": lambda ps: fastguard.clip_grad_norm_(ps, 1.0),
+    "clip_grad_norm_ inf": lambda ps: fastguard.clip_grad_norm_(ps, 1.0, INF),
+    "clip_grad_norm_ p=3.5": lambda ps: fastguard.clip_grad_norm_(ps, 1.0, 3.5),
+    "clip_grad_norm_ max inf": lambda ps: fastguard.clip_grad_norm_(ps, INF),
+    "clip_grad_norm_ zero": lambda ps: fastguard.clip_grad_norm_(ps, 1.0, nonfinite="zero"),
+    "get_total_norm": lambda ps: fastguard.get_total_norm([p.grad for p in ps]),
+    "get_total_norm inf": lambda ps: fastguard.get_total_norm([p.grad for p in ps], INF),
+    "clip_grads_with_norm_": lambda ps: fastguard.clip_grads_with_norm_(
+        ps, 1.0, fastguard.get_total_norm([p.grad for p in ps])
+    ),
+    "clip_grad_value_": lambda ps: fastguard.clip_grad_value_(ps, 0.5),
+    "sanitize_grads_": lambda ps: stats_fields(fastguard.sanitize_grads_(ps)),
+    "sanitize_grads_ 1": lambda ps: stats_fields(
+        fastguard.sanitize_grads_(ps, nan=1.0, posinf=2.0)
+    ),
+    "measure_grads": lambda ps: stats_fields(fastguard.measure_grads(ps)),
+    "measure_grads each": lambda ps: stats_fields(fastguard.measure_grads(ps, per_tensor=True)),
+}
+
+GRADS = {
+    "clean": lambda: [torch.randn(3, 2), torch.randn(4)],
+    "bad": lambda: [None, torch.tensor([3.0, NAN]), None, torch.tensor([4.0, INF, -INF])],
+    "mixed dtypes": lambda: [torch.randn(3).double(), torch.randn(2).bfloat16(), torch.randn(2)],
+}
+
+
+def assert_equal(ours, theirs) -> None:
+    if isinstance(ours, tuple):
+        for a, b in zip(ours, theirs, strict=True):
+            assert_equal(a, b)
+    elif ours is None or theirs is None:
+        assert ours is theirs
+    else:
+        assert_bitwise_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("grads", GRADS)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_compiled_is_eager_bit_for_bit(name, grads):
+    function = FUNCTIONS[name]
+    eager = parameters(*GRADS[grads]())
+    compiled = copies(eager)
+    expected = function(eager)
+    got = torch.compile(function, fullgraph=True, backend="aot_eager")(compiled)
+    assert_equal(got, expected)
+    assert_equal(tuple(grads_of(compiled)), tuple(grads_of(eager)))
+
+
+@pytest.mark.parametrize("call", [fastguard.measure_grads, fastguard.sanitize_grads_])
+@pytest.mark.parametrize("pairs", [False, True])
+def test_culprits_keep_their_number_and_name(call, pairs):
+    params = parameters(None, torch.tensor([NAN]), None, torch.tensor([INF, 1.0]))
+    stats = torch.compile(call, fullgraph=True, backend="aot_eager")(
+        named(params) if pairs else params
+    )
+    names = ["p1", "p3"] if pairs else ["parameter 1", "parameter 3"]
+    assert stats.culprits() == [(names[0], 1, 0, 0), (names[1], 0, 1, 0)]
+
+
+def test_raising_inside_compiled_code_names_the_parameter_and_changes_nothing():
+    compiled = torch.compile(with_raise, fullgraph=True, backend="aot_eager")
+    for pairs, name in ((True, "p2"), (False, "parameter 2")):
+        params = parameters(torch.tensor([9.0]), None, torch.tensor([NAN, INF]))
+        with pytest.raises(NonFiniteGradError, match=rf"{name} \(1 NaN, 1 \+Inf\)"):
+            compiled(named(params) if pairs else params)
+        assert params[0].grad.tolist() == [9.0]
+    good = parameters(torch.tensor([3.0, 4.0]))
+    assert compiled(good) == 5.0
+    assert good[0].grad.tolist() == pytest.approx([0.6, 0.8], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda ps, x: fastguard.clip_grad_norm_(ps, x), "max_norm"),
+        (lambda ps, x: fastguard.clip_grads_with_norm_(ps, x, torch.tensor(5.0)), "max_norm"),
+        (lambda ps, x: fastguard.clip_grad_value_(ps, x), "clip_value"),
+    ],
+    ids=["norm", "with_norm", "value"],
+)
+@pytest.mark.parametrize("limit", [-1.0, NAN])
+def test_compiled_limits_are_checked_on_a_cpu(function, message, limit):
+    params = parameters(torch.tensor([3.0, 4.0]))
+    with pytest.raises(ValueError, match=rf"{message}={limit} must be >= 0"):
+        torch.compile(function, fullgraph=True, backend="aot_eager")(params, limit)
+    assert params[0].grad.tolist() == [3.0, 4.0]
+
+
+def test_an_iterator_and_a_single_tensor():
+    def clip(params):
+        return fastguard.clip_grad_norm_(iter(params), 1.0)
+
+    params = parameters(*some_grads())
+    assert torch.compile(clip, fullgraph=True, backend="aot_eager")(params) == 5.0
+    single = parameters(torch.tensor([3.0, 4.0]))[0]
+    clip_one = torch.compile(fastguard.clip_grad_norm_, fullgraph=True, backend="aot_eager")
+    assert clip_one(single, 1.0) == 5.0
+
+
+# Recompilation and generated code, with inductor.
+
+
+class Inductor:
+    """torch.compile up to where inductor would write code, with a count of the graphs.
+
+    That is where a Python float in a graph costs a recompilation; the C++ compiler would take
+    seconds a graph.
+    """
+
+    def __init__(self, function) -> None:
+        self.graphs = 0
+        self.function = torch.compile(function, fullgraph=True, backend=self.backend)
+
+    def __call__(self, *args):
+        return self.function(*args)
+
+    def backend(self, graph, inputs):
+        self.graphs += 1
+        return compile_fx(graph, inputs, inner_compile=lambda g, _, **how: make_boxed_func(g))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda ps, x: fastguard.clip_grad_norm_(ps, x),
+        lambda ps, x: fastguard.clip_grads_with_norm_(ps, x, torch.tensor(100.0)),
+        lambda ps, x: fastguard.clip_grad_value_(ps, x),
+    ],
+    ids=["norm", "with_norm", "value"],
+)
+def test_a_limit_that_changes_compiles_twice_and_no_more(function):
+    compiled = Inductor(function)
+    for limit in (1.0, 2.0, 3.0, 0.5, 7.25, 100.0):
+        params = parameters(torch.full((3,), 90.0), torch.full((4,), 10.0))
+        expected = copies(params)
+        compiled(params, limit)
+        function(expected, limit)
+        assert_equal(tuple(grads_of(params)), tuple(grads_of(expected)))
+    assert compiled.graphs == 2
+
+
+def test_changing_gradients_compile_once_and_a_new_pattern_of_none_once_more():
+    compiled = Inductor(lambda ps: fastguard.clip_grad_norm_(ps, 1.0))
+    params = parameters(torch.ones(3), torch.ones(4))
+    for grads in (
+        (torch.randn(3), torch.randn(4)),
+        (torch.zeros(3), torch.full((4,), NAN)),
+        (torch.full((3,), 1e20), torch.randn(4)),
+    ):
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad
+        compiled(params)
+    assert compiled.graphs == 1
+    params[0].grad = None
+    params[1].grad = torch.full((4,), 8.0)
+    assert compiled(params) == 16.0
+    assert compiled.graphs == 2
+    params[0].grad = torch.ones(3)
+    compiled(params)
+    assert compiled.graphs == 2
+
+
+def train_step(model: nn.Module, x: Tensor) -> Tensor:
+    return fastguard.clip_grad_norm_(model.parameters(), 0.1)
+
+
+def test_one_graph_over_many_steps_of_a_model_whose_gradients_come_and_go():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    compiled = Inductor(train_step)
+    for _ in range(5):
+        model(torch.randn(6, 4)).square().mean().backward()
+        expected = fastguard.get_total_norm([p.grad for p in model.parameters()])
+        assert compiled(model, torch.randn(6, 4)) == expected
+        left = fastguard.get_total_norm([p.grad for p in model.parameters()])
+        assert left <= 0.1
+        model.zero_grad(set_to_none=True)
+    assert compiled.graphs == 1
+
+
+@pytest.mark.parametrize("name", ["clip_grad_norm_", "clip_grads_with_norm_", "clip_grad_value_"])
+def test_generated_code_holds_no_copy_of_a_gradient(name):
+    n = 12_347  # a size that nothing else in the code has
+    params = parameters(torch.ones(n), torch.ones(n, 2))
+    _, (code,) = run_and_get_code(torch.compile(FUNCTIONS[name], fullgraph=True), params)
+    assert "torch.ops.fastguard." in code
+    body = code[code.index("def call(") :]
+    assert not re.search(r"clone|\bcopy_\(", body)
+    allocated = [line for line in body.splitlines() if re.search(r"empty\w*\(", line)]
+    assert not [line for line in allocated if str(n) in line]
+    for p in params:
+        assert p.grad.max() < 1.0
+
+
+def test_backward_inside_the_compiled_function():
+    def step(model, x):
+        model(x).square().mean().backward()
+        return fastguard.clip_grad_norm_(model.parameters(), 0.1)
+
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        eager, compiled = nn.Linear(3, 1), nn.Linear(3, 1)
+        compiled.load_state_dict(eager.state_dict())
+        x = torch.randn(5, 3)
+        norm = torch.compile(step, fullgraph=True, backend="aot_eager")(compiled, x)
+        torch.testing.assert_close(norm, step(eager, x))
+    for a, b in zip(compiled.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_eager_code_does_not_go_through_the_dispatcher(monkeypatch):
+    def dispatched(*args):
+        raise AssertionError("an op was dispatched in eager mode")
+
+    for name in ("measure", "measure_tensors", "decide", "apply", "clip_value"):
+        monkeypatch.setattr(ops, name, dispatched)
+    for function in FUNCTIONS.values():
+        function(parameters(*some_grads()))
