@@ -75,7 +75,7 @@ def sentences(runs: Sequence[Run], faults: Sequence[Fault]) -> list[str]:
         f"{bare.name}: after {_call(spike)} the training loss went from {before:.2f} to "
         f"{after:.2f}. {_destruction(bare, faults)}",
         f"{clipped.name}: scaled {_call(spike)} back to norm 1. {_destruction(clipped, faults)} "
-        "Clipping cannot help: of an Inf the norm is Inf and the coefficient 0, and 0 × Inf is "
+        "Clipping cannot help: one Inf makes the norm Inf and the coefficient 0, and 0 × Inf is "
         "NaN.",
         f"{guarded.name}: skipped {guarded.skipped} of {len(guarded.losses)} steps, "
         f"{_precision(guarded, faults)}. Weights and optimizer state are as if those steps had "
