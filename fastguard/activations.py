@@ -46,8 +46,8 @@ class ActivationGuard:
     gradient 0. What happens inside of a module, and gradients that are born in the backward pass,
     are not touched: that is what `GuardedOptimizer` is for.
 
-    With `torch.compile`, guard first and call the compiled model then: the hooks are traced with the
-    model, into the same graph. Compiled code may not see a guard that comes later (until
+    With `torch.compile`, guard first and call the compiled model then: the hooks are traced with
+    the model, into the same graph. Compiled code may not see a guard that comes later (until
     `torch._dynamo.reset()`), but it sees one go. A recomputing forward (activation checkpointing)
     counts twice.
 

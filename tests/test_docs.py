@@ -1,0 +1,24 @@
+"""The Python blocks of the pages in docs/ run as they stand, each in an empty folder."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+BLOCKS = [
+    pytest.param(block, id=f"{page.stem}-{i}")
+    for page in sorted(DOCS.glob("*.md"))
+    for i, block in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.S | re.M))
+]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_code_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "block.py"
+    script.write_text(block)
+    runpy.run_path(str(script), run_name="__main__")
