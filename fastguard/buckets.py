@@ -74,7 +74,7 @@ class _Same(Sequence):
     def __len__(self) -> int:
         return self.n
 
-    def __getitem__(self, i):
+    def __getitem__(self, i):  # type: ignore[override]
         if isinstance(i, slice):
             return [self.value] * len(range(*i.indices(self.n)))
         if not -self.n <= i < self.n:
@@ -200,7 +200,7 @@ def _grouped(
     if len(dtypes) == 1 and set(map(Tensor.get_device, grads)) == {grads[0].get_device()}:
         yield (grads[0].device, grads[0].dtype), (grads, range(len(grads)))
         return
-    grouped = _group_tensors_by_device_and_dtype([grads], with_indices=True)
+    grouped = _group_tensors_by_device_and_dtype([grads], with_indices=True)  # type: ignore[arg-type]
     # torch's own order is that of a hash table
     for key, ([members], positions) in sorted(grouped.items(), key=lambda group: group[1][1][0]):
         yield key, (members, positions)  # type: ignore[misc]

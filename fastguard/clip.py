@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import types
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -340,7 +340,7 @@ def _clip_compiled(
 
 
 def _decide_compiled(
-    grads: list[Tensor | None],
+    grads: Sequence[Tensor | None],
     names: list[str] | None,
     max_norm: float,
     norm_type: float,
@@ -365,13 +365,13 @@ def _scale_compiled(grads: list[Tensor | None], max_norm: float, norm: Tensor) -
 
 
 def _measure_compiled(
-    grads: list[Tensor | None],
+    grads: Sequence[Tensor | None],
     names: list[str] | None,
     norm_type: float,
     per_tensor: bool = False,
 ) -> GradStats:
     ids = [i for i, g in enumerate(grads) if g is not None]
-    present = [grads[i] for i in ids]
+    present = [g for g in grads if g is not None]
     op = torch.ops.fastguard.measure_tensors if per_tensor else torch.ops.fastguard.measure
     summary, counts = op(present, norm_type)
     if len(ids) < len(grads):

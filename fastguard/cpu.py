@@ -221,6 +221,7 @@ def _share_power_sum(vectors: Sequence[Tensor], sizes: Sequence[int]) -> float:
                 small_sizes.append(n)
 
     rest, n_blocks = 0.0, 0
+    staged = rows
     for batch, ends in _batches(small, small_sizes):
         n = int(ends[-1])
         staged = _gather(batch, n)

@@ -342,12 +342,15 @@ class GuardedOptimizer(OptimizerAround):
     def sync_free(self) -> bool:
         """Whether a step never waits for the device.
 
-        True for fused optimizers (but for the one step that creates the momentum buffers of SGD),
-        and for every optimizer on a CPU, where there is nothing to wait for; never in raise mode on
-        a GPU.
+        True for fused optimizers without step hooks of their own (but for the one step that creates
+        the momentum buffers of SGD), and for every optimizer on a CPU, where there is nothing to
+        wait for; never in raise mode on a GPU.
         """
         on_cpu = self._device.type == "cpu"
-        return on_cpu or not (self._road.waits or self.nonfinite == "raise")
+        hooked = (
+            self.optimizer._optimizer_step_pre_hooks or self.optimizer._optimizer_step_post_hooks
+        )
+        return on_cpu or not (self._road.waits or hooked or self.nonfinite == "raise")
 
     def describe(self) -> str:
         """What is guarded and how, in one line."""

@@ -251,6 +251,15 @@ class Recorder:
         self._inboxes: list[deque[StepRecord]] = []
         self._undelivered: list[StepRecord] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Sinks and subscribers belong to the run, not to a copy of its optimizer.
+        self.wait()
+        return {"finished": self.finished, "last": self.last}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        self.__dict__.update(state)
+
     def add(
         self,
         stats: GradStats,

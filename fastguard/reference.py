@@ -138,6 +138,7 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
         loss_fault = ~signals.losses.isfinite().all()  # NaN is not finite
     fault = grad_fault | loss_fault
 
+    table = None
     if policy.rules and state is not None:
         table = _rule_table(policy.rules, policy.signals, device)
         values = signal_values(stats, signals, policy.signals)
@@ -161,7 +162,7 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
     if policy.nonfinite == "propagate":
         norms = propagated_norms(norms, stats.segment_counts)
     clip_coef = clip_coefficients(norms, policy.max_norm)
-    if policy.rules and state is not None:
+    if table is not None:
         limit = torch.where(spikes & table.clips, thresholds, math.inf).amin()
         spike_coef = clip_coefficients(total_norm, limit)
         clip_coef = torch.minimum(clip_coef, spike_coef)  # NaN stays NaN

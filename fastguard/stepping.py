@@ -1,8 +1,7 @@
 """How the wrapped optimizer is made to obey: the roads to "this step does not happen".
 
 * `FoundInf`: fused optimizers read the device scalar `found_inf` inside their kernel and write
-  nothing when it is exactly 1. Nobody waits. Their own step hooks run on skipped steps too: the
-  host does not know yet.
+  nothing when it is exactly 1. Nobody waits.
 * `ReadFirst`: every other optimizer is simply not called. That takes the value of `found_inf` on
   the host: free on a CPU, one read of one scalar on a GPU.
 * `WholeStep`: LBFGS, which evaluates its closure within the step: see `whole_step`.
@@ -36,9 +35,9 @@ class FoundInf:
     The kernel tests `found_inf == 1` exactly and wants float32 of shape `()`; `grad_scale` stays
     None, because with it the kernel writes the gradients back even at scale 1.
 
-    Fused SGD with momentum is the exception for one step: its first one leaves the momentum buffer
-    uninitialised if skipped, and no value there would mean "first step" to torch. So a step that
-    creates buffers reads the verdict first.
+    Two exceptions read the verdict first. Fused SGD with momentum, for one step: its first one
+    leaves the momentum buffer uninitialised if skipped, and no value there would mean "first step"
+    to torch. And an optimizer with step hooks of its own: they must run only when it steps.
     """
 
     waits = False
@@ -48,7 +47,7 @@ class FoundInf:
         self._careful = ReadFirst(optimizer)
 
     def step(self, verdict: Verdict) -> None:
-        if self._creates_momentum():
+        if self._has_hooks() or self._creates_momentum():
             self._careful.step(verdict)
             return
         optimizer = self.optimizer
@@ -58,6 +57,13 @@ class FoundInf:
             optimizer.step()
         finally:
             del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+
+    def _has_hooks(self) -> bool:
+        hooks = (
+            self.optimizer._optimizer_step_pre_hooks,
+            self.optimizer._optimizer_step_post_hooks,
+        )
+        return any(hooks)
 
     def _creates_momentum(self) -> bool:
         if not isinstance(self.optimizer, torch.optim.SGD):

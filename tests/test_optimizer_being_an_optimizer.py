@@ -104,8 +104,9 @@ def test_a_scheduler_can_know_of_skips():
 # Hooks and profiler.
 
 
-def test_step_hooks_run_once_around_the_guarded_step():
-    opt = adamw(fused=False)
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
+def test_step_hooks_run_once_around_the_guarded_step(fused):
+    opt = adamw(fused=fused)
     order = []
     opt.register_step_pre_hook(lambda o, *_: order.append("pre"))
     opt.register_step_post_hook(lambda o, *_: order.append("post"))
