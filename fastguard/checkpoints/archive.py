@@ -31,7 +31,7 @@ class Look:
         header: What it says of itself.
         sha256: Of the file; of the list of files and their hashes, if it is a folder.
         size: Bytes.
-        n_tensors: Tensors in it.
+        n_tensors: Tensors in it, those of the random streams aside.
         bad: `(name, nan, posinf, neginf)` of what is non-finite and not ignored.
     """
 
@@ -79,7 +79,9 @@ def look(path: Path, ignore: Sequence[str] = ()) -> Look:
         raise DamagedFile(f"{path} was not written by CheckpointStore")
     bad = [*found.bad, *shards, *_nan_numbers(found)]
     named = [(_own_name(name), *counts) for name, *counts in bad]
-    n_tensors = found.contents.n_tensors + sharded.count(found.contents.tree)
+    n_tensors = sharded.count(found.contents.tree) + sum(
+        span.name.startswith(("objects.", "data.")) for span in found.contents.spans
+    )
     return Look(header, sha256, size, n_tensors, not_ignored(named, ignore))  # type: ignore[arg-type]
 
 

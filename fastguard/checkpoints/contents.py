@@ -68,6 +68,8 @@ def _read_zip(file: IO[bytes], size: int) -> Contents:
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise DamagedFile(f"truncated or damaged, the directory is unreadable ({error})") from None
     records: dict[str, Record] = {}
+    if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+        raise DamagedFile("a TorchScript archive is a program, not a checkpoint")
     for info in archive.infolist():
         _, _, name = info.filename.partition("/")
         if info.compress_type != zipfile.ZIP_STORED:
@@ -76,8 +78,6 @@ def _read_zip(file: IO[bytes], size: int) -> Contents:
         if start + info.file_size > size:
             raise DamagedFile(f"truncated: record {name} ends behind the end of the file")
         records[name] = Record(name, start, start + info.file_size, info.CRC)
-    if "constants.pkl" in records:
-        raise DamagedFile("a TorchScript archive is a program, not a checkpoint")
     if "data.pkl" not in records:
         raise DamagedFile("no checkpoint of torch: it has no data.pkl")
     if "byteorder" in records and _bytes_of(file, records["byteorder"]) != b"little":

@@ -66,6 +66,7 @@ class Folder:
         self.path = path
         self.read_only = read_only
         self._closed = False
+        self._left_alone: set[str] = set()
         if read_only:
             if not path.is_dir():
                 raise CheckpointError(f"{path} is no directory, so no checkpoints are in it")
@@ -259,6 +260,7 @@ class Folder:
             seen = archive.look(self.path / name, found.ignore)
             entry = manifest.from_json({**seen.header, "serial": serial, "file": name})
         except (CheckpointError, OSError, TypeError, ValueError) as error:
+            self._left_alone.add(name)
             log.warning("%s is left alone: %s", name, error)
             return replace(found, next_serial=max(found.next_serial, serial + 1))
         entries = sorted((*found.entries, _seen(entry, seen)), key=lambda e: e.serial)
@@ -270,7 +272,7 @@ class Folder:
         files.remove_temporaries(self.path)
         self._bring_files_in_line()
         found = self._manifest
-        known = {e.file for e in found.entries}
+        known = {e.file for e in found.entries} | self._left_alone
         for serial, name in _files(self.path):
             if name not in known:
                 found = self._taken_in(found, serial, name)

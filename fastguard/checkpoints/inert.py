@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import pickle
 import sys
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
@@ -29,7 +30,6 @@ from torch import Tensor
 
 from fastguard.checkpoints.errors import CheckpointError, DamagedFile, UnsafeFile
 
-_PYTHON2_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 _DTYPES = {
     name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)
 }  # torch.float32, ...
@@ -208,6 +208,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "builtins.set": list,  # elements may be stand-ins; a list keeps whatever is in it
     "builtins.frozenset": list,
     "builtins.bytearray": lambda *a: _encode(*a) if a and isinstance(a[0], str) else None,
+    "builtins.bytes": lambda: b"",
     "builtins.complex": complex,
     "_codecs.encode": _encode,
     "copyreg._reconstructor": lambda cls, *_: _new_stand_in(cls),
@@ -246,7 +247,8 @@ class InertUnpickler(pickle.Unpickler):
         self._classes: dict[str, Any] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        module = _PYTHON2_MODULES.get(module, module)
+        # torch.save writes protocol 2, with the names that Python 2 had
+        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
         qualified = f"{module}.{name}"
         if qualified not in self._classes:
             self._classes[qualified] = self._meaning(module, name, qualified)

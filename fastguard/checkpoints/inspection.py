@@ -80,7 +80,9 @@ def inspect(
         size = os.fstat(file.fileno()).st_size
     for name, tensor in contents.arrays:
         _count([(name, tensor)], counts)
-    bad = tuple((name, *(int(n) for n in found)) for name, found in counts.items() if any(found))
+    names = [span.name for span in contents.spans] + [name for name, _ in contents.arrays]
+    found = ((name, counts[name]) for name in names if name in counts)
+    bad = tuple((name, *map(int, numbers)) for name, numbers in found if any(numbers))
     return Inspection(size, digests.sha256(), contents, bad, digests.damaged())  # type: ignore[arg-type]
 
 

@@ -138,17 +138,26 @@ def look(folder: Path) -> tuple[Inspection, tuple[Culprit, ...], tuple[str, int]
     try:
         found = inspect(folder / REST)
         metadata = _read_metadata(folder)
+        bad = _nonfinite(folder, metadata.storage_data)
+        return found, bad, listing(folder)
     except FileNotFoundError as error:
         raise DamagedFile(f"{error.filename} is missing") from None
+    except (CheckpointError, OSError):
+        raise
+    except Exception as error:  # of torch, or names and numbers that make no sense
+        raise DamagedFile(f"{folder} is damaged ({error})") from None
+
+
+def _nonfinite(folder: Path, storage_data: Mapping[Any, Any]) -> tuple[Culprit, ...]:
+    """The shards with NaN or Inf. Holds one of them at a time."""
     bad: dict[str, list[int]] = {}
-    for index, place in metadata.storage_data.items():
+    for index, place in storage_data.items():
         shard = _stored(folder, place)
         if shard.is_floating_point() or shard.is_complex():
             for _, *counts in measure(bucketize([shard])).culprits():
                 so_far = bad.get(index.fqn, [0, 0, 0])
                 bad[index.fqn] = [a + b for a, b in zip(so_far, counts, strict=True)]
-    culprits = tuple((name, *counts) for name, counts in bad.items())
-    return found, culprits, listing(folder)  # type: ignore[return-value]
+    return tuple((name, *counts) for name, counts in bad.items())  # type: ignore[misc]
 
 
 def _stored(folder: Path, place: Any) -> Tensor:

@@ -1,0 +1,172 @@
+"""A process that is killed: `python crash_run.py random|exhaustive|file FOLDER`.
+
+Each trial forks a child that works on one store and dies by SIGKILL, either at a random moment or
+just before its k-th operation on the disk; then the parent opens the store and looks. Forking
+spares importing torch for each. Run by test_crashes.py.
+"""
+
+import logging
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from fastguard import CheckpointStore
+from fastguard.checkpoints import files, inspect, roll_back_file
+
+torch.set_num_threads(1)  # threads do not survive a fork
+SIZE = 20_000
+
+
+def save(store, step, *, bad=False):
+    state = {"w": torch.full((SIZE,), float("nan") if bad else float(step)), "step": step}
+    store.save(state=state, step=step, metric=float(step % 7))
+
+
+def live(folder):
+    """Saves, rotates and rolls back for ever."""
+    with CheckpointStore(folder, keep=2) as store:
+        step = store.last().step if store.list() else 0
+        while True:
+            step += 1
+            save(store, step, bad=step % 3 == 0)
+            if step % 5 == 0:
+                step = store.rollback().step
+
+
+def check(folder):
+    """The store opens, and its last clean checkpoint loads; whatever it lists is whole."""
+    with CheckpointStore(folder, keep=2) as store:
+        clean = store.last_clean()
+        assert clean is not None
+        state = store.load("last-clean").state["state"]
+        assert state["step"] == clean.step
+        assert torch.equal(state["w"], torch.full((SIZE,), float(clean.step)))
+        assert all(c.problem is None for c in store.verify()), store.verify()
+        listed = {e.file for e in store.list()} | {f"{e.file}.replaced" for e in store.replaced()}
+        found = {path.name for path in Path(folder).iterdir()}
+        assert found <= {*listed, "manifest.json", ".lock"}, found - listed
+        steps = [e.step for e in store.list()]
+        assert len(steps) <= 4
+        return steps
+
+
+def forked(work):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+            os._exit(1)
+    return pid
+
+
+def killed(pid):
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the child failed by itself"
+    return os.WIFSIGNALED(status)
+
+
+def random_moments(folder):
+    draw = random.Random(int(sys.argv[3]))
+    with CheckpointStore(folder) as store:
+        save(store, 0)
+    left = 0
+    for _ in range(20):
+        pid = forked(lambda: live(folder))
+        time.sleep(draw.uniform(0.0, 0.25))
+        os.kill(pid, signal.SIGKILL)
+        assert killed(pid)
+        left += any(p.name.startswith(files.TEMPORARY) for p in Path(folder).iterdir())
+        check(folder)
+    print(f"20 kills, {left} in the middle of writing; steps at the end {check(folder)}")
+
+
+def dying_before(k):
+    """Patches the operations on the disk so that the k-th is not reached."""
+    done = 0
+
+    def counted(operation, weight):
+        def call(*args, **kwargs):
+            nonlocal done
+            done += weight
+            if done >= k:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return operation(*args, **kwargs)
+
+        return call
+
+    for name in ("replace", "fsync", "unlink", "link"):
+        setattr(os, name, counted(getattr(os, name), 1))
+    # torch writes a small file in some 40 pieces: every 16th will do
+    files.Sink.write = counted(files.Sink.write, 1 / 16)
+
+
+def every_moment(folder):
+    template = Path(folder) / "template"
+    with CheckpointStore(template, keep=2) as store:
+        for step in range(1, 4):
+            save(store, step)
+        save(store, 4, bad=True)
+
+    def scenario(k, work):
+        dying_before(k)
+        with CheckpointStore(work, keep=2) as store:
+            save(store, 5, bad=True)
+            store.rollback()
+            save(store, 6)
+            save(store, 7)
+
+    k = 0
+    while True:
+        k += 1
+        work = Path(folder) / "work"
+        shutil.copytree(template, work)
+        dead = killed(forked(lambda k=k, work=work: scenario(k, work)))
+        check(work)
+        shutil.rmtree(work)
+        if not dead:
+            print(f"{k - 1} moments")
+            return
+
+
+def every_moment_of_a_file(folder):
+    """Rolling back a foreign file: it is the old one or the new one, and the backup is the old."""
+    last, best = Path(folder) / "last.pt", Path(folder) / "best.pt"
+    torch.save({"epoch": 1, "model": torch.ones(SIZE)}, best)
+    torch.save({"epoch": 3, "model": torch.full((SIZE,), float("nan"))}, last)
+    old, new = last.read_bytes(), best.read_bytes()
+
+    def scenario(k):
+        dying_before(k)
+        roll_back_file(last, best)
+
+    k = 0
+    while True:
+        k += 1
+        last.write_bytes(old)
+        for path in Path(folder).glob("last.pt.replaced-*"):
+            path.unlink()
+        dead = killed(forked(lambda k=k: scenario(k)))
+        assert last.read_bytes() in (old, new)
+        backups = list(Path(folder).glob("last.pt.replaced-*"))
+        assert all(path.read_bytes() == old for path in backups)
+        assert backups or last.read_bytes() == old
+        inspect(last)
+        if not dead:
+            assert last.read_bytes() == new
+            print(f"{k - 1} moments")
+            return
+
+
+if __name__ == "__main__":
+    logging.disable(logging.WARNING)
+    work = {"random": random_moments, "exhaustive": every_moment, "file": every_moment_of_a_file}
+    work[sys.argv[1]](sys.argv[2])

@@ -1,0 +1,192 @@
+"""Pickles are read and not run: bombs are refused by name, classes become stand-ins."""
+
+import collections
+import functools
+import os
+import pathlib
+import pickle
+import sys
+import types
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from fastguard.checkpoints import DamagedFile, UnsafeFile, inspect
+from fastguard.checkpoints.contents import read_contents
+from fastguard.checkpoints.inert import StandIn
+from fastguard.checkpoints.tree import named_leaves
+
+NAN = float("nan")
+
+
+class Calls:
+    """Pickles to a call of a function."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def touch(folder):
+    return os.mkdir, f"{folder}/executed"
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "name"),
+    [
+        (os.system, ("touch executed",), "posix.system"),
+        (eval, ("1+1",), "builtins.eval"),
+        (exec, ("1",), "builtins.exec"),
+        (getattr, ("", "join"), "builtins.getattr"),
+        (sys.exit, (), "sys.exit"),
+        (torch.load, ("x",), "torch.serialization.load"),
+        (functools.partial, (print,), "functools.partial"),
+        (collections.UserDict, (), "collections.UserDict"),
+        (torch.storage._load_from_bytes, (b"x",), "torch.storage._load_from_bytes"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_call_of_anything_else_is_refused_by_name(
+    tmp_path, monkeypatch, function, arguments, name, zipped
+):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"x": [Calls(function, *arguments)]}, "b.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UnsafeFile, match=f"asks to call {name}, which no checkpoint needs"):
+        inspect("b.pt")
+    assert os.listdir() == ["b.pt"]
+
+
+def test_a_bare_pickle_bomb_is_refused(tmp_path):
+    (tmp_path / "b.pt").write_bytes(pickle.dumps(Calls(*touch(tmp_path))))
+    with pytest.raises(UnsafeFile, match=r"posix\.mkdir"):
+        inspect(tmp_path / "b.pt")
+    assert not (tmp_path / "executed").exists()
+    pickle.loads((tmp_path / "b.pt").read_bytes())
+    assert (tmp_path / "executed").exists()  # it was live
+
+
+ASSEMBLED = {
+    # opcodes of protocol 0 and 2 by hand: what no pickler writes
+    "INST": b"(S'touch executed'\nios\nsystem\n.",
+    "OBJ": b"(cos\nsystem\nS'touch executed'\no.",
+    "REDUCE of a stand-in": b"cos\nsystem\n(S'touch executed'\ntR.",
+    "STACK_GLOBAL": b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x01x\x85R.",
+    "NEWOBJ of an allowed call": b"\x80\x02ccollections\nOrderedDict\n)\x81.",
+    "BUILD on an allowed call": b"\x80\x02ctorch._utils\n_rebuild_parameter\n}U\x01xU\x01ysb.",
+    "slots on an allowed call": (
+        b"\x80\x02ctorch._utils\n_rebuild_parameter\nN}U\x0b_Call__workU\x01ys\x86b."
+    ),
+    "slots on a stand-in class": b"\x80\x02cos\nsystem\nN}U\x08__call__U\x01ys\x86b.",
+    "persistent id": b"\x80\x02U\x01xQ.",
+}
+
+
+@pytest.mark.parametrize("raw", ASSEMBLED.values(), ids=ASSEMBLED)
+def test_hand_made_pickles_do_nothing(tmp_path, monkeypatch, raw):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b.pt").write_bytes(raw)
+    with pytest.raises((UnsafeFile, DamagedFile)):
+        inspect("b.pt")
+    assert os.listdir() == ["b.pt"]
+
+
+def make_class(module, name, bases=(object,), **body):
+    made = type(name, bases, {"__module__": module, **body})
+    sys.modules.setdefault(module, types.ModuleType(module))
+    setattr(sys.modules[module], name, made)
+    return made
+
+
+@pytest.fixture
+def yolo(tmp_path):
+    """A file as Ultralytics writes it: whole modules of classes that are gone when it is read."""
+    conv = make_class("vanished_nn", "Conv", (torch.nn.Module,))
+    space = make_class("vanished_utils", "IterableNamespace", (types.SimpleNamespace,))
+    model = conv()
+    model.model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2))
+    model.stride = torch.tensor([8.0, 16.0])
+    model.args = space(lr0=0.01, path=pathlib.PurePosixPath("a/b"))
+    model.again = model.args
+    with torch.no_grad():
+        model.model[0].weight[1, 0, 2, 2] = NAN
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    path = tmp_path / "last.pt"
+    torch.save(
+        {
+            "epoch": 3,
+            "best_fitness": np.float64(0.25),
+            "model": None,
+            "ema": model.half(),
+            "optimizer": optimizer.state_dict(),
+            "train_args": {"data": pathlib.PurePosixPath("coco.yaml")},
+        },
+        path,
+    )
+    for name in ("vanished_nn", "vanished_utils"):
+        sys.modules.pop(name, None)
+    return path
+
+
+def test_a_pickled_module_is_read_without_its_classes(yolo):
+    found = inspect(yolo)
+    assert found.bad == (("ema.model.0.weight", 1, 0, 0),)
+    tree = found.contents.tree
+    assert isinstance(tree["ema"], StandIn)
+    assert tree["ema"].qualified_name == "vanished_nn.Conv"
+    assert (tree["epoch"], tree["best_fitness"]) == (3, 0.25)
+    names = {span.name for span in found.contents.spans}
+    assert {"ema.model.1.running_mean", "ema.stride"} <= names
+    leaves = dict(named_leaves(tree))
+    assert leaves["ema.args.lr0"] == 0.01
+    assert leaves["train_args.data"] == "coco.yaml"
+
+
+def test_collections_and_subclasses(tmp_path):
+    pair = make_class("vanished_kinds", "Pair", (tuple,))
+    table = make_class("vanished_kinds", "Table", (dict,))
+    row = make_class("vanished_kinds", "Row", (list,))
+    table_value = table(a=torch.tensor([NAN]))
+    value = {
+        "ordered": collections.OrderedDict(a=1),
+        "counter": collections.Counter("aab"),
+        "default": collections.defaultdict(list, k=[torch.tensor([NAN])]),
+        "set": {1, 2},
+        "frozen": frozenset([3]),
+        "bytes": b"\x00\xff",
+        "array": bytearray(b"ab"),
+        "complex": 1j,
+        "size": torch.Size([2, 3]),
+        "dtype": torch.float16,
+        "device": torch.device("cpu"),
+        "pair": pair((torch.tensor([NAN]), 2)),
+        "table": table_value,
+        "row": row([torch.tensor([NAN])]),
+        "parameter": torch.nn.Parameter(torch.tensor([NAN])),
+    }
+    torch.save(value, tmp_path / "x.pt")
+    sys.modules.pop("vanished_kinds")
+    names = [name for name, *_ in inspect(tmp_path / "x.pt").bad]
+    assert names == ["default.k.0", "pair.0.0", "table.a", "row.0", "parameter"]
+    tree = read_contents(tmp_path / "x.pt").tree
+    assert (tree["ordered"], tree["counter"]) == ({"a": 1}, {"a": 2, "b": 1})
+    assert (tree["bytes"], tree["size"], tree["dtype"]) == (b"\x00\xff", (2, 3), torch.float16)
+
+
+def test_cycles_end(tmp_path):
+    loop = {"w": torch.tensor([NAN])}
+    loop["self"] = loop
+    torch.save(loop, tmp_path / "x.pt")
+    assert inspect(tmp_path / "x.pt").bad == (("w", 1, 0, 0),)
+
+
+def test_a_torchscript_archive_is_no_checkpoint(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(torch.nn.Linear(1, 1)).save(tmp_path / "x.pt")
+    with pytest.raises(DamagedFile, match="TorchScript archive is a program"):
+        inspect(tmp_path / "x.pt")

@@ -1,0 +1,120 @@
+"""DTensors go through torch.distributed.checkpoint; here with a group of one process."""
+
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from fastguard import CheckpointStore
+from fastguard.checkpoints import CheckpointError, DamagedFile, UnsafeFile
+from fastguard.checkpoints.sharded import _read_metadata
+
+NAN = float("nan")
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def build(mesh, seed=0):
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8))
+    for layer in model:
+        for name, p in list(layer.named_parameters(recurse=False)):
+            setattr(layer, name, torch.nn.Parameter(distribute_tensor(p.data, mesh, [Shard(0)])))
+    return model, torch.optim.AdamW(model.parameters(), lr=0.1, foreach=False)
+
+
+def train(model, optimizer, n, mesh):
+    for i in range(n):
+        x = torch.randn(6, 4, generator=torch.Generator().manual_seed(i))
+        loss = model[0](distribute_tensor(x, mesh, [Shard(0)])).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def local(model):
+    return {
+        k: getattr(v, "to_local", lambda v=v: v)().clone() for k, v in model.state_dict().items()
+    }
+
+
+def test_a_sharded_run_resumes_bit_for_bit(mesh, tmp_path):
+    model, optimizer = build(mesh)
+    train(model, optimizer, 2, mesh)
+    with CheckpointStore(tmp_path) as store:
+        entry = store.save(model=model, optimizer=optimizer, step=2)
+        assert entry.file.endswith(".sharded")
+        assert entry.clean
+        assert entry.n_tensors > 8
+        assert all(check.ok for check in store.verify())
+        train(model, optimizer, 3, mesh)
+
+        other, fresh = build(mesh, seed=1)
+        assert store.load("last-clean", model=other, optimizer=fresh).step == 2
+        assert isinstance(fresh.state[other[0].weight]["exp_avg"], DTensor)
+        train(other, fresh, 3, mesh)
+        expected = local(model)
+        assert all(torch.equal(value, expected[key]) for key, value in local(other).items())
+
+        whole = store.load(2).state["model"]["0.weight"]  # without an object: a plain tensor
+        assert type(whole) is torch.Tensor and whole.shape == (8, 4)
+
+
+def test_a_nan_in_one_shard_is_found(mesh, tmp_path):
+    model, optimizer = build(mesh)
+    train(model, optimizer, 1, mesh)
+    with CheckpointStore(tmp_path, keep=1) as store:
+        store.save(model=model, optimizer=optimizer, step=0)
+        optimizer.state[model[0].bias]["exp_avg"].to_local()[3] = NAN
+        entry = store.save(model=model, optimizer=optimizer, step=1)
+        assert entry.bad == (("optimizer.state.1.exp_avg", 1, 0, 0),)
+        assert [e.step for e in store.list()] == [0, 1]
+        assert store.rollback().step == 0
+        assert store.save(model=model, step=2).clean
+        assert store.save(model=model, step=3).clean
+        assert len(list(tmp_path.glob("*.sharded"))) == 1  # rotation removes folders too
+        (tmp_path / "manifest.json").unlink()
+    with CheckpointStore(tmp_path) as store:
+        assert [e.step for e in store.list()] == [3]
+
+
+@pytest.mark.parametrize("name", ["rest.pt", ".metadata", "__0_0.distcp"])
+def test_damage_of_any_file_is_noticed(mesh, tmp_path, name):
+    model, _ = build(mesh)
+    with CheckpointStore(tmp_path) as store:
+        entry = store.save(model=model, step=0)
+        path = tmp_path / entry.file / name
+        raw = bytearray(path.read_bytes())
+        raw[len(raw) // 2] ^= 1
+        path.write_bytes(raw)
+        with pytest.raises(DamagedFile, match="changed on disk"):
+            store.load("last")
+        assert not store.verify()[0].ok
+        path.unlink()
+        assert not store.verify()[0].ok
+
+
+def test_metadata_that_calls_anything_is_refused(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return print, ("executed",)
+
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(UnsafeFile, match=r"asks for builtins\.print"):
+        _read_metadata(tmp_path)
+
+
+def test_several_ranks_are_refused(mesh, tmp_path, monkeypatch):
+    model, _ = build(mesh)
+    with CheckpointStore(tmp_path) as store:
+        monkeypatch.setattr(dist, "get_world_size", lambda *_: 2)
+        with pytest.raises(CheckpointError, match="serves one process in this release"):
+            store.save(model=model, step=0)

@@ -1,0 +1,129 @@
+"""SIGTERM ends a run with a verified checkpoint, at a moment when its state is whole."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from fastguard import CheckpointStore
+from guardtest.longrun import LongRun
+from guardtest.training import assert_same_bits
+
+RUN = """
+import os, sys
+from fastguard import CheckpointStore
+from guardtest.longrun import LongRun
+
+store = CheckpointStore(sys.argv[1])
+run = LongRun()
+with store.save_on_signal():
+    print("ready", flush=True)
+    for step in range(1, 10**9):
+        run.advance(step)
+        store.maybe_save(run.objects(), step=step, position={"batch": step})
+"""
+
+
+def test_sigterm_from_outside_ends_the_run_with_a_clean_checkpoint(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)  # launchers repeat themselves
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert "signal 15: the run ends at step" in errors
+    with CheckpointStore(tmp_path) as store:
+        (entry,) = store.list()
+        assert entry.clean
+        assert all(check.ok for check in store.verify())
+        resumed = LongRun.resumed(store, "last").advance(entry.step + 6).everything()
+    assert_same_bits(resumed, LongRun().advance(entry.step + 6).everything())
+
+
+@pytest.fixture
+def store(tmp_path):
+    with CheckpointStore(tmp_path) as opened:
+        yield opened
+
+
+def test_the_flag_waits_for_the_next_safe_point_and_the_old_handler_comes_back(store):
+    before = signal.getsignal(signal.SIGUSR1)
+    store.save_on_signal(signal.SIGUSR1)
+    signal.raise_signal(signal.SIGUSR1)
+    assert store.stop_requested
+    assert store.list() == ()
+    with pytest.raises(SystemExit) as stop:
+        store.maybe_save(x=1, step=5)
+    assert stop.value.code == 128 + signal.SIGUSR1
+    assert signal.getsignal(signal.SIGUSR1) is before
+    with CheckpointStore(store.directory) as later:  # the store was closed on the way out
+        assert later.last_clean().step == 5
+
+
+def test_a_loop_may_leave_by_itself(store):
+    with store.save_on_signal(signal.SIGUSR1, exit=False):
+        for step in range(1, 100):
+            if step == 3:
+                signal.raise_signal(signal.SIGUSR1)
+            stop = store.stop_requested
+            store.maybe_save(x=1, step=step)
+            if stop:
+                break
+    assert [entry.step for entry in store.list()] == [3]
+    assert not store.stop_requested
+
+
+@pytest.mark.parametrize("leave", ["with", "restore", "close"])
+def test_the_previous_handler_is_restored(store, leave):
+    def own(*_):
+        pass
+
+    original = signal.signal(signal.SIGUSR2, own)
+    try:
+        flag = store.save_on_signal(signal.SIGUSR2)
+        assert signal.getsignal(signal.SIGUSR2) is not own
+        if leave == "with":
+            with flag:
+                pass
+        elif leave == "restore":
+            flag.restore()
+        else:
+            store.close()
+        assert signal.getsignal(signal.SIGUSR2) is own
+    finally:
+        signal.signal(signal.SIGUSR2, original)
+
+
+def test_every(store):
+    for step in range(8):
+        entry = store.maybe_save(x=step, step=step, every=3)
+        assert (entry is not None) == (step in (3, 6))
+    assert [entry.step for entry in store.list()] == [3, 6]
+    assert store.maybe_save(x=1, step=9) is None
+
+
+def test_wrong_use(store):
+    with pytest.raises(ValueError, match="cannot handle signal 999"):
+        store.save_on_signal(999)
+    errors = []
+
+    def elsewhere():
+        try:
+            store.save_on_signal()
+        except ValueError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert "main thread" in errors[0]

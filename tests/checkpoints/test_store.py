@@ -1,0 +1,370 @@
+"""`CheckpointStore`: what stays, what is clean, what is loaded, and where training stands then."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from fastguard import CheckpointStore, GuardedOptimizer
+from fastguard.checkpoints import CheckpointError, StoreLocked
+from guardtest.longrun import LongRun
+from guardtest.training import assert_same_bits
+
+NAN = float("nan")
+
+
+@pytest.fixture
+def store(tmp_path):
+    with CheckpointStore(tmp_path / "run", keep=2, on_error="raise") as opened:
+        yield opened
+
+
+def save(store, step, value=1.0, **more):
+    return store.save(weights={"w": torch.full((3,), float(value))}, step=step, **more)
+
+
+def steps(store):
+    return [entry.step for entry in store.list()]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(store):
+    expected = LongRun().advance(12).everything()
+    LongRun().advance(7).save(store)
+    assert_same_bits(LongRun.resumed(store, "last").advance(12).everything(), expected)
+
+
+def test_saving_disturbs_nothing(store):
+    expected = LongRun().advance(8).everything()
+    run = LongRun().advance(4)
+    run.save(store)
+    assert_same_bits(run.advance(8).everything(), expected)
+
+
+def test_loading_twice_gives_the_same_run_twice(store):
+    run = LongRun().advance(4)
+    run.save(store)
+    once = LongRun.resumed(store).advance(9).everything()
+    assert_same_bits(LongRun.resumed(store).advance(9).everything(), once)
+
+
+def test_the_newest_stay_and_the_last_clean_one_and_the_best(store):
+    save(store, 0)
+    save(store, 1, metric=0.5)
+    save(store, 2, metric=0.7)
+    for step in range(3, 8):
+        save(store, step, NAN, metric=0.1)
+    assert steps(store) == [1, 2, 6, 7]
+    assert store.best().step == 1
+    assert store.last_clean().step == 2
+    assert store.last().step == 7
+    names = {path.name for path in store.directory.iterdir()}
+    assert names == {".lock", "manifest.json", *(entry.file for entry in store.list())}
+
+
+def test_the_bootstrap_checkpoint_stays_until_a_later_clean_one_exists(store):
+    save(store, 0)
+    for step in range(1, 6):
+        save(store, step, NAN)
+    assert steps(store) == [0, 4, 5]
+    save(store, 6)
+    assert steps(store) == [5, 6]
+
+
+@pytest.mark.parametrize(("mode", "best"), [("min", 2), ("max", 1)])
+def test_best_by_mode_and_never_a_nan(tmp_path, mode, best):
+    with CheckpointStore(tmp_path, mode=mode, keep=9) as store:
+        for step, metric in enumerate([0.4, 0.9, 0.1, NAN, None]):
+            save(store, step, metric=metric)
+        save(store, 5, NAN, metric=0.0 if mode == "min" else 1.0)
+        assert store.best().step == best
+    with CheckpointStore(tmp_path, read_only=True) as later:  # the mode is remembered
+        assert later.best().step == best
+        assert later.list()[3].metric != later.list()[3].metric
+
+
+def test_the_manifest_says_what_was_saved(store):
+    first = save(store, 3, epoch=1, metric=0.25, tag=["warm-up", 7], incidents=2)
+    assert (first.step, first.epoch, first.metric, first.tag) == (3, 1, 0.25, ["warm-up", 7])
+    assert (first.incidents, first.n_tensors, first.clean, first.verified) == (2, 1, True, True)
+    assert first.size == (store.directory / first.file).stat().st_size
+    done = subprocess.run(
+        ["sha256sum", store.directory / first.file], capture_output=True, text=True
+    )
+    assert done.stdout.split()[0] == first.sha256
+    raw = json.loads((store.directory / "manifest.json").read_text())
+    assert raw["version"] == 1
+    assert raw["checkpoints"][0]["sha256"] == first.sha256
+
+
+def test_every_bad_tensor_is_named_with_its_counts(store):
+    state = {"a": torch.tensor([NAN, 1.0, NAN]), "deep": [{"b": torch.tensor([-float("inf")])}]}
+    entry = store.save(state=state, fine={"c": torch.ones(2)}, step=1)
+    assert entry.bad == (("state.a", 2, 0, 0), ("state.deep.0.b", 0, 0, 1))
+    assert entry.n_tensors == 3
+    assert not entry.clean
+
+
+def test_nan_in_the_ema_alone_is_found(store):
+    run = LongRun().advance(2)
+    run.save(store)
+    expected = run.advance(6).everything()
+    run.ema.module[0].weight.data[0, 0] = NAN
+    entry = run.save(store)
+    assert entry.bad == (("ema.module.0.weight", 1, 0, 0),)
+    assert_same_bits(LongRun.resumed(store).advance(6).everything(), expected)
+
+
+def test_nan_in_the_optimizer_state_alone_is_found(store):
+    run = LongRun().advance(2)
+    run.save(store)
+    expected = run.advance(6).everything()
+    run.optimizer.state[run.model[0].weight]["exp_avg_sq"][1, 2] = float("inf")
+    entry = run.save(store)
+    assert entry.bad == (("optimizer.state.0.exp_avg_sq", 0, 1, 0),)
+    assert_same_bits(LongRun.resumed(store).advance(6).everything(), expected)
+
+
+def test_a_nan_number_in_a_state_is_found_and_infinite_ones_are_not(store):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)  # its best is inf at first
+    assert store.save(optimizer=optimizer, plateau=plateau, step=0).clean
+    optimizer.param_groups[0]["lr"] = NAN
+    assert store.save(optimizer=optimizer, step=1).bad[0][0] == "optimizer.param_groups.0.lr"
+    assert store.save(losses=[NAN], step=2).clean  # plain data is the caller's own
+
+
+def test_what_is_non_finite_by_design_can_be_ignored(tmp_path):
+    with CheckpointStore(tmp_path, ignore=["*.attn_mask"]) as store:
+        mask = {"layer.attn_mask": torch.full((2, 2), -float("inf")), "w": torch.ones(1)}
+        assert store.save(model=mask, step=0).clean
+    with CheckpointStore(tmp_path) as later:
+        assert later.save(model=mask, step=1).clean
+        assert all(check.ok for check in later.verify())
+
+
+def test_incidents_count_from_the_last_clean_checkpoint(store):
+    assert save(store, 0, incidents=3).incidents == 3
+    assert save(store, 1, NAN, incidents=2).incidents == 2  # step 0 was clean: from there
+    assert save(store, 2, NAN, incidents=1).incidents == 3
+    assert save(store, 3, incidents=["a", "b"]).incidents == 5
+    assert save(store, 4).incidents == 0
+
+
+def test_skipped_steps_of_a_guarded_optimizer_are_incidents(store):
+    run = LongRun()
+    assert run.save(store).incidents == 0
+    assert run.advance(5).save(store).incidents == 1
+    assert run.advance(15).save(store).incidents == 2
+    assert store.last().skipped_steps == 3
+
+
+def test_records_are_told_in_the_manifest(store):
+    run = LongRun().advance(5)
+    entry = store.save(run.objects(), step=5, incidents=run.optimizer.records())
+    assert entry.incidents == 1
+    assert "nonfinite" in entry.notes[0]
+
+
+def test_rollback_makes_an_earlier_checkpoint_the_last(store):
+    save(store, 0, epoch=0)
+    save(store, 10, epoch=1, metric=0.5)
+    save(store, 20, NAN, epoch=2)
+    target = store.rollback()
+    assert (target.step, target.epoch) == (10, 1)
+    assert steps(store) == [0, 10] or steps(store) == [10]
+    assert store.last() == store.last_clean() == target
+    (aside,) = store.replaced()
+    assert (store.directory / f"{aside.file}.replaced").exists()
+    assert not (store.directory / aside.file).exists()
+    again = save(store, 20, epoch=2)  # the steps are redone under their own numbers
+    assert steps(store)[-2:] == [10, 20]
+    assert again.file != aside.file
+    assert store.load(20).state["weights"]["w"].tolist() == [1.0] * 3
+
+
+def test_only_the_backup_of_the_latest_rollback_stays(store):
+    save(store, 0)
+    save(store, 1, NAN)
+    store.rollback()
+    save(store, 2, NAN)
+    store.rollback()
+    assert [entry.step for entry in store.replaced()] == [2]
+    assert [p.name for p in store.directory.glob("*.replaced")] == [
+        f"{store.replaced()[0].file}.replaced"
+    ]
+    assert store.rollback().step == 0  # nothing to do, and the backup stays
+    assert len(store.replaced()) == 1
+
+
+def test_rollback_to_a_step(store):
+    for step in (0, 1, 2):
+        save(store, step, step)
+    assert store.rollback(to=1).step == 1
+    with pytest.raises(CheckpointError, match="no checkpoint 7; its steps are 1"):
+        store.rollback(to=7)
+    save(store, 2, NAN)
+    with pytest.raises(CheckpointError, match=r"cannot be rolled back to.*last-clean"):
+        store.rollback(to=2)
+    with pytest.raises(ValueError, match="'worst' is no checkpoint"):
+        store.rollback(to="worst")
+
+
+def test_a_lost_manifest_is_built_again_from_the_files(tmp_path, caplog):
+    with CheckpointStore(tmp_path, keep=5) as store:
+        save(store, 0, epoch=0, metric=0.5, tag="start")
+        save(store, 1, NAN, incidents=4)
+        before = store.list()
+    (tmp_path / "manifest.json").unlink()
+    with CheckpointStore(tmp_path, read_only=True) as looked:
+        assert looked.list() == before
+    assert not (tmp_path / "manifest.json").exists()
+    with CheckpointStore(tmp_path, keep=5) as store:
+        assert store.list() == before
+        assert save(store, 2).serial == 3
+    assert "lost or damaged; built again from 2 checkpoints" in caplog.text
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b'{"format": 3}', None], ids=range(4))
+def test_a_damaged_manifest_is_built_again(tmp_path, damage):
+    with CheckpointStore(tmp_path) as store:
+        save(store, 5)
+        before = store.list()
+    path = tmp_path / "manifest.json"
+    text = path.read_bytes()
+    path.write_bytes(text.replace(b'"step": 5', b'"step": 6') if damage is None else damage)
+    with CheckpointStore(tmp_path) as store:
+        assert store.list() == before
+    assert (tmp_path / "manifest.json.damaged").exists()
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_manifest_of_a_newer_version_is_a_clear_error_and_is_left_alone(tmp_path, read_only):
+    with CheckpointStore(tmp_path) as store:
+        save(store, 5)
+    path = tmp_path / "manifest.json"
+    newer = path.read_text().replace('"version": 1', '"version": 2')
+    path.write_text(newer)
+    with pytest.raises(CheckpointError, match="version 2, this release reads up to 1; upgrade"):
+        CheckpointStore(tmp_path, read_only=read_only)
+    assert path.read_text() == newer
+    path.write_text(newer.replace('"version": 2', '"version": 1'))
+    with CheckpointStore(tmp_path) as store:
+        assert store.load().step == 5
+
+
+OTHER = """
+import sys, fastguard
+from fastguard.checkpoints import StoreLocked
+try:
+    fastguard.CheckpointStore(sys.argv[1])
+except StoreLocked as error:
+    print(error)
+print(len(fastguard.CheckpointStore(sys.argv[1], read_only=True).list()))
+"""
+
+
+def test_a_second_process_is_told_who_holds_the_store(store):
+    save(store, 0)
+    import os
+
+    command = [sys.executable, "-c", OTHER, str(store.directory)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    locked, count = done.stdout.splitlines()
+    assert f"is open for writing in process {os.getpid()}; wait for it or stop it" in locked
+    assert count == "1"
+
+
+def test_a_second_store_of_this_process_is_refused_until_the_first_closes(store):
+    with pytest.raises(StoreLocked, match="in this process"):
+        CheckpointStore(store.directory)
+    store.close()
+    with CheckpointStore(store.directory) as other:
+        save(other, 1)
+    with pytest.raises(CheckpointError, match="is closed"):
+        save(store, 2)
+
+
+def test_read_only_changes_nothing(store):
+    save(store, 0)
+    with CheckpointStore(store.directory, read_only=True) as looking:
+        save(store, 1)
+        assert steps(looking) == [0, 1]  # sees what the writer does
+        with pytest.raises(CheckpointError, match="read_only"):
+            save(looking, 2)
+        with pytest.raises(CheckpointError, match="read_only"):
+            looking.rollback()
+    with pytest.raises(CheckpointError, match="is no directory"):
+        CheckpointStore(store.directory / "nowhere", read_only=True)
+
+
+def test_scalars_of_numpy_become_numbers_and_what_cannot_be_loaded_is_named(store):
+    entry = store.save(data={"lr": np.float64(0.1)}, step=np.int64(4), metric=torch.tensor(0.5))
+    assert store.load(4).state["data"] == {"lr": 0.1}
+    assert entry.metric == 0.5
+    with pytest.raises(TypeError, match=r"data\.f is a function, which .*weights_only"):
+        store.save(data={"f": lambda: None}, step=5)
+    with pytest.raises(TypeError, match=r"data\.0 is a ndarray.*from_numpy"):
+        store.save(data=[np.ones(2)], step=5)
+    assert steps(store) == [4]
+
+
+def test_tied_tensors_and_module_versions_survive(store):
+    shared = torch.ones(3)
+    norm = torch.nn.BatchNorm1d(2)
+    store.save(state={"a": shared, "b": shared}, norm=norm, step=0)
+    state = store.load().state
+    assert state["state"]["a"].data_ptr() == state["state"]["b"].data_ptr()
+    assert state["norm"]._metadata == norm.state_dict()._metadata
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"keep": 0}, ValueError, "keep=0 must be an integer >= 1"),
+        ({"keep_clean": 0}, ValueError, "keep_clean=0"),
+        ({"mode": "best"}, ValueError, "mode='best' is unknown"),
+        ({"on_error": "ignore"}, ValueError, "on_error='ignore' is unknown"),
+    ],
+)
+def test_wrong_settings(tmp_path, arguments, error, message):
+    with pytest.raises(error, match=message):
+        CheckpointStore(tmp_path, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"step": -1}, ValueError, "step=-1 must be an integer >= 0"),
+        ({"step": 1.5}, ValueError, r"step=1\.5"),
+        ({"step": 1, "epoch": True}, ValueError, "epoch=True"),
+        ({"step": 1, "tag": {1, 2}}, TypeError, "tag=.* cannot be kept in the manifest"),
+        ({"step": 1, "incidents": -1}, ValueError, "incidents=-1"),
+    ],
+)
+def test_wrong_arguments_of_save(store, arguments, error, message):
+    with pytest.raises(error, match=message):
+        store.save(w={"x": torch.ones(1)}, **arguments)
+    with pytest.raises(TypeError, match="give names"):
+        store.save(torch.nn.Linear(1, 1), step=1)
+    with pytest.raises(ValueError, match="w is given twice"):
+        store.save({"w": 1}, w=2, step=1)
+    assert steps(store) == []
+
+
+def test_wrong_arguments_of_load_change_nothing(store):
+    model = torch.nn.Linear(1, 1)
+    optimizer = GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(CheckpointError, match=r"no checkpoint 'last'; its steps are none"):
+        store.load()
+    store.save(model=model, position=4, step=1)
+    before = model.weight.clone()
+    with torch.no_grad():
+        model.weight += 1
+    with pytest.raises(CheckpointError, match="no state of 'optimizer', only of 'model', 'pos"):
+        store.load("last", model=model, optimizer=optimizer)
+    with pytest.raises(TypeError, match=r"position=4 has no load_state_dict; read it from"):
+        store.load("last", model=model, position=4)
+    assert torch.equal(model.weight, before + 1)
