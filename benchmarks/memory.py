@@ -62,6 +62,8 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU]):  # the profiler wants to begin in this thread
+        pass
     peaks: list[int] = []
     thread = threading.Thread(target=lambda: peaks.append(_profiled_peak(call)))
     thread.start()
