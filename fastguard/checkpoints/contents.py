@@ -95,7 +95,7 @@ def _read_zip(file: IO[bytes], size: int) -> Contents:
 
 
 def _data_start(file: IO[bytes], header_offset: int, size: int) -> int:
-    file.seek(header_offset)
+    file.seek(max(header_offset, 0))  # a damaged directory may say less
     header = file.read(_LOCAL_HEADER.size)
     if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
         raise DamagedFile(f"damaged: no record at byte {header_offset} of {size}")
