@@ -10,10 +10,10 @@ in the same direction (3e-7 seen on constants, where torch's own norm is 4e-2 of
 again in float64, and the mean relative error that they show is taken out of the total. Drawing by
 contribution makes the estimate unbiased however unevenly the sum is spread: if one block holds
 everything, every draw hits it and the result is exact. Where the drawn blocks disagree by more
-than random data does (blocks of several constants, say), sixteen times as many are drawn. The draws
-are at fixed quantiles, so the same gradients give the same norm bit for bit; but not at evenly
-spaced ones, which would show one half alone of gradients that repeat at their pace (3e-7 off when
-blocks of two constants alternate; 1e-8 as it is).
+than random data does (blocks of several constants, say), 32 times as many are drawn. The draws are
+at fixed quantiles, so the same gradients give the same norm bit for bit; but not at evenly spaced
+ones, which would show one half alone of gradients that repeat at their pace (3e-7 off when blocks
+of two constants alternate; 1e-8 as it is).
 
 What float32 cannot hold is noticed and done again in float64: a row that overflows makes the sum
 infinite, and a sum under `n_elements * 2**-126 * 1e9` may have lost squares to underflow. The sum
@@ -45,8 +45,8 @@ BLOCK = 8 * ROW  # what one draw of the audit looks at
 LARGE = 32 * BLOCK  # smaller tensors are gathered in the staging buffer: a call costs about 10 µs
 STAGE = 512 * BLOCK  # elements of the staging buffer: 4 MB of float32, which a level-3 cache holds
 SHARE = 2**16 * BLOCK  # elements between two audits: bounds the row norms kept to 6 MB
-EXACT_BELOW = 2**17  # fewer elements than this are summed in float64 outright
-AUDITED = 64
+EXACT_BELOW = 2**19  # with fewer elements, float64 throughout costs less than the audit
+AUDITED = 32
 DISAGREEING = 1.2e-7  # standard deviation of audited errors; random data has 8e-8 at the most
 TINY_SQUARE = 2.0**-126  # smallest normal float32: smaller squares may be flushed to zero
 
@@ -56,7 +56,7 @@ def _quantiles(n: int) -> np.ndarray:
     return (np.arange(n) + np.random.RandomState(0).rand(n)) / n
 
 
-_DRAWS = (_quantiles(AUDITED), _quantiles(16 * AUDITED))
+_DRAWS = (_quantiles(AUDITED), _quantiles(32 * AUDITED))
 
 Counts = tuple[int, int, int]
 
@@ -146,18 +146,25 @@ class _Source:
     n_blocks: int
     ends: np.ndarray | None = None  # cumulated lengths of `vectors`, if there are several
 
-    def block(self, k: int) -> list[Tensor]:
-        """The pieces that make up block k."""
-        start, stop = k * BLOCK, (k + 1) * BLOCK
+    def blocks(self, numbers: np.ndarray) -> Iterator[Tensor]:
+        """The pieces that make up the blocks of these numbers, in order."""
         if self.ends is None:
-            return [self.vectors[0][start:stop]]
-        first = int(self.ends.searchsorted(start, side="right"))
-        last = int(self.ends.searchsorted(stop, side="left"))
-        pieces = list(self.vectors[first : last + 1])
-        origin = int(self.ends[first - 1]) if first else 0
-        pieces[-1] = pieces[-1][: len(pieces[-1]) - int(self.ends[last]) + stop]
-        pieces[0] = pieces[0][start - origin :]
-        return pieces
+            for k in numbers.tolist():
+                yield self.vectors[0].narrow(0, k * BLOCK, BLOCK)
+            return
+        starts = numbers * BLOCK
+        firsts = self.ends.searchsorted(starts, side="right")
+        lasts = self.ends.searchsorted(starts + BLOCK, side="left")
+        begins = np.concatenate([[0], self.ends])[firsts]  # where the first vector begins
+        for start, first, last, begin in zip(
+            starts.tolist(), firsts.tolist(), lasts.tolist(), begins.tolist(), strict=True
+        ):
+            pieces = list(self.vectors[first : last + 1])
+            beyond = int(self.ends[last]) - start - BLOCK
+            pieces[-1] = pieces[-1].narrow(0, 0, pieces[-1].numel() - beyond)
+            inside = start - begin
+            pieces[0] = pieces[0].narrow(0, inside, pieces[0].numel() - inside)
+            yield from pieces
 
 
 def _flat(t: Tensor) -> Tensor:
@@ -170,10 +177,9 @@ def _flat(t: Tensor) -> Tensor:
 def _l2_power_sum(tensors: Sequence[Tensor]) -> float:
     sizes = list(map(Tensor.numel, tensors))
     n_elements = sum(sizes)
-    if n_elements < EXACT_BELOW:
-        x = torch.cat([t.reshape(-1) for t in tensors]).double()
-        return torch.dot(x, x).item()
     vectors = tensors if set(map(Tensor.dim, tensors)) == {1} else list(map(_flat, tensors))
+    if n_elements < EXACT_BELOW:
+        return _float64_power_sum(_gather(vectors, n_elements).double(), 2.0)
     if n_elements <= SHARE:
         return _share_power_sum(vectors, sizes)
     total = 0.0
@@ -256,14 +262,14 @@ def _audited_sum(block_sums: Tensor, sources: list[_Source]) -> float:
 
 
 def _true_sums(drawn: np.ndarray, sources: list[_Source]) -> np.ndarray:
-    """The sums of squares of the drawn blocks, in float64."""
-    ends = np.cumsum([source.n_blocks for source in sources])
-    owners = ends.searchsorted(drawn, side="right")
-    starts = ends - [source.n_blocks for source in sources]
-    places = list(zip(owners.tolist(), (drawn - starts[owners]).tolist(), strict=True))
+    """The sums of squares of the drawn blocks, in float64. `drawn` ascends."""
+    edges = np.cumsum([0, *(source.n_blocks for source in sources)])
     sums = []
-    for first in range(0, len(places), AUDITED):
-        pieces = [t for i, k in places[first : first + AUDITED] for t in sources[i].block(k)]
+    for some in np.array_split(drawn, -(-len(drawn) // AUDITED)):  # bounds the memory
+        cuts = some.searchsorted(edges)
+        pieces: list[Tensor] = []
+        for i in np.flatnonzero(np.diff(cuts)).tolist():
+            pieces += sources[i].blocks(some[cuts[i] : cuts[i + 1]] - edges[i])
         sums.append(torch.cat(pieces).double().square_().view(-1, BLOCK).sum(1))
     return torch.cat(sums).numpy()
 
