@@ -10,7 +10,7 @@ ARGS    ?=
 SHELL       := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test kernels-test gpu lint typecheck wheel-test bench stage clean
+.PHONY: help venv demo test kernels-test kernels-test-oldest gpu lint typecheck wheel-test bench stage clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | awk -F'|' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -37,6 +37,13 @@ kernels-test: $(STAMP)  ## the kernels in triton's interpreter: no GPU needed
 ifneq ($(wildcard tests/kernels/test_*.py),)
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels -n $(WORKERS)
 endif
+
+# The same with the oldest triton that is supported, in a side folder: tests and machine code.
+OLDEST_TRITON := build/triton-3.6.0
+kernels-test-oldest: $(STAMP)  ## kernels-test with triton 3.6.0
+	@test -d $(OLDEST_TRITON)/triton || $(BIN)/python -m pip install -qq --disable-pip-version-check \
+		--no-deps --target $(OLDEST_TRITON) triton==3.6.0
+	TRITON_INTERPRET=1 PYTHONPATH=$(CURDIR)/$(OLDEST_TRITON) $(BIN)/pytest tests/kernels -n $(WORKERS)
 
 # An interpreter that already holds torch, triton and pytest does as well as .venv: make gpu GPU_PYTHON=python3
 ifeq ($(origin GPU_PYTHON), undefined)

@@ -374,8 +374,8 @@ def decide_step(
             "HAS_OVERFLOW": overflow is not None,
             "HAS_STATE": counters is not None,
             "RULES": triton.next_power_of_2(n_rules) if n_rules else 0,
-            "WINDOW": min(64, triton.next_power_of_2(ring_stride)) if ring_stride else 1,
-            "BLOCK_SIZE": min(256, max(32, triton.next_power_of_2(n_segments))),
+            "WINDOW": min(32, triton.next_power_of_2(ring_stride)) if ring_stride else 1,
+            "BLOCK_SIZE": min(128, max(32, triton.next_power_of_2(n_segments))),
         },
     )
     return decision

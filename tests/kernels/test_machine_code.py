@@ -1,7 +1,4 @@
-"""What the compiler makes of the kernels: read from the machine code, without a GPU.
-
-FASTGUARD_TRITON names a folder with another triton to compile with (`make kernels-test-oldest`).
-"""
+"""What the compiler makes of the kernels: read from the machine code, without a GPU."""
 
 import functools
 import json
@@ -16,6 +13,8 @@ TARGETS = ["80", "90", "100", "gfx90a", "gfx942"]
 SUPPORT = Path(__file__).parents[1] / "support"
 MAX_REGISTERS = 80  # three programs of 256 threads a multiprocessor
 MAX_DECIDE_REGISTERS = 255  # one warp in all
+# (kernel, target, triton): spill instructions outside the main loop, two for each chunk of 65536.
+KNOWN_SPILLS = {("measure bf16 p=2", 100, "3.6.0"): 2}
 MAX_INSTRUCTIONS = {  # of the main loop, for each 16 bytes read; the budget of sm_90 is about 99
     "measure fp16": 40,
     "measure bf16": 48,
@@ -31,8 +30,8 @@ MAX_INSTRUCTIONS = {  # of the main loop, for each 16 bytes read; the budget of 
 @functools.cache
 def reports(target: str) -> list[dict]:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    path = [os.environ.get("FASTGUARD_TRITON"), str(SUPPORT), env.get("PYTHONPATH")]
-    env["PYTHONPATH"] = os.pathsep.join(p for p in path if p)
+    # PYTHONPATH may name another triton (`make kernels-test-oldest`).
+    env["PYTHONPATH"] = os.pathsep.join(p for p in (str(SUPPORT), env.get("PYTHONPATH")) if p)
     run = subprocess.run(
         [sys.executable, "-m", "guardtest.machine_code", target],
         env=env,
@@ -60,7 +59,7 @@ def test_machine_code(target, capsys):
     for row in rows:
         name = row["kernel"]
         ceiling = MAX_DECIDE_REGISTERS if name.startswith("decide") else MAX_REGISTERS
-        assert row["spills"] == 0, row
+        assert row["spills"] <= KNOWN_SPILLS.get((name, row["target"], row["triton"]), 0), row
         assert row["registers"] <= ceiling, row
         if not name.startswith(("measure", "apply")):
             continue
@@ -68,5 +67,5 @@ def test_machine_code(target, capsys):
         if name.startswith("apply"):
             assert row["stores"] >= 4, row
         if not target.startswith("gfx"):
-            assert row["narrow_loads"] == row["narrow_stores"] == 0, row
+            assert row["narrow_loads"] == row["narrow_stores"] == row["loop_spills"] == 0, row
             assert row["instructions"] <= MAX_INSTRUCTIONS[" ".join(name.split()[:2])], row

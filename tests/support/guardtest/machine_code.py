@@ -95,6 +95,7 @@ def read_cuda(kernel) -> dict:
             "narrow_loads": _count(main, "LDG") - loads,
             "stores": _count(main, "STG", "128"),
             "narrow_stores": _count(main, "STG") - _count(main, "STG", "128"),
+            "loop_spills": _count(main, "LDL") + _count(main, "STL"),
             "instructions": round(main.total() / loads, 1),
         }
     return report
@@ -189,7 +190,7 @@ def variants():
     }
     sizes = ("n_segments", "max_norm_stride", "n_losses", "n_rules", "ring_stride")
     verdict |= dict.fromkeys(sizes, "i32")
-    for rules, segments, p in ((0, 32, 2.0), (4, 256, 3.0)):
+    for rules, segments, p in ((0, 32, 2.0), (4, 128, 3.0)):
         constants = {
             "P": p,
             "INF_NORM": False,
@@ -199,7 +200,7 @@ def variants():
             "HAS_OVERFLOW": True,
             "HAS_STATE": True,
             "RULES": rules,
-            "WINDOW": 64 if rules else 1,
+            "WINDOW": 32 if rules else 1,
             "BLOCK_SIZE": segments,
         }
         yield f"decide, {rules} rules", decide._decide, verdict, constants
