@@ -24,7 +24,7 @@ Tried and dropped: float64 throughout (1.8x slower), `vector_norm(dtype=torch.fl
 of 32 (1.4x, and still up to 9e-8 off), squares into a buffer and `torch.sum` (1.6x, up to 3e-7
 off).
 
-Memory: one float32 staging buffer of 4 MB a thread, and at most about 8 MB of temporaries.
+Memory: staging buffers of 5 MB a thread, and at most about 8 MB of temporaries.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ ROW = 256
 BLOCK = 8 * ROW  # what one draw of the audit looks at
 LARGE = 32 * BLOCK  # smaller tensors are gathered in the staging buffer: a call costs about 10 µs
 STAGE = 512 * BLOCK  # elements of the staging buffer: 4 MB of float32, which a level-3 cache holds
+WIDE = 64 * BLOCK  # elements of the float64 buffer: 1 MB, which a level-2 cache holds
 SHARE = 2**16 * BLOCK  # elements between two audits: bounds the row norms kept to 6 MB
 EXACT_BELOW = 2**19  # with fewer elements, float64 throughout costs less than the audit
 AUDITED = 32
@@ -80,13 +81,12 @@ def measure(
     """
     sums = [0.0] * n_segments
     bad: dict[int, Counts] = {}
-    join = max if norm_type == math.inf else float.__add__
     for segment, positions in _by_segment(bucket):
         total = _clean_sum(bucket, positions, segment, norm_type)
         if not _trustworthy(total, bucket, positions, norm_type):
             total, found = _exact(bucket, positions, norm_type)
             bad.update(found)
-        sums[segment] = join(sums[segment], total)
+        sums[segment] = total
     return sums, bad
 
 
@@ -149,8 +149,8 @@ class _Source:
     def blocks(self, numbers: np.ndarray) -> Iterator[Tensor]:
         """The pieces that make up the blocks of these numbers, in order."""
         if self.ends is None:
-            for k in numbers.tolist():
-                yield self.vectors[0].narrow(0, k * BLOCK, BLOCK)
+            whole = self.vectors[0].narrow(0, 0, self.n_blocks * BLOCK).unflatten(0, (-1, BLOCK))
+            yield whole[torch.from_numpy(numbers)].flatten()
             return
         starts = numbers * BLOCK
         firsts = self.ends.searchsorted(starts, side="right")
@@ -179,7 +179,7 @@ def _l2_power_sum(tensors: Sequence[Tensor]) -> float:
     n_elements = sum(sizes)
     vectors = tensors if set(map(Tensor.dim, tensors)) == {1} else list(map(_flat, tensors))
     if n_elements < EXACT_BELOW:
-        return _float64_power_sum(_gather(vectors, n_elements).double(), 2.0)
+        return _wide_l2_power_sum(_gather(vectors, n_elements))
     if n_elements <= SHARE:
         return _share_power_sum(vectors, sizes)
     total = 0.0
@@ -236,7 +236,7 @@ def _share_power_sum(vectors: Sequence[Tensor], sizes: Sequence[int]) -> float:
             reduce_rows(staged, n_blocks)
             sources.append(_Source(batch, n_blocks, ends))
         if n % BLOCK:
-            rest += _float64_power_sum(staged[n_blocks * BLOCK :].double(), 2.0)
+            rest += _wide_l2_power_sum(staged[n_blocks * BLOCK :])
     if n_blocks:  # of the last batch, which still lies in the staging buffer
         sources[-1] = _Source([staged], n_blocks)
     if not sources:
@@ -274,12 +274,27 @@ def _true_sums(drawn: np.ndarray, sources: list[_Source]) -> np.ndarray:
     return torch.cat(sums).numpy()
 
 
+def _wide_l2_power_sum(values: Tensor) -> float:
+    """The sum of squares in float64, through a reused buffer: page faults cost more."""
+    total = 0.0
+    for piece in values.split(WIDE):
+        wide = _buffer("wide", WIDE, torch.float64)[: piece.numel()].copy_(piece)
+        total += torch.dot(wide, wide).item()
+    return total
+
+
 def _stage(n: int) -> Tensor:
-    buffer = getattr(_local, "stage", None)
+    return _buffer("stage", STAGE, torch.float32)[:n]
+
+
+def _buffer(name: str, n: int, dtype: torch.dtype) -> Tensor:
+    """A buffer of this thread, made once."""
+    buffer = getattr(_local, name, None)
     if buffer is None:
         with torch.inference_mode(False):
-            buffer = _local.stage = torch.empty(STAGE, dtype=torch.float32, device="cpu")
-    return buffer[:n]
+            buffer = torch.empty(n, dtype=dtype, device="cpu")
+        setattr(_local, name, buffer)
+    return buffer
 
 
 def _batches(
@@ -317,7 +332,7 @@ def _float64_pieces(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, list[tu
     filled = 0
     for i, t in enumerate(tensors):
         flat = _flat(t)
-        for piece in flat.split(limit) if flat.numel() else ():
+        for piece in flat.split(limit) if flat.numel() > limit else (flat,):
             if filled + piece.numel() > limit:
                 yield torch.cat(batch).double(), owners
                 batch, owners, filled = [], [], 0

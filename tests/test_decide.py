@@ -175,6 +175,11 @@ def test_a_sum_that_overflows_clips_to_nothing_and_is_no_fault(story):
     assert (outcome(verdict), reason(verdict)) == ("apply", None)
 
 
+def test_a_nan_norm_never_passes_for_a_small_one(story):
+    verdict = story(max_norm=1.0, nonfinite="propagate").step(NAN)
+    assert verdict.clip_coef.isnan().all()
+
+
 # Non-finite gradients and losses.
 
 BAD = {"nan": {"nan": 2}, "+inf": {"posinf": 1}, "-inf": {"neginf": 1}}
