@@ -104,7 +104,7 @@ def norm_error(grads, group=None, monkeypatch=None):
     return (measured / true - 1).abs().item()
 
 
-MAGNITUDES = [1e-40, 1e-30, 1e-25, 1e-19, 1e-8, 1.0, 1e8, 1e18, 1e20, 1e30, 1e38]
+MAGNITUDES = [1e-40, 1e-30, 1e-25, 1e-21, 1e-20, 1e-19, 1e-8, 1.0, 1e8, 1e18, 1e20, 1e30, 1e38]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
