@@ -95,9 +95,9 @@ def _read_zip(file: IO[bytes], size: int) -> Contents:
 
 
 def _data_start(file: IO[bytes], header_offset: int, size: int) -> int:
-    file.seek(max(header_offset, 0))  # a damaged directory may say less
+    file.seek(max(header_offset, 0))
     header = file.read(_LOCAL_HEADER.size)
-    if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
+    if header_offset < 0 or len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
         raise DamagedFile(f"damaged: no record at byte {header_offset} of {size}")
     _, name_length, extra_length = _LOCAL_HEADER.unpack(header)
     return header_offset + _LOCAL_HEADER.size + name_length + extra_length

@@ -6,6 +6,7 @@ but remember. `CheckpointStore.maybe_save` looks, at a place that the training l
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Sequence
 from types import FrameType
@@ -21,6 +22,7 @@ class SignalFlag:
     """
 
     def __init__(self, signals: Sequence[int]) -> None:
+        self._pid = os.getpid()
         self.received: int | None = None
         self._previous: dict[int, Handler] = {}
         for number in signals:
@@ -31,6 +33,9 @@ class SignalFlag:
                 raise ValueError(f"cannot handle signal {number!r}: {error}") from None
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:  # a forked worker, which never gets to maybe_save
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
         # Launchers send SIGTERM more than once (to the process and to its group): a second one must
         # not end a save that the first one asked for.
         self.received = number

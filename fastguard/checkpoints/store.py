@@ -201,7 +201,9 @@ class CheckpointStore(StoreView):
             number = flag.received or 0
             flag.restore()
             self._flags.remove((flag, leave))
-            log.warning("signal %d: the run ends at step %d; saved %s", number, step, entry)
+            log.warning(
+                "signal %d: the run ends at step %d; saved %s", number, step, entry or "nothing"
+            )
             if leave:
                 self.close()
                 raise SystemExit(128 + number)

@@ -1,10 +1,12 @@
 """SIGTERM ends a run with a verified checkpoint, at a moment when its state is whole."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -102,6 +104,15 @@ def test_the_previous_handler_is_restored(store, leave):
         assert signal.getsignal(signal.SIGUSR2) is own
     finally:
         signal.signal(signal.SIGUSR2, original)
+
+
+def test_a_forked_worker_still_dies_of_it(store):
+    with store.save_on_signal():
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(100,))
+        worker.start()
+        worker.terminate()
+        worker.join(20)
+    assert worker.exitcode == -signal.SIGTERM
 
 
 def test_every(store):

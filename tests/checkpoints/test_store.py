@@ -1,6 +1,7 @@
 """`CheckpointStore`: what stays, what is clean, what is loaded, and where training stands then."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import fastguard
 from fastguard import CheckpointStore, GuardedOptimizer
 from fastguard.checkpoints import CheckpointError, StoreLocked
 from guardtest.longrun import LongRun
@@ -268,8 +270,6 @@ print(len(fastguard.CheckpointStore(sys.argv[1], read_only=True).list()))
 
 def test_a_second_process_is_told_who_holds_the_store(store):
     save(store, 0)
-    import os
-
     command = [sys.executable, "-c", OTHER, str(store.directory)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     locked, count = done.stdout.splitlines()
@@ -309,6 +309,34 @@ def test_scalars_of_numpy_become_numbers_and_what_cannot_be_loaded_is_named(stor
     with pytest.raises(TypeError, match=r"data\.0 is a ndarray.*from_numpy"):
         store.save(data=[np.ones(2)], step=5)
     assert steps(store) == [4]
+
+
+def with_state(optimizer):
+    lr = torch.optim.lr_scheduler
+    cosine = lr.CosineAnnealingLR(optimizer, 10)
+    return {
+        "scaler": torch.amp.GradScaler("cpu"),
+        "steps": lr.MultiStepLR(optimizer, [2, 4]),
+        "lambda": lr.LambdaLR(optimizer, lambda epoch: 0.9**epoch),
+        "sequence": lr.SequentialLR(optimizer, [lr.ConstantLR(optimizer), cosine], [3]),
+        "guarded": fastguard.GuardedLR(optimizer, floor=1e-6),
+        "meter": fastguard.LossMeter(),
+        "lbfgs": torch.optim.LBFGS([torch.nn.Parameter(torch.ones(2))]),
+        "muon": torch.optim.Muon([torch.nn.Parameter(torch.ones(2, 2))]),
+    }
+
+
+def test_whatever_has_a_state_survives(store):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    guarded = GuardedOptimizer(optimizer)
+    saved, fresh = with_state(guarded), with_state(guarded)
+    meter = saved["meter"]
+    meter.update(torch.tensor(NAN), tag=["epoch 0", 3])
+    meter.update(torch.tensor(2.0))
+    assert store.save(saved, step=0).bad == ()
+    store.load(0, fresh)
+    for name, value in saved.items():
+        assert repr(fresh[name].state_dict()) == repr(value.state_dict()), name
 
 
 def test_tied_tensors_and_module_versions_survive(store):

@@ -1,0 +1,58 @@
+"""`fastguard ckpt verify` against `sha256sum` on the same file, both from the page cache.
+
+    python -m benchmarks.verify_speed [MEGABYTES]
+
+The two run in turns, because machines are shared; the ratio of each pair is the result. `store` is
+what verifying a checkpoint of a store does (SHA-256, CRC-32, every tensor), `foreign` what
+verifying another program's file does (CRC-32, every tensor).
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from fastguard.checkpoints import inspect
+
+PAIRS = 9
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def main(megabytes: int = 512) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.pt"
+        print(
+            f"torch {torch.__version__}, {torch.get_num_threads()} threads, {megabytes} MB a file"
+        )
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            n = megabytes * 2**20 // (8 * dtype.itemsize)
+            torch.save({"model": [torch.randn(n).to(dtype) for _ in range(8)]}, path)
+            peer = ["sha256sum", str(path)]
+            pairs = []
+            for _ in range(PAIRS):
+                sha = seconds(lambda peer=peer: subprocess.run(peer, stdout=subprocess.DEVNULL))
+                store = seconds(lambda: inspect(path, sha256=True))
+                foreign = seconds(lambda: inspect(path))
+                pairs.append((sha, sha / store, sha / foreign))
+            sha, store, foreign = (statistics.median(column) for column in zip(*pairs, strict=True))
+            name = str(dtype).removeprefix("torch.")
+            print(
+                f"{name:9} sha256sum {megabytes / sha:5.0f} MB/s; of its speed: "
+                f"store {store:.2f}, foreign {foreign:.2f}"
+            )
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
