@@ -57,13 +57,11 @@ class GradBucket:
         """The one segment of all tensors of this bucket, or None if there are several."""
         first = self.segment_ids[0]
         return (
-            first
-            if isinstance(self.segment_ids, _Same) or len(set(self.segment_ids)) == 1
-            else None
+            first if isinstance(self.segment_ids, Same) or len(set(self.segment_ids)) == 1 else None
         )
 
 
-class _Same(Sequence):
+class Same(Sequence):
     """The same number n times, without the list."""
 
     __slots__ = ("n", "value")
@@ -187,7 +185,7 @@ def bucketize(
         whole = len(positions) == n_tensors
         tensor_ids = range(n_tensors) if whole else [ids[i] for i in positions]
         segment_ids = (
-            _Same(0, len(members)) if segments is None else [segments[i] for i in tensor_ids]
+            Same(0, len(members)) if segments is None else [segments[i] for i in tensor_ids]
         )
         buckets.append(GradBucket(device, dtype, members, tensor_ids, segment_ids))
     return GradBuckets(tuple(buckets), n_tensors, n_segments, names, device or dense[0].device)

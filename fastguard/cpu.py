@@ -311,8 +311,13 @@ def _batches(
 
 
 def _gather(batch: Sequence[Tensor], n: int) -> Tensor:
-    """Copies small vectors of one dtype behind each other into the float32 staging buffer."""
+    """Small vectors of one dtype behind each other, as float32 in the staging buffer.
+
+    One float32 vector stays where it is.
+    """
     if batch[0].dtype is torch.float32:
+        if len(batch) == 1:
+            return batch[0].contiguous()
         return torch.cat(list(batch), out=_stage(n))
     return _stage(n).copy_(torch.cat(list(batch)))
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastguard.buckets import FLOATING, GradBucket, GradBuckets, Run, bucketize
+from fastguard.buckets import FLOATING, GradBucket, GradBuckets, Run, Same, bucketize
 from fastguard.measure import GradStats, measure, norm_type_of
 
 ALIGN = 16  # bytes; what 128-bit loads and the vectorised optimizer kernels ask for
@@ -281,7 +281,7 @@ class FlatGradBuckets:
                 b.flat.dtype,
                 [self._views[i] for i in b.ids],
                 b.ids,
-                b.segments,
+                Same(0, len(b.ids)) if self.n_segments == 1 else b.segments,
                 b.runs,
             )
             for b in self._buffers
