@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from fastguard.buckets import bucketize, gradients_of
 from guardtest.grads import parameters
@@ -118,7 +119,6 @@ def test_a_refusal_names_the_parameter_and_the_remedy(kind):
 
 
 def test_a_sharded_gradient_is_refused():
-    dist = pytest.importorskip("torch.distributed")
     if not dist.is_available():
         pytest.skip("torch was built without torch.distributed")
     from torch.distributed.tensor import distribute_tensor, init_device_mesh
