@@ -85,11 +85,11 @@ class GradBuckets:
     """All gradients of one step.
 
     Attributes:
-        buckets: One per (device, dtype), in order of first appearance; empty if there is no
-        gradient. n_tensors: T, the length of the caller's list (tensors without a gradient count
-        too). n_segments: S, the number of clip coefficients. names: One name a tensor, or None:
-        then they are numbered. device: Where the results of the stages live: the device of the
-        first gradient, else the CPU.
+        buckets: One per (device, dtype), in order of first appearance; empty without a gradient.
+        n_tensors: T, the length of the caller's list (tensors without a gradient count too).
+        n_segments: S, the number of clip coefficients.
+        names: One name a tensor, or None: then they are numbered.
+        device: Where the results of the stages live: that of the first gradient, else the CPU.
     """
 
     buckets: tuple[GradBucket, ...]
