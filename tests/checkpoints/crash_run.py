@@ -6,6 +6,7 @@ spares importing torch for each. Run by test_crashes.py.
 """
 
 import logging
+import mmap
 import os
 import random
 import shutil
@@ -21,6 +22,8 @@ from fastguard.checkpoints import files, inspect, roll_back_file
 
 torch.set_num_threads(1)  # threads do not survive a fork
 SIZE = 20_000
+SAVING, ROTATING, ROLLING_BACK = range(3)
+ACTIONS = ("saving", "rotating", "rolling back")
 
 
 def save(store, step, *, bad=False):
@@ -28,15 +31,17 @@ def save(store, step, *, bad=False):
     store.save(state=state, step=step, metric=float(step % 7))
 
 
-def live(folder):
-    """Saves, rotates and rolls back for ever."""
+def live(folder, doing, cycles=10**9):
+    """Saves, rotates and rolls back, and notes in `doing` which of them it is at."""
     with CheckpointStore(folder, keep=2) as store:
-        step = store.last().step if store.list() else 0
-        while True:
-            step += 1
-            save(store, step, bad=step % 3 == 0)
-            if step % 5 == 0:
-                step = store.rollback().step
+        for _ in range(cycles):
+            step = store.last().step
+            for action, bad in ((SAVING, False), (ROTATING, True), (ROTATING, True)):
+                step += 1
+                doing[0] = action
+                save(store, step, bad=bad)
+            doing[0] = ROLLING_BACK
+            store.rollback()
 
 
 def check(folder):
@@ -76,17 +81,21 @@ def killed(pid):
 
 def random_moments(folder):
     draw = random.Random(int(sys.argv[3]))
+    doing = mmap.mmap(-1, 1)  # shared with the children
     with CheckpointStore(folder) as store:
-        save(store, 0)
-    left = 0
+        save(store, 1)
+    start = time.perf_counter()
+    assert not killed(forked(lambda: live(folder, doing, cycles=1)))
+    cycle = time.perf_counter() - start
+    hit = dict.fromkeys(ACTIONS, 0)
     for _ in range(20):
-        pid = forked(lambda: live(folder))
-        time.sleep(draw.uniform(0.0, 0.25))
+        pid = forked(lambda: live(folder, doing))
+        time.sleep(draw.uniform(0.0, min(2 * cycle, 1.0)))
         os.kill(pid, signal.SIGKILL)
         assert killed(pid)
-        left += any(p.name.startswith(files.TEMPORARY) for p in Path(folder).iterdir())
+        hit[ACTIONS[doing[0]]] += 1
         check(folder)
-    print(f"20 kills, {left} in the middle of writing; steps at the end {check(folder)}")
+    print(f"20 kills, while {hit}; steps at the end {check(folder)}")
 
 
 def dying_before(k):
