@@ -112,6 +112,25 @@ def test_metadata_that_calls_anything_is_refused(tmp_path):
         _read_metadata(tmp_path)
 
 
+def test_getattr_reaches_enum_members_and_nothing_else(tmp_path):
+    """Python 3.11.0 to 3.11.3 pickle enum members as `getattr(kind, name)`."""
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
+
+    class Asks:
+        def __init__(self, *arguments):
+            self.arguments = arguments
+
+        def __reduce__(self):
+            return getattr, self.arguments
+
+    path = tmp_path / ".metadata"
+    path.write_bytes(pickle.dumps(Asks(_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT")))
+    assert _read_metadata(tmp_path) is _MEM_FORMAT_ENCODING.TORCH_PRESERVE_FORMAT
+    path.write_bytes(pickle.dumps(Asks(torch.Size, "__class__")))
+    with pytest.raises(UnsafeFile, match="nothing was executed"):
+        _read_metadata(tmp_path)
+
+
 def test_several_ranks_are_refused(mesh, tmp_path, monkeypatch):
     model, _ = build(mesh)
     with CheckpointStore(tmp_path) as store:

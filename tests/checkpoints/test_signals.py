@@ -107,9 +107,17 @@ def test_the_previous_handler_is_restored(store, leave):
 
 
 def test_a_forked_worker_still_dies_of_it(store):
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()  # Python drops signals that come while it is forking
+
+    def work():
+        ready.set()
+        time.sleep(100)
+
     with store.save_on_signal():
-        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(100,))
+        worker = context.Process(target=work)
         worker.start()
+        assert ready.wait(20)
         worker.terminate()
         worker.join(20)
     assert worker.exitcode == -signal.SIGTERM
