@@ -148,6 +148,10 @@ class _Source:
 
     def blocks(self, numbers: np.ndarray) -> Iterator[Tensor]:
         """The pieces that make up the blocks of these numbers, in order."""
+        if self.ends is None and len(numbers) < 8:  # a view costs 1 µs, gathering 8 µs
+            for k in numbers.tolist():
+                yield self.vectors[0].narrow(0, k * BLOCK, BLOCK)
+            return
         if self.ends is None:
             whole = self.vectors[0].narrow(0, 0, self.n_blocks * BLOCK).unflatten(0, (-1, BLOCK))
             yield whole[torch.from_numpy(numbers)].flatten()
