@@ -54,12 +54,13 @@ def write(path: Path, payload: Mapping[str, Any]) -> Path:
     return files.write_temporary(path, lambda sink: torch.save(payload, sink))  # type: ignore[arg-type]
 
 
-def look(path: Path, ignore: Sequence[str] = ()) -> Look:
+def look(path: Path, ignore: Sequence[str] = (), *, crc32: bool = True) -> Look:
     """Reads a checkpoint once: every tensor, every checksum.
 
     Args:
         path: The file or folder.
         ignore: Patterns of the tensors whose NaN and Inf do not count.
+        crc32: Whether to compare the checksums of its records; spared where the SHA-256 is known.
 
     Raises:
         DamagedFile: It is not whole, or no checkpoint of a store.
@@ -70,7 +71,7 @@ def look(path: Path, ignore: Sequence[str] = ()) -> Look:
         found, shards, listing = sharded.look(path)
         sha256, size = listing
     else:
-        found, shards = inspect(path, sha256=True), ()
+        found, shards = inspect(path, sha256=True, crc32=crc32), ()
         sha256, size = found.sha256 or "", found.size
     if found.damaged:
         raise DamagedFile(f"{path}: {', '.join(found.damaged)} changed after it was written")

@@ -162,7 +162,7 @@ class Folder:
         try:
             if path.is_file() and (size := path.stat().st_size) < entry.size:
                 return f"{path} is truncated: {size} of {entry.size} bytes", None
-            found = archive.look(path, self._manifest.ignore)
+            found = archive.look(path, self._manifest.ignore, crc32=False)
         except FileNotFoundError:
             return f"{path} is missing", None
         except (CheckpointError, OSError) as error:

@@ -58,7 +58,7 @@ def lose(path):
     ("damage", "says"),
     [
         (truncate, "is truncated: [0-9]+ of [0-9]+ bytes"),
-        (flip_a_byte, "changed after it was written"),
+        (flip_a_byte, "changed on disk after it was written: its SHA-256"),
         (lose, "is missing"),
     ],
 )
