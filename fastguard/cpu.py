@@ -269,12 +269,15 @@ def _true_sums(drawn: np.ndarray, sources: list[_Source]) -> np.ndarray:
     """The sums of squares of the drawn blocks, in float64. `drawn` ascends."""
     edges = np.cumsum([0, *(source.n_blocks for source in sources)])
     sums = []
-    for some in np.array_split(drawn, -(-len(drawn) // AUDITED)):  # bounds the memory
+    # Sixteen blocks at a time: 32,768 elements are the most that torch leaves to one thread, and
+    # waking the others costs more than the sum.
+    for some in np.array_split(drawn, -(-len(drawn) // 16)):
         cuts = some.searchsorted(edges)
         pieces: list[Tensor] = []
         for i in np.flatnonzero(np.diff(cuts)).tolist():
             pieces += sources[i].blocks(some[cuts[i] : cuts[i + 1]] - edges[i])
-        sums.append(torch.cat(pieces).double().square_().view(-1, BLOCK).sum(1))
+        wide = _buffer("wide", WIDE, torch.float64)[: len(some) * BLOCK].copy_(torch.cat(pieces))
+        sums.append(wide.square_().view(-1, BLOCK).sum(1))
     return torch.cat(sums).numpy()
 
 
