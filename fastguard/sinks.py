@@ -65,7 +65,7 @@ class JsonLinesSink:
         self._open()
 
     def __call__(self, record: StepRecord) -> None:
-        line = (dumps(dataclasses.asdict(record)) + "\n").encode()
+        line = (dumps(record.as_dict()) + "\n").encode()
         try:
             if self._size and self._size + len(line) > self.max_bytes:
                 self._rotate()
