@@ -26,6 +26,7 @@ from fastguard.rules import GRAD_NORM, Rule, SpikeRule
 
 NonFinite = Literal["skip", "zero", "raise", "propagate"]
 EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm
+TINY = 2.0**-1022  # smallest normal float64: the least that a spike baseline spreads
 
 
 class Reason(IntEnum):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastguard.decide import (
     EPS,
+    TINY,
     GuardState,
     Policy,
     Reason,
@@ -23,8 +24,6 @@ from fastguard.decide import (
 from fastguard.measure import GradStats
 from fastguard.reduce import Signals
 from fastguard.rules import GRAD_NORM, SpikeRule
-
-TINY = 2.0**-1022  # smallest normal float64
 
 
 def _float64(x: float | list[float]) -> Tensor:

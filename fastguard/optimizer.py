@@ -347,10 +347,7 @@ class GuardedOptimizer(OptimizerAround):
         wait for; never in raise mode on a GPU.
         """
         on_cpu = self._device.type == "cpu"
-        hooked = (
-            self.optimizer._optimizer_step_pre_hooks or self.optimizer._optimizer_step_post_hooks
-        )
-        return on_cpu or not (self._road.waits or hooked or self.nonfinite == "raise")
+        return on_cpu or not (self._road.waits or self.nonfinite == "raise")
 
     def describe(self) -> str:
         """What is guarded and how, in one line."""

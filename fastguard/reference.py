@@ -17,6 +17,7 @@ from torch import Tensor
 from fastguard import cpu
 from fastguard.buckets import GradBucket
 from fastguard.decide import (
+    TINY,
     GuardState,
     Policy,
     Reason,
@@ -30,7 +31,6 @@ from fastguard.reduce import Signals
 from fastguard.rules import GRAD_NORM, Rule, SpikeRule, Threshold
 
 CPU = torch.device("cpu")
-TINY = 2.0**-1022  # smallest normal float64
 
 
 def measure(

@@ -40,14 +40,12 @@ class FoundInf:
     to torch. And an optimizer with step hooks of its own: they must run only when it steps.
     """
 
-    waits = False
-
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
         self._careful = ReadFirst(optimizer)
 
     def step(self, verdict: Verdict) -> None:
-        if self._has_hooks() or self._creates_momentum():
+        if self.waits or self._creates_momentum():
             self._careful.step(verdict)
             return
         optimizer = self.optimizer
@@ -58,7 +56,9 @@ class FoundInf:
         finally:
             del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
 
-    def _has_hooks(self) -> bool:
+    @property
+    def waits(self) -> bool:
+        """Whether every step reads the verdict: the optimizer has step hooks of its own."""
         hooks = (
             self.optimizer._optimizer_step_pre_hooks,
             self.optimizer._optimizer_step_post_hooks,
