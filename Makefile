@@ -4,13 +4,14 @@ PYTHON  ?= python3
 VENV    := .venv
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
+TRAINERS := .venv-integrations
 WORKERS ?= 2
 ARGS    ?=
 
 SHELL       := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test kernels-test kernels-test-oldest gpu lint typecheck wheel-test bench stage clean
+.PHONY: help venv demo test kernels-test kernels-test-oldest test-integrations gpu lint typecheck wheel-test bench stage clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | awk -F'|' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -45,6 +46,22 @@ kernels-test-oldest: $(STAMP)  ## kernels-test with triton 3.6.0
 		--no-deps --target $(OLDEST_TRITON) triton==3.6.0
 	TRITON_INTERPRET=1 PYTHONPATH=$(CURDIR)/$(OLDEST_TRITON) $(BIN)/pytest tests/kernels -n $(WORKERS)
 
+# Other people's trainers and all that they bring, 2 GB: an environment of its own, so that .venv stays light.
+test-integrations: $(TRAINERS)/.installed  ## the integrations, inside the real trainers
+	$(TRAINERS)/bin/pytest tests/integrations $(ARGS)
+
+# ultralytics asks for the OpenCV that opens windows, which needs libGL; without it the headless one does.
+$(TRAINERS)/.installed: pyproject.toml constraints.txt
+	@echo "Installing into $(TRAINERS) (only now, and when pyproject.toml or constraints.txt change)"
+	@test -x $(TRAINERS)/bin/python || $(PYTHON) -m venv $(TRAINERS)
+	@$(TRAINERS)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
+		-e '.[huggingface,lightning,ultralytics,tensorboard,yaml]' hypothesis pytest pytest-timeout
+	@$(TRAINERS)/bin/python -c 'import cv2' 2>/dev/null || { \
+		$(TRAINERS)/bin/python -m pip uninstall -qq -y opencv-python; \
+		$(TRAINERS)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
+			--force-reinstall --no-deps opencv-python-headless; }
+	@touch $@
+
 # An interpreter that already holds torch, triton and pytest does as well as .venv: make gpu GPU_PYTHON=python3
 ifeq ($(origin GPU_PYTHON), undefined)
 GPU_PYTHON := $(BIN)/python
@@ -75,5 +92,5 @@ bench: $(STAMP)  ## the benchmark suite against its peers
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean:  ## remove everything that make, pytest and the demo created
-	rm -rf $(VENV) build dist *.egg-info fastguard-demo .benchmarks .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(TRAINERS) build dist *.egg-info fastguard-demo .benchmarks .hypothesis .pytest_cache .ruff_cache
 	find fastguard kernels tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
