@@ -143,8 +143,8 @@ def read_records(path: str | os.PathLike[str], *, strict: bool = False) -> Itera
                 if not line.strip():
                     continue
                 try:
-                    yield _parse(line)
-                except (ValueError, TypeError, KeyError) as error:
+                    yield parse_record(line)
+                except ValueError as error:
                     if strict:
                         raise ValueError(
                             f"{file}:{number} is no record ({error}); delete the line, or read "
@@ -155,8 +155,23 @@ def read_records(path: str | os.PathLike[str], *, strict: bool = False) -> Itera
         log.warning("%s: %d damaged lines were skipped", path, skipped)
 
 
-def _parse(line: bytes) -> StepRecord:
-    fields = json.loads(line)
+def parse_record(line: bytes) -> StepRecord:
+    """The record in one line of a `JsonLinesSink`; fields that are unknown here are ignored.
+
+    Raises:
+        ValueError: The line is no record, or one that was cut short.
+
+    Example:
+        >>> parse_record(b'{"step": 3, "total_norm": "NaN", "clip_coef": 1, "action": "skipped"}')
+        StepRecord(step=3, total_norm=nan, clip_coef=1.0, action='skipped', ...)
+    """
+    try:
+        return _record(json.loads(line))
+    except (TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+
+
+def _record(fields: Any) -> StepRecord:
     if not isinstance(fields, dict):
         raise ValueError("not a JSON object")
     fields = {name: value for name, value in fields.items() if name in _FIELDS}
@@ -169,8 +184,14 @@ def _parse(line: bytes) -> StepRecord:
         (str(name), int(nan), int(posinf), int(neginf))
         for name, nan, posinf, neginf in fields.get("culprits", ())
     )
-    fields["spikes"] = tuple(fields.get("spikes", ()))
-    return StepRecord(**fields)
+    fields["spikes"] = tuple(map(str, fields.get("spikes", ())))
+    record = StepRecord(**fields)
+    for name in ("step", "nan", "posinf", "neginf", "n_culprits", "consecutive_skips"):
+        if type(getattr(record, name)) is not int:
+            raise ValueError(f"{name} is {getattr(record, name)!r}, not an integer")
+    if not isinstance(record.action, str) or not isinstance(record.reason, str | None):
+        raise ValueError(f"action {record.action!r} or reason {record.reason!r} is not a name")
+    return record
 
 
 class TensorBoardSink:

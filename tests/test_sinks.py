@@ -15,7 +15,7 @@ import torch
 
 import fastguard
 from fastguard import GuardedOptimizer, JsonLinesSink, StepRecord, TensorBoardSink, read_records
-from fastguard.sinks import rotated_files
+from fastguard.sinks import parse_record, rotated_files
 from guardtest import require
 
 NAN_RECORD = StepRecord(
@@ -144,6 +144,30 @@ def test_damaged_lines_are_skipped_counted_and_named_on_demand(
         list(read_records(path, strict=True))
     with pytest.raises(FileNotFoundError):
         list(read_records(tmp_path / "missing.jsonl"))
+
+
+RECORD = '{"step": 1, "total_norm": 1, "clip_coef": 1, "action": "applied"'
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        RECORD,  # cut short
+        "null",
+        '{"step": 1}',
+        RECORD + ', "losses": [1]}',
+        RECORD + ', "culprits": [["w", 1e999, 0, 0]]}',
+        RECORD + ', "nan": "many"}',
+        RECORD + ', "reason": 7}',
+        RECORD.replace("1,", '"one",', 1) + "}",
+        RECORD + ', "tag": ' + "[" * 100_000 + "]" * 100_000 + "}",
+        '{"step": 1\x00}',
+    ],
+    ids=lambda line: line[-20:],
+)
+def test_a_line_that_is_no_record_is_a_value_error_whatever_is_wrong(line: str) -> None:
+    with pytest.raises(ValueError):
+        parse_record(line.encode())
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
