@@ -1,9 +1,9 @@
 """The records of a run as they lie on the disk, read once, in order and with bounded memory.
 
-`read_records` gives one `StepRecord` at a time, at about 20 µs a line. This is the road for files of
-gigabytes: a block of 4 MiB at a time, parsed in one call, each line a plain dict. What is no record
-(cut short by a kill, zeroed by a crash, edited by hand) is counted and left out, never fatal. A run
-is the current file of a `JsonLinesSink` and the full ones beside it.
+`read_records` gives one `StepRecord` at a time, at some 20 µs a line. This is the road for files
+of gigabytes, at 3: a block of 4 MiB at a time, parsed in one call, each line a plain dict. What is
+no record (cut short by a kill, zeroed by a crash, edited by hand) is counted and left out, never
+fatal. A run is the current file of a `JsonLinesSink` and the full ones beside it.
 """
 
 from __future__ import annotations
