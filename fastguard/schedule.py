@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,14 +145,41 @@ class GuardedLR(LRScheduler):
             args, kwargs: What the wrapped schedule takes, such as the metric of
                 `ReduceLROnPlateau`, which looks at a metric and not at steps and is always called.
         """
-        records = [self._inbox.popleft() for _ in range(len(self._inbox))]
-        for record in records:
-            self._learn(record)
+        records = self._catch_up()
         applied = any(record.action != "skipped" for record in records)
         if applied or isinstance(self.schedule, ReduceLROnPlateau):
             self._advance(*args, **kwargs)
         if records or args or kwargs:
             self._set()
+
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Around the optimizer's step of a trainer that writes the learning rates itself.
+
+        What the param groups hold counts as the schedule: inside the block floor, backoff and
+        warm-up are applied to it, and after the block the groups hold it again. Use it instead of
+        `step`; the wrapped schedule stays the trainer's to advance.
+
+        Example:
+            >>> import torch, fastguard
+            >>> model = torch.nn.Linear(2, 1)
+            >>> opt = fastguard.GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=1.0))
+            >>> lr = fastguard.GuardedLR(opt, warmup=fastguard.Warmup(steps=10, lr=0.5))
+            >>> opt.param_groups[0]["lr"] = 0.3     # a trainer at work
+            >>> with lr.in_force():
+            ...     opt.step()
+            >>> opt.records()[0].lr, lr.get_last_lr()
+            (0.5, [0.3])
+        """
+        self._catch_up()
+        groups = self.optimizer.param_groups
+        self._scheduled = [_number(g["lr"]) for g in groups]
+        self._set()
+        try:
+            yield
+        finally:
+            for group, lr in zip(groups, self._scheduled, strict=True):
+                _assign(group, "lr", lr)
 
     def lower(self, factor: float | None = None) -> None:
         """Backs off by hand, as after an incident.
@@ -208,6 +236,13 @@ class GuardedLR(LRScheduler):
         self._set()
 
     _lowered = 1.0  # by hand, for good
+
+    def _catch_up(self) -> list[StepRecord]:
+        """Learns from the steps since the last call."""
+        records = [self._inbox.popleft() for _ in range(len(self._inbox))]
+        for record in records:
+            self._learn(record)
+        return records
 
     def _learn(self, record: StepRecord) -> None:
         if record.action == "skipped":

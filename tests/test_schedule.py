@@ -229,3 +229,19 @@ def test_a_state_of_other_groups_is_refused_whole() -> None:
 
 def test_it_is_a_scheduler_to_others() -> None:
     assert issubclass(fastguard.GuardedLR, torch.optim.lr_scheduler.LRScheduler)
+
+
+def test_around_the_steps_of_a_trainer_that_sets_the_lr_itself() -> None:
+    """Its values come back after each step, whatever was in force meanwhile."""
+    opt = guarded()
+    lr = GuardedLR(opt, floor=0.3, backoff=0.5, recovery=2)
+    for i, (theirs, loss) in enumerate([(1.0, GOOD), (0.8, BAD), (0.8, GOOD), (0.4, GOOD)]):
+        opt.param_groups[0]["lr"] = theirs
+        with lr.in_force():
+            assert opt.param_groups[0]["lr"] == [1.0, 0.8, 0.4, 0.3][i]
+            opt.step(loss=loss)
+        assert opt.param_groups[0]["lr"] == theirs
+    with pytest.raises(KeyError), lr.in_force():
+        assert opt.param_groups[0]["lr"] == 0.4  # two good steps took the backoff back
+        raise KeyError
+    assert opt.param_groups[0]["lr"] == 0.4

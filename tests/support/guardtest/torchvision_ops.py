@@ -1,13 +1,15 @@
 """Beside a CPU build of torch, a torchvision built for CUDA cannot load its own operators.
 
 Its Python part registers shapes for two of them while it is imported, and breaks where they do not
-exist. Declared without an implementation they let the import pass; calling one is still an error.
+exist. Detectors call `nms` at validation, so that one is here in a few lines; `qnms` is declared
+without an implementation, which lets the import pass, and calling it is still an error.
 """
 
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -18,7 +20,7 @@ _library: torch.library.Library | None = None  # its declarations live as long a
 
 
 def define_missing_operators() -> None:
-    """Declares the operators if torchvision is installed and cannot load them itself."""
+    """Defines the operators if torchvision is installed and cannot load them itself."""
     global _library
     spec = find_spec("torchvision")
     if _library is not None or spec is None or spec.origin is None:
@@ -29,3 +31,32 @@ def define_missing_operators() -> None:
         _library = torch.library.Library("torchvision", "DEF")
         for schema in SCHEMAS:
             _library.define(schema)
+        _library.impl("nms", nms, "CPU")
+        import torchvision.extension
+
+        torchvision.extension._has_ops = lambda: True  # what it asks before it calls one
+
+
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """Non-maximum suppression: the best box, then the best of those that overlap it little, ...
+
+    Args:
+        boxes: `(n, 4)`: x1, y1, x2, y2.
+        scores: `(n,)`.
+        iou_threshold: A box is dropped if its intersection over union with a better one is larger.
+
+    Returns:
+        int64: what is kept, best first.
+    """
+    order = scores.argsort(descending=True, stable=True)
+    boxes = boxes[order]
+    corners, opposite = boxes[:, None, :2], boxes[:, None, 2:]
+    low, high = corners.maximum(boxes[None, :, :2]), opposite.minimum(boxes[None, :, 2:])
+    overlap = (high - low).clamp(min=0).prod(-1)
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(-1)
+    too_close = overlap > iou_threshold * (area[:, None] + area - overlap)
+    dropped = torch.zeros(len(boxes), dtype=torch.bool)
+    for i in range(len(boxes)):
+        if not dropped[i]:
+            dropped[i + 1 :] |= too_close[i, i + 1 :]
+    return order[~dropped]
