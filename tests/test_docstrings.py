@@ -8,10 +8,9 @@ from types import ModuleType
 import pytest
 
 import fastguard
-from guardtest import require
 
-OPTIONAL = ("fastguard.integrations.",)  # need a framework each
-ELSEWHERE = ("fastguard.kernels", "fastguard.__main__")  # tests/kernels; runs the command line
+# tests/integrations and tests/kernels; runs the command line
+ELSEWHERE = ("fastguard.integrations.", "fastguard.kernels", "fastguard.__main__")
 
 
 def modules() -> list[str]:
@@ -24,10 +23,6 @@ def modules() -> list[str]:
     return names
 
 
-def imported(name: str) -> ModuleType:
-    return require(name) if name.startswith(OPTIONAL) else importlib.import_module(name)
-
-
 def examples(module: ModuleType) -> list[doctest.DocTest]:
     return [test for test in doctest.DocTestFinder().find(module) if test.examples]
 
@@ -37,7 +32,7 @@ def test_examples_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
     report: list[str] = []
-    for test in examples(imported(name)):
+    for test in examples(importlib.import_module(name)):
         runner.run(test, out=report.append)
     assert runner.failures == 0, "".join(report)
 

@@ -1,9 +1,16 @@
-"""`RunningStatistics`: what a forward pass leaves in a model, taken back when its step is skipped."""
+"""`RunningStatistics`: what a forward pass leaves in a model, to be taken back after a bad one."""
 
 from __future__ import annotations
 
+import math
+
+from typing import Any
+
 import torch
 from torch import nn
+
+from fastguard.integrations.clipping import was_skipped
+from fastguard.optimizer import GuardedOptimizer
 
 
 class RunningStatistics:
@@ -28,6 +35,7 @@ class RunningStatistics:
     def __init__(self, model: nn.Module) -> None:
         self._buffers = list(model.buffers())
         self._kept = [buffer.clone() for buffer in self._buffers]
+        self._floating = [i for i, b in enumerate(self._buffers) if b.is_floating_point()]
 
     @torch.no_grad()
     def keep(self) -> None:
@@ -40,3 +48,33 @@ class RunningStatistics:
         """Makes the buffers what they were when they were last kept."""
         if self._buffers:
             torch._foreach_copy_(self._buffers, self._kept)
+
+    @torch.no_grad()
+    def mend(self) -> int:
+        """Puts back the buffers that are not finite: a large activation whose loss and gradients
+        were finite can still overflow a variance. Waits for a GPU.
+
+        Returns:
+            How many there were.
+        """
+        if not self._floating:
+            return 0
+        norms = torch._foreach_norm([self._buffers[i] for i in self._floating], math.inf)
+        bad = (~torch.stack(norms).isfinite()).nonzero().flatten().tolist()
+        for i in (self._floating[k] for k in bad):
+            self._buffers[i].copy_(self._kept[i])
+        return len(bad)
+
+    def follow(self, optimizer: GuardedOptimizer) -> None:
+        """Puts back after every skipped step of `optimizer`, keeps after the others and a load.
+
+        Reads each verdict on the host, which waits for a GPU; a model without buffers needs none.
+        """
+        if not self._buffers:
+            return
+
+        def after_step(*_: Any) -> None:
+            self.put_back() if was_skipped(optimizer) else self.keep()
+
+        optimizer.register_step_post_hook(after_step)
+        optimizer.register_load_state_dict_post_hook(lambda _: self.keep())

@@ -1,0 +1,175 @@
+"""fastguard inside Accelerate: every optimizer that `accelerator.prepare` gets is guarded.
+
+Accelerate's own calls keep their meaning: `clip_grad_norm_` sets the limit that the guard applies
+in the coming step, once; `optimizer.step_was_skipped` knows of the guard's skips, so that prepared
+schedulers wait for a step that happens; `backward` lets the guard see the loss. What a bad batch
+left in the running statistics of the model is taken back when its step is skipped.
+
+Tested with accelerate 1.15.0.
+"""
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fastguard.clip import get_total_norm
+from fastguard.integrations.clipping import AskedLimit, total_norm_of, was_skipped
+from fastguard.integrations.extras import needs
+from fastguard.integrations.running_statistics import RunningStatistics
+from fastguard.optimizer import GuardedOptimizer
+
+with needs("huggingface"):
+    from accelerate import Accelerator, DistributedType
+    from accelerate.optimizer import AcceleratedOptimizer
+
+HANDS_OVER = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
+"""There an engine steps by itself, not the optimizer."""
+
+
+class GuardedAcceleratedOptimizer(AcceleratedOptimizer):
+    """Accelerate's wrapper around a guarded optimizer."""
+
+    limit: AskedLimit
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether the guard, or the scaler through it, skipped the last step. Waits for a GPU."""
+        return was_skipped(self.optimizer)
+
+
+class AcceleratorGuard:
+    """Stands in for three methods of one accelerator.
+
+    Args:
+        accelerator: Whose `prepare_optimizer`, `clip_grad_norm_` and `backward` are replaced.
+        model: Called for each new optimizer: the model whose parameters it has, if known.
+        options: The arguments of each new `GuardedOptimizer`.
+        fixed: `AskedLimit.fixed`.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: Callable[[], nn.Module | None],
+        options: Mapping[str, Any],
+        *,
+        fixed: bool,
+    ) -> None:
+        if accelerator.distributed_type in HANDS_OVER:
+            raise ValueError(
+                f"under {accelerator.distributed_type} an engine steps by itself, so its optimizer "
+                "cannot be guarded; use the engine's own hooks"
+            )
+        if isinstance(getattr(accelerator.prepare_optimizer, "__self__", None), AcceleratorGuard):
+            raise ValueError("this accelerator is guarded already")
+        self.accelerator = accelerator
+        self.model = model
+        self.options = options
+        self.fixed = fixed
+        self.prepared: weakref.WeakSet[GuardedAcceleratedOptimizer] = weakref.WeakSet()
+        self._prepare_optimizer = accelerator.prepare_optimizer
+        self._clip_grad_norm_ = accelerator.clip_grad_norm_
+        self._backward = accelerator.backward
+        accelerator.prepare_optimizer = self.prepare_optimizer
+        accelerator.clip_grad_norm_ = self.clip_grad_norm_
+        accelerator.backward = self.backward
+
+    def prepare_optimizer(
+        self, optimizer: Optimizer, device_placement: bool | None = None
+    ) -> AcceleratedOptimizer:
+        """As `Accelerator.prepare_optimizer`."""
+        if isinstance(optimizer, AcceleratedOptimizer):
+            return self._prepare_optimizer(optimizer, device_placement)
+        model = self.model()
+        if not isinstance(optimizer, GuardedOptimizer):
+            names = None if model is None else model.named_parameters()
+            optimizer = GuardedOptimizer(optimizer, **{"named_parameters": names, **self.options})
+        if model is not None:
+            RunningStatistics(model).follow(optimizer)
+        if device_placement is None:
+            device_placement = self.accelerator.device_placement
+        prepared = GuardedAcceleratedOptimizer(
+            optimizer, device_placement=device_placement, scaler=self.accelerator.scaler
+        )
+        prepared.limit = AskedLimit(optimizer, fixed=self.fixed)
+        prepared._is_accelerate_prepared = True  # so that Accelerate only enters it in its books
+        self.prepared.add(prepared)
+        return self._prepare_optimizer(prepared, device_placement)
+
+    def clip_grad_norm_(
+        self, parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2
+    ) -> Tensor:
+        """As `Accelerator.clip_grad_norm_`, but the guard scales, in the coming step."""
+        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        prepared = self._owner(parameters)
+        if prepared is None:  # a part of the model, or of several: nobody's step
+            return self._clip_grad_norm_(parameters, max_norm, norm_type)
+        self.accelerator.unscale_gradients()
+        prepared.limit.norm(max_norm, norm_type)
+        return self.total_norm(prepared.optimizer, parameters)
+
+    def total_norm(self, optimizer: GuardedOptimizer, parameters: list[Tensor]) -> Tensor:
+        """The norm that `clip_grad_norm_` returns, measured now: one more read of gradients."""
+        grads = [p.grad for p in parameters if p.grad is not None]
+        return get_total_norm(grads, optimizer.norm_type)
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """As `Accelerator.backward`; the guard sees the loss if it is clear whose it is."""
+        if len(self.prepared) == 1 and loss.numel() == 1:
+            (prepared,) = self.prepared
+            guarded = prepared.optimizer
+            # On several ranks a loss is only comparable with a group to join it over.
+            if self.accelerator.num_processes == 1 or guarded.group is not None:
+                guarded.observe(self.loss_of_batch(loss.detach()))
+        self._backward(loss, **kwargs)
+
+    def loss_of_batch(self, loss: Tensor) -> Tensor:
+        """The loss of a micro-batch as the guard averages it over the micro-batches of a step."""
+        return loss
+
+    def _owner(self, parameters: list[Tensor]) -> GuardedAcceleratedOptimizer | None:
+        """The optimizer that has a gradient of exactly these parameters to step with."""
+        wanted = {id(p) for p in parameters if p.grad is not None}
+        for prepared in self.prepared:
+            groups = prepared.param_groups
+            if wanted == {id(p) for g in groups for p in g["params"] if p.grad is not None}:
+                return prepared
+        return None
+
+
+def guard(accelerator: Accelerator, model: nn.Module | None = None, **options: Any) -> Accelerator:
+    """Guards every optimizer that this accelerator prepares from now on.
+
+    Args:
+        accelerator: Before its `prepare` is called.
+        model: What is trained, so that records name its parameters and its running statistics
+            survive a skipped step; to be prepared before its optimizer, or with it and first.
+        options: As for `GuardedOptimizer`. With a `max_norm` here, the limits that
+            `accelerator.clip_grad_norm_` is called with are ignored.
+
+    Returns:
+        The same accelerator.
+
+    Raises:
+        ValueError: It is guarded already, or an engine steps by itself (DeepSpeed, Megatron, XLA).
+
+    Example:
+        >>> import torch
+        >>> from accelerate import Accelerator
+        >>> model = torch.nn.Linear(2, 1)
+        >>> accelerator = guard(Accelerator(cpu=True), model)
+        >>> model, opt = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+        >>> accelerator.backward(model(torch.tensor([[float("nan"), 1.0]])).sum())
+        >>> norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        >>> opt.step()
+        >>> opt.step_was_skipped, opt.optimizer.skipped_steps
+        (True, 1)
+    """
+    AcceleratorGuard(accelerator, lambda: model, options, fixed="max_norm" in options)
+    return accelerator
