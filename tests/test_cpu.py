@@ -12,7 +12,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastguard import cpu, reference
+from fastguard import cpu, cpu_l2, gather, reference
 from fastguard.buckets import bucketize
 from guardtest.grads import true_norm
 from guardtest.tolerances import MEASURED_RTOL
@@ -52,7 +52,7 @@ def blocks(values: Tensor, length: int) -> Tensor:
 @pytest.fixture(autouse=True)
 def fast_path_for_small_tensors(monkeypatch):
     """What is summed in float64 outright is exact: from here on it is not."""
-    monkeypatch.setattr(cpu, "EXACT_BELOW", 2 * cpu.LARGE)
+    monkeypatch.setattr(cpu_l2, "EXACT_BELOW", 2 * cpu_l2.LARGE)
 
 
 @pytest.fixture
@@ -76,8 +76,8 @@ def small_stages(monkeypatch):
 def scaled_down(monkeypatch):
     with monkeypatch.context() as patch:
         for name, value in SMALL.items():
-            patch.setattr(cpu, name, value)
-        patch.setattr(cpu, "_local", threading.local())  # its buffer has the length of STAGE
+            patch.setattr(cpu_l2, name, value)
+        patch.setattr(gather, "_local", threading.local())  # buffers of their own
         yield
 
 
@@ -86,6 +86,7 @@ SMALL = {
     "BLOCK": 64,
     "LARGE": 256,
     "STAGE": 1024,
+    "WIDE": 255,
     "SHARE": 4096,
     "EXACT_BELOW": 64,
 }
@@ -113,10 +114,10 @@ def test_constants(dtype, constant):
 def test_blocks_of_two_constants_that_alternate(n_blocks, period):
     # The worst that a sample can meet, above all when it repeats at the pace of the sample.
     which = torch.arange(n_blocks) // period % 2 == 0
-    assert_norm_is_true(blocks(torch.where(which, LONG, SHORT), cpu.BLOCK))
+    assert_norm_is_true(blocks(torch.where(which, LONG, SHORT), cpu_l2.BLOCK))
 
 
-@pytest.mark.parametrize("length", [100, cpu.ROW, cpu.BLOCK, 10_000])
+@pytest.mark.parametrize("length", [100, cpu_l2.ROW, cpu_l2.BLOCK, 10_000])
 def test_blocks_of_many_constants(length):
     assert_norm_is_true(blocks(torch.rand(2 * 10**6 // length) + 1.0, length))
 
@@ -125,6 +126,16 @@ def test_blocks_of_many_constants(length):
 def test_tensors_of_many_constants(length):
     constants = (torch.rand(max(5, 300_000 // length)) + 1.0).tolist()
     assert_norm_is_true(*(torch.full((length,), c) for c in constants))
+
+
+@pytest.mark.parametrize("n", [cpu_l2.BLOCK, 5000, cpu_l2.LARGE - 1])
+@pytest.mark.usefixtures("no_second_look")
+def test_many_tensors_of_middling_size(n):
+    tensors = [torch.randn(n) for _ in range(1_000_000 // n)]
+    assert_norm_is_true(*tensors)
+    assert_norm_is_true(*(torch.full_like(t, 0.3) for t in tensors))
+    assert_norm_is_true(*(torch.full_like(t, 1.0 + i % 7) for i, t in enumerate(tensors)))
+    assert_norm_is_true(*(t.clone().fill_(t[0]) for t in tensors), torch.randn(400_000))
 
 
 def test_constant_rows_and_rows_that_repeat():
@@ -139,12 +150,12 @@ def test_constant_rows_and_rows_that_repeat():
 def test_constant_blocks_in_a_sparse_tensor(share):
     constants = torch.where(torch.rand(800) < share, SHORT, 0.0)
     constants[13] = LONG
-    assert_norm_is_true(blocks(constants, cpu.BLOCK))
+    assert_norm_is_true(blocks(constants, cpu_l2.BLOCK))
 
 
 @pytest.mark.parametrize("where", [0, 5000, -1])
 def test_one_heavy_row_holds_everything(where):
-    x = torch.full((8000, cpu.ROW), 1e-6)
+    x = torch.full((8000, cpu_l2.ROW), 1e-6)
     x[where] = LONG
     assert_norm_is_true(x)
     y = torch.randn(2_000_000) * 1e-4
@@ -192,7 +203,7 @@ def test_mixed_magnitudes():
 
 
 def test_a_large_tensor_of_tiny_values_with_one_row_of_normal_ones():
-    x = torch.full((3000, cpu.ROW), 1e-22)
+    x = torch.full((3000, cpu_l2.ROW), 1e-22)
     x[7] = 1e-13
     assert_norm_is_true(x)
 
@@ -281,10 +292,10 @@ def test_many_small_tensors(n_tensors, length):
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_edges_at_their_real_size(monkeypatch, dtype):
     monkeypatch.undo()
-    sizes = (cpu.ROW, cpu.BLOCK, cpu.LARGE, cpu.STAGE)
+    sizes = (cpu_l2.ROW, cpu_l2.BLOCK, cpu_l2.LARGE, cpu_l2.STAGE)
     grads = [torch.randn(n + d).to(DTYPES[dtype]) for n in sizes for d in (-1, 0, 1)]
     assert_norm_is_true(*grads)
-    for n in (cpu.EXACT_BELOW - 1, cpu.EXACT_BELOW):
+    for n in (cpu_l2.EXACT_BELOW - 1, cpu_l2.EXACT_BELOW):
         assert_norm_is_true(torch.randn(n).to(DTYPES[dtype]))
 
 
@@ -294,23 +305,25 @@ def test_every_block_can_be_audited(monkeypatch):
     vectors = [torch.randn(n) for n in (300, 5, 70, 0, 64, 1000, 3, 128, 500, 40, 900)]
     n_draws = 400
     everywhere = (cpu.np.arange(n_draws) + 0.5) / n_draws
-    monkeypatch.setattr(cpu, "_DRAWS", (everywhere,))
+    monkeypatch.setattr(cpu_l2, "_FEW", everywhere)
     seen = {}
-    true_sums = cpu._true_sums
+    exact_power_sums = cpu_l2._Blocks.exact_power_sums
 
-    def spy(drawn, sources):
-        sums = true_sums(drawn, sources)
+    def spy(self, drawn):
+        sums = exact_power_sums(self, drawn)
         seen.update(zip(drawn.tolist(), sums.tolist(), strict=True))
         return sums
 
-    monkeypatch.setattr(cpu, "_true_sums", spy)
+    monkeypatch.setattr(cpu_l2._Blocks, "exact_power_sums", spy)
     assert_norm_is_true(*vectors)
     assert sorted(seen) == list(range(len(seen)))
-    large = [v for v in vectors if len(v) >= SMALL["LARGE"]]
-    inside = sum(len(v) // SMALL["BLOCK"] for v in large)
-    whole = [v[k * 64 : (k + 1) * 64] for v in large for k in range(len(v) // 64)]
-    expected = [block.double().square().sum().item() for block in whole]
-    assert [seen[k] for k in range(inside)] == pytest.approx(expected)
+    block, large = SMALL["BLOCK"], SMALL["LARGE"]
+    rows = [
+        v[k * block :][:block] for v in vectors if len(v) >= large for k in range(len(v) // block)
+    ]
+    middling = [v for v in vectors if block <= len(v) < large]
+    expected = [v.double().square().sum().item() for v in rows + middling]
+    assert [seen[k] for k in sorted(seen)] == pytest.approx(expected)
 
 
 # Counts.
@@ -426,11 +439,11 @@ def test_many_threads_at_once():
 
 @pytest.mark.parametrize("default", ["meta", "float64", "inference_mode"])
 def test_ambient_defaults_change_nothing(default, monkeypatch):
-    monkeypatch.setattr(cpu, "_local", threading.local())
+    monkeypatch.setattr(gather, "_local", threading.local())
     sizes = (100, 200_000)
     tensors = [torch.arange(n, dtype=torch.float32) for n in sizes]
     expected = norm_of(tensors)
-    monkeypatch.setattr(cpu, "_local", threading.local())
+    monkeypatch.setattr(gather, "_local", threading.local())
     dtype = torch.get_default_dtype()
     ambience = {
         "meta": lambda: torch.device("meta"),  # as after torch.set_default_device("cuda")
@@ -482,7 +495,7 @@ BULKY = {
     "overflow": lambda: [torch.full((N,), 1e20)],
     "underflow": lambda: [torch.full((N,), 1e-25)],
     "all NaN": lambda: [torch.full((N,), math.nan)],
-    "disagreeing blocks": lambda: [blocks(torch.rand(N // cpu.BLOCK) + 1.0, cpu.BLOCK)],
+    "disagreeing blocks": lambda: [blocks(torch.rand(N // cpu_l2.BLOCK) + 1.0, cpu_l2.BLOCK)],
 }
 
 
@@ -492,5 +505,5 @@ BULKY = {
 )
 def test_working_memory_stays_under_16_MB(monkeypatch, case, norm_type):
     (bucket,) = bucketize(BULKY[case]()).buckets
-    monkeypatch.setattr(cpu, "_local", threading.local())  # its buffer counts too
+    monkeypatch.setattr(gather, "_local", threading.local())  # its buffers count too
     assert allocated_at_most(lambda: cpu.measure(bucket, 1, norm_type)) < 16 * 2**20

@@ -1,0 +1,57 @@
+"""Many CPU tensors as few vectors, because a call of torch costs as much as reading 10 kB."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_local = threading.local()
+_joined = torch._C._nn.flatten_dense_tensors  # flattens and joins without a Python object each
+
+
+def flat(t: Tensor) -> Tensor:
+    """A tensor as a vector, in whatever order lets it stay where it is."""
+    if not t.is_contiguous():  # channels_last, say
+        t = t.permute(sorted(range(t.dim()), key=t.stride, reverse=True))
+    return t.reshape(-1)
+
+
+def gathered(tensors: Sequence[Tensor], limit: int) -> Iterator[tuple[Tensor, int, int]]:
+    """Vectors of at most `limit` elements that together hold all tensors of one dtype, in order.
+
+    Yields:
+        `(values, start, stop)`: the elements of `tensors[start:stop]` one after the other; of a
+        tensor longer than the limit a piece at a time. One tensor that fits stays where it is.
+    """
+    ends = np.cumsum(list(map(Tensor.numel, tensors)), dtype=np.int64)
+    start, before = 0, 0
+    while start < len(tensors):
+        stop = max(start + 1, int(ends.searchsorted(before + limit, side="right")))
+        n = int(ends[stop - 1]) - before
+        if stop - start > 1:
+            if n:
+                yield _join(tensors[start:stop]), start, stop
+        elif n:
+            for piece in flat(tensors[start]).split(limit):
+                yield piece, start, stop
+        start, before = stop, int(ends[stop - 1])
+
+
+def _join(tensors: Sequence[Tensor]) -> Tensor:
+    if all(t.dim() == 1 for t in tensors):
+        return torch.cat(list(tensors))  # three times as fast for thousands of them
+    return _joined(list(tensors))
+
+
+def buffer(name: str, n: int, dtype: torch.dtype) -> Tensor:
+    """Working memory of this thread, `(n,)`, made once: fresh pages cost more than the reading."""
+    kept = getattr(_local, name, None)
+    if kept is None or kept.numel() < n:
+        with torch.inference_mode(False):
+            kept = torch.empty(n, dtype=dtype, device="cpu")
+        setattr(_local, name, kept)
+    return kept[:n]
