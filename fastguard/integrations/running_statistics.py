@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastguard.integrations.clipping import was_skipped
 from fastguard.optimizer import GuardedOptimizer
@@ -20,7 +19,7 @@ class RunningStatistics:
     copy of all buffers, kept on their device; nothing waits.
 
     Args:
-        model: Its buffers must stay the same tensors.
+        model: Its buffers are on one device, and stay the tensors they are.
 
     Example:
         >>> import torch
@@ -35,7 +34,7 @@ class RunningStatistics:
     def __init__(self, model: nn.Module) -> None:
         self._buffers = list(model.buffers())
         self._kept = [buffer.clone() for buffer in self._buffers]
-        self._floating = [i for i, b in enumerate(self._buffers) if b.is_floating_point()]
+        self._judged = [i for i, b in enumerate(self._buffers) if _is_judged(b)]
 
     @torch.no_grad()
     def keep(self) -> None:
@@ -57,11 +56,11 @@ class RunningStatistics:
         Returns:
             How many there were.
         """
-        if not self._floating:
+        if not self._judged:
             return 0
-        norms = torch._foreach_norm([self._buffers[i] for i in self._floating], math.inf)
-        bad = (~torch.stack(norms).isfinite()).nonzero().flatten().tolist()
-        for i in (self._floating[k] for k in bad):
+        norms = torch._foreach_norm([self._buffers[i] for i in self._judged], math.inf)
+        bad = (~torch.stack([n.double() for n in norms]).isfinite()).nonzero().flatten().tolist()
+        for i in (self._judged[k] for k in bad):
             self._buffers[i].copy_(self._kept[i])
         return len(bad)
 
@@ -74,7 +73,15 @@ class RunningStatistics:
             return
 
         def after_step(*_: Any) -> None:
-            self.put_back() if was_skipped(optimizer) else self.keep()
+            if was_skipped(optimizer):
+                self.put_back()
+            else:
+                self.mend()
+                self.keep()
 
         optimizer.register_step_post_hook(after_step)
         optimizer.register_load_state_dict_post_hook(lambda _: self.keep())
+
+
+def _is_judged(buffer: Tensor) -> bool:
+    return buffer.is_floating_point() and buffer.numel() > 0  # the rest is finite by nature
