@@ -1,0 +1,35 @@
+"""The checks, one module a family: `check(evidence)` yields what it finds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from fastguard.diagnosis.checks import (
+    backward,
+    data,
+    forward,
+    initialisation,
+    loss,
+    optimizer,
+    precision,
+    real_steps,
+)
+from fastguard.diagnosis.evidence import Evidence
+from fastguard.diagnosis.finding import Finding
+
+Check = Callable[[Evidence], Iterable[Finding]]
+
+FAMILIES: dict[str, Check] = {
+    module.CHECK: module.check
+    for module in (
+        initialisation,
+        data,
+        forward,
+        loss,
+        backward,
+        precision,
+        optimizer,
+        real_steps,
+    )
+}
+"""By name, in the order in which things break."""

@@ -1,0 +1,170 @@
+"""The backward pass: which parameters get a gradient, is it finite, does it reach all depths."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from fastguard.diagnosis.evidence import Evidence
+from fastguard.diagnosis.finding import Finding, percent, several
+from fastguard.diagnosis.observe import Values
+
+CHECK = "backward"
+
+FORGOTTEN = 0.01  # share of the trainable elements without gradient from which a part is missing
+TOTAL_NORM_HIGH, TOTAL_NORM_HOPELESS = 1e2, 1e6
+PROFILE = 1e4  # between the rms gradients of two layers
+DEEP = 4  # weights below which there is no profile
+
+
+def check(evidence: Evidence) -> Iterator[Finding]:
+    """Looks at the gradients of one step; without a loss, at those of the mean of the output."""
+    evidence = evidence.repaired
+    failure = evidence.step.failed("backward")
+    if failure is not None:
+        yield Finding(
+            CHECK,
+            "not-checked",
+            "warning",
+            f"the backward pass raises {failure}",
+            remedy="with activation checkpointing pass use_reentrant=False; the old kind cannot "
+            "give gradients to a caller.",
+        )
+    if evidence.step.gradients is None:
+        return
+    yield from _missing(evidence)
+    yield from _nonfinite(evidence)
+    if evidence.is_finite and not evidence.step.from_output:
+        yield from _zero(evidence)
+        yield from _sizes(evidence)
+
+
+def _missing(evidence: Evidence) -> Iterator[Finding]:
+    gradients = evidence.step.gradients or {}
+    parameters = evidence.subject.parameters
+    missing = [name for name, gradient in gradients.items() if gradient is None]
+    if not missing:
+        return
+    n = sum(parameters[name].numel() for name in gradients)
+    share = sum(parameters[name].numel() for name in missing) / max(n, 1)
+    start = "the output" if evidence.step.from_output else "the loss"
+    yield Finding(
+        CHECK,
+        "no-gradient",
+        "error" if share >= FORGOTTEN else "warning",
+        f"{len(missing)} of {len(gradients)} parameters ({percent(share)} of the weights) do not "
+        f"contribute to {start}, and will not learn: {several(missing, 6)}",
+        where=missing[0],
+        value=share,
+        limit=0,
+        remedy="use what this module computes (a head whose output the loss ignores, a branch that "
+        "is not called), look for .detach() and torch.no_grad() on the way, or say that it is "
+        "meant so with requires_grad_(False).",
+    )
+
+
+def _nonfinite(evidence: Evidence) -> Iterator[Finding]:
+    bad = [name for name, values in evidence.gradients.items() if values.nonfinite]
+    # Gradients of what was not finite before tell nothing of their own.
+    step = evidence.step
+    if not bad or step.from_output or not all(map(math.isfinite, step.parts.values())):
+        return
+    report = evidence.explained
+    values = evidence.gradients[bad[0]]
+    born = ""
+    if report is not None:
+        born = "; born in " + ", ".join(
+            text
+            for text in (report.operation, report.module, report.evidence, report.source)
+            if text
+        )
+    yield Finding(
+        CHECK,
+        "nonfinite-gradient",
+        "error",
+        f"the loss is finite, but {len(bad)} of {len(evidence.gradients)} gradients are not: "
+        f"{several(bad)}{born}",
+        where=report.module if report is not None else bad[0],
+        value=values.nonfinite / values.numel,
+        limit=0,
+        remedy=report.remedy
+        if report is not None
+        else "call fastguard.explain_nonfinite on this batch.",
+    )
+
+
+def _zero(evidence: Evidence) -> Iterator[Finding]:
+    zero = [n for n, values in evidence.gradients.items() if values.numel and not values.largest]
+    if not zero:
+        return
+    everything = len(zero) == len(evidence.gradients)
+    yield Finding(
+        CHECK,
+        "all-gradients-zero" if everything else "zero-gradient",
+        "error" if everything else "warning",
+        f"{len(zero)} of {len(evidence.gradients)} gradients are exactly 0: {several(zero)}",
+        where="" if everything else zero[0],
+        value=len(zero) / len(evidence.gradients),
+        limit=0,
+        remedy="look for dead ReLUs, saturated activations, a clamp that is always at its end, a "
+        "softmax over one class, and weights that are all 0 further on.",
+    )
+
+
+def _sizes(evidence: Evidence) -> Iterator[Finding]:
+    norm = math.hypot(*(v.rms * math.sqrt(v.numel) for v in evidence.gradients.values()), 0.0)
+    profile = _profile(evidence)
+    if norm > TOTAL_NORM_HIGH:
+        name, worst = max(evidence.gradients.items(), key=lambda item: item[1].largest)
+        yield Finding(
+            CHECK,
+            "exploding-gradient",
+            "error" if norm > TOTAL_NORM_HOPELESS else "warning",
+            f"the gradient norm is {norm:.3g}, the largest element {worst.largest:.3g} in {name}",
+            where=name,
+            value=norm,
+            limit=TOTAL_NORM_HIGH,
+            remedy="GuardedOptimizer(max_norm=1.0) clips it; then look for large inputs, a summed "
+            "loss, a missing norm, a large gain.",
+        )
+    if len(profile) < DEEP:
+        return
+    quarter = len(profile) // 4
+    first, last = _mean_rms(profile[:quarter]), _mean_rms(profile[-quarter:])
+    for ratio, kind, what in (
+        (last / first, "vanishing-gradient", "smaller"),
+        (first / last, "exploding-gradient", "larger"),
+    ):
+        if ratio > PROFILE:
+            yield Finding(
+                CHECK,
+                kind,
+                "warning",
+                f"over {len(profile)} layers the gradient becomes {ratio:.3g} times {what} on its "
+                f"way back: rms {last:.3g} at {profile[-1][0]}, {first:.3g} at {profile[0][0]}",
+                where=profile[0][0],
+                value=ratio,
+                limit=PROFILE,
+                remedy="norms and residual connections between the layers, Kaiming's or Xavier's "
+                "initialisation, and no saturating activations in deep stacks.",
+            )
+
+
+def _profile(evidence: Evidence) -> list[tuple[str, Values]]:
+    """The gradients of the weights, in the order in which the forward pass used them."""
+    order: dict[str, int] = {}
+    for i, name in enumerate(evidence.step.called):
+        order.setdefault(name.rpartition(" (")[0], i)
+    weights = [
+        (order[name.rpartition(".")[0]], name, values)
+        for name, values in evidence.gradients.items()
+        if name.rpartition(".")[0] in order
+        and evidence.subject.parameters[name].ndim > 1
+        and values.rms
+    ]
+    return [(name, values) for _, name, values in sorted(weights, key=lambda w: w[0])]
+
+
+def _mean_rms(profile: list[tuple[str, Values]]) -> float:
+    """Geometric mean of the rms gradients."""
+    return math.exp(sum(math.log(values.rms) for _, values in profile) / len(profile))

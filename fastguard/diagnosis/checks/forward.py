@@ -1,0 +1,240 @@
+"""The forward pass: does it run, fit its targets, stay finite, in range, and pass a signal on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from fastguard.diagnosis.evidence import Evidence
+from fastguard.diagnosis.finding import Finding, percent, several
+from fastguard.diagnosis.functions import IndexOutOfRange, Meeting, Saturation
+from fastguard.diagnosis.observe import Activation
+from fastguard.diagnosis.shapes import misfits
+from fastguard.provenance import NonFiniteReport
+
+CHECK = "forward"
+
+LARGE = 1e4  # float16 ends at 65504, and the squares of a norm or a loss come on top
+HOPELESS = 1e12  # of float32's 3.4e38, one square and one sum away
+DEAD_RELU = 0.99
+SATURATED = 0.9
+ONE_HOT_SOFTMAX = 0.99
+
+_FIT = (
+    "make the model's output as large as its targets (a decoder that lacks upsampling steps; "
+    "torch.nn.functional.interpolate(output, size=target.shape[-2:])), or the targets as large "
+    "as the output."
+)
+
+
+def check(evidence: Evidence) -> Iterator[Finding]:
+    """Looks at one step."""
+    yield from _failures(evidence)
+    yield from _shapes(evidence)
+    yield from _nonfinite(evidence)
+    yield from _extreme(evidence)
+    yield from _saturated(evidence.step.functions.saturations)
+    if not evidence.subject.model.training:
+        yield Finding(
+            CHECK,
+            "eval-mode",
+            "note",
+            "the model is in evaluation mode: dropout is off, batch norms use their averages",
+            remedy="call model.train() first to diagnose training.",
+        )
+
+
+# Does it run?
+
+
+def _failures(evidence: Evidence) -> Iterator[Finding]:
+    failure = evidence.step.failed("forward")
+    if failure is None or isinstance(failure.error, IndexOutOfRange):  # the data check tells it
+        return
+    yield Finding(
+        CHECK,
+        "forward-raises",
+        "error",
+        f"the model raises {failure}",
+        where=failure.where,
+        remedy="the checks of what comes after are left out; run the model on this batch by itself "
+        "to see the whole traceback.",
+    )
+
+
+# Does it fit?
+
+
+def _shapes(evidence: Evidence) -> Iterator[Finding]:
+    step, targets = evidence.step, evidence.subject.targets
+    yield from map(_meeting, step.functions.meetings)
+    if any(meeting.result is None for meeting in step.functions.meetings):
+        return
+    failed = step.failed("loss")
+    for where, output, target in misfits(step.output, targets):
+        larger, smaller = sorted((output.numel(), target.numel()), reverse=True)
+        yield Finding(
+            CHECK,
+            "resized-output" if failed is None else "shape-mismatch",
+            "note" if failed is None else "error",
+            f"the output is {list(output.shape)}, its target {list(target.shape)}; the loss "
+            + ("makes them fit" if failed is None else f"raises {failed}"),
+            where=where,
+            value=larger / max(smaller, 1),
+            limit=1,
+            remedy="" if failed is None else _FIT,
+        )
+
+
+def _meeting(meeting: Meeting) -> Finding:
+    shapes = f"output {list(meeting.output)} and target {list(meeting.target)}"
+    smaller, larger = sorted((math.prod(meeting.output), math.prod(meeting.target)))
+    if meeting.result is None:
+        return Finding(
+            CHECK,
+            "shape-mismatch",
+            "error",
+            f"{meeting.function} cannot compare {shapes}",
+            value=larger / smaller,
+            limit=1,
+            remedy=_FIT,
+        )
+    all_pairs = ": every output meets the targets of others" if meeting.both_ways else ""
+    return Finding(
+        CHECK,
+        "silent-broadcast",
+        "error" if meeting.both_ways else "warning",
+        f"{meeting.function} silently expands {shapes} to {list(meeting.result)}{all_pairs}",
+        value=math.prod(meeting.result) / larger,
+        limit=1,
+        remedy="give both the same shape before the loss: output.squeeze(1), or "
+        "target.unsqueeze(1).",
+    )
+
+
+# Does it stay finite?
+
+
+def _nonfinite(evidence: Evidence) -> Iterator[Finding]:
+    bad = [a for a in evidence.step.activations if a.values.nonfinite]
+    if not bad:
+        return
+    report = evidence.explained
+    failed = bool(evidence.step.failures)
+    if report is None and not failed:
+        yield Finding(
+            CHECK,
+            "ignored-nonfinite",
+            "warning" if any(a.values.nan for a in bad) else "note",
+            f"{several(_names(bad))} put out NaN or Inf, which reach neither loss nor gradients",
+            where=bad[0].where,
+            value=bad[0].values.nonfinite / bad[0].values.numel,
+            limit=0,
+            remedy="fine for a mask of -Inf; a NaN that is selected away comes back in the "
+            "backward pass as 0 * NaN.",
+        )
+        return
+    if evidence.repaired is not evidence:  # the model may make some of its own as well
+        yield from _nonfinite(evidence.repaired)
+    yield _first_nonfinite(evidence, bad, report)
+
+
+def _first_nonfinite(
+    evidence: Evidence, bad: list[Activation], report: NonFiniteReport | None
+) -> Finding:
+    first = bad[0]
+    share = first.values.nonfinite / first.values.numel
+    n = len({a.where for a in evidence.step.activations})
+    seen = [
+        f"{percent(share)} of the output of {first.where} is NaN or Inf, the first of "
+        f"{len(set(_names(bad)))} of {n} modules"
+    ]
+    remedy = "call fastguard.explain_nonfinite on this batch to see the operation."
+    if report is not None:
+        remedy = report.remedy
+        if report.origin == "forward":
+            seen.append(f"born in {report.operation}")
+        elif report.origin is not None:
+            seen.append(f"the {report.origin} value {report.tensor} was non-finite before")
+        if report.origin == "batch":
+            seen.append("the checks from the backward pass on set it to 0")
+        seen += [text for text in (report.evidence, report.source) if text]
+    return Finding(
+        CHECK,
+        "nonfinite-activation",
+        "error",
+        "; ".join(seen),
+        where=(report.module if report is not None else "") or first.where,
+        value=share,
+        limit=0,
+        remedy=remedy,
+    )
+
+
+def _names(activations: list[Activation]) -> list[str]:
+    return list(dict.fromkeys(a.where for a in activations))
+
+
+# Does it stay in range?
+
+
+def _extreme(evidence: Evidence) -> Iterator[Finding]:
+    large = [a for a in evidence.step.activations if a.values.largest > LARGE]
+    if not large:
+        return
+    worst = max(a.values.largest for a in large)
+    yield Finding(
+        CHECK,
+        "extreme-activation",
+        "error" if worst > HOPELESS else "warning",
+        f"activations reach {large[0].values.largest:.3g} in {large[0].where}, the first of "
+        f"{len(set(_names(large)))} modules, and {worst:.3g} at the most",
+        where=large[0].where,
+        value=worst,
+        limit=LARGE,
+        remedy="put a norm before this layer, lower the gain of its weights, and normalise the "
+        "inputs.",
+    )
+
+
+# Does it pass a signal on?
+
+
+def _saturated(saturations: list[Saturation]) -> Iterator[Finding]:
+    limits = {"relu": DEAD_RELU, "softmax": ONE_HOT_SOFTMAX}
+    stuck = [s for s in saturations if s.share > limits.get(s.function, SATURATED)]
+    for function in dict.fromkeys(s.function for s in stuck):
+        found = [s for s in stuck if s.function == function]
+        worst = max(found, key=lambda s: s.share)
+        what, remedy = _SATURATION[function]
+        yield Finding(
+            CHECK,
+            "saturated",
+            "warning",
+            f"{percent(worst.share)} {what}; so in {several([s.where for s in found])}",
+            where=worst.where,
+            value=worst.share,
+            limit=limits.get(function, SATURATED),
+            remedy=remedy,
+        )
+
+
+_SATURATION = {
+    "relu": (
+        "of what the ReLU puts out is 0: it passes no gradient",
+        "lower the learning rate or the bias, put a norm before it, or use a leaky ReLU or GELU.",
+    ),
+    "sigmoid": (
+        "of what the sigmoid puts out is within 3e-4 of 0 or 1: it passes no gradient",
+        "lower the scale of what goes in; for a loss use binary_cross_entropy_with_logits.",
+    ),
+    "tanh": (
+        "of what the tanh puts out is within 5e-4 of -1 or 1: it passes no gradient",
+        "lower the scale of what goes in, or put a norm before it.",
+    ),
+    "softmax": (
+        "of the rows of the softmax are one-hot: it passes no gradient",
+        "divide attention scores by the root of the head's width, normalise queries and keys; a "
+        "softmax over an axis of length 1 is always 1, then the axis is wrong.",
+    ),
+}

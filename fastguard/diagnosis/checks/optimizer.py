@@ -1,0 +1,177 @@
+"""The optimizer: does it hold the model's parameters, move them, and by a sane amount."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from torch.optim import Optimizer
+
+from fastguard.diagnosis.evidence import Evidence
+from fastguard.diagnosis.finding import Finding, percent, several
+
+CHECK = "optimizer"
+
+VANISHED_LR = 1e-12  # no weight above 1e-5 can be moved by it in float32
+UPDATE_HIGH = 0.1  # of the weights' norm; 1e-3 is usual
+UPDATE_LOW = 1e-8  # below the distance between two float32 numbers
+
+
+def check(evidence: Evidence) -> Iterator[Finding]:
+    """Looks at the param groups, and at what one real step does."""
+    evidence = evidence.repaired
+    optimizer = evidence.subject.optimizer
+    if optimizer is None:
+        yield Finding(
+            CHECK, "not-checked", "note", "no optimizer was given", remedy="give optimizer=."
+        )
+        return
+    yield from _members(evidence, optimizer)
+    for i, group in enumerate(optimizer.param_groups):
+        yield from _learning_rate(optimizer, group, f"param group {i}")
+        yield from _weight_decay(evidence, group, f"param group {i}")
+        yield from _eps(evidence, group, f"param group {i}")
+    yield from _updates(evidence, optimizer)
+
+
+def _members(evidence: Evidence, optimizer: Optimizer) -> Iterator[Finding]:
+    parameters = evidence.subject.parameters
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    trainable = {name: p for name, p in parameters.items() if p.requires_grad}
+    if trainable and not held & set(parameters.values()):
+        yield Finding(
+            CHECK,
+            "foreign-optimizer",
+            "error",
+            "the optimizer holds none of the model's parameters: it trains another model",
+            value=len(trainable),
+            limit=0,
+            remedy="make the optimizer after the model is complete: after replacing layers, "
+            "loading, deep-copying, and moving it.",
+        )
+        return
+    left_out = [name for name, p in trainable.items() if p not in held]
+    if left_out:
+        yield Finding(
+            CHECK,
+            "not-optimized",
+            "warning",
+            f"{len(left_out)} of {len(trainable)} trainable parameters are in no param group, and "
+            f"will not learn: {several(left_out)}",
+            where=left_out[0],
+            value=len(left_out) / len(trainable),
+            limit=0,
+            remedy="give them to the optimizer, or say that it is meant so with "
+            "requires_grad_(False).",
+        )
+    frozen = [name for name, p in parameters.items() if not p.requires_grad]
+    if frozen:
+        inside = sum(parameters[name] in held for name in frozen)
+        yield Finding(
+            CHECK,
+            "frozen",
+            "note",
+            f"{len(frozen)} of {len(parameters)} parameters are frozen, {inside} of them in a "
+            f"param group: {several(frozen)}",
+            where=frozen[0],
+            value=len(frozen) / len(parameters),
+        )
+
+
+def _learning_rate(optimizer: Optimizer, group: dict[str, Any], where: str) -> Iterator[Finding]:
+    lr = float(group["lr"]) if "lr" in group else math.nan  # waits for a tensor on a GPU
+    if (math.isnan(lr) and "lr" not in group) or lr >= VANISHED_LR:
+        return
+    peak = group.get("initial_lr")
+    # A schedule that warms up from 0, before its first step.
+    warms_up = lr == 0 and peak is not None and float(peak) > 0 and not optimizer.state
+    scheduled = f"; its schedule began at {float(peak):.3g}" if peak is not None else ""
+    yield Finding(
+        CHECK,
+        "lr-vanished",
+        "warning" if warms_up else "error",
+        f"the learning rate is {lr:.3g}: no weight moves{scheduled}",
+        where=where,
+        value=lr,
+        limit=VANISHED_LR,
+        remedy="right only if a warm-up begins here; let one step pass and look again."
+        if warms_up
+        else "start the schedule anew, step it once an epoch or once a step as it was planned, and "
+        "give it a floor: fastguard.GuardedLR(scheduler, floor=1e-6).",
+    )
+
+
+def _weight_decay(evidence: Evidence, group: dict[str, Any], where: str) -> Iterator[Finding]:
+    decay = float(group.get("weight_decay") or 0)
+    if decay == 0:
+        return
+    names = {p: name for name, p in evidence.subject.parameters.items()}
+    decayed = [names[p] for p in group["params"] if p in names and p.ndim < 2 and p.requires_grad]
+    if decayed:
+        yield Finding(
+            CHECK,
+            "decayed-norms",
+            "note",
+            f"weight decay {decay:g} also pulls {len(decayed)} biases and scales of norms to 0: "
+            f"{several(decayed)}",
+            where=where,
+            value=len(decayed),
+            limit=0,
+            remedy="put parameters with fewer than two dimensions into a group with "
+            "weight_decay=0.",
+        )
+
+
+def _eps(evidence: Evidence, group: dict[str, Any], where: str) -> Iterator[Finding]:
+    eps = group.get("eps")
+    if eps is None or "betas" not in group or evidence.step.from_output:
+        return
+    names = {p: name for name, p in evidence.subject.parameters.items()}
+    known = [names[p] for p in group["params"] if p in names]
+    sizes = {n: evidence.gradients[n] for n in known if n in evidence.gradients}
+    below = [n for n, values in sizes.items() if 0 < values.rms < float(eps)]
+    # A bias before a batch norm has a gradient of rounding errors alone.
+    if sum(sizes[n].numel for n in below) <= 0.5 * sum(v.numel for v in sizes.values()):
+        return
+    rms = max(sizes[n].rms for n in below)
+    yield Finding(
+        CHECK,
+        "eps-dominates",
+        "warning",
+        f"gradients of rms {rms:.3g} and less are smaller than eps {float(eps):g}, which then "
+        f"scales the step down instead of protecting it: {several(below)}",
+        where=where,
+        value=rms,
+        limit=float(eps),
+        remedy="lower eps, to 1e-12 for example, or scale the loss up.",
+    )
+
+
+def _updates(evidence: Evidence, optimizer: Optimizer) -> Iterator[Finding]:
+    if not evidence.step.has_loss or not evidence.is_finite or evidence.step.gradients is None:
+        return
+    updates = evidence.real_steps.updates
+    names = {p: name for name, p in evidence.subject.parameters.items()}
+    for i, group in enumerate(optimizer.param_groups):
+        found = [updates[names[p]] for p in group["params"] if names.get(p) in updates]
+        weight = math.hypot(*(u.weight for u in found), 0.0)
+        moved = math.hypot(*(u.moved for u in found), 0.0)
+        if not weight or UPDATE_LOW <= moved / weight <= UPDATE_HIGH:
+            continue
+        if float(group.get("lr", 1.0)) < VANISHED_LR:
+            continue  # told already
+        ratio = moved / weight
+        large = ratio > UPDATE_HIGH
+        yield Finding(
+            CHECK,
+            "large-update" if large else "small-update",
+            "warning",
+            f"one step changes the weights by {percent(ratio)} of their norm",
+            where=f"param group {i}",
+            value=ratio,
+            limit=UPDATE_HIGH if large else UPDATE_LOW,
+            remedy="lower the learning rate, warm it up, and clip the gradient norm."
+            if large
+            else "raise the learning rate; if gradients are that small, scale the loss up.",
+        )

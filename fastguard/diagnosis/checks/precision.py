@@ -1,0 +1,173 @@
+"""16 bits: what leaves the range of float16, what is rounded away, and is autocast to blame."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from fastguard.diagnosis.evidence import Evidence
+from fastguard.diagnosis.finding import Finding, percent, several
+from fastguard.diagnosis.observe import FLOAT16_MAX, Observation, Values
+
+CHECK = "precision"
+
+LOST_GRADIENTS = 0.1
+LOSS_DIFFERENCE = 0.05
+ROUNDED = 0.5
+
+
+def check(evidence: Evidence) -> Iterator[Finding]:
+    """Compares with float32, and counts in float32 values what float16 could not hold."""
+    evidence = evidence.repaired
+    yield from _to_blame(evidence)
+    yield from _overflow(evidence)
+    yield from _underflow(evidence)
+    yield from _loss_differs(evidence)
+    yield from _rounded_updates(evidence)
+
+
+def _to_blame(evidence: Evidence) -> Iterator[Finding]:
+    """Non-finite in 16 bits and finite in 32."""
+    dtypes = evidence.subject.low_precision
+    if not dtypes or evidence.is_finite:
+        return
+    report = evidence.explained
+    if report is not None and report.precision is not None:
+        to_blame = report.precision
+    else:
+        to_blame = _all_finite(evidence.step_in_float32)
+    if not to_blame:
+        return
+    over = _largest_over(evidence.step_in_float32)
+    name = _names(dtypes)
+    first = next((a.where for a in evidence.step.activations if a.values.nonfinite), "")
+    reached = f"; in float32 {over[0]} reaches {over[1]:.3g}" if over else ""
+    yield Finding(
+        CHECK,
+        "float16-range",
+        "error",
+        f"in {name} this batch is not finite, in float32 it is: the range of {name} is to blame, "
+        f"not the model{reached}",
+        where=(report.module if report is not None else "") or first,
+        value=over[1] if over else math.inf,
+        limit=FLOAT16_MAX,
+        remedy="use bfloat16, which has the range of float32; or keep this part in float32, with "
+        "torch.autocast(device_type, enabled=False) around it and x.float() inside.",
+    )
+
+
+def _overflow(evidence: Evidence) -> Iterator[Finding]:
+    wide = evidence.step_in_float32
+    over = [a for a in wide.activations if a.values.over]
+    if not over:
+        return
+    worst = max(over, key=lambda a: a.values.largest)
+    share = sum(a.values.over for a in over) / sum(a.values.numel for a in over)
+    modules = several(list(dict.fromkeys(a.where for a in over)))
+    only_bfloat16 = evidence.subject.low_precision == {torch.bfloat16}
+    yield Finding(
+        CHECK,
+        "float16-overflow",
+        "note" if only_bfloat16 else "warning",
+        f"{percent(share)} of the activations of {modules} "
+        f"are beyond float16's 65504, up to {worst.values.largest:.3g}",
+        where=over[0].where,
+        value=worst.values.largest,
+        limit=FLOAT16_MAX,
+        remedy="in float16 they become Inf: use bfloat16, or scale them down before this module.",
+    )
+
+
+def _underflow(evidence: Evidence) -> Iterator[Finding]:
+    wide = evidence.step_in_float32
+    if wide.gradients is None or wide.from_output:
+        return
+    values = [Values.of(g) for g in wide.gradients.values() if g is not None]
+    not_zero = sum(v.numel - v.zeros for v in values)
+    under = sum(v.under for v in values)
+    if not not_zero or under / not_zero <= LOST_GRADIENTS:
+        return
+    largest = max(v.largest for v in values)
+    # A quarter of what would overflow: the next batches may have larger gradients.
+    scale = 2.0 ** min(24, math.floor(math.log2(FLOAT16_MAX / largest)) - 2) if largest else 2.0**16
+    yield Finding(
+        CHECK,
+        "float16-underflow",
+        "warning" if torch.float16 in evidence.subject.low_precision else "note",
+        f"{percent(under / not_zero)} of the gradients would be rounded to 0 in float16, if the "
+        "loss is not scaled",
+        value=under / not_zero,
+        limit=LOST_GRADIENTS,
+        remedy=f"with float16 use torch.amp.GradScaler(init_scale={scale:g}); bfloat16 and float32 "
+        "need none.",
+    )
+
+
+def _loss_differs(evidence: Evidence) -> Iterator[Finding]:
+    if not evidence.subject.low_precision:
+        return
+    narrow, wide = (sum(s.parts.values()) for s in (evidence.step, evidence.step_in_float32))
+    if not narrow or not (math.isfinite(narrow) and math.isfinite(wide)):
+        return
+    difference = abs(narrow - wide) / max(abs(wide), 1e-3)
+    if difference > LOSS_DIFFERENCE:
+        name = _names(evidence.subject.low_precision)
+        yield Finding(
+            CHECK,
+            "precision-loss",
+            "warning",
+            f"the loss is {narrow:.4g} in {name}, but {wide:.4g} in float32",
+            value=difference,
+            limit=LOSS_DIFFERENCE,
+            remedy="keep sums, norms, softmaxes and the loss in float32: "
+            "torch.autocast(device_type, enabled=False) and x.float().",
+        )
+
+
+def _rounded_updates(evidence: Evidence) -> Iterator[Finding]:
+    if not any(p.dtype.itemsize == 2 for p in evidence.subject.parameters.values()):
+        return
+    if not evidence.step.has_loss or not evidence.is_finite:
+        return
+    updates = evidence.real_steps.updates
+    stuck = {n: u for n, u in updates.items() if u.dtype.itemsize == 2 and u.stuck > ROUNDED}
+    if not stuck:
+        return
+    worst = max(u.stuck for u in stuck.values())
+    dtype = str(next(iter(stuck.values())).dtype).removeprefix("torch.")
+    yield Finding(
+        CHECK,
+        "rounded-update",
+        "warning",
+        f"a step leaves up to {percent(worst)} of the elements of {several(list(stuck))} as they "
+        f"were: the update is less than half of the distance between two {dtype} numbers",
+        where=next(iter(stuck)),
+        value=worst,
+        limit=ROUNDED,
+        remedy="keep the weights in float32 and compute in 16 bits under torch.autocast; or round "
+        "stochastically.",
+    )
+
+
+def _all_finite(step: Observation) -> bool:
+    gradients = [g for g in (step.gradients or {}).values() if g is not None]
+    return (
+        not step.failures
+        and not any(a.values.nonfinite for a in step.activations)
+        and all(map(math.isfinite, step.parts.values()))
+        and all(bool(g.isfinite().all()) for g in gradients)
+    )
+
+
+def _largest_over(step: Observation) -> tuple[str, float] | None:
+    over = [a for a in step.activations if a.values.over]
+    if not over:
+        return None
+    worst = max(over, key=lambda a: a.values.largest)
+    return worst.where, worst.values.largest
+
+
+def _names(dtypes: set[torch.dtype]) -> str:
+    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))

@@ -1,0 +1,149 @@
+"""`Evidence`: what the checks look at, made when one first asks, once, and without a trace."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import cached_property
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from fastguard.diagnosis.observe import Observation, Values, observe
+from fastguard.diagnosis.steps import RealSteps, take_steps
+from fastguard.diagnosis.subject import Subject, split
+from fastguard.diagnosis.untouched import Kept
+from fastguard.provenance import NonFiniteReport, explain_nonfinite
+from fastguard.provenance.calls import floats
+from fastguard.provenance.replay import copied, in_float32, widened_batch
+
+N_BATCHES = 8
+"""How many batches of `data` are looked at."""
+
+T = TypeVar("T")
+
+
+class Evidence:
+    """What is known of a subject. Every pass starts from the state that was kept.
+
+    Attributes:
+        subject: What is diagnosed.
+    """
+
+    def __init__(self, subject: Subject, kept: Kept) -> None:
+        self.subject = subject
+        self._kept = kept
+
+    def _untouched(self, work: Callable[[], T]) -> T:
+        self._kept.restore()
+        try:
+            return work()
+        finally:
+            self._kept.restore()
+
+    @cached_property
+    def step(self) -> Observation:
+        """One step, as the subject is trained."""
+        return self._untouched(lambda: observe(self.subject))
+
+    @cached_property
+    def step_in_float32(self) -> Observation:
+        """The same in float32: the same one, unless 16-bit numbers take part."""
+        if not self.subject.low_precision:
+            return self.step
+
+        def work() -> Observation:
+            with in_float32(list(self.subject.modules)):
+                wide = replace(self.subject, autocast=nullcontext())
+                return observe(wide, widened_batch(self.subject.batch))
+
+        return self._untouched(work)
+
+    @cached_property
+    def gradients(self) -> dict[str, Values]:
+        """The gradients of the step that are there, by parameter."""
+        found = self.step.gradients or {}
+        return {name: Values.of(g) for name, g in found.items() if g is not None}
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether everything that the step computes is."""
+        step = self.step
+        return not (
+            any(a.values.nonfinite for a in step.activations)
+            or any(not _finite(value) for value in step.parts.values())
+            or any(values.nonfinite for values in self.gradients.values())
+        )
+
+    @cached_property
+    def explained(self) -> NonFiniteReport | None:
+        """Where the first non-finite value was born; None if all is finite or nobody can tell.
+
+        Without a loss, the values that reach the output count.
+        """
+        if self.is_finite:
+            return None
+        loss_fn, step = self.subject.loss_fn, self.subject.given_step
+        if self.step.failures:
+            loss_fn, step = _mean_of_output, None
+        with contextlib.suppress(Exception):  # what fails here has failed in `step`, and is told
+            report = self._untouched(
+                lambda: explain_nonfinite(
+                    self.subject.model,
+                    self.subject.batch,
+                    loss_fn,
+                    step=step,
+                    autocast=self.subject.autocast,
+                )
+            )
+            return report if report.found else None
+        return None
+
+    @cached_property
+    def repaired(self) -> Evidence:
+        """Evidence without the NaN and Inf of the batch, which are set to 0 if they do harm.
+
+        What comes after such a batch tells nothing else; this tells what else there is.
+        """
+        report = self.explained
+        if report is None or report.origin != "batch":
+            return self
+
+        def repair(x: Any) -> Any:
+            if not isinstance(x, Tensor) or not x.is_floating_point():
+                return x
+            return torch.where(x.isfinite(), x, torch.zeros_like(x))
+
+        batch = tree_map(repair, copied(self.subject.batch))
+        return Evidence(replace(self.subject, batch=batch), self._kept)
+
+    @cached_property
+    def real_steps(self) -> RealSteps:
+        """A few real steps; there must be a finite loss to go down."""
+        return self._untouched(lambda: take_steps(self.subject))
+
+    @cached_property
+    def further_batches(self) -> list[Any]:
+        """The first batches of `data`."""
+        if self.subject.data is None:
+            return []
+        return self._untouched(lambda: list(islice(self.subject.data or (), N_BATCHES)))
+
+    def batches(self) -> Iterator[tuple[str, Any, Any]]:
+        """`(prefix of the name, inputs, targets)` of the batch and of those of `data`."""
+        yield ("", *split(self.subject.batch))
+        for i, batch in enumerate(self.further_batches):
+            yield (f"data[{i}].", *split(batch))
+
+
+def _finite(value: float) -> bool:
+    return value - value == 0.0
+
+
+def _mean_of_output(output: Any, *_: Any) -> Tensor:
+    return torch.stack([t.double().mean() for t in floats(output)]).sum()

@@ -1,0 +1,142 @@
+"""`Finding`: one thing that a check saw, and the order of importance of all kinds of findings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Severity = Literal["error", "warning", "note", "ok"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note", "ok")
+"""From worst to best."""
+
+CHECKS = (
+    "initialisation",
+    "data",
+    "forward",
+    "loss",
+    "backward",
+    "precision",
+    "optimizer",
+    "real steps",
+)
+"""The families of checks, in the order in which things break."""
+
+KINDS = (
+    # Nothing can be learned.
+    "forward-raises",
+    "shape-mismatch",
+    "silent-broadcast",
+    "loss-raises",
+    "loss-shape",
+    "loss-detached",
+    "foreign-optimizer",
+    "lr-vanished",
+    # What is computed is destroyed; what comes first causes what comes after.
+    "nonfinite-weight",
+    "negative-variance",
+    "nonfinite-activation",
+    "float16-range",
+    "nonfinite-loss",
+    "nonfinite-gradient",
+    "all-gradients-zero",
+    "no-gradient",
+    "nonfinite-data",
+    "index-out-of-range",
+    "target-out-of-range",
+    "diverges",
+    # Something is learned, badly.
+    "extreme-activation",
+    "extreme-gain",
+    "exploding-gradient",
+    "vanishing-gradient",
+    "zero-gradient",
+    "saturated",
+    "large-update",
+    "small-update",
+    "rounded-update",
+    "does-not-fall",
+    "not-optimized",
+    "range",
+    "constant-data",
+    "one-label",
+    "contradicting-labels",
+    "duplicates",
+    "sum-reduction",
+    "loss-parts",
+    "large-loss",
+    "zero-weight",
+    "constant-weight",
+    "norm-eps",
+    "float16-overflow",
+    "float16-underflow",
+    "precision-loss",
+    "eps-dominates",
+    "ignored-nonfinite",
+    # For the record.
+    "decayed-norms",
+    "frozen",
+    "resized-output",
+    "eval-mode",
+    "not-checked",
+    "ok",
+)
+"""Every kind of finding, the most important first."""
+_RANK = {kind: rank for rank, kind in enumerate(KINDS)}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that a check saw.
+
+    Attributes:
+        check: The family, one of `CHECKS`.
+        kind: One of `KINDS`, which are ordered by importance.
+        severity: `"error"`: the run cannot learn, or will be destroyed. `"warning"`: it will learn
+            worse than it could. `"note"`: worth knowing. `"ok"`: the family found nothing bad.
+        seen: What was seen, in words and numbers.
+        where: The module, parameter, part of the batch or param group; empty: the whole model.
+        value: How bad it is, in the unit that `seen` tells: the number that was judged.
+        limit: What `value` was compared with; None if there is nothing to compare.
+        remedy: What to do about it.
+    """
+
+    check: str
+    kind: str
+    severity: Severity
+    seen: str
+    where: str = ""
+    value: float = 0.0
+    limit: float | None = None
+    remedy: str = ""
+
+    def __post_init__(self) -> None:
+        assert self.check in CHECKS and self.kind in _RANK and self.severity in SEVERITIES
+
+    def __str__(self) -> str:
+        """For people, on one to three lines."""
+        where = f" in {self.where}" if self.where else ""
+        if self.severity == "ok":
+            return f"OK      {self.check}: {self.seen}"
+        head = f"{self.severity.upper():<8}{self.check}: {self.kind}{where}"
+        lines = [head, f"        {self.seen}"]
+        return "\n".join([*lines, f"        Remedy: {self.remedy}"] if self.remedy else lines)
+
+
+def by_importance(finding: Finding) -> tuple[int, int, int]:
+    """The key to sort findings by: severity, then kind, then the order in which things break."""
+    return (
+        SEVERITIES.index(finding.severity),
+        _RANK[finding.kind],
+        CHECKS.index(finding.check),
+    )
+
+
+def percent(share: float) -> str:
+    """`0.25` as `25 %`, three digits."""
+    return f"{100 * share:.3g} %"
+
+
+def several(names: list[str] | tuple[str, ...], n: int = 3) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - n} more" if len(names) > n else ""
+    return ", ".join(names[:n]) + more

@@ -1,0 +1,263 @@
+"""`observe`: one step of training, forward and backward, with everything in it looked at.
+
+Whatever fails, what came before it is kept: without a loss the way back starts at the output, and
+without an output there are the activations up to the module that raised. Gradients come from
+`torch.autograd.grad`, so `.grad` and the hooks that wait for it are left alone.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+
+from fastguard.diagnosis.functions import FunctionWatch
+from fastguard.diagnosis.subject import Subject, total_of
+from fastguard.provenance.calls import floats
+from fastguard.provenance.replay import copied, loss_parts
+from fastguard.provenance.report import as_real
+
+FLOAT16_MAX = 65504.0
+FLOAT16_ROUNDS_TO_ZERO = 2.0**-25  # half of the smallest subnormal
+
+Stage = Literal["forward", "loss", "backward"]
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """The magnitudes of one tensor.
+
+    Attributes:
+        numel: Number of elements.
+        nonfinite: How many are NaN, +Inf or -Inf.
+        nan: How many are NaN.
+        largest: Magnitude of the largest finite element.
+        rms: Root of the mean square of the finite elements.
+        zeros: How many are exactly 0.
+        over, under: How many finite ones are too large for float16, or are not 0 but would be.
+    """
+
+    numel: int
+    nonfinite: int
+    nan: int
+    largest: float
+    rms: float
+    zeros: int
+    over: int
+    under: int
+
+    @staticmethod
+    @torch.no_grad()
+    def of(tensor: Tensor) -> Values:
+        """Reads the tensor a few times; waits for a GPU."""
+        x = as_real(tensor).detach()
+        size = x.abs()
+        finite = size.isfinite()
+        n_finite = int(finite.sum())
+        if n_finite < x.numel():
+            size = torch.where(finite, size, torch.zeros((), dtype=x.dtype, device=x.device))
+        largest = float(size.max()) if x.numel() else 0.0
+        scaled = (size.double() / largest).square().sum() if largest else torch.zeros(())
+        zeros = int((x == 0).sum())
+        return Values(
+            numel=x.numel(),
+            nonfinite=x.numel() - n_finite,
+            nan=int(x.isnan().sum()) if n_finite < x.numel() else 0,
+            largest=largest,
+            rms=largest * float(scaled / max(n_finite, 1)) ** 0.5,
+            zeros=zeros,
+            over=int((size > FLOAT16_MAX).sum()) if largest > FLOAT16_MAX else 0,
+            under=int((size <= FLOAT16_ROUNDS_TO_ZERO).sum()) - zeros - (x.numel() - n_finite),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """One tensor that one call of a module put out."""
+
+    where: str
+    values: Values
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The error that ended a stage.
+
+    Attributes:
+        stage: Which.
+        where: The innermost module that was running, if any.
+        function: The torch function that raised, if one did.
+        error: The exception.
+    """
+
+    stage: Stage
+    where: str
+    function: str | None
+    error: Exception
+
+    def __str__(self) -> str:
+        first_line = next(iter(str(self.error).splitlines()), "")
+        return f"{type(self.error).__name__}: {first_line}"
+
+
+@dataclass(slots=True)
+class Observation:
+    """One step.
+
+    Attributes:
+        functions: What the torch functions of the step were given.
+        activations: In the order in which the calls ended: an inner module before its outer one.
+        called: Names of the modules in the order in which they were entered.
+        failures: What raised, at most one a stage.
+        output: What the model gave, detached; None if it gave nothing or was not called as a whole.
+        result: What the step returned, detached.
+        parts: The loss by parts; empty if there is none.
+        gradients: By parameter; None for a parameter that was not reached. None: no backward pass.
+        from_output: The backward pass began at the output, because there is no loss.
+    """
+
+    functions: FunctionWatch
+    activations: list[Activation] = field(default_factory=list)
+    called: list[str] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    output: Any = None
+    result: Any = None
+    parts: dict[str, float] = field(default_factory=dict)
+    gradients: dict[str, Tensor | None] | None = None
+    from_output: bool = False
+
+    def failed(self, stage: Stage) -> Failure | None:
+        """What ended this stage, if anything did."""
+        return next((f for f in self.failures if f.stage == stage), None)
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether the step returned something that can be called a loss."""
+        return total_of(self.result) is not None and not self.failures
+
+
+def observe(subject: Subject, batch: Any = None, *, backward: bool = True) -> Observation:
+    """Runs one step on a copy of the batch; raises nothing that the model or the loss raise.
+
+    Args:
+        subject: What to run. Its parameters, buffers and generators are not put back.
+        batch: In place of the subject's own.
+        backward: Whether to go backward.
+    """
+    batch = copied(subject.batch if batch is None else batch)
+    watch = _Watch(subject, batch)
+    seen = watch.seen
+    result: Any = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what they say becomes a finding
+        try:
+            with subject.autocast, watch, watch.functions:
+                result = subject.step(subject.model, batch)
+        except Exception as error:
+            stage: Stage = "loss" if watch.output is not None else "forward"
+            seen.failures.append(Failure(stage, watch.failed_in, watch.functions.raised, error))
+        seen.result = _detached(result)
+        seen.output = _detached(watch.output)
+        seen.parts = {name: float(part) for name, part in loss_parts(seen.result).items()}
+        if backward:
+            _go_backward(subject, seen, result, watch.output)
+    watch.functions.forget()
+    return seen
+
+
+def _go_backward(subject: Subject, seen: Observation, result: Any, output: Any) -> None:
+    total = total_of(result)
+    if total is None:
+        from_output = [t.double().mean() for t in floats(output) if t.requires_grad]
+        if not from_output:
+            return
+        total, seen.from_output = torch.stack(from_output).sum(), True
+    if not total.requires_grad:
+        return
+    trainable = {name: p for name, p in subject.parameters.items() if p.requires_grad}
+    try:
+        gradients = torch.autograd.grad(total, list(trainable.values()), allow_unused=True)
+    except Exception as error:
+        seen.failures.append(Failure("backward", "", None, error))
+        return
+    seen.gradients = dict(zip(trainable, gradients, strict=True))
+
+
+def _detached(tree: Any) -> Any:
+    def detach(x: Any) -> Any:
+        return x.detach() if isinstance(x, Tensor) else x
+
+    return torch.utils._pytree.tree_map(detach, tree) if _is_tree(tree) else tree
+
+
+def _is_tree(tree: Any) -> bool:
+    return isinstance(tree, Tensor | Mapping | list | tuple)
+
+
+class _Watch:
+    """The hooks of one step, on all modules at once: no module is touched."""
+
+    def __init__(self, subject: Subject, batch: Any) -> None:
+        self._model = subject.model
+        self._names = subject.modules
+        self._running: list[str] = []
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        targets = batch[1] if isinstance(batch, list | tuple) and len(batch) == 2 else None
+        if isinstance(batch, Mapping) and set(batch) == {"inputs", "targets"}:
+            targets = batch["targets"]
+        self.functions = FunctionWatch(self._innermost_of_model, targets)
+        self.seen = Observation(self.functions)
+        self.output: Any = None
+        self.failed_in = ""
+
+    def _innermost_of_model(self) -> str:
+        return self._running[-1] if self._running and self.output is None else ""
+
+    def __enter__(self) -> _Watch:
+        self._hooks = [
+            register_module_forward_pre_hook(self._enter_module),
+            register_module_forward_hook(self._leave_module, always_call=True),
+        ]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _enter_module(self, module: nn.Module, args: Any) -> None:
+        name = self._names.get(module, type(module).__name__)
+        self._running.append(name)
+        self.seen.called.append(name)
+
+    def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
+        name = self._running.pop()
+        if sys.exception() is not None and output is None:
+            self.failed_in = self.failed_in or name
+            return
+        with _unseen():
+            for tensor in floats(output):
+                self.seen.activations.append(Activation(name, Values.of(tensor)))
+        if module is self._model:
+            self.output = output
+            self.functions.mark_output(output)
+
+
+@contextmanager
+def _unseen() -> Iterator[None]:
+    """What is done here is no part of the step: no `FunctionWatch` and no autocast."""
+    with (
+        torch._C.DisableTorchFunction(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+    ):
+        yield
