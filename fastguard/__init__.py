@@ -17,6 +17,9 @@ from fastguard.clip import get_total_norm as get_total_norm
 from fastguard.clip import measure_grads as measure_grads
 from fastguard.clip import sanitize_grads_ as sanitize_grads_
 from fastguard.config import GuardConfig as GuardConfig
+from fastguard.diagnosis import Diagnosis as Diagnosis
+from fastguard.diagnosis import Finding as Finding
+from fastguard.diagnosis import diagnose as diagnose
 from fastguard.errors import NonFiniteGradError as NonFiniteGradError
 from fastguard.errors import TrainingDivergedError as TrainingDivergedError
 from fastguard.flat_buckets import FlatGradBuckets as FlatGradBuckets
