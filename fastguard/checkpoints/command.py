@@ -17,10 +17,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fastguard.checkpoints import foreign
-from fastguard.checkpoints.archive import not_ignored
 from fastguard.checkpoints.errors import CheckpointError, StoreLocked
 from fastguard.checkpoints.folder import is_store
 from fastguard.checkpoints.inspection import inspect
+from fastguard.checkpoints.looking import not_ignored
 from fastguard.checkpoints.store import CheckpointStore
 from fastguard.checkpoints.table import print_table
 from fastguard.checkpoints.view import Which

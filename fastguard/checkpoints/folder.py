@@ -3,6 +3,9 @@
 Every change is one rename of `manifest.json`. A crash between a rename and the clean-up after it
 leaves files that the next writer recognises: temporary ones are removed, those that were to be
 removed too, and whole ones that the manifest does not know are looked at and taken in.
+
+Of several ranks the first one opens the folder, holds its lock and writes its manifest; the others
+know of it what the first one tells them, never what a network file system happens to show.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ from typing import Any
 
 from fastguard.checkpoints import archive, files, manifest, sharded
 from fastguard.checkpoints.errors import CheckpointError
+from fastguard.checkpoints.looking import Look, not_ignored
 from fastguard.checkpoints.manifest import Entry, Manifest
+from fastguard.peers import Peers
 
 log = logging.getLogger("fastguard")
 
@@ -54,6 +59,7 @@ class Folder:
         read_only: Take no lock and change nothing.
         mode: `"min"` or `"max"`: which metric is the best; None: as last time.
         ignore: Patterns of tensors whose NaN and Inf do not count; None: those of last time.
+        peers: The ranks that share it. Each of them calls every method that changes something.
 
     Raises:
         StoreLocked: Somebody else writes to it.
@@ -61,57 +67,39 @@ class Folder:
     """
 
     def __init__(
-        self, path: Path, *, read_only: bool, mode: str | None, ignore: Sequence[str] | None
+        self,
+        path: Path,
+        *,
+        read_only: bool,
+        mode: str | None,
+        ignore: Sequence[str] | None,
+        peers: Peers,
     ) -> None:
         self.path = path
         self.read_only = read_only
+        self.peers = peers
         self._closed = False
         self._left_alone: set[str] = set()
-        if read_only:
-            if not path.is_dir():
-                raise CheckpointError(f"{path} is no directory, so no checkpoints are in it")
-            self._manifest = self._read()
-            return
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            lock = files.Lock(path)
-        except OSError as error:
-            raise CheckpointError(
-                f"{path} cannot be written to: {error.strerror}; choose another directory, or open "
-                "it with read_only=True"
-            ) from None
-        self._release = weakref.finalize(self, lock.release)
-        try:
-            self._manifest = self._read()
-            self._finish_what_a_crash_left()
-            settings = replace(
-                self._manifest,
-                mode=mode or self._manifest.mode,
-                ignore=self._manifest.ignore if ignore is None else tuple(ignore),
-            )
-            if settings != self._manifest or not (path / manifest.NAME).exists():
-                self._change(settings)
-        except OSError as error:
-            self.close()
-            raise CheckpointError(
-                f"{path} cannot be opened for writing: {error}; free some space, choose another "
-                "directory, or open it with read_only=True"
-            ) from error
-        except BaseException:
-            self.close()
-            raise
+        self._release: Callable[[], object] | None = None
+        self._manifest = peers.first(
+            self._look_in if read_only else lambda: self._open(mode, ignore)
+        )
 
     @property
     def manifest(self) -> Manifest:
-        """What the folder holds; as of now, if another process may be writing to it."""
-        if self.read_only:
+        """What the folder holds.
+
+        One process that only reads sees what another one is writing; several ranks that only read
+        see what there was when they opened it.
+        """
+        if self.read_only and self.peers.size == 1:
             self._manifest = manifest.read(self.path) or self._manifest
         return self._manifest
 
     def close(self) -> None:
         """Lets the next writer in."""
         self._closed = True
-        if not self.read_only:
+        if self._release is not None:
             self._release()
 
     # Changes.
@@ -130,15 +118,14 @@ class Folder:
         """
         self.check_open()
         path = self.path / entry.file
-        temporary = archive.write(path, payload)
+        temporary = archive.write(path, payload, self.peers)
         try:
-            seen = archive.look(temporary, self._manifest.ignore)
-            entry = _seen(entry, seen)
-            files.commit(temporary, path)
+            entry = self._seen(entry, archive.look(temporary, self.peers))
+            self.peers.first(lambda: files.commit(temporary, path))
             entries = staying((*self._manifest.entries, entry))
             self._change(replace(self._manifest, entries=entries, next_serial=entry.serial + 1))
         except BaseException:
-            for leftover in (temporary, path):
+            for leftover in (temporary, path) if self.peers.is_first else ():
                 with contextlib.suppress(OSError):
                     files.remove(leftover)
             raise
@@ -152,17 +139,18 @@ class Folder:
             anything.
         """
         problem, found = self._compare(entry)
-        updated = replace(entry, verified=False) if found is None else _seen(entry, found)
+        updated = replace(entry, verified=False) if found is None else self._seen(entry, found)
         if updated != entry and not self.read_only and not self._closed:
             self.update(updated)
         return updated, problem
 
-    def _compare(self, entry: Entry) -> tuple[str | None, archive.Look | None]:
+    def _compare(self, entry: Entry) -> tuple[str | None, Look | None]:
         path = self.path / entry.file
         try:
-            if path.is_file() and (size := path.stat().st_size) < entry.size:
+            size = self.peers.first(lambda: path.stat().st_size if path.is_file() else entry.size)
+            if size < entry.size:
                 return f"{path} is truncated: {size} of {entry.size} bytes", None
-            found = archive.look(path, self._manifest.ignore, crc32=False)
+            found = archive.look(path, self.peers, crc32=False)
         except FileNotFoundError:
             return f"{path} is missing", None
         except (CheckpointError, OSError) as error:
@@ -209,6 +197,12 @@ class Folder:
 
     def _change(self, after: Manifest) -> None:
         """Makes `after` the state of the folder, then brings the files in line with it."""
+        try:
+            self.peers.first(lambda: self._apply(after))
+        finally:
+            self._manifest = self.peers.first(lambda: self._manifest)
+
+    def _apply(self, after: Manifest) -> None:
         before = self._manifest
         staying = {e.file for e in (*after.entries, *after.replaced)}
         dropped = [e.file for e in before.entries if e.file not in staying]
@@ -239,6 +233,42 @@ class Folder:
 
     # Opening.
 
+    def _look_in(self) -> Manifest:
+        if not self.path.is_dir():
+            raise CheckpointError(f"{self.path} is no directory, so no checkpoints are in it")
+        return self._read()
+
+    def _open(self, mode: str | None, ignore: Sequence[str] | None) -> Manifest:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = files.Lock(self.path)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path} cannot be written to: {error.strerror}; choose another directory, or "
+                "open it with read_only=True"
+            ) from None
+        self._release = weakref.finalize(self, lock.release)
+        try:
+            self._manifest = self._read()
+            self._finish_what_a_crash_left()
+            settings = replace(
+                self._manifest,
+                mode=mode or self._manifest.mode,
+                ignore=self._manifest.ignore if ignore is None else tuple(ignore),
+            )
+            if settings != self._manifest or not (self.path / manifest.NAME).exists():
+                self._apply(settings)
+        except OSError as error:
+            self.close()
+            raise CheckpointError(
+                f"{self.path} cannot be opened for writing: {error}; free some space, choose "
+                "another directory, or open it with read_only=True"
+            ) from error
+        except BaseException:
+            self.close()
+            raise
+        return self._manifest
+
     def _read(self) -> Manifest:
         known = manifest.read(self.path)
         if known is not None:
@@ -257,13 +287,14 @@ class Folder:
     def _taken_in(self, found: Manifest, serial: int, name: str) -> Manifest:
         """The manifest with a checkpoint that it did not know."""
         try:
-            seen = archive.look(self.path / name, found.ignore)
-            entry = manifest.from_json({**seen.header, "serial": serial, "file": name})
+            seen = archive.look(self.path / name, Peers())
+            entry = manifest.from_json({**(seen.header or {}), "serial": serial, "file": name})
         except (CheckpointError, OSError, TypeError, ValueError) as error:
             self._left_alone.add(name)
             log.warning("%s is left alone: %s", name, error)
             return replace(found, next_serial=max(found.next_serial, serial + 1))
-        entries = sorted((*found.entries, _seen(entry, seen)), key=lambda e: e.serial)
+        entry = self._seen(entry, seen, found.ignore)
+        entries = sorted((*found.entries, entry), key=lambda e: e.serial)
         return replace(
             found, entries=tuple(entries), next_serial=max(found.next_serial, serial + 1)
         )
@@ -277,7 +308,7 @@ class Folder:
             if name not in known:
                 found = self._taken_in(found, serial, name)
         if found != self._manifest:
-            self._change(found)
+            self._apply(found)
 
     def check_open(self) -> None:
         """Raises a CheckpointError unless the folder may be changed."""
@@ -286,13 +317,13 @@ class Folder:
         if self._closed:
             raise CheckpointError(f"the store of {self.path} is closed")
 
-
-def _seen(entry: Entry, seen: archive.Look) -> Entry:
-    return replace(
-        entry,
-        n_tensors=seen.n_tensors,
-        bad=seen.bad,
-        sha256=seen.sha256,
-        size=seen.size,
-        verified=True,
-    )
+    def _seen(self, entry: Entry, seen: Look, ignore: Sequence[str] | None = None) -> Entry:
+        """The entry with the verdict of a read of its file."""
+        return replace(
+            entry,
+            n_tensors=len(seen.tensors),
+            bad=not_ignored(seen.bad, self._manifest.ignore if ignore is None else ignore),
+            sha256=seen.sha256,
+            size=seen.size,
+            verified=True,
+        )

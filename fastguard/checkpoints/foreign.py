@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from fastguard.checkpoints import files
-from fastguard.checkpoints.archive import HEADER, not_ignored
 from fastguard.checkpoints.contents import SUFFIXES, read_contents
 from fastguard.checkpoints.errors import CheckpointError, DamagedFile
 from fastguard.checkpoints.inspection import inspect, sha256_of
+from fastguard.checkpoints.looking import HEADER, not_ignored
 
 _EPOCH = ("epoch",)
 _STEP = ("step", "global_step", "iteration", "iter_num")

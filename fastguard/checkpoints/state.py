@@ -44,12 +44,12 @@ def gather(objects: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return states, data
 
 
-def restore(objects: Mapping[str, Any], states: Mapping[str, Any]) -> None:
-    """Gives each object its state.
+def check_restorable(objects: Mapping[str, Any], states: Mapping[str, Any]) -> None:
+    """Raises unless there is a state for each object, and each object takes one.
 
     Raises:
-        CheckpointError: There is no state for one of them; nothing was changed.
-        TypeError: One of them cannot be given a state; nothing was changed.
+        CheckpointError: There is no state for one of them.
+        TypeError: One of them cannot be given a state.
     """
     for name, value in objects.items():
         if not isinstance(value, torch.Generator) and not hasattr(value, "load_state_dict"):
@@ -61,6 +61,10 @@ def restore(objects: Mapping[str, Any], states: Mapping[str, Any]) -> None:
                 f"the checkpoint holds no state of {name!r}, only of "
                 f"{', '.join(map(repr, states)) or 'nothing'}"
             )
+
+
+def restore(objects: Mapping[str, Any], states: Mapping[str, Any]) -> None:
+    """Gives each object its state; `check_restorable` comes first."""
     for name, value in objects.items():
         if isinstance(value, torch.Generator):
             value.set_state(states[name][_GENERATOR])
@@ -118,8 +122,13 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     """Continues every random stream where `random_state` left it.
 
     Raises:
-        CheckpointError: The state is of another number of CUDA devices.
+        CheckpointError: The state is of another number of ranks or of CUDA devices.
     """
+    if "ranks" in state:
+        raise CheckpointError(
+            f"the random state is of {state['ranks']} ranks, one each; load with rng=False to "
+            "start new random streams"
+        )
     cuda = state.get("cuda")
     if cuda is not None and len(cuda) != torch.cuda.device_count():
         raise CheckpointError(

@@ -8,18 +8,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastguard.checkpoints import archive, manifest, rotation, state
 from fastguard.checkpoints.arguments import check_choice, counted, integer, joined
 from fastguard.checkpoints.errors import CheckpointError, DamagedFile
 from fastguard.checkpoints.folder import Folder, file_name
+from fastguard.checkpoints.looking import HEADER
 from fastguard.checkpoints.manifest import Entry
 from fastguard.checkpoints.signals import SignalFlag
 from fastguard.checkpoints.view import StoreView, Which
 from fastguard.errors import describe_culprits
 from fastguard.optimizer import GuardedOptimizer
+from fastguard.peers import Peers
 from fastguard.records import StepRecord
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 log = logging.getLogger("fastguard")
 
@@ -44,6 +49,9 @@ class CheckpointStore(StoreView):
         ignore: Patterns of tensors that are non-finite by design (`"model.*.attn_mask"`); kept in
             the manifest, and None means those kept there.
         read_only: Look, but change nothing; works beside a process that writes.
+        group: The ranks that share the store (`torch.distributed.group.WORLD`): all of them open,
+            save, load and roll back together, or fail together; rank 0 writes the manifest. None:
+            this process alone.
 
     Raises:
         StoreLocked: Another process writes to the directory.
@@ -77,6 +85,7 @@ class CheckpointStore(StoreView):
         on_error: Literal["log", "raise"] = "log",
         ignore: Sequence[str] | None = None,
         read_only: bool = False,
+        group: ProcessGroup | None = None,
     ) -> None:
         check_choice("mode", mode, ("min", "max", None))
         check_choice("on_error", on_error, ("log", "raise"))
@@ -85,7 +94,9 @@ class CheckpointStore(StoreView):
         self.on_error = on_error
         self.directory = Path(directory)
         self._flags: list[tuple[SignalFlag, bool]] = []
-        self._folder = Folder(self.directory, read_only=read_only, mode=mode, ignore=ignore)
+        self._folder = Folder(
+            self.directory, read_only=read_only, mode=mode, ignore=ignore, peers=Peers(group)
+        )
 
     # Saving.
 
@@ -105,9 +116,10 @@ class CheckpointStore(StoreView):
 
         Args:
             objects: What to save by name, for names that are no Python words.
-            step: Optimizer steps taken so far, >= 0.
+            step: Optimizer steps taken so far, >= 0; the same on every rank.
             epoch: Epochs finished so far, or whatever the run counts.
-            metric: What `best` compares; NaN is never the best.
+            metric: What `best` compares; NaN is never the best. That of rank 0 counts, as do its
+                epoch, tag and incidents.
             tag: Anything JSON can hold.
             incidents: What went wrong since the last save: a number, or the records themselves.
                 None: the skipped steps of the `GuardedOptimizer` among the objects, if any.
@@ -123,35 +135,11 @@ class CheckpointStore(StoreView):
             TypeError, ValueError: An argument, or something in a state, cannot be saved.
             OSError, DamagedFile: The disk failed, and `on_error="raise"`.
         """
-        everything = joined(objects, named)
-        step = integer("step", step, 0)
-        epoch = None if epoch is None else integer("epoch", epoch, 0)
-        manifest.check_tag(tag)
-        states, data = state.gather(everything)
-
-        known = self._folder.manifest
-        guards = [value for value in everything.values() if isinstance(value, GuardedOptimizer)]
-        skipped = sum(guard.skipped_steps for guard in guards) if guards else None
-        count, notes = counted(self.last(), incidents, skipped)
-        serial = known.next_serial
-        entry = Entry(
-            serial=serial,
-            file=file_name(step, serial, archive.suffix_of({**states, **data})),
-            step=step,
-            epoch=epoch,
-            metric=None if metric is None else float(metric),
-            tag=tag,
-            time=datetime.now(UTC).isoformat(timespec="milliseconds"),
-            incidents=count,
-            notes=notes,
-            skipped_steps=skipped,
+        entry, payload = self._folder.peers.together(
+            lambda: self._prepare(joined(objects, named), step, epoch, metric, tag, incidents)
         )
-        payload = {
-            archive.HEADER: {"version": manifest.VERSION, **entry.header},
-            "objects": states,
-            "data": data,
-            "rng": state.random_state(),
-        }
+        entry = self._agreed(entry)
+        payload[HEADER] = {"version": manifest.VERSION, **entry.header}
         try:
             entry = self._folder.add(entry, payload, self._staying)
         except (OSError, DamagedFile) as error:
@@ -159,14 +147,14 @@ class CheckpointStore(StoreView):
                 raise
             log.error(
                 "step %d was NOT saved: %s; training goes on, the last clean checkpoint is %s",
-                step,
+                entry.step,
                 error,
                 self.last_clean(),
             )
             return None
         if not entry.finite:
             culprits = describe_culprits(entry.bad)
-            log.warning("the checkpoint of step %d is not finite: %s", step, culprits)
+            log.warning("the checkpoint of step %d is not finite: %s", entry.step, culprits)
         return entry
 
     def maybe_save(
@@ -192,13 +180,13 @@ class CheckpointStore(StoreView):
             SystemExit: A signal came (status 128 + its number), after the checkpoint was saved and
                 verified, the previous handlers were restored and the store was closed.
         """
-        pending = [(flag, leave) for flag, leave in self._flags if flag.received is not None]
+        heard = zip(self._flags, self._signals_heard(), strict=True)
+        pending = [(flag, leave, number) for (flag, leave), number in heard if number is not None]
         due = every is not None and step > 0 and step % every == 0
         if not pending and not due:
             return None
         entry = self.save(objects, step=step, **rest)
-        for flag, leave in pending:
-            number = flag.received or 0
+        for flag, leave, number in pending:
             flag.restore()
             self._flags.remove((flag, leave))
             log.warning(
@@ -213,7 +201,8 @@ class CheckpointStore(StoreView):
         """From now on a signal ends the run with a verified checkpoint, at the next `maybe_save`.
 
         The handler only sets a flag: it may run in the middle of a step. Call this in the main
-        thread.
+        thread. Signals do not reach all ranks within one step, so with a `group` each `maybe_save`
+        asks the other ranks from now on: some 0.1 ms, and a wait for the device on NCCL.
 
         Args:
             *signals: Which ones; SIGTERM if none is given.
@@ -227,9 +216,20 @@ class CheckpointStore(StoreView):
         self._flags.append((flag, exit))
         return flag
 
+    def _signals_heard(self) -> list[int | None]:
+        """The signal that each flag has to obey. One that came to any rank has come to all."""
+        numbers = [flag.received for flag, _ in self._flags]
+        if not numbers or self._folder.peers.size == 1:
+            return numbers
+        everywhere = zip(*self._folder.peers.gather(numbers), strict=True)
+        return [next((n for n in found if n is not None), None) for found in everywhere]
+
     @property
     def stop_requested(self) -> bool:
-        """Whether a signal of `save_on_signal` came that `maybe_save` has not yet obeyed."""
+        """Whether a signal of `save_on_signal` came that `maybe_save` has not yet obeyed.
+
+        Of several ranks each knows only its own signals before `maybe_save`.
+        """
         return any(flag.received is not None for flag, _ in self._flags)
 
     # Going back.
@@ -276,6 +276,50 @@ class CheckpointStore(StoreView):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _prepare(
+        self,
+        everything: Mapping[str, Any],
+        step: int,
+        epoch: int | None,
+        metric: float | None,
+        tag: Any,
+        incidents: int | Iterable[StepRecord | str] | None,
+    ) -> tuple[Entry, dict[str, Any]]:
+        """The entry as far as it is known before writing, and what to write."""
+        step = integer("step", step, 0)
+        epoch = None if epoch is None else integer("epoch", epoch, 0)
+        manifest.check_tag(tag)
+        states, data = state.gather(everything)
+        guards = [value for value in everything.values() if isinstance(value, GuardedOptimizer)]
+        skipped = sum(guard.skipped_steps for guard in guards) if guards else None
+        count, notes = counted(self.last(), incidents, skipped)
+        serial = self._folder.manifest.next_serial
+        suffix = archive.suffix_of({**states, **data}, self._folder.peers)
+        entry = Entry(
+            serial=serial,
+            file=file_name(step, serial, suffix),
+            step=step,
+            epoch=epoch,
+            metric=None if metric is None else float(metric),
+            tag=tag,
+            time=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            incidents=count,
+            notes=notes,
+            skipped_steps=skipped,
+        )
+        return entry, {"objects": states, "data": data, "rng": state.random_state()}
+
+    def _agreed(self, entry: Entry) -> Entry:
+        """The entry of rank 0, if all ranks are at the same step."""
+        entries = self._folder.peers.gather(entry)
+        steps = sorted({e.step for e in entries})
+        if len(steps) > 1:
+            raise CheckpointError(
+                f"the ranks of {self.directory} save steps {', '.join(map(str, steps))} at once; "
+                "save at the same step on all of them"
+            )
+        return entries[0]
 
     def _staying(self, entries: Sequence[Entry]) -> tuple[Entry, ...]:
         return rotation.kept(entries, self.keep, self.keep_clean, self._folder.manifest.mode)

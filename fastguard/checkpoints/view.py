@@ -127,9 +127,11 @@ class StoreView:
         entry, payload = self._read(which, everything)
         states: dict[str, Any] = {**payload["objects"], **payload["data"]}
         if everything:
-            state.restore(everything, states)
+            peers = self._folder.peers  # all of them load it, or none
+            peers.together(lambda: state.check_restorable(everything, states))
+            peers.together(lambda: state.restore(everything, states))
             if rng:
-                state.set_random_state(payload["rng"])
+                peers.together(lambda: state.set_random_state(payload["rng"]))
         log.info("loaded %s", entry)
         return Checkpoint(entry, {k: v for k, v in states.items() if k not in everything})
 
@@ -155,7 +157,7 @@ class StoreView:
             entry = self._find(which)
             try:
                 path = self.directory / entry.file
-                return entry, archive.read(path, entry.sha256, objects)
+                return entry, archive.read(path, entry.sha256, objects, self._folder.peers)
             except DamagedFile as error:
                 if which != "last-clean" or self._folder.read_only:
                     raise DamagedFile(f'{error}; load "last-clean" instead') from None

@@ -9,8 +9,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from fastguard import CheckpointStore
-from fastguard.checkpoints import CheckpointError, DamagedFile, UnsafeFile
-from fastguard.checkpoints.sharded import _read_metadata
+from fastguard.checkpoints import DamagedFile, UnsafeFile
+from fastguard.checkpoints.shard_metadata import read_metadata
 
 NAN = float("nan")
 
@@ -109,7 +109,7 @@ def test_metadata_that_calls_anything_is_refused(tmp_path):
 
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(UnsafeFile, match=r"asks for builtins\.print"):
-        _read_metadata(tmp_path)
+        read_metadata(tmp_path)
 
 
 def test_getattr_reaches_enum_members_and_nothing_else(tmp_path):
@@ -125,15 +125,7 @@ def test_getattr_reaches_enum_members_and_nothing_else(tmp_path):
 
     path = tmp_path / ".metadata"
     path.write_bytes(pickle.dumps(Asks(_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT")))
-    assert _read_metadata(tmp_path) is _MEM_FORMAT_ENCODING.TORCH_PRESERVE_FORMAT
+    assert read_metadata(tmp_path) is _MEM_FORMAT_ENCODING.TORCH_PRESERVE_FORMAT
     path.write_bytes(pickle.dumps(Asks(torch.Size, "__class__")))
     with pytest.raises(UnsafeFile, match="nothing was executed"):
-        _read_metadata(tmp_path)
-
-
-def test_several_ranks_are_refused(mesh, tmp_path, monkeypatch):
-    model, _ = build(mesh)
-    with CheckpointStore(tmp_path) as store:
-        monkeypatch.setattr(dist, "get_world_size", lambda *_: 2)
-        with pytest.raises(CheckpointError, match="serves one process in this release"):
-            store.save(model=model, step=0)
+        read_metadata(tmp_path)
