@@ -36,8 +36,9 @@ def scale(buckets: GradBuckets, multiplier: Tensor, clean: Tensor) -> None:
         multiplier: float64 `(S,)` or `(1,)`; 1 leaves a segment untouched bit for bit.
         clean: `()`; nonzero sets non-finite elements to 0.
     """
-    if multiplier.numel() != buckets.n_segments:
-        multiplier = multiplier.expand(buckets.n_segments)
+    n, given = buckets.n_measured, multiplier.numel()
+    if given != n:  # (1,) for all, or (S,) for every class of a segment
+        multiplier = multiplier.expand(n) if given == 1 else multiplier.repeat(n // given)
     for bucket in buckets.buckets:
         backend.stages(bucket.device).apply(
             bucket,

@@ -8,14 +8,19 @@ and copies nothing.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
+
+from fastguard.ranks.dtensors import dtensor_types, local_parts
+
+if TYPE_CHECKING:
+    from fastguard.ranks.team import Sharing
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -90,6 +95,8 @@ class GradBuckets:
         n_segments: S, the number of clip coefficients.
         names: One name a tensor, or None: then they are numbered.
         device: Where the results of the stages live: that of the first gradient, else the CPU.
+        sharing: How much each tensor counts beside those of other ranks; None in one process. With
+            several classes of weights, class c of segment s is segment `c * S + s` in the buckets.
     """
 
     buckets: tuple[GradBucket, ...]
@@ -97,6 +104,12 @@ class GradBuckets:
     n_segments: int
     names: Sequence[str] | None
     device: torch.device
+    sharing: Sharing | None = None
+
+    @property
+    def n_measured(self) -> int:
+        """How many segments the stages tell apart: S, times the classes of weights over ranks."""
+        return self.n_segments * (1 if self.sharing is None else len(self.sharing.weights))
 
     @property
     def float64(self) -> bool:
@@ -104,29 +117,40 @@ class GradBuckets:
         return any(b.dtype is torch.float64 for b in self.buckets)
 
 
-def gradients_of(parameters: Tensor | Iterable) -> tuple[list[Tensor | None], list[str] | None]:
-    """The gradients (None where there is none) and the names, if any, of what a user calls
-    "parameters".
+def parameters_of(parameters: Tensor | Iterable) -> tuple[list[Tensor], list[str] | None]:
+    """The tensors and the names, if any, of what a user calls "parameters".
 
     Args:
         parameters: A tensor, or an iterable of tensors or of `(name, tensor)` pairs such as
             `model.named_parameters()`.
     """
     if isinstance(parameters, Tensor):
-        return [parameters.grad], None
+        return [parameters], None
     items = list(parameters)
-    named = bool(items) and isinstance(items[0], tuple)
+    if items and isinstance(items[0], tuple):
+        try:
+            return [p for _, p in items], [name for name, _ in items]
+        except (TypeError, ValueError):  # no pair
+            raise _no_parameter(items, named=True) from None
+    return items, None
+
+
+def gradients_of(parameters: Tensor | Iterable) -> tuple[list[Tensor | None], list[str] | None]:
+    """The gradients (None where there is none) and the names, if any: see `parameters_of`."""
+    items = parameters if isinstance(parameters, Tensor) else list(parameters)
+    tensors, names = parameters_of(items)
     try:
-        if named:
-            return [p.grad for _, p in items], [name for name, _ in items]
-        return [p.grad for p in items], None
-    except (AttributeError, TypeError, ValueError):  # the latter two: no pair
-        wrong = next(item for item in items if not _is_parameter(item, named))
-        raise TypeError(
-            "parameters must be tensors or (name, tensor) pairs, but one is a "
-            f"{type(wrong).__name__}: {wrong!r}; "
-            "pass model.parameters() or model.named_parameters()"
-        ) from None
+        return [p.grad for p in tensors], names
+    except AttributeError:
+        raise _no_parameter(items, named=names is not None) from None
+
+
+def _no_parameter(items: Iterable, named: bool) -> TypeError:
+    wrong = next(item for item in items if not _is_parameter(item, named))
+    return TypeError(
+        "parameters must be tensors or (name, tensor) pairs, but one is a "
+        f"{type(wrong).__name__}: {wrong!r}; pass model.parameters() or model.named_parameters()"
+    )
 
 
 def bucketize(
@@ -137,16 +161,18 @@ def bucketize(
     names: Sequence[str] | None = None,
     norm_type: float = 2.0,
     device: torch.device | None = None,
+    sharing: Sharing | None = None,
 ) -> GradBuckets:
     """Sorts gradients into buckets.
 
     Args:
-        grads: One entry a tensor; None where there is no gradient.
+        grads: One entry a tensor; None where there is no gradient. Of a DTensor, the local part.
         segments: The segment of each tensor, in `[0, n_segments)`; None: all belong to segment 0.
         n_segments: How many segments there are.
         names: One name a tensor.
         norm_type: The norm that will be taken; complex gradients have only the 2-norm.
         device: Where the results of the stages shall live; None: where the first gradient does.
+        sharing: How much each tensor counts beside those of other ranks.
 
     Raises:
         TypeError: A gradient is sparse, quantized or of an integer dtype, or complex with another
@@ -154,14 +180,19 @@ def bucketize(
     """
     n_tensors = len(grads)
     ids: Sequence[int] = range(n_tensors)
-    if type(None) in set(map(type, grads)):
+    kinds = set(map(type, grads))
+    if type(None) in kinds:
         ids = [i for i, g in enumerate(grads) if g is not None]
         grads = [grads[i] for i in ids]
+    if sharing is not None:
+        segments = sharing.refined(segments, n_segments)
     if not grads:
-        return GradBuckets((), n_tensors, n_segments, names, device or torch.device("cpu"))
+        home = device or torch.device("cpu")
+        return GradBuckets((), n_tensors, n_segments, names, home, sharing)
 
-    _refuse_sharded(grads, ids, names)
     dense: list[Tensor] = list(grads)  # type: ignore[arg-type]
+    if dtensor_types(kinds):
+        dense = local_parts(dense)
     try:
         layouts = set(map(attrgetter("layout"), dense))
     except AttributeError:
@@ -188,7 +219,8 @@ def bucketize(
             Same(0, len(members)) if segments is None else [segments[i] for i in tensor_ids]
         )
         buckets.append(GradBucket(device, dtype, members, tensor_ids, segment_ids))
-    return GradBuckets(tuple(buckets), n_tensors, n_segments, names, device or dense[0].device)
+    home = device or dense[0].device
+    return GradBuckets(tuple(buckets), n_tensors, n_segments, names, home, sharing)
 
 
 def _grouped(
@@ -223,21 +255,6 @@ def _refuse_sparse(
         "fastguard guards dense gradients: use sparse=False in the embedding, "
         "or keep this parameter in an optimizer of its own"
     )
-
-
-def _refuse_sharded(
-    grads: Sequence[Tensor | None], ids: Sequence[int], names: Sequence[str] | None
-) -> None:
-    if "torch.distributed.tensor" not in sys.modules:
-        return
-    from torch.distributed.tensor import DTensor
-
-    if any(issubclass(t, DTensor) for t in set(map(type, grads))):
-        sharded = next(i for i, g in zip(ids, grads, strict=True) if isinstance(g, DTensor))
-        raise TypeError(
-            f"the gradient of {name_of(sharded, names)} is a DTensor; sharded gradients are not "
-            "supported in this release: use torch.nn.utils.clip_grad_norm_ for them"
-        )
 
 
 def _real_views(

@@ -8,16 +8,25 @@ norms are true to 1e-7, gradients are read once and stay untouched at coefficien
 from __future__ import annotations
 
 import math
-import types
-import warnings
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from fastguard import traced
 from fastguard.apply import apply, scale
-from fastguard.buckets import GradBuckets, bucketize, gradients_of, name_of
+from fastguard.arguments import (
+    Parameters,
+    as_list,
+    check_foreach,
+    limit_of,
+    limit_tensor,
+    listed,
+    mode_of,
+)
+from fastguard.buckets import GradBuckets, bucketize, gradients_of, name_of, parameters_of
 from fastguard.decide import (
     Policy,
     clip_coefficients,
@@ -26,10 +35,10 @@ from fastguard.decide import (
     torch_total_norm,
 )
 from fastguard.measure import GradStats, measure, norm_type_of
+from fastguard.ranks.dtensors import is_dtensor, whole
+from fastguard.ranks.groups import Group, check_same_tensors, several_ranks
+from fastguard.ranks.team import Sharing, team_of
 from fastguard.reduce import Signals, reduce
-
-Parameters = Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
-MODES = ("propagate", "zero", "raise")
 
 
 @torch.no_grad()
@@ -41,7 +50,7 @@ def clip_grad_norm_(
     foreach: bool | None = None,
     *,
     nonfinite: Literal["propagate", "zero", "raise"] = "propagate",
-    group: None = None,
+    group: Group = None,
 ) -> Tensor:
     """Clips the gradients so that their joint norm is at most `max_norm`.
 
@@ -55,7 +64,10 @@ def clip_grad_norm_(
         nonfinite: What NaN and Inf do: `"propagate"` as in torch, `"zero"` sets them to 0 and clips
             by the norm of the rest, `"raise"` raises before anything is changed. Skipping a step
             takes `GuardedOptimizer`.
-        group: Reserved for several processes; None: this process holds the whole model.
+        group: Whose gradients count: None: those of this process, or of the root mesh of DTensors;
+            a process group: of all its ranks, which hold different tensors (pipeline stages,
+            experts); `fastguard.Replicated(process_group)`: the same on all ranks (DDP). All ranks
+            must call, also those without parameters.
 
     Returns:
         The norm before clipping, `()`, float32 (float64 if a gradient is), on the device of the
@@ -75,13 +87,16 @@ def clip_grad_norm_(
         tensor([0.6000, 0.8000])
     """
     p = norm_type_of(norm_type)
-    mode = _mode(nonfinite, error_if_nonfinite)
-    _check_foreach(foreach)
-    grads, names = gradients_of(_listed(parameters))
+    mode = mode_of(nonfinite, error_if_nonfinite)
+    check_foreach(foreach)
+    parameters = listed(parameters)
     if torch.compiler.is_compiling():
-        return _clip_compiled(grads, names, max_norm, p, mode)
-    buckets = bucketize(grads, names=names, norm_type=p)
-    return clip_buckets(buckets, max_norm, p, mode == "raise", mode, group=group)
+        if _spans_ranks(parameters, group):
+            how = {"nonfinite": mode, "group": group}
+            return _untraced(clip_grad_norm_, parameters, max_norm, p, **how)
+        return traced.clip_grad_norm_(*gradients_of(parameters), max_norm, p, mode)
+    buckets = _buckets_of(parameters, group, norm_type=p)
+    return clip_buckets(buckets, max_norm, p, mode == "raise", mode)
 
 
 def clip_buckets(
@@ -90,13 +105,12 @@ def clip_buckets(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     nonfinite: str = "propagate",
-    group: None = None,
 ) -> Tensor:
     """The four stages over gradients that are sorted already; arguments as in `clip_grad_norm_`."""
-    mode = _mode(nonfinite, error_if_nonfinite)
-    limit = _limits(limit_of("max_norm", max_norm), buckets.device)
+    mode = mode_of(nonfinite, error_if_nonfinite)
+    limit = limit_tensor(limit_of("max_norm", max_norm), buckets.device)
     stats = measure(buckets, norm_type_of(norm_type))
-    stats, signals = reduce(stats, Signals.none(buckets.device), group)
+    stats, signals = reduce(stats, Signals.none(buckets.device), buckets.sharing)
     if mode == "raise":
         raise_if_nonfinite(stats)
     verdict = decide(stats, signals, None, Policy(limit, mode))
@@ -112,7 +126,7 @@ def get_total_norm(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
     *,
-    group: None = None,
+    group: Group = None,
 ) -> Tensor:
     """The norm of all tensors together, as of one long vector. Nothing is changed.
 
@@ -121,7 +135,7 @@ def get_total_norm(
         norm_type: p > 0 of the p-norm; `inf` for the largest magnitude.
         error_if_nonfinite: Raise if an element is NaN or Inf; this waits for a GPU.
         foreach: Accepted for compatibility.
-        group: Reserved for several processes; None: this process holds everything.
+        group: As in `clip_grad_norm_`.
 
     Returns:
         `()`, float32 (float64 if a tensor is): NaN or Inf if an element is.
@@ -135,13 +149,20 @@ def get_total_norm(
         tensor(5.)
     """
     p = norm_type_of(norm_type)
-    _check_foreach(foreach)
-    listed = [tensors] if isinstance(tensors, Tensor) else _as_list("tensors", tensors)
+    check_foreach(foreach)
+    items = [tensors] if isinstance(tensors, Tensor) else as_list("tensors", tensors)
     if torch.compiler.is_compiling():
+        if _spans_ranks(items, group):
+            return _untraced(get_total_norm, items, p, error_if_nonfinite, group=group)
         mode = "raise" if error_if_nonfinite else "propagate"
-        return _decide_compiled(listed, None, math.inf, p, mode)[0]
-    buckets = bucketize(listed, norm_type=p)
-    stats, _ = reduce(measure(buckets, p), Signals.none(buckets.device), group)
+        return traced.decide(items, None, math.inf, p, mode)[0]
+    sharing = None
+    if group is not None or several_ranks():
+        items = [whole(t) for t in items]
+        team = team_of(items, group)
+        sharing = None if team is None else team.sharing(items)
+    buckets = bucketize(items, norm_type=p, sharing=sharing)
+    stats, _ = reduce(measure(buckets, p), Signals.none(buckets.device), sharing)
     if error_if_nonfinite:
         raise_if_nonfinite(stats)
     norm = torch_total_norm(stats)
@@ -175,20 +196,26 @@ def clip_grads_with_norm_(
         >>> p.grad
         tensor([0.6000, 0.8000])
     """
-    _check_foreach(foreach)
-    grads, names = gradients_of(_listed(parameters))
+    check_foreach(foreach)
+    parameters = listed(parameters)
     if not isinstance(total_norm, Tensor | int | float):
         raise TypeError(
             f"total_norm={total_norm!r} is not a tensor; pass what get_total_norm returned"
         )
+    if torch.compiler.is_compiling() and _spans_ranks(parameters, None):
+        _untraced(clip_grads_with_norm_, parameters, max_norm, total_norm)
+        return
     norm = torch.as_tensor(total_norm)
+    if is_dtensor(norm):  # torch's own norm of DTensors is a sum that nobody has summed up yet
+        norm = norm.full_tensor()
     if norm.numel() != 1:
         raise ValueError(f"total_norm must be one number, but has shape {tuple(norm.shape)}")
     norm = norm.reshape(1).double()
+    grads, names = gradients_of(parameters)
     if torch.compiler.is_compiling():
-        _scale_compiled(grads, max_norm, norm)
+        traced.clip_grads_with_norm_(grads, max_norm, norm)
         return
-    limit = _limits(limit_of("max_norm", max_norm), norm.device)
+    limit = limit_tensor(limit_of("max_norm", max_norm), norm.device)
     buckets = bucketize(grads, names=names)
     scale(buckets, clip_coefficients(norm, limit), torch.zeros((), device=norm.device))
 
@@ -215,28 +242,36 @@ def clip_grad_value_(
         >>> p.grad
         tensor([ 1.0000, -0.5000])
     """
-    _check_foreach(foreach)
-    grads, names = gradients_of(_listed(parameters))
+    check_foreach(foreach)
+    parameters = listed(parameters)
     if torch.compiler.is_compiling():
-        present = [g for g in grads if g is not None]
-        torch.ops.fastguard.clip_value(present, _limits(clip_value, torch.device("cpu")))
+        if _spans_ranks(parameters, None):
+            _untraced(clip_grad_value_, parameters, clip_value)
+        else:
+            traced.clip_grad_value_(gradients_of(parameters)[0], clip_value)
         return
     limit = limit_of("clip_value", clip_value)
-    bucketize(grads, names=names)  # refuses what cannot be clamped, before anything is changed
+    buckets = _buckets_of(parameters, None)  # refuses what cannot be clamped before any change
+    grads, names = gradients_of(parameters)
     for i, grad in enumerate(grads):
         if grad is not None and grad.is_complex():
             raise TypeError(
                 f"the gradient of {name_of(i, names)} is complex, and complex numbers have no "
                 "order to clamp by; use clip_grad_norm_, or leave this parameter out"
             )
-    for grad in grads:
-        if grad is not None:
+    for bucket in buckets.buckets:
+        for grad in bucket.grads:
             grad.clamp_(-limit, limit)
 
 
 @torch.no_grad()
 def sanitize_grads_(
-    parameters: Parameters, *, nan: float = 0.0, posinf: float = 0.0, neginf: float = 0.0
+    parameters: Parameters,
+    *,
+    nan: float = 0.0,
+    posinf: float = 0.0,
+    neginf: float = 0.0,
+    group: Group = None,
 ) -> GradStats:
     """Replaces non-finite elements of the gradients, and says what was found.
 
@@ -245,6 +280,7 @@ def sanitize_grads_(
         nan: What replaces NaN.
         posinf: What replaces +Inf.
         neginf: What replaces -Inf.
+        group: As in `clip_grad_norm_`.
 
     Returns:
         The stats of the gradients as they were.
@@ -265,14 +301,12 @@ def sanitize_grads_(
     for name, value in fill.items():
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"{name}={value!r} must be a finite number: it replaces what is not")
-    grads, names = gradients_of(_listed(parameters))
+    parameters = listed(parameters)
     if torch.compiler.is_compiling():
-        stats = _measure_compiled(grads, names, 2.0)
-        for grad in grads:
-            if grad is not None:
-                grad.nan_to_num_(**fill)
-        return stats
-    buckets = bucketize(grads, names=names)
+        if _spans_ranks(parameters, group):
+            return _untraced(sanitize_grads_, parameters, **fill, group=group)
+        return traced.sanitize_grads_(*gradients_of(parameters), fill)
+    buckets = _buckets_of(parameters, group)
     for bucket in buckets.buckets:
         largest = torch.finfo(bucket.dtype).max
         for name, value in fill.items():
@@ -280,7 +314,7 @@ def sanitize_grads_(
                 raise ValueError(
                     f"{name}={value!r} is infinite in {bucket.dtype}; use at most {largest}"
                 )
-    stats = measure(buckets, 2.0)
+    stats, _ = reduce(measure(buckets, 2.0), Signals.none(buckets.device), buckets.sharing)
     if any(fill.values()):
         for bucket in buckets.buckets:
             for grad in bucket.grads:
@@ -296,7 +330,7 @@ def measure_grads(
     *,
     norm_type: float = 2.0,
     per_tensor: bool = False,
-    group: None = None,
+    group: Group = None,
 ) -> GradStats:
     """Norm and non-finite counts of the gradients, from one read. Nothing is changed.
 
@@ -304,7 +338,7 @@ def measure_grads(
         parameters: As in `clip_grad_norm_`.
         norm_type: p > 0 of the p-norm; `inf` for the largest magnitude.
         per_tensor: One segment a tensor, so that `power_sum` and `segment_norms` are `(T,)`.
-        group: Reserved for several processes.
+        group: As in `clip_grad_norm_`.
 
     Example:
         >>> import torch, fastguard
@@ -315,141 +349,56 @@ def measure_grads(
         (tensor(5.), [])
     """
     p = norm_type_of(norm_type)
-    grads, names = gradients_of(_listed(parameters))
+    parameters = listed(parameters)
     if torch.compiler.is_compiling():
-        return _measure_compiled(grads, names, p, per_tensor)
-    segments = range(len(grads)) if per_tensor else None
-    n_segments = len(grads) if per_tensor else 1
-    buckets = bucketize(grads, segments=segments, n_segments=n_segments, names=names, norm_type=p)
-    return reduce(measure(buckets, p), Signals.none(buckets.device), group)[0]
+        if _spans_ranks(parameters, group):
+            how = {"norm_type": p, "per_tensor": per_tensor, "group": group}
+            return _untraced(measure_grads, parameters, **how)
+        return traced.measure(*gradients_of(parameters), p, per_tensor)
+    buckets = _buckets_of(parameters, group, norm_type=p, per_tensor=per_tensor)
+    return reduce(measure(buckets, p), Signals.none(buckets.device), buckets.sharing)[0]
 
 
-# Under torch.compile: one opaque op a stage.
+# Over ranks.
 
 
-def _clip_compiled(
-    grads: list[Tensor | None],
-    names: list[str] | None,
-    max_norm: float,
-    norm_type: float,
-    mode: str,
-) -> Tensor:
-    norm, coef, clean = _decide_compiled(grads, names, max_norm, norm_type, mode)
-    torch.ops.fastguard.apply([g for g in grads if g is not None], coef, clean)
-    return norm
-
-
-def _decide_compiled(
-    grads: Sequence[Tensor | None],
-    names: list[str] | None,
-    max_norm: float,
-    norm_type: float,
-    mode: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    stats = _measure_compiled(grads, names, norm_type)
-    limit = _limits(max_norm, stats.summary.device)
-    norm, coef, clean = torch.ops.fastguard.decide(
-        stats.summary, stats.counts, limit, norm_type, mode, names if mode == "raise" else None
+def _buckets_of(
+    parameters: Tensor | list, group: Group, *, norm_type: float = 2.0, per_tensor: bool = False
+) -> GradBuckets:
+    """The gradients of this rank, partial ones made whole, and how much each counts."""
+    sharing = None
+    if group is not None or several_ranks():
+        tensors, _ = parameters_of(parameters)
+        if per_tensor:
+            check_same_tensors(group, "per_tensor=True")
+        sharing = _sharing_of_gradients(tensors, group)
+    grads, names = gradients_of(parameters)
+    n = len(grads) if per_tensor else 1
+    segments = range(n) if per_tensor else None
+    return bucketize(
+        grads,
+        segments=segments,
+        n_segments=n,
+        names=names,
+        norm_type=norm_type,
+        sharing=sharing,
     )
-    return norm if stats.float64 else norm.float(), coef, clean
 
 
-def _scale_compiled(grads: list[Tensor | None], max_norm: float, norm: Tensor) -> None:
-    # For the inf-norm a power sum is the norm itself, and NaN is counted; the op checks the limit.
-    summary = torch.cat([norm, norm.isnan().double(), norm.new_zeros(2)]).reshape(4, 1)
-    counts = torch.zeros(3, 0, dtype=torch.int64, device=norm.device)
-    _, coef, clean = torch.ops.fastguard.decide(
-        summary, counts, _limits(max_norm, norm.device), math.inf, "propagate", None
-    )
-    torch.ops.fastguard.apply([g for g in grads if g is not None], coef, clean)
+def _sharing_of_gradients(parameters: list[Tensor], group: Group) -> Sharing | None:
+    team = team_of(parameters, group)
+    return None if team is None else team.sharing_of_gradients(parameters)
 
 
-def _measure_compiled(
-    grads: Sequence[Tensor | None],
-    names: list[str] | None,
-    norm_type: float,
-    per_tensor: bool = False,
-) -> GradStats:
-    ids = [i for i, g in enumerate(grads) if g is not None]
-    present = [g for g in grads if g is not None]
-    op = torch.ops.fastguard.measure_tensors if per_tensor else torch.ops.fastguard.measure
-    summary, counts = op(present, norm_type)
-    if len(ids) < len(grads):
-        counts = _spread(counts, ids, len(grads))
-        summary = _spread(summary, ids, len(grads)) if per_tensor else summary
-    wide = any(g.dtype in (torch.float64, torch.complex128) for g in present)
-    return GradStats(summary, counts, norm_type, names, wide)
+def _spans_ranks(parameters: Tensor | list, group: Group) -> bool:
+    """Whether compiled code must leave its graph, because ranks exchange numbers."""
+    if group is not None:
+        return True
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    return any(is_dtensor(p) for p in parameters_of(parameters)[0])
 
 
-def _spread(columns: Tensor, ids: list[int], n: int) -> Tensor:
-    """The columns at the places `ids` among n; the others are zero."""
-    spread = columns.new_zeros(columns.shape[0], n)
-    spread[:, ids] = columns
-    return spread
-
-
-def _limits(max_norm: float, device: torch.device) -> Tensor:
-    # Not torch.tensor(max_norm): under compile that would recompile for every value.
-    return torch.ones(1, dtype=torch.float64, device=device) * max_norm
-
-
-# Arguments.
-
-
-def limit_of(name: str, value: object) -> float:
-    """A limit as a float.
-
-    Raises:
-        TypeError: Not a number.
-        ValueError: Negative or NaN.
-    """
-    try:
-        limit = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise TypeError(f"{name}={value!r} is not a number; use a number >= 0") from None
-    if not limit >= 0.0:  # NaN is not >= 0
-        raise ValueError(
-            f"{name}={value!r} must be >= 0: a negative or NaN limit would flip or destroy "
-            "gradients; use float('inf') to measure only"
-        )
-    return limit
-
-
-def _mode(nonfinite: object, error_if_nonfinite: bool) -> Literal["propagate", "zero", "raise"]:
-    if nonfinite not in MODES:
-        remedy = "skipping a step takes fastguard.GuardedOptimizer" if nonfinite == "skip" else ""
-        raise ValueError(
-            f"nonfinite={nonfinite!r} is unknown here; use one of {', '.join(MODES)}"
-            + (f"; {remedy}" if remedy else "")
-        )
-    if error_if_nonfinite and nonfinite == "zero":
-        raise ValueError(
-            "error_if_nonfinite=True contradicts nonfinite='zero'; choose one of the two"
-        )
-    return "raise" if error_if_nonfinite else nonfinite
-
-
-def _check_foreach(foreach: object) -> None:
-    if foreach is not None and not isinstance(foreach, bool):
-        raise TypeError(f"foreach={foreach!r} must be True, False or None")
-
-
-def _listed(parameters: Parameters) -> Tensor | list:
-    if isinstance(parameters, Tensor):
-        return parameters
-    listed = _as_list("parameters", parameters)
-    if not listed and isinstance(parameters, types.GeneratorType):
-        warnings.warn(
-            "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=4
-        )
-    return listed
-
-
-def _as_list(name: str, value: Iterable) -> list:
-    try:
-        return list(value)
-    except TypeError:
-        remedy = "model.parameters()" if name == "parameters" else "a list of gradients"
-        raise TypeError(
-            f"{name}={value!r} must be a tensor or an iterable of tensors; pass {remedy}"
-        ) from None
+@torch._disable_dynamo
+def _untraced(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)

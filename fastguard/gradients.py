@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from operator import attrgetter, is_
 
 import torch
@@ -11,6 +12,8 @@ from torch.optim import Optimizer
 
 from fastguard.buckets import GradBuckets, bucketize
 from fastguard.flat_buckets import FlatGradBuckets
+from fastguard.ranks.groups import Group, check_same_tensors
+from fastguard.ranks.team import Team, team_of
 from fastguard.segments import ClipScope, Layout, lay_out
 
 
@@ -23,6 +26,15 @@ class Gradients:
         names: Names by parameter.
         norm_type: The norm that will be taken.
         flat: Keep them in one buffer per (device, dtype).
+        group: Whose gradients count beside those of this rank.
+
+    Attributes:
+        layout: The parameters, their segments and names.
+        device: Where the decision is taken.
+        team: The ranks that decide together; None in one process.
+
+    Raises:
+        TypeError, ValueError: `group` is no group, or `flat` or `scope` do not go with it.
     """
 
     def __init__(
@@ -32,13 +44,18 @@ class Gradients:
         names: Mapping[Tensor, str],
         norm_type: float,
         flat: bool,
+        group: Group = None,
     ) -> None:
         self.optimizer = optimizer
         self.scope: ClipScope = scope
         self.names = names
         self.norm_type = norm_type
+        self.group: Group = group
+        if scope == "tensor":
+            check_same_tensors(group, "clip_scope='tensor'")
         self.layout = self._lay_out()
-        self.device: torch.device = self.layout.parameters[0].device
+        self.team: Team | None = team_of(self.layout.parameters, group)
+        self.device: torch.device = self._home()
         self.flat = self._flattened() if flat else None
 
     def refresh(self) -> bool:
@@ -50,16 +67,19 @@ class Gradients:
         ):
             return False
         self.layout = self._lay_out()
+        self.team = team_of(self.layout.parameters, self.group)
         if self.flat is not None:
             self.flat.release()
             self.flat = self._flattened()
         return True
 
     def buckets(self) -> GradBuckets:
-        """The gradients of this step."""
+        """The gradients of this step; on several ranks, partial ones are made whole."""
+        layout, team = self.layout, self.team
+        sharing = None if team is None else team.sharing_of_gradients(layout.parameters)
         if self.flat is not None:
-            return self.flat.buckets()
-        layout = self.layout
+            buckets = self.flat.buckets()
+            return buckets if sharing is None else replace(buckets, sharing=sharing)
         return bucketize(
             list(map(attrgetter("grad"), layout.parameters)),
             segments=layout.segments,
@@ -67,6 +87,7 @@ class Gradients:
             names=layout.names,
             norm_type=self.norm_type,
             device=self.device,
+            sharing=sharing,
         )
 
     def zero_(self, set_to_none: bool) -> None:
@@ -80,6 +101,12 @@ class Gradients:
         """See `FlatGradBuckets.close_gaps_`."""
         if self.flat is not None:
             self.flat.close_gaps_()
+
+    def _home(self) -> torch.device:
+        """Where the first parameter lives; without one, where the ranks meet."""
+        if self.layout.parameters or self.team is None:
+            return self.layout.parameters[0].device
+        return self.team.device_for(torch.device("cpu"))
 
     def _lay_out(self) -> Layout:
         return lay_out(self.optimizer.param_groups, self.scope, self.names)

@@ -69,3 +69,10 @@ class ObservedLosses:
         self._sums.clear()
         self._counts.clear()
         return means
+
+
+def stacked(losses: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    """float64 `(L,)` on a device."""
+    if not losses:
+        return torch.empty(0, dtype=torch.float64, device=device)
+    return torch.stack([loss.to(device, non_blocking=True) for loss in losses.values()])

@@ -125,13 +125,13 @@ def measure(
     summary = counts = None
     for bucket in buckets.buckets:
         part, found = backend.stages(bucket.device).measure(
-            bucket, buckets.n_segments, buckets.n_tensors, norm_type, inv_scale
+            bucket, buckets.n_measured, buckets.n_tensors, norm_type, inv_scale
         )
         part, found = part.to(home, non_blocking=True), found.to(home, non_blocking=True)
         summary = part if summary is None else _joined(summary, part, norm_type)
         counts = found if counts is None else counts + found
     if summary is None or counts is None:
-        summary = torch.zeros(4, buckets.n_segments, dtype=torch.float64, device=home)
+        summary = torch.zeros(4, buckets.n_measured, dtype=torch.float64, device=home)
         counts = torch.zeros(3, buckets.n_tensors, dtype=torch.int64, device=home)
     return GradStats(summary, counts, norm_type, buckets.names, buckets.float64)
 

@@ -18,25 +18,28 @@ from torch.optim import Optimizer
 
 from fastguard import resume
 from fastguard.apply import apply, clamp_finite_
+from fastguard.arguments import limit_of
 from fastguard.backend import backend_of
 from fastguard.buckets import GradBuckets
-from fastguard.clip import limit_of
 from fastguard.decide import GuardState, NonFinite, Policy, Verdict, decide, raise_if_nonfinite
 from fastguard.delegation import OptimizerAround
 from fastguard.errors import TrainingDivergedError
 from fastguard.gradients import Gradients
-from fastguard.losses import ObservedLosses, named_losses
+from fastguard.guardable import MODES, check_budget, check_choice, check_optimizer
+from fastguard.losses import ObservedLosses, named_losses, stacked
 from fastguard.measure import measure, norm_type_of
+from fastguard.ranks.dtensors import local_parts
+from fastguard.ranks.groups import Group, refuse_several_ranks
 from fastguard.records import Recorder, StepRecord
-from fastguard.reduce import Signals, check_group, reduce
-from fastguard.rules import Rule, rules_by_signal
+from fastguard.reduce import Signals, reduce
+from fastguard.rules import GRAD_NORM, Rule, rules_by_signal
+from fastguard.scaler import handed_over, tell_scaler
 from fastguard.segments import SCOPES, ClipScope, clip_values, limits, names_by_tensor
 from fastguard.stepping import road_of
 from fastguard.whole_step import WholeStep
 
 log = logging.getLogger("fastguard")
 
-MODES = ("skip", "zero", "raise", "propagate")
 Loss = Tensor | float | Mapping[str, Tensor | float]
 
 
@@ -60,7 +63,10 @@ class GuardedOptimizer(OptimizerAround):
         max_consecutive_skips: More skips in a row than this raise `TrainingDivergedError`.
         named_parameters: `model.named_parameters()`, so that records can name the culprit.
         flat_buckets: Keep the gradients in one buffer per (device, dtype): see `FlatGradBuckets`.
-        group: Reserved for several processes.
+        group: Who decides together. None: this process; with DTensors, all ranks of their root
+            mesh. A process group: its ranks, which hold different tensors (pipeline stages,
+            experts). `fastguard.Replicated(process_group)`: its ranks, which hold the same tensors
+            (DDP). Every rank must construct the guard and take every step.
 
     Raises:
         TypeError, ValueError: An argument is not of the kind or range above; nothing was changed.
@@ -93,13 +99,12 @@ class GuardedOptimizer(OptimizerAround):
         max_consecutive_skips: int | None = None,
         named_parameters: Iterable[tuple[str, Tensor]] | None = None,
         flat_buckets: bool = False,
-        group: None = None,
+        group: Group = None,
     ) -> None:
-        _check_optimizer(optimizer)
-        _check_choice("clip_scope", clip_scope, SCOPES)
-        _check_choice("nonfinite", nonfinite, MODES)
-        _check_budget(max_consecutive_skips)
-        check_group(group)
+        check_optimizer(optimizer, group)
+        check_choice("clip_scope", clip_scope, SCOPES)
+        check_choice("nonfinite", nonfinite, MODES)
+        check_budget(max_consecutive_skips)
         self.norm_type = norm_type_of(norm_type)
         self.max_norm = None if max_norm is None else limit_of("max_norm", max_norm)
         rules = rules_by_signal(spike)
@@ -113,11 +118,15 @@ class GuardedOptimizer(OptimizerAround):
         self.rules = rules
         self.max_consecutive_skips = max_consecutive_skips
         self.group = group
-        self._gradients = Gradients(optimizer, clip_scope, names, self.norm_type, flat_buckets)
+        self._gradients = Gradients(
+            optimizer, clip_scope, names, self.norm_type, flat_buckets, group
+        )
         self._device = self._gradients.device
         self._limits: tuple[float, ...] = ()
         self._policy = self._current_policy()
         self._state = GuardState.fresh(self._policy, self._device)
+        if self._gradients.team is not None:  # so that ranks without a loss know what rules judge
+            self._gradients.team.loss_names.places([s for s in rules if s != GRAD_NORM])
         self._observed = ObservedLosses()
         self._recorder = Recorder()
         self._road = road_of(optimizer)
@@ -180,7 +189,10 @@ class GuardedOptimizer(OptimizerAround):
         buckets = self._gather(signals)
 
         stats = measure(buckets, self.norm_type, signals.inv_scale)
-        stats, signals = reduce(stats, signals, self.group)
+        scaled = signals.found_inf is not None
+        stats, signals = reduce(stats, signals, buckets.sharing, losses=True)
+        if scaled and buckets.sharing is not None:
+            tell_scaler(self, signals.found_inf)
         if policy.nonfinite == "raise":
             raise_if_nonfinite(stats, signals)
         verdict = decide(stats, signals, self._state, policy)
@@ -218,7 +230,10 @@ class GuardedOptimizer(OptimizerAround):
         Args:
             loss: As in `step`.
         """
-        self._observed.observe(named_losses(loss))
+        losses = named_losses(loss)
+        if losses and self.group is None and self._gradients.team is None:
+            refuse_several_ranks()
+        self._observed.observe(losses)
 
     def _gather(self, signals: Signals) -> GradBuckets:
         """The gradients, those of groups with a `clip_value` clamped."""
@@ -227,29 +242,17 @@ class GuardedOptimizer(OptimizerAround):
         buckets = self._gradients.buckets()
         clamped = clip_values(self.param_groups)
         if clamped and self.nonfinite == "raise":  # one more read: clamping changes gradients
-            raise_if_nonfinite(measure(buckets, self.norm_type), signals)
+            before = measure(buckets, self.norm_type)
+            raise_if_nonfinite(*reduce(before, signals, buckets.sharing, losses=True))
         for group, limit in clamped:
             grads = [p.grad for p in group["params"] if p.grad is not None]
-            clamp_finite_(grads, limit, signals.inv_scale)
+            clamp_finite_(local_parts(grads), limit, signals.inv_scale)
         return buckets
 
     def _signals(self) -> Signals:
         losses = self._observed.take()
-        device = self._device
-        if losses:
-            values = torch.stack([v.to(device, non_blocking=True) for v in losses.values()])
-        else:
-            values = torch.empty(0, dtype=torch.float64, device=device)
-        found_inf = getattr(self, "found_inf", None)  # GradScaler.step leaves it here
-        if found_inf is not None:
-            found_inf = found_inf.to(device, non_blocking=True).reshape(())
-        return Signals(values, tuple(losses), self._inv_scale(), found_inf)
-
-    def _inv_scale(self) -> Tensor | None:
-        scale = getattr(self, "grad_scale", None)  # None after GradScaler.unscale_
-        if scale is None:
-            return None
-        return scale.to(self._device, torch.float64, non_blocking=True).reshape(()).reciprocal()
+        scale, found_inf = handed_over(self, self._device)
+        return Signals(stacked(losses, self._device), tuple(losses), scale, found_inf)
 
     def _current_policy(self) -> Policy:
         """The policy with the limits that the param groups hold now."""
@@ -407,34 +410,3 @@ class GuardedOptimizer(OptimizerAround):
         self._recorder.forget_last()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
-
-
-def _check_optimizer(optimizer: object) -> None:
-    if isinstance(optimizer, GuardedOptimizer):
-        raise TypeError("the optimizer is guarded already; wrap the inner one: guarded.optimizer")
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"optimizer={optimizer!r} is no torch.optim.Optimizer; "
-            "pass for example torch.optim.AdamW(model.parameters())"
-        )
-    if isinstance(optimizer, torch.optim.SparseAdam):
-        raise TypeError(
-            "SparseAdam works on sparse gradients, which fastguard does not guard; use Adam with "
-            "a dense embedding, or leave this optimizer unguarded"
-        )
-    if not any(group["params"] for group in optimizer.param_groups):
-        raise ValueError("the optimizer has no parameters; there is nothing to guard")
-    if any(group.get("differentiable") for group in optimizer.param_groups):
-        raise ValueError(
-            "differentiable=True needs gradients that are not changed in place; guard without it"
-        )
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(choices)}")
-
-
-def _check_budget(value: object) -> None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise ValueError(f"max_consecutive_skips={value!r} must be None or an integer >= 1")

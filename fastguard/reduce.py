@@ -1,18 +1,33 @@
 """Stage 2, reduce: every rank comes to know what all ranks know together.
 
-One SUM collective over one small float64 vector (power sums, counts of non-finite elements,
-losses), and one MAX for an inf-norm. With `group=None` and plain tensors there is nothing to do.
+One SUM collective over one small float64 vector, `(4 S + 3 [+ 24],)`: 248 bytes for one segment,
+whatever the size of the model and the number of ranks (an inf-norm adds one MAX over S numbers):
+
+    (4, S)   power sums, and how many elements are NaN, +Inf, -Inf, each weighted by 1 / copies
+    1        how many loss scalers found something non-finite
+    2        how many ranks hold something non-finite, and the sum of their numbers: one rank's name
+    12, 12   of each loss the sum over ranks, and how many ranks gave it (optimizers only)
+
+A collective gives all ranks the same bits, and everything after it is computed from them alone.
+Without a team, in one process, there is nothing to do.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastguard.measure import GradStats
+
+if TYPE_CHECKING:
+    from fastguard.ranks.team import Sharing
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,17 +35,22 @@ class Signals:
     """What a step knows besides its gradients. All tensors live where the stats do.
 
     Attributes:
-        losses: float64 `(L,)`: the losses of this step, means over micro-batches.
+        losses: float64 `(L,)`: the losses of this step, means over micro-batches and ranks.
         loss_names: Their L names.
         inv_scale: float64 `()`, what gradients are still to be multiplied by; None if nothing is.
         found_inf: float32 `()`, > 0 if a loss scaler found non-finite gradients on any device; None
             without a scaler.
+        given: bool `(L,)`: which losses some rank gave at this step; None: all, as on every CPU.
+        bad_ranks: float64 `(2,)`: how many ranks hold something non-finite, and the sum of their
+            numbers; None in one process.
     """
 
     losses: Tensor
     loss_names: Sequence[str] = ()
     inv_scale: Tensor | None = None
     found_inf: Tensor | None = None
+    given: Tensor | None = None
+    bad_ranks: Tensor | None = None
 
     @staticmethod
     def none(device: torch.device) -> Signals:
@@ -38,24 +58,104 @@ class Signals:
         return Signals(torch.empty(0, dtype=torch.float64, device=device))
 
 
-def reduce(stats: GradStats, signals: Signals, group: None = None) -> tuple[GradStats, Signals]:
-    """Joins the stats and signals of all ranks; the same result on every rank.
+def reduce(
+    stats: GradStats, signals: Signals, sharing: Sharing | None = None, *, losses: bool = False
+) -> tuple[GradStats, Signals]:
+    """Joins the stats and signals of all ranks; the same result on every rank, bit for bit.
 
     Args:
         stats: What this rank measured.
         signals: What this rank knows.
-        group: None: this process holds the whole model.
+        sharing: How the sums of this rank enter those of all; None: this process holds everything.
+        losses: Whether the ranks exchange losses; all of them must say the same.
 
-    Raises:
-        TypeError: `group` is of another kind.
+    Returns:
+        Stats whose power sums and segment counts are those of all ranks (`counts` stay those of
+        this rank's tensors), and signals with the losses of all.
     """
-    check_group(group)
-    return stats, signals
+    if sharing is None:
+        return stats, signals
+    summary = _weighted(stats.summary, sharing.weights, stats.norm_type)
+    n_segments = summary.shape[1]
+    parts = [summary.flatten(), *_flags(stats, signals, sharing.team.rank)]
+    if losses:
+        parts += _placed(signals, sharing)
+    vector = _exchanged(torch.cat(parts), sharing, dist.ReduceOp.SUM)
+    total = vector[: 4 * n_segments].view(4, n_segments)
+    if stats.norm_type == math.inf:
+        total[0] = _exchanged(summary[0].clone(), sharing, dist.ReduceOp.MAX)
+    total[1:] = _whole_counts(total[1:])
+
+    flags = vector[4 * n_segments :]
+    joined = replace(signals, found_inf=(flags[0] > 0).float(), bad_ranks=flags[1:3])
+    if losses:
+        joined = _with_losses(joined, flags[3:].view(2, -1), sharing)
+    return replace(stats, summary=total), joined
 
 
-def check_group(group: object) -> None:
-    """Raises a TypeError for what is no group."""
-    if group is not None:
-        raise TypeError(
-            f"group={group!r}: only group=None, one process, is supported in this release"
-        )
+def _weighted(summary: Tensor, weights: tuple[float, ...], norm_type: float) -> Tensor:
+    """float64 `(4, S)`: the classes of each segment added up, each with its weight."""
+    if weights == (1.0,):
+        return summary
+    by_class = summary.view(4, len(weights), -1)
+    weight = _constant(weights, torch.float64, summary.device)
+    joined = (by_class * weight[:, None]).sum(1)
+    if norm_type == math.inf:  # the largest of all, however many ranks hold it
+        joined[0] = by_class[0].amax(0)
+    return joined
+
+
+def _flags(stats: GradStats, signals: Signals, rank: int) -> tuple[Tensor, Tensor]:
+    """float64 `(1,)` and `(2,)`: a scaler found something; this rank holds it, and its number."""
+    bad = stats.segment_counts.sum() > 0
+    if len(signals.losses):
+        bad = bad | ~signals.losses.isfinite().all()  # NaN is not finite
+    overflow = torch.zeros_like(bad) if signals.found_inf is None else signals.found_inf > 0
+    number = torch.full((), float(rank), dtype=torch.float64, device=bad.device)
+    return overflow.double().reshape(1), torch.stack([bad.double(), bad * number])
+
+
+def _placed(signals: Signals, sharing: Sharing) -> tuple[Tensor, Tensor]:
+    """float64 `(12,)` twice: the losses of this rank in the places that all ranks agree on, and 1
+    where it has one.
+    """
+    from fastguard.ranks.loss_names import PLACES
+
+    device = signals.losses.device
+    sums, given = torch.zeros(2, PLACES, dtype=torch.float64, device=device)
+    if signals.loss_names:
+        places = sharing.team.loss_names.places(signals.loss_names)
+        at = _constant(tuple(places), torch.int64, device)
+        sums[at] = signals.losses
+        given[at] = 1.0
+    return sums, given
+
+
+def _with_losses(signals: Signals, sums: Tensor, sharing: Sharing) -> Signals:
+    """The signals with the mean of each loss over the ranks that gave it."""
+    total, n_ranks = sums
+    means = total / n_ranks.clamp(min=1.0)  # NaN stays NaN: no rank's loss hides another's
+    names = sharing.team.loss_names
+    if means.device.type != "cpu":
+        return replace(signals, losses=means, loss_names=names, given=n_ranks > 0)
+    given = n_ranks.nonzero().squeeze(1)
+    return replace(signals, losses=means[given], loss_names=[names[i] for i in given.tolist()])
+
+
+@functools.lru_cache(maxsize=256)
+def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers that are the same step after step, on the device once."""
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+def _whole_counts(counts: Tensor) -> Tensor:
+    """Weighted counts as whole numbers: at least 1 where one copy of several holds a NaN."""
+    return torch.where(counts > 0, counts.round().clamp(min=1.0), 0.0)
+
+
+def _exchanged(vector: Tensor, sharing: Sharing, op: dist.ReduceOp.RedOpType) -> Tensor:
+    """The vector reduced over the team, where it was."""
+    home = vector.device
+    vector = vector.to(sharing.team.device_for(home))
+    dist.all_reduce(vector, op, group=sharing.team.group)
+    return vector.to(home)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from fastguard.clip import limit_of
+from fastguard.arguments import limit_of
 
 ClipScope = Literal["global", "group", "tensor"]
 SCOPES = ("global", "group", "tensor")

@@ -118,7 +118,7 @@ def test_a_refusal_names_the_parameter_and_the_remedy(kind):
         bucketize([None, torch.ones(1), bad])
 
 
-def test_a_sharded_gradient_is_refused():
+def test_a_dtensor_is_measured_by_its_local_part():
     if not dist.is_available():
         pytest.skip("torch was built without torch.distributed")
     from torch.distributed.tensor import distribute_tensor, init_device_mesh
@@ -126,8 +126,8 @@ def test_a_sharded_gradient_is_refused():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         sharded = distribute_tensor(torch.ones(4), init_device_mesh("cpu", (1,)))
-        with pytest.raises(TypeError, match="parameter 1 is a DTensor"):
-            bucketize([torch.ones(1), sharded])
+        (bucket,) = bucketize([torch.ones(1), sharded]).buckets
+        assert bucket.grads[1] is sharded._local_tensor
     finally:
         dist.destroy_process_group()
 

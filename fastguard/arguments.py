@@ -1,0 +1,78 @@
+"""Arguments at the public edge: checked, named and put into one form."""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Parameters = Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
+MODES = ("propagate", "zero", "raise")
+
+
+def limit_of(name: str, value: object) -> float:
+    """A limit as a float.
+
+    Raises:
+        TypeError: Not a number.
+        ValueError: Negative or NaN.
+    """
+    try:
+        limit = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TypeError(f"{name}={value!r} is not a number; use a number >= 0") from None
+    if not limit >= 0.0:  # NaN is not >= 0
+        raise ValueError(
+            f"{name}={value!r} must be >= 0: a negative or NaN limit would flip or destroy "
+            "gradients; use float('inf') to measure only"
+        )
+    return limit
+
+
+def limit_tensor(max_norm: float, device: torch.device) -> Tensor:
+    # Not torch.tensor(max_norm): under compile that would recompile for every value.
+    return torch.ones(1, dtype=torch.float64, device=device) * max_norm
+
+
+def mode_of(nonfinite: object, error_if_nonfinite: bool) -> Literal["propagate", "zero", "raise"]:
+    if nonfinite not in MODES:
+        remedy = "skipping a step takes fastguard.GuardedOptimizer" if nonfinite == "skip" else ""
+        raise ValueError(
+            f"nonfinite={nonfinite!r} is unknown here; use one of {', '.join(MODES)}"
+            + (f"; {remedy}" if remedy else "")
+        )
+    if error_if_nonfinite and nonfinite == "zero":
+        raise ValueError(
+            "error_if_nonfinite=True contradicts nonfinite='zero'; choose one of the two"
+        )
+    return "raise" if error_if_nonfinite else nonfinite
+
+
+def check_foreach(foreach: object) -> None:
+    if foreach is not None and not isinstance(foreach, bool):
+        raise TypeError(f"foreach={foreach!r} must be True, False or None")
+
+
+def listed(parameters: Parameters) -> Tensor | list:
+    if isinstance(parameters, Tensor):
+        return parameters
+    listed = as_list("parameters", parameters)
+    if not listed and isinstance(parameters, types.GeneratorType):
+        warnings.warn(
+            "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=4
+        )
+    return listed
+
+
+def as_list(name: str, value: Iterable) -> list:
+    try:
+        return list(value)
+    except TypeError:
+        remedy = "model.parameters()" if name == "parameters" else "a list of gradients"
+        raise TypeError(
+            f"{name}={value!r} must be a tensor or an iterable of tensors; pass {remedy}"
+        ) from None

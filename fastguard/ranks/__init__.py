@@ -1,0 +1,9 @@
+"""Many ranks, one decision: who decides together, and how much each tensor of a rank counts.
+
+    groups       what a user may pass as `group=`
+    dtensors     the local parts of DTensors, and making partial ones whole
+    team         the ranks that take one decision, and the weight of each tensor in their sums
+    loss_names   losses that not every rank gives, in the same places on all
+
+The collective itself is `fastguard.reduce`.
+"""

@@ -1,0 +1,94 @@
+"""The functions of `fastguard.clip` under `torch.compile`: one opaque op a stage.
+
+For one process: what ranks exchange is not traced, and breaks the graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastguard.arguments import limit_tensor
+from fastguard.measure import GradStats
+
+
+def clip_grad_norm_(
+    grads: list[Tensor | None],
+    names: list[str] | None,
+    max_norm: float,
+    norm_type: float,
+    mode: str,
+) -> Tensor:
+    norm, coef, clean = decide(grads, names, max_norm, norm_type, mode)
+    torch.ops.fastguard.apply([g for g in grads if g is not None], coef, clean)
+    return norm
+
+
+def decide(
+    grads: Sequence[Tensor | None],
+    names: list[str] | None,
+    max_norm: float,
+    norm_type: float,
+    mode: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    stats = measure(grads, names, norm_type)
+    limit = limit_tensor(max_norm, stats.summary.device)
+    norm, coef, clean = torch.ops.fastguard.decide(
+        stats.summary, stats.counts, limit, norm_type, mode, names if mode == "raise" else None
+    )
+    return norm if stats.float64 else norm.float(), coef, clean
+
+
+def clip_grads_with_norm_(grads: list[Tensor | None], max_norm: float, norm: Tensor) -> None:
+    """Scales by a given norm, float64 `(1,)`."""
+    # For the inf-norm a power sum is the norm itself, and NaN is counted; the op checks the limit.
+    summary = torch.cat([norm, norm.isnan().double(), norm.new_zeros(2)]).reshape(4, 1)
+    counts = torch.zeros(3, 0, dtype=torch.int64, device=norm.device)
+    _, coef, clean = torch.ops.fastguard.decide(
+        summary, counts, limit_tensor(max_norm, norm.device), math.inf, "propagate", None
+    )
+    torch.ops.fastguard.apply([g for g in grads if g is not None], coef, clean)
+
+
+def measure(
+    grads: Sequence[Tensor | None],
+    names: list[str] | None,
+    norm_type: float,
+    per_tensor: bool = False,
+) -> GradStats:
+    ids = [i for i, g in enumerate(grads) if g is not None]
+    present = [g for g in grads if g is not None]
+    op = torch.ops.fastguard.measure_tensors if per_tensor else torch.ops.fastguard.measure
+    summary, counts = op(present, norm_type)
+    if len(ids) < len(grads):
+        counts = _spread(counts, ids, len(grads))
+        summary = _spread(summary, ids, len(grads)) if per_tensor else summary
+    wide = any(g.dtype in (torch.float64, torch.complex128) for g in present)
+    return GradStats(summary, counts, norm_type, names, wide)
+
+
+def _spread(columns: Tensor, ids: list[int], n: int) -> Tensor:
+    """The columns at the places `ids` among n; the others are zero."""
+    spread = columns.new_zeros(columns.shape[0], n)
+    spread[:, ids] = columns
+    return spread
+
+
+def clip_grad_value_(grads: list[Tensor | None], clip_value: float) -> None:
+    """Clamps to [-clip_value, clip_value]."""
+    present = [g for g in grads if g is not None]
+    torch.ops.fastguard.clip_value(present, limit_tensor(clip_value, torch.device("cpu")))
+
+
+def sanitize_grads_(
+    grads: list[Tensor | None], names: list[str] | None, fill: dict[str, float]
+) -> GradStats:
+    """Replaces what is non-finite; the stats from before."""
+    stats = measure(grads, names, 2.0)
+    for grad in grads:
+        if grad is not None:
+            grad.nan_to_num_(**fill)
+    return stats
