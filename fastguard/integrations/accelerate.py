@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastguard.clip import get_total_norm
-from fastguard.integrations.clipping import AskedLimit, total_norm_of, was_skipped
+from fastguard.integrations.clipping import AskedLimit, was_skipped
 from fastguard.integrations.extras import needs
 from fastguard.integrations.running_statistics import RunningStatistics
 from fastguard.optimizer import GuardedOptimizer
@@ -28,8 +28,7 @@ with needs("huggingface"):
     from accelerate import Accelerator, DistributedType
     from accelerate.optimizer import AcceleratedOptimizer
 
-HANDS_OVER = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
-"""There an engine steps by itself, not the optimizer."""
+ENGINES = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
 
 
 class GuardedAcceleratedOptimizer(AcceleratedOptimizer):
@@ -39,18 +38,18 @@ class GuardedAcceleratedOptimizer(AcceleratedOptimizer):
 
     @property
     def step_was_skipped(self) -> bool:
-        """Whether the guard, or the scaler through it, skipped the last step. Waits for a GPU."""
+        """Whether the guard skipped the last step, for the scaler too. Waits for a GPU."""
         return was_skipped(self.optimizer)
 
 
 class AcceleratorGuard:
-    """Stands in for three methods of one accelerator.
+    """Stands in for `prepare_optimizer`, `clip_grad_norm_` and `backward` of one accelerator.
 
     Args:
-        accelerator: Whose `prepare_optimizer`, `clip_grad_norm_` and `backward` are replaced.
+        accelerator: Before its `prepare` is called.
         model: Called for each new optimizer: the model whose parameters it has, if known.
         options: The arguments of each new `GuardedOptimizer`.
-        fixed: `AskedLimit.fixed`.
+        fixed: Limits that the accelerator is asked for are ignored.
     """
 
     def __init__(
@@ -61,31 +60,26 @@ class AcceleratorGuard:
         *,
         fixed: bool,
     ) -> None:
-        if accelerator.distributed_type in HANDS_OVER:
+        if accelerator.distributed_type in ENGINES:
             raise ValueError(
                 f"under {accelerator.distributed_type} an engine steps by itself, so its optimizer "
                 "cannot be guarded; use the engine's own hooks"
             )
         if isinstance(getattr(accelerator.prepare_optimizer, "__self__", None), AcceleratorGuard):
             raise ValueError("this accelerator is guarded already")
-        self.accelerator = accelerator
-        self.model = model
-        self.options = options
-        self.fixed = fixed
+        self.accelerator, self.model, self.options, self.fixed = accelerator, model, options, fixed
         self.prepared: weakref.WeakSet[GuardedAcceleratedOptimizer] = weakref.WeakSet()
-        self._prepare_optimizer = accelerator.prepare_optimizer
-        self._clip_grad_norm_ = accelerator.clip_grad_norm_
-        self._backward = accelerator.backward
-        accelerator.prepare_optimizer = self.prepare_optimizer
-        accelerator.clip_grad_norm_ = self.clip_grad_norm_
-        accelerator.backward = self.backward
+        self._accelerates = {}
+        for name in ("prepare_optimizer", "clip_grad_norm_", "backward"):
+            self._accelerates[name] = getattr(accelerator, name)
+            setattr(accelerator, name, getattr(self, name))
 
     def prepare_optimizer(
         self, optimizer: Optimizer, device_placement: bool | None = None
     ) -> AcceleratedOptimizer:
-        """As `Accelerator.prepare_optimizer`."""
+        """As Accelerate's own."""
         if isinstance(optimizer, AcceleratedOptimizer):
-            return self._prepare_optimizer(optimizer, device_placement)
+            return self._accelerates["prepare_optimizer"](optimizer, device_placement)
         model = self.model()
         if not isinstance(optimizer, GuardedOptimizer):
             names = None if model is None else model.named_parameters()
@@ -100,51 +94,44 @@ class AcceleratorGuard:
         prepared.limit = AskedLimit(optimizer, fixed=self.fixed)
         prepared._is_accelerate_prepared = True  # so that Accelerate only enters it in its books
         self.prepared.add(prepared)
-        return self._prepare_optimizer(prepared, device_placement)
+        return self._accelerates["prepare_optimizer"](prepared, device_placement)
 
     def clip_grad_norm_(
         self, parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2
     ) -> Tensor:
-        """As `Accelerator.clip_grad_norm_`, but the guard scales, in the coming step."""
+        """As Accelerate's own, but it is the guard that scales, in the coming step."""
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        prepared = self._owner(parameters)
-        if prepared is None:  # a part of the model, or of several: nobody's step
-            return self._clip_grad_norm_(parameters, max_norm, norm_type)
-        self.accelerator.unscale_gradients()
-        prepared.limit.norm(max_norm, norm_type)
-        return self.total_norm(prepared.optimizer, parameters)
-
-    def total_norm(self, optimizer: GuardedOptimizer, parameters: list[Tensor]) -> Tensor:
-        """The norm that `clip_grad_norm_` returns, measured now: one more read of gradients."""
-        grads = [p.grad for p in parameters if p.grad is not None]
-        return get_total_norm(grads, optimizer.norm_type)
-
-    def backward(self, loss: Tensor, **kwargs: Any) -> None:
-        """As `Accelerator.backward`; the guard sees the loss if it is clear whose it is."""
-        if len(self.prepared) == 1 and loss.numel() == 1:
-            (prepared,) = self.prepared
-            guarded = prepared.optimizer
-            # On several ranks a loss is only comparable with a group to join it over.
-            if self.accelerator.num_processes == 1 or guarded.group is not None:
-                guarded.observe(self.loss_of_batch(loss.detach()))
-        self._backward(loss, **kwargs)
-
-    def loss_of_batch(self, loss: Tensor) -> Tensor:
-        """The loss of a micro-batch as the guard averages it over the micro-batches of a step."""
-        return loss
-
-    def _owner(self, parameters: list[Tensor]) -> GuardedAcceleratedOptimizer | None:
-        """The optimizer that has a gradient of exactly these parameters to step with."""
         wanted = {id(p) for p in parameters if p.grad is not None}
         for prepared in self.prepared:
             groups = prepared.param_groups
             if wanted == {id(p) for g in groups for p in g["params"] if p.grad is not None}:
-                return prepared
-        return None
+                self.accelerator.unscale_gradients()
+                prepared.limit.norm(max_norm, norm_type)
+                return self.total_norm(prepared.optimizer, parameters)
+        # Parameters of no one optimizer, or a part of one: there is no step to clip within.
+        return self._accelerates["clip_grad_norm_"](parameters, max_norm, norm_type)
+
+    def total_norm(self, optimizer: GuardedOptimizer, parameters: list[Tensor]) -> Tensor:
+        """The norm that `clip_grad_norm_` returns, measured now: one more read of gradients."""
+        grads = [p.grad for p in parameters if p.grad is not None]
+        return get_total_norm(grads, optimizer.norm_type, group=optimizer.group)
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """As Accelerate's own; the guard sees the loss, if it is clear whose it is."""
+        if len(self.prepared) == 1 and loss.numel() == 1:
+            (prepared,) = self.prepared
+            # Losses of several ranks are joined over a group, so without one they stay unseen.
+            if self.accelerator.num_processes == 1 or prepared.optimizer.group is not None:
+                prepared.optimizer.observe(self.loss_of_batch(loss.detach()))
+        self._accelerates["backward"](loss, **kwargs)
+
+    def loss_of_batch(self, loss: Tensor) -> Tensor:
+        """The loss of a micro-batch, whose mean over the micro-batches is that of the step."""
+        return loss
 
 
 def guard(accelerator: Accelerator, model: nn.Module | None = None, **options: Any) -> Accelerator:
-    """Guards every optimizer that this accelerator prepares from now on.
+    """Guards every optimizer that this accelerator prepares from now on; docs/huggingface.md.
 
     Args:
         accelerator: Before its `prepare` is called.
@@ -153,23 +140,8 @@ def guard(accelerator: Accelerator, model: nn.Module | None = None, **options: A
         options: As for `GuardedOptimizer`. With a `max_norm` here, the limits that
             `accelerator.clip_grad_norm_` is called with are ignored.
 
-    Returns:
-        The same accelerator.
-
     Raises:
         ValueError: It is guarded already, or an engine steps by itself (DeepSpeed, Megatron, XLA).
-
-    Example:
-        >>> import torch
-        >>> from accelerate import Accelerator
-        >>> model = torch.nn.Linear(2, 1)
-        >>> accelerator = guard(Accelerator(cpu=True), model)
-        >>> model, opt = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
-        >>> accelerator.backward(model(torch.tensor([[float("nan"), 1.0]])).sum())
-        >>> norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        >>> opt.step()
-        >>> opt.step_was_skipped, opt.optimizer.skipped_steps
-        (True, 1)
     """
     AcceleratorGuard(accelerator, lambda: model, options, fixed="max_norm" in options)
     return accelerator

@@ -1,8 +1,14 @@
 """The trainers under test stay offline, and find a torchvision that can be imported."""
 
 import os
+import tempfile
+
+import torch
 
 from guardtest.torchvision_ops import define_missing_operators
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is first imported
+os.environ["YOLO_OFFLINE"] = "true"  # before ultralytics is
+os.environ["YOLO_CONFIG_DIR"] = tempfile.mkdtemp()  # where it keeps settings that it may change
 define_missing_operators()
+torch.set_num_threads(1)  # models this small only wait for further threads
