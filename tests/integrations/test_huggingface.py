@@ -115,7 +115,9 @@ def test_a_clean_run_is_the_trainers_own_bit_for_bit(tmp_path, optim, max_grad_n
     assert_same_bits(final_state(ours), final_state(own))
     assert steps_logged(ours, "loss") == steps_logged(own, "loss")
     assert steps_logged(ours, "learning_rate") == steps_logged(own, "learning_rate")
-    assert steps_logged(ours, "grad_norm") == pytest.approx(steps_logged(own, "grad_norm"), rel=1e-6)
+    assert steps_logged(ours, "grad_norm") == pytest.approx(
+        steps_logged(own, "grad_norm"), rel=1e-6
+    )
 
 
 def test_max_grad_norm_is_applied_once(tmp_path):
@@ -125,7 +127,9 @@ def test_max_grad_norm_is_applied_once(tmp_path):
     ours = trained(tmp_path, **settings)
     start, theirs, guarded = map(flat, (language_model(), own.model, ours.model))
     assert (guarded - theirs).norm() < 3e-6 * (theirs - start).norm()
-    assert steps_logged(ours, "grad_norm") == pytest.approx(steps_logged(own, "grad_norm"), rel=1e-5)
+    assert steps_logged(ours, "grad_norm") == pytest.approx(
+        steps_logged(own, "grad_norm"), rel=1e-5
+    )
     assert all(coef < 0.1 for coef in steps_logged(ours, "clip_coef"))
 
 

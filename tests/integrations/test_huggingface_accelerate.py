@@ -1,0 +1,217 @@
+"""Plain loops over the real Accelerate, with and without guard."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fastguard import GuardedOptimizer
+from guardtest import require
+from guardtest.training import assert_same_bits, snapshot
+
+accelerate = require("accelerate")
+
+from fastguard.integrations.accelerate import guard  # noqa: E402
+
+STEPS = 8
+BAD = {1, 4}
+OPTIMIZERS = {
+    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=0.05, fused=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.05, fused=False),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9),
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate_state():
+    """Accelerate keeps the precision of the first accelerator of a process."""
+    yield
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()
+
+
+def new_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
+
+
+def batches(left_out=(), poisoned=()):
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(STEPS, 6, 4, generator=generator)
+    for i in poisoned:
+        x[i, 2, 1] = math.nan
+    return x[[i for i in range(STEPS) if i not in left_out]]
+
+
+class Run:
+    """One plain Accelerate loop, as its documentation writes it."""
+
+    def __init__(self, optimizer="adamw-fused", *, guarded=True, options=None, **accelerator):
+        self.accelerator = accelerate.Accelerator(cpu=True, **accelerator)
+        model = new_model()
+        if guarded:
+            guard(self.accelerator, model, **(options or {}))
+        inner = OPTIMIZERS[optimizer](model.parameters())
+        schedule = torch.optim.lr_scheduler.ExponentialLR(inner, 0.9)
+        self.model, self.optimizer, self.schedule = self.accelerator.prepare(model, inner, schedule)
+        self.norms = []
+
+    def train(self, data, max_norm=0.5):
+        for x in data:
+            with self.accelerator.accumulate(self.model):
+                loss = (self.model(x) - 1).square().mean()
+                self.accelerator.backward(loss)
+                if max_norm is not None and self.accelerator.sync_gradients:
+                    norm = self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
+                    self.norms.append(norm.item())
+                self.optimizer.step()
+                self.schedule.step()
+                self.optimizer.zero_grad()
+        return self
+
+    def final_state(self):
+        return {
+            **self.model.state_dict(),
+            **snapshot(self.optimizer),
+            "lr": self.schedule.get_last_lr(),
+        }
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("max_norm", [1e6, None], ids=str)
+def test_a_clean_run_is_accelerates_own_bit_for_bit(optimizer, max_norm):
+    own = Run(optimizer, guarded=False).train(batches(), max_norm)
+    ours = Run(optimizer).train(batches(), max_norm)
+    assert_same_bits(ours.final_state(), own.final_state())
+    assert ours.norms == pytest.approx(own.norms, rel=1e-6)
+
+
+def test_what_clip_grad_norm_asks_for_is_applied_once():
+    own = Run("sgd", guarded=False).train(batches(), 0.01)
+    ours = Run("sgd").train(batches(), 0.01)
+    for name, weight in own.final_state().items():
+        torch.testing.assert_close(ours.final_state()[name], weight, rtol=3e-6, atol=1e-8)
+    records = ours.optimizer.optimizer.records()
+    assert [record.total_norm for record in records] == pytest.approx(ours.norms, rel=1e-6)
+    assert all(record.action == "clipped" for record in records)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_poisoned_batches_might_as_well_have_been_left_out(optimizer, precision):
+    ours = Run(optimizer, mixed_precision=precision).train(batches(poisoned=BAD))
+    without = Run(optimizer, mixed_precision=precision).train(batches(left_out=BAD))
+    assert_same_bits(ours.final_state(), without.final_state())
+    assert {i for i, norm in enumerate(ours.norms) if math.isnan(norm)} == BAD
+
+
+def test_one_bad_micro_batch_costs_the_whole_accumulated_step():
+    ours = Run(gradient_accumulation_steps=2).train(batches(poisoned={5}))
+    without = Run(gradient_accumulation_steps=2).train(batches(left_out={4, 5}))
+    assert_same_bits(ours.final_state(), without.final_state())
+    assert ours.optimizer.optimizer.steps_taken == STEPS // 2
+
+
+def test_accelerate_itself_knows_which_steps_were_skipped():
+    run, skipped = Run(), []
+    for x in batches(poisoned=BAD):
+        run.train([x])
+        assert run.accelerator.optimizer_step_was_skipped == run.optimizer.step_was_skipped
+        skipped.append(run.optimizer.step_was_skipped)
+    assert {i for i, was in enumerate(skipped) if was} == BAD
+
+
+def test_save_state_and_load_state_carry_the_guard(tmp_path):
+    data = batches(poisoned=BAD)
+    whole = Run().train(data[:3])
+    whole.accelerator.save_state(str(tmp_path))
+    whole.train(data[3:])
+    resumed = Run().train(data[:1])
+    resumed.accelerator.load_state(str(tmp_path))
+    resumed.train(data[3:])
+    assert_same_bits(resumed.final_state(), whole.final_state())
+    assert resumed.optimizer.optimizer.skipped_steps == len(BAD)
+
+
+def test_running_statistics_that_were_loaded_are_those_to_go_back_to(tmp_path):
+    whole = Run().train(batches())
+    whole.accelerator.save_state(str(tmp_path))
+    resumed = Run()
+    resumed.accelerator.load_state(str(tmp_path))
+    resumed.train(batches(poisoned={0})[:1])
+    assert_same_bits(dict(resumed.model.state_dict()), dict(whole.model.state_dict()))
+
+
+def test_the_guard_sees_the_mean_loss_of_a_step():
+    run = Run(gradient_accumulation_steps=2, options={"nonfinite": "skip"})
+    data = batches()
+    with torch.no_grad():  # before the first update, in training mode as the loop
+        expected = [(new_model()(x) - 1).square().mean().item() for x in data[:2]]
+    run.train(data[:2])
+    (record,) = run.optimizer.optimizer.records()
+    assert record.losses["loss"] == pytest.approx(sum(expected) / 2, rel=1e-5)
+
+
+def test_a_limit_given_to_the_guard_wins():
+    run = Run("sgd", options={"max_norm": 0.25}).train(batches(), max_norm=1e-3)
+    other = Run("sgd", options={"max_norm": 0.25}).train(batches(), max_norm=None)
+    assert_same_bits(run.final_state(), other.final_state())
+
+
+def test_a_limit_holds_for_one_step():
+    run = Run("sgd").train(batches()[:1], max_norm=1e-3).train(batches()[1:2], max_norm=None)
+    assert [r.action for r in run.optimizer.optimizer.records()] == ["clipped", "applied"]
+
+
+def test_clipping_a_part_of_the_model_is_left_to_accelerate():
+    run = Run("sgd", options={"nonfinite": "skip"})
+    head = run.model[3]
+    (run.model(batches()[0]) - 1).square().mean().backward()
+    run.accelerator.clip_grad_norm_(head.parameters(), 1e-3)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in head.parameters()])
+    assert norm.item() == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_two_optimizers_each_have_their_own_limit():
+    accelerator = guard(accelerate.Accelerator(cpu=True))
+    models = [nn.Linear(3, 1), nn.Linear(3, 1)]
+    optimizers = [torch.optim.SGD(m.parameters(), lr=1.0) for m in models]
+    *models, first, second = accelerator.prepare(*models, *optimizers)
+    for model in models:
+        accelerator.backward(model(torch.full((2, 3), 50.0)).sum())
+    accelerator.clip_grad_norm_(models[1].parameters(), 1.0)
+    first.step()
+    second.step()
+    assert [o.optimizer.records()[0].action for o in (first, second)] == ["applied", "clipped"]
+
+
+def test_another_norm_than_the_guard_measures_is_refused():
+    run = Run()
+    run.accelerator.backward(run.model(batches()[0]).sum())
+    with pytest.raises(ValueError, match="give the guard norm_type=inf"):
+        run.accelerator.clip_grad_norm_(run.model.parameters(), 1.0, norm_type=math.inf)
+
+
+def test_an_optimizer_that_is_guarded_already_is_kept():
+    accelerator, model = accelerate.Accelerator(cpu=True), new_model()
+    mine = GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), max_norm=3.0)
+    guard(accelerator, model)
+    _, prepared = accelerator.prepare(model, mine)
+    assert prepared.optimizer is mine
+    assert accelerator.prepare(prepared) is prepared
+
+
+def test_guarding_twice_is_refused():
+    accelerator = guard(accelerate.Accelerator(cpu=True))
+    with pytest.raises(ValueError, match="guarded already"):
+        guard(accelerator)
+
+
+def test_what_steps_by_itself_is_refused(monkeypatch):
+    accelerator = accelerate.Accelerator(cpu=True)
+    monkeypatch.setattr(accelerator.state, "distributed_type", accelerate.DistributedType.DEEPSPEED)
+    with pytest.raises(ValueError, match="an engine steps by itself"):
+        guard(accelerator)
