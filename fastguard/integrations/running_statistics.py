@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from fastguard.integrations.clipping import was_skipped
 from fastguard.optimizer import GuardedOptimizer
+
+log = logging.getLogger("fastguard")
 
 
 class RunningStatistics:
@@ -62,6 +65,8 @@ class RunningStatistics:
         bad = (~torch.stack([n.double() for n in norms]).isfinite()).nonzero().flatten().tolist()
         for i in (self._judged[k] for k in bad):
             self._buffers[i].copy_(self._kept[i])
+        if bad:
+            log.warning("%d buffers of the model had become NaN or Inf: put back", len(bad))
         return len(bad)
 
     def follow(self, optimizer: GuardedOptimizer) -> None:

@@ -9,21 +9,11 @@ trace: weights, optimizer state, BatchNorm statistics and EMA are what they were
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastguard.integrations.clipping import was_skipped
 from fastguard.integrations.extras import needs
-from fastguard.integrations.running_statistics import RunningStatistics
-from fastguard.integrations.ultralytics_epoch import EpochLosses
-from fastguard.optimizer import GuardedOptimizer
-from fastguard.records import StepRecord
-from fastguard.schedule import GuardedLR
-from fastguard.sinks import JsonLinesSink
-
-Sink = Callable[[StepRecord], object]
+from fastguard.integrations.ultralytics_callbacks import Sink, UltralyticsGuard
 
 
 def guard(
@@ -75,116 +65,3 @@ def guard(
         if name.startswith("on_") or name == "teardown":
             model.add_callback(name, getattr(guarded, name))
     return guarded
-
-
-class UltralyticsGuard:
-    """The callbacks that guard a trainer.
-
-    Attributes:
-        optimizer: The guarded optimizer of the run, with its records and counters.
-        lr: The learning rates that its steps are taken with.
-    """
-
-    optimizer: GuardedOptimizer
-    lr: GuardedLR
-
-    def __init__(
-        self, options: Mapping[str, Any], schedule: Mapping[str, Any], sinks: Sequence[Sink]
-    ) -> None:
-        self._options = options
-        self._schedule = schedule
-        self._sinks = sinks
-        self._window: list[tuple[int, Sequence[str]]] = []  # batches of the next step, their images
-        self._file: JsonLinesSink | None = None
-
-    def on_pretrain_routine_end(self, trainer: Any) -> None:
-        """Optimizer, scheduler and EMA are there, and what is resumed has been loaded."""
-        self.optimizer = GuardedOptimizer(
-            trainer.optimizer, named_parameters=trainer.model.named_parameters(), **self._options
-        )
-        self.lr = GuardedLR(trainer.scheduler, optimizer=self.optimizer, **self._schedule)
-        if trainer.resume:
-            self._resume(trainer.args.resume)
-        self.optimizer.register_state_dict_post_hook(self._save_lr)
-        self._statistics = RunningStatistics(trainer.model)
-        self._losses = EpochLosses()
-        self._file = JsonLinesSink(trainer.save_dir / "records.jsonl")
-        self.optimizer.add_sink(self._write)
-        trainer.optimizer = self.optimizer
-        trainer.optimizer_step = partial(self._step, trainer)
-        trainer.preprocess_batch = partial(self._preprocess, trainer.preprocess_batch)
-
-    def on_train_epoch_start(self, trainer: Any) -> None:
-        """Also when the trainer begins the epoch again, without the gradients that it had."""
-        self._batch = 0
-        self._losses = EpochLosses()
-        if trainer.nan_recovery_attempts or trainer._oom_retries:
-            self._window.clear()
-
-    def on_train_batch_start(self, trainer: Any) -> None:
-        """Before the forward pass, which leaves its mark on BatchNorm."""
-        self._batch += 1
-        self._losses.mend_means(trainer)
-        if not self._window:
-            self._statistics.keep()
-
-    def on_train_batch_end(self, trainer: Any) -> None:
-        """After the step, or without one: then the gradients wait for the next batch."""
-        if self._window:
-            self._observe(trainer)
-
-    def on_train_epoch_end(self, trainer: Any) -> None:
-        """Before the trainer writes its log, and looks for NaN to recover from."""
-        self._losses.close(trainer)
-
-    def teardown(self, trainer: Any) -> None:
-        """The run is over, or has failed."""
-        if self._file is not None:
-            self._file.close()
-
-    def _preprocess(self, theirs: Callable[[dict], dict], batch: dict) -> dict:
-        self._window.append((self._batch, batch.get("im_file", ())))
-        return theirs(batch)
-
-    def _observe(self, trainer: Any) -> None:
-        self.optimizer.observe(trainer.loss_items)
-
-    def _step(self, trainer: Any) -> None:
-        """In place of the trainer's `optimizer_step`."""
-        self._observe(trainer)
-        batches = [number for number, _ in self._window]
-        span = batches[0] if len(batches) == 1 else f"{batches[0]}-{batches[-1]}"
-        with self.lr.in_force():
-            trainer.scaler.step(self.optimizer, tag={"epoch": trainer.epoch + 1, "batch": span})
-        trainer.scaler.update()
-        self.optimizer.zero_grad()
-        self.optimizer.settle()  # the record is written while its images are known
-        if was_skipped(self.optimizer):
-            self._statistics.put_back()
-        else:
-            self._losses.applied(trainer)
-            if trainer.ema:
-                trainer.ema.update(trainer.model)
-        self._window.clear()
-
-    def _write(self, record: StepRecord) -> None:
-        """To every sink; of a skipped step the images, too."""
-        if record.action == "skipped":
-            images = [name for _, names in self._window for name in names]
-            record = replace(record, tag={**record.tag, "images": images})
-        for sink in (self._file, *self._sinks):
-            if sink is not None:
-                sink(record)
-
-    def _save_lr(self, optimizer: Any, state_dict: dict[str, Any]) -> None:
-        state_dict["guarded_lr"] = self.lr.state_dict()
-
-    def _resume(self, checkpoint: str) -> None:
-        """The trainer has loaded the optimizer of its checkpoint; here is what it left out."""
-        from ultralytics.nn.tasks import load_checkpoint
-
-        saved = load_checkpoint(checkpoint)[1]["optimizer"]
-        state = {**self.optimizer.state_dict(), "fastguard": saved.get("fastguard")}
-        self.optimizer.load_state_dict(state)
-        if "guarded_lr" in saved:
-            self.lr.load_state_dict(saved["guarded_lr"])

@@ -1,0 +1,57 @@
+"""What went wrong in the detector's two batches, as callbacks of the Ultralytics trainer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+from torch import Tensor
+
+
+class Kind(Enum):
+    """What goes wrong in a batch."""
+
+    OVERFLOW = "Inf out of the class branch, as half precision has it above 65504"
+    BAD_PIXEL = "one pixel of one image is NaN"
+
+
+class Faults:
+    """Spoils batches.
+
+    Args:
+        at: The kind of fault by epoch and batch, both counted from 1 as the progress bar shows
+            them.
+    """
+
+    def __init__(self, at: Mapping[tuple[int, int], Kind]) -> None:
+        self.at = at
+        self._batch = 0
+        self._now: Kind | None = None
+
+    def attach(self, model: Any) -> None:
+        """Before `model.train(...)`."""
+        for event in ("on_pretrain_routine_end", "on_train_epoch_start", "on_train_batch_start"):
+            model.add_callback(event, getattr(self, event))
+
+    def on_pretrain_routine_end(self, trainer: Any) -> None:
+        preprocess = trainer.preprocess_batch
+        trainer.preprocess_batch = lambda batch: self._spoil_image(preprocess(batch))
+        for branch in trainer.model.model[-1].cv3:
+            branch.register_forward_hook(self._overflow)
+
+    def on_train_epoch_start(self, trainer: Any) -> None:
+        self._batch = 0
+
+    def on_train_batch_start(self, trainer: Any) -> None:
+        self._batch += 1
+        self._now = self.at.get((trainer.epoch + 1, self._batch))
+
+    def _spoil_image(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self._now is Kind.BAD_PIXEL:
+            batch["img"][0, 0, 3, 3] = math.nan
+        return batch
+
+    def _overflow(self, module: Any, inputs: Any, output: Tensor) -> Tensor | None:
+        return output * math.inf if module.training and self._now is Kind.OVERFLOW else None
