@@ -1,0 +1,106 @@
+"""Whether a series is rising at the end of a run, and since when.
+
+    y(x) = level                        before the hinge
+    y(x) = level + slope * (x - hinge)  after it
+
+The curve is averaged into at most 128 bins, in logarithms if it is positive. Whatever it did before
+its lowest point (running median of five) is of no interest. To what follows, the hinge above is
+fitted by least squares, every bin being tried as the hinge. It counts as rising only if all of this
+holds: it explains at least half of the variance; the rise is four times what is left unexplained,
+and `factor` of the level; the last quarter of the rise still rises. Noise, a plateau after
+warm-up and a single spike do not pass.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+BINS = 128
+_FEWEST_BINS = 8  # of a rise, and of what is left after the lowest point
+_EXPLAINED = 0.5
+_SIGMAS = 4.0
+_STILL_RISING = 0.1  # share of the rise that the last quarter must add; a straight line adds 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Rise:
+    """A series that rises until the end.
+
+    Attributes:
+        since: The step at which it began.
+        before: Its level until then.
+        now: Its level at the end.
+    """
+
+    since: int
+    before: float
+    now: float
+
+
+def find_rise(step: np.ndarray, value: np.ndarray, *, factor: float = 1.5) -> Rise | None:
+    """A rise that lasts until the end of the series.
+
+    Args:
+        step: `(n,)`, ascending.
+        value: `(n,)`; what is not finite is left out.
+        factor: The least that the end must be of the level before, > 1.
+
+    Returns:
+        The rise, or None.
+    """
+    finite = np.isfinite(value)
+    x, y = step[finite], value[finite]
+    if len(y) < 2 * _FEWEST_BINS:
+        return None
+    logarithmic = bool(np.all(y > 0))
+    x, y = _binned(x, np.log(y) if logarithmic else y)
+    lowest = int(np.argmin(_running_median(y)))
+    x, y = x[lowest:], y[lowest:]
+    if len(y) < _FEWEST_BINS:
+        return None
+    hinge, level, slope, unexplained = _fit(x, y)
+    after = y[hinge:]
+    rise = slope * (x[-1] - x[hinge])
+    least = math.log(factor) if logarithmic else (factor - 1) * abs(level)
+    last, before_last = after[3 * len(after) // 4 :], after[len(after) // 2 : 3 * len(after) // 4]
+    if (
+        len(after) < _FEWEST_BINS
+        or rise < max(least, _SIGMAS * math.sqrt(unexplained / len(y)))
+        or unexplained > (1 - _EXPLAINED) * float(np.sum((y - y.mean()) ** 2))
+        or last.mean() - before_last.mean() < _STILL_RISING * rise
+    ):
+        return None
+    before, now = level, level + rise
+    if logarithmic:
+        before, now = math.exp(before), math.exp(now)
+    bin_width = (x[-1] - x[0]) / (len(x) - 1)
+    digits = -max(0, math.floor(math.log10(bin_width)))  # no more of the step than is known
+    return Rise(int(round(float(x[hinge]), digits)), before, now)
+
+
+def _binned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    edges = np.linspace(0, len(x), min(BINS, len(x)) + 1).astype(int)[:-1]
+    counts = np.diff(edges, append=len(x))
+    return np.add.reduceat(x, edges) / counts, np.add.reduceat(y, edges) / counts
+
+
+def _running_median(y: np.ndarray) -> np.ndarray:
+    padded = np.pad(y, 2, mode="edge")
+    return np.median(np.lib.stride_tricks.sliding_window_view(padded, 5), axis=1)
+
+
+def _fit(x: np.ndarray, y: np.ndarray) -> tuple[int, float, float, float]:
+    """`(hinge, level, slope, sum of squared residuals)` of the best hinge."""
+    best = (0, float(y.mean()), 0.0, math.inf)
+    for hinge in range(len(x) - 1):
+        ramp = np.maximum(0.0, x - x[hinge])
+        centred = ramp - ramp.mean()
+        slope = float(centred @ y / (centred @ centred))
+        level = float(y.mean() - slope * ramp.mean())
+        residual = float(np.sum((y - level - slope * ramp) ** 2))
+        if residual < best[3]:
+            best = (hinge, level, slope, residual)
+    return best
