@@ -49,6 +49,7 @@ COMMANDS = (
         "which checkpoints are good, and going back to one",
         "fastguard.checkpoints.command",
     ),
+    Command("report", "a run's records as one page, with a verdict", "fastguard.report.command"),
     Command("env", "versions, devices, and which backend serves each", "fastguard.environment"),
     Command("bench", "what guarding a step costs on this machine", "fastguard.bench.command"),
 )
