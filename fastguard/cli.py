@@ -49,6 +49,12 @@ COMMANDS = (
         "which checkpoints are good, and going back to one",
         "fastguard.checkpoints.command",
     ),
+    Command(
+        "diagnose",
+        "what is wrong with a model, its data and its optimizer",
+        "fastguard.diagnosis.command",
+    ),
+    Command("monitor", "a run's records, live or once", "fastguard.monitor.command"),
     Command("report", "a run's records as one page, with a verdict", "fastguard.report.command"),
     Command("env", "versions, devices, and which backend serves each", "fastguard.environment"),
     Command("bench", "what guarding a step costs on this machine", "fastguard.bench.command"),

@@ -1,0 +1,119 @@
+"""`Watch`: what is known of a run, from its latest records."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter, deque
+
+from fastguard.records import StepRecord
+from fastguard.sinks import parse_record
+
+CURVE = 4096
+"""Records kept for the curves."""
+
+INCIDENTS = 100
+"""Incidents kept to be listed; the others are counted."""
+
+RATE_SECONDS = 30.0
+"""The rate is that of the last so many seconds."""
+
+
+class Watch:
+    """Takes lines of records, oldest first; memory depends on `last` alone.
+
+    Args:
+        last: How many records the counts and the verdict are about.
+
+    Attributes:
+        latest: The last record, or None.
+        curve: The last records, up to `CURVE` of the `last`.
+        incidents: The last incidents, oldest first; also from before the `last` records.
+        n_records: How many records came in all.
+        n_incidents: How many of those were incidents.
+        overlong: Lines that the reader gave up, too long to be records.
+        actions: Of the `last` records: how often each action was taken.
+        reasons: Of the `last` records: how many incidents for each reason.
+    """
+
+    def __init__(self, last: int) -> None:
+        self.last = last
+        self.latest: StepRecord | None = None
+        self.curve: deque[StepRecord] = deque(maxlen=min(last, CURVE))
+        self.incidents: deque[StepRecord] = deque(maxlen=INCIDENTS)
+        self.n_records = 0
+        self.n_incidents = 0
+        self.overlong = 0
+        self._damaged = 0
+        self.actions: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+        self._window: deque[tuple[str, str | None]] = deque()
+
+    def feed(self, line: bytes) -> None:
+        """Takes one line; one that is no record is counted."""
+        if not line.strip():
+            return
+        try:
+            record = parse_record(line)
+        except ValueError:
+            self._damaged += 1
+            return
+        self.latest = record
+        self.n_records += 1
+        self.curve.append(record)
+        if record.reason is not None:
+            self.n_incidents += 1
+            self.incidents.append(record)
+        self._count(record)
+
+    @property
+    def damaged(self) -> int:
+        """How many lines are no records."""
+        return self._damaged + self.overlong
+
+    @property
+    def in_window(self) -> int:
+        """How many records the counts are about: `last`, or all there are."""
+        return len(self._window)
+
+    @property
+    def incidents_in_window(self) -> int:
+        """How many of the `last` records are incidents."""
+        return self.reasons.total()
+
+    def _count(self, record: StepRecord) -> None:
+        # Interned, a million of them are a million pointers to a handful of strings.
+        action = sys.intern(record.action)
+        reason = None if record.reason is None else sys.intern(record.reason)
+        self._window.append((action, reason))
+        self.actions[action] += 1
+        if reason is not None:
+            self.reasons[reason] += 1
+        if len(self._window) > self.last:
+            action, reason = self._window.popleft()
+            _decrement(self.actions, action)
+            if reason is not None:
+                _decrement(self.reasons, reason)
+
+
+def _decrement(counts: Counter[str], key: str) -> None:
+    counts[key] -= 1
+    if not counts[key]:
+        del counts[key]
+
+
+class Rate:
+    """Steps a second, over the last `RATE_SECONDS`.
+
+    Records carry no time, so it is the time of their arrival that counts.
+    """
+
+    def __init__(self) -> None:
+        self._samples: deque[tuple[float, int]] = deque()
+
+    def sample(self, now: float, n_records: int) -> float | None:
+        """Takes how many records there are `now`, in seconds; the rate, once there is one."""
+        self._samples.append((now, n_records))
+        while len(self._samples) > 1 and now - self._samples[1][0] >= RATE_SECONDS:
+            self._samples.popleft()
+        start, before = self._samples[0]
+        return (n_records - before) / (now - start) if now - start >= 1.0 else None
