@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,51 +70,57 @@ def _refill(container: Any, before: Any) -> None:
 
 
 class _KeptOptimizer:
-    """An optimizer's attributes, param groups and state; hooks and the objects stay the same."""
+    """An optimizer's attributes, param groups and state. Hooks and all objects stay the same."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
         self._attributes = dict(optimizer.__dict__)
-        self._state_table = optimizer.state
-        self._groups = [(group, dict(group)) for group in optimizer.param_groups]
-        self._lr = [
-            (value, value.detach().clone())
+        self._members = [(group, group["params"]) for group in optimizer.param_groups]
+        self._settings = [
+            {name: _keeper(value) for name, value in group.items() if name != "params"}
             for group in optimizer.param_groups
-            for value in group.values()
-            if isinstance(value, Tensor)
         ]
-        self._state = {
-            key: (value, _entries(value) if isinstance(value, dict) else None)
-            for key, value in optimizer.state.items()
-        }
+        self._state = optimizer.state
+        self._entries = {key: _keeper(value) for key, value in optimizer.state.items()}
 
     def restore(self) -> None:
         self._optimizer.__dict__.clear()
         self._optimizer.__dict__.update(self._attributes)
-        for group, before in self._groups:
+        for (group, members), settings in zip(self._members, self._settings, strict=True):
             group.clear()
-            group.update(before)
-        for value, before in self._lr:
-            value.copy_(before)
-        self._state_table.clear()
-        for key, (value, entries) in self._state.items():
-            self._state_table[key] = value
-            if entries is None:
-                continue
-            value.clear()
-            for name, (thing, before) in entries.items():
-                value[name] = _restored(thing, before)
+            group["params"] = members
+            group.update((name, put_back()) for name, put_back in settings.items())
+        self._state.clear()
+        self._state.update((key, put_back()) for key, put_back in self._entries.items())
 
 
-def _entries(state: dict[Any, Any]) -> dict[Any, tuple[Any, Any]]:
-    """Each entry of one parameter's state, and a copy of it."""
-    return {
-        name: (thing, thing.detach().clone() if isinstance(thing, Tensor) else copy.deepcopy(thing))
-        for name, thing in state.items()
-    }
-
-
-def _restored(thing: Any, before: Any) -> Any:
+def _keeper(thing: Any) -> Callable[[], Any]:
+    """Copies a value; what it returns puts the value back and gives the same object again."""
     if isinstance(thing, Tensor):
-        return thing.copy_(before)
-    return copy.deepcopy(before)
+        values = thing.detach().clone()
+        return lambda: thing.copy_(values)
+    if isinstance(thing, list | tuple):
+        items = [_keeper(item) for item in thing]
+
+        def put_back() -> Any:
+            before = [item() for item in items]
+            if isinstance(thing, list):
+                thing[:] = before
+            return thing
+
+        return put_back
+    if isinstance(thing, dict):
+        entries = {key: _keeper(value) for key, value in thing.items()}
+
+        def refill() -> Any:
+            before = {key: entry() for key, entry in entries.items()}
+            thing.clear()
+            thing.update(before)
+            return thing
+
+        return refill
+    try:
+        kept = copy.deepcopy(thing)
+    except Exception:  # a process group, a stream: what no step replaces by value
+        return lambda: thing
+    return lambda: copy.deepcopy(kept)

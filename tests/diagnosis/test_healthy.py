@@ -1,0 +1,45 @@
+"""No false alarm: six healthy models, in float32 and under bfloat16 autocast, fresh and trained."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastguard import diagnose
+from guardtest.models import HEALTHY
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", HEALTHY)
+def test_a_healthy_model_is_found_healthy(name: str, autocast: torch.dtype | None) -> None:
+    model, batch, loss_fn = HEALTHY[name]()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    context = torch.autocast("cpu", autocast) if autocast else None
+
+    fresh = diagnose(model, batch, loss_fn, optimizer, data=[batch], autocast=context)
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss_fn(model(batch[0]), batch[1]).backward()
+        optimizer.step()
+    trained = diagnose(model, batch, loss_fn, optimizer, data=[batch], autocast=context)
+
+    for when, found in (("fresh", fresh), ("trained", trained)):
+        assert found.ok, f"{when}:\n{found}"
+        # Every family has looked and has said so.
+        assert {f.check for f in found if f.severity == "ok"} == {
+            "initialisation",
+            "data",
+            "forward",
+            "loss",
+            "backward",
+            "precision",
+            "optimizer",
+            "real steps",
+        }
+
+
+def test_a_healthy_model_is_found_healthy_without_an_optimizer() -> None:
+    model, batch, loss_fn = HEALTHY["mlp"]()
+    found = diagnose(model, batch, loss_fn)
+    assert found.ok
+    assert "AdamW(lr=0.001), because no optimizer was given" in str(found)
