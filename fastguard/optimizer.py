@@ -10,13 +10,13 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastguard import resume
+from fastguard import distributed_checkpoint, resume
 from fastguard.apply import apply, clamp_finite_
 from fastguard.arguments import limit_of
 from fastguard.backend import backend_of
@@ -37,6 +37,9 @@ from fastguard.scaler import handed_over, tell_scaler
 from fastguard.segments import SCOPES, ClipScope, clip_values, limits, names_by_tensor
 from fastguard.stepping import road_of
 from fastguard.whole_step import WholeStep
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 log = logging.getLogger("fastguard")
 
@@ -159,6 +162,8 @@ class GuardedOptimizer(OptimizerAround):
             TrainingDivergedError: More than `max_consecutive_skips` steps in a row were skipped; on
                 a road without synchronisation this comes one step later.
         """
+        if distributed_checkpoint.only_creates_state(self.optimizer):
+            return self.optimizer.step()
         try:
             if isinstance(self._road, WholeStep):
                 return self._step_whole(closure, loss, tag)
@@ -322,6 +327,12 @@ class GuardedOptimizer(OptimizerAround):
         self._recorder.deliver()
 
     @property
+    def process_group(self) -> ProcessGroup | None:
+        """The ranks that take one decision; None: this process decides alone."""
+        team = self._gradients.team
+        return None if team is None else team.group
+
+    @property
     def steps_taken(self) -> int:
         """Steps so far, skipped ones counted. Never waits."""
         return self._steps_taken
@@ -378,11 +389,16 @@ class GuardedOptimizer(OptimizerAround):
         self._gradients.zero_(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
-        """The wrapped optimizer's state dict, and the guard's state under `"fastguard"`."""
+        """The wrapped optimizer's state dict, and the guard's state under `"fastguard"`.
+
+        For `torch.distributed.checkpoint` that state is in the first param group as well.
+        """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        state_dict = self.optimizer.state_dict()
+        state_dict, _ = distributed_checkpoint.split(self.optimizer.state_dict())
         state_dict["fastguard"] = resume.save(self._state, self._policy)
+        if distributed_checkpoint.is_calling():
+            distributed_checkpoint.embed(state_dict, self.param_groups)
         for hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
         return state_dict
@@ -399,7 +415,8 @@ class GuardedOptimizer(OptimizerAround):
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        guard = resume.load(state_dict.pop("fastguard", None), self._policy, self._device)
+        state_dict, saved = distributed_checkpoint.split(state_dict)
+        guard = resume.load(saved, self._policy, self._device)
         limits(state_dict["param_groups"], self.clip_scope, self.max_norm)
         clip_values(state_dict["param_groups"])
         self.optimizer.load_state_dict(state_dict)

@@ -2,7 +2,8 @@
 
 Buffers are made once and reused: the second snapshot costs one plain copy. From a GPU the copy runs
 on a stream of its own into pinned memory; the next optimizer step waits for it on the device, the
-host does not.
+host does not. What the next forward pass may change (batch statistics, an EMA) is copied in line.
+Of DTensors each rank copies its own shard.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import copy
 import random
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -58,24 +61,36 @@ class Snapshot:
         self._states: dict[str, Any] = {}
         self._copied: torch.cuda.Event | None = None
 
-    def take(self, objects: Mapping[str, Any], step: int, position: Any) -> torch.cuda.Event | None:
+    def take(
+        self,
+        objects: Mapping[str, Any],
+        step: int,
+        position: Any,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> torch.cuda.Event | None:
         """Copies the state of every object and of the random number generators.
 
+        Args:
+            objects: By name, anything with `state_dict`.
+            step, position: What the attributes become.
+            optimizer: What it steps, and its state, stay as they are until its next step.
+
         Returns:
-            For tensors on a GPU, the event behind which the state may change. Nobody waits here.
+            For tensors on a GPU, the event behind which the optimizer may step. Nobody waits here.
         """
         self.step = None  # invalid while it is being written
         states = {name: thing.state_dict() for name, thing in objects.items()}
-        stream = None
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self._states = _copied(states, self._states)
+            copier = _Copier(stream, _addresses(optimizer))
+            self._states = copier.copied(states, self._states)
+            # Also behind what was copied in line.
+            stream.wait_stream(torch.cuda.current_stream())
             self._copied = torch.cuda.Event()
             self._copied.record(stream)
         else:
-            self._states = _copied(states, self._states)
+            self._states = _Copier().copied(states, self._states)
         self._states[RNG] = rng_state()
         self.step, self.position = step, position
         return self._copied
@@ -83,9 +98,7 @@ class Snapshot:
     def nonfinite(self) -> list[str]:
         """Names of the saved tensors that hold NaN or Inf. Waits for the copy."""
         self._wait()
-        named = [
-            (name, t) for name, t in _tensors(self._states, "") if t.dtype in FLOATING and t.numel()
-        ]
+        named = [(n, t) for n, t in _tensors(self._states, "") if t.dtype in FLOATING and t.numel()]
         names = [name for name, _ in named]
         stats = measure(bucketize([t for _, t in named], names=names))
         return [name for name, *_ in stats.culprits()]
@@ -95,7 +108,7 @@ class Snapshot:
         self._wait()
         for name, thing in objects.items():
             # A copy: an optimizer may keep the very tensors that it is given.
-            thing.load_state_dict(_copied(self._states[name], None))
+            thing.load_state_dict(_restored(self._states[name]))
         set_rng_state(self._states[RNG])
 
     def _wait(self) -> None:
@@ -103,33 +116,106 @@ class Snapshot:
             self._copied.synchronize()
 
 
-def _copied(value: Any, into: Any) -> Any:
-    """A copy on the host, into the buffers of an earlier copy where they fit."""
-    if isinstance(value, Tensor):
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """What this rank holds of a DTensor, and what makes it one again."""
+
+    local: Tensor
+    of: Any  # the DTensor's spec: mesh, placements, shape and strides
+
+    def whole(self, local: Tensor) -> Tensor:
+        from torch.distributed.tensor import DTensor
+
+        return DTensor.from_local(
+            local,
+            self.of.mesh,
+            self.of.placements,
+            run_check=False,
+            shape=self.of.shape,
+            stride=self.of.stride,
+        )
+
+
+class _Copier:
+    """Copies nested states to the host, into the buffers of an earlier copy where they fit.
+
+    Args:
+        stream: For what does not change before the next step; None: everything in line.
+        unchanged: Addresses of those tensors.
+    """
+
+    def __init__(
+        self, stream: torch.cuda.Stream | None = None, unchanged: frozenset[int] = frozenset()
+    ) -> None:
+        self._stream = stream
+        self._unchanged = unchanged
+
+    def copied(self, value: Any, into: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._copied_tensor(value, into)
+        if isinstance(value, Mapping):
+            old = into if isinstance(into, Mapping) else {}
+            return _like(value, {k: self.copied(v, old.get(k)) for k, v in value.items()})
+        if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+            old = into if isinstance(into, list | tuple) and len(into) == len(value) else ()
+            padded = [*old, *[None] * (len(value) - len(old))]
+            return type(value)(self.copied(v, o) for v, o in zip(value, padded, strict=True))
+        return copy.deepcopy(value)
+
+    def _copied_tensor(self, value: Tensor, into: Any) -> Any:
+        if hasattr(value, "_spec"):
+            before = into.local if isinstance(into, _Shard) else None
+            local = value.to_local()  # type: ignore[attr-defined]
+            return _Shard(self._copied_tensor(local, before), value._spec)  # type: ignore[attr-defined]
         fits = isinstance(into, Tensor) and into.shape == value.shape and into.dtype == value.dtype
         if not fits:
             into = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-        return into.copy_(value.detach(), non_blocking=value.is_cuda)
+        aside = self._stream is not None and value.data_ptr() in self._unchanged
+        with torch.cuda.stream(self._stream) if aside else nullcontext():
+            return into.copy_(value.detach(), non_blocking=value.is_cuda)
+
+
+def _addresses(optimizer: torch.optim.Optimizer | None) -> frozenset[int]:
+    """Where the parameters of an optimizer lie, and its state."""
+    if optimizer is None:
+        return frozenset()
+    found = [p for group in optimizer.param_groups for p in group["params"]]
+    found += [v for state in optimizer.state.values() for v in state.values()]
+    local = (getattr(t, "_local_tensor", t) for t in found if isinstance(t, Tensor))
+    return frozenset(t.data_ptr() for t in local)
+
+
+def _restored(value: Any) -> Any:
+    """A copy of a saved state as the object gave it."""
+    if isinstance(value, _Shard):
+        return value.whole(value.local.clone())
+    if isinstance(value, Tensor):
+        return value.clone()
     if isinstance(value, Mapping):
-        old = into if isinstance(into, Mapping) else {}
-        copied = OrderedDict() if isinstance(value, OrderedDict) else {}
-        copied.update((k, _copied(v, old.get(k))) for k, v in value.items())
-        if hasattr(value, "_metadata"):  # what Module.state_dict adds
-            copied._metadata = copy.deepcopy(value._metadata)  # type: ignore[attr-defined]
-        return copied
+        return _like(value, {k: _restored(v) for k, v in value.items()})
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-        old = into if isinstance(into, list | tuple) and len(into) == len(value) else ()
-        padded = [*old, *[None] * (len(value) - len(old))]
-        return type(value)(_copied(v, o) for v, o in zip(value, padded, strict=True))
+        return type(value)(_restored(v) for v in value)
     return copy.deepcopy(value)
 
 
-def _tensors(value: Any, path: str) -> list[tuple[str, Tensor]]:
+def _like(value: Mapping[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
+    """A dict of the same kind, with what Module.state_dict adds to it."""
+    made = OrderedDict(items) if isinstance(value, OrderedDict) else items
+    if hasattr(value, "_metadata"):
+        made._metadata = copy.deepcopy(value._metadata)  # type: ignore[attr-defined]
+    return made
+
+
+def _tensors(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, _Shard):
+        value = value.local
     if isinstance(value, Tensor):
-        return [(path, value)]
+        yield path, value
+        return
     items: Any = ()
     if isinstance(value, Mapping):
         items = value.items()
     elif isinstance(value, list | tuple):
         items = enumerate(value)
-    return [found for k, v in items for found in _tensors(v, f"{path}.{k}" if path else str(k))]
+    for key, item in items:
+        yield from _tensors(item, f"{path}.{key}" if path else str(key))

@@ -1,0 +1,112 @@
+"""The guard under `get_` and `set_optimizer_state_dict` of torch.distributed.checkpoint."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from fastguard import GuardedOptimizer, SpikeRule
+from guardtest.training import assert_same_bits, snapshot
+
+NAN = float("nan")
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+@pytest.fixture(autouse=True)
+def strict() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*torch.distributed is.*")
+        yield
+
+
+def build(kind: str = "AdamW") -> tuple[torch.nn.Module, GuardedOptimizer]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    kwargs = {"momentum": 0.9} if kind == "SGD" else {"fused": True}
+    groups = [{"params": list(layer.parameters())} for layer in model]
+    inner = getattr(torch.optim, kind)(groups, lr=0.1, **kwargs)
+    return model, GuardedOptimizer(inner, spike={"loss": SpikeRule(window=4, warmup=2)})
+
+
+def train(model: torch.nn.Module, opt: GuardedOptimizer, steps: range) -> None:
+    for i in steps:
+        x = torch.randn(5, 3, generator=torch.Generator().manual_seed(i))
+        loss = model(x).square().mean() * (NAN if i == 2 else 1.0)
+        opt.zero_grad()
+        loss.backward()
+        opt.step(loss=loss)
+    opt.zero_grad()
+
+
+@pytest.mark.parametrize("options", [None, FLAT, WHOLE], ids=["plain", "flat", "full"])
+@pytest.mark.parametrize("kind", ["AdamW", "SGD"])
+def test_a_run_resumes_exactly_guard_and_all(
+    tmp_path: Path, options: StateDictOptions | None, kind: str
+) -> None:
+    model, opt = build(kind)
+    train(model, opt, range(5))
+    saved = {
+        "model": model.state_dict(),
+        "optim": get_optimizer_state_dict(model, opt, options=options),
+    }
+    dcp.save(saved, checkpoint_id=tmp_path, no_dist=True)
+    train(model, opt, range(5, 9))
+
+    other, fresh = build(kind)
+    template = {
+        "model": other.state_dict(),
+        "optim": get_optimizer_state_dict(other, fresh, options=options),
+    }
+    assert fresh.steps_taken == fresh.applied_steps == 0  # the step of torch is not the guard's
+    assert fresh.records() == []
+    dcp.load(template, checkpoint_id=tmp_path, no_dist=True)
+    other.load_state_dict(template["model"])
+    set_optimizer_state_dict(other, fresh, template["optim"], options=options)
+    assert (fresh.steps_taken, fresh.applied_steps, fresh.skipped_steps) == (5, 4, 1)
+    train(other, fresh, range(5, 9))
+    assert_same_bits(snapshot(fresh), snapshot(opt))
+    guards = [o.state_dict()["fastguard"] for o in (fresh, opt)]
+    for name in ("counters", "windows", "rings"):
+        assert torch.equal(guards[0][name], guards[1][name])
+
+
+def test_what_torch_put_in_the_param_groups_stays_out_of_other_state_dicts() -> None:
+    model, opt = build()
+    train(model, opt, range(2))
+    before = opt.state_dict()["param_groups"]
+    get_optimizer_state_dict(model, opt)
+    assert opt.state_dict()["param_groups"] == before
+    assert all("fastguard" not in group for group in before)
+
+
+def test_an_ordinary_step_with_lr_zero_and_no_gradients_counts() -> None:
+    model, opt = build()
+    for group in opt.param_groups:
+        group["lr"] = 0.0
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    opt.step()
+    assert opt.applied_steps == 1
+
+
+def test_the_state_of_an_unguarded_optimizer_loads_into_a_fresh_guard() -> None:
+    model, opt = build()
+    train(model, opt, range(3))
+    saved = get_optimizer_state_dict(model, opt.optimizer)
+    other, fresh = build()
+    with pytest.warns(UserWarning, match="the guard starts fresh"):
+        set_optimizer_state_dict(other, fresh, saved)
+    assert fresh.steps_taken == 0
+    assert fresh.state[other[0].weight]["step"].item() == 2
