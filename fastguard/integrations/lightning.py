@@ -1,0 +1,151 @@
+"""fastguard inside Lightning's Trainer: `Trainer(callbacks=[GuardCallback()])`.
+
+Every optimizer that `configure_optimizers` returns is guarded, in automatic and manual optimization
+and with every precision plugin. Lightning's clipping, by `gradient_clip_val` or `clip_gradients`,
+sets the limit that the guard applies within the step, once; schedules by step wait for a step that
+happens; what a bad batch left in running statistics is taken back; the guard's state travels in the
+checkpoint, within that of the optimizer. `fastguard.integrations.fabric` does it for Fabric.
+
+Tested with lightning 2.6.6.
+"""
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fastguard.integrations.clipping import AskedLimit, total_norm_of, was_skipped
+from fastguard.integrations.extras import needs
+from fastguard.integrations.replaced import replaced
+from fastguard.integrations.running_statistics import RunningStatistics
+from fastguard.optimizer import GuardedOptimizer
+
+with needs("lightning"):
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.core.optimizer import LightningOptimizer
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+
+
+class GuardCallback(Callback):
+    """Guards the optimizers of each `fit`, and logs what it saw of each step.
+
+    Logs `train/grad_norm` (before clipping), `train/clip_coef` and `train/skipped_steps` (so far);
+    with several optimizers, followed by the number of each. Nothing of that waits for a GPU; a
+    schedule by step, and a model with running statistics, read each verdict on the host.
+
+    Args:
+        options: As for `GuardedOptimizer`; `max_norm` defaults to the Trainer's
+            `gradient_clip_val`; if it is given here, what Lightning asks for is ignored.
+
+    Attributes:
+        optimizers: The guarded optimizers of the last `fit`, for their records and counters.
+
+    docs/lightning.md has a complete example.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+        self.optimizers: list[GuardedOptimizer] = []
+        self._limits: list[AskedLimit] = []
+        self._skipped: list[Tensor] = []
+        self._logged: list[int] = []
+        self._replaced = ExitStack()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Guards the optimizers: they exist by now, and what a checkpoint holds comes later."""
+        trainer.optimizers = [self._guarded(o, trainer, pl_module) for o in trainer.optimizers]
+        self.optimizers = list(trainer.optimizers)
+        self._limits = [
+            AskedLimit(optimizer, fixed="max_norm" in self.options) for optimizer in self.optimizers
+        ]
+        for optimizer in self.optimizers:
+            # Its closure returns the loss divided by accumulate_grad_batches, of the last
+            # micro-batch alone, and with a scaler nothing: on_before_backward sees them all.
+            optimizer.step = partial(optimizer.step, loss={})  # type: ignore[method-assign]
+        plugin, schedules = trainer.precision_plugin, pl_module.lr_scheduler_step
+        self._replaced.enter_context(replaced(plugin, "clip_gradients", self._clip_gradients))
+        waiting = partial(self._lr_scheduler_step, trainer, schedules)
+        self._replaced.enter_context(replaced(pl_module, "lr_scheduler_step", waiting))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes the state that may have been restored as the one to count and go back from."""
+        statistics = RunningStatistics(pl_module)
+        self._skipped = [torch.tensor(float(o.skipped_steps)) for o in self.optimizers]
+        self._logged = [optimizer.steps_taken for optimizer in self.optimizers]
+        for i, optimizer in enumerate(self.optimizers):
+            optimizer.register_step_post_hook(partial(self._count, i))
+            statistics.follow(optimizer)
+
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        """Shows the guard the loss of a micro-batch, if it is clear whose it is."""
+        joined = trainer.world_size == 1 or self.optimizers[0].group is not None
+        if len(self.optimizers) != 1 or not joined or loss.numel() != 1:
+            return
+        loss = loss.detach()
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            loss = loss / scaler.scale(torch.ones_like(loss))
+        if pl_module.automatic_optimization:
+            loss = loss * trainer.accumulate_grad_batches
+        self.optimizers[0].observe(loss)
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Logs the steps that were taken."""
+        for i, optimizer in enumerate(self.optimizers):
+            if optimizer.last is None or optimizer.steps_taken == self._logged[i]:
+                continue
+            self._logged[i] = optimizer.steps_taken
+            suffix = f"/{i}" if len(self.optimizers) > 1 else ""
+            self.log(f"train/grad_norm{suffix}", total_norm_of(optimizer.last))
+            self.log(f"train/clip_coef{suffix}", optimizer.last.clip_coef.amin())
+            self.log(f"train/skipped_steps{suffix}", self._skipped[i])
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        """Gives Lightning its own methods back."""
+        self._replaced.close()
+
+    on_exception = teardown
+
+    def _guarded(
+        self, optimizer: Optimizer, trainer: Trainer, module: LightningModule
+    ) -> Optimizer:
+        if isinstance(optimizer, GuardedOptimizer):
+            return optimizer
+        limit = trainer.gradient_clip_val
+        if trainer.gradient_clip_algorithm == "value" or is_overridden(
+            "configure_gradient_clipping", module
+        ):
+            limit = None  # then Lightning says before each step what holds for it
+        names = module.named_parameters()
+        return GuardedOptimizer(
+            optimizer, **{"max_norm": limit, "named_parameters": names, **self.options}
+        )
+
+    def _count(self, i: int, *_: Any) -> None:
+        last = self.optimizers[i].last
+        if last is not None:
+            self._skipped[i] = self._skipped[i].to(last.found_inf.device) + last.found_inf
+
+    def _clip_gradients(
+        self, optimizer: Any, clip_val: float = 0.0, gradient_clip_algorithm: str = "norm"
+    ) -> None:
+        """In place of the precision plugin's, which refuses an optimizer that unscales itself."""
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer.optimizer
+        for limit in self._limits:
+            if limit.optimizer is optimizer and clip_val > 0:
+                (limit.value if gradient_clip_algorithm == "value" else limit.norm)(clip_val)
+
+    def _lr_scheduler_step(self, trainer: Trainer, step: Any, scheduler: Any, metric: Any) -> None:
+        configs = trainer.lr_scheduler_configs
+        by_step = any(c.scheduler is scheduler and c.interval == "step" for c in configs)
+        if not (by_step and was_skipped(self.optimizers[0])):
+            step(scheduler, metric)
