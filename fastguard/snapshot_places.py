@@ -128,14 +128,13 @@ class InStore:
         try:
             checkpoint = self._store.load("last-clean", objects)
         except (CheckpointError, OSError) as error:
-            raise NothingToRestore(
-                f"{self._store.directory} has no usable snapshot: {error}"
-            ) from (error)
+            where = self._store.directory
+            raise NothingToRestore(f"{where} has no usable snapshot: {error}") from error
         try:
             self._store.rollback()  # what came after it is put aside: those steps are done again
         except (CheckpointError, OSError) as error:
             log.error(
-                "the run went back to step %d, but %s could not be told: %s",
+                "the run went back to step %d, but %s still lists what came after it: %s",
                 checkpoint.step,
                 self._store.directory,
                 error,
