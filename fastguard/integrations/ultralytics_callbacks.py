@@ -7,10 +7,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch.distributed as dist
+
 from fastguard.integrations.clipping import was_skipped
 from fastguard.integrations.running_statistics import RunningStatistics
 from fastguard.integrations.ultralytics_epoch import EpochLosses
 from fastguard.optimizer import GuardedOptimizer
+from fastguard.ranks.groups import Replicated
 from fastguard.records import StepRecord
 from fastguard.schedule import GuardedLR
 from fastguard.sinks import JsonLinesSink
@@ -40,16 +43,19 @@ class UltralyticsGuard:
 
     def on_pretrain_routine_end(self, trainer: Any) -> None:
         """Optimizer, scheduler and EMA are there, and what is resumed has been loaded."""
-        self.optimizer = GuardedOptimizer(
-            trainer.optimizer, named_parameters=trainer.model.named_parameters(), **self._options
-        )
+        from ultralytics.utils import RANK
+
+        names: dict[str, Any] = {"named_parameters": trainer.model.named_parameters()}
+        together = {"group": Replicated(dist.group.WORLD)} if trainer.world_size > 1 else {}
+        self.optimizer = GuardedOptimizer(trainer.optimizer, **names | together | self._options)
         self.lr = GuardedLR(trainer.scheduler, optimizer=self.optimizer, **self._schedule)
         if trainer.resume:
             self._resume(trainer.args.resume)
         self.optimizer.register_state_dict_post_hook(self._save_lr)
         RunningStatistics(trainer.model).follow(self.optimizer)
         self._losses = EpochLosses()
-        self._file = JsonLinesSink(trainer.save_dir / "records.jsonl")
+        if RANK in (-1, 0):
+            self._file = JsonLinesSink(trainer.save_dir / "records.jsonl")
         self.optimizer.add_sink(self._write)
         trainer.optimizer = self.optimizer
         trainer.optimizer_step = partial(self._step, trainer)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastguard import JsonLinesSink, TrainingDivergedError, Warmup, read_records
+from fastguard import JsonLinesSink, Replicated, TrainingDivergedError, Warmup, read_records
 from fastguard.incidents.detector_faults import Faults, Kind
 from fastguard.integrations.ultralytics import guard
 from guardtest import require
@@ -128,27 +128,104 @@ def test_a_bad_last_batch_does_not_send_the_trainer_back(tmp_path):
     assert epochs == [0, 1, 2]
 
 
+def destroy_weights(model, epochs, before_batch):
+    """Notes the epochs, and makes a weight NaN within the second, once."""
+    batches = []
+
+    def on_train_epoch_start(trainer):
+        epochs.append(trainer.epoch)
+        batches.clear()
+
+    def on_train_batch_start(trainer):
+        batches.append(trainer)
+        if epochs == [0, 1] and len(batches) == before_batch:
+            next(trainer.model.parameters()).data[0] = torch.nan
+
+    model.add_callback("on_train_epoch_start", on_train_epoch_start)
+    model.add_callback("on_train_batch_start", on_train_batch_start)
+
+
 def test_the_trainers_own_recovery_still_works(tmp_path):
     """Weights that something else destroyed are the trainer's to bring back."""
     epochs = []
 
-    def destroy_once(model):
-        def on_train_epoch_start(trainer):
-            epochs.append(trainer.epoch)
-            if epochs == [0, 1]:
-                next(trainer.model.parameters()).data[0] = torch.nan
-
-        model.add_callback("on_train_epoch_start", on_train_epoch_start)
-
-    trainer = train(tmp_path, with_faults({(2, 4): Kind.BAD_PIXEL}), guard, destroy_once, epochs=3)
+    trainer = train(
+        tmp_path,
+        with_faults({(2, 4): Kind.BAD_PIXEL}),
+        guard,
+        lambda m: destroy_weights(m, epochs, before_batch=3),
+        epochs=3,
+    )
     assert epochs == [0, 1, 1, 2]
     state = state_of(trainer)
     assert all(v.isfinite().all() for v in state.values())
     records = list(read_records(trainer.save_dir / "records.jsonl"))
-    assert [r.action for r in records[8:16]] == ["skipped"] * 8
+    assert [r.action for r in records[8:16]] == ["applied"] * 2 + ["skipped"] * 6
     again = records[16:24]  # the epoch once more, its fault too
     assert [r.action for r in again] == ["applied"] * 3 + ["skipped"] + ["applied"] * 4
     assert [r.step for r in again] == list(range(9, 17))  # the guard went back as well
+
+
+def test_after_a_recovery_the_window_of_batches_begins_anew(tmp_path):
+    seen = []
+    train(
+        tmp_path,
+        lambda m: guard(m, sinks=[seen.append]),
+        lambda m: destroy_weights(m, [], before_batch=1),
+        n_train=10,
+        nbs=8,  # four batches a step, five an epoch: some wait for the next epoch
+        epochs=2,
+    )
+    first_again = [r for r in seen if r.action != "skipped"][1]
+    assert first_again.tag == {"epoch": 2, "batch": 1}
+
+
+def test_statistics_that_overflow_without_a_nan_do_not_reach_the_ema(tmp_path):
+    """1e30 in one pixel: loss and gradients are finite, BatchNorm's variance is not."""
+
+    def bright_pixel(model):
+        def on_pretrain_routine_end(trainer):
+            preprocess = trainer.preprocess_batch
+
+            def bright(batch):
+                batch = preprocess(batch)
+                batch["img"][0, 0, 3, 3] = 1e30
+                return batch
+
+            trainer.preprocess_batch = bright
+
+        model.add_callback("on_pretrain_routine_end", on_pretrain_routine_end)
+
+    plain = state_of(train(tmp_path, bright_pixel))
+    assert any(not v.isfinite().all() for k, v in plain.items() if k.startswith("ema."))
+    trainer = train(tmp_path, guard, bright_pixel, exist_ok=True)
+    assert all(v.isfinite().all() for v in state_of(trainer).values())
+    assert {r.action for r in read_records(trainer.save_dir / "records.jsonl")} <= {
+        "applied",
+        "clipped",
+    }
+
+
+def test_several_gpus_decide_together(tmp_path):
+    """The trainer knows data parallelism on GPUs only: here its process group has one rank."""
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+    def on_pretrain_routine_end(trainer):
+        trainer.world_size = 2
+
+    guarded = []
+    try:
+        train(
+            tmp_path,
+            with_faults(),
+            lambda m: m.add_callback("on_pretrain_routine_end", on_pretrain_routine_end),
+            lambda m: guarded.append(guard(m)),
+        )
+    finally:
+        dist.destroy_process_group()
+    assert isinstance(guarded[0].optimizer.group, Replicated)
+    assert guarded[0].optimizer.skipped_steps == 2
 
 
 def test_checkpoints_are_never_poisoned(tmp_path):
