@@ -1,9 +1,9 @@
 """Why the incidents of a run may have happened, from what they have in common.
 
-Each candidate says for how many incidents it accounts; the first that accounts for at least half is
-named, and if none does the report says that no cause stands out. Most specific first: a batch that
-comes back, a part of the loss, a layer; then the stage in which the first non-finite value was seen;
-then what finite spikes point to.
+Each candidate says for how many incidents it accounts; the first that accounts for at least half
+is named, and if none does the report says that no cause stands out. Most specific first: a batch
+that comes back, a part of the loss, a layer; then the stage in which the first non-finite value was
+seen; then what finite spikes point to.
 """
 
 from __future__ import annotations
