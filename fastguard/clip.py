@@ -112,7 +112,7 @@ def clip_buckets(
     stats = measure(buckets, norm_type_of(norm_type))
     stats, signals = reduce(stats, Signals.none(buckets.device), buckets.sharing)
     if mode == "raise":
-        raise_if_nonfinite(stats)
+        raise_if_nonfinite(stats, signals)
     verdict = decide(stats, signals, None, Policy(limit, mode))
     apply(buckets, verdict)
     norm = torch_total_norm(stats) if mode == "propagate" else verdict.total_norm
@@ -162,9 +162,9 @@ def get_total_norm(
         team = team_of(items, group)
         sharing = None if team is None else team.sharing(items)
     buckets = bucketize(items, norm_type=p, sharing=sharing)
-    stats, _ = reduce(measure(buckets, p), Signals.none(buckets.device), sharing)
+    stats, signals = reduce(measure(buckets, p), Signals.none(buckets.device), sharing)
     if error_if_nonfinite:
-        raise_if_nonfinite(stats)
+        raise_if_nonfinite(stats, signals)
     norm = torch_total_norm(stats)
     return norm if stats.float64 else norm.float()
 

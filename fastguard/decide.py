@@ -171,7 +171,7 @@ def raise_if_nonfinite(stats: GradStats, signals: Signals | None = None) -> None
     nan, posinf, neginf = (int(n) for n in stats.segment_counts.sum(1).tolist())
     if nan or posinf or neginf:
         culprits = stats.culprits()
-        where = describe_culprits(culprits) if culprits else "parameters of another rank"
+        where = describe_culprits(culprits) if culprits else _elsewhere(signals)
         raise NonFiniteGradError(
             f"gradients are non-finite ({nan} NaN, {posinf} +Inf, {neginf} -Inf) in {where}; "
             "nothing was changed",
@@ -185,6 +185,11 @@ def raise_if_nonfinite(stats: GradStats, signals: Signals | None = None) -> None
     bad = ", ".join(f"{name}={v}" for name, v in losses.items() if not math.isfinite(v))
     if bad:
         raise NonFiniteGradError(f"the loss is non-finite: {bad}; nothing was changed")
+
+
+def _elsewhere(signals: Signals | None) -> str:
+    n, rank = (0, None) if signals is None else signals.culprit_rank
+    return f"parameters of rank {rank}" if n == 1 else f"parameters of {n or 'other'} ranks"
 
 
 def signal_values(stats: GradStats, signals: Signals, names: Sequence[str]) -> Tensor:

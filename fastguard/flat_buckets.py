@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastguard.buckets import FLOATING, GradBucket, GradBuckets, Run, Same, bucketize
 from fastguard.measure import GradStats, measure, norm_type_of
+from fastguard.ranks.dtensors import is_dtensor
 
 ALIGN = 16  # bytes; what 128-bit loads and the vectorised optimizer kernels ask for
 
@@ -235,6 +236,10 @@ class FlatGradBuckets:
             if id(p) in seen:
                 raise ValueError(f"{name} appears twice; pass each parameter once")
             seen.add(id(p))
+            if is_dtensor(p):
+                raise TypeError(
+                    f"{name} is a DTensor; flat buckets hold plain tensors: guard without them"
+                )
             if not p.requires_grad and p.grad is None:
                 continue
             if p.layout is not torch.strided or p.dtype not in FLOATING:

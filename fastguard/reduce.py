@@ -52,6 +52,14 @@ class Signals:
     given: Tensor | None = None
     bad_ranks: Tensor | None = None
 
+    @property
+    def culprit_rank(self) -> tuple[int, int | None]:
+        """How many ranks hold something non-finite, and which one if it is one. Waits for a GPU."""
+        if self.bad_ranks is None:
+            return 0, None
+        n, number = (int(x) for x in self.bad_ranks.tolist())
+        return n, number if n == 1 else None
+
     @staticmethod
     def none(device: torch.device) -> Signals:
         """No losses, no scaler."""

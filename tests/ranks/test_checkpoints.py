@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from fastguard import CheckpointStore, GuardedOptimizer
+from fastguard import CheckpointStore, GuardedOptimizer, Replicated
 from fastguard.checkpoints import CheckpointError, files
 from guardtest.ranks import Ranks
 
@@ -343,7 +343,8 @@ def test_what_is_no_group_is_refused(tmp_path: Path) -> None:
 
 def guarded_incidents(folder: Path) -> int:
     weight = torch.nn.Parameter(torch.zeros(2))
-    opt = GuardedOptimizer(torch.optim.SGD([weight], lr=0.1))
+    replicas = Replicated(dist.group.WORLD)
+    opt = GuardedOptimizer(torch.optim.SGD([weight], lr=0.1), group=replicas)
     opt.step(loss=NAN)
     with store_of(folder) as store:
         return store.save(weight={"w": weight}, optimizer=opt, step=1).incidents

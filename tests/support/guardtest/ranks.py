@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import math
 import multiprocessing
 import os
 import pickle
@@ -45,6 +46,9 @@ CALL_SECONDS = 60.0
 
 COLLECTIVE_SECONDS = 20.0
 """How long a collective waits for a rank; torch raises then."""
+
+PATIENCE = 3.0
+"""How long `run` waits for the other ranks when one has failed."""
 
 _PRELOADED = [
     "torch",
@@ -104,25 +108,31 @@ class Ranks:
         An error on any rank, a death or a timeout fails the test, and shows what each rank said.
         """
         __tracebackhide__ = True
-        outcomes = self.outcomes(function, *args, timeout=timeout, **kwargs)
+        outcomes = self.outcomes(function, *args, timeout=timeout, patience=PATIENCE, **kwargs)
         if any(o.error is not None or o.exitcode is not None for o in outcomes):
             said = "\n".join(f"rank {i}: {outcome}" for i, outcome in enumerate(outcomes))
             pytest.fail(f"{function.__name__} failed\n{said}", pytrace=False)
         return [o.value for o in outcomes]
 
     def outcomes(
-        self, function: Callable[..., Any], *args: Any, timeout: float = CALL_SECONDS, **kwargs: Any
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        timeout: float = CALL_SECONDS,
+        patience: float = math.inf,
+        **kwargs: Any,
     ) -> list[Outcome]:
         """What became of the call on each rank; errors and deaths are for the caller to judge.
 
-        Only a timeout fails the test: a rank still running after it said nothing in `timeout`.
+        Ranks that have said nothing after `timeout` seconds, or `patience` seconds after the first
+        error, fail the test.
         """
         __tracebackhide__ = True
         self._start()
         call = pickle.dumps((inspect.getfile(function), function.__qualname__, args, kwargs))
         for pipe in self._pipes:
             pipe.send_bytes(call)
-        answers = self._answers(time.monotonic() + timeout)
+        answers = self._answers(timeout, patience)
         if len(answers) < self.world_size or any(
             o.error is not None or o.exitcode is not None for o in answers.values()
         ):
@@ -131,7 +141,7 @@ class Ranks:
             silent = sorted(set(range(self.world_size)) - set(answers))
             said = "\n".join(f"rank {i}: {outcome}" for i, outcome in sorted(answers.items()))
             pytest.fail(
-                f"{function.__name__}: ranks {silent} did not answer in {timeout} s\n{said}",
+                f"{function.__name__}: ranks {silent} did not answer\n{said}",
                 pytrace=False,
             )
         return [answers[rank] for rank in range(self.world_size)]
@@ -167,7 +177,8 @@ class Ranks:
             self._processes.append(process)
             self._pipes.append(mine)
 
-    def _answers(self, deadline: float) -> dict[int, Outcome]:
+    def _answers(self, timeout: float, patience: float) -> dict[int, Outcome]:
+        deadline = time.monotonic() + timeout
         answers: dict[int, Outcome] = {}
         waiting = dict(enumerate(self._pipes))
         while waiting and (left := deadline - time.monotonic()) > 0:
@@ -178,6 +189,8 @@ class Ranks:
                 except (EOFError, ConnectionResetError):
                     self._processes[rank].join()
                     answers[rank] = Outcome(exitcode=self._processes[rank].exitcode)
+                if answers[rank].error is not None:
+                    deadline = min(deadline, time.monotonic() + patience)
                 del waiting[rank]
         return answers
 
@@ -251,7 +264,7 @@ def _called(path: str, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -
 
 
 def _module(path: str) -> ModuleType:
-    """The file of the test, imported once a process: pytest's own name for it means nothing here."""
+    """The file of the test, imported once a process, by a name of our own."""
     name = f"_ranks_{Path(path).stem}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
