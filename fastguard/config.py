@@ -3,7 +3,7 @@
     [guard]               max_norm, norm_type, clip_scope, nonfinite, max_consecutive_skips, ...
     [spike.grad_norm]     window, sigma, warmup, action; or max, action
     [groups."latents.*"]  max_norm, clip_value of the parameters whose names match
-    [schedule]  [schedule.warmup]  [rollback]  [activations]  [records]
+    [schedule]  [schedule.warmup]  [rollback]  [checkpoints]  [activations]  [batch]  [records]
 
 Strict: an unknown key or a value of the wrong type is an error that names the key and the nearest
 valid one, and nothing is built.
@@ -12,29 +12,31 @@ valid one, and nothing is built.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import fnmatch
 import os
-import tomllib
-import types
-import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fastguard.activations import ActivationGuard
+from fastguard.batch_check import BatchCheck, check_batch
+from fastguard.checkpoints import CheckpointStore
 from fastguard.optimizer import GuardedOptimizer
 from fastguard.rollback import Rollback
-from fastguard.rules import Rule, SpikeRule, Threshold
+from fastguard.rules import Rule
 from fastguard.schedule import GuardedLR, Warmup
 from fastguard.sinks import JsonLinesSink, TensorBoardSink
+from fastguard.strict_settings import build, nearest, parse
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from fastguard.ranks.groups import Group
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,27 @@ class RollbackSection:
 
 
 @dataclass(frozen=True, slots=True)
+class CheckpointSection:
+    """The arguments of `CheckpointStore`; `directory` is relative to the working folder."""
+
+    directory: str
+    keep: int = 3
+    keep_clean: int = 1
+    mode: Literal["min", "max"] | None = None
+    on_error: Literal["log", "raise"] = "log"
+    ignore: list[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSection:
+    """The arguments of `check_batch`."""
+
+    low: float | dict[str, float] | None = None
+    high: float | dict[str, float] | None = None
+    names: list[str] = field(default_factory=lambda: ["inputs", "targets"])
+
+
+@dataclass(frozen=True, slots=True)
 class ActivationSection:
     """The arguments of `ActivationGuard`."""
 
@@ -118,6 +141,8 @@ class GuardConfig:
             matches counts. A `max_norm` here needs `clip_scope = "group"`.
         schedule: Arguments of `GuardedLR`.
         rollback: Arguments of `Rollback`; None: no rollback.
+        checkpoints: Arguments of `CheckpointStore`; None: no store.
+        batch: Arguments of `check_batch`; None: batches are not checked.
         activations: Arguments of `ActivationGuard`; None: activations are not guarded.
         records: Where records go.
 
@@ -136,6 +161,8 @@ class GuardConfig:
     groups: dict[str, GroupSection] = field(default_factory=dict)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
     rollback: RollbackSection | None = None
+    checkpoints: CheckpointSection | None = None
+    batch: BatchSection | None = None
     activations: ActivationSection | None = None
     records: RecordSection = field(default_factory=RecordSection)
 
@@ -147,7 +174,7 @@ class GuardConfig:
             ValueError: A key is unknown (the nearest one is named), or a value out of range.
             TypeError: A value is of the wrong type.
         """
-        return _build(cls, settings, "")
+        return build(cls, settings, "")
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> GuardConfig:
@@ -161,11 +188,13 @@ class GuardConfig:
         path = Path(path)
         text = path.read_text()
         try:
-            return cls.from_dict(_parse(text, path.suffix))
+            return cls.from_dict(parse(text, path.suffix))
         except (ValueError, TypeError) as error:
             raise type(error)(f"{path}: {error}") from None
 
-    def wrap(self, model: torch.nn.Module, optimizer: Optimizer) -> GuardedOptimizer:
+    def wrap(
+        self, model: torch.nn.Module, optimizer: Optimizer, *, group: Group = None
+    ) -> GuardedOptimizer:
         """The optimizer, guarded as configured, its records going where they should.
 
         Param groups whose parameters match a pattern only in part are split, so make schedulers
@@ -174,6 +203,7 @@ class GuardConfig:
         Args:
             model: Names the parameters.
             optimizer: Is wrapped.
+            group: The ranks that decide together, as in `GuardedOptimizer`.
 
         Raises:
             ValueError: A pattern matches no parameter of the optimizer; nothing was changed.
@@ -186,6 +216,7 @@ class GuardConfig:
                 optimizer,
                 spike=self.spike,
                 named_parameters=model.named_parameters(),
+                group=group,
                 **dataclasses.asdict(self.guard),
             )
         except (TypeError, ValueError):
@@ -215,11 +246,25 @@ class GuardConfig:
         optimizer: GuardedOptimizer,
         objects: Mapping[str, Any],
         lr: GuardedLR | None = None,
+        store: CheckpointStore | None = None,
     ) -> Rollback | None:
-        """The rollback as configured, or None if there is no such section."""
+        """The rollback as configured, in `store` if one is given; None without such a section."""
         if self.rollback is None:
             return None
-        return Rollback(optimizer, objects, lr=lr, **dataclasses.asdict(self.rollback))
+        settings = dataclasses.asdict(self.rollback)
+        return Rollback(optimizer, objects, lr=lr, store=store, **settings)
+
+    def open_store(self, *, group: ProcessGroup | None = None) -> CheckpointStore | None:
+        """The checkpoint store as configured, open, or None if there is no such section."""
+        if self.checkpoints is None:
+            return None
+        return CheckpointStore(**dataclasses.asdict(self.checkpoints), group=group)
+
+    def check(self, batch: Any) -> BatchCheck | None:
+        """`check_batch` as configured, or None if there is no such section."""
+        if self.batch is None:
+            return None
+        return check_batch(batch, **dataclasses.asdict(self.batch))
 
     def guard_activations(self, model: torch.nn.Module) -> ActivationGuard | None:
         """The activation guard as configured, attached, or None if there is no such section."""
@@ -248,92 +293,6 @@ class GuardConfig:
                 used |= {pattern} - {None}  # type: ignore[arg-type]
         for pattern in self.groups:
             if pattern not in used:
-                near = _nearest(pattern, names.values())
+                near = nearest(pattern, names.values())
                 raise ValueError(f"groups.{pattern} matches no parameter of the optimizer{near}")
         return split
-
-
-def _parse(text: str, suffix: str) -> Any:
-    if suffix == ".toml":
-        return tomllib.loads(text)
-    if suffix not in (".yaml", ".yml"):
-        raise ValueError(f"a configuration ends in .toml, .yaml or .yml, not {suffix!r}")
-    try:
-        import yaml
-    except ImportError as error:
-        raise ImportError(
-            "YAML support is not installed; run: pip install 'torch-fastguard[yaml]', or use TOML"
-        ) from error
-    try:
-        return yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"not valid YAML: {error}") from None
-
-
-def _build(cls: type[T], settings: Any, path: str) -> T:
-    """A section from a mapping; every key and type is checked."""
-    if not isinstance(settings, Mapping):
-        raise TypeError(f"{path or 'the configuration'} must hold settings, not {settings!r}")
-    hints = typing.get_type_hints(cls)
-    for key in settings:
-        if key not in hints:
-            raise ValueError(f"unknown setting {_join(path, key)}{_nearest(str(key), hints)}")
-    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
-        has_default = (f.default, f.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
-        if not has_default and f.name not in settings:
-            raise ValueError(f"{_join(path, f.name)} is missing")
-    checked = {key: _check(v, hints[key], _join(path, key)) for key, v in settings.items()}
-    try:
-        return cls(**checked)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{path}: {error}") from None
-
-
-def _check(value: Any, hint: Any, path: str) -> Any:
-    """The value as the type that is asked for; integers serve as floats, nothing else is bent."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return _check_any(value, args, path)
-    if origin is Literal:
-        if value not in args:
-            raise ValueError(f"{path}={value!r} must be one of {', '.join(map(repr, args))}")
-        return value
-    if origin is list and isinstance(value, list):
-        return [_check(v, args[0], f"{path}[{i}]") for i, v in enumerate(value)]
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise TypeError(f"{path} must hold settings by name, not {value!r}")
-        return {str(k): _check(v, args[1], _join(path, k)) for k, v in value.items()}
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, path)  # type: ignore[arg-type]
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(hint, type) and isinstance(value, hint):
-        if not isinstance(value, bool) or hint is bool:
-            return value
-    name = getattr(hint, "__name__", str(hint))
-    raise TypeError(f"{path}={value!r} is of type {type(value).__name__}, expected {name}")
-
-
-def _check_any(value: Any, hints: tuple[Any, ...], path: str) -> Any:
-    if value is None and type(None) in hints:
-        return None
-    hints = tuple(h for h in hints if h is not type(None))
-    if set(hints) == {SpikeRule, Threshold}:
-        fixed = isinstance(value, Mapping) and "max" in value
-        return _build(Threshold if fixed else SpikeRule, value, path)
-    if len(hints) == 1:
-        return _check(value, hints[0], path)
-    for hint in hints:
-        if isinstance(value, list) == (typing.get_origin(hint) is list):
-            return _check(value, hint, path)
-    raise TypeError(f"{path}={value!r} is of type {type(value).__name__}")
-
-
-def _join(path: str, key: object) -> str:
-    return f"{path}.{key}" if path else str(key)
-
-
-def _nearest(key: str, valid: Collection[str]) -> str:
-    near = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; valid are {', '.join(list(valid)[:12])}"

@@ -40,6 +40,16 @@ warmup = {steps = 10, lr = [0.1, 0.0], momentum = 0.8}
 every = 10
 after_skips = 3
 
+[checkpoints]
+directory = "checkpoints"
+keep = 5
+mode = "max"
+ignore = ["*.mask"]
+
+[batch]
+low = -1
+high = {inputs = 1.0, targets = 9}
+
 [activations]
 mode = "clean"
 limit = 10.0
@@ -62,6 +72,8 @@ schedule:
   recovery: 50
   warmup: {steps: 10, lr: [0.1, 0.0], momentum: 0.8}
 rollback: {every: 10, after_skips: 3}
+checkpoints: {directory: checkpoints, keep: 5, mode: max, ignore: ["*.mask"]}
+batch: {low: -1, high: {inputs: 1.0, targets: 9}}
 activations: {mode: clean, limit: 10.0, modules: ["decoder*"]}
 records: {jsonl: records.jsonl}
 """
@@ -102,8 +114,17 @@ def test_everything_that_is_configured_is_in_force(
     lr = config.lr(opt)
     assert [g["lr"] for g in opt.param_groups] == [0.1, 0.0]
     assert opt.param_groups[0]["momentum"] == 0.8
-    rollback = config.rollback_for(opt, {"model": model}, lr)
+    store = config.open_store()
+    assert store is not None and store.directory == Path("checkpoints") and store.keep == 5
+    rollback = config.rollback_for(opt, {"model": model}, lr, store)
     assert rollback is not None and rollback.every == 10
+    assert [entry.step for entry in store.list()] == [0]  # the snapshot before the first step
+    store.save(state={"mask": torch.tensor(math.inf)}, step=1, metric=0.5)
+    assert store.last().clean  # ignored
+    store.save(state={}, step=2, metric=0.4)
+    assert store.best().step == 1  # the largest
+    check = config.check((torch.tensor([-2.0, 0.5]), torch.tensor([3, 12])))
+    assert str(check) == "inputs goes down to -2, below -1\ntargets goes up to 12, above 9"
     activations = config.guard_activations(model)
     assert activations is not None
 
@@ -121,6 +142,7 @@ def test_sections_left_out_build_nothing() -> None:
     opt = config.wrap(model, torch.optim.SGD(model.parameters(), lr=0.01))
     assert opt.max_norm is None and len(opt.param_groups) == 1
     assert config.rollback_for(opt, {}) is None and config.guard_activations(model) is None
+    assert config.open_store() is None and config.check(torch.ones(2)) is None
 
 
 def test_the_split_optimizer_still_trains_every_parameter_once() -> None:
@@ -151,6 +173,13 @@ def test_the_split_optimizer_still_trains_every_parameter_once() -> None:
         ({"spike": []}, TypeError, "spike must hold settings by name"),
         ({"schedule": {"warmup": {"lr": 0.1}}}, ValueError, "schedule.warmup.steps is missing"),
         ({"schedule": {"floor": ["a"]}}, TypeError, r"schedule.floor\[0\]='a'"),
+        ({"checkpoints": {}}, ValueError, "checkpoints.directory is missing"),
+        ({"checkpoints": {"directory": "x", "keeep": 1}}, ValueError, "did you mean 'keep'"),
+        ({"checkpoints": {"directory": "x", "mode": "best"}}, ValueError, "must be one of 'min'"),
+        ({"checkpoints": {"directory": "x", "ignore": "*"}}, TypeError, "checkpoints.ignore='*'"),
+        ({"batch": {"low": "0"}}, TypeError, "batch.low='0' is of type str"),
+        ({"batch": {"high": {"inputs": "1"}}}, TypeError, "batch.high.inputs='1' is of type str"),
+        ({"batch": {"high": [1.0]}}, TypeError, r"batch.high=\[1.0\] is of type list"),
         ([], TypeError, "the configuration must hold settings"),
     ],
     ids=lambda v: str(v)[:40],

@@ -1,0 +1,131 @@
+"""Dataclasses from nested mappings, strictly: what does not fit is named, with what would.
+
+An unknown key is an error that names the nearest valid one; a value of another type than the field
+is an error; a mapping for a field that is a dataclass becomes one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Collection, Mapping
+from typing import Any, Literal, TypeVar
+
+from fastguard.rules import SpikeRule, Threshold
+
+T = TypeVar("T")
+
+
+def parse(text: str, suffix: str) -> Any:
+    """The nested values of a TOML or YAML text.
+
+    Raises:
+        ValueError: It does not parse, or `suffix` is of neither.
+        ImportError: YAML support is not installed.
+    """
+    if suffix == ".toml":
+        return tomllib.loads(text)
+    if suffix not in (".yaml", ".yml"):
+        raise ValueError(f"a configuration ends in .toml, .yaml or .yml, not {suffix!r}")
+    try:
+        import yaml
+    except ImportError as error:
+        raise ImportError(
+            "YAML support is not installed; run: pip install 'torch-fastguard[yaml]', or use TOML"
+        ) from error
+    try:
+        return yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"not valid YAML: {error}") from None
+
+
+def build(cls: type[T], settings: Any, path: str) -> T:
+    """A dataclass from a mapping; every key and type is checked.
+
+    Args:
+        cls: The dataclass.
+        settings: The values by field name.
+        path: How the errors call it, `"schedule.warmup"`; `""` for the whole.
+
+    Raises:
+        ValueError: A key is unknown or missing, or a value out of range.
+        TypeError: A value is of the wrong type.
+    """
+    if not isinstance(settings, Mapping):
+        raise TypeError(f"{path or 'the configuration'} must hold settings, not {settings!r}")
+    hints = typing.get_type_hints(cls)
+    for key in settings:
+        if key not in hints:
+            raise ValueError(f"unknown setting {_join(path, key)}{nearest(str(key), hints)}")
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        has_default = (f.default, f.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
+        if not has_default and f.name not in settings:
+            raise ValueError(f"{_join(path, f.name)} is missing")
+    checked = {key: _check(v, hints[key], _join(path, key)) for key, v in settings.items()}
+    try:
+        return cls(**checked)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{path}: {error}") from None
+
+
+def _check(value: Any, hint: Any, path: str) -> Any:
+    """The value as the type that is asked for; integers serve as floats, nothing else is bent."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return _check_any(value, args, path)
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(f"{path}={value!r} must be one of {', '.join(map(repr, args))}")
+        return value
+    if origin is list and isinstance(value, list):
+        return [_check(v, args[0], f"{path}[{i}]") for i, v in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{path} must hold settings by name, not {value!r}")
+        return {str(k): _check(v, args[1], _join(path, k)) for k, v in value.items()}
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, path)  # type: ignore[arg-type]
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and isinstance(value, hint):
+        if not isinstance(value, bool) or hint is bool:
+            return value
+    name = getattr(hint, "__name__", str(hint))
+    raise TypeError(f"{path}={value!r} is of type {type(value).__name__}, expected {name}")
+
+
+def _check_any(value: Any, hints: tuple[Any, ...], path: str) -> Any:
+    if value is None and type(None) in hints:
+        return None
+    hints = tuple(h for h in hints if h is not type(None))
+    if set(hints) == {SpikeRule, Threshold}:
+        fixed = isinstance(value, Mapping) and "max" in value
+        return build(Threshold if fixed else SpikeRule, value, path)
+    if len(hints) == 1:
+        return _check(value, hints[0], path)
+    for hint in hints:
+        if _container(value) is _container_of(hint):
+            return _check(value, hint, path)
+    raise TypeError(f"{path}={value!r} is of type {type(value).__name__}")
+
+
+def _container(value: Any) -> type | None:
+    return next((kind for kind in (list, dict) if isinstance(value, kind)), None)
+
+
+def _container_of(hint: Any) -> type | None:
+    origin = typing.get_origin(hint)
+    return origin if origin in (list, dict) else None
+
+
+def _join(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def nearest(key: str, valid: Collection[str]) -> str:
+    """What an error adds about a name that is not valid: the nearest one that is, or some."""
+    near = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; valid are {', '.join(list(valid)[:12])}"
