@@ -29,6 +29,14 @@ _RESHAPE = frozenset("unsqueeze __getitem__ view reshape expand permute transpos
 _CLASS_LOSSES = frozenset(("cross_entropy", "nll_loss"))
 _BINARY_LOSSES = frozenset(("binary_cross_entropy", "binary_cross_entropy_with_logits"))
 
+FLOAT16_MAX = 65504.0
+# What autocast computes in float32 whatever its inputs are.
+_FLOAT32_IN_AUTOCAST = frozenset(
+    "__get__ pow __pow__ exp expm1 sinh cosh tan log log10 log2 log1p reciprocal rsqrt softmax "
+    "log_softmax layer_norm group_norm norm vector_norm cosine_similarity cdist dist prod cumprod "
+    "cumsum sum renorm logsumexp".split()
+)
+
 OUTPUT, TARGET, RESHAPED = "output", "target", "reshaped"
 _NONE: frozenset[str] = frozenset()
 
@@ -90,6 +98,21 @@ class Saturation:
     share: float
 
 
+@dataclass(frozen=True, slots=True)
+class Large:
+    """A value inside the model that float16 could not hold.
+
+    Attributes:
+        where: The module that computed it.
+        function: With this function.
+        largest: Magnitude of its largest finite element.
+    """
+
+    where: str
+    function: str
+    largest: float
+
+
 class FunctionWatch(TorchFunctionMode):
     """Watches one step.
 
@@ -98,7 +121,7 @@ class FunctionWatch(TorchFunctionMode):
         targets: What the batch says are the targets.
 
     Attributes:
-        meetings, indices, saturations: What was seen, in order.
+        meetings, indices, saturations, large: What was seen, in order.
         binary_targets: `(low, high)` of the targets given to binary cross-entropies.
         raised: Name of the torch function that raised an error, if one did.
     """
@@ -108,6 +131,7 @@ class FunctionWatch(TorchFunctionMode):
         self.meetings: list[Meeting] = []
         self.indices: list[Indices] = []
         self.saturations: list[Saturation] = []
+        self.large: list[Large] = []
         self.binary_targets: list[tuple[float, float]] = []
         self.raised: str | None = None
         self._where = where
@@ -150,9 +174,11 @@ class FunctionWatch(TorchFunctionMode):
         roles = _NONE.union(*map(self._roles_of, given))
         if roles:
             self._mark(out, roles | {RESHAPED} if name in _RESHAPE else roles)
-        if isinstance(out, Tensor) and name in _SATURATED and self._where():
+        if isinstance(out, Tensor) and self._where():
             with torch.no_grad():
-                self._look_at_saturation(name, out, args, kwargs)
+                self._look_at_size(name, out)
+                if name in _SATURATED:
+                    self._look_at_saturation(name, out, args, kwargs)
         return out
 
     # Shapes.
@@ -210,6 +236,18 @@ class FunctionWatch(TorchFunctionMode):
         self.indices.append(found)
         if found.bad_share:
             raise IndexOutOfRange(f"{name}: {found.low} to {found.high} is not in 0 to {n - 1}")
+
+    def _look_at_size(self, name: str, out: Tensor) -> None:
+        if not out.is_floating_point() or not out.numel() or name in _FLOAT32_IN_AUTOCAST:
+            return
+        if out.dtype.itemsize < 2 or out.layout is not torch.strided:
+            return
+        low, high = out.detach().aminmax()
+        if max(-float(low), float(high)) > FLOAT16_MAX:  # False for NaN, which is told elsewhere
+            size = out.detach().abs()
+            largest = float(torch.where(size.isfinite(), size, torch.zeros_like(size)).max())
+            if largest > FLOAT16_MAX:
+                self.large.append(Large(self._where(), name, largest))
 
     def _look_at_saturation(
         self, name: str, out: Tensor, args: Sequence[Any], kwargs: dict[str, Any]

@@ -21,13 +21,12 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
 )
 
-from fastguard.diagnosis.functions import FunctionWatch
+from fastguard.diagnosis.functions import FLOAT16_MAX, FunctionWatch
 from fastguard.diagnosis.subject import Subject, total_of
 from fastguard.provenance.calls import floats
 from fastguard.provenance.replay import copied, loss_parts
 from fastguard.provenance.report import as_real
 
-FLOAT16_MAX = 65504.0
 FLOAT16_ROUNDS_TO_ZERO = 2.0**-25  # half of the smallest subnormal
 
 Stage = Literal["forward", "loss", "backward"]

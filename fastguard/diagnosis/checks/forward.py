@@ -67,7 +67,9 @@ def _failures(evidence: Evidence) -> Iterator[Finding]:
 
 def _shapes(evidence: Evidence) -> Iterator[Finding]:
     step, targets = evidence.step, evidence.subject.targets
-    yield from map(_meeting, step.functions.meetings)
+    places = {(a.shape, b.shape): where for where, a, b in misfits(step.output, targets)}
+    for meeting in step.functions.meetings:
+        yield _meeting(meeting, places.get((meeting.output, meeting.target), ""))
     if any(meeting.result is None for meeting in step.functions.meetings):
         return
     failed = step.failed("loss")
@@ -86,7 +88,7 @@ def _shapes(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
-def _meeting(meeting: Meeting) -> Finding:
+def _meeting(meeting: Meeting, where: str) -> Finding:
     shapes = f"output {list(meeting.output)} and target {list(meeting.target)}"
     smaller, larger = sorted((math.prod(meeting.output), math.prod(meeting.target)))
     if meeting.result is None:
@@ -95,6 +97,7 @@ def _meeting(meeting: Meeting) -> Finding:
             "shape-mismatch",
             "error",
             f"{meeting.function} cannot compare {shapes}",
+            where=where,
             value=larger / smaller,
             limit=1,
             remedy=_FIT,
@@ -105,6 +108,7 @@ def _meeting(meeting: Meeting) -> Finding:
         "silent-broadcast",
         "error" if meeting.both_ways else "warning",
         f"{meeting.function} silently expands {shapes} to {list(meeting.result)}{all_pairs}",
+        where=where,
         value=math.prod(meeting.result) / larger,
         limit=1,
         remedy="give both the same shape before the loss: output.squeeze(1), or "

@@ -40,10 +40,11 @@ def _to_blame(evidence: Evidence) -> Iterator[Finding]:
         to_blame = _all_finite(evidence.step_in_float32)
     if not to_blame:
         return
-    over = _largest_over(evidence.step_in_float32)
+    over = _beyond_float16(evidence.step_in_float32)
+    largest, module = max(((v, k) for k, v in over.items()), default=(math.inf, ""))
     name = _names(dtypes)
     first = next((a.where for a in evidence.step.activations if a.values.nonfinite), "")
-    reached = f"; in float32 {over[0]} reaches {over[1]:.3g}" if over else ""
+    reached = f"; in float32 {module} reaches {largest:.3g}" if over else ""
     yield Finding(
         CHECK,
         "float16-range",
@@ -51,7 +52,7 @@ def _to_blame(evidence: Evidence) -> Iterator[Finding]:
         f"in {name} this batch is not finite, in float32 it is: the range of {name} is to blame, "
         f"not the model{reached}",
         where=(report.module if report is not None else "") or first,
-        value=over[1] if over else math.inf,
+        value=largest,
         limit=FLOAT16_MAX,
         remedy="use bfloat16, which has the range of float32; or keep this part in float32, with "
         "torch.autocast(device_type, enabled=False) around it and x.float() inside.",
@@ -59,25 +60,28 @@ def _to_blame(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _overflow(evidence: Evidence) -> Iterator[Finding]:
-    wide = evidence.step_in_float32
-    over = [a for a in wide.activations if a.values.over]
+    over = _beyond_float16(evidence.step_in_float32)
     if not over:
         return
-    worst = max(over, key=lambda a: a.values.largest)
-    share = sum(a.values.over for a in over) / sum(a.values.numel for a in over)
-    modules = several(list(dict.fromkeys(a.where for a in over)))
+    where, largest = max(over.items(), key=lambda item: item[1])
     only_bfloat16 = evidence.subject.low_precision == {torch.bfloat16}
     yield Finding(
         CHECK,
         "float16-overflow",
         "note" if only_bfloat16 else "warning",
-        f"{percent(share)} of the activations of {modules} "
-        f"are beyond float16's 65504, up to {worst.values.largest:.3g}",
-        where=over[0].where,
-        value=worst.values.largest,
+        f"values in {several(list(over))} are beyond float16's 65504, up to {largest:.3g} in "
+        f"{where}{_share(evidence.step_in_float32)}",
+        where=next(iter(over)),
+        value=largest,
         limit=FLOAT16_MAX,
         remedy="in float16 they become Inf: use bfloat16, or scale them down before this module.",
     )
+
+
+def _share(step: Observation) -> str:
+    over = [a.values for a in step.activations if a.values.over]
+    n = sum(v.numel for v in over)
+    return f"; {percent(sum(v.over for v in over) / n)} of what these modules put out" if n else ""
 
 
 def _underflow(evidence: Evidence) -> Iterator[Finding]:
@@ -161,12 +165,14 @@ def _all_finite(step: Observation) -> bool:
     )
 
 
-def _largest_over(step: Observation) -> tuple[str, float] | None:
-    over = [a for a in step.activations if a.values.over]
-    if not over:
-        return None
-    worst = max(over, key=lambda a: a.values.largest)
-    return worst.where, worst.values.largest
+def _beyond_float16(step: Observation) -> dict[str, float]:
+    """The largest value by module, of modules that compute or put out one beyond float16."""
+    found: dict[str, float] = {}
+    seen = [(large.where, large.largest) for large in step.functions.large]
+    seen += [(a.where, a.values.largest) for a in step.activations if a.values.over]
+    for where, largest in seen:
+        found[where] = max(largest, found.get(where, 0.0))
+    return found
 
 
 def _names(dtypes: set[torch.dtype]) -> str:

@@ -1,0 +1,160 @@
+"""The stories behind it: models that somebody had to repair by hand, diagnosed in one run."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastguard import diagnose
+
+
+class Unit(nn.Module):
+    """Divides by a norm without a floor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / x.norm(dim=1, keepdim=True)
+
+
+class Broken(nn.Module):
+    """Segments and classifies; its decoder forgets to go back to 224, one head is never used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=4, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(8, 16, 3, stride=2, padding=1),
+            nn.ReLU(),
+        )
+        self.refine = Unit()
+        self.decoder = nn.Sequential(nn.AdaptiveAvgPool2d(32), nn.Conv2d(16, 1, 3, padding=1))
+        self.classifier = nn.Linear(16, 5)
+        self.boundary = nn.Conv2d(16, 1, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        features = self.refine(self.encoder(x))
+        return {
+            "mask": self.decoder(features),
+            "label": self.classifier(features.mean(dim=(2, 3))),
+        }
+
+
+def both_losses(output: dict[str, Tensor], target: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        "segmentation": functional.binary_cross_entropy_with_logits(output["mask"], target["mask"]),
+        "classification": functional.cross_entropy(output["label"], target["label"]),
+    }
+
+
+def broken_setup() -> dict[str, Any]:
+    model = Broken()
+    with torch.no_grad():
+        model.encoder[2].bias.fill_(-10.0)  # where the input is dark, all 16 channels are 0
+    images = torch.rand(4, 3, 224, 224)
+    images[0] *= 255.0
+    images[1, 0, 17, 17] = math.nan
+    target = {"mask": (torch.rand(4, 1, 224, 224) > 0.5).float(), "label": torch.arange(4)}
+    # As the schedule left it after too many epochs.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.1)
+    optimizer.step()
+    for _ in range(18):
+        schedule.step()
+    return {
+        "model": model,
+        "batch": (images, target),
+        "loss_fn": both_losses,
+        "optimizer": optimizer,
+    }
+
+
+def test_the_model_that_could_not_learn_is_told_all_its_faults_in_order_of_importance() -> None:
+    found = diagnose(**broken_setup())
+
+    bad = [(f.kind, f.where) for f in found.at_least("warning")]
+    story = [
+        ("shape-mismatch", "mask"),
+        ("lr-vanished", "param group 0"),
+        ("nonfinite-activation", "refine (Unit)"),
+        ("nonfinite-activation", "encoder.0 (Conv2d)"),
+        ("no-gradient", "boundary.weight"),
+        ("nonfinite-data", "inputs"),
+        ("range", "inputs"),
+    ]
+    assert [finding for finding in bad if finding in story] == story
+    assert all(f.remedy for f in found.at_least("warning"))
+    assert found.seconds < 30
+
+    by_kind = {f.kind: f for f in reversed(found.findings)}
+    assert "[4, 1, 32, 32] and target [4, 1, 224, 224]" in by_kind["shape-mismatch"].seen
+    assert "began at 0.001" in by_kind["lr-vanished"].seen
+    assert by_kind["lr-vanished"].value == pytest.approx(1e-21)
+    born = by_kind["nonfinite-activation"].seen
+    assert "aten.div.Tensor" in born and "denominators are exactly 0" in born
+    assert "x / x.norm(dim=1, keepdim=True)" in born
+    assert "not contribute to the output" in by_kind["no-gradient"].seen
+
+
+def test_after_the_advice_is_followed_nothing_is_left() -> None:
+    setup = broken_setup()
+    model = setup["model"]
+    model.decoder = nn.Sequential(
+        nn.Upsample(size=224, mode="bilinear"), nn.Conv2d(16, 1, 3, padding=1)
+    )
+    model.refine = nn.BatchNorm2d(16)
+    del model.boundary
+    nn.init.zeros_(model.encoder[2].bias)
+    images, target = setup["batch"]
+    images = torch.rand_like(images)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    setup |= {"batch": (images, target), "optimizer": optimizer}
+    found = diagnose(**setup)
+    assert found.ok, str(found)
+
+
+def test_float16_is_blamed_for_what_float32_can_hold() -> None:
+    """A refinement whose squares leave float16's range: the model itself is sound."""
+
+    class Refine(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            energy = self.mix(x).square()
+            return energy / (energy.mean(dim=1, keepdim=True) + 1e-6)
+
+    model = nn.Sequential(Refine(), nn.Linear(8, 1))
+    nn.init.constant_(model[0].mix.bias, 400.0)
+    batch = torch.randn(16, 8), torch.randn(16, 1)
+
+    def found(dtype: torch.dtype | None) -> dict[str, Any]:
+        autocast = torch.autocast("cpu", dtype) if dtype else None
+        findings = diagnose(model, batch, functional.mse_loss, autocast=autocast)
+        return {f.kind: f for f in findings}
+
+    blamed = found(torch.float16)["float16-range"]
+    assert blamed.severity == "error"
+    assert "the range of float16 is to blame, not the model" in blamed.seen
+    assert blamed.where == "0 (Refine)"
+    assert blamed.value == pytest.approx(400**2, rel=0.1)
+
+    assert not found(torch.bfloat16).keys() & {"float16-range", "nonfinite-activation"}
+    # Without autocast there is nothing to blame, and yet a warning for whoever would try it.
+    in_float32 = found(None)
+    assert "float16-range" not in in_float32
+    assert in_float32["float16-overflow"].where == "0 (Refine)"
+
+
+def test_the_model_is_blamed_where_float32_does_not_help() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), Unit(), nn.Linear(4, 1))
+    batch = torch.zeros(2, 4), torch.ones(2, 1)
+    autocast = torch.autocast("cpu", torch.float16)
+    found = diagnose(model, batch, functional.mse_loss, autocast=autocast)
+    assert found.of("nonfinite-activation")[0].where == "1 (Unit)"
+    assert found.of("float16-range") == []
