@@ -3,6 +3,10 @@
 Bare PyTorch, PyTorch with clip_grad_norm_, and fastguard start from the same weights and see the
 same batches. Prints what became of each run, and writes a picture (demo.png) and the records of
 the guarded run (records.jsonl). Exit status 1 if the guarded run did not stay finite.
+
+With --incident it plays one of the runs that went wrong, as it was and guarded, and writes the
+guarded run's records (records.jsonl), picture (incident.png) and report (records.html). Exit status
+1 if the run as it was came through, or the guarded one did not.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from fastguard.demo.faults import FEWEST_STEPS, Fault, plan
 from fastguard.demo.training import WAYS, Run, Settings, one_thread, train
+from fastguard.incidents import INCIDENTS
 from fastguard.usage import integer, need, output_folder
 
 if TYPE_CHECKING:
@@ -35,6 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", metavar="DIR", default="fastguard-demo", help="folder to write to (%(default)s)"
     )
     parser.add_argument(
+        "--incident",
+        choices=[incident.letter for incident in INCIDENTS],
+        type=str.upper,
+        help="play a run that went wrong instead: "
+        + "; ".join(f"{incident.letter}: {incident.title}" for incident in INCIDENTS),
+    )
+    parser.add_argument(
         "--no-faults", action="store_true", help="inject nothing: all three runs should agree"
     )
 
@@ -43,6 +55,10 @@ def run(args: argparse.Namespace) -> int:
     """Trains, shows and writes."""
     need("rich", "matplotlib", extra="cli")
     folder = output_folder(args.out)
+    if args.incident is not None:
+        from fastguard.incidents.play import play
+
+        return play(args.incident, folder)
     settings = Settings(steps=args.steps, seed=args.seed)
     faults = () if args.no_faults else plan(settings.steps)
 

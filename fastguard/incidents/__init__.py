@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from fastguard.records import StepRecord
@@ -52,6 +53,10 @@ class Incident:
     packages: tuple[str, ...] = ()
     extra: str = "cli"
 
+    def load(self) -> ModuleType:
+        """The module that plays it."""
+        return importlib.import_module(self.module)
+
     def run(self, folder: Path, guarded: bool) -> Outcome:
         """Plays it on a CPU: data is generated, nothing is downloaded.
 
@@ -59,7 +64,7 @@ class Incident:
             folder: Everything is written below it; must be empty.
             guarded: With fastguard, or as it was.
         """
-        return importlib.import_module(self.module).run(folder, guarded)
+        return self.load().run(folder, guarded)
 
 
 INCIDENTS = (

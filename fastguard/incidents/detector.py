@@ -22,6 +22,8 @@ from fastguard.incidents.detector_data import write_detector
 from fastguard.incidents.detector_faults import Faults, Kind
 from fastguard.sinks import read_records
 
+os.environ.setdefault("YOLO_OFFLINE", "true")  # before ultralytics looks for the network
+
 BATCHES = 48  # an epoch
 FAULTS = {(3, 15): Kind.OVERFLOW, (3, 46): Kind.BAD_PIXEL}
 BACKOFF = {"backoff": 0.5, "recovery": 20}  # half the learning rate until 20 good steps later
@@ -35,6 +37,9 @@ SETTINGS = {
     "warmup_epochs": 1,
     "warmup_bias_lr": 0.05,
     "warmup_momentum": 0.8,
+    "mosaic": 0.0,
+    "scale": 0.0,
+    "translate": 0.0,
     "device": "cpu",
     "plots": False,
     "verbose": False,
@@ -48,7 +53,6 @@ def run(folder: Path, guarded: bool) -> Outcome:
     `statistics` (of BatchNorm), `ema`, `momenta` (of SGD), whether they are finite at the end;
     `lr` and `momentum` of the param groups at each step that was taken, by name of the group.
     """
-    os.environ.setdefault("YOLO_OFFLINE", "true")  # before ultralytics looks for the network
     from ultralytics import YOLO
 
     architecture, data = write_detector(folder / "data", BATCHES)
