@@ -28,6 +28,7 @@ from fastguard.gradients import Gradients
 from fastguard.guardable import MODES, check_budget, check_choice, check_optimizer
 from fastguard.losses import ObservedLosses, named_losses, stacked
 from fastguard.measure import measure, norm_type_of
+from fastguard.packed import Outcome
 from fastguard.ranks.dtensors import local_parts
 from fastguard.ranks.groups import Group, refuse_several_ranks
 from fastguard.records import Recorder, StepRecord
@@ -209,7 +210,7 @@ class GuardedOptimizer(OptimizerAround):
         self.last = verdict
         self._steps_taken += 1
         lr = self.param_groups[0]["lr"]
-        self._recorder.add(stats, signals, verdict, self._state, lr, policy.signals, tag)
+        self._recorder.add(Outcome(stats, signals, verdict, self._state, policy.signals, lr, tag))
 
     def _step_whole(self, closure: Callable[[], Loss] | None, loss: Loss | None, tag: Any) -> Any:
         """An optimizer that evaluates the closure itself (LBFGS): step, look, take back if bad."""

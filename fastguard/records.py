@@ -1,8 +1,7 @@
 """What happened at each step, on the host: `StepRecord`.
 
-A record is packed on the device into one small float64 vector, which travels to pinned memory
-behind an event; nobody waits for it. On a CPU it is simply there. Reading it costs nothing until
-then.
+On a GPU a record is packed on the device and travels to the host behind the step (`packed`); nobody
+waits for it. On a CPU it is simply there.
 """
 
 from __future__ import annotations
@@ -10,26 +9,21 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fastguard.decide import GuardState, Reason, Verdict
+from fastguard.decide import Reason
 from fastguard.errors import NAMED_CULPRITS, Culprit, describe_culprits
-from fastguard.measure import GradStats
-from fastguard.reduce import Signals
+from fastguard.packed import ROWS, Arrival, Outcome, Ring, unpack
 from fastguard.strict_json import strict
 
 log = logging.getLogger("fastguard")
 
 KEPT = 4096
 """Records kept for `records()`; if nobody fetches them the oldest are dropped."""
-
-_HEAD = 11  # numbers before the culprits in a packed record
-_CULPRIT = 4  # index, NaN, +Inf, -Inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +46,8 @@ class StepRecord:
         consecutive_skips: Skipped steps in a row up to this one, 0 if it was applied.
         lr: Learning rate of the first param group.
         tag: What the caller gave to find the batch again.
+        culprit_ranks: How many ranks held something non-finite; 0 in one process.
+        culprit_rank: Which rank it was, if it was one; `culprits` are the parameters of this rank.
     """
 
     step: int
@@ -70,6 +66,8 @@ class StepRecord:
     consecutive_skips: int = 0
     lr: float = math.nan
     tag: Any = None
+    culprit_ranks: int = 0
+    culprit_rank: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The fields by name, as values that strict JSON can hold.
@@ -93,6 +91,12 @@ class StepRecord:
             parts.append(f"because of {self.reason}:")
         if self.culprits:
             parts.append(describe_culprits(self.culprits, self.n_culprits) + ";")
+        elif self.nan or self.posinf or self.neginf:
+            parts.append("parameters of another rank;")
+        if self.culprit_rank is not None:
+            parts.append(f"on rank {self.culprit_rank};")
+        elif self.culprit_ranks:
+            parts.append(f"on {self.culprit_ranks} ranks;")
         bad_losses = {k: v for k, v in self.losses.items() if not math.isfinite(v)}
         if bad_losses:
             parts.append(", ".join(f"{k}={v}" for k, v in bad_losses.items()) + ";")
@@ -107,22 +111,17 @@ class StepRecord:
         return " ".join(parts)
 
 
-def record_now(
-    stats: GradStats,
-    signals: Signals,
-    verdict: Verdict,
-    state: GuardState,
-    lr: Any,
-    signal_names: Sequence[str],
-    tag: Any,
-) -> StepRecord:
+def record_now(outcome: Outcome) -> StepRecord:
     """The record of a step on a CPU, where everything is at hand."""
+    stats, signals, verdict = outcome.stats, outcome.signals, outcome.verdict
     coefs = verdict.clip_coef.tolist()
     nan, posinf, neginf = (int(sum(counts)) for counts in stats.summary.tolist()[1:])
     culprits = stats.culprits() if nan or posinf or neginf else []
-    step, _, _, in_a_row = state.counters.tolist()
+    step, _, _, in_a_row = outcome.state.counters.tolist()
     coef = coefs[0] if len(coefs) == 1 else verdict.clip_coef.amin().item()
+    names = outcome.signal_names
     spiked = verdict.spikes.tolist()
+    n_ranks, rank = signals.culprit_rank
     return StepRecord(
         step=step,
         total_norm=verdict.total_norm.item(),
@@ -135,11 +134,13 @@ def record_now(
         culprits=tuple(culprits[:NAMED_CULPRITS]),
         n_culprits=len(culprits),
         losses=dict(zip(signals.loss_names, signals.losses.tolist(), strict=True)),
-        spikes=tuple(s for s, hit in zip(signal_names, spiked, strict=True) if hit),
-        thresholds=dict(zip(signal_names, verdict.thresholds.tolist(), strict=True)),
+        spikes=tuple(s for s, hit in zip(names, spiked, strict=True) if hit),
+        thresholds=dict(zip(names, verdict.thresholds.tolist(), strict=True)),
         consecutive_skips=in_a_row,
-        lr=float(lr),
-        tag=tag,
+        lr=float(outcome.lr),
+        tag=outcome.tag,
+        culprit_ranks=n_ranks,
+        culprit_rank=rank,
     )
 
 
@@ -151,88 +152,43 @@ def _action(coef: float, skipped: bool, cleaned: bool) -> str:
     return "applied" if coef >= 1.0 else "clipped"  # a NaN coefficient did change gradients
 
 
-def pack(
-    stats: GradStats, signals: Signals, verdict: Verdict, state: GuardState, lr: Any
-) -> Tensor:
-    """Everything a record needs from the device, in one float64 vector. Nothing waits for a GPU."""
-    device = stats.summary.device
-    table = _culprit_table(stats.counts)
-    rate = torch.as_tensor(lr, dtype=torch.float64).to(device, non_blocking=True).reshape(1)
-    head = torch.stack(
-        [
-            verdict.total_norm,
-            verdict.clip_coef.amin(),
-            verdict.found_inf.double(),
-            verdict.clean.double(),
-            verdict.reason.double(),
-        ]
-    )
-    # fmt: off
-    return torch.cat([
-        head, state.counters[0::3].double(), stats.segment_counts.sum(1), rate,
-        table, signals.losses, verdict.spikes.double(), verdict.thresholds,
-    ])
-    # fmt: on
-
-
-def _culprit_table(counts: Tensor) -> Tensor:
-    """`[how many, then (index, nan, posinf, neginf) of the first 8]`, float64, zeros if none."""
-    k = min(NAMED_CULPRITS, counts.shape[1])
-    table = torch.zeros(1 + NAMED_CULPRITS * _CULPRIT, dtype=torch.float64, device=counts.device)
-    if counts.device.type == "cpu" and not counts.any():
-        return table
-    bad = counts.sum(0) > 0
-    order = torch.arange(counts.shape[1], 0, -1, device=counts.device) * bad
-    first = order.topk(k).indices
-    table[0] = bad.sum()
-    rows = torch.cat([first[None], counts[:, first] * bad[first]]).T
-    table[1 : 1 + k * _CULPRIT] = rows.reshape(-1)
-    return table
-
-
 @dataclass(frozen=True, slots=True)
 class _Pending:
-    """A packed record on its way to the host, and what the host alone knows of that step."""
+    """A record on its way to the host, and what the host alone knows of that step."""
 
-    values: Tensor
-    arrived: torch.cuda.Event
+    arrival: Arrival
     name_of: Callable[[int], str]
-    loss_names: Sequence[str]
-    signal_names: Sequence[str]
+    loss_names: tuple[str, ...]
+    signal_names: tuple[str, ...]
+    lr: float | None
     tag: Any
 
-    def unpack(self) -> StepRecord:
-        values = self.values.tolist()
-        norm, coef, skipped, cleaned, reason, step, in_a_row, nan, posinf, neginf, lr = values[
-            :_HEAD
-        ]
-        n_culprits = int(values[_HEAD])
-        at = _HEAD + 1
-        culprits = []
-        for k in range(min(n_culprits, NAMED_CULPRITS)):
-            i, *counts = (int(v) for v in values[at + _CULPRIT * k : at + _CULPRIT * (k + 1)])
-            culprits.append((self.name_of(i), *counts))
-        at += _CULPRIT * NAMED_CULPRITS
-        losses = dict(zip(self.loss_names, values[at:], strict=False))
-        at += len(losses)
-        n_rules = len(self.signal_names)
-        spiked, thresholds = values[at : at + n_rules], values[at + n_rules :]
+    @staticmethod
+    def of(outcome: Outcome, arrival: Arrival) -> _Pending:
+        lr = float(outcome.lr) if outcome.lr_on_device is None else None
+        names = tuple(outcome.signals.loss_names)
+        return _Pending(arrival, outcome.stats.name, names, outcome.signal_names, lr, outcome.tag)
+
+    def record(self) -> StepRecord:
+        """The record. The row must have arrived."""
+        row = unpack(self.arrival.row, len(self.loss_names))
+        spiked = zip(self.signal_names, row.spikes, strict=True)
         return StepRecord(
-            step=int(step),
-            total_norm=norm,
-            clip_coef=coef,
-            action=_action(coef, bool(skipped), bool(cleaned)),
-            reason=Reason(int(reason)).label,
-            nan=int(nan),
-            posinf=int(posinf),
-            neginf=int(neginf),
-            culprits=tuple(culprits),
-            n_culprits=n_culprits,
-            losses=losses,
-            spikes=tuple(s for s, hit in zip(self.signal_names, spiked, strict=True) if hit),
-            thresholds=dict(zip(self.signal_names, thresholds, strict=True)),
-            consecutive_skips=int(in_a_row),
-            lr=lr,
+            step=row.step,
+            total_norm=row.total_norm,
+            clip_coef=row.clip_coef,
+            action=_action(row.clip_coef, row.skipped, row.cleaned),
+            reason=row.reason.label,
+            nan=row.nan,
+            posinf=row.posinf,
+            neginf=row.neginf,
+            culprits=tuple((self.name_of(i), *counts) for i, *counts in row.culprits),
+            n_culprits=row.n_culprits,
+            losses=dict(zip(self.loss_names, row.losses, strict=True)),
+            spikes=tuple(signal for signal, hit in spiked if hit),
+            thresholds=dict(zip(self.signal_names, row.thresholds, strict=True)),
+            consecutive_skips=row.consecutive_skips,
+            lr=row.lr if self.lr is None else self.lr,
             tag=self.tag,
         )
 
@@ -240,12 +196,13 @@ class _Pending:
 class Recorder:
     """Collects the records of a run; every incident is one warning of the `fastguard` logger.
 
-    Memory is bounded: `KEPT` finished records, and as many on their way as the device is behind.
+    Memory is bounded: `KEPT` finished records, and `ROWS` on their way.
     """
 
     def __init__(self) -> None:
         self.finished: deque[StepRecord] = deque(maxlen=KEPT)
         self.last: StepRecord | None = None
+        self._ring: Ring | None = None
         self._pending: deque[_Pending] = deque()
         self.sinks: list[Callable[[StepRecord], object]] = []
         self._inboxes: list[deque[StepRecord]] = []
@@ -260,42 +217,39 @@ class Recorder:
         self.__init__()  # type: ignore[misc]
         self.__dict__.update(state)
 
-    def add(
-        self,
-        stats: GradStats,
-        signals: Signals,
-        verdict: Verdict,
-        state: GuardState,
-        lr: Any,
-        signal_names: Sequence[str],
-        tag: Any,
-    ) -> None:
-        """Takes the results of a step. Never waits."""
-        if stats.summary.device.type == "cpu":
-            self._finish(record_now(stats, signals, verdict, state, lr, signal_names, tag))
+    def add(self, outcome: Outcome) -> None:
+        """Takes the outcome of a step. Waits only for a device that is `ROWS` steps behind.
+
+        A step that a CUDA graph captures leaves no record: nothing runs on the host when the graph
+        is replayed.
+        """
+        device = outcome.stats.summary.device
+        if device.type == "cpu":
+            self._finish(record_now(outcome))
             return
-        packed = pack(stats, signals, verdict, state, lr)
-        host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
-        host.copy_(packed, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        self._pending.append(
-            _Pending(host, arrived, stats.name, signals.loss_names, signal_names, tag)
-        )
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return
+        self.send(outcome)
+
+    def send(self, outcome: Outcome) -> None:
+        """Takes the outcome of a step by way of the ring."""
+        if self._ring is None or self._ring.width < outcome.width:
+            self._ring = Ring(outcome.stats.summary.device, outcome.width)
+        if len(self._pending) == ROWS:
+            self._pending[0].arrival.wait()
         self.poll()
+        self._pending.append(_Pending.of(outcome, self._ring.send(outcome)))
 
     def poll(self) -> None:
         """Finishes the records that have arrived. Never waits."""
-        while self._pending:
-            if not self._pending[0].arrived.query():
-                return
-            self._finish(self._pending.popleft().unpack())
+        while self._pending and self._pending[0].arrival.is_here():
+            self._finish(self._pending.popleft().record())
 
     def wait(self) -> StepRecord | None:
         """Waits for the records of all steps so far; the last one."""
         while self._pending:
-            self._pending[0].arrived.synchronize()
-            self._finish(self._pending.popleft().unpack())
+            self._pending[0].arrival.wait()
+            self._finish(self._pending.popleft().record())
         return self.last
 
     def forget_last(self) -> None:

@@ -26,6 +26,7 @@ from fastguard.decide import (
     propagated_norms,
     signal_values,
 )
+from fastguard.errors import NAMED_CULPRITS
 from fastguard.measure import GradStats
 from fastguard.reduce import Signals
 from fastguard.rules import GRAD_NORM, Rule, SpikeRule, Threshold
@@ -298,3 +299,50 @@ def _multiply(grads: list[Tensor], multiplier: float, dtype: torch.dtype) -> Non
         return
     # A tensor, because _foreach_mul_ by a Python float costs six times as much on a CPU.
     torch._foreach_mul_(grads, torch.tensor(multiplier, dtype=factor_dtype(dtype), device=CPU))
+
+
+def pack(
+    row: Tensor,
+    stats: GradStats,
+    signals: Signals,
+    verdict: Verdict,
+    state: GuardState,
+    lr: Tensor | None,
+) -> None:
+    """Everything that a record needs from the device, in one row: see `fastguard.packed`.
+
+    Args:
+        row: float64 `(width,)`, written.
+        lr: `()`, the learning rate; None: the row's is not to be read.
+    """
+    nothing = torch.zeros(1, dtype=torch.float64, device=row.device)
+    head = torch.stack(
+        [
+            verdict.total_norm,
+            verdict.clip_coef.amin(),
+            verdict.found_inf.double(),
+            verdict.clean.double(),
+            verdict.reason.double(),
+        ]
+    )
+    # fmt: off
+    parts = [
+        head, state.counters[0::3].double(), stats.segment_counts.sum(1),
+        nothing if lr is None else lr.double().reshape(1),
+        _culprit_table(stats.counts), signals.losses, verdict.spikes.double(), verdict.thresholds,
+    ]
+    # fmt: on
+    torch.cat(parts, out=row)
+
+
+def _culprit_table(counts: Tensor) -> Tensor:
+    """`[how many, then (index, nan, posinf, neginf) of the first 8]`, float64, zeros if none."""
+    k = min(NAMED_CULPRITS, counts.shape[1])
+    table = torch.zeros(1 + 4 * NAMED_CULPRITS, dtype=torch.float64, device=counts.device)
+    bad = counts.sum(0) > 0
+    order = torch.arange(counts.shape[1], 0, -1, device=counts.device) * bad
+    first = order.topk(k).indices
+    table[0] = bad.sum()
+    rows = torch.cat([first[None], counts[:, first] * bad[first]]).T
+    table[1 : 1 + 4 * k] = rows.reshape(-1)
+    return table

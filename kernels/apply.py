@@ -23,8 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastguard.kernels.chunks import ChunkTable
+from fastguard.kernels.elements import TRITON_DTYPES, float32_of
 from fastguard.kernels.launch import Launcher
-from fastguard.kernels.measure import BLOCK_BYTES, TRITON_DTYPES, float32_of, n_programs
+from fastguard.kernels.measure import BLOCK_BYTES, n_programs
 
 PIECE_SIZE = tl.constexpr(512)  # elements at a time of a step that is lost anyway
 

@@ -56,6 +56,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fastguard.kernels.chunks import ChunkTable
+from fastguard.kernels.elements import (
+    TRITON_DTYPES,
+    float32_of,
+    magnitude_bits,
+    powers,
+    vector_powers,
+    widened,
+)
 from fastguard.kernels.launch import (
     INTERPRETED,
     INTERPRETED_PROGRAMS,
@@ -63,68 +71,15 @@ from fastguard.kernels.launch import (
     n_processors,
     wide_fp64,
 )
+from fastguard.kernels.summary import (
+    REDUCE_SIZE,
+    reduce_segments,
+    store_summary,
+    sum_of_partials,
+)
 
 # The second look is rare: few elements, and few registers, at once.
 RECOUNT_SIZE = tl.constexpr(512)
-
-
-@triton.jit
-def float32_of(x):
-    """float32 of narrower elements, exactly. bf16 is the upper half of a float32."""
-    if x.dtype == tl.bfloat16:
-        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    else:
-        return x.to(tl.float32)
-
-
-@triton.jit
-def widened(x):
-    """float64 of gradient elements."""
-    if x.dtype == tl.float64:
-        return x
-    else:
-        return float32_of(x).to(tl.float64)
-
-
-@triton.jit
-def powers(x, P: tl.constexpr):
-    """|x|^P of float64 values."""
-    if P == 2.0:
-        y = x * x
-    elif P == 1.0:
-        y = tl.abs(x)
-    else:
-        y = tl.exp2(P * tl.log2(tl.abs(x)))  # 0: exp2(-inf) = 0; NaN stays NaN
-    return y
-
-
-@triton.jit
-def magnitude_bits(x):
-    """Bit patterns of |x|: ordered as the magnitudes are, with Inf and then NaN above them all."""
-    if x.dtype == tl.float64:
-        bits = x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
-    else:
-        bits = float32_of(x).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    return bits
-
-
-@triton.jit
-def vector_powers(x, P: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, VEC: tl.constexpr):
-    """float64 `(SIZE // VEC,)`: the power sum of each 16-byte vector of a block."""
-    if GROUP == 1:
-        y = powers(widened(x), P)
-        return tl.sum(tl.reshape(y, (SIZE // VEC, VEC)), axis=1)
-    else:
-        x = float32_of(x)
-        y = tl.sum(tl.reshape(x * x, (SIZE // 2, 2)), axis=1)
-        if GROUP >= 4:  # level by level, because the order inside a longer tl.sum is Triton's
-            y = tl.sum(tl.reshape(y, (SIZE // 4, 2)), axis=1)
-        if GROUP >= 8:
-            y = tl.sum(tl.reshape(y, (SIZE // 8, 2)), axis=1)
-        y = y.to(tl.float64)
-        if GROUP < VEC:
-            y = tl.sum(tl.reshape(y, (SIZE // VEC, VEC // GROUP)), axis=1)
-        return y
 
 
 @triton.jit
@@ -188,25 +143,6 @@ def recount(
     else:
         total = tl.sum(acc, axis=0)
     return total, chunk_nan, chunk_posinf, chunk_neginf
-
-
-@triton.jit
-def store_summary(
-    total, segment, summary_ptr, segment_counts_ptr, inv_scale_ptr, n_segments,
-    P: tl.constexpr, INF_NORM: tl.constexpr, HAS_SCALE: tl.constexpr,
-):  # fmt: skip
-    """Column `segment` of the summary: the power sum of the unscaled gradients, and the counts."""
-    if HAS_SCALE:
-        inv = tl.load(inv_scale_ptr).to(tl.float64)
-        if INF_NORM:
-            total *= inv
-        else:
-            total *= powers(inv, P)
-    tl.store(summary_ptr + segment, total)
-    for kind in tl.static_range(3):
-        # .cg: from L2, where the atomics of the other programs went
-        n = tl.load(segment_counts_ptr + kind * n_segments + segment, cache_modifier=".cg")
-        tl.store(summary_ptr + (kind + 1) * n_segments + segment, n.to(tl.float64))
 
 
 @triton.jit(
@@ -330,69 +266,12 @@ def measure_kernel(
             )  # fmt: skip
 
 
-@triton.jit
-def sum_of_partials(partials_ptr, start, end, INF_NORM: tl.constexpr, REDUCE_SIZE: tl.constexpr):
-    """The sum (maximum) of partials [start, end), in an order that depends on nothing else."""
-    offsets = tl.arange(0, REDUCE_SIZE)
-    acc = tl.zeros((REDUCE_SIZE,), dtype=tl.float64)
-    i = start
-    while i < end:
-        # .cg: from L2, where the other programs wrote
-        part = tl.load(
-            partials_ptr + i + offsets, mask=i + offsets < end, other=0.0, cache_modifier=".cg"
-        )
-        if INF_NORM:
-            acc = tl.maximum(acc, part)
-        else:
-            acc += part
-        i += REDUCE_SIZE
-    if INF_NORM:
-        total = tl.max(acc, axis=0)
-    else:
-        total = tl.sum(acc, axis=0)
-    return total
-
-
-@triton.jit(
-    do_not_specialize=[
-        "segment_starts_ptr", "partials_ptr", "summary_ptr", "segment_counts_ptr",
-        "inv_scale_ptr", "n_segments",
-    ]
-)  # fmt: skip
-def segments_kernel(
-    segment_starts_ptr,  # int64 (n_segments + 1,): chunks are sorted by segment
-    partials_ptr,
-    summary_ptr,
-    segment_counts_ptr,
-    inv_scale_ptr,
-    n_segments,
-    P: tl.constexpr,
-    INF_NORM: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    REDUCE_SIZE: tl.constexpr,
-):
-    segment = tl.program_id(0)
-    start = tl.load(segment_starts_ptr + segment)
-    end = tl.load(segment_starts_ptr + segment + 1)
-    total = sum_of_partials(partials_ptr, start, end, INF_NORM, REDUCE_SIZE)
-    store_summary(
-        total, segment, summary_ptr, segment_counts_ptr, inv_scale_ptr, n_segments,
-        P, INF_NORM, HAS_SCALE,
-    )  # fmt: skip
-
-
-TRITON_DTYPES = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
 BLOCK_BYTES = 16384  # 256 threads with four 16-byte loads each in flight
 PROGRAMS_A_PROCESSOR = 3  # what 80 registers a thread leave room for: 48 kB in flight
-REDUCE_SIZE = 512
 
 _measure = Launcher(measure_kernel, num_warps=8, max_registers=80)
-_reduce_segments = Launcher(segments_kernel, num_warps=8)
+# Logarithms and exponentials in float64 want more registers; they bound this variant, not memory.
+_measure_any_power = Launcher(measure_kernel, num_warps=8)
 
 
 def n_programs(device: torch.device) -> int:
@@ -441,7 +320,8 @@ def measure_chunks(
     norm = {"P": norm_type, "INF_NORM": norm_type == math.inf}
     has_scale = {"HAS_SCALE": inv_scale is not None}
     item = dtype.itemsize
-    _measure(
+    launch = _measure if norm_type in (1.0, 2.0, math.inf) else _measure_any_power
+    launch(
         grid,
         device,
         (
@@ -470,7 +350,7 @@ def measure_chunks(
         },
     )
     if not one_segment:
-        _reduce_segments(
+        reduce_segments(
             n_segments,
             device,
             (table.starts, partials, summary, segment_counts, scale, n_segments),

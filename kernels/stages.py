@@ -1,8 +1,9 @@
-"""The three stages that have kernels, with the signatures and results of `fastguard.reference`.
+"""The stages that have kernels, with the signatures and results of `fastguard.reference`.
 
     measure   chunk table -> launch 1 (a second one with several segments)    reads N bytes
     decide    launch 2, one program                                           O(S + K * W)
     apply     chunk table -> launch 3                                         nothing, or 2N bytes
+    pack      launch 4, one program: the record of the step                   O(S + K)
 
 Nothing here waits for the device.
 """
@@ -22,6 +23,7 @@ from fastguard.kernels.apply import apply_chunks
 from fastguard.kernels.chunks import ChunkTable, table_of
 from fastguard.kernels.decide import decide_step
 from fastguard.kernels.measure import measure_chunks, n_programs
+from fastguard.kernels.record import record_step
 from fastguard.measure import GradStats
 from fastguard.reduce import Signals
 from fastguard.rules import GRAD_NORM, Rule, SpikeRule, Threshold
@@ -131,6 +133,32 @@ def apply(bucket: GradBucket, multiplier: Tensor, clean: Tensor) -> None:
         bucket.grads[position].copy_(buffer)
     # Autograd does not see a kernel's writes; the gradients of a run share its version counter.
     increment_version(bucket.grads if bucket.runs is None else [run.flat for run in bucket.runs])
+
+
+def pack(
+    row: Tensor,
+    stats: GradStats,
+    signals: Signals,
+    verdict: Verdict,
+    state: GuardState,
+    lr: Tensor | None,
+) -> None:
+    """The record of a step in one row: see `fastguard.reference.pack`."""
+    record_step(
+        row,
+        stats.summary.contiguous(),
+        stats.counts.contiguous(),
+        verdict.clip_coef,
+        verdict.found_inf,
+        verdict.clean,
+        verdict.reason,
+        verdict.total_norm,
+        state.counters,
+        lr,
+        signals.losses.contiguous(),
+        verdict.spikes,
+        verdict.thresholds,
+    )
 
 
 def _copy_in(table: ChunkTable, bucket: GradBucket) -> None:

@@ -1,6 +1,7 @@
 """What a step leaves behind: numbers, names, one line for the log, and no more memory than that."""
 
 import copy
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -10,7 +11,8 @@ import torch
 from fastguard import GuardedOptimizer, SpikeRule, StepRecord, Threshold
 from fastguard.decide import GuardState, Policy, decide
 from fastguard.measure import GradStats
-from fastguard.records import KEPT, Recorder, _Pending, pack, record_now
+from fastguard.packed import ROWS, Outcome
+from fastguard.records import KEPT, Recorder, record_now
 from fastguard.reduce import Signals
 
 NAN, INF = math.nan, math.inf
@@ -176,49 +178,93 @@ def test_a_record_holds_no_tensor():
     assert all(plain(getattr(record, name)) for name in StepRecord.__slots__)
 
 
-# The same record through the packed vector that leaves a GPU.
+# The same record through the ring by which it leaves a GPU.
 
 
-def arrived():
-    return SimpleNamespace(query=lambda: True, synchronize=lambda: None)
-
-
-@pytest.mark.parametrize("n_tensors", [1, 3, 12])
-@pytest.mark.parametrize("mode", ["skip", "zero", "propagate"])
-@pytest.mark.parametrize("bad", ["none", "some", "all"])
-def test_packed_and_unpacked_is_the_record_of_a_cpu(n_tensors, mode, bad):
-    counts = torch.zeros(3, n_tensors, dtype=torch.int64)
-    if bad == "some":
-        counts[:, n_tensors // 2] = torch.tensor([2, 0, 1])
-    elif bad == "all":
-        counts += torch.arange(1, n_tensors + 1) * 3
+def outcomes(counts, mode="skip", steps=3, **options):
+    """The outcomes of a few steps with these counts, decided one after the other."""
+    n_tensors = counts.shape[1]
     summary = torch.cat([torch.tensor([4.0]), counts.sum(1)]).double()[:, None]
-    names = [f"w{i}" for i in range(n_tensors)]
-    stats = GradStats(summary, counts, 2.0, names)
+    stats = GradStats(summary, counts, 2.0, [f"w{i}" for i in range(n_tensors)])
     policy = Policy(
         torch.tensor([0.5], dtype=torch.float64), mode, tuple(RULES.values()), tuple(RULES)
     )
     state = GuardState.fresh(policy, torch.device("cpu"))
     signals = Signals(torch.tensor([9.0, NAN], dtype=torch.float64), ("ce", "aux"))
-    for _ in range(3):
+    for _ in range(steps):
         verdict = decide(stats, signals, state, policy)
-        now = record_now(stats, signals, verdict, state, 0.1, policy.signals, "tag")
-        packed = pack(stats, signals, verdict, state, torch.tensor(0.1, dtype=torch.float64))
-        sent = _Pending(
-            packed, arrived(), stats.name, signals.loss_names, policy.signals, "tag"
-        ).unpack()
-        assert repr(sent) == repr(now)
+        yield Outcome(stats, signals, verdict, state, policy.signals, **options)
+
+
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1, dtype=torch.float64)], ids=type)
+@pytest.mark.parametrize("n_tensors", [1, 3, 12])
+@pytest.mark.parametrize("mode", ["skip", "zero", "propagate"])
+@pytest.mark.parametrize("bad", ["none", "some", "all"])
+def test_a_record_by_way_of_the_ring_is_that_of_a_cpu(n_tensors, mode, bad, lr):
+    counts = torch.zeros(3, n_tensors, dtype=torch.int64)
+    if bad == "some":
+        counts[:, n_tensors // 2] = torch.tensor([2, 0, 1])
+    elif bad == "all":
+        counts += torch.arange(1, n_tensors + 1) * 3
+    recorder = Recorder()
+    for outcome in outcomes(counts, mode, lr=lr, tag="tag"):
+        recorder.send(outcome)
+        assert repr(recorder.wait()) == repr(record_now(outcome))
+
+
+def test_the_ring_turns_without_losing_a_record():
+    recorder = Recorder()
+    for outcome in outcomes(torch.zeros(3, 1, dtype=torch.int64), steps=2 * ROWS + 3):
+        recorder.send(outcome)
+    assert [r.step for r in recorder.drain()] == list(range(1, 2 * ROWS + 4))
+
+
+def test_a_step_with_more_losses_than_the_ring_was_made_for():
+    recorder = Recorder()
+    (few,) = outcomes(torch.zeros(3, 1, dtype=torch.int64), steps=1)
+    losses = torch.arange(5, dtype=torch.float64)
+    many = dataclasses.replace(few, signals=Signals(losses, tuple("abcde")))
+    for outcome in (few, many, few):
+        recorder.send(outcome)
+    recorder.wait()
+    assert [len(r.losses) for r in recorder.drain()] == [2, 5, 2]
+
+
+class SlowArrival:
+    """Stands in for an event of a device that has not finished."""
+
+    def __init__(self):
+        self.waited = 0
+
+    def is_here(self):
+        return bool(self.waited)
+
+    def wait(self):
+        self.waited += 1
 
 
 def test_what_the_device_has_not_finished_is_waited_for_only_when_asked():
-    record = StepRecord(1, 1.0, 1.0, "applied")
-    recorder, done = Recorder(), []
-    event = SimpleNamespace(query=lambda: bool(done), synchronize=lambda: done.append(1))
-    recorder._pending.append(SimpleNamespace(arrived=event, unpack=lambda: record))
+    record, arrival = StepRecord(1, 1.0, 1.0, "applied"), SlowArrival()
+    recorder = Recorder()
+    recorder._pending.append(SimpleNamespace(arrival=arrival, record=lambda: record))
     assert recorder.drain() == []
-    assert not done
+    assert not arrival.waited
     assert recorder.wait() is record
     assert recorder.drain() == [record]
+
+
+def test_a_device_that_falls_a_whole_ring_behind_is_waited_for():
+    recorder, arrivals = Recorder(), []
+    (outcome,) = outcomes(torch.zeros(3, 1, dtype=torch.int64), steps=1)
+    for i in range(ROWS):
+        arrivals.append(SlowArrival())
+        record = StepRecord(i, 1.0, 1.0, "applied")
+        recorder._pending.append(
+            SimpleNamespace(arrival=arrivals[-1], record=lambda record=record: record)
+        )
+    recorder.send(outcome)
+    assert [a.waited for a in arrivals] == [1] + [0] * (ROWS - 1)
+    assert [r.step for r in recorder.drain()] == [0]
 
 
 def test_forgetting_the_last_record_keeps_those_not_yet_fetched():

@@ -12,7 +12,8 @@ import pytest
 TARGETS = ["80", "90", "100", "gfx90a", "gfx942"]
 SUPPORT = Path(__file__).parents[1] / "support"
 MAX_REGISTERS = 80  # three programs of 256 threads a multiprocessor
-MAX_DECIDE_REGISTERS = 255  # one warp in all
+MAX_ANY_POWER_REGISTERS = 160  # logarithms bound it: one program a multiprocessor will do
+MAX_LONE_REGISTERS = 255  # one warp in all
 # (kernel, target, triton): spill instructions outside the main loop, two for each chunk of 65536.
 KNOWN_SPILLS = {("measure bf16 p=2", 100, "3.6.0"): 2}
 MAX_INSTRUCTIONS = {  # of the main loop, for each 16 bytes read; the budget of sm_90 is about 99
@@ -58,7 +59,11 @@ def test_machine_code(target, capsys):
         print(f"\ntriton {rows[0]['triton']}\n{table(rows)}")
     for row in rows:
         name = row["kernel"]
-        ceiling = MAX_DECIDE_REGISTERS if name.startswith("decide") else MAX_REGISTERS
+        ceiling = MAX_REGISTERS
+        if name.startswith(("decide", "record")):
+            ceiling = MAX_LONE_REGISTERS
+        elif "p=3" in name:
+            ceiling = MAX_ANY_POWER_REGISTERS
         assert row["spills"] <= KNOWN_SPILLS.get((name, row["target"], row["triton"]), 0), row
         assert row["registers"] <= ceiling, row
         if not name.startswith(("measure", "apply")):
@@ -66,6 +71,6 @@ def test_machine_code(target, capsys):
         assert row["loads"] >= 4, row  # in flight, 128 bits each
         if name.startswith("apply"):
             assert row["stores"] >= 4, row
-        if not target.startswith("gfx"):
+        if not target.startswith("gfx") and "p=3" not in name:
             assert row["narrow_loads"] == row["narrow_stores"] == row["loop_spills"] == 0, row
             assert row["instructions"] <= MAX_INSTRUCTIONS[" ".join(name.split()[:2])], row

@@ -122,7 +122,7 @@ def read_rocm(kernel) -> dict:
 
 def variants():
     """`(name, launcher, signature, constants)` of what is compiled."""
-    from fastguard.kernels import apply, decide, measure
+    from fastguard.kernels import apply, decide, measure, record, summary
 
     table = {"chunks_ptr": "*i64", "pieces_ptr": "*i64"}
     walk = {
@@ -135,7 +135,7 @@ def variants():
         "inv_scale_ptr": "*fp32",
         **dict.fromkeys(("n_chunks", "n_segments", "n_tensors"), "i32"),
     }
-    reduce_size = {"REDUCE_SIZE": measure.REDUCE_SIZE}
+    reduce_size = {"REDUCE_SIZE": summary.REDUCE_SIZE}
 
     def measured(dtype, p=2.0, group=None, one=True):
         item = ITEM_SIZE[dtype]
@@ -153,7 +153,8 @@ def variants():
             **reduce_size,
         }
         many = "" if one else ", many segments"
-        return f"measure {name}{many}", measure._measure, walk, constants
+        launcher = measure._measure_any_power if p == 3.0 else measure._measure
+        return f"measure {name}{many}", launcher, walk, constants
 
     for dtype in TYPES:
         yield measured(dtype)
@@ -161,9 +162,10 @@ def variants():
     yield measured("fp32", p=float("inf"))
     yield measured("bf16", p=float("inf"))
     yield measured("fp32", p=1.0)
+    yield measured("fp32", p=3.0)
     yield measured("fp32", group=4)
     yield measured("bf16", group=8)
-    summary = {
+    columns = {
         "segment_starts_ptr": "*i64",
         "partials_ptr": "*fp64",
         "summary_ptr": "*fp64",
@@ -172,7 +174,7 @@ def variants():
         "n_segments": "i32",
     }
     norm = {"P": 3.0, "INF_NORM": False, "HAS_SCALE": True}
-    yield "reduce segments", measure._reduce_segments, summary, {**norm, **reduce_size}
+    yield "reduce segments", summary.reduce_segments, columns, {**norm, **reduce_size}
     scaling = {**table, "multiplier_ptr": "*fp64", "clean_ptr": "*fp32", "n_chunks": "i32"}
     for dtype, item in ITEM_SIZE.items():
         shape = {"BLOCK_SIZE": measure.BLOCK_BYTES // item, "VEC": 16 // item}
@@ -204,6 +206,17 @@ def variants():
             "BLOCK_SIZE": segments,
         }
         yield f"decide, {rules} rules", decide._decide, verdict, constants
+    row = {name: "*fp64" for name in record.record_kernel.arg_names if name.endswith("_ptr")}
+    row |= {
+        "counts_ptr": "*i64",
+        "found_inf_ptr": "*fp32",
+        "clean_ptr": "*fp32",
+        "reason_ptr": "*i64",
+        "counters_ptr": "*i64",
+        "spikes_ptr": "*u8",
+        **dict.fromkeys(("n_segments", "n_tensors", "n_losses", "n_rules"), "i32"),
+    }
+    yield "record", record._record, row, {"BLOCK_SIZE": 128}
 
 
 def _torch_dtype(name: str):

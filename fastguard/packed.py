@@ -1,0 +1,167 @@
+"""A step's record as one row of float64: how it travels from a device.
+
+    total_norm, clip_coef, skipped, cleaned, reason, step, consecutive skips,
+    NaN, +Inf, -Inf, lr,
+    how many culprits, (index, NaN, +Inf, -Inf) of the first 8,
+    L losses, K spikes, K thresholds
+
+Rows lie in a ring on the device, and each is sent to a ring of pinned memory behind an event:
+nobody waits for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastguard import backend
+from fastguard.decide import GuardState, Reason, Verdict
+from fastguard.errors import NAMED_CULPRITS
+from fastguard.measure import GradStats
+from fastguard.reduce import Signals
+
+HEAD = 11  # numbers before the culprits
+CULPRIT = 4  # index, NaN, +Inf, -Inf
+ROWS = 64  # of the ring: how many steps a device may be behind the host
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A decided step: what its record is made from.
+
+    Attributes:
+        stats, signals, verdict, state: Of the four stages; `state` after the step.
+        signal_names: The signal that each rule judges.
+        lr: Of the first param group, a number or a tensor.
+        tag: What the caller gave to find the batch again.
+    """
+
+    stats: GradStats
+    signals: Signals
+    verdict: Verdict
+    state: GuardState
+    signal_names: tuple[str, ...] = ()
+    lr: Any = float("nan")
+    tag: Any = None
+
+    @property
+    def width(self) -> int:
+        """How many numbers its row has."""
+        table = 1 + NAMED_CULPRITS * CULPRIT
+        return HEAD + table + len(self.signals.losses) + 2 * len(self.verdict.thresholds)
+
+    @property
+    def lr_on_device(self) -> Tensor | None:
+        """The learning rate, if it is a tensor where the stats are; None: the host can tell it."""
+        on_device = isinstance(self.lr, Tensor) and self.lr.device == self.stats.summary.device
+        return self.lr.double() if on_device else None
+
+
+def pack(outcome: Outcome, row: Tensor) -> None:
+    """Writes the row of a step, float64 `(width,)`. Nothing waits for a GPU."""
+    backend.stages(row.device).pack(
+        row,
+        outcome.stats,
+        outcome.signals,
+        outcome.verdict,
+        outcome.state,
+        outcome.lr_on_device,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What a packed record says, in plain Python values."""
+
+    total_norm: float
+    clip_coef: float
+    skipped: bool
+    cleaned: bool
+    reason: Reason
+    step: int
+    consecutive_skips: int
+    nan: int
+    posinf: int
+    neginf: int
+    lr: float
+    n_culprits: int
+    culprits: list[tuple[int, int, int, int]]
+    losses: list[float]
+    spikes: list[bool]
+    thresholds: list[float]
+
+
+def unpack(row: Tensor, n_losses: int) -> Row:
+    """Reads a row on the host."""
+    values = row.tolist()
+    norm, coef, skipped, cleaned, reason, *counts, lr = values[:HEAD]
+    n_culprits, at = int(values[HEAD]), HEAD + 1
+    culprits = [
+        tuple(map(int, values[at + CULPRIT * k : at + CULPRIT * (k + 1)]))
+        for k in range(min(n_culprits, NAMED_CULPRITS))
+    ]
+    at += CULPRIT * NAMED_CULPRITS
+    losses, rules = values[at : at + n_losses], values[at + n_losses :]
+    n_rules = len(rules) // 2
+    return Row(
+        norm,
+        coef,
+        bool(skipped),
+        bool(cleaned),
+        Reason(int(reason)),
+        *map(int, counts),
+        lr,
+        n_culprits,
+        culprits,  # type: ignore[arg-type]
+        losses,
+        list(map(bool, rules[:n_rules])),
+        rules[n_rules:],
+    )
+
+
+class Ring:
+    """The rows of the last `ROWS` steps on a device, and where they arrive on the host.
+
+    Made once: a step allocates nothing. A row is used again after `ROWS` steps, so what was sent
+    must have been read by then.
+    """
+
+    def __init__(self, device: torch.device, width: int) -> None:
+        self.width = width
+        on_gpu = device.type == "cuda"
+        self._rows = torch.empty(ROWS, width, dtype=torch.float64, device=device)
+        self._host = torch.empty(ROWS, width, dtype=torch.float64, device="cpu", pin_memory=on_gpu)
+        self._events = [torch.cuda.Event() if on_gpu else None for _ in range(ROWS)]
+        self._next = 0
+
+    def send(self, outcome: Outcome) -> Arrival:
+        """Packs a step and starts its way to the host. Never waits."""
+        k = self._next
+        self._next = (k + 1) % ROWS
+        row, host = self._rows[k, : outcome.width], self._host[k, : outcome.width]
+        pack(outcome, row)
+        host.copy_(row, non_blocking=True)
+        event = self._events[k]
+        if event is not None:
+            event.record()
+        return Arrival(host, event)
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A row on its way to the host."""
+
+    row: Tensor
+    event: torch.cuda.Event | None
+
+    def is_here(self) -> bool:
+        """Whether the row can be read now."""
+        return self.event is None or self.event.query()
+
+    def wait(self) -> None:
+        """Waits until it can."""
+        if self.event is not None:
+            self.event.synchronize()

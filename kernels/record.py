@@ -1,0 +1,175 @@
+"""Launch 4, record: everything that a step's record needs from the device, in one float64 row.
+
+I/O: a few numbers of the verdict; the counts of all tensors only if one of them is bad. One
+program. The same in PyTorch takes 25 operations of one number each: 25 launches.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastguard.kernels.launch import Launcher
+
+# The row: `fastguard.packed`.
+HEAD = tl.constexpr(11)
+CULPRITS = tl.constexpr(8)
+CULPRIT = tl.constexpr(4)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "row_ptr", "summary_ptr", "counts_ptr", "coef_ptr", "found_inf_ptr", "clean_ptr",
+        "reason_ptr", "total_norm_ptr", "counters_ptr", "lr_ptr", "losses_ptr", "spikes_ptr",
+        "thresholds_ptr", "n_segments", "n_tensors", "n_losses", "n_rules",
+    ]
+)  # fmt: skip
+def record_kernel(
+    row_ptr,  # float64, written
+    summary_ptr,  # float64 (4, n_segments)
+    counts_ptr,  # int64 (3, n_tensors)
+    coef_ptr,  # float64 (n_segments,)
+    found_inf_ptr,  # float32
+    clean_ptr,  # float32
+    reason_ptr,  # int64
+    total_norm_ptr,  # float64
+    counters_ptr,  # int64 (4,)
+    lr_ptr,  # float64 (1,)
+    losses_ptr,  # float64 (n_losses,)
+    spikes_ptr,  # uint8 (n_rules,)
+    thresholds_ptr,  # float64 (n_rules,)
+    n_segments,
+    n_tensors,
+    n_losses,
+    n_rules,
+    BLOCK_SIZE: tl.constexpr,
+):
+    INF: tl.constexpr = float("inf")
+    lanes = tl.arange(0, BLOCK_SIZE)
+
+    smallest = tl.full((BLOCK_SIZE,), INF, tl.float64)
+    any_nan = tl.zeros((BLOCK_SIZE,), dtype=tl.int32)
+    nan = tl.zeros((BLOCK_SIZE,), dtype=tl.float64)
+    posinf = tl.zeros((BLOCK_SIZE,), dtype=tl.float64)
+    neginf = tl.zeros((BLOCK_SIZE,), dtype=tl.float64)
+    i = 0
+    while i < n_segments:
+        mask = i + lanes < n_segments
+        coef = tl.load(coef_ptr + i + lanes, mask=mask, other=INF)
+        any_nan = tl.maximum(any_nan, (coef != coef).to(tl.int32))
+        smallest = tl.where(coef < smallest, coef, smallest)  # NaN is not smaller
+        nan += tl.load(summary_ptr + n_segments + i + lanes, mask=mask, other=0.0)
+        posinf += tl.load(summary_ptr + 2 * n_segments + i + lanes, mask=mask, other=0.0)
+        neginf += tl.load(summary_ptr + 3 * n_segments + i + lanes, mask=mask, other=0.0)
+        i += BLOCK_SIZE
+    coef = tl.min(smallest, axis=0)
+    coef = tl.where(tl.max(any_nan, axis=0) > 0, float("nan"), coef)
+    n_nan, n_posinf, n_neginf = tl.sum(nan, axis=0), tl.sum(posinf, axis=0), tl.sum(neginf, axis=0)
+
+    tl.store(row_ptr, tl.load(total_norm_ptr))
+    tl.store(row_ptr + 1, coef)
+    tl.store(row_ptr + 2, tl.load(found_inf_ptr).to(tl.float64))
+    tl.store(row_ptr + 3, tl.load(clean_ptr).to(tl.float64))
+    tl.store(row_ptr + 4, tl.load(reason_ptr).to(tl.float64))
+    tl.store(row_ptr + 5, tl.load(counters_ptr).to(tl.float64))
+    tl.store(row_ptr + 6, tl.load(counters_ptr + 3).to(tl.float64))
+    tl.store(row_ptr + 7, n_nan)
+    tl.store(row_ptr + 8, n_posinf)
+    tl.store(row_ptr + 9, n_neginf)
+    tl.store(row_ptr + 10, tl.load(lr_ptr))
+
+    table_ptr = row_ptr + HEAD + 1
+    found = tl.zeros((), dtype=tl.int32)
+    i = 0
+    if n_nan + n_posinf + n_neginf == 0.0:
+        i = n_tensors  # nothing to look for
+    while i < n_tensors:
+        mask = i + lanes < n_tensors
+        nan_of = tl.load(counts_ptr + i + lanes, mask=mask, other=0)
+        posinf_of = tl.load(counts_ptr + n_tensors + i + lanes, mask=mask, other=0)
+        neginf_of = tl.load(counts_ptr + 2 * n_tensors + i + lanes, mask=mask, other=0)
+        bad = (nan_of + posinf_of + neginf_of > 0).to(tl.int32)
+        rank = found + tl.cumsum(bad, axis=0) - 1
+        named = (bad > 0) & (rank < CULPRITS)
+        at = table_ptr + rank * CULPRIT
+        tl.store(at, (i + lanes).to(tl.float64), mask=named)
+        tl.store(at + 1, nan_of.to(tl.float64), mask=named)
+        tl.store(at + 2, posinf_of.to(tl.float64), mask=named)
+        tl.store(at + 3, neginf_of.to(tl.float64), mask=named)
+        found += tl.sum(bad, axis=0)
+        i += BLOCK_SIZE
+    tl.store(row_ptr + HEAD, found.to(tl.float64))
+
+    rest_ptr = table_ptr + CULPRITS * CULPRIT
+    i = 0
+    while i < n_losses:
+        mask = i + lanes < n_losses
+        loss = tl.load(losses_ptr + i + lanes, mask=mask, other=0.0)
+        tl.store(rest_ptr + i + lanes, loss, mask=mask)
+        i += BLOCK_SIZE
+    rest_ptr += n_losses
+    i = 0
+    while i < n_rules:
+        mask = i + lanes < n_rules
+        spike = tl.load(spikes_ptr + i + lanes, mask=mask, other=0)
+        threshold = tl.load(thresholds_ptr + i + lanes, mask=mask, other=0.0)
+        tl.store(rest_ptr + i + lanes, spike.to(tl.float64), mask=mask)
+        tl.store(rest_ptr + n_rules + i + lanes, threshold, mask=mask)
+        i += BLOCK_SIZE
+
+
+_record = Launcher(record_kernel, num_warps=1)
+
+
+def record_step(
+    row: Tensor,
+    summary: Tensor,
+    counts: Tensor,
+    clip_coef: Tensor,
+    found_inf: Tensor,
+    clean: Tensor,
+    reason: Tensor,
+    total_norm: Tensor,
+    counters: Tensor,
+    lr: Tensor | None,
+    losses: Tensor,
+    spikes: Tensor,
+    thresholds: Tensor,
+) -> None:
+    """Writes the record of one step into `row`, float64, contiguous; see `fastguard.packed`.
+
+    Args:
+        row: What is written; the culprits that there are not stay as they were.
+        summary: float64 `(4, S)`, `counts` int64 `(3, T)`: see `GradStats`.
+        clip_coef, found_inf, clean, reason, total_norm, spikes, thresholds: See `Verdict`.
+        counters: int64 `(4,)`: see `GuardState`.
+        lr: float64 `()`; None: not known on the device.
+        losses: float64 `(L,)`.
+    """
+    n_rules = len(thresholds)
+    _record(
+        1,
+        row.device,
+        (
+            row,
+            summary,
+            counts,
+            clip_coef,
+            found_inf,
+            clean,
+            reason,
+            total_norm,
+            counters,
+            summary if lr is None else lr,
+            losses if len(losses) else summary,
+            spikes.view(torch.uint8) if n_rules else summary,
+            thresholds if n_rules else summary,
+            summary.shape[1],
+            counts.shape[1],
+            len(losses),
+            n_rules,
+        ),
+        {"BLOCK_SIZE": 128},
+    )
