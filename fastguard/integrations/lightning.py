@@ -4,7 +4,8 @@ Every optimizer that `configure_optimizers` returns is guarded, in automatic and
 and with every precision plugin. Lightning's clipping, by `gradient_clip_val` or `clip_gradients`,
 sets the limit that the guard applies within the step, once; schedules by step wait for a step that
 happens; what a bad batch left in running statistics is taken back; the guard's state travels in the
-checkpoint, within that of the optimizer. `fastguard.integrations.fabric` does it for Fabric.
+checkpoint, within that of the optimizer. For Fabric: `fastguard.integrations.fabric`; both have
+complete examples in docs/lightning.md.
 
 Tested with lightning 2.6.6.
 """
@@ -45,8 +46,6 @@ class GuardCallback(Callback):
 
     Attributes:
         optimizers: The guarded optimizers of the last `fit`, for their records and counters.
-
-    docs/lightning.md has a complete example.
     """
 
     def __init__(self, **options: Any) -> None:

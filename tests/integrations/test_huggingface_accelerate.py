@@ -25,14 +25,6 @@ OPTIMIZERS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state():
-    """Accelerate keeps the precision of the first accelerator of a process."""
-    yield
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate.state.GradientState._reset_state()
-
-
 def new_model():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
@@ -122,6 +114,35 @@ def test_accelerate_itself_knows_which_steps_were_skipped():
         assert run.accelerator.optimizer_step_was_skipped == run.optimizer.step_was_skipped
         skipped.append(run.optimizer.step_was_skipped)
     assert {i for i, was in enumerate(skipped) if was} == BAD
+
+
+def test_a_scaler_scales_and_the_guard_unscales():
+    """fp16 on a CPU, which Accelerate refuses to construct but can run."""
+    accelerator = accelerate.Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    accelerator.native_amp = True
+    accelerator.state._mixed_precision = "fp16"
+    model = new_model()
+    guard(accelerator, model)
+    inner = OPTIMIZERS["adamw-fused"](model.parameters())
+    schedule = torch.optim.lr_scheduler.ExponentialLR(inner, 0.5)
+    model, optimizer, schedule = accelerator.prepare(model, inner, schedule)
+    losses, norms = [], []
+    for i, x in enumerate(batches(poisoned=BAD)):
+        losses.append((model(x) - 1).square().mean())
+        accelerator.backward(losses[-1])
+        norms.append(accelerator.clip_grad_norm_(model.parameters(), 0.5).item())
+        optimizer.step()
+        assert optimizer.step_was_skipped == (i in BAD)
+        schedule.step()
+        optimizer.zero_grad()
+    records = optimizer.optimizer.records()
+    assert accelerator.scaler.get_scale() == 2.0**10 / 2 ** len(BAD)
+    assert schedule.get_last_lr() == [0.05 * 0.5 ** (STEPS - len(BAD))]
+    for i in set(range(STEPS)) - BAD:
+        assert norms[i] == pytest.approx(records[i].total_norm, rel=1e-6)
+        assert records[i].losses["loss"] == pytest.approx(losses[i].item())
+        assert records[i].total_norm < 100  # unscaled: the scale is 1024
 
 
 def test_save_state_and_load_state_carry_the_guard(tmp_path):

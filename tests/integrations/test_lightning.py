@@ -224,6 +224,27 @@ def test_the_mixed_precision_plugin_would_refuse_this_optimizer():
     assert {record.action for record in run.optimizers[0].records()} == {"clipped"}
 
 
+def test_a_scaler_scales_and_the_guard_unscales():
+    """16-mixed on a CPU, which Lightning itself offers only as a plugin."""
+    from lightning.pytorch.plugins import MixedPrecision
+
+    def run(data):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+        module = Module()
+        return trained(data, module, plugins=[plugin], gradient_clip_val=0.5), module, scaler
+
+    (ours, module, scaler), (without, *_) = run(batches(poisoned=BAD)), run(batches(left_out=BAD))
+    assert ours.optimizers[0].skipped_steps == len(BAD)
+    assert ours.lr_scheduler_configs[0].scheduler.last_epoch == STEPS - len(BAD)
+    assert scaler.get_scale() == 2.0**10 / 2 ** len(BAD)
+    assert_same_bits(final_state(ours), final_state(without))  # scales are powers of two
+    records = ours.optimizers[0].records()
+    losses = [record.losses["loss"] for record in records]
+    assert losses == pytest.approx(module.losses, rel=1e-5, nan_ok=True)
+    assert max(r.total_norm for r in records) < 100  # unscaled: the scale is 1024
+
+
 class Metrics(lightning.Callback):
     """What the callbacks of a user find after each batch."""
 
