@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import sys
 from importlib import metadata
 from typing import Any
 
@@ -31,17 +32,27 @@ FRAMEWORKS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `fastguard env`."""
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--verbose", action="store_true", help="also what cost more than it should in this process"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the environment."""
     found = environment()
+    if not args.verbose:
+        del found["diagnostics"]
     print(dumps(found, indent=2) if args.json else as_text(found))
     return 0
 
 
 def environment() -> dict[str, Any]:
-    """What this process runs on, as JSON values. Imports no optional package."""
+    """What this process runs on, as JSON values. Imports no optional package.
+
+    `"diagnostics"` counts what has cost more than it should since the process began:
+    `copied_gradients`, gradients with strides that leave holes, or that overlap another, and had to
+    be copied for a kernel. To look at a training run, call this within it.
+    """
     return {
         "versions": {
             "fastguard": fastguard.__version__,
@@ -60,6 +71,7 @@ def environment() -> dict[str, Any]:
         },
         "devices": [_describe(device) for device in _devices()],
         "frameworks": {name: _version(name) for name in FRAMEWORKS},
+        "diagnostics": _diagnostics(),
     }
 
 
@@ -75,7 +87,14 @@ def as_text(found: dict[str, Any]) -> str:
         lines.append(f"{'':<18} served by {device['backend']}{why}")
     lines.append("")
     lines += [f"{name:<18} {value or '-'}" for name, value in found["frameworks"].items()]
+    if "diagnostics" in found:
+        lines += ["", *(f"{name:<18} {n}" for name, n in found["diagnostics"].items())]
     return "\n".join(lines)
+
+
+def _diagnostics() -> dict[str, int]:
+    stages = sys.modules.get("fastguard.kernels.stages")  # not imported: no kernel has run
+    return stages.diagnostics() if stages is not None else {"copied_gradients": 0}
 
 
 def _version(*distributions: str) -> str | None:

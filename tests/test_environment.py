@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,6 +32,19 @@ def test_as_json(capsys):
     cpu = found["devices"][0]
     assert (cpu["device"], cpu["backend"]) == ("cpu", "torch")
     assert "cuda" in cpu["not_triton"]
+
+
+def test_verbose_tells_what_was_copied(capsys, monkeypatch):
+    stages = SimpleNamespace(diagnostics=lambda: {"copied_gradients": 3})
+    monkeypatch.setitem(sys.modules, "fastguard.kernels.stages", stages)
+    assert main(["env"]) == 0
+    assert "copied_gradients" not in capsys.readouterr().out
+    assert main(["env", "--verbose"]) == 0
+    assert ["copied_gradients", "3"] in [s.split() for s in capsys.readouterr().out.splitlines()]
+    assert main(["env", "--verbose", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["diagnostics"] == {"copied_gradients": 3}
+    monkeypatch.delitem(sys.modules, "fastguard.kernels.stages")
+    assert environment.environment()["diagnostics"] == {"copied_gradients": 0}
 
 
 def test_what_is_not_installed_is_listed_as_missing(monkeypatch):

@@ -8,6 +8,7 @@ import torch
 
 from fastguard import reference
 from fastguard.buckets import bucketize
+from fastguard.environment import environment
 from fastguard.kernels import measure as measure_file
 from fastguard.kernels import stages
 from guardtest.tolerances import MEASURED_RTOL, NORM_RTOL
@@ -196,6 +197,7 @@ def test_strided_gradients_are_copied_and_counted():
     assert stages.diagnostics()["copied_gradients"] == before  # one block of memory as it is
     check([x[:, ::2], torch.ones(1).expand(4, 5)])
     assert stages.diagnostics()["copied_gradients"] == before + 2
+    assert environment()["diagnostics"] == stages.diagnostics()
 
 
 def test_the_same_gradient_twice_counts_twice():
