@@ -40,6 +40,7 @@ SETTINGS = {
     "mosaic": 0.0,
     "scale": 0.0,
     "translate": 0.0,
+    "save_period": 1,  # last.pt loses its optimizer at the end, these do not
     "device": "cpu",
     "plots": False,
     "verbose": False,
@@ -51,7 +52,8 @@ def run(folder: Path, guarded: bool) -> Outcome:
 
     Facts: `epochs`, every epoch that was begun; `error`, what the trainer raised; `weights`,
     `statistics` (of BatchNorm), `ema`, `momenta` (of SGD), whether they are finite at the end;
-    `lr` and `momentum` of the param groups at each step that was taken, by name of the group.
+    `ema_updates`; `lr` and `momentum` of the param groups at each step that was taken, by name of
+    the group.
     """
     from ultralytics import YOLO
 
@@ -116,6 +118,7 @@ class Watch:
             "weights": _finite(model.parameters()),
             "statistics": _finite(model.buffers()),
             "ema": _finite(self.trainer.ema.ema.state_dict().values()),
+            "ema_updates": self.trainer.ema.updates,
             "momenta": _finite(state["momentum_buffer"] for state in states),
             "lr": self.lr,
             "momentum": self.momentum,

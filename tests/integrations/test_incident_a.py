@@ -1,0 +1,165 @@
+"""A. The detector that met NaN in epoch 3: first the damage, then the same run under guard."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+
+from fastguard import GuardedOptimizer, read_records
+from fastguard.cli import main
+from fastguard.incidents import detector
+from fastguard.incidents.detector import BATCHES, FAULTS
+from fastguard.integrations import ultralytics_callbacks
+from guardtest import require
+
+require("ultralytics")
+for package in ("rich", "matplotlib"):
+    require(package)
+BAD = [BATCHES * (epoch - 1) + batch for epoch, batch in FAULTS]  # steps, from 1
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory):
+    """`fastguard demo --incident A`: its folder, and the outcomes that it saw on the way."""
+    folder, outcomes = tmp_path_factory.mktemp("incident"), []
+
+    def run(*args, **kwargs):
+        outcomes.append(play(*args, **kwargs))
+        return outcomes[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        play = detector.run
+        patch.setattr(detector, "run", run)
+        assert main(["demo", "--incident", "A", "--out", str(folder)]) == 0
+    return folder, *outcomes
+
+
+@pytest.fixture
+def folder(played):
+    return played[0]
+
+
+@pytest.fixture
+def as_it_was(played):
+    return played[1]
+
+
+@pytest.fixture
+def guarded(played):
+    return played[2]
+
+
+# As it was.
+
+
+def test_two_batches_cost_the_run(as_it_was):
+    facts = as_it_was.facts
+    assert not as_it_was.survived
+    assert not any(facts[part] for part in ("weights", "statistics", "ema", "momenta"))
+    assert facts["epochs"] == (1, 2, 3, 3, 3, 3)  # the trainer's recovery meets the same batches
+    assert "NaN persisted" in facts["error"]
+
+
+def test_every_loss_after_the_first_bad_batch_is_nan(as_it_was):
+    first = BAD[0]
+    assert all(map(math.isfinite, as_it_was.losses[: first - 1]))
+    assert not any(map(math.isfinite, as_it_was.losses[first - 1 : 3 * BATCHES]))
+
+
+# Under guard.
+
+
+def test_the_run_ends_as_it_should(guarded):
+    facts = guarded.facts
+    assert guarded.survived
+    assert (facts["error"], facts["epochs"]) == (None, (1, 2, 3, 4))
+    assert all(facts[part] for part in ("weights", "statistics", "ema", "momenta"))
+    assert facts["ema_updates"] == 4 * BATCHES - len(BAD)
+    assert [i for i, v in enumerate(guarded.losses, 1) if not math.isfinite(v)] == BAD
+
+
+def test_the_trainers_own_log_has_no_nan(folder):
+    header, *rows = (folder / "guarded" / "run" / "results.csv").read_text().splitlines()
+    assert len(rows) == 4
+    assert all(math.isfinite(float(v)) for row in rows for v in row.split(","))
+
+
+def test_both_runs_are_one_until_the_first_bad_batch(as_it_was, guarded):
+    assert guarded.losses[: BAD[0] - 1] == as_it_was.losses[: BAD[0] - 1]
+
+
+def test_the_records_name_batch_loss_part_parameter_and_image(guarded, folder):
+    overflow, pixel = (r for r in guarded.records if r.action == "skipped")
+    assert [(r.tag["epoch"], r.tag["batch"]) for r in (overflow, pixel)] == list(FAULTS)
+    assert [k for k, v in overflow.losses.items() if math.isnan(v)] == ["cls_loss"]
+    assert all(map(math.isnan, pixel.losses.values()))
+    assert overflow.culprits[0][0] == "model.0.conv.weight"
+    assert overflow.n_culprits < pixel.n_culprits  # the box branch was clean
+    assert all(name.startswith(str(folder)) for name in pixel.tag["images"])
+    assert [repr(r) for r in read_records(folder / "records.jsonl")] == list(
+        map(repr, guarded.records)
+    )
+
+
+def test_groups_warm_up_on_their_own_and_momentum_too(guarded):
+    lr, momentum = guarded.facts["lr"], guarded.facts["momentum"]
+    bias = [rates["bias"] for rates in lr[:BATCHES]]
+    weight = [rates["weight"] for rates in lr[:BATCHES]]
+    assert (bias[0], weight[0], momentum[0]["weight"]) == (0.05, 0.0, 0.8)
+    assert bias == sorted(bias, reverse=True) and weight == sorted(weight)
+    assert momentum[BATCHES]["weight"] == 0.937
+
+
+def test_the_learning_rate_backs_off_and_comes_back(guarded):
+    rates = {record.step: record.lr for record in guarded.records}
+    first, second = BAD
+    after = [rates[first + n] / rates[first] for n in (1, 20, 21)]
+    assert after == pytest.approx([0.5, 0.5, 1.0])
+    assert rates[second + 1] == rates[second] / 2
+    fourth_epoch = 3 * BATCHES
+    assert rates[fourth_epoch + 1] * 2 == pytest.approx(rates[fourth_epoch + BATCHES])
+
+
+def test_checkpoints_are_clean(folder, capsys):
+    files = sorted((folder / "guarded" / "run" / "weights").glob("*.pt"))
+    assert {file.name for file in files} >= {"last.pt", "best.pt", "epoch2.pt"}
+    assert main(["ckpt", "verify", *map(str, files)]) == 0
+    assert capsys.readouterr().out.count("all finite") == len(files)
+
+
+def test_what_had_to_be_grepped_is_one_command(folder, capsys):
+    assert main(["monitor", "--once", str(folder / "guarded" / "run")]) == 1
+    printed = capsys.readouterr().out
+    assert "2 incidents" in printed and "cls_loss=nan" in printed
+    for epoch, batch in FAULTS:
+        assert f"'epoch': {epoch}, 'batch': {batch}" in printed
+
+
+def test_the_picture_is_there(folder):
+    assert (folder / "incident.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+# Each mechanism is needed: without it, the run does not end as it should.
+
+
+def test_without_skipping_the_weights_are_lost(monkeypatch, tmp_path):
+    applying = functools.partial(GuardedOptimizer, nonfinite="propagate")
+    monkeypatch.setattr(ultralytics_callbacks, "GuardedOptimizer", applying)
+    outcome = detector.run(tmp_path, guarded=True)
+    assert not outcome.survived and not outcome.facts["weights"]
+
+
+def test_without_care_for_batchnorm_the_averages_are_lost(monkeypatch, tmp_path):
+    monkeypatch.setattr(ultralytics_callbacks.RunningStatistics, "follow", lambda *_: None)
+    outcome = detector.run(tmp_path, guarded=True)
+    assert outcome.facts["weights"]
+    assert not outcome.survived and not outcome.facts["statistics"] and not outcome.facts["ema"]
+
+
+def test_without_backoff_the_learning_rate_stays(monkeypatch, tmp_path):
+    monkeypatch.setattr(detector, "BACKOFF", {})
+    monkeypatch.setitem(detector.SETTINGS, "epochs", 3)
+    rates = {r.step: r.lr for r in detector.run(tmp_path, guarded=True).records}
+    assert rates[BAD[0] + 1] == rates[BAD[0]]
