@@ -1,0 +1,352 @@
+"""What goes wrong on one rank, all ranks answer alike: losses, scalers, budgets, deaths."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+import fastguard
+from fastguard import GuardedOptimizer, NonFiniteGradError, SpikeRule, Threshold
+from fastguard.errors import TrainingDivergedError
+from guardtest.ranks import Ranks, collectives
+from guardtest.training import assert_same_bits, snapshot
+
+NAN = math.nan
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    with Ranks(2, collective_seconds=5.0) as ranks:
+        yield ranks
+
+
+def rank() -> int:
+    return dist.get_rank()
+
+
+def weight(*values: float) -> nn.Parameter:
+    """A parameter whose gradient holds these values."""
+    p = nn.Parameter(torch.zeros(len(values)))
+    p.grad = torch.tensor(values)
+    return p
+
+
+def sgd(*parameters: Tensor, **options: Any) -> GuardedOptimizer:
+    """Over all ranks, which hold different tensors unless the options say otherwise."""
+    options.setdefault("group", dist.group.WORLD)
+    return GuardedOptimizer(torch.optim.SGD([{"params": list(parameters)}], lr=1.0), **options)
+
+
+def same_on_all(results: list[Any]) -> Any:
+    assert all(result == results[0] for result in results), results
+    return results[0]
+
+
+# Losses.
+
+
+def mean_and_nan() -> list[Any]:
+    """The same weights on both ranks; losses 1 and 3, then NaN on one."""
+    p = weight(1.0)
+    opt = sgd(p, group=fastguard.Replicated(dist.group.WORLD))
+    opt.step(loss=torch.tensor(1.0 + 2 * rank()))
+    after_first = p.item()
+    opt.step(loss=torch.tensor(NAN if rank() == 1 else 1.0))
+    assert p.item() == after_first
+    return [(r.action, r.reason, repr(r.losses), r.culprit_rank) for r in opt.records()]
+
+
+def test_losses_are_averaged_and_one_nan_skips_everywhere(two: Ranks) -> None:
+    first, second = same_on_all(two.run(mean_and_nan))
+    assert first == ("applied", None, "{'loss': 2.0}", None)
+    assert second == ("skipped", "nonfinite_loss", "{'loss': nan}", 1)
+
+
+def losses_by_rank() -> list[dict[str, float]]:
+    """Parts that one rank alone has, in changing order, or nobody has at a step."""
+    opt = sgd(weight(1.0))
+    given = [
+        [{"seg": 1.0, "det": 4.0}, {"det": 2.0}],
+        [None, {"late": 7.0}],
+        [{"seg": 3.0}, {"late": 1.0, "seg": 5.0}],
+        [None, None],
+    ]
+    for losses in given:
+        opt.step(loss=losses[rank()])
+    return [dict(sorted(r.losses.items())) for r in opt.records()]
+
+
+def test_a_loss_need_not_be_known_to_every_rank(two: Ranks) -> None:
+    assert same_on_all(two.run(losses_by_rank)) == [
+        {"det": 3.0, "seg": 1.0},
+        {"late": 7.0},
+        {"late": 1.0, "seg": 4.0},
+        {},
+    ]
+
+
+def rule_without_the_loss() -> list[tuple[str, str | None, tuple[str, ...]]]:
+    """Only rank 1 knows the loss that the rule judges, as the last stage of a pipeline does."""
+    rules = {"ce": SpikeRule(window=8, warmup=3, sigma=3.0), "aux": Threshold(max=5.0)}
+    opt = sgd(weight(1.0), spike=rules)
+    for loss in (1.0, 1.1, 0.9, 50.0, 1.0):
+        opt.step(loss={"ce": loss, "aux": 1.0} if rank() == 1 else None)
+    return [(r.action, r.reason, r.spikes) for r in opt.records()]
+
+
+def test_a_rule_holds_on_ranks_that_never_see_its_loss(two: Ranks) -> None:
+    *_, spike, last = same_on_all(two.run(rule_without_the_loss))
+    assert spike == ("skipped", "loss_spike", ("ce",))
+    assert last[0] == "applied"
+
+
+def too_many_losses() -> str:
+    with pytest.raises(ValueError) as error:
+        sgd(weight(1.0)).step(loss={f"part {i}": 1.0 for i in range(13)})
+    return str(error.value)
+
+
+def test_there_is_room_for_twelve_losses(two: Ranks) -> None:
+    for error in two.run(too_many_losses):
+        assert "is one too many: several ranks join at most 12 losses" in error
+    two.kill()  # the names stay with the group
+
+
+def loss_without_group() -> str:
+    p = weight(1.0)
+    opt = GuardedOptimizer(torch.optim.SGD([p], lr=1.0))
+    with pytest.raises(ValueError) as error:
+        opt.step(loss=torch.tensor(1.0))
+    assert p.item() == 0.0
+    with collectives() as seen:
+        opt.step()  # without a loss, plain tensors decide by themselves
+    assert not seen and p.item() == -1.0
+    return str(error.value)
+
+
+def test_a_loss_on_one_of_several_ranks_needs_a_group(two: Ranks) -> None:
+    for error in two.run(loss_without_group):
+        assert "group=fastguard.Replicated(torch.distributed.group.WORLD)" in error
+
+
+# Loss scalers.
+
+
+def scaled_steps(spread: str, scaler_type: str, unscale: bool, bad: dict[int, tuple[int, ...]]):
+    """Scales and weights; `bad` says which ranks overflow at which step."""
+    if spread == "stages":
+        p = nn.Parameter(torch.zeros(3))
+        mine: Tensor = p
+        group: Any = dist.group.WORLD
+    else:
+        mesh = init_device_mesh("cpu", (2,))
+        p = nn.Parameter(distribute_tensor(torch.zeros(6), mesh, [Shard(0)]))
+        group = None
+    opt = GuardedOptimizer(torch.optim.AdamW([p], lr=0.1, fused=True), group=group)
+    kind = torch.amp.GradScaler if scaler_type == "plain" else ShardedGradScaler
+    scaler = kind("cpu", init_scale=2.0**10, growth_interval=2)
+    scales = []
+    for step in range(6):
+        opt.zero_grad()
+        scaler.scale((p * (rank() + 1.0 + step)).sum()).backward()
+        local = p.grad._local_tensor if isinstance(p.grad, DTensor) else p.grad
+        if rank() in bad.get(step, ()):
+            local[0] = math.inf
+        before = snapshot(opt)
+        if unscale:
+            scaler.unscale_(opt)
+        scaler.step(opt)
+        scaler.update()
+        scales.append(scaler.get_scale())
+        mine = p.detach()._local_tensor if isinstance(p, DTensor) else p.detach()
+        assert mine.isfinite().all()
+        if step in bad and step:
+            assert_same_bits(local_only(snapshot(opt)), local_only(before))
+    return scales, [r.action for r in opt.records()], mine.isfinite().all().item()
+
+
+def local_only(state: dict[str, Any]) -> dict[str, Any]:
+    return {k: v._local_tensor if isinstance(v, DTensor) else v for k, v in state.items()}
+
+
+BAD = {1: (0,), 3: (0, 1), 4: (1,)}  # two bad ranks at once: the sum of found_inf is 2
+
+
+@pytest.mark.parametrize("unscale", [False, True], ids=["", "unscale_"])
+@pytest.mark.parametrize("scaler", ["plain", "sharded"])
+@pytest.mark.parametrize("spread", ["stages", "shards"])
+def test_scales_stay_equal_and_nothing_is_corrupted(
+    two: Ranks, spread: str, scaler: str, unscale: bool
+) -> None:
+    scales, actions, _ = same_on_all(two.run(scaled_steps, spread, scaler, unscale, BAD))
+    expected, scale, good = [], 2.0**10, 0
+    for step in range(6):
+        good = 0 if step in BAD else good + 1
+        scale *= 0.5 if step in BAD else 2.0 if good == 2 else 1.0
+        good %= 2
+        expected.append(scale)
+    assert scales == expected
+    assert actions == ["skipped" if step in BAD else "applied" for step in range(6)]
+
+
+def scaler_without_gradients() -> tuple[float, list[str]]:
+    """A rank whose parameters got no gradient at this step has nothing for its scaler to check."""
+    p = nn.Parameter(torch.zeros(2))
+    opt = sgd(p)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    loss = scaler.scale((p * torch.tensor([1.0, math.inf])).sum())
+    if rank() == 0:
+        loss.backward()
+    scaler.step(opt)
+    scaler.update()
+    return scaler.get_scale(), [r.action for r in opt.records()]
+
+
+def test_a_rank_without_gradients_follows_the_scale_of_the_others(two: Ranks) -> None:
+    assert same_on_all(two.run(scaler_without_gradients)) == (4.0, ["skipped"])
+
+
+# Errors, budgets, deaths.
+
+
+def raise_mode(clip_value: float | None) -> str:
+    p = weight(3.0, NAN if rank() == 1 else 4.0)
+    group = {"params": [p]} | ({} if clip_value is None else {"clip_value": clip_value})
+    opt = GuardedOptimizer(
+        torch.optim.SGD([group], lr=1.0), nonfinite="raise", group=dist.group.WORLD
+    )
+    with pytest.raises(NonFiniteGradError) as error:
+        opt.step(loss=1.0)
+    assert p.grad[0] == 3.0 and p.tolist() == [0.0, 0.0]
+    return str(error.value)
+
+
+@pytest.mark.parametrize("clip_value", [None, 0.5])
+def test_all_ranks_raise_before_anything_is_changed(two: Ranks, clip_value: float | None) -> None:
+    other, culprit = two.run(raise_mode, clip_value)
+    assert "in parameter 0 (1 NaN)" in culprit
+    assert "in parameters of rank 1" in other
+
+
+def clipped_by_value() -> tuple[list[float], float]:
+    mesh = init_device_mesh("cpu", (2,))
+    p = nn.Parameter(distribute_tensor(torch.zeros(4), mesh, [Shard(0)]))
+    p.grad = distribute_tensor(torch.tensor([3.0, -0.25, -3.0, 0.25]), mesh, [Shard(0)])
+    opt = GuardedOptimizer(torch.optim.SGD([{"params": [p], "clip_value": 0.5}], lr=1.0))
+    opt.step()
+    return p.full_tensor().tolist(), opt.records()[0].total_norm
+
+
+def test_elements_of_shards_are_clamped(two: Ranks) -> None:
+    weights, norm = same_on_all(two.run(clipped_by_value))
+    assert weights == [-0.5, 0.25, 0.5, -0.25]
+    assert norm == pytest.approx(math.sqrt(0.625))
+
+
+def diverges() -> tuple[int, str]:
+    p = weight(NAN if rank() == 0 else 1.0)
+    opt = sgd(p, max_consecutive_skips=2)
+    for step in range(1, 9):
+        try:
+            opt.step()
+        except TrainingDivergedError as error:
+            return step, str(error)
+    raise AssertionError("nothing was raised")
+
+
+def test_the_skip_budget_ends_on_every_rank_at_the_same_step(two: Ranks) -> None:
+    (first, here), (second, there) = two.run(diverges)
+    assert first == second == 3
+    assert "parameter 0 (1 NaN)" in here
+    assert "parameters of another rank; on rank 0" in there
+
+
+def bad_gradient_before_all_reduce() -> list[Any]:
+    """DDP spreads a NaN to every rank: then no rank is the culprit, and it is said how many."""
+    model = nn.parallel.DistributedDataParallel(nn.Linear(2, 1))
+    opt = GuardedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=1.0), group=fastguard.Replicated(dist.group.WORLD)
+    )
+    x = torch.tensor([[NAN if rank() == 1 else 1.0, 1.0]])
+    model(x).sum().backward()
+    opt.step()
+    (record,) = opt.records()
+    return [record.culprit_rank, record.culprit_ranks, record.nan, "on 2 ranks;" in str(record)]
+
+
+def test_a_nan_that_ddp_has_spread_is_of_no_one_rank(two: Ranks) -> None:
+    assert same_on_all(two.run(bad_gradient_before_all_reduce)) == [None, 2, 1, True]
+
+
+def die_before_step() -> None:
+    model = fully_shard(nn.Linear(4, 4))
+    opt = GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), max_norm=1.0)
+    for step in range(3):
+        model(torch.ones(2, 4)).sum().backward()
+        if step == 1 and rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        opt.step()
+        opt.zero_grad()
+
+
+def test_a_death_ends_the_others_with_torchs_own_error(two: Ranks) -> None:
+    start = time.monotonic()
+    survivor, dead = two.outcomes(die_before_step)
+    assert time.monotonic() - start < 30
+    assert dead.exitcode == -signal.SIGKILL
+    assert survivor.error is not None and "gloo" in survivor.error.lower()
+    assert "fastguard/reduce.py" in survivor.error  # in the collective, not before or after it
+
+
+# One rank of several, alone.
+
+
+def meshes_of_one() -> tuple[list[Any], float]:
+    """DTensors over a mesh of this rank alone: nothing to exchange."""
+    meshes = [dist.device_mesh.DeviceMesh("cpu", [0]), dist.device_mesh.DeviceMesh("cpu", [1])]
+    p = nn.Parameter(distribute_tensor(torch.zeros(2), meshes[rank()], [Replicate()]))
+    p.grad = distribute_tensor(torch.tensor([3.0, 4.0]), meshes[rank()], [Replicate()])
+    opt = GuardedOptimizer(torch.optim.SGD([p], lr=1.0), max_norm=1.0)
+    with collectives() as seen:
+        opt.step()
+    return seen, opt.records()[0].total_norm
+
+
+def test_a_mesh_of_one_rank_exchanges_nothing(two: Ranks) -> None:
+    assert two.run(meshes_of_one) == [([], 5.0)] * 2
+
+
+def refused() -> list[str]:
+    p = weight(1.0)
+    errors = []
+    for make in (
+        lambda: sgd(p, clip_scope="tensor"),
+        lambda: sgd(p, group="world"),
+        lambda: GuardedOptimizer(torch.optim.LBFGS([p]), group=dist.group.WORLD),
+        lambda: fastguard.Replicated(None),
+    ):
+        with pytest.raises((TypeError, ValueError)) as error:
+            make()
+        errors.append(str(error.value))
+    return errors
+
+
+def test_what_has_no_meaning_over_ranks_is_refused(two: Ranks) -> None:
+    scope, kind, lbfgs, nothing = same_on_all(two.run(refused))
+    assert "clip_scope='tensor' asks for a number of each tensor" in scope
+    assert "group='world' is no process group" in kind
+    assert "LBFGS decides by the loss of one rank" in lbfgs
+    assert "group=None is no process group" in nothing
