@@ -29,6 +29,7 @@ KINDS = (
     "loss-raises",
     "loss-shape",
     "loss-detached",
+    "backward-raises",
     "foreign-optimizer",
     "lr-vanished",
     # What is computed is destroyed; what comes first causes what comes after.

@@ -1,8 +1,7 @@
 """`observe`: one step of training, forward and backward, with everything in it looked at.
 
 Whatever fails, what came before it is kept: without a loss the way back starts at the output, and
-without an output there are the activations up to the module that raised. Gradients come from
-`torch.autograd.grad`, so `.grad` and the hooks that wait for it are left alone.
+without an output there are the activations up to the module that raised.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from torch.nn.modules.module import (
 )
 
 from fastguard.diagnosis.functions import FLOAT16_MAX, FunctionWatch
+from fastguard.diagnosis.gradients import gradients_of
 from fastguard.diagnosis.subject import Subject, total_of
 from fastguard.provenance.calls import floats
 from fastguard.provenance.replay import copied, loss_parts
@@ -185,7 +185,7 @@ def _go_backward(subject: Subject, seen: Observation, result: Any, output: Any) 
         return
     trainable = {name: p for name, p in subject.parameters.items() if p.requires_grad}
     try:
-        gradients = torch.autograd.grad(total, list(trainable.values()), allow_unused=True)
+        gradients = gradients_of(total, list(trainable.values()))
     except Exception as error:
         seen.failures.append(Failure("backward", "", None, error))
         return

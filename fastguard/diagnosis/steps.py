@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastguard.clip import clip_grad_norm_
+from fastguard.diagnosis.gradients import gradients_of
 from fastguard.diagnosis.subject import Subject, total_of
 from fastguard.provenance.replay import copied
 from fastguard.snapshot import rng_state, set_rng_state
@@ -74,7 +75,7 @@ def take_steps(subject: Subject) -> RealSteps:
         total = _loss(subject)
         evaluated.append(float(total.detach()))
         leaves = list(trainable.values())
-        gradients = torch.autograd.grad(total, leaves, allow_unused=True)
+        gradients = gradients_of(total, leaves)
         for parameter, gradient in zip(leaves, gradients, strict=True):
             parameter.grad = gradient
         if subject.max_norm is not None:

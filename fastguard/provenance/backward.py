@@ -54,7 +54,7 @@ class BackwardTrace:
 
     def __init__(self, loss: Tensor) -> None:
         assert loss.grad_fn is not None
-        self._nodes = _graph(loss.grad_fn)
+        self._nodes = graph_of(loss.grad_fn)
         self._position = {node: i for i, node in enumerate(self._nodes)}
         self._births: dict[int, NodeBirth] = {}  # in the order of execution
         self._bad_edges: dict[int, list[bool]] = {}
@@ -113,7 +113,7 @@ class BackwardTrace:
         return seen
 
 
-def _graph(root: Any) -> list[Any]:
+def graph_of(root: Any) -> list[Any]:
     """Every node below this one, itself included."""
     nodes, seen, todo = [], {root}, [root]
     while todo:

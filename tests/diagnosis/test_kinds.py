@@ -344,6 +344,17 @@ def sum_reduction(sick: bool) -> Setup:
 # Backward.
 
 
+@case("backward-raises", "error", "backward", says="modified by an inplace operation")
+def backward_raises(sick: bool) -> Setup:
+    def overwrite(x: Tensor) -> Tensor:
+        y = x.clamp_max(0.0).exp()  # its derivative needs what it gave
+        if sick:
+            y += 1
+        return y
+
+    return regression(around(overwrite))
+
+
 @case("nonfinite-gradient", "error", "backward", where="1 (Between)", says="SqrtBackward0")
 def nonfinite_gradient(sick: bool) -> Setup:
     return regression(around(lambda x: ((x * 0) + (0.0 if sick else 1.0)).sqrt() + x))

@@ -24,11 +24,11 @@ def check(evidence: Evidence) -> Iterator[Finding]:
     if failure is not None:
         yield Finding(
             CHECK,
-            "not-checked",
-            "warning",
+            "backward-raises",
+            "error",
             f"the backward pass raises {failure}",
-            remedy="with activation checkpointing pass use_reentrant=False; the old kind cannot "
-            "give gradients to a caller.",
+            remedy="look for in-place changes of what the backward pass needs, and for operations "
+            "without a derivative; torch.autograd.set_detect_anomaly(True) names the line.",
         )
     if evidence.step.gradients is None:
         return

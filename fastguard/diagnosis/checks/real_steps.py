@@ -48,6 +48,8 @@ def check(evidence: Evidence) -> Iterator[Finding]:
 
 def _why_not(evidence: Evidence) -> str:
     step = evidence.step
+    if step.failed("backward"):
+        return "the backward pass raises"
     if not step.has_loss:
         return "there is no loss"
     if step.gradients is None:
