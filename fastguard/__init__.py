@@ -31,6 +31,7 @@ from fastguard.patch import unpatch_torch as unpatch_torch
 from fastguard.provenance import NonFiniteReport as NonFiniteReport
 from fastguard.provenance import explain_nonfinite as explain_nonfinite
 from fastguard.ranks.groups import Replicated as Replicated
+from fastguard.ranks.watch import RankWatch as RankWatch
 from fastguard.records import StepRecord as StepRecord
 from fastguard.rollback import Rewind as Rewind
 from fastguard.rollback import Rollback as Rollback

@@ -42,6 +42,8 @@ from fastguard.whole_step import WholeStep
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from fastguard.ranks.watch import RankWatch
+
 log = logging.getLogger("fastguard")
 
 Loss = Tensor | float | Mapping[str, Tensor | float]
@@ -90,6 +92,7 @@ class GuardedOptimizer(OptimizerAround):
     """
 
     _step_supports_amp_scaling = True  # GradScaler.step then always calls step, also on Inf
+    rank_watch: RankWatch | None = None
 
     def __init__(
         self,
@@ -195,6 +198,8 @@ class GuardedOptimizer(OptimizerAround):
         buckets = self._gather(signals)
 
         stats = measure(buckets, self.norm_type, signals.inv_scale)
+        if self.rank_watch is not None:
+            stats, signals = self.rank_watch.told(stats, signals)
         scaled = signals.found_inf is not None
         stats, signals = reduce(stats, signals, buckets.sharing, losses=True)
         if scaled and buckets.sharing is not None:

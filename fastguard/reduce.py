@@ -43,6 +43,8 @@ class Signals:
         given: bool `(L,)`: which losses some rank gave at this step; None: all, as on every CPU.
         bad_ranks: float64 `(2,)`: how many ranks hold something non-finite, and the sum of their
             numbers; None in one process.
+        born_here: float64 `()`, > 0 if gradients of this rank were bad before the ranks added
+            theirs up: see `RankWatch`. None: nobody looked; then what it holds now tells.
     """
 
     losses: Tensor
@@ -51,6 +53,7 @@ class Signals:
     found_inf: Tensor | None = None
     given: Tensor | None = None
     bad_ranks: Tensor | None = None
+    born_here: Tensor | None = None
 
     @property
     def culprit_rank(self) -> tuple[int, int | None]:
@@ -115,7 +118,7 @@ def _weighted(summary: Tensor, weights: tuple[float, ...], norm_type: float) -> 
 
 def _flags(stats: GradStats, signals: Signals, rank: int) -> tuple[Tensor, Tensor]:
     """float64 `(1,)` and `(2,)`: a scaler found something; this rank holds it, and its number."""
-    bad = stats.segment_counts.sum() > 0
+    bad = (stats.segment_counts.sum() if signals.born_here is None else signals.born_here) > 0
     if len(signals.losses):
         bad = bad | ~signals.losses.isfinite().all()  # NaN is not finite
     overflow = torch.zeros_like(bad) if signals.found_inf is None else signals.found_inf > 0

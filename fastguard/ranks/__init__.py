@@ -4,6 +4,7 @@
     dtensors     the local parts of DTensors, and making partial ones whole
     team         the ranks that take one decision, and the weight of each tensor in their sums
     loss_names   losses that not every rank gives, in the same places on all
+    watch        on which rank a bad gradient was born
 
 The collective itself is `fastguard.reduce`.
 """
