@@ -7,6 +7,7 @@ in float32, a few real steps. One that fails does not stop the others.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -81,7 +82,12 @@ def diagnose(
     subject = Subject.of(model, batch, loss_fn, optimizer, data, step, autocast)
     kept = Kept(subject)
     try:
-        with torch.enable_grad(), torch.compiler.set_stance("force_eager"), unguarded():
+        with (
+            torch.enable_grad(),
+            torch.compiler.set_stance("force_eager"),
+            unguarded(),
+            warnings.catch_warnings(action="ignore"),  # what they warn of becomes a finding
+        ):
             evidence = Evidence(subject, kept)
             findings = [f for name, check in FAMILIES.items() for f in _run(name, check, evidence)]
     finally:

@@ -7,7 +7,6 @@ without an output there are the activations up to the module that raised.
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -157,19 +156,17 @@ def observe(subject: Subject, batch: Any = None, *, backward: bool = True) -> Ob
     watch = _Watch(subject, batch)
     seen = watch.seen
     result: Any = None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what they say becomes a finding
-        try:
-            with subject.autocast, watch, watch.functions:
-                result = subject.step(subject.model, batch)
-        except Exception as error:
-            stage: Stage = "loss" if watch.output is not None else "forward"
-            seen.failures.append(Failure(stage, watch.failed_in, watch.functions.raised, error))
-        seen.result = _detached(result)
-        seen.output = _detached(watch.output)
-        seen.parts = {name: float(part) for name, part in loss_parts(seen.result).items()}
-        if backward:
-            _go_backward(subject, seen, result, watch.output)
+    try:
+        with subject.autocast, watch, watch.functions:
+            result = subject.step(subject.model, batch)
+    except Exception as error:
+        stage: Stage = "loss" if watch.output is not None else "forward"
+        seen.failures.append(Failure(stage, watch.failed_in, watch.functions.raised, error))
+    seen.result = _detached(result)
+    seen.output = _detached(watch.output)
+    seen.parts = {name: float(part) for name, part in loss_parts(seen.result).items()}
+    if backward:
+        _go_backward(subject, seen, result, watch.output)
     watch.functions.forget()
     return seen
 

@@ -502,7 +502,7 @@ def eps_dominates(sick: bool) -> Setup:
     return setup | {"optimizer": optimizer}
 
 
-@case("decayed-norms", "note", "optimizer", where="param group 0", says="3 biases")
+@case("decayed-norms", "note", "optimizer", where="param group 0", says="here 3: 1.weight")
 def decayed_norms(sick: bool) -> Setup:
     norm = nn.LayerNorm(16)
     model = nn.Sequential(nn.Linear(4, 16, bias=False), norm, nn.Linear(16, 1))

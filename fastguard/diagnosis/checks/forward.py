@@ -70,7 +70,7 @@ def _shapes(evidence: Evidence) -> Iterator[Finding]:
     places = {(a.shape, b.shape): where for where, a, b in misfits(step.output, targets)}
     for meeting in step.functions.meetings:
         yield _meeting(meeting, places.get((meeting.output, meeting.target), ""))
-    if any(meeting.result is None for meeting in step.functions.meetings):
+    if step.functions.meetings:  # the loss has met all shapes that do not fit, or raised
         return
     failed = step.failed("loss")
     for where, output, target in misfits(step.output, targets):

@@ -113,8 +113,8 @@ def _weight_decay(evidence: Evidence, group: dict[str, Any], where: str) -> Iter
             CHECK,
             "decayed-norms",
             "note",
-            f"weight decay {decay:g} also pulls {len(decayed)} biases and scales of norms to 0: "
-            f"{several(decayed)}",
+            f"weight decay {decay:g} also pulls biases and scales of norms to 0, here "
+            f"{len(decayed)}: {several(decayed)}",
             where=where,
             value=len(decayed),
             limit=0,
