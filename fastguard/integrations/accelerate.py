@@ -7,7 +7,8 @@ left in the running statistics of the model is taken back when its step is skipp
 
 Tested with accelerate 1.15.0.
 """
-# pyright: reportMissingImports=false
+# Where the framework is not installed, pyright takes `accelerate` for this very file.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ from torch.optim import Optimizer
 from fastguard.clip import get_total_norm
 from fastguard.integrations.clipping import AskedLimit, was_skipped
 from fastguard.integrations.extras import needs
+from fastguard.integrations.replicas import group_of_replicas
 from fastguard.integrations.running_statistics import RunningStatistics
 from fastguard.optimizer import GuardedOptimizer
 
@@ -61,10 +63,7 @@ class AcceleratorGuard:
         fixed: bool,
     ) -> None:
         if accelerator.distributed_type in ENGINES:
-            raise ValueError(
-                f"under {accelerator.distributed_type} an engine steps by itself, so its optimizer "
-                "cannot be guarded; use the engine's own hooks"
-            )
+            raise ValueError(f"under {accelerator.distributed_type} an engine steps by itself")
         if isinstance(getattr(accelerator.prepare_optimizer, "__self__", None), AcceleratorGuard):
             raise ValueError("this accelerator is guarded already")
         self.accelerator, self.model, self.options, self.fixed = accelerator, model, options, fixed
@@ -83,7 +82,10 @@ class AcceleratorGuard:
         model = self.model()
         if not isinstance(optimizer, GuardedOptimizer):
             names = None if model is None else model.named_parameters()
-            optimizer = GuardedOptimizer(optimizer, **{"named_parameters": names, **self.options})
+            group = group_of_replicas(self.accelerator.distributed_type.value.startswith("MULTI_"))
+            optimizer = GuardedOptimizer(
+                optimizer, **{"named_parameters": names, **group, **self.options}
+            )
         if model is not None:
             RunningStatistics(model).follow(optimizer)
         if device_placement is None:

@@ -18,11 +18,13 @@ from torch.optim import Optimizer
 from fastguard.clip import get_total_norm
 from fastguard.integrations.clipping import AskedLimit
 from fastguard.integrations.extras import needs
+from fastguard.integrations.replicas import group_of_replicas
 from fastguard.integrations.running_statistics import RunningStatistics
 from fastguard.optimizer import GuardedOptimizer
 
 with needs("lightning"):
     from lightning.fabric import Fabric
+    from lightning.fabric.strategies import DDPStrategy
 
 
 class FabricGuard:
@@ -39,7 +41,7 @@ class FabricGuard:
         if isinstance(getattr(strategy.setup_optimizer, "__self__", None), FabricGuard):
             raise ValueError("this Fabric is guarded already")
         self.strategy, self.model, self.options = strategy, model, options
-        self.limits: dict[Optimizer, AskedLimit] = {}
+        self.limits: dict[GuardedOptimizer, AskedLimit] = {}
         self._fabrics = {}
         names = ("setup_optimizer", "clip_gradients_norm", "clip_gradients_value", "backward")
         for name in names:
@@ -50,7 +52,10 @@ class FabricGuard:
         """As the strategy's own."""
         if not isinstance(optimizer, GuardedOptimizer):
             names = None if self.model is None else self.model.named_parameters()
-            optimizer = GuardedOptimizer(optimizer, **{"named_parameters": names, **self.options})
+            group = group_of_replicas(isinstance(self.strategy, DDPStrategy))
+            optimizer = GuardedOptimizer(
+                optimizer, **{"named_parameters": names, **group, **self.options}
+            )
         if self.model is not None:
             RunningStatistics(self.model).follow(optimizer)
         self.limits[optimizer] = AskedLimit(optimizer, fixed="max_norm" in self.options)
@@ -59,7 +64,7 @@ class FabricGuard:
     def clip_gradients_norm(
         self,
         module: nn.Module,
-        optimizer: Optimizer,
+        optimizer: GuardedOptimizer,
         max_norm: float,
         norm_type: float = 2.0,
         error_if_nonfinite: bool = True,
@@ -74,7 +79,7 @@ class FabricGuard:
         return get_total_norm(grads, norm_type, group=optimizer.group)
 
     def clip_gradients_value(
-        self, module: nn.Module, optimizer: Optimizer, clip_val: float
+        self, module: nn.Module, optimizer: GuardedOptimizer, clip_val: float
     ) -> None:
         """As the strategy's own, but it is the guard that clamps, in the coming step."""
         self.limits[optimizer].value(clip_val)
@@ -88,7 +93,7 @@ class FabricGuard:
                 optimizer.observe(tensor.detach())
         self._fabrics["backward"](tensor, module, *args, **kwargs)
 
-    def _unscale(self, optimizer: Optimizer) -> None:
+    def _unscale(self, optimizer: GuardedOptimizer) -> None:
         """Not through the precision plugin: it refuses an optimizer that can unscale itself."""
         scaler = getattr(self.strategy.precision, "scaler", None)
         if scaler is not None:

@@ -3,9 +3,8 @@
 Every optimizer that `configure_optimizers` returns is guarded, in automatic and manual optimization
 and with every precision plugin. Lightning's clipping, by `gradient_clip_val` or `clip_gradients`,
 sets the limit that the guard applies within the step, once; schedules by step wait for a step that
-happens; what a bad batch left in running statistics is taken back; the guard's state travels in the
-checkpoint, within that of the optimizer. For Fabric: `fastguard.integrations.fabric`; both have
-complete examples in docs/lightning.md.
+happens; running statistics forget a skipped one; the guard's state is saved with the optimizer's.
+For Fabric: `fastguard.integrations.fabric`. Complete examples of both are in docs/lightning.md.
 
 Tested with lightning 2.6.6.
 """
@@ -24,12 +23,14 @@ from torch.optim import Optimizer
 from fastguard.integrations.clipping import AskedLimit, total_norm_of, was_skipped
 from fastguard.integrations.extras import needs
 from fastguard.integrations.replaced import replaced
+from fastguard.integrations.replicas import group_of_replicas
 from fastguard.integrations.running_statistics import RunningStatistics
 from fastguard.optimizer import GuardedOptimizer
 
 with needs("lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.core.optimizer import LightningOptimizer
+    from lightning.pytorch.strategies import DDPStrategy
     from lightning.pytorch.utilities.model_helpers import is_overridden
 
 
@@ -57,9 +58,9 @@ class GuardCallback(Callback):
         self._replaced = ExitStack()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Guards the optimizers: they exist by now, and what a checkpoint holds comes later."""
-        trainer.optimizers = [self._guarded(o, trainer, pl_module) for o in trainer.optimizers]
-        self.optimizers = list(trainer.optimizers)
+        """Guards the optimizers, which exist by now; a checkpoint is loaded into them later."""
+        self.optimizers = [self._guarded(o, trainer, pl_module) for o in trainer.optimizers]
+        trainer.optimizers = list(self.optimizers)
         self._limits = [
             AskedLimit(optimizer, fixed="max_norm" in self.options) for optimizer in self.optimizers
         ]
@@ -85,9 +86,10 @@ class GuardCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
         """Shows the guard the loss of a micro-batch, if it is clear whose it is."""
-        joined = trainer.world_size == 1 or self.optimizers[0].group is not None
-        if len(self.optimizers) != 1 or not joined or loss.numel() != 1:
+        if len(self.optimizers) != 1 or loss.numel() != 1:
             return
+        if trainer.world_size > 1 and self.optimizers[0].group is None:
+            return  # losses of several ranks are joined over a group
         loss = loss.detach()
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None:
@@ -115,7 +117,7 @@ class GuardCallback(Callback):
 
     def _guarded(
         self, optimizer: Optimizer, trainer: Trainer, module: LightningModule
-    ) -> Optimizer:
+    ) -> GuardedOptimizer:
         if isinstance(optimizer, GuardedOptimizer):
             return optimizer
         limit = trainer.gradient_clip_val
@@ -123,10 +125,9 @@ class GuardCallback(Callback):
             "configure_gradient_clipping", module
         ):
             limit = None  # then Lightning says before each step what holds for it
-        names = module.named_parameters()
-        return GuardedOptimizer(
-            optimizer, **{"max_norm": limit, "named_parameters": names, **self.options}
-        )
+        group = group_of_replicas(isinstance(trainer.strategy, DDPStrategy))
+        usual = {"max_norm": limit, "named_parameters": module.named_parameters(), **group}
+        return GuardedOptimizer(optimizer, **{**usual, **self.options})
 
     def _count(self, i: int, *_: Any) -> None:
         last = self.optimizers[i].last

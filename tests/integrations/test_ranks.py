@@ -1,0 +1,154 @@
+"""Two real processes of DDP in each framework: one rank meets NaN, both skip."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from guardtest import require
+from guardtest.ranks import Ranks
+from guardtest.torchvision_ops import define_missing_operators
+from guardtest.training import assert_same_bits
+
+pytestmark = pytest.mark.slow  # each process imports its framework
+
+STEPS = 6
+BAD = {1, 4}
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    with Ranks(2) as ranks:
+        yield ranks
+
+
+def new_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+
+
+def batches(poison):
+    """Others on each rank; poisoned on rank 1 alone, or left out on both."""
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    x = torch.randn(STEPS, 6, 4, generator=generator)
+    if not poison:
+        return x[[i for i in range(STEPS) if i not in BAD]]
+    if dist.get_rank() == 1:
+        for i in BAD:
+            x[i, 2, 1] = math.nan
+    return x
+
+
+def as_torchrun_does():
+    """The frameworks find the processes already there, and what conftest.py made ready."""
+    define_missing_operators()
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "12910")
+    os.environ["TORCHELASTIC_RUN_ID"] = "test"
+    os.environ["GROUP_RANK"] = "0"
+    os.environ["LOCAL_WORLD_SIZE"] = os.environ["WORLD_SIZE"] = str(dist.get_world_size())
+    os.environ["LOCAL_RANK"] = os.environ["RANK"] = str(dist.get_rank())
+
+
+def with_accelerate(poison):
+    as_torchrun_does()
+    import accelerate
+
+    from fastguard.integrations.accelerate import guard
+
+    accelerator = accelerate.Accelerator(cpu=True)
+    assert accelerator.distributed_type == accelerate.DistributedType.MULTI_CPU
+    model = new_model()
+    guard(accelerator, model)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.05))
+    for x in batches(poison):
+        accelerator.backward((model(x) - 1).square().mean())
+        accelerator.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.module.state_dict(), told(optimizer.optimizer)
+
+
+def with_fabric(poison):
+    as_torchrun_does()
+    from lightning.fabric import Fabric
+    from lightning.fabric.strategies import DDPStrategy
+
+    from fastguard.integrations.fabric import guard
+
+    strategy = DDPStrategy(process_group_backend="gloo")
+    fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy)
+    fabric.launch()
+    model = new_model()
+    guard(fabric, model)
+    model, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters(), lr=0.05))
+    for x in batches(poison):
+        fabric.backward((model(x) - 1).square().mean())
+        fabric.clip_gradients(model, optimizer, max_norm=0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.module.state_dict(), told(optimizer.optimizer)
+
+
+def with_lightning(poison):
+    as_torchrun_does()
+    import lightning
+    from lightning.pytorch.strategies import DDPStrategy
+
+    from fastguard.integrations.lightning import GuardCallback
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = new_model()
+
+        def training_step(self, batch, batch_idx):
+            return (self.net(batch) - 1).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=0.05)
+
+    callback = GuardCallback()
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=DDPStrategy(process_group_backend="gloo"),
+        use_distributed_sampler=False,
+        max_epochs=1,
+        gradient_clip_val=0.5,
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module = Module()
+    trainer.fit(module, torch.utils.data.DataLoader(batches(poison), batch_size=None))
+    return module.net.state_dict(), told(callback.optimizers[0])
+
+
+def told(optimizer):
+    records = optimizer.records()
+    skipped = {record.step - 1 for record in records if record.action == "skipped"}
+    return skipped, [record.losses["loss"] for record in records]
+
+
+@pytest.mark.parametrize(
+    "framework, run",
+    [("accelerate", with_accelerate), ("lightning", with_fabric), ("lightning", with_lightning)],
+    ids=["accelerate", "fabric", "lightning"],
+)
+def test_all_ranks_skip_what_one_of_them_met(two, framework, run):
+    require(framework)
+    (ours, told_0), (other, told_1) = two.run(run, True)
+    without = two.run(run, False)[0][0]
+    assert told_0[0] == told_1[0] == BAD
+    assert str(told_0[1]) == str(told_1[1])  # losses are joined: the same numbers on both ranks
+    assert_same_bits(dict(ours), dict(other))
+    assert_same_bits(dict(ours), dict(without))
