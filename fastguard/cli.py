@@ -55,6 +55,7 @@ COMMANDS = (
         "fastguard.diagnosis.command",
     ),
     Command("monitor", "a run's records, live or once", "fastguard.monitor.command"),
+    Command("scan", "NaN and Inf in the text logs of trainers", "fastguard.scan.command"),
     Command("report", "a run's records as one page, with a verdict", "fastguard.report.command"),
     Command("env", "versions, devices, and which backend serves each", "fastguard.environment"),
     Command("bench", "what guarding a step costs on this machine", "fastguard.bench.command"),

@@ -1,0 +1,58 @@
+"""Finds NaN and Inf in the text logs of trainers, by epoch and batch.
+
+Understood are the progress lines of Ultralytics, the dicts of Hugging Face's Trainer, the bars of
+Lightning and of tqdm, and lines that people print. LOG is a file, gzip or not, or - for standard
+input. Words such as "info" or "nano" are nothing, and "no nan found" is a note. Exit status 1 if a
+NaN or Inf was found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from fastguard.scan.output import as_dict, print_text
+from fastguard.scan.scanner import LogScan, scan_log
+from fastguard.strict_json import dumps
+from fastguard.usage import UsageError
+
+FINE, FOUND_BAD = 0, 1
+STDIN = "-"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `fastguard scan`."""
+    parser.add_argument("logs", nargs="+", metavar="LOG", help="a text log; - is standard input")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON array, an object for each log"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Scans the logs one after the other."""
+    for log in args.logs:
+        if log != STDIN and not Path(log).exists():
+            raise UsageError(f"no such file: {log}")
+        if log != STDIN and Path(log).is_dir():
+            raise UsageError(f"{log} is a folder; name the logs in it")
+    scans = []
+    status = FINE
+    for log in args.logs:
+        found = _scan(log)
+        if found.n_bad:
+            status = FOUND_BAD
+        if args.json:
+            scans.append(as_dict(log, found))
+        else:
+            print_text(log, found)
+    if args.json:
+        print(dumps(scans, indent=2))
+    return status
+
+
+def _scan(log: str) -> LogScan:
+    if log == STDIN:
+        return scan_log(sys.stdin.buffer)
+    with open(log, "rb") as file:
+        return scan_log(file)

@@ -1,0 +1,68 @@
+"""Lines that people print: "epoch 3, batch 15: loss nan", "[3, 2000] loss: inf", and bars of tqdm.
+
+Also timm, fairseq, Megatron, Keras and nanoGPT write lines that can be read so.
+"""
+
+from __future__ import annotations
+
+import re
+
+from fastguard.scan.reading import Place, Reading
+from fastguard.scan.values import nonfinite_values
+
+NAME = "plain"
+
+_GAP = r"[\s:=#\[(\"']*"
+_EPOCH = re.compile(rf"\bep(?:och)?\b{_GAP}(\d+(?:\.\d+)?)(?:\s*/\s*(\d+))?", re.IGNORECASE)
+_BATCH = re.compile(rf"\b(?:mini)?batch\b{_GAP}(\d+)(?:\s*/\s*(\d+))?", re.IGNORECASE)
+_STEP = re.compile(
+    rf"\b(?:global_step|step|iter|iteration|it|num_updates|update)\b{_GAP}(\d+)", re.IGNORECASE
+)
+_TUTORIAL = re.compile(r"\s*\[(\d+),\s*(\d+)\]")  # [epoch, batch], of PyTorch's tutorials
+_COUNT = re.compile(
+    r"\[\s*(\d+)\s*/\s*(\d+)\b[^\]]*\]"  # [15/41]
+    r"|(?:^|[\s|:])(\d+)/(\d+|\?)\s+[\[━╸]"  # 15/41 [00:01<00:02, of tqdm; 15/41 [====>, of Keras
+    r"|:\s+(\d+)\s*/\s*(\d+)\s"  # epoch 003:     15 / 41, of fairseq
+)
+_MEASURED = re.compile(
+    r"(?:loss|norm|acc|accuracy|ppl|mse|mae|err|error)\w*[\"']?\s*[=:]?\s*[\"'(\[]*[+-]?\d",
+    re.IGNORECASE,
+)
+_HAS_DIGIT = re.compile(r"\d")
+
+
+class Plain:
+    """Reads what nobody else does."""
+
+    def read(self, text: str) -> Reading | None:
+        """What a line says, or None if it says nothing of a run."""
+        place = _place(text) if _HAS_DIGIT.search(text) else Place()
+        bad, _ = nonfinite_values(text)
+        measured = bool(bad) or _MEASURED.search(text) is not None
+        if not measured and place == Place():
+            return None
+        return Reading(NAME, place, bad, measured)
+
+
+def _place(text: str) -> Place:
+    if pair := _TUTORIAL.match(text):
+        return Place(epoch=int(pair[1]), batch=int(pair[2]))
+    epoch, batch, step = _EPOCH.search(text), _BATCH.search(text), _STEP.search(text)
+    number = float(epoch[1]) if epoch else None
+    place = Place(
+        epoch=int(number) if number is not None and number.is_integer() else number,
+        epochs=int(epoch[2]) if epoch and epoch[2] else None,
+        batch=int(batch[1]) if batch else None,
+        batches=int(batch[2]) if batch and batch[2] else None,
+        step=int(step[1]) if step else None,
+    )
+    if batch is None and (count := _COUNT.search(text, epoch.end() if epoch else 0)):
+        done, total = (group for group in count.groups() if group is not None)
+        return Place(
+            place.epoch,
+            place.epochs,
+            int(done),
+            int(total) if total.isdigit() else None,
+            place.step,
+        )
+    return place
