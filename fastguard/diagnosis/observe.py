@@ -18,6 +18,7 @@ from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
+from torch.utils._pytree import tree_map
 
 from fastguard.diagnosis.functions import FLOAT16_MAX, FunctionWatch
 from fastguard.diagnosis.gradients import gradients_of
@@ -193,7 +194,7 @@ def _detached(tree: Any) -> Any:
     def detach(x: Any) -> Any:
         return x.detach() if isinstance(x, Tensor) else x
 
-    return torch.utils._pytree.tree_map(detach, tree) if _is_tree(tree) else tree
+    return tree_map(detach, tree) if _is_tree(tree) else tree
 
 
 def _is_tree(tree: Any) -> bool:

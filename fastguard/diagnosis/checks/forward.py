@@ -67,7 +67,9 @@ def _failures(evidence: Evidence) -> Iterator[Finding]:
 
 def _shapes(evidence: Evidence) -> Iterator[Finding]:
     step, targets = evidence.step, evidence.subject.targets
-    places = {(a.shape, b.shape): where for where, a, b in misfits(step.output, targets)}
+    places = {
+        (tuple(a.shape), tuple(b.shape)): where for where, a, b in misfits(step.output, targets)
+    }
     for meeting in step.functions.meetings:
         yield _meeting(meeting, places.get((meeting.output, meeting.target), ""))
     if step.functions.meetings:  # the loss has met all shapes that do not fit, or raised
