@@ -194,7 +194,10 @@ def _elsewhere(signals: Signals | None) -> str:
 
 def signal_values(stats: GradStats, signals: Signals, names: Sequence[str]) -> Tensor:
     """float64 `(K,)`: the value of each named signal; NaN for a loss that was not given."""
+    losses = signals.losses
+    if signals.given is not None:
+        losses = torch.where(signals.given, losses, math.nan)
     known = {GRAD_NORM: stats.total_norm64}
-    known.update(zip(signals.loss_names, signals.losses, strict=True))
+    known.update(zip(signals.loss_names, losses, strict=True))
     missing = torch.full((), math.nan, dtype=torch.float64, device=stats.summary.device)
     return torch.stack([known.get(name, missing) for name in names])

@@ -3,7 +3,8 @@
     total_norm, clip_coef, skipped, cleaned, reason, step, consecutive skips,
     NaN, +Inf, -Inf, lr,
     how many culprits, (index, NaN, +Inf, -Inf) of the first 8,
-    L losses, K spikes, K thresholds
+    L losses, K spikes, K thresholds,
+    on several ranks: which of the L losses were given, how many ranks are culprits, and their sum
 
 Rows lie in a ring on the device, and each is sent to a ring of pinned memory behind an event:
 nobody waits for it.
@@ -51,7 +52,14 @@ class Outcome:
     def width(self) -> int:
         """How many numbers its row has."""
         table = 1 + NAMED_CULPRITS * CULPRIT
-        return HEAD + table + len(self.signals.losses) + 2 * len(self.verdict.thresholds)
+        n_losses, n_rules = len(self.signals.losses), len(self.verdict.thresholds)
+        of_ranks = n_losses + 2 if self.is_joint else 0
+        return HEAD + table + n_losses + 2 * n_rules + of_ranks
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether several ranks decided it."""
+        return self.signals.given is not None and self.signals.bad_ranks is not None
 
     @property
     def lr_on_device(self) -> Tensor | None:
@@ -62,13 +70,13 @@ class Outcome:
 
 def pack(outcome: Outcome, row: Tensor) -> None:
     """Writes the row of a step, float64 `(width,)`. Nothing waits for a GPU."""
+    stats, signals = outcome.stats, outcome.signals
+    if signals.given is not None and signals.bad_ranks is not None:
+        of_ranks = torch.cat([signals.given.double(), signals.bad_ranks])
+        row[-len(of_ranks) :] = of_ranks
+        row = row[: -len(of_ranks)]
     backend.stages(row.device).pack(
-        row,
-        outcome.stats,
-        outcome.signals,
-        outcome.verdict,
-        outcome.state,
-        outcome.lr_on_device,
+        row, stats, signals, outcome.verdict, outcome.state, outcome.lr_on_device
     )
 
 
@@ -92,11 +100,18 @@ class Row:
     losses: list[float]
     spikes: list[bool]
     thresholds: list[float]
+    given: list[bool]
+    culprit_ranks: int = 0
+    culprit_rank: int | None = None
 
 
-def unpack(row: Tensor, n_losses: int) -> Row:
+def unpack(row: Tensor, n_losses: int, is_joint: bool = False) -> Row:
     """Reads a row on the host."""
     values = row.tolist()
+    given, n_ranks, rank = [True] * n_losses, 0, 0
+    if is_joint:
+        values, (*of_losses, ranks, rank) = values[: -n_losses - 2], values[-n_losses - 2 :]
+        given, n_ranks = list(map(bool, of_losses)), int(ranks)
     norm, coef, skipped, cleaned, reason, *counts, lr = values[:HEAD]
     n_culprits, at = int(values[HEAD]), HEAD + 1
     culprits = [
@@ -119,6 +134,9 @@ def unpack(row: Tensor, n_losses: int) -> Row:
         losses,
         list(map(bool, rules[:n_rules])),
         rules[n_rules:],
+        given,
+        n_ranks,
+        int(rank) if n_ranks == 1 else None,
     )
 
 

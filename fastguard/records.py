@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -158,20 +158,30 @@ class _Pending:
 
     arrival: Arrival
     name_of: Callable[[int], str]
-    loss_names: tuple[str, ...]
+    loss_names: Sequence[str]
     signal_names: tuple[str, ...]
     lr: float | None
     tag: Any
+    is_joint: bool
 
     @staticmethod
     def of(outcome: Outcome, arrival: Arrival) -> _Pending:
         lr = float(outcome.lr) if outcome.lr_on_device is None else None
-        names = tuple(outcome.signals.loss_names)
-        return _Pending(arrival, outcome.stats.name, names, outcome.signal_names, lr, outcome.tag)
+        return _Pending(
+            arrival,
+            outcome.stats.name,
+            outcome.signals.loss_names,
+            outcome.signal_names,
+            lr,
+            outcome.tag,
+            outcome.is_joint,
+        )
 
     def record(self) -> StepRecord:
         """The record. The row must have arrived."""
-        row = unpack(self.arrival.row, len(self.loss_names))
+        names = self.loss_names  # of a loss that other ranks gave, perhaps known only now
+        row = unpack(self.arrival.row, len(names), self.is_joint)
+        losses = {names[i]: loss for i, loss in enumerate(row.losses) if row.given[i]}
         spiked = zip(self.signal_names, row.spikes, strict=True)
         return StepRecord(
             step=row.step,
@@ -184,12 +194,14 @@ class _Pending:
             neginf=row.neginf,
             culprits=tuple((self.name_of(i), *counts) for i, *counts in row.culprits),
             n_culprits=row.n_culprits,
-            losses=dict(zip(self.loss_names, row.losses, strict=True)),
+            losses=losses,
             spikes=tuple(signal for signal, hit in spiked if hit),
             thresholds=dict(zip(self.signal_names, row.thresholds, strict=True)),
             consecutive_skips=row.consecutive_skips,
             lr=row.lr if self.lr is None else self.lr,
             tag=self.tag,
+            culprit_ranks=row.culprit_ranks,
+            culprit_rank=row.culprit_rank,
         )
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from fastguard.measure import GradStats
 
 if TYPE_CHECKING:
+    from fastguard.ranks.loss_names import LossNames
     from fastguard.ranks.team import Sharing
 
 
@@ -40,7 +41,7 @@ class Signals:
         inv_scale: float64 `()`, what gradients are still to be multiplied by; None if nothing is.
         found_inf: float32 `()`, > 0 if a loss scaler found non-finite gradients on any device; None
             without a scaler.
-        given: bool `(L,)`: which losses some rank gave at this step; None: all, as on every CPU.
+        given: bool `(L,)`: which losses some rank gave at this step; None: all, always on a CPU.
         bad_ranks: float64 `(2,)`: how many ranks hold something non-finite, and the sum of their
             numbers; None in one process.
         born_here: float64 `()`, > 0 if gradients of this rank were bad before the ranks added
@@ -100,7 +101,9 @@ def reduce(
     flags = vector[4 * n_segments :]
     joined = replace(signals, found_inf=(flags[0] > 0).float(), bad_ranks=flags[1:3])
     if losses:
-        joined = _with_losses(joined, flags[3:].view(2, -1), sharing)
+        joined = _with_losses(joined, flags[3:].view(2, -1), sharing.team.loss_names)
+        if vector.device.type == "cpu":
+            joined = _read_on_host(joined)
     return replace(stats, summary=total), joined
 
 
@@ -142,15 +145,25 @@ def _placed(signals: Signals, sharing: Sharing) -> tuple[Tensor, Tensor]:
     return sums, given
 
 
-def _with_losses(signals: Signals, sums: Tensor, sharing: Sharing) -> Signals:
-    """The signals with the mean of each loss over the ranks that gave it."""
+def _with_losses(signals: Signals, sums: Tensor, names: LossNames) -> Signals:
+    """The signals with the mean of each loss over the ranks that gave it; nothing waits.
+
+    Args:
+        signals: Without losses.
+        sums: float64 `(2, 12)`: of each place the sum of losses, and how many ranks gave one.
+        names: The names of the places.
+    """
     total, n_ranks = sums
     means = total / n_ranks.clamp(min=1.0)  # NaN stays NaN: no rank's loss hides another's
-    names = sharing.team.loss_names
-    if means.device.type != "cpu":
-        return replace(signals, losses=means, loss_names=names, given=n_ranks > 0)
-    given = n_ranks.nonzero().squeeze(1)
-    return replace(signals, losses=means[given], loss_names=[names[i] for i in given.tolist()])
+    return replace(signals, losses=means, loss_names=names, given=n_ranks > 0)
+
+
+def _read_on_host(signals: Signals) -> Signals:
+    """The same with the given losses alone: on a CPU it is known at once which they are."""
+    assert signals.given is not None
+    places = signals.given.nonzero().squeeze(1)
+    names = [signals.loss_names[i] for i in places.tolist()]
+    return replace(signals, losses=signals.losses[places], loss_names=names, given=None)
 
 
 @functools.lru_cache(maxsize=256)

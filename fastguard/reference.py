@@ -136,7 +136,8 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
     else:
         # Cleaning cures what was counted; a fault that only the scaler saw is not cured by it.
         grad_fault = overflow & ~bad_grad if policy.nonfinite == "zero" else overflow | bad_grad
-        loss_fault = ~signals.losses.isfinite().all()  # NaN is not finite
+        lost = ~signals.losses.isfinite()  # NaN is not finite
+        loss_fault = (lost if signals.given is None else lost & signals.given).any()
     fault = grad_fault | loss_fault
 
     table = None

@@ -73,9 +73,10 @@ def spread(condition, N: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        "summary_ptr", "max_norm_ptr", "losses_ptr", "inv_scale_ptr", "overflow_ptr", "rules_ptr",
-        "counters_ptr", "windows_ptr", "rings_ptr", "coef_ptr", "multiplier_ptr", "found_inf_ptr",
-        "clean_ptr", "reason_ptr", "total_norm_ptr", "spikes_ptr", "thresholds_ptr",
+        "summary_ptr", "max_norm_ptr", "losses_ptr", "given_ptr", "inv_scale_ptr", "overflow_ptr",
+        "rules_ptr", "counters_ptr", "windows_ptr", "rings_ptr", "coef_ptr", "multiplier_ptr",
+        "found_inf_ptr", "clean_ptr", "reason_ptr", "total_norm_ptr", "spikes_ptr",
+        "thresholds_ptr",
         "n_segments", "max_norm_stride", "n_losses", "n_rules", "ring_stride",
     ]
 )  # fmt: skip
@@ -83,6 +84,7 @@ def decide_kernel(
     summary_ptr,  # float64 (4, n_segments)
     max_norm_ptr,  # float64 (n_segments,), or (1,) with stride 0
     losses_ptr,  # float64 (n_losses,)
+    given_ptr,  # uint8 (n_losses,): 0 for a loss that no rank gave
     inv_scale_ptr,  # float64 (1,)
     overflow_ptr,  # float32 (1,): > 0 if a loss scaler found non-finite gradients
     rules_ptr,  # float64 (n_rules, COLUMNS)
@@ -108,6 +110,7 @@ def decide_kernel(
     PROPAGATE: tl.constexpr,  # nonfinite="propagate"
     HAS_SCALE: tl.constexpr,
     HAS_OVERFLOW: tl.constexpr,
+    HAS_GIVEN: tl.constexpr,
     HAS_STATE: tl.constexpr,
     RULES: tl.constexpr,  # lanes; 0 without rules
     WINDOW: tl.constexpr,
@@ -143,7 +146,10 @@ def decide_kernel(
     lost = tl.zeros((BLOCK_SIZE,), dtype=tl.int32)
     i = 0
     while i < n_losses:
-        loss = tl.load(losses_ptr + i + lanes, mask=i + lanes < n_losses, other=0.0)
+        is_loss = i + lanes < n_losses
+        if HAS_GIVEN:
+            is_loss = is_loss & (tl.load(given_ptr + i + lanes, mask=is_loss, other=0) > 0)
+        loss = tl.load(losses_ptr + i + lanes, mask=is_loss, other=0.0)
         lost = tl.maximum(lost, ((tl.abs(loss) < INF) == 0).to(tl.int32))  # NaN is not < inf
         i += BLOCK_SIZE
     loss_fault = tl.max(lost, axis=0) > 0
@@ -176,7 +182,10 @@ def decide_kernel(
         at = tl.load(rings_ptr + 3 * k + 1, mask=is_rule, other=0)
         consecutive = tl.load(rings_ptr + 3 * k + 2, mask=is_rule, other=0)
         on_gradient = signal == -1
-        value = tl.load(losses_ptr + signal, mask=signal >= 0, other=NAN)
+        is_given = signal >= 0
+        if HAS_GIVEN:
+            is_given = is_given & (tl.load(given_ptr + signal, mask=is_given, other=0) > 0)
+        value = tl.load(losses_ptr + signal, mask=is_given, other=NAN)
         value = tl.where(on_gradient, total_norm, value)
 
         # Thresholds: two passes over the rings, mean and then deviations from it.
@@ -305,6 +314,7 @@ def decide_step(
     counters: Tensor | None,
     windows: Tensor | None,
     rings: Tensor | None,
+    given: Tensor | None = None,
 ) -> Decision:
     """Decides one step.
 
@@ -318,6 +328,7 @@ def decide_step(
         overflow: `()`, > 0 if a loss scaler found non-finite gradients, or None.
         rules: float64 `(K, 8)`: the columns above, or None without rules.
         counters, windows, rings: The guard's state, changed in place; None without a state.
+        given: bool `(L,)`: which losses there are; None: all.
     """
     device = summary.device
     n_segments = summary.shape[1]
@@ -345,6 +356,7 @@ def decide_step(
             summary,
             max_norm,
             losses if len(losses) else summary,
+            summary if given is None else given.view(torch.uint8),
             summary if inv_scale is None else inv_scale,
             summary if overflow is None else overflow,
             rules if n_rules else summary,
@@ -372,6 +384,7 @@ def decide_step(
             "PROPAGATE": nonfinite == "propagate",
             "HAS_SCALE": inv_scale is not None,
             "HAS_OVERFLOW": overflow is not None,
+            "HAS_GIVEN": given is not None,
             "HAS_STATE": counters is not None,
             "RULES": triton.next_power_of_2(n_rules) if n_rules else 0,
             "WINDOW": min(32, triton.next_power_of_2(ring_stride)) if ring_stride else 1,

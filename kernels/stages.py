@@ -74,6 +74,7 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
         None if state is None else state.counters,
         None if rules is None else state.windows,
         None if rules is None else state.rings,
+        signals.given,
     )
     if state is not None:
         written = (state.counters, state.windows, state.rings)

@@ -155,3 +155,15 @@ def test_random_stories(mode):
         loss = rng.choice([1.0, 1.1, 0.9, 20.0, math.nan])
         signals = signals_of({"loss": loss} if rng.random() < 0.8 else {})
         story.step(stats_of(norms, counts), signals)
+
+
+@pytest.mark.parametrize("signal", ["ce", "aux"])
+def test_a_loss_that_no_rank_gave_is_neither_a_fault_nor_judged(signal):
+    """Of many ranks: places of losses stay, whether they are filled at a step or not."""
+    story = Story(policy_of(**{signal: SpikeRule(window=4, warmup=2, sigma=2.0)}))
+    values = torch.tensor([2.0, math.nan, math.inf], dtype=torch.float64)
+    for given in [(1, 0, 0), (1, 0, 0), (0, 0, 0), (1, 1, 0), (1, 0, 0)]:
+        signals = Signals(values, ("ce", "aux", ""), given=torch.tensor(given) > 0)
+        verdict = story.step(stats_of([3.0]), signals)
+        assert bool(verdict.found_inf) == (given[1] == 1)
+    assert story.ours.rings[0, 0] == (3 if signal == "ce" else 0)  # none enters at a bad step

@@ -189,6 +189,7 @@ def variants():
         "clean_ptr": "*fp32",
         "reason_ptr": "*i64",
         "spikes_ptr": "*u8",
+        "given_ptr": "*u8",
     }
     sizes = ("n_segments", "max_norm_stride", "n_losses", "n_rules", "ring_stride")
     verdict |= dict.fromkeys(sizes, "i32")
@@ -200,6 +201,7 @@ def variants():
             "PROPAGATE": not rules,
             "HAS_SCALE": True,
             "HAS_OVERFLOW": True,
+            "HAS_GIVEN": True,
             "HAS_STATE": True,
             "RULES": rules,
             "WINDOW": 32 if rules else 1,
