@@ -1,0 +1,88 @@
+"""The guard's state under torch.distributed.checkpoint with FSDP2 and several ranks."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+
+from fastguard import GuardedOptimizer, SpikeRule
+from guardtest.ranks import Ranks
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    with Ranks(2) as ranks:
+        yield ranks
+
+
+def build() -> tuple[torch.nn.Module, GuardedOptimizer]:
+    torch.manual_seed(0)
+    model = fully_shard(torch.nn.Linear(4, 6))
+    inner = torch.optim.AdamW(model.parameters(), lr=0.1)
+    return model, GuardedOptimizer(inner, spike=SpikeRule(window=3, warmup=2))
+
+
+def train(model: torch.nn.Module, opt: GuardedOptimizer, steps: range) -> None:
+    for i in steps:
+        x = torch.randn(3, 4, generator=torch.Generator().manual_seed(10 * i + dist.get_rank()))
+        opt.zero_grad()
+        loss = model(x).square().mean() * (math.nan if (i, dist.get_rank()) == (2, 1) else 1.0)
+        loss.backward()
+        opt.step()
+    opt.zero_grad()
+
+
+def resumed(folder: Path, kwargs: dict[str, Any]) -> Any:
+    options = StateDictOptions(**kwargs)
+    model, opt = build()
+    train(model, opt, range(5))
+    weights, optim = get_state_dict(model, opt, options=options)
+    if kwargs.get("broadcast_from_rank0"):
+        saved = copy.deepcopy((weights, optim))
+    else:
+        dcp.save({"model": weights, "optim": optim}, checkpoint_id=folder)
+    train(model, opt, range(5, 8))
+
+    other, fresh = build()
+    if kwargs.get("broadcast_from_rank0"):
+        weights, optim = saved if dist.get_rank() == 0 else ({}, {})
+    else:
+        weights, optim = get_state_dict(other, fresh, options=options)
+        dcp.load({"model": weights, "optim": optim}, checkpoint_id=folder)
+    set_model_state_dict(other, weights, options=options)
+    set_optimizer_state_dict(other, fresh, optim, options=options)
+    counters = (fresh.steps_taken, fresh.applied_steps, fresh.skipped_steps)
+    train(other, fresh, range(5, 8))
+    same = torch.equal(other.weight.to_local(), model.weight.to_local())
+    guards = [o.state_dict()["fastguard"]["rings"] for o in (opt, fresh)]
+    return counters, same, torch.equal(*guards)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"flatten_optimizer_state_dict": True},
+        {"full_state_dict": True, "broadcast_from_rank0": True},
+    ],
+    ids=["sharded", "flat", "broadcast"],
+)
+def test_a_sharded_run_resumes_exactly_guard_and_all(
+    two: Ranks, tmp_path: Path, kwargs: dict[str, Any]
+) -> None:
+    assert two.run(resumed, tmp_path, kwargs) == [((5, 4, 1), True, True)] * 2
