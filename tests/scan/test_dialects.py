@@ -78,7 +78,7 @@ def test_hugging_face_before_version_5_printed_numbers() -> None:
 
 ULTRALYTICS_TQDM = """
       Epoch    GPU_mem   box_loss   cls_loss   dfl_loss  Instances       Size
-      3/100      2.1G        nan      2.346     0.9877         34        640:  37%|███▋ | 15/41163 [00:01
+      3/100      2.1G        nan      2.346     0.9877         34        640: 37%|██| 15/41163 [0
                  Class     Images  Instances      Box(P          R      mAP50  mAP50-95): 100%
                    all        128        929      0.642      0.537      0.605      0.446
 """

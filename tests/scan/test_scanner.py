@@ -63,7 +63,7 @@ class Repeated(io.RawIOBase):
 
 def test_memory_does_not_grow_with_the_log() -> None:
     peaks = []
-    for size in (1 << 20, 5 << 20):
+    for size in (3 << 20, 9 << 20):
         tracemalloc.start()
         bar = b"\r  3/100  2.1G  nan  nan  nan  34  640: 37% " + b"-" * 200 + b" 15/41"
         assert scan_log(Repeated(bar, size)).n_bad >= size // len(bar)  # type: ignore[arg-type]
