@@ -37,9 +37,8 @@ with needs("lightning"):
 class GuardCallback(Callback):
     """Guards the optimizers of each `fit`, and logs what it saw of each step.
 
-    Logs `train/grad_norm` (before clipping), `train/clip_coef` and `train/skipped_steps` (so far);
-    with several optimizers, followed by the number of each. Nothing of that waits for a GPU; a
-    schedule by step, and a model with running statistics, read each verdict on the host.
+    Logs `train/grad_norm` (before clipping), `train/clip_coef` and `train/skipped_steps` (so far),
+    without waiting for a GPU; a schedule by step and running statistics read each verdict.
 
     Args:
         options: As for `GuardedOptimizer`; `max_norm` defaults to the Trainer's
@@ -61,16 +60,15 @@ class GuardCallback(Callback):
         """Guards the optimizers, which exist by now; a checkpoint is loaded into them later."""
         self.optimizers = [self._guarded(o, trainer, pl_module) for o in trainer.optimizers]
         trainer.optimizers = list(self.optimizers)
-        self._limits = [
-            AskedLimit(optimizer, fixed="max_norm" in self.options) for optimizer in self.optimizers
-        ]
+        fixed = "max_norm" in self.options
+        self._limits = [AskedLimit(optimizer, fixed=fixed) for optimizer in self.optimizers]
         for optimizer in self.optimizers:
             # Its closure returns the loss divided by accumulate_grad_batches, of the last
             # micro-batch alone, and with a scaler nothing: on_before_backward sees them all.
             optimizer.step = partial(optimizer.step, loss={})  # type: ignore[method-assign]
-        plugin, schedules = trainer.precision_plugin, pl_module.lr_scheduler_step
+        plugin = trainer.precision_plugin
         self._replaced.enter_context(replaced(plugin, "clip_gradients", self._clip_gradients))
-        waiting = partial(self._lr_scheduler_step, trainer, schedules)
+        waiting = partial(self._lr_scheduler_step, trainer, pl_module.lr_scheduler_step)
         self._replaced.enter_context(replaced(pl_module, "lr_scheduler_step", waiting))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -85,11 +83,11 @@ class GuardCallback(Callback):
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
-        """Shows the guard the loss of a micro-batch, if it is clear whose it is."""
+        """Shows the guard the loss of a micro-batch, if it is clear whose, and of which group."""
         if len(self.optimizers) != 1 or loss.numel() != 1:
             return
         if trainer.world_size > 1 and self.optimizers[0].group is None:
-            return  # losses of several ranks are joined over a group
+            return
         loss = loss.detach()
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None:
@@ -120,7 +118,7 @@ class GuardCallback(Callback):
     ) -> GuardedOptimizer:
         if isinstance(optimizer, GuardedOptimizer):
             return optimizer
-        limit = trainer.gradient_clip_val
+        limit = trainer.gradient_clip_val or None  # 0 is Lightning's word for no limit
         if trainer.gradient_clip_algorithm == "value" or is_overridden(
             "configure_gradient_clipping", module
         ):
@@ -140,9 +138,9 @@ class GuardCallback(Callback):
         """In place of the precision plugin's, which refuses an optimizer that unscales itself."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer.optimizer
-        for limit in self._limits:
-            if limit.optimizer is optimizer and clip_val > 0:
-                (limit.value if gradient_clip_algorithm == "value" else limit.norm)(clip_val)
+        limit = next(limit for limit in self._limits if limit.optimizer is optimizer)
+        if clip_val > 0:
+            (limit.value if gradient_clip_algorithm == "value" else limit.norm)(clip_val)
 
     def _lr_scheduler_step(self, trainer: Trainer, step: Any, scheduler: Any, metric: Any) -> None:
         configs = trainer.lr_scheduler_configs

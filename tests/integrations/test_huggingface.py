@@ -145,6 +145,24 @@ def test_poisoned_batches_might_as_well_have_been_left_out(tmp_path, optim, bf16
     assert ours.state.global_step == STEPS  # the Trainer counts what it tried
 
 
+def test_a_scaler_scales_and_the_guard_unscales(tmp_path):
+    """fp16 on a CPU, which the Trainer refuses to construct but can run."""
+    built = trainer(tmp_path, data=Batches(poisoned=BAD), max_grad_norm=0.5)
+    built.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    built.accelerator.native_amp = True
+    built.accelerator.state._mixed_precision = "fp16"
+    callback = guard(built)
+    built.train()
+    assert built.accelerator.scaler.get_scale() == 2.0**10 / 2 ** len(BAD)
+    assert built.lr_scheduler.last_epoch == STEPS - len(BAD)
+    assert steps_logged(built, "skipped_steps")[-1] == len(BAD)
+    records = callback.optimizer.records()
+    for i in set(range(STEPS)) - BAD:
+        assert records[i].total_norm == pytest.approx(steps_logged(built, "grad_norm")[i])
+        assert records[i].losses["loss"] == pytest.approx(steps_logged(built, "loss")[i], rel=1e-6)
+        assert records[i].total_norm < 100  # unscaled: the scale is 1024
+
+
 def test_unguarded_the_same_run_ends_in_nan(tmp_path):
     bare = trained(tmp_path, guarded=False, data=Batches(poisoned=BAD))
     assert not torch.isfinite(bare.model.lm_head.weight).any()

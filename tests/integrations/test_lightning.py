@@ -116,7 +116,7 @@ def final_state(trainer):
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("clip", [1e6, None], ids=["never-reached", "none"])
+@pytest.mark.parametrize("clip", [1e6, 0, None], ids=["never-reached", "zero", "none"])
 def test_a_clean_run_is_lightnings_own_bit_for_bit(optimizer, clip):
     own = trained(batches(), Module(optimizer), guarded=False, gradient_clip_val=clip)
     ours = trained(batches(), Module(optimizer), gradient_clip_val=clip)
