@@ -9,9 +9,9 @@ and copies nothing.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -48,6 +48,7 @@ class GradBucket:
         runs: The same elements in as few contiguous pieces as possible, where somebody laid them
             out so (`FlatGradBuckets`); None otherwise. The clean path reads these instead of
             `grads`.
+        notes: What a backend keeps here from one stage of a step to the next.
     """
 
     device: torch.device
@@ -56,6 +57,7 @@ class GradBucket:
     tensor_ids: Sequence[int]
     segment_ids: Sequence[int]
     runs: tuple[Run, ...] | None = None
+    notes: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def segment(self) -> int | None:

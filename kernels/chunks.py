@@ -31,9 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MAX_CHUNK = (
-    65536  # elements; a power of two, so that all but the first chunk of a tensor stay aligned
-)
+MAX_CHUNK = 65536  # elements; a power of two: all but the first chunk of a tensor stay aligned
 MIN_CHUNK = 4096
 ALIGNMENT = 16  # bytes of one vector load
 TABLES = 8  # kept for each (device, dtype): sets of None gradients and allocators alternate
@@ -55,6 +53,7 @@ class Bucket(Protocol):
     tensor_ids: object
     segment_ids: object
     runs: tuple[Run, ...] | None
+    notes: dict
     segment: int | None
 
 
@@ -96,6 +95,15 @@ def table_of(bucket: Bucket, n_segments: int, n_programs: int) -> ChunkTable:
         n_segments: S.
         n_programs: How many programs will share the chunks; small models get smaller chunks.
     """
+    table = bucket.notes.get(n_segments)  # apply comes after measure: nothing has moved since
+    if table is None:
+        table = _cached_table(bucket, n_segments, n_programs)
+        if bucket.runs is None:  # a flat bucket outlives the step
+            bucket.notes[n_segments] = table
+    return table
+
+
+def _cached_table(bucket: Bucket, n_segments: int, n_programs: int) -> ChunkTable:
     tables = _tables.setdefault((bucket.device, bucket.dtype, n_segments), deque(maxlen=TABLES))
     key: tuple = ()
     table = None

@@ -114,6 +114,13 @@ def test_the_table_is_kept_while_nothing_moves():
     assert cached([grads[0][:3], grads[1]]) is not first  # same address, fewer elements
 
 
+def test_a_step_looks_its_gradients_up_once(monkeypatch):
+    bucket = bucketize([torch.randn(100), torch.randn(200)]).buckets[0]
+    table = chunks.table_of(bucket, 1, 3)
+    monkeypatch.setattr(chunks, "_key", None)  # what apply would pay for
+    assert chunks.table_of(bucket, 1, 3) is table
+
+
 def test_same_address_and_size_with_other_strides_is_another_table():
     x = torch.arange(100.0)
     assert cached([x[:50]]) is not cached([x[::2]])
