@@ -55,7 +55,8 @@ $(TRAINERS)/.installed: pyproject.toml constraints.txt
 	@echo "Installing into $(TRAINERS) (only now, and when pyproject.toml or constraints.txt change)"
 	@test -x $(TRAINERS)/bin/python || $(PYTHON) -m venv $(TRAINERS)
 	@$(TRAINERS)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
-		-e '.[huggingface,lightning,ultralytics,tensorboard,yaml]' hypothesis pytest pytest-timeout
+		-e '.[cli,huggingface,lightning,report,tensorboard,ultralytics,yaml]' \
+		hypothesis mlflow-skinny pytest pytest-timeout wandb
 	@$(TRAINERS)/bin/python -c 'import cv2' 2>/dev/null || { \
 		$(TRAINERS)/bin/python -m pip uninstall -qq -y opencv-python; \
 		$(TRAINERS)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt \

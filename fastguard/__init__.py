@@ -40,6 +40,7 @@ from fastguard.rules import Threshold as Threshold
 from fastguard.schedule import GuardedLR as GuardedLR
 from fastguard.schedule import Warmup as Warmup
 from fastguard.sinks import JsonLinesSink as JsonLinesSink
+from fastguard.sinks import LogSink as LogSink
 from fastguard.sinks import TensorBoardSink as TensorBoardSink
 from fastguard.sinks import read_records as read_records
 

@@ -1,4 +1,4 @@
-"""Where records go: JSON lines, TensorBoard, or any callable, through `opt.add_sink(sink)`.
+"""Where records go: JSON lines, TensorBoard, other loggers, any callable: `opt.add_sink(sink)`.
 
 A sink takes one `StepRecord`; it is called once a step, in order, when the record has reached the
 host. A sink never ends a run: what it cannot write it counts, and says so once.
@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +224,52 @@ class TensorBoardSink:
         self.writer.close()
 
 
-def scalars(record: StepRecord, prefix: str = "train") -> Mapping[str, float]:
+class LogSink:
+    """Hands the scalars of every record to a logger that takes a dict and a step.
+
+    That is `log` of a Weights & Biases run, `mlflow.log_metrics`, and most others. What the logger
+    raises is counted in `lost`, and said once.
+
+    Args:
+        log: Called as `log(scalars, step=step)`, with the names of `scalars`.
+        prefix: What goes before the slash.
+        step_name: Pass the step as a scalar of this name instead of `step=`: for a W&B run that
+            counts its own steps, which it only lets grow.
+
+    Raises:
+        TypeError: `log` cannot be called.
+
+    Example:
+        >>> from fastguard import LogSink, StepRecord
+        >>> sink = LogSink(lambda scalars, step: print(step, scalars["train/grad_norm"]))
+        >>> sink(StepRecord(7, 2.0, 0.5, "clipped"))
+        7 2.0
+    """
+
+    def __init__(
+        self, log: Callable[..., object], *, prefix: str = "train", step_name: str | None = None
+    ) -> None:
+        if not callable(log):
+            raise TypeError(f"log={log!r} must be callable with a dict, such as wandb.init().log")
+        self.log = log
+        self.prefix = prefix
+        self.step_name = step_name
+        self.lost = 0
+
+    def __call__(self, record: StepRecord) -> None:
+        values = scalars(record, self.prefix)
+        try:
+            if self.step_name is None:
+                self.log(values, step=record.step)
+            else:
+                self.log({**values, self.step_name: record.step})
+        except Exception as error:  # a logger has ways of its own to fail; the run goes on
+            self.lost += 1
+            if self.lost == 1:
+                log.warning("records are being lost: %r cannot log: %r", self.log, error)
+
+
+def scalars(record: StepRecord, prefix: str = "train") -> dict[str, float]:
     """What loggers plot of a record, under the names that they are used to.
 
     Args:
@@ -232,7 +277,8 @@ def scalars(record: StepRecord, prefix: str = "train") -> Mapping[str, float]:
         prefix: What goes before the slash.
 
     Returns:
-        Finite numbers only: a plot of NaN is an empty plot, and the incident is in `skipped`.
+        Finite numbers only: a plot of NaN is an empty plot, and the incident is in `skipped`. A
+        loss called `seg` is `train/seg_loss`.
 
     Example:
         >>> from fastguard import StepRecord
@@ -241,5 +287,6 @@ def scalars(record: StepRecord, prefix: str = "train") -> Mapping[str, float]:
     """
     values = {"grad_norm": record.total_norm, "clip_coef": record.clip_coef, "lr": record.lr}
     values |= {"skipped": float(record.action == "skipped")}
-    values |= {name if "loss" in name else f"loss/{name}": v for name, v in record.losses.items()}
+    # "seg_loss" and not "loss/seg": to MLflow's file store loss cannot be a metric and a folder.
+    values |= {name if "loss" in name else f"{name}_loss": v for name, v in record.losses.items()}
     return {f"{prefix}/{name}": v for name, v in values.items() if math.isfinite(v)}

@@ -14,7 +14,14 @@ import pytest
 import torch
 
 import fastguard
-from fastguard import GuardedOptimizer, JsonLinesSink, StepRecord, TensorBoardSink, read_records
+from fastguard import (
+    GuardedOptimizer,
+    JsonLinesSink,
+    LogSink,
+    StepRecord,
+    TensorBoardSink,
+    read_records,
+)
 from fastguard.sinks import parse_record, rotated_files
 from guardtest import require
 
@@ -198,10 +205,42 @@ def test_tensorboard_gets_scalars_under_their_usual_names(tmp_path: Path) -> Non
         "train/skipped",
         "train/lr",
         "train/loss",
-        "train/loss/prior",
+        "train/prior_loss",
     }
     assert [e.value for e in events.Scalars("train/skipped")] == [0.0, 1.0, 0.0]
     assert [e.step for e in events.Scalars("train/loss")] == [1, 3]  # NaN is not plotted
+
+
+def test_any_logger_of_dicts_gets_the_scalars_under_its_prefix() -> None:
+    seen: list[tuple[dict, int]] = []
+    sink = LogSink(lambda values, step: seen.append((values, step)), prefix="critic")
+    sink(records(2)[1])
+    sink(NAN_RECORD)
+    assert seen[0] == (
+        {"critic/grad_norm": 2.0, "critic/clip_coef": 1.0, "critic/lr": 0.5, "critic/skipped": 0.0},
+        2,
+    )
+    assert seen[1] == ({"critic/lr": 1e-3, "critic/skipped": 1.0}, 7)  # finite numbers only
+
+
+def test_a_logger_may_take_the_step_as_a_scalar() -> None:
+    seen: list[dict] = []
+    LogSink(seen.append, step_name="train/step")(records(1)[0])
+    assert seen[0]["train/step"] == 1
+
+
+def test_a_logger_that_fails_loses_records_not_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    def offline(values: dict, step: int) -> None:
+        raise ConnectionError("no network")
+
+    opt, sink = guarded(), LogSink(offline)
+    opt.add_sink(sink)
+    for _ in range(3):
+        opt.step()
+    assert opt.applied_steps == 3 and sink.lost == 3
+    assert caplog.text.count("records are being lost") == 1
+    with pytest.raises(TypeError, match="log=3"):
+        LogSink(3)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kwargs", [{"max_bytes": 1}, {"keep": -1}], ids=str)
