@@ -25,7 +25,7 @@ from fastguard import StepRecord
 from fastguard.strict_json import dumps
 
 FILE_BYTES = 1 << 30
-BLOCK = 100_000
+BLOCK = 20_000
 LAYERS = [f"blocks.{i}.{part}.weight" for i in range(24) for part in ("attn", "mlp.up", "mlp.down")]
 
 

@@ -1,6 +1,5 @@
 """Record files of any size and in any state are read: in order, whole, with bounded memory."""
 
-import gc
 import json
 import os
 
@@ -147,15 +146,6 @@ def test_without_orjson_the_same_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(rf, "_loads", json.loads)
     after = [block.records for block in rf.read_blocks(path)]
     assert repr(before) == repr(after)  # a NaN does not equal itself
-
-
-def test_garbage_collection_is_left_as_it_was(tmp_path):
-    path = write(tmp_path / "run.jsonl", 3)
-    for switch in (gc.disable, gc.enable):
-        switch()
-        before = gc.isenabled()
-        assert steps(path) == [1, 2, 3]
-        assert gc.isenabled() == before
 
 
 def test_a_folder_stands_for_the_run_in_it(tmp_path):

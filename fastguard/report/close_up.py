@@ -44,15 +44,18 @@ class CloseUps:
         here = _joined(self._tail, CloseUp(step, values))
         self._waiting += [record for record in about if record >= self._end]
         self._end += len(step)
-        wanted = set(about)
-        self.found = {record: cut for record, cut in self.found.items() if record in wanted}
-        self._waiting = [record for record in self._waiting if record in wanted]
+        self._keep(set(about))
         self._cut(here, last=self._end - 1 - REACH)
         self._tail = _slice(here, max(0, len(here.step) - 2 * REACH), len(here.step))
 
-    def finish(self) -> None:
+    def finish(self, about: Collection[int]) -> None:
         """There are no more records: what still waits for them gets what there is."""
+        self._keep(set(about))
         self._cut(self._tail, last=self._end)
+
+    def _keep(self, wanted: set[int]) -> None:
+        self.found = {record: cut for record, cut in self.found.items() if record in wanted}
+        self._waiting = [record for record in self._waiting if record in wanted]
 
     def _cut(self, here: CloseUp, last: int) -> None:
         start = self._end - len(here.step)

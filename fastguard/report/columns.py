@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -56,7 +56,7 @@ class BadStep:
         tag: As in `StepRecord`.
     """
 
-    row: int
+    row: int = field(compare=False)
     step: int
     reason: str
     action: str
@@ -119,8 +119,8 @@ class ColumnReader:
 
     def _columns(self, records: list[dict[str, Any]], rejected: int) -> Columns:
         values = {
-            series: _floats([record.get(field) for record in records])
-            for series, field in _FIELDS.items()
+            series: _floats([record.get(key) for record in records])
+            for series, key in _FIELDS.items()
         }
         suspects = {
             i
@@ -128,8 +128,8 @@ class ColumnReader:
             if record.get("reason") is not None or record.get("n_culprits")
         }
         suspects.update(_nonfinite(values[NORM], [r.get("total_norm") for r in records]))
-        for kind, field in _MAPPINGS.items():
-            mappings = [record.get(field) or {} for record in records]
+        for kind, key in _MAPPINGS.items():
+            mappings = [record.get(key) or {} for record in records]
             for name in self._names_of(kind, mappings):
                 found = [mapping.get(name) for mapping in mappings]
                 values[Series(kind, name)] = column = _floats(found)

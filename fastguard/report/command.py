@@ -36,12 +36,13 @@ def run(args: argparse.Namespace) -> int:
 
     from fastguard.report.page import render
     from fastguard.report.summary import summarise
-    from fastguard.report.verdict import judge
+    from fastguard.report.verdict import judge, plural
 
     with _progress(path) as progress:
         summary = summarise(read_blocks(path), progress=progress)
     if not summary.records:
-        raise UsageError(f"{path} holds no record ({summary.damaged} damaged lines)")
+        damaged = plural(summary.damaged, "damaged line")
+        raise UsageError(f"{path} holds no record ({damaged})")
     verdict = judge(summary)
     page = folder / f"{path.stem}.html"
     with written(page) as temporary:

@@ -102,6 +102,11 @@ class IncidentTable:
         self.incidents += 1
         return True
 
+    @property
+    def begins(self) -> list[int]:
+        """The record that each row begins with."""
+        return [row.begin for row in self.rows]
+
     def shorten(self) -> None:
         """Joins neighbours until `limit` rows are left; ties go to the earlier ones."""
         surplus = len(self.rows) - self.limit

@@ -122,6 +122,9 @@ def _learning_rate(summary: Summary) -> Iterator[str]:
     curve = summary.buckets.curve(LR)
     if curve is None:
         return
+    if curve.high.max() <= 0:
+        yield "The learning rate is 0 at every step: nothing is learned."
+        return
     gone = curve.high <= _LR_GONE * curve.high.max()
     since = len(gone) - int(np.argmin(gone[::-1])) if not gone.all() else 0
     if since < len(gone) and len(gone) - since > _LR_GONE_FOR * len(gone):
