@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import re
 
-from fastguard.scan.reading import Place, Reading
+from fastguard.scan.reading import INT, Place, Reading
 from fastguard.scan.values import nonfinite_values
 
 NAME = "huggingface"
 
-_EPOCH = re.compile(r"['\"]epoch['\"]:\s*['\"]?(\d+(?:\.\d+)?)")
-_STEP = re.compile(r"['\"](?:global_)?(?:step|iter|iteration)['\"]:\s*['\"]?(\d+)")
-_BAR = re.compile(r"\s*\d+%\|[^|]*\|\s*(\d+)/\d+ \[[^,\]]*,[^,\]]*\]?\s*$")
+_EPOCH = re.compile(r"['\"]epoch['\"]:\s*['\"]?(\d{1,15}(?:\.\d+)?)")
+_STEP = re.compile(rf"['\"](?:global_)?(?:step|iter|iteration)['\"]:\s*['\"]?({INT})")
+_BAR = re.compile(rf"\s*\d{{1,3}}%\|[^|]*\|\s*({INT})/{INT} \[[^,\]]*,[^,\]]*\]?\s*$")
 
 
 class HuggingFace:

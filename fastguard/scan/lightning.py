@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import re
 
-from fastguard.scan.reading import Place, Reading
+from fastguard.scan.reading import INT, Place, Reading
 from fastguard.scan.values import nonfinite_values
 
 NAME = "lightning"
 
 _BAR = re.compile(
-    r"\s*Epoch (\d+)(?:/(\d+))?:?\s+(?:(?:\d+%)?\|[^|]*\|\s*|[━╸╺╶╴─ ]+)(\d+)/(\d+|\?)\s"
+    rf"\s*Epoch ({INT})(?:/({INT}))?:?\s{{1,9}}"
+    rf"(?:(?:\d{{1,3}}%)?\|[^|]*\|\s*|[━╸╺╶╴─ ]+)({INT})/({INT}|\?)\s"
 )
 _METRIC = re.compile(r"[=:]\s*[+-]?(?:\d|nan|inf)", re.IGNORECASE)
 

@@ -7,25 +7,26 @@ from __future__ import annotations
 
 import re
 
-from fastguard.scan.reading import Place, Reading
+from fastguard.scan.reading import INT, Place, Reading
 from fastguard.scan.values import nonfinite_values
 
 NAME = "plain"
 
-_GAP = r"[\s:=#\[(\"']*"
-_EPOCH = re.compile(rf"\bep(?:och)?\b{_GAP}(\d+(?:\.\d+)?)(?:\s*/\s*(\d+))?", re.IGNORECASE)
-_BATCH = re.compile(rf"\b(?:mini)?batch\b{_GAP}(\d+)(?:\s*/\s*(\d+))?", re.IGNORECASE)
+# Bounded, so that no line takes long.
+_GAP = r"[\s:=#\[(\"']{0,9}"
+_EPOCH = re.compile(rf"\bep(?:och)?\b{_GAP}({INT}(?:\.\d+)?)(?:\s*/\s*({INT}))?", re.IGNORECASE)
+_BATCH = re.compile(rf"\b(?:mini)?batch\b{_GAP}({INT})(?:\s*/\s*({INT}))?", re.IGNORECASE)
 _STEP = re.compile(
-    rf"\b(?:global_step|step|iter|iteration|it|num_updates|update)\b{_GAP}(\d+)", re.IGNORECASE
+    rf"\b(?:global_step|step|iter|iteration|it|num_updates|update)\b{_GAP}({INT})", re.IGNORECASE
 )
-_TUTORIAL = re.compile(r"\s*\[(\d+),\s*(\d+)\]")  # [epoch, batch], of PyTorch's tutorials
+_TUTORIAL = re.compile(rf"\s*\[({INT}),\s*({INT})\]")  # [epoch, batch], of PyTorch's tutorials
 _COUNT = re.compile(
-    r"\[\s*(\d+)\s*/\s*(\d+)\b[^\]]*\]"  # [15/41]
-    r"|(?:^|[\s|:])(\d+)/(\d+|\?)\s+[\[━╸]"  # 15/41 [00:01<00:02, of tqdm; 15/41 [====>, of Keras
-    r"|:\s+(\d+)\s*/\s*(\d+)\s"  # epoch 003:     15 / 41, of fairseq
+    rf"\[\s*({INT})\s*/\s*({INT})\b[^\]]{{0,40}}\]"  # [15/41]
+    rf"|(?:^|[\s|:])({INT})/({INT}|\?)\s{{1,9}}[\[━╸]"  # 15/41 [, of tqdm and Keras
+    rf"|:\s{{1,9}}({INT})\s{{0,9}}/\s{{0,9}}({INT})\s"  # epoch 003:     15 / 41, of fairseq
 )
 _MEASURED = re.compile(
-    r"(?:loss|norm|acc|accuracy|ppl|mse|mae|err|error)\w*[\"']?\s*[=:]?\s*[\"'(\[]*[+-]?\d",
+    r"(?:loss|norm|acc|accuracy|ppl|mse|mae|err|error)\w{0,40}[\"']?\s*[=:]?\s*[\"'(\[]*[+-]?\d",
     re.IGNORECASE,
 )
 _HAS_DIGIT = re.compile(r"\d")

@@ -6,6 +6,9 @@ from dataclasses import dataclass, fields, replace
 
 from fastguard.scan.values import Value
 
+INT = r"\d{1,15}"
+"""The pattern of a number in a log: no more digits than every integer type and `int` take."""
+
 
 @dataclass(frozen=True, slots=True)
 class Place:

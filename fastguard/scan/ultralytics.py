@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import re
 
-from fastguard.scan.reading import Place, Reading
+from fastguard.scan.reading import INT, Place, Reading
 from fastguard.scan.values import Value, canonical, has_nonfinite
 
 NAME = "ultralytics"
 
 _HEAD = re.compile(r"\s*Epoch\s+(?:GPU_mem|gpu_mem)\s+(\S.*)")
-_ROW = re.compile(r"\s*(\d+)/(\d+)\s+[\d.]+[KMGT]?B?\s+(\S.*?):\s+(\d+)%")
-_BAR = re.compile(r"\D*?(\d+)/(\d+)")
+_ROW = re.compile(rf"\s*({INT})/({INT})\s+[\d.]+[KMGT]?B?\s+(\S.*?):\s+\d+%")
+_BAR = re.compile(rf"\D*?({INT})/({INT})")
 
 
 class Ultralytics:

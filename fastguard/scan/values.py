@@ -10,6 +10,9 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+CONTEXT = 100
+"""Characters on either side that decide. All patterns here may be quadratic in it."""
+
 
 class Value(NamedTuple):
     """A NaN or Inf that was measured.
@@ -98,7 +101,8 @@ def nonfinite_values(text: str) -> tuple[tuple[Value, ...], bool]:
     if not _may_have(text):
         return (), False
     for token in _TOKEN.finditer(text):
-        before, after = text[: token.start()], text[token.end() :]
+        before = text[max(0, token.start() - CONTEXT) : token.start()]
+        after = text[token.end() : token.end() + CONTEXT]
         name = _name_of_value(before, after, canonical(token[0]))
         if name is None:
             mentions = True

@@ -8,6 +8,7 @@ batch.
 from __future__ import annotations
 
 import io
+import time
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,33 @@ def test_plain_prints(text: str, place: Place) -> None:
     found = scan(text)
     assert found.n_bad == 1
     assert found.stretches[0].first == place
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "a",
+        "loss",
+        "loss nan ",
+        "nan ",
+        "nan,",
+        "[1/2",
+        "epoch ",
+        "[",
+        "(",
+        " ",
+        "1",
+        "1/2 ",
+        "= ",
+        "|",
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize(
+    "start", ["", "epoch ", "Epoch 1", "  1/2 0G ", "37%|", "{'epoch': ", "loss=", "step "]
+)
+def test_no_line_takes_long(start: str, piece: str) -> None:
+    line = start + piece * (20_000 // len(piece)) + " nan"
+    begun = time.process_time()
+    scan(line)
+    assert time.process_time() - begun < 1.0  # with a pattern that backtracks: 3 s to hours
