@@ -37,7 +37,7 @@ def table(diagnosis: Diagnosis):
         where = f" [dim]{escape(finding.where)}[/]" if finding.where else ""
         lines = [f"[{color}]{head}[/]{where}"] if head else []
         lines.append(escape(finding.seen))
-        lines += [f"[italic]{escape(finding.remedy)}[/]"] if finding.remedy else []
+        lines += [f"[italic]→ {escape(finding.remedy)}[/]"] if finding.remedy else []
         found.add_row(
             f"{escape(finding.check)}\n[{color}]{finding.severity}[/]",
             "\n".join(lines),

@@ -435,7 +435,7 @@ def test_the_table_shows_every_finding_and_takes_brackets_literally() -> None:
     console = Console(width=80, record=True, file=open("/dev/null", "w"))
     console.print(table(found))
     text = console.export_text()
-    for part in ("range inputs[0]", "255", "limit 100", "[/]", "warning", "ok"):
+    for part in ("range inputs[0]", "255", "limit 100", "→ [/]", "warning", "ok"):
         assert part in text
 
 
