@@ -119,35 +119,39 @@ class GradBuckets:
         return any(b.dtype is torch.float64 for b in self.buckets)
 
 
-def parameters_of(parameters: Tensor | Iterable) -> tuple[list[Tensor], list[str] | None]:
-    """The tensors and the names, if any, of what a user calls "parameters".
+def parameters_of(parameters: Tensor | Iterable) -> list[Tensor]:
+    """The tensors of what a user calls "parameters": see `gradients_of`."""
+    if isinstance(parameters, Tensor):
+        return [parameters]
+    items = list(parameters)
+    named = bool(items) and isinstance(items[0], tuple)
+    try:
+        return [p for _, p in items] if named else items
+    except (TypeError, ValueError):  # no pair
+        raise _no_parameter(items, named) from None
+
+
+def gradients_of(parameters: Tensor | Iterable) -> tuple[list[Tensor | None], list[str] | None]:
+    """The gradients (None where there is none) and the names, if any, of what a user calls
+    "parameters".
 
     Args:
         parameters: A tensor, or an iterable of tensors or of `(name, tensor)` pairs such as
             `model.named_parameters()`.
     """
     if isinstance(parameters, Tensor):
-        return [parameters], None
-    items = list(parameters)
-    if items and isinstance(items[0], tuple):
-        try:
-            return [p for _, p in items], [name for name, _ in items]
-        except (TypeError, ValueError):  # no pair
-            raise _no_parameter(items, named=True) from None
-    return items, None
-
-
-def gradients_of(parameters: Tensor | Iterable) -> tuple[list[Tensor | None], list[str] | None]:
-    """The gradients (None where there is none) and the names, if any: see `parameters_of`."""
-    items = parameters if isinstance(parameters, Tensor) else list(parameters)
-    tensors, names = parameters_of(items)
+        return [parameters.grad], None
+    items = parameters if isinstance(parameters, list) else list(parameters)
+    named = bool(items) and isinstance(items[0], tuple)
     try:
-        return [p.grad for p in tensors], names
-    except AttributeError:
-        raise _no_parameter(items, named=names is not None) from None
+        if named:
+            return [p.grad for _, p in items], [name for name, _ in items]
+        return [p.grad for p in items], None
+    except (AttributeError, TypeError, ValueError):  # the latter two: no pair
+        raise _no_parameter(items, named) from None
 
 
-def _no_parameter(items: Iterable, named: bool) -> TypeError:
+def _no_parameter(items: list, named: bool) -> TypeError:
     wrong = next(item for item in items if not _is_parameter(item, named))
     return TypeError(
         "parameters must be tensors or (name, tensor) pairs, but one is a "

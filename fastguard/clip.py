@@ -8,11 +8,10 @@ norms are true to 1e-7, gradients are read once and stay untouched at coefficien
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fastguard import traced
@@ -91,9 +90,9 @@ def clip_grad_norm_(
     check_foreach(foreach)
     parameters = listed(parameters)
     if torch.compiler.is_compiling():
-        if _spans_ranks(parameters, group):
+        if traced.spans_ranks(parameters, group):
             how = {"nonfinite": mode, "group": group}
-            return _untraced(clip_grad_norm_, parameters, max_norm, p, **how)
+            return traced.leave_graph(clip_grad_norm_, parameters, max_norm, p, **how)
         return traced.clip_grad_norm_(*gradients_of(parameters), max_norm, p, mode)
     buckets = _buckets_of(parameters, group, norm_type=p)
     return clip_buckets(buckets, max_norm, p, mode == "raise", mode)
@@ -152,8 +151,8 @@ def get_total_norm(
     check_foreach(foreach)
     items = [tensors] if isinstance(tensors, Tensor) else as_list("tensors", tensors)
     if torch.compiler.is_compiling():
-        if _spans_ranks(items, group):
-            return _untraced(get_total_norm, items, p, error_if_nonfinite, group=group)
+        if traced.spans_ranks(items, group):
+            return traced.leave_graph(get_total_norm, items, p, error_if_nonfinite, group=group)
         mode = "raise" if error_if_nonfinite else "propagate"
         return traced.decide(items, None, math.inf, p, mode)[0]
     sharing = None
@@ -202,8 +201,8 @@ def clip_grads_with_norm_(
         raise TypeError(
             f"total_norm={total_norm!r} is not a tensor; pass what get_total_norm returned"
         )
-    if torch.compiler.is_compiling() and _spans_ranks(parameters, None):
-        _untraced(clip_grads_with_norm_, parameters, max_norm, total_norm)
+    if torch.compiler.is_compiling() and traced.spans_ranks(parameters, None):
+        traced.leave_graph(clip_grads_with_norm_, parameters, max_norm, total_norm)
         return
     norm = torch.as_tensor(total_norm)
     if is_dtensor(norm):  # torch's own norm of DTensors is a sum that nobody has summed up yet
@@ -245,8 +244,8 @@ def clip_grad_value_(
     check_foreach(foreach)
     parameters = listed(parameters)
     if torch.compiler.is_compiling():
-        if _spans_ranks(parameters, None):
-            _untraced(clip_grad_value_, parameters, clip_value)
+        if traced.spans_ranks(parameters, None):
+            traced.leave_graph(clip_grad_value_, parameters, clip_value)
         else:
             traced.clip_grad_value_(gradients_of(parameters)[0], clip_value)
         return
@@ -303,8 +302,8 @@ def sanitize_grads_(
             raise ValueError(f"{name}={value!r} must be a finite number: it replaces what is not")
     parameters = listed(parameters)
     if torch.compiler.is_compiling():
-        if _spans_ranks(parameters, group):
-            return _untraced(sanitize_grads_, parameters, **fill, group=group)
+        if traced.spans_ranks(parameters, group):
+            return traced.leave_graph(sanitize_grads_, parameters, **fill, group=group)
         return traced.sanitize_grads_(*gradients_of(parameters), fill)
     buckets = _buckets_of(parameters, group)
     for bucket in buckets.buckets:
@@ -351,9 +350,9 @@ def measure_grads(
     p = norm_type_of(norm_type)
     parameters = listed(parameters)
     if torch.compiler.is_compiling():
-        if _spans_ranks(parameters, group):
+        if traced.spans_ranks(parameters, group):
             how = {"norm_type": p, "per_tensor": per_tensor, "group": group}
-            return _untraced(measure_grads, parameters, **how)
+            return traced.leave_graph(measure_grads, parameters, **how)
         return traced.measure(*gradients_of(parameters), p, per_tensor)
     buckets = _buckets_of(parameters, group, norm_type=p, per_tensor=per_tensor)
     return reduce(measure(buckets, p), Signals.none(buckets.device), buckets.sharing)[0]
@@ -368,10 +367,9 @@ def _buckets_of(
     """The gradients of this rank, partial ones made whole, and how much each counts."""
     sharing = None
     if group is not None or several_ranks():
-        tensors, _ = parameters_of(parameters)
         if per_tensor:
             check_same_tensors(group, "per_tensor=True")
-        sharing = _sharing_of_gradients(tensors, group)
+        sharing = _sharing_of_gradients(parameters_of(parameters), group)
     grads, names = gradients_of(parameters)
     n = len(grads) if per_tensor else 1
     segments = range(n) if per_tensor else None
@@ -388,17 +386,3 @@ def _buckets_of(
 def _sharing_of_gradients(parameters: list[Tensor], group: Group) -> Sharing | None:
     team = team_of(parameters, group)
     return None if team is None else team.sharing_of_gradients(parameters)
-
-
-def _spans_ranks(parameters: Tensor | list, group: Group) -> bool:
-    """Whether compiled code must leave its graph, because ranks exchange numbers."""
-    if group is not None:
-        return True
-    if not (dist.is_available() and dist.is_initialized()):
-        return False
-    return any(is_dtensor(p) for p in parameters_of(parameters)[0])
-
-
-@torch._disable_dynamo
-def _untraced(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return function(*args, **kwargs)

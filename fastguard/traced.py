@@ -1,18 +1,23 @@
 """The functions of `fastguard.clip` under `torch.compile`: one opaque op a stage.
 
-For one process: what ranks exchange is not traced, and breaks the graph.
+For one process: what ranks exchange is not traced, but done outside of the graph.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastguard.arguments import limit_tensor
+from fastguard.buckets import parameters_of
 from fastguard.measure import GradStats
+from fastguard.ranks.dtensors import is_dtensor
+from fastguard.ranks.groups import Group
 
 
 def clip_grad_norm_(
@@ -92,3 +97,18 @@ def sanitize_grads_(
         if grad is not None:
             grad.nan_to_num_(**fill)
     return stats
+
+
+def spans_ranks(parameters: Tensor | list, group: Group) -> bool:
+    """Whether compiled code must leave its graph, because ranks exchange numbers."""
+    if group is not None:
+        return True
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    return any(is_dtensor(p) for p in parameters_of(parameters))
+
+
+@torch._disable_dynamo
+def leave_graph(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls a function eagerly; an error under `fullgraph=True`."""
+    return function(*args, **kwargs)
