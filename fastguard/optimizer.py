@@ -8,7 +8,6 @@ being a `torch.optim.Optimizer` to schedulers, scalers and trainers.
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,19 +18,18 @@ from torch.optim import Optimizer
 from fastguard import distributed_checkpoint, resume
 from fastguard.apply import apply, clamp_finite_
 from fastguard.arguments import limit_of
-from fastguard.backend import backend_of
 from fastguard.buckets import GradBuckets
 from fastguard.decide import GuardState, NonFinite, Policy, Verdict, decide, raise_if_nonfinite
-from fastguard.delegation import OptimizerAround
 from fastguard.errors import TrainingDivergedError
 from fastguard.gradients import Gradients
 from fastguard.guardable import MODES, check_budget, check_choice, check_optimizer
+from fastguard.known_run import KnownRun
 from fastguard.losses import ObservedLosses, named_losses, stacked
 from fastguard.measure import measure, norm_type_of
 from fastguard.packed import Outcome
 from fastguard.ranks.dtensors import local_parts
 from fastguard.ranks.groups import Group, refuse_several_ranks
-from fastguard.records import Recorder, StepRecord
+from fastguard.records import Recorder
 from fastguard.reduce import Signals, reduce
 from fastguard.rules import GRAD_NORM, Rule, rules_by_signal
 from fastguard.scaler import handed_over, tell_scaler
@@ -40,8 +38,6 @@ from fastguard.stepping import road_of
 from fastguard.whole_step import WholeStep
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
     from fastguard.ranks.watch import RankWatch
 
 log = logging.getLogger("fastguard")
@@ -49,7 +45,7 @@ log = logging.getLogger("fastguard")
 Loss = Tensor | float | Mapping[str, Tensor | float]
 
 
-class GuardedOptimizer(OptimizerAround):
+class GuardedOptimizer(KnownRun):
     """Wraps an optimizer so that no bad step reaches the weights.
 
     Args:
@@ -297,90 +293,6 @@ class GuardedOptimizer(OptimizerAround):
                 f"max_consecutive_skips={limit}. Last: {record}",
                 record.culprits,
             )
-
-    # What is known about the run.
-
-    def records(self) -> list[StepRecord]:
-        """The records of finished steps since the last call, oldest first. Never waits."""
-        return self._recorder.drain()
-
-    def flush(self) -> list[StepRecord]:
-        """As `records()`, but waits for the steps that the device has not finished."""
-        self._recorder.wait()
-        return self._recorder.drain()
-
-    def add_sink(self, sink: Callable[[StepRecord], object]) -> None:
-        """Hands every record from now on to `sink` when it reaches the host, in order.
-
-        Args:
-            sink: `JsonLinesSink`, `TensorBoardSink`, or any callable that takes a `StepRecord`.
-        """
-        if not callable(sink):
-            raise TypeError(f"sink={sink!r} must be callable with a StepRecord")
-        self._recorder.sinks.append(sink)
-
-    def subscribe(self) -> deque[StepRecord]:
-        """An inbox that gets every record once, for those who act on what happened.
-
-        The record of step k is there after step k where the verdict is on the host at once (a CPU,
-        or an optimizer that is not fused), else after step k + 1: the same on every rank and every
-        rerun. Take records out with `popleft`.
-        """
-        return self._recorder.subscribe()
-
-    def settle(self) -> None:
-        """Waits for all steps so far, so that every inbox holds their records."""
-        self._recorder.deliver()
-
-    @property
-    def process_group(self) -> ProcessGroup | None:
-        """The ranks that take one decision; None: this process decides alone."""
-        team = self._gradients.team
-        return None if team is None else team.group
-
-    @property
-    def steps_taken(self) -> int:
-        """Steps so far, skipped ones counted. Never waits."""
-        return self._steps_taken
-
-    @property
-    def applied_steps(self) -> int:
-        """Steps that reached the weights. Waits for a GPU."""
-        return int(self._state.counters[1])
-
-    @property
-    def skipped_steps(self) -> int:
-        """Steps that did not. Waits for a GPU."""
-        return int(self._state.counters[2])
-
-    @property
-    def consecutive_skips(self) -> int:
-        """Skipped steps since the last applied one. Waits for a GPU."""
-        return int(self._state.counters[3])
-
-    @property
-    def sync_free(self) -> bool:
-        """Whether a step never waits for the device.
-
-        True for fused optimizers without step hooks of their own (but for the one step that creates
-        the momentum buffers of SGD), and for every optimizer on a CPU, where there is nothing to
-        wait for; never in raise mode on a GPU.
-        """
-        on_cpu = self._device.type == "cpu"
-        return on_cpu or not (self._road.waits or self.nonfinite == "raise")
-
-    def describe(self) -> str:
-        """What is guarded and how, in one line."""
-        parameters = self._gradients.layout.parameters
-        elements = sum(p.numel() for p in parameters)
-        rules = ", ".join(f"{signal}: {rule}" for signal, rule in self.rules.items()) or "none"
-        return (
-            f"guarding {type(self.optimizer).__name__}: {len(parameters)} tensors, "
-            f"{elements:,} elements on {self._device} ({backend_of(self._device)} backend); "
-            f"max_norm={self.max_norm} (p={self.norm_type:g}, {self.clip_scope}), "
-            f"nonfinite={self.nonfinite}, spike rules: {rules}; "
-            f"skips {'after reading the verdict' if self._road.waits else 'through found_inf'}"
-        )
 
     # Being an optimizer.
 

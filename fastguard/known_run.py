@@ -1,0 +1,118 @@
+"""What is known about a guarded run while it runs: records, counters, and who decides how."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+
+import torch
+from torch.distributed import ProcessGroup
+
+from fastguard.backend import backend_of
+from fastguard.decide import GuardState
+from fastguard.delegation import OptimizerAround
+from fastguard.gradients import Gradients
+from fastguard.records import Recorder, StepRecord
+from fastguard.rules import Rule
+from fastguard.stepping import FoundInf, ReadFirst
+from fastguard.whole_step import WholeStep
+
+
+class KnownRun(OptimizerAround):
+    """An optimizer that tells what its steps did."""
+
+    max_norm: float | None
+    norm_type: float
+    clip_scope: str
+    nonfinite: str
+    rules: Mapping[str, Rule]
+    _gradients: Gradients
+    _device: torch.device
+    _recorder: Recorder
+    _state: GuardState
+    _steps_taken: int
+    _road: FoundInf | ReadFirst | WholeStep
+
+    def records(self) -> list[StepRecord]:
+        """The records of finished steps since the last call, oldest first. Never waits."""
+        return self._recorder.drain()
+
+    def flush(self) -> list[StepRecord]:
+        """As `records()`, but waits for the steps that the device has not finished."""
+        self._recorder.wait()
+        return self._recorder.drain()
+
+    def add_sink(self, sink: Callable[[StepRecord], object]) -> None:
+        """Hands every record from now on to `sink` when it reaches the host, in order.
+
+        Args:
+            sink: `JsonLinesSink`, `TensorBoardSink`, or any callable that takes a `StepRecord`.
+        """
+        if not callable(sink):
+            raise TypeError(f"sink={sink!r} must be callable with a StepRecord")
+        self._recorder.sinks.append(sink)
+
+    def subscribe(self) -> deque[StepRecord]:
+        """An inbox that gets every record once, for those who act on what happened.
+
+        The record of step k is there after step k where the verdict is on the host at once (a CPU,
+        or an optimizer that is not fused), else after step k + 1: the same on every rank and every
+        rerun. Take records out with `popleft`.
+        """
+        return self._recorder.subscribe()
+
+    def settle(self) -> None:
+        """Waits for all steps so far, so that every inbox holds their records."""
+        self._recorder.deliver()
+
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        """The ranks that take one decision; None: this process decides alone."""
+        team = self._gradients.team
+        return None if team is None else team.group
+
+    @property
+    def steps_taken(self) -> int:
+        """Steps so far, skipped ones counted. Never waits."""
+        return self._steps_taken
+
+    @property
+    def applied_steps(self) -> int:
+        """Steps that reached the weights. Waits for a GPU."""
+        return int(self._state.counters[1])
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that did not. Waits for a GPU."""
+        return int(self._state.counters[2])
+
+    @property
+    def consecutive_skips(self) -> int:
+        """Skipped steps since the last applied one. Waits for a GPU."""
+        return int(self._state.counters[3])
+
+    @property
+    def sync_free(self) -> bool:
+        """Whether a step never waits for the device.
+
+        True for fused optimizers without step hooks of their own (but for the one step that creates
+        the momentum buffers of SGD), and for every optimizer on a CPU, where there is nothing to
+        wait for; never in raise mode on a GPU.
+        """
+        on_cpu = self._device.type == "cpu"
+        return on_cpu or not (self._road.waits or self.nonfinite == "raise")
+
+    def describe(self) -> str:
+        """What is guarded and how, in one line."""
+        parameters = self._gradients.layout.parameters
+        elements = sum(p.numel() for p in parameters)
+        team = self._gradients.team
+        deciding = "" if team is None else f"{team.size} ranks decide together; "
+        rules = ", ".join(f"{signal}: {rule}" for signal, rule in self.rules.items()) or "none"
+        return (
+            f"guarding {type(self.optimizer).__name__}: {len(parameters)} tensors, "
+            f"{elements:,} elements on {self._device} ({backend_of(self._device)} backend); "
+            f"max_norm={self.max_norm} (p={self.norm_type:g}, {self.clip_scope}), "
+            f"nonfinite={self.nonfinite}, spike rules: {rules}; {deciding}"
+            f"skips {'after reading the verdict' if self._road.waits else 'through found_inf'}"
+        )
