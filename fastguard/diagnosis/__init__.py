@@ -68,6 +68,7 @@ def diagnose(
 
     Raises:
         TypeError: An argument is of the wrong kind. What model and loss raise becomes a finding.
+        ValueError: A parameter has no values yet: it is lazy, or on the meta device.
 
     Example:
         >>> import torch, fastguard

@@ -77,6 +77,6 @@ def _diagnosed(args: argparse.Namespace) -> Diagnosis:
         setup["autocast"] = torch.autocast(parameter.device.type, dtype)
     try:
         Subject.of(**setup)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise UsageError(f"{args.setup}(): {error}") from None
     return diagnose(**setup)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fastguard.diagnosis.subject import tensors
+from fastguard.diagnosis.subject import is_readable, tensors
 
 Shape = tuple[int, ...]
 
@@ -159,6 +159,8 @@ class FunctionWatch(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         given = tensors((args, kwargs))
+        if not all(map(is_readable, given)):
+            return func(*args, **kwargs)
         with torch.no_grad():
             self._look_at_indices(name, args, kwargs)
             meeting = self._meeting(name, given)

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 
 from fastguard.diagnosis.functions import FLOAT16_MAX, FunctionWatch
 from fastguard.diagnosis.gradients import gradients_of
-from fastguard.diagnosis.subject import Subject, total_of
+from fastguard.diagnosis.subject import Subject, is_readable, total_of
 from fastguard.provenance.calls import floats
 from fastguard.provenance.replay import copied, loss_parts
 from fastguard.provenance.report import as_real
@@ -121,7 +121,8 @@ class Observation:
         output: What the model gave, detached; None if it gave nothing or was not called as a whole.
         result: What the step returned, detached.
         parts: The loss by parts; empty if there is none.
-        gradients: By parameter; None for a parameter that was not reached. None: no backward pass.
+        gradients: By parameter, dense; None for a parameter that was not reached. None in place of
+            all: there was no backward pass.
         from_output: The backward pass began at the output, because there is no loss.
     """
 
@@ -179,15 +180,16 @@ def _go_backward(subject: Subject, seen: Observation, result: Any, output: Any) 
         if not from_output:
             return
         total, seen.from_output = torch.stack(from_output).sum(), True
-    if not total.requires_grad:
-        return
     trainable = {name: p for name, p in subject.parameters.items() if p.requires_grad}
+    if not total.requires_grad or not trainable:
+        return
     try:
         gradients = gradients_of(total, list(trainable.values()))
     except Exception as error:
         seen.failures.append(Failure("backward", "", None, error))
         return
-    seen.gradients = dict(zip(trainable, gradients, strict=True))
+    dense = [g.to_dense() if g is not None and g.is_sparse else g for g in gradients]
+    seen.gradients = dict(zip(trainable, dense, strict=True))
 
 
 def _detached(tree: Any) -> Any:
@@ -242,7 +244,7 @@ class _Watch:
             self.failed_in = self.failed_in or name
             return
         with _unseen():
-            for tensor in floats(output):
+            for tensor in filter(is_readable, floats(output)):
                 self.seen.activations.append(Activation(name, Values.of(tensor)))
         if module is self._model:
             self.output = output

@@ -13,6 +13,7 @@ from fastguard.clip import clip_grad_norm_
 from fastguard.diagnosis.gradients import gradients_of
 from fastguard.diagnosis.subject import Subject, total_of
 from fastguard.provenance.replay import copied
+from fastguard.provenance.report import as_real
 from fastguard.snapshot import rng_state, set_rng_state
 
 N_STEPS = 5
@@ -113,12 +114,12 @@ def _loss(subject: Subject) -> Tensor:
 def _update(before: Tensor, parameter: Tensor) -> Update:
     gradient = parameter.grad
     assert gradient is not None
-    moved = parameter.double() - before.double()
-    wanted = gradient != 0
-    still = (parameter == before) & wanted
+    wanted = as_real(gradient.to_dense() if gradient.is_sparse else gradient) != 0
+    old, new = as_real(before), as_real(parameter)
+    stuck = (new == old) & wanted
     return Update(
-        weight=float(before.double().norm()),
-        moved=float(moved.norm()),
-        stuck=float(still.sum() / wanted.sum()) if wanted.any() else 0.0,
+        weight=float(old.double().norm()),
+        moved=float((new.double() - old.double()).norm()),
+        stuck=float(stuck.sum() / wanted.sum()) if wanted.any() else 0.0,
         dtype=parameter.dtype,
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
@@ -55,6 +56,7 @@ class Subject:
 
         Raises:
             TypeError: One of them is of the wrong kind.
+            ValueError: A parameter of the model has no values yet.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
@@ -74,6 +76,12 @@ class Subject:
             )
         if data is not None and not isinstance(data, Iterable):
             raise TypeError(f"data is a {type(data).__name__}; pass an iterable of batches")
+        empty = [n for n, p in model.named_parameters() if is_lazy(p) or p.is_meta]
+        if empty:
+            raise ValueError(
+                f"{empty[0]} has no values yet (it is lazy, or on the meta device); run one batch "
+                "through the model, or load it, first"
+            )
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
         model = getattr(model, "_orig_mod", model)  # of torch.compile
@@ -145,6 +153,11 @@ def split(batch: Any) -> tuple[Any, Any]:
 def tensors(tree: Any) -> list[Tensor]:
     """The tensors in a nest of containers."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether its values can be looked at: inside of torch.vmap and torch.func.grad they cannot."""
+    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def total_of(result: Any) -> Tensor | None:

@@ -125,12 +125,6 @@ def test_json_is_all_that_is_printed(folder, capsys) -> None:
     assert first["value"] == 8.88e-21 and first["limit"] > 0 and first["remedy"]
 
 
-def test_it_runs_from_the_folder_of_the_script_in_a_process_of_its_own(folder) -> None:
-    command = [sys.executable, "-m", "fastguard", "diagnose", "train:broken"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 1 and "lr-vanished" in done.stdout, done.stderr
-
-
 def test_a_terminal_gets_a_table(folder) -> None:
     require("rich")
     import pty

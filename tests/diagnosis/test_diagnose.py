@@ -106,6 +106,69 @@ def test_every_kind_of_batch_and_model_is_taken(make) -> None:
     assert "loss" in next(f.seen for f in found if f.check == "real steps")
 
 
+class Mapped(nn.Module):
+    """Computes its output sample by sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(lambda sample: torch.tanh(self.layer(sample)) * 3)(x)
+
+
+class Complex(nn.Module):
+    """A filter in the frequency domain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter = nn.Parameter(torch.randn(3, 1, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (torch.fft.rfft(x).unsqueeze(1) @ self.filter).squeeze(1).real
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: (Mapped(), torch.optim.AdamW),
+        lambda: (Complex(), torch.optim.AdamW),
+        lambda: (sound_model().double(), torch.optim.SGD),
+    ],
+    ids=["vmap", "complex", "float64"],
+)
+def test_unusual_models_are_diagnosed_too(make) -> None:
+    model, optimizer = make()
+    batch = sound_batch()
+    if next(model.parameters()).dtype is torch.float64:
+        batch = batch[0].double(), batch[1].double()
+    found = diagnose(model, batch, nn.MSELoss(), optimizer(model.parameters(), lr=1e-3))
+    assert found.ok, str(found)
+
+
+def test_sparse_gradients() -> None:
+    model = nn.Sequential(nn.Embedding(10, 1, sparse=True), nn.Flatten(0))
+    optimizer = torch.optim.SparseAdam(model.parameters(), lr=1e-3)
+    found = diagnose(model, (torch.arange(10), torch.randn(10)), nn.MSELoss(), optimizer)
+    assert found.ok, str(found)
+    assert model[0].weight.grad is None
+
+
+@pytest.mark.parametrize(
+    "model", [nn.LazyLinear(1), nn.Linear(4, 1, device="meta")], ids=["lazy", "meta"]
+)
+def test_a_model_without_values_is_refused(model) -> None:
+    with pytest.raises(ValueError, match="weight has no values yet"):
+        diagnose(model, sound_batch(), nn.MSELoss())
+
+
+def test_a_frozen_model_with_inputs_that_want_gradients() -> None:
+    inputs, targets = sound_batch()
+    model = sound_model().requires_grad_(False)
+    found = diagnose(model, (inputs.requires_grad_(), targets), nn.MSELoss())
+    assert [f.kind for f in found.errors] == ["loss-detached"]
+
+
 def test_an_iterator_of_batches_loses_eight() -> None:
     batches = iter([sound_batch() for _ in range(10)])
     diagnose(sound_model(), sound_batch(), functional.mse_loss, data=batches)
