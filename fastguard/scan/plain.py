@@ -6,6 +6,7 @@ Also timm, fairseq, Megatron, Keras and nanoGPT write lines that can be read so.
 from __future__ import annotations
 
 import re
+from collections import deque
 
 from fastguard.scan.reading import INT, Place, Reading
 from fastguard.scan.values import nonfinite_values
@@ -43,6 +44,39 @@ class Plain:
         if not measured and place == Place():
             return None
         return Reading(NAME, place, bad, measured)
+
+
+class Passed:
+    """Good lines, of which the place is asked only when a bad one comes without its own.
+
+    Reading each would take twenty times as long as passing it by. Kept are the last line that names
+    an epoch and the last `KEPT` after it.
+    """
+
+    KEPT = 16
+
+    def __init__(self) -> None:
+        self._lines: deque[str] = deque(maxlen=self.KEPT)
+        self._with_epoch = ""
+
+    def add(self, text: str) -> None:
+        """Takes a line."""
+        if "poch" in text or "EPOCH" in text or "ep " in text:
+            if _EPOCH.search(text):
+                self._lines.clear()
+                self._with_epoch = text
+                return
+        self._lines.append(text)
+
+    def place(self, last: Place) -> Place:
+        """Where the lines ended, `last` being where they began; they are forgotten here."""
+        if not self._with_epoch and not self._lines:
+            return last
+        for text in (self._with_epoch, *self._lines):
+            last = _place(text).within(last)
+        self._lines.clear()
+        self._with_epoch = ""
+        return last
 
 
 def _place(text: str) -> Place:

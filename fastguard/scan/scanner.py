@@ -16,7 +16,7 @@ from fastguard.scan import huggingface
 from fastguard.scan.huggingface import HuggingFace, bare_bar
 from fastguard.scan.lightning import Lightning
 from fastguard.scan.lines import Line, read_lines
-from fastguard.scan.plain import Plain
+from fastguard.scan.plain import Passed, Plain
 from fastguard.scan.reading import Place, Reading
 from fastguard.scan.ultralytics import Ultralytics
 from fastguard.scan.values import Value, has_nonfinite
@@ -108,7 +108,9 @@ class _Scanner:
 
     def __init__(self) -> None:
         self.found = LogScan()
-        self._dialects = (Ultralytics(), Lightning(), HuggingFace(), Plain())
+        self._dialects = (Ultralytics(), Lightning(), HuggingFace())
+        self._plain = Plain()
+        self._passed = Passed()
         self._place = Place()
         self._stretch: Stretch | None = None
         self._dicts = False  # whether the bars of this log count the steps of dicts
@@ -121,6 +123,12 @@ class _Scanner:
             return
         suspect = has_nonfinite(line.text)
         reading = next(filter(None, (d.read(line.text) for d in self._dialects)), None)
+        if reading is None:
+            if not suspect and self._stretch is None:
+                self._passed.add(line.text)
+                return
+            reading = self._plain.read(line.text)
+        self._place = self._passed.place(self._place)
         if reading is None:
             if suspect:
                 self._mention(line)

@@ -112,9 +112,24 @@ def nonfinite_values(text: str) -> tuple[tuple[Value, ...], bool]:
 
 
 def _may_have(text: str) -> bool:
-    """Ten times as fast as the pattern, for the lines of a log that are fine."""
+    """Ten times as fast as the pattern, for the lines of a log that are fine; "INFO" is one."""
     lower = text.lower()
-    return "nan" in lower or "inf" in lower or "1.#" in text
+    return (
+        _has_word_end(lower, "nan")
+        or _has_word_end(lower, "inf")
+        or "infinity" in lower
+        or "1.#" in lower
+    )
+
+
+def _has_word_end(text: str, end: str) -> bool:
+    at = text.find(end)
+    while at >= 0:
+        after = text[at + len(end) : at + len(end) + 1]
+        if not after.isalnum():
+            return True
+        at = text.find(end, at + 1)
+    return False
 
 
 def canonical(token: str) -> str:

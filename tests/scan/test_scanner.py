@@ -70,3 +70,12 @@ def test_memory_does_not_grow_with_the_log() -> None:
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.2 * peaks[0]
+
+
+def test_a_bad_line_without_a_place_has_that_of_the_lines_before() -> None:
+    clean = [f"[{i}/100] loss 0.5" for i in range(1, 91)]
+    found = scan("Epoch 7 of 10", *clean, "INFO saved", "info: lr 0.1", "loss nan")
+    place = found.stretches[0].first
+    assert (place.epoch, place.batch, place.batches) == (7, 90, 100)
+    found = scan("Epoch 7, batch 3", "Epoch 8", "loss nan")
+    assert (found.stretches[0].first.epoch, found.stretches[0].first.batch) == (8, None)
