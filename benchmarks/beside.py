@@ -1,0 +1,209 @@
+"""What living beside the step costs: records, losses, snapshots, activation guards.
+
+    python -m benchmarks.beside [records] [growth] [snapshot] [activations] [ranks]
+
+Two ways of the same thing take turns, because machines are shared; the median of the ratios of the
+pairs is the result. For the records it is a median of differences, in microseconds: 20 of them are
+the 2 % of a 1 ms step. Everything runs on the CPU.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastguard
+from benchmarks.suite import model_shapes
+from fastguard.snapshot import Snapshot
+
+Work = Callable[[], object]
+
+
+def seconds(work: Work, repeat: int = 1) -> float:
+    start = time.perf_counter()
+    for _ in range(repeat):
+        work()
+    return (time.perf_counter() - start) / repeat
+
+
+def in_turns(one: Work, other: Work, *, pairs: int, repeat: int = 1) -> list[tuple[float, float]]:
+    """Seconds of each, pair by pair; the first pair warms up and is not counted."""
+    times = [(seconds(one, repeat), seconds(other, repeat)) for _ in range(pairs + 1)]
+    return times[1:]
+
+
+def ratio(times: list[tuple[float, float]]) -> float:
+    """How many times as long the second takes: the median over the pairs."""
+    return statistics.median(b / a for a, b in times)
+
+
+def guarded(n_elements: int, **settings: Any) -> fastguard.GuardedOptimizer:
+    parameters = [torch.nn.Parameter(torch.zeros(n_elements // 10)) for _ in range(10)]
+    for p in parameters:
+        p.grad = torch.full_like(p, 1e-3)
+    return fastguard.GuardedOptimizer(
+        torch.optim.AdamW(parameters, lr=1e-6, fused=True), max_norm=1.0, **settings
+    )
+
+
+def step_of_one_ms() -> int:
+    """Elements of a model whose guarded AdamW step takes about 1 ms here."""
+    n = 100_000
+    opt = guarded(n)
+    took = statistics.median(seconds(opt.step, 20) for _ in range(20))
+    while took < 0.95e-3:
+        n = int(n * min(2.0, 1.05e-3 / took)) + 10
+        opt = guarded(n)
+        took = statistics.median(seconds(opt.step, 20) for _ in range(20))
+    return n
+
+
+def records() -> None:
+    """Records, losses and a sink, each against the same step without; one thread does it all."""
+    torch.set_num_threads(1)  # threads that wait for a core would drown microseconds
+    n = step_of_one_ms()
+    losses = {name: torch.tensor(0.5) for name in ("seg", "prior", "aux")}
+
+    def silent() -> fastguard.GuardedOptimizer:
+        opt = guarded(n)
+        opt._recorder.add = lambda *_: None  # type: ignore[method-assign]
+        return opt
+
+    bare, kept, told = silent(), guarded(n), silent()
+    base = statistics.median(seconds(bare.step, 20) for _ in range(9)) * 1e3
+    print(f"guarded step of {n:,} elements without records: {base:.2f} ms")
+    with tempfile.TemporaryDirectory() as folder:
+        written = guarded(n)
+        written.add_sink(fastguard.JsonLinesSink(Path(folder) / "records.jsonl"))
+        for name, opt, work in (
+            ("a record", kept, kept.step),
+            ("three losses", told, lambda: told.step(loss=losses)),
+            ("a record, three losses, a line of JSON", written, lambda: written.step(loss=losses)),
+        ):
+            times = in_turns(bare.step, work, pairs=61, repeat=20)
+            added = statistics.median(b - a for a, b in times) * 1e6
+            share = (ratio(times) - 1) * 100
+            print(f"  {name}: {added:+.1f} µs, {share:+.1f} % ({opt.applied_steps} steps)")
+
+
+def growth() -> None:
+    """The last steps of a long run that nobody drains, against the first of a new one."""
+    torch.set_num_threads(1)
+    long = guarded(10_000)
+    for _ in range(50_000):
+        long.step(loss=0.5)
+    fresh = guarded(10_000)
+    times = in_turns(
+        lambda: fresh.step(loss=0.5), lambda: long.step(loss=0.5), pairs=101, repeat=20
+    )
+    held = len(long._recorder.finished)
+    print(f"after 50,000 steps: {ratio(times):.3f} of a first step, {held} records held")
+
+
+def snapshot() -> None:
+    """A snapshot of gpt2-124m with the state of AdamW, against a plain copy of the same bytes."""
+    model = torch.nn.ParameterList(torch.nn.Parameter(torch.zeros(s)) for s in gpt2())
+    opt = fastguard.GuardedOptimizer(torch.optim.AdamW(model.parameters(), fused=True))
+    for p in model:
+        p.grad = torch.zeros_like(p)
+    opt.step()
+    opt.zero_grad()
+    tensors = [*model, *(t for state in opt.state.values() for t in state.values())]
+    buffers = [torch.empty_like(t) for t in tensors]
+
+    def plain() -> None:
+        with torch.no_grad():
+            for buffer, tensor in zip(buffers, tensors, strict=True):
+                buffer.copy_(tensor)
+
+    slot = Snapshot()
+    objects = {"model": model, "optimizer": opt}
+    gb = sum(t.nbytes for t in tensors) / 1e9
+    times = in_turns(plain, lambda: slot.take(objects, 1, None, opt), pairs=9)
+    copy = statistics.median(a for a, _ in times)
+    print(f"snapshot of {gb:.2f} GB: {ratio(times):.3f} of a plain copy ({copy * 1e3:.0f} ms)")
+    check = statistics.median(seconds(slot.nonfinite) for _ in range(3))
+    print(f"  looking at it before going back: {check / copy:.2f} of a copy")
+
+
+def gpt2() -> list[tuple[int, ...]]:
+    return [tuple(shape) for shape in model_shapes("gpt2-124m")]
+
+
+def activations() -> None:
+    """Forward and backward of a small transformer, guarded and not."""
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(256, 4, 1024, batch_first=True, dropout=0.0)
+    model = torch.nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+    x = torch.randn(8, 128, 256)
+
+    def step() -> None:
+        model(x).square().mean().backward()
+
+    for mode in ("count", "clean"):
+
+        def watched(mode: Any = mode) -> None:
+            with fastguard.ActivationGuard(model, mode=mode):
+                step()
+
+        times = in_turns(step, watched, pairs=31)
+        base = statistics.median(a for a, _ in times) * 1e3
+        print(f"ActivationGuard({mode!r}), all modules: {ratio(times):.3f} of {base:.0f} ms")
+
+
+def ranks() -> None:
+    """Backward pass of DDP on one rank, with `RankWatch` and without."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        x = torch.randn(64, 1024)
+        steps = []
+        for watched in (False, True):
+            torch.manual_seed(0)
+            net = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024) for _ in range(8)))
+            model = torch.nn.parallel.DistributedDataParallel(net)
+            opt = fastguard.GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=1e-9))
+            if watched:
+                fastguard.RankWatch(opt, model)
+
+            def step(model: Any = model, opt: Any = opt) -> None:
+                opt.zero_grad()
+                model(x).square().mean().backward()
+                opt.step()
+
+            steps.append(step)
+        times = in_turns(*steps, pairs=31)
+        base = statistics.median(a for a, _ in times) * 1e3
+        print(f"RankWatch: {ratio(times):.3f} of a DDP step of {base:.0f} ms with 8M parameters")
+    finally:
+        dist.destroy_process_group()
+
+
+PARTS = {f.__name__: f for f in (records, growth, snapshot, activations, ranks)}
+
+
+def main(names: list[str]) -> int:
+    unknown = [name for name in names if name not in PARTS]
+    if unknown:
+        print(f"there is no {unknown[0]!r}; choose from {', '.join(PARTS)}", file=sys.stderr)
+        return 2
+    logging.disable(logging.WARNING)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    threads = torch.get_num_threads()
+    for name in names or PARTS:
+        PARTS[name]()
+        torch.set_num_threads(threads)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
