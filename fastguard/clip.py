@@ -91,8 +91,9 @@ def clip_grad_norm_(
     parameters = listed(parameters)
     if torch.compiler.is_compiling():
         if traced.spans_ranks(parameters, group):
-            how = {"nonfinite": mode, "group": group}
-            return traced.leave_graph(clip_grad_norm_, parameters, max_norm, p, **how)
+            return traced.leave_graph(
+                clip_grad_norm_, parameters, max_norm, p, nonfinite=mode, group=group
+            )
         return traced.clip_grad_norm_(*gradients_of(parameters), max_norm, p, mode)
     buckets = _buckets_of(parameters, group, norm_type=p)
     return clip_buckets(buckets, max_norm, p, mode == "raise", mode)
@@ -351,8 +352,9 @@ def measure_grads(
     parameters = listed(parameters)
     if torch.compiler.is_compiling():
         if traced.spans_ranks(parameters, group):
-            how = {"norm_type": p, "per_tensor": per_tensor, "group": group}
-            return traced.leave_graph(measure_grads, parameters, **how)
+            return traced.leave_graph(
+                measure_grads, parameters, norm_type=p, per_tensor=per_tensor, group=group
+            )
         return traced.measure(*gradients_of(parameters), p, per_tensor)
     buckets = _buckets_of(parameters, group, norm_type=p, per_tensor=per_tensor)
     return reduce(measure(buckets, p), Signals.none(buckets.device), buckets.sharing)[0]

@@ -9,11 +9,12 @@ import torch
 from torch.distributed import ProcessGroup
 
 from fastguard.backend import backend_of
-from fastguard.decide import GuardState
+from fastguard.decide import GuardState, NonFinite
 from fastguard.delegation import OptimizerAround
 from fastguard.gradients import Gradients
 from fastguard.records import Recorder, StepRecord
 from fastguard.rules import Rule
+from fastguard.segments import ClipScope
 from fastguard.stepping import FoundInf, ReadFirst
 from fastguard.whole_step import WholeStep
 
@@ -23,8 +24,8 @@ class KnownRun(OptimizerAround):
 
     max_norm: float | None
     norm_type: float
-    clip_scope: str
-    nonfinite: str
+    clip_scope: ClipScope
+    nonfinite: NonFinite
     rules: Mapping[str, Rule]
     _gradients: Gradients
     _device: torch.device

@@ -112,7 +112,7 @@ def unpack(row: Tensor, n_losses: int, is_joint: bool = False) -> Row:
     if is_joint:
         values, (*of_losses, ranks, rank) = values[: -n_losses - 2], values[-n_losses - 2 :]
         given, n_ranks = list(map(bool, of_losses)), int(ranks)
-    norm, coef, skipped, cleaned, reason, *counts, lr = values[:HEAD]
+    norm, coef, skipped, cleaned, reason, step, in_a_row, nan, posinf, neginf, lr = values[:HEAD]
     n_culprits, at = int(values[HEAD]), HEAD + 1
     culprits = [
         tuple(map(int, values[at + CULPRIT * k : at + CULPRIT * (k + 1)]))
@@ -122,21 +122,25 @@ def unpack(row: Tensor, n_losses: int, is_joint: bool = False) -> Row:
     losses, rules = values[at : at + n_losses], values[at + n_losses :]
     n_rules = len(rules) // 2
     return Row(
-        norm,
-        coef,
-        bool(skipped),
-        bool(cleaned),
-        Reason(int(reason)),
-        *map(int, counts),
-        lr,
-        n_culprits,
-        culprits,  # type: ignore[arg-type]
-        losses,
-        list(map(bool, rules[:n_rules])),
-        rules[n_rules:],
-        given,
-        n_ranks,
-        int(rank) if n_ranks == 1 else None,
+        total_norm=norm,
+        clip_coef=coef,
+        skipped=bool(skipped),
+        cleaned=bool(cleaned),
+        reason=Reason(int(reason)),
+        step=int(step),
+        consecutive_skips=int(in_a_row),
+        nan=int(nan),
+        posinf=int(posinf),
+        neginf=int(neginf),
+        lr=lr,
+        n_culprits=n_culprits,
+        culprits=culprits,  # type: ignore[arg-type]
+        losses=losses,
+        spikes=list(map(bool, rules[:n_rules])),
+        thresholds=rules[n_rules:],
+        given=given,
+        culprit_ranks=n_ranks,
+        culprit_rank=int(rank) if n_ranks == 1 else None,
     )
 
 

@@ -31,7 +31,7 @@ def handed_over(optimizer: Optimizer, device: torch.device) -> tuple[Tensor | No
     return inv_scale, found_inf
 
 
-def tell_scaler(optimizer: Optimizer, found_inf: Tensor) -> None:
+def tell_scaler(optimizer: Optimizer, found_inf: Tensor | None) -> None:
     """Replaces what the scaler that steps this optimizer found by what all ranks found.
 
     Args:
@@ -39,7 +39,7 @@ def tell_scaler(optimizer: Optimizer, found_inf: Tensor) -> None:
         found_inf: float32 `()`, 1 if the scaler of any rank found something non-finite, else 0.
     """
     scaler = _stepping(optimizer)
-    if scaler is None or scaler._scale is None:
+    if scaler is None or scaler._scale is None or found_inf is None:
         return
     found = found_inf.to(scaler._scale.device, copy=True)  # the scaler adds to it
     scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {found.device: found}

@@ -203,7 +203,9 @@ def _group_over(mesh: DeviceMesh, ranks: list[int]) -> ProcessGroup:
         return dist.group.WORLD
     key = tuple(sorted(ranks))
     if key not in _made:
-        _made[key] = dist.new_group(list(key), use_local_synchronization=True)
+        made = dist.new_group(list(key), use_local_synchronization=True)
+        assert isinstance(made, ProcessGroup)  # of this rank's own mesh
+        _made[key] = made
     return _made[key]
 
 
