@@ -22,7 +22,8 @@ class Evidence:
         lone_losses: Incidents in which one loss of several was non-finite, by that loss.
         layers: Incidents with non-finite gradients in one layer only, by layer.
         tags: Incidents by tag.
-        batches: Incidents by the last item of a tag that has several, such as `(epoch, batch)`.
+        batches: Incidents by the batch in a tag that has more, such as `(epoch, batch)` or
+            `{"epoch": 3, "batch": 46}`.
     """
 
     def __init__(self) -> None:
@@ -42,8 +43,9 @@ class Evidence:
             _count(self.layers, layers.pop())
         if bad.tag is not None:
             _count(self.tags, tag_text(bad.tag))
-            if isinstance(bad.tag, list) and len(bad.tag) > 1:
-                _count(self.batches, tag_text(bad.tag[-1]))
+            batch = _batch_of(bad.tag)
+            if batch is not None:
+                _count(self.batches, tag_text(batch))
 
 
 def kind_of(bad: BadStep) -> str:
@@ -71,10 +73,24 @@ def layer_of(parameter: str) -> str:
 
 
 def tag_text(tag: Any) -> str:
-    """A tag in one short line."""
+    """A tag in one short line.
+
+    Example:
+        >>> tag_text({"epoch": 3, "batch": 46}), tag_text([3, 46])
+        ('epoch 3, batch 46', '3, 46')
+    """
+    if isinstance(tag, dict):
+        tag = [f"{key} {value}" for key, value in tag.items()]
     text = ", ".join(map(str, tag)) if isinstance(tag, list) else str(tag)
     text = " ".join(text.split())
     return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def _batch_of(tag: Any) -> Any:
+    """What may come back in another epoch, when the whole tag cannot."""
+    if isinstance(tag, dict):
+        return tag.get("batch") if len(tag) > 1 else None
+    return tag[-1] if isinstance(tag, list) and len(tag) > 1 else None
 
 
 def _count(counter: Counter[str], name: str) -> None:

@@ -121,13 +121,13 @@ def _line_rows(summary: Summary) -> list[_Row]:
 
 
 def _add_lines(figure: go.Figure, summary: Summary, row: _Row, i: int) -> None:
-    lows, highs = [], []
+    logarithmic = _is_wide(summary, row)
     for line in row.lines:
         x, y = points(summary, line.series)
+        if logarithmic:
+            x, y = x[y > 0], y[y > 0]  # a norm of 0: every element of a bad step was non-finite
         if not len(x):
             continue
-        lows.append(np.min(y))
-        highs.append(np.max(y))
         named = line.label.lower() != row.title.lower()
         coarse = summary.buckets.shift > 0 and line.dash == "solid"
         common = {
@@ -160,8 +160,19 @@ def _add_lines(figure: go.Figure, summary: Summary, row: _Row, i: int) -> None:
                 **{**common, "hovertemplate": "mean " + common["hovertemplate"]},
             )
     figure.update_yaxes(exponentformat="power", row=i, col=1)
-    if lows and min(lows) > 0 and max(highs) > _WIDE_RANGE * min(lows):
+    if logarithmic:
         figure.update_yaxes(type="log", dtick=1, row=i, col=1)
+
+
+def _is_wide(summary: Summary, row: _Row) -> bool:
+    """Whether a row needs a logarithmic axis, and can have one."""
+    drawn = [points(summary, line.series)[1] for line in row.lines]
+    values = np.concatenate([np.empty(0), *drawn])
+    if row.title == "Gradient norm":
+        values = values[values > 0]
+    elif row.title != "Loss":
+        return False
+    return bool(len(values) and values.min() > 0 and values.max() > _WIDE_RANGE * values.min())
 
 
 def points(summary: Summary, series: Series) -> tuple[np.ndarray, np.ndarray]:
@@ -227,10 +238,12 @@ def _add_events(figure: go.Figure, summary: Summary, i: int) -> None:
             text=[f"from step {j.from_step:,} to {j.to_step:,}" for j in summary.jumps],
             hovertemplate="%{text}<extra></extra>",
         )
+    labels = _event_labels(summary)
     figure.update_yaxes(
         type="category",
         categoryorder="array",
-        categoryarray=_event_labels(summary),
+        categoryarray=labels,
+        range=[-0.5, len(labels) - 0.5],
         row=i,
         col=1,
     )

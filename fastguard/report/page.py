@@ -128,7 +128,8 @@ def _where(row: Row) -> str:
     first = row.first
     places = []
     if first.bad_losses:
-        places.append(f"loss {', '.join(first.bad_losses)}")
+        names = "" if first.bad_losses == ("loss",) else f" {', '.join(first.bad_losses)}"
+        places.append(f"loss{names}")
     if first.culprits:
         places.append(describe_culprits(first.culprits[:2], first.n_culprits))
     if first.spikes:

@@ -101,6 +101,20 @@ def test_the_norm_is_logarithmic_where_it_spans_orders(figure):
     assert figure.layout.yaxis.type != "log"
 
 
+def test_a_norm_of_zero_is_left_out_of_logarithms():
+    rows = [record(step, total_norm=[0.0, 1.0, 900.0][step % 3]) for step in range(1, 100)]
+    figure = draw(summarise([Block(rows, 0, 0)]))
+    assert figure.layout.yaxis2.type == "log"
+    (norm,) = traces(figure, "gradient norm")
+    assert set(norm.y) == {1.0, 900.0}
+
+
+@pytest.mark.parametrize("values", [(0.0, 1000.0), (-5.0, 1000.0), (1.0, 40.0)])
+def test_a_loss_that_has_no_logarithm_or_needs_none_is_linear(values):
+    rows = [record(step, losses={"loss": values[step % 2]}) for step in range(1, 100)]
+    assert draw(summarise([Block(rows, 0, 0)])).layout.yaxis.type != "log"
+
+
 def test_the_heat_map_counts_each_layer_in_the_order_of_the_model(figure):
     (heat,) = [trace for trace in figure.data if trace.type == "heatmap"]
     assert [row[0] for row in heat.customdata] == ["blocks.9", "blocks.10"]

@@ -112,7 +112,7 @@ def test_what_is_kept_of_a_run_does_not_grow_with_it(big_run, tmp_path):
         return held, peak
 
     small, large = kept(5_000, 500), kept(20_000, 2_000)
-    assert small[0] < large[0] < 3e6  # what is left at the end
+    assert large[0] < 3e6  # what is left at the end
     assert large[1] < 1.25 * small[1] < 6e6  # the most at any time
 
 

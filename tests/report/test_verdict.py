@@ -108,6 +108,8 @@ def test_the_batch_that_comes_back():
     culprits = (("a.w", 1, 0, 0), ("b.w", 1, 0, 0))
     steps = [bad(s, culprits=culprits, tag=(s // 1000, 46)) for s in (46, 1046, 2046)]
     assert "(3 of 3 incidents): the data: batch 46 was there each time" in cause_of(*steps)
+    steps = [bad(s, culprits=culprits, tag={"epoch": s // 1000, "batch": 46}) for s in (46, 1046)]
+    assert "(2 of 2 incidents): the data: batch 46 was there" in cause_of(*steps)
     steps = [bad(s, culprits=culprits, tag="shard-7") for s in (46, 1046)]
     assert "(2 of 2 incidents): the data: tag shard-7" in cause_of(*steps)
 
