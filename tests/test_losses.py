@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastguard.losses import ObservedLosses, named_losses
+from fastguard.losses import ObservedLosses, named_losses, stacked
 
 
 @pytest.mark.parametrize(
@@ -55,8 +55,9 @@ def test_means_over_micro_batches():
     for ce, aux in ((1.0, 4.0), (2.0, None), (6.0, 5.0)):
         observed.observe(named_losses({"ce": ce} if aux is None else {"ce": ce, "aux": aux}))
     means = observed.take()
-    assert {k: v.item() for k, v in means.items()} == {"ce": 3.0, "aux": 4.5}
-    assert all(v.dtype == torch.float64 for v in means.values())
+    assert means == {"ce": 3.0, "aux": 4.5}
+    joined = stacked(means, torch.device("cpu"))
+    assert joined.dtype == torch.float64 and joined.tolist() == [3.0, 4.5]
     assert observed.take() == {}
 
 
@@ -72,7 +73,7 @@ def test_large_losses_do_not_overflow_on_the_way():
     observed = ObservedLosses()
     for _ in range(4):
         observed.observe(named_losses(torch.tensor(3e38)))
-    assert observed.take()["loss"].item() == pytest.approx(3e38, rel=1e-6)
+    assert observed.take()["loss"] == pytest.approx(3e38, rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -81,4 +82,10 @@ def test_the_caller_may_use_its_buffer_again(dtype):
     observed = ObservedLosses()
     observed.observe(named_losses(buffer))
     buffer.fill_(math.nan)
-    assert observed.take()["loss"].item() == 1.0
+    assert observed.take()["loss"] == 1.0
+
+
+def test_numbers_and_tensors_travel_in_one_vector():
+    losses = {"ce": 0.5, "aux": torch.tensor(2.0, dtype=torch.float64)}
+    assert stacked(losses, torch.device("cpu")).tolist() == [0.5, 2.0]
+    assert stacked({}, torch.device("cpu")).shape == (0,)
