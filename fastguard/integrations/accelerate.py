@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from fastguard.clip import get_total_norm
 from fastguard.integrations.clipping import AskedLimit, was_skipped
 from fastguard.integrations.extras import needs
-from fastguard.integrations.replicas import group_of_replicas
+from fastguard.integrations.replicas import usual_group
 from fastguard.integrations.running_statistics import RunningStatistics
 from fastguard.optimizer import GuardedOptimizer
 
@@ -82,10 +82,10 @@ class AcceleratorGuard:
         model = self.model()
         if not isinstance(optimizer, GuardedOptimizer):
             names = None if model is None else model.named_parameters()
-            group = group_of_replicas(self.accelerator.distributed_type.value.startswith("MULTI_"))
-            optimizer = GuardedOptimizer(
-                optimizer, **{"named_parameters": names, **group, **self.options}
-            )
+            ddp = self.accelerator.distributed_type.value.startswith("MULTI_")
+            group = usual_group(self.options, self.accelerator.num_processes, replicated=ddp)
+            usual = {"named_parameters": names, **group}
+            optimizer = GuardedOptimizer(optimizer, **{**usual, **self.options})
         if model is not None:
             RunningStatistics(model).follow(optimizer)
         if device_placement is None:

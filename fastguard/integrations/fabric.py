@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from fastguard.clip import get_total_norm
 from fastguard.integrations.clipping import AskedLimit
 from fastguard.integrations.extras import needs
-from fastguard.integrations.replicas import group_of_replicas
+from fastguard.integrations.replicas import usual_group
 from fastguard.integrations.running_statistics import RunningStatistics
 from fastguard.optimizer import GuardedOptimizer
 
@@ -52,10 +52,11 @@ class FabricGuard:
         """As the strategy's own."""
         if not isinstance(optimizer, GuardedOptimizer):
             names = None if self.model is None else self.model.named_parameters()
-            group = group_of_replicas(isinstance(self.strategy, DDPStrategy))
-            optimizer = GuardedOptimizer(
-                optimizer, **{"named_parameters": names, **group, **self.options}
-            )
+            ddp = isinstance(self.strategy, DDPStrategy)
+            world_size = getattr(self.strategy, "world_size", 1)
+            group = usual_group(self.options, world_size, replicated=ddp)
+            usual = {"named_parameters": names, **group}
+            optimizer = GuardedOptimizer(optimizer, **{**usual, **self.options})
         if self.model is not None:
             RunningStatistics(self.model).follow(optimizer)
         self.limits[optimizer] = AskedLimit(optimizer, fixed="max_norm" in self.options)

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from fastguard.integrations.clipping import AskedLimit, total_norm_of, was_skipped
 from fastguard.integrations.extras import needs
 from fastguard.integrations.replaced import replaced
-from fastguard.integrations.replicas import group_of_replicas
+from fastguard.integrations.replicas import usual_group
 from fastguard.integrations.running_statistics import RunningStatistics
 from fastguard.optimizer import GuardedOptimizer
 
@@ -66,10 +66,10 @@ class GuardCallback(Callback):
             # Its closure returns the loss divided by accumulate_grad_batches, of the last
             # micro-batch alone, and with a scaler nothing: on_before_backward sees them all.
             optimizer.step = partial(optimizer.step, loss={})  # type: ignore[method-assign]
-        plugin = trainer.precision_plugin
-        self._replaced.enter_context(replaced(plugin, "clip_gradients", self._clip_gradients))
         waiting = partial(self._lr_scheduler_step, trainer, pl_module.lr_scheduler_step)
-        self._replaced.enter_context(replaced(pl_module, "lr_scheduler_step", waiting))
+        replace, plugin = self._replaced.enter_context, trainer.precision_plugin
+        replace(replaced(plugin, "clip_gradients", self._clip_gradients))
+        replace(replaced(pl_module, "lr_scheduler_step", waiting))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes the state that may have been restored as the one to count and go back from."""
@@ -84,9 +84,8 @@ class GuardCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
         """Shows the guard the loss of a micro-batch, if it is clear whose, and of which group."""
-        if len(self.optimizers) != 1 or loss.numel() != 1:
-            return
-        if trainer.world_size > 1 and self.optimizers[0].group is None:
+        joined = trainer.world_size == 1 or self.optimizers[0].group is not None
+        if len(self.optimizers) != 1 or loss.numel() != 1 or not joined:
             return
         loss = loss.detach()
         scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -102,10 +101,10 @@ class GuardCallback(Callback):
             if optimizer.last is None or optimizer.steps_taken == self._logged[i]:
                 continue
             self._logged[i] = optimizer.steps_taken
-            suffix = f"/{i}" if len(self.optimizers) > 1 else ""
-            self.log(f"train/grad_norm{suffix}", total_norm_of(optimizer.last))
-            self.log(f"train/clip_coef{suffix}", optimizer.last.clip_coef.amin())
-            self.log(f"train/skipped_steps{suffix}", self._skipped[i])
+            which = f"/{i}" if len(self.optimizers) > 1 else ""
+            self.log(f"train/grad_norm{which}", total_norm_of(optimizer.last))
+            self.log(f"train/clip_coef{which}", optimizer.last.clip_coef.amin())
+            self.log(f"train/skipped_steps{which}", self._skipped[i])
 
     def teardown(self, *_: Any, **__: Any) -> None:
         """Gives Lightning its own methods back."""
@@ -123,7 +122,8 @@ class GuardCallback(Callback):
             "configure_gradient_clipping", module
         ):
             limit = None  # then Lightning says before each step what holds for it
-        group = group_of_replicas(isinstance(trainer.strategy, DDPStrategy))
+        ddp = isinstance(trainer.strategy, DDPStrategy)
+        group = usual_group(self.options, trainer.world_size, replicated=ddp)
         usual = {"max_norm": limit, "named_parameters": module.named_parameters(), **group}
         return GuardedOptimizer(optimizer, **{**usual, **self.options})
 

@@ -1,7 +1,8 @@
-"""Who decides together when a framework trains replicas of a model, one a process (DDP)."""
+"""Who decides together when a framework trains in several processes."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -9,12 +10,33 @@ import torch.distributed as dist
 from fastguard.ranks.groups import Replicated
 
 
-def group_of_replicas(replicated: bool) -> dict[str, Any]:
-    """The `group` argument of `GuardedOptimizer`, as keyword arguments.
+def usual_group(
+    options: Mapping[str, Any], world_size: int, *, replicated: bool
+) -> dict[str, Replicated]:
+    """The `group` of `GuardedOptimizer` that goes with how a framework spreads a model.
 
     Args:
-        replicated: The framework keeps one replica of the model in each of several processes.
+        options: What the user gave; a `group` there is left alone.
+        world_size: How many processes train.
+        replicated: Each holds one replica of the model, with the same gradients (DDP).
+
+    Returns:
+        The argument by name, or nothing.
+
+    Raises:
+        ValueError: Only the user can know what the ranks hold: each would decide for itself.
+
+    Example:
+        >>> usual_group({}, 1, replicated=False)
+        {}
     """
-    if replicated and dist.is_initialized() and dist.group.WORLD is not None:
-        return {"group": Replicated(dist.group.WORLD)}
-    return {}
+    if world_size == 1 or "group" in options:
+        return {}
+    world = dist.group.WORLD
+    if not replicated or world is None:
+        raise ValueError(
+            f"the {world_size} processes do not hold replicas of the model, so give the guard a "
+            "group=: None where parameters are DTensors (FSDP2, tensor parallelism), the process "
+            "group where each rank holds other plain tensors (FSDP1)"
+        )
+    return {"group": Replicated(world)}

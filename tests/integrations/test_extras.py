@@ -1,9 +1,11 @@
-"""A missing framework is named, with the extra that brings it."""
+"""What only the user can supply: a framework that is missing, a group that is not obvious."""
 
 import importlib
 import sys
 
 import pytest
+
+from fastguard.integrations.replicas import usual_group
 
 
 @pytest.mark.parametrize(
@@ -24,3 +26,9 @@ def test_what_to_install(monkeypatch, module, framework, extra):
     with pytest.raises(ModuleNotFoundError, match=rf"{framework}\S* is not installed") as raised:
         importlib.import_module(f"fastguard.integrations.{module}")
     assert f"pip install 'torch-fastguard[{extra}]'" in str(raised.value)
+
+
+def test_ranks_that_hold_other_things_than_replicas_need_a_group():
+    with pytest.raises(ValueError, match="give the guard a group="):
+        usual_group({}, 4, replicated=False)
+    assert usual_group({"group": None}, 4, replicated=False) == {}
