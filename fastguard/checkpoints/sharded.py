@@ -71,10 +71,14 @@ def write(path: Path, payload: Mapping[str, Any], peers: Peers) -> Path:
         peers.first(temporary.mkdir)
         peers.together(lambda: _write_rest(temporary / rest_name(peers.rank), rest))
         writer = dcp.FileSystemWriter(temporary, single_file_per_rank=True, sync_files=True)
-        alone = {"no_dist": True} if peers.size == 1 else {"process_group": peers.group}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # "no process group": one process writes
-            dcp.save(shards, storage_writer=writer, **alone)
+            dcp.save(
+                shards,
+                storage_writer=writer,
+                process_group=peers.group,
+                no_dist=peers.size == 1,
+            )
         peers.first(lambda: files.sync_folder(temporary))
     except BaseException as error:
         if peers.is_first and temporary.exists():
@@ -158,10 +162,14 @@ def read(folder: Path, objects: Mapping[str, Any], peers: Peers) -> dict[str, An
             found.storage_meta.load_id = self.load_id
             return found
 
-    alone = {"no_dist": True} if peers.size == 1 else {"process_group": peers.group}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # "no process group": one process reads all
-        dcp.load(empty, storage_reader=Reader(folder), **alone)
+        dcp.load(
+            empty,
+            storage_reader=Reader(folder),
+            process_group=peers.group,
+            no_dist=peers.size == 1,
+        )
     return payload
 
 
