@@ -16,12 +16,14 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastguard.demo.faults import FEWEST_STEPS, Fault, plan
+from fastguard.demo.shards import COMMAND, Shards, processes
 from fastguard.demo.training import WAYS, Run, Settings, one_thread, train
 from fastguard.incidents import INCIDENTS
-from fastguard.usage import integer, need, output_folder
+from fastguard.usage import UsageError, integer, need, output_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         + "; ".join(f"{incident.letter}: {incident.title}" for incident in INCIDENTS),
     )
     parser.add_argument(
+        "--fsdp", action="store_true", help=f"train on several processes, sharded: {COMMAND}"
+    )
+    parser.add_argument(
         "--no-faults", action="store_true", help="inject nothing: all three runs should agree"
     )
 
@@ -56,19 +61,25 @@ def run(args: argparse.Namespace) -> int:
     need("rich", "matplotlib", extra="cli")
     folder = output_folder(args.out)
     if args.incident is not None:
+        if args.fsdp:
+            raise UsageError("--incident plays in one process; leave out --fsdp")
         from fastguard.incidents.play import play
 
         return play(args.incident, folder)
     settings = Settings(steps=args.steps, seed=args.seed)
     faults = () if args.no_faults else plan(settings.steps)
+    with processes(args.fsdp, settings.batch_size) as shards:
+        return _play(settings, faults, folder, shards)
 
+
+def _play(settings: Settings, faults: Sequence[Fault], folder: Path, shards: Shards) -> int:
     from rich.console import Console
 
     from fastguard.demo.picture import draw
     from fastguard.demo.report import incidents_table, runs_table, sentences, write_records
 
-    console = Console(highlight=False)
-    runs = train_all(settings, faults, console)
+    console = Console(highlight=False, quiet=not shards.is_first)
+    runs = train_all(settings, faults, console, shards)
     guarded = runs[-1]
 
     console.print("", runs_table(runs), "", sep="\n")
@@ -76,13 +87,16 @@ def run(args: argparse.Namespace) -> int:
         console.print(incidents_table(guarded, faults), "", sep="\n")
     for sentence in sentences(runs, faults):
         console.print(sentence, end="\n\n")
-    draw(runs, faults, settings.max_norm, folder / "demo.png")
-    write_records(guarded.records, folder / "records.jsonl")
+    if shards.is_first:
+        draw(runs, faults, settings.max_norm, folder / "demo.png")
+        write_records(guarded.records, folder / "records.jsonl")
     console.print(f"Written: {folder / 'demo.png'}, {folder / 'records.jsonl'}", soft_wrap=True)
     return 0 if guarded.destroyed_at is None and math.isfinite(guarded.validation) else 1
 
 
-def train_all(settings: Settings, faults: Sequence[Fault], console: Console) -> list[Run]:
+def train_all(
+    settings: Settings, faults: Sequence[Fault], console: Console, shards: Shards
+) -> list[Run]:
     """The three runs, with live progress."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -112,7 +126,7 @@ def train_all(settings: Settings, faults: Sequence[Fault], console: Console) -> 
             def show(run: Run, task=task) -> None:
                 progress.update(task, completed=len(run.losses), state=_state(run))
 
-            runs.append(train(way, settings, text, faults, show))
+            runs.append(train(way, settings, text, faults, show, shards))
     return runs
 
 

@@ -9,6 +9,8 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
+from fastguard.ranks.dtensors import local_parts
+
 FEWEST_STEPS = 20  # with fewer, the faults below run into each other
 EARLY, LATE = "blocks.0.qkv.weight", "head.weight"
 SPIKE = 1e4
@@ -42,12 +44,14 @@ class Fault:
         return loss * math.nan if self.kind is Kind.NAN_LOSS else loss
 
     @torch.no_grad()
-    def spoil_gradients(self, model: nn.Module) -> None:
-        """Changes the gradients in place."""
+    def spoil_gradients(self, model: nn.Module, strikes_here: bool = True) -> None:
+        """Changes the gradients in place: one element, where it strikes, or all of them."""
         if self.kind is Kind.SPIKE:
             for p in model.parameters():
                 assert p.grad is not None
                 p.grad.mul_(SPIKE)
+        elif not strikes_here:
+            return
         elif self.kind is Kind.INF_GRAD:
             _gradient(model, EARLY)[0] = math.inf
         elif self.kind is Kind.NAN_GRAD:
@@ -71,7 +75,7 @@ def plan(steps: int) -> tuple[Fault, ...]:
 
 
 def _gradient(model: nn.Module, name: str) -> Tensor:
-    """The gradient of a parameter by name, flat."""
+    """The gradient of a parameter by name, flat; of shards, what this process has."""
     gradient = model.get_parameter(name).grad
     assert gradient is not None
-    return gradient.view(-1)
+    return local_parts([gradient])[0].view(-1)

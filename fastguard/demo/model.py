@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -53,8 +52,3 @@ class GPT(nn.Module):
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats a byte, `()`."""
         return F.cross_entropy(self(inputs).flatten(0, 1), targets.flatten())
-
-    @torch.no_grad()
-    def is_finite(self) -> bool:
-        """Whether every weight is finite."""
-        return all(bool(p.isfinite().all()) for p in self.parameters())

@@ -58,6 +58,8 @@ def where(record: StepRecord) -> str:
         places.append(f"and {record.n_culprits} gradients")
     elif record.culprits:
         places.append(describe_culprits(record.culprits[:1], record.n_culprits))
+    elif record.culprit_rank is not None:
+        places.append(f"a shard of rank {record.culprit_rank}")
     elif record.spikes:
         places.append(f"norm {record.total_norm:.4g} > {record.thresholds['grad_norm']:.3g}")
     return ", ".join(places)

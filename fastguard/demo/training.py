@@ -13,6 +13,7 @@ from torch import Tensor
 from fastguard import GuardedOptimizer, SpikeRule, StepRecord
 from fastguard.demo.faults import Fault
 from fastguard.demo.model import GPT
+from fastguard.demo.shards import Shards, number
 from fastguard.demo.text import Text
 
 
@@ -53,9 +54,9 @@ class Bare:
     def step(self, loss: Tensor, batch: int) -> float:
         """Takes one step; the gradient norm before it."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)  # for the picture
+        norm = number(torch.nn.utils.get_total_norm(gradients))  # for the picture
         self.optimizer.step()
-        return norm.item()
+        return norm
 
 
 class Clipped(Bare):
@@ -64,9 +65,9 @@ class Clipped(Bare):
     name = "clip_grad_norm_"
 
     def step(self, loss: Tensor, batch: int) -> float:
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
+        norm = number(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_norm))
         self.optimizer.step()
-        return norm.item()
+        return norm
 
 
 class Guarded(Bare):
@@ -127,6 +128,7 @@ def train(
     text: Text,
     faults: Sequence[Fault] = (),
     on_step: Callable[[Run], None] = lambda run: None,
+    shards: Shards = Shards(),  # noqa: B008  (frozen)
 ) -> Run:
     """Trains a fresh model; the same weights, batches and faults for each way.
 
@@ -136,12 +138,14 @@ def train(
         text: What to learn.
         faults: What goes wrong.
         on_step: Called after each step with the run so far.
+        shards: The processes that train together.
 
     Returns:
-        The run; bitwise the same for the same arguments.
+        The run; bitwise the same for the same arguments, and on all processes.
     """
     torch.manual_seed(settings.seed)
     model = GPT(settings.width, settings.layers, settings.heads, settings.context)
+    shards.shard_(model)
     stepper = way(model, settings)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         stepper.optimizer, settings.lr, settings.steps, pct_start=0.1, cycle_momentum=False
@@ -152,19 +156,20 @@ def train(
 
     for step in range(1, settings.steps + 1):
         fault = fault_at.get(step)
-        loss = model.loss(*next(batches))
-        if fault:
+        inputs, targets = shards.part(next(batches))
+        loss = model.loss(inputs, targets)
+        if fault and shards.is_struck:
             loss = fault.spoil_loss(loss)
         stepper.optimizer.zero_grad()
         loss.backward()
         if fault:
-            fault.spoil_gradients(model)
+            fault.spoil_gradients(model, shards.is_struck)
 
         run.norms.append(stepper.step(loss, batch=step))
         schedule.step()
 
-        run.losses.append(loss.item())
-        if run.destroyed_at is None and not model.is_finite():
+        run.losses.append(shards.mean(loss))
+        if run.destroyed_at is None and not shards.all_finite(model):
             run.destroyed_at = step
         on_step(run)
 

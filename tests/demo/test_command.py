@@ -65,7 +65,7 @@ def test_without_faults(tmp_path, capsys):
 
 
 def test_status_1_when_the_guarded_run_is_not_finite(tmp_path, capsys, monkeypatch):
-    def destroyed(settings, faults, console):
+    def destroyed(settings, faults, console, shards):
         return [run(way.name, 1, [math.nan] * STEPS) for way in (Bare, Clipped, Guarded)]
 
     monkeypatch.setattr(command, "train_all", destroyed)
