@@ -11,6 +11,7 @@ import torch
 from guardtest.torchvision_ops import define_missing_operators
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is first imported
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # before mlflow is
 os.environ["YOLO_OFFLINE"] = "true"  # before ultralytics is
 os.environ["YOLO_CONFIG_DIR"] = tempfile.mkdtemp()  # where it keeps settings that it may change
 define_missing_operators()

@@ -13,8 +13,14 @@ import fastguard.integrations
 from guardtest import require
 
 DOCS = Path(__file__).parents[2] / "docs"
-NEEDS = {"huggingface": "transformers", "lightning": "lightning"}
-"""The pages that need a framework, and which; tests/test_docs.py leaves them out."""
+NEEDS = {
+    "huggingface": ("transformers",),
+    "incidents/a": ("ultralytics",),
+    "lightning": ("lightning",),
+    "loggers": ("mlflow", "wandb"),
+    "ultralytics": ("ultralytics",),
+}
+"""The pages that need frameworks, and which; tests/test_docs.py leaves them out."""
 
 MODULES = [m.name for m in pkgutil.iter_modules(fastguard.integrations.__path__)]
 BLOCKS = [
@@ -38,9 +44,10 @@ def test_examples_run(name):
     assert runner.failures == 0, "".join(report)
 
 
-@pytest.mark.parametrize("block, framework", BLOCKS)
-def test_page_runs(block, framework, tmp_path, monkeypatch):
-    require(framework)
+@pytest.mark.parametrize("block, frameworks", BLOCKS)
+def test_page_runs(block, frameworks, tmp_path, monkeypatch):
+    for framework in frameworks:
+        require(framework)
     monkeypatch.chdir(tmp_path)
     script = tmp_path / "block.py"
     script.write_text(block)
