@@ -75,6 +75,9 @@ INCIDENTS = (
         ("ultralytics",),
         "ultralytics",
     ),
+    Incident(
+        "C", "The segmentation model with too many heads", "fastguard.incidents.segmentation"
+    ),
 )
 
 

@@ -1,0 +1,55 @@
+"""Noisy images of one bright disc each, and the batches in which something is wrong."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+SIZE = 32  # pixels a side
+Batch = tuple[Tensor, dict[str, Tensor]]
+
+
+class Kind(Enum):
+    """What goes wrong in a batch."""
+
+    LETTERBOX = "half of an image is the black that a resize padded it with"
+    TWELVE_BITS = "the images are as another microscope has them, 0 to 4095"
+    MICROMETRES = "the distance maps are in micrometres, all others in centimetres"
+
+
+def draw(n: int, random: torch.Generator, fault: Kind | None = None) -> Batch:
+    """A batch of n images and its targets.
+
+    Args:
+        n: How many images.
+        random: Draws place, size and noise.
+        fault: What is wrong with it.
+
+    Returns:
+        Images `(n, 1, SIZE, SIZE)`, in 0..1 if nothing is wrong, and by name, of the same shape:
+        `mask` and `boundary`, 0 or 1; `level`, the distance from the boundary in pixels, positive
+        inside; `distance`, the same in widths of the image.
+    """
+    rows, columns = torch.meshgrid(*[torch.arange(SIZE).float()] * 2, indexing="ij")
+    place = 6 + (SIZE - 12) * torch.rand(n, 2, 1, 1, generator=random)
+    radius = 4 + 6 * torch.rand(n, 1, 1, generator=random)
+    level = radius - torch.hypot(rows - place[:, 0], columns - place[:, 1])
+    mask = (level > 0).float()
+    brightness = 0.2 + 0.2 * torch.rand(n, 1, 1, generator=random)
+    noise = 0.1 * torch.randn(n, SIZE, SIZE, generator=random)
+    images = (brightness + 0.4 * mask + noise).clamp(0.01, 1.0)
+
+    if fault is Kind.LETTERBOX:
+        images[0, :, SIZE // 2 :] = 0.0
+    if fault is Kind.TWELVE_BITS:
+        images = 4095.0 * images
+    unit = 10_000.0 if fault is Kind.MICROMETRES else 1.0
+    targets = {
+        "mask": mask,
+        "boundary": (level.abs() < 1.5).float(),
+        "level": level,
+        "distance": unit * level / SIZE,
+    }
+    return images[:, None], {name: values[:, None] for name, values in targets.items()}

@@ -1,0 +1,33 @@
+"""Incidents played as a user plays them, and what the runs themselves returned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fastguard.cli import main
+from fastguard.incidents import Incident, Outcome
+
+
+def play(letter: str, folder: Path) -> tuple[Outcome, Outcome]:
+    """`fastguard demo --incident LETTER`, which must end well.
+
+    Args:
+        letter: Of the incident.
+        folder: What is written goes there.
+
+    Returns:
+        The run as it was, and the guarded one.
+    """
+    outcomes = []
+
+    def run(self: Incident, folder: Path, guarded: bool) -> Outcome:
+        outcomes.append(self.load().run(folder, guarded))
+        return outcomes[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Incident, "run", run)
+        assert main(["demo", "--incident", letter, "--out", str(folder)]) == 0
+    as_it_was, guarded = outcomes
+    return as_it_was, guarded
