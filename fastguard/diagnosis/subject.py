@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
@@ -157,7 +158,7 @@ def tensors(tree: Any) -> list[Tensor]:
 
 def is_readable(tensor: Tensor) -> bool:
     """Whether its values can be looked at: inside of torch.vmap and torch.func.grad they cannot."""
-    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return not is_functorch_wrapped_tensor(tensor)
 
 
 def total_of(result: Any) -> Tensor | None:

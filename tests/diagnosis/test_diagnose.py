@@ -335,6 +335,10 @@ def all_pairs(output: Tensor, target: Tensor) -> Tensor:
     return (output[:, None] - target).square().sum(-1).sqrt().min(dim=1).values.mean()
 
 
+def nearest(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).square().min(dim=1).values.mean()
+
+
 def masked(output: Tensor, target: Tensor) -> Tensor:
     return ((output * (target > -9)) - target).square().mean()
 
@@ -344,12 +348,13 @@ def masked(output: Tensor, target: Tensor) -> Tensor:
     [
         (1, lambda: torch.randn(8), squeezing),
         (2, lambda: torch.randn(5, 2), all_pairs),
+        (1, lambda: torch.randn(1, 5), nearest),
         (3, lambda: torch.randn(8, 1).expand(8, 3), masked),
         (3, lambda: torch.randn(8, 1), masked),
         (3, lambda: torch.tensor([0, 1, 2, -100] * 2), nn.CrossEntropyLoss()),
         (3, lambda: torch.rand(8, 3).softmax(1), nn.CrossEntropyLoss()),
     ],
-    ids=["squeezed", "all-pairs", "expanded", "mask", "ignored", "soft-labels"],
+    ids=["squeezed", "all-pairs", "nearest", "expanded", "mask", "ignored", "soft-labels"],
 )
 def test_losses_that_mean_what_they_do(width, target, loss_fn) -> None:
     found = diagnose(nn.Linear(4, width), (torch.randn(8, 4), target()), loss_fn)
