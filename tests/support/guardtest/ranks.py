@@ -1,4 +1,4 @@
-"""Runs functions of a test on several processes of one gloo group, on the CPU.
+"""Runs functions of a test on several processes of one group: gloo on the CPU, or as asked.
 
     @pytest.fixture(scope="module")
     def four() -> Iterator[Ranks]:
@@ -85,11 +85,23 @@ class Outcome:
 
 
 class Ranks:
-    """A gloo group of `world_size` processes, started by the first call."""
+    """A group of `world_size` processes, started by the first call.
 
-    def __init__(self, world_size: int, collective_seconds: float = COLLECTIVE_SECONDS) -> None:
+    Args:
+        world_size: How many.
+        collective_seconds: How long a collective waits for a rank.
+        backend: What connects them; with "nccl", rank i has GPU i.
+    """
+
+    def __init__(
+        self,
+        world_size: int,
+        collective_seconds: float = COLLECTIVE_SECONDS,
+        backend: str = "gloo",
+    ) -> None:
         self.world_size = world_size
         self.collective_seconds = collective_seconds
+        self.backend = backend
         self._processes: list[BaseProcess] = []
         self._pipes: list[Connection] = []
         self._store: Any = None
@@ -169,7 +181,14 @@ class Ranks:
             mine, theirs = context.Pipe()
             process = context.Process(
                 target=_serve,
-                args=(theirs, rank, self.world_size, self._store.port, self.collective_seconds),
+                args=(
+                    theirs,
+                    rank,
+                    self.world_size,
+                    self._store.port,
+                    self.collective_seconds,
+                    self.backend,
+                ),
                 daemon=True,
             )
             process.start()
@@ -222,7 +241,12 @@ def collectives() -> Iterator[list[tuple[str, int]]]:
 
 
 def _serve(
-    pipe: Connection, rank: int, world_size: int, port: int, collective_seconds: float
+    pipe: Connection,
+    rank: int,
+    world_size: int,
+    port: int,
+    collective_seconds: float,
+    backend: str,
 ) -> None:
     """The life of a rank: calls in, outcomes out, until the pipe closes."""
     os.environ.update(
@@ -236,9 +260,11 @@ def _serve(
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     try:
         dist.init_process_group(
-            "gloo",
+            backend,
             store=dist.TCPStore("127.0.0.1", port, None, is_master=False),
             rank=rank,
             world_size=world_size,
