@@ -6,9 +6,9 @@
 The curve is averaged into at most 128 bins, in logarithms if it is positive. Whatever it did before
 its lowest point (running median of five) is of no interest. To what follows, the hinge above is
 fitted by least squares, every bin being tried as the hinge. It counts as rising only if all of this
-holds: it explains at least half of the variance; the rise is four times what is left unexplained,
-and `factor` of the level; the last quarter of the rise still rises. Noise, a plateau after
-warm-up and a single spike do not pass.
+holds: it explains at least half of the variance (then the rise is at least 3.5 standard deviations
+of what is left); it reaches `factor` times the level; its last quarter still rises. Noise, a plateau
+after warm-up and a single spike do not pass.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import numpy as np
 BINS = 128
 _FEWEST_BINS = 8  # of a rise, and of what is left after the lowest point
 _EXPLAINED = 0.5
-_SIGMAS = 4.0
 _STILL_RISING = 0.1  # share of the rise that the last quarter must add; a straight line adds 0.25
 
 
@@ -68,7 +67,7 @@ def find_rise(step: np.ndarray, value: np.ndarray, *, factor: float = 1.5) -> Ri
     last, before_last = after[3 * len(after) // 4 :], after[len(after) // 2 : 3 * len(after) // 4]
     if (
         len(after) < _FEWEST_BINS
-        or rise < max(least, _SIGMAS * math.sqrt(unexplained / len(y)))
+        or rise < least
         or unexplained > (1 - _EXPLAINED) * float(np.sum((y - y.mean()) ** 2))
         or last.mean() - before_last.mean() < _STILL_RISING * rise
     ):
