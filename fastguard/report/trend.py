@@ -6,9 +6,9 @@
 The curve is averaged into at most 128 bins, in logarithms if it is positive. Whatever it did before
 its lowest point (running median of five) is of no interest. To what follows, the hinge above is
 fitted by least squares, every bin being tried as the hinge. It counts as rising only if all of this
-holds: it explains at least half of the variance (then the rise is at least 3.5 standard deviations
-of what is left); it reaches `factor` times the level; its last quarter still rises. Noise, a plateau
-after warm-up and a single spike do not pass.
+holds: it explains at least half of the variance (so that the rise is three standard deviations of
+what is left, or more); it reaches `factor` times the level; its last quarter still rises. Noise, a
+plateau after warm-up and a single spike do not pass.
 """
 
 from __future__ import annotations
