@@ -6,6 +6,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from guardtest.tolerances import scale_rtol
+
 
 def parameters(*grads: Tensor | None) -> list[nn.Parameter]:
     """One parameter for each gradient; None makes a parameter without one."""
@@ -31,6 +33,16 @@ def assert_bitwise_equal(a: Tensor, b: Tensor) -> None:
     """Equal in every bit: NaN equals the same NaN, and -0.0 is not 0.0."""
     assert a.dtype == b.dtype and a.shape == b.shape
     assert torch.equal(_bits(a), _bits(b)), f"{a} differs from {b}"
+
+
+def assert_same_grads(ours, theirs, rtol: float | None = None) -> None:
+    """The gradients of two lists of parameters, within the rounding of one multiplication."""
+    for a, b in zip(grads_of(ours), grads_of(theirs), strict=True):
+        if a is None or b is None:
+            assert a is b
+        else:
+            tolerance = 2 * scale_rtol(a.dtype) if rtol is None else rtol
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=0, equal_nan=True)
 
 
 def _bits(t: Tensor) -> Tensor:
