@@ -252,6 +252,20 @@ def test_a_loss_that_checks_shapes_itself_is_understood() -> None:
     assert "loss-raises" not in found  # told once
 
 
+@pytest.mark.parametrize("shape", [(8, 3), (8, 3, 5), (8, 5, 3)])
+def test_class_numbers_fit_scores_by_class(shape) -> None:
+    """So an error of the loss is not put down to shapes."""
+
+    def broken_loss(output: Tensor, target: Tensor) -> Tensor:
+        raise KeyError("weights")
+
+    width = math.prod(shape[1:])
+    model = nn.Sequential(nn.Linear(4, width), nn.Unflatten(1, shape[1:]))
+    labels = torch.zeros([n for n in shape if n != 3], dtype=torch.long)
+    found = by_kind(diagnose(model, (torch.randn(8, 4), labels), broken_loss))
+    assert "loss-raises" in found and "shape-mismatch" not in found
+
+
 def test_a_check_that_fails_does_not_stop_the_others(monkeypatch) -> None:
     """The batch of the second pass is another than that of the first."""
     calls = []
