@@ -57,6 +57,8 @@ $(TRAINERS)/.installed: pyproject.toml constraints.txt
 	@$(TRAINERS)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
 		-e '.[cli,huggingface,lightning,report,tensorboard,ultralytics,yaml]' \
 		hypothesis mlflow-skinny pytest pytest-timeout wandb
+	@DS_BUILD_OPS=0 $(TRAINERS)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
+		--no-build-isolation deepspeed  # it asks for the torch that is there, and builds nothing
 	@$(TRAINERS)/bin/python -c 'import cv2' 2>/dev/null || { \
 		$(TRAINERS)/bin/python -m pip uninstall -qq -y opencv-python; \
 		$(TRAINERS)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt \

@@ -81,7 +81,7 @@ def test_the_run_ends_as_it_should(guarded):
 
 
 def test_the_trainers_own_log_has_no_nan(folder):
-    header, *rows = (folder / "guarded" / "run" / "results.csv").read_text().splitlines()
+    _, *rows = (folder / "guarded" / "run" / "results.csv").read_text().splitlines()
     assert len(rows) == 4
     assert all(math.isfinite(float(v)) for row in rows for v in row.split(","))
 

@@ -1,0 +1,102 @@
+"""The recipe for DeepSpeed in docs/recipes.md, in its own engine: stage 0, one process, the CPU."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import fastguard
+from guardtest import require
+from guardtest.training import assert_same_bits
+
+
+class ForDeepSpeed(fastguard.GuardedOptimizer):
+    """As on the page."""
+
+    @property
+    def overflow(self):
+        return self.last is not None and bool(self.last.found_inf)
+
+
+@pytest.fixture(scope="module")
+def deepspeed():
+    dist = torch.distributed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        module = require("deepspeed")
+        # Its collectives in shared memory are compiled when they are first asked for: minutes.
+        patch.setitem(module.ops.__compatible_ops__, "deepspeed_shm_comm", False)
+        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+            patch.setenv(name, value)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        yield module
+        dist.destroy_process_group()
+
+
+def train(deepspeed, losses, optimizer, **config):
+    """The engine and its scheduler after steps whose losses are multiplied by `losses`."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+    opt = optimizer(model)
+    lr = torch.optim.lr_scheduler.ExponentialLR(opt, gamma=0.5)
+    config = {"train_micro_batch_size_per_gpu": 4} | config
+    engine, *_ = deepspeed.initialize(model=model, optimizer=opt, lr_scheduler=lr, config=config)
+    for i, factor in enumerate(losses):
+        generator = torch.Generator().manual_seed(i)
+        x = torch.randn(4, 8, generator=generator)
+        if factor is None:  # left out
+            continue
+        loss = engine(x).square().mean() * factor
+        engine.backward(loss)
+        if isinstance(opt, fastguard.GuardedOptimizer):
+            opt.observe(loss)
+        engine.step()
+    return engine, lr, opt
+
+
+def guarded(model):
+    return ForDeepSpeed(
+        torch.optim.AdamW(model.parameters(), lr=0.1),
+        max_norm=1e3,
+        named_parameters=model.named_parameters(),
+    )
+
+
+def plain(model):
+    return torch.optim.AdamW(model.parameters(), lr=0.1)
+
+
+def test_a_bad_batch_leaves_the_state_of_a_run_without_it(deepspeed):
+    """Weights, optimizer state and schedule; DeepSpeed counts the step as skipped."""
+    ours, our_lr, opt = train(deepspeed, [1.0, math.nan, 1.0, 1.0], guarded)
+    theirs, their_lr, bare = train(deepspeed, [1.0, None, 1.0, 1.0], plain)
+    assert_same_bits(ours.module.state_dict(), theirs.module.state_dict())
+    for mine, their in zip(opt.state.values(), bare.state.values(), strict=True):
+        assert_same_bits(mine, their)
+    assert our_lr.last_epoch == their_lr.last_epoch == 3
+    assert (ours.skipped_steps, opt.skipped_steps) == (1, 1)
+    assert opt.records()[1].culprits[0][0] == "0.weight"
+
+
+def test_a_clean_run_is_deepspeeds_own(deepspeed):
+    """Its clipping at coefficient 1 to the bit."""
+    ours, *_ = train(deepspeed, [1.0] * 3, guarded)
+    theirs, *_ = train(deepspeed, [1.0] * 3, plain, gradient_clipping=1e3)
+    assert_same_bits(ours.module.state_dict(), theirs.module.state_dict())
+
+
+def test_clipped_steps_agree_within_rounding(deepspeed):
+    def clipping(model):
+        return ForDeepSpeed(torch.optim.SGD(model.parameters(), lr=0.1), max_norm=0.1)
+
+    def sgd(model):
+        return torch.optim.SGD(model.parameters(), lr=0.1)
+
+    ours, _, opt = train(deepspeed, [1.0] * 3, clipping)
+    theirs, *_ = train(deepspeed, [1.0] * 3, sgd, gradient_clipping=0.1)
+    assert {r.action for r in opt.records()} == {"clipped"}
+    torch.testing.assert_close(
+        dict(ours.module.state_dict()), dict(theirs.module.state_dict()), rtol=1e-5, atol=1e-7
+    )
