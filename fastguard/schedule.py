@@ -231,9 +231,9 @@ class GuardedLR(LRScheduler):
         self.backoffs = state_dict["backoffs"]
         self.clean_steps = state_dict["clean_steps"]
         self.applied_steps = state_dict["applied_steps"]
-        self.held_at_floor = state_dict["held_at_floor"]
         self._inbox.clear()
         self._set()
+        self.held_at_floor = state_dict["held_at_floor"]  # without this look at the floor
 
     _lowered = 1.0  # by hand, for good
 

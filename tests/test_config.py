@@ -136,6 +136,37 @@ def test_everything_that_is_configured_is_in_force(
     activations.remove()
 
 
+def test_the_schedule_is_built_as_configured() -> None:
+    model = Sdf()
+    config = GuardConfig.from_dict({"schedule": {"floor": 0.3, "backoff": 0.5, "recovery": 2}})
+    opt = config.wrap(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    lr = config.lr(opt, torch.optim.lr_scheduler.ExponentialLR(opt, gamma=1.0))
+    seen = []
+    for loss in (math.nan, math.nan, 1.0, 1.0):
+        opt.step(loss=loss)
+        lr.step()
+        seen.append(opt.param_groups[0]["lr"])
+    assert seen == [0.5, 0.3, 0.3, 0.5]
+
+
+def test_records_go_where_the_configuration_says(tmp_path: Path) -> None:
+    require("tensorboard")
+    path = tmp_path / "r.jsonl"
+    records = {
+        "jsonl": str(path),
+        "max_bytes": 1024,
+        "keep": 1,
+        "tensorboard": str(tmp_path / "tb"),
+    }
+    model = Sdf()
+    config = GuardConfig.from_dict({"records": records})
+    opt = config.wrap(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    for _ in range(20):
+        opt.step(loss=1.0)
+    assert len(list(tmp_path.glob("r.*.jsonl"))) == 1
+    assert list((tmp_path / "tb").iterdir())
+
+
 def test_sections_left_out_build_nothing() -> None:
     model = Sdf()
     config = GuardConfig.from_dict({})
@@ -198,6 +229,8 @@ def test_a_pattern_that_matches_nothing_is_an_error_and_changes_nothing() -> Non
     own_norm = {"groups": {"latents*": {"max_norm": 1.0}}}
     with pytest.raises(ValueError, match="clip_scope"):
         GuardConfig.from_dict(own_norm).wrap(model, optimizer)
+    with pytest.raises(TypeError, match="group='all'"):
+        GuardConfig().wrap(model, optimizer, group="all")  # type: ignore[arg-type]
     assert optimizer.param_groups is groups and len(groups) == 1
 
 

@@ -125,6 +125,35 @@ def test_attempts_start_anew_beyond_the_trouble() -> None:
     assert run.batch(12, math.nan).attempt == 1
 
 
+def test_each_attempt_lowers_the_lr_further_and_counts_skips_anew() -> None:
+    run = Run(every=2, after_skips=2, lr_factor=0.5)
+    for i in range(4):
+        run.batch(i)
+    seen = []
+    for i in (4, 6):
+        assert run.batch(i, math.nan) is None  # the first skip after a rollback is the first again
+        run.opt.zero_grad()
+        for p in run.model.parameters():
+            p.grad = torch.ones_like(p)
+        assert run.batch(i + 1, math.nan) is not None
+        seen.append(run.opt.param_groups[0]["lr"])
+        assert all(p.grad is None for p in run.model.parameters())
+    assert seen == pytest.approx([0.005, 0.0025])
+
+
+def test_spikes_must_come_in_a_row() -> None:
+    run = Run(every=100, after_skips=None, after_spikes=2)
+    for i in range(12):
+        assert run.batch(i, 1e6 if i in (6, 9) else 1.0) is None
+
+
+def test_old_incidents_are_forgotten() -> None:
+    run = Run(every=2, after_skips=5)
+    for i in range(40):
+        assert run.batch(i, math.nan if i % 4 == 3 else 1.0) is None
+    assert len(run.rollback._stretch._bad) <= 4
+
+
 def test_a_poisoned_snapshot_is_never_restored() -> None:
     run = Run(every=2, keep=2)
     for i in range(4):

@@ -173,6 +173,22 @@ def test_resume_is_exact() -> None:
     assert head + play(second, second_lr, script[4:]) == whole
 
 
+def test_a_loaded_state_is_whole_and_forgets_the_steps_before_it() -> None:
+    opt = guarded(lr=1.0)
+    lr = GuardedLR(ExponentialLR(opt, gamma=0.1), floor=0.05, backoff=0.5)
+    lr.lower(0.9)
+    play(opt, lr, [GOOD, BAD, GOOD])
+    saved = copy.deepcopy(lr.state_dict())
+    other = guarded(lr=1.0)
+    resumed = GuardedLR(ExponentialLR(other, gamma=0.1), floor=0.05, backoff=0.5)
+    for _ in range(3):
+        other.step(loss=BAD)  # not seen by the schedule before the load
+    resumed.load_state_dict(saved)
+    resumed.step()
+    assert resumed.state_dict() == saved
+    assert saved["lowered"] == 0.9 and saved["backoffs"] == 1 and saved["held_at_floor"] == 2
+
+
 def test_a_schedule_of_the_inner_optimizer_works_when_told_the_guard() -> None:
     inner = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=1.0)
     schedule = ExponentialLR(inner, gamma=0.5)
