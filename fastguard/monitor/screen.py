@@ -47,7 +47,7 @@ class Screen:
         height = options.height or console.size.height
         bars = ASCII_BARS if options.ascii_only else BARS
         lines = list(self._head(options.max_width, bars))
-        for line in [*lines, *self._incidents(height - len(lines) - 1), self._foot()][:height]:
+        for line in [*lines, *self._incidents(height - len(lines) - 1), self._foot()]:
             line.no_wrap, line.overflow = True, "ellipsis"
             yield line
 

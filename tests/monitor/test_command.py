@@ -14,6 +14,9 @@ import pytest
 
 from fastguard import JsonLinesSink, StepRecord
 from fastguard.cli import main
+from fastguard.monitor import command
+from fastguard.monitor.watch import Watch
+from fastguard.sinks import rotated_files
 
 N = 2000
 INCIDENT = 1500
@@ -82,6 +85,16 @@ def test_a_run_without_a_step_yet_is_fine(tmp_path, capsys) -> None:
     (tmp_path / "r.jsonl").touch()
     assert main(["monitor", str(tmp_path), "--once"]) == 0
     assert "no records yet" in capsys.readouterr().out
+
+
+def test_incidents_that_have_left_the_window_decide_nothing(path, capsys, monkeypatch) -> None:
+    watch = Watch(last=3)
+    for file in [*rotated_files(path), path]:
+        for line in file.read_bytes().splitlines():
+            watch.feed(line)  # as the screen does, which goes on from the lines it began with
+    assert watch.n_incidents == 1
+    monkeypatch.setattr(command, "_once", lambda args: watch)
+    assert main(["monitor", str(path), "--once"]) == 0
 
 
 @pytest.mark.parametrize(

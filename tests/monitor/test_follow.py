@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fastguard import JsonLinesSink, StepRecord
+from fastguard import JsonLinesSink, StepRecord, sinks
+from fastguard.monitor import follow
 from fastguard.monitor.follow import Follower
 from fastguard.sinks import parse_record
 
@@ -166,6 +167,28 @@ def test_a_follower_may_begin_in_the_middle_of_that(path: Path) -> None:
     for follower in followers:
         seen = steps(follower.poll())
         assert seen == list(range(seen[0], 2001))
+
+
+@pytest.mark.parametrize("when", ["at-its-beginning", "when-it-goes-on"])
+def test_a_rotation_while_it_looks_around_loses_nothing(path: Path, monkeypatch, when: str) -> None:
+    def rotated_files(current: Path) -> list[Path]:
+        """The real one, and the sink rotates just before it looks."""
+        monkeypatch.setattr(follow, "rotated_files", sinks.rotated_files)
+        write(path, 3)
+        path.rename(path.with_name("r.8.jsonl"))
+        write(path, 4)
+        return sinks.rotated_files(current)
+
+    write(path.with_name("r.1.jsonl"), 1)
+    write(path, 2)
+    if when == "at-its-beginning":
+        monkeypatch.setattr(follow, "rotated_files", rotated_files)
+        assert read(Follower(path, last=10)) == [1, 2, 3, 4]
+        return
+    follower = Follower(path, last=10)
+    path.rename(path.with_name("r.7.jsonl"))
+    monkeypatch.setattr(follow, "rotated_files", rotated_files)
+    assert read(follower) == [1, 2, 3, 4]
 
 
 def test_age_is_that_of_the_last_write(path: Path) -> None:

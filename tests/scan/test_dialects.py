@@ -48,6 +48,7 @@ def test_lightning_drawn_by_tqdm() -> None:
     assert first.first == Place(epoch=0, batch=5, batches=6)
     assert values(found, 0) == {"aux -inf"}
     assert second.first == Place(epoch=1, batch=4, batches=6)
+    assert second.last == Place(epoch=1, batch=6, batches=6)  # though the bar is drawn again at 0
     assert values(found, 1) == {"train_loss nan", "aux -inf", "val_loss nan"}
     assert third.first.epoch == 2
 

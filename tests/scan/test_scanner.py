@@ -17,14 +17,15 @@ def test_bad_lines_are_joined_until_a_good_one() -> None:
         "epoch 1 batch 1 loss 0.5",
         "epoch 1 batch 2 loss nan",
         "saving a checkpoint",
+        "epoch 1 batch 3",
         "epoch 1 batch 3 loss inf",
         "epoch 1 batch 4 loss 0.5",
         "epoch 1 batch 5 loss nan",
         "epoch 2 batch 1 loss nan",
     )
-    assert (found.n_lines, found.n_bad, found.n_stretches) == (7, 4, 3)
+    assert (found.n_lines, found.n_bad, found.n_stretches) == (8, 4, 3)
     first = found.stretches[0]
-    assert (first.first_line, first.last_line, first.n_lines) == (2, 4, 2)
+    assert (first.first_line, first.last_line, first.n_lines) == (2, 5, 2)
     assert (first.first.batch, first.last.batch) == (2, 3)
     assert first.excerpt == "epoch 1 batch 2 loss nan"
     assert [s.first.epoch for s in found.stretches] == [1, 1, 2]
