@@ -78,6 +78,13 @@ INCIDENTS = (
     Incident(
         "C", "The segmentation model with too many heads", "fastguard.incidents.segmentation"
     ),
+    Incident(
+        "E",
+        "The averages that turned NaN",
+        "fastguard.incidents.latent_codes",
+        ("tensorboard",),
+        "tensorboard",
+    ),
 )
 
 
