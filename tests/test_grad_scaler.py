@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import fastguard.measure
 from fastguard import GuardedOptimizer, NonFiniteGradError, SpikeRule
 from guardtest.training import assert_same_bits, new_parameters, poison, snapshot
 
@@ -74,6 +75,29 @@ def test_the_same_scales_and_weights_as_torchs_recipe(fused, unscale, max_norm, 
         for key in theirs:
             torch.testing.assert_close(ours[key], theirs[key], rtol=1e-5, atol=1e-7)
     assert (opt.applied_steps, opt.skipped_steps) == (6, 3)
+
+
+@pytest.mark.parametrize("max_norm", [None, 1e6, 0.5], ids=str)
+@pytest.mark.parametrize("unscale", [False, True], ids=["", "unscale_"])
+def test_we_read_the_gradients_once(unscale, max_norm, monkeypatch):
+    """Unscaling rides in the read that measures; the scaler's own check is torch's."""
+    reads = []
+
+    def measure(*args):
+        reads.append(args)
+        return fastguard.measure.measure(*args)
+
+    monkeypatch.setattr("fastguard.optimizer.measure", measure)
+    parameters = new_parameters()
+    opt = GuardedOptimizer(torch.optim.AdamW(parameters, fused=True), max_norm=max_norm)
+    amp = scaler()
+    for step in range(3):
+        backward(amp, parameters, step)
+        if unscale:
+            amp.unscale_(opt)
+        amp.step(opt)
+        amp.update()
+    assert len(reads) == 3
 
 
 @pytest.mark.parametrize("unscale", [False, True], ids=["", "unscale_"])

@@ -105,6 +105,23 @@ def test_callers_get_ours():
         assert torch.nn.utils.clip_grad_norm(parameters(grad * 1e20), 1.0).isfinite()
 
 
+@pytest.mark.parametrize("module", ["torch.nn.utils", "torch.nn.utils.clip_grad"])
+def test_each_of_the_four_names_does_what_ours_does(module):
+    """What a trainer imports while the patch holds, by either path; sharded trainers take the
+    private names."""
+    place = sys.modules[module]
+    private = "_" if place is torchs else ""
+    grad = torch.full((10,), 1e20)  # torch's norm of it is inf
+    with fastguard.patch_torch():
+        norm = getattr(place, f"{private}get_total_norm")([grad])
+        assert norm == pytest.approx(1e20 * 10**0.5)
+        getattr(place, f"{private}clip_grads_with_norm_")(parameters(grad), 1.0, norm)
+        assert grad.norm() == pytest.approx(1.0)
+        assert place.clip_grad_norm_(parameters(grad * 1e20), 1.0).isfinite()
+        with pytest.raises(ValueError, match="clip_value"):  # torch flips the signs
+            place.clip_grad_value_(parameters(grad), -1.0)
+
+
 def test_names_imported_before_keep_torchs_function():
     grad = torch.full((10,), 1e20)
     with fastguard.patch_torch():
