@@ -115,13 +115,12 @@ class Follower:
 
     def _open_next(self) -> bool:
         """Goes on to the file after ours; whether there is one yet."""
-        current = _open(self.path)  # before looking around: a file rotated since is then told apart
+        current = _open(self.path)  # before looking around, so that no file can slip in between
         rotated = rotated_files(self.path)
         first = _index(self._identity, rotated) + 1
         if first > len(rotated):  # ours has been deleted or replaced
             first = rotated.index(self._newest) + 1 if self._newest in rotated else 0
-        stop = len(rotated) if current is None else _index(_identity(current), rotated)
-        for path in rotated[first:stop]:
+        for path in rotated[first:]:
             file = _open(path)
             if file is not None:
                 if current is not None:
@@ -133,7 +132,7 @@ class Follower:
             if current is not None:
                 os.close(current)
             return False
-        self._newest = rotated[stop - 1] if stop else None
+        self._newest = rotated[-1] if rotated else None
         self._take(current)
         return True
 

@@ -174,19 +174,20 @@ def test_a_rotation_while_it_looks_around_loses_nothing(path: Path, monkeypatch,
     def rotated_files(current: Path) -> list[Path]:
         """The real one, and the sink rotates just before it looks."""
         monkeypatch.setattr(follow, "rotated_files", sinks.rotated_files)
-        write(path, 3)
         path.rename(path.with_name("r.8.jsonl"))
         write(path, 4)
         return sinks.rotated_files(current)
 
     write(path.with_name("r.1.jsonl"), 1)
-    write(path, 2)
     if when == "at-its-beginning":
+        write(path, 2, 3)
         monkeypatch.setattr(follow, "rotated_files", rotated_files)
-        assert read(Follower(path, last=10)) == [1, 2, 3, 4]
+        assert read(Follower(path, last=3)) == [1, 2, 3, 4]
         return
-    follower = Follower(path, last=10)
+    write(path, 2)
+    follower = Follower(path, last=3)
     path.rename(path.with_name("r.7.jsonl"))
+    write(path, 3)
     monkeypatch.setattr(follow, "rotated_files", rotated_files)
     assert read(follower) == [1, 2, 3, 4]
 
