@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,8 +45,11 @@ def draw(incident: Incident, before: Outcome, guarded: Outcome, path: Path) -> N
 
 def _draw_losses(axes: Axes, before: Outcome, guarded: Outcome) -> None:
     """What is NaN or Inf lies on a line of its own above the finite losses."""
-    finite = [v for run in (before, guarded) for v in run.losses if math.isfinite(v)]
-    ceiling = 1.15 * max(finite, default=1.0)
+    finite = [v for run in (before, guarded) for v in run.losses if math.isfinite(v)] or [1.0]
+    ceiling = 1.15 * max(finite)
+    if min(finite) > 0 and max(finite) > 100 * statistics.median(finite):  # a spike, to be seen
+        axes.set_yscale("log")
+        ceiling = 3 * max(finite)
     for run, color, width, name in (
         (guarded, GUARDED, 2.4, "with fastguard"),
         (before, BEFORE, 1.2, "as it was"),
