@@ -75,9 +75,7 @@ INCIDENTS = (
         ("ultralytics",),
         "ultralytics",
     ),
-    Incident(
-        "C", "The segmentation model with too many heads", "fastguard.incidents.segmentation"
-    ),
+    Incident("C", "The segmentation model with too many heads", "fastguard.incidents.segmentation"),
     Incident(
         "E",
         "The averages that turned NaN",

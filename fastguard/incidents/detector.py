@@ -5,6 +5,7 @@ goes back to `last.pt` and trains the epoch again, three times, until it gives u
 batches are skipped, and nothing else happens.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import logging

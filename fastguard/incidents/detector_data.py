@@ -1,5 +1,6 @@
 """A detector that fits on one core: its architecture as YAML, and images of two kinds of boxes."""
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 from pathlib import Path

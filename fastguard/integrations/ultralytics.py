@@ -7,6 +7,7 @@ in fp32 and bf16 one bad batch ends in every weight. Guarded, a step that is ski
 trace: weights, optimizer state, BatchNorm statistics and EMA are what they were.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence

@@ -1,5 +1,6 @@
 """`UltralyticsGuard`: what happens at each event of an Ultralytics trainer that is guarded."""
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -7,13 +8,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch.distributed as dist
-
 from fastguard.integrations.clipping import was_skipped
+from fastguard.integrations.replicas import usual_group
 from fastguard.integrations.running_statistics import RunningStatistics
 from fastguard.integrations.ultralytics_epoch import EpochLosses
 from fastguard.optimizer import GuardedOptimizer
-from fastguard.ranks.groups import Replicated
 from fastguard.records import StepRecord
 from fastguard.schedule import GuardedLR
 from fastguard.sinks import JsonLinesSink
@@ -45,9 +44,12 @@ class UltralyticsGuard:
         """Optimizer, scheduler and EMA are there, and what is resumed has been loaded."""
         from ultralytics.utils import RANK
 
-        names: dict[str, Any] = {"named_parameters": trainer.model.named_parameters()}
-        together = {"group": Replicated(dist.group.WORLD)} if trainer.world_size > 1 else {}
-        self.optimizer = GuardedOptimizer(trainer.optimizer, **names | together | self._options)
+        processes = max(1, trainer.world_size)  # 0 on a CPU
+        self.optimizer = GuardedOptimizer(
+            trainer.optimizer,
+            **{"named_parameters": trainer.model.named_parameters(), **self._options},
+            **usual_group(self._options, processes, replicated=True),
+        )
         self.lr = GuardedLR(trainer.scheduler, optimizer=self.optimizer, **self._schedule)
         if trainer.resume:
             self._resume(trainer.args.resume)
