@@ -45,11 +45,12 @@ class UltralyticsGuard:
         from ultralytics.utils import RANK
 
         processes = max(1, trainer.world_size)  # 0 on a CPU
-        self.optimizer = GuardedOptimizer(
-            trainer.optimizer,
-            **{"named_parameters": trainer.model.named_parameters(), **self._options},
+        options: dict[str, Any] = {
+            "named_parameters": trainer.model.named_parameters(),
+            **self._options,
             **usual_group(self._options, processes, replicated=True),
-        )
+        }
+        self.optimizer = GuardedOptimizer(trainer.optimizer, **options)
         self.lr = GuardedLR(trainer.scheduler, optimizer=self.optimizer, **self._schedule)
         if trainer.resume:
             self._resume(trainer.args.resume)
