@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from fastguard.demo.training import one_thread
+
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 # Their frameworks are in the environment of tests/integrations.
-ELSEWHERE = ("huggingface", "lightning", "loggers", "ultralytics")
+ELSEWHERE = ("huggingface", "incidents/a", "lightning", "loggers", "ultralytics")
+PAGES = {page.relative_to(DOCS).with_suffix("").as_posix(): page for page in DOCS.rglob("*.md")}
 BLOCKS = [
-    pytest.param(block, id=f"{page.stem}-{i}")
-    for page in sorted(DOCS.glob("*.md"))
-    if page.stem not in ELSEWHERE
+    pytest.param(block, id=f"{name}-{i}")
+    for name, page in sorted(PAGES.items())
+    if name not in ELSEWHERE
     for i, block in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.S | re.M))
 ]
 
@@ -24,4 +27,5 @@ def test_code_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     script = tmp_path / "block.py"
     script.write_text(block)
-    runpy.run_path(str(script), run_name="__main__")
+    with one_thread():
+        runpy.run_path(str(script), run_name="__main__")
