@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch.distributed import ProcessGroup
@@ -12,6 +14,7 @@ from fastguard.backend import backend_of
 from fastguard.decide import GuardState, NonFinite
 from fastguard.delegation import OptimizerAround
 from fastguard.gradients import Gradients
+from fastguard.ranks.groups import Group
 from fastguard.records import Recorder, StepRecord
 from fastguard.rules import Rule
 from fastguard.segments import ClipScope
@@ -22,6 +25,7 @@ from fastguard.whole_step import WholeStep
 class KnownRun(OptimizerAround):
     """An optimizer that tells what its steps did."""
 
+    group: Group
     max_norm: float | None
     norm_type: float
     clip_scope: ClipScope
@@ -33,6 +37,15 @@ class KnownRun(OptimizerAround):
     _state: GuardState
     _steps_taken: int
     _road: FoundInf | ReadFirst | WholeStep
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KnownRun:
+        """A copy decides with the same ranks: process groups and stores cannot be copied."""
+        for shared in (self.group, self._gradients.team):
+            memo[id(shared)] = shared
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
 
     def records(self) -> list[StepRecord]:
         """The records of finished steps since the last call, oldest first. Never waits."""

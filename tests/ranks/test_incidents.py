@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import signal
@@ -327,6 +328,19 @@ def meshes_of_one() -> tuple[list[Any], float]:
 
 def test_a_mesh_of_one_rank_exchanges_nothing(two: Ranks) -> None:
     assert two.run(meshes_of_one) == [([], 5.0)] * 2
+
+
+def stepped_copy() -> list[Any]:
+    """A copy steps by itself, with the same ranks."""
+    opt = sgd(weight(3.0 + rank()))
+    twin = copy.deepcopy(opt)
+    twin.optimizer.param_groups[0]["params"][0].grad = torch.tensor([3.0 + rank()])
+    twin.step()
+    return [twin.records()[0].total_norm, twin.applied_steps, opt.applied_steps]
+
+
+def test_a_copy_decides_with_the_same_ranks(two: Ranks) -> None:
+    assert same_on_all(two.run(stepped_copy)) == [5.0, 1, 0]
 
 
 def refused() -> list[str]:
