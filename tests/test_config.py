@@ -109,6 +109,7 @@ def test_everything_that_is_configured_is_in_force(
     config = GuardConfig.from_file("guard.toml")
     model = Sdf()
     opt = config.wrap(model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9))
+    assert opt.rules == config.spike and opt.max_consecutive_skips == 20
     assert [len(g["params"]) for g in opt.param_groups] == [1, 2]
     assert opt.param_groups[0]["max_norm"] == 0.5 and "max_norm" not in opt.param_groups[1]
     lr = config.lr(opt)

@@ -154,6 +154,18 @@ def test_old_incidents_are_forgotten() -> None:
     assert len(run.rollback._stretch._bad) <= 4
 
 
+def test_a_snapshot_before_the_end_of_the_trouble_is_no_way_out() -> None:
+    run = Run(every=1, after_skips=2)
+    for i in range(4):
+        run.batch(i)
+    run.batch(4, math.nan)
+    assert run.batch(5, math.nan).attempt == 1  # the trouble reached step 6
+    run.batch(6)
+    assert run.rollback.snapshots[-1] == 5
+    run.batch(7, math.nan)
+    assert run.batch(8, math.nan).attempt == 2
+
+
 def test_a_poisoned_snapshot_is_never_restored() -> None:
     run = Run(every=2, keep=2)
     for i in range(4):
