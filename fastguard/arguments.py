@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 import warnings
 from collections.abc import Iterable
@@ -34,8 +35,24 @@ def limit_of(name: str, value: object) -> float:
 
 
 def limit_tensor(max_norm: float, device: torch.device) -> Tensor:
-    # Not torch.tensor(max_norm): under compile that would recompile for every value.
-    return torch.ones(1, dtype=torch.float64, device=device) * max_norm
+    """A limit where the decision is taken, float64 `(1,)`; nobody writes to it."""
+    if torch.compiler.is_compiling():
+        # Not torch.tensor(max_norm): that would recompile for every value.
+        return torch.ones(1, dtype=torch.float64, device=device) * max_norm
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return _filled(max_norm, device)  # a part of the graph, filled anew at each replay
+    return _kept_limit(max_norm, device)
+
+
+@functools.lru_cache(maxsize=32)
+def _kept_limit(max_norm: float, device: torch.device) -> Tensor:
+    """Made once: it would be one more launch of each call."""
+    with torch.inference_mode(False):
+        return _filled(max_norm, device)
+
+
+def _filled(max_norm: float, device: torch.device) -> Tensor:
+    return torch.full((1,), max_norm, dtype=torch.float64, device=device)
 
 
 def mode_of(nonfinite: object, error_if_nonfinite: bool) -> Literal["propagate", "zero", "raise"]:

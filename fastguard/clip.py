@@ -115,7 +115,7 @@ def clip_buckets(
         raise_if_nonfinite(stats, signals)
     verdict = decide(stats, signals, None, Policy(limit, mode))
     apply(buckets, verdict)
-    norm = torch_total_norm(stats) if mode == "propagate" else verdict.total_norm
+    norm = verdict.torch_norm if mode == "propagate" else verdict.total_norm
     return norm if stats.float64 else norm.float()
 
 

@@ -101,6 +101,7 @@ class Verdict:
         clean: float32 `()`: 1 if apply replaces non-finite elements by 0.
         reason: int64 `()`: a `Reason`.
         total_norm: float64 `()`: the norm of the finite elements before clipping.
+        torch_norm: float64 `()`: the same as torch gives it: NaN or Inf if an element is.
         spikes: bool `(K,)`: which rules saw a spike.
         thresholds: float64 `(K,)`: what each rule compared with; inf during its warm-up.
     """
@@ -111,6 +112,7 @@ class Verdict:
     clean: Tensor
     reason: Tensor
     total_norm: Tensor
+    torch_norm: Tensor
     spikes: Tensor
     thresholds: Tensor
 

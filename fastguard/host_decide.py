@@ -79,13 +79,15 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
     multiplier = clip_coef if signals.inv_scale is None else clip_coef * signals.inv_scale
     if state is not None:
         _count_step(state, skip)
+    norm = _float64(total_norm)
     return Verdict(
         clip_coef=clip_coef,
         multiplier=torch.ones_like(clip_coef) if skip else multiplier,
         found_inf=_YES if skip else _NO,
         clean=_YES if policy.nonfinite == "zero" and bad_grad and not skip else _NO,
         reason=_REASONS[_reason(bad_grad or overflow, loss_fault, spikes, policy)],
-        total_norm=_float64(total_norm),
+        total_norm=norm,
+        torch_norm=_float64(_torch_norm(total_norm, counts)) if bad_grad else norm,
         spikes=torch.tensor(spikes, device="cpu") if spikes else _NO_SPIKES,
         thresholds=_float64(thresholds) if spikes else _NO_THRESHOLDS,
     )
@@ -95,6 +97,14 @@ def _total_norm(stats: GradStats, sums: list[float]) -> float:
     if stats.norm_type != 2.0:
         return stats.total_norm64.item()
     return math.sqrt(sum(sums))  # not fsum, nor ** above: they raise where this overflows
+
+
+def _torch_norm(total_norm: float, counts: list[list[float]]) -> float:
+    """NaN if an element is, else inf if one is infinite."""
+    nan, posinf, neginf = map(any, counts)
+    if nan:
+        return math.nan
+    return math.inf if posinf or neginf else total_norm
 
 
 def _clip_coef(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastguard.apply import scale
 from fastguard.buckets import bucketize
-from fastguard.decide import Policy, raise_if_nonfinite, torch_total_norm
+from fastguard.decide import Policy, raise_if_nonfinite
 from fastguard.decide import decide as decide_stage
 from fastguard.measure import GradStats
 from fastguard.measure import measure as measure_stage
@@ -80,7 +80,7 @@ def _decide(
         raise_if_nonfinite(stats)
     policy = Policy(max_norm.reshape(1), nonfinite)  # type: ignore[arg-type]
     verdict = decide_stage(stats, Signals.none(summary.device), None, policy)
-    norm = torch_total_norm(stats) if nonfinite == "propagate" else verdict.total_norm
+    norm = verdict.torch_norm if nonfinite == "propagate" else verdict.total_norm
     # Compiled code may write over what an op returned: neither parts of its arguments (the norm may
     # be one of `summary`) nor the constants that verdicts share.
     return norm.clone(), verdict.multiplier, verdict.clean.clone()

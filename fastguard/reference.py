@@ -180,6 +180,7 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
         clean=clean.float(),
         reason=_reason(bad_grad | overflow, loss_fault, spikes, policy),
         total_norm=total_norm,
+        torch_norm=propagated_norms(total_norm, stats.segment_counts.sum(1)),
         spikes=spikes,
         thresholds=thresholds,
     )

@@ -75,8 +75,8 @@ def spread(condition, N: tl.constexpr):
     do_not_specialize=[
         "summary_ptr", "max_norm_ptr", "losses_ptr", "given_ptr", "inv_scale_ptr", "overflow_ptr",
         "rules_ptr", "counters_ptr", "windows_ptr", "rings_ptr", "coef_ptr", "multiplier_ptr",
-        "found_inf_ptr", "clean_ptr", "reason_ptr", "total_norm_ptr", "spikes_ptr",
-        "thresholds_ptr",
+        "found_inf_ptr", "clean_ptr", "reason_ptr", "total_norm_ptr", "torch_norm_ptr",
+        "spikes_ptr", "thresholds_ptr",
         "n_segments", "max_norm_stride", "n_losses", "n_rules", "ring_stride",
     ]
 )  # fmt: skip
@@ -97,6 +97,7 @@ def decide_kernel(
     clean_ptr,  # float32
     reason_ptr,  # int64
     total_norm_ptr,  # float64
+    torch_norm_ptr,  # float64
     spikes_ptr,  # uint8 (n_rules,)
     thresholds_ptr,  # float64 (n_rules,)
     n_segments,
@@ -121,7 +122,8 @@ def decide_kernel(
     lanes = tl.arange(0, BLOCK_SIZE)
 
     sums = tl.zeros((BLOCK_SIZE,), dtype=tl.float64)
-    bad = tl.zeros((BLOCK_SIZE,), dtype=tl.float64)
+    nans = tl.zeros((BLOCK_SIZE,), dtype=tl.float64)
+    infinite = tl.zeros((BLOCK_SIZE,), dtype=tl.float64)
     i = 0
     while i < n_segments:
         mask = i + lanes < n_segments
@@ -130,15 +132,18 @@ def decide_kernel(
             sums = tl.where((power_sum > sums) | (power_sum != power_sum), power_sum, sums)
         else:
             sums += power_sum
-        for kind in tl.static_range(1, 4):
-            bad += tl.load(summary_ptr + kind * n_segments + i + lanes, mask=mask, other=0.0)
+        nans += tl.load(summary_ptr + n_segments + i + lanes, mask=mask, other=0.0)
+        for kind in tl.static_range(2, 4):
+            infinite += tl.load(summary_ptr + kind * n_segments + i + lanes, mask=mask, other=0.0)
         i += BLOCK_SIZE
     if INF_NORM:
         total = tl.max(sums, axis=0)
     else:
         total = tl.sum(sums, axis=0)
     total_norm = root(total, P, INF_NORM)
-    bad_grad = tl.sum(bad, axis=0) > 0.0
+    has_nan = tl.sum(nans, axis=0) > 0.0
+    has_infinite = tl.sum(infinite, axis=0) > 0.0
+    bad_grad = has_nan | has_infinite
 
     overflow = bad_grad & (bad_grad == 0)
     if HAS_OVERFLOW:
@@ -273,6 +278,7 @@ def decide_kernel(
     tl.store(clean_ptr, clean.to(tl.float32))
     tl.store(reason_ptr, reason.to(tl.int64))
     tl.store(total_norm_ptr, total_norm)
+    tl.store(torch_norm_ptr, tl.where(has_nan, NAN, tl.where(has_infinite, INF, total_norm)))
     if HAS_STATE:
         decided = tl.load(counters_ptr)
         applied = tl.load(counters_ptr + 1)
@@ -298,6 +304,7 @@ class Decision:
     clean: Tensor
     reason: Tensor
     total_norm: Tensor
+    torch_norm: Tensor
     spikes: Tensor
     thresholds: Tensor
 
@@ -345,6 +352,7 @@ def decide_step(
         clean=new(dtype=torch.float32),
         reason=new(dtype=torch.int64),
         total_norm=new(),
+        torch_norm=new(),
         spikes=spikes,
         thresholds=new(n_rules),
     )
@@ -369,6 +377,7 @@ def decide_step(
             decision.clean,
             decision.reason,
             decision.total_norm,
+            decision.torch_norm,
             spikes.view(torch.uint8) if n_rules else summary,
             decision.thresholds if n_rules else summary,
             n_segments,

@@ -86,6 +86,7 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
         clean=decision.clean,
         reason=decision.reason,
         total_norm=decision.total_norm,
+        torch_norm=decision.torch_norm,
         spikes=decision.spikes,
         thresholds=decision.thresholds,
     )
