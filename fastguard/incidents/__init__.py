@@ -75,6 +75,7 @@ INCIDENTS = (
         ("ultralytics",),
         "ultralytics",
     ),
+    Incident("B", "The checkpoint that could not be trusted", "fastguard.incidents.classifier"),
     Incident("C", "The segmentation model with too many heads", "fastguard.incidents.segmentation"),
     Incident(
         "E",
