@@ -1,5 +1,7 @@
 """The wheel holds what it should, installs where it should, and `import fastguard` stays light."""
 
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,12 +10,18 @@ import venv
 import zipfile
 from pathlib import Path
 
+import pytest
 import torch
 
 from guardtest import require
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+INCIDENTS = [
+    page
+    for page in sorted((ROOT / "docs" / "incidents").glob("*.md"))
+    if page.stem != "a"  # its trainer is in the environment of tests/integrations
+]
 SOURCES = ["fastguard", "kernels", "pyproject.toml", "README.md", "LICENSE"]
 
 
@@ -72,19 +80,44 @@ def test_every_package_is_listed():
     assert sorted(PROJECT["tool"]["setuptools"]["packages"]) == sorted(packages)
 
 
-def test_wheel_holds_the_package_and_works_from_another_folder(tmp_path):
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
     require("build")
-    (tmp_path / "source").mkdir()
-    wheel = build_wheel(tmp_path / "source")
+    return build_wheel(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(scope="module")
+def python(wheel, tmp_path_factory):
+    """That of a new environment, with the wheel in it."""
+    return install_in_new_environment(wheel, tmp_path_factory.mktemp("venv"))
+
+
+def test_wheel_holds_the_package_and_works_from_another_folder(wheel, python, tmp_path):
     files = set(zipfile.ZipFile(wheel).namelist())
     installed = {file for file in files if ".dist-info/" not in file}
     assert installed == {*MODULES.values(), "fastguard/py.typed"}
     assert any(file.endswith("/licenses/LICENSE") for file in files)
 
-    python = install_in_new_environment(wheel, tmp_path / "venv")
     assert python.with_name("fastguard").exists()
     check = shutil.copy(ROOT / "tests" / "support" / "wheel_check.py", tmp_path)
     assert "works with torch" in run(python, "-I", check, cwd=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", INCIDENTS, ids=[page.stem for page in INCIDENTS])
+def test_an_incident_can_be_followed_by_copy_and_paste(page, python, tmp_path, monkeypatch):
+    """Every block as a script, then every command of fastguard, in one folder."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PATH", str(python.parent), prepend=os.pathsep)
+    for kind, block in re.findall(r"^```(python|sh)\n(.*?)^```", page.read_text(), re.S | re.M):
+        if kind == "python":
+            (tmp_path / "train.py").write_text(block)
+            run(python, "-I", "train.py", cwd=tmp_path)
+        for line in block.splitlines() if kind == "sh" else ():
+            if line.startswith("fastguard "):
+                done = subprocess.run(["sh", "-c", line], cwd=tmp_path, capture_output=True)
+                assert done.returncode in (0, 1), done.stderr.decode()  # 1: it found what is bad
+                assert b"Traceback" not in done.stderr
 
 
 IMPORT_IS_LIGHT = """
