@@ -71,7 +71,7 @@ def power_sum(tensors: Sequence[Tensor]) -> float:
     """
     sizes = list(map(Tensor.numel, tensors))
     if sum(sizes) < EXACT_BELOW:
-        return exact_power_sum(tensors)
+        return exact_power_sum(tensors, sizes)
     small, middling, large = _by_size(tensors, sizes)
     total = 0.0
     for share in _shares(large):
@@ -80,10 +80,10 @@ def power_sum(tensors: Sequence[Tensor]) -> float:
     return total + exact_power_sum(small)
 
 
-def exact_power_sum(tensors: Sequence[Tensor]) -> float:
+def exact_power_sum(tensors: Sequence[Tensor], sizes: Sequence[int] | None = None) -> float:
     """The same in float64 throughout."""
     total = 0.0
-    for values, _, _ in gathered(tensors, WIDE):
+    for values, _, _ in gathered(tensors, WIDE, sizes):
         wide = buffer("wide", WIDE, torch.float64)[: values.numel()].copy_(values)
         total += torch.dot(wide, wide).item()
     return total

@@ -20,14 +20,26 @@ def flat(t: Tensor) -> Tensor:
     return t.reshape(-1)
 
 
-def gathered(tensors: Sequence[Tensor], limit: int) -> Iterator[tuple[Tensor, int, int]]:
+def gathered(
+    tensors: Sequence[Tensor], limit: int, sizes: Sequence[int] | None = None
+) -> Iterator[tuple[Tensor, int, int]]:
     """Vectors of at most `limit` elements that together hold all tensors of one dtype, in order.
+
+    Args:
+        tensors: CPU tensors of any strides.
+        limit: Elements of a vector.
+        sizes: How many elements each has, if that is known already.
 
     Yields:
         `(values, start, stop)`: the elements of `tensors[start:stop]` one after the other; of a
         tensor longer than the limit a piece at a time. One tensor that fits stays where it is.
     """
-    ends = np.cumsum(list(map(Tensor.numel, tensors)), dtype=np.int64)
+    if sizes is None:
+        sizes = list(map(Tensor.numel, tensors))
+    if 0 < sum(sizes) <= limit:
+        yield _join(tensors), 0, len(tensors)
+        return
+    ends = np.cumsum(sizes, dtype=np.int64)
     start, before = 0, 0
     while start < len(tensors):
         stop = max(start + 1, int(ends.searchsorted(before + limit, side="right")))
@@ -42,7 +54,9 @@ def gathered(tensors: Sequence[Tensor], limit: int) -> Iterator[tuple[Tensor, in
 
 
 def _join(tensors: Sequence[Tensor]) -> Tensor:
-    if all(t.dim() == 1 for t in tensors):
+    if len(tensors) == 1:
+        return flat(tensors[0])
+    if set(map(Tensor.dim, tensors)) == {1}:
         return torch.cat(list(tensors))  # three times as fast for thousands of them
     return _joined(list(tensors))
 
