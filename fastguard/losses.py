@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,7 +79,8 @@ class ObservedLosses:
 def stacked(losses: Mapping[str, Tensor | float], device: torch.device) -> Tensor:
     """float64 `(L,)` on a device."""
     values = list(losses.values())
-    if not any(isinstance(value, Tensor) for value in values):
-        return torch.tensor(values, dtype=torch.float64).to(device, non_blocking=True)
+    if set(map(type, values)) <= {float}:
+        numbers = torch.from_numpy(np.array(values))  # half the time of torch.tensor
+        return numbers if device.type == "cpu" else numbers.to(device, non_blocking=True)
     wide = [torch.as_tensor(value, dtype=torch.float64) for value in values]
     return torch.stack([value.to(device, non_blocking=True) for value in wide])

@@ -111,6 +111,9 @@ class StepRecord:
         return " ".join(parts)
 
 
+_LABELS = tuple(reason.label for reason in Reason)  # making a Reason costs as much as the rest
+
+
 def record_now(outcome: Outcome) -> StepRecord:
     """The record of a step on a CPU, where everything is at hand."""
     stats, signals, verdict = outcome.stats, outcome.signals, outcome.verdict
@@ -127,7 +130,7 @@ def record_now(outcome: Outcome) -> StepRecord:
         total_norm=verdict.total_norm.item(),
         clip_coef=coef,
         action=_action(coef, verdict.found_inf.item() > 0, verdict.clean.item() > 0),
-        reason=Reason(verdict.reason.item()).label,
+        reason=_LABELS[int(verdict.reason.item())],
         nan=nan,
         posinf=posinf,
         neginf=neginf,
