@@ -33,9 +33,13 @@ class BadStretch:
             return None
         self._bad.append((record, position))
         if self.after_skips is not None and self._skips >= self.after_skips:
-            return f"{self._skips} steps in a row were skipped"
+            return (
+                "a step was skipped"
+                if self._skips == 1
+                else f"{self._skips} steps in a row were skipped"
+            )
         if self.after_spikes is not None and self._spikes >= self.after_spikes:
-            return f"{self._spikes} steps in a row spiked"
+            return "a step spiked" if self._spikes == 1 else f"{self._spikes} steps in a row spiked"
         return None
 
     def positions_since(self, step: int) -> tuple[Any, ...]:

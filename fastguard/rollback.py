@@ -67,6 +67,7 @@ class Rollback:
             started again can load them (`store.load("last-clean", ...)`, where the names are those
             of `objects`, `optimizer`, `lr`, and the data position is `position`). Give it a
             directory of its own. A disk that fails is logged, and the run goes on.
+        position: Where the data stands now, for the snapshot that is taken at once; as in `step`.
 
     Raises:
         TypeError, ValueError: An argument is not of the kind or range above.
@@ -99,6 +100,7 @@ class Rollback:
         lr_factor: float = 0.5,
         max_attempts: int = 3,
         store: CheckpointStore | None = None,
+        position: Any = None,
     ) -> None:
         if not isinstance(optimizer, GuardedOptimizer):
             raise TypeError(f"optimizer={optimizer!r} must be a fastguard.GuardedOptimizer")
@@ -125,7 +127,7 @@ class Rollback:
         else:
             self._place = InStore(store)
         if not _resumed(optimizer, store):
-            self.snapshot()
+            self.snapshot(position)
 
     @property
     def snapshots(self) -> list[int]:

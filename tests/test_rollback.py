@@ -51,6 +51,14 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return len(a) == len(b) and all(map(torch.equal, a, b))
 
 
+def test_trouble_before_the_first_snapshot_goes_back_to_where_the_data_stood() -> None:
+    run = Run(every=5, after_skips=1, position=40)
+    run.batch(41)
+    rewind = run.batch(42, math.nan)
+    assert rewind is not None
+    assert (rewind.step, rewind.position, rewind.skip) == (0, 40, (42,))
+
+
 def test_too_many_skips_restore_the_last_snapshot_bit_for_bit() -> None:
     run = Run(every=5, after_skips=3, lr_factor=0.5)
     for i in range(7):

@@ -179,7 +179,11 @@ class Guarded(AsItWas):
         else:  # there is always one to go back to
             self.store.save(self.objects, step=0, epoch=0, position=self.position())
         self.rollback = Rollback(
-            self.guard, {"model": self.model, "ema": self.ema}, lr=self.lr, **ROLLBACK
+            self.guard,
+            {"model": self.model, "ema": self.ema},
+            lr=self.lr,
+            position=self.batch,
+            **ROLLBACK,
         )
         self.store.save_on_signal()  # SIGTERM
 
@@ -221,7 +225,7 @@ class Guarded(AsItWas):
         if rewind is None:
             return False
         seconds = time.perf_counter() - start
-        self.batch = rewind.position or 0
+        self.batch = rewind.position
         self.leave_out.update(rewind.skip)
         lr = self.guard.param_groups[0]["lr"]
         redone = batch - self.batch

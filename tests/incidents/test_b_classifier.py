@@ -107,7 +107,7 @@ def test_it_gives_up_with_a_clear_error_after_its_attempts(monkeypatch, tmp_path
     monkeypatch.setattr(classifier, "FAULTS", corrupt)
     outcome = classifier.run(tmp_path, guarded=True)
     error = outcome.facts["error"]
-    assert "1 steps in a row were skipped, at step" in error
+    assert "a step was skipped, at step" in error
     assert "3 rollbacks did not get past it" in error
     assert "'epoch': 3, 'batch': 18" in error and "conv.weight (72 NaN)" in error
     assert [r.skip for r in outcome.facts["rewinds"]] == [(111,), (111, 112), (111, 112, 113)]
@@ -193,6 +193,7 @@ def test_what_the_command_leaves_is_resumed_from_at_the_right_batch(store, monke
     assert outcome.survived
     first = outcome.records[0]
     assert first.tag == {"epoch": 3, "batch": 1} and first.step == 2 * BATCHES + 1
+    assert outcome.facts["rewinds"][0].position == 2 * BATCHES  # nor does it go back further
     assert [entry.epoch for entry in outcome.facts["entries"]][-2:] == [5, 6]
 
 
