@@ -210,21 +210,21 @@ def bucketize(
         _refuse_sparse(dense, ids, names)
 
     buckets = []
-    for (device, dtype), (members, positions) in _grouped(dense):
+    for (where, dtype), (members, positions) in _grouped(dense):
         if dtype.is_complex:
             members, dtype = _real_views(members, positions, ids, names, norm_type)
         if dtype not in FLOATING:
-            where = name_of(ids[positions[0]], names)
             raise TypeError(
-                f"the gradient of {where} is {dtype}; fastguard measures float16, bfloat16, "
-                "float32, float64 and complex gradients: leave this tensor out"
+                f"the gradient of {name_of(ids[positions[0]], names)} is {dtype}; fastguard "
+                "measures float16, bfloat16, float32, float64 and complex gradients: leave this "
+                "tensor out"
             )
         whole = len(positions) == n_tensors
         tensor_ids = range(n_tensors) if whole else [ids[i] for i in positions]
         segment_ids = (
             Same(0, len(members)) if segments is None else [segments[i] for i in tensor_ids]
         )
-        buckets.append(GradBucket(device, dtype, members, tensor_ids, segment_ids))
+        buckets.append(GradBucket(where, dtype, members, tensor_ids, segment_ids))
     home = device or dense[0].device
     return GradBuckets(tuple(buckets), n_tensors, n_segments, names, home, sharing)
 

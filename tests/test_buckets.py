@@ -48,6 +48,15 @@ def test_one_bucket_a_dtype_in_order_of_appearance():
     assert buckets.float64
 
 
+def test_results_live_where_asked_else_with_the_first_gradient():
+    meta = torch.device("meta")  # a second device that every machine has
+    grads = [torch.ones(2), torch.ones(2, dtype=torch.float64, device=meta)]
+    assert bucketize(grads).device == torch.device("cpu")
+    assert bucketize(grads[::-1]).device == meta
+    assert bucketize(grads[:1], device=meta).device == meta
+    assert bucketize(grads[::-1], device=torch.device("cpu")).device == torch.device("cpu")
+
+
 def test_missing_gradients_and_several_dtypes_together():
     grads = [None, torch.ones(1), torch.ones(1).half(), None, torch.ones(1)]
     buckets = bucketize(grads, segments=range(5), n_segments=5)
