@@ -30,8 +30,7 @@ class WholeStep:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self._weights: list[tuple[Tensor, Tensor]] = []
-        self._state: dict[Any, Any] = {}
+        self._before: tuple[list[tuple[Tensor, Tensor]], dict[Any, Any]] | None = None
 
     @staticmethod
     def serves(optimizer: Optimizer) -> bool:
@@ -59,9 +58,10 @@ class WholeStep:
             )
         with torch.no_grad():
             groups = self.optimizer.param_groups
-            self._weights = [(p, p.detach().clone()) for g in groups for p in g["params"]]
+            weights = [(p, p.detach().clone()) for g in groups for p in g["params"]]
             # By parameter: a copied parameter would be another key.
-            self._state = {p: copy.deepcopy(s) for p, s in self.optimizer.state.items()}
+            state = {p: copy.deepcopy(s) for p, s in self.optimizer.state.items()}
+        self._before = weights, state
         losses: list[Any] = []
 
         def remember() -> Any:
@@ -82,19 +82,19 @@ class WholeStep:
         return losses[0], losses[-1], stopped
 
     def take_back(self) -> None:
-        """Weights and state as they were before `attempt`, bit for bit."""
+        """Weights and state as they were before `attempt`, bit for bit; no decided step is."""
+        if self._before is None:
+            return
+        weights, state = self._before
         with torch.no_grad():
-            for p, weights in self._weights:
-                p.copy_(weights)
+            for p, values in weights:
+                p.copy_(values)
         self.optimizer.state.clear()
-        self.optimizer.state.update(self._state)
-        self._forget()
+        self.optimizer.state.update(state)
+        self._before = None
 
     def step(self, verdict: Verdict) -> None:
         if verdict.found_inf.item() == 0.0:
-            self._forget()
+            self._before = None
         else:
             self.take_back()
-
-    def _forget(self) -> None:
-        self._weights, self._state = [], {}

@@ -127,6 +127,22 @@ def test_a_closure_that_fails_leaves_weights_and_state_as_they_were():
     assert_same_bits(snapshot(problem.opt), before)
 
 
+def test_a_sink_that_fails_after_a_good_step_takes_nothing_back():
+    problem, alone = Problem(), Problem()
+    for _ in range(2):
+        alone.inner.step(alone.closure)
+    problem.opt.step(problem.closure)
+
+    def full(record):
+        raise OSError("disk full")
+
+    problem.opt.add_sink(full)
+    with pytest.raises(OSError, match="disk full"):
+        problem.opt.step(problem.closure)
+    assert problem.opt.applied_steps == 2
+    assert_same_bits(snapshot(problem.opt), snapshot(alone.inner))
+
+
 def test_the_skip_budget_counts_whole_steps():
     problem = Problem(max_consecutive_skips=1)
     problem.poison_gradient_from = 0
