@@ -179,14 +179,12 @@ def raise_if_nonfinite(stats: GradStats, signals: Signals | None = None) -> None
             "nothing was changed",
             culprits,
         )
-    losses = (
-        {}
-        if signals is None
-        else dict(zip(signals.loss_names, signals.losses.tolist(), strict=True))
-    )
-    bad = ", ".join(f"{name}={v}" for name, v in losses.items() if not math.isfinite(v))
-    if bad:
-        raise NonFiniteGradError(f"the loss is non-finite: {bad}; nothing was changed")
+    losses = [] if signals is None else signals.losses.tolist()  # 0 where no rank gave one
+    bad = [(i, loss) for i, loss in enumerate(losses) if not math.isfinite(loss)]
+    if signals is not None and bad:
+        # By place: a rank may know the names of none that others gave.
+        listed = ", ".join(f"{signals.loss_names[i]}={loss}" for i, loss in bad)
+        raise NonFiniteGradError(f"the loss is non-finite: {listed}; nothing was changed")
 
 
 def _elsewhere(signals: Signals | None) -> str:

@@ -245,6 +245,13 @@ def test_raising_names_every_parameter_and_count():
         raise_if_nonfinite(stats_of(1.0), Signals(float64([0.5, NAN]), ("mlm", "ctc")))
 
 
+def test_a_bad_loss_of_another_rank_raises_though_its_name_is_unknown_here():
+    given = torch.tensor([True, False, False])
+    signals = Signals(float64([NAN, 0.0, 0.0]), ("", "", ""), given=given)
+    with pytest.raises(NonFiniteGradError, match="loss is non-finite: =nan;"):
+        raise_if_nonfinite(stats_of(1.0), signals)
+
+
 def test_a_single_process_has_nothing_to_reduce():
     stats, signals = stats_of(1.0), Signals.none(CPU)
     assert reduce(stats, signals) == (stats, signals)
