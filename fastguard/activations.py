@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fastguard.transfer import moved
+
 Mode = Literal["count", "clean"]
 MODES = ("count", "clean")
 
@@ -138,7 +140,7 @@ class ActivationGuard:
             if self._table.device.type == "cpu" and found[0].device.type != "cpu":
                 self._table = self._table.to(found[0].device)  # the model has moved
             for counts in found:
-                self._table[row] += counts.to(self._table.device, non_blocking=True)
+                self._table[row] += moved(counts, self._table.device)
         if self.mode == "count":
             return None
         return tree_map(lambda t: self._cleaned(t) if _is_watched(t) else t, output)

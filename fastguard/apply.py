@@ -16,6 +16,7 @@ from torch import Tensor
 from fastguard import backend
 from fastguard.buckets import GradBuckets
 from fastguard.decide import Verdict
+from fastguard.transfer import moved
 
 
 def apply(buckets: GradBuckets, verdict: Verdict) -> None:
@@ -42,8 +43,8 @@ def scale(buckets: GradBuckets, multiplier: Tensor, clean: Tensor) -> None:
     for bucket in buckets.buckets:
         backend.stages(bucket.device).apply(
             bucket,
-            multiplier.to(bucket.device, non_blocking=True),
-            clean.to(bucket.device, non_blocking=True),
+            moved(multiplier, bucket.device),
+            moved(clean, bucket.device),
         )
 
 

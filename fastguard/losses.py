@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastguard.rules import GRAD_NORM
+from fastguard.transfer import moved
 
 LOSS = "loss"
 """The name of a loss that was given without one."""
@@ -81,6 +82,6 @@ def stacked(losses: Mapping[str, Tensor | float], device: torch.device) -> Tenso
     values = list(losses.values())
     if set(map(type, values)) <= {float}:
         numbers = torch.from_numpy(np.array(values))  # half the time of torch.tensor
-        return numbers if device.type == "cpu" else numbers.to(device, non_blocking=True)
+        return numbers if device.type == "cpu" else moved(numbers, device)
     wide = [torch.as_tensor(value, dtype=torch.float64) for value in values]
-    return torch.stack([value.to(device, non_blocking=True) for value in wide])
+    return torch.stack([moved(value, device) for value in wide])

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastguard import backend
 from fastguard.buckets import GradBuckets
 from fastguard.errors import Culprit
+from fastguard.transfer import moved
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +120,7 @@ def measure(
             are those of the unscaled gradients; the gradients themselves stay as they are.
 
     Returns:
-        The stats, on the device of the first gradient. Nothing waits for a GPU.
+        The stats, on `buckets.device`. Nothing waits for a GPU, unless that is a CPU.
     """
     home = buckets.device
     summary = counts = None
@@ -127,7 +128,7 @@ def measure(
         part, found = backend.stages(bucket.device).measure(
             bucket, buckets.n_measured, buckets.n_tensors, norm_type, inv_scale
         )
-        part, found = part.to(home, non_blocking=True), found.to(home, non_blocking=True)
+        part, found = moved(part, home), moved(found, home)
         summary = part if summary is None else _joined(summary, part, norm_type)
         counts = found if counts is None else counts + found
     if summary is None or counts is None:

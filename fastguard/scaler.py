@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastguard.transfer import moved
+
 _NEAREST = 12  # frames between GradScaler.step and ours: hooks, profiler, a scheduler's counter
 
 
@@ -23,11 +25,11 @@ def handed_over(optimizer: Optimizer, device: torch.device) -> tuple[Tensor | No
     inv_scale = found_inf = None
     scale = getattr(optimizer, "grad_scale", None)  # None after GradScaler.unscale_
     if scale is not None:
-        inv_scale = scale.to(device, torch.float64, non_blocking=True).reshape(()).reciprocal()
+        inv_scale = moved(scale.double(), device).reshape(()).reciprocal()
     found = getattr(optimizer, "found_inf", None)
     if found is not None:
         # The number 0 where a rank had no gradient to look at.
-        found_inf = torch.as_tensor(found).to(device, non_blocking=True).reshape(())
+        found_inf = moved(torch.as_tensor(found), device).reshape(())
     return inv_scale, found_inf
 
 

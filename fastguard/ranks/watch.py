@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastguard.buckets import bucketize
 from fastguard.measure import GradStats, measure
 from fastguard.reduce import Signals
+from fastguard.transfer import moved
 
 if TYPE_CHECKING:
     from torch.distributed import GradBucket
@@ -123,7 +124,7 @@ class RankWatch:
         table, self._table = self._table, None
         if table is None:
             return stats, replace(signals, born_here=torch.zeros_like(stats.summary[0, 0]))
-        table = table.to(stats.counts.device, non_blocking=True)
+        table = moved(table, stats.counts.device)
         counts = torch.maximum(stats.counts, table.to(stats.counts.dtype))
         return replace(stats, counts=counts), replace(signals, born_here=table.sum().double())
 
