@@ -268,7 +268,7 @@ class _Waiting:
         host = torch.empty(filled.shape, dtype=filled.dtype, pin_memory=True)
         host.copy_(filled, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(filled.device))  # not the current device's
         self.travelling = (host, event, batches)
 
     def arrived(self) -> Iterator[tuple[_Batch, Sequence[float]]]:

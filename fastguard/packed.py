@@ -165,10 +165,11 @@ class Ring:
         self._next = (k + 1) % ROWS
         row, host = self._rows[k, : outcome.width], self._host[k, : outcome.width]
         pack(outcome, row)
-        host.copy_(row, non_blocking=True)
         event = self._events[k]
+        host.copy_(row, non_blocking=event is not None)
         if event is not None:
-            event.record()
+            # Not the current device's stream: the gradients may lie on another one.
+            event.record(torch.cuda.current_stream(row.device))
         return Arrival(host, event)
 
 
