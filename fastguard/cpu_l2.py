@@ -143,7 +143,7 @@ class _Blocks:
             filled += n_rows
         sums = rows[:filled].double().square_().view(-1, BLOCK // ROW).sum(1)
         if self.middling:
-            norms = torch.stack(torch._foreach_norm(self.middling))
+            norms = torch.stack(torch._foreach_norm(list(self.middling)))
             sums = torch.cat([sums, norms.double().square_()])
         return sums.numpy()
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 _local = threading.local()
-_joined = torch._C._nn.flatten_dense_tensors  # flattens and joins without a Python object each
+# Flattens and joins without a Python object for each tensor.
+_joined = torch._C._nn.flatten_dense_tensors  # type: ignore[attr-defined]
 
 
 def flat(t: Tensor) -> Tensor:

@@ -195,7 +195,7 @@ class _Pending:
             nan=row.nan,
             posinf=row.posinf,
             neginf=row.neginf,
-            culprits=tuple((self.name_of(i), *counts) for i, *counts in row.culprits),
+            culprits=tuple((self.name_of(i), n, p, m) for i, n, p, m in row.culprits),
             n_culprits=row.n_culprits,
             losses=losses,
             spikes=tuple(signal for signal, hit in spiked if hit),
