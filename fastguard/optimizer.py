@@ -191,7 +191,8 @@ class GuardedOptimizer(KnownRun):
     def _guarded_step(self, tag: Any) -> None:
         signals = self._signals()
         policy = self._current_policy()
-        buckets = self._gather(signals)
+        buckets = self._gather()
+        unclamped = self._clamp(signals.inv_scale)
 
         stats = measure(buckets, self.norm_type, signals.inv_scale)
         if self.rank_watch is not None:
@@ -201,7 +202,12 @@ class GuardedOptimizer(KnownRun):
         if scaled and buckets.sharing is not None:
             tell_scaler(self, signals.found_inf)
         if policy.nonfinite == "raise":
-            raise_if_nonfinite(stats, signals)
+            try:
+                raise_if_nonfinite(stats, signals)
+            except BaseException:
+                for grad, before in unclamped:
+                    grad.copy_(before)
+                raise
         verdict = decide(stats, signals, self._state, policy)
         apply(buckets, verdict)
         self._road.step(verdict)
@@ -242,19 +248,26 @@ class GuardedOptimizer(KnownRun):
             refuse_several_ranks()
         self._observed.observe(losses)
 
-    def _gather(self, signals: Signals) -> GradBuckets:
-        """The gradients, those of groups with a `clip_value` clamped."""
+    def _gather(self) -> GradBuckets:
+        """The gradients. Where the parameters are others than before, so may be the road."""
         if self._gradients.refresh() and not isinstance(self._road, WholeStep):
             self._road = road_of(self.optimizer)
-        buckets = self._gradients.buckets()
-        clamped = clip_values(self.param_groups)
-        if clamped and self.nonfinite == "raise":  # one more read: clamping changes gradients
-            before = measure(buckets, self.norm_type)
-            raise_if_nonfinite(*reduce(before, signals, buckets.sharing, losses=True))
-        for group, limit in clamped:
-            grads = [p.grad for p in group["params"] if p.grad is not None]
-            clamp_finite_(local_parts(grads), limit, signals.inv_scale)
-        return buckets
+        return self._gradients.buckets()
+
+    def _clamp(self, inv_scale: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+        """Clamps the gradients of groups with a `clip_value`.
+
+        Returns:
+            In raise mode these gradients with copies of what they were. Looking ahead instead would
+            take a collective, which ranks without a `clip_value` would not join.
+        """
+        before = []
+        for group, limit in clip_values(self.param_groups):
+            grads = local_parts([p.grad for p in group["params"] if p.grad is not None])
+            if self.nonfinite == "raise":
+                before += [(grad, grad.clone()) for grad in grads]
+            clamp_finite_(grads, limit, inv_scale)
+        return before
 
     def _signals(self) -> Signals:
         losses = self._observed.take()

@@ -242,6 +242,28 @@ def test_all_ranks_raise_before_anything_is_changed(two: Ranks, clip_value: floa
     assert "in parameters of rank 1" in other
 
 
+def raise_mode_where_one_rank_clamps() -> list[float]:
+    p = weight(3.0, NAN if rank() == 1 else 4.0)
+    own = {} if rank() == 1 else {"clip_value": 0.5}
+    opt = GuardedOptimizer(
+        torch.optim.SGD([{"params": [p]} | own], lr=1.0),
+        nonfinite="raise",
+        group=dist.group.WORLD,
+    )
+    with pytest.raises(NonFiniteGradError):
+        opt.step()
+    assert p.grad is not None and p.grad[0] == 3.0 and p.tolist() == [0.0, 0.0]
+    p.grad = torch.tensor([3.0, 4.0])
+    opt.step()
+    return [*p.tolist(), opt.records()[0].total_norm]
+
+
+def test_ranks_with_and_without_a_clip_value_exchange_as_often(two: Ranks) -> None:
+    clamping, other = two.run(raise_mode_where_one_rank_clamps)
+    assert clamping[:2] == [-0.5, -0.5] and other[:2] == [-3.0, -4.0]
+    assert clamping[2] == other[2] == pytest.approx(math.sqrt(25.5))
+
+
 def clipped_by_value() -> tuple[list[float], float]:
     mesh = init_device_mesh("cpu", (2,))
     p = nn.Parameter(distribute_tensor(torch.zeros(4), mesh, [Shard(0)]))
