@@ -12,6 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def rotated_files(path: str | os.PathLike[str]) -> list[Path]:
     path = Path(path)
     found = [
         p
-        for p in path.parent.glob(f"{path.stem}.*{path.suffix}")
+        for p in path.parent.glob(f"{escape(path.stem)}.*{escape(path.suffix)}")
         if p.name[len(path.stem) + 1 : len(p.name) - len(path.suffix)].isdigit()
     ]
     return sorted(found, key=_number)

@@ -93,6 +93,14 @@ def test_full_files_are_rotated_and_the_oldest_deleted(tmp_path: Path) -> None:
     assert steps == list(range(steps[0], 61)) and 1 < steps[0] < 60
 
 
+def test_a_name_with_brackets_is_no_pattern(tmp_path: Path) -> None:
+    with JsonLinesSink(tmp_path / "run[1].jsonl", max_bytes=1024) as sink:
+        for record in records(12):
+            sink(record)
+    assert rotated_files(sink.path)
+    assert [r.step for r in read_records(sink.path)] == list(range(1, 13))
+
+
 def test_more_than_nine_rotations_stay_in_order(tmp_path: Path) -> None:
     with JsonLinesSink(tmp_path / "r.jsonl", max_bytes=1024) as sink:
         for record in records(60):

@@ -54,6 +54,8 @@ class BadStep:
         spikes: The signals that spiked.
         norm: The total norm.
         tag: As in `StepRecord`.
+        culprit_ranks: As in `StepRecord`; 0 if the record is of one process.
+        culprit_rank: As in `StepRecord`.
     """
 
     row: int = field(compare=False)
@@ -67,6 +69,8 @@ class BadStep:
     spikes: tuple[str, ...]
     norm: float
     tag: Any
+    culprit_ranks: int = 0
+    culprit_rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +176,7 @@ def _bad_step(row: int, record: dict[str, Any]) -> BadStep:
     reason = record.get("reason")
     if reason is None:
         reason = "nonfinite_loss" if bad_losses and not n_culprits else "nonfinite_grad"
-    norm = record.get("total_norm")
+    norm, rank = record.get("total_norm"), record.get("culprit_rank")
     return BadStep(
         row=row,
         step=record["step"],
@@ -185,4 +189,6 @@ def _bad_step(row: int, record: dict[str, Any]) -> BadStep:
         spikes=tuple(str(signal) for signal in record.get("spikes") or ()),
         norm=math.nan if norm is None else float(norm),
         tag=record.get("tag"),
+        culprit_ranks=int(record.get("culprit_ranks") or 0),
+        culprit_rank=None if rank is None else int(rank),
     )

@@ -132,6 +132,10 @@ def _where(row: Row) -> str:
         places.append(f"loss{names}")
     if first.culprits:
         places.append(describe_culprits(first.culprits[:2], first.n_culprits))
+    if first.culprit_rank is not None:
+        places.append(f"on rank {first.culprit_rank}")
+    elif first.culprit_ranks:
+        places.append(f"on {first.culprit_ranks} ranks")
     if first.spikes:
         places.append(", ".join(first.spikes))
         if "grad_norm" in first.spikes:

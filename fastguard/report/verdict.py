@@ -90,7 +90,12 @@ def _reasons(row: Row) -> str:
 
 
 def _losses(summary: Summary) -> list[Series]:
-    return [series for series in summary.buckets.series if series.kind == "loss"]
+    """Those that can rise: the signals of `check_batch` are 0 or 1."""
+    return [
+        series
+        for series in summary.buckets.series
+        if series.kind == "loss" and not series.name.startswith("batch.")
+    ]
 
 
 def _rise(summary: Summary, series: Series) -> Rise | None:

@@ -1,5 +1,6 @@
 """`fastguard report` as a user sees it: what it prints, what it writes, how it ends."""
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -51,6 +52,15 @@ def test_a_folder_is_read_and_the_page_is_written_beside_the_records(tmp_path, c
     page = (tmp_path / "records.html").read_text("utf-8")
     assert "1 incident in 101 steps, survived." in page and "records.jsonl" in page
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]  # nothing half-written
+
+
+@pytest.mark.parametrize("ranks, text", [((1, 3), "on rank 3"), ((2, None), "on 2 ranks")])
+def test_the_culprit_rank_is_told(tmp_path, ranks, text):
+    n, rank = ranks
+    struck = dataclasses.replace(bad(50), culprit_ranks=n, culprit_rank=rank)
+    written(tmp_path / "records.jsonl", [*map(record, range(1, 50)), struck, record(51)])
+    assert main(["report", str(tmp_path)]) == 0
+    assert text in (tmp_path / "records.html").read_text("utf-8")
 
 
 def test_out_names_another_folder(tmp_path):

@@ -184,6 +184,14 @@ def test_a_rising_loss_is_told_by_its_name():
     assert said(verdict_on(records), "Loss “seg” rising since about step")
 
 
+def test_the_signals_of_a_batch_check_are_no_losses_that_rise():
+    records = [
+        record(s, losses={"loss": 1.0, "batch.inputs": float(s > 800 and s % 3 == 0)})
+        for s in range(1, 1001)
+    ]
+    assert not said(verdict_on(records), "rising")
+
+
 @pytest.mark.parametrize("times, text", [(1, "once, from 100"), (3, "3 times, first from 100")])
 def test_going_back_is_told(times, text):
     records = [record(s) for _ in range(times + 1) for s in range(1, 101)]
