@@ -79,7 +79,9 @@ class Gradients:
         sharing = None if team is None else team.sharing_of_gradients(layout.parameters)
         if self.flat is not None:
             buckets = self.flat.buckets()
-            return buckets if sharing is None else replace(buckets, sharing=sharing)
+            if sharing is None and buckets.device == self.device:
+                return buckets
+            return replace(buckets, device=self.device, sharing=sharing)
         return bucketize(
             list(map(attrgetter("grad"), layout.parameters)),
             segments=layout.segments,
@@ -104,9 +106,10 @@ class Gradients:
 
     def _home(self) -> torch.device:
         """Where the first parameter lives; without one, where the ranks meet."""
-        if self.layout.parameters or self.team is None:
+        if self.layout.parameters:
             return self.layout.parameters[0].device
-        return self.team.device_for(torch.device("cpu"))
+        cpu = torch.device("cpu")
+        return cpu if self.team is None else self.team.device_for(cpu)
 
     def _lay_out(self) -> Layout:
         return lay_out(self.optimizer.param_groups, self.scope, self.names)
