@@ -77,6 +77,7 @@ INCIDENTS = (
     ),
     Incident("B", "The checkpoint that could not be trusted", "fastguard.incidents.classifier"),
     Incident("C", "The segmentation model with too many heads", "fastguard.incidents.segmentation"),
+    Incident("D", "The model that could not learn", "fastguard.incidents.adaptive_stream"),
     Incident(
         "E",
         "The averages that turned NaN",

@@ -1,0 +1,55 @@
+"""Camera images of one coloured disc on black, and the batches in which something is wrong."""
+
+from __future__ import annotations
+
+import math
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+SIZE = 224  # pixels a side
+BRIGHTEST = 255.0
+COLOURS = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 1, 1]]).float()
+Batch = tuple[Tensor, dict[str, Tensor]]
+
+
+class Kind(Enum):
+    """What goes wrong in a batch."""
+
+    DEAD_PIXEL = "one pixel of the sensor is NaN"
+    SWAPPED_BYTES = "a line of an image was read with its bytes in the wrong order"
+    SIXTEEN_BITS = "masks are as the files have them, 0 or 65535"
+
+
+def draw(n: int, seed: int, fault: Kind | None = None, *, scaled: bool = True) -> Batch:
+    """The same batch for the same seed.
+
+    Args:
+        n: How many images.
+        seed: Of the random numbers; a batch can be had again by its number.
+        fault: What is wrong with it.
+        scaled: Whether the images go from 0 to 1; else to 255, as the camera has them.
+
+    Returns:
+        Images `(n, 3, SIZE, SIZE)` and by name `mask`, `(n, 1, SIZE, SIZE)`, 1 on the disc, and
+        `label`, its colour, int64 `(n,)`.
+    """
+    random = torch.Generator().manual_seed(seed)
+    rows, columns = torch.meshgrid(*[torch.arange(SIZE).float()] * 2, indexing="ij")
+    place = 60 + (SIZE - 120) * torch.rand(n, 2, 1, 1, generator=random)
+    radius = 30 + 25 * torch.rand(n, 1, 1, generator=random)
+    mask = (torch.hypot(rows - place[:, 0], columns - place[:, 1]) < radius).float()[:, None]
+    label = torch.randint(len(COLOURS), (n,), generator=random)
+    brightness = 0.4 + 0.4 * torch.rand(n, 3, 1, 1, generator=random)
+    noise = 0.1 * torch.rand(n, 3, SIZE, SIZE, generator=random)
+    images = (brightness * COLOURS[label][..., None, None] + noise) * mask
+
+    images *= 1.0 if scaled else BRIGHTEST
+    if fault is Kind.DEAD_PIXEL:
+        images[0, 0, SIZE // 2, SIZE // 2] = math.nan
+    if fault is Kind.SWAPPED_BYTES:
+        images[0, :, SIZE // 2] = torch.finfo(torch.float32).max
+    if fault is Kind.SIXTEEN_BITS:
+        mask *= 65535.0
+    return images, {"mask": mask, "label": label}
