@@ -45,6 +45,8 @@ def test_a_record_as_json_has_every_field():
         losses={"loss": math.nan},
         thresholds={"grad_norm": math.inf},
         tag=("epoch 1", 3),
+        culprit_ranks=1,
+        culprit_rank=3,
     )
     read = json.loads(dumps(record.as_dict()), parse_constant=no_constants)
     assert read == {
@@ -64,4 +66,6 @@ def test_a_record_as_json_has_every_field():
         "consecutive_skips": 0,
         "lr": "NaN",
         "tag": ["epoch 1", 3],
+        "culprit_ranks": 1,
+        "culprit_rank": 3,
     }

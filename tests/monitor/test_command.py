@@ -164,16 +164,16 @@ def test_memory_does_not_grow_with_the_file(tmp_path) -> None:
     grown = {}
     for megabytes in (3, 300):
         path = tmp_path / f"{megabytes}.jsonl"
-        n = megabytes * 1_000_000 // len(line)
         block = line.encode() * 10_000
+        n_blocks = max(1, megabytes * 1_000_000 // len(block))
         with path.open("wb") as file:
-            for _ in range(n // 10_000):
+            for _ in range(n_blocks):
                 file.write(block)
         done = subprocess.run(
             [sys.executable, "-c", PEAK, str(path)], capture_output=True, text=True, check=True
         )
         steps, kilobytes = done.stdout.split("steps ")[-1].split(" kB ")
-        assert int(steps) == n // 10_000 * 10_000 - 1000
+        assert int(steps) == n_blocks * 10_000 - 1000
         grown[megabytes] = int(kilobytes)
         os.unlink(path)
     assert grown[300] < grown[3] + 4000  # two blocks of a megabyte, and what malloc makes of them

@@ -17,7 +17,12 @@ import fastguard
 import fastguard.kernels
 
 SITE = Path(sysconfig.get_path("purelib")).resolve()
-MAY_NEED_AN_EXTRA = ("fastguard.kernels.", "fastguard.integrations.")
+DRAWN = ("monitor.live", "monitor.screen", "report.figure", "report.page")
+MAY_NEED_AN_EXTRA = (
+    "fastguard.kernels.",
+    "fastguard.integrations.",
+    *(f"fastguard.{module}" for module in DRAWN),
+)
 
 
 def installed_here(file: str | None) -> bool:
@@ -42,7 +47,9 @@ def check_top_level_kernels_is_not_ours() -> None:
 
 
 def check_every_module_imports() -> None:
-    """Optional packages are imported where they are used: only adapters and kernels need them."""
+    """Optional packages are imported where they are used: only adapters, kernels and what draws
+    on a screen or a page need them.
+    """
     for module in pkgutil.walk_packages(fastguard.__path__, "fastguard."):
         if module.name != "fastguard.__main__" and not module.name.startswith(MAY_NEED_AN_EXTRA):
             importlib.import_module(module.name)
