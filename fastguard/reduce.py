@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastguard.measure import GradStats
+from fastguard.transfer import moved
 
 if TYPE_CHECKING:
     from fastguard.ranks.loss_names import LossNames
@@ -169,7 +170,8 @@ def _read_on_host(signals: Signals) -> Signals:
 @functools.lru_cache(maxsize=256)
 def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers that are the same step after step, on the device once."""
-    return torch.tensor(values, dtype=dtype, device=device)
+    # Not torch.tensor(..., device=device), which waits for the device.
+    return moved(torch.tensor(values, dtype=dtype, device="cpu"), device)
 
 
 def _whole_counts(counts: Tensor) -> Tensor:

@@ -229,6 +229,33 @@ def test_a_device_that_is_not_the_current_one(stages):
     assert torch.cuda.current_device() == 0
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_records_of_a_device_that_is_not_the_current_one():
+    p = torch.nn.Parameter(torch.zeros(2, device="cuda:1"))
+    opt = fastguard.GuardedOptimizer(torch.optim.SGD([p], lr=1.0, fused=True), max_norm=1.0)
+    for norm in (5.0, 10.0):
+        p.grad = torch.tensor([0.6, 0.8], device="cuda:1") * norm
+        with torch.cuda.device(1):
+            torch.cuda._sleep(100_000_000)
+        opt.step()
+        (record,) = opt.flush()
+        assert record.total_norm == pytest.approx(norm)
+
+
+@pytest.mark.parametrize("home", ["cpu", "cuda"])
+def test_gradients_of_a_card_and_of_the_host_together(home):
+    """Each waits for what it needs of the other, however late the card is."""
+    devices = [home, "cuda" if home == "cpu" else "cpu"]
+    norm = math.sqrt(2 * 3.0**2 + 2 * 4.0**2)
+    for _ in range(3):
+        torch.cuda._sleep(100_000_000)
+        grads = [torch.full((2,), x, device=d) for x, d in zip((3.0, 4.0), devices, strict=True)]
+        parameters = parameters_with(grads)
+        assert fastguard.clip_grad_norm_(parameters, 1.0).item() == pytest.approx(norm)
+        for p, x in zip(parameters, (3.0, 4.0), strict=True):
+            assert p.grad.tolist() == pytest.approx([x / norm] * 2)
+
+
 def test_thousands_of_segments(stages):
     grads = [torch.randn(1 + i % 300, device="cuda") for i in range(3000)]
     check_measure(stages, grads, segments=range(3000), n_segments=3000)
