@@ -96,7 +96,8 @@ class GradBuckets:
         n_tensors: T, the length of the caller's list (tensors without a gradient count too).
         n_segments: S, the number of clip coefficients.
         names: One name a tensor, or None: then they are numbered.
-        device: Where the results of the stages live: that of the first gradient, else the CPU.
+        device: Where the results of the stages live: as asked, else that of the first gradient,
+            else the CPU.
         sharing: How much each tensor counts beside those of other ranks; None in one process. With
             several classes of weights, class c of segment s is segment `c * S + s` in the buckets.
     """

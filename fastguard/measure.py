@@ -120,7 +120,7 @@ def measure(
             are those of the unscaled gradients; the gradients themselves stay as they are.
 
     Returns:
-        The stats, on `buckets.device`. Nothing waits for a GPU, unless that is a CPU.
+        The stats, on `buckets.device`. Waits for a GPU only if they come from there to a CPU.
     """
     home = buckets.device
     summary = counts = None
