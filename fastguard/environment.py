@@ -24,6 +24,8 @@ FRAMEWORKS = (
     "tensorboard",
     "rich",
     "matplotlib",
+    "plotly",
+    "orjson",
     "pyyaml",
 )
 """The optional distributions that fastguard works with, by their names on the package index."""

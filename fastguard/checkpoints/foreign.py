@@ -39,6 +39,7 @@ class Description:
         epoch, step, metric: What usually stands under such names at its top, if it does.
         resumable: Whether it holds the state of an optimizer.
         problem: Why it cannot be read; None if it can.
+        tensors: Name and shape of each tensor.
     """
 
     path: Path
@@ -51,6 +52,7 @@ class Description:
     metric: float | None = None
     resumable: bool = False
     problem: str | None = None
+    tensors: frozenset[tuple[str, tuple[int, ...]]] = frozenset()
 
 
 def describe(path: Path) -> Description:
@@ -78,6 +80,10 @@ def describe(path: Path) -> Description:
         _number(top, _STEP, int),
         _number(top, _METRIC, float),
         has_optimizer,
+        tensors=frozenset(
+            [(span.name, tuple(span.size)) for span in contents.spans]
+            + [(name, tuple(array.shape)) for name, array in contents.arrays]
+        ),
     )
 
 
@@ -100,6 +106,10 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 def good_source(target: Path, ignore: Sequence[str] = ()) -> tuple[Path | None, list[str]]:
     """The file beside `target` to go back to: whole, finite, of the latest epoch not after its own.
+
+    A folder may hold several models, so a file that shares less than half of the tensors of the
+    smaller of both, by name and shape, is not chosen. Half, because data positions and histories
+    change shape; of the smaller, because an optimizer has no state before its first step.
 
     Args:
         target: The file to be replaced; it may be damaged or missing.
@@ -127,6 +137,10 @@ def _unfit(candidate: Description, now: Description | None) -> str | None:
         return "holds no optimizer state to resume with"
     if candidate.epoch is not None and now.epoch is not None and candidate.epoch > now.epoch:
         return f"is of epoch {candidate.epoch}, after epoch {now.epoch}"
+    n_shared = len(candidate.tensors & now.tensors)
+    n_compared = min(len(candidate.tensors), len(now.tensors))
+    if 2 * n_shared < n_compared:
+        return f"is of another model: it shares {n_shared} of {n_compared} tensors"
     return None
 
 

@@ -94,6 +94,15 @@ def test_a_file_without_optimizer_is_no_choice_of_its_own(weights, capsys):
     assert "the optimizer will start afresh" in capsys.readouterr().out
 
 
+def test_the_checkpoint_of_another_model_is_no_choice_of_its_own(weights, capsys):
+    others = {"epoch": 2, "optimizer": {}, "ema": torch.nn.Linear(3, 3)}
+    torch.save(others, weights / "teacher.pt")
+    assert main(["ckpt", "rollback", str(weights)]) == 0
+    out = capsys.readouterr().out
+    assert "passed over teacher.pt: is of another model: it shares 0 of 2 tensors" in out
+    assert "best.pt (epoch 1, metric 0.31)" in out
+
+
 def test_when_nothing_is_good_nothing_is_changed(weights, capsys):
     for name in ("best", "epoch0"):
         write(weights / f"{name}.pt", 0, bad=True)
