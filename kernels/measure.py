@@ -44,7 +44,9 @@ Lab table (sass: machine code for sm_90; `make kernels-test` prints the current 
 The whole kernel with the second look takes 80 registers at the most. Left alone, the compiler
 spilled up to ten of them outside the loop to stay at 64 or 48 [sass]; capped at 80 it spills none
 (one, outside the loop, for bf16 on sm_100 with triton 3.6). The bits are looked at before the
-squares: after them it took 2.4 instructions more [sass]."""
+squares: after them it took 2.4 instructions more [sass]. Powers other than 1 and 2 take 527
+instructions for 16 bytes: at 80 registers they spilled 41 times, at 112 and half a block not at all
+(also not with triton 3.6, which left alone stops at 128 and spills 22 times) [sass]."""
 
 from __future__ import annotations
 
@@ -267,16 +269,22 @@ def measure_kernel(
 
 
 BLOCK_BYTES = 16384  # 256 threads with four 16-byte loads each in flight
+PLAIN_NORMS = (1.0, 2.0, math.inf)  # without a logarithm
 PROGRAMS_A_PROCESSOR = 3  # what 80 registers a thread leave room for: 48 kB in flight
 
 _measure = Launcher(measure_kernel, num_warps=8, max_registers=80)
-# Logarithms and exponentials in float64 want more registers; they bound this variant, not memory.
-_measure_any_power = Launcher(measure_kernel, num_warps=8)
+# Other norms take logarithms and exponentials in float64: these bound them, and want registers.
+_measure_any_power = Launcher(measure_kernel, num_warps=8, max_registers=112)
 
 
 def n_programs(device: torch.device) -> int:
     """The grid of launches that walk the chunk table, when there are enough chunks."""
     return INTERPRETED_PROGRAMS if INTERPRETED else PROGRAMS_A_PROCESSOR * n_processors(device)
+
+
+def block_bytes_of(norm_type: float) -> int:
+    """What a program reads at a time; less where arithmetic is the bound."""
+    return BLOCK_BYTES if norm_type in PLAIN_NORMS else BLOCK_BYTES // 2
 
 
 def group_of(dtype: torch.dtype, norm_type: float, wide: bool) -> int:
@@ -320,7 +328,7 @@ def measure_chunks(
     norm = {"P": norm_type, "INF_NORM": norm_type == math.inf}
     has_scale = {"HAS_SCALE": inv_scale is not None}
     item = dtype.itemsize
-    launch = _measure if norm_type in (1.0, 2.0, math.inf) else _measure_any_power
+    launch = _measure if norm_type in PLAIN_NORMS else _measure_any_power
     launch(
         grid,
         device,
@@ -344,7 +352,7 @@ def measure_chunks(
             "GROUP": group_of(dtype, norm_type, wide_fp64(device)),
             "ONE_SEGMENT": one_segment,
             **has_scale,
-            "BLOCK_SIZE": BLOCK_BYTES // item,
+            "BLOCK_SIZE": block_bytes_of(norm_type) // item,
             "VEC": 16 // item,
             "REDUCE_SIZE": REDUCE_SIZE,
         },

@@ -12,7 +12,7 @@ import pytest
 TARGETS = ["80", "90", "100", "gfx90a", "gfx942"]
 SUPPORT = Path(__file__).parents[1] / "support"
 MAX_REGISTERS = 80  # three programs of 256 threads a multiprocessor
-MAX_ANY_POWER_REGISTERS = 160  # logarithms bound it: one program a multiprocessor will do
+MAX_ANY_POWER_REGISTERS = 128  # logarithms bound it: two programs a multiprocessor will do
 MAX_LONE_REGISTERS = 255  # one warp in all
 # (kernel, target, triton): spill instructions outside the main loop, two for each chunk of 65536.
 KNOWN_SPILLS = {("measure bf16 p=2", 100, "3.6.0"): 2}
@@ -68,7 +68,7 @@ def test_machine_code(target, capsys):
         assert row["registers"] <= ceiling, row
         if not name.startswith(("measure", "apply")):
             continue
-        assert row["loads"] >= 4, row  # in flight, 128 bits each
+        assert row["loads"] >= (2 if "p=3" in name else 4), row  # in flight, 128 bits each
         if name.startswith("apply"):
             assert row["stores"] >= 4, row
         if not target.startswith("gfx") and "p=3" not in name:

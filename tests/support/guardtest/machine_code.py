@@ -148,12 +148,12 @@ def variants():
             "GROUP": group or measure.group_of(_torch_dtype(dtype), p, wide=True),
             "ONE_SEGMENT": one,
             "HAS_SCALE": True,
-            "BLOCK_SIZE": measure.BLOCK_BYTES // item,
+            "BLOCK_SIZE": measure.block_bytes_of(p) // item,
             "VEC": 16 // item,
             **reduce_size,
         }
         many = "" if one else ", many segments"
-        launcher = measure._measure_any_power if p == 3.0 else measure._measure
+        launcher = measure._measure if p in measure.PLAIN_NORMS else measure._measure_any_power
         return f"measure {name}{many}", launcher, walk, constants
 
     for dtype in TYPES:
