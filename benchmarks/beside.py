@@ -1,6 +1,6 @@
 """What living beside the step costs: records, losses, snapshots, activation guards.
 
-    python -m benchmarks.beside [records] [growth] [snapshot] [activations] [ranks]
+    python -m benchmarks.beside [records] [growth] [snapshot] [activations] [ranks] [busy]
 
 Two ways of the same thing take turns, because machines are shared; the median of the ratios of the
 pairs is the result. For the records it is a median of differences, in microseconds: 20 of them are
@@ -10,7 +10,9 @@ the 2 % of a 1 ms step. Everything runs on the CPU.
 from __future__ import annotations
 
 import logging
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -188,7 +190,41 @@ def ranks() -> None:
         dist.destroy_process_group()
 
 
-PARTS = {f.__name__: f for f in (records, growth, snapshot, activations, ranks)}
+def busy() -> None:
+    """Clipping beside processes that keep every core busy, as data workers do, against torch's.
+
+    Threads of a parallel loop wait for the last of them, and that one waits for a core.
+    """
+    parameters = [torch.nn.Parameter(torch.zeros(100, 100)) for _ in range(1000)]
+    for p in parameters:
+        p.grad = torch.full_like(p, 1e-3)
+
+    def peer() -> None:
+        torch.nn.utils.clip_grad_norm_(parameters, 1e9)
+
+    def ours() -> None:
+        fastguard.clip_grad_norm_(parameters, 1e9)
+
+    threads = torch.get_num_threads()
+    loop = [sys.executable, "-c", "while True: pass"]
+    for n_busy in (0, os.cpu_count() or 1):
+        others = [subprocess.Popen(loop) for _ in range(n_busy)]
+        try:
+            for n in sorted({threads, 1}, reverse=True):
+                torch.set_num_threads(n)
+                times = in_turns(peer, ours, pairs=41)
+                a, b = (statistics.median(each) * 1e3 for each in zip(*times, strict=True))
+                print(
+                    f"1000 x 10k, {n_busy} other busy processes, {n} threads: "
+                    f"torch {a:.1f} ms, fastguard {b:.1f} ms, {1 / ratio(times):.2f}x"
+                )
+        finally:
+            for other in others:
+                other.kill()
+                other.wait()
+
+
+PARTS = {f.__name__: f for f in (records, growth, snapshot, activations, ranks, busy)}
 
 
 def main(names: list[str]) -> int:
