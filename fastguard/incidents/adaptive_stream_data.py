@@ -49,7 +49,8 @@ def draw(n: int, seed: int, fault: Kind | None = None, *, scaled: bool = True) -
     if fault is Kind.DEAD_PIXEL:
         images[0, 0, SIZE // 2, SIZE // 2] = math.nan
     if fault is Kind.SWAPPED_BYTES:
-        images[0, :, SIZE // 2] = torch.finfo(torch.float32).max
+        signs = torch.randn(3, SIZE, generator=random).sign()
+        images[0, :, SIZE // 2] = torch.finfo(torch.float32).max * signs
     if fault is Kind.SIXTEEN_BITS:
         mask *= 65535.0
     return images, {"mask": mask, "label": label}

@@ -57,7 +57,7 @@ class AdaptiveStream(nn.Module):
         features = self.attention(self.encoder(images))
         return {
             "mask": self.decoder(features),
-            "label": self.classifier(features.mean(dim=(2, 3))),
+            "label": self.classifier(features.amax(dim=(2, 3))),
         }
 
 

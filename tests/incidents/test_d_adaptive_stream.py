@@ -167,7 +167,7 @@ def test_after_all_cures_nothing_is_left():
 def test_it_learns(guarded):
     facts = guarded.facts
     assert guarded.survived and facts["weights"]
-    assert facts["iou"] > 0.8
+    assert facts["iou"] > 0.6  # chance, a full mask, is 0.13
     assert facts["accuracy"] > 0.85  # chance is a fifth
     assert len(guarded.losses) == BATCHES and all(map(math.isfinite, guarded.losses))
     assert sum(guarded.losses[-10:]) < sum(guarded.losses[:10])
@@ -185,7 +185,7 @@ def test_what_leaves_its_range_is_told_and_cleaned_on_the_way(guarded):
     record = record_of(guarded, SWAPPED)
     assert record.spikes == ("batch.inputs",) and record.losses["batch.inputs"] == 1.0
     assert record.action in ("applied", "clipped")
-    assert "goes up to 3.40282e+38, above 1" in guarded.facts["said"][SWAPPED - 1]
+    assert "inputs goes up to 3.40282e+38, above 1" in guarded.facts["said"][SWAPPED - 1]
     counts = guarded.facts["counts"][SWAPPED - 1]
     assert counts["encoder.0"].inf > 0 and counts["encoder.0"].over_limit > 0
     assert not any(counts["classifier"]) and not any(counts["decoder.0"])
@@ -223,7 +223,7 @@ def test_the_floor_says_once_that_the_schedule_wanted_below(caplog):
         training.one_batch(draw(2, batch), batch)
         training.schedule.step()
     (said,) = [r.getMessage() for r in caplog.records if "floor" in r.getMessage()]
-    assert "the schedule wanted lr" in said and "below the floor [0.01]: held there" in said
+    assert "the schedule wanted lr" in said and "below the floor [0.02]: held there" in said
 
 
 def test_what_the_demo_leaves(folder, guarded):
