@@ -63,7 +63,7 @@ NAMED = set(re.findall(r"`((?:[A-Z][a-z]+){2,})`", TABLE))
 
 
 def test_the_table_names_what_there_is():
-    assert len(CALLED | NAMED) > 15
+    assert len(CALLED | NAMED) >= 14
     assert [name for name in CALLED | NAMED if not hasattr(fastguard, name)] == []
     assert all(hasattr(fastguard.GuardedOptimizer, name) for name in METHODS)
 
