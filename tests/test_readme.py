@@ -1,7 +1,8 @@
-"""The code blocks of README.md run as they stand, each in an empty folder."""
+"""README.md: its code runs, its links lead somewhere, its figures are the measured ones."""
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -9,8 +10,29 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+RESULTS = ROOT / "benchmarks/results/cpu-amd-epyc-2-cores.json"
+PAGES = [
+    page
+    for pattern in ("*.md", "docs/**/*.md", "benchmarks/*.md")
+    for page in sorted(ROOT.glob(pattern))
+]
+
+
+def links(page: Path) -> set[Path]:
+    """The files that a page leads to."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", prose)
+    return {(page.parent / t).resolve() for t in targets if not t.startswith("http")}
+
+
+def contenders(label: str, before: str) -> tuple[str, list[str]]:
+    """The case of a line of the table of speeds, and which contenders its figures are of."""
+    if not label.startswith("the same"):
+        return re.sub(r"(bf16|fp32).*", r"\1", label), ["fastguard"]
+    return before, ["fastguard flat", "fastguard flat trusted"][: 1 + label.count("trusted")]
 
 
 def test_readme_has_code_to_run() -> None:
@@ -25,6 +47,47 @@ def test_code_block_runs(block: str, tmp_path: Path) -> None:
         [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_first_example_prints_what_the_page_says(tmp_path: Path) -> None:
+    after = README.read_text().split(BLOCKS[0])[1]
+    shown = re.findall(r"^```text\n(.*?)^```", after, re.DOTALL | re.MULTILINE)[0]
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKS[0]], cwd=tmp_path, capture_output=True, text=True
+    )
+    for line, wanted in zip(done.stdout.splitlines(), shown.splitlines(), strict=True):
+        assert line.startswith(wanted.removesuffix("...")), (line, wanted)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    assert [target for target in links(page) if not target.exists()] == []
+
+
+def test_every_page_of_the_documentation_is_linked_from_the_readme() -> None:
+    reachable = links(README)
+    assert [page for page in PAGES if page not in reachable | {README}] == []
+
+
+def test_the_table_of_speeds_holds_the_committed_results() -> None:
+    measured = {
+        (row["case"], row["contender"]): row["ratio"]["p50"]
+        for row in json.loads(RESULTS.read_text())["rows"]
+    }
+    table = README.read_text().split("| gradients | nothing to clip | clipping |\n|---|---|---|\n")[
+        1
+    ]
+    case, n_figures = "", 0
+    for line in table.split("\n\n")[0].splitlines()[1:]:
+        label, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        case, names = contenders(label, case)
+        for situation, cell in zip(("nothing to clip", "clipping"), cells, strict=True):
+            for name, shown in zip(names, cell.split(" / "), strict=True):
+                decimals = len(shown.rstrip("x").partition(".")[2])
+                ratio = measured[f"{case}, {situation}", name]
+                assert shown == f"{ratio:.{decimals}f}x", (case, situation, name)
+                n_figures += 1
+    assert n_figures >= 14
 
 
 def test_no_line_installs_the_unrelated_package_of_the_same_name() -> None:
