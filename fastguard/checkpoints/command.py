@@ -236,9 +236,12 @@ def _rollback(path: Path, to: str | None, ignore: Sequence[str]) -> int:
     else:
         source = _existing(Path(to))
     before, after = foreign.describe(target), foreign.describe(source)
+    was_good = to is None and foreign.is_sound(target, ignore)
     backup = foreign.roll_back_file(target, source, ignore=ignore)
     print(f"{target}{_where(before)} is now a copy of {source}{_where(after)}")
     print(f"what it was is kept in {backup}")
+    if was_good:
+        print(f"note: that was whole and finite itself; to undo: --to {backup}")
     if not after.resumable:
         print("note: it holds no optimizer state, so the optimizer will start afresh")
     return FINE

@@ -144,6 +144,11 @@ def _unfit(candidate: Description, now: Description | None) -> str | None:
     return None
 
 
+def is_sound(path: Path, ignore: Sequence[str] = ()) -> bool:
+    """Whether the file is there, whole and finite; reads all of it."""
+    return path.exists() and _unsound(path, ignore) is None
+
+
 def _unsound(path: Path, ignore: Sequence[str]) -> str | None:
     try:
         found = inspect(path)

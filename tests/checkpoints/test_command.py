@@ -103,6 +103,17 @@ def test_the_checkpoint_of_another_model_is_no_choice_of_its_own(weights, capsys
     assert "best.pt (epoch 1, metric 0.31)" in out
 
 
+def test_replacing_a_good_file_is_said_and_can_be_undone(weights, capsys):
+    write(weights / "last.pt", 3)
+    target, good = str(weights / "last.pt"), (weights / "last.pt").read_bytes()
+    assert main(["ckpt", "rollback", target]) == 0
+    backup = target + ".replaced-1"
+    assert f"whole and finite itself; to undo: --to {backup}" in capsys.readouterr().out
+    assert main(["ckpt", "rollback", target, "--to", backup]) == 0
+    assert (weights / "last.pt").read_bytes() == good
+    assert "itself" not in capsys.readouterr().out
+
+
 def test_when_nothing_is_good_nothing_is_changed(weights, capsys):
     for name in ("best", "epoch0"):
         write(weights / f"{name}.pt", 0, bad=True)
