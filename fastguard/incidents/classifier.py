@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +49,13 @@ def run(folder: Path, guarded: bool) -> Outcome:
     """
     with alone():
         training = Guarded(folder) if guarded else AsItWas(folder)
-        error = None
-        try:
-            training.train()
-        except TrainingDivergedError as failure:
-            error = str(failure)
-        facts = {**training.facts(), "error": error}
-        training.close()
+        with closing(training):
+            error = None
+            try:
+                training.train()
+            except TrainingDivergedError as failure:
+                error = str(failure)
+            facts = {**training.facts(), "error": error}
     survived = error is None and facts["accuracy"] > LEARNED
     sentence = _sentence(facts, training)
     return Outcome(survived, sentence, training.losses, training.records, facts)
