@@ -406,6 +406,8 @@ def test_tables_name_every_case_contender_and_target(result):
     for name in (*ON_CPU, *STEPS):
         assert name in text
     assert NOT_MEASURED in text
+    console.print(target_table(result, unmeasured=False))
+    assert NOT_MEASURED not in console.export_text()
 
 
 def slowed(result, factor, case=None):

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         selection(device), device, command=command, seconds=SECONDS, console=console
     )
     console.print(row_table(result))
-    console.print(target_table(result))
+    console.print(target_table(result, unmeasured=False))
     if folder:
         path = folder / f"{slug_of(result['machine'])}-quick.json"
         save(result, path)

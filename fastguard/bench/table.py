@@ -52,15 +52,21 @@ def row_table(result: Result) -> Any:
     return t
 
 
-def target_table(result: Result) -> Any:
-    """What was to be reached, and what is."""
+def target_table(result: Result, *, unmeasured: bool = True) -> Any:
+    """What was to be reached, and what is.
+
+    Args:
+        result: A result.
+        unmeasured: Also the targets of other machines, and of cases that were not run.
+    """
     box, table = _rich()
     t = table.Table(title="Targets", box=box.SIMPLE_HEAD, title_justify="left")
     t.add_column("case", min_width=30)
     t.add_column("target", justify="right", no_wrap=True)
     t.add_column("measured", no_wrap=True)
     t.add_column("", no_wrap=True)
-    for device, entries in groupby(result["targets"], key=lambda entry: entry["device"]):
+    targets = [t for t in result["targets"] if unmeasured or t["met"] is not None]
+    for device, entries in groupby(targets, key=lambda entry: entry["device"]):
         t.add_section()
         t.add_row(f"[dim]{TARGET_MACHINES[device]}[/dim]")
         for entry in entries:
