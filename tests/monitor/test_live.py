@@ -31,6 +31,8 @@ class Terminal:
         self.master, slave = pty.openpty()
         self.resize(24, 80)
         command = [sys.executable, "-m", "fastguard", "monitor", *map(str, args)]
+        # Readline exports the size of the terminal in which the tests run, to be believed for ever.
+        env = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
         self.process = subprocess.Popen(
             [*command, "--interval", "0.1"],
             stdin=slave,
@@ -38,7 +40,7 @@ class Terminal:
             stderr=slave,
             start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that ^C is a signal
-            env={**os.environ, "TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"},
+            env={**env, "TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"},
         )
         os.close(slave)
         self.output = ""
