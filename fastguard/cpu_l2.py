@@ -98,6 +98,8 @@ def _by_size(
     large: list[Tensor] = []
     # A norm has its tensor's dtype: that of a bfloat16 tensor has three digits.
     blocks_from = BLOCK if tensors[0].dtype is torch.float32 else LARGE
+    if blocks_from <= min(sizes) and max(sizes) < LARGE:
+        return small, list(tensors), large
     for tensor, n in zip(tensors, sizes, strict=True):
         if n < blocks_from:
             small.append(tensor)
