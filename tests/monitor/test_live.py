@@ -24,6 +24,12 @@ ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 ENTER, LEAVE, SHOW_CURSOR = "\x1b[?1049h", "\x1b[?1049l", "\x1b[?25h"
 
 
+def _own_terminal() -> None:
+    """In the child: ^C is a signal, also if the tests run in the background, where it is ignored."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """`fastguard monitor` with a pseudo-terminal for its standard streams."""
 
@@ -39,7 +45,7 @@ class Terminal:
             stdout=slave,
             stderr=slave,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that ^C is a signal
+            preexec_fn=_own_terminal,
             env={**env, "TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"},
         )
         os.close(slave)
