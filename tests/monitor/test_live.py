@@ -25,7 +25,7 @@ ENTER, LEAVE, SHOW_CURSOR = "\x1b[?1049h", "\x1b[?1049l", "\x1b[?25h"
 
 
 def _own_terminal() -> None:
-    """In the child: ^C is a signal, also if the tests run in the background, where it is ignored."""
+    """In the child: ^C is a signal, also in a background job, where it is ignored."""
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
