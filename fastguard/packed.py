@@ -62,10 +62,9 @@ class Outcome:
         return self.signals.given is not None and self.signals.bad_ranks is not None
 
     @property
-    def lr_on_device(self) -> Tensor | None:
-        """The learning rate, if it is a tensor where the stats are; None: the host can tell it."""
-        on_device = isinstance(self.lr, Tensor) and self.lr.device == self.stats.summary.device
-        return self.lr.double() if on_device else None
+    def lr_is_on_device(self) -> bool:
+        """Whether the learning rate is a tensor where the stats are; else the host can tell it."""
+        return isinstance(self.lr, Tensor) and self.lr.device == self.stats.summary.device
 
 
 def pack(outcome: Outcome, row: Tensor) -> None:
@@ -75,9 +74,8 @@ def pack(outcome: Outcome, row: Tensor) -> None:
         of_ranks = torch.cat([signals.given.double(), signals.bad_ranks])
         row[-len(of_ranks) :] = of_ranks
         row = row[: -len(of_ranks)]
-    backend.stages(row.device).pack(
-        row, stats, signals, outcome.verdict, outcome.state, outcome.lr_on_device
-    )
+    lr = outcome.lr.double() if outcome.lr_is_on_device else None
+    backend.stages(row.device).pack(row, stats, signals, outcome.verdict, outcome.state, lr)
 
 
 @dataclass(frozen=True, slots=True)

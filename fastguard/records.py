@@ -169,7 +169,7 @@ class _Pending:
 
     @staticmethod
     def of(outcome: Outcome, arrival: Arrival) -> _Pending:
-        lr = float(outcome.lr) if outcome.lr_on_device is None else None
+        lr = None if outcome.lr_is_on_device else float(outcome.lr)
         return _Pending(
             arrival,
             outcome.stats.name,
