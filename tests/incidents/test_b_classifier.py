@@ -20,35 +20,13 @@ from fastguard.incidents import classifier
 from fastguard.incidents.classifier import BATCHES, EPOCHS, FAULTS, FROZEN_FROM, LR, Guarded
 from fastguard.incidents.classifier_data import Kind
 from guardtest import require
-from guardtest.incidents import play
 from guardtest.training import assert_same_bits
 
+LETTER = "B"
 for package in ("rich", "matplotlib", "plotly"):
     require(package)
 BAD = [BATCHES * (epoch - 1) + batch for epoch, batch in FAULTS]  # of the whole run, from 1
 STATISTICS = ("model.bn.running_mean", "model.bn.running_var")
-
-
-@pytest.fixture(scope="module")
-def played(tmp_path_factory):
-    """`fastguard demo --incident B`: its folder and the two outcomes."""
-    folder = tmp_path_factory.mktemp("incident")
-    return folder, *play("B", folder)
-
-
-@pytest.fixture
-def folder(played):
-    return played[0]
-
-
-@pytest.fixture
-def as_it_was(played):
-    return played[1]
-
-
-@pytest.fixture
-def guarded(played):
-    return played[2]
 
 
 # As it was.

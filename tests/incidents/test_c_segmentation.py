@@ -15,34 +15,12 @@ from fastguard.incidents.segmentation import BATCHES, FAULTS, LIMITS, autocast, 
 from fastguard.incidents.segmentation_data import Kind, draw
 from fastguard.incidents.segmentation_model import UNet, divided, floored, losses, masked
 from guardtest import require
-from guardtest.incidents import play
 
+LETTER = "C"
 for package in ("rich", "matplotlib", "plotly"):
     require(package)
 BATCH_OF = {fault: number for number, fault in FAULTS.items()}
 PADDED, OTHER_UNIT = BATCH_OF[Kind.LETTERBOX], BATCH_OF[Kind.MICROMETRES]
-
-
-@pytest.fixture(scope="module")
-def played(tmp_path_factory):
-    """`fastguard demo --incident C`: its folder and the two outcomes."""
-    folder = tmp_path_factory.mktemp("incident")
-    return folder, *play("C", folder)
-
-
-@pytest.fixture
-def folder(played):
-    return played[0]
-
-
-@pytest.fixture
-def as_it_was(played):
-    return played[1]
-
-
-@pytest.fixture
-def guarded(played):
-    return played[2]
 
 
 def record_of(outcome, batch):

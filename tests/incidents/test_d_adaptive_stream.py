@@ -15,8 +15,8 @@ from fastguard.incidents.adaptive_stream import BATCHES, FAULTS, PATIENCE, Guard
 from fastguard.incidents.adaptive_stream_data import SIZE, Kind, draw
 from fastguard.incidents.adaptive_stream_model import Attention, as_it_was, losses, repaired
 from guardtest import require
-from guardtest.incidents import play
 
+LETTER = "D"
 for package in ("rich", "matplotlib", "plotly"):
     require(package)
 BATCH_OF = {fault: number for number, fault in FAULTS.items()}
@@ -37,28 +37,6 @@ STORY = [  # what has to be told, in this order
 ]
 
 
-@pytest.fixture(scope="module")
-def played(tmp_path_factory):
-    """`fastguard demo --incident D`: its folder and the two outcomes."""
-    folder = tmp_path_factory.mktemp("incident")
-    return folder, *play("D", folder)
-
-
-@pytest.fixture
-def folder(played):
-    return played[0]
-
-
-@pytest.fixture
-def before(played):
-    return played[1]
-
-
-@pytest.fixture
-def guarded(played):
-    return played[2]
-
-
 def record_of(outcome, batch):
     """The record of a batch."""
     (record,) = (r for r in outcome.records if r.tag == {"batch": batch})
@@ -68,21 +46,21 @@ def record_of(outcome, batch):
 # As it was.
 
 
-def test_nothing_is_learned(before):
-    facts = before.facts
-    assert not before.survived
+def test_nothing_is_learned(as_it_was):
+    facts = as_it_was.facts
+    assert not as_it_was.survived
     assert (facts["iou"], facts["accuracy"]) == (0.0, 0.0)
     assert (facts["steps"], facts["weights"]) == (0, True)
     assert facts["parts"]["mask"] == math.inf and math.isnan(facts["parts"]["label"])
 
 
-def test_every_batch_is_nan_until_the_run_is_stopped_early(before):
-    assert len(before.losses) == PATIENCE < BATCHES
-    assert all(map(math.isnan, before.losses))
+def test_every_batch_is_nan_until_the_run_is_stopped_early(as_it_was):
+    assert len(as_it_was.losses) == PATIENCE < BATCHES
+    assert all(map(math.isnan, as_it_was.losses))
 
 
-def test_the_learning_rate_vanishes(before):
-    assert f"{before.facts['lr'][-1]:.2e}" == "8.88e-21"
+def test_the_learning_rate_vanishes(as_it_was):
+    assert f"{as_it_was.facts['lr'][-1]:.2e}" == "8.88e-21"
 
 
 # The diagnosis.

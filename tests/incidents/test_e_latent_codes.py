@@ -29,35 +29,13 @@ from fastguard.incidents.latent_codes import (
 from fastguard.incidents.latent_codes_data import Kind, sample
 from fastguard.incidents.latent_codes_model import AutoDecoder
 from guardtest import require
-from guardtest.incidents import play
 
+LETTER = "E"
 for package in ("rich", "matplotlib", "plotly", "tensorboard", "yaml"):
     require(package)
 TAG_OF = {fault: tag for tag, fault in FAULTS.items() if tag[0] != LOST_EPOCH}
 OPEN_MESH, MILLIMETRES = TAG_OF[Kind.OPEN_MESH], TAG_OF[Kind.MILLIMETRES]
 LIMITS = 1.0, 0.1  # of the norms of decoder and codes, as SETTINGS has them
-
-
-@pytest.fixture(scope="module")
-def played(tmp_path_factory):
-    """`fastguard demo --incident E`: its folder and the two outcomes."""
-    folder = tmp_path_factory.mktemp("incident")
-    return folder, *play("E", folder)
-
-
-@pytest.fixture
-def folder(played):
-    return played[0]
-
-
-@pytest.fixture
-def as_it_was(played):
-    return played[1]
-
-
-@pytest.fixture
-def guarded(played):
-    return played[2]
 
 
 def index(tag):

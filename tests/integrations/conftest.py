@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from guardtest.incidents import as_it_was, folder, guarded, played  # noqa: F401  (fixtures)
 from guardtest.torchvision_ops import define_missing_operators
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is first imported

@@ -14,41 +14,11 @@ from fastguard.incidents.detector import BATCHES, FAULTS
 from fastguard.integrations import ultralytics_callbacks
 from guardtest import require
 
+LETTER = "A"
 require("ultralytics")
 for package in ("rich", "matplotlib"):
     require(package)
 BAD = [BATCHES * (epoch - 1) + batch for epoch, batch in FAULTS]  # steps, from 1
-
-
-@pytest.fixture(scope="module")
-def played(tmp_path_factory):
-    """`fastguard demo --incident A`: its folder, and the outcomes that it saw on the way."""
-    folder, outcomes = tmp_path_factory.mktemp("incident"), []
-
-    def run(*args, **kwargs):
-        outcomes.append(play(*args, **kwargs))
-        return outcomes[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        play = detector.run
-        patch.setattr(detector, "run", run)
-        assert main(["demo", "--incident", "A", "--out", str(folder)]) == 0
-    return folder, *outcomes
-
-
-@pytest.fixture
-def folder(played):
-    return played[0]
-
-
-@pytest.fixture
-def as_it_was(played):
-    return played[1]
-
-
-@pytest.fixture
-def guarded(played):
-    return played[2]
 
 
 # As it was.

@@ -31,3 +31,28 @@ def play(letter: str, folder: Path) -> tuple[Outcome, Outcome]:
         assert main(["demo", "--incident", letter, "--out", str(folder)]) == 0
     as_it_was, guarded = outcomes
     return as_it_was, guarded
+
+
+# Fixtures of the tests of one incident, whose module says which: LETTER.
+
+
+@pytest.fixture(scope="module")
+def played(request, tmp_path_factory) -> tuple[Path, Outcome, Outcome]:
+    """`fastguard demo --incident LETTER`: its folder and the two outcomes."""
+    folder = tmp_path_factory.mktemp("incident")
+    return folder, *play(request.module.LETTER, folder)
+
+
+@pytest.fixture
+def folder(played) -> Path:
+    return played[0]
+
+
+@pytest.fixture
+def as_it_was(played) -> Outcome:
+    return played[1]
+
+
+@pytest.fixture
+def guarded(played) -> Outcome:
+    return played[2]
