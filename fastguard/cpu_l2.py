@@ -1,27 +1,30 @@
 """Sums of squares on a CPU below float64: at the speed of memory, and true to float64.
 
-What is large is read in float32, in *blocks*: eight rows of 256 elements of a large tensor, or a
-whole tensor of middling size; each one's norm by `torch.linalg.vector_norm` (one read of the data),
-squared and summed in float64. Small tensors are gathered and summed in float64 outright.
+What is large is read in float32, in *blocks*: eight rows of 256 elements of a large tensor, each
+one's norm by `torch.linalg.vector_norm` (one read of the data), squared and summed in float64; or a
+whole tensor of middling size, by `numpy.vdot`, which keeps more sums beside each other than
+`vector_norm` does, and gives a number where that gives a tensor. Small tensors are gathered and
+summed in float64 outright.
 
-Numerics. The float32 norm of a row is off by up to 3e-7, of a middling tensor by up to 3e-5. Over
-blocks of random data these errors average out (1e-10 over 1e6 elements); over blocks that are
-alike, such as those of a constant gradient, they do not: all are off in the same direction (3e-7
-seen on constants, where torch's own norm is 4e-2 off). So the bias is *measured*: `AUDITED` blocks,
+Numerics. The float32 sum of a block is off by up to 1e-6. Over blocks of random data these errors
+average out (1e-10 over 1e6 elements); over blocks that are alike, such as those of a constant
+gradient, they do not: all are off in the same direction (3e-7 seen on constants, where torch's own
+norm is 4e-2 off). So the bias is *measured*: `AUDITED` blocks,
 drawn in proportion to what they contribute, are summed again in float64, and the mean relative
 error that they show is taken out of the total. Drawing by contribution makes the estimate unbiased
 however unevenly the sum is spread: if one block holds everything, every draw hits it and the result
 is exact. Where the drawn blocks disagree by more than random data does (blocks of several
-constants, say), the middling tensors are summed in float64 and 32 times as many rows are drawn. The
+constants, say), the middling tensors are summed in float64 and 64 times as many rows are drawn. The
 draws are at fixed quantiles, so the same gradients give the same norm bit for bit; but not at
 evenly spaced ones, which would show one half alone of gradients that repeat at their pace (3e-7 off
 when blocks of two constants alternate; 1e-8 as it is).
 
 Tried and dropped: float64 throughout (1.8x slower), `vector_norm(dtype=torch.float64)` (20x), rows
 of 32 (1.4x, and still up to 9e-8 off), squares into a buffer and `torch.sum` (1.6x, up to 3e-7
-off), middling tensors gathered and read as rows (1.5x slower for 1000 tensors of 10,000 elements).
+off); for 1000 tensors of 10,000 elements: gathered and read as rows (1.6x), `torch.dot` (1.3x),
+`torch._foreach_norm` (1.15x, and its results are to be stacked).
 
-Memory: working buffers of 9 MB a thread, and at most about 6 MB of temporaries.
+Memory: working buffers of 11 MB a thread, and at most about 6 MB of temporaries.
 """
 
 from __future__ import annotations
@@ -38,15 +41,15 @@ from fastguard.gather import buffer, flat, gathered
 
 ROW = 256
 BLOCK = 8 * ROW  # smaller tensors are gathered
-LARGE = 2**14  # larger ones are read in rows
+LARGE = 2**15  # larger ones are read in rows, by several threads
 STAGE = 2**20  # elements of the buffer in which other dtypes become float32: 4 MB, a level-3 cache
-WIDE = 2**18  # elements that become float64 at a time: 2 MB, a level-2 cache
+WIDE = 2**19  # elements that become float64 at a time: 4 MB; halves cost two more calls of torch
 SHARE = 2**27  # elements between two audits: bounds the row norms kept to 2 MB
 EXACT_BELOW = 3 * 2**19  # with fewer elements, float64 throughout costs less than the audit
-AUDITED = 24
+AUDITED = 12
 TOGETHER = 12  # audited blocks: up to 32,768 elements torch leaves to one thread, which is quicker
-# Standard deviation of audited errors; random data has 8e-8 and 2.2e-7 at the most.
-ROWS_DISAGREE, MIDDLING_DISAGREE = 1.2e-7, 3e-7
+DISAGREE = 1.2e-7  # standard deviation of audited errors; random data has 8e-8 at the most
+ALONE = 10_000  # elements up to which OpenBLAS leaves a dot product to one thread
 
 
 def _quantiles(n: int) -> np.ndarray:
@@ -54,7 +57,7 @@ def _quantiles(n: int) -> np.ndarray:
     return (np.arange(n) + np.random.RandomState(0).rand(n)) / n
 
 
-_FEW, _MANY = _quantiles(AUDITED), _quantiles(32 * AUDITED)
+_FEW, _MANY = _quantiles(AUDITED), _quantiles(64 * AUDITED)
 
 _row_norms = torch.linalg.vector_norm
 
@@ -143,11 +146,8 @@ class _Blocks:
             n_rows = vector.numel() // ROW
             _norms_of_rows(vector, rows[filled : filled + n_rows])
             filled += n_rows
-        sums = rows[:filled].double().square_().view(-1, BLOCK // ROW).sum(1)
-        if self.middling:
-            norms = torch.stack(torch._foreach_norm(list(self.middling)))
-            sums = torch.cat([sums, norms.double().square_()])
-        return sums.numpy()
+        sums = rows[:filled].double().square_().view(-1, BLOCK // ROW).sum(1).numpy()
+        return np.concatenate([sums, _square_sums(self.middling)]) if self.middling else sums
 
     def exact_power_sums(self, numbers: np.ndarray) -> np.ndarray:
         """The sums of squares of the blocks of these numbers, which ascend, in float64."""
@@ -182,26 +182,39 @@ def _norms_of_rows(vector: Tensor, out: Tensor) -> None:
         _row_norms(staged.view(-1, ROW), dim=1, out=norms)
 
 
+def _square_sums(tensors: Sequence[Tensor]) -> np.ndarray:
+    """The sum of squares of each of these float32 tensors, in float32 arithmetic; float64."""
+    try:
+        arrays = list(map(Tensor.numpy, tensors))
+    except RuntimeError:  # of a gradient that has a gradient
+        arrays = [t.numpy(force=True) for t in tensors]
+    return np.array([_square_sum(a) for a in arrays])
+
+
+def _square_sum(values: np.ndarray) -> float:
+    if values.size <= ALONE:
+        return float(np.vdot(values, values))
+    vector = values.reshape(-1)
+    pieces = [vector[k : k + ALONE] for k in range(0, vector.size, ALONE)]
+    return float(sum(map(np.vdot, pieces, pieces)))
+
+
 def _audited_sum(blocks: _Blocks) -> float:
     """The sum over all blocks, with the rounding bias that a sample of them shows taken out."""
     sums = blocks.power_sums()
-    n_of_rows = len(sums) - len(blocks.middling)
-    total, drawn, errors = _audit(sums, blocks, _FEW)
+    total, errors = _audit(sums, blocks, _FEW)
     bias = errors.mean().item()
-    allowed = np.where(drawn < n_of_rows, ROWS_DISAGREE, MIDDLING_DISAGREE)
-    if not ((errors - bias) / allowed).std() >= 1.0:
+    if not errors.std() >= DISAGREE:
         return total * (1.0 + bias)
-    total, _, errors = _audit(sums[:n_of_rows], blocks, _MANY)
+    total, errors = _audit(sums[: len(sums) - len(blocks.middling)], blocks, _MANY)
     return total * (1.0 + errors.mean().item()) + exact_power_sum(blocks.middling)
 
 
-def _audit(
-    sums: np.ndarray, blocks: _Blocks, quantiles: np.ndarray
-) -> tuple[float, np.ndarray, np.ndarray]:
-    """The total, the blocks drawn at these quantiles of it, and their relative errors."""
+def _audit(sums: np.ndarray, blocks: _Blocks, quantiles: np.ndarray) -> tuple[float, np.ndarray]:
+    """The total, and the relative errors of the blocks drawn at these quantiles of it."""
     running = sums.cumsum()
     total = running[-1].item() if len(running) else 0.0
     if not 0.0 < total < math.inf:  # NaN too: the caller looks again
-        return total, np.zeros(1, np.int64), np.zeros(1)
+        return total, np.zeros(1)
     drawn = running.searchsorted(quantiles * total).clip(max=len(sums) - 1)
-    return total, drawn, blocks.exact_power_sums(drawn) / sums[drawn] - 1.0
+    return total, blocks.exact_power_sums(drawn) / sums[drawn] - 1.0

@@ -84,6 +84,7 @@ def scaled_down(monkeypatch):
 SMALL = {
     "ROW": 8,
     "BLOCK": 64,
+    "ALONE": 100,
     "LARGE": 256,
     "STAGE": 1024,
     "WIDE": 255,
@@ -128,7 +129,7 @@ def test_tensors_of_many_constants(length):
     assert_norm_is_true(*(torch.full((length,), c) for c in constants))
 
 
-@pytest.mark.parametrize("n", [cpu_l2.BLOCK, 5000, cpu_l2.LARGE - 1])
+@pytest.mark.parametrize("n", [cpu_l2.BLOCK, cpu_l2.ALONE, cpu_l2.ALONE + 1, cpu_l2.LARGE - 1])
 @pytest.mark.usefixtures("no_second_look")
 def test_many_tensors_of_middling_size(n):
     tensors = [torch.randn(n) for _ in range(1_000_000 // n)]
@@ -292,7 +293,7 @@ def test_many_small_tensors(n_tensors, length):
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_edges_at_their_real_size(monkeypatch, dtype):
     monkeypatch.undo()
-    sizes = (cpu_l2.ROW, cpu_l2.BLOCK, cpu_l2.LARGE, cpu_l2.STAGE)
+    sizes = (cpu_l2.ROW, cpu_l2.BLOCK, cpu_l2.ALONE, cpu_l2.LARGE, cpu_l2.STAGE)
     grads = [torch.randn(n + d).to(DTYPES[dtype]) for n in sizes for d in (-1, 0, 1)]
     assert_norm_is_true(*grads)
     for n in (cpu_l2.EXACT_BELOW - 1, cpu_l2.EXACT_BELOW):
@@ -324,6 +325,15 @@ def test_every_block_can_be_audited(monkeypatch):
     middling = [v for v in vectors if block <= len(v) < large]
     expected = [v.double().square().sum().item() for v in rows + middling]
     assert [seen[k] for k in sorted(seen)] == pytest.approx(expected)
+
+
+def test_vectors_and_matrices_are_gathered_together():
+    vector, matrix = torch.randn(7), torch.randn(5, 2)
+    nothing = torch.empty(0)
+    for tensors in ([vector, matrix, vector], [matrix, vector], [nothing, matrix, matrix, nothing]):
+        ((values, start, stop),) = gather.gathered(tensors, 100)
+        assert torch.equal(values, torch.cat([t.reshape(-1) for t in tensors]))
+        assert (start, stop) == (0, len(tensors))
 
 
 # Counts.
@@ -465,6 +475,7 @@ def test_gradients_of_gradients_are_measured_without_a_graph():
     x = torch.randn(200_000, requires_grad=True)
     with torch.no_grad():
         assert norm_of([x * 2.0]) == pytest.approx(2 * norm_of([x]), rel=MEASURED_RTOL)
+    assert_norm_is_true(*(x.view(-1, 5000) * 2.0).unbind())
 
 
 def allocated_at_most(work) -> int:
