@@ -32,6 +32,7 @@ from fastguard.reduce import Signals
 from fastguard.rules import GRAD_NORM, Rule, SpikeRule, Threshold
 
 CPU = torch.device("cpu")
+BAD = "bad"  # the note of `measure` for `apply`: positions of the tensors to clean
 
 
 def measure(
@@ -49,6 +50,7 @@ def measure(
     if bucket.device != CPU:
         return plain_measure(bucket, n_segments, n_tensors, norm_type, inv_scale)
     sums, bad = cpu.measure(bucket, n_segments, norm_type)
+    bucket.notes[BAD] = list(bad)
     counts = torch.zeros(3, n_tensors, dtype=torch.int64, device=CPU)
     for position, found in bad.items():
         counts[:, bucket.tensor_ids[position]] = torch.tensor(found, device=CPU)
@@ -274,8 +276,8 @@ def factor_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _apply_where_needed(bucket: GradBucket, multiplier: list[float], clean: bool) -> None:
     if clean:
-        for grad in bucket.grads:
-            grad.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        for position in bucket.notes.get(BAD, range(len(bucket.grads))):
+            bucket.grads[position].nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
     segment = bucket.segment
     if segment is not None:
         _multiply(_pieces(bucket, segment, multiplier[segment]), multiplier[segment], bucket.dtype)

@@ -88,6 +88,19 @@ def test_cleaning_replaces_and_never_multiplies_nan(dtype, multiplier):
     assert grad.tolist() == [2.0 * multiplier, 0.0, 0.0, 0.0, -4.0 * multiplier]
 
 
+def test_after_measuring_only_the_bad_tensors_are_cleaned():
+    buckets = bucketize([torch.ones(3) for _ in range(3)], segments=[0, 1, 0], n_segments=2)
+    grads = buckets.buckets[0].grads
+    for bad in (0, 1):  # the same buckets, step after step
+        before = [g._version for g in grads]
+        grads[bad][2] = NAN
+        measure(buckets)
+        scale(buckets, factor(1.0), YES)
+        touched = [g._version - v for g, v in zip(grads, before, strict=True)]
+        assert touched == [2 if i == bad else 0 for i in range(3)]
+        assert grads[bad].tolist() == [1.0, 1.0, 0.0]
+
+
 @pytest.mark.usefixtures("road")
 def test_multiplied_by_nan_or_zero_as_torch_does():
     grad = torch.tensor([1.0, INF])
