@@ -3,20 +3,21 @@
     python -m benchmarks.beside [records] [growth] [snapshot] [activations] [ranks] [busy]
 
 Two ways of the same thing take turns, because machines are shared; the median of the ratios of the
-pairs is the result. For the records it is a median of differences, in microseconds: 20 of them are
-the 2 % of a 1 ms step. Everything runs on the CPU.
+pairs is the result. For the records it is a median of differences, in microseconds (and their
+quartiles): 20 of them are the 2 % of a 1 ms step. Everything runs on the CPU.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,31 +70,58 @@ def step_of_one_ms() -> int:
 
 
 def records() -> None:
-    """Records, losses and a sink, each against the same step without; one thread does it all."""
+    """Records, losses and a sink, each against the same step without; one thread does it all.
+
+    One optimizer takes all steps, so that every way works on the same memory: two models of one
+    size differ by tens of microseconds a step. The first way is there twice: what it costs more
+    than itself is the noise.
+    """
     torch.set_num_threads(1)  # threads that wait for a core would drown microseconds
     n = step_of_one_ms()
+    opt = guarded(n)
+    recorder, add = opt._recorder, opt._recorder.add
     losses = {name: torch.tensor(0.5) for name in ("seg", "prior", "aux")}
 
-    def silent() -> fastguard.GuardedOptimizer:
-        opt = guarded(n)
-        opt._recorder.add = lambda *_: None  # type: ignore[method-assign]
-        return opt
+    def steps(keeps: bool, loss: Any = None, sinks: Sequence[Any] = ()) -> Callable[[], float]:
+        def microseconds() -> float:
+            recorder.add = add if keeps else lambda _: None  # type: ignore[method-assign]
+            recorder.sinks = list(sinks)
+            opt.step(loss=loss)  # not counted: it follows another way, the others their own
+            return seconds(lambda: opt.step(loss=loss), 5) * 1e6
 
-    bare, kept, told = silent(), guarded(n), silent()
-    base = statistics.median(seconds(bare.step, 20) for _ in range(9)) * 1e3
-    print(f"guarded step of {n:,} elements without records: {base:.2f} ms")
+        return microseconds
+
     with tempfile.TemporaryDirectory() as folder:
-        written = guarded(n)
-        written.add_sink(fastguard.JsonLinesSink(Path(folder) / "records.jsonl"))
-        for name, opt, work in (
-            ("a record", kept, kept.step),
-            ("three losses", told, lambda: told.step(loss=losses)),
-            ("a record, three losses, a line of JSON", written, lambda: written.step(loss=losses)),
-        ):
-            times = in_turns(bare.step, work, pairs=61, repeat=20)
-            added = statistics.median(b - a for a, b in times) * 1e6
-            share = (ratio(times) - 1) * 100
-            print(f"  {name}: {added:+.1f} µs, {share:+.1f} % ({opt.applied_steps} steps)")
+        sink = fastguard.JsonLinesSink(Path(folder) / "records.jsonl")
+        ways = {
+            "without records": steps(False),
+            "the same again": steps(False),
+            "a record": steps(True),
+            "three losses": steps(False, losses),
+            "a record and three losses": steps(True, losses),
+            "a record, three losses, a line of JSON": steps(True, losses, [sink]),
+        }
+        rounds = all_in_turns(ways, rounds=240)
+    base, *others = ways
+    step = statistics.median(each[base] for each in rounds)
+    print(f"guarded step of {n:,} elements without records: {step / 1e3:.2f} ms")
+    for name in others:
+        low, added, high = statistics.quantiles((each[name] - each[base] for each in rounds), n=4)
+        share = added / step * 100
+        print(f"  {name}: {added:+.1f} µs ({low:+.1f} to {high:+.1f}), {share:+.1f} %")
+
+
+def all_in_turns(ways: dict[str, Callable[[], float]], rounds: int) -> list[dict[str, float]]:
+    """What each way measures, round by round, each round in an order of its own.
+
+    The first round warms up and is not counted.
+    """
+    order, draws = list(ways), random.Random(0)
+    measured = []
+    for _ in range(rounds + 1):
+        draws.shuffle(order)
+        measured.append({name: ways[name]() for name in order})
+    return measured[1:]
 
 
 def growth() -> None:
