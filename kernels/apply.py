@@ -12,10 +12,11 @@ dtype. A multiplier that rounds to 1 touches nothing. NaN and Inf multipliers re
 element, but not the zeros between the gradients of a flat bucket (0 * NaN is NaN): then the pieces
 are walked instead of the chunk. Non-finite elements are replaced by a select, never by a
 multiplication by 0.
-
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from fastguard.kernels.chunks import ChunkTable
 from fastguard.kernels.elements import TRITON_DTYPES, float32_of
-from fastguard.kernels.launch import Launcher
+from fastguard.kernels.launch import Launcher, Variant
 from fastguard.kernels.measure import BLOCK_BYTES, n_programs
 
 PIECE_SIZE = tl.constexpr(512)  # elements at a time of a step that is lost anyway
@@ -144,16 +145,22 @@ def apply_chunks(
     """
     if not table.n_chunks:
         return
+    launch = _variant(device, dtype, multiplier.numel() == 1, clean.dtype)
+    tensors = (table.chunks, table.pieces, multiplier, clean)
+    launch(min(n_programs(device), table.n_chunks), tensors, table.n_chunks)
+
+
+@functools.cache
+def _variant(
+    device: torch.device, dtype: torch.dtype, one_segment: bool, clean_dtype: torch.dtype
+) -> Variant:
+    """`clean_dtype` is no constant of the kernel, but the type of an argument."""
     item = dtype.itemsize
-    _apply(
-        min(n_programs(device), table.n_chunks),
+    return _apply.variant(
         device,
-        (table.chunks, table.pieces, multiplier, clean, table.n_chunks),
-        {
-            "DTYPE": TRITON_DTYPES[dtype],
-            "ITEM_SIZE": item,
-            "ONE_SEGMENT": multiplier.numel() == 1,
-            "BLOCK_SIZE": BLOCK_BYTES // item,
-            "VEC": 16 // item,
-        },
+        DTYPE=TRITON_DTYPES[dtype],
+        ITEM_SIZE=item,
+        ONE_SEGMENT=one_segment,
+        BLOCK_SIZE=BLOCK_BYTES // item,
+        VEC=16 // item,
     )

@@ -14,7 +14,7 @@ allocator.
 Cost: a table is built with numpy (about 2 µs a tensor) and uploaded from pinned memory, both only
 when an address, a size or a segment changed since the last `TABLES` different lists of gradients;
 otherwise the host reads the address, the size and the contiguity of each gradient (0.13 µs a
-tensor).
+tensor). A flat bucket outlives the step and keeps its table: its slots never move.
 
 A gradient that does not cover one block of memory (strides with holes, expanded, overlapping an
 earlier one) has a contiguous buffer here that stands for it; the caller copies, and counts it.
@@ -22,7 +22,6 @@ earlier one) has a contiguous buffer here that stands for it; the caller copies,
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -30,6 +29,8 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
+
+from fastguard.kernels.launch import raw_stream_of
 
 MAX_CHUNK = 65536  # elements; a power of two: all but the first chunk of a tensor stay aligned
 MIN_CHUNK = 4096
@@ -66,9 +67,8 @@ class ChunkTable:
         n_chunks: C; 0 if there is no element.
         copies: `(position in bucket.grads, contiguous buffer)` of gradients that stand elsewhere.
         key: What the table was built from.
-        flats: The buffers of a flat bucket: while they are the same, nothing else is compared.
         uploaded: On a GPU, the event behind the upload.
-        streams: The streams whose kernels come after it.
+        streams: The addresses of the streams whose kernels come after it.
     """
 
     memory: Tensor
@@ -78,7 +78,6 @@ class ChunkTable:
     n_chunks: int
     copies: tuple[tuple[int, Tensor], ...]
     key: tuple
-    flats: tuple[weakref.ref, ...]
     uploaded: torch.cuda.Event | None = None
     streams: set[int] = field(default_factory=set)
 
@@ -95,62 +94,48 @@ def table_of(bucket: Bucket, n_segments: int, n_programs: int) -> ChunkTable:
         n_segments: S.
         n_programs: How many programs will share the chunks; small models get smaller chunks.
     """
-    table = bucket.notes.get(n_segments)  # apply comes after measure: nothing has moved since
+    table = bucket.notes.get(n_segments)
     if table is None:
-        table = _cached_table(bucket, n_segments, n_programs)
-        if bucket.runs is None:  # a flat bucket outlives the step
+        table = _found_or_built(bucket, n_segments, n_programs)
+        # One that a graph uploads serves this step, but no later one.
+        if bucket.runs is None or table.uploaded is not None or bucket.device == HOST:
             bucket.notes[n_segments] = table
+    elif bucket.runs is None:
+        return table  # apply comes after measure, on the same stream: nothing has moved since
+    if table.uploaded is not None:
+        _await_upload(table, bucket.device)
     return table
 
 
-def _cached_table(bucket: Bucket, n_segments: int, n_programs: int) -> ChunkTable:
+def _found_or_built(bucket: Bucket, n_segments: int, n_programs: int) -> ChunkTable:
     tables = _tables.setdefault((bucket.device, bucket.dtype, n_segments), deque(maxlen=TABLES))
-    key: tuple = ()
-    table = None
-    if bucket.runs is not None:
-        table = next((t for t in tables if _same_buffers(t, bucket)), None)
-    if table is None:
-        key = _key(bucket)
-        table = next((t for t in tables if t.key == key), None)
-    if bucket.device == HOST:
-        if table is None:
-            table = _built(bucket, key, n_segments, n_programs)
-            tables.appendleft(table)
-        return table
-    capturing = torch.cuda.is_current_stream_capturing()
-    if table is None:
-        table = _built(bucket, key, n_segments, n_programs)
-        if capturing:
-            # The upload is part of the graph and has not happened yet: no one else may use this.
-            _captured.append(table)
-        else:
-            tables.appendleft(table)
-        return table
-    if capturing:
+    key = _key(bucket)
+    for table in tables:
+        if table.key == key:
+            return table
+    table = _built(bucket, key, n_segments, n_programs)
+    if table.uploaded is not None or bucket.device == HOST:
+        tables.appendleft(table)
+    else:
+        _captured.append(table)  # it is not there before the graph runs: no one else may use it
+    return table
+
+
+def _await_upload(table: ChunkTable, device: torch.device) -> None:
+    """Makes the current stream of a GPU come after the upload. The host goes on."""
+    if torch.cuda.is_current_stream_capturing():
         # torch.cuda.graph waits for the device before it captures: the upload is over.
         if all(t is not table for t in _captured):
             _captured.append(table)
-        return table
-    stream = torch.cuda.current_stream(bucket.device)
-    if stream.cuda_stream not in table.streams:
-        stream.wait_event(table.uploaded)  # on the device; the host goes on
-        for tensor in (table.memory, *(buffer for _, buffer in table.copies)):
-            tensor.record_stream(stream)
-        table.streams.add(stream.cuda_stream)
-    return table
-
-
-def _same_buffers(table: ChunkTable, bucket: Bucket) -> bool:
-    """Whether a table is that of this very flat bucket, without a look at each gradient.
-
-    Weak references: the cache must not keep the memory of gradients."""
-    runs = bucket.runs or ()
-    return (
-        table.key[3] is bucket.tensor_ids
-        and table.key[4] is bucket.segment_ids
-        and len(table.flats) == len(runs)
-        and all(flat() is run.flat for flat, run in zip(table.flats, runs, strict=True))
-    )
+        return
+    address = raw_stream_of()(device.index)
+    if address in table.streams:
+        return
+    stream = torch.cuda.current_stream(device)
+    stream.wait_event(table.uploaded)
+    for tensor in (table.memory, *(buffer for _, buffer in table.copies)):
+        tensor.record_stream(stream)
+    table.streams.add(address)
 
 
 def _key(bucket: Bucket) -> tuple:
@@ -197,7 +182,6 @@ def _built(bucket: Bucket, key: tuple, n_segments: int, n_programs: int) -> Chun
         len(chunks),
         copies,
         key,
-        tuple(weakref.ref(run.flat) for run in bucket.runs or ()),
         uploaded,
         streams,
     )

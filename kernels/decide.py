@@ -1,38 +1,32 @@
 """Launch 2, decide: one program gives the verdict and brings the guard's state up to date.
 
     clip_coef[s] = min(1, max_norm[s] / (norm[s] + 1e-6))
-    threshold[k] = mean + sigma * max(std, 0.01 * |mean|, tiny)      of the values in ring k
-    skip         = a fault, or a spike of a rule that skips
+    skip         = a fault, or a spike of a rule that skips          see `rules`
 
 I/O: a few numbers a segment, and the rings of the rules; no gradient. One warp, float64.
 
-The rules are lanes of one tile, `RULES` of them, and their rings are walked in blocks of `WINDOW`
-values: nothing passes from lane to lane through memory. Every comparison says what NaN does. Sums
-over segments and rings are added in another order than PyTorch's; all else is bit for bit the
-arithmetic of `fastguard.reference.decide`."""
+Every comparison says what NaN does. Sums over segments and rings are added in another order than
+PyTorch's; all else is bit for bit the arithmetic of `fastguard.reference.decide`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastguard.kernels.launch import Launcher
-
-TINY = tl.constexpr(2.0**-1022)  # smallest normal float64
-
-# Columns of the rule table, float64 (K, 8).
-SIGMA = tl.constexpr(0)
-WARMUP = tl.constexpr(1)
-WINDOW_SIZE = tl.constexpr(2)  # 0 for a fixed threshold
-FIXED = tl.constexpr(3)  # inf for a sigma rule
-SKIPS = tl.constexpr(4)
-CLIPS = tl.constexpr(5)
-SIGNAL = tl.constexpr(6)  # index of the loss; -1: the gradient norm; -2: this step has no such loss
-COLUMNS = tl.constexpr(8)
+from fastguard.kernels.launch import Launcher, Variant
+from fastguard.kernels.rules import (
+    CLIPS,
+    COLUMNS,
+    SIGNAL,
+    SKIPS,
+    WINDOW_SIZE,
+    enter_rings,
+    thresholds_of,
+)
 
 # Reasons: `fastguard.decide.Reason`.
 NONFINITE_GRAD = tl.constexpr(1)
@@ -176,15 +170,11 @@ def decide_kernel(
         k = tl.arange(0, RULES)
         is_rule = k < n_rules
         rule_ptr = rules_ptr + k * COLUMNS
-        sigma = tl.load(rule_ptr + SIGMA, mask=is_rule, other=0.0)
-        warmup = tl.load(rule_ptr + WARMUP, mask=is_rule, other=0.0)
         window = tl.load(rule_ptr + WINDOW_SIZE, mask=is_rule, other=0.0).to(tl.int64)
-        fixed = tl.load(rule_ptr + FIXED, mask=is_rule, other=INF)
         skips = tl.load(rule_ptr + SKIPS, mask=is_rule, other=0.0) > 0.0
         clips = tl.load(rule_ptr + CLIPS, mask=is_rule, other=0.0) > 0.0
         signal = tl.load(rule_ptr + SIGNAL, mask=is_rule, other=-2.0).to(tl.int32)
         filled = tl.load(rings_ptr + 3 * k, mask=is_rule, other=0)
-        at = tl.load(rings_ptr + 3 * k + 1, mask=is_rule, other=0)
         consecutive = tl.load(rings_ptr + 3 * k + 2, mask=is_rule, other=0)
         on_gradient = signal == -1
         is_given = signal >= 0
@@ -193,31 +183,9 @@ def decide_kernel(
         value = tl.load(losses_ptr + signal, mask=is_given, other=NAN)
         value = tl.where(on_gradient, total_norm, value)
 
-        # Thresholds: two passes over the rings, mean and then deviations from it.
-        j = tl.arange(0, WINDOW)
-        ring_ptr = windows_ptr + k[:, None].to(tl.int64) * ring_stride
-        n = tl.maximum(filled, 1).to(tl.float64)
-        acc = tl.zeros((RULES, WINDOW), dtype=tl.float64)
-        i = 0
-        while i < ring_stride:
-            here = i + j[None, :] < filled[:, None]
-            acc += tl.load(ring_ptr + i + j[None, :], mask=here, other=0.0)
-            i += WINDOW
-        mean = tl.sum(acc, axis=1) / n
-        acc = tl.zeros((RULES, WINDOW), dtype=tl.float64)
-        i = 0
-        while i < ring_stride:
-            here = i + j[None, :] < filled[:, None]
-            deviation = tl.load(ring_ptr + i + j[None, :], mask=here, other=0.0) - mean[:, None]
-            deviation = tl.where(here, deviation, 0.0)
-            acc += deviation * deviation
-            i += WINDOW
-        std = tl.sqrt(tl.sum(acc, axis=1) / n)
-        # Rings hold finite values only, so that no NaN comes here.
-        moving = mean + sigma * tl.maximum(std, tl.maximum(0.01 * tl.abs(mean), TINY))
-        judged = (window > 0) & (filled.to(tl.float64) >= warmup)
-        threshold = tl.where(judged, moving, fixed)
-
+        threshold = thresholds_of(
+            rule_ptr, windows_ptr, ring_stride, k, is_rule, window, filled, RULES, WINDOW
+        )
         exceeds = (value > threshold) & spread(fault == 0, RULES)  # NaN: a fault, no spike
         lasting = (window > 0) & (consecutive >= window)
         spike = exceeds & (lasting == 0)
@@ -234,12 +202,8 @@ def decide_kernel(
         moves = heard & spread(total_norm > 0.0, RULES) & (spike | spread(skip == 0, RULES))
         moves = moves & (window > 0) & is_rule
         streak = tl.where(exceeds, consecutive + 1, 0)
-        tl.debug_barrier()  # all threads have read the rings before one writes them
-        slot_ptr = windows_ptr + k.to(tl.int64) * ring_stride + at
-        tl.store(slot_ptr, tl.where(spike, threshold, value), mask=moves)
-        step = moves.to(tl.int64)
-        tl.store(rings_ptr + 3 * k, tl.minimum(filled + step, window), mask=is_rule)
-        tl.store(rings_ptr + 3 * k + 1, (at + step) % tl.maximum(window, 1), mask=is_rule)
+        entry = tl.where(spike, threshold, value)
+        enter_rings(windows_ptr, rings_ptr, ring_stride, k, is_rule, window, filled, entry, moves)
         tl.store(rings_ptr + 3 * k + 2, tl.where(heard, streak, consecutive), mask=is_rule)
         tl.store(spikes_ptr + k, spike.to(tl.uint8), mask=is_rule)
         tl.store(thresholds_ptr + k, threshold, mask=is_rule)
@@ -294,21 +258,6 @@ def decide_kernel(
 _decide = Launcher(decide_kernel, num_warps=1)
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """The outputs of the kernel: see `fastguard.decide.Verdict`, field by field."""
-
-    clip_coef: Tensor
-    multiplier: Tensor
-    found_inf: Tensor
-    clean: Tensor
-    reason: Tensor
-    total_norm: Tensor
-    torch_norm: Tensor
-    spikes: Tensor
-    thresholds: Tensor
-
-
 def decide_step(
     summary: Tensor,
     norm_type: float,
@@ -322,7 +271,7 @@ def decide_step(
     windows: Tensor | None,
     rings: Tensor | None,
     given: Tensor | None = None,
-) -> Decision:
+) -> tuple[Tensor, ...]:
     """Decides one step.
 
     Args:
@@ -336,68 +285,95 @@ def decide_step(
         rules: float64 `(K, 8)`: the columns above, or None without rules.
         counters, windows, rings: The guard's state, changed in place; None without a state.
         given: bool `(L,)`: which losses there are; None: all.
-    """
-    device = summary.device
-    n_segments = summary.shape[1]
-    n_rules = 0 if rules is None else len(rules)
-    spikes = torch.empty(n_rules, dtype=torch.bool, device=device)
 
-    def new(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    Returns:
+        The fields of `fastguard.decide.Verdict`, in their order.
+    """
+    device, n_segments, n_losses = summary.device, summary.shape[1], losses.numel()
+    n_rules = 0 if rules is None else rules.shape[0]
+    ring_stride = windows.shape[1] if n_rules else 0
+    *likes, spikes, thresholds = _templates(device, n_segments, n_rules)
+    results = tuple(map(torch.empty_like, likes))
+    if n_rules:
+        spikes, thresholds = torch.empty_like(spikes), torch.empty_like(thresholds)
+    tensors = (
+        summary,
+        max_norm,
+        losses if n_losses else summary,
+        summary if given is None else given.view(torch.uint8),
+        summary if inv_scale is None else inv_scale,
+        summary if overflow is None else overflow,
+        rules if n_rules else summary,
+        summary if counters is None else counters,
+        windows if ring_stride else summary,
+        rings if n_rules else summary,
+        *results,
+        spikes.view(torch.uint8) if n_rules else summary,
+        thresholds if n_rules else summary,
+    )
+    launch = _variant(
+        device,
+        norm_type,
+        nonfinite,
+        None if inv_scale is None else inv_scale.dtype,
+        None if overflow is None else overflow.dtype,
+        given is not None,
+        counters is not None,
+        n_segments,
+        n_rules,
+        ring_stride,
+    )
+    stride = 0 if max_norm.numel() == 1 else 1
+    launch(1, tensors, n_segments, stride, n_losses, n_rules, ring_stride)
+    return (*results, spikes, thresholds)
+
+
+@functools.lru_cache(maxsize=64)
+def _templates(device: torch.device, n_segments: int, n_rules: int) -> tuple[Tensor, ...]:
+    """Tensors like those of a decision: `torch.empty_like` takes 0.8 µs, `torch.empty` of a shape,
+    a dtype and a device 1.5."""
+
+    def like(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    decision = Decision(
-        clip_coef=new(n_segments),
-        multiplier=new(n_segments),
-        found_inf=new(dtype=torch.float32),
-        clean=new(dtype=torch.float32),
-        reason=new(dtype=torch.int64),
-        total_norm=new(),
-        torch_norm=new(),
-        spikes=spikes,
-        thresholds=new(n_rules),
+    return (
+        like(n_segments),  # clip_coef
+        like(n_segments),  # multiplier
+        like(dtype=torch.float32),  # found_inf
+        like(dtype=torch.float32),  # clean
+        like(dtype=torch.int64),  # reason
+        like(),  # total_norm
+        like(),  # torch_norm
+        like(n_rules, dtype=torch.bool),  # spikes
+        like(n_rules),  # thresholds
     )
-    ring_stride = windows.shape[1] if n_rules else 0
-    _decide(
-        1,
+
+
+@functools.lru_cache(maxsize=256)
+def _variant(
+    device: torch.device,
+    norm_type: float,
+    nonfinite: str,
+    scale_dtype: torch.dtype | None,
+    overflow_dtype: torch.dtype | None,
+    has_given: bool,
+    has_state: bool,
+    n_segments: int,
+    n_rules: int,
+    ring_stride: int,
+) -> Variant:
+    """The dtypes are no constants of the kernel, but types of arguments; None: there is none."""
+    return _decide.variant(
         device,
-        (
-            summary,
-            max_norm,
-            losses if len(losses) else summary,
-            summary if given is None else given.view(torch.uint8),
-            summary if inv_scale is None else inv_scale,
-            summary if overflow is None else overflow,
-            rules if n_rules else summary,
-            summary if counters is None else counters,
-            windows if ring_stride else summary,
-            rings if n_rules else summary,
-            decision.clip_coef,
-            decision.multiplier,
-            decision.found_inf,
-            decision.clean,
-            decision.reason,
-            decision.total_norm,
-            decision.torch_norm,
-            spikes.view(torch.uint8) if n_rules else summary,
-            decision.thresholds if n_rules else summary,
-            n_segments,
-            0 if max_norm.numel() == 1 else 1,
-            len(losses),
-            n_rules,
-            ring_stride,
-        ),
-        {
-            "P": norm_type,
-            "INF_NORM": norm_type == float("inf"),
-            "ZERO": nonfinite == "zero",
-            "PROPAGATE": nonfinite == "propagate",
-            "HAS_SCALE": inv_scale is not None,
-            "HAS_OVERFLOW": overflow is not None,
-            "HAS_GIVEN": given is not None,
-            "HAS_STATE": counters is not None,
-            "RULES": triton.next_power_of_2(n_rules) if n_rules else 0,
-            "WINDOW": min(32, triton.next_power_of_2(ring_stride)) if ring_stride else 1,
-            "BLOCK_SIZE": min(128, max(32, triton.next_power_of_2(n_segments))),
-        },
+        P=norm_type,
+        INF_NORM=norm_type == float("inf"),
+        ZERO=nonfinite == "zero",
+        PROPAGATE=nonfinite == "propagate",
+        HAS_SCALE=scale_dtype is not None,
+        HAS_OVERFLOW=overflow_dtype is not None,
+        HAS_GIVEN=has_given,
+        HAS_STATE=has_state,
+        RULES=triton.next_power_of_2(n_rules) if n_rules else 0,
+        WINDOW=min(32, triton.next_power_of_2(ring_stride)) if ring_stride else 1,
+        BLOCK_SIZE=min(128, max(32, triton.next_power_of_2(n_segments))),
     )
-    return decision

@@ -50,6 +50,7 @@ instructions for 16 bytes: at 80 registers they spilled 41 times, at 112 and hal
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -70,11 +71,13 @@ from fastguard.kernels.launch import (
     INTERPRETED,
     INTERPRETED_PROGRAMS,
     Launcher,
+    Variant,
     n_processors,
     wide_fp64,
 )
 from fastguard.kernels.summary import (
     REDUCE_SIZE,
+    places,
     reduce_segments,
     store_summary,
     sum_of_partials,
@@ -149,18 +152,15 @@ def recount(
 
 @triton.jit(
     do_not_specialize=[
-        "chunks_ptr", "pieces_ptr", "partials_ptr", "summary_ptr", "counts_ptr",
-        "segment_counts_ptr", "ticket_ptr", "inv_scale_ptr", "n_chunks", "n_segments", "n_tensors",
+        "chunks_ptr", "pieces_ptr", "scratch_ptr", "summary_ptr", "inv_scale_ptr", "n_chunks",
+        "n_segments", "n_tensors",
     ]
 )  # fmt: skip
 def measure_kernel(
     chunks_ptr,  # int64 (n_chunks, 5): see `chunks`
     pieces_ptr,  # int64 (n_pieces, 3)
-    partials_ptr,  # float64: (n_programs,) if ONE_SEGMENT, else (n_chunks,)
+    scratch_ptr,  # int64, zeros, see `summary`; P is n_programs if ONE_SEGMENT, else n_chunks
     summary_ptr,  # float64 (4, n_segments)
-    counts_ptr,  # int64 (3, n_tensors), zeros
-    segment_counts_ptr,  # int64 (3, n_segments), zeros
-    ticket_ptr,  # int64 (1,), zero
     inv_scale_ptr,
     n_chunks,
     n_segments,
@@ -182,6 +182,8 @@ def measure_kernel(
     INF_BITS: tl.constexpr = 0x7FF0000000000000 if DTYPE == tl.float64 else 0x7F800000
     program = tl.program_id(0)
     n_programs = tl.num_programs(0)
+    counts_ptr = scratch_ptr
+    segment_counts_ptr, ticket_ptr, partials_ptr = places(scratch_ptr, n_segments, n_tensors)
     offsets = tl.arange(0, BLOCK_SIZE)
     tail_offsets = tl.arange(0, VEC)
     mine = tl.full((), 0.0, tl.float64)
@@ -277,6 +279,7 @@ _measure = Launcher(measure_kernel, num_warps=8, max_registers=80)
 _measure_any_power = Launcher(measure_kernel, num_warps=8, max_registers=112)
 
 
+@functools.cache
 def n_programs(device: torch.device) -> int:
     """The grid of launches that walk the chunk table, when there are enough chunks."""
     return INTERPRETED_PROGRAMS if INTERPRETED else PROGRAMS_A_PROCESSOR * n_processors(device)
@@ -310,58 +313,49 @@ def measure_chunks(
     Returns:
         `summary` float64 `(4, S)`, `counts` int64 `(3, T)`: see `fastguard.measure.GradStats`.
     """
-    # One fill for what starts at zero. The summary has memory of its own, because two outputs of an
-    # op must not share theirs.
-    zeros = torch.zeros(3 * (n_tensors + n_segments) + 1, dtype=torch.int64, device=device)
-    counts = zeros.as_strided((3, n_tensors), (n_tensors, 1))
-    if not table.n_chunks:
+    n_chunks = table.n_chunks
+    one_segment = n_segments == 1
+    grid = min(n_programs(device), n_chunks)
+    n_partials = grid if one_segment else n_chunks
+    # The summary has memory of its own, because two outputs of an op must not share theirs.
+    scratch = torch.zeros(
+        3 * (n_tensors + n_segments) + 1 + n_partials, dtype=torch.int64, device=device
+    )
+    counts = scratch.as_strided((3, n_tensors), (n_tensors, 1))
+    if not n_chunks:
         return torch.zeros(4, n_segments, dtype=torch.float64, device=device), counts
     summary = torch.empty(4, n_segments, dtype=torch.float64, device=device)
-    segment_counts = zeros[3 * n_tensors :]
-    ticket = zeros[-1:]
-    grid = min(n_programs(device), table.n_chunks)
-    one_segment = n_segments == 1
-    partials = torch.empty(
-        grid if one_segment else table.n_chunks, dtype=torch.float64, device=device
-    )
-    scale = summary if inv_scale is None else inv_scale.to(device, non_blocking=True)
-    norm = {"P": norm_type, "INF_NORM": norm_type == math.inf}
-    has_scale = {"HAS_SCALE": inv_scale is not None}
-    item = dtype.itemsize
-    launch = _measure if norm_type in PLAIN_NORMS else _measure_any_power
-    launch(
-        grid,
-        device,
-        (
-            table.chunks,
-            table.pieces,
-            partials,
-            summary,
-            counts,
-            segment_counts,
-            ticket,
-            scale,
-            table.n_chunks,
-            n_segments,
-            n_tensors,
-        ),
-        {
-            "DTYPE": TRITON_DTYPES[dtype],
-            "ITEM_SIZE": item,
-            **norm,
-            "GROUP": group_of(dtype, norm_type, wide_fp64(device)),
-            "ONE_SEGMENT": one_segment,
-            **has_scale,
-            "BLOCK_SIZE": block_bytes_of(norm_type) // item,
-            "VEC": 16 // item,
-            "REDUCE_SIZE": REDUCE_SIZE,
-        },
-    )
+    scale, scale_dtype = summary, None
+    if inv_scale is not None:
+        scale, scale_dtype = inv_scale.to(device, non_blocking=True), inv_scale.dtype
+    launch = _variant(device, dtype, norm_type, one_segment, scale_dtype)
+    tensors = (table.chunks, table.pieces, scratch, summary, scale)
+    launch(grid, tensors, n_chunks, n_segments, n_tensors)
     if not one_segment:
-        reduce_segments(
-            n_segments,
-            device,
-            (table.starts, partials, summary, segment_counts, scale, n_segments),
-            {**norm, **has_scale, "REDUCE_SIZE": REDUCE_SIZE},
-        )
+        reduce_segments(table.starts, scratch, summary, scale, n_tensors, norm_type, scale_dtype)
     return summary, counts
+
+
+@functools.lru_cache(maxsize=256)
+def _variant(
+    device: torch.device,
+    dtype: torch.dtype,
+    norm_type: float,
+    one_segment: bool,
+    scale_dtype: torch.dtype | None,
+) -> Variant:
+    item = dtype.itemsize
+    launcher = _measure if norm_type in PLAIN_NORMS else _measure_any_power
+    return launcher.variant(
+        device,
+        DTYPE=TRITON_DTYPES[dtype],
+        ITEM_SIZE=item,
+        P=norm_type,
+        INF_NORM=norm_type == math.inf,
+        GROUP=group_of(dtype, norm_type, wide_fp64(device)),
+        ONE_SEGMENT=one_segment,
+        HAS_SCALE=scale_dtype is not None,
+        BLOCK_SIZE=block_bytes_of(norm_type) // item,
+        VEC=16 // item,
+        REDUCE_SIZE=REDUCE_SIZE,
+    )

@@ -6,12 +6,14 @@ program. The same in PyTorch takes 25 operations of one number each: 25 launches
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastguard.kernels.launch import Launcher
+from fastguard.kernels.launch import Launcher, Variant
 
 # The row: `fastguard.packed`.
 HEAD = tl.constexpr(11)
@@ -148,28 +150,27 @@ def record_step(
         lr: float64 `()`; None: not known on the device.
         losses: float64 `(L,)`.
     """
-    n_rules = len(thresholds)
-    _record(
-        1,
-        row.device,
-        (
-            row,
-            summary,
-            counts,
-            clip_coef,
-            found_inf,
-            clean,
-            reason,
-            total_norm,
-            counters,
-            summary if lr is None else lr,
-            losses if len(losses) else summary,
-            spikes.view(torch.uint8) if n_rules else summary,
-            thresholds if n_rules else summary,
-            summary.shape[1],
-            counts.shape[1],
-            len(losses),
-            n_rules,
-        ),
-        {"BLOCK_SIZE": 128},
+    n_losses, n_rules = losses.numel(), thresholds.numel()
+    tensors = (
+        row,
+        summary,
+        counts,
+        clip_coef,
+        found_inf,
+        clean,
+        reason,
+        total_norm,
+        counters,
+        summary if lr is None else lr,
+        losses if n_losses else summary,
+        spikes.view(torch.uint8) if n_rules else summary,
+        thresholds if n_rules else summary,
     )
+    launch = _variant(row.device, n_rules > 0)
+    launch(1, tensors, summary.shape[1], counts.shape[1], n_losses, n_rules)
+
+
+@functools.cache
+def _variant(device: torch.device, has_rules: bool) -> Variant:
+    """`has_rules` is no constant of the kernel, but decides the type of an argument."""
+    return _record.variant(device, BLOCK_SIZE=128)

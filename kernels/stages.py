@@ -62,7 +62,7 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
     if policy.rules and state is not None:
         names = tuple(signals.loss_names)
         rules = _rule_table(policy.rules, policy.signals, names, stats.summary.device)
-    decision = decide_step(
+    decided = decide_step(
         stats.summary.contiguous(),
         stats.norm_type,
         policy.max_norm.contiguous(),
@@ -72,24 +72,14 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
         signals.found_inf,
         rules,
         None if state is None else state.counters,
-        None if rules is None else state.windows,
-        None if rules is None else state.rings,
+        None if state is None or rules is None else state.windows,
+        None if state is None or rules is None else state.rings,
         signals.given,
     )
     if state is not None:
         written = (state.counters, state.windows, state.rings)
         increment_version(written if rules is not None else written[:1])
-    return Verdict(
-        clip_coef=decision.clip_coef,
-        multiplier=decision.multiplier,
-        found_inf=decision.found_inf,
-        clean=decision.clean,
-        reason=decision.reason,
-        total_norm=decision.total_norm,
-        torch_norm=decision.torch_norm,
-        spikes=decision.spikes,
-        thresholds=decision.thresholds,
-    )
+    return Verdict(*decided)
 
 
 @functools.lru_cache(maxsize=64)
@@ -99,7 +89,7 @@ def _rule_table(
     loss_names: tuple[str, ...],
     device: torch.device,
 ) -> Tensor:
-    """float64 `(K, 8)`: the rules in the columns of `kernels.decide`."""
+    """float64 `(K, 8)`: the rules in the columns of `kernels.rules`."""
     rows = [
         [
             rule.sigma if isinstance(rule, SpikeRule) else 0.0,

@@ -2,18 +2,36 @@
 
     summary[:, s] = power sum, NaN, +Inf, -Inf
 
+    scratch  int64: counts (3, T), counts of segments (3, S), ticket (1,), partials float64 (P,)
+
 I/O: 8 bytes a partial. With one segment the last program of `measure` does this itself; with
 several it is a launch of one program a segment."""
 
 from __future__ import annotations
 
+import functools
+import math
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastguard.kernels.elements import powers
-from fastguard.kernels.launch import Launcher
+from fastguard.kernels.launch import Launcher, Variant
 
 REDUCE_SIZE = 512
+
+
+@triton.jit
+def places(scratch_ptr, n_segments, n_tensors):
+    """Where the counts of the segments, the ticket and the partials begin.
+
+    One allocation that is filled with zeros once, in place of four: 2 µs each on the host."""
+    segment_counts_ptr = scratch_ptr + 3 * n_tensors
+    ticket_ptr = segment_counts_ptr + 3 * n_segments
+    partials_ptr = (ticket_ptr + 1).to(tl.pointer_type(tl.float64), bitcast=True)
+    return segment_counts_ptr, ticket_ptr, partials_ptr
 
 
 @triton.jit
@@ -60,22 +78,23 @@ def sum_of_partials(partials_ptr, start, end, INF_NORM: tl.constexpr, REDUCE_SIZ
 
 @triton.jit(
     do_not_specialize=[
-        "segment_starts_ptr", "partials_ptr", "summary_ptr", "segment_counts_ptr",
-        "inv_scale_ptr", "n_segments",
+        "segment_starts_ptr", "scratch_ptr", "summary_ptr", "inv_scale_ptr", "n_segments",
+        "n_tensors",
     ]
 )  # fmt: skip
 def segments_kernel(
     segment_starts_ptr,  # int64 (n_segments + 1,): chunks are sorted by segment
-    partials_ptr,
-    summary_ptr,
-    segment_counts_ptr,
+    scratch_ptr,  # int64, see above
+    summary_ptr,  # float64 (4, n_segments)
     inv_scale_ptr,
     n_segments,
+    n_tensors,
     P: tl.constexpr,
     INF_NORM: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     REDUCE_SIZE: tl.constexpr,
 ):
+    segment_counts_ptr, _, partials_ptr = places(scratch_ptr, n_segments, n_tensors)
     segment = tl.program_id(0)
     start = tl.load(segment_starts_ptr + segment)
     end = tl.load(segment_starts_ptr + segment + 1)
@@ -86,4 +105,40 @@ def segments_kernel(
     )  # fmt: skip
 
 
-reduce_segments = Launcher(segments_kernel, num_warps=8)
+_reduce = Launcher(segments_kernel, num_warps=8)
+
+
+def reduce_segments(
+    starts: Tensor,
+    scratch: Tensor,
+    summary: Tensor,
+    scale: Tensor,
+    n_tensors: int,
+    norm_type: float,
+    scale_dtype: torch.dtype | None,
+) -> None:
+    """Fills the summary of each segment from its partials.
+
+    Args:
+        starts: int64 `(S + 1,)`: where the chunks of each segment begin.
+        scratch: See above.
+        summary: float64 `(4, S)`, written.
+        scale: `()`, or anything if `scale_dtype` is None.
+        n_tensors: T.
+        norm_type: p.
+        scale_dtype: That of `scale`; None: there is none.
+    """
+    n_segments = summary.shape[1]
+    launch = _variant(summary.device, norm_type, scale_dtype)
+    launch(n_segments, (starts, scratch, summary, scale), n_segments, n_tensors)
+
+
+@functools.lru_cache(maxsize=256)
+def _variant(device: torch.device, norm_type: float, scale_dtype: torch.dtype | None) -> Variant:
+    return _reduce.variant(
+        device,
+        P=norm_type,
+        INF_NORM=norm_type == math.inf,
+        HAS_SCALE=scale_dtype is not None,
+        REDUCE_SIZE=REDUCE_SIZE,
+    )

@@ -127,11 +127,8 @@ def variants():
     table = {"chunks_ptr": "*i64", "pieces_ptr": "*i64"}
     walk = {
         **table,
-        "partials_ptr": "*fp64",
+        "scratch_ptr": "*i64",
         "summary_ptr": "*fp64",
-        "counts_ptr": "*i64",
-        "segment_counts_ptr": "*i64",
-        "ticket_ptr": "*i64",
         "inv_scale_ptr": "*fp32",
         **dict.fromkeys(("n_chunks", "n_segments", "n_tensors"), "i32"),
     }
@@ -167,14 +164,14 @@ def variants():
     yield measured("bf16", group=8)
     columns = {
         "segment_starts_ptr": "*i64",
-        "partials_ptr": "*fp64",
+        "scratch_ptr": "*i64",
         "summary_ptr": "*fp64",
-        "segment_counts_ptr": "*i64",
         "inv_scale_ptr": "*fp64",
         "n_segments": "i32",
+        "n_tensors": "i32",
     }
     norm = {"P": 3.0, "INF_NORM": False, "HAS_SCALE": True}
-    yield "reduce segments", summary.reduce_segments, columns, {**norm, **reduce_size}
+    yield "reduce segments", summary._reduce, columns, {**norm, **reduce_size}
     scaling = {**table, "multiplier_ptr": "*fp64", "clean_ptr": "*fp32", "n_chunks": "i32"}
     for dtype, item in ITEM_SIZE.items():
         shape = {"BLOCK_SIZE": measure.BLOCK_BYTES // item, "VEC": 16 // item}

@@ -1,0 +1,72 @@
+"""What a launch hands to Triton, against what Triton's own `compiled[grid]` hands over."""
+
+import pytest
+import torch
+import triton
+from triton.compiler.compiler import CompiledKernel
+
+from fastguard.kernels import launch
+
+STREAM = 77
+
+
+class Compiler:
+    """In place of the JIT: always gives the same compiled kernel."""
+
+    def __init__(self, compiled):
+        self.compiled, self.options = compiled, None
+
+    def __getitem__(self, grid):
+        def compile_and_launch(*arguments, **options):
+            self.options = options
+            return self.compiled
+
+        return compile_and_launch
+
+
+@pytest.fixture
+def compiled():
+    """Triton's class, loaded already; `calls` are those of what reaches the driver."""
+    kernel = CompiledKernel.__new__(CompiledKernel)
+    kernel.module, kernel._module_pid = object(), None
+    kernel.function, kernel.packed_metadata = 4711, (8, 1)
+    kernel.name, kernel.src = "kernel", None
+    kernel.calls = []
+    kernel._run = lambda *arguments: kernel.calls.append(arguments)
+    return kernel
+
+
+@pytest.fixture
+def variant(compiled, monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "raw_stream_of", lambda: lambda index: STREAM + index)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    compiler = Compiler(compiled)
+    variant = launch.Launcher(compiler, num_warps=8).variant(torch.device("cuda", 0), P=2.0, N=4)
+    tensors = (torch.zeros(3), torch.zeros(5))
+    variant(6, tensors, 11, 12)
+    assert compiler.options == {"P": 2.0, "N": 4, "num_warps": 8}
+    return lambda: variant(6, tensors, 11, 12) or [t.data_ptr() for t in tensors]
+
+
+def test_a_launch_hands_over_what_tritons_own_does(variant, compiled):
+    addresses = variant()
+    compiled[(6, 1, 1)](*addresses, 11, 12, 2.0, 4, stream=STREAM)
+    ours, theirs = compiled.calls
+    assert launch.RUN_IS_KNOWN, "another triton: read CompiledKernel.run again"
+    assert ours[:6] == theirs[:6] == (6, 1, 1, STREAM, 4711, (8, 1))
+    assert ours[6:9] == (None, None, None)  # no hooks, and nothing to tell them
+    assert ours[9:] == theirs[9:]
+
+
+def test_a_profiler_hears_of_launches(variant, compiled, monkeypatch):
+    hook = triton.knobs.runtime.launch_exit_hook
+    monkeypatch.setattr(hook, "calls", [print])
+    variant()
+    assert compiled.calls[0][8] is hook
+
+
+def test_a_triton_that_nobody_has_read_is_launched_as_documented(compiled, monkeypatch, request):
+    monkeypatch.setattr(launch, "RUN_IS_KNOWN", False)
+    request.getfixturevalue("variant")()
+    assert compiled.calls[0][7] is triton.knobs.runtime.launch_enter_hook
