@@ -1,4 +1,4 @@
-"""Spike rules as a user writes them. How they judge is in test_decide and test_optimizer_modes."""
+"""Spike rules as a user writes them. How they judge is in tests/decide and tests/optimizer."""
 
 import math
 

@@ -1,0 +1,107 @@
+"""What a verdict does about non-finite gradients and losses, and what the counters keep of it."""
+
+import math
+
+import pytest
+import torch
+
+from fastguard import NonFiniteGradError
+from fastguard.decide import propagated_norms, raise_if_nonfinite
+from fastguard.measure import GradStats
+from fastguard.reduce import Signals
+from guardtest.stories import float64, outcome, reason, stats_of
+
+NAN, INF = math.nan, math.inf
+BAD = {"nan": {"nan": 2}, "+inf": {"posinf": 1}, "-inf": {"neginf": 1}}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_nonfinite_gradients(story, bad):
+    skipped = story(max_norm=1.0).step(4.0, **BAD[bad])
+    assert (outcome(skipped), reason(skipped)) == ("skip", "nonfinite_grad")
+    assert skipped.multiplier.tolist() == [1.0] and skipped.clean == 0.0
+
+    cleaned = story(max_norm=1.0, nonfinite="zero").step(4.0, **BAD[bad])
+    assert (outcome(cleaned), reason(cleaned)) == ("apply", "nonfinite_grad")
+    assert cleaned.multiplier.tolist() == [1.0 / (4.0 + 1e-6)] and cleaned.clean == 1.0
+
+    passed_on = story(max_norm=1.0, nonfinite="propagate").step(4.0, **BAD[bad])
+    assert (outcome(passed_on), reason(passed_on)) == ("apply", "nonfinite_grad")
+    expected = NAN if bad == "nan" else 0.0
+    assert passed_on.multiplier.tolist() == pytest.approx([expected], nan_ok=True)
+    assert passed_on.clean == 0.0
+
+
+def test_propagated_nonfinite_elements_stay_in_their_segment(story):
+    propagating = story(max_norm=1.0, nonfinite="propagate")
+    verdict = propagating.step([4.0, 4.0, 0.5], posinf=1, bad_segment=1)
+    assert verdict.clip_coef.tolist() == [1.0 / (4.0 + 1e-6), 0.0, 1.0]
+    verdict = propagating.step([4.0, 4.0, 0.5], nan=1, posinf=1, bad_segment=2)
+    assert verdict.clip_coef.tolist() == pytest.approx([1 / (4 + 1e-6)] * 2 + [NAN], nan_ok=True)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_nonfinite_losses(story, value):
+    for nonfinite in ("skip", "zero"):
+        verdict = story(nonfinite=nonfinite).step(losses={"a": 1.0, "b": value})
+        assert (outcome(verdict), reason(verdict)) == ("skip", "nonfinite_loss")
+    verdict = story(nonfinite="propagate").step(losses={"a": 1.0, "b": value})
+    assert (outcome(verdict), reason(verdict)) == ("apply", None)
+
+
+@pytest.mark.parametrize("found", [1.0, 2.0])  # the scaler adds up over devices
+def test_what_the_scaler_found(story, found):
+    for nonfinite in ("skip", "zero", "propagate"):
+        verdict = story(nonfinite=nonfinite).step(found_inf=found)
+        assert (outcome(verdict), reason(verdict)) == ("skip", "nonfinite_grad")
+        assert verdict.found_inf.item() == 1.0
+        assert outcome(story(nonfinite=nonfinite).step(found_inf=0.0)) == "apply"
+
+
+def test_zero_mode_cures_what_was_counted_though_the_scaler_saw_it_too(story):
+    verdict = story(nonfinite="zero").step(found_inf=1.0, posinf=1)
+    assert (outcome(verdict), verdict.clean.item()) == ("apply", 1.0)
+
+
+def test_raising_names_every_parameter_and_count():
+    stats = GradStats(float64([[1], [3], [1], [0]]), torch.tensor([[3, 0], [0, 1], [0, 0]]), 2.0)
+    with pytest.raises(
+        NonFiniteGradError, match=r"3 NaN, 1 \+Inf, 0 -Inf.*parameter 0 \(3 NaN\)"
+    ) as e:
+        raise_if_nonfinite(stats)
+    assert e.value.culprits == [("parameter 0", 3, 0, 0), ("parameter 1", 0, 1, 0)]
+    raise_if_nonfinite(stats_of(1.0), Signals(float64([0.5]), ("loss",)))
+    with pytest.raises(NonFiniteGradError, match="loss is non-finite: ctc=nan"):
+        raise_if_nonfinite(stats_of(1.0), Signals(float64([0.5, NAN]), ("mlm", "ctc")))
+
+
+def test_a_bad_loss_of_another_rank_raises_though_its_name_is_unknown_here():
+    given = torch.tensor([True, False, False])
+    signals = Signals(float64([NAN, 0.0, 0.0]), ("", "", ""), given=given)
+    with pytest.raises(NonFiniteGradError, match="loss is non-finite: =nan;"):
+        raise_if_nonfinite(stats_of(1.0), signals)
+
+
+def test_propagated_norms():
+    counts = float64([[0, 1, 0, 0, 1], [0, 0, 1, 0, 1], [0, 0, 0, 1, 0]])
+    expected = [3.0, NAN, INF, INF, NAN]
+    assert propagated_norms(float64([3.0] * 5), counts).tolist() == pytest.approx(
+        expected, nan_ok=True
+    )
+
+
+# Counters.
+
+
+def test_counters_of_steps_applied_skipped_and_skipped_in_a_row(story):
+    guard = story()
+    assert guard.counters == [0, 0, 0, 0]
+    guard.step()
+    assert guard.counters == [1, 1, 0, 0]
+    guard.step(nan=1)
+    guard.step(losses={"loss": NAN})
+    assert guard.counters == [3, 1, 2, 2]
+    guard.step()
+    assert guard.counters == [4, 2, 2, 0]
+    guard.step(posinf=1)
+    assert guard.counters == [5, 2, 3, 1]
