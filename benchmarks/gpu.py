@@ -6,7 +6,8 @@ python -m benchmarks.gpu --device cpu --quick        # tries the script itself; 
 Bytes: a read pass moves N, clipping 3N (a read, then a read and a write), torch's clipping always
 3N. Every ratio is of two contenders that take turns in one process, each call with caches emptied
 before; figures are medians. Host time is until the call returns, device time excludes the wait for
-launches.
+launches. The file is written anew after each case, so that a run that is cut off leaves what it
+has. COMMIT=... names the source where there is no .git.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +31,7 @@ import fastguard
 from fastguard.bench.clock import Clock, Sample
 from fastguard.bench.machine import Evictor, ceilings, commit, describe_machine, versions
 from fastguard.buckets import bucketize
+from fastguard.files import written
 from fastguard.measure import measure
 
 SHAPES = Path(__file__).parent / "shapes"
@@ -216,6 +221,55 @@ def syncs(bench: Bench) -> Result:
     return Result("host waits for the device in a guarded step", "", "<=", 0, found, {})
 
 
+def cases_of(bench: Bench) -> dict[str, Callable[[float], Result | list[Result]]]:
+    """The cases by name, as functions of how many GB/s can be read."""
+    return {
+        "read-fp32": lambda read_gb_s: read_pass(bench, torch.float32, read_gb_s),
+        "read-bf16": lambda read_gb_s: read_pass(bench, torch.bfloat16, read_gb_s),
+        "unclipped": lambda _: nothing_to_clip(bench),
+        "clipped": lambda _: clipping(bench),
+        "llama": lambda _: llama(bench),
+        "small": lambda _: many_small(bench),
+        "step": lambda read_gb_s: guarded_step(bench, read_gb_s),
+        "syncs": lambda _: syncs(bench),
+    }
+
+
+def header(device: torch.device) -> dict[str, Any]:
+    """What a reader of the numbers must know, before there are any."""
+    return {
+        "machine": describe_machine(device),
+        "versions": versions(),
+        "commit": os.environ.get("COMMIT") or commit(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "command": " ".join(["python -m benchmarks.gpu", *sys.argv[1:]]),
+        "backend": fastguard.backend_for(torch.zeros(1, device=device)),
+        "results": [],
+        "failures": {},
+    }
+
+
+def measure_all(document: dict[str, Any], device: torch.device, quick: bool, save: Call) -> None:
+    """Runs all cases and puts their results, or why there are none, into the document."""
+    start = time.perf_counter()
+    save()
+    limit = ceilings(device, n_bytes=2**24 if quick else None)
+    document["ceilings"] = asdict(limit)
+    print(f"ceilings: {limit}", flush=True)
+    for name, case in cases_of(Bench(device, quick=quick)).items():
+        try:
+            found = case(limit.read_gb_s)
+        except Exception as error:  # the others are worth having; this one is reported and fails
+            document["failures"][name] = f"{type(error).__name__}: {error}"
+            traceback.print_exc()
+            found = []
+        for result in found if isinstance(found, list) else [found]:
+            document["results"].append(asdict(result) | {"met": result.met})
+            print(_line(result), flush=True)
+        document["seconds"] = round(time.perf_counter() - start, 1)
+        save()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
@@ -232,49 +286,16 @@ def main() -> int:
             print("no CUDA device: --device cpu --quick tries the script", file=sys.stderr)
             return 2
         device = torch.device("cuda", torch.cuda.current_device())
-    start = time.perf_counter()
-    bench = Bench(device, quick=args.quick)
-    limit = ceilings(device, n_bytes=2**24 if args.quick else None)
-    print(f"ceilings: {limit}")
-    results: list[Result] = []
-    failures: dict[str, str] = {}
-    cases: list[Callable[[], Result | list[Result]]] = [
-        lambda: read_pass(bench, torch.float32, limit.read_gb_s),
-        lambda: read_pass(bench, torch.bfloat16, limit.read_gb_s),
-        lambda: nothing_to_clip(bench),
-        lambda: clipping(bench),
-        lambda: llama(bench),
-        lambda: many_small(bench),
-        lambda: guarded_step(bench, limit.read_gb_s),
-        lambda: syncs(bench),
-    ]
-    names = "read-fp32 read-bf16 unclipped clipped llama small step syncs".split()
-    for name, case in zip(names, cases, strict=True):
-        try:
-            found = case()
-        except Exception as error:  # the others are worth having; this one is reported and fails
-            failures[name] = f"{type(error).__name__}: {error}"
-            print(f"{name}: {failures[name]}", file=sys.stderr)
-            continue
-        for result in found if isinstance(found, list) else [found]:
-            results.append(result)
-            print(_line(result), flush=True)
-    document = {
-        "machine": describe_machine(device),
-        "versions": versions(),
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "command": " ".join(["python -m benchmarks.gpu", *sys.argv[1:]]),
-        "seconds": round(time.perf_counter() - start, 1),
-        "backend": fastguard.backend_for(torch.zeros(1, device=device)),
-        "ceilings": asdict(limit),
-        "results": [asdict(r) | {"met": r.met} for r in results],
-        "failures": failures,
-    }
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(document, indent=1) + "\n")
-    return 1 if failures else 0
+    document = header(device)
+
+    def save() -> None:
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            with written(args.out) as temporary:
+                temporary.write_text(json.dumps(document, indent=1) + "\n")
+
+    measure_all(document, device, args.quick, save)
+    return 1 if document["failures"] else 0
 
 
 def _line(result: Result) -> str:

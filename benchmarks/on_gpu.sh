@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can prove, in nine minutes and without network: installs this checkout,
-# runs tests/gpu, compute-sanitizer on a small case, and the GPU benchmarks.
+# runs the GPU benchmarks, tests/gpu, and compute-sanitizer on a small case.
 #
 #   benchmarks/on_gpu.sh [--dry-run]
 #
-# Needs a CUDA device, torch >= 2.11, triton >= 3.6, numpy, setuptools >= 77, pytest, pytest-timeout, hypothesis.
-# PYTHON=python3 is the interpreter; OUT=benchmarks/results is where files go: gpu-<card>.json and logs.
+# Needs a CUDA device, torch >= 2.11, triton >= 3.6 and the C compiler that it asks for, numpy, pytest, pytest-timeout,
+# hypothesis; setuptools >= 77 to install, else build/stage is used as it is.
+# PYTHON=python3 is the interpreter; OUT=benchmarks/results is where files go: gpu-<card>.json and logs, both brought up
+# to date after each stage. COMMIT=... names the source where there is no .git.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -17,9 +19,11 @@ case "${1:-}" in
     *) echo "usage: benchmarks/on_gpu.sh [--dry-run]" >&2; exit 2 ;;
 esac
 mkdir -p "$OUT"
-export PYTHONUNBUFFERED=1 FASTGUARD_REQUIRE_GPU=1
+export PYTHONUNBUFFERED=1 FASTGUARD_REQUIRE_GPU=1 FASTGUARD_SOAK_SECONDS=${FASTGUARD_SOAK_SECONDS:-40}
 unset TRITON_INTERPRET
+json="$OUT/gpu.json"
 status=0
+stages=(machine install benchmarks tests sanitizer)
 declare -A outcome
 
 stage() { # name, seconds at the most, command...
@@ -27,44 +31,71 @@ stage() { # name, seconds at the most, command...
     shift 2
     echo "==> $name (at most $limit s): $*"
     if [ "$DRY_RUN" = 1 ]; then outcome[$name]="not run"; return 0; fi
-    if timeout --kill-after=5 "$limit" "$@" 2>&1 | tee "$OUT/$name.log"; then
-        outcome[$name]="ok in $((SECONDS - start)) s"
-    else
-        outcome[$name]="failed after $((SECONDS - start)) s"
-        status=1
-    fi
+    local code=0
+    timeout --kill-after=5 "$limit" "$@" 2>&1 | tee "$OUT/gpu-$name.log" || code=${PIPESTATUS[0]}
+    case $code in
+        0) outcome[$name]="ok in $((SECONDS - start)) s" ;;
+        124 | 137) outcome[$name]="cut off after $limit s" ;;
+        *) outcome[$name]="failed after $((SECONDS - start)) s, exit status $code" ;;
+    esac
+    [ "$code" = 0 ] || status=1
     echo "==> $name: ${outcome[$name]}"
+    collect
+    return "$code"
 }
 
-stage install 60 "$PYTHON" -m pip install -q -e . --no-deps --no-build-isolation
-stage tests 270 "$PYTHON" -P -m pytest tests/gpu -q -p no:cacheprovider
-json="$OUT/gpu.json"
-stage benchmarks 150 "$PYTHON" -m benchmarks.gpu --out "$json"
+collect() { # one file says it all: the outcomes of the stages beside the numbers, named after the card
+    local name lines=()
+    for name in "${stages[@]}"; do lines+=("$name=${outcome[$name]:-not run}"); done
+    "$PYTHON" - "$json" "$OUT" "${lines[@]}" <<'PY'
+import json, pathlib, re, sys
+source, out = map(pathlib.Path, sys.argv[1:3])
+document = json.loads(source.read_text()) if source.exists() else {}
+document["stages"] = dict(line.split("=", 1) for line in sys.argv[3:])
+log = out / "gpu-tests.log"
+lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+counted = [line.strip("= ") for line in lines if re.search(r"\d+ (passed|failed|error|skipped).* in ", line)]
+document["tests"] = counted[-1] if counted else (lines[-1] if lines else None)
+card = str(document.get("machine", {}).get("card", "unknown card"))
+(out / "gpu-unknown-card.json").unlink(missing_ok=True)
+final = out / ("gpu-" + re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-") + ".json")
+final.write_text(json.dumps(document, indent=1) + "\n")
+print(final)
+PY
+}
+
+rm -f "$json" "$OUT"/gpu-{machine,install,benchmarks,tests,sanitizer}.log
+stage machine 60 "$PYTHON" -P -c '
+import platform, shutil, subprocess, numpy, torch, triton
+print("python", platform.python_version(), "torch", torch.__version__, "triton", triton.__version__, "numpy", numpy.__version__)
+print("C compiler:", shutil.which("cc") or shutil.which("gcc") or shutil.which("clang") or "none: triton cannot launch")
+print(subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.strip())
+print(torch.cuda.get_device_name(), torch.cuda.device_count())'
+staged=
+if ! stage install 40 "$PYTHON" -m pip install -q -e . --no-deps --no-build-isolation; then
+    echo "==> using build/stage, since it could not be installed"
+    rm -rf build/stage && mkdir -p build/stage && cp -R fastguard build/stage/ && cp -R kernels build/stage/fastguard/kernels
+    staged=$PWD/build/stage
+fi
+path_of() { # the folders, and what PYTHONPATH held; no empty entry, which would mean this folder
+    local IFS=: folder parts=()
+    for folder in "$@" "${PYTHONPATH:-}"; do [ -z "$folder" ] || parts+=("$folder"); done
+    echo "${parts[*]:-}"
+}
+stage benchmarks 160 env PYTHONPATH="$(path_of "$staged" "$PWD")" "$PYTHON" -P -m benchmarks.gpu --out "$json"
+# Without this folder: transformers would take kernels/ for a package of that name.
+stage tests 220 env PYTHONPATH="$(path_of "$staged")" "$PYTHON" -P -m pytest tests/gpu -q -p no:cacheprovider --timeout=100 --durations=8
 
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -1)
 if [ -n "$sanitizer" ]; then
-    stage sanitizer 60 "$sanitizer" --error-exitcode 9 "$PYTHON" -m benchmarks.sanitize
+    stage sanitizer 90 env PYTHONPATH="$(path_of "$staged" "$PWD")" "$sanitizer" --error-exitcode 9 "$PYTHON" -P -m benchmarks.sanitize
 else
     outcome[sanitizer]="compute-sanitizer is not installed"
 fi
 
-for name in install tests benchmarks sanitizer; do echo "$name: ${outcome[$name]:-not run}"; done
-if [ -f "$json" ] && [ "$DRY_RUN" = 0 ]; then
-    # One file says it all: the outcomes of the other stages beside the numbers, named after the card.
-    "$PYTHON" - "$json" "$OUT" <<PY
-import json, pathlib, re, sys
-path, out = map(pathlib.Path, sys.argv[1:])
-document = json.loads(path.read_text())
-document["stages"] = {
-    "install": "${outcome[install]:-}", "tests": "${outcome[tests]:-}",
-    "benchmarks": "${outcome[benchmarks]:-}", "sanitizer": "${outcome[sanitizer]:-}",
-}
-log = out / "tests.log"
-document["tests"] = log.read_text().strip().splitlines()[-1] if log.exists() else None
-slug = re.sub(r"[^a-z0-9]+", "-", str(document["machine"].get("card", "cpu")).lower()).strip("-")
-path.rename(final := out / f"gpu-{slug}.json")
-final.write_text(json.dumps(document, indent=1) + "\n")
-print(final)
-PY
+for name in "${stages[@]}"; do echo "$name: ${outcome[$name]:-not run}"; done
+if [ "$DRY_RUN" = 0 ]; then
+    collect
+    rm -f "$json"
 fi
 exit $status

@@ -22,7 +22,26 @@ def main() -> None:
             fastguard.measure_grads(parameters, norm_type=norm_type, per_tensor=True)
             fastguard.clip_grad_norm_(parameters, 1.0, norm_type, nonfinite="zero")
         fastguard.clip_grad_norm_(parameters, 1.0)
+    guarded_steps()
     torch.cuda.synchronize()
+
+
+def guarded_steps() -> None:
+    """Decisions with rules and losses, and their records: a good step, a spike, a NaN."""
+    p = torch.nn.Parameter(torch.zeros(5000, device="cuda"))
+    guarded = fastguard.GuardedOptimizer(
+        torch.optim.AdamW([p], fused=True),
+        max_norm=1.0,
+        spike={
+            "grad_norm": fastguard.SpikeRule(window=40, warmup=2, sigma=3.0),
+            "loss": fastguard.Threshold(max=10.0),
+        },
+    )
+    for scale in (1.0, 1.1, 0.9, 50.0, math.nan, 1.0):
+        p.grad = torch.full_like(p, scale)
+        guarded.step(loss=torch.ones((), device="cuda"))
+    actions = [record.action for record in guarded.flush()]
+    assert actions == ["clipped"] * 3 + ["skipped"] * 2 + ["clipped"], actions
 
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ class ChunkTable:
         n_chunks: C; 0 if there is no element.
         copies: `(position in bucket.grads, contiguous buffer)` of gradients that stand elsewhere.
         key: What the table was built from.
-        uploaded: On a GPU, the event behind the upload.
+        source: What the replays of a graph upload from, again each time.
+        uploaded: On a GPU, the event behind the upload; None if a graph uploads.
         streams: The addresses of the streams whose kernels come after it.
     """
 
@@ -78,6 +79,7 @@ class ChunkTable:
     n_chunks: int
     copies: tuple[tuple[int, Tensor], ...]
     key: tuple
+    source: Tensor | None = None
     uploaded: torch.cuda.Event | None = None
     streams: set[int] = field(default_factory=set)
 
@@ -159,7 +161,7 @@ def _built(bucket: Bucket, key: tuple, n_segments: int, n_programs: int) -> Chun
     chunks, pieces, starts, copies = host_table(bucket, n_segments, n_programs)
     flat = np.concatenate([chunks.ravel(), pieces.ravel(), starts])
     device = bucket.device
-    uploaded, streams = None, set()
+    source, uploaded, streams = None, None, set()
     if device == HOST:
         memory = torch.from_numpy(flat)
     else:
@@ -168,7 +170,7 @@ def _built(bucket: Bucket, key: tuple, n_segments: int, n_programs: int) -> Chun
         pinned.numpy()[:] = flat
         memory = pinned.to(device, non_blocking=True)
         if torch.cuda.is_current_stream_capturing():
-            copies = (*copies, (-1, pinned))  # replays copy from it again
+            source = pinned
         else:
             stream = torch.cuda.current_stream(device)
             uploaded = stream.record_event()
@@ -182,6 +184,7 @@ def _built(bucket: Bucket, key: tuple, n_segments: int, n_programs: int) -> Chun
         len(chunks),
         copies,
         key,
+        source,
         uploaded,
         streams,
     )

@@ -23,7 +23,18 @@ def batches(poisoned=()):
 @pytest.fixture
 def transformers(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    require("accelerate")  # without it transformers has no trainer
     return require("transformers")
+
+
+def in_order(transformers):
+    """Takes the batches as they come, in versions with and without an argument for it."""
+
+    class InOrder(transformers.Trainer):
+        def _get_train_sampler(self, *_):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    return InOrder
 
 
 def test_the_trainer_of_transformers_in_fp16(transformers, tmp_path):
@@ -38,13 +49,12 @@ def test_the_trainer_of_transformers_in_fp16(transformers, tmp_path):
         max_position_embeddings=8,
     )
     labels = torch.arange(6)
-    trainer = transformers.Trainer(
+    trainer = in_order(transformers)(
         model=transformers.LlamaForCausalLM(config),
         args=transformers.TrainingArguments(
             output_dir=str(tmp_path),
             per_device_train_batch_size=1,
             num_train_epochs=1,
-            train_sampling_strategy="sequential",
             lr_scheduler_type="inverse_sqrt",
             warmup_steps=2,
             fp16=True,

@@ -1,0 +1,72 @@
+"""benchmarks/on_gpu.sh without a GPU: whatever fails, the other stages run and one file says so."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "on_gpu.sh"
+# In place of the interpreter: nothing installs, benchmarks leave half a result and fail.
+PYTHON = """#!/bin/sh
+case "$*" in
+    *"-m pip"*) exit 1 ;;
+    *"-m benchmarks.gpu"*)
+        echo "path $PYTHONPATH"
+        echo '{"machine": {"card": "A Card 9"}, "commit": "abc"}' > "$5"
+        exit 7 ;;
+    *"-m pytest"*) echo "path $PYTHONPATH"; echo "1 failed, 2 passed in 3.00s"; exit 1 ;;
+    *"-m benchmarks.sanitize"* | *nvidia-smi*) exit 3 ;;
+    *) exec {python} "$@" ;;
+esac
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    # A copy of what the script reads: it stages the package beside itself.
+    for folder in ("benchmarks", "fastguard", "kernels"):
+        (tmp_path / folder).mkdir()
+    script = tmp_path / "benchmarks" / "on_gpu.sh"
+    script.write_bytes(SCRIPT.read_bytes())
+    python = tmp_path / "python"
+    python.write_text(PYTHON.replace("{python}", sys.executable))
+    python.chmod(0o755)
+    env = {**os.environ, "PYTHON": str(python), "OUT": str(tmp_path / "out"), "PYTHONPATH": "/else"}
+
+    def run(*arguments):
+        done = subprocess.run(["bash", script, *arguments], env=env, capture_output=True, text=True)
+        return done, tmp_path
+
+    return run
+
+
+def test_a_stage_that_fails_stops_no_other(run):
+    done, folder = run()
+    assert done.returncode == 1, done.stderr
+    (final,) = (folder / "out").glob("*.json")
+    assert final.name == "gpu-a-card-9.json"
+    document = json.loads(final.read_text())
+    assert document["commit"] == "abc"
+    assert document["tests"] == "1 failed, 2 passed in 3.00s"
+    stages = document["stages"]
+    assert list(stages) == ["machine", "install", "benchmarks", "tests", "sanitizer"]
+    assert stages["benchmarks"].endswith("exit status 7")
+    assert stages["tests"].endswith("exit status 1")
+
+
+def test_a_package_that_cannot_be_installed_is_staged(run):
+    """And tests never see the source folder, whose kernels/ others would take for a package."""
+    done, folder = run()
+    stage = folder / "build" / "stage"
+    assert (stage / "fastguard" / "kernels").is_dir()
+    paths = [line for line in done.stdout.splitlines() if line.startswith("path ")]
+    assert paths == [f"path {stage}:{folder}:/else", f"path {stage}:/else"]
+
+
+def test_a_dry_run_runs_nothing_and_other_words_are_refused(run):
+    done, folder = run("--dry-run")
+    assert done.returncode == 0 and not list((folder / "out").iterdir())
+    assert run("--help")[0].returncode == 2
