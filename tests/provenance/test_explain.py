@@ -1,0 +1,50 @@
+"""What explain_nonfinite takes, compiled and guarded models among it, and what it refuses."""
+
+import pytest
+import torch
+from torch import nn
+
+import fastguard
+from fastguard import explain_nonfinite
+from guardtest.chains import Call, chain, mean, zeros
+
+
+def test_a_healthy_batch():
+    report = explain_nonfinite(chain(), (torch.randn(2, 4), None), mean)
+    assert (report.found, report.already, report.bad_gradients) == (False, (), ())
+    assert "rng=" in str(report)
+
+
+def test_a_compiled_model_is_looked_into():
+    model = torch.compile(chain(Call(torch.log)), backend="eager")
+    report = explain_nonfinite(model, zeros(), mean)
+    assert report.module == "1 (Call)"
+
+
+def test_a_guard_that_cleans_does_not_hide_the_birth():
+    model = chain(Call(torch.log))
+    with fastguard.ActivationGuard(model, mode="clean") as guard:
+        assert model(zeros()[0]).isfinite().all()
+        counted = guard.counts()
+        report = explain_nonfinite(model, zeros(), mean)
+        assert guard.counts() == counted
+    assert report.operation == "aten.log.default"
+
+
+def test_checkpointed_parts():
+    def part(x):
+        return torch.utils.checkpoint.checkpoint(lambda y: y.abs().sqrt(), x, use_reentrant=False)
+
+    report = explain_nonfinite(chain(Call(part)), zeros(), mean)
+    assert (report.origin, report.operation) == ("backward", "SqrtBackward0")
+
+
+@pytest.mark.parametrize("batch", [torch.zeros(2), (1, 2, 3), None], ids=["tensor", "3", "none"])
+def test_a_batch_of_no_known_kind_is_refused(batch):
+    with pytest.raises(TypeError, match=r"pass \(inputs, targets\)"):
+        explain_nonfinite(nn.Linear(2, 2), batch, mean)
+
+
+def test_loss_fn_and_step_together_are_refused():
+    with pytest.raises(TypeError, match="both"):
+        explain_nonfinite(nn.Linear(2, 2), zeros(), mean, step=lambda m, b: None)

@@ -1,0 +1,112 @@
+"""A replay leaves no trace: model, batch, gradients and generators are as before."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastguard import explain_nonfinite
+from fastguard.snapshot import rng_state
+from guardtest.chains import Call, SegNet, mean
+
+NAN = math.nan
+
+
+class Restless(nn.Module):
+    """Everything that a forward pass may change."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+        self.drop = nn.Dropout(0.5)
+        self.linear = nn.Linear(4, 4)
+        self.calls = 0
+        self.last: Tensor | None = None
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        self.seen = self.seen + 1
+        with torch.no_grad():
+            self.linear.weight.mul_(0.5)
+        x.add_(random.random() + np.random.rand())
+        self.last = self.drop(self.linear(self.norm(x)))
+        self.train(not self.training)
+        return self.last.log()
+
+
+def test_nothing_is_changed_afterwards():
+    model, x = Restless(), torch.randn(8, 4)
+    model.linear.weight.grad = torch.full((4, 4), NAN)
+    gradient, seen = model.linear.weight.grad, model.seen
+    kept = {k: v.clone() for k, v in model.state_dict().items()}
+    inputs, generators = x.clone(), rng_state()
+    report = explain_nonfinite(model, (x, None), mean)
+    assert report.operation == "aten.log.default"
+    assert (model.calls, model.last, model.training) == (0, None, True)
+    assert model.seen is seen and model.linear.weight.grad is gradient
+    assert model.linear.bias.grad is None
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, kept[name]), name
+    assert torch.equal(x, inputs)
+    after = rng_state()
+    assert after["python"] == generators["python"]
+    assert all(
+        np.array_equal(a, b) for a, b in zip(after["numpy"], generators["numpy"], strict=True)
+    )
+    assert torch.equal(after["torch"], generators["torch"])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_everything_is_put_back_when_the_model_raises():
+    def fail(x):
+        torch.rand(3)
+        raise RuntimeError("out of ideas")
+
+    model = nn.Sequential(nn.BatchNorm1d(4), Call(fail))
+    batch = torch.randn(8, 4), None
+    generator = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="out of ideas"):
+        explain_nonfinite(model, batch, mean)
+    assert torch.equal(model[0].running_mean, torch.zeros(4))
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_a_replay_draws_the_random_numbers_of_the_bad_batch():
+    """Only a mask that drops all four units makes this batch bad: then their sum is 0."""
+    model = nn.Sequential(nn.Dropout(0.5), Call(lambda x: x / x.sum(-1, keepdim=True)))
+    batch = torch.ones(1, 4), None
+
+    def healthy(seed: int) -> bool:
+        torch.manual_seed(seed)
+        return bool(model(batch[0]).isfinite().all())
+
+    bad = next(seed for seed in range(999) if not healthy(seed))
+    torch.manual_seed(bad)
+    before = rng_state()
+    torch.manual_seed(next(seed for seed in range(999) if healthy(seed)))
+    assert not explain_nonfinite(model, batch, mean).found
+    report = explain_nonfinite(model, batch, mean, rng=before)
+    assert report.operation == "aten.div.Tensor"
+    assert str(explain_nonfinite(model, batch, mean, rng=before)) == str(report)
+
+
+def test_the_graph_of_a_loss_in_the_making_stays_usable():
+    model = SegNet()
+    x = torch.randn(2, 3, 8, 8)
+    loss = model(x).mean()
+    explain_nonfinite(model.eval(), (x, None), mean)
+    loss.backward()
+
+
+def test_post_accumulate_hooks_do_not_fire():
+    model = nn.Linear(2, 2)
+    fired = []
+    model.weight.register_post_accumulate_grad_hook(fired.append)
+    explain_nonfinite(model, (torch.zeros(1, 2), None), mean)
+    assert fired == []
