@@ -1,0 +1,124 @@
+"""Parameters that lose their gradient, thaw, freeze or change their dtype have the right slot."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastguard import FlatGradBuckets, GuardedOptimizer
+from guardtest.flat import attached
+from guardtest.training import new_parameters
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("how", ["model", "optimizer", "by hand"])
+def test_none_stays_none_so_that_weight_decay_moves_nothing(how):
+    a, b = nn.Linear(2, 2), nn.Linear(2, 2)
+    model = nn.ModuleList([a, b])
+    inner = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5, fused=True)
+    opt = GuardedOptimizer(inner, flat_buckets=True)
+    before = b.weight.detach().clone()
+    for step in range(3):
+        if how == "model":
+            model.zero_grad(set_to_none=True)
+        elif how == "optimizer":
+            inner.zero_grad(set_to_none=True)
+        else:
+            for p in model.parameters():
+                p.grad = None
+        a(torch.ones(1, 2) * step).sum().backward()
+        opt.step()
+        assert b.weight.grad is None
+    assert torch.equal(b.weight, before)
+    assert not torch.equal(a.weight, torch.zeros_like(a.weight))
+    opt.zero_grad()  # attaches again
+    assert attached(opt._gradients.flat)
+
+
+def test_a_stale_slot_of_a_gradient_that_is_none_does_not_count():
+    p, q = new_parameters([(2,), (2,)])
+    opt = GuardedOptimizer(torch.optim.SGD([p, q], lr=1.0), flat_buckets=True)
+    p.grad.fill_(100.0)
+    q.grad.fill_(1.0)
+    opt.step()
+    p.grad = None
+    opt.step()
+    assert [r.total_norm for r in opt.records()] == pytest.approx([20002**0.5, 2**0.5])
+
+
+def test_a_parameter_thawed_later_is_guarded():
+    """Left out of the buffers at first; its gradients must not go unseen."""
+    head, body = new_parameters([(2,), (3,)])
+    body.requires_grad_(False)
+    opt = GuardedOptimizer(
+        torch.optim.SGD([head, body], lr=1.0),
+        max_norm=1.0,
+        flat_buckets=True,
+        named_parameters=[("head", head), ("body", body)],
+    )
+    head.grad.fill_(1.0)
+    opt.step()
+    assert body.grad is None
+    body.requires_grad_(True)
+    opt.zero_grad()
+    (head.sum() + body.sum()).backward()
+    opt.step()
+    assert attached(opt._gradients.flat)
+    (body * NAN).sum().backward()
+    opt.step()
+    records = opt.records()
+    assert records[1].total_norm == pytest.approx(5**0.5)
+    assert records[2].culprits == (("body", 3, 0, 0),)
+
+
+def test_a_parameter_frozen_later_is_left_alone():
+    head, body = new_parameters([(2,), (3,)])
+    opt = GuardedOptimizer(
+        torch.optim.AdamW([head, body], lr=0.1, weight_decay=0.5), flat_buckets=True
+    )
+    (head.sum() + body.sum()).backward()
+    opt.step()
+    body.requires_grad_(False)
+    before = body.clone()
+    for _ in range(2):
+        opt.zero_grad()
+        head.sum().backward()
+        opt.step()
+    assert torch.equal(body, before)
+    body.requires_grad_(True)
+    opt.zero_grad()
+    assert attached(opt._gradients.flat)
+
+
+@pytest.mark.parametrize("detached", [False, True], ids=["attached", "detached"])
+def test_a_model_that_changes_its_dtype_gets_new_slots(detached):
+    model = nn.Linear(3, 2)
+    flat = FlatGradBuckets(model.named_parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    if detached:
+        model.zero_grad(set_to_none=True)
+    model.to(torch.bfloat16)
+    flat.zero_()
+    model(torch.ones(1, 3, dtype=torch.bfloat16)).sum().backward()
+    assert flat.measure().total_norm.item() == pytest.approx(8**0.5)
+    assert all(p.grad.dtype == torch.bfloat16 for p in model.parameters())
+    assert attached(flat)
+
+
+def test_a_parameter_whose_data_is_swapped_keeps_its_slot():
+    (p,) = new_parameters([(3,)])
+    flat = FlatGradBuckets([p])
+    p.data = torch.ones(3)
+    (p * 2).sum().backward()
+    assert attached(flat)
+    assert flat.measure().total_norm.item() == pytest.approx(12**0.5)
+
+
+def test_gradients_of_another_dtype_than_the_parameter():
+    (p,) = new_parameters([(3,)], torch.bfloat16)
+    p.grad_dtype = torch.float32
+    flat = FlatGradBuckets([p])
+    assert p.grad.dtype == torch.float32
+    p.grad = torch.tensor([3.0, 4.0, 1e-3])
+    assert flat.measure().total_norm.item() == pytest.approx(5.0000001, rel=1e-7)
+    assert attached(flat)

@@ -1,0 +1,31 @@
+"""A model whose gradients may lie in flat buffers, and where they lie."""
+
+import torch
+from torch import nn
+
+
+def model_of(channels_last=False):
+    torch.manual_seed(3)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 5), nn.Linear(5, 1)
+    )
+    return model.to(memory_format=torch.channels_last) if channels_last else model
+
+
+def backward(model, step):
+    generator = torch.Generator().manual_seed(step)
+    model(torch.randn(2, 3, 6, 6, generator=generator)).square().mean().backward()
+
+
+def attached(flat):
+    """Whether every gradient lies in its slot."""
+    spans = [(b.flat.data_ptr(), b.flat.data_ptr() + b.flat.nbytes) for b in flat._buffers]
+    return all(
+        p.grad is not None and any(a <= p.grad.data_ptr() < z for a, z in spans)
+        for p in flat.parameters
+        if p.numel()
+    )
+
+
+def gaps(flat):
+    return [b.flat[b.gaps] for b in flat._buffers if b.gaps is not None]
