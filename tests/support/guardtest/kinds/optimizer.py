@@ -1,0 +1,77 @@
+"""Param groups, learning rates and what one update does."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from guardtest.kinds.case import Setup, case
+from guardtest.kinds.setups import mlp, regression, with_sgd
+
+
+@case("foreign-optimizer", "error", "optimizer")
+def foreign_optimizer(sick: bool) -> Setup:
+    model = mlp(4, 16, 1)
+    other = mlp(4, 16, 1)
+    return regression(
+        model, optimizer=torch.optim.SGD((other if sick else model).parameters(), lr=0.01)
+    )
+
+
+@case("lr-vanished", "error", "optimizer", where="param group 1", says="8.88e-21")
+def lr_vanished(sick: bool) -> Setup:
+    model = mlp(4, 16, 1)
+    groups = [
+        {"params": model[0].parameters(), "lr": 0.01},
+        {"params": model[2].parameters(), "lr": 8.88e-21 if sick else 1e-6},
+    ]
+    return regression(model, optimizer=torch.optim.SGD(groups))
+
+
+@case("large-update", "warning", "optimizer", where="param group 0")
+def large_update(sick: bool) -> Setup:
+    setup = regression()
+    return setup | {
+        "optimizer": torch.optim.AdamW(setup["model"].parameters(), lr=0.5 if sick else 1e-3)
+    }
+
+
+@case("small-update", "warning", "optimizer", where="param group 0")
+def small_update(sick: bool) -> Setup:
+    return with_sgd(regression(), lr=1e-11 if sick else 0.01)
+
+
+@case("not-optimized", "warning", "optimizer", where="2.weight")
+def not_optimized(sick: bool) -> Setup:
+    model = mlp(4, 16, 1)
+    held = (model[0] if sick else model).parameters()
+    return regression(model, optimizer=torch.optim.SGD(held, lr=0.01))
+
+
+@case("eps-dominates", "warning", "optimizer", where="param group 0")
+def eps_dominates(sick: bool) -> Setup:
+    setup = regression()
+    optimizer = torch.optim.Adam(setup["model"].parameters(), eps=1e3 if sick else 1e-8)
+    return setup | {"optimizer": optimizer}
+
+
+@case("decayed-norms", "note", "optimizer", where="param group 0", says="here 3: 1.weight")
+def decayed_norms(sick: bool) -> Setup:
+    norm = nn.LayerNorm(16)
+    model = nn.Sequential(nn.Linear(4, 16, bias=False), norm, nn.Linear(16, 1))
+    matrices = [p for p in model.parameters() if sick or p.ndim > 1]
+    rest = [p for p in model.parameters() if not sick and p.ndim < 2]
+    groups = [{"params": matrices}, {"params": rest, "weight_decay": 0.0}]
+    return regression(model, optimizer=torch.optim.AdamW(groups))
+
+
+@case("frozen", "note", "optimizer", where="0.weight", says="2 of 4 parameters")
+def frozen(sick: bool) -> Setup:
+    setup = regression()
+    setup["model"][0].requires_grad_(not sick)
+    return with_sgd(setup)
+
+
+@case("not-checked", "note", "optimizer")
+def not_checked(sick: bool) -> Setup:
+    return regression() if sick else with_sgd(regression())

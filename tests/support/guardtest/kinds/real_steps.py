@@ -1,0 +1,16 @@
+"""What a few real steps show."""
+
+from __future__ import annotations
+
+from guardtest.kinds.case import Setup, case
+from guardtest.kinds.setups import regression, with_sgd
+
+
+@case("diverges", "error", "real steps", says="destroyed")
+def diverges(sick: bool) -> Setup:
+    return with_sgd(regression(), lr=1e12 if sick else 0.01)
+
+
+@case("does-not-fall", "warning", "real steps")
+def does_not_fall(sick: bool) -> Setup:
+    return with_sgd(regression(), lr=0.01, maximize=sick)
