@@ -27,6 +27,7 @@ from fastguard.kernels.rules import (
     enter_rings,
     thresholds_of,
 )
+from fastguard.kernels.summary import whole_model
 
 # Reasons: `fastguard.decide.Reason`.
 NONFINITE_GRAD = tl.constexpr(1)
@@ -115,28 +116,10 @@ def decide_kernel(
     NAN: tl.constexpr = float("nan")
     lanes = tl.arange(0, BLOCK_SIZE)
 
-    sums = tl.zeros((BLOCK_SIZE,), dtype=tl.float64)
-    nans = tl.zeros((BLOCK_SIZE,), dtype=tl.float64)
-    infinite = tl.zeros((BLOCK_SIZE,), dtype=tl.float64)
-    i = 0
-    while i < n_segments:
-        mask = i + lanes < n_segments
-        power_sum = tl.load(summary_ptr + i + lanes, mask=mask, other=0.0)
-        if INF_NORM:
-            sums = tl.where((power_sum > sums) | (power_sum != power_sum), power_sum, sums)
-        else:
-            sums += power_sum
-        nans += tl.load(summary_ptr + n_segments + i + lanes, mask=mask, other=0.0)
-        for kind in tl.static_range(2, 4):
-            infinite += tl.load(summary_ptr + kind * n_segments + i + lanes, mask=mask, other=0.0)
-        i += BLOCK_SIZE
-    if INF_NORM:
-        total = tl.max(sums, axis=0)
-    else:
-        total = tl.sum(sums, axis=0)
+    total, n_nan, n_infinite = whole_model(summary_ptr, n_segments, INF_NORM, BLOCK_SIZE)
     total_norm = root(total, P, INF_NORM)
-    has_nan = tl.sum(nans, axis=0) > 0.0
-    has_infinite = tl.sum(infinite, axis=0) > 0.0
+    has_nan = n_nan > 0.0
+    has_infinite = n_infinite > 0.0
     bad_grad = has_nan | has_infinite
 
     overflow = bad_grad & (bad_grad == 0)

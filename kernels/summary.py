@@ -1,11 +1,11 @@
-"""The last step of measuring: partial sums to one summary a segment, in a fixed order.
+"""The summary: partial sums to one column a segment, in a fixed order; and all columns together.
 
     summary[:, s] = power sum, NaN, +Inf, -Inf
 
     scratch  int64: counts (3, T), counts of segments (3, S), ticket (1,), partials float64 (P,)
 
-I/O: 8 bytes a partial. With one segment the last program of `measure` does this itself; with
-several it is a launch of one program a segment."""
+I/O: 8 bytes a partial. With one segment the last program of `measure` writes its column itself;
+with several it is a launch of one program a segment. `decide` reads them."""
 
 from __future__ import annotations
 
@@ -51,6 +51,32 @@ def store_summary(
         # .cg: from L2, where the atomics of the other programs went
         n = tl.load(segment_counts_ptr + kind * n_segments + segment, cache_modifier=".cg")
         tl.store(summary_ptr + (kind + 1) * n_segments + segment, n.to(tl.float64))
+
+
+@triton.jit
+def whole_model(summary_ptr, n_segments, INF_NORM: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Power sum, NaN and infinite elements of all segments together, as `decide` wants them."""
+    lanes = tl.arange(0, BLOCK_SIZE)
+    sums = tl.zeros((BLOCK_SIZE,), dtype=tl.float64)
+    nans = tl.zeros((BLOCK_SIZE,), dtype=tl.float64)
+    infinite = tl.zeros((BLOCK_SIZE,), dtype=tl.float64)
+    i = 0
+    while i < n_segments:
+        mask = i + lanes < n_segments
+        power_sum = tl.load(summary_ptr + i + lanes, mask=mask, other=0.0)
+        if INF_NORM:
+            sums = tl.where((power_sum > sums) | (power_sum != power_sum), power_sum, sums)
+        else:
+            sums += power_sum
+        nans += tl.load(summary_ptr + n_segments + i + lanes, mask=mask, other=0.0)
+        for kind in tl.static_range(2, 4):
+            infinite += tl.load(summary_ptr + kind * n_segments + i + lanes, mask=mask, other=0.0)
+        i += BLOCK_SIZE
+    if INF_NORM:
+        total = tl.max(sums, axis=0)
+    else:
+        total = tl.sum(sums, axis=0)
+    return total, tl.sum(nans, axis=0), tl.sum(infinite, axis=0)
 
 
 @triton.jit
