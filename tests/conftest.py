@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from guardtest import in_ci
+pytest.register_assert_rewrite("guardtest")  # so that a helper's failed assert shows its values
+from guardtest import in_ci  # noqa: E402
 
 TESTS = Path(__file__).parent
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,0 +1,72 @@
+"""Norms by the CPU's measurement, held against the truth; its fast path, scaled down."""
+
+import contextlib
+import math
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastguard import cpu, cpu_l2, gather
+from fastguard.buckets import bucketize
+from guardtest.grads import true_norm
+from guardtest.tolerances import MEASURED_RTOL
+
+DTYPES = {
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
+BELOW_FLOAT64 = ("fp16", "bf16", "fp32")
+NONFINITE = (math.nan, math.inf, -math.inf)
+
+# A float32 norm of 256 times the one is 3.1e-7 too long, of the other 3.1e-7 too short: the worst
+# that there are with eight additions at a time.
+LONG, SHORT = 1.1553386449813843, 1.1599067449569702
+
+SMALL = {
+    "ROW": 8,
+    "BLOCK": 64,
+    "ALONE": 100,
+    "LARGE": 256,
+    "STAGE": 1024,
+    "WIDE": 255,
+    "SHARE": 4096,
+    "EXACT_BELOW": 64,
+}
+
+
+def norm_of(tensors: list[Tensor], norm_type: float = 2.0) -> float:
+    """The float64 norm, and that nothing was called non-finite."""
+    (bucket,) = bucketize(tensors, norm_type=norm_type).buckets
+    (power_sum,), bad = cpu.measure(bucket, 1, norm_type)
+    assert bad == {}
+    return power_sum if norm_type == math.inf else power_sum ** (1.0 / norm_type)
+
+
+def assert_norm_is_true(*tensors: Tensor, norm_type: float = 2.0) -> None:
+    expected = true_norm(tensors, norm_type)
+    assert norm_of(list(tensors), norm_type) == pytest.approx(expected, rel=MEASURED_RTOL, abs=0)
+
+
+def blocks(values: Tensor, length: int) -> Tensor:
+    """A vector in which each value fills `length` elements."""
+    return values[:, None].expand(-1, length).reshape(-1)
+
+
+@contextlib.contextmanager
+def scaled_down(monkeypatch):
+    """The fast path with every size as in SMALL."""
+    with monkeypatch.context() as patch:
+        for name, value in SMALL.items():
+            patch.setattr(cpu_l2, name, value)
+        patch.setattr(gather, "_local", threading.local())  # buffers of their own
+        yield
+
+
+def edges() -> list[int]:
+    """Sizes at which the scaled-down fast path takes another branch, and those beside them."""
+    near = {n + d for n in SMALL.values() for d in (-1, 0, 1)}
+    return sorted(near | {2 * SMALL["SHARE"] + 17})
