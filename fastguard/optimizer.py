@@ -27,6 +27,7 @@ from fastguard.known_run import KnownRun
 from fastguard.losses import ObservedLosses, named_losses, stacked
 from fastguard.measure import measure, norm_type_of
 from fastguard.packed import Outcome
+from fastguard.ranks.agreement import check_agreement
 from fastguard.ranks.dtensors import local_parts
 from fastguard.ranks.groups import Group, refuse_several_ranks
 from fastguard.records import Recorder
@@ -89,6 +90,7 @@ class GuardedOptimizer(KnownRun):
 
     _step_supports_amp_scaling = True  # GradScaler.step then always calls step, also on Inf
     rank_watch: RankWatch | None = None
+    _agreed = False
 
     def __init__(
         self,
@@ -129,7 +131,7 @@ class GuardedOptimizer(KnownRun):
         self._policy = self._current_policy()
         self._state = GuardState.fresh(self._policy, self._device)
         if self._gradients.team is not None:  # so that ranks without a loss know what rules judge
-            self._gradients.team.loss_names.places([s for s in rules if s != GRAD_NORM])
+            self._gradients.team.loss_names.reserve([s for s in rules if s != GRAD_NORM])
         self._observed = ObservedLosses()
         self._recorder = Recorder()
         self._road = road_of(optimizer)
@@ -192,6 +194,9 @@ class GuardedOptimizer(KnownRun):
         signals = self._signals()
         policy = self._current_policy()
         buckets = self._gather()
+        if not self._agreed:
+            check_agreement(self, self._gradients.team)
+            self._agreed = True
         unclamped = self._clamp(signals.inv_scale)
 
         stats = measure(buckets, self.norm_type, signals.inv_scale)

@@ -6,7 +6,8 @@ whatever the size of the model and the number of ranks (an inf-norm adds one MAX
     (4, S)   power sums, and how many elements are NaN, +Inf, -Inf, each weighted by 1 / copies
     1        how many loss scalers found something non-finite
     2        how many ranks hold something non-finite, and the sum of their numbers: one rank's name
-    12, 12   of each loss the sum over ranks, and how many ranks gave it (optimizers only)
+    12, 12   of each loss the sum over ranks, and how many ranks gave it (optimizers only); the
+             last is for all losses that came when the other places were taken
 
 A collective gives all ranks the same bits, and everything after it is computed from them alone.
 Without a team, in one process, there is nothing to do.
@@ -141,7 +142,8 @@ def _placed(signals: Signals, sharing: Sharing) -> tuple[Tensor, Tensor]:
     if signals.loss_names:
         places = sharing.team.loss_names.places(signals.loss_names)
         at = _constant(tuple(places), torch.int64, device)
-        sums[at] = signals.losses
+        shared = len(places) != len(set(places))  # adding costs more, and needs a reason
+        sums.index_put_((at,), signals.losses, accumulate=shared)
         given[at] = 1.0
     return sums, given
 

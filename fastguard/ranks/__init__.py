@@ -3,6 +3,7 @@
     groups       what a user may pass as `group=`
     dtensors     the local parts of DTensors, and making partial ones whole
     team         the ranks that take one decision, and the weight of each tensor in their sums
+    agreement    whether all ranks were given the same arguments, asked once
     loss_names   losses that not every rank gives, in the same places on all
     watch        on which rank a bad gradient was born
 

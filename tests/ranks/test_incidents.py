@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import os
 import signal
@@ -114,16 +115,85 @@ def test_a_rule_holds_on_ranks_that_never_see_its_loss(two: Ranks) -> None:
     assert last[0] == "applied"
 
 
-def too_many_losses() -> str:
-    with pytest.raises(ValueError) as error:
-        sgd(weight(1.0)).step(loss={f"part {i}": 1.0 for i in range(13)})
+OWN_NAMES = [f"part {i}" for i in range(11)]
+
+
+def a_loss_too_many() -> list[Any]:
+    """Rank 1 alone has eleven losses and two more, one of which is NaN at the third step."""
+    p = weight(1.0)
+    opt = sgd(p)
+    for late in (2.0, 4.0, NAN, 6.0):
+        mine = dict.fromkeys(OWN_NAMES, 1.0) | {"late": late, "later": 10.0}
+        opt.step(loss=mine if rank() == 1 else {"part 0": 3.0})
+    said = [
+        (r.action, r.reason, r.losses["part 0"], r.losses["other losses"], len(r.losses))
+        for r in opt.records()
+    ]
+    return [repr(said), p.item()]
+
+
+def test_losses_that_come_too_late_share_a_place_and_no_rank_waits(two: Ranks) -> None:
+    said, moved = same_on_all(two.run(a_loss_too_many))
+    assert said == repr(
+        [
+            ("applied", None, 2.0, 12.0, 12),
+            ("applied", None, 2.0, 14.0, 12),
+            ("skipped", "nonfinite_loss", 2.0, NAN, 12),
+            ("applied", None, 2.0, 16.0, 12),
+        ]
+    )
+    assert moved == -3.0
+    two.kill()  # the names stay with the group
+
+
+def late_losses_of_both() -> tuple[list[dict[str, float]], list[str]]:
+    """Each rank has a late loss of its own, and one is called as the place itself."""
+    warnings: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("fastguard").addHandler(handler)
+    opt = sgd(weight(1.0))
+    opt.step(loss=dict.fromkeys(OWN_NAMES, 1.0))
+    opt.step(loss={f"of rank {rank()}": 1.0 + 2 * rank()})
+    opt.step(loss={"other losses": 5.0} if rank() == 0 else None)
+    logging.getLogger("fastguard").removeHandler(handler)
+    return [r.losses for r in opt.records()][1:], warnings
+
+
+def test_a_loss_too_many_is_said_once_where_it_is_given(two: Ranks) -> None:
+    for i, (losses, warnings) in enumerate(two.run(late_losses_of_both)):
+        assert losses == [{"other losses": 2.0}, {"other losses": 5.0}]
+        (warning,) = warnings
+        assert f"loss 'of rank {i}' is one too many" in warning
+        assert "join 11 losses by name" in warning and "give sums of parts" in warning
+    two.kill()
+
+
+def raise_of_a_late_loss() -> str:
+    opt = sgd(weight(1.0), nonfinite="raise")
+    opt.step(loss=dict.fromkeys(OWN_NAMES, 1.0))
+    with pytest.raises(NonFiniteGradError) as error:
+        opt.step(loss={"late": NAN} if rank() == 1 else None)
     return str(error.value)
 
 
-def test_there_is_room_for_twelve_losses(two: Ranks) -> None:
-    for error in two.run(too_many_losses):
-        assert "is one too many: several ranks join at most 12 losses" in error
-    two.kill()  # the names stay with the group
+def test_a_late_loss_raises_on_all_ranks(two: Ranks) -> None:
+    message = same_on_all(two.run(raise_of_a_late_loss))
+    assert message == "the loss is non-finite: other losses=nan; nothing was changed"
+    two.kill()
+
+
+def rule_of_a_late_loss() -> str:
+    sgd(weight(1.0)).step(loss=dict.fromkeys(OWN_NAMES, 1.0) if rank() == 1 else None)
+    with pytest.raises(ValueError) as error:
+        sgd(weight(1.0), spike={"late": Threshold(max=5.0)})
+    return str(error.value)
+
+
+def test_a_rule_needs_a_place_of_its_own(two: Ranks) -> None:
+    message = same_on_all(two.run(rule_of_a_late_loss))
+    assert "a rule judges loss 'late', which is one too many" in message
+    two.kill()
 
 
 def loss_without_group() -> str:

@@ -13,7 +13,7 @@ from fastguard import SpikeRule, Threshold, host_decide, reference
 from fastguard.decide import GuardState, Policy
 from fastguard.measure import GradStats
 from fastguard.packed import Outcome
-from fastguard.ranks.loss_names import PLACES, LossNames
+from fastguard.ranks.loss_names import OTHERS, OWN, PLACES, LossNames
 from fastguard.records import Recorder, record_now
 from fastguard.reduce import Signals, _read_on_host, _with_losses
 
@@ -75,7 +75,7 @@ def test_names_that_another_rank_added_are_found_when_a_record_is_read() -> None
     mine, other = LossNames(store), LossNames(store)
     assert mine.places(["a"]) == [0]
     assert other.places(["b", "a"]) == [1, 0]
-    assert list(mine) == ["a"] + [""] * (PLACES - 1)
+    assert list(mine) == ["a"] + [""] * (OWN - 1) + [OTHERS]
     assert mine[1] == "b"  # asks the store
     assert list(mine)[:2] == ["a", "b"]
     assert mine.places(["c"]) == [2] and len(mine) == PLACES

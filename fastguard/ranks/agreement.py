@@ -1,0 +1,117 @@
+"""Whether all ranks were given the same arguments: asked once, at the first step of a guard.
+
+Ranks with different limits, modes or rules take different decisions from the same numbers, and part
+without a word; with another number of segments they send vectors of other lengths. So before the
+first vector travels, the ranks compare a hash of each argument: one MAX collective over the hashes
+and their negatives, 160 bytes, which says to all ranks at once which arguments differ.
+
+What changes later, as a trainer changes `max_norm`, is not looked at: that would cost every step a
+collective.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from fastguard.segments import limits
+
+if TYPE_CHECKING:
+    from fastguard.optimizer import GuardedOptimizer
+    from fastguard.ranks.team import Team
+
+LISTED = 8
+"""How many values an error lists, and how many ranks for each."""
+
+
+def check_agreement(optimizer: GuardedOptimizer, team: Team | None) -> None:
+    """Compares the arguments of a guard over its team. Waits for the other ranks, and for a GPU.
+
+    Args:
+        optimizer: The guard, at its first step.
+        team: Who decides together; None: this process alone, and there is nothing to do.
+
+    Raises:
+        ValueError: On all ranks, naming the arguments that differ and their values by rank.
+    """
+    if team is None:
+        return
+    arguments = _arguments(optimizer, team)
+    mine = [_hash(value) for value in arguments.values()]
+    numbers = torch.tensor(
+        [*mine, *(-x for x in mine)],
+        dtype=torch.int64,
+        device=team.device_for(torch.device("cpu")),
+    )
+    dist.all_reduce(numbers, dist.ReduceOp.MAX, group=team.group)
+    highest, lowest = numbers.view(2, -1).tolist()
+    different = [
+        name for name, high, low in zip(arguments, highest, lowest, strict=True) if high != -low
+    ]
+    if not different:
+        return
+    everywhere: list[Any] = [None] * team.size
+    dist.all_gather_object(everywhere, arguments, group=team.group)
+    ranks = dist.get_process_group_ranks(team.group)
+    said = "; ".join(
+        _by_rank(name, [each[name] for each in everywhere], ranks) for name in different
+    )
+    raise ValueError(
+        f"the ranks were given different arguments, and would decide apart: {said}. Construct "
+        "GuardedOptimizer with the same arguments on every rank"
+    )
+
+
+def _arguments(optimizer: GuardedOptimizer, team: Team) -> dict[str, str]:
+    """What all ranks must have alike, as text; the same names on every rank."""
+    groups, scope = optimizer.param_groups, optimizer.clip_scope
+    max_norms = [
+        None if limit == math.inf else limit for limit in limits(groups, scope, optimizer.max_norm)
+    ]
+    arguments = {
+        "group": optimizer.group and type(optimizer.group).__name__,
+        "max_norm": max_norms[0] if len(set(max_norms)) == 1 else max_norms,
+        "norm_type": optimizer.norm_type,
+        "clip_scope": scope,
+        "nonfinite": optimizer.nonfinite,
+        "spike": dict(sorted(optimizer.rules.items())),
+        "max_consecutive_skips": optimizer.max_consecutive_skips,
+        "the number of param groups": None,
+        "the number of parameters by param group": None,
+        "clip_value by param group": None,
+    }
+    if scope == "group":
+        arguments["the number of param groups"] = len(groups)
+    if not team.distinct:  # else each rank has tensors of its own, in groups of its own
+        arguments["the number of parameters by param group"] = [len(g["params"]) for g in groups]
+        clamped = [None if g.get("clip_value") is None else float(g["clip_value"]) for g in groups]
+        arguments["clip_value by param group"] = clamped
+    return {name: repr(value) for name, value in arguments.items()}
+
+
+def _hash(value: str) -> int:
+    """56 bits of it, which int64 holds with either sign."""
+    return int.from_bytes(hashlib.sha256(value.encode()).digest()[:7], "big")
+
+
+def _by_rank(name: str, values: Sequence[str], ranks: Sequence[int]) -> str:
+    """`max_norm is 1.0 on rank 0, 2.0 on ranks 1, 2`."""
+    holders: dict[str, list[str]] = {}
+    for value, rank in zip(values, ranks, strict=True):
+        holders.setdefault(value, []).append(str(rank))
+    return f"{name} is " + _listed(
+        [
+            f"{value} on {'rank' if len(who) == 1 else 'ranks'} {_listed(who)}"
+            for value, who in holders.items()
+        ]
+    )
+
+
+def _listed(items: Sequence[str]) -> str:
+    more = len(items) - LISTED
+    return ", ".join(items[:LISTED]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,152 @@
+"""Ranks whose guards were given different arguments say so together, before anything is changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import fastguard
+from fastguard import GuardedOptimizer, SpikeRule, Threshold
+from fastguard.ranks.agreement import _by_rank
+from guardtest.ranks import Ranks, collectives
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    with Ranks(2, collective_seconds=5.0) as ranks:
+        yield ranks
+
+
+def parameters(n: int) -> list[nn.Parameter]:
+    made = [nn.Parameter(torch.zeros(2)) for _ in range(n)]
+    for p in made:
+        p.grad = torch.ones(2)
+    return made
+
+
+def guarded(
+    group: Any, counts: tuple[int, ...] = (1,), clip_value: float | None = None, **options: Any
+) -> GuardedOptimizer:
+    """Over a process group or `Replicated`, with so many parameters in each param group."""
+    groups: list[dict[str, Any]] = [{"params": parameters(n)} for n in counts]
+    if clip_value is not None:
+        groups[0]["clip_value"] = clip_value
+    world = dist.group.WORLD
+    return GuardedOptimizer(
+        torch.optim.SGD(groups, lr=1.0),
+        group=fastguard.Replicated(world) if group == "replicated" else world,
+        **options,
+    )
+
+
+def refused(group: Any, by_rank: tuple[dict[str, Any], dict[str, Any]]) -> list[str]:
+    """What two attempts at the first step say."""
+    opt = guarded(**({"group": group} | by_rank[dist.get_rank()]))
+    said = []
+    for _ in range(2):
+        with pytest.raises(ValueError) as error:
+            opt.step(loss=1.0)
+        said.append(str(error.value))
+    assert not any(p.any() for g in opt.param_groups for p in g["params"]) and not opt.steps_taken
+    return said
+
+
+SPIKE = {"grad_norm": SpikeRule(window=8, warmup=4), "ce": Threshold(max=5.0)}
+
+DIFFERENT = {
+    "max_norm": ({"max_norm": 1.0}, {"max_norm": 2.5}, "max_norm is 1.0 on rank 0, 2.5 on rank 1"),
+    "no max_norm": ({}, {"max_norm": 1.0}, "max_norm is None on rank 0, 1.0 on rank 1"),
+    "nonfinite": (
+        {"nonfinite": "raise"},
+        {},
+        "nonfinite is 'raise' on rank 0, 'skip' on rank 1",
+    ),
+    "norm_type": ({}, {"norm_type": math.inf}, "norm_type is 2.0 on rank 0, inf on rank 1"),
+    "clip_scope": (
+        {"counts": (1, 1)},
+        {"counts": (1, 1), "clip_scope": "group"},
+        "clip_scope is 'global' on rank 0, 'group' on rank 1; "
+        "the number of param groups is None on rank 0, 2 on rank 1",
+    ),
+    "segments": (
+        {"counts": (1, 1, 1), "clip_scope": "group"},
+        {"counts": (1, 1), "clip_scope": "group"},
+        "the number of param groups is 3 on rank 0, 2 on rank 1",
+    ),
+    "spike": ({"spike": SPIKE}, {"spike": SPIKE | {"ce": Threshold(max=6.0)}}, "Threshold(max=6.0"),
+    "max_consecutive_skips": (
+        {"max_consecutive_skips": 3},
+        {},
+        "max_consecutive_skips is 3 on rank 0, None on rank 1",
+    ),
+    "group": (
+        {"group": "replicated"},
+        {"group": "plain"},
+        "group is 'Replicated' on rank 0, 'ProcessGroup' on rank 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DIFFERENT)
+def test_the_argument_and_its_values_are_named_on_all_ranks(two: Ranks, case: str) -> None:
+    first, second, expected = DIFFERENT[case]
+    messages = {m for said in two.run(refused, "plain", (first, second)) for m in said}
+    (message,) = messages
+    assert expected in message
+    assert message.endswith("Construct GuardedOptimizer with the same arguments on every rank")
+
+
+REPLICAS = {
+    "parameters": (
+        {"counts": (2, 3)},
+        {"counts": (2, 2)},
+        "the number of parameters by param group is [2, 3] on rank 0, [2, 2] on rank 1",
+    ),
+    "clip_value": ({}, {"clip_value": 1}, "clip_value by param group is [None] on rank 0, [1.0]"),
+}
+
+
+@pytest.mark.parametrize("case", REPLICAS)
+def test_replicas_hold_the_same_tensors(two: Ranks, case: str) -> None:
+    first, second, expected = REPLICAS[case]
+    messages = {m for said in two.run(refused, "replicated", (first, second)) for m in said}
+    (message,) = messages
+    assert expected in message
+
+
+def stages() -> tuple[list[Any], float]:
+    """A plain group: other numbers of tensors on each rank, and rules in another order."""
+    rank = dist.get_rank()
+    spike = SPIKE if rank else dict(reversed(SPIKE.items()))
+    counts = ((1, 2), (4,))[rank]
+    opt = guarded("plain", counts, clip_value=(None, 9.0)[rank], max_norm=1 + rank, spike=spike)
+    opt.max_norm = 1.0  # what holds at the first step is compared, as a trainer may set it
+    seen = []
+    for _ in range(2):
+        with collectives() as calls:
+            opt.step(loss=1.0)
+        seen.append(calls)
+    return seen, opt.records()[0].total_norm
+
+
+def test_what_may_differ_does_and_is_compared_once(two: Ranks) -> None:
+    vector = ("allreduce_", 248)
+    for seen, norm in two.run(stages):
+        assert seen == [[("allreduce_", 160), vector], [vector]]
+        assert norm == pytest.approx(math.sqrt(14))
+
+
+def test_many_ranks_are_counted() -> None:
+    values = ["1.0"] * 9 + ["2.0"] + [f"{i}.5" for i in range(8)]
+    said = _by_rank("max_norm", values, range(100, 118))
+    assert said.startswith(
+        "max_norm is 1.0 on ranks 100, 101, 102, 103, 104, 105, 106, 107 and 1 more, "
+        "2.0 on rank 109, 0.5 on rank 110"
+    )
+    assert said.endswith(" and 2 more")
