@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastguard import backend
 from fastguard.buckets import GradBuckets
-from fastguard.decide import Verdict
+from fastguard.decide import HostVerdict, Verdict
 from fastguard.transfer import moved
 
 
@@ -26,6 +26,8 @@ def apply(buckets: GradBuckets, verdict: Verdict) -> None:
         buckets: The gradients that were measured.
         verdict: Its `multiplier` is 1 where nothing is to be scaled.
     """
+    if isinstance(verdict, HostVerdict) and not verdict.known.changes_gradients:
+        return
     scale(buckets, verdict.multiplier, verdict.clean)
 
 

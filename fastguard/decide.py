@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,6 +90,33 @@ class GuardState:
         )
 
 
+class Known(NamedTuple):
+    """What a decision that was taken on the host knows, in plain Python values.
+
+    Attributes:
+        total_norm, skipped, cleaned, spikes, thresholds: As in `Verdict`.
+        clip_coef: The smallest of all segments.
+        changes_gradients: Whether there is anything for apply to do.
+        reason: Why the step was not simply applied.
+        nonfinite_counts: NaN, +Inf and -Inf of the whole model.
+        losses: The losses that were judged, by name.
+        step, consecutive_skips: Counters of the state after this step; 0 without a state.
+    """
+
+    total_norm: float
+    clip_coef: float
+    skipped: bool
+    cleaned: bool
+    changes_gradients: bool
+    reason: Reason
+    nonfinite_counts: Sequence[int]
+    losses: dict[str, float]
+    spikes: Sequence[bool]
+    thresholds: Sequence[float]
+    step: int
+    consecutive_skips: int
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What is to be done with a step. Tensors on the device of the stats.
@@ -115,6 +142,13 @@ class Verdict:
     torch_norm: Tensor
     spikes: Tensor
     thresholds: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class HostVerdict(Verdict):
+    """A verdict that was reached on the host, which need not read the tensors to know it."""
+
+    known: Known = field(repr=False)
 
 
 def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy: Policy) -> Verdict:

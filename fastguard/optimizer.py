@@ -248,6 +248,8 @@ class GuardedOptimizer(KnownRun):
         Args:
             loss: As in `step`.
         """
+        if loss is None:
+            return
         losses = named_losses(loss)
         if losses and self.group is None and self._gradients.team is None:
             refuse_several_ranks()

@@ -178,6 +178,56 @@ def test_a_record_holds_no_tensor():
     assert all(plain(getattr(record, name)) for name in StepRecord.__slots__)
 
 
+# Steps in which nothing happens are written down later, together.
+
+
+def test_records_come_in_order_whenever_they_are_fetched():
+    (p,), opt = guard(max_norm=10.0)
+    fetched = []
+    for i in range(3 * ROWS):
+        p.grad = torch.full((4,), NAN if i % 50 == 7 else 1.0)
+        opt.step(tag=i)
+        if i % 90 == 0:
+            fetched += opt.records()
+    fetched += opt.records()
+    assert [r.step for r in fetched] == list(range(1, 3 * ROWS + 1))
+    assert [r.tag for r in fetched] == list(range(3 * ROWS))
+    assert [r.tag for r in fetched if r.reason] == list(range(7, 3 * ROWS, 50))
+
+
+def test_a_record_says_what_held_at_its_step():
+    (p,), opt = guard(max_norm=10.0)
+    lr = opt.param_groups[0]["lr"] = torch.tensor(0.5)
+    losses = {"ce": torch.tensor(1.5)}
+    opt.step(loss=losses)
+    lr.fill_(0.25)
+    losses["ce"].fill_(9.0)
+    p.grad.fill_(3.0)
+    opt.last.total_norm.fill_(7.0)
+    opt.step(loss=losses)
+    first, second = opt.records()
+    assert (first.total_norm, first.lr, first.losses) == (2.0, 0.5, {"ce": 1.5})
+    assert (second.total_norm, second.lr, second.losses) == (6.0, 0.25, {"ce": 9.0})
+
+
+def test_a_sink_is_told_at_each_step_and_nothing_of_before():
+    _, opt = guard()
+    opt.step()
+    told = []
+    opt.add_sink(told.append)
+    assert told == []
+    opt.step()
+    assert [r.step for r in told] == [2]
+    assert [r.step for r in opt.records()] == [1, 2]
+
+
+def test_few_steps_wait_to_be_written_down():
+    _, opt = guard()
+    for _ in range(5 * ROWS + 3):
+        opt.step()
+        assert len(opt._recorder._unwritten) < ROWS
+
+
 # The same record through the ring by which it leaves a GPU.
 
 
