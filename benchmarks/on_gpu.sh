@@ -65,7 +65,7 @@ PY
 }
 
 rm -f "$json" "$OUT"/gpu-{machine,install,benchmarks,tests,sanitizer}.log
-stage machine 60 "$PYTHON" -P -c '
+stage machine 30 "$PYTHON" -P -c '
 import platform, shutil, subprocess, numpy, torch, triton
 print("python", platform.python_version(), "torch", torch.__version__, "triton", triton.__version__, "numpy", numpy.__version__)
 print("C compiler:", shutil.which("cc") or shutil.which("gcc") or shutil.which("clang") or "none: triton cannot launch")
