@@ -138,13 +138,17 @@ OUTSIDE = {
     "of the batch.",
 }
 
-OTHER = "look at the ranges above: which input is at the edge of what this operation can take?"
+OTHER = _kind(
+    "",  # operations that have no common way to fail
+    "",
+    "look at the ranges above: which input is at the edge of what this operation can take?",
+)
 
 
-def kind_of(operation: str) -> Kind | None:
-    """The kind of an ATen operator or autograd node; None if it has no common way to fail."""
+def kind_of(operation: str) -> Kind:
+    """The kind of an ATen operator or autograd node; `OTHER` if it has no common way to fail."""
     name = base_name(operation)
-    return next((kind for kind in KINDS if name in kind.operations), None)
+    return next((kind for kind in KINDS if name in kind.operations), OTHER)
 
 
 def base_name(operation: str) -> str:
@@ -155,11 +159,9 @@ def base_name(operation: str) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", node).lower()
 
 
-def evidence_of(kind: Kind | None, inputs: Sequence[TensorRange]) -> str:
+def evidence_of(kind: Kind, inputs: Sequence[TensorRange]) -> str:
     """What in the inputs of an operation of this kind explains its NaN or Inf; may be empty."""
     found = [f"{r.name} holds a NaN or Inf" for r in inputs if r.nonfinite]
-    if kind is None:
-        return "; ".join(found)
     name = kind.name
     for r in inputs:
         if name == "division":
@@ -172,7 +174,7 @@ def evidence_of(kind: Kind | None, inputs: Sequence[TensorRange]) -> str:
                 found.append(f"{r.name} has negative elements down to {r.min:.4g}")
         elif name == "inverse function at the edge of its domain" and r.absmax >= 1:
             found.append(f"{r.name} reaches {r.absmax:.9g}")
-    if not found:
+    if not found and kind is not OTHER:
         largest = max((r for r in inputs if r.absmax == r.absmax), key=_absmax, default=None)
         if largest is not None and largest.absmax >= 1e3:
             found.append(f"{largest.name} reaches {largest.absmax:.4g}")

@@ -14,20 +14,8 @@ from torch.utils._pytree import tree_flatten_with_path
 from fastguard.provenance import remedies
 from fastguard.provenance.backward import BackwardTrace, NodeBirth
 from fastguard.provenance.calls import all_finite, floats
-from fastguard.provenance.forward import (
-    Cause,
-    Event,
-    ForwardTrace,
-    Outside,
-    Site,
-)
-from fastguard.provenance.replay import (
-    Step,
-    copied,
-    in_float32,
-    loss_parts,
-    widened_batch,
-)
+from fastguard.provenance.forward import Cause, Event, ForwardTrace, Outside, Site
+from fastguard.provenance.replay import Step, copied, in_float32, loss_parts, widened_batch
 from fastguard.provenance.report import NonFiniteReport, Origin
 from fastguard.snapshot import set_rng_state
 
@@ -149,9 +137,9 @@ class Search:
             inputs=origin.inputs,
             outputs=origin.outputs,
             reached=reached,
-            kind=kind.name if kind else "",
+            kind=kind.name,
             evidence=remedies.evidence_of(kind, origin.inputs),
-            remedy=kind.remedy if kind else remedies.OTHER,
+            remedy=kind.remedy,
             precision=origin.precision or None,  # False says nothing: the cause may lie before
         )
 
@@ -167,7 +155,7 @@ class Search:
         )
         birth = backward.birth
         if birth is None:
-            return NonFiniteReport("backward", bad_gradients=names, remedy=remedies.OTHER)
+            return NonFiniteReport("backward", bad_gradients=names, remedy=remedies.OTHER.remedy)
         # What the forward pass made and torch.where hid comes back as a factor of the gradient.
         hidden = [c for c in trace.cause_of(list(birth.bad_saved)) if not c.placed]
         if hidden:
@@ -185,9 +173,9 @@ class Search:
             inputs=birth.inputs,
             outputs=birth.outputs,
             bad_gradients=names,
-            kind=kind.name if kind else "",
+            kind=kind.name,
             evidence=remedies.evidence_of(kind, birth.inputs),
-            remedy=kind.remedy if kind else remedies.OTHER,
+            remedy=kind.remedy,
         )
 
 
