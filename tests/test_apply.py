@@ -12,15 +12,9 @@ from fastguard.buckets import GradBucket, GradBuckets, Run, bucketize
 from fastguard.decide import Policy, decide
 from fastguard.measure import measure
 from fastguard.reduce import Signals
-from guardtest.grads import assert_bitwise_equal
+from guardtest.grads import DTYPES, assert_bitwise_equal
 
 NAN, INF = math.nan, math.inf
-DTYPES = {
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp32": torch.float32,
-    "fp64": torch.float64,
-}
 NO, YES = torch.zeros(()), torch.ones(())
 
 

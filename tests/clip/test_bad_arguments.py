@@ -7,24 +7,9 @@ import torch
 from torch import nn
 
 import fastguard
-from guardtest.grads import (
-    assert_bitwise_equal,
-    parameters,
-)
+from guardtest.grads import assert_bitwise_equal, parameters
 
 NAN, INF = math.nan, math.inf
-PAIRS = {
-    "clip_grad_norm_": (fastguard.clip_grad_norm_, torch.nn.utils.clip_grad_norm_),
-    "get_total_norm": (fastguard.get_total_norm, torch.nn.utils.get_total_norm),
-    "clip_grads_with_norm_": (
-        fastguard.clip_grads_with_norm_,
-        torch.nn.utils.clip_grads_with_norm_,
-    ),
-    "clip_grad_value_": (fastguard.clip_grad_value_, torch.nn.utils.clip_grad_value_),
-}
-
-
-# Bad arguments: the value, the remedy, and nothing changed.
 
 P = "parameters"
 BAD = {

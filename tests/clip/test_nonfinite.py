@@ -10,6 +10,7 @@ from torch.nn.utils import clip_grad as torchs
 import fastguard
 from fastguard import NonFiniteGradError
 from guardtest.grads import (
+    NORM_TYPES,
     assert_bitwise_equal,
     assert_same_grads,
     copies,
@@ -19,7 +20,6 @@ from guardtest.grads import (
 from guardtest.tolerances import NORM_RTOL
 
 NAN, INF = math.nan, math.inf
-NORM_TYPES = [1.0, 2.0, 3.5, INF]
 
 
 # Parity: NaN and Inf.

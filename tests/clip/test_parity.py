@@ -11,6 +11,7 @@ from torch.nn.utils import clip_grad as torchs
 
 import fastguard
 from guardtest.grads import (
+    NORM_TYPES,
     assert_bitwise_equal,
     assert_same_grads,
     copies,
@@ -20,7 +21,6 @@ from guardtest.grads import (
 from guardtest.tolerances import scale_rtol
 
 NAN, INF = math.nan, math.inf
-NORM_TYPES = [1.0, 2.0, 3.5, INF]
 PAIRS = {
     "clip_grad_norm_": (fastguard.clip_grad_norm_, torch.nn.utils.clip_grad_norm_),
     "get_total_norm": (fastguard.get_total_norm, torch.nn.utils.get_total_norm),

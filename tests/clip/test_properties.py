@@ -10,14 +10,10 @@ from torch import Tensor
 from torch.nn.utils import clip_grad as torchs
 
 import fastguard
-from guardtest.grads import (
-    parameters,
-    true_norm,
-)
+from guardtest.grads import NORM_TYPES, parameters, true_norm
 from guardtest.tolerances import MEASURED_RTOL, NORM_RTOL
 
 NAN, INF = math.nan, math.inf
-NORM_TYPES = [1.0, 2.0, 3.5, INF]
 
 
 # Properties.

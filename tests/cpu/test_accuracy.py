@@ -6,15 +6,8 @@ import pytest
 import torch
 
 from fastguard import cpu_l2
-from guardtest.cpu_norms import (
-    BELOW_FLOAT64,
-    DTYPES,
-    LONG,
-    SHORT,
-    assert_norm_is_true,
-    blocks,
-    norm_of,
-)
+from guardtest.cpu_norms import BELOW_FLOAT64, LONG, SHORT, assert_norm_is_true, blocks, norm_of
+from guardtest.grads import DTYPES
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

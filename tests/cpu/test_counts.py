@@ -7,8 +7,8 @@ import torch
 
 from fastguard import cpu
 from fastguard.buckets import bucketize
-from guardtest.cpu_norms import DTYPES, NONFINITE, assert_norm_is_true
-from guardtest.grads import true_norm
+from guardtest.cpu_norms import NONFINITE, assert_norm_is_true
+from guardtest.grads import DTYPES, true_norm
 from guardtest.tolerances import MEASURED_RTOL
 
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from fastguard import reference
 from fastguard.buckets import bucketize
-from guardtest.cpu_norms import DTYPES, NONFINITE, edges, scaled_down
+from guardtest.cpu_norms import NONFINITE, edges, scaled_down
+from guardtest.grads import DTYPES
 from guardtest.tolerances import MEASURED_RTOL
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fastguard import cpu, cpu_l2
-from guardtest.cpu_norms import DTYPES, SMALL, assert_norm_is_true, edges
+from guardtest.cpu_norms import SMALL, assert_norm_is_true, edges
+from guardtest.grads import DTYPES
 
 
 @pytest.mark.parametrize("n", edges())

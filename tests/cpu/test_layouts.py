@@ -7,8 +7,8 @@ import torch
 
 from fastguard import cpu, gather
 from fastguard.buckets import bucketize
-from guardtest.cpu_norms import DTYPES, assert_norm_is_true, norm_of
-from guardtest.grads import true_norm
+from guardtest.cpu_norms import assert_norm_is_true, norm_of
+from guardtest.grads import DTYPES, true_norm
 
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fastguard import gather
-from guardtest.cpu_norms import DTYPES, assert_norm_is_true, norm_of
+from guardtest.cpu_norms import assert_norm_is_true, norm_of
+from guardtest.grads import DTYPES
 from guardtest.tolerances import MEASURED_RTOL
 
 

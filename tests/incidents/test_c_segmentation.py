@@ -8,13 +8,14 @@ import statistics
 import pytest
 import torch
 
-from fastguard import GuardedOptimizer, diagnose, explain_nonfinite, read_records
+from fastguard import GuardedOptimizer, diagnose, explain_nonfinite
 from fastguard.cli import main
 from fastguard.incidents import segmentation
 from fastguard.incidents.segmentation import BATCHES, FAULTS, LIMITS, autocast, param_groups
 from fastguard.incidents.segmentation_data import Kind, draw
 from fastguard.incidents.segmentation_model import UNet, divided, floored, losses, masked
 from guardtest import require
+from guardtest.incidents import assert_recorded, assert_shown
 
 LETTER = "C"
 for package in ("rich", "matplotlib", "plotly"):
@@ -116,10 +117,8 @@ def test_the_first_nan_is_traced_to_the_division_in_the_refinement_module(guarde
 
 
 def test_what_the_demo_leaves(folder, guarded):
-    assert (folder / "incident.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    records = list(read_records(folder / "records.jsonl", strict=True))
-    assert [repr(r) for r in records] == [repr(r) for r in guarded.records]
-    assert "<html" in (folder / "records.html").read_text("utf-8")
+    assert_shown(folder)
+    assert_recorded(folder, guarded)
 
 
 def test_what_had_to_be_written_by_hand_is_one_command(folder, capsys):

@@ -8,13 +8,14 @@ import math
 import pytest
 import torch
 
-from fastguard import diagnose, read_records
+from fastguard import diagnose
 from fastguard.cli import main
 from fastguard.incidents import adaptive_stream
 from fastguard.incidents.adaptive_stream import BATCHES, FAULTS, PATIENCE, Guarded
 from fastguard.incidents.adaptive_stream_data import SIZE, Kind, draw
 from fastguard.incidents.adaptive_stream_model import Attention, as_it_was, losses, repaired
 from guardtest import require
+from guardtest.incidents import assert_recorded, assert_shown
 
 LETTER = "D"
 for package in ("rich", "matplotlib", "plotly"):
@@ -205,10 +206,8 @@ def test_the_floor_says_once_that_the_schedule_wanted_below(caplog):
 
 
 def test_what_the_demo_leaves(folder, guarded):
-    assert (folder / "incident.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    records = list(read_records(folder / "records.jsonl", strict=True))
-    assert [repr(r) for r in records] == [repr(r) for r in guarded.records]
-    assert "<html" in (folder / "records.html").read_text("utf-8")
+    assert_shown(folder)
+    assert_recorded(folder, guarded)
 
 
 # Each mechanism is needed: without it, the run does not end as it should.

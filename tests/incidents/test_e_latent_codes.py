@@ -29,6 +29,7 @@ from fastguard.incidents.latent_codes import (
 from fastguard.incidents.latent_codes_data import Kind, sample
 from fastguard.incidents.latent_codes_model import AutoDecoder
 from guardtest import require
+from guardtest.incidents import assert_shown
 
 LETTER = "E"
 for package in ("rich", "matplotlib", "plotly", "tensorboard", "yaml"):
@@ -251,12 +252,11 @@ def test_norms_coefficients_and_skips_are_in_tensorboard(folder, guarded):
 
 
 def test_what_the_demo_leaves(folder, guarded):
-    assert (folder / "incident.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert_shown(folder)
     records = list(read_records(folder / "records.jsonl", strict=True))
-    assert [json.dumps(r.as_dict()) for r in records] == [
+    assert [json.dumps(r.as_dict()) for r in records] == [  # a tag that was a tuple is a list now
         json.dumps(r.as_dict()) for r in guarded.records
     ]
-    assert "<html" in (folder / "records.html").read_text("utf-8")
 
 
 def test_what_was_looked_for_in_curves_is_one_command(folder, capsys):

@@ -5,7 +5,6 @@ import math
 import threading
 
 import pytest
-import torch
 from torch import Tensor
 
 from fastguard import cpu, cpu_l2, gather
@@ -13,12 +12,6 @@ from fastguard.buckets import bucketize
 from guardtest.grads import true_norm
 from guardtest.tolerances import MEASURED_RTOL
 
-DTYPES = {
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp32": torch.float32,
-    "fp64": torch.float64,
-}
 BELOW_FLOAT64 = ("fp16", "bf16", "fp32")
 NONFINITE = (math.nan, math.inf, -math.inf)
 

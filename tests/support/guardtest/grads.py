@@ -8,6 +8,14 @@ from torch import Tensor, nn
 
 from guardtest.tolerances import scale_rtol
 
+DTYPES = {
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
+NORM_TYPES = [1.0, 2.0, 3.5, math.inf]
+
 
 def parameters(*grads: Tensor | None) -> list[nn.Parameter]:
     """One parameter for each gradient; None makes a parameter without one."""

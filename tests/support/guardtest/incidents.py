@@ -8,6 +8,7 @@ import pytest
 
 from fastguard.cli import main
 from fastguard.incidents import Incident, Outcome
+from fastguard.sinks import read_records
 
 
 def play(letter: str, folder: Path) -> tuple[Outcome, Outcome]:
@@ -31,6 +32,18 @@ def play(letter: str, folder: Path) -> tuple[Outcome, Outcome]:
         assert main(["demo", "--incident", letter, "--out", str(folder)]) == 0
     as_it_was, guarded = outcomes
     return as_it_was, guarded
+
+
+def assert_shown(folder: Path) -> None:
+    """The picture and the page that the demo leaves."""
+    assert (folder / "incident.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert "<html" in (folder / "records.html").read_text("utf-8")
+
+
+def assert_recorded(folder: Path, guarded: Outcome) -> None:
+    """The records that the demo leaves are those of the guarded run."""
+    records = list(read_records(folder / "records.jsonl", strict=True))
+    assert [repr(r) for r in records] == [repr(r) for r in guarded.records]
 
 
 # Fixtures of the tests of one incident, whose module says which: LETTER.
