@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from fastguard.clip import get_total_norm
 from fastguard.integrations.clipping import AskedLimit, was_skipped
+from fastguard.integrations.engines import engine_error
 from fastguard.integrations.extras import needs
 from fastguard.integrations.replicas import usual_group
 from fastguard.integrations.running_statistics import RunningStatistics
@@ -63,7 +64,7 @@ class AcceleratorGuard:
         fixed: bool,
     ) -> None:
         if accelerator.distributed_type in ENGINES:
-            raise ValueError(f"under {accelerator.distributed_type} an engine steps by itself")
+            raise engine_error(accelerator.distributed_type.value)
         if isinstance(getattr(accelerator.prepare_optimizer, "__self__", None), AcceleratorGuard):
             raise ValueError("this accelerator is guarded already")
         self.accelerator, self.model, self.options, self.fixed = accelerator, model, options, fixed

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from fastguard.clip import get_total_norm
 from fastguard.integrations.clipping import AskedLimit
+from fastguard.integrations.engines import refuse_deepspeed
 from fastguard.integrations.extras import needs
 from fastguard.integrations.replicas import usual_group
 from fastguard.integrations.running_statistics import RunningStatistics
@@ -28,7 +29,7 @@ with needs("lightning"):
 
 
 class FabricGuard:
-    """Stands in for four methods of a Fabric's strategy.
+    """Stands in for five methods of a Fabric's strategy.
 
     Args:
         fabric: Before its `setup` is called.
@@ -38,15 +39,30 @@ class FabricGuard:
 
     def __init__(self, fabric: Fabric, model: nn.Module | None, options: dict[str, Any]) -> None:
         strategy = fabric.strategy
+        refuse_deepspeed(strategy)
         if isinstance(getattr(strategy.setup_optimizer, "__self__", None), FabricGuard):
             raise ValueError("this Fabric is guarded already")
         self.strategy, self.model, self.options = strategy, model, options
         self.limits: dict[GuardedOptimizer, AskedLimit] = {}
         self._fabrics = {}
-        names = ("setup_optimizer", "clip_gradients_norm", "clip_gradients_value", "backward")
-        for name in names:
+        for name in (
+            "setup_module_and_optimizers",
+            "setup_optimizer",
+            "clip_gradients_norm",
+            "clip_gradients_value",
+            "backward",
+        ):
             self._fabrics[name] = getattr(strategy, name)
             setattr(strategy, name, getattr(self, name))
+
+    def setup_module_and_optimizers(
+        self, module: nn.Module, optimizers: list[Optimizer], *rest: Any
+    ) -> tuple[Any, ...]:
+        """As the strategy's own; FSDP's does not set up the optimizers that come with a module."""
+        theirs = self._fabrics["setup_module_and_optimizers"]
+        module, optimizers, *rest_of_it = theirs(module, optimizers, *rest)
+        guarded = [o if o in self.limits else self.setup_optimizer(o) for o in optimizers]
+        return module, guarded, *rest_of_it
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
         """As the strategy's own."""
@@ -112,7 +128,7 @@ def guard(fabric: Fabric, model: nn.Module | None = None, **options: Any) -> Fab
             `fabric.clip_gradients` is called with are ignored.
 
     Raises:
-        ValueError: It is guarded already.
+        ValueError: It is guarded already, or DeepSpeed steps by itself.
     """
     FabricGuard(fabric, model, options)
     return fabric

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastguard.integrations.clipping import AskedLimit, total_norm_of, was_skipped
+from fastguard.integrations.engines import refuse_deepspeed
 from fastguard.integrations.extras import needs
 from fastguard.integrations.replaced import replaced
 from fastguard.integrations.replicas import usual_group
@@ -55,6 +56,15 @@ class GuardCallback(Callback):
         self._skipped: list[Tensor] = []
         self._logged: list[int] = []
         self._replaced = ExitStack()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Before the strategy makes an engine.
+
+        Raises:
+            ValueError: To train through DeepSpeed, which steps by itself.
+        """
+        if stage == "fit":
+            refuse_deepspeed(trainer.strategy)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Guards the optimizers, which exist by now; a checkpoint is loaded into them later."""

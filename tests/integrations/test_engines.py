@@ -1,0 +1,137 @@
+"""Trainers that step through DeepSpeed are refused before its engine exists."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from guardtest import require
+
+lightning = require("lightning")
+
+from lightning.fabric.strategies import SingleDeviceStrategy  # noqa: E402
+from lightning.pytorch.strategies import DDPStrategy  # noqa: E402
+
+from fastguard import GuardedOptimizer  # noqa: E402
+from fastguard.integrations import fabric  # noqa: E402
+from fastguard.integrations.lightning import GuardCallback  # noqa: E402
+
+REFUSAL = "under DeepSpeedStrategy an engine steps by itself .* docs/recipes.md"
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """Lightning's launchers leave the rank of this process behind, which Accelerate reads."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def deepspeed(monkeypatch):
+    """Without it neither of Lightning's two strategies can be constructed."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    module = require("deepspeed")
+    # Its collectives in shared memory are compiled when they are first asked for: minutes.
+    monkeypatch.setitem(module.ops.__compatible_ops__, "deepspeed_shm_comm", False)
+    return module
+
+
+class Module(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(4, 1)
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def trainer_with(strategy, monkeypatch):
+    # All that these do first is to ask for a GPU, or for other processes.
+    monkeypatch.setattr(strategy, "setup_environment", lambda: None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        return lightning.Trainer(
+            accelerator="cpu",
+            devices=1,
+            strategy=strategy,
+            max_epochs=1,
+            callbacks=[GuardCallback(max_norm=1.0)],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+
+
+def test_the_trainer(deepspeed, monkeypatch):
+    trainer = trainer_with(lightning.pytorch.strategies.DeepSpeedStrategy(), monkeypatch)
+    with pytest.raises(ValueError, match=REFUSAL):
+        trainer.fit(Module(), torch.utils.data.DataLoader(torch.ones(3, 2, 4), batch_size=None))
+    assert not trainer.strategy.optimizers  # nothing was set up
+
+
+class HPUDeepSpeedStrategy(DDPStrategy):
+    """What other vendors bring is known by its name."""
+
+
+def test_the_trainer_with_another_deepspeed(monkeypatch):
+    trainer = trainer_with(HPUDeepSpeedStrategy(), monkeypatch)
+    with pytest.raises(ValueError, match="under HPUDeepSpeedStrategy an engine steps by itself"):
+        trainer.fit(Module(), torch.utils.data.DataLoader(torch.ones(3, 2, 4), batch_size=None))
+
+
+def test_to_validate_through_deepspeed_takes_no_guard(deepspeed, monkeypatch):
+    trainer = trainer_with(lightning.pytorch.strategies.DeepSpeedStrategy(), monkeypatch)
+    GuardCallback().setup(trainer, Module(), "validate")
+
+
+def test_fabric(deepspeed):
+    strategy = lightning.fabric.strategies.DeepSpeedStrategy()
+    mine = lightning.Fabric(accelerator="cpu", devices=1, strategy=strategy)
+    with pytest.raises(ValueError, match=REFUSAL):
+        fabric.guard(mine)
+    assert "setup_optimizer" not in vars(strategy)  # left as it was
+
+
+class LikeFSDP(SingleDeviceStrategy):
+    """As FSDPStrategy does on a GPU: of a joint setup, the optimizers come back as they are."""
+
+    def setup_module_and_optimizers(self, module, optimizers, scheduler=None):
+        return self.setup_module(module), optimizers, scheduler
+
+
+def test_fabric_guards_an_optimizer_that_comes_with_its_module():
+    mine = lightning.Fabric(accelerator="cpu", strategy=LikeFSDP())
+    model = nn.Linear(4, 1)
+    fabric.guard(mine, model, nonfinite="zero")
+    _, optimizer = mine.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert isinstance(optimizer.optimizer, GuardedOptimizer)
+    assert optimizer.optimizer.nonfinite == "zero"
+
+
+def test_accelerate(deepspeed, monkeypatch):
+    accelerate = require("accelerate")
+    from fastguard.integrations.accelerate import guard
+
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        plugin = accelerate.DeepSpeedPlugin(zero_stage=0)
+        accelerator = accelerate.Accelerator(deepspeed_plugin=plugin)
+        with pytest.raises(ValueError, match="under DEEPSPEED an engine steps by itself"):
+            guard(accelerator)
+        assert accelerator.prepare_optimizer.__self__ is accelerator
+    finally:
+        dist.destroy_process_group()
