@@ -1,4 +1,4 @@
-"""The guard's part of a state dict. Whole runs are resumed in test_optimizer_being_an_optimizer."""
+"""The guard's part of a state dict. Whole runs are resumed in tests/optimizer/test_state_dict."""
 
 import io
 import warnings

@@ -1,0 +1,47 @@
+"""Copies of a guarded optimizer go on by themselves."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch.optim import lr_scheduler as schedulers
+
+from guardtest.guarded import SPIKES, adamw, train
+from guardtest.training import assert_same_bits, new_parameters, snapshot
+
+
+def pickled(opt):
+    return pickle.loads(pickle.dumps(opt))
+
+
+def saved(opt):
+    buffer = io.BytesIO()
+    torch.save(opt, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved])
+@pytest.mark.parametrize("flat", [False, True], ids=["", "flat"])
+def test_a_copy_goes_on_by_itself(copied, flat):
+    """A scheduler puts a `step` on the instance, which belongs to the original."""
+    parameters = new_parameters()
+    names = [(f"w{i}", p) for i, p in enumerate(parameters)]
+    opt = adamw(parameters, max_norm=1.0, spike=SPIKES, named_parameters=names, flat_buckets=flat)
+    schedulers.LambdaLR(opt, lambda epoch: 1.0)
+    opt.register_step_post_hook(lambda *_: None)
+    train(opt, range(4), bad={2})
+    twin = copied(opt)
+    before = snapshot(opt)
+    assert_same_bits(snapshot(twin), before)
+    train(twin, range(4, 8), bad={5})
+    assert_same_bits(snapshot(opt), before)
+    assert (opt.applied_steps, twin.applied_steps) == (3, 6)
+    train(opt, range(4, 8), bad={5})
+    assert_same_bits(snapshot(twin), snapshot(opt))
+    assert [r.culprits for r in twin.records()[-3:]] == [(("w3", 1, 0, 0),), (), ()]
+    twin.add_param_group({"params": new_parameters([(7,)])})
+    train(twin, [8])
+    assert twin.applied_steps == 7
