@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -15,46 +15,54 @@ LOSS = "loss"
 """The name of a loss that was given without one."""
 
 
-def named_losses(
-    loss: Tensor | float | Mapping[str, Tensor | float] | None,
-) -> dict[str, Tensor | float]:
-    """What a user passes as `loss`, by name: numbers where the host has them at hand (they cost a
-    fifth of what tensors do), detached scalars on other devices.
+Loss = Tensor | float | Mapping[str, Tensor | float]
+
+
+def named_losses(loss: Loss | None) -> dict[str, Tensor | float]:
+    """What a user passes as `loss`, by name: detached scalars, numbers as they are.
 
     Raises:
         TypeError: A loss is neither a tensor nor a number.
         ValueError: A loss has more than one element, or the name of the gradient norm.
     """
+    return _by_name(loss, _detached)
+
+
+def read_losses(loss: Loss | None) -> dict[str, Tensor | float]:
+    """The same, but those on a CPU are read, which makes all that follows cost half."""
+    return _by_name(loss, lambda value: value.item() if value.is_cpu else _detached(value))
+
+
+def _detached(value: Tensor) -> Tensor:
+    return value.detach().reshape(())
+
+
+def _by_name(
+    loss: Loss | None, scalar: Callable[[Tensor], Tensor | float]
+) -> dict[str, Tensor | float]:
     if loss is None:
         return {}
     named = loss if isinstance(loss, Mapping) else {LOSS: loss}
-    scalars = {}
+    scalars: dict[str, Tensor | float] = {}
     for name, value in named.items():
         if name == GRAD_NORM:
             raise ValueError(
                 f"a loss is called {name!r}, which is the gradient norm's own signal; rename it"
             )
         if isinstance(value, Tensor):
-            scalars[str(name)] = _scalar(name, value)
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            scalars[str(name)] = float(value)
-        else:
+            if value.numel() != 1:
+                raise ValueError(
+                    f"{name} has shape {tuple(value.shape)}, but the guard needs one number; "
+                    "reduce it first, for example with .mean()"
+                )
+            value = scalar(value)
+        elif isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(
                 f"{name}={value!r} is a {type(value).__name__}; pass a scalar tensor, a number, "
                 "or a dict of them by name"
             )
+        scalars[str(name)] = value if isinstance(value, Tensor) else float(value)
     return scalars
-
-
-def _scalar(name: str, value: Tensor) -> Tensor | float:
-    if value.numel() != 1:
-        raise ValueError(
-            f"{name} has shape {tuple(value.shape)}, but the guard needs one number; "
-            "reduce it first, for example with .mean()"
-        )
-    if value.is_cpu:
-        return float(value.item())
-    return value.detach().reshape(())
 
 
 class ObservedLosses:

@@ -24,7 +24,7 @@ from fastguard.errors import TrainingDivergedError
 from fastguard.gradients import Gradients
 from fastguard.guardable import MODES, check_budget, check_choice, check_optimizer
 from fastguard.known_run import KnownRun
-from fastguard.losses import ObservedLosses, named_losses, stacked
+from fastguard.losses import Loss, ObservedLosses, read_losses, stacked
 from fastguard.measure import measure, norm_type_of
 from fastguard.packed import Outcome
 from fastguard.ranks.agreement import check_agreement
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from fastguard.ranks.watch import RankWatch
 
 log = logging.getLogger("fastguard")
-
-Loss = Tensor | float | Mapping[str, Tensor | float]
 
 
 class GuardedOptimizer(KnownRun):
@@ -250,7 +248,7 @@ class GuardedOptimizer(KnownRun):
         """
         if loss is None:
             return
-        losses = named_losses(loss)
+        losses = read_losses(loss)
         if losses and self.group is None and self._gradients.team is None:
             refuse_several_ranks()
         self._observed.observe(losses)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastguard.losses import ObservedLosses, named_losses, stacked
+from fastguard.losses import ObservedLosses, named_losses, read_losses, stacked
 
 
 @pytest.mark.parametrize(
@@ -15,9 +15,9 @@ from fastguard.losses import ObservedLosses, named_losses, stacked
     ids=repr,
 )
 def test_a_loss_without_a_name_is_called_loss(loss):
-    losses = named_losses(loss)
-    assert list(losses) == ["loss"]
-    assert losses["loss"] == 2.0 and type(losses["loss"]) is float
+    losses = read_losses(loss)
+    assert losses == {"loss": 2.0} and type(losses["loss"]) is float
+    assert named_losses(loss) == losses
     assert named_losses({"ce": loss}) == {"ce": 2.0}
 
 
@@ -26,11 +26,15 @@ def test_no_loss_is_none():
     assert named_losses({}) == {}
 
 
-def test_losses_on_a_cpu_are_numbers_and_others_are_detached():
-    x = torch.ones(1, requires_grad=True)
-    assert named_losses({"a": x * 2}) == {"a": 2.0}
-    elsewhere = named_losses({"a": torch.ones(1, requires_grad=True, device="meta") * 2})["a"]
-    assert not elsewhere.requires_grad and elsewhere.shape == ()
+@pytest.mark.parametrize("losses_by_name", [named_losses, read_losses])
+def test_losses_are_detached(losses_by_name):
+    for device in ("cpu", "meta"):
+        x = torch.ones(1, requires_grad=True, device=device)
+        loss = losses_by_name({"a": x * 2})["a"]
+        if losses_by_name is read_losses and device == "cpu":
+            assert loss == 2.0 and type(loss) is float
+        else:
+            assert not loss.requires_grad and loss.shape == ()
 
 
 @pytest.mark.parametrize(
@@ -54,7 +58,7 @@ def test_what_is_no_loss_is_refused(loss, error, message):
 def test_means_over_micro_batches():
     observed = ObservedLosses()
     for ce, aux in ((1.0, 4.0), (2.0, None), (6.0, 5.0)):
-        observed.observe(named_losses({"ce": ce} if aux is None else {"ce": ce, "aux": aux}))
+        observed.observe(read_losses({"ce": ce} if aux is None else {"ce": ce, "aux": aux}))
     means = observed.take()
     assert means == {"ce": 3.0, "aux": 4.5}
     joined = stacked(means, torch.device("cpu"))
@@ -66,22 +70,23 @@ def test_means_over_micro_batches():
 def test_one_nonfinite_micro_batch_makes_the_mean_nonfinite(bad):
     observed = ObservedLosses()
     for value in [1.0, *bad, 2.0]:
-        observed.observe(named_losses(torch.tensor(value)))
+        observed.observe(read_losses(torch.tensor(value)))
     assert not math.isfinite(observed.take()["loss"])
 
 
 def test_large_losses_do_not_overflow_on_the_way():
     observed = ObservedLosses()
     for _ in range(4):
-        observed.observe(named_losses(torch.tensor(3e38)))
+        observed.observe(read_losses(torch.tensor(3e38)))
     assert observed.take()["loss"] == pytest.approx(3e38, rel=1e-6)
 
 
+@pytest.mark.parametrize("losses_by_name", [named_losses, read_losses])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_the_caller_may_use_its_buffer_again(dtype):
+def test_the_caller_may_use_its_buffer_again(dtype, losses_by_name):
     buffer = torch.tensor(1.0, dtype=dtype)
     observed = ObservedLosses()
-    observed.observe(named_losses(buffer))
+    observed.observe(losses_by_name(buffer))
     buffer.fill_(math.nan)
     assert observed.take()["loss"] == 1.0
 
