@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastguard.demo.faults import FEWEST_STEPS, Fault, plan
+from fastguard.demo.output import outlasting_readers
 from fastguard.demo.shards import COMMAND, Shards, processes
 from fastguard.demo.training import WAYS, Run, Settings, one_thread, train
 from fastguard.incidents import INCIDENTS
@@ -57,9 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains, shows and writes."""
+    """Trains, shows and writes; where nobody reads what it shows, it still writes."""
     need("rich", "matplotlib", extra="cli")
     folder = output_folder(args.out)
+    with outlasting_readers():
+        return _run(args, folder)
+
+
+def _run(args: argparse.Namespace, folder: Path) -> int:
     if args.incident is not None:
         if args.fsdp:
             raise UsageError("--incident plays in one process; leave out --fsdp")

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,26 @@ def test_without_faults(tmp_path, capsys):
     assert "NaN since" not in printed
     assert "injected  " not in printed  # no table of incidents
     assert (tmp_path / "demo.png").read_bytes().startswith(PNG)
+
+
+WRITTEN = {
+    "demo": ({"demo.png", "records.jsonl"}, ["--steps", str(STEPS)]),
+    "incident": ({"incident.png", "records.jsonl"}, ["--incident", "B"]),
+}
+
+
+@pytest.mark.parametrize("what", WRITTEN)
+def test_a_reader_that_leaves_misses_only_what_is_printed(what, tmp_path):
+    """As `fastguard demo | head -1` does; unbuffered, so that every line meets the closed pipe."""
+    files, options = WRITTEN[what]
+    command = [sys.executable, "-u", "-m", "fastguard", "demo", "--out", str(tmp_path), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+    assert files <= {path.name for path in tmp_path.iterdir()}
+    assert all((tmp_path / name).stat().st_size for name in files)
 
 
 def test_status_1_when_the_guarded_run_is_not_finite(tmp_path, capsys, monkeypatch):
