@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import random
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -98,7 +97,7 @@ class Snapshot:
     def nonfinite(self) -> list[str]:
         """Names of the saved tensors that hold NaN or Inf. Waits for the copy."""
         self._wait()
-        named = [(n, t) for n, t in _tensors(self._states, "") if t.dtype in FLOATING and t.numel()]
+        named = [(n, v) for n, t in _tensors(self._states, "") if (v := _values(t)).numel()]
         names = [name for name, _ in named]
         stats = measure(bucketize([t for _, t in named], names=names))
         return [name for name, *_ in stats.culprits()]
@@ -167,6 +166,8 @@ class _Copier:
             before = into.local if isinstance(into, _Shard) else None
             local = value.to_local()  # type: ignore[attr-defined]
             return _Shard(self._copied_tensor(local, before), value._spec)  # type: ignore[attr-defined]
+        if value.layout is not torch.strided:  # as many elements as it has today
+            return value.detach().to("cpu", copy=True)
         fits = isinstance(into, Tensor) and into.shape == value.shape and into.dtype == value.dtype
         if not fits:
             into = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
@@ -199,11 +200,28 @@ def _restored(value: Any) -> Any:
 
 
 def _like(value: Mapping[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
-    """A dict of the same kind, with what Module.state_dict adds to it."""
-    made = OrderedDict(items) if isinstance(value, OrderedDict) else items
+    """A dict of the same kind, with what Module.state_dict adds to it.
+
+    `MultiStepLR` keeps its milestones in a Counter, and asks it for what no dict knows.
+    """
+    if not isinstance(value, dict):
+        return items
+    made = copy.copy(value)
+    made.clear()
+    made.update(items)
     if hasattr(value, "_metadata"):
         made._metadata = copy.deepcopy(value._metadata)  # type: ignore[attr-defined]
     return made
+
+
+def _values(tensor: Tensor) -> Tensor:
+    """What of a tensor can be NaN or Inf, in a form that `measure` reads; maybe nothing."""
+    if tensor.layout is not torch.strided:
+        tensor = tensor._values() if tensor.layout is torch.sparse_coo else tensor.values()
+    if tensor.dtype in FLOATING or tensor.is_complex():
+        return tensor
+    is_fp8 = tensor.is_floating_point() and tensor.dtype is not torch.float4_e2m1fn_x2
+    return tensor.float() if is_fp8 else tensor.new_empty(0, dtype=torch.float32)
 
 
 def _tensors(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:

@@ -57,6 +57,7 @@ def test_trouble_before_the_first_snapshot_goes_back_to_where_the_data_stood() -
     rewind = run.batch(42, math.nan)
     assert rewind is not None
     assert (rewind.step, rewind.position, rewind.skip) == (0, 40, (42,))
+    assert rewind.reason == "a step was skipped"
 
 
 def test_too_many_skips_restore_the_last_snapshot_bit_for_bit() -> None:
@@ -106,6 +107,60 @@ def test_a_spike_that_persists_restores() -> None:
     assert "spiked" in rewind.reason
 
 
+def test_spikes_are_counted_anew_after_a_rollback() -> None:
+    run = Run(every=5, after_skips=None, after_spikes=2)
+    for i in range(6):
+        run.batch(i)
+    run.batch(6, 1e6)
+    assert run.batch(7, 1e12) is not None
+    assert run.batch(8, 1e6) is None
+    assert run.batch(9, 1e12) is not None
+
+
+def test_one_spike_may_be_enough() -> None:
+    run = Run(every=5, after_skips=None, after_spikes=1)
+    for i in range(6):
+        run.batch(i)
+    assert run.batch(6, 1e6).reason == "a step spiked"
+
+
+def test_only_what_was_bad_after_the_snapshot_is_left_out() -> None:
+    run = Run(every=2, after_skips=5)
+    for i, scale in enumerate((1.0, 1.0, math.nan, 1.0, 1.0)):
+        run.batch(i, scale)
+    assert run.rollback.snapshots == [2, 5]
+    assert run.rollback.trigger().skip == ()
+    run.batch(5, math.nan)
+    run.rollback.snapshot()  # of the very step that was bad
+    run.batch(6, math.nan)
+    assert run.rollback.trigger().skip == (6,)
+
+
+def test_what_was_bad_before_a_poisoned_snapshot_is_left_out_too() -> None:
+    run = Run(every=2, after_skips=5)
+    for i in range(2):
+        run.batch(i)
+    run.batch(2, math.nan)
+    with torch.no_grad():
+        run.model[0].weight[0, 0] = math.nan
+    run.rollback.snapshot()
+    assert run.rollback.snapshots == [2, 3]
+    rewind = run.rollback.trigger()
+    assert (rewind.step, rewind.skip) == (2, (2,))
+
+
+def test_the_caller_may_ask_for_it_before_the_step_is_told() -> None:
+    """The record and the position of that step belong together, or to nothing."""
+    run = Run(every=2, after_skips=2)
+    for i in range(2):
+        run.batch(i)
+    run.opt.step(loss=math.nan)
+    assert run.rollback.trigger().step == 2
+    assert run.batch(3) is None
+    run.batch(4, math.nan)
+    assert run.batch(5, math.nan).skip == (4, 5)
+
+
 def test_the_caller_may_ask_for_it() -> None:
     run = Run(every=2)
     for i in range(3):
@@ -121,6 +176,31 @@ def test_it_gives_up_with_the_story() -> None:
     assert run.batch(5, math.nan).attempt == 2
     with pytest.raises(TrainingDivergedError, match=r"2 rollbacks did not get past.*nonfinite"):
         run.batch(6, math.nan)
+
+
+def test_the_story_ends_with_the_last_bad_steps_and_whom_they_blame() -> None:
+    run = Run(every=2, keep=1, after_skips=11, max_attempts=1)
+    for i in range(11):
+        run.opt.zero_grad()
+        for p in run.model.parameters():
+            p.grad = torch.ones_like(p)
+        named = run.model[0].weight if i == 10 else run.model[3].bias
+        named.grad.view(-1)[0] = math.nan
+        run.opt.step(tag=f"batch {i}")
+        if i < 10:
+            assert run.rollback.step(i) is None
+    run.rollback.attempts = 1
+    with pytest.raises(TrainingDivergedError, match=r"11 steps in a row") as error:
+        run.rollback.step(10)
+    assert [i for i in range(11) if f"step {i + 1} " in str(error.value)] == list(range(3, 11))
+    assert list(error.value.culprits) == [("parameter 0", 1, 0, 0)]
+    with torch.no_grad():
+        run.model[0].weight.fill_(math.nan)
+    run.rollback.snapshot()
+    with pytest.raises(TrainingDivergedError, match="no snapshot is finite") as error:
+        run.rollback.attempts = 0
+        run.rollback.trigger()
+    assert list(error.value.culprits) == [("parameter 0", 1, 0, 0)]
 
 
 def test_attempts_start_anew_beyond_the_trouble() -> None:
@@ -172,6 +252,22 @@ def test_a_snapshot_before_the_end_of_the_trouble_is_no_way_out() -> None:
     assert run.rollback.snapshots[-1] == 5
     run.batch(7, math.nan)
     assert run.batch(8, math.nan).attempt == 2
+
+
+def test_the_trouble_reaches_as_far_as_it_ever_did() -> None:
+    run = Run(every=100, after_skips=2, max_attempts=9)
+    run.rollback.snapshot()
+    run.batch(0, math.nan)
+    assert run.batch(1, math.nan).attempt == 1  # the trouble reached step 2
+    run.batch(2)
+    assert run.rollback.trigger().attempt == 2  # this one reached step 1
+    for i in (3, 4):
+        run.batch(i)
+    run.rollback.snapshot()  # of step 2: not beyond the trouble
+    assert run.rollback.trigger().attempt == 3
+    run.batch(5)
+    run.rollback.snapshot()
+    assert run.rollback.trigger().attempt == 1
 
 
 def test_a_poisoned_snapshot_is_never_restored() -> None:
@@ -235,7 +331,11 @@ def test_training_on_does_not_reach_into_a_snapshot() -> None:
     [
         ({"every": 0}, ValueError, "every=0"),
         ({"keep": 0}, ValueError, "keep=0"),
+        ({"every": True}, ValueError, "every=True"),
         ({"after_skips": -1}, ValueError, "after_skips=-1"),
+        ({"after_spikes": 0}, ValueError, "after_spikes=0"),
+        ({"max_attempts": 0}, ValueError, "max_attempts=0"),
+        ({"lr_factor": 1.5}, ValueError, "lr_factor=1.5"),
         ({"lr_factor": 0.0}, ValueError, "lr_factor=0.0"),
     ],
     ids=str,

@@ -102,6 +102,35 @@ def test_an_old_run_in_the_directory_is_not_gone_back_to(store: CheckpointStore)
     assert torch.equal(new.model[0].bias, bias)
 
 
+def test_nor_is_one_that_never_took_a_step(store: CheckpointStore) -> None:
+    Run(store)
+    new = Run(None)
+    with torch.no_grad():
+        new.model[0].weight.fill_(0.5)
+    rollback = Rollback(new.opt, {"model": new.model}, lr=new.lr, store=store)
+    rollback.trigger()
+    assert (new.model[0].weight == 0.5).all()
+
+
+def test_attempts_start_anew_with_a_snapshot_beyond_the_trouble_and_not_without(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(store, after_skips=1, every=1).advance(2)
+    assert run.batch(2, math.nan).attempt == 1  # the trouble reached step 3
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        run.advance(6)
+    assert run.opt.steps_taken == 5 and run.rollback.snapshots[-1] == 2
+    assert run.batch(6, math.nan).attempt == 2
+    run.advance(12)
+    assert run.rollback.snapshots[-1] > 6
+    assert run.batch(12, math.nan).attempt == 1
+
+
 def test_a_damaged_snapshot_is_passed_over(store: CheckpointStore) -> None:
     run = Run(store).advance(4)
     path = store.directory / store.last().file
@@ -151,6 +180,17 @@ def test_without_a_usable_snapshot_it_says_so(store: CheckpointStore) -> None:
     for entry in store.list():
         (store.directory / entry.file).unlink()
     with pytest.raises(TrainingDivergedError, match=r"at step 0, and .* has no usable snapshot"):
+        run.rollback.trigger()
+
+
+def test_a_snapshot_that_the_system_cannot_read_ends_the_run_with_the_story(
+    store: CheckpointStore,
+) -> None:
+    run = Run(store)
+    path = store.directory / store.last().file
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(TrainingDivergedError, match=r"no usable snapshot: .*Is a directory"):
         run.rollback.trigger()
 
 
