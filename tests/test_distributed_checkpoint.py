@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from fastguard import GuardedOptimizer, SpikeRule
+from fastguard.distributed_checkpoint import split
 from guardtest.training import assert_same_bits, snapshot
 
 NAN = float("nan")
@@ -99,6 +102,27 @@ def test_an_ordinary_step_with_lr_zero_and_no_gradients_counts() -> None:
         p.grad = torch.zeros_like(p)
     opt.step()
     assert opt.applied_steps == 1
+
+
+def test_a_step_from_a_shallow_stack_is_no_call_of_torchs() -> None:
+    model, opt = build()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    thread = threading.Thread(target=opt.step)  # as a trainer that steps in the background
+    thread.start()
+    thread.join()
+    assert opt.applied_steps == 1
+
+
+def test_splitting_leaves_what_was_given_as_it_was() -> None:
+    guard = {"version": 1}
+    given = {"state": {}, "param_groups": [{"lr": 0.1, "fastguard": guard}, {"lr": 0.2}]}
+    inner = {"state": {}, "param_groups": [{"lr": 0.1}, {"lr": 0.2}]}
+    before = copy.deepcopy(given)
+    assert split(given) == (inner, guard)
+    assert given == before
+    assert split({**inner, "fastguard": guard}) == (inner, guard)
+    assert split(inner) == (inner, None)
 
 
 def test_the_state_of_an_unguarded_optimizer_loads_into_a_fresh_guard() -> None:

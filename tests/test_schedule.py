@@ -109,6 +109,34 @@ def test_a_clean_run_follows_torch_exactly(make) -> None:
         assert guard.param_groups[0]["momentum"] == plain.param_groups[0]["momentum"]
 
 
+def test_each_group_has_its_own_floor_and_is_held_only_below_it() -> None:
+    opt = guarded(n_groups=2)
+    lr = GuardedLR(ExponentialLR(opt, gamma=0.5), floor=(0.25, 0.0))
+    play(opt, lr, [GOOD, GOOD])
+    assert [g["lr"] for g in opt.param_groups] == [0.25, 0.25]
+    assert lr.held_at_floor == 0  # what it wanted was the floor itself
+    play(opt, lr, [GOOD])
+    assert [g["lr"] for g in opt.param_groups] == [0.25, 0.125]
+    assert lr.held_at_floor == 1
+
+
+def test_without_a_backoff_incidents_are_nothing_to_it(caplog: pytest.LogCaptureFixture) -> None:
+    opt = guarded()
+    lr = GuardedLR(opt)
+    play(opt, lr, [BAD, BAD])
+    assert (lr.backoffs, lr.backoff_factor) == (0, 1.0)
+    assert "backed off" not in caplog.text
+
+
+def test_a_metric_between_steps_does_not_undo_a_backoff() -> None:
+    opt = guarded()
+    lr = GuardedLR(ReduceLROnPlateau(opt, patience=0, factor=0.1), backoff=0.5)
+    opt.step(loss=BAD)
+    lr.step(1.0)
+    lr.step(0.5)  # a better one, and no step was taken
+    assert opt.param_groups[0]["lr"] == 0.5
+
+
 def test_plateau_looks_at_metrics_not_steps() -> None:
     opt = guarded()
     lr = GuardedLR(ReduceLROnPlateau(opt, patience=0, factor=0.1))
@@ -130,8 +158,30 @@ def test_groups_warm_up_from_above_and_from_below_and_momentum_too() -> None:
     assert biases == pytest.approx([0.1, 0.0775, 0.055, 0.055, 0.0325])
     assert weights == pytest.approx([0.0, 0.0025, 0.005, 0.005, 0.0075])
     assert momenta == pytest.approx([0.8, 0.83425, 0.8685, 0.8685, 0.90275])
-    assert [g["lr"] for g in opt.param_groups] == pytest.approx([0.01, 0.01])
-    assert opt.param_groups[0]["momentum"] == pytest.approx(0.937)
+    for _ in range(2):  # and stay
+        assert [g["lr"] for g in opt.param_groups] == pytest.approx([0.01, 0.01])
+        assert opt.param_groups[0]["momentum"] == pytest.approx(0.937)
+        play(opt, lr, [GOOD])
+
+
+def test_a_warm_up_leads_to_the_momentum_of_the_schedule_and_resumes_there() -> None:
+    def cycle(opt: GuardedOptimizer) -> OneCycleLR:
+        return OneCycleLR(opt, max_lr=1.0, total_steps=20)
+
+    plain, guard, other = (guarded(momentum=0.9) for _ in range(3))
+    alone, warmup = cycle(plain), Warmup(steps=4, lr=0.0, momentum=0.5)
+    lr = GuardedLR(cycle(guard), warmup=warmup)
+    for n in range(1, 8):
+        plain.step()
+        alone.step()
+        play(guard, lr, [GOOD])
+        wanted = plain.param_groups[0]["momentum"]
+        now = guard.param_groups[0]["momentum"]
+        assert now == pytest.approx(0.5 + (wanted - 0.5) * min(1.0, n / 4))
+        resumed = GuardedLR(cycle(other), warmup=warmup)
+        resumed.load_state_dict(copy.deepcopy(lr.state_dict()))
+        assert other.param_groups[0]["momentum"] == now  # in force before the next step
+        assert resumed.get_last_lr() == lr.get_last_lr()
 
 
 def test_adam_warms_its_first_beta() -> None:
@@ -208,6 +258,22 @@ def test_lowering_by_hand_multiplies_for_good() -> None:
     assert play(opt, lr, [GOOD])[-1] == 0.1
 
 
+def test_backing_off_by_hand_needs_the_whole_recovery() -> None:
+    opt = guarded()
+    lr = GuardedLR(opt, backoff=0.5, recovery=2)
+    play(opt, lr, [GOOD])
+    lr.lower()
+    assert play(opt, lr, [GOOD, GOOD]) == [0.5, 1.0]
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.0, 1.5, math.nan])
+def test_a_factor_that_lowers_nothing_is_named(factor: float) -> None:
+    opt = guarded()
+    with pytest.raises(ValueError, match=f"factor={factor}"):
+        GuardedLR(opt).lower(factor)
+    assert opt.param_groups[0]["lr"] == 1.0
+
+
 @pytest.mark.parametrize(
     ("kwargs", "match"),
     [
@@ -229,6 +295,8 @@ def test_warmup_names_its_bad_arguments() -> None:
         Warmup(steps=0)
     with pytest.raises(ValueError, match="lr=-1"):
         Warmup(steps=1, lr=-1.0)
+    with pytest.raises(ValueError, match="lr=inf"):
+        Warmup(steps=1, lr=math.inf)
     with pytest.raises(ValueError, match="momentum"):
         Warmup(steps=1, momentum=math.nan)
 
@@ -257,7 +325,8 @@ def test_around_the_steps_of_a_trainer_that_sets_the_lr_itself() -> None:
             assert opt.param_groups[0]["lr"] == [1.0, 0.8, 0.4, 0.3][i]
             opt.step(loss=loss)
         assert opt.param_groups[0]["lr"] == theirs
+    opt.param_groups[0]["lr"] = 0.2
     with pytest.raises(KeyError), lr.in_force():
-        assert opt.param_groups[0]["lr"] == 0.4  # two good steps took the backoff back
+        assert opt.param_groups[0]["lr"] == 0.3  # two good steps took the backoff back
         raise KeyError
-    assert opt.param_groups[0]["lr"] == 0.4
+    assert opt.param_groups[0]["lr"] == 0.2
