@@ -194,13 +194,18 @@ def test_the_story_ends_with_the_last_bad_steps_and_whom_they_blame() -> None:
         run.rollback.step(10)
     assert [i for i in range(11) if f"step {i + 1} " in str(error.value)] == list(range(3, 11))
     assert list(error.value.culprits) == [("parameter 0", 1, 0, 0)]
+
+
+def test_without_a_finite_snapshot_the_last_bad_step_is_blamed() -> None:
+    run = Run(keep=1, after_skips=1)
     with torch.no_grad():
         run.model[0].weight.fill_(math.nan)
     run.rollback.snapshot()
+    run.model[3].bias.grad = torch.full((1,), math.inf)
+    run.opt.step()
     with pytest.raises(TrainingDivergedError, match="no snapshot is finite") as error:
-        run.rollback.attempts = 0
-        run.rollback.trigger()
-    assert list(error.value.culprits) == [("parameter 0", 1, 0, 0)]
+        run.rollback.step()
+    assert list(error.value.culprits) == [("parameter 5", 0, 1, 0)]
 
 
 def test_attempts_start_anew_beyond_the_trouble() -> None:

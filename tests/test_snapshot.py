@@ -1,4 +1,4 @@
-"""`Snapshot`: whatever is in a state comes back as it was, and what is not finite in it is named."""
+"""`Snapshot`: a state comes back as it was, and what is not finite in it is named."""
 
 from __future__ import annotations
 
