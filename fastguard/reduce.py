@@ -148,8 +148,10 @@ def _placed(signals: Signals, sharing: Sharing) -> tuple[Tensor, Tensor]:
     if signals.loss_names:
         places = sharing.team.loss_names.places(signals.loss_names)
         at = _constant(tuple(places), torch.int64, device)
-        shared = len(places) != len(set(places))  # adding costs more, and needs a reason
-        sums.index_put_((at,), signals.losses, accumulate=shared)
+        if len(set(places)) == len(places):
+            sums[at] = signals.losses
+        else:  # several share the last place
+            sums.index_put_((at,), signals.losses, accumulate=True)
         given[at] = 1.0
     return sums, given
 

@@ -115,6 +115,14 @@ def test_a_rule_holds_on_ranks_that_never_see_its_loss(two: Ranks) -> None:
     assert last[0] == "applied"
 
 
+@pytest.fixture
+def fresh(two: Ranks) -> Iterator[Ranks]:
+    """The names of losses stay with a group, so these ranks form a new one, before and after."""
+    two.kill()
+    yield two
+    two.kill()
+
+
 OWN_NAMES = [f"part {i}" for i in range(11)]
 
 
@@ -132,8 +140,8 @@ def a_loss_too_many() -> list[Any]:
     return [repr(said), p.item()]
 
 
-def test_losses_that_come_too_late_share_a_place_and_no_rank_waits(two: Ranks) -> None:
-    said, moved = same_on_all(two.run(a_loss_too_many))
+def test_losses_that_come_too_late_share_a_place_and_no_rank_waits(fresh: Ranks) -> None:
+    said, moved = same_on_all(fresh.run(a_loss_too_many))
     assert said == repr(
         [
             ("applied", None, 2.0, 12.0, 12),
@@ -143,7 +151,6 @@ def test_losses_that_come_too_late_share_a_place_and_no_rank_waits(two: Ranks) -
         ]
     )
     assert moved == -3.0
-    two.kill()  # the names stay with the group
 
 
 def late_losses_of_both() -> tuple[list[dict[str, float]], list[str]]:
@@ -160,13 +167,12 @@ def late_losses_of_both() -> tuple[list[dict[str, float]], list[str]]:
     return [r.losses for r in opt.records()][1:], warnings
 
 
-def test_a_loss_too_many_is_said_once_where_it_is_given(two: Ranks) -> None:
-    for i, (losses, warnings) in enumerate(two.run(late_losses_of_both)):
+def test_a_loss_too_many_is_said_once_where_it_is_given(fresh: Ranks) -> None:
+    for i, (losses, warnings) in enumerate(fresh.run(late_losses_of_both)):
         assert losses == [{"other losses": 2.0}, {"other losses": 5.0}]
         (warning,) = warnings
         assert f"loss 'of rank {i}' is one too many" in warning
         assert "join 11 losses by name" in warning and "give sums of parts" in warning
-    two.kill()
 
 
 def raise_of_a_late_loss() -> str:
@@ -177,10 +183,9 @@ def raise_of_a_late_loss() -> str:
     return str(error.value)
 
 
-def test_a_late_loss_raises_on_all_ranks(two: Ranks) -> None:
-    message = same_on_all(two.run(raise_of_a_late_loss))
+def test_a_late_loss_raises_on_all_ranks(fresh: Ranks) -> None:
+    message = same_on_all(fresh.run(raise_of_a_late_loss))
     assert message == "the loss is non-finite: other losses=nan; nothing was changed"
-    two.kill()
 
 
 def rule_of_a_late_loss() -> str:
@@ -190,10 +195,9 @@ def rule_of_a_late_loss() -> str:
     return str(error.value)
 
 
-def test_a_rule_needs_a_place_of_its_own(two: Ranks) -> None:
-    message = same_on_all(two.run(rule_of_a_late_loss))
+def test_a_rule_needs_a_place_of_its_own(fresh: Ranks) -> None:
+    message = same_on_all(fresh.run(rule_of_a_late_loss))
     assert "a rule judges loss 'late', which is one too many" in message
-    two.kill()
 
 
 def loss_without_group() -> str:
