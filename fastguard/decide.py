@@ -78,6 +78,13 @@ class GuardState:
     windows: Tensor
     rings: Tensor
 
+    def to(self, device: torch.device) -> GuardState:
+        """The same on another device; from the meta device, which holds nothing, zeros."""
+        tensors = (self.counters, self.windows, self.rings)
+        return GuardState(
+            *(torch.zeros_like(t, device=device) if t.is_meta else t.to(device) for t in tensors)
+        )
+
     @staticmethod
     def fresh(policy: Policy, device: torch.device) -> GuardState:
         """The state before the first step."""

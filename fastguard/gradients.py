@@ -59,7 +59,11 @@ class Gradients:
         self.flat = self._flattened() if flat else None
 
     def refresh(self) -> bool:
-        """Looks whether the param groups hold other parameters than before; 0.03 µs a tensor."""
+        """Looks whether the param groups hold other parameters than before; 0.03 µs a tensor.
+
+        `device` goes with the first parameter (`model.to("cuda")` after the guard was made).
+        """
+        self.device = self._home()
         groups = self.optimizer.param_groups
         known = self.layout.parameters
         if sum(len(g["params"]) for g in groups) == len(known) and all(
@@ -68,6 +72,7 @@ class Gradients:
             return False
         self.layout = self._lay_out()
         self.team = team_of(self.layout.parameters, self.group)
+        self.device = self._home()
         if self.flat is not None:
             self.flat.release()
             self.flat = self._flattened()

@@ -18,7 +18,6 @@ from torch.optim import Optimizer
 from fastguard import distributed_checkpoint, resume
 from fastguard.apply import apply, clamp_finite_
 from fastguard.arguments import limit_of
-from fastguard.buckets import GradBuckets
 from fastguard.decide import GuardState, NonFinite, Policy, Verdict, decide, raise_if_nonfinite
 from fastguard.errors import TrainingDivergedError
 from fastguard.gradients import Gradients
@@ -189,9 +188,10 @@ class GuardedOptimizer(KnownRun):
 
     @torch.no_grad()
     def _guarded_step(self, tag: Any) -> None:
+        self._follow_parameters()
         signals = self._signals()
         policy = self._current_policy()
-        buckets = self._gather()
+        buckets = self._gradients.buckets()
         if not self._agreed:
             check_agreement(self, self._gradients.team)
             self._agreed = True
@@ -253,11 +253,14 @@ class GuardedOptimizer(KnownRun):
             refuse_several_ranks()
         self._observed.observe(losses)
 
-    def _gather(self) -> GradBuckets:
-        """The gradients. Where the parameters are others than before, so may be the road."""
+    def _follow_parameters(self) -> None:
+        """Other parameters may take another road; on another device, the guard goes with them."""
         if self._gradients.refresh() and not isinstance(self._road, WholeStep):
             self._road = road_of(self.optimizer)
-        return self._gradients.buckets()
+        device = self._gradients.device
+        if device != self._device:
+            self._state, self._device = self._state.to(device), device
+            self._limits = ()  # of a policy that lies on the old one
 
     def _clamp(self, inv_scale: Tensor | None) -> list[tuple[Tensor, Tensor]]:
         """Clamps the gradients of groups with a `clip_value`.

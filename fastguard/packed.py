@@ -150,7 +150,7 @@ class Ring:
     """
 
     def __init__(self, device: torch.device, width: int) -> None:
-        self.width = width
+        self.device, self.width = device, width
         on_gpu = device.type == "cuda"
         self._rows = torch.empty(ROWS, width, dtype=torch.float64, device=device)
         self._host = torch.empty(ROWS, width, dtype=torch.float64, device="cpu", pin_memory=on_gpu)

@@ -271,12 +271,13 @@ class Recorder:
 
     def send(self, outcome: Outcome) -> None:
         """Takes the outcome of a step by way of the ring."""
-        if self._ring is None or self._ring.width < outcome.width:
-            self._ring = Ring(outcome.stats.summary.device, outcome.width)
+        device, ring = outcome.stats.summary.device, self._ring
+        if ring is None or ring.width < outcome.width or ring.device != device:
+            ring = self._ring = Ring(device, outcome.width)
         if len(self._pending) == ROWS:
             self._pending[0].arrival.wait()
         self.poll()
-        self._pending.append(_Pending.of(outcome, self._ring.send(outcome)))
+        self._pending.append(_Pending.of(outcome, ring.send(outcome)))
 
     def poll(self) -> None:
         """Finishes the records that have arrived. Never waits."""
