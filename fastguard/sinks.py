@@ -62,17 +62,24 @@ class JsonLinesSink:
         self.max_bytes = max_bytes
         self.keep = keep
         self.lost = 0
+        self._file, self._size, self._closed = -1, 0, False
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._open()
 
     def __call__(self, record: StepRecord) -> None:
-        line = (dumps(record.as_dict()) + "\n").encode()
+        # A file name that is no UTF-8 is a string with lone surrogates, which JSON can escape.
+        line = (dumps(record.as_dict()) + "\n").encode(errors="backslashreplace")
         try:
+            if self._closed:
+                raise OSError("the sink is closed")
+            if self._file < 0:  # the last record could not be written
+                self._open()
             if self._size and self._size + len(line) > self.max_bytes:
                 self._rotate()
             written = os.write(self._file, line)
             self._size += written
             if written < len(line):
+                self._release()  # opening it again ends the line
                 raise OSError(f"only {written} of {len(line)} bytes were written")
         except OSError as error:
             self.lost += 1
@@ -81,10 +88,15 @@ class JsonLinesSink:
 
     def close(self) -> None:
         """Flushes to the disk and closes; further records are lost."""
-        if self._file >= 0:
+        self._closed = True
+        if self._file < 0:
+            return
+        try:
             os.fsync(self._file)
-            os.close(self._file)
-            self._file = -1
+        except OSError as error:
+            log.warning("the last records may be lost: cannot flush %s: %s", self.path, error)
+        finally:
+            self._release()
 
     def __enter__(self) -> JsonLinesSink:
         return self
@@ -93,15 +105,25 @@ class JsonLinesSink:
         self.close()
 
     def _open(self) -> None:
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        self._size = os.fstat(self._file).st_size
-        if self._size and os.pread(self._file, 1, self._size - 1) != b"\n":
-            self._size += os.write(self._file, b"\n")  # after a line that was cut short
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            size = os.fstat(file).st_size
+            if size and os.pread(file, 1, size - 1) != b"\n":
+                size += os.write(file, b"\n")  # after a line that was cut short
+        except BaseException:
+            os.close(file)
+            raise
+        self._file, self._size = file, size
+
+    def _release(self) -> None:
+        """Closes the file. Forgets its number first: it may soon be that of a checkpoint."""
+        file, self._file = self._file, -1
+        os.close(file)
 
     def _rotate(self) -> None:
         full = rotated_files(self.path)
         number = 1 + max((_number(p) for p in full), default=0)
-        os.close(self._file)
+        self._release()
         self.path.rename(self.path.with_name(f"{self.path.stem}.{number}{self.path.suffix}"))
         self._open()
         if self.keep is not None:

@@ -22,7 +22,7 @@ from fastguard import (
     TensorBoardSink,
     read_records,
 )
-from fastguard.sinks import parse_record, rotated_files
+from fastguard.sinks import parse_record, rotated_files, scalars
 from guardtest import require
 
 NAN_RECORD = StepRecord(
@@ -51,11 +51,12 @@ def records(n: int) -> list[StepRecord]:
     return [StepRecord(i, float(i), 1.0, "applied", lr=0.5) for i in range(1, n + 1)]
 
 
-def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
-    with JsonLinesSink(tmp_path / "runs" / "r.jsonl") as sink:
+def test_what_is_read_is_what_was_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with JsonLinesSink(tmp_path / "runs" / "today" / "r.jsonl") as sink:
         sink(NAN_RECORD)
     (read,) = read_records(sink.path)
     assert repr(read) == repr(NAN_RECORD)  # repr: NaN is not equal to itself
+    assert not caplog.messages
 
 
 def test_lines_are_json_that_every_parser_reads(tmp_path: Path) -> None:
@@ -152,7 +153,7 @@ def test_damaged_lines_are_skipped_counted_and_named_on_demand(
     with JsonLinesSink(path) as sink:
         sink(records(1)[0])
     with path.open("ab") as file:
-        file.write(b'\x00\xff\n[1, 2]\n{"step": 1}\n')
+        file.write(b'\x00\xff\n\n[1, 2]\n{"step": 1}\n')
     assert len(list(read_records(path))) == 1
     assert "3 damaged lines" in caplog.text
     with pytest.raises(ValueError, match=r"r\.jsonl:2 is no record"):
@@ -173,6 +174,8 @@ RECORD = '{"step": 1, "total_norm": 1, "clip_coef": 1, "action": "applied"'
         RECORD + ', "losses": [1]}',
         RECORD + ', "culprits": [["w", 1e999, 0, 0]]}',
         RECORD + ', "nan": "many"}',
+        RECORD + ', "consecutive_skips": 1.5}',
+        RECORD.replace("1,", "true,", 1) + "}",
         RECORD + ', "reason": 7}',
         RECORD.replace("1,", '"one",', 1) + "}",
         RECORD + ', "tag": ' + "[" * 100_000 + "]" * 100_000 + "}",
@@ -185,6 +188,10 @@ def test_a_line_that_is_no_record_is_a_value_error_whatever_is_wrong(line: str) 
         parse_record(line.encode())
 
 
+def test_a_line_of_a_newer_release_is_read() -> None:
+    assert parse_record((RECORD + ', "mood": "fine"}').encode()).step == 1
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
 def test_a_full_disk_loses_records_not_the_run(caplog: pytest.LogCaptureFixture) -> None:
     opt = guarded()
@@ -194,6 +201,7 @@ def test_a_full_disk_loses_records_not_the_run(caplog: pytest.LogCaptureFixture)
         opt.step()
     assert opt.applied_steps == 3 and sink.lost == 3
     assert caplog.text.count("records are being lost") == 1
+    sink.close()  # what cannot be flushed ends no run either
 
 
 def test_tensorboard_gets_scalars_under_their_usual_names(tmp_path: Path) -> None:
@@ -206,6 +214,7 @@ def test_tensorboard_gets_scalars_under_their_usual_names(tmp_path: Path) -> Non
     for loss in (1.0, math.nan, 2.0):
         opt.step(loss={"loss": loss, "prior": 1.0})
     sink.close()
+    assert sink.writer.all_writers is None  # closed
     events = EventAccumulator(str(tmp_path)).Reload()
     assert set(events.Tags()["scalars"]) == {
         "train/grad_norm",
@@ -234,7 +243,7 @@ def test_any_logger_of_dicts_gets_the_scalars_under_its_prefix() -> None:
 def test_a_logger_may_take_the_step_as_a_scalar() -> None:
     seen: list[dict] = []
     LogSink(seen.append, step_name="train/step")(records(1)[0])
-    assert seen[0]["train/step"] == 1
+    assert seen[0] == {**scalars(records(1)[0]), "train/step": 1}
 
 
 def test_a_logger_that_fails_loses_records_not_the_run(caplog: pytest.LogCaptureFixture) -> None:
@@ -251,7 +260,9 @@ def test_a_logger_that_fails_loses_records_not_the_run(caplog: pytest.LogCapture
         LogSink(3)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kwargs", [{"max_bytes": 1}, {"keep": -1}], ids=str)
+@pytest.mark.parametrize(
+    "kwargs", [{"max_bytes": 1023}, {"max_bytes": 1e9}, {"keep": -1}, {"keep": 1.5}], ids=str
+)
 def test_bad_arguments_are_named(tmp_path: Path, kwargs: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(kwargs))):
         JsonLinesSink(tmp_path / "r.jsonl", **kwargs)

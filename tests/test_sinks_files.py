@@ -1,0 +1,137 @@
+"""The files of a `JsonLinesSink`: when they are full, cut short, closed, or cannot be written."""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+
+import pytest
+
+from fastguard import JsonLinesSink, StepRecord, read_records
+from fastguard.sinks import rotated_files
+
+
+def record(step: int, tag: object = None) -> StepRecord:
+    return StepRecord(step, 1.0, 1.0, "applied", lr=0.5, tag=tag)
+
+
+def steps(path: Path) -> list[int]:
+    return [r.step for r in read_records(path)]
+
+
+def n_open() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_a_file_is_full_at_its_last_byte_and_no_file_is_empty(tmp_path: Path) -> None:
+    with JsonLinesSink(tmp_path / "r.jsonl", max_bytes=1 << 20) as sink:
+        sink(record(1))
+    line = sink.path.stat().st_size
+    sink.path.unlink()
+    with JsonLinesSink(sink.path, max_bytes=20 * line) as sink:
+        for _ in range(40):
+            sink(record(1))
+        sink(record(2, tag="x" * 30 * line))  # larger than a file may be: one of its own
+    assert [p.stat().st_size for p in rotated_files(sink.path)] == [20 * line, 20 * line]
+    assert steps(sink.path) == [1] * 40 + [2]
+    with JsonLinesSink(tmp_path / "new.jsonl", max_bytes=1024) as sink:
+        sink(record(1, tag="x" * 2000))
+    assert rotated_files(sink.path) == []
+
+
+def test_rotated_files_are_told_from_their_neighbours(tmp_path: Path) -> None:
+    (tmp_path / "records.notes").write_text("not mine")
+    (tmp_path / "records.7").write_text("")  # numbers go on behind the last one there is
+    with JsonLinesSink(tmp_path / "records", max_bytes=1024) as sink:
+        for step in range(1, 12):
+            sink(record(step))
+    names = [p.name for p in rotated_files(sink.path)]
+    assert len(names) > 2 and names == [f"records.{7 + i}" for i in range(len(names))]
+    assert steps(sink.path) == list(range(1, 12))
+
+
+def test_no_file_stays_open(tmp_path: Path) -> None:
+    before = n_open()
+    with JsonLinesSink(tmp_path / "r.jsonl", max_bytes=1024) as sink:
+        for step in range(60):
+            sink(record(step))
+        assert n_open() == before + 1
+    assert n_open() == before
+
+
+def test_a_closed_sink_writes_to_nobody_elses_file(tmp_path: Path) -> None:
+    sink = JsonLinesSink(tmp_path / "r.jsonl", max_bytes=1024)
+    for step in range(7):
+        sink(record(step))
+    sink.close()
+    with open(tmp_path / "other", "wb", buffering=0) as other:  # gets the number that is free now
+        for step in range(7):
+            sink(record(step))
+        sink.close()
+        assert other.tell() == 0
+    assert sink.lost == 7 and steps(sink.path) == list(range(7))
+    assert (tmp_path / "other").read_bytes() == b""
+
+
+def test_what_was_written_is_on_the_disk_when_it_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[int] = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (flushed.append(os.fstat(fd).st_ino), fsync(fd)))
+    with JsonLinesSink(tmp_path / "r.jsonl") as sink:
+        sink(record(1))
+    assert flushed == [sink.path.stat().st_ino]
+
+
+def test_a_failed_rotation_writes_to_nobody_elses_file_and_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sink = JsonLinesSink(tmp_path / "r.jsonl", max_bytes=1024)
+    while not sink.lost:
+        written = len(steps(sink.path))
+
+        def refuse(*_: object) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", refuse)
+            sink(record(written))
+    with open(tmp_path / "checkpoint", "wb", buffering=0) as other:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", refuse)
+            sink(record(-1))
+        assert other.tell() == 0
+        sink(record(written))
+        assert other.tell() == 0
+    sink.close()
+    assert sink.lost == 2 and caplog.text.count("records are being lost") == 1
+    assert len(rotated_files(sink.path)) == 1
+    assert steps(sink.path) == list(range(written + 1))
+
+
+def test_a_line_cut_short_by_the_system_costs_no_other_record(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with JsonLinesSink(tmp_path / "r.jsonl") as sink:
+        sink(record(1))
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        room = sink.path.stat().st_size + 20
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        try:
+            sink(record(2))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        sink(record(3))
+    assert sink.lost == 1
+    assert "only 20 of" in caplog.text
+    assert steps(sink.path) == [1, 3]
+
+
+def test_a_file_name_that_is_no_utf8_is_a_tag_like_any_other(tmp_path: Path) -> None:
+    tag = os.fsdecode(b"batch-\xff.pt")
+    with JsonLinesSink(tmp_path / "r.jsonl") as sink:
+        sink(record(1, tag=tag))
+    (read,) = read_records(sink.path, strict=True)
+    assert read.tag == tag
