@@ -119,6 +119,7 @@ def test_everything_that_is_configured_is_in_force(
     assert store is not None and store.directory == Path("checkpoints") and store.keep == 5
     rollback = config.rollback_for(opt, {"model": model}, lr, store)
     assert rollback is not None and rollback.every == 10
+    assert rollback.lr is lr
     assert [entry.step for entry in store.list()] == [0]  # the snapshot before the first step
     store.save(state={"mask": torch.tensor(math.inf)}, step=1, metric=0.5)
     assert store.last().clean  # ignored
@@ -186,6 +187,39 @@ def test_the_split_optimizer_still_trains_every_parameter_once() -> None:
     assert all(g["lr"] == 0.01 for g in opt.param_groups)
 
 
+def test_own_limits_of_some_parameters() -> None:
+    """The first pattern counts; what a section leaves out stays as the group had it."""
+    model, other = Sdf(), torch.nn.Parameter(torch.zeros(1))
+    groups = {"decoder.*": {"clip_value": 1.0}, "*": {"max_norm": 2.0}}
+    config = GuardConfig.from_dict({"guard": {"clip_scope": "group"}, "groups": groups})
+    given = {"params": [*model.parameters(), other], "max_norm": 5.0}  # `other` has no name
+    opt = config.wrap(model, torch.optim.SGD([given], lr=0.1))
+    found = [
+        (len(g["params"]), g["lr"], g["max_norm"], g.get("clip_value")) for g in opt.param_groups
+    ]
+    assert found == [(2, 0.1, 2.0, None), (2, 0.1, 5.0, 1.0)]
+
+
+def test_records_name_parameters_and_a_schedule_may_know_the_inner_optimizer_alone() -> None:
+    model = Sdf()
+    config = GuardConfig()
+    inner = torch.optim.SGD(model.parameters(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(inner, gamma=0.5)
+    opt = config.wrap(model, inner)
+    lr = config.lr(opt, schedule)
+    model.decoder.bias.grad = torch.tensor([math.nan])
+    opt.step()
+    lr.step()
+    assert lr.get_last_lr() == [1.0]
+    assert opt.records()[0].culprits[0][0] == "decoder.bias"
+
+
+def test_a_store_is_opened_for_the_group_that_is_given(tmp_path: Path) -> None:
+    config = GuardConfig.from_dict({"checkpoints": {"directory": str(tmp_path)}})
+    with pytest.raises(TypeError, match="group='all'"):
+        config.open_store(group="all")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "match"),
     [
@@ -194,6 +228,9 @@ def test_the_split_optimizer_still_trains_every_parameter_once() -> None:
         ({"guard": {"max_norm": "1"}}, TypeError, "guard.max_norm='1' is of type str"),
         ({"guard": {"max_norm": True}}, TypeError, "guard.max_norm=True is of type bool"),
         ({"guard": {"max_consecutive_skips": 1.5}}, TypeError, "1.5 is of type float"),
+        ({"guard": {"max_consecutive_skips": True}}, TypeError, "True is of type bool"),
+        ({"guard": {"norm_type": None}}, TypeError, "guard.norm_type=None is of type NoneType"),
+        ({"zzz": {}}, ValueError, "unknown setting zzz; valid are guard, spike, groups"),
         ({"guard": {"nonfinite": "ignore"}}, ValueError, "guard.nonfinite='ignore' must be one of"),
         ({"guard": 3}, TypeError, "guard must hold settings, not 3"),
         ({"spike": {"loss": {"sigma": -1}}}, ValueError, "spike.loss: SpikeRule sigma=-1"),
@@ -243,3 +280,14 @@ def test_files_that_do_not_parse_are_named(tmp_path: Path) -> None:
             GuardConfig.from_file(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         GuardConfig.from_file(tmp_path / "none.toml")
+
+
+def test_yaml_is_read_and_not_run_and_may_be_empty(tmp_path: Path) -> None:
+    require("yaml")
+    path = tmp_path / "guard.yaml"
+    path.write_text(f"guard: !!python/object/apply:os.mkdir [{tmp_path}/executed]")
+    with pytest.raises(ValueError, match="not valid YAML"):
+        GuardConfig.from_file(path)
+    assert not (tmp_path / "executed").exists()
+    path.write_text("# nothing yet")
+    assert GuardConfig.from_file(path) == GuardConfig()
