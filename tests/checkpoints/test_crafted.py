@@ -1,0 +1,116 @@
+"""Files that no torch wrote: tensors that reach out of their storage, archives in pieces."""
+
+import collections
+import io
+import pickle
+import struct
+import zipfile
+
+import pytest
+import torch
+
+from fastguard.checkpoints import DamagedFile, inspect
+
+NAN = float("nan")
+
+
+class Storage:
+    """Pickles to a reference to record `data/0`."""
+
+
+class Tensor:
+    """Pickles to a tensor over it."""
+
+    def __init__(self, offset, size, stride):
+        self.view = offset, size, stride
+
+    def __reduce__(self):
+        hooks = collections.OrderedDict()
+        return torch._utils._rebuild_tensor_v2, (Storage(), *self.view, False, hooks)
+
+
+def write(path, tree, values, *view, **replaced):
+    """An archive as `torch.save` writes it, of float32 `values`; `view` ends the storage's id."""
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, obj):
+            if isinstance(obj, Storage):
+                return ("storage", torch.FloatStorage, "0", "cpu", len(values), *view)
+
+    tree_bytes = io.BytesIO()
+    Pickler(tree_bytes, protocol=2).dump(tree)
+    records = {
+        "data.pkl": tree_bytes.getvalue(),
+        "data/0": struct.pack(f"<{len(values)}f", *values),
+    }
+    records |= {"byteorder": b"little", **replaced}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, raw in records.items():
+            if raw is not None:
+                archive.writestr(f"x/{name}", raw)
+    return path
+
+
+def test_such_a_file_is_read_like_one_of_torch(tmp_path):
+    path = write(tmp_path / "x.pt", {"w": Tensor(1, (3,), (1,))}, [NAN, 1.0, 2.0, NAN])
+    assert inspect(path).bad == (("w", 1, 0, 0),)
+
+
+@pytest.mark.parametrize(
+    ("offset", "size", "stride"),
+    [
+        (0, (5,), (1,)),
+        (1, (4,), (1,)),
+        (0, (2, 3), (3, 1)),
+        (-1, (2,), (1,)),
+        (3, (2,), (-1,)),
+        (0, (-2,), (1,)),
+    ],
+    ids=str,
+)
+def test_a_tensor_that_reaches_out_of_its_storage_is_damage(tmp_path, offset, size, stride):
+    path = write(tmp_path / "x.pt", {"w": Tensor(offset, size, stride)}, [1.0] * 4)
+    with pytest.raises(DamagedFile, match="w reaches beyond its storage of 16 bytes"):
+        inspect(path)
+
+
+def test_a_storage_that_is_part_of_another_begins_where_it_says(tmp_path):
+    tree, view = {"w": Tensor(0, (3,), (1,))}, ("0", 1, 3)
+    path = write(tmp_path / "x.pt", tree, [NAN, 1.0, 2.0, NAN], view)
+    assert inspect(path).bad == (("w", 1, 0, 0),)
+    path = write(tmp_path / "x.pt", tree, [NAN, 1.0, 2.0, 3.0], view)
+    assert inspect(path).bad == ()
+
+
+def test_views_that_begin_alike_are_different_tensors(tmp_path):
+    base = torch.ones(6)
+    base[2] = NAN
+    torch.save({"a": base[:2], "b": base[0:4:2]}, tmp_path / "x.pt")
+    assert inspect(tmp_path / "x.pt").bad == (("b", 1, 0, 0),)
+
+
+def test_an_archive_that_is_no_checkpoint_says_why(tmp_path):
+    path, tree = tmp_path / "x.pt", {"w": Tensor(0, (4,), (1,))}
+    write(path, tree, [1.0] * 4, byteorder=b"big")
+    with pytest.raises(DamagedFile, match="big-endian"):
+        inspect(path)
+    write(path, tree, [1.0] * 4, **{"data.pkl": None})
+    with pytest.raises(DamagedFile, match=r"it has no data\.pkl"):
+        inspect(path)
+    with zipfile.ZipFile(write(path, tree, [1.0] * 4)) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, raw in records.items():
+            archive.writestr(name, raw)
+    with pytest.raises(DamagedFile, match=r"record data\.pkl is compressed"):
+        inspect(path)
+
+
+def test_a_record_that_ends_behind_the_file_is_truncation(tmp_path):
+    path = write(tmp_path / "x.pt", {"w": Tensor(0, (4,), (1,))}, [1.0] * 4)
+    raw = bytearray(path.read_bytes())
+    entry = raw.index(b"PK\x01\x02", raw.index(b"PK\x01\x02") + 1)  # the directory's second: data/0
+    struct.pack_into("<II", raw, entry + 20, 10**6, 10**6)  # its sizes, compressed and not
+    path.write_bytes(raw)
+    with pytest.raises(DamagedFile, match="truncated: record data/0 ends behind the end"):
+        inspect(path)

@@ -1,0 +1,279 @@
+"""What a store does to its folder: in which order, under which lock, and to what others left."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastguard import CheckpointStore
+from fastguard.checkpoints import (
+    CheckpointError,
+    DamagedFile,
+    StoreLocked,
+    files,
+    manifest,
+    roll_back_file,
+)
+from fastguard.checkpoints.inspection import sha256_of
+
+NAN = float("nan")
+
+
+def save(store, step, value=1.0, **more):
+    return store.save(weights={"w": torch.full((3,), float(value))}, step=step, **more)
+
+
+def steps(store):
+    return [entry.step for entry in store.list()]
+
+
+def corrupt(path):
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def n_open():
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.fixture
+def operations(monkeypatch):
+    """What is done to the disk from now on: `("fsync", path)`, `("replace", from, to)`, ..."""
+    seen = []
+
+    def spy(name, told):
+        operation = getattr(os, name)
+
+        def call(*arguments):
+            seen.append((name, *told(*arguments)))
+            return operation(*arguments)
+
+        monkeypatch.setattr(os, name, call)
+
+    spy("fsync", lambda handle: (os.readlink(f"/proc/self/fd/{handle}"),))
+    for name in ("replace", "link"):
+        spy(name, lambda old, new: (os.fspath(old), os.fspath(new)))
+    return seen
+
+
+def check_order(seen):
+    """Down to the disk before each new name, and the name itself before whatever follows."""
+    named = [i for i, (kind, *_) in enumerate(seen) if kind in ("replace", "link")]
+    for i in named:
+        kind, old, new = seen[i]
+        if kind == "replace":
+            assert ("fsync", old) in seen[:i], f"{old} is not on the disk when it becomes {new}"
+        assert seen[i + 1] == ("fsync", os.path.dirname(new)), f"{new} may be lost"
+    return len(named)
+
+
+def test_every_rename_is_of_what_is_on_the_disk_and_is_on_the_disk_itself(tmp_path, operations):
+    with CheckpointStore(tmp_path / "run") as store:
+        save(store, 0)
+        assert check_order(operations) == 3  # an empty manifest, the checkpoint, the manifest
+
+
+def test_a_backup_is_on_the_disk_before_its_file_is_replaced(tmp_path, operations):
+    for name, value in (("last.pt", NAN), ("good.pt", 1.0)):
+        torch.save({"w": torch.full((3,), value)}, tmp_path / name)
+    roll_back_file(tmp_path / "last.pt", tmp_path / "good.pt")
+    assert check_order(operations) == 2
+    assert [kind for kind, *_ in operations] == ["fsync", "link", "fsync", "replace", "fsync"]
+
+
+def test_a_folder_that_is_half_removed_has_lost_its_name(tmp_path, monkeypatch):
+    folder = tmp_path / "step-1.sharded"
+    folder.mkdir()
+    (folder / "rest.pt").write_text("")
+
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", fail)
+        with pytest.raises(OSError):
+            files.remove(folder)
+    assert not folder.exists() and len(list(tmp_path.iterdir())) == 1
+    files.remove_temporaries(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_more_than_one_piece_is_copied_whole(tmp_path):
+    for name, value in (("last.pt", NAN), ("good.pt", 1.0)):
+        torch.save({"w": torch.full((1_200_000,), value)}, tmp_path / name)  # 4.8 MB
+    roll_back_file(tmp_path / "last.pt", tmp_path / "good.pt")
+    assert (tmp_path / "last.pt").read_bytes() == (tmp_path / "good.pt").read_bytes()
+
+
+# The lock.
+
+
+def test_another_name_of_the_folder_is_the_same_folder(tmp_path):
+    (tmp_path / "alias").symlink_to(tmp_path / "run")
+    with CheckpointStore(tmp_path / "run"):
+        with pytest.raises(StoreLocked, match="in this process"):
+            CheckpointStore(tmp_path / "alias")
+
+
+def test_the_lock_names_its_holder_and_is_closed_with_the_store(tmp_path):
+    (tmp_path / ".lock").write_text("99999999999999\n")  # of a process before
+    before = n_open()
+    with CheckpointStore(tmp_path):
+        assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
+        assert n_open() == before + 1
+    assert n_open() == before
+
+
+def test_a_store_that_cannot_be_opened_is_not_locked(tmp_path):
+    with CheckpointStore(tmp_path):
+        pass
+    path = tmp_path / "manifest.json"
+    good = path.read_text()
+    path.write_text(good.replace('"version": 1', '"version": 2'))
+    with pytest.raises(CheckpointError, match="version 2") as kept:
+        CheckpointStore(tmp_path)
+    path.write_text(good)
+    with CheckpointStore(tmp_path):  # while `kept` still holds the frames of the first attempt
+        assert kept.value
+
+
+KILLED = """
+import os, signal, sys, time
+from fastguard import CheckpointStore
+store = CheckpointStore(sys.argv[1])
+pid = os.fork()  # as a data loader does
+if pid == 0:
+    time.sleep(60)
+    os._exit(0)
+print(pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_workers_of_a_killed_run_do_not_hold_its_lock(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED, tmp_path], stdout=subprocess.PIPE, text=True
+    ) as process:
+        worker = int(process.stdout.readline())
+        try:
+            assert process.wait(60) == -signal.SIGKILL
+            with CheckpointStore(tmp_path) as store:
+                save(store, 0)
+            os.kill(worker, 0)  # it is still there
+        finally:
+            os.kill(worker, signal.SIGKILL)
+
+
+# What others did to the folder.
+
+
+def test_looking_for_damage_read_only_writes_nothing(tmp_path):
+    with CheckpointStore(tmp_path) as store:
+        path = tmp_path / save(store, 0).file
+    corrupt(path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with CheckpointStore(tmp_path, read_only=True) as store:
+        assert not store.verify()[0].ok
+        with pytest.raises(DamagedFile):
+            store.load("last-clean")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    (tmp_path / "manifest.json").write_text("{")
+    with CheckpointStore(tmp_path, read_only=True) as store:
+        assert steps(store) == []
+    assert (tmp_path / "manifest.json").read_text() == "{"
+
+
+def test_damage_is_known_to_the_process_even_if_it_cannot_be_written_down(
+    tmp_path, monkeypatch, caplog
+):
+    with CheckpointStore(tmp_path) as store:
+        save(store, 0)
+        corrupt(tmp_path / save(store, 1).file)
+
+        def fail(*_):
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fail)
+            assert [check.ok for check in store.verify()] == [True, False]
+        assert "cannot be written: [Errno 28] No space left" in caplog.text
+        assert store.last_clean().step == 0
+
+
+def test_a_file_that_cannot_be_removed_is_tried_again_by_the_next_writer(
+    tmp_path, monkeypatch, caplog
+):
+    with CheckpointStore(tmp_path, keep=1) as store:
+        old = tmp_path / save(store, 0).file
+        unlink = Path.unlink
+
+        def held(path, *arguments, **named):
+            if path == old:
+                raise PermissionError(13, "Permission denied")
+            unlink(path, *arguments, **named)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", held)
+            assert save(store, 1).clean
+        assert f"{old} cannot be removed" in caplog.text
+        assert old.exists() and steps(store) == [1]
+    with CheckpointStore(tmp_path, keep=1) as store:
+        assert not old.exists() and steps(store) == [1]
+
+
+def test_what_is_known_of_the_folder_outlives_the_writer(tmp_path):
+    with CheckpointStore(tmp_path, mode="max", keep=9) as store:
+        save(store, 0, metric=0.1)
+    with CheckpointStore(tmp_path, keep=9) as store:
+        save(store, 1, metric=0.9)
+        assert store.best().step == 1
+    with CheckpointStore(tmp_path, mode="min") as store:
+        assert store.best().step == 0
+
+
+def test_no_number_is_used_twice_whatever_is_put_into_the_folder(tmp_path, caplog):
+    with CheckpointStore(tmp_path, keep=1) as store:
+        old = tmp_path / save(store, 0).file
+        copy = old.read_bytes()
+        save(store, 1)
+        newest = save(store, 2)
+    old.write_bytes(copy)  # out of a backup
+    with CheckpointStore(tmp_path, keep=9) as store:
+        assert steps(store) == [0, 2]
+        assert save(store, 3).serial == newest.serial + 1
+    (tmp_path / "step-000000009.000099.pt").write_text("no checkpoint")
+    (tmp_path / "manifest.json").unlink()
+    with CheckpointStore(tmp_path, keep=9) as store:
+        assert steps(store) == [0, 2, 3]
+        assert save(store, 4).serial == 100
+    assert caplog.text.count("step-000000009.000099.pt is left alone") == 1
+
+
+class Bomb:
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (f"{self.folder}/executed",)
+
+
+def test_a_bomb_with_the_right_checksum_does_not_go_off(tmp_path):
+    with CheckpointStore(tmp_path) as store:
+        path = tmp_path / save(store, 0).file
+        torch.save({"objects": {}, "data": {"x": Bomb(tmp_path)}, "rng": {}}, path)
+        known = manifest.read(tmp_path)
+        forged = replace(known.entries[0], sha256=sha256_of(path), size=path.stat().st_size)
+        known.with_entry(forged).write(tmp_path)
+    with CheckpointStore(tmp_path) as store:
+        with pytest.raises(DamagedFile, match="cannot be loaded"):
+            store.load("last")
+    assert not (tmp_path / "executed").exists()
+    torch.load(path, weights_only=False)
+    assert (tmp_path / "executed").exists()  # it was live
