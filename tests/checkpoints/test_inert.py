@@ -146,6 +146,33 @@ def test_a_pickled_module_is_read_without_its_classes(yolo):
     assert leaves["train_args.data"] == "coco.yaml"
 
 
+@pytest.mark.parametrize(("name", "arguments"), [("Maker", (1,)), ("make", ())])
+def test_of_unknown_names_only_a_class_is_called_and_without_arguments(tmp_path, name, arguments):
+    made = make_class("vanished_makers", name)
+    torch.save({"x": Calls(made, *arguments)}, tmp_path / "x.pt")
+    sys.modules.pop("vanished_makers")
+    with pytest.raises(UnsafeFile, match=f"asks to call vanished_makers.{name}, which"):
+        inspect(tmp_path / "x.pt")
+
+
+def test_arrays_of_numbers_are_looked_into_and_others_are_left_alone(tmp_path):
+    value = {
+        "big": np.array([1.0, NAN], dtype=">f8"),
+        "fortran": np.asfortranarray([[1.0, NAN], [np.inf, 2.0]]),
+        "fine": np.array([1.0, 2.0], dtype=">f4"),
+        "objects": np.array([NAN, None], dtype=object),
+        "times": np.array(["2020-01-01"], dtype="datetime64[s]"),
+        "texts": np.array(["a", "b"]),
+    }
+    torch.save(value, tmp_path / "x.pt")
+    assert inspect(tmp_path / "x.pt").bad == (("big", 1, 0, 0), ("fortran", 1, 1, 0))
+
+
+def test_the_state_of_a_module_is_read_with_its_versions(tmp_path):
+    torch.save(torch.nn.BatchNorm1d(2).state_dict(), tmp_path / "x.pt")
+    assert inspect(tmp_path / "x.pt").contents.n_tensors == 5
+
+
 def test_collections_and_subclasses(tmp_path):
     pair = make_class("vanished_kinds", "Pair", (tuple,))
     table = make_class("vanished_kinds", "Table", (dict,))

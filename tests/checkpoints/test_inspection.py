@@ -89,6 +89,24 @@ def test_values_at_the_borders_of_pieces(saved, place):
     assert inspect(saved({"y": y, "x": x})).bad == (("x", 1, 0, 0),)
 
 
+@pytest.mark.parametrize("place", range(8))
+@pytest.mark.parametrize("value", [complex(0, NAN), complex(-INF, 0)], ids=["imag", "real"])
+def test_wide_elements_that_lie_in_two_pieces(saved, monkeypatch, place, value):
+    monkeypatch.setattr(module, "PIECE", 24)  # 1.5 elements
+    x = torch.zeros(8, dtype=torch.complex128)
+    x[place] = value
+    counts = (1, 0, 0) if value != value else (0, 0, 1)
+    assert inspect(saved({"x": x})).bad == (("x", *counts),)
+
+
+def test_a_column_in_several_pieces_is_counted_once(saved, monkeypatch):
+    monkeypatch.setattr(module, "PIECE", 64)
+    base = torch.zeros(40, 4)
+    base[::7, 1] = NAN
+    path = saved({"beside": base[:, 0], "column": base[:, 1]})
+    assert inspect(path).bad == (("column", 6, 0, 0),)
+
+
 @given(st.data())
 @settings(max_examples=25)
 def test_any_bytes_split_anywhere_are_counted_as_torch_counts_them(tmp_path_factory, data):

@@ -144,6 +144,23 @@ def test_a_store_that_cannot_be_opened_is_not_locked(tmp_path):
         assert kept.value
 
 
+def test_a_store_that_was_dropped_without_closing_is_not_locked(tmp_path):
+    save(CheckpointStore(tmp_path), 0)
+    with CheckpointStore(tmp_path) as store:
+        assert steps(store) == [0]
+
+
+def test_a_rollback_reads_its_target_first(tmp_path, caplog):
+    with CheckpointStore(tmp_path, keep=9) as store:
+        save(store, 0)
+        corrupt(tmp_path / save(store, 1).file)
+        save(store, 2, NAN)
+        with pytest.raises(CheckpointError, match=r"cannot be rolled back to: .*\"last-clean\""):
+            store.rollback(to=1)
+        assert steps(store) == [0, 1, 2]
+        assert store.rollback().step == 0
+
+
 KILLED = """
 import os, signal, sys, time
 from fastguard import CheckpointStore

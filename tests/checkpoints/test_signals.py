@@ -102,6 +102,9 @@ def test_the_previous_handler_is_restored(store, leave):
         else:
             store.close()
         assert signal.getsignal(signal.SIGUSR2) is own
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # what others do afterwards stays
+        flag.restore()
+        assert signal.getsignal(signal.SIGUSR2) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGUSR2, original)
 
@@ -132,8 +135,10 @@ def test_every(store):
 
 
 def test_wrong_use(store):
+    before = signal.getsignal(signal.SIGUSR1)
     with pytest.raises(ValueError, match="cannot handle signal 999"):
-        store.save_on_signal(999)
+        store.save_on_signal(signal.SIGUSR1, 999)
+    assert signal.getsignal(signal.SIGUSR1) is before
     errors = []
 
     def elsewhere():

@@ -1,0 +1,170 @@
+"""What a checkpoint holds of objects and random streams, and what is said when it cannot."""
+
+import collections
+import json
+import random
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from fastguard import CheckpointStore, GuardedOptimizer
+from fastguard.checkpoints import CheckpointError, DamagedFile, files
+from fastguard.checkpoints.state import random_state, set_random_state
+
+NAN = float("nan")
+
+
+@pytest.fixture
+def store(tmp_path):
+    with CheckpointStore(tmp_path / "run", keep=9) as opened:
+        yield opened
+
+
+def save(store, step, value=1.0, **more):
+    return store.save(weights={"w": torch.full((3,), float(value))}, step=step, **more)
+
+
+def test_the_second_number_of_a_pair_of_gaussian_ones_is_remembered():
+    random.gauss(0.0, 1.0), np.random.randn()  # both draw two and keep one
+    state = random_state()
+    drawn = random.gauss(0.0, 1.0), np.random.randn(), torch.randn(2).tolist()
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    set_random_state(state)
+    assert (random.gauss(0.0, 1.0), np.random.randn(), torch.randn(2).tolist()) == drawn
+
+
+def test_random_streams_of_other_devices_are_refused_whole():
+    state = {**random_state(), "cuda": [torch.zeros(16, dtype=torch.uint8)] * 64}
+    torch.rand(1)
+    before = torch.get_rng_state()
+    with pytest.raises(CheckpointError, match=r"of 64 CUDA devices.*rng=False"):
+        set_random_state(state)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Settings(dict):
+    pass
+
+
+class Row(list):
+    pass
+
+
+class Pair(NamedTuple):
+    a: int
+    b: int
+
+
+def test_kinds_that_cannot_be_loaded_become_plain_or_are_named(store):
+    kinds = {"settings": Settings(a=1), "ordered": collections.OrderedDict(b=2), "set": {3}}
+    store.save(data=kinds, step=0)
+    found = store.load().state["data"]
+    assert found == kinds and type(found["settings"]) is dict
+    for value in (Row([1]), Pair(1, 2)):
+        with pytest.raises(TypeError, match=rf"data\.x is a {type(value).__name__}, which"):
+            store.save(data={"x": value}, step=1)
+
+
+def test_a_generator_among_the_objects_is_restored(store):
+    generator = torch.Generator().manual_seed(3)
+    store.save(order=generator, step=0)
+    drawn = torch.rand(2, generator=generator)
+    store.load("last", order=generator)
+    assert torch.equal(torch.rand(2, generator=generator), drawn)
+
+
+def test_loading_may_leave_the_random_streams_alone(store):
+    model = torch.nn.Linear(1, 1)
+    store.save(model=model, step=0)
+    torch.rand(1)
+    before = torch.get_rng_state()
+    store.load("last", model=model, rng=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    store.load("last", model=model)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
+def test_notes_are_the_last_and_are_carried_to_the_next_clean_one(store):
+    told = [f"incident {i}" for i in range(10)]
+    assert save(store, 0, NAN, incidents=told).notes == tuple(told[2:])
+    entry = save(store, 1, NAN)
+    assert (entry.incidents, entry.notes) == (10, tuple(told[2:]))
+    entry = save(store, 2, incidents=["the last"])
+    assert (entry.incidents, entry.notes) == (11, (*told[3:], "the last"))
+    entry = save(store, 3, incidents=["another"])
+    assert (entry.incidents, entry.notes) == (1, ("another",))
+
+
+def test_a_guard_that_started_afresh_counts_from_nothing(store):
+    def guard(n_skips):
+        opt = GuardedOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1))
+        for _ in range(n_skips):
+            opt.step(loss=NAN)
+        return opt
+
+    assert store.save(optimizer=guard(3), step=3).incidents == 3
+    assert store.save(optimizer=guard(1), step=1).incidents == 1
+    assert store.save(a=guard(1), b=guard(4), step=9).skipped_steps == 5
+
+
+def test_the_manifest_is_json_that_every_parser_reads(store):
+    save(store, 0, metric=NAN)
+    with pytest.raises(TypeError, match="tag=nan cannot be kept"):
+        save(store, 1, tag=NAN)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    text = (store.directory / "manifest.json").read_text()
+    assert json.loads(text, parse_constant=refuse)["checkpoints"][0]["metric"] == "nan"
+
+
+def test_what_a_rollback_put_aside_is_known_to_the_next_writer(store):
+    save(store, 0)
+    aside = save(store, 1)
+    assert store.rollback(to=0).step == 0
+    store.close()
+    with CheckpointStore(store.directory) as later:
+        assert later.replaced() == (aside,)
+        assert save(later, 1).serial == aside.serial + 1  # never the same name twice
+        assert later.load(1).step == 1
+
+
+def test_of_two_checkpoints_of_a_step_the_newer_counts(store):
+    save(store, 1, 1.0)
+    save(store, 1, 2.0)
+    assert store.load(1).state["weights"]["w"].tolist() == [2.0] * 3
+    with pytest.raises(ValueError, match="True is no checkpoint"):
+        store.load(True)
+
+
+def test_what_comes_back_from_the_disk_otherwise_is_no_checkpoint(tmp_path, monkeypatch, caplog):
+    """A controller that lies: what is read is not what was written."""
+    honest = files.Sink.write
+
+    def lying(sink, data):
+        raw = bytes(memoryview(data).cast("B"))
+        return honest(sink, raw.replace(b"\x00\x00\x80\x3f", b"\x00\x00\x80\x3e", 1))
+
+    for on_error in ("log", "raise"):
+        with CheckpointStore(tmp_path / on_error, on_error=on_error) as store:
+            save(store, 0, 2.0)
+            with monkeypatch.context() as patch:
+                patch.setattr(files.Sink, "write", lying)
+                if on_error == "log":
+                    assert save(store, 1) is None
+                    assert "step 1 was NOT saved" in caplog.text
+                else:
+                    with pytest.raises(DamagedFile, match="changed after it was written"):
+                        save(store, 1)
+            assert [entry.step for entry in store.list()] == [0]
+            assert len(list(store.directory.glob("*.pt"))) == 1
+
+
+def test_a_checkpoint_that_is_not_finite_is_said_and_others_are_not(store, caplog):
+    save(store, 0)
+    assert not caplog.messages
+    save(store, 1, NAN)
+    assert "the checkpoint of step 1 is not finite: weights.w (3 NaN)" in caplog.text
