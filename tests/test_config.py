@@ -241,6 +241,7 @@ def test_a_store_is_opened_for_the_group_that_is_given(tmp_path: Path) -> None:
         ),
         ({"spike": []}, TypeError, "spike must hold settings by name"),
         ({"schedule": {"warmup": {"lr": 0.1}}}, ValueError, "schedule.warmup.steps is missing"),
+        ({"schedule": {"floor": None}}, TypeError, "schedule.floor=None is of type NoneType"),
         ({"schedule": {"floor": ["a"]}}, TypeError, r"schedule.floor\[0\]='a'"),
         ({"checkpoints": {}}, ValueError, "checkpoints.directory is missing"),
         ({"checkpoints": {"directory": "x", "keeep": 1}}, ValueError, "did you mean 'keep'"),

@@ -129,6 +129,20 @@ def test_a_line_cut_short_by_the_system_costs_no_other_record(
     assert steps(sink.path) == [1, 3]
 
 
+def test_a_file_that_cannot_be_opened_is_not_left_open(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(b'{"step": 9' * 10)  # cut short, and there is no room to end the line
+    before = n_open()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            JsonLinesSink(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert n_open() == before
+
+
 def test_a_file_name_that_is_no_utf8_is_a_tag_like_any_other(tmp_path: Path) -> None:
     tag = os.fsdecode(b"batch-\xff.pt")
     with JsonLinesSink(tmp_path / "r.jsonl") as sink:
