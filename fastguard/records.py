@@ -83,7 +83,7 @@ class StepRecord:
             >>> record.as_dict()["total_norm"], record.as_dict()["culprits"]
             ('NaN', [['head', 2, 0, 0]])
         """
-        return {f.name: strict(getattr(self, f.name)) for f in fields(self)}
+        return {name: strict(getattr(self, name)) for name in FIELDS}
 
     def __str__(self) -> str:
         """One line for a log."""
@@ -115,6 +115,10 @@ class StepRecord:
 
 
 _LABELS = tuple(reason.label for reason in Reason)  # making a Reason costs as much as the rest
+
+
+FIELDS = tuple(f.name for f in fields(StepRecord))
+"""Of a record, in order."""
 
 
 def record_now(outcome: Outcome) -> StepRecord:

@@ -6,7 +6,6 @@ host. A sink never ends a run: what it cannot write it counts, and says so once.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import math
@@ -16,13 +15,12 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from fastguard.records import StepRecord
-from fastguard.strict_json import dumps
+from fastguard.records import FIELDS, StepRecord
+from fastguard.strict_json import encode
 
 log = logging.getLogger("fastguard")
 
 _FLOATS = ("total_norm", "clip_coef", "lr")
-_FIELDS = {f.name for f in dataclasses.fields(StepRecord)}
 
 
 class JsonLinesSink:
@@ -68,7 +66,7 @@ class JsonLinesSink:
 
     def __call__(self, record: StepRecord) -> None:
         # A file name that is no UTF-8 is a string with lone surrogates, which JSON can escape.
-        line = (dumps(record.as_dict()) + "\n").encode(errors="backslashreplace")
+        line = (encode(record.as_dict()) + "\n").encode(errors="backslashreplace")
         try:
             if self._closed:
                 raise OSError("the sink is closed")
@@ -197,7 +195,7 @@ def parse_record(line: bytes) -> StepRecord:
 def _record(fields: Any) -> StepRecord:
     if not isinstance(fields, dict):
         raise ValueError("not a JSON object")
-    fields = {name: value for name, value in fields.items() if name in _FIELDS}
+    fields = {name: value for name, value in fields.items() if name in FIELDS}
     for name in _FLOATS:
         if name in fields:
             fields[name] = float(fields[name])  # "NaN" and "Infinity" too

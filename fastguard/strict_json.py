@@ -27,15 +27,21 @@ def strict(value: Any) -> Any:
         if math.isfinite(value):
             return value
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if value is None or isinstance(value, str | int):
+    if value is None or isinstance(value, (str, int)):  # a union would be made each time
         return value
     if isinstance(value, Mapping):
         return {str(key): strict(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):
         return [strict(item) for item in value]
     return str(value)
 
 
 def dumps(value: Any, *, indent: int | None = None) -> str:
     """`json.dumps` of `strict(value)`."""
+    if indent is None:
+        return encode(strict(value))
     return json.dumps(strict(value), indent=indent, allow_nan=False, ensure_ascii=False)
+
+
+encode = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
+"""`dumps` of a value that is strict already; `json.dumps` makes an encoder for each call."""
