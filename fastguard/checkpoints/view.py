@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -135,8 +135,10 @@ class StoreView:
         log.info("loaded %s", entry)
         return Checkpoint(entry, {k: v for k, v in states.items() if k not in everything})
 
-    def _find(self, which: Which) -> Entry:
-        found = {"last": self.last, "last-clean": self.last_clean, "best": self.best}
+    def _find(self, which: Which, damaged: Collection[str] = ()) -> Entry:
+        """The entry that is meant; `damaged` files are no clean ones."""
+        clean = (e for e in reversed(self.list()) if e.clean and e.file not in damaged)
+        found = {"last": self.last, "last-clean": lambda: next(clean, None), "best": self.best}
         if isinstance(which, int) and not isinstance(which, bool):
             entry = next((e for e in reversed(self.list()) if e.step == which), None)
         elif which in found:
@@ -153,13 +155,16 @@ class StoreView:
         return entry
 
     def _read(self, which: Which, objects: Mapping[str, Any]) -> tuple[Entry, dict[str, Any]]:
+        damaged: set[str] = set()
         while True:
-            entry = self._find(which)
+            entry = self._find(which, damaged)
             try:
                 path = self.directory / entry.file
                 return entry, archive.read(path, entry.sha256, objects, self._folder.peers)
             except DamagedFile as error:
-                if which != "last-clean" or self._folder.read_only:
+                if which != "last-clean":
                     raise DamagedFile(f'{error}; load "last-clean" instead') from None
                 log.error("passing over a checkpoint: %s", error)
-                self._folder.update(replace(entry, verified=False))
+                damaged.add(entry.file)
+                if not self._folder.read_only:
+                    self._folder.update(replace(entry, verified=False))

@@ -168,6 +168,19 @@ def test_arrays_of_numbers_are_looked_into_and_others_are_left_alone(tmp_path):
     assert inspect(tmp_path / "x.pt").bad == (("big", 1, 0, 0), ("fortran", 1, 1, 0))
 
 
+def test_a_tensor_is_found_wherever_an_object_may_hold_it(tmp_path):
+    slotted = make_class("vanished_slots", "Slotted", __slots__=("w",))
+    made = slotted()
+    made.w = torch.tensor([NAN])
+    parameter = torch.nn.Parameter(torch.ones(1))
+    parameter.mask = torch.tensor([NAN, NAN])
+    value = {"slots": made, "parameter": parameter, "set": {torch.tensor([NAN] * 3)}}
+    torch.save(value, tmp_path / "x.pt", pickle_protocol=4)
+    sys.modules.pop("vanished_slots")
+    found = {name: nan for name, nan, *_ in inspect(tmp_path / "x.pt").bad}
+    assert found == {"slots.w": 1, "parameter.mask": 2, "set.0": 3}
+
+
 def test_the_state_of_a_module_is_read_with_its_versions(tmp_path):
     torch.save(torch.nn.BatchNorm1d(2).state_dict(), tmp_path / "x.pt")
     assert inspect(tmp_path / "x.pt").contents.n_tensors == 5

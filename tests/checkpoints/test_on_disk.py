@@ -131,7 +131,14 @@ def test_the_lock_names_its_holder_and_is_closed_with_the_store(tmp_path):
     assert n_open() == before
 
 
-def test_a_store_that_cannot_be_opened_is_not_locked(tmp_path):
+def test_a_store_that_cannot_be_opened_is_not_locked(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(CheckpointError, match="cannot be opened for writing") as full:
+            CheckpointStore(tmp_path)
     with CheckpointStore(tmp_path):
         pass
     path = tmp_path / "manifest.json"
@@ -140,8 +147,8 @@ def test_a_store_that_cannot_be_opened_is_not_locked(tmp_path):
     with pytest.raises(CheckpointError, match="version 2") as kept:
         CheckpointStore(tmp_path)
     path.write_text(good)
-    with CheckpointStore(tmp_path):  # while `kept` still holds the frames of the first attempt
-        assert kept.value
+    with CheckpointStore(tmp_path):  # while the frames of the attempts are still held
+        assert kept.value and full.value
 
 
 def test_a_store_that_was_dropped_without_closing_is_not_locked(tmp_path):
@@ -193,17 +200,21 @@ def test_the_workers_of_a_killed_run_do_not_hold_its_lock(tmp_path):
 
 def test_looking_for_damage_read_only_writes_nothing(tmp_path):
     with CheckpointStore(tmp_path) as store:
-        path = tmp_path / save(store, 0).file
+        save(store, 0)
+        path = tmp_path / save(store, 1).file
     corrupt(path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     with CheckpointStore(tmp_path, read_only=True) as store:
-        assert not store.verify()[0].ok
-        with pytest.raises(DamagedFile):
-            store.load("last-clean")
+        assert [check.ok for check in store.verify()] == [True, False]
+        with pytest.raises(DamagedFile, match='load "last-clean" instead'):
+            store.load("last")
+        assert store.load("last-clean").step == 0
+        with pytest.raises(CheckpointError, match="read_only"):
+            store.rollback()
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
     (tmp_path / "manifest.json").write_text("{")
     with CheckpointStore(tmp_path, read_only=True) as store:
-        assert steps(store) == []
+        assert steps(store) == [0]
     assert (tmp_path / "manifest.json").read_text() == "{"
 
 

@@ -72,6 +72,29 @@ def test_the_flag_waits_for_the_next_safe_point_and_the_old_handler_comes_back(s
         assert later.last_clean().step == 5
 
 
+def test_a_disk_that_fails_keeps_no_run_from_ending(store, monkeypatch, caplog):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    store.save_on_signal(signal.SIGUSR1)
+    signal.raise_signal(signal.SIGUSR1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(SystemExit):
+            store.maybe_save(x=1, step=5)
+    assert "the run ends at step 5; saved nothing" in caplog.text
+
+
+def test_of_several_flags_one_is_enough(store):
+    with store.save_on_signal(signal.SIGUSR1, exit=False), store.save_on_signal(exit=False):
+        assert not store.stop_requested
+        signal.raise_signal(signal.SIGTERM)  # what is meant if none is named
+        assert store.stop_requested
+        assert store.maybe_save(x=1, step=5).step == 5
+        assert store.maybe_save(x=1, step=6) is None
+        assert not store.stop_requested
+
+
 def test_a_loop_may_leave_by_itself(store):
     with store.save_on_signal(signal.SIGUSR1, exit=False):
         for step in range(1, 100):

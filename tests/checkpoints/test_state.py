@@ -136,6 +136,7 @@ def test_of_two_checkpoints_of_a_step_the_newer_counts(store):
     save(store, 1, 1.0)
     save(store, 1, 2.0)
     assert store.load(1).state["weights"]["w"].tolist() == [2.0] * 3
+    assert [check.entry.serial for check in store.verify(1)] == [2]
     with pytest.raises(ValueError, match="True is no checkpoint"):
         store.load(True)
 
