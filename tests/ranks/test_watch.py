@@ -227,6 +227,57 @@ def test_frozen_parameters_are_passed_over(two: Ranks) -> None:
     assert two.run(unused_parameters) == [(1, None), (1, (("up.weight", 32, 0, 0),))]
 
 
+def partly_optimized(way: str) -> Any:
+    """The optimizer holds `up` alone."""
+    model, opt, watch = build(way)
+    watch.remove()
+    net = model.module if way == "ddp" else model
+    group = Replicated(dist.group.WORLD) if way == "ddp" else None
+    named = [(f"up.{name}", p) for name, p in net.up.named_parameters()]
+    opt = GuardedOptimizer(
+        torch.optim.SGD(net.up.parameters(), lr=0.1), named_parameters=named, group=group
+    )
+    if way == "fsdp":
+        RankWatch(opt, model)
+    else:  # DDP takes one hook for good, so a model of its own
+        model = DistributedDataParallel(net, gradient_as_bucket_view=True)
+        RankWatch(opt, model)
+    return step(model, opt, {1: NAN}).culprit_rank
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_parameters_that_the_optimizer_does_not_hold_are_passed_over(two: Ranks, way: str) -> None:
+    assert two.run(partly_optimized, way) == [1, 1]
+
+
+def watched_twice() -> Any:
+    model, opt, first = build("fsdp")
+    second = RankWatch(opt, model)
+    first.remove()
+    assert opt.rank_watch is second
+    return step(model, opt, {1: NAN}).culprit_rank
+
+
+def test_ending_an_old_watch_leaves_the_new_one(two: Ranks) -> None:
+    assert two.run(watched_twice) == [1, 1]
+
+
+def a_sum(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda future: future.value()[0])
+
+
+def overflowing() -> Any:
+    model, opt, _ = build("ddp", comm_hook=a_sum)
+    record = step(model, opt, {0: 6e37, 1: 6e37})  # of `up.bias` 1.8e38 on each rank
+    return record.action, record.culprit_ranks, ("up.bias", 0, 8, 0) in record.culprits
+
+
+def test_a_reduction_that_overflows_is_nobodys_fault(two: Ranks) -> None:
+    assert two.run(overflowing) == [("skipped", 0, True)] * 2
+
+
 def test_what_has_no_reduction_is_refused() -> None:
     model = Net()
     opt = GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
