@@ -1,5 +1,6 @@
 """DTensors go through torch.distributed.checkpoint; here with a group of one process."""
 
+import os
 import pickle
 
 import pytest
@@ -10,7 +11,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from fastguard import CheckpointStore
 from fastguard.checkpoints import DamagedFile, UnsafeFile
+from fastguard.checkpoints.shard_looking import look
 from fastguard.checkpoints.shard_metadata import read_metadata
+from fastguard.peers import Peers
 
 NAN = float("nan")
 
@@ -100,6 +103,57 @@ def test_damage_of_any_file_is_noticed(mesh, tmp_path, name):
         assert not store.verify()[0].ok
         path.unlink()
         assert not store.verify()[0].ok
+
+
+def test_a_nan_in_a_complex_shard_is_found_and_every_file_counts(mesh, tmp_path):
+    shard = distribute_tensor(torch.tensor([1.0, complex(0, NAN)]), mesh, [Shard(0)])
+    with CheckpointStore(tmp_path) as store:
+        entry = store.save(m={"w": shard}, step=0)
+    assert entry.bad == (("m.w", 1, 0, 0),)
+    assert entry.size == sum(p.stat().st_size for p in (tmp_path / entry.file).iterdir())
+
+
+@pytest.mark.parametrize("name", ["rest.pt", ".metadata", "__0_0.distcp"])
+def test_a_missing_file_is_named(mesh, tmp_path, name):
+    with CheckpointStore(tmp_path) as store:
+        path = tmp_path / store.save(model=build(mesh)[0], step=0).file / name
+        path.unlink()
+        assert store.verify()[0].problem == f"{path} is missing"
+
+
+class Bomb:
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (f"{self.folder}/executed",)
+
+
+def test_metadata_that_points_elsewhere_is_refused(mesh, tmp_path):
+    with CheckpointStore(tmp_path) as store:
+        folder = tmp_path / store.save(model=build(mesh)[0], step=0).file
+    path, shards = folder / ".metadata", folder / "__0_0.distcp"
+    good = path.read_bytes()
+
+    def forge(**changes):
+        metadata = pickle.loads(good)
+        for place in metadata.storage_data.values():
+            vars(place).update(changes)
+        path.write_bytes(pickle.dumps(metadata))
+
+    forge(relative_path="../elsewhere")
+    with pytest.raises(UnsafeFile, match=r"points to \.\./elsewhere, outside its folder"):
+        look(folder, Peers())
+    forge(length=10**6)
+    with pytest.raises(DamagedFile, match=r"truncated: .*__0_0\.distcp"):
+        look(folder, Peers())
+    torch.save(Bomb(tmp_path), shards)
+    forge(offset=0, length=shards.stat().st_size)
+    with pytest.raises(DamagedFile, match="is damaged"):
+        look(folder, Peers())
+    assert not (tmp_path / "executed").exists()
+    torch.load(shards, weights_only=False)
+    assert (tmp_path / "executed").exists()  # it was live
 
 
 def test_metadata_that_calls_anything_is_refused(tmp_path):

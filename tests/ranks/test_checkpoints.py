@@ -184,7 +184,11 @@ def pipeline_stages(folder: Path) -> bool:
         assert store.save(stage=stage, step=0).clean
         torch.nn.init.zeros_(stage.weight)
         store.load("last-clean", stage=stage)
-    return torch.equal(stage.weight.to_local(), expected)
+        restored = torch.equal(stage.weight.to_local(), expected)
+        stage.weight.detach().to_local().fill_(NAN)
+        bad = dict((name, nan) for name, nan, *_ in store.save(stage=stage, step=1).bad)
+        assert bad == {"stage.weight": 4 * 4 + 6 * 4}, bad  # of all stages, by the user's name
+    return restored
 
 
 def test_stages_that_name_their_parameters_alike_are_kept_apart(
