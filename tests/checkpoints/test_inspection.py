@@ -77,6 +77,11 @@ def test_large_finite_values_are_finite(saved):
     assert inspect(path).bad == ()
 
 
+def test_four_bits_have_no_nan(saved):
+    packed = torch.full((4,), 0x77, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    assert inspect(saved({"x": packed})).bad == ()
+
+
 @pytest.mark.parametrize(
     "place",
     [(0,), (-1,), (module.PIECE // 4 - 1,), (module.PIECE // 4,), (module.PIECE // 4 + 40,)],

@@ -168,6 +168,29 @@ def test_a_rollback_reads_its_target_first(tmp_path, caplog):
         assert store.rollback().step == 0
 
 
+HOLDING = """
+import sys
+from fastguard import CheckpointStore
+with CheckpointStore(sys.argv[1]):
+    print("open", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_store_that_another_process_holds_stays_no_open_file_here(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDING, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout.readline() == b"open\n"
+        before = n_open()
+        with pytest.raises(StoreLocked, match=f"in process {process.pid}; wait"):
+            CheckpointStore(tmp_path)
+        assert n_open() == before
+        process.stdin.close()
+        assert process.wait(60) == 0
+    CheckpointStore(tmp_path).close()
+
+
 KILLED = """
 import os, signal, sys, time
 from fastguard import CheckpointStore
@@ -254,6 +277,17 @@ def test_a_file_that_cannot_be_removed_is_tried_again_by_the_next_writer(
         assert old.exists() and steps(store) == [1]
     with CheckpointStore(tmp_path, keep=1) as store:
         assert not old.exists() and steps(store) == [1]
+
+
+def test_what_a_crash_left_is_removed_and_a_manifest_of_brackets_is_damage(tmp_path):
+    with CheckpointStore(tmp_path) as store:
+        save(store, 0)
+    (tmp_path / ".tmp-step-000000001.000002.pt").write_text("half")
+    (tmp_path / ".tmp-step-000000001.000003.sharded").mkdir()
+    (tmp_path / "manifest.json").write_text("[" * 100_000)
+    with CheckpointStore(tmp_path) as store:
+        assert steps(store) == [0]
+    assert not list(tmp_path.glob(".tmp-*"))
 
 
 def test_what_is_known_of_the_folder_outlives_the_writer(tmp_path):

@@ -141,6 +141,22 @@ def test_of_two_checkpoints_of_a_step_the_newer_counts(store):
         store.load(True)
 
 
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_the_best_is_the_newest_of_equals_and_no_nan_even_if_it_came_first(tmp_path, mode):
+    with CheckpointStore(tmp_path, mode=mode, keep=9) as store:
+        save(store, 0, metric=NAN)
+        assert store.best() is None
+        for step in (1, 2):
+            save(store, step, metric=0.5)
+        assert store.best().step == 2
+
+
+def test_an_entry_says_in_one_line_what_it_is(store):
+    entry = save(store, 3, epoch=1, metric=0.25)
+    assert str(entry) == f"{entry.file} (step 3, epoch 1, metric 0.25, clean)"
+    assert str(save(store, 4, NAN)).endswith("(step 4, not finite: weights.w (3 NaN))")
+
+
 def test_what_comes_back_from_the_disk_otherwise_is_no_checkpoint(tmp_path, monkeypatch, caplog):
     """A controller that lies: what is read is not what was written."""
     honest = files.Sink.write
