@@ -2,6 +2,7 @@
 
 import collections
 import io
+import json
 import pickle
 import struct
 import zipfile
@@ -113,4 +114,38 @@ def test_a_record_that_ends_behind_the_file_is_truncation(tmp_path):
     struct.pack_into("<II", raw, entry + 20, 10**6, 10**6)  # its sizes, compressed and not
     path.write_bytes(raw)
     with pytest.raises(DamagedFile, match="truncated: record data/0 ends behind the end"):
+        inspect(path)
+
+
+def write_safetensors(path, data, **entries):
+    header = {
+        name: {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+        for name, (dtype, shape, offsets) in entries.items()
+    }
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+def test_safetensors_may_name_its_tensors_in_any_order(tmp_path):
+    data = struct.pack("<4f", 1.0, NAN, 1.0, NAN)
+    entries = {"z": ("F32", [2], [8, 16]), "a": ("F32", [2], [0, 8]), "none": ("F32", [0], [0, 0])}
+    path = write_safetensors(tmp_path / "x.safetensors", data, **entries)
+    assert inspect(path).bad == (("a", 1, 0, 0), ("z", 1, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        (("F32", [2], [-8, 0]), r"w of shape \[2\] has 8 bytes"),
+        (("F32", [-1, -2], [0, 8]), r"w of shape \[-1, -2\] has 8 bytes"),
+        (("F32", [2], [0, 12]), r"w of shape \[2\] has 12 bytes"),
+        (("F32", [8], [0, 32]), "w ends behind the end of the file"),
+        (("F99", [2], [0, 8]), "w has dtype F99, which is unknown here"),
+    ],
+    ids=str,
+)
+def test_safetensors_that_make_no_sense_say_where(tmp_path, entry, says):
+    path = write_safetensors(tmp_path / "x.safetensors", bytes(16), w=entry)
+    with pytest.raises(DamagedFile, match=says):
         inspect(path)
