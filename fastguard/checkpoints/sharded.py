@@ -104,11 +104,15 @@ def _write_rest(path: Path, rest: Mapping[str, Any]) -> None:
 
 
 def _of_the_disk(error: BaseException) -> OSError | None:
-    """The `OSError` that torch.distributed.checkpoint wrapped into one of its own, if any."""
-    if not isinstance(error, Exception) or isinstance(error, OSError):
+    """The `OSError` that torch.distributed.checkpoint wrapped into one of its own, if any.
+
+    Its own is no `Exception`: like a KeyboardInterrupt it would end the run.
+    """
+    if isinstance(error, OSError):
         return None
     wrapped = [failure[0] for failure in getattr(error, "failures", {}).values()]
-    for cause in (*wrapped, error.__cause__, error.__context__):
+    before = (error.__cause__, error.__context__) if isinstance(error, Exception) else ()
+    for cause in (*wrapped, *before):
         if isinstance(cause, OSError):
             return cause
     return None
@@ -164,12 +168,18 @@ def read(folder: Path, objects: Mapping[str, Any], peers: Peers) -> dict[str, An
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # "no process group": one process reads all
-        dcp.load(
-            empty,
-            storage_reader=Reader(folder),
-            process_group=peers.group,
-            no_dist=peers.size == 1,
-        )
+        try:
+            dcp.load(
+                empty,
+                storage_reader=Reader(folder),
+                process_group=peers.group,
+                no_dist=peers.size == 1,
+            )
+        except BaseException as error:
+            cause = _of_the_disk(error)
+            if cause is not None:
+                raise cause from None
+            raise
     return payload
 
 

@@ -2,15 +2,17 @@
 
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 from fastguard import CheckpointStore
-from fastguard.checkpoints import DamagedFile, UnsafeFile
+from fastguard.checkpoints import CheckpointError, DamagedFile, UnsafeFile
 from fastguard.checkpoints.shard_looking import look
 from fastguard.checkpoints.shard_metadata import read_metadata
 from fastguard.peers import Peers
@@ -111,6 +113,65 @@ def test_a_nan_in_a_complex_shard_is_found_and_every_file_counts(mesh, tmp_path)
         entry = store.save(m={"w": shard}, step=0)
     assert entry.bad == (("m.w", 1, 0, 0),)
     assert entry.size == sum(p.stat().st_size for p in (tmp_path / entry.file).iterdir())
+
+
+def path_of(handle):
+    return Path(os.readlink(f"/proc/self/fd/{handle}"))
+
+
+def test_every_file_is_on_the_disk_before_the_folder_has_its_name(mesh, tmp_path, monkeypatch):
+    flushed, named = [], {}
+    fsync, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (flushed.append(path_of(fd)), fsync(fd)))
+
+    def replace(old, new):
+        named[Path(new).name] = Path(old), set(flushed)
+        rename(old, new)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with CheckpointStore(tmp_path) as store:
+        folder = tmp_path / store.save(model=build(mesh)[0], step=0).file
+    temporary, before = named[folder.name]
+    written = {p.name.removesuffix(".tmp") for p in before if p.parent == temporary}
+    assert temporary in before and written >= {p.name for p in folder.iterdir()} - {"rest.pt"}
+    assert {p.name for p in named["rest.pt"][1]} > {".tmp-rest.pt"}
+
+
+def test_a_disk_that_is_full_at_the_shards_is_a_disk_that_is_full(
+    mesh, tmp_path, monkeypatch, caplog
+):
+    fsync = os.fsync
+
+    def full(handle):
+        if path_of(handle).suffix == ".distcp":
+            raise OSError(28, "No space left on device")
+        fsync(handle)
+
+    with CheckpointStore(tmp_path) as store:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            assert store.save(model=build(mesh)[0], step=0) is None
+        assert "step 0 was NOT saved: [Errno 28] No space left on device" in caplog.text
+        assert {p.name for p in tmp_path.iterdir()} == {".lock", "manifest.json"}
+        assert store.save(model=build(mesh)[0], step=0).clean
+
+        def broken(*_):
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(dcp.FileSystemReader, "read_data", broken)
+        with pytest.raises(OSError, match="Input/output error"):
+            store.load("last")
+
+
+def test_a_partial_tensor_is_refused_and_a_size_is_kept(mesh, tmp_path):
+    partial = DTensor.from_local(torch.ones(2), mesh, [Partial()])
+    shard = distribute_tensor(torch.ones(2), mesh, [Shard(0)])
+    with CheckpointStore(tmp_path) as store:
+        with pytest.raises(CheckpointError, match=r"m\.w is partial: make it whole"):
+            store.save(m={"w": partial}, step=0)
+        store.save(m={"w": shard, "size": torch.Size([2])}, step=1)
+        state = store.load().state["m"]
+    assert type(state["size"]) is torch.Size and state["w"].tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("name", ["rest.pt", ".metadata", "__0_0.distcp"])
