@@ -28,7 +28,9 @@ def two() -> Iterator[Ranks]:
 class Run:
     def __init__(self, way: str, folder: Path | None, **kwargs: Any) -> None:
         torch.manual_seed(0)
-        self.model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 2))
+        self.model = torch.nn.Sequential(
+            torch.nn.Linear(6, 7), torch.nn.Linear(7, 2)
+        )  # shards of 4 and 3
         if way == "fsdp":
             fully_shard(self.model)
         self.ddp = way == "ddp"
