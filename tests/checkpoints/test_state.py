@@ -151,6 +151,13 @@ def test_the_best_is_the_newest_of_equals_and_no_nan_even_if_it_came_first(tmp_p
         assert store.best().step == 2
 
 
+def test_as_many_clean_ones_stay_as_are_asked_for(tmp_path):
+    with CheckpointStore(tmp_path, keep=1, keep_clean=2) as store:
+        for step, value in enumerate((1.0, 1.0, 1.0, NAN, NAN)):
+            save(store, step, value)
+        assert [entry.step for entry in store.list()] == [1, 2, 4]
+
+
 def test_an_entry_says_in_one_line_what_it_is(store):
     entry = save(store, 3, epoch=1, metric=0.25)
     assert str(entry) == f"{entry.file} (step 3, epoch 1, metric 0.25, clean)"
