@@ -79,11 +79,8 @@ class GuardState:
     rings: Tensor
 
     def to(self, device: torch.device) -> GuardState:
-        """The same on another device; from the meta device, which holds nothing, zeros."""
-        tensors = (self.counters, self.windows, self.rings)
-        return GuardState(
-            *(torch.zeros_like(t, device=device) if t.is_meta else t.to(device) for t in tensors)
-        )
+        """The same on another device."""
+        return GuardState(self.counters.to(device), self.windows.to(device), self.rings.to(device))
 
     @staticmethod
     def fresh(policy: Policy, device: torch.device) -> GuardState:

@@ -110,10 +110,14 @@ class Gradients:
             self.flat.close_gaps_()
 
     def _home(self) -> torch.device:
-        """Where the first parameter lives; without one, where the ranks meet."""
-        if self.layout.parameters:
-            return self.layout.parameters[0].device
+        """Where the first parameter lives; without one, where the ranks meet.
+
+        The meta device holds no numbers: until the model has memory, the guard is on the CPU.
+        """
         cpu = torch.device("cpu")
+        if self.layout.parameters:
+            first = self.layout.parameters[0]
+            return cpu if first.is_meta else first.device
         return cpu if self.team is None else self.team.device_for(cpu)
 
     def _lay_out(self) -> Layout:

@@ -83,7 +83,7 @@ class ObservedLosses:
             if isinstance(value, Tensor):
                 value = value.to(torch.float64, copy=True)  # the caller may use its buffer again
             if name in sums:
-                sums[name] += value
+                sums[name] = sums[name] + value  # not in place: it may be an inference tensor
                 counts[name] += 1
             else:
                 sums[name], counts[name] = value, 1

@@ -191,10 +191,10 @@ class GuardedOptimizer(KnownRun):
         self._follow_parameters()
         signals = self._signals()
         policy = self._current_policy()
-        buckets = self._gradients.buckets()
         if not self._agreed:
             check_agreement(self, self._gradients.team)
             self._agreed = True
+        buckets = self._gradients.buckets()
         unclamped = self._clamp(signals.inv_scale)
 
         stats = measure(buckets, self.norm_type, signals.inv_scale)

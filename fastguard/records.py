@@ -263,6 +263,8 @@ class Recorder:
         self.send(outcome)
 
     def _add_known(self, outcome: Outcome, known: Known) -> None:
+        if self._pending:  # the model came from a device: those are older
+            self.wait()
         alone = outcome.signals.bad_ranks is None
         if alone and not (known.reason or self.sinks or self._inboxes):
             lr = float(outcome.lr)  # now: a tensor may change

@@ -51,6 +51,7 @@ class SpikeRule:
             )
         if not (isinstance(self.sigma, int | float) and 0 < self.sigma < math.inf):
             raise ValueError(f"SpikeRule sigma={self.sigma!r} must be a finite number > 0")
+        object.__setattr__(self, "sigma", float(self.sigma))  # 6 and 6.0 are one rule to all ranks
         _check_action(self.action, "SpikeRule")
 
 
@@ -73,6 +74,7 @@ class Threshold:
     def __post_init__(self) -> None:
         if not (isinstance(self.max, int | float) and self.max > 0):  # NaN is not > 0
             raise ValueError(f"Threshold max={self.max!r} must be a number > 0")
+        object.__setattr__(self, "max", float(self.max))
         _check_action(self.action, "Threshold")
 
 

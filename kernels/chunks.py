@@ -99,7 +99,8 @@ def table_of(bucket: Bucket, n_segments: int, n_programs: int) -> ChunkTable:
     table = bucket.notes.get(n_segments)
     if table is None:
         table = _found_or_built(bucket, n_segments, n_programs)
-        # One that a graph uploads serves this step, but no later one.
+        # One that a graph uploads serves no later step; a flat bucket, which lives on, has one
+        # built for each stage.
         if bucket.runs is None or table.uploaded is not None or bucket.device == HOST:
             bucket.notes[n_segments] = table
     elif bucket.runs is None:

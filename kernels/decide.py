@@ -265,7 +265,7 @@ def decide_step(
         losses: float64 `(L,)`.
         inv_scale: float64 `()`, or None.
         overflow: `()`, > 0 if a loss scaler found non-finite gradients, or None.
-        rules: float64 `(K, 8)`: the columns above, or None without rules.
+        rules: float64 `(K, 8)`: the columns of `rules`, or None without rules.
         counters, windows, rings: The guard's state, changed in place; None without a state.
         given: bool `(L,)`: which losses there are; None: all.
 

@@ -28,8 +28,8 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 INTERPRETED_PROGRAMS = 3  # in the interpreter programs are slow and blocks nearly free
 
-# `CompiledKernel.run` is what Triton's own JIT calls, but not documented: newer versions than those
-# it was read in take `compiled[grid](...)`.
+# `CompiledKernel.run` is what Triton's own JIT calls, but not documented: it was read in 3.6 and
+# 3.9, and newer versions take `compiled[grid](...)`.
 RUN_IS_KNOWN = (3, 6) <= tuple(int(n) for n in triton.__version__.split(".")[:2]) <= (3, 9)
 
 

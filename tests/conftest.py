@@ -49,6 +49,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for folder in ("gpu", "kernels"):
             if item.path.is_relative_to(TESTS / folder):
                 item.add_marker(folder)
+    # The soak last: where time is cut off, everything else has been said.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -91,6 +91,14 @@ def test_the_caller_may_use_its_buffer_again(dtype, losses_by_name):
     assert observed.take()["loss"] == 1.0
 
 
+def test_a_loss_of_an_evaluation_without_gradients_can_be_added_to():
+    observed = ObservedLosses()
+    with torch.inference_mode():
+        observed.observe(named_losses(torch.tensor(1.0)))
+    observed.observe(named_losses(torch.tensor(3.0)))
+    assert observed.take()["loss"].item() == 2.0
+
+
 def test_numbers_and_tensors_travel_in_one_vector():
     losses = {"ce": 0.5, "aux": torch.tensor(2.0, dtype=torch.float64)}
     assert stacked(losses, torch.device("cpu")).tolist() == [0.5, 2.0]

@@ -269,6 +269,18 @@ def test_the_ring_turns_without_losing_a_record():
     assert [r.step for r in recorder.drain()] == list(range(1, 2 * ROWS + 4))
 
 
+def test_a_model_that_comes_back_from_a_device_keeps_the_order():
+    recorder, seen = Recorder(), []
+    steps = outcomes(torch.zeros(3, 1, dtype=torch.int64), steps=4)
+    recorder.send(next(steps))
+    recorder.add(next(steps))
+    recorder.send(next(steps))
+    recorder.sinks.append(seen.append)
+    recorder.add(next(steps))
+    assert [r.step for r in recorder.drain()] == [1, 2, 3, 4]
+    assert [r.step for r in seen] == [3, 4] and recorder.last.step == 4
+
+
 def test_a_step_with_more_losses_than_the_ring_was_made_for():
     recorder = Recorder()
     (few,) = outcomes(torch.zeros(3, 1, dtype=torch.int64), steps=1)

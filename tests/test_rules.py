@@ -16,6 +16,11 @@ def test_one_rule_is_for_the_gradient_norm():
     assert rules_by_signal(both) == both
 
 
+def test_a_limit_in_whole_numbers_is_the_same_rule_in_words_too():
+    assert repr(SpikeRule(sigma=6)) == repr(SpikeRule(sigma=6.0))
+    assert repr(Threshold(max=100)) == repr(Threshold(max=100.0))
+
+
 def test_defaults_are_those_that_long_runs_use():
     assert SpikeRule() == SpikeRule(window=128, sigma=6.0, warmup=64, action="skip")
     assert Threshold(max=1.0).action == "skip"

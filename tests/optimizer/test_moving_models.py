@@ -1,7 +1,9 @@
 """A model that goes to another device after its guard was made takes the guard along."""
 
+import copy
 import math
 
+import pytest
 import torch
 
 from fastguard import GuardedOptimizer, SpikeRule
@@ -13,35 +15,60 @@ def guard_of(model: torch.nn.Module, **options) -> GuardedOptimizer:
     return GuardedOptimizer(inner, max_norm=1.0, spike=SpikeRule(window=8, warmup=4), **options)
 
 
-def test_a_model_laid_out_on_the_meta_device():
-    model = torch.nn.Linear(3, 2, device="meta")
-    opt = guard_of(model)
+def give_memory(model: torch.nn.Module) -> None:
     for p in model.parameters():
         torch.utils.swap_tensors(p, torch.nn.Parameter(torch.ones(p.shape)))
-    expected = torch.nn.Linear(3, 2)
-    torch.nn.init.ones_(expected.weight)
-    torch.nn.init.ones_(expected.bias)
-    same = guard_of(expected)
-    for guarded in (opt, same):
-        train(guarded, [0, 1, 2], bad=[1])
-    assert opt.last.total_norm.device.type == "cpu"
-    assert (opt.applied_steps, opt.skipped_steps) == (2, 1)
-    assert opt.records() == same.records()
-    for got, want in zip(model.parameters(), expected.parameters(), strict=True):
-        assert torch.equal(got, want)
+
+
+def ones() -> torch.nn.Module:
+    model = torch.nn.Linear(3, 2)
+    for p in model.parameters():
+        torch.nn.init.ones_(p)
+    return model
+
+
+def assert_the_same(opt: GuardedOptimizer, expected: GuardedOptimizer) -> None:
+    assert opt.records() == expected.records()
+    for group, other in zip(opt.param_groups, expected.param_groups, strict=True):
+        for got, want in zip(group["params"], other["params"], strict=True):
+            assert torch.equal(got, want)
     for name in ("counters", "windows", "rings"):
-        saved = (guarded.state_dict()["fastguard"][name] for guarded in (opt, same))
+        saved = (guarded.state_dict()["fastguard"][name] for guarded in (opt, expected))
         assert torch.equal(*saved)
 
 
-def test_where_the_guard_was_before_is_kept_nowhere():
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_model_laid_out_on_the_meta_device(flat):
     model = torch.nn.Linear(3, 2, device="meta")
-    opt = guard_of(model)
-    assert opt.state_dict()["fastguard"]["counters"].is_meta
-    for p in model.parameters():
-        torch.utils.swap_tensors(p, torch.nn.Parameter(torch.ones(p.shape)))
-        p.grad = torch.full_like(p, math.nan)
-    opt.step(loss=torch.tensor(1.0))
-    (record,) = opt.flush()
-    assert record.action == "skipped" and record.losses == {"loss": 1.0}
+    opt, expected = guard_of(model, flat_buckets=flat), guard_of(ones(), flat_buckets=flat)
     assert "on cpu" in opt.describe()
+    give_memory(model)
+    for guarded in (opt, expected):
+        train(guarded, [0, 1, 2], bad=[1])
+    assert opt.last.total_norm.device.type == "cpu"
+    assert (opt.applied_steps, opt.skipped_steps) == (2, 1)
+    assert_the_same(opt, expected)
+
+
+def test_a_checkpoint_loaded_before_the_first_step():
+    trained = guard_of(ones())
+    train(trained, [0, 1, 2], bad=[1])
+    saved = trained.state_dict()
+    model = torch.nn.Linear(3, 2, device="meta")
+    opt, expected = guard_of(model), guard_of(ones())
+    assert opt.applied_steps == 0
+    give_memory(model)
+    for guarded in (opt, expected):
+        guarded.load_state_dict(copy.deepcopy(saved))
+        train(guarded, [3, 4])
+    assert (opt.applied_steps, opt.skipped_steps) == (4, 1)
+    assert_the_same(opt, expected)
+
+
+def test_what_was_saved_before_there_was_memory_loads():
+    opt, expected = guard_of(torch.nn.Linear(3, 2, device="meta")), guard_of(ones())
+    expected.load_state_dict(opt.state_dict())
+    for p in (p for group in expected.param_groups for p in group["params"]):
+        p.grad = torch.full_like(p, math.nan)
+    expected.step()
+    assert (expected.applied_steps, expected.skipped_steps) == (0, 1)

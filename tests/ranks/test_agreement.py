@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 import fastguard
 from fastguard import GuardedOptimizer, SpikeRule, Threshold
@@ -118,6 +120,26 @@ def test_replicas_hold_the_same_tensors(two: Ranks, case: str) -> None:
     messages = {m for said in two.run(refused, "replicated", (first, second)) for m in said}
     (message,) = messages
     assert expected in message
+
+
+def partial() -> str:
+    """Gradients that are to be summed over the ranks first, and not as many on each."""
+    mesh = init_device_mesh("cpu", (2,))
+    made = [
+        nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Replicate()]))
+        for _ in range(2 - dist.get_rank())
+    ]
+    for p in made:
+        p.grad = DTensor.from_local(torch.ones(3), mesh, [Partial()])
+    opt = GuardedOptimizer(torch.optim.SGD(made, lr=0.1), max_norm=1.0)
+    with pytest.raises(ValueError) as error:
+        opt.step()
+    return str(error.value)
+
+
+def test_ranks_are_compared_before_their_partial_gradients_are_summed(two: Ranks) -> None:
+    for message in two.run(partial):
+        assert "the number of parameters by param group is [2] on rank 0, [1] on rank 1" in message
 
 
 def stages() -> tuple[list[Any], float]:
