@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -18,28 +18,17 @@ LOSS = "loss"
 Loss = Tensor | float | Mapping[str, Tensor | float]
 
 
-def named_losses(loss: Loss | None) -> dict[str, Tensor | float]:
+def named_losses(loss: Loss | None, *, read: bool = False) -> dict[str, Tensor | float]:
     """What a user passes as `loss`, by name: detached scalars, numbers as they are.
+
+    Args:
+        loss: A scalar, or scalars by name; None: there is none.
+        read: Whether those on a CPU become numbers, which makes all that follows cost half.
 
     Raises:
         TypeError: A loss is neither a tensor nor a number.
         ValueError: A loss has more than one element, or the name of the gradient norm.
     """
-    return _by_name(loss, _detached)
-
-
-def read_losses(loss: Loss | None) -> dict[str, Tensor | float]:
-    """The same, but those on a CPU are read, which makes all that follows cost half."""
-    return _by_name(loss, lambda value: value.item() if value.is_cpu else _detached(value))
-
-
-def _detached(value: Tensor) -> Tensor:
-    return value.detach().reshape(())
-
-
-def _by_name(
-    loss: Loss | None, scalar: Callable[[Tensor], Tensor | float]
-) -> dict[str, Tensor | float]:
     if loss is None:
         return {}
     named = loss if isinstance(loss, Mapping) else {LOSS: loss}
@@ -55,44 +44,47 @@ def _by_name(
                     f"{name} has shape {tuple(value.shape)}, but the guard needs one number; "
                     "reduce it first, for example with .mean()"
                 )
-            value = scalar(value)
-        elif isinstance(value, bool) or not isinstance(value, int | float):
+            number = value.item() if read and value.is_cpu else value.detach().reshape(())
+            scalars[str(name)] = float(number) if isinstance(number, int) else number
+        elif isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(
                 f"{name}={value!r} is a {type(value).__name__}; pass a scalar tensor, a number, "
                 "or a dict of them by name"
             )
-        scalars[str(name)] = value if isinstance(value, Tensor) else float(value)
+        else:
+            scalars[str(name)] = float(value)
     return scalars
 
 
 class ObservedLosses:
     """Means of the losses of the micro-batches since the last step.
 
-    Kept as sums where each loss is: a NaN or Inf in any micro-batch makes the sum, and so the mean,
+    Tensors stay where they are: a NaN or Inf in any micro-batch makes the sum, and so the mean,
     non-finite.
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor | float] = {}
-        self._counts: dict[str, int] = {}
+        self._batches: list[Mapping[str, Tensor | float]] = []
 
     def observe(self, losses: Mapping[str, Tensor | float]) -> None:
         """Adds one micro-batch."""
-        sums, counts = self._sums, self._counts
-        for name, value in losses.items():
-            if isinstance(value, Tensor):
-                value = value.to(torch.float64, copy=True)  # the caller may use its buffer again
-            if name in sums:
-                sums[name] = sums[name] + value  # not in place: it may be an inference tensor
-                counts[name] += 1
-            else:
-                sums[name], counts[name] = value, 1
+        self._batches.append({name: _kept(value) for name, value in losses.items()})
 
-    def take(self) -> dict[str, Tensor | float]:
+    def take(self) -> Mapping[str, Tensor | float]:
         """The means by name, float64 `()` or numbers; the next micro-batch starts anew."""
-        means = {name: total / self._counts[name] for name, total in self._sums.items()}
-        self._sums, self._counts = {}, {}
-        return means
+        batches, self._batches = self._batches, []
+        if len(batches) == 1:
+            return batches[0]
+        values: dict[str, list[Tensor | float]] = {}
+        for losses in batches:
+            for name, value in losses.items():
+                values.setdefault(name, []).append(value)
+        return {name: sum(given) / len(given) for name, given in values.items()}
+
+
+def _kept(value: Tensor | float) -> Tensor | float:
+    """float64, and a copy: the caller may use its buffer again."""
+    return value.to(torch.float64, copy=True) if isinstance(value, Tensor) else value
 
 
 def stacked(losses: Mapping[str, Tensor | float], device: torch.device) -> Tensor:

@@ -23,7 +23,7 @@ from fastguard.errors import TrainingDivergedError
 from fastguard.gradients import Gradients
 from fastguard.guardable import MODES, check_budget, check_choice, check_optimizer
 from fastguard.known_run import KnownRun
-from fastguard.losses import Loss, ObservedLosses, read_losses, stacked
+from fastguard.losses import Loss, ObservedLosses, named_losses, stacked
 from fastguard.measure import measure, norm_type_of
 from fastguard.packed import Outcome
 from fastguard.ranks.agreement import check_agreement
@@ -87,7 +87,8 @@ class GuardedOptimizer(KnownRun):
 
     _step_supports_amp_scaling = True  # GradScaler.step then always calls step, also on Inf
     rank_watch: RankWatch | None = None
-    _agreed = False
+    _agreed = False  # that all ranks were given the same arguments; asked once
+    _may_have_losses = False  # which ranks that decide alone must not; asked once
 
     def __init__(
         self,
@@ -248,9 +249,11 @@ class GuardedOptimizer(KnownRun):
         """
         if loss is None:
             return
-        losses = read_losses(loss)
-        if losses and self.group is None and self._gradients.team is None:
-            refuse_several_ranks()
+        losses = named_losses(loss, read=True)
+        if losses and not self._may_have_losses:
+            if self.group is None and self._gradients.team is None:
+                refuse_several_ranks()
+            self._may_have_losses = True
         self._observed.observe(losses)
 
     def _follow_parameters(self) -> None:

