@@ -40,11 +40,15 @@ def backend_of(device: torch.device) -> Literal["triton", "torch"]:
 def stages(device: torch.device) -> ModuleType:
     """The module whose `measure`, `decide` and `apply` work on tensors of this device."""
     kernels = None if device.type == "cpu" else triton_stages(device)
-    if kernels is not None:
-        return kernels
-    from fastguard import reference  # half a microsecond that GPUs need not wait for
+    return _reference() if kernels is None else kernels
 
-    return reference
+
+@functools.cache
+def _reference() -> ModuleType:
+    """Imported when it is first asked for, since it imports what imports this; kept, since finding
+    it again takes 15 µs behind a model that filled the caches.
+    """
+    return importlib.import_module("fastguard.reference")
 
 
 @functools.cache
