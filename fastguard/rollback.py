@@ -119,7 +119,7 @@ class Rollback:
         self.attempts = 0
         self._trouble_until = 0
         self._inbox = optimizer.subscribe()
-        self._positions: deque[Any] = deque()
+        self._positions: deque[tuple[int, Any]] = deque()  # by the steps taken until then
         self._stretch = BadStretch(after_skips, after_spikes)
         self._place: Place
         if store is None:
@@ -135,7 +135,7 @@ class Rollback:
         return self._place.steps()
 
     def step(self, position: Any = None) -> Rewind | None:
-        """To be called after every `optimizer.step`.
+        """To be called after every `optimizer.step`; a call after several stands for them all.
 
         Args:
             position: Where the data stands: whatever finds this batch again. With a `store`,
@@ -148,11 +148,11 @@ class Rollback:
             TrainingDivergedError: `max_attempts` rollbacks did not get past the trouble, or no
                 snapshot is finite.
         """
-        self._positions.append(position)
+        self._positions.append((self.optimizer.steps_taken, position))
         reason = None
         while self._inbox:
             record = self._inbox.popleft()
-            reason = self._stretch.learn(record, self._positions.popleft()) or reason
+            reason = self._stretch.learn(record, self._position_at(record.step)) or reason
         if reason is not None:
             return self.trigger(reason)
         if self._stretch.clean >= self.every:
@@ -177,8 +177,10 @@ class Rollback:
             TrainingDivergedError: As in `step`.
         """
         self.optimizer.settle()
-        while self._inbox and self._positions:
-            self._stretch.learn(self._inbox.popleft(), self._positions.popleft())
+        told = self._positions[-1][0] if self._positions else 0
+        while self._inbox and self._inbox[0].step <= told:
+            record = self._inbox.popleft()
+            self._stretch.learn(record, self._position_at(record.step))
         self.attempts += 1
         now = self.optimizer.steps_taken
         story = f"{reason}, at step {now}"
@@ -204,6 +206,12 @@ class Rollback:
         skip = self._stretch.positions_since(taken.step)
         log.warning("rolled back to step %d (attempt %d): %s", taken.step, self.attempts, story)
         return Rewind(taken.step, taken.position, skip, reason, self.attempts)
+
+    def _position_at(self, step: int) -> Any:
+        """What `step` was given first after this step of the optimizer."""
+        while self._positions[0][0] < step:
+            self._positions.popleft()
+        return self._positions[0][1]
 
 
 def _check_counts(**counts: object) -> None:

@@ -10,10 +10,10 @@ from fastguard.gradients import Gradients
 
 @pytest.mark.parametrize("flat", [False, True], ids=["", "flat"])
 def test_results_live_with_the_first_parameter_also_if_it_has_no_gradient(flat):
-    frozen = torch.nn.Parameter(torch.ones(2, device="meta"), requires_grad=False)
-    p = torch.nn.Parameter(torch.ones(2))
+    frozen = torch.nn.Parameter(torch.ones(2), requires_grad=False)
+    p = torch.nn.Parameter(torch.ones(2, device="meta"))
     gradients = Gradients(torch.optim.SGD([frozen, p], lr=1.0), "global", {}, 2.0, flat)
-    p.grad = torch.ones(2)
+    p.grad = torch.ones(2, device="meta")
     assert gradients.buckets().device == gradients.device == frozen.device
 
 

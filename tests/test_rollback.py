@@ -51,6 +51,20 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return len(a) == len(b) and all(map(torch.equal, a, b))
 
 
+def test_one_call_after_several_steps_stands_for_them_all() -> None:
+    run = Run(every=3, after_skips=2)
+    rewinds = []
+    for i in range(4):
+        run.opt.zero_grad()
+        for p in run.model.parameters():
+            p.grad = torch.full_like(p, math.nan if i >= 2 else 0.1)
+        run.opt.step()
+        if i % 2:
+            rewinds.append(run.rollback.step(position=f"pair {i // 2}"))
+    assert rewinds[0] is None
+    assert (rewinds[1].step, rewinds[1].skip) == (0, ("pair 1", "pair 1"))
+
+
 def test_trouble_before_the_first_snapshot_goes_back_to_where_the_data_stood() -> None:
     run = Run(every=5, after_skips=1, position=40)
     run.batch(41)
