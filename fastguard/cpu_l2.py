@@ -9,15 +9,15 @@ summed in float64 outright.
 Numerics. The float32 sum of a block is off by up to 2.3e-6. Over blocks of random data these errors
 average out (1e-10 over 1e6 elements); over blocks that are alike, such as those of a constant
 gradient, they do not: all are off in the same direction (3e-7 seen on constants, where torch's own
-norm is 4e-2 off). So the bias is *measured*: `AUDITED` blocks,
-drawn in proportion to what they contribute, are summed again in float64, and the mean relative
-error that they show is taken out of the total. Drawing by contribution makes the estimate unbiased
-however unevenly the sum is spread: if one block holds everything, every draw hits it and the result
-is exact. Where the drawn blocks disagree by more than random data does (blocks of several
-constants, say), the middling tensors are summed in float64 and 64 times as many rows are drawn. The
-draws are at fixed quantiles, so the same gradients give the same norm bit for bit; but not at
-evenly spaced ones, which would show one half alone of gradients that repeat at their pace (3e-7 off
-when blocks of two constants alternate; 1e-8 as it is).
+norm is 4e-2 off). So the bias is *measured*: `AUDITED` blocks, drawn in proportion to what they
+contribute, are summed again in float64, and the mean relative error that they show is taken out of
+the total. Drawing by contribution makes the estimate unbiased however unevenly the sum is spread:
+if one block holds everything, every draw hits it and the result is exact. Where the drawn blocks
+disagree by more than random data does (blocks of several constants, say), the middling tensors are
+summed in float64 and 64 times as many rows are drawn. The draws are at fixed quantiles, so the same
+gradients give the same norm bit for bit; but not at evenly spaced ones, which would show one half
+alone of gradients that repeat at their pace (3e-7 off when blocks of two constants alternate; 1e-8
+as it is).
 
 Tried and dropped: float64 throughout (1.8x slower), `vector_norm(dtype=torch.float64)` (20x), rows
 of 32 (1.4x, and still up to 9e-8 off), squares into a buffer and `torch.sum` (1.6x, up to 3e-7

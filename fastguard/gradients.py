@@ -30,7 +30,7 @@ class Gradients:
 
     Attributes:
         layout: The parameters, their segments and names.
-        device: Where the decision is taken.
+        device: Where the decision is to be taken.
         team: The ranks that decide together; None in one process.
 
     Raises:
@@ -55,15 +55,10 @@ class Gradients:
             check_same_tensors(group, "clip_scope='tensor'")
         self.layout = self._lay_out()
         self.team: Team | None = team_of(self.layout.parameters, group)
-        self.device: torch.device = self._home()
         self.flat = self._flattened() if flat else None
 
     def refresh(self) -> bool:
-        """Looks whether the param groups hold other parameters than before; 0.03 µs a tensor.
-
-        `device` goes with the first parameter (`model.to("cuda")` after the guard was made).
-        """
-        self.device = self._home()
+        """Looks whether the param groups hold other parameters than before; 0.03 µs a tensor."""
         groups = self.optimizer.param_groups
         known = self.layout.parameters
         if sum(len(g["params"]) for g in groups) == len(known) and all(
@@ -72,7 +67,6 @@ class Gradients:
             return False
         self.layout = self._lay_out()
         self.team = team_of(self.layout.parameters, self.group)
-        self.device = self._home()
         if self.flat is not None:
             self.flat.release()
             self.flat = self._flattened()
@@ -109,8 +103,10 @@ class Gradients:
         if self.flat is not None:
             self.flat.close_gaps_()
 
-    def _home(self) -> torch.device:
-        """Where the first parameter lives; without one, where the ranks meet.
+    @property
+    def device(self) -> torch.device:
+        """Where the first parameter lives now (`model.to("cuda")` after the guard was made);
+        without one, where the ranks meet.
 
         The meta device holds no numbers: until the model has memory, the guard is on the CPU.
         """

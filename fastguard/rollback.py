@@ -151,8 +151,7 @@ class Rollback:
         self._positions.append((self.optimizer.steps_taken, position))
         reason = None
         while self._inbox:
-            record = self._inbox.popleft()
-            reason = self._stretch.learn(record, self._position_at(record.step)) or reason
+            reason = self._learn() or reason
         if reason is not None:
             return self.trigger(reason)
         if self._stretch.clean >= self.every:
@@ -179,8 +178,7 @@ class Rollback:
         self.optimizer.settle()
         told = self._positions[-1][0] if self._positions else 0
         while self._inbox and self._inbox[0].step <= told:
-            record = self._inbox.popleft()
-            self._stretch.learn(record, self._position_at(record.step))
+            self._learn()
         self.attempts += 1
         now = self.optimizer.steps_taken
         story = f"{reason}, at step {now}"
@@ -207,11 +205,12 @@ class Rollback:
         log.warning("rolled back to step %d (attempt %d): %s", taken.step, self.attempts, story)
         return Rewind(taken.step, taken.position, skip, reason, self.attempts)
 
-    def _position_at(self, step: int) -> Any:
-        """What `step` was given first after this step of the optimizer."""
-        while self._positions[0][0] < step:
+    def _learn(self) -> str | None:
+        """Takes the next record, with the position that `step` was given first after its step."""
+        record = self._inbox.popleft()
+        while self._positions[0][0] < record.step:
             self._positions.popleft()
-        return self._positions[0][1]
+        return self._stretch.learn(record, self._positions[0][1])
 
 
 def _check_counts(**counts: object) -> None:

@@ -78,7 +78,7 @@ class StoreView:
 
     def last_clean(self) -> Entry | None:
         """The newest checkpoint of finite tensors whose file is known to be whole."""
-        return next((entry for entry in reversed(self.list()) if entry.clean), None)
+        return self._last_clean()
 
     def best(self) -> Entry | None:
         """The clean checkpoint with the best metric."""
@@ -135,10 +135,17 @@ class StoreView:
         log.info("loaded %s", entry)
         return Checkpoint(entry, {k: v for k, v in states.items() if k not in everything})
 
+    def _last_clean(self, damaged: Collection[str] = ()) -> Entry | None:
+        clean = (e for e in reversed(self.list()) if e.clean and e.file not in damaged)
+        return next(clean, None)
+
     def _find(self, which: Which, damaged: Collection[str] = ()) -> Entry:
         """The entry that is meant; `damaged` files are no clean ones."""
-        clean = (e for e in reversed(self.list()) if e.clean and e.file not in damaged)
-        found = {"last": self.last, "last-clean": lambda: next(clean, None), "best": self.best}
+        found = {
+            "last": self.last,
+            "last-clean": lambda: self._last_clean(damaged),
+            "best": self.best,
+        }
         if isinstance(which, int) and not isinstance(which, bool):
             entry = next((e for e in reversed(self.list()) if e.step == which), None)
         elif which in found:

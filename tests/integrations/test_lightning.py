@@ -11,20 +11,13 @@ import torch
 from torch import nn
 
 from fastguard import GuardedOptimizer, SpikeRule
-from guardtest import require
+from guardtest import plain_loop, require
+from guardtest.plain_loop import BAD, OPTIMIZERS, STEPS
 from guardtest.training import assert_same_bits, snapshot
 
 lightning = require("lightning")
 
 from fastguard.integrations.lightning import GuardCallback  # noqa: E402
-
-STEPS = 8
-BAD = {1, 4}
-OPTIMIZERS = {
-    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=0.05, fused=True),
-    "adamw": lambda p: torch.optim.AdamW(p, lr=0.05, fused=False),
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -36,11 +29,7 @@ def quiet():
 
 
 def batches(left_out: Collection[int] = (), poisoned: Collection[int] = (), n: int = STEPS):
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn(n, 6, 4, generator=generator)
-    for i in poisoned:
-        x[i, 2, 1] = math.nan
-    return [x[i] for i in range(n) if i not in left_out]
+    return list(plain_loop.batches(left_out, poisoned, n))
 
 
 class Module(lightning.LightningModule):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -17,12 +17,6 @@ import fastguard
 from fastguard import GuardedOptimizer, SpikeRule, Threshold
 from fastguard.ranks.agreement import _by_rank
 from guardtest.ranks import Ranks, collectives
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    with Ranks(2, collective_seconds=5.0) as ranks:
-        yield ranks
 
 
 def parameters(n: int) -> list[nn.Parameter]:
@@ -47,7 +41,13 @@ def guarded(
     )
 
 
-def refused(group: Any, by_rank: tuple[dict[str, Any], dict[str, Any]]) -> list[str]:
+def the_refusal(ranks: Ranks, group: str, by_rank: Sequence[dict[str, Any]]) -> str:
+    """What all ranks say, at each attempt."""
+    (message,) = {m for said in ranks.run(refused, group, by_rank) for m in said}
+    return message
+
+
+def refused(group: Any, by_rank: Sequence[dict[str, Any]]) -> list[str]:
     """What two attempts at the first step say."""
     opt = guarded(**({"group": group} | by_rank[dist.get_rank()]))
     said = []
@@ -97,9 +97,8 @@ DIFFERENT = {
 
 @pytest.mark.parametrize("case", DIFFERENT)
 def test_the_argument_and_its_values_are_named_on_all_ranks(two: Ranks, case: str) -> None:
-    first, second, expected = DIFFERENT[case]
-    messages = {m for said in two.run(refused, "plain", (first, second)) for m in said}
-    (message,) = messages
+    *by_rank, expected = DIFFERENT[case]
+    message = the_refusal(two, "plain", by_rank)
     assert expected in message
     assert message.endswith("Construct GuardedOptimizer with the same arguments on every rank")
 
@@ -116,10 +115,8 @@ REPLICAS = {
 
 @pytest.mark.parametrize("case", REPLICAS)
 def test_replicas_hold_the_same_tensors(two: Ranks, case: str) -> None:
-    first, second, expected = REPLICAS[case]
-    messages = {m for said in two.run(refused, "replicated", (first, second)) for m in said}
-    (message,) = messages
-    assert expected in message
+    *by_rank, expected = REPLICAS[case]
+    assert expected in the_refusal(two, "replicated", by_rank)
 
 
 def partial() -> str:

@@ -1,14 +1,12 @@
-"""What goes wrong on one rank, all ranks answer alike: losses, scalers, budgets, deaths."""
+"""What goes wrong on one rank, all ranks answer alike: scalers, budgets, deaths."""
 
 from __future__ import annotations
 
 import copy
-import logging
 import math
 import os
 import signal
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,200 +19,13 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import fastguard
-from fastguard import GuardedOptimizer, NonFiniteGradError, SpikeRule, Threshold
+from fastguard import GuardedOptimizer, NonFiniteGradError
 from fastguard.errors import TrainingDivergedError
+from guardtest.rank_guards import rank, same_on_all, sgd, weight
 from guardtest.ranks import Ranks, collectives
 from guardtest.training import assert_same_bits, snapshot
 
 NAN = math.nan
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    with Ranks(2, collective_seconds=5.0) as ranks:
-        yield ranks
-
-
-def rank() -> int:
-    return dist.get_rank()
-
-
-def weight(*values: float) -> nn.Parameter:
-    """A parameter whose gradient holds these values."""
-    p = nn.Parameter(torch.zeros(len(values)))
-    p.grad = torch.tensor(values)
-    return p
-
-
-def sgd(*parameters: Tensor, **options: Any) -> GuardedOptimizer:
-    """Over all ranks, which hold different tensors unless the options say otherwise."""
-    options.setdefault("group", dist.group.WORLD)
-    return GuardedOptimizer(torch.optim.SGD([{"params": list(parameters)}], lr=1.0), **options)
-
-
-def same_on_all(results: list[Any]) -> Any:
-    assert all(result == results[0] for result in results), results
-    return results[0]
-
-
-# Losses.
-
-
-def mean_and_nan() -> list[Any]:
-    """The same weights on both ranks; losses 1 and 3, then NaN on one."""
-    p = weight(1.0)
-    opt = sgd(p, group=fastguard.Replicated(dist.group.WORLD))
-    opt.step(loss=torch.tensor(1.0 + 2 * rank()))
-    after_first = p.item()
-    opt.step(loss=torch.tensor(NAN if rank() == 1 else 1.0))
-    assert p.item() == after_first
-    return [(r.action, r.reason, repr(r.losses), r.culprit_rank) for r in opt.records()]
-
-
-def test_losses_are_averaged_and_one_nan_skips_everywhere(two: Ranks) -> None:
-    first, second = same_on_all(two.run(mean_and_nan))
-    assert first == ("applied", None, "{'loss': 2.0}", None)
-    assert second == ("skipped", "nonfinite_loss", "{'loss': nan}", 1)
-
-
-def losses_by_rank() -> list[dict[str, float]]:
-    """Parts that one rank alone has, in changing order, or nobody has at a step."""
-    opt = sgd(weight(1.0))
-    given = [
-        [{"seg": 1.0, "det": 4.0}, {"det": 2.0}],
-        [None, {"late": 7.0}],
-        [{"seg": 3.0}, {"late": 1.0, "seg": 5.0}],
-        [None, None],
-    ]
-    for losses in given:
-        opt.step(loss=losses[rank()])
-    return [dict(sorted(r.losses.items())) for r in opt.records()]
-
-
-def test_a_loss_need_not_be_known_to_every_rank(two: Ranks) -> None:
-    assert same_on_all(two.run(losses_by_rank)) == [
-        {"det": 3.0, "seg": 1.0},
-        {"late": 7.0},
-        {"late": 1.0, "seg": 4.0},
-        {},
-    ]
-
-
-def rule_without_the_loss() -> list[tuple[str, str | None, tuple[str, ...]]]:
-    """Only rank 1 knows the loss that the rule judges, as the last stage of a pipeline does."""
-    rules = {"ce": SpikeRule(window=8, warmup=3, sigma=3.0), "aux": Threshold(max=5.0)}
-    opt = sgd(weight(1.0), spike=rules)
-    for loss in (1.0, 1.1, 0.9, 50.0, 1.0):
-        opt.step(loss={"ce": loss, "aux": 1.0} if rank() == 1 else None)
-    return [(r.action, r.reason, r.spikes) for r in opt.records()]
-
-
-def test_a_rule_holds_on_ranks_that_never_see_its_loss(two: Ranks) -> None:
-    *_, spike, last = same_on_all(two.run(rule_without_the_loss))
-    assert spike == ("skipped", "loss_spike", ("ce",))
-    assert last[0] == "applied"
-
-
-@pytest.fixture
-def fresh(two: Ranks) -> Iterator[Ranks]:
-    """The names of losses stay with a group, so these ranks form a new one, before and after."""
-    two.kill()
-    yield two
-    two.kill()
-
-
-OWN_NAMES = [f"part {i}" for i in range(11)]
-
-
-def a_loss_too_many() -> list[Any]:
-    """Rank 1 alone has eleven losses and two more, one of which is NaN at the third step."""
-    p = weight(1.0)
-    opt = sgd(p)
-    for late in (2.0, 4.0, NAN, 6.0):
-        mine = dict.fromkeys(OWN_NAMES, 1.0) | {"late": late, "later": 10.0}
-        opt.step(loss=mine if rank() == 1 else {"part 0": 3.0})
-    said = [
-        (r.action, r.reason, r.losses["part 0"], r.losses["other losses"], len(r.losses))
-        for r in opt.records()
-    ]
-    return [repr(said), p.item()]
-
-
-def test_losses_that_come_too_late_share_a_place_and_no_rank_waits(fresh: Ranks) -> None:
-    said, moved = same_on_all(fresh.run(a_loss_too_many))
-    assert said == repr(
-        [
-            ("applied", None, 2.0, 12.0, 12),
-            ("applied", None, 2.0, 14.0, 12),
-            ("skipped", "nonfinite_loss", 2.0, NAN, 12),
-            ("applied", None, 2.0, 16.0, 12),
-        ]
-    )
-    assert moved == -3.0
-
-
-def late_losses_of_both() -> tuple[list[dict[str, float]], list[str]]:
-    """Each rank has a late loss of its own, and one is called as the place itself."""
-    warnings: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("fastguard").addHandler(handler)
-    opt = sgd(weight(1.0))
-    opt.step(loss=dict.fromkeys(OWN_NAMES, 1.0))
-    opt.step(loss={f"of rank {rank()}": 1.0 + 2 * rank()})
-    opt.step(loss={"other losses": 5.0} if rank() == 0 else None)
-    logging.getLogger("fastguard").removeHandler(handler)
-    return [r.losses for r in opt.records()][1:], warnings
-
-
-def test_a_loss_too_many_is_said_once_where_it_is_given(fresh: Ranks) -> None:
-    for i, (losses, warnings) in enumerate(fresh.run(late_losses_of_both)):
-        assert losses == [{"other losses": 2.0}, {"other losses": 5.0}]
-        (warning,) = warnings
-        assert f"loss 'of rank {i}' is one too many" in warning
-        assert "join 11 losses by name" in warning and "give sums of parts" in warning
-
-
-def raise_of_a_late_loss() -> str:
-    opt = sgd(weight(1.0), nonfinite="raise")
-    opt.step(loss=dict.fromkeys(OWN_NAMES, 1.0))
-    with pytest.raises(NonFiniteGradError) as error:
-        opt.step(loss={"late": NAN} if rank() == 1 else None)
-    return str(error.value)
-
-
-def test_a_late_loss_raises_on_all_ranks(fresh: Ranks) -> None:
-    message = same_on_all(fresh.run(raise_of_a_late_loss))
-    assert message == "the loss is non-finite: other losses=nan; nothing was changed"
-
-
-def rule_of_a_late_loss() -> str:
-    sgd(weight(1.0)).step(loss=dict.fromkeys(OWN_NAMES, 1.0) if rank() == 1 else None)
-    with pytest.raises(ValueError) as error:
-        sgd(weight(1.0), spike={"late": Threshold(max=5.0)})
-    return str(error.value)
-
-
-def test_a_rule_needs_a_place_of_its_own(fresh: Ranks) -> None:
-    message = same_on_all(fresh.run(rule_of_a_late_loss))
-    assert "a rule judges loss 'late', which is one too many" in message
-
-
-def loss_without_group() -> str:
-    p = weight(1.0)
-    opt = GuardedOptimizer(torch.optim.SGD([p], lr=1.0))
-    with pytest.raises(ValueError) as error:
-        opt.step(loss=torch.tensor(1.0))
-    assert p.item() == 0.0
-    with collectives() as seen:
-        opt.step()  # without a loss, plain tensors decide by themselves
-    assert not seen and p.item() == -1.0
-    return str(error.value)
-
-
-def test_a_loss_on_one_of_several_ranks_needs_a_group(two: Ranks) -> None:
-    for error in two.run(loss_without_group):
-        assert "group=fastguard.Replicated(torch.distributed.group.WORLD)" in error
 
 
 # Loss scalers.

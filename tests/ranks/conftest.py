@@ -1,0 +1,13 @@
+"""The ranks that most tests of a module share."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from guardtest.ranks import Ranks
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    with Ranks(2, collective_seconds=5.0) as ranks:
+        yield ranks

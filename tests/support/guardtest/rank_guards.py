@@ -1,0 +1,33 @@
+"""Guards on each of several ranks, and what they answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastguard import GuardedOptimizer
+
+
+def rank() -> int:
+    return dist.get_rank()
+
+
+def weight(*values: float) -> nn.Parameter:
+    """A parameter whose gradient holds these values."""
+    p = nn.Parameter(torch.zeros(len(values)))
+    p.grad = torch.tensor(values)
+    return p
+
+
+def sgd(*parameters: Tensor, **options: Any) -> GuardedOptimizer:
+    """Over all ranks, which hold different tensors unless the options say otherwise."""
+    options.setdefault("group", dist.group.WORLD)
+    return GuardedOptimizer(torch.optim.SGD([{"params": list(parameters)}], lr=1.0), **options)
+
+
+def same_on_all(results: list[Any]) -> Any:
+    assert all(result == results[0] for result in results), results
+    return results[0]
