@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from fastguard.buckets import bucketize, gradients_of
 from guardtest.grads import parameters
+from guardtest.group_of_one import group_of_one
 
 CPU = torch.device("cpu")
 
@@ -132,13 +133,10 @@ def test_a_dtensor_is_measured_by_its_local_part():
         pytest.skip("torch was built without torch.distributed")
     from torch.distributed.tensor import distribute_tensor, init_device_mesh
 
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
+    with group_of_one():
         sharded = distribute_tensor(torch.ones(4), init_device_mesh("cpu", (1,)))
         (bucket,) = bucketize([torch.ones(1), sharded]).buckets
         assert bucket.grads[1] is sharded._local_tensor
-    finally:
-        dist.destroy_process_group()
 
 
 # What a user may call "parameters".

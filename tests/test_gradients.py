@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 from fastguard import GuardedOptimizer
 from fastguard.gradients import Gradients
+from guardtest.group_of_one import group_of_one
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["", "flat"])
@@ -18,11 +19,8 @@ def test_results_live_with_the_first_parameter_also_if_it_has_no_gradient(flat):
 
 
 def test_a_rank_without_parameters_may_be_alone_in_its_group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
+    with group_of_one():
         inner = torch.optim.SGD([{"params": []}], lr=1.0)
         opt = GuardedOptimizer(inner, max_norm=1.0, group=dist.group.WORLD)
         opt.step(loss=1.0)
         assert opt.applied_steps == 1 and opt.records()[0].total_norm == 0.0
-    finally:
-        dist.destroy_process_group()

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
@@ -16,15 +15,15 @@ from fastguard.checkpoints import CheckpointError, DamagedFile, UnsafeFile
 from fastguard.checkpoints.shard_looking import look
 from fastguard.checkpoints.shard_metadata import read_metadata
 from fastguard.peers import Peers
+from guardtest.group_of_one import group_of_one
 
 NAN = float("nan")
 
 
 @pytest.fixture(scope="module")
 def mesh():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
+    with group_of_one():
+        yield init_device_mesh("cpu", (1,))
 
 
 def build(mesh, seed=0):

@@ -11,6 +11,7 @@ from torch import nn
 
 from fastguard import FlatGradBuckets, GuardedOptimizer
 from guardtest.flat import attached, backward, model_of
+from guardtest.group_of_one import group_of_one
 from guardtest.training import new_parameters, snapshot
 
 NAN = float("nan")
@@ -87,11 +88,9 @@ def test_old_slots_are_freed_when_a_param_group_is_added():
     assert opt.records()[0].total_norm == pytest.approx(7**0.5)
 
 
-def test_gradient_views_of_distributed_data_parallel_are_used_where_they_are(tmp_path):
+def test_gradient_views_of_distributed_data_parallel_are_used_where_they_are():
     """It accumulates into its own buckets and must find them again."""
-    dist = torch.distributed
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/ddp", rank=0, world_size=1)
-    try:
+    with group_of_one():
         a, b = model_of(), model_of()
         ddp = nn.parallel.DistributedDataParallel(a, gradient_as_bucket_view=True)
         for step in range(2):  # it lays its buckets out anew after the first backward
@@ -110,5 +109,3 @@ def test_gradient_views_of_distributed_data_parallel_are_used_where_they_are(tmp
             plain.step()
             assert [p.grad.data_ptr() for p in a.parameters()] == buckets
         assert all(map(torch.equal, a.parameters(), b.parameters()))
-    finally:
-        dist.destroy_process_group()

@@ -9,6 +9,7 @@ import torch
 
 import fastguard
 from guardtest import require
+from guardtest.group_of_one import group_of_one
 from guardtest.training import assert_same_bits
 
 
@@ -22,7 +23,6 @@ class ForDeepSpeed(fastguard.GuardedOptimizer):
 
 @pytest.fixture(scope="module")
 def deepspeed():
-    dist = torch.distributed
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DS_ACCELERATOR", "cpu")
         module = require("deepspeed")
@@ -30,9 +30,8 @@ def deepspeed():
         patch.setitem(module.ops.__compatible_ops__, "deepspeed_shm_comm", False)
         for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
             patch.setenv(name, value)
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        yield module
-        dist.destroy_process_group()
+        with group_of_one():
+            yield module
 
 
 def train(deepspeed, losses, optimizer, **config):

@@ -7,10 +7,10 @@ import warnings
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from guardtest import require
+from guardtest.group_of_one import group_of_one
 
 lightning = require("lightning")
 
@@ -126,12 +126,9 @@ def test_accelerate(deepspeed, monkeypatch):
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
+    with group_of_one():
         plugin = accelerate.DeepSpeedPlugin(zero_stage=0)
         accelerator = accelerate.Accelerator(deepspeed_plugin=plugin)
         with pytest.raises(ValueError, match="under DEEPSPEED an engine steps by itself"):
             guard(accelerator)
         assert accelerator.prepare_optimizer.__self__ is accelerator
-    finally:
-        dist.destroy_process_group()

@@ -16,6 +16,7 @@ from fastguard.incidents.detector_faults import Faults, Kind
 from fastguard.integrations.ultralytics import guard
 from guardtest import require
 from guardtest.detector import left_out, state_of, train
+from guardtest.group_of_one import group_of_one
 from guardtest.training import assert_same_bits
 
 YOLO = require("ultralytics").YOLO
@@ -208,22 +209,18 @@ def test_statistics_that_overflow_without_a_nan_do_not_reach_the_ema(tmp_path):
 
 def test_several_gpus_decide_together(tmp_path):
     """The trainer knows data parallelism on GPUs only: here its process group has one rank."""
-    dist = torch.distributed
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
     def on_pretrain_routine_end(trainer):
         trainer.world_size = 2
 
     guarded = []
-    try:
+    with group_of_one():
         train(
             tmp_path,
             with_faults(),
             lambda m: m.add_callback("on_pretrain_routine_end", on_pretrain_routine_end),
             lambda m: guarded.append(guard(m)),
         )
-    finally:
-        dist.destroy_process_group()
     assert isinstance(guarded[0].optimizer.group, Replicated)
     assert guarded[0].optimizer.skipped_steps == 2
 
