@@ -113,7 +113,8 @@ class Folder:
             staying: Says which entries stay: `(entries) -> entries`.
 
         Raises:
-            OSError: The disk is full, read-only or broken; the folder is as it was before.
+            OSError: The disk is full, read-only or broken; the folder is as it was before, unless
+                the new manifest is in place and only flushing it failed.
             DamagedFile: What came back from the disk is not what was written.
         """
         self.check_open()
@@ -125,11 +126,22 @@ class Folder:
             entries = staying((*self._manifest.entries, entry))
             self._change(replace(self._manifest, entries=entries, next_serial=entry.serial + 1))
         except BaseException:
-            for leftover in (temporary, path) if self.peers.is_first else ():
-                with contextlib.suppress(OSError):
-                    files.remove(leftover)
+            if self.peers.is_first:
+                self._remove_unlisted(temporary, path)
             raise
         return entry
+
+    def _remove_unlisted(self, *leftovers: Path) -> None:
+        """Removes what a save left, but never what the manifest on the disk lists.
+
+        An interrupt may come when that manifest is written already and the checkpoints that it
+        does not list are on their way out: the new one may be the only one by then.
+        """
+        for path in leftovers:
+            with contextlib.suppress(CheckpointError, OSError):
+                known = manifest.read(self.path)
+                if known is None or path.name not in {e.file for e in known.entries}:
+                    files.remove(path)
 
     def verify(self, entry: Entry) -> tuple[Entry, str | None]:
         """Reads a checkpoint from the disk, from front to back.
@@ -207,16 +219,25 @@ class Folder:
         staying = {e.file for e in (*after.entries, *after.replaced)}
         dropped = [e.file for e in before.entries if e.file not in staying]
         after = replace(after, removing=(*after.removing, *dropped))
-        after.write(self.path)
-        self._manifest = after
-        self._bring_files_in_line()
+        try:
+            after.write(self.path)
+            self._manifest = after
+            self._bring_files_in_line()
+        except BaseException:
+            # Before the rename or behind it? The disk knows.
+            with contextlib.suppress(CheckpointError, OSError):
+                self._manifest = manifest.read(self.path) or self._manifest
+            raise
 
     def _bring_files_in_line(self) -> None:
         """Renames and removes what the manifest says; a crash in between leaves it to the next."""
         for entry in self._manifest.replaced:
             path = self.path / entry.file
-            if path.exists():
-                os.replace(path, path.with_name(path.name + REPLACED))
+            try:
+                if path.exists():
+                    os.replace(path, path.with_name(path.name + REPLACED))
+            except OSError as error:
+                log.warning("%s cannot be renamed: %s", path, error)
         if not self._manifest.removing:
             return
         stuck = []
@@ -303,7 +324,7 @@ class Folder:
         files.remove_temporaries(self.path)
         self._bring_files_in_line()
         found = self._manifest
-        known = {e.file for e in found.entries} | self._left_alone
+        known = {e.file for e in (*found.entries, *found.replaced)} | self._left_alone
         for serial, name in _files(self.path):
             if name not in known:
                 found = self._taken_in(found, serial, name)

@@ -145,9 +145,11 @@ class CheckpointStore(StoreView):
         except (OSError, DamagedFile) as error:
             if self.on_error == "raise":
                 raise
+            unsure = entry.serial in {e.serial for e in self.list()}
             log.error(
-                "step %d was NOT saved: %s; training goes on, the last clean checkpoint is %s",
+                "step %d was %s: %s; training goes on, the last clean checkpoint is %s",
                 entry.step,
+                "saved, but may not survive a power failure" if unsure else "NOT saved",
                 error,
                 self.last_clean(),
             )

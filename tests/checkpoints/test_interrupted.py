@@ -1,0 +1,153 @@
+"""Ctrl-C, or a disk that fails, at any moment of a save: a clean checkpoint is there afterwards."""
+
+import os
+import signal
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from fastguard import CheckpointStore
+from fastguard.checkpoints import files, manifest
+
+
+def save(store, step, value=1.0):
+    return store.save(weights={"w": torch.full((3,), float(value))}, step=step)
+
+
+def steps(store):
+    return [entry.step for entry in store.list()]
+
+
+@contextmanager
+def stopped_at(k, *, behind, error):
+    """Raises `error` before, or behind, the k-th operation on the disk, and counts them."""
+    names = ("replace", "fsync", "unlink")
+    before = {name: getattr(os, name) for name in names}
+    done = []
+
+    def stopping(operation):
+        def call(*args, **kwargs):
+            done.append(operation)
+            if len(done) == k and not behind:
+                raise error
+            result = operation(*args, **kwargs)
+            if len(done) == k:
+                raise error
+            return result
+
+        return call
+
+    for name, operation in before.items():
+        setattr(os, name, stopping(operation))
+    try:
+        yield done
+    finally:
+        for name, operation in before.items():
+            setattr(os, name, operation)
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["before", "behind"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "Input/output error")], ids=repr)
+def test_there_is_a_clean_checkpoint_whatever_stops_a_save(tmp_path, error, behind):
+    for k in range(1, 100):
+        folder = tmp_path / str(k)
+        with CheckpointStore(folder, keep=1, on_error="raise") as store:
+            save(store, 0)
+            with stopped_at(k, behind=behind, error=error) as done:
+                try:
+                    save(store, 1)
+                except (KeyboardInterrupt, OSError) as stopped:
+                    assert stopped is error
+            assert store.load("last-clean").step == store.last().step
+            assert all(check.ok for check in store.verify())
+            in_use = store.list()
+        with CheckpointStore(folder, keep=1) as store:
+            assert store.list() == in_use
+            assert store.load("last-clean").step in (0, 1)
+            assert save(store, 2).clean and steps(store) == [2]
+        names = {path.name for path in folder.iterdir()}
+        assert names == {".lock", "manifest.json", store.list()[0].file}, k
+        if len(done) < k:
+            break
+    assert k == len(done) + 1 > 6  # each was stopped at, up to the last one
+
+
+def test_ctrl_c_while_the_old_checkpoint_is_removed_keeps_the_new_one(tmp_path, monkeypatch):
+    def interrupt(_):
+        monkeypatch.undo()
+        signal.raise_signal(signal.SIGINT)
+
+    with CheckpointStore(tmp_path, keep=1) as store:
+        save(store, 0)
+        monkeypatch.setattr(files, "remove", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            save(store, 1)
+        assert steps(store) == [1]
+    with CheckpointStore(tmp_path, keep=1) as store:
+        assert store.load("last-clean").step == 1
+
+
+def test_a_manifest_that_may_not_survive_a_power_failure_is_in_force_and_said_to_be_unsure(
+    tmp_path, monkeypatch, caplog
+):
+    sync = files.sync_folder
+
+    def fail_for_new_manifest(folder):
+        known = manifest.read(folder)
+        if known is not None and 1 in {entry.step for entry in known.entries}:
+            raise OSError(5, "Input/output error")
+        sync(folder)
+
+    with CheckpointStore(tmp_path, keep=1) as store:
+        save(store, 0)
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "sync_folder", fail_for_new_manifest)
+            assert save(store, 1) is None
+        assert steps(store) == [1]
+        assert "step 1 was saved, but may not survive a power failure: [Errno 5]" in caplog.text
+        assert "NOT saved" not in caplog.text
+    with CheckpointStore(tmp_path, keep=1) as store:
+        assert store.load("last-clean").step == 1
+        assert save(store, 2).clean and steps(store) == [2]
+
+
+def test_what_a_rollback_cannot_rename_stays_put_aside(tmp_path, monkeypatch, caplog):
+    rename = os.replace
+
+    def held(old, new):
+        if os.fspath(new).endswith(".replaced"):
+            raise OSError(5, "Input/output error")
+        rename(old, new)
+
+    with CheckpointStore(tmp_path) as store:
+        save(store, 0)
+        aside = save(store, 1, float("nan"))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", held)
+            assert store.rollback().step == 0
+            assert save(store, 1).clean  # and no later save fails of it
+        assert f"{aside.file} cannot be renamed: [Errno 5]" in caplog.text
+        assert steps(store) == [0, 1] and store.replaced() == (aside,)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *a: held(*a))
+        with CheckpointStore(tmp_path) as store:
+            assert steps(store) == [0, 1] and store.replaced() == (aside,)
+    with CheckpointStore(tmp_path):
+        assert (tmp_path / f"{aside.file}.replaced").exists()
+
+
+def test_an_interrupted_rollback_is_known_to_the_process(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with CheckpointStore(tmp_path) as store:
+        save(store, 0)
+        save(store, 1, float("nan"))
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "sync_folder", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                store.rollback()
+        assert steps(store) == [0]
+        assert save(store, 1).clean
+        assert all(check.ok for check in store.verify())
