@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Real
 
 import numpy as np
 import torch
@@ -26,8 +27,9 @@ def named_losses(loss: Loss | None, *, read: bool = False) -> dict[str, Tensor |
         read: Whether those on a CPU become numbers, which makes all that follows cost half.
 
     Raises:
-        TypeError: A loss is neither a tensor nor a number.
-        ValueError: A loss has more than one element, or the name of the gradient norm.
+        TypeError: A loss is neither a real number nor a tensor of one.
+        ValueError: A loss has more than one element, is too large for a float, or has the name of
+            the gradient norm.
     """
     if loss is None:
         return {}
@@ -44,16 +46,28 @@ def named_losses(loss: Loss | None, *, read: bool = False) -> dict[str, Tensor |
                     f"{name} has shape {tuple(value.shape)}, but the guard needs one number; "
                     "reduce it first, for example with .mean()"
                 )
-            number = value.item() if read and value.is_cpu else value.detach().reshape(())
-            scalars[str(name)] = float(number) if isinstance(number, int) else number
-        elif isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(
-                f"{name}={value!r} is a {type(value).__name__}; pass a scalar tensor, a number, "
-                "or a dict of them by name"
-            )
-        else:
-            scalars[str(name)] = float(value)
+            value = value.item() if read and value.is_cpu else value.detach().reshape(())
+        scalars[str(name)] = value if type(value) is float else _real(name, value)
     return scalars
+
+
+def _real(name: str, value: object) -> Tensor | float:
+    """A number as a float, a tensor as it is; an error for what is not real."""
+    kind = type(value).__name__
+    if isinstance(value, Tensor):
+        if not (value.is_complex() or value.dtype is torch.bool):
+            return value
+        kind = "complex tensor" if value.is_complex() else "bool tensor"
+    elif isinstance(value, Real) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(
+                f"{name} is beyond the largest float; pass float('inf') if that is what it means"
+            ) from None
+    raise TypeError(
+        f"{name}={value!r} is a {kind}; pass a scalar tensor, a number, or a dict of them by name"
+    )
 
 
 class ObservedLosses:

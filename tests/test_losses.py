@@ -2,6 +2,7 @@
 
 import functools
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -14,9 +15,12 @@ read_losses = functools.partial(named_losses, read=True)
 
 @pytest.mark.parametrize(
     "loss",
-    [2.0, 2, torch.tensor(2.0), torch.tensor([[2.0]]), torch.tensor(2), np.float64(2.0)],
+    [
+        2.0, 2, torch.tensor(2.0), torch.tensor([[2.0]]), torch.tensor(2), torch.tensor(2.0).half(),
+        np.float64(2.0), np.float32(2.0), np.float16(2.0), np.int64(2), Fraction(2),
+    ],
     ids=repr,
-)
+)  # fmt: skip
 def test_a_loss_without_a_name_is_called_loss(loss):
     losses = read_losses(loss)
     assert losses == {"loss": 2.0} and type(losses["loss"]) is float
@@ -50,12 +54,20 @@ def test_losses_are_detached(losses_by_name):
         ({"ce": None}, TypeError, "ce=None is a NoneType"),
         (True, TypeError, "loss=True is a bool"),
         ([1.0], TypeError, r"loss=\[1.0\] is a list"),
+        (1j, TypeError, "loss=1j is a complex; pass a scalar tensor"),
+        (np.bool_(True), TypeError, "loss=.* is a bool"),
+        (torch.tensor(True), TypeError, "loss.* is a bool.*; pass a scalar tensor"),
+        (torch.tensor(True, device="meta"), TypeError, "loss.* is a bool tensor; pass"),
+        ({"ce": torch.tensor(1 + 1j)}, TypeError, "ce.* is a complex"),
+        pytest.param(10**400, ValueError, "loss is beyond the.*; pass float", id="int"),
+        pytest.param({"ce": Fraction(10**400)}, ValueError, "ce is beyond", id="fraction"),
         ({"grad_norm": 1.0}, ValueError, "'grad_norm', which is the gradient norm's own signal"),
     ],
 )
-def test_what_is_no_loss_is_refused(loss, error, message):
+@pytest.mark.parametrize("losses_by_name", [named_losses, read_losses])
+def test_what_is_no_loss_is_refused(loss, error, message, losses_by_name):
     with pytest.raises(error, match=message):
-        named_losses(loss)
+        losses_by_name(loss)
 
 
 def test_means_over_micro_batches():
