@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastguard.decide import GuardState, Policy
 from fastguard.rules import SpikeRule
@@ -30,7 +31,7 @@ def load(saved: dict[str, Any] | None, policy: Policy, device: torch.device) -> 
     """The state to resume with.
 
     Raises:
-        ValueError: `saved` is of a newer version, incomplete, or of other spike rules.
+        ValueError: `saved` is of a newer version, incomplete, damaged, or of other spike rules.
     """
     fresh = GuardState.fresh(policy, device)
     if saved is not None and not isinstance(saved, Mapping):
@@ -60,7 +61,7 @@ def load(saved: dict[str, Any] | None, policy: Policy, device: torch.device) -> 
             f"the guard's state lacks {', '.join(missing)}; it is damaged: "
             "delete state_dict['fastguard'] to start a fresh guard"
         )
-    of = (list(saved["signals"]), list(saved["windows_of"]))
+    of = (_listed(saved["signals"]), _listed(saved["windows_of"]))
     if of != (list(policy.signals), _windows(policy)):
         raise ValueError(
             f"the guard's state is of spike rules {of[0]} with windows {of[1]}, but this guard has "
@@ -69,14 +70,46 @@ def load(saved: dict[str, Any] | None, policy: Policy, device: torch.device) -> 
         )
     for name in ("counters", "windows", "rings"):
         expected, given = getattr(fresh, name), saved[name]
-        shape = tuple(given.shape) if isinstance(given, torch.Tensor) else None
-        if shape != tuple(expected.shape):
-            raise ValueError(
-                f"the guard's state has {name} of shape {shape}, expected "
-                f"{tuple(expected.shape)}; delete state_dict['fastguard'] to start a fresh guard"
-            )
+        _check_kind(name, given, expected)
+        _check_values(name, given, policy)
         expected.copy_(given)
     return fresh
+
+
+def _check_kind(name: str, given: object, expected: Tensor) -> None:
+    is_tensor = isinstance(given, Tensor)
+    shape = tuple(given.shape) if is_tensor else None
+    if shape != tuple(expected.shape):
+        raise ValueError(
+            f"the guard's state has {name} of shape {shape}, expected "
+            f"{tuple(expected.shape)}; delete state_dict['fastguard'] to start a fresh guard"
+        )
+    if is_tensor and given.dtype != expected.dtype:
+        raise ValueError(
+            f"the guard's state has {name} of {given.dtype}, expected {expected.dtype}; "
+            "delete state_dict['fastguard'] to start a fresh guard"
+        )
+
+
+def _check_values(name: str, given: Tensor, policy: Policy) -> None:
+    """Raises a ValueError for numbers that no run leaves behind."""
+    if name == "windows":
+        sound = bool(given.isfinite().all())
+    else:
+        sound = bool((given >= 0).all())
+    if name == "rings":
+        for (filled, at, _), window in zip(given.tolist(), _windows(policy), strict=True):
+            sound = sound and filled <= window and at < max(window, 1)
+    if not sound:
+        shown = "NaN or Inf" if name == "windows" else given.tolist()
+        raise ValueError(
+            f"the guard's state has {name}={shown}; it is damaged: "
+            "delete state_dict['fastguard'] to start a fresh guard"
+        )
+
+
+def _listed(value: object) -> object:
+    return list(value) if isinstance(value, list | tuple) else value
 
 
 def _windows(policy: Policy) -> list[int]:

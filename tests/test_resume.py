@@ -11,6 +11,7 @@ from fastguard.decide import GuardState, Policy
 from fastguard.resume import load, save
 
 CPU = torch.device("cpu")
+NAN = float("nan")
 
 
 def policy(*rules, signals=("grad_norm", "loss", "aux")):
@@ -24,8 +25,15 @@ def filled(of):
     state = GuardState.fresh(of, CPU)
     state.counters.copy_(torch.tensor([9, 6, 3, 1]))
     state.windows.normal_()
-    state.rings.copy_(torch.arange(state.rings.numel()).view_as(state.rings))
+    rings = [(3, 3, 1), (0, 0, 4), (3, 1, 0)]
+    for row, ring in zip(state.rings, rings, strict=False):
+        row.copy_(torch.tensor(ring))
     return state
+
+
+def rings(*rows):
+    """The rings of three rules; the rows that are not given are empty."""
+    return torch.tensor([*rows, *[(0, 0, 0)] * (3 - len(rows))])
 
 
 @pytest.mark.parametrize("rules", [(), RULES[:1], RULES], ids=["none", "one", "three"])
@@ -84,6 +92,18 @@ def test_loading_a_guard_does_not_warn():
         ({"counters": torch.zeros(5)}, r"counters of shape \(5,\), expected \(4,\)"),
         ({"rings": "damaged"}, "rings of shape None"),
         ({"windows": torch.zeros(3, 4)}, "windows of shape"),
+        ({"signals": None}, "spike rules None"),
+        ({"windows_of": 5}, "with windows 5"),
+        ({"counters": torch.tensor([9.0, 6.0, NAN, 1.0])}, "counters of torch.float32, expected"),
+        ({"windows": torch.zeros(3, 5)}, "windows of torch.float32, expected torch.float64"),
+        ({"counters": torch.tensor([9, 6, -3, 1])}, r"counters=\[9, 6, -3, 1\].*damaged: delete"),
+        ({"rings": rings((5, 99, 0))}, r"rings=\[\[5, 99, 0\]"),
+        ({"rings": rings((6, 0, 0))}, r"rings=\[\[6, 0, 0\]"),
+        ({"rings": rings((5, 5, 0))}, r"rings=\[\[5, 5, 0\]"),
+        ({"rings": rings((-1, 0, 0))}, "damaged"),
+        ({"rings": rings((5, 0, -1))}, "damaged"),
+        ({"rings": rings((5, 0, 0), (1, 0, 0))}, "damaged"),
+        ({"windows": torch.full((3, 5), NAN, dtype=torch.float64)}, "windows.*damaged"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, message):
