@@ -42,7 +42,7 @@ def file_name(step: int, serial: int, suffix: str) -> str:
 
 def is_store(path: Path) -> bool:
     """Whether a folder is that of a `CheckpointStore`."""
-    return (path / manifest.NAME).is_file() or any(_files(path))
+    return manifest.is_ours(path) or any(_files(path))
 
 
 def _files(path: Path) -> Iterator[tuple[int, str]]:
@@ -63,7 +63,8 @@ class Folder:
 
     Raises:
         StoreLocked: Somebody else writes to it.
-        CheckpointError: It cannot be used, or its manifest is of a newer version.
+        CheckpointError: It cannot be used, or its manifest is of a newer version, or of another
+            tool.
     """
 
     def __init__(
@@ -262,6 +263,11 @@ class Folder:
     def _open(self, mode: str | None, ignore: Sequence[str] | None) -> Manifest:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            if manifest.is_foreign(self.path):
+                raise CheckpointError(
+                    f"{self.path / manifest.NAME} is no manifest of a CheckpointStore; choose "
+                    "another directory, or move it away"
+                )
             lock = files.Lock(self.path)
         except OSError as error:
             raise CheckpointError(

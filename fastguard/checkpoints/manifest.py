@@ -143,14 +143,12 @@ def read(folder: Path) -> Manifest | None:
     Raises:
         CheckpointError: It is of a newer version.
     """
-    try:
-        body = json.loads((folder / NAME).read_bytes())
-        if body["format"] != FORMAT:
-            return None
-        version = int(body["version"])
-    except FileNotFoundError:
+    body = _parsed(folder)
+    if body is None or body.get("format") != FORMAT:
         return None
-    except (ValueError, TypeError, KeyError, RecursionError):
+    try:
+        version = int(body["version"])
+    except (ValueError, TypeError, KeyError):
         return None
     if version > VERSION:
         raise CheckpointError(
@@ -170,6 +168,27 @@ def read(folder: Path) -> Manifest | None:
         )
     except (ValueError, TypeError, KeyError):
         return None
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether the manifest of a folder says that a store wrote it, in whatever version."""
+    body = _parsed(folder)
+    return body is not None and body.get("format") == FORMAT
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether it says anything else: web pages and downloaders have a `manifest.json` too."""
+    body = _parsed(folder)
+    return body is not None and body.get("format") != FORMAT
+
+
+def _parsed(folder: Path) -> dict[str, Any] | None:
+    """The JSON object that the manifest is; None if there is none, or it is damaged."""
+    try:
+        body = json.loads((folder / NAME).read_bytes())
+    except (FileNotFoundError, IsADirectoryError, ValueError, RecursionError):
+        return None
+    return body if isinstance(body, dict) else None
 
 
 def check_tag(tag: Any) -> None:

@@ -55,7 +55,8 @@ class CheckpointStore(StoreView):
 
     Raises:
         StoreLocked: Another process writes to the directory.
-        CheckpointError: The directory cannot be used, or a newer release wrote it.
+        CheckpointError: The directory cannot be used, or a newer release or another tool wrote its
+            `manifest.json`.
 
     Example:
         >>> import tempfile, torch, fastguard

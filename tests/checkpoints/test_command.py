@@ -237,6 +237,15 @@ def test_a_manifest_of_a_newer_version(store, capsys):
         assert "upgrade torch-fastguard" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ['{"name": "a web page"}', "{"], ids=["whole", "damaged"])
+def test_a_manifest_of_another_tool_makes_a_folder_no_store(weights, capsys, text):
+    (weights / "manifest.json").write_text(text)
+    assert main(["ckpt", "verify", str(weights)]) == 1
+    assert "last.pt: 1 of" in capsys.readouterr().out
+    assert main(["ckpt", "rollback", str(weights)]) == 0
+    assert (weights / "manifest.json").read_text() == text
+
+
 def test_the_command_itself(store):
     command = [sys.executable, "-m", "fastguard", "ckpt", "verify", store]
     done = subprocess.run(command, capture_output=True, text=True)

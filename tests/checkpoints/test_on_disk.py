@@ -339,3 +339,20 @@ def test_a_bomb_with_the_right_checksum_does_not_go_off(tmp_path):
     assert not (tmp_path / "executed").exists()
     torch.load(path, weights_only=False)
     assert (tmp_path / "executed").exists()  # it was live
+
+
+def test_the_manifest_of_another_tool_is_left_alone(tmp_path):
+    path = tmp_path / "manifest.json"
+    path.write_text('{"name": "a web page"}')
+    with pytest.raises(
+        CheckpointError, match=r"manifest\.json is no manifest of a Checkpoint.*mov"
+    ):
+        CheckpointStore(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["manifest.json"]
+    assert path.read_text() == '{"name": "a web page"}'
+    path.unlink()
+    with CheckpointStore(tmp_path) as store:
+        save(store, 0)
+    path.write_text("[]")  # no tool would write that: it is damage
+    with CheckpointStore(tmp_path) as store:
+        assert steps(store) == [0]

@@ -229,7 +229,7 @@ def test_a_lost_manifest_is_built_again_from_the_files(tmp_path, caplog):
     assert "lost or damaged; built again from 2 checkpoints" in caplog.text
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b'{"format": 3}', None], ids=range(4))
+@pytest.mark.parametrize("damage", [b"", b"{", b'["format", 3]', None], ids=range(4))
 def test_a_damaged_manifest_is_built_again(tmp_path, damage):
     with CheckpointStore(tmp_path) as store:
         save(store, 5)
