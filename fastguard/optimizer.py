@@ -8,6 +8,7 @@ being a `torch.optim.Optimizer` to schedulers, scalers and trainers.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -220,7 +221,7 @@ class GuardedOptimizer(KnownRun):
             self._gradients.close_gaps_()
         self.last = verdict
         self._steps_taken += 1
-        lr = self.param_groups[0]["lr"]
+        lr = self.param_groups[0].get("lr", math.nan)  # some optimizers have none
         self._recorder.add(Outcome(stats, signals, verdict, self._state, policy.signals, lr, tag))
 
     def _step_whole(self, closure: Callable[[], Loss] | None, loss: Loss | None, tag: Any) -> Any:

@@ -1,6 +1,7 @@
 """The wrapper is an optimizer to everybody else: to schedulers, hooks and profilers."""
 
 import gc
+import math
 import warnings
 import weakref
 
@@ -29,6 +30,29 @@ def test_a_learning_rate_may_be_a_tensor():
     opt = GuardedOptimizer(torch.optim.AdamW(parameters, lr=torch.tensor(0.25), fused=True))
     train(opt, [0])
     assert opt.records()[0].lr == 0.25
+
+
+class Signs(torch.optim.Optimizer):
+    """Follows the sign of the gradient; its step has no learning rate."""
+
+    def __init__(self, params, size=0.5):
+        super().__init__(params, {"size": size})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p -= group["size"] * p.grad.sign()
+
+
+def test_an_optimizer_may_have_no_learning_rate():
+    p = nn.Parameter(torch.zeros(2))
+    opt = GuardedOptimizer(Signs([p]))
+    for grad in ([1.0, -3.0], [math.nan, 1.0]):
+        p.grad = torch.tensor(grad)
+        opt.step()
+    assert p.tolist() == [-0.5, 0.5]
+    assert [r.action for r in opt.records()] == ["applied", "skipped"]
 
 
 # Schedulers.
