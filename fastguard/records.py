@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import deque
+import weakref
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import compress
@@ -20,6 +21,7 @@ import torch
 
 from fastguard.decide import HostVerdict, Known, Reason
 from fastguard.errors import NAMED_CULPRITS, Culprit, describe_culprits
+from fastguard.inbox import Inbox
 from fastguard.packed import ROWS, Arrival, Outcome, Ring, unpack
 from fastguard.strict_json import strict
 
@@ -27,6 +29,9 @@ log = logging.getLogger("fastguard")
 
 KEPT = 4096
 """Records kept for `records()`; if nobody fetches them the oldest are dropped."""
+
+INBOX = 1 << 16
+"""Records kept for a subscriber that takes none out: 36 MB, more steps than most epochs have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +232,12 @@ class _Pending:
 class Recorder:
     """Collects the records of a run; every incident is one warning of the `fastguard` logger.
 
-    Memory is bounded: `KEPT` finished records, and `ROWS` on their way or not yet written.
+    Memory is bounded: `KEPT` finished records, `ROWS` on their way or not yet written, and `INBOX`
+    for each subscriber that is still there.
+
+    Attributes:
+        undelivered: Finished records that the subscribers are still to get.
+        lost: How many records each sink did not take, by its `id`.
     """
 
     def __init__(self) -> None:
@@ -237,8 +247,9 @@ class Recorder:
         self._ring: Ring | None = None
         self._pending: deque[_Pending] = deque()
         self.sinks: list[Callable[[StepRecord], object]] = []
-        self._inboxes: list[deque[StepRecord]] = []
-        self._undelivered: list[StepRecord] = []
+        self.lost: Counter[int] = Counter()
+        self._inboxes: list[weakref.ref[Inbox]] = []
+        self.undelivered: list[StepRecord] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # Sinks and subscribers belong to the run, not to a copy of its optimizer.
@@ -300,29 +311,34 @@ class Recorder:
         return self.last
 
     def forget_last(self) -> None:
-        """After loading a state, the last step of before says nothing about the next."""
+        """After loading a state, the steps of before say nothing about the next."""
         self.wait()
         self.last = None
+        self.undelivered.clear()
+        for inbox in self._open_inboxes():
+            inbox.pass_over()
 
     @property
     def has_subscribers(self) -> bool:
         """Whether anybody acts on the records of this run."""
         return bool(self._inboxes)
 
-    def subscribe(self) -> deque[StepRecord]:
+    def subscribe(self) -> Inbox:
         """See `GuardedOptimizer.subscribe`."""
-        inbox: deque[StepRecord] = deque()
-        self._inboxes.append(inbox)
+        inbox = Inbox(maxlen=INBOX, recorder=self)
+        self._inboxes.append(weakref.ref(inbox, self._inboxes.remove))
         return inbox
 
     def deliver(self) -> StepRecord | None:
         """Waits for the steps so far and fills the inboxes; the last record."""
         last = self.wait()
-        for record in self._undelivered:
-            for inbox in self._inboxes:
-                inbox.append(record)
-        self._undelivered.clear()
+        for inbox in self._open_inboxes():
+            inbox.receive(self.undelivered)
+        self.undelivered.clear()
         return last
+
+    def _open_inboxes(self) -> list[Inbox]:
+        return [inbox for ref in self._inboxes[:] if (inbox := ref()) is not None]
 
     def drain(self) -> list[StepRecord]:
         """The finished records since the last call, oldest first. Never waits."""
@@ -341,8 +357,16 @@ class Recorder:
         self.last = record
         self.finished.append(record)
         if self._inboxes:
-            self._undelivered.append(record)
+            self.undelivered.append(record)
         if record.reason is not None:
             log.warning("%s", record)
         for sink in self.sinks:
-            sink(record)
+            try:
+                sink(record)
+            except Exception as error:  # a sink has ways of its own to fail; the run goes on
+                self._lose(sink, error)
+
+    def _lose(self, sink: Callable[[StepRecord], object], error: Exception) -> None:
+        self.lost[id(sink)] += 1
+        if self.lost[id(sink)] == 1:
+            log.warning("records are being lost: %r raised %r", sink, error)
