@@ -1,7 +1,7 @@
 """Where records go: JSON lines, TensorBoard, other loggers, any callable: `opt.add_sink(sink)`.
 
 A sink takes one `StepRecord`; it is called once a step, in order, when the record has reached the
-host. A sink never ends a run: what it cannot write it counts, and says so once.
+host. A sink never ends a run: what it cannot write is counted, and said once, also if it raises.
 """
 
 from __future__ import annotations
@@ -152,14 +152,20 @@ def read_records(path: str | os.PathLike[str], *, strict: bool = False) -> Itera
         strict: Raise at the first line that is no record, instead of skipping and counting it.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: There is no such file, nor a full one beside it.
         ValueError: With `strict`, naming file and line.
     """
     path = Path(path)
-    files = [*rotated_files(path), path]
+    full = rotated_files(path)
     skipped = 0
-    for file in files:
-        with file.open("rb") as lines:
+    for file in (*full, path):
+        try:
+            lines = file.open("rb")
+        except FileNotFoundError:  # a full one was deleted, or the next one is about to be opened
+            if not full:
+                raise
+            continue
+        with lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue

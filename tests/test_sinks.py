@@ -270,3 +270,24 @@ def test_bad_arguments_are_named(tmp_path: Path, kwargs: dict) -> None:
 
 def test_sinks_are_public() -> None:
     assert fastguard.JsonLinesSink is JsonLinesSink
+
+
+def test_between_a_rename_and_the_next_file_the_full_ones_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    with JsonLinesSink(path) as sink:
+        for record in records(3):
+            sink(record)
+    path.rename(tmp_path / "r.1.jsonl")
+    assert [r.step for r in read_records(path)] == [1, 2, 3]
+
+
+def test_a_full_file_that_is_deleted_meanwhile_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    for name in ("r.1.jsonl", "r.2.jsonl", "r.jsonl"):
+        with JsonLinesSink(tmp_path / name) as sink:
+            for record in records(2):
+                sink(record)
+    reading = read_records(path)
+    next(reading)
+    (tmp_path / "r.2.jsonl").unlink()  # the run goes on and keeps one full file
+    assert [r.step for r in reading] == [2, 1, 2]
