@@ -127,39 +127,50 @@ def remove_temporaries(folder: Path) -> None:
 class Lock:
     """One writer a folder, by a lock that the system gives back when the process dies.
 
-    POSIX record locks, because forked workers of a data loader do not inherit them: a run that was
-    killed can be restarted while its workers are still dying. They do not keep one process from
-    locking twice, so `_held` does.
+    Of `flock`: a POSIX record lock is lost as soon as anything in the process opens the file and
+    closes it again, as a backup of the folder does. Forked workers of a data loader inherit it, so
+    they close it first of all: a run that was killed can be restarted while they are still dying.
     """
 
-    _held: dict[str, int] = {}  # noqa: RUF012  (one for the process: folder -> pid)
+    _held: dict[str, Lock] = {}  # noqa: RUF012  (one for the process: folder -> its lock)
 
     def __init__(self, folder: Path) -> None:
         self._key = os.path.realpath(folder)
-        path = folder / ".lock"
-        if self._held.get(self._key) == os.getpid():
+        if self._key in self._held:
             raise StoreLocked(
                 f"{folder} is open for writing in this process ({os.getpid()}) already; close() "
                 "the other CheckpointStore, or open this one with read_only=True"
             )
-        self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        if fcntl is not None:
-            try:
-                fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                owner = os.read(self._handle, 32).decode(errors="replace").strip() or "unknown"
-                os.close(self._handle)
-                raise StoreLocked(
-                    f"{folder} is open for writing in process {owner}; wait for it or stop it, "
-                    "choose another directory, or open this one with read_only=True"
-                ) from None
+        self._handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            if fcntl is not None:
+                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.read(self._handle, 32).decode(errors="replace").strip() or "unknown"
+            os.close(self._handle)
+            if not isinstance(error, BlockingIOError | PermissionError):
+                raise  # a file system without locks
+            raise StoreLocked(
+                f"{folder} is open for writing in process {owner}; wait for it or stop it, "
+                "choose another directory, or open this one with read_only=True"
+            ) from None
         with contextlib.suppress(OSError):  # on a full disk the lock holds without a name on it
             os.ftruncate(self._handle, 0)
             os.pwrite(self._handle, f"{os.getpid()}\n".encode(), 0)
-        self._held[self._key] = os.getpid()
+        self._held[self._key] = self
 
     def release(self) -> None:
         """Lets the next writer in; harmless if done before, or in a forked child."""
-        if self._held.get(self._key) == os.getpid():
+        if self._held.get(self._key) is self:
             del self._held[self._key]
             os.close(self._handle)
+
+    @classmethod
+    def release_all(cls) -> None:
+        """Closes what a forked child has inherited; its parent's locks hold on."""
+        for lock in list(cls._held.values()):
+            lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=Lock.release_all)

@@ -218,6 +218,35 @@ def test_the_workers_of_a_killed_run_do_not_hold_its_lock(tmp_path):
             os.kill(worker, signal.SIGKILL)
 
 
+def test_a_backup_made_by_the_run_itself_does_not_give_its_lock_away(tmp_path):
+    command = [sys.executable, "-c", HOLDING, tmp_path / "run"]
+    with CheckpointStore(tmp_path / "run") as store:
+        save(store, 0)
+        shutil.copytree(tmp_path / "run", tmp_path / "backup")  # opens and closes .lock too
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        assert f"StoreLocked: {tmp_path / 'run'} is open for writing in process" in done.stderr
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+
+
+def test_a_forked_worker_is_another_process_and_gives_nothing_away_when_it_ends(tmp_path):
+    def worker(work):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                work()
+            except StoreLocked as error:
+                os._exit(7 if f"in process {os.getppid()};" in str(error) else 1)
+            finally:
+                os._exit(2)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    with CheckpointStore(tmp_path) as store:
+        assert worker(lambda: CheckpointStore(tmp_path)) == 7
+        assert worker(store.close) == 2
+        assert worker(lambda: CheckpointStore(tmp_path)) == 7
+        assert save(store, 0).clean
+
+
 # What others did to the folder.
 
 
@@ -344,9 +373,7 @@ def test_a_bomb_with_the_right_checksum_does_not_go_off(tmp_path):
 def test_the_manifest_of_another_tool_is_left_alone(tmp_path):
     path = tmp_path / "manifest.json"
     path.write_text('{"name": "a web page"}')
-    with pytest.raises(
-        CheckpointError, match=r"manifest\.json is no manifest of a Checkpoint.*mov"
-    ):
+    with pytest.raises(CheckpointError, match=r"manifest\.json is no manifest of a Ch.*move"):
         CheckpointStore(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["manifest.json"]
     assert path.read_text() == '{"name": "a web page"}'
