@@ -109,8 +109,8 @@ class StoreView:
         """Loads a checkpoint, after comparing its checksum; nothing of it is executed.
 
         Args:
-            which: A step, `"last"`, `"last-clean"` or `"best"`. Damaged files are passed over by
-                `"last-clean"`, loudly, and are an error otherwise.
+            which: A step, `"last"`, `"last-clean"` or `"best"`. Files that are damaged or cannot be
+                read are passed over by `"last-clean"`, loudly, and are an error otherwise.
             objects: What to restore by name, for names that are no Python words.
             rng: Whether the global random streams continue where they were, if objects are given.
             **named: What to restore, as in `save`; a name without an object stays in the result's
@@ -122,6 +122,7 @@ class StoreView:
         Raises:
             CheckpointError: There is no such checkpoint, or it lacks one of the names.
             DamagedFile: It is not what was written.
+            OSError: It cannot be read.
         """
         everything = joined(objects, named)
         entry, payload = self._read(which, everything)
@@ -168,8 +169,10 @@ class StoreView:
             try:
                 path = self.directory / entry.file
                 return entry, archive.read(path, entry.sha256, objects, self._folder.peers)
-            except DamagedFile as error:
+            except (DamagedFile, OSError) as error:
                 if which != "last-clean":
+                    if isinstance(error, OSError):
+                        raise
                     raise DamagedFile(f'{error}; load "last-clean" instead') from None
                 log.error("passing over a checkpoint: %s", error)
                 damaged.add(entry.file)

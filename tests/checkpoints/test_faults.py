@@ -54,6 +54,11 @@ def lose(path):
     path.unlink()
 
 
+def make_unreadable(path):
+    path.unlink()
+    path.mkdir()  # root reads whatever has no permissions; reading a folder is an OSError to all
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
@@ -77,7 +82,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(saved, damage, says, capl
         assert_same_bits(resumed.advance(10).everything(), expected)
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_byte, lose])
+@pytest.mark.parametrize("damage", [truncate, flip_a_byte, lose, make_unreadable])
 def test_last_clean_is_found_without_a_verify_before(saved, damage, caplog):
     folder, expected = saved
     damage(last_file(folder))
