@@ -189,7 +189,7 @@ class CheckpointStore(StoreView):
         if not pending and not due:
             return None
         entry = self.save(objects, step=step, **rest)
-        for flag, leave, number in pending:
+        for flag, leave, number in reversed(pending):  # each puts back what it found
             flag.restore()
             self._flags.remove((flag, leave))
             log.warning(
@@ -269,7 +269,7 @@ class CheckpointStore(StoreView):
 
     def close(self) -> None:
         """Restores signal handlers and lets the next writer in."""
-        for flag, _ in self._flags:
+        for flag, _ in reversed(self._flags):  # each puts back what it found
             flag.restore()
         self._flags = []
         self._folder.close()

@@ -132,6 +132,21 @@ def test_the_previous_handler_is_restored(store, leave):
         signal.signal(signal.SIGUSR2, original)
 
 
+@pytest.mark.parametrize("leave", ["close", "maybe_save"])
+def test_two_flags_of_one_signal_leave_the_handler_of_before(store, leave):
+    before = signal.getsignal(signal.SIGUSR1)
+    store.save_on_signal(signal.SIGUSR1, exit=False)
+    if leave == "maybe_save":
+        signal.raise_signal(signal.SIGUSR1)
+    store.save_on_signal(signal.SIGUSR1, exit=False)
+    if leave == "maybe_save":
+        signal.raise_signal(signal.SIGUSR1)
+        store.maybe_save(x=1, step=5)
+    else:
+        store.close()
+    assert signal.getsignal(signal.SIGUSR1) is before
+
+
 def test_a_forked_worker_still_dies_of_it(store):
     context = multiprocessing.get_context("fork")
     ready = context.Event()  # Python drops signals that come while it is forking
