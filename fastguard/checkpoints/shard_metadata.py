@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,23 @@ def read_metadata(folder: Path) -> Any:
             raise DamagedFile(f"{folder / NAME} cannot be read ({error})") from None
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    """The one in Python, as torch takes for `weights_only=True`: BUILD of the one in C obeys.
+
+    It gives attributes to whatever it is told to, such as a class of this process.
+    """
+
+    dispatch: dict[int, Callable[[Any], None]] = dict(pickle._Unpickler.dispatch)  # noqa: RUF012
+
+    def _build(self) -> None:
+        target = self.stack[-2]  # type: ignore[attr-defined]
+        # Those that the pickle made itself; members of an enum are everybody's, as classes are.
+        if isinstance(target, type) or not dataclasses.is_dataclass(target):
+            raise UnsafeFile(f"the metadata gives a state to {target!r}; nothing was changed")
+        self.load_build()  # type: ignore[attr-defined]
+
+    dispatch[pickle.BUILD[0]] = _build
+
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)

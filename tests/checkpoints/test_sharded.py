@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -224,6 +225,46 @@ def test_metadata_that_calls_anything_is_refused(tmp_path):
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(UnsafeFile, match=r"asks for builtins\.print"):
         read_metadata(tmp_path)
+
+
+def attribute_of(target):
+    """A pickle that gives `target` a `__setstate__` of its choice."""
+    module, name = target
+    slots = b"U\x0c__setstate__ctorch.serialization\n_get_layout\n"
+    return f"c{module}\n{name}\n".encode() + b"N}(" + slots + b"u\x86b."
+
+
+METADATA = "torch.distributed.checkpoint.metadata"
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        (METADATA, "Metadata"),
+        (METADATA, "_MEM_FORMAT_ENCODING"),
+        ("torch.serialization", "_get_layout"),
+    ],
+    ids=["class", "enum", "function"],
+)
+def test_metadata_changes_no_class_of_this_process(tmp_path, target):
+    (tmp_path / ".metadata").write_bytes(b"\x80\x02" + attribute_of(target))
+    with pytest.raises(UnsafeFile, match=r"gives a state to .*; nothing was changed"):
+        read_metadata(tmp_path)
+    module, name = target
+    assert "__setstate__" not in vars(getattr(sys.modules[module], name))
+
+
+def test_metadata_changes_no_member_of_an_enum(tmp_path):
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
+
+    member = _MEM_FORMAT_ENCODING.TORCH_PRESERVE_FORMAT
+    before, state = dict(vars(member)), b"}U\x07_value_K\x07sb."
+    raw = f"c{METADATA}\n_MEM_FORMAT_ENCODING\n".encode() + b"K\x02\x85R" + state
+    assert pickle.loads(b"\x80\x02" + raw[: -len(state)] + b".") is member
+    (tmp_path / ".metadata").write_bytes(b"\x80\x02" + raw)
+    with pytest.raises(UnsafeFile, match="gives a state to"):
+        read_metadata(tmp_path)
+    assert vars(member) == before
 
 
 def test_getattr_reaches_enum_members_and_nothing_else(tmp_path):
