@@ -1,11 +1,12 @@
 """`GuardedLR`: a learning-rate schedule that knows of skipped steps.
 
     lr = max(floor, backoff_factor * schedule)          during the warm-up:
-    lr = start + (max(floor, backoff_factor * schedule) - start) * n / steps
+    lr = max(floor, start + (backoff_factor * schedule - start) * n / steps)
 
 The schedule is any of torch's own; it advances only when a step reached the weights. An incident
 multiplies `backoff_factor` by `backoff`, and each `recovery` applied steps in a row take one such
-factor back. A schedule that wants below the floor is held there, once said and then counted.
+factor back. A schedule or warm-up that wants below the floor is held there, once said and then
+counted.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ConstantLR, LRScheduler, ReduceLROnPlateau
 
+from fastguard.inbox import Inbox
 from fastguard.optimizer import GuardedOptimizer
 from fastguard.records import StepRecord
 
@@ -72,7 +74,8 @@ class GuardedLR(LRScheduler):
         TypeError, ValueError: An argument is not of the kind or range above.
 
     On a road without synchronisation (fused optimizers on a GPU) it acts on the verdict of step k
-    at step k + 1, on every rank alike. Tensor learning rates stay the tensors they are.
+    at step k + 1, on every rank alike. Tensor learning rates stay the tensors they are. A param group
+    that is added later joins in with its own learning rate.
 
     Example:
         >>> import torch, fastguard
@@ -100,7 +103,7 @@ class GuardedLR(LRScheduler):
         # Not super().__init__(): that would take a first step of its own.
         self.optimizer = _guarded(schedule, optimizer)
         if isinstance(schedule, GuardedOptimizer):
-            schedule = LambdaLR(schedule, lambda _: 1.0)
+            schedule = ConstantLR(schedule, factor=1.0)
         if not isinstance(schedule, LRScheduler | ReduceLROnPlateau):
             raise TypeError(
                 f"schedule={schedule!r} must be a scheduler of torch.optim.lr_scheduler or a "
@@ -110,11 +113,8 @@ class GuardedLR(LRScheduler):
             raise ValueError(f"backoff={backoff!r} must be a number in (0, 1]")
         if recovery is not None and (not isinstance(recovery, int) or recovery < 1):
             raise ValueError(f"recovery={recovery!r} must be None or an integer >= 1")
-        n_groups = len(self.optimizer.param_groups)
         self.schedule = schedule
-        self.floor = _each("floor", floor, n_groups)
-        if any(not f >= 0 for f in self.floor):
-            raise ValueError(f"floor={floor!r} must be >= 0")
+        self._given_floor = floor
         self.backoff = float(backoff)
         self.recovery = recovery
         self.warmup = warmup
@@ -122,15 +122,12 @@ class GuardedLR(LRScheduler):
         self.clean_steps = 0
         self.applied_steps = 0
         self.held_at_floor = 0
-        self._inbox = self.optimizer.subscribe()
-        self._scheduled = [_number(g["lr"]) for g in self.optimizer.param_groups]
-        self._momenta = [_momentum(g) for g in self.optimizer.param_groups]
-        self._start_lr: list[float] = []
-        self._start_momentum: list[float] = []
-        if warmup is not None:
-            self._start_lr = _each("Warmup lr", warmup.lr, n_groups)
-            if warmup.momentum is not None:
-                self._start_momentum = _each("Warmup momentum", warmup.momentum, n_groups)
+        self._inbox: Inbox = self.optimizer.subscribe()  # type: ignore[assignment]
+        self._scheduled: list[float] = []
+        self._momenta: list[float | None] = []
+        self._take_in_groups()
+        if any(not f >= 0 for f in self.floor):
+            raise ValueError(f"floor={floor!r} must be >= 0")
         self._set()
 
     @property
@@ -172,13 +169,13 @@ class GuardedLR(LRScheduler):
             (0.5, [0.3])
         """
         self._catch_up()
-        groups = self.optimizer.param_groups
-        self._scheduled = [_number(g["lr"]) for g in groups]
+        self._scheduled = [_number(g["lr"]) for g in self.optimizer.param_groups]
         self._set()
         try:
             yield
         finally:
-            for group, lr in zip(groups, self._scheduled, strict=True):
+            self._take_in_groups()
+            for group, lr in zip(self.optimizer.param_groups, self._scheduled, strict=True):
                 _assign(group, "lr", lr)
 
     def lower(self, factor: float | None = None) -> None:
@@ -187,6 +184,7 @@ class GuardedLR(LRScheduler):
         Args:
             factor: In (0, 1); None: `backoff`. Multiplies the schedule for good if it is given.
         """
+        self._take_in_groups()
         if factor is None:
             self.backoffs += 1
             self.clean_steps = 0
@@ -201,7 +199,11 @@ class GuardedLR(LRScheduler):
         return [group["lr"] for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values and the wrapped schedule's own state."""
+        """Plain values, the wrapped schedule's own state, and the verdicts yet to be acted on.
+
+        Waits for the verdict of the last step.
+        """
+        self._take_in_groups()
         return {
             "schedule": self.schedule.state_dict(),
             "scheduled": list(self._scheduled),
@@ -211,6 +213,8 @@ class GuardedLR(LRScheduler):
             "clean_steps": self.clean_steps,
             "applied_steps": self.applied_steps,
             "held_at_floor": self.held_at_floor,
+            "told": [[record.step, record.action] for record in self._inbox],
+            "coming": [[record.step, record.action] for record in self._inbox.coming()],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -219,6 +223,7 @@ class GuardedLR(LRScheduler):
         Raises:
             ValueError: It is of another number of param groups; nothing was changed.
         """
+        self._take_in_groups()
         if len(state_dict["scheduled"]) != len(self._scheduled):
             raise ValueError(
                 f"the schedule was saved with {len(state_dict['scheduled'])} param groups, but the "
@@ -231,7 +236,9 @@ class GuardedLR(LRScheduler):
         self.backoffs = state_dict["backoffs"]
         self.clean_steps = state_dict["clean_steps"]
         self.applied_steps = state_dict["applied_steps"]
-        self._inbox.clear()
+        self._inbox.clear()  # of steps that the loaded state knows nothing of
+        self._inbox.extend(_records(state_dict.get("told", ())))
+        self._inbox.expect(_records(state_dict.get("coming", ())))
         self._set()
         self.held_at_floor = state_dict["held_at_floor"]  # without this look at the floor
 
@@ -239,6 +246,7 @@ class GuardedLR(LRScheduler):
 
     def _catch_up(self) -> list[StepRecord]:
         """Learns from the steps since the last call."""
+        self._take_in_groups()
         records = [self._inbox.popleft() for _ in range(len(self._inbox))]
         for record in records:
             self._learn(record)
@@ -272,19 +280,35 @@ class GuardedLR(LRScheduler):
         self._scheduled = [_number(g["lr"]) for g in groups]
         self._momenta = [_momentum(g) for g in groups]
 
+    def _take_in_groups(self) -> None:
+        """Gives every param group its place, also those that were added since."""
+        groups = self.optimizer.param_groups
+        n, before = len(groups), len(self._scheduled)
+        if n == before:
+            return
+        self.floor = _each("floor", self._given_floor, n)
+        self._start_lr, self._start_momentum = [], []
+        if self.warmup is not None:
+            self._start_lr = _each("Warmup lr", self.warmup.lr, n)
+            if self.warmup.momentum is not None:
+                self._start_momentum = _each("Warmup momentum", self.warmup.momentum, n)
+        self._scheduled += [_number(g["lr"]) for g in groups[before:]]
+        self._momenta += [_momentum(g) for g in groups[before:]]
+
     def _set(self) -> None:
         held = False
         share = 1.0
         if self.warmup is not None:
             share = min(1.0, self.applied_steps / self.warmup.steps)
         factor = self.backoff_factor * self._lowered
+        wanted = []
         for i, group in enumerate(self.optimizer.param_groups):
-            wanted = self._scheduled[i] * factor
-            target = max(self.floor[i], wanted)
-            held |= wanted < self.floor[i]
+            lr = self._scheduled[i] * factor
             if share < 1.0:
-                target = self._start_lr[i] + (target - self._start_lr[i]) * share
-            _assign(group, "lr", target)
+                lr = self._start_lr[i] + (lr - self._start_lr[i]) * share
+            _assign(group, "lr", max(self.floor[i], lr))  # a NaN becomes the floor
+            held |= lr < self.floor[i]
+            wanted.append(f"{lr:.3g}")
         if self._start_momentum:
             pairs = zip(self._start_momentum, self._momenta, strict=True)
             self._set_momenta([a if b is None else a + (b - a) * share for a, b in pairs])
@@ -292,7 +316,7 @@ class GuardedLR(LRScheduler):
             if not self.held_at_floor:
                 log.warning(
                     "GuardedLR: the schedule wanted lr %s, below the floor %s: held there",
-                    [f"{lr * factor:.3g}" for lr in self._scheduled],
+                    wanted,
                     self.floor,
                 )
             self.held_at_floor += 1
@@ -324,6 +348,11 @@ def _each(name: str, value: float | Sequence[float], n: int) -> list[float]:
     if len(values) != n:
         raise ValueError(f"{name}={value!r} has {len(values)} entries for {n} param groups")
     return [float(v) for v in values]
+
+
+def _records(told: Sequence[Sequence[Any]]) -> list[StepRecord]:
+    """As much of the records as the schedule acts on."""
+    return [StepRecord(step, math.nan, math.nan, action) for step, action in told]
 
 
 def _number(lr: float | Tensor) -> float:

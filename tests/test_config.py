@@ -113,7 +113,7 @@ def test_everything_that_is_configured_is_in_force(
     assert [len(g["params"]) for g in opt.param_groups] == [1, 2]
     assert opt.param_groups[0]["max_norm"] == 0.5 and "max_norm" not in opt.param_groups[1]
     lr = config.lr(opt)
-    assert [g["lr"] for g in opt.param_groups] == [0.1, 0.0]
+    assert [g["lr"] for g in opt.param_groups] == [0.1, 1e-6]
     assert opt.param_groups[0]["momentum"] == 0.8
     store = config.open_store()
     assert store is not None and store.directory == Path("checkpoints") and store.keep == 5
@@ -133,7 +133,7 @@ def test_everything_that_is_configured_is_in_force(
     model(torch.arange(5)).sum().backward()
     opt.step(loss={"seg": math.nan})
     lr.step()
-    assert [g["lr"] for g in opt.param_groups] == pytest.approx([0.1, 0.0])
+    assert [g["lr"] for g in opt.param_groups] == pytest.approx([0.1, 1e-6])
     assert [r.reason for r in read_records("records.jsonl")] == ["nonfinite_loss"]
     activations.remove()
 

@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import (
 
 import fastguard
 from fastguard import GuardedLR, GuardedOptimizer, Warmup
+from guardtest import longrun
 
 GOOD, BAD = 1.0, math.nan
 
@@ -164,6 +165,15 @@ def test_groups_warm_up_from_above_and_from_below_and_momentum_too() -> None:
         play(opt, lr, [GOOD])
 
 
+def test_a_warm_up_from_below_the_floor_is_held_there(caplog: pytest.LogCaptureFixture) -> None:
+    opt = guarded(lr=1e-3)
+    lr = GuardedLR(opt, floor=4e-4, warmup=Warmup(steps=4))
+    seen = [opt.param_groups[0]["lr"], *play(opt, lr, [GOOD] * 5)]
+    assert seen == pytest.approx([4e-4, 4e-4, 5e-4, 7.5e-4, 1e-3, 1e-3])
+    assert lr.held_at_floor == 2
+    assert "wanted lr ['0'], below the floor [0.0004]" in caplog.text
+
+
 def test_a_warm_up_leads_to_the_momentum_of_the_schedule_and_resumes_there() -> None:
     def cycle(opt: GuardedOptimizer) -> OneCycleLR:
         return OneCycleLR(opt, max_lr=1.0, total_steps=20)
@@ -239,6 +249,66 @@ def test_a_loaded_state_is_whole_and_forgets_the_steps_before_it() -> None:
     assert saved["lowered"] == 0.9 and saved["backoffs"] == 1 and saved["held_at_floor"] == 2
 
 
+@pytest.fixture
+def delayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The road of a GPU that nobody waits for: the record of step k comes before step k + 1."""
+    longrun.delay_records(monkeypatch)
+
+
+@pytest.mark.usefixtures("delayed")
+@pytest.mark.parametrize("script", [[GOOD] * 6, [GOOD, GOOD, BAD, GOOD, GOOD, BAD]], ids=str)
+@pytest.mark.parametrize("optimizer_first", [True, False])
+def test_a_verdict_on_its_way_is_part_of_the_state(script, optimizer_first: bool) -> None:
+    def fresh() -> tuple[GuardedOptimizer, GuardedLR]:
+        opt = guarded()
+        return opt, GuardedLR(ExponentialLR(opt, gamma=0.5), backoff=0.5, recovery=2)
+
+    opt, lr = fresh()
+    whole = play(opt, lr, script)
+    assert whole[0] == 1.0 and whole[1] == 0.5  # one step behind
+    first, first_lr = fresh()
+    head = play(first, first_lr, script[:3])
+    saved = copy.deepcopy((first.state_dict(), first_lr.state_dict()))
+    assert head + play(first, first_lr, script[3:]) == whole  # saving changed nothing
+    second, second_lr = fresh()
+    second.step(loss=BAD)  # of no concern to what is loaded
+    if optimizer_first:
+        second.load_state_dict(saved[0])
+    second_lr.load_state_dict(saved[1])
+    if not optimizer_first:
+        second.load_state_dict(saved[0])
+    assert second_lr.state_dict() == saved[1]
+    assert head + play(second, second_lr, script[3:]) == whole
+
+
+@pytest.mark.usefixtures("delayed")
+def test_a_state_between_a_step_and_its_schedule_is_whole_too() -> None:
+    def fresh() -> tuple[GuardedOptimizer, GuardedLR]:
+        opt = guarded()
+        return opt, GuardedLR(ExponentialLR(opt, gamma=0.5))
+
+    opt, lr = fresh()
+    play(opt, lr, [GOOD] * 2)
+    opt.step(loss=GOOD)
+    saved = copy.deepcopy((opt.state_dict(), lr.state_dict()))
+    other, other_lr = fresh()
+    other.load_state_dict(saved[0])
+    other_lr.load_state_dict(saved[1])
+    for resumed in (lr, other_lr):
+        resumed.step()
+        assert resumed.get_last_lr() == [0.25]
+        assert play(resumed.optimizer, resumed, [GOOD] * 2) == [0.125, 0.0625]
+
+
+def test_a_state_of_before_verdicts_were_part_of_it_loads() -> None:
+    opt = guarded()
+    lr = GuardedLR(ExponentialLR(opt, gamma=0.5))
+    saved = lr.state_dict()
+    del saved["told"], saved["coming"]
+    lr.load_state_dict(saved)
+    assert play(opt, lr, [GOOD, GOOD]) == [0.5, 0.25]
+
+
 def test_a_schedule_of_the_inner_optimizer_works_when_told_the_guard() -> None:
     inner = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=1.0)
     schedule = ExponentialLR(inner, gamma=0.5)
@@ -299,6 +369,33 @@ def test_warmup_names_its_bad_arguments() -> None:
         Warmup(steps=1, lr=math.inf)
     with pytest.raises(ValueError, match="momentum"):
         Warmup(steps=1, momentum=math.nan)
+
+
+@pytest.mark.parametrize("constant", [True, False])
+def test_a_param_group_that_is_added_gets_its_place(constant: bool) -> None:
+    opt = guarded(momentum=0.9)
+    schedule = opt if constant else StepLR(opt, step_size=2, gamma=0.5)
+    lr = GuardedLR(schedule, floor=0.2, backoff=0.5, warmup=Warmup(steps=2, lr=0.6, momentum=0.5))
+    play(opt, lr, [GOOD])
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 0.5})
+    play(opt, lr, [GOOD, BAD])
+    scheduled = [1.0, 0.5] if constant else [0.5, 0.25]
+    assert [g["lr"] for g in opt.param_groups] == [max(0.2, 0.5 * s) for s in scheduled]
+    assert [g["momentum"] for g in opt.param_groups] == [0.9, 0.9]
+    with lr.in_force():
+        opt.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 4.0})
+    assert lr.state_dict()["scheduled"] == lr.get_last_lr()
+    lr.lower()
+    assert opt.param_groups[2]["lr"] == 1.0
+
+
+def test_an_added_group_without_a_floor_of_its_own_is_named() -> None:
+    opt = guarded()
+    lr = GuardedLR(opt, floor=(0.1,))
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
+    opt.step()
+    with pytest.raises(ValueError, match=r"floor=\(0\.1,\) has 1 entries for 2 param groups"):
+        lr.step()
 
 
 def test_a_state_of_other_groups_is_refused_whole() -> None:

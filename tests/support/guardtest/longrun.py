@@ -6,6 +6,7 @@ import random
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel
@@ -82,6 +83,16 @@ class LongRun:
         random.setstate(python)
         np.random.set_state(numpy)
         return found
+
+
+def delay_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The road of a GPU that nobody waits for: the record of step k comes before step k + 1."""
+
+    def deliver(optimizer: GuardedOptimizer, *, before: bool) -> None:
+        if before:
+            optimizer._recorder.deliver()
+
+    monkeypatch.setattr(GuardedOptimizer, "_deliver", deliver)
 
 
 def _flatten(value: Any, path: str, into: dict[str, Any]) -> None:
