@@ -52,12 +52,12 @@ def measure(
         return plain_measure(bucket, n_segments, n_tensors, norm_type, inv_scale)
     sums, bad = cpu.measure(bucket, n_segments, norm_type)
     bucket.notes[BAD] = list(bad)
-    counts = torch.zeros(3, n_tensors, dtype=torch.int64, device=CPU)
-    for position, found in bad.items():
-        counts[:, bucket.tensor_ids[position]] = torch.tensor(found, device=CPU)
-    rows = np.zeros((4, n_segments))  # numpy makes them in a third of torch's time
+    rows = np.zeros((4, n_segments))  # numpy makes both in half of torch's time
     rows[0] = sums
     summary = torch.from_numpy(rows)
+    counts = torch.from_numpy(np.zeros((3, n_tensors), np.int64))
+    for position, found in bad.items():
+        counts[:, bucket.tensor_ids[position]] = torch.tensor(found, device=CPU)
     for position, found in bad.items():
         summary[1:, bucket.segment_ids[position]] += torch.tensor(found, device=CPU)
     return _unscaled(summary, norm_type, inv_scale), counts
@@ -266,9 +266,15 @@ def apply(bucket: GradBucket, multiplier: Tensor, clean: Tensor) -> None:
         _apply_where_needed(bucket, multiplier.tolist(), bool(clean))
         return
     for grad, segment in zip(bucket.grads, bucket.segment_ids, strict=True):
-        cleaned = torch.where(grad.isfinite() | (clean == 0), grad, 0.0)
-        factor = multiplier[segment].to(factor_dtype(grad.dtype))
-        grad.copy_(torch.where(factor == 1, cleaned, cleaned * factor))  # 1 * NaN may change bits
+        _apply_without_reading(grad, multiplier[segment], clean)
+
+
+def _apply_without_reading(grad: Tensor, multiplier: Tensor, clean: Tensor) -> None:
+    cleaned = torch.where(grad.isfinite() | (clean == 0), grad, 0.0)
+    factor = multiplier.to(factor_dtype(grad.dtype))
+    # Widened first: off a CPU, a 16-bit tensor times a float32 scalar rounds the scalar to 16 bits.
+    product = (cleaned.to(factor.dtype) * factor).to(grad.dtype)
+    grad.copy_(torch.where(factor == 1, cleaned, product))  # 1 * NaN may change bits
 
 
 def factor_dtype(dtype: torch.dtype) -> torch.dtype:
