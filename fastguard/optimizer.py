@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastguard import distributed_checkpoint, resume
+from fastguard import distributed_checkpoint, resume, wrapped_state
 from fastguard.apply import apply, clamp_finite_
 from fastguard.arguments import limit_of
 from fastguard.decide import GuardState, NonFinite, Policy, Verdict, decide, raise_if_nonfinite
@@ -355,14 +355,15 @@ class GuardedOptimizer(KnownRun):
         Raises:
             TypeError, ValueError: It belongs to another configuration; nothing was changed.
         """
-        state_dict = dict(state_dict)
+        state_dict = wrapped_state.opened(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
+        wrapped_state.check_parts(state_dict)
         state_dict, saved = distributed_checkpoint.split(state_dict)
         guard = resume.load(saved, self._policy, self._device)
         limits(state_dict["param_groups"], self.clip_scope, self.max_norm)
         clip_values(state_dict["param_groups"])
-        self.optimizer.load_state_dict(state_dict)
+        wrapped_state.load(self.optimizer, state_dict)
         self._road = road_of(self.optimizer)  # param groups bring their own `fused`
         self._state = guard
         self._steps_taken = int(guard.counters[0])

@@ -1,14 +1,25 @@
-"""State dicts: an exact resume, what is refused, what a loaded state makes forgotten."""
+"""State dicts: an exact resume, what is refused, what a loaded state makes forgotten.
 
+What the state of one optimizer does to another is in test_foreign_states.
+"""
+
+import copy
 import io
 
 import pytest
 import torch
 
-from fastguard import SpikeRule, Threshold
+from fastguard import GuardedOptimizer, SpikeRule, Threshold
 from fastguard.stepping import FoundInf, ReadFirst
 from guardtest.guarded import SPIKES, adamw, parameters_of, train
-from guardtest.training import assert_same_bits, give_gradients, new_parameters, poison, snapshot
+from guardtest.training import (
+    SHAPES,
+    assert_same_bits,
+    give_gradients,
+    new_parameters,
+    poison,
+    snapshot,
+)
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["single", "fused"])
@@ -93,6 +104,20 @@ def damaged(state, **changes):
     return {**state, "fastguard": {**state["fastguard"], **changes}}
 
 
+def of_shape(*shape):
+    """The state of the same configuration over a parameter of another shape."""
+    opt = adamw(new_parameters([shape, *SHAPES[1:]]), spike=SPIKES)
+    train(opt, range(2))
+    return opt.state_dict()
+
+
+def of_other(cls, **kwargs):
+    """The state of another optimizer, guarded in the same way."""
+    opt = GuardedOptimizer(cls(new_parameters(), lr=0.1, **kwargs), spike=SPIKES)
+    train(opt, range(2))
+    return opt.state_dict()
+
+
 OTHER_CONFIGURATIONS = {
     "no rules": (lambda s: adamw().state_dict(), r"spike rules \[\] with windows \[\]"),
     "other window": (
@@ -129,6 +154,36 @@ OTHER_CONFIGURATIONS = {
         lambda s: {**s, "param_groups": [{**s["param_groups"][0], "clip_value": -1.0}]},
         "clip_value=-1.0",
     ),
+    "nothing": (lambda s: None, "is a NoneType; pass what"),
+    "a list": (lambda s: [s], "is a list; pass what"),
+    "empty": (lambda s: {}, "lacks 'state' and 'param_groups'"),
+    "without state": (lambda s: {k: s[k] for k in s if k != "state"}, "lacks 'state'"),
+    "state of a model": (lambda s: {"0.weight": torch.ones(2)}, "lacks 'state'"),
+    "state is no dict": (lambda s: {**s, "state": None}, r"\['state'\] is a NoneType"),
+    "groups are no list": (lambda s: {**s, "param_groups": {}}, r"\['param_groups'\] is a dict"),
+    "groups are no dicts": (lambda s: {**s, "param_groups": [3]}, r"\['param_groups'\]\[0\] is"),
+    "a group without params": (
+        lambda s: {**s, "param_groups": [{"lr": 0.1}]},
+        r"\['param_groups'\]\[0\] lacks 'params'",
+    ),
+    "SGD": (lambda s: of_other(torch.optim.SGD), "param group 0 lacks betas, eps.*AdamW"),
+    "SGD with momentum": (
+        lambda s: of_other(torch.optim.SGD, momentum=0.9),
+        "param group 0 lacks betas, eps.*AdamW",
+    ),
+    "RMSprop": (lambda s: of_other(torch.optim.RMSprop), "param group 0 lacks betas"),
+    "Adamax": (lambda s: of_other(torch.optim.Adamax), "lacks exp_avg_sq"),
+    "other size": (lambda s: of_shape(4, 3), r"exp_avg of shape \(4, 3\), expected \(3, 4\)"),
+    "one element": (lambda s: of_shape(1), r"exp_avg of shape \(1,\)"),
+    "a scalar": (lambda s: of_shape(), r"exp_avg of shape \(\)"),
+    "no step": (
+        lambda s: {**s, "state": {**s["state"], 1: {"exp_avg": torch.zeros(5)}}},
+        "lacks step, exp_avg_sq",
+    ),
+    "a state that is no dict": (
+        lambda s: {**s, "state": {**s["state"], 0: torch.zeros(3, 4)}},
+        "the state of parameter 0 is a Tensor",
+    ),
 }
 
 
@@ -138,12 +193,15 @@ def test_a_state_of_another_configuration_is_refused_and_changes_nothing(case):
     train(opt, range(5), bad={4})
     make, message = OTHER_CONFIGURATIONS[case]
     other = make(opt.state_dict())
-    if isinstance(other["fastguard"], dict) and "counters" in other["fastguard"]:
-        other["fastguard"]["counters"] += 1  # nothing of it must arrive
+    guard = other.get("fastguard") if isinstance(other, dict) else None
+    if isinstance(guard, dict) and "counters" in guard:
+        guard["counters"] += 1  # nothing of it must arrive
     before, guard = snapshot(opt), opt.state_dict()["fastguard"]
-    with pytest.raises(ValueError, match=message):
+    groups = copy.deepcopy(opt.state_dict()["param_groups"])
+    with pytest.raises(TypeError if case in ("nothing", "a list") else ValueError, match=message):
         opt.load_state_dict(other)
     assert_same_bits(snapshot(opt), before)
+    assert opt.state_dict()["param_groups"] == groups
     after = opt.state_dict()["fastguard"]
     for key in ("counters", "windows", "rings"):
         assert torch.equal(after[key], guard[key])

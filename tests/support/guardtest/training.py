@@ -102,6 +102,8 @@ def snapshot(optimizer: Optimizer) -> dict[str, Any]:
 def _copied(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _copied(v) for key, v in value.items()}
     return [_copied(v) for v in value] if isinstance(value, list) else value
 
 
@@ -113,6 +115,8 @@ def same_bits(a: Any, b: Any) -> bool:
         return _bytes(a) == _bytes(b)
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(map(same_bits, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same_bits(a[key], b[key]) for key in a)
     return type(a) is type(b) and repr(a) == repr(b)
 
 
