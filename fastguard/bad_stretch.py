@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastguard.records import StepRecord
+
+
+class Moment(NamedTuple):
+    """When something happened. Moments compare as time does: a rollback lowers the step alone.
+
+    Attributes:
+        rollbacks: How many there had been.
+        step: Number of the optimizer step.
+    """
+
+    rollbacks: int
+    step: int
 
 
 class BadStretch:
@@ -16,13 +28,14 @@ class BadStretch:
 
     Attributes:
         clean: Steps without an incident since the last snapshot.
+        rollbacks: How many there have been.
     """
 
     def __init__(self, after_skips: int | None, after_spikes: int | None) -> None:
         self.after_skips, self.after_spikes = after_skips, after_spikes
-        self.clean = 0
+        self.clean = self.rollbacks = 0
         self._skips = self._spikes = 0
-        self._bad: list[tuple[StepRecord, Any]] = []
+        self._bad: list[tuple[Moment, StepRecord, Any]] = []
 
     def learn(self, record: StepRecord, position: Any) -> str | None:
         """Takes in one step; the reason for a rollback, if it gives one."""
@@ -31,7 +44,7 @@ class BadStretch:
         if record.reason is None:
             self.clean += 1
             return None
-        self._bad.append((record, position))
+        self._bad.append((Moment(self.rollbacks, record.step), record, position))
         if self.after_skips is not None and self._skips >= self.after_skips:
             return (
                 "a step was skipped"
@@ -42,23 +55,24 @@ class BadStretch:
             return "a step spiked" if self._spikes == 1 else f"{self._spikes} steps in a row spiked"
         return None
 
-    def positions_since(self, step: int) -> tuple[Any, ...]:
-        """Where the data stood at the bad steps after `step`, in order."""
-        return tuple(position for record, position in self._bad if record.step > step)
+    def positions_since(self, moment: Moment) -> tuple[Any, ...]:
+        """Where the data stood at the bad steps after that, in order."""
+        return tuple(position for when, _, position in self._bad if when > moment)
 
-    def forget_until(self, step: int) -> None:
-        """Nobody goes back further than to `step` any more."""
-        self._bad = [(r, p) for r, p in self._bad if r.step > step]
+    def forget_until(self, moment: Moment) -> None:
+        """Nobody goes back further than that any more."""
+        self._bad = [bad for bad in self._bad if bad[0] > moment]
 
     def start_anew(self) -> None:
-        """The steps in a row begin again; the bad steps are remembered."""
+        """After a rollback: the steps in a row begin again; the bad steps are remembered."""
         self.clean = self._skips = self._spikes = 0
+        self.rollbacks += 1
 
     @property
     def culprits(self) -> tuple[Any, ...]:
         """Of the last bad step."""
-        return self._bad[-1][0].culprits if self._bad else ()
+        return self._bad[-1][1].culprits if self._bad else ()
 
     def __str__(self) -> str:
         """The last bad steps, for the error that ends a run."""
-        return " | ".join(str(record) for record, _ in self._bad[-8:])
+        return " | ".join(str(record) for _, record, _ in self._bad[-8:])

@@ -11,13 +11,18 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from fastguard.bad_stretch import BadStretch
+import torch
+from torch import Tensor
+
+from fastguard.bad_stretch import BadStretch, Moment
 from fastguard.checkpoints import CheckpointStore
 from fastguard.errors import TrainingDivergedError
+from fastguard.inbox import Inbox
 from fastguard.optimizer import GuardedOptimizer
 from fastguard.peers import Peers
 from fastguard.schedule import GuardedLR
@@ -49,7 +54,10 @@ class Rollback:
     """Takes snapshots and goes back to them.
 
     On several ranks, every rank constructs it and calls its methods at the same steps; all ranks go
-    back to the same snapshot, or none does.
+    back to the same snapshot, or none does. Tensor learning rates stay the tensors they are.
+
+    On a road without synchronisation (fused optimizers on a GPU) it acts on the verdict of step k
+    at step k + 1, but a step that may be kept waits for its own.
 
     Args:
         optimizer: The guarded optimizer; it is part of every snapshot.
@@ -118,7 +126,7 @@ class Rollback:
         self.max_attempts = max_attempts
         self.attempts = 0
         self._trouble_until = 0
-        self._inbox = optimizer.subscribe()
+        self._inbox: Inbox = optimizer.subscribe()  # type: ignore[assignment]
         self._positions: deque[tuple[int, Any]] = deque()  # by the steps taken until then
         self._stretch = BadStretch(after_skips, after_spikes)
         self._place: Place
@@ -132,10 +140,12 @@ class Rollback:
     @property
     def snapshots(self) -> list[int]:
         """The steps of the snapshots at hand, oldest first."""
-        return self._place.steps()
+        return [moment.step for moment in self._place.moments()]
 
     def step(self, position: Any = None) -> Rewind | None:
         """To be called after every `optimizer.step`; a call after several stands for them all.
+
+        Waits for the verdict of the step if a snapshot depends on it.
 
         Args:
             position: Where the data stands: whatever finds this batch again. With a `store`,
@@ -149,9 +159,11 @@ class Rollback:
                 snapshot is finite.
         """
         self._positions.append((self.optimizer.steps_taken, position))
-        reason = None
-        while self._inbox:
-            reason = self._learn() or reason
+        reason = self._learn_all()
+        if reason is None and self._stretch.clean >= self.every - 1:
+            # Alone: when others learn of this step must not depend on our snapshots.
+            self._inbox.settle()
+            reason = self._learn_all()
         if reason is not None:
             return self.trigger(reason)
         if self._stretch.clean >= self.every:
@@ -160,13 +172,13 @@ class Rollback:
 
     def snapshot(self, position: Any = None) -> None:
         """Keeps the state of now; the oldest snapshot beyond `keep` is overwritten."""
-        step = self.optimizer.steps_taken
-        kept = self._place.take(self.objects, step, position)
+        now = Moment(self._stretch.rollbacks, self.optimizer.steps_taken)
+        kept = self._place.take(self.objects, now, position)
         self._stretch.clean = 0
         if not kept:
             return
-        self._stretch.forget_until(min(self.snapshots, default=0))
-        if step > self._trouble_until:
+        self._stretch.forget_until(min(self._place.moments(), default=Moment(0, 0)))
+        if now.step > self._trouble_until:
             self.attempts = 0
 
     def trigger(self, reason: str = "the caller asked for it") -> Rewind:
@@ -188,22 +200,32 @@ class Rollback:
                 self._stretch.culprits,
             )
         try:
-            taken = self._place.restore(self.objects)
+            with _same_tensors(self.optimizer):
+                taken = self._place.restore(self.objects)
         except NothingToRestore as error:
             raise TrainingDivergedError(
                 f"{story}, and {error}. Start again from an older checkpoint",
                 self._stretch.culprits,
             ) from error
+        self._stretch.start_anew()
         if self.lr is not None and self.lr_factor < 1:
-            self.lr.lower(self.lr_factor**self.attempts)
+            # The restored schedule remembers what the rollbacks before its snapshot did to it.
+            times = self._stretch.rollbacks - taken.moment.rollbacks
+            self.lr.lower(self.lr_factor**times)
         self.optimizer.zero_grad()
         self._trouble_until = max(self._trouble_until, now)
-        self._stretch.start_anew()
         self._positions.clear()
         self._inbox.clear()
-        skip = self._stretch.positions_since(taken.step)
-        log.warning("rolled back to step %d (attempt %d): %s", taken.step, self.attempts, story)
-        return Rewind(taken.step, taken.position, skip, reason, self.attempts)
+        skip = self._stretch.positions_since(taken.moment)
+        step = taken.moment.step
+        log.warning("rolled back to step %d (attempt %d): %s", step, self.attempts, story)
+        return Rewind(step, taken.position, skip, reason, self.attempts)
+
+    def _learn_all(self) -> str | None:
+        reason = None
+        while self._inbox:
+            reason = self._learn() or reason
+        return reason
 
     def _learn(self) -> str | None:
         """Takes the next record, with the position that `step` was given first after its step."""
@@ -238,6 +260,21 @@ def _with_own(
                 "another one"
             )
     return {**objects, **own}
+
+
+@contextmanager
+def _same_tensors(optimizer: GuardedOptimizer) -> Iterator[None]:
+    """What param groups hold as tensors gets its new values in place, also on a GPU.
+
+    Loading an optimizer puts new ones there; a compiled or captured step would go on with the old.
+    """
+    before = [{k: v for k, v in g.items() if isinstance(v, Tensor)} for g in optimizer.param_groups]
+    yield
+    with torch.no_grad():
+        for group, tensors in zip(optimizer.param_groups, before, strict=True):
+            for name, tensor in tensors.items():
+                if isinstance(group.get(name), Tensor):
+                    group[name] = tensor.copy_(group[name])
 
 
 def _resumed(optimizer: GuardedOptimizer, store: CheckpointStore | None) -> bool:

@@ -74,8 +74,8 @@ class GuardedLR(LRScheduler):
         TypeError, ValueError: An argument is not of the kind or range above.
 
     On a road without synchronisation (fused optimizers on a GPU) it acts on the verdict of step k
-    at step k + 1, on every rank alike. Tensor learning rates stay the tensors they are. A param group
-    that is added later joins in with its own learning rate.
+    at step k + 1, on every rank alike. Tensor learning rates stay the tensors they are. A param
+    group that is added later joins in with its own learning rate.
 
     Example:
         >>> import torch, fastguard

@@ -9,6 +9,7 @@ Of DTensors each rank copies its own shard.
 from __future__ import annotations
 
 import copy
+import math
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -58,7 +59,7 @@ class Snapshot:
         self.step: int | None = None
         self.position: Any = None
         self._states: dict[str, Any] = {}
-        self._copied: torch.cuda.Event | None = None
+        self._copied: dict[torch.device, torch.cuda.Event] = {}
 
     def take(
         self,
@@ -66,7 +67,7 @@ class Snapshot:
         step: int,
         position: Any,
         optimizer: torch.optim.Optimizer | None = None,
-    ) -> torch.cuda.Event | None:
+    ) -> Mapping[torch.device, torch.cuda.Event]:
         """Copies the state of every object and of the random number generators.
 
         Args:
@@ -75,32 +76,30 @@ class Snapshot:
             optimizer: What it steps, and its state, stay as they are until its next step.
 
         Returns:
-            For tensors on a GPU, the event behind which the optimizer may step. Nobody waits here.
+            Of each GPU that holds tensors, the event behind which the optimizer may step there.
+            Nobody waits here.
         """
         self.step = None  # invalid while it is being written
         states = {name: thing.state_dict() for name, thing in objects.items()}
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            copier = _Copier(stream, _addresses(optimizer))
-            self._states = copier.copied(states, self._states)
-            # Also behind what was copied in line.
-            stream.wait_stream(torch.cuda.current_stream())
-            self._copied = torch.cuda.Event()
-            self._copied.record(stream)
-        else:
-            self._states = _Copier().copied(states, self._states)
+        copier = _Copier(_addresses(optimizer))
+        self._states = copier.copied(states, self._states)
+        self._copied = copier.events()
         self._states[RNG] = rng_state()
         self.step, self.position = step, position
         return self._copied
 
     def nonfinite(self) -> list[str]:
-        """Names of the saved tensors that hold NaN or Inf. Waits for the copy."""
+        """Names of the saved tensors that hold NaN or Inf, and of numbers that are NaN.
+
+        Infinite numbers are fine: `ReduceLROnPlateau` starts with one. Waits for the copy.
+        """
         self._wait()
-        named = [(n, v) for n, t in _tensors(self._states, "") if (v := _values(t)).numel()]
+        leaves = list(_leaves(self._states, ""))
+        named = [(n, v) for n, t in leaves if isinstance(t, Tensor) and (v := _values(t)).numel()]
         names = [name for name, _ in named]
         stats = measure(bucketize([t for _, t in named], names=names))
-        return [name for name, *_ in stats.culprits()]
+        numbers = [n for n, leaf in leaves if isinstance(leaf, float) and math.isnan(leaf)]
+        return [name for name, *_ in stats.culprits()] + numbers
 
     def restore(self, objects: Mapping[str, Any]) -> None:
         """Loads the saved states, bit for bit, the random number generators too. Waits."""
@@ -111,8 +110,8 @@ class Snapshot:
         set_rng_state(self._states[RNG])
 
     def _wait(self) -> None:
-        if self._copied is not None:
-            self._copied.synchronize()
+        for event in self._copied.values():
+            event.synchronize()
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,15 +138,13 @@ class _Copier:
     """Copies nested states to the host, into the buffers of an earlier copy where they fit.
 
     Args:
-        stream: For what does not change before the next step; None: everything in line.
-        unchanged: Addresses of those tensors.
+        unchanged: Addresses of tensors that stay as they are until the next step: from a GPU these
+            are copied on a stream of its own. The others are copied in line.
     """
 
-    def __init__(
-        self, stream: torch.cuda.Stream | None = None, unchanged: frozenset[int] = frozenset()
-    ) -> None:
-        self._stream = stream
+    def __init__(self, unchanged: frozenset[int]) -> None:
         self._unchanged = unchanged
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def copied(self, value: Any, into: Any) -> Any:
         if isinstance(value, Tensor):
@@ -171,9 +168,25 @@ class _Copier:
         fits = isinstance(into, Tensor) and into.shape == value.shape and into.dtype == value.dtype
         if not fits:
             into = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-        aside = self._stream is not None and value.data_ptr() in self._unchanged
-        with torch.cuda.stream(self._stream) if aside else nullcontext():
+        stream = self._stream_of(value.device) if value.is_cuda else None
+        aside = stream is not None and value.data_ptr() in self._unchanged
+        with torch.cuda.stream(stream) if aside else nullcontext():
             return into.copy_(value.detach(), non_blocking=value.is_cuda)
+
+    def _stream_of(self, device: torch.device) -> torch.cuda.Stream:
+        if device not in self._streams:
+            stream = self._streams[device] = torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+        return self._streams[device]
+
+    def events(self) -> dict[torch.device, torch.cuda.Event]:
+        """By device, an event behind all that was copied from it, also in line."""
+        events = {}
+        for device, stream in self._streams.items():
+            stream.wait_stream(torch.cuda.current_stream(device))
+            events[device] = torch.cuda.Event()
+            events[device].record(stream)
+        return events
 
 
 def _addresses(optimizer: torch.optim.Optimizer | None) -> frozenset[int]:
@@ -224,16 +237,16 @@ def _values(tensor: Tensor) -> Tensor:
     return tensor.float() if is_fp8 else tensor.new_empty(0, dtype=torch.float32)
 
 
-def _tensors(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """What nested states hold, by name; of a DTensor what this rank has."""
     if isinstance(value, _Shard):
         value = value.local
-    if isinstance(value, Tensor):
-        yield path, value
-        return
-    items: Any = ()
     if isinstance(value, Mapping):
-        items = value.items()
+        items: Any = value.items()
     elif isinstance(value, list | tuple):
         items = enumerate(value)
+    else:
+        yield path, value
+        return
     for key, item in items:
-        yield from _tensors(item, f"{path}.{key}" if path else str(key))
+        yield from _leaves(item, f"{path}.{key}" if path else str(key))

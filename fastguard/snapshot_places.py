@@ -7,12 +7,14 @@ none.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections import deque
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from fastguard.bad_stretch import Moment
 from fastguard.checkpoints import CheckpointError, CheckpointStore
 from fastguard.optimizer import GuardedOptimizer
 from fastguard.peers import Peers
@@ -32,22 +34,22 @@ class Taken(NamedTuple):
     """A snapshot.
 
     Attributes:
-        step: Number of the optimizer step after which it was taken.
+        moment: After which optimizer step it was taken.
         position: Where the data stood then, as the caller said.
     """
 
-    step: int
+    moment: Moment
     position: Any
 
 
 class Place(Protocol):
     """A place for snapshots."""
 
-    def steps(self) -> list[int]:
-        """The steps of the snapshots that may be gone back to, oldest first."""
+    def moments(self) -> list[Moment]:
+        """When the snapshots were taken that may be gone back to, oldest first."""
         ...
 
-    def take(self, objects: Mapping[str, Any], step: int, position: Any) -> bool:
+    def take(self, objects: Mapping[str, Any], moment: Moment, position: Any) -> bool:
         """Keeps the state of the objects; False if that failed, and was logged."""
         ...
 
@@ -60,8 +62,24 @@ class Place(Protocol):
         ...
 
 
+class _Slot(Snapshot):
+    """A snapshot, and what is known of it.
+
+    Attributes:
+        rollbacks: How many there had been when it was taken.
+        bad: What in it is not finite, on any rank; None: nobody has looked.
+    """
+
+    rollbacks = 0
+    bad: list[str] | None = None
+
+
 class InMemory:
     """Snapshots in host memory; the oldest beyond `keep` is overwritten.
+
+    But for the last finite one, as long as `keep` is more than 1: what cannot be gone back to, such
+    as one with a NaN in an EMA, must not push it out. So once there are `keep`, each further one
+    reads the newest before it, once.
 
     Args:
         optimizer: Steps only when the latest copy is complete, which it waits for on the device.
@@ -73,17 +91,20 @@ class InMemory:
         self._optimizer = optimizer
         self._keep = keep
         self._peers = peers
-        self._slots: deque[Snapshot] = deque()
-        self._copied: torch.cuda.Event | None = None
-        optimizer.register_step_pre_hook(self._wait_for_copy)
+        self._slots: deque[_Slot] = deque()
+        self._copied: Mapping[torch.device, torch.cuda.Event] = {}
+        # A hook that held its snapshots would keep their memory for as long as the optimizer lives.
+        wait = weakref.WeakMethod(self._wait_for_copy)
+        hook = optimizer.register_step_pre_hook(lambda *_: (method := wait()) and method())
+        weakref.finalize(self, hook.remove).atexit = False
 
-    def steps(self) -> list[int]:
-        return [slot.step for slot in self._slots if slot.step is not None]
+    def moments(self) -> list[Moment]:
+        return [Moment(s.rollbacks, s.step) for s in self._slots if s.step is not None]
 
-    def take(self, objects: Mapping[str, Any], step: int, position: Any) -> bool:
-        full = len(self._slots) >= self._keep
-        slot = self._slots.popleft() if full else Snapshot()
-        self._copied = slot.take(objects, step, position, self._optimizer)
+    def take(self, objects: Mapping[str, Any], moment: Moment, position: Any) -> bool:
+        slot = self._free_slot()
+        slot.rollbacks, slot.bad = moment.rollbacks, None
+        self._copied = slot.take(objects, moment.step, position, self._optimizer)
         self._slots.append(slot)
         return True
 
@@ -91,18 +112,33 @@ class InMemory:
         refused = []
         while self._slots:
             slot = self._slots[-1]
-            bad = {name for names in self._peers.gather(slot.nonfinite()) for name in names}
+            bad = self._bad(slot)
             if not bad:
                 self._peers.together(lambda slot=slot: slot.restore(objects))
-                return Taken(slot.step or 0, slot.position)
-            refused.append(f"step {slot.step}: {', '.join(sorted(bad)[:8])}")
+                return Taken(Moment(slot.rollbacks, slot.step or 0), slot.position)
+            refused.append(f"step {slot.step}: {', '.join(bad[:8])}")
             self._slots.pop()
         raise NothingToRestore(f"no snapshot is finite: {'; '.join(refused)}")
 
-    def _wait_for_copy(self, *_: Any) -> None:
-        if self._copied is not None:
-            torch.cuda.current_stream().wait_event(self._copied)
-            self._copied = None
+    def _free_slot(self) -> _Slot:
+        if len(self._slots) < self._keep:
+            return _Slot()
+        newest_first = [*self._slots][:0:-1]
+        if newest_first and all(map(self._bad, newest_first)):
+            return self._slots.pop()
+        return self._slots.popleft()
+
+    def _bad(self, slot: _Slot) -> list[str]:
+        """What in a snapshot is not finite, on any rank."""
+        if slot.bad is None:
+            found = self._peers.gather(slot.nonfinite())
+            slot.bad = sorted({name for names in found for name in names})
+        return slot.bad
+
+    def _wait_for_copy(self) -> None:
+        for device, event in self._copied.items():
+            torch.cuda.current_stream(device).wait_event(event)
+        self._copied = {}
 
 
 class InStore:
@@ -117,12 +153,17 @@ class InStore:
 
     def __init__(self, store: CheckpointStore) -> None:
         self._store = store
+        self._rollbacks: dict[int, int] = {}  # by step; none before those of an earlier process
 
-    def steps(self) -> list[int]:
-        return [entry.step for entry in self._store.list() if entry.clean]
+    def moments(self) -> list[Moment]:
+        return [self._moment(entry.step) for entry in self._store.list() if entry.clean]
 
-    def take(self, objects: Mapping[str, Any], step: int, position: Any) -> bool:
-        return self._store.save({**objects, POSITION: position}, step=step) is not None
+    def take(self, objects: Mapping[str, Any], moment: Moment, position: Any) -> bool:
+        if self._store.save({**objects, POSITION: position}, step=moment.step) is None:
+            return False
+        self._rollbacks[moment.step] = moment.rollbacks
+        self._rollbacks = {m.step: m.rollbacks for m in self.moments()}
+        return True
 
     def restore(self, objects: Mapping[str, Any]) -> Taken:
         try:
@@ -139,4 +180,7 @@ class InStore:
                 self._store.directory,
                 error,
             )
-        return Taken(checkpoint.step, checkpoint.state.get(POSITION))
+        return Taken(self._moment(checkpoint.step), checkpoint.state.get(POSITION))
+
+    def _moment(self, step: int) -> Moment:
+        return Moment(self._rollbacks.get(step, 0), step)

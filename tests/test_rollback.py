@@ -9,8 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from fastguard import GuardedLR, GuardedOptimizer, Rollback, SpikeRule, TrainingDivergedError
+from fastguard import (
+    GuardedLR,
+    GuardedOptimizer,
+    Rollback,
+    SpikeRule,
+    Threshold,
+    TrainingDivergedError,
+)
 from fastguard.snapshot import Snapshot
+from guardtest import longrun
 
 
 class Run:
@@ -29,7 +37,9 @@ class Run:
             spike={"loss": SpikeRule(window=4, warmup=4, action="record")},
         )
         self.lr = GuardedLR(self.opt)
-        self.rollback = Rollback(self.opt, {"model": self.model}, lr=self.lr, **rollback)
+        self.ema = torch.nn.Linear(2, 1)
+        objects = {"model": self.model, "ema": self.ema}
+        self.rollback = Rollback(self.opt, objects, lr=self.lr, **rollback)
 
     def batch(self, i: int, scale: float = 1.0):
         generator = torch.Generator().manual_seed(i)
@@ -262,15 +272,26 @@ def test_old_incidents_are_forgotten() -> None:
 
 
 def test_a_snapshot_before_the_end_of_the_trouble_is_no_way_out() -> None:
-    run = Run(every=1, after_skips=2)
+    run = Run(every=1, after_skips=2, lr_factor=0.5)
     for i in range(4):
         run.batch(i)
     run.batch(4, math.nan)
     assert run.batch(5, math.nan).attempt == 1  # the trouble reached step 6
+    assert run.opt.param_groups[0]["lr"] == pytest.approx(0.005)
     run.batch(6)
-    assert run.rollback.snapshots[-1] == 5
+    assert run.rollback.snapshots[-1] == 5  # it holds the lowered learning rate
     run.batch(7, math.nan)
     assert run.batch(8, math.nan).attempt == 2
+    assert run.opt.param_groups[0]["lr"] == pytest.approx(0.0025)
+    run.batch(9)
+    run.batch(10, math.nan)
+    assert run.batch(11, math.nan).attempt == 3
+    assert run.opt.param_groups[0]["lr"] == pytest.approx(0.00125)
+    for i in range(12, 20):
+        run.batch(i)
+    run.batch(20, math.nan)
+    assert run.batch(21, math.nan).attempt == 1
+    assert run.opt.param_groups[0]["lr"] == pytest.approx(0.000625)
 
 
 def test_the_trouble_reaches_as_far_as_it_ever_did() -> None:
@@ -287,6 +308,151 @@ def test_the_trouble_reaches_as_far_as_it_ever_did() -> None:
     run.batch(5)
     run.rollback.snapshot()
     assert run.rollback.trigger().attempt == 1
+
+
+def test_bad_steps_before_a_snapshot_are_not_skipped_though_their_numbers_came_again() -> None:
+    run = Run(every=4, after_skips=6)
+    for i in range(4):
+        run.batch(i)
+    for i in range(4, 10):
+        rewind = run.batch(i, math.nan)
+    assert (rewind.step, rewind.position, rewind.skip) == (4, 3, tuple(range(4, 10)))
+    for i in range(10, 14):  # steps 5 to 8 again
+        run.batch(i)
+    for i in range(14, 20):
+        rewind = run.batch(i, math.nan)
+    assert (rewind.step, rewind.position, rewind.skip) == (8, 13, tuple(range(14, 20)))
+
+
+def test_bad_snapshots_push_out_no_good_one() -> None:
+    run = Run(every=2, keep=2, after_skips=None)
+    for i in range(4):
+        run.batch(i)
+    at_four = run.state()
+    run.ema.weight.data.fill_(math.nan)
+    for i in range(4, 12):
+        run.batch(i)
+    assert run.rollback.snapshots == [4, 12]
+    run.rollback.trigger()
+    assert same(run.state(), at_four)
+    assert run.ema.weight.isfinite().all()
+    for i in range(4, 8):
+        run.batch(i)
+    assert run.rollback.snapshots == [6, 8]
+
+
+def test_a_nan_number_in_a_snapshot_is_seen() -> None:
+    run = Run()
+    rollback = Rollback(run.opt, {"model": run.model}, keep=2)
+    run.batch(0)
+    run.opt.param_groups[0]["lr"] = math.nan
+    rollback.snapshot()
+    assert rollback.trigger().step == 0
+    assert run.opt.param_groups[0]["lr"] == 0.01
+
+
+@pytest.mark.parametrize("with_lr", [True, False])
+def test_a_tensor_learning_rate_stays_the_tensor_it_is(with_lr: bool) -> None:
+    rates = torch.tensor(0.5), torch.tensor(0.25)
+    groups = [{"params": [torch.nn.Parameter(torch.ones(2))], "lr": rate} for rate in rates]
+    opt = GuardedOptimizer(torch.optim.AdamW(groups, fused=True))
+    lr = GuardedLR(opt) if with_lr else None
+    rollback = Rollback(opt, {}, lr=lr, lr_factor=0.5)
+    for rate in rates:
+        rate.fill_(9.0)
+    for _ in range(2):
+        rollback.trigger()
+        assert all(g["lr"] is rate for g, rate in zip(opt.param_groups, rates, strict=True))
+    factor = 0.25 if with_lr else 1.0
+    assert [rate.item() for rate in rates] == [0.5 * factor, 0.25 * factor]
+
+
+def test_a_rollback_that_is_gone_leaves_nothing_behind() -> None:
+    run = Run(every=1)
+    run.batch(0)
+    assert run.opt._optimizer_step_pre_hooks
+    del run.rollback
+    assert not run.opt._optimizer_step_pre_hooks
+    assert len(run.opt._recorder._inboxes) == 1  # of the schedule
+    run.opt.step()
+
+
+# The road of a GPU that nobody waits for: the record of step k comes before step k + 1.
+
+
+def recorded_spikes(monkeypatch: pytest.MonkeyPatch, delayed: bool, losses: list[float]):
+    if delayed:
+        longrun.delay_records(monkeypatch)
+    model = torch.nn.Linear(2, 1)
+    rule = Threshold(max=10.0, action="record")
+    opt = GuardedOptimizer(torch.optim.AdamW(model.parameters(), fused=True), spike={"loss": rule})
+    rollback = Rollback(opt, {"model": model}, every=2, after_skips=None, after_spikes=2)
+    weights, rewinds = [model.weight.clone()], []
+    for i, loss in enumerate(losses):
+        opt.zero_grad()
+        model(torch.ones(1, 2)).sum().backward()
+        opt.step(loss=loss)
+        weights.append(model.weight.clone())
+        rewinds.append(rollback.step(i))
+    return model, weights, rewinds
+
+
+def test_a_step_that_may_have_spiked_is_in_no_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for delayed in (False, True):
+        losses = [1.0, 1.0, 99.0, 99.0, *[1.0] * delayed]
+        model, weights, rewinds = recorded_spikes(monkeypatch, delayed, losses)
+        rewind = next(r for r in rewinds if r is not None)
+        assert torch.equal(model.weight, weights[2])
+        found.append((rewind.step, rewind.position, rewind.skip))
+    assert found == [(2, 1, (2, 3))] * 2
+
+
+@pytest.mark.parametrize("lr_first", [True, False])
+def test_a_snapshot_does_not_disturb_a_schedule(
+    monkeypatch: pytest.MonkeyPatch, lr_first: bool
+) -> None:
+    """It asks for its verdict ahead; the schedule is told when it always is."""
+    longrun.delay_records(monkeypatch)
+
+    def rates(every: int) -> list[float]:
+        opt = GuardedOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=1.0))
+        lr = GuardedLR(torch.optim.lr_scheduler.ExponentialLR(opt, gamma=0.5))
+        rollback = Rollback(opt, {}, lr=lr, every=every)
+        seen = []
+        for i in range(6):
+            opt.step()
+            for call in (lr.step, rollback.step) if lr_first else (rollback.step, lr.step):
+                call()
+            seen.append(opt.param_groups[0]["lr"])
+        return seen
+
+    assert rates(2) == rates(99) == [0.5**i for i in range(6)]
+
+
+@pytest.mark.parametrize("delayed", [False, True])
+def test_going_back_takes_the_schedule_to_where_it_was(
+    monkeypatch: pytest.MonkeyPatch, delayed: bool
+) -> None:
+    if delayed:
+        longrun.delay_records(monkeypatch)
+    opt = GuardedOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=1.0))
+    lr = GuardedLR(torch.optim.lr_scheduler.ExponentialLR(opt, gamma=0.5))
+    rollback = Rollback(opt, {}, lr=lr, lr_factor=1.0, every=3)
+
+    def steps(n: int) -> list[float]:
+        seen = []
+        for _ in range(n):
+            opt.step()
+            lr.step()
+            rollback.step()
+            seen.append(opt.param_groups[0]["lr"])
+        return seen
+
+    steps(3)
+    expected = steps(2)
+    assert rollback.trigger().step == 3
+    assert steps(2) == expected
 
 
 def test_a_poisoned_snapshot_is_never_restored() -> None:

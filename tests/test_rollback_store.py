@@ -190,7 +190,7 @@ def test_a_snapshot_that_the_system_cannot_read_ends_the_run_with_the_story(
     path = store.directory / store.last().file
     path.unlink()
     path.mkdir()
-    with pytest.raises(TrainingDivergedError, match=r"no usable snapshot: .*Is a directory"):
+    with pytest.raises(TrainingDivergedError, match=r"at step 0, and .* has no usable snapshot"):
         run.rollback.trigger()
 
 

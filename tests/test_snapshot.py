@@ -57,8 +57,14 @@ SPARSE = torch.sparse_coo_tensor([[0, 2]], torch.tensor([1.0, NAN]), (4,), check
         ({"deep": {"er": torch.tensor([NAN])}}, ["x.value.deep.er"]),
         ([torch.empty(0), torch.tensor([3]), torch.tensor(True), torch.ones(3).half()], []),
         ("nan", []),
+        ({"lr": [0.1, NAN], "best": INF, "worst": -INF}, ["x.value.lr.1"]),
+        (NAN, ["x.value"]),
+        ([NAN, torch.tensor(NAN)], ["x.value.1", "x.value.0"]),
     ],
-    ids=["f32", "f64", "bf16", "complex", "fp8", "coo", "list", "dict", "fine", "text"],
+    ids=[
+        *("f32", "f64", "bf16", "complex", "fp8", "coo", "list", "dict", "fine", "text"),
+        *("numbers", "number", "both"),
+    ],
 )
 def test_what_is_not_finite_is_named(value: Any, bad: list[str]) -> None:
     assert taken(value).nonfinite() == bad
