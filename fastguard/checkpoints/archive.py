@@ -47,7 +47,7 @@ def look(path: Path, peers: Peers, *, crc32: bool = True) -> Look:
         DamagedFile, UnsafeFile, OSError: As `look_at_file`.
     """
     if path.suffix == sharded.SUFFIX:
-        return shard_looking.look(path, peers)
+        return shard_looking.look(path, peers, crc32=crc32)
     return peers.first(lambda: look_at_file(path, crc32=crc32))
 
 

@@ -6,11 +6,13 @@ from, so that one pass over the file, in file order and in small pieces, can loo
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -57,6 +59,70 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
             raise
         except Exception as error:  # numbers and names of the file that make no sense
             raise DamagedFile(f"{os.fspath(path)}: damaged ({error!r})") from None
+
+
+def read_shards(path: Path, places: Sequence[tuple[int, int]]) -> Contents:
+    """What a file of `torch.distributed.checkpoint` holds: one archive of torch behind the other.
+
+    Args:
+        path: The file.
+        places: First byte and length of each shard.
+
+    Returns:
+        The tensors and checksums of all of them, each with the number of its shard and a slash
+        before its name.
+
+    Raises:
+        DamagedFile, UnsafeFile, OSError: As `read_contents`.
+    """
+    spans: list[Span] = []
+    records: list[Record] = []
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        for i, (start, length) in enumerate(places):
+            if not 0 <= start <= start + length:
+                raise DamagedFile(f"damaged: {path} has no shard at byte {start}")
+            if start + length > size:
+                raise DamagedFile(f"truncated: {path}")
+            try:
+                shard = _read_zip(io.BufferedReader(_Stretch(file, start, length)), length)
+            except CheckpointError as error:
+                raise type(error)(f"{path}: {error}") from None
+            for span in shard.spans:
+                spans.append(replace(span, name=f"{i}/{span.name}", start=start + span.start))
+            for r in shard.records:
+                records.append(Record(f"{i}/{r.name}", start + r.start, start + r.end, r.crc32))
+    return Contents(
+        "torch (shards)",
+        None,
+        tuple(sorted(spans, key=lambda span: span.start)),
+        tuple(sorted(records, key=lambda record: record.start)),
+    )
+
+
+class _Stretch(io.RawIOBase):
+    """Some bytes of an open file, as a file of their own."""
+
+    def __init__(self, file: io.BufferedReader, start: int, size: int) -> None:
+        self._file, self._start, self._size, self._at = file, start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        if self._at < 0:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._at)
+        n = self._file.readinto(memoryview(buffer)[: max(self._size - self._at, 0)])
+        self._at += n
+        return n
 
 
 # torch, zip: a directory of uncompressed records; `data.pkl` is the tree, `data/KEY` the storages.

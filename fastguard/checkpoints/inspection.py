@@ -70,7 +70,13 @@ def inspect(
     Raises:
         DamagedFile, UnsafeFile, OSError: As `read_contents`.
     """
-    contents = read_contents(path)
+    return read_through(path, read_contents(path), sha256=sha256, crc32=crc32)
+
+
+def read_through(
+    path: str | os.PathLike[str], contents: Contents, *, sha256: bool, crc32: bool
+) -> Inspection:
+    """`inspect`, of a file whose contents are known."""
     digests = _Digests(sha256, contents.records if crc32 else ())
     counts: dict[str, list[int]] = {}
     with open(path, "rb", buffering=0) as file, torch.inference_mode():

@@ -6,23 +6,17 @@ Each rank reads a share of the files; what they found is put together on all of 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from fastguard.buckets import bucketize
 from fastguard.checkpoints import shard_metadata
+from fastguard.checkpoints.contents import read_shards
 from fastguard.checkpoints.errors import CheckpointError, DamagedFile, UnsafeFile
-from fastguard.checkpoints.inspection import sha256_of
+from fastguard.checkpoints.inspection import read_through, sha256_of
 from fastguard.checkpoints.looking import Look, look_at_file, own_name
 from fastguard.checkpoints.shard_metadata import read_metadata
-from fastguard.errors import Culprit
-from fastguard.measure import measure
 from fastguard.peers import Peers
 
 
@@ -31,16 +25,22 @@ def rest_name(rank: int) -> str:
     return f"rest-{rank}.pt" if rank else "rest.pt"
 
 
-def look(folder: Path, peers: Peers) -> Look:
+def look(folder: Path, peers: Peers, *, crc32: bool = True) -> Look:
     """Reads a folder once, each rank a share of its files.
+
+    Args:
+        folder: The folder.
+        peers: The ranks.
+        crc32: As in `look_at_file`.
 
     Raises:
         DamagedFile: A file is missing, or not whole.
         OSError: It cannot be read.
     """
     names = peers.first(lambda: _names(folder))
-    mine = peers.together(lambda: _look_at_share(folder, names, names[peers.rank :: peers.size]))
-    looks = {name: seen for share in peers.gather(mine) for name, seen in share.items()}
+    share = names[peers.rank :: peers.size]
+    mine = peers.together(lambda: _look_at_share(folder, names, share, crc32))
+    looks = {name: seen for seen_by_one in peers.gather(mine) for name, seen in seen_by_one.items()}
     bad: dict[str, list[int]] = {}
     for name in names:
         for culprit, *counts in looks[name].bad:
@@ -60,7 +60,9 @@ def _names(folder: Path) -> list[str]:
     return sorted(os.listdir(folder))
 
 
-def _look_at_share(folder: Path, names: Sequence[str], share: Sequence[str]) -> dict[str, Look]:
+def _look_at_share(
+    folder: Path, names: Sequence[str], share: Sequence[str], crc32: bool
+) -> dict[str, Look]:
     try:
         metadata = read_metadata(folder)
         places = metadata.storage_data.items()
@@ -70,12 +72,10 @@ def _look_at_share(folder: Path, names: Sequence[str], share: Sequence[str]) -> 
         looks = {}
         for name in share:
             if name.startswith("rest"):
-                looks[name] = look_at_file(folder / name)
-                continue
-            here = [(index, place) for index, place in places if place.relative_path == name]
-            size = (folder / name).stat().st_size
-            sha256 = sha256_of(folder / name)
-            looks[name] = Look(None, sha256, size, frozenset(), _nonfinite(folder, here))
+                looks[name] = look_at_file(folder / name, crc32=crc32)
+            else:
+                shards = [(index, place) for index, place in places if place.relative_path == name]
+                looks[name] = _look_at_shards(folder / name, shards, crc32)
         return looks
     except FileNotFoundError as error:
         raise DamagedFile(f"{error.filename} is missing") from None
@@ -85,15 +85,20 @@ def _look_at_share(folder: Path, names: Sequence[str], share: Sequence[str]) -> 
         raise DamagedFile(f"{folder} is damaged ({error})") from None
 
 
-def _nonfinite(folder: Path, places: Iterable[tuple[Any, Any]]) -> tuple[Culprit, ...]:
-    """The shards with NaN or Inf, one entry a shard. Holds one of them at a time."""
-    bad: list[Culprit] = []
-    for index, place in places:
-        shard = _stored(folder, place)
-        if shard.is_floating_point() or shard.is_complex():
-            name = own_name(index.fqn.partition("@")[0])
-            bad += [(name, *counts) for _, *counts in measure(bucketize([shard])).culprits()]  # type: ignore[misc]
-    return tuple(bad)
+def _look_at_shards(path: Path, shards: Sequence[tuple[Any, Any]], crc32: bool) -> Look:
+    """Reads a file with any number of shards, in pieces."""
+    contents = read_shards(path, [(place.offset, place.length) for _, place in shards])
+    found = read_through(path, contents, sha256=True, crc32=crc32)
+
+    def shard_of(name: str) -> str:
+        index, _ = shards[int(name.partition("/")[0])]
+        return own_name(index.fqn.partition("@")[0])
+
+    if found.damaged:
+        names = ", ".join(dict.fromkeys(map(shard_of, found.damaged)))
+        raise DamagedFile(f"{path}: {names} changed after it was written")
+    bad = tuple((shard_of(name), *counts) for name, *counts in found.bad)
+    return Look(None, found.sha256 or "", found.size, frozenset(), bad)  # type: ignore[arg-type]
 
 
 def _file_of(folder: Path, place: Any) -> str:
@@ -101,16 +106,6 @@ def _file_of(folder: Path, place: Any) -> str:
     if name.name != place.relative_path:
         raise UnsafeFile(f"{folder / shard_metadata.NAME} points to {name}, outside its folder")
     return name.name
-
-
-def _stored(folder: Path, place: Any) -> Tensor:
-    name = _file_of(folder, place)
-    with open(folder / name, "rb") as file:
-        file.seek(place.offset)
-        raw = file.read(place.length)
-    if len(raw) != place.length:
-        raise DamagedFile(f"truncated: {folder / name}")
-    return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
 
 
 def listing(folder: Path, peers: Peers) -> tuple[str, int]:

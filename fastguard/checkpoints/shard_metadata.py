@@ -7,7 +7,7 @@ import enum
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -52,7 +52,7 @@ class _Unpickler(pickle._Unpickler):
     It gives attributes to whatever it is told to, such as a class of this process.
     """
 
-    dispatch: dict[int, Callable[[Any], None]] = dict(pickle._Unpickler.dispatch)  # noqa: RUF012
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
 
     def _build(self) -> None:
         target = self.stack[-2]  # type: ignore[attr-defined]

@@ -151,20 +151,19 @@ def read(folder: Path, objects: Mapping[str, Any], peers: Peers) -> dict[str, An
     import torch.distributed.checkpoint as dcp
 
     rest = peers.together(lambda: _rest(folder, peers, strict=bool(objects)))
+    metadata = peers.together(lambda: read_metadata(folder))
     layouts = Layouts(objects)
     empty: dict[str, Tensor] = {}
     payload = peers.together(
         lambda: {
-            part: _with_tensors(tree, "", read_metadata(folder), layouts, empty)
-            for part, tree in rest.items()
+            part: _with_tensors(tree, "", metadata, layouts, empty) for part, tree in rest.items()
         }
     )
 
     class Reader(dcp.FileSystemReader):
         def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-            found = read_metadata(folder)
-            found.storage_meta.load_id = self.load_id
-            return found
+            metadata.storage_meta.load_id = self.load_id
+            return metadata
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # "no process group": one process reads all

@@ -51,8 +51,8 @@ class Contents:
     """What a file holds.
 
     Attributes:
-        format: `"torch"`, `"torch (legacy)"` or `"safetensors"`.
-        tree: The nested containers, with `TensorRef`s for tensors; `None` for safetensors.
+        format: `"torch"`, `"torch (legacy)"`, `"torch (shards)"` or `"safetensors"`.
+        tree: The nested containers, with `TensorRef`s for tensors; None for shards, safetensors.
         spans: The tensors, each view of the data once, in file order.
         records: Checksums that the file carries, in file order.
         arrays: Tensors that stand in the pickle itself (numpy arrays).

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from fastguard import CheckpointStore, GuardedOptimizer, Replicated
-from fastguard.checkpoints import CheckpointError, files
+from fastguard.checkpoints import CheckpointError, files, shard_looking
 from guardtest.ranks import Ranks
 
 NAN = float("nan")
@@ -248,8 +248,8 @@ def die_while_saving(folder: Path, dying: int, moment: str) -> None:
     store = store_of(folder)
     store.save(run.objects(), step=1)
     if dist.get_rank() == dying:
-        target = {"rest": files, "verify": torch}[moment]
-        name = {"rest": "write_temporary", "verify": "load"}[moment]
+        target = {"rest": files, "verify": shard_looking}[moment]
+        name = {"rest": "write_temporary", "verify": "read_shards"}[moment]
         setattr(target, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
     store.save(run.advance(2).objects(), step=2)
 
