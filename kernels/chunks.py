@@ -23,21 +23,21 @@ earlier one) has a contiguous buffer here that stands for it; the caller copies,
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastguard.kernels.launch import raw_stream_of
+from fastguard.kernels.upload import Upload, upload
 
-MAX_CHUNK = 65536  # elements; a power of two: all but the first chunk of a tensor stay aligned
-MIN_CHUNK = 4096
+MIN_CHUNK = 4096  # elements, and what sizes are multiples of: all chunks but a head stay aligned
+MAX_CHUNK = 65536
+CHUNK_COST = 1024  # elements that a program could read while it waits for the next chunk's row
+FEWEST_ROUNDS = 4  # chunks for each program, where there are elements enough
 ALIGNMENT = 16  # bytes of one vector load
 TABLES = 8  # kept for each (device, dtype): sets of None gradients and allocators alternate
-
-HOST = torch.device("cpu")
 
 
 class Run(Protocol):
@@ -63,29 +63,22 @@ class ChunkTable:
     """One table, on the device of its gradients.
 
     Attributes:
-        memory: int64: chunks, pieces and starts one after another, uploaded in one copy.
+        upload: int64: chunks, pieces and starts one after another, in one copy.
         n_chunks: C; 0 if there is no element.
         copies: `(position in bucket.grads, contiguous buffer)` of gradients that stand elsewhere.
         key: What the table was built from.
-        source: What the replays of a graph upload from, again each time.
-        uploaded: On a GPU, the event behind the upload; None if a graph uploads.
-        streams: The addresses of the streams whose kernels come after it.
     """
 
-    memory: Tensor
+    upload: Upload
     chunks: Tensor
     pieces: Tensor
     starts: Tensor
     n_chunks: int
     copies: tuple[tuple[int, Tensor], ...]
     key: tuple
-    source: Tensor | None = None
-    uploaded: torch.cuda.Event | None = None
-    streams: set[int] = field(default_factory=set)
 
 
 _tables: dict[tuple[torch.device, torch.dtype, int], deque[ChunkTable]] = {}
-_captured: list[ChunkTable] = []  # what a CUDA graph may read is never freed
 
 
 def table_of(bucket: Bucket, n_segments: int, n_programs: int) -> ChunkTable:
@@ -101,12 +94,11 @@ def table_of(bucket: Bucket, n_segments: int, n_programs: int) -> ChunkTable:
         table = _found_or_built(bucket, n_segments, n_programs)
         # One that a graph uploads serves no later step; a flat bucket, which lives on, has one
         # built for each stage.
-        if bucket.runs is None or table.uploaded is not None or bucket.device == HOST:
+        if bucket.runs is None or table.upload.is_lasting:
             bucket.notes[n_segments] = table
     elif bucket.runs is None:
         return table  # apply comes after measure, on the same stream: nothing has moved since
-    if table.uploaded is not None:
-        _await_upload(table, bucket.device)
+    table.upload.await_on_stream()
     return table
 
 
@@ -117,28 +109,9 @@ def _found_or_built(bucket: Bucket, n_segments: int, n_programs: int) -> ChunkTa
         if table.key == key:
             return table
     table = _built(bucket, key, n_segments, n_programs)
-    if table.uploaded is not None or bucket.device == HOST:
+    if table.upload.is_lasting:
         tables.appendleft(table)
-    else:
-        _captured.append(table)  # it is not there before the graph runs: no one else may use it
     return table
-
-
-def _await_upload(table: ChunkTable, device: torch.device) -> None:
-    """Makes the current stream of a GPU come after the upload. The host goes on."""
-    if torch.cuda.is_current_stream_capturing():
-        # torch.cuda.graph waits for the device before it captures: the upload is over.
-        if all(t is not table for t in _captured):
-            _captured.append(table)
-        return
-    address = raw_stream_of()(device.index)
-    if address in table.streams:
-        return
-    stream = torch.cuda.current_stream(device)
-    stream.wait_event(table.uploaded)
-    for tensor in (table.memory, *(buffer for _, buffer in table.copies)):
-        tensor.record_stream(stream)
-    table.streams.add(address)
 
 
 def _key(bucket: Bucket) -> tuple:
@@ -161,33 +134,16 @@ def _key(bucket: Bucket) -> tuple:
 def _built(bucket: Bucket, key: tuple, n_segments: int, n_programs: int) -> ChunkTable:
     chunks, pieces, starts, copies = host_table(bucket, n_segments, n_programs)
     flat = np.concatenate([chunks.ravel(), pieces.ravel(), starts])
-    device = bucket.device
-    source, uploaded, streams = None, None, set()
-    if device == HOST:
-        memory = torch.from_numpy(flat)
-    else:
-        # A pinned block for each upload: torch hands it out again only after the copy ran.
-        pinned = torch.empty(flat.size, dtype=torch.int64, device=HOST, pin_memory=True)
-        pinned.numpy()[:] = flat
-        memory = pinned.to(device, non_blocking=True)
-        if torch.cuda.is_current_stream_capturing():
-            source = pinned
-        else:
-            stream = torch.cuda.current_stream(device)
-            uploaded = stream.record_event()
-            streams.add(stream.cuda_stream)
-    end = chunks.size + pieces.size
+    uploaded = upload(flat, bucket.device, tuple(buffer for _, buffer in copies))
+    memory, end = uploaded.memory, chunks.size + pieces.size
     return ChunkTable(
-        memory,
-        memory[: chunks.size],
-        memory[chunks.size : end],
-        memory[end:],
-        len(chunks),
-        copies,
-        key,
-        source,
-        uploaded,
-        streams,
+        upload=uploaded,
+        chunks=memory[: chunks.size],
+        pieces=memory[chunks.size : end],
+        starts=memory[end:],
+        n_chunks=len(chunks),
+        copies=copies,
+        key=key,
     )
 
 
@@ -229,9 +185,20 @@ def host_table(
 
 
 def chunk_size(n_elements: int, n_programs: int) -> int:
-    """Elements a chunk: `MAX_CHUNK`, or fewer so that each program gets eight chunks."""
-    share = n_elements // (8 * n_programs)
-    return min(MAX_CHUNK, max(MIN_CHUNK, 1 << max(share - 1, 0).bit_length()))
+    """Elements a chunk, so that all programs finish together.
+
+    Program k reads chunks k, k + P, ...: the last round is as long as the others, however few
+    programs have work in it. 512 MB of fp32 in chunks of 65536 are 5.2 rounds for 396 programs, so
+    that 6 pass; in chunks of 57344 they are 5.9. That a round costs its elements and those of
+    `CHUNK_COST` is a prediction that no card has confirmed.
+    """
+    sizes = range(MIN_CHUNK, MAX_CHUNK + 1, MIN_CHUNK)
+
+    def rounds(size: int) -> int:
+        return -(-(-(-n_elements // size)) // n_programs)
+
+    enough = [size for size in sizes if rounds(size) >= FEWEST_ROUNDS] or [MIN_CHUNK]
+    return min(enough, key=lambda size: rounds(size) * (size + CHUNK_COST))
 
 
 def _cut(

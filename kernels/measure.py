@@ -119,7 +119,7 @@ def recount(
         start = tl.maximum(piece_address, address)
         n = ((tl.minimum(piece_end, end) - start) // ITEM_SIZE).to(tl.int32)
         x_ptr = start.to(tl.pointer_type(DTYPE))
-        # Three counts of 10 bits in one register: a lane sees 65536 / RECOUNT_SIZE elements.
+        # Three counts of 10 bits in one register: a lane sees MAX_CHUNK / RECOUNT_SIZE elements.
         found = tl.zeros((RECOUNT_SIZE,), dtype=tl.int32)
         i = 0
         while i < n:
@@ -272,7 +272,10 @@ def measure_kernel(
 
 BLOCK_BYTES = 16384  # 256 threads with four 16-byte loads each in flight
 PLAIN_NORMS = (1.0, 2.0, math.inf)  # without a logarithm
-PROGRAMS_A_PROCESSOR = 3  # what 80 registers a thread leave room for: 48 kB in flight
+# What registers leave room for, 80 a thread and 120: a program that has to wait for another's end
+# would make the whole launch longer.
+PROGRAMS_A_PROCESSOR = 3  # 48 kB in flight
+ANY_POWER_PROGRAMS = 2
 
 _measure = Launcher(measure_kernel, num_warps=8, max_registers=80)
 # Other norms take logarithms and exponentials in float64: these bound them, and want registers.
@@ -280,9 +283,12 @@ _measure_any_power = Launcher(measure_kernel, num_warps=8, max_registers=120)
 
 
 @functools.cache
-def n_programs(device: torch.device) -> int:
+def n_programs(device: torch.device, norm_type: float = 2.0) -> int:
     """The grid of launches that walk the chunk table, when there are enough chunks."""
-    return INTERPRETED_PROGRAMS if INTERPRETED else PROGRAMS_A_PROCESSOR * n_processors(device)
+    if INTERPRETED:
+        return INTERPRETED_PROGRAMS
+    plain = norm_type in PLAIN_NORMS
+    return (PROGRAMS_A_PROCESSOR if plain else ANY_POWER_PROGRAMS) * n_processors(device)
 
 
 def block_bytes_of(norm_type: float) -> int:
@@ -315,7 +321,7 @@ def measure_chunks(
     """
     n_chunks = table.n_chunks
     one_segment = n_segments == 1
-    grid = min(n_programs(device), n_chunks)
+    grid = min(n_programs(device, norm_type), n_chunks)
     n_partials = grid if one_segment else n_chunks
     # The summary has memory of its own, because two outputs of an op must not share theirs.
     scratch = torch.zeros(

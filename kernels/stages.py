@@ -10,9 +10,9 @@ Nothing here waits for the device.
 
 from __future__ import annotations
 
-import functools
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
@@ -24,11 +24,15 @@ from fastguard.kernels.chunks import ChunkTable, table_of
 from fastguard.kernels.decide import decide_step
 from fastguard.kernels.measure import measure_chunks, n_programs
 from fastguard.kernels.record import record_step
+from fastguard.kernels.upload import Upload, upload
 from fastguard.measure import GradStats
 from fastguard.reduce import Signals
 from fastguard.rules import GRAD_NORM, Rule, SpikeRule, Threshold
 
+RULE_TABLES = 64
+
 _diagnostics = {"copied_gradients": 0}
+_rule_tables: dict[tuple, Upload] = {}  # by rules, signals, names of losses and device
 
 
 def diagnostics() -> dict[str, int]:
@@ -49,7 +53,7 @@ def measure(
     inv_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Power sums and counts of one bucket: see `fastguard.reference.measure`."""
-    table = table_of(bucket, n_segments, n_programs(bucket.device))
+    table = table_of(bucket, n_segments, n_programs(bucket.device, norm_type))
     _copy_in(table, bucket)
     return measure_chunks(
         table, bucket.device, bucket.dtype, n_segments, n_tensors, norm_type, inv_scale
@@ -82,14 +86,28 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
     return Verdict(*decided)
 
 
-@functools.lru_cache(maxsize=64)
 def _rule_table(
     rules: tuple[Rule, ...],
     signals: tuple[str, ...],
     loss_names: tuple[str, ...],
     device: torch.device,
 ) -> Tensor:
-    """float64 `(K, 8)`: the rules in the columns of `kernels.rules`."""
+    """float64 `(K, 8)`: the rules in the columns of `kernels.rules`, uploaded once."""
+    key = (rules, signals, loss_names, device)
+    table = _rule_tables.get(key)
+    if table is None:
+        table = upload(_rule_rows(rules, signals, loss_names), device)
+        if table.is_lasting:
+            if len(_rule_tables) == RULE_TABLES:
+                del _rule_tables[next(iter(_rule_tables))]  # the oldest
+            _rule_tables[key] = table
+    table.await_on_stream()
+    return table.memory
+
+
+def _rule_rows(
+    rules: tuple[Rule, ...], signals: tuple[str, ...], loss_names: tuple[str, ...]
+) -> np.ndarray:
     rows = [
         [
             rule.sigma if isinstance(rule, SpikeRule) else 0.0,
@@ -103,9 +121,7 @@ def _rule_table(
         ]
         for rule, signal in zip(rules, signals, strict=True)
     ]
-    table = torch.tensor(rows, dtype=torch.float64, device="cpu")
-    # Before the first step with these rules, once: pinned, so that the host need not wait.
-    return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
+    return np.array(rows, dtype=np.float64)
 
 
 def _signal_index(signal: str, loss_names: tuple[str, ...]) -> int:

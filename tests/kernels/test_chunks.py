@@ -8,6 +8,7 @@ import torch
 
 from fastguard.buckets import GradBucket, Run, bucketize
 from fastguard.kernels import chunks
+from fastguard.kernels.measure import RECOUNT_SIZE
 
 
 def table(grads, segments=None, n_segments=1, n_programs=3):
@@ -71,9 +72,25 @@ def test_neighbours_by_accident_are_not_joined():
 
 def test_small_models_get_small_chunks():
     assert chunks.chunk_size(100, 396) == chunks.MIN_CHUNK
-    assert chunks.chunk_size(10**9, 396) == chunks.MAX_CHUNK
-    size = chunks.chunk_size(30_000_000, 396)
-    assert chunks.MIN_CHUNK < size < chunks.MAX_CHUNK and size & (size - 1) == 0
+    assert chunks.chunk_size(10**10, 396) == chunks.MAX_CHUNK
+    assert chunks.MIN_CHUNK < chunks.chunk_size(30_000_000, 396) < chunks.MAX_CHUNK
+
+
+@pytest.mark.parametrize("n_programs", [264, 396, 324])
+@pytest.mark.parametrize("megabytes", [256, 512, 1024, 2048])
+@pytest.mark.parametrize("item", [2, 4])
+def test_all_programs_finish_together(n_programs, megabytes, item):
+    """The last round is nearly full: no more than 4 % of the time goes by with programs idle."""
+    n = megabytes * 2**20 // item
+    size = chunks.chunk_size(n, n_programs)
+    rounds = -(-(-(-n // size)) // n_programs)
+    assert size % chunks.MIN_CHUNK == 0 and chunks.MIN_CHUNK <= size <= chunks.MAX_CHUNK
+    assert rounds * size * n_programs <= 1.04 * n
+
+
+def test_a_chunk_can_be_recounted():
+    """Its NaN are counted in 10 bits a lane."""
+    assert chunks.MAX_CHUNK // RECOUNT_SIZE.value < 2**10
 
 
 def test_nothing_to_read_is_an_empty_table():

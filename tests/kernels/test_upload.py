@@ -1,0 +1,119 @@
+"""Uploads on a GPU that is not there: what is pinned when, what a stream waits for, what is kept."""
+
+import numpy as np
+import pytest
+import torch
+
+from fastguard.kernels import stages, upload
+from fastguard.rules import Threshold
+
+CUDA = torch.device("cuda", 0)
+
+
+class Event:
+    pass
+
+
+class Stream:
+    """Hands out events, and remembers which it was told to wait for."""
+
+    def __init__(self, address):
+        self.cuda_stream, self.waited = address, []
+
+    def record_event(self):
+        return Event()
+
+    def wait_event(self, event):
+        self.waited.append(event)
+
+
+class OnDevice(torch.Tensor):
+    """A CPU tensor that says it lies on a GPU."""
+
+    device = CUDA
+
+    def record_stream(self, stream):
+        stream.recorded = True
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The current stream and whether it captures can be set; pinned memory is ordinary."""
+
+    class Gpu:
+        stream, capturing, pinned = Stream(1), False, []
+
+    def pinned(n_bytes):
+        Gpu.pinned.append(n_bytes)
+        return torch.empty(n_bytes, dtype=torch.uint8)
+
+    Gpu.pinned = []
+    monkeypatch.setattr(upload, "_pinned", pinned)
+    monkeypatch.setattr(upload, "_spare", torch.empty(0, dtype=torch.uint8))
+    monkeypatch.setattr(upload, "_kept", [])
+    monkeypatch.setattr(upload, "raw_stream_of", lambda: lambda index: Gpu.stream.cuda_stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: Gpu.capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Gpu.stream)
+    copy = torch.Tensor.to
+
+    def to(self, device, **options):
+        return copy(self, "cpu", copy=True).as_subclass(OnDevice)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    return Gpu
+
+
+def numbers(n=3):
+    return np.arange(float(n))
+
+
+def test_each_stream_comes_after_an_upload_once(gpu):
+    first, second = gpu.stream, Stream(2)
+    made = upload.upload(numbers(), CUDA)
+    assert made.memory.tolist() == [0.0, 1.0, 2.0] and made.is_lasting
+    made.await_on_stream()
+    assert not first.waited  # it made the upload
+    gpu.stream = second
+    for _ in range(2):
+        made.await_on_stream()
+    assert second.waited == [made.event] and second.recorded
+
+
+def test_a_graph_uploads_from_memory_that_was_pinned_before(gpu):
+    upload.upload(numbers(), CUDA)
+    before = len(gpu.pinned)
+    gpu.capturing = True
+    made = [upload.upload(numbers() + i, CUDA) for i in range(upload.SPARE_TABLES)]
+    assert len(gpu.pinned) == before
+    for i, one in enumerate(made):
+        assert one.source.tolist() == [i, i + 1.0, i + 2.0] and not one.is_lasting
+        one.await_on_stream()
+    assert upload._kept == made  # the graph reads all of it, always
+    upload.upload(numbers(), CUDA)  # the spare is used up: better than nothing
+    assert len(gpu.pinned) == before + 1
+
+
+def test_what_a_graph_reads_is_kept(gpu):
+    made = upload.upload(numbers(), CUDA)
+    gpu.capturing = True
+    for _ in range(2):
+        made.await_on_stream()
+    assert upload._kept == [made] and made.is_lasting
+
+
+def test_rules_that_a_graph_uploads_are_no_other_steps(gpu, monkeypatch):
+    monkeypatch.setattr(stages, "_rule_tables", {})
+    arguments = ((Threshold(max=7.0),), ("grad_norm",), (), CUDA)
+    gpu.capturing = True
+    captured = stages._rule_table(*arguments)
+    gpu.capturing = False
+    first = stages._rule_table(*arguments)
+    assert first is not captured and stages._rule_table(*arguments) is first
+    assert first.shape == (1, 8) and first[0, 3] == 7.0
+
+
+def test_rule_tables_are_bounded(monkeypatch):
+    monkeypatch.setattr(stages, "_rule_tables", {})
+    for i in range(stages.RULE_TABLES + 5):
+        stages._rule_table((Threshold(max=1.0 + i),), ("grad_norm",), (), torch.device("cpu"))
+    assert len(stages._rule_tables) == stages.RULE_TABLES
