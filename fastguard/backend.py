@@ -62,7 +62,8 @@ def triton_stages(device: torch.device) -> ModuleType | None:
     warnings.warn(
         f"fastguard serves {device} with PyTorch instead of Triton kernels, because {reason}. "
         "Results are the same; guarding a step costs more. "
-        "Remedy: pip install 'triton>=3.6' on a GPU of compute capability 8.0 or newer.",
+        "Remedy: pip install 'triton>=3.6' on a GPU of compute capability 8.0 or newer, beside a C "
+        "compiler (gcc or clang) and a driver that fits; `fastguard env` tells when it serves.",
         RuntimeWarning,
         stacklevel=3,
     )
@@ -70,16 +71,33 @@ def triton_stages(device: torch.device) -> ModuleType | None:
 
 
 def why_not_triton(device: torch.device) -> str | None:
-    """Why PyTorch serves a device and not Triton; None if Triton does. Imports the kernels."""
+    """Why PyTorch serves a device and not Triton; None if Triton does.
+
+    Imports the kernels and launches one, which takes half a second when nothing is cached: a triton
+    that cannot compile is better found now than in the middle of a step.
+    """
     if device.type not in TRITON_DEVICES:
         return f"the kernels serve {' and '.join(TRITON_DEVICES)} devices"
     reason = triton_problem(device)
-    if reason is None:
-        try:
-            importlib.import_module("fastguard.kernels.stages")
-        except Exception as error:  # a broken wheel raises OSError, AttributeError, ...
-            reason = f"its import failed: {error!r}"
-    return reason
+    if reason is not None:
+        return reason
+    try:
+        importlib.import_module("fastguard.kernels.stages")
+    except Exception as error:  # a broken wheel raises OSError, AttributeError, ...
+        return f"its import failed: {error!r}"
+    if torch.cuda.is_current_stream_capturing():
+        return None  # a graph would hold the trial; who captures has taken a step before
+    try:
+        importlib.import_module("fastguard.kernels.launch").try_launching(device)
+    except Exception as error:  # whatever a compiler, a linker or a driver does not like
+        return f"a first kernel could not be launched: {_one_line(error)}"
+    return None
+
+
+def _one_line(error: Exception) -> str:
+    """The kind of an error and how its message begins: compilers write pages."""
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message[:200]}"
 
 
 def triton_problem(device: torch.device | None = None) -> str | None:

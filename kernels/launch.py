@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -113,6 +114,24 @@ class Variant:
         self._stream = raw_stream_of()
         self._run = compiled.run if RUN_IS_KNOWN else None
         self._compiled = compiled
+
+
+@triton.jit(do_not_specialize=["x_ptr"])
+def trial_kernel(x_ptr, VALUE: tl.constexpr):
+    tl.store(x_ptr, VALUE)
+
+
+def try_launching(device: torch.device) -> None:
+    """Compiles and launches a kernel on a device, on both roads of a `Variant`. Waits for nothing.
+
+    Raises:
+        Exception: Whatever a triton raises that can be imported and not used: without a C compiler
+            for its launcher, for a driver that is too old, or on a disk that is full.
+    """
+    x = torch.empty(1, dtype=torch.float32, device=device)
+    launch = Launcher(trial_kernel, num_warps=1).variant(device, VALUE=1.0)
+    for _ in range(2):
+        launch(1, (x,))
 
 
 def _watched() -> bool:

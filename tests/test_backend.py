@@ -14,11 +14,24 @@ CUDA = torch.device("cuda", 0)
 
 
 @pytest.fixture(autouse=True)
-def forget():
+def forget(monkeypatch):
     """The choice is made once; here each test makes its own."""
     backend.triton_stages.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     yield
     backend.triton_stages.cache_clear()
+
+
+class Kernels:
+    """In place of every module of the kernels."""
+
+    def __init__(self, error=None):
+        self.error, self.tried = error, []
+
+    def try_launching(self, device):
+        self.tried.append(device)
+        if self.error:
+            raise self.error
 
 
 def test_a_cpu_is_served_by_pytorch():
@@ -33,11 +46,39 @@ def test_devices_without_kernels_are_served_by_pytorch_without_a_word(recwarn):
 
 
 def test_a_gpu_is_served_by_triton(monkeypatch):
-    kernels = object()
+    kernels = Kernels()
     monkeypatch.setattr(backend, "triton_problem", lambda device: None)
     monkeypatch.setattr(importlib, "import_module", lambda name: kernels)
-    assert backend.stages(CUDA) is kernels
-    assert backend.backend_of(CUDA) == "triton"
+    for _ in range(2):
+        assert backend.stages(CUDA) is kernels
+        assert backend.backend_of(CUDA) == "triton"
+    assert kernels.tried == [CUDA]  # once
+
+
+@pytest.mark.filterwarnings("always")
+def test_a_triton_that_cannot_launch_gives_one_warning_and_pytorch(monkeypatch):
+    """No C compiler, a driver that does not fit: an import tells neither."""
+    kernels = Kernels(RuntimeError("Failed to find C compiler.\nPlease specify via CC"))
+    found = importlib.import_module
+    monkeypatch.setattr(backend, "triton_problem", lambda device: None)
+    monkeypatch.setattr(
+        importlib, "import_module", lambda name: kernels if "kernels" in name else found(name)
+    )
+    reason = "RuntimeError: Failed to find C compiler. Please specify via CC"
+    with pytest.warns(RuntimeWarning, match=f"could not be launched: {reason}.*gcc") as caught:
+        for _ in range(3):
+            assert backend.stages(CUDA) is reference
+            assert backend.backend_of(CUDA) == "torch"
+    assert len(caught) == len(kernels.tried) == 1
+    assert reason in backend.why_not_triton(CUDA)
+
+
+def test_nothing_is_tried_while_a_graph_is_captured(monkeypatch):
+    kernels = Kernels(RuntimeError("operation not permitted when stream is capturing"))
+    monkeypatch.setattr(backend, "triton_problem", lambda device: None)
+    monkeypatch.setattr(importlib, "import_module", lambda name: kernels)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert backend.stages(CUDA) is kernels and not kernels.tried
 
 
 @pytest.mark.filterwarnings("always")

@@ -70,3 +70,14 @@ def test_a_triton_that_nobody_has_read_is_launched_as_documented(compiled, monke
     monkeypatch.setattr(launch, "RUN_IS_KNOWN", False)
     request.getfixturevalue("variant")()
     assert compiled.calls[0][7] is triton.knobs.runtime.launch_enter_hook
+
+
+def test_the_trial_goes_both_roads(compiled, monkeypatch):
+    """In the interpreter it runs; on a device the second launch is the one that steps take."""
+    launch.try_launching(torch.device("cpu"))
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "raw_stream_of", lambda: lambda index: STREAM)
+    monkeypatch.setattr(launch, "trial_kernel", Compiler(compiled))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    launch.try_launching(torch.device("cpu"))
+    assert [arguments[:4] for arguments in compiled.calls] == [(1, 1, 1, STREAM)]
