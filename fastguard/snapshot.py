@@ -4,6 +4,9 @@ Buffers are made once and reused: the second snapshot costs one plain copy. From
 on a stream of its own into pinned memory; the next optimizer step waits for it on the device, the
 host does not. What the next forward pass may change (batch statistics, an EMA) is copied in line.
 Of DTensors each rank copies its own shard.
+
+Whether it is finite is asked while it is copied. On a GPU by one more read there; on a CPU by sums
+of pieces that the copy left in the cache: 1.15 of a plain copy, where a read of its own makes 1.7.
 """
 
 from __future__ import annotations
@@ -21,9 +24,11 @@ import torch
 from torch import Tensor
 
 from fastguard.buckets import FLOATING, bucketize
-from fastguard.measure import measure
+from fastguard.measure import GradStats, measure
 
 RNG = "rng"
+PIECE = 1 << 17
+"""Elements that one thread copies and then finds in its cache."""
 
 
 def rng_state() -> dict[str, Any]:
@@ -60,6 +65,8 @@ class Snapshot:
         self.position: Any = None
         self._states: dict[str, Any] = {}
         self._copied: dict[torch.device, torch.cuda.Event] = {}
+        self._seen: GradStats | None = None  # of what lay on a GPU
+        self._is_suspect = False  # what did not
 
     def take(
         self,
@@ -81,9 +88,12 @@ class Snapshot:
         """
         self.step = None  # invalid while it is being written
         states = {name: thing.state_dict() for name, thing in objects.items()}
+        on_gpu = [(n, t) for n, t in _tensors(states, "") if _on_gpu(t)]
+        self._seen = _measured(on_gpu) if on_gpu else None
         copier = _Copier(_addresses(optimizer))
         self._states = copier.copied(states, self._states)
         self._copied = copier.events()
+        self._is_suspect = copier.is_suspect
         self._states[RNG] = rng_state()
         self.step, self.position = step, position
         return self._copied
@@ -94,12 +104,15 @@ class Snapshot:
         Infinite numbers are fine: `ReduceLROnPlateau` starts with one. Waits for the copy.
         """
         self._wait()
-        leaves = list(_leaves(self._states, ""))
-        named = [(n, v) for n, t in leaves if isinstance(t, Tensor) and (v := _values(t)).numel()]
-        names = [name for name, _ in named]
-        stats = measure(bucketize([t for _, t in named], names=names))
+        bad, seen = [], frozenset[str]()
+        if self._seen is not None:
+            bad, seen = self._seen.culprits(), frozenset(self._seen.names or ())
+        if self._is_suspect:
+            named = [(n, t) for n, t in _tensors(self._states, "") if n not in seen]
+            bad = [*bad, *_measured(named).culprits()]
+        leaves = _leaves(self._states, "")
         numbers = [n for n, leaf in leaves if isinstance(leaf, float) and math.isnan(leaf)]
-        return [name for name, *_ in stats.culprits()] + numbers
+        return [name for name, *_ in bad] + numbers
 
     def restore(self, objects: Mapping[str, Any]) -> None:
         """Loads the saved states, bit for bit, the random number generators too. Waits."""
@@ -140,10 +153,14 @@ class _Copier:
     Args:
         unchanged: Addresses of tensors that stay as they are until the next step: from a GPU these
             are copied on a stream of its own. The others are copied in line.
+
+    Attributes:
+        is_suspect: Whether anything that does not lie on a GPU may be not finite.
     """
 
     def __init__(self, unchanged: frozenset[int]) -> None:
         self._unchanged = unchanged
+        self.is_suspect = False
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def copied(self, value: Any, into: Any) -> Any:
@@ -164,14 +181,30 @@ class _Copier:
             local = value.to_local()  # type: ignore[attr-defined]
             return _Shard(self._copied_tensor(local, before), value._spec)  # type: ignore[attr-defined]
         if value.layout is not torch.strided:  # as many elements as it has today
+            self.is_suspect = True
             return value.detach().to("cpu", copy=True)
         fits = isinstance(into, Tensor) and into.shape == value.shape and into.dtype == value.dtype
         if not fits:
             into = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-        stream = self._stream_of(value.device) if value.is_cuda else None
-        aside = stream is not None and value.data_ptr() in self._unchanged
-        with torch.cuda.stream(stream) if aside else nullcontext():
-            return into.copy_(value.detach(), non_blocking=value.is_cuda)
+        if not value.is_cuda:
+            return self._copied_here(value.detach(), into)
+        stream = self._stream_of(value.device)
+        with torch.cuda.stream(stream) if value.data_ptr() in self._unchanged else nullcontext():
+            return into.copy_(value.detach(), non_blocking=True)
+
+    def _copied_here(self, value: Tensor, into: Tensor) -> Tensor:
+        if value.dtype not in FLOATING or self.is_suspect:
+            self.is_suspect |= value.is_complex() or value.is_floating_point()
+            return into.copy_(value)
+        pieces = [(value, into)]
+        if value.is_contiguous() and into.is_contiguous():
+            piece = PIECE * torch.get_num_threads()
+            pieces = list(zip(*(t.view(-1).split(piece) for t in (value, into)), strict=True))
+        for source, made in pieces:
+            made.copy_(source)
+            # NaN and Inf stay in a sum. One that overflows makes a second look, and no harm.
+            self.is_suspect |= not math.isfinite(made.sum())
+        return into
 
     def _stream_of(self, device: torch.device) -> torch.cuda.Stream:
         if device not in self._streams:
@@ -237,10 +270,25 @@ def _values(tensor: Tensor) -> Tensor:
     return tensor.float() if is_fp8 else tensor.new_empty(0, dtype=torch.float32)
 
 
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def _measured(named: list[tuple[str, Tensor]]) -> GradStats:
+    looked = [(name, v) for name, t in named if (v := _values(t.detach())).numel()]
+    return measure(bucketize([v for _, v in looked], names=[name for name, _ in looked]))
+
+
+def _tensors(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
+    return ((name, leaf) for name, leaf in _leaves(value, path) if isinstance(leaf, Tensor))
+
+
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     """What nested states hold, by name; of a DTensor what this rank has."""
     if isinstance(value, _Shard):
         value = value.local
+    elif hasattr(value, "_spec"):
+        value = value.to_local()
     if isinstance(value, Mapping):
         items: Any = value.items()
     elif isinstance(value, list | tuple):

@@ -77,9 +77,8 @@ class _Slot(Snapshot):
 class InMemory:
     """Snapshots in host memory; the oldest beyond `keep` is overwritten.
 
-    But for the last finite one, as long as `keep` is more than 1: what cannot be gone back to, such
-    as one with a NaN in an EMA, must not push it out. So once there are `keep`, each further one
-    reads the newest before it, once.
+    Not so the last finite one, as long as `keep` is more than 1: what cannot be gone back to, such
+    as a NaN in an EMA, must not push it out. Then the newest makes room.
 
     Args:
         optimizer: Steps only when the latest copy is complete, which it waits for on the device.

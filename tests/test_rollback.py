@@ -420,7 +420,7 @@ def test_a_snapshot_does_not_disturb_a_schedule(
         lr = GuardedLR(torch.optim.lr_scheduler.ExponentialLR(opt, gamma=0.5))
         rollback = Rollback(opt, {}, lr=lr, every=every)
         seen = []
-        for i in range(6):
+        for _ in range(6):
             opt.step()
             for call in (lr.step, rollback.step) if lr_first else (rollback.step, lr.step):
                 call()

@@ -173,3 +173,50 @@ def test_a_copy_that_was_not_finished_is_none() -> None:
     with pytest.raises(KeyError):
         slot.take({"x": Failing(None)}, 2, None)
     assert slot.step is None
+
+
+def test_a_finite_copy_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = [torch.ones(5), torch.ones(2, 3).T, torch.ones(3).half(), torch.tensor(2), "text", 3.0]
+    slot = taken(values)
+
+    def read(*_: Any) -> None:
+        raise AssertionError("a second read")
+
+    monkeypatch.setattr("fastguard.snapshot.measure", read)
+    assert slot.nonfinite() == []
+    slot.take({"x": Holder([torch.tensor(NAN)])}, 2, None)
+    with pytest.raises(AssertionError, match="a second read"):
+        slot.nonfinite()
+    slot.take({"x": Holder(values)}, 3, None)
+    assert slot.nonfinite() == []
+
+
+def test_large_numbers_are_finite_though_their_sum_is_not() -> None:
+    assert taken([torch.full((9,), 3e38), torch.full((9,), -6e4).half()]).nonfinite() == []
+
+
+@pytest.mark.parametrize("size", [0, 1, 6, 7, 8, 100])
+def test_a_copy_in_pieces_is_whole(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastguard.snapshot.PIECE", 7)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    values = [torch.arange(size) / 3, torch.randn(size, 3).T, torch.arange(size)]
+    slot = taken(values)
+    assert all(map(torch.equal, restored(slot), values))
+    assert slot.nonfinite() == []
+    for at in range(0, size, 3):
+        values[0][at] = NAN
+        assert taken(values).nonfinite() == ["x.value.0"]
+        values[0][at] = 1.0
+
+
+def test_what_lies_on_a_gpu_is_looked_at_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory is ten times as fast, and the host has other things to do."""
+    monkeypatch.setattr("fastguard.snapshot._on_gpu", lambda tensor: tensor.ndim == 2)
+    values = {"gpu": torch.ones(2, 2), "host": torch.tensor([1.0, NAN]), "n": NAN}
+    slot = taken(values)
+    assert slot.nonfinite() == ["x.value.host", "x.value.n"]
+    values["gpu"][1, 1] = INF
+    slot.take({"x": Holder(values)}, 2, None)
+    values["gpu"][1, 1] = 1.0  # was looked at when it was copied
+    slot._states["x"]["value"]["gpu"].zero_()
+    assert slot.nonfinite() == ["x.value.gpu", "x.value.host", "x.value.n"]
