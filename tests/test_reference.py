@@ -12,14 +12,14 @@ from guardtest.grads import DTYPES
 
 
 class Products(TorchDispatchMode):
-    """The dtypes of what is multiplied."""
+    """The dtypes of the numbers that are multiplied."""
 
     def __init__(self):
         super().__init__()
         self.dtypes = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket is torch.ops.aten.mul:
+        if func.overloadpacket is torch.ops.aten.mul and args[0].is_floating_point():
             self.dtypes.append([arg.dtype for arg in args])
         return func(*args, **(kwargs or {}))
 
