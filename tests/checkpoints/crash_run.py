@@ -84,18 +84,28 @@ def random_moments(folder):
     doing = mmap.mmap(-1, 1)  # shared with the children
     with CheckpointStore(folder) as store:
         save(store, 1)
-    start = time.perf_counter()
-    assert not killed(forked(lambda: live(folder, doing, cycles=1)))
-    cycle = time.perf_counter() - start
-    hit = dict.fromkeys(ACTIONS, 0)
-    for _ in range(20):
+    hit = dict.fromkeys(range(len(ACTIONS)), 0)
+    for kill in range(20):
+        doing[0] = len(ACTIONS)  # none of them yet
         pid = forked(lambda: live(folder, doing))
-        time.sleep(draw.uniform(0.0, min(2 * cycle, 1.0)))
+        wanted = kill % len(ACTIONS)
+        for _ in range(draw.randrange(3) + 1):  # a while into the run
+            turn(doing, wanted)
+        time.sleep(draw.uniform(0.0, 0.01))  # a save takes some 10 ms, a rollback 5
         os.kill(pid, signal.SIGKILL)
         assert killed(pid)
-        hit[ACTIONS[doing[0]]] += 1
+        hit[doing[0]] += 1
         check(folder)
-    print(f"20 kills, while {hit}; steps at the end {check(folder)}")
+    assert all(hit.values()), hit
+    told = {action: hit[i] for i, action in enumerate(ACTIONS)}
+    print(f"20 kills, while {told}; steps at the end {check(folder)}")
+
+
+def turn(doing, action):
+    """Waits until the child begins with `action`, not counting what it is at now."""
+    for at_it in (False, True):
+        while (doing[0] == action) != at_it:
+            time.sleep(0.0002)
 
 
 def dying_before(k):

@@ -10,7 +10,7 @@ import zipfile
 import pytest
 import torch
 
-from fastguard.checkpoints import DamagedFile, inspect
+from fastguard.checkpoints import DamagedFile, inspect, safetensors
 
 NAN = float("nan")
 
@@ -148,4 +148,24 @@ def test_safetensors_may_name_its_tensors_in_any_order(tmp_path):
 def test_safetensors_that_make_no_sense_say_where(tmp_path, entry, says):
     path = write_safetensors(tmp_path / "x.safetensors", bytes(16), w=entry)
     with pytest.raises(DamagedFile, match=says):
+        inspect(path)
+
+
+def test_safetensors_headers_may_be_as_long_as_the_format_allows(tmp_path, monkeypatch):
+    path = write_safetensors(tmp_path / "x.safetensors", bytes(8), w=("F32", [2], [0, 8]))
+    n_bytes = int.from_bytes(path.read_bytes()[:8], "little")
+    monkeypatch.setattr(safetensors, "_MAX_HEADER", n_bytes)
+    assert inspect(path).contents.n_tensors == 1
+    monkeypatch.setattr(safetensors, "_MAX_HEADER", n_bytes - 1)
+    with pytest.raises(DamagedFile, match=f"a header of {n_bytes} bytes"):
+        inspect(path)
+
+
+@pytest.mark.parametrize("n_bytes", [1, 3], ids=["less than {}", "more than there is"])
+def test_safetensors_headers_of_another_length_than_they_say_are_damage(tmp_path, n_bytes):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", 2) + b"{}")  # up to the end of the file
+    assert inspect(path).contents.n_tensors == 0
+    path.write_bytes(struct.pack("<Q", n_bytes) + b"{}")
+    with pytest.raises(DamagedFile, match=f"a header of {n_bytes} bytes"):
         inspect(path)

@@ -110,27 +110,64 @@ class Bomb:
         return os.mkdir, (str(self.flag),)
 
 
-def pickle_bomb(path):
-    torch.save({"fastguard": {"version": 1, "step": 9}, "objects": Bomb(f"{path}.executed")}, path)
+def pickle_bomb(path, size=0):
+    """A bomb of at least `size` bytes, so that a file is not called truncated before it is read."""
+    padding = torch.ones(size // 4 + 1)
+    header = {"version": 1, "step": 9}
+    bomb = Bomb(f"{path}.executed")
+    torch.save({"fastguard": header, "objects": bomb, "padding": padding}, path)
+    return path
 
 
 def test_a_pickle_bomb_is_refused_and_not_executed(saved):
-    folder, _ = saved
+    folder, expected = saved
     planted = folder / "step-000000009.000099.pt"  # like one that a crash left: opening looks at it
     pickle_bomb(planted)
     raw = pickle.dumps(Bomb(folder / "canary"))
     with CheckpointStore(folder) as store:
         assert [entry.step for entry in store.list()] == [3, 6]
-        path = folder / store.last().file
-        pickle_bomb(path)
+        path = pickle_bomb(folder / store.last().file, size=store.last().size)
         (check,) = [c for c in store.verify() if not c.ok]
-        assert "asks to call posix.mkdir" in check.problem or "truncated" in check.problem
+        assert f"{path}: the file asks to call posix.mkdir" in check.problem
         with pytest.raises(DamagedFile):
             store.load("last")
-        LongRun.resumed(store)
+        resumed = LongRun.resumed(store)
+        assert resumed.step == 3
+        assert_same_bits(resumed.advance(10).everything(), expected)
     assert not list(folder.glob("*.executed"))
     pickle.loads(raw)  # the bomb is live
     assert (folder / "canary").is_dir()
+
+
+OPENING = "import sys, fastguard; fastguard.CheckpointStore(sys.argv[1])"
+
+
+def test_a_second_process_that_wanted_the_store_changes_nothing_for_the_first(saved):
+    folder, expected = saved
+    command = [sys.executable, "-c", OPENING, folder]
+    with CheckpointStore(folder) as store:
+        run = LongRun.resumed(store)
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert f"StoreLocked: {folder} is open for writing in process {os.getpid()}" in done.stderr
+        run.advance(8).save(store)
+    subprocess.run(command, check=True)
+    with CheckpointStore(folder) as store:
+        resumed = LongRun.resumed(store)
+        assert resumed.step == 8
+        assert_same_bits(resumed.advance(10).everything(), expected)
+
+
+def test_a_run_resumes_with_the_release_that_wrote_its_manifest(saved):
+    folder, expected = saved
+    path = folder / "manifest.json"
+    ours = path.read_text()
+    path.write_text(ours.replace('"version": 1', '"version": 2'))
+    with pytest.raises(CheckpointError, match="version 2, this release reads up to 1; upgrade"):
+        CheckpointStore(folder)
+    path.write_text(ours)
+    with CheckpointStore(folder) as store:
+        assert [entry.step for entry in store.list()] == [3, 6]
+        assert_same_bits(LongRun.resumed(store).advance(10).everything(), expected)
 
 
 def test_a_save_that_fails_is_logged_and_the_run_goes_on(saved, caplog, monkeypatch):
