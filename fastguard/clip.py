@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastguard import traced
-from fastguard.apply import apply, scale
+from fastguard.apply import apply, check_fill, clamp_, fill_nonfinite_, scale
 from fastguard.arguments import (
     Parameters,
     as_list,
@@ -228,7 +228,7 @@ def clip_grad_value_(
 
     Args:
         parameters: As in `clip_grad_norm_`.
-        clip_value: The limit, >= 0.
+        clip_value: The limit, >= 0; where it is beyond the dtype of a gradient, nothing is clamped.
         foreach: Accepted for compatibility.
 
     Raises:
@@ -259,9 +259,7 @@ def clip_grad_value_(
                 f"the gradient of {name_of(i, names)} is complex, and complex numbers have no "
                 "order to clamp by; use clip_grad_norm_, or leave this parameter out"
             )
-    for bucket in buckets.buckets:
-        for grad in bucket.grads:
-            grad.clamp_(-limit, limit)
+    clamp_(buckets, limit)
 
 
 @torch.no_grad()
@@ -307,18 +305,10 @@ def sanitize_grads_(
             return traced.leave_graph(sanitize_grads_, parameters, **fill, group=group)
         return traced.sanitize_grads_(*gradients_of(parameters), fill)
     buckets = _buckets_of(parameters, group)
-    for bucket in buckets.buckets:
-        largest = torch.finfo(bucket.dtype).max
-        for name, value in fill.items():
-            if abs(value) > largest:
-                raise ValueError(
-                    f"{name}={value!r} is infinite in {bucket.dtype}; use at most {largest}"
-                )
+    check_fill(buckets, fill)
     stats, _ = reduce(measure(buckets, 2.0), Signals.none(buckets.device), buckets.sharing)
     if any(fill.values()):
-        for bucket in buckets.buckets:
-            for grad in bucket.grads:
-                grad.nan_to_num_(**fill)
+        fill_nonfinite_(buckets, fill)
     else:
         scale(buckets, torch.ones_like(stats.power_sum), stats.found_nonfinite)
     return stats

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastguard.apply import scale
+from fastguard.apply import check_fill, check_real, clamp_, fill_nonfinite_, scale
 from fastguard.buckets import bucketize
 from fastguard.decide import Policy, raise_if_nonfinite
 from fastguard.decide import decide as decide_stage
@@ -123,9 +123,9 @@ _define(
 
 def _clip_value(grads: list[Tensor], clip_value: Tensor) -> None:
     _check_limit("clip_value", clip_value)
-    limit = clip_value.item()
-    for grad in grads:
-        grad.clamp_(-limit, limit)
+    buckets = bucketize(grads)
+    check_real(grads)
+    clamp_(buckets, clip_value.item())
 
 
 _define(
@@ -133,4 +133,17 @@ _define(
     "clip_value(Tensor(a!)[] grads, Tensor clip_value) -> ()",
     _clip_value,
     lambda grads, clip_value: None,
+)
+
+
+def _sanitize(grads: list[Tensor], nan: float, posinf: float, neginf: float) -> None:
+    buckets, fill = bucketize(grads), {"nan": nan, "posinf": posinf, "neginf": neginf}
+    check_fill(buckets, fill)
+    fill_nonfinite_(buckets, fill)
+
+
+_define(
+    "sanitize(Tensor(a!)[] grads, float nan, float posinf, float neginf) -> ()",
+    _sanitize,
+    lambda grads, nan, posinf, neginf: None,
 )

@@ -1,6 +1,10 @@
 """The functions of `fastguard.clip` under `torch.compile`: one opaque op a stage.
 
 For one process: what ranks exchange is not traced, but done outside of the graph.
+
+What gradients or limits have wrong is raised by the ops, while the graph runs. A wrong word
+(`nonfinite="drop"`, `foreach="yes"`) is seen while tracing: its error breaks the graph and is
+raised, but under `fullgraph=True` dynamo reports `Unsupported: Observed exception` in its place.
 """
 
 from __future__ import annotations
@@ -93,9 +97,12 @@ def sanitize_grads_(
 ) -> GradStats:
     """Replaces what is non-finite; the stats from before."""
     stats = measure(grads, names, 2.0)
-    for grad in grads:
-        if grad is not None:
-            grad.nan_to_num_(**fill)
+    present = [g for g in grads if g is not None]
+    if any(fill.values()):
+        torch.ops.fastguard.sanitize(present, fill["nan"], fill["posinf"], fill["neginf"])
+    else:
+        one = torch.ones(1, dtype=torch.float64, device=stats.summary.device)
+        torch.ops.fastguard.apply(present, one, stats.found_nonfinite)
     return stats
 
 

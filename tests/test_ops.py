@@ -16,7 +16,7 @@ from guardtest.grads import assert_bitwise_equal, copies, grads_of, parameters
 
 NAN, INF = math.nan, math.inf
 ops = torch.ops.fastguard
-OPS = ("measure", "measure_tensors", "decide", "apply", "clip_value")
+OPS = ("measure", "measure_tensors", "decide", "apply", "clip_value", "sanitize")
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +75,11 @@ def test_opcheck_apply_and_clip_value(grads):
     torch.library.opcheck(ops.clip_value.default, (grads(), float64(0.5)))
 
 
+@pytest.mark.parametrize("grads", [some_grads, list, lambda: [torch.tensor([1 + 1j])]])
+def test_opcheck_sanitize(grads):
+    torch.library.opcheck(ops.sanitize.default, (grads(), 0.0, 1.0, -1.0))
+
+
 def test_every_op_is_checked_here():
     defined = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastguard::")}
     assert defined == {f"fastguard::{name}" for name in OPS}
@@ -127,10 +132,12 @@ FUNCTIONS = {
         ps, 1.0, fastguard.get_total_norm([p.grad for p in ps])
     ),
     "clip_grad_value_": lambda ps: fastguard.clip_grad_value_(ps, 0.5),
+    "clip_grad_value_ 1e6": lambda ps: fastguard.clip_grad_value_(ps, 1e6),
     "sanitize_grads_": lambda ps: stats_fields(fastguard.sanitize_grads_(ps)),
     "sanitize_grads_ 1": lambda ps: stats_fields(
         fastguard.sanitize_grads_(ps, nan=1.0, posinf=2.0)
     ),
+    "sanitize_grads_ 1e6": lambda ps: stats_fields(fastguard.sanitize_grads_(ps, posinf=1e6)),
     "measure_grads": lambda ps: stats_fields(fastguard.measure_grads(ps)),
     "measure_grads each": lambda ps: stats_fields(fastguard.measure_grads(ps, per_tensor=True)),
 }
@@ -139,6 +146,8 @@ GRADS = {
     "clean": lambda: [torch.randn(3, 2), torch.randn(4)],
     "bad": lambda: [None, torch.tensor([3.0, NAN]), None, torch.tensor([4.0, INF, -INF])],
     "mixed dtypes": lambda: [torch.randn(3).double(), torch.randn(2).bfloat16(), torch.randn(2)],
+    "fp16": lambda: [torch.tensor([2e6]), torch.tensor([6e4, -INF]).half(), torch.tensor([NAN])],
+    "complex": lambda: [torch.tensor([3.0, NAN]), torch.tensor([complex(3, INF), 4j])],
 }
 
 
@@ -152,16 +161,42 @@ def assert_equal(ours, theirs) -> None:
         assert_bitwise_equal(ours, theirs)
 
 
+def result_of(function, params):
+    """What it returns, or the type of its error."""
+    try:
+        return function(params)
+    except (TypeError, ValueError) as error:
+        return type(error)
+
+
 @pytest.mark.parametrize("grads", GRADS)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_compiled_is_eager_bit_for_bit(name, grads):
+    """And refuses what eager code refuses, with the same error and no gradient changed."""
     function = FUNCTIONS[name]
     eager = parameters(*GRADS[grads]())
-    compiled = copies(eager)
-    expected = function(eager)
-    got = torch.compile(function, fullgraph=True, backend="aot_eager")(compiled)
-    assert_equal(got, expected)
+    compiled, before = copies(eager), copies(eager)
+    expected = result_of(function, eager)
+    got = result_of(torch.compile(function, fullgraph=True, backend="aot_eager"), compiled)
+    if isinstance(expected, type):
+        assert grads in ("complex", "fp16")
+        assert got is expected
+        assert_equal(tuple(grads_of(eager)), tuple(grads_of(before)))
+    else:
+        assert_equal(got, expected)
     assert_equal(tuple(grads_of(compiled)), tuple(grads_of(eager)))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [({"nonfinite": "drop"}, ValueError, "nonfinite='drop'"), ({"foreach": 1}, TypeError, "=1 m")],
+)
+def test_wrong_words_are_named_where_the_graph_may_break(options, error, message):
+    params = parameters(torch.tensor([3.0, 4.0]))
+    call = torch.compile(lambda ps: fastguard.clip_grad_norm_(ps, 1.0, **options))
+    with pytest.raises(error, match=message):
+        call(params)
+    assert params[0].grad.tolist() == [3.0, 4.0]
 
 
 @pytest.mark.parametrize("call", [fastguard.measure_grads, fastguard.sanitize_grads_])

@@ -163,3 +163,19 @@ def test_bad_arguments_name_value_and_remedy_and_change_nothing(case):
         call(parameters(*grads))
     for grad, was in zip(grads, before, strict=True):
         assert_bitwise_equal(grad, was)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda ps: fastguard.clip_grad_value_(ps, 1.0),
+        lambda ps: fastguard.clip_grad_norm_(ps, 1.0, INF),
+        lambda ps: fastguard.measure_grads(ps, norm_type=1.0),
+    ],
+)
+def test_complex_gradients_are_refused_by_name_before_any_change(call):
+    real, complex_one = torch.tensor([30.0]), torch.tensor([3 + 4j])
+    named = zip(("a", "b"), parameters(real, complex_one), strict=True)
+    with pytest.raises(TypeError, match=r"gradient of b is complex.*use"):
+        call(list(named))
+    assert real.tolist() == [30.0]
