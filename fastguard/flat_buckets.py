@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastguard.buckets import FLOATING, GradBucket, GradBuckets, Run, Same, bucketize
+from fastguard.buckets import FLOATING, GradBucket, GradBuckets, Run, Same, bucketize, name_of
 from fastguard.measure import GradStats, measure, norm_type_of
 from fastguard.ranks.dtensors import is_dtensor
 
@@ -191,7 +191,7 @@ class FlatGradBuckets:
         """Lays out slots for all parameters that have or need a gradient; moves gradients in."""
         mine = set(map(id, self._views))
         items, names, segments = self._all_parameters, self._all_names, self._all_segments
-        self._check()
+        check_flat(items, names)
         chosen = [i for i, p in enumerate(items) if p.requires_grad or p.grad is not None]
         if not chosen:
             raise ValueError(
@@ -226,29 +226,6 @@ class FlatGradBuckets:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._start()
-
-    def _check(self) -> None:
-        seen: set[int] = set()
-        for i, p in enumerate(self._all_parameters):
-            name = self._all_names[i] if self._all_names else f"parameter {i}"
-            if not isinstance(p, Tensor):
-                raise TypeError(f"{name} is a {type(p).__name__}; pass model.parameters()")
-            if id(p) in seen:
-                raise ValueError(f"{name} appears twice; pass each parameter once")
-            seen.add(id(p))
-            if is_dtensor(p):
-                raise TypeError(
-                    f"{name} is a DTensor; flat buckets hold plain tensors: guard without them"
-                )
-            if not p.requires_grad and p.grad is None:
-                continue
-            if p.layout is not torch.strided or p.dtype not in FLOATING:
-                raise TypeError(
-                    f"{name} is {p.dtype} ({p.layout}); flat buckets hold dense real gradients: "
-                    "leave this parameter out"
-                )
-            if p.grad is not None:
-                _refuse_sparse(p.grad)
 
     def _grouped(self) -> dict[tuple[torch.device, torch.dtype], list[int]]:
         grouped: dict[tuple[torch.device, torch.dtype], list[int]] = {}
@@ -293,6 +270,31 @@ class FlatGradBuckets:
         )
         n = len(self.parameters)
         return GradBuckets(buckets, n, self.n_segments, self.names, self._views[0].device)
+
+
+def check_flat(parameters: Sequence[Tensor], names: Sequence[str] | None) -> None:
+    """Raises a TypeError or ValueError for parameters whose gradients have no place in a buffer."""
+    seen: set[int] = set()
+    for i, p in enumerate(parameters):
+        name = name_of(i, names)
+        if not isinstance(p, Tensor):
+            raise TypeError(f"{name} is a {type(p).__name__}; pass model.parameters()")
+        if id(p) in seen:
+            raise ValueError(f"{name} appears twice; pass each parameter once")
+        seen.add(id(p))
+        if is_dtensor(p):
+            raise TypeError(
+                f"{name} is a DTensor; flat buckets hold plain tensors: guard without them"
+            )
+        if not p.requires_grad and p.grad is None:
+            continue
+        if p.layout is not torch.strided or p.dtype not in FLOATING:
+            raise TypeError(
+                f"{name} is {p.dtype} ({p.layout}); flat buckets hold dense real gradients: "
+                "leave this parameter out"
+            )
+        if p.grad is not None:
+            _refuse_sparse(p.grad)
 
 
 def _slot(flat: Tensor, start: int, p: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter, is_
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastguard.buckets import GradBuckets, bucketize
-from fastguard.flat_buckets import FlatGradBuckets
+from fastguard.flat_buckets import FlatGradBuckets, check_flat
 from fastguard.ranks.groups import Group, check_same_tensors
 from fastguard.ranks.team import Team, team_of
 from fastguard.segments import ClipScope, Layout, lay_out
@@ -71,6 +71,14 @@ class Gradients:
             self.flat.release()
             self.flat = self._flattened()
         return True
+
+    def check_new(self, named: Sequence[tuple[str | None, Tensor]]) -> None:
+        """Raises a TypeError for parameters that cannot join those that are there."""
+        if self.flat is not None:
+            names = [
+                self.names.get(p) or name or f"parameter {i}" for i, (name, p) in enumerate(named)
+            ]
+            check_flat([p for _, p in named], names)
 
     def buckets(self) -> GradBuckets:
         """The gradients of this step; on several ranks, partial ones are made whole."""

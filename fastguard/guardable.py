@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from fastguard.delegation import OptimizerAround
 from fastguard.ranks.dtensors import dtensor_types
 from fastguard.ranks.groups import Group, check_group
+from fastguard.segments import clip_values
 from fastguard.whole_step import WholeStep
 
 MODES = ("skip", "zero", "raise", "propagate")
@@ -31,16 +36,59 @@ def check_optimizer(optimizer: object, group: Group) -> None:
     parameters = [p for param_group in optimizer.param_groups for p in param_group["params"]]
     if not parameters and group is None:
         raise ValueError("the optimizer has no parameters; there is nothing to guard")
-    if any(param_group.get("differentiable") for param_group in optimizer.param_groups):
-        raise ValueError(
-            "differentiable=True needs gradients that are not changed in place; guard without it"
-        )
+    for param_group in optimizer.param_groups:
+        check_settings(param_group, param_group["params"])
     shared = group is not None or dtensor_types(set(map(type, parameters)))
     if shared and WholeStep.serves(optimizer):
         raise ValueError(
             f"{type(optimizer).__name__} decides by the loss of one rank how often it evaluates "
             "the model, and ranks would part; guard it in one process, without group"
         )
+
+
+def check_settings(param_group: Mapping[str, Any], parameters: Iterable[Tensor]) -> None:
+    """Raises a TypeError or ValueError for settings of a param group that cannot be guarded.
+
+    Args:
+        param_group: The settings.
+        parameters: What they are for.
+    """
+    if param_group.get("differentiable"):
+        raise ValueError(
+            "differentiable=True needs gradients that are not changed in place; guard without it"
+        )
+    for _, limit in clip_values([param_group]):
+        for p in parameters:
+            if p.is_complex():
+                raise TypeError(
+                    f"a param group has clip_value={limit}, but its parameter of shape "
+                    f"{tuple(p.shape)} is complex, and complex numbers have no order to clamp by; "
+                    "use max_norm, or a param group of its own"
+                )
+
+
+def named_parameters_of(param_group: dict[str, Any]) -> list[tuple[str | None, Tensor]]:
+    """The parameters of a group that is to be added, with their names if they have any.
+
+    An iterator among them becomes a list, as torch makes it one: it can be read once.
+
+    Raises:
+        TypeError: It is no dict, or holds what is no tensor.
+    """
+    if not isinstance(param_group, dict):
+        raise TypeError(
+            f"the param group is a {type(param_group).__name__}; pass a dict with 'params'"
+        )
+    given = param_group["params"]
+    if isinstance(given, Tensor):
+        return [(None, given)]
+    if isinstance(given, Iterator):
+        given = param_group["params"] = list(given)
+    named = [item if isinstance(item, tuple) else (None, item) for item in given]
+    for _, p in named:
+        if not isinstance(p, Tensor):
+            raise TypeError(f"the param group holds {p!r}, a {type(p).__name__}; pass parameters")
+    return named
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -17,12 +17,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastguard import distributed_checkpoint, resume, wrapped_state
-from fastguard.apply import apply, clamp_finite_
+from fastguard.apply import apply, check_real, clamp_finite_
 from fastguard.arguments import limit_of
 from fastguard.decide import GuardState, NonFinite, Policy, Verdict, decide, raise_if_nonfinite
 from fastguard.errors import TrainingDivergedError
 from fastguard.gradients import Gradients
-from fastguard.guardable import MODES, check_budget, check_choice, check_optimizer
+from fastguard.guardable import (
+    MODES,
+    check_budget,
+    check_choice,
+    check_optimizer,
+    check_settings,
+    named_parameters_of,
+)
 from fastguard.known_run import KnownRun
 from fastguard.losses import Loss, ObservedLosses, named_losses, stacked
 from fastguard.measure import measure, norm_type_of
@@ -113,7 +120,6 @@ class GuardedOptimizer(KnownRun):
         self.max_norm = None if max_norm is None else limit_of("max_norm", max_norm)
         rules = rules_by_signal(spike)
         limits(optimizer.param_groups, clip_scope, self.max_norm)
-        clip_values(optimizer.param_groups)
         names = names_by_tensor(named_parameters)
 
         self.optimizer = optimizer
@@ -274,8 +280,13 @@ class GuardedOptimizer(KnownRun):
             take a collective, which ranks without a `clip_value` would not join.
         """
         before = []
-        for group, limit in clip_values(self.param_groups):
-            grads = local_parts([p.grad for p in group["params"] if p.grad is not None])
+        clamped = [
+            (local_parts([p.grad for p in group["params"] if p.grad is not None]), limit)
+            for group, limit in clip_values(self.param_groups)
+        ]
+        for grads, _ in clamped:  # all groups before the first is changed
+            check_real(grads)
+        for grads, limit in clamped:
             if self.nonfinite == "raise":
                 before += [(grad, grad.clone()) for grad in grads]
             clamp_finite_(grads, limit, inv_scale)
@@ -323,8 +334,10 @@ class GuardedOptimizer(KnownRun):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group to the wrapped optimizer; it is guarded from the next step on."""
+        named = named_parameters_of(param_group)
         limits([*self.param_groups, param_group], self.clip_scope, self.max_norm)
-        clip_values([param_group])
+        check_settings(param_group, [p for _, p in named])
+        self._gradients.check_new(named)
         self.optimizer.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -362,7 +375,8 @@ class GuardedOptimizer(KnownRun):
         state_dict, saved = distributed_checkpoint.split(state_dict)
         guard = resume.load(saved, self._policy, self._device)
         limits(state_dict["param_groups"], self.clip_scope, self.max_norm)
-        clip_values(state_dict["param_groups"])
+        for group, live in zip(state_dict["param_groups"], self.param_groups, strict=False):
+            check_settings(group, live["params"])
         wrapped_state.load(self.optimizer, state_dict)
         self._road = road_of(self.optimizer)  # param groups bring their own `fused`
         self._state = guard

@@ -184,13 +184,37 @@ def test_a_param_group_added_later_is_guarded(through, scope, flat):
     assert opt.last.clip_coef.shape == ({"global": 1, "group": 2, "tensor": 2}[scope],)
 
 
-def test_a_bad_param_group_is_refused_and_not_added():
-    opt = adamw()
-    with pytest.raises(ValueError, match=r"max_norm=1.0, but clip_scope='global'"):
-        opt.add_param_group({"params": new_parameters([(2,)]), "max_norm": 1.0})
-    with pytest.raises(ValueError, match=r"clip_value=-1.0 must be >= 0"):
-        opt.add_param_group({"params": new_parameters([(2,)]), "clip_value": -1.0})
+BAD_GROUPS = {
+    "max_norm": (lambda: {"max_norm": 1.0}, ValueError, r"max_norm=1.0, but clip_scope='global'"),
+    "clip_value": (lambda: {"clip_value": -1.0}, ValueError, r"clip_value=-1.0 must be >= 0"),
+    "differentiable": (lambda: {"differentiable": True}, ValueError, "differentiable=True"),
+    "a complex tensor": (lambda: {"params": a_complex()}, TypeError, "complex64.*leave"),
+    "complex": (lambda: {"params": [a_complex()]}, TypeError, "complex64.*leave"),
+    "an iterator": (lambda: {"params": iter([a_complex()])}, TypeError, "complex64.*leave"),
+    "pairs": (lambda: {"params": [("w", a_complex())]}, TypeError, "w is torch.complex64.*leave"),
+    "a set": (lambda: {"params": set(new_parameters())}, TypeError, "set"),
+    "numbers": (lambda: {"params": [1.0]}, TypeError, "float"),
+}
+
+
+def a_complex():
+    return nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+
+
+@pytest.mark.parametrize("case", BAD_GROUPS)
+def test_a_bad_param_group_is_refused_and_not_added(case):
+    make, error, message = BAD_GROUPS[case]
+    parameters = new_parameters()
+    opt = adamw(parameters[:2], flat_buckets=True)
+    with pytest.raises(error, match=message):
+        opt.add_param_group({"params": new_parameters([(2,)]), **make()})
+    with pytest.raises(TypeError, match="dict"):
+        opt.add_param_group(new_parameters())
     assert len(opt.param_groups) == 1
+    opt.add_param_group({"params": iter(parameters[2:])})
+    train(opt, [0])
+    assert opt.applied_steps == 1
+    assert opt.param_groups[1]["params"] == parameters[2:]
 
 
 def test_frozen_parameters_are_left_alone():

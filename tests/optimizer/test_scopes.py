@@ -103,13 +103,49 @@ def test_clip_value_of_other_dtypes_equals_torch(dtype):
     assert all(map(torch.equal, a, b))
 
 
-def test_clip_value_refuses_complex_gradients():
+def a_complex_parameter():
     p = torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64))
     p.grad = torch.ones(2, dtype=torch.complex64)
-    opt = sgd([{"params": [p], "clip_value": 0.5}])
-    with pytest.raises(TypeError, match="complex; use max_norm"):
+    return p
+
+
+def test_clip_value_is_refused_for_complex_parameters():
+    complex_one = {"params": [a_complex_parameter()], "clip_value": 0.5}
+    message = r"clip_value=0.5, but its parameter of shape \(2,\) is complex.*use max_norm"
+    with pytest.raises(TypeError, match=message):
+        sgd([complex_one])
+    opt = sgd(new_parameters())
+    with pytest.raises(TypeError, match=message):
+        opt.add_param_group(complex_one)
+    assert len(opt.param_groups) == 1
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "raise"])
+def test_clip_value_that_comes_later_clamps_all_groups_or_none(nonfinite):
+    real = torch.nn.Parameter(torch.zeros(2))
+    real.grad = torch.tensor([3.0, -4.0])
+    groups = [{"params": [real], "clip_value": 0.5}, {"params": [a_complex_parameter()]}]
+    opt = sgd(groups, nonfinite=nonfinite)
+    opt.param_groups[1]["clip_value"] = 0.5
+    before = snapshot(opt)
+    with pytest.raises(TypeError, match=r"gradient is complex.*use"):
         opt.step()
-    assert torch.equal(p, torch.zeros_like(p))
+    assert real.grad.tolist() == [3.0, -4.0]
+    assert_same_bits(snapshot(opt), before)
+    assert opt.applied_steps == 0
+
+
+def test_clip_value_beyond_the_dtype_clamps_where_it_can():
+    a = torch.nn.Parameter(torch.zeros(2))
+    b = torch.nn.Parameter(torch.zeros(2, dtype=torch.float16))
+    opt = sgd([{"params": [a, b], "clip_value": 1e6}])
+    a.grad, b.grad = torch.tensor([2e6, -3.0]), torch.tensor([6e4, -3.0]).half()
+    opt.step()
+    assert (-a).tolist() == [1e6, -3.0]
+    assert (-b).tolist() == [6e4, -3.0]
+    b.grad = torch.tensor([6e4, INF]).half()
+    opt.step()
+    assert opt.records()[1].posinf == 1
 
 
 def test_complex_and_mixed_dtypes_have_one_norm():

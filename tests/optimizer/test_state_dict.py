@@ -8,6 +8,7 @@ import io
 
 import pytest
 import torch
+from torch import nn
 
 from fastguard import GuardedOptimizer, SpikeRule, Threshold
 from fastguard.stepping import FoundInf, ReadFirst
@@ -256,3 +257,15 @@ def test_loading_forgets_the_skips_of_the_abandoned_run():
     assert opt._recorder.wait() is None
     assert opt.consecutive_skips == 0
     assert len(opt.records()) == 3  # what happened stays told
+
+
+def test_a_clip_value_that_complex_parameters_cannot_have_is_refused():
+    def guard():
+        return GuardedOptimizer(torch.optim.SGD([nn.Parameter(torch.ones(2) * 1j)], lr=0.1))
+
+    opt = guard()
+    saved = opt.state_dict()
+    saved["param_groups"][0]["clip_value"] = 1.0
+    with pytest.raises(TypeError, match=r"clip_value=1.0, but its parameter .* is complex"):
+        opt.load_state_dict(saved)
+    assert "clip_value" not in opt.param_groups[0]
