@@ -147,7 +147,7 @@ class ActivationGuard:
 
     def _counted(self, x: Tensor) -> Tensor | None:
         """int64 `(3,)`; None if it is known to be all zeros."""
-        x = x.detach()
+        x = _wide(x.detach())
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             if not x.numel():
                 return None
@@ -159,8 +159,9 @@ class ActivationGuard:
         return torch.stack([x.isnan().sum(), infinite.sum(), over.sum()])
 
     def _cleaned(self, x: Tensor) -> Tensor:
+        dtype, x = x.dtype, _wide(x)
         x = torch.where(x.isfinite(), x, torch.zeros((), dtype=x.dtype, device=x.device))
-        return x if self.limit == math.inf else x.clamp(-self.limit, self.limit)
+        return (x if self.limit == math.inf else x.clamp(-self.limit, self.limit)).to(dtype)
 
 
 class _Watch:
@@ -186,7 +187,14 @@ def unguarded() -> Iterator[None]:
 
 
 def _is_watched(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point() and x.layout is torch.strided
+    if not (isinstance(x, Tensor) and x.is_floating_point() and x.layout is torch.strided):
+        return False
+    return x.dtype is not torch.float4_e2m1fn_x2  # which has no NaN and no Inf
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Torch can hardly do more with 8-bit floats than convert them, which is exact both ways."""
+    return x.float() if x.dtype.itemsize == 1 else x
 
 
 def _matching(model: nn.Module, modules: str | Sequence[str]) -> dict[str, nn.Module]:

@@ -82,6 +82,16 @@ def test_unusual_tensors():
     assert problems(x.T[1::2]) == ["inputs holds NaN"]
 
 
+@pytest.mark.parametrize("bits", [8, 16, 32, 64])
+def test_unsigned_integers(bits):
+    dtype = getattr(torch, f"uint{bits}")
+    top = 2 ** min(bits, 53) - 1
+    x = torch.tensor([3, top], dtype=torch.int64).to(dtype)
+    check = check_batch(x, high={"inputs": 9})
+    assert (check.low.item(), check.high.item()) == (3, top)
+    assert [p.kind for p in check.problems()] == ["high"]
+
+
 def test_a_batch_without_tensors():
     check = check_batch({"text": "hello"})
     assert (check.problems(), check.signals()) == ([], {})
