@@ -1,8 +1,6 @@
-"""The kernels on a GPU: against the reference and torch, in graphs, on streams, for long."""
+"""The kernels on a GPU: against the reference and torch, in graphs, on streams."""
 
 import math
-import os
-import time
 
 import pytest
 import torch
@@ -13,31 +11,16 @@ from fastguard.buckets import bucketize
 from fastguard.decide import Policy
 from fastguard.measure import GradStats
 from fastguard.reduce import Signals
-from guardtest.tolerances import MEASURED_RTOL
+from guardtest.tolerances import MEASURED_RTOL, NORM_RTOL
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SIZES = [0, 1, 7, 8, 4095, 4096, 4097, 65536, 65537, 300_000]
 
 
-@pytest.fixture
-def stages():
-    from fastguard.kernels import stages
-
-    return stages
-
-
-@pytest.fixture
-def no_sync():
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-
-
 def gradients(dtype, bad=False):
     grads = [torch.randn(n, device="cuda").to(dtype) for n in SIZES]
     if bad:
-        grads[3][17], grads[9][-1], grads[8][0] = math.nan, math.inf, -math.inf
+        grads[4][17], grads[9][-1], grads[8][0] = math.nan, math.inf, -math.inf
     return grads
 
 
@@ -84,13 +67,16 @@ def test_measure_at_any_magnitude(stages, dtype):
 @pytest.mark.parametrize("multiplier", [1.0, 0.3, 0.0, math.nan, math.inf], ids=str)
 @pytest.mark.parametrize("clean", [0.0, 1.0], ids=["keep", "clean"])
 def test_apply_rounds_as_torch_does(stages, dtype, multiplier, clean):
-    """Bit for bit, bf16 too: a product in float32, rounded once."""
+    """Bit for bit, bf16 too: a product in float32, rounded once.
+
+    Spelled out, because torch rounds a factor that lies on the device to the gradient's dtype
+    before it multiplies; only one on the CPU keeps its float32."""
     grads = gradients(dtype, bad=True)
     want = []
     for g in grads:
         x = torch.where(g.isfinite(), g, 0.0) if clean else g
         factor = torch.tensor(multiplier, dtype=reference.factor_dtype(dtype), device="cuda")
-        want.append(x.clone() if multiplier == 1.0 else x * factor)
+        want.append(x.clone() if multiplier == 1.0 else (x.to(factor.dtype) * factor).to(dtype))
     factors = torch.tensor([multiplier], dtype=torch.float64, device="cuda")
     stages.apply(bucketize(grads).buckets[0], factors, torch.tensor(clean, device="cuda"))
     for grad, expected in zip(grads, want, strict=True):
@@ -115,18 +101,40 @@ def test_decide_against_the_reference(stages, mode):
                 torch.testing.assert_close(a, b, rtol=1e-12, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_clip_grad_norm_against_torch(dtype):
-    """Both round once; torch's coefficient comes from its less exact norm."""
+# One step of the last bit, relative, and the smallest step of all: a coefficient that is off by
+# 1e-7 may turn the rounding of a product.
+LAST_BIT = {
+    torch.float16: (2.0**-10, 2.0**-24),
+    torch.bfloat16: (2.0**-7, 0.0),
+    torch.float32: (2.0**-22, 0.0),
+    torch.float64: (1e-12, 0.0),
+}
+# torch rounds the norms of the tensors, their norm, the coefficient and the product to the dtype of
+# the gradients; we round the product alone. Five half steps of the last bit, doubled.
+TORCH_IS_OFF = {
+    torch.float16: (2.0**-8, 2.0**-23),
+    torch.bfloat16: (2.0**-5, 0.0),
+    torch.float32: (1e-4, 0.0),
+    torch.float64: (1e-12, 0.0),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_clip_grad_norm_against_the_formula_and_torch(dtype):
     ours = parameters_with(gradients(dtype))
-    theirs = parameters_with([p.grad.clone() for p in ours])
+    before = [p.grad.clone() for p in ours]
+    theirs = parameters_with([g.clone() for g in before])
     norm = fastguard.clip_grad_norm_(ours, 1.0)
-    true = torch.nn.utils.get_total_norm([p.grad.double() for p in theirs])
-    torch.testing.assert_close(norm.double(), true, rtol=1e-7, atol=0)
+    true = torch.nn.utils.get_total_norm([g.double() for g in before])
+    torch.testing.assert_close(norm.double(), true, rtol=NORM_RTOL, atol=0)
     torch.nn.utils.clip_grad_norm_(theirs, 1.0)
-    tolerance = {torch.bfloat16: 2.0**-7, torch.float32: 1e-4, torch.float64: 1e-12}[dtype]
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=tolerance, atol=0)
+    coef = (1.0 / (true + 1e-6)).to(reference.factor_dtype(dtype))
+    for a, b, g in zip(ours, theirs, before, strict=True):
+        rtol, atol = LAST_BIT[dtype]
+        exact = (g.to(coef.dtype) * coef).to(dtype)
+        torch.testing.assert_close(a.grad, exact, rtol=rtol, atol=atol)
+        rtol, atol = TORCH_IS_OFF[dtype]
+        torch.testing.assert_close(a.grad, b.grad, rtol=rtol, atol=atol)
 
 
 def test_nothing_waits(stages, no_sync):
@@ -134,15 +142,16 @@ def test_nothing_waits(stages, no_sync):
     half = torch.ones(1, dtype=torch.float64, device="cuda")
     clean = torch.zeros((), device="cuda")
     limit = half * 0.5
-    for step in range(3):
-        grads = [g.clone() for g in grads]  # other addresses: a table is built and uploaded
-        bucket = bucketize(grads).buckets[0]
-        summary, counts = stages.measure(bucket, 1, len(grads), 2.0)
-        stats = GradStats(summary, counts, 2.0)
-        verdict = stages.decide(stats, Signals.none(summary.device), None, Policy(limit, "zero"))
-        stages.apply(bucket, verdict.multiplier, verdict.clean)
-        stages.apply(bucket, half, clean)
-        assert step >= 0
+    with no_sync():
+        for _ in range(3):
+            grads = [g.clone() for g in grads]  # other addresses: a table is built and uploaded
+            bucket = bucketize(grads).buckets[0]
+            summary, counts = stages.measure(bucket, 1, len(grads), 2.0)
+            stats, signals = GradStats(summary, counts, 2.0), Signals.none(summary.device)
+            verdict = stages.decide(stats, signals, None, Policy(limit, "zero"))
+            stages.apply(bucket, verdict.multiplier, verdict.clean)
+            stages.apply(bucket, half, clean)
+    assert all(g.isfinite().all() for g in grads)
 
 
 def test_a_graph_sees_new_gradients_at_the_same_addresses(stages):
@@ -285,34 +294,6 @@ def test_gradients_of_a_card_and_of_the_host_together(home):
 def test_thousands_of_segments(stages):
     grads = [torch.randn(1 + i % 300, device="cuda") for i in range(3000)]
     check_measure(stages, grads, segments=range(3000), n_segments=3000)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(200)
-def test_soak(stages):
-    """Two minutes of steps (or FASTGUARD_SOAK_SECONDS) with moving addresses, missing gradients and
-    bad values."""
-    generator = torch.Generator().manual_seed(5)
-    end = time.monotonic() + float(os.environ.get("FASTGUARD_SOAK_SECONDS", "120"))
-    steps = 0
-    torch.cuda.synchronize()
-    peak = None
-    while time.monotonic() < end:
-        picked = torch.randperm(len(SIZES), generator=generator)[:6].tolist()
-        grads = [torch.randn(SIZES[i], device="cuda") for i in picked]
-        largest = max(grads, key=torch.Tensor.numel)
-        if steps % 3 == 0:
-            largest[-1] = math.nan
-        bucket = bucketize(grads).buckets[0]
-        summary, counts = stages.measure(bucket, 1, len(grads), 2.0)
-        if steps % 50 == 0:
-            want, want_counts = reference.plain_measure(bucket, 1, len(grads), 2.0)
-            assert torch.equal(counts, want_counts)
-            torch.testing.assert_close(summary, want, rtol=2 * MEASURED_RTOL, atol=0)
-        steps += 1
-        if steps == 500:
-            peak = torch.cuda.max_memory_allocated()
-    assert peak is None or torch.cuda.max_memory_allocated() <= peak + 2**24
 
 
 def test_the_host_is_done_long_before_torch_is(stages):

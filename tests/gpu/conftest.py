@@ -1,0 +1,30 @@
+"""What the tests on a GPU share."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+
+@contextmanager
+def waiting_is_an_error():
+    """Whatever torch knows to wait for the device raises."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture
+def no_sync():
+    """A context in which nothing may wait for the device."""
+    return waiting_is_an_error
+
+
+@pytest.fixture
+def stages():
+    from fastguard.kernels import stages
+
+    return stages
