@@ -22,6 +22,7 @@ earlier one) has a contiguous buffer here that stands for it; the caller copies,
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
@@ -195,7 +196,7 @@ def chunk_size(n_elements: int, n_programs: int) -> int:
     sizes = range(MIN_CHUNK, MAX_CHUNK + 1, MIN_CHUNK)
 
     def rounds(size: int) -> int:
-        return -(-(-(-n_elements // size)) // n_programs)
+        return math.ceil(math.ceil(n_elements / size) / n_programs)
 
     enough = [size for size in sizes if rounds(size) >= FEWEST_ROUNDS] or [MIN_CHUNK]
     return min(enough, key=lambda size: rounds(size) * (size + CHUNK_COST))

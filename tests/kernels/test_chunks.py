@@ -1,5 +1,6 @@
 """The chunk table on the host: every element once, aligned, in the right segment."""
 
+import math
 import random
 
 import numpy as np
@@ -83,7 +84,7 @@ def test_all_programs_finish_together(n_programs, megabytes, item):
     """The last round is nearly full: no more than 4 % of the time goes by with programs idle."""
     n = megabytes * 2**20 // item
     size = chunks.chunk_size(n, n_programs)
-    rounds = -(-(-(-n // size)) // n_programs)
+    rounds = math.ceil(math.ceil(n / size) / n_programs)
     assert size % chunks.MIN_CHUNK == 0 and chunks.MIN_CHUNK <= size <= chunks.MAX_CHUNK
     assert rounds * size * n_programs <= 1.04 * n
 

@@ -1,4 +1,4 @@
-"""Uploads on a GPU that is not there: what is pinned when, what a stream waits for, what is kept."""
+"""Uploads to a GPU that is not there: what is pinned, what streams wait for, what is kept."""
 
 import numpy as np
 import pytest

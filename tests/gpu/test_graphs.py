@@ -1,0 +1,141 @@
+"""CUDA graphs that hold a whole clipping or a whole guarded step."""
+
+import math
+
+import pytest
+import torch
+
+import fastguard
+from fastguard import GuardedOptimizer, SpikeRule, Threshold
+
+SIZES = [5, 4097, 70_000]
+
+
+def parameters_of(value=1.0):
+    parameters = [torch.nn.Parameter(torch.zeros(n, device="cuda")) for n in SIZES]
+    for p in parameters:
+        p.grad = torch.full_like(p, value)
+    return parameters
+
+
+def fill(parameters, values):
+    """Into the gradients as they are: a graph knows their addresses."""
+    for p, value in zip(parameters, values, strict=True):
+        p.grad.fill_(value)
+
+
+def guarded(parameters, **options):
+    """Around an optimizer that has its state: a graph would make it anew at each replay."""
+    inner = torch.optim.AdamW(parameters, lr=0.01, fused=True, capturable=True)
+    inner.step()
+    return GuardedOptimizer(inner, max_norm=1.0, **options)
+
+
+def captured(work):
+    """A graph of what `work` does, and what it returned; before that it runs on a side stream."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = work()
+    return graph, result
+
+
+ROUNDS = [(1.0, 1.0, 1.0), (3.0, 0.5, 2.0), (0.0, 0.0, 1e-5), (1.0, math.nan, 1.0), (1.0, 1.0, 1.0)]
+
+
+@pytest.mark.parametrize("mode", ["propagate", "zero"])
+@pytest.mark.parametrize("norm_type", [2.0, math.inf, 3.0], ids=str)
+def test_clipping_in_a_graph(mode, norm_type):
+    parameters, others = parameters_of(), parameters_of()
+
+    def clip(some):
+        return fastguard.clip_grad_norm_(some, 1.0, norm_type, nonfinite=mode)
+
+    graph, norm = captured(lambda: clip(parameters))
+    for values in ROUNDS:
+        fill(parameters, values)
+        fill(others, values)
+        graph.replay()
+        torch.testing.assert_close(norm, clip(others), rtol=0, atol=0, equal_nan=True)
+        for p, other in zip(parameters, others, strict=True):
+            torch.testing.assert_close(p.grad, other.grad, rtol=0, atol=0, equal_nan=True)
+
+
+def test_flat_buckets_clip_in_a_graph():
+    parameters = parameters_of()
+    flat = fastguard.FlatGradBuckets(parameters)
+    graph, norm = captured(lambda: flat.clip_grad_norm_(1.0))
+    for values in ROUNDS[:2]:
+        fill(parameters, values)
+        want = torch.cat([p.grad for p in parameters]).double().norm()
+        graph.replay()
+        torch.testing.assert_close(norm.double(), want, rtol=1e-6, atol=0)
+        assert torch.cat([p.grad for p in parameters]).norm().item() == pytest.approx(1.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "float", "none"])
+def test_guarded_steps_in_a_graph_are_those_without_one(kind):
+    """Its losses, its rules, its skips: the same weights, counters and baselines, bit by bit."""
+    loss = {"cuda": torch.ones((), device="cuda"), "float": 0.5, "none": None}[kind]
+    rules = {"grad_norm": SpikeRule(window=8, warmup=2), "loss": Threshold(max=50.0)}
+    parameters, others = parameters_of(), parameters_of()
+    opt, eager = guarded(parameters, spike=rules), guarded(others, spike=rules)
+
+    graph, _ = captured(lambda: opt.step(loss=loss))
+    eager.step(loss=loss)  # as often as `opt`: a capture runs nothing
+    for values in ROUNDS:
+        fill(parameters, values)
+        fill(others, values)
+        graph.replay()
+        eager.step(loss=loss)
+    # The second round is a spike, the fourth holds a NaN.
+    assert (opt.applied_steps, opt.skipped_steps) == (4, 2)
+    assert (eager.applied_steps, eager.skipped_steps) == (4, 2)
+    assert torch.equal(opt.last.total_norm, eager.last.total_norm)
+    for p, other in zip(parameters, others, strict=True):
+        assert torch.equal(p, other)
+    saved, expected = opt.state_dict()["fastguard"], eager.state_dict()["fastguard"]
+    assert str(saved) == str(expected)
+
+
+def test_a_loss_on_the_device_reaches_the_replays():
+    parameters = parameters_of()
+    opt = guarded(parameters, spike={"loss": Threshold(max=50.0)})
+    loss = torch.ones((), device="cuda")
+    graph, _ = captured(lambda: opt.step(loss=loss))
+    for value in (1.0, 60.0, math.nan, 1.0):
+        loss.fill_(value)
+        graph.replay()
+    assert (opt.applied_steps, opt.skipped_steps) == (3, 2)
+
+
+def test_a_graph_that_captures_the_first_step_leaves_nothing_unfilled_behind():
+    """Its tables are filled when it runs; a step that runs before it needs its own."""
+    rules = {"grad_norm": Threshold(max=1e6)}
+    guarded(parameters_of(), spike=rules).step()  # compiles, which no capture should
+    parameters = parameters_of()
+    opt = guarded(parameters, spike={"grad_norm": Threshold(max=1234.5)})
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        opt.step()
+    fill(parameters, (100.0,) * 3)
+    opt.step()
+    assert (opt.applied_steps, opt.skipped_steps) == (0, 1)
+    fill(parameters, (1.0,) * 3)
+    graph.replay()
+    opt.step()
+    assert (opt.applied_steps, opt.skipped_steps) == (2, 1)
+
+
+def test_records_of_eager_steps_go_on_beside_a_graph():
+    parameters = parameters_of()
+    opt = guarded(parameters)
+    graph, _ = captured(opt.step)
+    graph.replay()
+    opt.step()
+    assert [r.step for r in opt.flush()] == [1, 3]  # a replay is counted, and leaves no record

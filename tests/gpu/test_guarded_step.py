@@ -1,0 +1,168 @@
+"""A whole guarded step on a GPU: it waits for nothing, and runs on any stream."""
+
+import math
+
+import pytest
+import torch
+
+import fastguard
+from fastguard import GuardedOptimizer, SpikeRule, Threshold
+
+SIZES = [5, 4097, 70_000]
+ASLEEP = 400_000_000  # cycles, about a fifth of a second: a step takes the host one or two ms
+
+
+def parameters_of(value=1.0):
+    parameters = [torch.nn.Parameter(torch.zeros(n, device="cuda")) for n in SIZES]
+    give(parameters, value)
+    return parameters
+
+
+def give(parameters, value):
+    """New gradients at new addresses."""
+    for p in parameters:
+        p.grad = torch.full_like(p, value)
+
+
+def guarded(parameters, **options):
+    inner = torch.optim.AdamW(parameters, lr=0.01, fused=True)
+    rules = {"grad_norm": SpikeRule(window=16, warmup=4), "loss": Threshold(max=100.0)}
+    return GuardedOptimizer(inner, **{"max_norm": 1.0, "spike": rules} | options)
+
+
+def losses():
+    """On the device, as a number, both, and none."""
+    loss = torch.ones((), device="cuda")
+    return {"cuda": loss, "float": 0.5, "both": {"loss": loss, "aux": 0.5}, "none": None}
+
+
+KINDS = ["cuda", "float", "both", "none"]
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["", "flat"])
+@pytest.mark.parametrize("mode", ["skip", "zero", "propagate"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_waits_for_nothing(no_sync, kind, mode, flat):
+    parameters, loss = parameters_of(), losses()[kind]
+    opt = guarded(parameters, nonfinite=mode, flat_buckets=flat)
+    opt.step(loss=loss)  # makes state and tables
+    with no_sync():
+        for step in range(3):
+            if flat:
+                opt.zero_grad()
+            else:
+                give(parameters, float(step))
+            opt.step(loss=loss)
+            opt.records()
+    assert opt.applied_steps == 4
+
+
+@pytest.mark.parametrize("unscaled", [False, True], ids=["", "unscaled"])
+def test_a_step_of_a_scaler_waits_for_nothing(no_sync, unscaled):
+    parameters = parameters_of()
+    opt, scaler = guarded(parameters), torch.amp.GradScaler("cuda", init_scale=1024.0)
+    loss = torch.ones((), device="cuda")
+    scaler.scale(loss)  # creates its tensors
+
+    def step(value):
+        give(parameters, value * 1024.0)
+        if unscaled:
+            scaler.unscale_(opt)
+        scaler.step(opt, loss=loss)
+        scaler.update()
+
+    step(1.0)
+    with no_sync():
+        step(1.0)
+        step(math.inf)
+    assert scaler.get_scale() == 512.0
+    assert (opt.applied_steps, opt.skipped_steps) == (2, 1)
+    assert [r.reason for r in opt.flush()] == [None, None, "nonfinite_grad"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_host_is_done_before_the_device_begins(kind):
+    """Copies from pageable memory are no waits to torch's debug mode; here they would show."""
+    parameters, loss = parameters_of(), losses()[kind]
+    opt = guarded(parameters)
+    for _ in range(2):
+        opt.step(loss=loss)
+    give(parameters, 2.0)
+    opt.max_norm = 0.5
+    torch.cuda.synchronize()
+    torch.cuda._sleep(ASLEEP)
+    awake = torch.cuda.Event()
+    awake.record()
+    opt.step(loss=loss)
+    assert not awake.query(), "the host waited for the device"
+    assert opt.flush()[-1].clip_coef == pytest.approx(0.25 / math.sqrt(sum(SIZES)))
+
+
+def test_a_spike_and_a_nan_are_skipped_without_waiting(no_sync):
+    parameters = parameters_of()
+    opt = guarded(parameters, max_norm=None)
+    loss = torch.ones((), device="cuda")
+    values = [1.0, 1.1, 0.9, 1.0, 1.0, 500.0, math.nan, 1.0]
+    opt.step(loss=loss)
+    with no_sync():
+        for value in values[1:]:
+            give(parameters, value)
+            opt.step(loss=loss)
+    actions = [r.action for r in opt.flush()]
+    assert actions == ["applied"] * 5 + ["skipped"] * 2 + ["applied"]
+    assert all(p.isfinite().all() for p in parameters)
+
+
+def asleep():
+    """A stream that is busy for a while; what is queued there comes late."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(ASLEEP)
+    return stream
+
+
+def test_numbers_that_a_late_stream_is_to_bring_are_awaited_or_brought_again():
+    """Limits and rules are kept: a stream that reads them first must not read what is not there."""
+    parameters = [parameters_of(100.0) for _ in range(4)]
+    rule = {"grad_norm": Threshold(max=17.25)}
+    opts = [guarded(p, max_norm=None, spike=rule) for p in parameters[:2]]
+    fastguard.clip_grad_norm_(parameters[2], 1.0)  # compiles
+    give(parameters[2], 100.0)
+    guarded(parameters_of(), max_norm=None, spike={"grad_norm": Threshold(max=1e9)}).step()
+    torch.cuda.synchronize()
+    late, early = asleep(), torch.cuda.Stream()
+    with torch.cuda.stream(late):
+        fastguard.clip_grad_norm_(parameters[2], 0.625)
+        opts[0].step()
+    with torch.cuda.stream(early):
+        fastguard.clip_grad_norm_(parameters[3], 0.625)
+        opts[1].step()
+    torch.cuda.synchronize()
+    for clipped in parameters[2:]:
+        norm = torch.cat([p.grad for p in clipped]).double().norm()
+        assert norm.item() == pytest.approx(0.625, rel=1e-5)
+    assert [opt.skipped_steps for opt in opts] == [1, 1]
+
+
+def test_streams_that_take_turns_take_the_steps_of_one():
+    torch.manual_seed(1)
+    gradients = [[torch.randn(n, device="cuda") for n in SIZES] for _ in range(6)]
+    gradients[3][1][7] = math.nan
+    results = []
+    for n_streams in (1, 3):
+        streams = [torch.cuda.Stream() for _ in range(n_streams)]
+        parameters = parameters_of()
+        opt = guarded(parameters)
+        torch.cuda.synchronize()
+        for step, given in enumerate(gradients):
+            before, stream = streams[(step - 1) % n_streams], streams[step % n_streams]
+            stream.wait_stream(before)
+            with torch.cuda.stream(stream):
+                for p, g in zip(parameters, given, strict=True):
+                    p.grad = g.clone()
+                opt.step(loss=1.0 + step)
+        torch.cuda.synchronize()
+        results.append((opt.flush(), [p.detach() for p in parameters]))
+    (records, weights), (others, more) = results
+    assert records == others and records[3].culprits[0][1:] == (1, 0, 0)
+    assert all(map(torch.equal, weights, more))
