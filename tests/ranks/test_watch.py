@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -200,19 +201,69 @@ def test_another_communication_hook_does_the_reduction(two: Ranks) -> None:
     assert two.run(compressed) == [(0, True), (0, True)]
 
 
-def many_flushes() -> Any:
+UNSHARDED = 4 * (4 * 8 + 8 + 8 * 2 + 2)  # bytes of the gradients of a Net
+
+
+def portions(flush_bytes: int) -> list[tuple[list[int], list[int], Any]]:
+    """How many gradients were measured in each call, in `backward` and in `step`, of two steps."""
     import fastguard.ranks.watch as watch
 
-    watch.FLUSH_BYTES = 40  # after the bias, and again after the weight
+    sizes: list[int] = []
+    measure, default = RankWatch._measure, watch.FLUSH_BYTES
+
+    def counting(self: RankWatch, gradients: Any) -> None:
+        sizes.append(len(gradients))
+        measure(self, gradients)
+
+    RankWatch._measure, watch.FLUSH_BYTES = counting, flush_bytes  # type: ignore[method-assign]
     try:
         model, opt, _ = build("fsdp")
-        return step(model, opt, {1: NAN}).culprit_rank
+        found = []
+        for _ in range(2):
+            opt.zero_grad()
+            model(torch.ones(1, 4), NAN if dist.get_rank() else 0.0).square().mean().backward()
+            backward = [*sizes]
+            sizes.clear()
+            opt.step()
+            found.append((backward, [*sizes], opt.records()[-1].culprit_rank))
+            sizes.clear()
+        return found
     finally:
-        watch.FLUSH_BYTES = 25 * 2**20
+        RankWatch._measure, watch.FLUSH_BYTES = measure, default  # type: ignore[method-assign]
 
 
-def test_gradients_are_measured_in_portions(two: Ranks) -> None:
-    assert two.run(many_flushes) == [1, 1]
+@pytest.mark.parametrize(
+    ("flush_bytes", "in_backward", "in_step"),
+    [(1, [1, 1, 1, 1], []), (UNSHARDED, [4], []), (UNSHARDED + 1, [], [4])],
+    ids=["each", "just enough", "not enough"],
+)
+def test_gradients_are_measured_in_portions(
+    two: Ranks, flush_bytes: int, in_backward: list[int], in_step: list[int]
+) -> None:
+    assert two.run(portions, flush_bytes) == [[(in_backward, in_step, 1)] * 2] * 2
+
+
+def after_removal() -> tuple[list[int], int, int, list[bool]]:
+    model, opt, watch = build("fsdp")
+    handles = []
+    for i in range(3):
+        step(model, opt, {}, i)
+        handles.append(len(watch._handles))
+    model(torch.ones(1, 4)).sum().backward()
+    held = [weakref.ref(grad) for _, grad in watch._waiting]
+    watch.remove()
+    watch.remove()
+    left = len(watch._handles)
+    opt.zero_grad()
+    dead = [ref() is None for ref in held]
+    model(torch.ones(1, 4)).sum().backward()
+    return handles, left, len(watch._waiting), dead
+
+
+def test_a_watch_that_ended_holds_and_hears_nothing(two: Ranks) -> None:
+    for handles, left, waiting, dead in two.run(after_removal):
+        assert handles[0] > 0 and handles == handles[:1] * 3  # no hook is put on twice
+        assert (left, waiting, dead) == (0, 0, [True] * 4)
 
 
 def unused_parameters() -> tuple[Any, Any]:
@@ -266,6 +317,21 @@ def a_sum(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     assert work is not None
     return work.get_future().then(lambda future: future.value()[0])
+
+
+def a_hook_for_shards() -> tuple[str, bool, bool]:
+    model, opt, _ = build("fsdp", watched=False)
+    hooks = [len(module._forward_pre_hooks) for module in model.modules()]
+    with pytest.raises(ValueError) as refused:
+        RankWatch(opt, model, comm_hook=a_sum)
+    same = hooks == [len(module._forward_pre_hooks) for module in model.modules()]
+    return str(refused.value), opt.rank_watch is None, same
+
+
+def test_a_communication_hook_for_shards_is_refused_and_nothing_is_changed(two: Ranks) -> None:
+    for message, unwatched, same in two.run(a_hook_for_shards):
+        assert "fully_shard (which takes no comm_hook)" in message
+        assert unwatched and same
 
 
 def overflowing() -> Any:
