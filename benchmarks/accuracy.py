@@ -15,6 +15,7 @@ from torch import Tensor
 import fastguard
 from benchmarks.suite import EXTREMES, model_shapes
 from fastguard.bench.runner import relative_error
+from fastguard.bench.targets import MODELS
 from fastguard.bench.workload import Case, Workload, float64_norm
 
 MAGNITUDES = (1e-30, 1.0, 1e20)
@@ -27,11 +28,11 @@ FIELD = tuple(NORMS)
 
 
 def accuracy_cases() -> list[Case]:
-    """The gradients of the table of targets."""
-    gpt2 = model_shapes("gpt2-124m")
+    """The gradients of the table of targets, and every model that is read in a second."""
+    models = [name for name in MODELS if name != "llama-3.2-1b"]
     return [
-        Case("gpt2-124m", gpt2, FIELD),
-        Case("gpt2-124m", gpt2, FIELD, dtype="bf16"),
+        *(Case(name, model_shapes(name), FIELD) for name in models),
+        Case("gpt2-124m", model_shapes("gpt2-124m"), FIELD, dtype="bf16"),
         Case("1000 x 10k", EXTREMES["1000 x 10k"], FIELD),
         Case("5000 x 100", EXTREMES["5000 x 100"], FIELD),
     ]

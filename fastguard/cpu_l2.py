@@ -154,7 +154,8 @@ class _Blocks:
             return sums
         # The method asks neither for overrides nor for other dtypes, as numpy.vdot does: 0.2 µs.
         dots = map(np.ndarray.dot, self.middling, self.middling)
-        return np.concatenate([sums, np.fromiter(dots, np.float64, len(self.middling))])
+        with np.errstate(over="ignore", invalid="ignore"):  # infinite: the caller looks again
+            return np.concatenate([sums, np.fromiter(dots, np.float64, len(self.middling))])
 
     def exact_power_sums(self, numbers: Sequence[int]) -> list[float]:
         """The sums of squares of the blocks of these numbers, in float64."""

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from fastguard import cpu_l2
+from fastguard import cpu, cpu_l2
+from fastguard.buckets import bucketize
 from guardtest.cpu_norms import BELOW_FLOAT64, LONG, SHORT, assert_norm_is_true, blocks, norm_of
 from guardtest.grads import DTYPES
 
@@ -96,6 +97,14 @@ def test_random_signs_and_integers():
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_magnitudes_whose_squares_leave_float32(dtype, n, magnitude):
     assert_norm_is_true((torch.randn(n) * magnitude).to(DTYPES[dtype]))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [1e20, math.inf, math.nan])
+def test_squares_that_overflow_are_no_warning(value):
+    for n in (cpu_l2.BLOCK, cpu_l2.ALONE, cpu_l2.LARGE):
+        (bucket,) = bucketize([torch.full((n,), value) for _ in range(80)]).buckets
+        cpu.measure(bucket, 1, 2.0)
 
 
 @pytest.mark.parametrize("magnitude", [6e-8, 1e-4, 6e4])
