@@ -209,10 +209,55 @@ def test_a_group_added_later_that_is_not_fused_changes_the_road():
     assert (opt.applied_steps, opt.skipped_steps) == (3, 1)
 
 
-def test_sync_free_says_which_road_holds():
-    parameters = new_parameters()
-    for inner in (torch.optim.AdamW(parameters, fused=True), torch.optim.NAdam(parameters)):
-        assert GuardedOptimizer(inner).sync_free  # a CPU never waits
+def fused_with_hook(parameters):
+    inner = torch.optim.AdamW(parameters, fused=True)
+    inner.register_step_post_hook(lambda *_: None)
+    return inner
+
+
+@pytest.mark.parametrize(
+    ("inner", "mode", "expected"),
+    [
+        (lambda ps: torch.optim.AdamW(ps, fused=True), "skip", True),
+        (lambda ps: torch.optim.AdamW(ps, fused=True), "zero", True),
+        (lambda ps: torch.optim.AdamW(ps, fused=True), "raise", False),
+        (torch.optim.NAdam, "skip", False),
+        (torch.optim.LBFGS, "skip", False),
+        (fused_with_hook, "skip", False),
+    ],
+    ids=["fused", "zero", "raise", "NAdam", "LBFGS", "inner hook"],
+)
+def test_sync_free_says_whether_a_step_waits_for_the_device(inner, mode, expected):
+    opt = GuardedOptimizer(inner(new_parameters()), nonfinite=mode)
+    assert opt.sync_free  # a CPU never waits
+    opt._device = torch.device("meta")  # any device whose numbers are not on the host
+    assert opt.sync_free is expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", NONFINITE)
+@pytest.mark.parametrize("kwargs", [{"fused": True}, {"foreach": True}], ids=["fused", "foreach"])
+def test_16_bit_training_without_a_scaler_skips_and_says_so(dtype, kind, kwargs, caplog):
+    """Where a GradScaler does the skipping, bfloat16 has none, and no skip is ever told."""
+    parameters = new_parameters(dtype=dtype)
+    named = [(f"w{i}", p) for i, p in enumerate(parameters)]
+    inner = torch.optim.AdamW(parameters, lr=0.1, **kwargs)
+    opt = GuardedOptimizer(inner, max_norm=1.0, named_parameters=named)
+    for step in range(4):
+        give_gradients(parameters, step)
+        before = snapshot(opt)
+        if step == 2:
+            poison(parameters, NONFINITE[kind], at=1)
+            opt.step(tag="batch 7")
+            assert_same_bits(snapshot(opt), before)
+        else:
+            opt.step()
+            assert not torch.equal(snapshot(opt)["p0"], before["p0"])
+    assert [r.action == "skipped" for r in opt.records()] == [False, False, True, False]
+    (warning,) = [r for r in caplog.records if r.levelname == "WARNING"]
+    message = warning.getMessage()
+    assert "step 3 skipped (tag batch 7) because of nonfinite_grad" in message
+    assert "w1" in message
 
 
 def test_skipping_never_multiplies_by_zero():

@@ -42,7 +42,8 @@ def optimizer_classes() -> list[type[Optimizer]]:
 def variants() -> list[tuple[str, type[Optimizer], dict[str, Any]]]:
     """`(id, class, keyword arguments)` of each optimizer, setting and implementation.
 
-    capturable=True is missing: torch asserts a GPU for it.
+    capturable=True is there for fused ones; in the other implementations torch asserts a GPU for
+    it: see tests/gpu/test_optimizer_capturable.
     """
     listed = []
     for cls in optimizer_classes():
@@ -54,6 +55,8 @@ def variants() -> list[tuple[str, type[Optimizer], dict[str, Any]]]:
             implementations = [{"foreach": False}, {"foreach": True}]
         if "fused" in accepts:
             implementations.append({"fused": True})
+            if "capturable" in accepts:
+                implementations.append({"capturable": True, "fused": True})
         for i, setting in enumerate(SETTINGS.get(cls.__name__, ({},))):
             for kwargs in implementations:
                 how = next(iter(kwargs), "plain")
@@ -121,7 +124,7 @@ def same_bits(a: Any, b: Any) -> bool:
 
 
 def _bytes(x: Tensor) -> bytes:
-    return x.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def assert_same_bits(actual: dict[str, Any], expected: dict[str, Any]) -> None:
