@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-_SIGNED = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.float64}
+_COMPARABLE = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.float64}
 """What holds the values of integers that torch can store and not compare."""
 
 Limit = float | Mapping[str, float] | None
@@ -182,7 +182,7 @@ def _ends(x: Tensor) -> Tensor:
         x = x.view(torch.uint8)
     elif x.is_floating_point() and x.dtype.itemsize == 1:
         x = x.float()  # 8-bit floats have no minimum
-    x = x.to(_SIGNED.get(x.dtype, x.dtype))
+    x = x.to(_COMPARABLE.get(x.dtype, x.dtype))
     if not x.numel():
         return torch.tensor([math.inf, -math.inf], dtype=torch.float64)
     return torch.stack(x.aminmax()).double()

@@ -15,6 +15,7 @@ import dataclasses
 import fnmatch
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,7 +32,7 @@ from fastguard.rollback import Rollback
 from fastguard.rules import Rule
 from fastguard.schedule import GuardedLR, Warmup
 from fastguard.sinks import JsonLinesSink, TensorBoardSink
-from fastguard.strict_settings import build, nearest, parse
+from fastguard.strict_settings import build, nearest, parse, refuse_empty_sections
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -188,7 +189,9 @@ class GuardConfig:
         path = Path(path)
         text = path.read_text()
         try:
-            return cls.from_dict(parse(text, path.suffix))
+            settings = parse(text, path.suffix)
+            refuse_empty_sections(cls, settings)
+            return cls.from_dict(settings)
         except (ValueError, TypeError) as error:
             raise type(error)(f"{path}: {error}") from None
 
@@ -206,12 +209,19 @@ class GuardConfig:
             group: The ranks that decide together, as in `GuardedOptimizer`.
 
         Raises:
-            ValueError: A pattern matches no parameter of the optimizer; nothing was changed.
+            TypeError, ValueError: A pattern matches no parameter of the optimizer, or a setting
+                does not fit it.
+            ImportError, OSError: Records cannot go where they should.
+
+        After any of these the optimizer is as it was.
         """
         names = {id(p): name for name, p in model.named_parameters()}
         before = optimizer.param_groups
-        optimizer.param_groups = self._with_own_limits(before, names)
-        try:
+        groups = self._with_own_limits(before, names)
+        with ExitStack() as undo:
+            sinks = self._open_sinks(undo)  # first: what cannot be opened has touched nothing
+            undo.callback(setattr, optimizer, "param_groups", before)
+            optimizer.param_groups = groups
             guarded = GuardedOptimizer(
                 optimizer,
                 spike=self.spike,
@@ -219,14 +229,9 @@ class GuardConfig:
                 group=group,
                 **dataclasses.asdict(self.guard),
             )
-        except (TypeError, ValueError):
-            optimizer.param_groups = before
-            raise
-        if self.records.jsonl is not None:
-            size, keep = self.records.max_bytes, self.records.keep
-            guarded.add_sink(JsonLinesSink(self.records.jsonl, max_bytes=size, keep=keep))
-        if self.records.tensorboard is not None:
-            guarded.add_sink(TensorBoardSink(self.records.tensorboard))
+            undo.pop_all()
+        for sink in sinks:
+            guarded.add_sink(sink)
         return guarded
 
     def lr(self, optimizer: GuardedOptimizer, schedule: LRScheduler | None = None) -> GuardedLR:
@@ -271,6 +276,18 @@ class GuardConfig:
         if self.activations is None:
             return None
         return ActivationGuard(model, **dataclasses.asdict(self.activations))
+
+    def _open_sinks(self, undo: ExitStack) -> list[JsonLinesSink | TensorBoardSink]:
+        """Where records go, open, and closed again by `undo`."""
+        sinks: list[JsonLinesSink | TensorBoardSink] = []
+        if self.records.jsonl is not None:
+            size, keep = self.records.max_bytes, self.records.keep
+            sinks.append(JsonLinesSink(self.records.jsonl, max_bytes=size, keep=keep))
+            undo.callback(sinks[-1].close)
+        if self.records.tensorboard is not None:
+            sinks.append(TensorBoardSink(self.records.tensorboard))
+            undo.callback(sinks[-1].close)
+        return sinks
 
     def _with_own_limits(
         self, groups: list[dict[str, Any]], names: Mapping[int, str]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -71,6 +72,31 @@ def build(cls: type[T], settings: Any, path: str) -> T:
         raise type(error)(f"{path}: {error}") from None
 
 
+def refuse_empty_sections(cls: type, settings: Any, path: str = "") -> None:
+    """In a file a section that is there and empty reads as None, which would mean "none".
+
+    Args:
+        cls: The dataclass that the settings are for.
+        settings: As they were read.
+        path: How the errors call it.
+
+    Raises:
+        ValueError: A section is empty.
+    """
+    hints = typing.get_type_hints(cls)
+    for key, value in settings.items() if isinstance(settings, Mapping) else ():
+        hint = hints.get(key)
+        kinds = [h for h in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(h)]
+        if len(kinds) != 1:
+            continue
+        where = _join(path, key)
+        if value is None:
+            raise ValueError(
+                f"{where} is empty: leave it out, or write {key}: {{}} for its defaults"
+            )
+        refuse_empty_sections(kinds[0], value, where)  # type: ignore[arg-type]
+
+
 def _check(value: Any, hint: Any, path: str) -> Any:
     """The value as the type that is asked for; integers serve as floats, nothing else is bent."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -94,7 +120,20 @@ def _check(value: Any, hint: Any, path: str) -> Any:
         if not isinstance(value, bool) or hint is bool:
             return value
     name = getattr(hint, "__name__", str(hint))
-    raise TypeError(f"{path}={value!r} is of type {type(value).__name__}, expected {name}")
+    text = _as_number(value) if hint is float and isinstance(value, str) else ""
+    raise TypeError(f"{path}={value!r} is of type {type(value).__name__}, expected {name}{text}")
+
+
+def _as_number(text: str) -> str:
+    """What an error adds about a number that is text: to YAML `1e-6` is, and `1.0e-6` is not."""
+    try:
+        if not math.isfinite(float(text)):
+            return ""
+    except ValueError:
+        return ""
+    mantissa, _, exponent = text.lower().partition("e")
+    mantissa = mantissa if "." in mantissa else f"{mantissa}.0"
+    return f"; write {mantissa}e{int(exponent):+d}" if exponent else f"; write {mantissa}"
 
 
 def _check_any(value: Any, hints: tuple[Any, ...], path: str) -> Any:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastguard import GuardConfig, SpikeRule, Threshold, read_records
+from fastguard import GuardConfig, JsonLinesSink, SpikeRule, Threshold, read_records
 from guardtest import require
 
 TOML = """
@@ -187,6 +189,33 @@ def test_the_split_optimizer_still_trains_every_parameter_once() -> None:
     assert all(g["lr"] == 0.01 for g in opt.param_groups)
 
 
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"records": {"jsonl": "/proc/nowhere/r.jsonl"}}, OSError),
+        ({"records": {"jsonl": "r.jsonl", "tensorboard": "/proc/nowhere"}}, OSError),
+        ({"records": {"jsonl": "r.jsonl"}, "guard": {"max_norm": -1.0}}, ValueError),
+    ],
+    ids=["jsonl", "tensorboard", "guard"],
+)
+def test_a_wrap_that_fails_changes_nothing(
+    settings, error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require("tensorboard")
+    monkeypatch.chdir(tmp_path)
+    closed: list[JsonLinesSink] = []
+    monkeypatch.setattr(JsonLinesSink, "close", lambda sink: closed.append(sink))
+    model = Sdf()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    groups, hooks = inner.param_groups, len(inner._optimizer_step_pre_hooks)
+    config = GuardConfig.from_dict({"groups": {"*bias": {"clip_value": 1.0}}, **settings})
+    with pytest.raises(error):
+        config.wrap(model, inner)
+    assert inner.param_groups is groups and len(groups) == 1
+    assert len(inner._optimizer_step_pre_hooks) == hooks
+    assert len(closed) == (settings["records"]["jsonl"] == "r.jsonl")
+
+
 def test_own_limits_of_some_parameters() -> None:
     """The first pattern counts; what a section leaves out stays as the group had it."""
     model, other = Sdf(), torch.nn.Parameter(torch.zeros(1))
@@ -281,6 +310,61 @@ def test_files_that_do_not_parse_are_named(tmp_path: Path) -> None:
             GuardConfig.from_file(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         GuardConfig.from_file(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "write"),
+    [
+        ("rollback:", "rollback", "rollback: {}"),
+        ("rollback: null", "rollback", "rollback: {}"),
+        ("schedule: {warmup: }", "schedule.warmup", "warmup: {}"),
+        ("guard:\nbatch: {}", "guard", "guard: {}"),
+    ],
+)
+def test_an_empty_section_of_yaml_is_not_silently_off(
+    text: str, name: str, write: str, tmp_path: Path
+) -> None:
+    require("yaml")
+    path = tmp_path / "guard.yaml"
+    path.write_text(text)
+    says = rf"guard\.yaml: {name} is empty: leave it out, or write {write} for its defaults"
+    with pytest.raises(ValueError, match=says):
+        GuardConfig.from_file(path)
+
+
+def test_what_a_configuration_holds_makes_it_again() -> None:
+    config = GuardConfig.from_dict({"rollback": {}, "schedule": {"warmup": {"steps": 3}}})
+    assert config.rollback is not None and config.batch is None
+    assert GuardConfig.from_dict(dataclasses.asdict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("given", "write"),
+    [
+        ("1e-6", "1.0e-6"),
+        ("1e6", "1.0e+6"),
+        ("-2.5e3", "-2.5e+3"),
+        (".5E3", ".5e+3"),
+        ("'0.5'", "0.5"),
+        ("'7'", "7.0"),
+    ],
+)
+def test_a_number_that_yaml_takes_for_text(given: str, write: str, tmp_path: Path) -> None:
+    yaml = require("yaml")
+    assert isinstance(yaml.safe_load(write), float)
+    path = tmp_path / "guard.yaml"
+    for text in (
+        f"schedule: {{floor: {given}}}",
+        f"schedule: {{floor: [1.0, {given}]}}",
+        f"guard: {{max_norm: {given}}}",
+    ):
+        path.write_text(text)
+        with pytest.raises(TypeError, match=rf"expected float; write {re.escape(write)}$"):
+            GuardConfig.from_file(path)
+    for text in ("high", "'inf'"):
+        path.write_text(f"guard: {{max_norm: {text}}}")
+        with pytest.raises(TypeError, match=r"is of type str, expected float$"):
+            GuardConfig.from_file(path)
 
 
 def test_yaml_is_read_and_not_run_and_may_be_empty(tmp_path: Path) -> None:
