@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastguard.measure import GradStats
-from fastguard.transfer import moved
+from fastguard.transfer import current_stream_of, numbers_on
 
 if TYPE_CHECKING:
     from fastguard.ranks.loss_names import LossNames
@@ -69,13 +69,16 @@ class Signals:
     @staticmethod
     def none(device: torch.device) -> Signals:
         """No losses, no scaler."""
-        if device.type == "cpu":
-            return _NOTHING
+        return _nothing(device)
+
+
+@functools.cache
+def _nothing(device: torch.device) -> Signals:
+    """Made once: it would cost each clipping 2 µs. There is nothing in it to write to, or to wait
+    for.
+    """
+    with torch.inference_mode(False):
         return Signals(torch.empty(0, dtype=torch.float64, device=device))
-
-
-# Made once: it would cost each clipping on a CPU 2 µs. There is nothing in it to write to.
-_NOTHING = Signals(torch.empty(0, dtype=torch.float64, device="cpu"))
 
 
 def reduce(
@@ -177,11 +180,18 @@ def _read_on_host(signals: Signals) -> Signals:
     return replace(signals, losses=signals.losses[places], loss_names=names, given=None)
 
 
-@functools.lru_cache(maxsize=256)
 def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers that are the same step after step, on the device once."""
-    # Not torch.tensor(..., device=device), which waits for the device.
-    return moved(torch.tensor(values, dtype=dtype, device="cpu"), device)
+    """Numbers that are the same step after step, on the device once for each stream."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return numbers_on(values, device, dtype)  # a part of the graph: not there before it runs
+    return _kept_constant(values, dtype, device, current_stream_of(device))
+
+
+@functools.lru_cache(maxsize=256)
+def _kept_constant(
+    values: tuple[float, ...], dtype: torch.dtype, device: torch.device, stream: int
+) -> Tensor:
+    return numbers_on(values, device, dtype)
 
 
 def _whole_counts(counts: Tensor) -> Tensor:

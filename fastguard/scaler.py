@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastguard.transfer import moved
+from fastguard.transfer import moved, numbers_on
 
 _NEAREST = 12  # frames between GradScaler.step and ours: hooks, profiler, a scheduler's counter
 
@@ -28,8 +28,9 @@ def handed_over(optimizer: Optimizer, device: torch.device) -> tuple[Tensor | No
         inv_scale = moved(scale.double(), device).reshape(()).reciprocal()
     found = getattr(optimizer, "found_inf", None)
     if found is not None:
-        # The number 0 where a rank had no gradient to look at.
-        found_inf = moved(torch.as_tensor(found), device).reshape(())
+        if not isinstance(found, Tensor):  # the number 0 where a rank had no gradient to look at
+            found = numbers_on((float(found),), device, torch.float32)
+        found_inf = moved(found, device).reshape(())
     return inv_scale, found_inf
 
 

@@ -1,9 +1,13 @@
-"""Small tensors on their way between devices."""
+"""Small tensors and a few numbers on their way between devices."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+FEW = 2  # numbers that are cheaper to fill in one by one than to copy from pinned memory
 
 
 def moved(t: Tensor, device: torch.device) -> Tensor:
@@ -15,3 +19,30 @@ def moved(t: Tensor, device: torch.device) -> Tensor:
     if t.device == device:  # half the time of a `to` that has nothing to do
         return t
     return t.to(device, non_blocking=device.type != "cpu")
+
+
+def numbers_on(
+    values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Numbers of the host as a tensor `(n,)`. Waits for nothing, and fits into a CUDA graph.
+
+    To a GPU no copy from pageable memory does both. As the argument of a fill a number is a part of
+    the launch; many travel from pinned memory, which a graph would have to keep.
+    """
+    if device.type != "cuda":
+        return moved(torch.tensor(values, dtype=dtype, device="cpu"), device)
+    if len(values) == 1:
+        return torch.full((1,), values[0], dtype=dtype, device=device)
+    if 0 < len(values) <= FEW or torch.cuda.is_current_stream_capturing():
+        filled = [torch.full((1,), value, dtype=dtype, device=device) for value in values]
+        return torch.cat(filled) if filled else torch.empty(0, dtype=dtype, device=device)
+    pinned = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=True)
+    return pinned.to(device, non_blocking=True)
+
+
+def current_stream_of(device: torch.device) -> int:
+    """The address of the stream that work on a device is queued on now; 0 off a GPU.
+
+    What is kept for later calls is kept for one stream: to another it may not have come yet.
+    """
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
