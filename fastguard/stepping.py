@@ -9,7 +9,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from fastguard.decide import Verdict
@@ -43,6 +48,7 @@ class FoundInf:
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
         self._careful = ReadFirst(optimizer)
+        self._complete: tuple[int, int, int] | None = None  # when each parameter had its buffer
 
     def step(self, verdict: Verdict) -> None:
         if self.waits or self._creates_momentum():
@@ -66,16 +72,28 @@ class FoundInf:
         return any(hooks)
 
     def _creates_momentum(self) -> bool:
+        """Whether a parameter would get its momentum buffer now. Looks at all of them until each
+        has one, and then again only if the optimizer's groups or its state are others.
+        """
         if not isinstance(self.optimizer, torch.optim.SGD):
             return False
         state = self.optimizer.state
-        for group in self.optimizer.param_groups:
-            if group["momentum"] == 0:
-                continue
-            for p in group["params"]:
-                if p.grad is not None and state.get(p, {}).get("momentum_buffer") is None:
+        groups = [g["params"] for g in self.optimizer.param_groups if g["momentum"] != 0]
+        seen = (id(state), len(state), sum(map(len, groups)))
+        if seen == self._complete and all(_has_buffer(state, g[0]) for g in groups if g):
+            return False
+        complete = True
+        for p in chain.from_iterable(groups):
+            if not _has_buffer(state, p):
+                if p.grad is not None:
                     return True
+                complete = False
+        self._complete = seen if complete else None
         return False
+
+
+def _has_buffer(state: Mapping[Tensor, Mapping[str, Any]], p: Tensor) -> bool:
+    return state.get(p, {}).get("momentum_buffer") is not None
 
 
 def road_of(optimizer: Optimizer) -> FoundInf | ReadFirst | WholeStep:

@@ -42,3 +42,31 @@ def test_momentum_buffers_are_created_on_the_reading_road():
     inner.param_groups[0]["momentum"] = 0
     inner.state.clear()
     assert not road._creates_momentum()
+
+
+def test_momentum_buffers_are_looked_for_until_all_are_there(monkeypatch):
+    (p, q, *_) = parameters = parameters_for(torch.optim.SGD)
+    groups = [{"params": [p]}, {"params": [q]}]
+    inner = torch.optim.SGD(groups, lr=0.1, momentum=0.9, fused=True)
+    road = road_of(inner)
+    p.grad = torch.ones_like(p)
+    inner.step()
+    assert not road._creates_momentum()
+    q.grad = torch.ones_like(q)
+    assert road._creates_momentum()  # its first gradient comes later
+    inner.step()
+    assert not road._creates_momentum()
+    with monkeypatch.context() as patch:
+        patch.setattr("fastguard.stepping.chain", None)
+        assert not road._creates_momentum()  # without a look at the parameters
+    inner.load_state_dict(inner.state_dict())
+    assert not road._creates_momentum()
+    inner.add_param_group({"params": parameters[2:3]})
+    parameters[2].grad = torch.ones_like(parameters[2])
+    assert road._creates_momentum()
+    inner.step()
+    assert not road._creates_momentum()
+    for values in inner.state.values():
+        values["momentum_buffer"] = None
+    inner.load_state_dict(inner.state_dict())  # as of an optimizer that has not stepped yet
+    assert road._creates_momentum()
