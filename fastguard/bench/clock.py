@@ -14,6 +14,11 @@ from typing import NamedTuple
 
 import torch
 
+CYCLES = 2_000_000  # of one reading: a millisecond at full clock
+WARM_S, GIVE_UP_S = 0.1, 1.0
+SAME = 0.02
+SHORTEST_SLEEP_MS = 0.2  # the host may take longer than the time before
+
 
 class Sample(NamedTuple):
     """Milliseconds. `wall`: until the result is there. `host`: until the call returned. `device`:
@@ -63,14 +68,27 @@ class Clock:
             return Sample(elapsed, elapsed, elapsed)
         return self._sample_cuda(call, prepare)
 
-    def _calibrate(self, cycles: int = 2_000_000) -> float:
-        """Cycles that `torch.cuda._sleep` passes in a millisecond."""
+    def _calibrate(self) -> float:
+        """Cycles that `torch.cuda._sleep` passes in a millisecond.
+
+        A card that had nothing to do runs at a fraction of its clock, and would sleep through a
+        fraction of the time afterwards: it is kept busy first, until two readings agree.
+        """
+        start = time.perf_counter()
+        self._cycles_in_ms(CYCLES)  # loads the kernel
+        last, now = self._cycles_in_ms(CYCLES), self._cycles_in_ms(CYCLES)
+        while (passed := time.perf_counter() - start) < WARM_S or abs(now / last - 1.0) > SAME:
+            if passed > GIVE_UP_S:
+                break  # a clock that goes on changing: the longer sleep is the safe one
+            last, now = now, self._cycles_in_ms(CYCLES)
+        return max(last, now)
+
+    def _cycles_in_ms(self, cycles: int) -> float:
         before, after = self._events
-        for _ in range(2):  # the first one also loads the kernel
-            before.record()
-            torch.cuda._sleep(cycles)
-            after.record()
-            after.synchronize()
+        before.record()
+        torch.cuda._sleep(cycles)
+        after.record()
+        after.synchronize()
         return cycles / before.elapsed_time(after)
 
     def _sample_cuda(
@@ -88,7 +106,7 @@ class Clock:
         if prepare:
             prepare()
         # Twice the time that the host just took, so that it is done before the device begins.
-        torch.cuda._sleep(int(self._cycles_per_ms * host * 2e3))
+        torch.cuda._sleep(int(self._cycles_per_ms * max(host * 2e3, SHORTEST_SLEEP_MS)))
         before, after = self._events
         before.record()
         call()
