@@ -141,7 +141,7 @@ class Folder:
         for path in leftovers:
             with contextlib.suppress(CheckpointError, OSError):
                 known = manifest.read(self.path)
-                if known is None or path.name not in {e.file for e in known.entries}:
+                if known is None or path.name not in known.files:
                     files.remove(path)
 
     def verify(self, entry: Entry) -> tuple[Entry, str | None]:
@@ -225,9 +225,11 @@ class Folder:
             self._manifest = after
             self._bring_files_in_line()
         except BaseException:
-            # Before the rename or behind it? The disk knows.
+            # Before the rename or behind it? The disk knows, but not the verdicts that it refused.
             with contextlib.suppress(CheckpointError, OSError):
-                self._manifest = manifest.read(self.path) or self._manifest
+                known = manifest.read(self.path)
+                if known is not None and known.files == after.files:
+                    self._manifest = after
             raise
 
     def _bring_files_in_line(self) -> None:

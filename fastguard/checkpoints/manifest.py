@@ -115,6 +115,11 @@ class Manifest:
     ignore: tuple[str, ...] = ()
     next_serial: int = 1
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the checkpoints that count."""
+        return tuple(entry.file for entry in self.entries)
+
     def write(self, folder: Path) -> None:
         """Replaces the manifest of a folder, atomically."""
         body = {

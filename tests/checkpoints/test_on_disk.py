@@ -277,12 +277,17 @@ def test_damage_is_known_to_the_process_even_if_it_cannot_be_written_down(
         save(store, 0)
         corrupt(tmp_path / save(store, 1).file)
 
-        def fail(*_):
-            raise OSError(28, "No space left on device")
+        fsync = os.fsync
+
+        def fail(handle):
+            if "manifest" in os.readlink(f"/proc/self/fd/{handle}"):
+                raise OSError(28, "No space left on device")
+            fsync(handle)
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", fail)
             assert [check.ok for check in store.verify()] == [True, False]
+            assert save(store, 2) is None
         assert "cannot be written: [Errno 28] No space left" in caplog.text
         assert store.last_clean().step == 0
 

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from fastguard import CheckpointStore, GuardedOptimizer, Replicated
-from fastguard.checkpoints import CheckpointError, files, shard_looking
+from fastguard.checkpoints import CheckpointError, files, manifest, shard_looking
 from guardtest.ranks import Ranks
 
 NAN = float("nan")
@@ -223,6 +223,32 @@ def test_a_full_disk_of_one_rank_stops_the_save_of_all_and_no_run(
     for found, (message,) in two.run(failing_disk, tmp_path, failing):
         assert found == [1, None, 1, 2]
         assert "step 2 was NOT saved: [Errno 28] No space left on device" in message
+
+
+def failing_behind_the_manifest(folder: Path) -> list[Any]:
+    sync = files.sync_folder
+
+    def fail(path: Path) -> None:
+        if path == folder and 1 in [e.step for e in manifest.read(folder).entries]:
+            raise OSError(5, "Input/output error")
+        sync(path)
+
+    with store_of(folder, keep=1) as store:
+        store.save(w={"w": torch.ones(3)}, step=0)
+        files.sync_folder = fail if dist.get_rank() == 0 else sync
+        try:
+            found = [store.save(w={"w": torch.ones(3)}, step=1)]
+        finally:
+            files.sync_folder = sync
+        found += [[e.step for e in store.list()], store.load("last-clean").step]
+        return [*found, store.save(w={"w": torch.ones(3)}, step=2).step]
+
+
+def test_ranks_agree_on_a_save_whose_manifest_alone_reached_the_disk(
+    two: Ranks, tmp_path: Path
+) -> None:
+    assert two.run(failing_behind_the_manifest, tmp_path) == [[None, [1], 1, 2]] * 2
+    assert len(list(tmp_path.glob("*.sharded"))) == 1
 
 
 def die_while_saving(folder: Path, dying: int, moment: str) -> None:
