@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +17,13 @@ case "$*" in
     *"-m benchmarks.gpu"*)
         echo "path $PYTHONPATH"
         echo '{"machine": {"card": "A Card 9"}, "commit": "abc"}' > "$5"
-        exit 7 ;;
-    *"-m pytest"*) echo "path $PYTHONPATH"; echo "1 failed, 2 passed in 3.00s"; exit 1 ;;
-    *"-m benchmarks.sanitize"* | *nvidia-smi*) exit 3 ;;
+        exit ${FAKE_STATUS:-7} ;;
+    *"-m pytest"*)
+        echo "path $PYTHONPATH"
+        echo "soak of ${FASTGUARD_SOAK_SECONDS:-?} s: $*"
+        echo "1 failed, 2 passed in 3.00s"
+        exit ${FAKE_STATUS:-1} ;;
+    *"-m benchmarks.sanitize"* | *nvidia-smi*) exit ${FAKE_STATUS:-3} ;;
     *) exec {python} "$@" ;;
 esac
 """
@@ -36,8 +41,10 @@ def run(tmp_path):
     python.chmod(0o755)
     env = {**os.environ, "PYTHON": str(python), "OUT": str(tmp_path / "out"), "PYTHONPATH": "/else"}
 
-    def run(*arguments):
-        done = subprocess.run(["bash", script, *arguments], env=env, capture_output=True, text=True)
+    def run(*arguments, **more):
+        done = subprocess.run(
+            ["bash", script, *arguments], env=env | more, capture_output=True, text=True
+        )
         return done, tmp_path
 
     return run
@@ -52,7 +59,7 @@ def test_a_stage_that_fails_stops_no_other(run):
     assert document["commit"] == "abc"
     assert document["tests"] == "1 failed, 2 passed in 3.00s"
     stages = document["stages"]
-    assert list(stages) == ["machine", "install", "benchmarks", "tests", "sanitizer"]
+    assert list(stages) == ["machine", "install", "benchmarks", "tests", "sanitizer", "soak"]
     assert stages["benchmarks"].endswith("exit status 7")
     assert stages["tests"].endswith("exit status 1")
 
@@ -63,7 +70,27 @@ def test_a_package_that_cannot_be_installed_is_staged(run):
     stage = folder / "build" / "stage"
     assert (stage / "fastguard" / "kernels").is_dir()
     paths = [line for line in done.stdout.splitlines() if line.startswith("path ")]
-    assert paths == [f"path {stage}:{folder}:/else", f"path {stage}:/else"]
+    assert paths == [f"path {stage}:{folder}:/else"] + [f"path {stage}:/else"] * 2
+
+
+def test_a_package_that_is_staged_alone_is_no_failure(run):
+    done, folder = run(FAKE_STATUS="0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    document = json.loads((folder / "out" / "gpu-a-card-9.json").read_text())
+    assert document["stages"]["install"].startswith("failed")
+    assert document["stages"]["tests"].startswith("ok")
+
+
+def test_stages_share_one_deadline_and_the_soak_takes_the_rest(run):
+    """Fakes take no time, so that each has what the later ones leave it."""
+    done, _ = run(FASTGUARD_SECONDS="300")
+    limits = dict(re.findall(r"==> (\w+) \(at most (\d+) s\)", done.stdout))
+    assert 160 <= int(limits["tests"]) <= 185
+    tests, soak = re.findall(r"soak of (\S+) s: .* -m (\S.*)", done.stdout)
+    assert tests[0] == "?" and tests[1].startswith("not slow")
+    assert soak == ("120", "slow") and int(limits["soak"]) == 180
+    done, _ = run(FASTGUARD_SECONDS="80", FASTGUARD_SOAK_SECONDS="7.5")
+    assert "soak of 7.5 s" in done.stdout and "==> tests (at most 20 s)" in done.stdout
 
 
 def test_a_dry_run_runs_nothing_and_other_words_are_refused(run):
