@@ -10,24 +10,44 @@ import fastguard
 
 
 def count_syncs(device: torch.device) -> int | None:
-    """Waits that PyTorch sees in ten guarded steps of a fused AdamW; None on a CPU."""
+    """Waits that PyTorch sees in ten guarded steps of a fused AdamW; None on a CPU.
+
+    With a limit that changes, rules, losses on the device and on the host, a loss scaler, and
+    records that are fetched.
+    """
     if device.type != "cuda":
         return None
     parameters = [torch.nn.Parameter(torch.zeros(1000, device=device)) for _ in range(10)]
-    for p in parameters:
-        p.grad = torch.ones_like(p)
     guarded = fastguard.GuardedOptimizer(
         torch.optim.AdamW(parameters, fused=True), max_norm=1.0, spike=fastguard.SpikeRule()
     )
     loss = torch.ones((), device=device)
-    guarded.step(loss=loss)  # creates the optimizer's state
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0)
+    scaler.scale(loss)  # creates its tensors
+
+    def step(k: int) -> None:
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        guarded.max_norm = 1.0 + k % 2
+        losses = {"loss": loss, "aux": 0.5}
+        if k % 3:
+            guarded.step(loss=losses)
+        else:
+            scaler.step(guarded, loss=losses)
+            scaler.update()
+        guarded.records()
+
+    step(0)  # creates the optimizer's state
     torch.cuda.synchronize(device)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            for _ in range(10):
-                guarded.step(loss=loss)
+            for k in range(10):
+                step(k)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(w.message) for w in seen)
+    waits = [str(w.message) for w in seen if "synchronizing" in str(w.message)]
+    for wait in sorted(set(waits)):
+        print(f"a guarded step waited: {wait}")
+    return len(waits)

@@ -13,6 +13,7 @@ from fastguard.bench.results import Result, find
 
 MODELS = ("convnext-t", "gpt2-124m", "llama-3.2-1b", "resnet50", "vit-b16", "yolo11n")
 NOT_MEASURED = "not measured on this machine"
+READ_PASS = "fastguard read pass"  # a contender of `benchmarks.gpu`
 Found = tuple[float, str] | None  # the value, and how it is written
 
 
@@ -100,8 +101,10 @@ def _worst_error(result: Result) -> Found:
 
 
 def _limit(case: str) -> Callable[[Result], Found]:
+    """Of the read pass alone; of the whole call where that was not measured."""
+
     def look_up(result: Result) -> Found:
-        row = find(result, case, "fastguard")
+        row = find(result, case, READ_PASS) or find(result, case, "fastguard")
         return None if row is None else (row["limit_percent"], f"{row['limit_percent']:.0f} %")
 
     return look_up
