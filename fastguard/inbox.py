@@ -57,9 +57,10 @@ class Inbox(deque["StepRecord"]):
 
     def receive(self, records: Sequence[StepRecord]) -> None:
         """Takes in what is expected, and of those that wait for all inboxes what is new here."""
-        self.extend(self._expected)
-        self.extend(records[self._told :])
-        self._expected, self._told = [], 0
+        if self._expected or self._told:
+            records = [*self._expected, *records[self._told :]]
+            self._expected, self._told = [], 0
+        self.extend(records)
         if len(self) == self.maxlen and not self._said:
             self._said = True
             log.warning(

@@ -315,8 +315,9 @@ class Recorder:
         self.wait()
         self.last = None
         self.undelivered.clear()
-        for inbox in self._open_inboxes():
-            inbox.pass_over()
+        for ref in self._inboxes[:]:
+            if (inbox := ref()) is not None:
+                inbox.pass_over()
 
     @property
     def has_subscribers(self) -> bool:
@@ -332,13 +333,11 @@ class Recorder:
     def deliver(self) -> StepRecord | None:
         """Waits for the steps so far and fills the inboxes; the last record."""
         last = self.wait()
-        for inbox in self._open_inboxes():
-            inbox.receive(self.undelivered)
+        for ref in self._inboxes[:]:  # a copy: a subscriber may go meanwhile
+            if (inbox := ref()) is not None:
+                inbox.receive(self.undelivered)
         self.undelivered.clear()
         return last
-
-    def _open_inboxes(self) -> list[Inbox]:
-        return [inbox for ref in self._inboxes[:] if (inbox := ref()) is not None]
 
     def drain(self) -> list[StepRecord]:
         """The finished records since the last call, oldest first. Never waits."""
