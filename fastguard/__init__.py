@@ -5,43 +5,82 @@ parameter, and whether the step is a spike; decides on the device to clip, clean
 """
 
 from fastguard import ops as ops  # registers the ops that torch.compile needs
-from fastguard.activations import ActivationGuard as ActivationGuard
-from fastguard.backend import backend_for as backend_for
-from fastguard.batch_check import BatchCheck as BatchCheck
-from fastguard.batch_check import check_batch as check_batch
-from fastguard.checkpoints import CheckpointStore as CheckpointStore
-from fastguard.clip import clip_grad_norm_ as clip_grad_norm_
-from fastguard.clip import clip_grad_value_ as clip_grad_value_
-from fastguard.clip import clip_grads_with_norm_ as clip_grads_with_norm_
-from fastguard.clip import get_total_norm as get_total_norm
-from fastguard.clip import measure_grads as measure_grads
-from fastguard.clip import sanitize_grads_ as sanitize_grads_
-from fastguard.config import GuardConfig as GuardConfig
-from fastguard.diagnosis import Diagnosis as Diagnosis
-from fastguard.diagnosis import Finding as Finding
-from fastguard.diagnosis import diagnose as diagnose
-from fastguard.errors import NonFiniteGradError as NonFiniteGradError
-from fastguard.errors import TrainingDivergedError as TrainingDivergedError
-from fastguard.flat_buckets import FlatGradBuckets as FlatGradBuckets
-from fastguard.loss_meter import LossMeter as LossMeter
-from fastguard.measure import GradStats as GradStats
-from fastguard.optimizer import GuardedOptimizer as GuardedOptimizer
-from fastguard.patch import patch_torch as patch_torch
-from fastguard.patch import unpatch_torch as unpatch_torch
-from fastguard.provenance import NonFiniteReport as NonFiniteReport
-from fastguard.provenance import explain_nonfinite as explain_nonfinite
-from fastguard.ranks.groups import Replicated as Replicated
-from fastguard.ranks.watch import RankWatch as RankWatch
-from fastguard.records import StepRecord as StepRecord
-from fastguard.rollback import Rewind as Rewind
-from fastguard.rollback import Rollback as Rollback
-from fastguard.rules import SpikeRule as SpikeRule
-from fastguard.rules import Threshold as Threshold
-from fastguard.schedule import GuardedLR as GuardedLR
-from fastguard.schedule import Warmup as Warmup
-from fastguard.sinks import JsonLinesSink as JsonLinesSink
-from fastguard.sinks import LogSink as LogSink
-from fastguard.sinks import TensorBoardSink as TensorBoardSink
-from fastguard.sinks import read_records as read_records
+from fastguard.activations import ActivationGuard
+from fastguard.backend import backend_for
+from fastguard.batch_check import BatchCheck, check_batch
+from fastguard.checkpoints import CheckpointStore
+from fastguard.clip import (
+    clip_grad_norm_,
+    clip_grad_value_,
+    clip_grads_with_norm_,
+    get_total_norm,
+    measure_grads,
+    sanitize_grads_,
+)
+from fastguard.config import GuardConfig
+from fastguard.diagnosis import Diagnosis, Finding, diagnose
+from fastguard.errors import NonFiniteGradError, TrainingDivergedError
+from fastguard.flat_buckets import FlatGradBuckets
+from fastguard.loss_meter import LossMeter
+from fastguard.measure import GradStats
+from fastguard.optimizer import GuardedOptimizer
+from fastguard.patch import patch_torch, unpatch_torch
+from fastguard.provenance import NonFiniteReport, explain_nonfinite
+from fastguard.ranks.groups import Replicated
+from fastguard.ranks.watch import RankWatch
+from fastguard.records import StepRecord
+from fastguard.rollback import Rewind, Rollback
+from fastguard.rules import SpikeRule, Threshold
+from fastguard.schedule import GuardedLR, Warmup
+from fastguard.sinks import JsonLinesSink, LogSink, TensorBoardSink, read_records
+
+__all__ = [
+    # the functions of torch.nn.utils, and gradients that live in one buffer
+    "clip_grad_norm_",
+    "get_total_norm",
+    "clip_grads_with_norm_",
+    "clip_grad_value_",
+    "patch_torch",
+    "unpatch_torch",
+    "FlatGradBuckets",
+    # what torch has not
+    "sanitize_grads_",
+    "measure_grads",
+    "GradStats",
+    "backend_for",
+    # the guarded optimizer, its rules and errors
+    "GuardedOptimizer",
+    "SpikeRule",
+    "Threshold",
+    "NonFiniteGradError",
+    "TrainingDivergedError",
+    "GuardConfig",
+    # several ranks
+    "Replicated",
+    "RankWatch",
+    # records
+    "StepRecord",
+    "JsonLinesSink",
+    "LogSink",
+    "TensorBoardSink",
+    "read_records",
+    # losses, batches and activations
+    "LossMeter",
+    "BatchCheck",
+    "check_batch",
+    "ActivationGuard",
+    # when it has gone wrong: learning rate, checkpoints, the way back
+    "GuardedLR",
+    "Warmup",
+    "CheckpointStore",
+    "Rollback",
+    "Rewind",
+    # why it has gone wrong
+    "explain_nonfinite",
+    "NonFiniteReport",
+    "diagnose",
+    "Diagnosis",
+    "Finding",
+]
 
 __version__ = "0.1.0"

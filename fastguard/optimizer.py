@@ -333,7 +333,11 @@ class GuardedOptimizer(KnownRun):
     # Being an optimizer.
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a param group to the wrapped optimizer; it is guarded from the next step on."""
+        """Adds a param group to the wrapped optimizer; it is guarded from the next step on.
+
+        Raises:
+            TypeError, ValueError: It cannot be guarded; it was not added.
+        """
         named = named_parameters_of(param_group)
         limits([*self.param_groups, param_group], self.clip_scope, self.max_norm)
         check_settings(param_group, [p for _, p in named])
