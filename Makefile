@@ -11,7 +11,7 @@ ARGS    ?=
 SHELL       := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test kernels-test kernels-test-oldest test-integrations gpu lint typecheck wheel-test bench stage clean
+.PHONY: help venv demo test suite kernels-test kernels-test-oldest test-integrations gpu lint typecheck wheel-test bench stage clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | awk -F'|' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -30,7 +30,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## train a small GPT through injected faults: bare, clipped, guarded
 	@$(BIN)/fastguard demo --out fastguard-demo $(ARGS)
 
-test: $(STAMP) kernels-test  ## the whole test suite
+test: kernels-test suite  ## the whole test suite
+
+suite: $(STAMP)  ## the test suite without the kernels
 	$(BIN)/pytest -n $(WORKERS) $(ARGS)
 
 # A process of its own: triton reads TRITON_INTERPRET when it is first imported.
