@@ -75,7 +75,7 @@ def named_parameters_of(param_group: dict[str, Any]) -> list[tuple[str | None, T
     Raises:
         TypeError: It is no dict, or holds what is no tensor.
     """
-    if not isinstance(param_group, dict):
+    if not isinstance(param_group, dict) or "params" not in param_group:
         raise TypeError(
             f"the param group is a {type(param_group).__name__}; pass a dict with 'params'"
         )
@@ -84,10 +84,12 @@ def named_parameters_of(param_group: dict[str, Any]) -> list[tuple[str | None, T
         return [(None, given)]
     if isinstance(given, Iterator):
         given = param_group["params"] = list(given)
-    named = [item if isinstance(item, tuple) else (None, item) for item in given]
-    for _, p in named:
+    named: list[tuple[str | None, Tensor]] = []
+    for item in given:
+        name, p = item if isinstance(item, tuple) and len(item) == 2 else (None, item)
         if not isinstance(p, Tensor):
             raise TypeError(f"the param group holds {p!r}, a {type(p).__name__}; pass parameters")
+        named.append((name, p))
     return named
 
 

@@ -279,10 +279,13 @@ class GuardedOptimizer(KnownRun):
             In raise mode these gradients with copies of what they were. Looking ahead instead would
             take a collective, which ranks without a `clip_value` would not join.
         """
+        limited = clip_values(self.param_groups)
+        if not limited:
+            return []
         before = []
         clamped = [
             (local_parts([p.grad for p in group["params"] if p.grad is not None]), limit)
-            for group, limit in clip_values(self.param_groups)
+            for group, limit in limited
         ]
         for grads, _ in clamped:  # all groups before the first is changed
             check_real(grads)
