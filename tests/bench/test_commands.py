@@ -1,7 +1,6 @@
 """The commands that measure, run to their end on cases of a few kilobytes."""
 
 import functools
-import json
 import subprocess
 import sys
 
@@ -112,35 +111,54 @@ def test_make_bench_refuses_a_device_that_is_not_there(benchmarks, monkeypatch, 
     assert "use --device cpu" in capsys.readouterr().err
 
 
-def test_the_gpu_script_can_be_tried_on_a_cpu(benchmarks, tmp_path, monkeypatch, capsys):
-    gpu = benchmarks("gpu")
-    monkeypatch.setattr(gpu, "ceilings", lambda device, n_bytes: LIMIT)
-    monkeypatch.setattr(gpu, "Evictor", lambda device: lambda: None)
-    monkeypatch.setattr(gpu, "SHAPES", tmp_path)
-    (tmp_path / "llama-3.2-1b.json").write_text('{"parameters": [["w", [64, 32]], ["b", [32]]]}')
-    plain = gpu.Bench
+@pytest.fixture
+def gpu(benchmarks, monkeypatch):
+    """The script of a GPU on two small cases: functions, one its own, and whole steps."""
+    script = benchmarks("gpu")
+    function = a_case(contenders=(*script.CLIP, script.READ_PASS))
+    step = a_case(contenders=script.STEP, baseline=script.USUAL_STEP, optimizer=("AdamW", "fused"))
+    monkeypatch.setattr(script, "ceilings", lambda device: LIMIT)
+    monkeypatch.setattr(script, "cases", lambda: [function, step])
+    return script
 
-    def small(device, *, quick):
-        bench = plain(device, quick=quick)
-        bench.rounds, bench.scale = 1, bench.scale / 64
-        return bench
 
-    monkeypatch.setattr(gpu, "Bench", small)
-    out = tmp_path / "new" / "gpu.json"
-    monkeypatch.setattr("sys.argv", ["gpu", "--device", "cpu", "--quick", "--out", str(out)])
+@pytest.mark.parametrize("seconds", ["60", "-1"], ids=["", "out of time"])
+def test_the_gpu_script_can_be_tried_on_a_cpu(seconds, gpu, tmp_path, monkeypatch, capsys):
+    require("rich")
+    out = tmp_path / "gpu.json"
+    options = ["--device", "cpu", "--quick", "--seconds", seconds, "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["gpu", *options])
     assert gpu.main() == 0
-    document = json.loads(out.read_text())
-    assert document["failures"] == {}
-    assert document["backend"] == "torch"
-    assert len(document["results"]) == len(capsys.readouterr().out.splitlines()) - 1
-    assert {r["met"] for r in document["results"]} <= {True, False}
+    result = load(out)
+    assert result["failures"] == {}
+    measured = [row["contender"] for row in result["rows"]]
+    wanted = [name for case in gpu.cases() for name in case.contenders]
+    assert measured == (wanted if seconds == "60" else [])
+    assert len(result["left_out"]) == (0 if seconds == "60" else len(wanted))
+    assert "Ceilings" in capsys.readouterr().out
+
+
+def test_a_case_of_the_gpu_script_that_fails_is_named_and_is_its_exit_status(
+    gpu, tmp_path, monkeypatch
+):
+    require("rich")
+
+    def broken(case, *args, **options):
+        raise RuntimeError(f"broken: {case.name}")
+
+    monkeypatch.setattr(gpu, "run_case", broken)
+    out = tmp_path / "gpu.json"
+    monkeypatch.setattr("sys.argv", ["gpu", "--device", "cpu", "--quick", "--out", str(out)])
+    assert gpu.main() == 1
+    assert set(load(out)["failures"].values()) == {"RuntimeError: broken: tiny / 256"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_the_gpu_script_says_what_to_do_without_one(benchmarks, monkeypatch, capsys):
+def test_the_gpu_script_says_what_to_do_without_one(gpu, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["gpu"])
-    assert benchmarks("gpu").main() == 2
-    assert "--device cpu --quick" in capsys.readouterr().err
+    assert gpu.main() == 2
+    said = capsys.readouterr().err
+    assert "--device cpu" in said and "--quick" in said
 
 
 def test_the_suite_is_collected_by_pytest():
