@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from fastguard.backend import backend_of
 from fastguard.decide import GuardState, NonFinite
 from fastguard.delegation import OptimizerAround
 from fastguard.gradients import Gradients
+from fastguard.inbox import Inbox
 from fastguard.ranks.groups import Group
 from fastguard.records import Recorder, StepRecord
 from fastguard.rules import Rule
@@ -61,13 +61,16 @@ class KnownRun(OptimizerAround):
 
         Args:
             sink: `JsonLinesSink`, `TensorBoardSink`, or any callable that takes a `StepRecord`.
+                One that raises loses its records, which is logged, and never ends the run.
         """
         if not callable(sink):
             raise TypeError(f"sink={sink!r} must be callable with a StepRecord")
         self._recorder.sinks.append(sink)
 
-    def subscribe(self) -> deque[StepRecord]:
+    def subscribe(self) -> Inbox:
         """An inbox that gets every record once, for those who act on what happened.
+
+        The run holds it weakly: it is filled as long as the caller keeps it.
 
         The record of step k is there after step k where the verdict is on the host at once (a CPU,
         or an optimizer that is not fused), else after step k + 1: the same on every rank and every

@@ -22,7 +22,6 @@ from torch import Tensor
 from fastguard.bad_stretch import BadStretch, Moment
 from fastguard.checkpoints import CheckpointStore
 from fastguard.errors import TrainingDivergedError
-from fastguard.inbox import Inbox
 from fastguard.optimizer import GuardedOptimizer
 from fastguard.peers import Peers
 from fastguard.schedule import GuardedLR
@@ -126,7 +125,7 @@ class Rollback:
         self.max_attempts = max_attempts
         self.attempts = 0
         self._trouble_until = 0
-        self._inbox: Inbox = optimizer.subscribe()  # type: ignore[assignment]
+        self._inbox = optimizer.subscribe()
         self._positions: deque[tuple[int, Any]] = deque()  # by the steps taken until then
         self._stretch = BadStretch(after_skips, after_spikes)
         self._place: Place

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, ReduceLROnPlateau
 
-from fastguard.inbox import Inbox
 from fastguard.optimizer import GuardedOptimizer
 from fastguard.records import StepRecord
 
@@ -122,7 +121,7 @@ class GuardedLR(LRScheduler):
         self.clean_steps = 0
         self.applied_steps = 0
         self.held_at_floor = 0
-        self._inbox: Inbox = self.optimizer.subscribe()  # type: ignore[assignment]
+        self._inbox = self.optimizer.subscribe()
         self._scheduled: list[float] = []
         self._momenta: list[float | None] = []
         self._take_in_groups()

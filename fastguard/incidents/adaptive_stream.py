@@ -44,7 +44,7 @@ PATIENCE = 50  # batches without a better loss, and the run is stopped
 FAULTS = {30: Kind.DEAD_PIXEL, 60: Kind.SWAPPED_BYTES, 90: Kind.SIXTEEN_BITS}  # by batch, from 1
 LR_BEFORE, LR = 1e-5, 2e-2
 HALVED_EVERY = 1  # steps of the schedule; meant were epochs
-SCHEDULE: dict[str, Any] = {"floor": 2e-2, "warmup": Warmup(steps=10, lr=1e-4)}
+SCHEDULE: dict[str, Any] = {"floor": 1e-2, "warmup": Warmup(steps=10, lr=2e-2)}
 GUARD: dict[str, Any] = {
     "max_norm": 1.0,
     "spike": {
