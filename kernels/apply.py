@@ -26,8 +26,9 @@ from torch import Tensor
 from fastguard.kernels.chunks import ChunkTable
 from fastguard.kernels.elements import TRITON_DTYPES, float32_of
 from fastguard.kernels.launch import Launcher, Variant
-from fastguard.kernels.measure import BLOCK_BYTES, n_programs
+from fastguard.kernels.tuning import n_programs
 
+BLOCK_BYTES = 16384  # 256 threads with four 16-byte loads each in flight
 PIECE_SIZE = tl.constexpr(512)  # elements at a time of a step that is lost anyway
 
 

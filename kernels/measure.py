@@ -46,12 +46,15 @@ spilled up to ten of them outside the loop to stay at 64 or 48 [sass]; capped at
 (one, outside the loop, for bf16 on sm_100 with triton 3.6). The bits are looked at before the
 squares: after them it took 2.4 instructions more [sass]. Powers other than 1 and 2 take 527
 instructions for 16 bytes: at 80 registers they spilled 41 times, at 112 and half a block 8 times
-with triton 3.6, at 120 not at all; two programs a multiprocessor fit either way [sass]."""
+with triton 3.6, at 120 not at all; two programs a multiprocessor fit either way. fp16 and bf16 take
+1040; in half a block they spilled up to 35 times at 168 registers, in a quarter not at all [sass].
+"""
 
 from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 import triton
@@ -67,14 +70,7 @@ from fastguard.kernels.elements import (
     vector_powers,
     widened,
 )
-from fastguard.kernels.launch import (
-    INTERPRETED,
-    INTERPRETED_PROGRAMS,
-    Launcher,
-    Variant,
-    n_processors,
-    wide_fp64,
-)
+from fastguard.kernels.launch import Launcher, Variant, wide_fp64
 from fastguard.kernels.summary import (
     REDUCE_SIZE,
     places,
@@ -82,6 +78,7 @@ from fastguard.kernels.summary import (
     store_summary,
     sum_of_partials,
 )
+from fastguard.kernels.tuning import Tuning, n_programs, tuning_of
 
 # The second look is rare: few elements, and few registers, at once.
 RECOUNT_SIZE = tl.constexpr(512)
@@ -175,6 +172,7 @@ def measure_kernel(
     BLOCK_SIZE: tl.constexpr,
     VEC: tl.constexpr,
     REDUCE_SIZE: tl.constexpr,
+    EVICTION: tl.constexpr,  # of what was read from L2: "", "evict_first", "evict_last"
 ):
     LANES: tl.constexpr = BLOCK_SIZE // VEC
     WATCH_UNDERFLOW: tl.constexpr = GROUP > 1 and DTYPE != tl.float16
@@ -202,7 +200,8 @@ def measure_kernel(
             largest = tl.zeros((LANES,), dtype=BITS)
             i = 0
             while i < n_vec:
-                x = tl.load(x_ptr + i + offsets, mask=i + offsets < n_vec, other=0.0)
+                mask = i + offsets < n_vec
+                x = tl.load(x_ptr + i + offsets, mask=mask, other=0.0, eviction_policy=EVICTION)
                 bits = tl.reshape(magnitude_bits(x), (LANES, VEC))
                 largest = tl.maximum(largest, tl.max(bits, axis=1))
                 i += BLOCK_SIZE
@@ -220,7 +219,8 @@ def measure_kernel(
             seen = tl.zeros((LANES,), dtype=tl.uint32)
             i = 0
             while i < n_vec:
-                x = tl.load(x_ptr + i + offsets, mask=i + offsets < n_vec, other=0.0)
+                mask = i + offsets < n_vec
+                x = tl.load(x_ptr + i + offsets, mask=mask, other=0.0, eviction_policy=EVICTION)
                 if WATCH_UNDERFLOW:
                     bits = tl.reshape(float32_of(x).to(tl.uint32, bitcast=True), (LANES, VEC))
                     seen = tl.maximum(seen, tl.max(bits, axis=1))
@@ -270,30 +270,9 @@ def measure_kernel(
             )  # fmt: skip
 
 
-BLOCK_BYTES = 16384  # 256 threads with four 16-byte loads each in flight
-PLAIN_NORMS = (1.0, 2.0, math.inf)  # without a logarithm
-# What registers leave room for, 80 a thread and 120: a program that has to wait for another's end
-# would make the whole launch longer.
-PROGRAMS_A_PROCESSOR = 3  # 48 kB in flight
-ANY_POWER_PROGRAMS = 2
-
-_measure = Launcher(measure_kernel, num_warps=8, max_registers=80)
-# Other norms take logarithms and exponentials in float64: these bound them, and want registers.
-_measure_any_power = Launcher(measure_kernel, num_warps=8, max_registers=120)
-
-
 @functools.cache
-def n_programs(device: torch.device, norm_type: float = 2.0) -> int:
-    """The grid of launches that walk the chunk table, when there are enough chunks."""
-    if INTERPRETED:
-        return INTERPRETED_PROGRAMS
-    plain = norm_type in PLAIN_NORMS
-    return (PROGRAMS_A_PROCESSOR if plain else ANY_POWER_PROGRAMS) * n_processors(device)
-
-
-def block_bytes_of(norm_type: float) -> int:
-    """What a program reads at a time; less where arithmetic is the bound."""
-    return BLOCK_BYTES if norm_type in PLAIN_NORMS else BLOCK_BYTES // 2
+def launcher_of(tuning: Tuning) -> Launcher:
+    return Launcher(measure_kernel, tuning.num_warps, tuning.max_registers)
 
 
 def group_of(dtype: torch.dtype, norm_type: float, wide: bool) -> int:
@@ -313,15 +292,25 @@ def measure_chunks(
     n_tensors: int,
     norm_type: float,
     inv_scale: Tensor | None,
+    tuning: Tuning | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Measures what a table describes.
+
+    Args:
+        table: The chunks.
+        device, dtype: Of the gradients.
+        n_segments, n_tensors: S and T.
+        norm_type: p.
+        inv_scale: `()`, what the gradients are still to be multiplied by, or None.
+        tuning: Another than that of the norm.
 
     Returns:
         `summary` float64 `(4, S)`, `counts` int64 `(3, T)`: see `fastguard.measure.GradStats`.
     """
     n_chunks = table.n_chunks
     one_segment = n_segments == 1
-    grid = min(n_programs(device, norm_type), n_chunks)
+    tuning = tuning or tuning_of(norm_type, dtype)
+    grid = min(n_programs(device, tuning), n_chunks)
     n_partials = grid if one_segment else n_chunks
     # The summary has memory of its own, because two outputs of an op must not share theirs.
     scratch = torch.zeros(
@@ -334,7 +323,7 @@ def measure_chunks(
     scale, scale_dtype = summary, None
     if inv_scale is not None:
         scale, scale_dtype = inv_scale.to(device, non_blocking=True), inv_scale.dtype
-    launch = _variant(device, dtype, norm_type, one_segment, scale_dtype)
+    launch = _variant(device, dtype, norm_type, one_segment, scale_dtype, tuning)
     tensors = (table.chunks, table.pieces, scratch, summary, scale)
     launch(grid, tensors, n_chunks, n_segments, n_tensors)
     if not one_segment:
@@ -349,19 +338,34 @@ def _variant(
     norm_type: float,
     one_segment: bool,
     scale_dtype: torch.dtype | None,
+    tuning: Tuning,
 ) -> Variant:
+    group = group_of(dtype, norm_type, wide_fp64(device))
+    has_scale = scale_dtype is not None
+    constants = constants_of(dtype, norm_type, group, one_segment, has_scale, tuning)
+    return launcher_of(tuning).variant(device, **constants)
+
+
+def constants_of(
+    dtype: torch.dtype,
+    norm_type: float,
+    group: int,
+    one_segment: bool,
+    has_scale: bool,
+    tuning: Tuning,
+) -> dict[str, Any]:
+    """The constants of the kernel, in their order."""
     item = dtype.itemsize
-    launcher = _measure if norm_type in PLAIN_NORMS else _measure_any_power
-    return launcher.variant(
-        device,
-        DTYPE=TRITON_DTYPES[dtype],
-        ITEM_SIZE=item,
-        P=norm_type,
-        INF_NORM=norm_type == math.inf,
-        GROUP=group_of(dtype, norm_type, wide_fp64(device)),
-        ONE_SEGMENT=one_segment,
-        HAS_SCALE=scale_dtype is not None,
-        BLOCK_SIZE=block_bytes_of(norm_type) // item,
-        VEC=16 // item,
-        REDUCE_SIZE=REDUCE_SIZE,
-    )
+    return {
+        "DTYPE": TRITON_DTYPES[dtype],
+        "ITEM_SIZE": item,
+        "P": norm_type,
+        "INF_NORM": norm_type == math.inf,
+        "GROUP": group,
+        "ONE_SEGMENT": one_segment,
+        "HAS_SCALE": has_scale,
+        "BLOCK_SIZE": tuning.block_bytes // item,
+        "VEC": 16 // item,
+        "REDUCE_SIZE": REDUCE_SIZE,
+        "EVICTION": tuning.eviction,
+    }

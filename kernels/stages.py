@@ -22,8 +22,9 @@ from fastguard.decide import GuardState, Policy, Verdict
 from fastguard.kernels.apply import apply_chunks
 from fastguard.kernels.chunks import ChunkTable, table_of
 from fastguard.kernels.decide import decide_step
-from fastguard.kernels.measure import measure_chunks, n_programs
+from fastguard.kernels.measure import measure_chunks
 from fastguard.kernels.record import record_step
+from fastguard.kernels.tuning import n_programs, tuning_of
 from fastguard.kernels.upload import Upload, upload
 from fastguard.measure import GradStats
 from fastguard.reduce import Signals
@@ -53,7 +54,8 @@ def measure(
     inv_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Power sums and counts of one bucket: see `fastguard.reference.measure`."""
-    table = table_of(bucket, n_segments, n_programs(bucket.device, norm_type))
+    grid = n_programs(bucket.device, tuning_of(norm_type, bucket.dtype))
+    table = table_of(bucket, n_segments, grid)
     _copy_in(table, bucket)
     return measure_chunks(
         table, bucket.device, bucket.dtype, n_segments, n_tensors, norm_type, inv_scale

@@ -14,13 +14,14 @@ SUPPORT = Path(__file__).parents[1] / "support"
 MAX_REGISTERS = 80  # three programs of 256 threads a multiprocessor
 MAX_ANY_POWER_REGISTERS = 128  # logarithms bound it: two programs a multiprocessor will do
 MAX_LONE_REGISTERS = 255  # one warp in all
+MAX_LONE_SPILLS = 16  # instructions of that warp, once a step: sm_80 keeps to 128 registers
 # (kernel, target, triton): spill instructions outside the main loop, two for each chunk of 65536.
 KNOWN_SPILLS = {("measure bf16 p=2", 100, "3.6.0"): 2}
 MAX_INSTRUCTIONS = {  # of the main loop, for each 16 bytes read; the budget of sm_90 is about 99
     "measure fp16": 40,
     "measure bf16": 48,
     "measure fp32": 24,
-    "measure fp64": 14,
+    "measure fp64": 18,
     "apply fp16": 36,
     "apply bf16": 36,
     "apply fp32": 16,
@@ -60,17 +61,21 @@ def test_machine_code(target, capsys):
     for row in rows:
         name = row["kernel"]
         ceiling = MAX_REGISTERS
+        spills = KNOWN_SPILLS.get((name, row["target"], row["triton"]), 0)
         if name.startswith(("decide", "record")):
-            ceiling = MAX_LONE_REGISTERS
+            ceiling, spills = MAX_LONE_REGISTERS, MAX_LONE_SPILLS
         elif "p=3" in name:
             ceiling = MAX_ANY_POWER_REGISTERS
-        assert row["spills"] <= KNOWN_SPILLS.get((name, row["target"], row["triton"]), 0), row
+        assert row["spills"] <= spills, row
         assert row["registers"] <= ceiling, row
         if not name.startswith(("measure", "apply")):
             continue
-        assert row["loads"] >= (2 if "p=3" in name else 4), row  # in flight, 128 bits each
+        # In flight, 128 bits each; where logarithms are the bound, one will do.
+        assert row["loads"] >= (1 if "p=3" in name else 4), row
         if name.startswith("apply"):
             assert row["stores"] >= 4, row
         if not target.startswith("gfx") and "p=3" not in name:
             assert row["narrow_loads"] == row["narrow_stores"] == row["loop_spills"] == 0, row
-            assert row["instructions"] <= MAX_INSTRUCTIONS[" ".join(name.split()[:2])], row
+            assert (
+                row["instructions"] <= MAX_INSTRUCTIONS[" ".join(name.replace(",", "").split()[:2])]
+            ), row

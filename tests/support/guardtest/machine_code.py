@@ -122,7 +122,7 @@ def read_rocm(kernel) -> dict:
 
 def variants():
     """`(name, launcher, signature, constants)` of what is compiled."""
-    from fastguard.kernels import apply, decide, measure, record, summary
+    from fastguard.kernels import apply, decide, measure, record, summary, tuning
 
     table = {"chunks_ptr": "*i64", "pieces_ptr": "*i64"}
     walk = {
@@ -134,34 +134,35 @@ def variants():
     }
     reduce_size = {"REDUCE_SIZE": summary.REDUCE_SIZE}
 
-    def measured(dtype, p=2.0, group=None, one=True):
-        item = ITEM_SIZE[dtype]
+    def measured(dtype, p=2.0, group=None, one=True, scale=True):
+        torch_dtype = _torch_dtype(dtype)
+        shape = tuning.tuning_of(p, torch_dtype)
         name = f"{dtype} p={p:g}" + (f" group {group}" if group else "")
-        constants = {
-            "DTYPE": TYPES[dtype],
-            "ITEM_SIZE": item,
-            "P": p,
-            "INF_NORM": p == float("inf"),
-            "GROUP": group or measure.group_of(_torch_dtype(dtype), p, wide=True),
-            "ONE_SEGMENT": one,
-            "HAS_SCALE": True,
-            "BLOCK_SIZE": measure.block_bytes_of(p) // item,
-            "VEC": 16 // item,
-            **reduce_size,
-        }
-        many = "" if one else ", many segments"
-        launcher = measure._measure if p in measure.PLAIN_NORMS else measure._measure_any_power
-        return f"measure {name}{many}", launcher, walk, constants
+        name += ("" if one else ", many segments") + ("" if scale else ", no scale")
+        group = group or measure.group_of(torch_dtype, p, wide=True)
+        constants = measure.constants_of(torch_dtype, p, group, one, scale, shape)
+        return f"measure {name}", measure.launcher_of(shape), walk, constants
 
+    inf = float("inf")
     for dtype in TYPES:
         yield measured(dtype)
-    yield measured("fp32", one=False)
-    yield measured("fp32", p=float("inf"))
-    yield measured("bf16", p=float("inf"))
+        yield measured(dtype, one=False, scale=False)
+    for dtype, group in (("fp16", 8), ("bf16", 8), ("fp32", 4)):
+        yield measured(dtype, group=group)
+        yield measured(dtype, group=group, one=False)
+    # Every dtype with every other norm, and either value of the two switches with each.
+    yield measured("fp16", p=inf)
+    yield measured("bf16", p=inf, one=False, scale=False)
+    yield measured("fp32", p=inf)
+    yield measured("fp64", p=inf, one=False)
+    yield measured("fp16", p=1.0, one=False)
+    yield measured("bf16", p=1.0, scale=False)
     yield measured("fp32", p=1.0)
-    yield measured("fp32", p=3.0)
-    yield measured("fp32", group=4)
-    yield measured("bf16", group=8)
+    yield measured("fp64", p=1.0, one=False, scale=False)
+    yield measured("fp16", p=3.0)
+    yield measured("bf16", p=3.0, one=False)
+    yield measured("fp32", p=3.0, scale=False)
+    yield measured("fp64", p=3.0, one=False, scale=False)
     columns = {
         "segment_starts_ptr": "*i64",
         "scratch_ptr": "*i64",
@@ -170,13 +171,17 @@ def variants():
         "n_segments": "i32",
         "n_tensors": "i32",
     }
-    norm = {"P": 3.0, "INF_NORM": False, "HAS_SCALE": True}
-    yield "reduce segments", summary._reduce, columns, {**norm, **reduce_size}
+    for p, scale in ((3.0, True), (2.0, False), (inf, True)):
+        norm = {"P": p, "INF_NORM": p == inf, "HAS_SCALE": scale}
+        name = f"reduce segments p={p:g}" + ("" if scale else ", no scale")
+        yield name, summary._reduce, columns, {**norm, **reduce_size}
     scaling = {**table, "multiplier_ptr": "*fp64", "clean_ptr": "*fp32", "n_chunks": "i32"}
     for dtype, item in ITEM_SIZE.items():
-        shape = {"BLOCK_SIZE": measure.BLOCK_BYTES // item, "VEC": 16 // item}
-        constants = {"DTYPE": TYPES[dtype], "ITEM_SIZE": item, "ONE_SEGMENT": True, **shape}
-        yield f"apply {dtype}", apply._apply, scaling, constants
+        shape = {"BLOCK_SIZE": apply.BLOCK_BYTES // item, "VEC": 16 // item}
+        for one in (True, False):
+            constants = {"DTYPE": TYPES[dtype], "ITEM_SIZE": item, "ONE_SEGMENT": one, **shape}
+            many = "" if one else ", many segments"
+            yield f"apply {dtype}{many}", apply._apply, scaling, constants
     verdict = {name: "*fp64" for name in decide.decide_kernel.arg_names if name.endswith("_ptr")}
     verdict |= {
         "overflow_ptr": "*fp32",
@@ -190,21 +195,27 @@ def variants():
     }
     sizes = ("n_segments", "max_norm_stride", "n_losses", "n_rules", "ring_stride")
     verdict |= dict.fromkeys(sizes, "i32")
-    for rules, segments, p in ((0, 32, 2.0), (4, 128, 3.0)):
+    # (rules, segments, p, mode, what signals there are)
+    for rules, segments, p, mode, has in (
+        (0, 32, 2.0, "PROPAGATE", False),
+        (0, 128, inf, "ZERO", True),
+        (1, 32, 2.0, None, True),
+        (4, 128, 3.0, "ZERO", True),
+    ):
         constants = {
             "P": p,
-            "INF_NORM": False,
-            "ZERO": False,
-            "PROPAGATE": not rules,
-            "HAS_SCALE": True,
-            "HAS_OVERFLOW": True,
-            "HAS_GIVEN": True,
-            "HAS_STATE": True,
+            "INF_NORM": p == inf,
+            "ZERO": mode == "ZERO",
+            "PROPAGATE": mode == "PROPAGATE",
+            "HAS_SCALE": has,
+            "HAS_OVERFLOW": has,
+            "HAS_GIVEN": has,
+            "HAS_STATE": has,
             "RULES": rules,
             "WINDOW": 32 if rules else 1,
             "BLOCK_SIZE": segments,
         }
-        yield f"decide, {rules} rules", decide._decide, verdict, constants
+        yield f"decide p={p:g}, {rules} rules", decide._decide, verdict, constants
     row = {name: "*fp64" for name in record.record_kernel.arg_names if name.endswith("_ptr")}
     row |= {
         "counts_ptr": "*i64",
@@ -233,8 +244,6 @@ def main(targets: list[str]) -> None:
     wanted = [int(t) if t.isdigit() else t for t in targets] or [*CUDA, *ROCM]
     for name, launcher, signature, constants in variants():
         for target in wanted:
-            if target in (80, 100) and not re.fullmatch(r"(measure|apply) \w+( p=2)?", name):
-                continue  # sm_90 stands for its neighbours in what is not a main loop of its own
             kernel = compiled(launcher, signature, constants, target)
             report = read_rocm(kernel) if isinstance(target, str) else read_cuda(kernel)
             line = {"kernel": name, "target": target, "triton": triton.__version__, **report}
