@@ -1,0 +1,42 @@
+"""Every shape that benchmarks/tune.py tries gives the sums of the one in use."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastguard import reference
+from fastguard.buckets import bucketize
+from guardtest.tolerances import MEASURED_RTOL
+
+PATH = Path(__file__).parents[2] / "benchmarks" / "tune.py"
+spec = importlib.util.spec_from_file_location("tune", PATH)
+tune = importlib.util.module_from_spec(spec)
+sys.modules["tune"] = tune  # dataclasses look their module up
+spec.loader.exec_module(tune)
+
+
+@pytest.mark.parametrize("one", tune.TRIES, ids=lambda one: one.name)
+def test_a_try_measures_the_same(one):
+    grads = [torch.randn(n) for n in (70_001, 9, 33_000)]
+    summary, counts = tune.reader(grads, one, torch.device("cpu"))()
+    want, _ = reference.plain_measure(bucketize(grads).buckets[0], 1, 3, 2.0)
+    torch.testing.assert_close(summary, want, rtol=2 * MEASURED_RTOL, atol=0)
+    assert not counts.any()
+
+
+def test_rows_are_those_of_a_lab_table():
+    spread = {"p20": 0.9, "p50": 0.95, "p80": 1.0}
+    row = {"try": "a", "dtype": "float32", "expected": "1", "ratio": spread, "limit_percent": 93.21}
+    assert tune.lab_rows([row], "A Card")[1] == (
+        "| a | float32 | 1 | 0.950 [0.900..1.000] | 93.2 % | A Card |"
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_without_a_card_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["tune"])
+    assert tune.main() == 2
+    assert "needs a CUDA device" in capsys.readouterr().out
