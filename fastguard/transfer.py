@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-FEW = 2  # numbers that are cheaper to fill in one by one than to copy from pinned memory
-
 
 def moved(t: Tensor, device: torch.device) -> Tensor:
     """A tensor on another device. Waits on the way to a CPU alone.
@@ -31,11 +29,11 @@ def numbers_on(
     """
     if device.type != "cuda":
         return moved(torch.tensor(values, dtype=dtype, device="cpu"), device)
-    if len(values) == 1:
-        return torch.full((1,), values[0], dtype=dtype, device=device)
-    if 0 < len(values) <= FEW or torch.cuda.is_current_stream_capturing():
+    if not values:
+        return torch.empty(0, dtype=dtype, device=device)
+    if len(values) == 1 or torch.cuda.is_current_stream_capturing():
         filled = [torch.full((1,), value, dtype=dtype, device=device) for value in values]
-        return torch.cat(filled) if filled else torch.empty(0, dtype=dtype, device=device)
+        return filled[0] if len(filled) == 1 else torch.cat(filled)
     pinned = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=True)
     return pinned.to(device, non_blocking=True)
 

@@ -11,7 +11,7 @@ import torch
 from fastguard.kernels.launch import INTERPRETED, INTERPRETED_PROGRAMS, n_processors
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # known by identity: no launch hashes its fields
 class Tuning:
     """What may be tried on a card without touching the kernel: see `benchmarks.tune`.
 
