@@ -24,7 +24,7 @@ def test_they_arrive_and_nobody_waits(no_sync, values):
     assert found.tolist() == late.tolist() == list(values)
 
 
-@pytest.mark.parametrize("values", LISTS[:3], ids=lambda values: str(len(values)))
+@pytest.mark.parametrize("values", LISTS[1:3], ids=lambda values: str(len(values)))
 def test_a_graph_brings_them_at_each_replay(values):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

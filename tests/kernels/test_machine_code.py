@@ -15,8 +15,8 @@ MAX_REGISTERS = 80  # three programs of 256 threads a multiprocessor
 MAX_ANY_POWER_REGISTERS = 128  # logarithms bound it: two programs a multiprocessor will do
 MAX_LONE_REGISTERS = 255  # one warp in all
 MAX_LONE_SPILLS = 16  # instructions of that warp, once a step: sm_80 keeps to 128 registers
-# (kernel, target, triton): spill instructions outside the main loop, two for each chunk of 65536.
-KNOWN_SPILLS = {("measure bf16 p=2", 100, "3.6.0"): 2}
+# (kernel, target, triton): spill instructions outside the main loop, once for each chunk.
+KNOWN_SPILLS = {("measure bf16 p=2", 100, "3.6.0"): 5}
 MAX_INSTRUCTIONS = {  # of the main loop, for each 16 bytes read; the budget of sm_90 is about 99
     "measure fp16": 40,
     "measure bf16": 48,
@@ -61,7 +61,8 @@ def test_machine_code(target, capsys):
     for row in rows:
         name = row["kernel"]
         ceiling = MAX_REGISTERS
-        spills = KNOWN_SPILLS.get((name, row["target"], row["triton"]), 0)
+        words = name.replace(",", "").split()
+        spills = KNOWN_SPILLS.get((" ".join(words[:3]), row["target"], row["triton"]), 0)
         if name.startswith(("decide", "record")):
             ceiling, spills = MAX_LONE_REGISTERS, MAX_LONE_SPILLS
         elif "p=3" in name:
