@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastguard.transfer import current_stream_of
+
 Parameters = Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 MODES = ("propagate", "zero", "raise")
 
@@ -41,11 +43,11 @@ def limit_tensor(max_norm: float, device: torch.device) -> Tensor:
         return torch.ones(1, dtype=torch.float64, device=device) * max_norm
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return _filled(max_norm, device)  # a part of the graph, filled anew at each replay
-    return _kept_limit(max_norm, device)
+    return _kept_limit(max_norm, device, current_stream_of(device))
 
 
 @functools.lru_cache(maxsize=32)
-def _kept_limit(max_norm: float, device: torch.device) -> Tensor:
+def _kept_limit(max_norm: float, device: torch.device, stream: int) -> Tensor:
     """Made once: it would be one more launch of each call."""
     with torch.inference_mode(False):
         return _filled(max_norm, device)

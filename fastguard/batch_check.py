@@ -18,6 +18,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fastguard.transfer import numbers_on
+
 _COMPARABLE = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.float64}
 """What holds the values of integers that torch can store and not compare."""
 
@@ -71,10 +73,10 @@ class BatchCheck:
         """
         empty = self.low > self.high
         finite = self.low.isfinite() & self.high.isfinite()
-        limits = torch.tensor(self.limits, dtype=torch.float64).reshape(-1, 2)
-        low, high = limits.to(self.low.device, non_blocking=True).unbind(1)
-        constant = torch.tensor(self.constant_is_bad, dtype=torch.bool)
-        constant = constant.to(self.low.device, non_blocking=True) & (self.low == self.high)
+        low = numbers_on([low for low, _ in self.limits], self.low.device)
+        high = numbers_on([high for _, high in self.limits], self.low.device)
+        may_not = numbers_on(self.constant_is_bad, self.low.device, torch.bool)
+        constant = may_not & (self.low == self.high)
         bad = (constant | (self.low < low) | (self.high > high)) & ~empty
         value = torch.where(finite | empty, bad.double(), math.nan)
         return {prefix + name: v for name, v in zip(self.names, value.unbind(), strict=True)}

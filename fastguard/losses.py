@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastguard.rules import GRAD_NORM
-from fastguard.transfer import moved
+from fastguard.transfer import moved, numbers_on
 
 LOSS = "loss"
 """The name of a loss that was given without one."""
@@ -105,7 +105,14 @@ def stacked(losses: Mapping[str, Tensor | float], device: torch.device) -> Tenso
     """float64 `(L,)` on a device."""
     values = list(losses.values())
     if set(map(type, values)) <= {float}:
-        numbers = torch.from_numpy(np.array(values, np.float64))  # a third of torch.tensor's time
-        return numbers if device.type == "cpu" else moved(numbers, device)
-    wide = [torch.as_tensor(value, dtype=torch.float64) for value in values]
-    return torch.stack([moved(value, device) for value in wide])
+        if device.type == "cpu":
+            return torch.from_numpy(np.array(values, np.float64))  # a third of torch.tensor's time
+        return numbers_on(values, device)  # type: ignore[arg-type]
+    return torch.stack([_placed(value, device) for value in values])
+
+
+def _placed(value: Tensor | float, device: torch.device) -> Tensor:
+    """float64 `()` on a device."""
+    if isinstance(value, Tensor):
+        return moved(value.to(torch.float64), device)
+    return numbers_on((value,), device)[0]

@@ -43,6 +43,7 @@ from fastguard.rules import GRAD_NORM, Rule, rules_by_signal
 from fastguard.scaler import handed_over, tell_scaler
 from fastguard.segments import SCOPES, ClipScope, clip_values, limits, names_by_tensor
 from fastguard.stepping import road_of
+from fastguard.transfer import numbers_on
 from fastguard.whole_step import WholeStep
 
 if TYPE_CHECKING:
@@ -306,7 +307,7 @@ class GuardedOptimizer(KnownRun):
         if now != self._limits:
             self._limits = now
             self._policy = Policy(
-                torch.tensor(now, dtype=torch.float64).to(self._device, non_blocking=True),
+                numbers_on(now, self._device),
                 self.nonfinite,
                 tuple(self.rules.values()),
                 tuple(self.rules),

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastguard.buckets import bucketize
 from fastguard.measure import GradStats, measure
 from fastguard.reduce import Signals
-from fastguard.transfer import moved
+from fastguard.transfer import moved, numbers_on
 
 if TYPE_CHECKING:
     from torch.distributed import GradBucket
@@ -195,7 +195,7 @@ class RankWatch:
         if self._table is None:
             n = sum(len(group["params"]) for group in self._optimizer.param_groups)
             self._table = torch.zeros(3, n, dtype=torch.int64, device=counts.device)
-        at = torch.tensor(indices).to(counts.device, non_blocking=True)
+        at = numbers_on(indices, counts.device, torch.int64)
         before = self._table[:, at]
         self._table[:, at] = torch.where(before.sum(0) > 0, before, counts)
 
