@@ -1,6 +1,7 @@
 """Measuring on a CPU: power sums and counts at the speed of memory, norms true to float64.
 
-Formula: `power_sum = sum(|x|^p)`; the fast road for p = 2 is `cpu_l2`, the others sum in float64.
+Formula: `power_sum = sum(|x|^p)`; the fast road for p = 2 is `cpu_l2`, all else sums in float64:
+other powers, float64 gradients, and many segments of one small tensor each.
 
 The sum is also the finiteness flag: NaN or Inf in it send the segment to the exact look, which
 counts NaN, +Inf and -Inf and sums the rest. What float32 cannot hold is noticed too and done again
@@ -25,7 +26,7 @@ from fastguard.gather import gathered
 
 PIECE = 2**18  # elements that become float64 at a time: 2 MB
 SMALL = 2**12  # elements up to which a segment of one tensor is summed together with others
-FEW = 8  # of them are summed one by one
+FEW = 8  # of them; fewer are summed one by one
 TINY_SQUARE = 2.0**-126  # smallest normal float32: smaller squares may be flushed to zero
 
 Counts = tuple[int, int, int]
@@ -55,7 +56,10 @@ def measure(
         total = known.get(segment)
         if total is None:
             total = _clean_sum(tensors, bucket.dtype, norm_type)
-        if not _trustworthy(total, bucket, positions, norm_type):
+            is_true = _trustworthy(total, bucket, positions, norm_type)
+        else:
+            is_true = math.isfinite(total)
+        if not is_true:
             total, found = _exact(bucket, positions, norm_type)
             bad.update(found)
         sums[segment] = total
@@ -64,17 +68,18 @@ def measure(
 
 def _by_segment(bucket: GradBucket) -> Iterator[Part]:
     """Each segment, the positions of its gradients, and the tensors that hold their elements."""
-    runs = None if bucket.runs is None else _members((r.segment, r.flat) for r in bucket.runs)
+    runs = None if bucket.runs is None else by_number((r.segment, r.flat) for r in bucket.runs)
     if bucket.segment is not None:
         tensors = bucket.grads if runs is None else runs[bucket.segment]
         yield bucket.segment, range(len(bucket.grads)), tensors
         return
-    for segment, positions in _members(zip(bucket.segment_ids, count())).items():
+    for segment, positions in by_number(zip(bucket.segment_ids, count())).items():
         tensors = [bucket.grads[i] for i in positions] if runs is None else runs[segment]
         yield segment, positions, tensors
 
 
-def _members(pairs: Iterable[tuple[int, T]]) -> dict[int, list[T]]:
+def by_number(pairs: Iterable[tuple[int, T]]) -> dict[int, list[T]]:
+    """What stands beside the same number, such as the gradients of each segment."""
     members: dict[int, list[T]] = {}
     for segment, member in pairs:
         members.setdefault(segment, []).append(member)
@@ -94,7 +99,8 @@ def _sums_of_small_ones(parts: Sequence[Part], norm_type: float) -> dict[int, fl
     sums: list[float] = []
     for x, owners in _float64_pieces([t for _, t in small]):
         starts = np.cumsum([0] + [small[i][1].numel() for i in owners[:-1]])
-        sums += add.reduceat(_powers(x, norm_type).numpy(), starts).tolist()
+        with np.errstate(over="ignore", invalid="ignore"):  # not finite: looked at again
+            sums += add.reduceat(_powers(x, norm_type).numpy(), starts).tolist()
     return dict(zip((s for s, _ in small), sums, strict=True))
 
 

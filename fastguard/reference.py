@@ -290,10 +290,8 @@ def _apply_where_needed(bucket: GradBucket, multiplier: list[float], clean: bool
     if segment is not None:
         _multiply(_pieces(bucket, segment, multiplier[segment]), multiplier[segment], bucket.dtype)
         return
-    members: dict[int, list[Tensor]] = {}
-    for grad, s in zip(bucket.grads, bucket.segment_ids, strict=True):
-        members.setdefault(s, []).append(grad)
-    for s, grads in members.items():
+    pairs = zip(bucket.segment_ids, bucket.grads, strict=True)
+    for s, grads in cpu.by_number(pairs).items():
         _multiply(grads, multiplier[s], bucket.dtype)
 
 

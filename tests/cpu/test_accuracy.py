@@ -105,6 +105,9 @@ def test_squares_that_overflow_are_no_warning(value):
     for n in (cpu_l2.BLOCK, cpu_l2.ALONE, cpu_l2.LARGE):
         (bucket,) = bucketize([torch.full((n,), value) for _ in range(80)]).buckets
         cpu.measure(bucket, 1, 2.0)
+    each_alone = [torch.full((4,), value, dtype=torch.float64).pow_(8) for _ in range(20)]
+    (bucket,) = bucketize(each_alone, segments=range(20), n_segments=20).buckets
+    cpu.measure(bucket, 20, 2.0)
 
 
 @pytest.mark.parametrize("magnitude", [6e-8, 1e-4, 6e4])

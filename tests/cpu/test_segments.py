@@ -38,6 +38,13 @@ def test_one_bad_tensor_among_small_ones_leaves_the_others_alone(value):
     assert sums == [(3 if i == 7 else 4) * float(i * i) for i in range(20)]
 
 
+@pytest.mark.usefixtures("no_second_look")
+def test_small_ones_of_zeros_alone_are_read_once():
+    grads = [torch.zeros(64) for _ in range(20)]
+    (bucket,) = bucketize(grads, segments=range(20), n_segments=20).buckets
+    assert cpu.measure(bucket, 20, 2.0) == ([0.0] * 20, {})
+
+
 def test_shapes_and_strides_of_small_tensors():
     grads = [torch.randn(6, 10).T, torch.randn(()), torch.randn(4, 3, 2)[:, ::2]] * 5
     (bucket,) = bucketize(grads, segments=range(15), n_segments=15).buckets
