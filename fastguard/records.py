@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import weakref
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import compress
@@ -237,7 +237,6 @@ class Recorder:
 
     Attributes:
         undelivered: Finished records that the subscribers are still to get.
-        lost: How many records each sink did not take, by its `id`.
     """
 
     def __init__(self) -> None:
@@ -247,7 +246,7 @@ class Recorder:
         self._ring: Ring | None = None
         self._pending: deque[_Pending] = deque()
         self.sinks: list[Callable[[StepRecord], object]] = []
-        self.lost: Counter[int] = Counter()
+        self._losing: set[int] = set()
         self._inboxes: list[weakref.ref[Inbox]] = []
         self.undelivered: list[StepRecord] = []
 
@@ -363,9 +362,9 @@ class Recorder:
             try:
                 sink(record)
             except Exception as error:  # a sink has ways of its own to fail; the run goes on
-                self._lose(sink, error)
+                self._say_once(sink, error)
 
-    def _lose(self, sink: Callable[[StepRecord], object], error: Exception) -> None:
-        self.lost[id(sink)] += 1
-        if self.lost[id(sink)] == 1:
-            log.warning("records are being lost: %r raised %r", sink, error)
+    def _say_once(self, sink: Callable[[StepRecord], object], error: Exception) -> None:
+        if id(sink) not in self._losing:
+            self._losing.add(id(sink))
+            log.warning("records are being lost: %r raised %r", sink, error, exc_info=error)

@@ -157,7 +157,12 @@ class Rollback:
             TrainingDivergedError: `max_attempts` rollbacks did not get past the trouble, or no
                 snapshot is finite.
         """
-        self._positions.append((self.optimizer.steps_taken, position))
+        now = self.optimizer.steps_taken
+        if self._positions and now < self._positions[-1][0]:  # somebody loaded an older state
+            self._positions.clear()
+            while self._inbox and self._inbox[0].step > now:
+                self._inbox.popleft()
+        self._positions.append((now, position))
         reason = self._learn_all()
         if reason is None and self._stretch.clean >= self.every - 1:
             # Alone: when others learn of this step must not depend on our snapshots.

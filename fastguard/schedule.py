@@ -5,8 +5,8 @@
 
 The schedule is any of torch's own; it advances only when a step reached the weights. An incident
 multiplies `backoff_factor` by `backoff`, and each `recovery` applied steps in a row take one such
-factor back. A schedule or warm-up that wants below the floor is held there, once said and then
-counted.
+factor back. A schedule that wants below the floor is held there, once said and then counted; a
+warm-up from below the floor is held there silently.
 """
 
 from __future__ import annotations
@@ -300,14 +300,12 @@ class GuardedLR(LRScheduler):
         if self.warmup is not None:
             share = min(1.0, self.applied_steps / self.warmup.steps)
         factor = self.backoff_factor * self._lowered
-        wanted = []
         for i, group in enumerate(self.optimizer.param_groups):
-            lr = self._scheduled[i] * factor
+            lr = wanted = self._scheduled[i] * factor
             if share < 1.0:
-                lr = self._start_lr[i] + (lr - self._start_lr[i]) * share
+                lr = self._start_lr[i] + (wanted - self._start_lr[i]) * share
             _assign(group, "lr", max(self.floor[i], lr))  # a NaN becomes the floor
-            held |= lr < self.floor[i]
-            wanted.append(f"{lr:.3g}")
+            held |= wanted < self.floor[i]
         if self._start_momentum:
             pairs = zip(self._start_momentum, self._momenta, strict=True)
             self._set_momenta([a if b is None else a + (b - a) * share for a, b in pairs])
@@ -315,7 +313,7 @@ class GuardedLR(LRScheduler):
             if not self.held_at_floor:
                 log.warning(
                     "GuardedLR: the schedule wanted lr %s, below the floor %s: held there",
-                    wanted,
+                    [f"{lr * factor:.3g}" for lr in self._scheduled],
                     self.floor,
                 )
             self.held_at_floor += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 
@@ -73,6 +74,19 @@ def test_one_call_after_several_steps_stands_for_them_all() -> None:
             rewinds.append(run.rollback.step(position=f"pair {i // 2}"))
     assert rewinds[0] is None
     assert (rewinds[1].step, rewinds[1].skip) == (0, ("pair 1", "pair 1"))
+
+
+def test_after_a_state_was_loaded_by_hand_positions_are_those_given_since() -> None:
+    run = Run(every=100, after_skips=2)
+    for i in range(4):
+        run.batch(i)
+    older = copy.deepcopy(run.opt.state_dict())
+    for i in range(4, 10):
+        run.batch(i)
+    run.opt.load_state_dict(older)
+    assert run.batch(104, math.nan) is None
+    rewind = run.batch(105, math.nan)
+    assert rewind is not None and rewind.skip == (104, 105)
 
 
 def test_trouble_before_the_first_snapshot_goes_back_to_where_the_data_stood() -> None:
