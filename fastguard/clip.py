@@ -108,13 +108,16 @@ def clip_buckets(
 ) -> Tensor:
     """The four stages over gradients that are sorted already; arguments as in `clip_grad_norm_`."""
     mode = mode_of(nonfinite, error_if_nonfinite)
-    limit = limit_tensor(limit_of("max_norm", max_norm), buckets.device)
+    max_norm = limit_of("max_norm", max_norm)
+    limit = limit_tensor(max_norm, buckets.device)
     stats = measure(buckets, norm_type_of(norm_type))
     stats, signals = reduce(stats, Signals.none(buckets.device), buckets.sharing)
     if mode == "raise":
         raise_if_nonfinite(stats, signals)
-    verdict = decide(stats, signals, None, Policy(limit, mode))
-    apply(buckets, verdict)
+    policy = Policy(limit, mode, limited=max_norm != math.inf)
+    verdict = decide(stats, signals, None, policy)
+    if policy.may_change(signals):
+        apply(buckets, verdict)
     norm = verdict.torch_norm if mode == "propagate" else verdict.total_norm
     return norm if stats.float64 else norm.float()
 

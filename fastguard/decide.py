@@ -53,12 +53,23 @@ class Policy:
         nonfinite: What to do about NaN and Inf.
         rules: The spike rules in the order of their rows in `GuardState`.
         signals: The signal that each rule judges: `"grad_norm"` or a loss name.
+        limited: Whether any limit is finite, as far as the host knows.
     """
 
     max_norm: Tensor
     nonfinite: NonFinite = "skip"
     rules: tuple[Rule, ...] = ()
     signals: tuple[str, ...] = ()
+    limited: bool = True
+
+    def may_change(self, signals: Signals) -> bool:
+        """Whether a verdict can have anything for apply to do; known without looking at one."""
+        return (
+            self.limited
+            or self.nonfinite == "zero"
+            or signals.inv_scale is not None
+            or any(rule.action == "clip" for rule in self.rules)
+        )
 
 
 @dataclass(slots=True)

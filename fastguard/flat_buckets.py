@@ -5,7 +5,8 @@ are ten tensors or ten thousand. The price: autograd accumulates into `.grad` in
 own tensor over, and a parameter that gets no gradient in a step holds a zero one, as with
 `zero_grad(set_to_none=False)`, unless its `.grad` is None.
 
-Slots begin at multiples of 16 bytes; what lies between them is zero and stays so.
+Slots begin at multiples of 16 bytes; what lies between them is zero and stays so: a coefficient
+that is not finite multiplies gradient by gradient, never a whole run.
 """
 
 from __future__ import annotations
@@ -27,13 +28,12 @@ ALIGN = 16  # bytes; what 128-bit loads and the vectorised optimizer kernels ask
 
 @dataclass(slots=True)
 class _Buffer:
-    """One buffer: the positions of its parameters, its runs (one a segment) and its free slots."""
+    """One buffer: the positions of its parameters, their segments, and its runs, one a segment."""
 
     flat: Tensor
     ids: list[int]
     segments: list[int]
     runs: tuple[Run, ...]
-    gaps: Tensor | None
 
 
 class FlatGradBuckets:
@@ -165,20 +165,7 @@ class FlatGradBuckets:
         from fastguard.clip import clip_buckets
 
         buckets = self.buckets()
-        norm = clip_buckets(buckets, max_norm, norm_type, error_if_nonfinite, nonfinite)
-        if nonfinite == "propagate":
-            self.close_gaps_()
-        return norm
-
-    def close_gaps_(self) -> None:
-        """Makes what lies between the slots zero again, after a NaN coefficient reached it.
-
-        Kernels multiply long runs whatever the coefficient; on a CPU the gradients one by one if it
-        is not finite.
-        """
-        for buffer in self._buffers:
-            if buffer.gaps is not None:
-                buffer.flat.index_fill_(0, buffer.gaps, 0.0)
+        return clip_buckets(buckets, max_norm, norm_type, error_if_nonfinite, nonfinite)
 
     def _start(self) -> None:
         self._views: list[Tensor] = []
@@ -243,17 +230,14 @@ class FlatGradBuckets:
             starts.append(at)
             at += -(-self.parameters[i].numel() // unit) * unit
         flat = torch.zeros(at, dtype=dtype, device=device)
-        gaps: list[int] = []
         bounds: dict[int, tuple[int, int]] = {}
         for i, start, stop in zip(ids, starts, [*starts[1:], at], strict=True):
             p = self.parameters[i]
             self._views[i] = _slot(flat, start, p)
-            gaps.extend(range(start + p.numel(), stop))
             first, _ = bounds.get(segment_of[i], (start, stop))
             bounds[segment_of[i]] = (first, stop)
         runs = tuple(Run(flat[a:b], segment) for segment, (a, b) in bounds.items())
-        free = torch.tensor(gaps, device=device) if gaps else None
-        return _Buffer(flat, ids, [segment_of[i] for i in ids], runs, free)
+        return _Buffer(flat, ids, [segment_of[i] for i in ids], runs)
 
     def _whole(self) -> GradBuckets:
         """Buckets over all slots: they outlive every step, since the slots never move."""

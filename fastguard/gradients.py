@@ -106,11 +106,6 @@ class Gradients:
         else:
             self.optimizer.zero_grad(set_to_none)
 
-    def close_gaps_(self) -> None:
-        """See `FlatGradBuckets.close_gaps_`."""
-        if self.flat is not None:
-            self.flat.close_gaps_()
-
     @property
     def device(self) -> torch.device:
         """Where the first parameter lives now (`model.to("cuda")` after the guard was made);

@@ -221,11 +221,10 @@ class GuardedOptimizer(KnownRun):
                     grad.copy_(before)
                 raise
         verdict = decide(stats, signals, self._state, policy)
-        apply(buckets, verdict)
+        if policy.may_change(signals):
+            apply(buckets, verdict)
         self._road.step(verdict)
 
-        if policy.nonfinite == "propagate":
-            self._gradients.close_gaps_()
         self.last = verdict
         self._steps_taken += 1
         lr = self.param_groups[0].get("lr", math.nan)  # some optimizers have none
@@ -311,6 +310,7 @@ class GuardedOptimizer(KnownRun):
                 self.nonfinite,
                 tuple(self.rules.values()),
                 tuple(self.rules),
+                limited=min(now, default=math.inf) != math.inf,
             )
         return self._policy
 

@@ -88,7 +88,8 @@ def table_of(bucket: Bucket, n_segments: int, n_programs: int) -> ChunkTable:
     Args:
         bucket: The gradients, at least one.
         n_segments: S.
-        n_programs: How many programs will share the chunks; small models get smaller chunks.
+        n_programs: How many programs will share the chunks; small models get smaller chunks. Always
+            the same on a device: all launches share one table, and the order of its sums.
     """
     table = bucket.notes.get(n_segments)
     if table is None:

@@ -24,7 +24,7 @@ from fastguard.kernels.chunks import ChunkTable, table_of
 from fastguard.kernels.decide import decide_step
 from fastguard.kernels.measure import measure_chunks
 from fastguard.kernels.record import record_step
-from fastguard.kernels.tuning import n_programs, tuning_of
+from fastguard.kernels.tuning import n_programs
 from fastguard.kernels.upload import Upload, upload
 from fastguard.measure import GradStats
 from fastguard.reduce import Signals
@@ -54,8 +54,7 @@ def measure(
     inv_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Power sums and counts of one bucket: see `fastguard.reference.measure`."""
-    grid = n_programs(bucket.device, tuning_of(norm_type, bucket.dtype))
-    table = table_of(bucket, n_segments, grid)
+    table = table_of(bucket, n_segments, n_programs(bucket.device))
     _copy_in(table, bucket)
     return measure_chunks(
         table, bucket.device, bucket.dtype, n_segments, n_tensors, norm_type, inv_scale

@@ -28,4 +28,12 @@ def attached(flat):
 
 
 def gaps(flat):
-    return [b.flat[b.gaps] for b in flat._buffers if b.gaps is not None]
+    """What lies between the slots of each buffer that has something there."""
+    between = []
+    for buffer in flat._buffers:
+        free = torch.ones(len(buffer.flat), dtype=torch.bool)
+        for i in buffer.ids:
+            start = flat._views[i].storage_offset()
+            free[start : start + flat.parameters[i].numel()] = False
+        between.append(buffer.flat[free])
+    return [g for g in between if len(g)]
