@@ -25,36 +25,21 @@ import torch
 from benchmarks.suite import EXTREMES, ONE_GB, model_shapes
 from benchmarks.syncs import count_syncs
 from fastguard.bench.command import device_of, wide_console
-from fastguard.bench.contenders import CONTENDERS, Prepared
+from fastguard.bench.contenders import READ_PASS
 from fastguard.bench.machine import Ceilings, ceilings
 from fastguard.bench.results import Result, new_result, save
 from fastguard.bench.runner import run_case
 from fastguard.bench.selection import USUAL_STEP
 from fastguard.bench.session import quiet_guard
 from fastguard.bench.table import row_table, target_table
-from fastguard.bench.targets import READ_PASS, judge
-from fastguard.bench.workload import Case, Workload
-from fastguard.buckets import bucketize
-from fastguard.measure import measure
+from fastguard.bench.targets import judge
+from fastguard.bench.workload import Case
 from fastguard.usage import UsageError
 
 SECONDS = 110.0  # after which no case is begun; the last may take ten more
 CASE_SECONDS = 4.0
 CLIP = ("torch foreach", "fastguard")
 STEP = ("bare step", USUAL_STEP, "GuardedOptimizer")
-
-
-def read_pass(work: Workload) -> Prepared:
-    """One launch over buckets that are there: what the read ceiling is compared with."""
-    buckets = bucketize(work.grads)
-
-    def call() -> None:
-        measure(buckets)
-
-    return Prepared(call, work.restore, work.parameters)
-
-
-CONTENDERS[READ_PASS] = read_pass
 
 
 def cases() -> list[Case]:

@@ -18,6 +18,8 @@ from fastguard.bench.workload import Workload
 from fastguard.buckets import bucketize
 from fastguard.measure import measure
 
+READ_PASS = "fastguard read pass"
+
 torch_clip = torch.nn.utils.clip_grad_norm_  # bound here, so that `patch_torch` cannot change it
 
 
@@ -146,6 +148,16 @@ def measure_segments_flat(work: Workload) -> Prepared:
     return Prepared(lambda: flat.measure().total_norm, lambda: None, twin)
 
 
+def read_pass(work: Workload) -> Prepared:
+    """One launch over buckets that are there: what the read ceiling is compared with."""
+    buckets = bucketize(work.grads)
+
+    def call() -> None:
+        measure(buckets)
+
+    return Prepared(call, work.restore, work.parameters)
+
+
 def apex_clip(work: Workload) -> Prepared:
     _finite_only(work)
     _needs_cuda(work)
@@ -187,6 +199,7 @@ CONTENDERS: dict[str, Callable[[Workload], Prepared]] = {
     "torch compiled": torch_compiled,
     "isfinite + clip": isfinite_then_clip,
     "GradScaler + clip": grad_scaler_then_clip,
+    READ_PASS: read_pass,
     "apex": apex_clip,
     "TransformerEngine": transformer_engine_clip,
     "fastguard": fastguard_function,

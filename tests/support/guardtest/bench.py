@@ -6,14 +6,15 @@ from pathlib import Path
 import torch
 
 from fastguard.bench import Case
-from fastguard.bench.contenders import CONTENDERS
+from fastguard.bench.contenders import CONTENDERS, READ_PASS
 from fastguard.bench.machine import Ceilings
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
 LIMIT = Ceilings(read_gb_s=10.0, update_gb_s=20.0, copy_gb_s=20.0)
 SHAPES = [(40, 7), (7,), (3, 5, 2), (300,)]
-EAGER = tuple(name for name in CONTENDERS if "compiled" not in name and "measure" not in name)
+ONLY_READ = ("fastguard measure", "fastguard measure flat", READ_PASS)
+EAGER = tuple(name for name in CONTENDERS if "compiled" not in name and name not in ONLY_READ)
 ON_CPU = tuple(name for name in EAGER if name not in ("apex", "TransformerEngine"))
 
 
