@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastguard import traced
-from fastguard.apply import apply, check_fill, clamp_, fill_nonfinite_, scale
+from fastguard.apply import apply, scale
 from fastguard.arguments import (
     Parameters,
     as_list,
@@ -33,6 +33,7 @@ from fastguard.decide import (
     raise_if_nonfinite,
     torch_total_norm,
 )
+from fastguard.elementwise import check_fill, clamp_, fill_nonfinite_
 from fastguard.measure import GradStats, measure, norm_type_of
 from fastguard.ranks.dtensors import is_dtensor, whole
 from fastguard.ranks.groups import Group, check_same_tensors, several_ranks

@@ -60,8 +60,9 @@ class Inbox(deque["StepRecord"]):
         if self._expected or self._told:
             records = [*self._expected, *records[self._told :]]
             self._expected, self._told = [], 0
+        overflows = self.maxlen is not None and len(self) + len(records) > self.maxlen
         self.extend(records)
-        if len(self) == self.maxlen and not self._said:
+        if overflows and not self._said:
             self._said = True
             log.warning(
                 "an inbox is full: %d records that nobody takes out; the oldest are lost", len(self)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastguard.apply import check_fill, check_real, clamp_, fill_nonfinite_, scale
+from fastguard.apply import scale
 from fastguard.buckets import bucketize
 from fastguard.decide import Policy, raise_if_nonfinite
 from fastguard.decide import decide as decide_stage
+from fastguard.elementwise import check_fill, check_real, clamp_, fill_nonfinite_
 from fastguard.measure import GradStats
 from fastguard.measure import measure as measure_stage
 from fastguard.reduce import Signals

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastguard import distributed_checkpoint, resume, wrapped_state
-from fastguard.apply import apply, check_real, clamp_finite_
+from fastguard.apply import apply
 from fastguard.arguments import limit_of
 from fastguard.decide import GuardState, NonFinite, Policy, Verdict, decide, raise_if_nonfinite
+from fastguard.elementwise import check_real, clamp_finite_
 from fastguard.errors import TrainingDivergedError
 from fastguard.gradients import Gradients
 from fastguard.guardable import (

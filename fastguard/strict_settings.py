@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
+import re
 import tomllib
 import types
 import typing
@@ -16,6 +16,9 @@ from collections.abc import Collection, Mapping
 from typing import Any, Literal, TypeVar
 
 from fastguard.rules import SpikeRule, Threshold
+
+WITH_EXPONENT = re.compile(r"[-+]?[\d.]+e[-+]?\d+", re.IGNORECASE)
+YAML_TEXT = "; YAML takes it for text: write it with a point and a sign, as 1.0e-6"
 
 T = TypeVar("T")
 
@@ -120,20 +123,10 @@ def _check(value: Any, hint: Any, path: str) -> Any:
         if not isinstance(value, bool) or hint is bool:
             return value
     name = getattr(hint, "__name__", str(hint))
-    text = _as_number(value) if hint is float and isinstance(value, str) else ""
-    raise TypeError(f"{path}={value!r} is of type {type(value).__name__}, expected {name}{text}")
-
-
-def _as_number(text: str) -> str:
-    """What an error adds about a number that is text: to YAML `1e-6` is, and `1.0e-6` is not."""
-    try:
-        if not math.isfinite(float(text)):
-            return ""
-    except ValueError:
-        return ""
-    mantissa, _, exponent = text.lower().partition("e")
-    mantissa = mantissa if "." in mantissa else f"{mantissa}.0"
-    return f"; write {mantissa}e{int(exponent):+d}" if exponent else f"; write {mantissa}"
+    raise TypeError(
+        f"{path}={value!r} is of type {type(value).__name__}, expected {name}"
+        + (YAML_TEXT if hint is float and WITH_EXPONENT.fullmatch(str(value)) else "")
+    )
 
 
 def _check_any(value: Any, hints: tuple[Any, ...], path: str) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from pathlib import Path
 
 import pytest
@@ -338,20 +337,10 @@ def test_what_a_configuration_holds_makes_it_again() -> None:
     assert GuardConfig.from_dict(dataclasses.asdict(config)) == config
 
 
-@pytest.mark.parametrize(
-    ("given", "write"),
-    [
-        ("1e-6", "1.0e-6"),
-        ("1e6", "1.0e+6"),
-        ("-2.5e3", "-2.5e+3"),
-        (".5E3", ".5e+3"),
-        ("'0.5'", "0.5"),
-        ("'7'", "7.0"),
-    ],
-)
-def test_a_number_that_yaml_takes_for_text(given: str, write: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("given", ["1e-6", "1e6", "-2.5e3", ".5E3"])
+def test_a_number_that_yaml_takes_for_text(given: str, tmp_path: Path) -> None:
     yaml = require("yaml")
-    assert isinstance(yaml.safe_load(write), float)
+    assert isinstance(yaml.safe_load(given), str) and isinstance(yaml.safe_load("1.0e-6"), float)
     path = tmp_path / "guard.yaml"
     for text in (
         f"schedule: {{floor: {given}}}",
@@ -359,9 +348,9 @@ def test_a_number_that_yaml_takes_for_text(given: str, write: str, tmp_path: Pat
         f"guard: {{max_norm: {given}}}",
     ):
         path.write_text(text)
-        with pytest.raises(TypeError, match=rf"expected float; write {re.escape(write)}$"):
+        with pytest.raises(TypeError, match=r"expected float; .* as 1\.0e-6$"):
             GuardConfig.from_file(path)
-    for text in ("high", "'inf'"):
+    for text in ("high", "'inf'", "'0.5'"):
         path.write_text(f"guard: {{max_norm: {text}}}")
         with pytest.raises(TypeError, match=r"is of type str, expected float$"):
             GuardConfig.from_file(path)

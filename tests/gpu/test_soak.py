@@ -49,7 +49,9 @@ class Run:
         skipped = culprit is not None and self.mode == "skip"
         record = self.opt.flush()[-1]
         assert record.total_norm == pytest.approx(finite.norm().item(), rel=NORM_RTOL)
-        assert record.action == {True: "skipped", False: "clipped"}[skipped] or culprit is not None
+        assert record.action == (
+            "skipped" if skipped else "clipped" if culprit is None else "sanitized"
+        )
         assert (record.step, record.nan) == (self.steps, int(culprit is not None))
         assert [c[0] for c in record.culprits] == (
             [] if culprit is None else [f"parameter {culprit}"]

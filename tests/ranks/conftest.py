@@ -11,3 +11,9 @@ from guardtest.ranks import Ranks
 def two() -> Iterator[Ranks]:
     with Ranks(2, collective_seconds=5.0) as ranks:
         yield ranks
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Ranks]:
+    with Ranks(4) as ranks:
+        yield ranks

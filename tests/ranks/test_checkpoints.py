@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,6 @@ from fastguard.checkpoints import CheckpointError, files, manifest, shard_lookin
 from guardtest.ranks import Ranks
 
 NAN = float("nan")
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Ranks]:
-    with Ranks(4) as ranks:
-        yield ranks
 
 
 def store_of(folder: Path, **kwargs: Any) -> CheckpointStore:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -27,12 +26,6 @@ from guardtest.spreads import (
 )
 
 NORMS = (2.0, 1.0, 3.5, math.inf)
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Ranks]:
-    with Ranks(4) as ranks:
-        yield ranks
 
 
 # On the ranks.

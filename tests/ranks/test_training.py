@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -27,12 +27,6 @@ from fastguard.ranks.groups import Group
 from guardtest.ranks import Ranks, collectives
 
 STEPS, BATCH, BAD_STEP, BAD_RANK, SPIKE_STEP = 9, 8, 4, 1, 7
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Ranks]:
-    with Ranks(4) as ranks:
-        yield ranks
 
 
 class Net(nn.Module):

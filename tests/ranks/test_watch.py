@@ -29,12 +29,6 @@ def two() -> Iterator[Ranks]:
         yield ranks
 
 
-@pytest.fixture(scope="module")
-def four() -> Iterator[Ranks]:
-    with Ranks(4) as ranks:
-        yield ranks
-
-
 class Poison(torch.autograd.Function):
     """The identity, whose gradient is what it is told."""
 
