@@ -1,26 +1,18 @@
 """The benchmarks of the source tree, and one small result for all tests."""
 
-import importlib
-import importlib.util
-import sys
-
 import pytest
 
 from fastguard.bench import Case
 from fastguard.bench.session import measure_cases
 from fastguard.bench.steps import STEPS
-from guardtest.bench import CPU, LIMIT, ON_CPU, ROOT, SHAPES, a_case
+from guardtest import bench
+from guardtest.bench import CPU, LIMIT, ON_CPU, SHAPES, a_case
 
 
 @pytest.fixture(scope="session")
 def benchmarks():
     """The package of the source tree, which is not installed."""
-    place = ROOT / "benchmarks"
-    spec = importlib.util.spec_from_file_location(
-        "benchmarks", place / "__init__.py", submodule_search_locations=[str(place)]
-    )
-    sys.modules["benchmarks"] = importlib.util.module_from_spec(spec)
-    return lambda name: importlib.import_module(f"benchmarks.{name}")
+    return bench.benchmarks
 
 
 def measured():

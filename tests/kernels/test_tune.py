@@ -1,21 +1,14 @@
 """Every shape that benchmarks/tune.py tries gives the sums of the one in use."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from fastguard import reference
 from fastguard.buckets import bucketize
+from guardtest.bench import benchmarks
 from guardtest.tolerances import MEASURED_RTOL
 
-PATH = Path(__file__).parents[2] / "benchmarks" / "tune.py"
-spec = importlib.util.spec_from_file_location("tune", PATH)
-tune = importlib.util.module_from_spec(spec)
-sys.modules["tune"] = tune  # dataclasses look their module up
-spec.loader.exec_module(tune)
+tune = benchmarks("tune")
 
 
 @pytest.mark.parametrize("one", tune.TRIES, ids=lambda one: one.name)

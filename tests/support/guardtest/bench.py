@@ -1,7 +1,11 @@
 """Benchmark cases of a few kilobytes, and who competes in them."""
 
+import importlib
+import importlib.util
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -16,6 +20,17 @@ SHAPES = [(40, 7), (7,), (3, 5, 2), (300,)]
 ONLY_READ = ("fastguard measure", "fastguard measure flat", READ_PASS)
 EAGER = tuple(name for name in CONTENDERS if "compiled" not in name and name not in ONLY_READ)
 ON_CPU = tuple(name for name in EAGER if name not in ("apex", "TransformerEngine"))
+
+
+def benchmarks(name: str) -> ModuleType:
+    """A module of the benchmarks of the source tree, which are not installed."""
+    if "benchmarks" not in sys.modules:
+        place = ROOT / "benchmarks"
+        spec = importlib.util.spec_from_file_location(
+            "benchmarks", place / "__init__.py", submodule_search_locations=[str(place)]
+        )
+        sys.modules["benchmarks"] = importlib.util.module_from_spec(spec)
+    return importlib.import_module(f"benchmarks.{name}")
 
 
 def a_case(**changes) -> Case:
