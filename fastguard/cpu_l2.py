@@ -44,7 +44,7 @@ from fastguard.gather import buffer, flat, gathered
 ROW = 256
 ROWS = 8  # of a block
 BLOCK = ROWS * ROW  # smaller tensors are gathered
-LARGE = 2**15  # larger ones are read in rows, by several threads
+LARGE = 2**16  # larger ones are read in rows, by several threads, which have to be woken up
 STAGE = 2**20  # elements of the buffer in which other dtypes become float32: 4 MB, a level-3 cache
 WIDE = 2**19  # elements that become float64 at a time: 4 MB; halves cost two more calls of torch
 SHARE = 2**27  # elements between two audits: bounds the row norms kept to 2 MB
