@@ -208,7 +208,8 @@ def _verify_file(path: Path, ignore: Sequence[str]) -> int:
 
 def _report(path: Path, problem: str | None, bad: Sequence[Culprit], n_tensors: int) -> int:
     if problem is None and not bad:
-        print(f"ok   {path}: {n_tensors} tensors, all finite")
+        told = f"{n_tensors} tensors, all finite" if n_tensors else foreign.NO_TENSORS
+        print(f"ok   {path}: {told}")
         return FINE
     if problem is not None:
         print(f"BAD  {path}: {problem}")

@@ -23,6 +23,8 @@ from fastguard.checkpoints.looking import HEADER, not_ignored
 _EPOCH = ("epoch",)
 _STEP = ("step", "global_step", "iteration", "iter_num")
 _METRIC = ("best_fitness", "metric", "best_val_loss", "fitness")
+NO_TENSORS = "holds no tensors"
+_OPTIMIZER_ALONE = {"state", "param_groups"}
 _OPTIMIZER = ("optimizer", "optimizer_states", "optimizer_state_dict", "optim")
 
 
@@ -38,6 +40,7 @@ class Description:
         n_tensors: Distinct tensors in it.
         epoch, step, metric: What usually stands under such names at its top, if it does.
         resumable: Whether it holds the state of an optimizer.
+        has_weights: Whether it can be a model: not an optimizer or random streams alone.
         problem: Why it cannot be read; None if it can.
         tensors: Name and shape of each tensor.
     """
@@ -51,6 +54,7 @@ class Description:
     step: int | None = None
     metric: float | None = None
     resumable: bool = False
+    has_weights: bool = False
     problem: str | None = None
     tensors: frozenset[tuple[str, tuple[int, ...]]] = frozenset()
 
@@ -80,6 +84,12 @@ def describe(path: Path) -> Description:
         _number(top, _STEP, int),
         _number(top, _METRIC, float),
         has_optimizer,
+        has_weights=set(top) != _OPTIMIZER_ALONE
+        and any(
+            dtype.is_floating_point or dtype.is_complex
+            for dtype in [span.dtype for span in contents.spans]
+            + [array.dtype for _, array in contents.arrays]
+        ),
         tensors=frozenset(
             [(span.name, tuple(span.size)) for span in contents.spans]
             + [(name, tuple(array.shape)) for name, array in contents.arrays]
@@ -107,7 +117,8 @@ def checkpoint_files(folder: Path) -> list[Path]:
 def good_source(target: Path, ignore: Sequence[str] = ()) -> tuple[Path | None, list[str]]:
     """The file beside `target` to go back to: whole, finite, of the latest epoch not after its own.
 
-    A folder may hold several models, so a file that shares less than half of the tensors of the
+    A file without tensors (settings, a schedule) is no checkpoint, whatever its epoch. And a folder
+    may hold several models, so a file that shares less than half of the tensors of the
     smaller of both, by name and shape, is not chosen. Half, because data positions and histories
     change shape; of the smaller, because an optimizer has no state before its first step.
 
@@ -131,8 +142,10 @@ def good_source(target: Path, ignore: Sequence[str] = ()) -> tuple[Path | None, 
 
 
 def _unfit(candidate: Description, now: Description | None) -> str | None:
-    if now is None or now.problem:
-        return None
+    if not candidate.n_tensors:
+        return NO_TENSORS
+    if now is None or now.problem:  # nothing tells what it held, but it was no optimizer alone
+        return None if candidate.has_weights else "holds no weights"
     if now.resumable and not candidate.resumable:
         return "holds no optimizer state to resume with"
     if candidate.epoch is not None and now.epoch is not None and candidate.epoch > now.epoch:
@@ -156,8 +169,11 @@ def _unsound(path: Path, ignore: Sequence[str]) -> str | None:
         return str(error)
     if found.damaged:
         return f"{', '.join(found.damaged)} changed after it was written"
+    if not found.contents.n_tensors:
+        return NO_TENSORS
     bad = not_ignored(found.bad, ignore)
-    return f"{len(bad)} tensors are not finite, first {bad[0][0]}" if bad else None
+    are = "tensor is" if len(bad) == 1 else "tensors are"
+    return f"{len(bad)} {are} not finite, first {bad[0][0]}" if bad else None
 
 
 def roll_back_file(
@@ -178,7 +194,8 @@ def roll_back_file(
         if there was none.
 
     Raises:
-        CheckpointError: The source is the target, or damaged, or not finite; nothing was changed.
+        CheckpointError: The source is the target, or damaged, or not finite, or holds no tensors;
+            nothing was changed.
         OSError: The disk is full or read-only; nothing was changed.
     """
     target, source = Path(target), Path(source)

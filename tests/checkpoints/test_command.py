@@ -66,7 +66,7 @@ def test_incident_b_in_one_command(weights, capsys):
     assert (weights / "last.pt").read_bytes() == best  # epoch 1 and all, nobody edits a number
     assert (weights / "best.pt").read_bytes() == best
     assert (weights / "last.pt.replaced-1").read_bytes() == bad
-    assert "passed over epoch2.pt: 1 tensors are not finite, first ema.1.weight" in out
+    assert "passed over epoch2.pt: 1 tensor is not finite, first ema.1.weight" in out
     assert "last.pt (epoch 3, metric 0.1) is now a copy of" in out
     assert "best.pt (epoch 1, metric 0.31)" in out
     assert "last.pt.replaced-1" in out
@@ -122,7 +122,7 @@ def test_when_nothing_is_good_nothing_is_changed(weights, capsys):
     assert "no good checkpoint beside" in capsys.readouterr().err
     target = str(weights / "last.pt")
     assert main(["ckpt", "rollback", target, "--to", str(weights / "best.pt")]) == 1
-    assert "cannot be rolled back to: 1 tensors are not finite" in capsys.readouterr().err
+    assert "cannot be rolled back to: 1 tensor is not finite" in capsys.readouterr().err
     assert main(["ckpt", "rollback", target, "--to", target]) == 1
     assert "is the file to be replaced" in capsys.readouterr().err
     assert {p.name: p.read_bytes() for p in weights.iterdir()} == before
