@@ -15,16 +15,27 @@ NAME = "plain"
 
 # Bounded, so that no line takes long.
 _GAP = r"[\s:=#\[(\"']{0,9}"
-_EPOCH = re.compile(rf"\bep(?:och)?\b{_GAP}({INT}(?:\.\d+)?)(?:\s*/\s*({INT}))?", re.IGNORECASE)
+_MODE = r"(?:\(\w{1,9}\))?"  # Epoch(train) [3][ 100/1000], of mmengine
+_EPOCH = re.compile(
+    rf"\bep(?:och)?\b{_MODE}{_GAP}({INT}(?:\.\d+)?)(?:\s*/\s*({INT}))?", re.IGNORECASE
+)
 _BATCH = re.compile(rf"\b(?:mini)?batch\b{_GAP}({INT})(?:\s*/\s*({INT}))?", re.IGNORECASE)
 _STEP = re.compile(
-    rf"\b(?:global_step|step|iter|iteration|it|num_updates|update)\b{_GAP}({INT})", re.IGNORECASE
+    rf"\b(?:global_step|step|iter|iteration|it|num_updates|update)\b{_MODE}{_GAP}({INT})",
+    re.IGNORECASE,
 )
 _TUTORIAL = re.compile(rf"\s*\[({INT}),\s*({INT})\]")  # [epoch, batch], of PyTorch's tutorials
 _COUNT = re.compile(
     rf"\[\s*({INT})\s*/\s*({INT})\b[^\]]{{0,40}}\]"  # [15/41]
     rf"|(?:^|[\s|:])({INT})/({INT}|\?)\s{{1,9}}[\[━╸]"  # 15/41 [, of tqdm and Keras
     rf"|:\s{{1,9}}({INT})\s{{0,9}}/\s{{0,9}}({INT})\s"  # epoch 003:     15 / 41, of fairseq
+)
+# 2026/11/21, 21/11/2026, and 11/21 if a time of day follows that is no clock of a bar,
+# and no name stands before it: Epoch 11/12 03:00:10.
+_DATE = re.compile(
+    r"\b(?:\d{4}/\d\d?/\d\d?|\d\d?/\d\d?/\d{4}"
+    r"|(?<![a-z] )(?<![a-z]: )(?:(?:0\d|1[0-2])/[0-3]\d|[0-3]\d/(?:0\d|1[0-2]))"
+    r"(?=[ ,T]{1,3}[0-2]\d:[0-5]\d:[0-5]\d(?!\s{0,9}<)))\b"
 )
 _MEASURED = re.compile(
     r"(?:loss|norm|acc|accuracy|ppl|mse|mae|err|error)\w{0,40}[\"']?\s*[=:]?\s*[\"'(\[]*[+-]?\d",
@@ -80,6 +91,7 @@ class Passed:
 
 
 def _place(text: str) -> Place:
+    text = _DATE.sub("", text)
     if pair := _TUTORIAL.match(text):
         return Place(epoch=int(pair[1]), batch=int(pair[2]))
     epoch, batch, step = _EPOCH.search(text), _BATCH.search(text), _STEP.search(text)

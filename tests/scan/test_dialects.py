@@ -112,6 +112,15 @@ def test_ultralytics_before_it_had_a_bar_of_its_own() -> None:
         (" iteration      100/ 1000 | lm loss: NAN |", Place(step=100)),
         ("epoch 2 batch 40 loss 0.5\nepoch 3\nloss nan", Place(3)),
         ("batch size: 16, epochs=100, 3 steps/s, loss nan", Place()),
+        ("[11/21 03:00:10 d2.utils.events]: iter: 39  total_loss: nan", Place(step=39)),
+        ("11/21 03:00:10 - mmengine - INFO - [15/41] loss: nan", Place(None, None, 15, 41)),
+        ("[2026/11/21 03:00:10] [15/41] loss: nan", Place(None, None, 15, 41)),
+        ("[21/11/2026] loss: nan", Place()),
+        ("[11/41 00:12<00:30, 2.3it/s] loss: nan", Place(None, None, 11, 41)),
+        ("[11/12 01:00:12 < 00:30:10] loss: nan", Place(None, None, 11, 12)),
+        ("Epoch 11/12 03:00:10 loss: nan", Place(11, 12)),
+        ("11/21 03:00:10 - Epoch(train)  [3][ 100/1000]  loss: nan", Place(3, None, 100, 1000)),
+        ("11/21 03:00:10 - Iter(train) [  100/1000]  loss: nan", Place(None, None, 100, 1000, 100)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -119,6 +128,12 @@ def test_plain_prints(text: str, place: Place) -> None:
     found = scan(text)
     assert found.n_bad == 1
     assert found.stretches[0].first == place
+
+
+def test_dates_are_no_batches_of_a_stretch() -> None:
+    line = "[11/{} 03:00:10 d2.utils.events]: iter: {}  total_loss: nan\n"
+    (stretch,) = scan(line.format(21, 39) + line.format(22, 59)).stretches
+    assert (stretch.first, stretch.last) == (Place(step=39), Place(step=59))
 
 
 @pytest.mark.parametrize(
@@ -136,6 +151,7 @@ def test_plain_prints(text: str, place: Place) -> None:
         " ",
         "1",
         "1/2 ",
+        "11/21 ",
         "= ",
         "|",
     ],
