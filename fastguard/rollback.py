@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -118,8 +119,16 @@ class Rollback:
             raise ValueError(f"lr_factor={lr_factor!r} must be a number in (0, 1]")
         if store is not None and not isinstance(store, CheckpointStore):
             raise TypeError(f"store={store!r} must be None or a fastguard.CheckpointStore")
+        if lr is not None and not isinstance(lr, GuardedLR):
+            raise TypeError(
+                f"lr is a {type(lr).__name__}, which cannot be lowered; pass GuardedLR(schedule), "
+                "or have the schedule among the objects"
+            )
+        _check_reachable(after_skips, optimizer.max_consecutive_skips)
         self.optimizer = optimizer
         self.objects = _with_own(objects, optimizer, lr)
+        for name, thing in self.objects.items():
+            _check_memory(name, thing)
         self.every = every
         self.lr, self.lr_factor = lr, lr_factor
         self.max_attempts = max_attempts
@@ -245,10 +254,39 @@ def _check_counts(**counts: object) -> None:
             raise ValueError(f"{name}={value!r} must be an integer >= 1")
 
 
+def _check_reachable(after_skips: int | None, limit: int | None) -> None:
+    """The optimizer ends the run at `limit + 1` skips in a row, before anybody can go back."""
+    if after_skips is not None and limit is not None and after_skips > limit:
+        raise ValueError(
+            f"after_skips={after_skips} never comes: the optimizer ends the run after more than "
+            f"max_consecutive_skips={limit} skips in a row; use after_skips <= {limit}, or None"
+        )
+
+
+def _check_memory(name: str, thing: Any) -> None:
+    """Raises a ValueError for a model or optimizer on the meta device."""
+    tensors: Iterable[Tensor] = ()
+    if isinstance(thing, torch.nn.Module):
+        tensors = chain(thing.parameters(), thing.buffers())
+    elif isinstance(thing, torch.optim.Optimizer):
+        tensors = (p for group in thing.param_groups for p in group["params"])
+    if any(t.is_meta for t in tensors):
+        raise ValueError(
+            f"objects[{name!r}] has parameters on the meta device, which holds no numbers to go "
+            "back to; give the model its memory first: model.to_empty(device=...), its weights, "
+            "then the optimizer"
+        )
+
+
 def _with_own(
     objects: Mapping[str, Any], optimizer: GuardedOptimizer, lr: GuardedLR | None
 ) -> dict[str, Any]:
     """The objects of the user and those that every snapshot holds."""
+    if not isinstance(objects, Mapping):
+        raise TypeError(
+            f"objects is a {type(objects).__name__}; pass a dict by name, such as "
+            "{'model': model}"
+        )
     own: dict[str, Any] = {"optimizer": optimizer}
     if lr is not None:
         own["lr"] = lr
