@@ -72,4 +72,4 @@ def buffer(name: str, n: int, dtype: torch.dtype) -> Tensor:
         with torch.inference_mode(False):
             kept = torch.empty(n, dtype=dtype, device="cpu")
         setattr(_local, name, kept)
-    return kept[:n]
+    return kept if kept.numel() == n else kept[:n]
