@@ -99,7 +99,7 @@ def _list(path: Path) -> int:
     if path.is_dir() and is_store(path):
         _list_store(path)
     else:
-        _list_files(_files(path))
+        return _list_files(_files(path))
     return FINE
 
 
@@ -140,10 +140,13 @@ def _list_store(path: Path) -> None:
     print_table(heads, rows)
 
 
-def _list_files(paths: Sequence[Path]) -> None:
-    rows = []
+def _list_files(paths: Sequence[Path]) -> int:
+    """The files that cannot be read have their row, and a line that says why."""
+    rows, unreadable = [], []
     for path in paths:
         found = foreign.describe(path)
+        if found.problem is not None:
+            unreadable.append(f"BAD  {path}: {found.problem}")
         modified = datetime.fromtimestamp(found.modified, UTC)
         rows.append(
             [
@@ -155,13 +158,16 @@ def _list_files(paths: Sequence[Path]) -> None:
                 _size(found.size),
                 str(found.n_tensors) if found.problem is None else "",
                 "yes" if found.resumable else "no",
-                found.problem or found.format,
+                found.format,
             ]
         )
     print_table(
         ["file", "epoch", "step", "metric", "time (UTC)", "size", "tensors", "optimizer", "format"],
         rows,
     )
+    for line in unreadable:
+        print(line)
+    return FOUND_BAD if unreadable else FINE
 
 
 def _text(value: object) -> str:
@@ -200,8 +206,8 @@ def _verify_store(path: Path, ignore: Sequence[str]) -> int:
 def _verify_file(path: Path, ignore: Sequence[str]) -> int:
     try:
         found = inspect(path)
-    except CheckpointError as error:
-        return _report(path, str(error).removeprefix(f"{path}: "), (), 0)
+    except (CheckpointError, OSError) as error:
+        return _report(path, foreign.problem_of(path, error), (), 0)
     problem = f"{', '.join(found.damaged)} changed after it was written" if found.damaged else None
     return _report(path, problem, not_ignored(found.bad, ignore), found.contents.n_tensors)
 

@@ -23,6 +23,7 @@ from fastguard.checkpoints.looking import HEADER, not_ignored
 _EPOCH = ("epoch",)
 _STEP = ("step", "global_step", "iteration", "iter_num")
 _METRIC = ("best_fitness", "metric", "best_val_loss", "fitness")
+UNREADABLE = "unreadable"
 NO_TENSORS = "holds no tensors"
 _OPTIMIZER_ALONE = {"state", "param_groups"}
 _OPTIMIZER = ("optimizer", "optimizer_states", "optimizer_state_dict", "optim")
@@ -60,16 +61,16 @@ class Description:
 
 
 def describe(path: Path) -> Description:
-    """What a `.pt`, `.pth`, `.ckpt` or `.safetensors` file says of itself.
-
-    Raises:
-        OSError: It cannot be opened.
-    """
-    stat = path.stat()
+    """What a checkpoint file says of itself; of one that cannot be read, why."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        return Description(path, 0, 0.0, UNREADABLE, problem=problem_of(path, error))
     try:
         contents = read_contents(path)
-    except CheckpointError as error:
-        return Description(path, stat.st_size, stat.st_mtime, "unreadable", problem=str(error))
+    except (CheckpointError, OSError) as error:
+        problem = problem_of(path, error)
+        return Description(path, stat.st_size, stat.st_mtime, UNREADABLE, problem=problem)
     top: dict[Any, Any] = contents.tree if isinstance(contents.tree, dict) else {}
     top = {**contents.metadata, **top, **(top.get(HEADER) or {})}
     states = top.get("objects") if HEADER in top else top
@@ -97,6 +98,13 @@ def describe(path: Path) -> Description:
     )
 
 
+def problem_of(path: Path, error: CheckpointError | OSError) -> str:
+    """What an error says of a file, to stand behind its name."""
+    if isinstance(error, OSError):
+        return f"cannot be read: {error.strerror or error}"
+    return str(error).removeprefix(f"{path}: ")
+
+
 def _number(top: dict[Any, Any], names: Iterable[str], kind: type) -> Any:
     for name in names:
         if top.get(name) is not None:
@@ -110,7 +118,9 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return sorted(
         path
         for path in folder.iterdir()
-        if path.suffix in SUFFIXES and not path.name.startswith(files.TEMPORARY) and path.is_file()
+        if path.suffix in SUFFIXES
+        and not path.name.startswith(files.TEMPORARY)
+        and (path.is_file() or (path.is_symlink() and not path.exists()))
     )
 
 
@@ -144,7 +154,7 @@ def good_source(target: Path, ignore: Sequence[str] = ()) -> tuple[Path | None, 
 def _unfit(candidate: Description, now: Description | None) -> str | None:
     if not candidate.n_tensors:
         return NO_TENSORS
-    if now is None or now.problem:  # nothing tells what it held, but it was no optimizer alone
+    if now is None or now.problem:  # nothing tells what it held, but it was hardly an optimizer alone
         return None if candidate.has_weights else "holds no weights"
     if now.resumable and not candidate.resumable:
         return "holds no optimizer state to resume with"
@@ -165,8 +175,8 @@ def is_sound(path: Path, ignore: Sequence[str] = ()) -> bool:
 def _unsound(path: Path, ignore: Sequence[str]) -> str | None:
     try:
         found = inspect(path)
-    except CheckpointError as error:
-        return str(error)
+    except (CheckpointError, OSError) as error:
+        return problem_of(path, error)
     if found.damaged:
         return f"{', '.join(found.damaged)} changed after it was written"
     if not found.contents.n_tensors:

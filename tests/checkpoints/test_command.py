@@ -156,12 +156,13 @@ class _Bomb:
 def test_list_of_foreign_files(weights, capsys):
     (weights / "notes.txt").write_text("")
     os.truncate(weights / "epoch0.pt", 100)
-    assert main(["ckpt", "list", str(weights)]) == 0
-    head, *rows = capsys.readouterr().out.splitlines()
+    assert main(["ckpt", "list", str(weights)]) == 1
+    head, *rows, why = capsys.readouterr().out.splitlines()
     assert head.split()[:4] == ["file", "epoch", "step", "metric"]
     assert [row.split()[1] for row in rows] == ["1", "-", "2", "3"]
     assert rows[0].split()[3] == "0.31"
-    assert "truncated or damaged" in rows[1]
+    assert rows[1].endswith(" unreadable")
+    assert why.startswith(f"BAD  {weights / 'epoch0.pt'}: truncated or damaged")
 
 
 def test_list_verify_and_rollback_of_a_store(store, capsys):

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from fastguard.checkpoints import CheckpointError, roll_back_file
+from fastguard.checkpoints import CheckpointError, contents, roll_back_file
 from fastguard.cli import main
 
 NAN = float("nan")
@@ -85,3 +85,52 @@ def test_what_lies_beside_weights_does_not_take_the_place_of_damaged_ones(tmp_pa
     assert status == 1
     assert "passed over optimizer.pt: holds no weights" in out
     assert "passed over rng_state.pth: holds no weights" in out
+
+
+# A file that cannot be opened
+
+
+@pytest.fixture
+def forbidden(tmp_path, monkeypatch):
+    """Four files, of which the first cannot be opened. Root may open anything, so it is played."""
+    for name, value in (("a", 1.0), ("b", 1.0), ("c", 1.0), ("last", NAN)):
+        write(tmp_path / f"{name}.pt", value, modified=100 - ord(name[0]))
+
+    def refuse(path, *rest):
+        if os.fspath(path).endswith("a.pt"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return open(path, *rest)
+
+    monkeypatch.setattr(contents, "open", refuse, raising=False)
+    return tmp_path
+
+
+def test_verify_reads_the_others_and_names_the_unreadable_one(forbidden, capsys):
+    status, out, err = ckpt(capsys, "verify", forbidden)
+    lines = [line for line in out.splitlines() if not line.startswith(" ")]
+    assert (status, err) == (1, "")
+    assert lines[0] == f"BAD  {forbidden / 'a.pt'}: cannot be read: Permission denied"
+    assert [line[:4] for line in lines] == ["BAD ", "ok  ", "ok  ", "BAD "]
+
+
+def test_list_has_a_row_for_the_unreadable_one(forbidden, capsys):
+    status, out, _ = ckpt(capsys, "list", forbidden)
+    assert status == 1
+    assert [f"{name}.pt" in row for name, row in zip("abc", out.splitlines()[1:4], strict=True)]
+    assert f"BAD  {forbidden / 'a.pt'}: cannot be read: Permission denied" in out
+
+
+def test_rollback_passes_over_the_unreadable_one(forbidden, capsys):
+    status, out, _ = ckpt(capsys, "rollback", forbidden)
+    assert status == 0
+    assert "passed over a.pt: cannot be read: Permission denied" in out
+    assert "is now a copy of" in out and "b.pt" in out
+
+
+def test_a_link_to_nothing_is_a_bad_row(tmp_path, capsys):
+    write(tmp_path / "good.pt")
+    (tmp_path / "best.pt").symlink_to(tmp_path / "gone.pt")
+    status, out, _ = ckpt(capsys, "verify", tmp_path)
+    assert status == 1
+    assert "best.pt: cannot be read: No such file or directory" in out and "ok  " in out
+    assert ckpt(capsys, "list", tmp_path)[0] == 1

@@ -137,7 +137,7 @@ def test_sizes_and_verdicts_as_they_are_listed(tmp_path, capsys):
     for name, size in (("a.pt", 999), ("b.pt", 1000), ("c.pt", 1_500_000), ("d.pt", 2_500_000_000)):
         (tmp_path / name).touch()
         os.truncate(tmp_path / name, size)
-    assert main(["ckpt", "list", str(tmp_path)]) == 0
+    assert main(["ckpt", "list", str(tmp_path)]) == 1
     out = capsys.readouterr().out
     assert all(text in out for text in (" 999 B ", " 1 kB ", " 1.5 MB ", " 2.5 GB "))
 
