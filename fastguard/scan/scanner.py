@@ -19,7 +19,7 @@ from fastguard.scan.lines import Line, read_lines
 from fastguard.scan.plain import Passed, Plain
 from fastguard.scan.reading import Place, Reading
 from fastguard.scan.ultralytics import Ultralytics
-from fastguard.scan.values import Value, has_nonfinite
+from fastguard.scan.values import Value, first_nonfinite, has_nonfinite
 
 KEPT = 1000
 """Stretches that are told one by one; the others are counted."""
@@ -187,11 +187,18 @@ class _Scanner:
     def _mention(self, line: Line) -> None:
         self.found.n_mentions += 1
         if self.found.mention is None:
-            self.found.mention = Line(line.number, _excerpt(line.text))
+            self.found.mention = Line(line.number, _around_word(line.text))
 
 
 def _excerpt(text: str) -> str:
     return " ".join(text.split())[:EXCERPT]
+
+
+def _around_word(text: str) -> str:
+    """A long line from a little before its NaN or Inf on."""
+    start = max(0, first_nonfinite(text) - EXCERPT // 2)
+    end = start + EXCERPT
+    return "..." * (start > 0) + _excerpt(text[start:end]) + "..." * (end < len(text))
 
 
 def _epoch(place: Place) -> int | None:

@@ -2,13 +2,16 @@
 
 "loss: nan" is a value; "info", "nano" and "banana" are nothing; "checking for nan values" is a
 mention: it has the word, but nobody measured it there. Bounds that begin at infinity, as in
-"val_loss improved from inf to 0.69" or "best_loss=inf", are mentions too.
+"val_loss improved from inf to 0.69" or "best_loss=inf", are mentions too, and so are clocks: "eta:
+nan".
 """
 
 from __future__ import annotations
 
 import re
 from typing import NamedTuple
+
+from fastguard.scan.sentences import bad_of_sentence
 
 CONTEXT = 100
 """Characters on either side that decide. All patterns here may be quadratic in it."""
@@ -19,7 +22,7 @@ class Value(NamedTuple):
 
     Attributes:
         name: What it is the value of, "" if the line does not say.
-        text: `"nan"`, `"inf"` or `"-inf"`.
+        text: `"nan"`, `"inf"` or `"-inf"`; `"non-finite"` if the line does not say which.
     """
 
     name: str
@@ -65,7 +68,7 @@ _LETTER = re.compile(r"[^\W\d_]")
 _METRIC = frozenset(
     "loss losses norm grad grads gradient gradients acc accuracy err error ppl perplexity mse mae "
     "rmse nll elbo kl ce bce score mean std avg average auc iou miou dice map f1 bleu psnr ssim "
-    "reward return entropy lr fitness metric bpb bpc wer cer logits precision recall".split()
+    "gnorm gradnorm reward return entropy lr fitness metric bpb bpc wer cer logits precision recall".split()
 )
 _KIND = frozenset(
     "train training val valid validation test eval lm d g gen disc total grad gradient aux running "
@@ -79,12 +82,26 @@ _BOUND = re.compile(
     r"(?:best|max|min|init|initial|patience|clip|timeout|limit|threshold|mode)(?:$|[_./ -])",
     re.IGNORECASE,
 )
+_CLOCK = re.compile(
+    r"(?:.{0,40}[_./ -])?(?:eta|time|remaining|elapsed|duration|speed|throughput|(?:\w{1,9}/)?s(?:ec)?"
+    r"|s/\w{1,9}|seconds|secs|fps)$",
+    re.IGNORECASE,
+)
+_CELLS = re.compile(r"[\d\s.,;+eE-]*$")
 _PART = re.compile(r"[A-Za-z]+\d?")
 
 
 def has_nonfinite(text: str) -> bool:
     """Whether the text has NaN or Inf as a token, be it a value or a word."""
-    return _may_have(text) and _TOKEN.search(text) is not None
+    return _may_have(text) and (
+        _TOKEN.search(text) is not None or bad_of_sentence(text) is not None
+    )
+
+
+def first_nonfinite(text: str) -> int:
+    """Where the first such token begins; 0 if there is none."""
+    token = _TOKEN.search(text)
+    return token.start() if token else 0
 
 
 def nonfinite_values(text: str) -> tuple[tuple[Value, ...], bool]:
@@ -100,7 +117,12 @@ def nonfinite_values(text: str) -> tuple[tuple[Value, ...], bool]:
     mentions = False
     if not _may_have(text):
         return (), False
+    sentence = bad_of_sentence(text)
+    if sentence is not None:
+        found.append(Value(sentence["name"], _in_sentence(sentence["value"].lower())))
     for token in _TOKEN.finditer(text):
+        if sentence is not None and sentence.start() <= token.start() < sentence.end():
+            continue
         before = text[max(0, token.start() - CONTEXT) : token.start()]
         after = text[token.end() : token.end() + CONTEXT]
         name = _name_of_value(before, after, canonical(token[0]))
@@ -119,6 +141,7 @@ def _may_have(text: str) -> bool:
         or _has_word_end(lower, "inf")
         or "infinity" in lower
         or "1.#" in lower
+        or "finite" in lower
     )
 
 
@@ -137,6 +160,18 @@ def canonical(token: str) -> str:
     if "n" in token.lower().replace("inf", "").replace("inity", ""):  # nan, qnan, ind
         return "nan"
     return "-inf" if token.startswith("-") else "inf"
+
+
+def _in_sentence(value: str) -> str:
+    """What "NaN", "infinite" or "inf or nan" says."""
+    if "non" in value or ("nan" in value and "inf" in value):
+        return "non-finite"
+    return "nan" if "nan" in value else "inf"
+
+
+def is_bound(name: str, text: str) -> bool:
+    """Whether a value of this name is none of training: a bound that begins at Inf, or a clock."""
+    return (text == "inf" and _BOUND.match(name) is not None) or _CLOCK.match(name) is not None
 
 
 def is_metric(name: str) -> bool:
@@ -161,6 +196,8 @@ def _name_of_value(before: str, after: str, text: str) -> str | None:
         return None if _CONDITION.search(before) else match[1]
     if _BEFORE_CLOSER.match(after) and re.search(r"(?:tensor|array|float)\([\"']?$", before):
         return ""
+    if _CELLS.match(after) and _CELLS.match(before):  # of a table: 2,nan,
+        return ""
     if not _BEFORE_NO_WORD.match(after) and not _BEFORE_CLOSER.match(after):
         return None
     if _AFTER_NUMBER.search(before):
@@ -174,7 +211,7 @@ def _name_of_value(before: str, after: str, text: str) -> str | None:
 def _after_separator(match: re.Match[str], after: str, text: str) -> str | None:
     name = _short(match[1])
     last = name.split()[-1]
-    if text == "inf" and (_BOUND.match(last) or _BOUND.match(name)):
+    if is_bound(last, text) or is_bound(name, text):
         return None
     if (
         match[2] == "="

@@ -80,3 +80,11 @@ def test_a_bad_line_without_a_place_has_that_of_the_lines_before() -> None:
     assert (place.epoch, place.batch, place.batches) == (7, 90, 100)
     found = scan("Epoch 7, batch 3", "Epoch 8", "loss nan")
     assert (found.stretches[0].first.epoch, found.stretches[0].first.batch) == (8, None)
+
+
+def test_the_excerpt_of_a_mention_shows_the_word_that_it_is_about() -> None:
+    long = " | ".join(f"column {i}: 0.{i}" for i in range(60))
+    found = scan(f"{long} | number of nan iterations: 0 | {long}")
+    assert found.mention is not None and len(found.mention.text) <= 210
+    assert "number of nan iterations" in found.mention.text
+    assert found.mention.text.startswith("...") and found.mention.text.endswith("...")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastguard.scan.values import nonfinite_values
+from fastguard.scan.values import has_nonfinite, nonfinite_values
 
 VALUES = {
     "loss: nan": "loss nan",
@@ -40,6 +40,28 @@ VALUES = {
     " lm loss: NAN | grad norm: nan | number of nan iterations: 0 |": "lm loss nan, grad norm nan",
     "INFO epoch 3 loss: nan (nano-banana inference)": "loss nan",
     "best_loss=nan": "best_loss nan",
+    "| loss nan | ppl 3.2 | gnorm nan | clip 100 |": "loss nan, gnorm nan",
+    "2,nan,": "nan",
+    "1,,nan,,": "nan",
+}
+
+SENTENCES = {
+    "RuntimeError: Function 'MulBackward0' returned nan values in its 0th output.": (
+        "MulBackward0 nan"
+    ),
+    "FloatingPointError: Loss became infinite or NaN at iteration=40!": "Loss non-finite",
+    "AssertionError: Rank 3: found NaN in local grad norm in backward pass": "local grad norm nan",
+    "ValueError: Loss is nan": "Loss nan",
+    "NaN loss at step 40000": "loss nan",
+    "Warning: NaN loss detected": "loss nan",
+    "Loss NaN/Inf detected (attempt 1/3), recovering from last.pt...": "Loss non-finite",
+    "NaN gradients found": "gradients nan",
+    "nan detected in loss, stopping": "loss nan",
+    "The total norm of order 2.0 for gradients from `parameters` is non-finite, so it cannot be": (
+        "total norm non-finite"
+    ),
+    "ValueError: The loss returned in `training_step` is nan or inf.": "loss non-finite",
+    "ValueError: The loss returned in `training_step` is nan.": "loss nan",
 }
 
 WORDS = [
@@ -54,14 +76,19 @@ WORDS = [
     "logging_nan_inf_filter=True nan_policy: skip nan-safe --inf nan.py:33",
     "NaN, Inf and overflow checks enabled",
     "NaN or Inf found in input tensor.",
-    "Loss NaN/Inf detected (attempt 1/3), recovering from last.pt...",
-    "Warning: NaN loss detected",
-    "RuntimeError: Function 'MulBackward0' returned nan values in its 0th output.",
     "Validation loss decreased (inf --> 0.693147).  Saving model ...",
     "Epoch 1: val_loss improved from inf to 0.69314, saving model",
     "best_loss=inf max_norm: inf",
     "best loss: inf",
     "/data/nan/inf.yaml",
+    "no NaN loss detected",
+    "stop if NaN loss at step 3",
+    "checking whether the gradient is NaN",
+    "NaN loss detection is on",
+    "the loss is finite, the norm is indefinite",
+    "eta: nan",
+    "time remaining: inf",
+    "data_time: nan it/s: inf speed=nan samples/s",
     "loss.nan_to_num() torch.isnan(loss) isinf math.inf",
 ]
 
@@ -70,6 +97,14 @@ WORDS = [
 def test_values_are_found_with_their_names(text: str) -> None:
     found, _ = nonfinite_values(text)
     assert ", ".join(f"{name} {value}".strip() for name, value in found) == VALUES[text]
+
+
+@pytest.mark.parametrize("text", SENTENCES)
+def test_sentences_with_which_training_stops_are_evidence(text: str) -> None:
+    assert has_nonfinite(text)
+    found, mentions = nonfinite_values(text)
+    assert ", ".join(f"{name} {value}".strip() for name, value in found) == SENTENCES[text]
+    assert not mentions
 
 
 @pytest.mark.parametrize("text", WORDS)
