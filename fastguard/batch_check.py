@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fastguard.strict_settings import nearest
 from fastguard.transfer import numbers_on
 
 _COMPARABLE = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.float64}
@@ -122,7 +123,9 @@ def check_batch(
         The check; `problems()` tells in words, `signals()` tells the guarded optimizer.
 
     Raises:
-        ValueError: `low` or `high` is NaN.
+        TypeError: `low` or `high` is not a number.
+        ValueError: One is NaN, a low one is above a high one, a pattern matches no tensor, or the
+            batch holds none.
 
     Example:
         >>> import torch, fastguard
@@ -133,15 +136,36 @@ def check_batch(
         inputs holds NaN
         targets goes up to 12, above 9
     """
+    check = read_batch(batch, low=low, high=high, names=names)
+    if not check.names:
+        raise ValueError(
+            f"the batch, a {type(batch).__name__}, holds no tensor: there is nothing to check; "
+            "pass a tensor, or dicts, lists and tuples of tensors"
+        )
+    for what, given in (("low", low), ("high", high)):
+        for pattern in given if isinstance(given, Mapping) else ():
+            if not any(fnmatchcase(name, pattern) for name in check.names):
+                near = nearest(pattern, check.names)
+                raise ValueError(f"{what}[{pattern!r}] matches no tensor of the batch{near}")
+    return check
+
+
+def read_batch(
+    batch: Any, *, low: Limit = None, high: Limit = None, names: Sequence[str]
+) -> BatchCheck:
+    """As `check_batch`, for batches of every kind: no tensor, and none that a pattern matches."""
     tensors = list(_leaves(batch, names))
     if not tensors:
         return BatchCheck((), torch.empty(0).double(), torch.empty(0).double(), (), ())
     home = next((t.device for _, t in tensors if t.device.type != "cpu"), torch.device("cpu"))
-    ends = torch.stack([_ends(t).to(home, non_blocking=True) for _, t in tensors], dim=1)
+    lows, highs = checked_limits("low", low), checked_limits("high", high)
     limits = tuple(
-        (_limit(low, "low", name, t, -math.inf), _limit(high, "high", name, t, math.inf))
-        for name, t in tensors
+        (_limit(lows, t, name, -math.inf), _limit(highs, t, name, math.inf)) for name, t in tensors
     )
+    for (name, _), (smallest, largest) in zip(tensors, limits, strict=True):
+        if smallest > largest:
+            raise ValueError(f"low={smallest} of {name} is above high={largest}; swap them")
+    ends = torch.stack([_ends(t).to(home, non_blocking=True) for _, t in tensors], dim=1)
     return BatchCheck(
         names=tuple(name for name, _ in tensors),
         low=ends[0],
@@ -190,15 +214,48 @@ def _ends(x: Tensor) -> Tensor:
     return torch.stack(x.aminmax()).double()
 
 
-def _limit(given: Limit, what: str, name: str, x: Tensor, otherwise: float) -> float:
+def checked_limits(what: str, given: Limit) -> dict[str, float] | float | None:
+    """`low` or `high` as numbers.
+
+    Raises:
+        TypeError: One is no number.
+        ValueError: One is NaN.
+    """
+    if given is None:
+        return None
     if isinstance(given, Mapping):
-        found = (float(v) for pattern, v in given.items() if fnmatchcase(name, pattern))
-        value = next(found, otherwise)
-    else:
-        value = float(given) if given is not None and x.is_floating_point() else otherwise
-    if math.isnan(value):
-        raise ValueError(f"{what}={given!r} of {name} is NaN; use a number, or None for no limit")
-    return value
+        return {pattern: _number(f"{what}[{pattern!r}]", v) for pattern, v in given.items()}
+    return _number(what, given)
+
+
+def _number(name: str, value: object) -> float:
+    try:
+        if isinstance(value, str | bytes):
+            raise TypeError
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TypeError(f"{name}={value!r} is not a number; leave it out for no limit") from None
+    if math.isnan(number):
+        raise ValueError(f"{name}={value!r} is NaN; use a number, or leave it out for no limit")
+    return number
+
+
+def _limit(given: Mapping[str, float] | float | None, x: Tensor, name: str, none: float) -> float:
+    if isinstance(given, Mapping):
+        return next((v for pattern, v in given.items() if fnmatchcase(name, pattern)), none)
+    return given if given is not None and x.is_floating_point() else none
+
+
+def check_order(low: Limit, high: Limit) -> None:
+    """Raises a ValueError for a low limit above the high one of the same name."""
+    if isinstance(low, Mapping) and isinstance(high, Mapping):
+        for name in low.keys() & high.keys():
+            if low[name] > high[name]:
+                raise ValueError(
+                    f"low[{name!r}]={low[name]} is above high[{name!r}]={high[name]}; swap them"
+                )
+    elif isinstance(low, float) and isinstance(high, float) and low > high:
+        raise ValueError(f"low={low} is above high={high}; swap them")
 
 
 def _problems(

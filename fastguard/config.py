@@ -25,8 +25,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fastguard.activations import ActivationGuard
-from fastguard.batch_check import BatchCheck, check_batch
+from fastguard.arguments import limit_of
+from fastguard.batch_check import BatchCheck, check_batch, check_order, checked_limits
 from fastguard.checkpoints import CheckpointStore
+from fastguard.guardable import check_budget
+from fastguard.measure import norm_type_of
 from fastguard.optimizer import GuardedOptimizer
 from fastguard.rollback import Rollback
 from fastguard.rules import Rule
@@ -51,6 +54,12 @@ class GuardSection:
     max_consecutive_skips: int | None = None
     flat_buckets: bool = False
 
+    def __post_init__(self) -> None:
+        if self.max_norm is not None:
+            limit_of("max_norm", self.max_norm)
+        norm_type_of(self.norm_type)
+        check_budget(self.max_consecutive_skips)
+
 
 @dataclass(frozen=True, slots=True)
 class GroupSection:
@@ -58,6 +67,11 @@ class GroupSection:
 
     max_norm: float | None = None
     clip_value: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_norm", "clip_value"):
+            if getattr(self, name) is not None:
+                limit_of(name, getattr(self, name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +124,9 @@ class BatchSection:
     low: float | dict[str, float] | None = None
     high: float | dict[str, float] | None = None
     names: list[str] = field(default_factory=lambda: ["inputs", "targets"])
+
+    def __post_init__(self) -> None:
+        check_order(checked_limits("low", self.low), checked_limits("high", self.high))
 
 
 @dataclass(frozen=True, slots=True)

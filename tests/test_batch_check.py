@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fastguard
-from fastguard import Threshold, check_batch
+from fastguard import Threshold, batch_check, check_batch
 
 NAN, INF = math.nan, math.inf
 
@@ -92,10 +92,41 @@ def test_unsigned_integers(bits):
     assert [p.kind for p in check.problems()] == ["high"]
 
 
-def test_a_batch_without_tensors():
-    check = check_batch({"text": "hello"})
-    assert (check.problems(), check.signals()) == ([], {})
-    assert str(check) == "nothing wrong with this batch"
+@pytest.mark.parametrize("batch", [None, "abc", {"text": "hello"}, [], (1.0, [2])])
+def test_a_batch_without_tensors_is_not_fine(batch):
+    with pytest.raises(ValueError, match=r"holds no tensor.*nothing to check"):
+        check_batch(batch)
+
+
+def test_who_reads_batches_of_every_kind_is_told_nothing_of_what_is_not_there():
+    assert batch_check.read_batch("abc", low={"inputs*": 0.0}, names=()).problems() == []
+
+
+@pytest.mark.parametrize(
+    ("limits", "error", "message"),
+    [
+        ({"high": {"inptus": 1.0}}, ValueError, r"high\['inptus'\] matches no tensor.*'inputs'"),
+        ({"low": {"inputs": 0.0, "y*": 1}}, ValueError, r"low\['y\*'\].*valid are inputs, targets"),
+        ({"low": 1, "high": 0}, ValueError, r"low=1\.0 of inputs is above high=0\.0"),
+        ({"low": {"inputs": 2}, "high": 1}, ValueError, r"low=2\.0 of inputs is above high=1\.0"),
+        ({"low": "a"}, TypeError, r"low='a' is not a number"),
+        ({"high": {"inputs": "1"}}, TypeError, r"high\['inputs'\]='1' is not a number"),
+        ({"low": [0.0]}, TypeError, r"low=\[0\.0\] is not a number"),
+        ({"high": {"inputs": None}}, TypeError, r"high\['inputs'\]=None is not a number"),
+    ],
+)
+def test_a_limit_that_cannot_be_meant_is_named(limits, error, message):
+    with pytest.raises(error, match=message):
+        check_batch((torch.rand(2), torch.rand(2)), **limits)
+
+
+def test_the_first_pattern_that_matches_counts_and_others_may_match_too():
+    check = check_batch(
+        (torch.tensor([0.0, 5.0]), torch.tensor([0.0, 5.0])), high={"inputs": 9, "*": 1}
+    )
+    assert [p.name for p in check.problems()] == ["targets"]
+    equal = check_batch(torch.tensor([1.0, 2.0]), low=1, high=1)
+    assert [p.kind for p in equal.problems()] == ["high"]
 
 
 @pytest.mark.parametrize(

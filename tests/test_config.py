@@ -193,7 +193,7 @@ def test_the_split_optimizer_still_trains_every_parameter_once() -> None:
     [
         ({"records": {"jsonl": "/proc/nowhere/r.jsonl"}}, OSError),
         ({"records": {"jsonl": "r.jsonl", "tensorboard": "/proc/nowhere"}}, OSError),
-        ({"records": {"jsonl": "r.jsonl"}, "guard": {"max_norm": -1.0}}, ValueError),
+        ({"records": {"jsonl": "r.jsonl"}, "groups": {"*": {"max_norm": 1.0}}}, ValueError),
     ],
     ids=["jsonl", "tensorboard", "guard"],
 )
@@ -278,6 +278,18 @@ def test_a_store_is_opened_for_the_group_that_is_given(tmp_path: Path) -> None:
         ({"batch": {"low": "0"}}, TypeError, "batch.low='0' is of type str"),
         ({"batch": {"high": {"inputs": "1"}}}, TypeError, "batch.high.inputs='1' is of type str"),
         ({"batch": {"high": [1.0]}}, TypeError, r"batch.high=\[1.0\] is of type list"),
+        ({"batch": {"low": 1, "high": 0}}, ValueError, r"batch: low=1.0 is above high=0.0"),
+        (
+            {"batch": {"low": {"x": 1}, "high": {"x": 0}}},
+            ValueError,
+            r"batch: .*'x'\]=1.0 is above",
+        ),
+        ({"batch": {"high": math.nan}}, ValueError, "batch: high=nan is NaN"),
+        ({"guard": {"max_norm": -1.0}}, ValueError, "guard: max_norm=-1.0 must be >= 0"),
+        ({"guard": {"norm_type": 0}}, ValueError, "guard: norm_type=0.0 is not a norm"),
+        ({"guard": {"max_consecutive_skips": 0}}, ValueError, "guard: max_consecutive_skips=0"),
+        ({"groups": {"a": {"max_norm": -1.0}}}, ValueError, "groups.a: max_norm=-1.0 must be"),
+        ({"groups": {"a": {"clip_value": math.nan}}}, ValueError, "groups.a: clip_value=nan"),
         ([], TypeError, "the configuration must hold settings"),
     ],
     ids=lambda v: str(v)[:40],
@@ -299,6 +311,12 @@ def test_a_pattern_that_matches_nothing_is_an_error_and_changes_nothing() -> Non
     with pytest.raises(TypeError, match="group='all'"):
         GuardConfig().wrap(model, optimizer, group="all")  # type: ignore[arg-type]
     assert optimizer.param_groups is groups and len(groups) == 1
+
+
+def test_a_pattern_that_matches_no_tensor_of_a_batch_is_an_error() -> None:
+    config = GuardConfig.from_dict({"batch": {"low": {"input": 0.0}}})
+    with pytest.raises(ValueError, match=r"low\['input'\].*did you mean 'inputs'"):
+        config.check((torch.rand(2), torch.rand(2)))
 
 
 def test_files_that_do_not_parse_are_named(tmp_path: Path) -> None:
