@@ -4,8 +4,9 @@
   fastguard ckpt verify PATH...    read everything: checksums, and NaN or Inf by tensor
   fastguard ckpt rollback PATH     make the last good one the one to resume from
 
-PATH is the directory of a CheckpointStore, any .pt, .pth, .ckpt or .safetensors file, or a folder
-of such files. Nothing in a file is executed. What a rollback replaces is kept beside it.
+PATH is the directory of a CheckpointStore, a .pt, .pth, .ckpt, .bin or .safetensors file, or a
+folder of such files; verify goes through its subfolders too. Nothing in a file is executed. What a
+rollback replaces is kept beside it.
 """
 
 from __future__ import annotations
@@ -16,14 +17,13 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fastguard.checkpoints import foreign
+from fastguard.checkpoints import finding, foreign, going_back
 from fastguard.checkpoints.errors import CheckpointError, StoreLocked
 from fastguard.checkpoints.folder import is_store
 from fastguard.checkpoints.inspection import inspect
 from fastguard.checkpoints.looking import not_ignored
 from fastguard.checkpoints.store import CheckpointStore
-from fastguard.checkpoints.table import print_table
-from fastguard.checkpoints.view import Which
+from fastguard.checkpoints.table import print_table, text_of
 from fastguard.errors import Culprit, describe_culprits
 from fastguard.usage import UsageError
 
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("ckpt needs an action: list, verify or rollback")
     try:
         if args.action == "rollback":
-            return _rollback(_existing(args.path), args.to, args.ignore)
+            return going_back.run(_existing(args.path), args.to, args.ignore)
         paths = [_existing(path) for path in args.paths]
         if args.action == "list":
             return max(_list(path) for path in paths)
@@ -83,15 +83,6 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    found = foreign.checkpoint_files(path)
-    if not found:
-        raise UsageError(f"{path} holds no checkpoints; give a store, a file, or a folder of files")
-    return found
-
-
 # list
 
 
@@ -99,8 +90,17 @@ def _list(path: Path) -> int:
     if path.is_dir() and is_store(path):
         _list_store(path)
     else:
-        return _list_files(_files(path))
+        return _list_files([path] if path.is_file() else _files_in(path))
     return FINE
+
+
+def _files_in(folder: Path) -> list[Path]:
+    found = finding.checkpoint_files(folder)
+    if not found:
+        if finding.is_shards(folder):
+            raise UsageError(f"{folder} {finding.how_to_read_shards(folder)}")
+        raise UsageError(f"{folder} {finding.where_else(folder)}")
+    return found
 
 
 def _list_store(path: Path) -> None:
@@ -114,9 +114,9 @@ def _list_store(path: Path) -> None:
             rows.append(
                 [
                     str(entry.step),
-                    _text(entry.epoch),
-                    _text(entry.metric),
-                    _text(entry.tag),
+                    text_of(entry.epoch),
+                    text_of(entry.metric),
+                    text_of(entry.tag),
                     entry.time[:19].replace("T", " "),
                     _size(entry.size),
                     str(entry.incidents),
@@ -151,9 +151,9 @@ def _list_files(paths: Sequence[Path]) -> int:
         rows.append(
             [
                 str(path),
-                _text(found.epoch),
-                _text(found.step),
-                _text(found.metric),
+                text_of(found.epoch),
+                text_of(found.step),
+                text_of(found.metric),
                 f"{modified:%Y-%m-%d %H:%M:%S}",
                 _size(found.size),
                 str(found.n_tensors) if found.problem is None else "",
@@ -170,12 +170,6 @@ def _list_files(paths: Sequence[Path]) -> int:
     return FOUND_BAD if unreadable else FINE
 
 
-def _text(value: object) -> str:
-    if value is None:
-        return "-"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
 def _size(n_bytes: float) -> str:
     for unit in ("B", "kB", "MB"):
         if n_bytes < 1000:
@@ -190,7 +184,37 @@ def _size(n_bytes: float) -> str:
 def _verify(path: Path, ignore: Sequence[str]) -> int:
     if path.is_dir() and is_store(path):
         return _verify_store(path, ignore)
-    return max(_verify_file(file, ignore) for file in _files(path))
+    if path.is_dir():
+        return _verify_folder(path, ignore)
+    kind = "shards" if path.suffix == ".distcp" else "file"
+    return _verify_found(finding.Found(path.parent if kind == "shards" else path, kind), ignore)
+
+
+def _verify_folder(folder: Path, ignore: Sequence[str]) -> int:
+    """Everything below the folder; what cannot be read is a row of its own."""
+    status = None
+    for found in finding.walk(folder):
+        if found.kind == "other":
+            print(f"skip {found.path}: {found.why}")
+            continue
+        status = max(status or FINE, _verify_found(found, ignore))
+    if status is None:
+        raise UsageError(f"{folder} {finding.where_else(folder)}")
+    return status
+
+
+def _verify_found(found: finding.Found, ignore: Sequence[str]) -> int:
+    if found.kind == "file":
+        return _verify_file(found.path, ignore)
+    if found.kind == "shards":  # nothing is known of them, so not everything is fine
+        print(f"skip {found.path}: {finding.how_to_read_shards(found.path)}")
+        return FOUND_BAD
+    if found.kind == "unreadable":
+        return _report(found.path, f"cannot be read: {found.why}", (), 0)
+    try:
+        return _verify_store(found.path, ignore)
+    except (CheckpointError, OSError) as error:
+        return _report(found.path, foreign.problem_of(found.path, error), (), 0)
 
 
 def _verify_store(path: Path, ignore: Sequence[str]) -> int:
@@ -199,7 +223,9 @@ def _verify_store(path: Path, ignore: Sequence[str]) -> int:
         for check in store.verify():
             entry = check.entry
             bad = not_ignored(entry.bad, ignore)
-            status = max(status, _report(path / entry.file, check.problem, bad, entry.n_tensors))
+            file = path / entry.file
+            problem = check.problem and foreign.without_name(file, check.problem)
+            status = max(status, _report(file, problem, bad, entry.n_tensors))
     return status
 
 
@@ -220,66 +246,8 @@ def _report(path: Path, problem: str | None, bad: Sequence[Culprit], n_tensors: 
     if problem is not None:
         print(f"BAD  {path}: {problem}")
     if bad:
-        print(f"BAD  {path}: {len(bad)} of {n_tensors} tensors are not finite")
+        are = "is" if len(bad) == 1 else "are"
+        print(f"BAD  {path}: {len(bad)} of {n_tensors} tensors {are} not finite")
     for culprit in bad:
         print(f"       {describe_culprits([culprit])}")
     return FOUND_BAD
-
-
-# rollback
-
-
-def _rollback(path: Path, to: str | None, ignore: Sequence[str]) -> int:
-    if path.is_dir() and is_store(path):
-        return _rollback_store(path, to)
-    target = path if path.is_file() else _resumed_from(path)
-    if to is None:
-        source, passed_over = foreign.good_source(target, ignore)
-        for line in passed_over:
-            print(f"passed over {line}")
-        if source is None:
-            print(f"fastguard ckpt: no good checkpoint beside {target}", file=sys.stderr)
-            return FOUND_BAD
-    else:
-        source = _existing(Path(to))
-    before, after = foreign.describe(target), foreign.describe(source)
-    was_good = to is None and foreign.is_sound(target, ignore)
-    backup = foreign.roll_back_file(target, source, ignore=ignore)
-    print(f"{target}{_where(before)} is now a copy of {source}{_where(after)}")
-    print(f"what it was is kept in {backup}")
-    if was_good:
-        print(f"note: that was whole and finite itself; to undo: --to {backup}")
-    if not after.resumable:
-        print("note: it holds no optimizer state, so the optimizer will start afresh")
-    return FINE
-
-
-def _rollback_store(path: Path, to: str | None) -> int:
-    which: Which = "last-clean"
-    if to is not None:
-        if not to.isdecimal() and to not in ("last", "last-clean", "best"):
-            raise UsageError(
-                f"--to {to!r} is no checkpoint of a store; use a step, best, last-clean"
-            )
-        which = int(to) if to.isdecimal() else to  # type: ignore[assignment]
-    with CheckpointStore(path) as store:
-        before = store.list()
-        target = store.rollback(which)
-        for entry in before:
-            if entry not in store.list() and entry.serial > target.serial:
-                print(f"put aside {entry}")
-        print(f"training resumes after {target}")
-    return FINE
-
-
-def _resumed_from(folder: Path) -> Path:
-    for path in (folder / "last.pt", folder / "weights" / "last.pt", folder / "last.ckpt"):
-        if path.is_file():
-            return path
-    raise UsageError(f"{folder} is no store and has no last.pt; name the file to roll back")
-
-
-def _where(found: foreign.Description) -> str:
-    known = {"epoch": found.epoch, "step": found.step, "metric": found.metric}
-    told = ", ".join(f"{name} {_text(value)}" for name, value in known.items() if value is not None)
-    return f" ({told})" if told else ""

@@ -30,7 +30,6 @@ from fastguard.checkpoints.safetensors import read_safetensors
 from fastguard.checkpoints.spans import Contents, Record, Span
 from fastguard.checkpoints.tree import named_leaves
 
-SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature; lengths of the name and of the extra field
 
@@ -50,7 +49,7 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
         try:
             if start[:4] == b"PK\x03\x04":
                 return _read_zip(file, size)
-            if Path(path).suffix == ".safetensors":
+            if Path(path).suffix.lower() == ".safetensors":
                 return read_safetensors(file, size)
             return _read_legacy(file, size)
         except CheckpointError as error:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from fastguard.checkpoints import files
-from fastguard.checkpoints.contents import SUFFIXES, read_contents
+from fastguard.checkpoints.contents import read_contents
 from fastguard.checkpoints.errors import CheckpointError, DamagedFile
+from fastguard.checkpoints.finding import checkpoint_files
 from fastguard.checkpoints.inspection import inspect, sha256_of
 from fastguard.checkpoints.looking import HEADER, not_ignored
 
@@ -102,7 +103,12 @@ def problem_of(path: Path, error: CheckpointError | OSError) -> str:
     """What an error says of a file, to stand behind its name."""
     if isinstance(error, OSError):
         return f"cannot be read: {error.strerror or error}"
-    return str(error).removeprefix(f"{path}: ")
+    return without_name(path, str(error))
+
+
+def without_name(path: Path, problem: str) -> str:
+    """A problem that may begin with the name of its file, without it."""
+    return problem.removeprefix(str(path)).removeprefix(":").lstrip()
 
 
 def _number(top: dict[Any, Any], names: Iterable[str], kind: type) -> Any:
@@ -111,17 +117,6 @@ def _number(top: dict[Any, Any], names: Iterable[str], kind: type) -> Any:
             with contextlib.suppress(TypeError, ValueError):
                 return kind(top[name])
     return None
-
-
-def checkpoint_files(folder: Path) -> list[Path]:
-    """The checkpoint files in a folder, by name."""
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix in SUFFIXES
-        and not path.name.startswith(files.TEMPORARY)
-        and (path.is_file() or (path.is_symlink() and not path.exists()))
-    )
 
 
 def good_source(target: Path, ignore: Sequence[str] = ()) -> tuple[Path | None, list[str]]:
@@ -154,7 +149,9 @@ def good_source(target: Path, ignore: Sequence[str] = ()) -> tuple[Path | None, 
 def _unfit(candidate: Description, now: Description | None) -> str | None:
     if not candidate.n_tensors:
         return NO_TENSORS
-    if now is None or now.problem:  # nothing tells what it held, but it was hardly an optimizer alone
+    if (
+        now is None or now.problem
+    ):  # nothing tells what it held, but it was hardly an optimizer alone
         return None if candidate.has_weights else "holds no weights"
     if now.resumable and not candidate.resumable:
         return "holds no optimizer state to resume with"

@@ -215,8 +215,10 @@ def test_a_store_in_use_can_be_looked_at_but_not_rolled_back(store, capsys):
         ([], 2, "ckpt needs an action"),
         (["verify"], 2, "required: PATH"),
         (["list", "nowhere"], 2, "nowhere does not exist"),
-        (["verify", "."], 2, "holds no checkpoints"),
-        (["rollback", "."], 2, "is no store and has no last.pt"),
+        (["verify", "empty"], 2, "holds no checkpoints"),
+        (["list", "empty"], 2, "holds no checkpoints; give a store"),
+        (["rollback", "empty"], 2, "holds no checkpoints"),
+        (["rollback", "."], 2, "holds no checkpoints itself; these subfolders do: run"),
         (["rollback", "run", "--to", "worst"], 2, "--to 'worst' is no checkpoint of a store"),
         (["rollback", "run", "--to", "7"], 1, "has no checkpoint 7; its steps are 0, 100, 200"),
         (["rollback", "run", "--to", "200"], 1, "cannot be rolled back to"),
@@ -226,6 +228,7 @@ def test_a_store_in_use_can_be_looked_at_but_not_rolled_back(store, capsys):
 def test_wrong_use(store, monkeypatch, capsys, arguments, status, message):
     monkeypatch.chdir(store.parent)
     (store / "text.pt").write_text("no checkpoint")
+    (store.parent / "empty").mkdir()
     assert main(["ckpt", *arguments]) == status
     assert message in capsys.readouterr().err
 

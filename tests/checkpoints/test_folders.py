@@ -4,7 +4,9 @@ import os
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
+from fastguard import CheckpointStore
 from fastguard.checkpoints import CheckpointError, contents, roll_back_file
 from fastguard.cli import main
 
@@ -134,3 +136,108 @@ def test_a_link_to_nothing_is_a_bad_row(tmp_path, capsys):
     assert status == 1
     assert "best.pt: cannot be read: No such file or directory" in out and "ok  " in out
     assert ckpt(capsys, "list", tmp_path)[0] == 1
+
+
+# Names and subfolders
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["pytorch_model.bin", "model.pth.tar", "LAST.PT", "a.Ckpt", "checkpoint.pt.tar", "x.PTH"],
+)
+def test_checkpoints_have_many_names(tmp_path, capsys, name):
+    write(tmp_path / "optimizer.pt")
+    write(tmp_path / name, NAN)
+    status, out, _ = ckpt(capsys, "verify", tmp_path)
+    assert status == 1
+    assert f"BAD  {tmp_path / name}: 1 of 2 tensors" in out
+    assert name in ckpt(capsys, "list", tmp_path)[1]
+
+
+def test_a_bin_that_is_no_file_of_torch_is_left_out_and_said(tmp_path, capsys):
+    (tmp_path / "train.bin").write_bytes(bytes(range(7, 100)))
+    (tmp_path / "training_args.bin").write_bytes(b"PK")
+    write(tmp_path / "ckpt.pt")
+    status, out, _ = ckpt(capsys, "verify", tmp_path)
+    assert status == 0
+    assert f"skip {tmp_path / 'train.bin'}: does not begin as a file of torch does" in out
+    assert f"skip {tmp_path / 'training_args.bin'}: settings of the Hugging Face Trainer" in out
+
+
+@pytest.mark.parametrize("raw", [b"", bytes(4000)], ids=["empty", "zeros"])
+def test_a_bin_that_a_lost_write_left_is_bad(tmp_path, capsys, raw):
+    (tmp_path / "pytorch_model.bin").write_bytes(raw)
+    write(tmp_path / "optimizer.pt")
+    status, out, _ = ckpt(capsys, "verify", tmp_path)
+    assert (status, out.count("BAD ")) == (1, 1)
+
+
+def test_verify_goes_through_subfolders_and_stores_in_them(tmp_path, capsys):
+    write(tmp_path / "hfout" / "checkpoint-500" / "pytorch_model.bin", NAN)
+    write(tmp_path / "lv" / "version_0" / "checkpoints" / "epoch=1.ckpt")
+    write(tmp_path / ".cache" / "old.pt", NAN)
+    with CheckpointStore(tmp_path / "store") as store:
+        file = store.save(m={"w": torch.full((2,), NAN)}, step=1).file
+    status, out, _ = ckpt(capsys, "verify", tmp_path)
+    told = [line.split(": ")[0].split()[-1] for line in out.splitlines() if line[0] != " "]
+    assert status == 1
+    assert [os.path.relpath(path, tmp_path) for path in told] == [
+        "hfout/checkpoint-500/pytorch_model.bin",
+        "lv/version_0/checkpoints/epoch=1.ckpt",
+        f"store/{file}",
+    ]
+
+
+def test_list_and_rollback_stay_in_one_folder_and_name_those_below(tmp_path, capsys):
+    write(tmp_path / "checkpoint-500" / "pytorch_model.bin", NAN)
+    for action in ("list", "rollback"):
+        status, _, err = ckpt(capsys, action, tmp_path)
+        assert status == 2
+        assert f"these subfolders do: {tmp_path / 'checkpoint-500'}" in err
+
+
+def test_shards_of_torch_are_said_to_be_unread(tmp_path, capsys):
+    shards = tmp_path / "run" / "step_10"
+    dcp.save({"w": torch.ones(2)}, checkpoint_id=shards, no_dist=True)
+    write(tmp_path / "run" / "good.pt")
+    for path in (tmp_path, shards):
+        status, out, _ = ckpt(capsys, "verify", path)
+        assert status == 1
+        assert f"skip {shards}: was written by torch.distributed.checkpoint" in out
+        assert "dcp_to_torch_save" in out and "fastguard.CheckpointStore" in out
+    for action in ("list", "rollback"):
+        status, _, err = ckpt(capsys, action, shards)
+        assert status == 2
+        assert f"{shards} was written by torch.distributed.checkpoint" in err
+
+
+def test_a_folder_that_cannot_be_entered_is_a_bad_row(tmp_path, capsys, monkeypatch):
+    write(tmp_path / "a" / "x.pt")
+    write(tmp_path / "b" / "y.pt")
+    honest = os.scandir
+
+    def refuse(path):
+        if os.fspath(path).endswith("/a"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return honest(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    status, out, _ = ckpt(capsys, "verify", tmp_path)
+    assert status == 1
+    assert f"BAD  {tmp_path / 'a'}: cannot be read: Permission denied" in out
+    assert f"ok   {tmp_path / 'b' / 'y.pt'}" in out
+
+
+def test_rollback_without_a_last_file_says_how_to_name_it(tmp_path, capsys):
+    write(tmp_path / "model.pt", NAN)
+    status, _, err = ckpt(capsys, "rollback", tmp_path)
+    assert status == 2
+    assert "has no last.pt" in err
+    assert f"ckpt rollback {tmp_path / 'model.pt'}" in err and "--to" in err
+
+
+def test_one_file_of_shards_is_no_file_to_verify_alone(tmp_path, capsys):
+    dcp.save({"w": torch.ones(2)}, checkpoint_id=tmp_path / "step_10", no_dist=True)
+    status, out, _ = ckpt(capsys, "verify", next((tmp_path / "step_10").glob("*.distcp")))
+    assert status == 1
+    assert "was written by torch.distributed.checkpoint" in out
