@@ -3,7 +3,7 @@
 Understood are the progress lines of Ultralytics, the dicts of Hugging Face's Trainer, the bars of
 Lightning and of tqdm, and lines that people print. LOG is a file, gzip or not, or - for standard
 input. Words such as "info" or "nano" are nothing, and "no nan found" is a note. Exit status 1 if a
-NaN or Inf was found.
+NaN or Inf was found, 2 if none was and a log could not be read to its end, or is empty.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from fastguard.scan.output import as_dict, print_text
+from fastguard.scan.output import as_dict, print_problem, print_text
 from fastguard.scan.scanner import LogScan, scan_log
 from fastguard.strict_json import dumps
 from fastguard.usage import UsageError
 
-FINE, FOUND_BAD = 0, 1
+FINE, FOUND_BAD, NOT_READ = 0, 1, 2
 STDIN = "-"
 
 
@@ -37,22 +37,27 @@ def run(args: argparse.Namespace) -> int:
         if log != STDIN and Path(log).is_dir():
             raise UsageError(f"{log} is a folder; name the logs in it")
     scans = []
-    status = FINE
+    bad = unread = False
     for log in args.logs:
         found = _scan(log)
-        if found.n_bad:
-            status = FOUND_BAD
+        bad |= found.n_bad > 0
+        unread |= found.problem is not None
         if args.json:
             scans.append(as_dict(log, found))
-        else:
+        elif found.n_bad or found.problem is None:
             print_text(log, found)
+        else:
+            print_problem(log, found)
     if args.json:
         print(dumps(scans, indent=2))
-    return status
+    return FOUND_BAD if bad else NOT_READ if unread else FINE
 
 
 def _scan(log: str) -> LogScan:
     if log == STDIN:
         return scan_log(sys.stdin.buffer)
-    with open(log, "rb") as file:
-        return scan_log(file)
+    try:
+        with open(log, "rb") as file:
+            return scan_log(file)
+    except OSError as error:
+        return LogScan(problem=f"it cannot be read: {error.strerror}")

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
+from fastguard.scan.foreign import refuse_foreign
+
 CHUNK = 1 << 20
 LONGEST = 1 << 16
 """A line longer than this is cut, at a space if there is one."""
@@ -35,7 +37,7 @@ def read_lines(file: BinaryIO) -> Iterator[Line]:
     """The lines of a log; a carriage return ends one too. Memory does not grow with the file.
 
     gzip is recognised by its first bytes, UTF-16 (what PowerShell's `>` writes) by its mark; all
-    else is read as UTF-8, in which no byte is an error.
+    other text is read as UTF-8, in which no byte is an error.
 
     Args:
         file: Open for reading; need not be seekable.
@@ -43,6 +45,7 @@ def read_lines(file: BinaryIO) -> Iterator[Line]:
     Raises:
         OSError: It cannot be read, or is damaged gzip.
         EOFError: It is gzip that ends too soon.
+        NotTextError: It is binary, or compressed otherwise than with gzip.
     """
     number, rest = 1, ""
     for text in _decoded(file):
@@ -71,7 +74,10 @@ def _drawn(number: int, line: str) -> Iterator[Line]:
 def _decoded(file: BinaryIO) -> Iterator[str]:
     chunks = _chunks(file)
     first = next(chunks, b"")
-    encoding = next((name for bom, name in _BOMS.items() if first.startswith(bom)), "utf-8")
+    encoding = next((name for bom, name in _BOMS.items() if first.startswith(bom)), None)
+    if encoding is None:
+        refuse_foreign(first)
+        encoding = "utf-8"
     decoder = codecs.getincrementaldecoder(encoding)(errors="replace")
     yield decoder.decode(first)
     for chunk in chunks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -54,6 +55,14 @@ def print_text(log: str, found: LogScan) -> None:
         )
     if found.problem is not None:
         print(f"note: read up to there only: {found.problem}")
+
+
+def print_problem(log: str, found: LogScan) -> None:
+    """Why a log that shows no NaN or Inf cannot be said to have none; on standard error."""
+    told = f"fastguard scan: {printable(log)}: {found.problem}"
+    if found.n_lines:
+        told += f"; no NaN or Inf in the {found.n_lines:,} lines before"
+    print(told, file=sys.stderr)
 
 
 def _row(stretch: Stretch) -> list[str]:

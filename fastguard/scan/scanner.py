@@ -8,11 +8,13 @@ all of it is finite. Memory does not depend on the length of the log.
 from __future__ import annotations
 
 import math
+import zlib
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import BinaryIO
 
 from fastguard.scan import huggingface
+from fastguard.scan.foreign import NotTextError
 from fastguard.scan.huggingface import HuggingFace, bare_bar
 from fastguard.scan.lightning import Lightning
 from fastguard.scan.lines import Line, read_lines
@@ -67,7 +69,7 @@ class LogScan:
         stretches: The first `KEPT` of them.
         n_mentions: How many lines have the words, but no value.
         mention: The first of those.
-        problem: Why the log could not be read to its end, or None.
+        problem: Why the log could not be read to its end, or that it is empty; or None.
     """
 
     n_lines: int = 0
@@ -85,8 +87,8 @@ def scan_log(file: BinaryIO) -> LogScan:
     Args:
         file: Open for reading in binary; need not be seekable.
 
-    Raises:
-        OSError: It cannot be read.
+    Returns:
+        What was found up to where it could be read; `problem` says why not further.
 
     Example:
         >>> import io
@@ -100,6 +102,12 @@ def scan_log(file: BinaryIO) -> LogScan:
             scanner.take(line)
     except EOFError:
         scanner.found.problem = "it is gzip that ends too soon"
+    except NotTextError as error:
+        scanner.found.problem = str(error)
+    except (OSError, zlib.error) as error:
+        scanner.found.problem = f"it cannot be read: {getattr(error, 'strerror', None) or error}"
+    if not scanner.found.n_lines and scanner.found.problem is None:
+        scanner.found.problem = "it is empty: there is no line to look at"
     return scanner.found
 
 

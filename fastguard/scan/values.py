@@ -68,7 +68,7 @@ _LETTER = re.compile(r"[^\W\d_]")
 _METRIC = frozenset(
     "loss losses norm grad grads gradient gradients acc accuracy err error ppl perplexity mse mae "
     "rmse nll elbo kl ce bce score mean std avg average auc iou miou dice map f1 bleu psnr ssim "
-    "gnorm gradnorm reward return entropy lr fitness metric bpb bpc wer cer logits precision recall".split()
+    "gnorm reward return entropy lr fitness metric bpb bpc wer cer logits precision recall".split()
 )
 _KIND = frozenset(
     "train training val valid validation test eval lm d g gen disc total grad gradient aux running "
@@ -83,8 +83,8 @@ _BOUND = re.compile(
     re.IGNORECASE,
 )
 _CLOCK = re.compile(
-    r"(?:.{0,40}[_./ -])?(?:eta|time|remaining|elapsed|duration|speed|throughput|(?:\w{1,9}/)?s(?:ec)?"
-    r"|s/\w{1,9}|seconds|secs|fps)$",
+    r"(?:.{0,40}[_./ -])?(?:eta|time|remaining|elapsed|duration|speed|throughput|seconds|secs|fps"
+    r"|(?:\w{1,9}/)?s(?:ec)?|s/\w{1,9})$",
     re.IGNORECASE,
 )
 _CELLS = re.compile(r"[\d\s.,;+eE-]*$")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import lzma
 import subprocess
 import sys
 from pathlib import Path
@@ -50,12 +51,51 @@ def test_one_bad_log_of_several_decides(logs: Path, capsys) -> None:
     assert stretch["values"] == [{"name": "loss", "value": "nan", "lines": 2}]
 
 
-def test_gzip_that_ends_too_soon_is_read_as_far_as_it_goes(logs: Path, capsys) -> None:
+def cut_gzip(*more: str) -> bytes:
     good = "".join(f"loss {i}.{i * i}\n" for i in range(3000))
-    packed = gzip.compress(f"loss nan\n{good}".encode())
-    (logs / "cut.gz").write_bytes(packed[: len(packed) // 2])
+    packed = gzip.compress(("".join(more) + good).encode())
+    return packed[: len(packed) // 2]
+
+
+def test_gzip_that_ends_too_soon_is_read_as_far_as_it_goes(logs: Path, capsys) -> None:
+    (logs / "cut.gz").write_bytes(cut_gzip("loss nan\n"))
     assert main(["scan", "cut.gz"]) == 1
     assert "note: read up to there only: it is gzip that ends too soon" in capsys.readouterr().out
+
+
+def test_gzip_that_ends_too_soon_without_a_nan_is_not_fine(logs: Path, capsys) -> None:
+    (logs / "cut.gz").write_bytes(cut_gzip())
+    assert main(["scan", "cut.gz"]) == 2
+    captured = capsys.readouterr()
+    assert "fastguard scan: cut.gz: it is gzip that ends too soon" in captured.err
+    assert "no NaN or Inf in" in captured.err and captured.out == ""
+
+
+@pytest.mark.parametrize(
+    "data, said",
+    [
+        (b"", "it is empty"),
+        (b"\n\n", "it is empty"),
+        (lzma.compress(BAD.encode()), "it is compressed with xz"),
+        (bytes(range(256)) * 10, "it is binary"),
+    ],
+    ids=["empty", "blank", "xz", "binary"],
+)
+def test_what_cannot_be_read_is_not_fine_and_hides_no_other_log(logs, data, said, capsys) -> None:
+    (logs / "odd").write_bytes(data)
+    assert main(["scan", "odd", "good.log"]) == 2
+    captured = capsys.readouterr()
+    assert f"fastguard scan: odd: {said}" in captured.err
+    assert "good.log: no NaN or Inf in 2 lines" in captured.out
+    assert main(["scan", "odd", "bad.log", "--json"]) == 1
+    odd, bad = json.loads(capsys.readouterr().out)
+    assert said in odd["problem"] and bad["bad_lines"] == 2 and bad["problem"] is None
+
+
+def test_an_empty_pipe_is_not_fine(logs: Path) -> None:
+    command = [sys.executable, "-m", "fastguard", "scan", "-"]
+    done = subprocess.run(command, input="", capture_output=True, text=True)
+    assert done.returncode == 2 and "it is empty" in done.stderr
 
 
 def test_standard_input(logs: Path) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fastguard.scan import lines
+from fastguard.scan.foreign import NotTextError
 from fastguard.scan.lines import LONGEST, read_lines
+
+LOG = b"epoch 1 loss nan\n" * 50
 
 
 def texts(data: bytes) -> list[str]:
@@ -33,7 +39,42 @@ def test_encodings(encoding: str) -> None:
 
 def test_bytes_that_are_no_text_do_no_harm() -> None:
     assert texts(b"\xff\xfeloss nan"[1:]) == ["�loss nan"]
-    assert texts(bytes(range(256)))
+    assert texts(bytes(range(128, 256)))
+
+
+@pytest.mark.parametrize(
+    "data, what",
+    [
+        (lzma.compress(LOG), "xz; unpack it first: xz -dc FILE | fastguard scan -"),
+        (bz2.compress(LOG), "bzip2"),
+        (b"\x28\xb5\x2f\xfd" + LOG, "zstd"),
+        (b"PK\x03\x04" + LOG, "zip archive"),
+        (gzip.compress(lzma.compress(LOG)), "xz"),
+        (bytes(range(256)) * 10, "binary, not a text log"),
+        ("loss nan\n".encode("utf-16-le") * 10, "UTF-16"),
+        (b"\x18\0\0\0\0\0\0\0\xa3\x7fK\x22\t\0\0\xc0\xa3\x01\x1a\rbrain.Event:2", "TensorBoard"),
+    ],
+    ids=["xz", "bzip2", "zstd", "zip", "xz-in-gzip", "random", "utf-16-without-mark", "events"],
+)
+def test_what_is_no_text_is_named(data: bytes, what: str) -> None:
+    with pytest.raises(NotTextError, match=re.escape(what)):
+        texts(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        LOG + bytes(100_000) + LOG,
+        bytes(1000) + LOG,
+        "训练 损失 nan\n".encode("gbk") * 100,
+        "loss nan é\n".encode("latin-1") * 100,
+        b"\x00\x01 loss nan",
+        "loss nan\n".encode("utf-16") * 10,
+    ],
+    ids=["zeros", "zeros-first", "gbk", "latin-1", "short", "utf-16"],
+)
+def test_text_of_any_encoding_is_read(data: bytes) -> None:
+    assert any("nan" in text for text in texts(data))
 
 
 def test_gzip_is_recognised_and_one_that_ends_too_soon_says_so() -> None:

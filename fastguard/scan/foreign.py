@@ -1,0 +1,60 @@
+"""Files that are no text: what their first bytes say they are, and what to do instead."""
+
+from __future__ import annotations
+
+
+class NotTextError(Exception):
+    """What was given is no text; the message says what it is, and the remedy."""
+
+
+_UNPACK = "unpack it first: {} FILE | fastguard scan -"
+
+_MAGIC: tuple[tuple[int, bytes, str], ...] = (
+    (0, b"\xfd7zXZ\x00", "it is compressed with xz; " + _UNPACK.format("xz -dc")),
+    (4, b"1AY&SY", "it is compressed with bzip2; " + _UNPACK.format("bzip2 -dc")),
+    (0, b"\x28\xb5\x2f\xfd", "it is compressed with zstd; " + _UNPACK.format("zstd -dc")),
+    (0, b"\x04\x22\x4d\x18", "it is compressed with lz4; " + _UNPACK.format("lz4 -dc")),
+    (0, b"7z\xbc\xaf\x27\x1c", "it is a 7z archive; unpack it first"),
+    (
+        0,
+        b"PK\x03\x04",
+        "it is a zip archive; unpack it first, or, if it is a checkpoint: fastguard ckpt verify",
+    ),
+    (0, b":W&B", "it is a binary file of wandb; the text log is output.log beside it"),
+    (0, b"SQLite format 3", "it is an SQLite database, not a text log"),
+    (0, b"PAR1", "it is a Parquet file, not a text log; write it as CSV first"),
+    (0, b"\x89HDF", "it is an HDF5 file, not a text log"),
+    (0, b"\x93NUMPY", "it is a NumPy array, not a text log"),
+    (0, b"\x7fELF", "it is a program, not a text log"),
+    (0, b"%PDF", "it is a PDF, not a text log"),
+)
+_EVENTS = b"brain.Event"  # the version in the first record, after 12 bytes of length and checksum
+
+_TEXT_CONTROLS = b"\a\b\t\n\v\f\r\x1b"
+_CONTROLS = bytes(b for b in range(32) if b not in _TEXT_CONTROLS)
+_BLOCK = bytes(512)
+"""A machine that crashed while writing leaves blocks of zeros in a log that is text otherwise."""
+
+LOOKED_AT = 1 << 16
+MOST, FEWEST = 0.04, 8
+"""Text holds no more control characters than this share, or this number. Random bytes hold 9 %; no
+encoding of text does, for it is not asked whether the other bytes are UTF-8."""
+
+
+def refuse_foreign(first: bytes) -> None:
+    """Looks at the first bytes of what should be text.
+
+    Raises:
+        NotTextError: It is something else.
+    """
+    for offset, magic, what in _MAGIC:
+        if first.startswith(magic, offset):
+            raise NotTextError(what)
+    if _EVENTS in first[:64]:
+        raise NotTextError("it is a TensorBoard event file, not a text log; export it as CSV first")
+    text = first[:LOOKED_AT].replace(_BLOCK, b"").strip(b"\0")
+    controls = len(text) - len(text.translate(None, _CONTROLS))
+    if controls > max(FEWEST, MOST * len(text)):
+        raise NotTextError(
+            "it is binary, not a text log, or text in UTF-16 or UTF-32 without its mark"
+        )
