@@ -9,7 +9,9 @@ and out of range. A NaN hides what else is wrong with its tensor.
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -21,6 +23,7 @@ from torch import Tensor
 from fastguard.strict_settings import nearest
 from fastguard.transfer import numbers_on
 
+_INDEX = re.compile(r"\[(\d+)\]")
 _COMPARABLE = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.float64}
 """What holds the values of integers that torch can store and not compare."""
 
@@ -115,7 +118,7 @@ def check_batch(
         batch: A tensor, or dicts, lists and tuples of tensors, nested; what is no tensor is passed
             over.
         low, high: Smallest and largest allowed value: a number, for all floating-point tensors, or
-            a dict of them by name or pattern, `{"inputs*": 1.0, "targets": 9}`.
+            a dict of them by name or pattern, `{"inputs*": 1.0, "targets[2]": 9}`.
         names: What the first members of a list or tuple are called; further ones are `[2]`, and a
             tensor alone has the first name.
 
@@ -144,7 +147,7 @@ def check_batch(
         )
     for what, given in (("low", low), ("high", high)):
         for pattern in given if isinstance(given, Mapping) else ():
-            if not any(fnmatchcase(name, pattern) for name in check.names):
+            if not any(_matches(name, pattern) for name in check.names):
                 near = nearest(pattern, check.names)
                 raise ValueError(f"{what}[{pattern!r}] matches no tensor of the batch{near}")
     return check
@@ -240,9 +243,15 @@ def _number(name: str, value: object) -> float:
     return number
 
 
+@functools.lru_cache(maxsize=1024)
+def _matches(name: str, pattern: str) -> bool:
+    """As `fnmatch`, but `[2]` in a pattern is what it is in a name: an index."""
+    return fnmatchcase(name, _INDEX.sub(r"[[]\1]", pattern))
+
+
 def _limit(given: Mapping[str, float] | float | None, x: Tensor, name: str, none: float) -> float:
     if isinstance(given, Mapping):
-        return next((v for pattern, v in given.items() if fnmatchcase(name, pattern)), none)
+        return next((v for pattern, v in given.items() if _matches(name, pattern)), none)
     return given if given is not None and x.is_floating_point() else none
 
 

@@ -120,6 +120,21 @@ def test_a_limit_that_cannot_be_meant_is_named(limits, error, message):
         check_batch((torch.rand(2), torch.rand(2)), **limits)
 
 
+def test_the_index_in_a_name_is_no_set_of_characters():
+    """`fnmatch` alone would read `[1]` as the character 1."""
+    far = torch.tensor([0.0, 5.0])
+    batch = ([far, far], far, far)
+    for pattern, names in (
+        ("inputs[1]", ["inputs[1]"]),
+        ("inputs[0]*", ["inputs[0]"]),
+        ("[2]", ["[2]"]),
+        ("*[[]0]", ["inputs[0]"]),
+        ("[it]*s", ["targets"]),
+    ):
+        problems = check_batch(batch, high={pattern: 1.0}).problems()
+        assert [p.name for p in problems] == names
+
+
 def test_the_first_pattern_that_matches_counts_and_others_may_match_too():
     check = check_batch(
         (torch.tensor([0.0, 5.0]), torch.tensor([0.0, 5.0])), high={"inputs": 9, "*": 1}
