@@ -118,8 +118,6 @@ def _no_checkpoint(path: Path) -> str | None:
             first = file.read(2)
     except OSError:  # whoever reads it says so
         return None
-    return (
-        None
-        if not first or first.startswith(_BEGINNINGS)
-        else "does not begin as a file of torch does"
-    )
+    if not first or first.startswith(_BEGINNINGS):
+        return None
+    return "does not begin as a file of torch does"

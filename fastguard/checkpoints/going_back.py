@@ -74,7 +74,8 @@ def _resumed_from(folder: Path) -> Path:
     newest = max(found, key=lambda path: foreign.describe(path).modified)
     raise UsageError(
         f"{folder} is no store and has no last.pt or last.ckpt; name the file that training "
-        f"resumes from, for instance: fastguard ckpt rollback {newest} (and --to FILE, to choose the copy)"
+        f"resumes from, for instance: fastguard ckpt rollback {newest} (--to FILE chooses what it "
+        "becomes a copy of)"
     )
 
 

@@ -32,6 +32,7 @@ def gather(objects: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Raises:
         TypeError: Something in them could not be loaded again with `weights_only=True`.
+        ValueError: A tensor in them is on the meta device, where it has no data.
     """
     states, data = {}, {}
     for name, value in objects.items():
@@ -77,8 +78,16 @@ def plain(value: Any, path: str) -> Any:
 
     Raises:
         TypeError: Something in it is no tensor, no plain value and no container of such.
+        ValueError: A tensor in it is on the meta device.
     """
-    if isinstance(value, Tensor) or type(value) in _PLAIN:
+    if isinstance(value, Tensor):
+        if value.device.type == "meta":
+            raise ValueError(
+                f"{path} is on the meta device: it has a shape and no data to save; use "
+                "model.to_empty(device=...) and initialise or load it first"
+            )
+        return value
+    if type(value) in _PLAIN:
         return value
     if isinstance(value, np.generic):
         return value.item()

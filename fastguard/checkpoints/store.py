@@ -177,12 +177,15 @@ class CheckpointStore(StoreView):
 
         Args:
             objects, step, **rest: As in `save`.
-            every: Steps between two checkpoints; None: only when a signal came.
+            every: Steps between two checkpoints, >= 1; None: only when a signal came.
 
         Raises:
+            ValueError: `every` is no such number; and as `save`.
             SystemExit: A signal came (status 128 + its number), after the checkpoint was saved and
                 verified, the previous handlers were restored and the store was closed.
         """
+        if every is not None:
+            every = integer("every", every, 1)
         heard = zip(self._flags, self._signals_heard(), strict=True)
         pending = [(flag, leave, number) for (flag, leave), number in heard if number is not None]
         due = every is not None and step > 0 and step % every == 0

@@ -16,6 +16,7 @@ from fastguard.checkpoints.manifest import Entry
 
 log = logging.getLogger("fastguard")
 
+_KINDS = {"min": "smallest", "max": "largest"}
 Which = int | Literal["last", "last-clean", "best"]
 
 
@@ -109,8 +110,10 @@ class StoreView:
         """Loads a checkpoint, after comparing its checksum; nothing of it is executed.
 
         Args:
-            which: A step, `"last"`, `"last-clean"` or `"best"`. Files that are damaged or cannot be
-                read are passed over by `"last-clean"`, loudly, and are an error otherwise.
+            which: A step, `"last"`, `"last-clean"` or `"best"` (by `mode`: the clean one with the
+                smallest metric, unless the store was opened with `mode="max"`). Files that are
+                damaged or cannot be read are passed over by `"last-clean"`, loudly, and are an
+                error otherwise.
             objects: What to restore by name, for names that are no Python words.
             rng: Whether the global random streams continue where they were, if objects are given.
             **named: What to restore, as in `save`; a name without an object stays in the result's
@@ -157,8 +160,14 @@ class StoreView:
             )
         if entry is None:
             steps = ", ".join(str(e.step) for e in self.list()) or "none"
+            mode = self._folder.manifest.mode
+            meaning = (
+                f'; "best" is the clean one with the {_KINDS.get(mode, mode)} metric (mode="{mode}"), '
+                "given to save(metric=...)"
+            )
             raise CheckpointError(
                 f"{self.directory} has no checkpoint {which!r}; its steps are {steps}"
+                f"{meaning if which == 'best' else ''}"
             )
         return entry
 
