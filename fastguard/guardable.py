@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -103,3 +103,26 @@ def check_budget(value: object) -> None:
     """Raises a ValueError for what is no number of skips."""
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
         raise ValueError(f"max_consecutive_skips={value!r} must be None or an integer >= 1")
+
+
+def checked_closure(closure: object) -> Any:
+    """The closure of a step.
+
+    Raises:
+        TypeError: It cannot be called: most likely it is the loss.
+    """
+    if closure is not None and not callable(closure):
+        raise TypeError(
+            f"the closure is a {type(closure).__name__}, which cannot be called; if it is the loss "
+            "of this step, pass opt.step(loss=loss)"
+        )
+    return closure
+
+
+def evaluated(closure: Callable[[], Any] | None) -> Any:
+    """What the closure of a step returns, with gradients as in torch; None without one."""
+    if closure is None:
+        return None
+    checked_closure(closure)
+    with torch.enable_grad():
+        return closure()

@@ -29,6 +29,8 @@ from fastguard.guardable import (
     check_choice,
     check_optimizer,
     check_settings,
+    checked_closure,
+    evaluated,
     named_parameters_of,
 )
 from fastguard.known_run import KnownRun
@@ -40,7 +42,7 @@ from fastguard.ranks.dtensors import local_parts
 from fastguard.ranks.groups import Group, refuse_several_ranks
 from fastguard.records import Recorder
 from fastguard.reduce import Signals, reduce
-from fastguard.rules import GRAD_NORM, Rule, rules_by_signal
+from fastguard.rules import GRAD_NORM, Rule, UnmetRules, rules_by_signal
 from fastguard.scaler import handed_over, tell_scaler
 from fastguard.segments import SCOPES, ClipScope, clip_values, limits, names_by_tensor
 from fastguard.stepping import road_of
@@ -122,7 +124,7 @@ class GuardedOptimizer(KnownRun):
         self.max_norm = None if max_norm is None else limit_of("max_norm", max_norm)
         rules = rules_by_signal(spike)
         limits(optimizer.param_groups, clip_scope, self.max_norm)
-        names = names_by_tensor(named_parameters)
+        names = names_by_tensor(named_parameters, optimizer.param_groups)
 
         self.optimizer = optimizer
         self.clip_scope: ClipScope = clip_scope
@@ -139,6 +141,7 @@ class GuardedOptimizer(KnownRun):
         self._state = GuardState.fresh(self._policy, self._device)
         if self._gradients.team is not None:  # so that ranks without a loss know what rules judge
             self._gradients.team.loss_names.reserve([s for s in rules if s != GRAD_NORM])
+        self._unmet = None if self._gradients.team else UnmetRules.of(rules)
         self._observed = ObservedLosses()
         self._recorder = Recorder()
         self._road = road_of(optimizer)
@@ -186,12 +189,8 @@ class GuardedOptimizer(KnownRun):
 
     def _step_once(self, closure: Callable[[], Loss] | None, loss: Loss | None, tag: Any) -> Any:
         self._deliver(before=True)
-        result = None
-        if closure is not None:
-            with torch.enable_grad():
-                result = closure()
-            loss = result if loss is None else loss
-        self.observe(loss)
+        result = evaluated(closure)
+        self.observe(result if loss is None else loss)
         self._guarded_step(tag)
         self._deliver(before=False)
         return result
@@ -235,7 +234,7 @@ class GuardedOptimizer(KnownRun):
         """An optimizer that evaluates the closure itself (LBFGS): step, look, take back if bad."""
         assert isinstance(self._road, WholeStep)
         first, last, stopped = self._road.attempt(
-            closure, stop_at_nonfinite=self.nonfinite != "propagate"
+            checked_closure(closure), stop_at_nonfinite=self.nonfinite != "propagate"
         )
         try:
             self.observe(last if stopped or loss is None else loss)
@@ -298,6 +297,8 @@ class GuardedOptimizer(KnownRun):
 
     def _signals(self) -> Signals:
         losses = self._observed.take()
+        if self._unmet is not None:
+            self._unmet = self._unmet.after(losses)
         scale, found_inf = handed_over(self, self._device)
         return Signals(stacked(losses, self._device), tuple(losses), scale, found_inf)
 

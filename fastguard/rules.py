@@ -11,14 +11,20 @@ under std keeps a nearly constant signal from calling noise a spike.
 
 from __future__ import annotations
 
+import difflib
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 Action = Literal["skip", "clip", "record"]
 ACTIONS = ("skip", "clip", "record")
 GRAD_NORM = "grad_norm"
+PATIENCE = 100
+"""Steps after which a loss that a rule waits for is missed."""
+
+log = logging.getLogger("fastguard")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,3 +117,46 @@ def rules_by_signal(spike: Rule | Mapping[str, Rule] | None) -> dict[str, Rule]:
                 "use action='skip' or 'record'"
             )
     return dict(spike)
+
+
+class UnmetRules:
+    """Rules on losses that nobody has given so far, to be said once.
+
+    Args:
+        missing: Their signals.
+    """
+
+    def __init__(self, missing: Iterable[str]) -> None:
+        self._missing = list(missing)
+        self._given: set[str] = set()
+        self._steps = 0
+
+    @classmethod
+    def of(cls, rules: Mapping[str, Rule]) -> UnmetRules | None:
+        """Those of a run that is about to begin; None if no rule waits for a loss."""
+        missing = [signal for signal in rules if signal != GRAD_NORM]
+        return cls(missing) if missing else None
+
+    def after(self, losses: Collection[str]) -> UnmetRules | None:
+        """What is left after a step with losses of these names; None once all is met or said."""
+        self._given.update(losses)
+        self._missing = [signal for signal in self._missing if signal not in losses]
+        self._steps += 1
+        if self._missing and self._steps < PATIENCE:
+            return self
+        for signal in self._missing:
+            log.warning("%s", self._complaint(signal))
+        return None
+
+    def _complaint(self, signal: str) -> str:
+        near = difflib.get_close_matches(signal, [*self._given, GRAD_NORM], n=1, cutoff=0.5)
+        given = ", ".join(map(repr, sorted(self._given)))
+        return (
+            f"the spike rule on {signal!r} has judged nothing in {self._steps} steps: "
+            + (f"the losses given are {given}" if given else "no loss was given")
+            + (f"; did you mean {near[0]!r}?" if near else f"; pass {_how_to_give(signal)}")
+        )
+
+
+def _how_to_give(signal: str) -> str:
+    return "opt.step(loss=loss)" if signal == "loss" else f"opt.step(loss={{{signal!r}: ...}})"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
+from torch.nn import Module
 
 from fastguard.arguments import limit_of
 
@@ -92,14 +93,40 @@ def clip_values(groups: Iterable[Mapping[str, Any]]) -> list[tuple[Mapping[str, 
     ]
 
 
-def names_by_tensor(named: Iterable[tuple[str, Tensor]] | None) -> dict[Tensor, str]:
-    """Names by parameter; the first one of a shared parameter."""
+def names_by_tensor(
+    named: Iterable[tuple[str, Tensor]] | None, groups: Iterable[Mapping[str, Any]]
+) -> dict[Tensor, str]:
+    """Names by parameter; the first one of a shared parameter.
+
+    Args:
+        named: `(name, parameter)` pairs; None: there are no names.
+        groups: `optimizer.param_groups`; some of their parameters may have no name, not all.
+
+    Raises:
+        TypeError: These are no such pairs.
+        ValueError: They name none of the parameters.
+    """
+    if named is None:
+        return {}
+    if isinstance(named, Module):
+        raise TypeError(
+            f"named_parameters is a {type(named).__name__}; pass model.named_parameters()"
+        )
     names: dict[Tensor, str] = {}
-    for item in named or ():
+    for item in named:
         if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)):
             raise TypeError(
                 f"named_parameters holds a {type(item).__name__}, but must give (name, parameter) "
                 "pairs; pass model.named_parameters()"
             )
         names.setdefault(item[1], item[0])
+    parameters = [p for group in groups for p in group["params"]]
+    if parameters and not any(p in names for p in parameters):
+        what = (
+            "these are of another model" if names else "it is empty, and a generator is read once"
+        )
+        raise ValueError(
+            f"named_parameters names none of the optimizer's {len(parameters)} parameters: {what}; "
+            "pass model.named_parameters() of the model whose parameters the optimizer has"
+        )
     return names

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from fastguard import SpikeRule, Threshold
-from fastguard.rules import rules_by_signal
+from fastguard.rules import UnmetRules, rules_by_signal
 
 
 def test_one_rule_is_for_the_gradient_norm():
@@ -73,3 +73,34 @@ def test_a_threshold_with_an_unknown_action():
 def test_what_is_no_rule_is_refused(spike, error, message):
     with pytest.raises(error, match=message):
         rules_by_signal(spike)
+
+
+def said_after(rules, losses, steps, caplog):
+    """The warnings, and whether the looking has come to an end."""
+    caplog.clear()
+    unmet = UnmetRules.of(dict.fromkeys(rules, Threshold(1.0)))
+    for _ in range(steps):
+        unmet = None if unmet is None else unmet.after(losses)
+    return [r.getMessage() for r in caplog.records], unmet is None
+
+
+def test_a_rule_on_a_loss_that_nobody_gives_is_said_once(caplog):
+    assert said_after(["loss"], ["loss"], 1, caplog) == ([], True)
+    assert said_after(["grad_norm"], [], 1, caplog) == ([], True)
+    assert said_after(["recontruction"], ["reconstruction"], 99, caplog) == ([], False)
+    (message,), done = said_after(["recontruction", "kl"], ["reconstruction", "kl"], 300, caplog)
+    assert done
+    assert "the spike rule on 'recontruction' has judged nothing in 100 steps" in message
+    assert "did you mean 'reconstruction'" in message and "'kl'" not in message.split("given")[0]
+    (message,), _ = said_after(["loss"], [], 100, caplog)
+    assert "no loss was given" in message and "opt.step(loss=" in message
+    (message,), _ = said_after(["gradnorm"], ["loss"], 100, caplog)
+    assert "did you mean 'grad_norm'" in message
+
+
+def test_losses_of_single_steps_count_too(caplog):
+    unmet = UnmetRules.of({"a": Threshold(1.0), "b": Threshold(1.0)})
+    for given in (["a"], [], ["b"]):
+        assert unmet is not None
+        unmet = unmet.after(given)
+    assert unmet is None and not caplog.records

@@ -55,6 +55,35 @@ def test_a_bad_argument(case):
     assert all(p.grad is None for p in parameters)
 
 
+def test_names_of_other_parameters():
+    model, other = nn.Linear(2, 1), nn.Linear(2, 1)
+    exhausted = model.named_parameters()
+    list(exhausted)
+    for named in (other.named_parameters(), exhausted, [], {}.items()):
+        with pytest.raises(ValueError, match=r"named_parameters names none of .* 2 parameters"):
+            GuardedOptimizer(sgd(list(model.parameters())), named_parameters=named)
+    with pytest.raises(ValueError, match=r"it is empty.*read once.*model.named_parameters\(\)"):
+        GuardedOptimizer(sgd(list(model.parameters())), named_parameters=exhausted)
+    for whole in (model, nn.Sequential(model)):
+        with pytest.raises(TypeError, match=r"is a \w+; pass model.named_parameters\(\)"):
+            GuardedOptimizer(sgd(list(model.parameters())), named_parameters=whole)
+    opt = GuardedOptimizer(
+        sgd(list(model.parameters())), named_parameters=[("w", model.weight), ("o", other.weight)]
+    )
+    opt.optimizer.param_groups[0]["params"][1].grad = torch.tensor([math.nan])
+    opt.step()
+    assert opt.records()[0].culprits == (("parameter 1", 1, 0, 0),)
+
+
+def test_a_loss_in_place_of_a_closure():
+    for inner in (sgd(), torch.optim.LBFGS(new_parameters())):
+        opt = GuardedOptimizer(inner)
+        for loss in (torch.tensor(1.0), 1.0, {"loss": 1.0}):
+            with pytest.raises(TypeError, match=r"closure is a .*pass opt\.step\(loss=loss\)"):
+                opt.step(loss)
+        assert opt.steps_taken == 0
+
+
 @pytest.mark.parametrize("inner", [None, nn.Linear(1, 1), [nn.Parameter(torch.zeros(1))]])
 def test_what_is_no_optimizer(inner):
     with pytest.raises(TypeError, match=r"is no torch.optim.Optimizer.*AdamW"):

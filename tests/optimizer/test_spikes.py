@@ -139,3 +139,13 @@ def test_an_applied_step_resets_the_budget():
     for norm in (NAN, 1.0, NAN, 1.0, NAN, 1.0):
         steps_with(opt, p, [norm])
     assert (opt.applied_steps, opt.skipped_steps) == (3, 3)
+
+
+def test_a_rule_that_no_loss_meets_is_said(caplog):
+    p, opt = one(1.0, spike={"recontruction": Threshold(max=9.0), "grad_norm": Threshold(max=9.0)})
+    with caplog.at_level("WARNING", logger="fastguard"):
+        for _ in range(120):
+            p.grad = torch.tensor([1.0])
+            opt.step(loss={"reconstruction": 5.0})
+    (message,) = (r.getMessage() for r in caplog.records)
+    assert "'recontruction'" in message and "did you mean 'reconstruction'" in message
