@@ -1,6 +1,6 @@
 """`fastguard scan`: where the text logs of other trainers hold NaN or Inf.
 
-`lines` streams any log as clean lines; each dialect (`ultralytics`, `lightning`, `huggingface`, and
-`plain` for all others) says of a line where in the run it was written and what it measured;
+`lines` streams any log as clean lines; each dialect (`ultralytics`, `lightning`, `huggingface`, `table`
+for CSV, and `plain` for all others) says of a line where in the run it was written and what it measured;
 `values` tells a NaN from a word that has "nan" in it; `scanner` joins lines to stretches.
 """

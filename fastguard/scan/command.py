@@ -1,9 +1,10 @@
 """Finds NaN and Inf in the text logs of trainers, by epoch and batch.
 
 Understood are the progress lines of Ultralytics, the dicts of Hugging Face's Trainer, the bars of
-Lightning and of tqdm, and lines that people print. LOG is a file, gzip or not, or - for standard
-input. Words such as "info" or "nano" are nothing, and "no nan found" is a note. Exit status 1 if a
-NaN or Inf was found, 2 if none was and a log could not be read to its end, or is empty.
+Lightning and of tqdm, CSV and TSV with a head, and lines that people print. LOG is a file, gzip or
+not, or - for standard input. Words such as "info" or "nano" are nothing, and "no nan found" is a
+note. Exit status 1 if a NaN or Inf was found, 2 if none was and a log could not be read to its end,
+or is empty.
 """
 
 from __future__ import annotations

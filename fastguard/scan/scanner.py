@@ -20,6 +20,7 @@ from fastguard.scan.lightning import Lightning
 from fastguard.scan.lines import Line, read_lines
 from fastguard.scan.plain import Passed, Plain
 from fastguard.scan.reading import Place, Reading
+from fastguard.scan.table import Table
 from fastguard.scan.ultralytics import Ultralytics
 from fastguard.scan.values import Value, first_nonfinite, has_nonfinite
 
@@ -116,7 +117,7 @@ class _Scanner:
 
     def __init__(self) -> None:
         self.found = LogScan()
-        self._dialects = (Ultralytics(), Lightning(), HuggingFace())
+        self._dialects = (Table(), Ultralytics(), Lightning(), HuggingFace())
         self._plain = Plain()
         self._passed = Passed()
         self._place = Place()
