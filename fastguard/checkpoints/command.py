@@ -71,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
             return max(_list(path) for path in paths)
         return max(_verify(path, args.ignore) for path in paths)
     except StoreLocked as error:
-        raise UsageError(str(error)) from None
+        who, _, _ = str(error).rpartition(";")  # what to do is said to programs there
+        raise UsageError(f"{who}; end that run first; list and verify work meanwhile") from None
     except CheckpointError as error:
         print(f"fastguard ckpt: {error}", file=sys.stderr)
         return FOUND_BAD

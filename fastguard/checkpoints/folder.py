@@ -45,6 +45,11 @@ def is_store(path: Path) -> bool:
     return manifest.is_ours(path) or any(_files(path))
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file or folder has the name of a checkpoint of a store."""
+    return _CHECKPOINT.fullmatch(path.name) is not None
+
+
 def _files(path: Path) -> Iterator[tuple[int, str]]:
     """`(serial, name)` of the checkpoints in a folder, oldest first."""
     matches = (_CHECKPOINT.fullmatch(name) for name in os.listdir(path))
@@ -308,7 +313,8 @@ class Folder:
         damaged = self.path / manifest.NAME
         if found.entries or damaged.exists():
             n = len(found.entries)
-            log.warning("%s was lost or damaged; built again from %d checkpoints", damaged, n)
+            word = "checkpoint" if n == 1 else "checkpoints"
+            log.warning("%s was lost or damaged; built again from %d %s", damaged, n, word)
         if not self.read_only and damaged.exists():
             os.replace(damaged, damaged.with_name(damaged.name + ".damaged"))
         return found

@@ -122,6 +122,8 @@ def _number(top: dict[Any, Any], names: Iterable[str], kind: type) -> Any:
 def good_source(target: Path, ignore: Sequence[str] = ()) -> tuple[Path | None, list[str]]:
     """The file beside `target` to go back to: whole, finite, of the latest epoch not after its own.
 
+    Where no epoch is known the step decides, and then the time of modification.
+
     A file without tensors (settings, a schedule) is no checkpoint, whatever its epoch. And a folder
     may hold several models, so a file that shares less than half of the tensors of the
     smaller of both, by name and shape, is not chosen. Half, because data positions and histories
@@ -136,7 +138,7 @@ def good_source(target: Path, ignore: Sequence[str] = ()) -> tuple[Path | None, 
     """
     now = describe(target) if target.exists() else None
     candidates = [describe(p) for p in checkpoint_files(target.parent) if p != target]
-    candidates.sort(key=lambda d: (-1 if d.epoch is None else d.epoch, d.modified), reverse=True)
+    candidates.sort(key=_age, reverse=True)
     passed_over = []
     for candidate in candidates:
         reason = candidate.problem or _unfit(candidate, now) or _unsound(candidate.path, ignore)
@@ -144,6 +146,11 @@ def good_source(target: Path, ignore: Sequence[str] = ()) -> tuple[Path | None, 
             return candidate.path, passed_over
         passed_over.append(f"{candidate.path.name}: {reason}")
     return None, passed_over
+
+
+def _age(found: Description) -> tuple[int, int, float]:
+    epoch, step = (-1 if n is None else n for n in (found.epoch, found.step))
+    return epoch, step, found.modified
 
 
 def _unfit(candidate: Description, now: Description | None) -> str | None:
@@ -157,6 +164,10 @@ def _unfit(candidate: Description, now: Description | None) -> str | None:
         return "holds no optimizer state to resume with"
     if candidate.epoch is not None and now.epoch is not None and candidate.epoch > now.epoch:
         return f"is of epoch {candidate.epoch}, after epoch {now.epoch}"
+    has_epoch = candidate.epoch is not None or now.epoch is not None
+    if not has_epoch and candidate.step is not None and now.step is not None:
+        if candidate.step > now.step:
+            return f"is of step {candidate.step}, after step {now.step}"
     n_shared = len(candidate.tensors & now.tensors)
     n_compared = min(len(candidate.tensors), len(now.tensors))
     if 2 * n_shared < n_compared:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fastguard.checkpoints import finding, foreign
-from fastguard.checkpoints.folder import is_store
+from fastguard.checkpoints.folder import is_checkpoint, is_store
 from fastguard.checkpoints.store import CheckpointStore
 from fastguard.checkpoints.table import text_of
 from fastguard.checkpoints.view import Which
 from fastguard.usage import UsageError
+
+log = logging.getLogger("fastguard")
 
 FINE, FOUND_BAD = 0, 1
 
@@ -20,6 +24,10 @@ def run(path: Path, to: str | None, ignore: Sequence[str]) -> int:
     """Makes an earlier checkpoint the one to resume from; prints which. The exit status."""
     if path.is_dir() and is_store(path):
         return _rollback_store(path, to)
+    if path.is_file() and is_store(path.parent) and is_checkpoint(path):
+        raise UsageError(
+            f"{path} is a checkpoint of a store: fastguard ckpt rollback {path.parent} --to STEP"
+        )
     target = path if path.is_file() else _resumed_from(path)
     if to is None:
         source, passed_over = foreign.good_source(target, ignore)
@@ -29,14 +37,14 @@ def run(path: Path, to: str | None, ignore: Sequence[str]) -> int:
             print(f"fastguard ckpt: no good checkpoint beside {target}", file=sys.stderr)
             return FOUND_BAD
     else:
-        source = Path(to)
-        if not source.exists():
-            raise UsageError(f"{source} does not exist")
+        source = _named(Path(to), target)
     before, after = foreign.describe(target), foreign.describe(source)
-    was_good = to is None and foreign.is_sound(target, ignore)
+    was_good = foreign.is_sound(target, ignore)
     backup = foreign.roll_back_file(target, source, ignore=ignore)
     print(f"{target}{_where(before)} is now a copy of {source}{_where(after)}")
     print(f"what it was is kept in {backup}")
+    if to is None and after.epoch is None and after.step is None:
+        print("note: it names no epoch and no step; it was chosen by its time of modification")
     if was_good:
         print(f"note: that was whole and finite itself; to undo: --to {backup}")
     if not after.resumable:
@@ -54,12 +62,41 @@ def _rollback_store(path: Path, to: str | None) -> int:
         which = int(to) if to.isdecimal() else to  # type: ignore[assignment]
     with CheckpointStore(path) as store:
         before = store.list()
-        target = store.rollback(which)
+        with _said_once():
+            target = store.rollback(which)
+        aside = {entry.serial: entry for entry in store.replaced()}  # as they were found to be
         for entry in before:
-            if entry not in store.list() and entry.serial > target.serial:
-                print(f"put aside {entry}")
+            if entry.serial in aside:
+                print(f"put aside {aside[entry.serial]}")
         print(f"training resumes after {target}")
     return FINE
+
+
+@contextlib.contextmanager
+def _said_once() -> Iterator[None]:
+    """Leaves out the log's line about the rollback, which the command prints itself."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return not record.msg.startswith("rolled back to")
+
+    log.addFilter(other)
+    try:
+        yield
+    finally:
+        log.removeFilter(other)
+
+
+def _named(source: Path, target: Path) -> Path:
+    if source.is_dir():
+        raise UsageError(f"--to {source} is a folder; name a file in it")
+    beside = target.parent / source
+    if not source.exists() and beside.is_file():
+        raise UsageError(
+            f"{source} does not exist in the current folder; did you mean --to {beside}?"
+        )
+    if not source.exists():
+        raise UsageError(f"{source} does not exist")
+    return source
 
 
 def _resumed_from(folder: Path) -> Path:

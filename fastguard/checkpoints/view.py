@@ -161,9 +161,10 @@ class StoreView:
         if entry is None:
             steps = ", ".join(str(e.step) for e in self.list()) or "none"
             mode = self._folder.manifest.mode
+            kind = _KINDS.get(mode, mode)
             meaning = (
-                f'; "best" is the clean one with the {_KINDS.get(mode, mode)} metric (mode="{mode}"), '
-                "given to save(metric=...)"
+                f'; "best" is the clean one with the {kind} metric (mode="{mode}"), given to '
+                "save(metric=...)"
             )
             raise CheckpointError(
                 f"{self.directory} has no checkpoint {which!r}; its steps are {steps}"

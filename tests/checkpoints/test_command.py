@@ -111,7 +111,6 @@ def test_replacing_a_good_file_is_said_and_can_be_undone(weights, capsys):
     assert f"whole and finite itself; to undo: --to {backup}" in capsys.readouterr().out
     assert main(["ckpt", "rollback", target, "--to", backup]) == 0
     assert (weights / "last.pt").read_bytes() == good
-    assert "itself" not in capsys.readouterr().out
 
 
 def test_when_nothing_is_good_nothing_is_changed(weights, capsys):

@@ -38,7 +38,7 @@ def ckpt(capsys, *arguments):
 @pytest.mark.parametrize("settings", [{"lr": 0.1}, {}, {"last_epoch": 9, "epoch": 9}], ids=str)
 def test_settings_never_take_the_place_of_weights(tmp_path, capsys, settings):
     last = write(tmp_path / "last.pt", NAN, modified=1)
-    good = write(tmp_path / "step20000.pt", step=20000, modified=2)
+    good = write(tmp_path / "step20000.pt", modified=2)
     torch.save(settings, tmp_path / "args.pt")
     status, out, _ = ckpt(capsys, "rollback", tmp_path)
     assert status == 0
