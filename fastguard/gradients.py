@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter, is_
@@ -15,6 +16,8 @@ from fastguard.flat_buckets import FlatGradBuckets, check_flat
 from fastguard.ranks.groups import Group, check_same_tensors
 from fastguard.ranks.team import Team, team_of
 from fastguard.segments import ClipScope, Layout, lay_out
+
+log = logging.getLogger("fastguard")
 
 
 class Gradients:
@@ -36,6 +39,8 @@ class Gradients:
     Raises:
         TypeError, ValueError: `group` is no group, or `flat` or `scope` do not go with it.
     """
+
+    _seen = False  # that there are gradients, and where
 
     def __init__(
         self,
@@ -81,7 +86,13 @@ class Gradients:
             check_flat([p for _, p in named], names)
 
     def buckets(self) -> GradBuckets:
-        """The gradients of this step; on several ranks, partial ones are made whole."""
+        """The gradients of this step; on several ranks, partial ones are made whole.
+
+        Raises:
+            ValueError: They lie on the meta device.
+        """
+        if not self._seen:
+            self._look()
         layout, team = self.layout, self.team
         sharing = None if team is None else team.sharing_of_gradients(layout.parameters)
         if self.flat is not None:
@@ -118,6 +129,36 @@ class Gradients:
             first = self.layout.parameters[0]
             return cpu if first.is_meta else first.device
         return cpu if self.team is None else self.team.device_for(cpu)
+
+    def _look(self) -> None:
+        """Once: are there gradients, and do they hold numbers?"""
+        with_grad = [
+            (name, p.grad.is_meta)
+            for name, p in zip(self.layout.names, self.layout.parameters, strict=True)
+            if p.grad is not None
+        ]
+        for name, is_meta in with_grad:
+            if is_meta:
+                raise ValueError(
+                    f"the gradient of {name} lies on the meta device, which holds no numbers; give "
+                    "the model its memory first: model.to_empty(device=...), its weights, then the "
+                    "optimizer"
+                )
+        self._seen = True
+        if with_grad or self.team is not None:  # other ranks may hold them all
+            return
+        if any(p.is_meta for p in self.layout.parameters):
+            log.warning(
+                "no parameter has a gradient at the first step: they are on the meta device still, "
+                "so they are not those of the model any more and nothing is trained; make the "
+                "optimizer after model.to_empty(device=...), which replaces them"
+            )
+        else:
+            log.warning(
+                "no parameter has a gradient at the first step, so nothing is trained; is "
+                "loss.backward() called before it, and does the optimizer hold the parameters of "
+                "the model?"
+            )
 
     def _lay_out(self) -> Layout:
         return lay_out(self.optimizer.param_groups, self.scope, self.names)

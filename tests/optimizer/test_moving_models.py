@@ -72,3 +72,45 @@ def test_what_was_saved_before_there_was_memory_loads():
         p.grad = torch.full_like(p, math.nan)
     expected.step()
     assert (expected.applied_steps, expected.skipped_steps) == (0, 1)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_gradients_without_memory_are_refused(flat):
+    model = torch.nn.Linear(3, 2, device="meta")
+    opt = guard_of(model, flat_buckets=flat)
+    model(torch.ones(1, 3, device="meta")).sum().backward()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"parameter 0 lies on the meta device.*to_empty"):
+            opt.step()
+    assert opt.steps_taken == 0
+    give_memory(model)
+    train(opt, [0])
+    assert opt.applied_steps == 1
+
+
+def said(opt: GuardedOptimizer, caplog) -> list[str]:
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="fastguard"):
+        opt.step()
+        opt.step()
+    return [r.getMessage() for r in caplog.records]
+
+
+def test_a_first_step_without_any_gradient_is_said_once(caplog):
+    model = ones()
+    (message,) = said(guard_of(model), caplog)
+    assert "no parameter has a gradient" in message and "loss.backward()" in message
+    assert "meta" not in message
+    model.bias.grad = torch.ones(2)
+    assert said(guard_of(model), caplog) == []
+
+
+def test_parameters_that_a_model_has_left_behind_are_said(caplog):
+    """`to_empty` makes other parameters; those of the optimizer stay without memory."""
+    model = torch.nn.Linear(3, 2, device="meta")
+    opt = guard_of(model)
+    model.to_empty(device="cpu")
+    model(torch.ones(1, 3)).sum().backward()
+    (message,) = said(opt, caplog)
+    assert "not those of the model any more" in message
+    assert "make the optimizer after model.to_empty" in message
