@@ -29,9 +29,10 @@ def limit_of(name: str, value: object) -> float:
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise TypeError(f"{name}={value!r} is not a number; use a number >= 0") from None
     if not limit >= 0.0:  # NaN is not >= 0
+        without = "clamp nothing" if name == "clip_value" else "measure only"
         raise ValueError(
             f"{name}={value!r} must be >= 0: a negative or NaN limit would flip or destroy "
-            "gradients; use float('inf') to measure only"
+            f"gradients; use float('inf') to {without}"
         )
     return limit
 

@@ -24,11 +24,18 @@ TRITON_DEVICES = ("cuda",)  # ROCm devices call themselves cuda too
 def backend_for(tensor: Tensor) -> Literal["triton", "torch"]:
     """The backend that serves gradients on the device of `tensor`.
 
+    Raises:
+        TypeError: It is no tensor.
+
     Example:
         >>> import torch, fastguard
         >>> fastguard.backend_for(torch.zeros(1))
         'torch'
     """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"tensor is a {type(tensor).__name__}; pass a tensor, such as next(model.parameters())"
+        )
     return backend_of(tensor.device)
 
 

@@ -199,11 +199,15 @@ class GuardConfig:
         """From a `.toml`, `.yaml` or `.yml` file.
 
         Raises:
-            FileNotFoundError: There is no such file.
+            FileNotFoundError, IsADirectoryError: There is no such file.
             TypeError, ValueError: It is of another kind, does not parse, or holds a wrong setting.
             ImportError: YAML support is not installed.
         """
         path = Path(path)
+        if path.is_dir():
+            raise IsADirectoryError(
+                f"{str(path)!r} is a folder; name the file in it, such as guard.toml"
+            )
         text = path.read_text()
         try:
             settings = parse(text, path.suffix)
@@ -232,6 +236,11 @@ class GuardConfig:
 
         After any of these the optimizer is as it was.
         """
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(
+                f"model is a {type(model).__name__}, not a torch.nn.Module; pass "
+                "config.wrap(model, optimizer)"
+            )
         names = {id(p): name for name, p in model.named_parameters()}
         before = optimizer.param_groups
         groups = self._with_own_limits(before, names)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from fastguard.buckets import FLOATING, GradBucket, GradBuckets, Run, Same, bucketize, name_of
 from fastguard.measure import GradStats, measure, norm_type_of
@@ -46,7 +47,7 @@ class FlatGradBuckets:
         n_segments: How many segments there are.
 
     Raises:
-        TypeError: A parameter is sparse, complex or of an integer dtype.
+        TypeError: They cannot be iterated over, or one is sparse, complex or of an integer dtype.
         ValueError: There is no parameter that needs a gradient.
 
     Example:
@@ -69,6 +70,9 @@ class FlatGradBuckets:
         segments: Sequence[int] | None = None,
         n_segments: int = 1,
     ) -> None:
+        if isinstance(parameters, Module) or not isinstance(parameters, Iterable):
+            kind = type(parameters).__name__
+            raise TypeError(f"parameters is a {kind}; pass model.named_parameters()")
         items = list(parameters)
         self._all_names: list[str] | None = None
         if items and isinstance(items[0], tuple):

@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -112,6 +113,11 @@ class GuardedLR(LRScheduler):
             raise ValueError(f"backoff={backoff!r} must be a number in (0, 1]")
         if recovery is not None and (not isinstance(recovery, int) or recovery < 1):
             raise ValueError(f"recovery={recovery!r} must be None or an integer >= 1")
+        if warmup is not None and not isinstance(warmup, Warmup):
+            steps = warmup if isinstance(warmup, int) else "..."
+            raise TypeError(
+                f"warmup={warmup!r} must be a fastguard.Warmup, such as Warmup(steps={steps})"
+            )
         self.schedule = schedule
         self._given_floor = floor
         self.backoff = float(backoff)
@@ -342,6 +348,8 @@ def _guarded(schedule: Any, optimizer: Any) -> GuardedOptimizer:
 
 def _each(name: str, value: float | Sequence[float], n: int) -> list[float]:
     values = list(value) if isinstance(value, Sequence) else [value] * n
+    if isinstance(value, str) or not all(isinstance(v, Real) for v in values):
+        raise TypeError(f"{name}={value!r} must be a number >= 0, or one for each param group")
     if len(values) != n:
         raise ValueError(f"{name}={value!r} has {len(values)} entries for {n} param groups")
     return [float(v) for v in values]

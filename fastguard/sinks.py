@@ -56,11 +56,15 @@ class JsonLinesSink:
             raise ValueError(f"max_bytes={max_bytes!r} must be an integer >= 1024")
         if keep is not None and (not isinstance(keep, int) or keep < 0):
             raise ValueError(f"keep={keep!r} must be None or an integer >= 0")
+        if os.fspath(path).endswith("/"):
+            raise _is_a_folder(path)
         self.path = Path(path)
         self.max_bytes = max_bytes
         self.keep = keep
         self.lost = 0
         self._file, self._size, self._closed = -1, 0, False
+        if self.path.is_dir():
+            raise _is_a_folder(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._open()
 
@@ -129,6 +133,13 @@ class JsonLinesSink:
                 old.unlink()
 
 
+def _is_a_folder(path: str | os.PathLike[str]) -> IsADirectoryError:
+    return IsADirectoryError(
+        f"{os.fspath(path)!r} is a folder; name a file in it, such as "
+        f"{str(Path(path) / 'records.jsonl')!r}"
+    )
+
+
 def rotated_files(path: str | os.PathLike[str]) -> list[Path]:
     """The full files of a `JsonLinesSink`, oldest first, without the current one."""
     path = Path(path)
@@ -153,9 +164,12 @@ def read_records(path: str | os.PathLike[str], *, strict: bool = False) -> Itera
 
     Raises:
         FileNotFoundError: There is no such file, nor a full one beside it.
+        IsADirectoryError: It is a folder.
         ValueError: With `strict`, naming file and line.
     """
     path = Path(path)
+    if path.is_dir():
+        raise _is_a_folder(path)
     full = rotated_files(path)
     skipped = 0
     for file in (*full, path):

@@ -144,3 +144,8 @@ assert "triton" not in sys.modules, "triton was imported"
 assert not torch.cuda.is_initialized()
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_a_model_has_no_backend_of_its_own():
+    with pytest.raises(TypeError, match=r"tensor is a Linear; pass a tensor.*parameters\(\)"):
+        fastguard.backend_for(torch.nn.Linear(2, 1))

@@ -265,8 +265,9 @@ def test_a_store_is_opened_for_the_group_that_is_given(tmp_path: Path) -> None:
         (
             {"spike": {"loss": {"max": 1, "sigma": 2}}},
             ValueError,
-            "unknown setting spike.loss.sigma",
+            "spike.loss holds max, which makes a Threshold, and sigma of a SpikeRule; leave",
         ),
+        ({"spike": {"loss": {"max": 1, "sgima": 2}}}, ValueError, "setting spike.loss.sgima"),
         ({"spike": []}, TypeError, "spike must hold settings by name"),
         ({"schedule": {"warmup": {"lr": 0.1}}}, ValueError, "schedule.warmup.steps is missing"),
         ({"schedule": {"floor": None}}, TypeError, "schedule.floor=None is of type NoneType"),
@@ -310,6 +311,8 @@ def test_a_pattern_that_matches_nothing_is_an_error_and_changes_nothing() -> Non
         GuardConfig.from_dict(own_norm).wrap(model, optimizer)
     with pytest.raises(TypeError, match="group='all'"):
         GuardConfig().wrap(model, optimizer, group="all")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"model is a SGD.*pass config\.wrap\(model, optimizer\)"):
+        GuardConfig().wrap(optimizer, model)  # type: ignore[arg-type]
     assert optimizer.param_groups is groups and len(groups) == 1
 
 
@@ -327,6 +330,8 @@ def test_files_that_do_not_parse_are_named(tmp_path: Path) -> None:
             GuardConfig.from_file(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         GuardConfig.from_file(tmp_path / "none.toml")
+    with pytest.raises(IsADirectoryError, match=r"is a folder; name the file.*guard\.toml"):
+        GuardConfig.from_file(tmp_path)
 
 
 @pytest.mark.parametrize(

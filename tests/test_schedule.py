@@ -361,6 +361,20 @@ def test_bad_arguments_are_named(kwargs: dict, match: str) -> None:
         GuardedLR(guarded(), **kwargs)
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"warmup": 10}, r"warmup=10 must be a fastguard\.Warmup.*Warmup\(steps=10\)"),
+        ({"floor": "a"}, r"floor='a' must be a number >= 0"),
+        ({"floor": [0.1, None]}, r"floor=\[0\.1, None\] must be a number >= 0"),
+        ({"floor": None}, "floor=None must be a number >= 0"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(kwargs: dict, match: str) -> None:
+    with pytest.raises(TypeError, match=match):
+        GuardedLR(guarded(n_groups=2), **kwargs)
+
+
 def test_warmup_names_its_bad_arguments() -> None:
     with pytest.raises(ValueError, match="steps=0"):
         Warmup(steps=0)

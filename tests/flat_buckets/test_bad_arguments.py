@@ -25,6 +25,12 @@ def test_what_has_no_dense_real_gradient_is_refused_and_nothing_is_attached():
         FlatGradBuckets(p for p in ())
 
 
+@pytest.mark.parametrize("model", [nn.Linear(2, 1), nn.Sequential(nn.Linear(2, 1)), None, 3])
+def test_a_model_in_place_of_its_parameters(model):
+    with pytest.raises(TypeError, match=r"parameters is a \w+; pass model.named_parameters\(\)"):
+        FlatGradBuckets(model)
+
+
 def test_a_sparse_gradient_that_exists_is_refused_and_nothing_is_attached():
     (dense,) = new_parameters([(3,)])
     dense.grad = grad = torch.ones(3)
