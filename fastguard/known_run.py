@@ -63,6 +63,10 @@ class KnownRun(OptimizerAround):
             sink: `JsonLinesSink`, `TensorBoardSink`, or any callable that takes a `StepRecord`.
                 One that raises loses its records, which is logged, and never ends the run.
         """
+        if isinstance(sink, type):
+            raise TypeError(
+                f"sink is the class {sink.__name__}; make one: add_sink({sink.__name__}(...))"
+            )
         if not callable(sink):
             raise TypeError(f"sink={sink!r} must be callable with a StepRecord")
         self._recorder.sinks.append(sink)
@@ -125,11 +129,22 @@ class KnownRun(OptimizerAround):
         elements = sum(p.numel() for p in parameters)
         team = self._gradients.team
         deciding = "" if team is None else f"{team.size} ranks decide together; "
-        rules = ", ".join(f"{signal}: {rule}" for signal, rule in self.rules.items()) or "none"
         return (
             f"guarding {type(self.optimizer).__name__}: {len(parameters)} tensors, "
             f"{elements:,} elements on {self._device} ({backend_of(self._device)} backend); "
-            f"max_norm={self.max_norm} (p={self.norm_type:g}, {self.clip_scope}), "
-            f"nonfinite={self.nonfinite}, spike rules: {rules}; {deciding}"
+            f"{self._settings()}; {deciding}"
             f"skips {'after reading the verdict' if self._road.waits else 'through found_inf'}"
+        )
+
+    def __repr__(self) -> str:
+        """How it is guarded, and the param groups as torch prints them."""
+        inner = type(self.optimizer).__name__
+        groups = super().__repr__().partition("(")[2]
+        return f"{type(self).__name__} around {inner}, {self._settings()} ({groups}"
+
+    def _settings(self) -> str:
+        rules = ", ".join(f"{signal}: {rule}" for signal, rule in self.rules.items()) or "none"
+        return (
+            f"max_norm={self.max_norm} (p={self.norm_type:g}, {self.clip_scope}), "
+            f"nonfinite={self.nonfinite}, spike rules: {rules}"
         )

@@ -7,7 +7,9 @@ import resource
 from pathlib import Path
 
 import pytest
+import torch
 
+import fastguard
 from fastguard import JsonLinesSink, StepRecord, read_records
 from fastguard.sinks import rotated_files
 
@@ -149,3 +151,22 @@ def test_a_file_name_that_is_no_utf8_is_a_tag_like_any_other(tmp_path: Path) -> 
         sink(record(1, tag=tag))
     (read,) = read_records(sink.path, strict=True)
     assert read.tag == tag
+
+
+def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
+    says = r"is a folder; name a file in it, such as .*records\.jsonl"
+    with pytest.raises(IsADirectoryError, match=says):
+        JsonLinesSink(tmp_path)
+    with pytest.raises(IsADirectoryError, match=says):
+        JsonLinesSink(f"{tmp_path}/runs/")
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(IsADirectoryError, match=says):
+        list(read_records(tmp_path))
+
+
+def test_a_class_is_no_sink() -> None:
+    opt = fastguard.GuardedOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]))
+    with pytest.raises(
+        TypeError, match=r"sink is the class JsonLinesSink.*JsonLinesSink\(\.\.\.\)"
+    ):
+        opt.add_sink(fastguard.JsonLinesSink)

@@ -38,3 +38,11 @@ def test_last_is_a_snapshot_on_the_device():
     assert opt.last.clip_coef.item() == pytest.approx(0.2, rel=1e-5)
     assert opt.last.found_inf.dtype == torch.float32
     assert opt.last.found_inf.item() == 0.0
+
+
+def test_what_is_printed_says_how_it_is_guarded():
+    _, opt = one(1.0, max_norm=2.5, nonfinite="zero", spike=Threshold(max=7.0))
+    first, *rest = repr(opt).splitlines()
+    for word in ("GuardedOptimizer", "SGD", "max_norm=2.5", "zero", "grad_norm: Threshold(max=7.0"):
+        assert word in first
+    assert rest == repr(opt.optimizer).splitlines()[1:]  # the param groups, as torch prints them
