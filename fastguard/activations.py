@@ -77,6 +77,8 @@ class ActivationGuard:
         ActivationCounts(nan=1, inf=1, over_limit=0)
     """
 
+    _without_numbers = False  # the last output was on the meta device
+
     def __init__(
         self,
         model: nn.Module,
@@ -90,7 +92,8 @@ class ActivationGuard:
             raise ValueError(f"limit={limit!r} must be None or a number > 0")
         watched = _matching(model, modules)
         parameter = next(model.parameters(), None)
-        device = torch.device("cpu") if parameter is None else parameter.device
+        on_host = parameter is None or parameter.is_meta  # until the model has memory
+        device = torch.device("cpu") if on_host else parameter.device
         self.mode: Mode = mode
         self.limit = math.inf if limit is None else float(limit)
         self._names = list(watched)
@@ -101,12 +104,22 @@ class ActivationGuard:
         ]
 
     def counts(self) -> dict[str, ActivationCounts]:
-        """The counts of each watched module, by name. Waits for a GPU."""
+        """The counts of each watched module, by name. Waits for a GPU.
+
+        Raises:
+            ValueError: The last output was on the meta device.
+        """
+        if self._without_numbers:
+            raise ValueError(
+                "the last output was on the meta device, which holds no numbers to count; give the "
+                "model its memory first, with model.to_empty(device=...) and its weights, or reset()"
+            )
         rows = self._table.tolist()
         return {n: ActivationCounts(*row) for n, row in zip(self._names, rows, strict=True)}
 
     def reset(self) -> None:
         """Sets all counts to 0."""
+        self._without_numbers = False
         self._table.zero_()
 
     def remove(self) -> None:
@@ -146,7 +159,12 @@ class ActivationGuard:
         return tree_map(lambda t: self._cleaned(t) if _is_watched(t) else t, output)
 
     def _counted(self, x: Tensor) -> Tensor | None:
-        """int64 `(3,)`; None if it is known to be all zeros."""
+        """int64 `(3,)`; None if it is known to be all zeros, or cannot be known."""
+        on_meta = x.device.type == "meta"
+        if on_meta != self._without_numbers:
+            self._without_numbers = on_meta
+        if on_meta:
+            return None
         x = _wide(x.detach())
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             if not x.numel():

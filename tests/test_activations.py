@@ -293,3 +293,22 @@ def test_wrong_arguments(kwargs, error, says):
 def test_a_model_that_is_none():
     with pytest.raises(TypeError, match="not a torch"):
         ActivationGuard(torch.relu)
+
+
+@pytest.mark.parametrize("mode", ["count", "clean"])
+def test_a_model_on_the_meta_device_is_counted_once_it_has_memory(mode):
+    module = nn.Linear(2, 1, device="meta")
+    guard = ActivationGuard(module, mode=mode)
+    assert str(guard) == "nothing bad in the outputs of 1 modules"
+    assert module(torch.ones(1, 2, device="meta")).is_meta
+    for look in (guard.counts, guard.__str__):
+        with pytest.raises(ValueError, match=r"on the meta device.*memory first.*to_empty"):
+            look()
+    module.to_empty(device="cpu")
+    nn.init.constant_(module.weight, math.nan)
+    nn.init.zeros_(module.bias)
+    module(torch.ones(1, 2))
+    assert guard.counts()[""].nan == 1
+    module.to("meta")(torch.ones(1, 2, device="meta"))
+    guard.reset()
+    assert guard.counts()[""].nan == 0
