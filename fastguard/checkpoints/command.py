@@ -241,7 +241,8 @@ def _verify_file(path: Path, ignore: Sequence[str]) -> int:
 
 def _report(path: Path, problem: str | None, bad: Sequence[Culprit], n_tensors: int) -> int:
     if problem is None and not bad:
-        told = f"{n_tensors} tensors, all finite" if n_tensors else foreign.NO_TENSORS
+        tensors = "1 tensor" if n_tensors == 1 else f"{n_tensors} tensors"
+        told = f"{tensors}, all finite" if n_tensors else foreign.NO_TENSORS
         print(f"ok   {path}: {told}")
         return FINE
     if problem is not None:
