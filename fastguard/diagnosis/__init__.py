@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from fastguard.diagnosis.finding import by_importance
 from fastguard.diagnosis.report import Diagnosis as Diagnosis
 from fastguard.diagnosis.subject import Subject
 from fastguard.diagnosis.untouched import Kept
+from fastguard.provenance.arguments import Autocast
 from fastguard.provenance.replay import Step
 
 
@@ -38,7 +38,7 @@ def diagnose(
     data: Iterable[Any] | None = None,
     *,
     step: Step | None = None,
-    autocast: AbstractContextManager[Any] | None = None,
+    autocast: Autocast = None,
 ) -> Diagnosis:
     """Says what is wrong with a training setup, the most important first, each with a remedy.
 
@@ -61,7 +61,8 @@ def diagnose(
             loses those.
         step: In place of `loss_fn`: `step(model, batch)` returns the loss. It does not go backward
             and does not step the optimizer.
-        autocast: What training runs under, `torch.autocast("cuda", torch.float16)` for example.
+        autocast: What training runs under: `torch.autocast("cuda", torch.float16)` for example, or
+            `"float16"` or `"bfloat16"`, on the model's device.
 
     Returns:
         The findings. `print` shows them; `errors`, `worst` and `of(kind)` select among them.

@@ -14,7 +14,6 @@ import contextlib
 import sys
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from fastguard.diagnosis import Diagnosis, diagnose
@@ -72,9 +71,7 @@ def _diagnosed(args: argparse.Namespace) -> Diagnosis:
     if args.checkpoint is not None:
         load_weights(model, args.checkpoint)
     if args.autocast is not None:
-        parameter = next(model.parameters(), torch.empty(0))
-        dtype = getattr(torch, args.autocast)
-        setup["autocast"] = torch.autocast(parameter.device.type, dtype)
+        setup["autocast"] = args.autocast
     try:
         Subject.of(**setup)
     except (TypeError, ValueError) as error:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from fastguard.delegation import OptimizerAround
+from fastguard.provenance.arguments import (
+    Autocast,
+    check_batch_kind,
+    check_functions,
+    checked_model,
+    context_of,
+)
 from fastguard.provenance.replay import Step, loss_parts, step_of
 
 
@@ -51,7 +57,7 @@ class Subject:
         optimizer: Optimizer | None = None,
         data: Iterable[Any] | None = None,
         step: Step | None = None,
-        autocast: AbstractContextManager[Any] | None = None,
+        autocast: Autocast = None,
     ) -> Subject:
         """Checks the arguments of `diagnose`.
 
@@ -59,33 +65,14 @@ class Subject:
             TypeError: One of them is of the wrong kind.
             ValueError: A parameter of the model has no values yet.
         """
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
-        if loss_fn is not None and step is not None:
-            raise TypeError("both loss_fn and step are given; step already returns the loss")
-        for name, value in (("loss_fn", loss_fn), ("step", step)):
-            if value is not None and not callable(value):
-                raise TypeError(f"{name}={value!r} cannot be called; pass a function")
+        model = checked_model(model)
+        check_functions(loss_fn, step)
         if optimizer is not None and not isinstance(optimizer, Optimizer):
             kind = type(optimizer).__name__
             raise TypeError(f"optimizer is a {kind}, not a torch.optim.Optimizer")
-        is_pair = isinstance(batch, list | tuple) and len(batch) == 2
-        if step is None and not (is_pair or isinstance(batch, Mapping)):
-            raise TypeError(
-                f"batch is a {type(batch).__name__}; pass (inputs, targets), a mapping, or "
-                "step=lambda model, batch: loss"
-            )
+        check_batch_kind(batch, any_kind=step is not None)
         if data is not None and not isinstance(data, Iterable):
             raise TypeError(f"data is a {type(data).__name__}; pass an iterable of batches")
-        empty = [n for n, p in model.named_parameters() if is_lazy(p) or p.is_meta]
-        if empty:
-            raise ValueError(
-                f"{empty[0]} has no values yet (it is lazy, or on the meta device); run one batch "
-                "through the model, or load it, first"
-            )
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        model = getattr(model, "_orig_mod", model)  # of torch.compile
         max_norm = None
         while isinstance(optimizer, OptimizerAround):
             max_norm = getattr(optimizer, "max_norm", max_norm)
@@ -99,7 +86,7 @@ class Subject:
             optimizer,
             max_norm,
             data,
-            nullcontext() if autocast is None else autocast,
+            context_of(autocast, model),
         )
 
     @property

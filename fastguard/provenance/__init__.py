@@ -8,13 +8,21 @@ is called it costs nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
 from fastguard.activations import unguarded
+from fastguard.provenance.arguments import (
+    Autocast,
+    check_batch_kind,
+    check_functions,
+    check_loss_scale,
+    check_rng,
+    checked_model,
+    context_of,
+)
 from fastguard.provenance.replay import Step, Untouched, step_of
 from fastguard.provenance.report import NonFiniteReport as NonFiniteReport
 from fastguard.provenance.report import TensorRange as TensorRange
@@ -27,7 +35,7 @@ def explain_nonfinite(
     loss_fn: Callable[..., Any] | None = None,
     *,
     step: Step | None = None,
-    autocast: AbstractContextManager[Any] | None = None,
+    autocast: Autocast = None,
     rng: Mapping[str, Any] | None = None,
     loss_scale: float = 1.0,
 ) -> NonFiniteReport:
@@ -47,7 +55,8 @@ def explain_nonfinite(
             batch)`. None: it is the output's `loss`, and if it has none there is no backward pass.
         step: In place of `loss_fn`: `step(model, batch)` returns a loss, or a dict of parts whose
             sum is the loss.
-        autocast: What the step ran under, `torch.autocast("cuda", torch.float16)` for example.
+        autocast: What the step ran under: `torch.autocast("cuda", torch.float16)` for example, or
+            `"float16"` or `"bfloat16"`, on the model's device.
         rng: `fastguard.snapshot.rng_state()`, taken before the bad batch; dropout then falls as it
             did. None: as the generators stand now.
         loss_scale: What a GradScaler multiplied the loss by.
@@ -56,7 +65,9 @@ def explain_nonfinite(
         A report whose text is a story with a remedy.
 
     Raises:
-        TypeError: `batch` is of none of these kinds, or both `loss_fn` and `step` are given.
+        TypeError: `batch` is of none of these kinds, both `loss_fn` and `step` are given, or an
+            argument is of the wrong kind.
+        ValueError: The model has no values yet: it is lazy, or on the meta device.
         Exception: What the model raises, after everything was put back.
 
     Example:
@@ -72,13 +83,13 @@ def explain_nonfinite(
         >>> report.evidence
         '2 of 2 denominators are exactly 0'
     """
-    if loss_fn is not None and step is not None:
-        raise TypeError("both loss_fn and step are given; step already returns the loss")
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        model = model.module
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    model = checked_model(model)
+    check_functions(loss_fn, step)
+    check_batch_kind(batch, any_kind=step is not None)
+    check_rng(rng)
+    check_loss_scale(loss_scale)
+    context = context_of(autocast, model)
     roots = {"": model} | ({"loss_fn": loss_fn} if isinstance(loss_fn, nn.Module) else {})
-    context = nullcontext() if autocast is None else autocast
     search = Search(roots, batch, step_of(loss_fn, step), context, rng, loss_scale)
     untouched = Untouched(search.modules)
     try:

@@ -92,12 +92,8 @@ def _split(batch: Any) -> tuple[Any, Any]:
         if set(batch) == {"inputs", "targets"}:
             return batch["inputs"], batch["targets"]
         return batch, _NO_TARGET
-    if isinstance(batch, list | tuple) and len(batch) == 2:
-        return batch[0], batch[1]
-    raise TypeError(
-        f"batch is a {type(batch).__name__}; pass (inputs, targets), a mapping, or "
-        "step=lambda model, batch: loss"
-    )
+    inputs, targets = batch  # of no other kind: `check_batch_kind`
+    return inputs, targets
 
 
 @contextmanager

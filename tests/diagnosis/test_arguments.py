@@ -161,10 +161,32 @@ def test_an_iterator_of_batches_loses_eight() -> None:
         ({"step": steps}, "both loss_fn and step are given"),
         ({"optimizer": [0.1]}, "optimizer is a list, not a torch.optim.Optimizer"),
         ({"data": 3}, "data is a int; pass an iterable of batches"),
+        ({"batch": ()}, "batch is a tuple of 0; pass (inputs, targets)"),
+        ({"batch": DataLoader([1])}, "batch is a DataLoader; pass one batch of it: next(iter("),
+        ({"loss_fn": nn.MSELoss}, "loss_fn is the class MSELoss; pass an instance of it"),
+        ({"autocast": 16}, "autocast=16 is no context; pass 'float16', 'bfloat16' or"),
     ],
+    ids=str,
 )
 def test_bad_arguments_are_named(change, says) -> None:
     arguments = {"model": sound_model(), "batch": sound_batch(), "loss_fn": nn.MSELoss()} | change
     with pytest.raises(TypeError) as error:
         diagnose(**arguments)
     assert says in str(error.value)
+
+
+def test_autocast_by_the_name_of_its_dtype() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Softplus(), nn.Linear(8, 1))
+    nn.init.constant_(model[0].bias, 1e5)
+    found = diagnose(model, sound_batch(), nn.MSELoss(), autocast="float16")
+    assert found.of("float16-range")
+    with pytest.raises(ValueError, match="autocast='float8': choose 'float16' or 'bfloat16'"):
+        diagnose(model, sound_batch(), nn.MSELoss(), autocast="float8")
+
+
+def test_a_batch_without_tensors_is_the_step_s_own_affair() -> None:
+    x, y = sound_batch()
+    found = diagnose(
+        sound_model(), "first", step=lambda model, name: functional.mse_loss(model(x), y)
+    )
+    assert [f.kind for f in found if f.check == "data"] == ["ok"], str(found)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastguard.batch_check import check_batch
+from fastguard.batch_check import read_batch
 from fastguard.diagnosis.evidence import Evidence
 from fastguard.diagnosis.finding import Finding, percent
 from fastguard.diagnosis.functions import Indices, indices_of
@@ -45,7 +45,7 @@ def _of_batch(prefix: str, inputs: Any, targets: Any, harmful: bool) -> Iterator
     known = {}
     for name, part in zip(names, (inputs, targets), strict=True):
         known |= {n: t for n, t in _named(name, part)}
-    for problem in check_batch((inputs, targets), low=low, high=high, names=names).problems():
+    for problem in read_batch((inputs, targets), low=low, high=high, names=names).problems():
         tensor = known.get(problem.name)
         if tensor is None or not tensor.is_floating_point():
             continue
