@@ -112,7 +112,7 @@ class ActivationGuard:
         if self._without_numbers:
             raise ValueError(
                 "the last output was on the meta device, which holds no numbers to count; give the "
-                "model its memory first, with model.to_empty(device=...) and its weights, or reset()"
+                "model its memory first, by model.to_empty(device=...) and its weights, or reset()"
             )
         rows = self._table.tolist()
         return {n: ActivationCounts(*row) for n, row in zip(self._names, rows, strict=True)}
