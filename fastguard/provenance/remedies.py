@@ -138,6 +138,14 @@ OUTSIDE = {
     "of the batch.",
 }
 
+MEAN_OF_NOTHING = next(kind for kind in KINDS if kind.name == "mean of nothing")
+
+_ROOT_OF_NEGATIVE = (
+    "the root of a negative number is NaN: x.clamp_min(0).sqrt(), or x.clamp_min(eps).sqrt() where "
+    "a gradient flows or the root is divided by. What should never be negative, such as a variance "
+    "taken as E[x²] - E[x]², is so by rounding: use torch.var, or compute it in float32."
+)
+
 OTHER = _kind(
     "",  # operations that have no common way to fail
     "",
@@ -151,6 +159,24 @@ def kind_of(operation: str) -> Kind:
     return next((kind for kind in KINDS if name in kind.operations), OTHER)
 
 
+def kind_at(operation: str, inputs: Sequence[TensorRange]) -> Kind:
+    """The kind of an operation with these inputs: whatever it is, of nothing it makes 0/0."""
+    if inputs and all(r.numel == 0 for r in inputs):
+        return MEAN_OF_NOTHING
+    return kind_of(operation)
+
+
+def remedy_at(operation: str, inputs: Sequence[TensorRange]) -> str:
+    """What to do about an operation with these inputs."""
+    if _is_root(operation) and any(r.min < 0 for r in inputs if "gradient" not in r.name):
+        return _ROOT_OF_NEGATIVE
+    return kind_at(operation, inputs).remedy
+
+
+def _is_root(operation: str) -> bool:
+    return base_name(operation) in ("sqrt", "rsqrt")
+
+
 def base_name(operation: str) -> str:
     """`div` of `aten.div_.Tensor` and of `DivBackward0`."""
     if "." in operation:
@@ -159,8 +185,10 @@ def base_name(operation: str) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", node).lower()
 
 
-def evidence_of(kind: Kind, inputs: Sequence[TensorRange]) -> str:
+def evidence_of(kind: Kind, inputs: Sequence[TensorRange], operation: str = "") -> str:
     """What in the inputs of an operation of this kind explains its NaN or Inf; may be empty."""
+    if kind is MEAN_OF_NOTHING and (empty := [f"{r.name} is empty" for r in inputs if not r.numel]):
+        return "; ".join(empty)
     found = [f"{r.name} holds a NaN or Inf" for r in inputs if r.nonfinite]
     name = kind.name
     for r in inputs:
@@ -170,7 +198,8 @@ def evidence_of(kind: Kind, inputs: Sequence[TensorRange]) -> str:
         elif name in ("square root or norm", "logarithm", "power"):
             if r.zeros:
                 found.append(f"{r.zeros} of {r.numel} elements of {r.name} are exactly 0")
-            if r.min < 0 and "gradient" not in r.name:
+            takes_any_sign = name == "square root or norm" and not _is_root(operation)
+            if r.min < 0 and "gradient" not in r.name and not takes_any_sign:
                 found.append(f"{r.name} has negative elements down to {r.min:.4g}")
         elif name == "inverse function at the edge of its domain" and r.absmax >= 1:
             found.append(f"{r.name} reaches {r.absmax:.9g}")

@@ -127,7 +127,7 @@ class Search:
                 kind=origin.origin,
                 remedy=remedies.OUTSIDE[origin.origin],
             )
-        kind = remedies.kind_of(origin.operation)
+        kind = remedies.kind_at(origin.operation, origin.inputs)
         return NonFiniteReport(
             origin="forward",
             module=origin.site.module,
@@ -138,8 +138,8 @@ class Search:
             outputs=origin.outputs,
             reached=reached,
             kind=kind.name,
-            evidence=remedies.evidence_of(kind, origin.inputs),
-            remedy=kind.remedy,
+            evidence=remedies.evidence_of(kind, origin.inputs, origin.operation),
+            remedy=remedies.remedy_at(origin.operation, origin.inputs),
             precision=origin.precision or None,  # False says nothing: the cause may lie before
         )
 
@@ -174,7 +174,7 @@ class Search:
             outputs=birth.outputs,
             bad_gradients=names,
             kind=kind.name,
-            evidence=remedies.evidence_of(kind, birth.inputs),
+            evidence=remedies.evidence_of(kind, birth.inputs, birth.name),
             remedy=kind.remedy,
         )
 

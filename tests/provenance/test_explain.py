@@ -48,3 +48,15 @@ def test_a_batch_of_no_known_kind_is_refused(batch):
 def test_loss_fn_and_step_together_are_refused():
     with pytest.raises(TypeError, match="both"):
         explain_nonfinite(nn.Linear(2, 2), zeros(), mean, step=lambda m, b: None)
+
+
+def test_a_root_of_negative_numbers():
+    report = explain_nonfinite(chain(Call(lambda x: (x.abs() - 100).sqrt())), zeros(), mean)
+    assert report.operation == "aten.sqrt.default"
+    assert "clamp_min(0)" in report.remedy and "negative" in report.evidence
+
+
+def test_an_empty_batch_is_a_mean_of_nothing():
+    batch = torch.zeros(0, 4), torch.zeros(0, 1)
+    report = explain_nonfinite(nn.Linear(4, 1), batch, nn.functional.mse_loss)
+    assert report.kind == "mean of nothing" and "is empty" in report.evidence
