@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -28,6 +29,12 @@ def setup_of(spec: str) -> dict[str, Any]:
     if not (module_name and colon and path):
         raise UsageError(
             f"{spec!r} is not of the form module:factory; write train:make for make() in train.py"
+        )
+    if "/" in module_name or os.sep in module_name or module_name[0] == ".":
+        name = Path(module_name).name.strip(".").removesuffix(".py")
+        raise UsageError(
+            f"{module_name!r} is a file, not a module; run this in its folder and write "
+            f"{name}:{path}"
         )
     folder = os.getcwd()
     if folder not in sys.path:
@@ -84,5 +91,8 @@ def _told(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if not f.filename.startswith("<") and f.filename != __file__]
     where = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
+    if isinstance(error, SyntaxError) and error.filename is not None:
+        where = f" ({error.filename}:{error.lineno})"
+        return f"{type(error).__name__}: {error.msg}{where}"
     first_line = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {first_line}{where}"

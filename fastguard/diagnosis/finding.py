@@ -23,6 +23,7 @@ CHECKS = (
 
 KINDS = (
     # Nothing can be learned.
+    "empty-batch",
     "forward-raises",
     "shape-mismatch",
     "silent-broadcast",

@@ -11,9 +11,12 @@ from fastguard.diagnosis.observe import Observation
 
 
 def misfits(output: Any, target: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Place, output and target of those that stand at the same place and have other shapes."""
+    """Place, output and target of those that stand at the same place and have other shapes.
+
+    An output without dimensions is the loss of a model that computes it, and fits no target.
+    """
     for where, a, b in _paired(output, target, ""):
-        if a.shape != b.shape and not _are_classes(a, b):
+        if a.ndim and a.shape != b.shape and not _are_classes(a, b):
             yield where, a, b
 
 

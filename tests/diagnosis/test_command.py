@@ -160,6 +160,11 @@ def test_a_terminal_gets_a_table(folder) -> None:
         ("train:", "is not of the form module:factory"),
         ("trane:sound", "there is no module 'trane'"),
         ("train.py:sound", "there is no module 'train.py'"),
+        ("./train.py:sound", "'./train.py' is a file, not a module; run this in its folder"),
+        ("./train.py:sound", "and write train:sound"),
+        ("sub/train.py:sound", "and write train:sound"),
+        ("sub/train:sound", "and write train:sound"),
+        ("..train:sound", "'..train' is a file, not a module"),
         ("train:sund", "train has no 'sund'; it has model, sound, broken"),
         ("train:LR", "train:LR is a float, not a function"),
         ("train:raises", "train:raises() raises FileNotFoundError: no data"),
@@ -214,6 +219,7 @@ def test_the_line_that_raised_is_named(folder, capsys) -> None:
         ("import nothing_like_it", "No module named 'nothing_like_it'"),
         ("raise SystemExit(0)", 'under if __name__ == "__main__":'),
         ("def", "importing train raises SyntaxError"),
+        ("x = 1\ndef", "train.py:2)"),
     ],
 )
 def test_a_module_that_cannot_be_imported_is_wrong_use(code, says, folder, capsys) -> None:

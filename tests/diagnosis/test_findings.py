@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -15,6 +16,7 @@ from fastguard import Diagnosis, Finding, diagnose
 from fastguard.diagnosis import CHECKS, KINDS
 from fastguard.diagnosis.finding import SEVERITIES
 from guardtest import require
+from guardtest.kinds.setups import regression
 from guardtest.sound import sound_batch, sound_model
 
 
@@ -101,3 +103,27 @@ def test_the_public_names() -> None:
     names: list[tuple[str, Callable[..., Any]]] = [("diagnose", diagnose), ("Finding", Finding)]
     assert all(getattr(fastguard, name) is thing for name, thing in names)
     assert len(CHECKS) == 8 and SEVERITIES[0] == "error"
+
+
+def test_an_empty_batch_comes_first() -> None:
+    setup = regression()
+    inputs, targets = setup["batch"]
+    found = diagnose(setup["model"], (inputs[:0], targets[:0]), setup["loss_fn"])
+    assert found.findings[0].kind == "empty-batch"
+    further = diagnose(**setup, data=[setup["batch"], (inputs[:0], targets[:0])])
+    assert [f.where for f in further.of("empty-batch")] == ["data[1].inputs"]
+
+
+@pytest.mark.parametrize("n", [1, 8])
+def test_a_model_that_returns_its_loss_has_no_output_to_resize(n: int) -> None:
+    class WithLoss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 1)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return (self.layer(x) - y).square().mean()
+
+    batch = torch.randn(n, 4), torch.randn(n, 1)
+    found = diagnose(WithLoss(), batch, step=lambda model, batch: model(*batch))
+    assert not found.of("resized-output", "shape-mismatch"), str(found)

@@ -7,6 +7,15 @@ import pytest
 from fastguard import diagnose
 from fastguard.diagnosis import KINDS
 from guardtest.kinds import CASES
+from guardtest.kinds.case import Setup, case
+from guardtest.kinds.setups import regression
+
+
+@case("empty-batch", "error", "data", where="inputs", says="no sample: [0, 4]")
+def empty_batch(sick: bool) -> Setup:
+    setup = regression()
+    inputs, targets = setup["batch"]
+    return setup | {"batch": (inputs[:0], targets[:0]) if sick else (inputs, targets)}
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "ok"])

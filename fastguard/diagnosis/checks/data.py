@@ -29,12 +29,33 @@ def check(evidence: Evidence) -> Iterator[Finding]:
     """Looks at the batch and at `data`; the labels' range is that of the loss in the step."""
     found: dict[str, Finding] = {}
     for prefix, inputs, targets in evidence.batches():
+        if (empty := _empty(prefix, inputs)) is not None:
+            found.setdefault(empty.kind, empty)
+            continue
         for finding in _of_batch(prefix, inputs, targets, harmful=evidence.explained is not None):
             found.setdefault(finding.kind + finding.where.removeprefix(prefix), finding)
     yield from found.values()
     yield from _indices(evidence)
     yield from _binary_targets(evidence)
     yield from _duplicates(evidence)
+
+
+def _empty(prefix: str, inputs: Any) -> Finding | None:
+    known = list(_named(f"{prefix}inputs", inputs))
+    if not known or any(tensor.numel() for _, tensor in known):
+        return None
+    name, tensor = known[0]
+    return Finding(
+        CHECK,
+        "empty-batch",
+        "error",
+        f"there is no sample: {list(tensor.shape)}; the mean of no losses is 0/0, NaN",
+        where=name,
+        value=0,
+        limit=1,
+        remedy="look at what filters the samples, and at the sampler; a DataLoader drops what is "
+        "left over with drop_last=True.",
+    )
 
 
 def _of_batch(prefix: str, inputs: Any, targets: Any, harmful: bool) -> Iterator[Finding]:
