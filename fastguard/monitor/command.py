@@ -2,7 +2,7 @@
 
 RUN is the file of a JsonLinesSink, or the folder that holds it. The screen follows the run, through
 rotation too, until Ctrl-C; --once prints the state and ends. The exit status is 1 if there is an
-incident in the last N steps, 0 if there is none.
+incident in the last N steps, 0 if there is none, 2 if --once finds no record.
 """
 
 from __future__ import annotations
@@ -57,6 +57,10 @@ def run(args: argparse.Namespace) -> int:
             f"{args.path} holds no records: {watch.damaged:,} lines, and none is a record; "
             "for the text log of a trainer use: fastguard scan"
         )
+    if args.once and watch.latest is None:
+        raise UsageError(
+            f"{file_of(args.path)} is empty: no step has been recorded yet; --wait waits for one"
+        )
     return FOUND_BAD if watch.incidents_in_window else FINE
 
 
@@ -64,18 +68,27 @@ def _once(args: argparse.Namespace) -> Watch:
     while args.wait and not begun(args.path):
         time.sleep(args.interval)
     path = file_of(args.path)
-    follower = Follower(path, args.last)
-    watch = Watch(args.last)
+    watch, age = _read(path, args.last)
+    while args.wait and watch.latest is None and not watch.damaged:
+        time.sleep(args.interval)
+        watch, age = _read(path, args.last)
+    if watch.latest is not None or (args.json and not watch.damaged):
+        told = as_dict(path, watch, age) if args.json else as_text(path, watch, age)
+        print(dumps(told, indent=2) if args.json else told)
+    return watch
+
+
+def _read(path: Path, last: int) -> tuple[Watch, float | None]:
+    """The last lines of a run, and the seconds since it was written to."""
+    follower = Follower(path, last)
+    watch = Watch(last)
     for lines in (follower.poll(), follower.finish()):
         for line in lines:
             watch.feed(line)
     watch.overlong = follower.overlong
     age = follower.age(time.time())
     follower.close()
-    if watch.latest is not None or not watch.damaged:
-        told = as_dict(path, watch, age) if args.json else as_text(path, watch, age)
-        print(dumps(told, indent=2) if args.json else told)
-    return watch
+    return watch, age
 
 
 def _live(args: argparse.Namespace) -> Watch:

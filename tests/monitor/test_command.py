@@ -81,10 +81,30 @@ def test_a_last_record_without_its_newline_is_one(path, capsys) -> None:
     assert "1 applied\n" in capsys.readouterr().out
 
 
-def test_a_run_without_a_step_yet_is_fine(tmp_path, capsys) -> None:
+def test_a_run_without_a_step_yet_is_neither_fine_nor_bad(tmp_path, capsys) -> None:
     (tmp_path / "r.jsonl").touch()
-    assert main(["monitor", str(tmp_path), "--once"]) == 0
-    assert "no records yet" in capsys.readouterr().out
+    assert main(["monitor", str(tmp_path), "--once"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "r.jsonl is empty: no step has been recorded yet; --wait" in captured.err
+    assert main(["monitor", str(tmp_path), "--once", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["latest"] is None
+
+
+def test_once_waits_for_the_first_record_of_an_empty_file(tmp_path, capsys) -> None:
+    path = tmp_path / "r.jsonl"
+    path.touch()
+
+    def begin() -> None:
+        time.sleep(0.3)
+        with JsonLinesSink(path) as sink:
+            sink(StepRecord(1, 1.0, 1.0, "applied"))
+
+    thread = threading.Thread(target=begin)
+    thread.start()
+    status = main(["monitor", str(path), "--once", "--wait", "--interval", "0.05"])
+    thread.join()
+    assert status == 0 and "1 applied" in capsys.readouterr().out
 
 
 def test_incidents_that_have_left_the_window_decide_nothing(path, capsys, monkeypatch) -> None:
