@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 
 _BAD = r"(?:nan|inf(?:inite|inity)?|non-?finite)"
-_EITHER = rf"(?P<value>{_BAD}(?:\s?/\s?{_BAD}|\s(?:or|and|and/or)\s{_BAD})?)"
+_EITHER = rf"(?P<value>{_BAD}(?:\s?/\s?{_BAD}|\s(?:or|and|and/or)\s{_BAD})?)(?![\w-])"
 _WHAT = (
     r"(?P<name>(?:(?:train|training|val|total|local|global|forward|grad|gradient)[ _]){0,2}"
     r"(?:loss|losses|norm|grad|grads|gradient|gradients))"
@@ -22,7 +22,7 @@ _WHAT = (
 _SENTENCES = (
     re.compile(rf"function '(?P<name>\w{{1,80}})' returned {_EITHER} values?\b", re.IGNORECASE),
     re.compile(
-        rf"\b{_WHAT} (?:is|was|became|becomes|has become|turned|went) {_EITHER}\b", re.IGNORECASE
+        rf"\b{_WHAT} (?:is|was|became|becomes|has become|turned|went) {_EITHER}", re.IGNORECASE
     ),
     re.compile(rf"\b(?:found|detected|encountered) {_EITHER} in (?:the )?{_WHAT}\b", re.IGNORECASE),
     re.compile(
@@ -46,7 +46,7 @@ _VERB = re.compile(
     r"|at|in|on)\b"
 )
 _CONDITION = re.compile(
-    r"\b(?:if|when|whenever|whether|unless|until|assert|not|no|never|check|checks|checking)\b",
+    r"\b(?:if|in case|when|whenever|whether|unless|until|assert|not|no|never|checks?|checking)\b",
     re.IGNORECASE,
 )
 _CONTEXT = 60

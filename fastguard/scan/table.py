@@ -20,7 +20,11 @@ from fastguard.scan.values import Value, canonical, has_nonfinite, is_bound, is_
 NAME = "table"
 
 _DELIMITERS = "\t,;"
-_HEAD = re.compile(r"[^\W\d][\w./@%()\[\]:, -]{0,79}")
+_HEAD = re.compile(
+    r"(?!.*[\s:=][+-]?\.?\d[\d.e+-]*$)"  # "loss 0.5" is no name
+    r"[^\W\d][\w./@%()\[\]:,|+*#&^~ -]{0,79}"
+)
+_NO_CELL = re.compile(r"[\s:=]")
 _EPOCH = re.compile(r"(?:.{0,40}[/_.])?epochs?|ep", re.IGNORECASE)
 _STEP = re.compile(
     r"(?:.{0,40}/)?_?(?:(?:global|train|training|opt|optimizer)_)?(?:step|steps|iter|iters|iteration"
@@ -78,7 +82,7 @@ class Table:
                 again_good |= i in self._bad
             elif not has_nonfinite(cell):
                 continue
-            elif " " in cell:  # a sentence with commas in it: plain text
+            elif _NO_CELL.search(cell):  # a sentence with commas in it: plain text
                 return None
             elif not is_bound(name, canonical(cell)):
                 bad.append(Value(name, canonical(cell)))

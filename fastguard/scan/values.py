@@ -60,7 +60,7 @@ _BEFORE_NO_WORD = re.compile(
 _BEFORE_CLOSER = re.compile(r"[\"']?\s*(?:[\])}]|,\s*(?:device|dtype|grad_fn|requires_grad)=)")
 _BEFORE_BETTER = re.compile(r"\)?\s*(?:-*=?>|→|to\b)", re.IGNORECASE)
 _CONDITION = re.compile(
-    r"\b(?:if|when|whenever|whether|unless|until|assert|not|no)\b", re.IGNORECASE
+    r"\b(?:if|in case|when|whenever|whether|unless|until|assert|not|no)\b", re.IGNORECASE
 )
 _DIGIT = re.compile(r"\d")
 _LETTER = re.compile(r"[^\W\d_]")

@@ -68,6 +68,20 @@ def test_heads_of_all_kinds(text: str, place: Place, value: str) -> None:
     assert found.stretches[0].first == place
 
 
+@pytest.mark.parametrize(
+    "form", ["epoch:{},loss:{}", "epoch {}, loss {}", "epoch={}, loss={}", "epoch: {}, loss: {}"]
+)
+def test_prints_with_commas_are_no_table(form: str) -> None:
+    found = scan("\n".join(form.format(i, x) for i, x in enumerate(["0.5", "1e-3", "nan"])))
+    assert found.stretches[0].dialect == "plain" and values(found) == {"loss nan"}
+    assert found.stretches[0].first == Place(2)
+
+
+def test_unusual_names_of_columns() -> None:
+    found = scan("epoch,top 5 acc,lr-Adam/pg1,loss|val,a+b,_x,Δ loss\n3,1,1,inf,1,1,nan\n")
+    assert values(found) == {"loss|val inf", "Δ loss nan"}
+
+
 def test_bounds_and_clocks_are_no_values() -> None:
     assert scan("epoch,best_loss,eta,loss\n1,inf,nan,0.5\n").n_bad == 0
 

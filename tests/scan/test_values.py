@@ -85,6 +85,8 @@ WORDS = [
     "stop if NaN loss at step 3",
     "checking whether the gradient is NaN",
     "NaN loss detection is on",
+    "the gradient is nan-safe, the norm is inf-proof",
+    "in case the loss is nan, stop",
     "the loss is finite, the norm is indefinite",
     "eta: nan",
     "time remaining: inf",
