@@ -92,8 +92,9 @@ class ActivationGuard:
             raise ValueError(f"limit={limit!r} must be None or a number > 0")
         watched = _matching(model, modules)
         parameter = next(model.parameters(), None)
-        on_host = parameter is None or parameter.is_meta  # until the model has memory
-        device = torch.device("cpu") if on_host else parameter.device
+        device = torch.device("cpu") if parameter is None else parameter.device
+        if device.type == "meta":
+            device = torch.device("cpu")  # until the model has memory
         self.mode: Mode = mode
         self.limit = math.inf if limit is None else float(limit)
         self._names = list(watched)

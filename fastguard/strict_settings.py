@@ -134,15 +134,16 @@ def _check_any(value: Any, hints: tuple[Any, ...], path: str) -> Any:
         return None
     hints = tuple(h for h in hints if h is not type(None))
     if set(hints) == {SpikeRule, Threshold}:
-        fixed = isinstance(value, Mapping) and "max" in value
-        of_the_other = {f.name for f in dataclasses.fields(SpikeRule)} - {"action"}
-        both = ", ".join(str(key) for key in value if key in of_the_other) if fixed else ""
+        if not (isinstance(value, Mapping) and "max" in value):
+            return build(SpikeRule, value, path)
+        relative = {f.name for f in dataclasses.fields(SpikeRule)} - {"action"}
+        both = ", ".join(str(key) for key in value if key in relative)
         if both:
             raise ValueError(
                 f"{path} holds max, which makes a Threshold, and {both} of a SpikeRule; leave one "
                 "out"
             )
-        return build(Threshold if fixed else SpikeRule, value, path)
+        return build(Threshold, value, path)
     if len(hints) == 1:
         return _check(value, hints[0], path)
     for hint in hints:
