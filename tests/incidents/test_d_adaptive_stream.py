@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastguard import diagnose
+from fastguard.batch_check import read_batch
 from fastguard.cli import main
 from fastguard.incidents import adaptive_stream
 from fastguard.incidents.adaptive_stream import BATCHES, FAULTS, PATIENCE, Guarded
@@ -243,7 +244,7 @@ def test_without_cleaning_the_batch_is_lost(monkeypatch, tmp_path):
 
 
 def test_without_the_check_nobody_says_that_it_was_the_data(monkeypatch, tmp_path):
-    unchecked = adaptive_stream.check_batch(())
+    unchecked = read_batch((), names=())
     monkeypatch.setattr(adaptive_stream, "check_batch", lambda *_, **__: unchecked)
     monkeypatch.setattr(adaptive_stream, "BATCHES", SWAPPED)
     outcome = adaptive_stream.run(tmp_path, guarded=True)
