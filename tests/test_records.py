@@ -14,18 +14,10 @@ from fastguard.measure import GradStats
 from fastguard.packed import ROWS, Outcome
 from fastguard.records import KEPT, Recorder, record_now
 from fastguard.reduce import Signals
+from guardtest.recorded import SlowArrival, guard
 
 NAN, INF = math.nan, math.inf
 RULES = {"grad_norm": SpikeRule(window=4, warmup=2, sigma=3.0), "ce": Threshold(max=5.0)}
-
-
-def guard(n=1, size=4, **options):
-    parameters = [torch.nn.Parameter(torch.zeros(size)) for _ in range(n)]
-    for p in parameters:
-        p.grad = torch.ones(size)
-    names = [(f"layer.{i}.weight", p) for i, p in enumerate(parameters)]
-    inner = torch.optim.SGD(parameters, lr=0.5)
-    return parameters, GuardedOptimizer(inner, named_parameters=names, **options)
 
 
 # What they say.
@@ -292,19 +284,6 @@ def test_a_step_with_more_losses_than_the_ring_was_made_for():
     assert [len(r.losses) for r in recorder.drain()] == [2, 5, 2]
 
 
-class SlowArrival:
-    """Stands in for an event of a device that has not finished."""
-
-    def __init__(self):
-        self.waited = 0
-
-    def is_here(self):
-        return bool(self.waited)
-
-    def wait(self):
-        self.waited += 1
-
-
 def test_what_the_device_has_not_finished_is_waited_for_only_when_asked():
     record, arrival = StepRecord(1, 1.0, 1.0, "applied"), SlowArrival()
     recorder = Recorder()
@@ -343,104 +322,3 @@ def test_records_survive_a_copy_of_the_optimizer():
     twin = copy.deepcopy(opt)
     assert [r.tag for r in twin.records()] == [1]
     assert [r.tag for r in opt.records()] == [1]
-
-
-# Sinks and subscribers.
-
-
-def test_a_sink_that_raises_loses_its_records_not_the_run(caplog):
-    def full(record):
-        raise OSError("disk full")
-
-    (p,), opt = guard()
-    seen = []
-    for sink in (full, seen.append, full):
-        opt.add_sink(sink)
-    for _ in range(3):
-        opt.step()
-    assert p[0] == -1.5
-    assert [r.step for r in seen] == [1, 2, 3]
-    assert [r.step for r in opt.records()] == [1, 2, 3]
-    assert caplog.text.count("records are being lost") == 1
-    assert "disk full" in caplog.text
-
-
-def test_a_sink_may_be_interrupted():
-    def interrupted(record):
-        raise KeyboardInterrupt
-
-    _, opt = guard()
-    opt.add_sink(interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        opt.step()
-
-
-def test_a_subscriber_that_is_gone_costs_nothing():
-    _, opt = guard()
-    inbox = opt.subscribe()
-    opt.step()
-    assert [r.step for r in inbox] == [1]
-    assert opt._recorder.has_subscribers
-    del inbox
-    assert not opt._recorder.has_subscribers
-    opt.step()
-    assert opt._recorder.undelivered == []
-
-
-def test_an_inbox_that_nobody_empties_is_bounded(caplog, monkeypatch):
-    monkeypatch.setattr("fastguard.records.INBOX", 3)
-    _, opt = guard()
-    slow, quick = opt.subscribe(), opt.subscribe()
-    for _ in range(5):
-        opt.step()
-        quick.popleft()
-    assert [r.step for r in slow] == [3, 4, 5]
-    assert caplog.text.count("an inbox is full") == 1
-
-
-def a_record_on_its_way(recorder, step):
-    record = StepRecord(step, 1.0, 1.0, "applied")
-    recorder._pending.append(SimpleNamespace(arrival=SlowArrival(), record=lambda: record))
-
-
-def test_what_was_on_its_way_when_a_state_is_loaded_reaches_no_inbox():
-    recorder = Recorder()
-    inbox = recorder.subscribe()
-    a_record_on_its_way(recorder, 7)
-    recorder.forget_last()
-    recorder.deliver()
-    assert list(inbox) == []
-
-
-def test_one_subscriber_may_be_told_ahead_of_the_others_and_only_once():
-    recorder = Recorder()
-    hasty, other = recorder.subscribe(), recorder.subscribe()
-    a_record_on_its_way(recorder, 1)
-    assert [r.step for r in hasty.coming()] == [1]
-    assert list(hasty) == []
-    hasty.settle()
-    assert [r.step for r in hasty] == [1] and list(other) == []
-    assert hasty.coming() == []
-    a_record_on_its_way(recorder, 2)
-    recorder.deliver()
-    assert [r.step for r in hasty] == [r.step for r in other] == [1, 2]
-
-
-def test_what_a_loaded_state_says_is_coming_comes_with_the_next_delivery():
-    recorder = Recorder()
-    inbox = recorder.subscribe()
-    inbox.expect([StepRecord(3, 1.0, 1.0, "applied")])
-    assert [r.step for r in inbox.coming()] == [3] and list(inbox) == []
-    recorder.forget_last()  # the optimizer may be loaded after those who act on its records
-    a_record_on_its_way(recorder, 4)
-    assert [r.step for r in inbox.coming()] == [3, 4]
-    recorder.deliver()
-    assert [r.step for r in inbox] == [3, 4]
-    assert inbox.coming() == []
-
-
-def test_an_inbox_can_be_copied():
-    _, opt = guard()
-    inbox = opt.subscribe()
-    opt.step()
-    assert list(copy.deepcopy(inbox)) == list(inbox)

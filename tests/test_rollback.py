@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-import random
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,52 +12,9 @@ from fastguard import (
     GuardedLR,
     GuardedOptimizer,
     Rollback,
-    SpikeRule,
-    Threshold,
     TrainingDivergedError,
 )
-from fastguard.snapshot import Snapshot
-from guardtest import longrun
-
-
-class Run:
-    """A small training run whose every batch is found by its number."""
-
-    def __init__(self, **rollback) -> None:
-        torch.manual_seed(0)
-        self.model = torch.nn.Sequential(
-            torch.nn.Linear(4, 8),
-            torch.nn.BatchNorm1d(8),
-            torch.nn.Dropout(),
-            torch.nn.Linear(8, 1),
-        )
-        self.opt = GuardedOptimizer(
-            torch.optim.AdamW(self.model.parameters(), lr=0.01, fused=True),
-            spike={"loss": SpikeRule(window=4, warmup=4, action="record")},
-        )
-        self.lr = GuardedLR(self.opt)
-        self.ema = torch.nn.Linear(2, 1)
-        objects = {"model": self.model, "ema": self.ema}
-        self.rollback = Rollback(self.opt, objects, lr=self.lr, **rollback)
-
-    def batch(self, i: int, scale: float = 1.0):
-        generator = torch.Generator().manual_seed(i)
-        loss = self.model(torch.randn(6, 4, generator=generator)).square().mean() * scale
-        self.opt.zero_grad()
-        loss.backward()
-        self.opt.step(loss=loss, tag=i)
-        self.lr.step()
-        return self.rollback.step(position=i)
-
-    def state(self) -> list[torch.Tensor]:
-        tensors = [*self.model.state_dict().values()]
-        for entry in self.opt.state_dict()["state"].values():
-            tensors += entry.values()
-        return [t.clone() for t in tensors]
-
-
-def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
-    return len(a) == len(b) and all(map(torch.equal, a, b))
+from guardtest.rollback_run import Run, same
 
 
 def test_one_call_after_several_steps_stands_for_them_all() -> None:
@@ -389,140 +344,6 @@ def test_a_rollback_that_is_gone_leaves_nothing_behind() -> None:
     assert not run.opt._optimizer_step_pre_hooks
     assert len(run.opt._recorder._inboxes) == 1  # of the schedule
     run.opt.step()
-
-
-# The road of a GPU that nobody waits for: the record of step k comes before step k + 1.
-
-
-def recorded_spikes(monkeypatch: pytest.MonkeyPatch, delayed: bool, losses: list[float]):
-    if delayed:
-        longrun.delay_records(monkeypatch)
-    model = torch.nn.Linear(2, 1)
-    rule = Threshold(max=10.0, action="record")
-    opt = GuardedOptimizer(torch.optim.AdamW(model.parameters(), fused=True), spike={"loss": rule})
-    rollback = Rollback(opt, {"model": model}, every=2, after_skips=None, after_spikes=2)
-    weights, rewinds = [model.weight.clone()], []
-    for i, loss in enumerate(losses):
-        opt.zero_grad()
-        model(torch.ones(1, 2)).sum().backward()
-        opt.step(loss=loss)
-        weights.append(model.weight.clone())
-        rewinds.append(rollback.step(i))
-    return model, weights, rewinds
-
-
-def test_a_step_that_may_have_spiked_is_in_no_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = []
-    for delayed in (False, True):
-        losses = [1.0, 1.0, 99.0, 99.0, *[1.0] * delayed]
-        model, weights, rewinds = recorded_spikes(monkeypatch, delayed, losses)
-        rewind = next(r for r in rewinds if r is not None)
-        assert torch.equal(model.weight, weights[2])
-        found.append((rewind.step, rewind.position, rewind.skip))
-    assert found == [(2, 1, (2, 3))] * 2
-
-
-@pytest.mark.parametrize("lr_first", [True, False])
-def test_a_snapshot_does_not_disturb_a_schedule(
-    monkeypatch: pytest.MonkeyPatch, lr_first: bool
-) -> None:
-    """It asks for its verdict ahead; the schedule is told when it always is."""
-    longrun.delay_records(monkeypatch)
-
-    def rates(every: int) -> list[float]:
-        opt = GuardedOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=1.0))
-        lr = GuardedLR(torch.optim.lr_scheduler.ExponentialLR(opt, gamma=0.5))
-        rollback = Rollback(opt, {}, lr=lr, every=every)
-        seen = []
-        for _ in range(6):
-            opt.step()
-            for call in (lr.step, rollback.step) if lr_first else (rollback.step, lr.step):
-                call()
-            seen.append(opt.param_groups[0]["lr"])
-        return seen
-
-    assert rates(2) == rates(99) == [0.5**i for i in range(6)]
-
-
-@pytest.mark.parametrize("delayed", [False, True])
-def test_going_back_takes_the_schedule_to_where_it_was(
-    monkeypatch: pytest.MonkeyPatch, delayed: bool
-) -> None:
-    if delayed:
-        longrun.delay_records(monkeypatch)
-    opt = GuardedOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=1.0))
-    lr = GuardedLR(torch.optim.lr_scheduler.ExponentialLR(opt, gamma=0.5))
-    rollback = Rollback(opt, {}, lr=lr, lr_factor=1.0, every=3)
-
-    def steps(n: int) -> list[float]:
-        seen = []
-        for _ in range(n):
-            opt.step()
-            lr.step()
-            rollback.step()
-            seen.append(opt.param_groups[0]["lr"])
-        return seen
-
-    steps(3)
-    expected = steps(2)
-    assert rollback.trigger().step == 3
-    assert steps(2) == expected
-
-
-def test_a_poisoned_snapshot_is_never_restored() -> None:
-    run = Run(every=2, keep=2)
-    for i in range(4):
-        run.batch(i)
-    with torch.no_grad():
-        run.model[0].weight[1, 2] = math.nan  # behind the guard's back
-    run.rollback.snapshot(position=3)
-    assert run.rollback.trigger("suspicion").step == 4
-    assert all(p.isfinite().all() for p in run.model.parameters())
-
-
-def test_without_a_finite_snapshot_it_says_which_tensors_are_bad() -> None:
-    run = Run(every=100, keep=1)
-    with torch.no_grad():
-        run.model[0].weight[1, 2] = math.inf
-    run.rollback.snapshot()
-    with pytest.raises(TrainingDivergedError, match=r"no snapshot is finite.*model\.0\.weight"):
-        run.rollback.trigger()
-
-
-def test_random_numbers_go_back_too() -> None:
-    run = Run()
-    run.rollback.snapshot()
-    drawn = torch.rand(3), np.random.rand(), random.random()
-    run.rollback.trigger()
-    again = torch.rand(3), np.random.rand(), random.random()
-    assert torch.equal(drawn[0], again[0]) and drawn[1:] == again[1:]
-
-
-def test_a_second_snapshot_reuses_the_memory_of_the_first() -> None:
-    model = torch.nn.Linear(64, 64)
-    slot = Snapshot()
-    slot.take({"model": model}, 1, None)
-    first = slot._states["model"]["weight"].data_ptr()
-    with torch.no_grad():
-        model.weight += 1
-    slot.take({"model": model}, 2, None)
-    assert slot._states["model"]["weight"].data_ptr() == first
-    assert torch.equal(slot._states["model"]["weight"], model.weight)
-
-
-def test_training_on_does_not_reach_into_a_snapshot() -> None:
-    run = Run(every=3)
-    for i in range(3):
-        run.batch(i)
-    at_three = run.state()
-    for i in range(3, 5):
-        run.batch(i)
-    run.rollback.trigger()
-    assert same(run.state(), at_three)
-    for i in range(3, 5):  # what was loaded is a copy: it must survive a second return
-        run.batch(i)
-    run.rollback.trigger()
-    assert same(run.state(), at_three)
 
 
 @pytest.mark.parametrize(

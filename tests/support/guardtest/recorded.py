@@ -1,0 +1,29 @@
+"""Guards whose records are looked at, and a device that is slow to send them."""
+
+from __future__ import annotations
+
+import torch
+
+from fastguard import GuardedOptimizer
+
+
+def guard(n=1, size=4, **options):
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for _ in range(n)]
+    for p in parameters:
+        p.grad = torch.ones(size)
+    names = [(f"layer.{i}.weight", p) for i, p in enumerate(parameters)]
+    inner = torch.optim.SGD(parameters, lr=0.5)
+    return parameters, GuardedOptimizer(inner, named_parameters=names, **options)
+
+
+class SlowArrival:
+    """Stands in for an event of a device that has not finished."""
+
+    def __init__(self):
+        self.waited = 0
+
+    def is_here(self):
+        return bool(self.waited)
+
+    def wait(self):
+        self.waited += 1
