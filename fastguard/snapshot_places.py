@@ -67,18 +67,21 @@ class _Slot(Snapshot):
 
     Attributes:
         rollbacks: How many there had been when it was taken.
-        bad: What in it is not finite, on any rank; None: nobody has looked.
+        checked: Whether it was looked at while it was copied.
+        bad: What in it is not finite, on any rank; None: nobody has asked.
     """
 
     rollbacks = 0
+    checked = False
     bad: list[str] | None = None
 
 
 class InMemory:
     """Snapshots in host memory; the oldest beyond `keep` is overwritten.
 
-    Not so the last finite one, as long as `keep` is more than 1: what cannot be gone back to, such
-    as a NaN in an EMA, must not push it out. Then the newest makes room.
+    Not so the only one that is known to be finite, if `keep` is more than 1: what cannot be gone
+    back to, such as a NaN in an EMA, must not push it out. Then the newest makes room for one that
+    is looked at while it is copied; so every second one is.
 
     Args:
         optimizer: Steps only when the latest copy is complete, which it waits for on the device.
@@ -101,9 +104,15 @@ class InMemory:
         return [Moment(s.rollbacks, s.step) for s in self._slots if s.step is not None]
 
     def take(self, objects: Mapping[str, Any], moment: Moment, position: Any) -> bool:
-        slot = self._free_slot()
-        slot.rollbacks, slot.bad = moment.rollbacks, None
-        self._copied = slot.take(objects, moment.step, position, self._optimizer)
+        safe = self._keep == 1 or self._is_one_finite([*self._slots][1:])
+        if len(self._slots) < self._keep:
+            slot = _Slot()
+        else:
+            slot = self._slots.popleft() if safe else self._slots.pop()
+        slot.rollbacks, slot.bad, slot.checked = moment.rollbacks, None, not safe
+        self._copied = slot.take(
+            objects, moment.step, position, self._optimizer, check=slot.checked
+        )
         self._slots.append(slot)
         return True
 
@@ -119,13 +128,9 @@ class InMemory:
             self._slots.pop()
         raise NothingToRestore(f"no snapshot is finite: {'; '.join(refused)}")
 
-    def _free_slot(self) -> _Slot:
-        if len(self._slots) < self._keep:
-            return _Slot()
-        newest_first = [*self._slots][:0:-1]
-        if newest_first and all(map(self._bad, newest_first)):
-            return self._slots.pop()
-        return self._slots.popleft()
+    def _is_one_finite(self, slots: list[_Slot]) -> bool:
+        """Whether one of these is known to be finite."""
+        return any(slot.checked and not self._bad(slot) for slot in slots)
 
     def _bad(self, slot: _Slot) -> list[str]:
         """What in a snapshot is not finite, on any rank."""

@@ -14,6 +14,7 @@ from fastguard import (
     Rollback,
     TrainingDivergedError,
 )
+from fastguard.snapshot import Snapshot
 from guardtest.rollback_run import Run, same
 
 
@@ -295,19 +296,43 @@ def test_bad_steps_before_a_snapshot_are_not_skipped_though_their_numbers_came_a
 
 def test_bad_snapshots_push_out_no_good_one() -> None:
     run = Run(every=2, keep=2, after_skips=None)
-    for i in range(4):
+    for i in range(2):
         run.batch(i)
-    at_four = run.state()
+    at_two = run.state()
+    for i in range(2, 4):
+        run.batch(i)
+    assert run.rollback.snapshots == [2, 4]
     run.ema.weight.data.fill_(math.nan)
     for i in range(4, 12):
         run.batch(i)
-    assert run.rollback.snapshots == [4, 12]
+    assert run.rollback.snapshots == [2, 12]  # nobody has looked at the one of step 4
     run.rollback.trigger()
-    assert same(run.state(), at_four)
+    assert same(run.state(), at_two)
     assert run.ema.weight.isfinite().all()
     for i in range(4, 8):
         run.batch(i)
-    assert run.rollback.snapshots == [6, 8]
+    assert run.rollback.snapshots == [4, 6]
+
+
+def test_every_second_snapshot_is_looked_at_while_it_is_copied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checks = []
+    take = Snapshot.take
+
+    def watched(self, *args, check, **kwargs):
+        checks.append(check)
+        return take(self, *args, check=check, **kwargs)
+
+    monkeypatch.setattr(Snapshot, "take", watched)
+    run = Run(every=1, keep=2)
+    for i in range(6):
+        run.batch(i)
+    assert checks == [True, True, False, True, False, True, False]
+    checks.clear()
+    single = Run(every=1, keep=1)  # it could protect no other one
+    single.batch(0)
+    assert checks == [False, False]
 
 
 def test_a_nan_number_in_a_snapshot_is_seen() -> None:
