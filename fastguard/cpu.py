@@ -104,13 +104,6 @@ def _sums_of_small_ones(parts: Sequence[Part], norm_type: float) -> dict[int, fl
     return dict(zip((s for s, _ in small), sums, strict=True))
 
 
-def _powers(x: Tensor, norm_type: float) -> Tensor:
-    if norm_type == 2.0:
-        return x.square()
-    magnitude = x.abs()
-    return magnitude if norm_type in (1.0, math.inf) else magnitude.pow_(norm_type)
-
-
 def _clean_sum(tensors: Sequence[Tensor], dtype: torch.dtype, norm_type: float) -> float:
     """The power sum if every element is finite; NaN or Inf if one is not, or if float32 gave up."""
     if norm_type == math.inf:
@@ -151,14 +144,19 @@ def _float64_pieces(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, range]]
         yield values.double(), range(start, stop)
 
 
+def _powers(x: Tensor, norm_type: float) -> Tensor:
+    """What is summed up, or for the inf-norm compared; a tensor of its own."""
+    if norm_type == 2.0:
+        return x.square()
+    magnitude = x.abs()
+    return magnitude if norm_type in (1.0, math.inf) else magnitude.pow_(norm_type)
+
+
 def _float64_power_sum(x: Tensor, norm_type: float) -> float:
     if norm_type == 2.0:
-        return torch.dot(x, x).item()
-    if norm_type == 1.0:
-        return x.abs().sum().item()
-    if norm_type == math.inf:
-        return x.abs().max().item()
-    return x.abs().pow_(norm_type).sum().item()
+        return torch.dot(x, x).item()  # without a vector of squares
+    powers = _powers(x, norm_type)
+    return (powers.max() if norm_type == math.inf else powers.sum()).item()
 
 
 def _exact(

@@ -8,7 +8,7 @@ import torch.distributed.checkpoint as dcp
 
 from fastguard import CheckpointStore
 from fastguard.checkpoints import CheckpointError, contents, roll_back_file
-from fastguard.cli import main
+from guardtest.commands import ckpt
 
 NAN = float("nan")
 
@@ -24,12 +24,6 @@ def write(path, value=1.0, *, step=None, modified=None, optimizer=False):
     if modified is not None:
         os.utime(path, (modified, modified))
     return path
-
-
-def ckpt(capsys, *arguments):
-    status = main(["ckpt", *map(str, arguments)])
-    printed = capsys.readouterr()
-    return status, printed.out, printed.err
 
 
 # A file without a tensor

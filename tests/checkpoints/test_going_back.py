@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastguard import CheckpointStore
-from fastguard.cli import main
+from guardtest.commands import ckpt
 
 NAN = float("nan")
 
@@ -16,12 +16,6 @@ def write(path, value=1.0, *, modified=None, **more):
     if modified is not None:
         os.utime(path, (modified, modified))
     return path
-
-
-def ckpt(capsys, *arguments):
-    status = main(["ckpt", *map(str, arguments)])
-    printed = capsys.readouterr()
-    return status, printed.out, printed.err
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import torch
 
 import fastguard
 from fastguard import GuardedOptimizer, SpikeRule, Threshold
+from guardtest.graphs import captured
 
 SIZES = [5, 4097, 70_000]
 
@@ -29,19 +30,6 @@ def guarded(parameters, **options):
     inner = torch.optim.AdamW(parameters, lr=0.01, fused=True, capturable=True)
     inner.step()
     return GuardedOptimizer(inner, max_norm=1.0, **options)
-
-
-def captured(work):
-    """A graph of what `work` does, and what it returned; before that it runs on a side stream."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        work()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = work()
-    return graph, result
 
 
 ROUNDS = [(1.0, 1.0, 1.0), (3.0, 0.5, 2.0), (0.0, 0.0, 1e-5), (1.0, math.nan, 1.0), (1.0, 1.0, 1.0)]

@@ -11,6 +11,7 @@ from fastguard.buckets import bucketize
 from fastguard.decide import Policy
 from fastguard.measure import GradStats
 from fastguard.reduce import Signals
+from guardtest.graphs import captured
 from guardtest.tolerances import MEASURED_RTOL, NORM_RTOL
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -165,14 +166,7 @@ def test_a_graph_sees_new_gradients_at_the_same_addresses(stages):
         stages.apply(bucket, half, clean)
         return measured
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        work()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        summary, counts = work()
+    graph, (summary, counts) = captured(work)
     for value in (1.0, 3.0, math.nan):
         for g in grads:
             g.fill_(1.0)
@@ -192,14 +186,7 @@ def test_gradients_that_are_born_inside_a_graph(stages):
         (grad,) = torch.autograd.grad((weight * weight).sum(), weight)
         return stages.measure(bucketize([grad]).buckets[0], 1, 1, 2.0)[0], grad
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        summary, grad = step()
+    graph, (summary, grad) = captured(step)
     for _ in range(2):
         graph.replay()
         torch.testing.assert_close(summary[0, 0], grad.double().square().sum(), rtol=1e-7, atol=0)

@@ -91,9 +91,8 @@ def test_a_run_without_a_step_yet_is_neither_fine_nor_bad(tmp_path, capsys) -> N
     assert json.loads(capsys.readouterr().out)["latest"] is None
 
 
-def test_once_waits_for_the_first_record_of_an_empty_file(tmp_path, capsys) -> None:
-    path = tmp_path / "r.jsonl"
-    path.touch()
+def once_while_a_run_begins(path) -> int:
+    """The status of `monitor --once --wait` on a run whose first record comes a moment later."""
 
     def begin() -> None:
         time.sleep(0.3)
@@ -104,6 +103,14 @@ def test_once_waits_for_the_first_record_of_an_empty_file(tmp_path, capsys) -> N
     thread.start()
     status = main(["monitor", str(path), "--once", "--wait", "--interval", "0.05"])
     thread.join()
+    return status
+
+
+def test_once_waits_for_the_first_record_of_an_empty_file(tmp_path, capsys) -> None:
+    path = tmp_path / "r.jsonl"
+    path.touch()
+
+    status = once_while_a_run_begins(path)
     assert status == 0 and "1 applied" in capsys.readouterr().out
 
 
@@ -149,15 +156,7 @@ def test_wrong_use_is_one_line_and_status_2(args, said, tmp_path, monkeypatch, c
 def test_once_waits_for_a_run_when_asked(tmp_path, capsys) -> None:
     path = tmp_path / "run" / "records.jsonl"
 
-    def begin() -> None:
-        time.sleep(0.3)
-        with JsonLinesSink(path) as sink:
-            sink(StepRecord(1, 1.0, 1.0, "applied"))
-
-    thread = threading.Thread(target=begin)
-    thread.start()
-    status = main(["monitor", str(path), "--once", "--wait", "--interval", "0.05"])
-    thread.join()
+    status = once_while_a_run_begins(path)
     assert status == 0
     assert str(path) in capsys.readouterr().out
 
