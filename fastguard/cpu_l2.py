@@ -61,9 +61,11 @@ def _quantiles(n: int) -> np.ndarray:
 
 _FEW, _MANY = _quantiles(AUDITED), _quantiles(64 * AUDITED)
 
+_Elements = Tensor | np.ndarray
 _row_norms = torch.linalg.vector_norm
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what is not finite the caller looks at again
 def power_sum(tensors: Sequence[Tensor]) -> float:
     """The sum of the squares of all elements.
 
@@ -90,6 +92,10 @@ def exact_power_sum(tensors: Sequence[Tensor], sizes: Sequence[int] | None = Non
     """The same in float64 throughout."""
     total = 0.0
     for values, _, _ in gathered(tensors, WIDE, sizes):
+        if values.numel() <= ALONE:
+            few = _float64(_elements(values))
+            total += few.dot(few).item()
+            continue
         wide = buffer("wide", WIDE, torch.float64)[: values.numel()].copy_(values)
         total += torch.dot(wide, wide).item()
     return total
@@ -145,29 +151,34 @@ class _Blocks:
         """The sum of squares of each block, in float32 arithmetic within a block."""
         counts = list(map(len, self.large))
         norms = buffer("rows", SHARE // ROW, torch.float32)[: sum(counts)]
-        for rows, out in zip(self.large, norms.split(counts), strict=True):
+        outs = (norms,) if len(counts) == 1 else norms.split(counts)
+        for rows, out in zip(self.large, outs, strict=True):
             _norms_of_rows(rows, out)
         of_blocks = buffer("blocks", SHARE // BLOCK, torch.float32)[: len(norms) // ROWS]
         _row_norms(norms.view(-1, ROWS), dim=1, out=of_blocks)
-        sums = of_blocks.double().square_().numpy()
+        sums = of_blocks.numpy().astype(np.float64)
+        sums *= sums
         if not self.middling:
             return sums
         # The method asks neither for overrides nor for other dtypes, as numpy.vdot does: 0.2 µs.
         dots = map(np.ndarray.dot, self.middling, self.middling)
-        with np.errstate(over="ignore", invalid="ignore"):  # infinite: the caller looks again
-            return np.concatenate([sums, np.fromiter(dots, np.float64, len(self.middling))])
+        return np.concatenate([sums, np.fromiter(dots, np.float64, len(self.middling))])
 
     def exact_power_sums(self, numbers: Sequence[int]) -> list[float]:
         """The sums of squares of the blocks of these numbers, in float64."""
         ends = list(accumulate(len(rows) // ROWS for rows in self.large))
+        seen: dict[int, _Elements] = {}
         sums = []
         for number in numbers:
             i = bisect_right(ends, number)
             if i < len(ends):
-                first = (number - ends[i]) * ROWS + len(self.large[i])
-                block = _float64(self.large[i][first : first + ROWS])
+                rows = seen.get(i)
+                if rows is None:
+                    rows = seen[i] = _elements(self.large[i])
+                first = (number - ends[i]) * ROWS + len(rows)
+                block = _float64(rows[first : first + ROWS])
             else:
-                block = self.middling[number - (ends[-1] if ends else 0)].astype(np.float64)
+                block = _float64(self.middling[number - (ends[-1] if ends else 0)])
             sums.append(block.dot(block).item())
         return sums
 
@@ -201,11 +212,16 @@ def _arrays(tensors: Sequence[Tensor]) -> list[np.ndarray]:
         return [t.numpy(force=True) for t in tensors]
 
 
-def _float64(block: Tensor) -> np.ndarray:
-    if block.dtype is torch.float32:
-        vector = _arrays([block])[0].ravel()
-        return vector.astype(np.float64)  # half the time of torch's conversion
-    return block.double().numpy(force=True).ravel()  # numpy has no bfloat16
+def _elements(tensor: Tensor) -> _Elements:
+    """In a form of which pieces cost little: numpy has no bfloat16, but takes half of the time."""
+    return _arrays([tensor])[0] if tensor.dtype is torch.float32 else tensor
+
+
+def _float64(block: _Elements) -> np.ndarray:
+    """The elements as a float64 vector."""
+    if isinstance(block, Tensor):
+        return block.double().numpy(force=True).ravel()
+    return block.ravel().astype(np.float64)
 
 
 def _audited_sum(blocks: _Blocks) -> float:
@@ -222,7 +238,7 @@ def _audit(sums: np.ndarray, blocks: _Blocks, quantiles: np.ndarray) -> tuple[fl
     """The total; the mean relative error of the blocks drawn at these quantiles of it; and whether
     their errors differ by more than those of random data do.
     """
-    running = torch.from_numpy(sums).cumsum(0).numpy()  # half the time of numpy's own
+    running = torch.from_numpy(sums).cumsum(0).numpy()  # a third of the time of numpy's own
     total = running[-1].item() if len(running) else 0.0
     if not 0.0 < total < math.inf:  # NaN too: the caller looks again
         return total, 0.0, False

@@ -9,8 +9,10 @@ A handful of numbers in, a handful out: no gradient is read. Every comparison sa
 
 from __future__ import annotations
 
+import functools
+import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Literal, NamedTuple
@@ -179,10 +181,14 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
         The verdict; nothing waits for a GPU.
     """
     if stats.summary.device.type == "cpu":
-        from fastguard import host_decide
-
-        return host_decide.decide(stats, signals, state, policy)
+        return _on_the_host()(stats, signals, state, policy)
     return backend.stages(stats.summary.device).decide(stats, signals, state, policy)
+
+
+@functools.cache
+def _on_the_host() -> Callable[..., Verdict]:
+    """The twin for a CPU, which imports what is above; kept, as `backend.stages` keeps its own."""
+    return importlib.import_module("fastguard.host_decide").decide
 
 
 def clip_coefficients(norms: Tensor, max_norm: Tensor) -> Tensor:

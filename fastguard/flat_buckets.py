@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from fastguard.buckets import FLOATING, GradBucket, GradBuckets, Run, Same, bucketize, name_of
+from fastguard.clip import clip_buckets
 from fastguard.measure import GradStats, measure, norm_type_of
 from fastguard.ranks.dtensors import is_dtensor
 
@@ -166,8 +167,6 @@ class FlatGradBuckets:
         nonfinite: Literal["propagate", "zero", "raise"] = "propagate",
     ) -> Tensor:
         """Clips all gradients by their joint norm, as `fastguard.clip_grad_norm_`."""
-        from fastguard.clip import clip_buckets
-
         buckets = self.buckets()
         return clip_buckets(buckets, max_norm, norm_type, error_if_nonfinite, nonfinite)
 

@@ -16,6 +16,8 @@ _joined = torch._C._nn.flatten_dense_tensors  # type: ignore[attr-defined]
 
 def flat(t: Tensor) -> Tensor:
     """A tensor as a vector, in whatever order lets it stay where it is."""
+    if t.dim() == 1:
+        return t
     if not t.is_contiguous():  # channels_last, say
         t = t.permute(sorted(range(t.dim()), key=t.stride, reverse=True))
     return t.reshape(-1)

@@ -39,6 +39,22 @@ def test_a_bad_tensor_that_spans_several_pieces_is_counted_once_and_whole():
     assert cpu.measure(bucket, 1, 2.0) == ([7.0 + 1_000_000 - 7], {1: (4, 3, 0)})
 
 
+@pytest.mark.parametrize("n", [5, 5_000, 70_000, 2_000_000])
+@pytest.mark.parametrize("bits", [0x7FA00000, 0xFFA00001, 0x7FC00000, 0x7F800000, 0x7F7FFFFF])
+@pytest.mark.filterwarnings("error")
+def test_no_pattern_of_bits_makes_a_warning(bits, n):
+    """A signalling NaN raises a flag of the processor, which numpy makes a warning of."""
+    pattern = torch.tensor(bits).to(torch.int32).view(torch.float32)
+    for places in (slice(-1, None), slice(0, n, 2)):
+        x = torch.ones(n)
+        x.view(torch.int32)[places] = pattern.view(torch.int32)
+        (bucket,) = bucketize([x, torch.ones(3)]).buckets
+        (power_sum,), bad = cpu.measure(bucket, 1, 2.0)
+        finite = x[x.isfinite()].double().square().sum().item() + 3.0
+        assert power_sum == pytest.approx(finite, rel=MEASURED_RTOL, abs=0)
+        assert sum(bad.get(0, (0,))) == (~x.isfinite()).sum()
+
+
 def test_overflow_of_the_sum_is_not_an_infinite_element():
     assert_norm_is_true(torch.full((200_000,), 1e38))
     assert_norm_is_true(torch.full((200_000,), 3e38), norm_type=3.5)
