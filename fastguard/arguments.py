@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,6 +43,8 @@ def limit_tensor(max_norm: float, device: torch.device) -> Tensor:
     if torch.compiler.is_compiling():
         # Not torch.tensor(max_norm): that would recompile for every value.
         return torch.ones(1, dtype=torch.float64, device=device) * max_norm
+    if device.type == "cpu":
+        return torch.from_numpy(np.array([max_norm], np.float64))  # as cheap as looking it up
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return _filled(max_norm, device)  # a part of the graph, filled anew at each replay
     return _kept_limit(max_norm, device, current_stream_of(device))

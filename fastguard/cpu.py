@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import count
 from typing import TypeVar
 
@@ -29,9 +30,33 @@ SMALL = 2**12  # elements up to which a segment of one tensor is summed together
 FEW = 8  # of them; fewer are summed one by one
 TINY_SQUARE = 2.0**-126  # smallest normal float32: smaller squares may be flushed to zero
 
+PARTS = "parts"  # the note of a bucket whose runs outlive the step
+
 Counts = tuple[int, int, int]
-Part = tuple[int, Sequence[int], Sequence[Tensor]]  # a segment, positions, tensors
 T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Part:
+    """One segment of a bucket.
+
+    Attributes:
+        segment: Its number.
+        positions: Where its gradients stand in the bucket.
+        tensors: What holds their elements.
+        pieces: The same, ready to be read; None: nobody has asked for it.
+    """
+
+    segment: int
+    positions: Sequence[int]
+    tensors: Sequence[Tensor]
+    pieces: cpu_l2.Pieces | None = None
+
+    def l2_power_sum(self) -> float:
+        """See `cpu_l2.power_sum`."""
+        if self.pieces is None:
+            self.pieces = cpu_l2.Pieces.of(self.tensors)
+        return cpu_l2.power_sum(self.pieces)
 
 
 def measure(
@@ -50,32 +75,40 @@ def measure(
     """
     sums = [0.0] * n_segments
     bad: dict[int, Counts] = {}
-    parts = list(_by_segment(bucket))
+    parts = _parts(bucket)
     known = _sums_of_small_ones(parts, norm_type)
-    for segment, positions, tensors in parts:
-        total = known.get(segment)
+    for part in parts:
+        total = known.get(part.segment)
         if total is None:
-            total = _clean_sum(tensors, bucket.dtype, norm_type)
-            is_true = _trustworthy(total, bucket, positions, norm_type)
+            total = _clean_sum(part, bucket.dtype, norm_type)
+            is_true = _trustworthy(total, bucket, part.positions, norm_type)
         else:
             is_true = math.isfinite(total)
         if not is_true:
-            total, found = _exact(bucket, positions, norm_type)
+            total, found = _exact(bucket, part.positions, norm_type)
             bad.update(found)
-        sums[segment] = total
+        sums[part.segment] = total
     return sums, bad
 
 
+def _parts(bucket: GradBucket) -> list[Part]:
+    """The segments. Kept where there are runs: these stay where they are."""
+    if bucket.runs is None:
+        return list(_by_segment(bucket))
+    if PARTS not in bucket.notes:
+        bucket.notes[PARTS] = list(_by_segment(bucket))
+    return bucket.notes[PARTS]
+
+
 def _by_segment(bucket: GradBucket) -> Iterator[Part]:
-    """Each segment, the positions of its gradients, and the tensors that hold their elements."""
     runs = None if bucket.runs is None else by_number((r.segment, r.flat) for r in bucket.runs)
     if bucket.segment is not None:
         tensors = bucket.grads if runs is None else runs[bucket.segment]
-        yield bucket.segment, range(len(bucket.grads)), tensors
+        yield Part(bucket.segment, range(len(bucket.grads)), tensors)
         return
     for segment, positions in by_number(zip(bucket.segment_ids, count())).items():
         tensors = [bucket.grads[i] for i in positions] if runs is None else runs[segment]
-        yield segment, positions, tensors
+        yield Part(segment, positions, tensors)
 
 
 def by_number(pairs: Iterable[tuple[int, T]]) -> dict[int, list[T]]:
@@ -92,7 +125,10 @@ def _sums_of_small_ones(parts: Sequence[Part], norm_type: float) -> dict[int, fl
     One at a time costs 9 µs a segment, which is what norms by tensor of a model of many layers are
     made of.
     """
-    small = [(s, ts[0]) for s, _, ts in parts if len(ts) == 1 and 0 < ts[0].numel() <= SMALL]
+    if len(parts) < FEW:
+        return {}
+    single = [(part.segment, part.tensors[0]) for part in parts if len(part.tensors) == 1]
+    small = [(segment, t) for segment, t in single if 0 < t.numel() <= SMALL]
     if len(small) < FEW:
         return {}
     add = np.maximum if norm_type == math.inf else np.add
@@ -104,13 +140,13 @@ def _sums_of_small_ones(parts: Sequence[Part], norm_type: float) -> dict[int, fl
     return dict(zip((s for s, _ in small), sums, strict=True))
 
 
-def _clean_sum(tensors: Sequence[Tensor], dtype: torch.dtype, norm_type: float) -> float:
+def _clean_sum(part: Part, dtype: torch.dtype, norm_type: float) -> float:
     """The power sum if every element is finite; NaN or Inf if one is not, or if float32 gave up."""
     if norm_type == math.inf:
-        return torch.stack(torch._foreach_norm(_not_empty(tensors), math.inf)).max().item()
+        return torch.stack(torch._foreach_norm(_not_empty(part.tensors), math.inf)).max().item()
     if norm_type == 2.0 and dtype is not torch.float64:
-        return cpu_l2.power_sum(tensors)
-    return sum(_float64_power_sum(x, norm_type) for x, _ in _float64_pieces(tensors))
+        return part.l2_power_sum()
+    return sum(_float64_power_sum(x, norm_type) for x, _ in _float64_pieces(part.tensors))
 
 
 def _not_empty(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -65,40 +65,65 @@ _Elements = Tensor | np.ndarray
 _row_norms = torch.linalg.vector_norm
 
 
-@np.errstate(over="ignore", invalid="ignore")  # what is not finite the caller looks at again
-def power_sum(tensors: Sequence[Tensor]) -> float:
-    """The sum of the squares of all elements.
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """Tensors as `power_sum` reads them: views, good for as long as these stay where they are.
 
-    Args:
-        tensors: CPU tensors of one dtype below float64.
+    Attributes:
+        small: What is gathered and summed in float64.
+        sizes: How many elements each of these has.
+        blocks: Everything else.
+    """
+
+    small: Sequence[Tensor]
+    sizes: Sequence[int]
+    blocks: Sequence[_Blocks]
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor]) -> Pieces:
+        """The pieces of CPU tensors of one dtype below float64."""
+        sizes = list(map(Tensor.numel, tensors))
+        if sum(sizes) < EXACT_BELOW:
+            return Pieces(tensors, sizes, ())
+        small, middling, large = _by_size(tensors, sizes)
+        vectors = _vectors(middling)
+        blocks = []
+        for share in _shares(large):
+            blocks.append(_Blocks(share, vectors))
+            vectors = []
+        return Pieces(small, list(map(Tensor.numel, small)), blocks)
+
+
+def power_sum(pieces: Pieces) -> float:
+    """The sum of the squares of all elements.
 
     Returns:
         True to 2e-7 of itself; NaN or infinite if an element is, or if a square overflows float32.
         Squares below the smallest normal float32 may be lost.
     """
-    sizes = list(map(Tensor.numel, tensors))
-    if sum(sizes) < EXACT_BELOW:
-        return exact_power_sum(tensors, sizes)
-    small, middling, large = _by_size(tensors, sizes)
-    vectors = _vectors(middling)
     total = 0.0
-    for share in _shares(large):
-        total += _audited_sum(_Blocks(share, vectors))
-        vectors = []
-    return total + exact_power_sum(small)
+    for blocks in pieces.blocks:
+        total += _audited_sum(blocks)
+    return total + exact_power_sum(pieces.small, pieces.sizes)
 
 
 def exact_power_sum(tensors: Sequence[Tensor], sizes: Sequence[int] | None = None) -> float:
-    """The same in float64 throughout."""
+    """The same of tensors below float64, in float64 throughout."""
     total = 0.0
     for values, _, _ in gathered(tensors, WIDE, sizes):
         if values.numel() <= ALONE:
-            few = _float64(_elements(values))
-            total += few.dot(few).item()
+            total += _sum_of_few(values)
             continue
-        wide = buffer("wide", WIDE, torch.float64)[: values.numel()].copy_(values)
+        wide = buffer("wide", values.numel(), WIDE, torch.float64).copy_(values)
         total += torch.dot(wide, wide).item()
     return total
+
+
+def _sum_of_few(values: Tensor) -> float:
+    """The same of up to `ALONE` elements, by what the audit has just used."""
+    with _quietly():
+        few = _float64(_elements(values))
+        return few.dot(few).item()
 
 
 def _by_size(
@@ -140,21 +165,23 @@ def _shares(large: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     yield share
 
 
-@dataclass(slots=True)
 class _Blocks:
     """The blocks of the rows of large tensors, followed by middling vectors, each a block."""
 
-    large: Sequence[Tensor]
-    middling: Sequence[np.ndarray]
+    def __init__(self, large: Sequence[Tensor], middling: Sequence[np.ndarray]) -> None:
+        self.large = large
+        self.middling = middling
+        self._counts = list(map(len, large))
+        self._ends = [rows // ROWS for rows in accumulate(self._counts)]
+        self._elements: dict[int, _Elements] = {}  # of large tensors that were looked into
 
     def power_sums(self) -> np.ndarray:
         """The sum of squares of each block, in float32 arithmetic within a block."""
-        counts = list(map(len, self.large))
-        norms = buffer("rows", SHARE // ROW, torch.float32)[: sum(counts)]
-        outs = (norms,) if len(counts) == 1 else norms.split(counts)
+        norms = buffer("rows", sum(self._counts), SHARE // ROW, torch.float32)
+        outs = (norms,) if len(self.large) == 1 else norms.split(self._counts)
         for rows, out in zip(self.large, outs, strict=True):
             _norms_of_rows(rows, out)
-        of_blocks = buffer("blocks", SHARE // BLOCK, torch.float32)[: len(norms) // ROWS]
+        of_blocks = buffer("blocks", len(norms) // ROWS, SHARE // BLOCK, torch.float32)
         _row_norms(norms.view(-1, ROWS), dim=1, out=of_blocks)
         sums = of_blocks.numpy().astype(np.float64)
         sums *= sums
@@ -166,21 +193,18 @@ class _Blocks:
 
     def exact_power_sums(self, numbers: Sequence[int]) -> list[float]:
         """The sums of squares of the blocks of these numbers, in float64."""
-        ends = list(accumulate(len(rows) // ROWS for rows in self.large))
-        seen: dict[int, _Elements] = {}
-        sums = []
-        for number in numbers:
-            i = bisect_right(ends, number)
-            if i < len(ends):
-                rows = seen.get(i)
-                if rows is None:
-                    rows = seen[i] = _elements(self.large[i])
-                first = (number - ends[i]) * ROWS + len(rows)
-                block = _float64(rows[first : first + ROWS])
-            else:
-                block = _float64(self.middling[number - (ends[-1] if ends else 0)])
-            sums.append(block.dot(block).item())
-        return sums
+        blocks = (_float64(self._block(number)) for number in numbers)
+        return [block.dot(block).item() for block in blocks]
+
+    def _block(self, number: int) -> _Elements:
+        i = bisect_right(self._ends, number)
+        if i == len(self._ends):
+            return self.middling[number - (self._ends[-1] if self._ends else 0)]
+        elements = self._elements.get(i)
+        if elements is None:
+            elements = self._elements[i] = _elements(self.large[i])
+        first = (number - self._ends[i]) * ROWS + self._counts[i]
+        return elements[first : first + ROWS]
 
 
 def _norms_of_rows(rows: Tensor, out: Tensor) -> None:
@@ -189,7 +213,7 @@ def _norms_of_rows(rows: Tensor, out: Tensor) -> None:
         return
     most = STAGE // ROW
     for piece, norms in zip(rows.split(most), out.split(most), strict=True):
-        staged = buffer("stage", STAGE, torch.float32)[: piece.numel()].view(-1, ROW)
+        staged = buffer("stage", piece.numel(), STAGE, torch.float32).view(-1, ROW)
         _row_norms(staged.copy_(piece), dim=1, out=norms)
 
 
@@ -224,13 +248,19 @@ def _float64(block: _Elements) -> np.ndarray:
     return block.ravel().astype(np.float64)
 
 
+def _quietly() -> np.errstate:
+    """numpy warns of an overflow and of a signalling NaN; the caller looks at both again."""
+    return np.errstate(over="ignore", invalid="ignore")
+
+
 def _audited_sum(blocks: _Blocks) -> float:
     """The sum over all blocks, with the rounding bias that a sample of them shows taken out."""
-    sums = blocks.power_sums()
-    total, bias, disagree = _audit(sums, blocks, _FEW)
-    if not disagree:
-        return total * (1.0 + bias)
-    total, bias, _ = _audit(sums[: len(sums) - len(blocks.middling)], blocks, _MANY)
+    with _quietly():
+        sums = blocks.power_sums()
+        total, bias, disagree = _audit(sums, blocks, _FEW)
+        if not disagree:
+            return total * (1.0 + bias)
+        total, bias, _ = _audit(sums[: len(sums) - len(blocks.middling)], blocks, _MANY)
     return total * (1.0 + bias) + exact_power_sum(list(map(torch.from_numpy, blocks.middling)))
 
 

@@ -115,14 +115,14 @@ class FlatGradBuckets:
         """
         if self.trusted:
             return self._buckets
-        grads = list(map(attrgetter("grad"), self.parameters))
-        if self._moved():
+        grads = map(attrgetter("grad"), self.parameters)
+        if self._moved():  # first: it brings the views into a cache
             self._attach()
         elif all(map(is_, grads, self._views)):
             return self._buckets
         elif any(
-            grad is not None and _is_movable(grad) and not _fits(view, grad, grad.dtype)
-            for grad, view in zip(grads, self._views, strict=True)
+            p.grad is not None and _is_movable(p.grad) and not _fits(view, p.grad, p.grad.dtype)
+            for p, view in zip(self.parameters, self._views, strict=True)
         ):
             self._attach()
         foreign = False

@@ -89,8 +89,8 @@ class Snapshot:
             objects: By name, anything with `state_dict`.
             step, position: What the attributes become.
             optimizer: What it steps, and its state, stay as they are until its next step.
-            check: Look meanwhile whether it is finite: at all that lies on a GPU, and at `LOOKED` of
-                the rest. What is not looked at `nonfinite` reads.
+            check: Look meanwhile whether it is finite: at all that lies on a GPU, and at `LOOKED`
+                of the rest. What is not looked at `nonfinite` reads.
 
         Returns:
             Of each GPU that holds tensors, the event behind which the optimizer may step there.
@@ -111,8 +111,8 @@ class Snapshot:
     def nonfinite(self) -> list[str]:
         """Names of the saved tensors that hold NaN or Inf, and of numbers that are NaN.
 
-        Infinite numbers are fine: `ReduceLROnPlateau` starts with one. Waits for the copy, and reads
-        what nobody has looked at.
+        Infinite numbers are fine: `ReduceLROnPlateau` starts with one. Waits for the copy, and
+        reads what nobody has looked at.
         """
         self._wait()
         bad, seen = [], frozenset[str]()
