@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterable
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,10 +43,17 @@ def limit_tensor(max_norm: float, device: torch.device) -> Tensor:
         # Not torch.tensor(max_norm): that would recompile for every value.
         return torch.ones(1, dtype=torch.float64, device=device) * max_norm
     if device.type == "cpu":
-        return torch.from_numpy(np.array([max_norm], np.float64))  # as cheap as looking it up
+        return _limit_on_cpu(max_norm)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return _filled(max_norm, device)  # a part of the graph, filled anew at each replay
     return _kept_limit(max_norm, device, current_stream_of(device))
+
+
+@functools.lru_cache(maxsize=32)
+def _limit_on_cpu(max_norm: float) -> Tensor:
+    """Made once, like those below; to hash a device and a stream as well costs 10 µs."""
+    with torch.inference_mode(False):
+        return _filled(max_norm, torch.device("cpu"))
 
 
 @functools.lru_cache(maxsize=32)

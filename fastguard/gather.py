@@ -67,16 +67,19 @@ def _join(tensors: Sequence[Tensor]) -> Tensor:
     return _joined(list(tensors))
 
 
-def buffer(name: str, n: int, most: int, dtype: torch.dtype) -> Tensor:
-    """Working memory of this thread, `(n,)`, made once: fresh pages cost more than the reading.
+def buffer(name: str, n: int, most: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Working memory of this thread, made once: fresh pages cost more than the reading.
 
     Args:
         name: Whose memory: what a later call for it returns lies in the same place.
-        n: Elements, at most `most`.
-        most, dtype: Always the same for a name.
+        n: How much of the first dimension.
+        most: Its shape at the most; like `dtype` always the same for a name.
+
+    Returns:
+        `(n, *most[1:])`, contiguous.
     """
     kept = getattr(_local, name, None)
-    if kept is not None and kept[1].numel() == n:
+    if kept is not None and kept[1].shape[0] == n:
         return kept[1]  # as at the last step: a slice costs 15 µs when caches are cold
     with torch.inference_mode(False):
         whole = torch.empty(most, dtype=dtype, device="cpu") if kept is None else kept[0]
