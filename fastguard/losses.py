@@ -80,9 +80,12 @@ class ObservedLosses:
     def __init__(self) -> None:
         self._batches: list[Mapping[str, Tensor | float]] = []
 
-    def observe(self, losses: Mapping[str, Tensor | float]) -> None:
-        """Adds one micro-batch."""
-        self._batches.append({name: _kept(value) for name, value in losses.items()})
+    def observe(self, losses: dict[str, Tensor | float]) -> None:
+        """Adds one micro-batch, whose dict is kept; its tensors are copied, as float64."""
+        for name, value in losses.items():
+            if isinstance(value, Tensor):  # the caller may use its buffer again
+                losses[name] = value.to(torch.float64, copy=True)
+        self._batches.append(losses)
 
     def take(self) -> Mapping[str, Tensor | float]:
         """The means by name, float64 `()` or numbers; the next micro-batch starts anew."""
@@ -94,11 +97,6 @@ class ObservedLosses:
             for name, value in losses.items():
                 values.setdefault(name, []).append(value)
         return {name: sum(given) / len(given) for name, given in values.items()}
-
-
-def _kept(value: Tensor | float) -> Tensor | float:
-    """float64, and a copy: the caller may use its buffer again."""
-    return value.to(torch.float64, copy=True) if isinstance(value, Tensor) else value
 
 
 def stacked(losses: Mapping[str, Tensor | float], device: torch.device) -> Tensor:

@@ -33,7 +33,7 @@ RNG = "rng"
 PIECE = 1 << 21
 """Elements that are copied and then found in a cache again."""
 
-LOOKED = 0.6
+LOOKED = 0.7
 """Share of the host's bytes that is looked at while they are copied."""
 
 
