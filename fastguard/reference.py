@@ -311,6 +311,9 @@ def _pieces(bucket: GradBucket, segment: int, multiplier: float) -> list[Tensor]
 def _multiply(grads: list[Tensor], multiplier: float, dtype: torch.dtype) -> None:
     if multiplier == 1.0:
         return
+    if len(grads) == 1:
+        grads[0].mul_(multiplier)  # rounds it to what a tensor would hold
+        return
     # A tensor, because _foreach_mul_ by a Python float costs six times as much on a CPU.
     torch._foreach_mul_(grads, torch.tensor(multiplier, dtype=factor_dtype(dtype), device=CPU))
 
