@@ -221,7 +221,9 @@ def _norms_of_rows(blocks: Tensor, out: Tensor) -> None:
         _norms(blocks, dim=2, out=out)
         return
     most = STAGE // BLOCK
-    for piece, norms in zip(blocks.split(most), out.split(most), strict=True):
+    n_pieces = -(-len(blocks) // most)
+    each = -(-len(blocks) // n_pieces)  # of about one size: see `buffer`
+    for piece, norms in zip(blocks.split(each), out.split(each), strict=True):
         staged = buffer("stage", len(piece), (most, ROWS, ROW), torch.float32)
         _norms(staged.copy_(piece), dim=2, out=norms)
 
