@@ -20,6 +20,7 @@ import random
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -98,9 +99,9 @@ class Snapshot:
         """
         self.step = None  # invalid while it is being written
         states = {name: thing.state_dict() for name, thing in objects.items()}
-        on_gpu = [(n, t) for n, t in _tensors(states, "") if check and _on_gpu(t)]
+        on_gpu = [(n, t) for n, t in _tensors(states, "") if _on_gpu(t)] if check else []
         self._seen = _measured(on_gpu) if on_gpu else None
-        copier = _Copier(_addresses(optimizer), LOOKED if check else 0.0)
+        copier = _Copier(optimizer, LOOKED if check else 0.0)
         self._states = copier.copied(states, self._states)
         self._copied = copier.events()
         self._finite = frozenset(copier.finite)
@@ -118,11 +119,13 @@ class Snapshot:
         bad, seen = [], frozenset[str]()
         if self._seen is not None:
             bad, seen = self._seen.culprits(), frozenset(self._seen.names or ())
-        saved = _tensors(self._states, "")
-        unknown = [(n, t) for n, t in saved if n not in seen and id(t) not in self._finite]
+        unknown, numbers = [], []
+        for name, leaf in _leaves(self._states, ""):
+            if isinstance(leaf, float):
+                numbers += [name] if math.isnan(leaf) else []
+            elif isinstance(leaf, Tensor) and id(leaf) not in self._finite and name not in seen:
+                unknown.append((name, leaf))
         bad = [*bad, *(_measured(unknown).culprits() if unknown else ())]
-        leaves = _leaves(self._states, "")
-        numbers = [n for n, leaf in leaves if isinstance(leaf, float) and math.isnan(leaf)]
         return [name for name, *_ in bad] + numbers
 
     def restore(self, objects: Mapping[str, Any]) -> None:
@@ -162,16 +165,16 @@ class _Copier:
     """Copies nested states to the host, into the buffers of an earlier copy where they fit.
 
     Args:
-        unchanged: Addresses of tensors that stay as they are until the next step: from a GPU these
-            are copied on a stream of its own. The others are copied in line.
+        optimizer: What it steps, and its state, stay as they are until the next step: from a GPU
+            these are copied on a stream of its own. Everything else is copied in line.
         looked: The share of the host's bytes that is looked at, from 0 to 1.
 
     Attributes:
         finite: The ids of the copies, of tensors of the host, that were seen to be finite.
     """
 
-    def __init__(self, unchanged: frozenset[int], looked: float) -> None:
-        self._unchanged = unchanged
+    def __init__(self, optimizer: torch.optim.Optimizer | None, looked: float) -> None:
+        self._optimizer = optimizer
         self._looked = looked
         self._bytes = self._bytes_looked_at = 0
         self.finite: set[int] = set()
@@ -227,6 +230,10 @@ class _Copier:
             return False
         self._bytes_looked_at += n_bytes
         return True
+
+    @cached_property
+    def _unchanged(self) -> frozenset[int]:
+        return _addresses(self._optimizer)
 
     def _stream_of(self, device: torch.device) -> torch.cuda.Stream:
         if device not in self._streams:
