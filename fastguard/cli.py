@@ -75,7 +75,10 @@ class _CommandParser(argparse.ArgumentParser):
         self.formatter_class = argparse.RawDescriptionHelpFormatter
         module.add_arguments(self)
         self.set_defaults(run=module.run)
-        return super().parse_known_args(args, namespace)
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:  # said here, with the usage of the command; argparse would show the table's
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return parsed, unknown
 
 
 def _parser() -> argparse.ArgumentParser:

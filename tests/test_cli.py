@@ -55,6 +55,14 @@ def test_an_unknown_command_is_wrong_use(capsys):
     assert "invalid choice: 'train'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("argv", [["env"], ["bench"], ["demo"], ["scan", "x.log"]], ids=" ".join)
+def test_a_mistyped_option_shows_the_usage_of_its_command(argv, capsys):
+    assert main([*argv, "--no-such-option"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"usage: fastguard {argv[0]} ")
+    assert "unrecognized arguments: --no-such-option" in error
+
+
 @pytest.mark.parametrize(
     "error, status, said",
     [
