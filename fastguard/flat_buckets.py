@@ -153,6 +153,7 @@ class FlatGradBuckets:
             if p.grad is view:
                 p.grad = view.clone()
 
+    @torch.no_grad()
     def measure(self, norm_type: float = 2.0) -> GradStats:
         """Norm and non-finite counts from one read, as `fastguard.measure_grads`."""
         return measure(self.buckets(), norm_type_of(norm_type))
@@ -177,6 +178,7 @@ class FlatGradBuckets:
             if p.grad is None:
                 p.grad = view
 
+    @torch.no_grad()
     def _attach(self) -> None:
         """Lays out slots for all parameters that have or need a gradient; moves gradients in."""
         mine = set(map(id, self._views))

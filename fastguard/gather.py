@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ALIGN = 8  # so that a vector begins with a cache line
+ALIGN = 16  # elements, so that also a float32 vector begins with a cache line
 _local = threading.local()
 # Flattens and joins without a Python object for each tensor.
 _joined = torch._C._nn.flatten_dense_tensors  # type: ignore[attr-defined]
@@ -76,7 +76,7 @@ def buffer(name: str, n: int, most: tuple[int, ...], dtype: torch.dtype) -> Tens
     cores do not share their last one, fetching it from there takes as long as everything else.
 
     Args:
-        name: Whose memory: what a later call for it returns lies in the same place.
+        name: Whose memory: what one call returns a later one for the same name overwrites.
         n: How much of the first dimension.
         most: Its shape at the most; like `dtype` always the same for a name.
 

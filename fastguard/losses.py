@@ -80,12 +80,14 @@ class ObservedLosses:
     def __init__(self) -> None:
         self._batches: list[Mapping[str, Tensor | float]] = []
 
-    def observe(self, losses: dict[str, Tensor | float]) -> None:
-        """Adds one micro-batch, whose dict is kept; its tensors are copied, as float64."""
-        for name, value in losses.items():
-            if isinstance(value, Tensor):  # the caller may use its buffer again
-                losses[name] = value.to(torch.float64, copy=True)
-        self._batches.append(losses)
+    def observe(self, losses: Mapping[str, Tensor | float]) -> None:
+        """Adds one micro-batch; the mapping is kept."""
+        copies = {  # the caller may use its buffers again
+            name: value.to(torch.float64, copy=True)
+            for name, value in losses.items()
+            if isinstance(value, Tensor)
+        }
+        self._batches.append({**losses, **copies} if copies else losses)
 
     def take(self) -> Mapping[str, Tensor | float]:
         """The means by name, float64 `()` or numbers; the next micro-batch starts anew."""

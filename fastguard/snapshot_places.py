@@ -67,7 +67,7 @@ class _Slot(Snapshot):
 
     Attributes:
         rollbacks: How many there had been when it was taken.
-        checked: Whether it was looked at while it was copied.
+        checked: Whether it was looked at while it was copied: at most of it, see `snapshot.LOOKED`.
         bad: What in it is not finite, on any rank; None: nobody has asked.
     """
 
@@ -81,7 +81,8 @@ class InMemory:
 
     Not so the only one that is known to be finite, if `keep` is more than 1: what cannot be gone
     back to, such as a NaN in an EMA, must not push it out. Then the newest makes room for one that
-    is looked at while it is copied; so every second one is.
+    is looked at while it is copied; so every second one is. What was not looked at then is read at
+    the next snapshot.
 
     Args:
         optimizer: Steps only when the latest copy is complete, which it waits for on the device.

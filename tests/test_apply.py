@@ -155,3 +155,13 @@ def test_the_stages_together(nonfinite):
         "propagate": [NAN, NAN, NAN],
     }[nonfinite]
     assert torch.cat(grads).tolist() == pytest.approx(expected, rel=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("multiplier", [1 / 3, 0.999999, 1e-40, 1e-300, 65536.0, NAN, INF])
+def test_one_gradient_is_rounded_as_one_of_many(dtype, multiplier):
+    alone = torch.randn(4097).to(DTYPES[dtype])
+    among = alone.clone()
+    scale(bucketize([alone]), factor(multiplier), NO)
+    scale(bucketize([among, torch.ones(1, dtype=among.dtype)]), factor(multiplier), NO)
+    assert_bitwise_equal(alone, among)

@@ -152,3 +152,15 @@ def test_what_is_not_a_norm(value):
 def test_what_is_not_a_number(value):
     with pytest.raises(TypeError, match=r"norm_type=.* is not a number; use 2\.0"):
         norm_type_of(value)
+
+
+@pytest.mark.usefixtures("road")
+def test_counts_are_memory_of_their_own():
+    """A collective over them writes there."""
+    grads = [torch.ones(3), torch.ones(4)]
+    for stats in (stats_of(*grads), stats_of(*grads, segments=[0, 1], n_segments=2)):
+        for counts in (stats.counts, stats.summary):
+            assert counts.is_contiguous()
+        stats.nan_count[0] = 5
+        assert stats.counts.tolist() == [[5, 0], [0, 0], [0, 0]]
+    assert stats_of(*grads).counts.sum() == 0

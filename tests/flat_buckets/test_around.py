@@ -3,6 +3,8 @@
 import copy
 import gc
 import pickle
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -109,3 +111,33 @@ def test_gradient_views_of_distributed_data_parallel_are_used_where_they_are():
             plain.step()
             assert [p.grad.data_ptr() for p in a.parameters()] == buckets
         assert all(map(torch.equal, a.parameters(), b.parameters()))
+
+
+MOVED = """
+import torch, fastguard
+parameters = [torch.nn.Parameter(torch.zeros({n})) for _ in range(30)]
+segments = [i % {n_segments} for i in range(30)]
+flat = fastguard.FlatGradBuckets(
+    parameters, trusted={trusted}, segments=segments, n_segments={n_segments}
+)
+for value in (1.0, 3.0):
+    for p in parameters:
+        p.grad.fill_(value)
+    norm = flat.measure().total_norm
+    assert abs(norm / (value * (30 * {n}) ** 0.5) - 1.0) < 1e-6, norm
+    before = parameters[0].grad.data_ptr()
+    parameters[0].grad.share_memory_()
+    assert parameters[0].grad.data_ptr() != before or value == 3.0
+"""
+
+
+@pytest.mark.parametrize(
+    "n, n_segments, trusted", [(60_000, 1, True), (100_000, 2, True), (100_000, 2, False)]
+)
+def test_memory_that_is_shared_with_other_processes_moves(n, n_segments, trusted, tmp_path):
+    """Its old place is unmapped: to read there would end the process."""
+    code = MOVED.format(n=n, n_segments=n_segments, trusted=trusted)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, (done.returncode, done.stderr)

@@ -147,3 +147,14 @@ def test_any_sequence_of_replacements_equals_no_flat_buckets(data):
     assert all(map(torch.equal, ours, theirs))
     for a, b in zip(opt.records(), plain.records(), strict=True):
         assert a.total_norm == pytest.approx(b.total_norm, rel=1e-7)
+
+
+def test_a_gradient_with_a_graph_is_measured_and_moved_in():
+    p = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    flat = FlatGradBuckets([p])
+    for _ in range(2):
+        (p.grad,) = torch.autograd.grad(p.square().sum() / 2, [p], create_graph=True)
+        assert flat.measure().total_norm == 5.0
+        assert attached(flat)
+    flat.zero_()
+    assert not p.grad.requires_grad
