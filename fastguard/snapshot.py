@@ -215,7 +215,7 @@ class _Copier:
         if value.dtype not in FLOATING or not self._is_next(value.nbytes):
             return into.copy_(value)
         pieces = [(value, into)]
-        if value.is_contiguous() and into.is_contiguous():
+        if value.numel() > PIECE and value.is_contiguous() and into.is_contiguous():
             pieces = list(zip(*(t.view(-1).split(PIECE) for t in (value, into)), strict=True))
         is_finite = True
         for source, made in pieces:
