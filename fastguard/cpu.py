@@ -130,8 +130,6 @@ def _sums_of_small_ones(parts: Sequence[Part], norm_type: float) -> dict[int, fl
     One at a time costs 9 µs a segment, which is what norms by tensor of a model of many layers are
     made of.
     """
-    if len(parts) < FEW:
-        return {}
     single = [(part.segment, part.tensors[0]) for part in parts if len(part.tensors) == 1]
     small = [(segment, t) for segment, t in single if 0 < t.numel() <= SMALL]
     if len(small) < FEW:

@@ -115,10 +115,9 @@ class FlatGradBuckets:
         """
         if self.trusted:
             return self._buckets
-        grads = map(attrgetter("grad"), self.parameters)
         if self._moved():  # first: it brings the views into a cache
             self._attach()
-        elif all(map(is_, grads, self._views)):
+        elif all(map(is_, map(attrgetter("grad"), self.parameters), self._views)):
             return self._buckets
         elif any(
             p.grad is not None and _is_movable(p.grad) and not _fits(view, p.grad, p.grad.dtype)

@@ -128,7 +128,7 @@ class Snapshot:
                 numbers += [name] if math.isnan(leaf) else []
             elif isinstance(leaf, Tensor) and leaf not in self._finite and name not in seen:
                 unknown.append((name, leaf))
-        bad = [*bad, *(_measured(unknown).culprits() if unknown else ())]
+        bad = [*bad, *_measured(unknown).culprits()]
         return [name for name, *_ in bad] + numbers
 
     def restore(self, objects: Mapping[str, Any]) -> None:
