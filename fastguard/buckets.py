@@ -125,7 +125,7 @@ def parameters_of(parameters: Tensor | Iterable) -> list[Tensor]:
     if isinstance(parameters, Tensor):
         return [parameters]
     items = list(parameters)
-    named = bool(items) and isinstance(items[0], tuple)
+    named = len(items) > 0 and isinstance(items[0], tuple)
     try:
         return [p for _, p in items] if named else items
     except (TypeError, ValueError):  # no pair
@@ -143,7 +143,7 @@ def gradients_of(parameters: Tensor | Iterable) -> tuple[list[Tensor | None], li
     if isinstance(parameters, Tensor):
         return [parameters.grad], None
     items = parameters if isinstance(parameters, list) else list(parameters)
-    named = bool(items) and isinstance(items[0], tuple)
+    named = len(items) > 0 and isinstance(items[0], tuple)
     try:
         if named:
             return [p.grad for _, p in items], [name for name, _ in items]

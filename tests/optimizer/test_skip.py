@@ -14,6 +14,7 @@ from guardtest.training import (
     assert_same_bits,
     give_gradients,
     new_parameters,
+    obeys_found_inf,
     optimizer_classes,
     parameters_for,
     poison,
@@ -25,7 +26,7 @@ VARIANTS = variants()
 ON_BOTH_ROADS = [
     pytest.param(cls, kwargs, road, id=f"{name}-{road}")
     for name, cls, kwargs in VARIANTS
-    for road in (("found_inf", "read_first") if kwargs.get("fused") else ("read_first",))
+    for road in (("found_inf", "read_first") if obeys_found_inf(cls, kwargs) else ("read_first",))
 ]
 BAD_STEPS = {"first": {0}, "middle": {2}, "in-a-row": {2, 3, 4}, "first-in-a-row": {0, 1, 2}}
 
@@ -34,7 +35,7 @@ def guard(cls, kwargs, road, **options):
     parameters = parameters_for(cls)
     inner = cls(parameters, **kwargs)
     opt = GuardedOptimizer(inner, **options)
-    assert type(opt._road) is (FoundInf if kwargs.get("fused") else ReadFirst)
+    assert type(opt._road) is (FoundInf if obeys_found_inf(cls, kwargs) else ReadFirst)
     if road == "read_first":
         opt._road = ReadFirst(inner)
     return opt, parameters
@@ -165,7 +166,7 @@ def test_an_error_in_the_fused_step_leaves_no_attribute_behind():
 def test_optimizers_that_ignore_found_inf_are_not_called_at_all():
     """NAdam, RAdam, RMSprop and others would silently apply the NaN."""
     for name, cls, kwargs in VARIANTS:
-        if kwargs.get("fused"):
+        if obeys_found_inf(cls, kwargs):
             continue
         parameters = parameters_for(cls)
         inner = cls(parameters, **kwargs)

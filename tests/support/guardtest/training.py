@@ -65,6 +65,12 @@ def variants() -> list[tuple[str, type[Optimizer], dict[str, Any]]]:
     return listed
 
 
+def obeys_found_inf(cls: type[Optimizer], kwargs: dict[str, Any]) -> bool:
+    """Whether its kernel can be told to do nothing: that of every fused one, Adagrad's since 2.12."""
+    old = torch.torch_version.TorchVersion(torch.__version__) < (2, 12)
+    return bool(kwargs.get("fused")) and not (old and cls is torch.optim.Adagrad)
+
+
 def new_parameters(
     shapes: Sequence[Sequence[int]] = SHAPES, dtype: torch.dtype = torch.float32
 ) -> list[nn.Parameter]:
