@@ -4,6 +4,7 @@ PYTHON  ?= python3
 VENV    := .venv
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
+OLDEST  := .venv-oldest
 TRAINERS := .venv-integrations
 WORKERS ?= 2
 ARGS    ?=
@@ -11,10 +12,10 @@ ARGS    ?=
 SHELL       := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test suite kernels-test kernels-test-oldest test-integrations gpu lint typecheck wheel-test bench stage clean
+.PHONY: help venv demo test suite suite-oldest kernels-test kernels-test-oldest test-integrations gpu lint typecheck wheel-test bench stage clean
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | awk -F'|' '{ printf "  make %-14s %s\n", $$1, $$2 }'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | awk -F'|' '{ printf "  make %-20s %s\n", $$1, $$2 }'
 	@echo "Variables: PYTHON=python3  WORKERS=2 (test processes)  ARGS='...' (passed on by demo, test, gpu, bench)"
 
 venv: $(STAMP)  ## create .venv and install the project with all that development needs
@@ -41,12 +42,21 @@ ifneq ($(wildcard tests/kernels/test_*.py),)
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels -n $(WORKERS)
 endif
 
-# The same with the oldest triton that is supported, in a side folder: tests and machine code.
-OLDEST_TRITON := build/triton-3.6.0
-kernels-test-oldest: $(STAMP)  ## kernels-test with triton 3.6.0
-	@test -d $(OLDEST_TRITON)/triton || $(BIN)/python -m pip install -qq --disable-pip-version-check \
-		--no-deps --target $(OLDEST_TRITON) triton==3.6.0
-	TRITON_INTERPRET=1 PYTHONPATH=$(CURDIR)/$(OLDEST_TRITON) $(BIN)/pytest tests/kernels -n $(WORKERS)
+# The oldest torch and triton that are supported; that torch wants an older setuptools. Where no CPU build of it is
+# offered, pip takes the one for CUDA.
+$(OLDEST)/.installed: pyproject.toml constraints.txt
+	@echo "Installing into $(OLDEST) (only now, and when pyproject.toml or constraints.txt change)"
+	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	@sed -E '/^(torch|setuptools)==/d' constraints.txt > $(OLDEST)/constraints.txt
+	@$(OLDEST)/bin/python -m pip install -qq --disable-pip-version-check -c $(OLDEST)/constraints.txt \
+		torch==2.11.0 triton==3.6.0 -e '.[test]'
+	@touch $@
+
+suite-oldest: $(OLDEST)/.installed  ## suite with torch 2.11, in an environment of its own
+	$(OLDEST)/bin/pytest -n $(WORKERS) $(ARGS)
+
+kernels-test-oldest: $(OLDEST)/.installed  ## kernels-test with torch 2.11 and triton 3.6
+	TRITON_INTERPRET=1 $(OLDEST)/bin/pytest tests/kernels -n $(WORKERS)
 
 # Other people's trainers and all that they bring, 2 GB: an environment of its own, so that .venv stays light.
 test-integrations: $(TRAINERS)/.installed  ## the integrations, inside the real trainers
@@ -97,5 +107,5 @@ bench: $(STAMP)  ## the benchmark suite against its peers
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean:  ## remove everything that make, pytest and the demo created
-	rm -rf $(VENV) $(TRAINERS) build dist *.egg-info fastguard-demo .benchmarks .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(TRAINERS) build dist *.egg-info fastguard-demo .benchmarks .hypothesis .pytest_cache .ruff_cache
 	find fastguard kernels tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

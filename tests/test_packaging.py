@@ -80,6 +80,14 @@ def test_every_package_is_listed():
     assert sorted(PROJECT["tool"]["setuptools"]["packages"]) == sorted(packages)
 
 
+def test_the_oldest_versions_that_are_admitted_are_tested():
+    asked = PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["gpu"]
+    tested = (ROOT / "Makefile").read_text()
+    for name in ("torch", "triton"):
+        (oldest,) = re.findall(rf"^{name}>=([\d.]+)", "\n".join(asked), re.MULTILINE)
+        assert f"{name}=={oldest}.0 " in tested
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     require("build")
