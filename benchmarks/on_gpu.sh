@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can prove, in nine minutes and without network: installs this checkout,
-# runs the GPU benchmarks, tests/gpu, compute-sanitizer on a small case, and a soak for the rest.
+# runs the GPU benchmarks, tests/gpu, training steps of a GPT-2, compute-sanitizer on a small case, and a soak for the
+# rest.
 #
 #   benchmarks/on_gpu.sh [--dry-run]
 #
@@ -23,13 +24,13 @@ case "${1:-}" in
 esac
 SECONDS=0 # the shell's own clock
 deadline=${FASTGUARD_SECONDS:-540}
-for_sanitizer=75 for_soak=40
+for_training=90 for_sanitizer=75 for_soak=40
 mkdir -p "$OUT"
 export PYTHONUNBUFFERED=1 FASTGUARD_REQUIRE_GPU=1
 unset TRITON_INTERPRET
 json="$OUT/gpu.json"
 status=0
-stages=(machine install benchmarks tests sanitizer soak)
+stages=(machine install benchmarks tests training sanitizer soak)
 declare -A outcome
 
 stage() { # name, seconds at the most, command...
@@ -62,6 +63,9 @@ collect() { # one file says it all: the outcomes of the stages beside the number
 import json, pathlib, re, sys
 source, out = map(pathlib.Path, sys.argv[1:3])
 document = json.loads(source.read_text()) if source.exists() else {}
+training = out / "gpu-training.json"
+if training.exists():
+    document["training"] = json.loads(training.read_text())
 document["stages"] = dict(line.split("=", 1) for line in sys.argv[3:])
 log = out / "gpu-tests.log"
 lines = log.read_text(errors="replace").splitlines() if log.exists() else []
@@ -75,7 +79,7 @@ print(final)
 PY
 }
 
-rm -f "$json" "$OUT"/gpu-{machine,install,benchmarks,tests,sanitizer,soak}.log
+rm -f "$json" "$OUT"/gpu-training.json "$OUT"/gpu-{machine,install,benchmarks,tests,training,sanitizer,soak}.log
 stage machine 60 "$PYTHON" -P -c '
 import platform, shutil, subprocess, numpy, torch, triton
 print("python", platform.python_version(), "torch", torch.__version__, "triton", triton.__version__, "numpy", numpy.__version__)
@@ -98,7 +102,10 @@ stage benchmarks 150 env PYTHONPATH="$(path_of "$staged" "$PWD")" "$PYTHON" -P -
 pytest=(env PYTHONPATH="$(path_of "$staged")" "$PYTHON" -P -m pytest tests/gpu -q -p no:cacheprovider --timeout=120)
 parallel=()
 if "$PYTHON" -P -c 'import xdist' 2>/dev/null; then parallel=(-n 6); fi
-stage tests "$(left $((for_sanitizer + for_soak)))" "${pytest[@]}" -m "not slow" --durations=8 "${parallel[@]}"
+stage tests "$(left $((for_training + for_sanitizer + for_soak)))" "${pytest[@]}" -m "not slow" --durations=8 "${parallel[@]}"
+
+stage training "$(left $((for_sanitizer + for_soak)))" env PYTHONPATH="$(path_of "$staged" "$PWD")" \
+    "$PYTHON" -P -m benchmarks.training_step --out "$OUT/gpu-training.json"
 
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -1)
 if [ -n "$sanitizer" ]; then
@@ -117,6 +124,6 @@ stage soak $((${FASTGUARD_SOAK_SECONDS%.*} + 60)) "${pytest[@]}" -m slow
 for name in "${stages[@]}"; do echo "$name: ${outcome[$name]:-not run}"; done
 if [ "$DRY_RUN" = 0 ]; then
     collect
-    rm -f "$json"
+    rm -f "$json" "$OUT/gpu-training.json"
 fi
 exit $status

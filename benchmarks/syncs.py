@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 
@@ -38,16 +39,20 @@ def count_syncs(device: torch.device) -> int | None:
         guarded.records()
 
     step(0)  # creates the optimizer's state
+    waits = waits_of(lambda: [step(k) for k in range(10)], device)
+    for wait in sorted(set(waits)):
+        print(f"a guarded step waited: {wait}")
+    return len(waits)
+
+
+def waits_of(work: Callable[[], object], device: torch.device) -> list[str]:
+    """What PyTorch says of each time that the host waits for a GPU in `work`."""
     torch.cuda.synchronize(device)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            for k in range(10):
-                step(k)
+            work()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = [str(w.message) for w in seen if "synchronizing" in str(w.message)]
-    for wait in sorted(set(waits)):
-        print(f"a guarded step waited: {wait}")
-    return len(waits)
+    return [str(w.message) for w in seen if "synchronizing" in str(w.message)]

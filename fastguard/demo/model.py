@@ -1,4 +1,4 @@
-"""A GPT over bytes: pre-norm blocks, learned positions, nothing unusual."""
+"""A GPT, over bytes by default: pre-norm blocks, learned positions, nothing unusual."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ BYTES = 256
 class Block(nn.Module):
     """Causal attention and an MLP, each behind a layer norm and added to the stream."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, *, bias: bool) -> None:
         super().__init__()
         self.heads = heads
         self.attention_norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.project = nn.Linear(width, width, bias=False)
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.project = nn.Linear(width, width, bias=bias)
         self.mlp_norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 4 * width, bias=False)
-        self.down = nn.Linear(4 * width, width, bias=False)
+        self.up = nn.Linear(width, 4 * width, bias=bias)
+        self.down = nn.Linear(4 * width, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.project(self._attend(self.attention_norm(x)))
@@ -31,15 +31,30 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Logits of the next byte, `(batch, time, 256)`, for bytes `(batch, time)`."""
+    """Logits of the next token, `(batch, time, vocabulary)`, for tokens `(batch, time)`.
 
-    def __init__(self, width: int, layers: int, heads: int, context: int) -> None:
+    GPT-2 has a `bias` in its linear layers, and a head `tied` to the embedding.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        layers: int,
+        heads: int,
+        context: int,
+        *,
+        vocabulary: int = BYTES,
+        bias: bool = False,
+        tied: bool = False,
+    ) -> None:
         super().__init__()
-        self.token = nn.Embedding(BYTES, width)
+        self.token = nn.Embedding(vocabulary, width)
         self.position = nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(layers)])
+        self.blocks = nn.Sequential(*[Block(width, heads, bias=bias) for _ in range(layers)])
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, BYTES, bias=False)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        if tied:
+            self.head.weight = self.token.weight
         for name, p in self.named_parameters():
             if p.dim() == 2:  # as GPT-2: what adds to the stream starts smaller
                 adds = name.endswith(("project.weight", "down.weight"))
@@ -50,5 +65,5 @@ class GPT(nn.Module):
         return self.head(self.norm(self.blocks(x)))
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats a byte, `()`."""
+        """Mean cross-entropy in nats a token, `()`."""
         return F.cross_entropy(self(inputs).flatten(0, 1), targets.flatten())

@@ -1,0 +1,237 @@
+"""Whole training steps of GPT-2 124M, bare and guarded: what a user feels.
+
+python -m benchmarks.training_step --out FILE
+python -m benchmarks.training_step --device cpu --quick      # tries the script, on a tiny model
+
+Forward and backward in bf16 autocast, fused AdamW, 8 x 1024 tokens; eager, then compiled. The ways
+to guard a step share one model, one optimizer and one batch and take turns, round by round. A
+sample is `STEPS` steps in a row, from an idle device to an idle device: where a way makes the host
+wait, the device runs dry, as it does in training. What a way adds is taken against the bare step of
+the same round. The learning rate is tiny, so that the weights stay where they are.
+
+The file is written after each mode. The exit status is 1 if a mode failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+import fastguard
+from benchmarks.syncs import waits_of
+from fastguard.bench.command import device_of
+from fastguard.bench.machine import commit, describe_machine, title_of, versions
+from fastguard.bench.results import rounded
+from fastguard.bench.runner import Spread
+from fastguard.bench.session import quiet_guard
+from fastguard.bench.steps import LR
+from fastguard.demo.model import GPT
+from fastguard.files import written
+from fastguard.strict_json import dumps
+from fastguard.usage import UsageError
+
+MODES = ("eager", "compiled")
+BARE = "bare step"
+MAX_NORM = 1.0
+STEPS = 5  # of a sample
+WARM_UP, FEWEST_ROUNDS, MOST_ROUNDS = 3, 5, 51
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model and its batch."""
+
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    context: int = 1024
+    vocabulary: int = 50304  # GPT-2's 50257, padded so that the tensor cores take it
+    batch: int = 8
+
+    def model(self) -> GPT:
+        return GPT(
+            self.width,
+            self.layers,
+            self.heads,
+            self.context,
+            vocabulary=self.vocabulary,
+            bias=True,
+            tied=True,
+        )
+
+
+TINY = Size(width=32, layers=2, heads=2, context=16, vocabulary=64, batch=2)
+
+Step = Callable[[], None]
+
+
+def ways_to_step(
+    model: torch.nn.Module, inner: torch.optim.Optimizer
+) -> dict[str, Callable[[Tensor], object]]:
+    """What comes after the backward pass, as one writes it; each is handed the loss."""
+    parameters = list(model.parameters())
+    guarded = fastguard.GuardedOptimizer(inner, max_norm=MAX_NORM)
+
+    def clip(loss: Tensor) -> None:
+        clip_grad_norm_(parameters, MAX_NORM)
+        inner.step()
+
+    def clip_isfinite_norm(loss: Tensor) -> None:
+        if torch.isfinite(clip_grad_norm_(parameters, MAX_NORM)):
+            inner.step()
+
+    def isfinite_clip(loss: Tensor) -> None:
+        if all(torch.isfinite(p.grad).all() for p in parameters if p.grad is not None):
+            clip(loss)
+
+    return {
+        BARE: lambda loss: inner.step(),
+        "clip + step": clip,
+        "clip + isfinite(norm) + step": clip_isfinite_norm,
+        "isfinite + clip + step": isfinite_clip,
+        "GuardedOptimizer": lambda loss: guarded.step(loss=loss),
+    }
+
+
+def training_steps(size: Size, device: torch.device, mode: str) -> dict[str, Step]:
+    """The whole step for each way to end it, around one model."""
+    torch.manual_seed(0)
+    model = size.model().to(device)
+    inner = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
+    tokens = torch.randint(size.vocabulary, (size.batch, size.context + 1), device=device)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    forward = torch.compile(model.loss) if mode == "compiled" else model.loss
+
+    def whole(end: Callable[[Tensor], object]) -> Step:
+        def step() -> None:
+            with torch.autocast(device.type, torch.bfloat16):
+                loss = forward(inputs, targets)
+            loss.backward()
+            end(loss)
+            inner.zero_grad()
+
+        return step
+
+    return {name: whole(end) for name, end in ways_to_step(model, inner).items()}
+
+
+def measured(size: Size, device: torch.device, mode: str, seconds: float) -> list[dict[str, Any]]:
+    """One row a way: milliseconds a step, what it adds to the bare one, waits, peak memory."""
+    steps = training_steps(size, device, mode)
+    for step in steps.values():
+        for _ in range(WARM_UP):
+            step()
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    order = list(steps)
+    end = time.perf_counter() + seconds
+    while len(samples[BARE]) < MOST_ROUNDS:
+        if len(samples[BARE]) >= FEWEST_ROUNDS and time.perf_counter() > end:
+            break
+        for name in order:
+            samples[name].append(ms_a_step(steps[name], device))
+        order.append(order.pop(0))
+    bare = samples[BARE]
+    return [
+        {
+            "mode": mode,
+            "way": name,
+            "rounds": len(ms),
+            "ms": asdict(Spread.of(ms)),
+            "added_percent": asdict(
+                Spread.of([100.0 * (m / b - 1.0) for m, b in zip(ms, bare, strict=True)])
+            ),
+            "waits": len(waits_of(steps[name], device)) if device.type == "cuda" else None,
+            "peak_mb": peak_mb(steps[name], device),
+        }
+        for name, ms in samples.items()
+    ]
+
+
+def ms_a_step(step: Step, device: torch.device) -> float:
+    """Of `STEPS` steps in a row, until the device is idle."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(STEPS):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) * 1e3 / STEPS
+
+
+def peak_mb(step: Step, device: torch.device) -> float | None:
+    """The most memory that a step holds on a GPU, model and optimizer included, in 1e6 bytes."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) / 1e6
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """In Markdown, as the README has it."""
+    lines = [
+        "| mode | after the backward pass | ms a step | added p50 [p20..p80] | waits | peak MB |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        added = row["added_percent"]
+        spread = f"{added['p50']:+.1f} % [{added['p20']:+.1f}..{added['p80']:+.1f}]"
+        waits = "-" if row["waits"] is None else row["waits"]
+        peak = "-" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
+        cells = (row["mode"], row["way"], f"{row['ms']['p50']:.2f}", spread, waits, peak)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.training_step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path, help="a JSON file to write")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and few rounds")
+    parser.add_argument("--seconds", type=float, default=15.0, help="a mode (default: %(default)g)")
+    args = parser.parse_args()
+    try:
+        device = device_of(args.device)
+    except UsageError as error:
+        print(f"{error}; --quick tries the script", file=sys.stderr)
+        return 2
+    size, seconds = (TINY, 0.0) if args.quick else (Size(), args.seconds)
+    machine = describe_machine(device)
+    document = {"machine": machine, "versions": versions()}
+    document |= {"commit": os.environ.get("COMMIT") or commit(), "size": asdict(size)}
+    document |= {"steps_a_sample": STEPS, "rows": [], "failures": {}}
+    for mode in MODES:
+        try:
+            with quiet_guard():
+                document["rows"] += measured(size, device, mode, seconds)
+        except Exception as error:  # the other mode is worth having
+            document["failures"][mode] = f"{type(error).__name__}: {error}"
+            traceback.print_exc()
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            with written(args.out) as temporary:
+                temporary.write_text(dumps(rounded(document), indent=1) + "\n")
+    print(f"GPT-2 training steps on {title_of(machine)}")
+    print("\n".join(table(document["rows"])))
+    return 1 if document["failures"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
