@@ -221,6 +221,8 @@ for _name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"):
     CALLS[f"pathlib.{_name}"] = CALLS["pathlib.Path"]
 for _name in ("scalar", "_reconstruct"):  # numpy 2
     CALLS[f"numpy._core.multiarray.{_name}"] = CALLS[f"numpy.core.multiarray.{_name}"]
+# Modules that some Python names in place of those of all others: 3.13, where a class was defined.
+MOVED = {"pathlib._local": "pathlib"}
 
 
 class _Call:
@@ -249,6 +251,7 @@ class InertUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         # torch.save writes protocol 2, with the names that Python 2 had
         module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+        module = MOVED.get(module, module)
         qualified = f"{module}.{name}"
         if qualified not in self._classes:
             self._classes[qualified] = self._meaning(module, name, qualified)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from fastguard.checkpoints.errors import CheckpointError, DamagedFile, UnsafeFile
+from fastguard.checkpoints.inert import MOVED
 
 NAME = ".metadata"
 _ALLOWED = {
@@ -64,6 +65,7 @@ class _Unpickler(pickle._Unpickler):
     dispatch[pickle.BUILD[0]] = _build
 
     def find_class(self, module: str, name: str) -> Any:
+        module = MOVED.get(module, module)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if (module, name) == ("builtins", "getattr"):

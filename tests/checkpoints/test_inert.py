@@ -2,9 +2,11 @@
 
 import collections
 import functools
+import io
 import os
 import pathlib
 import pickle
+import re
 import sys
 import types
 import warnings
@@ -15,7 +17,7 @@ import torch
 
 from fastguard.checkpoints import DamagedFile, UnsafeFile, inspect
 from fastguard.checkpoints.contents import read_contents
-from fastguard.checkpoints.inert import StandIn
+from fastguard.checkpoints.inert import InertUnpickler, StandIn
 from fastguard.checkpoints.tree import named_leaves
 
 NAN = float("nan")
@@ -144,6 +146,13 @@ def test_a_pickled_module_is_read_without_its_classes(yolo):
     leaves = dict(named_leaves(tree))
     assert leaves["ema.args.lr0"] == 0.01
     assert leaves["train_args.data"] == "coco.yaml"
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_paths_of_any_python_are_text(module, tmp_path):
+    raw = pickle.dumps({"data": pathlib.PurePosixPath("a/b")}, protocol=2)
+    named = re.sub(rb"cpathlib(\._local)?\n", f"c{module}\n".encode(), raw)
+    assert InertUnpickler(io.BytesIO(named)).load() == {"data": "a/b"}
 
 
 @pytest.mark.parametrize(("name", "arguments"), [("Maker", (1,)), ("make", ())])

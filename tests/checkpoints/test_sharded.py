@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from fastguard import CheckpointStore
 from fastguard.checkpoints import CheckpointError, DamagedFile, UnsafeFile
 from fastguard.checkpoints.shard_looking import look
 from fastguard.checkpoints.shard_metadata import read_metadata
+from fastguard.checkpoints.sharded import read
 from fastguard.peers import Peers
 from guardtest.group_of_one import group_of_one
 
@@ -242,6 +244,22 @@ def test_verify_reads_every_file_of_a_folder_once(mesh, tmp_path, monkeypatch):
     monkeypatch.setattr(inspection, "_read_into", lambda *a: (n := size(*a), read.append(n))[0])
     monkeypatch.setattr(inspection, "sha256_of", None)
     assert look(folder, Peers()).size == sum(read)
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_a_checkpoint_of_any_python_is_read_by_all(module, mesh, tmp_path):
+    """Python 3.13 pickles paths by the module that defines them, which no other has."""
+    model, _ = build(mesh)
+    with CheckpointStore(tmp_path) as store:
+        folder = tmp_path / store.save(model=model, step=0).file
+    path = folder / ".metadata"
+    raw = pickle.dumps(pickle.loads(path.read_bytes()), protocol=3)
+    names = re.compile(rb"cpathlib(\._local)?\n")
+    assert names.search(raw)
+    path.write_bytes(names.sub(f"c{module}\n".encode(), raw))
+    assert look(folder, Peers()).bad == ()
+    found = read(folder, {}, Peers())["objects"]["model"]
+    assert torch.equal(found["0.weight"], model[0].weight.full_tensor())
 
 
 class Bomb:
