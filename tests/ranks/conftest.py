@@ -9,7 +9,7 @@ from guardtest.ranks import Ranks
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[Ranks]:
-    with Ranks(2, collective_seconds=5.0) as ranks:
+    with Ranks(2) as ranks:
         yield ranks
 
 
