@@ -61,15 +61,40 @@ def vector_powers(x, P: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, V
     """float64 `(SIZE // VEC,)`: the power sum of each 16-byte vector of a block."""
     if GROUP == 1:
         y = powers(widened(x), P)
-        return tl.sum(tl.reshape(y, (SIZE // VEC, VEC)), axis=1)
+    else:  # 2, of 16 bits: one addition of exact squares
+        x = float32_of(x)
+        y = tl.sum(tl.reshape(x * x, (SIZE // 2, 2)), axis=1).to(tl.float64)
+    return tl.sum(tl.reshape(y, (SIZE // VEC, VEC // GROUP)), axis=1)
+
+
+@triton.jit
+def vector_squares(x, SIZE: tl.constexpr, VEC: tl.constexpr):
+    """float32 `(SIZE // VEC,)`, twice: the sum of squares of each 16-byte vector, and what rounding
+    took from it. Infinite or NaN where an element is, or where a square leaves the range."""
+    if x.dtype == tl.float32:
+        # The upper 12 bits of the significand: their square is exact, the rest is small.
+        top = (x.to(tl.uint32, bitcast=True) & 0xFFFFF000).to(tl.float32, bitcast=True)
+        y, lost = _added_in_pairs(top * top, (x - top) * (x + top), SIZE)
     else:
         x = float32_of(x)
-        y = tl.sum(tl.reshape(x * x, (SIZE // 2, 2)), axis=1)
-        if GROUP >= 4:  # level by level, because the order inside a longer tl.sum is Triton's
-            y = tl.sum(tl.reshape(y, (SIZE // 4, 2)), axis=1)
-        if GROUP >= 8:
-            y = tl.sum(tl.reshape(y, (SIZE // 8, 2)), axis=1)
-        y = y.to(tl.float64)
-        if GROUP < VEC:
-            y = tl.sum(tl.reshape(y, (SIZE // VEC, VEC // GROUP)), axis=1)
-        return y
+        y, lost = _two_sum(*tl.split(tl.reshape(x * x, (SIZE // 2, 2))))
+    y, lost = _added_in_pairs(y, lost, SIZE // 2)
+    if VEC == 8:
+        y, lost = _added_in_pairs(y, lost, SIZE // 4)
+    return y, lost
+
+
+@triton.jit
+def _added_in_pairs(y, lost, SIZE: tl.constexpr):
+    """Sums of neighbours; what they round off joins what was lost before."""
+    a, b = tl.split(tl.reshape(lost, (SIZE // 2, 2)))
+    y, rounded_off = _two_sum(*tl.split(tl.reshape(y, (SIZE // 2, 2))))
+    return y, a + b + rounded_off
+
+
+@triton.jit
+def _two_sum(a, b):
+    """`a + b`, and what the addition rounds off (Knuth)."""
+    total = a + b
+    b_seen = total - a
+    return total, (a - (total - b_seen)) + (b - b_seen)

@@ -11,21 +11,27 @@ finish (one segment) or by a second small launch with one program a segment: sam
 grid, bitwise the same sums. No floating-point atomics.
 
 Numerics of p = 2. Float64 squares lose nothing, but a GPU widens few numbers at a time (16 a clock
-and SM on sm_90, 2 on consumer cards). So `GROUP` squares of neighbours are added in float32, as a
-tree, and their sum is widened. Squares of fp16 and bf16 are exact in float32, and every level of
-the tree rounds by at most u = 2^-24 of the power sum, half of that in the norm:
+and SM on sm_90, 2 on consumer cards). So `GROUP` squares of neighbours are added in float32, and
+their sum is widened. Squares of fp16 and bf16 are exact in float32; adding two of them rounds by
+at most u = 2^-24 of the power sum, half of that in the norm. Where a whole vector is added up, what
+its additions round off (Knuth's TwoSum) and what the square of a float32 loses is summed beside it,
+in float32: at most 2^-10 of the sum, in 22 roundings.
 
 | dtype      | GROUP | widened in 16 bytes | error of the norm, at most | for                     |
 |------------|-------|---------------------|----------------------------|-------------------------|
 | fp64, fp32 | 1     | 0, 4                | that of float64 arithmetic | any card                |
 | fp16, bf16 | 2     | 4                   | 0.5 u = 3.0e-8             | any card                |
-| fp32       | 4     | 1                   | 1.5 u = 8.9e-8             | fp64 at 1/32 or slower  |
-| fp16, bf16 | 8     | 1                   | 1.5 u = 8.9e-8             | fp64 at 1/32 or slower  |
+| fp32       | 4     | 1                   | 11 * 2^-34 = 6.4e-10       | fp64 at 1/32 or slower  |
+| fp16, bf16 | 8     | 1                   | less                       | fp64 at 1/32 or slower  |
 
-The bounds hold for constant arrays too, where all groups round the same way. A grouped chunk is
-summed again in float64 where float32 has no room: its sum is infinite (|x| > 9e18), or so small
-(n * 2^-100) that squares below 2^-126 could matter, and not every element is zero (the largest bit
-pattern tells, at an instruction an element). fp16 squares lie in [2^-48, 2^32] and never need it.
+The bounds hold for repeated values too, where all groups round the same way, and leave room for
+the rounding of the norm to float32 (6.0e-8). Sums of a vector that let go of what they round off do
+not: 8.9e-8, so 1.5e-7 together, and patterns of four and eight values came to that.
+
+A grouped chunk is summed again in float64 where float32 has no room: its sum is infinite
+(|x| > 9e18), or so small (n * 2^-90) that what lies below 2^-126 could matter, and not every
+element is zero (the largest bit pattern tells, at an instruction an element). fp16 squares lie in
+[2^-48, 2^32] and never need it.
 
 Finiteness is free: NaN or Inf anywhere makes the chunk's sum NaN or Inf (for the inf-norm, the
 largest bit pattern that of one). Only then is the chunk read again, in float64, tensor by tensor,
@@ -40,6 +46,14 @@ Lab table (sass: machine code for sm_90; `make kernels-test` prints the current 
 | the same, blocks twice as long [sass]       | 62        | 8               | 17.1                |
 | bf16, GROUP 1 [sass]                        | 40        | 4               | 27.2                |
 | bf16, GROUP 2, OR of the bits [sass]        | 32        | 4               | 39.5                |
+
+| the whole kernel, sums of whole vectors     | registers | loads in flight | instructions / 16 B |
+|---------------------------------------------|-----------|-----------------|---------------------|
+| fp32, bf16, nothing kept [sass]             | 78, 74    | 4               | 15.8, 32.8          |
+| fp32, bf16, what is rounded off kept [sass] | 62, 62    | 4               | 54.2, 77.2  (used)  |
+
+Cards with little fp64 read 3 to 7 bytes a clock and SM [datasheets]: at most 36 instructions of the
+128 that an SM starts in a clock, so that keeping what is rounded off should not show.
 
 The whole kernel with the second look takes 80 registers at the most. Left alone, the compiler
 spilled up to ten of them outside the loop to stay at 64 or 48 [sass]; capped at 80 it spills none
@@ -68,6 +82,7 @@ from fastguard.kernels.elements import (
     magnitude_bits,
     powers,
     vector_powers,
+    vector_squares,
     widened,
 )
 from fastguard.kernels.launch import Launcher, Variant, wide_fp64
@@ -176,6 +191,7 @@ def measure_kernel(
 ):
     LANES: tl.constexpr = BLOCK_SIZE // VEC
     WATCH_UNDERFLOW: tl.constexpr = GROUP > 1 and DTYPE != tl.float16
+    KEEP_LOST: tl.constexpr = GROUP == VEC and DTYPE != tl.float64
     BITS: tl.constexpr = tl.int64 if DTYPE == tl.float64 else tl.int32
     INF_BITS: tl.constexpr = 0x7FF0000000000000 if DTYPE == tl.float64 else 0x7F800000
     program = tl.program_id(0)
@@ -216,6 +232,7 @@ def measure_kernel(
                 total = top.to(tl.float32, bitcast=True).to(tl.float64)
         else:
             acc = tl.zeros((LANES,), dtype=tl.float64)
+            lost = tl.zeros((LANES,), dtype=tl.float32)
             seen = tl.zeros((LANES,), dtype=tl.uint32)
             i = 0
             while i < n_vec:
@@ -224,12 +241,19 @@ def measure_kernel(
                 if WATCH_UNDERFLOW:
                     bits = tl.reshape(float32_of(x).to(tl.uint32, bitcast=True), (LANES, VEC))
                     seen = tl.maximum(seen, tl.max(bits, axis=1))
-                acc += vector_powers(x, P, GROUP, BLOCK_SIZE, VEC)
+                if KEEP_LOST:
+                    squares, rounded_off = vector_squares(x, BLOCK_SIZE, VEC)
+                    acc += squares.to(tl.float64)
+                    lost += rounded_off
+                else:
+                    acc += vector_powers(x, P, GROUP, BLOCK_SIZE, VEC)
                 i += BLOCK_SIZE
             total = tl.sum(acc, axis=0)
+            if KEEP_LOST:
+                total += tl.sum(lost.to(tl.float64), axis=0)
             trusted = tl.abs(total) < float("inf")  # False for NaN
             if WATCH_UNDERFLOW:
-                room = total >= n_vec.to(tl.float64) * 2.0**-100
+                room = total >= n_vec.to(tl.float64) * 2.0**-90
                 trusted = trusted & (room | (tl.max(seen, axis=0) == 0))
             if n_vec < n:
                 x = tl.load(tail_ptr + n_vec + tail_offsets, mask=tail_mask, other=0.0)

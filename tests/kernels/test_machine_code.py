@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-TARGETS = ["80", "90", "100", "gfx90a", "gfx942"]
+TARGETS = ["80", "90", "100", "89", "120", "gfx90a", "gfx942"]
 SUPPORT = Path(__file__).parents[1] / "support"
 MAX_REGISTERS = 80  # three programs of 256 threads a multiprocessor
 MAX_ANY_POWER_REGISTERS = 128  # logarithms bound it: two programs a multiprocessor will do
@@ -22,6 +22,10 @@ MAX_INSTRUCTIONS = {  # of the main loop, for each 16 bytes read; the budget of 
     "measure bf16": 48,
     "measure fp32": 24,
     "measure fp64": 18,
+    # On cards with little fp64. They read 3 to 7 bytes a clock and SM: a third of their budget.
+    "measure fp16 group": 80,
+    "measure bf16 group": 88,
+    "measure fp32 group": 64,
     "apply fp16": 36,
     "apply bf16": 36,
     "apply fp32": 16,
@@ -77,6 +81,5 @@ def test_machine_code(target, capsys):
             assert row["stores"] >= 4, row
         if not target.startswith("gfx") and "p=3" not in name:
             assert row["narrow_loads"] == row["narrow_stores"] == row["loop_spills"] == 0, row
-            assert (
-                row["instructions"] <= MAX_INSTRUCTIONS[" ".join(name.replace(",", "").split()[:2])]
-            ), row
+            kind = " ".join(words[:2] + ["group"] * ("group" in words))
+            assert row["instructions"] <= MAX_INSTRUCTIONS[kind], row
