@@ -124,6 +124,19 @@ class FlatGradBuckets:
             for p, view in zip(self.parameters, self._views, strict=True)
         ):
             self._attach()
+        if self._all_taken_in():
+            return self._buckets
+        return bucketize(
+            [p.grad for p in self.parameters],
+            segments=self.segments,
+            n_segments=self.n_segments,
+            names=self.names,
+            device=self._buckets.device,
+        )
+
+    @torch.no_grad()
+    def _all_taken_in(self) -> bool:
+        """Whether no gradient stays elsewhere; those that may move go into their slots."""
         foreign = False
         for p, view in zip(self.parameters, self._views, strict=True):
             grad = p.grad
@@ -136,15 +149,7 @@ class FlatGradBuckets:
                 p.grad = view
             else:
                 foreign = True
-        if not foreign:
-            return self._buckets
-        return bucketize(
-            [p.grad for p in self.parameters],
-            segments=self.segments,
-            n_segments=self.n_segments,
-            names=self.names,
-            device=self._buckets.device,
-        )
+        return not foreign
 
     def release(self) -> None:
         """Gives every gradient memory of its own again, and forgets the buffers' contents."""

@@ -149,12 +149,19 @@ def test_any_sequence_of_replacements_equals_no_flat_buckets(data):
         assert a.total_norm == pytest.approx(b.total_norm, rel=1e-7)
 
 
-def test_a_gradient_with_a_graph_is_measured_and_moved_in():
+TAKES_IN = {
+    "measure": lambda flat: flat.measure().total_norm,
+    "buckets": lambda flat: flat.buckets().buckets[0].grads[0].norm(),
+}
+
+
+@pytest.mark.parametrize("take_in", TAKES_IN.values(), ids=TAKES_IN)
+def test_a_gradient_with_a_graph_is_measured_and_moved_in(take_in):
     p = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
     flat = FlatGradBuckets([p])
     for _ in range(2):
         (p.grad,) = torch.autograd.grad(p.square().sum() / 2, [p], create_graph=True)
-        assert flat.measure().total_norm == 5.0
+        assert take_in(flat) == 5.0
         assert attached(flat)
     flat.zero_()
     assert not p.grad.requires_grad
