@@ -81,10 +81,11 @@ PY
 
 rm -f "$json" "$OUT"/gpu-training.json "$OUT"/gpu-{machine,install,benchmarks,tests,training,sanitizer,soak}.log
 stage machine 60 "$PYTHON" -P -c '
-import platform, shutil, subprocess, numpy, torch, triton
+import os, platform, shutil, subprocess, sysconfig, numpy, torch, triton
 print("python", platform.python_version(), "torch", torch.__version__, "triton", triton.__version__, "numpy", numpy.__version__)
 print("C compiler:", shutil.which("cc") or shutil.which("gcc") or shutil.which("clang") or "none: triton cannot launch")
-print(subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.strip())
+print("its headers of Python:", os.path.exists(sysconfig.get_path("include") + "/Python.h"))
+if shutil.which("nvidia-smi"): print(subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.strip())
 print(torch.cuda.get_device_name(), torch.cuda.device_count())'
 staged=
 if ! stage install 40 "$PYTHON" -m pip install -q -e . --no-deps --no-build-isolation; then
@@ -105,7 +106,7 @@ if "$PYTHON" -P -c 'import xdist' 2>/dev/null; then parallel=(-n 6); fi
 stage tests "$(left $((for_training + for_sanitizer + for_soak)))" "${pytest[@]}" -m "not slow" --durations=8 "${parallel[@]}"
 
 stage training "$(left $((for_sanitizer + for_soak)))" env PYTHONPATH="$(path_of "$staged" "$PWD")" \
-    "$PYTHON" -P -m benchmarks.training_step --out "$OUT/gpu-training.json"
+    "$PYTHON" -P -m benchmarks.training_step --seconds 8 --out "$OUT/gpu-training.json"
 
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -1)
 if [ -n "$sanitizer" ]; then

@@ -25,7 +25,7 @@ case "$*" in
         exit ${FAKE_STATUS:-1} ;;
     *"-m benchmarks.training_step"*)
         echo "path $PYTHONPATH"
-        echo '{"rows": [5]}' > "$5"
+        echo '{"rows": [5]}' > "$7"
         exit ${FAKE_STATUS:-1} ;;
     *"-m benchmarks.sanitize"* | *nvidia-smi*) exit ${FAKE_STATUS:-3} ;;
     *) exec {python} "$@" ;;

@@ -16,6 +16,7 @@ def test_they_arrive_and_nobody_waits(no_sync, values):
     numbers_on(values, CUDA)
     with no_sync():
         found = numbers_on(values, CUDA)
+        torch.cuda.synchronize()  # its pinned memory is free again
         torch.cuda._sleep(400_000_000)
         asleep = torch.cuda.Event()
         asleep.record()

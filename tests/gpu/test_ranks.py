@@ -42,7 +42,12 @@ def here() -> torch.device:
 
 
 def whole(t: Tensor) -> Tensor:
-    return t.full_tensor() if isinstance(t, DTensor) else t
+    """On the host; by way of it too, since gloo cannot gather the shards of a GPU."""
+    if not isinstance(t, DTensor):
+        return t.cpu()
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, t.to_local().cpu())
+    return torch.cat(parts)
 
 
 def train(model: nn.Module, opt: GuardedOptimizer, part: slice, bad_rank: int | None) -> list[Any]:
@@ -55,7 +60,7 @@ def train(model: nn.Module, opt: GuardedOptimizer, part: slice, bad_rank: int | 
             grad = next(model.parameters()).grad
             getattr(grad, "_local_tensor", grad).view(-1)[0] = math.nan
         opt.step(loss=loss, tag=step)
-    weights = [whole(p.detach()).cpu() for p in model.parameters()]
+    weights = [whole(p.detach()) for p in model.parameters()]
     return [opt.flush(), weights]
 
 
@@ -65,7 +70,10 @@ def guarded(model: nn.Module, **options: Any) -> GuardedOptimizer:
 
 
 def sharded() -> list[Any]:
-    model = fully_shard(model_of(here()), mesh=init_device_mesh("cuda", (2,)))
+    device = (
+        here()
+    )  # first: a mesh would choose the GPU of the rank's number, which may not be there
+    model = fully_shard(model_of(device), mesh=init_device_mesh("cuda", (2,)))
     part = slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
     return train(model, guarded(model), part, bad_rank=1)
 
