@@ -18,11 +18,13 @@ help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | awk -F'|' '{ printf "  make %-20s %s\n", $$1, $$2 }'
 	@echo "Variables: PYTHON=python3  WORKERS=2 (test processes)  ARGS='...' (passed on by demo, test, gpu, bench)"
 
+CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	|| { echo "fastguard needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 1; }
+
 venv: $(STAMP)  ## create .venv and install the project with all that development needs
 
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-		|| { echo "fastguard needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(CHECK_PYTHON)
 	@echo "Installing into $(VENV) (only now, and when pyproject.toml or constraints.txt change)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
@@ -45,6 +47,7 @@ endif
 # The oldest torch and triton that are supported; that torch wants an older setuptools. Where no CPU build of it is
 # offered, pip takes the one for CUDA.
 $(OLDEST)/.installed: pyproject.toml constraints.txt
+	@$(CHECK_PYTHON)
 	@echo "Installing into $(OLDEST) (only now, and when pyproject.toml or constraints.txt change)"
 	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	@sed -E '/^(torch|setuptools)==/d' constraints.txt > $(OLDEST)/constraints.txt
@@ -64,6 +67,7 @@ test-integrations: $(TRAINERS)/.installed  ## the integrations, inside the real 
 
 # ultralytics asks for the OpenCV that opens windows, which needs libGL; without it the headless one does.
 $(TRAINERS)/.installed: pyproject.toml constraints.txt
+	@$(CHECK_PYTHON)
 	@echo "Installing into $(TRAINERS) (only now, and when pyproject.toml or constraints.txt change)"
 	@test -x $(TRAINERS)/bin/python || $(PYTHON) -m venv $(TRAINERS)
 	@$(TRAINERS)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt \

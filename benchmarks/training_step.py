@@ -15,6 +15,7 @@ The file is written after each mode. The exit status is 1 if a mode failed.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import time
@@ -128,6 +129,7 @@ def training_steps(size: Size, device: torch.device, mode: str) -> dict[str, Ste
 
 def measured(size: Size, device: torch.device, mode: str, seconds: float) -> list[dict[str, Any]]:
     """One row a way: milliseconds a step, what it adds to the bare one, waits, peak memory."""
+    gc.collect()  # the model of another mode is part of reference cycles
     steps = training_steps(size, device, mode)
     for step in steps.values():
         for _ in range(WARM_UP):
@@ -181,7 +183,7 @@ def peak_mb(step: Step, device: torch.device) -> float | None:
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """In Markdown, as the README has it."""
+    """In Markdown."""
     lines = [
         "| mode | after the backward pass | ms a step | added p50 [p20..p80] | waits | peak MB |",
         "|---|---|---:|---:|---:|---:|",

@@ -143,6 +143,7 @@ def gradients_of(parameters: Tensor | Iterable) -> tuple[list[Tensor | None], li
     if isinstance(parameters, Tensor):
         return [parameters.grad], None
     items = parameters if isinstance(parameters, list) else list(parameters)
+    # No bool(items): torch.compile(fullgraph=True) of torch 2.11 cannot trace that.
     named = len(items) > 0 and isinstance(items[0], tuple)
     try:
         if named:

@@ -94,7 +94,9 @@ def _added_in_pairs(y, lost, SIZE: tl.constexpr):
 
 @triton.jit
 def _two_sum(a, b):
-    """`a + b`, and what the addition rounds off (Knuth)."""
+    """`a + b`, and what the addition rounds off (Knuth).
+
+    Products that come here are exact, so that fusing one into an addition changes nothing."""
     total = a + b
     b_seen = total - a
     return total, (a - (total - b_seen)) + (b - b_seen)

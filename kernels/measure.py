@@ -15,7 +15,7 @@ and SM on sm_90, 2 on consumer cards). So `GROUP` squares of neighbours are adde
 their sum is widened. Squares of fp16 and bf16 are exact in float32; adding two of them rounds by
 at most u = 2^-24 of the power sum, half of that in the norm. Where a whole vector is added up, what
 its additions round off (Knuth's TwoSum) and what the square of a float32 loses is summed beside it,
-in float32: at most 2^-10 of the sum, in 22 roundings.
+in float32: at most 2^-10 of the sum, in 6 roundings of a vector and 16 of the blocks of a chunk.
 
 | dtype      | GROUP | widened in 16 bytes | error of the norm, at most | for                     |
 |------------|-------|---------------------|----------------------------|-------------------------|
@@ -25,8 +25,8 @@ in float32: at most 2^-10 of the sum, in 22 roundings.
 | fp16, bf16 | 8     | 1                   | less                       | fp64 at 1/32 or slower  |
 
 The bounds hold for repeated values too, where all groups round the same way, and leave room for
-the rounding of the norm to float32 (6.0e-8). Sums of a vector that let go of what they round off do
-not: 8.9e-8, so 1.5e-7 together, and patterns of four and eight values came to that.
+the rounding of the norm to float32 (6.0e-8). Without what is rounded off, sums of a whole vector
+were up to 8.9e-8 off, and 1.5e-7 with that rounding: patterns of four and eight values came to it.
 
 A grouped chunk is summed again in float64 where float32 has no room: its sum is infinite
 (|x| > 9e18), or so small (n * 2^-90) that what lies below 2^-126 could matter, and not every
@@ -52,7 +52,7 @@ Lab table (sass: machine code for sm_90; `make kernels-test` prints the current 
 | fp32, bf16, nothing kept [sass]             | 78, 74    | 4               | 15.8, 32.8          |
 | fp32, bf16, what is rounded off kept [sass] | 62, 62    | 4               | 54.2, 77.2  (used)  |
 
-Cards with little fp64 read 3 to 7 bytes a clock and SM [datasheets]: at most 36 instructions of the
+Cards with little fp64 read 2 to 7 bytes a clock and SM [datasheets]: at most 36 instructions of the
 128 that an SM starts in a clock, so that keeping what is rounded off should not show.
 
 The whole kernel with the second look takes 80 registers at the most. Left alone, the compiler
@@ -191,7 +191,7 @@ def measure_kernel(
 ):
     LANES: tl.constexpr = BLOCK_SIZE // VEC
     WATCH_UNDERFLOW: tl.constexpr = GROUP > 1 and DTYPE != tl.float16
-    KEEP_LOST: tl.constexpr = GROUP == VEC and DTYPE != tl.float64
+    KEEP_LOST: tl.constexpr = GROUP == VEC
     BITS: tl.constexpr = tl.int64 if DTYPE == tl.float64 else tl.int32
     INF_BITS: tl.constexpr = 0x7FF0000000000000 if DTYPE == tl.float64 else 0x7F800000
     program = tl.program_id(0)

@@ -221,7 +221,7 @@ for _name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"):
     CALLS[f"pathlib.{_name}"] = CALLS["pathlib.Path"]
 for _name in ("scalar", "_reconstruct"):  # numpy 2
     CALLS[f"numpy._core.multiarray.{_name}"] = CALLS[f"numpy.core.multiarray.{_name}"]
-# Modules that some Python names in place of those of all others: 3.13, where a class was defined.
+# Python 3.13 pickles paths by the module that defines them, which no other Python has.
 MOVED = {"pathlib._local": "pathlib"}
 
 

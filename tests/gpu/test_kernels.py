@@ -12,7 +12,8 @@ from fastguard.decide import Policy
 from fastguard.measure import GradStats
 from fastguard.reduce import Signals
 from guardtest.graphs import captured
-from guardtest.tolerances import MEASURED_RTOL, NORM_RTOL
+from guardtest.roundings import BAD_PATTERNS, sum_whole_vectors
+from guardtest.tolerances import KEPT_RTOL, MEASURED_RTOL, NORM_RTOL
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SIZES = [0, 1, 7, 8, 4095, 4096, 4097, 65536, 65537, 300_000]
@@ -295,3 +296,16 @@ def test_the_host_is_done_long_before_torch_is(stages):
     stages.measure(bucket, 1, len(grads), 2.0)
     assert not event.query()
     torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("dtype", BAD_PATTERNS, ids=str)
+def test_sums_of_whole_vectors_keep_what_they_round_off(stages, dtype, monkeypatch):
+    """As on a card with little fp64, whichever this one is: no interpreter fuses or reorders."""
+    sum_whole_vectors(monkeypatch, dtype)
+    pattern = torch.tensor(BAD_PATTERNS[dtype], device="cuda").to(dtype)
+    randoms = (torch.randn(1_000_000, device="cuda") * 1.5).exp().to(dtype)
+    for x in (pattern, pattern.repeat(100_000), randoms):
+        bucket = bucketize([x]).buckets[0]
+        power_sum = stages.measure(bucket, 1, 1, 2.0)[0][0, 0]
+        true = x.double().square().sum()
+        torch.testing.assert_close(power_sum, true, rtol=2 * KEPT_RTOL, atol=0)

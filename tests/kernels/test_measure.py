@@ -1,6 +1,5 @@
 """measure in the interpreter against the definition in float64, `reference.plain_measure`."""
 
-import inspect
 import itertools
 import math
 
@@ -10,8 +9,8 @@ import torch
 from fastguard import reference
 from fastguard.buckets import bucketize
 from fastguard.environment import environment
-from fastguard.kernels import measure as measure_file
 from fastguard.kernels import stages
+from guardtest.roundings import BAD_PATTERNS, sum_whole_vectors
 from guardtest.tolerances import KEPT_RTOL, MEASURED_RTOL
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -97,71 +96,54 @@ def test_everything_is_nan():
     assert counts[0].tolist() == [CHUNK + 9, 70]
 
 
-def norm_error(grads, group=None, monkeypatch=None):
-    if group is not None:
-        monkeypatch.setattr(measure_file, "group_of", lambda *_: group)
-        # Variants that are kept have the group of this device.
-        monkeypatch.setattr(measure_file, "_variant", inspect.unwrap(measure_file._variant))
+def norm_error(grads):
     bucket = bucket_of(grads)
     measured = stages.measure(bucket, 1, len(grads), 2.0)[0][0].sqrt()
     true = reference.plain_measure(bucket, 1, len(grads), 2.0)[0][0].sqrt()
     return (measured / true - 1).abs().item()
 
 
+@pytest.fixture(params=[False, True], ids=["any-card", "slow-fp64"])
+def bound(request, dtype, monkeypatch):
+    """Of the error of a norm, on either kind of card."""
+    if not request.param:
+        return MEASURED_RTOL
+    sum_whole_vectors(monkeypatch, dtype)
+    return KEPT_RTOL
+
+
 MAGNITUDES = [1e-40, 1e-30, 1e-25, 1e-21, 1e-20, 1e-19, 1e-8, 1.0, 1e8, 1e18, 1e20, 1e30, 1e38]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
-@pytest.mark.parametrize("grouped", [False, True], ids=["any-card", "slow-fp64"])
-def test_norm_is_true_at_any_magnitude(dtype, grouped, monkeypatch):
-    group = 16 // dtype.itemsize if grouped else None
+def test_norm_is_true_at_any_magnitude(dtype, bound):
     for magnitude in MAGNITUDES:
         x = torch.randn(CHUNK + 70, dtype=torch.float64) * magnitude
         x = x.clamp(-3e38, 3e38).to(dtype)
-        assert norm_error([x], group, monkeypatch) <= MEASURED_RTOL, magnitude
+        assert norm_error([x]) <= bound, magnitude
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=short)
-@pytest.mark.parametrize("grouped", [False, True], ids=["any-card", "slow-fp64"])
-def test_constant_arrays_round_the_same_way_everywhere(dtype, grouped, monkeypatch):
-    group = 16 // dtype.itemsize if grouped else None
+def test_constant_arrays_round_the_same_way_everywhere(dtype, bound):
     for value in (1.0, 0.1, 1 / 3, math.pi, 1.0005, 0.7071):
-        x = torch.full((CHUNK + 5,), value).to(dtype)
-        assert norm_error([x], group, monkeypatch) <= MEASURED_RTOL
+        assert norm_error([torch.full((CHUNK + 5,), value).to(dtype)]) <= bound
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=short)
-@pytest.mark.parametrize("grouped", [False, True], ids=["any-card", "slow-fp64"])
-def test_repeated_patterns_that_lose_the_small_squares(dtype, grouped, monkeypatch):
+def test_repeated_patterns_that_lose_the_small_squares(dtype, bound):
     """Large beside small in every group: the small square falls off the end of float32."""
-    group = 16 // dtype.itemsize if grouped else None
     for exponent in (-11.0, -11.9, -12.1, -12.4, -13.0):
         for width in (2, 4, 8):
             pattern = torch.full((width,), 2.0**exponent)
             pattern[0] = 1.0
             x = pattern.repeat(CHUNK // width).to(dtype)
-            assert norm_error([x], group, monkeypatch) <= MEASURED_RTOL
-
-
-# Of millions of random ones those whose squares, added in float32 as a tree, round the worst way.
-BAD_PATTERNS = {
-    torch.float32: [0.6765885, 1.0098354, 0.3796353, 1.5557141],
-    torch.bfloat16: [0.072265625, 0.3828125, 8, 0.357421875, 0.234375, 0.12890625, 0.5390625,
-                     0.099609375],
-    torch.float16: [3.640625, 0.31982421875, 120.1875, 44.78125, 0.0574951171875, 4.078125,
-                    0.5380859375, 0.15576171875],
-}  # fmt: skip
+            assert norm_error([x]) <= bound
 
 
 @pytest.mark.parametrize("dtype", BAD_PATTERNS, ids=short)
-def test_patterns_whose_roundings_all_go_one_way(dtype, monkeypatch):
-    """On a card with little fp64. Without what is rounded off they are 7e-8 to 9e-8 off here, and
-    13e-8 to 15e-8 as a norm in float32."""
-    pattern = torch.tensor(BAD_PATTERNS[dtype]).to(dtype)
-    for n in (1, 7, CHUNK // pattern.numel()):
-        x = pattern.repeat(n)
-        group = 16 // dtype.itemsize
-        assert norm_error([x], group, monkeypatch) <= KEPT_RTOL
+@pytest.mark.parametrize("repeats", [1, 7, 1000, 100_000])  # the last: many blocks in a chunk
+def test_patterns_whose_roundings_all_go_one_way(dtype, repeats, bound):
+    assert norm_error([torch.tensor(BAD_PATTERNS[dtype]).to(dtype).repeat(repeats)]) <= bound
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)

@@ -67,8 +67,9 @@ def variants() -> list[tuple[str, type[Optimizer], dict[str, Any]]]:
 
 def obeys_found_inf(cls: type[Optimizer], kwargs: dict[str, Any]) -> bool:
     """Whether its kernel can be told to do nothing: each fused one, Adagrad's since torch 2.12."""
-    old = torch.torch_version.TorchVersion(torch.__version__) < (2, 12)
-    return bool(kwargs.get("fused")) and not (old and cls is torch.optim.Adagrad)
+    if cls is torch.optim.Adagrad and torch.__version__ < (2, 12):
+        return False
+    return bool(kwargs.get("fused"))
 
 
 def new_parameters(

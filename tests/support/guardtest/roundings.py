@@ -1,0 +1,24 @@
+"""Values whose squares, added in float32, round the worst way; measured as a slow card does."""
+
+import inspect
+
+import torch
+
+# Of millions of random patterns those whose sums, as a tree, are furthest off: 7e-8 to 9e-8 of the
+# norm, and at some lengths 13e-8 to 15e-8 of a norm in float32.
+BAD_PATTERNS = {
+    torch.float32: [0.6765885, 1.0098354, 0.3796353, 1.5557141],
+    torch.bfloat16: [0.072265625, 0.3828125, 8, 0.357421875, 0.234375, 0.12890625, 0.5390625,
+                     0.099609375],
+    torch.float16: [3.640625, 0.31982421875, 120.1875, 44.78125, 0.0574951171875, 4.078125,
+                    0.5380859375, 0.15576171875],
+}  # fmt: skip
+
+
+def sum_whole_vectors(monkeypatch, dtype: torch.dtype) -> None:
+    """From here on the kernels measure this dtype as on a card with little fp64."""
+    from fastguard.kernels import measure
+
+    monkeypatch.setattr(measure, "group_of", lambda *_: 16 // dtype.itemsize)
+    # Variants that are kept have the group of this device.
+    monkeypatch.setattr(measure, "_variant", inspect.unwrap(measure._variant))
