@@ -24,7 +24,7 @@ case "${1:-}" in
 esac
 SECONDS=0 # the shell's own clock
 deadline=${FASTGUARD_SECONDS:-540}
-for_training=90 for_sanitizer=75 for_soak=40
+for_training=110 for_sanitizer=75 for_soak=40
 mkdir -p "$OUT"
 export PYTHONUNBUFFERED=1 FASTGUARD_REQUIRE_GPU=1
 unset TRITON_INTERPRET
