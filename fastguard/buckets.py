@@ -2,8 +2,8 @@
 
 A *tensor* is one parameter's gradient and has an index in the caller's list; a *segment* is the set
 of tensors that one clip coefficient belongs to (the whole model, a param group, or one tensor). A
-bucket says both of each of its tensors. Building buckets costs about 0.4 µs a tensor on the host
-and copies nothing.
+bucket says both of each of its tensors. Building buckets copies nothing and costs the host 0.06 µs a
+tensor, or 0.2 if the list looks like none of the last ones (`forms`) [EPYC].
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
+from fastguard.forms import Form, Group, known_form, new_form
 from fastguard.ranks.dtensors import dtensor_types, local_parts
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ class GradBucket:
             out so (`FlatGradBuckets`); None otherwise. The clean path reads these instead of
             `grads`.
         notes: What a backend keeps here from one stage of a step to the next.
+        form: That of the list they came in: the same object is the same sizes and strides. None:
+            nobody knows whether another list has it.
     """
 
     device: torch.device
@@ -58,6 +61,7 @@ class GradBucket:
     segment_ids: Sequence[int]
     runs: tuple[Run, ...] | None = None
     notes: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    form: Form | None = field(default=None, compare=False, repr=False)
 
     @property
     def segment(self) -> int | None:
@@ -188,10 +192,11 @@ def bucketize(
     """
     n_tensors = len(grads)
     ids: Sequence[int] = range(n_tensors)
-    kinds = set(map(type, grads))
-    if type(None) in kinds:
+    form = known_form(grads)
+    if form is None and type(None) in set(map(type, grads)):
         ids = [i for i, g in enumerate(grads) if g is not None]
         grads = [grads[i] for i in ids]
+        form = known_form(grads)
     if sharing is not None:
         segments = sharing.refined(segments, n_segments)
     if not grads:
@@ -199,20 +204,15 @@ def bucketize(
         return GradBuckets((), n_tensors, n_segments, names, home, sharing)
 
     dense: list[Tensor] = list(grads)  # type: ignore[arg-type]
-    if dtensor_types(kinds):
-        dense = local_parts(dense)
-    try:
-        layouts = set(map(attrgetter("layout"), dense))
-    except AttributeError:
-        wrong = next(g for g in dense if not isinstance(g, Tensor))
-        raise TypeError(
-            f"gradients must be tensors, but one is a {type(wrong).__name__}: {wrong!r}"
-        ) from None
-    if layouts != {torch.strided}:
-        _refuse_sparse(dense, ids, names)
+    if form is None:
+        if dtensor_types(set(map(type, dense))):
+            dense = local_parts(dense)
+        form = _looked_at(dense, ids, names)
 
     buckets = []
-    for (where, dtype), (members, positions) in _grouped(dense):
+    for where, dtype, positions in form.groups:
+        members = dense if len(form.groups) == 1 else [dense[i] for i in positions]
+        known_again = form if form.known_again and not dtype.is_complex else None
         if dtype.is_complex:
             members, dtype = _real_views(members, positions, ids, names, norm_type)
         if dtype not in FLOATING:
@@ -226,22 +226,33 @@ def bucketize(
         segment_ids = (
             Same(0, len(members)) if segments is None else [segments[i] for i in tensor_ids]
         )
-        buckets.append(GradBucket(where, dtype, members, tensor_ids, segment_ids))
+        buckets.append(GradBucket(where, dtype, members, tensor_ids, segment_ids, form=known_again))
     home = device or dense[0].device
     return GradBuckets(tuple(buckets), n_tensors, n_segments, names, home, sharing)
 
 
-def _grouped(
-    grads: list[Tensor],
-) -> Iterable[tuple[tuple[torch.device, torch.dtype], tuple[list[Tensor], Sequence[int]]]]:
+def _looked_at(grads: list[Tensor], ids: Sequence[int], names: Sequence[str] | None) -> Form:
+    """The form of gradients that look like none before them."""
+    try:
+        layouts = set(map(attrgetter("layout"), grads))
+    except AttributeError:
+        wrong = next(g for g in grads if not isinstance(g, Tensor))
+        raise TypeError(
+            f"gradients must be tensors, but one is a {type(wrong).__name__}: {wrong!r}"
+        ) from None
+    if layouts != {torch.strided}:
+        _refuse_sparse(grads, ids, names)
+    return new_form(grads, _groups(grads))
+
+
+def _groups(grads: list[Tensor]) -> tuple[Group, ...]:
     dtypes = set(map(attrgetter("dtype"), grads))
     if len(dtypes) == 1 and set(map(Tensor.get_device, grads)) == {grads[0].get_device()}:
-        yield (grads[0].device, grads[0].dtype), (grads, range(len(grads)))
-        return
+        return (Group(grads[0].device, grads[0].dtype, range(len(grads))),)
     grouped = _group_tensors_by_device_and_dtype([grads], with_indices=True)  # type: ignore[arg-type]
     # torch's own order is that of a hash table
-    for key, ([members], positions) in sorted(grouped.items(), key=lambda group: group[1][1][0]):
-        yield key, (members, positions)  # type: ignore[misc]
+    listed = sorted(grouped.items(), key=lambda group: group[1][1][0])
+    return tuple(Group(*key, positions) for key, (_, positions) in listed)  # type: ignore[misc]
 
 
 def _is_parameter(item: object, named: bool) -> bool:

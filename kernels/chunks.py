@@ -13,8 +13,9 @@ allocator.
 
 Cost: a table is built with numpy (about 2 µs a tensor) and uploaded from pinned memory, both only
 when an address, a size or a segment changed since the last `TABLES` different lists of gradients;
-otherwise the host reads the address, the size and the contiguity of each gradient (0.13 µs a
-tensor). A flat bucket outlives the step and keeps its table: its slots never move.
+otherwise the host reads the address of each gradient (0.06 µs a tensor), and its size and strides
+(0.1 µs) where nobody knows the form of the list (`fastguard.forms`). A flat bucket outlives the
+step and keeps its table: its slots never move.
 
 A gradient that does not cover one block of memory (strides with holes, expanded, overlapping an
 earlier one) has a contiguous buffer here that stands for it; the caller copies, and counts it.
@@ -56,6 +57,7 @@ class Bucket(Protocol):
     segment_ids: object
     runs: tuple[Run, ...] | None
     notes: dict
+    form: object | None
     segment: int | None
 
 
@@ -118,19 +120,21 @@ def _found_or_built(bucket: Bucket, n_segments: int, n_programs: int) -> ChunkTa
 
 def _key(bucket: Bucket) -> tuple:
     """All that a table depends on; equal keys, equal tables."""
-    grads = bucket.grads
-    strides = None
-    if not all(map(Tensor.is_contiguous, grads)):
-        strides = [None if g.is_contiguous() else g.stride() for g in grads]
     segment = bucket.segment
     return (
-        list(map(Tensor.data_ptr, grads)),
-        list(map(Tensor.numel, grads)),
-        strides,
+        list(map(Tensor.data_ptr, bucket.grads)),
+        bucket.form or _sizes_and_strides(bucket.grads),
         bucket.tensor_ids,
         bucket.segment_ids if segment is None or bucket.runs is not None else segment,
         None if bucket.runs is None else [(r.flat.data_ptr(), r.flat.numel()) for r in bucket.runs],
     )
+
+
+def _sizes_and_strides(grads: list[Tensor]) -> tuple:
+    strides = None
+    if not all(map(Tensor.is_contiguous, grads)):
+        strides = [None if g.is_contiguous() else g.stride() for g in grads]
+    return list(map(Tensor.numel, grads)), strides
 
 
 def _built(bucket: Bucket, key: tuple, n_segments: int, n_programs: int) -> ChunkTable:

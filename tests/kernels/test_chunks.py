@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastguard import forms
 from fastguard.buckets import GradBucket, Run, bucketize
 from fastguard.kernels import chunks
 from fastguard.kernels.measure import RECOUNT_SIZE
@@ -142,6 +143,28 @@ def test_a_step_looks_its_gradients_up_once(monkeypatch):
 def test_same_address_and_size_with_other_strides_is_another_table():
     x = torch.arange(100.0)
     assert cached([x[:50]]) is not cached([x[::2]])
+
+
+def test_at_the_same_addresses_each_form_of_a_long_list_has_a_table_of_its_own():
+    """Long lists are known by their form, and their sizes are not looked at again."""
+    x = torch.randn(forms.FEWEST, 12)
+    looks = {
+        "rows": lambda: [row[:6] for row in x],
+        "shorter": lambda: [row[:5] for row in x],
+        "folded": lambda: [row[:6].view(2, 3) for row in x],
+        "with holes": lambda: [row[::2] for row in x],
+    }
+    tables = {}
+    for _ in range(2):
+        for name, look in looks.items():
+            bucket = bucketize(look()).buckets[0]
+            assert bucket.form is not None
+            table = chunks.table_of(bucket, 1, 3)
+            assert tables.setdefault(name, table) is table
+            pieces = table.pieces.view(-1, 3)
+            assert pieces[:, 1].tolist() == [look()[0].numel()] * forms.FEWEST
+            assert len(table.copies) == (forms.FEWEST if name == "with holes" else 0)
+    assert len(set(map(id, tables.values()))) == len(looks)
 
 
 def test_old_tables_are_dropped():

@@ -1,0 +1,87 @@
+"""What a list of gradients looks like, known again at the next step by one call.
+
+The gradients of a step are new tensors, but look like those of the last one: type, layout, dtype,
+device, shape and strides. To look at each of these takes a pass over the list, of 0.05 µs a tensor;
+torch's own check of the inputs of compiled code looks at all of them in one.
+
+2000 tensors, host time on an EPYC: the buckets 117 µs in place of 371, and all that a clipping does
+on the host beside the launches 690 in place of 1240 (torch 2.13), 471 in place of 1098 (2.11).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+try:
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:  # not public: without it every list is looked at anew
+    TensorGuards = None  # type: ignore[assignment, misc]
+
+FORMS = 8  # kept: sets of None gradients alternate
+FEWEST = 32  # tensors; a shorter list is looked at as fast
+
+
+class Group(NamedTuple):
+    """The gradients of one device and dtype, by their positions in the list."""
+
+    device: torch.device
+    dtype: torch.dtype
+    positions: Sequence[int]
+
+
+class Form:
+    """The form of a list of dense gradients.
+
+    Attributes:
+        groups: By device and dtype, in the order in which each first appears.
+        known_again: Whether two lists of this very object are of the same form.
+    """
+
+    __slots__ = ("_guards", "_n", "groups", "known_again")
+
+    def __init__(self, grads: list[Tensor], groups: tuple[Group, ...]) -> None:
+        self.groups = groups
+        self._n = len(grads)
+        self._guards: Any = None
+        self.known_again = self._n >= FEWEST and set(map(type, grads)) == {Tensor}
+        if self.known_again:
+            self._guards = _guards_of(grads)
+            self.known_again = self._guards is not None
+
+    def fits(self, grads: Sequence[Tensor | None]) -> bool:
+        """Whether a list is of this form."""
+        return len(grads) == self._n and self._guards.check(*grads)
+
+
+_forms: deque[Form] = deque(maxlen=FORMS)
+
+
+def known_form(grads: Sequence[Tensor | None]) -> Form | None:
+    """The form of a list that looks like one before it."""
+    for form in _forms:
+        if form.fits(grads):
+            return form
+    return None
+
+
+def new_form(grads: list[Tensor], groups: tuple[Group, ...]) -> Form:
+    """The form of a list that was looked at, kept for the lists that come."""
+    form = Form(grads, groups)
+    if form.known_again:
+        _forms.appendleft(form)
+    return form
+
+
+def _guards_of(grads: list[Tensor]) -> Any:
+    if TensorGuards is None:
+        return None
+    try:
+        guards = TensorGuards(*grads, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        return guards if guards.check(*grads) else None
+    except Exception:  # another torch asks for other arguments
+        return None
