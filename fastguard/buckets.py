@@ -2,8 +2,8 @@
 
 A *tensor* is one parameter's gradient and has an index in the caller's list; a *segment* is the set
 of tensors that one clip coefficient belongs to (the whole model, a param group, or one tensor). A
-bucket says both of each of its tensors. Building buckets copies nothing and costs the host 0.06 µs a
-tensor, or 0.2 if the list looks like none of the last ones (`forms`) [EPYC].
+bucket says both of each of its tensors. Building buckets copies nothing and costs the host 0.06 µs
+a tensor, or 0.2 if the list looks like none of the last ones (`forms`) [EPYC].
 """
 
 from __future__ import annotations
