@@ -63,6 +63,7 @@ def test_without_faults(tmp_path, capsys):
     assert "follows clip_grad_norm_" in printed
     assert "NaN since" not in printed
     assert not any(kind.value in printed for kind in Kind)
+    assert ("injected  " in printed) is ("grad_spike" in printed)  # no table without an incident
     assert (tmp_path / "demo.png").read_bytes().startswith(PNG)
 
 
