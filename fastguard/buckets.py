@@ -193,7 +193,8 @@ def bucketize(
     n_tensors = len(grads)
     ids: Sequence[int] = range(n_tensors)
     form = known_form(grads)
-    if form is None and type(None) in set(map(type, grads)):
+    kinds = set(map(type, grads)) if form is None else set()
+    if type(None) in kinds:
         ids = [i for i, g in enumerate(grads) if g is not None]
         grads = [grads[i] for i in ids]
         form = known_form(grads)
@@ -205,16 +206,17 @@ def bucketize(
 
     dense: list[Tensor] = list(grads)  # type: ignore[arg-type]
     if form is None:
-        if dtensor_types(set(map(type, dense))):
+        if dtensor_types(kinds):
             dense = local_parts(dense)
         form = _looked_at(dense, ids, names)
 
     buckets = []
     for where, dtype, positions in form.groups:
         members = dense if len(form.groups) == 1 else [dense[i] for i in positions]
-        known_again = form if form.known_again and not dtype.is_complex else None
+        own_form = form if form.known_again else None
         if dtype.is_complex:
             members, dtype = _real_views(members, positions, ids, names, norm_type)
+            own_form = None  # it is that of the complex list
         if dtype not in FLOATING:
             raise TypeError(
                 f"the gradient of {name_of(ids[positions[0]], names)} is {dtype}; fastguard "
@@ -226,7 +228,7 @@ def bucketize(
         segment_ids = (
             Same(0, len(members)) if segments is None else [segments[i] for i in tensor_ids]
         )
-        buckets.append(GradBucket(where, dtype, members, tensor_ids, segment_ids, form=known_again))
+        buckets.append(GradBucket(where, dtype, members, tensor_ids, segment_ids, form=own_form))
     home = device or dense[0].device
     return GradBuckets(tuple(buckets), n_tensors, n_segments, names, home, sharing)
 

@@ -39,19 +39,20 @@ class Form:
 
     Attributes:
         groups: By device and dtype, in the order in which each first appears.
-        known_again: Whether two lists of this very object are of the same form.
     """
 
-    __slots__ = ("_guards", "_n", "groups", "known_again")
+    __slots__ = ("_guards", "_n", "groups")
 
     def __init__(self, grads: list[Tensor], groups: tuple[Group, ...]) -> None:
         self.groups = groups
         self._n = len(grads)
-        self._guards: Any = None
-        self.known_again = self._n >= FEWEST and set(map(type, grads)) == {Tensor}
-        if self.known_again:
-            self._guards = _guards_of(grads)
-            self.known_again = self._guards is not None
+        long_and_plain = self._n >= FEWEST and set(map(type, grads)) == {Tensor}
+        self._guards: Any = _guards_of(grads) if long_and_plain else None
+
+    @property
+    def known_again(self) -> bool:
+        """Whether a later list of this form is recognised, and gets this very object."""
+        return self._guards is not None
 
     def fits(self, grads: Sequence[Tensor | None]) -> bool:
         """Whether a list is of this form."""
