@@ -11,20 +11,18 @@ exit status is 1 if a case failed, or if a guarded step made the host wait for t
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
+from benchmarks.script import commit, options
 from benchmarks.suite import EXTREMES, ONE_GB, model_shapes
 from benchmarks.syncs import count_syncs
-from fastguard.bench.command import device_of, wide_console
+from fastguard.bench.command import wide_console
 from fastguard.bench.contenders import READ_PASS
 from fastguard.bench.machine import Ceilings, ceilings
 from fastguard.bench.results import Result, new_result, save
@@ -34,7 +32,6 @@ from fastguard.bench.session import quiet_guard
 from fastguard.bench.table import row_table, target_table
 from fastguard.bench.targets import judge
 from fastguard.bench.workload import Case
-from fastguard.usage import UsageError
 
 SECONDS = 110.0  # after which no case is begun; the last may take ten more
 CASE_SECONDS = 4.0
@@ -105,30 +102,16 @@ def _failed(result: Result, what: str, error: Exception) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--out", type=Path, help="a JSON file to write")
-    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="(default: %(default)g)")
-    args = parser.parse_args()
-    try:
-        device = device_of(args.device)
-    except UsageError as error:
-        print(f"{error}; --quick tries the script", file=sys.stderr)
+    args = options("gpu", __doc__, quick="small sizes and few rounds", seconds=SECONDS)
+    if args is None:
         return 2
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index or 0)
-        torch.cuda.set_device(device)
+    device = args.device
     chosen = [a_256th(case) for case in cases()] if args.quick else cases()
     command = " ".join(["python -m benchmarks.gpu", *sys.argv[1:]])
     limit = ceilings(device)
     print(limit, flush=True)
     result = new_result(command, device, limit, []) | {"failures": {}}
-    result["commit"] = os.environ.get("COMMIT") or result["commit"]
+    result["commit"] = commit()
 
     def write() -> None:
         result["targets"] = judge(result)

@@ -14,39 +14,38 @@ The file is written after each mode. The exit status is 1 if a mode failed.
 
 from __future__ import annotations
 
-import argparse
 import gc
-import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 import fastguard
+from benchmarks.script import commit, options
 from benchmarks.syncs import waits_of
-from fastguard.bench.command import device_of
-from fastguard.bench.machine import commit, describe_machine, title_of, versions
-from fastguard.bench.results import rounded
-from fastguard.bench.runner import Spread
+from fastguard.bench.machine import describe_machine, title_of, versions
+from fastguard.bench.results import write
+from fastguard.bench.runner import Spread, rounds
+from fastguard.bench.selection import USUAL_STEP
 from fastguard.bench.session import quiet_guard
-from fastguard.bench.steps import LR
+from fastguard.bench.steps import (
+    LR,
+    clip_and_step,
+    clip_and_step_if_all_is_finite,
+    clip_and_step_if_norm_is_finite,
+)
 from fastguard.demo.model import GPT
-from fastguard.files import written
-from fastguard.strict_json import dumps
-from fastguard.usage import UsageError
 
 MODES = ("eager", "compiled")
 BARE = "bare step"
 MAX_NORM = 1.0
 STEPS = 5  # of a sample
-WARM_UP, FEWEST_ROUNDS, MOST_ROUNDS = 3, 5, 51
+WARM_UP = 3
 
 
 @dataclass(frozen=True)
@@ -83,23 +82,16 @@ def ways_to_step(
     """What comes after the backward pass, as one writes it; each is handed the loss."""
     parameters = list(model.parameters())
     guarded = fastguard.GuardedOptimizer(inner, max_norm=MAX_NORM)
-
-    def clip(loss: Tensor) -> None:
-        clip_grad_norm_(parameters, MAX_NORM)
-        inner.step()
-
-    def clip_isfinite_norm(loss: Tensor) -> None:
-        if torch.isfinite(clip_grad_norm_(parameters, MAX_NORM)):
-            inner.step()
+    clipped = (inner, parameters, MAX_NORM)
 
     def isfinite_clip(loss: Tensor) -> None:
-        if all(torch.isfinite(p.grad).all() for p in parameters if p.grad is not None):
-            clip(loss)
+        grads = (p.grad for p in parameters if p.grad is not None)
+        clip_and_step_if_all_is_finite(inner, parameters, grads, MAX_NORM)
 
     return {
         BARE: lambda loss: inner.step(),
-        "clip + step": clip,
-        "clip + isfinite(norm) + step": clip_isfinite_norm,
+        "clip + step": lambda loss: clip_and_step(*clipped),
+        USUAL_STEP: lambda loss: clip_and_step_if_norm_is_finite(*clipped),
         "isfinite + clip + step": isfinite_clip,
         "GuardedOptimizer": lambda loss: guarded.step(loss=loss),
     }
@@ -135,14 +127,9 @@ def measured(size: Size, device: torch.device, mode: str, seconds: float) -> lis
         for _ in range(WARM_UP):
             step()
     samples: dict[str, list[float]] = {name: [] for name in steps}
-    order = list(steps)
-    end = time.perf_counter() + seconds
-    while len(samples[BARE]) < MOST_ROUNDS:
-        if len(samples[BARE]) >= FEWEST_ROUNDS and time.perf_counter() > end:
-            break
+    for order in rounds(steps, seconds):
         for name in order:
             samples[name].append(ms_a_step(steps[name], device))
-        order.append(order.pop(0))
     bare = samples[BARE]
     return [
         {
@@ -199,26 +186,16 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.training_step",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    args = options(
+        "training_step", __doc__, quick="a tiny model and few rounds", seconds=15.0, what="a mode "
     )
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--out", type=Path, help="a JSON file to write")
-    parser.add_argument("--quick", action="store_true", help="a tiny model and few rounds")
-    parser.add_argument("--seconds", type=float, default=15.0, help="a mode (default: %(default)g)")
-    args = parser.parse_args()
-    try:
-        device = device_of(args.device)
-    except UsageError as error:
-        print(f"{error}; --quick tries the script", file=sys.stderr)
+    if args is None:
         return 2
+    device = args.device
     size, seconds = (TINY, 0.0) if args.quick else (Size(), args.seconds)
     machine = describe_machine(device)
-    document = {"machine": machine, "versions": versions()}
-    document |= {"commit": os.environ.get("COMMIT") or commit(), "size": asdict(size)}
-    document |= {"steps_a_sample": STEPS, "rows": [], "failures": {}}
+    document = {"machine": machine, "versions": versions(), "commit": commit()}
+    document |= {"size": asdict(size), "steps_a_sample": STEPS, "rows": [], "failures": {}}
     for mode in MODES:
         try:
             with quiet_guard():
@@ -227,9 +204,7 @@ def main() -> int:
             document["failures"][mode] = f"{type(error).__name__}: {error}"
             traceback.print_exc()
         if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            with written(args.out) as temporary:
-                temporary.write_text(dumps(rounded(document), indent=1) + "\n")
+            write(document, args.out)
     print(f"GPT-2 training steps on {title_of(machine)}")
     print("\n".join(table(document["rows"])))
     return 1 if document["failures"] else 0

@@ -9,7 +9,6 @@ within a round: above 1 is faster. What a card says becomes a row of the lab tab
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -20,14 +19,13 @@ from unittest import mock
 
 import torch
 
+from benchmarks.script import commit
 from fastguard import backend
 from fastguard.bench.clock import Clock, Sample
-from fastguard.bench.machine import Evictor, ceilings, commit, describe_machine, versions
-from fastguard.bench.results import rounded
+from fastguard.bench.machine import Evictor, ceilings, describe_machine, versions
+from fastguard.bench.results import write
 from fastguard.bench.runner import Spread
 from fastguard.buckets import bucketize
-from fastguard.files import written
-from fastguard.strict_json import dumps
 
 ROUNDS = 31
 MEGABYTES = 512
@@ -154,10 +152,7 @@ def main() -> int:
     print("\n".join(lab_rows(rows, str(machine["card"]))))
     if args.out:
         document = {"machine": machine, "versions": versions(), "ceilings": asdict(limit)}
-        document |= {"commit": os.environ.get("COMMIT") or commit(), "rows": rows}
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with written(args.out) as temporary:
-            temporary.write_text(dumps(rounded(document), indent=1) + "\n")
+        write(document | {"commit": commit(), "rows": rows}, args.out)
     return 0
 
 

@@ -63,9 +63,14 @@ def new_result(command: str, device: torch.device, limit: Ceilings, rows: Sequen
 def save(result: Result, path: Path) -> None:
     """Writes a result: whole or not at all."""
     check(result)
+    write(result, path)
+
+
+def write(document: dict[str, Any], path: Path) -> None:
+    """Writes what was measured, of whatever schema: whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with written(path) as temporary:
-        temporary.write_text(dumps(rounded(result), indent=1) + "\n")
+        temporary.write_text(dumps(rounded(document), indent=1) + "\n")
 
 
 def load(path: Path) -> Result:

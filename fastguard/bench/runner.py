@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -186,25 +186,31 @@ def interleave(
         for name, prepared in field.items()
     }
     samples: dict[str, list[Sample]] = {name: [] for name in field}
-    order = list(field)
-    stop = time.perf_counter() + seconds
     gc_was_on = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        while len(samples[order[0]]) < MOST_ROUNDS:
-            if len(samples[order[0]]) >= FEWEST_ROUNDS and time.perf_counter() > stop:
-                break
+        for order in rounds(field, seconds):
             for name in order:
                 sample = clock.sample(field[name].call, preparations[name], repeat=repeats[name])
                 samples[name].append(sample)
-            order.append(order.pop(0))
             if on_round:
                 on_round()
     finally:
         if gc_was_on:
             gc.enable()
     return samples
+
+
+def rounds(names: Iterable[str], seconds: float) -> Iterator[list[str]]:
+    """The order of each round, which begins with the next one, for about so long."""
+    order = list(names)
+    stop = time.perf_counter() + seconds
+    for n in range(MOST_ROUNDS):
+        if n >= FEWEST_ROUNDS and time.perf_counter() > stop:
+            return
+        yield order
+        order = [*order[1:], order[0]]
 
 
 def summarise(

@@ -7,7 +7,7 @@ arithmetic is the same, and the weights stay where they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +29,37 @@ def inner_optimizer(work: Workload, parameters: Sequence[Tensor]) -> torch.optim
     return torch.optim.SGD(parameters, lr=LR, momentum=0.9, fused=fused, foreach=foreach)
 
 
+def clip_and_step(
+    inner: torch.optim.Optimizer, parameters: Sequence[Tensor], max_norm: float
+) -> Tensor:
+    """As torch has it; the norm."""
+    norm = torch_clip(parameters, max_norm)
+    inner.step()
+    return norm
+
+
+def clip_and_step_if_norm_is_finite(
+    inner: torch.optim.Optimizer, parameters: Sequence[Tensor], max_norm: float
+) -> Tensor:
+    """Looks at the norm when the gradients are clipped by it."""
+    norm = torch_clip(parameters, max_norm)
+    if torch.isfinite(norm):
+        inner.step()
+    return norm
+
+
+def clip_and_step_if_all_is_finite(
+    inner: torch.optim.Optimizer,
+    parameters: Sequence[Tensor],
+    grads: Iterable[Tensor],
+    max_norm: float,
+) -> Tensor | None:
+    """Looks at every gradient first; None if the step was left out."""
+    if not all(torch.isfinite(g).all() for g in grads):
+        return None
+    return clip_and_step(inner, parameters, max_norm)
+
+
 def bare_step(work: Workload, inner: torch.optim.Optimizer) -> Prepared:
     """No guard at all: what guarding is added to."""
     _not_poisoned(work)
@@ -40,9 +71,7 @@ def clip_then_step(work: Workload, inner: torch.optim.Optimizer) -> Prepared:
     _not_poisoned(work)
 
     def call() -> Tensor:
-        norm = torch_clip(work.parameters, work.max_norm)
-        inner.step()
-        return norm
+        return clip_and_step(inner, work.parameters, work.max_norm)
 
     return Prepared(call, work.restore, work.parameters)
 
@@ -51,10 +80,7 @@ def clip_isfinite_norm_step(work: Workload, inner: torch.optim.Optimizer) -> Pre
     """The shortest guard one can write: clip, look at the norm, step."""
 
     def call() -> Tensor:
-        norm = torch_clip(work.parameters, work.max_norm)
-        if torch.isfinite(norm):
-            inner.step()
-        return norm
+        return clip_and_step_if_norm_is_finite(inner, work.parameters, work.max_norm)
 
     return Prepared(call, work.restore, work.parameters)
 
@@ -63,11 +89,7 @@ def isfinite_clip_step(work: Workload, inner: torch.optim.Optimizer) -> Prepared
     """The usual guard: look at every gradient, clip, step."""
 
     def call() -> Tensor | None:
-        if not all(torch.isfinite(g).all() for g in work.grads):
-            return None
-        norm = torch_clip(work.parameters, work.max_norm)
-        inner.step()
-        return norm
+        return clip_and_step_if_all_is_finite(inner, work.parameters, work.grads, work.max_norm)
 
     return Prepared(call, work.restore, work.parameters)
 
