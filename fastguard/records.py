@@ -43,7 +43,8 @@ class StepRecord:
         total_norm: Norm of the finite gradient elements before clipping.
         clip_coef: The smallest clip coefficient of all segments; 1 if nothing was clipped.
         action: `"applied"`, `"clipped"`, `"sanitized"` or `"skipped"`.
-        reason: None, `"nonfinite_grad"`, `"nonfinite_loss"`, `"grad_spike"` or `"loss_spike"`; an
+        reason: None, `"nonfinite_grad"`, `"nonfinite_loss"`, `"grad_spike"`, `"loss_spike"`, or
+            `"loss_scale"`: an overflow that only lowers the loss scale of a `GradScaler`. An
             applied step may have one, from a rule whose action is to record.
         nan, posinf, neginf: Elements of the whole model.
         culprits: `(name, nan, posinf, neginf)` of the first bad parameters.
@@ -76,6 +77,23 @@ class StepRecord:
     tag: Any = None
     culprit_ranks: int = 0
     culprit_rank: int | None = None
+
+    @property
+    def is_incident(self) -> bool:
+        """Whether the step calls for a reaction: warning, back-off, skip budget, rollback.
+
+        True for every skipped step and every step with a reason, except an overflow that only
+        lowers a loss scale: a `GradScaler` searches for its scale that way in a healthy run.
+
+        Example:
+            >>> StepRecord(1, 2.0, 1.0, "skipped", "nonfinite_grad").is_incident
+            True
+            >>> StepRecord(1, 2.0, 1.0, "skipped", "loss_scale").is_incident
+            False
+        """
+        if self.reason is None:
+            return self.action == "skipped"  # a record that was written without its reason
+        return self.reason != LOSS_SCALE
 
     def as_dict(self) -> dict[str, Any]:
         """The fields by name, as values that strict JSON can hold.
@@ -120,6 +138,7 @@ class StepRecord:
 
 
 _LABELS = tuple(reason.label for reason in Reason)  # making a Reason costs as much as the rest
+LOSS_SCALE = Reason.LOSS_SCALE.label
 
 
 FIELDS = tuple(f.name for f in fields(StepRecord))
@@ -230,7 +249,8 @@ class _Pending:
 
 
 class Recorder:
-    """Collects the records of a run; every incident is one warning of the `fastguard` logger.
+    """Collects the records of a run; every incident is one warning of the `fastguard` logger,
+    an overflow that only lowers a loss scale one line at level INFO.
 
     Memory is bounded: `KEPT` finished records, `ROWS` on their way or not yet written, and `INBOX`
     for each subscriber that is still there.
@@ -357,7 +377,7 @@ class Recorder:
         if self._inboxes:
             self.undelivered.append(record)
         if record.reason is not None:
-            log.warning("%s", record)
+            log.log(logging.WARNING if record.is_incident else logging.INFO, "%s", record)
         for sink in self.sinks:
             try:
                 sink(record)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastguard import GuardedOptimizer, SpikeRule, StepRecord, Threshold
-from fastguard.decide import GuardState, Policy, decide
+from fastguard.decide import GuardState, Policy, Reason, decide
 from fastguard.measure import GradStats
 from fastguard.packed import ROWS, Outcome
 from fastguard.records import KEPT, Recorder, record_now
@@ -21,6 +21,15 @@ RULES = {"grad_norm": SpikeRule(window=4, warmup=2, sigma=3.0), "ce": Threshold(
 
 
 # What they say.
+
+
+@pytest.mark.parametrize("action", ["applied", "clipped", "sanitized", "skipped"])
+def test_everything_with_a_reason_is_an_incident_but_the_search_for_a_loss_scale(action):
+    reasons = {reason.label: reason.is_incident for reason in Reason if reason}
+    assert [label for label, is_incident in reasons.items() if not is_incident] == ["loss_scale"]
+    for reason, is_incident in reasons.items():
+        assert StepRecord(1, 2.0, 1.0, action, reason).is_incident == is_incident
+    assert StepRecord(1, 2.0, 1.0, action).is_incident == (action == "skipped")
 
 
 def test_a_quiet_step():
