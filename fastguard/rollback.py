@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastguard.bad_stretch import BadStretch, Moment
+from fastguard.bad_stretch import BadStretch
 from fastguard.checkpoints import CheckpointStore
 from fastguard.errors import TrainingDivergedError
 from fastguard.optimizer import GuardedOptimizer
 from fastguard.peers import Peers
 from fastguard.schedule import GuardedLR
 from fastguard.snapshot_places import POSITION, InMemory, InStore, NothingToRestore, Place
+from fastguard.weak_hooks import hook_weakly
 
 log = logging.getLogger("fastguard")
 
@@ -56,6 +57,10 @@ class Rollback:
     On several ranks, every rank constructs it and calls its methods at the same steps; all ranks go
     back to the same snapshot, or none does. Tensor learning rates stay the tensors they are.
 
+    A state that the caller loads into the optimizer begins anew: steps before it no longer count,
+    and the next good step is kept. Until then an earlier snapshot is what there is; call `snapshot`
+    once everything is loaded, and there is a better one.
+
     On a road without synchronisation (fused optimizers on a GPU) it acts on the verdict of step k
     at step k + 1, but a step that may be kept waits for its own.
 
@@ -64,7 +69,9 @@ class Rollback:
         objects: Everything else that makes up the run, by name: model, scheduler, GradScaler, EMA,
             data loader; anything with `state_dict` and `load_state_dict`. Random number generators
             are always included.
-        every: Applied steps without an incident between snapshots.
+        every: Applied steps between snapshots. A snapshot waits for a step without an incident, up
+            to as many steps again; then one that was applied all the same (cleaned, or with a spike
+            that nothing acts on) may be kept.
         keep: How many snapshots are kept in host memory; a `store` keeps as many as it was told.
         after_skips: Skipped steps in a row that set off a rollback; None: they do not.
         after_spikes: Steps in a row with a spike (recorded, clipped or skipped) that do; None: not.
@@ -129,14 +136,14 @@ class Rollback:
         self.objects = _with_own(objects, optimizer, lr)
         for name, thing in self.objects.items():
             _check_memory(name, thing)
-        self.every = every
         self.lr, self.lr_factor = lr, lr_factor
         self.max_attempts = max_attempts
         self.attempts = 0
         self._trouble_until = 0
         self._inbox = optimizer.subscribe()
-        self._positions: deque[tuple[int, Any]] = deque()  # by the steps taken until then
-        self._stretch = BadStretch(after_skips, after_spikes)
+        self._positions: deque[tuple[int, Any]] = deque()  # each with the steps taken until then
+        self._stretch = BadStretch(every, after_skips, after_spikes)
+        hook_weakly(optimizer.register_load_state_dict_post_hook, self._go_on_from_loaded_state)
         self._place: Place
         if store is None:
             self._place = InMemory(optimizer, keep, Peers(optimizer.process_group))
@@ -144,6 +151,16 @@ class Rollback:
             self._place = InStore(store)
         if not _resumed(optimizer, store):
             self.snapshot(position)
+
+    @property
+    def every(self) -> int:
+        """Applied steps between snapshots."""
+        return self._stretch.every
+
+    @property
+    def rollbacks(self) -> int:
+        """Rollbacks in the life of this object; `attempts` counts those of the present trouble."""
+        return self._stretch.rollbacks
 
     @property
     def snapshots(self) -> list[int]:
@@ -167,30 +184,26 @@ class Rollback:
                 snapshot is finite.
         """
         now = self.optimizer.steps_taken
-        if self._positions and now < self._positions[-1][0]:  # somebody loaded an older state
-            self._positions.clear()
-            while self._inbox and self._inbox[0].step > now:
-                self._inbox.popleft()
         self._positions.append((now, position))
         reason = self._learn_all()
-        if reason is None and self._stretch.clean >= self.every - 1:
+        if reason is None and self._stretch.is_due_after(1):
             # Alone: when others learn of this step must not depend on our snapshots.
             self._inbox.settle()
             reason = self._learn_all()
         if reason is not None:
             return self.trigger(reason)
-        if self._stretch.clean >= self.every:
+        if self._stretch.is_due:
             self.snapshot(position)
         return None
 
     def snapshot(self, position: Any = None) -> None:
         """Keeps the state of now; the oldest snapshot beyond `keep` is overwritten."""
-        now = Moment(self._stretch.rollbacks, self.optimizer.steps_taken)
+        now = self._stretch.now(self.optimizer.steps_taken)
         kept = self._place.take(self.objects, now, position)
-        self._stretch.clean = 0
+        self._stretch.begin_anew()
         if not kept:
             return
-        self._stretch.forget_until(min(self._place.moments(), default=Moment(0, 0)))
+        self._stretch.taken(oldest=min(self._place.moments(), default=now))
         if now.step > self._trouble_until:
             self.attempts = 0
 
@@ -220,7 +233,7 @@ class Rollback:
                 f"{story}, and {error}. Start again from an older checkpoint",
                 self._stretch.culprits,
             ) from error
-        self._stretch.start_anew()
+        self._stretch.go_back()
         if self.lr is not None and self.lr_factor < 1:
             # The restored schedule remembers what the rollbacks before its snapshot did to it.
             times = self._stretch.rollbacks - taken.moment.rollbacks
@@ -243,9 +256,15 @@ class Rollback:
     def _learn(self) -> str | None:
         """Takes the next record, with the position that `step` was given first after its step."""
         record = self._inbox.popleft()
-        while self._positions[0][0] < record.step:
+        while self._positions and self._positions[0][0] < record.step:
             self._positions.popleft()
-        return self._stretch.learn(record, self._positions[0][1])
+        return self._stretch.learn(record, self._positions[0][1] if self._positions else None)
+
+    def _go_on_from_loaded_state(self) -> None:
+        """The steps before a load are not those that led to the state in force."""
+        self._positions.clear()
+        self._inbox.clear()
+        self._stretch.go_on_from_another_state()
 
 
 def _check_counts(**counts: object) -> None:

@@ -7,7 +7,6 @@ none.
 from __future__ import annotations
 
 import logging
-import weakref
 from collections import deque
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
@@ -19,6 +18,7 @@ from fastguard.checkpoints import CheckpointError, CheckpointStore
 from fastguard.optimizer import GuardedOptimizer
 from fastguard.peers import Peers
 from fastguard.snapshot import Snapshot
+from fastguard.weak_hooks import hook_weakly
 
 log = logging.getLogger("fastguard")
 
@@ -66,12 +66,12 @@ class _Slot(Snapshot):
     """A snapshot, and what is known of it.
 
     Attributes:
-        rollbacks: How many there had been when it was taken.
+        moment: When it was taken.
         checked: Whether it was looked at while it was copied: at most of it, see `snapshot.LOOKED`.
         bad: What in it is not finite, on any rank; None: nobody has asked.
     """
 
-    rollbacks = 0
+    moment = Moment(0, 0)
     checked = False
     bad: list[str] | None = None
 
@@ -97,12 +97,10 @@ class InMemory:
         self._slots: deque[_Slot] = deque()
         self._copied: Mapping[torch.device, torch.cuda.Event] = {}
         # A hook that held its snapshots would keep their memory for as long as the optimizer lives.
-        wait = weakref.WeakMethod(self._wait_for_copy)
-        hook = optimizer.register_step_pre_hook(lambda *_: (method := wait()) and method())
-        weakref.finalize(self, hook.remove).atexit = False
+        hook_weakly(optimizer.register_step_pre_hook, self._wait_for_copy)
 
     def moments(self) -> list[Moment]:
-        return [Moment(s.rollbacks, s.step) for s in self._slots if s.step is not None]
+        return [slot.moment for slot in self._slots if slot.step is not None]
 
     def take(self, objects: Mapping[str, Any], moment: Moment, position: Any) -> bool:
         safe = self._keep == 1 or self._is_one_finite([*self._slots][1:])
@@ -110,7 +108,7 @@ class InMemory:
             slot = _Slot()
         else:
             slot = self._slots.popleft() if safe else self._slots.pop()
-        slot.rollbacks, slot.bad, slot.checked = moment.rollbacks, None, not safe
+        slot.moment, slot.bad, slot.checked = moment, None, not safe
         self._copied = slot.take(
             objects, moment.step, position, self._optimizer, check=slot.checked
         )
@@ -124,7 +122,7 @@ class InMemory:
             bad = self._bad(slot)
             if not bad:
                 self._peers.together(lambda slot=slot: slot.restore(objects))
-                return Taken(Moment(slot.rollbacks, slot.step or 0), slot.position)
+                return Taken(slot.moment, slot.position)
             refused.append(f"step {slot.step}: {', '.join(bad[:8])}")
             self._slots.pop()
         raise NothingToRestore(f"no snapshot is finite: {'; '.join(refused)}")
@@ -158,7 +156,7 @@ class InStore:
 
     def __init__(self, store: CheckpointStore) -> None:
         self._store = store
-        self._rollbacks: dict[int, int] = {}  # by step; none before those of an earlier process
+        self._moments: dict[int, Moment] = {}  # by step; not those of an earlier process
 
     def moments(self) -> list[Moment]:
         return [self._moment(entry.step) for entry in self._store.list() if entry.clean]
@@ -166,8 +164,8 @@ class InStore:
     def take(self, objects: Mapping[str, Any], moment: Moment, position: Any) -> bool:
         if self._store.save({**objects, POSITION: position}, step=moment.step) is None:
             return False
-        self._rollbacks[moment.step] = moment.rollbacks
-        self._rollbacks = {m.step: m.rollbacks for m in self.moments()}
+        self._moments[moment.step] = moment
+        self._moments = {known.step: known for known in self.moments()}
         return True
 
     def restore(self, objects: Mapping[str, Any]) -> Taken:
@@ -188,4 +186,4 @@ class InStore:
         return Taken(self._moment(checkpoint.step), checkpoint.state.get(POSITION))
 
     def _moment(self, step: int) -> Moment:
-        return Moment(self._rollbacks.get(step, 0), step)
+        return self._moments.get(step, Moment(0, step))
