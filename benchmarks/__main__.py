@@ -24,14 +24,14 @@ from benchmarks.memory import measure_memory, memory_cases
 from benchmarks.plots import draw
 from benchmarks.suite import CPU_SECONDS, CUDA_SECONDS, cases
 from benchmarks.syncs import count_syncs
-from fastguard.bench.command import device_of, wide_console
-from fastguard.bench.machine import slug_of
-from fastguard.bench.results import save
-from fastguard.bench.selection import SECONDS, selection
-from fastguard.bench.session import measure_cases
-from fastguard.bench.table import growth_table, row_table, target_table
-from fastguard.bench.targets import judge
-from fastguard.usage import UsageError, output_folder
+from benchmarks.targets import judge, target_table
+from fastguard.commands.bench.command import device_of, wide_console
+from fastguard.commands.bench.machine import slug_of
+from fastguard.commands.bench.results import save
+from fastguard.commands.bench.selection import SECONDS, selection
+from fastguard.commands.bench.session import measure_cases
+from fastguard.commands.bench.table import growth_table, row_table
+from fastguard.commands.usage import UsageError, output_folder
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -67,6 +67,7 @@ def main() -> int:
         )
     else:
         result = whole(device, command, console)
+    result["targets"] = judge(result)
     result["seconds"] = time.perf_counter() - start
 
     console.print(row_table(result))
@@ -97,7 +98,6 @@ def whole(device: torch.device, command: str, console):
         row for case in accuracy_cases() for row in measure_accuracy(case, device)
     ]
     result["syncs"] = count_syncs(device)
-    result["targets"] = judge(result)
     return result
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 import fastguard
 from benchmarks.suite import EXTREMES, model_shapes
-from fastguard.bench.runner import relative_error
-from fastguard.bench.targets import MODELS
-from fastguard.bench.workload import Case, Workload, float64_norm
+from benchmarks.targets import MODELS
+from fastguard.commands.bench.runner import relative_error
+from fastguard.commands.bench.workload import Case, Workload, float64_norm
 
 MAGNITUDES = (1e-30, 1.0, 1e20)
 NORMS: dict[str, Callable[[Workload], Tensor]] = {

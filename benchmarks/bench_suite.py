@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from benchmarks.suite import cases
-from fastguard.bench.clock import Clock, Sample
-from fastguard.bench.contenders import Prepared
-from fastguard.bench.machine import Ceilings, available_bytes, ceilings
-from fastguard.bench.runner import prepare, summarise, warm_up
-from fastguard.bench.session import quiet_guard
-from fastguard.bench.workload import Case, Workload, bytes_needed
+from fastguard.commands.bench.clock import Clock, Sample
+from fastguard.commands.bench.contenders import Prepared
+from fastguard.commands.bench.machine import Ceilings, available_bytes, ceilings
+from fastguard.commands.bench.runner import prepare, summarise, warm_up
+from fastguard.commands.bench.session import quiet_guard
+from fastguard.commands.bench.workload import Case, Workload, bytes_needed
 
 ROUNDS = 7
 

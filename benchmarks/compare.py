@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastguard.bench.machine import title_of
-from fastguard.bench.results import Result, load
-from fastguard.bench.runner import OURS
+from fastguard.commands.bench.machine import title_of
+from fastguard.commands.bench.results import Result, load
+from fastguard.commands.bench.runner import OURS
 
 TOLERANCE = 0.05  # medians of two runs on an idle machine differ by up to 3 %
 NORM_ERROR = 1e-7

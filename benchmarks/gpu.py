@@ -3,8 +3,9 @@
 python -m benchmarks.gpu --out benchmarks/results/gpu.json
 python -m benchmarks.gpu --device cpu --quick        # tries the script itself, on 1/256 of the size
 
-The runner, the byte models and the targets are those of the whole suite (`fastguard.bench`), and so
-is the file. It is written anew after each case, and a case that no time is left for is named in it.
+The runner, the byte models and the targets are those of the whole suite
+(`fastguard.commands.bench`), and so is the file. It is written anew after each case, and a case
+that no time is left for is named in it.
 COMMIT=... names the source where there is no .git. A target that is missed keeps its number; the
 exit status is 1 if a case failed, or if a guarded step made the host wait for the device.
 """
@@ -22,16 +23,16 @@ import torch
 from benchmarks.script import commit, options
 from benchmarks.suite import EXTREMES, ONE_GB, model_shapes
 from benchmarks.syncs import count_syncs
-from fastguard.bench.command import wide_console
-from fastguard.bench.contenders import READ_PASS
-from fastguard.bench.machine import Ceilings, ceilings
-from fastguard.bench.results import Result, new_result, save
-from fastguard.bench.runner import run_case
-from fastguard.bench.selection import USUAL_STEP
-from fastguard.bench.session import quiet_guard
-from fastguard.bench.table import row_table, target_table
-from fastguard.bench.targets import judge
-from fastguard.bench.workload import Case
+from benchmarks.targets import judge, target_table
+from fastguard.commands.bench.command import wide_console
+from fastguard.commands.bench.contenders import READ_PASS
+from fastguard.commands.bench.machine import Ceilings, ceilings
+from fastguard.commands.bench.results import Result, new_result, save
+from fastguard.commands.bench.runner import run_case
+from fastguard.commands.bench.selection import USUAL_STEP
+from fastguard.commands.bench.session import quiet_guard
+from fastguard.commands.bench.table import row_table
+from fastguard.commands.bench.workload import Case
 
 SECONDS = 110.0  # after which no case is begun; the last may take ten more
 CASE_SECONDS = 4.0

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastguard.bench.results import Result
-from fastguard.bench.workload import Case, Shape
+from fastguard.commands.bench.results import Result
+from fastguard.commands.bench.workload import Case, Shape
 
 TENSORS = (10, 30, 100, 300, 1000, 3000, 10_000, 20_000)
 MEGABYTES = (1, 4, 16, 64, 256, 1024, 4096)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fastguard.bench.contenders import CONTENDERS
-from fastguard.bench.workload import Case, Shape, Workload
+from fastguard.commands.bench.contenders import CONTENDERS
+from fastguard.commands.bench.workload import Case, Shape, Workload
 
 FIELD = ("torch foreach", "isfinite + clip", "fastguard", "fastguard flat")
 MEGABYTES = (1, 8, 64, 512, 2048)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from fastguard.bench import machine
-from fastguard.bench.command import device_of
-from fastguard.usage import UsageError
+from fastguard.commands.bench import machine
+from fastguard.commands.bench.command import device_of
+from fastguard.commands.usage import UsageError
 
 
 def options(

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from fastguard.bench.selection import FUNCTIONS, USUAL_STEP
-from fastguard.bench.steps import STEPS
-from fastguard.bench.targets import MODELS
-from fastguard.bench.workload import Case, Shape, Situation
+from benchmarks.targets import MODELS
+from fastguard.commands.bench.selection import FUNCTIONS, USUAL_STEP
+from fastguard.commands.bench.steps import STEPS
+from fastguard.commands.bench.workload import Case, Shape, Situation
 
 SHAPES = Path(__file__).parent / "shapes"
 CPU_SECONDS, CUDA_SECONDS = 2.0, 1.0  # a case

@@ -28,18 +28,18 @@ from torch import Tensor
 import fastguard
 from benchmarks.script import commit, options
 from benchmarks.syncs import waits_of
-from fastguard.bench.machine import describe_machine, title_of, versions
-from fastguard.bench.results import write
-from fastguard.bench.runner import Spread, rounds
-from fastguard.bench.selection import USUAL_STEP
-from fastguard.bench.session import quiet_guard
-from fastguard.bench.steps import (
+from fastguard.commands.bench.machine import describe_machine, title_of, versions
+from fastguard.commands.bench.results import write
+from fastguard.commands.bench.runner import Spread, rounds
+from fastguard.commands.bench.selection import USUAL_STEP
+from fastguard.commands.bench.session import quiet_guard
+from fastguard.commands.bench.steps import (
     LR,
     clip_and_step,
     clip_and_step_if_all_is_finite,
     clip_and_step_if_norm_is_finite,
 )
-from fastguard.demo.model import GPT
+from fastguard.commands.demo.model import GPT
 
 MODES = ("eager", "compiled")
 BARE = "bare step"

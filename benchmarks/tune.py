@@ -21,11 +21,11 @@ import torch
 
 from benchmarks.script import commit
 from fastguard import backend
-from fastguard.bench.clock import Clock, Sample
-from fastguard.bench.machine import Evictor, ceilings, describe_machine, versions
-from fastguard.bench.results import write
-from fastguard.bench.runner import Spread
 from fastguard.buckets import bucketize
+from fastguard.commands.bench.clock import Clock, Sample
+from fastguard.commands.bench.machine import Evictor, ceilings, describe_machine, versions
+from fastguard.commands.bench.results import write
+from fastguard.commands.bench.runner import Spread
 
 ROUNDS = 31
 MEGABYTES = 512

@@ -5,9 +5,7 @@ parameter, and whether the step is a spike; decides on the device to clip, clean
 """
 
 from fastguard import ops as ops  # registers the ops that torch.compile needs
-from fastguard.activations import ActivationGuard
 from fastguard.backend import backend_for
-from fastguard.batch_check import BatchCheck, check_batch
 from fastguard.checkpoints import CheckpointStore
 from fastguard.clip import (
     clip_grad_norm_,
@@ -19,13 +17,15 @@ from fastguard.clip import (
 )
 from fastguard.config import GuardConfig
 from fastguard.diagnosis import Diagnosis, Finding, diagnose
+from fastguard.diagnosis.activations import ActivationGuard
+from fastguard.diagnosis.batch_check import BatchCheck, check_batch
+from fastguard.diagnosis.provenance import NonFiniteReport, explain_nonfinite
 from fastguard.errors import NonFiniteGradError, TrainingDivergedError
 from fastguard.flat_buckets import FlatGradBuckets
 from fastguard.loss_meter import LossMeter
 from fastguard.measure import GradStats
 from fastguard.optimizer import GuardedOptimizer
 from fastguard.patch import patch_torch, unpatch_torch
-from fastguard.provenance import NonFiniteReport, explain_nonfinite
 from fastguard.ranks.groups import Replicated
 from fastguard.ranks.watch import RankWatch
 from fastguard.records import StepRecord

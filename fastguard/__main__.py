@@ -2,6 +2,6 @@
 
 import sys
 
-from fastguard.cli import main
+from fastguard.commands.cli import main
 
 sys.exit(main())

@@ -24,10 +24,10 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fastguard.activations import ActivationGuard
 from fastguard.arguments import limit_of
-from fastguard.batch_check import BatchCheck, check_batch, check_order, checked_limits
 from fastguard.checkpoints import CheckpointStore
+from fastguard.diagnosis.activations import ActivationGuard
+from fastguard.diagnosis.batch_check import BatchCheck, check_batch, check_order, checked_limits
 from fastguard.guardable import check_budget
 from fastguard.measure import norm_type_of
 from fastguard.optimizer import GuardedOptimizer

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fastguard.sinks import rotated_files
-from fastguard.usage import UsageError
 
 try:  # twice as fast as the standard library; what it refuses (a bare NaN), that one reads
     from orjson import loads as _loads
@@ -43,29 +42,6 @@ class Block:
     records: list[dict[str, Any]]
     damaged: int
     size: int
-
-
-def find_run(run: str | os.PathLike[str]) -> Path:
-    """The current file of a run.
-
-    Args:
-        run: That file, or the folder it lies in.
-
-    Raises:
-        UsageError: There is none, or the folder holds several.
-    """
-    path = Path(run)
-    if path.is_dir():
-        files = _current_files(path)
-        if not files:
-            raise UsageError(f"no records in {run}: it holds no .jsonl file; name the file itself")
-        if len(files) > 1 and path / "records.jsonl" not in files:
-            names = ", ".join(file.name for file in files)
-            raise UsageError(f"{run} holds several runs ({names}); name one of the files")
-        return files[0] if len(files) == 1 else path / "records.jsonl"
-    if not path.exists() and not rotated_files(path):
-        raise UsageError(f"no such file: {run}; give what JsonLinesSink(path) was given")
-    return path
 
 
 def read_blocks(path: Path, *, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
@@ -130,12 +106,6 @@ def _are_records(values: list[Any]) -> bool:
         return False
     steps = [value.get("step") for value in values]
     return set(map(type, steps)) == {int} and 0 <= min(steps) and max(steps) < 1 << 53
-
-
-def _current_files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.jsonl"))
-    full = {old for file in files for old in rotated_files(file)}
-    return [file for file in files if file not in full]
 
 
 def _opened(path: Path, stack: ExitStack) -> Iterator[BinaryIO]:

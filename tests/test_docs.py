@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastguard.demo.training import one_thread
+from fastguard.commands.demo.training import one_thread
 from guardtest.group_of_one import unhurried_end
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

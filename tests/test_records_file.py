@@ -7,7 +7,7 @@ import pytest
 
 from fastguard import JsonLinesSink, StepRecord, read_records
 from fastguard import records_file as rf
-from fastguard.usage import UsageError
+from fastguard.commands.run_files import find_run
 
 NAN, INF = float("nan"), float("inf")
 
@@ -49,7 +49,7 @@ def test_rotated_files_are_one_run(tmp_path):
 def test_a_run_whose_current_file_is_not_there_yet(tmp_path):
     path = write(tmp_path / "run.jsonl", 5)
     path.rename(tmp_path / "run.1.jsonl")
-    assert rf.find_run(path) == path
+    assert find_run(path) == path
     assert steps(path) == [1, 2, 3, 4, 5]
 
 
@@ -146,24 +146,6 @@ def test_without_orjson_the_same_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(rf, "_loads", json.loads)
     after = [block.records for block in rf.read_blocks(path)]
     assert repr(before) == repr(after)  # a NaN does not equal itself
-
-
-def test_a_folder_stands_for_the_run_in_it(tmp_path):
-    path = write(tmp_path / "anything.jsonl", 100, max_bytes=2048)
-    assert rf.find_run(tmp_path) == path
-    other = write(tmp_path / "other.jsonl", 1)
-    with pytest.raises(UsageError, match=r"several runs \(anything.jsonl, other.jsonl\)"):
-        rf.find_run(tmp_path)
-    assert rf.find_run(other) == other
-    records = write(tmp_path / "records.jsonl", 1)
-    assert rf.find_run(tmp_path) == records
-
-
-def test_nothing_to_read_is_wrong_use(tmp_path):
-    with pytest.raises(UsageError, match=r"holds no \.jsonl file"):
-        rf.find_run(tmp_path)
-    with pytest.raises(UsageError, match="no such file"):
-        rf.find_run(tmp_path / "records.jsonl")
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no /proc here")

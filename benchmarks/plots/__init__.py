@@ -20,7 +20,7 @@ from benchmarks.plots.look import source_of as source_of
 from benchmarks.plots.ratios import ratios
 from benchmarks.plots.roofline import roofline
 from benchmarks.plots.steps import steps
-from fastguard.bench.results import load
+from fastguard.commands.bench.results import load
 
 
 def draw(result_file: Path, folder: Path) -> list[Path]:

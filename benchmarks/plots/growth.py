@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from benchmarks.growth import AXES, contenders_of, curve
 from benchmarks.plots.look import QUIET, bytes_of, color_of, frame, label_of
-from fastguard.bench.results import Result
+from fastguard.commands.bench.results import Result
 
 
 def growth(result: Result) -> Figure | None:

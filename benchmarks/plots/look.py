@@ -7,8 +7,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from fastguard.bench.machine import title_of
-from fastguard.bench.results import Result
+from fastguard.commands.bench.machine import title_of
+from fastguard.commands.bench.results import Result
 
 INK, QUIET, FAINT = "#1f2933", "#6b7785", "#d9dfe5"
 COLORS = {

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from benchmarks.plots.look import FAINT, INK, QUIET, bytes_of, color_of, frame, label_of
-from fastguard.bench.results import Result
+from fastguard.commands.bench.results import Result
 
 BARS = ("fastguard", "fastguard flat", "GradScaler + clip", "isfinite + clip")
 

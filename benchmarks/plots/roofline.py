@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from benchmarks.plots.look import INK, QUIET, bytes_of, color_of, frame, label_of
-from fastguard.bench.results import Result
+from fastguard.commands.bench.results import Result
 
 
 def roofline(result: Result) -> Figure | None:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from benchmarks.plots.look import INK, QUIET, color_of, frame, label_of
-from fastguard.bench.results import Result
+from fastguard.commands.bench.results import Result
 
 STEP_BARS = (
     "GuardedOptimizer",

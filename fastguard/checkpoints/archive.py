@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 
-from fastguard.checkpoints import files, shard_looking, sharded
+from fastguard.checkpoints import durable_files as files
 from fastguard.checkpoints.errors import CheckpointError, DamagedFile
-from fastguard.checkpoints.inspection import sha256_of
-from fastguard.checkpoints.looking import Look, look_at_file
+from fastguard.checkpoints.reading.file_report import Look, look_at_file
+from fastguard.checkpoints.reading.inspect_file import sha256_of
+from fastguard.checkpoints.sharded import read_write as sharded
+from fastguard.checkpoints.sharded import shard_report as shard_looking
 from fastguard.peers import Peers
 
 SUFFIX = ".pt"

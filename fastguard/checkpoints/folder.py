@@ -20,10 +20,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastguard.checkpoints import archive, files, manifest, sharded
+from fastguard.checkpoints import archive, manifest
+from fastguard.checkpoints import durable_files as files
 from fastguard.checkpoints.errors import CheckpointError
-from fastguard.checkpoints.looking import Look, not_ignored
 from fastguard.checkpoints.manifest import Entry, Manifest
+from fastguard.checkpoints.reading.file_report import Look, not_ignored
+from fastguard.checkpoints.sharded import read_write as sharded
 from fastguard.peers import Peers
 
 log = logging.getLogger("fastguard")

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from fastguard.checkpoints.durable_files import write_atomically
 from fastguard.checkpoints.errors import CheckpointError
-from fastguard.checkpoints.files import write_atomically
 from fastguard.errors import Culprit, describe_culprits
 
 NAME = "manifest.json"

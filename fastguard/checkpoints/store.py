@@ -10,14 +10,15 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fastguard.checkpoints import archive, manifest, rotation, state
+from fastguard.checkpoints import archive, manifest, rotation
+from fastguard.checkpoints import object_states as state
 from fastguard.checkpoints.arguments import check_choice, counted, integer, joined
 from fastguard.checkpoints.errors import CheckpointError, DamagedFile
 from fastguard.checkpoints.folder import Folder, file_name
-from fastguard.checkpoints.looking import HEADER
 from fastguard.checkpoints.manifest import Entry
-from fastguard.checkpoints.signals import SignalFlag
-from fastguard.checkpoints.view import StoreView, Which
+from fastguard.checkpoints.reader import StoreView, Which
+from fastguard.checkpoints.reading.file_report import HEADER
+from fastguard.checkpoints.stop_signal import SignalFlag
 from fastguard.errors import describe_culprits
 from fastguard.optimizer import GuardedOptimizer
 from fastguard.peers import Peers

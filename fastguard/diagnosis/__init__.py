@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fastguard.activations import unguarded
+from fastguard.diagnosis.activations import unguarded
 from fastguard.diagnosis.checks import FAMILIES, Check
 from fastguard.diagnosis.evidence import Evidence
 from fastguard.diagnosis.finding import CHECKS as CHECKS
@@ -23,11 +23,11 @@ from fastguard.diagnosis.finding import KINDS as KINDS
 from fastguard.diagnosis.finding import Finding as Finding
 from fastguard.diagnosis.finding import Severity as Severity
 from fastguard.diagnosis.finding import by_importance
+from fastguard.diagnosis.replay.arguments import Autocast
+from fastguard.diagnosis.replay.replay import Step
+from fastguard.diagnosis.replay.restore import Kept
+from fastguard.diagnosis.replay.subject import Subject
 from fastguard.diagnosis.report import Diagnosis as Diagnosis
-from fastguard.diagnosis.subject import Subject
-from fastguard.diagnosis.untouched import Kept
-from fastguard.provenance.arguments import Autocast
-from fastguard.provenance.replay import Step
 
 
 def diagnose(

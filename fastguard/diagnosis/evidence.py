@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from fastguard.diagnosis.observe import Observation, Values, observe
-from fastguard.diagnosis.steps import RealSteps, take_steps
-from fastguard.diagnosis.subject import Subject, split
-from fastguard.diagnosis.untouched import Kept
-from fastguard.provenance import NonFiniteReport, explain_nonfinite
-from fastguard.provenance.calls import floats
-from fastguard.provenance.replay import copied, in_float32, widened_batch
+from fastguard.diagnosis.provenance import NonFiniteReport, explain_nonfinite
+from fastguard.diagnosis.replay.calls import floats
+from fastguard.diagnosis.replay.replay import copied, in_float32, widened_batch
+from fastguard.diagnosis.replay.restore import Kept
+from fastguard.diagnosis.replay.subject import Subject, split
+from fastguard.diagnosis.trial_steps import RealSteps, take_steps
 
 N_BATCHES = 8
 """How many batches of `data` are looked at."""

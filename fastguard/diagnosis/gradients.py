@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastguard.provenance.backward import graph_of
+from fastguard.diagnosis.provenance.backward import graph_of
 
 
 def gradients_of(total: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from fastguard import CheckpointStore
-from fastguard.checkpoints import files, inspect, roll_back_file
+from fastguard.checkpoints import durable_files as files
+from fastguard.checkpoints import inspect, roll_back_file
 
 torch.set_num_threads(1)  # threads do not survive a fork
 SIZE = 20_000

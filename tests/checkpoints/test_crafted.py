@@ -10,7 +10,8 @@ import zipfile
 import pytest
 import torch
 
-from fastguard.checkpoints import DamagedFile, inspect, safetensors
+from fastguard.checkpoints import DamagedFile, inspect
+from fastguard.checkpoints.reading import safetensors_header as safetensors
 
 NAN = float("nan")
 

@@ -7,7 +7,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from fastguard import CheckpointStore
-from fastguard.checkpoints import CheckpointError, contents, roll_back_file
+from fastguard.checkpoints import CheckpointError, roll_back_file
+from fastguard.checkpoints.reading import contents
 from guardtest.commands import ckpt
 
 NAN = float("nan")

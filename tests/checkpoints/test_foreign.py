@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from fastguard import CheckpointStore
-from fastguard.checkpoints import CheckpointError, DamagedFile, files, roll_back_file
-from fastguard.checkpoints.foreign import describe, good_source
-from fastguard.cli import main
+from fastguard.checkpoints import CheckpointError, DamagedFile, roll_back_file
+from fastguard.checkpoints import durable_files as files
+from fastguard.checkpoints.foreign_files import describe, good_source
+from fastguard.commands.cli import main
 
 NAN = float("nan")
 

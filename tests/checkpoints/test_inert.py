@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from fastguard.checkpoints import DamagedFile, UnsafeFile, inspect
-from fastguard.checkpoints.contents import read_contents
-from fastguard.checkpoints.inert import InertUnpickler, StandIn
-from fastguard.checkpoints.tree import named_leaves
+from fastguard.checkpoints.reading.contents import read_contents
+from fastguard.checkpoints.reading.inert_unpickler import InertUnpickler, StandIn
+from fastguard.checkpoints.reading.named_leaves import named_leaves
 
 NAN = float("nan")
 

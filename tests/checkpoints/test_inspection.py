@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastguard.checkpoints import DamagedFile, UnsafeFile, inspect
-from fastguard.checkpoints import inspection as module
-from fastguard.checkpoints.contents import read_contents
+from fastguard.checkpoints.reading import inspect_file as module
+from fastguard.checkpoints.reading.contents import read_contents
 
 NAN, INF = float("nan"), float("inf")
 FLOATS = [

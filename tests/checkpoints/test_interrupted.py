@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fastguard import CheckpointStore
-from fastguard.checkpoints import files, manifest
+from fastguard.checkpoints import durable_files as files
+from fastguard.checkpoints import manifest
 
 
 def save(store, step, value=1.0):

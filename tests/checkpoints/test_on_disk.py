@@ -16,11 +16,11 @@ from fastguard.checkpoints import (
     CheckpointError,
     DamagedFile,
     StoreLocked,
-    files,
     manifest,
     roll_back_file,
 )
-from fastguard.checkpoints.inspection import sha256_of
+from fastguard.checkpoints import durable_files as files
+from fastguard.checkpoints.reading.inspect_file import sha256_of
 
 NAN = float("nan")
 

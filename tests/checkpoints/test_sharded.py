@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 from fastguard import CheckpointStore
 from fastguard.checkpoints import CheckpointError, DamagedFile, UnsafeFile
-from fastguard.checkpoints.shard_looking import look
-from fastguard.checkpoints.shard_metadata import read_metadata
-from fastguard.checkpoints.sharded import read
+from fastguard.checkpoints.sharded.metadata import read_metadata
+from fastguard.checkpoints.sharded.read_write import read
+from fastguard.checkpoints.sharded.shard_report import look
 from fastguard.peers import Peers
 from guardtest.group_of_one import group_of_one
 
@@ -236,7 +236,7 @@ def test_verifying_shards_takes_no_more_memory_than_verifying_a_file(mesh, tmp_p
 
 
 def test_verify_reads_every_file_of_a_folder_once(mesh, tmp_path, monkeypatch):
-    from fastguard.checkpoints import inspection
+    from fastguard.checkpoints.reading import inspect_file as inspection
 
     with CheckpointStore(tmp_path) as store:
         folder = tmp_path / store.save(model=build(mesh)[0], step=0).file

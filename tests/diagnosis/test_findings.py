@@ -83,7 +83,7 @@ def test_the_table_shows_every_finding_and_takes_brackets_literally() -> None:
     require("rich")
     from rich.console import Console
 
-    from fastguard.diagnosis.table import table
+    from fastguard.commands.diagnose.table import table
 
     found = Diagnosis(
         (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from fastguard import cli
+from fastguard.commands import cli
 from guardtest import require
 
 ROOT = Path(__file__).parents[2]

@@ -8,9 +8,9 @@ import math
 import pytest
 
 from fastguard import GuardedOptimizer, read_records
-from fastguard.cli import main
-from fastguard.incidents import detector
-from fastguard.incidents.detector import BATCHES, FAULTS
+from fastguard.commands.cli import main
+from fastguard.commands.demo.incidents import detector
+from fastguard.commands.demo.incidents.detector import BATCHES, FAULTS
 from fastguard.integrations import ultralytics_callbacks
 from guardtest import require
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastguard import JsonLinesSink, Replicated, TrainingDivergedError, Warmup, read_records
-from fastguard.incidents.detector_faults import Faults, Kind
+from fastguard.commands.demo.incidents.detector_faults import Faults, Kind
 from fastguard.integrations.ultralytics import guard
 from guardtest import require
 from guardtest.detector import left_out, state_of, train

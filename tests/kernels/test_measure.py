@@ -8,7 +8,7 @@ import torch
 
 from fastguard import reference
 from fastguard.buckets import bucketize
-from fastguard.environment import environment
+from fastguard.commands.environment import environment
 from fastguard.kernels import stages
 from guardtest.roundings import BAD_PATTERNS, sum_whole_vectors
 from guardtest.tolerances import KEPT_RTOL, MEASURED_RTOL

@@ -16,7 +16,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from fastguard import CheckpointStore, GuardedOptimizer, Replicated
-from fastguard.checkpoints import CheckpointError, files, manifest, shard_looking
+from fastguard.checkpoints import CheckpointError, manifest
+from fastguard.checkpoints import durable_files as files
+from fastguard.checkpoints.sharded import shard_report as shard_looking
 from guardtest.ranks import Ranks
 
 NAN = float("nan")

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastguard.batch_check import read_batch
+from fastguard.diagnosis.batch_check import read_batch
 from fastguard.diagnosis.evidence import Evidence
 from fastguard.diagnosis.finding import Finding, percent
-from fastguard.diagnosis.functions import Indices, indices_of
-from fastguard.diagnosis.subject import tensors
+from fastguard.diagnosis.provenance.report import TensorRange
+from fastguard.diagnosis.replay.calls import floats
+from fastguard.diagnosis.replay.subject import tensors
+from fastguard.diagnosis.watch_functions import Indices, indices_of
 from fastguard.errors import describe_culprits
-from fastguard.provenance.calls import floats
-from fastguard.provenance.report import TensorRange
 
 CHECK = "data"
 

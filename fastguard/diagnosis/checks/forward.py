@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 from fastguard.diagnosis.evidence import Evidence
 from fastguard.diagnosis.finding import Finding, percent, several
-from fastguard.diagnosis.functions import IndexOutOfRange, Meeting, Saturation
 from fastguard.diagnosis.observe import Activation
+from fastguard.diagnosis.provenance import NonFiniteReport
 from fastguard.diagnosis.shapes import misfits
-from fastguard.provenance import NonFiniteReport
+from fastguard.diagnosis.watch_functions import IndexOutOfRange, Meeting, Saturation
 
 CHECK = "forward"
 

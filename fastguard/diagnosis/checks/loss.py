@@ -12,10 +12,10 @@ from torch.utils._pytree import tree_map
 
 from fastguard.diagnosis.evidence import Evidence
 from fastguard.diagnosis.finding import Finding
-from fastguard.diagnosis.functions import IndexOutOfRange
+from fastguard.diagnosis.replay.replay import loss_parts
+from fastguard.diagnosis.replay.subject import tensors
 from fastguard.diagnosis.shapes import raised_by_shapes
-from fastguard.diagnosis.subject import tensors
-from fastguard.provenance.replay import loss_parts
+from fastguard.diagnosis.watch_functions import IndexOutOfRange
 
 CHECK = "loss"
 

@@ -9,9 +9,9 @@ from types import ModuleType
 
 import torch
 
-from fastguard.bench import Case
-from fastguard.bench.contenders import CONTENDERS, READ_PASS
-from fastguard.bench.machine import Ceilings
+from fastguard.commands.bench import Case
+from fastguard.commands.bench.contenders import CONTENDERS, READ_PASS
+from fastguard.commands.bench.machine import Ceilings
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")

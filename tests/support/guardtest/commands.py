@@ -1,6 +1,6 @@
 """Commands as a user gives them, and what they print."""
 
-from fastguard.cli import main
+from fastguard.commands.cli import main
 
 
 def ckpt(capsys, *arguments):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastguard.incidents.detector_data import write_detector
+from fastguard.commands.demo.incidents.detector_data import write_detector
 
 SETTINGS = {
     "epochs": 1,

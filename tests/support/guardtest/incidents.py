@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fastguard.cli import main
-from fastguard.incidents import Incident, Outcome
+from fastguard.commands.cli import main
+from fastguard.commands.demo.incidents import Incident, Outcome
 from fastguard.sinks import read_records
 
 

@@ -1,0 +1,124 @@
+"""Which files below a folder are checkpoints: by their names, and `.bin` by its first bytes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fastguard.checkpoints import durable_files as files
+from fastguard.checkpoints.folder import is_store
+from fastguard.checkpoints.sharded import read_write as sharded
+
+ENDINGS = (".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".pt.tar", ".pth.tar", ".ckpt.tar")
+SHOWN = 5
+_SETTINGS = "training_args.bin"  # a pickled object of the Hugging Face Trainer; it calls its enums
+_BEGINNINGS = (b"PK", b"\x80", b"\0\0")  # an archive, a pickle, and what a lost write leaves
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Something below a folder that `verify` has to say a word about.
+
+    Attributes:
+        path: The file or folder.
+        kind: What it is; `"shards"` is a folder that `torch.distributed.checkpoint` wrote,
+            `"other"` a file whose name alone is that of a checkpoint, `"unreadable"` a folder.
+        why: Of the last two: what tells.
+    """
+
+    path: Path
+    kind: Literal["file", "store", "shards", "other", "unreadable"]
+    why: str = ""
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The checkpoint files in a folder, by name; links to nothing among them."""
+    return [found.path for found in _files(folder) if found.kind == "file"]
+
+
+def is_shards(folder: Path) -> bool:
+    """Whether `torch.distributed.checkpoint` wrote this folder, and not a store."""
+    return any(name.endswith(".distcp") for name in os.listdir(folder))
+
+
+def how_to_read_shards(folder: Path) -> str:
+    """What a user can do with such a folder, to stand behind its name."""
+    if sharded.SUFFIX in folder.name:
+        return f"is one checkpoint of a store; give the store: {folder.parent}"
+    return (
+        "was written by torch.distributed.checkpoint, whose shards are not read here; make one "
+        f"file of it (python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} "
+        "whole.pt, or dcp_to_torch_save) and verify that, or save with fastguard.CheckpointStore, "
+        "whose shards are verified"
+    )
+
+
+def walk(folder: Path) -> Iterator[Found]:
+    """Everything in a folder and its subfolders, by name.
+
+    The files of a store are its own affair. Hidden folders and links to folders are not entered.
+    """
+    failed: list[OSError] = []
+    for name, below, _ in os.walk(folder, onerror=failed.append):
+        at = Path(name)
+        below[:] = sorted(d for d in below if not d.startswith(".") and sharded.SUFFIX not in d)
+        try:
+            yield from _in(at)
+        except OSError as error:
+            yield Found(at, "unreadable", error.strerror or str(error))
+            below.clear()
+    for error in failed:
+        yield Found(Path(error.filename), "unreadable", error.strerror or str(error))
+
+
+def folders_of_checkpoints(folder: Path) -> list[Path]:
+    """The subfolders of a folder that hold any."""
+    holders = [f.path if f.kind in ("store", "shards") else f.path.parent for f in walk(folder)]
+    return [path for path in dict.fromkeys(holders) if path != folder]
+
+
+def where_else(folder: Path) -> str:
+    """What to do about a folder that holds no checkpoint, to stand behind its name."""
+    below = folders_of_checkpoints(folder)
+    if not below:
+        return "holds no checkpoints; give a store, a file, or a folder of files"
+    more = f" and {len(below) - SHOWN} more" if len(below) > SHOWN else ""
+    told = ", ".join(map(str, below[:SHOWN])) + more
+    return f"holds no checkpoints itself; these subfolders do: {told}"
+
+
+def _in(folder: Path) -> Iterator[Found]:
+    if is_store(folder):
+        yield Found(folder, "store")
+        return
+    if is_shards(folder):
+        yield Found(folder, "shards")
+    yield from _files(folder)
+
+
+def _files(folder: Path) -> Iterator[Found]:
+    for path in sorted(folder.iterdir()):
+        name = path.name.lower()
+        if not name.endswith(ENDINGS) or name.startswith(files.TEMPORARY):
+            continue
+        if not path.is_file() and (not path.is_symlink() or path.exists()):
+            continue
+        why = _no_checkpoint(path) if name.endswith(".bin") else None
+        yield Found(path, "file" if why is None else "other", why or "")
+
+
+def _no_checkpoint(path: Path) -> str | None:
+    """Why a `.bin` is none: data sets and programs have that ending too."""
+    if path.name == _SETTINGS:
+        return "settings of the Hugging Face Trainer"
+    try:
+        with path.open("rb") as file:
+            first = file.read(2)
+    except OSError:  # whoever reads it says so
+        return None
+    if not first or first.startswith(_BEGINNINGS):
+        return None
+    return "does not begin as a file of torch does"

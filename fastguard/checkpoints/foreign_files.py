@@ -1,0 +1,248 @@
+"""Checkpoint files that another program wrote: what they say of themselves, and going back.
+
+A file is rolled back by copying a good one over it, byte for byte. It is never unpickled and
+written again, so what the framework wrote is what it will read; and the epoch that it resumes from
+is the one that stands in the good file, which nobody has to edit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastguard.checkpoints import durable_files as files
+from fastguard.checkpoints.errors import CheckpointError, DamagedFile
+from fastguard.checkpoints.find_files import checkpoint_files
+from fastguard.checkpoints.reading.contents import read_contents
+from fastguard.checkpoints.reading.file_report import HEADER, not_ignored
+from fastguard.checkpoints.reading.inspect_file import inspect, sha256_of
+
+_EPOCH = ("epoch",)
+_STEP = ("step", "global_step", "iteration", "iter_num")
+_METRIC = ("best_fitness", "metric", "best_val_loss", "fitness")
+UNREADABLE = "unreadable"
+NO_TENSORS = "holds no tensors"
+_OPTIMIZER_ALONE = {"state", "param_groups"}
+_OPTIMIZER = ("optimizer", "optimizer_states", "optimizer_state_dict", "optim")
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a file says of itself, without its tensors being read.
+
+    Attributes:
+        path: The file.
+        size: Bytes.
+        modified: Seconds since 1970.
+        format: `"torch"`, `"torch (legacy)"`, `"safetensors"`; `"unreadable"` with a `problem`.
+        n_tensors: Distinct tensors in it.
+        epoch, step, metric: What usually stands under such names at its top, if it does.
+        resumable: Whether it holds the state of an optimizer.
+        has_weights: Whether it can be a model: not an optimizer or random streams alone.
+        problem: Why it cannot be read; None if it can.
+        tensors: Name and shape of each tensor.
+    """
+
+    path: Path
+    size: int
+    modified: float
+    format: str
+    n_tensors: int = 0
+    epoch: int | None = None
+    step: int | None = None
+    metric: float | None = None
+    resumable: bool = False
+    has_weights: bool = False
+    problem: str | None = None
+    tensors: frozenset[tuple[str, tuple[int, ...]]] = frozenset()
+
+
+def describe(path: Path) -> Description:
+    """What a checkpoint file says of itself; of one that cannot be read, why."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        return Description(path, 0, 0.0, UNREADABLE, problem=problem_of(path, error))
+    try:
+        contents = read_contents(path)
+    except (CheckpointError, OSError) as error:
+        problem = problem_of(path, error)
+        return Description(path, stat.st_size, stat.st_mtime, UNREADABLE, problem=problem)
+    top: dict[Any, Any] = contents.tree if isinstance(contents.tree, dict) else {}
+    top = {**contents.metadata, **top, **(top.get(HEADER) or {})}
+    states = top.get("objects") if HEADER in top else top
+    has_optimizer = isinstance(states, dict) and any(states.get(k) is not None for k in _OPTIMIZER)
+    return Description(
+        path,
+        stat.st_size,
+        stat.st_mtime,
+        contents.format,
+        contents.n_tensors,
+        _number(top, _EPOCH, int),
+        _number(top, _STEP, int),
+        _number(top, _METRIC, float),
+        has_optimizer,
+        has_weights=set(top) != _OPTIMIZER_ALONE
+        and any(
+            dtype.is_floating_point or dtype.is_complex
+            for dtype in [span.dtype for span in contents.spans]
+            + [array.dtype for _, array in contents.arrays]
+        ),
+        tensors=frozenset(
+            [(span.name, tuple(span.size)) for span in contents.spans]
+            + [(name, tuple(array.shape)) for name, array in contents.arrays]
+        ),
+    )
+
+
+def problem_of(path: Path, error: CheckpointError | OSError) -> str:
+    """What an error says of a file, to stand behind its name."""
+    if isinstance(error, OSError):
+        return f"cannot be read: {error.strerror or error}"
+    return without_name(path, str(error))
+
+
+def without_name(path: Path, problem: str) -> str:
+    """A problem that may begin with the name of its file, without it."""
+    return problem.removeprefix(str(path)).removeprefix(":").lstrip()
+
+
+def _number(top: dict[Any, Any], names: Iterable[str], kind: type) -> Any:
+    for name in names:
+        if top.get(name) is not None:
+            with contextlib.suppress(TypeError, ValueError):
+                return kind(top[name])
+    return None
+
+
+def good_source(target: Path, ignore: Sequence[str] = ()) -> tuple[Path | None, list[str]]:
+    """The file beside `target` to go back to: whole, finite, of the latest epoch not after its own.
+
+    Where no epoch is known the step decides, and then the time of modification.
+
+    A file without tensors (settings, a schedule) is no checkpoint, whatever its epoch. And a folder
+    may hold several models, so a file that shares less than half of the tensors of the
+    smaller of both, by name and shape, is not chosen. Half, because data positions and histories
+    change shape; of the smaller, because an optimizer has no state before its first step.
+
+    Args:
+        target: The file to be replaced; it may be damaged or missing.
+        ignore: Patterns of tensors whose NaN and Inf do not count.
+
+    Returns:
+        The file, or None; and why each candidate before it was passed over.
+    """
+    now = describe(target) if target.exists() else None
+    candidates = [describe(p) for p in checkpoint_files(target.parent) if p != target]
+    candidates.sort(key=_age, reverse=True)
+    passed_over = []
+    for candidate in candidates:
+        reason = candidate.problem or _unfit(candidate, now) or _unsound(candidate.path, ignore)
+        if reason is None:
+            return candidate.path, passed_over
+        passed_over.append(f"{candidate.path.name}: {reason}")
+    return None, passed_over
+
+
+def _age(found: Description) -> tuple[int, int, float]:
+    epoch, step = (-1 if n is None else n for n in (found.epoch, found.step))
+    return epoch, step, found.modified
+
+
+def _unfit(candidate: Description, now: Description | None) -> str | None:
+    if not candidate.n_tensors:
+        return NO_TENSORS
+    if (
+        now is None or now.problem
+    ):  # nothing tells what it held, but it was hardly an optimizer alone
+        return None if candidate.has_weights else "holds no weights"
+    if now.resumable and not candidate.resumable:
+        return "holds no optimizer state to resume with"
+    if candidate.epoch is not None and now.epoch is not None and candidate.epoch > now.epoch:
+        return f"is of epoch {candidate.epoch}, after epoch {now.epoch}"
+    has_epoch = candidate.epoch is not None or now.epoch is not None
+    if not has_epoch and candidate.step is not None and now.step is not None:
+        if candidate.step > now.step:
+            return f"is of step {candidate.step}, after step {now.step}"
+    n_shared = len(candidate.tensors & now.tensors)
+    n_compared = min(len(candidate.tensors), len(now.tensors))
+    if 2 * n_shared < n_compared:
+        return f"is of another model: it shares {n_shared} of {n_compared} tensors"
+    return None
+
+
+def is_sound(path: Path, ignore: Sequence[str] = ()) -> bool:
+    """Whether the file is there, whole and finite; reads all of it."""
+    return path.exists() and _unsound(path, ignore) is None
+
+
+def _unsound(path: Path, ignore: Sequence[str]) -> str | None:
+    try:
+        found = inspect(path)
+    except (CheckpointError, OSError) as error:
+        return problem_of(path, error)
+    if found.damaged:
+        return f"{', '.join(found.damaged)} changed after it was written"
+    if not found.contents.n_tensors:
+        return NO_TENSORS
+    bad = not_ignored(found.bad, ignore)
+    are = "tensor is" if len(bad) == 1 else "tensors are"
+    return f"{len(bad)} {are} not finite, first {bad[0][0]}" if bad else None
+
+
+def roll_back_file(
+    target: str | os.PathLike[str],
+    source: str | os.PathLike[str],
+    *,
+    ignore: Sequence[str] = (),
+) -> Path | None:
+    """Replaces a checkpoint file by a copy of a good one, atomically, keeping what it replaces.
+
+    Args:
+        target: The file that the training program will resume from.
+        source: A whole and finite checkpoint.
+        ignore: Patterns of tensors whose NaN and Inf do not count.
+
+    Returns:
+        Where the old target is now: beside it, with `.replaced-1` (or 2, ...) behind its name. None
+        if there was none.
+
+    Raises:
+        CheckpointError: The source is the target, or damaged, or not finite, or holds no tensors;
+            nothing was changed.
+        OSError: The disk is full or read-only; nothing was changed.
+    """
+    target, source = Path(target), Path(source)
+    if target.exists() and target.samefile(source):
+        raise CheckpointError(f"{source} is the file to be replaced; choose another one to copy")
+    problem = _unsound(source, ignore)
+    if problem:
+        raise CheckpointError(f"{source} cannot be rolled back to: {problem}")
+    temporary = files.copy_temporary(source, target)
+    try:
+        if sha256_of(temporary) != sha256_of(source):
+            raise DamagedFile(f"the copy of {source} differs from it; the disk may be failing")
+        backup = _keep(target) if target.exists() else None
+        files.commit(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    return backup
+
+
+def _keep(path: Path) -> Path:
+    """Gives the file a second name, which stays when the first is taken over."""
+    n = 1
+    while (backup := path.with_name(f"{path.name}.replaced-{n}")).exists():
+        n += 1
+    try:
+        os.link(path, backup)
+    except OSError:  # no hard links on this file system
+        files.commit(files.copy_temporary(path, backup), backup)
+    files.sync_folder(path.parent)
+    return backup

@@ -1,0 +1,1 @@
+"""Reads checkpoint files, also foreign ones, without executing anything in them."""

@@ -1,0 +1,223 @@
+"""Checkpoints of several ranks, or of sharded models: a folder, by `torch.distributed.checkpoint`.
+
+    step-.../rest.pt        everything but the shards, as in an unsharded checkpoint
+    step-.../rest-1.pt      the same of rank 1: its random streams, its data position, its own
+    step-.../*.distcp       the DTensors, by rank; read back onto any mesh
+    step-.../.metadata      where each shard lies
+
+Tensors that have the same bytes on every rank are kept once, with the shards. Only tensors go
+through `torch.distributed.checkpoint`: it would pickle other values and load them with
+`weights_only=False`.
+
+All ranks call each function here. It succeeds on all of them or fails on all with the same error; a
+rank that dies makes torch raise on the others.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastguard.checkpoints import durable_files as files
+from fastguard.checkpoints.errors import CheckpointError
+from fastguard.checkpoints.reading.file_report import SHARD, own_name
+from fastguard.checkpoints.sharded.layouts import Layouts
+from fastguard.checkpoints.sharded.metadata import read_metadata
+from fastguard.checkpoints.sharded.shard_report import rest_name
+from fastguard.checkpoints.sharded.shared_tensors import is_shard, names_of_shared, tensors
+from fastguard.peers import Peers
+
+SUFFIX = ".sharded"
+RANKS = "ranks"  # key of the payload: how many wrote it
+_PARTS = ("objects", "data")  # of the payload; the random streams are each rank's own
+
+
+def has_shards(tree: Any) -> bool:
+    """Whether any tensor is a DTensor. Costs nothing where torch.distributed is not in use."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    return any(is_shard(t) for _, t in tensors(tree))
+
+
+# Writing.
+
+
+def write(path: Path, payload: Mapping[str, Any], peers: Peers) -> Path:
+    """Writes a checkpoint to the temporary name of the folder `path`, which it returns.
+
+    Raises:
+        CheckpointError: A tensor is neither sharded nor replicated, or spread over other ranks.
+        OSError: The disk is full or read-only; nothing is left behind.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    temporary = path.with_name(f"{files.TEMPORARY}{path.name}")
+    shared = peers.together(lambda: _shared(payload))
+    names = names_of_shared(shared, peers)
+    shards: dict[str, Tensor] = {}
+    rest = peers.together(
+        lambda: {
+            **payload,
+            **{part: _split(payload[part], part, names, shards) for part in _PARTS},
+            RANKS: peers.size,
+        }
+    )
+    try:
+        peers.first(temporary.mkdir)
+        peers.together(lambda: _write_rest(temporary / rest_name(peers.rank), rest))
+        writer = dcp.FileSystemWriter(temporary, single_file_per_rank=True, sync_files=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # "no process group": one process writes
+            dcp.save(
+                shards,
+                storage_writer=writer,
+                process_group=peers.group,
+                no_dist=peers.size == 1,
+            )
+        peers.first(lambda: files.sync_folder(temporary))
+    except BaseException as error:
+        if peers.is_first and temporary.exists():
+            files.remove(temporary)
+        cause = _of_the_disk(error)
+        if cause is not None:
+            raise cause from None
+        raise
+    return temporary
+
+
+def _shared(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """What may be shared, after a look at the placements of its shards."""
+    shared = {part: payload[part] for part in _PARTS}
+    for path, tensor in tensors(shared):
+        if is_shard(tensor) and any(p.is_partial() for p in tensor.placements):  # type: ignore[attr-defined]
+            raise CheckpointError(f"{path} is partial: make it whole before saving")
+    return shared
+
+
+def _write_rest(path: Path, rest: Mapping[str, Any]) -> None:
+    files.commit(files.write_temporary(path, lambda sink: torch.save(rest, sink)), path)  # type: ignore[arg-type]
+
+
+def _of_the_disk(error: BaseException) -> OSError | None:
+    """The `OSError` that torch.distributed.checkpoint wrapped into one of its own, if any.
+
+    Its own is no `Exception`: like a KeyboardInterrupt it would end the run.
+    """
+    if isinstance(error, OSError):
+        return None
+    wrapped = [failure[0] for failure in getattr(error, "failures", {}).values()]
+    before = (error.__cause__, error.__context__) if isinstance(error, Exception) else ()
+    for cause in (*wrapped, *before):
+        if isinstance(cause, OSError):
+            return cause
+    return None
+
+
+def _split(tree: Any, path: str, names: Mapping[str, str], shards: dict[str, Tensor]) -> Any:
+    """The tree with a marker for each tensor that is shared; that tensor goes to `shards`."""
+    if isinstance(tree, Tensor):
+        if path not in names:
+            return tree
+        shards[names[path]] = tree
+        mesh, placements = [], []
+        if is_shard(tree):
+            mesh = list(tree.device_mesh.shape)  # type: ignore[attr-defined]
+            placements = [p.dim if p.is_shard() else None for p in tree.placements]  # type: ignore[attr-defined]
+        return {SHARD: names[path], "mesh": mesh, "placements": placements}
+    if isinstance(tree, Mapping):
+        return {
+            k: _split(v, f"{path}.{k}" if path else str(k), names, shards) for k, v in tree.items()
+        }
+    if isinstance(tree, list | tuple) and not isinstance(tree, torch.Size):
+        return type(tree)(_split(v, f"{path}.{i}", names, shards) for i, v in enumerate(tree))
+    return tree
+
+
+# Reading.
+
+
+def read(folder: Path, objects: Mapping[str, Any], peers: Peers) -> dict[str, Any]:
+    """The payload. Shards come back on the mesh of the objects' own, else as whole tensors.
+
+    Raises:
+        CheckpointError: Another number of ranks wrote it, and each of them holds something of its
+            own.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    rest = peers.together(lambda: _rest(folder, peers, strict=bool(objects)))
+    metadata = peers.together(lambda: read_metadata(folder))
+    layouts = Layouts(objects)
+    empty: dict[str, Tensor] = {}
+    payload = peers.together(
+        lambda: {
+            part: _with_tensors(tree, "", metadata, layouts, empty) for part, tree in rest.items()
+        }
+    )
+
+    class Reader(dcp.FileSystemReader):
+        def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+            metadata.storage_meta.load_id = self.load_id
+            return metadata
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # "no process group": one process reads all
+        try:
+            dcp.load(
+                empty,
+                storage_reader=Reader(folder),
+                process_group=peers.group,
+                no_dist=peers.size == 1,
+            )
+        except BaseException as error:
+            cause = _of_the_disk(error)
+            if cause is not None:
+                raise cause from None
+            raise
+    return payload
+
+
+def _rest(folder: Path, peers: Peers, *, strict: bool) -> dict[str, Any]:
+    """What this rank does not share; of rank 0, if another number of ranks wrote it."""
+    rest = torch.load(folder / rest_name(0), map_location="cpu", weights_only=True)
+    ranks = rest.pop(RANKS, 1)
+    if ranks == peers.size:
+        if peers.rank:
+            rest = torch.load(folder / rest_name(peers.rank), map_location="cpu", weights_only=True)
+        return rest
+    if ranks > 1 and strict:
+        own = next((path for path, _ in tensors({part: rest[part] for part in _PARTS})), None)
+        if own is not None:
+            raise CheckpointError(
+                f"{folder} was saved by {ranks} ranks that hold {own_name(own)} each with values "
+                f"of its own; load it with {ranks} ranks, not {peers.size}, or without objects, "
+                "which gives what rank 0 held"
+            )
+    rest["rng"] = {"ranks": ranks}
+    return rest
+
+
+def _with_tensors(
+    tree: Any, path: str, metadata: Any, layouts: Layouts, found: dict[str, Tensor]
+) -> Any:
+    """The tree with an empty tensor for each marker; they are in `found` too, by name."""
+    if isinstance(tree, Mapping):
+        if SHARD in tree:
+            name = tree[SHARD]
+            if name not in found:
+                found[name] = layouts.empty(path, metadata.state_dict_metadata[name], tree)
+            return found[name]
+        return {
+            k: _with_tensors(v, f"{path}.{k}" if path else str(k), metadata, layouts, found)
+            for k, v in tree.items()
+        }
+    if isinstance(tree, list | tuple) and not isinstance(tree, torch.Size):
+        return type(tree)(
+            _with_tensors(v, f"{path}.{i}", metadata, layouts, found) for i, v in enumerate(tree)
+        )
+    return tree

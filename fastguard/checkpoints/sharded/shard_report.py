@@ -1,0 +1,125 @@
+"""Reading a folder of shards from front to back: which are non-finite, and the checksum of it all.
+
+Each rank reads a share of the files; what they found is put together on all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastguard.checkpoints.errors import CheckpointError, DamagedFile, UnsafeFile
+from fastguard.checkpoints.reading.contents import read_shards
+from fastguard.checkpoints.reading.file_report import Look, look_at_file, own_name
+from fastguard.checkpoints.reading.inspect_file import read_through, sha256_of
+from fastguard.checkpoints.sharded import metadata as shard_metadata
+from fastguard.checkpoints.sharded.metadata import read_metadata
+from fastguard.peers import Peers
+
+
+def rest_name(rank: int) -> str:
+    """The file of what a rank does not share with the others."""
+    return f"rest-{rank}.pt" if rank else "rest.pt"
+
+
+def look(folder: Path, peers: Peers, *, crc32: bool = True) -> Look:
+    """Reads a folder once, each rank a share of its files.
+
+    Args:
+        folder: The folder.
+        peers: The ranks.
+        crc32: As in `look_at_file`.
+
+    Raises:
+        DamagedFile: A file is missing, or not whole.
+        OSError: It cannot be read.
+    """
+    names = peers.first(lambda: _names(folder))
+    share = names[peers.rank :: peers.size]
+    mine = peers.together(lambda: _look_at_share(folder, names, share, crc32))
+    looks = {name: seen for seen_by_one in peers.gather(mine) for name, seen in seen_by_one.items()}
+    bad: dict[str, list[int]] = {}
+    for name in names:
+        for culprit, *counts in looks[name].bad:
+            so_far = bad.get(culprit, [0, 0, 0])
+            bad[culprit] = [a + b for a, b in zip(so_far, counts, strict=True)]
+    return Look(
+        header=looks[rest_name(0)].header,
+        sha256=_digest({name: seen.sha256 for name, seen in looks.items()}),
+        size=sum(seen.size for seen in looks.values()),
+        tensors=frozenset().union(*(seen.tensors for seen in looks.values())),
+        bad=tuple((name, *counts) for name, counts in bad.items()),  # type: ignore[misc]
+    )
+
+
+def _names(folder: Path) -> list[str]:
+    """The files of a folder, in the order of `sha256sum *`."""
+    return sorted(os.listdir(folder))
+
+
+def _look_at_share(
+    folder: Path, names: Sequence[str], share: Sequence[str], crc32: bool
+) -> dict[str, Look]:
+    try:
+        metadata = read_metadata(folder)
+        places = metadata.storage_data.items()
+        wanted = {rest_name(0), *(_file_of(folder, place) for _, place in places)}
+        for missing in sorted(wanted - set(names)):
+            raise DamagedFile(f"{folder / missing} is missing")
+        looks = {}
+        for name in share:
+            if name.startswith("rest"):
+                looks[name] = look_at_file(folder / name, crc32=crc32)
+            else:
+                shards = [(index, place) for index, place in places if place.relative_path == name]
+                looks[name] = _look_at_shards(folder / name, shards, crc32)
+        return looks
+    except FileNotFoundError as error:
+        raise DamagedFile(f"{error.filename} is missing") from None
+    except (CheckpointError, OSError):
+        raise
+    except Exception as error:  # of torch, or names and numbers that make no sense
+        raise DamagedFile(f"{folder} is damaged ({error})") from None
+
+
+def _look_at_shards(path: Path, shards: Sequence[tuple[Any, Any]], crc32: bool) -> Look:
+    """Reads a file with any number of shards, in pieces."""
+    contents = read_shards(path, [(place.offset, place.length) for _, place in shards])
+    found = read_through(path, contents, sha256=True, crc32=crc32)
+
+    def shard_of(name: str) -> str:
+        index, _ = shards[int(name.partition("/")[0])]
+        return own_name(index.fqn.partition("@")[0])
+
+    if found.damaged:
+        names = ", ".join(dict.fromkeys(map(shard_of, found.damaged)))
+        raise DamagedFile(f"{path}: {names} changed after it was written")
+    bad = tuple((shard_of(name), *counts) for name, *counts in found.bad)
+    return Look(None, found.sha256 or "", found.size, frozenset(), bad)  # type: ignore[arg-type]
+
+
+def _file_of(folder: Path, place: Any) -> str:
+    name = Path(place.relative_path)
+    if name.name != place.relative_path:
+        raise UnsafeFile(f"{folder / shard_metadata.NAME} points to {name}, outside its folder")
+    return name.name
+
+
+def listing(folder: Path, peers: Peers) -> tuple[str, int]:
+    """The SHA-256 of what `sha256sum * .metadata` prints in the folder, and its size in bytes."""
+    names = peers.first(lambda: _names(folder))
+
+    def hashed() -> list[tuple[str, str, int]]:
+        share = names[peers.rank :: peers.size]
+        return [(n, sha256_of(folder / n), (folder / n).stat().st_size) for n in share]
+
+    lines = [line for share in peers.gather(peers.together(hashed)) for line in share]
+    return _digest({name: sha256 for name, sha256, _ in lines}), sum(size for *_, size in lines)
+
+
+def _digest(sha256: Mapping[str, str]) -> str:
+    lines = "".join(f"{sha256[name]}  {name}\n" for name in sorted(sha256))
+    return hashlib.sha256(lines.encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Everything behind the command `fastguard`: the only wing that knows a terminal."""

@@ -1,0 +1,240 @@
+"""Who clips gradients: fastguard's roads, and what one would otherwise write.
+
+Each contender is a function `(workload) -> Prepared`: a call without arguments that clips the
+gradients of the workload once and returns their norm, and what puts the gradients back. A peer that
+cannot be had here raises `NotHere`, which says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import fastguard
+from fastguard.buckets import bucketize
+from fastguard.commands.bench.workload import Workload
+from fastguard.measure import measure
+
+READ_PASS = "fastguard read pass"
+
+torch_clip = torch.nn.utils.clip_grad_norm_  # bound here, so that `patch_torch` cannot change it
+
+
+class NotHere(Exception):
+    """A contender that this machine or case cannot have, with the reason."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One contender, ready to be measured.
+
+    Attributes:
+        call: Clips once; returns the norm, or None if it knows none.
+        restore: Puts the gradients back that `call` may have changed.
+        parameters: Whose `.grad` it works on.
+    """
+
+    call: Callable[[], Tensor | None]
+    restore: Callable[[], None]
+    parameters: Sequence[Tensor]
+
+
+def _on_parameters(work: Workload, call: Callable[[], Tensor | None]) -> Prepared:
+    return Prepared(call, work.restore, work.parameters)
+
+
+def torch_foreach(work: Workload) -> Prepared:
+    zero_first = work.case.situation == "one NaN, zeroed"
+    parameters, limit = work.parameters, work.max_norm
+
+    def call() -> Tensor:
+        if zero_first:
+            for p in parameters:
+                torch.nan_to_num_(p.grad, nan=0.0, posinf=0.0, neginf=0.0)  # type: ignore[arg-type]
+        return torch_clip(parameters, limit, foreach=True)
+
+    return _on_parameters(work, call)
+
+
+def torch_for_loop(work: Workload) -> Prepared:
+    _finite_only(work)
+    return _on_parameters(work, lambda: torch_clip(work.parameters, work.max_norm, foreach=False))
+
+
+def torch_compiled(work: Workload) -> Prepared:
+    _finite_only(work)
+    compiled = torch.compile(torch_clip)
+    return _on_parameters(work, lambda: compiled(work.parameters, work.max_norm))
+
+
+def isfinite_then_clip(work: Workload) -> Prepared:
+    """The guard that most training scripts write by hand."""
+    _finite_only(work)
+    parameters, limit = work.parameters, work.max_norm
+
+    def call() -> Tensor | None:
+        if not all(torch.isfinite(p.grad).all() for p in parameters):  # type: ignore[arg-type]
+            return None
+        return torch_clip(parameters, limit)
+
+    return _on_parameters(work, call)
+
+
+def grad_scaler_then_clip(work: Workload) -> Prepared:
+    """What a script with `torch.amp.GradScaler` runs, around an optimizer that does nothing."""
+    _finite_only(work)
+    optimizer = _NoOptimizer(work.parameters)
+    scaler = grad_scaler(work.device)
+
+    def call() -> Tensor:
+        scaler.unscale_(optimizer)
+        norm = torch_clip(work.parameters, work.max_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        return norm
+
+    return _on_parameters(work, call)
+
+
+def fastguard_function(work: Workload) -> Prepared:
+    mode = _mode(work)
+    return _on_parameters(
+        work, lambda: fastguard.clip_grad_norm_(work.parameters, work.max_norm, nonfinite=mode)
+    )
+
+
+def fastguard_compiled(work: Workload) -> Prepared:
+    mode = _mode(work)
+    compiled = torch.compile(fastguard.clip_grad_norm_, fullgraph=True)
+    return _on_parameters(work, lambda: compiled(work.parameters, work.max_norm, nonfinite=mode))
+
+
+def fastguard_flat(work: Workload) -> Prepared:
+    return _flat(work, trusted=False)
+
+
+def fastguard_flat_trusted(work: Workload) -> Prepared:
+    return _flat(work, trusted=True)
+
+
+def _flat(work: Workload, *, trusted: bool) -> Prepared:
+    mode = _mode(work)
+    twin = work.twin()
+    flat = fastguard.FlatGradBuckets(twin, trusted=trusted)
+    return Prepared(
+        lambda: flat.clip_grad_norm_(work.max_norm, nonfinite=mode),
+        lambda: work.restore(twin),
+        twin,
+    )
+
+
+def measure_segments(work: Workload) -> Prepared:
+    """The first stage alone, with the parameters spread over segments."""
+    segments, count = work.segment_ids, work.case.segments
+
+    def call() -> Tensor:
+        return measure(bucketize(work.grads, segments=segments, n_segments=count), 2.0).total_norm
+
+    return _on_parameters(work, call)
+
+
+def measure_segments_flat(work: Workload) -> Prepared:
+    twin = work.twin()
+    segments, count = work.segment_ids, work.case.segments
+    flat = fastguard.FlatGradBuckets(twin, segments=segments, n_segments=count)
+    return Prepared(lambda: flat.measure().total_norm, lambda: None, twin)
+
+
+def read_pass(work: Workload) -> Prepared:
+    """One launch over buckets that are there: what the read ceiling is compared with."""
+    buckets = bucketize(work.grads)
+
+    def call() -> None:
+        measure(buckets)
+
+    return Prepared(call, work.restore, work.parameters)
+
+
+def apex_clip(work: Workload) -> Prepared:
+    _finite_only(work)
+    _needs_cuda(work)
+    try:
+        from apex.contrib.clip_grad import clip_grad_norm_  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise NotHere(f"apex is not importable ({error})") from None
+    return _on_parameters(work, lambda: clip_grad_norm_(work.parameters, work.max_norm))
+
+
+def transformer_engine_clip(work: Workload) -> Prepared:
+    """As Megatron-LM drives it: norm, coefficient on the host, scale."""
+    _finite_only(work)
+    _needs_cuda(work)
+    try:
+        from transformer_engine.pytorch.optimizers import (  # type: ignore[import-not-found]
+            multi_tensor_applier,
+            multi_tensor_l2norm,
+            multi_tensor_scale,
+        )
+    except ImportError as error:
+        raise NotHere(f"transformer_engine is not importable ({error})") from None
+    overflow = torch.zeros(1, dtype=torch.int, device=work.device)
+
+    def call() -> Tensor:
+        grads = work.grads
+        norm, _ = multi_tensor_applier(multi_tensor_l2norm, overflow, [grads], False)
+        coef = work.max_norm / (norm.item() + 1e-6)
+        if coef < 1.0:
+            multi_tensor_applier(multi_tensor_scale, overflow, [grads, grads], coef)
+        return norm
+
+    return _on_parameters(work, call)
+
+
+CONTENDERS: dict[str, Callable[[Workload], Prepared]] = {
+    "torch foreach": torch_foreach,
+    "torch for-loop": torch_for_loop,
+    "torch compiled": torch_compiled,
+    "isfinite + clip": isfinite_then_clip,
+    "GradScaler + clip": grad_scaler_then_clip,
+    READ_PASS: read_pass,
+    "apex": apex_clip,
+    "TransformerEngine": transformer_engine_clip,
+    "fastguard": fastguard_function,
+    "fastguard compiled": fastguard_compiled,
+    "fastguard flat": fastguard_flat,
+    "fastguard flat trusted": fastguard_flat_trusted,
+    "fastguard measure": measure_segments,
+    "fastguard measure flat": measure_segments_flat,
+}
+
+
+def grad_scaler(device: torch.device) -> torch.amp.GradScaler:
+    """A scaler whose scale is 1 and stays there, so that gradients keep their values."""
+    scaler = torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
+    scaler.scale(torch.zeros((), device=device))  # creates its tensors
+    return scaler
+
+
+class _NoOptimizer(torch.optim.Optimizer):
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        super().__init__(parameters, {})
+
+    def step(self, closure=None):  # type: ignore[override]
+        return None
+
+
+def _mode(work: Workload):
+    return "zero" if work.case.situation == "one NaN, zeroed" else "propagate"
+
+
+def _finite_only(work: Workload) -> None:
+    if work.case.situation.startswith("one NaN"):
+        raise NotHere("it has no way to clean a gradient")
+
+
+def _needs_cuda(work: Workload) -> None:
+    if work.device.type != "cuda":
+        raise NotHere("it runs on CUDA devices only")

@@ -1,0 +1,88 @@
+"""Measures a list of cases, with progress on the terminal, into one result."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from fastguard.commands.bench.machine import ceilings
+from fastguard.commands.bench.results import Result, new_result
+from fastguard.commands.bench.runner import Row, run_case
+from fastguard.commands.bench.workload import Case
+
+
+def measure_cases(
+    cases: Sequence[Case],
+    device: torch.device,
+    *,
+    command: str,
+    seconds: float,
+    console: Any = None,
+) -> Result:
+    """Ceilings first, then every case.
+
+    Args:
+        cases: What to measure.
+        device: Where.
+        command: That makes this result again; it is printed under tables and charts.
+        seconds: About how long each case is measured.
+        console: A `rich.console.Console` for progress; None: silent.
+    """
+    start = time.perf_counter()
+    limit = ceilings(device)
+    rows: list[Row] = []
+    left_out: dict[str, str] = {}
+    with quiet_guard(), _progress(console, len(cases)) as advance:
+        for case in cases:
+            advance(case.id)
+            found, missing = run_case(case, device, limit, seconds=seconds)
+            rows += found
+            left_out |= {f"{case.id}: {name}": reason for name, reason in missing.items()}
+    result = new_result(command, device, limit, rows)
+    result["left_out"] = left_out
+    result["seconds"] = time.perf_counter() - start
+    return result
+
+
+@contextmanager
+def quiet_guard() -> Iterator[None]:
+    """Every skipped step is an incident, and here they are many: they are logged, but not shown."""
+    log = logging.getLogger("fastguard")
+    handler, propagates = logging.NullHandler(), log.propagate
+    log.addHandler(handler)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.propagate = propagates
+        log.removeHandler(handler)
+
+
+@contextmanager
+def _progress(console: Any, total: int) -> Iterator[Any]:
+    if console is None:
+        yield lambda label: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TimeElapsedColumn(),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("measuring the memory", total=total)
+        started = False
+
+        def advance(label: str) -> None:
+            nonlocal started
+            progress.update(task, advance=int(started), description=label)
+            started = True
+
+        yield advance

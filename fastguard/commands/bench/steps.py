@@ -1,0 +1,146 @@
+"""Whole optimizer steps, guarded in every usual way, around one and the same inner optimizer.
+
+All contenders of a case step the same parameters, so that none profits from where its memory lies;
+flat buckets own their gradients and so get a twin of everything. The learning rate is tiny: the
+arithmetic is the same, and the weights stay where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+import fastguard
+from fastguard.commands.bench.contenders import NotHere, Prepared, grad_scaler, torch_clip
+from fastguard.commands.bench.workload import Workload
+
+LR = 1e-12
+
+
+def inner_optimizer(work: Workload, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+    """The optimizer that a case names."""
+    assert work.case.optimizer is not None
+    kind, road = work.case.optimizer
+    fused, foreach = road == "fused", road == "foreach"
+    if kind == "AdamW":
+        return torch.optim.AdamW(parameters, lr=LR, fused=fused, foreach=foreach)
+    return torch.optim.SGD(parameters, lr=LR, momentum=0.9, fused=fused, foreach=foreach)
+
+
+def clip_and_step(
+    inner: torch.optim.Optimizer, parameters: Sequence[Tensor], max_norm: float
+) -> Tensor:
+    """As torch has it; the norm."""
+    norm = torch_clip(parameters, max_norm)
+    inner.step()
+    return norm
+
+
+def clip_and_step_if_norm_is_finite(
+    inner: torch.optim.Optimizer, parameters: Sequence[Tensor], max_norm: float
+) -> Tensor:
+    """Looks at the norm when the gradients are clipped by it."""
+    norm = torch_clip(parameters, max_norm)
+    if torch.isfinite(norm):
+        inner.step()
+    return norm
+
+
+def clip_and_step_if_all_is_finite(
+    inner: torch.optim.Optimizer,
+    parameters: Sequence[Tensor],
+    grads: Iterable[Tensor],
+    max_norm: float,
+) -> Tensor | None:
+    """Looks at every gradient first; None if the step was left out."""
+    if not all(torch.isfinite(g).all() for g in grads):
+        return None
+    return clip_and_step(inner, parameters, max_norm)
+
+
+def bare_step(work: Workload, inner: torch.optim.Optimizer) -> Prepared:
+    """No guard at all: what guarding is added to."""
+    _not_poisoned(work)
+    return Prepared(_stepping(inner), work.restore, work.parameters)
+
+
+def clip_then_step(work: Workload, inner: torch.optim.Optimizer) -> Prepared:
+    """Clips, and lets NaN through."""
+    _not_poisoned(work)
+
+    def call() -> Tensor:
+        return clip_and_step(inner, work.parameters, work.max_norm)
+
+    return Prepared(call, work.restore, work.parameters)
+
+
+def clip_isfinite_norm_step(work: Workload, inner: torch.optim.Optimizer) -> Prepared:
+    """The shortest guard one can write: clip, look at the norm, step."""
+
+    def call() -> Tensor:
+        return clip_and_step_if_norm_is_finite(inner, work.parameters, work.max_norm)
+
+    return Prepared(call, work.restore, work.parameters)
+
+
+def isfinite_clip_step(work: Workload, inner: torch.optim.Optimizer) -> Prepared:
+    """The usual guard: look at every gradient, clip, step."""
+
+    def call() -> Tensor | None:
+        return clip_and_step_if_all_is_finite(inner, work.parameters, work.grads, work.max_norm)
+
+    return Prepared(call, work.restore, work.parameters)
+
+
+def grad_scaler_step(work: Workload, inner: torch.optim.Optimizer) -> Prepared:
+    """A script with `torch.amp.GradScaler`."""
+    scaler = grad_scaler(work.device)
+
+    def call() -> Tensor:
+        scaler.unscale_(inner)
+        norm = torch_clip(work.parameters, work.max_norm)
+        scaler.step(inner)
+        scaler.update(1.0)  # a skip would halve the scale
+        return norm
+
+    return Prepared(call, work.restore, work.parameters)
+
+
+def guarded_step(work: Workload, inner: torch.optim.Optimizer) -> Prepared:
+    guarded = fastguard.GuardedOptimizer(inner, max_norm=work.max_norm)
+    return Prepared(_stepping(guarded), work.restore, work.parameters)
+
+
+def guarded_step_flat(work: Workload, inner: torch.optim.Optimizer) -> Prepared:
+    twin = work.twin()
+    guarded = fastguard.GuardedOptimizer(
+        inner_optimizer(work, twin), max_norm=work.max_norm, flat_buckets=True
+    )
+    return Prepared(_stepping(guarded), lambda: work.restore(twin), twin)
+
+
+STEPS: dict[str, Callable[[Workload, torch.optim.Optimizer], Prepared]] = {
+    "bare step": bare_step,
+    "clip + step": clip_then_step,
+    "clip + isfinite(norm) + step": clip_isfinite_norm_step,
+    "isfinite + clip + step": isfinite_clip_step,
+    "GradScaler + clip + step": grad_scaler_step,
+    "GuardedOptimizer": guarded_step,
+    "GuardedOptimizer flat": guarded_step_flat,
+}
+
+
+def _stepping(optimizer: torch.optim.Optimizer) -> Callable[[], Tensor | None]:
+    def call() -> Tensor | None:
+        optimizer.step()
+        last = getattr(optimizer, "last", None)
+        return None if last is None else last.total_norm
+
+    return call
+
+
+def _not_poisoned(work: Workload) -> None:
+    if work.case.situation.startswith("one NaN"):
+        raise NotHere("a NaN would destroy its state")

@@ -1,0 +1,1 @@
+"""`fastguard ckpt`: list, verify and roll back checkpoints."""

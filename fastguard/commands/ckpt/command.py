@@ -1,0 +1,257 @@
+"""Which checkpoints are good, and going back to one.
+
+  fastguard ckpt list PATH...      what is there: step, epoch, metric, verdict
+  fastguard ckpt verify PATH...    read everything: checksums, and NaN or Inf by tensor
+  fastguard ckpt rollback PATH     make the last good one the one to resume from
+
+PATH is the directory of a CheckpointStore, a .pt, .pth, .ckpt, .bin or .safetensors file, or a
+folder of such files; verify goes through its subfolders too. Nothing in a file is executed. What a
+rollback replaces is kept beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fastguard.checkpoints import find_files as finding
+from fastguard.checkpoints import foreign_files as foreign
+from fastguard.checkpoints.errors import CheckpointError, StoreLocked
+from fastguard.checkpoints.folder import is_store
+from fastguard.checkpoints.reading.file_report import not_ignored
+from fastguard.checkpoints.reading.inspect_file import inspect
+from fastguard.checkpoints.store import CheckpointStore
+from fastguard.commands.ckpt import rollback as going_back
+from fastguard.commands.terminal import print_table, text_of
+from fastguard.commands.usage import UsageError
+from fastguard.errors import Culprit, describe_culprits
+
+FINE, FOUND_BAD = 0, 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(
+        dest="action", metavar="list|verify|rollback", parser_class=argparse.ArgumentParser
+    )
+    listing = actions.add_parser("list", help="what is there")
+    verify = actions.add_parser("verify", help="read everything; exit status 1 if anything is bad")
+    rollback = actions.add_parser("rollback", help="go back to the last good checkpoint")
+    for action in (listing, verify):
+        action.add_argument(
+            "paths", nargs="+", type=Path, metavar="PATH", help="store, file, folder"
+        )
+    rollback.add_argument(
+        "path", type=Path, metavar="PATH", help="store, file, or folder with a last.pt"
+    )
+    rollback.add_argument(
+        "--to",
+        metavar="WHICH",
+        help="in a store: a step, best or last-clean (default); else the file to copy "
+        "(default: the latest good one beside it)",
+    )
+    for action in (verify, rollback):
+        action.add_argument(
+            "--ignore",
+            action="append",
+            default=[],
+            metavar="PATTERN",
+            help='tensors that are non-finite by design, such as "*.attn_mask"; may be repeated',
+        )
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.action is None:
+        raise UsageError("ckpt needs an action: list, verify or rollback")
+    try:
+        if args.action == "rollback":
+            return going_back.run(_existing(args.path), args.to, args.ignore)
+        paths = [_existing(path) for path in args.paths]
+        if args.action == "list":
+            return max(_list(path) for path in paths)
+        return max(_verify(path, args.ignore) for path in paths)
+    except StoreLocked as error:
+        who, _, _ = str(error).rpartition(";")  # what to do is said to programs there
+        raise UsageError(f"{who}; end that run first; list and verify work meanwhile") from None
+    except CheckpointError as error:
+        print(f"fastguard ckpt: {error}", file=sys.stderr)
+        return FOUND_BAD
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise UsageError(f"{path} does not exist")
+    return path
+
+
+# list
+
+
+def _list(path: Path) -> int:
+    if path.is_dir() and is_store(path):
+        _list_store(path)
+    else:
+        return _list_files([path] if path.is_file() else _files_in(path))
+    return FINE
+
+
+def _files_in(folder: Path) -> list[Path]:
+    found = finding.checkpoint_files(folder)
+    if not found:
+        if finding.is_shards(folder):
+            raise UsageError(f"{folder} {finding.how_to_read_shards(folder)}")
+        raise UsageError(f"{folder} {finding.where_else(folder)}")
+    return found
+
+
+def _list_store(path: Path) -> None:
+    with CheckpointStore(path, read_only=True) as store:
+        entries = store.list()
+        marks = {"last": store.last(), "last-clean": store.last_clean(), "best": store.best()}
+        rows = []
+        for entry in (*entries, *store.replaced()):
+            verdict = "clean" if entry.clean else "damaged" if entry.finite else "NOT FINITE"
+            named = [name for name, marked in marks.items() if marked == entry]
+            rows.append(
+                [
+                    str(entry.step),
+                    text_of(entry.epoch),
+                    text_of(entry.metric),
+                    text_of(entry.tag),
+                    entry.time[:19].replace("T", " "),
+                    _size(entry.size),
+                    str(entry.incidents),
+                    verdict,
+                    ", ".join(named) if entry in entries else "replaced",
+                    entry.file,
+                ]
+            )
+    heads = [
+        "step",
+        "epoch",
+        "metric",
+        "tag",
+        "time (UTC)",
+        "size",
+        "incidents",
+        "verdict",
+        "",
+        "file",
+    ]
+    print_table(heads, rows)
+
+
+def _list_files(paths: Sequence[Path]) -> int:
+    """The files that cannot be read have their row, and a line that says why."""
+    rows, unreadable = [], []
+    for path in paths:
+        found = foreign.describe(path)
+        if found.problem is not None:
+            unreadable.append(f"BAD  {path}: {found.problem}")
+        modified = datetime.fromtimestamp(found.modified, UTC)
+        rows.append(
+            [
+                str(path),
+                text_of(found.epoch),
+                text_of(found.step),
+                text_of(found.metric),
+                f"{modified:%Y-%m-%d %H:%M:%S}",
+                _size(found.size),
+                str(found.n_tensors) if found.problem is None else "",
+                "yes" if found.resumable else "no",
+                found.format,
+            ]
+        )
+    print_table(
+        ["file", "epoch", "step", "metric", "time (UTC)", "size", "tensors", "optimizer", "format"],
+        rows,
+    )
+    for line in unreadable:
+        print(line)
+    return FOUND_BAD if unreadable else FINE
+
+
+def _size(n_bytes: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.3g} GB"
+
+
+# verify
+
+
+def _verify(path: Path, ignore: Sequence[str]) -> int:
+    if path.is_dir() and is_store(path):
+        return _verify_store(path, ignore)
+    if path.is_dir():
+        return _verify_folder(path, ignore)
+    kind = "shards" if path.suffix == ".distcp" else "file"
+    return _verify_found(finding.Found(path.parent if kind == "shards" else path, kind), ignore)
+
+
+def _verify_folder(folder: Path, ignore: Sequence[str]) -> int:
+    """Everything below the folder; what cannot be read is a row of its own."""
+    status = None
+    for found in finding.walk(folder):
+        if found.kind == "other":
+            print(f"skip {found.path}: {found.why}")
+            continue
+        status = max(status or FINE, _verify_found(found, ignore))
+    if status is None:
+        raise UsageError(f"{folder} {finding.where_else(folder)}")
+    return status
+
+
+def _verify_found(found: finding.Found, ignore: Sequence[str]) -> int:
+    if found.kind == "file":
+        return _verify_file(found.path, ignore)
+    if found.kind == "shards":  # nothing is known of them, so not everything is fine
+        print(f"skip {found.path}: {finding.how_to_read_shards(found.path)}")
+        return FOUND_BAD
+    if found.kind == "unreadable":
+        return _report(found.path, f"cannot be read: {found.why}", (), 0)
+    try:
+        return _verify_store(found.path, ignore)
+    except (CheckpointError, OSError) as error:
+        return _report(found.path, foreign.problem_of(found.path, error), (), 0)
+
+
+def _verify_store(path: Path, ignore: Sequence[str]) -> int:
+    status = FINE
+    with CheckpointStore(path, read_only=True) as store:
+        for check in store.verify():
+            entry = check.entry
+            bad = not_ignored(entry.bad, ignore)
+            file = path / entry.file
+            problem = check.problem and foreign.without_name(file, check.problem)
+            status = max(status, _report(file, problem, bad, entry.n_tensors))
+    return status
+
+
+def _verify_file(path: Path, ignore: Sequence[str]) -> int:
+    try:
+        found = inspect(path)
+    except (CheckpointError, OSError) as error:
+        return _report(path, foreign.problem_of(path, error), (), 0)
+    problem = f"{', '.join(found.damaged)} changed after it was written" if found.damaged else None
+    return _report(path, problem, not_ignored(found.bad, ignore), found.contents.n_tensors)
+
+
+def _report(path: Path, problem: str | None, bad: Sequence[Culprit], n_tensors: int) -> int:
+    if problem is None and not bad:
+        tensors = "1 tensor" if n_tensors == 1 else f"{n_tensors} tensors"
+        told = f"{tensors}, all finite" if n_tensors else foreign.NO_TENSORS
+        print(f"ok   {path}: {told}")
+        return FINE
+    if problem is not None:
+        print(f"BAD  {path}: {problem}")
+    if bad:
+        are = "is" if len(bad) == 1 else "are"
+        print(f"BAD  {path}: {len(bad)} of {n_tensors} tensors {are} not finite")
+    for culprit in bad:
+        print(f"       {describe_culprits([culprit])}")
+    return FOUND_BAD

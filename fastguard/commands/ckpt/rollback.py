@@ -1,0 +1,125 @@
+"""`fastguard ckpt rollback`: which checkpoint is gone back to, and what is said about it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from fastguard.checkpoints import find_files as finding
+from fastguard.checkpoints import foreign_files as foreign
+from fastguard.checkpoints.folder import is_checkpoint, is_store
+from fastguard.checkpoints.reader import Which
+from fastguard.checkpoints.store import CheckpointStore
+from fastguard.commands.terminal import text_of
+from fastguard.commands.usage import UsageError
+
+log = logging.getLogger("fastguard")
+
+FINE, FOUND_BAD = 0, 1
+
+
+def run(path: Path, to: str | None, ignore: Sequence[str]) -> int:
+    """Makes an earlier checkpoint the one to resume from; prints which. The exit status."""
+    if path.is_dir() and is_store(path):
+        return _rollback_store(path, to)
+    if path.is_file() and is_store(path.parent) and is_checkpoint(path):
+        raise UsageError(
+            f"{path} is a checkpoint of a store: fastguard ckpt rollback {path.parent} --to STEP"
+        )
+    target = path if path.is_file() else _resumed_from(path)
+    if to is None:
+        source, passed_over = foreign.good_source(target, ignore)
+        for line in passed_over:
+            print(f"passed over {line}")
+        if source is None:
+            print(f"fastguard ckpt: no good checkpoint beside {target}", file=sys.stderr)
+            return FOUND_BAD
+    else:
+        source = _named(Path(to), target)
+    before, after = foreign.describe(target), foreign.describe(source)
+    was_good = foreign.is_sound(target, ignore)
+    backup = foreign.roll_back_file(target, source, ignore=ignore)
+    print(f"{target}{_where(before)} is now a copy of {source}{_where(after)}")
+    print(f"what it was is kept in {backup}")
+    if to is None and after.epoch is None and after.step is None:
+        print("note: it names no epoch and no step; it was chosen by its time of modification")
+    if was_good:
+        print(f"note: that was whole and finite itself; to undo: --to {backup}")
+    if not after.resumable:
+        print("note: it holds no optimizer state, so the optimizer will start afresh")
+    return FINE
+
+
+def _rollback_store(path: Path, to: str | None) -> int:
+    which: Which = "last-clean"
+    if to is not None:
+        if not to.isdecimal() and to not in ("last", "last-clean", "best"):
+            raise UsageError(
+                f"--to {to!r} is no checkpoint of a store; use a step, best, last-clean"
+            )
+        which = int(to) if to.isdecimal() else to  # type: ignore[assignment]
+    with CheckpointStore(path) as store:
+        before = store.list()
+        with _said_once():
+            target = store.rollback(which)
+        aside = {entry.serial: entry for entry in store.replaced()}  # as they were found to be
+        for entry in before:
+            if entry.serial in aside:
+                print(f"put aside {aside[entry.serial]}")
+        print(f"training resumes after {target}")
+    return FINE
+
+
+@contextlib.contextmanager
+def _said_once() -> Iterator[None]:
+    """Leaves out the log's line about the rollback, which the command prints itself."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return not record.msg.startswith("rolled back to")
+
+    log.addFilter(other)
+    try:
+        yield
+    finally:
+        log.removeFilter(other)
+
+
+def _named(source: Path, target: Path) -> Path:
+    if source.is_dir():
+        raise UsageError(f"--to {source} is a folder; name a file in it")
+    beside = target.parent / source
+    if not source.exists() and beside.is_file():
+        raise UsageError(
+            f"{source} does not exist in the current folder; did you mean --to {beside}?"
+        )
+    if not source.exists():
+        raise UsageError(f"{source} does not exist")
+    return source
+
+
+def _resumed_from(folder: Path) -> Path:
+    for path in (folder / "last.pt", folder / "weights" / "last.pt", folder / "last.ckpt"):
+        if path.is_file():
+            return path
+    if finding.is_shards(folder):
+        raise UsageError(f"{folder} {finding.how_to_read_shards(folder)}")
+    found = finding.checkpoint_files(folder)
+    if not found:
+        raise UsageError(f"{folder} {finding.where_else(folder)}")
+    newest = max(found, key=lambda path: foreign.describe(path).modified)
+    raise UsageError(
+        f"{folder} is no store and has no last.pt or last.ckpt; name the file that training "
+        f"resumes from, for instance: fastguard ckpt rollback {newest} (--to FILE chooses what it "
+        "becomes a copy of)"
+    )
+
+
+def _where(found: foreign.Description) -> str:
+    known = {"epoch": found.epoch, "step": found.step, "metric": found.metric}
+    told = ", ".join(
+        f"{name} {text_of(value)}" for name, value in known.items() if value is not None
+    )
+    return f" ({told})" if told else ""

@@ -1,0 +1,140 @@
+"""The command `fastguard`: a table of commands, each a module of its own.
+
+Exit status: 0 fine, 1 found something bad, 2 wrong use. Wrong use is one line on stderr, never a
+traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from fastguard import __version__
+from fastguard.commands.usage import UsageError
+
+FINE, FOUND_BAD, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One entry of the command line.
+
+    Attributes:
+        name: What the user types.
+        help: One line for `fastguard --help`; the module's docstring is the command's own help.
+        module: Where its `add_arguments(parser)` and `run(args) -> exit status` live. It is
+            imported when the command is used, so a command costs the others nothing.
+    """
+
+    name: str
+    help: str
+    module: str
+
+    def load(self) -> ModuleType:
+        return importlib.import_module(self.module)
+
+
+COMMANDS = (
+    Command(
+        "demo",
+        "train a small GPT through faults: bare, clipped, guarded",
+        "fastguard.commands.demo.command",
+    ),
+    Command(
+        "ckpt",
+        "which checkpoints are good, and going back to one",
+        "fastguard.commands.ckpt.command",
+    ),
+    Command(
+        "diagnose",
+        "what is wrong with a model, its data and its optimizer",
+        "fastguard.commands.diagnose.command",
+    ),
+    Command("monitor", "a run's records, live or once", "fastguard.commands.monitor.command"),
+    Command("scan", "NaN and Inf in the text logs of trainers", "fastguard.commands.scan.command"),
+    Command(
+        "report", "a run's records as one page, with a verdict", "fastguard.commands.report.command"
+    ),
+    Command(
+        "env", "versions, devices, and which backend serves each", "fastguard.commands.environment"
+    ),
+    Command(
+        "bench", "what guarding a step costs on this machine", "fastguard.commands.bench.command"
+    ),
+)
+
+
+class _CommandParser(argparse.ArgumentParser):
+    """A parser that asks its command for the arguments when it is chosen, and not before."""
+
+    def __init__(self, *, command: Command, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._command = command
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        module = self._command.load()
+        self.description = module.__doc__
+        self.formatter_class = argparse.RawDescriptionHelpFormatter
+        module.add_arguments(self)
+        self.set_defaults(run=module.run)
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:  # said here, with the usage of the command; argparse would show the table's
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return parsed, unknown
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastguard",
+        description="Keep PyTorch training finite, at the speed of memory.",
+        epilog="Exit status: 0 fine, 1 found something bad, 2 wrong use.",
+    )
+    parser.add_argument("--version", action="version", version=f"fastguard {__version__}")
+    commands = parser.add_subparsers(
+        title="commands", dest="name", metavar="COMMAND", parser_class=_CommandParser
+    )
+    for command in COMMANDS:
+        commands.add_parser(command.name, help=command.help, command=command)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv: The arguments after the program's name; None: those of this process.
+
+    Returns:
+        The exit status.
+
+    Example:
+        >>> main(["env", "--no-such-option"])
+        2
+    """
+    try:
+        parser = _parser()
+        args = parser.parse_args(argv)
+    except SystemExit as stop:  # argparse has said what was wrong, or has printed the help
+        return int(stop.code or 0)
+    if args.name is None:
+        parser.print_help(sys.stderr)
+        return WRONG_USE
+    try:
+        status = args.run(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `fastguard env | head -1`: the reader has left, and so do we
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FINE
+    except (UsageError, OSError) as error:
+        print(f"fastguard {args.name}: {error}", file=sys.stderr)
+        return WRONG_USE
+    except KeyboardInterrupt:
+        print(f"\nfastguard {args.name}: interrupted", file=sys.stderr)
+        return INTERRUPTED

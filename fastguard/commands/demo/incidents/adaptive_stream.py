@@ -1,0 +1,210 @@
+"""D. The model that could not learn: segmentation and classification, 224 x 224.
+
+The decoder's mask is 32 x 32, so its loss cannot be computed, and counts as Inf. Attention divides
+by a length of 0 wherever the image is black, so the other one is NaN. No step is ever taken, while
+the schedule, meant for epochs, halves the learning rate each batch, to 8.88e-21, until the run is
+stopped. `diagnose` tells all that in one go. After its advice the same script learns, guarded
+against what its data hold; the schedule is left as it was, for the floor to stop it.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler, StepLR
+
+from fastguard import (
+    ActivationGuard,
+    GuardedLR,
+    GuardedOptimizer,
+    StepRecord,
+    Threshold,
+    Warmup,
+    check_batch,
+    diagnose,
+)
+from fastguard.commands.demo.incidents import Outcome
+from fastguard.commands.demo.incidents.adaptive_stream_data import Batch, Kind, draw
+from fastguard.commands.demo.incidents.adaptive_stream_model import (
+    PARTS,
+    as_it_was,
+    losses,
+    quality,
+    repaired,
+)
+from fastguard.commands.demo.incidents.plain_loop import all_finite, alone
+
+BATCHES, BATCH_SIZE = 120, 4
+PATIENCE = 50  # batches without a better loss, and the run is stopped
+FAULTS = {30: Kind.DEAD_PIXEL, 60: Kind.SWAPPED_BYTES, 90: Kind.SIXTEEN_BITS}  # by batch, from 1
+LR_BEFORE, LR = 1e-5, 2e-2
+HALVED_EVERY = 1  # steps of the schedule; meant were epochs
+SCHEDULE: dict[str, Any] = {"floor": 1e-2, "warmup": Warmup(steps=10, lr=2e-2)}
+GUARD: dict[str, Any] = {
+    "max_norm": 1.0,
+    "spike": {
+        "grad_norm": Threshold(max=100.0),  # skips
+        "batch.inputs": Threshold(max=0.5, action="record"),  # 1 if they leave their range
+    },
+}
+ACTIVATIONS: dict[str, Any] = {"mode": "clean", "limit": 100.0}
+LEARNED = {"iou": 0.6, "accuracy": 0.8}  # chance: 0.13 for a full mask, and a fifth
+
+
+def run(folder: Path, guarded: bool) -> Outcome:
+    """Trains as it was, or diagnoses that, and trains after the advice; see `Incident.run`.
+
+    Its losses are those of the class. Facts: `iou`, `accuracy` on images that were not trained on;
+    `weights`, whether they are finite; `steps` that were taken; `parts` of the last loss; `lr`
+    before each batch and after the last. Of the guarded run `found`, the diagnosis of the run as it
+    was; for each batch `counts` of the activation guard by module, and what its check `said`;
+    `held_at_floor`, how often the schedule wanted below.
+    """
+    with alone():
+        found = diagnose(**make()) if guarded else None
+        training = Guarded() if guarded else AsItWas()
+        training.train()
+        facts = {**training.facts(), "found": found}
+    survived = facts["weights"] and all(facts[name] > least for name, least in LEARNED.items())
+    sentence = _sentence(facts, training)
+    return Outcome(survived, sentence, training.losses, training.records, facts)
+
+
+def make() -> dict[str, Any]:
+    """What `fastguard diagnose` looks at: model and optimizer as the run left them, and a batch."""
+    training = AsItWas()
+    training.train()
+    return {
+        "model": training.model,
+        "batch": draw(BATCH_SIZE, 1, Kind.DEAD_PIXEL, scaled=False),
+        "loss_fn": losses,
+        "optimizer": training.optimizer,
+    }
+
+
+class AsItWas:
+    """The script as it was."""
+
+    new_model = staticmethod(as_it_was)
+    lr_at_start = LR_BEFORE
+    scaled = False
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = self.new_model()
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=self.lr_at_start
+        )
+        self.schedule: LRScheduler = self.halving()
+        self.losses: list[float] = []
+        self.lr: list[float] = []
+        self.parts: dict[str, float] = {}
+        self.steps = 0
+        self.records: list[StepRecord] = []
+
+    def halving(self) -> LRScheduler:
+        """The schedule as the script has it."""
+        return StepLR(self.optimizer, step_size=HALVED_EVERY, gamma=0.5)
+
+    def train(self) -> None:
+        """To the last batch, or until nothing gets better."""
+        best, waited = math.inf, 0
+        for batch in range(1, BATCHES + 1):
+            self.lr.append(self.optimizer.param_groups[0]["lr"])
+            data = draw(BATCH_SIZE, batch, FAULTS.get(batch), scaled=self.scaled)
+            self.losses.append(self.one_batch(data, batch))
+            with warnings.catch_warnings(action="ignore"):  # torch says that no step was taken
+                self.schedule.step()
+            better = self.losses[-1] < best
+            best, waited = (self.losses[-1], 0) if better else (best, waited + 1)
+            if waited == PATIENCE:
+                return
+
+    def one_batch(self, data: Batch, batch: int) -> float:
+        """One step, if the loss allows it; the loss of the class."""
+        images, targets = data
+        output = self.model(images)
+        parts = {}
+        for name, part in PARTS.items():
+            try:
+                parts[name] = part(output[name], targets[name])
+            except ValueError:  # of shapes; somebody wanted to see the end of the epoch
+                parts[name] = torch.tensor(math.inf)
+        self.parts = {name: loss.item() for name, loss in parts.items()}
+        total = torch.stack([*parts.values()]).sum()
+        if torch.isfinite(total):
+            self.optimizer.zero_grad()
+            total.backward()
+            self.optimizer.step()
+            self.steps += 1
+        return self.parts["label"]
+
+    def facts(self) -> dict[str, Any]:
+        """See `run`."""
+        images, targets = draw(32, 0, scaled=self.scaled)
+        with torch.no_grad():
+            output = self.model(images)
+        return {
+            **quality(output, targets),
+            "weights": all_finite(self.model.parameters()),
+            "steps": self.steps,
+            "parts": self.parts,
+            "lr": [*self.lr, self.optimizer.param_groups[0]["lr"]],
+        }
+
+
+class Guarded(AsItWas):
+    """The same script after the advice, and the lines to add."""
+
+    new_model = staticmethod(repaired)
+    lr_at_start = LR
+    scaled = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.optimizer = self.guard = GuardedOptimizer(
+            self.optimizer, named_parameters=self.model.named_parameters(), **GUARD
+        )
+        self.schedule = self.guarded_lr = GuardedLR(self.halving(), **SCHEDULE)
+        self.activations = ActivationGuard(self.model, **ACTIVATIONS)
+        self.counts: list[dict[str, Any]] = []
+        self.said: list[str] = []
+
+    def one_batch(self, data: Batch, batch: int) -> float:
+        images, targets = data
+        check = check_batch(images, low=0.0, high=1.0)
+        parts = losses(self.model(images), targets)
+        total = torch.stack([*parts.values()]).sum()
+        self.optimizer.zero_grad()
+        total.backward()
+        self.guard.step(loss={**parts, **check.signals()}, tag={"batch": batch})
+        (record,) = self.guard.flush()
+        self.records.append(record)
+        self.steps += record.action != "skipped"
+        self.said.append(str(check))
+        self.counts.append(self.activations.counts())
+        self.activations.reset()
+        self.parts = {name: loss.item() for name, loss in parts.items()}
+        return self.parts["label"]
+
+    def facts(self) -> dict[str, Any]:
+        return super().facts() | {
+            "counts": self.counts,
+            "said": self.said,
+            "held_at_floor": self.guarded_lr.held_at_floor,
+        }
+
+
+def _sentence(facts: Mapping[str, Any], training: AsItWas) -> str:
+    quality = f"IoU {facts['iou']:.4f}, accuracy {facts['accuracy']:.4f}"
+    n, lr = len(training.losses), facts["lr"][-1]
+    if n < BATCHES:
+        return f"stopped after {n} batches and {facts['steps']} steps at lr {lr:.3g}; {quality}"
+    skipped = [str(r.tag["batch"]) for r in training.records if r.action == "skipped"]
+    without = " and ".join(skipped) or "skipping anything"
+    return f"trained all {n} batches, without {without}; {quality}"

@@ -1,0 +1,99 @@
+"""AdaptiveStream: one encoder, a mask and a class; as it was, and as it should have been."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastguard.commands.demo.incidents.adaptive_stream_data import COLOURS, SIZE
+
+CHANNELS = 16
+PARTS = {"mask": functional.binary_cross_entropy_with_logits, "label": functional.cross_entropy}
+
+
+class Attention(nn.Module):
+    """Features `(B, C, H, W)` of unit length at every position, gated by what is in the image.
+
+    Args:
+        eps: The floor of the length; 0 is how the run had it: 0/0 on black.
+    """
+
+    def __init__(self, eps: float = 0.0) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, features: Tensor) -> Tensor:
+        length = (features.square().sum(dim=1, keepdim=True) + self.eps).sqrt()
+        unit = features / length
+        return unit * unit.mean(dim=(2, 3), keepdim=True).sigmoid()
+
+
+class AdaptiveStream(nn.Module):
+    """Images `(B, 3, SIZE, SIZE)` to `mask`, logits, and `label`, scores `(B, colours)`.
+
+    Args:
+        attention: See there.
+        mask_size: Pixels a side of the mask.
+    """
+
+    def __init__(self, attention: Attention, mask_size: int) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(
+            nn.Conv2d(3, CHANNELS // 2, 4, stride=4, bias=False),
+            nn.ReLU(),
+            nn.Conv2d(CHANNELS // 2, CHANNELS, 3, stride=2, padding=1, bias=False),
+            nn.ReLU(),
+        )
+        self.attention = attention
+        self.decoder = nn.Sequential(
+            nn.Conv2d(CHANNELS, 1, 3, padding=1), nn.Upsample(size=mask_size, mode="bilinear")
+        )
+        self.classifier = nn.Linear(CHANNELS, len(COLOURS))
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        features = self.attention(self.encoder(images))
+        return {
+            "mask": self.decoder(features),
+            "label": self.classifier(features.amax(dim=(2, 3))),
+        }
+
+
+def as_it_was() -> AdaptiveStream:
+    """A mask of 32 x 32, a division without a floor, weights of size 1, a head that is not used."""
+    model = AdaptiveStream(Attention(eps=0.0), mask_size=32)
+    model.boundary = nn.Conv2d(CHANNELS, 1, 3)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    return model
+
+
+def repaired() -> AdaptiveStream:
+    """After the advice: a mask of the target's size, a floor, Kaiming's initialisation."""
+    model = AdaptiveStream(Attention(eps=1e-6), mask_size=SIZE)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return model
+
+
+def losses(output: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Both parts of the loss, scalars."""
+    return {name: part(output[name], targets[name]) for name, part in PARTS.items()}
+
+
+@torch.no_grad()
+def quality(output: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, float]:
+    """Intersection over union of the masks, and accuracy of the classes; NaN is never right."""
+    mask = functional.interpolate(output["mask"], targets["mask"].shape[-2:])
+    found, real = mask > 0, targets["mask"] > 0
+    scores = output["label"]
+    chosen = scores.gather(1, targets["label"][:, None])[:, 0]
+    return {
+        "iou": ((found & real).sum() / (found | real).sum()).item(),
+        "accuracy": (chosen >= scores.amax(dim=1)).float().mean().item(),
+    }

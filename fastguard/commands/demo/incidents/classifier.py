@@ -1,0 +1,265 @@
+"""B. The checkpoint that could not be trusted: two bad batches, and what they left on the disk.
+
+The step is skipped by hand when its gradients are not finite, so no weight is NaN. But the forward
+pass went through BatchNorm: its running statistics are NaN, and the EMA's. Training does not use
+them; its losses stay finite, and an epoch that is to prove the cure proves it. `last.pt` is NaN,
+and so is `best.pt`, which goes by the training loss. In epoch 5 the statistics are frozen, as usual
+at the end of a run, and all is lost. Guarded, the run goes back some batches, and every checkpoint
+has a verdict.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from fastguard import CheckpointStore, GuardedLR, GuardedOptimizer, Rollback, TrainingDivergedError
+from fastguard.checkpoints import inspect
+from fastguard.commands.demo.incidents import Outcome
+from fastguard.commands.demo.incidents.classifier_data import Kind, draw
+from fastguard.commands.demo.incidents.classifier_files import Files
+from fastguard.commands.demo.incidents.classifier_model import Classifier, averaged
+from fastguard.commands.demo.incidents.plain_loop import alone
+from fastguard.records import StepRecord
+
+EPOCHS, BATCHES, BATCH_SIZE = 6, 48, 16
+FAULTS = {(3, 15): Kind.BAD_PIXEL, (3, 46): Kind.BAD_PIXEL}  # by epoch and batch, from 1
+FROZEN_FROM = 5  # the epoch from which BatchNorm's statistics are frozen
+LR, MOMENTUM, MAX_NORM = 0.02, 0.9, 10.0
+STORE: dict[str, Any] = {"keep": 2, "mode": "min"}  # the metric is a loss
+ROLLBACK: dict[str, Any] = {"every": 20, "after_skips": 1, "lr_factor": 0.5, "max_attempts": 3}
+LEARNED = 0.8  # accuracy on images that were not trained on; chance is a quarter
+
+
+def run(folder: Path, guarded: bool) -> Outcome:
+    """Trains the classifier, on from what is in the folder; see `Incident.run`.
+
+    Facts: `files`, by name of each checkpoint on the disk the tensors in it that are not finite;
+    `last`, the name of the one to resume from; `accuracy`, of its EMA on images that were not
+    trained on; of the guarded run `error`, what ended it early, `entries` of the manifest, and for
+    each rollback `rewinds`, `redone` batches, `seconds`, and the learning rate `lr` after it.
+    """
+    with alone():
+        training = Guarded(folder) if guarded else AsItWas(folder)
+        with closing(training):
+            error = None
+            try:
+                training.train()
+            except TrainingDivergedError as failure:
+                error = str(failure)
+            facts = {**training.facts(), "error": error}
+    survived = error is None and facts["accuracy"] > LEARNED
+    sentence = _sentence(facts, training)
+    return Outcome(survived, sentence, training.losses, training.records, facts)
+
+
+class AsItWas:
+    """The run as it was: steps skipped by hand, and files.
+
+    Args:
+        folder: The files' place. If there are any, the run goes on from them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        torch.manual_seed(0)
+        self.model = Classifier()
+        self.ema = averaged(self.model)
+        self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=LR, momentum=MOMENTUM
+        )
+        self.losses: list[float] = []
+        self.records: list[StepRecord] = []
+        self.batch = 0  # batches done, of the whole run
+        self.folder = folder
+        self.open()
+
+    @property
+    def epochs(self) -> int:
+        """Epochs done."""
+        return self.batch // BATCHES
+
+    def train(self, on_batch: Callable[[int], object] = lambda batch: None) -> None:
+        """Trains to the end of the last epoch.
+
+        Args:
+            on_batch: Called before each batch with its number.
+        """
+        while self.batch < EPOCHS * BATCHES:
+            on_batch(self.batch + 1)
+            self.one_batch(self.batch + 1)
+
+    def one_batch(self, batch: int) -> None:
+        """Trains on a batch, and does what is due after it."""
+        self.forward_backward_step(batch)
+        self.batch = batch
+        if batch % BATCHES == 0:
+            self.files.save(
+                self.epochs, self.losses[-BATCHES:], self.model, self.ema, self.optimizer
+            )
+
+    def forward_backward_step(self, batch: int) -> None:
+        """One step and one update of the EMA."""
+        epoch, number = _place(batch)
+        self.model.train_with(frozen_statistics=epoch >= FROZEN_FROM)
+        images, labels = draw(BATCH_SIZE, batch, FAULTS.get((epoch, number)))
+        loss = cross_entropy(self.model(images), labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.take(loss, batch)
+        self.ema.update_parameters(self.model)
+        self.losses.append(loss.item())
+
+    def take(self, loss: Tensor, batch: int) -> None:
+        """The cure that was applied by hand, before each step."""
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
+        if torch.isfinite(norm):
+            self.optimizer.step()
+
+    def open(self) -> None:
+        """Resumes from `last.pt`, if there is one."""
+        self.files = Files(self.folder)
+        self.batch = BATCHES * self.files.load(self.model, self.ema, self.optimizer)
+
+    def close(self) -> None:
+        """After the last batch."""
+
+    def last(self) -> Path | None:
+        """The file to resume from, loaded into model and EMA."""
+        if not self.files.load(self.model, self.ema, self.optimizer):
+            return None
+        return self.folder / "last.pt"
+
+    def facts(self) -> dict[str, Any]:
+        """See `run`."""
+        last = self.last()
+        files = {path.name: inspect(path).bad for path in sorted(self.folder.rglob("*.pt"))}
+        return {
+            "files": {name: tuple(tensor for tensor, *_ in bad) for name, bad in files.items()},
+            "last": None if last is None else last.name,
+            "accuracy": math.nan if last is None else self.validate()["accuracy"],
+        }
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Loss and accuracy of the EMA on images that are not trained on."""
+        images, labels = draw(256, seed=0)
+        scores = self.ema.eval()(images)
+        return {
+            "loss": cross_entropy(scores, labels).item(),
+            "accuracy": (scores.argmax(dim=1) == labels).float().mean().item(),
+        }
+
+
+class Guarded(AsItWas):
+    """The same run under guard, with a store for its checkpoints."""
+
+    def open(self) -> None:
+        parameters = self.model.named_parameters()
+        self.optimizer = self.guard = GuardedOptimizer(
+            self.optimizer, max_norm=MAX_NORM, named_parameters=parameters
+        )
+        self.lr = GuardedLR(self.guard)
+        self.rewinds: list[dict[str, Any]] = []
+        self.leave_out: set[int] = set()  # batches that are not trained on again
+        self.unsaved: list[StepRecord] = []
+        self.objects = {
+            "model": self.model, "ema": self.ema, "optimizer": self.guard, "lr": self.lr,
+        }  # fmt: skip
+        self.store = CheckpointStore(self.folder / "checkpoints", **STORE)
+        if self.store.list():
+            position = self.store.load("last-clean", self.objects).state["position"]
+            self.batch, self.leave_out = position["batch"], set(position["leave_out"])
+        else:  # there is always one to go back to
+            self.store.save(self.objects, step=0, epoch=0, position=self.position())
+        self.rollback = Rollback(
+            self.guard,
+            {"model": self.model, "ema": self.ema},
+            lr=self.lr,
+            position=self.batch,
+            **ROLLBACK,
+        )
+        self.store.save_on_signal()  # SIGTERM
+
+    def position(self) -> dict[str, Any]:
+        """Where the data stand."""
+        return {"batch": self.batch, "leave_out": sorted(self.leave_out)}
+
+    def one_batch(self, batch: int) -> None:
+        self.batch = batch
+        if batch not in self.leave_out:
+            self.forward_backward_step(batch)
+            if self.went_back(batch):
+                return
+        ends_epoch = batch % BATCHES == 0
+        saved = self.store.maybe_save(
+            self.objects,
+            step=batch,
+            every=BATCHES,
+            epoch=self.epochs,
+            metric=self.validate()["loss"] if ends_epoch else None,
+            incidents=self.unsaved,
+            position=self.position(),
+        )
+        if saved is not None:
+            self.unsaved.clear()
+
+    def take(self, loss: Tensor, batch: int) -> None:
+        epoch, number = _place(batch)
+        self.guard.step(loss=loss, tag={"epoch": epoch, "batch": number})
+        self.lr.step()
+        news = self.guard.flush()
+        self.records += news
+        self.unsaved += [record for record in news if record.reason is not None]
+
+    def went_back(self, batch: int) -> bool:
+        """Goes back if the step was bad; where to is `self.batch`."""
+        start = time.perf_counter()
+        rewind = self.rollback.step(position=batch)
+        if rewind is None:
+            return False
+        seconds = time.perf_counter() - start
+        self.batch = rewind.position
+        self.leave_out.update(rewind.skip)
+        lr = self.guard.param_groups[0]["lr"]
+        redone = batch - self.batch
+        self.rewinds.append({"rewind": rewind, "redone": redone, "seconds": seconds, "lr": lr})
+        return True
+
+    def close(self) -> None:
+        self.store.close()
+
+    def last(self) -> Path | None:
+        entry = self.store.load("last", model=self.model, ema=self.ema).entry
+        return self.store.directory / entry.file
+
+    def facts(self) -> dict[str, Any]:
+        return super().facts() | {
+            "entries": self.store.list(),
+            **{k: [r[k] for r in self.rewinds] for k in ("redone", "seconds", "lr")},
+            "rewinds": [r["rewind"] for r in self.rewinds],
+        }
+
+
+def _place(batch: int) -> tuple[int, int]:
+    """Epoch and number in it, both from 1, of a batch of the whole run."""
+    epoch, number = divmod(batch - 1, BATCHES)
+    return epoch + 1, number + 1
+
+
+def _sentence(facts: Mapping[str, Any], training: AsItWas) -> str:
+    if facts["error"]:
+        return facts["error"]
+    lost = [name for name, bad in facts["files"].items() if bad]
+    if lost:
+        nan = sum(not math.isfinite(loss) for loss in training.losses)
+        return f"{nan} losses NaN; not finite on the disk: {', '.join(lost)}"
+    redone = " and ".join(map(str, facts.get("redone", ()))) or "nothing"
+    return f"accuracy {facts['accuracy']:.2f}, every checkpoint clean; {redone} batches done again"

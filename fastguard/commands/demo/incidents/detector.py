@@ -1,0 +1,157 @@
+"""A. The detector that met NaN in epoch 3: two bad batches in the Ultralytics trainer, fp32, SGD.
+
+As it was: batch 15 ends in every weight and in the EMA, every loss after it is NaN, and the trainer
+goes back to `last.pt` and trains the epoch again, three times, until it gives up. Guarded, the two
+batches are skipped, and nothing else happens.
+"""
+
+# pyright: reportMissingImports=false
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastguard.commands.demo.incidents import Outcome
+from fastguard.commands.demo.incidents.detector_data import write_detector
+from fastguard.commands.demo.incidents.detector_faults import Faults, Kind
+from fastguard.commands.demo.training import one_thread
+from fastguard.sinks import read_records
+
+os.environ.setdefault("YOLO_OFFLINE", "true")  # before ultralytics looks for the network
+
+BATCHES = 48  # an epoch
+FAULTS = {(3, 15): Kind.OVERFLOW, (3, 46): Kind.BAD_PIXEL}
+BACKOFF = {"backoff": 0.5, "recovery": 20}  # half the learning rate until 20 good steps later
+SETTINGS = {
+    "epochs": 4,
+    "imgsz": 64,
+    "batch": 1,
+    "nbs": 1,  # a step for each batch
+    "optimizer": "SGD",
+    "lr0": 0.001,
+    "warmup_epochs": 1,
+    "warmup_bias_lr": 0.05,
+    "warmup_momentum": 0.8,
+    "mosaic": 0.0,
+    "scale": 0.0,
+    "translate": 0.0,
+    "save_period": 1,  # last.pt loses its optimizer at the end, these do not
+    "device": "cpu",
+    "plots": False,
+    "verbose": False,
+}
+
+
+def run(folder: Path, guarded: bool) -> Outcome:
+    """Trains the detector; see `Incident.run`.
+
+    Facts: `epochs`, every epoch that was begun; `error`, what the trainer raised; `weights`,
+    `statistics` (of BatchNorm), `ema`, `momenta` (of SGD), whether they are finite at the end;
+    `ema_updates`; `lr` and `momentum` of the param groups at each step that was taken, by name of
+    the group.
+    """
+    from ultralytics import YOLO
+
+    architecture, data = write_detector(folder / "data", BATCHES)
+    watch = Watch()
+    error = None
+    with _quiet(), one_thread():
+        model = YOLO(architecture)
+        Faults(FAULTS).attach(model)
+        if guarded:
+            from fastguard.integrations.ultralytics import guard
+
+            guard(model, schedule=BACKOFF)
+        watch.attach(model)
+        try:
+            model.train(data=str(data), project=str(folder), name="run", **SETTINGS)
+        except RuntimeError as failure:
+            error = str(failure)
+
+    facts = {**watch.facts(), "error": error}
+    records = tuple(read_records(folder / "run" / "records.jsonl")) if guarded else ()
+    survived = error is None and all(facts[k] for k in ("weights", "statistics", "ema", "momenta"))
+    return Outcome(survived, _sentence(facts, records), watch.losses, records, facts)
+
+
+class Watch:
+    """What can be seen of the trainer from outside, batch by batch."""
+
+    def __init__(self) -> None:
+        self.trainer: Any = None
+        self.losses: list[float] = []
+        self.epochs: list[int] = []
+        self.lr: list[dict[str, float]] = []
+        self.momentum: list[dict[str, float]] = []
+
+    def attach(self, model: Any) -> None:
+        """After the guard, so that `on_train_start` finds its optimizer."""
+        for event in ("on_train_start", "on_train_epoch_start", "on_train_batch_end"):
+            model.add_callback(event, getattr(self, event))
+
+    def on_train_start(self, trainer: Any) -> None:
+        self.trainer = trainer
+        taking_steps = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+        taking_steps.register_step_pre_hook(self._on_step)
+
+    def on_train_epoch_start(self, trainer: Any) -> None:
+        self.epochs.append(trainer.epoch + 1)
+
+    def on_train_batch_end(self, trainer: Any) -> None:
+        self.losses.append(float(trainer.loss.detach()))
+
+    def _on_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        groups = optimizer.param_groups
+        self.lr.append({g["param_group"]: g["lr"] for g in groups})
+        self.momentum.append({g["param_group"]: g["momentum"] for g in groups})
+
+    def facts(self) -> dict[str, Any]:
+        """See `run`."""
+        model, states = self.trainer.model, self.trainer.optimizer.state.values()
+        return {
+            "epochs": tuple(self.epochs),
+            "weights": _finite(model.parameters()),
+            "statistics": _finite(model.buffers()),
+            "ema": _finite(self.trainer.ema.ema.state_dict().values()),
+            "ema_updates": self.trainer.ema.updates,
+            "momenta": _finite(state["momentum_buffer"] for state in states),
+            "lr": self.lr,
+            "momentum": self.momentum,
+        }
+
+
+def _finite(tensors: Any) -> bool:
+    return all(bool(torch.isfinite(t).all()) for t in tensors)
+
+
+def _sentence(facts: dict[str, Any], records: Sequence[Any]) -> str:
+    begun, wanted = len(facts["epochs"]), SETTINGS["epochs"]
+    if facts["error"]:
+        redone = begun - len(set(facts["epochs"]))
+        return (
+            f"gave up in epoch {facts['epochs'][-1]} of {wanted} after training it {redone} times "
+            f"again: {facts['error']}"
+        )
+    skipped = [record for record in records if record.action == "skipped"]
+    where = " and ".join(f"batch {r.tag['batch']} of epoch {r.tag['epoch']}" for r in skipped)
+    return f"trained all {wanted} epochs, without {where or 'skipping anything'}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The trainer's own progress bars off."""
+    loggers = [logging.getLogger(name) for name in ("ultralytics", "fastguard")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

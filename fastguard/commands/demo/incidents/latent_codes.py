@@ -1,0 +1,207 @@
+"""E. The averages that turned NaN: a decoder of signed distances and a table of latent codes.
+
+One shape of the validation set has NaN distances, so the mean of every validation is NaN. So is
+that of training from the first such batch on, and with it every weight. In epoch 5 nothing is of
+use: every batch is bad. Guarded, means are over what was finite and say how many were not; decoder
+and codes are clipped each at its own limit, and both limits come from a file.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastguard import GuardConfig, LossMeter, StepRecord, TensorBoardSink
+from fastguard.commands.demo.incidents import Outcome
+from fastguard.commands.demo.incidents.latent_codes_data import Batch, Kind, sample
+from fastguard.commands.demo.incidents.latent_codes_model import AutoDecoder, losses
+from fastguard.commands.demo.incidents.plain_loop import all_finite, alone, state_is_finite
+from fastguard.loss_meter import LossSummary
+
+EPOCHS, BATCHES, BATCH_SIZE = 6, 20, 4
+LOST_EPOCH = 5
+FAULTS = {  # by epoch and batch, counted from 1
+    (2, 7): Kind.OPEN_MESH,
+    (3, 4): Kind.MILLIMETRES,
+    **{(LOST_EPOCH, batch): Kind.LOST_SCALE for batch in range(1, BATCHES + 1)},
+}
+VALIDATION_BATCHES, BROKEN_VALIDATION_BATCH = 5, 3
+LEARNED = 0.02  # mean squared error of validation; guessing 0 everywhere has 0.13
+
+SETTINGS = """\
+[guard]
+clip_scope = "group"
+
+[groups."decoder.*"]
+max_norm = 1.0
+
+[groups."codes.*"]
+max_norm = 0.1
+
+[batch]
+names = ["shapes", "points", "sdf"]
+low = { sdf = -2.0 }
+high = { sdf = 2.0 }
+
+[spike."batch.sdf"]     # 1 if the distances leave that range
+max = 0.5
+action = "record"
+"""
+
+
+def run(folder: Path, guarded: bool) -> Outcome:
+    """Trains decoder and codes; see `Incident.run`. Its losses are those of the distances.
+
+    Facts: `training` and `validation`, by epoch, the mean as it was printed, or the `LossSummary`
+    of the guarded run; `weights`, `momenta`, whether they are finite at the end; `error`, the mean
+    squared error of the sound validation batches at the end; `arrived`, of each step, the gradient
+    norms of decoder and codes that the optimizer saw; of the guarded run `clip_coefs` of both. Its
+    curves are in the folder `tensorboard`.
+    """
+    with alone():
+        torch.manual_seed(0)
+        model = AutoDecoder()
+        training = Guarded(model, folder) if guarded else AsItWas(model)
+        random = torch.Generator().manual_seed(1)
+        seen: list[float] = []
+        means: dict[str, list[Any]] = {"training": [], "validation": []}
+        for epoch in range(1, EPOCHS + 1):
+            for batch in range(1, BATCHES + 1):
+                data = sample(BATCH_SIZE, random, FAULTS.get((epoch, batch)))
+                seen.append(training.step(data, (epoch, batch)))
+            means["training"].append(training.mean())
+            for batch, data in enumerate(validation_set(), start=1):
+                with torch.no_grad():
+                    training.average(losses(model, *data), (epoch, batch))
+            means["validation"].append(training.mean())
+        training.close()
+        facts = {**_judged(model), **means, "momenta": state_is_finite(training.optimizer)}
+
+    facts |= {"arrived": training.arrived, "clip_coefs": training.clip_coefs}
+    survived = facts["weights"] and facts["momenta"] and facts["error"] < LEARNED
+    return Outcome(survived, _sentence(facts), seen, training.records, facts)
+
+
+def validation_set() -> Iterator[Batch]:
+    """The same batches in every epoch; one of them holds the mesh with a hole."""
+    random = torch.Generator().manual_seed(2)
+    for batch in range(1, VALIDATION_BATCHES + 1):
+        fault = Kind.OPEN_MESH if batch == BROKEN_VALIDATION_BATCH else None
+        yield sample(8, random, fault)
+
+
+class AsItWas:
+    """The steps and the averages of the run as it was."""
+
+    def __init__(self, model: AutoDecoder) -> None:
+        self.model = model
+        self.optimizer: torch.optim.Optimizer = self._adam()
+        self.records: list[StepRecord] = []
+        self.arrived: list[list[float]] = []
+        self.clip_coefs: list[list[float]] = []
+        self._of_the_epoch: list[float] = []
+
+    def _adam(self) -> torch.optim.Optimizer:
+        groups = [
+            {"params": self.model.decoder.parameters(), "lr": 2e-3},
+            {"params": self.model.codes.parameters(), "lr": 1e-2},
+        ]
+        return torch.optim.Adam(groups, fused=True)
+
+    def step(self, data: Batch, tag: tuple[int, int]) -> float:
+        """Takes one step; the loss of the distances before it."""
+        parts = losses(self.model, *data)
+        torch.stack([*parts.values()]).sum().backward()
+        self.take(parts, data, tag)
+        modules = self.model.decoder, self.model.codes
+        self.arrived.append([_grad_norm(module) for module in modules])
+        self.optimizer.zero_grad()
+        self.average(parts, tag)
+        return parts["sdf"].item()
+
+    def take(self, parts: Mapping[str, Tensor], data: Batch, tag: tuple[int, int]) -> None:
+        """Lets the optimizer step."""
+        self.optimizer.step()
+
+    def average(self, parts: Mapping[str, Tensor], tag: tuple[int, int]) -> None:
+        """Adds a batch to the mean of the epoch."""
+        self._of_the_epoch.append(parts["sdf"].item())
+
+    def mean(self) -> Any:
+        """What is printed at the end of an epoch."""
+        mean = statistics.fmean(self._of_the_epoch)
+        self._of_the_epoch.clear()
+        return mean
+
+    def close(self) -> None:
+        """After the last epoch."""
+
+
+class Guarded(AsItWas):
+    """The same under guard, as a file of settings says."""
+
+    def __init__(self, model: AutoDecoder, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        super().__init__(model)
+        file = folder / "guard.toml"
+        file.write_text(SETTINGS)
+        self.config = GuardConfig.from_file(file)
+        self.optimizer = self.guard = self.config.wrap(model, self.optimizer)
+        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        self.guard.add_sink(TensorBoardSink(self.writer))
+        self.meter = LossMeter()
+
+    def take(self, parts: Mapping[str, Tensor], data: Batch, tag: tuple[int, int]) -> None:
+        check = self.config.check(data)
+        signals = {} if check is None else check.signals()
+        self.guard.step(loss={**parts, **signals}, tag=tag)
+        self.records += self.guard.flush()
+        assert self.guard.last is not None
+        self.clip_coefs.append(self.guard.last.clip_coef.tolist())
+
+    def average(self, parts: Mapping[str, Tensor], tag: tuple[int, int]) -> None:
+        self.meter.update(parts, tag=tag)
+
+    def mean(self) -> Any:
+        summary = self.meter.compute()
+        self.meter.reset()
+        return summary
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def _grad_norm(module: torch.nn.Module) -> float:
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))
+
+
+@torch.no_grad()
+def _judged(model: AutoDecoder) -> dict[str, Any]:
+    """How good the model is on the validation batches that can be judged."""
+    errors = [losses(model, *data)["sdf"].item() for data in validation_set()]
+    del errors[BROKEN_VALIDATION_BATCH - 1]
+    return {"weights": all_finite(model.parameters()), "error": statistics.fmean(errors)}
+
+
+def _sentence(facts: Mapping[str, Any]) -> str:
+    training, validation = map(_numbers, (facts["training"], facts["validation"]))
+    if not facts["weights"]:
+        n = len(training) + len(validation)
+        lost = [mean for mean in training + validation if mean is None or math.isnan(mean)]
+        return f"weights NaN; {n - len(lost)} of {n} means were a number"
+    silent = [str(epoch) for epoch, mean in enumerate(training, start=1) if mean is None]
+    said = f"; epoch {', '.join(silent)} had no valid batch, and said so" if silent else ""
+    return f"trained all {EPOCHS} epochs, error {facts['error']:.4f}{said}"
+
+
+def _numbers(means: list[Any]) -> list[float | None]:
+    """The means of the distances, None where there is none."""
+    return [mean.means["sdf"] if isinstance(mean, LossSummary) else mean for mean in means]

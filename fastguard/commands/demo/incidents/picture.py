@@ -1,0 +1,91 @@
+"""The picture of an incident: the loss of both runs above, the guarded gradient norm below."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastguard.commands.demo.incidents import Incident, Outcome
+from fastguard.commands.files import written
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's palette keeps its contrasts for every kind of colour vision.
+BEFORE, GUARDED, INK, FAINT = "#D55E00", "#009E73", "#333333", "#BBBBBB"
+
+
+def draw(incident: Incident, before: Outcome, guarded: Outcome, path: Path) -> None:
+    """Draws both runs into a PNG file.
+
+    Args:
+        incident: Its title is the picture's.
+        before: The run as it was.
+        guarded: The same run with fastguard.
+        path: Where to write; replaced only by a complete picture.
+    """
+    from matplotlib.figure import Figure  # not pyplot: no window, no global state
+
+    figure = Figure(figsize=(10, 5.6), dpi=130, layout="constrained", facecolor="white")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(8, 5))
+    for axes in (top, bottom):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(FAINT)
+        axes.tick_params(colors=INK, labelsize=9)
+    _draw_losses(top, before, guarded)
+    _draw_norms(bottom, guarded)
+    bottom.set_xlabel("batch", fontsize=9, color=INK)
+    figure.suptitle(incident.title, x=0.01, ha="left", fontsize=13, weight="bold", color=INK)
+    with written(path) as temporary:
+        figure.savefig(temporary)
+
+
+def _draw_losses(axes: Axes, before: Outcome, guarded: Outcome) -> None:
+    """What is NaN or Inf lies on a line of its own above the finite losses."""
+    finite = [v for run in (before, guarded) for v in run.losses if math.isfinite(v)] or [1.0]
+    ceiling = 1.15 * max(finite)
+    if min(finite) > 0 and max(finite) > 100 * statistics.median(finite):  # a spike, to be seen
+        axes.set_yscale("log")
+        ceiling = 3 * max(finite)
+    for run, color, width, name in (
+        (guarded, GUARDED, 2.4, "with fastguard"),
+        (before, BEFORE, 1.2, "as it was"),
+    ):
+        axes.plot(*_points(run.losses), color=color, linewidth=width, label=f"{name}: {run.ended}")
+        lost = [i for i, v in enumerate(run.losses, start=1) if not math.isfinite(v)]
+        axes.plot(lost, [ceiling] * len(lost), "x", color=color, markersize=5)
+    if not all(math.isfinite(v) for v in before.losses):
+        beside = {"xycoords": ("axes fraction", "data"), "xytext": (4, 6)}
+        axes.annotate(
+            "NaN, Inf", (0, ceiling), **beside, textcoords="offset points", fontsize=9, color=INK
+        )
+    axes.set_ylabel("training loss", fontsize=9, color=INK)
+    # Sentences are long: the legend has a place of its own above the plot.
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), frameon=False, fontsize=9)
+
+
+def _draw_norms(axes: Axes, guarded: Outcome) -> None:
+    records = guarded.records
+    axes.plot([r.step for r in records], [r.total_norm or math.nan for r in records], color=GUARDED)
+    skipped = [r for r in records if r.action == "skipped"]
+    level = max((r.total_norm for r in records), default=1.0)
+    axes.plot([r.step for r in skipped], [level] * len(skipped), "o", color=GUARDED, mfc="white")
+    if skipped:
+        axes.annotate(
+            f"○ skipped: {len(skipped)}",
+            (skipped[0].step, level),
+            xytext=(-8, 8),
+            textcoords="offset points",
+            fontsize=9,
+            color=GUARDED,
+        )
+    axes.set_yscale("log")
+    axes.set_ylabel("gradient norm", fontsize=9, color=INK)
+
+
+def _points(values: Sequence[float]) -> tuple[list[int], list[float]]:
+    """Every value by its batch, NaN where it is not finite: a gap in the line."""
+    return [*range(1, len(values) + 1)], [v if math.isfinite(v) else math.nan for v in values]

@@ -1,0 +1,73 @@
+"""Plays an incident for `fastguard demo --incident`: both runs, records, picture, report."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from fastguard.commands.demo.incidents import incident
+from fastguard.commands.demo.incidents.picture import draw
+from fastguard.commands.usage import need
+from fastguard.records import StepRecord
+from fastguard.sinks import JsonLinesSink
+
+RUNS = {"as-it-was": False, "guarded": True}
+
+
+def play(letter: str, folder: Path) -> int:
+    """Runs it twice and writes what came of it: `records.jsonl`, `incident.png`, `records.html`.
+
+    Args:
+        letter: Of the incident.
+        folder: Where to write; the runs have folders of their own in it, which are replaced.
+
+    Returns:
+        The exit status: 0 if the run as it was came to grief and the guarded one did not.
+
+    Raises:
+        UsageError: A package is missing; it names the extra.
+    """
+    story = incident(letter)
+    story.load()
+    need("rich", "matplotlib", extra="cli")
+    need(*story.packages, extra=story.extra)
+
+    print(f"{story.letter}. {story.title}")
+    outcomes = []
+    for name, guarded in RUNS.items():
+        own = folder / name
+        shutil.rmtree(own, ignore_errors=True)
+        own.mkdir()
+        outcomes.append(story.run(own, guarded))
+        print(f"{name.replace('-', ' ')}: {outcomes[-1].ended}")
+    before, after = outcomes
+    for record in after.records:
+        if record.reason is not None:
+            print(f"  {record}")
+
+    records = _write(after.records, folder / "records.jsonl")
+    picture = folder / "incident.png"
+    draw(story, before, after, picture)
+    print(f"Written: {records}, {picture}")
+    _report(records)
+    return 0 if after.survived and not before.survived else 1
+
+
+def _write(records: Iterable[StepRecord], path: Path) -> Path:
+    path.unlink(missing_ok=True)
+    with JsonLinesSink(path) as sink:
+        for record in records:
+            sink(record)
+    return path
+
+
+def _report(records: Path) -> None:
+    if importlib.util.find_spec("plotly") is None:
+        print("For the report: pip install 'torch-fastguard[report]'")
+        return
+    from fastguard.commands.report import command
+
+    command.run(argparse.Namespace(records=str(records), out=None))

@@ -1,0 +1,172 @@
+"""C. The segmentation model with too many heads: a U-Net with refinement modules under AMP.
+
+Three of its four heads are trouble. The boundary refinement divides by the norm of the image's
+slope, which is 0 where a resize padded with black. The contour head has gradients a hundred times
+those of the rest, so that one limit for all starves the mask. The distance head once meets maps in
+another unit. As it was, clipped at 5, every weight is NaN from the first padded image on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastguard import GuardedOptimizer, SpikeRule, StepRecord, Threshold, explain_nonfinite
+from fastguard.commands.demo.incidents import Outcome
+from fastguard.commands.demo.incidents.plain_loop import all_finite, alone, state_is_finite
+from fastguard.commands.demo.incidents.segmentation_data import Batch, Kind, draw
+from fastguard.commands.demo.incidents.segmentation_model import HEADS, UNet, losses
+from fastguard.diagnosis.provenance import NonFiniteReport
+
+BATCHES, BATCH_SIZE = 150, 4
+FAULTS = {81: Kind.LETTERBOX, 121: Kind.MICROMETRES}  # by batch, counted from 1
+LR, MOMENTUM = 0.02, 0.9
+MAX_NORM_BEFORE = 5.0  # what the run as it was clips to
+GUARD: dict[str, Any] = {
+    "max_norm": 1.0,
+    "clip_scope": "group",
+    "spike": {
+        "grad_norm": Threshold(max=100.0, action="record"),
+        "distance": SpikeRule(window=64, warmup=32, action="record"),
+    },
+}
+LIMITS: dict[str, dict[str, float]] = {
+    "contour": {"max_norm": 0.1},
+    "distance": {"max_norm": math.inf, "clip_value": 0.2},
+}
+LEARNED = 0.5  # intersection over union of the mask; a run that is starved stays at 0
+
+
+def run(folder: Path, guarded: bool) -> Outcome:
+    """Trains the U-Net; see `Incident.run`. Its losses are those of the mask.
+
+    Facts: `weights`, `momenta`, whether they are finite at the end; `iou`, intersection over union
+    of the mask on images that were not trained on, and `distance_error`, the distance head's mean
+    square there; `largest_gradient`, of each step that was taken, the largest element that reached
+    the optimizer by param group. Of the guarded run: `clip_coefs` of each step by param group, and
+    `explained`, the `NonFiniteReport` of the first batch that was skipped.
+    """
+    with alone():
+        torch.manual_seed(0)
+        random = torch.Generator().manual_seed(1)
+        model = UNet()
+        stepper = Guarded(model) if guarded else AsItWas(model)
+        mask_losses = []
+        for number in range(1, BATCHES + 1):
+            batch = draw(BATCH_SIZE, random, FAULTS.get(number))
+            with autocast():
+                parts = losses(model(batch[0]), batch[1])
+            torch.stack([*parts.values()]).sum().backward()
+            stepper.step(parts, number, batch)
+            stepper.optimizer.zero_grad()
+            mask_losses.append(parts["seg"].item())
+        facts = {**_judged(model), "momenta": state_is_finite(stepper.optimizer), **stepper.facts()}
+
+    survived = facts["weights"] and facts["momenta"] and facts["iou"] > LEARNED
+    return Outcome(survived, _sentence(facts, stepper.records), mask_losses, stepper.records, facts)
+
+
+def autocast() -> torch.autocast:
+    """What the run's mixed precision is."""
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def param_groups(
+    model: UNet, limits: Mapping[str, Mapping[str, float]] | None = None
+) -> list[dict[str, Any]]:
+    """One param group for the body and one a head, with what limits each has for itself."""
+    parts: dict[str, list[Tensor]] = {"body": [], **{head: [] for head in HEADS}}
+    for name, parameter in model.named_parameters():
+        module = name.partition(".")[0]
+        parts[module if module in HEADS else "body"].append(parameter)
+    own = limits or {}
+    return [{"name": name, "params": p, **own.get(name, {})} for name, p in parts.items()]
+
+
+class AsItWas:
+    """The steps of the run as it was: one limit for all gradients."""
+
+    def __init__(self, model: UNet) -> None:
+        self.model = model
+        self.optimizer: torch.optim.Optimizer = self._sgd({})
+        self.records: list[StepRecord] = []
+        self.largest_gradient: list[dict[str, float]] = []
+
+    def _sgd(self, limits: Mapping[str, Mapping[str, float]]) -> torch.optim.Optimizer:
+        sgd = torch.optim.SGD(param_groups(self.model, limits), lr=LR, momentum=MOMENTUM)
+        sgd.register_step_pre_hook(self._look)
+        return sgd
+
+    def _look(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self.largest_gradient.append(
+            {
+                group["name"]: max(float(p.grad.abs().max()) for p in group["params"])
+                for group in optimizer.param_groups
+            }
+        )
+
+    def step(self, parts: Mapping[str, Tensor], number: int, batch: Batch) -> None:
+        """Takes one step."""
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM_BEFORE)
+        self.optimizer.step()
+
+    def facts(self) -> dict[str, Any]:
+        """What was seen on the way."""
+        return {"largest_gradient": self.largest_gradient}
+
+
+class Guarded(AsItWas):
+    """The same steps under guard."""
+
+    def __init__(self, model: UNet) -> None:
+        super().__init__(model)
+        self.optimizer = self.guard = GuardedOptimizer(
+            self._sgd(LIMITS), named_parameters=model.named_parameters(), **GUARD
+        )
+        self.clip_coefs: list[dict[str, float]] = []
+        self.explained: NonFiniteReport | None = None
+
+    def step(self, parts: Mapping[str, Tensor], number: int, batch: Batch) -> None:
+        self.guard.step(loss=dict(parts), tag={"batch": number})
+        (record,) = self.guard.flush()
+        self.records.append(record)
+        self.clip_coefs.append(self._coefs())
+        if record.action == "skipped" and self.explained is None:  # the weights are as they were
+            self.explained = explain_nonfinite(self.model, batch, losses, autocast=autocast())
+
+    def _coefs(self) -> dict[str, float]:
+        assert self.guard.last is not None
+        coefs = self.guard.last.clip_coef.tolist()
+        names = [group["name"] for group in self.guard.param_groups]
+        return dict(zip(names, coefs if len(coefs) > 1 else coefs * len(names), strict=True))
+
+    def facts(self) -> dict[str, Any]:
+        return super().facts() | {"clip_coefs": self.clip_coefs, "explained": self.explained}
+
+
+@torch.no_grad()
+def _judged(model: UNet) -> dict[str, Any]:
+    """How good the model is on images that it has not seen."""
+    images, targets = draw(16, torch.Generator().manual_seed(2))
+    maps = model(images)
+    found, real = maps["seg"] > 0, targets["mask"] > 0
+    return {
+        "weights": all_finite(model.parameters()),
+        "iou": ((found & real).sum() / (found | real).sum()).item(),
+        "distance_error": losses(maps, targets)["distance"].item(),
+    }
+
+
+def _sentence(facts: Mapping[str, Any], records: list[StepRecord]) -> str:
+    if not facts["weights"]:
+        return "weights NaN, nothing to be saved"
+    skipped = ", ".join(str(record.step) for record in records if record.action == "skipped")
+    without = f"without batch {skipped}" if skipped else "without skipping anything"
+    report = facts.get("explained")
+    born = f" (NaN born in {report.module})" if report is not None and report.found else ""
+    return f"trained all {BATCHES} batches {without}{born}; IoU {facts['iou']:.2f}"

@@ -1,0 +1,146 @@
+"""What the demo says at the end: two tables, a sentence for each run, and the records as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastguard.commands.demo.faults import Fault, Kind
+from fastguard.commands.demo.training import Bare, Clipped, Guarded, Run
+from fastguard.commands.files import written
+from fastguard.errors import describe_culprits
+from fastguard.records import StepRecord
+from fastguard.strict_json import dumps
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def runs_table(runs: Sequence[Run]) -> Table:
+    """One row a run."""
+    table = _table("run", "validation loss", "applied", "skipped", "weights")
+    for run in runs:
+        alive = run.destroyed_at is None
+        table.add_row(
+            run.name,
+            f"{run.validation:.3f}",
+            str(run.applied),
+            str(run.skipped),
+            "finite" if alive else f"NaN since step {run.destroyed_at}",
+            style="green" if alive else "red",
+        )
+    return table
+
+
+def incidents_table(guarded: Run, faults: Sequence[Fault]) -> Table:
+    """One row for each fault, and for each step that fastguard did not simply apply."""
+    table = _table("step", "injected", "action", "reason", "where")
+    injected = {fault.step: fault for fault in faults}
+    recorded = {record.step: record for record in guarded.records if record.reason is not None}
+    for step in sorted({*injected, *recorded}):
+        fault, record = injected.get(step), recorded.get(step)
+        if fault and fault.in_burst and not injected.get(step - 1):
+            table.add_section()
+        table.add_row(
+            str(step),
+            fault.kind.value if fault else "-",
+            *((record.action, record.reason, where(record)) if record else ("-", "-", "-")),
+        )
+    return table
+
+
+def where(record: StepRecord) -> str:
+    """Where an incident is: the parameter, the loss, or the norm and its threshold."""
+    places = [f"{name} {v}" for name, v in record.losses.items() if not math.isfinite(v)]
+    if places and record.n_culprits:
+        places.append(f"and {record.n_culprits} gradients")
+    elif record.culprits:
+        places.append(describe_culprits(record.culprits[:1], record.n_culprits))
+    elif record.culprit_rank is not None:
+        places.append(f"a shard of rank {record.culprit_rank}")
+    elif record.spikes:
+        places.append(f"norm {record.total_norm:.4g} > {record.thresholds['grad_norm']:.3g}")
+    return ", ".join(places)
+
+
+def sentences(runs: Sequence[Run], faults: Sequence[Fault]) -> list[str]:
+    """What happened, one sentence a run."""
+    by_name = {run.name: run for run in runs}
+    bare, clipped, guarded = (by_name[way.name] for way in (Bare, Clipped, Guarded))
+    if not faults:
+        return [_followed(clipped, guarded)]
+    spike = next(fault for fault in faults if fault.kind is Kind.SPIKE)
+    before, after = _around(bare.losses, spike.step)
+    return [
+        f"{bare.name}: after {_call(spike)} the training loss went from {before:.2f} to "
+        f"{after:.2f}. {_destruction(bare, faults)}",
+        f"{clipped.name}: scaled {_call(spike)} back to norm 1. {_destruction(clipped, faults)} "
+        "Clipping cannot help: one Inf makes the norm Inf and the coefficient 0, and 0 × Inf is "
+        "NaN.",
+        f"{guarded.name}: skipped {guarded.skipped} of {len(guarded.losses)} steps, "
+        f"{_precision(guarded, faults)}. Weights and optimizer state are as if those steps had "
+        "never been taken.",
+    ]
+
+
+def write_records(records: Iterable[StepRecord], path: Path) -> None:
+    """One record a line, as `StepRecord.as_dict` has it."""
+    with written(path) as temporary:
+        temporary.write_text("".join(f"{dumps(r.as_dict())}\n" for r in records), "utf-8")
+
+
+def _followed(clipped: Run, guarded: Run) -> str:
+    pairs = enumerate(zip(clipped.losses, guarded.losses, strict=True), start=1)
+    parted = next((step for step, (a, b) in pairs if a != b), None)
+    apart = abs(clipped.validation - guarded.validation)
+    bits = "in every bit" if parted is None else f"bit for bit until step {parted}"
+    return (
+        f"Without faults {guarded.name} follows {clipped.name}: the training losses agree {bits}, "
+        f"the validation losses to {apart:.1g}. Only a clip coefficient below 1 can tell them "
+        "apart: torch sums the norm in float32."
+    )
+
+
+def _around(losses: Sequence[float], step: int) -> tuple[float, float]:
+    """The mean of the five losses up to a step, and the largest of the twenty after it."""
+    before = [v for v in losses[max(0, step - 5) : step] if math.isfinite(v)]
+    after = [v for v in losses[step : step + 20] if math.isfinite(v)]
+    return sum(before) / max(1, len(before)), max(after, default=math.nan)
+
+
+def _call(fault: Fault) -> str:
+    return f"step {fault.step} ({fault.kind.value})"
+
+
+def _destruction(run: Run, faults: Sequence[Fault]) -> str:
+    cause = next((fault for fault in faults if fault.step == run.destroyed_at), None)
+    if cause is None:
+        return "Its weights stayed finite."
+    return f"Then {_call(cause)} put NaN into its weights, and every loss since is NaN."
+
+
+def _precision(guarded: Run, faults: Sequence[Fault]) -> str:
+    skipped = {record.step for record in guarded.records if record.action == "skipped"}
+    spoiled = {fault.step for fault in faults}
+    if skipped == spoiled:
+        return "the spoiled ones and no other"
+    return f"{len(skipped & spoiled)} of the {len(spoiled)} spoiled ones"
+
+
+def _table(*columns: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+        header_style="bold",
+    )
+    numbers = ("validation loss", "applied", "skipped", "step")
+    for column in columns:
+        table.add_column(column, justify="right" if column in numbers else "left")
+    return table

@@ -1,0 +1,1 @@
+"""`fastguard diagnose`: check a training setup from the command line."""

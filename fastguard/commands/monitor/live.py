@@ -1,0 +1,87 @@
+"""Watching a run until Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+
+from fastguard.commands.monitor.follow import Follower
+from fastguard.commands.monitor.history import History
+from fastguard.commands.monitor.screen import Screen
+from fastguard.commands.monitor.watch import INCIDENTS, Rate, Watch
+from fastguard.commands.run_files import begun, file_of
+
+BUSY = 0.2
+"""The share of the time that the search through the past may take."""
+
+
+def watch_live(run: Path, last: int, interval: float) -> Watch:
+    """Draws the screen every `interval` seconds; what was seen, when Ctrl-C ends it.
+
+    Args:
+        run: A file or folder, which may not exist yet.
+        last: Records that the counts are about.
+        interval: Seconds.
+    """
+    watch = Watch(last)
+    screen = Screen(run, watch)
+    # The alternate screen: nothing is left behind, and a resize cannot tear what was drawn before.
+    live = Live(screen, console=Console(highlight=False), screen=True, auto_refresh=False)
+    with _terminated_by_exit(), live:
+        try:
+            follower = _wait_for_file(screen, last, interval, live)
+            _follow(follower, screen, interval, live)
+        except KeyboardInterrupt:
+            pass
+    return watch
+
+
+def _wait_for_file(screen: Screen, last: int, interval: float, live: Live) -> Follower:
+    while not begun(screen.run):
+        screen.state = "waiting for the file"
+        live.refresh()
+        time.sleep(interval)
+    return Follower(file_of(screen.run), last)
+
+
+def _follow(follower: Follower, screen: Screen, interval: float, live: Live) -> None:
+    watch, rate = screen.watch, Rate()
+    screen.history = History(follower.earlier, INCIDENTS)
+    try:
+        while True:
+            for line in follower.poll():
+                watch.feed(line)
+            watch.overlong = follower.overlong
+            screen.rate = rate.sample(time.monotonic(), watch.n_records)
+            screen.age = follower.age(time.time())
+            live.refresh()
+            started = time.monotonic()
+            screen.history.search(BUSY * interval)
+            time.sleep(max(0.0, interval - (time.monotonic() - started)))
+    finally:
+        follower.close()
+
+
+@contextmanager
+def _terminated_by_exit() -> Iterator[None]:
+    """SIGTERM unwinds the stack, so that the terminal is given back as it was."""
+
+    def leave(signum: int, frame: object) -> None:
+        sys.exit(128 + signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

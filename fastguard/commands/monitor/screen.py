@@ -1,0 +1,120 @@
+"""The screen of `fastguard monitor`: drawn anew each time, for the size the terminal has then."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
+
+from fastguard.commands.monitor.history import History
+from fastguard.commands.monitor.sparkline import ASCII_BARS, BARS, shares, sparkline
+from fastguard.commands.monitor.summary import counts, duration, verdict
+from fastguard.commands.monitor.watch import Watch
+from fastguard.commands.terminal import printable
+from fastguard.records import StepRecord
+
+LOSSES = 4
+"""Losses with a curve of their own; the others are named."""
+
+COLORS = {"skipped": "red", "sanitized": "yellow", "clipped": "yellow", "applied": "yellow"}
+
+
+@dataclass
+class Screen:
+    """Everything that is shown; lines that do not fit end in an ellipsis, never on the next line.
+
+    Attributes:
+        run: What the user gave.
+        watch: What is known of the run.
+        history: What came before, or None while there is no file.
+        state: What is done while there is no history.
+        rate: Steps a second, or None while that is not known.
+        age: Seconds since the last write, or None.
+    """
+
+    run: Path
+    watch: Watch
+    history: History | None = None
+    state: str = "reading"
+    rate: float | None = None
+    age: float | None = None
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        height = options.height or console.size.height
+        bars = ASCII_BARS if options.ascii_only else BARS
+        lines = list(self._head(options.max_width, bars))
+        for line in [*lines, *self._incidents(height - len(lines) - 1), self._foot()]:
+            line.no_wrap, line.overflow = True, "ellipsis"
+            yield line
+
+    def _head(self, width: int, bars: str) -> Iterator[Text]:
+        latest = self.watch.latest
+        color = "green" if not self.watch.incidents_in_window else "yellow"
+        if latest is not None and latest.consecutive_skips:
+            color = "red"
+        yield Text(printable(f"fastguard monitor {self.run}"), style="bold")
+        if latest is None and self.watch.damaged:
+            yield Text(f"no records yet; {counts(self.watch)}")
+            return
+        if latest is None:
+            yield Text(f"{self.state} ..." if self.history is None else "waiting for a record ...")
+            return
+        yield Text(verdict(self.watch), style=f"bold {color}")
+        yield Text(self._position(latest))
+        drawn = list(latest.losses)[:LOSSES]
+        label = min(max(map(len, ["norm", *drawn])), 16)
+        records = list(self.watch.curve)
+        yield self._curve("norm".ljust(label), records, lambda r: r.total_norm, width, bars)
+        for name in drawn:
+            text = printable(name)[:label].ljust(label)
+            yield self._curve(
+                text, records, lambda r, name=name: r.losses.get(name, math.nan), width, bars
+            )
+        if len(latest.losses) > LOSSES:
+            others = ", ".join(map(printable, list(latest.losses)[LOSSES:]))
+            yield Text(f"and {others}", style="dim")
+        yield Text(counts(self.watch))
+
+    def _position(self, latest: StepRecord) -> str:
+        rate = "..." if self.rate is None else f"{self.rate:.3g}"
+        parts = [f"step {latest.step:,}", f"{rate} steps/s", f"lr {latest.lr:.4g}"]
+        parts.append(f"clip_coef {latest.clip_coef:.4g}")
+        if self.age is not None:
+            parts.append(f"written {duration(self.age)} ago")
+        return "   ".join(parts)
+
+    def _curve(
+        self,
+        name: str,
+        records: list[StepRecord],
+        value: Callable[[StepRecord], float],
+        width: int,
+        bars: str,
+    ) -> Text:
+        """A curve; red where a step was an incident."""
+        text = Text(f"{name} {value(records[-1]):>9.4g} ")
+        start, room = len(text), max(1, width - len(text))
+        text.append(sparkline([value(r) for r in records], room, bars), style="cyan")
+        for i, share in enumerate(shares(records, room)):
+            if any(r.reason is not None for r in share):
+                text.stylize("red", start + i, start + i + 1)
+        return text
+
+    def _incidents(self, room: int) -> Iterator[Text]:
+        if self.watch.latest is None or self.history is None:
+            return
+        n_steps = self.watch.n_records + self.history.n_steps
+        found = self.watch.n_incidents + self.history.n_incidents
+        state = "" if self.history.done else ", reading back"
+        yield Text("")
+        yield Text(f"{found:,} incident{'s' * (found != 1)} in {n_steps:,} steps{state}")
+        newest_first = [*reversed(self.watch.incidents), *self.history.incidents]
+        for record in newest_first[: max(0, room - 2)]:
+            yield Text(printable(str(record)), style=COLORS.get(record.action, ""))
+
+    def _foot(self) -> Text:
+        return Text("Ctrl-C ends", style="dim")

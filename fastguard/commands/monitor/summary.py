@@ -1,0 +1,95 @@
+"""What `fastguard monitor --once` prints, as text and as JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastguard.commands.monitor.watch import Watch
+from fastguard.commands.terminal import printable
+from fastguard.records import StepRecord
+
+LISTED = 10
+"""Incidents that the text lists; the JSON lists all that are kept."""
+
+
+def as_dict(path: Path, watch: Watch, age: float | None) -> dict[str, Any]:
+    """Everything that is known, as JSON values.
+
+    Args:
+        path: The file of records.
+        watch: What was read of it.
+        age: Seconds since it was last written to.
+    """
+    latest = watch.latest
+    return {
+        "file": str(path),
+        "age_s": age,
+        "latest": None if latest is None else latest.as_dict(),
+        "records": watch.in_window,
+        "damaged_lines": watch.damaged,
+        "actions": dict(watch.actions),
+        "n_incidents": watch.incidents_in_window,
+        "reasons": dict(watch.reasons),
+        "incidents": [record.as_dict() for record in watch.incidents],
+    }
+
+
+def as_text(path: Path, watch: Watch, age: float | None) -> str:
+    """The same in a few lines."""
+    lines = [f"{path}: {verdict(watch)}"]
+    if watch.latest is not None:
+        written = "" if age is None else f", written {duration(age)} ago"
+        lines.append(position(watch.latest) + written)
+        lines.append(counts(watch))
+    n_listed = min(LISTED, watch.incidents_in_window)
+    incidents = list(watch.incidents)[len(watch.incidents) - n_listed :]
+    if len(incidents) < watch.incidents_in_window:
+        lines.append(f"the last {len(incidents)} incidents:")
+    lines += [f"  {printable(str(record))}" for record in incidents]
+    return "\n".join(lines)
+
+
+def verdict(watch: Watch) -> str:
+    """How the run is, in a sentence."""
+    if watch.latest is None:
+        return "no records yet"
+    steps = "1 step" if watch.in_window == 1 else f"{watch.in_window:,} steps"
+    found = watch.incidents_in_window
+    if not found:
+        return f"no incident in the last {steps}"
+    text = f"{found:,} incident{'s' * (found > 1)} in the last {steps}"
+    in_a_row = watch.latest.consecutive_skips
+    if in_a_row:
+        return f"{text}, skipping now ({in_a_row:,} in a row)"
+    return f"{text}, the latest at step {watch.incidents[-1].step:,}"
+
+
+def position(record: StepRecord) -> str:
+    """Where the run is: step, norm, coefficient, rate, losses."""
+    parts = [f"step {record.step:,}", f"norm {record.total_norm:.4g}"]
+    parts += [f"clip_coef {record.clip_coef:.4g}", f"lr {record.lr:.4g}"]
+    parts += [f"{printable(name)} {value:.4g}" for name, value in record.losses.items()]
+    return ", ".join(parts)
+
+
+def counts(watch: Watch) -> str:
+    """How often each action was taken, and what could not be read."""
+    order = ("applied", "clipped", "sanitized", "skipped")
+    names = [*(name for name in order if name in watch.actions), *(watch.actions.keys() - {*order})]
+    parts = [f"{watch.actions[name]:,} {printable(name)}" for name in names]
+    if watch.damaged:
+        parts.append(f"{watch.damaged:,} damaged line{'s' * (watch.damaged > 1)}")
+    return ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the two units that matter."""
+    s = int(seconds)
+    if s < 60:
+        return f"{s} s"
+    if s < 3600:
+        return f"{s // 60} min {s % 60} s"
+    if s < 86400:
+        return f"{s // 3600} h {s % 3600 // 60} min"
+    return f"{s // 86400} d {s % 86400 // 3600} h"

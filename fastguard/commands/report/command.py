@@ -1,0 +1,66 @@
+"""Reads the records of a run (JSON lines, as JsonLinesSink writes them) and writes one HTML page.
+
+The page holds a verdict in words; loss, gradient norm, clip coefficient, learning rate, incidents
+and the layers they came from, on one axis of steps; and a table of the incidents that leads into
+the plots. It needs no network. Prints the verdict. Exit status 1 if the run ended in an incident.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fastguard.commands.files import written
+from fastguard.commands.run_files import find_run
+from fastguard.commands.usage import UsageError, need, output_folder
+from fastguard.records_file import read_blocks
+from fastguard.sinks import rotated_files
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `fastguard report`."""
+    parser.add_argument(
+        "records", metavar="RUN", help="the file of records, or the folder that holds it"
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder to write the page to (that of the records)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Reads, judges, draws and writes."""
+    need("plotly", "rich", extra="report")
+    path = find_run(args.records)
+    folder = output_folder(args.out if args.out is not None else str(path.parent))
+
+    from fastguard.commands.report.page import render
+    from fastguard.commands.report.summary import summarise
+    from fastguard.commands.report.verdict import judge, plural
+
+    with _progress(path) as progress:
+        summary = summarise(read_blocks(path), progress=progress)
+    if not summary.records:
+        damaged = plural(summary.damaged, "damaged line")
+        raise UsageError(f"{path} holds no record ({damaged})")
+    verdict = judge(summary)
+    page = folder / f"{path.stem}.html"
+    with written(page) as temporary:
+        temporary.write_text(render(path.name, summary, verdict), "utf-8")
+    print(verdict.headline, *(f"- {finding}" for finding in verdict.findings), sep="\n")
+    print(f"Written: {page}")
+    return 0 if verdict.survived else 1
+
+
+@contextmanager
+def _progress(path: Path) -> Iterator[Callable[[int], object]]:
+    """A bar on a terminal, gone when it is full."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    size = sum(file.stat().st_size for file in (*rotated_files(path), path) if file.exists())
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(f"Reading {path.name}", total=size)
+        yield lambda read: progress.advance(task, read)

@@ -1,0 +1,98 @@
+"""What the incidents of a run have in common: counters that a cause can be read from.
+
+Each incident counts once, by its first step: what follows within it is often a consequence.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from fastguard.commands.report.columns import BadStep
+
+_MOST = 10_000
+"""Different tags, layers or losses that are told apart."""
+
+
+class Evidence:
+    """Counts, over the incidents of a run.
+
+    Attributes:
+        kinds: Incidents by `kind_of`.
+        lone_losses: Incidents in which one loss of several was non-finite, by that loss.
+        layers: Incidents with non-finite gradients in one layer only, by layer.
+        tags: Incidents by tag.
+        batches: Incidents by the batch in a tag that has more, such as `(epoch, batch)` or
+            `{"epoch": 3, "batch": 46}`.
+    """
+
+    def __init__(self) -> None:
+        self.kinds: Counter[str] = Counter()
+        self.lone_losses: Counter[str] = Counter()
+        self.layers: Counter[str] = Counter()
+        self.tags: Counter[str] = Counter()
+        self.batches: Counter[str] = Counter()
+
+    def add(self, bad: BadStep) -> None:
+        """Takes the first step of an incident."""
+        self.kinds[kind_of(bad)] += 1
+        if len(bad.bad_losses) == 1 and bad.n_losses > 1:
+            _count(self.lone_losses, bad.bad_losses[0])
+        layers = {layer_of(culprit[0]) for culprit in bad.culprits}
+        if len(layers) == 1 and bad.n_culprits == len(bad.culprits) and not bad.bad_losses:
+            _count(self.layers, layers.pop())
+        if bad.tag is not None:
+            _count(self.tags, tag_text(bad.tag))
+            batch = _batch_of(bad.tag)
+            if batch is not None:
+                _count(self.batches, tag_text(batch))
+
+
+def kind_of(bad: BadStep) -> str:
+    """What went wrong first, as far as the record tells.
+
+    `"loss"`: a loss was non-finite. `"backward"`: NaN in gradients of a finite loss. `"overflow"`:
+    Inf without NaN in gradients of a finite loss, or found by a GradScaler alone. Else the reason
+    of the record.
+    """
+    if bad.bad_losses:
+        return "loss"
+    if bad.reason == "nonfinite_grad":
+        return "backward" if any(nan for _, nan, _, _ in bad.culprits) else "overflow"
+    return bad.reason
+
+
+def layer_of(parameter: str) -> str:
+    """The module that a parameter belongs to.
+
+    Example:
+        >>> layer_of("blocks.0.qkv.weight"), layer_of("scale")
+        ('blocks.0.qkv', 'scale')
+    """
+    return parameter.rpartition(".")[0] or parameter
+
+
+def tag_text(tag: Any) -> str:
+    """A tag in one short line.
+
+    Example:
+        >>> tag_text({"epoch": 3, "batch": 46}), tag_text([3, 46])
+        ('epoch 3, batch 46', '3, 46')
+    """
+    if isinstance(tag, dict):
+        tag = [f"{key} {value}" for key, value in tag.items()]
+    text = ", ".join(map(str, tag)) if isinstance(tag, list) else str(tag)
+    text = " ".join(text.split())
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def _batch_of(tag: Any) -> Any:
+    """What may come back in another epoch, when the whole tag cannot."""
+    if isinstance(tag, dict):
+        return tag.get("batch") if len(tag) > 1 else None
+    return tag[-1] if isinstance(tag, list) and len(tag) > 1 else None
+
+
+def _count(counter: Counter[str], name: str) -> None:
+    if name in counter or len(counter) < _MOST:
+        counter[name] += 1

@@ -1,0 +1,365 @@
+"""The plots of a report: one figure, its rows above one another on one axis of steps.
+
+Every line is drawn through the least and the greatest value of each bucket, at the steps at which
+they were seen, and through every step around an incident: all points are measured ones, and no
+extreme is lost. Where a bucket holds more than one step its mean is drawn on top.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from fastguard.commands.report.buckets import Tally
+from fastguard.commands.report.columns import COEF, LR, NORM, Series
+from fastguard.commands.report.summary import Summary
+
+COLORS = (
+    "#4c8dff", "#f58518", "#2ca58d", "#b279d6", "#d4a72c", "#e377a2", "#7f8fa6", "#8c6d31",
+)  # fmt: skip
+ACTIONS = {
+    "skipped": "#e5484d",
+    "sanitized": "#f58518",
+    "clipped": "#4c8dff",
+    "applied": "#8b8b8b",
+}
+"""What was done about a bad step, and its color."""
+
+_JUMP = "went back"
+_ROW_HEIGHT = 170
+_MOST_LAYERS = 40
+_HEAT_COLUMNS = 96
+_PHONE = 320  # pixels of a plot on one
+_HEAD, _LEGEND_LINE = 34, 20  # pixels above a plot, for its title and for each line of legend
+_GRID = "rgba(128,128,128,0.22)"
+_AXIS = {"gridcolor": _GRID, "linecolor": _GRID, "zeroline": False}
+_LEGEND = {
+    "x": 1,
+    "xanchor": "right",
+    "yanchor": "bottom",
+    "orientation": "h",
+    "bgcolor": "rgba(0,0,0,0)",
+    "font": {"size": 11},
+}
+_WIDE_RANGE = 50.0  # highest over lowest value from which an axis is logarithmic
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    series: Series
+    label: str
+    color: str
+    dash: str = "solid"
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    title: str
+    height: float
+    lines: tuple[_Line, ...] = ()
+
+
+def draw(summary: Summary) -> go.Figure:
+    """The figure of a run; rows without data are left out."""
+    rows = _line_rows(summary)
+    if summary.table.incidents or summary.n_jumps:
+        rows.append(_Row("Incidents", 10 + 26 * len(_event_labels(summary))))
+    layers = _drawn_layers(summary.layers)
+    if layers:
+        rows.append(_Row("Non-finite gradients by layer", 10 + 18 * len(layers)))
+    if not rows:
+        return go.Figure()
+    figure = make_subplots(rows=len(rows), cols=1, shared_xaxes=True, vertical_spacing=0)
+    for i, row in enumerate(rows, 1):
+        if row.lines:
+            _add_lines(figure, summary, row, i)
+        elif row.title == "Incidents":
+            _add_events(figure, summary, i)
+        else:
+            _add_heat_map(figure, summary, layers, i)
+    _lay_out(figure, summary, rows)
+    suffix = len(rows) if len(rows) > 1 else ""
+    names = {
+        kind: [html.escape(_short(layer, n)) for layer in layers]
+        for kind, n in (("short", 15), ("long", 24))
+    }
+    # For the script of the page.
+    figure.layout.meta = {
+        "bucket": 2**summary.buckets.shift,
+        "names": {f"yaxis{suffix}": names} if layers else {},
+    }
+    return figure
+
+
+def _line_rows(summary: Summary) -> list[_Row]:
+    found = [s for s in summary.buckets.series if summary.buckets.curve(s) is not None]
+    losses = [s for s in found if s.kind == "loss"]
+    color = {s.name: COLORS[i % len(COLORS)] for i, s in enumerate(losses)}
+    loss_lines = [_Line(s, s.name, color[s.name]) for s in losses]
+    norm_lines = [_Line(NORM, "gradient norm", COLORS[0])]
+    for s in found:
+        if s.kind != "threshold":
+            continue
+        if s.name in color:
+            loss_lines.append(_Line(s, f"threshold of {s.name}", color[s.name], "dot"))
+        else:
+            norm_lines.append(_Line(s, "threshold", ACTIONS["skipped"], "dot"))
+    rows = [
+        _Row("Loss", 1.3 * _ROW_HEIGHT, tuple(loss_lines)),
+        _Row("Gradient norm", 1.3 * _ROW_HEIGHT, tuple(norm_lines)),
+        _Row("Clip coefficient", 0.7 * _ROW_HEIGHT, (_Line(COEF, "clip coefficient", COLORS[2]),)),
+        _Row("Learning rate", 0.7 * _ROW_HEIGHT, (_Line(LR, "learning rate", COLORS[3]),)),
+    ]
+    return [row for row in rows if any(line.series in found for line in row.lines)]
+
+
+def _add_lines(figure: go.Figure, summary: Summary, row: _Row, i: int) -> None:
+    logarithmic = _is_wide(summary, row)
+    for line in row.lines:
+        x, y = points(summary, line.series)
+        if logarithmic:
+            x, y = x[y > 0], y[y > 0]  # a norm of 0: every element of a bad step was non-finite
+        if not len(x):
+            continue
+        named = line.label.lower() != row.title.lower()
+        coarse = summary.buckets.shift > 0 and line.dash == "solid"
+        common = {
+            "name": html.escape(_short(line.label, 30)),
+            "legendgroup": f"{i} {line.label}",
+            "mode": "lines" if len(x) > 1 else "markers",
+            "hovertemplate": "step %{x:,}: %{y:.6~g}<extra>%{fullData.name}</extra>",
+        }
+        figure.add_scatter(
+            x=x,
+            y=y,
+            row=i,
+            col=1,
+            line={"color": line.color, "width": 1 if coarse else 1.4, "dash": line.dash},
+            opacity=0.4 if coarse else 1.0,
+            meta="extremes" if coarse else None,
+            showlegend=named and not coarse,
+            **common,
+        )
+        curve = summary.buckets.curve(line.series)
+        if coarse and curve is not None:
+            figure.add_scatter(
+                x=curve.middle,
+                y=curve.mean,
+                row=i,
+                col=1,
+                line={"color": line.color, "width": 1.8},
+                showlegend=named,
+                meta="mean",
+                **{**common, "hovertemplate": "mean " + common["hovertemplate"]},
+            )
+    figure.update_yaxes(exponentformat="power", row=i, col=1)
+    if logarithmic:
+        figure.update_yaxes(type="log", dtick=1, row=i, col=1)
+
+
+def _is_wide(summary: Summary, row: _Row) -> bool:
+    """Whether a row needs a logarithmic axis, and can have one."""
+    drawn = [points(summary, line.series)[1] for line in row.lines]
+    values = np.concatenate([np.empty(0), *drawn])
+    if row.title == "Gradient norm":
+        values = values[values > 0]
+    elif row.title != "Loss":
+        return False
+    return bool(len(values) and values.min() > 0 and values.max() > _WIDE_RANGE * values.min())
+
+
+def points(summary: Summary, series: Series) -> tuple[np.ndarray, np.ndarray]:
+    """The steps and values of a line: the extremes of its buckets and the steps of close-ups."""
+    curve = summary.buckets.curve(series)
+    if curve is None:
+        return np.empty(0), np.empty(0)
+    steps, values = [curve.low_at, curve.high_at], [curve.low, curve.high]
+    for close_up in summary.close_ups.found.values():
+        if series in close_up.values:
+            steps.append(close_up.step)
+            values.append(close_up.values[series])
+    x, y = np.concatenate(steps), np.concatenate(values)
+    x, y = x[np.isfinite(y)], y[np.isfinite(y)]
+    drawn = np.unique(np.stack([x, y], axis=1), axis=0)
+    return drawn[:, 0], drawn[:, 1]
+
+
+def _event_labels(summary: Summary) -> list[str]:
+    reasons = sorted({name.rpartition(" ")[0] for name in summary.events.names})
+    return [*([_JUMP] if summary.n_jumps else []), *reversed(reasons)]
+
+
+def _add_events(figure: go.Figure, summary: Summary, i: int) -> None:
+    shown = set()
+    for name in summary.events.names:
+        reason, _, action = name.rpartition(" ")
+        x, size, text = [], [], []
+        for _, count, first in summary.events.items(name):
+            x.append(first)
+            size.append(min(18.0, 7 + 2 * math.log2(count)))
+            more = f" and {count - 1:,} more near it" if count > 1 else ""
+            text.append(f"step {first:,}{more}: {html.escape(name)}")
+        figure.add_scatter(
+            x=x,
+            y=[reason] * len(x),
+            row=i,
+            col=1,
+            mode="markers",
+            name=html.escape(action),
+            legendgroup=f"action {action}",
+            showlegend=action not in shown,
+            marker={
+                "color": ACTIONS.get(action, "#8b8b8b"),
+                "size": size,
+                "opacity": 0.85,
+                "line": {"width": 0},
+            },
+            text=text,
+            hovertemplate="%{text}<extra></extra>",
+        )
+        shown.add(action)
+    if summary.n_jumps:
+        figure.add_scatter(
+            x=[jump.from_step for jump in summary.jumps],
+            y=[_JUMP] * len(summary.jumps),
+            row=i,
+            col=1,
+            mode="markers",
+            name=_JUMP,
+            showlegend=False,
+            marker={"color": "#b279d6", "size": 10, "symbol": "triangle-left"},
+            text=[f"from step {j.from_step:,} to {j.to_step:,}" for j in summary.jumps],
+            hovertemplate="%{text}<extra></extra>",
+        )
+    labels = _event_labels(summary)
+    figure.update_yaxes(
+        type="category",
+        categoryorder="array",
+        categoryarray=labels,
+        range=[-0.5, len(labels) - 0.5],
+        row=i,
+        col=1,
+    )
+
+
+def _drawn_layers(layers: Tally) -> list[str]:
+    """The layers with the most bad steps, in the natural order of their names."""
+    most = sorted(layers.names, key=layers.total, reverse=True)[:_MOST_LAYERS]
+    return sorted(most, key=_natural)
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    parts = re.split(r"(\d+)", name)
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
+
+
+def _add_heat_map(figure: go.Figure, summary: Summary, layers: Sequence[str], i: int) -> None:
+    first, last = summary.first_step, summary.last_step
+    # One step of ten thousand would be too thin to see: wide cells, and a thin mark in each at the
+    # first of its steps.
+    bits = max(summary.layers.shift, ((last - first) // _HEAT_COLUMNS).bit_length())
+    counts = np.full((len(layers), (last >> bits) - (first >> bits) + 1), np.nan)
+    marks = []
+    for row, layer in enumerate(layers):
+        for key, count, step in summary.layers.items(layer):
+            column = (key >> (bits - summary.layers.shift)) - (first >> bits)
+            counts[row, column] = np.nansum([counts[row, column], count])
+            marks.append((step, row))
+    columns = np.arange(counts.shape[1]) + (first >> bits)
+    names = [html.escape(layer) for layer in layers]
+    figure.add_heatmap(
+        x=columns * (1 << bits) + ((1 << bits) - 1) / 2,
+        y=list(range(len(layers))),
+        z=counts,
+        dx=1 << bits,
+        customdata=[[name] * len(columns) for name in names],
+        row=i,
+        col=1,
+        colorscale=[[0, "#f3b27a"], [0.5, "#e5484d"], [1, "#7d1128"]],
+        opacity=0.8,
+        showscale=False,
+        hoverongaps=False,
+        hovertemplate="%{customdata}<br>bad in %{z:,} steps near %{x:,.0f}<extra></extra>",
+    )
+    figure.add_scatter(
+        x=[step for step, _ in marks],
+        y=[row for _, row in marks],
+        row=i,
+        col=1,
+        mode="markers",
+        showlegend=False,
+        hoverinfo="skip",
+        marker={"symbol": "line-ns", "size": 12, "line": {"width": 1, "color": "#7d1128"}},
+    )
+    figure.update_yaxes(
+        range=[len(layers) - 0.5, -0.5],
+        showgrid=False,
+        tickmode="array",
+        tickvals=list(range(len(layers))),
+        ticktext=names,
+        row=i,
+        col=1,
+    )
+
+
+def _short(text: str, length: int) -> str:
+    """The end of a name tells more than its beginning."""
+    return text if len(text) <= length else f"…{text[1 - length :]}"
+
+
+def _lay_out(figure: go.Figure, summary: Summary, rows: Sequence[_Row]) -> None:
+    """Places the rows, each below its title and legend, by pixels."""
+    heads = [_HEAD + _LEGEND_LINE * _legend_lines(figure, row, i) for i, row in enumerate(rows, 1)]
+    total = sum(heads) + sum(row.height for row in rows)
+    top = total
+    for i, (row, head) in enumerate(zip(rows, heads, strict=True), 1):
+        top -= head
+        suffix = str(i) if i > 1 else ""
+        figure.layout[f"yaxis{suffix}"].domain = [max(0.0, (top - row.height) / total), top / total]
+        figure.update_traces(legend=f"legend{suffix}", row=i, col=1, selector={"type": "scatter"})
+        figure.layout[f"legend{suffix}"] = {**_LEGEND, "y": top / total}
+        figure.add_annotation(
+            text=f"<b>{row.title}</b>",
+            x=0,
+            y=1,
+            xref="paper",
+            yref=f"y{suffix} domain",
+            xanchor="left",
+            yanchor="bottom",
+            yshift=head - _HEAD + 4,
+            showarrow=False,
+            font_size=13,
+        )
+        top -= row.height
+    span = max(1, summary.last_step - summary.first_step)
+    figure.update_xaxes(
+        **_AXIS, range=[summary.first_step - 0.01 * span, summary.last_step + 0.01 * span]
+    )
+    figure.update_xaxes(title_text="step", tickformat=",", row=len(rows), col=1)
+    figure.update_yaxes(**_AXIS, automargin=True)
+    figure.update_layout(
+        template="none",
+        height=total + 76,
+        margin={"l": 8, "r": 12, "t": 36, "b": 40},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"family": "system-ui, sans-serif", "size": 12},
+        hovermode="closest",
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": "#8b8b8b", "activecolor": COLORS[0]},
+    )
+
+
+def _legend_lines(figure: go.Figure, row: _Row, i: int) -> int:
+    """Lines of legend between title and plot on a phone; 0 if it fits beside the title."""
+    traces = figure.select_traces(row=i, col=1, selector={"type": "scatter"})
+    width = sum(42 + 6.5 * len(trace.name) for trace in traces if trace.showlegend)
+    if width + 8 * len(row.title) <= _PHONE:
+        return 0
+    return math.ceil(width / _PHONE)

@@ -1,0 +1,139 @@
+"""Incidents: bad steps in a row are one. However many there are, the table of them stays short.
+
+An incident begins at a bad step and ends before the next good one, or where the step number goes
+back. When there are more than `2 * limit`, those with the fewest steps between them are joined into
+one row until `limit` are left: a row then stands for several incidents, and counts them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from fastguard.commands.report.columns import BadStep
+
+
+@dataclass(slots=True)
+class Row:
+    """One incident, or several that lie close together.
+
+    Attributes:
+        begin: Which record of the run it begins with, counted from 0.
+        end: The record after its last.
+        first_step, last_step: The lowest and the highest step number.
+        first: Its first bad step.
+        steps: How many bad steps.
+        incidents: How many incidents.
+        reasons: Bad steps by reason.
+        actions: Bad steps by action.
+    """
+
+    begin: int
+    end: int
+    first_step: int
+    last_step: int
+    first: BadStep
+    steps: int = 1
+    incidents: int = 1
+    reasons: Counter[str] = field(default_factory=Counter)
+    actions: Counter[str] = field(default_factory=Counter)
+
+    def extend(self, bad: BadStep) -> None:
+        """Another bad step in a row."""
+        self.end += 1
+        self.first_step = min(self.first_step, bad.step)
+        self.last_step = max(self.last_step, bad.step)
+        self.steps += 1
+        self.reasons[bad.reason] += 1
+        self.actions[bad.action] += 1
+
+    def join(self, later: Row) -> None:
+        """Takes the next row into this one."""
+        self.end = later.end
+        self.first_step = min(self.first_step, later.first_step)
+        self.last_step = max(self.last_step, later.last_step)
+        self.steps += later.steps
+        self.incidents += later.incidents
+        self.reasons += later.reasons
+        self.actions += later.actions
+
+
+class IncidentTable:
+    """All incidents of a run, in a bounded number of rows.
+
+    Args:
+        limit: How many rows are left whenever there were twice as many.
+
+    Attributes:
+        rows: In the order of the run.
+        incidents: How many there were.
+        steps: How many bad steps there were.
+        last: The latest incident alone, also when it has been joined into a row.
+    """
+
+    def __init__(self, limit: int = 100) -> None:
+        self.limit = limit
+        self.rows: list[Row] = []
+        self.incidents = 0
+        self.steps = 0
+        self.last: Row | None = None
+
+    def add(self, record: int, bad: BadStep, *, went_back: bool = False) -> bool:
+        """Takes a bad step.
+
+        Args:
+            record: Which record of the run it is.
+            bad: The step.
+            went_back: Whether the step number is not above that of the record before.
+
+        Returns:
+            Whether an incident begins with it.
+        """
+        self.steps += 1
+        if self.last is not None and record == self.last.end and not went_back:
+            self.rows[-1].extend(bad)
+            self.last.extend(bad)
+            return False
+        if len(self.rows) >= 2 * self.limit:
+            self.shorten()
+        self.rows.append(_row(record, bad))
+        self.last = _row(record, bad)
+        self.incidents += 1
+        return True
+
+    @property
+    def begins(self) -> list[int]:
+        """The record that each row begins with."""
+        return [row.begin for row in self.rows]
+
+    def shorten(self) -> None:
+        """Joins neighbours until `limit` rows are left; ties go to the earlier ones."""
+        surplus = len(self.rows) - self.limit
+        if surplus <= 0:
+            return
+        gaps = [(b.begin - a.end, i) for i, (a, b) in enumerate(pairwise(self.rows), 1)]
+        joined = {i for _, i in sorted(gaps)[:surplus]}
+        rows: list[Row] = []
+        for i, row in enumerate(self.rows):
+            if i in joined:
+                rows[-1].join(row)
+            else:
+                rows.append(row)
+        self.rows = rows
+
+    def is_open(self, records: int) -> bool:
+        """Whether the run, of so many records, ends in an incident."""
+        return self.last is not None and self.last.end == records
+
+
+def _row(record: int, bad: BadStep) -> Row:
+    return Row(
+        begin=record,
+        end=record + 1,
+        first_step=bad.step,
+        last_step=bad.step,
+        first=bad,
+        reasons=Counter([bad.reason]),
+        actions=Counter([bad.action]),
+    )

@@ -1,0 +1,154 @@
+"""`summarise`: a run of any length, read once, as what the report shows of it."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fastguard.commands.report.buckets import Buckets, Tally
+from fastguard.commands.report.close_up import CloseUps
+from fastguard.commands.report.columns import ColumnReader, Columns
+from fastguard.commands.report.evidence import Evidence, layer_of
+from fastguard.commands.report.incidents import IncidentTable
+from fastguard.records_file import Block
+
+BUCKETS = 1024
+"""At most; two points a bucket are more than a screen has columns."""
+
+_HEAT_BUCKETS = 128
+_MOST_JUMPS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Jump:
+    """The step number went back: a rollback, a resume, or another run in the same file.
+
+    Attributes:
+        record: Which record of the run is the first after it, counted from 0.
+        from_step: The step of the record before.
+        to_step: The step of the record after.
+    """
+
+    record: int
+    from_step: int
+    to_step: int
+
+
+@dataclass(slots=True)
+class Summary:
+    """A run. Its size does not depend on the run's.
+
+    Attributes:
+        records: How many records were read; steps taken again after a rollback count again.
+        damaged: Lines that were no record.
+        size: Bytes read.
+        first_step, last_step: The lowest and the highest step number.
+        actions: Records by action.
+        buckets: Every series, downsampled.
+        events: Bad steps by `"reason action"`.
+        layers: Bad steps in which a layer was a culprit, by layer.
+        table: The incidents.
+        close_ups: The steps around the first incident of each row of the table.
+        evidence: What the incidents have in common.
+        jumps: Where the step number went back, the first 200.
+        n_jumps: How often it did.
+        unnamed_losses: Whether there were more losses than are drawn.
+    """
+
+    records: int = 0
+    damaged: int = 0
+    size: int = 0
+    first_step: int = 0
+    last_step: int = 0
+    actions: Counter[str] = field(default_factory=Counter)
+    buckets: Buckets = field(default_factory=lambda: Buckets(BUCKETS))
+    events: Tally = field(default_factory=lambda: Tally(BUCKETS))
+    layers: Tally = field(default_factory=lambda: Tally(_HEAT_BUCKETS, names=256))
+    table: IncidentTable = field(default_factory=IncidentTable)
+    close_ups: CloseUps = field(default_factory=CloseUps)
+    evidence: Evidence = field(default_factory=Evidence)
+    jumps: list[Jump] = field(default_factory=list)
+    n_jumps: int = 0
+    unnamed_losses: bool = False
+
+    @property
+    def survived(self) -> bool:
+        """Whether a good step came after the last incident."""
+        return not self.table.is_open(self.records)
+
+
+def summarise(
+    blocks: Iterable[Block], *, progress: Callable[[int], object] | None = None
+) -> Summary:
+    """Reads a run.
+
+    Args:
+        blocks: Its records, oldest first.
+        progress: Called with the bytes of each block when it has been read.
+    """
+    summary, reader = Summary(), ColumnReader()
+    before = -1
+    with _no_garbage_collection():
+        for block in blocks:
+            columns = reader.read(block.records)
+            summary.size += block.size
+            summary.damaged += block.damaged + columns.rejected
+            if len(columns.step):
+                _take(summary, columns, before)
+                before = int(columns.step[-1])
+            if progress is not None:
+                progress(block.size)
+    summary.table.shorten()
+    summary.close_ups.finish(summary.table.begins)
+    summary.unnamed_losses = reader.unnamed
+    return summary
+
+
+def _take(summary: Summary, columns: Columns, before: int) -> None:
+    """One block; `before` is the step of the record before it."""
+    step = columns.step
+    low, high = int(step.min()), int(step.max())
+    summary.first_step = min(summary.first_step, low) if summary.records else low
+    summary.last_step = max(summary.last_step, high)
+    summary.actions += columns.actions
+    went_back = _jumps(summary, step, before)
+    good = np.ones(len(step), bool)
+    for bad in columns.bad:
+        good[bad.row] = False
+        record = summary.records + bad.row
+        if summary.table.add(record, bad, went_back=bad.row in went_back):
+            summary.evidence.add(bad)
+        summary.events.add(f"{bad.reason} {bad.action}", bad.step)
+        for layer in {layer_of(culprit[0]) for culprit in bad.culprits}:
+            summary.layers.add(layer, bad.step)
+    summary.buckets.add(step, columns.values, good)
+    summary.close_ups.add(step, columns.values, summary.table.begins)
+    summary.records += len(step)
+
+
+def _jumps(summary: Summary, step: np.ndarray, before: int) -> set[int]:
+    """Notes where the step number does not go up; the rows at which it does not."""
+    previous = np.concatenate([[before], step[:-1]])
+    rows = np.flatnonzero(step <= previous).tolist()
+    summary.n_jumps += len(rows)
+    for row in rows[: _MOST_JUMPS - len(summary.jumps)]:
+        summary.jumps.append(Jump(summary.records + row, int(previous[row]), int(step[row])))
+    return set(rows)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Thousands of new dicts make Python look for cycles, of which records have none: that would
+    take a quarter of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

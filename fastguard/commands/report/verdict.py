@@ -1,0 +1,158 @@
+"""What became of a run, in words. Every sentence says what it rests on; where the records do not
+tell a cause, it says so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastguard.commands.report.causes import likely_cause
+from fastguard.commands.report.columns import LR, NORM, Series
+from fastguard.commands.report.incidents import Row
+from fastguard.commands.report.summary import Summary
+from fastguard.commands.report.trend import Rise, find_rise
+
+_CLIPPED_OFTEN = 0.5
+_LR_GONE = 1e-6  # of its highest value
+_LR_GONE_FOR = 0.05  # of the run
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A run in words.
+
+    Attributes:
+        headline: One sentence.
+        findings: Further sentences, the most important first.
+        survived: Whether a good step came after the last incident.
+    """
+
+    headline: str
+    findings: list[str]
+    survived: bool
+
+
+def judge(summary: Summary) -> Verdict:
+    """The verdict on a run."""
+    if not summary.records:
+        headline = "No record was found."
+        return Verdict(headline, list(_reading(summary)), survived=True)
+    rises = {
+        series: rise
+        for series in [NORM, *_losses(summary)]
+        if (rise := _rise(summary, series)) is not None
+    }
+    cause = likely_cause(summary, norm_rises=NORM in rises)
+    findings = [*_ending(summary), *([cause] if cause else []), *_rises(rises)]
+    findings += [*_clipping(summary), *_learning_rate(summary), *_jumps(summary)]
+    return Verdict(_headline(summary), [*findings, *_reading(summary)], summary.survived)
+
+
+def plural(n: int, noun: str) -> str:
+    """`1 step`, `12,000 steps`."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
+def _headline(summary: Summary) -> str:
+    steps = plural(summary.records, "step")
+    n = summary.table.incidents
+    if not n:
+        return f"No incident in {steps}."
+    incidents = f"{plural(n, 'incident')} in {steps}"
+    if not summary.survived:
+        return f"{incidents}; the last one was not over when the records ended."
+    return f"{incidents}, {'survived' if n == 1 else 'all survived'}."
+
+
+def _ending(summary: Summary) -> Iterator[str]:
+    last = summary.table.last
+    if summary.survived or last is None:
+        return
+    if last.steps == 1:
+        yield f"The last step, {last.first_step:,}, was bad ({_reasons(last)}); nothing follows it."
+        return
+    applied = last.steps - last.actions["skipped"]
+    yield (
+        f"No step since {last.first.step:,} was good ({plural(last.steps, 'step')}, "
+        f"{_reasons(last)}{f', {applied:,} of which reached the weights' if applied else ''}): "
+        "weights, optimizer state or data are no longer usable. Go back to a checkpoint from "
+        f"before step {last.first.step:,}."
+    )
+
+
+def _reasons(row: Row) -> str:
+    return ", ".join(
+        f"{reason} {n:,}×" if len(row.reasons) > 1 else reason
+        for reason, n in row.reasons.most_common()
+    )
+
+
+def _losses(summary: Summary) -> list[Series]:
+    """Those that can rise: the signals of `check_batch` are 0 or 1."""
+    return [
+        series
+        for series in summary.buckets.series
+        if series.kind == "loss" and not series.name.startswith("batch.")
+    ]
+
+
+def _rise(summary: Summary, series: Series) -> Rise | None:
+    curve = summary.buckets.curve(series)
+    if curve is None:
+        return None
+    return find_rise(curve.middle, curve.mean, factor=1.5 if series == NORM else 1.1)
+
+
+def _rises(rises: dict[Series, Rise]) -> Iterator[str]:
+    for series, rise in rises.items():
+        what = "Gradient norm" if series == NORM else f"Loss “{series.name}”"
+        yield (
+            f"{what} rising since about step {rise.since:,}: from {rise.before:.3g} to "
+            f"{rise.now:.3g}."
+        )
+
+
+def _clipping(summary: Summary) -> Iterator[str]:
+    share = summary.actions["clipped"] / summary.records
+    if share >= _CLIPPED_OFTEN:
+        yield (
+            f"{share:.0%} of the steps were clipped: max_norm is below the usual norm, so it "
+            "sets the length of nearly every step."
+        )
+
+
+def _learning_rate(summary: Summary) -> Iterator[str]:
+    curve = summary.buckets.curve(LR)
+    if curve is None:
+        return
+    if curve.high.max() <= 0:
+        yield "The learning rate is 0 at every step: nothing is learned."
+        return
+    gone = curve.high <= _LR_GONE * curve.high.max()
+    since = len(gone) - int(np.argmin(gone[::-1])) if not gone.all() else 0
+    if since < len(gone) and len(gone) - since > _LR_GONE_FOR * len(gone):
+        yield (
+            f"The learning rate is next to zero ({curve.high[-1]:.3g}) since about step "
+            f"{int(curve.middle[since]):,}: nothing is learned any more."
+        )
+
+
+def _jumps(summary: Summary) -> Iterator[str]:
+    if not summary.n_jumps:
+        return
+    first = summary.jumps[0]
+    often = "once," if summary.n_jumps == 1 else f"{summary.n_jumps:,} times, first"
+    yield (
+        f"The step number went back {often} from {first.from_step:,} to {first.to_step:,}: a "
+        "rollback, a resume from a checkpoint, or another run in the same file."
+    )
+
+
+def _reading(summary: Summary) -> Iterator[str]:
+    if summary.damaged:
+        yield (
+            f"{plural(summary.damaged, 'line')} could not be read and "
+            f"{'was' if summary.damaged == 1 else 'were'} left out."
+        )

@@ -1,0 +1,46 @@
+"""The dicts that the Trainer of Hugging Face prints, and dicts or JSON lines like them.
+
+{'loss': nan, 'grad_norm': nan, 'learning_rate': 2.5e-05, 'epoch': 1.17}
+{'loss': 'nan', 'grad_norm': 'nan', 'learning_rate': '2.5e-05', 'epoch': '1.167'}
+ 58%|█████▊    | 7/12 [00:00<00:00, 515.96it/s]
+
+The second is what transformers 5 prints. A dict does not say its step; the bar that is drawn again
+after it does.
+"""
+
+from __future__ import annotations
+
+import re
+
+from fastguard.commands.scan.reading import INT, Place, Reading
+from fastguard.commands.scan.values import nonfinite_values
+
+NAME = "huggingface"
+
+_EPOCH = re.compile(r"['\"]epoch['\"]:\s*['\"]?(\d{1,15}(?:\.\d+)?)")
+_STEP = re.compile(rf"['\"](?:global_)?(?:step|iter|iteration)['\"]:\s*['\"]?({INT})")
+_BAR = re.compile(rf"\s*\d{{1,3}}%\|[^|]*\|\s*({INT})/{INT} \[[^,\]]*,[^,\]]*\]?\s*$")
+
+
+class HuggingFace:
+    """Reads dicts that name their epoch."""
+
+    def read(self, text: str) -> Reading | None:
+        """What a line says, or None if it is not of this dialect."""
+        start = text.find("{")
+        epoch = _EPOCH.search(text, start) if start >= 0 else None
+        if epoch is None:
+            return None
+        step = _STEP.search(text, start)
+        number = float(epoch[1])
+        place = Place(
+            epoch=int(number) if number.is_integer() else number,
+            step=int(step[1]) if step else None,
+        )
+        return Reading(NAME, place, nonfinite_values(text[start:])[0])
+
+
+def bare_bar(text: str) -> int | None:
+    """The step of a progress bar without anything else, as the Trainer draws it."""
+    bar = _BAR.match(text)
+    return int(bar[1]) if bar else None

@@ -1,0 +1,41 @@
+"""The progress bars of Lightning, drawn by tqdm or by rich.
+
+Epoch 3:  37%|███▋      | 15/41 [00:01<00:02, 12.30it/s, v_num=0, train_loss=nan.0]
+Epoch 3/9 ━━━━━━━━━━━━━━━ 15/41 0:00:01 • 0:00:02 12.30it/s train_loss: nan
+
+Epochs count from 0, as they are printed.
+"""
+
+from __future__ import annotations
+
+import re
+
+from fastguard.commands.scan.reading import INT, Place, Reading
+from fastguard.commands.scan.values import nonfinite_values
+
+NAME = "lightning"
+
+_BAR = re.compile(
+    rf"\s*Epoch ({INT})(?:/({INT}))?:?\s{{1,9}}"
+    rf"(?:(?:\d{{1,3}}%)?\|[^|]*\|\s*|[━╸╺╶╴─ ]+)({INT})/({INT}|\?)\s"
+)
+_METRIC = re.compile(r"[=:]\s*[+-]?(?:\d|nan|inf)", re.IGNORECASE)
+
+
+class Lightning:
+    """Reads the bars of training; those of validation say nothing of the epoch."""
+
+    def read(self, text: str) -> Reading | None:
+        """What a line says, or None if it is not of this dialect."""
+        bar = _BAR.match(text)
+        if bar is None:
+            return None
+        rest = text[bar.end() :]
+        place = Place(
+            epoch=int(bar[1]),
+            epochs=int(bar[2]) if bar[2] else None,
+            batch=int(bar[3]),
+            batches=int(bar[4]) if bar[4] != "?" else None,
+        )
+        metrics = rest.partition("it/s")[2]
+        return Reading(NAME, place, nonfinite_values(rest)[0], bool(_METRIC.search(metrics)))

@@ -1,0 +1,48 @@
+"""The progress lines of Ultralytics (and of YOLOv5, from which it has them).
+
+      Epoch    GPU_mem   box_loss   cls_loss   dfl_loss  Instances       Size
+      3/100      2.1G        nan      2.346     0.9877         34        640: 37% ━━━━──────── 15/41
+
+The losses are running means over the epoch, so one NaN stays until the epoch ends. The batch number
+is that of the bar, which may lag one behind the losses.
+"""
+
+from __future__ import annotations
+
+import re
+
+from fastguard.commands.scan.reading import INT, Place, Reading
+from fastguard.commands.scan.values import Value, canonical, has_nonfinite
+
+NAME = "ultralytics"
+
+_HEAD = re.compile(r"\s*Epoch\s+(?:GPU_mem|gpu_mem)\s+(\S.*)")
+_ROW = re.compile(rf"\s*({INT})/({INT})\s+[\d.]+[KMGT]?B?\s+(\S.*?):\s+\d+%")
+_BAR = re.compile(rf"\D*?({INT})/({INT})")
+
+
+class Ultralytics:
+    """Reads rows under the names of the last head line."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+
+    def read(self, text: str) -> Reading | None:
+        """What a line says, or None if it is not of this dialect."""
+        row = _ROW.match(text)
+        if row is None:
+            head = _HEAD.match(text)
+            if head is None:
+                return None
+            self._names = head[1].split()
+            return Reading(NAME, Place(), measured=False)
+        epoch, epochs, columns = int(row[1]), int(row[2]), row[3].split()
+        bar = _BAR.match(text, row.end())
+        batch, batches = (int(bar[1]), int(bar[2])) if bar else (None, None)
+        names = self._names if len(self._names) == len(columns) else [""] * len(columns)
+        bad = [Value(n, canonical(c)) for n, c in zip(names, columns, strict=True) if _is_bad(c)]
+        return Reading(NAME, Place(epoch, epochs, batch, batches), tuple(bad))
+
+
+def _is_bad(column: str) -> bool:
+    return not column[-1].isdigit() and has_nonfinite(column)

@@ -1,0 +1,299 @@
+"""Which operation of a forward pass made the first non-finite value: `ForwardTrace`.
+
+Below autograd and autocast, every ATen operation passes by. One whose output is not finite becomes
+an `Event` that knows which of its inputs were not finite either, and which event made those. From
+a bad loss the way back leads to the events whose inputs were finite: there it was born. What is
+non-finite but never reaches the loss is on no such way, and so is never blamed.
+
+A -Inf that the program *wrote* (an attention mask: `masked_fill(mask, -inf)`) is `placed`: it is no
+birth, and neither is passing it on; a NaN made of it (the softmax of a row of -Inf) is one.
+"""
+
+from __future__ import annotations
+
+import linecache
+import math
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastguard.diagnosis.provenance.report import Origin, TensorRange, as_real
+from fastguard.diagnosis.replay.calls import LOW, Call, all_finite, floats, is_view, storage_of
+
+_NOT_USER = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))
+_UNINITIALISED = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+_DESCRIBED = 8  # inputs and outputs whose ranges are taken
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where an operation was called.
+
+    Attributes:
+        module: Name and class of the innermost module.
+        source: `file:line in function: text` of the innermost line outside of torch.
+    """
+
+    module: str
+    source: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Outside:
+    """A non-finite tensor that no operation of the pass made."""
+
+    origin: Origin
+    range: TensorRange
+    placed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """An operation with a non-finite output.
+
+    Attributes:
+        index: Number of the operation.
+        operation: `aten.div.Tensor`.
+        causes: What its non-finite inputs come from.
+        placed: It wrote, or passed on, an Inf that the program asked for.
+        inputs, outputs: Ranges; taken at births alone.
+        precision: Whether float32 would have been finite; None if that was not tried.
+    """
+
+    index: int
+    operation: str
+    site: Site
+    causes: tuple[Event | Outside, ...]
+    placed: bool
+    inputs: tuple[TensorRange, ...] = ()
+    outputs: tuple[TensorRange, ...] = ()
+    precision: bool | None = None
+
+    @property
+    def birth(self) -> bool:
+        """Made non-finite values of finite ones, or NaN of an Inf that was asked for."""
+        return not self.placed and all(cause.placed for cause in self.causes)
+
+
+Cause = Event | Outside
+
+
+class ForwardTrace(TorchDispatchMode):
+    """Watches the operations of a forward pass.
+
+    Args:
+        names: Names of modules.
+        outside: `(origin, name, tensor)` of everything that exists before the pass.
+    """
+
+    def __init__(
+        self, names: dict[nn.Module, str], outside: Iterable[tuple[Origin, str, Tensor]]
+    ) -> None:
+        super().__init__()
+        self.low_precision = False
+        self.sites: dict[int, Site] = {}  # of the autograd node with this sequence number
+        self._names = names
+        self._stack: list[str] = []
+        self._calls: dict[nn.Module, int] = {}
+        self._index = 0
+        # What the tensor in a storage comes from; None: it is finite. Freed storages are no danger:
+        # whoever gets their address is written by an operation first.
+        self._known: dict[int, Cause | None] = {}
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._thread = threading.get_ident()
+        self._outermost = sys._getframe(1)
+        self.already = [self._meet(t, origin, name) for origin, name, t in outside]
+
+    def __enter__(self) -> ForwardTrace:
+        self._hooks = [
+            register_module_forward_pre_hook(self._enter_module),
+            register_module_forward_hook(self._leave_module, always_call=True),
+        ]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for hook in self._hooks:
+            hook.remove()
+
+    # Where we are.
+
+    def _enter_module(self, module: nn.Module, args: Any) -> None:
+        name = self._names.get(module)
+        kind = type(module).__name__
+        calls = self._calls[module] = self._calls.get(module, 0) + 1
+        again = f", call {calls}" if calls > 1 else ""
+        self._stack.append(f"{kind}{again}" if name is None else f"{name} ({kind}{again})")
+
+    def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._stack.pop()
+
+    def _site(self) -> Site:
+        return Site(self._stack[-1] if self._stack else "", self._source())
+
+    def _source(self) -> str | None:
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame is not self._outermost:
+            code = frame.f_code
+            if not code.co_filename.startswith(_NOT_USER) and code.co_filename[:1] != "<":
+                text = linecache.getline(code.co_filename, frame.f_lineno).strip()
+                return f"{code.co_filename}:{frame.f_lineno} in {code.co_name}: {text}"
+            frame = frame.f_back
+        return None
+
+    # What happens.
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        # A node gets its number before its operation runs; the first operation after it is its own.
+        node = torch.autograd._get_sequence_nr() - 1
+        if node not in self.sites:
+            self.sites[node] = self._site()
+        if is_view(func):
+            out = func(*args, **kwargs)
+            if (
+                func is torch.ops.aten.lift_fresh.default
+            ):  # a constant is made, without an operation
+                self._known.pop(storage_of(out), None)
+            return out
+        call = Call.of(func, args, kwargs)
+        for _, tensor in call.inputs:
+            self._meet(tensor)
+        call.keep_what_is_overwritten()
+        out = func(*args, **kwargs)
+        self._index += 1
+        outputs = floats(out)
+        self.low_precision |= any(t.dtype in LOW for t in outputs)
+        with torch.no_grad():
+            bad = [t for t in outputs if not all_finite(t)]
+            event = self._event(call, outputs) if bad else None
+        for tensor in outputs:
+            self._learn(tensor, event if any(t is tensor for t in bad) else None, call)
+        return out
+
+    def _event(self, call: Call, outputs: Sequence[Tensor]) -> Event:
+        bad_inputs = [(t, v) for _, t, v in call.read() if not all_finite(v)]
+        causes = tuple(
+            self._known.get(storage_of(t))
+            or Outside("constant", TensorRange.of("a tensor", v), False)
+            for t, v in bad_inputs
+        )
+        has_nan = any(bool(as_real(t).isnan().any()) for t in outputs)
+        asked_for = any(math.isinf(x) for x in call.numbers)
+        placed = (
+            not has_nan
+            and (asked_for or bool(causes))
+            and all(cause.placed for cause in causes)
+            and call.name not in _UNINITIALISED
+        )
+        event = Event(self._index, str(call.func), self._site(), causes, placed)
+        if not event.birth:
+            return event
+        inputs = [TensorRange.of(name, value) for name, _, value in call.read()]
+        inputs += [_number_range(x) for x in call.numbers if not math.isfinite(x)]
+        return Event(
+            self._index,
+            event.operation,
+            event.site,
+            causes,
+            placed,
+            tuple(inputs[:_DESCRIBED]),
+            tuple(TensorRange.of(_output(i, outputs), t) for i, t in enumerate(outputs))[
+                :_DESCRIBED
+            ],
+            call.is_finite_in_float32(outputs),
+        )
+
+    def _meet(self, tensor: Tensor, origin: Origin = "constant", name: str = "a tensor") -> Any:
+        """Looks at a tensor of which nothing is known; what it is if it is not finite."""
+        key = storage_of(tensor)
+        if key not in self._known:
+            self._known[key] = None
+            if not all_finite(tensor):
+                found = TensorRange.of(name, tensor)
+                mask = origin in ("constant", "buffer") and not found.nan
+                self._known[key] = Outside(origin, found, mask)
+        return self._known[key]
+
+    def _learn(self, tensor: Tensor, event: Event | None, call: Call) -> None:
+        key = storage_of(tensor)
+        fills = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+        if event is not None or fills or key not in map(storage_of, (t for _, t in call.inputs)):
+            self._known[key] = event
+
+    # The way back.
+
+    def cause_of(self, tree: Any) -> tuple[Cause, ...]:
+        """What the non-finite tensors in a nest of containers come from."""
+        return tuple(self._cause(t, t) for t in floats(tree) if not all_finite(t))
+
+    def _cause(self, tensor: Tensor, value: Tensor) -> Cause:
+        known = self._known.get(storage_of(tensor))
+        if known is not None:
+            return known
+        # Written by something that is no operation of torch, a kernel of its own for example.
+        return Outside("constant", TensorRange.of("a tensor", value), False)
+
+    @staticmethod
+    def origin_of(causes: Iterable[Cause]) -> tuple[Cause | None, list[Event]]:
+        """The first cause of these causes, and the events between, in order."""
+        users: dict[int, list[Event]] = {}
+        met: dict[int, Cause] = {}
+        for cause, user in _ancestry(causes):
+            met[id(cause)] = cause
+            if user is not None:
+                users.setdefault(id(cause), []).append(user)
+
+        def first_used(cause: Cause) -> float:
+            if isinstance(cause, Event):
+                return cause.index
+            return min((u.index for u in users.get(id(cause), ())), default=-1) - 0.5
+
+        born = [c for c in met.values() if isinstance(c, Event) and c.birth]
+        brought = [c for c in met.values() if isinstance(c, Outside) and not c.placed]
+        candidates = born + brought or list(met.values())
+        if not candidates:
+            return None, []
+        origin = min(candidates, key=first_used)
+        after, todo = {}, [origin]
+        while todo:
+            for user in users.get(id(todo.pop()), ()):
+                if user.index not in after:
+                    after[user.index] = user
+                    todo.append(user)
+        return origin, [after[i] for i in sorted(after)]
+
+
+def _ancestry(causes: Iterable[Cause]) -> Iterator[tuple[Cause, Event | None]]:
+    """Every cause of these causes, with the event that it went into."""
+    todo: list[tuple[Cause, Event | None]] = [(cause, None) for cause in causes]
+    seen: set[int] = set()
+    while todo:
+        cause, user = todo.pop()
+        yield cause, user
+        if isinstance(cause, Event) and id(cause) not in seen:
+            seen.add(id(cause))
+            todo += [(c, cause) for c in cause.causes]
+
+
+def _number_range(x: float) -> TensorRange:
+    return TensorRange.of("a Python number", torch.tensor(x, dtype=torch.float64))
+
+
+def _output(i: int, outputs: Sequence[Tensor]) -> str:
+    return "output" if len(outputs) == 1 else f"output {i}"

@@ -1,0 +1,214 @@
+"""What kind of operation made a NaN or Inf, what in its inputs explains it, and the cure.
+
+An operation is known by the name of its ATen operator (`aten.div.Tensor` is `div`) or of its
+autograd node (`DivBackward0` is `div` too).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fastguard.diagnosis.provenance.report import TensorRange
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Operations that fail in the same way.
+
+    Attributes:
+        name: What people call it.
+        operations: Names of operators and of autograd nodes, without overload and underscore.
+        remedy: What to do.
+    """
+
+    name: str
+    operations: frozenset[str]
+    remedy: str
+
+
+def _kind(name: str, operations: str, remedy: str) -> Kind:
+    return Kind(name, frozenset(operations.split()), remedy)
+
+
+KINDS = (
+    _kind(
+        "division",
+        "div divide true_divide reciprocal remainder fmod addcdiv floor_divide",
+        "give the denominator a floor: x / (y + eps) for y >= 0, x / y.clamp_min(eps), or "
+        "torch.nn.functional.normalize(x, eps=1e-6) to divide by a norm.",
+    ),
+    _kind(
+        "square root or norm",
+        "sqrt rsqrt norm linalg_vector_norm linalg_matrix_norm cdist euclidean_dist dist hypot std "
+        "cdist_forward",
+        "the derivative of a root is infinite at 0: add eps inside it, (x.square().sum() + "
+        "eps).sqrt(), or keep zeros out before the root; torch.where after it does not help, "
+        "because 0 * Inf is NaN.",
+    ),
+    _kind(
+        "power",
+        "pow float_power",
+        "a fractional power of a negative number is NaN, a negative power of 0 is Inf, and a power "
+        "below 1 has an infinite derivative at 0: clamp the base, x.clamp_min(eps) ** p.",
+    ),
+    _kind(
+        "logarithm",
+        "log log2 log10 log1p logit xlogy log_sigmoid special_entr binary_cross_entropy kl_div "
+        "digamma lgamma",
+        "clamp the argument, x.clamp_min(eps).log(), or use the fused form that never sees a 0: "
+        "log_softmax, logsigmoid, binary_cross_entropy_with_logits.",
+    ),
+    _kind(
+        "exponential or softmax",
+        "exp exp2 expm1 sinh cosh softmax log_softmax logsumexp softplus safe_softmax tan "
+        "scaled_dot_product_flash_attention_for_cpu scaled_dot_product_flash_attention "
+        "scaled_dot_product_efficient_attention scaled_dot_product_attention_math "
+        "scaled_dot_product_cudnn_attention scaled_dot_product_fused_attention_overrideable",
+        "subtract the maximum first (softmax, logsumexp and log_softmax do), clamp the argument, "
+        "and never mask every position of a row of an attention: its softmax is 0/0.",
+    ),
+    _kind(
+        "inverse function at the edge of its domain",
+        "acos asin acosh atanh erfinv",
+        "clamp the argument inside the domain: x.clamp(-1 + eps, 1 - eps).",
+    ),
+    _kind(
+        "matrix product or convolution",
+        "mm bmm addmm baddbmm addbmm addmv mv dot vdot matmul linear einsum convolution "
+        "convolution_overrideable conv1d conv2d conv3d mkldnn_convolution thnn_conv2d",
+        "a sum of products left the range of its dtype: normalise the inputs, lower the scale of "
+        "the weights or the learning rate, and keep this layer in float32 or bfloat16.",
+    ),
+    _kind(
+        "conversion to a narrower dtype",
+        "to_copy to copy type_as",
+        "the values do not fit: float16 ends at 65504. Scale them down first, or keep them in "
+        "bfloat16 or float32.",
+    ),
+    _kind(
+        "normalisation",
+        "native_batch_norm batch_norm native_layer_norm layer_norm native_group_norm group_norm "
+        "cudnn_batch_norm native_batch_norm_legit native_batch_norm_legit_no_stats var var_mean "
+        "std_mean fused_rms_norm rms_norm batch_norm_with_update instance_norm",
+        "the variance of one value is 0/0, and that of huge values overflows: check for batches of "
+        "one, a running variance that is negative or Inf, and an eps of 0.",
+    ),
+    _kind(
+        "mean of nothing",
+        "mean nanmean nll_loss_forward nll_loss nll_loss_nd nll_loss2d_forward nll_loss2d median",
+        "0/0: there was no element, or every target was ignore_index. Skip such a batch, or divide "
+        "a sum by max(count, 1).",
+    ),
+    _kind(
+        "product",
+        "mul addcmul prod cumprod square",
+        "0 * Inf is NaN, and large factors overflow: select with torch.where in place of "
+        "multiplying by a mask, and bound the factors.",
+    ),
+    _kind(
+        "sum or difference",
+        "add sub rsub sum cumsum mse_loss smooth_l1_loss l1_loss huber_loss addr add_relu",
+        "Inf - Inf is NaN, and large terms overflow: find what makes them large, average in place "
+        "of summing, and keep sums in float32.",
+    ),
+    _kind(
+        "matrix decomposition",
+        "linalg_svd linalg_eigh linalg_eig linalg_inv_ex linalg_cholesky_ex linalg_solve_ex svd "
+        "linalg_qr linalg_lu_factor_ex linalg_slogdet linalg_det",
+        "the matrix is singular, or its eigenvalues or singular values coincide: add eps times the "
+        "identity.",
+    ),
+    _kind(
+        "uninitialised memory",
+        "empty empty_like empty_strided new_empty new_empty_strided",
+        "a tensor from torch.empty was used before everything in it was written: use torch.zeros.",
+    ),
+)
+
+OUTSIDE = {
+    "parameter": "the weights were destroyed by an earlier step: go back to a checkpoint that is "
+    "verified finite, and let fastguard.GuardedOptimizer skip bad steps.",
+    "buffer": "an earlier batch destroyed this buffer (running statistics take up NaN for good): "
+    "go back to a checkpoint that is verified finite, or reset it.",
+    "batch": "repair or drop this sample; fastguard.check_batch finds such batches before the "
+    "step.",
+    "constant": "look where this tensor is made; it is neither a parameter, nor a buffer, nor part "
+    "of the batch.",
+}
+
+MEAN_OF_NOTHING = next(kind for kind in KINDS if kind.name == "mean of nothing")
+
+_ROOT_OF_NEGATIVE = (
+    "the root of a negative number is NaN: x.clamp_min(0).sqrt(), or x.clamp_min(eps).sqrt() where "
+    "a gradient flows or the root is divided by. What should never be negative, such as a variance "
+    "taken as E[x²] - E[x]², is so by rounding: use torch.var, or compute it in float32."
+)
+
+OTHER = _kind(
+    "",  # operations that have no common way to fail
+    "",
+    "look at the ranges above: which input is at the edge of what this operation can take?",
+)
+
+
+def kind_of(operation: str) -> Kind:
+    """The kind of an ATen operator or autograd node; `OTHER` if it has no common way to fail."""
+    name = base_name(operation)
+    return next((kind for kind in KINDS if name in kind.operations), OTHER)
+
+
+def kind_at(operation: str, inputs: Sequence[TensorRange]) -> Kind:
+    """The kind of an operation with these inputs: whatever it is, of nothing it makes 0/0."""
+    if inputs and all(r.numel == 0 for r in inputs):
+        return MEAN_OF_NOTHING
+    return kind_of(operation)
+
+
+def remedy_at(operation: str, inputs: Sequence[TensorRange]) -> str:
+    """What to do about an operation with these inputs."""
+    if _is_root(operation) and any(r.min < 0 for r in inputs if "gradient" not in r.name):
+        return _ROOT_OF_NEGATIVE
+    return kind_at(operation, inputs).remedy
+
+
+def _is_root(operation: str) -> bool:
+    return base_name(operation) in ("sqrt", "rsqrt")
+
+
+def base_name(operation: str) -> str:
+    """`div` of `aten.div_.Tensor` and of `DivBackward0`."""
+    if "." in operation:
+        return operation.split(".")[1].strip("_")
+    node = re.sub(r"Backward\d*$", "", operation)
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", node).lower()
+
+
+def evidence_of(kind: Kind, inputs: Sequence[TensorRange], operation: str = "") -> str:
+    """What in the inputs of an operation of this kind explains its NaN or Inf; may be empty."""
+    if kind is MEAN_OF_NOTHING and (empty := [f"{r.name} is empty" for r in inputs if not r.numel]):
+        return "; ".join(empty)
+    found = [f"{r.name} holds a NaN or Inf" for r in inputs if r.nonfinite]
+    name = kind.name
+    for r in inputs:
+        if name == "division":
+            if r.zeros and r.name in ("other", "saved other", "tensor2", "saved tensor2"):
+                found.append(f"{r.zeros} of {r.numel} denominators are exactly 0")
+        elif name in ("square root or norm", "logarithm", "power"):
+            if r.zeros:
+                found.append(f"{r.zeros} of {r.numel} elements of {r.name} are exactly 0")
+            takes_any_sign = name == "square root or norm" and not _is_root(operation)
+            if r.min < 0 and "gradient" not in r.name and not takes_any_sign:
+                found.append(f"{r.name} has negative elements down to {r.min:.4g}")
+        elif name == "inverse function at the edge of its domain" and r.absmax >= 1:
+            found.append(f"{r.name} reaches {r.absmax:.9g}")
+    if not found and kind is not OTHER:
+        largest = max((r for r in inputs if r.absmax == r.absmax), key=_absmax, default=None)
+        if largest is not None and largest.absmax >= 1e3:
+            found.append(f"{largest.name} reaches {largest.absmax:.4g}")
+    return "; ".join(found)
+
+
+def _absmax(r: TensorRange) -> float:
+    return r.absmax

@@ -1,0 +1,201 @@
+"""One search: replay forward, replay backward, say what was found, try again in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten_with_path
+
+from fastguard.diagnosis.provenance import remedies
+from fastguard.diagnosis.provenance.backward import BackwardTrace, NodeBirth
+from fastguard.diagnosis.provenance.forward import Cause, Event, ForwardTrace, Outside, Site
+from fastguard.diagnosis.provenance.report import NonFiniteReport, Origin
+from fastguard.diagnosis.replay.calls import all_finite, floats
+from fastguard.diagnosis.replay.replay import Step, copied, in_float32, loss_parts, widened_batch
+from fastguard.snapshot import set_rng_state
+
+REACHED = 6
+"""How many of the operations after the first a report names, one a module."""
+
+
+class Search:
+    """What is replayed, and how.
+
+    Args:
+        roots: The model under `""`, and a loss that is a module under its name.
+        batch: As given.
+        step: Makes a loss of the model and a batch.
+        autocast: What the step ran under; entered anew for each replay.
+        rng: As given.
+        loss_scale: As given.
+
+    Attributes:
+        modules: All modules that take part.
+        low_precision: Whether a float16 or bfloat16 tensor was made.
+    """
+
+    def __init__(
+        self,
+        roots: Mapping[str, nn.Module],
+        batch: Any,
+        step: Step,
+        autocast: AbstractContextManager[Any],
+        rng: Mapping[str, Any] | None,
+        loss_scale: float,
+    ) -> None:
+        self._model = roots[""]
+        self._names: dict[nn.Module, str] = {}
+        self._outside: list[tuple[Origin, str, Tensor]] = []
+        self._parameters: dict[Tensor, str] = {}
+        for prefix, root in roots.items():
+            for name, module in root.named_modules(prefix=prefix):
+                self._names.setdefault(module, name or "the model")
+            for name, parameter in root.named_parameters(prefix=prefix):
+                self._parameters.setdefault(parameter, name)
+                self._outside.append(("parameter", name, parameter))
+            for name, buffer in root.named_buffers(prefix=prefix):
+                self._outside.append(("buffer", name, buffer))
+        self.modules = list(self._names)
+        self._batch = batch
+        self._step = step
+        self._autocast = autocast
+        self._rng = rng
+        self._loss_scale = loss_scale
+        self.low_precision = False
+
+    def report(self) -> NonFiniteReport:
+        """Forward, and backward if the loss is finite."""
+        batch = copied(self._batch)
+        dense = [known for known in (*self._outside, *_parts_of(batch)) if floats(known[2])]
+        with ForwardTrace(self._names, dense) as trace:
+            result = self._replay(batch)
+        self.low_precision = trace.low_precision
+        already = tuple(c.range for c in trace.already if isinstance(c, Outside))
+        report = self._forward_report(trace, trace.cause_of(result))
+        loss = loss_parts(result)
+        if not report.found and loss:
+            report = self._backward_report(trace, sum(loss.values(), torch.zeros(())))
+        values = {name: part.item() for name, part in loss.items()}
+        return replace(report, already=already, loss=values)
+
+    def with_precision(self, report: NonFiniteReport) -> NonFiniteReport:
+        """Runs the batch in float32 and says whether that is finite."""
+        try:
+            with in_float32(self.modules):
+                result = self._replay(widened_batch(copied(self._batch)), autocast=False)
+                finite = all(map(all_finite, floats(result)))
+                loss = loss_parts(result)
+                if finite and loss and report.origin == "backward":
+                    finite = not BackwardTrace(self._scaled(sum(loss.values()))).bad_leaves
+        except Exception:  # some models are bound to their dtype: then this is not known
+            return report
+        return replace(report, precision=finite)
+
+    def _replay(self, batch: Any, *, autocast: bool = True) -> Any:
+        if self._rng is not None:
+            set_rng_state(self._rng)
+        if not autocast:
+            return self._step(self._model, batch)
+        with self._autocast:
+            return self._step(self._model, batch)
+
+    def _scaled(self, loss: Any) -> Tensor:
+        return loss if self._loss_scale == 1.0 else loss * self._loss_scale
+
+    # What was found.
+
+    def _forward_report(self, trace: ForwardTrace, causes: Sequence[Cause]) -> NonFiniteReport:
+        origin, after = trace.origin_of(causes)
+        if origin is None:
+            return NonFiniteReport(None)
+        reached = tuple(_reached(after))
+        if isinstance(origin, Outside):
+            first = after[0] if after else None
+            return NonFiniteReport(
+                origin=origin.origin,
+                module=first.site.module if first else "",
+                operation=first.operation if first else "",
+                tensor=origin.range.name,
+                source=first.site.source if first else None,
+                inputs=(origin.range,),
+                reached=reached,
+                kind=origin.origin,
+                remedy=remedies.OUTSIDE[origin.origin],
+            )
+        kind = remedies.kind_at(origin.operation, origin.inputs)
+        return NonFiniteReport(
+            origin="forward",
+            module=origin.site.module,
+            operation=origin.operation,
+            tensor=", ".join(r.name for r in origin.outputs if r.nonfinite),
+            source=origin.site.source,
+            inputs=origin.inputs,
+            outputs=origin.outputs,
+            reached=reached,
+            kind=kind.name,
+            evidence=remedies.evidence_of(kind, origin.inputs, origin.operation),
+            remedy=remedies.remedy_at(origin.operation, origin.inputs),
+            precision=origin.precision or None,  # False says nothing: the cause may lie before
+        )
+
+    def _backward_report(self, trace: ForwardTrace, loss: Tensor) -> NonFiniteReport:
+        if loss.grad_fn is None:
+            return NonFiniteReport(None)
+        backward = BackwardTrace(self._scaled(loss))
+        if not backward.bad_leaves:
+            return NonFiniteReport(None)
+        names = tuple(
+            self._parameters.get(t, f"a leaf of shape {tuple(t.shape)}")
+            for t in backward.bad_leaves
+        )
+        birth = backward.birth
+        if birth is None:
+            return NonFiniteReport("backward", bad_gradients=names, remedy=remedies.OTHER.remedy)
+        # What the forward pass made and torch.where hid comes back as a factor of the gradient.
+        hidden = [c for c in trace.cause_of(list(birth.bad_saved)) if not c.placed]
+        if hidden:
+            report = self._forward_report(trace, hidden)
+            reached = (*report.reached, f"hidden from the loss, but a factor in {birth.name}")
+            return replace(report, bad_gradients=names, reached=reached)
+        site = _site_of(birth, trace.sites)
+        kind = remedies.kind_of(birth.name)
+        return NonFiniteReport(
+            origin="backward",
+            module=site.module,
+            operation=birth.name,
+            tensor="outgoing gradient",
+            source=site.source,
+            inputs=birth.inputs,
+            outputs=birth.outputs,
+            bad_gradients=names,
+            kind=kind.name,
+            evidence=remedies.evidence_of(kind, birth.inputs, birth.name),
+            remedy=kind.remedy,
+        )
+
+
+def _parts_of(batch: Any) -> Iterator[tuple[Origin, str, Tensor]]:
+    """The tensors of a batch, by name."""
+    for path, leaf in tree_flatten_with_path(batch)[0]:
+        if isinstance(leaf, Tensor):
+            yield "batch", "batch" + "".join(map(str, path)), leaf
+
+
+def _site_of(birth: NodeBirth, sites: Mapping[int, Site]) -> Site:
+    """Where the operation of a node was called: its own site, or that of the node before."""
+    numbers = [n for n in sites if n <= birth.sequence]
+    return sites[max(numbers)] if numbers else Site("", None)
+
+
+def _reached(events: Sequence[Event]) -> list[str]:
+    """The first event of each module, in order."""
+    first: dict[str, Event] = {}
+    for event in events:
+        first.setdefault(event.site.module, event)
+    named = [f"{module or 'outside of modules'}: {e.operation}" for module, e in first.items()]
+    return named[:REACHED]

@@ -1,0 +1,126 @@
+"""`Kept`: everything that diagnosing moves, put back bit for bit."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastguard.diagnosis.replay.replay import Untouched
+from fastguard.diagnosis.replay.subject import Subject
+
+
+class Kept:
+    """The state before a diagnosis, to go back to as often as needed.
+
+    Modules, their parameters and buffers and the random number generators are kept by `Untouched`;
+    here come the gradients (the very tensors: nothing writes into them), the lists, dicts, sets and
+    deques that modules carry, parameters that only the optimizer knows, and the optimizer.
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        modules = list(subject.modules)
+        self._modules = Untouched(modules)
+        self._containers = [
+            (value, copy.copy(value))
+            for module in modules
+            for name, value in module.__dict__.items()
+            # What nn.Module itself keeps there (parameters, hooks) is not written to.
+            if type(value) in (list, dict, set, deque) and name not in _OWN
+        ]
+        known = set(subject.parameters.values())
+        optimizer = subject.optimizer
+        groups = [] if optimizer is None else optimizer.param_groups
+        others = {p: None for g in groups for p in g["params"] if p not in known}
+        self._others = [(p, p.detach().clone()) for p in others]
+        self._gradients = [(p, p.grad) for p in (*known, *others)]
+        self._optimizer = None if optimizer is None else _KeptOptimizer(optimizer)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Undoes everything since the start."""
+        self._modules.restore()
+        for container, before in self._containers:
+            _refill(container, before)
+        for parameter, before in self._others:
+            parameter.copy_(before)
+        for parameter, gradient in self._gradients:
+            if parameter.grad is not gradient:
+                parameter.grad = gradient
+        if self._optimizer is not None:
+            self._optimizer.restore()
+
+
+_OWN = frozenset(nn.Module().__dict__)
+
+
+def _refill(container: Any, before: Any) -> None:
+    if isinstance(container, dict | set):
+        container.clear()
+        container.update(before)
+    elif isinstance(container, list):
+        container[:] = before
+    else:
+        container.clear()
+        container.extend(before)
+
+
+class _KeptOptimizer:
+    """An optimizer's attributes, param groups and state. Hooks and all objects stay the same."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._attributes = dict(optimizer.__dict__)
+        self._members = [(group, group["params"]) for group in optimizer.param_groups]
+        self._settings = [
+            {name: _keeper(value) for name, value in group.items() if name != "params"}
+            for group in optimizer.param_groups
+        ]
+        self._state = optimizer.state
+        self._entries = {key: _keeper(value) for key, value in optimizer.state.items()}
+
+    def restore(self) -> None:
+        self._optimizer.__dict__.clear()
+        self._optimizer.__dict__.update(self._attributes)
+        for (group, members), settings in zip(self._members, self._settings, strict=True):
+            group.clear()
+            group["params"] = members
+            group.update((name, put_back()) for name, put_back in settings.items())
+        self._state.clear()
+        self._state.update((key, put_back()) for key, put_back in self._entries.items())
+
+
+def _keeper(thing: Any) -> Callable[[], Any]:
+    """Copies a value; what it returns puts the value back and gives the same object again."""
+    if isinstance(thing, Tensor):
+        values = thing.detach().clone()
+        return lambda: thing.copy_(values)
+    if isinstance(thing, list | tuple):
+        items = [_keeper(item) for item in thing]
+
+        def put_back() -> Any:
+            before = [item() for item in items]
+            if isinstance(thing, list):
+                thing[:] = before
+            return thing
+
+        return put_back
+    if isinstance(thing, dict):
+        entries = {key: _keeper(value) for key, value in thing.items()}
+
+        def refill() -> Any:
+            before = {key: entry() for key, entry in entries.items()}
+            thing.clear()
+            thing.update(before)
+            return thing
+
+        return refill
+    try:
+        kept = copy.deepcopy(thing)
+    except Exception:  # a process group, a stream: what no step replaces by value
+        return lambda: thing
+    return lambda: copy.deepcopy(kept)

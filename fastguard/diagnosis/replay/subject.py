@@ -1,0 +1,158 @@
+"""What is diagnosed: a model, a batch, and how they become a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+from fastguard.delegation import OptimizerAround
+from fastguard.diagnosis.replay.arguments import (
+    Autocast,
+    check_batch_kind,
+    check_functions,
+    checked_model,
+    context_of,
+)
+from fastguard.diagnosis.replay.replay import Step, loss_parts, step_of
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is diagnosed. Made by `Subject.of`, which checks it.
+
+    Attributes:
+        model: Without wrappers of DataParallel, DistributedDataParallel or torch.compile.
+        batch: As `fastguard.explain_nonfinite` takes it.
+        loss_fn, given_step: As the caller gave them.
+        step: `step(model, batch)` gives a loss, its parts by name, or an output without a loss.
+        optimizer: The one that steps, without a guard around it.
+        max_norm: What the guard around it clips to; None: it does not.
+        data: Further batches.
+        autocast: What a step runs under.
+    """
+
+    model: nn.Module
+    batch: Any
+    loss_fn: Callable[..., Any] | None
+    given_step: Step | None
+    step: Step
+    optimizer: Optimizer | None
+    max_norm: float | None
+    data: Iterable[Any] | None
+    autocast: AbstractContextManager[Any]
+
+    @staticmethod
+    def of(
+        model: nn.Module,
+        batch: Any,
+        loss_fn: Callable[..., Any] | None = None,
+        optimizer: Optimizer | None = None,
+        data: Iterable[Any] | None = None,
+        step: Step | None = None,
+        autocast: Autocast = None,
+    ) -> Subject:
+        """Checks the arguments of `diagnose`.
+
+        Raises:
+            TypeError: One of them is of the wrong kind.
+            ValueError: A parameter of the model has no values yet.
+        """
+        model = checked_model(model)
+        check_functions(loss_fn, step)
+        if optimizer is not None and not isinstance(optimizer, Optimizer):
+            kind = type(optimizer).__name__
+            raise TypeError(f"optimizer is a {kind}, not a torch.optim.Optimizer")
+        check_batch_kind(batch, any_kind=step is not None)
+        if data is not None and not isinstance(data, Iterable):
+            raise TypeError(f"data is a {type(data).__name__}; pass an iterable of batches")
+        max_norm = None
+        while isinstance(optimizer, OptimizerAround):
+            max_norm = getattr(optimizer, "max_norm", max_norm)
+            optimizer = optimizer.optimizer
+        return Subject(
+            model,
+            batch,
+            loss_fn,
+            step,
+            step_of(loss_fn, step),
+            optimizer,
+            max_norm,
+            data,
+            context_of(autocast, model),
+        )
+
+    @property
+    def roots(self) -> dict[str, nn.Module]:
+        """The model under `""`, and a loss that is a module under its name."""
+        loss = {"loss_fn": self.loss_fn} if isinstance(self.loss_fn, nn.Module) else {}
+        return {"": self.model, **loss}
+
+    @property
+    def modules(self) -> dict[nn.Module, str]:
+        """Every module that takes part: `decoder.3 (Conv2d)`."""
+        names: dict[nn.Module, str] = {}
+        for prefix, root in self.roots.items():
+            for name, module in root.named_modules(prefix=prefix):
+                kind = type(module).__name__
+                names.setdefault(module, f"{name} ({kind})" if name else f"the model ({kind})")
+        return names
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Every parameter that takes part, by name, once."""
+        seen: dict[nn.Parameter, str] = {}
+        for prefix, root in self.roots.items():
+            for name, parameter in root.named_parameters(prefix=prefix):
+                seen.setdefault(parameter, name)
+        return {name: parameter for parameter, name in seen.items()}
+
+    @property
+    def targets(self) -> Any:
+        """The targets of the batch; None if it does not say which they are."""
+        return split(self.batch)[1]
+
+    @property
+    def low_precision(self) -> set[torch.dtype]:
+        """The 16-bit dtypes of autocast and of the parameters."""
+        dtypes = {p.dtype for p in self.parameters.values()}
+        context = self.autocast
+        if isinstance(context, torch.autocast) and context._enabled:
+            dtypes.add(context.fast_dtype)
+        return dtypes & {torch.float16, torch.bfloat16}
+
+
+def split(batch: Any) -> tuple[Any, Any]:
+    """`(inputs, targets)` of a batch; targets None if it does not say which they are."""
+    if isinstance(batch, Mapping) and set(batch) == {"inputs", "targets"}:
+        return batch["inputs"], batch["targets"]
+    if isinstance(batch, list | tuple) and len(batch) == 2:
+        return batch[0], batch[1]
+    return batch, None
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """The tensors in a nest of containers."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether its values can be looked at: inside of torch.vmap and torch.func.grad they cannot."""
+    return not is_functorch_wrapped_tensor(tensor)
+
+
+def total_of(result: Any) -> Tensor | None:
+    """The loss to go backward from: the sum of the parts, or the mean of what is no scalar."""
+    parts = loss_parts(result)
+    if parts:
+        return torch.stack([part.float().reshape(()) for part in parts.values()]).sum()
+    if isinstance(result, Tensor) and result.is_floating_point() and result.numel():
+        return result.float().mean()
+    return None

@@ -1,0 +1,125 @@
+"""`take_steps`: a few real steps on one batch, and what the first did to each weight."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastguard.clip import clip_grad_norm_
+from fastguard.diagnosis.gradients import gradients_of
+from fastguard.diagnosis.provenance.report import as_real
+from fastguard.diagnosis.replay.replay import copied
+from fastguard.diagnosis.replay.subject import Subject, total_of
+from fastguard.snapshot import rng_state, set_rng_state
+
+N_STEPS = 5
+SECONDS = 8.0
+"""No further step is begun after this time: a diagnosis should take less than half a minute."""
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What the first step did to one parameter.
+
+    Attributes:
+        weight, moved: Norm of the parameter before, and of the difference.
+        stuck: Share of the elements that have a gradient and yet are bit for bit what they were.
+        dtype: Of the parameter.
+    """
+
+    weight: float
+    moved: float
+    stuck: float
+    dtype: torch.dtype
+
+
+@dataclass(slots=True)
+class RealSteps:
+    """Real steps.
+
+    Attributes:
+        losses: Before the first step, and after each.
+        updates: By parameter; those without a gradient are missing.
+        optimizer: In words.
+    """
+
+    optimizer: str
+    losses: list[float] = field(default_factory=list)
+    updates: dict[str, Update] = field(default_factory=dict)
+
+
+def take_steps(subject: Subject) -> RealSteps:
+    """Trains on the batch. Everything that it moves is the caller's to put back.
+
+    Without an optimizer of the subject's, AdamW with its defaults shows whether the model can learn
+    at all. Random numbers fall the same way in each step, so that dropout does not hide a falling
+    loss, and the hooks of the optimizer, which may write logs or averages, do not run.
+    """
+    trainable = {n: p for n, p in subject.parameters.items() if p.requires_grad}
+    optimizer = subject.optimizer
+    if optimizer is None:
+        optimizer = torch.optim.AdamW(trainable.values())
+        seen = RealSteps("AdamW(lr=0.001), because no optimizer was given")
+    else:
+        seen = RealSteps(type(optimizer).__name__)
+        optimizer._optimizer_step_pre_hooks = OrderedDict()
+        optimizer._optimizer_step_post_hooks = OrderedDict()
+    rng = rng_state()
+    evaluated: list[float] = []
+
+    def closure() -> Tensor:
+        set_rng_state(rng)
+        total = _loss(subject)
+        evaluated.append(float(total.detach()))
+        leaves = list(trainable.values())
+        gradients = gradients_of(total, leaves)
+        for parameter, gradient in zip(leaves, gradients, strict=True):
+            parameter.grad = gradient
+        if subject.max_norm is not None:
+            clip_grad_norm_(leaves, subject.max_norm)
+        return total.detach()
+
+    before = {name: p.detach().clone() for name, p in trainable.items()}
+    start = time.perf_counter()
+    for step in range(N_STEPS):
+        evaluated.clear()
+        # Unwrapped: a scheduler puts a `step` of its own on the instance, which counts.
+        type(optimizer).step(optimizer, closure)  # type: ignore[arg-type]
+        seen.losses.append(evaluated[0])
+        if step == 0:
+            seen.updates = {
+                n: _update(before[n], p) for n, p in trainable.items() if p.grad is not None
+            }
+            before.clear()
+        if time.perf_counter() - start > SECONDS:
+            break
+    set_rng_state(rng)
+    with torch.no_grad():
+        seen.losses.append(float(_loss(subject)))
+    return seen
+
+
+def _loss(subject: Subject) -> Tensor:
+    with subject.autocast:
+        total = total_of(subject.step(subject.model, copied(subject.batch)))
+    assert total is not None, "steps are taken only when there is a loss"
+    return total
+
+
+@torch.no_grad()
+def _update(before: Tensor, parameter: Tensor) -> Update:
+    gradient = parameter.grad
+    assert gradient is not None
+    wanted = as_real(gradient.to_dense() if gradient.is_sparse else gradient) != 0
+    old, new = as_real(before), as_real(parameter)
+    stuck = (new == old) & wanted
+    return Update(
+        weight=float(old.double().norm()),
+        moved=float((new.double() - old.double()).norm()),
+        stuck=float(stuck.sum() / wanted.sum()) if wanted.any() else 0.0,
+        dtype=parameter.dtype,
+    )

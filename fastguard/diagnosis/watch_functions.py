@@ -1,0 +1,282 @@
+"""`FunctionWatch`: sees every torch function that a step calls, with its arguments.
+
+Module hooks see neither a loss function nor `torch.sigmoid` inside a forward; this does. It tells
+which tensors come from the model's output and which from the targets, and so finds where the two
+meet in different shapes, class numbers that do not exist, and activations that are saturated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fastguard.diagnosis.replay.subject import is_readable, tensors
+
+Shape = tuple[int, ...]
+
+# These broadcast, with no more than a Python warning.
+ELEMENTWISE_LOSSES = frozenset(
+    "mse_loss l1_loss smooth_l1_loss huber_loss kl_div poisson_nll_loss gaussian_nll_loss "
+    "soft_margin_loss binary_cross_entropy binary_cross_entropy_with_logits".split()
+)
+ARITHMETIC = frozenset("sub __sub__ rsub __rsub__ mul __mul__ __rmul__".split())
+_RESHAPE = frozenset("unsqueeze __getitem__ view reshape expand permute transpose".split())
+_CLASS_LOSSES = frozenset(("cross_entropy", "nll_loss"))
+_BINARY_LOSSES = frozenset(("binary_cross_entropy", "binary_cross_entropy_with_logits"))
+
+FLOAT16_MAX = 65504.0
+# What autocast computes in float32 whatever its inputs are.
+_FLOAT32_IN_AUTOCAST = frozenset(
+    "__get__ pow __pow__ exp expm1 sinh cosh tan log log10 log2 log1p reciprocal rsqrt softmax "
+    "log_softmax layer_norm group_norm norm vector_norm cosine_similarity cdist dist prod cumprod "
+    "cumsum sum renorm logsumexp".split()
+)
+
+OUTPUT, TARGET, RESHAPED = "output", "target", "reshaped"
+_NONE: frozenset[str] = frozenset()
+
+
+class IndexOutOfRange(IndexError):
+    """Raised in place of torch's own error, which on a GPU would end the process's use of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """Output and target meeting in different shapes.
+
+    Attributes:
+        function: That they were given to.
+        output, target: Their shapes there.
+        result: What they broadcast to; None: they cannot, and the function raised.
+        both_ways: Both were expanded: each output was compared with several targets.
+    """
+
+    function: str
+    output: Shape
+    target: Shape
+    result: Shape | None
+    both_ways: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Indices:
+    """Class numbers given to a loss, or indices given to an embedding.
+
+    Attributes:
+        function: That they were given to.
+        n: How many there are: 0 to n - 1 are allowed.
+        ignored: The one number outside that is allowed too, if any.
+        low, high: The smallest and largest of those that are not ignored.
+        bad_share: Of all.
+    """
+
+    function: str
+    n: int
+    ignored: int | None
+    low: int
+    high: int
+    bad_share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Saturation:
+    """How much of an activation is stuck where its derivative is (almost) 0.
+
+    Attributes:
+        where: The module that called it.
+        function: `"relu"`, `"sigmoid"`, `"tanh"`, `"softmax"`.
+        share: Of the elements, or of the rows of a softmax.
+    """
+
+    where: str
+    function: Literal["relu", "sigmoid", "tanh", "softmax"]
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Large:
+    """A value inside the model that float16 could not hold.
+
+    Attributes:
+        where: The module that computed it.
+        function: With this function.
+        largest: Magnitude of its largest finite element.
+    """
+
+    where: str
+    function: str
+    largest: float
+
+
+class FunctionWatch(TorchFunctionMode):
+    """Watches one step.
+
+    Args:
+        where: Names the module that is running; empty between modules.
+        targets: What the batch says are the targets.
+
+    Attributes:
+        meetings, indices, saturations, large: What was seen, in order.
+        binary_targets: `(low, high)` of the targets given to binary cross-entropies.
+        raised: Name of the torch function that raised an error, if one did.
+    """
+
+    def __init__(self, where: Callable[[], str], targets: Any) -> None:
+        super().__init__()
+        self.meetings: list[Meeting] = []
+        self.indices: list[Indices] = []
+        self.saturations: list[Saturation] = []
+        self.large: list[Large] = []
+        self.binary_targets: list[tuple[float, float]] = []
+        self.raised: str | None = None
+        self._where = where
+        self._roles: dict[int, tuple[Tensor, frozenset[str]]] = {}  # the tensor: keeps its id taken
+        self._mark(targets, frozenset((TARGET,)))
+
+    def mark_output(self, output: Any) -> None:
+        """Says that this is what the model gave."""
+        self._mark(output, frozenset((OUTPUT,)))
+
+    def forget(self) -> None:
+        """Lets the tensors go."""
+        self._roles.clear()
+
+    def _mark(self, tree: Any, roles: frozenset[str]) -> None:
+        for tensor in tensors(tree):
+            self._roles[id(tensor)] = (tensor, roles)
+
+    def _roles_of(self, tensor: Tensor) -> frozenset[str]:
+        return self._roles.get(id(tensor), (None, _NONE))[1]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        given = tensors((args, kwargs))
+        if not all(map(is_readable, given)):
+            return func(*args, **kwargs)
+        with torch.no_grad():
+            self._look_at_indices(name, args, kwargs)
+            meeting = self._meeting(name, given)
+        try:
+            out = func(*args, **kwargs)
+        except Exception:
+            self.raised = self.raised or name
+            if meeting is not None and meeting.result is None:
+                self.meetings.append(meeting)
+            raise
+        if meeting is not None and meeting.result is not None:
+            self.meetings.append(meeting)
+        roles = _NONE.union(*map(self._roles_of, given))
+        if roles:
+            self._mark(out, roles | {RESHAPED} if name in _RESHAPE else roles)
+        if isinstance(out, Tensor) and self._where():
+            with torch.no_grad():
+                self._look_at_size(name, out)
+                if name in _SATURATED:
+                    self._look_at_saturation(name, out, args, kwargs)
+        return out
+
+    # Shapes.
+
+    def _meeting(self, name: str, given: list[Tensor]) -> Meeting | None:
+        if len(given) < 2 or not given[0].numel() > 1 < given[1].numel():
+            return None
+        first, second = given[:2]
+        if first.shape == second.shape:
+            return None
+        roles = [self._roles_of(first) - {RESHAPED}, self._roles_of(second) - {RESHAPED}]
+        if {OUTPUT} not in roles or {TARGET} not in roles:
+            return None
+        output, target = (first, second) if roles[0] == {OUTPUT} else (second, first)
+        shapes = tuple(output.shape), tuple(target.shape)
+        try:
+            result = tuple(torch.broadcast_shapes(*shapes))
+        except RuntimeError:
+            return Meeting(name, *shapes, None, False)
+        both_ways = result not in shapes
+        deliberate = RESHAPED in self._roles_of(first) | self._roles_of(second)
+        # Arithmetic between tensors that were given an axis on purpose compares all pairs.
+        outer = both_ways and len(shapes[0]) != len(shapes[1]) and not deliberate
+        if name in ELEMENTWISE_LOSSES or (name in ARITHMETIC and outer):
+            return Meeting(name, *shapes, result, both_ways)
+        return None
+
+    # Values.
+
+    def _look_at_indices(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        def argument(i: int, *names: str) -> Any:
+            named = (kwargs[n] for n in names if n in kwargs)
+            return args[i] if i < len(args) else next(named, None)
+
+        first = argument(0, "input", "self")
+        if name == "embedding":
+            weight = argument(1, "weight")
+            self._check_indices(name, first, weight.shape[0], None)
+            return
+        target = argument(1, "target", "other")
+        if not isinstance(first, Tensor) or not isinstance(target, Tensor) or not target.numel():
+            return
+        if name in _CLASS_LOSSES and not target.is_floating_point() and first.ndim:
+            ignored = argument(4, "ignore_index")
+            n = first.shape[1] if first.ndim > 1 else first.shape[0]
+            self._check_indices(name, target, n, -100 if ignored is None else ignored)
+        elif name in _BINARY_LOSSES:
+            low, high = target.aminmax()
+            self.binary_targets.append((float(low), float(high)))
+
+    def _check_indices(self, name: str, indices: Any, n: int, ignored: int | None) -> None:
+        if not isinstance(indices, Tensor) or indices.is_floating_point() or not indices.numel():
+            return
+        found = indices_of(name, indices, n, ignored)
+        self.indices.append(found)
+        if found.bad_share:
+            raise IndexOutOfRange(f"{name}: {found.low} to {found.high} is not in 0 to {n - 1}")
+
+    def _look_at_size(self, name: str, out: Tensor) -> None:
+        if not out.is_floating_point() or not out.numel() or name in _FLOAT32_IN_AUTOCAST:
+            return
+        if out.dtype.itemsize < 2 or out.layout is not torch.strided:
+            return
+        low, high = out.detach().aminmax()
+        if max(-float(low), float(high)) > FLOAT16_MAX:  # False for NaN, which is told elsewhere
+            size = out.detach().abs()
+            largest = float(torch.where(size.isfinite(), size, torch.zeros_like(size)).max())
+            if largest > FLOAT16_MAX:
+                self.large.append(Large(self._where(), name, largest))
+
+    def _look_at_saturation(
+        self, name: str, out: Tensor, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> None:
+        stuck = _SATURATED[name]
+        if name == "softmax":
+            dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+            out = out.amax(-1 if dim is None else dim)
+        if out.numel() > 1:
+            share = float(stuck(out).float().mean())
+            self.saturations.append(Saturation(self._where(), name, share))  # type: ignore[arg-type]
+
+
+def indices_of(name: str, indices: Tensor, n: int, ignored: int | None) -> Indices:
+    """Looks at class numbers or indices; waits for a GPU."""
+    counted = indices if ignored is None else indices[indices != ignored]
+    if not counted.numel():
+        return Indices(name, n, ignored, 0, 0, 0.0)
+    low, high = (int(end) for end in counted.aminmax())
+    bad = float(((counted < 0) | (counted >= n)).float().mean())
+    return Indices(name, n, ignored, low, high, bad)
+
+
+# Where the derivative has fallen to about a thousandth of its largest value.
+_SATURATED: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": lambda y: y == 0,
+    "sigmoid": lambda y: (y - 0.5).abs() > 0.4997,
+    "tanh": lambda y: y.abs() > 0.9995,
+    "softmax": lambda y: y > 0.9999,
+}

@@ -1,0 +1,82 @@
+"""Cases: their byte models, what a workload holds, and that no target lacks one."""
+
+import pytest
+import torch
+
+from fastguard.commands.bench import Workload
+from fastguard.commands.bench.clock import Sample
+from fastguard.commands.bench.runner import summarise
+from fastguard.commands.bench.selection import gpt2_shapes, selection
+from guardtest.bench import CPU, LIMIT, SHAPES, a_case
+
+
+@pytest.mark.parametrize(
+    ("changes", "read", "update"),
+    [
+        ({}, 1, 0),
+        ({"situation": "clipping"}, 1, 1),
+        ({"situation": "one NaN, zeroed"}, 1, 0),
+        ({"optimizer": ("AdamW", "fused")}, 2, 3),
+        ({"optimizer": ("SGD", "foreach")}, 2, 2),
+        ({"optimizer": ("AdamW", "fused"), "situation": "clipping"}, 2, 4),
+        ({"optimizer": ("AdamW", "fused"), "situation": "one NaN, skipped"}, 1, 0),
+    ],
+)
+def test_byte_models(changes, read, update):
+    case = a_case(**changes)
+    g = case.grad_bytes
+    assert (case.io.read, case.io.update) == (read * g, update * g)
+    assert case.io.seconds(10.0, 20.0) == pytest.approx(read * g / 1e10 + 2 * update * g / 2e10)
+
+
+def test_bytes_follow_the_dtype_of_each_parameter():
+    elements = 280 + 7 + 30 + 300
+    assert a_case().grad_bytes == 4 * elements
+    assert a_case(dtype="bf16").grad_bytes == 2 * elements
+    assert a_case(dtype="mixed").grad_bytes == 2 * 310 + 4 * 307
+
+
+def test_a_workload_holds_what_its_case_says():
+    case = a_case(dtype="mixed")
+    work = Workload(case, CPU)
+    assert [tuple(g.shape) for g in work.grads] == SHAPES
+    assert sum(g.numel() * g.itemsize for g in work.grads) == case.grad_bytes
+    flat = torch.cat([g.view(-1).double() for g in work.grads])
+    assert work.true_norm == pytest.approx(float(flat.norm()), rel=1e-12)
+
+
+def test_ids_of_the_suite_are_unique(benchmarks):
+    for device in (CPU, torch.device("cuda")):
+        ids = [case.id for case in benchmarks("suite").cases(device)]
+        assert len(set(ids)) == len(ids)
+
+
+def test_the_quick_selection_has_the_gpt2_of_the_shape_files(benchmarks):
+    assert gpt2_shapes() == benchmarks("suite").model_shapes("gpt2-124m")
+    assert all(case.baseline in case.contenders for case in selection(CPU))
+
+
+def test_every_target_of_a_cpu_has_its_case_in_the_suite(benchmarks):
+    # Rows with one and the same ratio for every case and contender: then only targets that look
+    # for something that the suite does not measure stay without a number.
+    rows = []
+    for case in benchmarks("suite").cases(CPU):
+        for name in case.contenders:
+            rows.append(
+                summarise(case, name, [Sample(1, 1, 1)], [Sample(2, 2, 2)], LIMIT, 0.0).as_dict()
+            )
+    memory = {"contender": "fastguard", "working_bytes": 1e6}
+    accuracy = {
+        "contender": "fastguard",
+        "norm_error": 1e-9,
+        "case": "",
+        "dtype": "",
+        "magnitude": 1,
+    }
+    result = {
+        "machine": {"device": "cpu"}, "rows": rows, "memory": [memory], "accuracy": [accuracy],
+    }  # fmt: skip
+    targets = benchmarks("targets")
+    verdicts = targets.judge(result)
+    assert [v["what"] for v in verdicts if v["device"] == "cpu" and v["met"] is None] == []
+    assert all(v["measured"] == targets.NOT_MEASURED for v in verdicts if v["device"] == "cuda")

@@ -1,0 +1,47 @@
+"""Runs of incident B that a signal ends: `python killed_classifier.py FOLDER`.
+
+Each is a forked child that sends the signal to itself in the middle of epoch 5; forking spares
+importing torch for each. Prints as JSON how each of them ended, and which batch it was at.
+Run by test_b_classifier.py.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch._dynamo  # the first optimizer imports it, here once for all children
+
+from fastguard.commands.demo.incidents.classifier import BATCHES, AsItWas, Guarded
+from fastguard.commands.demo.incidents.plain_loop import alone
+
+BATCH = 4 * BATCHES + 20
+RUNS = {
+    "as-it-was": (AsItWas, signal.SIGTERM),
+    "terminated": (Guarded, signal.SIGTERM),
+    "killed": (Guarded, signal.SIGKILL),
+}
+
+
+def ended(way, folder, number):
+    """The exit status of a run that gets a signal before the batch, as a shell has it."""
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with alone():
+            way(folder).train(lambda batch: batch == BATCH and os.kill(os.getpid(), number))
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # threads do not survive a fork
+    statuses = {}
+    for name, (way, number) in RUNS.items():
+        folder = Path(sys.argv[1]) / name
+        folder.mkdir()
+        statuses[name] = ended(way, folder, number)
+    print(json.dumps({"batch": BATCH, "statuses": statuses}))

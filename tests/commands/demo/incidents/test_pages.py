@@ -1,0 +1,84 @@
+"""The pages on incidents, followed from top to bottom in one folder: Python and commands."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastguard
+from fastguard.commands.cli import main
+from fastguard.commands.demo.incidents import INCIDENTS
+from fastguard.commands.demo.training import one_thread
+from guardtest import require
+
+PAGES = Path(__file__).resolve().parents[4] / "docs" / "incidents"
+PLAYED = "fastguard demo "  # each incident's own test plays it
+FOLLOWED = ("b", "d")  # the other pages have no commands beside; tests/test_docs.py runs their code
+
+for package in ("rich", "matplotlib"):
+    require(package)
+
+
+def commands(block: str) -> list[tuple[list[str], int]]:
+    """The arguments of each line, and the exit status that its comment tells."""
+    found = []
+    for line in block.splitlines():
+        if line and not line.startswith(PLAYED):
+            program, *arguments = shlex.split(line, comments=True)
+            assert program == "fastguard"
+            told = re.search(r"# exit status (\d)", line)
+            found.append((arguments, int(told[1]) if told else 0))
+    return found
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_a_reader_can_follow_the_page(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "train", None)  # the page's own is gone again afterwards
+    del sys.modules["train"]
+    page = (PAGES / f"{name}.md").read_text()
+    ran = 0
+    for kind, block in re.findall(r"^```(python|sh)\n(.*?)^```", page, re.S | re.M):
+        if kind == "python":
+            Path("train.py").write_text(block)
+            with one_thread():
+                runpy.run_path("train.py", run_name="__main__")
+            continue
+        for arguments, status in commands(block):
+            assert main(arguments) == status, arguments
+            ran += 1
+    assert ran > 0
+
+
+TABLE = (PAGES / "README.md").read_text()
+METHODS = {"step", "add_sink"}
+CALLED = set(re.findall(r"`(?:fastguard\.|opt\.|\w+=)?([A-Za-z]\w+_?)\(", TABLE)) - METHODS
+NAMED = set(re.findall(r"`((?:[A-Z][a-z]+){2,})`", TABLE))
+
+
+def test_the_table_names_what_there_is():
+    assert len(CALLED | NAMED) >= 14
+    assert [name for name in CALLED | NAMED if not hasattr(fastguard, name)] == []
+    assert all(hasattr(fastguard.GuardedOptimizer, name) for name in METHODS)
+
+
+@pytest.mark.parametrize("page", sorted(PAGES.glob("*.md")), ids=lambda page: page.stem)
+def test_links_and_pictures_are_there(page):
+    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
+    assert targets
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_every_incident_has_its_page_in_the_table():
+    for story in INCIDENTS:
+        assert f"]({story.letter.lower()}.md)" in TABLE
+        assert (
+            f"# {story.letter}. {story.title}\n"
+            in (PAGES / f"{story.letter.lower()}.md").read_text()
+        )

@@ -1,0 +1,199 @@
+"""`fastguard monitor --once`: what scripts read, and their exit statuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from fastguard import JsonLinesSink, StepRecord
+from fastguard.commands.cli import main
+from fastguard.commands.monitor import command
+from fastguard.commands.monitor.watch import Watch
+from fastguard.sinks import rotated_files
+
+N = 2000
+INCIDENT = 1500
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    with JsonLinesSink(tmp_path / "records.jsonl", max_bytes=100_000) as sink:
+        for step in range(1, N + 1):
+            bad = step == INCIDENT
+            sink(
+                StepRecord(
+                    step,
+                    1.0,
+                    1.0,
+                    "skipped" if bad else "applied",
+                    "nonfinite_loss" if bad else None,
+                    losses={"seg": float("nan") if bad else 0.5},
+                    consecutive_skips=int(bad),
+                    lr=1e-3,
+                    tag=["epoch 3", step],
+                )
+            )
+    return sink.path
+
+
+@pytest.mark.parametrize(
+    "last, status", [(N - INCIDENT, 0), (N - INCIDENT + 1, 1), (N, 1), (1_000_000, 1), (1, 0)]
+)
+def test_the_status_tells_of_an_incident_in_the_last_steps(path, last, status, capsys) -> None:
+    assert main(["monitor", str(path), "--once", "--last", str(last)]) == status
+    printed = capsys.readouterr().out
+    assert ("step 1500 skipped (tag ['epoch 3', 1500])" in printed) == (status == 1)
+    assert f"in the last {min(last, N):,} step" in printed
+
+
+def test_the_json_has_everything_and_is_strict(path, capsys) -> None:
+    assert main(["monitor", str(path.parent), "--once", "--json"]) == 1
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    told = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert told["file"] == str(path) and 0 <= told["age_s"] < 600
+    assert told["latest"]["step"] == N
+    assert told["records"] == 1000 and told["actions"] == {"applied": 999, "skipped": 1}
+    assert told["n_incidents"] == 1 and told["reasons"] == {"nonfinite_loss": 1}
+    assert told["incidents"][0]["losses"] == {"seg": "NaN"}
+
+
+def test_damaged_and_half_written_lines_are_counted(path, capsys) -> None:
+    with path.open("ab") as file:
+        file.write(b'\x00\x01\n[]\n{"step": 2001, "total_no')
+    assert main(["monitor", str(path), "--once", "--last", "10"]) == 0
+    printed = capsys.readouterr().out
+    assert "7 applied, 3 damaged lines" in printed and "step 2,000" in printed
+
+
+def test_a_last_record_without_its_newline_is_one(path, capsys) -> None:
+    path.write_text('{"step": 1, "total_norm": 1, "clip_coef": 1, "action": "applied"}')
+    assert main(["monitor", str(path), "--once", "--last", "1"]) == 0
+    assert "1 applied\n" in capsys.readouterr().out
+
+
+def test_a_run_without_a_step_yet_is_neither_fine_nor_bad(tmp_path, capsys) -> None:
+    (tmp_path / "r.jsonl").touch()
+    assert main(["monitor", str(tmp_path), "--once"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "r.jsonl is empty: no step has been recorded yet; --wait" in captured.err
+    assert main(["monitor", str(tmp_path), "--once", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["latest"] is None
+
+
+def once_while_a_run_begins(path) -> int:
+    """The status of `monitor --once --wait` on a run whose first record comes a moment later."""
+
+    def begin() -> None:
+        time.sleep(0.3)
+        with JsonLinesSink(path) as sink:
+            sink(StepRecord(1, 1.0, 1.0, "applied"))
+
+    thread = threading.Thread(target=begin)
+    thread.start()
+    status = main(["monitor", str(path), "--once", "--wait", "--interval", "0.05"])
+    thread.join()
+    return status
+
+
+def test_once_waits_for_the_first_record_of_an_empty_file(tmp_path, capsys) -> None:
+    path = tmp_path / "r.jsonl"
+    path.touch()
+
+    status = once_while_a_run_begins(path)
+    assert status == 0 and "1 applied" in capsys.readouterr().out
+
+
+def test_incidents_that_have_left_the_window_decide_nothing(path, capsys, monkeypatch) -> None:
+    watch = Watch(last=3)
+    for file in [*rotated_files(path), path]:
+        for line in file.read_bytes().splitlines():
+            watch.feed(line)  # as the screen does, which goes on from the lines it began with
+    assert watch.n_incidents == 1
+    monkeypatch.setattr(command, "_once", lambda args: watch)
+    assert main(["monitor", str(path), "--once"]) == 0
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (["missing.jsonl", "--once"], "no such file: missing.jsonl"),
+        (["missing", "--once"], "no such file: missing"),
+        (["empty", "--once"], "no .jsonl file"),
+        (["two", "--once"], "several runs (a.jsonl, b.jsonl)"),
+        (["train.log", "--once"], "use: fastguard scan"),
+        (["/dev/null", "--once"], "no regular file"),
+        (["two/a.jsonl", "--json"], "add --once"),
+        (["two/a.jsonl"], "use --once"),
+        (["two/a.jsonl", "--once", "--last", "0"], "0 is not in 1 ... 1000000"),
+        (["two/a.jsonl", "--interval", "0"], "0 is not in 0.05 ... 3600"),
+        (["two/a.jsonl", "--interval", "soon"], "'soon' is not a number"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_use_is_one_line_and_status_2(args, said, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "a.jsonl").touch()
+    (tmp_path / "two" / "b.jsonl").touch()
+    (tmp_path / "train.log").write_text("epoch 1 loss nan\n")
+    assert main(["monitor", *args]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
+
+
+def test_once_waits_for_a_run_when_asked(tmp_path, capsys) -> None:
+    path = tmp_path / "run" / "records.jsonl"
+
+    status = once_while_a_run_begins(path)
+    assert status == 0
+    assert str(path) in capsys.readouterr().out
+
+
+PEAK = """
+import resource, sys
+from fastguard.commands.cli import main
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+main(["monitor", sys.argv[1], "--once", "--last", "1000"])
+from pathlib import Path
+from fastguard.commands.monitor.follow import Follower
+from fastguard.commands.monitor.history import History
+history = History(Follower(Path(sys.argv[1]), 1000).earlier, keep=100)
+history.search(60.0)
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print("steps", history.n_steps, "kB", after - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="no resource module")
+def test_memory_does_not_grow_with_the_file(tmp_path) -> None:
+    line = json.dumps(StepRecord(1, 1.0, 1.0, "applied", losses={"loss": 0.5}).as_dict()) + "\n"
+    grown = {}
+    for megabytes in (3, 300):
+        path = tmp_path / f"{megabytes}.jsonl"
+        block = line.encode() * 10_000
+        n_blocks = max(1, megabytes * 1_000_000 // len(block))
+        with path.open("wb") as file:
+            for _ in range(n_blocks):
+                file.write(block)
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, str(path)], capture_output=True, text=True, check=True
+        )
+        steps, kilobytes = done.stdout.split("steps ")[-1].split(" kB ")
+        assert int(steps) == n_blocks * 10_000 - 1000
+        grown[megabytes] = int(kilobytes)
+        os.unlink(path)
+    assert grown[300] < grown[3] + 4000  # two blocks of a megabyte, and what malloc makes of them
+    assert grown[300] < 30_000

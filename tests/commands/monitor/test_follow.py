@@ -1,0 +1,200 @@
+"""A file is followed through everything that happens to log files, and no line comes twice."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from fastguard import JsonLinesSink, StepRecord, sinks
+from fastguard.commands.monitor import follow
+from fastguard.commands.monitor.follow import Follower
+from fastguard.sinks import parse_record
+
+
+def steps(lines: Iterable[bytes]) -> list[int]:
+    return [parse_record(line).step for line in lines]
+
+
+def write(path: Path, *numbers: int, mode: str = "ab") -> None:
+    with path.open(mode) as file:
+        for number in numbers:
+            file.write(b"%d\n" % number)
+
+
+def read(follower: Follower) -> list[int]:
+    return [int(line) for line in follower.poll()]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "r.jsonl"
+
+
+def test_it_begins_with_the_last_lines_and_goes_on(path: Path) -> None:
+    write(path, 1, 2, 3, 4, 5)
+    follower = Follower(path, last=2)
+    assert read(follower) == [4, 5]
+    assert read(follower) == []
+    write(path, 6, 7)
+    assert read(follower) == [6, 7]
+
+
+def test_a_line_is_taken_when_its_end_has_been_written(path: Path) -> None:
+    write(path, 1)
+    follower = Follower(path, last=10)
+    with path.open("ab", buffering=0) as file:
+        file.write(b"2")
+        assert read(follower) == [1]
+        file.write(b"3\n4")
+        assert read(follower) == [23]
+    assert list(follower.finish()) == [b"4"] and list(follower.finish()) == []
+
+
+def test_the_last_lines_may_lie_in_rotated_files(path: Path) -> None:
+    write(path.with_name("r.9.jsonl"), 1, 2)
+    write(path.with_name("r.10.jsonl"), 3, 4)
+    write(path, 5)
+    assert read(Follower(path, last=2)) == [4, 5]
+    assert read(Follower(path, last=4)) == [2, 3, 4, 5]
+    assert read(Follower(path, last=100)) == [1, 2, 3, 4, 5]
+
+
+def test_just_after_a_rotation_the_current_file_is_not_there_yet(path: Path) -> None:
+    write(path.with_name("r.1.jsonl"), 1, 2)
+    follower = Follower(path, last=1)
+    assert read(follower) == [2]
+    write(path, 3)
+    assert read(follower) == [3]
+
+
+def test_a_file_that_does_not_exist_yet(path: Path) -> None:
+    follower = Follower(path, last=3)
+    assert read(follower) == [] and follower.age(time.time()) is None
+    write(path, 1, 2, 3, 4, 5)
+    assert read(follower) == [1, 2, 3, 4, 5]
+    assert follower.age(time.time() + 60) >= 60
+
+
+def test_several_rotations_between_two_looks(path: Path) -> None:
+    write(path, 1)
+    follower = Follower(path, last=10)
+    assert read(follower) == [1]
+    write(path, 2)
+    path.rename(path.with_name("r.1.jsonl"))
+    write(path, 3)
+    path.rename(path.with_name("r.2.jsonl"))
+    write(path, 4)
+    path.rename(path.with_name("r.3.jsonl"))
+    assert read(follower) == [2, 3, 4]
+    write(path, 5)
+    assert read(follower) == [5]
+
+
+def test_files_that_were_rotated_and_deleted_meanwhile_are_passed_over(path: Path) -> None:
+    write(path, 1)
+    follower = Follower(path, last=10)
+    write(path, 2)
+    path.unlink()  # the sink keeps one full file, and two came after ours
+    write(path.with_name("r.3.jsonl"), 5)
+    write(path, 6)
+    assert read(follower) == [1, 2, 5, 6]  # ours is still open, so nothing of it is lost
+
+
+def test_a_cut_line_ends_with_its_file(path: Path) -> None:
+    write(path, 1)
+    follower = Follower(path, last=10)
+    with path.open("ab") as file:
+        file.write(b"2")
+    path.rename(path.with_name("r.1.jsonl"))
+    write(path, 3)
+    assert read(follower) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("how", ["replaced", "deleted-and-made-anew", "truncated"])
+def test_a_new_run_under_the_same_name_is_read_from_its_beginning(path: Path, how: str) -> None:
+    write(path, 1, 2, 3)
+    follower = Follower(path, last=10)
+    assert read(follower) == [1, 2, 3]
+    if how == "replaced":
+        write(path.with_name("new"), 7)
+        path.with_name("new").replace(path)
+    elif how == "truncated":
+        write(path, 7, mode="wb")
+    else:
+        path.unlink()
+        assert read(follower) == []
+        write(path, 7)
+    assert read(follower) == [7]
+    write(path, 8)
+    assert read(follower) == [8]
+
+
+WRITER = """
+import sys, time
+from fastguard import JsonLinesSink, StepRecord
+with JsonLinesSink(sys.argv[1], max_bytes=5000) as sink:
+    for step in range(1, 2001):
+        sink(StepRecord(step, 1.0, 1.0, "applied", lr=0.5))
+        if step % 10 == 0:
+            time.sleep(0.001)  # long enough for the readers to look in between
+"""
+
+
+def test_no_line_is_lost_or_doubled_while_a_process_writes_and_rotates(path: Path) -> None:
+    follower = Follower(path, last=10)
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)])
+    seen: list[int] = []
+    while process.poll() is None:
+        seen += steps(follower.poll())
+    seen += steps(follower.poll())
+    assert process.returncode == 0
+    assert seen == list(range(1, 2001))
+    assert len(os.listdir(path.parent)) > 50  # it did rotate, again and again
+
+
+def test_a_follower_may_begin_in_the_middle_of_that(path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)])
+    while not path.exists():
+        time.sleep(0.01)
+    followers = [Follower(path, last=n) for n in (1, 50, 1000) for _ in range(5)]
+    process.wait()
+    for follower in followers:
+        seen = steps(follower.poll())
+        assert seen == list(range(seen[0], 2001))
+
+
+@pytest.mark.parametrize("when", ["at-its-beginning", "when-it-goes-on"])
+def test_a_rotation_while_it_looks_around_loses_nothing(path: Path, monkeypatch, when: str) -> None:
+    def rotated_files(current: Path) -> list[Path]:
+        """The real one, and the sink rotates just before it looks."""
+        monkeypatch.setattr(follow, "rotated_files", sinks.rotated_files)
+        path.rename(path.with_name("r.8.jsonl"))
+        write(path, 4)
+        return sinks.rotated_files(current)
+
+    write(path.with_name("r.1.jsonl"), 1)
+    if when == "at-its-beginning":
+        write(path, 2, 3)
+        monkeypatch.setattr(follow, "rotated_files", rotated_files)
+        assert read(Follower(path, last=3)) == [1, 2, 3, 4]
+        return
+    write(path, 2)
+    follower = Follower(path, last=3)
+    path.rename(path.with_name("r.7.jsonl"))
+    write(path, 3)
+    monkeypatch.setattr(follow, "rotated_files", rotated_files)
+    assert read(follower) == [1, 2, 3, 4]
+
+
+def test_age_is_that_of_the_last_write(path: Path) -> None:
+    with JsonLinesSink(path) as sink:
+        sink(StepRecord(1, 1.0, 1.0, "applied"))
+    os.utime(path, (1000, 1000))
+    assert Follower(path, last=1).age(1060.0) == 60.0
+    assert Follower(path, last=1).age(900.0) == 0.0  # clocks of two machines

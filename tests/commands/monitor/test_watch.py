@@ -1,0 +1,107 @@
+"""What the screen and the summary know of a run."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastguard import StepRecord
+from fastguard.commands.monitor.sparkline import ASCII_BARS, sparkline
+from fastguard.commands.monitor.summary import as_text, duration, verdict
+from fastguard.commands.monitor.watch import CURVE, INCIDENTS, RATE_SECONDS, Rate, Watch
+
+ACTIONS = ["applied", "clipped", "sanitized", "skipped"]
+
+
+def line(step: int, action: str = "applied", **fields: object) -> bytes:
+    if action == "skipped":
+        fields.setdefault("reason", "nonfinite_grad")
+        fields.setdefault("consecutive_skips", 1)
+    return json.dumps(StepRecord(step, 1.0, 1.0, action, **fields).as_dict()).encode()  # type: ignore[arg-type]
+
+
+@given(st.lists(st.sampled_from(ACTIONS)), st.integers(1, 10))
+def test_counts_are_those_of_the_last_records(actions: list[str], last: int) -> None:
+    watch = Watch(last)
+    for step, action in enumerate(actions):
+        watch.feed(line(step, action))
+    latest = actions[-last:]
+    assert dict(watch.actions) == {a: latest.count(a) for a in ACTIONS if a in latest}
+    assert watch.incidents_in_window == latest.count("skipped")
+    assert watch.n_incidents == actions.count("skipped")
+    assert watch.in_window == len(latest) and watch.n_records == len(actions)
+
+
+def test_damage_is_counted_and_blank_lines_are_nothing() -> None:
+    watch = Watch(10)
+    for damaged in (b"{", b"[1]", b'{"step": 1}', b"\xff\xfe", b"\x00" * 100):
+        watch.feed(damaged)
+    for blank in (b"", b"  ", b"\r"):
+        watch.feed(blank)
+    watch.feed(line(1))
+    assert (watch.damaged, watch.n_records) == (5, 1)
+
+
+def test_what_is_kept_does_not_grow() -> None:
+    watch = Watch(last=1_000_000)
+    for step in range(5000):
+        watch.feed(line(step, "skipped"))
+    assert len(watch.curve) == CURVE and len(watch.incidents) == INCIDENTS
+    assert watch.incidents_in_window == 5000
+
+
+def test_the_verdict_in_words() -> None:
+    watch = Watch(3)
+    assert verdict(watch) == "no records yet"
+    watch.feed(line(1))
+    assert verdict(watch) == "no incident in the last 1 step"
+    watch.feed(line(2, "skipped"))
+    watch.feed(line(3, "skipped", consecutive_skips=2))
+    assert verdict(watch) == "2 incidents in the last 3 steps, skipping now (2 in a row)"
+    watch.feed(line(4))
+    assert verdict(watch) == "2 incidents in the last 3 steps, the latest at step 3"
+    watch.feed(line(5))
+    watch.feed(line(6))
+    assert verdict(watch) == "no incident in the last 3 steps"
+
+
+def test_what_a_file_holds_commands_no_terminal(tmp_path) -> None:
+    watch = Watch(3)
+    watch.feed(line(1, "skipped\x1b[2J", reason="\x1b]0;x\x07", losses={"\x1b[1m": 1.0}, tag="\n"))
+    text = as_text(tmp_path, watch, 1.0)
+    assert "\x1b" not in text and "\x07" not in text
+
+
+def test_the_rate_is_that_of_the_last_seconds() -> None:
+    rate = Rate()
+    assert rate.sample(100.0, 1000) is None  # the tail that was there before counts for nothing
+    assert rate.sample(100.5, 1100) is None  # too short to say
+    assert rate.sample(102.0, 1020) == 10.0
+    for second in range(3, 1000):
+        latest = rate.sample(100.0 + second, 1020 + 5 * (second - 2))
+    assert latest == 5.0
+    assert len(rate._samples) <= RATE_SECONDS + 2
+
+
+def test_sparklines() -> None:
+    assert sparkline([0, 7], 80) == "▁█"
+    assert sparkline([5, 5, 5], 80) == "▁▁▁"
+    assert sparkline([math.nan, 1, 2, math.inf], 80) == "!▁█!"
+    assert sparkline([1, 10, 100, 1000, 10_000], 80, "01234") == "01234"  # logarithmic
+    assert sparkline([-1e300, 1e300], 80, ASCII_BARS)[0] == "_"
+    assert sparkline([], 80) == "" and sparkline([1.0], 0) == ""
+    spike = [1.0] * 10_000
+    spike[1234] = 50.0
+    assert sparkline(spike, 100).count("█") == 1  # no peak is lost to a narrow terminal
+
+
+def test_durations() -> None:
+    assert [duration(s) for s in (0.4, 61, 3700, 90_000)] == [
+        "0 s",
+        "1 min 1 s",
+        "1 h 1 min",
+        "1 d 1 h",
+    ]

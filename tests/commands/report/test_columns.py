@@ -1,0 +1,130 @@
+"""Columns hold what the records hold, whatever is missing in them or wrong with them."""
+
+import math
+
+import numpy as np
+import pytest
+
+from fastguard import StepRecord
+from fastguard.commands.report.columns import COEF, LR, MOST_NAMES, NORM, ColumnReader, Series
+
+NAN, INF = math.nan, math.inf
+
+
+def as_read(step=1, norm=1.0, coef=1.0, action="applied", **more):
+    return StepRecord(step, norm, coef, action, **more).as_dict()
+
+
+def read(*records):
+    return ColumnReader().read(list(records))
+
+
+def test_fields_become_columns():
+    columns = read(
+        as_read(1, norm=2.0, lr=0.1, losses={"a": 1.0}, thresholds={"grad_norm": 5.0}),
+        as_read(2, norm=3.0, coef=0.5, action="clipped", losses={"a": 2.0, "b": -1.0}),
+    )
+    assert columns.step.tolist() == [1, 2]
+    found = {series: column.tolist() for series, column in columns.values.items()}
+    np.testing.assert_equal(
+        found,
+        {
+            NORM: [2.0, 3.0],
+            COEF: [1.0, 0.5],
+            LR: [0.1, NAN],
+            Series("loss", "a"): [1.0, 2.0],
+            Series("loss", "b"): [NAN, -1.0],
+            Series("threshold", "grad_norm"): [5.0, NAN],
+        },
+    )
+    assert columns.actions == {"applied": 1, "clipped": 1}
+    assert (columns.bad, columns.rejected) == ([], 0)
+
+
+def test_an_older_record_with_nothing_but_its_step_is_a_record():
+    columns = read({"step": 7}, as_read(8))
+    assert columns.step.tolist() == [7, 8]
+    assert math.isnan(columns.values[NORM][0])
+    assert (columns.bad, columns.rejected) == ([], 0)
+
+
+@pytest.mark.parametrize(
+    "record, reason",
+    [
+        (as_read(action="skipped", reason="grad_spike", spikes=("grad_norm",)), "grad_spike"),
+        (as_read(losses={"a": INF}), "nonfinite_loss"),
+        (as_read(losses={"a": -INF, "b": 1.0}), "nonfinite_loss"),
+        (as_read(losses={"a": NAN}, culprits=(("w", 1, 0, 0),), n_culprits=1), "nonfinite_grad"),
+        (as_read(action="sanitized", culprits=(("w", 0, 1, 0),), n_culprits=1), "nonfinite_grad"),
+        (as_read(norm=INF), "nonfinite_grad"),
+        (as_read(norm=NAN), "nonfinite_grad"),
+    ],
+)
+def test_what_went_wrong_is_found_also_where_no_reason_was_given(record, reason):
+    (bad,) = read(as_read(1), {**record, "step": 2}, as_read(3)).bad
+    assert (bad.row, bad.step, bad.reason) == (1, 2, reason)
+    assert bad.action == record["action"]
+
+
+def test_what_is_said_of_a_bad_step():
+    record = as_read(
+        4,
+        norm=9.0,
+        action="skipped",
+        reason="nonfinite_grad",
+        culprits=(("head", 2, 1, 0),),
+        n_culprits=12,
+        losses={"a": NAN, "b": 1.0},
+        tag=(3, 46),
+    )
+    (bad,) = read(record).bad
+    assert bad.culprits == (("head", 2, 1, 0),)
+    assert (bad.n_culprits, bad.bad_losses, bad.n_losses) == (12, ("a",), 2)
+    assert (bad.norm, bad.tag) == (9.0, [3, 46])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"total_norm": "much"},
+        {"total_norm": [1.0]},
+        {"lr": {}},
+        {"lr": 10**400},
+        {"losses": 5},
+        {"losses": "NaN"},
+        {"losses": {"a": "x"}},
+        {"thresholds": [1]},
+        {"reason": "x", "culprits": [["w", 1]]},
+        {"reason": "x", "culprits": 3},
+        {"n_culprits": "many"},
+        {"reason": "x", "spikes": 1},
+    ],
+    ids=str,
+)
+def test_a_field_of_another_type_costs_one_record_and_no_more(wrong):
+    records = [as_read(step) for step in range(1, 10)]
+    records[4] = {**records[4], **wrong}
+    columns = read(*records)
+    assert columns.step.tolist() == [1, 2, 3, 4, 6, 7, 8, 9]
+    assert columns.rejected == 1
+
+
+def test_all_records_of_another_type():
+    columns = read({"step": 1, "lr": "x"}, {"step": 2, "lr": "y"})
+    assert (len(columns.step), columns.rejected) == (0, 2)
+
+
+def test_names_without_end_take_no_memory():
+    reader = ColumnReader()
+    for step in range(100):
+        columns = reader.read([as_read(step, losses={f"loss {step}": 1.0})])
+    assert len(columns.values) == 3 + MOST_NAMES
+    assert reader.unnamed
+
+
+def test_a_series_stays_when_a_block_has_none_of_it():
+    reader = ColumnReader()
+    reader.read([as_read(1, losses={"a": 1.0})])
+    columns = reader.read([as_read(2)])
+    assert np.isnan(columns.values[Series("loss", "a")]).all()
+    assert columns.bad == [] and not reader.unnamed

@@ -1,0 +1,137 @@
+"""`fastguard report` as a user sees it: what it prints, what it writes, how it ends."""
+
+import dataclasses
+import math
+import subprocess
+import sys
+
+import pytest
+
+from fastguard import JsonLinesSink, StepRecord
+from fastguard.commands.cli import main
+from guardtest import require
+
+require("plotly")
+
+WITHOUT = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == {name!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Blocked())
+from fastguard.commands.cli import main
+sys.exit(main(["report", {run!r}]))
+"""
+
+
+def record(step, **more):
+    return StepRecord(step, 1.0, 1.0, "applied", losses={"loss": 1 / step}, lr=0.1, **more)
+
+
+def bad(step):
+    return StepRecord(
+        step, 1.0, 1.0, "skipped", reason="nonfinite_loss", losses={"loss": math.nan}, lr=0.1
+    )
+
+
+def written(path, records):
+    with JsonLinesSink(path, max_bytes=8192) as sink:
+        for one in records:
+            sink(one)
+    return path
+
+
+def test_a_folder_is_read_and_the_page_is_written_beside_the_records(tmp_path, capsys):
+    written(tmp_path / "records.jsonl", [*map(record, range(1, 100)), bad(100), record(101)])
+    assert main(["report", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[0] == "1 incident in 101 steps, survived."
+    assert printed.out.splitlines()[-1] == f"Written: {tmp_path / 'records.html'}"
+    assert printed.err == ""
+    page = (tmp_path / "records.html").read_text("utf-8")
+    assert "1 incident in 101 steps, survived." in page and "records.jsonl" in page
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]  # nothing half-written
+
+
+@pytest.mark.parametrize("ranks, text", [((1, 3), "on rank 3"), ((2, None), "on 2 ranks")])
+def test_the_culprit_rank_is_told(tmp_path, ranks, text):
+    n, rank = ranks
+    struck = dataclasses.replace(bad(50), culprit_ranks=n, culprit_rank=rank)
+    written(tmp_path / "records.jsonl", [*map(record, range(1, 50)), struck, record(51)])
+    assert main(["report", str(tmp_path)]) == 0
+    assert text in (tmp_path / "records.html").read_text("utf-8")
+
+
+def test_out_names_another_folder(tmp_path):
+    run = written(tmp_path / "run7.jsonl", map(record, range(1, 10)))
+    assert main(["report", str(run), "--out", str(tmp_path / "new" / "folder")]) == 0
+    assert (tmp_path / "new" / "folder" / "run7.html").exists()
+    assert not (tmp_path / "run7.html").exists()
+
+
+def test_status_1_when_the_run_ended_in_an_incident(tmp_path, capsys):
+    written(tmp_path / "records.jsonl", [*map(record, range(1, 10)), *map(bad, range(10, 60))])
+    assert main(["report", str(tmp_path)]) == 1
+    assert "was not over when the records ended" in capsys.readouterr().out
+
+
+def test_damaged_lines_are_counted_and_the_rest_is_reported(tmp_path, capsys):
+    path = written(tmp_path / "records.jsonl", map(record, range(1, 10)))
+    with path.open("ab") as file:
+        file.write(b'\0\0\0\n{"step": 10, "lr": {}}\n{"step": 11, "total')
+    assert main(["report", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "No incident in 9 steps." in printed
+    assert "3 lines could not be read and were left out." in printed
+
+
+@pytest.mark.parametrize("only_steps", [1, 2, 1500])
+def test_records_with_nothing_but_a_step(only_steps, tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(f'{{"step": {step}}}\n' for step in range(only_steps)))
+    assert main(["report", str(path)]) == 0
+    assert "No incident in" in (tmp_path / "records.html").read_text("utf-8")
+
+
+def test_nothing_to_report_is_wrong_use(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 2
+    assert "holds no .jsonl file" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "no.jsonl")]) == 2
+    assert "no such file" in capsys.readouterr().err
+    (tmp_path / "empty.jsonl").write_text("garbage\n")
+    assert main(["report", str(tmp_path)]) == 2
+    assert "holds no record (1 damaged line)" in capsys.readouterr().err
+    assert not (tmp_path / "empty.html").exists()
+
+
+def test_an_unwritable_folder_is_found_before_the_file_is_read(tmp_path, capsys, monkeypatch):
+    written(tmp_path / "records.jsonl", map(record, range(1, 10)))
+    reading = "fastguard.commands.report.command.read_blocks"
+    monkeypatch.setattr(reading, lambda *args: pytest.fail("it read the file"))
+    (tmp_path / "file").write_text("keep me")
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "file")]) == 2
+    assert "cannot write to --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["plotly", "rich"])
+def test_without_the_extra_it_names_the_extra(missing, tmp_path):
+    written(tmp_path / "records.jsonl", map(record, range(1, 10)))
+    code = WITHOUT.format(name=missing, run=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"fastguard report: No module named '{missing}'; "
+        "run: pip install 'torch-fastguard[report]'\n"
+    )
+
+
+def test_two_runs_give_the_same_page_byte_for_byte(tmp_path):
+    run = written(
+        tmp_path / "records.jsonl", [*map(record, range(1, 3000)), bad(3000), record(3001)]
+    )
+    pages = []
+    for _ in range(2):
+        assert main(["report", str(run)]) == 0
+        pages.append((tmp_path / "records.html").read_bytes())
+    assert pages[0] == pages[1]

@@ -1,0 +1,154 @@
+"""What is drawn: every incident, every extreme, and the steps around an incident one by one."""
+
+import math
+
+import numpy as np
+import pytest
+
+from fastguard import StepRecord
+from fastguard.commands.report.columns import NORM, Series
+from fastguard.commands.report.summary import summarise
+from fastguard.records_file import Block
+from guardtest import require
+
+require("plotly")
+drawing = require("fastguard.commands.report.figure")
+draw, points = drawing.draw, drawing.points
+
+STEPS = 5000
+BAD = (700, 701, 2345, 4999)
+
+
+def record(step, **more):
+    bad = step in BAD
+    fields = {
+        "total_norm": 500.0 if step == 1234 else 2 + math.sin(step),
+        "clip_coef": 1.0,
+        "action": "skipped" if bad else "applied",
+        "reason": "nonfinite_grad" if bad else None,
+        "culprits": (("blocks.10.w", 1, 0, 0), ("blocks.9.w", 1, 0, 0)) if bad else (),
+        "n_culprits": 2 if bad else 0,
+        "losses": {"seg": 1.0, "contour": math.nan if bad else 0.5},
+        "thresholds": {"grad_norm": 9.0, "seg": 3.0},
+        "lr": 1e-3,
+    }
+    return StepRecord(step, **(fields | more)).as_dict()
+
+
+@pytest.fixture(scope="module")
+def summary():
+    return summarise([Block([record(step) for step in range(1, STEPS + 1)], 0, 0)])
+
+
+@pytest.fixture(scope="module")
+def figure(summary):
+    return draw(summary)
+
+
+def traces(figure, name):
+    return [trace for trace in figure.data if trace.name == name]
+
+
+def test_rows_share_one_axis(figure):
+    titles = [annotation.text for annotation in figure.layout.annotations]
+    assert titles == [
+        f"<b>{title}</b>"
+        for title in (
+            "Loss", "Gradient norm", "Clip coefficient", "Learning rate", "Incidents",
+            "Non-finite gradients by layer",
+        )
+    ]  # fmt: skip
+    axes = [figure.layout[f"xaxis{i or ''}"] for i in ("", 2, 3, 4, 5, 6)]
+    assert len({axis.matches for axis in axes[:-1]}) == 1
+    domains = [figure.layout[f"yaxis{i or ''}"].domain for i in ("", 2, 3, 4, 5, 6)]
+    bottoms, tops = zip(*domains, strict=True)
+    assert all(low > top for low, top in zip(bottoms, tops[1:], strict=False))
+
+
+def test_every_incident_is_marked(figure):
+    (marks,) = traces(figure, "skipped")
+    assert list(marks.x) == list(BAD)
+    assert all(text.startswith("step ") and "more" not in text for text in marks.text)
+
+
+def test_marks_that_stand_for_several_say_how_many():
+    bad = {"action": "skipped", "reason": "nonfinite_loss"}
+    rows = [record(step, **(bad if step % 2 else {})) for step in range(1, 6001)]
+    texts = [t for m in traces(draw(summarise([Block(rows, 0, 0)])), "skipped") for t in m.text]
+    more = [int(text.split(" and ")[1].split(" ")[0]) for text in texts if " and " in text]
+    assert len(texts) <= 1024 + 1
+    assert len(texts) + sum(more) == 3000 + 1  # step 700 is bad, and even
+
+
+def test_extremes_and_close_ups_are_on_the_line(summary):
+    x, y = points(summary, NORM)
+    assert (1234, 500.0) in set(zip(x, y, strict=True))
+    assert set(range(2345 - 16, 2345 + 17)) <= set(x)
+    assert np.all(np.diff(x) >= 0) and len(x) < 2500
+    x, _ = points(summary, Series("loss", "contour"))
+    assert not set(BAD) & set(x)  # NaN has no place on a line
+
+
+def test_thresholds_stand_with_what_they_limit(figure):
+    (norm,) = traces(figure, "threshold")
+    (seg,) = traces(figure, "threshold of seg")
+    assert norm.yaxis == "y2" and seg.yaxis == "y"
+    assert set(norm.y) == {9.0} and set(seg.y) == {3.0}
+
+
+def test_the_norm_is_logarithmic_where_it_spans_orders(figure):
+    assert figure.layout.yaxis2.type == "log"
+    assert figure.layout.yaxis.type != "log"
+
+
+def test_a_norm_of_zero_is_left_out_of_logarithms():
+    rows = [record(step, total_norm=[0.0, 1.0, 900.0][step % 3]) for step in range(1, 100)]
+    figure = draw(summarise([Block(rows, 0, 0)]))
+    assert figure.layout.yaxis2.type == "log"
+    (norm,) = traces(figure, "gradient norm")
+    assert set(norm.y) == {1.0, 900.0}
+
+
+@pytest.mark.parametrize("values", [(0.0, 1000.0), (-5.0, 1000.0), (1.0, 40.0)])
+def test_a_loss_that_has_no_logarithm_or_needs_none_is_linear(values):
+    rows = [record(step, losses={"loss": values[step % 2]}) for step in range(1, 100)]
+    assert draw(summarise([Block(rows, 0, 0)])).layout.yaxis.type != "log"
+
+
+def test_the_heat_map_counts_each_layer_in_the_order_of_the_model(figure):
+    (heat,) = [trace for trace in figure.data if trace.type == "heatmap"]
+    assert [row[0] for row in heat.customdata] == ["blocks.9", "blocks.10"]
+    assert np.nansum(heat.z, axis=1).tolist() == [len(BAD), len(BAD)]
+    width = heat.dx
+    for step in BAD:
+        column = int(np.argmin(np.abs(np.array(heat.x) - step)))
+        assert abs(heat.x[column] - step) <= width / 2 and heat.z[0][column] >= 1
+
+
+def test_the_norm_of_a_quiet_run_has_no_rows_for_incidents():
+    records = [record(step) for step in range(1, 100)]
+    titles = [a.text for a in draw(summarise([Block(records, 0, 0)])).layout.annotations]
+    assert len(titles) == 4
+
+
+def test_few_steps_are_drawn_as_they_are():
+    figure = draw(summarise([Block([record(step) for step in range(1, 50)], 0, 0)]))
+    (seg,) = traces(figure, "seg")
+    assert list(seg.x) == list(range(1, 50))
+    assert not [trace for trace in figure.data if trace.meta == "mean"]
+
+
+def test_a_single_step_is_a_dot():
+    figure = draw(summarise([Block([record(1)], 0, 0)]))
+    assert {trace.mode for trace in figure.data} == {"markers"}
+
+
+def test_names_are_text_and_no_markup():
+    losses = {"<b>x</b>": 1.0, "<a href='javascript:1'>": 2.0}
+    figure = draw(summarise([Block([record(1, losses=losses), record(2, losses=losses)], 0, 0)]))
+    assert all("<" not in (trace.name or "") for trace in figure.data)
+
+
+def test_nothing_to_draw():
+    assert not draw(summarise([Block([{"step": 1}], 0, 0)])).data
+    assert not draw(summarise([])).data

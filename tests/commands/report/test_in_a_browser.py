@@ -1,0 +1,172 @@
+"""The page in a real browser: drawn, clickable, silent, and no wider than a phone."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from fastguard import JsonLinesSink, StepRecord
+from fastguard.commands.cli import main
+from guardtest import require
+from guardtest.browser import chromium
+
+require("plotly")
+
+INCIDENTS = (400, 1200, 1201, 2500)
+NASTY = "</script><script>alert('x')</script>"
+LONG = "encoder.stages.11.blocks.23.attention.in_proj.base_layer.weight"
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Path:
+    """The report of 3,000 steps with three incidents and a rollback."""
+    folder = tmp_path_factory.mktemp("run")
+    with JsonLinesSink(folder / "records.jsonl") as sink:
+        for step in [*range(1, 2001), *range(1801, 3001)]:
+            bad = step in INCIDENTS
+            sink(
+                StepRecord(
+                    step,
+                    total_norm=1 + 0.5 * math.sin(step),
+                    clip_coef=1.0,
+                    action="skipped" if bad else "applied",
+                    reason="nonfinite_grad" if bad else None,
+                    culprits=((LONG, 1, 0, 0), ("<b>head</b>.bias", 1, 0, 0)) if bad else (),
+                    n_culprits=2 if bad else 0,
+                    losses={"loss": math.nan if bad else 2 / step, NASTY: 0.5},
+                    thresholds={"grad_norm": 3.0},
+                    lr=1e-3,
+                    tag=(NASTY, "x" * 300) if bad else None,
+                )
+            )
+    assert main(["report", str(folder)]) == 0
+    return folder / "records.html"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with chromium(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver
+
+
+def opened(browser, page, width, height):
+    phone = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 640}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": width < 640})
+    browser.get_log("browser")
+    browser.get("about:blank")
+    browser.get(page.as_uri())
+    wait_until(browser, "document.querySelectorAll('.scatterlayer .trace path').length > 5")
+    return browser
+
+
+def wait_until(browser, condition):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    WebDriverWait(browser, 20).until(lambda driver: driver.execute_script(f"return {condition}"))
+
+
+def x_ranges(browser):
+    return browser.execute_script(
+        "const plot = document.getElementById('plot');"
+        "return Object.entries(plot._fullLayout).filter(([key]) => /^xaxis[0-9]*$/.test(key))"
+        ".map(([, axis]) => axis.range)"
+    )
+
+
+DESK, PHONE = (1280, 900), (375, 800)
+
+
+@pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
+def test_everything_is_drawn_and_nothing_complains(size, browser, page):
+    opened(browser, page, *size)
+    titles = [t.text for t in browser.find_elements("css selector", ".annotation-text")]
+    assert titles == [
+        "Loss",
+        "Gradient norm",
+        "Clip coefficient",
+        "Learning rate",
+        "Incidents",
+        "Non-finite gradients by layer",
+    ]
+    count = "return document.querySelectorAll(arguments[0]).length"
+    assert browser.execute_script(count, ".cartesianlayer .subplot") == len(titles)
+    assert browser.execute_script(count, ".heatmaplayer image") == 1
+    lines = browser.find_elements("css selector", ".scatterlayer .js-line")
+    assert len(lines) >= 6
+    assert all("NaN" not in line.get_attribute("d") for line in lines)
+    assert (
+        "3 incidents in 3,200 steps, all survived." in browser.find_element("tag name", "h1").text
+    )
+    assert browser.get_log("browser") == []
+    fetched = "return performance.getEntriesByType('resource').map((entry) => entry.name)"
+    assert browser.execute_script(fetched) == []
+
+
+@pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
+def test_an_incident_leads_into_the_plot_and_back(size, browser, page):
+    opened(browser, page, *size)
+    whole = x_ranges(browser)
+    assert all(low <= 1 and high >= 3000 for low, high in whole)
+    link = browser.find_element("css selector", "a[href='#incident-2']")
+    assert link.text == "1,200–1,201"
+    link.click()
+    wait_until(browser, "document.getElementById('plot')._fullLayout.xaxis.range[0] > 1000")
+    assert all(low == 1200 - 16 and high == 1201 + 16 for low, high in x_ranges(browser))
+    (mark,) = browser.find_elements("css selector", ".shapelayer path")
+    assert mark.is_displayed()
+    place = browser.find_element("id", "plot").rect["y"]
+    assert place <= browser.execute_script("return scrollY") + 1  # it came into view
+    assert link.find_element("xpath", "./ancestor::tr").get_attribute("class") == "chosen"
+
+    browser.find_element("id", "whole").click()
+    wait_until(browser, "document.getElementById('plot')._fullLayout.xaxis.range[1] > 2900")
+    assert x_ranges(browser) == whole
+    assert browser.find_elements("css selector", ".shapelayer path, tr.chosen") == []
+    assert browser.get_log("browser") == []
+
+
+def test_a_link_to_an_incident_opens_at_it(browser, page):
+    opened(browser, page, *DESK)
+    browser.get("about:blank")
+    browser.get(f"{page.as_uri()}#incident-3")
+    wait_until(browser, "document.getElementById('plot')?._fullLayout?.xaxis.range[0] > 2400")
+    assert browser.get_log("browser") == []
+
+
+def test_a_phone_scrolls_down_and_never_sideways(browser, page):
+    opened(browser, page, *PHONE)
+    width = browser.execute_script("return document.documentElement.scrollWidth")
+    assert width == PHONE[0]
+    # A finger on a plot scrolls the page instead of drawing a zoom box.
+    assert browser.execute_script("return document.getElementById('plot').layout.dragmode") is False
+    plot = browser.find_element("css selector", ".draglayer .nsewdrag").rect["width"]
+    assert plot > 0.6 * PHONE[0]  # the names of the layers leave room for the plots
+
+
+def test_names_are_shown_and_not_run(browser, page):
+    opened(browser, page, *DESK)
+    assert NASTY in browser.find_element("tag name", "table").text
+    legend = browser.execute_script("return document.querySelector('.infolayer').textContent")
+    assert "alert" in legend
+    assert "<b>head</b>" in browser.find_element("tag name", "table").text
+
+
+@pytest.mark.parametrize("theme, dark", [("light", False), ("dark", True)])
+def test_the_plots_follow_the_theme(theme, dark, browser, page):
+    feature = {"name": "prefers-color-scheme", "value": theme}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    opened(browser, page, *DESK)
+    title = browser.find_element("css selector", ".annotation-text")
+    brightness = [int(c) for c in re.findall(r"\d+", title.value_of_css_property("fill"))[:3]]
+    assert (min(brightness) > 200) if dark else (max(brightness) < 60)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_the_file_asks_for_nothing(page):
+    own = re.sub(r"<script.*?</script>", "", page.read_text("utf-8"), flags=re.S)
+    assert not re.search(r"(src|href)=.?https?:|@import|url\(", own)
+    assert "default-src 'none'" in own
+    assert 'name="viewport" content="width=device-width' in own
+    assert page.read_text("utf-8").count("Plotly, Inc.") >= 1

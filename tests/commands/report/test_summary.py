@@ -1,0 +1,202 @@
+"""One pass over a run keeps every incident and every extreme, and no more memory than it needs."""
+
+import importlib.util
+import json
+import math
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastguard import JsonLinesSink, StepRecord
+from fastguard.commands.report.close_up import REACH
+from fastguard.commands.report.columns import LR, NORM, Series
+from fastguard.commands.report.summary import BUCKETS, Jump, summarise
+from fastguard.records_file import Block, read_blocks
+
+LOSS = Series("loss", "loss")
+
+
+@pytest.fixture(scope="module")
+def big_run():
+    """benchmarks/big_run.py, which is not installed."""
+    place = Path(__file__).parents[3] / "benchmarks" / "big_run.py"
+    spec = importlib.util.spec_from_file_location("big_run", place)
+    module = sys.modules["big_run"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def record(step, action="applied", **more):
+    more = {"norm": 1.0, "losses": {"loss": 1.0}} | more
+    norm = more.pop("norm")
+    return StepRecord(step, norm, 1.0, action, **more)
+
+
+def bad(step, **more):
+    return record(step, "skipped", reason="nonfinite_grad", **more)
+
+
+def blocks_of(records, size=10):
+    """The blocks that a file of these records would give."""
+    rows = [json.loads(json.dumps(r.as_dict())) for r in records]
+    return [Block(rows[i : i + size], 0, 0) for i in range(0, len(rows), size)]
+
+
+def summary_of(*records, size=10):
+    return summarise(blocks_of(records, size))
+
+
+@pytest.fixture(scope="module")
+def large(big_run, tmp_path_factory):
+    """200,000 steps, 300 incidents, in rotated files with two damaged lines: file and summary."""
+    path = tmp_path_factory.mktemp("large") / "records.jsonl"
+    big_run.write_run(path, 200_000, 300, file_bytes=20_000_000)
+    with path.open("ab") as file:
+        file.write(b'garbage\n{"step": 200001, "total_no')
+    return path, summarise(read_blocks(path))
+
+
+def test_a_large_run_loses_no_incident(large):
+    path, summary = large
+    assert path.with_name("records.3.jsonl").exists()
+    assert (summary.records, summary.damaged) == (200_000, 2)
+    assert (summary.first_step, summary.last_step) == (1, 200_000)
+    written = {
+        json.loads(line)["step"]
+        for file in path.parent.glob("*.jsonl")
+        for line in file.read_text().splitlines()
+        if '"skipped"' in line
+    }
+    assert len(written) == summary.table.incidents == summary.actions["skipped"] == 300
+    (event,) = summary.events.names
+    marks = list(summary.events.items(event))
+    assert sum(count for _, count, _ in marks) == 300
+    assert {first for _, _, first in marks} <= written
+    covered = [step for step in written if (step >> summary.events.shift) in {k for k, *_ in marks}]
+    assert len(covered) == 300
+    rows = summary.table.rows
+    assert len(rows) <= summary.table.limit and sum(row.incidents for row in rows) == 300
+    assert sum(summary.layers.total(layer) for layer in summary.layers.names) == 3 * 300
+
+
+def test_a_large_run_keeps_its_extremes(large):
+    path, summary = large
+    norms, losses = [], []
+    for block in read_blocks(path):
+        norms += [row["total_norm"] for row in block.records]
+        losses += [float(row["losses"]["loss"]) for row in block.records]
+    norms, losses = np.array(norms), np.array(losses)
+    for series, values in ((NORM, norms), (LOSS, losses)):
+        curve = summary.buckets.curve(series)
+        highest, lowest = np.nanargmax(values), np.nanargmin(values)
+        assert values[highest] in curve.high and highest + 1 in curve.high_at
+        assert values[lowest] in curve.low and lowest + 1 in curve.low_at
+        np.testing.assert_array_equal(values[curve.low_at.astype(int) - 1], curve.low)
+        np.testing.assert_array_equal(values[curve.high_at.astype(int) - 1], curve.high)
+
+
+def test_what_is_kept_of_a_run_does_not_grow_with_it(big_run, tmp_path):
+    def kept(steps, incidents):
+        path = tmp_path / f"{steps}.jsonl"
+        big_run.write_run(path, steps, incidents)
+        summarise([])  # what the first call of anything allocates for good
+        tracemalloc.start()
+        summary = summarise(read_blocks(path, block_bytes=64 << 10))
+        held, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert len(summary.buckets.keys) <= BUCKETS
+        assert len(summary.close_ups.found) <= summary.table.limit
+        return held, peak
+
+    small, large = kept(5_000, 500), kept(20_000, 2_000)
+    assert large[0] < 3e6  # what is left at the end
+    assert large[1] < 1.25 * small[1] < 6e6  # the most at any time
+
+
+def test_every_step_bad_is_bounded_too():
+    records = [
+        bad(step, culprits=((f"layer{step % 1000}.w", 1, 0, 0),), n_culprits=1, tag=step)
+        for step in range(1, 20_001, 2)
+    ]
+    summary = summary_of(*records, size=500)
+    assert (summary.table.incidents, len(summary.table.rows)) == (1, 1)  # in a row, in the file
+    assert sum(map(summary.layers.total, summary.layers.names)) == 10_000
+    assert len(summary.layers.names) <= 257
+    assert not summary.survived
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_blocks_make_no_difference(size):
+    random = np.random.default_rng(0)
+    records = [
+        bad(step) if random.random() < 0.2 else record(step, norm=random.random())
+        for step in [*range(1, 300), *range(250, 400), *range(380, 420)]
+    ]
+    one, other = summary_of(*records, size=7), summary_of(*records, size=size)
+    assert one.table.rows == other.table.rows
+    assert one.jumps == other.jumps and one.records == other.records
+    np.testing.assert_array_equal(one.buckets.curve(NORM).high, other.buckets.curve(NORM).high)
+    assert one.close_ups.found.keys() == other.close_ups.found.keys()
+    assert one.evidence.kinds == other.evidence.kinds
+
+
+def test_a_rollback_is_seen_by_the_step_going_back():
+    summary = summary_of(*map(record, [*range(1, 51), *range(41, 61)]), size=20)
+    assert summary.jumps == [Jump(record=50, from_step=50, to_step=41)]
+    assert (summary.n_jumps, summary.records, summary.last_step) == (1, 70, 60)
+
+
+def test_a_rollback_between_bad_steps_separates_two_incidents():
+    summary = summary_of(bad(50), bad(51), bad(50), bad(51), record(52))
+    assert summary.table.incidents == 2
+
+
+def test_two_writers_of_one_file_take_no_memory():
+    summary = summary_of(*(record(step) for i in range(2000) for step in (i, i)), size=100)
+    assert summary.n_jumps == 2000
+    assert len(summary.jumps) == 200
+
+
+def test_the_mean_leaves_bad_steps_out():
+    summary = summary_of(*(record(s) for s in range(1, 5)), bad(5, norm=100.0), size=5)
+    summary.buckets.add(np.array([1 << 40]), {}, np.ones(1, bool))  # forces nothing but a bucket
+    curve = summary.buckets.curve(NORM)
+    assert np.nanmax(curve.mean) == 1.0 and curve.high.max() == 100.0
+
+
+def test_close_ups_surround_the_first_incident_of_each_row():
+    summary = summary_of(*(bad(s) if s in (100, 101, 500) else record(s) for s in range(1, 801)))
+    assert sorted(summary.close_ups.found) == [99, 499]
+    close_up = summary.close_ups.found[99]
+    assert close_up.step.tolist() == list(range(100 - REACH, 100 + REACH + 1))
+
+
+@pytest.mark.parametrize("ending, survived", [([record(3)], True), ([], False)])
+def test_a_run_survives_if_a_good_step_follows(ending, survived):
+    assert summary_of(record(1), bad(2), *ending).survived is survived
+
+
+def test_records_of_before_some_fields_were_there():
+    blocks = [Block([{"step": step} for step in range(1, 4)], 1, 0)]
+    summary = summarise(blocks)
+    assert (summary.records, summary.damaged, summary.table.incidents) == (3, 1, 0)
+    assert summary.buckets.curve(NORM) is None and summary.buckets.curve(LR) is None
+
+
+def test_nothing_at_all():
+    summary = summarise([])
+    assert (summary.records, summary.survived, summary.table.rows) == (0, True, [])
+
+
+def test_progress_is_told_in_bytes(tmp_path):
+    path = tmp_path / "run.jsonl"
+    with JsonLinesSink(path, max_bytes=4096) as sink:
+        for step in range(100):
+            sink(record(step, lr=math.pi))
+    seen = []
+    summary = summarise(read_blocks(path), progress=seen.append)
+    total = sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert sum(seen) == summary.size == total

@@ -1,0 +1,141 @@
+"""`fastguard scan`: statuses, the table, the JSON, standard input."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastguard.commands.cli import main
+
+BAD = "epoch 3 batch 15 loss 0.5\nepoch 3 batch 16 loss nan\nepoch 3 batch 17 loss nan\n"
+GOOD = "INFO inference of nano banana: loss 0.5\nno nan found\n"
+
+
+@pytest.fixture
+def logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.log").write_text(BAD)
+    (tmp_path / "good.log").write_text(GOOD)
+    (tmp_path / "bad.log.gz").write_bytes(gzip.compress(BAD.encode()))
+    return tmp_path
+
+
+def test_what_was_found_is_located(logs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["scan", "bad.log"]) == 1
+    head, heads, row = capsys.readouterr().out.splitlines()
+    assert head == "bad.log: NaN or Inf in 2 of 3 lines, first in line 2 (epoch 3, batch 16)"
+    assert row.split() == ["2-3", "3", "16-17", "-", "2", "loss", "nan", "plain"]
+    assert heads.split()[0] == "line"
+
+
+def test_a_good_log_is_fine_and_its_mentions_are_noted(logs: Path, capsys) -> None:
+    assert main(["scan", "good.log"]) == 0
+    out = capsys.readouterr().out
+    assert "good.log: no NaN or Inf in 2 lines\n" in out
+    assert "note: 1 line with the word NaN or Inf, but without a value; line 2: no nan found" in out
+
+
+def test_one_bad_log_of_several_decides(logs: Path, capsys) -> None:
+    assert main(["scan", "good.log", "bad.log.gz", "--json"]) == 1
+    good, bad = json.loads(capsys.readouterr().out)
+    assert (good["file"], good["bad_lines"], good["mentions"]) == ("good.log", 0, 1)
+    assert (bad["file"], bad["lines"], bad["bad_lines"]) == ("bad.log.gz", 3, 2)
+    (stretch,) = bad["stretches"]
+    assert stretch["first"]["epoch"] == 3 and stretch["first"]["batch"] == 16
+    assert stretch["values"] == [{"name": "loss", "value": "nan", "lines": 2}]
+
+
+def cut_gzip(*more: str) -> bytes:
+    good = "".join(f"loss {i}.{i * i}\n" for i in range(3000))
+    packed = gzip.compress(("".join(more) + good).encode())
+    return packed[: len(packed) // 2]
+
+
+def test_gzip_that_ends_too_soon_is_read_as_far_as_it_goes(logs: Path, capsys) -> None:
+    (logs / "cut.gz").write_bytes(cut_gzip("loss nan\n"))
+    assert main(["scan", "cut.gz"]) == 1
+    assert "note: read up to there only: it is gzip that ends too soon" in capsys.readouterr().out
+
+
+def test_gzip_that_ends_too_soon_without_a_nan_is_not_fine(logs: Path, capsys) -> None:
+    (logs / "cut.gz").write_bytes(cut_gzip())
+    assert main(["scan", "cut.gz"]) == 2
+    captured = capsys.readouterr()
+    assert "fastguard scan: cut.gz: it is gzip that ends too soon" in captured.err
+    assert "no NaN or Inf in" in captured.err and captured.out == ""
+
+
+@pytest.mark.parametrize(
+    "data, said",
+    [
+        (b"", "it is empty"),
+        (b"\n\n", "it is empty"),
+        (lzma.compress(BAD.encode()), "it is compressed with xz"),
+        (bytes(range(256)) * 10, "it is binary"),
+    ],
+    ids=["empty", "blank", "xz", "binary"],
+)
+def test_what_cannot_be_read_is_not_fine_and_hides_no_other_log(logs, data, said, capsys) -> None:
+    (logs / "odd").write_bytes(data)
+    assert main(["scan", "odd", "good.log"]) == 2
+    captured = capsys.readouterr()
+    assert f"fastguard scan: odd: {said}" in captured.err
+    assert "good.log: no NaN or Inf in 2 lines" in captured.out
+    assert main(["scan", "odd", "bad.log", "--json"]) == 1
+    odd, bad = json.loads(capsys.readouterr().out)
+    assert said in odd["problem"] and bad["bad_lines"] == 2 and bad["problem"] is None
+
+
+def test_an_empty_pipe_is_not_fine(logs: Path) -> None:
+    command = [sys.executable, "-m", "fastguard", "scan", "-"]
+    done = subprocess.run(command, input="", capture_output=True, text=True)
+    assert done.returncode == 2 and "it is empty" in done.stderr
+
+
+def test_standard_input(logs: Path) -> None:
+    command = [sys.executable, "-m", "fastguard", "scan", "-"]
+    done = subprocess.run(command, input=BAD, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout.startswith("-: NaN or Inf in 2 of 3 lines")
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (["missing.log"], "no such file: missing.log"),
+        (["bad.log", "."], ". is a folder"),
+        ([], "required: LOG"),
+    ],
+    ids=str,
+)
+def test_wrong_use_is_one_line_and_status_2(logs: Path, args, said, capsys) -> None:
+    assert main(["scan", *args]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err and captured.out == ""
+
+
+def test_damaged_gzip_is_wrong_use_without_a_traceback(logs: Path, capsys) -> None:
+    packed = bytearray(gzip.compress(BAD.encode()))
+    packed[12:20] = b"\x00" * 8
+    (logs / "damaged.gz").write_bytes(packed)
+    assert main(["scan", "damaged.gz"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_log_commands_no_terminal(logs: Path, capsys) -> None:
+    (logs / "evil.log").write_text("epoch 1 loss\x00\x9b2J=nan\ncheck nan\x9b2J\n")
+    main(["scan", "evil.log"])
+    out = capsys.readouterr().out
+    assert "\x9b" not in out and "\x00" not in out
+
+
+def test_many_stretches_are_cut_short(logs: Path, capsys) -> None:
+    (logs / "long.log").write_text("".join(f"epoch {i} loss nan\n" for i in range(60)))
+    assert main(["scan", "long.log"]) == 1
+    assert "... and 10 more" in capsys.readouterr().out

@@ -1,0 +1,127 @@
+"""Logs of every encoding, terminal and size as clean lines."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastguard.commands.scan import lines
+from fastguard.commands.scan.foreign import NotTextError
+from fastguard.commands.scan.lines import LONGEST, read_lines
+
+LOG = b"epoch 1 loss nan\n" * 50
+
+
+def texts(data: bytes) -> list[str]:
+    return [line.text for line in read_lines(io.BytesIO(data))]
+
+
+def test_line_feeds_count_and_carriage_returns_do_not() -> None:
+    found = list(read_lines(io.BytesIO(b"a\r\n\n b\rc\r\x1b[Kd\ne")))
+    assert found == [(1, "a"), (3, " b"), (3, "c"), (3, "d"), (4, "e")]
+
+
+def test_control_sequences_are_taken_out() -> None:
+    assert texts(b"\x1b[31mloss\x1b[0m \x1b[2K\x1b[1A\x1b]0;title\x07nan\x1b[?25l") == ["loss nan"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_encodings(encoding: str) -> None:
+    assert texts("37%|███▋ loss nan\r\nnext".encode(encoding)) == ["37%|███▋ loss nan", "next"]
+
+
+def test_bytes_that_are_no_text_do_no_harm() -> None:
+    assert texts(b"\xff\xfeloss nan"[1:]) == ["�loss nan"]
+    assert texts(bytes(range(128, 256)))
+
+
+@pytest.mark.parametrize(
+    "data, what",
+    [
+        (lzma.compress(LOG), "xz; unpack it first: xz -dc FILE | fastguard scan -"),
+        (bz2.compress(LOG), "bzip2"),
+        (b"\x28\xb5\x2f\xfd" + LOG, "zstd"),
+        (b"PK\x03\x04" + LOG, "zip archive"),
+        (gzip.compress(lzma.compress(LOG)), "xz"),
+        (bytes(range(256)) * 10, "binary, not a text log"),
+        ("loss nan\n".encode("utf-16-le") * 10, "UTF-16"),
+        (b"\x18\0\0\0\0\0\0\0\xa3\x7fK\x22\t\0\0\xc0\xa3\x01\x1a\rbrain.Event:2", "TensorBoard"),
+    ],
+    ids=["xz", "bzip2", "zstd", "zip", "xz-in-gzip", "random", "utf-16-without-mark", "events"],
+)
+def test_what_is_no_text_is_named(data: bytes, what: str) -> None:
+    with pytest.raises(NotTextError, match=re.escape(what)):
+        texts(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        LOG + bytes(100_000) + LOG,
+        bytes(1000) + LOG,
+        "训练 损失 nan\n".encode("gbk") * 100,
+        "loss nan é\n".encode("latin-1") * 100,
+        b"\x00\x01 loss nan",
+        "loss nan\n".encode("utf-16") * 10,
+    ],
+    ids=["zeros", "zeros-first", "gbk", "latin-1", "short", "utf-16"],
+)
+def test_text_of_any_encoding_is_read(data: bytes) -> None:
+    assert any("nan" in text for text in texts(data))
+
+
+def test_gzip_is_recognised_and_one_that_ends_too_soon_says_so() -> None:
+    packed = gzip.compress(b"loss nan\n" * 1000)
+    assert texts(packed) == ["loss nan"] * 1000
+    with pytest.raises(EOFError):
+        texts(packed[:-20])
+
+
+def test_a_progress_bar_without_a_line_feed_comes_as_it_is_drawn() -> None:
+    class Endless(io.RawIOBase):
+        """Gives a bar for ever, and counts what was taken."""
+
+        taken = 0
+
+        def read(self, n: int = -1) -> bytes:
+            self.taken += n
+            return b"\r 37%| 15/41 loss=nan" * (n // 22)
+
+    file = Endless()
+    found = read_lines(file)  # type: ignore[arg-type]
+    for _ in range(100_000):  # more than one chunk holds
+        assert next(found) == (1, " 37%| 15/41 loss=nan")
+    assert file.taken <= 4 * lines.CHUNK
+
+
+def test_a_line_without_end_is_cut_at_a_space() -> None:
+    data = b"x" * (LONGEST - 10) + b" loss nan " + b"y" * 100
+    found = texts(data)
+    assert "".join(found) == data.decode() and len(found) == 2
+    assert any("loss nan" in text for text in found)
+    assert max(map(len, texts(b"z" * (5 << 20)))) <= LONGEST + lines.CHUNK
+
+
+@given(
+    st.lists(st.sampled_from(["a", "b c", "\r", "\n", "\r\n", "é", "\x1b[1m"])), st.integers(1, 9)
+)
+def test_chunks_make_no_difference(parts: list[str], size: int) -> None:
+    data = "".join(parts).encode()
+
+    class Slow(io.BytesIO):
+        """Gives a few bytes at a time, as a pipe does."""
+
+        def read(self, n: int | None = -1) -> bytes:
+            return super().read(min(size, n or size) if n != -1 else size)
+
+    whole = list(read_lines(io.BytesIO(data)))
+    assert [line.text for line in read_lines(Slow(data))] == [line.text for line in whole]
+    numbers = [line.number for line in whole]
+    assert numbers == sorted(numbers)

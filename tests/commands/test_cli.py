@@ -1,0 +1,129 @@
+"""The command line's frame: which commands there are, how each ends, and what it needs."""
+
+import subprocess
+import sys
+
+import pytest
+
+from fastguard import __version__
+from fastguard.commands import cli, usage
+from fastguard.commands.cli import COMMANDS, Command, main
+
+WITHOUT = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {names!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Blocked())
+from fastguard.commands.cli import main
+sys.exit(main({argv!r}))
+"""
+
+
+def without(names, argv, cwd):
+    """A command in a process where some packages cannot be imported."""
+    code = WITHOUT.format(names=set(names), argv=argv)
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True)
+
+
+def test_no_command_prints_the_help_and_is_wrong_use(capsys):
+    assert main([]) == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
+def test_help_lists_every_command(capsys):
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    for command in COMMANDS:
+        assert command.name in printed
+        assert command.help in " ".join(printed.split())
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_every_command_has_a_help_of_its_own(command, capsys):
+    assert main([command.name, "--help"]) == 0
+    assert f"usage: fastguard {command.name}" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fastguard {__version__}\n"
+
+
+def test_an_unknown_command_is_wrong_use(capsys):
+    assert main(["train"]) == 2
+    assert "invalid choice: 'train'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["env"], ["bench"], ["demo"], ["scan", "x.log"]], ids=" ".join)
+def test_a_mistyped_option_shows_the_usage_of_its_command(argv, capsys):
+    assert main([*argv, "--no-such-option"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"usage: fastguard {argv[0]} ")
+    assert "unrecognized arguments: --no-such-option" in error
+
+
+@pytest.mark.parametrize(
+    "error, status, said",
+    [
+        (usage.UsageError("no such thing; do this"), 2, "fastguard fake: no such thing; do this\n"),
+        (OSError(28, "No space left on device", "x.png"), 2, "No space left on device: 'x.png'"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_what_a_command_raises_becomes_a_line_and_a_status(
+    error, status, said, capsys, monkeypatch
+):
+    class Fake:
+        """A command that fails."""
+
+        @staticmethod
+        def add_arguments(parser):
+            pass
+
+        @staticmethod
+        def run(args):
+            raise error
+
+    monkeypatch.setattr(cli, "COMMANDS", (Command("fake", "fails", "fake"),))
+    monkeypatch.setitem(sys.modules, "fake", Fake)
+    assert main(["fake"]) == status
+    captured = capsys.readouterr()
+    assert said in captured.err and captured.out == ""
+
+
+def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr("fastguard.commands.environment.run", lambda args: [][0])
+    with pytest.raises(IndexError):
+        main(["env"])
+
+
+def test_python_m_fastguard_is_the_same_command(tmp_path):
+    command = [sys.executable, "-m", "fastguard", "--version"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"fastguard {__version__}\n")
+
+
+def test_a_reader_that_leaves_early_is_no_error(tmp_path):
+    command = f"{sys.executable} -m fastguard env | head -1"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.startswith("fastguard ") and done.stderr == ""
+
+
+@pytest.mark.parametrize("missing", ["rich", "matplotlib"])
+def test_demo_without_an_extra_names_the_extra(missing, tmp_path):
+    done = without([missing], ["demo", "--steps", "20", "--out", "out"], tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"fastguard demo: No module named '{missing}'; run: pip install 'torch-fastguard[cli]'\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_env_needs_torch_and_numpy_only(tmp_path):
+    optional = ["rich", "matplotlib", "triton", "tensorboard", "yaml", "transformers", "lightning"]
+    done = without(optional, ["env"], tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "served by torch" in done.stdout

@@ -1,0 +1,79 @@
+"""`fastguard env`: versions, devices and who serves them."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import fastguard
+from fastguard import backend
+from fastguard.commands import environment
+from fastguard.commands.cli import main
+
+
+def test_as_a_user_runs_it(tmp_path):
+    command = [sys.executable, "-m", "fastguard", "env"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [line.split() for line in done.stdout.splitlines() if line]
+    assert ["fastguard", fastguard.__version__] in lines
+    assert ["torch", torch.__version__] in lines
+    assert lines[0][0] == "fastguard"
+
+
+def test_as_json(capsys):
+    assert main(["env", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["numpy"] == np.__version__
+    assert found["machine"]["threads"] == torch.get_num_threads()
+    cpu = found["devices"][0]
+    assert (cpu["device"], cpu["backend"]) == ("cpu", "torch")
+    assert "cuda" in cpu["not_triton"]
+
+
+def test_verbose_tells_what_was_copied(capsys, monkeypatch):
+    stages = SimpleNamespace(diagnostics=lambda: {"copied_gradients": 3})
+    monkeypatch.setitem(sys.modules, "fastguard.kernels.stages", stages)
+    assert main(["env"]) == 0
+    assert "copied_gradients" not in capsys.readouterr().out
+    assert main(["env", "--verbose"]) == 0
+    assert ["copied_gradients", "3"] in [s.split() for s in capsys.readouterr().out.splitlines()]
+    assert main(["env", "--verbose", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["diagnostics"] == {"copied_gradients": 3}
+    monkeypatch.delitem(sys.modules, "fastguard.kernels.stages")
+    assert environment.environment()["diagnostics"] == {"copied_gradients": 0}
+
+
+def test_what_is_not_installed_is_listed_as_missing(monkeypatch):
+    monkeypatch.setattr(environment, "FRAMEWORKS", ("fastguard-missing", "numpy"))
+    found = environment.environment()
+    assert found["frameworks"] == {"fastguard-missing": None, "numpy": np.__version__}
+    assert f"{'fastguard-missing':<18} -" in environment.as_text(found).splitlines()
+
+
+@pytest.mark.parametrize(
+    "problem, backend_name", [(None, "triton"), ("triton is not installed", "torch")]
+)
+def test_a_gpu_says_who_serves_it_and_why(problem, backend_name, monkeypatch):
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(environment, "_devices", lambda: [gpu])
+    monkeypatch.setattr(environment, "_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(environment, "why_not_triton", lambda device: problem)
+    found = environment.environment()
+    assert found["devices"] == [
+        {"device": "cuda:0", "name": "a GPU", "backend": backend_name, "not_triton": problem}
+    ]
+    text = environment.as_text(found)
+    assert f"served by {backend_name}" in text
+    assert (problem is None) or problem in text
+
+
+def test_why_not_triton_tells_an_import_that_fails(monkeypatch):
+    monkeypatch.setattr(backend, "triton_problem", lambda device: None)
+    monkeypatch.setitem(sys.modules, "fastguard.kernels.stages", None)
+    assert "its import failed" in backend.why_not_triton(torch.device("cuda", 0))
+    assert "cuda" in backend.why_not_triton(torch.device("cpu"))

@@ -1,0 +1,25 @@
+"""A file is written whole or not at all."""
+
+import pytest
+
+from fastguard.commands.files import written
+
+
+def test_a_file_appears_at_the_end(tmp_path):
+    path = tmp_path / "picture.png"
+    with written(path) as temporary:
+        temporary.write_bytes(b"new")
+        assert temporary.suffix == ".png" and temporary.parent == tmp_path
+        assert not path.exists()
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_bytes(b"old")
+    with pytest.raises(KeyError), written(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise KeyError
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
