@@ -11,6 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastguard.buckets import GradBuckets, bucketize, gradients_of, parameters_of
+from fastguard.ranks.groups import Group, check_same_tensors, several_ranks
+from fastguard.ranks.team import Sharing, team_of
 from fastguard.transfer import current_stream_of
 
 Parameters = Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
@@ -82,10 +85,17 @@ def listed(parameters: Parameters) -> Tensor | list:
         return parameters
     listed = as_list("parameters", parameters)
     if not listed and isinstance(parameters, types.GeneratorType):
-        warnings.warn(
-            "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=4
-        )
+        _warn("`parameters` is an empty generator, no gradient clipping will occur.", 5)
     return listed
+
+
+def _warn(message: str, stacklevel: int) -> None:
+    """Warns; compiled code does so while it is traced, since a graph cannot."""
+    warnings.warn(message, stacklevel=stacklevel)
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler (0.2 s).
+_warn._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def as_list(name: str, value: Iterable) -> list:
@@ -96,3 +106,90 @@ def as_list(name: str, value: Iterable) -> list:
         raise TypeError(
             f"{name}={value!r} must be a tensor or an iterable of tensors; pass {remedy}"
         ) from None
+
+
+# What is called "parameters" in an API, and whether they can be such.
+
+
+def gradients_for(
+    parameters: Tensor | list, strict: bool
+) -> tuple[list[Tensor | None], list[str] | None]:
+    """The gradients and names of checked parameters.
+
+    Args:
+        parameters: From `listed`.
+        strict: Refuse tensors none of which can have a gradient; else they get a warning.
+    """
+    grads, names = gradients_of(parameters)
+    if all(g is None for g in grads):
+        _check_no_gradient(parameters, strict)
+    return grads, names
+
+
+def buckets_for(
+    parameters: Tensor | list,
+    group: Group,
+    strict: bool,
+    *,
+    norm_type: float = 2.0,
+    per_tensor: bool = False,
+) -> GradBuckets:
+    """The gradients of this rank, partial ones made whole, and how much each counts.
+
+    Args:
+        parameters, strict: As in `gradients_for`.
+        group: Whose gradients count.
+        norm_type: The norm that will be taken.
+        per_tensor: Make each tensor a segment.
+    """
+    sharing = None
+    if group is not None or several_ranks():
+        if per_tensor:
+            check_same_tensors(group, "per_tensor=True")
+        sharing = _sharing_of_gradients(parameters_of(parameters), group)
+    grads, names = gradients_of(parameters)
+    n = len(grads) if per_tensor else 1
+    buckets = bucketize(
+        grads,
+        segments=range(n) if per_tensor else None,
+        n_segments=n,
+        names=names,
+        norm_type=norm_type,
+        sharing=sharing,
+    )
+    if not buckets.buckets:  # with a group, the other ranks would wait for one that raises
+        _check_no_gradient(parameters, strict and group is None)
+    return buckets
+
+
+def _sharing_of_gradients(parameters: list[Tensor], group: Group) -> Sharing | None:
+    team = team_of(parameters, group)
+    return None if team is None else team.sharing_of_gradients(parameters)
+
+
+def _check_no_gradient(parameters: Tensor | list, strict: bool) -> None:
+    """Says so if tensors without a gradient can never have one: these are no parameters.
+
+    Args:
+        parameters: What a user calls so; none of them has a gradient.
+        strict: Raise, where torch has no such function; else warn, since torch does nothing.
+
+    Raises:
+        TypeError: `strict`, and none of the tensors can get a gradient.
+    """
+    tensors = parameters_of(parameters)
+    if len(tensors) == 0 or any(map(_may_have_gradient, tensors)):
+        return
+    message = (
+        f"none of the {len(tensors)} tensors given as parameters has a .grad or requires one, so "
+        "there is nothing to clip or to measure; if these are the gradients, pass the parameters "
+        "they belong to (model.parameters()); if all are frozen, leave out the call"
+    )
+    if strict:
+        raise TypeError(message)
+    _warn(message, 6)
+
+
+def _may_have_gradient(p: Tensor) -> bool:
+    # A gradient that was computed with create_graph=True requires one, but is no leaf.
+    return p.requires_grad and (p.is_leaf or p.retains_grad)

@@ -19,13 +19,15 @@ from fastguard.apply import apply, scale
 from fastguard.arguments import (
     Parameters,
     as_list,
+    buckets_for,
     check_foreach,
+    gradients_for,
     limit_of,
     limit_tensor,
     listed,
     mode_of,
 )
-from fastguard.buckets import GradBuckets, bucketize, gradients_of, name_of, parameters_of
+from fastguard.buckets import GradBuckets, bucketize, gradients_of, name_of
 from fastguard.decide import (
     Policy,
     clip_coefficients,
@@ -36,8 +38,8 @@ from fastguard.decide import (
 from fastguard.elementwise import check_fill, clamp_, fill_nonfinite_
 from fastguard.measure import GradStats, measure, norm_type_of
 from fastguard.ranks.dtensors import is_dtensor, whole
-from fastguard.ranks.groups import Group, check_same_tensors, several_ranks
-from fastguard.ranks.team import Sharing, team_of
+from fastguard.ranks.groups import Group, several_ranks
+from fastguard.ranks.team import team_of
 from fastguard.reduce import Signals, reduce
 
 
@@ -74,8 +76,11 @@ def clip_grad_norm_(
         first gradient. In propagate mode NaN or Inf if an element is; else of the finite elements.
 
     Raises:
-        NonFiniteGradError: In raise mode; this waits for a GPU.
-        TypeError, ValueError: An argument is not of the kind or range above.
+        NonFiniteGradError: In raise mode; this waits for a GPU. With `error_if_nonfinite` its
+            message begins as torch's does.
+        TypeError, ValueError: An argument is not of the kind or range above; or, unless
+            `nonfinite="propagate"`, none of the tensors can have a gradient (then torch does
+            nothing, and here it is a warning).
 
     Example:
         >>> import torch, fastguard
@@ -88,16 +93,24 @@ def clip_grad_norm_(
     """
     p = norm_type_of(norm_type)
     mode = mode_of(nonfinite, error_if_nonfinite)
+    strict = nonfinite != "propagate"  # torch has no such argument, so nobody relies on its silence
     check_foreach(foreach)
     parameters = listed(parameters)
     if torch.compiler.is_compiling():
         if traced.spans_ranks(parameters, group):
             return traced.leave_graph(
-                clip_grad_norm_, parameters, max_norm, p, nonfinite=mode, group=group
+                clip_grad_norm_,
+                parameters,
+                max_norm,
+                p,
+                error_if_nonfinite,
+                nonfinite=nonfinite,
+                group=group,
             )
-        return traced.clip_grad_norm_(*gradients_of(parameters), max_norm, p, mode)
-    buckets = _buckets_of(parameters, group, norm_type=p)
-    return clip_buckets(buckets, max_norm, p, mode == "raise", mode)
+        grads, names = gradients_for(parameters, strict)
+        return traced.clip_grad_norm_(grads, names, max_norm, p, mode, error_if_nonfinite)
+    buckets = buckets_for(parameters, group, strict, norm_type=p)
+    return clip_buckets(buckets, max_norm, p, error_if_nonfinite, nonfinite)
 
 
 def clip_buckets(
@@ -114,7 +127,7 @@ def clip_buckets(
     stats = measure(buckets, norm_type_of(norm_type))
     stats, signals = reduce(stats, Signals.none(buckets.device), buckets.sharing)
     if mode == "raise":
-        raise_if_nonfinite(stats, signals)
+        raise_if_nonfinite(stats, signals, as_torch=error_if_nonfinite)
     policy = Policy(limit, mode, limited=max_norm != math.inf)
     verdict = decide(stats, signals, None, policy)
     if policy.may_change(signals):
@@ -159,7 +172,7 @@ def get_total_norm(
         if traced.spans_ranks(items, group):
             return traced.leave_graph(get_total_norm, items, p, error_if_nonfinite, group=group)
         mode = "raise" if error_if_nonfinite else "propagate"
-        return traced.decide(items, None, math.inf, p, mode)[0]
+        return traced.decide(items, None, math.inf, p, mode, error_if_nonfinite)[0]
     sharing = None
     if group is not None or several_ranks():
         items = [whole(t) for t in items]
@@ -168,7 +181,7 @@ def get_total_norm(
     buckets = bucketize(items, norm_type=p, sharing=sharing)
     stats, signals = reduce(measure(buckets, p), Signals.none(buckets.device), sharing)
     if error_if_nonfinite:
-        raise_if_nonfinite(stats, signals)
+        raise_if_nonfinite(stats, signals, as_torch=True)
     norm = torch_total_norm(stats)
     return norm if stats.float64 else norm.float()
 
@@ -215,7 +228,7 @@ def clip_grads_with_norm_(
     if norm.numel() != 1:
         raise ValueError(f"total_norm must be one number, but has shape {tuple(norm.shape)}")
     norm = norm.reshape(1).double()
-    grads, names = gradients_of(parameters)
+    grads, names = gradients_for(parameters, strict=False)
     if torch.compiler.is_compiling():
         traced.clip_grads_with_norm_(grads, max_norm, norm)
         return
@@ -252,10 +265,10 @@ def clip_grad_value_(
         if traced.spans_ranks(parameters, None):
             traced.leave_graph(clip_grad_value_, parameters, clip_value)
         else:
-            traced.clip_grad_value_(gradients_of(parameters)[0], clip_value)
+            traced.clip_grad_value_(gradients_for(parameters, strict=False)[0], clip_value)
         return
     limit = limit_of("clip_value", clip_value)
-    buckets = _buckets_of(parameters, None)  # refuses what cannot be clamped before any change
+    buckets = buckets_for(parameters, None, strict=False)  # refuses before any change
     grads, names = gradients_of(parameters)
     for i, grad in enumerate(grads):
         if grad is not None and grad.is_complex():
@@ -288,7 +301,8 @@ def sanitize_grads_(
         The stats of the gradients as they were.
 
     Raises:
-        TypeError, ValueError: An argument is not of the kind or range above.
+        TypeError, ValueError: An argument is not of the kind or range above, or none of the tensors
+            can have a gradient, so that they are no parameters.
 
     Example:
         >>> import torch, fastguard
@@ -307,8 +321,8 @@ def sanitize_grads_(
     if torch.compiler.is_compiling():
         if traced.spans_ranks(parameters, group):
             return traced.leave_graph(sanitize_grads_, parameters, **fill, group=group)
-        return traced.sanitize_grads_(*gradients_of(parameters), fill)
-    buckets = _buckets_of(parameters, group)
+        return traced.sanitize_grads_(*gradients_for(parameters, strict=True), fill)
+    buckets = buckets_for(parameters, group, strict=True)
     check_fill(buckets, fill)
     stats, _ = reduce(measure(buckets, 2.0), Signals.none(buckets.device), buckets.sharing)
     if any(fill.values()):
@@ -334,6 +348,9 @@ def measure_grads(
         per_tensor: One segment a tensor, so that `power_sum` and `segment_norms` are `(T,)`.
         group: As in `clip_grad_norm_`.
 
+    Raises:
+        TypeError, ValueError: As in `sanitize_grads_`.
+
     Example:
         >>> import torch, fastguard
         >>> p = torch.nn.Parameter(torch.zeros(2))
@@ -349,36 +366,6 @@ def measure_grads(
             return traced.leave_graph(
                 measure_grads, parameters, norm_type=p, per_tensor=per_tensor, group=group
             )
-        return traced.measure(*gradients_of(parameters), p, per_tensor)
-    buckets = _buckets_of(parameters, group, norm_type=p, per_tensor=per_tensor)
+        return traced.measure(*gradients_for(parameters, strict=True), p, per_tensor)
+    buckets = buckets_for(parameters, group, strict=True, norm_type=p, per_tensor=per_tensor)
     return reduce(measure(buckets, p), Signals.none(buckets.device), buckets.sharing)[0]
-
-
-# Over ranks.
-
-
-def _buckets_of(
-    parameters: Tensor | list, group: Group, *, norm_type: float = 2.0, per_tensor: bool = False
-) -> GradBuckets:
-    """The gradients of this rank, partial ones made whole, and how much each counts."""
-    sharing = None
-    if group is not None or several_ranks():
-        if per_tensor:
-            check_same_tensors(group, "per_tensor=True")
-        sharing = _sharing_of_gradients(parameters_of(parameters), group)
-    grads, names = gradients_of(parameters)
-    n = len(grads) if per_tensor else 1
-    segments = range(n) if per_tensor else None
-    return bucketize(
-        grads,
-        segments=segments,
-        n_segments=n,
-        names=names,
-        norm_type=norm_type,
-        sharing=sharing,
-    )
-
-
-def _sharing_of_gradients(parameters: list[Tensor], group: Group) -> Sharing | None:
-    team = team_of(parameters, group)
-    return None if team is None else team.sharing_of_gradients(parameters)

@@ -28,6 +28,12 @@ from fastguard.rules import GRAD_NORM, Rule, SpikeRule
 
 NonFinite = Literal["skip", "zero", "raise", "propagate"]
 EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm
+# How torch begins the error of `error_if_nonfinite=True`; programs look for it.
+TORCH_SENTENCE = (
+    "The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it "
+    "cannot be clipped. To disable this error and scale the gradients by the non-finite norm "
+    "anyway, set `error_if_nonfinite=False`"
+)
 TINY = 2.0**-1022  # smallest normal float64: the least that a spike baseline spreads
 
 
@@ -228,12 +234,15 @@ def torch_total_norm(stats: GradStats) -> Tensor:
     return propagated_norms(stats.total_norm64, stats.segment_counts.sum(1))
 
 
-def raise_if_nonfinite(stats: GradStats, signals: Signals | None = None) -> None:
+def raise_if_nonfinite(
+    stats: GradStats, signals: Signals | None = None, *, as_torch: bool = False
+) -> None:
     """Raises before anything is changed. Waits for a GPU.
 
     Args:
         stats: The stats of the step.
         signals: Its losses; None: only gradients matter.
+        as_torch: Begin the message with torch's own sentence, as `error_if_nonfinite=True` does.
 
     Raises:
         NonFiniteGradError: A gradient element or a loss is NaN or Inf.
@@ -242,11 +251,13 @@ def raise_if_nonfinite(stats: GradStats, signals: Signals | None = None) -> None
     if nan or posinf or neginf:
         culprits = stats.culprits()
         where = describe_culprits(culprits) if culprits else _elsewhere(signals)
-        raise NonFiniteGradError(
+        message = (
             f"gradients are non-finite ({nan} NaN, {posinf} +Inf, {neginf} -Inf) in {where}; "
-            "nothing was changed",
-            culprits,
+            "nothing was changed"
         )
+        if as_torch:
+            message = f"{TORCH_SENTENCE.format(norm_type=stats.norm_type)}. The {message}"
+        raise NonFiniteGradError(message, culprits)
     losses = [] if signals is None else signals.losses.tolist()  # 0 where no rank gave one
     bad = [(i, loss) for i, loss in enumerate(losses) if not math.isfinite(loss)]
     if signals is not None and bad:

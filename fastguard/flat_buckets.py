@@ -191,7 +191,8 @@ class FlatGradBuckets:
         chosen = [i for i, p in enumerate(items) if p.requires_grad or p.grad is not None]
         if not chosen:
             raise ValueError(
-                "FlatGradBuckets got no parameter that needs a gradient; pass model.parameters()"
+                "FlatGradBuckets got no parameter that needs a gradient; pass model.parameters(), "
+                "not their gradients"
             )
         self.parameters = [items[i] for i in chosen]
         self.names = None if names is None else [names[i] for i in chosen]
@@ -275,6 +276,11 @@ def check_flat(parameters: Sequence[Tensor], names: Sequence[str] | None) -> Non
         if id(p) in seen:
             raise ValueError(f"{name} appears twice; pass each parameter once")
         seen.add(id(p))
+        if not (p.is_leaf or p.retains_grad):  # such as a gradient of create_graph=True
+            raise TypeError(
+                f"{name} is the result of a computation, which gets no .grad; pass "
+                "model.parameters(), not their gradients"
+            )
         if is_dtensor(p):
             raise TypeError(
                 f"{name} is a DTensor; flat buckets hold plain tensors: guard without them"

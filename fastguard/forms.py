@@ -10,7 +10,7 @@ on the host beside the launches 690 in place of 1240 (torch 2.13), 471 in place 
 
 from __future__ import annotations
 
-from collections import deque
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -59,7 +59,8 @@ class Form:
         return len(grads) == self._n and self._guards.check(*grads)
 
 
-_forms: deque[Form] = deque(maxlen=FORMS)
+_forms: tuple[Form, ...] = ()  # replaced, never changed: other threads may be reading it
+_lock = threading.Lock()
 
 
 def known_form(grads: Sequence[Tensor | None]) -> Form | None:
@@ -72,9 +73,11 @@ def known_form(grads: Sequence[Tensor | None]) -> Form | None:
 
 def new_form(grads: list[Tensor], groups: tuple[Group, ...]) -> Form:
     """The form of a list that was looked at, kept for the lists that come."""
+    global _forms
     form = Form(grads, groups)
     if form.known_again:
-        _forms.appendleft(form)
+        with _lock:  # two threads that add at once lose neither
+            _forms = (form, *_forms[: FORMS - 1])
     return form
 
 

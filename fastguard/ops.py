@@ -74,11 +74,12 @@ def _decide(
     norm_type: float,
     nonfinite: str,
     names: list[str] | None,
+    as_torch: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_limit("max_norm", max_norm)
     stats = GradStats(summary, counts, norm_type, names)
     if nonfinite == "raise":
-        raise_if_nonfinite(stats)
+        raise_if_nonfinite(stats, as_torch=as_torch)
     policy = Policy(max_norm.reshape(1), nonfinite)  # type: ignore[arg-type]
     verdict = decide_stage(stats, Signals.none(summary.device), None, policy)
     norm = verdict.torch_norm if nonfinite == "propagate" else verdict.total_norm
@@ -94,6 +95,7 @@ def _decide_shapes(
     norm_type: float,
     nonfinite: str,
     names: list[str] | None,
+    as_torch: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     device = summary.device
     return (
@@ -105,7 +107,7 @@ def _decide_shapes(
 
 _define(
     "decide(Tensor summary, Tensor counts, Tensor max_norm, float norm_type, str nonfinite,"
-    " str[]? names) -> (Tensor total_norm, Tensor multiplier, Tensor clean)",
+    " str[]? names, bool as_torch=False) -> (Tensor total_norm, Tensor multiplier, Tensor clean)",
     _decide,
     _decide_shapes,
 )

@@ -30,9 +30,10 @@ def clip_grad_norm_(
     max_norm: float,
     norm_type: float,
     mode: str,
+    as_torch: bool = False,
 ) -> Tensor:
-    norm, coef, clean = decide(grads, names, max_norm, norm_type, mode)
-    torch.ops.fastguard.apply([g for g in grads if g is not None], coef, clean)
+    norm, coef, clean = decide(grads, names, max_norm, norm_type, mode, as_torch)
+    _apply(_present(grads), coef, clean)
     return norm
 
 
@@ -42,11 +43,13 @@ def decide(
     max_norm: float,
     norm_type: float,
     mode: str,
+    as_torch: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     stats = measure(grads, names, norm_type)
     limit = limit_tensor(max_norm, stats.summary.device)
+    told = names if mode == "raise" else None
     norm, coef, clean = torch.ops.fastguard.decide(
-        stats.summary, stats.counts, limit, norm_type, mode, names if mode == "raise" else None
+        stats.summary, stats.counts, limit, norm_type, mode, told, as_torch
     )
     return norm if stats.float64 else norm.float(), coef, clean
 
@@ -57,9 +60,9 @@ def clip_grads_with_norm_(grads: list[Tensor | None], max_norm: float, norm: Ten
     summary = torch.cat([norm, norm.isnan().double(), norm.new_zeros(2)]).reshape(4, 1)
     counts = torch.zeros(3, 0, dtype=torch.int64, device=norm.device)
     _, coef, clean = torch.ops.fastguard.decide(
-        summary, counts, limit_tensor(max_norm, norm.device), math.inf, "propagate", None
+        summary, counts, limit_tensor(max_norm, norm.device), math.inf, "propagate", None, False
     )
-    torch.ops.fastguard.apply([g for g in grads if g is not None], coef, clean)
+    _apply(_present(grads), coef, clean)
 
 
 def measure(
@@ -69,7 +72,12 @@ def measure(
     per_tensor: bool = False,
 ) -> GradStats:
     ids = [i for i, g in enumerate(grads) if g is not None]
-    present = [g for g in grads if g is not None]
+    present = _present(grads)
+    if len(present) == 0:  # an op that is given no tensor does not trace
+        n_segments = len(grads) if per_tensor else 1
+        nothing = torch.zeros(4, n_segments, dtype=torch.float64, device="cpu")
+        counts = torch.zeros(3, len(grads), dtype=torch.int64, device="cpu")
+        return GradStats(nothing, counts, norm_type, names)
     op = torch.ops.fastguard.measure_tensors if per_tensor else torch.ops.fastguard.measure
     summary, counts = op(present, norm_type)
     if len(ids) < len(grads):
@@ -88,8 +96,9 @@ def _spread(columns: Tensor, ids: list[int], n: int) -> Tensor:
 
 def clip_grad_value_(grads: list[Tensor | None], clip_value: float) -> None:
     """Clamps to [-clip_value, clip_value]."""
-    present = [g for g in grads if g is not None]
-    torch.ops.fastguard.clip_value(present, limit_tensor(clip_value, torch.device("cpu")))
+    present = _present(grads)
+    if len(present) > 0:
+        torch.ops.fastguard.clip_value(present, limit_tensor(clip_value, torch.device("cpu")))
 
 
 def sanitize_grads_(
@@ -97,13 +106,24 @@ def sanitize_grads_(
 ) -> GradStats:
     """Replaces what is non-finite; the stats from before."""
     stats = measure(grads, names, 2.0)
-    present = [g for g in grads if g is not None]
+    present = _present(grads)
+    if len(present) == 0:
+        return stats
     if any(fill.values()):
         torch.ops.fastguard.sanitize(present, fill["nan"], fill["posinf"], fill["neginf"])
     else:
         one = torch.ones(1, dtype=torch.float64, device=stats.summary.device)
-        torch.ops.fastguard.apply(present, one, stats.found_nonfinite)
+        _apply(present, one, stats.found_nonfinite)
     return stats
+
+
+def _present(grads: Sequence[Tensor | None]) -> list[Tensor]:
+    return [g for g in grads if g is not None]
+
+
+def _apply(grads: list[Tensor], multiplier: Tensor, clean: Tensor) -> None:
+    if len(grads) > 0:
+        torch.ops.fastguard.apply(grads, multiplier, clean)
 
 
 def spans_ranks(parameters: Tensor | list, group: Group) -> bool:

@@ -24,7 +24,7 @@ earlier one) has a contiguous buffer here that stands for it; the caller copies,
 from __future__ import annotations
 
 import math
-from collections import deque
+import threading
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -81,7 +81,9 @@ class ChunkTable:
     key: tuple
 
 
-_tables: dict[tuple[torch.device, torch.dtype, int], deque[ChunkTable]] = {}
+# Tuples are replaced, never changed: other threads may be reading them.
+_tables: dict[tuple[torch.device, torch.dtype, int], tuple[ChunkTable, ...]] = {}
+_lock = threading.Lock()
 
 
 def table_of(bucket: Bucket, n_segments: int, n_programs: int) -> ChunkTable:
@@ -107,14 +109,15 @@ def table_of(bucket: Bucket, n_segments: int, n_programs: int) -> ChunkTable:
 
 
 def _found_or_built(bucket: Bucket, n_segments: int, n_programs: int) -> ChunkTable:
-    tables = _tables.setdefault((bucket.device, bucket.dtype, n_segments), deque(maxlen=TABLES))
+    kind = (bucket.device, bucket.dtype, n_segments)
     key = _key(bucket)
-    for table in tables:
+    for table in _tables.get(kind, ()):
         if table.key == key:
             return table
     table = _built(bucket, key, n_segments, n_programs)
     if table.upload.is_lasting:
-        tables.appendleft(table)
+        with _lock:  # two threads that add at once lose neither
+            _tables[kind] = (table, *_tables.get(kind, ())[: TABLES - 1])
     return table
 
 

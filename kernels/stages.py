@@ -11,6 +11,7 @@ Nothing here waits for the device.
 from __future__ import annotations
 
 import math
+import threading
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ RULE_TABLES = 64
 
 _diagnostics = {"copied_gradients": 0}
 _rule_tables: dict[tuple, Upload] = {}  # by rules, signals, names of losses and device
+_lock = threading.Lock()
 
 
 def diagnostics() -> dict[str, int]:
@@ -99,9 +101,10 @@ def _rule_table(
     if table is None:
         table = upload(_rule_rows(rules, signals, loss_names), device)
         if table.is_lasting:
-            if len(_rule_tables) == RULE_TABLES:
-                del _rule_tables[next(iter(_rule_tables))]  # the oldest
-            _rule_tables[key] = table
+            with _lock:
+                if key not in _rule_tables and len(_rule_tables) >= RULE_TABLES:
+                    del _rule_tables[next(iter(_rule_tables))]  # the oldest
+                _rule_tables[key] = table
     table.await_on_stream()
     return table.memory
 

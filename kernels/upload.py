@@ -8,6 +8,7 @@ source stays where it is, and what it fills is for the graph alone.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -65,6 +66,7 @@ class Upload:
 
 _kept: list[Upload] = []  # what a CUDA graph may read is never freed
 _spare = torch.empty(0, dtype=torch.uint8, device="cpu")
+_lock = threading.Lock()  # around the spare: no two graphs may get the same part of it
 
 
 def upload(numbers: np.ndarray, device: torch.device, buffers: tuple[Tensor, ...] = ()) -> Upload:
@@ -93,8 +95,9 @@ def upload(numbers: np.ndarray, device: torch.device, buffers: tuple[Tensor, ...
 def _pinned_now(n_bytes: int) -> Tensor:
     """Pinned memory for one upload: torch hands it out again only after the copy ran."""
     global _spare
-    if _spare.numel() < n_bytes:
-        _spare = _pinned(SPARE_TABLES * _rounded(n_bytes))
+    with _lock:
+        if _spare.numel() < n_bytes:
+            _spare = _pinned(SPARE_TABLES * _rounded(n_bytes))
     return _pinned(n_bytes)
 
 
@@ -104,10 +107,11 @@ def _pinned_before(n_bytes: int) -> Tensor:
     An allocator that asks the driver for memory can end the capture; so that comes last.
     """
     global _spare
-    if _spare.numel() < n_bytes:
-        return _pinned(n_bytes)
-    taken, _spare = _spare[:n_bytes], _spare[_rounded(n_bytes) :]
-    return taken
+    with _lock:
+        if _spare.numel() >= n_bytes:
+            taken, _spare = _spare[:n_bytes], _spare[_rounded(n_bytes) :]
+            return taken
+    return _pinned(n_bytes)
 
 
 def _pinned(n_bytes: int) -> Tensor:

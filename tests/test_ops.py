@@ -120,16 +120,20 @@ def named(params):
     return [(f"p{i}", p) for i, p in enumerate(params)]
 
 
+def present(params):
+    return [p.grad for p in params if p.grad is not None]
+
+
 FUNCTIONS = {
     "clip_grad_norm_": lambda ps: fastguard.clip_grad_norm_(ps, 1.0),
     "clip_grad_norm_ inf": lambda ps: fastguard.clip_grad_norm_(ps, 1.0, INF),
     "clip_grad_norm_ p=3.5": lambda ps: fastguard.clip_grad_norm_(ps, 1.0, 3.5),
     "clip_grad_norm_ max inf": lambda ps: fastguard.clip_grad_norm_(ps, INF),
     "clip_grad_norm_ zero": lambda ps: fastguard.clip_grad_norm_(ps, 1.0, nonfinite="zero"),
-    "get_total_norm": lambda ps: fastguard.get_total_norm([p.grad for p in ps]),
-    "get_total_norm inf": lambda ps: fastguard.get_total_norm([p.grad for p in ps], INF),
+    "get_total_norm": lambda ps: fastguard.get_total_norm(present(ps)),
+    "get_total_norm inf": lambda ps: fastguard.get_total_norm(present(ps), INF),
     "clip_grads_with_norm_": lambda ps: fastguard.clip_grads_with_norm_(
-        ps, 1.0, fastguard.get_total_norm([p.grad for p in ps])
+        ps, 1.0, fastguard.get_total_norm(present(ps))
     ),
     "clip_grad_value_": lambda ps: fastguard.clip_grad_value_(ps, 0.5),
     "clip_grad_value_ 1e6": lambda ps: fastguard.clip_grad_value_(ps, 1e6),
@@ -148,6 +152,7 @@ GRADS = {
     "mixed dtypes": lambda: [torch.randn(3).double(), torch.randn(2).bfloat16(), torch.randn(2)],
     "fp16": lambda: [torch.tensor([2e6]), torch.tensor([6e4, -INF]).half(), torch.tensor([NAN])],
     "complex": lambda: [torch.tensor([3.0, NAN]), torch.tensor([complex(3, INF), 4j])],
+    "all None": lambda: [None, None],
 }
 
 
@@ -281,15 +286,16 @@ class Inductor:
     ],
     ids=["norm", "with_norm", "value"],
 )
-def test_a_limit_that_changes_compiles_twice_and_no_more(function):
+@pytest.mark.parametrize(("as_given", "graphs"), [(float, 2), (torch.tensor, 1)])
+def test_a_limit_that_changes_compiles_once_more_and_a_tensor_does_not(function, as_given, graphs):
     compiled = Inductor(function)
     for limit in (1.0, 2.0, 3.0, 0.5, 7.25, 100.0):
         params = parameters(torch.full((3,), 90.0), torch.full((4,), 10.0))
         expected = copies(params)
-        compiled(params, limit)
+        compiled(params, as_given(limit))
         function(expected, limit)
         assert_equal(tuple(grads_of(params)), tuple(grads_of(expected)))
-    assert compiled.graphs == 2
+    assert compiled.graphs == graphs
 
 
 def test_changing_gradients_compile_once_and_a_new_pattern_of_none_once_more():

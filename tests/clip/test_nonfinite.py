@@ -57,6 +57,38 @@ def test_error_if_nonfinite_raises_torchs_kind_of_error_and_changes_nothing(norm
         assert_bitwise_equal(a.grad, b.grad)
 
 
+@pytest.mark.parametrize("norm_type", [2, 2.0, 1.5, INF])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_its_message_begins_with_torchs_and_then_names_the_culprits(norm_type, compiled):
+    params = parameters(torch.tensor([3.0, NAN]), torch.tensor([INF]))
+    grads = [p.grad for p in params]
+    with pytest.raises(RuntimeError) as torch_says:
+        torchs.clip_grad_norm_(params, 1.0, norm_type, error_if_nonfinite=True)
+    flat = fastguard.FlatGradBuckets(copies(params))
+    calls = [
+        lambda: fastguard.clip_grad_norm_(params, 1.0, norm_type, True),
+        lambda: fastguard.clip_grad_norm_(params, 1.0, norm_type, True, nonfinite="raise"),
+        lambda: fastguard.get_total_norm(grads, norm_type, True),
+    ]
+    if compiled:
+        torch._dynamo.reset()
+        calls = [torch.compile(call, fullgraph=True, backend="aot_eager") for call in calls]
+    else:
+        calls.append(lambda: flat.clip_grad_norm_(1.0, norm_type, True))
+    for call in calls:
+        with pytest.raises(NonFiniteGradError) as ours:
+            call()
+        start, rest = str(ours.value)[: len(str(torch_says.value))], str(ours.value)
+        assert start == str(torch_says.value)
+        assert "parameter 0 (1 NaN), parameter 1 (1 +Inf); nothing was changed" in rest
+
+
+def test_our_own_mode_does_not_speak_of_torchs_argument():
+    params = parameters(torch.tensor([NAN]))
+    with pytest.raises(NonFiniteGradError, match=r"^gradients are non-finite"):
+        fastguard.clip_grad_norm_(params, 1.0, nonfinite="raise")
+
+
 def test_error_if_nonfinite_is_quiet_when_all_is_finite():
     ours = parameters(torch.tensor([3.0, 4.0]))
     assert fastguard.clip_grad_norm_(ours, 1.0, error_if_nonfinite=True) == 5.0
