@@ -7,6 +7,8 @@ replaces these objects when it loads a state dict. Hooks are the wrapper's own.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
+from inspect import isfunction
 from typing import Any
 
 from torch.optim import Optimizer
@@ -16,6 +18,19 @@ class OptimizerAround(Optimizer):
     """An optimizer whose param groups, state and defaults are those of `self.optimizer`."""
 
     optimizer: Optimizer
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Lightning and Fabric wrap an optimizer in an instance of a class that they derive from
+        its own, without its attributes: there, methods are to be those of the wrapped one.
+        """
+        super().__init_subclass__(**kwargs)
+        if not isinstance(getattr(cls, "optimizer", None), property):
+            return
+        for base in cls.__mro__[1:]:
+            if issubclass(base, OptimizerAround):
+                for name, method in vars(base).items():
+                    if isfunction(method) and name[0] != "_" and getattr(cls, name) is method:
+                        setattr(cls, name, _of_the_wrapped(name))
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -61,3 +76,11 @@ class OptimizerAround(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._become_an_optimizer()
+
+
+def _of_the_wrapped(name: str) -> Callable[..., Any]:
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.optimizer, name)(*args, **kwargs)
+
+    method.__name__ = name
+    return method

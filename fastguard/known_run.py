@@ -18,6 +18,7 @@ from fastguard.ranks.groups import Group
 from fastguard.records import Recorder, StepRecord
 from fastguard.rules import Rule
 from fastguard.segments import ClipScope
+from fastguard.sinks import check_sink
 from fastguard.stepping import FoundInf, ReadFirst
 from fastguard.whole_step import WholeStep
 
@@ -63,12 +64,7 @@ class KnownRun(OptimizerAround):
             sink: `JsonLinesSink`, `TensorBoardSink`, or any callable that takes a `StepRecord`.
                 One that raises loses its records, which is logged, and never ends the run.
         """
-        if isinstance(sink, type):
-            raise TypeError(
-                f"sink is the class {sink.__name__}; make one: add_sink({sink.__name__}(...))"
-            )
-        if not callable(sink):
-            raise TypeError(f"sink={sink!r} must be callable with a StepRecord")
+        check_sink(sink)
         self._recorder.sinks.append(sink)
 
     def subscribe(self) -> Inbox:

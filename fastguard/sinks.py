@@ -56,15 +56,11 @@ class JsonLinesSink:
             raise ValueError(f"max_bytes={max_bytes!r} must be an integer >= 1024")
         if keep is not None and (not isinstance(keep, int) or keep < 0):
             raise ValueError(f"keep={keep!r} must be None or an integer >= 0")
-        if os.fspath(path).endswith("/"):
-            raise _is_a_folder(path)
-        self.path = Path(path)
+        self.path = check_file(path)
         self.max_bytes = max_bytes
         self.keep = keep
         self.lost = 0
         self._file, self._size, self._closed = -1, 0, False
-        if self.path.is_dir():
-            raise _is_a_folder(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._open()
 
@@ -131,6 +127,32 @@ class JsonLinesSink:
         if self.keep is not None:
             for old in rotated_files(self.path)[: -self.keep or None]:
                 old.unlink()
+
+
+def check_sink(sink: object) -> None:
+    """Raises a TypeError for what cannot be called with a record."""
+    if isinstance(sink, type):
+        raise TypeError(
+            f"sink is the class {sink.__name__}; make one: add_sink({sink.__name__}(...))"
+        )
+    if not callable(sink):
+        raise TypeError(f"sink={sink!r} must be callable with a StepRecord")
+
+
+def check_file(path: str | os.PathLike[str]) -> Path:
+    """The path of a file of records, which need not exist yet.
+
+    Raises:
+        TypeError: It is no path.
+        IsADirectoryError: It is a folder, or written like one.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(
+            f"{path!r} is no path for records; name a file, such as 'run/records.jsonl'"
+        )
+    if os.fspath(path).endswith("/") or Path(path).is_dir():
+        raise _is_a_folder(path)
+    return Path(path)
 
 
 def _is_a_folder(path: str | os.PathLike[str]) -> IsADirectoryError:

@@ -12,8 +12,9 @@ Tested with accelerate 1.15.0.
 
 from __future__ import annotations
 
+import os
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,8 +24,16 @@ from fastguard.clip import get_total_norm
 from fastguard.integrations.clipping import AskedLimit, was_skipped
 from fastguard.integrations.engines import engine_error
 from fastguard.integrations.extras import needs
-from fastguard.integrations.replicas import usual_group
+from fastguard.integrations.replaced import TakenOver
 from fastguard.integrations.running_statistics import RunningStatistics
+from fastguard.integrations.shared import (
+    BatchSpan,
+    RunRecords,
+    Sink,
+    alone_in_training,
+    guarded,
+    tag_steps,
+)
 from fastguard.optimizer import GuardedOptimizer
 
 with needs("huggingface"):
@@ -38,66 +47,111 @@ class GuardedAcceleratedOptimizer(AcceleratedOptimizer):
     """Accelerate's wrapper around a guarded optimizer."""
 
     limit: AskedLimit
+    statistics: RunningStatistics | None
+    guard: AcceleratorGuard
 
     @property
     def step_was_skipped(self) -> bool:
         """Whether the guard skipped the last step, for the scaler too. Waits for a GPU."""
         return was_skipped(self.optimizer)
 
+    def attach(self) -> None:
+        """Hooks what goes with a step into the optimizer; copies of an optimizer have no hooks."""
+        if self.statistics is not None:
+            self.statistics.follow(self.optimizer)
+        tag_steps(self.optimizer, self._tag)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.attach()
+
+    def _tag(self) -> dict[str, Any]:
+        return self.guard.tag(self.optimizer)
+
 
 class AcceleratorGuard:
-    """Stands in for `prepare_optimizer`, `clip_grad_norm_` and `backward` of one accelerator.
+    """Stands in for `prepare_optimizer`, `clip_grad_norm_`, `backward` and `end_training` of one
+    accelerator.
 
     Args:
         accelerator: Before its `prepare` is called.
-        model: Called for each new optimizer: the model whose parameters it has, if known.
         options: The arguments of each new `GuardedOptimizer`.
+        records: Where the records of the run go.
         fixed: Limits that the accelerator is asked for are ignored.
+        model: What is trained, if it is known.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
-        model: Callable[[], nn.Module | None],
         options: Mapping[str, Any],
+        records: RunRecords,
         *,
         fixed: bool,
+        model: nn.Module | None = None,
     ) -> None:
         if accelerator.distributed_type in ENGINES:
             raise engine_error(accelerator.distributed_type.value)
         if isinstance(getattr(accelerator.prepare_optimizer, "__self__", None), AcceleratorGuard):
             raise ValueError("this accelerator is guarded already")
-        self.accelerator, self.model, self.options, self.fixed = accelerator, model, options, fixed
-        self.prepared: weakref.WeakSet[GuardedAcceleratedOptimizer] = weakref.WeakSet()
-        self._accelerates = {}
-        for name in ("prepare_optimizer", "clip_grad_norm_", "backward"):
-            self._accelerates[name] = getattr(accelerator, name)
-            setattr(accelerator, name, getattr(self, name))
+        self.accelerator, self.options, self.fixed = accelerator, options, fixed
+        self.records = records
+        self.span = BatchSpan()
+        self._model = model
+        self._passes = _Passes()
+        # In the order of `prepare`; weak, because a trainer makes new ones and drops the old.
+        self.prepared: weakref.WeakKeyDictionary[GuardedAcceleratedOptimizer, None]
+        self.prepared = weakref.WeakKeyDictionary()
+        self._accelerates = TakenOver(
+            accelerator,
+            self,
+            ("prepare_optimizer", "clip_grad_norm_", "backward", "end_training"),
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "prepared": list(self.prepared)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.prepared = weakref.WeakKeyDictionary(dict.fromkeys(state["prepared"]))
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model whose parameters a new optimizer has, if it is known."""
+        return self._model
 
     def prepare_optimizer(
         self, optimizer: Optimizer, device_placement: bool | None = None
     ) -> AcceleratedOptimizer:
         """As Accelerate's own."""
         if isinstance(optimizer, AcceleratedOptimizer):
-            return self._accelerates["prepare_optimizer"](optimizer, device_placement)
-        model = self.model()
-        if not isinstance(optimizer, GuardedOptimizer):
-            names = None if model is None else model.named_parameters()
-            ddp = self.accelerator.distributed_type.value.startswith("MULTI_")
-            group = usual_group(self.options, self.accelerator.num_processes, replicated=ddp)
-            usual = {"named_parameters": names, **group}
-            optimizer = GuardedOptimizer(optimizer, **{**usual, **self.options})
-        if model is not None:
-            RunningStatistics(model).follow(optimizer)
+            return self._accelerates.own("prepare_optimizer")(optimizer, device_placement)
+        model = self.model
+        optimizer = guarded(
+            optimizer,
+            model,
+            self.options,
+            world_size=self.accelerator.num_processes,
+            replicated=self.accelerator.distributed_type.value.startswith("MULTI_"),
+        )
         if device_placement is None:
             device_placement = self.accelerator.device_placement
         prepared = GuardedAcceleratedOptimizer(
             optimizer, device_placement=device_placement, scaler=self.accelerator.scaler
         )
+        prepared.guard = self
         prepared.limit = AskedLimit(optimizer, fixed=self.fixed)
+        prepared.statistics = None if model is None else RunningStatistics(model)
+        prepared.attach()
         prepared._is_accelerate_prepared = True  # so that Accelerate only enters it in its books
-        self.prepared.add(prepared)
-        return self._accelerates["prepare_optimizer"](prepared, device_placement)
+        self.prepared[prepared] = None
+        self.open_records()
+        return self._accelerates.own("prepare_optimizer")(prepared, device_placement)
+
+    def open_records(self) -> None:
+        """On the main process; again after `end_training`."""
+        optimizers = [prepared.optimizer for prepared in self.prepared]
+        self.records.begin(optimizers, writes=self.accelerator.is_main_process)
 
     def clip_grad_norm_(
         self, parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2
@@ -112,7 +166,7 @@ class AcceleratorGuard:
                 prepared.limit.norm(max_norm, norm_type)
                 return self.total_norm(prepared.optimizer, parameters)
         # Parameters of no one optimizer, or a part of one: there is no step to clip within.
-        return self._accelerates["clip_grad_norm_"](parameters, max_norm, norm_type)
+        return self._accelerates.own("clip_grad_norm_")(parameters, max_norm, norm_type)
 
     def total_norm(self, optimizer: GuardedOptimizer, parameters: list[Tensor]) -> Tensor:
         """The norm that `clip_grad_norm_` returns, measured now: one more read of gradients."""
@@ -121,30 +175,92 @@ class AcceleratorGuard:
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         """As Accelerate's own; the guard sees the loss, if it is clear whose it is."""
-        if len(self.prepared) == 1 and loss.numel() == 1:
-            (prepared,) = self.prepared
-            # Losses of several ranks are joined over a group, so without one they stay unseen.
-            if self.accelerator.num_processes == 1 or prepared.optimizer.group is not None:
-                prepared.optimizer.observe(self.loss_of_batch(loss.detach()))
-        self._accelerates["backward"](loss, **kwargs)
+        self.count_batch()
+        optimizers = [prepared.optimizer for prepared in self.prepared]
+        optimizer = alone_in_training(optimizers, loss, self.accelerator.num_processes)
+        if optimizer is not None:
+            optimizer.observe(self.loss_of_batch(loss.detach()))
+        self._accelerates.own("backward")(loss, **kwargs)
+
+    def count_batch(self) -> None:
+        """In a loop of the user's own, each call of `backward` is taken for a batch."""
+        self.span.begin(*self._passes.next_batch(self.accelerator.gradient_state))
+        self.span.add()
 
     def loss_of_batch(self, loss: Tensor) -> Tensor:
         """The loss of a micro-batch, whose mean over the micro-batches is that of the step."""
         return loss
 
+    def tag(self, optimizer: GuardedOptimizer) -> dict[str, Any]:
+        """Where in the data the coming step is."""
+        return self.span.tag(optimizer.steps_taken + 1)
 
-def guard(accelerator: Accelerator, model: nn.Module | None = None, **options: Any) -> Accelerator:
+    def end_training(self) -> None:
+        """As Accelerate's own; the last records are written, too."""
+        self.records.end()
+        self._accelerates.own("end_training")()
+
+
+class _Passes:
+    """Passes of a loop over its data, told apart by what Accelerate knows of its data loaders."""
+
+    def __init__(self) -> None:
+        self._pass: tuple[Any, ...] | None = None  # what differs from one pass to the next
+        self._epoch: int | None = None
+        self._batch = 0
+
+    def next_batch(self, state: Any) -> tuple[int | None, int]:
+        """Epoch, None without a prepared data loader, and batch; both from 0.
+
+        Args:
+            state: The accelerator's `gradient_state`.
+        """
+        loader = state.active_dataloader
+        if loader is None:
+            now: tuple[Any, ...] = ()
+        else:
+            # A loop that is left early does not count as an iteration, but stays referenced.
+            references = len(state.dataloader_references)
+            now = (id(loader.dataset), id(loader), loader.iteration, references)
+        if now == self._pass:
+            self._batch += 1
+            return self._epoch, self._batch
+        same_data = self._pass is not None and self._pass[:1] == now[:1]
+        self._pass = now
+        self._batch = getattr(loader, "skip_batches", 0)
+        if loader is None:
+            self._epoch = None
+        elif same_data and self._epoch is not None:
+            self._epoch = max(self._epoch + 1, loader.iteration)
+        else:
+            self._epoch = loader.iteration
+        return self._epoch, self._batch
+
+
+def guard(
+    accelerator: Accelerator,
+    model: nn.Module | None = None,
+    *,
+    records: str | os.PathLike[str] | None = None,
+    sinks: Sequence[Sink] = (),
+    **options: Any,
+) -> Accelerator:
     """Guards every optimizer that this accelerator prepares from now on; docs/huggingface.md.
 
     Args:
         accelerator: Before its `prepare` is called.
         model: What is trained, so that records name its parameters and its running statistics
             survive a skipped step; to be prepared before its optimizer, or with it and first.
+        records: File of JSON lines that the main process appends each record to.
+        sinks: Called with each record on the main process, such as `TensorBoardSink("run")`.
         options: As for `GuardedOptimizer`. With a `max_norm` here, the limits that
             `accelerator.clip_grad_norm_` is called with are ignored.
 
     Raises:
+        TypeError: `records` is no path, or a sink cannot be called.
+        OSError: `records` is a folder.
         ValueError: It is guarded already, or an engine steps by itself (DeepSpeed, Megatron, XLA).
     """
-    AcceleratorGuard(accelerator, lambda: model, options, fixed="max_norm" in options)
+    fixed = "max_norm" in options
+    AcceleratorGuard(accelerator, options, RunRecords(records, sinks), fixed=fixed, model=model)
     return accelerator

@@ -34,6 +34,10 @@ class AskedLimit:
         self._valued: list[dict[str, Any]] = []
         optimizer.register_step_post_hook(self._forget)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.optimizer.register_step_post_hook(self._forget)  # copies of optimizers have no hooks
+
     def norm(self, max_norm: float, norm_type: float = 2.0) -> None:
         """Clips the next step to this norm.
 

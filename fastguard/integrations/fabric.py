@@ -10,6 +10,8 @@ Tested with lightning 2.6.6.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,64 +21,112 @@ from fastguard.clip import get_total_norm
 from fastguard.integrations.clipping import AskedLimit
 from fastguard.integrations.engines import refuse_deepspeed
 from fastguard.integrations.extras import needs
-from fastguard.integrations.replicas import usual_group
+from fastguard.integrations.replaced import TakenOver
 from fastguard.integrations.running_statistics import RunningStatistics
+from fastguard.integrations.shared import (
+    BatchSpan,
+    RunRecords,
+    Sink,
+    alone_in_training,
+    guarded,
+    tag_steps,
+)
 from fastguard.optimizer import GuardedOptimizer
 
 with needs("lightning"):
     from lightning.fabric import Fabric
     from lightning.fabric.strategies import DDPStrategy
+    from lightning.fabric.wrappers import _FabricDataLoader
 
 
 class FabricGuard:
-    """Stands in for five methods of a Fabric's strategy.
+    """Stands in for two methods of a Fabric, and four of its strategy.
+
+    Not for the strategy's `backward`: Fabric takes a strategy with one of its own for one that a
+    plain `loss.backward()` would bypass, and forbids it.
 
     Args:
         fabric: Before its `setup` is called.
         model: What is trained, if it is one.
         options: The arguments of each new `GuardedOptimizer`.
+        records: Where the records of the run go.
     """
 
-    def __init__(self, fabric: Fabric, model: nn.Module | None, options: dict[str, Any]) -> None:
+    def __init__(
+        self, fabric: Fabric, model: nn.Module | None, options: dict[str, Any], records: RunRecords
+    ) -> None:
         strategy = fabric.strategy
         refuse_deepspeed(strategy)
         if isinstance(getattr(strategy.setup_optimizer, "__self__", None), FabricGuard):
             raise ValueError("this Fabric is guarded already")
         self.strategy, self.model, self.options = strategy, model, options
+        self.records = records
+        self.span = BatchSpan()
         self.limits: dict[GuardedOptimizer, AskedLimit] = {}
-        self._fabrics = {}
-        for name in (
-            "setup_module_and_optimizers",
-            "setup_optimizer",
-            "clip_gradients_norm",
-            "clip_gradients_value",
-            "backward",
-        ):
-            self._fabrics[name] = getattr(strategy, name)
-            setattr(strategy, name, getattr(self, name))
+        self._statistics: dict[GuardedOptimizer, RunningStatistics] = {}
+        self._fabrics = TakenOver(fabric, self, ("backward", "setup_dataloaders"))
+        self._strategys = TakenOver(
+            strategy,
+            self,
+            (
+                "setup_module_and_optimizers",
+                "setup_optimizer",
+                "clip_gradients_norm",
+                "clip_gradients_value",
+            ),
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for optimizer in self.limits:
+            self._attach(optimizer)
+
+    @property
+    def world_size(self) -> int:
+        """How many processes train; a strategy of one device does not say."""
+        return getattr(self.strategy, "world_size", 1)
+
+    def setup_dataloaders(self, *dataloaders: Any, **kwargs: Any) -> Any:
+        """As Fabric's own; they tell which batch they hand out."""
+        loaders = self._fabrics.own("setup_dataloaders")(*dataloaders, **kwargs)
+        for loader in loaders if isinstance(loaders, list) else [loaders]:
+            if type(loader) is _FabricDataLoader:
+                loader.__class__ = _TellingDataLoader
+                loader.fastguard_span = self.span
+        return loaders
+
+    def backward(self, tensor: Tensor, *args: Any, **kwargs: Any) -> None:
+        """As Fabric's own; the guard sees the loss, if it is clear whose it is."""
+        self.span.add()
+        optimizer = alone_in_training(list(self.limits), tensor, self.world_size)
+        if optimizer is not None:
+            optimizer.observe(tensor.detach())
+        self._fabrics.own("backward")(tensor, *args, **kwargs)
 
     def setup_module_and_optimizers(
         self, module: nn.Module, optimizers: list[Optimizer], *rest: Any
     ) -> tuple[Any, ...]:
         """As the strategy's own; FSDP's does not set up the optimizers that come with a module."""
-        theirs = self._fabrics["setup_module_and_optimizers"]
+        theirs = self._strategys.own("setup_module_and_optimizers")
         module, optimizers, *rest_of_it = theirs(module, optimizers, *rest)
-        guarded = [o if o in self.limits else self.setup_optimizer(o) for o in optimizers]
-        return module, guarded, *rest_of_it
+        ours = [o if o in self.limits else self.setup_optimizer(o) for o in optimizers]
+        return module, ours, *rest_of_it
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
         """As the strategy's own."""
-        if not isinstance(optimizer, GuardedOptimizer):
-            names = None if self.model is None else self.model.named_parameters()
-            ddp = isinstance(self.strategy, DDPStrategy)
-            world_size = getattr(self.strategy, "world_size", 1)
-            group = usual_group(self.options, world_size, replicated=ddp)
-            usual = {"named_parameters": names, **group}
-            optimizer = GuardedOptimizer(optimizer, **{**usual, **self.options})
+        optimizer = guarded(
+            optimizer,
+            self.model,
+            self.options,
+            world_size=self.world_size,
+            replicated=isinstance(self.strategy, DDPStrategy),
+        )
         if self.model is not None:
-            RunningStatistics(self.model).follow(optimizer)
+            self._statistics[optimizer] = RunningStatistics(self.model)
         self.limits[optimizer] = AskedLimit(optimizer, fixed="max_norm" in self.options)
-        return self._fabrics["setup_optimizer"](optimizer)
+        self._attach(optimizer)
+        self.records.begin(list(self.limits), writes=self.strategy.is_global_zero)
+        return self._strategys.own("setup_optimizer")(optimizer)
 
     def clip_gradients_norm(
         self,
@@ -101,14 +151,11 @@ class FabricGuard:
         """As the strategy's own, but it is the guard that clamps, in the coming step."""
         self.limits[optimizer].value(clip_val)
 
-    def backward(self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
-        """As the strategy's own; the guard sees the loss, if it is clear whose it is."""
-        if len(self.limits) == 1 and tensor.numel() == 1:
-            (optimizer,) = self.limits
-            # Losses of several ranks are joined over a group, so without one they stay unseen.
-            if getattr(self.strategy, "world_size", 1) == 1 or optimizer.group is not None:
-                optimizer.observe(tensor.detach())
-        self._fabrics["backward"](tensor, module, *args, **kwargs)
+    def _attach(self, optimizer: GuardedOptimizer) -> None:
+        """Hooks what goes with a step into the optimizer; copies of an optimizer have no hooks."""
+        if optimizer in self._statistics:
+            self._statistics[optimizer].follow(optimizer)
+        tag_steps(optimizer, lambda: self.span.tag(optimizer.steps_taken + 1))
 
     def _unscale(self, optimizer: GuardedOptimizer) -> None:
         """Not through the precision plugin: it refuses an optimizer that can unscale itself."""
@@ -117,18 +164,41 @@ class FabricGuard:
             scaler.unscale_(optimizer)
 
 
-def guard(fabric: Fabric, model: nn.Module | None = None, **options: Any) -> Fabric:
+class _TellingDataLoader(_FabricDataLoader):
+    """Fabric's data loader, which also tells the guard which batch it hands out."""
+
+    fastguard_span: BatchSpan
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch = self._num_iter_calls
+        for batch, item in enumerate(super().__iter__()):
+            self.fastguard_span.begin(epoch, batch)
+            yield item
+
+
+def guard(
+    fabric: Fabric,
+    model: nn.Module | None = None,
+    *,
+    records: str | os.PathLike[str] | None = None,
+    sinks: Sequence[Sink] = (),
+    **options: Any,
+) -> Fabric:
     """Guards every optimizer that this Fabric sets up from now on; docs/lightning.md.
 
     Args:
         fabric: Before its `setup` is called.
         model: What is trained, so that records name its parameters and its running statistics
             survive a skipped step; to be set up before its optimizer, or with it.
+        records: File of JSON lines that rank 0 appends each record to.
+        sinks: Called with each record on rank 0, such as `TensorBoardSink("run")`.
         options: As for `GuardedOptimizer`. With a `max_norm` here, the limits that
             `fabric.clip_gradients` is called with are ignored.
 
     Raises:
+        TypeError: `records` is no path, or a sink cannot be called.
+        OSError: `records` is a folder.
         ValueError: It is guarded already, or DeepSpeed steps by itself.
     """
-    FabricGuard(fabric, model, options)
+    FabricGuard(fabric, model, options, RunRecords(records, sinks))
     return fabric

@@ -11,18 +11,22 @@ Tested with transformers 5.23.0 and accelerate 1.15.0.
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastguard.integrations.clipping import total_norm_of
 from fastguard.integrations.extras import needs
+from fastguard.integrations.shared import RunRecords, Sink
 from fastguard.optimizer import GuardedOptimizer
 
 with needs("huggingface"):
     from accelerate.optimizer import AcceleratedOptimizer
     from transformers import Trainer, TrainerCallback
+    from transformers.trainer_utils import has_length
 
     from fastguard.integrations.accelerate import AcceleratorGuard
 
@@ -36,6 +40,7 @@ class GuardCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self.optimizer: GuardedOptimizer | None = None
+        self._guard: TrainerGuard | None = None
         self._norm: Tensor | None = None
 
     def norm_to_come(self, device: torch.device) -> Tensor:
@@ -51,6 +56,27 @@ class GuardCallback(TrainerCallback):
                 "the Trainer has made a new accelerator since guard(trainer), as hyperparameter "
                 "search does, so its optimizer is not guarded; call guard(trainer) again"
             )
+        assert self._guard is not None
+        self._guard.begin_training(args, state, kwargs["train_dataloader"])
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Counts epochs, for the tags of records."""
+        assert self._guard is not None
+        self._guard.begin_epoch()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Counts batches, for the tags of records."""
+        assert self._guard is not None
+        self._guard.begin_batch()
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Another micro-batch of the same step follows."""
+        self.on_step_begin(args, state, control)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Writes the last records."""
+        assert self._guard is not None
+        self._guard.records.end()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Fills in the norm that the Trainer holds since it asked for clipping. Never waits."""
@@ -74,16 +100,58 @@ class GuardCallback(TrainerCallback):
 class TrainerGuard(AcceleratorGuard):
     """The guard of a Trainer's accelerator: the Trainer looks at the norm only after the step."""
 
-    def __init__(self, trainer: Trainer, callback: GuardCallback, options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        callback: GuardCallback,
+        options: dict[str, Any],
+        records: RunRecords,
+    ) -> None:
         self.trainer = trainer
         self.callback = callback
+        self._epoch, self._batch = -1, 0  # the coming batch
+        self._first_batch = 0  # of the first epoch, which a resumed run begins in the middle
         limit = trainer.args.max_grad_norm or None  # 0 is the Trainer's word for no limit
         super().__init__(
             trainer.accelerator,
-            lambda: trainer.model,
             {"max_norm": limit, **options},
+            records,
             fixed="max_norm" in options,
         )
+        callback._guard = self
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The Trainer's, which it may make anew."""
+        return self.trainer.model
+
+    def begin_training(self, args: Any, state: Any, loader: Any) -> None:
+        """Training begins, perhaps in the middle of an epoch."""
+        self.open_records()
+        done = state.epoch or 0.0
+        self._epoch = math.floor(done + 1e-6)
+        steps = len(loader) if has_length(loader) else args.max_steps
+        skipped = 0 if args.ignore_data_skip else round((done - self._epoch) * steps)
+        self._first_batch = max(0, skipped)
+        self._epoch -= 1
+
+    def begin_epoch(self) -> None:
+        """The next pass over the data begins."""
+        self._epoch += 1
+        self._batch, self._first_batch = self._first_batch, 0
+
+    def begin_batch(self) -> None:
+        """The forward and backward pass of the next batch begins."""
+        self.span.begin(self._epoch, self._batch)
+        self.span.add()
+        self._batch += 1
+
+    def count_batch(self) -> None:
+        """The callback counts."""
+
+    def tag(self, optimizer: GuardedOptimizer) -> dict[str, Any]:
+        """`global_step` is what the Trainer's counter shows after this step."""
+        return self.span.tag(self.trainer.state.global_step + 1)
 
     def total_norm(self, optimizer: GuardedOptimizer, parameters: list[Tensor]) -> Tensor:
         """What the coming step will measure: no read of its own."""
@@ -94,11 +162,19 @@ class TrainerGuard(AcceleratorGuard):
         return loss * self.trainer.current_gradient_accumulation_steps
 
 
-def guard(trainer: Trainer, **options: Any) -> GuardCallback:
+def guard(
+    trainer: Trainer,
+    *,
+    records: str | os.PathLike[str] | None = None,
+    sinks: Sequence[Sink] = (),
+    **options: Any,
+) -> GuardCallback:
     """Guards the optimizer of a Trainer.
 
     Args:
         trainer: Before `train()`.
+        records: File of JSON lines that the main process appends each record to.
+        sinks: Called with each record on the main process, such as `TensorBoardSink("run")`.
         options: As for `GuardedOptimizer`; `max_norm` defaults to the Trainer's `max_grad_norm`,
             which is ignored if it is given here.
 
@@ -106,12 +182,14 @@ def guard(trainer: Trainer, **options: Any) -> GuardCallback:
         The callback that was added; its `optimizer` has the records and counters.
 
     Raises:
+        TypeError: `records` is no path, or a sink cannot be called.
+        OSError: `records` is a folder.
         ValueError: It is guarded already, or DeepSpeed steps by itself.
 
     docs/huggingface.md has a complete example.
     """
     callback = GuardCallback()
-    TrainerGuard(trainer, callback, options)
+    TrainerGuard(trainer, callback, options, RunRecords(records, sinks))
     while isinstance(trainer.optimizer, AcceleratedOptimizer):  # of an earlier, unguarded train()
         trainer.optimizer = trainer.optimizer.optimizer
     # First, so that the reporters among the callbacks see what it adds to the logs.

@@ -12,6 +12,8 @@ Tested with lightning 2.6.6.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -24,8 +26,15 @@ from fastguard.integrations.clipping import AskedLimit, total_norm_of, was_skipp
 from fastguard.integrations.engines import refuse_deepspeed
 from fastguard.integrations.extras import needs
 from fastguard.integrations.replaced import replaced
-from fastguard.integrations.replicas import usual_group
 from fastguard.integrations.running_statistics import RunningStatistics
+from fastguard.integrations.shared import (
+    BatchSpan,
+    RunRecords,
+    Sink,
+    alone_in_training,
+    guarded,
+    tag_steps,
+)
 from fastguard.optimizer import GuardedOptimizer
 
 with needs("lightning"):
@@ -42,20 +51,35 @@ class GuardCallback(Callback):
     without waiting for a GPU; a schedule by step and running statistics read each verdict.
 
     Args:
+        records: File of JSON lines that rank 0 appends each record to; those of a second optimizer
+            go to a file beside it, `records-1.jsonl`.
+        sinks: Called with each record on rank 0, such as `TensorBoardSink("run")`.
         options: As for `GuardedOptimizer`; `max_norm` defaults to the Trainer's
             `gradient_clip_val`; if it is given here, what Lightning asks for is ignored.
 
     Attributes:
         optimizers: The guarded optimizers of the last `fit`, for their records and counters.
+
+    Raises:
+        TypeError: `records` is no path, or a sink cannot be called.
+        OSError: `records` is a folder.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        records: str | os.PathLike[str] | None = None,
+        sinks: Sequence[Sink] = (),
+        **options: Any,
+    ) -> None:
         self.options = options
         self.optimizers: list[GuardedOptimizer] = []
+        self._records = RunRecords(records, sinks)
         self._limits: list[AskedLimit] = []
+        self._spans: list[BatchSpan] = []
         self._skipped: list[Tensor] = []
         self._logged: list[int] = []
-        self._replaced = ExitStack()
+        self._undo = ExitStack()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Before the strategy makes an engine.
@@ -68,34 +92,46 @@ class GuardCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Guards the optimizers, which exist by now; a checkpoint is loaded into them later."""
-        self.optimizers = [self._guarded(o, trainer, pl_module) for o in trainer.optimizers]
-        trainer.optimizers = list(self.optimizers)
+        # The stand-in for `configure_optimizers` that returned None has no parameters.
+        trainer.optimizers = [
+            self._guarded(o, trainer, pl_module) if any(g["params"] for g in o.param_groups) else o
+            for o in trainer.optimizers
+        ]
+        self.optimizers = [o for o in trainer.optimizers if isinstance(o, GuardedOptimizer)]
         fixed = "max_norm" in self.options
         self._limits = [AskedLimit(optimizer, fixed=fixed) for optimizer in self.optimizers]
-        for optimizer in self.optimizers:
+        self._spans = [BatchSpan() for _ in self.optimizers]
+        for optimizer, span in zip(self.optimizers, self._spans, strict=True):
             # Its closure returns the loss divided by accumulate_grad_batches, of the last
             # micro-batch alone, and with a scaler nothing: on_before_backward sees them all.
-            optimizer.step = partial(optimizer.step, loss={})  # type: ignore[method-assign]
-        waiting = partial(self._lr_scheduler_step, trainer, pl_module.lr_scheduler_step)
-        replace, plugin = self._replaced.enter_context, trainer.precision_plugin
-        replace(replaced(plugin, "clip_gradients", self._clip_gradients))
-        replace(replaced(pl_module, "lr_scheduler_step", waiting))
+            self._hooked(tag_steps(optimizer, partial(self._tag, trainer, span), loss={}))
+        # On the objects that act, and not on the module, which users copy and save.
+        loop = trainer.fit_loop.epoch_loop
+        replace = self._undo.enter_context
+        replace(replaced(trainer.precision_plugin, "clip_gradients", self._clip_gradients))
+        self._update_lr_schedulers = loop.update_lr_schedulers
+        self._undo.callback(self.__dict__.pop, "_update_lr_schedulers")  # it holds the Trainer
+        replace(replaced(loop, "update_lr_schedulers", self._update_schedules))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes the state that may have been restored as the one to count and go back from."""
+        self._records.begin(self.optimizers, writes=trainer.is_global_zero)
         statistics = RunningStatistics(pl_module)
         self._skipped = [torch.tensor(float(o.skipped_steps)) for o in self.optimizers]
         self._logged = [optimizer.steps_taken for optimizer in self.optimizers]
         for i, optimizer in enumerate(self.optimizers):
-            optimizer.register_step_post_hook(partial(self._count, i))
+            self._hooked(optimizer.register_step_post_hook(partial(self._count, i)))
             statistics.follow(optimizer)
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
-        """Shows the guard the loss of a micro-batch, if it is clear whose, and of which group."""
-        joined = trainer.world_size == 1 or self.optimizers[0].group is not None
-        if len(self.optimizers) != 1 or loss.numel() != 1 or not joined:
+        """Shows the guard the loss of a micro-batch, if it is clear whose it is."""
+        for span in self._spans:
+            _begin_batch(span, trainer)
+            span.add()
+        optimizer = alone_in_training(self.optimizers, loss, trainer.world_size)
+        if optimizer is None:
             return
         loss = loss.detach()
         scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -103,7 +139,7 @@ class GuardCallback(Callback):
             loss = loss / scaler.scale(torch.ones_like(loss))
         if pl_module.automatic_optimization:
             loss = loss * trainer.accumulate_grad_batches
-        self.optimizers[0].observe(loss)
+        optimizer.observe(loss)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Logs the steps that were taken."""
@@ -112,30 +148,47 @@ class GuardCallback(Callback):
                 continue
             self._logged[i] = optimizer.steps_taken
             which = f"/{i}" if len(self.optimizers) > 1 else ""
-            self.log(f"train/grad_norm{which}", total_norm_of(optimizer.last))
-            self.log(f"train/clip_coef{which}", optimizer.last.clip_coef.amin())
-            self.log(f"train/skipped_steps{which}", self._skipped[i])
+            seen = {
+                "grad_norm": total_norm_of(optimizer.last),
+                "clip_coef": optimizer.last.clip_coef.amin(),
+                "skipped_steps": self._skipped[i],
+            }
+            # Lightning cannot find the batch size where training_step takes a dataloader_iter;
+            # values by step do not use it.
+            self.log_dict({f"train/{k}{which}": v for k, v in seen.items()}, batch_size=1)
 
     def teardown(self, *_: Any, **__: Any) -> None:
-        """Gives Lightning its own methods back."""
-        self._replaced.close()
+        """Writes the last records, and gives Lightning its own methods back."""
+        self._records.end()
+        self._undo.close()
 
     on_exception = teardown
 
     def _guarded(
         self, optimizer: Optimizer, trainer: Trainer, module: LightningModule
     ) -> GuardedOptimizer:
-        if isinstance(optimizer, GuardedOptimizer):
-            return optimizer
         limit = trainer.gradient_clip_val or None  # 0 is Lightning's word for no limit
         if trainer.gradient_clip_algorithm == "value" or is_overridden(
             "configure_gradient_clipping", module
         ):
             limit = None  # then Lightning says before each step what holds for it
-        ddp = isinstance(trainer.strategy, DDPStrategy)
-        group = usual_group(self.options, trainer.world_size, replicated=ddp)
-        usual = {"max_norm": limit, "named_parameters": module.named_parameters(), **group}
-        return GuardedOptimizer(optimizer, **{**usual, **self.options})
+        return guarded(
+            optimizer,
+            module,
+            self.options,
+            world_size=trainer.world_size,
+            replicated=isinstance(trainer.strategy, DDPStrategy),
+            max_norm=limit,
+        )
+
+    def _hooked(self, handle: Any) -> None:
+        """The hook goes with the end of this fit: the next one may have the same optimizer."""
+        self._undo.callback(handle.remove)
+
+    def _tag(self, trainer: Trainer, span: BatchSpan) -> dict[str, Any]:
+        """`global_step` is what the Trainer's counter shows after this step."""
+        _begin_batch(span, trainer)
+        return span.tag(trainer.global_step + 1)
 
     def _count(self, i: int, *_: Any) -> None:
         last = self.optimizers[i].last
@@ -148,12 +201,16 @@ class GuardCallback(Callback):
         """In place of the precision plugin's, which refuses an optimizer that unscales itself."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer.optimizer
-        limit = next(limit for limit in self._limits if limit.optimizer is optimizer)
-        if clip_val > 0:
+        limit = next((limit for limit in self._limits if limit.optimizer is optimizer), None)
+        if limit is not None and clip_val > 0:
             (limit.value if gradient_clip_algorithm == "value" else limit.norm)(clip_val)
 
-    def _lr_scheduler_step(self, trainer: Trainer, step: Any, scheduler: Any, metric: Any) -> None:
-        configs = trainer.lr_scheduler_configs
-        by_step = any(c.scheduler is scheduler and c.interval == "step" for c in configs)
-        if not (by_step and was_skipped(self.optimizers[0])):
-            step(scheduler, metric)
+    def _update_schedules(self, interval: str, update_plateau_schedulers: bool) -> None:
+        """In place of the training loop's: a schedule by step waits for a step that happens."""
+        if interval == "step" and self.optimizers and was_skipped(self.optimizers[0]):
+            return
+        self._update_lr_schedulers(interval, update_plateau_schedulers)
+
+
+def _begin_batch(span: BatchSpan, trainer: Trainer) -> None:
+    span.begin(trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_idx)

@@ -1,0 +1,233 @@
+"""What the guards of all trainers have in common: which optimizer, which loss, which batch, and where
+the records go.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fastguard.integrations.replicas import usual_group
+from fastguard.known_run import KnownRun
+from fastguard.optimizer import GuardedOptimizer
+from fastguard.records import Recorder, StepRecord
+from fastguard.sinks import JsonLinesSink, check_file, check_sink
+
+Sink = Callable[[StepRecord], object]
+
+
+def guarded(
+    optimizer: Optimizer,
+    model: nn.Module | None,
+    options: Mapping[str, Any],
+    *,
+    world_size: int,
+    replicated: bool,
+    max_norm: float | None = None,
+) -> GuardedOptimizer:
+    """The optimizer of a trainer, guarded as usual there unless the user says otherwise.
+
+    Args:
+        optimizer: A `GuardedOptimizer` is returned as it is.
+        model: Whose parameters records name, if it is known.
+        options: The user's arguments of `GuardedOptimizer`, which go before all others.
+        world_size: How many processes train.
+        replicated: Each holds one replica of the model, with the same gradients (DDP).
+        max_norm: The trainer's own limit.
+
+    Raises:
+        ValueError: Several processes hold no replicas, and `options` do not say what they hold.
+    """
+    if isinstance(optimizer, GuardedOptimizer):
+        return optimizer
+    usual = {
+        "max_norm": max_norm,
+        "named_parameters": None if model is None else model.named_parameters(),
+        **usual_group(options, world_size, replicated=replicated),
+    }
+    return GuardedOptimizer(optimizer, **{**usual, **options})
+
+
+def alone_in_training(
+    optimizers: Sequence[GuardedOptimizer], loss: Tensor, world_size: int
+) -> GuardedOptimizer | None:
+    """The optimizer that a loss belongs to; None if that is not clear.
+
+    It is clear where one optimizer trains on one number. Losses of several ranks are joined over a
+    group, so without one they stay unseen.
+    """
+    if len(optimizers) != 1 or loss.numel() != 1:
+        return None
+    (optimizer,) = optimizers
+    return optimizer if world_size == 1 or optimizer.group is not None else None
+
+
+class BatchSpan:
+    """The batches whose gradients the coming step is taken with.
+
+    Example:
+        >>> span = BatchSpan()
+        >>> for batch in (6, 7):
+        ...     span.begin(2, batch)
+        ...     span.add()
+        >>> span.tag(4)
+        {'epoch': 2, 'batch': '6-7', 'global_step': 4}
+    """
+
+    def __init__(self) -> None:
+        self._now: tuple[int | None, int] | None = None  # epoch and batch
+        self._first: int | None = None  # batch
+
+    def begin(self, epoch: int | None, batch: int) -> None:
+        """This batch is the current one.
+
+        Args:
+            epoch: None where nobody counts them.
+            batch: Its number within the epoch.
+        """
+        self._now = epoch, batch
+
+    def add(self) -> None:
+        """The gradients of the current batch are added to those that wait for the step."""
+        if self._first is None and self._now is not None:
+            self._first = self._now[1]
+
+    def tag(self, global_step: int) -> dict[str, Any]:
+        """Where to find these batches again; the next span begins.
+
+        Args:
+            global_step: The number of the step, from 1.
+        """
+        first, self._first = self._first, None
+        tag: dict[str, Any] = {"global_step": global_step}
+        if self._now is None:
+            return tag
+        epoch, last = self._now
+        batch = last if first in (None, last) else f"{first}-{last}"
+        return {"batch": batch, **tag} if epoch is None else {"epoch": epoch, "batch": batch, **tag}
+
+
+def tag_steps(optimizer: GuardedOptimizer, tag: Callable[[], Any], **usual: Any) -> Any:
+    """Gives a trainer's steps a tag, unless the caller of `step` has given one.
+
+    Args:
+        optimizer: Its `step` is called without arguments, or with a closure.
+        tag: Called before each step.
+        usual: Further arguments of `step`, unless the caller gives them.
+
+    Returns:
+        A handle whose `remove()` ends it.
+    """
+
+    def before_step(
+        _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        made = tag()  # even if it is not used: the next span begins
+        return args, {"tag": made, **usual, **kwargs}
+
+    return optimizer.register_step_pre_hook(before_step)
+
+
+class RunRecords:
+    """Where the records of a run go: one file, and sinks. One process of a run writes.
+
+    The file is opened when training begins and appended to, so a resumed run goes on in it. A copy
+    of a run has no sinks, so it does not write into the file of the original.
+
+    Args:
+        records: The file of JSON lines; its folder is created. None: no file.
+        sinks: Called with each record.
+
+    Raises:
+        TypeError: `records` is no path, or a sink cannot be called.
+        OSError: `records` is a folder.
+
+    Example:
+        >>> RunRecords(None, print)
+        Traceback (most recent call last):
+        ...
+        TypeError: sinks=<built-in function print> must be a list of sinks, such as [print]
+    """
+
+    def __init__(
+        self, records: str | os.PathLike[str] | None = None, sinks: Sequence[Sink] = ()
+    ) -> None:
+        if not isinstance(sinks, list | tuple):
+            name = getattr(sinks, "__name__", "sink")
+            raise TypeError(f"sinks={sinks!r} must be a list of sinks, such as [{name}]")
+        for sink in sinks:
+            check_sink(sink)
+        self.records = None if records is None else check_file(records)
+        self.sinks = tuple(sinks)
+        self._files: weakref.WeakKeyDictionary[KnownRun, _File] = weakref.WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"records": self.records, "sinks": self.sinks}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def begin(self, optimizers: Sequence[KnownRun], *, writes: bool) -> None:
+        """Training begins, or goes on: opens the files.
+
+        Args:
+            optimizers: All of this run, in an order that does not change. The records of the second
+                one go to `records-1.jsonl`: each counts steps of its own.
+            writes: Whether this process is the one that writes.
+
+        Raises:
+            OSError: A file cannot be opened.
+        """
+        if not writes:
+            return
+        for i, optimizer in enumerate(optimizers):
+            if optimizer not in self._files:
+                self._files[optimizer] = file = _File(self.records, i)
+                for sink in (file, *self.sinks):
+                    optimizer.add_sink(sink)
+                # On a GPU the record of the last step is on its way until something asks for it.
+                recorder = weakref.ref(optimizer._recorder)
+                weakref.finalize(optimizer, _wait_for_records, recorder)
+            self._files[optimizer].open()
+
+    def end(self) -> None:
+        """Training ends: waits for the last records, and closes the files."""
+        for optimizer, file in self._files.items():
+            optimizer._recorder.wait()
+            file.close()
+
+
+class _File:
+    """The file of one optimizer's records, if there is to be one."""
+
+    def __init__(self, records: Path | None, number: int) -> None:
+        if records is not None and number:
+            records = records.with_name(f"{records.stem}-{number}{records.suffix}")
+        self.path = records
+        self._sink: JsonLinesSink | None = None
+
+    def open(self) -> None:
+        if self._sink is None and self.path is not None:
+            self._sink = JsonLinesSink(self.path)
+
+    def close(self) -> None:
+        if self._sink is not None:
+            self._sink.close()
+            self._sink = None
+
+    def __call__(self, record: StepRecord) -> None:
+        self.open()  # after the end of a training that goes on all the same
+        if self._sink is not None:
+            self._sink(record)
+
+
+def _wait_for_records(reference: weakref.ref[Recorder]) -> None:
+    recorder = reference()
+    if recorder is not None:
+        recorder.wait()
