@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -25,7 +24,7 @@ from torch.optim import Optimizer
 from fastguard.integrations.clipping import AskedLimit, total_norm_of, was_skipped
 from fastguard.integrations.engines import refuse_deepspeed
 from fastguard.integrations.extras import needs
-from fastguard.integrations.replaced import replaced
+from fastguard.integrations.replaced import TakenOver
 from fastguard.integrations.running_statistics import RunningStatistics
 from fastguard.integrations.shared import (
     BatchSpan,
@@ -79,7 +78,18 @@ class GuardCallback(Callback):
         self._spans: list[BatchSpan] = []
         self._skipped: list[Tensor] = []
         self._logged: list[int] = []
-        self._undo = ExitStack()
+        self._trainer: Trainer | None = None
+        self._statistics: RunningStatistics | None = None
+        self._hooks: list[Any] = []
+        self._lightnings: list[TakenOver] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_hooks": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._trainer is not None:  # copied in the middle of a fit
+            self._attach()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Before the strategy makes an engine.
@@ -92,6 +102,7 @@ class GuardCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Guards the optimizers, which exist by now; a checkpoint is loaded into them later."""
+        self.teardown()  # of a fit that ended before Lightning could say so
         # The stand-in for `configure_optimizers` that returned None has no parameters.
         trainer.optimizers = [
             self._guarded(o, trainer, pl_module) if any(g["params"] for g in o.param_groups) else o
@@ -101,27 +112,22 @@ class GuardCallback(Callback):
         fixed = "max_norm" in self.options
         self._limits = [AskedLimit(optimizer, fixed=fixed) for optimizer in self.optimizers]
         self._spans = [BatchSpan() for _ in self.optimizers]
-        for optimizer, span in zip(self.optimizers, self._spans, strict=True):
-            # Its closure returns the loss divided by accumulate_grad_batches, of the last
-            # micro-batch alone, and with a scaler nothing: on_before_backward sees them all.
-            self._hooked(tag_steps(optimizer, partial(self._tag, trainer, span), loss={}))
+        self._trainer = trainer
+        self._attach()
         # On the objects that act, and not on the module, which users copy and save.
-        loop = trainer.fit_loop.epoch_loop
-        replace = self._undo.enter_context
-        replace(replaced(trainer.precision_plugin, "clip_gradients", self._clip_gradients))
-        self._update_lr_schedulers = loop.update_lr_schedulers
-        self._undo.callback(self.__dict__.pop, "_update_lr_schedulers")  # it holds the Trainer
-        replace(replaced(loop, "update_lr_schedulers", self._update_schedules))
+        self._lightnings = [
+            TakenOver(trainer.precision_plugin, self, ["clip_gradients"]),
+            TakenOver(trainer.fit_loop.epoch_loop, self, ["update_lr_schedulers"]),
+        ]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes the state that may have been restored as the one to count and go back from."""
         self._records.begin(self.optimizers, writes=trainer.is_global_zero)
-        statistics = RunningStatistics(pl_module)
         self._skipped = [torch.tensor(float(o.skipped_steps)) for o in self.optimizers]
         self._logged = [optimizer.steps_taken for optimizer in self.optimizers]
-        for i, optimizer in enumerate(self.optimizers):
-            self._hooked(optimizer.register_step_post_hook(partial(self._count, i)))
-            statistics.follow(optimizer)
+        self._statistics = RunningStatistics(pl_module)
+        self._detach()
+        self._attach()
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
@@ -160,7 +166,10 @@ class GuardCallback(Callback):
     def teardown(self, *_: Any, **__: Any) -> None:
         """Writes the last records, and gives Lightning its own methods back."""
         self._records.end()
-        self._undo.close()
+        self._detach()
+        for methods in self._lightnings:
+            methods.give_back()
+        self._lightnings, self._trainer, self._statistics = [], None, None
 
     on_exception = teardown
 
@@ -181,21 +190,35 @@ class GuardCallback(Callback):
             max_norm=limit,
         )
 
-    def _hooked(self, handle: Any) -> None:
-        """The hook goes with the end of this fit: the next one may have the same optimizer."""
-        self._undo.callback(handle.remove)
+    def _attach(self) -> None:
+        """Hooks what goes with a step into the optimizers; copies of an optimizer have no hooks."""
+        for i, optimizer in enumerate(self.optimizers):
+            # Its closure returns the loss divided by accumulate_grad_batches, of the last
+            # micro-batch alone, and with a scaler nothing: on_before_backward sees them all.
+            self._hooks.append(tag_steps(optimizer, partial(self._tag, i), loss={}))
+            if self._statistics is not None:  # training has begun
+                count = partial(self._count, i)
+                self._hooks.append(optimizer.register_step_post_hook(count))
+                self._statistics.follow(optimizer)
 
-    def _tag(self, trainer: Trainer, span: BatchSpan) -> dict[str, Any]:
+    def _detach(self) -> None:
+        """The next fit may have the same optimizers."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def _tag(self, i: int) -> dict[str, Any]:
         """`global_step` is what the Trainer's counter shows after this step."""
-        _begin_batch(span, trainer)
-        return span.tag(trainer.global_step + 1)
+        assert self._trainer is not None
+        _begin_batch(self._spans[i], self._trainer)
+        return self._spans[i].tag(self._trainer.global_step + 1)
 
     def _count(self, i: int, *_: Any) -> None:
         last = self.optimizers[i].last
         if last is not None:
             self._skipped[i] = self._skipped[i].to(last.found_inf.device) + last.found_inf
 
-    def _clip_gradients(
+    def clip_gradients(
         self, optimizer: Any, clip_val: float = 0.0, gradient_clip_algorithm: str = "norm"
     ) -> None:
         """In place of the precision plugin's, which refuses an optimizer that unscales itself."""
@@ -205,11 +228,12 @@ class GuardCallback(Callback):
         if limit is not None and clip_val > 0:
             (limit.value if gradient_clip_algorithm == "value" else limit.norm)(clip_val)
 
-    def _update_schedules(self, interval: str, update_plateau_schedulers: bool) -> None:
+    def update_lr_schedulers(self, interval: str, update_plateau_schedulers: bool) -> None:
         """In place of the training loop's: a schedule by step waits for a step that happens."""
         if interval == "step" and self.optimizers and was_skipped(self.optimizers[0]):
             return
-        self._update_lr_schedulers(interval, update_plateau_schedulers)
+        theirs = self._lightnings[1].own("update_lr_schedulers")
+        theirs(interval=interval, update_plateau_schedulers=update_plateau_schedulers)
 
 
 def _begin_batch(span: BatchSpan, trainer: Trainer) -> None:

@@ -1,39 +1,14 @@
-"""Methods of one object, replaced for a while or for good."""
+"""Methods of one object, replaced until they are given back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any
 
 
-@contextmanager
-def replaced(owner: object, name: str, by: Callable[..., Any]) -> Iterator[None]:
-    """Replaces `owner.name` on that object alone; other objects of its class keep theirs.
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> owner = SimpleNamespace(answer=lambda: 41)
-        >>> with replaced(owner, "answer", lambda: 42):
-        ...     owner.answer()
-        42
-        >>> owner.answer()
-        41
-    """
-    own = vars(owner).get(name)
-    setattr(owner, name, by)
-    try:
-        yield
-    finally:
-        if own is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, own)
-
-
 class TakenOver:
-    """Methods of one object, replaced for good by those of the same names of another object.
+    """Methods of one object, replaced by those of the same names of another object.
 
     What was replaced is looked up when it is called, not held, so that copies and pickles of both
     objects belong together as the originals do.
@@ -54,13 +29,17 @@ class TakenOver:
         ...     def step(self):
         ...         return "guarded " + self.trainers.own("step")()
         >>> trainer = Trainer()
-        >>> _ = Guard(trainer)
+        >>> guard = Guard(trainer)
         >>> trainer.step()
         'guarded step'
+        >>> guard.trainers.give_back()
+        >>> trainer.step()
+        'step'
     """
 
     def __init__(self, owner: object, by: object, names: Sequence[str]) -> None:
         self.owner = owner
+        self.names = names
         self._of_instance = {name: vars(owner)[name] for name in names if name in vars(owner)}
         for name in names:
             setattr(owner, name, getattr(by, name))
@@ -70,3 +49,9 @@ class TakenOver:
         if name in self._of_instance:
             return self._of_instance[name]
         return MethodType(getattr(type(self.owner), name), self.owner)
+
+    def give_back(self) -> None:
+        """The owner has its own methods again."""
+        for name in self.names:
+            vars(self.owner).pop(name, None)
+        vars(self.owner).update(self._of_instance)

@@ -1,6 +1,4 @@
-"""What the guards of all trainers have in common: which optimizer, which loss, which batch, and where
-the records go.
-"""
+"""What the guards of all trainers share: whose loss it is, which batch, where the records go."""
 
 from __future__ import annotations
 
