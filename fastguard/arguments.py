@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastguard.buckets import GradBuckets, bucketize, gradients_of, parameters_of
-from fastguard.ranks.groups import Group, check_same_tensors, several_ranks
+from fastguard.ranks.groups import Group, check_same_tensors, process_group_of, several_ranks
 from fastguard.ranks.team import Sharing, team_of
 from fastguard.transfer import current_stream_of
 
@@ -80,12 +80,15 @@ def check_foreach(foreach: object) -> None:
         raise TypeError(f"foreach={foreach!r} must be True, False or None")
 
 
-def listed(parameters: Parameters) -> Tensor | list:
+def listed(parameters: Parameters, stacklevel: int = 5) -> Tensor | list:
+    """What a user calls "parameters", to be read more than once; `stacklevel` is that of torch's
+    warning about an empty generator.
+    """
     if isinstance(parameters, Tensor):
         return parameters
     listed = as_list("parameters", parameters)
     if not listed and isinstance(parameters, types.GeneratorType):
-        _warn("`parameters` is an empty generator, no gradient clipping will occur.", 5)
+        _warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel)
     return listed
 
 
@@ -143,7 +146,7 @@ def buckets_for(
         per_tensor: Make each tensor a segment.
     """
     sharing = None
-    if group is not None or several_ranks():
+    if process_group_of(group) is not None or several_ranks():
         if per_tensor:
             check_same_tensors(group, "per_tensor=True")
         sharing = _sharing_of_gradients(parameters_of(parameters), group)
@@ -158,7 +161,7 @@ def buckets_for(
         sharing=sharing,
     )
     if not buckets.buckets:  # with a group, the other ranks would wait for one that raises
-        _check_no_gradient(parameters, strict and group is None)
+        _check_no_gradient(parameters, strict and process_group_of(group) is None)
     return buckets
 
 

@@ -38,7 +38,7 @@ from fastguard.decide import (
 from fastguard.elementwise import check_fill, clamp_, fill_nonfinite_
 from fastguard.measure import GradStats, measure, norm_type_of
 from fastguard.ranks.dtensors import is_dtensor, whole
-from fastguard.ranks.groups import Group, several_ranks
+from fastguard.ranks.groups import Group, process_group_of, several_ranks
 from fastguard.ranks.team import team_of
 from fastguard.reduce import Signals, reduce
 
@@ -66,10 +66,10 @@ def clip_grad_norm_(
         nonfinite: What NaN and Inf do: `"propagate"` as in torch, `"zero"` sets them to 0 and clips
             by the norm of the rest, `"raise"` raises before anything is changed. Skipping a step
             takes `GuardedOptimizer`.
-        group: Whose gradients count: None: those of this process, or of the root mesh of DTensors;
-            a process group: of all its ranks, which hold different tensors (pipeline stages,
-            experts); `fastguard.Replicated(process_group)`: the same on all ranks (DDP). All ranks
-            must call, also those without parameters.
+        group: Whose gradients count: None: those of this process, or of the ranks that the meshes
+            of DTensors span; a process group: of all its ranks, which hold different tensors
+            (pipeline stages, experts); `fastguard.Replicated(process_group)`: the same on all ranks
+            (DDP). All ranks must call, also those without parameters.
 
     Returns:
         The norm before clipping, `()`, float32 (float64 if a gradient is), on the device of the
@@ -174,7 +174,7 @@ def get_total_norm(
         mode = "raise" if error_if_nonfinite else "propagate"
         return traced.decide(items, None, math.inf, p, mode, error_if_nonfinite)[0]
     sharing = None
-    if group is not None or several_ranks():
+    if process_group_of(group) is not None or several_ranks():
         items = [whole(t) for t in items]
         team = team_of(items, group)
         sharing = None if team is None else team.sharing(items)

@@ -70,8 +70,9 @@ class Gradients:
             map(is_, known, (p for g in groups for p in g["params"]))
         ):
             return False
-        self.layout = self._lay_out()
-        self.team = team_of(self.layout.parameters, self.group)
+        layout = self._lay_out()
+        self.team = team_of(layout.parameters, self.group, known)  # may refuse them
+        self.layout = layout
         if self.flat is not None:
             self.flat.release()
             self.flat = self._flattened()

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from fastguard.delegation import OptimizerAround
 from fastguard.ranks.dtensors import dtensor_types
 from fastguard.ranks.groups import Group, check_group
+from fastguard.ranks.plain_shards import check_sharded_optimizer
 from fastguard.segments import clip_values
 from fastguard.whole_step import WholeStep
 
@@ -33,6 +34,7 @@ def check_optimizer(optimizer: object, group: Group) -> None:
             "SparseAdam works on sparse gradients, which fastguard does not guard; use Adam with "
             "a dense embedding, or leave this optimizer unguarded"
         )
+    check_sharded_optimizer(optimizer, group)
     parameters = [p for param_group in optimizer.param_groups for p in param_group["params"]]
     if not parameters and group is None:
         raise ValueError("the optimizer has no parameters; there is nothing to guard")

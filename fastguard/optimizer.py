@@ -75,8 +75,8 @@ class GuardedOptimizer(KnownRun):
         max_consecutive_skips: More skips in a row than this raise `TrainingDivergedError`.
         named_parameters: `model.named_parameters()`, so that records can name the culprit.
         flat_buckets: Keep the gradients in one buffer per (device, dtype): see `FlatGradBuckets`.
-        group: Who decides together. None: this process; with DTensors, all ranks of their root
-            mesh. A process group: its ranks, which hold different tensors (pipeline stages,
+        group: Who decides together. None: this process; with DTensors, the ranks that their meshes
+            span. A process group: its ranks, which hold different tensors (pipeline stages,
             experts). `fastguard.Replicated(process_group)`: its ranks, which hold the same tensors
             (DDP). Every rank must construct the guard and take every step.
 

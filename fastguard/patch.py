@@ -1,32 +1,89 @@
 """`patch_torch()`: every caller of `torch.nn.utils.clip_grad_norm_` and its three companions gets
 ours.
+
+Callers expect what torch returns: for DTensors a norm that is a DTensor, over the ranks of their
+own mesh. A trainer calls `full_tensor()` on it, and adds up pipeline stages itself.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from types import ModuleType, TracebackType
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from fastguard import clip
+from fastguard.arguments import Parameters, as_list, listed
+from fastguard.buckets import gradients_of
+from fastguard.ranks.dtensors import dtensor_types
+from fastguard.ranks.groups import AS_TORCH, Group
+
+
+def clip_grad_norm_(
+    parameters: Parameters,
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
+    group: Group = AS_TORCH,
+    **ours: Any,
+) -> Tensor:
+    """`fastguard.clip_grad_norm_` in place of torch's function."""
+    parameters = listed(parameters, stacklevel=4)
+    norm = clip.clip_grad_norm_(
+        parameters, max_norm, norm_type, error_if_nonfinite, foreach, group=group, **ours
+    )
+    return _as_torch_returns_it(norm, parameters, are_gradients=False)
+
+
+def get_total_norm(
+    tensors: Tensor | Iterable[Tensor],
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
+    group: Group = AS_TORCH,
+) -> Tensor:
+    """`fastguard.get_total_norm` in place of torch's function."""
+    items = tensors if isinstance(tensors, Tensor) else as_list("tensors", tensors)
+    norm = clip.get_total_norm(items, norm_type, error_if_nonfinite, foreach, group=group)
+    return _as_torch_returns_it(norm, items, are_gradients=True)
+
+
+def _as_torch_returns_it(norm: Tensor, items: Tensor | list, *, are_gradients: bool) -> Tensor:
+    """The norm of DTensors as a DTensor, replicated over the mesh of the first of them."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return norm
+    tensors = [items] if isinstance(items, Tensor) else items
+    if not are_gradients:
+        tensors = [grad for grad in gradients_of(tensors)[0] if grad is not None]
+    known = dtensor_types(set(map(type, tensors)))
+    if not known:
+        return norm
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = next(t for t in tensors if type(t) in known).device_mesh
+    return DTensor.from_local(norm, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
 
 # In torch.nn.utils.clip_grad two of the four have private names, which sharded trainers call.
-_PLACES: dict[ModuleType, dict[str, str]] = {
+_PLACES: dict[ModuleType, dict[str, Any]] = {
     torch.nn.utils: {
-        name: name
-        for name in (
-            "clip_grad_norm_",
-            "clip_grad_value_",
-            "clip_grads_with_norm_",
-            "get_total_norm",
-        )
+        "clip_grad_norm_": clip_grad_norm_,
+        "clip_grad_value_": clip.clip_grad_value_,
+        "clip_grads_with_norm_": clip.clip_grads_with_norm_,
+        "get_total_norm": get_total_norm,
     },
     torch.nn.utils.clip_grad: {
-        "clip_grad_norm_": "clip_grad_norm_",
-        "clip_grad_value_": "clip_grad_value_",
-        "_clip_grads_with_norm_": "clip_grads_with_norm_",
-        "_get_total_norm": "get_total_norm",
+        "clip_grad_norm_": clip_grad_norm_,
+        "clip_grad_value_": clip.clip_grad_value_,
+        "_clip_grads_with_norm_": clip.clip_grads_with_norm_,
+        "_get_total_norm": get_total_norm,
     },
 }
 _lock = threading.RLock()
@@ -57,24 +114,29 @@ def patch_torch() -> _Patched:
     *before* the patch holds torch's function and keeps it; a `clip_grad_norm_` held so is torch's
     too, but finds our norm and our scaling when it looks up the private names.
 
+    What they find takes our keyword arguments too (`group=`, `nonfinite=`). Without them it means
+    what torch's function means: the norm of DTensors is one over the ranks of their own mesh, and
+    comes back as a DTensor.
+
     Returns:
         A context manager that undoes this call.
 
     Example:
         >>> import torch, fastguard
+        >>> large = [torch.full((4,), 1e20)]  # its squares leave float32
         >>> with fastguard.patch_torch():
-        ...     torch.nn.utils.clip_grad_norm_ is fastguard.clip_grad_norm_
-        True
-        >>> torch.nn.utils.clip_grad_norm_ is fastguard.clip_grad_norm_
-        False
+        ...     torch.nn.utils.get_total_norm(large)
+        tensor(2.0000e+20)
+        >>> torch.nn.utils.get_total_norm(large)
+        tensor(inf)
     """
     global _depth
     with _lock:
         if _depth == 0:
             for place, names in _PLACES.items():
-                for theirs, ours in names.items():
-                    _originals.append((place, theirs, getattr(place, theirs)))
-                    setattr(place, theirs, getattr(clip, ours))
+                for name, ours in names.items():
+                    _originals.append((place, name, getattr(place, name)))
+                    setattr(place, name, ours)
         _depth += 1
     return _Patched()
 

@@ -21,7 +21,7 @@ from fastguard.arguments import limit_tensor
 from fastguard.buckets import parameters_of
 from fastguard.measure import GradStats
 from fastguard.ranks.dtensors import is_dtensor
-from fastguard.ranks.groups import Group
+from fastguard.ranks.groups import Group, process_group_of
 
 
 def clip_grad_norm_(
@@ -128,7 +128,7 @@ def _apply(grads: list[Tensor], multiplier: Tensor, clean: Tensor) -> None:
 
 def spans_ranks(parameters: Tensor | list, group: Group) -> bool:
     """Whether compiled code must leave its graph, because ranks exchange numbers."""
-    if group is not None:
+    if process_group_of(group) is not None:
         return True
     if not (dist.is_available() and dist.is_initialized()):
         return False

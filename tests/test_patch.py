@@ -12,17 +12,18 @@ from torch.nn.utils import clip_grad_norm_ as held_clip_grad_norm_
 from torch.nn.utils import get_total_norm as held_get_total_norm
 
 import fastguard
+from fastguard import patch
 from guardtest.grads import parameters
 
 PLACES = [
-    (torch.nn.utils, "clip_grad_norm_", fastguard.clip_grad_norm_),
+    (torch.nn.utils, "clip_grad_norm_", patch.clip_grad_norm_),
     (torch.nn.utils, "clip_grad_value_", fastguard.clip_grad_value_),
     (torch.nn.utils, "clip_grads_with_norm_", fastguard.clip_grads_with_norm_),
-    (torch.nn.utils, "get_total_norm", fastguard.get_total_norm),
-    (torchs, "clip_grad_norm_", fastguard.clip_grad_norm_),
+    (torch.nn.utils, "get_total_norm", patch.get_total_norm),
+    (torchs, "clip_grad_norm_", patch.clip_grad_norm_),
     (torchs, "clip_grad_value_", fastguard.clip_grad_value_),
     (torchs, "_clip_grads_with_norm_", fastguard.clip_grads_with_norm_),
-    (torchs, "_get_total_norm", fastguard.get_total_norm),
+    (torchs, "_get_total_norm", patch.get_total_norm),
 ]
 TORCHS_OWN = [getattr(place, name) for place, name, _ in PLACES]
 
@@ -90,7 +91,7 @@ def test_what_was_patched_by_somebody_else_comes_back(monkeypatch):
 
     monkeypatch.setattr(torch.nn.utils, "get_total_norm", somebody_elses)
     fastguard.patch_torch()
-    assert torch.nn.utils.get_total_norm is fastguard.get_total_norm
+    assert torch.nn.utils.get_total_norm is patch.get_total_norm
     fastguard.unpatch_torch()
     assert torch.nn.utils.get_total_norm is somebody_elses
 
@@ -136,7 +137,7 @@ def test_names_imported_before_keep_torchs_function():
 def test_a_name_imported_inside_is_ours_for_good():
     with fastguard.patch_torch():
         from torch.nn.utils import clip_grad_norm_
-    assert clip_grad_norm_ is fastguard.clip_grad_norm_
+    assert clip_grad_norm_ is patch.clip_grad_norm_
 
 
 def test_our_functions_do_not_call_what_they_replaced(monkeypatch):
@@ -169,7 +170,7 @@ def test_many_threads_at_once():
         start.wait()
         for _ in range(rounds):
             with fastguard.patch_torch():
-                if torch.nn.utils.clip_grad_norm_ is not fastguard.clip_grad_norm_:
+                if torch.nn.utils.clip_grad_norm_ is not patch.clip_grad_norm_:
                     wrong.append(k)
 
     switch = sys.getswitchinterval()

@@ -36,14 +36,23 @@ class Replicated:
         _need_process_group(self.group)
 
 
-Group = ProcessGroup | Replicated | None
-"""None: one process, or the root mesh of DTensors. A process group: plain tensors are distinct over
-it (pipeline stages, experts). `Replicated`: plain tensors are the same on all its ranks."""
+class AsTorch:
+    """In place of None, what `patch_torch` passes: the caller knows torch's functions alone, so
+    nothing is asked of it that it could only answer with a group.
+    """
+
+
+AS_TORCH = AsTorch()
+
+Group = ProcessGroup | Replicated | AsTorch | None
+"""None: one process, or the ranks that the meshes of DTensors span. A process group: plain tensors
+are distinct over it (pipeline stages, experts). `Replicated`: plain tensors are the same on all its
+ranks."""
 
 
 def check_group(group: object) -> None:
     """Raises a TypeError for what is no `Group`."""
-    if group is not None and not isinstance(group, Replicated):
+    if group is not None and not isinstance(group, Replicated | AsTorch):
         _need_process_group(group)
 
 
@@ -57,8 +66,10 @@ def check_same_tensors(group: Group, what: str) -> None:
 
 
 def process_group_of(group: Group) -> ProcessGroup | None:
-    """The process group that a user means."""
-    return group.group if isinstance(group, Replicated) else group
+    """The process group that a user means; None without one."""
+    if isinstance(group, Replicated):
+        return group.group
+    return None if isinstance(group, AsTorch) else group
 
 
 def several_ranks() -> bool:

@@ -13,6 +13,7 @@ the stages need not know of weights.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,11 +28,13 @@ from torch.distributed import ProcessGroup
 from fastguard.ranks.dtensors import dtensor_types, make_whole_
 from fastguard.ranks.groups import Group, check_group, process_group_of
 from fastguard.ranks.loss_names import LossNames
+from fastguard.ranks.plain_shards import check_plain_shards
+from fastguard.ranks.span import Span, span_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-_STAGES = ("pp", "pipeline", "pipe", "stage")  # what mesh dimensions of pipelines are called
+log = logging.getLogger("fastguard")
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +70,7 @@ class Team:
         group: See `Group`.
 
     Raises:
-        ValueError: Meshes and group have no common root: no one set of ranks contains all.
+        ValueError: See `span_of`.
     """
 
     def __init__(self, tensors: Sequence[Tensor], group: Group) -> None:
@@ -75,10 +78,11 @@ class Team:
         own = process_group_of(group)
         self._own_ranks = [] if own is None else dist.get_process_group_ranks(own)
         meshes = meshes_of(tensors)
+        span = span_of(meshes, own)
         if group is None:
-            _refuse_pipelines(meshes)
-        self.group = _common_root(meshes, own, self._own_ranks)
-        self.size = dist.get_world_size(self.group)
+            _warn_of_larger_root(span)
+        self.group = span.group
+        self.size = 1 if span.group is None else len(span.ranks)
         self.rank = dist.get_rank()
         self._all_plain = not meshes
         self._weights: dict[tuple[int, Any], float] = {}
@@ -141,16 +145,24 @@ class Team:
         return self._weights[key]
 
 
-def team_of(tensors: Sequence[Tensor], group: Group) -> Team | None:
+def team_of(
+    tensors: Sequence[Tensor], group: Group, replaced: Sequence[Tensor] = ()
+) -> Team | None:
     """The team of a rank; None if it decides alone.
+
+    Args:
+        tensors: The parameters of this rank, or other tensors to measure.
+        group: See `Group`.
+        replaced: Parameters whose place they have taken.
 
     Raises:
         TypeError: `group` is no `Group`.
-        ValueError: See `Team`.
+        ValueError: See `Team` and `check_plain_shards`.
     """
-    if group is None and not dtensor_types(set(map(type, tensors))):
-        return None
     check_group(group)
+    check_plain_shards(tensors, group, replaced)
+    if process_group_of(group) is None and not dtensor_types(set(map(type, tensors))):
+        return None
     team = Team(tensors, group)
     return team if team.size > 1 else None
 
@@ -173,50 +185,18 @@ def _is_sharded(placement: Any) -> bool:
     return not (placement.is_replicate() or placement.is_partial())
 
 
-def _common_root(
-    meshes: Sequence[DeviceMesh], own: ProcessGroup | None, own_ranks: list[int]
-) -> ProcessGroup:
-    """The smallest known group that contains the root of every mesh and the group itself."""
-    roots = list({id(root): root for root in (m._get_root_mesh() for m in meshes)}.values())
-    ranks_of = [root.mesh.flatten().tolist() for root in roots]
-    largest = max([own_ranks, *ranks_of], key=len)
-    for ranks in (own_ranks, *ranks_of):
-        if not set(ranks) <= set(largest):
-            raise ValueError(
-                f"the tensors lie on ranks {sorted(largest)} and on ranks {sorted(ranks)}, and no "
-                "group contains both; pass group= of all ranks that shall decide together"
-            )
-    if own is not None and len(own_ranks) == len(largest):
-        return own
-    return _group_over(roots[ranks_of.index(largest)], largest)
+_warned_of: set[tuple[int, ...]] = set()
 
 
-_made: dict[tuple[int, ...], ProcessGroup] = {}
-
-
-def _group_over(mesh: DeviceMesh, ranks: list[int]) -> ProcessGroup:
-    """A group of all ranks of a mesh."""
-    if mesh.ndim == 1:
-        return mesh.get_group()
-    if len(ranks) == dist.get_world_size():
-        assert dist.group.WORLD is not None
-        return dist.group.WORLD
-    key = tuple(sorted(ranks))
-    if key not in _made:
-        made = dist.new_group(list(key), use_local_synchronization=True)
-        assert isinstance(made, ProcessGroup)  # of this rank's own mesh
-        _made[key] = made
-    return _made[key]
-
-
-def _refuse_pipelines(meshes: Sequence[DeviceMesh]) -> None:
-    """Without a group, what a mesh leaves out of its root counts as replicated: no pipeline is."""
-    for mesh in meshes:
-        root = mesh._get_root_mesh()
-        spanned = set(mesh.mesh_dim_names or ())
-        for name in root.mesh_dim_names or ():
-            if name in _STAGES and name not in spanned and root[name].size() > 1:
-                raise ValueError(
-                    f"the parameters lie on a part of a mesh with a dimension {name!r}, whose "
-                    f"stages hold different tensors; pass group=mesh[{name!r}].get_group()"
-                )
+def _warn_of_larger_root(span: Span) -> None:
+    """Once: ranks of the root that hold other parameters are not heard."""
+    if set(span.root_ranks) <= set(span.ranks) or span.ranks in _warned_of:
+        return
+    _warned_of.add(span.ranks)
+    log.warning(
+        "the meshes of the parameters span %s of the %d ranks of their root mesh, and the norm and "
+        "the decision are those of these ranks. If the others hold other parts of the model "
+        "(pipeline stages), pass their group=, such as mesh['pp'].get_group()",
+        len(span.ranks),
+        len(span.root_ranks),
+    )

@@ -1,0 +1,239 @@
+"""The ranks that the meshes of some tensors span together, and one process group over them.
+
+A mesh holds the ranks of one slice of its root: `root["dp"]` on rank 0 of a root of pipeline stages
+is the first stage alone. The ranks that exchange numbers are those that such slices connect: all
+ranks in the same slice as this one, all in the same slice as one of these, and so on. Every rank
+among them finds the same set, because the slices of one kind part the whole root; a rank outside of
+it (another pipeline stage) is neither needed nor waited for.
+
+    root (pp=2, dp=2, tp=2); tensors on root["dp"] and root["tp"]    the 4 ranks of a stage
+    the same tensors, group=root["pp"].get_group()                   all 8 ranks
+    dense tensors on (dp), experts on (ep, efsdp) of another view    the ranks that both reach
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.utils._python_dispatch import _disable_current_modes
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Span:
+    """The ranks that exchange numbers.
+
+    Attributes:
+        ranks: Their global numbers, in order.
+        group: A process group of them; None if this rank is none of them, or there is no other.
+        root_ranks: All ranks of the root meshes, in order.
+    """
+
+    ranks: tuple[int, ...]
+    group: ProcessGroup | None
+    root_ranks: tuple[int, ...]
+
+
+def span_of(meshes: Sequence[DeviceMesh], own: ProcessGroup | None) -> Span:
+    """The span of meshes and of a group; the same object for the same ones.
+
+    The first call with these meshes may make a process group, which only its own members join.
+
+    Args:
+        meshes: The different meshes of the tensors of this rank.
+        own: The process group that the user gave.
+
+    Raises:
+        ValueError: They overlap, and no root mesh contains them all: every rank would find other
+            peers.
+    """
+    # By identity: equal meshes of two roots, or of two runs in one process, span different ranks.
+    parts = (dist.group.WORLD, own, *meshes)
+    key = tuple(map(id, parts))
+    known = _spans.get(key)
+    if known is None:
+        known = _spans[key] = (parts, _found(meshes, own))  # the parts keep their ids
+        while len(_spans) > KEPT:
+            _spans.popitem(last=False)
+    return known[1]
+
+
+def root_of(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh that a mesh was sliced from; itself if it was not."""
+    if hasattr(mesh, "_get_root_mesh"):
+        return mesh._get_root_mesh()
+    from torch.distributed import device_mesh  # torch < 2.9 keeps a table of roots
+
+    return device_mesh._mesh_resources.get_root_mesh(mesh)
+
+
+def ranks_of(mesh: DeviceMesh) -> list[int]:
+    """The global ranks of a mesh, row by row."""
+    with _disable_current_modes():  # numbers, also where tensors are fake
+        return mesh.mesh.flatten().tolist()
+
+
+KEPT = 64
+"""How many spans are remembered: a model has one or two."""
+
+_spans: OrderedDict[tuple[int, ...], tuple[tuple[Any, ...], Span]] = OrderedDict()
+
+
+def _found(meshes: Sequence[DeviceMesh], own: ProcessGroup | None) -> Span:
+    roots = {id(root): ranks_of(root) for root in map(root_of, meshes)}
+    own_ranks = [] if own is None else dist.get_process_group_ranks(own)
+    _check_nested([*roots.values(), own_ranks])
+    slices = [Slices(ranks_of(mesh), roots[id(root_of(mesh))]) for mesh in meshes]
+    # A group such as mesh["pp"].get_group() is one slice too, of whichever root has all its ranks.
+    home = next((r for r in roots.values() if set(own_ranks) <= set(r)), own_ranks)
+    slices.append(Slices(own_ranks, home))
+    ranks = tuple(sorted(_connected(slices)))
+    return Span(ranks, _group_over(ranks, meshes, own), tuple(sorted(set().union(*roots.values()))))
+
+
+class Slices:
+    """All slices of one kind of a root: those that differ from a given one only by where they lie.
+
+    In the order of the root, the places of a slice are `start + sum of k_i * stride_i` with
+    `0 <= k_i < n_i`, and the others have other starts. Ranks that no such grid describes are the
+    only slice of their kind.
+
+    Args:
+        ranks: One slice.
+        root: The ranks of the root, row by row.
+    """
+
+    def __init__(self, ranks: Sequence[int], root: Sequence[int]) -> None:
+        self.first = tuple(ranks)
+        self._root = root
+        self._place = {rank: place for place, rank in enumerate(root)}
+        places = sorted(self._place[rank] for rank in ranks)
+        self._offsets = [place - places[0] for place in places]
+        self._digits = _digits(self._offsets)
+        if places and self._digits is not None and self._start(places[0]) != places[0]:
+            self._digits = None
+
+    def start_of(self, rank: int) -> int | None:
+        """Which slice a rank lies in, by its first place; None if it lies in none."""
+        if self._digits is None:
+            return 0 if rank in self.first else None
+        place = self._place.get(rank)
+        return None if place is None else self._start(place)
+
+    def at(self, start: int) -> Sequence[int]:
+        """The ranks of a slice."""
+        if self._digits is None:
+            return self.first
+        # A root may end within a slice if the ranks are a list that no mesh is cut into.
+        ends = (start + offset for offset in self._offsets)
+        return [self._root[place] for place in ends if place < len(self._root)]
+
+    def _start(self, place: int) -> int:
+        assert self._digits is not None
+        return place - sum(place // stride % n * stride for stride, n in self._digits)
+
+
+def _digits(offsets: Sequence[int]) -> list[tuple[int, int]] | None:
+    """The `(stride, n)` of a regular grid that begins at 0; None if it is none."""
+    digits: list[tuple[int, int]] = []
+    block = 1  # how many offsets the digits so far describe
+    while block < len(offsets):
+        stride = offsets[block]
+        n = 1
+        while n * block < len(offsets) and offsets[n * block] == n * stride:
+            n += 1
+        digits.append((stride, n))
+        block *= n
+    grid = [0]
+    for stride, n in digits:
+        grid = [k * stride + offset for k in range(n) for offset in grid]
+    return digits if grid == list(offsets) else None
+
+
+def _connected(slices: Sequence[Slices]) -> set[int]:
+    """All ranks that slices connect with one another."""
+    # With all of the first ones: a rank may hold tensors of a mesh that it is no member of.
+    found = set().union(*(s.first for s in slices))
+    waiting = list(found)
+    done: set[tuple[int, int]] = set()
+    while waiting:
+        rank = waiting.pop()
+        for i, s in enumerate(slices):
+            start = s.start_of(rank)
+            if start is None or (i, start) in done:
+                continue
+            done.add((i, start))
+            new = [r for r in s.at(start) if r not in found]
+            found.update(new)
+            waiting += new
+    return found
+
+
+def _check_nested(sets: Iterable[Sequence[int]]) -> None:
+    """Raises a ValueError for two sets of ranks that overlap, and neither contains the other."""
+    known: list[set[int]] = []
+    for ranks in map(set, sets):
+        for other in known:
+            if ranks & other and not (ranks <= other or other <= ranks):
+                raise ValueError(
+                    f"the tensors lie on ranks {sorted(other)} and on ranks {sorted(ranks)}, and "
+                    "no group contains both; pass group= of all ranks that shall decide together"
+                )
+        known.append(ranks)
+
+
+def _group_over(
+    ranks: tuple[int, ...], meshes: Sequence[DeviceMesh], own: ProcessGroup | None
+) -> ProcessGroup | None:
+    """A group of these ranks: one that is there already, else a new one."""
+    me, world = dist.get_rank(), dist.group.WORLD
+    if len(ranks) < 2 or me not in ranks:
+        return None
+    assert world is not None
+    for group in (own, world):
+        if group is not None and _is_over(group, ranks):
+            return group
+    there = [mesh.get_group(i) for mesh in meshes if me in ranks_of(mesh) for i in range(mesh.ndim)]
+    # By name, because the order of their tensors need not be the same on all ranks.
+    found = [group for group in there if _is_over(group, ranks) and not _is_fake(group, world)]
+    if found:
+        return min(found, key=lambda group: group.group_name)
+    return _new_group(ranks, world)
+
+
+def _new_group(ranks: tuple[int, ...], world: ProcessGroup) -> ProcessGroup:
+    """A new group that only its own members need to know of; made once."""
+    if _made.get(()) is not world:  # the groups before it are gone
+        _made.clear()
+        _made[()] = world
+    if ranks not in _made:
+        # A default group that is bound to a device (`init_process_group(device_id=...)`) would make
+        # it by splitting its own communicator, for which NCCL waits for every rank of the world.
+        bound, world.bound_device_id = world.bound_device_id, None
+        try:
+            group = dist.new_group(list(ranks), use_local_synchronization=True)
+        finally:
+            world.bound_device_id = bound
+        assert isinstance(group, ProcessGroup)
+        _made[ranks] = group
+    return _made[ranks]
+
+
+def _is_over(group: ProcessGroup, ranks: tuple[int, ...]) -> bool:
+    return tuple(sorted(dist.get_process_group_ranks(group))) == ranks
+
+
+def _is_fake(group: ProcessGroup, world: ProcessGroup) -> bool:
+    """Whether a group exchanges nothing, as trainers make them for dimensions without tensors."""
+    return dist.get_backend(group) == "fake" != dist.get_backend(world)
+
+
+_made: dict[tuple[int, ...], ProcessGroup] = {}
+"""By ranks; under `()` the default group of that time."""

@@ -1,0 +1,174 @@
+"""`patch_torch()` in trainers that know torch's functions alone, and what these return."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+import fastguard
+from fastguard.ranks import team
+from guardtest.ranks import Ranks
+from guardtest.spreads import SPREADS, model_gradients, on, parameter
+
+
+def clip_of_a_pipeline(
+    params: list[nn.Parameter], max_norm: float, pp: DeviceMesh | None
+) -> Tensor:
+    """As trainers clip over stages: the norm of the stage, joined over the stages by themselves."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params], 2.0, False, None)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    if pp is not None:
+        norm = norm**2
+        dist.all_reduce(norm, group=pp.get_group())
+        norm = norm**0.5
+    torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm, None)
+    return norm
+
+
+def pipeline_step(patched: bool) -> tuple[float, Tensor, list[str]]:
+    team._warned_of.clear()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    p = on(mesh["dp"], torch.full((4,), (3.0, 4.0)[mesh.get_local_rank("pp")]), Shard(0))
+    said: list[str] = []
+    logging.getLogger("fastguard").addFilter(lambda r: said.append(r.getMessage()) or True)
+    if patched:
+        with fastguard.patch_torch():
+            norm = clip_of_a_pipeline([p], 1.0, mesh["pp"])
+    else:
+        norm = clip_of_a_pipeline([p], 1.0, mesh["pp"])
+    logging.getLogger("fastguard").filters.clear()
+    return norm.item(), p.grad.full_tensor(), said
+
+
+def test_a_trainer_that_joins_stages_itself(four: Ranks) -> None:
+    theirs, ours = four.run(pipeline_step, False), four.run(pipeline_step, True)
+    for (norm, grad, said), (expected, its_grad, _) in zip(ours, theirs, strict=True):
+        assert norm == pytest.approx(expected, rel=1e-6) == 10.0
+        torch.testing.assert_close(grad, its_grad)
+        assert said == []  # a trainer has no group= to answer with
+
+
+def experts_apart() -> tuple[float, float]:
+    """Experts and the rest each by a call; where there are no experts the list is empty."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "fsdp"))
+    dense = [on(mesh["fsdp"], torch.ones(4), Shard(0))]
+    last = mesh.get_local_rank("pp") == 1
+    experts = [on(mesh["fsdp"], torch.full((4, 4), 2.0), Shard(0))] if last else []
+    with fastguard.patch_torch():
+        of_experts = torch.nn.utils.get_total_norm([p.grad for p in experts])
+        if isinstance(of_experts, DTensor):
+            of_experts = of_experts.full_tensor()
+        of_the_rest = torch.nn.utils.get_total_norm([p.grad for p in dense]).full_tensor()
+    return of_experts.item(), of_the_rest.item()
+
+
+def test_a_trainer_that_takes_experts_apart(four: Ranks) -> None:
+    assert four.run(experts_apart, timeout=15.0) == [(0.0, 2.0)] * 2 + [(8.0, 2.0)] * 2
+
+
+def returned(name: str) -> list[tuple[bool, float, float]]:
+    """Of each way to ask for a norm: is it a DTensor, what it holds, what `full_tensor` says."""
+    parts, _ = SPREADS[name](model_gradients())
+    params = [p for _, p in parts]
+    found = []
+    with fastguard.patch_torch():
+        for norm in (
+            torch.nn.utils.clip_grad_norm_(params, 1e6),
+            torch.nn.utils.clip_grad_norm_(iter(params), 1e6),
+            torch.nn.utils.get_total_norm([p.grad for p in params]),
+            torch.nn.utils.clip_grad._get_total_norm(p.grad for p in params),
+        ):
+            whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            found.append((isinstance(norm, DTensor), norm.item(), whole.item()))
+            torch.nn.utils.clip_grads_with_norm_(params, 1e6, norm)
+    return found
+
+
+@pytest.mark.parametrize("name", ["fsdp", "hsdp", "both_dimensions", "with_plain_tensors", "ddp"])
+def test_the_norm_is_a_dtensor_where_torchs_is(four: Ranks, name: str) -> None:
+    truth = torch.cat([g.flatten() for g in model_gradients()]).double().norm().item()
+    for found in four.run(returned, name):
+        for is_dtensor, held, whole in found:
+            assert is_dtensor == (name != "ddp")
+            assert held == whole == pytest.approx(truth, rel=1e-6)
+
+
+def used_as_torchs(patched: bool) -> list[float]:
+    """What callers do with the norm: log it, compare it, compute with it."""
+    torch.manual_seed(0)
+    model = fully_shard(nn.Linear(4, 6))
+    model(torch.ones(2, 4)).square().sum().backward()
+    params = list(model.parameters())
+    patch = fastguard.patch_torch() if patched else torch.no_grad()
+    with patch:
+        norm = torch.nn.utils.clip_grad_norm_(params, max_norm=0.5, foreach=True)
+    assert type(norm) is DTensor and norm.device_mesh == params[0].device_mesh
+    whole = norm.full_tensor()
+    after = torch.cat([p.grad.full_tensor().flatten() for p in params]).norm()
+    return [whole.item(), float(whole), (norm * 2).full_tensor().item(), after.item()]
+
+
+def test_what_callers_do_with_it(four: Ranks) -> None:
+    for ours, theirs in zip(
+        four.run(used_as_torchs, True), four.run(used_as_torchs, False), strict=True
+    ):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def our_own() -> list[bool]:
+    """Outside of the patch, and beside it, ours are plain tensors."""
+    parts, _ = SPREADS["fsdp"](model_gradients())
+    params = [p for _, p in parts]
+    with fastguard.patch_torch():
+        norms = [fastguard.clip_grad_norm_(params, 1.0)]
+    norms.append(fastguard.get_total_norm([p.grad for p in params]))
+    return [type(norm) is Tensor for norm in norms]
+
+
+def test_ours_is_a_plain_tensor(four: Ranks) -> None:
+    assert four.run(our_own) == [[True, True]] * 4
+
+
+def without_gradients() -> list[bool]:
+    mesh = init_device_mesh("cpu", (4,))
+    p = on(mesh, torch.ones(4), Shard(0))
+    p.grad = None
+    with fastguard.patch_torch():
+        norms = [
+            torch.nn.utils.clip_grad_norm_([p], 1.0),
+            torch.nn.utils.clip_grad_norm_([], 1.0),
+            torch.nn.utils.get_total_norm([]),
+        ]
+    return [type(norm) is Tensor and norm.item() == 0.0 for norm in norms]
+
+
+def test_without_a_gradient_it_is_plain_as_torchs(four: Ranks) -> None:
+    assert four.run(without_gradients) == [[True] * 3] * 4
+
+
+def with_our_keywords() -> tuple[float, str]:
+    """Callers who know of the patch may still say who decides."""
+    p = parameter(torch.full((4,), 1.0 + dist.get_rank()))
+    p.grad[0] = math.nan
+    with fastguard.patch_torch():
+        norm = torch.nn.utils.clip_grad_norm_(
+            [("w", p)], 1.0, nonfinite="zero", group=dist.group.WORLD
+        )
+        with pytest.raises(RuntimeError) as error:
+            torch.nn.utils.get_total_norm([torch.tensor([math.nan])], error_if_nonfinite=True)
+    return norm.item(), str(error.value)
+
+
+def test_our_keywords_are_taken(four: Ranks) -> None:
+    for norm, error in four.run(with_our_keywords):
+        assert norm == pytest.approx(math.sqrt(3 * (1 + 4 + 9 + 16)), rel=1e-6)
+        assert "NaN" in error

@@ -1,0 +1,224 @@
+"""Shards in plain tensors: a rank that holds some is not let decide alone."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+import fastguard
+from fastguard import GuardedOptimizer, Replicated
+from fastguard.ranks import plain_shards
+from guardtest.ranks import Ranks
+
+
+class Net(nn.Module):
+    """One layer is 1-D only, and small enough that one of two ranks gets nothing of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = nn.Linear(6, 8)
+        self.norm = nn.LayerNorm(8)
+        self.down = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.norm(self.up(x)))
+
+
+STRATEGIES = ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD")
+
+
+def fsdp(strategy: str, use_orig_params: bool, nested: bool = False) -> nn.Module:
+    options: dict[str, Any] = {
+        "device_id": torch.device("cpu"),
+        "sharding_strategy": ShardingStrategy[strategy],
+        "use_orig_params": use_orig_params,
+    }
+    model = Net()
+    if nested:
+        model.norm = FullyShardedDataParallel(model.norm, **options)
+    return FullyShardedDataParallel(model, **options)
+
+
+def backward(model: nn.Module) -> list[Tensor]:
+    """Gradients that differ from rank to rank before they are reduced."""
+    model(torch.ones(2, 6) * (1 + dist.get_rank())).square().sum().backward()
+    return list(model.parameters())
+
+
+def raised(attempt: Any) -> str:
+    try:
+        attempt()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def without_a_group(strategy: str, use_orig_params: bool, nested: bool) -> list[str]:
+    model = fsdp(strategy, use_orig_params, nested)
+    wrapped = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = raised(lambda: GuardedOptimizer(wrapped))
+    params = backward(model)
+    world = Replicated(dist.group.WORLD)
+    return [
+        before,
+        *map(
+            raised,
+            (
+                lambda: GuardedOptimizer(wrapped, max_norm=1.0),
+                lambda: fastguard.clip_grad_norm_(params, 1.0),
+                lambda: fastguard.measure_grads(model.named_parameters()),
+                lambda: fastguard.sanitize_grads_(params),
+                lambda: fastguard.clip_grad_norm_(params, 1.0),  # asked again, said again
+                lambda: fastguard.clip_grad_norm_(params, 1.0, group=world),
+            ),
+        ),
+    ]
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["one-unit", "nested"])
+@pytest.mark.parametrize("use_orig_params", [False, True], ids=["flat", "original"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_shards_without_a_group_are_refused(
+    two: Ranks, strategy: str, use_orig_params: bool, nested: bool
+) -> None:
+    for *refusals, replicated in two.run(without_a_group, strategy, use_orig_params, nested):
+        if strategy == "NO_SHARD":  # replicas, flattened
+            assert [*refusals, replicated] == [""] * 7
+            continue
+        for said in refusals:
+            assert "shards of FullyShardedDataParallel in plain tensors" in said
+            assert "pass group=torch.distributed.group.WORLD" in said
+        assert "group=Replicated(...) says that all ranks hold the same tensors" in replicated
+
+
+def guarded_step(use_orig_params: bool, bad: bool) -> tuple[float, int, float]:
+    """With the group: our norm, the steps that were skipped, and FSDP's own norm."""
+    model = fsdp("FULL_SHARD", use_orig_params)
+    opt = GuardedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), max_norm=1e3, group=dist.group.WORLD
+    )
+    params = backward(model)
+    if bad and dist.get_rank() == 1:
+        next(p.grad for p in params if p.grad is not None and p.grad.numel()).view(-1)[0] = math.nan
+    opt.step()
+    theirs = model.clip_grad_norm_(1e9).item()
+    return opt.records()[0].total_norm, opt.skipped_steps, theirs
+
+
+@pytest.mark.parametrize("use_orig_params", [False, True], ids=["flat", "original"])
+def test_with_the_group_all_ranks_decide_as_one(two: Ranks, use_orig_params: bool) -> None:
+    for ours, skipped, theirs in two.run(guarded_step, use_orig_params, False):
+        assert (ours, skipped) == (pytest.approx(theirs, rel=1e-6), 0)
+    norms = two.run(guarded_step, use_orig_params, True)
+    assert [skipped for _, skipped, _ in norms] == [1, 1]
+    assert len({ours for ours, *_ in norms}) == 1
+
+
+def a_trainers_own_recipe() -> tuple[float, float, list[str]]:
+    """It joins the norms of shards itself, as FSDP does, through torch's functions."""
+    plain_shards._warned.clear()
+    model = fsdp("FULL_SHARD", True)
+    params = backward(model)
+    said: list[str] = []
+    logging.getLogger("fastguard").addFilter(lambda r: said.append(r.getMessage()) or True)
+    with fastguard.patch_torch():
+        square = torch.nn.utils.clip_grad_norm_(params, math.inf) ** 2
+        torch.nn.utils.clip_grad_norm_(params, math.inf)
+    logging.getLogger("fastguard").filters.clear()
+    dist.all_reduce(square)
+    return square.sqrt().item(), model.clip_grad_norm_(1e9).item(), said
+
+
+def test_through_the_patch_torchs_meaning_holds_and_is_said_once(two: Ranks) -> None:
+    for recipe, theirs, said in two.run(a_trainers_own_recipe):
+        assert recipe == pytest.approx(theirs, rel=1e-6)
+        (warning,) = said
+        assert "the norm is that of the shards of this rank" in warning
+
+
+def zero_redundancy(group: str | None) -> str | tuple[float, list[float], int]:
+    """What is said, or the norm, all weights, and how many steps were skipped."""
+    params = [nn.Parameter(torch.ones(4)) for _ in range(3)]
+    wrapped = ZeroRedundancyOptimizer(params, torch.optim.SGD, lr=1.0)
+    world = dist.group.WORLD
+    given = {None: None, "plain": world, "replicated": Replicated(world)}[group]
+    said = raised(lambda: GuardedOptimizer(wrapped, group=given))
+    if said:
+        return said
+    opt = GuardedOptimizer(wrapped, max_norm=1.0, group=given)
+    for p in params:
+        p.grad = torch.ones(4)
+    opt.step()
+    norm = opt.records()[0].total_norm
+    if dist.get_rank() == 0:  # what an all-reduce cannot leave on one rank alone
+        params[2].grad[0] = math.nan
+    opt.step()
+    return norm, torch.cat([p.detach() for p in params]).tolist(), opt.skipped_steps
+
+
+def test_zero_redundancy_takes_a_step_on_all_ranks_or_on_none(two: Ranks) -> None:
+    for group in (None, "plain"):
+        for said in two.run(zero_redundancy, group):
+            assert "pass group=fastguard.Replicated(torch.distributed.group.WORLD)" in said
+    first, second = two.run(zero_redundancy, "replicated")
+    assert first == second
+    norm, weights, skipped = first
+    assert (norm, skipped) == (pytest.approx(math.sqrt(12)), 1)
+    assert weights == pytest.approx([1 - 1 / math.sqrt(12)] * 12, rel=1e-5)
+
+
+class Replaces(torch.optim.SGD):
+    """As DeepSpeed does: `partition()` puts a float32 partition in the place of parameters."""
+
+    def partition(self, n_ranks: int) -> None:
+        (old,) = self.param_groups[0]["params"]
+        old._hp_mapping = object()
+        part = old.detach().clone().float()[:: n_ranks or 1].requires_grad_()
+        part.grad = torch.ones_like(part)
+        self.param_groups[0]["params"] = [part]
+
+
+def deepspeed(n_ranks: int, marked: bool) -> list[str]:
+    p = nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+    if marked:  # stage 3
+        p.ds_id = 0
+        return [raised(lambda: GuardedOptimizer(torch.optim.SGD([p])))]
+    wrapped = Replaces([p], lr=0.1)
+    opt = GuardedOptimizer(wrapped)
+    wrapped.partition(n_ranks)
+    said = [raised(opt.step) for _ in range(2)]
+    assert bool(opt.applied_steps) == (not said[0])
+    return said
+
+
+def test_partitions_of_deepspeed(two: Ranks) -> None:
+    for said in [*two.run(deepspeed, 2, False), *two.run(deepspeed, 2, True)]:
+        assert all("shards of DeepSpeed ZeRO in plain tensors" in s for s in said)
+    assert two.run(deepspeed, 1, False) == [["", ""]] * 2  # all of it, in another dtype
+
+
+def looked_through() -> tuple[int, int]:
+    """How often lists of the same parameters are looked through."""
+    params = [nn.Parameter(torch.ones(2)) for _ in range(3)]
+    looks = []
+    kind = plain_shards._kind
+    plain_shards._kind = lambda *args: looks.append(1) or kind(*args)
+    try:
+        for n in (3, 3, 3, 2):
+            fastguard.clip_grad_norm_(params[:n], 1.0)
+    finally:
+        plain_shards._kind = kind
+    return len(looks), len(plain_shards._cleared)
+
+
+def test_parameters_are_looked_through_once(two: Ranks) -> None:
+    assert [n for n, _ in two.run(looked_through)] == [2, 2]

@@ -1,0 +1,236 @@
+"""Who decides together: the ranks that the meshes of the tensors span, and no rank besides."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from itertools import product
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+import fastguard
+from fastguard.ranks import span, team
+from fastguard.ranks.span import Slices, _connected
+from guardtest.ranks import Ranks, collectives
+from guardtest.spreads import on, parameter
+
+# On paper.
+
+SIZES = {"pp": 2, "replicate": 2, "shard": 3, "tp": 2}
+
+
+def root_ranks(permuted: bool = False) -> torch.Tensor:
+    n = math.prod(SIZES.values())
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(1)) if permuted else None
+    ranks = torch.arange(n) if order is None else order
+    return ranks.reshape(*SIZES.values())
+
+
+def slice_of(root: torch.Tensor, rank: int, dims: tuple[str, ...]) -> list[int]:
+    """The ranks that differ from a rank only in these dimensions."""
+    at = (root == rank).nonzero()[0].tolist()
+    index = tuple(slice(None) if name in dims else at[i] for i, name in enumerate(SIZES))
+    return root[index].flatten().tolist()
+
+
+KINDS = [("tp",), ("shard",), ("replicate", "tp"), ("shard", "tp"), ("pp",), ("pp", "shard"), ()]
+
+
+@pytest.mark.parametrize("permuted", [False, True], ids=["in-order", "permuted"])
+@pytest.mark.parametrize(("a", "b"), list(product(KINDS, KINDS)), ids=str)
+def test_two_kinds_of_slices_span_what_their_dimensions_span(
+    a: tuple[str, ...], b: tuple[str, ...], permuted: bool
+) -> None:
+    root = root_ranks(permuted)
+    flat = root.flatten().tolist()
+    for rank in (0, 7, 23):
+        slices = [Slices(slice_of(root, rank, dims), flat) for dims in (a, b)]
+        assert _connected(slices) == set(slice_of(root, rank, a + b))
+
+
+def test_ranks_that_no_grid_describes_are_a_slice_of_their_own() -> None:
+    assert _connected([Slices([0, 1, 3], range(6))]) == {0, 1, 3}
+    assert _connected([Slices([1, 2], range(6))]) == {1, 2}  # no mesh of 6 is cut so
+    assert _connected([Slices([0, 1, 3], range(6)), Slices([0, 3], range(6))]) == {0, 1, 3, 4}
+
+
+def test_each_slice_of_a_root_is_walked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank against each would be 10^8 steps on 16,384 ranks."""
+    walked = []
+    at = Slices.at
+    monkeypatch.setattr(Slices, "at", lambda self, start: walked.append(start) or at(self, start))
+    n = 512
+    assert len(_connected([Slices(range(n), range(n)), Slices(range(0, n, 8), range(n))])) == n
+    assert sorted(walked) == sorted([0, *range(8)])
+
+
+# On four ranks.
+
+
+def unflattened() -> DeviceMesh:
+    """Two views of one root that has no dimensions of its own."""
+    world = init_device_mesh("cpu", (4,), mesh_dim_names=("world",))
+    if hasattr(world, "_unflatten"):
+        return world._unflatten(0, (2, 2), ("pp", "dp"))
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+
+
+def named(pp: str, dp: str) -> Callable[[], DeviceMesh]:
+    return lambda: init_device_mesh("cpu", (2, 2), mesh_dim_names=(pp, dp))
+
+
+ROOTS: dict[str, tuple[Callable[[], DeviceMesh], str, str]] = {
+    "unflattened": (unflattened, "pp", "dp"),
+    "pp": (named("pp", "dp"), "pp", "dp"),
+    "another name": (named("outer", "inner"), "outer", "inner"),
+    "stages inside": (named("fsdp", "stage"), "stage", "fsdp"),
+}
+
+
+def stage_and_shards(name: str) -> tuple[DeviceMesh, DeviceMesh, int]:
+    make, stages, shards = ROOTS[name]
+    root = make()
+    return root[stages], root[shards], root.get_local_rank(stages)
+
+
+def norms_of_stages(name: str) -> tuple[float, float, float, list[str]]:
+    """Of this stage, torch's and ours; of all stages, which ours joins when it is told of them."""
+    team._warned_of.clear()
+    pipeline, mesh, stage = stage_and_shards(name)
+    p = on(mesh, torch.full((4,), 1.0 + 9 * stage), Shard(0))
+    said: list[str] = []
+    logging.getLogger("fastguard").addFilter(lambda r: said.append(r.getMessage()) or True)
+    theirs = torch.nn.utils.get_total_norm([p.grad]).full_tensor().item()
+    ours = [fastguard.get_total_norm([p.grad]).item() for _ in range(2)]
+    everything = fastguard.get_total_norm([p.grad], group=pipeline.get_group())
+    logging.getLogger("fastguard").filters.clear()
+    assert ours[0] == ours[1]
+    return theirs, ours[0], everything.item(), said
+
+
+@pytest.mark.parametrize("name", ROOTS)
+def test_the_norm_is_that_of_the_stage(four: Ranks, name: str) -> None:
+    results = four.run(norms_of_stages, name)
+    assert sorted(ours for _, ours, *_ in results) == [2.0, 2.0, 20.0, 20.0]
+    for theirs, ours, everything, said in results:
+        assert ours == theirs
+        assert everything == pytest.approx(math.hypot(2.0, 20.0), rel=1e-6)
+        (warning,) = said  # one for all calls, none where the group is given
+        assert "2 of the 4 ranks of their root mesh" in warning
+        assert "pass their group=" in warning
+
+
+def one_stage_alone(name: str) -> list[float]:
+    """Each stage makes other calls, as an interleaved schedule does; nobody waits for the other."""
+    _, mesh, stage = stage_and_shards(name)
+    found = []
+    if stage == 0:
+        p = on(mesh, torch.ones(4), Shard(0))
+        for _ in range(3):
+            found.append(fastguard.clip_grad_norm_([p], 1.0).item())
+        opt = fastguard.GuardedOptimizer(torch.optim.SGD([p], lr=0.1), max_norm=1.0)
+        opt.step()
+        found.append(opt.records()[0].total_norm)
+    return found
+
+
+@pytest.mark.parametrize("name", ROOTS)
+def test_a_stage_that_calls_alone_does_not_hang(four: Ranks, name: str) -> None:
+    results = four.run(one_stage_alone, name, timeout=15.0)
+    called = [found for found in results if found]
+    assert len(called) == 2
+    for first, *others in called:
+        assert first == 2.0 and others == pytest.approx([1.0] * 3, rel=1e-5)
+
+
+def experts_on_one_stage(joined: bool) -> tuple[float, int]:
+    """Stage 1 has experts, on another view of the ranks, and a plain tensor; stage 0 has neither.
+
+    The norm, and how many ranks the collectives of a step have.
+    """
+    dense = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "fsdp"))
+    sparse = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("pp", "efsdp", "ep"))
+    params = [on(dense["fsdp"], torch.ones(4), Shard(0))]
+    if dense.get_local_rank("pp") == 1:
+        experts = on(sparse["efsdp", "ep"], torch.full((4, 4), 2.0), Shard(1), Shard(0))
+        params = [experts, *params, parameter(torch.full((1,), 3.0))]
+    opt = fastguard.GuardedOptimizer(
+        torch.optim.SGD(params, lr=0.1),
+        max_norm=1e3,
+        group=dense["pp"].get_group() if joined else None,
+    )
+    opt.step()
+    assert opt._gradients.team is not None
+    return opt.records()[0].total_norm, opt._gradients.team.size
+
+
+def test_experts_on_one_stage_are_nothing_to_the_other(four: Ranks) -> None:
+    alone, experts = (2.0, 2), (math.sqrt(4 + 64 + 9), 2)
+    found = four.run(experts_on_one_stage, False, timeout=15.0)
+    assert found == [alone] * 2 + [(pytest.approx(experts[0]), 2)] * 2
+
+
+def test_stages_that_are_joined_hear_of_the_experts(four: Ranks) -> None:
+    found = four.run(experts_on_one_stage, True, timeout=15.0)
+    assert found == [(pytest.approx(math.sqrt(4 + 4 + 64 + 9)), 4)] * 4
+
+
+def groups_made() -> list[object]:
+    """How many process groups calls make over one dimension, over both, and the next time."""
+    root = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    one = on(root["b"], torch.ones(4), Shard(0))
+    both = on(root, torch.ones(4, 4), Replicate(), Shard(0))
+    counts = []
+    for params in ([one], [both], [one, both], [one], [both], [one, both]):
+        before = len(dist.distributed_c10d._world.pg_map)
+        with collectives() as seen:
+            fastguard.clip_grad_norm_(params, 1e3)
+        assert seen == [("allreduce_", 56)]
+        counts.append(len(dist.distributed_c10d._world.pg_map) - before)
+    return counts
+
+
+def test_groups_that_are_there_serve(four: Ranks) -> None:
+    """That of the dimension, and that of all ranks."""
+    assert four.run(groups_made) == [[0] * 6] * 4
+
+
+def new_groups() -> tuple[int, bool, list[int]]:
+    """A group that no mesh has is made once, by its members; the bound device stays bound."""
+    rank, world = dist.get_rank(), dist.group.WORLD
+    if rank == 1:
+        return 0, True, []
+    members = (0, 2, 3)
+    bound, world.bound_device_id = world.bound_device_id, torch.device("cuda", 0)
+    made = {id(span._new_group(members, world)) for _ in range(2)}
+    kept = world.bound_device_id == torch.device("cuda", 0)
+    world.bound_device_id = bound
+    group = span._made[members]
+    one = torch.ones(1)
+    dist.all_reduce(one, group=group)
+    return len(made), kept and one.item() == 3.0, dist.get_process_group_ranks(group)
+
+
+def test_a_new_group_needs_its_members_alone(four: Ranks) -> None:
+    results = four.run(new_groups, timeout=15.0)
+    assert results == [(1, True, [0, 2, 3]), (0, True, []), *[(1, True, [0, 2, 3])] * 2]
+
+
+def fake_groups() -> float:
+    """A dimension whose group exchanges nothing, as trainers make them, is not taken."""
+    root = init_device_mesh(
+        "cpu", (2, 2), mesh_dim_names=("pp", "dp"), backend_override={"dp": "fake"}
+    )
+    whole = torch.arange(4.0)
+    local = whole[2 * root.get_local_rank("dp") :][:2].clone()
+    p = parameter(DTensor.from_local(local, root["dp"], [Shard(0)], run_check=False))
+    return fastguard.clip_grad_norm_([p], 1e3).item()
+
+
+def test_groups_that_exchange_nothing_are_passed_over(four: Ranks) -> None:
+    assert four.run(fake_groups, timeout=15.0) == pytest.approx([math.sqrt(14)] * 4)
