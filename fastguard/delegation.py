@@ -1,7 +1,10 @@
 """Being a `torch.optim.Optimizer` to schedulers, scalers and trainers, around another one.
 
 Param groups, state and defaults are those of the wrapped optimizer, looked up each time, because it
-replaces these objects when it loads a state dict. Hooks are the wrapper's own.
+replaces these objects when it loads a state dict. Hooks are the wrapper's own. Whatever else the
+wrapped optimizer has (`train` and `eval` of schedule-free ones, `is_second_order`,
+`sync_lookahead`) is reachable on the wrapper, and what it lacks is absent there too, because
+training loops probe with `hasattr`.
 """
 
 from __future__ import annotations
@@ -12,6 +15,12 @@ from inspect import isfunction
 from typing import Any
 
 from torch.optim import Optimizer
+
+from fastguard import distributed_checkpoint
+
+# How GradScaler talks to the optimizer that it was given: an answer from the wrapped one would be
+# taken for the scaler's.
+_OF_THE_SCALER = frozenset({"grad_scale", "found_inf"})
 
 
 class OptimizerAround(Optimizer):
@@ -44,6 +53,7 @@ class OptimizerAround(Optimizer):
     @property
     def state(self) -> Any:  # type: ignore[override]
         """The state of the wrapped optimizer."""
+        distributed_checkpoint.make_room(self.optimizer)
         return self.optimizer.state
 
     @state.setter
@@ -54,6 +64,50 @@ class OptimizerAround(Optimizer):
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
         """The defaults of the wrapped optimizer."""
         return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:  # type: ignore[override]
+        self.optimizer.defaults = defaults
+
+    def __getattr__(self, name: str) -> Any:
+        """What only the wrapped optimizer has. Python asks here after all else has failed."""
+        if hasattr(type(self), name):  # a property of our own failed: it says why
+            return object.__getattribute__(self, name)
+        inner = self.__dict__.get("optimizer")  # absent while a copy is being made
+        if inner is None or not _is_delegated(name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        try:
+            return getattr(inner, name)
+        except AttributeError as error:
+            raise AttributeError(
+                f"neither {type(self).__name__!r} nor the optimizer that it wraps, "
+                f"{type(inner).__name__!r}, has an attribute {name!r}"
+            ) from error
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name[0] == "_" or name in self.__dict__ or not self._belongs_to_wrapped(name):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.optimizer, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__ or not self._belongs_to_wrapped(name):
+            object.__delattr__(self, name)
+        else:
+            delattr(self.optimizer, name)
+
+    def _belongs_to_wrapped(self, name: str) -> bool:
+        """Whether the wrapped optimizer has an attribute that the wrapper itself has not."""
+        return (
+            "_warned_capturable_if_run_uncaptured" in self.__dict__  # it is complete
+            and _is_delegated(name)
+            and not hasattr(type(self), name)
+            and hasattr(self.optimizer, name)
+        )
+
+    def __dir__(self) -> list[str]:
+        delegated = filter(_is_delegated, dir(self.optimizer))
+        return sorted({*super().__dir__(), *delegated})
 
     def _become_an_optimizer(self) -> None:
         """What Optimizer.__init__ does, without param groups of our own."""
@@ -84,3 +138,7 @@ def _of_the_wrapped(name: str) -> Callable[..., Any]:
 
     method.__name__ = name
     return method
+
+
+def _is_delegated(name: str) -> bool:
+    return name not in _OF_THE_SCALER and not (name.startswith("__") and name.endswith("__"))

@@ -3,7 +3,8 @@
 They let an optimizer without state take one step, all gradients and learning rates zero, so that it
 creates its state: that step goes to the wrapped optimizer and is not the guard's. And they keep
 `state` and `param_groups` of a state dict and nothing else, so the guard's state travels in the
-first param group.
+first param group. A flattened state dict they read back by the keys of the live param groups, so
+the first of these has a place for it while they do.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 
 KEY = "fastguard"
 _MODULE = "torch.distributed.checkpoint.state_dict"
+_FIRST_READER = "_init_optim_state"
 _FRAMES = 12  # between it and a step: torch's own wrappers, a scheduler's, a trainer's
 
 
@@ -42,16 +44,35 @@ def only_creates_state(optimizer: Optimizer) -> bool:
     return not optimizer.state and is_calling()
 
 
-def embed(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> None:
+def embed(state_dict: dict[str, Any], optimizer: Optimizer) -> None:
     """Puts the guard's state where torch.distributed.checkpoint finds it.
 
     Args:
         state_dict: Of the guarded optimizer.
-        param_groups: The live ones: a flattened state dict (`flatten_optimizer_state_dict`) is read
-            back by the keys that they hold then.
+        optimizer: The wrapped one; a place that `make_room` made in its param groups goes again.
     """
-    state_dict["param_groups"][0][KEY] = state_dict[KEY]
-    param_groups[0].setdefault(KEY, None)
+    groups = state_dict.get("param_groups")
+    if groups:
+        groups[0][KEY] = state_dict[KEY]
+        optimizer.param_groups[0].pop(KEY, None)
+
+
+def make_room(optimizer: Optimizer) -> None:
+    """Called by the property that gives out `optimizer.state`, the first thing that
+    torch.distributed.checkpoint asks for when it loads: the live param groups get an entry for the
+    guard's state if a flattened state dict brings one. For one without, that entry would be missed.
+    """
+    reader = sys._getframe(2)
+    if reader.f_globals.get("__name__") != _MODULE or reader.f_code.co_name != _FIRST_READER:
+        return
+    loader = reader.f_back
+    flattened = None if loader is None else loader.f_locals.get("state_dict")
+    if isinstance(flattened, Mapping) and any(map(_is_of_guard, flattened)):
+        optimizer.param_groups[0].setdefault(KEY, None)
+
+
+def _is_of_guard(key: object) -> bool:
+    return isinstance(key, str) and key.startswith("param_groups.") and key.endswith(f".{KEY}")
 
 
 def split(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
@@ -59,10 +80,13 @@ def split(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
 
     The given one is not changed.
     """
-    groups = [dict(group) for group in state_dict["param_groups"]]
-    embedded = [group.pop(KEY, None) for group in groups]
-    inner = {k: v for k, v in state_dict.items() if k != KEY}
     guard = state_dict.get(KEY)
-    if guard is None:
-        guard = next((e for e in embedded if e is not None), None)
-    return {**inner, "param_groups": groups}, guard
+    inner = {k: v for k, v in state_dict.items() if k != KEY}
+    groups = inner.get("param_groups")
+    if isinstance(groups, list | tuple) and all(isinstance(g, Mapping) for g in groups):
+        groups = [dict(group) for group in groups]
+        embedded = [group.pop(KEY, None) for group in groups]
+        inner["param_groups"] = groups
+        if guard is None:
+            guard = next((e for e in embedded if e is not None), None)
+    return inner, guard

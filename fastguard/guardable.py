@@ -34,6 +34,11 @@ def check_optimizer(optimizer: object, group: Group) -> None:
             "SparseAdam works on sparse gradients, which fastguard does not guard; use Adam with "
             "a dense embedding, or leave this optimizer unguarded"
         )
+    if not isinstance(getattr(optimizer, "param_groups", None), list):
+        raise TypeError(
+            f"{type(optimizer).__name__} has no param_groups, so there is nothing to guard; wrap "
+            "the optimizer inside it"
+        )
     check_sharded_optimizer(optimizer, group)
     parameters = [p for param_group in optimizer.param_groups for p in param_group["params"]]
     if not parameters and group is None:

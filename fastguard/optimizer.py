@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastguard import distributed_checkpoint, resume, wrapped_state
+from fastguard import distributed_checkpoint, resume, state_parts, wrapped_state
 from fastguard.apply import apply
 from fastguard.arguments import limit_of
 from fastguard.decide import GuardState, NonFinite, Policy, Verdict, decide, raise_if_nonfinite
@@ -361,10 +361,10 @@ class GuardedOptimizer(KnownRun):
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        state_dict, _ = distributed_checkpoint.split(self.optimizer.state_dict())
-        state_dict["fastguard"] = resume.save(self._state, self._policy)
+        guard = resume.save(self._state, self._policy)
+        state_dict = state_parts.joined(self.optimizer.state_dict(), guard)
         if distributed_checkpoint.is_calling():
-            distributed_checkpoint.embed(state_dict, self.param_groups)
+            distributed_checkpoint.embed(state_dict, self.optimizer)
         for hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
         return state_dict
@@ -378,16 +378,12 @@ class GuardedOptimizer(KnownRun):
         Raises:
             TypeError, ValueError: It belongs to another configuration; nothing was changed.
         """
-        state_dict = wrapped_state.opened(state_dict)
+        state_dict = state_parts.opened(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        wrapped_state.check_parts(state_dict)
-        state_dict, saved = distributed_checkpoint.split(state_dict)
+        wrapped, saved = state_parts.parts(state_dict, self.optimizer)
         guard = resume.load(saved, self._policy, self._device)
-        limits(state_dict["param_groups"], self.clip_scope, self.max_norm)
-        for group, live in zip(state_dict["param_groups"], self.param_groups, strict=False):
-            check_settings(group, live["params"])
-        wrapped_state.load(self.optimizer, state_dict)
+        wrapped_state.load(self.optimizer, wrapped, self._check_param_groups)
         self._road = road_of(self.optimizer)  # param groups bring their own `fused`
         self._state = guard
         self._steps_taken = int(guard.counters[0])
@@ -395,3 +391,8 @@ class GuardedOptimizer(KnownRun):
         self._recorder.forget_last()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
+
+    def _check_param_groups(self) -> None:
+        limits(self.param_groups, self.clip_scope, self.max_norm)
+        for group in self.param_groups:
+            check_settings(group, group["params"])

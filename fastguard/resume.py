@@ -13,15 +13,22 @@ from fastguard.decide import GuardState, Policy
 from fastguard.rules import SpikeRule
 
 VERSION = 1
+_OF_RULES = ("signals", "windows_of", "windows", "rings")
 
 
 def save(state: GuardState, policy: Policy) -> dict[str, Any]:
-    """Counters and spike baselines, copied, and what they belong to."""
+    """Counters and spike baselines, copied, and what they belong to.
+
+    Without spike rules there are no entries about them: torch.distributed.checkpoint drops empty
+    containers.
+    """
+    saved = {"version": VERSION, "counters": state.counters.clone()}
+    if not policy.rules:
+        return saved
     return {
-        "version": VERSION,
+        **saved,
         "signals": list(policy.signals),
         "windows_of": _windows(policy),
-        "counters": state.counters.clone(),
         "windows": state.windows.clone(),
         "rings": state.rings.clone(),
     }
@@ -53,22 +60,22 @@ def load(saved: dict[str, Any] | None, policy: Policy, device: torch.device) -> 
             f"the guard's state has version {version!r}, this release reads {VERSION}; "
             "upgrade fastguard, or delete state_dict['fastguard'] to start a fresh guard"
         )
-    missing = [
-        k for k in ("signals", "windows_of", "counters", "windows", "rings") if k not in saved
-    ]
+    has_rules = any(key in saved for key in _OF_RULES)
+    needed = (*_OF_RULES, "counters") if has_rules else ("counters",)
+    missing = [key for key in needed if key not in saved]
     if missing:
         raise ValueError(
             f"the guard's state lacks {', '.join(missing)}; it is damaged: "
             "delete state_dict['fastguard'] to start a fresh guard"
         )
-    of = (_listed(saved["signals"]), _listed(saved["windows_of"]))
+    of = (_listed(saved.get("signals", [])), _listed(saved.get("windows_of", [])))
     if of != (list(policy.signals), _windows(policy)):
         raise ValueError(
             f"the guard's state is of spike rules {of[0]} with windows {of[1]}, but this guard has "
             f"{list(policy.signals)} with {_windows(policy)}; construct it with the same spike=, "
             "or delete state_dict['fastguard'] to start a fresh guard"
         )
-    for name in ("counters", "windows", "rings"):
+    for name in ("counters", "windows", "rings") if has_rules else ("counters",):
         expected, given = getattr(fresh, name), saved[name]
         _check_kind(name, given, expected)
         _check_values(name, given, policy)

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from fastguard.buckets import FLOATING, bucketize
+from fastguard.checkpoints.object_states import state_of
 from fastguard.measure import GradStats, measure
 
 RNG = "rng"
@@ -101,7 +102,7 @@ class Snapshot:
             Nobody waits here.
         """
         self.step, self._finite = None, frozenset()  # invalid while it is being written
-        states = {name: thing.state_dict() for name, thing in objects.items()}
+        states = {name: state_of(thing, name) for name, thing in objects.items()}
         on_gpu = [(n, t) for n, t in _tensors(states, "") if _on_gpu(t)] if check else []
         self._seen = _measured(on_gpu) if on_gpu else None
         copier = _Copier(optimizer, LOOKED if check else 0.0)

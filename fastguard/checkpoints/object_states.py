@@ -39,10 +39,28 @@ def gather(objects: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         if isinstance(value, torch.Generator):
             states[name] = {_GENERATOR: value.get_state()}
         elif callable(getattr(value, "state_dict", None)):
-            states[name] = plain(value.state_dict(), name)
+            states[name] = plain(state_of(value, name), name)
         else:
             data[name] = plain(value, name)
     return states, data
+
+
+def state_of(value: Any, name: str) -> Any:
+    """What `value.state_dict()` returns.
+
+    Raises:
+        ValueError: It cannot say; the error names the object.
+    """
+    try:
+        return value.state_dict()
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError) as error:
+        inside = f" around {type(value.optimizer).__name__}" if hasattr(value, "optimizer") else ""
+        raise ValueError(
+            f"the state of {name!r} cannot be saved: {type(value).__name__}{inside}.state_dict() "
+            f"raised {error!r}"
+        ) from error
 
 
 def check_restorable(objects: Mapping[str, Any], states: Mapping[str, Any]) -> None:

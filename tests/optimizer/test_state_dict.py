@@ -139,7 +139,7 @@ OTHER_CONFIGURATIONS = {
     "not a dict": (lambda s: {**s, "fastguard": 3}, r"state_dict\['fastguard'\] is 3"),
     "incomplete": (
         lambda s: {**s, "fastguard": {"version": 1, "signals": []}},
-        "lacks windows_of, counters",
+        "lacks windows_of, windows, rings, counters",
     ),
     "other shape": (lambda s: damaged(s, counters=torch.zeros(2)), "counters of shape"),
     "no tensor": (lambda s: damaged(s, rings=None), "rings of shape None"),
