@@ -1,0 +1,154 @@
+"""Methods and attributes of the wrapped optimizer are there on the guard, and only these."""
+
+import copy
+import pickle
+from functools import partial
+
+import pytest
+import torch
+
+from fastguard import GuardedOptimizer
+from guardtest.guarded import adamw, parameters_of, sgd
+from guardtest.training import give_gradients, new_parameters
+
+
+class ScheduleFree(torch.optim.SGD):
+    """Evaluates with other weights than it trains with, and has what training loops probe for."""
+
+    is_second_order = True
+    warmup_steps = 5
+    training = True
+    averaging = {"beta": 0.9}  # noqa: RUF012  (of the class: torch copies nothing else)
+
+    def train(self, mode=True):
+        self.training = mode
+        return self
+
+    def eval(self):
+        return self.train(False)
+
+    @property
+    def n_averaged(self):
+        return len(self.param_groups)
+
+    @property
+    def broken(self):
+        raise AttributeError("no momentum yet")
+
+
+def guarded():
+    return GuardedOptimizer(ScheduleFree(new_parameters(), lr=0.1))
+
+
+def pickled(opt):
+    return pickle.loads(pickle.dumps(opt))
+
+
+@pytest.mark.parametrize("copied", [lambda opt: opt, copy.copy, copy.deepcopy, pickled])
+def test_methods_and_attributes_are_those_of_the_wrapped_one(copied):
+    opt = copied(guarded())
+    opt.eval()
+    assert not opt.optimizer.training and opt.training is False
+    opt.train()
+    assert opt.optimizer.training
+    assert opt.is_second_order and opt.n_averaged == 1
+    assert opt.averaging is opt.optimizer.averaging
+    assert {"train", "n_averaged", "averaging", "records"} <= set(dir(opt))
+
+
+@pytest.mark.parametrize("copied", [lambda opt: opt, copy.copy, copy.deepcopy, pickled])
+def test_what_the_wrapped_one_lacks_is_absent(copied):
+    opt = copied(adamw())
+    for name in ("train", "eval", "is_second_order", "sync_lookahead", "__array__", "__len__"):
+        assert not hasattr(opt, name)
+        assert getattr(opt, name, None) is None
+    with pytest.raises(AttributeError, match=r"'GuardedOptimizer' nor .* 'AdamW'.* 'evaluate'"):
+        opt.evaluate()
+    with pytest.raises(AttributeError, match="has no attribute 'evaluate'"):
+        del opt.evaluate
+    assert "train" not in dir(opt)
+
+
+def test_a_method_that_appears_later_is_there_from_then_on():
+    opt = sgd(new_parameters())
+    assert not hasattr(opt, "sync_lookahead")
+    opt.optimizer.sync_lookahead = lambda: "synced"
+    assert opt.sync_lookahead() == "synced"
+    del opt.optimizer.sync_lookahead
+    assert not hasattr(opt, "sync_lookahead")
+
+
+def test_attributes_of_the_wrapped_one_are_set_and_deleted_there():
+    opt = guarded()
+    opt.warmup_steps = 7
+    assert opt.optimizer.warmup_steps == 7 and "warmup_steps" not in vars(opt)
+    del opt.warmup_steps
+    assert opt.warmup_steps == 5
+    opt.averaging = None
+    assert opt.optimizer.averaging is None
+    opt.defaults = {"lr": 1.0}
+    assert opt.optimizer.defaults == {"lr": 1.0}
+
+
+def test_what_the_wrapped_one_does_not_have_is_set_on_the_guard():
+    opt = guarded()
+    opt.note = "mine"
+    opt.max_norm = 2.0
+    assert opt.note == "mine" and not hasattr(opt.optimizer, "note")
+    assert not hasattr(opt.optimizer, "max_norm")
+    del opt.note
+    assert not hasattr(opt, "note")
+
+
+def test_a_step_put_on_the_guard_stays_there():
+    """As trainers and schedulers do it; the wrapped step is not theirs to replace."""
+    opt = guarded()
+    inner = opt.optimizer.step
+    opt.step = partial(opt.step, loss=float("nan"))
+    give_gradients(parameters_of(opt), 0)
+    opt.step()
+    assert opt.skipped_steps == 1
+    assert opt.optimizer.step.__func__ is inner.__func__
+    del opt.step
+    opt.step()
+    assert opt.applied_steps == 1
+
+
+@pytest.mark.parametrize("name", ["last", "group", "rules", "max_norm"])
+def test_what_the_guard_has_itself_hides_what_the_wrapped_one_has(name):
+    inner = ScheduleFree(new_parameters(), lr=0.1)
+    setattr(inner, name, "of the wrapped one")
+    opt = GuardedOptimizer(inner)
+    give_gradients(parameters_of(opt), 0)
+    opt.step()
+    assert getattr(inner, name) == "of the wrapped one"
+    assert getattr(opt, name) != "of the wrapped one"
+
+
+def test_answers_of_the_wrapped_one_are_not_taken_for_those_of_a_grad_scaler():
+    inner = torch.optim.RMSprop(new_parameters())
+    inner.grad_scale, inner.found_inf = torch.tensor(2.0), torch.tensor(1.0)
+    opt = GuardedOptimizer(inner)
+    assert not hasattr(opt, "grad_scale") and not hasattr(opt, "found_inf")
+    give_gradients(parameters_of(opt), 0)
+    opt.step()
+    assert opt.applied_steps == 1
+
+
+def test_a_property_that_fails_says_why():
+    opt = guarded()
+    with pytest.raises(AttributeError, match="'broken'") as raised:
+        _ = opt.broken
+    assert str(raised.value.__cause__) == "no momentum yet"
+    del opt._state
+    with pytest.raises(AttributeError, match="'_state'"):
+        _ = opt.applied_steps
+
+
+def test_an_unfinished_copy_has_nothing_and_does_not_recurse():
+    opt = GuardedOptimizer.__new__(GuardedOptimizer)
+    for name in ("optimizer", "train", "_state", "__deepcopy__x__"):
+        with pytest.raises(AttributeError):
+            getattr(opt, name)
+    opt.anything = 1
+    assert opt.anything == 1
