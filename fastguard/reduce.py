@@ -1,7 +1,8 @@
 """Stage 2, reduce: every rank comes to know what all ranks know together.
 
 One SUM collective over one small float64 vector, `(4 S + 3 [+ 24],)`: 248 bytes for one segment,
-whatever the size of the model and the number of ranks (an inf-norm adds one MAX over S numbers):
+whatever the size of the model and the number of ranks (an inf-norm adds one MAX over S numbers; on
+a CPU a bad step adds one over 3 S, so that counts of copies that differ agree):
 
     (4, S)   power sums, and how many elements are NaN, +Inf, -Inf, each weighted by 1 / copies
     1        how many loss scalers found something non-finite
@@ -31,6 +32,10 @@ from fastguard.transfer import current_stream_of, numbers_on
 if TYPE_CHECKING:
     from fastguard.ranks.loss_names import LossNames
     from fastguard.ranks.team import Sharing
+
+
+ROUNDED_OFF = 1e-6
+"""More than what sums of a weight such as 1/3 round off, less than one copy of a million counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +112,8 @@ def reduce(
     total = vector[: 4 * n_segments].view(4, n_segments)
     if stats.norm_type == math.inf:
         total[0] = _exchanged(summary[0].clone(), sharing, dist.ReduceOp.MAX)
-    total[1:] = _whole_counts(total[1:])
-
     flags = vector[4 * n_segments :]
+    total[1:] = _whole_counts(total[1:], _held(stats, sharing, flags))
     joined = replace(signals, found_inf=(flags[0] > 0).float(), bad_ranks=flags[1:3])
     if losses:
         joined = _with_losses(joined, flags[3:].view(2, -1), sharing.team.loss_names)
@@ -194,9 +198,24 @@ def _kept_constant(
     return numbers_on(values, device, dtype)
 
 
-def _whole_counts(counts: Tensor) -> Tensor:
-    """Weighted counts as whole numbers: at least 1 where one copy of several holds a NaN."""
-    return torch.where(counts > 0, counts.round().clamp(min=1.0), 0.0)
+def _held(stats: GradStats, sharing: Sharing, flags: Tensor) -> Tensor:
+    """float64 `(3, S)`: the most that any rank holds of each count.
+
+    Copies of a tensor may differ, and the mean of their counts is then less than what one of them
+    holds and is told to hold. Where the host knows that there is something to count, the ranks
+    exchange it: one MAX, on bad steps alone. Where it does not, it is what this rank holds.
+    """
+    held = stats.segment_counts
+    if len(sharing.weights) > 1:
+        held = held.view(3, len(sharing.weights), -1).sum(1)
+    if sharing.team.meets_on_host and flags[1].item() > 0:
+        held = _exchanged(held.clone(), sharing, dist.ReduceOp.MAX)
+    return held
+
+
+def _whole_counts(counts: Tensor, held: Tensor) -> Tensor:
+    """Weighted counts as whole numbers, a part of one as one; no less than what a rank holds."""
+    return torch.maximum((counts - ROUNDED_OFF).ceil(), held)
 
 
 def _exchanged(vector: Tensor, sharing: Sharing, op: dist.ReduceOp.RedOpType) -> Tensor:

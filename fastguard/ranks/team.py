@@ -101,6 +101,12 @@ class Team:
             return device
         return torch.device(served[0], torch.accelerator.current_device_index())
 
+    @cached_property
+    def meets_on_host(self) -> bool:
+        """Whether the vector of every rank lies on a CPU, where reading it waits for nothing."""
+        served = {d.type for d in self.group._device_types} - {"cpu"}
+        return not (served and torch.accelerator.is_available())
+
     def sharing(self, tensors: Sequence[Tensor]) -> Sharing:
         """The weights of tensors, one entry each; kept while they lie where they lay before."""
         specs = [None] if self._all_plain else list(map(_spec_of, tensors))

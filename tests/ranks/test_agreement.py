@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 import fastguard
 from fastguard import GuardedOptimizer, SpikeRule, Threshold
 from fastguard.ranks.agreement import _by_rank
 from guardtest.ranks import Ranks, collectives
+from guardtest.spreads import on, parameter
 
 
 def parameters(n: int) -> list[nn.Parameter]:
@@ -169,3 +170,100 @@ def test_many_ranks_are_counted() -> None:
         "2.0 on rank 109, 0.5 on rank 110"
     )
     assert said.endswith(" and 2 more")
+
+
+# Parameters in another order.
+
+SHAPES = {"a": (2,), "b": (3,), "c": (2,), "d": (2, 1)}
+
+
+def ordered(
+    by_rank: Sequence[str], named: Sequence[bool], scope: str, spread: str
+) -> tuple[str, list[float]]:
+    """What the first step says, else the coefficients by parameter.
+
+    Args:
+        by_rank: The parameters of each rank by their letters, param groups parted by blanks.
+        named: Whether each rank gives names.
+        scope: `clip_scope`.
+        spread: `"replicated"` plain tensors, or `"sharded"` DTensors.
+    """
+    rank = dist.get_rank()
+    mesh = init_device_mesh("cpu", (2,))
+    made = {}
+    for i, (name, shape) in enumerate(SHAPES.items()):
+        grad = torch.full(shape, 10.0**i)
+        made[name] = parameter(grad) if spread == "replicated" else on(mesh, grad, Shard(0))
+    groups = [{"params": [made[name] for name in letters]} for letters in by_rank[rank].split()]
+    opt = GuardedOptimizer(
+        torch.optim.SGD(groups, lr=0.0),
+        max_norm=1.0,
+        clip_scope=scope,
+        named_parameters=made.items() if named[rank] else None,
+        group=fastguard.Replicated(dist.group.WORLD) if spread == "replicated" else None,
+    )
+    try:
+        opt.step()
+    except ValueError as error:
+        return str(error), []
+    return "", opt.last.clip_coef.tolist()
+
+
+BOTH = (True, True)
+MISPLACED = {
+    "tensor": (
+        ("abc", "bac"), BOTH, "tensor",
+        "parameter 0 is 'a' of shape (2,) on rank 0, 'b' of shape (3,) on rank 1",
+    ),
+    "tensors of one shape": (
+        ("abc", "cba"), BOTH, "tensor",
+        "parameter 0 is 'a' of shape (2,) on rank 0, 'c' of shape (2,) on rank 1",
+    ),
+    "without names": (
+        ("abd", "adb"), (False, False), "tensor",
+        "parameter 1 is of shape (3,) on rank 0, of shape (2, 1) on rank 1",
+    ),
+    "names on one rank": (
+        ("abd", "adb"), (True, False), "tensor",
+        "parameter 1 is of shape (3,) on rank 0, of shape (2, 1) on rank 1",
+    ),
+    "param groups exchanged": (
+        ("ab cd", "cd ab"), BOTH, "group",
+        "a parameter of param group 0 is 'a' of shape (2,) on rank 0, 'c' of shape (2,) on rank 1",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spread", ["replicated", "sharded"])
+@pytest.mark.parametrize("case", MISPLACED)
+def test_another_order_of_parameters_is_refused(two: Ranks, case: str, spread: str) -> None:
+    *arguments, expected = MISPLACED[case]
+    for message, _ in two.run(ordered, *arguments, spread):
+        assert expected in message
+
+
+IN_PLACE = {
+    "the same order": (("abcd", "abcd"), BOTH, "tensor"),
+    "the same order, names on one rank": (("abcd", "abcd"), (False, True), "tensor"),
+    "the same order without names": (("abcd", "abcd"), (False, False), "tensor"),
+    "another order within groups": (("ab cd", "ba dc"), BOTH, "group"),
+    "another order for one coefficient": (("abcd", "dcba"), BOTH, "global"),
+}
+
+
+@pytest.mark.parametrize("case", IN_PLACE)
+def test_an_order_that_changes_no_coefficient_is_let_be(two: Ranks, case: str) -> None:
+    first, second = two.run(ordered, *IN_PLACE[case], "replicated")
+    assert first == second
+    assert first[0] == "" and min(first[1]) < 1.0
+
+
+def order_of_stages() -> str:
+    """The ranks of a plain group hold different tensors, so nothing is to be compared."""
+    opt = guarded("plain", ((1, 2), (2, 1))[dist.get_rank()], clip_scope="group", max_norm=1.0)
+    opt.step()
+    return str(opt.records()[0].action)
+
+
+def test_stages_hold_what_they_hold(two: Ranks) -> None:
+    assert two.run(order_of_stages) == ["clipped"] * 2
