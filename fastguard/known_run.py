@@ -20,6 +20,7 @@ from fastguard.rules import Rule
 from fastguard.segments import ClipScope
 from fastguard.sinks import check_sink
 from fastguard.stepping import FoundInf, ReadFirst
+from fastguard.tensor_parts import copies_for_deepcopy
 from fastguard.whole_step import WholeStep
 
 
@@ -43,6 +44,7 @@ class KnownRun(OptimizerAround):
         """A copy decides with the same ranks: process groups and stores cannot be copied."""
         for shared in (self.group, self._gradients.team):
             memo[id(shared)] = shared
+        memo.update(copies_for_deepcopy(self.optimizer.state))
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastguard.decide import Verdict
+from fastguard.tensor_parts import copies_for_deepcopy
 
 
 class _NonFiniteLoss(Exception):
@@ -60,7 +61,8 @@ class WholeStep:
             groups = self.optimizer.param_groups
             weights = [(p, p.detach().clone()) for g in groups for p in g["params"]]
             # By parameter: a copied parameter would be another key.
-            state = {p: copy.deepcopy(s) for p, s in self.optimizer.state.items()}
+            copies = copies_for_deepcopy(self.optimizer.state)
+            state = {p: copy.deepcopy(s, copies) for p, s in self.optimizer.state.items()}
         self._before = weights, state
         losses: list[Any] = []
 

@@ -173,7 +173,7 @@ def test_a_copy_that_was_not_finished_is_none() -> None:
 
     slot = taken(torch.ones(1))
     assert slot.step == 1
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match=r"'x' .* Failing.*a state that cannot be had"):
         slot.take({"x": Failing(None)}, 2, None)
     assert slot.step is None
 
@@ -229,7 +229,7 @@ def test_large_numbers_are_finite_though_their_sum_is_not() -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 6, 7, 8, 100])
 def test_a_copy_in_pieces_is_whole(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastguard.snapshot.PIECE", 7)
+    monkeypatch.setattr("fastguard.host_copies.PIECE", 7)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     values = [torch.arange(size) / 3, torch.randn(size, 3).T, torch.arange(size)]
     slot = taken(values)

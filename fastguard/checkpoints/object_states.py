@@ -14,8 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from fastguard.checkpoints.errors import CheckpointError
+from fastguard.ranks.dtensors import is_dtensor
+from fastguard.tensor_parts import has_plain_type
 
 _PLAIN = (
     bool, int, float, complex, str, bytes, bytearray, type(None),
@@ -49,15 +52,16 @@ def state_of(value: Any, name: str) -> Any:
     """What `value.state_dict()` returns.
 
     Raises:
-        ValueError: It cannot say; the error names the object.
+        RuntimeError, ValueError: It cannot say; the error names the object.
     """
     try:
         return value.state_dict()
     except torch.OutOfMemoryError:
         raise
-    except (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError) as error:
+    except (AttributeError, LookupError, RuntimeError, TypeError) as error:
         inside = f" around {type(value.optimizer).__name__}" if hasattr(value, "optimizer") else ""
-        raise ValueError(
+        kind = RuntimeError if isinstance(error, RuntimeError) else ValueError
+        raise kind(
             f"the state of {name!r} cannot be saved: {type(value).__name__}{inside}.state_dict() "
             f"raised {error!r}"
         ) from error
@@ -104,6 +108,13 @@ def plain(value: Any, path: str) -> Any:
                 f"{path} is on the meta device: it has a shape and no data to save; use "
                 "model.to_empty(device=...) and initialise or load it first"
             )
+        if is_lazy(value):
+            raise ValueError(
+                f"{path} belongs to a lazy module and has no data before its first forward pass; "
+                "run one, or save later"
+            )
+        if not (has_plain_type(value) or is_dtensor(value)):
+            _check_subclass(value, path)
         return value
     if type(value) in _PLAIN:
         return value
@@ -124,6 +135,25 @@ def plain(value: Any, path: str) -> Any:
         "keep tensors, numbers, strings and containers of them in the state"
         + ("; torch.from_numpy makes an array a tensor" if isinstance(value, np.ndarray) else "")
     )
+
+
+def _check_subclass(value: Tensor, path: str) -> None:
+    """Raises a TypeError for a tensor whose class a later process would refuse to load."""
+    kind = type(value)
+    if not _is_registered(kind):
+        raise TypeError(
+            f"{path} is a {kind.__qualname__}, a tensor subclass that "
+            "torch.load(weights_only=True) refuses; register it, here and where it is loaded: "
+            f"torch.serialization.add_safe_globals([{kind.__qualname__}])"
+        )
+    for name, item in vars(value).items():
+        if not _is_registered(type(item)):
+            plain(item, f"{path}.{name}")
+
+
+def _is_registered(kind: type) -> bool:
+    known = torch.serialization.get_safe_globals()
+    return any((item[0] if isinstance(item, tuple) else item) is kind for item in known)
 
 
 def random_state() -> dict[str, Any]:
