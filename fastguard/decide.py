@@ -28,6 +28,7 @@ from fastguard.rules import GRAD_NORM, Rule, SpikeRule
 
 NonFinite = Literal["skip", "zero", "raise", "propagate"]
 EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm
+N_COUNTERS = 5  # of `GuardState`
 # How torch begins the error of `error_if_nonfinite=True`; programs look for it.
 TORCH_SENTENCE = (
     "The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it "
@@ -96,8 +97,9 @@ class GuardState:
     """What outlives a step, on the device; updated in place, so that a CUDA graph may hold it.
 
     Attributes:
-        counters: int64 `(4,)`: steps decided, applied, skipped (these never reset), and consecutive
-            skips (back to 0 when a step is applied).
+        counters: int64 `(5,)`: steps decided, applied, skipped (these never reset); incidents
+            skipped in a row (back to 0 when a step is applied); and skipped to lower a loss scale
+            (never reset, counted in `skipped`, and no incident).
         windows: float64 `(K, W)`: a ring of accepted values for each of K rules.
         rings: int64 `(K, 3)`: values in the ring (at most its window), where the next one goes, and
             consecutive values above the threshold (back to 0 at the first that is not); from the
@@ -118,7 +120,7 @@ class GuardState:
         windows = [rule.window for rule in policy.rules if isinstance(rule, SpikeRule)]
         n_rules = len(policy.rules)
         return GuardState(
-            torch.zeros(4, dtype=torch.int64, device=device),
+            torch.zeros(N_COUNTERS, dtype=torch.int64, device=device),
             torch.zeros(n_rules, max(windows, default=0), dtype=torch.float64, device=device),
             torch.zeros(n_rules, 3, dtype=torch.int64, device=device),
         )
@@ -234,6 +236,20 @@ def torch_total_norm(stats: GradStats) -> Tensor:
     return propagated_norms(stats.total_norm64, stats.segment_counts.sum(1))
 
 
+def only_lowers_scale(signals: Signals) -> Tensor | None:
+    """bool `()`: an overflow that a lower loss scale cures, and that the scaler sees to. None: no
+    loss scale is known.
+
+    A non-finite loss is nothing that the scale of its gradients could cure.
+    """
+    if signals.found_inf is None or signals.scale_falls is None:
+        return None
+    sound = signals.losses.isfinite()  # NaN is not
+    if signals.given is not None:
+        sound = sound | ~signals.given
+    return (signals.found_inf > 0) & signals.scale_falls & sound.all()
+
+
 def raise_if_nonfinite(
     stats: GradStats, signals: Signals | None = None, *, as_torch: bool = False
 ) -> None:
@@ -241,12 +257,15 @@ def raise_if_nonfinite(
 
     Args:
         stats: The stats of the step.
-        signals: Its losses; None: only gradients matter.
+        signals: Its losses and its scaler; None: only gradients matter.
         as_torch: Begin the message with torch's own sentence, as `error_if_nonfinite=True` does.
 
     Raises:
-        NonFiniteGradError: A gradient element or a loss is NaN or Inf.
+        NonFiniteGradError: A gradient element or a loss is NaN or Inf, and a lower loss scale does
+            not cure it.
     """
+    if signals is not None and (lowers := only_lowers_scale(signals)) is not None and lowers:
+        return
     nan, posinf, neginf = (int(n) for n in stats.segment_counts.sum(1).tolist())
     if nan or posinf or neginf:
         culprits = stats.culprits()

@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastguard.delegation import OptimizerAround
+from fastguard.errors import TrainingDivergedError
 from fastguard.ranks.dtensors import dtensor_types
 from fastguard.ranks.groups import Group, check_group
 from fastguard.ranks.plain_shards import check_sharded_optimizer
+from fastguard.records import StepRecord
 from fastguard.segments import clip_values
 from fastguard.whole_step import WholeStep
 
@@ -110,6 +112,18 @@ def check_budget(value: object) -> None:
     """Raises a ValueError for what is no number of skips."""
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
         raise ValueError(f"max_consecutive_skips={value!r} must be None or an integer >= 1")
+
+
+def raise_if_over_budget(record: StepRecord | None, limit: int | None) -> None:
+    """Raises a TrainingDivergedError if a step was one skipped incident in a row too many."""
+    if record is None or limit is None or not record.is_incident:
+        return
+    if record.consecutive_skips > limit:
+        raise TrainingDivergedError(
+            f"{record.consecutive_skips} steps in a row were skipped, more than "
+            f"max_consecutive_skips={limit}. Last: {record}",
+            record.culprits,
+        )
 
 
 def checked_closure(closure: object) -> Any:

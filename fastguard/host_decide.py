@@ -8,7 +8,6 @@ floats 5 µs. Same rules, same order, same state. What was decided goes along as
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from itertools import compress
 
 import numpy as np
@@ -53,7 +52,9 @@ def decide(
     bad_grad = any(map(any, counts))
     overflow = signals.found_inf is not None and signals.found_inf.item() > 0
     losses = dict(zip(signals.loss_names, signals.losses.tolist(), strict=True))
-    grad_fault, loss_fault = _faults(policy.nonfinite, bad_grad, overflow, losses.values())
+    bad_loss = not all(map(math.isfinite, losses.values()))
+    lowers = overflow and not bad_loss and _scale_falls(signals)
+    grad_fault, loss_fault = _faults(policy.nonfinite, bad_grad, bad_loss, overflow, lowers)
     fault = grad_fault or loss_fault
 
     thresholds: list[float] = []
@@ -75,8 +76,8 @@ def decide(
     if skip:
         multiplier = torch.ones_like(clip_coef)
     clean = policy.nonfinite == "zero" and bad_grad and not skip
-    reason = _reason(bad_grad or overflow, loss_fault, spikes, policy)
-    step, in_a_row = (0, 0) if state is None else _count_step(state, skip)
+    reason = _reason(lowers, bad_grad or overflow, loss_fault, spikes, policy)
+    step, in_a_row = (0, 0) if state is None else _count_step(state, skip, lowers)
     norm = _float64(total_norm)
     return HostVerdict(
         clip_coef=clip_coef,
@@ -111,15 +112,20 @@ def _total_norm(stats: GradStats, sums: list[float]) -> float:
     return math.sqrt(sum(sums))  # not fsum, nor ** above: they raise where this overflows
 
 
+def _scale_falls(signals: Signals) -> bool:
+    return signals.scale_falls is not None and bool(signals.scale_falls)
+
+
 def _faults(
-    nonfinite: NonFinite, bad_grad: bool, overflow: bool, losses: Iterable[float]
+    nonfinite: NonFinite, bad_grad: bool, bad_loss: bool, overflow: bool, lowers: bool
 ) -> tuple[bool, bool]:
     """Whether gradients, and whether a loss, forbid the step."""
     if nonfinite == "propagate":
         return overflow, False
-    # Cleaning cures what was counted; a fault that only the scaler saw is not cured by it.
-    cured = nonfinite == "zero" and bad_grad
-    return (overflow or bad_grad) and not cured, not all(map(math.isfinite, losses))
+    # Cleaning cures what was counted; a fault that only the scaler saw is not cured by it. What a
+    # lower scale cures is not cleaned: zeros would stand for the largest gradients of the model.
+    cured = nonfinite == "zero" and bad_grad and not lowers
+    return (overflow or bad_grad) and not cured, bad_loss
 
 
 def _torch_norm(total_norm: float, counts: list[list[float]]) -> float:
@@ -219,13 +225,15 @@ def _update_rings(
             rings[k, 1] = (at + 1) % rule.window
 
 
-def _count_step(state: GuardState, skip: bool) -> tuple[int, int]:
-    """The number of this step, and how many in a row were skipped."""
+def _count_step(state: GuardState, skip: bool, lowers: bool) -> tuple[int, int]:
+    """The number of this step, and how many incidents in a row were skipped."""
     counters = state.counters.numpy()
-    step, applied, skipped, in_a_row = counters.tolist()
+    step, applied, skipped, in_a_row, for_scale = counters.tolist()
     step += 1
     counters[0] = step
-    if skip:
+    if lowers:
+        counters[2], counters[4] = skipped + 1, for_scale + 1
+    elif skip:
         in_a_row += 1
         counters[2], counters[3] = skipped + 1, in_a_row
     else:
@@ -234,7 +242,11 @@ def _count_step(state: GuardState, skip: bool) -> tuple[int, int]:
     return step, in_a_row
 
 
-def _reason(bad_grad: bool, loss_fault: bool, spikes: list[bool], policy: Policy) -> Reason:
+def _reason(
+    lowers: bool, bad_grad: bool, loss_fault: bool, spikes: list[bool], policy: Policy
+) -> Reason:
+    if lowers:
+        return Reason.LOSS_SCALE
     if bad_grad:
         return Reason.NONFINITE_GRAD
     if loss_fault:

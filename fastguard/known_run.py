@@ -102,13 +102,21 @@ class KnownRun(OptimizerAround):
 
     @property
     def skipped_steps(self) -> int:
-        """Steps that did not. Waits for a GPU."""
+        """Steps that did not, for whatever reason. Waits for a GPU."""
         return int(self._state.counters[2])
 
     @property
     def consecutive_skips(self) -> int:
-        """Skipped steps since the last applied one. Waits for a GPU."""
+        """Incidents skipped since the last applied step. Waits for a GPU.
+
+        Skips that only lower a loss scale neither count here nor end a row.
+        """
         return int(self._state.counters[3])
+
+    @property
+    def loss_scale_skips(self) -> int:
+        """Those of `skipped_steps` that only lowered a loss scale. Waits for a GPU."""
+        return int(self._state.counters[4])
 
     @property
     def sync_free(self) -> bool:

@@ -21,7 +21,6 @@ from fastguard.apply import apply
 from fastguard.arguments import limit_of
 from fastguard.decide import GuardState, NonFinite, Policy, Verdict, decide, raise_if_nonfinite
 from fastguard.elementwise import check_real, clamp_finite_
-from fastguard.errors import TrainingDivergedError
 from fastguard.gradients import Gradients
 from fastguard.guardable import (
     MODES,
@@ -32,6 +31,7 @@ from fastguard.guardable import (
     checked_closure,
     evaluated,
     named_parameters_of,
+    raise_if_over_budget,
 )
 from fastguard.known_run import KnownRun
 from fastguard.losses import Loss, ObservedLosses, named_losses, stacked
@@ -43,7 +43,7 @@ from fastguard.ranks.groups import Group, refuse_several_ranks
 from fastguard.records import Recorder
 from fastguard.reduce import Signals, reduce
 from fastguard.rules import GRAD_NORM, Rule, UnmetRules, rules_by_signal
-from fastguard.scaler import handed_over, tell_scaler
+from fastguard.scaler import HandedOver, handed_over, tell_scaler
 from fastguard.segments import SCOPES, ClipScope, clip_values, limits, names_by_tensor
 from fastguard.stepping import road_of
 from fastguard.transfer import numbers_on
@@ -72,7 +72,8 @@ class GuardedOptimizer(KnownRun):
             skips the step in the first two modes, raises in the third, and is ignored in the last.
         spike: A `SpikeRule` or `Threshold` for the gradient norm, or a dict of them by signal
             (`"grad_norm"` or the name of a loss).
-        max_consecutive_skips: More skips in a row than this raise `TrainingDivergedError`.
+        max_consecutive_skips: More skips in a row than this raise `TrainingDivergedError`. Skips
+            that only lower a loss scale are not counted here.
         named_parameters: `model.named_parameters()`, so that records can name the culprit.
         flat_buckets: Keep the gradients in one buffer per (device, dtype): see `FlatGradBuckets`.
         group: Who decides together. None: this process; with DTensors, the ranks that their meshes
@@ -171,8 +172,8 @@ class GuardedOptimizer(KnownRun):
 
         Raises:
             NonFiniteGradError: `nonfinite="raise"` and something is non-finite.
-            TrainingDivergedError: More than `max_consecutive_skips` steps in a row were skipped; on
-                a road without synchronisation this comes one step later.
+            TrainingDivergedError: More than `max_consecutive_skips` incidents in a row were
+                skipped; on a road without synchronisation this comes one step later.
         """
         if distributed_checkpoint.only_creates_state(self.optimizer):
             return self.optimizer.step()
@@ -198,7 +199,8 @@ class GuardedOptimizer(KnownRun):
     @torch.no_grad()
     def _guarded_step(self, tag: Any) -> None:
         self._follow_parameters()
-        signals = self._signals()
+        handed = handed_over(self, self._device)
+        signals = self._signals(handed)
         policy = self._current_policy()
         if not self._agreed:
             check_agreement(self, self._gradients.team)
@@ -209,10 +211,9 @@ class GuardedOptimizer(KnownRun):
         stats = measure(buckets, self.norm_type, signals.inv_scale)
         if self.rank_watch is not None:
             stats, signals = self.rank_watch.told(stats, signals)
-        scaled = signals.found_inf is not None
         stats, signals = reduce(stats, signals, buckets.sharing, losses=True)
-        if scaled and buckets.sharing is not None:
-            tell_scaler(self, signals.found_inf)
+        if handed.scaler is not None and buckets.sharing is not None:
+            tell_scaler(handed.scaler, self, signals.found_inf)
         if policy.nonfinite == "raise":
             try:
                 raise_if_nonfinite(stats, signals)
@@ -295,12 +296,17 @@ class GuardedOptimizer(KnownRun):
             clamp_finite_(grads, limit, inv_scale)
         return before
 
-    def _signals(self) -> Signals:
+    def _signals(self, handed: HandedOver) -> Signals:
         losses = self._observed.take()
         if self._unmet is not None:
             self._unmet = self._unmet.after(losses)
-        scale, found_inf = handed_over(self, self._device)
-        return Signals(stacked(losses, self._device), tuple(losses), scale, found_inf)
+        return Signals(
+            stacked(losses, self._device),
+            tuple(losses),
+            handed.inv_scale,
+            handed.found_inf,
+            scale_falls=handed.scale_falls,
+        )
 
     def _current_policy(self) -> Policy:
         """The policy with the limits that the param groups hold now."""
@@ -327,14 +333,7 @@ class GuardedOptimizer(KnownRun):
         on_host = self._device.type == "cpu" or self._road.waits
         if before == on_host:
             return
-        record = self._recorder.deliver()
-        limit = self.max_consecutive_skips
-        if record is not None and limit is not None and record.consecutive_skips > limit:
-            raise TrainingDivergedError(
-                f"{record.consecutive_skips} steps in a row were skipped, more than "
-                f"max_consecutive_skips={limit}. Last: {record}",
-                record.culprits,
-            )
+        raise_if_over_budget(self._recorder.deliver(), self.max_consecutive_skips)
 
     # Being an optimizer.
 

@@ -52,7 +52,8 @@ class StepRecord:
         losses: Losses of the step by name.
         spikes: The signals that spiked.
         thresholds: What each rule compared its signal with; inf during its warm-up.
-        consecutive_skips: Skipped steps in a row up to this one, 0 if it was applied.
+        consecutive_skips: Incidents skipped since the last applied step, 0 if this one was applied;
+            a skip that only lowers a loss scale leaves it as it was.
         lr: Learning rate of the first param group.
         tag: What the caller gave to find the batch again.
         culprit_ranks: How many ranks held something non-finite; 0 in one process.

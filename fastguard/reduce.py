@@ -5,7 +5,8 @@ whatever the size of the model and the number of ranks (an inf-norm adds one MAX
 a CPU a bad step adds one over 3 S, so that counts of copies that differ agree):
 
     (4, S)   power sums, and how many elements are NaN, +Inf, -Inf, each weighted by 1 / copies
-    1        how many loss scalers found something non-finite
+    1        how many loss scalers found something non-finite, and 2^-20 for each rank that holds
+             what no lower loss scale will cure
     2        how many ranks hold something non-finite, and the sum of their numbers: one rank's name
     12, 12   of each loss the sum over ranks, and how many ranks gave it (optimizers only); the
              last is for all losses that came when the other places were taken
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 ROUNDED_OFF = 1e-6
 """More than what sums of a weight such as 1/3 round off, less than one copy of a million counts."""
+INCURABLE = 2.0**-20
+"""In the place of the scalers: exact beside their number, and below 1 on a million ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,9 @@ class Signals:
             numbers; None in one process.
         born_here: float64 `()`, > 0 if gradients of this rank were bad before the ranks added
             theirs up: see `RankWatch`. None: nobody looked; then what it holds now tells.
+        scale_falls: bool `()`: the loss scale is above its floor, so that the scaler lowers it
+            after an overflow; on several ranks, this holds on all ranks that hold something
+            non-finite. None: no scale is known.
     """
 
     losses: Tensor
@@ -62,6 +68,7 @@ class Signals:
     given: Tensor | None = None
     bad_ranks: Tensor | None = None
     born_here: Tensor | None = None
+    scale_falls: Tensor | None = None
 
     @property
     def culprit_rank(self) -> tuple[int, int | None]:
@@ -114,7 +121,12 @@ def reduce(
         total[0] = _exchanged(summary[0].clone(), sharing, dist.ReduceOp.MAX)
     flags = vector[4 * n_segments :]
     total[1:] = _whole_counts(total[1:], _held(stats, sharing, flags))
-    joined = replace(signals, found_inf=(flags[0] > 0).float(), bad_ranks=flags[1:3])
+    joined = replace(
+        signals,
+        found_inf=(flags[0] >= 1.0).float(),
+        scale_falls=flags[0].frac() == 0.0,
+        bad_ranks=flags[1:3],
+    )
     if losses:
         joined = _with_losses(joined, flags[3:].view(2, -1), sharing.team.loss_names)
         if vector.device.type == "cpu":
@@ -135,13 +147,25 @@ def _weighted(summary: Tensor, weights: tuple[float, ...], norm_type: float) -> 
 
 
 def _flags(stats: GradStats, signals: Signals, rank: int) -> tuple[Tensor, Tensor]:
-    """float64 `(1,)` and `(2,)`: a scaler found something; this rank holds it, and its number."""
-    bad = (stats.segment_counts.sum() if signals.born_here is None else signals.born_here) > 0
+    """float64 `(1,)` and `(2,)`.
+
+    What the scaler of this rank found, and whether a lower scale cures it; whether this rank holds
+    something non-finite, and its number.
+    """
+    nonfinite = stats.segment_counts.sum() > 0
+    bad = nonfinite if signals.born_here is None else signals.born_here > 0
     if len(signals.losses):
         bad = bad | ~signals.losses.isfinite().all()  # NaN is not finite
-    overflow = torch.zeros_like(bad) if signals.found_inf is None else signals.found_inf > 0
+    if signals.found_inf is None:
+        overflow, incurable = torch.zeros_like(bad), nonfinite
+    else:
+        overflow = signals.found_inf > 0
+        incurable = nonfinite | overflow
+        if signals.scale_falls is not None:
+            incurable = incurable & ~(overflow & signals.scale_falls)
+    found = overflow.double().add(incurable, alpha=INCURABLE)
     number = torch.full((), float(rank), dtype=torch.float64, device=bad.device)
-    return overflow.double().reshape(1), torch.stack([bad.double(), bad * number])
+    return found.reshape(1), torch.stack([bad.double(), bad * number])
 
 
 def _placed(signals: Signals, sharing: Sharing) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from fastguard.decide import (
     Reason,
     Verdict,
     clip_coefficients,
+    only_lowers_scale,
     propagated_norms,
     signal_values,
 )
@@ -135,11 +136,16 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
     total_norm = stats.total_norm64
     bad_grad = stats.segment_counts.sum() > 0
     overflow = bad_grad & False if signals.found_inf is None else signals.found_inf > 0
+    lowers = only_lowers_scale(signals)
+    if lowers is None:
+        lowers = overflow & False
     if policy.nonfinite == "propagate":
         grad_fault, loss_fault = overflow, overflow & False
     else:
-        # Cleaning cures what was counted; a fault that only the scaler saw is not cured by it.
-        grad_fault = overflow & ~bad_grad if policy.nonfinite == "zero" else overflow | bad_grad
+        # Cleaning cures what was counted; a fault that only the scaler saw is not cured by it. What
+        # a lower scale cures is not cleaned.
+        cured = bad_grad & ~lowers if policy.nonfinite == "zero" else bad_grad & False
+        grad_fault = (overflow | bad_grad) & ~cured
         lost = ~signals.losses.isfinite()  # NaN is not finite
         loss_fault = (lost if signals.given is None else lost & signals.given).any()
     fault = grad_fault | loss_fault
@@ -176,13 +182,13 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
     clean = bad_grad & ~skip if policy.nonfinite == "zero" else bad_grad & False
 
     if state is not None:
-        _count_step(state, skip)
+        _count_step(state, skip, lowers)
     return Verdict(
         clip_coef=clip_coef,
         multiplier=torch.where(skip, 1.0, multiplier),
         found_inf=skip.float(),
         clean=clean.float(),
-        reason=_reason(bad_grad | overflow, loss_fault, spikes, policy),
+        reason=_reason(lowers, bad_grad | overflow, loss_fault, spikes, policy),
         total_norm=total_norm,
         torch_norm=propagated_norms(total_norm, stats.segment_counts.sum(1)),
         spikes=spikes,
@@ -234,21 +240,24 @@ def _update_rings(
     )
 
 
-def _count_step(state: GuardState, skip: Tensor) -> None:
-    skipped = skip.long()
+def _count_step(state: GuardState, skip: Tensor, lowers: Tensor) -> None:
+    skipped, for_scale = skip.long(), lowers.long()
     one = torch.ones_like(skipped)
-    state.counters += torch.stack([one, 1 - skipped, skipped, skipped])
+    state.counters += torch.stack([one, 1 - skipped, skipped, skipped - for_scale, for_scale])
     state.counters[3] *= skipped
 
 
-def _reason(bad_grad: Tensor, loss_fault: Tensor, spikes: Tensor, policy: Policy) -> Tensor:
+def _reason(
+    lowers: Tensor, bad_grad: Tensor, loss_fault: Tensor, spikes: Tensor, policy: Policy
+) -> Tensor:
     reason = torch.zeros_like(bad_grad, dtype=torch.int64)
     if policy.rules:
         on_gradient = _rule_table(policy.rules, policy.signals, spikes.device).on_gradient
         reason = torch.where(spikes.any(), int(Reason.LOSS_SPIKE), reason)
         reason = torch.where((spikes & on_gradient).any(), int(Reason.GRAD_SPIKE), reason)
     reason = torch.where(loss_fault, int(Reason.NONFINITE_LOSS), reason)
-    return torch.where(bad_grad, int(Reason.NONFINITE_GRAD), reason)
+    reason = torch.where(bad_grad, int(Reason.NONFINITE_GRAD), reason)
+    return torch.where(lowers, int(Reason.LOSS_SCALE), reason)
 
 
 def apply(bucket: GradBucket, multiplier: Tensor, clean: Tensor) -> None:
@@ -340,7 +349,7 @@ def pack(
     )
     # fmt: off
     parts = [
-        head, state.counters[0::3].double(), stats.segment_counts.sum(1),
+        head, state.counters[0:4:3].double(), stats.segment_counts.sum(1),
         nothing if lr is None else lr.double().reshape(1),
         _culprit_table(stats.counts), signals.losses, verdict.spikes.double(), verdict.thresholds,
     ]

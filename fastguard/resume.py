@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastguard.decide import GuardState, Policy
+from fastguard.decide import N_COUNTERS, GuardState, Policy
 from fastguard.rules import SpikeRule
 
 VERSION = 1
@@ -77,10 +77,19 @@ def load(saved: dict[str, Any] | None, policy: Policy, device: torch.device) -> 
         )
     for name in ("counters", "windows", "rings") if has_rules else ("counters",):
         expected, given = getattr(fresh, name), saved[name]
+        if name == "counters":
+            given = _with_all_counters(given)
         _check_kind(name, given, expected)
         _check_values(name, given, policy)
         expected.copy_(given)
     return fresh
+
+
+def _with_all_counters(given: object) -> object:
+    """Counters of a state that was saved before skips for a loss scale were counted: none."""
+    if isinstance(given, Tensor) and given.shape == (N_COUNTERS - 1,):
+        return torch.cat([given, given.new_zeros(1)])
+    return given
 
 
 def _check_kind(name: str, given: object, expected: Tensor) -> None:

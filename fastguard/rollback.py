@@ -25,6 +25,7 @@ from fastguard.checkpoints import CheckpointStore
 from fastguard.errors import TrainingDivergedError
 from fastguard.optimizer import GuardedOptimizer
 from fastguard.peers import Peers
+from fastguard.scaler import lower_scales_stay
 from fastguard.schedule import GuardedLR
 from fastguard.snapshot_places import POSITION, InMemory, InStore, NothingToRestore, Place
 from fastguard.weak_hooks import hook_weakly
@@ -55,7 +56,8 @@ class Rollback:
     """Takes snapshots and goes back to them.
 
     On several ranks, every rank constructs it and calls its methods at the same steps; all ranks go
-    back to the same snapshot, or none does. Tensor learning rates stay the tensors they are.
+    back to the same snapshot, or none does. Tensor learning rates stay the tensors they are. The
+    scale of a `GradScaler` never grows by a rollback: a larger one would only overflow again.
 
     A state that the caller loads into the optimizer begins anew: steps before it no longer count,
     and the next good step is kept. Until then an earlier snapshot is what there is; call `snapshot`
@@ -73,7 +75,8 @@ class Rollback:
             to as many steps again; then one that was applied all the same (cleaned, or with a spike
             that nothing acts on) may be kept.
         keep: How many snapshots are kept in host memory; a `store` keeps as many as it was told.
-        after_skips: Skipped steps in a row that set off a rollback; None: they do not.
+        after_skips: Skipped steps in a row that set off a rollback; None: they do not. A step that
+            is skipped only to lower a loss scale is not one of them.
         after_spikes: Steps in a row with a spike (recorded, clipped or skipped) that do; None: not.
         lr: The schedule to lower at a rollback.
         lr_factor: What it is lowered by.
@@ -226,7 +229,7 @@ class Rollback:
                 self._stretch.culprits,
             )
         try:
-            with _same_tensors(self.optimizer):
+            with _same_tensors(self.optimizer), lower_scales_stay(self.objects.values()):
                 taken = self._place.restore(self.objects)
         except NothingToRestore as error:
             raise TrainingDivergedError(

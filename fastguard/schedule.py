@@ -66,7 +66,8 @@ class GuardedLR(LRScheduler):
             the guarded optimizer itself: then the learning rate is constant.
         optimizer: The guarded optimizer, if `schedule` does not know it.
         floor: No learning rate goes below, one for all param groups or one each.
-        backoff: Factor at an incident (a skipped step), in (0, 1]; 1 is off.
+        backoff: Factor at an incident (a skipped step, unless it only lowers a loss scale), in
+            (0, 1]; 1 is off.
         recovery: Applied steps in a row after which one backoff is taken back; None: never.
         warmup: See `Warmup`.
 
@@ -218,8 +219,8 @@ class GuardedLR(LRScheduler):
             "clean_steps": self.clean_steps,
             "applied_steps": self.applied_steps,
             "held_at_floor": self.held_at_floor,
-            "told": [[record.step, record.action] for record in self._inbox],
-            "coming": [[record.step, record.action] for record in self._inbox.coming()],
+            "told": [_told(record) for record in self._inbox],
+            "coming": [_told(record) for record in self._inbox.coming()],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -258,6 +259,8 @@ class GuardedLR(LRScheduler):
         return records
 
     def _learn(self, record: StepRecord) -> None:
+        if record.action == "skipped" and not record.is_incident:
+            return
         if record.action == "skipped":
             self.clean_steps = 0
             if self.backoff < 1.0:
@@ -355,9 +358,14 @@ def _each(name: str, value: float | Sequence[float], n: int) -> list[float]:
     return [float(v) for v in values]
 
 
+def _told(record: StepRecord) -> list[Any]:
+    """As much of a record as the schedule acts on."""
+    return [record.step, record.action, record.reason]
+
+
 def _records(told: Sequence[Sequence[Any]]) -> list[StepRecord]:
-    """As much of the records as the schedule acts on."""
-    return [StepRecord(step, math.nan, math.nan, action) for step, action in told]
+    """The records again; those that were saved without a reason are incidents if skipped."""
+    return [StepRecord(step, math.nan, math.nan, action, *reason) for step, action, *reason in told]
 
 
 def _number(lr: float | Tensor) -> float:

@@ -34,6 +34,7 @@ NONFINITE_GRAD = tl.constexpr(1)
 NONFINITE_LOSS = tl.constexpr(2)
 GRAD_SPIKE = tl.constexpr(3)
 LOSS_SPIKE = tl.constexpr(4)
+LOSS_SCALE = tl.constexpr(5)
 
 
 @triton.jit
@@ -69,9 +70,9 @@ def spread(condition, N: tl.constexpr):
 @triton.jit(
     do_not_specialize=[
         "summary_ptr", "max_norm_ptr", "losses_ptr", "given_ptr", "inv_scale_ptr", "overflow_ptr",
-        "rules_ptr", "counters_ptr", "windows_ptr", "rings_ptr", "coef_ptr", "multiplier_ptr",
-        "found_inf_ptr", "clean_ptr", "reason_ptr", "total_norm_ptr", "torch_norm_ptr",
-        "spikes_ptr", "thresholds_ptr",
+        "falls_ptr", "rules_ptr", "counters_ptr", "windows_ptr", "rings_ptr", "coef_ptr",
+        "multiplier_ptr", "found_inf_ptr", "clean_ptr", "reason_ptr", "total_norm_ptr",
+        "torch_norm_ptr", "spikes_ptr", "thresholds_ptr",
         "n_segments", "max_norm_stride", "n_losses", "n_rules", "ring_stride",
     ]
 )  # fmt: skip
@@ -82,8 +83,9 @@ def decide_kernel(
     given_ptr,  # uint8 (n_losses,): 0 for a loss that no rank gave
     inv_scale_ptr,  # float64 (1,)
     overflow_ptr,  # float32 (1,): > 0 if a loss scaler found non-finite gradients
+    falls_ptr,  # uint8 (1,): 1 if the scaler lowers its scale after an overflow
     rules_ptr,  # float64 (n_rules, COLUMNS)
-    counters_ptr,  # int64 (4,)
+    counters_ptr,  # int64 (5,)
     windows_ptr,  # float64 (n_rules, ring_stride)
     rings_ptr,  # int64 (n_rules, 3)
     coef_ptr,  # float64 (n_segments,)
@@ -106,6 +108,7 @@ def decide_kernel(
     PROPAGATE: tl.constexpr,  # nonfinite="propagate"
     HAS_SCALE: tl.constexpr,
     HAS_OVERFLOW: tl.constexpr,
+    HAS_FALLS: tl.constexpr,
     HAS_GIVEN: tl.constexpr,
     HAS_STATE: tl.constexpr,
     RULES: tl.constexpr,  # lanes; 0 without rules
@@ -135,12 +138,16 @@ def decide_kernel(
         lost = tl.maximum(lost, ((tl.abs(loss) < INF) == 0).to(tl.int32))  # NaN is not < inf
         i += BLOCK_SIZE
     loss_fault = tl.max(lost, axis=0) > 0
+    lowers = overflow & (overflow == 0)
+    if HAS_FALLS:
+        lowers = overflow & (tl.load(falls_ptr) > 0) & (loss_fault == 0)
     if PROPAGATE:
         grad_fault = overflow
         loss_fault = loss_fault & (loss_fault == 0)
     elif ZERO:
-        # Cleaning cures what was counted; a fault that only the scaler saw is not cured by it.
-        grad_fault = overflow & (bad_grad == 0)
+        # Cleaning cures what was counted; a fault that only the scaler saw is not cured by it. What
+        # a lower scale cures is not cleaned.
+        grad_fault = overflow & ((bad_grad == 0) | lowers)
     else:
         grad_fault = overflow | bad_grad
     fault = grad_fault | loss_fault
@@ -221,6 +228,7 @@ def decide_kernel(
     reason = tl.where(grad_spiked, GRAD_SPIKE, tl.where(spiked, LOSS_SPIKE, 0))
     reason = tl.where(loss_fault, NONFINITE_LOSS, reason)
     reason = tl.where(bad_grad | overflow, NONFINITE_GRAD, reason)
+    reason = tl.where(lowers, LOSS_SCALE, reason)
     tl.store(found_inf_ptr, skipped.to(tl.float32))
     tl.store(clean_ptr, clean.to(tl.float32))
     tl.store(reason_ptr, reason.to(tl.int64))
@@ -231,11 +239,14 @@ def decide_kernel(
         applied = tl.load(counters_ptr + 1)
         skips_so_far = tl.load(counters_ptr + 2)
         in_a_row = tl.load(counters_ptr + 3)
+        for_scale = tl.load(counters_ptr + 4)
+        lowered = lowers.to(tl.int64)
         tl.debug_barrier()
         tl.store(counters_ptr, decided + 1)
         tl.store(counters_ptr + 1, applied + 1 - skipped)
         tl.store(counters_ptr + 2, skips_so_far + skipped)
-        tl.store(counters_ptr + 3, (in_a_row + 1) * skipped)
+        tl.store(counters_ptr + 3, (in_a_row + 1 - lowered) * skipped)
+        tl.store(counters_ptr + 4, for_scale + lowered)
 
 
 _decide = Launcher(decide_kernel, num_warps=1)
@@ -254,6 +265,7 @@ def decide_step(
     windows: Tensor | None,
     rings: Tensor | None,
     given: Tensor | None = None,
+    scale_falls: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Decides one step.
 
@@ -268,6 +280,7 @@ def decide_step(
         rules: float64 `(K, 8)`: the columns of `rules`, or None without rules.
         counters, windows, rings: The guard's state, changed in place; None without a state.
         given: bool `(L,)`: which losses there are; None: all.
+        scale_falls: bool `()`: the scaler lowers its scale after an overflow; None: not known.
 
     Returns:
         The fields of `fastguard.decide.Verdict`, in their order.
@@ -286,6 +299,7 @@ def decide_step(
         summary if given is None else given.view(torch.uint8),
         summary if inv_scale is None else inv_scale,
         summary if overflow is None else overflow,
+        summary if scale_falls is None else scale_falls.view(torch.uint8),
         rules if n_rules else summary,
         summary if counters is None else counters,
         windows if ring_stride else summary,
@@ -300,6 +314,7 @@ def decide_step(
         nonfinite,
         None if inv_scale is None else inv_scale.dtype,
         None if overflow is None else overflow.dtype,
+        overflow is not None and scale_falls is not None,
         given is not None,
         counters is not None,
         n_segments,
@@ -339,6 +354,7 @@ def _variant(
     nonfinite: str,
     scale_dtype: torch.dtype | None,
     overflow_dtype: torch.dtype | None,
+    has_falls: bool,
     has_given: bool,
     has_state: bool,
     n_segments: int,
@@ -354,6 +370,7 @@ def _variant(
         PROPAGATE=nonfinite == "propagate",
         HAS_SCALE=scale_dtype is not None,
         HAS_OVERFLOW=overflow_dtype is not None,
+        HAS_FALLS=has_falls,
         HAS_GIVEN=has_given,
         HAS_STATE=has_state,
         RULES=triton.next_power_of_2(n_rules) if n_rules else 0,

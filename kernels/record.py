@@ -37,7 +37,7 @@ def record_kernel(
     clean_ptr,  # float32
     reason_ptr,  # int64
     total_norm_ptr,  # float64
-    counters_ptr,  # int64 (4,)
+    counters_ptr,  # int64 (5,)
     lr_ptr,  # float64 (1,)
     losses_ptr,  # float64 (n_losses,)
     spikes_ptr,  # uint8 (n_rules,)
@@ -146,7 +146,7 @@ def record_step(
         row: What is written; the culprits that there are not stay as they were.
         summary: float64 `(4, S)`, `counts` int64 `(3, T)`: see `GradStats`.
         clip_coef, found_inf, clean, reason, total_norm, spikes, thresholds: See `Verdict`.
-        counters: int64 `(4,)`: see `GuardState`.
+        counters: int64 `(5,)`: see `GuardState`.
         lr: float64 `()`; None: not known on the device.
         losses: float64 `(L,)`.
     """

@@ -82,6 +82,7 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
         None if state is None or rules is None else state.windows,
         None if state is None or rules is None else state.rings,
         signals.given,
+        signals.scale_falls,
     )
     if state is not None:
         written = (state.counters, state.windows, state.rings)

@@ -23,7 +23,7 @@ RULES = (SpikeRule(window=5, warmup=2), Threshold(max=3.0), SpikeRule(window=3, 
 
 def filled(of):
     state = GuardState.fresh(of, CPU)
-    state.counters.copy_(torch.tensor([9, 6, 3, 1]))
+    state.counters.copy_(torch.tensor([9, 6, 3, 1, 0]))
     state.windows.normal_()
     rings = [(3, 3, 1), (0, 0, 4), (3, 1, 0)]
     for row, ring in zip(state.rings, rings, strict=False):
@@ -55,7 +55,7 @@ def test_saved_tensors_are_copies_and_loaded_ones_too():
     back = load(saved, of, CPU)
     state.counters.zero_()
     back.windows.zero_()
-    assert saved["counters"].tolist() == [9, 6, 3, 1]
+    assert saved["counters"].tolist() == [9, 6, 3, 1, 0]
     assert saved["windows"].any()
 
 
@@ -65,6 +65,13 @@ def test_sigma_warmup_and_action_may_change_on_resume():
     after = policy(SpikeRule(window=5, warmup=3, sigma=9.0, action="record"))
     state = filled(before)
     assert torch.equal(load(save(state, before), after, CPU).windows, state.windows)
+
+
+def test_a_state_of_before_skips_for_a_loss_scale_were_counted_had_none():
+    of = policy(*RULES)
+    saved = save(filled(of), of)
+    saved["counters"] = torch.tensor([9, 6, 3, 1])
+    assert load(saved, of, CPU).counters.tolist() == [9, 6, 3, 1, 0]
 
 
 def test_nothing_saved_starts_fresh_with_one_warning():
@@ -89,14 +96,20 @@ def test_loading_a_guard_does_not_warn():
         ({"version": None}, "version None"),
         ({"signals": ["grad_norm", "loss", "other"]}, "construct it with the same spike="),
         ({"windows_of": [5, 0, 4]}, r"windows \[5, 0, 4\]"),
-        ({"counters": torch.zeros(5)}, r"counters of shape \(5,\), expected \(4,\)"),
+        ({"counters": torch.zeros(6)}, r"counters of shape \(6,\), expected \(5,\)"),
         ({"rings": "damaged"}, "rings of shape None"),
         ({"windows": torch.zeros(3, 4)}, "windows of shape"),
         ({"signals": None}, "spike rules None"),
         ({"windows_of": 5}, "with windows 5"),
-        ({"counters": torch.tensor([9.0, 6.0, NAN, 1.0])}, "counters of torch.float32, expected"),
+        (
+            {"counters": torch.tensor([9.0, 6.0, NAN, 1.0, 0.0])},
+            "counters of torch.float32, expected",
+        ),
         ({"windows": torch.zeros(3, 5)}, "windows of torch.float32, expected torch.float64"),
-        ({"counters": torch.tensor([9, 6, -3, 1])}, r"counters=\[9, 6, -3, 1\].*damaged: delete"),
+        (
+            {"counters": torch.tensor([9, 6, -3, 1, 0])},
+            r"counters=\[9, 6, -3, 1, 0\].*damaged: delete",
+        ),
         ({"rings": rings((5, 99, 0))}, r"rings=\[\[5, 99, 0\]"),
         ({"rings": rings((6, 0, 0))}, r"rings=\[\[6, 0, 0\]"),
         ({"rings": rings((5, 5, 0))}, r"rings=\[\[5, 5, 0\]"),

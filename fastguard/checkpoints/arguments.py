@@ -58,7 +58,5 @@ def counted(
         return carried + (skipped - before if skipped >= before else skipped), notes
     if isinstance(given, int):
         return carried + integer("incidents", given, 0), notes
-    told = [
-        str(item) for item in given if not isinstance(item, StepRecord) or item.reason is not None
-    ]
+    told = [str(item) for item in given if not isinstance(item, StepRecord) or item.is_incident]
     return carried + len(told), (*notes, *told)[-NOTES:]

@@ -37,7 +37,8 @@ class Entry:
         time: When it was saved, ISO 8601, UTC.
         incidents: Skipped steps and the like since the last clean checkpoint before this one.
         notes: The last of them, one line each.
-        skipped_steps: Of the whole run so far, if a `GuardedOptimizer` was saved.
+        skipped_steps: Of the whole run so far, if a `GuardedOptimizer` was saved; without those
+            that only lowered a loss scale.
         n_tensors: How many tensors were looked at.
         bad: `(name, nan, posinf, neginf)` of each that holds NaN or Inf; numbers that are NaN, such
             as a learning rate, count as tensors of one element.

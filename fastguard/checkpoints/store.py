@@ -299,7 +299,11 @@ class CheckpointStore(StoreView):
         manifest.check_tag(tag)
         states, data = state.gather(everything)
         guards = [value for value in everything.values() if isinstance(value, GuardedOptimizer)]
-        skipped = sum(guard.skipped_steps for guard in guards) if guards else None
+        skipped = (
+            sum(guard.skipped_steps - guard.loss_scale_skips for guard in guards)
+            if guards
+            else None
+        )
         count, notes = counted(self.last(), incidents, skipped)
         serial = self._folder.manifest.next_serial
         suffix = archive.suffix_of({**states, **data}, self._folder.peers)

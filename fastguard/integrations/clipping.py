@@ -73,7 +73,10 @@ def total_norm_of(verdict: Verdict) -> Tensor:
 
     The records of the guard have the norm of the finite elements beside their counts.
     """
-    nonfinite = (verdict.reason == int(Reason.NONFINITE_GRAD)) & (verdict.clean == 0)
+    found = (verdict.reason == int(Reason.NONFINITE_GRAD)) | (
+        verdict.reason == int(Reason.LOSS_SCALE)
+    )
+    nonfinite = found & (verdict.clean == 0)
     return torch.where(nonfinite, math.nan, verdict.total_norm)
 
 

@@ -114,8 +114,8 @@ class UltralyticsGuard:
         self._window.clear()
 
     def _write(self, record: StepRecord) -> None:
-        """To every sink; of a skipped step the images, too."""
-        if record.action == "skipped":
+        """To every sink; of an incident that was skipped the images, too."""
+        if record.action == "skipped" and record.is_incident:
             images = [name for _, names in self._window for name in names]
             record = replace(record, tag={**record.tag, "images": images})
         for sink in (self._file, *self._sinks):

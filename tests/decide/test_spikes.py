@@ -24,7 +24,7 @@ def test_the_threshold_is_mean_plus_sigma_std(story):
     assert (outcome(verdict), reason(verdict)) == ("skip", "grad_spike")
     assert verdict.spikes.tolist() == [True]
     assert verdict.multiplier.tolist() == [1.0]
-    assert guard.counters == [5, 4, 1, 1]
+    assert guard.counters == [5, 4, 1, 1, 0]
 
 
 def test_a_skipped_spike_enters_clipped_to_the_threshold(story):

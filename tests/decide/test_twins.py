@@ -39,6 +39,7 @@ steps = st.fixed_dictionaries(
         ),
         "found_inf": st.sampled_from([None, None, 0.0, 2.0]),
         "inv_scale": st.sampled_from([None, 0.5]),
+        "scale_falls": st.sampled_from([None, True, True, False]),
     }
 )
 

@@ -251,7 +251,7 @@ def test_resuming_is_bitwise_and_carries_the_guard(tmp_path):
     assert_same_bits(final_state(resumed), final_state(whole))
     saved, expected = (b.optimizer.state_dict()["fastguard"] for b in (resumed, whole))
     assert_same_bits(saved, expected)
-    assert saved["counters"].tolist() == [STEPS, STEPS - 3, 3, 0]
+    assert saved["counters"].tolist() == [STEPS, STEPS - 3, 3, 0, 0]
     record = resumed.optimizer.optimizer.records()[0]
     assert (record.step, record.reason) == (4, "grad_spike")
     for key in ("loss", "grad_norm", "learning_rate", "skipped_steps"):

@@ -28,13 +28,14 @@ def stats_of(norms, counts=(0, 0, 0), norm_type=2.0):
     return GradStats(summary, torch.zeros(3, 1, dtype=torch.int64), norm_type)
 
 
-def signals_of(losses=None, inv_scale=None, found_inf=None):
+def signals_of(losses=None, inv_scale=None, found_inf=None, scale_falls=None):
     losses = losses or {}
     return Signals(
         torch.tensor(list(losses.values()), dtype=torch.float64),
         tuple(losses),
         None if inv_scale is None else torch.tensor(inv_scale, dtype=torch.float64),
         None if found_inf is None else torch.tensor(found_inf),
+        scale_falls=None if scale_falls is None else torch.tensor(scale_falls),
     )
 
 
@@ -105,7 +106,28 @@ def test_counters():
     story = Story(policy_of())
     for bad in (0, 1, 1, 0, 1):
         story.step(stats_of([1.0], (bad, 0, 0)))
-    assert story.ours.counters.tolist() == [5, 2, 3, 1]
+    assert story.ours.counters.tolist() == [5, 2, 3, 1, 0]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_overflow_that_only_lowers_a_loss_scale(mode):
+    story = Story(policy_of(mode, grad_norm=SpikeRule(window=4, warmup=2, sigma=2.0)))
+    # All of (found, falls, loss, counted) in one run, with a good step behind each.
+    cases = itertools.product((1.0, 2.0, 0.0), (True, False, None), (1.0, math.nan), (0, 1))
+    n_searches = 0
+    for found, falls, loss, posinf in cases:
+        signals = signals_of({"loss": loss}, 0.5, found, falls)
+        before = story.ours.counters.tolist()
+        verdict = story.step(stats_of([3.0], (0, posinf, 0)), signals)
+        searches = found > 0 and falls is True and loss == 1.0
+        n_searches += searches
+        assert (verdict.reason == Reason.LOSS_SCALE) == searches
+        if searches:
+            assert (verdict.found_inf, verdict.clean, verdict.multiplier) == (1.0, 0.0, 1.0)
+            assert story.ours.counters[3] == before[3]
+        if loss == 1.0:
+            story.step(stats_of([2.0]), signals_of({"loss": loss}, 0.5, 0.0, falls))
+    assert story.ours.counters[4] == n_searches == 4
 
 
 def test_a_spike_is_skipped_and_enters_clipped():

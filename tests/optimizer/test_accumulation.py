@@ -58,7 +58,9 @@ def test_a_bad_micro_batch_costs_its_step_and_no_more(bad, flat, fused, observed
     assert_same_bits(snapshot(opt), snapshot(without))
     records = opt.records()
     assert [r.action == "skipped" for r in records] == [s == BAD_STEP for s in range(6)]
-    assert records[BAD_STEP].reason == "nonfinite_grad"
+    # To a scaler, and without the loss, a NaN looks like an overflow of its scale.
+    alone = options["scaled"] and not observed
+    assert records[BAD_STEP].reason == ("loss_scale" if alone else "nonfinite_grad")
     assert records[BAD_STEP].culprits[0][0] == "0.weight"
     if observed:
         assert math.isnan(records[BAD_STEP].losses["loss"])

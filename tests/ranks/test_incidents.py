@@ -61,7 +61,9 @@ def scaled_steps(spread: str, scaler_type: str, unscale: bool, bad: dict[int, tu
         assert mine.isfinite().all()
         if step in bad and step:
             assert_same_bits(local_only(snapshot(opt)), local_only(before))
-    return scales, [r.action for r in opt.records()], mine.isfinite().all().item()
+    records = opt.records()
+    assert [r.is_incident for r in records] == [False] * 6
+    return scales, [r.action for r in records], mine.isfinite().all().item()
 
 
 def local_only(state: dict[str, Any]) -> dict[str, Any]:
@@ -103,6 +105,36 @@ def scaler_without_gradients() -> tuple[float, list[str]]:
 
 def test_a_rank_without_gradients_follows_the_scale_of_the_others(two: Ranks) -> None:
     assert same_on_all(two.run(scaler_without_gradients)) == (4.0, ["skipped"])
+
+
+def incidents_of_a_scaled_step(case: str) -> list[Any]:
+    """One step of two pipeline stages; what is bad on which of them, at which scale."""
+    p = nn.Parameter(torch.zeros(2))
+    opt = sgd(p, nonfinite="raise" if case == "raise" else "skip")
+    scale = 1.0 if case == "floor of rank 1" and rank() == 1 else 1024.0
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    scaler.scale((p * 2.0).sum()).backward()
+    assert p.grad is not None
+    if case == "floor of rank 1" or rank() == 0:
+        p.grad[0] = math.inf
+    scaler.unscale_(opt)
+    if case == "unseen by the scaler" and rank() == 1:
+        p.grad[1] = math.inf
+    if case == "loss of rank 1":
+        opt.observe(NAN if rank() == 1 else 1.0)
+    scaler.step(opt)
+    (record,) = opt.records()
+    return [record.reason, record.is_incident, opt.consecutive_skips, opt.loss_scale_skips]
+
+
+@pytest.mark.parametrize("case", ["", "raise", "floor of rank 1", "unseen by the scaler",
+                                  "loss of rank 1"])  # fmt: skip
+def test_all_ranks_agree_on_what_only_lowers_a_loss_scale(two: Ranks, case: str) -> None:
+    seen = same_on_all(two.run(incidents_of_a_scaled_step, case))
+    if case in ("", "raise"):
+        assert seen == ["loss_scale", False, 0, 1]
+    else:
+        assert seen == ["nonfinite_grad", True, 1, 0]
 
 
 # Errors, budgets, deaths.

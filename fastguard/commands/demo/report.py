@@ -38,7 +38,7 @@ def incidents_table(guarded: Run, faults: Sequence[Fault]) -> Table:
     """One row for each fault, and for each step that fastguard did not simply apply."""
     table = _table("step", "injected", "action", "reason", "where")
     injected = {fault.step: fault for fault in faults}
-    recorded = {record.step: record for record in guarded.records if record.reason is not None}
+    recorded = {record.step: record for record in guarded.records if record.is_incident}
     for step in sorted({*injected, *recorded}):
         fault, record = injected.get(step), recorded.get(step)
         if fault and fault.in_burst and not injected.get(step - 1):

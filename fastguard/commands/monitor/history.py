@@ -57,7 +57,7 @@ class History:
                     record = parse_record(line)
                 except ValueError:
                     continue
-                if record.reason is not None:
+                if record.is_incident:
                     self.n_incidents += 1
                     if len(self.incidents) < self._keep:
                         self.incidents.append(record)

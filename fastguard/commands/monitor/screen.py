@@ -100,7 +100,7 @@ class Screen:
         start, room = len(text), max(1, width - len(text))
         text.append(sparkline([value(r) for r in records], room, bars), style="cyan")
         for i, share in enumerate(shares(records, room)):
-            if any(r.reason is not None for r in share):
+            if any(r.is_incident for r in share):
                 text.stylize("red", start + i, start + i + 1)
         return text
 

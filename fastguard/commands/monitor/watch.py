@@ -60,7 +60,7 @@ class Watch:
         self.latest = record
         self.n_records += 1
         self.curve.append(record)
-        if record.reason is not None:
+        if record.is_incident:
             self.n_incidents += 1
             self.incidents.append(record)
         self._count(record)
@@ -83,7 +83,7 @@ class Watch:
     def _count(self, record: StepRecord) -> None:
         # Interned, a million of them are a million pointers to a handful of strings.
         action = sys.intern(record.action)
-        reason = None if record.reason is None else sys.intern(record.reason)
+        reason = sys.intern(record.reason) if record.reason and record.is_incident else None
         self._window.append((action, reason))
         self.actions[action] += 1
         if reason is not None:

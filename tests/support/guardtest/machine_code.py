@@ -193,6 +193,7 @@ def variants():
         "reason_ptr": "*i64",
         "spikes_ptr": "*u8",
         "given_ptr": "*u8",
+        "falls_ptr": "*u8",
     }
     sizes = ("n_segments", "max_norm_stride", "n_losses", "n_rules", "ring_stride")
     verdict |= dict.fromkeys(sizes, "i32")
@@ -210,6 +211,7 @@ def variants():
             "PROPAGATE": mode == "PROPAGATE",
             "HAS_SCALE": has,
             "HAS_OVERFLOW": has,
+            "HAS_FALLS": has,
             "HAS_GIVEN": has,
             "HAS_STATE": has,
             "RULES": rules,

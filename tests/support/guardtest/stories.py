@@ -53,13 +53,23 @@ class Story:
         self.state = GuardState.fresh(self.policy, CPU)
         self.twin = twin
 
-    def step(self, norms=1.0, *, losses=None, found_inf=None, inv_scale=None, **counts) -> Verdict:
+    def step(
+        self,
+        norms=1.0,
+        *,
+        losses=None,
+        found_inf=None,
+        inv_scale=None,
+        scale_falls=None,
+        **counts,
+    ) -> Verdict:
         losses = losses or {}
         signals = Signals(
             float64(list(losses.values())),
             tuple(losses),
             None if inv_scale is None else float64(inv_scale),
             None if found_inf is None else torch.tensor(found_inf),
+            scale_falls=None if scale_falls is None else torch.tensor(scale_falls),
         )
         return self.twin.decide(stats_of(norms, **counts), signals, self.state, self.policy)
 

@@ -217,7 +217,7 @@ class Guarded(AsItWas):
         self.lr.step()
         news = self.guard.flush()
         self.records += news
-        self.unsaved += [record for record in news if record.reason is not None]
+        self.unsaved += [record for record in news if record.is_incident]
 
     def went_back(self, batch: int) -> bool:
         """Goes back if the step was bad; where to is `self.batch`."""

@@ -45,7 +45,7 @@ def play(letter: str, folder: Path) -> int:
         print(f"{name.replace('-', ' ')}: {outcomes[-1].ended}")
     before, after = outcomes
     for record in after.records:
-        if record.reason is not None:
+        if record.is_incident:
             print(f"  {record}")
 
     records = _write(after.records, folder / "records.jsonl")
