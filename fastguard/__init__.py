@@ -31,8 +31,9 @@ from fastguard.ranks.watch import RankWatch
 from fastguard.records import StepRecord
 from fastguard.rollback import Rewind, Rollback
 from fastguard.rules import SpikeRule, Threshold
-from fastguard.schedule import GuardedLR, Warmup
+from fastguard.schedule import GuardedLR
 from fastguard.sinks import JsonLinesSink, LogSink, TensorBoardSink, read_records
+from fastguard.warmup import Warmup
 
 __all__ = [
     # the functions of torch.nn.utils, and gradients that live in one buffer

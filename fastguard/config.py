@@ -33,9 +33,10 @@ from fastguard.measure import norm_type_of
 from fastguard.optimizer import GuardedOptimizer
 from fastguard.rollback import Rollback
 from fastguard.rules import Rule
-from fastguard.schedule import GuardedLR, Warmup
+from fastguard.schedule import GuardedLR
 from fastguard.sinks import JsonLinesSink, TensorBoardSink
 from fastguard.strict_settings import build, nearest, parse, refuse_empty_sections
+from fastguard.warmup import Warmup
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -364,9 +364,10 @@ def test_a_tensor_learning_rate_stays_the_tensor_it_is(with_lr: bool) -> None:
 def test_a_rollback_that_is_gone_leaves_nothing_behind() -> None:
     run = Run(every=1)
     run.batch(0)
-    assert run.opt._optimizer_step_pre_hooks
+    assert len(run.opt._optimizer_step_pre_hooks) == 2
     del run.rollback
-    assert not run.opt._optimizer_step_pre_hooks
+    assert len(run.opt._optimizer_step_pre_hooks) == 1  # of the schedule
+    assert not run.opt._optimizer_load_state_dict_post_hooks
     assert len(run.opt._recorder._inboxes) == 1  # of the schedule
     run.opt.step()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 
 import pytest
@@ -18,7 +19,7 @@ from torch.optim.lr_scheduler import (
 )
 
 import fastguard
-from fastguard import GuardedLR, GuardedOptimizer, Warmup
+from fastguard import GuardedLR, GuardedOptimizer, StepRecord, Warmup
 from guardtest.scheduled import BAD, GOOD, guarded, play
 
 
@@ -41,6 +42,33 @@ def test_an_incident_backs_off_and_applied_steps_take_it_back() -> None:
         1.0,
         1.0,
     ]
+
+
+def test_the_recovery_is_logged_as_the_backoff_was(caplog: pytest.LogCaptureFixture) -> None:
+    opt = guarded()
+    lr = GuardedLR(opt, backoff=0.5, recovery=2)
+    play(opt, lr, [GOOD, BAD, BAD, *[GOOD] * 6])
+    assert [(r.levelname, r.getMessage()) for r in caplog.records if "of the sched" in r.msg] == [
+        ("WARNING", "GuardedLR: backed off to 0.5 of the schedule after step 2"),
+        ("WARNING", "GuardedLR: backed off to 0.25 of the schedule after step 3"),
+        ("WARNING", "GuardedLR: recovered to 0.5 of the schedule after step 5"),
+        ("WARNING", "GuardedLR: recovered to 1 of the schedule after step 7"),
+    ]
+
+
+def test_the_search_for_a_loss_scale_is_no_incident() -> None:
+    opt = guarded()
+    lr = GuardedLR(ExponentialLR(opt, gamma=0.5), backoff=0.1, recovery=2)
+    for action, reason in [("skipped", "loss_scale"), ("applied", None), ("skipped", "loss_scale")]:
+        lr._inbox.append(StepRecord(1, 1.0, 1.0, action, reason))
+        lr.step()
+        saved = lr.state_dict()
+    assert (lr.backoffs, lr.clean_steps, lr.get_last_lr()) == (0, 1, [0.5])
+    lr._inbox.append(StepRecord(2, 1.0, 1.0, "skipped", "loss_scale"))
+    saved = copy.deepcopy(lr.state_dict())
+    lr.load_state_dict(saved)
+    lr.step()
+    assert lr.backoffs == 0
 
 
 def test_without_recovery_a_backoff_lasts() -> None:
@@ -291,12 +319,62 @@ def test_a_param_group_that_is_added_gets_its_place(constant: bool) -> None:
     assert opt.param_groups[2]["lr"] == 1.0
 
 
-def test_an_added_group_without_a_floor_of_its_own_is_named() -> None:
+def test_an_added_group_takes_the_last_entry_of_what_was_given_by_group(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "fastguard")
+    opt = guarded(n_groups=2, momentum=0.9)
+    warmup = Warmup(steps=4, lr=(0.5, 0.0), momentum=[0.7, 0.1])
+    lr = GuardedLR(opt, floor=[0.0, 0.05], warmup=warmup)
+    play(opt, lr, [GOOD])
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 0.1})
+    opt.step()  # in force before the next call of lr.step
+    assert opt.param_groups[2]["lr"] == 0.05
+    assert opt.param_groups[2]["momentum"] == pytest.approx(0.1 + 0.8 / 4)
+    play(opt, lr, [GOOD, GOOD, GOOD])
+    assert [g["lr"] for g in opt.param_groups] == [1.0, 1.0, 0.1]
+    assert "param group 2 joins with lr 0.1 and floor 0.05; assign to lr.floor[2]" in caplog.text
+    lr.floor[2] = 0.3
+    play(opt, lr, [GOOD])
+    assert opt.param_groups[2]["lr"] == 0.3
+
+
+def test_several_groups_join_at_once_and_one_after_the_other() -> None:
     opt = guarded()
-    lr = GuardedLR(opt, floor=(0.1,))
-    opt.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
+    schedule = CosineAnnealingLR(opt, T_max=10)
+    lr = GuardedLR(schedule, floor=(1e-6,), warmup=Warmup(steps=1, lr=[0.0]), backoff=0.5)
+    play(opt, lr, [GOOD, BAD])
+    for n in (2, 1):
+        for _ in range(n):
+            opt.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 0.01})
+        play(opt, lr, [GOOD])
+    rates = [g["lr"] for g in opt.param_groups]
+    assert len(rates) == 4 and rates[1] == rates[2] and all(0 < r < 0.5 for r in rates)
+    saved = copy.deepcopy((opt.state_dict(), lr.state_dict()))
+    opt.load_state_dict(saved[0])
+    lr.load_state_dict(saved[1])
+    assert [g["lr"] for g in opt.param_groups] == rates
+
+
+def test_what_the_schedule_itself_cannot_do_changes_nothing() -> None:
+    """`LambdaLR` of torch does not take groups that join."""
+    opt = guarded()
+    lr = GuardedLR(LambdaLR(opt, lambda n: 0.5**n), warmup=Warmup(steps=4, lr=[0.25]))
+    play(opt, lr, [GOOD])
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 0.5})
     opt.step()
-    with pytest.raises(ValueError, match=r"floor=\(0\.1,\) has 1 entries for 2 param groups"):
+    for _ in range(2):
+        with pytest.raises(ValueError, match="zip") as error:
+            lr.step()
+        assert "make the schedule anew" in error.value.__notes__[0]
+        assert [g["lr"] for g in opt.param_groups] == pytest.approx([0.375, 0.375])
+
+
+def test_a_param_group_that_is_gone_is_named() -> None:
+    opt = guarded(n_groups=2)
+    lr = GuardedLR(opt)
+    del opt.param_groups[1]
+    with pytest.raises(ValueError, match=r"has 1 param groups, but GuardedLR knows 2.*make a new"):
         lr.step()
 
 
@@ -305,7 +383,7 @@ def test_a_state_of_other_groups_is_refused_whole() -> None:
     saved = GuardedLR(two).state_dict()
     opt = guarded()
     lr = GuardedLR(opt)
-    with pytest.raises(ValueError, match="2 param groups"):
+    with pytest.raises(ValueError, match=r"with 2 param groups.*has 1.*after add_param_group"):
         lr.load_state_dict(saved)
     assert opt.param_groups[0]["lr"] == 1.0
 
