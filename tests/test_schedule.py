@@ -56,6 +56,7 @@ def test_the_recovery_is_logged_as_the_backoff_was(caplog: pytest.LogCaptureFixt
     ]
 
 
+@pytest.mark.filterwarnings("ignore:Detected call")  # nothing steps here
 def test_the_search_for_a_loss_scale_is_no_incident() -> None:
     opt = guarded()
     lr = GuardedLR(ExponentialLR(opt, gamma=0.5), backoff=0.1, recovery=2)
