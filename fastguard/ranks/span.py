@@ -22,6 +22,8 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fastguard.ranks.local_group import local_group
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -200,30 +202,20 @@ def _group_over(
     for group in (own, world):
         if group is not None and _is_over(group, ranks):
             return group
-    there = [mesh.get_group(i) for mesh in meshes if me in ranks_of(mesh) for i in range(mesh.ndim)]
+    there = [group for mesh in meshes if me in ranks_of(mesh) for group in _groups_of(mesh)]
     # By name, because the order of their tensors need not be the same on all ranks.
     found = [group for group in there if _is_over(group, ranks) and not _is_fake(group, world)]
     if found:
         return min(found, key=lambda group: group.group_name)
-    return _new_group(ranks, world)
+    return local_group(ranks)
 
 
-def _new_group(ranks: tuple[int, ...], world: ProcessGroup) -> ProcessGroup:
-    """A new group that only its own members need to know of; made once."""
-    if _made.get(()) is not world:  # the groups before it are gone
-        _made.clear()
-        _made[()] = world
-    if ranks not in _made:
-        # A default group that is bound to a device (`init_process_group(device_id=...)`) would make
-        # it by splitting its own communicator, for which NCCL waits for every rank of the world.
-        bound, world.bound_device_id = world.bound_device_id, None
-        try:
-            group = dist.new_group(list(ranks), use_local_synchronization=True)
-        finally:
-            world.bound_device_id = bound
-        assert isinstance(group, ProcessGroup)
-        _made[ranks] = group
-    return _made[ranks]
+def _groups_of(mesh: DeviceMesh) -> list[ProcessGroup]:
+    """The groups of the dimensions of a mesh that this rank is in."""
+    try:
+        return [mesh.get_group(i) for i in range(mesh.ndim)]
+    except RuntimeError:  # made without groups, or for a default group that was destroyed since
+        return []
 
 
 def _is_over(group: ProcessGroup, ranks: tuple[int, ...]) -> bool:
@@ -233,7 +225,3 @@ def _is_over(group: ProcessGroup, ranks: tuple[int, ...]) -> bool:
 def _is_fake(group: ProcessGroup, world: ProcessGroup) -> bool:
     """Whether a group exchanges nothing, as trainers make them for dimensions without tensors."""
     return dist.get_backend(group) == "fake" != dist.get_backend(world)
-
-
-_made: dict[tuple[int, ...], ProcessGroup] = {}
-"""By ranks; under `()` the default group of that time."""

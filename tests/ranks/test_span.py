@@ -14,7 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import fastguard
-from fastguard.ranks import span, team
+from fastguard.ranks import team
+from fastguard.ranks.local_group import local_group
 from fastguard.ranks.span import Slices, _connected
 from guardtest.ranks import Ranks, collectives
 from guardtest.spreads import on, parameter
@@ -200,25 +201,33 @@ def test_groups_that_are_there_serve(four: Ranks) -> None:
     assert four.run(groups_made) == [[0] * 6] * 4
 
 
-def new_groups() -> tuple[int, bool, list[int]]:
-    """A group that no mesh has is made once, by its members; the bound device stays bound."""
+def new_groups(world_is_bound: bool) -> list[tuple[bool, float, list[int]]]:
+    """Groups that no mesh has: each is made once, by its members, whatever others they are in."""
     rank, world = dist.get_rank(), dist.group.WORLD
-    if rank == 1:
-        return 0, True, []
-    members = (0, 2, 3)
-    bound, world.bound_device_id = world.bound_device_id, torch.device("cuda", 0)
-    made = {id(span._new_group(members, world)) for _ in range(2)}
-    kept = world.bound_device_id == torch.device("cuda", 0)
-    world.bound_device_id = bound
-    group = span._made[members]
-    one = torch.ones(1)
-    dist.all_reduce(one, group=group)
-    return len(made), kept and one.item() == 3.0, dist.get_process_group_ranks(group)
+    device = torch.device("cuda", 0) if world_is_bound else None
+    found = []
+    for members in ((0, 2, 3), (0, 1), (1, 3), (0, 1, 3)):
+        if rank not in members:
+            continue
+        world.bound_device_id = device
+        group = local_group(members)
+        is_kept = local_group(members) is group and world.bound_device_id == device
+        world.bound_device_id = None
+        total = torch.full((1,), 1.0 + rank)
+        dist.all_reduce(total, group=group)
+        found.append((is_kept, total.item(), dist.get_process_group_ranks(group)))
+    return found
 
 
-def test_a_new_group_needs_its_members_alone(four: Ranks) -> None:
-    results = four.run(new_groups, timeout=15.0)
-    assert results == [(1, True, [0, 2, 3]), (0, True, []), *[(1, True, [0, 2, 3])] * 2]
+@pytest.mark.parametrize("world_is_bound", [False, True], ids=["", "bound-to-a-device"])
+def test_a_new_group_needs_its_members_alone(world_is_bound: bool) -> None:
+    with Ranks(4) as ranks:  # of its own: groups are kept
+        results = ranks.run(new_groups, world_is_bound, timeout=30.0)
+    first, second, third = (True, 8.0, [0, 2, 3]), (True, 3.0, [0, 1]), (True, 6.0, [1, 3])
+    fourth = (True, 7.0, [0, 1, 3])
+    assert results == [
+        [first, second, fourth], [second, third, fourth], [first], [first, third, fourth]
+    ]  # fmt: skip
 
 
 def fake_groups() -> float:
@@ -234,3 +243,25 @@ def fake_groups() -> float:
 
 def test_groups_that_exchange_nothing_are_passed_over(four: Ranks) -> None:
     assert four.run(fake_groups, timeout=15.0) == pytest.approx([math.sqrt(14)] * 4)
+
+
+def mesh_without_groups() -> list[float]:
+    """Meshes that were made to describe ranks, not to exchange anything."""
+    half = 2 * (dist.get_rank() // 2)
+    found = []
+    for ranks, placements in (
+        ([half, half + 1], [Shard(0)]),
+        ([[0, 1], [2, 3]], [Replicate(), Shard(0)]),
+    ):
+        mesh = DeviceMesh("cpu", ranks, _init_backend=False)
+        local = torch.full((2,), 1.0 + dist.get_rank())
+        p = parameter(DTensor.from_local(local, mesh, placements, run_check=False))
+        found.append(fastguard.measure_grads([p]).power_sum.item())
+    return found
+
+
+def test_a_mesh_without_groups_gets_one(four: Ranks) -> None:
+    """Over one dimension its two ranks; over both the mean of two replicas, which differ here."""
+    both = 2 * (1 + 4 + 9 + 16) / 2
+    expected = [[2 * (1 + 4), both]] * 2 + [[2 * (9 + 16), both]] * 2
+    assert four.run(mesh_without_groups, timeout=15.0) == expected
