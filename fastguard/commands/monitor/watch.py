@@ -83,7 +83,7 @@ class Watch:
     def _count(self, record: StepRecord) -> None:
         # Interned, a million of them are a million pointers to a handful of strings.
         action = sys.intern(record.action)
-        reason = sys.intern(record.reason) if record.reason and record.is_incident else None
+        reason = sys.intern(record.reason or record.action) if record.is_incident else None
         self._window.append((action, reason))
         self.actions[action] += 1
         if reason is not None:

@@ -59,9 +59,8 @@ def _candidates(summary: Summary, norm_rises: bool) -> Iterator[tuple[int, str]]
         text = f"the backward pass of {layer}: its gradients alone were not finite. {_FIND}"
         yield n, text
     text = (
-        "an overflow: infinite gradients without a NaN, from a finite loss. With fp16 and a "
-        "GradScaler a few are its search for the scale and harmless; many mean that the values "
-        "outgrow fp16, and bf16 is the remedy."
+        "an overflow: infinite gradients without a NaN, from a finite loss, which no lower loss "
+        "scale has cured. If the model runs in fp16 its values outgrow it, and bf16 is the remedy."
     )
     yield kinds["overflow"], text
     text = f"the backward pass: NaN in the gradients of a finite loss. {_FIND}"

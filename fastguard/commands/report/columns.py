@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastguard.errors import Culprit
+from fastguard.records import LOSS_SCALE
 
 MOST_NAMES = 32
 """Losses, and thresholds, that are drawn by name; what a run has beyond them is counted."""
@@ -71,6 +72,11 @@ class BadStep:
     tag: Any
     culprit_ranks: int = 0
     culprit_rank: int | None = None
+
+    @property
+    def is_incident(self) -> bool:
+        """As in `StepRecord`: whether more happened than that a loss scale was lowered."""
+        return self.reason != LOSS_SCALE
 
 
 @dataclass(frozen=True, slots=True)

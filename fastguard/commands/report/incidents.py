@@ -102,6 +102,11 @@ class IncidentTable:
         self.incidents += 1
         return True
 
+    def pass_over(self, record: int, *, went_back: bool = False) -> None:
+        """Takes a step that is neither good nor bad: an incident before it goes on."""
+        if self.last is not None and record == self.last.end and not went_back:
+            self.last.end = self.rows[-1].end = record + 1
+
     @property
     def begins(self) -> list[int]:
         """The record that each row begins with."""

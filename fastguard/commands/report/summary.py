@@ -49,6 +49,7 @@ class Summary:
         size: Bytes read.
         first_step, last_step: The lowest and the highest step number.
         actions: Records by action.
+        scale_searches: Steps that were skipped only to lower a loss scale; they are no incidents.
         buckets: Every series, downsampled.
         events: Bad steps by `"reason action"`.
         layers: Bad steps in which a layer was a culprit, by layer.
@@ -66,6 +67,7 @@ class Summary:
     first_step: int = 0
     last_step: int = 0
     actions: Counter[str] = field(default_factory=Counter)
+    scale_searches: int = 0
     buckets: Buckets = field(default_factory=lambda: Buckets(BUCKETS))
     events: Tally = field(default_factory=lambda: Tally(BUCKETS))
     layers: Tally = field(default_factory=lambda: Tally(_HEAT_BUCKETS, names=256))
@@ -121,6 +123,10 @@ def _take(summary: Summary, columns: Columns, before: int) -> None:
     for bad in columns.bad:
         good[bad.row] = False
         record = summary.records + bad.row
+        if not bad.is_incident:
+            summary.scale_searches += 1
+            summary.table.pass_over(record, went_back=bad.row in went_back)
+            continue
         if summary.table.add(record, bad, went_back=bad.row in went_back):
             summary.evidence.add(bad)
         summary.events.add(f"{bad.reason} {bad.action}", bad.step)

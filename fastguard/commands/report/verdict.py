@@ -46,7 +46,8 @@ def judge(summary: Summary) -> Verdict:
     }
     cause = likely_cause(summary, norm_rises=NORM in rises)
     findings = [*_ending(summary), *([cause] if cause else []), *_rises(rises)]
-    findings += [*_clipping(summary), *_learning_rate(summary), *_jumps(summary)]
+    findings += [*_clipping(summary), *_loss_scale(summary)]
+    findings += [*_learning_rate(summary), *_jumps(summary)]
     return Verdict(_headline(summary), [*findings, *_reading(summary)], summary.survived)
 
 
@@ -120,6 +121,15 @@ def _clipping(summary: Summary) -> Iterator[str]:
         yield (
             f"{share:.0%} of the steps were clipped: max_norm is below the usual norm, so it "
             "sets the length of nearly every step."
+        )
+
+
+def _loss_scale(summary: Summary) -> Iterator[str]:
+    n = summary.scale_searches
+    if n:
+        yield (
+            f"{plural(n, 'step')} {'was' if n == 1 else 'were'} skipped only to lower the loss "
+            "scale, as a GradScaler does in every fp16 run: no incident."
         )
 
 

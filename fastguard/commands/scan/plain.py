@@ -42,6 +42,7 @@ _MEASURED = re.compile(
     re.IGNORECASE,
 )
 _HAS_DIGIT = re.compile(r"\d")
+LOSS_SCALE = "skipped because of loss_scale: "  # fastguard's own line: the gradients of no incident
 
 
 class Plain:
@@ -50,6 +51,8 @@ class Plain:
     def read(self, text: str) -> Reading | None:
         """What a line says, or None if it says nothing of a run."""
         place = _place(text) if _HAS_DIGIT.search(text) else Place()
+        if LOSS_SCALE in text:
+            return Reading(NAME, place, measured=False)
         bad, _ = nonfinite_values(text)
         measured = bool(bad) or _MEASURED.search(text) is not None
         if not measured and place == Place():

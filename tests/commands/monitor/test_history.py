@@ -19,7 +19,8 @@ BAD = [3, 77, 300, 301, 302, 555]
 def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     with JsonLinesSink(tmp_path / "r.jsonl", max_bytes=request.param) as sink:
         for step in range(1, N + 1):
-            reason = "loss_spike" if step in BAD else None
+            searches = step % 50 == 0 and step not in BAD  # for a loss scale: no incident
+            reason = "loss_spike" if step in BAD else "loss_scale" if searches else None
             tag = {"reason": "none of it"} if step % 7 == 0 else None  # looks like one, and is not
             sink(StepRecord(step, 1.0, 1.0, "skipped" if reason else "applied", reason, tag=tag))
     return sink.path

@@ -105,3 +105,13 @@ def test_durations() -> None:
         "1 h 1 min",
         "1 d 1 h",
     ]
+
+
+def test_the_search_for_a_loss_scale_is_no_incident() -> None:
+    watch = Watch(10)
+    watch.feed(line(1, "skipped", reason="loss_scale", consecutive_skips=0))
+    assert (watch.n_incidents, watch.incidents_in_window) == (0, 0)
+    assert verdict(watch) == "no incident in the last 1 step"
+    watch.feed(line(2, "skipped", reason=None))  # a record that was written without its reason
+    assert (watch.n_incidents, watch.incidents_in_window) == (1, 1)
+    assert watch.actions == {"skipped": 2}

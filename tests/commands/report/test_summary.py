@@ -200,3 +200,24 @@ def test_progress_is_told_in_bytes(tmp_path):
     summary = summarise(read_blocks(path), progress=seen.append)
     total = sum(file.stat().st_size for file in tmp_path.iterdir())
     assert sum(seen) == summary.size == total
+
+
+def search(step, **more):
+    return record(step, "skipped", reason="loss_scale", culprits=(("a.w", 0, 1, 0),), **more)
+
+
+def test_the_search_for_a_loss_scale_is_no_incident():
+    summary = summary_of(*(search(step) for step in range(1, 18)), record(18), record(19))
+    assert (summary.table.incidents, summary.scale_searches) == (0, 17)
+    assert summary.actions == {"skipped": 17, "applied": 2}
+    assert summary.events.names == [] and summary.layers.names == []
+
+
+def test_the_search_for_a_loss_scale_neither_ends_nor_makes_an_incident():
+    def run(*ending):
+        return summary_of(record(1), bad(2), search(3), bad(4), search(5), *ending, size=2)
+
+    assert [run().table.incidents, run().table.last.steps, run().survived] == [1, 2, False]
+    assert run(record(6)).survived
+    back = summary_of(record(1), bad(2), search(2), record(3))  # a rollback between the two
+    assert (back.table.incidents, back.table.last.end, back.survived) == (1, 2, True)

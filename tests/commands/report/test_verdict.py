@@ -213,3 +213,13 @@ def test_no_record():
     verdict = verdict_on([], damaged=3)
     assert verdict.headline == "No record was found."
     assert said(verdict, "3 lines")
+
+
+@pytest.mark.parametrize("n", [1, 16])
+def test_a_search_for_a_loss_scale_is_told_and_is_no_incident(n):
+    searches = {s: bad(s, "loss_scale", culprits=[("w", 0, 3, 0)]) for s in range(1, n + 1)}
+    verdict = verdict_on(run(searches, 3000))
+    assert verdict.headline == "No incident in 3,000 steps."
+    (finding,) = said(verdict, "loss scale")
+    assert finding.startswith("1 step was" if n == 1 else "16 steps were")
+    assert not said(verdict_on(run({}, 3000)), "loss scale")

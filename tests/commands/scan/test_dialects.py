@@ -7,12 +7,15 @@ batch.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import time
 from pathlib import Path
 
 import pytest
 
+from fastguard import StepRecord
+from fastguard.commands.scan.plain import Plain
 from fastguard.commands.scan.reading import Place
 from fastguard.commands.scan.scanner import LogScan, scan_log
 
@@ -165,3 +168,12 @@ def test_no_line_takes_long(start: str, piece: str) -> None:
     begun = time.process_time()
     scan(line)
     assert time.process_time() - begun < 1.0  # with a pattern that backtracks: 3 s to hours
+
+
+def test_the_search_for_a_loss_scale_is_no_evidence() -> None:
+    record = StepRecord(7, 0.0, 1.0, "skipped", "loss_scale", posinf=3, culprits=(("w", 0, 3, 0),))
+    reading = Plain().read(f"03:16:02 INFO fastguard: {record}")
+    assert reading is not None
+    assert (reading.bad, reading.measured, reading.place.step) == ((), False, 7)
+    incident = Plain().read(f"WARNING {dataclasses.replace(record, reason='nonfinite_grad')}")
+    assert incident is not None and incident.bad
