@@ -239,16 +239,13 @@ def busy() -> None:
 
     Threads of a parallel loop wait for the last of them, and that one waits for a core.
     """
-    parameters = [torch.nn.Parameter(torch.zeros(100, 100)) for _ in range(1000)]
-    for p in parameters:
-        p.grad = torch.full_like(p, 1e-3)
-
-    def peer() -> None:
-        torch.nn.utils.clip_grad_norm_(parameters, 1e9)
-
-    def ours() -> None:
-        fastguard.clip_grad_norm_(parameters, 1e9)
-
+    lists = {
+        "29 tensors of 0.5 MB": [(4500,)] * 29,
+        "400 tensors of 5 MB": [(16, 27), (16,), (64, 64, 3), (96, 96)] * 100,
+        "2000 x 1k": [(1000,)] * 2000,
+        "1000 x 10k": [(100, 100)] * 1000,
+        "yolo11n": model_shapes("yolo11n"),
+    }
     threads = torch.get_num_threads()
     loop = [sys.executable, "-c", "while True: pass"]
     for n_busy in (0, os.cpu_count() or 1):
@@ -256,16 +253,32 @@ def busy() -> None:
         try:
             for n in sorted({threads, 1}, reverse=True):
                 torch.set_num_threads(n)
-                times = in_turns(peer, ours, pairs=41)
-                a, b = (statistics.median(each) * 1e3 for each in zip(*times, strict=True))
-                print(
-                    f"1000 x 10k, {n_busy} other busy processes, {n} threads: "
-                    f"torch {a:.1f} ms, fastguard {b:.1f} ms, {1 / ratio(times):.2f}x"
-                )
+                print(f"{n_busy} other busy processes, {n} threads, nothing to clip and clipping:")
+                for name, shapes in lists.items():
+                    print(f"  {name}: {_against_torch(shapes, 1e9)}; {_against_torch(shapes, 1.0)}")
         finally:
             for other in others:
                 other.kill()
                 other.wait()
+
+
+def _against_torch(shapes: Sequence[tuple[int, ...]], max_norm: float) -> str:
+    """Clipping of gradients of these shapes, by torch and by fastguard in turns."""
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    pristine = [torch.randn(shape) for shape in shapes]
+    for p in parameters:
+        p.grad = torch.empty_like(p)
+
+    def seconds_of(clip: Callable[..., Any]) -> float:
+        torch._foreach_copy_([p.grad for p in parameters], pristine)
+        return seconds(lambda: clip(parameters, max_norm))
+
+    pairs = [
+        (seconds_of(torch.nn.utils.clip_grad_norm_), seconds_of(fastguard.clip_grad_norm_))
+        for _ in range(42)
+    ][1:]
+    a, b = (statistics.median(each) * 1e3 for each in zip(*pairs, strict=True))
+    return f"torch {a:.2f} ms, fastguard {b:.2f} ms, {1 / ratio(pairs):.2f}x"
 
 
 PARTS = {f.__name__: f for f in (records, growth, snapshot, activations, ranks, busy)}

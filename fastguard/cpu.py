@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fastguard import cpu_l2
 from fastguard.buckets import GradBucket
+from fastguard.cpu_threads import GRAIN, few, in_pieces, sum_of_squares
 from fastguard.gather import gathered
 
 PIECE = 2**18  # elements that become float64 at a time: 2 MB
@@ -146,7 +147,8 @@ def _sums_of_small_ones(parts: Sequence[Part], norm_type: float) -> dict[int, fl
 def _clean_sum(part: Part, dtype: torch.dtype, norm_type: float) -> float:
     """The power sum if every element is finite; NaN or Inf if one is not, or if float32 gave up."""
     if norm_type == math.inf:
-        return torch.stack(torch._foreach_norm(_not_empty(part.tensors), math.inf)).max().item()
+        pieces = in_pieces(_not_empty(part.tensors))
+        return torch.stack(torch._foreach_norm(pieces, math.inf)).max().item()
     if norm_type == 2.0 and dtype is not torch.float64:
         return part.l2_power_sum()
     return sum(_float64_power_sum(x, norm_type) for x, _ in _float64_pieces(part.tensors))
@@ -179,7 +181,9 @@ def _float64_pieces(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, range]]
     Yields:
         The values, and the positions of the tensors whose elements they are, in order.
     """
-    for values, start, stop in gathered(tensors, PIECE):
+    sizes = list(map(Tensor.numel, tensors))
+    limit = GRAIN if few(sizes) else PIECE
+    for values, start, stop in gathered(tensors, limit, sizes):
         yield values.double(), range(start, stop)
 
 
@@ -193,7 +197,10 @@ def _powers(x: Tensor, norm_type: float) -> Tensor:
 
 def _float64_power_sum(x: Tensor, norm_type: float) -> float:
     if norm_type == 2.0:
-        return torch.dot(x, x).item()  # without a vector of squares
+        if len(x) > GRAIN:
+            return torch.dot(x, x).item()  # without a vector of squares
+        with np.errstate(over="ignore", invalid="ignore"):  # not finite: looked at again
+            return sum_of_squares(x.numpy(force=True))
     powers = _powers(x, norm_type)
     return (powers.max() if norm_type == math.inf else powers.sum()).item()
 

@@ -39,16 +39,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastguard.cpu_threads import FEW, GRAIN, sum_of_squares
 from fastguard.gather import buffer, flat, gathered
 
 ROW = 256
 ROWS = 8  # of a block
 BLOCK = ROWS * ROW  # smaller tensors are gathered
-LARGE = 2**16  # larger ones are read in rows, by several threads, which have to be woken up
+LARGE = 2**16  # larger ones are read in rows, by several threads, if together they are worth that
 STAGE = 2**20  # elements of the buffer in which other dtypes become float32: 4 MB, a level-3 cache
-WIDE = 2**19  # elements that become float64 at a time: 4 MB; halves cost two more calls of torch
+WIDE = 6 * GRAIN  # elements that become float64 at a time: 1.5 MB, a level-2 cache
 SHARE = 2**27  # elements between two audits: bounds the row norms kept to 2 MB
-EXACT_BELOW = 2**20  # with fewer elements, float64 throughout costs less than the audit
+EXACT_BELOW = FEW  # with fewer elements, float64 throughout costs less than the audit
 AUDITED = 12
 DISAGREE = 1.2e-7  # standard deviation of audited errors; random data has 8e-8 at the most
 ALONE = 10_000  # elements up to which OpenBLAS leaves a dot product to one thread
@@ -87,9 +88,11 @@ class Pieces:
         if sum(sizes) < EXACT_BELOW:
             return Pieces(tensors, sizes, ())
         small, middling, large = _by_size(tensors, sizes)
+        rows, ends = _in_rows(large)
+        small += ends
         vectors = _vectors(middling)
         blocks = []
-        for share, counts in _shares(large):
+        for share, counts in _shares(rows):
             blocks.append(_Blocks(share, counts, vectors))
             vectors = []
         return Pieces(small, list(map(Tensor.numel, small)), blocks)
@@ -112,32 +115,28 @@ def power_sum(pieces: Pieces) -> float:
 def exact_power_sum(tensors: Sequence[Tensor], sizes: Sequence[int] | None = None) -> float:
     """The same of tensors below float64, in float64 throughout."""
     total = 0.0
-    for values, _, _ in gathered(tensors, WIDE, sizes):
-        if values.numel() <= ALONE:
-            total += _sum_of_few(values)
-            continue
-        wide = buffer("wide", values.numel(), (WIDE,), torch.float64).copy_(values)
-        total += torch.dot(wide, wide).item()
+    with _quietly():
+        for values, _, _ in gathered(tensors, WIDE, sizes, joined=WIDE):
+            wide = buffer("wide", WIDE, (WIDE,), torch.float64)[: values.numel()]
+            array = wide.numpy()
+            if values.dtype is torch.float32:
+                array[:] = values.numpy(force=True)  # on one thread
+            else:
+                torch._foreach_copy_(wide.split(GRAIN), values.split(GRAIN))
+            total += sum_of_squares(array)
     return total
-
-
-def _sum_of_few(values: Tensor) -> float:
-    """The same of up to `ALONE` elements. By numpy, as the audit before it: an operation that was
-    not used since the caches were filled costs 15 µs more than one that was.
-    """
-    few = values.double().numpy(force=True)
-    return few.dot(few).item()
 
 
 def _by_size(
     tensors: Sequence[Tensor], sizes: Sequence[int]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """What is gathered, what is a block of its own, and views `(n, ROWS, ROW)` as blocks."""
+    """What is gathered, what is a block of its own, and what is read in rows."""
     small: list[Tensor] = []
     middling: list[Tensor] = []
     large: list[Tensor] = []
     # numpy has no bfloat16, and a sum in float16 overflows: these become float32 as rows.
-    blocks_from = BLOCK if tensors[0].dtype is torch.float32 else LARGE
+    is_float32 = tensors[0].dtype is torch.float32
+    blocks_from = BLOCK if is_float32 else LARGE
     if blocks_from <= min(sizes) and max(sizes) < LARGE:
         return small, list(tensors), large
     for tensor, n in zip(tensors, sizes, strict=True):
@@ -145,13 +144,27 @@ def _by_size(
             small.append(tensor)
         elif n < LARGE:
             middling.append(tensor)
-        elif n % BLOCK == 0 and tensor.is_contiguous():
-            large.append(tensor.view(-1, ROWS, ROW))
+        else:
+            large.append(tensor)
+    if sum(map(Tensor.numel, large)) < EXACT_BELOW:  # not worth a second thread
+        (middling if is_float32 else small).extend(large)
+        large = []
+    return small, middling, large
+
+
+def _in_rows(large: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Views `(n, ROWS, ROW)` of tensors, and views of what is left at their ends."""
+    rows: list[Tensor] = []
+    ends: list[Tensor] = []
+    for tensor in large:
+        n = tensor.numel()
+        if n % BLOCK == 0 and tensor.is_contiguous():
+            rows.append(tensor.view(-1, ROWS, ROW))
         else:
             vector, whole = flat(tensor), n - n % BLOCK
-            small.append(vector[whole:])
-            large.append(vector[:whole].view(-1, ROWS, ROW))
-    return small, middling, large
+            ends.append(vector[whole:])
+            rows.append(vector[:whole].view(-1, ROWS, ROW))
+    return rows, ends
 
 
 def _shares(large: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], list[int]]]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastguard.buckets import FLOATING, GradBuckets
+from fastguard.cpu_threads import in_pieces
 
 LARGEST = {dtype: torch.finfo(dtype).max for dtype in FLOATING}
 
@@ -50,7 +51,7 @@ def clamp_(buckets: GradBuckets, limit: float) -> None:
     """
     for bucket in buckets.buckets:
         if limit <= LARGEST[bucket.dtype]:
-            for grad in bucket.grads:
+            for grad in in_pieces(bucket.grads):
                 grad.clamp_(-limit, limit)
 
 
@@ -68,5 +69,5 @@ def check_fill(buckets: GradBuckets, fill: Mapping[str, float]) -> None:
 def fill_nonfinite_(buckets: GradBuckets, fill: Mapping[str, float]) -> None:
     """Replaces non-finite elements in place, by `nan`, `posinf` and `neginf`."""
     for bucket in buckets.buckets:
-        for grad in bucket.grads:
+        for grad in in_pieces(bucket.grads):
             grad.nan_to_num_(**fill)

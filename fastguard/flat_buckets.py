@@ -22,6 +22,7 @@ from torch.nn import Module
 
 from fastguard.buckets import FLOATING, GradBucket, GradBuckets, Run, Same, bucketize, name_of
 from fastguard.clip import clip_buckets
+from fastguard.cpu_threads import in_pieces
 from fastguard.measure import GradStats, measure, norm_type_of
 from fastguard.ranks.dtensors import is_dtensor
 
@@ -90,7 +91,8 @@ class FlatGradBuckets:
         if not self.trusted and self._moved():
             self._attach()
         for buffer in self._buffers:
-            buffer.flat.zero_()
+            for piece in in_pieces([buffer.flat]):
+                piece.zero_()
         if self.trusted:
             return
         for p, view in zip(self.parameters, self._views, strict=True):

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastguard.cpu_threads import GRAIN
+
 ALIGN = 16  # elements, so that also a float32 vector begins with a cache line
 _local = threading.local()
 # Flattens and joins without a Python object for each tensor.
@@ -25,7 +27,11 @@ def flat(t: Tensor) -> Tensor:
 
 
 def gathered(
-    tensors: Sequence[Tensor], limit: int, sizes: Sequence[int] | None = None
+    tensors: Sequence[Tensor],
+    limit: int,
+    sizes: Sequence[int] | None = None,
+    *,
+    joined: int = GRAIN,
 ) -> Iterator[tuple[Tensor, int, int]]:
     """Vectors of at most `limit` elements that together hold all tensors of one dtype, in order.
 
@@ -33,6 +39,7 @@ def gathered(
         tensors: CPU tensors of any strides.
         limit: Elements of a vector.
         sizes: How many elements each has, if that is known already.
+        joined: Elements of a vector of several tensors; by default what one thread reads.
 
     Yields:
         `(values, start, stop)`: the elements of `tensors[start:stop]` one after the other; of a
@@ -40,13 +47,16 @@ def gathered(
     """
     if sizes is None:
         sizes = list(map(Tensor.numel, tensors))
-    if 0 < sum(sizes) <= limit:
+    if max(sizes, default=0) > GRAIN:  # several threads would join it to others
+        joined = min(joined, GRAIN)
+    joined = min(joined, limit)
+    if 0 < sum(sizes) <= joined:
         yield _join(tensors), 0, len(tensors)
         return
     ends = np.cumsum(sizes, dtype=np.int64)
     start, before = 0, 0
     while start < len(tensors):
-        stop = max(start + 1, int(ends.searchsorted(before + limit, side="right")))
+        stop = max(start + 1, int(ends.searchsorted(before + joined, side="right")))
         n = int(ends[stop - 1]) - before
         if stop - start > 1:
             if n:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from fastguard import cpu
 from fastguard.buckets import GradBucket
+from fastguard.cpu_threads import in_pieces
 from fastguard.decide import (
     TINY,
     GuardState,
@@ -293,8 +295,9 @@ def factor_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _apply_where_needed(bucket: GradBucket, multiplier: list[float], clean: bool) -> None:
     if clean:
-        for position in bucket.notes.get(BAD, range(len(bucket.grads))):
-            bucket.grads[position].nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        positions = bucket.notes.get(BAD, range(len(bucket.grads)))
+        for grad in in_pieces([bucket.grads[position] for position in positions]):
+            grad.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
     segment = bucket.segment
     if segment is not None:
         _multiply(_pieces(bucket, segment, multiplier[segment]), multiplier[segment], bucket.dtype)
@@ -313,9 +316,10 @@ def _pieces(bucket: GradBucket, segment: int, multiplier: float) -> list[Tensor]
     return [run.flat for run in bucket.runs if run.segment == segment]
 
 
-def _multiply(grads: list[Tensor], multiplier: float, dtype: torch.dtype) -> None:
+def _multiply(grads: Sequence[Tensor], multiplier: float, dtype: torch.dtype) -> None:
     if multiplier == 1.0:
         return
+    grads = in_pieces(grads)
     if len(grads) == 1:
         grads[0].mul_(multiplier)  # rounds it to what a tensor would hold
         return
