@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from fastguard.distributed_checkpoint import KEY, split
+from fastguard.distributed_checkpoint import KEY, is_calling, split
 
 WRAPPED = "wrapped"
 
@@ -44,6 +44,8 @@ def parts(state_dict: Mapping[str, Any], optimizer: Optimizer) -> tuple[Any, Any
     """
     if WRAPPED in state_dict and KEY in state_dict:
         return state_dict[WRAPPED], state_dict[KEY]
+    if set(state_dict) == {"param_groups"} and not optimizer.state and is_calling():
+        state_dict = {"state": {}, **state_dict}  # torch.distributed.checkpoint drops empty ones
     if saves_as_torch(optimizer):
         _check_torch_parts(state_dict)
     return split(state_dict)

@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,13 +35,19 @@ def strict() -> Iterator[None]:
         yield
 
 
-def build(kind: str = "AdamW") -> tuple[torch.nn.Module, GuardedOptimizer]:
+SPIKES = {"loss": SpikeRule(window=4, warmup=2)}
+SETTINGS = {"SGD": {"momentum": 0.9}, "AdamW": {"fused": True}}
+
+
+def build(
+    kind: str = "AdamW", settings: dict[str, Any] | None = None, **options: Any
+) -> tuple[torch.nn.Module, GuardedOptimizer]:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
-    kwargs = {"momentum": 0.9} if kind == "SGD" else {"fused": True}
     groups = [{"params": list(layer.parameters())} for layer in model]
-    inner = getattr(torch.optim, kind)(groups, lr=0.1, **kwargs)
-    return model, GuardedOptimizer(inner, spike={"loss": SpikeRule(window=4, warmup=2)})
+    settings = SETTINGS[kind] if settings is None else settings
+    inner = getattr(torch.optim, kind)(groups, lr=0.1, **settings)
+    return model, GuardedOptimizer(inner, **(options or {"spike": SPIKES}))
 
 
 def train(model: torch.nn.Module, opt: GuardedOptimizer, steps: range) -> None:
@@ -134,3 +141,77 @@ def test_the_state_of_an_unguarded_optimizer_loads_into_a_fresh_guard() -> None:
         set_optimizer_state_dict(other, fresh, saved)
     assert fresh.steps_taken == 0
     assert fresh.state[other[0].weight]["step"].item() == 2
+
+
+@pytest.mark.parametrize("spike", [None, SPIKES], ids=["default", "spikes"])
+@pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
+@pytest.mark.parametrize("cpu_offload", [False, True], ids=["", "offload"])
+@pytest.mark.parametrize(
+    "form", [{}, {"full_state_dict": True}, {"flatten_optimizer_state_dict": True}]
+)
+@pytest.mark.parametrize("settings", [{}, {"momentum": 0.9}], ids=["stateless", "momentum"])
+def test_every_form_of_state_dict_is_set_on_a_guard(
+    form: dict[str, bool],
+    cpu_offload: bool,
+    trained: bool,
+    settings: dict[str, float],
+    spike: dict[str, SpikeRule] | None,
+) -> None:
+    """Also on one that never gave a state dict. Full and flattened at once torch cannot set."""
+    options = StateDictOptions(**form, cpu_offload=cpu_offload)
+    model, opt = build("SGD", settings, spike=spike)
+    train(model, opt, range(5))
+    saved = copy.deepcopy(get_optimizer_state_dict(model, opt, options=options))
+    other, fresh = build("SGD", settings, spike=spike)
+    if trained:
+        train(other, fresh, range(1))
+    other.load_state_dict(model.state_dict())
+    set_optimizer_state_dict(other, fresh, saved, options=options)
+    assert (fresh.steps_taken, fresh.applied_steps, fresh.skipped_steps) == (5, 4, 1)
+    for o, m in ((opt, model), (fresh, other)):
+        assert all("fastguard" not in group for group in o.param_groups)
+        train(m, o, range(5, 7))
+    assert_same_bits(snapshot(fresh), snapshot(opt))
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
+def test_the_flattened_state_of_an_unguarded_optimizer_loads_into_a_fresh_guard(
+    trained: bool,
+) -> None:
+    model, opt = build()
+    train(model, opt, range(3))
+    saved = get_optimizer_state_dict(model, opt.optimizer, options=FLAT)
+    other, fresh = build()
+    if trained:
+        train(other, fresh, range(2))
+    get_optimizer_state_dict(other, fresh, options=FLAT)
+    with pytest.warns(UserWarning, match="the guard starts fresh"):
+        set_optimizer_state_dict(other, fresh, saved, options=FLAT)
+    assert fresh.steps_taken == 0
+    assert fresh.state[other[0].weight]["step"].item() == 2
+
+
+def test_no_container_in_a_state_dict_is_empty() -> None:
+    """torch.distributed.checkpoint drops empty ones."""
+
+    def containers(value: Any) -> Iterator[Any]:
+        if isinstance(value, dict | list | tuple):
+            yield value
+            for item in value.values() if isinstance(value, dict) else value:
+                yield from containers(item)
+
+    _, opt = build(max_norm=1.0)
+    assert all(containers(opt.state_dict()["fastguard"]))
+
+
+def test_a_state_without_state_is_refused_by_an_optimizer_that_keeps_one() -> None:
+    model, opt = build()
+    train(model, opt, range(2))
+    saved = get_optimizer_state_dict(model, opt)
+    before = snapshot(opt)
+    del saved["state"]
+    with pytest.raises((KeyError, ValueError)):
+        set_optimizer_state_dict(model, opt, saved)
+    with pytest.raises(ValueError, match="lacks 'state'"):
+        opt.load_state_dict(saved)
+    assert_same_bits(snapshot(opt), before)

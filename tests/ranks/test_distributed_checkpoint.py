@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_optimizer_state_dict,
     get_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
@@ -30,11 +31,16 @@ def two() -> Iterator[Ranks]:
         yield ranks
 
 
-def build() -> tuple[torch.nn.Module, GuardedOptimizer]:
+SPIKE = SpikeRule(window=3, warmup=2)
+
+
+def build(
+    kind: str = "AdamW", spike: SpikeRule | None = SPIKE
+) -> tuple[torch.nn.Module, GuardedOptimizer]:
     torch.manual_seed(0)
     model = fully_shard(torch.nn.Linear(4, 6))
-    inner = torch.optim.AdamW(model.parameters(), lr=0.1)
-    return model, GuardedOptimizer(inner, spike=SpikeRule(window=3, warmup=2))
+    inner = getattr(torch.optim, kind)(model.parameters(), lr=0.1)
+    return model, GuardedOptimizer(inner, spike=spike)
 
 
 def train(model: torch.nn.Module, opt: GuardedOptimizer, steps: range) -> None:
@@ -86,3 +92,60 @@ def test_a_sharded_run_resumes_exactly_guard_and_all(
     two: Ranks, tmp_path: Path, kwargs: dict[str, Any]
 ) -> None:
     assert two.run(resumed, tmp_path, kwargs) == [((5, 4, 1), True, True)] * 2
+
+
+def set_on_another(
+    kind: str, spike: SpikeRule | None, trained: bool, options: dict[str, Any]
+) -> Any:
+    """What `get_` gives, `set_` on another guard, one that never gave a state dict."""
+    model, opt = build(kind, spike)
+    train(model, opt, range(5))
+    get_options = {k: v for k, v in options.items() if k != "broadcast_from_rank0"}
+    saved = get_optimizer_state_dict(model, opt, options=StateDictOptions(**get_options))
+    saved = copy.deepcopy(saved)
+    if options.get("full_state_dict") and dist.get_rank() != 0:
+        saved = {}
+    if options.get("full_state_dict") and not options.get("broadcast_from_rank0"):
+        box = [saved]  # with cpu_offload, rank 0 alone has it
+        dist.broadcast_object_list(box, src=0)
+        (saved,) = box
+    other, fresh = build(kind, spike)
+    if trained:
+        train(other, fresh, range(2))
+    other.load_state_dict(model.state_dict())
+    set_optimizer_state_dict(other, fresh, saved, options=StateDictOptions(**options))
+    counters = (fresh.steps_taken, fresh.applied_steps, fresh.skipped_steps)
+    train(model, opt, range(5, 7))
+    train(other, fresh, range(5, 7))
+    same = torch.equal(other.weight.to_local(), model.weight.to_local())
+    return counters, same, any("fastguard" in g for o in (opt, fresh) for g in o.param_groups)
+
+
+@pytest.mark.parametrize(
+    ("spike", "trained", "offload"),
+    [(None, True, False), (SPIKE, False, True)],
+    ids=["default, trained", "spikes, fresh, offloaded"],
+)
+@pytest.mark.parametrize(
+    "form",
+    [
+        {},
+        {"flatten_optimizer_state_dict": True},
+        {"full_state_dict": True},
+        {"full_state_dict": True, "broadcast_from_rank0": True},
+    ],
+    ids=["sharded", "flat", "full", "broadcast"],
+)
+@pytest.mark.parametrize("kind", ["AdamW", "SGD"])
+def test_every_form_of_state_dict_is_set_on_a_sharded_guard(
+    two: Ranks,
+    kind: str,
+    form: dict[str, bool],
+    spike: SpikeRule | None,
+    trained: bool,
+    offload: bool,
+) -> None:
+    """SGD without momentum keeps no state, and torch drops the empty dict of it."""
+    options = {**form, "cpu_offload": offload}
+    results = two.run(set_on_another, kind, spike, trained, options)
+    assert results == [((5, 4, 1), True, False)] * 2
