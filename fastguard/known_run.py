@@ -14,6 +14,7 @@ from fastguard.decide import GuardState, NonFinite
 from fastguard.delegation import OptimizerAround
 from fastguard.gradients import Gradients
 from fastguard.inbox import Inbox
+from fastguard.lifetime import NOTHING, Lifetime
 from fastguard.ranks.groups import Group
 from fastguard.records import Recorder, StepRecord
 from fastguard.rules import Rule
@@ -38,6 +39,7 @@ class KnownRun(OptimizerAround):
     _recorder: Recorder
     _state: GuardState
     _steps_taken: int
+    _taken_back = NOTHING
     _road: FoundInf | ReadFirst | WholeStep
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KnownRun:
@@ -117,6 +119,33 @@ class KnownRun(OptimizerAround):
     def loss_scale_skips(self) -> int:
         """Those of `skipped_steps` that only lowered a loss scale. Waits for a GPU."""
         return int(self._state.counters[4])
+
+    @property
+    def lifetime(self) -> Lifetime:
+        """The counts of the whole run, which no rollback and no load lowers. Waits for a GPU.
+
+        `skipped_steps` and the others belong to the state in force, so going back to an earlier one
+        takes them back. These are saved with the state: a new process goes on from what they were
+        then. Of the counts at hand and those of a state that is loaded, those with more steps hold.
+
+        Example:
+            >>> import torch, fastguard
+            >>> p = torch.nn.Parameter(torch.zeros(1))
+            >>> opt = fastguard.GuardedOptimizer(torch.optim.SGD([p], lr=0.1))
+            >>> start = opt.state_dict()
+            >>> opt.step(loss=float("nan"))
+            >>> opt.load_state_dict(start)
+            >>> opt.skipped_steps, opt.lifetime.skipped
+            (0, 1)
+        """
+        return Lifetime.of(self._state, self._taken_back)
+
+    def _go_on_from(self, state: GuardState, taken_back: Lifetime) -> None:
+        """Takes a loaded state, and of its counts and the run's those with more steps."""
+        most = max(self.lifetime, Lifetime.of(state, taken_back), key=lambda counts: counts.steps)
+        self._state, self._taken_back = state, most.taken_back_of(state)
+        self._steps_taken = int(state.counters[0])
+        self._recorder.forget_last()
 
     @property
     def sync_free(self) -> bool:

@@ -34,6 +34,7 @@ from fastguard.guardable import (
     raise_if_over_budget,
 )
 from fastguard.known_run import KnownRun
+from fastguard.lifetime import saved_with
 from fastguard.losses import Loss, ObservedLosses, named_losses, stacked
 from fastguard.measure import measure, norm_type_of
 from fastguard.packed import Outcome
@@ -360,7 +361,7 @@ class GuardedOptimizer(KnownRun):
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        guard = resume.save(self._state, self._policy)
+        guard = resume.save(self._state, self._policy, self._taken_back)
         state_dict = state_parts.joined(self.optimizer.state_dict(), guard)
         if distributed_checkpoint.is_calling():
             distributed_checkpoint.embed(state_dict, self.optimizer)
@@ -370,7 +371,7 @@ class GuardedOptimizer(KnownRun):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resumes exactly: optimizer, counters and spike baselines.
+        """Resumes exactly: optimizer, counters and spike baselines; see `lifetime`.
 
         A state dict without `"fastguard"` loads into a fresh guard, with one warning.
 
@@ -382,12 +383,11 @@ class GuardedOptimizer(KnownRun):
             state_dict = hook(self, state_dict) or state_dict
         wrapped, saved = state_parts.parts(state_dict, self.optimizer)
         guard = resume.load(saved, self._policy, self._device)
+        taken_back = saved_with(saved)
         wrapped_state.load(self.optimizer, wrapped, self._check_param_groups)
         self._road = road_of(self.optimizer)  # param groups bring their own `fused`
-        self._state = guard
-        self._steps_taken = int(guard.counters[0])
         self._observed = ObservedLosses()
-        self._recorder.forget_last()
+        self._go_on_from(guard, taken_back)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 

@@ -9,20 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastguard import lifetime
 from fastguard.decide import N_COUNTERS, GuardState, Policy
+from fastguard.lifetime import NOTHING, Lifetime
 from fastguard.rules import SpikeRule
+from fastguard.transfer import numbers_on
 
 VERSION = 1
 _OF_RULES = ("signals", "windows_of", "windows", "rings")
 
 
-def save(state: GuardState, policy: Policy) -> dict[str, Any]:
+def save(state: GuardState, policy: Policy, taken_back: Lifetime = NOTHING) -> dict[str, Any]:
     """Counters and spike baselines, copied, and what they belong to.
 
     Without spike rules there are no entries about them: torch.distributed.checkpoint drops empty
     containers.
     """
-    saved = {"version": VERSION, "counters": state.counters.clone()}
+    saved = {
+        "version": VERSION,
+        "counters": state.counters.clone(),
+        lifetime.KEY: numbers_on(taken_back, state.counters.device, torch.int64),
+    }
     if not policy.rules:
         return saved
     return {

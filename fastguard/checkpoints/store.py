@@ -299,11 +299,8 @@ class CheckpointStore(StoreView):
         manifest.check_tag(tag)
         states, data = state.gather(everything)
         guards = [value for value in everything.values() if isinstance(value, GuardedOptimizer)]
-        skipped = (
-            sum(guard.skipped_steps - guard.loss_scale_skips for guard in guards)
-            if guards
-            else None
-        )
+        counts = [guard.lifetime for guard in guards]  # a rollback makes no incident undone
+        skipped = sum(c.skipped - c.loss_scale_skips for c in counts) if guards else None
         count, notes = counted(self.last(), incidents, skipped)
         serial = self._folder.manifest.next_serial
         suffix = archive.suffix_of({**states, **data}, self._folder.peers)
