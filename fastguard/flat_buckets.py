@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.parameter import is_lazy
 
 from fastguard.buckets import FLOATING, GradBucket, GradBuckets, Run, Same, bucketize, name_of
 from fastguard.clip import clip_buckets
@@ -190,8 +191,8 @@ class FlatGradBuckets:
         mine = set(map(id, self._views))
         items, names, segments = self._all_parameters, self._all_names, self._all_segments
         check_flat(items, names)
-        chosen = [i for i, p in enumerate(items) if p.requires_grad or p.grad is not None]
-        if not chosen:
+        chosen = [i for i, p in enumerate(items) if _has_slot(p)]
+        if not chosen and not any(map(is_lazy, items)):
             raise ValueError(
                 "FlatGradBuckets got no parameter that needs a gradient; pass model.parameters(), "
                 "not their gradients"
@@ -199,7 +200,7 @@ class FlatGradBuckets:
         self.parameters = [items[i] for i in chosen]
         self.names = None if names is None else [names[i] for i in chosen]
         self.segments = None if segments is None else [segments[i] for i in chosen]
-        self._left_out = [p for p in items if not p.requires_grad and p.grad is None]
+        self._left_out = [p for p in items if not _has_slot(p)]
         self._views = [torch.empty(0)] * len(chosen)
         self._buffers = [self._lay_out(key, ids) for key, ids in self._grouped().items()]
         self._addresses = list(map(Tensor.data_ptr, self._views))
@@ -264,8 +265,8 @@ class FlatGradBuckets:
             )
             for b in self._buffers
         )
-        n = len(self.parameters)
-        return GradBuckets(buckets, n, self.n_segments, self.names, self._views[0].device)
+        device = self._views[0].device if self._views else self._all_parameters[0].device
+        return GradBuckets(buckets, len(self.parameters), self.n_segments, self.names, device)
 
 
 def check_flat(parameters: Sequence[Tensor], names: Sequence[str] | None) -> None:
@@ -296,6 +297,13 @@ def check_flat(parameters: Sequence[Tensor], names: Sequence[str] | None) -> Non
             )
         if p.grad is not None:
             _refuse_sparse(p.grad)
+
+
+def _has_slot(p: Tensor) -> bool:
+    """Whether a parameter has or needs a gradient, and a shape: that of a lazy module comes with
+    the first forward pass.
+    """
+    return not is_lazy(p) and (p.requires_grad or p.grad is not None)
 
 
 def _slot(flat: Tensor, start: int, p: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.distributed import ProcessGroup
+from torch.nn.parameter import is_lazy
 
 from fastguard.backend import backend_of
 from fastguard.decide import GuardState, NonFinite
@@ -161,11 +162,13 @@ class KnownRun(OptimizerAround):
     def describe(self) -> str:
         """What is guarded and how, in one line."""
         parameters = self._gradients.layout.parameters
-        elements = sum(p.numel() for p in parameters)
+        elements = sum(p.numel() for p in parameters if not is_lazy(p))
+        n_lazy = sum(map(is_lazy, parameters))
+        tensors = f"{len(parameters)} tensors" + (f" ({n_lazy} of them lazy)" if n_lazy else "")
         team = self._gradients.team
         deciding = "" if team is None else f"{team.size} ranks decide together; "
         return (
-            f"guarding {type(self.optimizer).__name__}: {len(parameters)} tensors, "
+            f"guarding {type(self.optimizer).__name__}: {tensors}, "
             f"{elements:,} elements on {self._device} ({backend_of(self._device)} backend); "
             f"{self._settings()}; {deciding}"
             f"skips {'after reading the verdict' if self._road.waits else 'through found_inf'}"

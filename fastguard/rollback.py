@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from fastguard.bad_stretch import BadStretch
 from fastguard.checkpoints import CheckpointStore
@@ -152,7 +153,13 @@ class Rollback:
             self._place = InMemory(optimizer, keep, Peers(optimizer.process_group))
         else:
             self._place = InStore(store)
-        if not _resumed(optimizer, store):
+        self._first: tuple[Any] | None = None  # the position, while the model is lazy
+        if _resumed(optimizer, store):
+            return
+        if self._is_lazy():
+            self._first = (position,)
+            hook_weakly(optimizer.register_step_pre_hook, self._take_first)
+        else:
             self.snapshot(position)
 
     @property
@@ -200,7 +207,15 @@ class Rollback:
         return None
 
     def snapshot(self, position: Any = None) -> None:
-        """Keeps the state of now; the oldest snapshot beyond `keep` is overwritten."""
+        """Keeps the state of now; the oldest snapshot beyond `keep` is overwritten.
+
+        Nothing is kept while the model has lazy modules before their first forward pass: there is
+        no state to go back to.
+        """
+        if self._first is not None:
+            if self._is_lazy():
+                return
+            self._first = None
         now = self._stretch.now(self.optimizer.steps_taken)
         kept = self._place.take(self.objects, now, position)
         self._stretch.begin_anew()
@@ -209,6 +224,14 @@ class Rollback:
         self._stretch.taken(oldest=min(self._place.moments(), default=now))
         if now.step > self._trouble_until:
             self.attempts = 0
+
+    def _is_lazy(self) -> bool:
+        tensors = chain.from_iterable(map(_tensors_of, self.objects.values()))
+        return any(map(is_lazy, tensors))
+
+    def _take_first(self) -> None:
+        if self._first is not None:
+            self.snapshot(*self._first)
 
     def trigger(self, reason: str = "the caller asked for it") -> Rewind:
         """Goes back now.
@@ -285,14 +308,18 @@ def _check_reachable(after_skips: int | None, limit: int | None) -> None:
         )
 
 
+def _tensors_of(thing: Any) -> Iterable[Tensor]:
+    """The parameters of a model or optimizer, with the buffers of a model."""
+    if isinstance(thing, torch.nn.Module):
+        return chain(thing.parameters(), thing.buffers())
+    if isinstance(thing, torch.optim.Optimizer):
+        return (p for group in thing.param_groups for p in group["params"])
+    return ()
+
+
 def _check_memory(name: str, thing: Any) -> None:
     """Raises a ValueError for a model or optimizer on the meta device."""
-    tensors: Iterable[Tensor] = ()
-    if isinstance(thing, torch.nn.Module):
-        tensors = chain(thing.parameters(), thing.buffers())
-    elif isinstance(thing, torch.optim.Optimizer):
-        tensors = (p for group in thing.param_groups for p in group["params"])
-    if any(t.is_meta for t in tensors):
+    if any(t.is_meta for t in _tensors_of(thing)):
         raise ValueError(
             f"objects[{name!r}] has parameters on the meta device, which holds no numbers to go "
             "back to; give the model its memory first: model.to_empty(device=...), its weights, "

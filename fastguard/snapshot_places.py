@@ -125,6 +125,10 @@ class InMemory:
                 return Taken(slot.moment, slot.position)
             refused.append(f"step {slot.step}: {', '.join(bad[:8])}")
             self._slots.pop()
+        if not refused:
+            raise NothingToRestore(
+                "there is no snapshot: the model has lazy modules and has taken no step"
+            )
         raise NothingToRestore(f"no snapshot is finite: {'; '.join(refused)}")
 
     def _is_one_finite(self, slots: list[_Slot]) -> bool:
