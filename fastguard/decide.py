@@ -114,6 +114,20 @@ class GuardState:
         """The same on another device."""
         return GuardState(self.counters.to(device), self.windows.to(device), self.rings.to(device))
 
+    def copy(self) -> GuardState:
+        """What it says now."""
+        windows, rings = self.windows, self.rings
+        if len(rings):
+            windows, rings = windows.clone(), rings.clone()
+        return GuardState(self.counters.clone(), windows, rings)
+
+    def restore(self, copy: GuardState) -> None:
+        """Says again what it said when it was copied, in the same memory."""
+        self.counters.copy_(copy.counters)
+        if len(self.rings):
+            self.windows.copy_(copy.windows)
+            self.rings.copy_(copy.rings)
+
     @staticmethod
     def fresh(policy: Policy, device: torch.device) -> GuardState:
         """The state before the first step."""

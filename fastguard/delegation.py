@@ -120,7 +120,7 @@ class OptimizerAround(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # As in torch, copies carry no hooks; nor the `step` that a scheduler puts on the instance:
         # it holds this optimizer, and a copy would step the original.
-        transient = ("step", "_opt_called", "grad_scale", "found_inf", "rank_watch")
+        transient = ("step", "_opt_called", "grad_scale", "found_inf", "rank_watch", "_flight")
         return {
             name: value
             for name, value in self.__dict__.items()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -47,8 +47,14 @@ def check_optimizer(optimizer: object, group: Group) -> None:
         raise ValueError("the optimizer has no parameters; there is nothing to guard")
     for param_group in optimizer.param_groups:
         check_settings(param_group, param_group["params"])
-    shared = group is not None or dtensor_types(set(map(type, parameters)))
-    if shared and WholeStep.serves(optimizer):
+    if WholeStep.serves(optimizer):
+        check_whole_step(optimizer, group)
+
+
+def check_whole_step(optimizer: Optimizer, group: Group) -> None:
+    """Raises a ValueError where ranks would have to take a step that evaluates its closure."""
+    kinds = {type(p) for param_group in optimizer.param_groups for p in param_group["params"]}
+    if group is not None or dtensor_types(kinds):
         raise ValueError(
             f"{type(optimizer).__name__} decides by the loss of one rank how often it evaluates "
             "the model, and ranks would part; guard it in one process, without group"
@@ -124,26 +130,3 @@ def raise_if_over_budget(record: StepRecord | None, limit: int | None) -> None:
             f"max_consecutive_skips={limit}. Last: {record}",
             record.culprits,
         )
-
-
-def checked_closure(closure: object) -> Any:
-    """The closure of a step.
-
-    Raises:
-        TypeError: It cannot be called: most likely it is the loss.
-    """
-    if closure is not None and not callable(closure):
-        raise TypeError(
-            f"the closure is a {type(closure).__name__}, which cannot be called; if it is the loss "
-            "of this step, pass opt.step(loss=loss)"
-        )
-    return closure
-
-
-def evaluated(closure: Callable[[], Any] | None) -> Any:
-    """What the closure of a step returns, with gradients as in torch; None without one."""
-    if closure is None:
-        return None
-    checked_closure(closure)
-    with torch.enable_grad():
-        return closure()

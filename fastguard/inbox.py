@@ -38,39 +38,45 @@ class Inbox(deque["StepRecord"]):
         super().__init__(records, maxlen)
         self._recorder = recorder
         self._expected: list[StepRecord] = []
-        self._told = 0  # of those that the others are still to get
+        self._source: Sequence[StepRecord] = ()
+        self._taken = 0  # of those in the source
         self._said = False
 
     def settle(self) -> None:
         """Takes in the records of all steps so far, ahead of the other inboxes. Waits for them."""
-        waiting = self._waiting()
-        self.receive(waiting)
-        self._told = len(waiting)
+        self.receive(self._waiting())
 
     def coming(self) -> list[StepRecord]:
         """The records of steps so far that are still to come here. Waits for them."""
-        return [*self._expected, *self._waiting()[self._told :]]
+        waiting = self._waiting()
+        return [*self._expected, *waiting[self._taken_of(waiting) :]]
 
     def expect(self, records: Sequence[StepRecord]) -> None:
         """Records of a run that this one goes on from, to come with the next ones."""
         self._expected = list(records)
 
     def receive(self, records: Sequence[StepRecord]) -> None:
-        """Takes in what is expected, and of those that wait for all inboxes what is new here."""
-        if self._expected or self._told:
-            records = [*self._expected, *records[self._told :]]
-            self._expected, self._told = [], 0
-        overflows = self.maxlen is not None and len(self) + len(records) > self.maxlen
-        self.extend(records)
-        if overflows and not self._said:
-            self._said = True
-            log.warning(
-                "an inbox is full: %d records that nobody takes out; the oldest are lost", len(self)
-            )
+        """Takes in what is expected, and of those that wait for all inboxes what is new here.
 
-    def pass_over(self) -> None:
-        """Those that wait for all inboxes will never come."""
-        self._told = 0
+        Args:
+            records: All that wait. The same list grows until it has been delivered to every inbox.
+                After an interrupt it may be given again.
+        """
+        taken = self._taken_of(records)
+        new = [*self._expected, *records[taken:]] if self._expected or taken else records
+        if new and not (self and self[-1] is new[-1]):  # the latter: interrupted right here
+            overflows = self.maxlen is not None and len(self) + len(new) > self.maxlen
+            self.extend(new)
+            if overflows and not self._said:
+                self._said = True
+                log.warning(
+                    "an inbox is full: %d records that nobody takes out; the oldest are lost",
+                    len(self),
+                )
+        self._source, self._taken, self._expected = records, len(records), []
+
+    def _taken_of(self, records: Sequence[StepRecord]) -> int:
+        return self._taken if records is self._source else 0
 
     def _waiting(self) -> Sequence[StepRecord]:
         if self._recorder is None:

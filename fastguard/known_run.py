@@ -21,9 +21,8 @@ from fastguard.records import Recorder, StepRecord
 from fastguard.rules import Rule
 from fastguard.segments import ClipScope
 from fastguard.sinks import check_sink
-from fastguard.stepping import FoundInf, ReadFirst
+from fastguard.stepper import Stepper, stepper_for
 from fastguard.tensor_parts import copies_for_deepcopy
-from fastguard.whole_step import WholeStep
 
 
 class KnownRun(OptimizerAround):
@@ -41,7 +40,7 @@ class KnownRun(OptimizerAround):
     _state: GuardState
     _steps_taken: int
     _taken_back = NOTHING
-    _road: FoundInf | ReadFirst | WholeStep
+    _stepper: Stepper
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KnownRun:
         """A copy decides with the same ranks: process groups and stores cannot be copied."""
@@ -70,7 +69,7 @@ class KnownRun(OptimizerAround):
                 One that raises loses its records, which is logged, and never ends the run.
         """
         check_sink(sink)
-        self._recorder.sinks.append(sink)
+        self._recorder.add_sink(sink)
 
     def subscribe(self) -> Inbox:
         """An inbox that gets every record once, for those who act on what happened.
@@ -157,7 +156,13 @@ class KnownRun(OptimizerAround):
         wait for; never in raise mode on a GPU.
         """
         on_cpu = self._device.type == "cpu"
-        return on_cpu or not (self._road.waits or self.nonfinite == "raise")
+        return on_cpu or not (self._fitting_stepper().waits or self.nonfinite == "raise")
+
+    def _fitting_stepper(self) -> Stepper:
+        """The road for the optimizer as it is now: param groups may have got another `fused`."""
+        if not self._stepper.fits():
+            self._stepper = stepper_for(self.optimizer)
+        return self._stepper
 
     def describe(self) -> str:
         """What is guarded and how, in one line."""
@@ -167,11 +172,12 @@ class KnownRun(OptimizerAround):
         tensors = f"{len(parameters)} tensors" + (f" ({n_lazy} of them lazy)" if n_lazy else "")
         team = self._gradients.team
         deciding = "" if team is None else f"{team.size} ranks decide together; "
+        waits = self._fitting_stepper().waits
         return (
             f"guarding {type(self.optimizer).__name__}: {tensors}, "
             f"{elements:,} elements on {self._device} ({backend_of(self._device)} backend); "
             f"{self._settings()}; {deciding}"
-            f"skips {'after reading the verdict' if self._road.waits else 'through found_inf'}"
+            f"skips {'after reading the verdict' if waits else 'through found_inf'}"
         )
 
     def __repr__(self) -> str:

@@ -79,9 +79,12 @@ class ObservedLosses:
 
     def __init__(self) -> None:
         self._batches: list[Mapping[str, Tensor | float]] = []
+        self._given_back = False
 
     def observe(self, losses: Mapping[str, Tensor | float]) -> None:
         """Adds one micro-batch; the mapping is kept."""
+        if self._given_back:  # those belong to a step that failed, and was not tried again
+            self._batches, self._given_back = [], False
         copies = {  # the caller may use its buffers again
             name: value.to(torch.float64, copy=True)
             for name, value in losses.items()
@@ -92,6 +95,7 @@ class ObservedLosses:
     def take(self) -> Mapping[str, Tensor | float]:
         """The means by name, float64 `()` or numbers; the next micro-batch starts anew."""
         batches, self._batches = self._batches, []
+        self._given_back = False
         if len(batches) == 1:
             return batches[0]
         values: dict[str, list[Tensor | float]] = {}
@@ -99,6 +103,16 @@ class ObservedLosses:
             for name, value in losses.items():
                 values.setdefault(name, []).append(value)
         return {name: sum(given) / len(given) for name, given in values.items()}
+
+    def kept(self) -> list[Mapping[str, Tensor | float]]:
+        """The micro-batches so far, to be given back if the step fails."""
+        return [*self._batches]
+
+    def give_back(self, batches: list[Mapping[str, Tensor | float]]) -> None:
+        """The micro-batches of a step that failed: for the same step if it is tried again, but not
+        for one with losses of its own.
+        """
+        self._batches, self._given_back = batches, bool(batches)
 
 
 def stacked(losses: Mapping[str, Tensor | float], device: torch.device) -> Tensor:

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastguard import distributed_checkpoint, resume, state_parts, wrapped_state
-from fastguard.apply import apply
 from fastguard.arguments import limit_of
+from fastguard.buckets import GradBuckets
+from fastguard.clamp import Clamped
 from fastguard.decide import GuardState, NonFinite, Policy, Verdict, decide, raise_if_nonfinite
-from fastguard.elementwise import check_real, clamp_finite_
 from fastguard.gradients import Gradients
 from fastguard.guardable import (
     MODES,
@@ -28,25 +28,26 @@ from fastguard.guardable import (
     check_choice,
     check_optimizer,
     check_settings,
-    checked_closure,
-    evaluated,
+    check_whole_step,
     named_parameters_of,
     raise_if_over_budget,
 )
+from fastguard.inner_step import ClosureNeeded, StepCall, StepSignature
 from fastguard.known_run import KnownRun
 from fastguard.lifetime import saved_with
 from fastguard.losses import Loss, ObservedLosses, named_losses, stacked
-from fastguard.measure import measure, norm_type_of
-from fastguard.packed import Outcome
+from fastguard.measure import GradStats, measure, norm_type_of
+from fastguard.packed import Outcome, learning_rate
 from fastguard.ranks.agreement import check_agreement
-from fastguard.ranks.dtensors import local_parts
 from fastguard.ranks.groups import Group, refuse_several_ranks
 from fastguard.records import Recorder
 from fastguard.reduce import Signals, reduce
 from fastguard.rules import GRAD_NORM, Rule, UnmetRules, rules_by_signal
 from fastguard.scaler import HandedOver, handed_over, tell_scaler
-from fastguard.segments import SCOPES, ClipScope, clip_values, limits, names_by_tensor
-from fastguard.stepping import road_of
+from fastguard.segments import SCOPES, ClipScope, limits, names_by_tensor
+from fastguard.step_hooks import with_own_hooks
+from fastguard.step_in_flight import StepInFlight
+from fastguard.stepper import stepper_for
 from fastguard.transfer import numbers_on
 from fastguard.whole_step import WholeStep
 
@@ -101,6 +102,7 @@ class GuardedOptimizer(KnownRun):
 
     _step_supports_amp_scaling = True  # GradScaler.step then always calls step, also on Inf
     rank_watch: RankWatch | None = None
+    _flight: StepInFlight | None = None
     _agreed = False  # that all ranks were given the same arguments; asked once
     _may_have_losses = False  # which ranks that decide alone must not; asked once
 
@@ -146,30 +148,36 @@ class GuardedOptimizer(KnownRun):
         self._unmet = None if self._gradients.team else UnmetRules.of(rules)
         self._observed = ObservedLosses()
         self._recorder = Recorder()
-        self._road = road_of(optimizer)
+        self._stepper = stepper_for(optimizer)
+        self._signature = StepSignature.of(optimizer)
         self.last: Verdict | None = None
         self._steps_taken = 0
         self._become_an_optimizer()
         log.info("%s", self.describe())
 
-    @torch._disable_dynamo
+    @with_own_hooks
     def step(  # type: ignore[override]
         self,
         closure: Callable[[], Loss] | None = None,
-        *,
+        *args: Any,
         loss: Loss | None = None,
         tag: Any = None,
+        **kwargs: Any,
     ) -> Any:
         """Measures the gradients, decides, and lets the wrapped optimizer step, or not.
 
+        An exception takes the step back, unless the wrapped optimizer has stepped already: either
+        it counts in full (counters, baselines, records), or not at all.
+
         Args:
             closure: Evaluates the model once more and returns the loss, as in torch.
+            args, kwargs: What else the wrapped optimizer's `step` takes.
             loss: The loss of this step, a scalar or a dict of scalars by name; a non-finite one
                 makes the step bad, and spike rules judge it by name (`"loss"` if it has none).
             tag: Anything that helps to find the batch again; it comes back in the record.
 
         Returns:
-            What `closure` returned, else None.
+            What the wrapped optimizer's `step` returned; where that is None, what `closure` did.
 
         Raises:
             NonFiniteGradError: `nonfinite="raise"` and something is non-finite.
@@ -178,74 +186,94 @@ class GuardedOptimizer(KnownRun):
         """
         if distributed_checkpoint.only_creates_state(self.optimizer):
             return self.optimizer.step()
+        call = self._signature.call(closure, args, kwargs, loss=loss, tag=tag)
         try:
-            if isinstance(self._road, WholeStep):
-                return self._step_whole(closure, loss, tag)
-            return self._step_once(closure, loss, tag)
-        except BaseException:
-            # GradScaler removes these only after a step that returns, and multiplies its scale onto
-            # what it finds.
-            self.__dict__.pop("grad_scale", None)
-            self.__dict__.pop("found_inf", None)
-            raise
+            return self._take(call, loss, tag)
+        except ClosureNeeded:
+            check_whole_step(self.optimizer, self.group)
+            self._stepper = WholeStep(self.optimizer)
+            log.info("%s", self.describe())
+            return self._take(call, loss, tag)
 
-    def _step_once(self, closure: Callable[[], Loss] | None, loss: Loss | None, tag: Any) -> Any:
+    def _take(self, call: StepCall, loss: Loss | None, tag: Any) -> Any:
+        """One step: taken or not taken, whatever interrupts it."""
+        self._conclude()  # one whose end was interrupted again and again
         self._deliver(before=True)
-        result = evaluated(closure)
-        self.observe(result if loss is None else loss)
-        self._guarded_step(tag)
+        flight = self._flight = StepInFlight(self._steps_taken + 1, self._observed)
+        try:
+            stop = self.nonfinite != "propagate"
+            result, loss = self._stepper.evaluate(call, loss, stop_at_nonfinite=stop)
+            self.observe(loss)
+            self._guarded_step(flight, call, tag)
+            self._conclude()
+        except BaseException as error:
+            flight.failed_with(error)
+            self._conclude_after_all()
+            raise
         self._deliver(before=False)
-        return result
+        (returned,) = flight.returned or (None,)
+        return result if returned is None else returned
 
     @torch.no_grad()
-    def _guarded_step(self, tag: Any) -> None:
+    def _guarded_step(self, flight: StepInFlight, call: StepCall, tag: Any) -> None:
         self._follow_parameters()
         handed = handed_over(self, self._device)
-        signals = self._signals(handed)
-        policy = self._current_policy()
-        if not self._agreed:
-            check_agreement(self, self._gradients.team)
-            self._agreed = True
+        signals, policy = self._signals(handed), self._current_policy()
+        self._agree()
         buckets = self._gradients.buckets()
-        unclamped = self._clamp(signals.inv_scale)
+        flight.clamped = Clamped.of(
+            self.param_groups, signals.inv_scale, keep=policy.nonfinite == "raise"
+        )
 
         stats = measure(buckets, self.norm_type, signals.inv_scale)
+        stats, signals = self._reduced(stats, signals, buckets, handed)
+        if policy.nonfinite == "raise":
+            raise_if_nonfinite(stats, signals)
+        lr = learning_rate(self.param_groups, self._device)
+        flight.keep(self._state)
+        verdict = decide(stats, signals, self._state, policy)
+        flight.outcome = Outcome(stats, signals, verdict, self._state, policy.signals, lr, tag)
+        # In one line: no interrupt can come between the step and the note of it.
+        flight.returned = (self._stepper.step(buckets, verdict, call, policy.may_change(signals)),)
+
+    def _reduced(
+        self, stats: GradStats, signals: Signals, buckets: GradBuckets, handed: HandedOver
+    ) -> tuple[GradStats, Signals]:
+        """What all ranks measured and know; also the scaler of this one is told."""
         if self.rank_watch is not None:
             stats, signals = self.rank_watch.told(stats, signals)
         stats, signals = reduce(stats, signals, buckets.sharing, losses=True)
         if handed.scaler is not None and buckets.sharing is not None:
             tell_scaler(handed.scaler, self, signals.found_inf)
-        if policy.nonfinite == "raise":
-            try:
-                raise_if_nonfinite(stats, signals)
-            except BaseException:
-                for grad, before in unclamped:
-                    grad.copy_(before)
-                raise
-        verdict = decide(stats, signals, self._state, policy)
-        if policy.may_change(signals):
-            apply(buckets, verdict)
-        self._road.step(verdict)
+        return stats, signals
 
-        self.last = verdict
-        self._steps_taken += 1
-        lr = self.param_groups[0].get("lr", math.nan)  # some optimizers have none
-        self._recorder.add(Outcome(stats, signals, verdict, self._state, policy.signals, lr, tag))
+    def _conclude(self) -> None:
+        """Ends the step in flight: it is written down if it was taken, and taken back if not.
 
-    def _step_whole(self, closure: Callable[[], Loss] | None, loss: Loss | None, tag: Any) -> Any:
-        """An optimizer that evaluates the closure itself (LBFGS): step, look, take back if bad."""
-        assert isinstance(self._road, WholeStep)
-        first, last, stopped = self._road.attempt(
-            checked_closure(closure), stop_at_nonfinite=self.nonfinite != "propagate"
-        )
+        May be interrupted at any line, and called again.
+        """
+        flight = self._flight
+        if flight is None:
+            return
+        taken = flight.returned is not None and flight.outcome is not None
+        if taken:
+            self.last = flight.outcome.verdict
+            self._steps_taken = flight.number
+            self._recorder.add(flight.outcome)
+        else:
+            flight.take_back()
+        self._stepper.conclude(taken)
+        self._flight = None
+
+    def _conclude_after_all(self) -> None:
+        """The same behind an exception, and once more if that is interrupted too."""
         try:
-            self.observe(last if stopped or loss is None else loss)
-            self._guarded_step(tag)
+            self._conclude()
         except BaseException:
-            self._road.take_back()
+            self._conclude()
             raise
-        self._deliver(before=False)
-        return first
+        finally:
+            self._deliver(before=False, budget=False)
 
     def observe(self, loss: Loss | None) -> None:
         """Gives the guard a loss ahead of `step`, for trainers that call `step()` themselves.
@@ -266,36 +294,22 @@ class GuardedOptimizer(KnownRun):
         self._observed.observe(losses)
 
     def _follow_parameters(self) -> None:
-        """Other parameters may take another road; on another device, the guard goes with them."""
-        if self._gradients.refresh() and not isinstance(self._road, WholeStep):
-            self._road = road_of(self.optimizer)
+        """Other parameters or settings may take another road; on another device, the guard goes
+        with them.
+        """
+        if self._gradients.refresh():
+            self._stepper.reset()
+        self._fitting_stepper()
         device = self._gradients.device
         if device != self._device:
-            self._state, self._device = self._state.to(device), device
             self._limits = ()  # of a policy that lies on the old one
+            self._state, self._device = self._state.to(device), device
 
-    def _clamp(self, inv_scale: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-        """Clamps the gradients of groups with a `clip_value`.
-
-        Returns:
-            In raise mode these gradients with copies of what they were. Looking ahead instead would
-            take a collective, which ranks without a `clip_value` would not join.
-        """
-        limited = clip_values(self.param_groups)
-        if not limited:
-            return []
-        before = []
-        clamped = [
-            (local_parts([p.grad for p in group["params"] if p.grad is not None]), limit)
-            for group, limit in limited
-        ]
-        for grads, _ in clamped:  # all groups before the first is changed
-            check_real(grads)
-        for grads, limit in clamped:
-            if self.nonfinite == "raise":
-                before += [(grad, grad.clone()) for grad in grads]
-            clamp_finite_(grads, limit, inv_scale)
-        return before
+    def _agree(self) -> None:
+        """Once: that all ranks were given the same arguments."""
+        if not self._agreed:
+            check_agreement(self, self._gradients.team)
+            self._agreed = True
 
     def _signals(self, handed: HandedOver) -> Signals:
         losses = self._observed.take()
@@ -313,7 +327,6 @@ class GuardedOptimizer(KnownRun):
         """The policy with the limits that the param groups hold now."""
         now = limits(self.param_groups, self.clip_scope, self.max_norm)
         if now != self._limits:
-            self._limits = now
             self._policy = Policy(
                 numbers_on(now, self._device),
                 self.nonfinite,
@@ -321,9 +334,10 @@ class GuardedOptimizer(KnownRun):
                 tuple(self.rules),
                 limited=min(now, default=math.inf) != math.inf,
             )
+            self._limits = now
         return self._policy
 
-    def _deliver(self, *, before: bool) -> None:
+    def _deliver(self, *, before: bool, budget: bool = True) -> None:
         """Hands the record of a step to those who act on it, and checks the skip budget.
 
         Where the verdict of step k is on the host at once, after step k; else before step k + 1, by
@@ -331,10 +345,12 @@ class GuardedOptimizer(KnownRun):
         """
         if self.max_consecutive_skips is None and not self._recorder.has_subscribers:
             return
-        on_host = self._device.type == "cpu" or self._road.waits
+        on_host = self._device.type == "cpu" or self._stepper.waits
         if before == on_host:
             return
-        raise_if_over_budget(self._recorder.deliver(), self.max_consecutive_skips)
+        record = self._recorder.deliver()
+        if budget:
+            raise_if_over_budget(record, self.max_consecutive_skips)
 
     # Being an optimizer.
 
@@ -385,7 +401,7 @@ class GuardedOptimizer(KnownRun):
         guard = resume.load(saved, self._policy, self._device)
         taken_back = saved_with(saved)
         wrapped_state.load(self.optimizer, wrapped, self._check_param_groups)
-        self._road = road_of(self.optimizer)  # param groups bring their own `fused`
+        self._fitting_stepper().reset()
         self._observed = ObservedLosses()
         self._go_on_from(guard, taken_back)
         for hook in self._optimizer_load_state_dict_post_hooks.values():

@@ -12,6 +12,8 @@ nobody waits for it.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +38,7 @@ class Outcome:
     Attributes:
         stats, signals, verdict, state: Of the four stages; `state` after the step.
         signal_names: The signal that each rule judges.
-        lr: Of the first param group, a number or a tensor.
+        lr: Of the first param group, a number, or a tensor on the device of the stats.
         tag: What the caller gave to find the batch again.
     """
 
@@ -65,6 +67,28 @@ class Outcome:
     def lr_is_on_device(self) -> bool:
         """Whether the learning rate is a tensor where the stats are; else the host can tell it."""
         return isinstance(self.lr, Tensor) and self.lr.device == self.stats.summary.device
+
+
+def learning_rate(groups: Sequence[Mapping[str, Any]], device: torch.device) -> Any:
+    """The learning rate that a record tells: of the first param group, now.
+
+    Args:
+        groups: `optimizer.param_groups`.
+        device: Where the step is decided: a tensor that lies there stays a tensor.
+
+    Returns:
+        A float or a tensor of one element. NaN where there is no number: some optimizers have no
+        learning rate, or one that is None, a word or a function.
+    """
+    lr = groups[0].get("lr") if groups else None
+    if isinstance(lr, float):
+        return lr
+    if isinstance(lr, Tensor) and lr.device == device and device.type != "cpu":
+        return lr if lr.numel() == 1 and not lr.is_complex() else math.nan
+    try:
+        return math.nan if isinstance(lr, str | bytes) else float(lr)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return math.nan
 
 
 def pack(outcome: Outcome, row: Tensor) -> None:

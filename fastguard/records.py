@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import compress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -138,6 +138,7 @@ class StepRecord:
         return " ".join(parts)
 
 
+_HERE = Arrival(torch.empty(0, device="cpu"), None)
 _LABELS = tuple(reason.label for reason in Reason)  # making a Reason costs as much as the rest
 LOSS_SCALE = Reason.LOSS_SCALE.label
 
@@ -148,12 +149,7 @@ FIELDS = tuple(f.name for f in fields(StepRecord))
 
 def record_now(outcome: Outcome) -> StepRecord:
     """The record of a step that the host decided, where everything is at hand."""
-    assert isinstance(outcome.verdict, HostVerdict)
-    known = outcome.verdict.known
-    culprits = outcome.stats.culprits() if any(known.nonfinite_counts) else []
-    ranks = outcome.signals.culprit_rank
-    lr = float(outcome.lr)
-    return _record(known, outcome.signal_names, lr, outcome.tag, culprits, *ranks)
+    return _Known.of(outcome).record()
 
 
 def _record(
@@ -194,6 +190,38 @@ def _action(coef: float, skipped: bool, cleaned: bool) -> str:
     if cleaned:
         return "sanitized"
     return "applied" if coef >= 1.0 else "clipped"  # a NaN coefficient did change gradients
+
+
+class _Known(NamedTuple):
+    """What a record of a step is made from that the host decided: numbers, and no gradient."""
+
+    known: Known
+    signal_names: Sequence[str]
+    lr: float
+    tag: Any
+    culprits: Sequence[Culprit]
+    ranks: tuple[int, int | None]
+
+    @property
+    def arrival(self) -> Arrival:
+        return _HERE
+
+    @staticmethod
+    def of(outcome: Outcome) -> _Known:
+        assert isinstance(outcome.verdict, HostVerdict)
+        known = outcome.verdict.known
+        return _Known(
+            known,
+            outcome.signal_names,
+            float(outcome.lr),  # now: a tensor may change
+            outcome.tag,
+            outcome.stats.culprits() if any(known.nonfinite_counts) else (),
+            outcome.signals.culprit_rank,
+        )
+
+    def record(self) -> StepRecord:
+        """The record."""
+        return _record(self.known, self.signal_names, self.lr, self.tag, self.culprits, *self.ranks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,9 +291,11 @@ class Recorder:
     def __init__(self) -> None:
         self.finished: deque[StepRecord] = deque(maxlen=KEPT)
         self.last: StepRecord | None = None
-        self._unwritten: deque[tuple[Known, Sequence[str], float, Any]] = deque()
         self._ring: Ring | None = None
-        self._pending: deque[_Pending] = deque()
+        self._newest: Outcome | None = None
+        self._pending: deque[_Pending | _Known] = deque()
+        self._made: tuple[object, StepRecord] | None = None
+        self._told: tuple[StepRecord | None, int, int] = (None, 0, 0)
         self.sinks: list[Callable[[StepRecord], object]] = []
         self._losing: set[int] = set()
         self._inboxes: list[weakref.ref[Inbox]] = []
@@ -283,69 +313,70 @@ class Recorder:
     def add(self, outcome: Outcome) -> None:
         """Takes the outcome of a step. Waits only for a device that is `ROWS` steps behind.
 
+        After an interrupt it may be called again with the same outcome, and goes on where it was.
+
         A step that a CUDA graph captures leaves no record: nothing runs on the host when the graph
         is replayed.
         """
         if isinstance(outcome.verdict, HostVerdict):
             self._add_known(outcome, outcome.verdict.known)
-            return
-        if outcome.stats.summary.is_cuda and torch.cuda.is_current_stream_capturing():
-            return
-        self.send(outcome)
+        elif not (outcome.stats.summary.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self.send(outcome)
 
     def _add_known(self, outcome: Outcome, known: Known) -> None:
-        if self._pending:  # the model came from a device: those are older
-            self.wait()
+        if outcome is not self._newest:
+            self._pending.append(_Known.of(outcome))
+            self._newest = outcome
         alone = outcome.signals.bad_ranks is None
-        if alone and not (known.reason or self.sinks or self._inboxes):
-            lr = float(outcome.lr)  # now: a tensor may change
-            self._unwritten.append((known, outcome.signal_names, lr, outcome.tag))
-            if len(self._unwritten) == ROWS:
-                self._write()
-        else:
-            self._write()
-            self._finish(record_now(outcome))
+        if not alone or known.reason or self.sinks or self._inboxes:
+            self.wait()  # waits for nobody, unless the model came from a device
+        elif len(self._pending) >= ROWS:
+            self.poll()
 
     def send(self, outcome: Outcome) -> None:
         """Takes the outcome of a step by way of the ring."""
+        if outcome is self._newest:
+            return
         device, ring = outcome.stats.summary.device, self._ring
         if ring is None or ring.width < outcome.width or ring.device != device:
             ring = self._ring = Ring(device, outcome.width)
-        if len(self._pending) == ROWS:
+        if len(self._pending) >= ROWS:
             self._pending[0].arrival.wait()
         self.poll()
         self._pending.append(_Pending.of(outcome, ring.send(outcome)))
+        self._newest = outcome
 
     def poll(self) -> None:
         """Finishes the records that have arrived. Never waits."""
-        self._write()
         while self._pending and self._pending[0].arrival.is_here():
-            self._finish(self._pending.popleft().record())
+            self._finish_oldest()
 
     def wait(self) -> StepRecord | None:
         """Waits for the records of all steps so far; the last one."""
-        self._write()
         while self._pending:
             self._pending[0].arrival.wait()
-            self._finish(self._pending.popleft().record())
+            self._finish_oldest()
         return self.last
 
     def forget_last(self) -> None:
         """After loading a state, the steps of before say nothing about the next."""
         self.wait()
         self.last = None
-        self.undelivered.clear()
-        for ref in self._inboxes[:]:
-            if (inbox := ref()) is not None:
-                inbox.pass_over()
+        self.undelivered = []
 
     @property
     def has_subscribers(self) -> bool:
         """Whether anybody acts on the records of this run."""
         return bool(self._inboxes)
 
+    def add_sink(self, sink: Callable[[StepRecord], object]) -> None:
+        """See `GuardedOptimizer.add_sink`."""
+        self.poll()  # a sink is told nothing of the steps before
+        self.sinks.append(sink)
+
     def subscribe(self) -> Inbox:
         """See `GuardedOptimizer.subscribe`."""
+        self.poll()
         inbox = Inbox(maxlen=INBOX, recorder=self)
         self._inboxes.append(weakref.ref(inbox, self._inboxes.remove))
         return inbox
@@ -356,7 +387,7 @@ class Recorder:
         for ref in self._inboxes[:]:  # a copy: a subscriber may go meanwhile
             if (inbox := ref()) is not None:
                 inbox.receive(self.undelivered)
-        self.undelivered.clear()
+        self.undelivered = []  # another list, which tells the inboxes that it begins anew
         return last
 
     def drain(self) -> list[StepRecord]:
@@ -366,24 +397,46 @@ class Recorder:
         self.finished.clear()
         return records
 
-    def _write(self) -> None:
-        """Makes the records of the steps that nobody was to be told of."""
-        while self._unwritten:
-            self.last = _record(*self._unwritten.popleft())
-            self.finished.append(self.last)
+    def _finish_oldest(self) -> None:
+        """Hands the oldest record to all who get it. It leaves the queue last: after an interrupt
+        all this is done again, and each gets it once.
+        """
+        item = self._pending[0]
+        made = self._made
+        if made is None or made[0] is not item:
+            made = self._made = item, item.record()
+        self._finish(made[1])
+        if self._pending and self._pending[0] is item:  # no sink has asked for records meanwhile
+            self._pending.popleft()
 
     def _finish(self, record: StepRecord) -> None:
-        self.last = record
-        self.finished.append(record)
-        if self._inboxes:
+        if record is not self.last:
+            if record.reason is not None:
+                log.log(logging.WARNING if record.is_incident else logging.INFO, "%s", record)
+            self.last = record
+        if not self.finished or self.finished[-1] is not record:
+            self.finished.append(record)
+        if self._inboxes and (not self.undelivered or self.undelivered[-1] is not record):
             self.undelivered.append(record)
-        if record.reason is not None:
-            log.log(logging.WARNING if record.is_incident else logging.INFO, "%s", record)
-        for sink in self.sinks:
+        if self.sinks:
+            self._tell_sinks(record)
+
+    def _tell_sinks(self, record: StepRecord) -> None:
+        """Calls each sink once. One that an interrupt left is called a second time, not a third: it
+        may be the sink that raises it.
+        """
+        told, n, tries = self._told
+        n, tries = (n, tries) if told is record else (0, 0)
+        for k in range(n, len(self.sinks)):
             try:
-                sink(record)
+                # In one line, with nothing between the call and the note of it.
+                self._told = (self.sinks[k](record), (record, k + 1, 0))[1]
             except Exception as error:  # a sink has ways of its own to fail; the run goes on
-                self._say_once(sink, error)
+                self._told = (record, k + 1, 0)
+                self._say_once(self.sinks[k], error)
+            except BaseException:
+                self._told = (record, k, tries + 1) if not tries else (record, k + 1, 0)
+                raise
 
     def _say_once(self, sink: Callable[[StepRecord], object], error: Exception) -> None:
         if id(sink) not in self._losing:

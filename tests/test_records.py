@@ -226,7 +226,7 @@ def test_few_steps_wait_to_be_written_down():
     _, opt = guard()
     for _ in range(5 * ROWS + 3):
         opt.step()
-        assert len(opt._recorder._unwritten) < ROWS
+        assert len(opt._recorder._pending) < ROWS
 
 
 # The same record through the ring by which it leaves a GPU.

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fastguard import GuardedOptimizer
-from fastguard.stepping import FoundInf, ReadFirst
+from fastguard.on_device import OnDevice
+from fastguard.read_first import ReadFirst
 from guardtest.training import (
     NONFINITE,
     SPECIAL,
@@ -35,9 +36,9 @@ def guard(cls, kwargs, road, **options):
     parameters = parameters_for(cls)
     inner = cls(parameters, **kwargs)
     opt = GuardedOptimizer(inner, **options)
-    assert type(opt._road) is (FoundInf if obeys_found_inf(cls, kwargs) else ReadFirst)
+    assert type(opt._stepper) is (OnDevice if obeys_found_inf(cls, kwargs) else ReadFirst)
     if road == "read_first":
-        opt._road = ReadFirst(inner)
+        inner.register_step_pre_hook(lambda *_: None)  # which must run only when it steps
     return opt, parameters
 
 
@@ -183,7 +184,7 @@ def test_one_param_group_that_is_not_fused_takes_the_reading_road():
     a, b = new_parameters([(3,), (2,)])
     inner = torch.optim.AdamW([{"params": [a], "fused": True}, {"params": [b], "foreach": True}])
     opt = GuardedOptimizer(inner)
-    assert isinstance(opt._road, ReadFirst)
+    assert isinstance(opt._stepper, ReadFirst)
     give_gradients([a, b], 0)
     poison([a, b])
     before = snapshot(opt)

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from fastguard import GuardedOptimizer, SpikeRule, Threshold
-from fastguard.stepping import FoundInf, ReadFirst
+from fastguard.on_device import OnDevice
+from fastguard.read_first import ReadFirst
 from guardtest.guarded import SPIKES, adamw, parameters_of, train
 from guardtest.training import (
     SHAPES,
@@ -213,11 +214,11 @@ def test_a_state_of_another_configuration_is_refused_and_changes_nothing(case):
 def test_loading_takes_the_road_of_the_loaded_param_groups():
     """A state dict brings its own `fused`; found_inf means nothing to the other implementations."""
     opt = adamw(fused=True)
-    assert isinstance(opt._road, FoundInf)
+    assert isinstance(opt._stepper, OnDevice)
     other = adamw(fused=False)
     train(other, range(2))
     opt.load_state_dict(other.state_dict())
-    assert isinstance(opt._road, ReadFirst)
+    assert isinstance(opt._stepper, ReadFirst)
     before = snapshot(opt)
     train(opt, [2], bad={2})
     assert_same_bits(snapshot(opt), before)

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from fastguard.stepping import FoundInf, ReadFirst, road_of
+from fastguard.on_device import OnDevice
+from fastguard.read_first import ReadFirst
+from fastguard.stepper import stepper_for
 from fastguard.whole_step import WholeStep
 from guardtest.training import obeys_found_inf, parameters_for, variants
 
@@ -13,11 +15,11 @@ from guardtest.training import obeys_found_inf, parameters_for, variants
 )
 def test_found_inf_is_the_road_of_fused_optimizers_alone(cls, kwargs):
     inner = cls(parameters_for(cls), **kwargs)
-    assert type(road_of(inner)) is (FoundInf if obeys_found_inf(cls, kwargs) else ReadFirst)
+    assert type(stepper_for(inner)) is (OnDevice if obeys_found_inf(cls, kwargs) else ReadFirst)
 
 
 def test_lbfgs_steps_first():
-    assert type(road_of(torch.optim.LBFGS(parameters_for(torch.optim.LBFGS)))) is WholeStep
+    assert type(stepper_for(torch.optim.LBFGS(parameters_for(torch.optim.LBFGS)))) is WholeStep
 
 
 def test_a_fused_optimizer_that_does_not_support_the_protocol_is_read_first():
@@ -26,14 +28,14 @@ def test_a_fused_optimizer_that_does_not_support_the_protocol_is_read_first():
 
     inner = Own(parameters_for(Own), lr=0.1, fused=True)
     del inner._step_supports_amp_scaling
-    assert type(road_of(inner)) is ReadFirst
+    assert type(stepper_for(inner)) is ReadFirst
 
 
 def test_momentum_buffers_are_created_on_the_reading_road():
     (p, *_) = parameters = parameters_for(torch.optim.SGD)
     inner = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, fused=True)
-    road = road_of(inner)
-    assert isinstance(road, FoundInf)
+    road = stepper_for(inner)
+    assert isinstance(road, OnDevice)
     assert not road._creates_momentum()  # no gradient, no buffer
     p.grad = torch.ones_like(p)
     assert road._creates_momentum()
@@ -48,7 +50,7 @@ def test_momentum_buffers_are_looked_for_until_all_are_there(monkeypatch):
     (p, q, *_) = parameters = parameters_for(torch.optim.SGD)
     groups = [{"params": [p]}, {"params": [q]}]
     inner = torch.optim.SGD(groups, lr=0.1, momentum=0.9, fused=True)
-    road = road_of(inner)
+    road = stepper_for(inner)
     p.grad = torch.ones_like(p)
     inner.step()
     assert not road._creates_momentum()
@@ -57,7 +59,7 @@ def test_momentum_buffers_are_looked_for_until_all_are_there(monkeypatch):
     inner.step()
     assert not road._creates_momentum()
     with monkeypatch.context() as patch:
-        patch.setattr("fastguard.stepping.chain", None)
+        patch.setattr("fastguard.on_device.chain", None)
         assert not road._creates_momentum()  # without a look at the parameters
     inner.load_state_dict(inner.state_dict())
     assert not road._creates_momentum()

@@ -1,0 +1,47 @@
+"""Reading the verdict before the step: the road of every optimizer that cannot skip by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.optim import Optimizer
+
+from fastguard.apply import apply
+from fastguard.buckets import GradBuckets
+from fastguard.decide import Verdict
+from fastguard.inner_step import InnerStep, StepCall, evaluated, found_inf_is_heeded
+from fastguard.step_hooks import run_hooks_of_all
+
+
+class ReadFirst:
+    """Reads the verdict, then steps or does not: free on a CPU, one read of one scalar on a GPU."""
+
+    waits = True
+
+    def __init__(self, optimizer: Optimizer, inner: InnerStep | None = None) -> None:
+        self.optimizer = optimizer
+        self._inner = inner or InnerStep(optimizer)
+
+    def fits(self) -> bool:
+        """Whether the optimizer cannot do without this road."""
+        return not found_inf_is_heeded(self.optimizer)
+
+    def reset(self) -> None:
+        """Nothing is remembered of the parameters."""
+
+    def evaluate(self, call: StepCall, loss: Any, *, stop_at_nonfinite: bool) -> tuple[Any, Any]:
+        """What the closure returns; it is the loss too unless one is given."""
+        result = evaluated(call.closure)
+        return result, result if loss is None else loss
+
+    def step(self, buckets: GradBuckets, verdict: Verdict, call: StepCall, changes: bool) -> Any:
+        """Applies the verdict, and steps unless it says to skip."""
+        if changes:
+            apply(buckets, verdict)
+        if verdict.found_inf.item() == 0.0:
+            return self._inner(call)
+        run_hooks_of_all(self.optimizer)
+        return None
+
+    def conclude(self, taken: bool) -> None:
+        """Nothing to do: weights that a failed step has begun to move have no copy."""

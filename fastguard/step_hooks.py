@@ -1,0 +1,79 @@
+"""Step hooks: the guard's own run around a guarded step, those of all optimizers once a step.
+
+`register_optimizer_step_pre_hook` and `..._post_hook` of torch register hooks for every optimizer.
+The step of the wrapped one runs them. So the guard does not, but where it skips a step without that
+call: a profiler that counts steps by them counts each once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
+
+
+def with_own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a method the `step` of an optimizer around another one, opaque to a compiler.
+
+    As torch does it for every optimizer, but without the hooks of all optimizers.
+    """
+
+    @torch._disable_dynamo
+    @functools.wraps(step)
+    def hooked(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        name = f"Optimizer.step#{type(self).__name__}.step"
+        try:
+            with torch.autograd.profiler.record_function(name):
+                for hook in [*self._optimizer_step_pre_hooks.values()]:
+                    changed = hook(self, (self, *args), kwargs)
+                    if changed is not None:
+                        args, kwargs = _arguments(changed)
+                result = step(self, *args, **kwargs)
+                for hook in [*self._optimizer_step_post_hooks.values()]:
+                    hook(self, (self, *args), kwargs)
+                return result
+        except BaseException:
+            # GradScaler removes these only after a step that returns, and multiplies its scale onto
+            # what it finds.
+            self.__dict__.pop("grad_scale", None)
+            self.__dict__.pop("found_inf", None)
+            raise
+
+    hooked.hooked = True  # or torch would put its own hooks around it
+    return hooked
+
+
+def _arguments(changed: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a pre-hook made of the arguments of `step`, without the optimizer itself."""
+    if not (isinstance(changed, tuple) and len(changed) == 2):
+        raise RuntimeError(
+            f"a step pre-hook must return None or a tuple of (new_args, new_kwargs), but returned "
+            f"{changed!r}"
+        )
+    args, kwargs = changed
+    return tuple(args[1:]), kwargs
+
+
+def has_step_hooks(optimizer: Optimizer) -> bool:
+    """Whether an optimizer has step hooks of its own."""
+    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    return any(hooks)
+
+
+def run_hooks_of_all(optimizer: Optimizer, *, pre: bool = True) -> None:
+    """Runs the hooks of all optimizers, where no step of this one has run them.
+
+    Args:
+        optimizer: What they are called with.
+        pre: Also those before a step, not only those behind it.
+    """
+    before = torch_optimizer._global_optimizer_pre_hooks
+    behind = torch_optimizer._global_optimizer_post_hooks
+    if not (before or behind):
+        return
+    for hook in [*(before.values() if pre else ()), *behind.values()]:
+        hook(optimizer, (optimizer,), {})

@@ -1,0 +1,64 @@
+"""A guarded step is taken or it is not, whatever interrupts it.
+
+An exception can come at any line: out of memory in the wrapped step, Ctrl-C anywhere. What a step
+changes in the guard is therefore either kept as it was before (counters, spike baselines, observed
+losses), or can be written down again and again with the same result (records, the last verdict, the
+number of the step). The step counts from the moment when the wrapped optimizer has returned: before
+it nothing is counted, and from then on everything is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastguard.clamp import Clamped
+from fastguard.decide import GuardState
+from fastguard.errors import NonFiniteGradError
+from fastguard.losses import ObservedLosses
+from fastguard.packed import Outcome
+
+
+class StepInFlight:
+    """A guarded step that has begun.
+
+    Args:
+        number: Which step this is, from 1, if it is taken.
+        observed: The losses so far.
+
+    Attributes:
+        clamped: Its gradients if they were clamped.
+        outcome: What was decided; None before that.
+        returned: What the wrapped optimizer returned, in a list of one; None before that.
+    """
+
+    def __init__(self, number: int, observed: ObservedLosses) -> None:
+        self.number = number
+        self.clamped: Clamped | None = None
+        self.outcome: Outcome | None = None
+        self.returned: tuple[Any] | None = None
+        self._observed = observed
+        self._losses = observed.kept()
+        self._state: tuple[GuardState, GuardState] | None = None
+
+    def keep(self, state: GuardState) -> None:
+        """Copies the state that the decision is about to change."""
+        self._state = state, state.copy()
+
+    def failed_with(self, error: BaseException) -> None:
+        """Where the guard itself refuses the step, its losses are used up; else they are kept for
+        the case that it is tried again.
+        """
+        if isinstance(error, NonFiniteGradError):
+            self._losses = []
+
+    @torch.no_grad()
+    def take_back(self) -> None:
+        """The guard as it was before the step, and gradients as far as there are copies."""
+        if self._state is not None:
+            state, before = self._state
+            state.restore(before)
+        if self.clamped is not None:
+            self.clamped.put_back()
+        self._observed.give_back(self._losses)
