@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,29 +104,28 @@ class GuardState:
         rings: int64 `(K, 3)`: values in the ring (at most its window), where the next one goes, and
             consecutive values above the threshold (back to 0 at the first that is not); from the
             window's length on they are accepted, until the baseline has caught up.
+        undo: A list: what a decision is about to change is noted in it, as array, index and value.
+            None: nobody wants to take it back.
     """
 
     counters: Tensor
     windows: Tensor
     rings: Tensor
+    undo: list[tuple[Any, Any, Any]] | None = field(default=None, compare=False, repr=False)
 
     def to(self, device: torch.device) -> GuardState:
         """The same on another device."""
         return GuardState(self.counters.to(device), self.windows.to(device), self.rings.to(device))
 
-    def copy(self) -> GuardState:
-        """What it says now."""
-        windows, rings = self.windows, self.rings
-        if len(rings):
-            windows, rings = windows.clone(), rings.clone()
-        return GuardState(self.counters.clone(), windows, rings)
-
-    def restore(self, copy: GuardState) -> None:
-        """Says again what it said when it was copied, in the same memory."""
-        self.counters.copy_(copy.counters)
-        if len(self.rings):
-            self.windows.copy_(copy.windows)
-            self.rings.copy_(copy.rings)
+    def note_all(self) -> None:
+        """Notes everything in `undo`, where a decision on a device may change it. Not for a CUDA
+        graph, whose replays are steps of their own.
+        """
+        capturing = self.counters.is_cuda and torch.cuda.is_current_stream_capturing()
+        if self.undo is not None and not capturing:
+            for tensor in (self.counters, self.windows, self.rings):
+                if tensor.numel():
+                    self.undo.append((tensor, ..., tensor.clone()))
 
     @staticmethod
     def fresh(policy: Policy, device: torch.device) -> GuardState:
@@ -215,6 +214,8 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
     """
     if stats.summary.device.type == "cpu":
         return _on_the_host()(stats, signals, state, policy)
+    if state is not None:
+        state.note_all()
     return backend.stages(stats.summary.device).decide(stats, signals, state, policy)
 
 

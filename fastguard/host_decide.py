@@ -216,10 +216,14 @@ def _update_rings(
     for k, rule in enumerate(policy.rules):
         if not math.isfinite(values[k]):  # a loss that this step did not give says nothing
             continue
+        if state.undo is not None:
+            state.undo.append((rings, k, rings[k].copy()))
         rings[k, 2] = rings[k, 2] + 1 if values[k] > thresholds[k] else 0
         enters = moved and (spikes[k] or not skip)
         if enters and isinstance(rule, SpikeRule):
             at = rings[k, 1]
+            if state.undo is not None:
+                state.undo.append((windows, (k, at), windows[k, at]))
             windows[k, at] = thresholds[k] if spikes[k] else values[k]
             rings[k, 0] = min(rings[k, 0] + 1, rule.window)
             rings[k, 1] = (at + 1) % rule.window
@@ -228,7 +232,9 @@ def _update_rings(
 def _count_step(state: GuardState, skip: bool, lowers: bool) -> tuple[int, int]:
     """The number of this step, and how many incidents in a row were skipped."""
     counters = state.counters.numpy()
-    step, applied, skipped, in_a_row, for_scale = counters.tolist()
+    step, applied, skipped, in_a_row, for_scale = before = counters.tolist()
+    if state.undo is not None:
+        state.undo.append((counters, ..., before))
     step += 1
     counters[0] = step
     if lowers:

@@ -40,11 +40,11 @@ class StepInFlight:
         self.returned: tuple[Any] | None = None
         self._observed = observed
         self._losses = observed.kept()
-        self._state: tuple[GuardState, GuardState] | None = None
+        self._undo: list[tuple[Any, Any, Any]] = []
 
     def keep(self, state: GuardState) -> None:
-        """Copies the state that the decision is about to change."""
-        self._state = state, state.copy()
+        """Has the decision note what it changes."""
+        state.undo = self._undo
 
     def failed_with(self, error: BaseException) -> None:
         """Where the guard itself refuses the step, its losses are used up; else they are kept for
@@ -56,9 +56,8 @@ class StepInFlight:
     @torch.no_grad()
     def take_back(self) -> None:
         """The guard as it was before the step, and gradients as far as there are copies."""
-        if self._state is not None:
-            state, before = self._state
-            state.restore(before)
+        for array, index, value in reversed(self._undo):
+            array[index] = value
         if self.clamped is not None:
             self.clamped.put_back()
         self._observed.give_back(self._losses)
