@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastguard import GuardedOptimizer, SpikeRule, Threshold, optimizer
+from fastguard import GuardedOptimizer, SpikeRule, Threshold, read_first
 from fastguard.reduce import Signals
 from guardtest.stories import float64
 
@@ -39,7 +39,7 @@ def test_an_optimizer_without_a_limit_leaves_apply_alone(monkeypatch):
     def refused(*args):
         raise AssertionError("apply was called")
 
-    monkeypatch.setattr(optimizer, "apply", refused)
+    monkeypatch.setattr(read_first, "apply", refused)
     p = torch.nn.Parameter(torch.zeros(2))
     p.grad = torch.tensor([3.0, 4.0])
     GuardedOptimizer(torch.optim.SGD([p], lr=1.0)).step()
