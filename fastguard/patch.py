@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastguard import clip
 from fastguard.arguments import Parameters, as_list, listed
-from fastguard.buckets import gradients_of
+from fastguard.buckets import parameters_of
 from fastguard.ranks.dtensors import dtensor_types
 from fastguard.ranks.groups import AS_TORCH, Group
 
@@ -59,15 +59,15 @@ def _as_torch_returns_it(norm: Tensor, items: Tensor | list, *, are_gradients: b
     """The norm of DTensors as a DTensor, replicated over the mesh of the first of them."""
     if not (dist.is_available() and dist.is_initialized()):
         return norm
-    tensors = [items] if isinstance(items, Tensor) else items
-    if not are_gradients:
-        tensors = [grad for grad in gradients_of(tensors)[0] if grad is not None]
-    known = dtensor_types(set(map(type, tensors)))
-    if not known:
+    tensors = parameters_of(items)
+    if not dtensor_types(set(map(type, tensors))):
         return norm
     from torch.distributed.tensor import DTensor, Replicate
 
-    mesh = next(t for t in tensors if type(t) in known).device_mesh
+    grads = tensors if are_gradients else [p.grad for p in tensors]
+    mesh = next((grad.device_mesh for grad in grads if isinstance(grad, DTensor)), None)
+    if mesh is None:
+        return norm
     return DTensor.from_local(norm, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 

@@ -53,16 +53,17 @@ def check_plain_shards(
     if group is AS_TORCH:
         _warn_of_local_norm(kind)
         return
-    pass_ = "pass group=torch.distributed.group.WORLD, or the process group of these shards"
+    remedy = "pass group=torch.distributed.group.WORLD, or the process group of the shards"
     if isinstance(group, Replicated):
         raise ValueError(
             f"group=Replicated(...) says that all ranks hold the same tensors, but the parameters "
-            f"are shards of {kind} in plain tensors; {pass_}"
+            f"are shards of {kind} in plain tensors; {remedy}"
         )
-    unless = "; with ShardingStrategy.NO_SHARD, fastguard.Replicated of it" if kind == FSDP1 else ""
+    if kind == FSDP1:
+        remedy += ", or fastguard.Replicated of it if the strategy is NO_SHARD"
     raise ValueError(
         f"the parameters are shards of {kind} in plain tensors, so each rank would clip and skip "
-        f"by its own shards; {pass_} (group= takes it as it is{unless})"
+        f"by its own shards alone; {remedy}"
     )
 
 

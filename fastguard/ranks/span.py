@@ -35,12 +35,14 @@ class Span:
     Attributes:
         ranks: Their global numbers, in order.
         group: A process group of them; None if this rank is none of them, or there is no other.
-        root_ranks: All ranks of the root meshes, in order.
+        n_root: How many ranks the root meshes have; 0 without a mesh.
+        n_outside: How many of these are not among `ranks`.
     """
 
     ranks: tuple[int, ...]
     group: ProcessGroup | None
-    root_ranks: tuple[int, ...]
+    n_root: int
+    n_outside: int
 
 
 def span_of(meshes: Sequence[DeviceMesh], own: ProcessGroup | None) -> Span:
@@ -97,7 +99,9 @@ def _found(meshes: Sequence[DeviceMesh], own: ProcessGroup | None) -> Span:
     home = next((r for r in roots.values() if set(own_ranks) <= set(r)), own_ranks)
     slices.append(Slices(own_ranks, home))
     ranks = tuple(sorted(_connected(slices)))
-    return Span(ranks, _group_over(ranks, meshes, own), tuple(sorted(set().union(*roots.values()))))
+    in_roots = set().union(*roots.values())
+    n_outside = len(in_roots.difference(ranks))
+    return Span(ranks, _group_over(ranks, meshes, own), len(in_roots), n_outside)
 
 
 class Slices:

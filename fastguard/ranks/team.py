@@ -66,25 +66,19 @@ class Team:
     """The ranks that take one decision together.
 
     Args:
-        tensors: The parameters of this rank, or other tensors to measure.
+        span: These ranks, of which this is one.
         group: See `Group`.
-
-    Raises:
-        ValueError: See `span_of`.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], group: Group) -> None:
+    def __init__(self, span: Span, group: Group) -> None:
+        assert span.group is not None
+        self.group: ProcessGroup = span.group
+        self.size = len(span.ranks)
         self.distinct = isinstance(group, ProcessGroup)
         own = process_group_of(group)
         self._own_ranks = [] if own is None else dist.get_process_group_ranks(own)
-        meshes = meshes_of(tensors)
-        span = span_of(meshes, own)
-        if group is None:
-            _warn_of_larger_root(span)
-        self.group = span.group
-        self.size = 1 if span.group is None else len(span.ranks)
         self.rank = dist.get_rank()
-        self._all_plain = not meshes
+        self._all_plain = not span.n_root
         self._weights: dict[tuple[int, Any], float] = {}
         self._specs: list[Any] = []
         self._sharing: Sharing | None = None
@@ -163,14 +157,16 @@ def team_of(
 
     Raises:
         TypeError: `group` is no `Group`.
-        ValueError: See `Team` and `check_plain_shards`.
+        ValueError: See `span_of` and `check_plain_shards`.
     """
     check_group(group)
     check_plain_shards(tensors, group, replaced)
     if process_group_of(group) is None and not dtensor_types(set(map(type, tensors))):
         return None
-    team = Team(tensors, group)
-    return team if team.size > 1 else None
+    span = span_of(meshes_of(tensors), process_group_of(group))
+    if group is None:
+        _warn_of_larger_root(span)
+    return None if span.group is None else Team(span, group)
 
 
 def meshes_of(tensors: Sequence[Tensor]) -> list[DeviceMesh]:
@@ -196,7 +192,7 @@ _warned_of: set[tuple[int, ...]] = set()
 
 def _warn_of_larger_root(span: Span) -> None:
     """Once: ranks of the root that hold other parameters are not heard."""
-    if set(span.root_ranks) <= set(span.ranks) or span.ranks in _warned_of:
+    if not span.n_outside or span.ranks in _warned_of:
         return
     _warned_of.add(span.ranks)
     log.warning(
@@ -204,5 +200,5 @@ def _warn_of_larger_root(span: Span) -> None:
         "the decision are those of these ranks. If the others hold other parts of the model "
         "(pipeline stages), pass their group=, such as mesh['pp'].get_group()",
         len(span.ranks),
-        len(span.root_ranks),
+        span.n_root,
     )

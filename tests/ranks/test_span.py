@@ -205,7 +205,10 @@ def new_groups(world_is_bound: bool) -> list[tuple[bool, float, list[int]]]:
     """Groups that no mesh has: each is made once, by its members, whatever others they are in."""
     rank, world = dist.get_rank(), dist.group.WORLD
     device = torch.device("cuda", 0) if world_is_bound else None
-    found = []
+    make, bound_while_made, found = dist.new_group, [], []
+    dist.new_group = lambda *a, **kw: (
+        bound_while_made.append(world.bound_device_id) or make(*a, **kw)
+    )
     for members in ((0, 2, 3), (0, 1), (1, 3), (0, 1, 3)):
         if rank not in members:
             continue
@@ -216,6 +219,8 @@ def new_groups(world_is_bound: bool) -> list[tuple[bool, float, list[int]]]:
         total = torch.full((1,), 1.0 + rank)
         dist.all_reduce(total, group=group)
         found.append((is_kept, total.item(), dist.get_process_group_ranks(group)))
+    dist.new_group = make
+    assert bound_while_made == [None] * len(found)  # else NCCL splits, which the world must join
     return found
 
 
