@@ -30,9 +30,9 @@ from fastguard.integrations.shared import (
     BatchSpan,
     RunRecords,
     Sink,
+    StepTags,
     alone_in_training,
     guarded,
-    tag_steps,
 )
 from fastguard.optimizer import GuardedOptimizer
 
@@ -59,7 +59,7 @@ class GuardedAcceleratedOptimizer(AcceleratedOptimizer):
         """Hooks what goes with a step into the optimizer; copies of an optimizer have no hooks."""
         if self.statistics is not None:
             self.statistics.follow(self.optimizer)
-        tag_steps(self.optimizer, self._tag)
+        StepTags(self.optimizer, self.guard.span, self._tag)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -27,9 +28,9 @@ from fastguard.integrations.shared import (
     BatchSpan,
     RunRecords,
     Sink,
+    StepTags,
     alone_in_training,
     guarded,
-    tag_steps,
 )
 from fastguard.optimizer import GuardedOptimizer
 
@@ -155,7 +156,7 @@ class FabricGuard:
         """Hooks what goes with a step into the optimizer; copies of an optimizer have no hooks."""
         if optimizer in self._statistics:
             self._statistics[optimizer].follow(optimizer)
-        tag_steps(optimizer, lambda: self.span.tag(optimizer.steps_taken + 1))
+        StepTags(optimizer, self.span, lambda: self.span.tag(optimizer.steps_taken + 1))
 
     def _unscale(self, optimizer: GuardedOptimizer) -> None:
         """Not through the precision plugin: it refuses an optimizer that can unscale itself."""
@@ -172,7 +173,8 @@ class _TellingDataLoader(_FabricDataLoader):
     def __iter__(self) -> Iterator[Any]:
         epoch = self._num_iter_calls
         for batch, item in enumerate(super().__iter__()):
-            self.fastguard_span.begin(epoch, batch)
+            if torch.is_grad_enabled():  # else it is validation, perhaps before a step
+                self.fastguard_span.begin(epoch, batch)
             yield item
 
 

@@ -30,9 +30,9 @@ from fastguard.integrations.shared import (
     BatchSpan,
     RunRecords,
     Sink,
+    StepTags,
     alone_in_training,
     guarded,
-    tag_steps,
 )
 from fastguard.optimizer import GuardedOptimizer
 
@@ -134,8 +134,7 @@ class GuardCallback(Callback):
     ) -> None:
         """Shows the guard the loss of a micro-batch, if it is clear whose it is."""
         for span in self._spans:
-            _begin_batch(span, trainer)
-            span.add()
+            _add_batch(span, trainer)
         optimizer = alone_in_training(self.optimizers, loss, trainer.world_size)
         if optimizer is None:
             return
@@ -195,7 +194,8 @@ class GuardCallback(Callback):
         for i, optimizer in enumerate(self.optimizers):
             # Its closure returns the loss divided by accumulate_grad_batches, of the last
             # micro-batch alone, and with a scaler nothing: on_before_backward sees them all.
-            self._hooks.append(tag_steps(optimizer, partial(self._tag, i), loss={}))
+            tag = partial(self._tag, i)
+            self._hooks.append(StepTags(optimizer, self._spans[i], tag, loss={}))
             if self._statistics is not None:  # training has begun
                 count = partial(self._count, i)
                 self._hooks.append(optimizer.register_step_post_hook(count))
@@ -210,8 +210,9 @@ class GuardCallback(Callback):
     def _tag(self, i: int) -> dict[str, Any]:
         """`global_step` is what the Trainer's counter shows after this step."""
         assert self._trainer is not None
-        _begin_batch(self._spans[i], self._trainer)
-        return self._spans[i].tag(self._trainer.global_step + 1)
+        span = self._spans[i]
+        _add_batch(span, self._trainer)  # whose backward pass may be part of the step's closure
+        return span.tag(self._trainer.global_step + 1)
 
     def _count(self, i: int, *_: Any) -> None:
         last = self.optimizers[i].last
@@ -236,5 +237,6 @@ class GuardCallback(Callback):
         theirs(interval=interval, update_plateau_schedulers=update_plateau_schedulers)
 
 
-def _begin_batch(span: BatchSpan, trainer: Trainer) -> None:
+def _add_batch(span: BatchSpan, trainer: Trainer) -> None:
     span.begin(trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_idx)
+    span.add()

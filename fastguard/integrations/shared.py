@@ -80,7 +80,7 @@ class BatchSpan:
 
     def __init__(self) -> None:
         self._now: tuple[int | None, int] | None = None  # epoch and batch
-        self._first: int | None = None  # batch
+        self._added: list[tuple[int | None, int]] = []  # the first and the last one
 
     def begin(self, epoch: int | None, batch: int) -> None:
         """This batch is the current one.
@@ -93,50 +93,67 @@ class BatchSpan:
 
     def add(self) -> None:
         """The gradients of the current batch are added to those that wait for the step."""
-        if self._first is None and self._now is not None:
-            self._first = self._now[1]
+        if self._now is not None:
+            self._added[1:] = [self._now]
 
     def tag(self, global_step: int) -> dict[str, Any]:
-        """Where to find these batches again; the next span begins.
+        """Where to find these batches again.
 
         Args:
             global_step: The number of the step, from 1.
         """
-        first, self._first = self._first, None
         tag: dict[str, Any] = {"global_step": global_step}
         if self._now is None:
             return tag
-        epoch, last = self._now
-        batch = last if first in (None, last) else f"{first}-{last}"
+        added = self._added or [self._now]
+        (_, first), (epoch, last) = added[0], added[-1]
+        batch = last if added[0] == added[-1] else f"{first}-{last}"
         return {"batch": batch, **tag} if epoch is None else {"epoch": epoch, "batch": batch, **tag}
 
+    def clear(self) -> None:
+        """The step has been taken: the next batch is the first of the next span."""
+        self._added.clear()
 
-def tag_steps(optimizer: GuardedOptimizer, tag: Callable[[], Any], **usual: Any) -> Any:
-    """Gives a trainer's steps a tag, unless the caller of `step` has given one.
+
+class StepTags:
+    """Gives the steps of a trainer a tag, unless the caller of `step` has given one.
 
     Args:
         optimizer: Its `step` is called without arguments, or with a closure.
-        tag: Called before each step.
+        span: The batches of its steps.
+        tag: The tag of the coming step. Called before a closure is evaluated.
         usual: Further arguments of `step`, unless the caller gives them.
-
-    Returns:
-        A handle whose `remove()` ends it.
     """
 
-    def before_step(
-        _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        made = tag()  # even if it is not used: the next span begins
-        return args, {"tag": made, **usual, **kwargs}
+    def __init__(
+        self,
+        optimizer: GuardedOptimizer,
+        span: BatchSpan,
+        tag: Callable[[], dict[str, Any]],
+        **usual: Any,
+    ) -> None:
+        self._span, self._tag, self._usual = span, tag, usual
+        self._hooks = (
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        )
 
-    return optimizer.register_step_pre_hook(before_step)
+    def remove(self) -> None:
+        """Steps have no tags any more."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _before_step(self, _: Optimizer, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return args, {"tag": self._tag(), **self._usual, **kwargs}
+
+    def _after_step(self, *_: Any) -> None:
+        self._span.clear()
 
 
 class RunRecords:
     """Where the records of a run go: one file, and sinks. One process of a run writes.
 
-    The file is opened when training begins and appended to, so a resumed run goes on in it. A copy
-    of a run has no sinks, so it does not write into the file of the original.
+    The file is opened when training begins and appended to, so a resumed run goes on in it.
 
     Args:
         records: The file of JSON lines; its folder is created. None: no file.
