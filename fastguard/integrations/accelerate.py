@@ -41,6 +41,7 @@ with needs("huggingface"):
     from accelerate.optimizer import AcceleratedOptimizer
 
 ENGINES = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
+METHODS = ("prepare_optimizer", "clip_grad_norm_", "backward", "end_training")
 
 
 class GuardedAcceleratedOptimizer(AcceleratedOptimizer):
@@ -59,7 +60,11 @@ class GuardedAcceleratedOptimizer(AcceleratedOptimizer):
         """Hooks what goes with a step into the optimizer; copies of an optimizer have no hooks."""
         if self.statistics is not None:
             self.statistics.follow(self.optimizer)
-        StepTags(self.optimizer, self.guard.span, self._tag)
+        StepTags(self.optimizer, self._tag, self._clear)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A scheduler puts a `step` on the instance that holds it: a copy would step the original.
+        return {name: v for name, v in super().__getstate__().items() if name != "step"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -67,6 +72,9 @@ class GuardedAcceleratedOptimizer(AcceleratedOptimizer):
 
     def _tag(self) -> dict[str, Any]:
         return self.guard.tag(self.optimizer)
+
+    def _clear(self) -> None:
+        self.guard.span.clear()
 
 
 class AcceleratorGuard:
@@ -102,11 +110,7 @@ class AcceleratorGuard:
         # In the order of `prepare`; weak, because a trainer makes new ones and drops the old.
         self.prepared: weakref.WeakKeyDictionary[GuardedAcceleratedOptimizer, None]
         self.prepared = weakref.WeakKeyDictionary()
-        self._accelerates = TakenOver(
-            accelerator,
-            self,
-            ("prepare_optimizer", "clip_grad_norm_", "backward", "end_training"),
-        )
+        self._accelerates = TakenOver(accelerator, self, METHODS)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "prepared": list(self.prepared)}
@@ -115,8 +119,7 @@ class AcceleratorGuard:
         self.__dict__.update(state)
         self.prepared = weakref.WeakKeyDictionary(dict.fromkeys(state["prepared"]))
 
-    @property
-    def model(self) -> nn.Module | None:
+    def model_of(self, optimizer: Optimizer) -> nn.Module | None:
         """The model whose parameters a new optimizer has, if it is known."""
         return self._model
 
@@ -126,7 +129,7 @@ class AcceleratorGuard:
         """As Accelerate's own."""
         if isinstance(optimizer, AcceleratedOptimizer):
             return self._accelerates.own("prepare_optimizer")(optimizer, device_placement)
-        model = self.model
+        model = self.model_of(optimizer)
         optimizer = guarded(
             optimizer,
             model,

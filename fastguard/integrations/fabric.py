@@ -156,7 +156,9 @@ class FabricGuard:
         """Hooks what goes with a step into the optimizer; copies of an optimizer have no hooks."""
         if optimizer in self._statistics:
             self._statistics[optimizer].follow(optimizer)
-        StepTags(optimizer, self.span, lambda: self.span.tag(optimizer.steps_taken + 1))
+        StepTags(
+            optimizer, lambda: self.span.tag(optimizer.steps_taken + 1), lambda: self.span.clear()
+        )
 
     def _unscale(self, optimizer: GuardedOptimizer) -> None:
         """Not through the precision plugin: it refuses an optimizer that can unscale itself."""

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import math
 import os
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fastguard.integrations.clipping import total_norm_of
 from fastguard.integrations.extras import needs
@@ -28,7 +30,7 @@ with needs("huggingface"):
     from transformers import Trainer, TrainerCallback
     from transformers.trainer_utils import has_length
 
-    from fastguard.integrations.accelerate import AcceleratorGuard
+    from fastguard.integrations.accelerate import AcceleratorGuard, GuardedAcceleratedOptimizer
 
 
 class GuardCallback(TrainerCallback):
@@ -57,7 +59,7 @@ class GuardCallback(TrainerCallback):
                 "search does, so its optimizer is not guarded; call guard(trainer) again"
             )
         assert self._guard is not None
-        self._guard.begin_training(args, state, kwargs["train_dataloader"])
+        self._guard.begin_training(kwargs["optimizer"], args, state, kwargs["train_dataloader"])
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Counts epochs, for the tags of records."""
@@ -120,13 +122,24 @@ class TrainerGuard(AcceleratorGuard):
         )
         callback._guard = self
 
-    @property
-    def model(self) -> nn.Module | None:
-        """The Trainer's, which it may make anew."""
-        return self.trainer.model
+    def model_of(self, optimizer: Optimizer) -> nn.Module | None:
+        """The Trainer's, which it may make anew; or that of a copy of the Trainer."""
+        wanted = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for model in (self.trainer.model, *self.accelerator._models):
+            if model is not None and not wanted.isdisjoint(map(id, model.parameters())):
+                return model
+        return None
 
-    def begin_training(self, args: Any, state: Any, loader: Any) -> None:
+    def begin_training(
+        self, prepared: GuardedAcceleratedOptimizer, args: Any, state: Any, loader: Any
+    ) -> None:
         """Training begins, perhaps in the middle of an epoch."""
+        if prepared.guard is not self:
+            # The Trainer is a copy; both have one accelerator, which works for one at a time.
+            prepared.guard.prepared.pop(prepared, None)
+            prepared.guard = self
+            self.prepared = weakref.WeakKeyDictionary({prepared: None})
+        self._accelerates.take()
         self.open_records()
         done = state.epoch or 0.0
         self._epoch = math.floor(done + 1e-6)

@@ -195,7 +195,7 @@ class GuardCallback(Callback):
             # Its closure returns the loss divided by accumulate_grad_batches, of the last
             # micro-batch alone, and with a scaler nothing: on_before_backward sees them all.
             tag = partial(self._tag, i)
-            self._hooks.append(StepTags(optimizer, self._spans[i], tag, loss={}))
+            self._hooks.append(StepTags(optimizer, tag, self._spans[i].clear, loss={}))
             if self._statistics is not None:  # training has begun
                 count = partial(self._count, i)
                 self._hooks.append(optimizer.register_step_post_hook(count))

@@ -38,11 +38,14 @@ class TakenOver:
     """
 
     def __init__(self, owner: object, by: object, names: Sequence[str]) -> None:
-        self.owner = owner
-        self.names = names
+        self.owner, self.by, self.names = owner, by, names
         self._of_instance = {name: vars(owner)[name] for name in names if name in vars(owner)}
-        for name in names:
-            setattr(owner, name, getattr(by, name))
+        self.take()
+
+    def take(self) -> None:
+        """The owner has the methods of the other object, whatever was put there meanwhile."""
+        for name in self.names:
+            setattr(self.owner, name, getattr(self.by, name))
 
     def own(self, name: str) -> Callable[..., Any]:
         """The method that was replaced."""

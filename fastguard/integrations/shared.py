@@ -120,19 +120,19 @@ class StepTags:
 
     Args:
         optimizer: Its `step` is called without arguments, or with a closure.
-        span: The batches of its steps.
-        tag: The tag of the coming step. Called before a closure is evaluated.
+        tag: Returns the tag of the coming step. Called before a closure is evaluated.
+        clear: Called when the step has been taken.
         usual: Further arguments of `step`, unless the caller gives them.
     """
 
     def __init__(
         self,
         optimizer: GuardedOptimizer,
-        span: BatchSpan,
         tag: Callable[[], dict[str, Any]],
+        clear: Callable[[], object],
         **usual: Any,
     ) -> None:
-        self._span, self._tag, self._usual = span, tag, usual
+        self._tag, self._clear, self._usual = tag, clear, usual
         self._hooks = (
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -147,7 +147,7 @@ class StepTags:
         return args, {"tag": self._tag(), **self._usual, **kwargs}
 
     def _after_step(self, *_: Any) -> None:
-        self._span.clear()
+        self._clear()
 
 
 class RunRecords:
@@ -188,13 +188,20 @@ class RunRecords:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
-    def begin(self, optimizers: Sequence[KnownRun], *, writes: bool) -> None:
+    def begin(
+        self,
+        optimizers: Sequence[KnownRun],
+        *,
+        writes: bool,
+        completed: Callable[[StepRecord], StepRecord] | None = None,
+    ) -> None:
         """Training begins, or goes on: opens the files.
 
         Args:
             optimizers: All of this run, in an order that does not change. The records of the second
                 one go to `records-1.jsonl`: each counts steps of its own.
             writes: Whether this process is the one that writes.
+            completed: Adds to a record what only the trainer knows.
 
         Raises:
             OSError: A file cannot be opened.
@@ -205,7 +212,7 @@ class RunRecords:
             if optimizer not in self._files:
                 self._files[optimizer] = file = _File(self.records, i)
                 for sink in (file, *self.sinks):
-                    optimizer.add_sink(sink)
+                    optimizer.add_sink(sink if completed is None else _Completed(sink, completed))
                 # On a GPU the record of the last step is on its way until something asks for it.
                 recorder = weakref.ref(optimizer._recorder)
                 weakref.finalize(optimizer, _wait_for_records, recorder)
@@ -240,6 +247,19 @@ class _File:
         self.open()  # after the end of a training that goes on all the same
         if self._sink is not None:
             self._sink(record)
+
+
+class _Completed:
+    """A sink that gets completed records."""
+
+    def __init__(self, sink: Sink, completed: Callable[[StepRecord], StepRecord]) -> None:
+        self.sink, self.completed = sink, completed
+
+    def __call__(self, record: StepRecord) -> None:
+        self.sink(self.completed(record))
+
+    def __repr__(self) -> str:
+        return repr(self.sink)
 
 
 def _wait_for_records(reference: weakref.ref[Recorder]) -> None:

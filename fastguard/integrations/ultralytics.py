@@ -10,11 +10,13 @@ trace: weights, optimizer state, BatchNorm statistics and EMA are what they were
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastguard.integrations.extras import needs
-from fastguard.integrations.ultralytics_callbacks import Sink, UltralyticsGuard
+from fastguard.integrations.shared import RunRecords, Sink
+from fastguard.integrations.ultralytics_callbacks import UltralyticsGuard
 
 
 def guard(
@@ -22,6 +24,7 @@ def guard(
     *,
     max_norm: float | None = 10.0,
     schedule: Mapping[str, Any] | None = None,
+    records: str | os.PathLike[str] | None = None,
     sinks: Sequence[Sink] = (),
     **options: Any,
 ) -> UltralyticsGuard:
@@ -34,7 +37,9 @@ def guard(
         max_norm: In place of the trainer's fixed 10; None: do not clip.
         schedule: Arguments of `GuardedLR` (floor, backoff, recovery, warmup), which acts on top of
             the trainer's own schedule. With a `warmup` here, train with `warmup_epochs=0`.
-        sinks: Get every record, too.
+        records: File of JSON lines that rank 0 appends each record to; None: `records.jsonl` in the
+            folder of the run.
+        sinks: Called with each record on rank 0, such as `TensorBoardSink("run")`.
         options: Further arguments of `GuardedOptimizer`, such as `spike`.
 
     Returns:
@@ -42,7 +47,9 @@ def guard(
 
     Raises:
         ModuleNotFoundError: ultralytics is not installed.
-        TypeError: `model` is not one of its models or trainers.
+        TypeError: `model` is not one of its models or trainers, `records` is no path, or a sink
+            cannot be called.
+        OSError: `records` is a folder.
         ValueError: It is guarded already.
 
     Example:
@@ -61,7 +68,8 @@ def guard(
     for callback in model.callbacks["on_pretrain_routine_end"]:
         if isinstance(getattr(callback, "__self__", None), UltralyticsGuard):
             raise ValueError("the model is guarded already: call guard() once")
-    guarded = UltralyticsGuard({"max_norm": max_norm, **options}, schedule or {}, sinks)
+    written = RunRecords(records, sinks)
+    guarded = UltralyticsGuard({"max_norm": max_norm, **options}, schedule or {}, written)
     for name in vars(UltralyticsGuard):
         if name.startswith("on_") or name == "teardown":
             model.add_callback(name, getattr(guarded, name))
