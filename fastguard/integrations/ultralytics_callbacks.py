@@ -3,21 +3,18 @@
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from fastguard.integrations.clipping import was_skipped
-from fastguard.integrations.replicas import usual_group
+from fastguard.integrations.replaced import TakenOver
 from fastguard.integrations.running_statistics import RunningStatistics
+from fastguard.integrations.shared import RunRecords, guarded
 from fastguard.integrations.ultralytics_epoch import EpochLosses
 from fastguard.optimizer import GuardedOptimizer
 from fastguard.records import StepRecord
 from fastguard.schedule import GuardedLR
-from fastguard.sinks import JsonLinesSink
-
-Sink = Callable[[StepRecord], object]
 
 
 class UltralyticsGuard:
@@ -32,37 +29,37 @@ class UltralyticsGuard:
     lr: GuardedLR
 
     def __init__(
-        self, options: Mapping[str, Any], schedule: Mapping[str, Any], sinks: Sequence[Sink]
+        self, options: Mapping[str, Any], schedule: Mapping[str, Any], records: RunRecords
     ) -> None:
         self._options = options
         self._schedule = schedule
-        self._sinks = sinks
+        self._records = records
+        self._run: RunRecords | None = None
         self._window: list[tuple[int, Sequence[str]]] = []  # batches of the next step, their images
-        self._file: JsonLinesSink | None = None
 
     def on_pretrain_routine_end(self, trainer: Any) -> None:
         """Optimizer, scheduler and EMA are there, and what is resumed has been loaded."""
         from ultralytics.utils import RANK
 
-        processes = max(1, trainer.world_size)  # 0 on a CPU
-        options: dict[str, Any] = {
-            "named_parameters": trainer.model.named_parameters(),
-            **self._options,
-            **usual_group(self._options, processes, replicated=True),
-        }
-        self.optimizer = GuardedOptimizer(trainer.optimizer, **options)
+        self._trainer = trainer
+        self.optimizer = guarded(
+            trainer.optimizer,
+            trainer.model,
+            self._options,
+            world_size=max(1, trainer.world_size),  # 0 on a CPU
+            replicated=True,
+        )
         self.lr = GuardedLR(trainer.scheduler, optimizer=self.optimizer, **self._schedule)
         if trainer.resume:
             self._resume(trainer.args.resume)
         self.optimizer.register_state_dict_post_hook(self._save_lr)
         RunningStatistics(trainer.model).follow(self.optimizer)
         self._losses = EpochLosses()
-        if RANK in (-1, 0):
-            self._file = JsonLinesSink(trainer.save_dir / "records.jsonl")
-        self.optimizer.add_sink(self._write)
+        file = self._records.records or trainer.save_dir / "records.jsonl"
+        self._run = RunRecords(file, self._records.sinks)
+        self._run.begin([self.optimizer], writes=RANK in (-1, 0), completed=self._with_images)
         trainer.optimizer = self.optimizer
-        trainer.optimizer_step = partial(self._step, trainer)
-        trainer.preprocess_batch = partial(self._preprocess, trainer.preprocess_batch)
+        self._trainers = TakenOver(trainer, self, ("optimizer_step", "preprocess_batch"))
 
     def on_train_epoch_start(self, trainer: Any) -> None:
         """Also when the trainer begins the epoch again, without the gradients that it had."""
@@ -87,23 +84,27 @@ class UltralyticsGuard:
 
     def teardown(self, trainer: Any) -> None:
         """The run is over, or has failed."""
-        if self._file is not None:
-            self._file.close()
+        if self._run is not None:
+            self._run.end()
 
-    def _preprocess(self, theirs: Callable[[dict], dict], batch: dict) -> dict:
+    def preprocess_batch(self, batch: dict) -> dict:
+        """As the trainer's own; which images the batch has is kept until its step."""
         self._window.append((self._batch, batch.get("im_file", ())))
-        return theirs(batch)
+        return self._trainers.own("preprocess_batch")(batch)
 
     def _observe(self, trainer: Any) -> None:
         self.optimizer.observe(trainer.loss_items)
 
-    def _step(self, trainer: Any) -> None:
-        """In place of the trainer's `optimizer_step`."""
+    def optimizer_step(self) -> None:
+        """In place of the trainer's own, which clips to a fixed norm and always moves the EMA."""
+        trainer = self._trainer
         self._observe(trainer)
         batches = [number for number, _ in self._window]
         span = batches[0] if len(batches) == 1 else f"{batches[0]}-{batches[-1]}"
         with self.lr.in_force():
-            trainer.scaler.step(self.optimizer, tag={"epoch": trainer.epoch + 1, "batch": span})
+            tag = {"epoch": trainer.epoch + 1, "batch": span}
+            tag["global_step"] = self.optimizer.steps_taken + 1
+            trainer.scaler.step(self.optimizer, tag=tag)
         trainer.scaler.update()
         self.optimizer.zero_grad()
         self.optimizer.settle()  # the record is written while its images are known
@@ -113,14 +114,12 @@ class UltralyticsGuard:
                 trainer.ema.update(trainer.model)
         self._window.clear()
 
-    def _write(self, record: StepRecord) -> None:
-        """To every sink; of an incident that was skipped the images, too."""
-        if record.action == "skipped" and record.is_incident:
-            images = [name for _, names in self._window for name in names]
-            record = replace(record, tag={**record.tag, "images": images})
-        for sink in (self._file, *self._sinks):
-            if sink is not None:
-                sink(record)
+    def _with_images(self, record: StepRecord) -> StepRecord:
+        """Of an incident that was skipped, the record names the images, too."""
+        if record.action != "skipped" or not record.is_incident:
+            return record
+        images = [name for _, names in self._window for name in names]
+        return replace(record, tag={**record.tag, "images": images})
 
     def _save_lr(self, optimizer: Any, state_dict: dict[str, Any]) -> None:
         state_dict["guarded_lr"] = self.lr.state_dict()
