@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from fastguard.transfer import moved, numbers_on
@@ -45,7 +46,7 @@ class HandedOver(NamedTuple):
     inv_scale: Tensor | None = None
     found_inf: Tensor | None = None
     scale_falls: Tensor | None = None
-    scaler: torch.amp.GradScaler | None = None
+    scaler: GradScaler | None = None
 
 
 _NOTHING = HandedOver()
@@ -80,9 +81,7 @@ def floor_of(scaler: object) -> float:
     return FLOOR
 
 
-def tell_scaler(
-    scaler: torch.amp.GradScaler | None, optimizer: Optimizer, found_inf: Tensor | None
-) -> None:
+def tell_scaler(scaler: GradScaler | None, optimizer: Optimizer, found_inf: Tensor | None) -> None:
     """Replaces what the scaler that steps this optimizer found by what all ranks found.
 
     Args:
@@ -118,16 +117,16 @@ def lower_scales_stay(objects: Iterable[Any]) -> Iterator[None]:
         now.copy_(torch.where(lower, scale, now))
 
 
-def _scalers_of(objects: Iterable[Any]) -> list[torch.amp.GradScaler]:
-    found: dict[int, torch.amp.GradScaler] = {}
+def _scalers_of(objects: Iterable[Any]) -> list[GradScaler]:
+    found: dict[int, GradScaler] = {}
     for thing in objects:
         for candidate in (thing, *getattr(thing, "__dict__", {}).values()):
-            if isinstance(candidate, torch.amp.GradScaler) and candidate.is_enabled():
+            if isinstance(candidate, GradScaler) and candidate.is_enabled():
                 found[id(candidate)] = candidate
     return list(found.values())
 
 
-def _stepping(optimizer: Optimizer) -> torch.amp.GradScaler | None:
+def _stepping(optimizer: Optimizer) -> GradScaler | None:
     """The scaler whose `step` runs now, with this optimizer."""
     frame = sys._getframe(1)
     for _ in range(_NEAREST):
@@ -137,6 +136,6 @@ def _stepping(optimizer: Optimizer) -> torch.amp.GradScaler | None:
         if frame.f_code.co_name != "step":
             continue
         scaler = frame.f_locals.get("self")
-        if isinstance(scaler, torch.amp.GradScaler):
+        if isinstance(scaler, GradScaler):
             return scaler if id(optimizer) in scaler._per_optimizer_states else None
     return None

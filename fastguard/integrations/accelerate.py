@@ -230,7 +230,7 @@ class _Passes:
             return self._epoch, self._batch
         same_data = self._pass is not None and self._pass[:1] == now[:1]
         self._pass = now
-        self._batch = getattr(loader, "skip_batches", 0)
+        self._batch = _skipped_batches(loader)
         if loader is None:
             self._epoch = None
         elif same_data and self._epoch is not None:
@@ -238,6 +238,12 @@ class _Passes:
         else:
             self._epoch = loader.iteration
         return self._epoch, self._batch
+
+
+def _skipped_batches(loader: Any) -> int:
+    """What `skip_first_batches` has left out, itself or by the sampler of the loader."""
+    samplers = (getattr(loader, name, None) for name in ("batch_sampler", "sampler"))
+    return max(getattr(part, "skip_batches", 0) for part in (loader, *samplers))
 
 
 def guard(

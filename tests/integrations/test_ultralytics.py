@@ -178,7 +178,7 @@ def test_after_a_recovery_the_window_of_batches_begins_anew(tmp_path):
         epochs=2,
     )
     first_again = [r for r in seen if r.action != "skipped"][1]
-    assert first_again.tag == {"epoch": 2, "batch": 1}
+    assert first_again.tag == {"epoch": 2, "batch": 1, "global_step": 2}
 
 
 def test_statistics_that_overflow_without_a_nan_do_not_reach_the_ema(tmp_path):
