@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -38,6 +40,7 @@ from fastguard.optimizer import GuardedOptimizer
 
 with needs("lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.callbacks import LearningRateMonitor
     from lightning.pytorch.core.optimizer import LightningOptimizer
     from lightning.pytorch.strategies import DDPStrategy
     from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -118,6 +121,7 @@ class GuardCallback(Callback):
         self._lightnings = [
             TakenOver(trainer.precision_plugin, self, ["clip_gradients"]),
             TakenOver(trainer.fit_loop.epoch_loop, self, ["update_lr_schedulers"]),
+            *(_Names(c).monitors for c in trainer.callbacks if isinstance(c, LearningRateMonitor)),
         ]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -235,6 +239,24 @@ class GuardCallback(Callback):
             return
         theirs = self._lightnings[1].own("update_lr_schedulers")
         theirs(interval=interval, update_plateau_schedulers=update_plateau_schedulers)
+
+
+class _Names:
+    """The names under which a `LearningRateMonitor` logs: those of the wrapped optimizers, also for
+    a schedule that was made for the guard after the fit began.
+    """
+
+    def __init__(self, monitor: LearningRateMonitor) -> None:
+        self.monitors = TakenOver(monitor, self, ["_find_names_from_schedulers"])
+
+    def _find_names_from_schedulers(self, configs: list[Any]) -> Any:
+        plain = []
+        for config in configs:
+            optimizer = config.scheduler.optimizer
+            while isinstance(optimizer, GuardedOptimizer):  # Lightning's wrapper is one, too
+                optimizer = optimizer.optimizer
+            plain.append(replace(config, scheduler=SimpleNamespace(optimizer=optimizer)))
+        return self.monitors.own("_find_names_from_schedulers")(plain)
 
 
 def _add_batch(span: BatchSpan, trainer: Trainer) -> None:
