@@ -41,9 +41,39 @@ def parse(text: str, suffix: str) -> Any:
             "YAML support is not installed; run: pip install 'torch-fastguard[yaml]', or use TOML"
         ) from error
     try:
+        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader))
         return yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"not valid YAML: {error}") from None
+
+
+def _refuse_repeated_keys(root: Any) -> None:
+    """Raises ValueError if a mapping of a composed YAML document has a key twice.
+
+    PyYAML keeps the last of them and drops the others without a word; TOML parsers refuse them.
+    """
+    pending, seen = [root], set()
+    while pending:
+        node = pending.pop()
+        if id(node) in seen or not isinstance(getattr(node, "value", None), list):
+            continue  # a scalar, an empty document, or what an alias has led to before
+        seen.add(id(node))
+        if node.id == "sequence":
+            pending += node.value
+            continue
+        lines: dict[tuple[str, str], int] = {}
+        for key, value in node.value:
+            pending += (key, value)
+            if key.id != "scalar":
+                continue
+            name, line = (key.tag, key.value), key.start_mark.line + 1
+            first = lines.pop(name, None)
+            lines[name] = line
+            if first is not None:
+                raise ValueError(
+                    f"{key.value!r} appears twice, in lines {first} and {line}; YAML would keep "
+                    "the last one only: merge them into one"
+                )
 
 
 def build(cls: type[T], settings: Any, path: str) -> T:

@@ -354,6 +354,36 @@ def test_an_empty_section_of_yaml_is_not_silently_off(
         GuardConfig.from_file(path)
 
 
+@pytest.mark.parametrize(
+    ("text", "name", "lines"),
+    [
+        ("guard:\n  max_norm: 1.0\nguard:\n  nonfinite: raise\n", "guard", "1 and 3"),
+        ("guard:\n  max_norm: 1.0\n  max_norm: 2.0\n", "max_norm", "2 and 3"),
+        ("guard: {max_norm: 1.0, 'max_norm': 2.0}", "max_norm", "1 and 1"),
+        ("rollback: {}\nguard: {}\n'rollback': {every: 5}\n", "rollback", "1 and 3"),
+        ("spike:\n  loss: {max: 1.0}\n  grad_norm: {max: 2.0, max: 3.0}\n", "max", "3 and 3"),
+    ],
+)
+def test_a_section_or_key_twice_in_yaml_is_refused(
+    text: str, name: str, lines: str, tmp_path: Path
+) -> None:
+    require("yaml")
+    path = tmp_path / "guard.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"guard\.yaml: '{name}' appears twice, in lines {lines}"):
+        GuardConfig.from_file(path)
+
+
+def test_a_yaml_alias_is_no_repetition(tmp_path: Path) -> None:
+    require("yaml")
+    path = tmp_path / "guard.yaml"
+    path.write_text("spike:\n  loss: &limit {max: 3.0}\n  grad_norm: *limit\n")
+    assert GuardConfig.from_file(path).spike == {
+        "loss": Threshold(3.0),
+        "grad_norm": Threshold(3.0),
+    }
+
+
 def test_what_a_configuration_holds_makes_it_again() -> None:
     config = GuardConfig.from_dict({"rollback": {}, "schedule": {"warmup": {"steps": 3}}})
     assert config.rollback is not None and config.batch is None

@@ -51,9 +51,12 @@ def assert_recorded(folder: Path, guarded: Outcome) -> None:
 
 @pytest.fixture(scope="module")
 def played(request, tmp_path_factory) -> tuple[Path, Outcome, Outcome]:
-    """`fastguard demo --incident LETTER`: its folder and the two outcomes."""
-    folder = tmp_path_factory.mktemp("incident")
-    return folder, *play(request.module.LETTER, folder)
+    """`fastguard demo --incident LETTER --out out`, in an empty folder: `out` and the outcomes."""
+    place = tmp_path_factory.mktemp("incident")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        outcomes = play(request.module.LETTER, Path("out"))  # relative, as the pages have it
+    return place / "out", *outcomes
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ def play(letter: str, folder: Path) -> int:
     print(f"{story.letter}. {story.title}")
     outcomes = []
     for name, guarded in RUNS.items():
-        own = folder / name
+        own = (folder / name).resolve()  # Ultralytics has a folder of its own for relative paths
         shutil.rmtree(own, ignore_errors=True)
         own.mkdir()
         outcomes.append(story.run(own, guarded))
