@@ -75,6 +75,8 @@ $(TRAINERS)/.installed: pyproject.toml constraints.txt
 		hypothesis mlflow-skinny pytest pytest-timeout wandb
 	@DS_BUILD_OPS=0 $(TRAINERS)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
 		--no-build-isolation deepspeed  # it asks for the torch that is there, and builds nothing
+	@$(TRAINERS)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-deps \
+		pytorch_optimizer pytorch_ranger schedulefree timm torch_optimizer torchao  # optimizers; torch stays as it is
 	@$(TRAINERS)/bin/python -c 'import cv2' 2>/dev/null || { \
 		$(TRAINERS)/bin/python -m pip uninstall -qq -y opencv-python; \
 		$(TRAINERS)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
