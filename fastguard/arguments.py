@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastguard.buckets import GradBuckets, bucketize, gradients_of, parameters_of
 from fastguard.ranks.groups import Group, check_same_tensors, process_group_of, several_ranks
+from fastguard.ranks.plain_shards import check_plain_shards
 from fastguard.ranks.team import Sharing, team_of
 from fastguard.transfer import current_stream_of
 
@@ -166,6 +167,7 @@ def buckets_for(
 
 
 def _sharing_of_gradients(parameters: list[Tensor], group: Group) -> Sharing | None:
+    check_plain_shards(parameters, group, replaced=None)
     team = team_of(parameters, group)
     return None if team is None else team.sharing_of_gradients(parameters)
 

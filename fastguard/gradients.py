@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from fastguard.buckets import GradBuckets, bucketize
 from fastguard.flat_buckets import FlatGradBuckets, check_flat
 from fastguard.ranks.groups import Group, check_same_tensors
+from fastguard.ranks.plain_shards import check_plain_shards
 from fastguard.ranks.team import Team, team_of
 from fastguard.segments import ClipScope, Layout, lay_out
 
@@ -59,6 +60,7 @@ class Gradients:
         if scope == "tensor":
             check_same_tensors(group, "clip_scope='tensor'")
         self.layout = self._lay_out()
+        check_plain_shards(self.layout.parameters, group)
         self.team: Team | None = team_of(self.layout.parameters, group)
         self.flat = self._flattened() if flat else None
 
@@ -71,7 +73,8 @@ class Gradients:
         ):
             return False
         layout = self._lay_out()
-        self.team = team_of(layout.parameters, self.group, known)  # may refuse them
+        check_plain_shards(layout.parameters, self.group, replaced=known)
+        self.team = team_of(layout.parameters, self.group)
         self.layout = layout
         if self.flat is not None:
             self.flat.release()
@@ -79,7 +82,8 @@ class Gradients:
         return True
 
     def check_new(self, named: Sequence[tuple[str | None, Tensor]]) -> None:
-        """Raises a TypeError for parameters that cannot join those that are there."""
+        """Raises a TypeError or ValueError for parameters that cannot join those that are there."""
+        check_plain_shards([p for _, p in named], self.group)
         if self.flat is not None:
             names = [
                 self.names.get(p) or name or f"parameter {i}" for i, (name, p) in enumerate(named)
@@ -90,7 +94,7 @@ class Gradients:
         """The gradients of this step; on several ranks, partial ones are made whole.
 
         Raises:
-            ValueError: They lie on the meta device.
+            ValueError: They lie on the meta device, or are shards without a group.
         """
         if not self._seen:
             self._look()
@@ -132,7 +136,11 @@ class Gradients:
         return cpu if self.team is None else self.team.device_for(cpu)
 
     def _look(self) -> None:
-        """Once: are there gradients, and do they hold numbers?"""
+        """Once: are there gradients, do they hold numbers, and are they whole?
+
+        FSDP1 with `use_orig_params=True` may cut up parameters that an optimizer has already.
+        """
+        check_plain_shards(self.layout.parameters, self.group)
         with_grad = [
             (name, p.grad.is_meta)
             for name, p in zip(self.layout.names, self.layout.parameters, strict=True)

@@ -29,7 +29,7 @@ FSDP1, DEEPSPEED = "FullyShardedDataParallel", "DeepSpeed ZeRO"
 
 
 def check_plain_shards(
-    tensors: Sequence[Tensor], group: Group, replaced: Sequence[Tensor] = ()
+    tensors: Sequence[Tensor], group: Group, replaced: Sequence[Tensor] | None = ()
 ) -> None:
     """Refuses shards in plain tensors without a group of the ranks that hold them.
 
@@ -38,16 +38,19 @@ def check_plain_shards(
     Args:
         tensors: What is to be guarded or measured.
         group: See `Group`.
-        replaced: Parameters whose place `tensors` have taken.
+        replaced: Parameters whose place `tensors` have taken; None: a function asks at every step,
+            and a list that had no shards is not looked through again.
 
     Raises:
         ValueError: Naming what to pass.
     """
-    if isinstance(group, ProcessGroup) or not several_ranks() or _is_cleared(tensors):
+    if isinstance(group, ProcessGroup) or not several_ranks():
         return
-    kind = _kind(tensors, replaced)
+    if replaced is None and (_is_cleared(tensors) or (group is AS_TORCH and _warned)):
+        return
+    kind = _kind(tensors, replaced or ())
     if kind is None:
-        if tensors:
+        if replaced is None and tensors:
             _cleared[tensors[0]] = len(tensors)
         return
     if group is AS_TORCH:

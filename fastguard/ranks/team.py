@@ -28,7 +28,6 @@ from torch.distributed import ProcessGroup
 from fastguard.ranks.dtensors import dtensor_types, make_whole_
 from fastguard.ranks.groups import Group, check_group, process_group_of
 from fastguard.ranks.loss_names import LossNames
-from fastguard.ranks.plain_shards import check_plain_shards
 from fastguard.ranks.span import Span, span_of
 
 if TYPE_CHECKING:
@@ -145,22 +144,18 @@ class Team:
         return self._weights[key]
 
 
-def team_of(
-    tensors: Sequence[Tensor], group: Group, replaced: Sequence[Tensor] = ()
-) -> Team | None:
+def team_of(tensors: Sequence[Tensor], group: Group) -> Team | None:
     """The team of a rank; None if it decides alone.
 
     Args:
         tensors: The parameters of this rank, or other tensors to measure.
         group: See `Group`.
-        replaced: Parameters whose place they have taken.
 
     Raises:
         TypeError: `group` is no `Group`.
-        ValueError: See `span_of` and `check_plain_shards`.
+        ValueError: See `span_of`.
     """
     check_group(group)
-    check_plain_shards(tensors, group, replaced)
     if process_group_of(group) is None and not dtensor_types(set(map(type, tensors))):
         return None
     span = span_of(meshes_of(tensors), process_group_of(group))

@@ -176,6 +176,28 @@ def test_zero_redundancy_takes_a_step_on_all_ranks_or_on_none(two: Ranks) -> Non
     assert weights == pytest.approx([1 - 1 / math.sqrt(12)] * 12, rel=1e-5)
 
 
+def made_before() -> tuple[list[str], int, list[bool]]:
+    """An optimizer that is there before the model is cut up; a param group that joins later."""
+    model = Net()
+    early = GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    early_weights = [torch.nn.Parameter(torch.ones(2))]
+    other = GuardedOptimizer(torch.optim.SGD(early_weights, lr=0.1))
+    sharded = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+    params = backward(sharded)
+    before = [p.detach().clone() for p in params]
+    said = [raised(early.step) for _ in range(2)]
+    said.append(raised(lambda: other.add_param_group({"params": params})))
+    said.append(raised(lambda: fastguard.clip_grad_norm_(params, 1.0)))
+    unchanged = [torch.equal(p, b) for p, b in zip(params, before, strict=True)]
+    return said, early.applied_steps + len(other.param_groups) - 1, unchanged
+
+
+def test_what_is_cut_up_later_is_refused_at_the_first_step(two: Ranks) -> None:
+    for said, n, unchanged in two.run(made_before):
+        assert all("shards of FullyShardedDataParallel" in s for s in said)
+        assert n == 0 and all(unchanged)
+
+
 class Replaces(torch.optim.SGD):
     """As DeepSpeed does: `partition()` puts a float32 partition in the place of parameters."""
 
