@@ -119,9 +119,21 @@ class AcceleratorGuard:
         self.__dict__.update(state)
         self.prepared = weakref.WeakKeyDictionary(dict.fromkeys(state["prepared"]))
 
-    def model_of(self, optimizer: Optimizer) -> nn.Module | None:
-        """The model whose parameters a new optimizer has, if it is known."""
+    def __deepcopy__(self, memo: dict[int, Any]) -> AcceleratorGuard:
+        return self  # as the accelerator does
+
+    @property
+    def model(self) -> nn.Module | None:
+        """What is trained, if it is known."""
         return self._model
+
+    def model_of(self, optimizer: Optimizer) -> nn.Module | None:
+        """The model whose parameters a new optimizer has; a copy of one may have come since."""
+        wanted = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for model in (self.model, *self.accelerator._models):
+            if model is not None and not wanted.isdisjoint(map(id, model.parameters())):
+                return model
+        return self.model
 
     def prepare_optimizer(
         self, optimizer: Optimizer, device_placement: bool | None = None
@@ -129,7 +141,7 @@ class AcceleratorGuard:
         """As Accelerate's own."""
         if isinstance(optimizer, AcceleratedOptimizer):
             return self._accelerates.own("prepare_optimizer")(optimizer, device_placement)
-        model = self.model_of(optimizer)
+        model = None if self.model is None else self.model_of(optimizer)
         optimizer = guarded(
             optimizer,
             model,

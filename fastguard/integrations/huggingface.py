@@ -10,6 +10,7 @@ Tested with transformers 5.23.0 and accelerate 1.15.0.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import weakref
@@ -18,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from fastguard.integrations.clipping import total_norm_of
 from fastguard.integrations.extras import needs
@@ -122,13 +122,16 @@ class TrainerGuard(AcceleratorGuard):
         )
         callback._guard = self
 
-    def model_of(self, optimizer: Optimizer) -> nn.Module | None:
-        """The Trainer's, which it may make anew; or that of a copy of the Trainer."""
-        wanted = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for model in (self.trainer.model, *self.accelerator._models):
-            if model is not None and not wanted.isdisjoint(map(id, model.parameters())):
-                return model
-        return None
+    def __deepcopy__(self, memo: dict[int, Any]) -> TrainerGuard:
+        # Trainers are copied, though not their accelerator.
+        twin = memo[id(self)] = TrainerGuard.__new__(TrainerGuard)
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The Trainer's, which it may make anew."""
+        return self.trainer.model
 
     def begin_training(
         self, prepared: GuardedAcceleratedOptimizer, args: Any, state: Any, loader: Any
@@ -137,6 +140,7 @@ class TrainerGuard(AcceleratorGuard):
         if prepared.guard is not self:
             # The Trainer is a copy; both have one accelerator, which works for one at a time.
             prepared.guard.prepared.pop(prepared, None)
+            self.records = prepared.guard.records
             prepared.guard = self
             self.prepared = weakref.WeakKeyDictionary({prepared: None})
         self._accelerates.take()

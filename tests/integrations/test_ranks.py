@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from fastguard import read_records
 from guardtest import require
 from guardtest.ranks import Ranks
 from guardtest.torchvision_ops import define_missing_operators
@@ -56,7 +57,7 @@ def as_torchrun_does():
     os.environ["LOCAL_RANK"] = os.environ["RANK"] = str(dist.get_rank())
 
 
-def with_accelerate(poison):
+def with_accelerate(poison, records):
     as_torchrun_does()
     import accelerate
 
@@ -65,7 +66,7 @@ def with_accelerate(poison):
     accelerator = accelerate.Accelerator(cpu=True)
     assert accelerator.distributed_type == accelerate.DistributedType.MULTI_CPU
     model = new_model()
-    guard(accelerator, model)
+    guard(accelerator, model, records=records)
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.05))
     for x in batches(poison):
         accelerator.backward((model(x) - 1).square().mean())
@@ -75,7 +76,7 @@ def with_accelerate(poison):
     return model.module.state_dict(), told(optimizer.optimizer)
 
 
-def with_fabric(poison):
+def with_fabric(poison, records):
     as_torchrun_does()
     from lightning.fabric import Fabric
     from lightning.fabric.strategies import DDPStrategy
@@ -86,7 +87,7 @@ def with_fabric(poison):
     fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy)
     fabric.launch()
     model = new_model()
-    guard(fabric, model)
+    guard(fabric, model, records=records)
     model, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters(), lr=0.05))
     for x in batches(poison):
         fabric.backward((model(x) - 1).square().mean())
@@ -96,7 +97,7 @@ def with_fabric(poison):
     return model.module.state_dict(), told(optimizer.optimizer)
 
 
-def with_lightning(poison):
+def with_lightning(poison, records):
     as_torchrun_does()
     import lightning
     from lightning.pytorch.strategies import DDPStrategy
@@ -114,7 +115,7 @@ def with_lightning(poison):
         def configure_optimizers(self):
             return torch.optim.AdamW(self.parameters(), lr=0.05)
 
-    callback = GuardCallback()
+    callback = GuardCallback(records=records)
     trainer = lightning.Trainer(
         accelerator="cpu",
         devices=2,
@@ -144,11 +145,15 @@ def told(optimizer):
     [("accelerate", with_accelerate), ("lightning", with_fabric), ("lightning", with_lightning)],
     ids=["accelerate", "fabric", "lightning"],
 )
-def test_all_ranks_skip_what_one_of_them_met(two, framework, run):
+def test_all_ranks_skip_what_one_of_them_met(two, tmp_path, framework, run):
     require(framework)
-    (ours, told_0), (other, told_1) = two.run(run, True)
-    without = two.run(run, False)[0][0]
+    path = tmp_path / "records.jsonl"
+    (ours, told_0), (other, told_1) = two.run(run, True, path)
+    without = two.run(run, False, None)[0][0]
     assert told_0[0] == told_1[0] == BAD
     assert str(told_0[1]) == str(told_1[1])  # losses are joined: the same numbers on both ranks
     assert_same_bits(dict(ours), dict(other))
     assert_same_bits(dict(ours), dict(without))
+    records = list(read_records(path, strict=True))  # one rank writes
+    assert [r.tag["global_step"] for r in records] == [*range(1, STEPS + 1)]
+    assert {r.step - 1 for r in records if r.culprit_ranks == 2} == BAD  # DDP has added the NaN
