@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
+import os
+import sys
 import types
 import warnings
 from collections.abc import Iterable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from fastguard import errors
 from fastguard.buckets import GradBuckets, bucketize, gradients_of, parameters_of
+from fastguard.checked_numbers import number_of
 from fastguard.ranks.groups import Group, check_same_tensors, process_group_of, several_ranks
 from fastguard.ranks.plain_shards import check_plain_shards
 from fastguard.ranks.team import Sharing, team_of
@@ -19,26 +23,72 @@ from fastguard.transfer import current_stream_of
 
 Parameters = Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 MODES = ("propagate", "zero", "raise")
+_OURS_AND_TORCHS = tuple(
+    os.path.dirname(str(module.__file__)) + os.sep for module in (errors, torch)
+)
 
 
-def limit_of(name: str, value: object) -> float:
+def limit_of(name: str, value: object, *, quiet: bool = False) -> float:
     """A limit as a float.
 
+    Args:
+        name: `"max_norm"` or `"clip_value"`.
+        value: What was given for it.
+        quiet: Do not warn of a limit of 0; for those who ask again at each step.
+
     Raises:
-        TypeError: Not a number.
-        ValueError: Negative or NaN.
+        TypeError: Not a number; a bool or text is none.
+        ValueError: Negative, NaN, or beyond the largest float.
     """
-    try:
-        limit = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise TypeError(f"{name}={value!r} is not a number; use a number >= 0") from None
+    limit = number_of(name, value, "use a number >= 0")
     if not limit >= 0.0:  # NaN is not >= 0
         without = "clamp nothing" if name == "clip_value" else "measure only"
         raise ValueError(
             f"{name}={value!r} must be >= 0: a negative or NaN limit would flip or destroy "
             f"gradients; use float('inf') to {without}"
         )
+    if limit == 0.0 and not quiet:
+        warn_of_zero(name)
     return limit
+
+
+class _Told:
+    """The lines that have been warned; forgotten when other filters come into force, as Python
+    forgets its own: a block of `warnings.catch_warnings` hears everything anew.
+    """
+
+    filters: object = None
+    lines: ClassVar[set[tuple[str, int]]] = set()
+
+
+def warn_of_zero(name: str) -> None:
+    """Warns of a limit of 0, once for each line of the user's code that gives it.
+
+    It means what it means in torch, but many libraries write "no clipping" so.
+    """
+    line, level = _line_of_the_caller()
+    if _Told.filters is not warnings.filters:
+        _Told.filters = warnings.filters
+        _Told.lines.clear()
+    if line in _Told.lines:
+        return
+    _Told.lines.add(line)
+    without = "leave clip_value out" if name == "clip_value" else "pass max_norm=None"
+    warnings.warn(
+        f"{name}=0 sets every gradient to zero, as in torch, so nothing will be learned; to turn "
+        f"clipping off, {without} (float('inf') in the functions)",
+        stacklevel=level,
+    )
+
+
+def _line_of_the_caller() -> tuple[tuple[str, int], int]:
+    """The file and line outside of fastguard and torch that runs now, and its `stacklevel` seen
+    from the calling function.
+    """
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS_AND_TORCHS):
+        frame, level = frame.f_back, level + 1
+    return (frame.f_code.co_filename, frame.f_lineno), level
 
 
 def limit_tensor(max_norm: float, device: torch.device) -> Tensor:

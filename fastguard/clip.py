@@ -28,6 +28,7 @@ from fastguard.arguments import (
     mode_of,
 )
 from fastguard.buckets import GradBuckets, bucketize, gradients_of, name_of
+from fastguard.checked_numbers import finite_number_of, number_of, refuse_bool_and_text
 from fastguard.decide import (
     Policy,
     clip_coefficients,
@@ -215,6 +216,7 @@ def clip_grads_with_norm_(
     """
     check_foreach(foreach)
     parameters = listed(parameters)
+    refuse_bool_and_text("total_norm", total_norm, "pass what get_total_norm returned")
     if not isinstance(total_norm, Tensor | int | float):
         raise TypeError(
             f"total_norm={total_norm!r} is not a tensor; pass what get_total_norm returned"
@@ -222,6 +224,8 @@ def clip_grads_with_norm_(
     if torch.compiler.is_compiling() and traced.spans_ranks(parameters, None):
         traced.leave_graph(clip_grads_with_norm_, parameters, max_norm, total_norm)
         return
+    if not isinstance(total_norm, Tensor):
+        total_norm = number_of("total_norm", total_norm)
     norm = torch.as_tensor(total_norm)
     if is_dtensor(norm):  # torch's own norm of DTensors is a sum that nobody has summed up yet
         norm = norm.full_tensor()
@@ -315,8 +319,7 @@ def sanitize_grads_(
     """
     fill = {"nan": nan, "posinf": posinf, "neginf": neginf}
     for name, value in fill.items():
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"{name}={value!r} must be a finite number: it replaces what is not")
+        fill[name] = finite_number_of(name, value, "it replaces what is not finite")
     parameters = listed(parameters)
     if torch.compiler.is_compiling():
         if traced.spans_ranks(parameters, group):

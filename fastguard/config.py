@@ -57,7 +57,7 @@ class GuardSection:
 
     def __post_init__(self) -> None:
         if self.max_norm is not None:
-            limit_of("max_norm", self.max_norm)
+            limit_of("max_norm", self.max_norm, quiet=True)
         norm_type_of(self.norm_type)
         check_budget(self.max_consecutive_skips)
 
@@ -72,7 +72,7 @@ class GroupSection:
     def __post_init__(self) -> None:
         for name in ("max_norm", "clip_value"):
             if getattr(self, name) is not None:
-                limit_of(name, getattr(self, name))
+                limit_of(name, getattr(self, name), quiet=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastguard.checked_numbers import Text, number_of
 
 Group = dict[str, Any]
 
@@ -118,11 +119,12 @@ def one_each(name: str, value: float | Sequence[float], before: int, n: int) -> 
         TypeError, ValueError: It is no number, or there is another number of entries than groups.
     """
     entries = list(value) if isinstance(value, Sequence) else [value]
-    if isinstance(value, str) or not all(isinstance(v, Real) for v in entries):
+    if isinstance(value, Text):
         raise TypeError(f"{name}={value!r} must be a number >= 0, or one for each param group")
+    numbers = [number_of(name, v, "use a number >= 0, one for each param group") for v in entries]
     if isinstance(value, Sequence) and ((before == 0 and len(entries) != n) or not entries):
         raise ValueError(
             f"{name}={value!r} has {len(entries)} entries for {n} param groups; give one for each "
             "(groups that are added later take the last one), or one number for all"
         )
-    return [float(entries[min(i, len(entries) - 1)]) for i in range(before, n)]
+    return [numbers[min(i, len(numbers) - 1)] for i in range(before, n)]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastguard.arguments import warn_of_zero
+from fastguard.checked_numbers import is_integer
 from fastguard.delegation import OptimizerAround
 from fastguard.errors import TrainingDivergedError
 from fastguard.ranks.dtensors import dtensor_types
@@ -73,6 +75,8 @@ def check_settings(param_group: Mapping[str, Any], parameters: Iterable[Tensor])
             "differentiable=True needs gradients that are not changed in place; guard without it"
         )
     for _, limit in clip_values([param_group]):
+        if limit == 0.0:
+            warn_of_zero("clip_value")
         for p in parameters:
             if p.is_complex():
                 raise TypeError(
@@ -116,7 +120,7 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 def check_budget(value: object) -> None:
     """Raises a ValueError for what is no number of skips."""
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+    if value is not None and (not is_integer(value) or value < 1):  # type: ignore[operator]
         raise ValueError(f"max_consecutive_skips={value!r} must be None or an integer >= 1")
 
 

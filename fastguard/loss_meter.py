@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastguard.checked_numbers import number_of, refuse_bool_and_text
 from fastguard.losses import LOSS, named_losses
 
 KEPT_BAD = 16
@@ -312,14 +313,14 @@ def _gpu_of(values: Iterable[Tensor | float]) -> torch.device | None:
 
 
 def _checked_weight(weight: Tensor | float) -> Tensor | float:
+    refuse_bool_and_text("weight", weight, "pass the number of samples, say")
     if isinstance(weight, Tensor):
         if weight.numel() != 1:
             raise ValueError(
                 f"weight has shape {tuple(weight.shape)}, but a batch has one; use its sum or mean"
             )
         return weight.detach().reshape(())
-    if isinstance(weight, bool) or not isinstance(weight, int | float):
-        raise TypeError(f"weight={weight!r} is no number; pass the number of samples, say")
+    weight = number_of("weight", weight, "pass the number of samples, say")
     if not 0 <= weight < math.inf:  # NaN is neither
         raise ValueError(f"weight={weight!r} must be a finite number >= 0")
     return weight

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastguard import backend
 from fastguard.buckets import GradBuckets
+from fastguard.checked_numbers import number_of
 from fastguard.errors import Culprit
 from fastguard.transfer import moved
 
@@ -147,15 +148,15 @@ def norm_type_of(value: object) -> float:
     """The p of a p-norm as a float.
 
     Raises:
-        TypeError: Not a number (`"inf"` is accepted, as torch does).
-        ValueError: Not in (0, inf].
+        TypeError: Not a number (`"inf"` and `"2"` are, as in torch; a bool is not).
+        ValueError: Not in (0, inf], or beyond the largest float.
     """
-    try:
-        p = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise TypeError(
-            f"norm_type={value!r} is not a number; use 2.0, 1.0 or float('inf')"
-        ) from None
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            pass  # refused below
+    p = number_of("norm_type", value, "use 2.0, 1.0 or float('inf')")
     if not p > 0.0:
         raise ValueError(f"norm_type={value!r} is not a norm; use a number > 0 or float('inf')")
     return p

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastguard.apply import scale
+from fastguard.arguments import warn_of_zero
 from fastguard.buckets import bucketize
 from fastguard.decide import Policy, raise_if_nonfinite
 from fastguard.decide import decide as decide_stage
@@ -63,7 +64,11 @@ _define(
 
 
 def _check_limit(name: str, limit: Tensor) -> None:
-    if limit.device.type == "cpu" and not limit >= 0:  # reading a GPU's limit would wait
+    if limit.device.type != "cpu":  # reading it would wait
+        return
+    if limit == 0:
+        warn_of_zero(name)
+    if not limit >= 0:
         raise ValueError(f"{name}={limit.item()} must be >= 0; use float('inf') for no limit")
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastguard import distributed_checkpoint, resume, state_parts, wrapped_state
-from fastguard.arguments import limit_of
+from fastguard.arguments import limit_of, warn_of_zero
 from fastguard.buckets import GradBuckets
 from fastguard.clamp import Clamped
 from fastguard.decide import GuardState, NonFinite, Policy, Verdict, decide, raise_if_nonfinite
@@ -125,7 +125,7 @@ class GuardedOptimizer(KnownRun):
         check_choice("nonfinite", nonfinite, MODES)
         check_budget(max_consecutive_skips)
         self.norm_type = norm_type_of(norm_type)
-        self.max_norm = None if max_norm is None else limit_of("max_norm", max_norm)
+        self.max_norm = None if max_norm is None else limit_of("max_norm", max_norm, quiet=True)
         rules = rules_by_signal(spike)
         limits(optimizer.param_groups, clip_scope, self.max_norm)
         names = names_by_tensor(named_parameters, optimizer.param_groups)
@@ -315,18 +315,14 @@ class GuardedOptimizer(KnownRun):
         losses = self._observed.take()
         if self._unmet is not None:
             self._unmet = self._unmet.after(losses)
-        return Signals(
-            stacked(losses, self._device),
-            tuple(losses),
-            handed.inv_scale,
-            handed.found_inf,
-            scale_falls=handed.scale_falls,
-        )
+        return handed.signals(stacked(losses, self._device), tuple(losses))
 
     def _current_policy(self) -> Policy:
         """The policy with the limits that the param groups hold now."""
         now = limits(self.param_groups, self.clip_scope, self.max_norm)
         if now != self._limits:
+            if 0.0 in now:
+                warn_of_zero("max_norm")
             self._policy = Policy(
                 numbers_on(now, self._device),
                 self.nonfinite,

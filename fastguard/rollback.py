@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from fastguard.bad_stretch import BadStretch
+from fastguard.checked_numbers import is_integer, number_of
 from fastguard.checkpoints import CheckpointStore
 from fastguard.errors import TrainingDivergedError
 from fastguard.optimizer import GuardedOptimizer
@@ -126,7 +127,7 @@ class Rollback:
         _check_counts(every=every, keep=keep, max_attempts=max_attempts)
         optional = {"after_skips": after_skips, "after_spikes": after_spikes}
         _check_counts(**{name: value for name, value in optional.items() if value is not None})
-        if not 0 < lr_factor <= 1:
+        if not 0 < number_of("lr_factor", lr_factor, "use a number in (0, 1]") <= 1:
             raise ValueError(f"lr_factor={lr_factor!r} must be a number in (0, 1]")
         if store is not None and not isinstance(store, CheckpointStore):
             raise TypeError(f"store={store!r} must be None or a fastguard.CheckpointStore")
@@ -295,7 +296,7 @@ class Rollback:
 
 def _check_counts(**counts: object) -> None:
     for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not is_integer(value) or value < 1:  # type: ignore[operator]
             raise ValueError(f"{name}={value!r} must be an integer >= 1")
 
 

@@ -18,6 +18,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from fastguard.checked_numbers import is_integer, number_of
+
 Action = Literal["skip", "clip", "record"]
 ACTIONS = ("skip", "clip", "record")
 GRAD_NORM = "grad_norm"
@@ -48,16 +50,17 @@ class SpikeRule:
     action: Action = "skip"
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.window, int) and self.window >= 2):
+        if not (is_integer(self.window) and self.window >= 2):
             raise ValueError(f"SpikeRule window={self.window!r} must be an integer >= 2")
-        if not (isinstance(self.warmup, int) and 2 <= self.warmup <= self.window):
+        if not (is_integer(self.warmup) and 2 <= self.warmup <= self.window):
             raise ValueError(
                 f"SpikeRule warmup={self.warmup!r} must be an integer from 2 to "
                 f"window={self.window}: the baseline holds no more than that"
             )
-        if not (isinstance(self.sigma, int | float) and 0 < self.sigma < math.inf):
+        sigma = number_of("SpikeRule sigma", self.sigma, "use a finite number > 0")
+        if not 0 < sigma < math.inf:  # NaN is neither
             raise ValueError(f"SpikeRule sigma={self.sigma!r} must be a finite number > 0")
-        object.__setattr__(self, "sigma", float(self.sigma))  # 6 and 6.0 are one rule to all ranks
+        object.__setattr__(self, "sigma", sigma)  # 6 and 6.0 are one rule to all ranks
         _check_action(self.action, "SpikeRule")
 
 
@@ -78,9 +81,10 @@ class Threshold:
     action: Action = "skip"
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.max, int | float) and self.max > 0):  # NaN is not > 0
+        limit = number_of("Threshold max", self.max, "use a number > 0")
+        if not limit > 0:  # NaN is not > 0
             raise ValueError(f"Threshold max={self.max!r} must be a number > 0")
-        object.__setattr__(self, "max", float(self.max))
+        object.__setattr__(self, "max", limit)
         _check_action(self.action, "Threshold")
 
 

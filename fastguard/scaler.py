@@ -16,7 +16,7 @@ That costs a few microseconds, and only in steps that a scaler takes.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from fastguard.reduce import Signals
 from fastguard.transfer import moved, numbers_on
 
 FLOOR = 1.0
@@ -47,6 +48,12 @@ class HandedOver(NamedTuple):
     found_inf: Tensor | None = None
     scale_falls: Tensor | None = None
     scaler: GradScaler | None = None
+
+    def signals(self, losses: Tensor, loss_names: Sequence[str]) -> Signals:
+        """All that a step knows besides its gradients."""
+        return Signals(
+            losses, loss_names, self.inv_scale, self.found_inf, scale_falls=self.scale_falls
+        )
 
 
 _NOTHING = HandedOver()

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from fastguard.checked_numbers import number_of
 from fastguard.group_values import LR, MOMENTUM, GroupValues, one_each
 from fastguard.optimizer import GuardedOptimizer
 from fastguard.records import StepRecord
@@ -186,7 +187,7 @@ class GuardedLR(LRScheduler):
             self.backoffs += 1
             self.clean_steps = 0
         else:
-            if not 0 < factor < 1:
+            if not 0 < number_of("factor", factor, "use a number in (0, 1)") < 1:
                 raise ValueError(f"factor={factor!r} must be a number in (0, 1)")
             self._lowered *= factor
         self._set()

@@ -81,13 +81,13 @@ def limits(
 
 
 def _limit(max_norm: float | None) -> float:
-    return math.inf if max_norm is None else limit_of("max_norm", max_norm)
+    return math.inf if max_norm is None else limit_of("max_norm", max_norm, quiet=True)
 
 
 def clip_values(groups: Iterable[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], float]]:
     """The param groups that carry a `clip_value`, with it."""
     return [
-        (g, limit_of("clip_value", g["clip_value"]))
+        (g, limit_of("clip_value", g["clip_value"], quiet=True))
         for g in groups
         if g.get("clip_value") is not None
     ]

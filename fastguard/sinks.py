@@ -15,6 +15,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
+from fastguard.checked_numbers import is_integer
 from fastguard.records import FIELDS, StepRecord
 from fastguard.strict_json import encode
 
@@ -54,7 +55,7 @@ class JsonLinesSink:
     ) -> None:
         if not isinstance(max_bytes, int) or max_bytes < 1024:
             raise ValueError(f"max_bytes={max_bytes!r} must be an integer >= 1024")
-        if keep is not None and (not isinstance(keep, int) or keep < 0):
+        if keep is not None and (not is_integer(keep) or keep < 0):
             raise ValueError(f"keep={keep!r} must be None or an integer >= 0")
         self.path = check_file(path)
         self.max_bytes = max_bytes

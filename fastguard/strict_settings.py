@@ -15,6 +15,7 @@ import typing
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, TypeVar
 
+from fastguard.checked_numbers import number_of
 from fastguard.rules import SpikeRule, Threshold
 
 WITH_EXPONENT = re.compile(r"[-+]?[\d.]+e[-+]?\d+", re.IGNORECASE)
@@ -148,7 +149,7 @@ def _check(value: Any, hint: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return build(hint, value, path)  # type: ignore[arg-type]
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return number_of(path, value)
     if isinstance(hint, type) and isinstance(value, hint):
         if not isinstance(value, bool) or hint is bool:
             return value

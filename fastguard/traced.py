@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastguard.arguments import limit_tensor
 from fastguard.buckets import parameters_of
+from fastguard.checked_numbers import refuse_bool_and_text
 from fastguard.measure import GradStats
 from fastguard.ranks.dtensors import is_dtensor
 from fastguard.ranks.groups import Group, process_group_of
@@ -32,6 +33,7 @@ def clip_grad_norm_(
     mode: str,
     as_torch: bool = False,
 ) -> Tensor:
+    refuse_bool_and_text("max_norm", max_norm)
     norm, coef, clean = decide(grads, names, max_norm, norm_type, mode, as_torch)
     _apply(_present(grads), coef, clean)
     return norm
@@ -56,6 +58,7 @@ def decide(
 
 def clip_grads_with_norm_(grads: list[Tensor | None], max_norm: float, norm: Tensor) -> None:
     """Scales by a given norm, float64 `(1,)`."""
+    refuse_bool_and_text("max_norm", max_norm)
     # For the inf-norm a power sum is the norm itself, and NaN is counted; the op checks the limit.
     summary = torch.cat([norm, norm.isnan().double(), norm.new_zeros(2)]).reshape(4, 1)
     counts = torch.zeros(3, 0, dtype=torch.int64, device=norm.device)
@@ -96,6 +99,7 @@ def _spread(columns: Tensor, ids: list[int], n: int) -> Tensor:
 
 def clip_grad_value_(grads: list[Tensor | None], clip_value: float) -> None:
     """Clamps to [-clip_value, clip_value]."""
+    refuse_bool_and_text("clip_value", clip_value)
     present = _present(grads)
     if len(present) > 0:
         torch.ops.fastguard.clip_value(present, limit_tensor(clip_value, torch.device("cpu")))

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fastguard.checked_numbers import Text, is_integer, number_of
+
 
 @dataclass(frozen=True, slots=True)
 class Warmup:
@@ -27,10 +29,11 @@ class Warmup:
     momentum: float | Sequence[float] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.steps, int) or self.steps < 1:
+        if not is_integer(self.steps) or self.steps < 1:
             raise ValueError(f"Warmup steps={self.steps!r} must be an integer >= 1")
         for name in ("lr", "momentum"):
             value = getattr(self, name)
-            for v in value if isinstance(value, Sequence) else () if value is None else (value,):
-                if not isinstance(v, int | float) or not 0 <= v < math.inf:
+            several = isinstance(value, Sequence) and not isinstance(value, Text)
+            for v in value if several else () if value is None else (value,):
+                if not 0 <= number_of(f"Warmup {name}", v, "use numbers >= 0") < math.inf:
                     raise ValueError(f"Warmup {name}={value!r} must hold finite numbers >= 0")

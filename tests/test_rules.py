@@ -39,7 +39,6 @@ def test_defaults_are_those_that_long_runs_use():
         ({"sigma": -1.0}, "sigma=-1.0"),
         ({"sigma": math.nan}, "sigma=nan"),
         ({"sigma": math.inf}, "sigma=inf"),
-        ({"sigma": "6"}, "sigma='6'"),
         ({"action": "stop"}, "action='stop' is unknown; use one of skip, clip, record"),
     ],
 )
@@ -48,10 +47,20 @@ def test_a_bad_spike_rule_names_the_value(wrong, message):
         SpikeRule(**wrong)
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, "3", None], ids=repr)
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, 10**400], ids=str)
 def test_a_bad_threshold_names_the_value(value):
     with pytest.raises(ValueError, match="Threshold max="):
         Threshold(max=value)
+
+
+@pytest.mark.parametrize("value", ["6", True, None], ids=repr)
+def test_what_is_no_number_is_a_type_error(value):
+    with pytest.raises(TypeError, match=f"SpikeRule sigma={value!r} is not a number"):
+        SpikeRule(sigma=value)
+    with pytest.raises(TypeError, match=f"Threshold max={value!r} is not a number"):
+        Threshold(max=value)
+    with pytest.raises(ValueError, match=r"SpikeRule w.*must be an integer"):
+        SpikeRule(window=value)
 
 
 def test_a_threshold_with_an_unknown_action():

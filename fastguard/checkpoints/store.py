@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fastguard.checked_numbers import number_of
 from fastguard.checkpoints import archive, manifest, rotation
 from fastguard.checkpoints import object_states as state
 from fastguard.checkpoints.arguments import check_choice, counted, integer, joined
@@ -309,7 +310,7 @@ class CheckpointStore(StoreView):
             file=file_name(step, serial, suffix),
             step=step,
             epoch=epoch,
-            metric=None if metric is None else float(metric),
+            metric=None if metric is None else number_of("metric", metric),
             tag=tag,
             time=datetime.now(UTC).isoformat(timespec="milliseconds"),
             incidents=count,

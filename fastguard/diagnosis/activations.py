@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fastguard.checked_numbers import number_of
 from fastguard.transfer import moved
 
 Mode = Literal["count", "clean"]
@@ -88,7 +89,8 @@ class ActivationGuard:
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode={mode!r} is unknown; use one of {', '.join(MODES)}")
-        if limit is not None and not (isinstance(limit, int | float) and limit > 0):  # NaN is not
+        limit = None if limit is None else number_of("limit", limit, "use None or a number > 0")
+        if limit is not None and not limit > 0:  # NaN is not
             raise ValueError(f"limit={limit!r} must be None or a number > 0")
         watched = _matching(model, modules)
         parameter = next(model.parameters(), None)
@@ -96,7 +98,7 @@ class ActivationGuard:
         if device.type == "meta":
             device = torch.device("cpu")  # until the model has memory
         self.mode: Mode = mode
-        self.limit = math.inf if limit is None else float(limit)
+        self.limit = math.inf if limit is None else limit
         self._names = list(watched)
         self._table = torch.zeros(len(watched), 3, dtype=torch.int64, device=device)
         self._hooks = [

@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fastguard.checked_numbers import number_of
 from fastguard.strict_settings import nearest
 from fastguard.transfer import numbers_on
 
@@ -232,12 +233,7 @@ def checked_limits(what: str, given: Limit) -> dict[str, float] | float | None:
 
 
 def _number(name: str, value: object) -> float:
-    try:
-        if isinstance(value, str | bytes):
-            raise TypeError
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise TypeError(f"{name}={value!r} is not a number; leave it out for no limit") from None
+    number = number_of(name, value, "leave it out for no limit")
     if math.isnan(number):
         raise ValueError(f"{name}={value!r} is NaN; use a number, or leave it out for no limit")
     return number

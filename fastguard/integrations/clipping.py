@@ -49,7 +49,7 @@ class AskedLimit:
                 f"asked to clip the norm with p={norm_type}, but the guard measures "
                 f"p={self.optimizer.norm_type:g}; give the guard norm_type={norm_type}"
             )
-        limit = limit_of("max_norm", max_norm)
+        limit = limit_of("max_norm", max_norm, quiet=True)
         if not self.fixed:
             self.optimizer.max_norm = limit
 

@@ -132,5 +132,5 @@ def check_loss_scale(loss_scale: Any) -> None:
     Raises:
         TypeError: It is no number.
     """
-    if not isinstance(loss_scale, int | float | torch.Tensor):
+    if isinstance(loss_scale, bool) or not isinstance(loss_scale, int | float | torch.Tensor):
         raise TypeError(f"loss_scale={loss_scale!r} is not a number; pass scaler.get_scale()")
