@@ -24,6 +24,7 @@ from fastguard.errors import NonFiniteGradError, TrainingDivergedError
 from fastguard.flat_buckets import FlatGradBuckets
 from fastguard.loss_meter import LossMeter
 from fastguard.measure import GradStats
+from fastguard.model_buffers import ModelBuffers, protect_buffers
 from fastguard.optimizer import GuardedOptimizer
 from fastguard.patch import patch_torch, unpatch_torch
 from fastguard.ranks.groups import Replicated
@@ -71,6 +72,8 @@ __all__ = [
     "check_batch",
     "ActivationGuard",
     # when it has gone wrong: learning rate, checkpoints, the way back
+    "protect_buffers",
+    "ModelBuffers",
     "GuardedLR",
     "Warmup",
     "CheckpointStore",

@@ -140,6 +140,13 @@ class InMemory:
         if slot.bad is None:
             found = self._peers.gather(slot.nonfinite())
             slot.bad = sorted({name for names in found for name in names})
+            if slot.bad:
+                log.warning(
+                    "the snapshot of step %s is not finite, so nothing goes back to it: %s. If "
+                    "these are buffers, fastguard.protect_buffers(model, optimizer) keeps them finite",
+                    slot.step,
+                    ", ".join(slot.bad[:8]),
+                )
         return slot.bad
 
     def _wait_for_copy(self) -> None:

@@ -16,7 +16,7 @@ from fastguard.snapshot import Snapshot
 from guardtest.rollback_run import Run, same
 
 
-def test_a_poisoned_snapshot_is_never_restored() -> None:
+def test_a_poisoned_snapshot_is_never_restored(caplog: pytest.LogCaptureFixture) -> None:
     run = Run(every=2, keep=2)
     for i in range(4):
         run.batch(i)
@@ -24,6 +24,8 @@ def test_a_poisoned_snapshot_is_never_restored() -> None:
         run.model[0].weight[1, 2] = math.nan  # behind the guard's back
     run.rollback.snapshot(position=3)
     assert run.rollback.trigger("suspicion").step == 2  # the last that is known to be finite
+    said = [message for message in caplog.messages if "is not finite" in message]
+    assert len(said) == 1 and "step 4" in said[0] and "model.0.weight" in said[0]
     assert all(p.isfinite().all() for p in run.model.parameters())
 
 

@@ -76,6 +76,7 @@ KINDS = (
     "ignored-nonfinite",
     # For the record.
     "decayed-norms",
+    "unprotected-buffers",
     "frozen",
     "resized-output",
     "eval-mode",

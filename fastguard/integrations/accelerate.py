@@ -25,7 +25,6 @@ from fastguard.integrations.clipping import AskedLimit, was_skipped
 from fastguard.integrations.engines import engine_error
 from fastguard.integrations.extras import needs
 from fastguard.integrations.replaced import TakenOver
-from fastguard.integrations.running_statistics import RunningStatistics
 from fastguard.integrations.shared import (
     BatchSpan,
     RunRecords,
@@ -34,6 +33,7 @@ from fastguard.integrations.shared import (
     alone_in_training,
     guarded,
 )
+from fastguard.model_buffers import ModelBuffers
 from fastguard.optimizer import GuardedOptimizer
 
 with needs("huggingface"):
@@ -48,7 +48,7 @@ class GuardedAcceleratedOptimizer(AcceleratedOptimizer):
     """Accelerate's wrapper around a guarded optimizer."""
 
     limit: AskedLimit
-    statistics: RunningStatistics | None
+    statistics: ModelBuffers | None
     guard: AcceleratorGuard
 
     @property
@@ -156,7 +156,7 @@ class AcceleratorGuard:
         )
         prepared.guard = self
         prepared.limit = AskedLimit(optimizer, fixed=self.fixed)
-        prepared.statistics = None if model is None else RunningStatistics(model)
+        prepared.statistics = None if model is None else ModelBuffers(model)
         prepared.attach()
         prepared._is_accelerate_prepared = True  # so that Accelerate only enters it in its books
         self.prepared[prepared] = None

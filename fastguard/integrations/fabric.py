@@ -23,7 +23,6 @@ from fastguard.integrations.clipping import AskedLimit
 from fastguard.integrations.engines import refuse_deepspeed
 from fastguard.integrations.extras import needs
 from fastguard.integrations.replaced import TakenOver
-from fastguard.integrations.running_statistics import RunningStatistics
 from fastguard.integrations.shared import (
     BatchSpan,
     RunRecords,
@@ -32,6 +31,7 @@ from fastguard.integrations.shared import (
     alone_in_training,
     guarded,
 )
+from fastguard.model_buffers import ModelBuffers
 from fastguard.optimizer import GuardedOptimizer
 
 with needs("lightning"):
@@ -64,7 +64,7 @@ class FabricGuard:
         self.records = records
         self.span = BatchSpan()
         self.limits: dict[GuardedOptimizer, AskedLimit] = {}
-        self._statistics: dict[GuardedOptimizer, RunningStatistics] = {}
+        self._statistics: dict[GuardedOptimizer, ModelBuffers] = {}
         self._fabrics = TakenOver(fabric, self, ("backward", "setup_dataloaders"))
         self._strategys = TakenOver(
             strategy,
@@ -123,7 +123,7 @@ class FabricGuard:
             replicated=isinstance(self.strategy, DDPStrategy),
         )
         if self.model is not None:
-            self._statistics[optimizer] = RunningStatistics(self.model)
+            self._statistics[optimizer] = ModelBuffers(self.model)
         self.limits[optimizer] = AskedLimit(optimizer, fixed="max_norm" in self.options)
         self._attach(optimizer)
         self.records.begin(list(self.limits), writes=self.strategy.is_global_zero)

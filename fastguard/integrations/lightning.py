@@ -27,7 +27,6 @@ from fastguard.integrations.clipping import AskedLimit, total_norm_of, was_skipp
 from fastguard.integrations.engines import refuse_deepspeed
 from fastguard.integrations.extras import needs
 from fastguard.integrations.replaced import TakenOver
-from fastguard.integrations.running_statistics import RunningStatistics
 from fastguard.integrations.shared import (
     BatchSpan,
     RunRecords,
@@ -36,6 +35,7 @@ from fastguard.integrations.shared import (
     alone_in_training,
     guarded,
 )
+from fastguard.model_buffers import ModelBuffers
 from fastguard.optimizer import GuardedOptimizer
 
 with needs("lightning"):
@@ -82,7 +82,7 @@ class GuardCallback(Callback):
         self._skipped: list[Tensor] = []
         self._logged: list[int] = []
         self._trainer: Trainer | None = None
-        self._statistics: RunningStatistics | None = None
+        self._statistics: ModelBuffers | None = None
         self._hooks: list[Any] = []
         self._lightnings: list[TakenOver] = []
 
@@ -129,7 +129,7 @@ class GuardCallback(Callback):
         self._records.begin(self.optimizers, writes=trainer.is_global_zero)
         self._skipped = [torch.tensor(float(o.skipped_steps)) for o in self.optimizers]
         self._logged = [optimizer.steps_taken for optimizer in self.optimizers]
-        self._statistics = RunningStatistics(pl_module)
+        self._statistics = ModelBuffers(pl_module)
         self._detach()
         self._attach()
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from fastguard.integrations.clipping import was_skipped
 from fastguard.integrations.replaced import TakenOver
-from fastguard.integrations.running_statistics import RunningStatistics
 from fastguard.integrations.shared import RunRecords, guarded
 from fastguard.integrations.ultralytics_epoch import EpochLosses
+from fastguard.model_buffers import ModelBuffers
 from fastguard.optimizer import GuardedOptimizer
 from fastguard.records import StepRecord
 from fastguard.schedule import GuardedLR
@@ -53,7 +53,7 @@ class UltralyticsGuard:
         if trainer.resume:
             self._resume(trainer.args.resume)
         self.optimizer.register_state_dict_post_hook(self._save_lr)
-        RunningStatistics(trainer.model).follow(self.optimizer)
+        ModelBuffers(trainer.model).follow(self.optimizer)
         self._losses = EpochLosses()
         file = self._records.records or trainer.save_dir / "records.jsonl"
         self._run = RunRecords(file, self._records.sinks)

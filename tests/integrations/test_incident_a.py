@@ -122,7 +122,7 @@ def test_without_skipping_the_weights_are_lost(monkeypatch, tmp_path):
 
 
 def test_without_care_for_batchnorm_the_averages_are_lost(monkeypatch, tmp_path):
-    monkeypatch.setattr(ultralytics_callbacks.RunningStatistics, "follow", lambda *_: None)
+    monkeypatch.setattr(ultralytics_callbacks.ModelBuffers, "follow", lambda *_: None)
     outcome = detector.run(tmp_path, guarded=True)
     assert outcome.facts["weights"]
     assert not outcome.survived and not outcome.facts["statistics"] and not outcome.facts["ema"]

@@ -10,6 +10,8 @@ from torch.optim import Optimizer
 
 from fastguard.diagnosis.evidence import Evidence
 from fastguard.diagnosis.finding import Finding, percent, several
+from fastguard.model_buffers import are_protected
+from fastguard.optimizer import GuardedOptimizer
 
 CHECK = "optimizer"
 
@@ -32,6 +34,7 @@ def check(evidence: Evidence) -> Iterator[Finding]:
         yield from _learning_rate(optimizer, group, f"param group {i}")
         yield from _weight_decay(evidence, group, f"param group {i}")
         yield from _eps(evidence, group, f"param group {i}")
+    yield from _buffers(evidence)
     yield from _updates(evidence, optimizer)
 
 
@@ -76,6 +79,31 @@ def _members(evidence: Evidence, optimizer: Optimizer) -> Iterator[Finding]:
             f"param group: {several(frozen)}",
             where=frozen[0],
             value=len(frozen) / len(parameters),
+        )
+
+
+def _buffers(evidence: Evidence) -> Iterator[Finding]:
+    """A guard skips the step of a bad batch; its forward pass has been."""
+    guard = evidence.subject.guard
+    if not isinstance(guard, GuardedOptimizer) or are_protected(guard):
+        return
+    changing = [
+        name
+        for module, name in evidence.subject.modules.items()
+        if module._buffers.get("running_mean") is not None
+    ]
+    if changing:
+        yield Finding(
+            CHECK,
+            "unprotected-buffers",
+            "note",
+            "a batch with NaN leaves it in the running statistics, also where its step is skipped: "
+            f"{several(changing)}",
+            where=changing[0],
+            value=len(changing),
+            limit=0,
+            remedy="fastguard.protect_buffers(model, optimizer) takes them back with the step; "
+            "inside a trainer its integration does.",
         )
 
 

@@ -34,6 +34,7 @@ class Subject:
         loss_fn, given_step: As the caller gave them.
         step: `step(model, batch)` gives a loss, its parts by name, or an output without a loss.
         optimizer: The one that steps, without a guard around it.
+        guard: The guard around it, if it has one.
         max_norm: What the guard around it clips to; None: it does not.
         data: Further batches.
         autocast: What a step runs under.
@@ -45,6 +46,7 @@ class Subject:
     given_step: Step | None
     step: Step
     optimizer: Optimizer | None
+    guard: OptimizerAround | None
     max_norm: float | None
     data: Iterable[Any] | None
     autocast: AbstractContextManager[Any]
@@ -73,6 +75,7 @@ class Subject:
         check_batch_kind(batch, any_kind=step is not None)
         if data is not None and not isinstance(data, Iterable):
             raise TypeError(f"data is a {type(data).__name__}; pass an iterable of batches")
+        guard = optimizer if isinstance(optimizer, OptimizerAround) else None
         max_norm = None
         while isinstance(optimizer, OptimizerAround):
             max_norm = getattr(optimizer, "max_norm", max_norm)
@@ -84,6 +87,7 @@ class Subject:
             step,
             step_of(loss_fn, step),
             optimizer,
+            guard,
             max_norm,
             data,
             context_of(autocast, model),

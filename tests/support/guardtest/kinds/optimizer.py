@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fastguard import GuardedOptimizer, protect_buffers
 from guardtest.kinds.case import Setup, case
 from guardtest.kinds.setups import mlp, regression, with_sgd
 
@@ -63,6 +64,16 @@ def decayed_norms(sick: bool) -> Setup:
     rest = [p for p in model.parameters() if not sick and p.ndim < 2]
     groups = [{"params": matrices}, {"params": rest, "weight_decay": 0.0}]
     return regression(model, optimizer=torch.optim.AdamW(groups))
+
+
+@case("unprotected-buffers", "note", "optimizer", where="1 (BatchNorm1d)", says="running statistics")
+def unprotected_buffers(sick: bool) -> Setup:
+    setup = regression(nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.Linear(16, 1)))
+    model = setup["model"]
+    guard = GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=0.01))
+    if not sick:
+        protect_buffers(model, guard)
+    return setup | {"optimizer": guard}
 
 
 @case("frozen", "note", "optimizer", where="0.weight", says="2 of 4 parameters")
