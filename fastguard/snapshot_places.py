@@ -142,8 +142,8 @@ class InMemory:
             slot.bad = sorted({name for names in found for name in names})
             if slot.bad:
                 log.warning(
-                    "the snapshot of step %s is not finite, so nothing goes back to it: %s. If "
-                    "these are buffers, fastguard.protect_buffers(model, optimizer) keeps them finite",
+                    "the snapshot of step %s is not finite, and is never restored: %s. If these "
+                    "are buffers, fastguard.protect_buffers(model, optimizer) keeps them finite",
                     slot.step,
                     ", ".join(slot.bad[:8]),
                 )

@@ -66,7 +66,7 @@ def decayed_norms(sick: bool) -> Setup:
     return regression(model, optimizer=torch.optim.AdamW(groups))
 
 
-@case("unprotected-buffers", "note", "optimizer", where="1 (BatchNorm1d)", says="running statistics")
+@case("unprotected-buffers", "note", "optimizer", where="1 (BatchNorm1d)", says="statistics")
 def unprotected_buffers(sick: bool) -> Setup:
     setup = regression(nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.Linear(16, 1)))
     model = setup["model"]
