@@ -119,8 +119,10 @@ class Gradients:
         """Clears them: one fill a flat buffer, else what the optimizer does."""
         if self.flat is not None:
             self.flat.zero_()
+        elif set_to_none:
+            self.optimizer.zero_grad()  # some take no argument
         else:
-            self.optimizer.zero_grad(set_to_none)
+            self.optimizer.zero_grad(set_to_none=False)
 
     @property
     def device(self) -> torch.device:

@@ -56,11 +56,12 @@ class HostCopier:
         return copy.deepcopy(value)
 
     def _copied_tensor(self, value: Tensor, into: Any) -> Any:
-        parts = parts_of(value) if value.layout is torch.strided else None
+        parts = parts_of(value)
         if parts is not None:
             old = into.tensors if isinstance(into, Parts) else {}
             return parts.of({n: self.copied(t, old.get(n)) for n, t in parts.tensors.items()})
-        return self._copied_plain(value, into) if has_plain_type(value) else cloned(value)
+        is_plain = has_plain_type(value) or value.layout is not torch.strided
+        return self._copied_plain(value, into) if is_plain else cloned(value)
 
     def _copied_plain(self, value: Tensor, into: Any) -> Tensor:
         if value.layout is not torch.strided:  # as many elements as it has today
@@ -162,9 +163,7 @@ def _like(value: Mapping[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
 
 def leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     """What nested states hold, by name; of a DTensor what this rank has."""
-    parts = value if isinstance(value, Parts) else None
-    if isinstance(value, Tensor) and value.layout is torch.strided:
-        parts = parts_of(value)
+    parts = value if isinstance(value, Parts) else parts_of(value)
     if parts is not None:
         for name, piece in parts.tensors.items():
             yield from leaves(piece, f"{path}.{name}" if name else path)

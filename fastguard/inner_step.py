@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim import Optimizer
 
+from fastguard.found_inf import knows_found_inf
+
 CLOSURES = ("closure", "fn", "func")
 """What the names of parameters contain that take a function."""
 
@@ -130,7 +132,7 @@ def found_inf_is_heeded(optimizer: Optimizer) -> bool:
     The groups can change at any time, by hand or with a state dict. With `foreach` beside `fused`
     the SGD of torch takes the former, and refuses `found_inf`.
     """
-    return getattr(optimizer, "_step_supports_amp_scaling", False) and all(
+    return knows_found_inf(optimizer) and all(
         group.get("fused") and not group.get("foreach") for group in optimizer.param_groups
     )
 

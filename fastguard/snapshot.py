@@ -149,11 +149,11 @@ def _values(tensor: Tensor) -> Tensor:
     """What of a tensor can be NaN or Inf, in a form that `measure` reads; maybe nothing."""
     if is_lazy(tensor):
         return torch.empty(0)
+    if tensor.layout is not torch.strided:
+        tensor = tensor._values() if tensor.layout is torch.sparse_coo else tensor.values()
     if not has_plain_type(tensor):
         with torch._C.DisableTorchFunctionSubclass():
             tensor = tensor.detach().as_subclass(Tensor)
-    if tensor.layout is not torch.strided:
-        tensor = tensor._values() if tensor.layout is torch.sparse_coo else tensor.values()
     if tensor.dtype in FLOATING or tensor.is_complex():
         return tensor
     is_fp8 = tensor.is_floating_point() and tensor.dtype is not torch.float4_e2m1fn_x2

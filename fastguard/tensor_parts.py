@@ -39,6 +39,8 @@ def parts_of(tensor: Any) -> Parts | None:
     if hasattr(tensor, "_spec"):
         return _of_dtensor(tensor)
     kind = type(tensor)
+    if getattr(tensor, "layout", None) is not torch.strided:  # jagged ones copy themselves
+        return None
     if not (hasattr(kind, "__tensor_flatten__") and hasattr(kind, "__tensor_unflatten__")):
         return None
     names, context = tensor.__tensor_flatten__()
@@ -95,7 +97,9 @@ def cloned(value: Any) -> Any:
         return parts.whole({name: cloned(piece) for name, piece in parts.tensors.items()})
     if not isinstance(value, Tensor):
         return copy.deepcopy(value)
-    return value.detach().clone() if has_plain_type(value) else _cloned_subclass(value)
+    if has_plain_type(value) or value.layout is not torch.strided:
+        return value.detach().clone()
+    return _cloned_subclass(value)
 
 
 def _cloned_subclass(value: Tensor) -> Tensor:
