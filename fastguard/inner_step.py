@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -15,17 +16,20 @@ CLOSURES = ("closure", "fn", "func")
 """What the names of parameters contain that take a function."""
 
 
-class StepCall(NamedTuple):
+@dataclass(slots=True)
+class StepCall:
     """One call of `GuardedOptimizer.step`, as far as it concerns the wrapped optimizer.
 
     Attributes:
         closure: Evaluates the model and returns the loss; None: there is none.
         args, kwargs: All other arguments for the wrapped optimizer.
+        returned: What its `step` returned, noted in the same line: no interrupt comes between.
     """
 
     closure: Callable[[], Any] | None = None
     args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = {}
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    returned: list[Any] = field(default_factory=list)
 
 
 class StepSignature(NamedTuple):
@@ -95,17 +99,18 @@ class InnerStep:
         self.optimizer = optimizer
         self._goes_without = False  # it has stepped without its closure
 
-    def __call__(self, call: StepCall) -> Any:
-        """Steps without the closure, which has been evaluated; what `step` returns.
+    def __call__(self, call: StepCall) -> None:
+        """Steps without the closure, which has been evaluated.
 
         Raises:
             ClosureNeeded: The optimizer asks for the closure: it evaluates the model elsewhere too.
         """
         if call.closure is None or self._goes_without:
-            return self.optimizer.step(*call.args, **call.kwargs)
+            call.returned.append(self.optimizer.step(*call.args, **call.kwargs))
+            return
         before = self._versions()
         try:
-            result = self.optimizer.step(*call.args, **call.kwargs)
+            call.returned.append(self.optimizer.step(*call.args, **call.kwargs))
         except Exception as error:
             if not _asks_for_closure(error):
                 raise
@@ -116,7 +121,6 @@ class InnerStep:
                 ) from error
             raise ClosureNeeded from error
         self._goes_without = True
-        return result
 
     def _versions(self) -> list[int]:
         return [p._version for group in self.optimizer.param_groups for p in group["params"]]

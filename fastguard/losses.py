@@ -109,10 +109,13 @@ class ObservedLosses:
         return [*self._batches]
 
     def give_back(self, batches: list[Mapping[str, Tensor | float]]) -> None:
-        """The micro-batches of a step that failed: for the same step if it is tried again, but not
-        for one with losses of its own.
-        """
-        self._batches, self._given_back = batches, bool(batches)
+        """The micro-batches of a step that failed, for the case that it is tried again."""
+        self._batches = batches
+        self.keep_for_retry()
+
+    def keep_for_retry(self) -> None:
+        """The step failed: if the next one has losses of its own, those so far are dropped."""
+        self._given_back = bool(self._batches)
 
 
 def stacked(losses: Mapping[str, Tensor | float], device: torch.device) -> Tensor:

@@ -49,20 +49,20 @@ class OnDevice:
         result = evaluated(call.closure)
         return result, result if loss is None else loss
 
-    def step(self, buckets: GradBuckets, verdict: Verdict, call: StepCall, changes: bool) -> Any:
+    def step(self, buckets: GradBuckets, verdict: Verdict, call: StepCall, changes: bool) -> None:
         """Applies the verdict, and steps with `found_inf` in the hands of the kernel."""
         if self.waits or self._creates_momentum():
-            return self._careful.step(buckets, verdict, call, changes)
+            self._careful.step(buckets, verdict, call, changes)
+            return
         if changes:
             apply(buckets, verdict)
         optimizer = self.optimizer
         try:
             optimizer.grad_scale = None  # type: ignore[attr-defined]
             optimizer.found_inf = verdict.found_inf  # type: ignore[attr-defined]
-            return self._inner(call)
+            self._inner(call)
         finally:
-            optimizer.__dict__.pop("grad_scale", None)
-            optimizer.__dict__.pop("found_inf", None)
+            self._forget_verdict()
 
     @property
     def waits(self) -> bool:
@@ -70,7 +70,14 @@ class OnDevice:
         return has_step_hooks(self.optimizer)
 
     def conclude(self, taken: bool) -> None:
-        """Nothing to do: weights that a failed step has begun to move have no copy."""
+        """Weights that a failed step has begun to move have no copy. The verdict may still be
+        there, after an interrupt.
+        """
+        self._forget_verdict()
+
+    def _forget_verdict(self) -> None:
+        self.optimizer.__dict__.pop("grad_scale", None)
+        self.optimizer.__dict__.pop("found_inf", None)
 
     def _creates_momentum(self) -> bool:
         """Whether a parameter would get its momentum buffer now. Looks at all of them until each

@@ -199,19 +199,19 @@ class GuardedOptimizer(KnownRun):
         """One step: taken or not taken, whatever interrupts it."""
         self._conclude()  # one whose end was interrupted again and again
         self._deliver(before=True)
-        flight = self._flight = StepInFlight(self._steps_taken + 1, self._observed)
+        flight = self._flight = StepInFlight(self._steps_taken + 1, call, self._observed)
         try:
             stop = self.nonfinite != "propagate"
             result, loss = self._stepper.evaluate(call, loss, stop_at_nonfinite=stop)
             self.observe(loss)
             self._guarded_step(flight, call, tag)
             self._conclude()
+            self._deliver(before=False)
         except BaseException as error:
             flight.failed_with(error)
             self._conclude_after_all()
             raise
-        self._deliver(before=False)
-        (returned,) = flight.returned or (None,)
+        returned = call.returned[0] if call.returned else None
         return result if returned is None else returned
 
     @torch.no_grad()
@@ -233,8 +233,8 @@ class GuardedOptimizer(KnownRun):
         flight.keep(self._state)
         verdict = decide(stats, signals, self._state, policy)
         flight.outcome = Outcome(stats, signals, verdict, self._state, policy.signals, lr, tag)
-        # In one line: no interrupt can come between the step and the note of it.
-        flight.returned = (self._stepper.step(buckets, verdict, call, policy.may_change(signals)),)
+        self._stepper.step(buckets, verdict, call, policy.may_change(signals))
+        flight.obeyed = True
 
     def _reduced(
         self, stats: GradStats, signals: Signals, buckets: GradBuckets, handed: HandedOver
@@ -255,8 +255,7 @@ class GuardedOptimizer(KnownRun):
         flight = self._flight
         if flight is None:
             return
-        taken = flight.returned is not None and flight.outcome is not None
-        if taken:
+        if taken := flight.is_taken:
             self.last = flight.outcome.verdict
             self._steps_taken = flight.number
             self._recorder.add(flight.outcome)
@@ -274,6 +273,13 @@ class GuardedOptimizer(KnownRun):
             raise
         finally:
             self._deliver(before=False, budget=False)
+
+    def _after_failure(self) -> None:
+        # GradScaler removes these only after a step that returns, and multiplies its scale onto
+        # what it finds.
+        self.__dict__.pop("grad_scale", None)
+        self.__dict__.pop("found_inf", None)
+        self._observed.keep_for_retry()
 
     def observe(self, loss: Loss | None) -> None:
         """Gives the guard a loss ahead of `step`, for trainers that call `step()` themselves.

@@ -34,14 +34,14 @@ class ReadFirst:
         result = evaluated(call.closure)
         return result, result if loss is None else loss
 
-    def step(self, buckets: GradBuckets, verdict: Verdict, call: StepCall, changes: bool) -> Any:
+    def step(self, buckets: GradBuckets, verdict: Verdict, call: StepCall, changes: bool) -> None:
         """Applies the verdict, and steps unless it says to skip."""
         if changes:
             apply(buckets, verdict)
         if verdict.found_inf.item() == 0.0:
-            return self._inner(call)
-        run_hooks_of_all(self.optimizer)
-        return None
+            self._inner(call)
+        else:
+            run_hooks_of_all(self.optimizer)
 
     def conclude(self, taken: bool) -> None:
         """Nothing to do: weights that a failed step has begun to move have no copy."""

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastguard.decide import HostVerdict, Known, Reason
+from fastguard.decide import HostVerdict, Known, Reason, Verdict
 from fastguard.errors import NAMED_CULPRITS, Culprit, describe_culprits
 from fastguard.inbox import Inbox
 from fastguard.packed import ROWS, Arrival, Outcome, Ring, unpack
@@ -195,7 +195,7 @@ def _action(coef: float, skipped: bool, cleaned: bool) -> str:
 class _Known(NamedTuple):
     """What a record of a step is made from that the host decided: numbers, and no gradient."""
 
-    known: Known
+    verdict: HostVerdict
     signal_names: Sequence[str]
     lr: float
     tag: Any
@@ -211,7 +211,7 @@ class _Known(NamedTuple):
         assert isinstance(outcome.verdict, HostVerdict)
         known = outcome.verdict.known
         return _Known(
-            known,
+            outcome.verdict,
             outcome.signal_names,
             float(outcome.lr),  # now: a tensor may change
             outcome.tag,
@@ -221,13 +221,16 @@ class _Known(NamedTuple):
 
     def record(self) -> StepRecord:
         """The record."""
-        return _record(self.known, self.signal_names, self.lr, self.tag, self.culprits, *self.ranks)
+        return _record(
+            self.verdict.known, self.signal_names, self.lr, self.tag, self.culprits, *self.ranks
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class _Pending:
     """A record on its way to the host, and what the host alone knows of that step."""
 
+    verdict: Verdict
     arrival: Arrival
     name_of: Callable[[int], str]
     loss_names: Sequence[str]
@@ -240,6 +243,7 @@ class _Pending:
     def of(outcome: Outcome, arrival: Arrival) -> _Pending:
         lr = None if outcome.lr_is_on_device else float(outcome.lr)
         return _Pending(
+            outcome.verdict,
             arrival,
             outcome.stats.name,
             outcome.signals.loss_names,
@@ -292,7 +296,7 @@ class Recorder:
         self.finished: deque[StepRecord] = deque(maxlen=KEPT)
         self.last: StepRecord | None = None
         self._ring: Ring | None = None
-        self._newest: Outcome | None = None
+        self._newest: Verdict | None = None
         self._pending: deque[_Pending | _Known] = deque()
         self._made: tuple[object, StepRecord] | None = None
         self._told: tuple[StepRecord | None, int, int] = (None, 0, 0)
@@ -324,9 +328,9 @@ class Recorder:
             self.send(outcome)
 
     def _add_known(self, outcome: Outcome, known: Known) -> None:
-        if outcome is not self._newest:
+        if not self._has(outcome.verdict):
             self._pending.append(_Known.of(outcome))
-            self._newest = outcome
+            self._newest = outcome.verdict
         alone = outcome.signals.bad_ranks is None
         if not alone or known.reason or self.sinks or self._inboxes:
             self.wait()  # waits for nobody, unless the model came from a device
@@ -335,7 +339,7 @@ class Recorder:
 
     def send(self, outcome: Outcome) -> None:
         """Takes the outcome of a step by way of the ring."""
-        if outcome is self._newest:
+        if self._has(outcome.verdict):
             return
         device, ring = outcome.stats.summary.device, self._ring
         if ring is None or ring.width < outcome.width or ring.device != device:
@@ -344,7 +348,13 @@ class Recorder:
             self._pending[0].arrival.wait()
         self.poll()
         self._pending.append(_Pending.of(outcome, ring.send(outcome)))
-        self._newest = outcome
+        self._newest = outcome.verdict
+
+    def _has(self, verdict: Verdict) -> bool:
+        """Whether the newest step is there already."""
+        return verdict is self._newest or (
+            bool(self._pending) and getattr(self._pending[-1], "verdict", None) is verdict
+        )
 
     def poll(self) -> None:
         """Finishes the records that have arrived. Never waits."""

@@ -42,10 +42,7 @@ def with_own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
             with torch.autograd.profiler.record_function(name):
                 return with_hooks(self, *args, **kwargs)
         except BaseException:
-            # GradScaler removes these only after a step that returns, and multiplies its scale onto
-            # what it finds.
-            self.__dict__.pop("grad_scale", None)
-            self.__dict__.pop("found_inf", None)
+            self._after_failure()  # type: ignore[attr-defined]
             raise
 
     hooked.hooked = True  # or torch would put its own hooks around it

@@ -16,6 +16,7 @@ import torch
 from fastguard.clamp import Clamped
 from fastguard.decide import GuardState
 from fastguard.errors import NonFiniteGradError
+from fastguard.inner_step import StepCall
 from fastguard.losses import ObservedLosses
 from fastguard.packed import Outcome
 
@@ -25,22 +26,29 @@ class StepInFlight:
 
     Args:
         number: Which step this is, from 1, if it is taken.
+        call: Where the return of the wrapped optimizer is noted.
         observed: The losses so far.
 
     Attributes:
         clamped: Its gradients if they were clamped.
         outcome: What was decided; None before that.
-        returned: What the wrapped optimizer returned, in a list of one; None before that.
+        obeyed: Whether the verdict is carried out.
     """
 
-    def __init__(self, number: int, observed: ObservedLosses) -> None:
+    def __init__(self, number: int, call: StepCall, observed: ObservedLosses) -> None:
         self.number = number
         self.clamped: Clamped | None = None
         self.outcome: Outcome | None = None
-        self.returned: tuple[Any] | None = None
+        self.obeyed = False
+        self._call = call
         self._observed = observed
         self._losses = observed.kept()
         self._undo: list[tuple[Any, Any, Any]] = []
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether the wrapped optimizer has stepped, or was told not to."""
+        return self.obeyed or bool(self._call.returned)
 
     def keep(self, state: GuardState) -> None:
         """Has the decision note what it changes."""

@@ -50,17 +50,14 @@ class Stepper(Protocol):
         """
         ...
 
-    def step(self, buckets: GradBuckets, verdict: Verdict, call: StepCall, changes: bool) -> Any:
+    def step(self, buckets: GradBuckets, verdict: Verdict, call: StepCall, changes: bool) -> None:
         """Applies a verdict to the gradients and has the optimizer step, or not.
 
         Args:
             buckets: The gradients that were measured.
             verdict: What was decided.
-            call: The arguments for the wrapped optimizer.
+            call: The arguments for the wrapped optimizer; takes what it returns.
             changes: Whether there can be anything to change in the gradients.
-
-        Returns:
-            What the wrapped optimizer returned; None if it was not called.
         """
         ...
 
@@ -68,8 +65,7 @@ class Stepper(Protocol):
         """The end of a step.
 
         Args:
-            taken: Whether `step` returned. If not, weights and state are put back where they can
-                be.
+            taken: Whether it counts. If not, weights and state are put back where they can be.
         """
         ...
 

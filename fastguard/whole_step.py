@@ -41,7 +41,6 @@ class WholeStep:
         self.optimizer = optimizer
         self._inner = InnerStep(optimizer)
         self._before: _Copy | None = None
-        self._result: Any = None
 
     @staticmethod
     def serves(optimizer: Optimizer) -> bool:
@@ -88,27 +87,25 @@ class WholeStep:
             return given
 
         try:
-            self._result = self._inner.with_closure(call, remember)
+            result = self._inner.with_closure(call, remember)
         except _NonFiniteLoss:
             run_hooks_of_all(self.optimizer, pre=False)
-            self._result = losses[0]
-            return self._result, losses[-1]
+            return losses[0], losses[-1]
         last = losses[-1] if losses else None
-        return self._result, last if loss is None else loss
+        return result, last if loss is None else loss
 
-    def step(self, buckets: GradBuckets, verdict: Verdict, call: StepCall, changes: bool) -> Any:
+    def step(self, buckets: GradBuckets, verdict: Verdict, call: StepCall, changes: bool) -> None:
         """Keeps the step, or takes it back. Nothing of it is clipped any more."""
         if changes:
             apply(buckets, verdict)
         if verdict.found_inf.item() != 0.0 and self._before is not None:
             self._before.restore()
-        return self._result
 
     def conclude(self, taken: bool) -> None:
         """Weights and state as they were before `evaluate`, bit for bit, unless it was decided."""
         if self._before is not None and not taken:
             self._before.restore()
-        self._before = self._result = None
+        self._before = None
 
 
 class _Copy(NamedTuple):

@@ -1,0 +1,152 @@
+"""A step is taken or it is not: an exception at any line leaves counters, records and all who act
+on them in agreement, and the run goes on.
+"""
+
+import random
+from contextlib import suppress
+from functools import partial
+
+import pytest
+import torch
+
+from fastguard import GuardedLR, GuardedOptimizer, NonFiniteGradError, Rollback, SpikeRule, Warmup
+from guardtest.interrupts import interrupted, lines_of
+from guardtest.training import assert_same_bits, give_gradients, new_parameters, poison, snapshot
+
+NAN = float("nan")
+RULES = {
+    "grad_norm": SpikeRule(window=8, sigma=3.0, warmup=4),
+    "loss": SpikeRule(window=5, sigma=6.0, warmup=3, action="record"),
+}
+
+
+def counted(cls):
+    """The same optimizer; `done` counts its steps."""
+
+    class Counted(cls):
+        done = 0
+
+        def step(self, closure=None):
+            result = super().step(closure)
+            self.done += 1
+            return result
+
+    return Counted
+
+
+class Run:
+    """A guarded run with all that acts on its records, and a twin that nobody interrupts."""
+
+    def __init__(self, kind, options):
+        self.kind = kind
+        self.parameters, self.opt = self.build(options)
+        self.twin_parameters, self.twin = self.build(options)
+        self.told, self.inbox = [], self.opt.subscribe()
+        self.opt.add_sink(self.told.append)
+        self.lr = GuardedLR(self.opt, backoff=0.5, recovery=3, warmup=Warmup(steps=5))
+        self.twin_lr = GuardedLR(self.twin, backoff=0.5, recovery=3, warmup=Warmup(steps=5))
+        self.rollback = Rollback(self.opt, {}, every=7, after_skips=None)
+        self.records = []
+
+    def build(self, options):
+        parameters = new_parameters()
+        groups = [{"params": parameters[:2], "clip_value": 2.0}, {"params": parameters[2:]}]
+        inner = KINDS[self.kind](groups)
+        return parameters, GuardedOptimizer(inner, max_norm=3.0, spike=RULES, **options)
+
+    def feed(self, parameters, i):
+        give_gradients(parameters, i)
+        if i % 11 == 5:
+            poison(parameters)
+        elif i % 13 == 7:
+            parameters[0].grad *= 100.0
+
+    def ready(self, parameters, opt, i):
+        """Gradients and losses are there; the call that is left to make."""
+        loss = NAN if i % 17 == 9 else 1.0 + i % 3
+        if self.kind == "LBFGS":
+
+            def closure():
+                self.feed(parameters, i)
+                return torch.tensor(loss)
+
+            return partial(opt.step, closure, tag=i)
+        self.feed(parameters, i)
+        if i % 2:
+            opt.observe(loss)
+            return partial(opt.step, tag=i)
+        return partial(opt.step, loss=loss, tag=i)
+
+    def attempt(self, i, at):
+        """One step with an interrupt; the twin takes it if it was taken. The place, if any."""
+        before = self.opt.steps_taken
+        weights = snapshot(self.opt)
+        where = []
+        step = self.ready(self.parameters, self.opt, i)
+        try:
+            with interrupted(at) as where:
+                step()
+        except KeyboardInterrupt:
+            assert where
+        except NonFiniteGradError:
+            assert self.opt.nonfinite == "raise"
+        taken = self.opt.steps_taken - before
+        assert taken in (0, 1), where
+        if taken:
+            self.ready(self.twin_parameters, self.twin, i)()
+            self.twin_lr.step()
+        else:  # the wrapped step itself was never left halfway
+            assert_same_bits(snapshot(self.opt), weights)
+        self.lr.step()
+        assert self.rollback.step(position=i) is None
+        self.records += self.opt.records()
+        self.check(where)
+        return where
+
+    def check(self, where):
+        opt, twin = self.opt, self.twin
+        steps = list(range(1, opt.steps_taken + 1))
+        assert opt.steps_taken == opt.applied_steps + opt.skipped_steps, where
+        assert [r.step for r in self.records] == steps, where
+        assert [r.step for r in self.told] == steps, where
+        assert [r.step for r in self.inbox] == steps, where
+        for name in ("counters", "windows", "rings"):
+            assert torch.equal(getattr(opt._state, name), getattr(twin._state, name)), (where, name)
+        if self.kind == "plain":  # the others are called for a skipped step too
+            assert opt.optimizer.done == opt.applied_steps, where
+        assert_same_bits(snapshot(opt), snapshot(twin))
+        assert self.lr.get_last_lr() == self.twin_lr.get_last_lr(), where
+
+
+KINDS = {
+    "plain": lambda groups: counted(torch.optim.SGD)(groups, lr=0.1, momentum=0.9),
+    "fused": lambda groups: torch.optim.AdamW(groups, lr=0.1, fused=True),
+    "LBFGS": lambda groups: torch.optim.LBFGS(
+        [p for g in groups for p in g["params"]], lr=1e-3, max_iter=2
+    ),
+}
+SETTINGS = {
+    "plain": ("plain", {}),
+    "fused": ("fused", {}),
+    "LBFGS": ("LBFGS", {}),
+    "flat": ("plain", {"flat_buckets": True}),
+    "raises": ("plain", {"nonfinite": "raise"}),
+    "cleans": ("fused", {"nonfinite": "zero"}),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_an_interrupt_at_any_line_of_a_step(setting):
+    kind, options = SETTINGS[setting]
+    chance = random.Random(setting)
+    run, scout = Run(kind, options), Run(kind, options)
+    for each in (run, scout):
+        each.attempt(0, 10**6)
+    lines, n_interrupted = 1000, 0
+    for i in range(1, 151):
+        if i % 10 == 1:
+            with suppress(NonFiniteGradError):
+                lines = lines_of(scout.ready(scout.parameters, scout.opt, i))
+        n_interrupted += bool(run.attempt(i, chance.randrange(1, lines + 20)))
+    assert n_interrupted > 100
+    assert run.opt.steps_taken > 10

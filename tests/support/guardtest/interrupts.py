@@ -1,0 +1,62 @@
+"""An exception at a chosen line of fastguard, as Ctrl-C would raise it there."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import fastguard
+
+HOME = str(Path(fastguard.__file__).parent)
+
+
+@contextmanager
+def interrupted(at: int, error: type[BaseException] = KeyboardInterrupt) -> Iterator[list[str]]:
+    """Raises `error` before the line number `at`, from 0, that fastguard runs inside the block.
+
+    Yields:
+        A list with the place where it was raised, `"file:line"`; empty if the block was shorter.
+    """
+    where: list[str] = []
+    left = at
+
+    def trace(frame: FrameType, event: str, arg: Any) -> Callable[..., Any] | None:
+        nonlocal left
+        if not frame.f_code.co_filename.startswith(HOME):
+            return None
+        if event == "line":
+            if left == 0:
+                where.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
+                left = -1
+                raise error("at a line")
+            left -= 1
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield where
+    finally:
+        sys.settrace(before)
+
+
+def lines_of(work: Callable[[], object]) -> int:
+    """How many lines of fastguard a call runs."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, arg: Any) -> Callable[..., Any] | None:
+        nonlocal count
+        if not frame.f_code.co_filename.startswith(HOME):
+            return None
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return count
