@@ -48,6 +48,8 @@ class FlatGradBuckets:
         trusted: Nobody replaces a `.grad` behind our back: skips the check of 0.1 µs a tensor.
         segments: The segment of each parameter; None: one for all.
         n_segments: How many segments there are.
+        fill: Whether a gradient that is None becomes zero at once. If not, it stays None until
+            `zero_`, and there may be no parameter that needs a gradient so far.
 
     Raises:
         TypeError: They cannot be iterated over, or one is sparse, complex or of an integer dtype.
@@ -72,6 +74,7 @@ class FlatGradBuckets:
         trusted: bool = False,
         segments: Sequence[int] | None = None,
         n_segments: int = 1,
+        fill: bool = True,
     ) -> None:
         if isinstance(parameters, Module) or not isinstance(parameters, Iterable):
             kind = type(parameters).__name__
@@ -85,7 +88,7 @@ class FlatGradBuckets:
         self._all_segments = segments
         self.n_segments = n_segments
         self.trusted = trusted
-        self._start()
+        self._start(fill=fill)
 
     def zero_(self) -> None:
         """Sets every gradient to zero: one fill a buffer. A detached `.grad` is attached again."""
@@ -178,43 +181,57 @@ class FlatGradBuckets:
         buckets = self.buckets()
         return clip_buckets(buckets, max_norm, norm_type, error_if_nonfinite, nonfinite)
 
-    def _start(self) -> None:
+    def _start(self, *, fill: bool) -> None:
         self._views: list[Tensor] = []
-        self._attach()
+        self._half_moved: list[Tensor] = []
+        self._attach(may_be_empty=not fill)
+        if not fill:
+            return
         for p, view in zip(self.parameters, self._views, strict=True):
             if p.grad is None:
                 p.grad = view
 
     @torch.no_grad()
-    def _attach(self) -> None:
-        """Lays out slots for all parameters that have or need a gradient; moves gradients in."""
-        mine = set(map(id, self._views))
+    def _attach(self, may_be_empty: bool = True) -> None:
+        """Lays out slots for all parameters that have or need a gradient; moves gradients in.
+
+        What is here changes last: interrupted, it is done again at the next look.
+        """
         items, names, segments = self._all_parameters, self._all_names, self._all_segments
         check_flat(items, names)
         chosen = [i for i, p in enumerate(items) if _has_slot(p)]
-        if not chosen and not any(map(is_lazy, items)):
+        if not (chosen or may_be_empty or any(map(is_lazy, items))):
             raise ValueError(
                 "FlatGradBuckets got no parameter that needs a gradient; pass model.parameters(), "
                 "not their gradients"
             )
-        self.parameters = [items[i] for i in chosen]
-        self.names = None if names is None else [names[i] for i in chosen]
-        self.segments = None if segments is None else [segments[i] for i in chosen]
-        self._left_out = [p for p in items if not _has_slot(p)]
-        self._views = [torch.empty(0)] * len(chosen)
-        self._buffers = [self._lay_out(key, ids) for key, ids in self._grouped().items()]
-        self._addresses = list(map(Tensor.data_ptr, self._views))
-        self._buckets = self._whole()
-        for p, view in zip(self.parameters, self._views, strict=True):
+        parameters = [items[i] for i in chosen]
+        segment_of = [0] * len(chosen) if segments is None else [segments[i] for i in chosen]
+        views = [torch.empty(0)] * len(chosen)
+        buffers = [
+            _lay_out(key, ids, parameters, segment_of, views)
+            for key, ids in _grouped(parameters).items()
+        ]
+        self._addresses: list[int] | None = None
+        self._half_moved = [*self._half_moved, *self._views, *views]
+        mine = set(map(id, self._half_moved))
+        for p, view in zip(parameters, views, strict=True):
             if p.grad is not None and (id(p.grad) in mine or _is_movable(p.grad)):
                 view.copy_(p.grad)
                 p.grad = view
+        self.parameters, self._views, self._buffers = parameters, views, buffers
+        self.names = None if names is None else [names[i] for i in chosen]
+        self.segments = None if segments is None else segment_of
+        self._left_out = [p for p in items if not _has_slot(p)]
+        self._buckets = self._whole()
+        self._half_moved = []
+        self._addresses = list(map(Tensor.data_ptr, views))
 
     def _moved(self) -> bool:
         """Whether slots are out of date: the memory of a gradient was swapped (`p.grad.data = ...`,
         `model.to(...)`), or a parameter has a gradient for the first time.
         """
-        if list(map(Tensor.data_ptr, self._views)) != self._addresses:
+        if self._addresses is None or list(map(Tensor.data_ptr, self._views)) != self._addresses:
             return True
         return any(p.grad is not None for p in self._left_out)
 
@@ -225,32 +242,7 @@ class FlatGradBuckets:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._start()
-
-    def _grouped(self) -> dict[tuple[torch.device, torch.dtype], list[int]]:
-        grouped: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        for i, p in enumerate(self.parameters):
-            grouped.setdefault((p.device, _grad_dtype(p)), []).append(i)
-        return grouped
-
-    def _lay_out(self, key: tuple[torch.device, torch.dtype], ids: list[int]) -> _Buffer:
-        device, dtype = key
-        segment_of = self.segments or [0] * len(self.parameters)
-        ids = sorted(ids, key=lambda i: segment_of[i])  # stable: one run a segment
-        unit = ALIGN // dtype.itemsize
-        starts, at = [], 0
-        for i in ids:
-            starts.append(at)
-            at += -(-self.parameters[i].numel() // unit) * unit
-        flat = torch.zeros(at, dtype=dtype, device=device)
-        bounds: dict[int, tuple[int, int]] = {}
-        for i, start, stop in zip(ids, starts, [*starts[1:], at], strict=True):
-            p = self.parameters[i]
-            self._views[i] = _slot(flat, start, p)
-            first, _ = bounds.get(segment_of[i], (start, stop))
-            bounds[segment_of[i]] = (first, stop)
-        runs = tuple(Run(flat[a:b], segment) for segment, (a, b) in bounds.items())
-        return _Buffer(flat, ids, [segment_of[i] for i in ids], runs)
+        self._start(fill=self.trusted)
 
     def _whole(self) -> GradBuckets:
         """Buckets over all slots: they outlive every step, since the slots never move."""
@@ -265,8 +257,41 @@ class FlatGradBuckets:
             )
             for b in self._buffers
         )
-        device = self._views[0].device if self._views else self._all_parameters[0].device
+        first = next(iter((*self._views, *self._all_parameters)), None)
+        device = torch.device("cpu") if first is None else first.device
         return GradBuckets(buckets, len(self.parameters), self.n_segments, self.names, device)
+
+
+def _grouped(parameters: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[int]]:
+    grouped: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, p in enumerate(parameters):
+        grouped.setdefault((p.device, _grad_dtype(p)), []).append(i)
+    return grouped
+
+
+def _lay_out(
+    key: tuple[torch.device, torch.dtype],
+    ids: list[int],
+    parameters: Sequence[Tensor],
+    segment_of: Sequence[int],
+    views: list[Tensor],
+) -> _Buffer:
+    """A buffer for the parameters with these positions, whose slots go into `views`."""
+    device, dtype = key
+    ids = sorted(ids, key=lambda i: segment_of[i])  # stable: one run a segment
+    unit = ALIGN // dtype.itemsize
+    starts, at = [], 0
+    for i in ids:
+        starts.append(at)
+        at += -(-parameters[i].numel() // unit) * unit
+    flat = torch.zeros(at, dtype=dtype, device=device)
+    bounds: dict[int, tuple[int, int]] = {}
+    for i, start, stop in zip(ids, starts, [*starts[1:], at], strict=True):
+        views[i] = _slot(flat, start, parameters[i])
+        first, _ = bounds.get(segment_of[i], (start, stop))
+        bounds[segment_of[i]] = (first, stop)
+    runs = tuple(Run(flat[a:b], segment) for segment, (a, b) in bounds.items())
+    return _Buffer(flat, ids, [segment_of[i] for i in ids], runs)
 
 
 def check_flat(parameters: Sequence[Tensor], names: Sequence[str] | None) -> None:

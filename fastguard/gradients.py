@@ -62,7 +62,7 @@ class Gradients:
         self.layout = self._lay_out()
         check_plain_shards(self.layout.parameters, group)
         self.team: Team | None = team_of(self.layout.parameters, group)
-        self.flat = self._flattened() if flat else None
+        self.flat = _flattened(self.layout) if flat else None
 
     def refresh(self) -> bool:
         """Looks whether the param groups hold other parameters than before; 0.03 µs a tensor."""
@@ -75,10 +75,11 @@ class Gradients:
         layout = self._lay_out()
         check_plain_shards(layout.parameters, self.group, replaced=known)
         self.team = team_of(layout.parameters, self.group)
-        self.layout = layout
         if self.flat is not None:
             self.flat.release()
-            self.flat = self._flattened()
+            # A gradient that is None stays so: a weight decay must not move its parameter now.
+            self.flat = _flattened(layout, fill=False)
+        self.layout = layout  # last: after an exception, all this is done again
         return True
 
     def check_new(self, named: Sequence[tuple[str | None, Tensor]]) -> None:
@@ -174,7 +175,7 @@ class Gradients:
     def _lay_out(self) -> Layout:
         return lay_out(self.optimizer.param_groups, self.scope, self.names)
 
-    def _flattened(self) -> FlatGradBuckets:
-        layout = self.layout
-        named = zip(layout.names, layout.parameters, strict=True)
-        return FlatGradBuckets(named, segments=layout.segments, n_segments=layout.n_segments)
+
+def _flattened(layout: Layout, *, fill: bool = True) -> FlatGradBuckets:
+    named = zip(layout.names, layout.parameters, strict=True)
+    return FlatGradBuckets(named, segments=layout.segments, n_segments=layout.n_segments, fill=fill)

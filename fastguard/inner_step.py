@@ -52,7 +52,10 @@ class StepSignature(NamedTuple):
         except (TypeError, ValueError):  # some callables of C have none
             return StepSignature()
         positional = [
-            p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+            p
+            for p in parameters
+            # A scheduler puts a function on the instance that looks like the unbound method.
+            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name != "self"
         ]
         first = positional[0] if positional else None
         shared = {"loss", "tag"} & {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}

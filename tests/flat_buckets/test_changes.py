@@ -1,11 +1,15 @@
 """Parameters that lose their gradient, thaw, freeze or change their dtype have the right slot."""
 
+import copy
+from contextlib import suppress
+
 import pytest
 import torch
 from torch import nn
 
 from fastguard import FlatGradBuckets, GuardedOptimizer
 from guardtest.flat import attached
+from guardtest.interrupts import interrupted
 from guardtest.training import new_parameters
 
 NAN = float("nan")
@@ -122,3 +126,79 @@ def test_gradients_of_another_dtype_than_the_parameter():
     p.grad = torch.tensor([3.0, 4.0, 1e-3])
     assert flat.measure().total_norm.item() == pytest.approx(5.0000001, rel=1e-7)
     assert attached(flat)
+
+
+@pytest.mark.parametrize("how", ["added", "deleted", "exchanged"])
+def test_a_gradient_that_is_none_while_groups_change_stays_none(how):
+    def run(flat):
+        a, b, c, d = new_parameters([(2,), (3,), (2,), (4,)])
+        groups = [{"params": [a, b]}, {"params": [d]}]
+        inner = torch.optim.AdamW(groups, lr=0.1, weight_decay=0.5)
+        opt = GuardedOptimizer(inner, flat_buckets=flat)
+        for step in range(4):
+            opt.zero_grad()
+            if step == 1:
+                if how == "added":
+                    opt.add_param_group({"params": [c]})
+                elif how == "deleted":
+                    del opt.param_groups[1]
+                else:
+                    opt.param_groups[1]["params"][0] = c
+            for p in (a, b, c, d):
+                p.grad = None
+            a.grad = torch.ones(2)
+            if step == 3:
+                b.grad, c.grad = torch.ones(3), torch.ones(2)
+            opt.step()
+            if step < 3:
+                assert b.grad is None
+        return [p.detach().clone() for p in (a, b, c, d)]
+
+    assert all(map(torch.equal, run(True), run(False)))
+
+
+def test_when_all_that_is_left_is_frozen_a_step_does_nothing_and_the_next_is_guarded():
+    a, c = new_parameters([(2,), (2,)])
+    c.requires_grad_(False)
+    opt = GuardedOptimizer(torch.optim.SGD([a], lr=0.1), max_norm=1.0, flat_buckets=True)
+    opt.add_param_group({"params": [c]})
+    del opt.param_groups[0]
+    before = c.detach().clone()
+    opt.step()
+    opt.zero_grad()
+    c.requires_grad_(True)
+    c.grad = torch.full((2,), NAN)
+    opt.step()
+    assert torch.equal(c, before)
+    opt.zero_grad()
+    c.sum().backward()
+    opt.step()
+    assert not torch.equal(c, before)
+    assert (opt.applied_steps, opt.skipped_steps) == (2, 1)
+    assert attached(opt._gradients.flat)
+
+
+def test_a_copy_of_a_guard_leaves_a_gradient_that_is_none_alone():
+    a, b = new_parameters([(2,), (3,)])
+    inner = torch.optim.SGD([a, b], lr=0.1, weight_decay=0.5)
+    twin = copy.deepcopy(GuardedOptimizer(inner, flat_buckets=True))
+    twin.step()  # a copied parameter has no gradient
+    assert all(map(torch.equal, twin.param_groups[0]["params"], (a, b)))
+    twin.zero_grad()
+    assert attached(twin._gradients.flat)
+
+
+def test_slots_that_were_laid_out_halfway_are_laid_out_again():
+    parameters = new_parameters([(2,), (3,), (4,)])
+    for at in range(0, 60, 2):
+        flat = FlatGradBuckets(parameters)
+        for p in parameters:
+            p.grad.fill_(2.0)
+        with suppress(KeyboardInterrupt), interrupted(at) as where:
+            flat._attach()
+        assert where
+        assert flat.measure().total_norm.item() == 6.0, where
+        flat.zero_()
+        assert attached(flat) and not any(p.grad.any() for p in parameters), where
+        for p in parameters:
+            p.grad = None
