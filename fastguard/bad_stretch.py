@@ -101,6 +101,10 @@ class BadStretch:
         """Counts the steps to the next snapshot from now."""
         self._applied = self._barring = 0
 
+    def keep_next(self) -> None:
+        """The next step that may be kept is."""
+        self._applied = self.every
+
     def now(self, step: int) -> Moment:
         """The moment after an optimizer step."""
         return Moment(self._line, step, self.rollbacks)
@@ -113,7 +117,7 @@ class BadStretch:
         """A state was loaded: steps in a row begin again, and the next good step is kept."""
         self._line += 1
         self._skips = self._spikes = self._barring = 0
-        self._applied = self.every
+        self.keep_next()
         self._waits = 1
 
     def go_back(self) -> None:

@@ -29,7 +29,14 @@ from fastguard.optimizer import GuardedOptimizer
 from fastguard.peers import Peers
 from fastguard.scaler import lower_scales_stay
 from fastguard.schedule import GuardedLR
-from fastguard.snapshot_places import POSITION, InMemory, InStore, NothingToRestore, Place
+from fastguard.snapshot_places import (
+    POSITION,
+    InMemory,
+    InStore,
+    NothingToRestore,
+    Place,
+    group_sizes,
+)
 from fastguard.weak_hooks import hook_weakly
 
 log = logging.getLogger("fastguard")
@@ -60,6 +67,8 @@ class Rollback:
     On several ranks, every rank constructs it and calls its methods at the same steps; all ranks go
     back to the same snapshot, or none does. Tensor learning rates stay the tensors they are. The
     scale of a `GradScaler` never grows by a rollback: a larger one would only overflow again.
+
+    After a param group was added, the next good step is kept, since no earlier state can be loaded.
 
     A state that the caller loads into the optimizer begins anew: steps before it no longer count,
     and the next good step is kept. Until then an earlier snapshot is what there is; call `snapshot`
@@ -149,6 +158,7 @@ class Rollback:
         self._positions: deque[tuple[int, Any]] = deque()  # each with the steps taken until then
         self._stretch = BadStretch(every, after_skips, after_spikes)
         hook_weakly(optimizer.register_load_state_dict_post_hook, self._go_on_from_loaded_state)
+        self._sizes = group_sizes(optimizer)
         self._place: Place
         if store is None:
             self._place = InMemory(optimizer, keep, Peers(optimizer.process_group))
@@ -194,8 +204,10 @@ class Rollback:
             TrainingDivergedError: `max_attempts` rollbacks did not get past the trouble, or no
                 snapshot is finite.
         """
-        now = self.optimizer.steps_taken
-        self._positions.append((now, position))
+        if self._sizes != (sizes := group_sizes(self.optimizer)):
+            self._sizes = sizes  # parameters have joined: earlier snapshots can no longer be loaded
+            self._stretch.keep_next()
+        self._positions.append((self.optimizer.steps_taken, position))
         reason = self._learn_all()
         if reason is None and self._stretch.is_due_after(1):
             # Alone: when others learn of this step must not depend on our snapshots.

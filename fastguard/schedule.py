@@ -190,7 +190,7 @@ class GuardedLR(LRScheduler):
             if not 0 < number_of("factor", factor, "use a number in (0, 1)") < 1:
                 raise ValueError(f"factor={factor!r} must be a number in (0, 1)")
             self._lowered *= factor
-        self._set()
+        self._show()
 
     def get_last_lr(self) -> list[float | Tensor]:
         """The learning rates in force, one a param group."""
@@ -241,7 +241,7 @@ class GuardedLR(LRScheduler):
         self._inbox.clear()  # of steps that the loaded state knows nothing of
         self._inbox.extend(_records(state_dict.get("told", ())))
         self._inbox.expect(_records(state_dict.get("coming", ())))
-        self._set()
+        self._show()
         self.held_at_floor = state_dict["held_at_floor"]  # without this look at the floor
 
     _lowered = 1.0  # by hand, for good
@@ -341,6 +341,13 @@ class GuardedLR(LRScheduler):
                 "for another one",
                 n - 1, self._lr.scheduled[-1], self.floor[-1], n - 1,
             )  # fmt: skip
+
+    def _show(self) -> None:
+        """Brings the groups up to date: between two blocks of `in_force` they are the trainer's."""
+        if self._is_others:
+            self._lr.put_back(self._groups)
+        else:
+            self._set()
 
     def _set(self, *, unless_changed: bool = False) -> None:
         held = False

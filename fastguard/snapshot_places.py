@@ -62,16 +62,23 @@ class Place(Protocol):
         ...
 
 
+def group_sizes(optimizer: torch.optim.Optimizer) -> tuple[int, ...]:
+    """How many parameters each param group has: a state of other sizes cannot be loaded."""
+    return tuple(len(group["params"]) for group in optimizer.param_groups)
+
+
 class _Slot(Snapshot):
     """A snapshot, and what is known of it.
 
     Attributes:
         moment: When it was taken.
+        sizes: The `group_sizes` of then.
         checked: Whether it was looked at while it was copied: at most of it, see `snapshot.LOOKED`.
         bad: What in it is not finite, on any rank; None: nobody has asked.
     """
 
     moment = Moment(0, 0)
+    sizes: tuple[int, ...] = ()
     checked = False
     bad: list[str] | None = None
 
@@ -109,6 +116,7 @@ class InMemory:
         else:
             slot = self._slots.popleft() if safe else self._slots.pop()
         slot.moment, slot.bad, slot.checked = moment, None, not safe
+        slot.sizes = group_sizes(self._optimizer)
         self._copied = slot.take(
             objects, moment.step, position, self._optimizer, check=slot.checked
         )
@@ -117,9 +125,12 @@ class InMemory:
 
     def restore(self, objects: Mapping[str, Any]) -> Taken:
         refused = []
+        what = "is finite"
         while self._slots:
             slot = self._slots[-1]
-            bad = self._bad(slot)
+            fits = slot.sizes == group_sizes(self._optimizer)
+            bad = self._bad(slot) if fits else ["taken with other param groups"]
+            what = what if fits else "can be restored"
             if not bad:
                 self._peers.together(lambda slot=slot: slot.restore(objects))
                 return Taken(slot.moment, slot.position)
@@ -129,7 +140,7 @@ class InMemory:
             raise NothingToRestore(
                 "there is no snapshot: the model has lazy modules and has taken no step"
             )
-        raise NothingToRestore(f"no snapshot is finite: {'; '.join(refused)}")
+        raise NothingToRestore(f"no snapshot {what}: {'; '.join(refused)}")
 
     def _is_one_finite(self, slots: list[_Slot]) -> bool:
         """Whether one of these is known to be finite."""

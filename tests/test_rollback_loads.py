@@ -168,3 +168,30 @@ def test_it_still_gives_up_after_loads() -> None:
     run.opt.load_state_dict(run.opt.state_dict())
     with pytest.raises(TrainingDivergedError, match="1 rollbacks did not get past"):
         run.batch(1, math.nan)
+
+
+def test_after_a_param_group_joined_the_next_good_step_is_kept() -> None:
+    run = Loop(every=100, after_skips=2)
+    late = torch.nn.Parameter(torch.ones(1))
+    run.step()
+    run.rollback.step(0)
+    run.opt.add_param_group({"params": [late], "lr": 0.01})
+    run.step()
+    run.rollback.step(1)
+    assert run.rollback.snapshots == [0, 2]
+    for i in (2, 3):
+        run.step(math.nan)
+        rewind = run.rollback.step(i)
+    assert rewind is not None and (rewind.step, rewind.skip) == (2, (2, 3))
+
+
+def test_a_state_of_other_param_groups_is_not_loaded_half() -> None:
+    run = Loop(every=100, after_skips=1)
+    run.step()
+    run.rollback.step(0)
+    before = run.model.weight.clone()
+    run.opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
+    run.step(math.nan)
+    with pytest.raises(TrainingDivergedError, match=r"can be restored.*with other param groups"):
+        run.rollback.step(1)
+    assert torch.equal(run.model.weight, before)

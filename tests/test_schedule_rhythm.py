@@ -238,6 +238,26 @@ def test_a_step_outside_of_the_block_has_what_the_trainer_wrote() -> None:
     assert lr_in_force(opt) == [1.0, 0.7, 0.35]
 
 
+def test_what_is_lowered_between_two_blocks_is_not_taken_for_the_trainer_s() -> None:
+    opt = guarded()
+    schedule = plateau(opt)
+    lr = GuardedLR(schedule)
+    with lr.in_force():
+        opt.step()
+    saved = copy.deepcopy(lr.state_dict())
+    lr.lower(0.5)  # as a rollback does
+    assert lr.get_last_lr() == [1.0]
+    for _ in range(2):
+        schedule.step(1.0)
+    with lr.in_force():
+        opt.step()
+    lr.load_state_dict(saved)
+    assert lr.get_last_lr() == [1.0]
+    with lr.in_force():
+        opt.step()
+    assert lr_in_force(opt) == pytest.approx([1.0, 0.05, 1.0])
+
+
 def test_a_cycle_by_step_under_a_longer_warm_up() -> None:
     plain, opt = guarded(momentum=0.9), guarded(momentum=0.9)
     bare = OneCycleLR(plain, max_lr=1.0, total_steps=20)
