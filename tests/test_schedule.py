@@ -317,7 +317,8 @@ def test_a_param_group_that_is_added_gets_its_place(constant: bool) -> None:
         opt.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 4.0})
     assert lr.state_dict()["scheduled"] == lr.get_last_lr()
     lr.lower()
-    assert opt.param_groups[2]["lr"] == 1.0
+    with lr.in_force():
+        assert opt.param_groups[2]["lr"] == 1.0
 
 
 def test_an_added_group_takes_the_last_entry_of_what_was_given_by_group(
