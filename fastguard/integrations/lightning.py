@@ -50,7 +50,7 @@ class GuardCallback(Callback):
     """Guards the optimizers of each `fit`, and logs what it saw of each step.
 
     Logs `train/grad_norm` (before clipping), `train/clip_coef` and `train/skipped_steps` (so far),
-    without waiting for a GPU; a schedule by step and running statistics read each verdict.
+    without waiting for a GPU; a schedule by step reads each verdict.
 
     Args:
         records: File of JSON lines that rank 0 appends each record to; those of a second optimizer
@@ -210,6 +210,8 @@ class GuardCallback(Callback):
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        if self._statistics is not None:
+            self._statistics.remove()
 
     def _tag(self, i: int) -> dict[str, Any]:
         """`global_step` is what the Trainer's counter shows after this step."""
