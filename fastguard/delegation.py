@@ -15,6 +15,7 @@ from inspect import isfunction
 from typing import Any
 
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from fastguard import distributed_checkpoint
 
@@ -114,8 +115,17 @@ class OptimizerAround(Optimizer):
         for event in ("step", "state_dict", "load_state_dict"):
             for when in ("pre", "post"):
                 setattr(self, f"_optimizer_{event}_{when}_hooks", OrderedDict())
+        self._failed_step_hooks: OrderedDict[int, Callable[..., None]] = OrderedDict()
         self._warned_capturable_if_run_uncaptured = True
         self._patch_step_function()
+
+    def register_failed_step_hook(
+        self, hook: Callable[[Optimizer, BaseException], None]
+    ) -> RemovableHandle:
+        """Calls `hook(optimizer, error)` after a step that raised, where no post-hook runs."""
+        handle = RemovableHandle(self._failed_step_hooks)
+        self._failed_step_hooks[handle.id] = hook
+        return handle
 
     def __getstate__(self) -> dict[str, Any]:
         # As in torch, copies carry no hooks; nor the `step` that a scheduler puts on the instance:

@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fastguard.buffer_places import Batch, Place
 from fastguard.decide import HostVerdict, Reason, Verdict
+from fastguard.errors import NonFiniteGradError, TrainingDivergedError
 from fastguard.optimizer import GuardedOptimizer
 
 log = logging.getLogger("fastguard")
@@ -37,9 +38,9 @@ def protect_buffers(
     """Takes the buffers of a model back to what they were whenever `optimizer` skips a step.
 
     Call it once, when the model holds what training begins with. All buffers go back, integer
-    counters too; after a step that was applied, only elements that have become NaN or Inf. Nothing
-    waits for a GPU, unless a buffer was replaced or resized, or is not a plain tensor. The
-    integrations for trainers do this by themselves.
+    counters too, and likewise where the guard raises; after a step that was applied, only elements
+    that have become NaN or Inf. Nothing waits for a GPU, unless a buffer was replaced or resized,
+    or is not a plain tensor. The integrations for trainers do this by themselves.
 
     Args:
         model: Its buffers are copied once, on their devices.
@@ -103,6 +104,7 @@ class ModelBuffers:
             return
         self._handles += [
             optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_failed_step_hook(self._after_error),
             optimizer.register_load_state_dict_post_hook(lambda _: self.keep()),
         ]
 
@@ -156,6 +158,11 @@ class ModelBuffers:
                     place.buffer.copy_(kept)
             else:
                 self._keep_odd()
+
+    def _after_error(self, optimizer: GuardedOptimizer, error: BaseException) -> None:
+        # Not for an interrupt or a lack of memory: that step may be tried again.
+        if isinstance(error, NonFiniteGradError | TrainingDivergedError):
+            self.put_back()
 
     def _are_as_before(self) -> bool:
         """Whether every buffer is still the tensor that it was, where it was."""

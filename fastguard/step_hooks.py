@@ -41,8 +41,10 @@ def with_own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
             name = f"Optimizer.step#{type(self).__name__}.step"
             with torch.autograd.profiler.record_function(name):
                 return with_hooks(self, *args, **kwargs)
-        except BaseException:
+        except BaseException as error:
             self._after_failure()  # type: ignore[attr-defined]
+            for hook in [*self._failed_step_hooks.values()]:  # type: ignore[attr-defined]
+                hook(self, error)
             raise
 
     hooked.hooked = True  # or torch would put its own hooks around it

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 
 import fastguard.model_buffers as model_buffers
-from fastguard import GuardedOptimizer, NonFiniteGradError, Rollback, SpikeRule, protect_buffers
+from fastguard import (
+    GuardedOptimizer,
+    NonFiniteGradError,
+    Rollback,
+    SpikeRule,
+    TrainingDivergedError,
+    protect_buffers,
+)
 from fastguard.decide import HostVerdict, Reason, Verdict
 
 
@@ -417,12 +424,34 @@ def test_wrong_arguments_are_named() -> None:
         protect_buffers(loop.model, loop.opt, also=["amax"])  # type: ignore[list-item]
 
 
-def test_after_a_step_that_raised_the_buffers_go_back_by_hand() -> None:
-    loop = Loop(nn.BatchNorm1d(4), nonfinite="raise")
-    buffers = protect_buffers(loop.model, loop.opt)
+@pytest.mark.parametrize(
+    ("guard", "error"),
+    [
+        ({"nonfinite": "raise"}, NonFiniteGradError),
+        ({"max_consecutive_skips": 1}, TrainingDivergedError),
+    ],
+    ids=["raise", "budget"],
+)
+def test_where_the_guard_raises_they_go_back_too(guard: dict, error: type[Exception]) -> None:
+    loop = Loop(nn.BatchNorm1d(4), **guard)
+    protect_buffers(loop.model, loop.opt)
     loop.batch(0)
     kept = buffers_of(loop.model)
-    with pytest.raises(NonFiniteGradError):
-        loop.batch(1, bad=True)
-    buffers.put_back()
+    with pytest.raises(error):  # the second at the latest
+        for i in (1, 2):
+            loop.batch(i, bad=True)
     assert same(buffers_of(loop.model), kept)
+    assert loop.evaluation().isfinite().all()
+
+
+def test_a_step_that_is_interrupted_may_be_tried_again() -> None:
+    loop = Loop(nn.BatchNorm1d(4), fused=False)
+    protect_buffers(loop.model, loop.opt)
+    fail = loop.opt.optimizer.register_step_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loop.batch(0)
+    fail.remove()
+    left = buffers_of(loop.model)
+    loop.opt.step()
+    assert same(buffers_of(loop.model), left)
+    assert loop.model[1].num_batches_tracked == 1
