@@ -1,12 +1,86 @@
-"""Which file a command's argument RUN names, and whether it exists yet."""
+"""Which file a command's argument RUN names, whether it exists yet, and whose lines it holds."""
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
+from collections.abc import Iterable
+from dataclasses import MISSING, fields
+from itertools import islice
 from pathlib import Path
+from typing import Literal
 
+from fastguard.commands.terminal import printable
 from fastguard.commands.usage import UsageError
+from fastguard.records import StepRecord
 from fastguard.sinks import rotated_files
+
+Writer = Literal["fastguard", "another program", "unknown"]
+
+LOOKED_AT = 256 << 10
+"""Bytes at the beginning of a file that say who wrote it."""
+
+_KEYS = frozenset(field.name for field in fields(StepRecord))
+_REQUIRED = frozenset(
+    field.name
+    for field in fields(StepRecord)
+    if field.default is MISSING and field.default_factory is MISSING
+)
+
+
+def writer_of(lines: Iterable[bytes | str]) -> Writer:
+    """Who wrote these lines of JSON: the one question that `report`, `monitor` and `scan` ask.
+
+    One record is enough for `"fastguard"`: a file may begin with lines that a crash cut short or
+    filled with zeros. `"another program"` is a JSON object with keys that no record has. Anything
+    else says nothing.
+
+    Example:
+        >>> writer_of(['{"step": 3, "total_norm": 1.5, "clip_coef": 1, "action": "applied"}'])
+        'fastguard'
+        >>> writer_of(['{"step": 3, "loss": NaN}'])
+        'another program'
+        >>> writer_of(["epoch 3 loss nan"])
+        'unknown'
+    """
+    writer: Writer = "unknown"
+    for line in lines:
+        if not line.lstrip().startswith(b"{" if isinstance(line, bytes) else "{"):
+            continue
+        try:
+            keys = json.loads(line).keys()
+        except (ValueError, RecursionError):
+            continue
+        if keys >= _REQUIRED:
+            return "fastguard"
+        if keys - _KEYS:
+            writer = "another program"
+    return writer
+
+
+def refuse_lines_of_others(run: Path) -> None:
+    """Checks the beginning of a run's newest file that holds anything.
+
+    Raises:
+        UsageError: It holds JSON lines, and none of them is a record of fastguard.
+    """
+    for path in (run, *reversed(rotated_files(run))):
+        if not path.is_file():
+            continue
+        try:
+            with path.open("rb") as file:
+                writer = writer_of(islice(file.read(LOOKED_AT).splitlines(), 1000))
+        except FileNotFoundError:  # renamed by a rotation since it was listed
+            continue
+        if writer == "another program":
+            name = printable(shlex.quote(str(path)))
+            raise UsageError(
+                f"{name} holds JSON lines of another program, not records of fastguard; "
+                f"use: fastguard scan {name}"
+            )
+        if writer == "fastguard":
+            return
 
 
 def find_run(run: str | os.PathLike[str]) -> Path:
@@ -43,11 +117,13 @@ def file_of(run: Path) -> Path:
     """The current file of a run.
 
     Raises:
-        UsageError: There is none, there are several, or it is a pipe or a device.
+        UsageError: There is none, there are several, it is a pipe or a device, or it holds the
+            JSON lines of another program.
     """
     path = find_run(run)
     if path.exists() and not path.is_file():
         raise UsageError(f"{path} is no regular file; give the file of a JsonLinesSink")
+    refuse_lines_of_others(path)
     return path
 
 

@@ -3,7 +3,8 @@
 import pytest
 
 from fastguard import JsonLinesSink, StepRecord
-from fastguard.commands.run_files import find_run
+from fastguard.commands.cli import main
+from fastguard.commands.run_files import find_run, refuse_lines_of_others, writer_of
 from fastguard.commands.usage import UsageError
 
 
@@ -30,3 +31,53 @@ def test_nothing_to_read_is_wrong_use(tmp_path):
         find_run(tmp_path)
     with pytest.raises(UsageError, match="no such file"):
         find_run(tmp_path / "records.jsonl")
+
+
+RECORD = '{"step": 3, "total_norm": 1.5, "clip_coef": 1.0, "action": "applied", "new_key": 1}'
+FOREIGN = [
+    '{"loss": NaN, "step": 1}',
+    '{"_step": 3, "_runtime": 12.5, "train/loss": "NaN"}',
+    '{"step": 1, "total_norm": 0.5, "clip_coef": 1.0, "loss": 2.0}',
+    '{"log_history": []}',
+]
+
+
+@pytest.mark.parametrize("before", [b"", b"\x00" * 64 + b"\n", b'{"step": 2, "total_no\n[1]\n'])
+def test_one_record_says_that_fastguard_wrote_the_lines(before):
+    assert writer_of((before + RECORD.encode()).splitlines()) == "fastguard"
+    assert writer_of([*FOREIGN, RECORD]) == "fastguard"
+
+
+@pytest.mark.parametrize("line", FOREIGN)
+def test_json_lines_of_other_programs_are_known(line):
+    assert writer_of([line]) == writer_of([line.encode()]) == "another program"
+
+
+@pytest.mark.parametrize(
+    "line", ["", "epoch 3 loss nan", "[1]", '{"step": 1', '{"step": 1}', "{" * 100_000, "{}"]
+)
+def test_other_lines_say_nothing_of_their_writer(line):
+    assert writer_of([line]) == "unknown"
+
+
+@pytest.mark.parametrize("command", [["report"], ["monitor", "--once"]], ids=lambda c: c[0])
+@pytest.mark.parametrize("line", FOREIGN)
+def test_lines_of_others_are_refused_with_the_command_that_reads_them(
+    command, line, tmp_path, capsys
+):
+    path = tmp_path / "my run.jsonl"
+    path.write_text(f"{line}\n" * 3)
+    assert main([*command, str(path)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert f"use: fastguard scan '{path}'" in captured.err
+    assert not (tmp_path / "my run.html").exists()
+
+
+def test_an_empty_file_after_a_rotation_is_judged_by_the_last_full_one(tmp_path):
+    path = write(tmp_path / "records.jsonl", 100, max_bytes=2048)
+    path.write_bytes(b"")
+    refuse_lines_of_others(path)
+    (tmp_path / "records.jsonl").write_text(FOREIGN[0])
+    with pytest.raises(UsageError, match="another program"):
+        refuse_lines_of_others(path)
