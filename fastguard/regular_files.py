@@ -1,0 +1,70 @@
+"""Opening what must be a regular file: a pipe makes a reader wait, a device never ends."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from typing import BinaryIO
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+class NotRegularFile(OSError):
+    """A pipe, a device, a socket or a folder where a regular file is expected, or a link there."""
+
+
+def open_regular(
+    path: str | os.PathLike[str], *, follow_links: bool = True, buffering: int = -1
+) -> BinaryIO:
+    """Opens a regular file for reading, in binary; waits for nothing and reads from no device.
+
+    Args:
+        path: The file.
+        follow_links: Whether the name may be a symbolic link to a regular file: yes for what a user
+            names, no for what a file or folder from elsewhere names.
+        buffering: As in `open`.
+
+    Raises:
+        NotRegularFile: It is something else; `strerror` says what.
+        OSError: It cannot be opened.
+
+    Example:
+        >>> open_regular(os.devnull)
+        Traceback (most recent call last):
+        fastguard.regular_files.NotRegularFile: [Errno 22] is a device, not a regular file: ...
+    """
+    # Before it is opened: opening some devices does something (a tape rewinds, a watchdog starts).
+    check_regular(os.stat(path, follow_symlinks=follow_links), path)
+    # O_NONBLOCK: a pipe that took its place meanwhile is not waited for.
+    flags = os.O_RDONLY | _flags("O_NONBLOCK", "O_CLOEXEC", "O_BINARY", "O_NOCTTY")
+    handle = os.open(path, flags if follow_links else flags | _flags("O_NOFOLLOW"))
+    try:
+        check_regular(os.fstat(handle), path)
+        return open(handle, "rb", buffering=buffering)
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def check_regular(found: os.stat_result, path: str | os.PathLike[str]) -> None:
+    """Raises `NotRegularFile` if `os.stat` found anything but a regular file."""
+    kind = stat.S_IFMT(found.st_mode)
+    if kind != stat.S_IFREG:
+        what = "a symbolic link" if kind == stat.S_IFLNK else _KINDS.get(kind, "no file")
+        error = errno.EISDIR if kind == stat.S_IFDIR else errno.EINVAL
+        raise NotRegularFile(error, f"is {what}, not a regular file", os.fspath(path))
+
+
+def _flags(*names: str) -> int:
+    """The flags of `os.open` that this system has."""
+    flags = 0
+    for name in names:
+        flags |= getattr(os, name, 0)
+    return flags
