@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastguard import JsonLinesSink, Replicated, TrainingDivergedError, Warmup, read_records
+from fastguard import Replicated, TrainingDivergedError, Warmup, read_records
 from fastguard.commands.demo.incidents.detector_faults import Faults, Kind
 from fastguard.integrations.ultralytics import guard
 from guardtest import require
@@ -321,9 +321,14 @@ def test_too_many_skips_end_the_run_with_their_records_written(tmp_path):
 def test_the_callbacks_travel_to_the_processes_of_other_gpus(tmp_path):
     """The trainer pickles them for its workers."""
     model = YOLO("yolo11n.yaml")
-    guard(model, max_norm=3.0, sinks=[JsonLinesSink])
+    guard(model, max_norm=3.0, records=tmp_path / "records.jsonl", sinks=[print])
     copies = pickle.loads(pickle.dumps(model.callbacks["on_pretrain_routine_end"]))
-    assert copies[-1].__self__._options["max_norm"] == 3.0
+    guarded = copies[-1].__self__
+    assert guarded._options["max_norm"] == 3.0
+    assert (guarded._records.records, guarded._records.sinks) == (
+        tmp_path / "records.jsonl",
+        (print,),
+    )
 
 
 def test_wrong_use_is_named():
