@@ -68,7 +68,7 @@ class Place:
             kept: The buffer as it was.
             whole: All of them, also with their old shape.
         """
-        now = self._table.get(self._name)
+        now: Any = self._table.get(self._name)
         if not _has_values(now):
             return
         part = _part(now)

@@ -37,7 +37,7 @@ class GroupValues:
 
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
-        self.scheduled: list[float | None] = []
+        self.scheduled: list[Any] = []
         self._held: list[float | None] = []
 
     def join(self, groups: Sequence[Group]) -> None:

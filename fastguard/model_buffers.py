@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from fastguard.buffer_places import Batch, Place
@@ -159,7 +160,7 @@ class ModelBuffers:
             else:
                 self._keep_odd()
 
-    def _after_error(self, optimizer: GuardedOptimizer, error: BaseException) -> None:
+    def _after_error(self, _: Optimizer, error: BaseException) -> None:
         # Not for an interrupt or a lack of memory: that step may be tried again.
         if isinstance(error, NonFiniteGradError | TrainingDivergedError):
             self.put_back()

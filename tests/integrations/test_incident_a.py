@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import pytest
 
-from fastguard import GuardedOptimizer, read_records
+from fastguard import read_records
 from fastguard.commands.cli import main
 from fastguard.commands.demo.incidents import detector
 from fastguard.commands.demo.incidents.detector import BATCHES, FAULTS
 from fastguard.integrations import ultralytics_callbacks
+from fastguard.integrations.shared import guarded
 from guardtest import require
 
 LETTER = "A"
@@ -115,8 +115,10 @@ def test_the_picture_is_there(folder):
 
 
 def test_without_skipping_the_weights_are_lost(monkeypatch, tmp_path):
-    applying = functools.partial(GuardedOptimizer, nonfinite="propagate")
-    monkeypatch.setattr(ultralytics_callbacks, "GuardedOptimizer", applying)
+    def applying(optimizer, model, options, **of_trainer):
+        return guarded(optimizer, model, {**options, "nonfinite": "propagate"}, **of_trainer)
+
+    monkeypatch.setattr(ultralytics_callbacks, "guarded", applying)
     outcome = detector.run(tmp_path, guarded=True)
     assert not outcome.survived and not outcome.facts["weights"]
 
