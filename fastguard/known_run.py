@@ -53,8 +53,21 @@ class KnownRun(OptimizerAround):
         return twin
 
     def records(self) -> list[StepRecord]:
-        """The records of finished steps since the last call, oldest first. Never waits."""
+        """Takes out the records of finished steps: each is returned once, oldest first.
+
+        A second call returns only what has come since; `history` looks without taking out. Never
+        waits.
+        """
         return self._recorder.drain()
+
+    @property
+    def history(self) -> list[StepRecord]:
+        """The last 4096 records of finished steps, oldest first; leaves those of `records()` there.
+
+        Steps that were taken back by a load or a rollback are still in it. Never waits.
+        """
+        self._recorder.poll()
+        return list(self._recorder.history)
 
     def flush(self) -> list[StepRecord]:
         """As `records()`, but waits for the steps that the device has not finished."""

@@ -140,6 +140,7 @@ class GuardedOptimizer(KnownRun):
             optimizer, clip_scope, names, self.norm_type, flat_buckets, group
         )
         self._device = self._gradients.device
+        self._recorder = Recorder()
         self._limits: tuple[float, ...] = ()
         self._policy = self._current_policy()
         self._state = GuardState.fresh(self._policy, self._device)
@@ -147,7 +148,6 @@ class GuardedOptimizer(KnownRun):
             self._gradients.team.loss_names.reserve([s for s in rules if s != GRAD_NORM])
         self._unmet = None if self._gradients.team else UnmetRules.of(rules)
         self._observed = ObservedLosses()
-        self._recorder = Recorder()
         self._stepper = stepper_for(optimizer)
         self._signature = StepSignature.of(optimizer)
         self.last: Verdict | None = None
@@ -336,6 +336,7 @@ class GuardedOptimizer(KnownRun):
                 tuple(self.rules),
                 limited=min(now, default=math.inf) != math.inf,
             )
+            self._recorder.max_norm = now[0] if self.clip_scope == "global" else math.inf
             self._limits = now
         return self._policy
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastguard.advice import Advice
 from fastguard.decide import HostVerdict, Known, Reason, Verdict
 from fastguard.errors import NAMED_CULPRITS, Culprit, describe_culprits
 from fastguard.inbox import Inbox
@@ -28,7 +29,7 @@ from fastguard.strict_json import strict
 log = logging.getLogger("fastguard")
 
 KEPT = 4096
-"""Records kept for `records()`; if nobody fetches them the oldest are dropped."""
+"""Records kept for `records()`, and for `history`; beyond them the oldest are dropped."""
 
 INBOX = 1 << 16
 """Records kept for a subscriber that takes none out: 36 MB, more steps than most epochs have."""
@@ -289,11 +290,16 @@ class Recorder:
     for each subscriber that is still there.
 
     Attributes:
+        history: The last finished records, whoever has fetched them.
+        max_norm: The limit of the whole model's norm now; inf: there is none.
         undelivered: Finished records that the subscribers are still to get.
     """
 
     def __init__(self) -> None:
         self.finished: deque[StepRecord] = deque(maxlen=KEPT)
+        self.history: deque[StepRecord] = deque(maxlen=KEPT)
+        self.max_norm = math.inf
+        self._advice = Advice()
         self.last: StepRecord | None = None
         self._ring: Ring | None = None
         self._newest: Verdict | None = None
@@ -308,7 +314,7 @@ class Recorder:
     def __getstate__(self) -> dict[str, Any]:
         # Sinks and subscribers belong to the run, not to a copy of its optimizer.
         self.wait()
-        return {"finished": self.finished, "last": self.last}
+        return {name: getattr(self, name) for name in ("finished", "history", "max_norm", "last")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]
@@ -423,9 +429,12 @@ class Recorder:
         if record is not self.last:
             if record.reason is not None:
                 log.log(logging.WARNING if record.is_incident else logging.INFO, "%s", record)
+            self._advice.see(record, self.max_norm)
             self.last = record
         if not self.finished or self.finished[-1] is not record:
             self.finished.append(record)
+        if not self.history or self.history[-1] is not record:
+            self.history.append(record)
         if self._inboxes and (not self.undelivered or self.undelivered[-1] is not record):
             self.undelivered.append(record)
         if self.sinks:

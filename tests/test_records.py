@@ -153,6 +153,21 @@ def test_records_are_handed_out_once():
     assert [r.step for r in opt.flush()] == [3]
 
 
+def test_the_history_can_be_looked_at_again_and_again():
+    _, opt = guard()
+    for n in (1, 2, 3):
+        opt.step()
+        assert [r.step for r in opt.history] == list(range(1, n + 1))
+    opt.history.clear()  # a list of its own
+    assert [r.step for r in opt.records()] == [1, 2, 3]
+    assert opt.records() == []
+    opt.step()
+    assert [r.step for r in opt.history] == [1, 2, 3, 4]
+    assert [r.step for r in opt.records()] == [4]
+    assert [r.step for r in copy.deepcopy(opt).history] == [1, 2, 3, 4]
+    assert opt.history[-1] is opt.history[-1]
+
+
 def test_memory_is_bounded_when_nobody_fetches(monkeypatch):
     recorder = Recorder()
     for step in range(KEPT + 10):
@@ -161,6 +176,7 @@ def test_memory_is_bounded_when_nobody_fetches(monkeypatch):
     assert len(records) == KEPT
     assert records[0].step == 10
     assert recorder.drain() == []
+    assert (len(recorder.history), recorder.history[0].step) == (KEPT, 10)
 
 
 def test_a_record_holds_no_tensor():
