@@ -86,7 +86,7 @@ def reader(grads: list[torch.Tensor], one: Try, device: torch.device) -> Callabl
     with mock.patch.object(chunks, "chunk_size", size), mock.patch.dict(chunks._tables, clear=True):
         table = chunks.table_of(bucket, 1, n_programs(device, tuning))
     dtype, n = bucket.dtype, len(grads)
-    return lambda: measure_chunks(table, device, dtype, 1, n, 2.0, None, tuning)
+    return lambda: measure_chunks(table, device, dtype, 1, n, 2.0, None, False, tuning)
 
 
 def measured(device: torch.device, dtype: torch.dtype, read_gb_s: float) -> list[dict[str, Any]]:

@@ -6,7 +6,9 @@ other powers, float64 gradients, and many segments of one small tensor each.
 The sum is also the finiteness flag: NaN or Inf in it send the segment to the exact look, which
 counts NaN, +Inf and -Inf and sums the rest. What float32 cannot hold is noticed too and done again
 in float64: a row that overflows makes the sum infinite, and a sum under
-`n_elements * 2**-126 * 1e9` may have lost squares to underflow.
+`n_elements * 2**-126 * 1e9` may have lost squares to underflow. What float64 cannot hold is noticed
+in the same way, and done again with elements divided by the largest: there the result is the norm,
+see `fastguard.measure.holds_norms`.
 """
 
 from __future__ import annotations
@@ -25,11 +27,13 @@ from fastguard import cpu_l2
 from fastguard.buckets import GradBucket
 from fastguard.cpu_threads import GRAIN, few, in_pieces, sum_of_squares
 from fastguard.gather import gathered
+from fastguard.measure import holds_norms
 
 PIECE = 2**18  # elements that become float64 at a time: 2 MB
 SMALL = 2**12  # elements up to which a segment of one tensor is summed together with others
 FEW = 8  # of them; fewer are summed one by one
 TINY_SQUARE = 2.0**-126  # smallest normal float32: smaller squares may be flushed to zero
+TINY_POWER = 2.0**-960  # of float64: powers that are flushed to zero are less than 2**-62 of this
 
 PARTS = "parts"  # the note of a bucket whose runs outlive the step: their addresses, and `Part`s
 
@@ -63,7 +67,7 @@ class Part:
 def measure(
     bucket: GradBucket, n_segments: int, norm_type: float
 ) -> tuple[list[float], dict[int, Counts]]:
-    """Power sums of the finite elements of each segment, and counts of the others.
+    """Power sums, or norms, of the finite elements of each segment, and counts of the others.
 
     Args:
         bucket: CPU gradients of one dtype.
@@ -71,24 +75,24 @@ def measure(
         norm_type: p > 0; `inf` gives the maximum in place of the power sum.
 
     Returns:
-        S power sums, and `{position in bucket.grads: (nan, posinf, neginf)}` of the bad tensors
-        alone.
+        S power sums (norms, where `holds_norms` of this dtype), and `{position in bucket.grads:
+        (nan, posinf, neginf)}` of the bad tensors alone.
     """
     sums = [0.0] * n_segments
     bad: dict[int, Counts] = {}
     parts = _parts(bucket)
+    roots = holds_norms(bucket.dtype, norm_type)
     known = _sums_of_small_ones(parts, norm_type)
     for part in parts:
         total = known.get(part.segment)
         if total is None:
             total = _clean_sum(part, bucket.dtype, norm_type)
-            is_true = _trustworthy(total, bucket, part.positions, norm_type)
-        else:
-            is_true = math.isfinite(total)
-        if not is_true:
-            total, found = _exact(bucket, part.positions, norm_type)
-            bad.update(found)
-        sums[part.segment] = total
+        if _trustworthy(total, bucket, part, norm_type, part.segment in known):
+            sums[part.segment] = _root(total, norm_type) if roots else total
+            continue
+        exact = _exact_norm if roots else _exact
+        sums[part.segment], found = exact(bucket, part.positions, norm_type)
+        bad.update(found)
     return sums, bad
 
 
@@ -160,16 +164,30 @@ def _not_empty(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _trustworthy(
-    total: float, bucket: GradBucket, positions: Sequence[int], norm_type: float
+    total: float, bucket: GradBucket, part: Part, norm_type: float, in_float64: bool
 ) -> bool:
+    """Whether a sum is finite, and large enough to have lost nothing to underflow."""
     if not math.isfinite(total):
         return False
-    if norm_type != 2.0 or bucket.dtype is torch.float64:
+    if total > 1e-12 or norm_type == math.inf:  # no gradient that fits a machine can lose anything
         return True
-    if total > 1e-12:  # no gradient that fits a machine can lose anything here
+    if holds_norms(bucket.dtype, norm_type):
+        least = TINY_POWER
+    elif norm_type == 2.0 and not in_float64:
+        least = TINY_SQUARE * 1e9
+    else:
         return True
-    n_elements = sum(bucket.grads[i].numel() for i in positions)
-    return total > n_elements * TINY_SQUARE * 1e9
+    return total > sum(bucket.grads[i].numel() for i in part.positions) * least
+
+
+def _root(power_sum: float, norm_type: float) -> float:
+    """The norm; inf where it is beyond float64, as it may be for p < 1."""
+    if norm_type == 2.0:
+        return math.sqrt(power_sum)
+    try:
+        return power_sum ** (1.0 / norm_type)
+    except OverflowError:
+        return math.inf
 
 
 # Everything, exactly, in float64.
@@ -221,6 +239,21 @@ def _exact(
                 part = _float64_power_sum(torch.where(finite, x, 0.0), norm_type)
         parts.append(part)
     return (max(parts, default=0.0) if norm_type == math.inf else sum(parts)), bad
+
+
+def _exact_norm(
+    bucket: GradBucket, positions: Sequence[int], norm_type: float
+) -> tuple[float, dict[int, Counts]]:
+    """The same of the norm, whatever the powers would be: of elements divided by the largest."""
+    largest, bad = _exact(bucket, positions, math.inf)
+    if largest == 0.0:
+        return 0.0, bad
+    grads = [bucket.grads[i] for i in positions]
+    pieces = (x.div(largest) for x, _ in _float64_pieces(grads))
+    if bad:
+        pieces = (torch.where(x.isfinite(), x, 0.0) for x in pieces)
+    total = sum(_float64_power_sum(x, norm_type) for x in pieces)
+    return _root(total, norm_type) * largest, bad
 
 
 def _count(

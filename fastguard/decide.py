@@ -277,7 +277,7 @@ def raise_if_nonfinite(
 
     Raises:
         NonFiniteGradError: A gradient element or a loss is NaN or Inf, and a lower loss scale does
-            not cure it.
+            not cure it; or the elements are finite and their norm is beyond float64.
     """
     if signals is not None and (lowers := only_lowers_scale(signals)) is not None and lowers:
         return
@@ -292,6 +292,16 @@ def raise_if_nonfinite(
         if as_torch:
             message = f"{TORCH_SENTENCE.format(norm_type=stats.norm_type)}. The {message}"
         raise NonFiniteGradError(message, culprits)
+    on_ranks = signals is not None and signals.bad_ranks is not None
+    may_exceed = stats.rooted or stats.norm_type < 1.0 or on_ranks
+    if may_exceed and stats.total_norm64.item() == math.inf:
+        message = (
+            f"the norm of order {stats.norm_type} of the gradients is beyond float64, although "
+            "every element is finite; nothing was changed"
+        )
+        if as_torch:
+            message = f"{TORCH_SENTENCE.format(norm_type=stats.norm_type)}. Here {message}"
+        raise NonFiniteGradError(message, [])
     losses = [] if signals is None else signals.losses.tolist()  # 0 where no rank gave one
     bad = [(i, loss) for i, loss in enumerate(losses) if not math.isfinite(loss)]
     if signals is not None and bad:

@@ -55,7 +55,9 @@ def decide(
     bad_loss = not all(map(math.isfinite, losses.values()))
     lowers = overflow and not bad_loss and _scale_falls(signals)
     grad_fault, loss_fault = _faults(policy.nonfinite, bad_grad, bad_loss, overflow, lowers)
-    fault = grad_fault or loss_fault
+    # No float64 holds the norm of these finite elements; propagate clips them to zero, as torch.
+    too_large = total_norm == math.inf and policy.nonfinite != "propagate"
+    fault = grad_fault or loss_fault or too_large
 
     thresholds: list[float] = []
     spikes: list[bool] = []
@@ -76,7 +78,7 @@ def decide(
     if skip:
         multiplier = torch.ones_like(clip_coef)
     clean = policy.nonfinite == "zero" and bad_grad and not skip
-    reason = _reason(lowers, bad_grad or overflow, loss_fault, spikes, policy)
+    reason = _reason(lowers, bad_grad or overflow or too_large, loss_fault, spikes, policy)
     step, in_a_row = (0, 0) if state is None else _count_step(state, skip, lowers)
     norm = _float64(total_norm)
     return HostVerdict(
@@ -107,7 +109,9 @@ def decide(
 
 
 def _total_norm(stats: GradStats, sums: list[float]) -> float:
-    if stats.norm_type != 2.0:
+    if stats.rooted and len(sums) == 1:
+        return sums[0]
+    if stats.rooted or stats.norm_type != 2.0:
         return stats.total_norm64.item()
     return math.sqrt(sum(sums))  # not fsum, nor ** above: they raise where this overflows
 

@@ -2,6 +2,10 @@
 
     GradStats.power_sum[s] = sum over the finite elements g of segment s of |g * inv_scale|^p
 
+Where that sum can leave float64 (squares of float64 gradients, tenth powers of float32 ones), the
+stages hand on its root instead, taken of elements that were divided by the largest: see
+`holds_norms`.
+
 I/O: reads every gradient once (N bytes), writes O(S + T) numbers. Only a segment whose sum is not
 finite is looked at again, to count what is NaN, +Inf or -Inf in which tensor.
 """
@@ -27,12 +31,14 @@ class GradStats:
     """What one read of the gradients says. All tensors live on one device.
 
     Attributes:
-        summary: float64 `(4, S)`: of each segment the power sum and how many elements are NaN, +Inf
-            and -Inf. One tensor, because that is what ranks exchange.
+        summary: float64 `(4, S)`: of each segment the power sum (or norm, see `rooted`) and how
+            many elements are NaN, +Inf and -Inf. One tensor, because that is what ranks exchange.
         counts: int64 `(3, T)`: NaN, +Inf and -Inf of each tensor on this rank.
         norm_type: p.
         names: One name a tensor, or None: then they are called `parameter i`.
         float64: Whether any gradient is float64; `total_norm` is then float64 too.
+        rooted: Whether the first row of `summary` holds norms in place of power sums: these could
+            leave float64. False for the inf-norm, whose "power sum" is the norm.
     """
 
     summary: Tensor
@@ -40,11 +46,16 @@ class GradStats:
     norm_type: float
     names: Sequence[str] | None = None
     float64: bool = False
+    rooted: bool = False
 
     @property
     def power_sum(self) -> Tensor:
-        """float64 `(S,)`: sum of |g|^p over the finite elements; for the inf-norm their maximum."""
-        return self.summary[0]
+        """float64 `(S,)`: sum of |g|^p over the finite elements; for the inf-norm their maximum.
+
+        Where it leaves float64 it is inf or 0; `segment_norms` are right there too.
+        """
+        values = self.summary[0]
+        return values.pow(self.norm_type) if self.rooted else values
 
     @property
     def segment_counts(self) -> Tensor:
@@ -69,15 +80,18 @@ class GradStats:
     @property
     def segment_norms(self) -> Tensor:
         """float64 `(S,)`: the norm of the finite elements of each segment."""
-        return root(self.power_sum, self.norm_type)
+        values = self.summary[0]
+        return values if self.rooted else root(values, self.norm_type)
 
     @property
     def total_norm64(self) -> Tensor:
         """float64 `()`: the norm of the finite elements of the whole model."""
-        sums = self.power_sum
-        if sums.numel() == 1:
-            return root(sums[0], self.norm_type)
-        whole = sums.amax() if self.norm_type == math.inf and sums.numel() else sums.sum()
+        values = self.summary[0]
+        if self.rooted:
+            return values[0] if values.numel() == 1 else norm_of_norms(values, self.norm_type)
+        if values.numel() == 1:
+            return root(values[0], self.norm_type)
+        whole = values.amax() if self.norm_type == math.inf and values.numel() else values.sum()
         return root(whole, self.norm_type)
 
     @property
@@ -109,6 +123,27 @@ def root(power_sum: Tensor, norm_type: float) -> Tensor:
     return power_sum.sqrt() if norm_type == 2.0 else power_sum.pow(1.0 / norm_type)
 
 
+LARGEST_POWER = 6.0
+"""p up to which a sum of |x|^p stays in float64 for every float32 x: 2**-149 to 2**128."""
+
+
+def holds_norms(dtype: torch.dtype, norm_type: float) -> bool:
+    """Whether what a stage measures of gradients of this dtype are norms in place of power sums."""
+    return norm_type != math.inf and (dtype is torch.float64 or norm_type > LARGEST_POWER)
+
+
+def norm_of_norms(norms: Tensor, norm_type: float) -> Tensor:
+    """float64: the norm of everything, from the norms of its parts along the first dimension.
+
+    Right wherever it is a float64 itself; inf where it is larger than any.
+    """
+    if not norms.shape[0]:
+        return norms.sum(0)
+    largest = norms.amax(0)
+    unit = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
+    return root((norms / unit).pow(norm_type).sum(0), norm_type) * unit
+
+
 def measure(
     buckets: GradBuckets, norm_type: float = 2.0, inv_scale: Tensor | None = None
 ) -> GradStats:
@@ -124,24 +159,31 @@ def measure(
         The stats, on `buckets.device`. Waits for a GPU only if they come from there to a CPU.
     """
     home = buckets.device
+    rooted = any(holds_norms(bucket.dtype, norm_type) for bucket in buckets.buckets)
     summary = counts = None
     for bucket in buckets.buckets:
         part, found = backend.stages(bucket.device).measure(
             bucket, buckets.n_measured, buckets.n_tensors, norm_type, inv_scale
         )
         part, found = moved(part, home), moved(found, home)
-        summary = part if summary is None else _joined(summary, part, norm_type)
+        if rooted and not holds_norms(bucket.dtype, norm_type):
+            part[0] = root(part[0], norm_type)
+        summary = part if summary is None else _joined(summary, part, norm_type, rooted)
         counts = found if counts is None else counts + found
     if summary is None or counts is None:
         summary = torch.zeros(4, buckets.n_measured, dtype=torch.float64, device=home)
         counts = torch.zeros(3, buckets.n_tensors, dtype=torch.int64, device=home)
-    return GradStats(summary, counts, norm_type, buckets.names, buckets.float64)
+    return GradStats(summary, counts, norm_type, buckets.names, buckets.float64, rooted)
 
 
-def _joined(a: Tensor, b: Tensor, norm_type: float) -> Tensor:
-    if norm_type != math.inf:
+def _joined(a: Tensor, b: Tensor, norm_type: float, rooted: bool) -> Tensor:
+    if norm_type != math.inf and not rooted:
         return a + b
-    return torch.cat([torch.maximum(a[:1], b[:1]), a[1:] + b[1:]])
+    if rooted:
+        first = norm_of_norms(torch.stack([a[0], b[0]]), norm_type)
+    else:
+        first = torch.maximum(a[0], b[0])
+    return torch.cat([first[None], a[1:] + b[1:]])
 
 
 def norm_type_of(value: object) -> float:

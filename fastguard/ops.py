@@ -80,9 +80,10 @@ def _decide(
     nonfinite: str,
     names: list[str] | None,
     as_torch: bool = False,
+    rooted: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_limit("max_norm", max_norm)
-    stats = GradStats(summary, counts, norm_type, names)
+    stats = GradStats(summary, counts, norm_type, names, rooted=rooted)
     if nonfinite == "raise":
         raise_if_nonfinite(stats, as_torch=as_torch)
     policy = Policy(max_norm.reshape(1), nonfinite)  # type: ignore[arg-type]
@@ -101,6 +102,7 @@ def _decide_shapes(
     nonfinite: str,
     names: list[str] | None,
     as_torch: bool = False,
+    rooted: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     device = summary.device
     return (
@@ -112,7 +114,8 @@ def _decide_shapes(
 
 _define(
     "decide(Tensor summary, Tensor counts, Tensor max_norm, float norm_type, str nonfinite,"
-    " str[]? names, bool as_torch=False) -> (Tensor total_norm, Tensor multiplier, Tensor clean)",
+    " str[]? names, bool as_torch=False, bool rooted=False)"
+    " -> (Tensor total_norm, Tensor multiplier, Tensor clean)",
     _decide,
     _decide_shapes,
 )

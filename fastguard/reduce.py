@@ -1,8 +1,9 @@
 """Stage 2, reduce: every rank comes to know what all ranks know together.
 
 One SUM collective over one small float64 vector, `(4 S + 3 [+ 24],)`: 248 bytes for one segment,
-whatever the size of the model and the number of ranks (an inf-norm adds one MAX over S numbers; on
-a CPU a bad step adds one over 3 S, so that counts of copies that differ agree):
+whatever the size of the model and the number of ranks (norms of p > 6 add one MAX over S numbers;
+on a CPU a bad step adds one over 3 S, so that counts of copies that differ agree, and power sums
+that float64 cannot hold add a MAX and a SUM over S, so that norms are summed instead):
 
     (4, S)   power sums, and how many elements are NaN, +Inf, -Inf, each weighted by 1 / copies
     1        how many loss scalers found something non-finite, and 2^-20 for each rank that holds
@@ -27,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastguard.measure import GradStats
+from fastguard.measure import LARGEST_POWER, GradStats, root
 from fastguard.transfer import current_stream_of, numbers_on
 
 if TYPE_CHECKING:
@@ -39,6 +40,10 @@ ROUNDED_OFF = 1e-6
 """More than what sums of a weight such as 1/3 round off, less than one copy of a million counts."""
 INCURABLE = 2.0**-20
 """In the place of the scalers: exact beside their number, and below 1 on a million ranks."""
+
+
+LEAST = 2.0**-1022
+"""Smallest normal float64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,15 +115,25 @@ def reduce(
     """
     if sharing is None:
         return stats, signals
-    summary = _weighted(stats.summary, sharing.weights, stats.norm_type)
+    p = stats.norm_type
+    unit = None
+    if p == math.inf or p <= LARGEST_POWER:
+        summary = _weighted(_as_power_sums(stats), sharing.weights, p)
+    else:
+        unit, summary = _beside_the_largest(stats, sharing)
     n_segments = summary.shape[1]
     parts = [summary.flatten(), *_flags(stats, signals, sharing.team.rank)]
     if losses:
         parts += _placed(signals, sharing)
     vector = _exchanged(torch.cat(parts), sharing, dist.ReduceOp.SUM)
     total = vector[: 4 * n_segments].view(4, n_segments)
-    if stats.norm_type == math.inf:
+    if p == math.inf:
         total[0] = _exchanged(summary[0].clone(), sharing, dist.ReduceOp.MAX)
+    elif unit is None and _left_float64(total[0]):
+        unit, summary = _beside_the_largest(stats, sharing)
+        total[0] = _exchanged(summary[0].clone(), sharing, dist.ReduceOp.SUM)
+    if unit is not None:
+        total[0] = root(total[0], p) * unit
     flags = vector[4 * n_segments :]
     total[1:] = _whole_counts(total[1:], _held(stats, sharing, flags))
     joined = replace(
@@ -131,7 +146,44 @@ def reduce(
         joined = _with_losses(joined, flags[3:].view(2, -1), sharing.team.loss_names)
         if vector.device.type == "cpu":
             joined = _read_on_host(joined)
-    return replace(stats, summary=total), joined
+    return replace(stats, summary=total, rooted=unit is not None), joined
+
+
+def _as_power_sums(stats: GradStats) -> Tensor:
+    """float64 `(4, S)`: the summary with power sums; never 0 for a norm above 0, so that a sum of 0
+    over ranks says that there is nothing.
+    """
+    if not stats.rooted:
+        return stats.summary
+    power_sums = torch.where(stats.summary[0] > 0, stats.power_sum.clamp(min=LEAST), 0.0)
+    return torch.cat([power_sums[None], stats.summary[1:]])
+
+
+def _left_float64(power_sums: Tensor) -> bool:
+    """Whether the ranks, which all see these sums, must add up something else: float64 cannot hold
+    one of them.
+
+    Only on a CPU: a GPU would have to wait to know. There the norm becomes inf, so that the step is
+    bad, or is too small to matter, 1e-48 at the most.
+    """
+    if power_sums.device.type != "cpu":
+        return False
+    x = power_sums.numpy()
+    return bool(((x == math.inf) | (x > 0) & (x < LEAST * 2.0**62)).any())
+
+
+def _beside_the_largest(stats: GradStats, sharing: Sharing) -> tuple[Tensor, Tensor]:
+    """The largest norm that a rank has of each segment, `(S,)`, after one MAX collective; and the
+    summary with power sums of norms divided by it, each weighted.
+    """
+    n_classes = len(sharing.weights)
+    norms = stats.segment_norms
+    largest = _exchanged(norms.view(n_classes, -1).amax(0), sharing, dist.ReduceOp.MAX)
+    unit = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
+    beside = (norms / unit.repeat(n_classes)).pow(stats.norm_type)
+    return unit, _weighted(
+        torch.cat([beside[None], stats.summary[1:]]), sharing.weights, stats.norm_type
+    )
 
 
 def _weighted(summary: Tensor, weights: tuple[float, ...], norm_type: float) -> Tensor:

@@ -31,11 +31,14 @@ from fastguard.decide import (
     signal_values,
 )
 from fastguard.errors import NAMED_CULPRITS
-from fastguard.measure import GradStats
+from fastguard.measure import GradStats, holds_norms, norm_of_norms, root
 from fastguard.reduce import Signals
 from fastguard.rules import GRAD_NORM, Rule, SpikeRule, Threshold
 
 CPU = torch.device("cpu")
+SMALLEST_FACTOR = (
+    2.0**-100
+)  # smaller ones are no normal float32: two multiplications in place of one
 BAD = "bad"  # the note of `measure` for `apply`: positions of the tensors to clean
 
 
@@ -49,7 +52,8 @@ def measure(
     """Power sums and counts of one bucket.
 
     Returns:
-        `summary` float64 `(4, S)`, `counts` int64 `(3, T)`: see `GradStats`.
+        `summary` float64 `(4, S)`, with norms in place of power sums where `holds_norms` of this
+        dtype, and `counts` int64 `(3, T)`: see `GradStats`.
     """
     if bucket.device != CPU:
         return plain_measure(bucket, n_segments, n_tensors, norm_type, inv_scale)
@@ -63,7 +67,7 @@ def measure(
         counts[:, bucket.tensor_ids[position]] = torch.tensor(found, device=CPU)
     for position, found in bad.items():
         summary[1:, bucket.segment_ids[position]] += torch.tensor(found, device=CPU)
-    return _unscaled(summary, norm_type, inv_scale), counts
+    return _unscaled(summary, bucket.dtype, norm_type, inv_scale), counts
 
 
 def plain_measure(
@@ -76,28 +80,36 @@ def plain_measure(
     """The definition, tensor by tensor, in float64 throughout: the oracle of the tests."""
     summary = torch.zeros(4, n_segments, dtype=torch.float64, device=bucket.device)
     sums = summary[0]
+    rooted = holds_norms(bucket.dtype, norm_type)
     counts = torch.zeros(3, n_tensors, dtype=torch.int64, device=bucket.device)
     for grad, i, segment in zip(bucket.grads, bucket.tensor_ids, bucket.segment_ids, strict=True):
         x = grad.double()
         finite = x.isfinite()  # False for NaN
         magnitude = torch.where(finite, x, 0.0).abs()
+        largest = magnitude.amax() if x.numel() else magnitude.sum()
         if norm_type == math.inf:
-            largest = magnitude.amax() if x.numel() else magnitude.sum()
             sums[segment] = torch.maximum(sums[segment], largest)
+        elif rooted:
+            unit = torch.where(largest > 0, largest, 1.0)
+            norm = root((magnitude / unit).pow(norm_type).sum(), norm_type) * unit
+            sums[segment] = norm_of_norms(torch.stack([sums[segment], norm]), norm_type)
         else:
             sums[segment] += magnitude.pow(norm_type).sum()
         counts[0, i] = x.isnan().sum()
         counts[1, i] = x.isposinf().sum()
         counts[2, i] = x.isneginf().sum()
         summary[1:, segment] += counts[:, i]
-    return _unscaled(summary, norm_type, inv_scale), counts
+    return _unscaled(summary, bucket.dtype, norm_type, inv_scale), counts
 
 
-def _unscaled(summary: Tensor, norm_type: float, inv_scale: Tensor | None) -> Tensor:
-    """The power sums of `gradients * inv_scale`."""
+def _unscaled(
+    summary: Tensor, dtype: torch.dtype, norm_type: float, inv_scale: Tensor | None
+) -> Tensor:
+    """The power sums, or norms, of `gradients * inv_scale`."""
     if inv_scale is not None:
         inv = inv_scale.to(device=summary.device, dtype=torch.float64)
-        summary[0] *= inv if norm_type == math.inf else inv.pow(norm_type)
+        linear = norm_type == math.inf or holds_norms(dtype, norm_type)
+        summary[0] *= inv if linear else inv.pow(norm_type)
     return summary
 
 
@@ -137,17 +149,19 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
     device = stats.summary.device
     total_norm = stats.total_norm64
     bad_grad = stats.segment_counts.sum() > 0
+    too_large = total_norm == math.inf  # no float64 holds the norm of these finite elements
     overflow = bad_grad & False if signals.found_inf is None else signals.found_inf > 0
     lowers = only_lowers_scale(signals)
     if lowers is None:
         lowers = overflow & False
     if policy.nonfinite == "propagate":
         grad_fault, loss_fault = overflow, overflow & False
+        too_large = too_large & False  # clipped to zero, as by torch
     else:
         # Cleaning cures what was counted; a fault that only the scaler saw is not cured by it. What
         # a lower scale cures is not cleaned.
         cured = bad_grad & ~lowers if policy.nonfinite == "zero" else bad_grad & False
-        grad_fault = (overflow | bad_grad) & ~cured
+        grad_fault = (overflow | bad_grad) & ~cured | too_large
         lost = ~signals.losses.isfinite()  # NaN is not finite
         loss_fault = (lost if signals.given is None else lost & signals.given).any()
     fault = grad_fault | loss_fault
@@ -190,7 +204,7 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
         multiplier=torch.where(skip, 1.0, multiplier),
         found_inf=skip.float(),
         clean=clean.float(),
-        reason=_reason(lowers, bad_grad | overflow, loss_fault, spikes, policy),
+        reason=_reason(lowers, bad_grad | overflow | too_large, loss_fault, spikes, policy),
         total_norm=total_norm,
         torch_norm=propagated_norms(total_norm, stats.segment_counts.sum(1)),
         spikes=spikes,
@@ -282,9 +296,11 @@ def apply(bucket: GradBucket, multiplier: Tensor, clean: Tensor) -> None:
 
 def _apply_without_reading(grad: Tensor, multiplier: Tensor, clean: Tensor) -> None:
     cleaned = torch.where(grad.isfinite() | (clean == 0), grad, 0.0)
-    factor = multiplier.to(factor_dtype(grad.dtype))
+    first = torch.where(multiplier < SMALLEST_FACTOR, SMALLEST_FACTOR, 1.0)
+    first = first.to(factor_dtype(grad.dtype))
+    factor = (multiplier / first).to(first.dtype)
     # Widened first: off a CPU, a 16-bit tensor times a float32 scalar rounds the scalar to 16 bits.
-    product = (cleaned.to(factor.dtype) * factor).to(grad.dtype)
+    product = (cleaned.to(factor.dtype) * first * factor).to(grad.dtype)
     grad.copy_(torch.where(factor == 1, cleaned, product))  # 1 * NaN may change bits
 
 
@@ -320,6 +336,9 @@ def _multiply(grads: Sequence[Tensor], multiplier: float, dtype: torch.dtype) ->
     if multiplier == 1.0:
         return
     grads = in_pieces(grads)
+    while dtype is not torch.float64 and 0.0 < multiplier < SMALLEST_FACTOR:
+        torch._foreach_mul_(grads, torch.tensor(SMALLEST_FACTOR, device=CPU))
+        multiplier /= SMALLEST_FACTOR
     if len(grads) == 1:
         grads[0].mul_(multiplier)  # rounds it to what a tensor would hold
         return

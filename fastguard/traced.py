@@ -20,7 +20,7 @@ from torch import Tensor
 from fastguard.arguments import limit_tensor
 from fastguard.buckets import parameters_of
 from fastguard.checked_numbers import refuse_bool_and_text
-from fastguard.measure import GradStats
+from fastguard.measure import GradStats, holds_norms
 from fastguard.ranks.dtensors import is_dtensor
 from fastguard.ranks.groups import Group, process_group_of
 
@@ -51,7 +51,7 @@ def decide(
     limit = limit_tensor(max_norm, stats.summary.device)
     told = names if mode == "raise" else None
     norm, coef, clean = torch.ops.fastguard.decide(
-        stats.summary, stats.counts, limit, norm_type, mode, told, as_torch
+        stats.summary, stats.counts, limit, norm_type, mode, told, as_torch, stats.rooted
     )
     return norm if stats.float64 else norm.float(), coef, clean
 
@@ -62,9 +62,8 @@ def clip_grads_with_norm_(grads: list[Tensor | None], max_norm: float, norm: Ten
     # For the inf-norm a power sum is the norm itself, and NaN is counted; the op checks the limit.
     summary = torch.cat([norm, norm.isnan().double(), norm.new_zeros(2)]).reshape(4, 1)
     counts = torch.zeros(3, 0, dtype=torch.int64, device=norm.device)
-    _, coef, clean = torch.ops.fastguard.decide(
-        summary, counts, limit_tensor(max_norm, norm.device), math.inf, "propagate", None, False
-    )
+    limit = limit_tensor(max_norm, norm.device)
+    _, coef, clean = torch.ops.fastguard.decide(summary, counts, limit, math.inf, "propagate", None)
     _apply(_present(grads), coef, clean)
 
 
@@ -87,7 +86,8 @@ def measure(
         counts = _spread(counts, ids, len(grads))
         summary = _spread(summary, ids, len(grads)) if per_tensor else summary
     wide = any(g.dtype in (torch.float64, torch.complex128) for g in present)
-    return GradStats(summary, counts, norm_type, names, wide)
+    rooted = holds_norms(torch.float64 if wide else torch.float32, norm_type)
+    return GradStats(summary, counts, norm_type, names, wide, rooted)
 
 
 def _spread(columns: Tensor, ids: list[int], n: int) -> Tensor:

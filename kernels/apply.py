@@ -10,7 +10,8 @@ The table is walked backwards: what measure read last is still in the L2 cache. 
 that of torch's multiplication: in float32 (float64 for float64), one rounding of the product to the
 dtype. A multiplier that rounds to 1 touches nothing. NaN and Inf multipliers reach every gradient
 element, but not the zeros between the gradients of a flat bucket (0 * NaN is NaN): then the pieces
-are walked instead of the chunk. Non-finite elements are replaced by a select, never by a
+are walked instead of the chunk; so they are for multipliers that float32 could not hold, which are
+applied in two steps. Non-finite elements are replaced by a select, never by a
 multiplication by 0.
 """
 
@@ -29,7 +30,8 @@ from fastguard.kernels.launch import Launcher, Variant
 from fastguard.kernels.tuning import n_programs
 
 BLOCK_BYTES = 16384  # 256 threads with four 16-byte loads each in flight
-PIECE_SIZE = tl.constexpr(512)  # elements at a time of a step that is lost anyway
+PIECE_SIZE = tl.constexpr(512)  # elements at a time of a step that is lost anyway, or nearly
+SMALLEST_FACTOR = tl.constexpr(2.0**-100)  # smaller ones are no normal float32: two multiplications
 
 
 @triton.jit
@@ -75,12 +77,14 @@ def apply_kernel(
     k = tl.program_id(0)
     while k < n_chunks:
         row_ptr = chunks_ptr + 5 * (n_chunks - 1 - k)
-        multiplier = tl.load(multiplier_ptr + tl.load(row_ptr + 2)).to(FACTOR)
+        exact = tl.load(multiplier_ptr + tl.load(row_ptr + 2))
+        multiplier = exact.to(FACTOR)
+        tiny = (exact > 0.0) & (exact < SMALLEST_FACTOR)
         unscaled = multiplier == 1.0
         if clean | (unscaled == 0):
             address = tl.load(row_ptr)
             n = tl.load(row_ptr + 1).to(tl.int32)
-            if tl.abs(multiplier) < INF:
+            if (tl.abs(multiplier) < INF) & (tiny == 0):
                 x_ptr = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
                 tail_ptr = address.to(tl.pointer_type(DTYPE))
                 n_vec = (n // VEC) * VEC
@@ -107,6 +111,8 @@ def apply_kernel(
                     y = scaled(x, multiplier, clean)
                     tl.store(tail_ptr + n_vec + tail_offsets, y.to(DTYPE), mask=mask)
             else:
+                first = tl.where(tiny, SMALLEST_FACTOR, 1.0).to(FACTOR)
+                multiplier = tl.where(tiny, exact / SMALLEST_FACTOR, exact).to(FACTOR)
                 end = address + n.to(tl.int64) * ITEM_SIZE
                 piece = tl.load(row_ptr + 3)
                 last = piece + tl.load(row_ptr + 4)
@@ -121,7 +127,7 @@ def apply_kernel(
                     while i < m:
                         mask = i + piece_offsets < m
                         x = factors(tl.load(p_ptr + i + piece_offsets, mask=mask, other=0.0))
-                        y = scaled(x, multiplier, clean)
+                        y = scaled(x, first, clean) * multiplier
                         tl.store(p_ptr + i + piece_offsets, y.to(DTYPE), mask=mask)
                         i += PIECE_SIZE
                     piece += 1

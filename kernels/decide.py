@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastguard.kernels.elements import root
 from fastguard.kernels.launch import Launcher, Variant
 from fastguard.kernels.rules import (
     CLIPS,
@@ -35,17 +36,6 @@ NONFINITE_LOSS = tl.constexpr(2)
 GRAD_SPIKE = tl.constexpr(3)
 LOSS_SPIKE = tl.constexpr(4)
 LOSS_SCALE = tl.constexpr(5)
-
-
-@triton.jit
-def root(power_sum, P: tl.constexpr, INF_NORM: tl.constexpr):
-    """The p-norm that belongs to a power sum."""
-    if INF_NORM:
-        return power_sum
-    elif P == 2.0:
-        return tl.sqrt(power_sum)
-    else:
-        return tl.exp2(tl.log2(power_sum) / P)  # 0: exp2(-inf) = 0
 
 
 @triton.jit
@@ -104,6 +94,7 @@ def decide_kernel(
     ring_stride,
     P: tl.constexpr,
     INF_NORM: tl.constexpr,
+    ROOTED: tl.constexpr,  # the summary holds norms in place of power sums
     ZERO: tl.constexpr,  # nonfinite="zero"
     PROPAGATE: tl.constexpr,  # nonfinite="propagate"
     HAS_SCALE: tl.constexpr,
@@ -119,8 +110,11 @@ def decide_kernel(
     NAN: tl.constexpr = float("nan")
     lanes = tl.arange(0, BLOCK_SIZE)
 
-    total, n_nan, n_infinite = whole_model(summary_ptr, n_segments, INF_NORM, BLOCK_SIZE)
-    total_norm = root(total, P, INF_NORM)
+    total_norm, n_nan, n_infinite = whole_model(
+        summary_ptr, n_segments, P, INF_NORM, ROOTED, BLOCK_SIZE
+    )
+    if ROOTED == 0:
+        total_norm = root(total_norm, P, INF_NORM)
     has_nan = n_nan > 0.0
     has_infinite = n_infinite > 0.0
     bad_grad = has_nan | has_infinite
@@ -141,8 +135,10 @@ def decide_kernel(
     lowers = overflow & (overflow == 0)
     if HAS_FALLS:
         lowers = overflow & (tl.load(falls_ptr) > 0) & (loss_fault == 0)
+    too_large = total_norm == INF  # no float64 holds the norm of these finite elements
     if PROPAGATE:
         grad_fault = overflow
+        too_large = too_large & (too_large == 0)  # clipped to zero, as by torch
         loss_fault = loss_fault & (loss_fault == 0)
     elif ZERO:
         # Cleaning cures what was counted; a fault that only the scaler saw is not cured by it. What
@@ -150,7 +146,7 @@ def decide_kernel(
         grad_fault = overflow & ((bad_grad == 0) | lowers)
     else:
         grad_fault = overflow | bad_grad
-    fault = grad_fault | loss_fault
+    fault = grad_fault | loss_fault | too_large
 
     skip = fault
     limit = tl.full((), INF, tl.float64)
@@ -202,7 +198,9 @@ def decide_kernel(
     i = 0
     while i < n_segments:
         mask = i + lanes < n_segments
-        norm = root(tl.load(summary_ptr + i + lanes, mask=mask, other=0.0), P, INF_NORM)
+        norm = tl.load(summary_ptr + i + lanes, mask=mask, other=0.0)
+        if ROOTED == 0:
+            norm = root(norm, P, INF_NORM)
         if PROPAGATE:
             nan = tl.load(summary_ptr + n_segments + i + lanes, mask=mask, other=0.0)
             posinf = tl.load(summary_ptr + 2 * n_segments + i + lanes, mask=mask, other=0.0)
@@ -227,7 +225,7 @@ def decide_kernel(
         clean = clean & (clean == 0)
     reason = tl.where(grad_spiked, GRAD_SPIKE, tl.where(spiked, LOSS_SPIKE, 0))
     reason = tl.where(loss_fault, NONFINITE_LOSS, reason)
-    reason = tl.where(bad_grad | overflow, NONFINITE_GRAD, reason)
+    reason = tl.where(bad_grad | overflow | too_large, NONFINITE_GRAD, reason)
     reason = tl.where(lowers, LOSS_SCALE, reason)
     tl.store(found_inf_ptr, skipped.to(tl.float32))
     tl.store(clean_ptr, clean.to(tl.float32))
@@ -255,6 +253,7 @@ _decide = Launcher(decide_kernel, num_warps=1)
 def decide_step(
     summary: Tensor,
     norm_type: float,
+    rooted: bool,
     max_norm: Tensor,
     nonfinite: str,
     losses: Tensor,
@@ -272,6 +271,7 @@ def decide_step(
     Args:
         summary: float64 `(4, S)`: power sums and counts.
         norm_type: p.
+        rooted: Whether the summary holds norms.
         max_norm: float64 `(S,)` or `(1,)`.
         nonfinite: `"skip"`, `"raise"`, `"zero"` or `"propagate"`.
         losses: float64 `(L,)`.
@@ -311,6 +311,7 @@ def decide_step(
     launch = _variant(
         device,
         norm_type,
+        rooted,
         nonfinite,
         None if inv_scale is None else inv_scale.dtype,
         None if overflow is None else overflow.dtype,
@@ -351,6 +352,7 @@ def _templates(device: torch.device, n_segments: int, n_rules: int) -> tuple[Ten
 def _variant(
     device: torch.device,
     norm_type: float,
+    rooted: bool,
     nonfinite: str,
     scale_dtype: torch.dtype | None,
     overflow_dtype: torch.dtype | None,
@@ -366,6 +368,7 @@ def _variant(
         device,
         P=norm_type,
         INF_NORM=norm_type == float("inf"),
+        ROOTED=rooted,
         ZERO=nonfinite == "zero",
         PROPAGATE=nonfinite == "propagate",
         HAS_SCALE=scale_dtype is not None,

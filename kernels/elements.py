@@ -47,6 +47,30 @@ def powers(x, P: tl.constexpr):
 
 
 @triton.jit
+def root(power_sum, P: tl.constexpr, INF_NORM: tl.constexpr):
+    """The p-norm that belongs to a power sum."""
+    if INF_NORM:
+        return power_sum
+    elif P == 2.0:
+        return tl.sqrt(power_sum)
+    else:
+        return tl.exp2(tl.log2(power_sum) / P)  # 0: exp2(-inf) = 0
+
+
+@triton.jit
+def unit_of(largest):
+    """What norms are divided by before they are raised to a power, so that none leaves float64."""
+    return tl.where((largest > 0.0) & (largest < float("inf")), largest, 1.0)
+
+
+@triton.jit
+def norm_of_two(a, b, P: tl.constexpr):
+    """The norm of everything, from the norms of two parts of it."""
+    unit = unit_of(tl.maximum(a, b))
+    return root(powers(a / unit, P) + powers(b / unit, P), P, False) * unit
+
+
+@triton.jit
 def magnitude_bits(x):
     """Bit patterns of |x|: ordered as the magnitudes are, with Inf and then NaN above them all."""
     if x.dtype == tl.float64:

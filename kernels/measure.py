@@ -80,7 +80,10 @@ from fastguard.kernels.elements import (
     TRITON_DTYPES,
     float32_of,
     magnitude_bits,
+    norm_of_two,
     powers,
+    root,
+    unit_of,
     vector_powers,
     vector_squares,
     widened,
@@ -112,12 +115,25 @@ def recount(
     ITEM_SIZE: tl.constexpr,
     P: tl.constexpr,
     INF_NORM: tl.constexpr,
+    ROOTED: tl.constexpr,
 ):
     """The exact look: adds to the counts of the chunk's tensors.
 
-    Returns the sum (maximum) over the finite elements, and the chunk's NaN, +Inf, -Inf counts."""
+    Returns the sum (maximum, norm) over the finite elements, and the chunk's NaN, +Inf, -Inf
+    counts."""
     INF: tl.constexpr = float("inf")
     offsets = tl.arange(0, RECOUNT_SIZE)
+    unit = tl.full((), 1.0, tl.float64)
+    if ROOTED:
+        largest = tl.zeros((RECOUNT_SIZE,), dtype=tl.float64)
+        chunk_ptr = address.to(tl.pointer_type(DTYPE))
+        i = 0
+        while i < n_elements:
+            mask = i + offsets < n_elements
+            magnitude = tl.abs(widened(tl.load(chunk_ptr + i + offsets, mask=mask, other=0.0)))
+            largest = tl.maximum(largest, tl.where(magnitude < INF, magnitude, 0.0))  # NaN is not
+            i += RECOUNT_SIZE
+        unit = unit_of(tl.max(largest, axis=0))
     acc = tl.zeros((RECOUNT_SIZE,), dtype=tl.float64)
     chunk_nan = tl.full((), 0, tl.int64)
     chunk_posinf = tl.full((), 0, tl.int64)
@@ -140,6 +156,8 @@ def recount(
             value = tl.where(finite, x, 0.0)
             if INF_NORM:
                 acc = tl.maximum(acc, tl.abs(value))
+            elif ROOTED:
+                acc += powers(value / unit, P)
             else:
                 acc += powers(value, P)
             found += tl.where(finite, 0, tl.where(x != x, 1, tl.where(x > 0, 1 << 10, 1 << 20)))
@@ -159,6 +177,8 @@ def recount(
         total = tl.max(acc, axis=0)
     else:
         total = tl.sum(acc, axis=0)
+    if ROOTED:
+        total = root(total, P, INF_NORM) * unit
     return total, chunk_nan, chunk_posinf, chunk_neginf
 
 
@@ -181,6 +201,7 @@ def measure_kernel(
     ITEM_SIZE: tl.constexpr,
     P: tl.constexpr,
     INF_NORM: tl.constexpr,
+    ROOTED: tl.constexpr,  # norms in place of power sums, which could leave float64
     GROUP: tl.constexpr,
     ONE_SEGMENT: tl.constexpr,
     HAS_SCALE: tl.constexpr,
@@ -259,6 +280,8 @@ def measure_kernel(
                 x = tl.load(tail_ptr + n_vec + tail_offsets, mask=tail_mask, other=0.0)
                 total += tl.sum(powers(widened(x), P), axis=0)
                 trusted = trusted & (tl.abs(total) < float("inf"))
+            if ROOTED:
+                trusted = trusted & (total >= n.to(tl.float64) * 2.0**-960)
 
         if trusted == 0:
             segment = tl.load(chunks_ptr + 5 * chunk + 2)
@@ -266,16 +289,21 @@ def measure_kernel(
             n_pieces = tl.load(chunks_ptr + 5 * chunk + 4)
             total, nan, posinf, neginf = recount(
                 address, n, piece, n_pieces, pieces_ptr, counts_ptr, n_tensors,
-                DTYPE, ITEM_SIZE, P, INF_NORM,
+                DTYPE, ITEM_SIZE, P, INF_NORM, ROOTED,
             )  # fmt: skip
             if nan + posinf + neginf > 0:
                 tl.atomic_add(segment_counts_ptr + segment, nan, sem="relaxed")
                 tl.atomic_add(segment_counts_ptr + n_segments + segment, posinf, sem="relaxed")
                 tl.atomic_add(segment_counts_ptr + 2 * n_segments + segment, neginf, sem="relaxed")
+        else:
+            if ROOTED:
+                total = root(total, P, INF_NORM)
 
         if ONE_SEGMENT:
             if INF_NORM:
                 mine = tl.maximum(mine, total)
+            elif ROOTED:
+                mine = norm_of_two(mine, total, P)
             else:
                 mine += total
         else:
@@ -287,10 +315,10 @@ def measure_kernel(
         tl.debug_barrier()  # every thread's part is done before one of them takes the ticket
         ticket = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu")
         if ticket == n_programs - 1:
-            whole = sum_of_partials(partials_ptr, 0, n_programs, INF_NORM, REDUCE_SIZE)
+            whole = sum_of_partials(partials_ptr, 0, n_programs, P, INF_NORM, ROOTED, REDUCE_SIZE)
             store_summary(
                 whole, 0, summary_ptr, segment_counts_ptr, inv_scale_ptr, n_segments,
-                P, INF_NORM, HAS_SCALE,
+                P, INF_NORM, ROOTED, HAS_SCALE,
             )  # fmt: skip
 
 
@@ -316,6 +344,7 @@ def measure_chunks(
     n_tensors: int,
     norm_type: float,
     inv_scale: Tensor | None,
+    rooted: bool,
     tuning: Tuning | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Measures what a table describes.
@@ -326,6 +355,7 @@ def measure_chunks(
         n_segments, n_tensors: S and T.
         norm_type: p.
         inv_scale: `()`, what the gradients are still to be multiplied by, or None.
+        rooted: Whether to give norms in place of power sums.
         tuning: Another than that of the norm.
 
     Returns:
@@ -347,11 +377,13 @@ def measure_chunks(
     scale, scale_dtype = summary, None
     if inv_scale is not None:
         scale, scale_dtype = inv_scale.to(device, non_blocking=True), inv_scale.dtype
-    launch = _variant(device, dtype, norm_type, one_segment, scale_dtype, tuning)
+    launch = _variant(device, dtype, norm_type, rooted, one_segment, scale_dtype, tuning)
     tensors = (table.chunks, table.pieces, scratch, summary, scale)
     launch(grid, tensors, n_chunks, n_segments, n_tensors)
     if not one_segment:
-        reduce_segments(table.starts, scratch, summary, scale, n_tensors, norm_type, scale_dtype)
+        reduce_segments(
+            table.starts, scratch, summary, scale, n_tensors, norm_type, rooted, scale_dtype
+        )
     return summary, counts
 
 
@@ -360,19 +392,21 @@ def _variant(
     device: torch.device,
     dtype: torch.dtype,
     norm_type: float,
+    rooted: bool,
     one_segment: bool,
     scale_dtype: torch.dtype | None,
     tuning: Tuning,
 ) -> Variant:
     group = group_of(dtype, norm_type, wide_fp64(device))
     has_scale = scale_dtype is not None
-    constants = constants_of(dtype, norm_type, group, one_segment, has_scale, tuning)
+    constants = constants_of(dtype, norm_type, rooted, group, one_segment, has_scale, tuning)
     return launcher_of(tuning).variant(device, **constants)
 
 
 def constants_of(
     dtype: torch.dtype,
     norm_type: float,
+    rooted: bool,
     group: int,
     one_segment: bool,
     has_scale: bool,
@@ -385,6 +419,7 @@ def constants_of(
         "ITEM_SIZE": item,
         "P": norm_type,
         "INF_NORM": norm_type == math.inf,
+        "ROOTED": rooted,
         "GROUP": group,
         "ONE_SEGMENT": one_segment,
         "HAS_SCALE": has_scale,

@@ -27,7 +27,7 @@ from fastguard.kernels.measure import measure_chunks
 from fastguard.kernels.record import record_step
 from fastguard.kernels.tuning import n_programs
 from fastguard.kernels.upload import Upload, upload
-from fastguard.measure import GradStats
+from fastguard.measure import GradStats, holds_norms
 from fastguard.reduce import Signals
 from fastguard.rules import GRAD_NORM, Rule, SpikeRule, Threshold
 
@@ -58,8 +58,9 @@ def measure(
     """Power sums and counts of one bucket: see `fastguard.reference.measure`."""
     table = table_of(bucket, n_segments, n_programs(bucket.device))
     _copy_in(table, bucket)
+    rooted = holds_norms(bucket.dtype, norm_type)
     return measure_chunks(
-        table, bucket.device, bucket.dtype, n_segments, n_tensors, norm_type, inv_scale
+        table, bucket.device, bucket.dtype, n_segments, n_tensors, norm_type, inv_scale, rooted
     )
 
 
@@ -72,6 +73,7 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
     decided = decide_step(
         stats.summary.contiguous(),
         stats.norm_type,
+        stats.rooted,
         policy.max_norm.contiguous(),
         policy.nonfinite,
         signals.losses.contiguous(),

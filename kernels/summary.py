@@ -2,6 +2,9 @@
 
     summary[:, s] = power sum, NaN, +Inf, -Inf
 
+Where power sums could leave float64 (ROOTED), partials and sums are norms instead, and are added up
+divided by the largest of them.
+
     scratch  int64: counts (3, T), counts of segments (3, S), ticket (1,), partials float64 (P,)
 
 I/O: 8 bytes a partial. With one segment the last program of `measure` writes its column itself;
@@ -17,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastguard.kernels.elements import powers
+from fastguard.kernels.elements import powers, root, unit_of
 from fastguard.kernels.launch import Launcher, Variant
 
 REDUCE_SIZE = 512
@@ -37,12 +40,12 @@ def places(scratch_ptr, n_segments, n_tensors):
 @triton.jit
 def store_summary(
     total, segment, summary_ptr, segment_counts_ptr, inv_scale_ptr, n_segments,
-    P: tl.constexpr, INF_NORM: tl.constexpr, HAS_SCALE: tl.constexpr,
+    P: tl.constexpr, INF_NORM: tl.constexpr, ROOTED: tl.constexpr, HAS_SCALE: tl.constexpr,
 ):  # fmt: skip
     """Column `segment` of the summary: the power sum of the unscaled gradients, and the counts."""
     if HAS_SCALE:
         inv = tl.load(inv_scale_ptr).to(tl.float64)
-        if INF_NORM:
+        if INF_NORM or ROOTED:
             total *= inv
         else:
             total *= powers(inv, P)
@@ -54,9 +57,28 @@ def store_summary(
 
 
 @triton.jit
-def whole_model(summary_ptr, n_segments, INF_NORM: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """Power sum, NaN and infinite elements of all segments together, as `decide` wants them."""
+def whole_model(
+    summary_ptr,
+    n_segments,
+    P: tl.constexpr,
+    INF_NORM: tl.constexpr,
+    ROOTED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Power sum (norm, if ROOTED), NaN and infinite elements of all segments together, as `decide`
+    wants them.
+    """
     lanes = tl.arange(0, BLOCK_SIZE)
+    unit = tl.full((), 1.0, tl.float64)
+    if ROOTED:
+        largest = tl.zeros((BLOCK_SIZE,), dtype=tl.float64)
+        i = 0
+        while i < n_segments:
+            mask = i + lanes < n_segments
+            norm = tl.load(summary_ptr + i + lanes, mask=mask, other=0.0)
+            largest = tl.maximum(largest, norm)
+            i += BLOCK_SIZE
+        unit = unit_of(tl.max(largest, axis=0))
     sums = tl.zeros((BLOCK_SIZE,), dtype=tl.float64)
     nans = tl.zeros((BLOCK_SIZE,), dtype=tl.float64)
     infinite = tl.zeros((BLOCK_SIZE,), dtype=tl.float64)
@@ -66,6 +88,8 @@ def whole_model(summary_ptr, n_segments, INF_NORM: tl.constexpr, BLOCK_SIZE: tl.
         power_sum = tl.load(summary_ptr + i + lanes, mask=mask, other=0.0)
         if INF_NORM:
             sums = tl.where((power_sum > sums) | (power_sum != power_sum), power_sum, sums)
+        elif ROOTED:
+            sums += powers(power_sum / unit, P)
         else:
             sums += power_sum
         nans += tl.load(summary_ptr + n_segments + i + lanes, mask=mask, other=0.0)
@@ -76,13 +100,34 @@ def whole_model(summary_ptr, n_segments, INF_NORM: tl.constexpr, BLOCK_SIZE: tl.
         total = tl.max(sums, axis=0)
     else:
         total = tl.sum(sums, axis=0)
+    if ROOTED:
+        total = root(total, P, INF_NORM) * unit
     return total, tl.sum(nans, axis=0), tl.sum(infinite, axis=0)
 
 
 @triton.jit
-def sum_of_partials(partials_ptr, start, end, INF_NORM: tl.constexpr, REDUCE_SIZE: tl.constexpr):
-    """The sum (maximum) of partials [start, end), in an order that depends on nothing else."""
+def sum_of_partials(
+    partials_ptr,
+    start,
+    end,
+    P: tl.constexpr,
+    INF_NORM: tl.constexpr,
+    ROOTED: tl.constexpr,
+    REDUCE_SIZE: tl.constexpr,
+):
+    """The sum (maximum, norm) of partials [start, end), in an order that nothing else changes."""
     offsets = tl.arange(0, REDUCE_SIZE)
+    unit = tl.full((), 1.0, tl.float64)
+    if ROOTED:
+        largest = tl.zeros((REDUCE_SIZE,), dtype=tl.float64)
+        i = start
+        while i < end:
+            part = tl.load(
+                partials_ptr + i + offsets, mask=i + offsets < end, other=0.0, cache_modifier=".cg"
+            )
+            largest = tl.maximum(largest, part)
+            i += REDUCE_SIZE
+        unit = unit_of(tl.max(largest, axis=0))
     acc = tl.zeros((REDUCE_SIZE,), dtype=tl.float64)
     i = start
     while i < end:
@@ -92,6 +137,8 @@ def sum_of_partials(partials_ptr, start, end, INF_NORM: tl.constexpr, REDUCE_SIZ
         )
         if INF_NORM:
             acc = tl.maximum(acc, part)
+        elif ROOTED:
+            acc += powers(part / unit, P)
         else:
             acc += part
         i += REDUCE_SIZE
@@ -99,6 +146,8 @@ def sum_of_partials(partials_ptr, start, end, INF_NORM: tl.constexpr, REDUCE_SIZ
         total = tl.max(acc, axis=0)
     else:
         total = tl.sum(acc, axis=0)
+    if ROOTED:
+        total = root(total, P, INF_NORM) * unit
     return total
 
 
@@ -117,6 +166,7 @@ def segments_kernel(
     n_tensors,
     P: tl.constexpr,
     INF_NORM: tl.constexpr,
+    ROOTED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     REDUCE_SIZE: tl.constexpr,
 ):
@@ -124,10 +174,10 @@ def segments_kernel(
     segment = tl.program_id(0)
     start = tl.load(segment_starts_ptr + segment)
     end = tl.load(segment_starts_ptr + segment + 1)
-    total = sum_of_partials(partials_ptr, start, end, INF_NORM, REDUCE_SIZE)
+    total = sum_of_partials(partials_ptr, start, end, P, INF_NORM, ROOTED, REDUCE_SIZE)
     store_summary(
         total, segment, summary_ptr, segment_counts_ptr, inv_scale_ptr, n_segments,
-        P, INF_NORM, HAS_SCALE,
+        P, INF_NORM, ROOTED, HAS_SCALE,
     )  # fmt: skip
 
 
@@ -141,6 +191,7 @@ def reduce_segments(
     scale: Tensor,
     n_tensors: int,
     norm_type: float,
+    rooted: bool,
     scale_dtype: torch.dtype | None,
 ) -> None:
     """Fills the summary of each segment from its partials.
@@ -152,19 +203,23 @@ def reduce_segments(
         scale: `()`, or anything if `scale_dtype` is None.
         n_tensors: T.
         norm_type: p.
+        rooted: Whether partials are norms.
         scale_dtype: That of `scale`; None: there is none.
     """
     n_segments = summary.shape[1]
-    launch = _variant(summary.device, norm_type, scale_dtype)
+    launch = _variant(summary.device, norm_type, rooted, scale_dtype)
     launch(n_segments, (starts, scratch, summary, scale), n_segments, n_tensors)
 
 
 @functools.lru_cache(maxsize=256)
-def _variant(device: torch.device, norm_type: float, scale_dtype: torch.dtype | None) -> Variant:
+def _variant(
+    device: torch.device, norm_type: float, rooted: bool, scale_dtype: torch.dtype | None
+) -> Variant:
     return _reduce.variant(
         device,
         P=norm_type,
         INF_NORM=norm_type == math.inf,
+        ROOTED=rooted,
         HAS_SCALE=scale_dtype is not None,
         REDUCE_SIZE=REDUCE_SIZE,
     )

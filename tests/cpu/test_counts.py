@@ -7,7 +7,7 @@ import torch
 
 from fastguard import cpu
 from fastguard.buckets import bucketize
-from guardtest.cpu_norms import NONFINITE, assert_norm_is_true
+from guardtest.cpu_norms import NONFINITE, assert_norm_is_true, root_of
 from guardtest.grads import DTYPES, true_norm
 from guardtest.tolerances import MEASURED_RTOL
 
@@ -21,7 +21,7 @@ def test_one_bad_value_in_the_last_element(bad, norm_type, dtype):
     (bucket,) = bucketize(tensors, norm_type=norm_type).buckets
     (power_sum,), found = cpu.measure(bucket, 1, norm_type)
     assert found == {1: (int(bad != bad), int(bad == math.inf), int(bad == -math.inf))}
-    root = power_sum if norm_type == math.inf else power_sum ** (1.0 / norm_type)
+    root = root_of(power_sum, bucket.dtype, norm_type)
     assert root == pytest.approx(true_norm(tensors, norm_type), rel=MEASURED_RTOL, abs=0)
 
 

@@ -62,12 +62,14 @@ def parameter(*shape: int, dtype: torch.dtype = torch.float32) -> torch.nn.Param
 
 
 def settled(tasks: Sequence[Path]) -> list[int]:
-    """The runs of threads that have fallen asleep: after work they spin for a while."""
-    counts = [-1] * len(tasks)
-    while (now := [runs(t) for t in tasks]) != counts:
-        counts = now
-        time.sleep(0.02)
-    return counts
+    """The runs of threads once they sleep: after work they spin, or wait for a core to do so."""
+    while not all(_sleeps(t) for t in tasks):
+        time.sleep(0.005)
+    return [runs(t) for t in tasks]
+
+
+def _sleeps(task: Path) -> bool:
+    return (task / "stat").read_text().rpartition(")")[2].split()[0] == "S"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

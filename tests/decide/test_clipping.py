@@ -71,9 +71,18 @@ def test_what_the_scaler_owes_is_multiplied_in(story):
     assert skipped.multiplier.tolist() == [1.0]
 
 
-def test_a_sum_that_overflows_clips_to_nothing_and_is_no_fault(story):
-    verdict = story(max_norm=1.0).step(1e200)  # its square is not a float64
+@pytest.mark.parametrize("nonfinite", ["skip", "zero", "raise"])
+def test_finite_gradients_whose_norm_no_float64_holds_are_a_fault(story, nonfinite):
+    # The sums of several ranks on a GPU, or a norm with p < 1: never clipped to nothing unsaid.
+    verdict = story(max_norm=1.0, nonfinite=nonfinite).step(1e200)  # its square is not a float64
     assert verdict.total_norm == INF
+    assert verdict.multiplier.tolist() == [1.0]
+    assert (outcome(verdict), reason(verdict)) == ("skip", "nonfinite_grad")
+
+
+def test_propagate_clips_them_to_nothing_as_torch_does(story):
+    verdict = story(max_norm=1.0, nonfinite="propagate").step(1e200)
+    assert (verdict.total_norm, verdict.torch_norm) == (INF, INF)
     assert verdict.multiplier.tolist() == [0.0]
     assert (outcome(verdict), reason(verdict)) == ("apply", None)
 

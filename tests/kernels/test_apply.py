@@ -51,6 +51,14 @@ def test_one_segment(dtype, multiplier, bad, clean):
     assert_same(*both(gradients(dtype, bad), [multiplier], clean))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("clean", [False, True], ids=["keep", "clean"])
+def test_a_multiplier_that_float32_cannot_hold(dtype, clean):
+    grads = [g.clamp(-2, 2) * 1e38 for g in gradients(dtype, clean)]
+    assert_same(*both(grads, [3e-43], clean))
+    assert_same(*both(grads, [1.0, 3e-43, 2.0], clean, [0, 1, 1, 2, 1, 0]))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("clean", [False, True], ids=["keep", "clean"])
 def test_each_segment_has_its_own_multiplier(dtype, clean):

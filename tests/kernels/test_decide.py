@@ -19,13 +19,14 @@ CPU = torch.device("cpu")
 RTOL = 1e-12  # sums over rings and segments in another order: n * eps of float64
 
 
-def stats_of(norms, counts=(0, 0, 0), norm_type=2.0):
+def stats_of(norms, counts=(0, 0, 0), norm_type=2.0, rooted=False):
     """Stats of segments with these norms, all bad elements in the first."""
     norms = torch.as_tensor(norms, dtype=torch.float64).reshape(-1)
     summary = torch.zeros(4, len(norms), dtype=torch.float64)
-    summary[0] = norms if norm_type == math.inf else norms**norm_type
+    summary[0] = norms if rooted or norm_type == math.inf else norms**norm_type
     summary[1:, 0] = torch.tensor(counts, dtype=torch.float64)
-    return GradStats(summary, torch.zeros(3, 1, dtype=torch.int64), norm_type)
+    counts = torch.zeros(3, 1, dtype=torch.int64)
+    return GradStats(summary, counts, norm_type, rooted=rooted)
 
 
 def signals_of(losses=None, inv_scale=None, found_inf=None, scale_falls=None):
@@ -189,3 +190,14 @@ def test_a_loss_that_no_rank_gave_is_neither_a_fault_nor_judged(signal):
         verdict = story.step(stats_of([3.0]), signals)
         assert bool(verdict.found_inf) == (given[1] == 1)
     assert story.ours.rings[0, 0] == (3 if signal == "ce" else 0)  # none enters at a bad step
+
+
+@pytest.mark.parametrize("mode", ["skip", "zero", "propagate", "raise"])
+@pytest.mark.parametrize("norm_type", [2.0, 3.0, 0.5])
+def test_norms_whose_powers_leave_float64(mode, norm_type):
+    for norms in ([2e200], [3e200, 4e200, 0.0], [1e-200, 1e-300], [1e308] * 200, [math.inf, 1.0]):
+        for counts in ((0, 0, 0), (0, 2, 0)):
+            limits = torch.full((len(norms),), 1e100, dtype=torch.float64)
+            story = Story(Policy(limits, mode, (SpikeRule(window=4, warmup=2),), ("grad_norm",)))
+            for _ in range(3):
+                story.step(stats_of(norms, counts, norm_type, rooted=True))

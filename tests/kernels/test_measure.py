@@ -166,8 +166,20 @@ def test_a_large_finite_gradient_is_not_called_infinite():
         x = torch.full((100,), value, dtype=dtype)
         summary, counts = stages.measure(bucket_of([x]), 1, 1, 2.0)
         assert counts.sum() == 0 and summary[1:].sum() == 0
-        if dtype is torch.float64:
-            assert summary[0].isinf()  # the sum overflows, as float64 arithmetic does
+        assert summary[0].isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=short)
+@pytest.mark.parametrize("norm_type", [2.0, 3.0, 0.5, 10.0, 100.0], ids=short)
+@pytest.mark.parametrize("magnitude", [1e200, 1e-200, 1e-310, 1e30, 1e-30, 0.0])
+def test_norms_whose_powers_leave_float64(dtype, norm_type, magnitude):
+    if dtype is torch.float32 and (norm_type < 3.0 or not 1e-40 < magnitude < 1e40):
+        pytest.skip("float64 holds these")
+    grads = [torch.rand(n).double().mul(magnitude).to(dtype) for n in (CHUNK + 5, 7, 0, 300)]
+    grads[1][2] = math.nan
+    grads[3][0] = -math.inf
+    check(grads, norm_type)
+    check(grads, norm_type, segments=[0, 1, 0, 1], n_segments=3, inv_scale=torch.tensor(2.0**-16))
 
 
 @pytest.mark.parametrize("norm_type", [2.0, 1.0, math.inf, 3.0], ids=short)

@@ -124,6 +124,7 @@ def read_rocm(kernel) -> dict:
 def variants():
     """`(name, launcher, signature, constants)` of what is compiled."""
     from fastguard.kernels import apply, decide, measure, record, summary, tuning
+    from fastguard.measure import holds_norms
 
     table = {"chunks_ptr": "*i64", "pieces_ptr": "*i64"}
     walk = {
@@ -141,7 +142,8 @@ def variants():
         name = f"{dtype} p={p:g}" + (f" group {group}" if group else "")
         name += ("" if one else ", many segments") + ("" if scale else ", no scale")
         group = group or measure.group_of(torch_dtype, p, wide=True)
-        constants = measure.constants_of(torch_dtype, p, group, one, scale, shape)
+        rooted = holds_norms(torch_dtype, p)
+        constants = measure.constants_of(torch_dtype, p, rooted, group, one, scale, shape)
         return f"measure {name}", measure.launcher_of(shape), walk, constants
 
     inf = float("inf")
@@ -164,6 +166,7 @@ def variants():
     yield measured("bf16", p=3.0, one=False)
     yield measured("fp32", p=3.0, scale=False)
     yield measured("fp64", p=3.0, one=False, scale=False)
+    yield measured("fp32", p=8.0, one=False)
     columns = {
         "segment_starts_ptr": "*i64",
         "scratch_ptr": "*i64",
@@ -172,9 +175,12 @@ def variants():
         "n_segments": "i32",
         "n_tensors": "i32",
     }
-    for p, scale in ((3.0, True), (2.0, False), (inf, True)):
-        norm = {"P": p, "INF_NORM": p == inf, "HAS_SCALE": scale}
+    for p, rooted, scale in (
+        (3.0, False, True), (2.0, False, False), (inf, False, True), (2.0, True, True)
+    ):  # fmt: skip
+        norm = {"P": p, "INF_NORM": p == inf, "ROOTED": rooted, "HAS_SCALE": scale}
         name = f"reduce segments p={p:g}" + ("" if scale else ", no scale")
+        name += ", norms" if rooted else ""
         yield name, summary._reduce, columns, {**norm, **reduce_size}
     scaling = {**table, "multiplier_ptr": "*fp64", "clean_ptr": "*fp32", "n_chunks": "i32"}
     for dtype, item in ITEM_SIZE.items():
@@ -197,16 +203,18 @@ def variants():
     }
     sizes = ("n_segments", "max_norm_stride", "n_losses", "n_rules", "ring_stride")
     verdict |= dict.fromkeys(sizes, "i32")
-    # (rules, segments, p, mode, what signals there are)
-    for rules, segments, p, mode, has in (
-        (0, 32, 2.0, "PROPAGATE", False),
-        (0, 128, inf, "ZERO", True),
-        (1, 32, 2.0, None, True),
-        (4, 128, 3.0, "ZERO", True),
+    # (rules, segments, p, norms in place of power sums, mode, what signals there are)
+    for rules, segments, p, rooted, mode, has in (
+        (0, 32, 2.0, False, "PROPAGATE", False),
+        (0, 128, inf, False, "ZERO", True),
+        (1, 32, 2.0, False, None, True),
+        (4, 128, 3.0, False, "ZERO", True),
+        (1, 128, 2.0, True, None, True),
     ):
         constants = {
             "P": p,
             "INF_NORM": p == inf,
+            "ROOTED": rooted,
             "ZERO": mode == "ZERO",
             "PROPAGATE": mode == "PROPAGATE",
             "HAS_SCALE": has,
@@ -218,7 +226,8 @@ def variants():
             "WINDOW": 32 if rules else 1,
             "BLOCK_SIZE": segments,
         }
-        yield f"decide p={p:g}, {rules} rules", decide._decide, verdict, constants
+        norms = ", norms" if rooted else ""
+        yield f"decide p={p:g}, {rules} rules{norms}", decide._decide, verdict, constants
     row = {name: "*fp64" for name in record.record_kernel.arg_names if name.endswith("_ptr")}
     row |= {
         "counts_ptr": "*i64",
