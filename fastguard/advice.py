@@ -25,8 +25,11 @@ ROUGH = 1e-2
 """The same in bfloat16, where torch rounds the norm and the coefficient to three digits."""
 
 AT_LIMIT, NEAR_LIMIT, CONSTANT = 20, 100, 100
-"""Steps in a row after which each is told. A norm that moves is within 1e-4 of a number at one step
-in thousands, and within 1 %, but never above, for a few steps at most."""
+"""Steps in a row after which each is told. A norm that moves is within 1e-4 of a given number at
+one step in thousands, and does not stay within 1 % of it and never above."""
+
+HIT = 3
+"""What a step counts for, where one that differs takes back 1."""
 
 SEARCH = 100
 """Halvings: more than any scale has from the largest float32 to its floor, and a few retries."""
@@ -60,8 +63,8 @@ class Advice:
 class ClippedBefore:
     """Tells whether the norms of a run are those of gradients that were clipped already.
 
-    A step that was not clipped takes back a third of what one that was has counted for: a loop that
-    clips most of its steps is found too.
+    A step that was not clipped takes back a part of what others have counted for: a loop that clips
+    most of its steps is found too.
     """
 
     def __init__(self) -> None:
@@ -80,12 +83,15 @@ class ClippedBefore:
 
     def _is_at_limit(self, norm: float, max_norm: float) -> bool:
         off = abs(norm - max_norm)
-        self._at_limit = _count(self._at_limit, off <= EXACT * max_norm)
-        if off > ROUGH * max_norm and norm > max_norm:  # nothing has clipped this one
-            self._near_limit = 0
-        else:
-            self._near_limit = _count(self._near_limit, off <= ROUGH * max_norm)
-        return self._at_limit >= 3 * AT_LIMIT or self._near_limit >= 3 * NEAR_LIMIT
+        if off > ROUGH * max_norm:  # as at nearly every step of a sound run
+            if self._at_limit:
+                self._at_limit -= 1
+            if self._near_limit:  # 0 behind a norm that nothing has clipped
+                self._near_limit = self._near_limit - 1 if norm < max_norm else 0
+            return False
+        self._near_limit += HIT
+        self._at_limit = max(self._at_limit + (HIT if off <= EXACT * max_norm else -1), 0)
+        return self._at_limit >= HIT * AT_LIMIT or self._near_limit >= HIT * NEAR_LIMIT
 
     def _is_constant(self, norm: float) -> bool:
         """Whether the norm keeps to one number that a person would choose for a limit.
@@ -93,15 +99,16 @@ class ClippedBefore:
         Not where it is the same to the last bit: rounding moves a norm that was clipped, but not
         that of a toy whose gradient is a constant.
         """
-        is_alike = abs(norm - self._first) <= EXACT * self._first  # NaN is not
-        self._alike = _count(self._alike, is_alike)
-        if is_alike:
-            self._lowest, self._highest = min(self._lowest, norm), max(self._highest, norm)
-            moves = self._lowest < self._highest
-            return self._alike >= 3 * CONSTANT and moves and _is_round(self._first)
-        if self._alike == 0:
-            self._first = self._lowest = self._highest = norm
-        return False
+        if not abs(norm - self._first) <= EXACT * self._first:  # NaN is not
+            if self._alike:
+                self._alike -= 1
+            else:
+                self._first = self._lowest = self._highest = norm
+            return False
+        self._alike += HIT
+        self._lowest, self._highest = min(self._lowest, norm), max(self._highest, norm)
+        moves = self._lowest < self._highest
+        return self._alike >= HIT * CONSTANT and moves and _is_round(self._first)
 
     def _say(self, what: str) -> None:
         self.told = True
@@ -112,10 +119,6 @@ class ClippedBefore:
             "that call: the guard clips by itself",
             what,
         )
-
-
-def _count(score: int, hit: bool) -> int:
-    return score + 3 if hit else max(score - 1, 0)
 
 
 def _is_round(x: float) -> bool:
