@@ -8,16 +8,16 @@ import stat
 from typing import BinaryIO
 
 _KINDS = {
-    stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
+    stat.S_IFLNK: "a symbolic link",
 }
 
 
 class NotRegularFile(OSError):
-    """A pipe, a device, a socket or a folder where a regular file is expected, or a link there."""
+    """A pipe, a device, a socket or a link where a regular file is expected."""
 
 
 def open_regular(
@@ -33,7 +33,7 @@ def open_regular(
 
     Raises:
         NotRegularFile: It is something else; `strerror` says what.
-        OSError: It cannot be opened.
+        IsADirectoryError, OSError: It is a folder, or cannot be opened.
 
     Example:
         >>> open_regular(os.devnull)
@@ -54,12 +54,13 @@ def open_regular(
 
 
 def check_regular(found: os.stat_result, path: str | os.PathLike[str]) -> None:
-    """Raises `NotRegularFile` if `os.stat` found anything but a regular file."""
+    """Raises if `os.stat` found anything but a regular file; as `open_regular`."""
     kind = stat.S_IFMT(found.st_mode)
+    if kind == stat.S_IFDIR:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     if kind != stat.S_IFREG:
-        what = "a symbolic link" if kind == stat.S_IFLNK else _KINDS.get(kind, "no file")
-        error = errno.EISDIR if kind == stat.S_IFDIR else errno.EINVAL
-        raise NotRegularFile(error, f"is {what}, not a regular file", os.fspath(path))
+        what = _KINDS.get(kind, "special")
+        raise NotRegularFile(errno.EINVAL, f"is {what}, not a regular file", os.fspath(path))
 
 
 def _flags(*names: str) -> int:

@@ -1,4 +1,4 @@
-"""`open_regular`: pipes, devices, sockets, folders and links to them are refused, at once."""
+"""`open_regular`: pipes, devices, sockets and links to them are refused, at once."""
 
 import os
 import socket
@@ -29,11 +29,10 @@ def make_socket(path):
     ("make", "says"),
     [
         (os.mkfifo, "a named pipe"),
-        (os.mkdir, "a folder"),
         (make_socket, "a socket"),
         (lambda path: path.symlink_to("/dev/zero"), "a device"),
     ],
-    ids=["pipe", "folder", "socket", "device"],
+    ids=["pipe", "socket", "device"],
 )
 @pytest.mark.parametrize("through_a_link", [False, True], ids=["itself", "link"])
 def test_anything_else_is_refused_and_not_waited_for(
@@ -70,3 +69,5 @@ def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(tmp_path, monke
 def test_what_is_not_there_is_an_error_of_its_own(tmp_path):
     with pytest.raises(FileNotFoundError):
         open_regular(tmp_path / "x")
+    with pytest.raises(IsADirectoryError):
+        open_regular(tmp_path)

@@ -8,6 +8,7 @@ all.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,24 +16,25 @@ from typing import Any
 import torch
 
 from fastguard.checkpoints import durable_files as files
+from fastguard.checkpoints import names
 from fastguard.checkpoints.errors import CheckpointError, DamagedFile
 from fastguard.checkpoints.reading.file_report import Look, look_at_file
-from fastguard.checkpoints.reading.inspect_file import sha256_of
+from fastguard.checkpoints.reading.inspect_file import sha256_of_open
 from fastguard.checkpoints.sharded import read_write as sharded
 from fastguard.checkpoints.sharded import shard_report as shard_looking
+from fastguard.checkpoints.sharded.open_files import OpenFiles
 from fastguard.peers import Peers
-
-SUFFIX = ".pt"
+from fastguard.regular_files import NotRegularFile, open_regular
 
 
 def suffix_of(states: Mapping[str, Any], peers: Peers) -> str:
     """The end of the name of a checkpoint with these states."""
-    return sharded.SUFFIX if peers.size > 1 or sharded.has_shards(states) else SUFFIX
+    return names.FOLDER if peers.size > 1 or sharded.has_shards(states) else names.FILE
 
 
 def write(path: Path, payload: Mapping[str, Any], peers: Peers) -> Path:
     """Writes a checkpoint to the temporary name of `path`, which it returns."""
-    if path.suffix == sharded.SUFFIX:
+    if path.suffix == names.FOLDER:
         return sharded.write(path, payload, peers)
     return files.write_temporary(path, lambda sink: torch.save(payload, sink))  # type: ignore[arg-type]
 
@@ -48,7 +50,7 @@ def look(path: Path, peers: Peers, *, crc32: bool = True) -> Look:
     Raises:
         DamagedFile, UnsafeFile, OSError: As `look_at_file`.
     """
-    if path.suffix == sharded.SUFFIX:
+    if path.suffix == names.FOLDER:
         return shard_looking.look(path, peers, crc32=crc32)
     return peers.first(lambda: look_at_file(path, crc32=crc32))
 
@@ -65,24 +67,37 @@ def read(path: Path, sha256: str, objects: Mapping[str, Any], peers: Peers) -> d
     Raises:
         DamagedFile: It has another checksum, or is missing.
     """
-    is_folder = path.suffix == sharded.SUFFIX
     try:
-        if is_folder:
-            found, _ = shard_looking.listing(path, peers)
-        else:
-            found = peers.first(lambda: sha256_of(path))
+        if path.suffix != names.FOLDER:
+            return peers.together(lambda: _read_file(path, sha256))
+        with OpenFiles(path) as opened:
+            _compare(path, shard_looking.listing(opened, peers), sha256)
+            return sharded.read(path, objects, peers, opened)
     except FileNotFoundError:
         raise DamagedFile(f"{path} is missing") from None
-    if found != sha256:
-        raise DamagedFile(
-            f"{path} changed on disk after it was written: its SHA-256 is {found[:16]}..., the "
-            f"manifest has {sha256[:16]}..."
-        )
-    try:
-        if is_folder:
-            return sharded.read(path, objects, peers)
-        return peers.together(lambda: torch.load(path, map_location="cpu", weights_only=True))
+    except NotRegularFile as error:
+        raise DamagedFile(f"{error.filename} {error.strerror}") from None
     except (CheckpointError, OSError):
         raise
     except Exception as error:
         raise DamagedFile(f"{path} cannot be loaded: {error}") from error
+
+
+def _read_file(path: Path, sha256: str) -> dict[str, Any]:
+    """Hashes and loads a file through one descriptor: no other file can take its place between."""
+    with open_regular(path, follow_links=False) as file:
+        before = os.fstat(file.fileno())
+        _compare(path, sha256_of_open(file), sha256)
+        payload = torch.load(file, map_location="cpu", weights_only=True)
+        after = os.fstat(file.fileno())
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise DamagedFile(f"{path} was changed while it was read")
+    return payload
+
+
+def _compare(path: Path, found: str, expected: str) -> None:
+    if found != expected:
+        raise DamagedFile(
+            f"{path} changed on disk after it was written: its SHA-256 is {found[:16]}..., the "
+            f"manifest has {expected[:16]}..."
+        )

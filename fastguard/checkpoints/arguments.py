@@ -6,7 +6,7 @@ import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fastguard.checkpoints.manifest import Entry
+from fastguard.checkpoints.entry import Entry
 from fastguard.records import StepRecord
 
 NOTES = 8

@@ -2,6 +2,9 @@
 
 The order is always the same: a temporary name in the same folder, flush and fsync, rename, fsync of
 the folder. What a crash leaves behind begins with `TEMPORARY`, and the next writer removes it.
+
+No link is followed and nothing that exists is opened for writing: a folder may come from elsewhere,
+with links under the names that are written to.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fastguard.checkpoints.errors import StoreLocked
+from fastguard.regular_files import check_regular, open_regular
 
 try:
     import fcntl
@@ -21,6 +25,7 @@ except ImportError:  # Windows: one process at a time is then up to the user
     fcntl = None
 
 TEMPORARY = ".tmp-"
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
 
 
 class Sink:
@@ -58,11 +63,16 @@ def write_temporary(path: Path, write: Callable[[Sink], object]) -> Path:
         The temporary file: `commit` it, or unlink it.
 
     Raises:
-        OSError: The disk is full, read-only or broken; nothing is left behind.
+        OSError: The disk is full, read-only or broken; nothing is left behind. Or there is
+            something under that name that no crash left: it stays.
     """
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    with contextlib.suppress(FileNotFoundError):
+        check_regular(os.lstat(temporary), temporary)
+        temporary.unlink()
+    handle = os.open(temporary, _NEW, 0o666)
     try:
-        with open(temporary, "wb", buffering=0) as file:
+        with open(handle, "wb", buffering=0) as file:
             sink = Sink(file)
             try:
                 write(sink)
@@ -91,7 +101,7 @@ def copy_temporary(source: Path, path: Path) -> Path:
     """Copies a file, byte for byte, to the temporary name of `path`."""
 
     def copy(sink: Sink) -> None:
-        with open(source, "rb") as file:
+        with open_regular(source) as file:
             while piece := file.read(4 * 2**20):
                 sink.write(piece)
 
@@ -124,6 +134,25 @@ def remove_temporaries(folder: Path) -> None:
         remove(path)
 
 
+def _open_lock(path: Path) -> int:
+    """Opens the file of a lock, or makes it; never what a link points to, never a pipe or device.
+
+    Raises:
+        NotRegularFile: It is none.
+        OSError: It cannot be opened.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        check_regular(os.lstat(path), path)
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    handle = os.open(path, flags | getattr(os, "O_CLOEXEC", 0), 0o644)
+    try:
+        check_regular(os.fstat(handle), path)
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
+
+
 class Lock:
     """One writer a folder, by a lock that the system gives back when the process dies.
 
@@ -141,12 +170,13 @@ class Lock:
                 f"{folder} is open for writing in this process ({os.getpid()}) already; close() "
                 "the other CheckpointStore, or open this one with read_only=True"
             )
-        self._handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._handle = _open_lock(folder / ".lock")
         try:
             if fcntl is not None:
                 fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            owner = os.read(self._handle, 32).decode(errors="replace").strip() or "unknown"
+            found = os.read(self._handle, 32).strip()
+            owner = found.decode() if found.isdigit() else "unknown"
             os.close(self._handle)
             if not isinstance(error, BlockingIOError | PermissionError):
                 raise  # a file system without locks
@@ -154,9 +184,10 @@ class Lock:
                 f"{folder} is open for writing in process {owner}; wait for it or stop it, "
                 "choose another directory, or open this one with read_only=True"
             ) from None
-        with contextlib.suppress(OSError):  # on a full disk the lock holds without a name on it
-            os.ftruncate(self._handle, 0)
-            os.pwrite(self._handle, f"{os.getpid()}\n".encode(), 0)
+        if os.fstat(self._handle).st_nlink == 1:  # else it is another file as well
+            with contextlib.suppress(OSError):  # on a full disk the lock holds without a name on it
+                os.ftruncate(self._handle, 0)
+                os.pwrite(self._handle, f"{os.getpid()}\n".encode(), 0)
         self._held[self._key] = self
 
     def release(self) -> None:

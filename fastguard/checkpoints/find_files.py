@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Literal
 
 from fastguard.checkpoints import durable_files as files
+from fastguard.checkpoints import names
+from fastguard.checkpoints.errors import CheckpointError
 from fastguard.checkpoints.folder import is_store
-from fastguard.checkpoints.sharded import read_write as sharded
+from fastguard.regular_files import open_regular
 
 ENDINGS = (".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".pt.tar", ".pth.tar", ".ckpt.tar")
 SHOWN = 5
@@ -35,7 +37,7 @@ class Found:
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """The checkpoint files in a folder, by name; links to nothing among them."""
+    """The checkpoint files in a folder, by name; links to nothing and pipes among them."""
     return [found.path for found in _files(folder) if found.kind == "file"]
 
 
@@ -46,7 +48,7 @@ def is_shards(folder: Path) -> bool:
 
 def how_to_read_shards(folder: Path) -> str:
     """What a user can do with such a folder, to stand behind its name."""
-    if sharded.SUFFIX in folder.name:
+    if names.FOLDER in folder.name:
         return f"is one checkpoint of a store; give the store: {folder.parent}"
     return (
         "was written by torch.distributed.checkpoint, whose shards are not read here; make one "
@@ -64,11 +66,12 @@ def walk(folder: Path) -> Iterator[Found]:
     failed: list[OSError] = []
     for name, below, _ in os.walk(folder, onerror=failed.append):
         at = Path(name)
-        below[:] = sorted(d for d in below if not d.startswith(".") and sharded.SUFFIX not in d)
+        below[:] = sorted(d for d in below if not d.startswith(".") and names.FOLDER not in d)
         try:
             yield from _in(at)
-        except OSError as error:
-            yield Found(at, "unreadable", error.strerror or str(error))
+        except (CheckpointError, OSError) as error:
+            why = error.strerror if isinstance(error, OSError) else None
+            yield Found(at, "unreadable", why or str(error))
             below.clear()
     for error in failed:
         yield Found(Path(error.filename), "unreadable", error.strerror or str(error))
@@ -104,7 +107,7 @@ def _files(folder: Path) -> Iterator[Found]:
         name = path.name.lower()
         if not name.endswith(ENDINGS) or name.startswith(files.TEMPORARY):
             continue
-        if not path.is_file() and (not path.is_symlink() or path.exists()):
+        if path.is_dir():
             continue
         why = _no_checkpoint(path) if name.endswith(".bin") else None
         yield Found(path, "file" if why is None else "other", why or "")
@@ -115,7 +118,7 @@ def _no_checkpoint(path: Path) -> str | None:
     if path.name == _SETTINGS:
         return "settings of the Hugging Face Trainer"
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             first = file.read(2)
     except OSError:  # whoever reads it says so
         return None

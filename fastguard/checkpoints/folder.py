@@ -13,33 +13,25 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
+import stat
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastguard.checkpoints import archive, manifest
+from fastguard.checkpoints import archive, manifest, names
 from fastguard.checkpoints import durable_files as files
-from fastguard.checkpoints.errors import CheckpointError
-from fastguard.checkpoints.manifest import Entry, Manifest
+from fastguard.checkpoints.entry import Entry, from_json
+from fastguard.checkpoints.errors import CheckpointError, StoreLocked
+from fastguard.checkpoints.manifest import Manifest
 from fastguard.checkpoints.reading.file_report import Look, not_ignored
-from fastguard.checkpoints.sharded import read_write as sharded
 from fastguard.peers import Peers
+from fastguard.regular_files import NotRegularFile
 
 log = logging.getLogger("fastguard")
 
-REPLACED = ".replaced"
 Rotation = Callable[[Sequence[Entry]], tuple[Entry, ...]]
-_CHECKPOINT = re.compile(
-    rf"step-(\d+)\.(\d+)(?:{re.escape(archive.SUFFIX)}|{re.escape(sharded.SUFFIX)})"
-)
-
-
-def file_name(step: int, serial: int, suffix: str) -> str:
-    """The name of a checkpoint: sorts by step, and is never used twice."""
-    return f"step-{step:09d}.{serial:06d}{suffix}"
 
 
 def is_store(path: Path) -> bool:
@@ -49,13 +41,19 @@ def is_store(path: Path) -> bool:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a file or folder has the name of a checkpoint of a store."""
-    return _CHECKPOINT.fullmatch(path.name) is not None
+    return names.parse(path.name) is not None
 
 
 def _files(path: Path) -> Iterator[tuple[int, str]]:
     """`(serial, name)` of the checkpoints in a folder, oldest first."""
-    matches = (_CHECKPOINT.fullmatch(name) for name in os.listdir(path))
-    yield from sorted((int(match[2]), match[0]) for match in matches if match)
+    found = ((names.parse(name), name) for name in os.listdir(path))
+    yield from sorted((parsed.serial, name) for parsed, name in found if parsed is not None)
+
+
+def _size_of_file(path: Path) -> int | None:
+    """Bytes of a regular file; None of anything else."""
+    found = path.lstat()
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 class Folder:
@@ -86,6 +84,7 @@ class Folder:
         self.path = path
         self.read_only = read_only
         self.peers = peers
+        self._pid = os.getpid()
         self._closed = False
         self._left_alone: set[str] = set()
         self._release: Callable[[], object] | None = None
@@ -160,15 +159,15 @@ class Folder:
         """
         problem, found = self._compare(entry)
         updated = replace(entry, verified=False) if found is None else self._seen(entry, found)
-        if updated != entry and not self.read_only and not self._closed:
+        if updated != entry and self.is_open_for_writing:
             self.update(updated)
         return updated, problem
 
     def _compare(self, entry: Entry) -> tuple[str | None, Look | None]:
         path = self.path / entry.file
         try:
-            size = self.peers.first(lambda: path.stat().st_size if path.is_file() else entry.size)
-            if size < entry.size:
+            size = self.peers.first(lambda: _size_of_file(path))
+            if size is not None and size < entry.size:
                 return f"{path} is truncated: {size} of {entry.size} bytes", None
             found = archive.look(path, self.peers, crc32=False)
         except FileNotFoundError:
@@ -204,13 +203,13 @@ class Folder:
         newer = tuple(e for e in before.entries if e.serial > target.serial)
         if not newer:
             return ()
-        outdated = tuple(e.file + REPLACED for e in before.replaced)
+        outdated = tuple(e.file + names.REPLACED for e in before.replaced)
         self._change(
             replace(
                 before,
                 entries=tuple(e for e in before.entries if e.serial <= target.serial),
                 replaced=newer,
-                removing=outdated,
+                removing=(*before.removing, *outdated),
             )
         )
         return newer
@@ -244,8 +243,8 @@ class Folder:
         for entry in self._manifest.replaced:
             path = self.path / entry.file
             try:
-                if path.exists():
-                    os.replace(path, path.with_name(path.name + REPLACED))
+                if os.path.lexists(path):
+                    os.replace(path, path.with_name(path.name + names.REPLACED))
             except OSError as error:
                 log.warning("%s cannot be renamed: %s", path, error)
         if not self._manifest.removing:
@@ -278,6 +277,11 @@ class Folder:
                     "another directory, or move it away"
                 )
             lock = files.Lock(self.path)
+        except NotRegularFile as error:
+            raise CheckpointError(
+                f"{error.filename} {error.strerror}; nothing was changed. Remove it if you trust "
+                "the folder, or open the store with read_only=True"
+            ) from None
         except OSError as error:
             raise CheckpointError(
                 f"{self.path} cannot be written to: {error.strerror}; choose another directory, or "
@@ -325,7 +329,7 @@ class Folder:
         """The manifest with a checkpoint that it did not know."""
         try:
             seen = archive.look(self.path / name, Peers())
-            entry = manifest.from_json({**(seen.header or {}), "serial": serial, "file": name})
+            entry = from_json({**(seen.header or {}), "serial": serial, "file": name})
         except (CheckpointError, OSError, TypeError, ValueError) as error:
             self._left_alone.add(name)
             log.warning("%s is left alone: %s", name, error)
@@ -340,12 +344,18 @@ class Folder:
         files.remove_temporaries(self.path)
         self._bring_files_in_line()
         found = self._manifest
-        known = {e.file for e in (*found.entries, *found.replaced)} | self._left_alone
+        known = {e.file for e in (*found.entries, *found.replaced)}
+        known |= {*self._left_alone, *found.removing}
         for serial, name in _files(self.path):
             if name not in known:
                 found = self._taken_in(found, serial, name)
         if found != self._manifest:
             self._apply(found)
+
+    @property
+    def is_open_for_writing(self) -> bool:
+        """Whether this process may change the folder; a forked child does not hold its lock."""
+        return not self.read_only and not self._closed and os.getpid() == self._pid
 
     def check_open(self) -> None:
         """Raises a CheckpointError unless the folder may be changed."""
@@ -353,6 +363,12 @@ class Folder:
             raise CheckpointError(f"{self.path} was opened with read_only=True")
         if self._closed:
             raise CheckpointError(f"the store of {self.path} is closed")
+        if os.getpid() != self._pid:
+            raise StoreLocked(
+                f"{self.path} was opened for writing in process {self._pid}, of which this one "
+                f"({os.getpid()}) is a fork: what it saves would be lost; save in process "
+                f"{self._pid}, or open a CheckpointStore of another directory here"
+            )
 
     def _seen(self, entry: Entry, seen: Look, ignore: Sequence[str] | None = None) -> Entry:
         """The entry with the verdict of a read of its file."""

@@ -19,7 +19,8 @@ from fastguard.checkpoints.errors import CheckpointError, DamagedFile
 from fastguard.checkpoints.find_files import checkpoint_files
 from fastguard.checkpoints.reading.contents import read_contents
 from fastguard.checkpoints.reading.file_report import HEADER, not_ignored
-from fastguard.checkpoints.reading.inspect_file import inspect, sha256_of
+from fastguard.checkpoints.reading.inspect_file import Inspection, inspect, sha256_of
+from fastguard.regular_files import check_regular
 
 _EPOCH = ("epoch",)
 _STEP = ("step", "global_step", "iteration", "iter_num")
@@ -185,6 +186,11 @@ def _unsound(path: Path, ignore: Sequence[str]) -> str | None:
         found = inspect(path)
     except (CheckpointError, OSError) as error:
         return problem_of(path, error)
+    return _flaw(found, ignore)
+
+
+def _flaw(found: Inspection, ignore: Sequence[str]) -> str | None:
+    """What is wrong with a file that was read through, if anything."""
     if found.damaged:
         return f"{', '.join(found.damaged)} changed after it was written"
     if not found.contents.n_tensors:
@@ -214,18 +220,29 @@ def roll_back_file(
     Raises:
         CheckpointError: The source is the target, or damaged, or not finite, or holds no tensors;
             nothing was changed.
-        OSError: The disk is full or read-only; nothing was changed.
+        OSError: The disk is full or read-only, or the target is no regular file; nothing was
+            changed.
     """
     target, source = Path(target), Path(source)
+    with contextlib.suppress(FileNotFoundError):
+        check_regular(target.stat(), target)
     if target.exists() and target.samefile(source):
         raise CheckpointError(f"{source} is the file to be replaced; choose another one to copy")
-    problem = _unsound(source, ignore)
+    try:
+        found = inspect(source, sha256=True)
+    except (CheckpointError, OSError) as error:
+        problem = problem_of(source, error)
+    else:
+        problem = _flaw(found, ignore)
     if problem:
         raise CheckpointError(f"{source} cannot be rolled back to: {problem}")
     temporary = files.copy_temporary(source, target)
     try:
-        if sha256_of(temporary) != sha256_of(source):
-            raise DamagedFile(f"the copy of {source} differs from it; the disk may be failing")
+        if sha256_of(temporary) != found.sha256:
+            raise DamagedFile(
+                f"the copy of {source} is not what was verified: another process writes to it, or the "
+                "disk is failing"
+            )
         backup = _keep(target) if target.exists() else None
         files.commit(temporary, target)
     except BaseException:

@@ -3,97 +3,43 @@
 It carries its own SHA-256, so that a damaged one is noticed; then, or when it is lost, it is built
 again from the checkpoints, each of which repeats its own entry (`Entry.header`). One of a newer
 version is never touched.
+
+The checksum is no signature: anybody can write a manifest that has the right one. So whatever it
+says is checked before anything is done with it, above all that each name is one of the store's own
+(`names.parse`) and not a path. A manifest that fails the check was not damaged by a disk, so it is
+neither followed nor replaced.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fastguard.checkpoints import names
 from fastguard.checkpoints.durable_files import write_atomically
-from fastguard.checkpoints.errors import CheckpointError
-from fastguard.errors import Culprit, describe_culprits
+from fastguard.checkpoints.entry import (
+    Entry,
+    checked,
+    count,
+    from_json,
+    plain_json,
+    shown,
+    text,
+    texts,
+    to_json,
+)
+from fastguard.checkpoints.errors import CheckpointError, DamagedFile
+from fastguard.regular_files import NotRegularFile, open_regular
 
 NAME = "manifest.json"
 FORMAT = "fastguard checkpoints"
 VERSION = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One checkpoint.
-
-    Attributes:
-        serial: Its place in the order of saving; never used twice in a store.
-        file: Its name in the directory.
-        step, epoch: Where training stood.
-        metric: What `best` compares; None if not given.
-        tag: Whatever the caller gave.
-        time: When it was saved, ISO 8601, UTC.
-        incidents: Skipped steps and the like since the last clean checkpoint before this one.
-        notes: The last of them, one line each.
-        skipped_steps: Of the whole run so far, if a `GuardedOptimizer` was saved; without those
-            that only lowered a loss scale.
-        n_tensors: How many tensors were looked at.
-        bad: `(name, nan, posinf, neginf)` of each that holds NaN or Inf; numbers that are NaN, such
-            as a learning rate, count as tensors of one element.
-        sha256: Of the file.
-        size: Bytes.
-        verified: Read back whole after it was written, and found as written.
-    """
-
-    serial: int
-    file: str
-    step: int
-    epoch: int | None = None
-    metric: float | None = None
-    tag: Any = None
-    time: str = ""
-    incidents: int = 0
-    notes: tuple[str, ...] = ()
-    skipped_steps: int | None = None
-    n_tensors: int = 0
-    bad: tuple[Culprit, ...] = ()
-    sha256: str = ""
-    size: int = 0
-    verified: bool = False
-
-    @property
-    def finite(self) -> bool:
-        """Whether every tensor is finite."""
-        return not self.bad
-
-    @property
-    def clean(self) -> bool:
-        """Whether it is finite and known to be on disk as it was written."""
-        return self.finite and self.verified
-
-    @property
-    def header(self) -> dict[str, Any]:
-        """What the checkpoint itself repeats, so that the manifest can be built again."""
-        known = _to_json(self)
-        return {key: known[key] for key in _HEADER}
-
-    def __str__(self) -> str:
-        """One line for a log."""
-        parts = [f"step {self.step}"]
-        if self.epoch is not None:
-            parts.append(f"epoch {self.epoch}")
-        if self.metric is not None:
-            parts.append(f"metric {self.metric:g}")
-        verdict = "clean" if self.clean else "damaged" if self.finite else "not finite"
-        parts.append(verdict if self.finite else f"{verdict}: {describe_culprits(self.bad)}")
-        return f"{self.file} ({', '.join(parts)})"
-
-
-_HEADER = (
-    "serial", "step", "epoch", "metric", "tag", "time", "incidents", "notes", "skipped_steps",
-)  # fmt: skip
+_LARGEST = 32 * 2**20  # bytes, some 50,000 checkpoints; parsed JSON takes twenty times as much
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +73,8 @@ class Manifest:
             "format": FORMAT,
             "version": VERSION,
             "next_serial": self.next_serial,
-            "checkpoints": [_to_json(entry) for entry in self.entries],
-            "replaced": [_to_json(entry) for entry in self.replaced],
+            "checkpoints": [to_json(entry) for entry in self.entries],
+            "replaced": [to_json(entry) for entry in self.replaced],
             "removing": list(self.removing),
             "mode": self.mode,
             "ignore": list(self.ignore),
@@ -144,36 +90,77 @@ class Manifest:
 
 
 def read(folder: Path) -> Manifest | None:
-    """The manifest of a folder; None if there is none, or none that can be trusted.
+    """The manifest of a folder; None if there is none, or its checksum is wrong.
 
     Raises:
         CheckpointError: It is of a newer version.
+        DamagedFile: Its checksum is right, but no store wrote it so; or it is no regular file.
+        OSError: It cannot be read.
     """
     body = _parsed(folder)
     if body is None or body.get("format") != FORMAT:
         return None
-    try:
-        version = int(body["version"])
-    except (ValueError, TypeError, KeyError):
+    version = body.get("version")
+    if not isinstance(version, int):
         return None
     if version > VERSION:
         raise CheckpointError(
-            f"{folder / NAME} has version {version}, this release reads up to {VERSION}; upgrade "
-            "torch-fastguard, or use another directory"
+            f"{folder / NAME} has version {shown(version)}, this release reads up to "
+            f"{VERSION}; upgrade torch-fastguard, or use another directory"
         )
     try:
-        if body.pop("sha256") != _digest(body):
+        if body.pop("sha256", None) != _digest(body):
             return None
-        return Manifest(
-            tuple(map(from_json, body["checkpoints"])),
-            tuple(map(from_json, body["replaced"])),
-            tuple(body["removing"]),
-            str(body["mode"]),
-            tuple(body["ignore"]),
-            int(body["next_serial"]),
-        )
-    except (ValueError, TypeError, KeyError):
+    except RecursionError:
         return None
+    try:
+        return _manifest(body)
+    except ValueError as error:
+        raise DamagedFile(
+            f"{folder / NAME} is damaged: it has {error}, which no store writes; nothing was "
+            "changed. If you trust the folder, move that file away: it is built again from the "
+            "checkpoints"
+        ) from None
+
+
+def _manifest(body: Mapping[str, Any]) -> Manifest:
+    """The manifest that a JSON object describes.
+
+    Raises:
+        ValueError: It describes none that a store writes; the error says what is wrong.
+    """
+    entries = _entries(body, "checkpoints")
+    replaced = _entries(body, "replaced")
+    removing = checked("removing", body.get("removing"), texts)
+    for name in removing:
+        if names.parse(name.removesuffix(names.REPLACED)) is None:
+            raise ValueError(f"removing={shown(name)}, which is no name of a checkpoint")
+    every_name = [*(e.file for e in entries), *(e.file for e in replaced), *removing]
+    for name, times in Counter(every_name).items():
+        if times > 1:
+            raise ValueError(f"{name} more than once")
+    next_serial = checked("next_serial", body.get("next_serial"), count)
+    newest = max((e.serial for e in (*entries, *replaced)), default=0)
+    if next_serial <= newest:
+        raise ValueError(f"next_serial={next_serial} behind serial={newest}")
+    mode = checked("mode", body.get("mode"), text)
+    if mode not in ("min", "max"):
+        raise ValueError(f"mode={shown(mode)}")
+    return Manifest(
+        entries,
+        replaced,
+        removing,
+        mode,
+        checked("ignore", body.get("ignore"), texts),
+        next_serial,
+    )
+
+
+def _entries(body: Mapping[str, Any], key: str) -> tuple[Entry, ...]:
+    values = body.get(key)
+    if not isinstance(values, list):
+        raise ValueError(f"{key}={shown(values)}")
+    return tuple(map(from_json, values))
 
 
 def is_ours(folder: Path) -> bool:
@@ -189,53 +176,34 @@ def is_foreign(folder: Path) -> bool:
 
 
 def _parsed(folder: Path) -> dict[str, Any] | None:
-    """The JSON object that the manifest is; None if there is none, or it is damaged."""
+    """The JSON object that the manifest is; None if there is none, or it is damaged.
+
+    Raises:
+        DamagedFile: It is a pipe, a device or the like.
+        OSError: It cannot be read.
+    """
     try:
-        body = json.loads((folder / NAME).read_bytes())
+        with open_regular(folder / NAME) as file:
+            raw = file.read(_LARGEST + 1)
+        body = json.loads(raw) if len(raw) <= _LARGEST else None
     except (FileNotFoundError, IsADirectoryError, ValueError, RecursionError):
         return None
+    except NotRegularFile as error:
+        raise DamagedFile(f"{error.filename} {error.strerror}; nothing was changed") from None
     return body if isinstance(body, dict) else None
 
 
 def check_tag(tag: Any) -> None:
     """Raises a TypeError if a tag cannot be written to the manifest."""
     try:
-        json.dumps(tag, allow_nan=False)
-    except (TypeError, ValueError):
+        plain_json(json.loads(json.dumps(tag, allow_nan=False)))
+    except (TypeError, ValueError, RecursionError):
         raise TypeError(
-            f"tag={tag!r} cannot be kept in the manifest; use strings, numbers, lists, or str(tag)"
+            f"tag={shown(tag)} cannot be kept in the manifest; use strings, numbers, lists, "
+            "or str(tag)"
         ) from None
 
 
 def _digest(body: Mapping[str, Any]) -> str:
     known = {key: value for key, value in body.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
-
-
-def _to_json(entry: Entry) -> dict[str, Any]:
-    values = json.loads(json.dumps(asdict(entry)))  # tuples are lists there
-    metric = entry.metric
-    if metric is not None and not math.isfinite(metric):
-        values["metric"] = str(metric)  # JSON has no NaN
-    return values
-
-
-_CONVERT: dict[str, Callable[[Any], Any]] = {
-    "metric": lambda v: None if v is None else float(v),
-    "notes": tuple,
-    "bad": lambda rows: tuple((str(name), *map(int, counts)) for name, *counts in rows),
-}
-
-
-def from_json(values: Mapping[str, Any]) -> Entry:
-    """The entry that was written so; keys of other releases are ignored.
-
-    Raises:
-        TypeError, ValueError: It is no entry.
-    """
-    known = {f.name for f in fields(Entry)}
-    return Entry(**{k: _CONVERT.get(k, _same)(v) for k, v in values.items() if k in known})
-
-
-def _same(value: Any) -> Any:
-    return value

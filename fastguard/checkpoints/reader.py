@@ -11,9 +11,9 @@ from typing import Any, Literal
 from fastguard.checkpoints import archive, rotation
 from fastguard.checkpoints import object_states as state
 from fastguard.checkpoints.arguments import joined
+from fastguard.checkpoints.entry import Entry
 from fastguard.checkpoints.errors import CheckpointError, DamagedFile
 from fastguard.checkpoints.folder import Folder
-from fastguard.checkpoints.manifest import Entry
 
 log = logging.getLogger("fastguard")
 
@@ -187,5 +187,5 @@ class StoreView:
                     raise DamagedFile(f'{error}; load "last-clean" instead') from None
                 log.error("passing over a checkpoint: %s", error)
                 damaged.add(entry.file)
-                if not self._folder.read_only:
+                if self._folder.is_open_for_writing:
                     self._folder.update(replace(entry, verified=False))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastguard.checkpoints.manifest import Entry
+from fastguard.checkpoints.entry import Entry
 
 
 def best(entries: Sequence[Entry], mode: str) -> Entry | None:

@@ -14,9 +14,10 @@ from fastguard.checked_numbers import number_of
 from fastguard.checkpoints import archive, manifest, rotation
 from fastguard.checkpoints import object_states as state
 from fastguard.checkpoints.arguments import check_choice, counted, integer, joined
+from fastguard.checkpoints.entry import Entry
 from fastguard.checkpoints.errors import CheckpointError, DamagedFile
-from fastguard.checkpoints.folder import Folder, file_name
-from fastguard.checkpoints.manifest import Entry
+from fastguard.checkpoints.folder import Folder
+from fastguard.checkpoints.names import file_name
 from fastguard.checkpoints.reader import StoreView, Which
 from fastguard.checkpoints.reading.file_report import HEADER
 from fastguard.checkpoints.stop_signal import SignalFlag

@@ -8,7 +8,6 @@ import torch.distributed.checkpoint as dcp
 
 from fastguard import CheckpointStore
 from fastguard.checkpoints import CheckpointError, roll_back_file
-from fastguard.checkpoints.reading import contents
 from guardtest.commands import ckpt
 
 NAN = float("nan")
@@ -93,12 +92,14 @@ def forbidden(tmp_path, monkeypatch):
     for name, value in (("a", 1.0), ("b", 1.0), ("c", 1.0), ("last", NAN)):
         write(tmp_path / f"{name}.pt", value, modified=100 - ord(name[0]))
 
-    def refuse(path, *rest):
+    open_now = os.open
+
+    def refuse(path, *rest, **named):
         if os.fspath(path).endswith("a.pt"):
             raise PermissionError(13, "Permission denied", os.fspath(path))
-        return open(path, *rest)
+        return open_now(path, *rest, **named)
 
-    monkeypatch.setattr(contents, "open", refuse, raising=False)
+    monkeypatch.setattr(os, "open", refuse)
     return tmp_path
 
 

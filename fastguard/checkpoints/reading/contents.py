@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from fastguard.checkpoints.reading.inert_unpickler import (
 from fastguard.checkpoints.reading.named_leaves import named_leaves
 from fastguard.checkpoints.reading.safetensors_header import read_safetensors
 from fastguard.checkpoints.reading.spans import Contents, Record, Span
+from fastguard.regular_files import open_regular
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature; lengths of the name and of the extra field
@@ -40,31 +41,43 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
     Raises:
         DamagedFile: It is truncated, or in no known format.
         UnsafeFile: It asks to call a function that torch does not write.
-        OSError: It cannot be opened.
+        OSError: It cannot be opened, or is no regular file.
     """
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        start = file.read(8)
-        file.seek(0)
-        try:
-            if start[:4] == b"PK\x03\x04":
-                return _read_zip(file, size)
-            if Path(path).suffix.lower() == ".safetensors":
-                return read_safetensors(file, size)
-            return _read_legacy(file, size)
-        except CheckpointError as error:
-            raise type(error)(f"{os.fspath(path)}: {error}") from None
-        except OSError:
-            raise
-        except Exception as error:  # numbers and names of the file that make no sense
-            raise DamagedFile(f"{os.fspath(path)}: damaged ({error!r})") from None
+    with open_regular(path) as file:
+        return contents_of(file, path)
 
 
-def read_shards(path: Path, places: Sequence[tuple[int, int]]) -> Contents:
+def contents_of(file: BinaryIO, path: str | os.PathLike[str]) -> Contents:
+    """`read_contents`, of a file that is open.
+
+    Args:
+        file: The file.
+        path: Its name, which tells safetensors.
+    """
+    size = os.fstat(file.fileno()).st_size
+    file.seek(0)
+    start = file.read(8)
+    file.seek(0)
+    try:
+        if start[:4] == b"PK\x03\x04":
+            return _read_zip(file, size)
+        if Path(path).suffix.lower() == ".safetensors":
+            return read_safetensors(file, size)
+        return _read_legacy(file, size)
+    except CheckpointError as error:
+        raise type(error)(f"{os.fspath(path)}: {error}") from None
+    except OSError:
+        raise
+    except Exception as error:  # numbers and names of the file that make no sense
+        raise DamagedFile(f"{os.fspath(path)}: damaged ({error!r})") from None
+
+
+def read_shards(file: BinaryIO, path: Path, places: Sequence[tuple[int, int]]) -> Contents:
     """What a file of `torch.distributed.checkpoint` holds: one archive of torch behind the other.
 
     Args:
-        path: The file.
+        file: The file, open.
+        path: Its name.
         places: First byte and length of each shard.
 
     Returns:
@@ -76,21 +89,20 @@ def read_shards(path: Path, places: Sequence[tuple[int, int]]) -> Contents:
     """
     spans: list[Span] = []
     records: list[Record] = []
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        for i, (start, length) in enumerate(places):
-            if not 0 <= start <= start + length:
-                raise DamagedFile(f"damaged: {path} has no shard at byte {start}")
-            if start + length > size:
-                raise DamagedFile(f"truncated: {path}")
-            try:
-                shard = _read_zip(io.BufferedReader(_Stretch(file, start, length)), length)
-            except CheckpointError as error:
-                raise type(error)(f"{path}: {error}") from None
-            for span in shard.spans:
-                spans.append(replace(span, name=f"{i}/{span.name}", start=start + span.start))
-            for r in shard.records:
-                records.append(Record(f"{i}/{r.name}", start + r.start, start + r.end, r.crc32))
+    size = os.fstat(file.fileno()).st_size
+    for i, (start, length) in enumerate(places):
+        if not 0 <= start <= start + length:
+            raise DamagedFile(f"damaged: {path} has no shard at byte {start}")
+        if start + length > size:
+            raise DamagedFile(f"truncated: {path}")
+        try:
+            shard = _read_zip(io.BufferedReader(_Stretch(file, start, length)), length)
+        except CheckpointError as error:
+            raise type(error)(f"{path}: {error}") from None
+        for span in shard.spans:
+            spans.append(replace(span, name=f"{i}/{span.name}", start=start + span.start))
+        for r in shard.records:
+            records.append(Record(f"{i}/{r.name}", start + r.start, start + r.end, r.crc32))
     return Contents(
         "torch (shards)",
         None,
@@ -102,7 +114,7 @@ def read_shards(path: Path, places: Sequence[tuple[int, int]]) -> Contents:
 class _Stretch(io.RawIOBase):
     """Some bytes of an open file, as a file of their own."""
 
-    def __init__(self, file: io.BufferedReader, start: int, size: int) -> None:
+    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
         self._file, self._start, self._size, self._at = file, start, size, 0
 
     def readable(self) -> bool:

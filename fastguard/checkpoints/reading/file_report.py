@@ -38,7 +38,7 @@ class Look:
 
 
 def look_at_file(path: Path, *, crc32: bool = True) -> Look:
-    """Reads a file that `torch.save` wrote: every tensor, every checksum.
+    """Reads a file that `torch.save` wrote: every tensor, every checksum. Follows no link.
 
     Args:
         path: The file.
@@ -47,9 +47,9 @@ def look_at_file(path: Path, *, crc32: bool = True) -> Look:
     Raises:
         DamagedFile: It is not whole, or no checkpoint of a store.
         UnsafeFile: It asks to call a function.
-        OSError: It cannot be read.
+        OSError: It cannot be read, or is no regular file.
     """
-    found = inspect(path, sha256=True, crc32=crc32)
+    found = inspect(path, sha256=True, crc32=crc32, follow_links=False)
     if found.damaged:
         raise DamagedFile(f"{path}: {', '.join(found.damaged)} changed after it was written")
     tree = found.contents.tree

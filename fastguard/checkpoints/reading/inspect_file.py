@@ -29,10 +29,11 @@ from torch import Tensor
 
 from fastguard.buckets import FLOATING, bucketize
 from fastguard.checkpoints.errors import DamagedFile
-from fastguard.checkpoints.reading.contents import read_contents
+from fastguard.checkpoints.reading.contents import contents_of
 from fastguard.checkpoints.reading.spans import Contents, Record, Span
 from fastguard.errors import Culprit
 from fastguard.measure import measure
+from fastguard.regular_files import open_regular
 
 PIECE = 4 * 2**20
 CARRY = 16  # bytes of the piece before: the widest element (complex128) may straddle two pieces
@@ -58,7 +59,11 @@ class Inspection:
 
 
 def inspect(
-    path: str | os.PathLike[str], *, sha256: bool = False, crc32: bool = True
+    path: str | os.PathLike[str],
+    *,
+    sha256: bool = False,
+    crc32: bool = True,
+    follow_links: bool = True,
 ) -> Inspection:
     """Reads a `.pt`, `.pth` or `.safetensors` file once and executes nothing of it.
 
@@ -66,21 +71,22 @@ def inspect(
         path: The file.
         sha256: Whether to hash it.
         crc32: Whether to compare its records with the checksums that torch wrote beside them.
+        follow_links: As in `open_regular`.
 
     Raises:
         DamagedFile, UnsafeFile, OSError: As `read_contents`.
     """
-    return read_through(path, read_contents(path), sha256=sha256, crc32=crc32)
+    with open_regular(path, follow_links=follow_links) as file:
+        return read_through(file, contents_of(file, path), sha256=sha256, crc32=crc32)
 
 
-def read_through(
-    path: str | os.PathLike[str], contents: Contents, *, sha256: bool, crc32: bool
-) -> Inspection:
-    """`inspect`, of a file whose contents are known."""
+def read_through(file: BinaryIO, contents: Contents, *, sha256: bool, crc32: bool) -> Inspection:
+    """`inspect`, of an open file whose contents are known."""
     digests = _Digests(sha256, contents.records if crc32 else ())
     counts: dict[str, list[int]] = {}
-    with open(path, "rb", buffering=0) as file, torch.inference_mode():
+    with torch.inference_mode():
         look = _Look(contents.spans, file, counts)
+        file.seek(0)
         for buffer, start, end in _pieces(file, digests):
             look.at(buffer, start, end)
         size = os.fstat(file.fileno()).st_size
@@ -94,8 +100,16 @@ def read_through(
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of a file, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with open_regular(path) as file:
+        return sha256_of_open(file)
+
+
+def sha256_of_open(file: BinaryIO) -> str:
+    """`sha256_of`, of a file that is open; left at its start."""
+    file.seek(0)
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+    file.seek(0)
+    return digest
 
 
 class _Digests:

@@ -7,12 +7,13 @@ import enum
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import torch
 
 from fastguard.checkpoints.errors import CheckpointError, DamagedFile, UnsafeFile
 from fastguard.checkpoints.reading.inert_unpickler import MOVED
+from fastguard.regular_files import open_regular
 
 NAME = ".metadata"
 _ALLOWED = {
@@ -38,13 +39,18 @@ def read_metadata(folder: Path) -> Any:
         DamagedFile: It is no such pickle.
         OSError: It cannot be read.
     """
-    with open(folder / NAME, "rb") as file:
-        try:
-            return _Unpickler(file).load()
-        except CheckpointError:
-            raise
-        except Exception as error:
-            raise DamagedFile(f"{folder / NAME} cannot be read ({error})") from None
+    with open_regular(folder / NAME, follow_links=False) as file:
+        return metadata_in(file, folder)
+
+
+def metadata_in(file: BinaryIO, folder: Path) -> Any:
+    """`read_metadata`, of a file that is open."""
+    try:
+        return _Unpickler(file).load()
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise DamagedFile(f"{folder / NAME} cannot be read ({error})") from None
 
 
 class _Unpickler(pickle._Unpickler):

@@ -15,8 +15,10 @@ rank that dies makes torch raise on the others.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,13 @@ from fastguard.checkpoints import durable_files as files
 from fastguard.checkpoints.errors import CheckpointError
 from fastguard.checkpoints.reading.file_report import SHARD, own_name
 from fastguard.checkpoints.sharded.layouts import Layouts
-from fastguard.checkpoints.sharded.metadata import read_metadata
+from fastguard.checkpoints.sharded.metadata import NAME as METADATA
+from fastguard.checkpoints.sharded.metadata import metadata_in
+from fastguard.checkpoints.sharded.open_files import OpenFiles
 from fastguard.checkpoints.sharded.shard_report import rest_name
 from fastguard.checkpoints.sharded.shared_tensors import is_shard, names_of_shared, tensors
 from fastguard.peers import Peers
 
-SUFFIX = ".sharded"
 RANKS = "ranks"  # key of the payload: how many wrote it
 _PARTS = ("objects", "data")  # of the payload; the random streams are each rank's own
 
@@ -141,17 +144,29 @@ def _split(tree: Any, path: str, names: Mapping[str, str], shards: dict[str, Ten
 # Reading.
 
 
-def read(folder: Path, objects: Mapping[str, Any], peers: Peers) -> dict[str, Any]:
+def read(
+    folder: Path, objects: Mapping[str, Any], peers: Peers, opened: OpenFiles | None = None
+) -> dict[str, Any]:
     """The payload. Shards come back on the mesh of the objects' own, else as whole tensors.
+
+    Args:
+        folder: The folder.
+        objects: What the states are for.
+        peers: Who reads it.
+        opened: Its files, hashed before; None: as they are now.
 
     Raises:
         CheckpointError: Another number of ranks wrote it, and each of them holds something of its
             own.
     """
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.filesystem import FileSystem
 
-    rest = peers.together(lambda: _rest(folder, peers, strict=bool(objects)))
-    metadata = peers.together(lambda: read_metadata(folder))
+    if opened is None:
+        with OpenFiles(folder) as opened:
+            return read(folder, objects, peers, opened)
+    rest = peers.together(lambda: _rest(opened, peers, strict=bool(objects)))
+    metadata = peers.together(lambda: _metadata(opened))
     layouts = Layouts(objects)
     empty: dict[str, Tensor] = {}
     payload = peers.together(
@@ -160,7 +175,17 @@ def read(folder: Path, objects: Mapping[str, Any], peers: Peers) -> dict[str, An
         }
     )
 
+    class Streams(FileSystem):
+        @contextlib.contextmanager
+        def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+            with opened.open(os.path.relpath(path, folder)) as file:
+                yield file
+
     class Reader(dcp.FileSystemReader):
+        def __init__(self) -> None:
+            super().__init__(folder)
+            self.fs = Streams()
+
         def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
             metadata.storage_meta.load_id = self.load_id
             return metadata
@@ -170,7 +195,7 @@ def read(folder: Path, objects: Mapping[str, Any], peers: Peers) -> dict[str, An
         try:
             dcp.load(
                 empty,
-                storage_reader=Reader(folder),
+                storage_reader=Reader(),
                 process_group=peers.group,
                 no_dist=peers.size == 1,
             )
@@ -179,24 +204,33 @@ def read(folder: Path, objects: Mapping[str, Any], peers: Peers) -> dict[str, An
             if cause is not None:
                 raise cause from None
             raise
+    peers.together(opened.check_unchanged)
     return payload
 
 
-def _rest(folder: Path, peers: Peers, *, strict: bool) -> dict[str, Any]:
+def _metadata(opened: OpenFiles) -> Any:
+    with opened.open(METADATA) as file:
+        return metadata_in(file, opened.folder)
+
+
+def _rest(opened: OpenFiles, peers: Peers, *, strict: bool) -> dict[str, Any]:
     """What this rank does not share; of rank 0, if another number of ranks wrote it."""
-    rest = torch.load(folder / rest_name(0), map_location="cpu", weights_only=True)
+
+    def load(rank: int) -> dict[str, Any]:
+        with opened.open(rest_name(rank)) as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
+
+    rest = load(0)
     ranks = rest.pop(RANKS, 1)
     if ranks == peers.size:
-        if peers.rank:
-            rest = torch.load(folder / rest_name(peers.rank), map_location="cpu", weights_only=True)
-        return rest
+        return load(peers.rank) if peers.rank else rest
     if ranks > 1 and strict:
         own = next((path for path, _ in tensors({part: rest[part] for part in _PARTS})), None)
         if own is not None:
             raise CheckpointError(
-                f"{folder} was saved by {ranks} ranks that hold {own_name(own)} each with values "
-                f"of its own; load it with {ranks} ranks, not {peers.size}, or without objects, "
-                "which gives what rank 0 held"
+                f"{opened.folder} was saved by {ranks} ranks that hold {own_name(own)} each with "
+                f"values of its own; load it with {ranks} ranks, not {peers.size}, or without "
+                "objects, which gives what rank 0 held"
             )
     rest["rng"] = {"ranks": ranks}
     return rest

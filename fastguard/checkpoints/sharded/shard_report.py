@@ -14,10 +14,12 @@ from typing import Any
 from fastguard.checkpoints.errors import CheckpointError, DamagedFile, UnsafeFile
 from fastguard.checkpoints.reading.contents import read_shards
 from fastguard.checkpoints.reading.file_report import Look, look_at_file, own_name
-from fastguard.checkpoints.reading.inspect_file import read_through, sha256_of
+from fastguard.checkpoints.reading.inspect_file import read_through, sha256_of_open
 from fastguard.checkpoints.sharded import metadata as shard_metadata
 from fastguard.checkpoints.sharded.metadata import read_metadata
+from fastguard.checkpoints.sharded.open_files import OpenFiles
 from fastguard.peers import Peers
+from fastguard.regular_files import open_regular
 
 
 def rest_name(rank: int) -> str:
@@ -57,6 +59,8 @@ def look(folder: Path, peers: Peers, *, crc32: bool = True) -> Look:
 
 def _names(folder: Path) -> list[str]:
     """The files of a folder, in the order of `sha256sum *`."""
+    if folder.is_symlink():
+        raise DamagedFile(f"{folder} is a symbolic link, not a folder")
     return sorted(os.listdir(folder))
 
 
@@ -87,8 +91,9 @@ def _look_at_share(
 
 def _look_at_shards(path: Path, shards: Sequence[tuple[Any, Any]], crc32: bool) -> Look:
     """Reads a file with any number of shards, in pieces."""
-    contents = read_shards(path, [(place.offset, place.length) for _, place in shards])
-    found = read_through(path, contents, sha256=True, crc32=crc32)
+    with open_regular(path, follow_links=False) as file:
+        contents = read_shards(file, path, [(place.offset, place.length) for _, place in shards])
+        found = read_through(file, contents, sha256=True, crc32=crc32)
 
     def shard_of(name: str) -> str:
         index, _ = shards[int(name.partition("/")[0])]
@@ -108,16 +113,25 @@ def _file_of(folder: Path, place: Any) -> str:
     return name.name
 
 
-def listing(folder: Path, peers: Peers) -> tuple[str, int]:
-    """The SHA-256 of what `sha256sum * .metadata` prints in the folder, and its size in bytes."""
-    names = peers.first(lambda: _names(folder))
+def listing(files: OpenFiles, peers: Peers) -> str:
+    """The SHA-256 of what `sha256sum * .metadata` prints in a folder.
 
-    def hashed() -> list[tuple[str, str, int]]:
-        share = names[peers.rank :: peers.size]
-        return [(n, sha256_of(folder / n), (folder / n).stat().st_size) for n in share]
+    From then on `files` opens no others than those that were hashed, by whichever rank.
+    """
+    names = peers.first(lambda: _names(files.folder))
 
-    lines = [line for share in peers.gather(peers.together(hashed)) for line in share]
-    return _digest({name: sha256 for name, sha256, _ in lines}), sum(size for *_, size in lines)
+    def hashed() -> dict[str, str]:
+        found = {}
+        for name in names[peers.rank :: peers.size]:
+            with files.open(name) as file:
+                found[name] = sha256_of_open(file)
+        return found
+
+    mine = peers.together(hashed)
+    everyone = peers.gather({n: (sha256, files.identity(n)) for n, sha256 in mine.items()})
+    found = {name: seen for share in everyone for name, seen in share.items()}
+    files.expect({name: identity for name, (_, identity) in found.items()})
+    return _digest({name: sha256 for name, (sha256, _) in found.items()})
 
 
 def _digest(sha256: Mapping[str, str]) -> str:

@@ -93,7 +93,7 @@ def _list(path: Path) -> int:
     if path.is_dir() and is_store(path):
         _list_store(path)
     else:
-        return _list_files([path] if path.is_file() else _files_in(path))
+        return _list_files(_files_in(path) if path.is_dir() else [path])
     return FINE
 
 

@@ -29,7 +29,7 @@ def run(path: Path, to: str | None, ignore: Sequence[str]) -> int:
         raise UsageError(
             f"{path} is a checkpoint of a store: fastguard ckpt rollback {path.parent} --to STEP"
         )
-    target = path if path.is_file() else _resumed_from(path)
+    target = _resumed_from(path) if path.is_dir() else path
     if to is None:
         source, passed_over = foreign.good_source(target, ignore)
         for line in passed_over:

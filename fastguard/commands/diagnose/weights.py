@@ -18,6 +18,7 @@ from fastguard.checkpoints.reading.contents import read_contents
 from fastguard.checkpoints.reading.spans import Span
 from fastguard.commands.usage import UsageError
 from fastguard.diagnosis.finding import several
+from fastguard.regular_files import open_regular
 
 
 @torch.no_grad()
@@ -69,7 +70,7 @@ def _prefix(spans: dict[str, Span], wanted: dict[str, Tensor]) -> str:
 
 
 def _read(path: Path, span: Span) -> Tensor:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         file.seek(span.start)
         raw = bytearray(file.read(span.end - span.start))
     return torch.frombuffer(raw, dtype=span.dtype).as_strided(span.size, span.stride)

@@ -14,7 +14,7 @@ import torch
 
 from fastguard import CheckpointStore
 from fastguard.bad_stretch import BadStretch
-from fastguard.checkpoints.manifest import Entry
+from fastguard.checkpoints.entry import Entry
 from fastguard.commands.cli import main
 from fastguard.commands.demo.incidents import classifier
 from fastguard.commands.demo.incidents.classifier import (

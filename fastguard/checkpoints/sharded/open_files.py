@@ -1,0 +1,85 @@
+"""`OpenFiles`: the files of a folder, so that what is loaded is what was hashed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from fastguard.checkpoints.errors import DamagedFile
+from fastguard.regular_files import open_regular
+
+_HELD = 200  # files; many systems allow a process 1024
+
+Identity = tuple[int, int, int]
+"""Inode, bytes and time of modification: the same on every client of a network file system."""
+
+
+class OpenFiles:
+    """The files of a folder. One that is opened again is the same file, unchanged, or an error.
+
+    Up to 200 of them stay open; the others are compared by inode, size and time of modification.
+
+    Args:
+        folder: The folder. Links in it are not followed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._identities: dict[str, Identity] = {}
+        self._held: dict[str, BinaryIO] = {}
+        self._stack = ExitStack()
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[BinaryIO]:
+        """A file, at its start.
+
+        Args:
+            name: Its plain name; no path.
+
+        Raises:
+            DamagedFile: It is not the file that was opened under this name before.
+            OSError: It cannot be opened.
+        """
+        if Path(name).name != name or name in ("", ".."):
+            raise DamagedFile(f"{self.folder} points to {name!r}, outside of it")
+        file = self._held.get(name)
+        if file is not None:
+            file.seek(0)
+            yield file
+            return
+        with ExitStack() as closing:
+            file = closing.enter_context(open_regular(self.folder / name, follow_links=False))
+            self._compare(name, file)
+            if len(self._held) < _HELD:
+                self._held[name] = file
+                self._stack.push(closing.pop_all())
+            yield file
+
+    def identity(self, name: str) -> Identity:
+        """What tells whether a file, opened before, is still the same."""
+        return self._identities[name]
+
+    def expect(self, identities: Mapping[str, Identity]) -> None:
+        """What the files must be that other ranks have hashed."""
+        self._identities |= identities
+
+    def check_unchanged(self) -> None:
+        """Raises a DamagedFile if a file that is held was written to since it was opened."""
+        for name, file in self._held.items():
+            self._compare(name, file)
+
+    def _compare(self, name: str, file: BinaryIO) -> None:
+        found = os.fstat(file.fileno())
+        now = found.st_ino, found.st_size, found.st_mtime_ns
+        if self._identities.setdefault(name, now) != now:
+            raise DamagedFile(f"{self.folder / name} was changed while it was read")
+
+    def __enter__(self) -> OpenFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+        self._held.clear()

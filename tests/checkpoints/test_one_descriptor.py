@@ -1,0 +1,188 @@
+"""What is loaded is what was verified: files that are swapped meanwhile, and forked children."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from fastguard import CheckpointStore
+from fastguard.checkpoints import (
+    DamagedFile,
+    StoreLocked,
+    archive,
+    durable_files,
+    roll_back_file,
+)
+from fastguard.checkpoints.reading import inspect_file
+from fastguard.checkpoints.sharded import open_files, shard_report
+from guardtest.group_of_one import group_of_one
+
+NAN = float("nan")
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A store of one checkpoint, and another file of the same shape beside it."""
+    with CheckpointStore(tmp_path / "store") as opened:
+        path = tmp_path / "store" / opened.save(m={"w": torch.ones(99)}, step=1).file
+        other = torch.load(path, weights_only=True)
+        other["data"]["m"]["w"].fill_(666.0)
+        torch.save(other, tmp_path / "other.pt")
+    return tmp_path / "store"
+
+
+def test_a_file_that_is_swapped_after_it_was_hashed_is_not_loaded(store, monkeypatch):
+    hashed = archive.sha256_of_open
+
+    def then_swap(file):
+        found = hashed(file)
+        (path,) = store.glob("*.pt")
+        os.replace(store.parent / "other.pt", path)
+        return found
+
+    monkeypatch.setattr(archive, "sha256_of_open", then_swap)
+    with CheckpointStore(store, read_only=True) as opened:
+        assert opened.load("last").state["m"]["w"][0] == 1.0
+
+
+def test_a_file_that_is_written_to_after_it_was_hashed_is_refused(store, monkeypatch):
+    hashed = archive.sha256_of_open
+
+    def then_overwrite(file):
+        found = hashed(file)
+        (path,) = store.glob("*.pt")
+        path.write_bytes((store.parent / "other.pt").read_bytes())
+        return found
+
+    monkeypatch.setattr(archive, "sha256_of_open", then_overwrite)
+    with CheckpointStore(store, read_only=True) as opened:
+        with pytest.raises(DamagedFile, match="was changed while it was read"):
+            opened.load("last")
+
+
+@pytest.mark.parametrize("held", [200, 0], ids=["held open", "compared"])
+def test_shards_that_are_swapped_after_they_were_hashed_are_not_loaded(tmp_path, monkeypatch, held):
+    monkeypatch.setattr(open_files, "_HELD", held)
+    with group_of_one():
+        mesh = init_device_mesh("cpu", (1,))
+        for name, value in (("good", 1.0), ("other", 666.0)):
+            with CheckpointStore(tmp_path / name) as opened:
+                w = distribute_tensor(torch.full((8,), value), mesh, [Shard(0)])
+                file = opened.save(m={"w": w}, step=1).file
+        listed = shard_report.listing
+
+        def then_swap(*arguments):
+            found = listed(*arguments)
+            shutil.rmtree(tmp_path / "good" / file)
+            shutil.copytree(tmp_path / "other" / file, tmp_path / "good" / file)
+            return found
+
+        monkeypatch.setattr(shard_report, "listing", then_swap)
+        with CheckpointStore(tmp_path / "good", read_only=True) as opened:
+            if held:
+                assert opened.load("last").state["m"]["w"][0] == 1.0
+            else:
+                with pytest.raises(DamagedFile, match="was changed while it was read"):
+                    opened.load("last")
+
+
+def test_shards_outside_of_their_folder_are_not_read(tmp_path):
+    folder = tmp_path / "step-1.sharded"
+    folder.mkdir()
+    (tmp_path / "outside").write_text("")
+    with open_files.OpenFiles(folder) as opened:
+        for name in ("../outside", str(tmp_path / "outside"), "", "."):
+            with pytest.raises(DamagedFile, match="outside of it"):
+                with opened.open(name):
+                    pass
+
+
+def test_a_source_that_is_swapped_after_it_was_looked_at_is_not_copied(tmp_path, monkeypatch):
+    for name, value in (("last.pt", NAN), ("good.pt", 1.0), ("other.pt", NAN)):
+        torch.save({"w": torch.full((3,), value)}, tmp_path / name)
+    before = (tmp_path / "last.pt").read_bytes()
+    copy = durable_files.copy_temporary
+
+    def swapped(source, path):
+        os.replace(tmp_path / "other.pt", source)
+        return copy(source, path)
+
+    monkeypatch.setattr(durable_files, "copy_temporary", swapped)
+    with pytest.raises(DamagedFile, match="is not what was verified"):
+        roll_back_file(tmp_path / "last.pt", tmp_path / "good.pt")
+    assert (tmp_path / "last.pt").read_bytes() == before
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_contents_and_data_are_of_one_file(tmp_path, monkeypatch):
+    for name, value in (("a.pt", NAN), ("b.pt", 1.0)):
+        torch.save({"w": torch.full((3,), value)}, tmp_path / name)
+    contents = inspect_file.contents_of
+
+    def then_swap(*arguments):
+        found = contents(*arguments)
+        os.replace(tmp_path / "b.pt", tmp_path / "a.pt")
+        return found
+
+    monkeypatch.setattr(inspect_file, "contents_of", then_swap)
+    assert inspect_file.inspect(tmp_path / "a.pt").bad == (("w", 3, 0, 0),)
+
+
+def in_a_child(work):
+    """What a forked child says of `work()`: "" or its error."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        said = ""
+        try:
+            work()
+        except BaseException as error:
+            said = f"{type(error).__name__}: {error}"
+        os.write(writing, said.encode())
+        os._exit(0)
+    os.close(writing)
+    os.waitpid(pid, 0)
+    with open(reading, "rb") as file:
+        return file.read().decode()
+
+
+def test_a_forked_child_does_not_save_to_the_store_of_its_parent(tmp_path):
+    weights = {"w": torch.ones(3)}
+    with CheckpointStore(tmp_path) as store:
+        store.save(m=weights, step=1)
+        store.save(m=weights, step=2)
+        before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+        for work in (
+            lambda: store.save(m=weights, step=3),
+            lambda: store.maybe_save(m=weights, step=3, every=1),
+            lambda: store.rollback(1),
+        ):
+            said = in_a_child(work)
+            assert said.startswith(f"StoreLocked: {tmp_path} was opened for writing in process ")
+            assert str(os.getpid()) in said
+        assert in_a_child(lambda: store.load("last")) == ""  # it may look
+        assert in_a_child(store.verify) == ""
+        assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+        store.save(m=weights, step=3)
+        assert [entry.step for entry in store.list()] == [1, 2, 3]
+
+
+def test_a_forked_child_writes_down_no_verdict(tmp_path):
+    with CheckpointStore(tmp_path) as store:
+        path = tmp_path / store.save(m={"w": torch.ones(3)}, step=1).file
+        before = (tmp_path / "manifest.json").read_bytes()
+        path.write_bytes(b"damaged")
+        assert in_a_child(store.verify) == ""
+        assert in_a_child(lambda: store.load("last-clean")).startswith("CheckpointError")
+        assert (tmp_path / "manifest.json").read_bytes() == before
+
+
+def test_the_error_is_that_of_a_locked_store(tmp_path, monkeypatch):
+    with CheckpointStore(tmp_path) as store:
+        monkeypatch.setattr(os, "getpid", lambda: -1)
+        with pytest.raises(StoreLocked):
+            store.save(w=torch.ones(1), step=1)
+        monkeypatch.undo()
