@@ -240,8 +240,8 @@ def roll_back_file(
     try:
         if sha256_of(temporary) != found.sha256:
             raise DamagedFile(
-                f"the copy of {source} is not what was verified: another process writes to it, or the "
-                "disk is failing"
+                f"the copy of {source} is not what was verified: another process writes to it, or "
+                "the disk is failing"
             )
         backup = _keep(target) if target.exists() else None
         files.commit(temporary, target)
