@@ -82,6 +82,8 @@ class StepSignature(NamedTuple):
         for name in self.shared:
             if own[name] is not None:
                 kwargs[name] = own[name]
+        if given is None and not args:
+            return StepCall(None, (), kwargs)
         if given is not None and self.first is not None and not _is_closure(self.first):
             return StepCall(None, (given, *args), kwargs)
         return StepCall(checked_closure(given), (None, *args) if args else (), kwargs)

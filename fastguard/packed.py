@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ class Outcome:
         signal_names: The signal that each rule judges.
         lr: Of the first param group, a number, or a tensor on the device of the stats.
         tag: What the caller gave to find the batch again.
+        key: Nothing else is this object: it tells the step from all others.
     """
 
     stats: GradStats
@@ -49,6 +50,7 @@ class Outcome:
     signal_names: tuple[str, ...] = ()
     lr: Any = float("nan")
     tag: Any = None
+    key: object = field(default_factory=object, init=False, compare=False, repr=False)
 
     @property
     def width(self) -> int:

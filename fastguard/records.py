@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastguard.advice import Advice
-from fastguard.decide import HostVerdict, Known, Reason, Verdict
+from fastguard.decide import HostVerdict, Known, Reason
 from fastguard.errors import NAMED_CULPRITS, Culprit, describe_culprits
 from fastguard.inbox import Inbox
 from fastguard.packed import ROWS, Arrival, Outcome, Ring, unpack
@@ -139,7 +139,6 @@ class StepRecord:
         return " ".join(parts)
 
 
-_HERE = Arrival(torch.empty(0, device="cpu"), None)
 _LABELS = tuple(reason.label for reason in Reason)  # making a Reason costs as much as the rest
 LOSS_SCALE = Reason.LOSS_SCALE.label
 
@@ -196,23 +195,23 @@ def _action(coef: float, skipped: bool, cleaned: bool) -> str:
 class _Known(NamedTuple):
     """What a record of a step is made from that the host decided: numbers, and no gradient."""
 
-    verdict: HostVerdict
+    key: object
+    known: Known
     signal_names: Sequence[str]
     lr: float
     tag: Any
     culprits: Sequence[Culprit]
     ranks: tuple[int, int | None]
 
-    @property
-    def arrival(self) -> Arrival:
-        return _HERE
+    arrival = Arrival(torch.empty(0, device="cpu"), None)  # here from the beginning
 
     @staticmethod
     def of(outcome: Outcome) -> _Known:
         assert isinstance(outcome.verdict, HostVerdict)
         known = outcome.verdict.known
         return _Known(
-            outcome.verdict,
+            outcome.key,
+            known,
             outcome.signal_names,
             float(outcome.lr),  # now: a tensor may change
             outcome.tag,
@@ -222,16 +221,14 @@ class _Known(NamedTuple):
 
     def record(self) -> StepRecord:
         """The record."""
-        return _record(
-            self.verdict.known, self.signal_names, self.lr, self.tag, self.culprits, *self.ranks
-        )
+        return _record(self.known, self.signal_names, self.lr, self.tag, self.culprits, *self.ranks)
 
 
 @dataclass(frozen=True, slots=True)
 class _Pending:
     """A record on its way to the host, and what the host alone knows of that step."""
 
-    verdict: Verdict
+    key: object
     arrival: Arrival
     name_of: Callable[[int], str]
     loss_names: Sequence[str]
@@ -244,7 +241,7 @@ class _Pending:
     def of(outcome: Outcome, arrival: Arrival) -> _Pending:
         lr = None if outcome.lr_is_on_device else float(outcome.lr)
         return _Pending(
-            outcome.verdict,
+            outcome.key,
             arrival,
             outcome.stats.name,
             outcome.signals.loss_names,
@@ -302,7 +299,7 @@ class Recorder:
         self._advice = Advice()
         self.last: StepRecord | None = None
         self._ring: Ring | None = None
-        self._newest: Verdict | None = None
+        self._newest: object = None
         self._pending: deque[_Pending | _Known] = deque()
         self._made: tuple[object, StepRecord] | None = None
         self._told: tuple[StepRecord | None, int, int] = (None, 0, 0)
@@ -334,9 +331,9 @@ class Recorder:
             self.send(outcome)
 
     def _add_known(self, outcome: Outcome, known: Known) -> None:
-        if not self._has(outcome.verdict):
+        if not self._has(outcome.key):
             self._pending.append(_Known.of(outcome))
-            self._newest = outcome.verdict
+            self._newest = outcome.key
         alone = outcome.signals.bad_ranks is None
         if not alone or known.reason or self.sinks or self._inboxes:
             self.wait()  # waits for nobody, unless the model came from a device
@@ -345,7 +342,7 @@ class Recorder:
 
     def send(self, outcome: Outcome) -> None:
         """Takes the outcome of a step by way of the ring."""
-        if self._has(outcome.verdict):
+        if self._has(outcome.key):
             return
         device, ring = outcome.stats.summary.device, self._ring
         if ring is None or ring.width < outcome.width or ring.device != device:
@@ -354,13 +351,11 @@ class Recorder:
             self._pending[0].arrival.wait()
         self.poll()
         self._pending.append(_Pending.of(outcome, ring.send(outcome)))
-        self._newest = outcome.verdict
+        self._newest = outcome.key
 
-    def _has(self, verdict: Verdict) -> bool:
-        """Whether the newest step is there already."""
-        return verdict is self._newest or (
-            bool(self._pending) and getattr(self._pending[-1], "verdict", None) is verdict
-        )
+    def _has(self, key: object) -> bool:
+        """Whether this step, the newest one, is there already."""
+        return key is self._newest or (bool(self._pending) and self._pending[-1].key is key)
 
     def poll(self) -> None:
         """Finishes the records that have arrived. Never waits."""

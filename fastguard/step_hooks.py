@@ -37,6 +37,8 @@ def with_own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     def hooked(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
         try:
             if not torch.autograd._profiler_enabled():  # a range that nobody records takes 10 µs
+                if not has_step_hooks(self):
+                    return step(self, *args, **kwargs)
                 return with_hooks(self, *args, **kwargs)
             name = f"Optimizer.step#{type(self).__name__}.step"
             with torch.autograd.profiler.record_function(name):
@@ -64,8 +66,7 @@ def _arguments(changed: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def has_step_hooks(optimizer: Optimizer) -> bool:
     """Whether an optimizer has step hooks of its own."""
-    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
-    return any(hooks)
+    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
 
 
 def run_hooks_of_all(optimizer: Optimizer, *, pre: bool = True) -> None:

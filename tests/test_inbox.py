@@ -62,7 +62,9 @@ def test_an_inbox_that_nobody_empties_is_bounded(caplog, monkeypatch):
 
 def a_record_on_its_way(recorder, step):
     record = StepRecord(step, 1.0, 1.0, "applied")
-    recorder._pending.append(SimpleNamespace(arrival=SlowArrival(), record=lambda: record))
+    recorder._pending.append(
+        SimpleNamespace(key=object(), arrival=SlowArrival(), record=lambda: record)
+    )
 
 
 def test_what_was_on_its_way_when_a_state_is_loaded_reaches_no_inbox():

@@ -312,7 +312,7 @@ def test_a_step_with_more_losses_than_the_ring_was_made_for():
 def test_what_the_device_has_not_finished_is_waited_for_only_when_asked():
     record, arrival = StepRecord(1, 1.0, 1.0, "applied"), SlowArrival()
     recorder = Recorder()
-    recorder._pending.append(SimpleNamespace(arrival=arrival, record=lambda: record))
+    recorder._pending.append(SimpleNamespace(key=object(), arrival=arrival, record=lambda: record))
     assert recorder.drain() == []
     assert not arrival.waited
     assert recorder.wait() is record
@@ -326,7 +326,7 @@ def test_a_device_that_falls_a_whole_ring_behind_is_waited_for():
         arrivals.append(SlowArrival())
         record = StepRecord(i, 1.0, 1.0, "applied")
         recorder._pending.append(
-            SimpleNamespace(arrival=arrivals[-1], record=lambda record=record: record)
+            SimpleNamespace(key=object(), arrival=arrivals[-1], record=lambda record=record: record)
         )
     recorder.send(outcome)
     assert [a.waited for a in arrivals] == [1] + [0] * (ROWS - 1)
