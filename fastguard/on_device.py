@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from fastguard.apply import apply
 from fastguard.buckets import GradBuckets
 from fastguard.decide import Verdict
-from fastguard.inner_step import InnerStep, StepCall, evaluated, found_inf_is_heeded
+from fastguard.inner_step import InnerStep, StepCall, found_inf_is_heeded
 from fastguard.read_first import ReadFirst
 from fastguard.step_hooks import has_step_hooks
 
@@ -46,7 +46,7 @@ class OnDevice:
 
     def evaluate(self, call: StepCall, loss: Any, *, stop_at_nonfinite: bool) -> tuple[Any, Any]:
         """What the closure returns; it is the loss too unless one is given."""
-        result = evaluated(call.closure)
+        result = self._inner.evaluate(call)
         return result, result if loss is None else loss
 
     def step(self, buckets: GradBuckets, verdict: Verdict, call: StepCall, changes: bool) -> None:

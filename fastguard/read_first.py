@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from fastguard.apply import apply
 from fastguard.buckets import GradBuckets
 from fastguard.decide import Verdict
-from fastguard.inner_step import InnerStep, StepCall, evaluated, found_inf_is_heeded
+from fastguard.inner_step import InnerStep, StepCall, found_inf_is_heeded
 from fastguard.step_hooks import run_hooks_of_all
 
 
@@ -31,7 +31,7 @@ class ReadFirst:
 
     def evaluate(self, call: StepCall, loss: Any, *, stop_at_nonfinite: bool) -> tuple[Any, Any]:
         """What the closure returns; it is the loss too unless one is given."""
-        result = evaluated(call.closure)
+        result = self._inner.evaluate(call)
         return result, result if loss is None else loss
 
     def step(self, buckets: GradBuckets, verdict: Verdict, call: StepCall, changes: bool) -> None:

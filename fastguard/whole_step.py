@@ -9,23 +9,18 @@ step.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from fastguard.apply import apply
 from fastguard.buckets import GradBuckets
 from fastguard.decide import Verdict
-from fastguard.inner_step import InnerStep, StepCall, StepSignature
+from fastguard.inner_step import InnerStep, StepCall
 from fastguard.losses import named_losses
+from fastguard.optimizer_copy import OptimizerCopy
 from fastguard.step_hooks import run_hooks_of_all
-from fastguard.tensor_parts import copies_for_deepcopy
-
-NUMBERS = (int, float)
 
 
 class _NonFiniteLoss(Exception):
@@ -40,13 +35,12 @@ class WholeStep:
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
         self._inner = InnerStep(optimizer)
-        self._before: _Copy | None = None
+        self._before: OptimizerCopy | None = None
 
     @staticmethod
     def serves(optimizer: Optimizer) -> bool:
-        """Whether an optimizer says that it cannot step without its closure."""
-        is_lbfgs = isinstance(optimizer, torch.optim.LBFGS)
-        return is_lbfgs or StepSignature.of(optimizer).needs_closure
+        """Whether an optimizer is known for that. Of others it shows at their first step."""
+        return isinstance(optimizer, torch.optim.LBFGS)
 
     def fits(self) -> bool:
         """An optimizer that evaluates its closure itself always does."""
@@ -76,7 +70,7 @@ class WholeStep:
                 f"{type(self.optimizer).__name__}.step needs a closure that evaluates the model; "
                 "pass step(closure)"
             )
-        self._before = _Copy.of(self.optimizer)
+        self._before = OptimizerCopy.of(self.optimizer)
         losses: list[Any] = []
 
         def remember() -> Any:
@@ -106,68 +100,6 @@ class WholeStep:
         if self._before is not None and not taken:
             self._before.restore()
         self._before = None
-
-
-class _Copy(NamedTuple):
-    """Weights, states, settings and numbers of an optimizer, and of those that it holds itself."""
-
-    weights: list[tuple[Tensor, Tensor]]
-    states: list[tuple[Optimizer, dict[Any, Any]]]
-    settings: list[tuple[dict[str, Any], dict[str, Any]]]
-    numbers: list[tuple[Optimizer, dict[str, Any]]]
-
-    @staticmethod
-    @torch.no_grad()
-    def of(optimizer: Optimizer) -> _Copy:
-        optimizers = list(_with_inner(optimizer, set()))
-        groups = {id(g): g for each in optimizers for g in each.param_groups}.values()
-        weights = {p: p.detach().clone() for g in groups for p in g["params"]}
-        copies: dict[int, Any] = {}
-        for each in optimizers:
-            copies.update(copies_for_deepcopy(each.state))
-        return _Copy(
-            list(weights.items()),
-            # By parameter: a copied parameter would be another key.
-            [(o, {p: copy.deepcopy(s, copies) for p, s in o.state.items()}) for o in optimizers],
-            [(g, {k: _copied(v) for k, v in g.items() if k != "params"}) for g in groups],
-            [
-                (o, {k: v for k, v in vars(o).items() if type(v) in (int, float)})
-                for o in optimizers
-            ],
-        )
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        for p, values in self.weights:
-            p.copy_(values)
-        for optimizer, state in self.states:
-            optimizer.state.clear()
-            optimizer.state.update(state)
-        for group, settings in self.settings:
-            for key in [k for k in group if k != "params" and k not in settings]:
-                del group[key]
-            for key, value in settings.items():
-                if isinstance(value, Tensor) and isinstance(group.get(key), Tensor):
-                    group[key].copy_(value)  # a captured step reads this very tensor
-                else:
-                    group[key] = value
-        for optimizer, numbers in self.numbers:
-            vars(optimizer).update(numbers)
-
-
-def _with_inner(optimizer: Optimizer, seen: set[int]) -> Iterator[Optimizer]:
-    """An optimizer and those among its attributes, such as the base optimizer of SAM."""
-    if id(optimizer) in seen:
-        return
-    seen.add(id(optimizer))
-    yield optimizer
-    for value in [*vars(optimizer).values()]:
-        if isinstance(value, Optimizer):
-            yield from _with_inner(value, seen)
-
-
-def _copied(setting: Any) -> Any:
-    return copy.deepcopy(setting) if isinstance(setting, Tensor | list | dict) else setting
 
 
 def _is_nonfinite(loss: Any) -> bool:

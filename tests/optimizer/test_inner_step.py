@@ -1,6 +1,7 @@
 """How the wrapped optimizer's `step` is called: arguments, return value, closure, learning rate."""
 
 import math
+import threading
 from fractions import Fraction
 
 import numpy as np
@@ -27,8 +28,9 @@ def one_parameter():
 
 class Extra(torch.optim.SGD):
     def step(self, closure=None, *args, metrics=None, **rest):
+        result = ("stepped", closure, args, metrics, rest)
         super().step()
-        return ("stepped", closure, args, metrics, rest)
+        return result
 
 
 class Visible(torch.optim.SGD):
@@ -50,7 +52,8 @@ def test_what_else_step_takes_is_passed_on_and_what_it_returns_is_given_back():
     assert opt.step() == ("stepped", None, (), None, {})
     assert opt.step(metrics=3, more=4) == ("stepped", None, (), 3, {"more": 4})
     assert opt.step(None, 5, tag="mine") == ("stepped", None, (5,), None, {})
-    assert opt.step(lambda: torch.tensor(7.0), metrics=1) == ("stepped", None, (), 1, {})
+    name, closure, *rest = opt.step(lambda: torch.tensor(7.0), metrics=1)
+    assert (name, callable(closure), rest) == ("stepped", True, [(), 1, {}])
     assert [r.losses for r in opt.records()] == [{}, {}, {}, {"loss": 7.0}]
 
 
@@ -267,13 +270,13 @@ class SAM(torch.optim.Optimizer):
     def step(self, closure=None):
         assert closure is not None, "Sharpness Aware Minimization requires closure"
         closure = torch.enable_grad()(closure)
-        closure()
         moved = []
         for group in self.param_groups:
             for p in group["params"]:
                 e = group["rho"] * p.grad / (p.grad.norm() + 1e-12)
                 p.add_(e)
                 moved.append((p, e))
+                p.grad = None
         loss = closure()
         for p, e in moved:
             p.sub_(e)
@@ -334,21 +337,50 @@ class Careless(torch.optim.SGD):
         return loss
 
 
+class Clears(torch.optim.SGD):
+    """Leaves the gradients to its closure."""
+
+    def step(self, closure):
+        self.zero_grad()
+        loss = closure()
+        super().step()
+        return loss
+
+
+class Moody(torch.optim.SGD):
+    """Its step depends on the loss, if there is one."""
+
+    def step(self, closure=None):
+        loss = None if closure is None else closure()
+        for group in self.param_groups:
+            group["lr"] = 0.1 if loss is None else 0.01 * float(loss)
+        super().step()
+        return loss
+
+
 NEEDY = {
     "SAM": lambda ps: SAM(ps, lr=0.1, momentum=0.9),
-    "AliG": AliG,
     "schedule-free": ScheduleFreeClosure,
+    "clears": lambda ps: Clears(ps, lr=0.1, momentum=0.9),
+}
+EVALUATE_FIRST = {
+    "AliG": AliG,
     "careless": lambda ps: Careless(ps, lr=0.1, momentum=0.9),
+    "moody": lambda ps: Moody(ps, lr=0.1),
+    "torch": lambda ps: torch.optim.Adam(ps, lr=0.1),
+    "fused": lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9, fused=True),
 }
 
 
 class Evaluations:
     def __init__(self, kind):
         self.parameters = new_parameters([(3, 2), (4,)])
-        self.inner = NEEDY[kind](self.parameters)
+        self.inner = {**NEEDY, **EVALUATE_FIRST}[kind](self.parameters)
         self.bad = False
+        self.n = 0
 
     def __call__(self):
+        self.n += 1
         for p in self.parameters:
             p.grad = None
         loss = sum((p - 1.0).square().sum() for p in self.parameters)
@@ -365,50 +397,84 @@ def everything(inner):
     return {**snapshot(inner), **more, "groups": groups, "n": getattr(inner, "n_steps", None)}
 
 
-@pytest.mark.parametrize("kind", NEEDY)
-def test_an_optimizer_that_needs_its_closure_steps_as_a_whole(kind):
+@pytest.mark.parametrize("kind", [*NEEDY, *EVALUATE_FIRST])
+def test_an_optimizer_with_a_closure_steps_as_without_a_guard(kind):
     guarded, alone = Evaluations(kind), Evaluations(kind)
     opt = GuardedOptimizer(guarded.inner)
     for i in range(6):
         guarded.bad = i in (2, 3)
+        guarded()
         before = everything(guarded.inner)
         result = opt.step(guarded)
-        assert type(opt._stepper) is WholeStep
+        assert (type(opt._stepper) is WholeStep) == (kind in NEEDY)
         if guarded.bad:
             assert_same_bits(everything(guarded.inner), before)
         else:
+            alone()
             assert result == alone.inner.step(alone)
     assert_same_bits(everything(guarded.inner), everything(alone.inner))
     assert (opt.applied_steps, opt.skipped_steps) == (4, 2)
     assert [r.step for r in opt.records()] == [1, 2, 3, 4, 5, 6]
+    if kind in EVALUATE_FIRST:
+        assert guarded.n == 12
 
 
-@pytest.mark.parametrize("kind", NEEDY)
+@pytest.mark.parametrize("kind", EVALUATE_FIRST)
+def test_gradients_are_clipped_where_the_closure_is_evaluated_first(kind):
+    closure = Evaluations(kind)
+    opt = GuardedOptimizer(closure.inner, max_norm=0.5)
+    opt.step(closure)
+    norm = torch.cat([p.grad.flatten() for p in closure.parameters]).norm()
+    assert norm == pytest.approx(0.5, rel=1e-5)
+    assert opt.records()[0].action == "clipped"
+
+
+@pytest.mark.parametrize("kind", [*NEEDY, "AliG", "careless"])
 def test_without_its_closure_nothing_is_counted(kind):
     closure = Evaluations(kind)
     opt = GuardedOptimizer(closure.inner)
     closure()
-    with pytest.raises(Exception, match=r"closure|NoneType"):
+    with pytest.raises(Exception, match=r"closure|NoneType|fn"):
         opt.step()
     assert opt.steps_taken == opt.applied_steps == 0 and not opt.records()
     opt.step(closure)
     assert opt.applied_steps == 1
 
 
-def test_one_that_moves_weights_before_it_asks_is_refused_by_name():
-    class TooLate(torch.optim.SGD):
+def test_one_that_evaluates_elsewhere_only_later_is_refused_by_name():
+    class Later(torch.optim.SGD):
+        first = True
+
         def step(self, closure=None):
+            if self.first:
+                closure()
             super().step()
-            raise RuntimeError("closure required")
+            if not self.first:
+                closure()
+            self.first = False
+
+    opt = GuardedOptimizer(Later([one_parameter()], lr=0.1))
+    opt.step(lambda: torch.tensor(1.0))
+    with pytest.raises(TypeError, match=r"Later.step evaluates its closure.*cannot guard"):
+        opt.step(lambda: torch.tensor(1.0))
+    assert opt.steps_taken == opt.applied_steps == len(opt.records()) == 1
+
+
+def test_a_state_that_cannot_be_copied_is_no_obstacle_to_a_closure():
+    class Holds(torch.optim.SGD):
+        def step(self, closure=None):
+            loss = closure()
+            super().step()
+            return loss
 
     p = one_parameter()
-    opt = GuardedOptimizer(TooLate([p], lr=0.1))
-    with pytest.raises(TypeError, match=r"TooLate.step needs its closure.*cannot guard"):
-        opt.step(lambda: torch.tensor(1.0))
-    assert opt.steps_taken == opt.applied_steps == 0
+    opt = GuardedOptimizer(Holds([p], lr=0.1))
+    opt.state[p]["lock"] = threading.Lock()
+    assert opt.step(lambda: 2.0) == 2.0
+    assert opt.applied_steps == 1 and p.tolist() == pytest.approx([0.9, 0.9])
 
 
-def test_another_error_of_a_first_step_with_a_closure_is_not_taken_for_that():
+def test_an_error_of_a_first_step_with_a_closure_is_only_that():
     class Fails(torch.optim.SGD):
         def step(self, closure=None):
             raise RuntimeError("expected all tensors to be on the same device")
@@ -426,9 +492,11 @@ def test_a_closure_that_returns_nothing_can_be_taken_back_too():
     def silent():
         closure()
 
+    closure()
     opt.step(silent)
     closure.bad = True
     before = everything(closure.inner)
+    closure()
     opt.step(silent)
     assert_same_bits(everything(closure.inner), before)
     assert (opt.applied_steps, opt.skipped_steps) == (1, 1)
