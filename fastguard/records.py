@@ -439,17 +439,18 @@ class Recorder:
         """Calls each sink once. One that an interrupt left is called a second time, not a third: it
         may be the sink that raises it.
         """
-        told, n, tries = self._told
-        n, tries = (n, tries) if told is record else (0, 0)
-        for k in range(n, len(self.sinks)):
+        while True:
+            told, k, tries = self._told
+            k, tries = (k, tries) if told is record else (0, 0)
+            if k >= len(self.sinks):
+                return
             try:
-                # In one line, with nothing between the call and the note of it.
-                self._told = (self.sinks[k](record), (record, k + 1, 0))[1]
+                self._told = (record, k + 1, 0)  # already: a sink may itself ask for the records
+                self.sinks[k](record)
             except Exception as error:  # a sink has ways of its own to fail; the run goes on
-                self._told = (record, k + 1, 0)
                 self._say_once(self.sinks[k], error)
             except BaseException:
-                self._told = (record, k, tries + 1) if not tries else (record, k + 1, 0)
+                self._told = (record, k + 1 if tries else k, tries + 1)
                 raise
 
     def _say_once(self, sink: Callable[[StepRecord], object], error: Exception) -> None:

@@ -37,6 +37,41 @@ def test_a_sink_may_be_interrupted():
         opt.step()
 
 
+def test_a_sink_may_ask_for_the_records():
+    _, opt = guard()
+    told, seen = [], []
+
+    def asks(record):
+        told.append(record.step)
+        seen.extend(r.step for r in opt.records())
+
+    for sink in (asks, lambda r: told.append(-r.step)):
+        opt.add_sink(sink)
+    for _ in range(3):
+        opt.step()
+    assert sorted(told) == [-3, -2, -1, 1, 2, 3]
+    assert [*seen, *(r.step for r in opt.records())] == [1, 2, 3]
+
+
+def test_a_sink_that_an_interrupt_left_is_called_once_more():
+    _, opt = guard()
+    told = []
+
+    def interrupted_once(record):
+        told.append(record.step)
+        if told == [1]:
+            raise KeyboardInterrupt
+
+    opt.add_sink(interrupted_once)
+    after = []
+    opt.add_sink(after.append)
+    with pytest.raises(KeyboardInterrupt):
+        opt.step()
+    opt.step()
+    assert told == [1, 1, 2]
+    assert [r.step for r in after] == [r.step for r in opt.records()] == [1, 2]
+
+
 def test_a_subscriber_that_is_gone_costs_nothing():
     _, opt = guard()
     inbox = opt.subscribe()
