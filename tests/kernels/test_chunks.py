@@ -10,7 +10,7 @@ import torch
 from fastguard import forms
 from fastguard.buckets import GradBucket, Run, bucketize
 from fastguard.kernels import chunks
-from fastguard.kernels.measure import RECOUNT_SIZE
+from fastguard.kernels.recount import RECOUNT_SIZE
 
 
 def table(grads, segments=None, n_segments=1, n_programs=3):
