@@ -9,11 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fastguard.plain_text import printable
+
 Culprit = tuple[str, int, int, int]
 """`(parameter name, NaN elements, +Inf elements, -Inf elements)`."""
 
 NAMED_CULPRITS = 8
 """How many parameters an error or a record names; the rest are counted."""
+
+MOST_OF_A_NAME = 400
+"""Characters of a name that a message shows."""
 
 
 def describe_culprits(culprits: Sequence[Culprit], n_culprits: int | None = None) -> str:
@@ -24,7 +29,7 @@ def describe_culprits(culprits: Sequence[Culprit], n_culprits: int | None = None
         counts = [
             f"{n} {kind}" for n, kind in ((nan, "NaN"), (posinf, "+Inf"), (neginf, "-Inf")) if n
         ]
-        named.append(f"{name} ({', '.join(counts)})")
+        named.append(f"{printable(name, MOST_OF_A_NAME)} ({', '.join(counts)})")
     more = total - len(named)
     return ", ".join(named) + (f" and {more} more" if more > 0 else "")
 
@@ -38,7 +43,7 @@ class NonFiniteGradError(RuntimeError):
     """
 
     def __init__(self, message: str, culprits: Sequence[Culprit] = ()) -> None:
-        super().__init__(message)
+        super().__init__(printable(message))
         self.culprits = list(culprits)
 
 
@@ -51,5 +56,5 @@ class TrainingDivergedError(RuntimeError):
     """
 
     def __init__(self, message: str, culprits: Sequence[Culprit] = ()) -> None:
-        super().__init__(message)
+        super().__init__(printable(message))
         self.culprits = list(culprits)

@@ -24,7 +24,8 @@ from fastguard.decide import HostVerdict, Known, Reason
 from fastguard.errors import NAMED_CULPRITS, Culprit, describe_culprits
 from fastguard.inbox import Inbox
 from fastguard.packed import ROWS, Arrival, Outcome, Ring, unpack
-from fastguard.strict_json import strict
+from fastguard.plain_text import printable, shown
+from fastguard.strict_json import shortened, strict
 
 log = logging.getLogger("fastguard")
 
@@ -33,6 +34,10 @@ KEPT = 4096
 
 INBOX = 1 << 16
 """Records kept for a subscriber that takes none out: 36 MB, more steps than most epochs have."""
+
+
+MOST_OF_A_TAG = 400
+"""Characters of a tag in a line of the log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,20 +106,25 @@ class StepRecord:
         """The fields by name, as values that strict JSON can hold.
 
         NaN and infinities are the strings `"NaN"`, `"Infinity"` and `"-Infinity"`, which `float()`
-        reads back; a tag that JSON cannot hold is its `str`.
+        reads back; a tag that JSON cannot hold is its `str`, and one that is very long, deep or
+        cannot be shown is shortened: see `strict_json.shortened`.
 
         Example:
             >>> record = StepRecord(1, math.nan, 1.0, "skipped", culprits=(("head", 2, 0, 0),))
             >>> record.as_dict()["total_norm"], record.as_dict()["culprits"]
             ('NaN', [['head', 2, 0, 0]])
         """
-        return {name: strict(getattr(self, name)) for name in FIELDS}
+        return {
+            name: shortened(self.tag) if name == "tag" else strict(getattr(self, name))
+            for name in FIELDS
+        }
 
     def __str__(self) -> str:
-        """One line for a log."""
+        """One line for a log, printable whatever the names and the tag hold."""
         parts = [f"step {self.step} {self.action}"]
         if self.tag is not None:
-            parts.append(f"(tag {' '.join(str(self.tag).split())})")
+            tag = " ".join(str(shortened(self.tag, room=MOST_OF_A_TAG)).split())
+            parts.append(f"(tag {printable(tag, MOST_OF_A_TAG)})")
         if self.reason:
             parts.append(f"because of {self.reason}:")
         if self.culprits:
@@ -136,7 +146,7 @@ class StepRecord:
         )
         if self.consecutive_skips > 1:
             parts.append(f"({self.consecutive_skips} skips in a row)")
-        return " ".join(parts)
+        return printable(" ".join(parts))
 
 
 _LABELS = tuple(reason.label for reason in Reason)  # making a Reason costs as much as the rest
@@ -456,4 +466,9 @@ class Recorder:
     def _say_once(self, sink: Callable[[StepRecord], object], error: Exception) -> None:
         if id(sink) not in self._losing:
             self._losing.add(id(sink))
-            log.warning("records are being lost: %r raised %r", sink, error, exc_info=error)
+            log.warning(
+                "records are being lost: %s raised %s",
+                shown(sink, form=repr),
+                shown(error, form=repr),
+                exc_info=error,
+            )

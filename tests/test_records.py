@@ -300,10 +300,10 @@ def test_a_model_that_comes_back_from_a_device_keeps_the_order():
 
 def test_a_step_with_more_losses_than_the_ring_was_made_for():
     recorder = Recorder()
-    (few,) = outcomes(torch.zeros(3, 1, dtype=torch.int64), steps=1)
+    first, second, third = outcomes(torch.zeros(3, 1, dtype=torch.int64), steps=3)
     losses = torch.arange(5, dtype=torch.float64)
-    many = dataclasses.replace(few, signals=Signals(losses, tuple("abcde")))
-    for outcome in (few, many, few):
+    many = dataclasses.replace(second, signals=Signals(losses, tuple("abcde")))
+    for outcome in (first, many, third):
         recorder.send(outcome)
     recorder.wait()
     assert [len(r.losses) for r in recorder.drain()] == [2, 5, 2]

@@ -10,13 +10,16 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import TextIOWrapper
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from fastguard import __version__
 from fastguard.commands.usage import UsageError
+from fastguard.plain_text import printable
 
 FINE, FOUND_BAD, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 
@@ -88,6 +91,9 @@ class _CommandParser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return parsed, unknown
 
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -117,14 +123,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         >>> main(["env", "--no-such-option"])
         2
     """
-    try:
-        parser = _parser()
-        args = parser.parse_args(argv)
-    except SystemExit as stop:  # argparse has said what was wrong, or has printed the help
-        return int(stop.code or 0)
-    if args.name is None:
-        parser.print_help(sys.stderr)
-        return WRONG_USE
+    with _whatever_the_encoding():
+        try:
+            parser = _parser()
+            args = parser.parse_args(argv)
+        except SystemExit as stop:  # argparse has said what was wrong, or has printed the help
+            return int(stop.code or 0)
+        if args.name is None:
+            parser.print_help(sys.stderr)
+            return WRONG_USE
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         status = args.run(args)
         sys.stdout.flush()
@@ -133,8 +144,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FINE
     except (UsageError, OSError) as error:
-        print(f"fastguard {args.name}: {error}", file=sys.stderr)
+        print(f"fastguard {args.name}: {printable(str(error))}", file=sys.stderr)
         return WRONG_USE
     except KeyboardInterrupt:
         print(f"\nfastguard {args.name}: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+@contextmanager
+def _whatever_the_encoding() -> Iterator[None]:
+    """Where an output stream has no code for a character, such as é in ASCII, it is escaped."""
+    streams = [s for s in (sys.stdout, sys.stderr) if isinstance(s, TextIOWrapper)]
+    before = [stream.errors for stream in streams]
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for stream, errors in zip(streams, before, strict=True):
+            stream.reconfigure(errors=errors)

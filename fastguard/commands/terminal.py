@@ -1,4 +1,4 @@
-"""What commands print: text from files made harmless, and tables (rich's where it is installed)."""
+"""What commands print: tables (rich's where it is installed), and text made harmless."""
 
 from __future__ import annotations
 
@@ -6,20 +6,12 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
-
-def printable(text: str) -> str:
-    """The text in one line, each control character as `?`: what a file holds commands no terminal.
-
-    Example:
-        >>> printable("loss" + chr(27) + "[2J nan" + chr(9) + "é")
-        'loss?[2J nan é'
-    """
-    text = text.replace("\t", " ")
-    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+from fastguard.plain_text import printable as printable
 
 
 def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints rows of text under their heads."""
+    """Prints rows of text under their heads; what is not printable in a cell is escaped."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     if sys.stdout.isatty() and importlib.util.find_spec("rich") is not None:
         from rich.console import Console
         from rich.markup import escape

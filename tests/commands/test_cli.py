@@ -1,5 +1,6 @@
 """The command line's frame: which commands there are, how each ends, and what it needs."""
 
+import os
 import subprocess
 import sys
 
@@ -127,3 +128,26 @@ def test_env_needs_torch_and_numpy_only(tmp_path):
     done = without(optional, ["env"], tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "served by torch" in done.stdout
+
+
+def test_wrong_use_is_one_printable_line_whatever_the_file_is_called(tmp_path, capsys):
+    assert main(["report", str(tmp_path / "no\x1b[2J\nfastguard report: fine")]) == 2
+    assert main(["monitor", "--once", "--last", "\x1b[2J", str(tmp_path)]) == 2
+    assert main(["report", "a", "b\x1b[2J"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.replace("\n", "").isprintable()
+    assert not any(line.startswith("fastguard report: fine") for line in printed.splitlines())
+
+
+def test_a_terminal_without_a_code_for_a_character_gets_its_escape(tmp_path):
+    environ = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
+    command = [sys.executable, "-m", "fastguard", "report", "größe.jsonl"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environ)
+    assert done.returncode == 2
+    assert done.stderr.startswith("fastguard report: no such file: gr\\xf6\\xdfe.jsonl;")
+
+
+def test_the_streams_are_left_as_they_were():
+    before = sys.stdout.errors, sys.stderr.errors
+    assert main(["--version"]) == 0
+    assert (sys.stdout.errors, sys.stderr.errors) == before

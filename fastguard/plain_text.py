@@ -1,0 +1,84 @@
+"""Text from outside made safe to show: names in files, tags, messages of other libraries.
+
+A file or a parameter's name may hold escape codes that clear a screen, line breaks that forge a
+line of output, overrides that print a line backwards, or bytes that no stream can encode; and the
+`str` of an object is code that may raise. On its way to a terminal, a log or an error message all
+of that becomes plain characters in one line. What the logger `fastguard` is given passes through
+here in any case.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+import unicodedata
+from collections.abc import Callable
+
+
+def printable(text: str, limit: int | None = None) -> str:
+    """The text in one line; every character that is not printable is escaped, as `repr` does.
+
+    Args:
+        text: Any string, lone surrogates included.
+        limit: Characters that are kept, the rest becomes `…`; None: all.
+
+    Example:
+        >>> print(printable("loss" + chr(27) + "[2J nan" + chr(9) + "é" + chr(10) + "ok"))
+        loss\\x1b[2J nan é\\nok
+    """
+    if limit is not None and len(text) > limit:
+        text = text[: limit - 1] + "…"
+    text = text.replace("\t", " ")
+    return text if text.isprintable() else "".join(map(_escaped, text))
+
+
+def _escaped(character: str) -> str:
+    if character.isprintable():
+        return character
+    return " " if unicodedata.category(character) == "Zs" else repr(character)[1:-1]
+
+
+def shown(value: object, limit: int = 200, form: Callable[[object], str] = str) -> str:
+    """The `str`, or another form, of any object: printable, at most `limit` long; never raises.
+
+    Example:
+        >>> shown([1, "a"]), shown("x" * 1000, limit=4)
+        ("[1, 'a']", 'xxx…')
+        >>> shown(10**5000)
+        '<int that cannot be shown: ValueError>'
+    """
+    try:
+        text = form(value)
+    except Exception as error:  # the class of the value decides what `str` does
+        text = f"<{type(value).__name__} that cannot be shown: {type(error).__name__}>"
+    return printable(text, limit)
+
+
+class _OneLine(logging.Filter):
+    """Makes the message of each log record one printable line, and its traceback printable."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        try:
+            message = record.getMessage()
+        except Exception as error:  # a logging handler would let a RecursionError through
+            problem = f"{type(error).__name__} in showing the values"
+            record.msg, record.args = f"{record.msg} ({problem})", None
+            message = record.getMessage()
+        if not message.isprintable():
+            record.msg, record.args = printable(message), None
+        if record.exc_info and record.exc_info[1] is not None:
+            # Formatters print this instead of what they would make of the exception.
+            parts = map(_traceback_part, traceback.format_exception(record.exc_info[1]))
+            record.exc_text = "\n".join(parts)
+        return True
+
+
+def _traceback_part(part: str) -> str:
+    """One part of a formatted traceback: the lines of a frame, or an exception and its message."""
+    part = part.strip("\n")
+    if part.startswith("  "):
+        return "\n".join(map(printable, part.split("\n")))
+    return printable(part)
+
+
+logging.getLogger("fastguard").addFilter(_OneLine())
