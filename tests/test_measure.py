@@ -134,7 +134,7 @@ def test_a_total_whose_square_overflows():
     assert stats.found_nonfinite == 0.0
 
 
-@pytest.mark.parametrize("value", [2, "2", True, torch.tensor(2.0)])
+@pytest.mark.parametrize("value", [2, "2", torch.tensor(2.0)])
 def test_norm_types_are_numbers(value):
     assert norm_type_of(value) == float(value)
 
@@ -143,15 +143,15 @@ def test_the_inf_norm_has_torchs_names():
     assert norm_type_of("inf") == norm_type_of(INF) == INF
 
 
-@pytest.mark.parametrize("value", [0, -1.0, NAN, -INF, "0"])
+@pytest.mark.parametrize("value", [0, -1.0, NAN, -INF, "0", 10**400])
 def test_what_is_not_a_norm(value):
-    with pytest.raises(ValueError, match=r"norm_type=.* use a number > 0 or float\('inf'\)"):
+    with pytest.raises(ValueError, match=r"norm_type=.* use .*float\('inf'\)"):
         norm_type_of(value)
 
 
-@pytest.mark.parametrize("value", [None, "two", [2.0, 1.0], torch.ones(2), 1j, 10**400])
+@pytest.mark.parametrize("value", [None, "two", True, [2.0, 1.0], torch.ones(2), 1j])
 def test_what_is_not_a_number(value):
-    with pytest.raises(TypeError, match=r"norm_type=.* is not a number; use 2\.0"):
+    with pytest.raises(TypeError, match=r"norm_type=.* is not a number.*; use 2\.0"):
         norm_type_of(value)
 
 
