@@ -117,6 +117,10 @@ class ObservedLosses:
         """The step failed: if the next one has losses of its own, those so far are dropped."""
         self._given_back = bool(self._batches)
 
+    def keep(self) -> None:
+        """The same step is tried again: its losses so far stay, whatever is added."""
+        self._given_back = False
+
 
 def stacked(losses: Mapping[str, Tensor | float], device: torch.device) -> Tensor:
     """float64 `(L,)` on a device."""

@@ -21,6 +21,7 @@ from fastguard.arguments import limit_of, warn_of_zero
 from fastguard.buckets import GradBuckets
 from fastguard.clamp import Clamped
 from fastguard.decide import GuardState, NonFinite, Policy, Verdict, decide, raise_if_nonfinite
+from fastguard.errors import NonFiniteGradError
 from fastguard.gradients import Gradients
 from fastguard.guardable import (
     MODES,
@@ -191,26 +192,23 @@ class GuardedOptimizer(KnownRun):
             return self._take(call, loss, tag)
         except ClosureNeeded:
             check_whole_step(self.optimizer, self.group)
+            self._conclude()
+            self._observed.keep()
             self._stepper = WholeStep(self.optimizer)
             log.info("%s", self.describe())
             return self._take(call, loss, tag)
 
     def _take(self, call: StepCall, loss: Loss | None, tag: Any) -> Any:
-        """One step: taken or not taken, whatever interrupts it."""
+        """One step, which `_after_failure` ends if an exception leaves it."""
         self._conclude()  # one whose end was interrupted again and again
         self._deliver(before=True)
         flight = self._flight = StepInFlight(self._steps_taken + 1, call, self._observed)
-        try:
-            stop = self.nonfinite != "propagate"
-            result, loss = self._stepper.evaluate(call, loss, stop_at_nonfinite=stop)
-            self.observe(loss)
-            self._guarded_step(flight, call, tag)
-            self._conclude()
-            self._deliver(before=False)
-        except BaseException as error:
-            flight.failed_with(error)
-            self._conclude_after_all()
-            raise
+        stop = self.nonfinite != "propagate"
+        result, loss = self._stepper.evaluate(call, loss, stop_at_nonfinite=stop)
+        self.observe(loss)
+        self._guarded_step(flight, call, tag)
+        self._conclude()
+        self._deliver(before=False)
         returned = call.returned[0] if call.returned else None
         return result if returned is None else returned
 
@@ -264,8 +262,16 @@ class GuardedOptimizer(KnownRun):
         self._stepper.conclude(taken)
         self._flight = None
 
-    def _conclude_after_all(self) -> None:
-        """The same behind an exception, and once more if that is interrupted too."""
+    def _after_failure(self, error: BaseException) -> None:
+        """An exception has left `step`: what it has begun is ended, once more if that is
+        interrupted too.
+        """
+        # GradScaler removes these only after a step that returns, and multiplies its scale onto
+        # what it finds.
+        self.__dict__.pop("grad_scale", None)
+        self.__dict__.pop("found_inf", None)
+        if self._flight is not None and isinstance(error, NonFiniteGradError):
+            self._flight.use_up_losses()
         try:
             self._conclude()
         except BaseException:
@@ -273,13 +279,7 @@ class GuardedOptimizer(KnownRun):
             raise
         finally:
             self._deliver(before=False, budget=False)
-
-    def _after_failure(self) -> None:
-        # GradScaler removes these only after a step that returns, and multiplies its scale onto
-        # what it finds.
-        self.__dict__.pop("grad_scale", None)
-        self.__dict__.pop("found_inf", None)
-        self._observed.keep_for_retry()
+            self._observed.keep_for_retry()
 
     def observe(self, loss: Loss | None) -> None:
         """Gives the guard a loss ahead of `step`, for trainers that call `step()` themselves.

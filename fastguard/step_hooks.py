@@ -44,7 +44,7 @@ def with_own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
             with torch.autograd.profiler.record_function(name):
                 return with_hooks(self, *args, **kwargs)
         except BaseException as error:
-            self._after_failure()  # type: ignore[attr-defined]
+            self._after_failure(error)  # type: ignore[attr-defined]
             for hook in [*self._failed_step_hooks.values()]:  # type: ignore[attr-defined]
                 hook(self, error)
             raise

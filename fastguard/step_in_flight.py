@@ -15,7 +15,6 @@ import torch
 
 from fastguard.clamp import Clamped
 from fastguard.decide import GuardState
-from fastguard.errors import NonFiniteGradError
 from fastguard.inner_step import StepCall
 from fastguard.losses import ObservedLosses
 from fastguard.packed import Outcome
@@ -54,12 +53,9 @@ class StepInFlight:
         """Has the decision note what it changes."""
         state.undo = self._undo
 
-    def failed_with(self, error: BaseException) -> None:
-        """Where the guard itself refuses the step, its losses are used up; else they are kept for
-        the case that it is tried again.
-        """
-        if isinstance(error, NonFiniteGradError):
-            self._losses = []
+    def use_up_losses(self) -> None:
+        """The guard itself refuses the step: its losses are not kept for another try."""
+        self._losses = []
 
     @torch.no_grad()
     def take_back(self) -> None:

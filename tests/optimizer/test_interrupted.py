@@ -72,9 +72,6 @@ class Run:
 
             return partial(opt.step, closure, tag=i)
         self.feed(parameters, i)
-        if i % 2:
-            opt.observe(loss)
-            return partial(opt.step, tag=i)
         return partial(opt.step, loss=loss, tag=i)
 
     def attempt(self, i, at):
@@ -150,3 +147,20 @@ def test_an_interrupt_at_any_line_of_a_step(setting):
         n_interrupted += bool(run.attempt(i, chance.randrange(1, lines + 20)))
     assert n_interrupted > 100
     assert run.opt.steps_taken > 10
+
+
+def test_losses_observed_before_an_interrupted_step_are_those_of_the_same_step_again():
+    parameters, opt = Run("plain", {}).build({})
+    n_tried_again = 0
+    for at in range(0, 500, 3):
+        before = opt.steps_taken
+        give_gradients(parameters, at)
+        opt.observe(2.0)
+        opt.observe(4.0)
+        with suppress(KeyboardInterrupt), interrupted(at):
+            opt.step()
+        if opt.steps_taken == before:
+            n_tried_again += 1
+            opt.step()
+        assert opt.records()[-1].losses == {"loss": 3.0}
+    assert n_tried_again > 50
