@@ -1,4 +1,7 @@
-"""What is known about a guarded run while it runs: records, counters, and who decides how."""
+"""What is known about a guarded run while it runs: records, counters, and who decides how.
+
+Also the end of each step: it is written down, or taken back, and those who act on records are told.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,20 @@ from torch.distributed import ProcessGroup
 from torch.nn.parameter import is_lazy
 
 from fastguard.backend import backend_of
-from fastguard.decide import GuardState, NonFinite
+from fastguard.decide import GuardState, NonFinite, Verdict
 from fastguard.delegation import OptimizerAround
+from fastguard.errors import NonFiniteGradError
 from fastguard.gradients import Gradients
+from fastguard.guardable import raise_if_over_budget
 from fastguard.inbox import Inbox
 from fastguard.lifetime import NOTHING, Lifetime
+from fastguard.losses import ObservedLosses
 from fastguard.ranks.groups import Group
 from fastguard.records import Recorder, StepRecord
 from fastguard.rules import Rule
 from fastguard.segments import ClipScope
 from fastguard.sinks import check_sink
+from fastguard.step_in_flight import StepInFlight
 from fastguard.stepper import Stepper, stepper_for
 from fastguard.tensor_parts import copies_for_deepcopy
 
@@ -34,6 +41,8 @@ class KnownRun(OptimizerAround):
     clip_scope: ClipScope
     nonfinite: NonFinite
     rules: Mapping[str, Rule]
+    max_consecutive_skips: int | None
+    last: Verdict | None
     _gradients: Gradients
     _device: torch.device
     _recorder: Recorder
@@ -41,6 +50,8 @@ class KnownRun(OptimizerAround):
     _steps_taken: int
     _taken_back = NOTHING
     _stepper: Stepper
+    _observed: ObservedLosses
+    _flight: StepInFlight | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KnownRun:
         """A copy decides with the same ranks: process groups and stores cannot be copied."""
@@ -159,6 +170,58 @@ class KnownRun(OptimizerAround):
         self._state, self._taken_back = state, most.taken_back_of(state)
         self._steps_taken = int(state.counters[0])
         self._recorder.forget_last()
+
+    def _conclude(self) -> None:
+        """Ends the step in flight: it is written down if it was taken, and taken back if not.
+
+        May be interrupted at any line, and called again.
+        """
+        flight = self._flight
+        if flight is None:
+            return
+        taken = flight.is_taken
+        if taken and flight.outcome is not None:
+            self.last = flight.outcome.verdict
+            self._steps_taken = flight.number
+            self._recorder.add(flight.outcome)
+        else:
+            flight.take_back()
+        self._stepper.conclude(taken)
+        self._flight = None
+
+    def _after_failure(self, error: BaseException) -> None:
+        """An exception has left `step`: what it has begun is ended, once more if that is
+        interrupted too.
+        """
+        # GradScaler removes these only after a step that returns, and multiplies its scale onto
+        # what it finds.
+        self.__dict__.pop("grad_scale", None)
+        self.__dict__.pop("found_inf", None)
+        if self._flight is not None and isinstance(error, NonFiniteGradError):
+            self._flight.use_up_losses()
+        try:
+            self._conclude()
+        except BaseException:
+            self._conclude()
+            raise
+        finally:
+            self._deliver(before=False, budget=False)
+            self._observed.keep_for_retry()
+
+    def _deliver(self, *, before: bool, budget: bool = True) -> None:
+        """Hands the record of a step to those who act on it, and checks the skip budget.
+
+        Where the verdict of step k is on the host at once, after step k; else before step k + 1, by
+        waiting for step k, so that every rank and every rerun acts at the same step.
+        """
+        if self.max_consecutive_skips is None and not self._recorder.has_subscribers:
+            return
+        on_host = self._device.type == "cpu" or self._stepper.waits
+        if before == on_host:
+            return
+        record = self._recorder.deliver()
+        if budget:
+            raise_if_over_budget(record, self.max_consecutive_skips)
 
     @property
     def sync_free(self) -> bool:

@@ -21,7 +21,6 @@ from fastguard.arguments import limit_of, warn_of_zero
 from fastguard.buckets import GradBuckets
 from fastguard.clamp import Clamped
 from fastguard.decide import GuardState, NonFinite, Policy, Verdict, decide, raise_if_nonfinite
-from fastguard.errors import NonFiniteGradError
 from fastguard.gradients import Gradients
 from fastguard.guardable import (
     MODES,
@@ -31,7 +30,6 @@ from fastguard.guardable import (
     check_settings,
     check_whole_step,
     named_parameters_of,
-    raise_if_over_budget,
 )
 from fastguard.inner_step import ClosureNeeded, StepCall, StepSignature
 from fastguard.known_run import KnownRun
@@ -103,7 +101,6 @@ class GuardedOptimizer(KnownRun):
 
     _step_supports_amp_scaling = True  # GradScaler.step then always calls step, also on Inf
     rank_watch: RankWatch | None = None
-    _flight: StepInFlight | None = None
     _agreed = False  # that all ranks were given the same arguments; asked once
     _may_have_losses = False  # which ranks that decide alone must not; asked once
 
@@ -245,42 +242,6 @@ class GuardedOptimizer(KnownRun):
             tell_scaler(handed.scaler, self, signals.found_inf)
         return stats, signals
 
-    def _conclude(self) -> None:
-        """Ends the step in flight: it is written down if it was taken, and taken back if not.
-
-        May be interrupted at any line, and called again.
-        """
-        flight = self._flight
-        if flight is None:
-            return
-        if taken := flight.is_taken:
-            self.last = flight.outcome.verdict
-            self._steps_taken = flight.number
-            self._recorder.add(flight.outcome)
-        else:
-            flight.take_back()
-        self._stepper.conclude(taken)
-        self._flight = None
-
-    def _after_failure(self, error: BaseException) -> None:
-        """An exception has left `step`: what it has begun is ended, once more if that is
-        interrupted too.
-        """
-        # GradScaler removes these only after a step that returns, and multiplies its scale onto
-        # what it finds.
-        self.__dict__.pop("grad_scale", None)
-        self.__dict__.pop("found_inf", None)
-        if self._flight is not None and isinstance(error, NonFiniteGradError):
-            self._flight.use_up_losses()
-        try:
-            self._conclude()
-        except BaseException:
-            self._conclude()
-            raise
-        finally:
-            self._deliver(before=False, budget=False)
-            self._observed.keep_for_retry()
-
     def observe(self, loss: Loss | None) -> None:
         """Gives the guard a loss ahead of `step`, for trainers that call `step()` themselves.
 
@@ -339,21 +300,6 @@ class GuardedOptimizer(KnownRun):
             self._recorder.max_norm = now[0] if self.clip_scope == "global" else math.inf
             self._limits = now
         return self._policy
-
-    def _deliver(self, *, before: bool, budget: bool = True) -> None:
-        """Hands the record of a step to those who act on it, and checks the skip budget.
-
-        Where the verdict of step k is on the host at once, after step k; else before step k + 1, by
-        waiting for step k, so that every rank and every rerun acts at the same step.
-        """
-        if self.max_consecutive_skips is None and not self._recorder.has_subscribers:
-            return
-        on_host = self._device.type == "cpu" or self._stepper.waits
-        if before == on_host:
-            return
-        record = self._recorder.deliver()
-        if budget:
-            raise_if_over_budget(record, self.max_consecutive_skips)
 
     # Being an optimizer.
 
