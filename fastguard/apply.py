@@ -40,8 +40,9 @@ def scale(buckets: GradBuckets, multiplier: Tensor, clean: Tensor) -> None:
     if given != n:  # (1,) for all, or (S,) for every class of a segment
         multiplier = multiplier.expand(n) if given == 1 else multiplier.repeat(n // given)
     for bucket in buckets.buckets:
-        backend.stages(bucket.device).apply(
+        backend.stages(bucket.device, bucket.kind).apply(
             bucket,
             moved(multiplier, bucket.device),
             moved(clean, bucket.device),
         )
+        bucket.write_back()

@@ -19,6 +19,7 @@ from fastguard.checked_numbers import number_of
 from fastguard.ranks.groups import Group, check_same_tensors, process_group_of, several_ranks
 from fastguard.ranks.plain_shards import check_plain_shards
 from fastguard.ranks.team import Sharing, team_of
+from fastguard.tensor_kinds import lasting
 from fastguard.transfer import current_stream_of
 
 Parameters = Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
@@ -91,11 +92,18 @@ def _line_of_the_caller() -> tuple[tuple[str, int], int]:
     return (frame.f_code.co_filename, frame.f_lineno), level
 
 
+def limit_beside(max_norm: float, like: Tensor) -> Tensor:
+    """A limit for a decision of the kind of `like`, float64 `(1,)`.
+
+    Not torch.tensor(max_norm): compiled code would be compiled again for every value.
+    """
+    return like.new_ones(1, dtype=torch.float64) * max_norm
+
+
 def limit_tensor(max_norm: float, device: torch.device) -> Tensor:
-    """A limit where the decision is taken, float64 `(1,)`; nobody writes to it."""
-    if torch.compiler.is_compiling():
-        # Not torch.tensor(max_norm): that would recompile for every value.
-        return torch.ones(1, dtype=torch.float64, device=device) * max_norm
+    """A limit where the decision about plain tensors is taken, float64 `(1,)`; kept for later
+    calls, and nobody writes to it.
+    """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return _filled(max_norm, device)  # a part of the graph, filled anew at each replay
     return _kept_limit(max_norm, device, current_stream_of(device))
@@ -104,7 +112,7 @@ def limit_tensor(max_norm: float, device: torch.device) -> Tensor:
 @functools.lru_cache(maxsize=32)
 def _kept_limit(max_norm: float, device: torch.device, stream: int) -> Tensor:
     """Made once: it would be one more launch of each call."""
-    with torch.inference_mode(False):
+    with lasting():
         return _filled(max_norm, device)
 
 

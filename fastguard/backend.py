@@ -17,6 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastguard.tensor_kinds import PLAIN, WRAPPED, Kind
+
 OLDEST_TRITON = (3, 6)
 TRITON_DEVICES = ("cuda",)  # ROCm devices call themselves cuda too
 
@@ -44,18 +46,25 @@ def backend_of(device: torch.device) -> Literal["triton", "torch"]:
     return "torch" if device.type == "cpu" or triton_stages(device) is None else "triton"
 
 
-def stages(device: torch.device) -> ModuleType:
-    """The module whose `measure`, `decide` and `apply` work on tensors of this device."""
+def stages(device: torch.device, kind: Kind = PLAIN) -> ModuleType:
+    """The module whose `measure`, `decide` and `apply` work on tensors of this device and kind."""
+    if kind is not PLAIN:
+        return reference() if kind is WRAPPED else _traced()
     kernels = None if device.type == "cpu" else triton_stages(device)
-    return _reference() if kernels is None else kernels
+    return reference() if kernels is None else kernels
 
 
 @functools.cache
-def _reference() -> ModuleType:
+def reference() -> ModuleType:
     """Imported when it is first asked for, since it imports what imports this; kept, since finding
     it again takes 15 µs behind a model that filled the caches.
     """
     return importlib.import_module("fastguard.reference")
+
+
+@functools.cache
+def _traced() -> ModuleType:
+    return importlib.import_module("fastguard.traced_stages")
 
 
 @functools.cache

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
-from fastguard.forms import Form, Group, known_form, new_form
-from fastguard.ranks.dtensors import dtensor_types, local_parts
+from fastguard.forms import FEWEST, Form, Group, known_form, new_form
+from fastguard.ranks.dtensors import local_parts
+from fastguard.tensor_kinds import PLAIN, PLAIN_TYPES, Kind, kind_of, watched, wraps
 
 if TYPE_CHECKING:
     from fastguard.ranks.team import Sharing
@@ -52,6 +53,9 @@ class GradBucket:
         notes: What a backend keeps here from one stage of a step to the next.
         form: That of the list they came in: the same object is the same sizes and strides. None:
             nobody knows whether another list has it.
+        kind: How they can be read.
+        resolved: `(gradient, copy)` of gradients whose memory holds other numbers than they do
+            (views with a conjugate or negative bit); `grads` holds the copies.
     """
 
     device: torch.device
@@ -62,6 +66,13 @@ class GradBucket:
     runs: tuple[Run, ...] | None = None
     notes: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
     form: Form | None = field(default=None, compare=False, repr=False)
+    kind: Kind = PLAIN
+    resolved: Sequence[tuple[Tensor, Tensor]] = field(default=(), compare=False, repr=False)
+
+    def write_back(self) -> None:
+        """Brings what was done to copies to the gradients that they stand for."""
+        for grad, copy in self.resolved:
+            grad.copy_(copy)
 
     @property
     def segment(self) -> int | None:
@@ -112,6 +123,11 @@ class GradBuckets:
     names: Sequence[str] | None
     device: torch.device
     sharing: Sharing | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """How the gradients can be read."""
+        return self.buckets[0].kind if self.buckets else PLAIN
 
     @property
     def n_measured(self) -> int:
@@ -192,12 +208,14 @@ def bucketize(
     """
     n_tensors = len(grads)
     ids: Sequence[int] = range(n_tensors)
-    form = known_form(grads)
-    kinds = set(map(type, grads)) if form is None else set()
-    if type(None) in kinds:
+    looks_deceive = watched()
+    form = None if looks_deceive else known_form(grads)
+    types = set(map(type, grads)) if form is None else set()
+    if type(None) in types:
+        types.remove(type(None))
         ids = [i for i, g in enumerate(grads) if g is not None]
         grads = [grads[i] for i in ids]
-        form = known_form(grads)
+        form = None if looks_deceive else known_form(grads)
     if sharing is not None:
         segments = sharing.refined(segments, n_segments)
     if not grads:
@@ -205,15 +223,22 @@ def bucketize(
         return GradBuckets((), n_tensors, n_segments, names, home, sharing)
 
     dense: list[Tensor] = list(grads)  # type: ignore[arg-type]
+    kind = PLAIN
     if form is None:
-        if dtensor_types(kinds):
-            dense = local_parts(dense)
-        form = _looked_at(dense, ids, names)
+        if looks_deceive or not types <= PLAIN_TYPES:
+            if any(map(wraps, types)):
+                dense = local_parts(dense)
+                types = set(map(type, dense))
+            kind = kind_of(types)
+        form = _looked_at(dense, ids, names, kind)
 
     buckets = []
     for where, dtype, positions in form.groups:
         members = dense if len(form.groups) == 1 else [dense[i] for i in positions]
         own_form = form if form.known_again else None
+        resolved: Sequence[tuple[Tensor, Tensor]] = ()
+        if dtype.is_complex or (own_form is None and where.type != "cpu"):
+            members, resolved = _resolved(members)
         if dtype.is_complex:
             members, dtype = _real_views(members, positions, ids, names, norm_type)
             own_form = None  # it is that of the complex list
@@ -228,12 +253,18 @@ def bucketize(
         segment_ids = (
             Same(0, len(members)) if segments is None else [segments[i] for i in tensor_ids]
         )
-        buckets.append(GradBucket(where, dtype, members, tensor_ids, segment_ids, form=own_form))
+        buckets.append(
+            GradBucket(  # by position: keywords take twice as long
+                where, dtype, members, tensor_ids, segment_ids, None, {}, own_form, kind, resolved
+            )
+        )
     home = device or dense[0].device
     return GradBuckets(tuple(buckets), n_tensors, n_segments, names, home, sharing)
 
 
-def _looked_at(grads: list[Tensor], ids: Sequence[int], names: Sequence[str] | None) -> Form:
+def _looked_at(
+    grads: list[Tensor], ids: Sequence[int], names: Sequence[str] | None, kind: Kind
+) -> Form:
     """The form of gradients that look like none before them."""
     try:
         layouts = set(map(attrgetter("layout"), grads))
@@ -244,10 +275,36 @@ def _looked_at(grads: list[Tensor], ids: Sequence[int], names: Sequence[str] | N
         ) from None
     if layouts != {torch.strided}:
         _refuse_sparse(grads, ids, names)
-    return new_form(grads, _groups(grads))
+    groups = _groups(grads, kind)
+    if len(grads) < FEWEST or kind is not PLAIN:
+        return new_form(grads, groups, False)
+    on_host = all(group.device.type == "cpu" for group in groups)
+    return new_form(grads, groups, on_host or not any(map(Tensor.is_neg, grads)))
 
 
-def _groups(grads: list[Tensor]) -> tuple[Group, ...]:
+def _resolved(members: list[Tensor]) -> tuple[list[Tensor], Sequence[tuple[Tensor, Tensor]]]:
+    """The members, with copies that hold their values for those whose memory holds others.
+
+    Addresses tell a kernel nothing of a negative bit, and a complex tensor with a conjugate bit has
+    no real view. Operations of torch heed both bits.
+    """
+    lazy = {i: g.resolve_conj().resolve_neg() for i, g in enumerate(members) if _is_lazy(g)}
+    if not lazy:
+        return members, ()
+    stand_ins = [lazy.get(i, g) for i, g in enumerate(members)]
+    return stand_ins, [(members[i], copy) for i, copy in lazy.items()]
+
+
+def _is_lazy(grad: Tensor) -> bool:
+    return grad.is_conj() or grad.is_neg()
+
+
+def _groups(grads: list[Tensor], kind: Kind) -> tuple[Group, ...]:
+    if kind is not PLAIN:  # only Python knows the device of a placeholder
+        found: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for i, grad in enumerate(grads):
+            found.setdefault((grad.device, grad.dtype), []).append(i)
+        return tuple(Group(*key, positions) for key, positions in found.items())
     dtypes = set(map(attrgetter("dtype"), grads))
     if len(dtypes) == 1 and set(map(Tensor.get_device, grads)) == {grads[0].get_device()}:
         return (Group(grads[0].device, grads[0].dtype, range(len(grads))),)
@@ -290,6 +347,5 @@ def _real_views(
             f"the gradient of {name_of(ids[positions[0]], names)} is complex and norm_type is "
             f"{norm_type}; complex gradients have only the 2-norm here: use norm_type=2.0"
         )
-    # A lazily conjugated tensor has no real view, but its conjugate has, over the same memory.
-    views = [torch.view_as_real(g.conj() if g.is_conj() else g) for g in members]
+    views = list(map(torch.view_as_real, members))
     return views, views[0].dtype

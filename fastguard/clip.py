@@ -22,6 +22,7 @@ from fastguard.arguments import (
     buckets_for,
     check_foreach,
     gradients_for,
+    limit_beside,
     limit_of,
     limit_tensor,
     listed,
@@ -42,6 +43,7 @@ from fastguard.ranks.dtensors import is_dtensor, whole
 from fastguard.ranks.groups import Group, process_group_of, several_ranks
 from fastguard.ranks.team import team_of
 from fastguard.reduce import Signals, reduce
+from fastguard.tensor_kinds import PLAIN, TRACED, kind_of
 
 
 @torch.no_grad()
@@ -124,11 +126,18 @@ def clip_buckets(
     """The four stages over gradients that are sorted already; arguments as in `clip_grad_norm_`."""
     mode = mode_of(nonfinite, error_if_nonfinite)
     max_norm = limit_of("max_norm", max_norm)
-    limit = limit_tensor(max_norm, buckets.device)
     stats = measure(buckets, norm_type_of(norm_type))
-    stats, signals = reduce(stats, Signals.none(buckets.device), buckets.sharing)
+    stats, signals = reduce(stats, Signals.none_beside(stats), buckets.sharing)
+    if stats.kind is TRACED:
+        norm, multiplier, clean = traced.decided(stats, max_norm, mode, error_if_nonfinite)
+        scale(buckets, multiplier, clean)
+        return norm
     if mode == "raise":
         raise_if_nonfinite(stats, signals, as_torch=error_if_nonfinite)
+    plain = stats.kind is PLAIN
+    limit = (limit_tensor if plain else limit_beside)(
+        max_norm, buckets.device if plain else stats.summary
+    )
     policy = Policy(limit, mode, limited=max_norm != math.inf)
     verdict = decide(stats, signals, None, policy)
     if policy.may_change(signals):
@@ -180,7 +189,11 @@ def get_total_norm(
         team = team_of(items, group)
         sharing = None if team is None else team.sharing(items)
     buckets = bucketize(items, norm_type=p, sharing=sharing)
-    stats, signals = reduce(measure(buckets, p), Signals.none(buckets.device), sharing)
+    stats = measure(buckets, p)
+    stats, signals = reduce(stats, Signals.none_beside(stats), sharing)
+    if stats.kind is TRACED:
+        mode = "raise" if error_if_nonfinite else "propagate"
+        return traced.decided(stats, math.inf, mode, error_if_nonfinite)[0]
     if error_if_nonfinite:
         raise_if_nonfinite(stats, signals, as_torch=True)
     norm = torch_total_norm(stats)
@@ -225,8 +238,8 @@ def clip_grads_with_norm_(
         traced.leave_graph(clip_grads_with_norm_, parameters, max_norm, total_norm)
         return
     if not isinstance(total_norm, Tensor):
-        total_norm = number_of("total_norm", total_norm)
-    norm = torch.as_tensor(total_norm)
+        total_norm = torch.as_tensor(number_of("total_norm", total_norm))
+    norm = total_norm
     if is_dtensor(norm):  # torch's own norm of DTensors is a sum that nobody has summed up yet
         norm = norm.full_tensor()
     if norm.numel() != 1:
@@ -236,9 +249,13 @@ def clip_grads_with_norm_(
     if torch.compiler.is_compiling():
         traced.clip_grads_with_norm_(grads, max_norm, norm)
         return
-    limit = limit_tensor(limit_of("max_norm", max_norm), norm.device)
+    limit = limit_of("max_norm", max_norm)
     buckets = bucketize(grads, names=names)
-    scale(buckets, clip_coefficients(norm, limit), torch.zeros((), device=norm.device))
+    if buckets.kind is PLAIN and kind_of((type(norm),)) is PLAIN:
+        limits, clean = limit_tensor(limit, norm.device), torch.zeros((), device=norm.device)
+    else:
+        limits, clean = limit_beside(limit, norm), norm.new_zeros((), dtype=torch.float32)
+    scale(buckets, clip_coefficients(norm, limits), clean)
 
 
 @torch.no_grad()
@@ -327,7 +344,8 @@ def sanitize_grads_(
         return traced.sanitize_grads_(*gradients_for(parameters, strict=True), fill)
     buckets = buckets_for(parameters, group, strict=True)
     check_fill(buckets, fill)
-    stats, _ = reduce(measure(buckets, 2.0), Signals.none(buckets.device), buckets.sharing)
+    stats = measure(buckets, 2.0)
+    stats, _ = reduce(stats, Signals.none_beside(stats), buckets.sharing)
     if any(fill.values()):
         fill_nonfinite_(buckets, fill)
     else:
@@ -371,4 +389,5 @@ def measure_grads(
             )
         return traced.measure(*gradients_for(parameters, strict=True), p, per_tensor)
     buckets = buckets_for(parameters, group, strict=True, norm_type=p, per_tensor=per_tensor)
-    return reduce(measure(buckets, p), Signals.none(buckets.device), buckets.sharing)[0]
+    stats = measure(buckets, p)
+    return reduce(stats, Signals.none_beside(stats), buckets.sharing)[0]

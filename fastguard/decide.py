@@ -25,6 +25,7 @@ from fastguard.errors import NonFiniteGradError, describe_culprits
 from fastguard.measure import GradStats
 from fastguard.reduce import Signals
 from fastguard.rules import GRAD_NORM, Rule, SpikeRule
+from fastguard.tensor_kinds import PLAIN, WRAPPED
 
 NonFinite = Literal["skip", "zero", "raise", "propagate"]
 EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm
@@ -212,6 +213,8 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
     Returns:
         The verdict; nothing waits for a GPU.
     """
+    if stats.kind is not PLAIN:
+        return backend.reference().decide(stats, signals, state, policy)
     if stats.summary.device.type == "cpu":
         return _on_the_host()(stats, signals, state, policy)
     if state is not None:
@@ -230,7 +233,7 @@ def _on_the_host() -> Callable[..., Verdict]:
 def clip_coefficients(norms: Tensor, max_norm: Tensor) -> Tensor:
     """`min(1, max_norm / (norm + 1e-6))`; a limit of inf gives 1 for every norm, NaN a NaN."""
     coef = (max_norm / (norms + EPS)).clamp(max=1.0)  # NaN stays NaN
-    return torch.where(max_norm == math.inf, 1.0, coef)
+    return coef.masked_fill(max_norm == math.inf, 1.0)
 
 
 def propagated_norms(norms: Tensor, nonfinite_counts: Tensor) -> Tensor:
@@ -240,13 +243,15 @@ def propagated_norms(norms: Tensor, nonfinite_counts: Tensor) -> Tensor:
         norms: float64 `(S,)`, of the finite elements.
         nonfinite_counts: `(3, S)`: NaN, +Inf, -Inf.
     """
-    nan, infinite = nonfinite_counts[0] > 0, nonfinite_counts[1:].sum(0) > 0
+    nan = nonfinite_counts.select(0, 0) > 0
+    infinite = nonfinite_counts.narrow(0, 1, 2).sum(0) > 0
     return torch.where(nan, math.nan, torch.where(infinite, math.inf, norms))
 
 
 def torch_total_norm(stats: GradStats) -> Tensor:
     """float64 `()`: the norm of the whole model as torch gives it, NaN or Inf if an element is."""
-    if stats.summary.device.type == "cpu" and not stats.segment_counts.any():
+    on_host = stats.kind is PLAIN and stats.summary.device.type == "cpu"
+    if on_host and not stats.segment_counts.any():
         return stats.total_norm64
     return propagated_norms(stats.total_norm64, stats.segment_counts.sum(1))
 
@@ -279,6 +284,9 @@ def raise_if_nonfinite(
         NonFiniteGradError: A gradient element or a loss is NaN or Inf, and a lower loss scale does
             not cure it; or the elements are finite and their norm is beyond float64.
     """
+    if stats.kind is not PLAIN:
+        _raise_if_layers_are_bad(stats, as_torch)
+        return
     if signals is not None and (lowers := only_lowers_scale(signals)) is not None and lowers:
         return
     nan, posinf, neginf = (int(n) for n in stats.segment_counts.sum(1).tolist())
@@ -289,9 +297,7 @@ def raise_if_nonfinite(
             f"gradients are non-finite ({nan} NaN, {posinf} +Inf, {neginf} -Inf) in {where}; "
             "nothing was changed"
         )
-        if as_torch:
-            message = f"{TORCH_SENTENCE.format(norm_type=stats.norm_type)}. The {message}"
-        raise NonFiniteGradError(message, culprits)
+        raise NonFiniteGradError(_as_told(message, stats, as_torch), culprits)
     on_ranks = signals is not None and signals.bad_ranks is not None
     may_exceed = stats.rooted or stats.norm_type < 1.0 or on_ranks
     if may_exceed and stats.total_norm64.item() == math.inf:
@@ -299,15 +305,29 @@ def raise_if_nonfinite(
             f"the norm of order {stats.norm_type} of the gradients is beyond float64, although "
             "every element is finite; nothing was changed"
         )
-        if as_torch:
-            message = f"{TORCH_SENTENCE.format(norm_type=stats.norm_type)}. Here {message}"
-        raise NonFiniteGradError(message, [])
+        raise NonFiniteGradError(_as_told(message, stats, as_torch), [])
     losses = [] if signals is None else signals.losses.tolist()  # 0 where no rank gave one
     bad = [(i, loss) for i, loss in enumerate(losses) if not math.isfinite(loss)]
     if signals is not None and bad:
         # By place: a rank may know the names of none that others gave.
         listed = ", ".join(f"{signals.loss_names[i]}={loss}" for i, loss in bad)
         raise NonFiniteGradError(f"the loss is non-finite: {listed}; nothing was changed")
+
+
+def _raise_if_layers_are_bad(stats: GradStats, as_torch: bool) -> None:
+    """As above for gradients that are not plain: which ones are bad need not have one answer.
+
+    Placeholders hold nothing to look at.
+    """
+    if stats.kind is WRAPPED and stats.found_nonfinite.item():
+        message = "gradients are non-finite; nothing was changed"
+        raise NonFiniteGradError(_as_told(message, stats, as_torch))
+
+
+def _as_told(message: str, stats: GradStats, as_torch: bool) -> str:
+    if not as_torch:
+        return message
+    return f"{TORCH_SENTENCE.format(norm_type=stats.norm_type)}. Here {message}"
 
 
 def _elsewhere(signals: Signals | None) -> str:

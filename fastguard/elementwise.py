@@ -53,6 +53,7 @@ def clamp_(buckets: GradBuckets, limit: float) -> None:
         if limit <= LARGEST[bucket.dtype]:
             for grad in in_pieces(bucket.grads):
                 grad.clamp_(-limit, limit)
+            bucket.write_back()
 
 
 def check_fill(buckets: GradBuckets, fill: Mapping[str, float]) -> None:
@@ -71,3 +72,4 @@ def fill_nonfinite_(buckets: GradBuckets, fill: Mapping[str, float]) -> None:
     for bucket in buckets.buckets:
         for grad in in_pieces(bucket.grads):
             grad.nan_to_num_(**fill)
+        bucket.write_back()

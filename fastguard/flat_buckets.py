@@ -26,6 +26,7 @@ from fastguard.clip import clip_buckets
 from fastguard.cpu_threads import in_pieces
 from fastguard.measure import GradStats, measure, norm_type_of
 from fastguard.ranks.dtensors import is_dtensor
+from fastguard.tensor_kinds import PLAIN, kind_of, watched
 
 ALIGN = 16  # bytes; what 128-bit loads and the vectorised optimizer kernels ask for
 
@@ -119,6 +120,8 @@ class FlatGradBuckets:
         is. Where a parameter begins to have a gradient, or changes its dtype or shape, all slots
         are laid out anew.
         """
+        if self._kind is PLAIN and watched():  # plain when they were laid out
+            return self._sorted_anew()
         if self.trusted:
             return self._buckets
         if self._moved():  # first: it brings the views into a cache
@@ -130,8 +133,9 @@ class FlatGradBuckets:
             for p, view in zip(self.parameters, self._views, strict=True)
         ):
             self._attach()
-        if self._all_taken_in():
-            return self._buckets
+        return self._buckets if self._all_taken_in() else self._sorted_anew()
+
+    def _sorted_anew(self) -> GradBuckets:
         return bucketize(
             [p.grad for p in self.parameters],
             segments=self.segments,
@@ -223,17 +227,22 @@ class FlatGradBuckets:
         self.names = None if names is None else [names[i] for i in chosen]
         self.segments = None if segments is None else segment_of
         self._left_out = [p for p in items if not _has_slot(p)]
+        self._kind = kind_of(set(map(type, views)))
         self._buckets = self._whole()
         self._half_moved = []
-        self._addresses = list(map(Tensor.data_ptr, views))
+        self._addresses = self._addresses_now()
 
     def _moved(self) -> bool:
         """Whether slots are out of date: the memory of a gradient was swapped (`p.grad.data = ...`,
         `model.to(...)`), or a parameter has a gradient for the first time.
         """
-        if self._addresses is None or list(map(Tensor.data_ptr, self._views)) != self._addresses:
+        if self._addresses is None or self._addresses_now() != self._addresses:
             return True
         return any(p.grad is not None for p in self._left_out)
+
+    def _addresses_now(self) -> list[int]:
+        """Where the slots are; placeholders are nowhere."""
+        return list(map(Tensor.data_ptr, self._views)) if self._kind is PLAIN else []
 
     def __getstate__(self) -> dict[str, Any]:
         # Slots are memory that tensors share, which a pickle does not keep: a copy makes its own.
@@ -246,6 +255,7 @@ class FlatGradBuckets:
 
     def _whole(self) -> GradBuckets:
         """Buckets over all slots: they outlive every step, since the slots never move."""
+        kind = self._kind
         buckets = tuple(
             GradBucket(
                 b.flat.device,
@@ -253,7 +263,8 @@ class FlatGradBuckets:
                 [self._views[i] for i in b.ids],
                 b.ids,
                 Same(0, len(b.ids)) if self.n_segments == 1 else b.segments,
-                b.runs,
+                b.runs if kind is PLAIN else None,
+                kind=kind,
             )
             for b in self._buffers
         )
@@ -290,7 +301,7 @@ def _lay_out(
         views[i] = _slot(flat, start, parameters[i])
         first, _ = bounds.get(segment_of[i], (start, stop))
         bounds[segment_of[i]] = (first, stop)
-    runs = tuple(Run(flat[a:b], segment) for segment, (a, b) in bounds.items())
+    runs = tuple(Run(flat.narrow(0, a, b - a), segment) for segment, (a, b) in bounds.items())
     return _Buffer(flat, ids, [segment_of[i] for i in ids], runs)
 
 
@@ -335,7 +346,7 @@ def _slot(flat: Tensor, start: int, p: Tensor) -> Tensor:
     """The gradient of `p` inside `flat`, with the strides of `p` if these leave no holes: fused
     optimizers ask for the same.
     """
-    piece = flat[start : start + p.numel()]
+    piece = flat.narrow(0, start, p.numel())
     strides = torch.empty_like(p, device="meta").stride()
     return piece.as_strided(p.shape, strides)
 

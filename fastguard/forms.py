@@ -43,10 +43,10 @@ class Form:
 
     __slots__ = ("_guards", "_n", "groups")
 
-    def __init__(self, grads: list[Tensor], groups: tuple[Group, ...]) -> None:
+    def __init__(self, grads: list[Tensor], groups: tuple[Group, ...], keep: bool = True) -> None:
         self.groups = groups
         self._n = len(grads)
-        long_and_plain = self._n >= FEWEST and set(map(type, grads)) == {Tensor}
+        long_and_plain = keep and self._n >= FEWEST and set(map(type, grads)) == {Tensor}
         self._guards: Any = _guards_of(grads) if long_and_plain else None
 
     @property
@@ -71,10 +71,17 @@ def known_form(grads: Sequence[Tensor | None]) -> Form | None:
     return None
 
 
-def new_form(grads: list[Tensor], groups: tuple[Group, ...]) -> Form:
-    """The form of a list that was looked at, kept for the lists that come."""
+def new_form(grads: list[Tensor], groups: tuple[Group, ...], keep: bool = True) -> Form:
+    """The form of a list that was looked at.
+
+    Args:
+        grads: The list.
+        groups: See `Form`.
+        keep: Know lists of this form again. Not where their type tells too little: a tensor inside
+            a transform looks like a plain one.
+    """
     global _forms
-    form = Form(grads, groups)
+    form = Form(grads, groups, keep)
     if form.known_again:
         with _lock:  # two threads that add at once lose neither
             _forms = (form, *_forms[: FORMS - 1])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastguard.cpu_threads import GRAIN
+from fastguard.tensor_kinds import lasting
 
 ALIGN = 16  # elements, so that also a float32 vector begins with a cache line
 _local = threading.local()
@@ -96,7 +97,7 @@ def buffer(name: str, n: int, most: tuple[int, ...], dtype: torch.dtype) -> Tens
     kept = getattr(_local, name, None)
     if kept is not None and kept[1].shape[0] == n:
         return kept[1]  # as at the last step: a slice costs 15 µs when caches are cold
-    with torch.inference_mode(False):
+    with lasting():
         whole = torch.empty(most, dtype=dtype, device="cpu") if kept is None else kept[0]
         first = (most[0] - n) // 2
         part = whole[first - first % ALIGN :][:n]

@@ -17,6 +17,7 @@ from fastguard.ranks.groups import Group, check_same_tensors
 from fastguard.ranks.plain_shards import check_plain_shards
 from fastguard.ranks.team import Team, team_of
 from fastguard.segments import ClipScope, Layout, lay_out
+from fastguard.tensor_kinds import WRAPPED
 
 log = logging.getLogger("fastguard")
 
@@ -96,6 +97,7 @@ class Gradients:
 
         Raises:
             ValueError: They lie on the meta device, or are shards without a group.
+            TypeError: They wrap other tensors.
         """
         if not self._seen:
             self._look()
@@ -106,7 +108,7 @@ class Gradients:
             if sharing is None and buckets.device == self.device:
                 return buckets
             return replace(buckets, device=self.device, sharing=sharing)
-        return bucketize(
+        buckets = bucketize(
             list(map(attrgetter("grad"), layout.parameters)),
             segments=layout.segments,
             n_segments=layout.n_segments,
@@ -114,6 +116,18 @@ class Gradients:
             norm_type=self.norm_type,
             device=self.device,
             sharing=sharing,
+        )
+        if buckets.kind is WRAPPED:
+            self._refuse_layers(buckets)
+        return buckets
+
+    def _refuse_layers(self, buckets: GradBuckets) -> None:
+        """One step cannot be taken in one layer and skipped in another."""
+        kind = next(type(g).__name__ for b in buckets.buckets for g in b.grads)
+        raise TypeError(
+            f"the gradients are layers around other tensors (of type {kind}), which may hold "
+            "several gradients at once, so that no one decision holds for them; guard the "
+            "optimizer of plain tensors or DTensors, outside of torch.func"
         )
 
     def zero_(self, set_to_none: bool) -> None:

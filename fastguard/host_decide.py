@@ -35,10 +35,11 @@ def _float64(x: float | list[float]) -> Tensor:
     return torch.from_numpy(np.array(x, np.float64))  # a third of the time of torch.tensor
 
 
-# Parts of nearly every verdict, made once: each would cost 1.5 µs. Nobody writes to them.
-_NO, _YES = (torch.tensor(x, dtype=torch.float32, device="cpu") for x in (0.0, 1.0))
-_REASONS = tuple(torch.tensor(int(reason), device="cpu") for reason in Reason)
-_NO_SPIKES = torch.empty(0, dtype=torch.bool, device="cpu")
+# Parts of nearly every verdict, made once: each would cost 1.5 µs. Nobody writes to them. By numpy,
+# because a FakeTensorMode that is active at the import cannot make placeholders of them.
+_NO, _YES = (torch.from_numpy(np.array(x, np.float32)) for x in (0.0, 1.0))
+_REASONS = tuple(torch.from_numpy(np.array(int(reason), np.int64)) for reason in Reason)
+_NO_SPIKES = torch.from_numpy(np.empty(0, np.bool_))
 _NO_THRESHOLDS = _float64([])
 _NONE = (0, 0, 0)
 

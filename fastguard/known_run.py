@@ -13,6 +13,7 @@ import torch
 from torch.distributed import ProcessGroup
 from torch.nn.parameter import is_lazy
 
+from fastguard import resume
 from fastguard.backend import backend_of
 from fastguard.decide import GuardState, NonFinite, Verdict
 from fastguard.delegation import OptimizerAround
@@ -168,7 +169,7 @@ class KnownRun(OptimizerAround):
         """Takes a loaded state, and of its counts and the run's those with more steps."""
         most = max(self.lifetime, Lifetime.of(state, taken_back), key=lambda counts: counts.steps)
         self._state, self._taken_back = state, most.taken_back_of(state)
-        self._steps_taken = int(state.counters[0])
+        self._steps_taken = resume.steps_of(state)
         self._recorder.forget_last()
 
     def _conclude(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fastguard.decide import GuardState
+from fastguard.tensor_kinds import has_numbers
 
 KEY = "taken_back"
 """In the guard's state: int64 `(4,)`, what the counts of the run exceed those of the state by."""
@@ -32,7 +33,12 @@ class Lifetime(NamedTuple):
 
     @staticmethod
     def of(state: GuardState, taken_back: Lifetime) -> Lifetime:
-        """The counts of the run: those of the state and what loads took back. Waits for a GPU."""
+        """The counts of the run: those of the state and what loads took back. Waits for a GPU.
+
+        The counters of placeholders tell nothing.
+        """
+        if not has_numbers(state.counters):
+            return taken_back
         counters = state.counters.tolist()
         return Lifetime(*(counters[i] + n for i, n in zip(_COUNTED, taken_back, strict=True)))
 
@@ -51,7 +57,7 @@ def saved_with(saved: Mapping[str, Any] | None) -> Lifetime:
         ValueError: It is damaged.
     """
     given = None if saved is None else saved.get(KEY)
-    if given is None:
+    if given is None or (isinstance(given, Tensor) and not has_numbers(given)):
         return NOTHING
     if not isinstance(given, Tensor) or given.shape != (len(_COUNTED),) or bool((given < 0).any()):
         raise ValueError(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastguard.rules import GRAD_NORM
+from fastguard.tensor_kinds import has_numbers
 from fastguard.transfer import moved, numbers_on
 
 LOSS = "loss"
@@ -46,7 +47,8 @@ def named_losses(loss: Loss | None, *, read: bool = False) -> dict[str, Tensor |
                     f"{name} has shape {tuple(value.shape)}, but the guard needs one number; "
                     "reduce it first, for example with .mean()"
                 )
-            value = value.item() if read and value.is_cpu else value.detach().reshape(())
+            readable = read and value.is_cpu and has_numbers(value)
+            value = value.item() if readable else value.detach().reshape(())
         scalars[str(name)] = value if type(value) is float else _real(name, value)
     return scalars
 

@@ -23,6 +23,7 @@ from fastguard import backend
 from fastguard.buckets import GradBuckets
 from fastguard.checked_numbers import number_of
 from fastguard.errors import Culprit
+from fastguard.tensor_kinds import PLAIN, Kind
 from fastguard.transfer import moved
 
 
@@ -39,6 +40,7 @@ class GradStats:
         float64: Whether any gradient is float64; `total_norm` is then float64 too.
         rooted: Whether the first row of `summary` holds norms in place of power sums: these could
             leave float64. False for the inf-norm, whose "power sum" is the norm.
+        kind: That of the gradients, and so of the tensors here.
     """
 
     summary: Tensor
@@ -47,6 +49,7 @@ class GradStats:
     names: Sequence[str] | None = None
     float64: bool = False
     rooted: bool = False
+    kind: Kind = PLAIN
 
     @property
     def power_sum(self) -> Tensor:
@@ -54,43 +57,45 @@ class GradStats:
 
         Where it leaves float64 it is inf or 0; `segment_norms` are right there too.
         """
-        values = self.summary[0]
+        values = self._row(self.summary, 0)
         return values.pow(self.norm_type) if self.rooted else values
 
     @property
     def segment_counts(self) -> Tensor:
         """float64 `(3, S)`: how many elements of each segment are NaN, +Inf, -Inf."""
-        return self.summary[1:]
+        return self.summary[1:] if self.kind is PLAIN else self.summary.narrow(0, 1, 3)
 
     @property
     def nan_count(self) -> Tensor:
         """int64 `(T,)`: NaN elements of each tensor."""
-        return self.counts[0]
+        return self._row(self.counts, 0)
 
     @property
     def posinf_count(self) -> Tensor:
         """int64 `(T,)`: +Inf elements of each tensor."""
-        return self.counts[1]
+        return self._row(self.counts, 1)
 
     @property
     def neginf_count(self) -> Tensor:
         """int64 `(T,)`: -Inf elements of each tensor."""
-        return self.counts[2]
+        return self._row(self.counts, 2)
 
     @property
     def segment_norms(self) -> Tensor:
         """float64 `(S,)`: the norm of the finite elements of each segment."""
-        values = self.summary[0]
+        values = self._row(self.summary, 0)
         return values if self.rooted else root(values, self.norm_type)
 
     @property
     def total_norm64(self) -> Tensor:
         """float64 `()`: the norm of the finite elements of the whole model."""
-        values = self.summary[0]
+        values = self._row(self.summary, 0)
         if self.rooted:
-            return values[0] if values.numel() == 1 else norm_of_norms(values, self.norm_type)
+            return (
+                values.reshape(()) if values.numel() == 1 else norm_of_norms(values, self.norm_type)
+            )
         if values.numel() == 1:
-            return root(values[0], self.norm_type)
+            return root(values.reshape(()), self.norm_type)
         whole = values.amax() if self.norm_type == math.inf and values.numel() else values.sum()
         return root(whole, self.norm_type)
 
@@ -104,6 +109,10 @@ class GradStats:
     def found_nonfinite(self) -> Tensor:
         """float32 `()`: 1 if any element of the whole model is NaN or Inf, else 0."""
         return (self.segment_counts.sum() > 0).float()
+
+    def _row(self, t: Tensor, i: int) -> Tensor:
+        # Indexing is quicker, but asks the device, which need not be there for placeholders.
+        return t[i] if self.kind is PLAIN else t.select(0, i)
 
     def culprits(self) -> list[Culprit]:
         """`(name, nan, posinf, neginf)` of each tensor with non-finite elements. Waits."""
@@ -162,28 +171,32 @@ def measure(
     rooted = any(holds_norms(bucket.dtype, norm_type) for bucket in buckets.buckets)
     summary = counts = None
     for bucket in buckets.buckets:
-        part, found = backend.stages(bucket.device).measure(
+        part, found = backend.stages(bucket.device, bucket.kind).measure(
             bucket, buckets.n_measured, buckets.n_tensors, norm_type, inv_scale
         )
         part, found = moved(part, home), moved(found, home)
         if rooted and not holds_norms(bucket.dtype, norm_type):
-            part[0] = root(part[0], norm_type)
+            norms = root(part.narrow(0, 0, 1), norm_type)
+            part = torch.cat([norms, part.narrow(0, 1, 3)])
         summary = part if summary is None else _joined(summary, part, norm_type, rooted)
         counts = found if counts is None else counts + found
     if summary is None or counts is None:
         summary = torch.zeros(4, buckets.n_measured, dtype=torch.float64, device=home)
         counts = torch.zeros(3, buckets.n_tensors, dtype=torch.int64, device=home)
-    return GradStats(summary, counts, norm_type, buckets.names, buckets.float64, rooted)
+    return GradStats(
+        summary, counts, norm_type, buckets.names, buckets.float64, rooted, buckets.kind
+    )
 
 
 def _joined(a: Tensor, b: Tensor, norm_type: float, rooted: bool) -> Tensor:
     if norm_type != math.inf and not rooted:
         return a + b
+    one, other = a.narrow(0, 0, 1), b.narrow(0, 0, 1)
     if rooted:
-        first = norm_of_norms(torch.stack([a[0], b[0]]), norm_type)
+        first = norm_of_norms(torch.cat([one, other]), norm_type).reshape(1, -1)
     else:
-        first = torch.maximum(a[0], b[0])
-    return torch.cat([first[None], a[1:] + b[1:]])
+        first = torch.maximum(one, other)
+    return torch.cat([first, a.narrow(0, 1, 3) + b.narrow(0, 1, 3)])
 
 
 def norm_type_of(value: object) -> float:

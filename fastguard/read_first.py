@@ -11,10 +11,15 @@ from fastguard.buckets import GradBuckets
 from fastguard.decide import Verdict
 from fastguard.inner_step import InnerStep, StepCall, found_inf_is_heeded
 from fastguard.step_hooks import run_hooks_of_all
+from fastguard.tensor_kinds import has_numbers
 
 
 class ReadFirst:
-    """Reads the verdict, then steps or does not: free on a CPU, one read of one scalar on a GPU."""
+    """Reads the verdict, then steps or does not: free on a CPU, one read of one scalar on a GPU.
+
+    A verdict about placeholders cannot be read; they are there to see what a step takes, so it is
+    taken.
+    """
 
     waits = True
 
@@ -38,7 +43,7 @@ class ReadFirst:
         """Applies the verdict, and steps unless it says to skip."""
         if changes:
             apply(buckets, verdict)
-        if verdict.found_inf.item() == 0.0:
+        if not has_numbers(verdict.found_inf) or verdict.found_inf.item() == 0.0:
             self._inner(call)
         else:
             run_hooks_of_all(self.optimizer)

@@ -26,6 +26,7 @@ from fastguard.inbox import Inbox
 from fastguard.packed import ROWS, Arrival, Outcome, Ring, unpack
 from fastguard.plain_text import printable, shown
 from fastguard.strict_json import shortened, strict
+from fastguard.tensor_kinds import TRACED
 
 log = logging.getLogger("fastguard")
 
@@ -333,11 +334,13 @@ class Recorder:
         After an interrupt it may be called again with the same outcome, and goes on where it was.
 
         A step that a CUDA graph captures leaves no record: nothing runs on the host when the graph
-        is replayed.
+        is replayed. A step of placeholders has nothing to record.
         """
         if isinstance(outcome.verdict, HostVerdict):
             self._add_known(outcome, outcome.verdict.known)
-        elif not (outcome.stats.summary.is_cuda and torch.cuda.is_current_stream_capturing()):
+        elif outcome.stats.kind is not TRACED and not (
+            outcome.stats.summary.is_cuda and torch.cuda.is_current_stream_capturing()
+        ):
             self.send(outcome)
 
     def _add_known(self, outcome: Outcome, known: Known) -> None:

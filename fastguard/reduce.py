@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastguard.measure import LARGEST_POWER, GradStats, root
+from fastguard.tensor_kinds import PLAIN, lasting, watched
 from fastguard.transfer import current_stream_of, numbers_on
 
 if TYPE_CHECKING:
@@ -88,13 +89,20 @@ class Signals:
         """No losses, no scaler."""
         return _nothing(device)
 
+    @staticmethod
+    def none_beside(stats: GradStats) -> Signals:
+        """The same for stats of any kind."""
+        if stats.kind is PLAIN:
+            return _nothing(stats.summary.device)
+        return Signals(stats.summary.new_empty(0))
+
 
 @functools.cache
 def _nothing(device: torch.device) -> Signals:
     """Made once: it would cost each clipping 2 µs. There is nothing in it to write to, or to wait
     for.
     """
-    with torch.inference_mode(False):
+    with lasting():
         return Signals(torch.empty(0, dtype=torch.float64, device=device))
 
 
@@ -262,6 +270,8 @@ def _read_on_host(signals: Signals) -> Signals:
 
 def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers that are the same step after step, on the device once for each stream."""
+    if watched():
+        return numbers_on(values, device, dtype)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return numbers_on(values, device, dtype)  # a part of the graph: not there before it runs
     return _kept_constant(values, dtype, device, current_stream_of(device))
@@ -271,7 +281,8 @@ def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.devic
 def _kept_constant(
     values: tuple[float, ...], dtype: torch.dtype, device: torch.device, stream: int
 ) -> Tensor:
-    return numbers_on(values, device, dtype)
+    with lasting():
+        return numbers_on(values, device, dtype)
 
 
 def _held(stats: GradStats, sharing: Sharing, flags: Tensor) -> Tensor:

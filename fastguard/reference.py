@@ -7,10 +7,8 @@ is spelled out tensor by tensor in float64, without waiting for the device.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -33,7 +31,8 @@ from fastguard.decide import (
 from fastguard.errors import NAMED_CULPRITS
 from fastguard.measure import GradStats, holds_norms, norm_of_norms, root
 from fastguard.reduce import Signals
-from fastguard.rules import GRAD_NORM, Rule, SpikeRule, Threshold
+from fastguard.rule_table import RuleTable, rule_table_of
+from fastguard.tensor_kinds import PLAIN
 
 CPU = torch.device("cpu")
 SMALLEST_FACTOR = (
@@ -55,7 +54,7 @@ def measure(
         `summary` float64 `(4, S)`, with norms in place of power sums where `holds_norms` of this
         dtype, and `counts` int64 `(3, T)`: see `GradStats`.
     """
-    if bucket.device != CPU:
+    if bucket.device != CPU or bucket.kind is not PLAIN:
         return plain_measure(bucket, n_segments, n_tensors, norm_type, inv_scale)
     sums, bad = cpu.measure(bucket, n_segments, norm_type)
     bucket.notes[BAD] = list(bad)
@@ -67,7 +66,7 @@ def measure(
         counts[:, bucket.tensor_ids[position]] = torch.tensor(found, device=CPU)
     for position, found in bad.items():
         summary[1:, bucket.segment_ids[position]] += torch.tensor(found, device=CPU)
-    return _unscaled(summary, bucket.dtype, norm_type, inv_scale), counts
+    return unscaled(summary, bucket.dtype, norm_type, inv_scale), counts
 
 
 def plain_measure(
@@ -77,71 +76,65 @@ def plain_measure(
     norm_type: float,
     inv_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The definition, tensor by tensor, in float64 throughout: the oracle of the tests."""
-    summary = torch.zeros(4, n_segments, dtype=torch.float64, device=bucket.device)
-    sums = summary[0]
+    """The definition, tensor by tensor, in float64 throughout: the oracle of the tests.
+
+    Nothing is made but from the gradients, and nothing is written to: so it holds for tensors
+    inside transforms and wrappers too.
+    """
     rooted = holds_norms(bucket.dtype, norm_type)
-    counts = torch.zeros(3, n_tensors, dtype=torch.int64, device=bucket.device)
+    sums: list[list[Tensor]] = [[] for _ in range(n_segments)]
+    found: list[list[Tensor]] = [[] for _ in range(n_segments)]
+    of_tensor: dict[int, Tensor] = {}
     for grad, i, segment in zip(bucket.grads, bucket.tensor_ids, bucket.segment_ids, strict=True):
         x = grad.double()
         finite = x.isfinite()  # False for NaN
         magnitude = torch.where(finite, x, 0.0).abs()
         largest = magnitude.amax() if x.numel() else magnitude.sum()
         if norm_type == math.inf:
-            sums[segment] = torch.maximum(sums[segment], largest)
+            sums[segment].append(largest)
         elif rooted:
             unit = torch.where(largest > 0, largest, 1.0)
             norm = root((magnitude / unit).pow(norm_type).sum(), norm_type) * unit
-            sums[segment] = norm_of_norms(torch.stack([sums[segment], norm]), norm_type)
+            sums[segment].append(norm)
         else:
-            sums[segment] += magnitude.pow(norm_type).sum()
-        counts[0, i] = x.isnan().sum()
-        counts[1, i] = x.isposinf().sum()
-        counts[2, i] = x.isneginf().sum()
-        summary[1:, segment] += counts[:, i]
-    return _unscaled(summary, bucket.dtype, norm_type, inv_scale), counts
+            sums[segment].append(magnitude.pow(norm_type).sum())
+        counts = torch.stack([x.isnan().sum(), x.isposinf().sum(), x.isneginf().sum()])
+        found[segment].append(counts)
+        of_tensor[i] = counts
+    none = counts.new_zeros(3)
+    columns = [
+        torch.cat([joined(own, none, norm_type, rooted), _added(counts, none)])
+        for own, counts in zip(sums, found, strict=True)
+    ]
+    summary = unscaled(torch.stack(columns, 1), bucket.dtype, norm_type, inv_scale)
+    return summary, torch.stack([of_tensor.get(i, none) for i in range(n_tensors)], 1)
 
 
-def _unscaled(
+def joined(parts: Sequence[Tensor], like: Tensor, norm_type: float, rooted: bool) -> Tensor:
+    """float64 `(1,)`: the power sum, or norm, of a segment from those of its tensors."""
+    if not parts:
+        return like.new_zeros(1, dtype=torch.float64)
+    each = torch.stack(list(parts))
+    if norm_type == math.inf:
+        return each.amax().reshape(1)
+    return (norm_of_norms(each, norm_type) if rooted else each.sum()).reshape(1)
+
+
+def _added(counts: Sequence[Tensor], none: Tensor) -> Tensor:
+    """float64 `(3,)`."""
+    return torch.stack([*counts, none]).sum(0).double()
+
+
+def unscaled(
     summary: Tensor, dtype: torch.dtype, norm_type: float, inv_scale: Tensor | None
 ) -> Tensor:
     """The power sums, or norms, of `gradients * inv_scale`."""
-    if inv_scale is not None:
-        inv = inv_scale.to(device=summary.device, dtype=torch.float64)
-        linear = norm_type == math.inf or holds_norms(dtype, norm_type)
-        summary[0] *= inv if linear else inv.pow(norm_type)
-    return summary
-
-
-@dataclass(frozen=True, slots=True)
-class _RuleTable:
-    """The rules of a policy as float64 columns `(K,)` on a device."""
-
-    sigma: Tensor
-    warmup: Tensor
-    window: Tensor  # 0 for a fixed threshold
-    fixed: Tensor  # inf for a sigma rule
-    skips: Tensor  # bool
-    clips: Tensor  # bool
-    on_gradient: Tensor  # bool
-
-
-@functools.lru_cache(maxsize=64)
-def _rule_table(
-    rules: tuple[Rule, ...], signals: tuple[str, ...], device: torch.device
-) -> _RuleTable:
-    def column(values: list[float], dtype: torch.dtype = torch.float64) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
-
-    return _RuleTable(
-        sigma=column([r.sigma if isinstance(r, SpikeRule) else 0.0 for r in rules]),
-        warmup=column([r.warmup if isinstance(r, SpikeRule) else 0 for r in rules]),
-        window=column([r.window if isinstance(r, SpikeRule) else 0 for r in rules], torch.int64),
-        fixed=column([r.max if isinstance(r, Threshold) else math.inf for r in rules]),
-        skips=column([r.action == "skip" for r in rules], torch.bool),
-        clips=column([r.action == "clip" for r in rules], torch.bool),
-        on_gradient=column([s == GRAD_NORM for s in signals], torch.bool),
-    )
+    if inv_scale is None:
+        return summary
+    inv = inv_scale.to(device=summary.device, dtype=torch.float64)
+    linear = norm_type == math.inf or holds_norms(dtype, norm_type)
+    factor = inv if linear else inv.pow(norm_type)
+    return torch.cat([summary.narrow(0, 0, 1) * factor, summary.narrow(0, 1, 3)])
 
 
 def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy: Policy) -> Verdict:
@@ -150,17 +143,18 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
     total_norm = stats.total_norm64
     bad_grad = stats.segment_counts.sum() > 0
     too_large = total_norm == math.inf  # no float64 holds the norm of these finite elements
-    overflow = bad_grad & False if signals.found_inf is None else signals.found_inf > 0
+    never = torch.zeros_like(bad_grad)
+    overflow = never if signals.found_inf is None else signals.found_inf > 0
     lowers = only_lowers_scale(signals)
     if lowers is None:
-        lowers = overflow & False
+        lowers = never
     if policy.nonfinite == "propagate":
-        grad_fault, loss_fault = overflow, overflow & False
-        too_large = too_large & False  # clipped to zero, as by torch
+        grad_fault, loss_fault = overflow, never
+        too_large = never  # clipped to zero, as by torch
     else:
         # Cleaning cures what was counted; a fault that only the scaler saw is not cured by it. What
         # a lower scale cures is not cleaned.
-        cured = bad_grad & ~lowers if policy.nonfinite == "zero" else bad_grad & False
+        cured = bad_grad & ~lowers if policy.nonfinite == "zero" else never
         grad_fault = (overflow | bad_grad) & ~cured | too_large
         lost = ~signals.losses.isfinite()  # NaN is not finite
         loss_fault = (lost if signals.given is None else lost & signals.given).any()
@@ -168,7 +162,7 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
 
     table = None
     if policy.rules and state is not None:
-        table = _rule_table(policy.rules, policy.signals, device)
+        table = rule_table_of(policy.rules, policy.signals, device)
         values = signal_values(stats, signals, policy.signals)
         thresholds = _thresholds(state, table)
         # NaN exceeds nothing: a non-finite loss is a fault, not a spike.
@@ -195,7 +189,7 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
         spike_coef = clip_coefficients(total_norm, limit)
         clip_coef = torch.minimum(clip_coef, spike_coef)  # NaN stays NaN
     multiplier = clip_coef if signals.inv_scale is None else clip_coef * signals.inv_scale
-    clean = bad_grad & ~skip if policy.nonfinite == "zero" else bad_grad & False
+    clean = bad_grad & ~skip if policy.nonfinite == "zero" else never
 
     if state is not None:
         _count_step(state, skip, lowers)
@@ -212,7 +206,7 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
     )
 
 
-def _thresholds(state: GuardState, table: _RuleTable) -> Tensor:
+def _thresholds(state: GuardState, table: RuleTable) -> Tensor:
     """`mean + sigma * max(std, 0.01 * |mean|, tiny)` of the filled part of each ring, float64
     `(K,)`.
     """
@@ -232,7 +226,7 @@ def _thresholds(state: GuardState, table: _RuleTable) -> Tensor:
 
 def _update_rings(
     state: GuardState,
-    table: _RuleTable,
+    table: RuleTable,
     entering: Tensor,
     enters: Tensor,
     exceeds: Tensor,
@@ -268,7 +262,7 @@ def _reason(
 ) -> Tensor:
     reason = torch.zeros_like(bad_grad, dtype=torch.int64)
     if policy.rules:
-        on_gradient = _rule_table(policy.rules, policy.signals, spikes.device).on_gradient
+        on_gradient = rule_table_of(policy.rules, policy.signals, spikes.device).on_gradient
         reason = torch.where(spikes.any(), int(Reason.LOSS_SPIKE), reason)
         reason = torch.where((spikes & on_gradient).any(), int(Reason.GRAD_SPIKE), reason)
     reason = torch.where(loss_fault, int(Reason.NONFINITE_LOSS), reason)
@@ -287,11 +281,11 @@ def apply(bucket: GradBucket, multiplier: Tensor, clean: Tensor) -> None:
         multiplier: float64 `(S,)`.
         clean: `()`, nonzero to clean.
     """
-    if bucket.device == CPU:
+    if bucket.device == CPU and bucket.kind is PLAIN:
         _apply_where_needed(bucket, multiplier.tolist(), bool(clean))
         return
     for grad, segment in zip(bucket.grads, bucket.segment_ids, strict=True):
-        _apply_without_reading(grad, multiplier[segment], clean)
+        _apply_without_reading(grad, multiplier.select(0, segment), clean)
 
 
 def _apply_without_reading(grad: Tensor, multiplier: Tensor, clean: Tensor) -> None:
@@ -343,7 +337,14 @@ def _multiply(grads: Sequence[Tensor], multiplier: float, dtype: torch.dtype) ->
         grads[0].mul_(multiplier)  # rounds it to what a tensor would hold
         return
     # A tensor, because _foreach_mul_ by a Python float costs six times as much on a CPU.
-    torch._foreach_mul_(grads, torch.tensor(multiplier, dtype=factor_dtype(dtype), device=CPU))
+    factor = torch.tensor(multiplier, dtype=factor_dtype(dtype), device=CPU)
+    try:
+        torch._foreach_mul_(grads, factor)
+    except RuntimeError:  # before any is changed: a list that is written to may hold no such view
+        if not any(map(Tensor.is_neg, grads)):
+            raise
+        for grad in grads:
+            grad.mul_(factor)
 
 
 def pack(

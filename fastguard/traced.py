@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastguard.arguments import limit_tensor
+from fastguard.arguments import limit_beside
 from fastguard.buckets import parameters_of
 from fastguard.checked_numbers import refuse_bool_and_text
 from fastguard.measure import GradStats, holds_norms
@@ -47,11 +47,17 @@ def decide(
     mode: str,
     as_torch: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    stats = measure(grads, names, norm_type)
-    limit = limit_tensor(max_norm, stats.summary.device)
-    told = names if mode == "raise" else None
+    return decided(measure(grads, names, norm_type), max_norm, mode, as_torch)
+
+
+def decided(
+    stats: GradStats, max_norm: float, mode: str, as_torch: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the op decides: the norm, the multiplier and whether to clean."""
+    limit = limit_beside(max_norm, stats.summary)
+    told = None if mode != "raise" or stats.names is None else list(stats.names)
     norm, coef, clean = torch.ops.fastguard.decide(
-        stats.summary, stats.counts, limit, norm_type, mode, told, as_torch, stats.rooted
+        stats.summary, stats.counts, limit, stats.norm_type, mode, told, as_torch, stats.rooted
     )
     return norm if stats.float64 else norm.float(), coef, clean
 
@@ -62,8 +68,7 @@ def clip_grads_with_norm_(grads: list[Tensor | None], max_norm: float, norm: Ten
     # For the inf-norm a power sum is the norm itself, and NaN is counted; the op checks the limit.
     summary = torch.cat([norm, norm.isnan().double(), norm.new_zeros(2)]).reshape(4, 1)
     counts = torch.zeros(3, 0, dtype=torch.int64, device=norm.device)
-    limit = limit_tensor(max_norm, norm.device)
-    _, coef, clean = torch.ops.fastguard.decide(summary, counts, limit, math.inf, "propagate", None)
+    _, coef, clean = decided(GradStats(summary, counts, math.inf), max_norm, "propagate")
     _apply(_present(grads), coef, clean)
 
 
@@ -102,7 +107,8 @@ def clip_grad_value_(grads: list[Tensor | None], clip_value: float) -> None:
     refuse_bool_and_text("clip_value", clip_value)
     present = _present(grads)
     if len(present) > 0:
-        torch.ops.fastguard.clip_value(present, limit_tensor(clip_value, torch.device("cpu")))
+        on_host = torch.empty(0, device="cpu")
+        torch.ops.fastguard.clip_value(present, limit_beside(clip_value, on_host))
 
 
 def sanitize_grads_(

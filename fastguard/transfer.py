@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastguard.tensor_kinds import watched
+
 
 def moved(t: Tensor, device: torch.device) -> Tensor:
     """A tensor on another device. Waits on the way to a CPU alone.
@@ -27,7 +29,7 @@ def numbers_on(
     To a GPU no copy from pageable memory does both. As the argument of a fill a number is a part of
     the launch; many travel from pinned memory, which a graph would have to keep.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or watched():
         return moved(torch.tensor(values, dtype=dtype, device="cpu"), device)
     if not values:
         return torch.empty(0, dtype=dtype, device=device)

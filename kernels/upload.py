@@ -65,7 +65,7 @@ class Upload:
 
 
 _kept: list[Upload] = []  # what a CUDA graph may read is never freed
-_spare = torch.empty(0, dtype=torch.uint8, device="cpu")
+_spare = torch.from_numpy(np.empty(0, np.uint8))  # plain, whatever mode the import runs under
 _lock = threading.Lock()  # around the spare: no two graphs may get the same part of it
 
 

@@ -82,11 +82,21 @@ def test_a_complex_gradient_is_its_real_view():
     assert grad.tolist() == [6 + 8j, 2 - 2j]
 
 
-def test_a_lazily_conjugated_gradient_shares_its_memory():
+def test_a_copy_stands_for_a_lazily_conjugated_gradient_and_is_written_back():
     memory = torch.tensor([3 + 4j])
     (bucket,) = bucketize([memory.conj()]).buckets
+    assert bucket.grads[0].tolist() == [[3, -4]]
     bucket.grads[0].mul_(2)
+    bucket.write_back()
     assert memory.tolist() == [6 + 8j]
+
+
+def test_kernels_get_no_memory_with_a_negative_bit():
+    """Nor does its form hide it: the lists of a form are all resolved, or none is."""
+    for _ in range(2):
+        grads = [torch._neg_view(torch.ones(2, device="meta")) for _ in range(40)]
+        (bucket,) = bucketize(grads).buckets
+        assert not any(g.is_neg() for g in bucket.grads) and len(bucket.resolved) == 40
 
 
 @pytest.mark.parametrize("norm_type", [1.0, 3.5, float("inf")])

@@ -32,11 +32,11 @@ def local_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
     """What this rank holds of each tensor, itself or the local part of a DTensor; no copy."""
     known = dtensor_types(set(map(type, tensors)))
     parts = [_local_of(t) if type(t) in known else t for t in tensors]
-    if set(map(type, parts)) <= {Tensor, torch.nn.Parameter}:
+    functional = sys.modules.get("torch.distributed._functional_collectives")
+    if functional is None or set(map(type, parts)) <= {Tensor, torch.nn.Parameter}:
         return parts
-    from torch.distributed._functional_collectives import AsyncCollectiveTensor
-
-    return [t.wait() if isinstance(t, AsyncCollectiveTensor) else t for t in parts]
+    unfinished = functional.AsyncCollectiveTensor
+    return [t.wait() if isinstance(t, unfinished) else t for t in parts]
 
 
 def is_partial(t: Tensor) -> bool:

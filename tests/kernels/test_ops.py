@@ -8,12 +8,13 @@ import torch
 import fastguard
 from fastguard import backend, clip, ops
 from fastguard.kernels import stages
+from fastguard.tensor_kinds import Kind
 
 
 @pytest.fixture(autouse=True)
 def served_by_the_kernels(monkeypatch):
     """On the CPU too, and for decide as well, which has a shortcut there."""
-    monkeypatch.setattr(backend, "stages", lambda device: stages)
+    monkeypatch.setattr(backend, "stages", lambda device, kind=Kind.PLAIN: stages)
     monkeypatch.setattr(ops, "decide_stage", stages.decide)
     monkeypatch.setattr(clip, "decide", stages.decide)
 
