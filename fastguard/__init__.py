@@ -29,11 +29,11 @@ from fastguard.optimizer import GuardedOptimizer
 from fastguard.patch import patch_torch, unpatch_torch
 from fastguard.ranks.groups import Replicated
 from fastguard.ranks.watch import RankWatch
-from fastguard.records import StepRecord
 from fastguard.rollback import Rewind, Rollback
 from fastguard.rules import SpikeRule, Threshold
 from fastguard.schedule import GuardedLR
 from fastguard.sinks import JsonLinesSink, LogSink, TensorBoardSink, read_records
+from fastguard.step_record import StepRecord
 from fastguard.warmup import Warmup
 
 __all__ = [

@@ -14,7 +14,7 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastguard.records import StepRecord
+    from fastguard.step_record import StepRecord
 
 log = logging.getLogger("fastguard")
 

@@ -7,7 +7,7 @@ import math
 from collections import deque
 from typing import Any, NamedTuple
 
-from fastguard.records import StepRecord
+from fastguard.step_record import StepRecord
 
 log = logging.getLogger("fastguard")
 

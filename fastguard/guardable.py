@@ -16,8 +16,8 @@ from fastguard.errors import TrainingDivergedError
 from fastguard.ranks.dtensors import dtensor_types
 from fastguard.ranks.groups import Group, check_group
 from fastguard.ranks.plain_shards import check_sharded_optimizer
-from fastguard.records import StepRecord
 from fastguard.segments import clip_values
+from fastguard.step_record import StepRecord
 from fastguard.whole_step import WholeStep
 
 MODES = ("skip", "zero", "raise", "propagate")

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastguard.records import Recorder, StepRecord
+    from fastguard.records import Recorder
+from fastguard.step_record import StepRecord
 
 log = logging.getLogger("fastguard")
 

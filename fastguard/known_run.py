@@ -24,11 +24,12 @@ from fastguard.inbox import Inbox
 from fastguard.lifetime import NOTHING, Lifetime
 from fastguard.losses import ObservedLosses
 from fastguard.ranks.groups import Group
-from fastguard.records import Recorder, StepRecord
+from fastguard.records import Recorder
 from fastguard.rules import Rule
 from fastguard.segments import ClipScope
 from fastguard.sinks import check_sink
 from fastguard.step_in_flight import StepInFlight
+from fastguard.step_record import StepRecord
 from fastguard.stepper import Stepper, stepper_for
 from fastguard.tensor_parts import copies_for_deepcopy
 

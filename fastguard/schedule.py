@@ -25,13 +25,13 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from fastguard.checked_numbers import number_of
 from fastguard.group_values import LR, MOMENTUM, GroupValues, one_each
 from fastguard.optimizer import GuardedOptimizer
-from fastguard.records import StepRecord
 from fastguard.schedule_arguments import (
     check_back_off,
     guarded_of,
     looks_at_metrics,
     schedule_of,
 )
+from fastguard.step_record import StepRecord
 from fastguard.warmup import Warmup
 from fastguard.weak_hooks import hook_weakly
 

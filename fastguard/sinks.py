@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastguard.checked_numbers import is_integer
-from fastguard.records import FIELDS, StepRecord
+from fastguard.step_record import FIELDS, StepRecord
 from fastguard.strict_json import encode
 
 log = logging.getLogger("fastguard")

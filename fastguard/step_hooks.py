@@ -8,12 +8,12 @@ call: a profiler that counts steps by them counts each once.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
-from torch.optim import optimizer as torch_optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 
 def with_own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,7 +49,7 @@ def with_own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
                 hook(self, error)
             raise
 
-    hooked.hooked = True  # or torch would put its own hooks around it
+    hooked.hooked = True  # type: ignore[attr-defined]  # or torch would put its own hooks around it
     return hooked
 
 
@@ -76,9 +76,6 @@ def run_hooks_of_all(optimizer: Optimizer, *, pre: bool = True) -> None:
         optimizer: What they are called with.
         pre: Also those before a step, not only those behind it.
     """
-    before = torch_optimizer._global_optimizer_pre_hooks
-    behind = torch_optimizer._global_optimizer_post_hooks
-    if not (before or behind):
-        return
-    for hook in [*(before.values() if pre else ()), *behind.values()]:
+    before: Mapping[int, Callable[..., Any]] = _global_optimizer_pre_hooks if pre else {}
+    for hook in [*before.values(), *_global_optimizer_post_hooks.values()]:
         hook(optimizer, (optimizer,), {})

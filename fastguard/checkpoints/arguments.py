@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fastguard.checkpoints.entry import Entry
-from fastguard.records import StepRecord
+from fastguard.step_record import StepRecord
 
 NOTES = 8
 """Incidents of which the manifest keeps the text; the rest are counted."""

@@ -24,7 +24,7 @@ from fastguard.checkpoints.stop_signal import SignalFlag
 from fastguard.errors import describe_culprits
 from fastguard.optimizer import GuardedOptimizer
 from fastguard.peers import Peers
-from fastguard.records import StepRecord
+from fastguard.step_record import StepRecord
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -13,8 +13,8 @@ from typing import Literal
 
 from fastguard.commands.terminal import printable
 from fastguard.commands.usage import UsageError
-from fastguard.records import StepRecord
 from fastguard.sinks import rotated_files
+from fastguard.step_record import StepRecord
 
 Writer = Literal["fastguard", "another program", "unknown"]
 

@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 from fastguard.integrations.replicas import usual_group
 from fastguard.known_run import KnownRun
 from fastguard.optimizer import GuardedOptimizer
-from fastguard.records import Recorder, StepRecord
+from fastguard.records import Recorder
 from fastguard.sinks import JsonLinesSink, check_file, check_sink
+from fastguard.step_record import StepRecord
 
 Sink = Callable[[StepRecord], object]
 

@@ -13,8 +13,8 @@ from fastguard.integrations.shared import RunRecords, guarded
 from fastguard.integrations.ultralytics_epoch import EpochLosses
 from fastguard.model_buffers import ModelBuffers
 from fastguard.optimizer import GuardedOptimizer
-from fastguard.records import StepRecord
 from fastguard.schedule import GuardedLR
+from fastguard.step_record import StepRecord
 
 
 class UltralyticsGuard:

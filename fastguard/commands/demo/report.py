@@ -11,7 +11,7 @@ from fastguard.commands.demo.faults import Fault, Kind
 from fastguard.commands.demo.training import Bare, Clipped, Guarded, Run
 from fastguard.commands.files import written
 from fastguard.errors import describe_culprits
-from fastguard.records import StepRecord
+from fastguard.step_record import StepRecord
 from fastguard.strict_json import dumps
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from fastguard.commands.monitor.follow import Earlier
 from fastguard.commands.monitor.tail import whole_lines_backwards
-from fastguard.records import StepRecord
 from fastguard.sinks import parse_record, rotated_files
+from fastguard.step_record import StepRecord
 
 INCIDENT = b'"reason": "'
 """What the line of an incident holds, as `JsonLinesSink` writes it; in others it is null."""

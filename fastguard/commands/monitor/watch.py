@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections import Counter, deque
 
-from fastguard.records import StepRecord
 from fastguard.sinks import parse_record
+from fastguard.step_record import StepRecord
 
 CURVE = 4096
 """Records kept for the curves."""

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastguard.errors import Culprit
-from fastguard.records import LOSS_SCALE
+from fastguard.step_record import LOSS_SCALE
 
 MOST_NAMES = 32
 """Losses, and thresholds, that are drawn by name; what a run has beyond them is counted."""
