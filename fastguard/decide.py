@@ -15,7 +15,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,28 +106,42 @@ class GuardState:
         rings: int64 `(K, 3)`: values in the ring (at most its window), where the next one goes, and
             consecutive values above the threshold (back to 0 at the first that is not); from the
             window's length on they are accepted, until the baseline has caught up.
-        undo: A list: what a decision is about to change is noted in it, as array, index and value.
-            None: nobody wants to take it back.
+        undo: A list: what puts back the changes of a decision is added to it. None: they stay.
     """
 
     counters: Tensor
     windows: Tensor
     rings: Tensor
-    undo: list[tuple[Any, Any, Any]] | None = field(default=None, compare=False, repr=False)
+    undo: list[Callable[[], None]] | None = field(default=None, compare=False, repr=False)
 
     def to(self, device: torch.device) -> GuardState:
         """The same on another device."""
         return GuardState(self.counters.to(device), self.windows.to(device), self.rings.to(device))
 
     def note_all(self) -> None:
-        """Notes everything in `undo`, where a decision on a device may change it. Not for a CUDA
-        graph, whose replays are steps of their own.
+        """Copies everything for `undo`, before a decision changes it."""
+        if self.undo is not None:
+            before = self.counters.clone(), self.windows.clone(), self.rings.clone()
+            self.undo.append(partial(self._restore, *before))
+
+    def _restore(self, counters: Tensor, windows: Tensor, rings: Tensor) -> None:
+        self.counters.copy_(counters)
+        self.windows.copy_(windows)
+        self.rings.copy_(rings)
+
+    def put_back(self, before: Tensor) -> None:
+        """Restores what a decision has changed.
+
+        Args:
+            before: float64 `(5 + 4 * K,)`: the counters, and of each rule its row of `rings` and
+                the value that was overwritten in `windows`.
         """
-        capturing = self.counters.is_cuda and torch.cuda.is_current_stream_capturing()
-        if self.undo is not None and not capturing:
-            for tensor in (self.counters, self.windows, self.rings):
-                if tensor.numel():
-                    self.undo.append((tensor, ..., tensor.clone()))
+        of_rules = before[N_COUNTERS:].view(-1, 4)
+        self.counters.copy_(before[:N_COUNTERS])
+        if len(of_rules):
+            self.rings.copy_(of_rules[:, :3])
+        if len(of_rules) and self.windows.shape[1]:
+            self.windows.scatter_(1, of_rules[:, 1:2].long(), of_rules[:, 3:])
 
     @staticmethod
     def fresh(policy: Policy, device: torch.device) -> GuardState:
@@ -217,8 +232,6 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
         return backend.reference().decide(stats, signals, state, policy)
     if stats.summary.device.type == "cpu":
         return _on_the_host()(stats, signals, state, policy)
-    if state is not None:
-        state.note_all()
     return backend.stages(stats.summary.device).decide(stats, signals, state, policy)
 
 

@@ -139,6 +139,8 @@ def unscaled(
 
 def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy: Policy) -> Verdict:
     """See `fastguard.decide.decide`."""
+    if state is not None:
+        state.note_all()
     device = stats.summary.device
     total_norm = stats.total_norm64
     bad_grad = stats.segment_counts.sum() > 0

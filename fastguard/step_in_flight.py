@@ -9,7 +9,7 @@ it nothing is counted, and from then on everything is.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
@@ -42,7 +42,7 @@ class StepInFlight:
         self._call = call
         self._observed = observed
         self._losses = observed.kept()
-        self._undo: list[tuple[Any, Any, Any]] = []
+        self._undo: list[Callable[[], None]] = []
 
     @property
     def is_taken(self) -> bool:
@@ -60,8 +60,8 @@ class StepInFlight:
     @torch.no_grad()
     def take_back(self) -> None:
         """The guard as it was before the step, and gradients as far as there are copies."""
-        for array, index, value in reversed(self._undo):
-            array[index] = value
+        for put_back in reversed(self._undo):
+            put_back()
         if self.clamped is not None:
             self.clamped.put_back()
         self._observed.give_back(self._losses)

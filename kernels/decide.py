@@ -62,7 +62,7 @@ def spread(condition, N: tl.constexpr):
         "summary_ptr", "max_norm_ptr", "losses_ptr", "given_ptr", "inv_scale_ptr", "overflow_ptr",
         "falls_ptr", "rules_ptr", "counters_ptr", "windows_ptr", "rings_ptr", "coef_ptr",
         "multiplier_ptr", "found_inf_ptr", "clean_ptr", "reason_ptr", "total_norm_ptr",
-        "torch_norm_ptr", "spikes_ptr", "thresholds_ptr",
+        "torch_norm_ptr", "spikes_ptr", "thresholds_ptr", "undo_ptr",
         "n_segments", "max_norm_stride", "n_losses", "n_rules", "ring_stride",
     ]
 )  # fmt: skip
@@ -87,6 +87,7 @@ def decide_kernel(
     torch_norm_ptr,  # float64
     spikes_ptr,  # uint8 (n_rules,)
     thresholds_ptr,  # float64 (n_rules,)
+    undo_ptr,  # float64 (5 + 4 * n_rules,): the counters, and of each rule its ring and one value
     n_segments,
     max_norm_stride,
     n_losses,
@@ -189,6 +190,15 @@ def decide_kernel(
         moves = moves & (window > 0) & is_rule
         streak = tl.where(exceeds, consecutive + 1, 0)
         entry = tl.where(spike, threshold, value)
+        # What is about to change, for a step that fails.
+        at = tl.load(rings_ptr + 3 * k + 1, mask=is_rule, other=0)
+        slot_ptr = windows_ptr + k.to(tl.int64) * ring_stride + at
+        held = tl.load(slot_ptr, mask=is_rule & (window > 0), other=0.0)
+        held_ptr = undo_ptr + 5 + 4 * k
+        tl.store(held_ptr, filled.to(tl.float64), mask=is_rule)
+        tl.store(held_ptr + 1, at.to(tl.float64), mask=is_rule)
+        tl.store(held_ptr + 2, consecutive.to(tl.float64), mask=is_rule)
+        tl.store(held_ptr + 3, held, mask=is_rule)
         enter_rings(windows_ptr, rings_ptr, ring_stride, k, is_rule, window, filled, entry, moves)
         tl.store(rings_ptr + 3 * k + 2, tl.where(heard, streak, consecutive), mask=is_rule)
         tl.store(spikes_ptr + k, spike.to(tl.uint8), mask=is_rule)
@@ -239,6 +249,11 @@ def decide_kernel(
         in_a_row = tl.load(counters_ptr + 3)
         for_scale = tl.load(counters_ptr + 4)
         lowered = lowers.to(tl.int64)
+        tl.store(undo_ptr, decided.to(tl.float64))
+        tl.store(undo_ptr + 1, applied.to(tl.float64))
+        tl.store(undo_ptr + 2, skips_so_far.to(tl.float64))
+        tl.store(undo_ptr + 3, in_a_row.to(tl.float64))
+        tl.store(undo_ptr + 4, for_scale.to(tl.float64))
         tl.debug_barrier()
         tl.store(counters_ptr, decided + 1)
         tl.store(counters_ptr + 1, applied + 1 - skipped)
@@ -265,7 +280,7 @@ def decide_step(
     rings: Tensor | None,
     given: Tensor | None = None,
     scale_falls: Tensor | None = None,
-) -> tuple[Tensor, ...]:
+) -> tuple[tuple[Tensor, ...], Tensor]:
     """Decides one step.
 
     Args:
@@ -283,12 +298,15 @@ def decide_step(
         scale_falls: bool `()`: the scaler lowers its scale after an overflow; None: not known.
 
     Returns:
-        The fields of `fastguard.decide.Verdict`, in their order.
+        The fields of `fastguard.decide.Verdict`, in their order; and what the state was before,
+        float64 `(5 + 4 * K,)`, nothing without a state: the counters, and of each rule its row of
+        `rings` and the value that was overwritten in `windows`.
     """
     device, n_segments, n_losses = summary.device, summary.shape[1], losses.numel()
     n_rules = 0 if rules is None else rules.shape[0]
     ring_stride = windows.shape[1] if n_rules else 0
-    *likes, spikes, thresholds = _templates(device, n_segments, n_rules)
+    *likes, spikes, thresholds, undo = _templates(device, n_segments, n_rules)
+    undo = torch.empty_like(undo) if counters is not None else undo
     results = tuple(map(torch.empty_like, likes))
     if n_rules:
         spikes, thresholds = torch.empty_like(spikes), torch.empty_like(thresholds)
@@ -307,6 +325,7 @@ def decide_step(
         *results,
         spikes.view(torch.uint8) if n_rules else summary,
         thresholds if n_rules else summary,
+        undo,
     )
     launch = _variant(
         device,
@@ -324,7 +343,7 @@ def decide_step(
     )
     stride = 0 if max_norm.numel() == 1 else 1
     launch(1, tensors, n_segments, stride, n_losses, n_rules, ring_stride)
-    return (*results, spikes, thresholds)
+    return (*results, spikes, thresholds), undo
 
 
 @functools.lru_cache(maxsize=64)
@@ -345,6 +364,7 @@ def _templates(device: torch.device, n_segments: int, n_rules: int) -> tuple[Ten
         like(),  # torch_norm
         like(n_rules, dtype=torch.bool),  # spikes
         like(n_rules),  # thresholds
+        like(5 + 4 * n_rules),  # undo
     )
 
 

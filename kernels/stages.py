@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import threading
+from functools import partial
 
 import numpy as np
 import torch
@@ -70,7 +71,7 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
     if policy.rules and state is not None:
         names = tuple(signals.loss_names)
         rules = _rule_table(policy.rules, policy.signals, names, stats.summary.device)
-    decided = decide_step(
+    decided, before = decide_step(
         stats.summary.contiguous(),
         stats.norm_type,
         stats.rooted,
@@ -87,6 +88,8 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
         signals.scale_falls,
     )
     if state is not None:
+        if state.undo is not None:
+            state.undo.append(partial(state.put_back, before))
         written = (state.counters, state.windows, state.rings)
         increment_version(written if rules is not None else written[:1])
     return Verdict(*decided)

@@ -14,6 +14,7 @@ from fastguard.kernels import stages
 from fastguard.measure import GradStats
 from fastguard.reduce import Signals
 from fastguard.rules import SpikeRule, Threshold
+from guardtest.stories import assert_taken_back
 
 CPU = torch.device("cpu")
 RTOL = 1e-12  # sums over rings and segments in another order: n * eps of float64
@@ -56,9 +57,13 @@ class Story:
     def __init__(self, policy):
         self.policy = policy
         self.ours, self.theirs = (GuardState.fresh(policy, CPU) for _ in range(2))
+        self.n_steps = 0
 
     def step(self, stats, signals=None):
         signals = signals or Signals.none(CPU)
+        self.n_steps += 1
+        if self.n_steps % 3 == 0:
+            assert_taken_back(stages.decide, stats, signals, self.ours, self.policy)
         verdict = stages.decide(stats, signals, self.ours, self.policy)
         assert_same(verdict, reference.decide(stats, signals, self.theirs, self.policy))
         assert_same(self.ours, self.theirs)

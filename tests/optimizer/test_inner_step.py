@@ -353,7 +353,7 @@ class Moody(torch.optim.SGD):
     def step(self, closure=None):
         loss = None if closure is None else closure()
         for group in self.param_groups:
-            group["lr"] = 0.1 if loss is None else 0.01 * float(loss)
+            group["lr"] = 0.1 if loss is None else 0.01 * float(loss.detach())
         super().step()
         return loss
 

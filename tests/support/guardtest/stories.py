@@ -35,6 +35,20 @@ def stats_of(
     return GradStats(summary, summary[1:].long(), norm_type)
 
 
+def assert_taken_back(decide, stats, signals, state, policy) -> None:
+    """A decision of which everything is put back leaves the state as it was, bit for bit."""
+    names = ("counters", "windows", "rings")
+    before = [getattr(state, name).clone() for name in names]
+    state.undo = undo = []
+    decide(stats, signals, state, policy)
+    assert not torch.equal(state.counters, before[0])
+    for put_back in reversed(undo):
+        put_back()
+    state.undo = None
+    for name, was in zip(names, before, strict=True):
+        assert torch.equal(getattr(state, name), was), name
+
+
 class Story:
     """A guard that lives through one step after the other."""
 
@@ -71,7 +85,9 @@ class Story:
             None if found_inf is None else torch.tensor(found_inf),
             scale_falls=None if scale_falls is None else torch.tensor(scale_falls),
         )
-        return self.twin.decide(stats_of(norms, **counts), signals, self.state, self.policy)
+        arguments = stats_of(norms, **counts), signals, self.state, self.policy
+        assert_taken_back(self.twin.decide, *arguments)
+        return self.twin.decide(*arguments)
 
     def steps(self, *norms: float) -> list[str]:
         return [outcome(self.step(norm)) for norm in norms]
