@@ -5,8 +5,14 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Sequence
+from typing import TextIO
 
 from fastguard.plain_text import printable as printable
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Prints one line; what is not printable in it is escaped."""
+    print(printable(text), file=file)
 
 
 def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -1,13 +1,19 @@
 """The safetensors format: the length of a JSON header, the header, the data.
 
+The rules are those of the reference reader, which refuses what could be read in two ways: the data
+of the tensors lie one behind the other, without overlap or hole, up to the last byte of the file.
+One thing it lets pass is refused here too: a name that stands twice, of which each reader sees the
+one it likes.
+
 Source: https://huggingface.co/docs/safetensors/index
 """
 
 from __future__ import annotations
 
 import json
-import math
-from typing import IO, Any
+from itertools import accumulate
+from operator import mul
+from typing import IO, Any, NoReturn
 
 import torch
 
@@ -15,6 +21,7 @@ from fastguard.checkpoints.errors import DamagedFile
 from fastguard.checkpoints.reading.spans import Contents, Span
 
 _MAX_HEADER = 100 * 2**20  # bytes; the reference implementation refuses longer ones
+_LARGEST = 2**64 - 1
 _DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -27,39 +34,121 @@ _DTYPES = {
     "I64": torch.int64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
     "F64": torch.float64,
     "C64": torch.complex64,
 }
+# Several elements share a byte. None of them has a NaN or an Inf, so what they hold is not looked
+# at: bits of an element, and the type under which its bytes are told of.
+_PACKED = {
+    "F4": (4, torch.float4_e2m1fn_x2),
+    "F6_E2M3": (6, torch.uint8),
+    "F6_E3M2": (6, torch.uint8),
+}
 
 
 def read_safetensors(file: IO[bytes], size: int) -> Contents:
-    """The tensors of a safetensors file of `size` bytes, open at its start."""
+    """The tensors of a safetensors file of `size` bytes, open at its start.
+
+    Raises:
+        DamagedFile: The reference reader would refuse it, or it has a name twice.
+    """
     length = int.from_bytes(file.read(8), "little")
     if not 2 <= length <= min(_MAX_HEADER, size - 8):
         raise DamagedFile(f"no safetensors file, or truncated: a header of {length} bytes")
     try:
-        header = json.loads(file.read(length))
-        metadata = header.pop("__metadata__", {})
-        spans = [_safetensor(name, entry, 8 + length, size) for name, entry in header.items()]
+        header = json_without_doubles(file.read(length))
+        metadata = header.pop("__metadata__", None)
+        metadata = {} if metadata is None else metadata
+        if not all(isinstance(text, str) for text in metadata.values()):
+            raise DamagedFile("its __metadata__ holds something that is no text")
+        data = 8 + length
+        spans = [_safetensor(name, entry, data, size) for name, entry in header.items()]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DamagedFile(f"its header is no safetensors header ({error!r})") from None
-    spans = sorted((span for span in spans if span.n), key=lambda span: span.start)
-    return Contents("safetensors", None, tuple(spans), metadata=metadata)
+    spans.sort(key=lambda span: (span.start, span.end))
+    _check_covered(spans, data, size)
+    return Contents("safetensors", None, tuple(span for span in spans if span.n), metadata=metadata)
+
+
+def json_without_doubles(raw: bytes) -> dict[str, Any]:
+    """The object that a JSON text in UTF-8 describes.
+
+    Raises:
+        DamagedFile: It is no object, or has a name twice: then readers differ in what they see.
+        ValueError: It is no JSON. Python's additions to it, such as NaN, are none.
+    """
+    found = json.loads(
+        raw.decode("utf-8"),
+        object_pairs_hook=_without_doubles,
+        parse_constant=_no_json,
+        parse_int=lambda text: _no_json(text) if text == "-0" else int(text),
+    )
+    if not isinstance(found, dict):
+        raise DamagedFile("its header is no JSON object")
+    return found
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise DamagedFile(f"it names {name} twice, and readers differ in which they see")
+            seen.add(name)
+    for name in found:
+        name.encode()  # a lone surrogate is no text
+    return found
+
+
+def _no_json(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no JSON number")
 
 
 def _safetensor(name: str, entry: dict[str, Any], data: int, file_size: int) -> Span:
-    if entry["dtype"] not in _DTYPES:
-        raise DamagedFile(f"{name} has dtype {entry['dtype']}, which is unknown here")
-    dtype = _DTYPES[entry["dtype"]]
-    size = tuple(int(s) for s in entry["shape"])
-    begin, end = (int(offset) for offset in entry["data_offsets"])
-    n = math.prod(size)
-    if begin < 0 or end - begin != n * dtype.itemsize or min(size, default=1) < 0:
-        raise DamagedFile(f"damaged: {name} of shape {list(size)} has {end - begin} bytes")
+    kind = entry["dtype"]
+    if kind in _PACKED:
+        bits, dtype = _PACKED[kind]
+    elif kind in _DTYPES:
+        dtype = _DTYPES[kind]
+        bits = dtype.itemsize * 8
+    else:
+        raise DamagedFile(f"{name} has dtype {kind}, which is unknown here")
+    size, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+    if any(type(number) is not int for number in (*size, begin, end)):
+        raise DamagedFile(f"damaged: the shape or place of {name} is not made of integers")
+    n_bits = bits
+    for length in size:  # as the reference reader does: a 0 at the end does not mend an overflow
+        n_bits *= length
+        if n_bits > _LARGEST:
+            raise DamagedFile(f"damaged: {name} is larger than any file")
+    n_bytes, rest = divmod(n_bits, 8)
+    if begin < 0 or rest or end - begin != n_bytes or min(size, default=1) < 0:
+        shape = f"{list(size)}"
+        raise DamagedFile(f"damaged: {name} of shape {shape:.200} has {end - begin} bytes")
     if data + end > file_size:
         raise DamagedFile(f"truncated: {name} ends behind the end of the file")
-    stride = tuple(math.prod(size[i + 1 :]) for i in range(len(size)))
-    return Span(name, dtype, data + begin, n, size, stride, dense=True)
+    stride = tuple(accumulate(reversed(size[1:]), mul, initial=1))[::-1] if size else ()
+    return Span(name, dtype, data + begin, n_bytes // dtype.itemsize, size, stride, dense=True)
+
+
+def _check_covered(spans: list[Span], data: int, size: int) -> None:
+    """Raises unless the tensors, in the order of their places, cover the data without overlap."""
+    at, before = data, "the header"
+    for span in spans:
+        if span.start < at:
+            raise DamagedFile(f"damaged: {span.name} overlaps {before}")
+        if span.start > at:
+            raise DamagedFile(
+                f"damaged: {span.start - at} bytes between {before} and {span.name} belong to no "
+                "tensor"
+            )
+        at, before = span.end, span.name
+    if at < size:
+        raise DamagedFile(f"damaged: the last {size - at} bytes belong to no tensor")

@@ -25,7 +25,7 @@ from fastguard.checkpoints.reading.file_report import not_ignored
 from fastguard.checkpoints.reading.inspect_file import inspect
 from fastguard.checkpoints.store import CheckpointStore
 from fastguard.commands.ckpt import rollback as going_back
-from fastguard.commands.terminal import print_table, text_of
+from fastguard.commands.terminal import print_table, say, text_of
 from fastguard.commands.usage import UsageError
 from fastguard.errors import Culprit, describe_culprits
 
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         who, _, _ = str(error).rpartition(";")  # what to do is said to programs there
         raise UsageError(f"{who}; end that run first; list and verify work meanwhile") from None
     except CheckpointError as error:
-        print(f"fastguard ckpt: {error}", file=sys.stderr)
+        say(f"fastguard ckpt: {error}", file=sys.stderr)
         return FOUND_BAD
 
 
@@ -169,7 +169,7 @@ def _list_files(paths: Sequence[Path]) -> int:
         rows,
     )
     for line in unreadable:
-        print(line)
+        say(line)
     return FOUND_BAD if unreadable else FINE
 
 
@@ -198,7 +198,7 @@ def _verify_folder(folder: Path, ignore: Sequence[str]) -> int:
     status = None
     for found in finding.walk(folder):
         if found.kind == "other":
-            print(f"skip {found.path}: {found.why}")
+            say(f"skip {found.path}: {found.why}")
             continue
         status = max(status or FINE, _verify_found(found, ignore))
     if status is None:
@@ -210,7 +210,7 @@ def _verify_found(found: finding.Found, ignore: Sequence[str]) -> int:
     if found.kind == "file":
         return _verify_file(found.path, ignore)
     if found.kind == "shards":  # nothing is known of them, so not everything is fine
-        print(f"skip {found.path}: {finding.how_to_read_shards(found.path)}")
+        say(f"skip {found.path}: {finding.how_to_read_shards(found.path)}")
         return FOUND_BAD
     if found.kind == "unreadable":
         return _report(found.path, f"cannot be read: {found.why}", (), 0)
@@ -245,13 +245,13 @@ def _report(path: Path, problem: str | None, bad: Sequence[Culprit], n_tensors: 
     if problem is None and not bad:
         tensors = "1 tensor" if n_tensors == 1 else f"{n_tensors} tensors"
         told = f"{tensors}, all finite" if n_tensors else foreign.NO_TENSORS
-        print(f"ok   {path}: {told}")
+        say(f"ok   {path}: {told}")
         return FINE
     if problem is not None:
-        print(f"BAD  {path}: {problem}")
+        say(f"BAD  {path}: {problem}")
     if bad:
         are = "is" if len(bad) == 1 else "are"
-        print(f"BAD  {path}: {len(bad)} of {n_tensors} tensors {are} not finite")
+        say(f"BAD  {path}: {len(bad)} of {n_tensors} tensors {are} not finite")
     for culprit in bad:
-        print(f"       {describe_culprits([culprit])}")
+        say(f"       {describe_culprits([culprit])}")
     return FOUND_BAD

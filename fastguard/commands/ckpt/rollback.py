@@ -13,7 +13,7 @@ from fastguard.checkpoints import foreign_files as foreign
 from fastguard.checkpoints.folder import is_checkpoint, is_store
 from fastguard.checkpoints.reader import Which
 from fastguard.checkpoints.store import CheckpointStore
-from fastguard.commands.terminal import text_of
+from fastguard.commands.terminal import say, text_of
 from fastguard.commands.usage import UsageError
 
 log = logging.getLogger("fastguard")
@@ -33,23 +33,23 @@ def run(path: Path, to: str | None, ignore: Sequence[str]) -> int:
     if to is None:
         source, passed_over = foreign.good_source(target, ignore)
         for line in passed_over:
-            print(f"passed over {line}")
+            say(f"passed over {line}")
         if source is None:
-            print(f"fastguard ckpt: no good checkpoint beside {target}", file=sys.stderr)
+            say(f"fastguard ckpt: no good checkpoint beside {target}", file=sys.stderr)
             return FOUND_BAD
     else:
         source = _named(Path(to), target)
     before, after = foreign.describe(target), foreign.describe(source)
     was_good = foreign.is_sound(target, ignore)
     backup = foreign.roll_back_file(target, source, ignore=ignore)
-    print(f"{target}{_where(before)} is now a copy of {source}{_where(after)}")
-    print(f"what it was is kept in {backup}")
+    say(f"{target}{_where(before)} is now a copy of {source}{_where(after)}")
+    say(f"what it was is kept in {backup}")
     if to is None and after.epoch is None and after.step is None:
-        print("note: it names no epoch and no step; it was chosen by its time of modification")
+        say("note: it names no epoch and no step; it was chosen by its time of modification")
     if was_good:
-        print(f"note: that was whole and finite itself; to undo: --to {backup}")
+        say(f"note: that was whole and finite itself; to undo: --to {backup}")
     if not after.resumable:
-        print("note: it holds no optimizer state, so the optimizer will start afresh")
+        say("note: it holds no optimizer state, so the optimizer will start afresh")
     return FINE
 
 
@@ -68,8 +68,8 @@ def _rollback_store(path: Path, to: str | None) -> int:
         aside = {entry.serial: entry for entry in store.replaced()}  # as they were found to be
         for entry in before:
             if entry.serial in aside:
-                print(f"put aside {aside[entry.serial]}")
-        print(f"training resumes after {target}")
+                say(f"put aside {aside[entry.serial]}")
+        say(f"training resumes after {target}")
     return FINE
 
 

@@ -1,0 +1,90 @@
+"""Files that `fastguard ckpt verify` calls whole are those that the reference reader opens."""
+
+import json
+import struct
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from fastguard.checkpoints import DamagedFile, inspect
+
+DTYPES = """
+    BOOL U8 I8 U16 I16 U32 I32 U64 I64 F4 F6_E2M3 F6_E3M2 F8_E4M3 F8_E5M2 F8_E8M0 F8_E4M3FNUZ
+    F8_E5M2FNUZ F16 BF16 F32 F64 C64 F99 f32
+""".split()
+NUMBERS = st.one_of(
+    st.integers(-1, 17), st.sampled_from([2.0, True, None, "2", 2**32, 2**63, 2**64])
+)
+TENSOR = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(DTYPES),
+        "shape": st.lists(NUMBERS, max_size=3),
+        "data_offsets": st.lists(NUMBERS, min_size=2, max_size=3),
+    }
+)
+METADATA = st.one_of(st.none(), st.dictionaries(st.text(max_size=2), st.text(max_size=2)), NUMBERS)
+
+
+def opens(path):
+    try:
+        with safe_open(path, "pt") as file:
+            return sorted(file.keys())
+    except SafetensorError:
+        return None
+
+
+def is_whole(path):
+    try:
+        inspect(path)
+    except DamagedFile:
+        return False
+    return True
+
+
+@given(st.dictionaries(st.sampled_from("abc"), TENSOR, max_size=3), METADATA, st.integers(0, 40))
+@settings(max_examples=200, deadline=None)
+def test_any_header(tmp_path_factory, tensors, metadata, n_bytes):
+    header = {**tensors, "__metadata__": metadata}
+    text = json.dumps(header).encode()
+    path = tmp_path_factory.getbasetemp() / "any.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(n_bytes))
+    assert is_whole(path) == (opens(path) is not None), header
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_a_header_that_was_changed_in_one_place(tmp_path_factory, data):
+    folder = tmp_path_factory.getbasetemp()
+    tensors = {
+        "a": torch.ones(2, 3),
+        "b.c": torch.ones(4, dtype=torch.bfloat16),
+        "n": torch.tensor(7),
+        "none": torch.empty(0, 2),
+    }
+    save_file(tensors, folder / "whole.safetensors", metadata={"epoch": "3"})
+    assert is_whole(folder / "whole.safetensors")
+    raw = bytearray((folder / "whole.safetensors").read_bytes())
+    length = int.from_bytes(raw[:8], "little")
+    place = data.draw(st.integers(8, 8 + length - 1))
+    raw[place] = data.draw(st.sampled_from(list(b'0123456789[]{},:" -.eE\\nabt')))
+    path = folder / "changed.safetensors"
+    path.write_bytes(raw)
+    found = opens(path)
+    if found is None:
+        assert not is_whole(path), bytes(raw[8 : 8 + length])
+    elif len(found) == len(tensors):  # else a name stands twice, which the reference lets pass
+        assert is_whole(path), bytes(raw[8 : 8 + length])
+
+
+@pytest.mark.parametrize("n_more", [1, 8])
+def test_bytes_behind_the_last_tensor(tmp_path, n_more):
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.ones(3)}, path)
+    assert is_whole(path)
+    path.write_bytes(path.read_bytes() + bytes(n_more))
+    assert opens(path) is None
+    assert not is_whole(path)
