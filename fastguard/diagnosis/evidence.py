@@ -11,10 +11,11 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from fastguard.diagnosis.observe import Observation, Values, observe
+from fastguard.diagnosis.part_gradients import part_gradients
 from fastguard.diagnosis.provenance import NonFiniteReport, explain_nonfinite
 from fastguard.diagnosis.replay.calls import floats
 from fastguard.diagnosis.replay.replay import copied, in_float32, widened_batch
@@ -69,6 +70,42 @@ class Evidence:
         """The gradients of the step that are there, by parameter."""
         found = self.step.gradients or {}
         return {name: Values.of(g) for name, g in found.items() if g is not None}
+
+    @cached_property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters that the optimizer holds; all of them, if it holds none."""
+        trainable = {n: p for n, p in self.subject.parameters.items() if p.requires_grad}
+        optimizer = self.subject.optimizer
+        groups = [] if optimizer is None else optimizer.param_groups
+        held = {p for group in groups for p in group["params"]}
+        return {n: p for n, p in trainable.items() if p in held} or trainable
+
+    @property
+    def is_detached(self) -> bool:
+        """Whether there is a loss, and none of the trained parameters has a gradient from it."""
+        gradients = self.step.gradients
+        if not self.step.has_loss or self.step.from_output:
+            return False
+        return gradients is None or all(gradients.get(name) is None for name in self.trained)
+
+    @cached_property
+    def part_gradients(self) -> dict[str, dict[str, float]]:
+        """Norms of the gradients by part of the loss and trained parameter."""
+        return self._untouched(lambda: part_gradients(self.subject, self.trained))
+
+    @property
+    def no_steps(self) -> str:
+        """Why no real steps can be taken; empty: they can."""
+        step = self.step
+        if step.failed("backward"):
+            return "the backward pass raises"
+        if not step.has_loss:
+            return "there is no loss"
+        if step.gradients is None or self.is_detached:
+            return "the loss has no gradient"
+        if not self.is_finite:
+            return "the loss or its gradients are not finite"
+        return ""
 
     @property
     def is_finite(self) -> bool:
@@ -125,7 +162,7 @@ class Evidence:
     @cached_property
     def real_steps(self) -> RealSteps:
         """A few real steps; there must be a finite loss to go down."""
-        return self._untouched(lambda: take_steps(self.subject))
+        return self._untouched(lambda: take_steps(self.subject, self.trained))
 
     @cached_property
     def further_batches(self) -> list[Any]:

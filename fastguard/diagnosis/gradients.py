@@ -17,7 +17,7 @@ def gradients_of(total: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | N
     checkpoints of the old, reentrant kind hide their parameters from the graph and put gradients
     into `.grad` alone. There it is used and put back, and such hooks run.
     """
-    if not _hides_parameters(total):
+    if not hides_parameters(total):
         return list(torch.autograd.grad(total, parameters, allow_unused=True))
     before = [p.grad for p in parameters]
     for parameter in parameters:
@@ -30,6 +30,8 @@ def gradients_of(total: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | N
             parameter.grad = gradient
 
 
-def _hides_parameters(total: Tensor) -> bool:
-    assert total.grad_fn is not None
+def hides_parameters(total: Tensor) -> bool:
+    """Whether an activation checkpoint of the reentrant kind lies below this tensor."""
+    if total.grad_fn is None:
+        return False
     return any(node.name() == "CheckpointFunctionBackward" for node in graph_of(total.grad_fn))

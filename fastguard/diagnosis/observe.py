@@ -23,8 +23,9 @@ from torch.utils._pytree import tree_map
 from fastguard.diagnosis.gradients import gradients_of
 from fastguard.diagnosis.provenance.report import as_real
 from fastguard.diagnosis.replay.calls import floats
-from fastguard.diagnosis.replay.replay import copied, loss_parts
-from fastguard.diagnosis.replay.subject import Subject, is_readable, total_of
+from fastguard.diagnosis.replay.losses import loss_parts, total_of
+from fastguard.diagnosis.replay.replay import copied
+from fastguard.diagnosis.replay.subject import Subject, is_readable
 from fastguard.diagnosis.watch_functions import FLOAT16_MAX, FunctionWatch
 
 FLOAT16_ROUNDS_TO_ZERO = 2.0**-25  # half of the smallest subnormal

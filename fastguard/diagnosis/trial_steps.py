@@ -7,13 +7,14 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastguard.clip import clip_grad_norm_
 from fastguard.diagnosis.gradients import gradients_of
 from fastguard.diagnosis.provenance.report import as_real
+from fastguard.diagnosis.replay.losses import total_of
 from fastguard.diagnosis.replay.replay import copied
-from fastguard.diagnosis.replay.subject import Subject, total_of
+from fastguard.diagnosis.replay.subject import Subject
 from fastguard.snapshot import rng_state, set_rng_state
 
 N_STEPS = 5
@@ -52,17 +53,16 @@ class RealSteps:
     updates: dict[str, Update] = field(default_factory=dict)
 
 
-def take_steps(subject: Subject) -> RealSteps:
+def take_steps(subject: Subject, trained: dict[str, nn.Parameter]) -> RealSteps:
     """Trains on the batch. Everything that it moves is the caller's to put back.
 
     Without an optimizer of the subject's, AdamW with its defaults shows whether the model can learn
     at all. Random numbers fall the same way in each step, so that dropout does not hide a falling
     loss, and the hooks of the optimizer, which may write logs or averages, do not run.
     """
-    trainable = {n: p for n, p in subject.parameters.items() if p.requires_grad}
     optimizer = subject.optimizer
     if optimizer is None:
-        optimizer = torch.optim.AdamW(trainable.values())
+        optimizer = torch.optim.AdamW(trained.values())
         seen = RealSteps("AdamW(lr=0.001), because no optimizer was given")
     else:
         seen = RealSteps(type(optimizer).__name__)
@@ -75,7 +75,7 @@ def take_steps(subject: Subject) -> RealSteps:
         set_rng_state(rng)
         total = _loss(subject)
         evaluated.append(float(total.detach()))
-        leaves = list(trainable.values())
+        leaves = list(trained.values())
         gradients = gradients_of(total, leaves)
         for parameter, gradient in zip(leaves, gradients, strict=True):
             parameter.grad = gradient
@@ -83,7 +83,7 @@ def take_steps(subject: Subject) -> RealSteps:
             clip_grad_norm_(leaves, subject.max_norm)
         return total.detach()
 
-    before = {name: p.detach().clone() for name, p in trainable.items()}
+    before = {name: p.detach().clone() for name, p in trained.items()}
     start = time.perf_counter()
     for step in range(N_STEPS):
         evaluated.clear()
@@ -92,7 +92,7 @@ def take_steps(subject: Subject) -> RealSteps:
         seen.losses.append(evaluated[0])
         if step == 0:
             seen.updates = {
-                n: _update(before[n], p) for n, p in trainable.items() if p.grad is not None
+                n: _update(before[n], p) for n, p in trained.items() if p.grad is not None
             }
             before.clear()
         if time.perf_counter() - start > SECONDS:

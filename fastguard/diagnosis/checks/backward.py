@@ -16,6 +16,12 @@ TOTAL_NORM_HIGH, TOTAL_NORM_HOPELESS = 1e2, 1e6
 PROFILE = 1e4  # between the rms gradients of two layers
 DEEP = 4  # weights below which there is no profile
 
+_TWICE = (
+    "the graph was gone already: step= returns the loss and calls neither backward nor "
+    "optimizer.step, which diagnose does itself; in training, look for a state (of an RNN, a "
+    "memory) that is carried on from the last batch without .detach()."
+)
+
 
 def check(evidence: Evidence) -> Iterator[Finding]:
     """Looks at the gradients of one step; without a loss, at those of the mean of the output."""
@@ -27,7 +33,9 @@ def check(evidence: Evidence) -> Iterator[Finding]:
             "backward-raises",
             "error",
             f"the backward pass raises {failure}",
-            remedy="look for in-place changes of what the backward pass needs, and for operations "
+            remedy=_TWICE
+            if "second time" in str(failure.error)
+            else "look for in-place changes of what the backward pass needs, and for operations "
             "without a derivative; torch.autograd.set_detect_anomaly(True) names the line.",
         )
     if evidence.step.gradients is None:
@@ -40,10 +48,12 @@ def check(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _missing(evidence: Evidence) -> Iterator[Finding]:
-    gradients = evidence.step.gradients or {}
+    # What another optimizer trains, such as the other half of a GAN, need not take part.
+    found = evidence.step.gradients or {}
+    gradients = {name: found[name] for name in evidence.trained if name in found}
     parameters = evidence.subject.parameters
     missing = [name for name, gradient in gradients.items() if gradient is None]
-    if not missing:
+    if not missing or evidence.is_detached:  # which the loss check tells
         return
     n = sum(parameters[name].numel() for name in gradients)
     share = sum(parameters[name].numel() for name in missing) / max(n, 1)
@@ -94,17 +104,18 @@ def _nonfinite(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _zero(evidence: Evidence) -> Iterator[Finding]:
-    zero = [n for n, values in evidence.gradients.items() if values.numel and not values.largest]
+    trained = _trained(evidence)
+    zero = [n for n, values in trained.items() if values.numel and not values.largest]
     if not zero:
         return
-    everything = len(zero) == len(evidence.gradients)
+    everything = len(zero) == len(trained)
     yield Finding(
         CHECK,
         "all-gradients-zero" if everything else "zero-gradient",
         "error" if everything else "warning",
-        f"{len(zero)} of {len(evidence.gradients)} gradients are exactly 0: {several(zero)}",
+        f"{len(zero)} of {len(trained)} gradients are exactly 0: {several(zero)}",
         where="" if everything else zero[0],
-        value=len(zero) / len(evidence.gradients),
+        value=len(zero) / len(trained),
         limit=0,
         remedy="look for dead ReLUs, saturated activations, a clamp that is always at its end, a "
         "softmax over one class, and weights that are all 0 further on.",
@@ -112,10 +123,11 @@ def _zero(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _sizes(evidence: Evidence) -> Iterator[Finding]:
-    norm = math.hypot(*(v.rms * math.sqrt(v.numel) for v in evidence.gradients.values()), 0.0)
+    trained = _trained(evidence)
+    norm = math.hypot(*(v.rms * math.sqrt(v.numel) for v in trained.values()), 0.0)
     profile = _profile(evidence)
     if norm > TOTAL_NORM_HIGH:
-        name, worst = max(evidence.gradients.items(), key=lambda item: item[1].largest)
+        name, worst = max(trained.items(), key=lambda item: item[1].largest)
         yield Finding(
             CHECK,
             "exploding-gradient",
@@ -148,6 +160,11 @@ def _sizes(evidence: Evidence) -> Iterator[Finding]:
                 remedy="norms and residual connections between the layers, Kaiming's or Xavier's "
                 "initialisation, and no saturating activations in deep stacks.",
             )
+
+
+def _trained(evidence: Evidence) -> dict[str, Values]:
+    """The gradients of what the optimizer holds."""
+    return {n: v for n, v in evidence.gradients.items() if n in evidence.trained}
 
 
 def _profile(evidence: Evidence) -> list[tuple[str, Values]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from fastguard.diagnosis.checks.own_loss import hint_for
 from fastguard.diagnosis.evidence import Evidence
 from fastguard.diagnosis.finding import Finding, percent, several
 from fastguard.diagnosis.observe import Activation
@@ -24,6 +25,16 @@ _FIT = (
     "make the model's output as large as its targets (a decoder that lacks upsampling steps; "
     "torch.nn.functional.interpolate(output, size=target.shape[-2:])), or the targets as large "
     "as the output."
+)
+
+_LEFT_OUT = (
+    "the checks of what comes after are left out; run the model on this batch by itself to see the "
+    "whole traceback."
+)
+_ONE_VALUE = (
+    "one value has no variance, so a norm over it is undefined while training: leave out a last "
+    "batch of one sample (DataLoader(drop_last=True)), give this layer more than one position, or "
+    "use GroupNorm or LayerNorm, or model.eval() for its averages."
 )
 
 
@@ -57,9 +68,15 @@ def _failures(evidence: Evidence) -> Iterator[Finding]:
         "error",
         f"the model raises {failure}",
         where=failure.where,
-        remedy="the checks of what comes after are left out; run the model on this batch by itself "
-        "to see the whole traceback.",
+        remedy=_remedy_of(evidence, str(failure.error)),
     )
+
+
+def _remedy_of(evidence: Evidence, message: str) -> str:
+    if "more than 1 value per channel" in message or "more than 1 spatial element" in message:
+        return _ONE_VALUE
+    hint = hint_for(evidence) if "argument" in message or "target" in message.lower() else ""
+    return "; ".join(filter(None, [hint, _LEFT_OUT]))
 
 
 # Does it fit?

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from fastguard.diagnosis.checks.own_loss import hint_for, returns_its_loss, step_for
 from fastguard.diagnosis.evidence import Evidence
-from fastguard.diagnosis.finding import Finding
-from fastguard.diagnosis.replay.replay import loss_parts
+from fastguard.diagnosis.finding import Finding, several
+from fastguard.diagnosis.observe import Failure
+from fastguard.diagnosis.replay.losses import loss_parts, number_in
 from fastguard.diagnosis.replay.subject import tensors
 from fastguard.diagnosis.shapes import raised_by_shapes
 from fastguard.diagnosis.watch_functions import IndexOutOfRange
@@ -38,6 +40,7 @@ def check(evidence: Evidence) -> Iterator[Finding]:
         return
     yield from _kind(evidence)
     yield from _values(evidence)
+    yield from _parts(evidence)
     yield from _sum_over_samples(evidence)
 
 
@@ -54,35 +57,59 @@ def _failure(evidence: Evidence) -> Iterator[Finding]:
         "error",
         f"the loss raises {failure}{function}; what follows was found without it",
         where=failure.where,
-        remedy="call the loss by itself on this output and these targets to see the whole "
-        "traceback.",
+        remedy=_remedy_of(evidence, failure),
     )
+
+
+def _remedy_of(evidence: Evidence, failure: Failure) -> str:
+    alone = "call the loss by itself on this output and these targets to see the whole traceback."
+    hint = hint_for(evidence)
+    return f"{alone} Note that {hint}." if hint and loss_parts(evidence.step.output) else alone
 
 
 def _kind(evidence: Evidence) -> Iterator[Finding]:
     step, subject = evidence.step, evidence.subject
     if step.parts:
-        if step.gradients is None and not step.failed("backward"):
+        if evidence.is_detached and not step.failed("backward"):
+            held = "the optimizer holds" if subject.optimizer else "requires a gradient"
+            yield _detached(f"the loss does not depend on any parameter that {held}")
+        elif returns_its_loss(evidence):
             yield Finding(
                 CHECK,
-                "loss-detached",
-                "error",
-                "the loss does not depend on any parameter that requires a gradient",
-                remedy="look for .detach(), .item(), .data, torch.no_grad(), argmax or rounding "
-                "between the parameters and the loss, and for requires_grad=False.",
+                "loss-shape",
+                "warning",
+                "the model returns one number for all samples, which looks like its own loss; "
+                "loss_fn compares it with the targets",
+                value=1,
+                remedy=f"if it is its loss: {step_for(evidence) or 'step='}, without loss_fn.",
             )
         return
-    if subject.loss_fn is None and subject.given_step is None:
+    if subject.loss_fn is None and subject.given_step is None and not number_in(step.result):
         yield Finding(
             CHECK,
             "not-checked",
             "note",
             "there is no loss: no loss_fn or step is given, and the output carries none; the "
             "backward pass begins at the mean of the output",
-            remedy="give loss_fn= or step=.",
+            remedy="; ".join(["give loss_fn= or step=", *filter(None, [hint_for(evidence)])]) + ".",
         )
         return
     result = step.result
+    if number := number_in(result):
+        yield _detached(
+            f"the loss was detached: what comes back is {number}, a number without the graph that "
+            "the backward pass needs"
+        )
+        return
+    if result is None:
+        yield Finding(
+            CHECK,
+            "loss-shape",
+            "error",
+            "nothing was returned as the loss (None)",
+            remedy="end the function with `return loss`.",
+        )
+        return
     what = (
         f"a tensor of shape {list(result.shape)}"
         if isinstance(result, Tensor)
@@ -92,10 +119,24 @@ def _kind(evidence: Evidence) -> Iterator[Finding]:
         CHECK,
         "loss-shape",
         "error",
-        f"the loss is {what}, not one number or a dict of them",
+        f"the loss is {what}, not one number, a dict of them or something with a `loss`",
         value=result.numel() if isinstance(result, Tensor) else 0,
         limit=1,
-        remedy='reduce it, with .mean() or reduction="mean".',
+        remedy='reduce it, with .mean() or reduction="mean".'
+        if isinstance(result, Tensor)
+        else "return the loss itself, something with a `loss`, or a dict of its parts alone.",
+    )
+
+
+def _detached(seen: str) -> Finding:
+    return Finding(
+        CHECK,
+        "loss-detached",
+        "error",
+        seen,
+        remedy="return the loss tensor itself, and take .item() or float() of it for the log "
+        "alone. Else look for .detach(), .data, .numpy(), torch.tensor(loss), torch.no_grad(), "
+        "argmax or rounding between the parameters and the loss, and for requires_grad=False.",
     )
 
 
@@ -133,23 +174,44 @@ def _values(evidence: Evidence) -> Iterator[Finding]:
             remedy="average over elements in place of summing, normalise the targets, and weight "
             "this part down.",
         )
-    small, smallest = min(((n, v) for n, v in sizes.items() if v), key=_second, default=("", 0.0))
-    if smallest and largest / smallest > PARTS:
+
+
+def _parts(evidence: Evidence) -> Iterator[Finding]:
+    """Compares the parts by their gradients, each on the parameters that it moves."""
+    if len(evidence.step.parts) < 2 or evidence.no_steps:
+        return
+    found = evidence.part_gradients
+    for name, own in found.items():
+        if not own:
+            continue
+        others = [norms for other, norms in found.items() if other != name]
+        norm = math.hypot(*own.values())
+        rest = math.hypot(*(norms.get(p, 0.0) for norms in others for p in own))
+        if rest / norm > PARTS:
+            yield Finding(
+                CHECK,
+                "loss-parts",
+                "warning",
+                f"the gradient of {name} is {norm:.3g}, that of the other parts on the same "
+                f"parameters {rest:.3g}: {rest / norm:.3g} times larger, so {name} moves next to "
+                "nothing",
+                where=name,
+                value=rest / norm,
+                limit=PARTS,
+                remedy="weight the parts so that their gradients start within a factor of ten of "
+                "each other.",
+            )
+    idle = [name for name, own in found.items() if not own]
+    if idle:
         yield Finding(
             CHECK,
             "loss-parts",
-            "warning",
-            f"{name} is {largest:.3g}, {small} only {smallest:.3g}: {largest / smallest:.3g} times "
-            "smaller, so it moves next to nothing",
-            where=small,
-            value=largest / smallest,
-            limit=PARTS,
-            remedy="weight the parts so that they start within a factor of ten of each other.",
+            "note",
+            f"no gradient comes from {several(idle)}, which adds to the loss and moves nothing",
+            where=idle[0],
+            remedy="right for a number that is only logged, and for a part that is not active on "
+            "this batch; else look for .detach() and .item() in it.",
         )
-
-
-def _second(item: tuple[str, float]) -> float:
-    return item[1]
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from fastguard.diagnosis.checks.settings import check_settings
 from fastguard.diagnosis.evidence import Evidence
 from fastguard.diagnosis.finding import Finding, percent, several
 from fastguard.model_buffers import are_protected
@@ -15,6 +16,7 @@ from fastguard.optimizer import GuardedOptimizer
 
 CHECK = "optimizer"
 
+_UNLESS = ", unless another optimizer trains them (as in a GAN)"
 VANISHED_LR = 1e-12  # no weight above 1e-5 can be moved by it in float32
 UPDATE_HIGH = 0.1  # of the weights' norm; 1e-3 is usual
 UPDATE_LOW = 1e-8  # below the distance between two float32 numbers
@@ -32,8 +34,9 @@ def check(evidence: Evidence) -> Iterator[Finding]:
     yield from _members(evidence, optimizer)
     for i, group in enumerate(optimizer.param_groups):
         yield from _learning_rate(optimizer, group, f"param group {i}")
-        yield from _weight_decay(evidence, group, f"param group {i}")
+        yield from _decayed_norms(evidence, group, f"param group {i}")
         yield from _eps(evidence, group, f"param group {i}")
+    yield from check_settings(evidence)
     yield from _buffers(evidence)
     yield from _updates(evidence, optimizer)
 
@@ -56,12 +59,14 @@ def _members(evidence: Evidence, optimizer: Optimizer) -> Iterator[Finding]:
         return
     left_out = [name for name, p in trainable.items() if p not in held]
     if left_out:
+        # Without a gradient in this step, they belong to another one, with another optimizer.
+        reached = evidence.step.gradients is None or any(n in evidence.gradients for n in left_out)
         yield Finding(
             CHECK,
             "not-optimized",
-            "warning",
+            "warning" if reached else "note",
             f"{len(left_out)} of {len(trainable)} trainable parameters are in no param group, and "
-            f"will not learn: {several(left_out)}",
+            f"will not learn{_UNLESS}: {several(left_out)}",
             where=left_out[0],
             value=len(left_out) / len(trainable),
             limit=0,
@@ -130,7 +135,7 @@ def _learning_rate(optimizer: Optimizer, group: dict[str, Any], where: str) -> I
     )
 
 
-def _weight_decay(evidence: Evidence, group: dict[str, Any], where: str) -> Iterator[Finding]:
+def _decayed_norms(evidence: Evidence, group: dict[str, Any], where: str) -> Iterator[Finding]:
     decay = float(group.get("weight_decay") or 0)
     if decay == 0:
         return
@@ -177,7 +182,7 @@ def _eps(evidence: Evidence, group: dict[str, Any], where: str) -> Iterator[Find
 
 
 def _updates(evidence: Evidence, optimizer: Optimizer) -> Iterator[Finding]:
-    if not evidence.step.has_loss or not evidence.is_finite or evidence.step.gradients is None:
+    if evidence.no_steps:
         return
     updates = evidence.real_steps.updates
     names = {p: name for name, p in evidence.subject.parameters.items()}
@@ -185,7 +190,7 @@ def _updates(evidence: Evidence, optimizer: Optimizer) -> Iterator[Finding]:
         found = [updates[names[p]] for p in group["params"] if names.get(p) in updates]
         weight = math.hypot(*(u.weight for u in found), 0.0)
         moved = math.hypot(*(u.moved for u in found), 0.0)
-        if not weight or UPDATE_LOW <= moved / weight <= UPDATE_HIGH:
+        if not weight or UPDATE_LOW <= moved / weight <= UPDATE_HIGH or not math.isfinite(moved):
             continue
         if float(group.get("lr", 1.0)) < VANISHED_LR:
             continue  # told already

@@ -133,7 +133,7 @@ def _loss_differs(evidence: Evidence) -> Iterator[Finding]:
 def _rounded_updates(evidence: Evidence) -> Iterator[Finding]:
     if not any(p.dtype.itemsize == 2 for p in evidence.subject.parameters.values()):
         return
-    if not evidence.step.has_loss or not evidence.is_finite:
+    if evidence.no_steps:
         return
     updates = evidence.real_steps.updates
     stuck = {n: u for n, u in updates.items() if u.dtype.itemsize == 2 and u.stuck > ROUNDED}

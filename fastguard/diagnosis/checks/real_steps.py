@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from fastguard.diagnosis.checks.settings import check_settings
 from fastguard.diagnosis.evidence import Evidence
 from fastguard.diagnosis.finding import Finding
 
@@ -14,7 +15,7 @@ CHECK = "real steps"
 def check(evidence: Evidence) -> Iterator[Finding]:
     """Trains for some steps, if there is a finite loss to go down."""
     evidence = evidence.repaired
-    reason = _why_not(evidence)
+    reason = evidence.no_steps
     if reason:
         yield Finding(CHECK, "not-checked", "note", f"no steps were taken: {reason}")
         return
@@ -28,7 +29,8 @@ def check(evidence: Evidence) -> Iterator[Finding]:
             "error",
             f"{told}; it was finite, and the steps destroyed it",
             value=next(i for i, loss in enumerate(after, 1) if not math.isfinite(loss)),
-            remedy="lower the learning rate by ten, warm it up, and clip: "
+            remedy=_blamed(evidence)
+            or "lower the learning rate by ten, warm it up, and clip: "
             "GuardedOptimizer(max_norm=1.0).",
         )
     elif min(after) >= first:
@@ -39,24 +41,19 @@ def check(evidence: Evidence) -> Iterator[Finding]:
             f"{told}; it does not fall",
             value=min(after),
             limit=first,
-            remedy="if it rises, the learning rate is too high; if it stays, it is too low or the "
+            remedy=_blamed(evidence)
+            or "if it rises, the learning rate is too high; if it stays, it is too low or the "
             "gradients do not belong to this loss. A model that is done learning may do so too.",
         )
     else:
         yield Finding(CHECK, "ok", "ok", told, value=min(after), limit=first)
 
 
-def _why_not(evidence: Evidence) -> str:
-    step = evidence.step
-    if step.failed("backward"):
-        return "the backward pass raises"
-    if not step.has_loss:
-        return "there is no loss"
-    if step.gradients is None:
-        return "the loss has no gradient"
-    if not evidence.is_finite:
-        return "the loss or its gradients are not finite"
-    return ""
+def _blamed(evidence: Evidence) -> str:
+    """What to mend first, where a setting of the optimizer explains what the steps did."""
+    found = [f for f in check_settings(evidence) if f.severity in ("error", "warning")]
+    worst = [f for f in found if f.severity == "error"] or found
+    return "mend the optimizer first: " + "; ".join(f.seen for f in worst) + "." if worst else ""
 
 
 def _path(losses: list[float]) -> str:

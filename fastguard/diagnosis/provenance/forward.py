@@ -29,6 +29,7 @@ from torch.nn.modules.module import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastguard.diagnosis.provenance.circumstances import Told, told_by
 from fastguard.diagnosis.provenance.report import Origin, TensorRange, as_real
 from fastguard.diagnosis.replay.calls import LOW, Call, all_finite, floats, is_view, storage_of
 
@@ -70,6 +71,7 @@ class Event:
         placed: It wrote, or passed on, an Inf that the program asked for.
         inputs, outputs: Ranges; taken at births alone.
         precision: Whether float32 would have been finite; None if that was not tried.
+        told: What its arguments explain; None: nothing beyond the ranges.
     """
 
     index: int
@@ -80,6 +82,7 @@ class Event:
     inputs: tuple[TensorRange, ...] = ()
     outputs: tuple[TensorRange, ...] = ()
     precision: bool | None = None
+    told: Told | None = None
 
     @property
     def birth(self) -> bool:
@@ -217,6 +220,7 @@ class ForwardTrace(TorchDispatchMode):
                 :_DESCRIBED
             ],
             call.is_finite_in_float32(outputs),
+            told_by(call, outputs),
         )
 
     def _meet(self, tensor: Tensor, origin: Origin = "constant", name: str = "a tensor") -> Any:

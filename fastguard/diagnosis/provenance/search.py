@@ -13,10 +13,12 @@ from torch.utils._pytree import tree_flatten_with_path
 
 from fastguard.diagnosis.provenance import remedies
 from fastguard.diagnosis.provenance.backward import BackwardTrace, NodeBirth
+from fastguard.diagnosis.provenance.circumstances import Told
 from fastguard.diagnosis.provenance.forward import Cause, Event, ForwardTrace, Outside, Site
 from fastguard.diagnosis.provenance.report import NonFiniteReport, Origin
 from fastguard.diagnosis.replay.calls import all_finite, floats
-from fastguard.diagnosis.replay.replay import Step, copied, in_float32, loss_parts, widened_batch
+from fastguard.diagnosis.replay.losses import loss_parts
+from fastguard.diagnosis.replay.replay import Step, copied, in_float32, widened_batch
 from fastguard.snapshot import set_rng_state
 
 REACHED = 6
@@ -76,8 +78,9 @@ class Search:
             result = self._replay(batch)
         self.low_precision = trace.low_precision
         already = tuple(c.range for c in trace.already if isinstance(c, Outside))
-        report = self._forward_report(trace, trace.cause_of(result))
         loss = loss_parts(result)
+        # What is returned beside the loss (logits with a mask of -Inf) harms nothing.
+        report = self._forward_report(trace, trace.cause_of(loss or result))
         if not report.found and loss:
             report = self._backward_report(trace, sum(loss.values(), torch.zeros(())))
         values = {name: part.item() for name, part in loss.items()}
@@ -88,8 +91,8 @@ class Search:
         try:
             with in_float32(self.modules):
                 result = self._replay(widened_batch(copied(self._batch)), autocast=False)
-                finite = all(map(all_finite, floats(result)))
                 loss = loss_parts(result)
+                finite = all(map(all_finite, floats(loss or result)))
                 if finite and loss and report.origin == "backward":
                     finite = not BackwardTrace(self._scaled(sum(loss.values()))).bad_leaves
         except Exception:  # some models are bound to their dtype: then this is not known
@@ -127,7 +130,7 @@ class Search:
                 kind=origin.origin,
                 remedy=remedies.OUTSIDE[origin.origin],
             )
-        kind = remedies.kind_at(origin.operation, origin.inputs)
+        told = origin.told or _by_ranges(origin)
         return NonFiniteReport(
             origin="forward",
             module=origin.site.module,
@@ -137,9 +140,9 @@ class Search:
             inputs=origin.inputs,
             outputs=origin.outputs,
             reached=reached,
-            kind=kind.name,
-            evidence=remedies.evidence_of(kind, origin.inputs, origin.operation),
-            remedy=remedies.remedy_at(origin.operation, origin.inputs),
+            kind=told.kind,
+            evidence=told.evidence,
+            remedy=told.remedy,
             precision=origin.precision or None,  # False says nothing: the cause may lie before
         )
 
@@ -177,6 +180,16 @@ class Search:
             evidence=remedies.evidence_of(kind, birth.inputs, birth.name),
             remedy=kind.remedy,
         )
+
+
+def _by_ranges(event: Event) -> Told:
+    """What the ranges of an operation's inputs tell."""
+    kind = remedies.kind_at(event.operation, event.inputs)
+    return Told(
+        kind.name,
+        remedies.evidence_of(kind, event.inputs, event.operation),
+        remedies.remedy_at(event.operation, event.inputs),
+    )
 
 
 def _parts_of(batch: Any) -> Iterator[tuple[Origin, str, Tensor]]:

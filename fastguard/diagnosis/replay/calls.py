@@ -77,6 +77,14 @@ class Call:
         name = func.__name__.split(".")[0]
         return Call(func, args, kwargs, name, inputs, numbers, written)
 
+    def argument(self, name: str) -> Any:
+        """The argument of this name in the operator's schema, as it was before the call."""
+        for i, argument in enumerate(self.func._schema.arguments):
+            if argument.name == name:
+                value = self.args[i] if i < len(self.args) else self.kwargs.get(name)
+                return self.before.get(id(value), value)
+        return None
+
     def keep_what_is_overwritten(self) -> None:
         if self.name not in _OVERWRITES:
             self.before = {id(t): t.detach().clone() for t in self.written}

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from fastguard.diagnosis.replay.calls import LOW, floats
+from fastguard.diagnosis.replay.calls import LOW
+from fastguard.diagnosis.replay.losses import carried_loss
 from fastguard.snapshot import rng_state, set_rng_state
 
 Step = Callable[[nn.Module, Any], Any]
@@ -78,7 +79,7 @@ def step_of(loss_fn: Callable[..., Any] | None, step: Step | None) -> Step:
             output = model(*inputs) if isinstance(inputs, list | tuple) else model(inputs)
         if loss_fn is not None:
             return loss_fn(output, batch if target is _NO_TARGET else target)
-        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        loss = carried_loss(output)
         return output if loss is None else loss
 
     return run
@@ -121,13 +122,3 @@ def in_float32(modules: list[nn.Module]) -> Iterator[None]:
 def widened_batch(batch: Any) -> Any:
     """The batch with its 16-bit tensors in float32."""
     return tree_map(lambda x: x.float() if isinstance(x, Tensor) and x.dtype in LOW else x, batch)
-
-
-def loss_parts(result: Any) -> dict[str, Tensor]:
-    """The scalars of what a step returned, by name; nothing if it is no loss."""
-    if isinstance(result, Tensor) and result.numel() == 1 and floats(result):
-        return {"loss": result}
-    if isinstance(result, Mapping):
-        parts = {str(k): v for k, v in result.items() if isinstance(v, Tensor) and v.numel() == 1}
-        return parts if len(parts) == len(result) else {}
-    return {}

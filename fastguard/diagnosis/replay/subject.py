@@ -21,7 +21,7 @@ from fastguard.diagnosis.replay.arguments import (
     checked_model,
     context_of,
 )
-from fastguard.diagnosis.replay.replay import Step, loss_parts, step_of
+from fastguard.diagnosis.replay.replay import Step, step_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,13 +150,3 @@ def tensors(tree: Any) -> list[Tensor]:
 def is_readable(tensor: Tensor) -> bool:
     """Whether its values can be looked at: inside of torch.vmap and torch.func.grad they cannot."""
     return not is_functorch_wrapped_tensor(tensor)
-
-
-def total_of(result: Any) -> Tensor | None:
-    """The loss to go backward from: the sum of the parts, or the mean of what is no scalar."""
-    parts = loss_parts(result)
-    if parts:
-        return torch.stack([part.float().reshape(()) for part in parts.values()]).sum()
-    if isinstance(result, Tensor) and result.is_floating_point() and result.numel():
-        return result.float().mean()
-    return None

@@ -1,0 +1,75 @@
+"""Models that compute their loss themselves, and what to pass as `step=` for them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor
+
+from fastguard.diagnosis.evidence import Evidence
+from fastguard.diagnosis.replay.subject import split
+
+_TARGETS = frozenset("target targets label labels y y_true tgt gt ground_truth".split())
+
+
+def step_for(evidence: Evidence) -> str:
+    """A `step=` that gives the model its targets too, for a remedy; empty: it takes none."""
+    batch = evidence.subject.batch
+    inputs, targets = split(batch)
+    if targets is None:
+        return ""
+    is_mapping = isinstance(inputs, Mapping)
+    n_inputs = len(inputs) if isinstance(inputs, list | tuple) else 1
+    taken = list(_arguments(evidence))
+    beyond = [p for p in taken if p.name not in inputs] if is_mapping else taken[n_inputs:]
+    label = next((p for p in beyond if p.name.lower() in _TARGETS), None)
+    label = label or next((p for p in beyond if p.default is p.empty), None)
+    if label is None:
+        return ""
+    one, two = ("batch[0]", "batch[1]")
+    if isinstance(batch, Mapping):
+        one, two = 'batch["inputs"]', 'batch["targets"]'
+    first = f"**{one}" if is_mapping else f"*{one}" if isinstance(inputs, list | tuple) else one
+    by_place = not is_mapping and label is beyond[0] and label.kind is not label.KEYWORD_ONLY
+    call = f"{first}, {two}" if by_place else f"{first}, {label.name}={two}"
+    call = "*batch" if call == "batch[0], batch[1]" else call
+    return f"step=lambda model, batch: model({call})"
+
+
+def hint_for(evidence: Evidence) -> str:
+    """A sentence that shows what a model that computes its own loss needs; may be empty."""
+    step = step_for(evidence)
+    if step:
+        return f"a model that takes its targets and returns its own loss needs {step}"
+    batch = evidence.subject.batch
+    if isinstance(batch, Mapping):
+        lacking = (p.name for p in _arguments(evidence) if p.name.lower() in _TARGETS)
+        name = next((name for name in lacking if name not in batch), "")
+        return f"the model computes its loss from {name}=: put {name!r} into the batch" * bool(name)
+    return ""
+
+
+def returns_its_loss(evidence: Evidence) -> bool:
+    """Whether the output of the model is one number for many targets, and is not the loss."""
+    subject, step = evidence.subject, evidence.step
+    output, targets = step.output, subject.targets
+    return (
+        subject.loss_fn is not None
+        and isinstance(output, Tensor)
+        and output.ndim == 0
+        and isinstance(targets, Tensor)
+        and targets.numel() > 1
+        and list(step.parts.values()) != [float(output)]
+    )
+
+
+def _arguments(evidence: Evidence) -> Iterator[inspect.Parameter]:
+    """What the model's forward takes by name, in order."""
+    try:
+        taken = inspect.signature(evidence.subject.model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return
+    for one in taken:
+        if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD):
+            yield one

@@ -1,0 +1,52 @@
+"""`part_gradients`: what each part of a loss asks of each parameter.
+
+The value of a part tells little: PPO's policy loss is about 0 at every step, and an entropy bonus
+is negative. What a part moves is its gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fastguard.diagnosis.gradients import hides_parameters
+from fastguard.diagnosis.replay.losses import loss_parts
+from fastguard.diagnosis.replay.replay import copied
+from fastguard.diagnosis.replay.subject import Subject
+
+MOST = 8
+"""How many parts are looked at: each takes a backward pass of its own."""
+
+
+def part_gradients(
+    subject: Subject, parameters: dict[str, nn.Parameter]
+) -> dict[str, dict[str, float]]:
+    """Norms by part of the loss and parameter; a parameter that a part does not reach is missing.
+
+    Runs one step. Nothing, if the loss is one number, or an activation checkpoint of the reentrant
+    kind hides the parameters from it.
+    """
+    with subject.autocast:
+        parts = loss_parts(subject.step(subject.model, copied(subject.batch)))
+    if not 1 < len(parts) <= MOST:
+        return {}
+    if any(part.requires_grad and hides_parameters(part) for part in parts.values()):
+        return {}
+    found: dict[str, dict[str, float]] = {}
+    for name, part in parts.items():
+        found[name] = {}
+        if not part.requires_grad:
+            continue
+        gradients = torch.autograd.grad(
+            part.sum(), list(parameters.values()), retain_graph=True, allow_unused=True
+        )
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None and gradient.numel():
+                dense = gradient.to_dense() if gradient.is_sparse else gradient
+                norm = float(
+                    torch.linalg.vector_norm(
+                        torch.view_as_real(dense) if dense.is_complex() else dense.float()
+                    )
+                )
+                found[name] |= {parameter: norm} if norm else {}
+    return found

@@ -1,0 +1,155 @@
+"""What only the arguments of a call explain, and no range of its inputs.
+
+A variance of too few values, a CTC target that is longer than its input, a softmax over nothing but
+-Inf: `told_by` looks at the call that made the first NaN or Inf while its arguments are at hand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fastguard.diagnosis.replay.calls import Call
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What the arguments of a call tell.
+
+    Attributes:
+        kind: The kind of fault, as people call it.
+        evidence: What in the arguments explains the NaN or Inf.
+        remedy: What to do about it.
+    """
+
+    kind: str
+    evidence: str
+    remedy: str
+
+
+def told_by(call: Call, outputs: Sequence[Tensor]) -> Told | None:
+    """What explains the non-finite outputs of this call; None: its ranges have to speak."""
+    name = call.name.strip("_")
+    look = _LOOKS.get(name)
+    return None if look is None else look(call, outputs)
+
+
+# Variances.
+
+_FEW_VALUES = (
+    "use correction=0 (unbiased=False), whose variance of one value is 0, and add an eps where it "
+    "divides; or skip what has too few values: drop a last batch of one sample, do not normalise "
+    "a single element."
+)
+
+
+def _too_few(call: Call, outputs: Sequence[Tensor]) -> Told | None:
+    self = call.argument("self")
+    correction = call.argument("correction")
+    correction = 1 if correction is None else correction
+    out = outputs[0]
+    n = self.numel() // out.numel() if out.numel() else 0
+    if not n or n > correction:
+        return None
+    what = "standard deviation" if "std" in call.name else "variance"
+    values = f"{n} value{'s' * (n > 1)}"
+    spread = "0" if n == 1 else "what is not 0"
+    return Told(
+        "variance of too few values",
+        f"the {what} of {values} with correction={correction:g} (Bessel's) divides {spread} by "
+        f"{n} - {correction:g}, taken as 0",
+        _FEW_VALUES,
+    )
+
+
+# Divisions by a number that Python counted.
+
+
+def _divided_by_zero(call: Call, outputs: Sequence[Tensor]) -> Told | None:
+    other = call.argument("other")
+    if isinstance(other, Tensor):
+        if other.is_floating_point() or other.is_complex():
+            return None  # its range tells
+        zeros, n = int((other == 0).sum()), other.numel()
+        if not zeros:
+            return None
+        evidence = f"{zeros} of {n} denominators are exactly 0; they are counts, {other.dtype}"
+        evidence = evidence.replace("torch.", "") if n > 1 else "the denominator, a count, is 0"
+    elif other == 0:
+        evidence = "the denominator is the number 0"
+    else:
+        return None
+    return Told(
+        "division",
+        evidence,
+        "nothing was counted (an empty mask), or n - 1 of one sample: skip such a batch, or divide "
+        "by max(count, 1), count.clamp_min(1); variances and torch.cov take correction=0.",
+    )
+
+
+# CTC.
+
+
+def _ctc(call: Call, outputs: Sequence[Tensor]) -> Told | None:
+    losses = outputs[0].flatten()
+    inputs = _lengths(call.argument("input_lengths"))
+    lengths = _lengths(call.argument("target_lengths"))
+    targets = call.argument("targets")
+    found = []
+    start = 0
+    for i, (steps, n) in enumerate(zip(inputs, lengths, strict=True)):
+        own = targets[i, :n] if targets.ndim == 2 else targets[start : start + n]
+        start += n
+        repeats = int((own[1:] == own[:-1]).sum())
+        if n + repeats > steps and not losses[i].isfinite():
+            found.append((i, steps, n, repeats))
+    if not found:
+        return None
+    i, steps, n, repeats = found[0]
+    blanks = f" and {repeats} blanks between equal neighbours" if repeats else ""
+    return Told(
+        "CTC target longer than its input",
+        f"{len(found)} of {len(inputs)} samples cannot be aligned, so their loss is Inf: sample "
+        f"{i} has {n} labels{blanks} for {steps} time steps",
+        "zero_infinity=True (nn.CTCLoss, F.ctc_loss) leaves such samples out; drop them from the "
+        "data, or keep more time steps: less striding and pooling. Check that input_lengths count "
+        "the model's output steps, not the samples that went in.",
+    )
+
+
+def _lengths(given: Any) -> list[int]:
+    return given.flatten().tolist() if isinstance(given, Tensor) else list(given)
+
+
+# Softmax.
+
+
+def _masked_rows(call: Call, outputs: Sequence[Tensor]) -> Told | None:
+    self, dim = call.argument("self"), call.argument("dim")
+    if not isinstance(dim, int) or not self.ndim or not self.shape[dim]:
+        return None
+    empty = (self == -math.inf).all(dim)
+    n = int(empty.sum())
+    if not n or call.name.strip("_") == "logsumexp":
+        return None
+    return Told(
+        "exponential or softmax",
+        f"{n} of {empty.numel()} rows are -Inf throughout: every position is masked, and the "
+        "softmax of nothing is 0/0",
+        "leave at least one position of every row unmasked (padding that masks whole samples, "
+        "masks whose True means the opposite: nn.MultiheadAttention masks where it is True, "
+        "scaled_dot_product_attention where it is False), or mask with a large negative number, "
+        "torch.finfo(x.dtype).min, and set those rows to 0 afterwards.",
+    )
+
+
+_LOOKS: dict[str, Callable[[Call, Sequence[Tensor]], Told | None]] = {
+    **dict.fromkeys(("std", "var", "std_mean", "var_mean"), _too_few),
+    **dict.fromkeys(("div", "true_divide", "remainder", "fmod"), _divided_by_zero),
+    **dict.fromkeys(("ctc_loss", "cudnn_ctc_loss"), _ctc),
+    **dict.fromkeys(("softmax", "log_softmax"), _masked_rows),
+}
