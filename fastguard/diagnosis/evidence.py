@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from fastguard.diagnosis.observe import Observation, Values, observe
-from fastguard.diagnosis.part_gradients import part_gradients
+from fastguard.diagnosis.part_gradients import part_gradients, perturb
 from fastguard.diagnosis.provenance import NonFiniteReport, explain_nonfinite
 from fastguard.diagnosis.replay.calls import floats
 from fastguard.diagnosis.replay.replay import copied, in_float32, widened_batch
@@ -40,7 +40,8 @@ class Evidence:
         self.subject = subject
         self._kept = kept
 
-    def _untouched(self, work: Callable[[], T]) -> T:
+    def untouched(self, work: Callable[[], T]) -> T:
+        """Does this work from the state that was kept, and goes back to it."""
         self._kept.restore()
         try:
             return work()
@@ -50,7 +51,7 @@ class Evidence:
     @cached_property
     def step(self) -> Observation:
         """One step, as the subject is trained."""
-        return self._untouched(lambda: observe(self.subject))
+        return self.untouched(lambda: observe(self.subject))
 
     @cached_property
     def step_in_float32(self) -> Observation:
@@ -63,7 +64,7 @@ class Evidence:
                 wide = replace(self.subject, autocast=nullcontext())
                 return observe(wide, widened_batch(self.subject.batch))
 
-        return self._untouched(work)
+        return self.untouched(work)
 
     @cached_property
     def gradients(self) -> dict[str, Values]:
@@ -91,7 +92,17 @@ class Evidence:
     @cached_property
     def part_gradients(self) -> dict[str, dict[str, float]]:
         """Norms of the gradients by part of the loss and trained parameter."""
-        return self._untouched(lambda: part_gradients(self.subject, self.trained))
+        return self.untouched(lambda: part_gradients(self.subject, self.trained))
+
+    @cached_property
+    def part_gradients_nearby(self) -> dict[str, dict[str, float]]:
+        """The same at other weights: a part at its optimum has a gradient there."""
+
+        def work() -> dict[str, dict[str, float]]:
+            perturb(self.trained)
+            return part_gradients(self.subject, self.trained)
+
+        return self.untouched(work)
 
     @property
     def no_steps(self) -> str:
@@ -129,7 +140,7 @@ class Evidence:
         if self.step.failures:
             loss_fn, step = _mean_of_output, None
         with contextlib.suppress(Exception):  # what fails here has failed in `step`, and is told
-            report = self._untouched(
+            report = self.untouched(
                 lambda: explain_nonfinite(
                     self.subject.model,
                     self.subject.batch,
@@ -162,14 +173,14 @@ class Evidence:
     @cached_property
     def real_steps(self) -> RealSteps:
         """A few real steps; there must be a finite loss to go down."""
-        return self._untouched(lambda: take_steps(self.subject, self.trained))
+        return self.untouched(lambda: take_steps(self.subject, self.trained))
 
     @cached_property
     def further_batches(self) -> list[Any]:
         """The first batches of `data`."""
         if self.subject.data is None:
             return []
-        return self._untouched(lambda: list(islice(self.subject.data or (), N_BATCHES)))
+        return self.untouched(lambda: list(islice(self.subject.data or (), N_BATCHES)))
 
     def batches(self) -> Iterator[tuple[str, Any, Any]]:
         """`(prefix of the name, inputs, targets)` of the batch and of those of `data`."""

@@ -33,6 +33,10 @@ KINDS = (
     "backward-raises",
     "foreign-optimizer",
     "lr-vanished",
+    "activated-twice",
+    "wrong-form",
+    "wrong-axis",
+    "swapped-arguments",
     # What is computed is destroyed; what comes first causes what comes after.
     "nonfinite-weight",
     "negative-variance",

@@ -1,7 +1,9 @@
 """`part_gradients`: what each part of a loss asks of each parameter.
 
 The value of a part tells little: PPO's policy loss is about 0 at every step, and an entropy bonus
-is negative. What a part moves is its gradient.
+is negative. What a part moves is its gradient. That of a part at its optimum is about 0 too, as of
+the entropy of a fresh policy or a KL term that starts from 0; a little away from there it is not,
+while that of a part with too small a weight is small everywhere.
 """
 
 from __future__ import annotations
@@ -50,3 +52,13 @@ def part_gradients(
                 )
                 found[name] |= {parameter: norm} if norm else {}
     return found
+
+
+@torch.no_grad()
+def perturb(parameters: dict[str, nn.Parameter]) -> None:
+    """Moves the weights by about half of their size, and by half of a usual start at least."""
+    for parameter in parameters.values():
+        if parameter.ndim > 1 and parameter.is_floating_point():
+            rms = float(parameter.detach().double().square().mean().sqrt())
+            usual = (parameter.numel() / parameter.shape[0]) ** -0.5
+            parameter.add_(torch.randn_like(parameter), alpha=0.5 * max(rms, usual))

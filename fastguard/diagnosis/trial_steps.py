@@ -98,8 +98,7 @@ def take_steps(subject: Subject, trained: dict[str, nn.Parameter]) -> RealSteps:
         if time.perf_counter() - start > SECONDS:
             break
     set_rng_state(rng)
-    with torch.no_grad():
-        seen.losses.append(float(_loss(subject)))
+    seen.losses.append(float(_loss(subject).detach()))
     return seen
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fastguard.diagnosis.loss_inputs import Argument, LossInput, Makers, argument_of, look_at
 from fastguard.diagnosis.replay.subject import is_readable, tensors
 
 Shape = tuple[int, ...]
@@ -43,6 +44,10 @@ _NONE: frozenset[str] = frozenset()
 
 class IndexOutOfRange(IndexError):
     """Raised in place of torch's own error, which on a GPU would end the process's use of it."""
+
+
+class NoProbability(ValueError):
+    """The same, for a binary cross-entropy of what is not in 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +128,8 @@ class FunctionWatch(TorchFunctionMode):
     Attributes:
         meetings, indices, saturations, large: What was seen, in order.
         binary_targets: `(low, high)` of the targets given to binary cross-entropies.
+        loss_inputs: What losses were given and do not take.
+        over_first_axis: The module of each softmax over axis 0, and how large that axis is.
         raised: Name of the torch function that raised an error, if one did.
     """
 
@@ -133,18 +140,24 @@ class FunctionWatch(TorchFunctionMode):
         self.saturations: list[Saturation] = []
         self.large: list[Large] = []
         self.binary_targets: list[tuple[float, float]] = []
+        self.loss_inputs: list[LossInput] = []
+        self.over_first_axis: list[tuple[str, int]] = []
         self.raised: str | None = None
+        self._makers = Makers()
+        self._has_output = False
         self._where = where
         self._roles: dict[int, tuple[Tensor, frozenset[str]]] = {}  # the tensor: keeps its id taken
         self._mark(targets, frozenset((TARGET,)))
 
     def mark_output(self, output: Any) -> None:
         """Says that this is what the model gave."""
+        self._has_output = True
         self._mark(output, frozenset((OUTPUT,)))
 
     def forget(self) -> None:
         """Lets the tensors go."""
         self._roles.clear()
+        self._makers.forget()
 
     def _mark(self, tree: Any, roles: frozenset[str]) -> None:
         for tensor in tensors(tree):
@@ -161,8 +174,10 @@ class FunctionWatch(TorchFunctionMode):
         given = tensors((args, kwargs))
         if not all(map(is_readable, given)):
             return func(*args, **kwargs)
+        argument = argument_of(args, kwargs)
         with torch.no_grad():
-            self._look_at_indices(name, args, kwargs)
+            self._look_at_indices(name, argument)
+            self._look_at_loss_inputs(name, argument)
             meeting = self._meeting(name, given)
         try:
             out = func(*args, **kwargs)
@@ -173,12 +188,16 @@ class FunctionWatch(TorchFunctionMode):
             raise
         if meeting is not None and meeting.result is not None:
             self.meetings.append(meeting)
+        self._makers.note(name, given, out)
         roles = _NONE.union(*map(self._roles_of, given))
         if roles:
             self._mark(out, roles | {RESHAPED} if name in _RESHAPE else roles)
         if isinstance(out, Tensor) and self._where():
             with torch.no_grad():
                 self._look_at_size(name, out)
+                if name in ("softmax", "log_softmax") and out.ndim > 1:
+                    if _axis(out, argument(1, "dim")) == 0:
+                        self.over_first_axis.append((self._where(), out.shape[0]))
                 if name in _SATURATED:
                     self._look_at_saturation(name, out, args, kwargs)
         return out
@@ -210,11 +229,7 @@ class FunctionWatch(TorchFunctionMode):
 
     # Values.
 
-    def _look_at_indices(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        def argument(i: int, *names: str) -> Any:
-            named = (kwargs[n] for n in names if n in kwargs)
-            return args[i] if i < len(args) else next(named, None)
-
+    def _look_at_indices(self, name: str, argument: Argument) -> None:
         first = argument(0, "input", "self")
         if name == "embedding":
             weight = argument(1, "weight")
@@ -230,6 +245,13 @@ class FunctionWatch(TorchFunctionMode):
         elif name in _BINARY_LOSSES:
             low, high = target.aminmax()
             self.binary_targets.append((float(low), float(high)))
+
+    def _look_at_loss_inputs(self, name: str, argument: Argument) -> None:
+        found = list(look_at(name, argument, self._makers, self._has_output))
+        self.loss_inputs += found
+        if found and name == "binary_cross_entropy":
+            self.raised = self.raised or name
+            raise NoProbability(found[0].seen)
 
     def _check_indices(self, name: str, indices: Any, n: int, ignored: int | None) -> None:
         if not isinstance(indices, Tensor) or indices.is_floating_point() or not indices.numel():
@@ -256,11 +278,17 @@ class FunctionWatch(TorchFunctionMode):
     ) -> None:
         stuck = _SATURATED[name]
         if name == "softmax":
-            dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-            out = out.amax(-1 if dim is None else dim)
+            out = out.amax(_axis(out, argument_of(args, kwargs)(1, "dim")))
         if out.numel() > 1:
             share = float(stuck(out).float().mean())
             self.saturations.append(Saturation(self._where(), name, share))  # type: ignore[arg-type]
+
+
+def _axis(out: Tensor, dim: Any) -> int:
+    """The axis of a softmax; where none is given, what torch then takes."""
+    if not isinstance(dim, int):
+        return 0 if out.ndim in (0, 1, 3) else 1
+    return dim % out.ndim if out.ndim else 0
 
 
 def indices_of(name: str, indices: Tensor, n: int, ignored: int | None) -> Indices:

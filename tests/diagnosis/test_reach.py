@@ -139,3 +139,19 @@ def test_labels_of_further_batches_are_held_against_the_loss() -> None:
     bad = torch.randn(8, 4), torch.arange(8) % 3 + 1
     found = by_kind(diagnose(model, good, nn.CrossEntropyLoss(), data=[good, bad]))
     assert found["index-out-of-range"].where == "data[1].targets"
+
+
+@pytest.mark.parametrize(
+    "norm, shape",
+    [
+        (nn.BatchNorm1d(4), (1, 4)),
+        (nn.BatchNorm2d(4), (1, 4, 1, 1)),
+        (nn.InstanceNorm1d(4), (2, 4, 1)),
+        (nn.GroupNorm(4, 4), (1, 4)),
+    ],
+)
+def test_a_norm_of_one_value_is_told_what_to_do(norm: nn.Module, shape: tuple[int, ...]) -> None:
+    model = nn.Sequential(norm, nn.Flatten(), nn.Linear(4, 1))
+    found = by_kind(diagnose(model, (torch.randn(shape), torch.randn(shape[0], 1)), nn.MSELoss()))
+    assert "more than 1" in found["forward-raises"].seen
+    assert "drop_last=True" in found["forward-raises"].remedy

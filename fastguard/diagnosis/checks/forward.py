@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from fastguard.diagnosis.checks.mixing import check_mixing
 from fastguard.diagnosis.checks.own_loss import hint_for
 from fastguard.diagnosis.evidence import Evidence
 from fastguard.diagnosis.finding import Finding, percent, several
 from fastguard.diagnosis.observe import Activation
 from fastguard.diagnosis.provenance import NonFiniteReport
 from fastguard.diagnosis.shapes import misfits
-from fastguard.diagnosis.watch_functions import IndexOutOfRange, Meeting, Saturation
+from fastguard.diagnosis.watch_functions import IndexOutOfRange, Meeting, NoProbability, Saturation
 
 CHECK = "forward"
 
@@ -43,6 +44,7 @@ def check(evidence: Evidence) -> Iterator[Finding]:
     yield from _failures(evidence)
     yield from _shapes(evidence)
     yield from _nonfinite(evidence)
+    yield from check_mixing(evidence)
     yield from _extreme(evidence)
     yield from _saturated(evidence.step.functions.saturations)
     if not evidence.subject.model.training:
@@ -60,7 +62,9 @@ def check(evidence: Evidence) -> Iterator[Finding]:
 
 def _failures(evidence: Evidence) -> Iterator[Finding]:
     failure = evidence.step.failed("forward")
-    if failure is None or isinstance(failure.error, IndexOutOfRange):  # the data check tells it
+    if failure is None or isinstance(
+        failure.error, IndexOutOfRange | NoProbability
+    ):  # told by name
         return
     yield Finding(
         CHECK,

@@ -18,8 +18,9 @@ from fastguard.measure import measure
 CHECK = "initialisation"
 
 # The gain of a random layer is the rms of its outputs over that of its inputs: 0.58 for torch's
-# default of nn.Linear, 1.4 for Kaiming's, about 0.1 for the small GPTs that start from 0.02.
-GAIN_HIGH, GAIN_LOW = 10.0, 0.01
+# default of nn.Linear, 1.4 for Kaiming's, about 0.1 for the small GPTs that start from 0.02, and
+# 0.01 for the last layer of a policy.
+GAIN_HIGH, GAIN_LOW = 10.0, 0.009
 GAIN_HOPELESS = 1e3  # ten such layers leave the range of float32
 NORM_EPS = 1e-12  # the smallest that any published model uses
 

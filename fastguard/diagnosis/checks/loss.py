@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from fastguard.diagnosis.checks.own_loss import hint_for, returns_its_loss, step_for
+from fastguard.diagnosis.checks.loss_inputs import check_loss_inputs
+from fastguard.diagnosis.checks.own_loss import hint_for, plain_step, returns_its_loss, step_for
 from fastguard.diagnosis.evidence import Evidence
 from fastguard.diagnosis.finding import Finding, several
 from fastguard.diagnosis.observe import Failure
 from fastguard.diagnosis.replay.losses import loss_parts, number_in
 from fastguard.diagnosis.replay.subject import tensors
 from fastguard.diagnosis.shapes import raised_by_shapes
-from fastguard.diagnosis.watch_functions import IndexOutOfRange
+from fastguard.diagnosis.watch_functions import IndexOutOfRange, NoProbability
 
 CHECK = "loss"
 
@@ -28,6 +29,7 @@ PARTS = 1e3  # beyond it the smaller part moves nothing
 def check(evidence: Evidence) -> Iterator[Finding]:
     """Looks at what the step returned, and at the loss of halves of the batch."""
     yield from _failure(evidence)
+    yield from check_loss_inputs(evidence)
     step = evidence.step
     if step.failures and not step.parts:
         yield Finding(
@@ -46,7 +48,9 @@ def check(evidence: Evidence) -> Iterator[Finding]:
 
 def _failure(evidence: Evidence) -> Iterator[Finding]:
     failure = evidence.step.failed("loss")
-    if failure is None or isinstance(failure.error, IndexOutOfRange):  # the data check tells it
+    if failure is None or isinstance(
+        failure.error, IndexOutOfRange | NoProbability
+    ):  # told by name
         return
     if raised_by_shapes(evidence.step, evidence.subject.targets):  # the forward check tells it
         return
@@ -72,8 +76,11 @@ def _kind(evidence: Evidence) -> Iterator[Finding]:
     if step.parts:
         if evidence.is_detached and not step.failed("backward"):
             held = "the optimizer holds" if subject.optimizer else "requires a gradient"
-            yield _detached(f"the loss does not depend on any parameter that {held}")
+            yield _detached(
+                f"the loss is detached: it does not depend on any parameter that {held}"
+            )
         elif returns_its_loss(evidence):
+            instead = step_for(evidence) or plain_step(evidence)
             yield Finding(
                 CHECK,
                 "loss-shape",
@@ -81,7 +88,7 @@ def _kind(evidence: Evidence) -> Iterator[Finding]:
                 "the model returns one number for all samples, which looks like its own loss; "
                 "loss_fn compares it with the targets",
                 value=1,
-                remedy=f"if it is its loss: {step_for(evidence) or 'step='}, without loss_fn.",
+                remedy=f"if it is its loss, pass {instead} in place of loss_fn.",
             )
         return
     if subject.loss_fn is None and subject.given_step is None and not number_in(step.result):
@@ -136,7 +143,8 @@ def _detached(seen: str) -> Finding:
         seen,
         remedy="return the loss tensor itself, and take .item() or float() of it for the log "
         "alone. Else look for .detach(), .data, .numpy(), torch.tensor(loss), torch.no_grad(), "
-        "argmax or rounding between the parameters and the loss, and for requires_grad=False.",
+        "argmax or rounding between the parameters and the loss, for requires_grad=False, and for "
+        "an optimizer of another part of the model.",
     )
 
 
@@ -184,10 +192,8 @@ def _parts(evidence: Evidence) -> Iterator[Finding]:
     for name, own in found.items():
         if not own:
             continue
-        others = [norms for other, norms in found.items() if other != name]
-        norm = math.hypot(*own.values())
-        rest = math.hypot(*(norms.get(p, 0.0) for norms in others for p in own))
-        if rest / norm > PARTS:
+        norm, rest = _own_and_rest(found, name)
+        if rest / norm > PARTS and _is_small_nearby(evidence, name):
             yield Finding(
                 CHECK,
                 "loss-parts",
@@ -212,6 +218,19 @@ def _parts(evidence: Evidence) -> Iterator[Finding]:
             remedy="right for a number that is only logged, and for a part that is not active on "
             "this batch; else look for .detach() and .item() in it.",
         )
+
+
+def _own_and_rest(found: dict[str, dict[str, float]], name: str) -> tuple[float, float]:
+    """The gradient norm of a part, and that of the others on the parameters that it moves."""
+    own = found[name]
+    others = [norms for other, norms in found.items() if other != name]
+    rest = math.hypot(*(norms.get(p, 0.0) for norms in others for p in own), 0.0)
+    return math.hypot(*own.values(), 0.0), rest
+
+
+def _is_small_nearby(evidence: Evidence, name: str) -> bool:
+    own, rest = _own_and_rest(evidence.part_gradients_nearby, name)
+    return not own or not rest / own <= PARTS
 
 
 @torch.no_grad()

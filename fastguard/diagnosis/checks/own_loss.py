@@ -37,6 +37,16 @@ def step_for(evidence: Evidence) -> str:
     return f"step=lambda model, batch: model({call})"
 
 
+def plain_step(evidence: Evidence) -> str:
+    """The `step=` of a model that makes its loss of the inputs alone."""
+    inputs, targets = split(evidence.subject.batch)
+    stars = "**" if isinstance(inputs, Mapping) else "*" * isinstance(inputs, list | tuple)
+    part = "batch" if targets is None else "batch[0]"
+    if isinstance(evidence.subject.batch, Mapping) and targets is not None:
+        part = 'batch["inputs"]'
+    return f"step=lambda model, batch: model({stars}{part})"
+
+
 def hint_for(evidence: Evidence) -> str:
     """A sentence that shows what a model that computes its own loss needs; may be empty."""
     step = step_for(evidence)

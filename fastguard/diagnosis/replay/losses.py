@@ -49,10 +49,14 @@ def carried_loss(result: Any) -> Any:
 
 
 def total_of(result: Any) -> Tensor | None:
-    """The loss to go backward from: the sum of the parts, or the mean of what is no scalar."""
-    parts = loss_parts(result)
+    """The loss to go backward from: the sum of the parts, or the mean of what is no scalar.
+
+    Parts without a graph, such as an accuracy, are left out: nothing can make them fall.
+    """
+    parts = list(loss_parts(result).values())
     if parts:
-        return torch.stack([part.float().reshape(()) for part in parts.values()]).sum()
+        counted = [part for part in parts if part.requires_grad] or parts
+        return torch.stack([part.float().reshape(()) for part in counted]).sum()
     if isinstance(result, Tensor) and result.is_floating_point() and result.numel():
         return result.float().mean()
     return None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from guardtest.kinds.case import Setup, case
-from guardtest.kinds.setups import regression
+from guardtest.kinds.setups import classification, mlp, regression
 
 
 @case("loss-raises", "error", "loss", says="no such weighting")
@@ -62,3 +63,32 @@ def loss_parts(sick: bool) -> Setup:
 @case("sum-reduction", "warning", "loss")
 def sum_reduction(sick: bool) -> Setup:
     return regression(loss_fn=nn.MSELoss(reduction="sum" if sick else "mean"))
+
+
+@case("activated-twice", "error", "loss", where="cross_entropy", says="cannot fall below 0.551")
+def activated_twice(sick: bool) -> Setup:
+    end = nn.Softmax(1) if sick else nn.Identity()
+    return classification(model=nn.Sequential(mlp(4, 16, 3), end))
+
+
+@case("wrong-form", "error", "loss", where="input of nll_loss", says="not 1")
+def wrong_form(sick: bool) -> Setup:
+    end = nn.Identity() if sick else nn.LogSoftmax(1)
+    return classification(model=nn.Sequential(mlp(4, 16, 3), end), loss_fn=nn.NLLLoss())
+
+
+@case("wrong-axis", "error", "forward", where="1 (LogSoftmax)", says="holds the 8 samples")
+def wrong_axis(sick: bool) -> Setup:
+    end = nn.LogSoftmax(0 if sick else 1)
+    return classification(model=nn.Sequential(mlp(4, 16, 3), end), loss_fn=nn.NLLLoss())
+
+
+@case("swapped-arguments", "error", "loss", where="kl_div", says="got probabilities as input")
+def swapped_arguments(sick: bool) -> Setup:
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        pair = (target, output) if sick else (output, target)
+        return functional.kl_div(*pair, reduction="batchmean")
+
+    batch = torch.randn(8, 4), torch.rand(8, 3).softmax(1)
+    model = nn.Sequential(mlp(4, 16, 3), nn.LogSoftmax(1))
+    return {"model": model, "batch": batch, "loss_fn": loss}

@@ -86,3 +86,25 @@ def frozen(sick: bool) -> Setup:
 @case("not-checked", "note", "optimizer")
 def not_checked(sick: bool) -> Setup:
     return regression() if sick else with_sgd(regression())
+
+
+@case("eps-vanished", "error", "optimizer", where="param group 0", says="eps=1e-08 is 0 in float16")
+def eps_vanished(sick: bool) -> Setup:
+    setup = regression(mlp(4, 16, 1).half())
+    inputs, targets = (t.half() for t in setup["batch"])
+    with torch.no_grad():
+        setup["model"][0].bias[0] = -10.0  # a dead unit: its gradients are exactly 0
+    optimizer = torch.optim.Adam(setup["model"].parameters(), eps=1e-8 if sick else 1e-4)
+    return setup | {"batch": (inputs, targets), "optimizer": optimizer}
+
+
+@case("weight-decay", "warning", "optimizer", where="param group 0", says="every 13.9 steps")
+def weight_decay(sick: bool) -> Setup:
+    setup = regression()
+    optimizer = torch.optim.AdamW(setup["model"].parameters(), weight_decay=50 if sick else 0.1)
+    return setup | {"optimizer": optimizer}
+
+
+@case("momentum", "warning", "optimizer", where="param group 0", says="1e+04 times the learning")
+def momentum(sick: bool) -> Setup:
+    return with_sgd(regression(), lr=1e-5, momentum=0.9999 if sick else 0.9)

@@ -1,0 +1,92 @@
+"""Losses that were given something else than they take: probabilities for logits, and so on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from fastguard.diagnosis.evidence import Evidence
+from fastguard.diagnosis.finding import Finding, Severity
+from fastguard.diagnosis.loss_inputs import LossInput
+
+CHECK = "loss"
+
+_KINDS = {
+    "activated": "activated-twice",
+    "twice": "activated-twice",
+    "form": "wrong-form",
+    "axis": "wrong-axis",
+    "swapped": "swapped-arguments",
+}
+_TAKES = {
+    "cross_entropy": "log_softmax",
+    "binary_cross_entropy_with_logits": "a sigmoid",
+    "multilabel_soft_margin_loss": "a sigmoid",
+}
+
+
+def check_loss_inputs(evidence: Evidence) -> Iterator[Finding]:
+    """Says each problem once for each function."""
+    told: set[tuple[str, str, str]] = set()
+    for found in evidence.step.functions.loss_inputs:
+        key = (found.function, found.argument, found.problem)
+        if key not in told:
+            told.add(key)
+            yield _finding(found)
+
+
+def _finding(found: LossInput) -> Finding:
+    severity: Severity = "error" if found.surely else "warning"
+    return Finding(
+        CHECK,
+        _KINDS[found.problem],
+        "note" if found.problem == "twice" else severity,
+        found.seen + _consequence(found),
+        where=f"{found.argument} of {found.function}",
+        value=found.classes,
+        remedy=_remedy(found),
+    )
+
+
+def _consequence(found: LossInput) -> str:
+    if found.problem == "twice":
+        return ", and takes the log_softmax again, which changes nothing"
+    if found.problem != "activated":
+        return ""
+    if found.function not in _TAKES:
+        return ": it flattens what was activated already"
+    again = f"; it applies {_TAKES[found.function]} itself"
+    if found.function == "cross_entropy" and found.classes:
+        least = math.log(1 + (found.classes - 1) / math.e)
+        return f"{again}, so that the loss cannot fall below {least:.3g}"
+    return f"{again}, so that no output can mean less than 0.5"
+
+
+def _remedy(found: LossInput) -> str:
+    name = found.function
+    if found.problem == "twice":
+        return ""
+    if found.problem == "axis":
+        return (
+            "take the softmax over the axis of the classes: dim=1 for (N, C, ...); "
+            "move the classes there with output.movedim(-1, 1) if they are last. Softmax without "
+            "dim= takes axis 0 of a tensor of 1 or 3 dimensions."
+        )
+    if name == "kl_div":
+        if found.problem == "swapped":
+            return (
+                "kl_div(log q of the model, p of the target) is KL(p || q): the log-probabilities "
+                "of the model come first. Right as it is only if the reverse, KL(q || p), is meant."
+            )
+        if found.argument == "target":
+            return "log_target=True takes log-probabilities as target, log_target=False others."
+        return "give it log-probabilities: kl_div(output.log_softmax(-1), target)."
+    if name in ("nll_loss", "ctc_loss"):
+        instead = ", or cross_entropy(logits, target)" if name == "nll_loss" else ""
+        return f"give it output.log_softmax(dim) over the classes{instead}."
+    if name == "binary_cross_entropy":
+        return "use binary_cross_entropy_with_logits, or end the model with a sigmoid."
+    if not found.surely:
+        return "if the model ends in a sigmoid, leave it out: this loss takes logits."
+    other = ", or use nll_loss(probabilities.log(), target)" if name == "cross_entropy" else ""
+    return f"give it the logits: leave the activation out of the model while training{other}."

@@ -1,0 +1,98 @@
+"""Does the output of one sample depend on the others of its batch?
+
+A softmax over axis 0, or a recurrent or attention layer that takes its input for (time, batch), is
+suspected by its arguments and convicted by an experiment: one sample is replaced by a copy of
+another one, in evaluation mode; the outputs of all the others must stay as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from fastguard.diagnosis.evidence import Evidence
+from fastguard.diagnosis.finding import Finding, several
+from fastguard.diagnosis.observe import observe
+from fastguard.diagnosis.replay.calls import floats
+from fastguard.diagnosis.replay.replay import copied
+from fastguard.diagnosis.replay.subject import split, tensors
+
+CHECK = "forward"
+
+CHANGED = 1e-3  # of the output's own size; rounding is a thousandth of it
+_TIME_FIRST = (nn.RNNBase, nn.MultiheadAttention)
+
+
+def check_mixing(evidence: Evidence) -> Iterator[Finding]:
+    """Experiments only where something is suspected, and the batch says which axis its own is."""
+    n = _samples(evidence)
+    if n < 2 or evidence.step.failures or not evidence.is_finite:
+        return
+    suspects = [where for where, size in evidence.step.functions.over_first_axis if size == n]
+    called = set(evidence.step.called)
+    layers = [
+        name
+        for module, name in evidence.subject.modules.items()
+        if isinstance(module, _TIME_FIRST) and not module.batch_first and name in called
+    ]
+    if not (suspects or layers) or not _mixes(evidence, n):
+        return
+    what = "a softmax over axis 0, in " if suspects else "batch_first=False of "
+    where = list(dict.fromkeys(suspects or layers))
+    yield Finding(
+        CHECK,
+        "wrong-axis",
+        "error",
+        f"the output of a sample changes when another sample of the batch does, by {what}"
+        f"{several(where)}: axis 0 holds the {n} samples",
+        where=where[0],
+        value=n,
+        remedy="take the softmax over dim=-1 or dim=1; without dim= it takes axis 0 of a tensor of "
+        "1 or 3 dimensions."
+        if suspects
+        else "make the layer with batch_first=True, or give it input.transpose(0, 1).",
+    )
+
+
+def _samples(evidence: Evidence) -> int:
+    """The size of axis 0 if it is sure to be that of the samples; else 0."""
+    inputs, targets = split(evidence.subject.batch)
+    first, second = tensors(inputs), tensors(targets)
+    sizes = {t.shape[0] if t.ndim else 0 for t in (*first, *second)}
+    if len(sizes) != 1 or not second:
+        return 0
+    n = sizes.pop()
+    # A sequence may come as (time, batch): one target a sample, rows or images cannot.
+    plain = all(t.numel() == n for t in second) or all(
+        t.ndim == 4 or (t.ndim == 2 and t.is_floating_point()) for t in first
+    )
+    return n if plain else 0
+
+
+@torch.no_grad()
+def _mixes(evidence: Evidence, n: int) -> bool:
+    def replace_first(x: Any) -> Any:
+        if isinstance(x, Tensor) and x.ndim and x.shape[0] == n:
+            x = x.clone()
+            x[0] = x[1]
+        return x
+
+    subject = evidence.subject
+    changed = tree_map(replace_first, copied(subject.batch))
+
+    def outputs(batch: Any) -> list[Tensor]:
+        subject.model.eval()
+        return floats(observe(subject, batch, backward=False).output)
+
+    before = evidence.untouched(lambda: outputs(subject.batch))
+    after = evidence.untouched(lambda: outputs(changed))
+    for a, b in zip(before, after, strict=False):
+        if a.shape != b.shape or not a.ndim or a.shape[0] != n:
+            continue
+        if float((a - b)[1:].abs().max()) > CHANGED * float(a.abs().max()):
+            return True
+    return False

@@ -1,0 +1,300 @@
+"""What a loss function was given: logits, probabilities, log-probabilities, and over which axis.
+
+A loss takes one of them and cannot tell when it gets another: cross-entropy of probabilities, or
+the negative likelihood of logits, is a number like any other. Their sums over an axis tell, however
+they were computed; whether numbers between 0 and 1 are logits is told by what made them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Argument = Callable[..., Any]
+"""`argument(place, *names, default)` of a call."""
+
+TOLERANCE = 0.02
+"""Of a sum of probabilities, which an eps, a smoothing or 16 bits move a little."""
+ENOUGH = 32
+"""Numbers that all lie between 0 and 1 and of which nothing else is known."""
+
+SIGMOID, SOFTMAX, LOG_SOFTMAX = "sigmoid", "softmax", "log_softmax"
+_MAKES = {
+    "sigmoid": SIGMOID,
+    "sigmoid_": SIGMOID,
+    "expit": SIGMOID,
+    "hardsigmoid": SIGMOID,
+    "softmax": SOFTMAX,
+    "gumbel_softmax": SOFTMAX,
+    "log_softmax": LOG_SOFTMAX,
+    "logsigmoid": LOG_SOFTMAX,
+}
+_SHAPES = frozenset(
+    "View UnsafeView ReshapeAlias Squeeze Unsqueeze Transpose Permute T Select Slice Clone ToCopy "
+    "Alias Expand".split()
+)
+_KEEPS = frozenset(
+    "view reshape flatten unflatten squeeze unsqueeze transpose permute movedim swapaxes expand "
+    "__getitem__ __get__ select narrow index_select gather masked_select take_along_dim contiguous "
+    "clone float double half bfloat16 to type clamp clamp_ clip nan_to_num chunk split unbind cat "
+    "stack view_as reshape_as t".split()
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LossInput:
+    """What one argument of a loss function was, and is not meant to be.
+
+    Attributes:
+        function: The loss function.
+        argument: `"input"` or `"target"`.
+        problem: `"activated"`: its activation was applied already. `"twice"`: as well, but it
+            changes nothing. `"form"`: a log is missing or too many. `"axis"`: over another axis
+            than that of the classes. `"swapped"`: input and target have changed places.
+        seen: In words.
+        surely: Whether more than the range of the values tells.
+        classes: How many there are.
+    """
+
+    function: str
+    argument: str
+    problem: str
+    seen: str
+    surely: bool = True
+    classes: int = 0
+
+
+class Makers:
+    """Which activation made a tensor, remembered over changes of its shape and dtype."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[Tensor, str]] = {}  # the tensor: keeps its id taken
+
+    def of(self, tensor: Any) -> str:
+        """The activation; empty: none that is known."""
+        return self._made.get(id(tensor), (None, ""))[1]
+
+    def note(self, function: str, given: Sequence[Tensor], out: Any) -> None:
+        """Says that this function made `out` of what it was given."""
+        made = _MAKES.get(function, "")
+        if not made and function in _KEEPS and self._made:
+            makers = {self.of(t) for t in given if t.is_floating_point()}
+            made = makers.pop() if len(makers) == 1 else ""
+        outs = out if isinstance(out, list | tuple) else (out,)
+        for tensor in outs:
+            if isinstance(tensor, Tensor):
+                if made and tensor.is_floating_point():
+                    self._made[id(tensor)] = (tensor, made)
+                else:
+                    self._made.pop(id(tensor), None)  # written in place by something else
+
+    def forget(self) -> None:
+        """Lets the tensors go."""
+        self._made.clear()
+
+
+def look_at(
+    function: str, argument: Argument, makers: Makers, in_loss: bool
+) -> Iterable[LossInput]:
+    """What is wrong with what this function was given; nothing for a function that is no loss.
+
+    `in_loss`: the model has given its output, so that this function belongs to the loss.
+    """
+    look = _LOOKS.get(function) or (_BY_HAND.get(function) if in_loss else None)
+    if look is None:
+        return ()
+    first = argument(0, "input", "log_probs")
+    if not isinstance(first, Tensor) or not first.is_floating_point() or first.numel() < 2:
+        return ()
+    if bool(first.isnan().any()) or bool((first == math.inf).any()):
+        return ()  # which other checks tell
+    return look(function, first, argument, makers)
+
+
+def _cross_entropy(name: str, x: Tensor, argument: Argument, makers: Makers) -> list[LossInput]:
+    axis = min(1, x.ndim - 1)
+    classes = x.shape[axis]
+    if classes < 2:
+        return []
+    form, over = form_of(x, axis)
+    made = makers.of(x)
+    if form == "probabilities" and over == axis:
+        seen = f"cross_entropy got probabilities: each {classes} of them sum to 1"
+        return [LossInput(name, "input", "activated", seen, classes=classes)]
+    if form == "probabilities" and made != SIGMOID:
+        return [
+            LossInput(name, "input", "axis", _wrong_axis(name, form, over, axis), classes=classes)
+        ]
+    if made == SIGMOID and _in_unit(x):
+        seen = "cross_entropy got the output of a sigmoid"
+        return [LossInput(name, "input", "activated", seen, classes=classes)]
+    if form == "log-probabilities" and over == axis and made == LOG_SOFTMAX:
+        seen = "cross_entropy got log-probabilities, the output of log_softmax"
+        return [LossInput(name, "input", "twice", seen)]
+    if not form and made == SOFTMAX and _in_unit(x):
+        seen = f"{name} got the output of a softmax that was not over its classes, axis {axis}"
+        return [LossInput(name, "input", "axis", seen, classes=classes)]
+    if form == "log-probabilities" and over != axis and made == LOG_SOFTMAX:
+        return [
+            LossInput(name, "input", "axis", _wrong_axis(name, form, over, axis), classes=classes)
+        ]
+    return []
+
+
+def _binary(name: str, x: Tensor, argument: Argument, makers: Makers) -> list[LossInput]:
+    made = makers.of(x)
+    if not _in_unit(x):
+        return []
+    if made in (SIGMOID, SOFTMAX):
+        return [LossInput(name, "input", "activated", f"{name} got the output of a {made}")]
+    if x.numel() < ENOUGH or not _is_bounded_by_hand(x):
+        return []
+    low, high = (float(end) for end in x.aminmax())
+    seen = f"{name} got {x.numel()} numbers that all lie between {low:.3g} and {high:.3g}"
+    return [LossInput(name, "input", "activated", seen, surely=False)]
+
+
+def _likelihood(name: str, x: Tensor, argument: Argument, makers: Makers) -> list[LossInput]:
+    axis = x.ndim - 1 if name == "ctc_loss" else min(1, x.ndim - 1)
+    form, over = form_of(x, axis)
+    if x.shape[axis] < 2 or (form == "log-probabilities" and over == axis):
+        return []
+    if form in ("probabilities", "log-probabilities") and over != axis:
+        return [LossInput(name, "input", "axis", _wrong_axis(name, form, over, axis))]
+    if not form and makers.of(x) == LOG_SOFTMAX:
+        seen = f"{name} got the output of a log_softmax that was not over its classes, axis {axis}"
+        return [LossInput(name, "input", "axis", seen)]
+    what = form if form == "probabilities" else "numbers that are no log-probabilities (logits?)"
+    sums = x.detach().float().exp().sum(axis)
+    seen = f"{name} got {what}: the sum of exp over the classes is {_between(sums)}, not 1"
+    return [LossInput(name, "input", "form", seen)]
+
+
+def _binary_likelihood(name: str, x: Tensor, argument: Argument, makers: Makers) -> list[LossInput]:
+    low, high = (float(end) for end in x.aminmax())
+    if low >= 0 and high <= 1:
+        return []
+    seen = f"{name} got numbers from {low:.4g} to {high:.4g} in place of probabilities"
+    return [LossInput(name, "input", "form", seen)]
+
+
+def _divergence(name: str, x: Tensor, argument: Argument, makers: Makers) -> list[LossInput]:
+    target = argument(1, "target")
+    log_target = bool(argument(5, "log_target"))
+    if not isinstance(target, Tensor) or not target.is_floating_point() or target.numel() < 2:
+        return []
+    (first, over), (second, _) = form_of(x, x.ndim - 1), form_of(target, target.ndim - 1)
+    wanted = "log-probabilities" if log_target else "probabilities"
+    if first == "probabilities" and second == "log-probabilities" and not log_target:
+        seen = "kl_div got probabilities as input and log-probabilities as target"
+        return [LossInput(name, "input", "swapped", seen)]
+    found = []
+    if first == "probabilities" or (not first and bool((x > TOLERANCE).any())):
+        what = first or "positive numbers (logits?)"
+        found.append(LossInput(name, "input", "form", f"kl_div got {what} as its input"))
+    if second and second != wanted:
+        seen = f"kl_div got {second} as its target, with log_target={log_target}"
+        found.append(LossInput(name, "target", "form", seen))
+    elif not second and not log_target and bool((target < 0).any()):
+        seen = f"kl_div got negative numbers as its target, with log_target={log_target}"
+        found.append(LossInput(name, "target", "form", seen))
+    if not found and target.requires_grad and not x.requires_grad:
+        seen = "the gradient flows through the target of kl_div alone, not through its input"
+        found.append(LossInput(name, "input", "swapped", seen, surely=False))
+    if not found and over == 0 and x.ndim > 1 and first and makers.of(x) == LOG_SOFTMAX:
+        seen = _wrong_axis(name, first, over, x.ndim - 1)
+        found.append(LossInput(name, "input", "axis", seen))
+    return found
+
+
+def _again(name: str, x: Tensor, argument: Argument, makers: Makers) -> list[LossInput]:
+    """A loss written by hand, whose first function is an activation."""
+    made = makers.of(x)
+    if made not in (SIGMOID, SOFTMAX) or not _in_unit(x):
+        return []
+    return [LossInput(name, "input", "activated", f"{name} in the loss got the output of a {made}")]
+
+
+_LOOKS = {
+    "cross_entropy": _cross_entropy,
+    "binary_cross_entropy_with_logits": _binary,
+    "multilabel_soft_margin_loss": _binary,
+    "nll_loss": _likelihood,
+    "ctc_loss": _likelihood,
+    "binary_cross_entropy": _binary_likelihood,
+    "kl_div": _divergence,
+}
+_BY_HAND = dict.fromkeys(("softmax", "log_softmax", "logsumexp", "sigmoid", "logsigmoid"), _again)
+
+
+# Forms.
+
+
+def form_of(x: Tensor, axis: int) -> tuple[str, int]:
+    """`"probabilities"` or `"log-probabilities"` and the axis that they sum to 1 over; or `""`.
+
+    The axis of the classes is tried first, then the others of more than one element.
+    """
+    x = x.detach()
+    high = float(x.max())
+    if math.isnan(high) or high > 1 + TOLERANCE:
+        return "", axis
+    low = float(x.min())
+    # What is 0 throughout is the logarithm of 1 and no probability.
+    as_it_is = low >= 0 and high > 0
+    if not as_it_is and high > TOLERANCE:
+        return "", axis
+    wide = x if x.dtype is torch.float64 else x.float()  # as much memory as the loss itself takes
+    mass = wide if as_it_is else wide.exp()
+    others = [i for i in range(x.ndim) if i != axis]
+    for i in [axis, *others]:
+        if x.shape[i] > 1 and bool(((mass.sum(i) - 1).abs() < TOLERANCE).all()):
+            return "probabilities" if as_it_is else "log-probabilities", i
+    return "", axis
+
+
+def _is_bounded_by_hand(x: Tensor) -> bool:
+    """Whether it is a quotient whose denominator depends on the model, `1 / (1 + exp(-z))`.
+
+    What a layer gives may lie between 0 and 1 by chance.
+    """
+    node = x.grad_fn
+    while node is not None and re.sub(r"Backward\d+$", "", node.name()) in _SHAPES:
+        node = node.next_functions[0][0]
+    if node is None:
+        return False
+    name, below = node.name(), [n for n, _ in node.next_functions if n is not None]
+    if name.startswith("Mul"):  # `1 / y` is `y.reciprocal() * 1`
+        return any(n.name().startswith("Reciprocal") for n in below)
+    return name.startswith(("Reciprocal", "Clamp")) or (name.startswith("Div") and len(below) == 2)
+
+
+def _in_unit(x: Tensor) -> bool:
+    low, high = (float(end) for end in x.detach().aminmax())
+    return low >= 0 and high <= 1
+
+
+def _between(sums: Tensor) -> str:
+    low, high = (float(end) for end in sums.aminmax())
+    return f"{low:.3g}" if high - low < 1e-3 * abs(high) else f"{low:.3g} to {high:.3g}"
+
+
+def _wrong_axis(name: str, form: str, over: int, axis: int) -> str:
+    batch = ", the samples of the batch" if over == 0 else ""
+    return f"{name} got {form} over axis {over}{batch}; its classes are on axis {axis}"
+
+
+def argument_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Argument:
+    """Looks an argument of a call up by its place or by one of its names."""
+
+    def argument(i: int, *names: str) -> Any:
+        named = (kwargs[n] for n in names if n in kwargs)
+        return args[i] if i < len(args) else next(named, None)
+
+    return argument

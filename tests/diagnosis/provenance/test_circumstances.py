@@ -1,0 +1,114 @@
+"""Causes that only the arguments of a call tell: too few values, too long targets, empty rows."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from fastguard import explain_nonfinite
+from guardtest.chains import Call, chain, mean
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*degrees of freedom is <= 0.*")
+
+ONE_VALUE = {
+    "std": lambda x: (x - x.mean(0)) / (x.std(0) + 1e-8),
+    "unbiased": lambda x: x.std(dim=0, unbiased=True),
+    "var": lambda x: (x - x.mean(0)) * (x.var(0) + 1e-5).rsqrt(),
+    "std_mean": lambda x: torch.sub(*torch.std_mean(x, dim=0)),
+    "var_mean": lambda x: torch.var_mean(x, dim=0)[0],
+    "one-element": lambda x: x / x[0, 0].std(),
+    "list-of-dims": lambda x: x - x.view(1, 2, 2).std((0,), keepdim=True).flatten(1),
+    "bfloat16": lambda x: x.bfloat16().std(0).float(),
+    "hidden": lambda x: torch.where(torch.zeros(4, dtype=torch.bool), x.std(0), x[0]),
+}
+
+
+@pytest.mark.parametrize("function", ONE_VALUE.values(), ids=ONE_VALUE)
+def test_the_deviation_of_one_value(function) -> None:
+    report = explain_nonfinite(chain(Call(function)), (torch.randn(1, 4), None), mean)
+    assert report.kind == "variance of too few values"
+    assert "of 1 value with correction=1 (Bessel's) divides 0 by 1 - 1" in report.evidence
+    assert "correction=0" in report.remedy and "skip" in report.remedy
+    assert report.source is not None and "test_circumstances.py" in report.source
+
+
+def test_a_correction_as_large_as_the_number_of_values() -> None:
+    call = Call(lambda x: x.var(1, correction=4))
+    report = explain_nonfinite(chain(call), (torch.randn(4, 4), None), mean)
+    assert "variance of 4 values with correction=4" in report.evidence
+
+
+def test_a_deviation_of_enough_values_is_not_blamed_on_its_correction() -> None:
+    call = Call(lambda x: (x.double() * 1e300).std(0).float())  # the squares overflow
+    report = explain_nonfinite(chain(call), (torch.randn(3, 4), None), mean)
+    assert report.operation == "aten.std.correction"
+    assert report.kind != "variance of too few values"
+
+
+@pytest.mark.parametrize(
+    "divide, says",
+    [
+        (lambda x: x.sum(0) / (len(x) - 1), "the denominator is the number 0"),
+        (lambda x: x.sum(0) / (x > 1e9).sum(), "the denominator, a count, is 0"),
+        (lambda x: x / (x > 1e9).sum(0), "4 of 4 denominators are exactly 0; they are counts"),
+    ],
+    ids=["number", "count", "counts"],
+)
+def test_a_division_by_a_count(divide, says: str) -> None:
+    report = explain_nonfinite(chain(Call(divide)), (torch.randn(1, 4), None), mean)
+    assert report.kind == "division" and says in report.evidence
+    assert "max(count, 1)" in report.remedy
+
+
+def ctc(inputs, lengths, targets, *, tensors=True, loss=functional.ctc_loss, **settings):
+    torch.manual_seed(0)
+    as_given = torch.tensor if tensors else tuple
+
+    def step(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        scores = model(batch).log_softmax(-1)
+        found = loss(scores, torch.tensor(targets), as_given(inputs), as_given(lengths), **settings)
+        return found.mean()
+
+    return explain_nonfinite(nn.Linear(4, 6), torch.randn(5, len(inputs), 4), step=step)
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (([5, 5], [3, 7], [[1, 2, 3, 0, 0, 0, 0], [1, 2, 3, 4, 5, 1, 2]]), "sample 1 has 7 labels"),
+        (([5, 5], [3, 7], [1, 2, 3, 1, 2, 3, 4, 5, 1, 2]), "sample 1 has 7 labels"),
+        (([5, 5], [4, 3], [[1, 1, 1, 1], [1, 2, 3, 0]]), "sample 0 has 4 labels and 3 blanks"),
+        (([5, 0], [3, 2], [1, 2, 3, 4, 5]), "sample 1 has 2 labels for 0 time steps"),
+    ],
+    ids=["padded", "concatenated", "repeats", "no-input"],
+)
+@pytest.mark.parametrize("tensors", [True, False], ids=["tensors", "tuples"])
+def test_ctc_targets_longer_than_their_input(arguments, says: str, tensors: bool) -> None:
+    for settings in ({}, {"reduction": "none"}, {"loss": nn.CTCLoss(reduction="sum")}):
+        report = ctc(*arguments, tensors=tensors, **settings)
+        assert report.kind == "CTC target longer than its input"
+        assert report.evidence.startswith("1 of 2 samples cannot be aligned")
+        assert says in report.evidence and "zero_infinity=True" in report.remedy
+    assert not ctc(*arguments, tensors=tensors, zero_infinity=True).found
+
+
+def test_ctc_that_is_infinite_for_another_reason_is_not_put_down_to_lengths() -> None:
+    def step(model, batch):
+        scores = model(batch).log_softmax(-1).masked_fill(torch.arange(6) == 2, -math.inf)
+        return functional.ctc_loss(scores, torch.tensor([[1, 2]]), (5,), (2,))
+
+    report = explain_nonfinite(nn.Linear(4, 6), torch.randn(5, 1, 4), step=step)
+    assert report.found and report.kind != "CTC target longer than its input"
+
+
+def test_rows_that_are_masked_throughout() -> None:
+    mask = torch.zeros(3, 4, dtype=torch.bool)
+    mask[1] = True
+    call = Call(lambda x: x.masked_fill(mask, -math.inf).softmax(-1))
+    report = explain_nonfinite(chain(call), (torch.randn(3, 4), None), mean)
+    assert "1 of 3 rows are -Inf throughout" in report.evidence
+    assert "unmasked" in report.remedy
