@@ -59,8 +59,9 @@ def diagnose(
             AdamW show whether the model can learn at all.
         data: Further batches, a DataLoader for example; the first 8 are looked at. An iterator
             loses those.
-        step: In place of `loss_fn`: `step(model, batch)` returns the loss. It does not go backward
-            and does not step the optimizer.
+        step: In place of `loss_fn`: `step(model, batch)` returns the loss; or a dict of parts whose
+            sum is the loss; or a dict, an object or a tuple that has the loss in it, under `loss`
+            or as its first entry. It does not go backward and does not step the optimizer.
         autocast: What training runs under: `torch.autocast("cuda", torch.float16)` for example, or
             `"float16"` or `"bfloat16"`, on the model's device.
 

@@ -53,8 +53,9 @@ def explain_nonfinite(
             keyword arguments of the model. Inputs that are a tuple or a mapping are unpacked.
         loss_fn: The loss is `loss_fn(model(inputs), targets)`; of a mapping, `loss_fn(output,
             batch)`. None: it is the output's `loss`, and if it has none there is no backward pass.
-        step: In place of `loss_fn`: `step(model, batch)` returns a loss, or a dict of parts whose
-            sum is the loss.
+        step: In place of `loss_fn`: `step(model, batch)` returns a loss; or a dict of parts whose
+            sum is the loss; or a dict, an object or a tuple that has the loss in it, under `loss`
+            or as its first entry.
         autocast: What the step ran under: `torch.autocast("cuda", torch.float16)` for example, or
             `"float16"` or `"bfloat16"`, on the model's device.
         rng: `fastguard.snapshot.rng_state()`, taken before the bad batch; dropout then falls as it

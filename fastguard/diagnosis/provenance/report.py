@@ -120,7 +120,7 @@ class NonFiniteReport:
         reached: The operations after the first, from module to module.
         loss: The loss, or its parts by name.
         bad_gradients: Parameters whose gradient is non-finite; empty if the loss already is.
-        kind: The kind of operation, as in `remedies.KINDS`.
+        kind: The kind of operation, as in `remedies.KINDS`, or of fault, as in `circumstances`.
         evidence: What in the ranges explains the value.
         remedy: What to do about it.
         precision: True: the same computation in float32 is finite, so the range of float16 or
