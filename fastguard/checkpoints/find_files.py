@@ -12,6 +12,7 @@ from fastguard.checkpoints import durable_files as files
 from fastguard.checkpoints import names
 from fastguard.checkpoints.errors import CheckpointError
 from fastguard.checkpoints.folder import is_store
+from fastguard.checkpoints.index_files import is_index
 from fastguard.regular_files import open_regular
 
 ENDINGS = (".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".pt.tar", ".pth.tar", ".ckpt.tar")
@@ -27,12 +28,12 @@ class Found:
     Attributes:
         path: The file or folder.
         kind: What it is; `"shards"` is a folder that `torch.distributed.checkpoint` wrote,
-            `"other"` a file whose name alone is that of a checkpoint, `"unreadable"` a folder.
+            `"index"` a file that says which other holds each tensor, `"other"` a file whose name alone is that of a checkpoint, `"unreadable"` a folder.
         why: Of the last two: what tells.
     """
 
     path: Path
-    kind: Literal["file", "store", "shards", "other", "unreadable"]
+    kind: Literal["file", "index", "store", "shards", "other", "unreadable"]
     why: str = ""
 
 
@@ -105,6 +106,8 @@ def _in(folder: Path) -> Iterator[Found]:
 def _files(folder: Path) -> Iterator[Found]:
     for path in sorted(folder.iterdir()):
         name = path.name.lower()
+        if is_index(path) and not path.is_dir():
+            yield Found(path, "index")
         if not name.endswith(ENDINGS) or name.startswith(files.TEMPORARY):
             continue
         if path.is_dir():

@@ -41,7 +41,7 @@ REFUSED = {
     "NaN": (b'{"a":NaN}', 0, "no safetensors header"),
     "UTF-16": ('{"a":{}}'.encode("utf-16"), 0, "no safetensors header"),
     "a lone surrogate": (b'{"\\ud800":{}}', 0, "no safetensors header"),
-    "a list": (b"[]", 0, "no JSON object"),
+    "a list": (b"[]", 0, "is no JSON object"),
 }
 
 

@@ -73,7 +73,8 @@ def read_safetensors(file: IO[bytes], size: int) -> Contents:
         raise DamagedFile(f"its header is no safetensors header ({error!r})") from None
     spans.sort(key=lambda span: (span.start, span.end))
     _check_covered(spans, data, size)
-    return Contents("safetensors", None, tuple(span for span in spans if span.n), metadata=metadata)
+    tree = {span.name: span for span in spans}
+    return Contents("safetensors", tree, tuple(s for s in spans if s.n), metadata=metadata)
 
 
 def json_without_doubles(raw: bytes) -> dict[str, Any]:
@@ -90,7 +91,7 @@ def json_without_doubles(raw: bytes) -> dict[str, Any]:
         parse_int=lambda text: _no_json(text) if text == "-0" else int(text),
     )
     if not isinstance(found, dict):
-        raise DamagedFile("its header is no JSON object")
+        raise DamagedFile("it is no JSON object")
     return found
 
 

@@ -52,7 +52,8 @@ class Contents:
 
     Attributes:
         format: `"torch"`, `"torch (legacy)"`, `"torch (shards)"` or `"safetensors"`.
-        tree: The nested containers, with `TensorRef`s for tensors; None for shards, safetensors.
+        tree: The nested containers, with `TensorRef`s for tensors; of safetensors the spans by
+            name, those of no elements too; None for shards.
         spans: The tensors, each view of the data once, in file order.
         records: Checksums that the file carries, in file order.
         arrays: Tensors that stand in the pickle itself (numpy arrays).

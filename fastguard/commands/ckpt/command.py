@@ -21,6 +21,7 @@ from fastguard.checkpoints import find_files as finding
 from fastguard.checkpoints import foreign_files as foreign
 from fastguard.checkpoints.errors import CheckpointError, StoreLocked
 from fastguard.checkpoints.folder import is_store
+from fastguard.checkpoints.index_files import check_index, is_index
 from fastguard.checkpoints.reading.file_report import not_ignored
 from fastguard.checkpoints.reading.inspect_file import inspect
 from fastguard.checkpoints.store import CheckpointStore
@@ -93,11 +94,14 @@ def _list(path: Path) -> int:
     if path.is_dir() and is_store(path):
         _list_store(path)
     else:
-        return _list_files(_files_in(path) if path.is_dir() else [path])
+        return _list_files(_files_in(path))
     return FINE
 
 
-def _files_in(folder: Path) -> list[Path]:
+def _files_in(folder: Path) -> Sequence[Path]:
+    """The files to list for a folder, an index, or a file, which stands for itself."""
+    if not folder.is_dir():
+        return check_index(folder).files if is_index(folder) else [folder]
     found = finding.checkpoint_files(folder)
     if not found:
         if finding.is_shards(folder):
@@ -189,6 +193,8 @@ def _verify(path: Path, ignore: Sequence[str]) -> int:
         return _verify_store(path, ignore)
     if path.is_dir():
         return _verify_folder(path, ignore)
+    if is_index(path):
+        return _verify_index(path, ignore, with_files=True)
     kind = "shards" if path.suffix == ".distcp" else "file"
     return _verify_found(finding.Found(path.parent if kind == "shards" else path, kind), ignore)
 
@@ -209,6 +215,8 @@ def _verify_folder(folder: Path, ignore: Sequence[str]) -> int:
 def _verify_found(found: finding.Found, ignore: Sequence[str]) -> int:
     if found.kind == "file":
         return _verify_file(found.path, ignore)
+    if found.kind == "index":
+        return _verify_index(found.path, ignore, with_files=False)
     if found.kind == "shards":  # nothing is known of them, so not everything is fine
         say(f"skip {found.path}: {finding.how_to_read_shards(found.path)}")
         return FOUND_BAD
@@ -239,6 +247,20 @@ def _verify_file(path: Path, ignore: Sequence[str]) -> int:
         return _report(path, foreign.problem_of(path, error), (), 0)
     problem = f"{', '.join(found.damaged)} changed after it was written" if found.damaged else None
     return _report(path, problem, not_ignored(found.bad, ignore), found.contents.n_tensors)
+
+
+def _verify_index(path: Path, ignore: Sequence[str], *, with_files: bool) -> int:
+    """An index, and where nothing else leads to them the files that it names."""
+    try:
+        found = check_index(path)
+    except (CheckpointError, OSError) as error:
+        return _report(path, foreign.problem_of(path, error), (), 0)
+    for problem in found.problems:
+        say(f"BAD  {path}: {problem}")
+    if not found.problems:
+        say(f"ok   {path}: {found.n_tensors} tensors, each in the file that it names")
+    status = FOUND_BAD if found.problems else FINE
+    return max([status, *(_verify_file(file, ignore) for file in found.files if with_files)])
 
 
 def _report(path: Path, problem: str | None, bad: Sequence[Culprit], n_tensors: int) -> int:

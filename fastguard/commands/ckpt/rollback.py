@@ -11,6 +11,7 @@ from pathlib import Path
 from fastguard.checkpoints import find_files as finding
 from fastguard.checkpoints import foreign_files as foreign
 from fastguard.checkpoints.folder import is_checkpoint, is_store
+from fastguard.checkpoints.index_files import is_index
 from fastguard.checkpoints.reader import Which
 from fastguard.checkpoints.store import CheckpointStore
 from fastguard.commands.terminal import say, text_of
@@ -29,6 +30,7 @@ def run(path: Path, to: str | None, ignore: Sequence[str]) -> int:
         raise UsageError(
             f"{path} is a checkpoint of a store: fastguard ckpt rollback {path.parent} --to STEP"
         )
+    _refuse_index(path)
     target = _resumed_from(path) if path.is_dir() else path
     if to is None:
         source, passed_over = foreign.good_source(target, ignore)
@@ -87,7 +89,13 @@ def _said_once() -> Iterator[None]:
         log.removeFilter(other)
 
 
+def _refuse_index(path: Path) -> None:
+    if is_index(path):
+        raise UsageError(f"{path} says where tensors are and holds none; name one of the files")
+
+
 def _named(source: Path, target: Path) -> Path:
+    _refuse_index(source)
     if source.is_dir():
         raise UsageError(f"--to {source} is a folder; name a file in it")
     beside = target.parent / source

@@ -1,0 +1,101 @@
+"""Models in several files, as Hugging Face writes them: the index that says where each tensor is.
+
+`model.safetensors.index.json` maps the name of each tensor to the file beside it that holds it. A
+download that broke off leaves files that are whole and a model that is not; only the index tells.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastguard.checkpoints.errors import CheckpointError, DamagedFile
+from fastguard.checkpoints.reading.contents import read_contents
+from fastguard.checkpoints.reading.safetensors_header import json_without_doubles
+from fastguard.regular_files import open_regular
+
+_NAME = re.compile(r".+\.(safetensors|bin)\.index(\.[^.]+)?\.json", re.IGNORECASE)
+_LARGEST = 100 * 2**20  # bytes, as of a safetensors header: both name each tensor once
+_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class IndexCheck:
+    """What comparing an index with the files beside it showed.
+
+    Attributes:
+        n_tensors: Tensors that it names.
+        files: The files that it names and that are there, by name.
+        problems: What is missing, one line each.
+    """
+
+    n_tensors: int
+    files: tuple[Path, ...]
+    problems: tuple[str, ...]
+
+
+def is_index(path: Path) -> bool:
+    """Whether the name is that of an index: `model.safetensors.index.json`, `...bin.index.json`."""
+    return _NAME.fullmatch(path.name) is not None
+
+
+def check_index(path: Path) -> IndexCheck:
+    """Compares an index with the headers of the files that it names; reads no tensors.
+
+    A file that cannot be read is no problem of the index: whoever reads that file says so.
+
+    Raises:
+        DamagedFile: It is no index, or names a file that is not in its folder.
+        OSError: It cannot be opened, or is no regular file.
+    """
+    by_file: dict[str, list[str]] = {}
+    places = _places(path)
+    for tensor, file in places.items():
+        by_file.setdefault(file, []).append(tensor)
+    there, problems = [], []
+    for file, tensors in sorted(by_file.items()):
+        beside = path.parent / file
+        if not beside.exists():
+            problems.append(f"{file} is missing, with {_told(tensors)}")
+            continue
+        there.append(beside)
+        try:
+            held = _names_in(beside)
+        except (CheckpointError, OSError):
+            continue
+        lacking = [tensor for tensor in tensors if tensor not in held]
+        if lacking:
+            problems.append(f"{file} does not hold {_told(lacking)}")
+    return IndexCheck(len(places), tuple(there), tuple(problems))
+
+
+def _places(path: Path) -> Mapping[str, str]:
+    """The file of each tensor."""
+    with open_regular(path) as file:
+        raw = file.read(_LARGEST + 1)
+    if len(raw) > _LARGEST:
+        raise DamagedFile(f"{path}: an index of more than {_LARGEST} bytes")
+    try:
+        places = json_without_doubles(raw).get("weight_map")
+    except CheckpointError as error:
+        raise DamagedFile(f"{path}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile(f"{path}: no JSON ({error})") from None
+    if not isinstance(places, dict) or not all(isinstance(f, str) for f in places.values()):
+        raise DamagedFile(f"{path}: no index, it has no weight_map from tensors to files")
+    for file in places.values():
+        if file in ("", ".", "..") or set(file) & {"/", "\\", "\0"}:
+            raise DamagedFile(f"{path}: it points to {file!r}, which is no file of its folder")
+    return places
+
+
+def _names_in(path: Path) -> frozenset[str]:
+    tree = read_contents(path).tree
+    return frozenset(map(str, tree)) if isinstance(tree, dict) else frozenset()
+
+
+def _told(tensors: list[str]) -> str:
+    more = f" and {len(tensors) - _SHOWN} more" if len(tensors) > _SHOWN else ""
+    return ", ".join(tensors[:_SHOWN]) + more
