@@ -28,7 +28,8 @@ class Found:
     Attributes:
         path: The file or folder.
         kind: What it is; `"shards"` is a folder that `torch.distributed.checkpoint` wrote,
-            `"index"` a file that says which other holds each tensor, `"other"` a file whose name alone is that of a checkpoint, `"unreadable"` a folder.
+            `"index"` a file that says which other holds each tensor, `"other"` a file whose name
+            alone is that of a checkpoint, `"unreadable"` a folder.
         why: Of the last two: what tells.
     """
 
