@@ -134,10 +134,10 @@ def clip_buckets(
         return norm
     if mode == "raise":
         raise_if_nonfinite(stats, signals, as_torch=error_if_nonfinite)
-    plain = stats.kind is PLAIN
-    limit = (limit_tensor if plain else limit_beside)(
-        max_norm, buckets.device if plain else stats.summary
-    )
+    if stats.kind is PLAIN:
+        limit = limit_tensor(max_norm, buckets.device)
+    else:
+        limit = limit_beside(max_norm, stats.summary)
     policy = Policy(limit, mode, limited=max_norm != math.inf)
     verdict = decide(stats, signals, None, policy)
     if policy.may_change(signals):

@@ -17,6 +17,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from torch import Tensor
 
+Tensors = list[Tensor] | tuple[Tensor, ...]  # what the foreach functions of torch take
+
 DOT = 2**13  # elements of a dot product; OpenBLAS leaves up to 10,000 to one thread
 GRAIN = 2**15 - 16  # elements that torch leaves to one thread: fewer than 32,768; whole cache lines
 FEW = 2**20  # elements up to which a second thread saves less than 0.2 ms
@@ -42,7 +44,7 @@ def few(sizes: Iterable[int]) -> bool:
     return sum(n for n in sizes if n > GRAIN) < FEW
 
 
-def in_pieces(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+def in_pieces(tensors: Tensors) -> Tensors:
     """The elements of tensors of one device as views, each of which torch leaves to one thread.
 
     Returns:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from functools import partial
 from itertools import compress
-from operator import setitem
 
 import numpy as np
 import torch
@@ -224,13 +223,13 @@ def _update_rings(
         if not math.isfinite(values[k]):  # a loss that this step did not give says nothing
             continue
         if state.undo is not None:
-            state.undo.append(partial(setitem, rings, k, rings[k].copy()))
+            state.undo.append(partial(rings.__setitem__, k, rings[k].copy()))
         rings[k, 2] = rings[k, 2] + 1 if values[k] > thresholds[k] else 0
         enters = moved and (spikes[k] or not skip)
         if enters and isinstance(rule, SpikeRule):
             at = rings[k, 1]
             if state.undo is not None:
-                state.undo.append(partial(setitem, windows, (k, at), windows[k, at]))
+                state.undo.append(partial(windows.__setitem__, (k, at), windows[k, at]))
             windows[k, at] = thresholds[k] if spikes[k] else values[k]
             rings[k, 0] = min(rings[k, 0] + 1, rule.window)
             rings[k, 1] = (at + 1) % rule.window
@@ -241,7 +240,7 @@ def _count_step(state: GuardState, skip: bool, lowers: bool) -> tuple[int, int]:
     counters = state.counters.numpy()
     step, applied, skipped, in_a_row, for_scale = before = counters.tolist()
     if state.undo is not None:
-        state.undo.append(partial(setitem, counters, ..., before))
+        state.undo.append(partial(counters.__setitem__, ..., before))
     step += 1
     counters[0] = step
     if lowers:

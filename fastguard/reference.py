@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastguard import cpu
 from fastguard.buckets import GradBucket
-from fastguard.cpu_threads import in_pieces
+from fastguard.cpu_threads import Tensors, in_pieces
 from fastguard.decide import (
     TINY,
     GuardState,
@@ -101,7 +101,7 @@ def plain_measure(
         counts = torch.stack([x.isnan().sum(), x.isposinf().sum(), x.isneginf().sum()])
         found[segment].append(counts)
         of_tensor[i] = counts
-    none = counts.new_zeros(3)
+    none = next(iter(of_tensor.values())).new_zeros(3)  # a bucket holds a tensor or more
     columns = [
         torch.cat([joined(own, none, norm_type, rooted), _added(counts, none)])
         for own, counts in zip(sums, found, strict=True)
@@ -328,7 +328,7 @@ def _pieces(bucket: GradBucket, segment: int, multiplier: float) -> list[Tensor]
     return [run.flat for run in bucket.runs if run.segment == segment]
 
 
-def _multiply(grads: Sequence[Tensor], multiplier: float, dtype: torch.dtype) -> None:
+def _multiply(grads: Tensors, multiplier: float, dtype: torch.dtype) -> None:
     if multiplier == 1.0:
         return
     grads = in_pieces(grads)

@@ -87,7 +87,7 @@ def load(saved: dict[str, Any] | None, policy: Policy, device: torch.device) -> 
         expected, given = getattr(fresh, name), saved[name]
         if name == "counters":
             given = _with_all_counters(given)
-        _check_kind(name, given, expected)
+        given = _of_kind(name, given, expected)
         if has_numbers(given):
             _check_values(name, given, policy)
         expected.copy_(given)
@@ -106,19 +106,20 @@ def _with_all_counters(given: object) -> object:
     return given
 
 
-def _check_kind(name: str, given: object, expected: Tensor) -> None:
-    is_tensor = isinstance(given, Tensor)
-    shape = tuple(given.shape) if is_tensor else None
-    if shape != tuple(expected.shape):
+def _of_kind(name: str, given: object, expected: Tensor) -> Tensor:
+    """What was saved, if it is a tensor of the expected shape and dtype."""
+    shape = tuple(given.shape) if isinstance(given, Tensor) else None
+    if not isinstance(given, Tensor) or shape != tuple(expected.shape):
         raise ValueError(
             f"the guard's state has {name} of shape {shape}, expected "
             f"{tuple(expected.shape)}; delete state_dict['fastguard'] to start a fresh guard"
         )
-    if is_tensor and given.dtype != expected.dtype:
+    if given.dtype != expected.dtype:
         raise ValueError(
             f"the guard's state has {name} of {given.dtype}, expected {expected.dtype}; "
             "delete state_dict['fastguard'] to start a fresh guard"
         )
+    return given
 
 
 def _check_values(name: str, given: Tensor, policy: Policy) -> None:

@@ -82,8 +82,9 @@ class _Shortened:
             if isinstance(value, (Mapping, list, tuple)):
                 if depth == DEEPEST:
                     return _MORE
-                items = self._mapping if isinstance(value, Mapping) else self._list
-                return items(value, depth + 1)
+                if isinstance(value, Mapping):
+                    return self._mapping(value, depth + 1)
+                return self._list(value, depth + 1)
             return self._text(str(value))
         except Exception as error:  # the class of the value decides what its methods do
             return _cannot_be_shown(value, error)

@@ -113,7 +113,7 @@ def _cloned_subclass(value: Tensor) -> Tensor:
             raise CannotCopy(value, error) from error
     with torch._C.DisableTorchFunctionSubclass():
         made = value.detach().clone().as_subclass(type(value))
-    made.__dict__.update(copy.deepcopy(value.__dict__))
+    vars(made).update(copy.deepcopy(value.__dict__))
     return made
 
 

@@ -228,14 +228,13 @@ def roll_back_file(
         check_regular(target.stat(), target)
     if target.exists() and target.samefile(source):
         raise CheckpointError(f"{source} is the file to be replaced; choose another one to copy")
+    refused = f"{source} cannot be rolled back to: "
     try:
         found = inspect(source, sha256=True)
     except (CheckpointError, OSError) as error:
-        problem = problem_of(source, error)
-    else:
-        problem = _flaw(found, ignore)
-    if problem:
-        raise CheckpointError(f"{source} cannot be rolled back to: {problem}")
+        raise CheckpointError(refused + problem_of(source, error)) from error
+    if flaw := _flaw(found, ignore):
+        raise CheckpointError(refused + flaw)
     temporary = files.copy_temporary(source, target)
     try:
         if sha256_of(temporary) != found.sha256:

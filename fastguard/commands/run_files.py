@@ -46,7 +46,7 @@ def writer_of(lines: Iterable[bytes | str]) -> Writer:
     """
     writer: Writer = "unknown"
     for line in lines:
-        if not line.lstrip().startswith(b"{" if isinstance(line, bytes) else "{"):
+        if line.lstrip()[:1] not in ("{", b"{"):
             continue
         try:
             keys = json.loads(line).keys()

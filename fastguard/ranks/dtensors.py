@@ -36,7 +36,7 @@ def local_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
     if functional is None or set(map(type, parts)) <= {Tensor, torch.nn.Parameter}:
         return parts
     unfinished = functional.AsyncCollectiveTensor
-    return [t.wait() if isinstance(t, unfinished) else t for t in parts]
+    return [t.wait() if isinstance(t, unfinished) else t for t in parts]  # type: ignore[attr-defined]
 
 
 def is_partial(t: Tensor) -> bool:

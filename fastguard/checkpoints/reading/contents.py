@@ -131,7 +131,7 @@ class _Stretch(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         self._file.seek(self._start + self._at)
-        n = self._file.readinto(memoryview(buffer)[: max(self._size - self._at, 0)])
+        n = self._file.readinto(memoryview(buffer)[: max(self._size - self._at, 0)])  # type: ignore[attr-defined]
         self._at += n
         return n
 

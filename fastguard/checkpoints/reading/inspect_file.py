@@ -107,7 +107,7 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 def sha256_of_open(file: BinaryIO) -> str:
     """`sha256_of`, of a file that is open; left at its start."""
     file.seek(0)
-    digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
     file.seek(0)
     return digest
 
