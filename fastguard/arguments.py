@@ -59,7 +59,7 @@ class _Told:
     """
 
     filters: object = None
-    lines: ClassVar[set[tuple[str, int]]] = set()
+    lines: ClassVar[set[tuple[str, str, int]]] = set()
 
 
 def warn_of_zero(name: str) -> None:
@@ -67,19 +67,25 @@ def warn_of_zero(name: str) -> None:
 
     It means what it means in torch, but many libraries write "no clipping" so.
     """
+    without = "leave clip_value out" if name == "clip_value" else "pass max_norm=None"
+    _warn_once(
+        f"{name}=0 sets every gradient to zero, as in torch, so nothing will be learned; to turn "
+        f"clipping off, {without} (float('inf') in the functions)"
+    )
+
+
+def _warn_once(message: str) -> None:
+    """Warns, once for each line of the user's code; compiled code does so while it is traced, since
+    a graph cannot.
+    """
     line, level = _line_of_the_caller()
     if _Told.filters is not warnings.filters:
         _Told.filters = warnings.filters
         _Told.lines.clear()
-    if line in _Told.lines:
+    if (message, *line) in _Told.lines:
         return
-    _Told.lines.add(line)
-    without = "leave clip_value out" if name == "clip_value" else "pass max_norm=None"
-    warnings.warn(
-        f"{name}=0 sets every gradient to zero, as in torch, so nothing will be learned; to turn "
-        f"clipping off, {without} (float('inf') in the functions)",
-        stacklevel=level,
-    )
+    _Told.lines.add((message, *line))
+    warnings.warn(message, stacklevel=level)
 
 
 def _line_of_the_caller() -> tuple[tuple[str, int], int]:
@@ -158,6 +164,7 @@ def _warn(message: str, stacklevel: int) -> None:
 
 # What torch.compiler.assume_constant_result does, without importing the compiler (0.2 s).
 _warn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def as_list(name: str, value: Iterable) -> list:
@@ -250,7 +257,7 @@ def _check_no_gradient(parameters: Tensor | list, strict: bool) -> None:
     )
     if strict:
         raise TypeError(message)
-    _warn(message, 6)
+    _warn_once(message)
 
 
 def _may_have_gradient(p: Tensor) -> bool:

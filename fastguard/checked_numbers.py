@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 Text = str | bytes | bytearray
+LARGEST_COUNT = 2**63 - 1
+"""What int64 holds: counters on a device, and in files that others read."""
 _SHOWN = 60  # characters of a value in an error
 
 
@@ -67,6 +69,29 @@ def finite_number_of(name: str, value: Any, remedy: str = "use a finite number")
     return number
 
 
+def count_of(
+    name: str, value: Any, low: int, high: int = LARGEST_COUNT, *, optional: bool = False
+) -> int:
+    """An integer from `low` to `high`.
+
+    Args:
+        name: What the errors call it.
+        value: The argument.
+        low: The least that makes sense.
+        high: The most that has a place.
+        optional: Whether the error is to say that None is another choice, which the caller has
+            made already.
+
+    Raises:
+        ValueError: It is no such integer.
+    """
+    if is_integer(value) and low <= value <= high:
+        return value
+    at_most = f", at most {high}" if is_integer(value) and value > high else ""
+    choice = "None or " if optional else ""
+    raise ValueError(f"{name}={shown(value)} must be {choice}an integer >= {low}{at_most}")
+
+
 def is_integer(value: object) -> bool:
     """Whether it is an integer; a bool is none."""
     return isinstance(value, int) and not isinstance(value, bool)
@@ -77,5 +102,7 @@ def shown(value: Any) -> str:
     try:
         text = repr(value)
     except ValueError:  # Python refuses to write an integer of more than 4300 digits
-        return f"an integer of {value.bit_length()} bits"
+        if isinstance(value, int):
+            return f"an integer of {value.bit_length()} bits"
+        return f"a {type(value).__name__} of thousands of digits"
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."

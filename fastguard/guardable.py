@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastguard.arguments import warn_of_zero
-from fastguard.checked_numbers import is_integer
+from fastguard.checked_numbers import count_of
 from fastguard.delegation import OptimizerAround
 from fastguard.errors import TrainingDivergedError
 from fastguard.ranks.dtensors import dtensor_types
@@ -120,8 +120,8 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 def check_budget(value: object) -> None:
     """Raises a ValueError for what is no number of skips."""
-    if value is not None and (not is_integer(value) or value < 1):  # type: ignore[operator]
-        raise ValueError(f"max_consecutive_skips={value!r} must be None or an integer >= 1")
+    if value is not None:
+        count_of("max_consecutive_skips", value, 1, optional=True)
 
 
 def raise_if_over_budget(record: StepRecord | None, limit: int | None) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from fastguard.bad_stretch import BadStretch
-from fastguard.checked_numbers import is_integer, number_of
+from fastguard.checked_numbers import count_of, number_of
 from fastguard.checkpoints import CheckpointStore
 from fastguard.errors import TrainingDivergedError
 from fastguard.optimizer import GuardedOptimizer
@@ -308,8 +308,7 @@ class Rollback:
 
 def _check_counts(**counts: object) -> None:
     for name, value in counts.items():
-        if not is_integer(value) or value < 1:  # type: ignore[operator]
-            raise ValueError(f"{name}={value!r} must be an integer >= 1")
+        count_of(name, value, 1)
 
 
 def _check_reachable(after_skips: int | None, limit: int | None) -> None:

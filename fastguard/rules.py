@@ -18,11 +18,13 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from fastguard.checked_numbers import is_integer, number_of
+from fastguard.checked_numbers import count_of, is_integer, number_of, shown
 
 Action = Literal["skip", "clip", "record"]
 ACTIONS = ("skip", "clip", "record")
 GRAD_NORM = "grad_norm"
+LARGEST_WINDOW = 2**20
+"""Values of a baseline: 8 MB, looked at in each step."""
 PATIENCE = 100
 """Steps after which a loss that a rule waits for is missed."""
 
@@ -50,11 +52,10 @@ class SpikeRule:
     action: Action = "skip"
 
     def __post_init__(self) -> None:
-        if not (is_integer(self.window) and self.window >= 2):
-            raise ValueError(f"SpikeRule window={self.window!r} must be an integer >= 2")
+        count_of("SpikeRule window", self.window, 2, LARGEST_WINDOW)
         if not (is_integer(self.warmup) and 2 <= self.warmup <= self.window):
             raise ValueError(
-                f"SpikeRule warmup={self.warmup!r} must be an integer from 2 to "
+                f"SpikeRule warmup={shown(self.warmup)} must be an integer from 2 to "
                 f"window={self.window}: the baseline holds no more than that"
             )
         sigma = number_of("SpikeRule sigma", self.sigma, "use a finite number > 0")

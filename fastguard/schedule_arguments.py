@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, ReduceLROnPlateau
 
-from fastguard.checked_numbers import is_integer, number_of
+from fastguard.checked_numbers import count_of, number_of, shown
 from fastguard.optimizer import GuardedOptimizer
 from fastguard.warmup import Warmup
 
@@ -58,9 +58,9 @@ def looks_at_metrics(schedule: LRScheduler | ReduceLROnPlateau) -> bool:
 def check_back_off(backoff: object, recovery: object, warmup: object) -> None:
     """Raises for what `GuardedLR` cannot take."""
     if not 0 < number_of("backoff", backoff, "use a number in (0, 1]") <= 1:
-        raise ValueError(f"backoff={backoff!r} must be a number in (0, 1]")
-    if recovery is not None and (not is_integer(recovery) or recovery < 1):  # type: ignore[operator]
-        raise ValueError(f"recovery={recovery!r} must be None or an integer >= 1")
+        raise ValueError(f"backoff={shown(backoff)} must be a number in (0, 1]")
+    if recovery is not None:
+        count_of("recovery", recovery, 1, optional=True)
     if warmup is not None and not isinstance(warmup, Warmup):
         steps = warmup if isinstance(warmup, int) else "..."
         raise TypeError(

@@ -15,7 +15,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from fastguard.checked_numbers import is_integer
+from fastguard.checked_numbers import count_of
 from fastguard.step_record import FIELDS, StepRecord
 from fastguard.strict_json import encode
 
@@ -53,10 +53,9 @@ class JsonLinesSink:
     def __init__(
         self, path: str | os.PathLike[str], *, max_bytes: int = 1 << 30, keep: int | None = None
     ) -> None:
-        if not isinstance(max_bytes, int) or max_bytes < 1024:
-            raise ValueError(f"max_bytes={max_bytes!r} must be an integer >= 1024")
-        if keep is not None and (not is_integer(keep) or keep < 0):
-            raise ValueError(f"keep={keep!r} must be None or an integer >= 0")
+        count_of("max_bytes", max_bytes, 1024)
+        if keep is not None:
+            count_of("keep", keep, 0, optional=True)
         self.path = check_file(path)
         self.max_bytes = max_bytes
         self.keep = keep

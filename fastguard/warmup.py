@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastguard.checked_numbers import Text, is_integer, number_of
+from fastguard.checked_numbers import Text, count_of, number_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,7 @@ class Warmup:
     momentum: float | Sequence[float] | None = None
 
     def __post_init__(self) -> None:
-        if not is_integer(self.steps) or self.steps < 1:
-            raise ValueError(f"Warmup steps={self.steps!r} must be an integer >= 1")
+        count_of("Warmup steps", self.steps, 1)
         for name in ("lr", "momentum"):
             value = getattr(self, name)
             several = isinstance(value, Sequence) and not isinstance(value, Text)

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import fastguard
-from fastguard.checked_numbers import finite_number_of, number_of, shown
+from fastguard.checked_numbers import count_of, finite_number_of, number_of, shown
+from fastguard.checkpoints.arguments import integer
 from fastguard.diagnosis.replay.arguments import check_loss_scale
 
 HUGE = 10**400
@@ -103,6 +104,46 @@ def test_an_integer_beyond_the_largest_float_is_named(take):
         with pytest.raises(ValueError, match=named) as error:
             take(huge)
         assert len(str(error.value)) < 300
+
+
+COUNTS = {
+    "max_consecutive_skips": lambda n: guarded(max_consecutive_skips=n),
+    "SpikeRule window": lambda n: fastguard.SpikeRule(window=n),
+    "SpikeRule warmup": lambda n: fastguard.SpikeRule(warmup=n),
+    "recovery": lambda n: lr_of(recovery=n),
+    "Warmup steps": lambda n: fastguard.Warmup(n),
+    "every": lambda n: fastguard.Rollback(guarded(), {}, every=n),
+    "keep": lambda n: fastguard.Rollback(guarded(), {}, keep=n),
+    "after_skips": lambda n: fastguard.Rollback(guarded(), {}, after_skips=n),
+    "max_bytes": lambda n: fastguard.JsonLinesSink("never.jsonl", max_bytes=n),
+    "keep of a sink": lambda n: fastguard.JsonLinesSink("never.jsonl", keep=n),
+    "step": lambda n: integer("step", n, 0),
+    "GuardConfig max_consecutive_skips": lambda n: configured(max_consecutive_skips=n),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_count_that_no_counter_holds_is_named(name):
+    """Counters are int64, and so are the files and tensors that counts go into."""
+    argument = name.removesuffix(" of a sink").removeprefix("GuardConfig ")
+    for huge in (2**63, HUGE, -HUGE, 10**5000, -(10**5000)):
+        with pytest.raises(ValueError, match=f"{argument}=(-?[0-9]|an integer of)") as error:
+            COUNTS[name](huge)
+        assert len(str(error.value)) < 300
+
+
+def test_a_window_is_not_larger_than_a_device_holds():
+    with pytest.raises(ValueError, match=r"window=1000000000000 must be .* at most 1048576"):
+        fastguard.SpikeRule(window=10**12)
+    assert fastguard.SpikeRule(window=2**20).window == 2**20
+
+
+def test_what_is_a_count():
+    assert count_of("n", 3, 3, 3) == 3
+    for wrong in (2, 4, True, 3.0, "3", None):
+        with pytest.raises(ValueError, match=r"n=.* must be None or an integer >= 3"):
+            count_of("n", wrong, 3, 3, optional=True)
+    assert shown(Fraction(1, 10**5000)) == "a Fraction of thousands of digits"
 
 
 @pytest.mark.parametrize("value", [True, torch.tensor(True)], ids=str)

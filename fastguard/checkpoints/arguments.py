@@ -6,6 +6,7 @@ import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from fastguard.checked_numbers import count_of
 from fastguard.checkpoints.entry import Entry
 from fastguard.step_record import StepRecord
 
@@ -34,9 +35,7 @@ def integer(name: str, value: object, low: int) -> int:
         number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         number = None
-    if number is None or number < low:
-        raise ValueError(f"{name}={value!r} must be an integer >= {low}")
-    return number
+    return count_of(name, value if number is None else number, low)
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from fastguard.checked_numbers import shown
+
 
 class UsageError(Exception):
     """Wrong use of a command: one line that names the value and the remedy. Exit status 2."""
@@ -52,10 +54,10 @@ def integer(low: int, high: int, *, why: str = "") -> Callable[[str], int]:
         try:
             value = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not an integer") from None
         if not low <= value <= high:
             reason = f" ({why})" if why else ""
-            raise argparse.ArgumentTypeError(f"{value} is not in {low} ... {high}{reason}")
+            raise argparse.ArgumentTypeError(f"{shown(value)} is not in {low} ... {high}{reason}")
         return value
 
     return parse
