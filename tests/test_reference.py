@@ -46,4 +46,5 @@ def test_the_coefficient_is_not_rounded_to_16_bits(dtype):
         reference._apply_without_reading(
             grad, torch.tensor(0.999, dtype=torch.float64), torch.zeros(())
         )
-    assert products.dtypes == [[torch.float32, torch.float32]]
+    assert products.dtypes  # one multiplication, or two for a tiny coefficient
+    assert all(pair == [torch.float32, torch.float32] for pair in products.dtypes)
