@@ -92,6 +92,19 @@ def test_clipping_is_that_of_what_the_optimizer_holds() -> None:
     assert not found.of("small-update", "does-not-fall", "exploding-gradient"), str(found)
 
 
+def test_a_bias_that_cancels_is_no_fault() -> None:
+    def critic(model: GAN, batch: Tensor) -> Tensor:
+        fake = model.maker(torch.randn(len(batch), 4)).detach()
+        return model.judge(fake).mean() - model.judge(batch).mean()
+
+    torch.manual_seed(0)
+    model = GAN()
+    optimizer = torch.optim.RMSprop(model.judge.parameters(), lr=5e-5)
+    found = diagnose(model, torch.randn(32, 8), None, optimizer, step=critic)
+    assert found.ok, str(found)
+    assert found.of("zero-gradient")[0].where == "judge.2.bias"
+
+
 # Parts of a loss.
 
 

@@ -146,6 +146,10 @@ _ROOT_OF_NEGATIVE = (
     "taken as E[x²] - E[x]², is so by rounding: use torch.var, or compute it in float32."
 )
 
+_ROOT_IN_DENOMINATOR = (
+    "1 / sqrt(0) is Inf: add eps inside the root, (x.square().mean(-1) + eps).rsqrt(), as norms do."
+)
+
 OTHER = _kind(
     "",  # operations that have no common way to fail
     "",
@@ -170,6 +174,8 @@ def remedy_at(operation: str, inputs: Sequence[TensorRange]) -> str:
     """What to do about an operation with these inputs."""
     if _is_root(operation) and any(r.min < 0 for r in inputs if "gradient" not in r.name):
         return _ROOT_OF_NEGATIVE
+    if operation.startswith("aten.rsqrt"):
+        return _ROOT_IN_DENOMINATOR
     return kind_at(operation, inputs).remedy
 
 
@@ -192,15 +198,22 @@ def evidence_of(kind: Kind, inputs: Sequence[TensorRange], operation: str = "") 
     found = [f"{r.name} holds a NaN or Inf" for r in inputs if r.nonfinite]
     name = kind.name
     for r in inputs:
+        if "gradient" in r.name:  # a 0 there harms nothing
+            continue
         if name == "division":
-            if r.zeros and r.name in ("other", "saved other", "tensor2", "saved tensor2"):
+            below = base_name(operation) == "reciprocal" and r.name == "self"
+            if r.zeros and (
+                below or r.name in ("other", "saved other", "tensor2", "saved tensor2")
+            ):
                 found.append(f"{r.zeros} of {r.numel} denominators are exactly 0")
         elif name in ("square root or norm", "logarithm", "power"):
             if r.zeros:
                 found.append(f"{r.zeros} of {r.numel} elements of {r.name} are exactly 0")
             takes_any_sign = name == "square root or norm" and not _is_root(operation)
-            if r.min < 0 and "gradient" not in r.name and not takes_any_sign:
+            if r.min < 0 and not takes_any_sign:
                 found.append(f"{r.name} has negative elements down to {r.min:.4g}")
+        elif name == "normalisation" and r.name.endswith("running_var") and r.min < 0:
+            found.append(f"the running variance goes down to {r.min:.4g}")
         elif name == "inverse function at the edge of its domain" and r.absmax >= 1:
             found.append(f"{r.name} reaches {r.absmax:.9g}")
     if not found and kind is not OTHER:

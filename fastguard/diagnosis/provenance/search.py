@@ -182,8 +182,18 @@ class Search:
         )
 
 
+_WRITTEN = Told(
+    "an Inf that the program wrote",
+    "the program wrote this Inf, as masks do, and nothing after it took it away",
+    "where a whole row is masked, its maximum, logsumexp or sum is Inf too: leave such rows out "
+    "before the loss, or mask with a large finite number, torch.finfo(x.dtype).min.",
+)
+
+
 def _by_ranges(event: Event) -> Told:
     """What the ranges of an operation's inputs tell."""
+    if event.placed:
+        return _WRITTEN
     kind = remedies.kind_at(event.operation, event.inputs)
     return Told(
         kind.name,

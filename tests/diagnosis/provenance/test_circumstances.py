@@ -112,3 +112,30 @@ def test_rows_that_are_masked_throughout() -> None:
     report = explain_nonfinite(chain(call), (torch.randn(3, 4), None), mean)
     assert "1 of 3 rows are -Inf throughout" in report.evidence
     assert "unmasked" in report.remedy
+
+
+def test_an_inf_that_the_program_wrote_and_that_arrives() -> None:
+    everything = torch.ones(3, 4, dtype=torch.bool)
+    call = Call(lambda x: x + x.masked_fill(everything, -math.inf).logsumexp(-1, keepdim=True))
+    model = nn.Sequential(nn.Linear(4, 4), call)
+    report = explain_nonfinite(model, (torch.randn(3, 4), None), mean)
+    assert report.kind == "an Inf that the program wrote"
+    assert "nothing after it took it away" in report.evidence and "finfo" in report.remedy
+
+
+def test_what_the_ranges_tell_of_roots_quotients_and_norms() -> None:
+    def explained(function, inputs=None):
+        inputs = torch.zeros(3, 4) if inputs is None else inputs
+        return explain_nonfinite(chain(Call(function)), (inputs, None), mean)
+
+    quotient = explained(lambda x: torch.where(x == 0, 0.0, 1 / x))
+    assert quotient.evidence == "12 of 12 denominators are exactly 0"
+    root = explained(lambda x: x * x.square().mean(-1, keepdim=True).rsqrt())
+    assert root.remedy.startswith("1 / sqrt(0) is Inf")
+    behind_where = explained(lambda x: torch.where(x > 0, x.sqrt(), x))
+    assert behind_where.operation == "SqrtBackward0"
+    assert "gradient" not in behind_where.evidence
+    negative = explained(
+        lambda x: functional.batch_norm(x, torch.zeros(4), -torch.ones(4)), torch.randn(3, 4)
+    )
+    assert negative.evidence == "the running variance goes down to -1"
