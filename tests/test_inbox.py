@@ -1,12 +1,14 @@
 """Who is told of a record: sinks at once, inboxes when it is delivered."""
 
 import copy
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
 
 from fastguard import StepRecord
 from fastguard.records import Recorder
+from guardtest.interrupts import interrupted
 from guardtest.recorded import SlowArrival, guard
 
 
@@ -143,3 +145,23 @@ def test_an_inbox_can_be_copied():
     inbox = opt.subscribe()
     opt.step()
     assert list(copy.deepcopy(inbox)) == list(inbox)
+
+
+def test_a_delivery_that_is_interrupted_at_any_line_gives_each_inbox_each_record_once():
+    for at in range(200):
+        recorder = Recorder()
+        inboxes = [recorder.subscribe() for _ in range(3)]
+        inboxes[0].expect([StepRecord(0, 1.0, 1.0, "applied")])
+        for step in (1, 2):
+            recorder._finish(StepRecord(step, 1.0, 1.0, "applied"))
+        inboxes[1].settle()
+        with suppress(KeyboardInterrupt), interrupted(at) as lines:
+            recorder.deliver()
+        recorder.deliver()
+        recorder._finish(StepRecord(3, 1.0, 1.0, "applied"))
+        recorder.deliver()
+        first, *others = ([r.step for r in inbox] for inbox in inboxes)
+        assert first == [0, 1, 2, 3] and others == [[1, 2, 3]] * 2, lines
+        if not lines:
+            break
+    assert at > 20 and not lines

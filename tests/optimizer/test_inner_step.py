@@ -255,6 +255,18 @@ def test_a_momentum_buffer_that_is_gone_is_not_left_uninitialised_by_a_skip(how,
     assert_same_bits(run(True), run(False))
 
 
+def test_a_loaded_state_in_which_one_buffer_is_missing_can_be_skipped():
+    """torch cannot step with it, but a step that is skipped must not find out."""
+    parameters = new_parameters([(8,), (8,)])
+    opt = GuardedOptimizer(torch.optim.SGD(parameters, lr=0.1, momentum=0.9, fused=True))
+    steps(parameters, opt, range(2))
+    saved = opt.optimizer.state_dict()
+    saved["state"][1]["momentum_buffer"] = None
+    opt.optimizer.load_state_dict(saved)
+    steps(parameters, opt, [2], bad={2})
+    assert opt.skipped_steps == 1
+
+
 # Optimizers that need their closure.
 
 
