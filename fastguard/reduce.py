@@ -124,6 +124,7 @@ def reduce(
     if sharing is None:
         return stats, signals
     p = stats.norm_type
+    on_host = stats.kind is PLAIN and stats.summary.device.type == "cpu"  # free to be read
     unit = None
     if p == math.inf or p <= LARGEST_POWER:
         summary = _weighted(_as_power_sums(stats), sharing.weights, p)
@@ -137,7 +138,7 @@ def reduce(
     total = vector[: 4 * n_segments].view(4, n_segments)
     if p == math.inf:
         total[0] = _exchanged(summary[0].clone(), sharing, dist.ReduceOp.MAX)
-    elif unit is None and _left_float64(total[0]):
+    elif unit is None and on_host and _left_float64(total[0]):
         unit, summary = _beside_the_largest(stats, sharing)
         total[0] = _exchanged(summary[0].clone(), sharing, dist.ReduceOp.SUM)
     if unit is not None:
@@ -152,7 +153,7 @@ def reduce(
     )
     if losses:
         joined = _with_losses(joined, flags[3:].view(2, -1), sharing.team.loss_names)
-        if vector.device.type == "cpu":
+        if on_host:
             joined = _read_on_host(joined)
     return replace(stats, summary=total, rooted=unit is not None), joined
 
@@ -174,8 +175,6 @@ def _left_float64(power_sums: Tensor) -> bool:
     Only on a CPU: a GPU would have to wait to know. There the norm becomes inf, so that the step is
     bad, or is too small to matter, 1e-48 at the most.
     """
-    if power_sums.device.type != "cpu":
-        return False
     x = power_sums.numpy()
     return bool(((x == math.inf) | (x > 0) & (x < LEAST * 2.0**62)).any())
 
@@ -295,7 +294,7 @@ def _held(stats: GradStats, sharing: Sharing, flags: Tensor) -> Tensor:
     held = stats.segment_counts
     if len(sharing.weights) > 1:
         held = held.view(3, len(sharing.weights), -1).sum(1)
-    if sharing.team.meets_on_host and flags[1].item() > 0:
+    if stats.kind is PLAIN and sharing.team.meets_on_host and flags[1].item() > 0:
         held = _exchanged(held.clone(), sharing, dist.ReduceOp.MAX)
     return held
 

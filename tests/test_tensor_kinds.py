@@ -307,3 +307,43 @@ norm, opt = clip(fastguard)
 assert norm.item() == 2.0 and abs(opt.records()[0].total_norm - 1.5) < 1e-5
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_estimates_of_sharded_training():
+    """DTensors of placeholders on pretended ranks: in a process of its own, for its group."""
+    code = """
+import torch, torch.distributed as dist, torch.nn.utils as utils
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+import fastguard
+dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+mesh = init_device_mesh("cpu", (4,))
+def parameters():
+    def sharded(value):
+        local = torch.full((2, 4), value)
+        return DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
+    params = [torch.nn.Parameter(sharded(0.0)) for _ in range(3)]
+    for p in params:
+        p.grad = sharded(1.0)
+    return params
+with FakeTensorMode():
+    for norm_type in (2.0, float("inf"), 8.0):
+        norm = fastguard.clip_grad_norm_(parameters(), 1.0, norm_type, error_if_nonfinite=True)
+        assert isinstance(norm, FakeTensor) and norm.shape == ()
+    stats = fastguard.measure_grads(parameters(), per_tensor=True)
+    assert stats.segment_norms.shape == (3,)
+    with fastguard.patch_torch():
+        assert isinstance(utils.clip_grad_norm_(parameters(), 1.0), DTensor)
+    for options in ({"fused": True}, {"foreach": True}):
+        opt = fastguard.GuardedOptimizer(
+            torch.optim.AdamW(parameters(), **options), max_norm=1.0
+        )
+        opt.step()
+        assert len(opt.state) == 3 and opt.records() == []
+norm = fastguard.clip_grad_norm_(parameters(), 1.0)
+assert type(norm) is torch.Tensor and norm.item() > 0
+dist.destroy_process_group()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
