@@ -88,14 +88,13 @@ def describe(path: Path) -> Description:
         _number(top, _METRIC, float),
         has_optimizer,
         has_weights=set(top) != _OPTIMIZER_ALONE
-        and any(
-            dtype.is_floating_point or dtype.is_complex
-            for dtype in [span.dtype for span in contents.spans]
-            + [array.dtype for _, array in contents.arrays]
+        and (
+            any(span.dtype.is_floating_point or span.dtype.is_complex for span in contents.spans)
+            or any(array.is_floating for _, array in contents.arrays)
         ),
         tensors=frozenset(
             [(span.name, tuple(span.size)) for span in contents.spans]
-            + [(name, tuple(array.shape)) for name, array in contents.arrays]
+            + [(name, array.shape) for name, array in contents.arrays]
         ),
     )
 

@@ -1,13 +1,15 @@
 """Pickles are read and not run: bombs are refused by name, classes become stand-ins."""
 
 import collections
-import functools
+import importlib
 import io
 import os
 import pathlib
 import pickle
 import re
+import subprocess
 import sys
+import threading
 import types
 import warnings
 
@@ -17,7 +19,8 @@ import torch
 
 from fastguard.checkpoints import DamagedFile, UnsafeFile, inspect
 from fastguard.checkpoints.reading.contents import read_contents
-from fastguard.checkpoints.reading.inert_unpickler import InertUnpickler, StandIn
+from fastguard.checkpoints.reading.inert_unpickler import InertUnpickler
+from fastguard.checkpoints.reading.inert_values import StandIn
 from fastguard.checkpoints.reading.named_leaves import named_leaves
 
 NAN = float("nan")
@@ -43,11 +46,13 @@ def touch(folder):
         (os.system, ("touch executed",), "posix.system"),
         (eval, ("1+1",), "builtins.eval"),
         (exec, ("1",), "builtins.exec"),
-        (getattr, ("", "join"), "builtins.getattr"),
         (sys.exit, (), "sys.exit"),
         (torch.load, ("x",), "torch.serialization.load"),
-        (functools.partial, (print,), "functools.partial"),
-        (collections.UserDict, (), "collections.UserDict"),
+        (__import__, ("os",), "builtins.__import__"),
+        (open, ("executed", "w"), "io.open"),
+        (subprocess.Popen, ("true",), "subprocess.Popen"),
+        (threading.Thread, (), "threading.Thread"),
+        (importlib.import_module, ("os",), "importlib.import_module"),
         (torch.storage._load_from_bytes, (b"x",), "torch.storage._load_from_bytes"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -155,13 +160,17 @@ def test_paths_of_any_python_are_text(module, tmp_path):
     assert InertUnpickler(io.BytesIO(named)).load() == {"data": "a/b"}
 
 
-@pytest.mark.parametrize(("name", "arguments"), [("Maker", (1,)), ("make", ())])
-def test_of_unknown_names_only_a_class_is_called_and_without_arguments(tmp_path, name, arguments):
-    made = make_class("vanished_makers", name)
-    torch.save({"x": Calls(made, *arguments)}, tmp_path / "x.pt")
-    sys.modules.pop("vanished_makers")
-    with pytest.raises(UnsafeFile, match=f"asks to call vanished_makers.{name}, which"):
-        inspect(tmp_path / "x.pt")
+@pytest.mark.parametrize("arguments", [(), (1,)], ids=["no argument", "one"])
+def test_of_unknown_names_a_class_is_a_stand_in_and_a_function_is_refused(tmp_path, arguments):
+    for name in ("Maker", "_Maker", "make"):
+        made = make_class("vanished_makers", name)
+        torch.save({"x": Calls(made, *arguments)}, tmp_path / f"{name}.pt")
+        sys.modules.pop("vanished_makers")
+    for name in ("Maker", "_Maker"):
+        made = inspect(tmp_path / f"{name}.pt").contents.tree["x"]
+        assert made.qualified_name == f"vanished_makers.{name}"
+    with pytest.raises(UnsafeFile, match=r"asks to call vanished_makers\.make, which"):
+        inspect(tmp_path / "make.pt")
 
 
 def test_arrays_of_numbers_are_looked_into_and_others_are_left_alone(tmp_path):

@@ -8,31 +8,29 @@ from __future__ import annotations
 
 import errno
 import io
+import math
 import os
 import struct
-import zipfile
+import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 import torch
-from torch import Tensor
 
 from fastguard.checkpoints.errors import CheckpointError, DamagedFile
-from fastguard.checkpoints.reading.inert_unpickler import (
-    NumpyArray,
-    StorageRef,
-    TensorRef,
-    load_inert,
-)
+from fastguard.checkpoints.reading.inert_unpickler import load_inert
+from fastguard.checkpoints.reading.inert_values import StorageRef, TensorRef
 from fastguard.checkpoints.reading.named_leaves import named_leaves
+from fastguard.checkpoints.reading.pickled_arrays import NumpyArray
 from fastguard.checkpoints.reading.safetensors_header import read_safetensors
 from fastguard.checkpoints.reading.spans import Contents, Record, Span
+from fastguard.checkpoints.reading.zip_directory import read_directory
 from fastguard.regular_files import open_regular
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature; lengths of the name and of the extra field
+_SMALL = 1000  # bytes
 
 
 def read_contents(path: str | os.PathLike[str]) -> Contents:
@@ -96,7 +94,8 @@ def read_shards(file: BinaryIO, path: Path, places: Sequence[tuple[int, int]]) -
         if start + length > size:
             raise DamagedFile(f"truncated: {path}")
         try:
-            shard = _read_zip(io.BufferedReader(_Stretch(file, start, length)), length)
+            stretch = io.BufferedReader(_Stretch(file, start, length))
+            shard = _read_zip(stretch, length, start)
         except CheckpointError as error:
             raise type(error)(f"{path}: {error}") from None
         for span in shard.spans:
@@ -139,45 +138,53 @@ class _Stretch(io.RawIOBase):
 # torch, zip: a directory of uncompressed records; `data.pkl` is the tree, `data/KEY` the storages.
 
 
-def _read_zip(file: IO[bytes], size: int) -> Contents:
-    try:
-        archive = zipfile.ZipFile(file)
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise DamagedFile(f"truncated or damaged, the directory is unreadable ({error})") from None
-    records: dict[str, Record] = {}
-    if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-        raise DamagedFile("a TorchScript archive is a program, not a checkpoint")
-    for info in archive.infolist():
-        _, _, name = info.filename.partition("/")
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise DamagedFile(f"record {name} is compressed, which torch does not do")
-        start = _data_start(file, info.header_offset, size)
-        if start + info.file_size > size:
-            raise DamagedFile(f"truncated: record {name} ends behind the end of the file")
-        records[name] = Record(name, start, start + info.file_size, info.CRC)
+def _read_zip(file: BinaryIO, size: int, origin: int = 0) -> Contents:
+    """What an archive of torch holds.
+
+    Args:
+        file: The archive.
+        size: Its bytes.
+        origin: The file's byte at which it begins, for what the pickle leaves in the file.
+    """
+    found = read_directory(file, size)
+    records = {r.name: Record(r.name, r.start, r.end, r.crc32) for r in found}
     if "data.pkl" not in records:
         raise DamagedFile("no checkpoint of torch: it has no data.pkl")
+    _check_opened_by_torch(file, records)
     if "byteorder" in records and _bytes_of(file, records["byteorder"]) != b"little":
         raise DamagedFile("written on a big-endian machine, which is not supported")
 
-    tree = load_inert(io.BytesIO(_bytes_of(file, records["data.pkl"])))
+    pickled = records["data.pkl"]
+    tree = load_inert(
+        io.BufferedReader(_Stretch(file, pickled.start, pickled.end - pickled.start)),
+        origin + pickled.start,
+    )
     places = {
         name.removeprefix("data/"): (record.start, record.end)
         for name, record in records.items()
         if name.startswith("data/")
     }
-    spans, arrays = _spans(tree, places)
     in_order = tuple(sorted(records.values(), key=lambda record: record.start))
-    return Contents("torch", tree, spans, in_order, arrays)
+    return _contents("torch", tree, places, in_order)
 
 
-def _data_start(file: IO[bytes], header_offset: int, size: int) -> int:
-    file.seek(max(header_offset, 0))
-    header = file.read(_LOCAL_HEADER.size)
-    if header_offset < 0 or len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
-        raise DamagedFile(f"damaged: no record at byte {header_offset} of {size}")
-    _, name_length, extra_length = _LOCAL_HEADER.unpack(header)
-    return header_offset + _LOCAL_HEADER.size + name_length + extra_length
+def _check_opened_by_torch(file: BinaryIO, records: Mapping[str, Record]) -> None:
+    """Raises unless torch's own reader finds the same records at the same places.
+
+    It allocates what the archive says that some small records have, so they are looked at first.
+    """
+    for name in ("version", ".data/version", ".data/serialization_id", "byteorder"):
+        if name in records and records[name].end - records[name].start > _SMALL:
+            raise DamagedFile(f"record {name} is far too large")
+    file.seek(0)
+    try:
+        reader = torch._C.PyTorchFileReader(file)
+        places = {name: reader.get_record_offset(name) for name in reader.get_all_records()}
+    except RuntimeError as error:
+        why = str(error).partition("  (Could")[0].splitlines()[0][:200]
+        raise DamagedFile(f"torch cannot open it: {why}") from None
+    if places != {name: record.start for name, record in records.items()}:
+        raise DamagedFile("damaged: torch finds other records in it than its directory says")
 
 
 def _bytes_of(file: IO[bytes], record: Record) -> bytes:
@@ -189,12 +196,17 @@ def _bytes_of(file: IO[bytes], record: Record) -> bytes:
 
 
 def _read_legacy(file: IO[bytes], size: int) -> Contents:
+    _check_no_tar(file)
     if load_inert(file) != _LEGACY_MAGIC:
         raise DamagedFile("neither a checkpoint of torch nor, by its name, a safetensors file")
     load_inert(file)  # protocol version
     load_inert(file)  # byte order and type sizes of the machine
     tree = load_inert(file)
     keys = load_inert(file)
+    if not isinstance(keys, list) or not all(isinstance(key, str | int) for key in keys):
+        raise DamagedFile("damaged: it has no list of storages")
+    if len(set(keys)) < len(keys):
+        raise DamagedFile("damaged: it has the same storage twice")
     dtypes = {
         leaf.storage.key: leaf.storage.dtype or torch.uint8
         for _, leaf in named_leaves(tree)
@@ -202,56 +214,96 @@ def _read_legacy(file: IO[bytes], size: int) -> Contents:
     }
     places: dict[str, tuple[int, int]] = {}
     at = file.tell()
-    for key in keys:
+    for key in map(str, keys):
         file.seek(at)
         length = file.read(8)
         if len(length) < 8:
-            raise DamagedFile(f"truncated: storage {key} is missing")
+            raise DamagedFile(f"truncated: storage {key:.80} is missing")
         if key not in dtypes:
-            raise DamagedFile(f"damaged: nothing in the file says what storage {key} holds")
+            raise DamagedFile(f"damaged: nothing in the file says what storage {key:.80} holds")
         start = at + 8
         at = start + struct.unpack("<q", length)[0] * dtypes[key].itemsize
         if not start <= at <= size:
-            raise DamagedFile(f"truncated: storage {key} ends behind the end of the file")
-        places[str(key)] = (start, at)
-    spans, arrays = _spans(tree, places)
-    return Contents("torch (legacy)", tree, spans, (), arrays)
+            raise DamagedFile(f"truncated: storage {key:.80} ends behind the end of the file")
+        places[key] = (start, at)
+    return _contents("torch (legacy)", tree, places, ())
 
 
-def _spans(
-    tree: Any, places: Mapping[str, tuple[int, int]]
-) -> tuple[tuple[Span, ...], tuple[tuple[str, Tensor], ...]]:
-    """The distinct tensors of a tree.
+def _check_no_tar(file: IO[bytes]) -> None:
+    """Raises if the file is a tar archive too, which torch would read first."""
+    header = file.read(tarfile.BLOCKSIZE)
+    file.seek(0)
+    try:
+        tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return
+    raise DamagedFile("a tar archive, as torch wrote in 2016; torch itself refuses it by now")
+
+
+def _contents(
+    form: str, tree: Any, places: Mapping[str, tuple[int, int]], records: tuple[Record, ...]
+) -> Contents:
+    """The distinct tensors of a tree, and the arrays in it.
 
     Args:
+        form: As in `Contents`.
         tree: What `load_inert` gave.
         places: First byte and end of each storage.
+        records: As in `Contents`.
     """
     spans: dict[tuple[int, torch.dtype, tuple, tuple], Span] = {}
-    arrays: list[tuple[str, Tensor]] = []
+    arrays: list[tuple[str, NumpyArray]] = []
+    unread: list[tuple[str, str]] = []
+    left_in_file: set[int] = set()
+    storages: dict[str, StorageRef] = {}
     for name, leaf in named_leaves(tree):
-        if isinstance(leaf, NumpyArray) and leaf.values is not None:
-            arrays.append((name, leaf.values))
-        if not isinstance(leaf, TensorRef) or 0 in leaf.size:
+        if isinstance(leaf, NumpyArray):
+            if leaf.is_readable and leaf.start not in left_in_file:
+                arrays.append((name, leaf))
+            if leaf.start is not None:
+                left_in_file.add(leaf.start)
+            if leaf.unread is not None:
+                unread.append((name, leaf.unread))
+        if not isinstance(leaf, TensorRef):
             continue
-        span = _span(name, leaf, leaf.storage, places)
-        spans.setdefault((span.start, span.dtype, span.size, span.stride), span)
-    return tuple(sorted(spans.values(), key=lambda span: span.start)), tuple(arrays)
+        _check_storage(leaf.storage, storages, places)
+        if 0 not in leaf.size:
+            span = _span(name, leaf, leaf.storage, places)
+            spans.setdefault((span.start, span.dtype, span.size, span.stride), span)
+    in_order = tuple(sorted(spans.values(), key=lambda span: span.start))
+    return Contents(form, tree, in_order, records, tuple(arrays), tuple(unread))
+
+
+def _check_storage(
+    ref: StorageRef, seen: dict[str, StorageRef], places: Mapping[str, tuple[int, int]]
+) -> None:
+    """Raises unless a storage is what its record holds: torch believes the first who names it."""
+    first = seen.setdefault(ref.key, ref)
+    if first.dtype != ref.dtype:
+        raise DamagedFile(f"damaged: storage {ref.key:.80} is of two types")
+    if ref.key in places and not ref.start:
+        start, end = places[ref.key]
+        n_held = (end - start) // (ref.dtype or torch.uint8).itemsize
+        if ref.n > n_held:
+            raise DamagedFile(
+                f"damaged: storage {ref.key:.80} is said to have {ref.n} elements, and has {n_held}"
+            )
 
 
 def _span(
     name: str, ref: TensorRef, storage: StorageRef, places: Mapping[str, tuple[int, int]]
 ) -> Span:
     if storage.key not in places:
-        raise DamagedFile(f"damaged: storage {storage.key} of {name} is missing")
+        raise DamagedFile(f"damaged: storage {storage.key:.80} of {name:.200} is missing")
     first, end = places[storage.key]
     itemsize = ref.dtype.itemsize
     unit = (storage.dtype or torch.uint8).itemsize
+    end = min(end, first + (storage.start + storage.n) * unit)
     n = 1 + sum((s - 1) * d for s, d in zip(ref.size, ref.stride, strict=True))
     start = first + storage.start * unit + ref.offset * itemsize
     negative = min(ref.offset, storage.start, *ref.size, *ref.stride, 0) < 0
-    if negative or start + n * itemsize > end:
-        raise DamagedFile(f"damaged: {name} reaches beyond its storage of {end - first} bytes")
+    if negative or start + n * itemsize > end or math.prod(ref.size) >= 2**63:
+        raise DamagedFile(f"damaged: {name:.200} reaches beyond its storage of {end - first} bytes")
     return Span(name, ref.dtype, start, n, ref.size, ref.stride, _is_dense(ref.size, ref.stride))
 
 

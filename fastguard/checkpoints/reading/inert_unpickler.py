@@ -1,301 +1,411 @@
-"""Reading a pickle without running it: stand-ins for classes, references in place of tensors.
+"""Reading a pickle without running it: a machine for its opcodes that calls nothing.
 
 A pickle is a program: it names globals, calls them, and builds objects. Here a name is never looked
-up. It gives one of three things:
+up (`inert_calls` says what stands in its place), and the work is bounded: each opcode, and each
+copy that one asks for, is charged to a budget of memory and time, so that no file of a few
+kilobytes takes gigabytes or minutes. Bombs that a budget alone does not stop:
 
-* an entry of `CALLS`, the short list that torch itself writes (and numpy, for scalars and arrays),
-  each replaced by a function of this file that only takes notes: a tensor becomes a `TensorRef`;
-* a dtype or a storage type of torch;
-* for everything else, a stand-in class made on the spot. Creating objects of it, giving them state
-  and items works and does nothing. *Calling* it (the REDUCE opcode, which is how a pickle runs
-  `os.system`) raises `UnsafeFile` with its name. One call is let pass, because pickled namespaces
-  (`ultralytics.utils.IterableSimpleNamespace`) are made by it: no arguments, a CapWord, from
-  outside the standard library. It makes a stand-in too.
+* memo indices: the unpickler of C allocates an array as long as the largest one; this memo is a
+  dict;
+* hashes of nested tuples, and of integers chosen to collide: only plain keys are hashed
+  (`inert_values.plain_key`), all others are replaced;
+* text of decimal digits, which takes quadratic time: at most 5,000 of them.
+
+Python's own unpickler is four times as fast for a checkpoint, but bounds nothing.
 
 Source: https://docs.python.org/3/library/pickletools.html, `torch/_weights_only_unpickler.py`.
 """
 
 from __future__ import annotations
 
+import codecs
+import os
 import pickle
-import sys
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+import struct
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import IO, Any, NamedTuple
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import IO, Any
 
 from fastguard.checkpoints.errors import CheckpointError, DamagedFile, UnsafeFile
+from fastguard.checkpoints.reading.inert_calls import call, give_state, meaning
+from fastguard.checkpoints.reading.inert_values import (
+    InertDict,
+    LongBytes,
+    LongText,
+    Name,
+    StandIn,
+    StorageRef,
+    StorageType,
+    dict_of,
+    size_of,
+)
 
-_DTYPES = {
-    name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)
-}  # torch.float32, ...
-_STORAGES = {name: dtype for dtype, name in torch.storage._dtype_to_storage_type_map().items()}
+BUDGET = 600_000_000
+"""Bytes, roughly, that what one pickle describes may take, the work for it counted as bytes too."""
+_STEP = 100  # of the budget; what an opcode costs: 0.5 µs, a number and its place in the memo
+_OBJECT = 200  # a container or an object
+LONG = 16 << 20
+"""Bytes from which text and bytes are left in the file: arrays of numpy are pickled as such."""
+_LINE = 1 << 20  # bytes; the longest argument of an opcode of protocol 0
+_DIGITS = 5000
 
 
-@dataclass(frozen=True, slots=True)
-class StorageRef:
-    """Bytes of the file: `n` elements of `dtype`, from element `start` of record `key`.
+class InertUnpickler:
+    """Reads one pickle; see the top of this file.
 
-    `dtype` is None where the tensors that use the bytes say what they are.
+    Args:
+        file: Open for reading, at the start of the pickle; left behind its end.
+        origin: The file's byte at which `file` begins, if it is a part of one.
     """
 
-    key: str
-    dtype: torch.dtype | None
-    n: int
-    start: int = 0
+    def __init__(self, file: IO[bytes], origin: int = 0) -> None:
+        self._file = file
+        self._origin = origin
+        self._budget = BUDGET
+        self._memo: dict[int, Any] = {}
+        self._stack: list[Any] = []
+        self._below: list[list[Any]] = []  # the stacks below each mark
+        self._names: dict[tuple[str, str], Any] = {}
 
+    def load(self) -> Any:
+        read, handlers, n_steps = self._file.read, _HANDLERS, 0
+        while code := read(1):
+            self._budget -= _STEP
+            n_steps += 1
+            if self._budget < 0:
+                raise DamagedFile(
+                    f"its pickle is made to be slow or huge: after {n_steps:,} steps it takes more "
+                    "than a checkpoint needs"
+                )
+            handler = handlers.get(code)
+            if handler is None:
+                raise DamagedFile(f"its pickle has an opcode {code!r}, which is not supported here")
+            if code == pickle.STOP:
+                return self._stack.pop()
+            handler(self)
+        raise DamagedFile("its pickle ends too soon")
 
-@dataclass(frozen=True, slots=True)
-class TensorRef:
-    """A tensor that was not read: a view of a storage; offset, size and stride in elements."""
+    def charge(self, n_bytes: int) -> None:
+        """Takes what some work costs from the budget; the next step finds it used up."""
+        self._budget -= n_bytes
 
-    storage: StorageRef
-    dtype: torch.dtype
-    offset: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
+    # Reading arguments.
 
+    def _bytes(self, n: int) -> bytes:
+        if n > 4096:  # `read` allocates first: is there as much?
+            self._check_left(n)
+            self.charge(5 * n)
+            if self._budget < 0:
+                raise DamagedFile(f"its pickle holds a value of {n:,} bytes, which is odd")
+        raw = self._file.read(n)
+        if len(raw) < n:
+            raise DamagedFile("its pickle ends too soon")
+        return raw
 
-class Attached(NamedTuple):
-    """A tensor and the Python attributes that it carries."""
+    def _check_left(self, n: int) -> int:
+        """Where the file stands, if there are `n` bytes more."""
+        at = self._file.tell()
+        end = self._file.seek(0, os.SEEK_END)
+        self._file.seek(at)
+        if n > end - at:
+            raise DamagedFile("its pickle ends too soon")
+        return at
 
-    value: Any
-    state: Any
+    def _line(self) -> bytes:
+        raw = self._file.readline(_LINE)
+        if not raw.endswith(b"\n"):
+            raise DamagedFile("its pickle has a line without end")
+        self.charge(3 * len(raw))
+        return raw[:-1]
 
+    def _digits(self) -> bytes:
+        raw = self._line()
+        if len(raw) > _DIGITS:
+            raise DamagedFile(f"its pickle has a number of {len(raw):,} digits")
+        return raw
 
-@dataclass(frozen=True, slots=True)
-class _StorageType:
-    dtype: torch.dtype | None
+    # The stack.
 
+    def _push(self, value: Any) -> None:
+        self._stack.append(value)
 
-class StandIn:
-    """An object of a class that is not loaded: what its pickle said of it, and no behaviour."""
+    def _mark(self) -> None:
+        self.charge(_OBJECT)
+        self._below.append(self._stack)
+        self._stack = []
 
-    qualified_name: str
-    parts: list[Any]
+    def _since_mark(self) -> list[Any]:
+        items = self._stack
+        self._stack = self._below.pop()
+        return items
 
-    def __setstate__(self, state: Any) -> None:
-        self.parts.append(state)
+    def _pop(self) -> None:
+        if self._stack:
+            self._stack.pop()
+        else:
+            self._since_mark()
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.parts.append({key: value})
+    def _tuple(self, n: int) -> None:
+        self.charge(_OBJECT)
+        items = tuple(self._stack[-n:]) if n else ()
+        if len(items) < n:
+            raise IndexError("stack")
+        del self._stack[len(self._stack) - n :]
+        self._push(items)
 
-    def append(self, item: Any) -> None:
-        self.parts.append([item])
+    def _made(self, value: Any) -> None:
+        self.charge(_OBJECT)
+        self._push(value)
 
-    def extend(self, items: Any) -> None:
-        self.parts.append(list(items))
+    # The memo.
 
-    def add(self, item: Any) -> None:
-        self.append(item)
+    def _get(self, index: int) -> None:
+        self._push(self._memo[index])
 
+    def _put(self, index: int) -> None:
+        if index < 0:
+            raise ValueError("negative index")
+        self._memo[index] = self._stack[-1]
 
-class _StandInClass(type):
-    """Its instances are the stand-in classes: `__new__` makes an object, a call is refused."""
+    # Numbers and text.
 
-    qualified_name: str
+    def _int(self) -> None:
+        raw = self._digits()
+        self._push({b"00": False, b"01": True}.get(raw, None) if len(raw) == 2 else None)
+        if self._stack[-1] is None:
+            self._stack[-1] = int(raw, 0)
 
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        module, _, name = cls.qualified_name.rpartition(".")
-        is_class = name.lstrip("_")[:1].isupper() and (
-            module.partition(".")[0] not in sys.stdlib_module_names
-        )
-        if args or kwargs or not is_class:
-            raise UnsafeFile(
-                f"the file asks to call {cls.qualified_name}, which no checkpoint needs; nothing "
-                "was executed. Do not load it unless you trust who wrote it"
-            )
-        return _new_stand_in(cls)
+    def _long_of(self, n: int) -> None:
+        if n < 0:
+            raise ValueError("negative length")
+        self._push(int.from_bytes(self._bytes(n), "little", signed=True))
 
+    def _quoted(self) -> None:
+        raw = self._line().strip()
+        if len(raw) < 2 or raw[:1] != raw[-1:] or raw[:1] not in (b"'", b'"'):
+            raise ValueError("text without quotes")
+        self._push(codecs.escape_decode(raw[1:-1])[0].decode("latin1"))  # type: ignore[attr-defined]
 
-def _new_stand_in(cls: type, *args: Any, **kwargs: Any) -> StandIn:
-    made = object.__new__(cls)
-    assert isinstance(made, StandIn)
-    object.__setattr__(made, "parts", [args, kwargs] if args or kwargs else [])
-    return made
+    def _text(self, n: int) -> None:
+        if n <= LONG:
+            return self._push(self._bytes(n).decode("utf-8", "surrogatepass"))
+        at, n_characters = self._check_left(n), 0
+        decoder = codecs.getincrementaldecoder("utf-8")("surrogatepass")
+        for start in range(0, n, LONG):
+            piece = self._file.read(min(LONG, n - start))
+            n_characters += len(decoder.decode(piece, final=start + LONG >= n))
+        self._push(LongText(self._origin + at, n, n_characters))
 
+    def _latin(self, n: int) -> None:
+        if n < 0:
+            raise ValueError("negative length")
+        self._push(self._bytes(n).decode("latin1"))
 
-class InertDict(dict):
-    """A dict of the file that ignores the attributes given to it (`state_dict._metadata`)."""
+    def _raw(self, n: int) -> None:
+        if n <= LONG:
+            return self._push(self._bytes(n))
+        at = self._check_left(n)
+        self._file.seek(n, os.SEEK_CUR)
+        self._push(LongBytes(self._origin + at, n, n, is_text=False))
 
-    def __setstate__(self, state: Any) -> None:
-        pass
+    # Containers.
 
+    def _append(self, items: list[Any]) -> None:
+        target = self._stack[-1]
+        if isinstance(target, list):
+            target.extend(items)
+        elif isinstance(target, StandIn):
+            self.charge(_OBJECT)
+            target.parts.append(items)
+        else:
+            raise TypeError(f"items for a {type(target).__name__}")
 
-class NumpyArray:
-    """A pickled ndarray: its values as a tensor if they are plain numbers, else None."""
+    def _set_items(self, items: list[Any]) -> None:
+        target = self._stack[-1]
+        pairs = dict_of(items)
+        if isinstance(target, dict):
+            dict.update(target, pairs)
+        elif isinstance(target, StandIn):
+            self.charge(_OBJECT)
+            target.parts.append(pairs)
+        else:
+            raise TypeError(f"keys for a {type(target).__name__}")
 
-    values: Tensor | None = None
+    def _append_one(self) -> None:
+        item = self._stack.pop()
+        self._append([item])
 
-    def __setstate__(self, state: Any) -> None:
-        _version, shape, dtype, fortran, raw = state
-        if dtype.plain is not None and isinstance(raw, bytes):
-            array = np.frombuffer(raw, dtype.plain).reshape(shape, order="F" if fortran else "C")
-            self.values = torch.from_numpy(array.astype(dtype.plain.newbyteorder("=")))
+    def _set_one(self) -> None:
+        value, key = self._stack.pop(), self._stack.pop()
+        self._set_items([key, value])
 
+    # Names, calls, objects.
 
-class _NumpyDtype:
-    """A pickled `numpy.dtype`; `plain` if it is a number."""
+    def _global(self, module: Any, name: Any) -> None:
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise TypeError("a name that is no text")
+        key = module, name
+        if key not in self._names:
+            self._names[key] = meaning(module, name)
+        self._push(self._names[key])
 
-    def __init__(self, code: Any, *_: Any) -> None:
-        known = isinstance(code, str) and code[:1] in "biufc" and code[1:] in ("1", "2", "4", "8")
-        self.plain: np.dtype | None = np.dtype(code) if known else None
+    def _reduce(self) -> None:
+        arguments, function = self._stack.pop(), self._stack.pop()
+        if not isinstance(arguments, tuple):
+            raise TypeError("arguments that are no tuple")
+        self.charge(_OBJECT + sum(map(size_of, arguments)))
+        if self._budget < 0:
+            raise DamagedFile("its pickle copies the same values again and again, which is odd")
+        self._push(call(function, arguments))
 
-    def __setstate__(self, state: Any) -> None:
-        if self.plain is not None and isinstance(state[1], str) and state[1] in "<>=":
-            self.plain = self.plain.newbyteorder(state[1])  # type: ignore[arg-type]
+    def _new_object(self, arguments: Any, keywords: Any = None) -> None:
+        kind = self._stack.pop()
+        if not isinstance(kind, Name):
+            raise TypeError(f"an object of {type(kind).__name__}")
+        parts = [part for part in (arguments, keywords) if part]
+        self._made(StandIn(kind.qualified_name, *parts))
 
+    def _instance(self, function: Any, arguments: list[Any]) -> None:
+        self._push(function)
+        self._push(tuple(arguments))
+        self._reduce()
 
-def _numpy_scalar(dtype: _NumpyDtype, raw: Any = None) -> Any:
-    if dtype.plain is None or not isinstance(raw, bytes):
-        return None
-    return np.frombuffer(raw, dtype.plain)[0].item()
+    def _build(self) -> None:
+        state = self._stack.pop()
+        target = self._stack[-1]
+        self.charge(size_of(state))
+        if isinstance(target, StandIn):
+            self.charge(_OBJECT)
+            target.parts.append(state)
+        elif isinstance(target, InertDict):
+            target.attributes = state
+        else:
+            give_state(target, state, self.charge)
 
-
-def _tensor(storage: StorageRef, offset: int, size: Any, stride: Any, *_: Any) -> TensorRef:
-    return TensorRef(storage, storage.dtype or torch.uint8, offset, tuple(size), tuple(stride))
-
-
-def _tensor_of_dtype(
-    storage: StorageRef, offset: int, size: Any, stride: Any, _g: Any, _h: Any, dtype: Any, *_: Any
-) -> TensorRef:
-    return TensorRef(storage, dtype, offset, tuple(size), tuple(stride))
-
-
-def _tensor_of_subclass(rebuild: Any, _cls: Any, args: tuple, state: Any) -> Attached:
-    if not isinstance(rebuild, _Call):
-        raise UnsafeFile(f"the file rebuilds a tensor through {rebuild!r}; nothing was executed")
-    return Attached(rebuild(*args), state)
-
-
-def _encode(text: str, encoding: str = "latin1") -> bytes:
-    return text.encode("latin1" if encoding == "latin1" else "utf-8")
-
-
-def _first(value: Any, *_: Any) -> Any:
-    return value
-
-
-def _nothing(*_: Any) -> None:
-    return None
-
-
-CALLS: dict[str, Callable[..., Any]] = {
-    "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_tensor_v3": _tensor_of_dtype,
-    "torch._utils._rebuild_qtensor": lambda *a: Attached(_tensor(*a[:4]), a[4]),
-    "torch._utils._rebuild_parameter": _first,
-    "torch._utils._rebuild_parameter_with_state": lambda data, _g, _h, state: Attached(data, state),
-    "torch._utils._rebuild_sparse_tensor": lambda _layout, data: data,
-    "torch._utils._rebuild_nested_tensor": lambda *parts: list(parts),
-    "torch._utils._rebuild_device_tensor_from_numpy": _first,
-    "torch._utils._rebuild_device_tensor_from_cpu_tensor": _first,
-    "torch._utils._rebuild_meta_tensor_no_storage": _nothing,
-    "torch._utils._rebuild_wrapper_subclass": _nothing,
-    "torch._tensor._rebuild_from_type_v2": _tensor_of_subclass,
-    "torch.nn.parameter.Parameter": _first,
-    "torch.serialization._get_layout": str,
-    "torch.Size": tuple,
-    "torch.device": lambda *parts: ":".join(map(str, parts)),
-    "collections.OrderedDict": InertDict,
-    "collections.Counter": InertDict,
-    "collections.defaultdict": lambda _factory=None: InertDict(),
-    "builtins.set": list,  # elements may be stand-ins; a list keeps whatever is in it
-    "builtins.frozenset": list,
-    "builtins.bytearray": lambda *a: _encode(*a) if a and isinstance(a[0], str) else None,
-    "builtins.bytes": lambda: b"",
-    "builtins.complex": complex,
-    "_codecs.encode": _encode,
-    "copyreg._reconstructor": lambda cls, *_: _new_stand_in(cls),
-    "pathlib.Path": lambda *parts: "/".join(parts),
-    "numpy.dtype": _NumpyDtype,
-    "numpy.core.multiarray.scalar": _numpy_scalar,
-    "numpy.core.multiarray._reconstruct": lambda *_: NumpyArray(),
-}
-for _name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"):
-    CALLS[f"pathlib.{_name}"] = CALLS["pathlib.Path"]
-for _name in ("scalar", "_reconstruct"):  # numpy 2
-    CALLS[f"numpy._core.multiarray.{_name}"] = CALLS[f"numpy.core.multiarray.{_name}"]
-# Python 3.13 pickles paths by the module that defines them, which no other Python has.
-MOVED = {"pathlib._local": "pathlib"}
-
-
-class _Call:
-    """An entry of `CALLS` that a pickle can call but not change."""
-
-    __slots__ = ("__name", "__work")
-
-    def __init__(self, name: str, work: Callable[..., Any]) -> None:
-        object.__setattr__(self, "_Call__name", name)
-        object.__setattr__(self, "_Call__work", work)
-
-    def __call__(self, *args: Any) -> Any:
-        return self.__work(*args)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise UnsafeFile(f"the file tries to change {self.__name}; nothing was executed")
-
-
-class InertUnpickler(pickle.Unpickler):
-    """Reads one pickle; see the top of this file."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        super().__init__(file, encoding="latin1")
-        self._classes: dict[str, Any] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        # torch.save writes protocol 2, with the names that Python 2 had
-        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
-        module = MOVED.get(module, module)
-        qualified = f"{module}.{name}"
-        if qualified not in self._classes:
-            self._classes[qualified] = self._meaning(module, name, qualified)
-        return self._classes[qualified]
-
-    def _meaning(self, module: str, name: str, qualified: str) -> Any:
-        if qualified in CALLS:
-            return _Call(qualified, CALLS[qualified])
-        if module == "torch" and name in _DTYPES:
-            return _DTYPES[name]
-        if module in ("torch", "torch.cuda", "torch.storage"):
-            if name in _STORAGES:
-                return _StorageType(_STORAGES[name])
-            if name == "UntypedStorage":
-                return _StorageType(None)
-        body = {"qualified_name": qualified, "__new__": _new_stand_in}
-        return _StandInClass(name.rpartition(".")[2], (StandIn,), body)
-
-    def persistent_load(self, pid: Any) -> Any:
-        kind = pid[0] if isinstance(pid, tuple) and pid else pid
+    def _persistent(self, pid: Any) -> None:
+        kind = pid[0] if isinstance(pid, tuple) and pid else None
         if kind == "module":  # the source code of a module, in files of torch 0.x
-            return pid[1]
-        if kind != "storage":
-            raise DamagedFile(f"the file refers to {kind!r}, which is no storage of torch")
+            return self._push(pid[1])
+        if kind not in ("storage", b"storage"):
+            raise DamagedFile("the file refers to something that is no storage of torch")
         _, storage_type, key, _location, n, *view = pid
+        if not isinstance(storage_type, StorageType) or not isinstance(key, str | int):
+            raise DamagedFile("the file refers to a storage by something that is no name")
+        start = 0
         if view and view[0] is not None:
             _view_key, start, n = view[0]
-            return StorageRef(str(key), storage_type.dtype, n, start)
-        return StorageRef(str(key), storage_type.dtype, n)
+        if not all(type(value) is int and 0 <= value < 2**63 for value in (n, start)):
+            raise DamagedFile("the file refers to a storage of no possible size")
+        self._made(StorageRef(str(key), storage_type.dtype, n, start))
 
 
-def load_inert(file: IO[bytes]) -> Any:
+Handler = Callable[[InertUnpickler], object]
+
+
+def _reads(form: str, use: Callable[[InertUnpickler, Any], object]) -> Handler:
+    """The handler of an opcode whose argument is a number; `form` as in `struct`."""
+    number = struct.Struct(form)
+    size, unpack = number.size, number.unpack
+
+    def handler(machine: InertUnpickler) -> None:
+        use(machine, unpack(machine._file.read(size))[0])
+
+    return handler
+
+
+def _ignored(_machine: InertUnpickler, _number: Any) -> None:
+    pass
+
+
+M = InertUnpickler
+_HANDLERS: dict[bytes, Handler] = {
+    pickle.PROTO: _reads("<B", _ignored),
+    pickle.FRAME: _reads("<Q", _ignored),
+    pickle.STOP: lambda m: None,
+    pickle.MARK: M._mark,
+    pickle.POP: M._pop,
+    pickle.POP_MARK: M._since_mark,
+    pickle.DUP: lambda m: m._push(m._stack[-1]),
+    # memo
+    pickle.GET: lambda m: m._get(int(m._digits())),
+    pickle.BINGET: _reads("<B", M._get),
+    pickle.LONG_BINGET: _reads("<I", M._get),
+    pickle.PUT: lambda m: m._put(int(m._digits())),
+    pickle.BINPUT: _reads("<B", M._put),
+    pickle.LONG_BINPUT: _reads("<I", M._put),
+    pickle.MEMOIZE: lambda m: m._put(len(m._memo)),
+    # numbers
+    pickle.NONE: lambda m: m._push(None),
+    pickle.NEWTRUE: lambda m: m._push(True),
+    pickle.NEWFALSE: lambda m: m._push(False),
+    pickle.INT: M._int,
+    pickle.BININT: _reads("<i", M._push),
+    pickle.BININT1: _reads("<B", M._push),
+    pickle.BININT2: _reads("<H", M._push),
+    pickle.LONG: lambda m: m._push(int(m._digits().removesuffix(b"L"), 0)),
+    pickle.LONG1: _reads("<B", M._long_of),
+    pickle.LONG4: _reads("<i", M._long_of),
+    pickle.FLOAT: lambda m: m._push(float(m._digits())),
+    pickle.BINFLOAT: _reads(">d", M._push),
+    # text and bytes; what Python 2 called text is read as Latin-1
+    pickle.STRING: M._quoted,
+    pickle.BINSTRING: _reads("<i", M._latin),
+    pickle.SHORT_BINSTRING: _reads("<B", M._latin),
+    pickle.UNICODE: lambda m: m._push(m._line().decode("raw-unicode-escape")),
+    pickle.BINUNICODE: _reads("<I", M._text),
+    pickle.SHORT_BINUNICODE: _reads("<B", M._text),
+    pickle.BINUNICODE8: _reads("<Q", M._text),
+    pickle.BINBYTES: _reads("<I", M._raw),
+    pickle.SHORT_BINBYTES: _reads("<B", M._raw),
+    pickle.BINBYTES8: _reads("<Q", M._raw),
+    pickle.BYTEARRAY8: _reads("<Q", M._raw),
+    # containers; sets are lists here, whose items may be anything
+    pickle.EMPTY_TUPLE: lambda m: m._push(()),
+    pickle.TUPLE1: lambda m: m._tuple(1),
+    pickle.TUPLE2: lambda m: m._tuple(2),
+    pickle.TUPLE3: lambda m: m._tuple(3),
+    pickle.TUPLE: lambda m: m._made(tuple(m._since_mark())),
+    pickle.EMPTY_LIST: lambda m: m._made([]),
+    pickle.LIST: lambda m: m._made(m._since_mark()),
+    pickle.APPEND: M._append_one,
+    pickle.APPENDS: lambda m: m._append(m._since_mark()),
+    pickle.EMPTY_SET: lambda m: m._made([]),
+    pickle.ADDITEMS: lambda m: m._append(m._since_mark()),
+    pickle.FROZENSET: lambda m: m._made(m._since_mark()),
+    pickle.EMPTY_DICT: lambda m: m._made({}),
+    pickle.DICT: lambda m: m._made(dict_of(m._since_mark())),
+    pickle.SETITEM: M._set_one,
+    pickle.SETITEMS: lambda m: m._set_items(m._since_mark()),
+    # names, calls, objects
+    pickle.GLOBAL: lambda m: m._global(m._line().decode(), m._line().decode()),
+    pickle.STACK_GLOBAL: lambda m: m._global(*reversed((m._stack.pop(), m._stack.pop()))),
+    pickle.REDUCE: M._reduce,
+    pickle.BUILD: M._build,
+    pickle.INST: lambda m: m._instance(
+        meaning(m._line().decode(), m._line().decode()), m._since_mark()
+    ),
+    pickle.OBJ: lambda m: (lambda items: m._instance(items[0], items[1:]))(m._since_mark()),
+    pickle.NEWOBJ: lambda m: m._new_object(m._stack.pop()),
+    pickle.NEWOBJ_EX: lambda m: m._new_object(*reversed((m._stack.pop(), m._stack.pop()))),
+    pickle.PERSID: lambda m: m._persistent(m._line().decode()),
+    pickle.BINPERSID: lambda m: m._persistent(m._stack.pop()),
+}
+del M
+
+
+def load_inert(file: IO[bytes], origin: int = 0) -> Any:
     """The tree that one pickle describes, with nothing of it executed.
 
     Args:
         file: Open for reading, at the start of the pickle; left behind its end.
+        origin: The file's byte at which `file` begins, if it is a part of one.
 
     Raises:
-        UnsafeFile: It asks to call what is not in `CALLS`.
-        DamagedFile: It is not a whole pickle.
+        UnsafeFile: It asks to call what is no value type.
+        DamagedFile: It is not a whole pickle, or made to be slow or huge.
     """
     try:
-        return InertUnpickler(file).load()
-    except CheckpointError:
+        return InertUnpickler(file, origin).load()
+    except (CheckpointError, UnsafeFile):
         raise
     except Exception as error:  # whatever arbitrary bytes do to an unpickler
         raise DamagedFile(f"its pickle cannot be read ({type(error).__name__}: {error})") from None

@@ -1,13 +1,18 @@
-"""Walking the tree that `inert.load_inert` gives: each leaf with the path that a user knows."""
+"""Walking the tree that `load_inert` gives: each leaf with the path that a user knows."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from fastguard.checkpoints.reading.inert_unpickler import Attached, StandIn
+from fastguard.checkpoints.errors import DamagedFile
+from fastguard.checkpoints.reading.inert_values import Attached, InertDict, StandIn
 
 _MODULE_PARTS = ("_parameters", "_buffers", "_modules")
+_LONGEST_KEY = 200  # characters; the rest is left out
+_LONGEST_PATH = 1000
+_DEEPEST = 500  # containers in containers
 
 
 def named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
@@ -15,42 +20,69 @@ def named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
 
     Parameters, buffers and children of a pickled module appear under the names that
     `named_parameters` gives them. Each container is entered once, under its first path.
+
+    Raises:
+        DamagedFile: Containers are nested deeper than in any checkpoint.
     """
-    entered: set[int] = set()
-    stack: list[tuple[str, Any]] = [("", tree)]
+    entered = {id(tree)}
+    children = _children(tree)
+    if children is None:
+        yield "", tree
+        return
+    stack = [("", children)]
     while stack:
-        path, value = stack.pop()
+        path, children = stack[-1]
+        found = next(children, None)
+        if found is None:
+            stack.pop()
+            continue
+        key, value = found
+        below = f"{path}.{key}" if path and key else path or key
         children = _children(value)
         if children is None:
-            yield path, value
+            yield below, value
         elif id(value) not in entered:
             entered.add(id(value))
-            stack.extend(
-                (f"{path}.{key}" if path and key else path or key, child)
-                for key, child in reversed(children)
-            )
+            if len(stack) > _DEEPEST or len(below) > _LONGEST_PATH:
+                raise DamagedFile(
+                    f"its containers are nested more than {_DEEPEST} deep, or have names of "
+                    f"thousands of characters, which is odd: {below[:60]}..."
+                )
+            stack.append((below, children))
 
 
-def _children(value: Any) -> list[tuple[str, Any]] | None:
+Children = Iterator[tuple[str, Any]]
+
+
+def _children(value: Any) -> Children | None:
     if isinstance(value, StandIn):
-        return [child for part in value.parts for child in _parts(part)]
+        return (child for part in value.parts for child in _parts(part))
     if isinstance(value, Attached):
-        return [("", value.value), ("", value.state)]
+        return iter([("", value.value), ("", value.state)])
     if isinstance(value, dict):
-        return [(str(key), child) for key, child in dict.items(value)]
+        own = ((_text(key), child) for key, child in dict.items(value))
+        attributes = value.attributes if isinstance(value, InertDict) else None
+        return own if attributes is None else itertools.chain(own, [("", attributes)])
     if isinstance(value, list | tuple | set):
-        return [(str(i), child) for i, child in enumerate(value)]
+        return ((str(i), child) for i, child in enumerate(value))
     return None
 
 
-def _parts(part: Any) -> list[tuple[str, Any]]:
+def _parts(part: Any) -> Children:
     """The attributes of a stand-in; the three dicts of a module add nothing to the path."""
     if (
         isinstance(part, tuple)
         and len(part) == 2
         and all(p is None or isinstance(p, dict) for p in part)
     ):  # (`__dict__`, slots)
-        return [child for p in part if p is not None for child in _parts(p)]
-    if not isinstance(part, dict):
-        return [("", part)]
-    return [("" if key in _MODULE_PARTS else str(key), child) for key, child in part.items()]
+        return (child for p in part if isinstance(p, dict) for child in _attributes(p))
+    return _attributes(part) if isinstance(part, dict) else iter([("", part)])
+
+
+def _attributes(part: dict[Any, Any]) -> Children:
+    return (("" if key in _MODULE_PARTS else _text(key), child) for key, child in part.items())
+
+
+def _text(key: Any) -> str:
+    text = str(key)
+    return text if len(text) <= _LONGEST_KEY else f"{text[:_LONGEST_KEY]}..."

@@ -22,6 +22,8 @@ from fastguard.checkpoints.reading.spans import Contents, Span
 
 _MAX_HEADER = 100 * 2**20  # bytes; the reference implementation refuses longer ones
 _LARGEST = 2**64 - 1
+_MOST_MARKS = 5_000_000  # brackets, colons and commas of JSON: 400,000 tensors, 400 MB when parsed
+_MOST_DIMENSIONS = 64  # what torch's own loops over elements support
 _DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -84,6 +86,9 @@ def json_without_doubles(raw: bytes) -> dict[str, Any]:
         DamagedFile: It is no object, or has a name twice: then readers differ in what they see.
         ValueError: It is no JSON. Python's additions to it, such as NaN, are none.
     """
+    n_marks = sum(map(raw.count, (b",", b":", b"[", b"{")))
+    if n_marks > _MOST_MARKS:
+        raise DamagedFile(f"its JSON has {n_marks:,} brackets, colons and commas, which is odd")
     found = json.loads(
         raw.decode("utf-8"),
         object_pairs_hook=_without_doubles,
@@ -101,7 +106,7 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for name, _ in pairs:
             if name in seen:
-                raise DamagedFile(f"it names {name} twice, and readers differ in which they see")
+                raise DamagedFile(f"it names {name:.200} twice, and readers differ in which they see")
             seen.add(name)
     for name in found:
         name.encode()  # a lone surrogate is no text
@@ -120,21 +125,26 @@ def _safetensor(name: str, entry: dict[str, Any], data: int, file_size: int) -> 
         dtype = _DTYPES[kind]
         bits = dtype.itemsize * 8
     else:
-        raise DamagedFile(f"{name} has dtype {kind}, which is unknown here")
+        raise DamagedFile(f"{name:.200} has dtype {kind}, which is unknown here")
     size, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
     if any(type(number) is not int for number in (*size, begin, end)):
-        raise DamagedFile(f"damaged: the shape or place of {name} is not made of integers")
+        raise DamagedFile(f"damaged: the shape or place of {name:.200} is not made of integers")
+    if len(size) > _MOST_DIMENSIONS:
+        raise DamagedFile(
+            f"{name:.200} has {len(size):,} dimensions, which is odd: torch computes with up to "
+            f"{_MOST_DIMENSIONS}"
+        )
     n_bits = bits
     for length in size:  # as the reference reader does: a 0 at the end does not mend an overflow
         n_bits *= length
         if n_bits > _LARGEST:
-            raise DamagedFile(f"damaged: {name} is larger than any file")
+            raise DamagedFile(f"damaged: {name:.200} is larger than any file")
     n_bytes, rest = divmod(n_bits, 8)
     if begin < 0 or rest or end - begin != n_bytes or min(size, default=1) < 0:
         shape = f"{list(size)}"
-        raise DamagedFile(f"damaged: {name} of shape {shape:.200} has {end - begin} bytes")
+        raise DamagedFile(f"damaged: {name:.200} of shape {shape:.200} has {end - begin} bytes")
     if data + end > file_size:
-        raise DamagedFile(f"truncated: {name} ends behind the end of the file")
+        raise DamagedFile(f"truncated: {name:.200} ends behind the end of the file")
     stride = tuple(accumulate(reversed(size[1:]), mul, initial=1))[::-1] if size else ()
     return Span(name, dtype, data + begin, n_bytes // dtype.itemsize, size, stride, dense=True)
 
@@ -144,10 +154,10 @@ def _check_covered(spans: list[Span], data: int, size: int) -> None:
     at, before = data, "the header"
     for span in spans:
         if span.start < at:
-            raise DamagedFile(f"damaged: {span.name} overlaps {before}")
+            raise DamagedFile(f"damaged: {span.name:.200} overlaps {before}")
         if span.start > at:
             raise DamagedFile(
-                f"damaged: {span.start - at} bytes between {before} and {span.name} belong to no "
+                f"damaged: {span.start - at} bytes between {before} and {span.name:.200} belong to no "
                 "tensor"
             )
         at, before = span.end, span.name

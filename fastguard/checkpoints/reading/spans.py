@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from fastguard.checkpoints.reading.pickled_arrays import NumpyArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,8 @@ class Contents:
             name, those of no elements too; None for shards.
         spans: The tensors, each view of the data once, in file order.
         records: Checksums that the file carries, in file order.
-        arrays: Tensors that stand in the pickle itself (numpy arrays).
+        arrays: Arrays of numpy that stand in the pickle itself, of numbers that can be looked at.
+        unread: Name of each thing whose numbers cannot be looked at, and what it is.
         metadata: Strings that a safetensors file carries.
     """
 
@@ -64,7 +66,8 @@ class Contents:
     tree: Any
     spans: tuple[Span, ...]
     records: tuple[Record, ...] = ()
-    arrays: tuple[tuple[str, Tensor], ...] = ()
+    arrays: tuple[tuple[str, NumpyArray], ...] = ()
+    unread: tuple[tuple[str, str], ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property

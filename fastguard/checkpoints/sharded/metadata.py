@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, ClassVar
 import torch
 
 from fastguard.checkpoints.errors import CheckpointError, DamagedFile, UnsafeFile
-from fastguard.checkpoints.reading.inert_unpickler import MOVED
+from fastguard.checkpoints.reading.inert_calls import MOVED
 from fastguard.regular_files import open_regular
 
 NAME = ".metadata"

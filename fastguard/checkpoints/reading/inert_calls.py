@@ -1,0 +1,276 @@
+"""What stands in the place of what a pickle names and calls. Nothing is looked up, nothing runs.
+
+A name gives one of three things:
+
+* an entry of `CALLS`, the short list that torch itself writes (and numpy, for scalars and arrays),
+  each replaced by a function of this package that only takes notes: a tensor becomes a `TensorRef`;
+* a dtype or a storage type of torch;
+* for everything else, a `Name`. Creating objects of it, giving them state and items makes a
+  `StandIn`.
+
+*Calling* a `Name` (the REDUCE opcode, which is how a pickle runs `os.system`) makes a `StandIn` too
+where the name is that of a value type: an enum, a `datetime`, a `partial`, a class of any package.
+It raises `UnsafeFile` where it is that of a function, or of a class of the standard library that
+does more than to hold values. Either way nothing happens here: the error warns of other readers.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastguard.checkpoints.errors import DamagedFile, UnsafeFile
+from fastguard.checkpoints.reading.inert_values import (
+    Attached,
+    InertDict,
+    LongText,
+    Name,
+    StandIn,
+    StorageRef,
+    StorageType,
+    TensorRef,
+)
+from fastguard.checkpoints.reading.pickled_arrays import (
+    NumpyArray,
+    NumpyDtype,
+    array_from_buffer,
+    numpy_scalar,
+)
+
+_DTYPES = {
+    name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)
+}  # torch.float32, ...
+_STORAGES = {name: dtype for dtype, name in torch.storage._dtype_to_storage_type_map().items()}
+_MOST_DIMENSIONS = 64  # what torch's own loops over elements support
+
+# Modules of the standard library whose classes and functions make values and nothing else.
+_VALUE_MODULES = frozenset(
+    """
+    collections datetime _datetime decimal _decimal fractions uuid ipaddress zoneinfo enum numbers
+    array statistics typing operator _operator itertools dataclasses random _random
+    """.split()
+)
+_VALUE_TYPES = frozenset(
+    """
+    builtins.range builtins.slice builtins.getattr builtins.list builtins.tuple builtins.dict
+    builtins.int builtins.float builtins.str builtins.bool builtins.object builtins.type
+    builtins.iter builtins.reversed builtins.enumerate builtins.zip builtins.memoryview
+    functools.partial re._compile re.RegexFlag argparse.Namespace types.SimpleNamespace
+    types.MappingProxyType types.GenericAlias copyreg.__newobj__ copyreg.__newobj_ex__
+    logging.getLogger time.struct_time string.Template inspect.Parameter inspect.Signature
+    inspect._ParameterKind signal.Signals http.HTTPStatus
+    numpy.ma.core._mareconstruct pandas._libs.internals._unpickle_block
+    pandas.core.indexes.base._new_Index pandas._libs.tslibs.timestamps._unpickle_timestamp
+    """.split()
+)
+_VALUE_NAMES = re.compile(r"numpy\.random\._pickle\.__\w+_ctor|numpy\.(?:_?core\.)?\w*\.?dtype")
+
+
+class Call:
+    """An entry of `CALLS`, which a pickle can call but not change."""
+
+    __slots__ = ("name", "work")
+
+    def __init__(self, name: str, work: Callable[..., Any]) -> None:
+        self.name = name
+        self.work = work
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def meaning(module: str, name: str) -> Any:
+    """What a name of a pickle stands for."""
+    # torch.save writes protocol 2, with the names that Python 2 had
+    module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+    module = MOVED.get(module, module)
+    qualified = f"{module}.{name}"
+    if qualified in CALLS:
+        return Call(qualified, CALLS[qualified])
+    if module == "torch" and name in _DTYPES:
+        return _DTYPES[name]
+    if module in ("torch", "torch.cuda", "torch.storage"):
+        if name in _STORAGES:
+            return StorageType(_STORAGES[name])
+        if name == "UntypedStorage":
+            return StorageType(None)
+    return Name(qualified)
+
+
+def call(function: Any, arguments: tuple[Any, ...]) -> Any:
+    """What a call makes, which is not made.
+
+    Raises:
+        UnsafeFile: It is that of no value type.
+    """
+    if isinstance(function, Call):
+        return function.work(*arguments)
+    if not isinstance(function, Name):
+        raise UnsafeFile(
+            f"the file asks to call {function!r:.200}, which no checkpoint needs; nothing was "
+            "executed. Do not load it unless you trust who wrote it"
+        )
+    if not _is_value_type(function.qualified_name):
+        raise UnsafeFile(
+            f"the file asks to call {function!r}, which no checkpoint needs; nothing was executed. "
+            "Do not load it unless you trust who wrote it"
+        )
+    return StandIn(function.qualified_name, *([arguments] if arguments else []))
+
+
+def _is_value_type(qualified: str) -> bool:
+    module, _, name = qualified.rpartition(".")
+    if qualified in _VALUE_TYPES or _VALUE_NAMES.fullmatch(qualified):
+        return True
+    root = module.partition(".")[0]
+    if root in sys.stdlib_module_names:
+        return module in _VALUE_MODULES
+    return name.lstrip("_")[:1].isupper()  # a class, by the convention of every package
+
+
+def give_state(target: Any, state: Any, charge: Callable[[int], None]) -> None:
+    """The BUILD opcode, for what is neither a stand-in nor a dict.
+
+    Raises:
+        UnsafeFile: It would change a name or a call.
+    """
+    if isinstance(target, NumpyArray | NumpyDtype):
+        target.set_state(state, charge)
+        return
+    raise UnsafeFile(f"the file tries to change {target!r:.200}; nothing was executed")
+
+
+def _dimensions(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, tuple | list) or not all(type(v) is int for v in values):
+        raise DamagedFile("damaged: a shape that is no tuple of integers")
+    if len(values) > _MOST_DIMENSIONS:
+        raise DamagedFile(
+            f"a tensor of {len(values):,} dimensions, which is odd: torch computes with up to "
+            f"{_MOST_DIMENSIONS}"
+        )
+    if not all(-(2**63) <= v < 2**63 for v in values):
+        raise DamagedFile("damaged: a shape beyond every memory")
+    return tuple(values)
+
+
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> TensorRef:
+    return _tensor_of_dtype(storage, offset, size, stride, None, None, None)
+
+
+def _tensor_of_dtype(
+    storage: Any, offset: Any, size: Any, stride: Any, _g: Any, _h: Any, dtype: Any, *_: Any
+) -> TensorRef:
+    if not isinstance(storage, StorageRef) or type(offset) is not int:
+        raise DamagedFile("damaged: a tensor without storage")
+    dtype = dtype or storage.dtype or torch.uint8
+    if not isinstance(dtype, torch.dtype):
+        raise DamagedFile("damaged: a tensor without dtype")
+    return TensorRef(storage, dtype, offset, _dimensions(size), _dimensions(stride))
+
+
+def _tensor_of_subclass(rebuild: Any, _cls: Any, args: Any, state: Any) -> Attached:
+    if not isinstance(rebuild, Call) or not isinstance(args, tuple):
+        raise UnsafeFile(f"the file rebuilds a tensor by {rebuild!r:.200}; nothing was executed")
+    return Attached(rebuild.work(*args), state)
+
+
+def _encode(text: Any, encoding: str = "latin1", *_: Any) -> Any:
+    if isinstance(text, LongText):
+        return text.encoded(encoding)
+    return text.encode("latin1" if encoding in ("latin1", "latin-1") else "utf-8")
+
+
+def _bytearray(*arguments: Any) -> Any:
+    if arguments and isinstance(arguments[0], str | LongText):
+        return _encode(*arguments)
+    return arguments[0] if arguments and isinstance(arguments[0], bytes) else b""
+
+
+def _joined(separator: str) -> Callable[..., str]:
+    """Of the parts of a path, of a device; a bomb joins what it has joined before to itself."""
+
+    def join(*parts: Any) -> str:
+        if not all(isinstance(part, str | int) for part in parts):
+            raise DamagedFile("damaged: a path or a device of something that is no text")
+        text = separator.join(str(part) for part in parts)
+        if len(text) > 4096:
+            raise DamagedFile(f"a path or a device of {len(text):,} characters, which is odd")
+        return text
+
+    return join
+
+
+def _first(value: Any, *_: Any) -> Any:
+    return value
+
+
+def _nothing(*_: Any) -> None:
+    return None
+
+
+def _list(items: Any = (), *_: Any) -> list[Any]:
+    return list(items)
+
+
+def _dict(items: Any = (), *_: Any) -> InertDict:
+    """Of another dict, or of pairs, as Python 2 pickled an OrderedDict."""
+    if isinstance(items, dict):
+        return InertDict(items)
+    pairs = list(items)
+    if not all(isinstance(p, list | tuple) and len(p) == 2 and type(p[0]) is str for p in pairs):
+        raise DamagedFile("damaged: a dict of something that is no pairs")
+    return InertDict(pairs)
+
+
+CALLS: dict[str, Callable[..., Any]] = {
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor_of_dtype,
+    "torch._utils._rebuild_qtensor": lambda *a: Attached(_tensor(*a[:4]), a[4]),
+    "torch._utils._rebuild_parameter": _first,
+    "torch._utils._rebuild_parameter_with_state": lambda data, _g, _h, state: Attached(data, state),
+    "torch._utils._rebuild_sparse_tensor": lambda _layout, data: data,
+    "torch._utils._rebuild_nested_tensor": lambda *parts: list(parts),
+    "torch._utils._rebuild_device_tensor_from_numpy": _first,
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor": _first,
+    "torch._utils._rebuild_meta_tensor_no_storage": _nothing,
+    "torch._utils._rebuild_wrapper_subclass": _nothing,
+    "torch._tensor._rebuild_from_type_v2": _tensor_of_subclass,
+    "torch.nn.parameter.Parameter": _first,
+    "torch.serialization._get_layout": _first,
+    "torch.Size": lambda sizes=(): _dimensions(sizes),
+    "torch.device": _joined(":"),
+    "collections.OrderedDict": _dict,
+    "collections.Counter": _dict,
+    "collections.defaultdict": lambda _factory=None, items=(): _dict(items),
+    "collections.deque": _list,
+    "builtins.set": _list,  # elements may be stand-ins; a list keeps whatever is in it
+    "builtins.frozenset": _list,
+    "builtins.bytearray": _bytearray,
+    "builtins.bytes": _bytearray,
+    "builtins.complex": lambda *parts: StandIn("builtins.complex", *parts),
+    "_codecs.encode": _encode,
+    "copyreg._reconstructor": lambda cls, *_: _object_of(cls),
+    "pathlib.Path": _joined("/"),
+    "numpy.dtype": NumpyDtype,
+    "numpy.core.multiarray.scalar": numpy_scalar,
+    "numpy.core.multiarray._reconstruct": lambda *_: NumpyArray(),
+    "numpy.core.numeric._frombuffer": array_from_buffer,
+}
+for _name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"):
+    CALLS[f"pathlib.{_name}"] = CALLS["pathlib.Path"]
+for _name in ("multiarray.scalar", "multiarray._reconstruct", "numeric._frombuffer"):  # numpy 2
+    CALLS[f"numpy._core.{_name}"] = CALLS[f"numpy.core.{_name}"]
+# Python 3.13 pickles paths by the module that defines them, which no other Python has.
+MOVED = {"pathlib._local": "pathlib"}
+
+
+def _object_of(kind: Any) -> StandIn:
+    if not isinstance(kind, Name):
+        raise DamagedFile("damaged: an object of something that is no class")
+    return StandIn(kind.qualified_name)

@@ -1,0 +1,192 @@
+"""Arrays of numpy that stand in the pickle itself: which of their numbers can be looked at.
+
+Plain numbers become a tensor. Of a structured array each field does. What cannot be looked at (an
+array of objects, a number type of another machine) is said to be unread.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastguard.checkpoints.errors import DamagedFile
+from fastguard.checkpoints.reading.inert_values import LongBytes, Name
+
+_PLAIN = frozenset(
+    "b1 i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8 c8 c16".split()
+)  # what torch has too, or can be cast to
+_LONG = f"f{np.dtype(np.longdouble).itemsize}", f"c{np.dtype(np.clongdouble).itemsize}"
+_NO_NUMBERS = "USMm"  # text, bytes, times: neither NaN nor Inf
+_MOST_FIELDS = 1000
+
+
+class NumpyDtype:
+    """A pickled `numpy.dtype`.
+
+    Attributes:
+        plain: The dtype, if it is of numbers, or has fields; None: nothing is known of it.
+        what: How to name it.
+        holds_numbers: Whether there may be a NaN in it.
+    """
+
+    def __init__(self, code: Any = None, *_: Any) -> None:
+        self.what = code if isinstance(code, str) else repr(code) if isinstance(code, Name) else "?"
+        self.what = self.what[:40]
+        kind = self.what[:1]
+        self.holds_numbers = kind not in _NO_NUMBERS
+        self.plain: np.dtype | None = None
+        self.of_torch: torch.dtype | None = None
+        if isinstance(code, Name):  # ml_dtypes.bfloat16 and its relatives, which torch has too
+            found = getattr(torch, self.what.rpartition(".")[2], None)
+            self.of_torch = found if isinstance(found, torch.dtype) else None
+        elif self.what in _PLAIN or self.what in _LONG:
+            self.plain = np.dtype(self.what)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element; 0 if nothing is known of it."""
+        found = self.plain if self.plain is not None else self.of_torch
+        return 0 if found is None else found.itemsize
+
+    def __repr__(self) -> str:
+        return f"numpy {self.what}"
+
+    def set_state(self, state: Any, _charge: Callable[[int], None]) -> None:
+        _version, order, _subarray, names, fields, size, *_ = state
+        if self.plain is not None and order in ("<", ">", "="):
+            self.plain = self.plain.newbyteorder(order)
+        elif isinstance(names, tuple) and isinstance(fields, dict):
+            self.what = "structured"
+            self.plain = _structured(names, fields, size)
+
+
+def _structured(names: tuple[Any, ...], fields: dict[Any, Any], size: Any) -> np.dtype | None:
+    """The dtype of a structured array; None if there is something in it that cannot be read."""
+    if not 0 < len(names) <= _MOST_FIELDS or type(size) is not int or not 0 < size < 2**31:
+        return None
+    formats, offsets = [], []
+    for name in names:
+        dtype, offset, *_ = fields[name]
+        if not isinstance(dtype, NumpyDtype) or dtype.plain is None or type(offset) is not int:
+            return None
+        formats.append(dtype.plain)
+        offsets.append(offset)
+    if sum(dtype.itemsize for dtype in formats) > size:  # fields that overlap multiply the work
+        return None
+    plain = [str(i) for i in range(len(names))]  # titles and odd names mean nothing here
+    return np.dtype({"names": plain, "formats": formats, "offsets": offsets, "itemsize": size})
+
+
+class NumpyArray:
+    """A pickled ndarray.
+
+    Attributes:
+        shape: As in numpy.
+        unread: What it holds that cannot be looked at; None if everything can.
+    """
+
+    def __init__(self) -> None:
+        self.shape: tuple[int, ...] = ()
+        self.unread: str | None = None
+        self._dtype: NumpyDtype | None = None
+        self._raw: bytes | LongBytes = b""
+
+    def set_state(self, state: Any, charge: Callable[[int], None]) -> None:
+        _version, shape, dtype, _fortran, raw = state
+        if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
+            raise DamagedFile("damaged: a numpy array of no shape")
+        if not isinstance(dtype, NumpyDtype):
+            raise DamagedFile("damaged: a numpy array without dtype")
+        n = math.prod(shape[:64])
+        self.shape, self._dtype, self._raw = shape[:64], dtype, b""
+        if not dtype.holds_numbers or n == 0:
+            return
+        if not dtype.itemsize or not isinstance(raw, bytes | LongBytes):
+            self.unread = f"numpy array of dtype {dtype.what}"
+            return
+        if n * dtype.itemsize != len(raw):
+            raise DamagedFile(
+                f"damaged: a numpy array of shape {list(shape)[:8]} has {len(raw)} bytes"
+            )
+        charge(len(raw) if isinstance(raw, bytes) else 0)
+        self._raw = raw
+
+    @property
+    def is_floating(self) -> bool:
+        """Whether it holds numbers that could be weights."""
+        if self._dtype is None or not len(self._raw):
+            return False
+        return self._dtype.of_torch is not None or self._dtype.plain.kind in "fcV"  # type: ignore[union-attr]
+
+    @property
+    def start(self) -> int | None:
+        """The file's byte at which its numbers begin, if they were left there."""
+        return self._raw.start if isinstance(self._raw, LongBytes) else None
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether it has numbers that can be looked at."""
+        return len(self._raw) > 0
+
+    def pieces(self, read: Callable[[LongBytes], Iterator[bytes]]) -> Iterator[Tensor]:
+        """Its numbers, in pieces of a few megabytes.
+
+        Args:
+            read: Reads what was left in the file.
+        """
+        if isinstance(self._raw, bytes):
+            if self._raw:
+                yield from self._parts(self._raw)
+            return
+        itemsize = self._dtype.itemsize  # type: ignore[union-attr]
+        rest = b""
+        for more in read(self._raw):
+            rest += more
+            whole = len(rest) // itemsize * itemsize
+            yield from self._parts(rest[:whole])
+            rest = rest[whole:]
+
+    def _parts(self, raw: bytes) -> Iterator[Tensor]:
+        dtype = self._dtype
+        assert dtype is not None
+        if dtype.of_torch is not None:
+            data = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.empty(0)
+            yield data.to(torch.uint8).view(dtype.of_torch)
+        elif dtype.plain is not None:
+            yield from _tensors(np.frombuffer(raw, dtype.plain), 0)
+
+
+def _tensors(values: np.ndarray, depth: int) -> Iterator[Tensor]:
+    if values.dtype.names is not None:
+        for name in values.dtype.names if depth < 8 else ():
+            yield from _tensors(values[name], depth + 1)
+        return
+    if values.dtype.itemsize > 8 and values.dtype != np.complex128:  # of extended precision
+        parts = [values] if values.dtype.kind == "f" else [values.real, values.imag]
+        for part in parts:  # a cast to float64 would overflow; what is finite becomes 0
+            with np.errstate(invalid="ignore"):
+                yield torch.from_numpy(np.where(np.isfinite(part), 0.0, part).astype(np.float64))
+        return
+    yield torch.from_numpy(np.array(values, dtype=values.dtype.newbyteorder("=")))
+
+
+def numpy_scalar(dtype: Any, raw: Any = None) -> Any:
+    """The number that a numpy scalar is; None if it is none that Python has."""
+    if not isinstance(dtype, NumpyDtype) or dtype.plain is None or not isinstance(raw, bytes):
+        return None
+    if dtype.plain.names is not None or dtype.plain.itemsize > 16 or dtype.plain.kind not in "biuf":
+        return None
+    found = np.frombuffer(raw, dtype.plain, count=1)[0]
+    return float(found) if dtype.plain.kind == "f" else found.item()
+
+
+def array_from_buffer(buffer: Any, dtype: Any, shape: Any, _order: Any = "C", *_: Any) -> Any:
+    """What protocol 5 makes of an array."""
+    made = NumpyArray()
+    made.set_state((1, shape, dtype, False, buffer), lambda _: None)
+    return made
