@@ -106,7 +106,7 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for name, _ in pairs:
             if name in seen:
-                raise DamagedFile(f"it names {name:.200} twice, and readers differ in which they see")
+                raise DamagedFile(f"it names {name:.200} twice: readers differ in which they see")
             seen.add(name)
     for name in found:
         name.encode()  # a lone surrogate is no text
@@ -154,11 +154,11 @@ def _check_covered(spans: list[Span], data: int, size: int) -> None:
     at, before = data, "the header"
     for span in spans:
         if span.start < at:
-            raise DamagedFile(f"damaged: {span.name:.200} overlaps {before}")
+            raise DamagedFile(f"damaged: {span.name:.200} overlaps {before:.200}")
         if span.start > at:
             raise DamagedFile(
-                f"damaged: {span.start - at} bytes between {before} and {span.name:.200} belong to no "
-                "tensor"
+                f"damaged: {span.start - at} bytes between {before:.200} and {span.name:.200} "
+                "belong to no tensor"
             )
         at, before = span.end, span.name
     if at < size:
