@@ -9,14 +9,12 @@ fatal. A run is the current file of a `JsonLinesSink` and the full ones beside i
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fastguard.sinks import rotated_files
+from fastguard.rotated_files import open_run
 
 try:  # twice as fast as the standard library; what it refuses (a bare NaN), that one reads
     from orjson import loads as _loads
@@ -52,11 +50,10 @@ def read_blocks(path: Path, *, block_bytes: int = BLOCK_BYTES) -> Iterator[Block
         block_bytes: How much is read at a time, and the longest line that is a record.
 
     Raises:
-        OSError: A file cannot be read.
+        OSError: There is no file, or one cannot be read, or is a pipe or a device.
     """
-    with ExitStack() as stack:
-        for file in _opened(path, stack):
-            yield from _blocks(file, block_bytes)
+    for _, file in open_run(path):
+        yield from _blocks(file, block_bytes)
 
 
 def parse_lines(data: bytes) -> tuple[list[dict[str, Any]], int]:
@@ -106,25 +103,6 @@ def _are_records(values: list[Any]) -> bool:
         return False
     steps = [value.get("step") for value in values]
     return set(map(type, steps)) == {int} and 0 <= min(steps) and max(steps) < 1 << 53
-
-
-def _opened(path: Path, stack: ExitStack) -> Iterator[BinaryIO]:
-    """The files of a run, oldest first, each open while it is read.
-
-    The current one is opened before the others are listed: if it is renamed meanwhile it is then
-    among them, and is left out there.
-    """
-    current = stack.enter_context(path.open("rb")) if path.exists() else None
-    for old in rotated_files(path):
-        try:
-            file = old.open("rb")
-        except FileNotFoundError:  # beyond the sink's `keep`, and deleted since it was listed
-            continue
-        with file:
-            if current is None or not os.path.sameopenfile(file.fileno(), current.fileno()):
-                yield file
-    if current is not None:
-        yield current
 
 
 def _blocks(file: BinaryIO, block_bytes: int) -> Iterator[Block]:

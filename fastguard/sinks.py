@@ -11,15 +11,20 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator
-from glob import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fastguard.checked_numbers import count_of
+from fastguard.line_writer import LineWriter
+from fastguard.plain_text import printable, shown
+from fastguard.rotated_files import open_run
 from fastguard.step_record import FIELDS, StepRecord
 from fastguard.strict_json import encode
 
 log = logging.getLogger("fastguard")
+
+LONGEST_LINE = 1 << 24
+"""Bytes from which on a line is damage, not a record."""
 
 _FLOATS = ("total_norm", "clip_coef", "lr")
 
@@ -31,14 +36,22 @@ class JsonLinesSink:
     cut short, which readers skip; the next run starts on a new line. Full files are renamed to
     `records.1.jsonl`, `records.2.jsonl`, ... and the oldest beyond `keep` are deleted.
 
+    One process writes to a file. Its threads may share a sink, and several sinks a path. A copy in
+    another process, forked or pickled, writes when no other process does; until then its records
+    are lost, and counted.
+
     Args:
         path: The file; its folder is created.
         max_bytes: Size at which a file is full.
         keep: How many full files are kept beside the current one; None: all.
 
+    Attributes:
+        lost: How many records could not be written.
+
     Raises:
         ValueError: `max_bytes` or `keep` is out of range.
-        OSError: The file cannot be opened for writing.
+        BlockingIOError: Another process writes to the file; it names which, where that is known.
+        OSError: The file cannot be opened for writing, or is a pipe or a device.
 
     Example:
         >>> import tempfile, fastguard
@@ -56,77 +69,60 @@ class JsonLinesSink:
         count_of("max_bytes", max_bytes, 1024)
         if keep is not None:
             count_of("keep", keep, 0, optional=True)
-        self.path = check_file(path)
+        self._set_up(check_file(path), max_bytes, keep)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._writer.open()
+        except BaseException:
+            self._writer.leave()
+            raise
+
+    def _set_up(self, path: Path, max_bytes: int, keep: int | None) -> None:
+        self.path = path
         self.max_bytes = max_bytes
         self.keep = keep
         self.lost = 0
-        self._file, self._size, self._closed = -1, 0, False
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._open()
+        self._closed = False
+        self._writer = LineWriter.of(path)
+
+    def __getstate__(self) -> tuple[Path, int, int | None]:
+        # A descriptor is a number that means another file elsewhere: a copy opens its own, when it
+        # has something to write.
+        return self.path, self.max_bytes, self.keep
+
+    def __setstate__(self, state: tuple[Path, int, int | None]) -> None:
+        self._set_up(*state)
 
     def __call__(self, record: StepRecord) -> None:
-        # A file name that is no UTF-8 is a string with lone surrogates, which JSON can escape.
-        line = (encode(record.as_dict()) + "\n").encode(errors="backslashreplace")
-        try:
-            if self._closed:
-                raise OSError("the sink is closed")
-            if self._file < 0:  # the last record could not be written
-                self._open()
-            if self._size and self._size + len(line) > self.max_bytes:
-                self._rotate()
-            written = os.write(self._file, line)
-            self._size += written
-            if written < len(line):
-                self._release()  # opening it again ends the line
-                raise OSError(f"only {written} of {len(line)} bytes were written")
-        except OSError as error:
-            self.lost += 1
-            if self.lost == 1:
-                log.warning("records are being lost: cannot write %s: %s", self.path, error)
+        with self._writer.lock:
+            try:
+                if self._closed:
+                    raise OSError("the sink is closed")
+                line = encode(record.as_dict()) + "\n"
+                self._writer.append(line.encode(), self.max_bytes, self.keep)
+            except Exception as error:  # disks and records have ways of their own to fail
+                self.lost += 1
+                if self.lost == 1:
+                    log.warning("records are being lost: cannot write %s: %s", self.path, error)
 
     def close(self) -> None:
         """Flushes to the disk and closes; further records are lost."""
-        self._closed = True
-        if self._file < 0:
-            return
-        try:
-            os.fsync(self._file)
-        except OSError as error:
-            log.warning("the last records may be lost: cannot flush %s: %s", self.path, error)
-        finally:
-            self._release()
+        with self._writer.lock:
+            if self._closed:
+                return
+            self._closed = True
+            try:
+                self._writer.flush()
+            except OSError as error:
+                log.warning("the last records may be lost: cannot flush %s: %s", self.path, error)
+            finally:
+                self._writer.leave()
 
     def __enter__(self) -> JsonLinesSink:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _open(self) -> None:
-        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            size = os.fstat(file).st_size
-            if size and os.pread(file, 1, size - 1) != b"\n":
-                size += os.write(file, b"\n")  # after a line that was cut short
-        except BaseException:
-            os.close(file)
-            raise
-        self._file, self._size = file, size
-
-    def _release(self) -> None:
-        """Closes the file. Forgets its number first: it may soon be that of a checkpoint."""
-        file, self._file = self._file, -1
-        os.close(file)
-
-    def _rotate(self) -> None:
-        full = rotated_files(self.path)
-        number = 1 + max((_number(p) for p in full), default=0)
-        self._release()
-        self.path.rename(self.path.with_name(f"{self.path.stem}.{number}{self.path.suffix}"))
-        self._open()
-        if self.keep is not None:
-            for old in rotated_files(self.path)[: -self.keep or None]:
-                old.unlink()
 
 
 def check_sink(sink: object) -> None:
@@ -162,23 +158,10 @@ def _is_a_folder(path: str | os.PathLike[str]) -> IsADirectoryError:
     )
 
 
-def rotated_files(path: str | os.PathLike[str]) -> list[Path]:
-    """The full files of a `JsonLinesSink`, oldest first, without the current one."""
-    path = Path(path)
-    found = [
-        p
-        for p in path.parent.glob(f"{escape(path.stem)}.*{escape(path.suffix)}")
-        if p.name[len(path.stem) + 1 : len(p.name) - len(path.suffix)].isdigit()
-    ]
-    return sorted(found, key=_number)
-
-
-def _number(path: Path) -> int:
-    return int(path.suffixes[-2][1:] if path.suffix and len(path.suffixes) > 1 else path.suffix[1:])
-
-
 def read_records(path: str | os.PathLike[str], *, strict: bool = False) -> Iterator[StepRecord]:
     """The records of a `JsonLinesSink`, oldest first, rotated files included.
+
+    A run may go on meanwhile: what is read are its records up to about the beginning of the call.
 
     Args:
         path: The current file.
@@ -187,35 +170,40 @@ def read_records(path: str | os.PathLike[str], *, strict: bool = False) -> Itera
     Raises:
         FileNotFoundError: There is no such file, nor a full one beside it.
         IsADirectoryError: It is a folder.
+        OSError: It cannot be read, or is a pipe or a device.
         ValueError: With `strict`, naming file and line.
     """
     path = Path(path)
     if path.is_dir():
         raise _is_a_folder(path)
-    full = rotated_files(path)
     skipped = 0
-    for file in (*full, path):
-        try:
-            lines = file.open("rb")
-        except FileNotFoundError:  # a full one was deleted, or the next one is about to be opened
-            if not full:
-                raise
-            continue
-        with lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    yield parse_record(line)
-                except ValueError as error:
-                    if strict:
-                        raise ValueError(
-                            f"{file}:{number} is no record ({error}); delete the line, or read "
-                            "with strict=False"
-                        ) from None
-                    skipped += 1
+    for name, file in open_run(path):
+        for number, line in _lines(file):
+            if not line.strip():
+                continue
+            try:
+                yield parse_record(line)
+            except ValueError as error:
+                if strict:
+                    raise ValueError(
+                        f"{printable(str(name))}:{number} is no record ({shown(error)}); delete "
+                        "the line, or read with strict=False"
+                    ) from None
+                skipped += 1
     if skipped:
         log.warning("%s: %d damaged lines were skipped", path, skipped)
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """The numbered lines; one that is too long to be a record is `b"..."`, whatever its size."""
+    number = 0
+    while line := file.readline(LONGEST_LINE):
+        number += 1
+        if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+            while (more := file.readline(LONGEST_LINE)) and not more.endswith(b"\n"):
+                pass
+            line = b"..."
+        yield number, line
 
 
 def parse_record(line: bytes) -> StepRecord:
@@ -329,7 +317,11 @@ class LogSink:
         except Exception as error:  # a logger has ways of its own to fail; the run goes on
             self.lost += 1
             if self.lost == 1:
-                log.warning("records are being lost: %r cannot log: %r", self.log, error)
+                log.warning(
+                    "records are being lost: %s cannot log: %s",
+                    shown(self.log, form=repr),
+                    shown(error, form=repr),
+                )
 
 
 def scalars(record: StepRecord, prefix: str = "train") -> dict[str, float]:

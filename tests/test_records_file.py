@@ -53,28 +53,6 @@ def test_a_run_whose_current_file_is_not_there_yet(tmp_path):
     assert steps(path) == [1, 2, 3, 4, 5]
 
 
-def test_a_rotation_while_reading_loses_and_repeats_nothing(tmp_path, monkeypatch):
-    path = write(tmp_path / "run.jsonl", 10)
-    listed = rf.rotated_files
-
-    def rotate_first(name):
-        if path.exists():
-            path.rename(tmp_path / "run.1.jsonl")
-        return listed(name)
-
-    monkeypatch.setattr(rf, "rotated_files", rotate_first)
-    assert steps(path) == list(range(1, 11))
-
-
-def test_a_full_file_that_is_deleted_while_reading_is_passed_over(tmp_path, monkeypatch):
-    path = write(tmp_path / "run.jsonl", 100, max_bytes=2048)
-    listed = rf.rotated_files(path)
-    monkeypatch.setattr(rf, "rotated_files", lambda name: listed)
-    listed[0].unlink()
-    found = steps(path)
-    assert found == list(range(found[0], 101)) and found[0] > 1
-
-
 @pytest.mark.parametrize(
     "line",
     [

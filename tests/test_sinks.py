@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from fastguard import (
     TensorBoardSink,
     read_records,
 )
-from fastguard.sinks import parse_record, rotated_files, scalars
+from fastguard.rotated_files import rotated_files
+from fastguard.sinks import parse_record, scalars
 from guardtest import require
 
 NAN_RECORD = StepRecord(
@@ -192,16 +194,21 @@ def test_a_line_of_a_newer_release_is_read() -> None:
     assert parse_record((RECORD + ', "mood": "fine"}').encode()).step == 1
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
-def test_a_full_disk_loses_records_not_the_run(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_full_disk_loses_records_not_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     opt = guarded()
-    sink = JsonLinesSink("/dev/full")
+    sink = JsonLinesSink(tmp_path / "r.jsonl")
     opt.add_sink(sink)
-    for _ in range(3):
-        opt.step()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        for _ in range(3):
+            opt.step()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert opt.applied_steps == 3 and sink.lost == 3
     assert caplog.text.count("records are being lost") == 1
-    sink.close()  # what cannot be flushed ends no run either
 
 
 def test_tensorboard_gets_scalars_under_their_usual_names(tmp_path: Path) -> None:
@@ -281,7 +288,7 @@ def test_between_a_rename_and_the_next_file_the_full_ones_are_read(tmp_path: Pat
     assert [r.step for r in read_records(path)] == [1, 2, 3]
 
 
-def test_a_full_file_that_is_deleted_meanwhile_is_passed_over(tmp_path: Path) -> None:
+def test_a_full_file_that_is_deleted_meanwhile_is_read_all_the_same(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     for name in ("r.1.jsonl", "r.2.jsonl", "r.jsonl"):
         with JsonLinesSink(tmp_path / name) as sink:
@@ -290,4 +297,20 @@ def test_a_full_file_that_is_deleted_meanwhile_is_passed_over(tmp_path: Path) ->
     reading = read_records(path)
     next(reading)
     (tmp_path / "r.2.jsonl").unlink()  # the run goes on and keeps one full file
-    assert [r.step for r in reading] == [2, 1, 2]
+    assert [r.step for r in reading] == [2, 1, 2, 1, 2]
+
+
+def test_records_that_were_deleted_before_they_could_be_read_are_said_to_be_missing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "r.jsonl"
+    with JsonLinesSink(path, max_bytes=1024) as sink:
+        for record in records(400):
+            sink(record)
+    reading = read_records(path)
+    seen = [next(reading).step]
+    for full in rotated_files(path)[:-1]:
+        full.unlink()  # the run goes on and keeps one full file
+    seen += [r.step for r in reading]
+    assert seen[0] == 1 and seen[-1] == 400 and len(seen) < 400
+    assert "full files were deleted before they could be read" in caplog.text

@@ -13,7 +13,7 @@ from typing import Literal
 
 from fastguard.commands.terminal import printable
 from fastguard.commands.usage import UsageError
-from fastguard.sinks import rotated_files
+from fastguard.rotated_files import rotated_files
 from fastguard.step_record import StepRecord
 
 Writer = Literal["fastguard", "another program", "unknown"]

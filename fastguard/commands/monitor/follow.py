@@ -15,9 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastguard.commands.monitor.tail import BLOCK, Lines, start_of_last_lines
-from fastguard.sinks import rotated_files
-
-Identity = tuple[int, int]  # device and inode: what a file is, whatever its name
+from fastguard.rotated_files import (
+    Identity,
+    around,
+    identity_at,
+    identity_of,
+    open_at,
+    rotated_files,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +77,7 @@ class Follower:
         """
         while True:
             # Asked before reading: once it has been renamed, nobody writes to it any more.
-            is_current = self._file >= 0 and _identity_of(self.path) == self._identity
+            is_current = self._file >= 0 and identity_at(self.path) == self._identity
             yield from self._read_to_end()
             if is_current or not self._open_next():
                 return
@@ -95,10 +100,10 @@ class Follower:
             self._file = -1
 
     def _begin(self, last: int) -> None:
-        current = _open(self.path)
-        rotated = rotated_files(self.path)
-        if current is not None:
-            rotated = rotated[: _index(_identity(current), rotated)]
+        before = rotated_files(self.path)
+        current = open_at(self.path)
+        found = None if current is None else identity_of(os.fstat(current))
+        rotated, _ = around(self.path, found, before[-1] if before else None)
         self._newest = rotated[-1] if rotated else None
         path = self.path
         while True:
@@ -111,34 +116,31 @@ class Follower:
             if last <= 0 or not rotated:
                 return
             path = rotated.pop()
-            current = _open(path)
+            current = open_at(path)
 
     def _open_next(self) -> bool:
         """Goes on to the file after ours; whether there is one yet."""
-        current = _open(self.path)  # before looking around, so that no file can slip in between
-        rotated = rotated_files(self.path)
-        first = _index(self._identity, rotated) + 1
-        if first > len(rotated):  # ours has been deleted or replaced
-            first = rotated.index(self._newest) + 1 if self._newest in rotated else 0
-        for path in rotated[first:]:
-            file = _open(path)
+        current = open_at(self.path)  # before looking around, so that no file can slip in between
+        older, newer = around(self.path, self._identity, self._newest)
+        for path in newer:
+            file = open_at(path)
             if file is not None:
                 if current is not None:
                     os.close(current)
                 self._newest = path
                 self._take(file)
                 return True
-        if current is None or _identity(current) == self._identity:
+        if current is None or identity_of(os.fstat(current)) == self._identity:
             if current is not None:
                 os.close(current)
             return False
-        self._newest = rotated[-1] if rotated else None
+        self._newest = [*older, *newer][-1] if older or newer else None
         self._take(current)
         return True
 
     def _take(self, file: int) -> None:
         self.close()
-        self._file, self._identity, self._offset = file, _identity(file), 0
+        self._file, self._identity, self._offset = file, identity_of(os.fstat(file)), 0
 
     def _read_to_end(self) -> Iterator[bytes]:
         if self._file < 0:
@@ -153,31 +155,3 @@ class Follower:
         except OSError as error:
             if error.errno != errno.ESTALE:  # on NFS: deleted by another machine
                 raise
-
-
-def _open(path: Path) -> int | None:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-
-
-def _identity(file: int) -> Identity:
-    found = os.fstat(file)
-    return found.st_dev, found.st_ino
-
-
-def _identity_of(path: Path) -> Identity | None:
-    try:
-        found = os.stat(path)
-    except FileNotFoundError:
-        return None
-    return found.st_dev, found.st_ino
-
-
-def _index(identity: Identity, files: Sequence[Path]) -> int:
-    """Which of the files it is; their number if it is none of them."""
-    for i in reversed(range(len(files))):  # what was rotated lately is asked for most
-        if _identity_of(files[i]) == identity:
-            return i
-    return len(files)

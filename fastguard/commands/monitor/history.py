@@ -14,7 +14,8 @@ from pathlib import Path
 
 from fastguard.commands.monitor.follow import Earlier
 from fastguard.commands.monitor.tail import whole_lines_backwards
-from fastguard.sinks import parse_record, rotated_files
+from fastguard.rotated_files import index_of, open_at, rotated_files
+from fastguard.sinks import parse_record
 from fastguard.step_record import StepRecord
 
 INCIDENT = b'"reason": "'
@@ -80,11 +81,8 @@ def _blocks(earlier: Earlier) -> Iterator[bytes]:
         return
     first = _same_file(earlier)
     for path, end in [(first, earlier.end), *((path, None) for path in reversed(earlier.older))]:
-        try:
-            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if path is not None else -1
-        except FileNotFoundError:  # the sink keeps a limited number of files
-            continue
-        if file < 0:
+        file = None if path is None else open_at(path)
+        if file is None:  # the sink keeps a limited number of files
             continue
         try:
             size = os.fstat(file).st_size
@@ -96,11 +94,6 @@ def _blocks(earlier: Earlier) -> Iterator[bytes]:
 def _same_file(earlier: Earlier) -> Path | None:
     """Where the file is now in which the follower began."""
     assert earlier.file is not None
-    for path in (earlier.file, *rotated_files(earlier.file)):
-        try:
-            found = os.stat(path)
-        except FileNotFoundError:
-            continue
-        if (found.st_dev, found.st_ino) == earlier.identity:
-            return path
-    return None
+    files = [*rotated_files(earlier.file), earlier.file]
+    i = index_of(earlier.identity, files)
+    return None if i is None else files[i]

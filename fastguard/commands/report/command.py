@@ -16,7 +16,7 @@ from fastguard.commands.files import written
 from fastguard.commands.run_files import find_run, refuse_lines_of_others
 from fastguard.commands.usage import UsageError, need, output_folder
 from fastguard.records_file import read_blocks
-from fastguard.sinks import rotated_files
+from fastguard.rotated_files import rotated_files
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from fastguard import JsonLinesSink, StepRecord, sinks
+from fastguard import JsonLinesSink, StepRecord
 from fastguard.commands.monitor import follow
 from fastguard.commands.monitor.follow import Follower
 from fastguard.sinks import parse_record
+from guardtest.rotation import ROTATIONS, Rotation
 
 
 def steps(lines: Iterable[bytes]) -> list[int]:
@@ -170,26 +171,27 @@ def test_a_follower_may_begin_in_the_middle_of_that(path: Path) -> None:
 
 
 @pytest.mark.parametrize("when", ["at-its-beginning", "when-it-goes-on"])
-def test_a_rotation_while_it_looks_around_loses_nothing(path: Path, monkeypatch, when: str) -> None:
-    def rotated_files(current: Path) -> list[Path]:
-        """The real one, and the sink rotates just before it looks."""
-        monkeypatch.setattr(follow, "rotated_files", sinks.rotated_files)
-        path.rename(path.with_name("r.8.jsonl"))
-        write(path, 4)
-        return sinks.rotated_files(current)
-
+@pytest.mark.parametrize("rotation", ROTATIONS, ids=str)
+def test_a_rotation_while_it_looks_around_loses_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch, when: str, rotation: Rotation
+) -> None:
     write(path.with_name("r.1.jsonl"), 1)
+    write(path, 2, 3)
     if when == "at-its-beginning":
-        write(path, 2, 3)
-        monkeypatch.setattr(follow, "rotated_files", rotated_files)
-        assert read(Follower(path, last=3)) == [1, 2, 3, 4]
-        return
-    write(path, 2)
-    follower = Follower(path, last=3)
-    path.rename(path.with_name("r.7.jsonl"))
-    write(path, 3)
-    monkeypatch.setattr(follow, "rotated_files", rotated_files)
-    assert read(follower) == [1, 2, 3, 4]
+        rotation.comes(monkeypatch, path, follow)
+        follower, seen = Follower(path, last=100), []
+    else:
+        follower = Follower(path, last=100)
+        seen = read(follower)
+        path.rename(path.with_name("r.2.jsonl"))
+        write(path, 4)
+        rotation.comes(monkeypatch, path, follow)
+    seen += read(follower)
+    monkeypatch.undo()
+    last = rotation.last(path)
+    write(path, last + 1)
+    seen += read(follower)
+    assert seen == list(range(1, last + 2))
 
 
 def test_age_is_that_of_the_last_write(path: Path) -> None:
