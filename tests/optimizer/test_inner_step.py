@@ -112,7 +112,13 @@ class OwnRate(torch.optim.Optimizer):
                 p -= 0.1 * p.grad
 
 
+class Unreadable:
+    def __float__(self):
+        raise ZeroDivisionError
+
+
 NO_RATES = {
+    "unreadable": Unreadable(),
     "none": None,
     "word": "1e-3",
     "function": lambda step: 0.1,
