@@ -154,7 +154,7 @@ def _values(evidence: Evidence) -> Iterator[Finding]:
     if bad:
         report = evidence.explained
         earlier = report is not None and any(a.values.nonfinite for a in evidence.step.activations)
-        born = f"{report.operation}, {report.evidence}" if report is not None else ""
+        born = ", ".join(filter(None, (report.operation, report.evidence))) if report else ""
         told = ", ".join(f"{name} is {value}" for name, value in bad.items())
         yield Finding(
             CHECK,

@@ -125,6 +125,31 @@ def _lengths(given: Any) -> list[int]:
     return given.flatten().tolist() if isinstance(given, Tensor) else list(given)
 
 
+# Cross-entropy.
+
+
+def _nothing_counts(call: Call, outputs: Sequence[Tensor]) -> Told | None:
+    """A mean over the targets that count, and none does."""
+    targets, ignored = call.argument("target"), call.argument("ignore_index")
+    weight = call.argument("weight")
+    if not targets.numel():
+        return None  # which its range tells
+    counted = targets[targets != ignored]
+    if not counted.numel():
+        evidence = f"all {targets.numel()} targets are ignore_index={ignored}"
+    elif weight is not None and not bool(weight[counted].any()):
+        evidence = f"the class weights of all {counted.numel()} targets that count are 0"
+    else:
+        return None
+    return Told(
+        "mean of nothing",
+        f"{evidence}, so that the mean over the others is 0/0",
+        "skip such a batch, or take the sum and divide by max(count, 1); if it is every batch, "
+        "look at what marks the targets: a prompt mask that covers the answer, sequences cut off "
+        "before it, a padding token that is also a label.",
+    )
+
+
 # Softmax.
 
 
@@ -151,5 +176,6 @@ _LOOKS: dict[str, Callable[[Call, Sequence[Tensor]], Told | None]] = {
     **dict.fromkeys(("std", "var", "std_mean", "var_mean"), _too_few),
     **dict.fromkeys(("div", "true_divide", "remainder", "fmod"), _divided_by_zero),
     **dict.fromkeys(("ctc_loss", "cudnn_ctc_loss"), _ctc),
+    **dict.fromkeys(("nll_loss_forward", "nll_loss2d_forward"), _nothing_counts),
     **dict.fromkeys(("softmax", "log_softmax"), _masked_rows),
 }

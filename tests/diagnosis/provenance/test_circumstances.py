@@ -139,3 +139,18 @@ def test_what_the_ranges_tell_of_roots_quotients_and_norms() -> None:
         lambda x: functional.batch_norm(x, torch.zeros(4), -torch.ones(4)), torch.randn(3, 4)
     )
     assert negative.evidence == "the running variance goes down to -1"
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 3, 3)], ids=["classes", "images"])
+def test_targets_of_which_none_counts(shape: tuple[int, ...]) -> None:
+    def explained(targets, **settings):
+        model = nn.Conv2d(4, 5, 1) if len(shape) > 1 else nn.Linear(4, 5)
+        inputs = torch.randn(shape[0], 4, *shape[1:])
+        return explain_nonfinite(model, (inputs, targets), nn.CrossEntropyLoss(**settings))
+
+    ignored = explained(torch.full(shape, -1), ignore_index=-1)
+    n = math.prod(shape)
+    assert ignored.evidence.startswith(f"all {n} targets are ignore_index=-1")
+    assert "prompt mask" in ignored.remedy
+    weightless = explained(torch.full(shape, 2), weight=torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0]))
+    assert weightless.evidence.startswith(f"the class weights of all {n} targets that count are 0")
