@@ -42,13 +42,18 @@ class StepSignature(NamedTuple):
     """What the `step` of an optimizer takes.
 
     Attributes:
-        first: The name of its first positional parameter; None: it has none.
-        takes_closure: Whether it takes a closure at all.
+        closure: The name of the parameter for the closure; None: it takes none.
+        place: The position of that parameter; None: it goes by name.
+        takes_any: Nothing is known of the positional parameters (`*args`): the first one is the
+            closure if it can be called.
+        n_other: How many positional parameters it has besides.
         shared: Those of the guard's own keyword arguments that it takes too.
     """
 
-    first: str | None = "closure"
-    takes_closure: bool = True
+    closure: str | None = "closure"
+    place: int | None = 0
+    takes_any: bool = False
+    n_other: int = 0
     shared: frozenset[str] = frozenset()
 
     @staticmethod
@@ -59,25 +64,30 @@ class StepSignature(NamedTuple):
             return StepSignature()
         # A scheduler puts a function on the instance that looks like the unbound method.
         parameters = [p for p in parameters if p.name != "self"]
+        kinds = {p.kind for p in parameters}
+        variable = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+        named = [p.name for p in parameters if p.kind not in variable]
         positional = [
             p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
         ]
-        first = positional[0] if positional else None
-        any_first = first is None and any(p.kind is p.VAR_POSITIONAL for p in parameters)
-        shared = {"loss", "tag"} & {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
+        takes_any = not positional and inspect.Parameter.VAR_POSITIONAL in kinds
+        closure = next(filter(_is_closure, named), None)
+        if closure is None and (takes_any or inspect.Parameter.VAR_KEYWORD in kinds):
+            closure = "closure"
+        place = positional.index(closure) if closure in positional else None
         return StepSignature(
-            first, any_first or (first is not None and _is_closure(first)), frozenset(shared)
+            closure,
+            0 if takes_any and closure not in named else place,
+            takes_any,
+            len(positional) - (place is not None),
+            frozenset({"loss", "tag"}.intersection(named)),
         )
 
-    def call(
-        self, given: Any, args: tuple[Any, ...], kwargs: dict[str, Any], **own: Any
-    ) -> StepCall:
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], **own: Any) -> StepCall:
         """Sorts the arguments of `GuardedOptimizer.step`.
 
         Args:
-            given: The first positional one: the closure, unless the wrapped `step` begins with
-                another parameter.
-            args, kwargs: The rest.
+            args, kwargs: Those for the wrapped `step`, the closure among them.
             own: The guard's own keyword arguments.
 
         Raises:
@@ -86,11 +96,28 @@ class StepSignature(NamedTuple):
         for name in self.shared:
             if own[name] is not None:
                 kwargs[name] = own[name]
-        if given is None and not args:
-            return StepCall(None, (), kwargs)
-        if given is not None and self.first is not None and not self.takes_closure:
-            return StepCall(None, (given, *args), kwargs)
-        return StepCall(checked_closure(given), (None, *args) if args else (), kwargs)
+        if not args and not kwargs:
+            return StepCall()
+        closure = None
+        for name in {"closure", self.closure}.intersection(kwargs):
+            closure = kwargs.pop(name)
+        place = self.place
+        if self.closure is None and not self.n_other:
+            place = 0  # a closure that the guard alone evaluates
+        if place is not None and place < len(args) and closure is None:
+            if self.takes_any and not callable(args[0]):
+                return StepCall(None, args, kwargs)
+            closure = args[place]
+            rest = args[place + 1 :]
+            args = (*args[:place], None, *rest) if rest else args[:place]
+        return StepCall(checked_closure(closure), args, kwargs)
+
+    def with_closure(self, call: StepCall, closure: Callable[[], Any]) -> StepCall:
+        """The same call with a closure in its place."""
+        args, place = call.args, self.place
+        if place is None or place > len(args):
+            return StepCall(None, args, {**call.kwargs, str(self.closure): closure})
+        return StepCall(None, (*args[:place], closure, *args[place + 1 :]), call.kwargs)
 
 
 class ClosureNeeded(Exception):
@@ -114,7 +141,7 @@ class InnerStep:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self._takes_closure = StepSignature.of(optimizer).takes_closure
+        self._signature = StepSignature.of(optimizer)
         self._evaluates_first = steps_as_torch(optimizer)
         self._before: OptimizerCopy | None = None
 
@@ -122,7 +149,7 @@ class InnerStep:
         """What the closure returns; None without one."""
         if call.closure is None:
             return None
-        if self._takes_closure and not self._evaluates_first:
+        if self._signature.closure is not None and not self._evaluates_first:
             with suppress(Exception):  # a state may hold what cannot be copied
                 self._before = OptimizerCopy.of(self.optimizer, gradients=True)
         with torch.enable_grad():
@@ -136,7 +163,7 @@ class InnerStep:
             ClosureNeeded: The optimizer evaluates its closure elsewhere too.
             TypeError: It does so after steps in which it did not, or its state cannot be copied.
         """
-        if call.closure is None or not self._takes_closure:
+        if call.closure is None or self._signature.closure is None:
             call.returned.append(self.optimizer.step(*call.args, **call.kwargs))
             return
         known = self._known(call.result)
@@ -154,7 +181,8 @@ class InnerStep:
 
     def with_closure(self, call: StepCall, closure: Callable[[], Any]) -> Any:
         """Steps with a closure; what `step` returns."""
-        return self.optimizer.step(closure, *call.args[1:], **call.kwargs)
+        call = self._signature.with_closure(call, closure)
+        return self.optimizer.step(*call.args, **call.kwargs)
 
     def _known(self, loss: Any) -> Callable[[], Any]:
         """A closure that returns the known loss where an evaluation would give the same."""

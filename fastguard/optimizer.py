@@ -157,6 +157,7 @@ class GuardedOptimizer(KnownRun):
     def step(  # type: ignore[override]
         self,
         closure: Callable[[], Loss] | None = None,
+        /,
         *args: Any,
         loss: Loss | None = None,
         tag: Any = None,
@@ -184,7 +185,8 @@ class GuardedOptimizer(KnownRun):
         """
         if distributed_checkpoint.only_creates_state(self.optimizer):
             return self.optimizer.step()
-        call = self._signature.call(closure, args, kwargs, loss=loss, tag=tag)
+        given = (closure, *args) if args or closure is not None else ()
+        call = self._signature.call(given, kwargs, loss=loss, tag=tag)
         try:
             return self._take(call, loss, tag)
         except ClosureNeeded:

@@ -69,6 +69,70 @@ def test_a_first_argument_that_is_no_closure_is_passed_on():
     assert opt.applied_steps == 3
 
 
+class ClosureSecond(torch.optim.SGD):
+    def step(self, batch_size, closure=None):
+        return batch_size, super().step(closure)
+
+
+class ClosureByName(torch.optim.SGD):
+    def step(self, *, closure=None):
+        return None, super().step(closure)
+
+
+class ClosureUnnamed(torch.optim.SGD):
+    """As a decorator without `functools.wraps` leaves it."""
+
+    def step(self, *args, **kwargs):
+        return args[1:], super().step(*args, **kwargs)
+
+
+class ClosureAmongOthers(torch.optim.SGD):
+    def step(self, **settings):
+        return None, super().step(settings.get("closure"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "first", "call"),
+    [
+        (ClosureSecond, 8, lambda opt, c: opt.step(8, c)),
+        (ClosureSecond, 8, lambda opt, c: opt.step(8, closure=c)),
+        (ClosureSecond, 8, lambda opt, c: opt.step(batch_size=8, closure=c)),
+        (ClosureByName, None, lambda opt, c: opt.step(closure=c)),
+        (ClosureUnnamed, (), lambda opt, c: opt.step(c)),
+        (ClosureUnnamed, (), lambda opt, c: opt.step(closure=c)),
+        (ClosureAmongOthers, None, lambda opt, c: opt.step(closure=c)),
+    ],
+    ids=lambda x: getattr(x, "__name__", None),
+)
+def test_a_closure_is_found_and_guarded_wherever_step_takes_it(kind, first, call):
+    p = torch.nn.Parameter(torch.ones(2))
+    opt = GuardedOptimizer(kind([p], lr=0.1), max_norm=1.0)
+
+    def closure(slope):
+        p.grad = torch.full((2,), slope)
+        return p.sum()
+
+    for slope in (3.0, math.nan, 4.0):  # once to learn how the optimizer takes its closure
+        result = call(opt, lambda slope=slope: closure(slope))
+        if math.isnan(slope):
+            assert torch.equal(result, 2.0 - torch.tensor(0.1 * 2**0.5))
+        else:
+            assert result[0] == first and isinstance(result[1], torch.Tensor)
+    records = opt.records()
+    assert [r.action for r in records] == ["clipped", "skipped", "clipped"]
+    assert [len(r.losses) for r in records] == [1, 1, 1]
+    torch.testing.assert_close(p.detach(), torch.full((2,), 1.0 - 0.2 / 2**0.5))
+
+
+def test_arguments_of_which_nothing_is_known_are_passed_on():
+    class Opaque(torch.optim.SGD):
+        def step(self, *args):
+            return args
+
+    opt = GuardedOptimizer(Opaque([one_parameter()], lr=0.1))
+    assert opt.step("mask", 3) == ("mask", 3)
+
+
 def test_names_that_the_guard_has_too_reach_both():
     opt = GuardedOptimizer(WithLoss([one_parameter()], lr=0.1))
     assert opt.step(loss=2.0, tag="a") == (2.0, "a")
