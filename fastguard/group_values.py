@@ -79,7 +79,12 @@ class GroupValues:
 
 
 def _read_lr(group: Group) -> float:
-    return float(group["lr"])  # waits if the learning rate is a tensor on a GPU
+    if "lr" not in group:
+        raise ValueError(
+            "GuardedLR needs an optimizer with a learning rate; a param group of this one has none"
+        )
+    # Waits if the learning rate is a tensor on a GPU.
+    return number_of("lr", group["lr"], "GuardedLR needs an optimizer that is given a number")
 
 
 def _write_lr(group: Group, value: float) -> float:

@@ -139,6 +139,7 @@ class GuardedOptimizer(KnownRun):
         )
         self._device = self._gradients.device
         self._recorder = Recorder()
+        self._stepper = stepper_for(optimizer)
         self._limits: tuple[float, ...] = ()
         self._policy = self._current_policy()
         self._state = GuardState.fresh(self._policy, self._device)
@@ -146,7 +147,6 @@ class GuardedOptimizer(KnownRun):
             self._gradients.team.loss_names.reserve([s for s in rules if s != GRAD_NORM])
         self._unmet = None if self._gradients.team else UnmetRules.of(rules)
         self._observed = ObservedLosses()
-        self._stepper = stepper_for(optimizer)
         self._signature = StepSignature.of(optimizer)
         self.last: Verdict | None = None
         self._steps_taken = 0
@@ -193,7 +193,7 @@ class GuardedOptimizer(KnownRun):
             check_whole_step(self.optimizer, self.group)
             self._conclude()
             self._observed.keep()
-            self._stepper = WholeStep(self.optimizer)
+            self._stepper, self._limits = WholeStep(self.optimizer), ()
             log.info("%s", self.describe())
             return self._take(call, loss, tag)
 
@@ -292,14 +292,17 @@ class GuardedOptimizer(KnownRun):
         if now != self._limits:
             if 0.0 in now:
                 warn_of_zero("max_norm")
+            limited, rules = now, tuple(self.rules.values())
+            if isinstance(self._stepper, WholeStep):
+                limited, rules = self._stepper.without_clipping(limited, rules)
             self._policy = Policy(
-                numbers_on(now, self._device),
+                numbers_on(limited, self._device),
                 self.nonfinite,
-                tuple(self.rules.values()),
+                rules,
                 tuple(self.rules),
-                limited=min(now, default=math.inf) != math.inf,
+                limited=min(limited, default=math.inf) != math.inf,
             )
-            self._recorder.max_norm = now[0] if self.clip_scope == "global" else math.inf
+            self._recorder.max_norm = limited[0] if self.clip_scope == "global" else math.inf
             self._limits = now
         return self._policy
 

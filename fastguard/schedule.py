@@ -92,6 +92,8 @@ class GuardedLR(LRScheduler):
         # Not super().__init__(): that would take a first step of its own.
         self.optimizer = guarded_of(schedule, optimizer)
         check_back_off(backoff, recovery, warmup)
+        for group in self._groups:
+            LR.read(group)  # raises where there is no learning rate to schedule
         self.schedule = schedule_of(schedule)
         self.floor: list[float] = []
         self._given_floor = floor

@@ -9,6 +9,10 @@ step.
 
 from __future__ import annotations
 
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +24,10 @@ from fastguard.decide import Verdict
 from fastguard.inner_step import InnerStep, StepCall
 from fastguard.losses import named_losses
 from fastguard.optimizer_copy import OptimizerCopy
+from fastguard.rules import Rule
 from fastguard.step_hooks import run_hooks_of_all
+
+log = logging.getLogger("fastguard")
 
 
 class _NonFiniteLoss(Exception):
@@ -36,6 +43,7 @@ class WholeStep:
         self.optimizer = optimizer
         self._inner = InnerStep(optimizer)
         self._before: OptimizerCopy | None = None
+        self._told = False  # that it clips nothing
 
     @staticmethod
     def serves(optimizer: Optimizer) -> bool:
@@ -45,6 +53,26 @@ class WholeStep:
     def fits(self) -> bool:
         """An optimizer that evaluates its closure itself always does."""
         return True
+
+    def without_clipping(
+        self, limits: Sequence[float], rules: Sequence[Rule]
+    ) -> tuple[tuple[float, ...], tuple[Rule, ...]]:
+        """Limits and rules that clip nothing: the gradients have been used when they are seen.
+
+        One warning says so where they would clip.
+        """
+        clips = [f"max_norm={min(limits)}"] if min(limits, default=math.inf) < math.inf else []
+        clips += [str(rule) for rule in rules if rule.action == "clip"]
+        if clips and not self._told:
+            self._told = True
+            log.warning(
+                "%s has no effect: %s evaluates its closure itself, and gradients inside such a "
+                "step cannot be clipped; clip them in the closure, after backward()",
+                " and ".join(clips),
+                type(self.optimizer).__name__,
+            )
+        rules = [replace(r, action="record") if r.action == "clip" else r for r in rules]
+        return (math.inf,) * len(limits), tuple(rules)
 
     def reset(self) -> None:
         """Nothing is remembered of the parameters between steps."""
@@ -89,8 +117,8 @@ class WholeStep:
         return result, last if loss is None else loss
 
     def step(self, buckets: GradBuckets, verdict: Verdict, call: StepCall, changes: bool) -> None:
-        """Keeps the step, or takes it back. Nothing of it is clipped any more."""
-        if changes:
+        """Keeps the step, or takes it back."""
+        if changes:  # sets what is non-finite to zero
             apply(buckets, verdict)
         if verdict.found_inf.item() != 0.0 and self._before is not None:
             self._before.restore()

@@ -291,6 +291,16 @@ def test_arguments_of_another_kind_are_named(kwargs: dict, match: str) -> None:
         GuardedLR(guarded(n_groups=2), **kwargs)
 
 
+@pytest.mark.parametrize("lr", [None, "1e-3", lambda step: 0.1], ids=["None", "text", "function"])
+def test_an_optimizer_whose_learning_rate_is_no_number_is_refused(lr: object) -> None:
+    parameter = torch.nn.Parameter(torch.ones(1))
+    opt = GuardedOptimizer(torch.optim.Optimizer([parameter], {"lr": lr}))
+    with pytest.raises(TypeError, match=r"^lr=.* is not a number.*; GuardedLR needs an optimizer"):
+        GuardedLR(opt)
+    with pytest.raises(ValueError, match="has none"):
+        GuardedLR(GuardedOptimizer(torch.optim.Optimizer([parameter], {})))
+
+
 def test_warmup_names_its_bad_arguments() -> None:
     with pytest.raises(ValueError, match="steps=0"):
         Warmup(steps=0)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fastguard import GuardedOptimizer, NonFiniteGradError, TrainingDivergedError
+from fastguard import GuardedOptimizer, NonFiniteGradError, Threshold, TrainingDivergedError
 from guardtest.training import assert_same_bits, new_parameters, snapshot
 
 
@@ -166,3 +166,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one():
         second.opt.step(second.closure)
     assert_same_bits(snapshot(second.opt), snapshot(straight.opt))
     assert second.opt.applied_steps == 4
+
+
+def test_no_record_says_clipped_and_one_warning_says_why(caplog):
+    problem = Problem(max_norm=1e-3, spike=Threshold(max=1e-3, action="clip"))
+    for _ in range(3):
+        problem.opt.step(problem.closure)
+    records = problem.opt.records()
+    assert [(r.action, r.clip_coef, r.spikes) for r in records] == [
+        ("applied", 1.0, ("grad_norm",))
+    ] * 3
+    (message,) = (r.message for r in caplog.records if "no effect" in r.message)
+    assert "max_norm=0.001" in message and "LBFGS" in message and "in the closure" in message
