@@ -27,6 +27,7 @@ _STEP = ("step", "global_step", "iteration", "iter_num")
 _METRIC = ("best_fitness", "metric", "best_val_loss", "fitness")
 UNREADABLE = "unreadable"
 NO_TENSORS = "holds no tensors"
+NOT_FINITE = "not finite, first"
 _OPTIMIZER_ALONE = {"state", "param_groups"}
 _OPTIMIZER = ("optimizer", "optimizer_states", "optimizer_state_dict", "optim")
 
@@ -196,7 +197,7 @@ def _flaw(found: Inspection, ignore: Sequence[str]) -> str | None:
         return NO_TENSORS
     bad = not_ignored(found.bad, ignore)
     are = "tensor is" if len(bad) == 1 else "tensors are"
-    return f"{len(bad)} {are} not finite, first {bad[0][0]}" if bad else None
+    return f"{len(bad)} {are} {NOT_FINITE} {bad[0][0]}" if bad else None
 
 
 def roll_back_file(

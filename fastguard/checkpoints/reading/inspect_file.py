@@ -32,6 +32,7 @@ from fastguard.buckets import FLOATING, bucketize
 from fastguard.checkpoints.errors import DamagedFile
 from fastguard.checkpoints.reading.contents import contents_of
 from fastguard.checkpoints.reading.inert_values import LongBytes
+from fastguard.checkpoints.reading.meant_infinite import meant_infinite
 from fastguard.checkpoints.reading.spans import Contents, Record, Span
 from fastguard.errors import Culprit
 from fastguard.measure import measure
@@ -53,8 +54,10 @@ class Inspection:
         size: Bytes.
         sha256: Of the whole file, hexadecimal; None if not asked for.
         contents: What the file holds.
-        bad: `(name, nan, posinf, neginf)` of each tensor with non-finite elements, in file order.
+        bad: `(name, nan, posinf, neginf)` of each tensor with non-finite elements, in file order,
+            unless they are meant to be infinite.
         damaged: Names of the records that do not have the checksum that the file states.
+        meant: The tensors that are infinite by design, as in `bad`, and what each is.
     """
 
     size: int
@@ -62,6 +65,7 @@ class Inspection:
     contents: Contents
     bad: tuple[Culprit, ...]
     damaged: tuple[str, ...]
+    meant: tuple[tuple[Culprit, str], ...] = ()
 
 
 def inspect(
@@ -100,9 +104,17 @@ def read_through(file: BinaryIO, contents: Contents, *, sha256: bool, crc32: boo
             for tensor in array.pieces(_left_in(file)):
                 _count([(name, tensor)], counts)
     names = [span.name for span in contents.spans] + [name for name, _ in contents.arrays]
-    found = ((name, counts[name]) for name in names if name in counts)
-    bad = tuple((name, *map(int, numbers)) for name, numbers in found if any(numbers))
-    return Inspection(size, digests.sha256(), contents, bad, digests.damaged())  # type: ignore[arg-type]
+    found = {name: counts[name] for name in names if any(counts.get(name, ()))}
+    why = meant_infinite(file, contents, found)
+    culprits: list[Culprit] = [(name, *map(int, n)) for name, n in found.items()]  # type: ignore[misc]
+    return Inspection(
+        size,
+        digests.sha256(),
+        contents,
+        tuple(culprit for culprit in culprits if culprit[0] not in why),
+        digests.damaged(),
+        tuple((culprit, why[culprit[0]]) for culprit in culprits if culprit[0] in why),
+    )
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

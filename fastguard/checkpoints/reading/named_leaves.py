@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fastguard.checkpoints.errors import DamagedFile
@@ -24,23 +24,34 @@ def named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
     Raises:
         DamagedFile: Containers are nested deeper than in any checkpoint.
     """
+    return ((path, leaf) for path, leaf, _ in owned_leaves(tree))
+
+
+def owned_leaves(tree: Any) -> Iterator[tuple[str, Any, Sequence[Any]]]:
+    """`named_leaves`, each with the containers that it stands in, the outermost first.
+
+    The sequence is the same one each time; what it holds changes with the next leaf.
+    """
     entered = {id(tree)}
+    owners: list[Any] = []
     children = _children(tree)
     if children is None:
-        yield "", tree
+        yield "", tree, owners
         return
+    owners.append(tree)
     stack = [("", children)]
     while stack:
         path, children = stack[-1]
         found = next(children, None)
         if found is None:
             stack.pop()
+            owners.pop()
             continue
         key, value = found
         below = f"{path}.{key}" if path and key else path or key
         children = _children(value)
         if children is None:
-            yield below, value
+            yield below, value, owners
         elif id(value) not in entered:
             entered.add(id(value))
             if len(stack) > _DEEPEST or len(below) > _LONGEST_PATH:
@@ -49,6 +60,7 @@ def named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
                     f"thousands of characters, which is odd: {below[:60]}..."
                 )
             stack.append((below, children))
+            owners.append(value)
 
 
 Children = Iterator[tuple[str, Any]]

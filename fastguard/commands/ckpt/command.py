@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -246,7 +246,12 @@ def _verify_file(path: Path, ignore: Sequence[str]) -> int:
     except (CheckpointError, OSError) as error:
         return _report(path, foreign.problem_of(path, error), (), 0)
     problem = f"{', '.join(found.damaged)} changed after it was written" if found.damaged else None
-    return _report(path, problem, not_ignored(found.bad, ignore), found.contents.n_tensors)
+    bad, n_tensors = not_ignored(found.bad, ignore), found.contents.n_tensors
+    meant: dict[str, list[Culprit]] = {}
+    for culprit, what in found.meant:
+        if not_ignored([culprit], ignore):
+            meant.setdefault(what, []).append(culprit)
+    return _report(path, problem, bad, n_tensors, meant)
 
 
 def _verify_index(path: Path, ignore: Sequence[str], *, with_files: bool) -> int:
@@ -263,17 +268,36 @@ def _verify_index(path: Path, ignore: Sequence[str], *, with_files: bool) -> int
     return max([status, *(_verify_file(file, ignore) for file in found.files if with_files)])
 
 
-def _report(path: Path, problem: str | None, bad: Sequence[Culprit], n_tensors: int) -> int:
-    if problem is None and not bad:
-        tensors = "1 tensor" if n_tensors == 1 else f"{n_tensors} tensors"
-        told = f"{tensors}, all finite" if n_tensors else foreign.NO_TENSORS
-        say(f"ok   {path}: {told}")
-        return FINE
+def _report(
+    path: Path,
+    problem: str | None,
+    bad: Sequence[Culprit],
+    n_tensors: int,
+    meant: Mapping[str, Sequence[Culprit]] | None = None,
+) -> int:
+    """Prints what one file is; the exit status.
+
+    Args:
+        path: The file.
+        problem: Why it is no whole checkpoint, if it is not.
+        bad: The tensors that are not finite, and should be.
+        n_tensors: All of them.
+        meant: What is infinite by design, by what it is.
+    """
     if problem is not None:
         say(f"BAD  {path}: {problem}")
     if bad:
         are = "is" if len(bad) == 1 else "are"
         say(f"BAD  {path}: {len(bad)} of {n_tensors} tensors {are} not finite")
+    if problem is None and not bad:
+        tensors = "1 tensor" if n_tensors == 1 else f"{n_tensors} tensors"
+        n_meant = sum(map(len, (meant or {}).values()))
+        finite = f"finite except {n_meant} by design" if n_meant else "all finite"
+        say(f"ok   {path}: {f'{tensors}, {finite}' if n_tensors else foreign.NO_TENSORS}")
     for culprit in bad:
         say(f"       {describe_culprits([culprit])}")
-    return FOUND_BAD
+    for what, culprits in (meant or {}).items():
+        say(f"       note: {what}: {describe_culprits(culprits)}")
+    if bad:
+        say('       (--ignore PATTERN passes over tensors that may be so, as "*.attn_mask")')
+    return FOUND_BAD if bad or problem is not None else FINE

@@ -37,7 +37,12 @@ def run(path: Path, to: str | None, ignore: Sequence[str]) -> int:
         for line in passed_over:
             say(f"passed over {line}")
         if source is None:
-            say(f"fastguard ckpt: no good checkpoint beside {target}", file=sys.stderr)
+            hint = (
+                "; --ignore PATTERN passes over tensors that may be so"
+                if any(foreign.NOT_FINITE in line for line in passed_over)
+                else ""
+            )
+            say(f"fastguard ckpt: no good checkpoint beside {target}{hint}", file=sys.stderr)
             return FOUND_BAD
     else:
         source = _named(Path(to), target)

@@ -1,0 +1,76 @@
+"""Whether the -Inf of a tensor in a file make a mask, read in blocks of rows."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from fastguard.checkpoints.reading.spans import Span
+
+_BLOCK = 4 * 2**20  # bytes
+_LEAST = 3
+"""-Inf in a mask: one or two in a corner can be anything."""
+_SHARE = 8
+"""At least every eighth element of a mask is -Inf."""
+
+
+def is_banded(file: BinaryIO, span: Span) -> bool:
+    """Whether it is a causal or a sliding mask, or a batch of them.
+
+    Then the distance to the diagonal alone says where -Inf is, as in no weight: each row is the one
+    before it, moved by one. What else it holds does not matter (ALiBi adds slopes).
+    """
+    n_dimensions = len(span.size)
+    inner = _as_it_lies(span)[-2:]  # a transposed mask is one too
+    if set(inner) != {n_dimensions - 2, n_dimensions - 1}:
+        return False
+    n_rows, n_infinite, before = span.size[inner[0]], 0, None
+    for first, rows in _rows(file, span):
+        infinite = rows.isneginf()
+        if before is not None:
+            infinite = torch.cat([before, infinite])
+            first -= 1
+        moved = infinite[1:, 1:] == infinite[:-1, :-1]
+        begins = torch.arange(first + 1, first + len(infinite)) % n_rows == 0  # of another matrix
+        if not (moved.all(dim=1) | begins).all():
+            return False
+        n_infinite += int(infinite.sum()) - (0 if before is None else int(before.sum()))
+        before = infinite[-1:]
+    n = math.prod(span.size)
+    return n_infinite >= max(_LEAST, n / _SHARE) and n_infinite < n
+
+
+def is_two_valued(file: BinaryIO, span: Span) -> bool:
+    """Whether it holds nothing but -Inf and 0."""
+    return all(bool((rows.isneginf() | (rows == 0)).all()) for _, rows in _rows(file, span))
+
+
+def _as_it_lies(span: Span) -> list[int]:
+    """Its dimensions, those of one element aside, the one in which it is contiguous last."""
+    long = [d for d, size in enumerate(span.size) if size != 1]
+    return sorted(long, key=lambda d: -span.stride[d])
+
+
+def _rows(file: BinaryIO, span: Span) -> Iterator[tuple[int, Tensor]]:
+    """The rows of a tensor as it lies in the file, and the number of the first of each block.
+
+    Of a tensor with gaps, or of rows that are too long to read: one NaN, which is in no mask.
+    """
+    dimensions = _as_it_lies(span)
+    n_columns = span.size[dimensions[-1]] if dimensions else 1
+    width = n_columns * span.dtype.itemsize
+    if not span.dense or span.dtype.is_complex or width > 16 * _BLOCK:
+        yield 0, torch.tensor([[math.nan]])
+        return
+    at_once = max(_BLOCK // width, 1)
+    n_rows = span.n // n_columns
+    for first in range(0, n_rows, at_once):
+        n_bytes = min(at_once, n_rows - first) * width
+        raw = bytearray(os.pread(file.fileno(), n_bytes, span.start + first * width))
+        rows = torch.frombuffer(raw, dtype=span.dtype).view(-1, n_columns)
+        yield first, rows if rows.dtype in (torch.float32, torch.float64) else rows.float()

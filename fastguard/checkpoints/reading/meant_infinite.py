@@ -1,0 +1,194 @@
+"""Which infinities of a checkpoint are meant: a best loss before the first epoch, a causal mask.
+
+NaN is never meant, nor is Inf in a parameter or in the state of an optimizer. What can be meant,
+told by the place in the file and by the values first, and by the name last:
+
+* **bookkeeping**: a number beside the weights, not among them, such as the `best_score` of an
+  early stopping or the `kth_value` of a checkpoint callback;
+* **nothing seen yet**: a minimum that is +Inf throughout, or a maximum that is -Inf throughout, as
+  in the observers of a model to be quantized; and a bound: `low` at -Inf, `high` at +Inf;
+* **a mask**: -Inf in a triangle or in bands, which no step of an optimizer leaves behind, or any
+  pattern of -Inf and 0 under the name of a mask.
+
+What is not recognised stays bad, and the user can say `--ignore`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from fastguard.checkpoints.reading.inert_values import StandIn, TensorRef
+from fastguard.checkpoints.reading.mask_pattern import is_banded, is_two_valued
+from fastguard.checkpoints.reading.named_leaves import owned_leaves
+from fastguard.checkpoints.reading.pickled_arrays import NumpyArray
+from fastguard.checkpoints.reading.spans import Contents, Span
+
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_MINIMUM, _MAXIMUM = frozenset({"min", "minimum", "lowest"}), frozenset({"max", "maximum"})
+_LOW, _HIGH = frozenset({"low", "lower"}), frozenset({"high", "upper"})
+_BOUND = frozenset({"bound", "bounds", "limit", "limits"})
+_BEST = frozenset({"best", "worst", "kth", "score", "loss", "metric", "fitness", "monitor"})
+_NUMBERS = _MINIMUM | _MAXIMUM | _LOW | _HIGH | _BOUND | _BEST
+_KEEPERS = frozenset({"callback", "callbacks", "stopping", "metrics", "meters", "history"})
+_MASK = frozenset({"mask", "masks", "masked", "inf"})
+_PARAMETER = frozenset({"weight", "weights", "token", "embed", "embedding", "proj"})
+_NEVER = _PARAMETER | {"scale", "scaler", "lr", "step", "momentum"}  # infinite, these end a run
+_OPTIMIZER = frozenset({"optimizer", "optimizers", "optim"})
+
+BOOKKEEPING = "bookkeeping beside the weights"
+EXTREME = "a bound, or an extreme of nothing seen yet"
+MASK = "a mask"
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a tensor stands in the tree.
+
+    Attributes:
+        name: Its path.
+        n: Its elements.
+        words: Of the last part of its name, in lower case.
+        is_trained: Whether it is a parameter, or belongs to an optimizer.
+        among_weights: Whether it stands in a state dict or in a module.
+        is_kept: Whether numbers and texts stand beside it, and no weights.
+    """
+
+    name: str
+    n: int
+    words: Collection[str]
+    is_trained: bool
+    among_weights: bool
+    is_kept: bool
+
+
+def meant_infinite(
+    file: BinaryIO, contents: Contents, counts: Mapping[str, Sequence[int]]
+) -> dict[str, str]:
+    """What the tensors are whose infinities are no damage, by name.
+
+    Args:
+        file: The file, open; masks are read from it once more.
+        contents: What it holds.
+        counts: NaN, +Inf and -Inf by the name of a tensor.
+    """
+    asked = {name for name, (nan, pos, neg) in counts.items() if not nan and bool(pos) != bool(neg)}
+    if not asked or contents.tree is None:
+        return {}
+    spans = {span.name: span for span in contents.spans}
+    left_to_read = max((span.end for span in contents.spans), default=0)
+    found: dict[str, str] = {}
+    for place in _places(contents.tree, asked):
+        _, pos, neg = counts[place.name]
+        if place.is_trained:
+            continue
+        if _is_bookkeeping(place):
+            found[place.name] = BOOKKEEPING
+        elif _is_extreme(place, pos, neg):
+            found[place.name] = EXTREME
+        elif neg and place.name in spans:
+            span = spans[place.name]
+            left_to_read -= span.n * span.dtype.itemsize  # views of the same bytes add up
+            if left_to_read >= 0 and _is_mask(file, span, place.words):
+                found[place.name] = MASK
+    return found
+
+
+def _is_bookkeeping(place: _Place) -> bool:
+    if place.among_weights or _NEVER & set(place.words):
+        return False
+    return bool(_NUMBERS & set(place.words)) or (place.n == 1 and place.is_kept)
+
+
+def _is_extreme(place: _Place, pos: int, neg: int) -> bool:
+    words = set(place.words)
+    if pos + neg < place.n or _PARAMETER & words:
+        return False
+    return bool(words & _BOUND or words & (_MINIMUM | _HIGH if pos else _MAXIMUM | _LOW))
+
+
+def _is_mask(file: BinaryIO, span: Span, words: Collection[str]) -> bool:
+    named = bool(_MASK & set(words)) and not _PARAMETER & set(words)
+    return is_banded(file, span) or (named and is_two_valued(file, span))
+
+
+def _places(tree: Any, names: Collection[str]) -> Iterator[_Place]:
+    """The places of some tensors; of a name that stands for several, none."""
+    places: dict[str, _Place | None] = {}
+    holders: dict[int, _Holder] = {}
+    for name, leaf, owners in owned_leaves(tree):
+        if name in names and _n_elements(leaf):
+            for owner in owners:
+                if id(owner) not in holders:
+                    holders[id(owner)] = _holder(owner)
+            known = [holders[id(owner)] for owner in owners]
+            places[name] = None if name in places else _place(name, leaf, owners, known)
+    return (place for place in places.values() if place is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Holder:
+    """What a container has under names; a list has nothing.
+
+    Attributes:
+        parts: Its values by name.
+        has_numbers: Whether numbers and texts are among them.
+        n_weights: How many of them are tensors of several elements.
+    """
+
+    parts: Mapping[Any, Any]
+    has_numbers: bool
+    n_weights: int
+
+
+def _holder(owner: Any) -> _Holder:
+    parts: dict[Any, Any] = {}
+    if isinstance(owner, dict):
+        parts = owner
+    for part in owner.parts if isinstance(owner, StandIn) else ():
+        for state in part if isinstance(part, tuple) else (part,):  # (`__dict__`, slots)
+            if isinstance(state, dict):
+                parts.update(dict.items(state))
+    values = list(dict.values(parts))
+    return _Holder(
+        parts,
+        has_numbers=any(isinstance(value, str | int | float) for value in values),
+        n_weights=sum(_n_elements(value) > 1 for value in values),
+    )
+
+
+def _place(name: str, leaf: Any, owners: Sequence[Any], known: Sequence[_Holder]) -> _Place:
+    above, _, last = name.rpartition(".")
+    path = _words(above)
+    n = _n_elements(leaf)
+    holder = next((found for found in reversed(known) if found.parts), None)
+    numbers = holder is not None and holder.has_numbers
+    stands_in_it = holder is known[-1] if known else False
+    weights = holder is not None and holder.n_weights > (n > 1 and stands_in_it)
+    pairs = list(zip(known, owners[1:], strict=False))
+    is_parameter = any(found.parts.get("_parameters") is below for found, below in pairs)
+    is_buffer = any(found.parts.get("_buffers") is below for found, below in pairs)
+    return _Place(
+        name,
+        n,
+        _words(last),
+        is_trained=is_parameter
+        or bool(_OPTIMIZER & path)
+        or any({"state", "param_groups"} <= found.parts.keys() for found in known),
+        among_weights=is_buffer or (weights and not numbers),
+        is_kept=(numbers and not weights) or bool(_KEEPERS & path),
+    )
+
+
+def _n_elements(leaf: Any) -> int:
+    """Elements of a tensor; 0 of anything else."""
+    if isinstance(leaf, TensorRef | Span):
+        return math.prod(leaf.size)
+    return math.prod(leaf.shape) if isinstance(leaf, NumpyArray) else 0
+
+
+def _words(name: str) -> frozenset[str]:
+    return frozenset(word.lower() for word in _WORD.findall(name))
