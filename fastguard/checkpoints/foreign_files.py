@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from fastguard.checkpoints.find_files import checkpoint_files
 from fastguard.checkpoints.reading.contents import read_contents
 from fastguard.checkpoints.reading.file_report import HEADER, not_ignored
 from fastguard.checkpoints.reading.inspect_file import Inspection, inspect, sha256_of
+from fastguard.checkpoints.weights import holds_weights, is_named_otherwise
 from fastguard.regular_files import check_regular
 
 _EPOCH = ("epoch",)
@@ -27,8 +28,8 @@ _STEP = ("step", "global_step", "iteration", "iter_num")
 _METRIC = ("best_fitness", "metric", "best_val_loss", "fitness")
 UNREADABLE = "unreadable"
 NO_TENSORS = "holds no tensors"
+NO_WEIGHTS = "holds no weights"
 NOT_FINITE = "not finite, first"
-_OPTIMIZER_ALONE = {"state", "param_groups"}
 _OPTIMIZER = ("optimizer", "optimizer_states", "optimizer_state_dict", "optim")
 
 
@@ -44,7 +45,7 @@ class Description:
         n_tensors: Distinct tensors in it.
         epoch, step, metric: What usually stands under such names at its top, if it does.
         resumable: Whether it holds the state of an optimizer.
-        has_weights: Whether it can be a model: not an optimizer or random streams alone.
+        has_weights: Whether it can be a model: not an optimizer or random streams alone, say.
         problem: Why it cannot be read; None if it can.
         tensors: Name and shape of each tensor.
     """
@@ -75,8 +76,10 @@ def describe(path: Path) -> Description:
         problem = problem_of(path, error)
         return Description(path, stat.st_size, stat.st_mtime, UNREADABLE, problem=problem)
     top: dict[Any, Any] = contents.tree if isinstance(contents.tree, dict) else {}
-    top = {**contents.metadata, **top, **(top.get(HEADER) or {})}
-    states = top.get("objects") if HEADER in top else top
+    header = top.get(HEADER) if "objects" in top else None  # an optimizer under guard has one too
+    header = header if isinstance(header, dict) else None
+    states = top if header is None else top["objects"]
+    top = {**contents.metadata, **top, **(header or {})}
     has_optimizer = isinstance(states, dict) and any(states.get(k) is not None for k in _OPTIMIZER)
     return Description(
         path,
@@ -84,15 +87,11 @@ def describe(path: Path) -> Description:
         stat.st_mtime,
         contents.format,
         contents.n_tensors,
-        _number(top, _EPOCH, int),
-        _number(top, _STEP, int),
-        _number(top, _METRIC, float),
+        _first_known(top, _EPOCH, _whole),
+        _first_known(top, _STEP, _whole),
+        _first_known(top, _METRIC, float),
         has_optimizer,
-        has_weights=set(top) != _OPTIMIZER_ALONE
-        and (
-            any(span.dtype.is_floating_point or span.dtype.is_complex for span in contents.spans)
-            or any(array.is_floating for _, array in contents.arrays)
-        ),
+        has_weights=holds_weights(contents),
         tensors=frozenset(
             [(span.name, tuple(span.size)) for span in contents.spans]
             + [(name, array.shape) for name, array in contents.arrays]
@@ -112,12 +111,21 @@ def without_name(path: Path, problem: str) -> str:
     return problem.removeprefix(str(path)).removeprefix(":").lstrip()
 
 
-def _number(top: dict[Any, Any], names: Iterable[str], kind: type) -> Any:
+def _first_known(top: dict[Any, Any], names: Iterable[str], kind: Callable[[Any], Any]) -> Any:
+    """The number under the first of the names that has one; whatever else stands there is not."""
     for name in names:
-        if top.get(name) is not None:
-            with contextlib.suppress(TypeError, ValueError):
-                return kind(top[name])
+        value = top.get(name)
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
+            with contextlib.suppress(ValueError, OverflowError):
+                return kind(value)
     return None
+
+
+def _whole(value: int | float | str) -> int:
+    number = int(value)
+    if not -(2**63) <= number < 2**63:
+        raise OverflowError
+    return number
 
 
 def good_source(target: Path, ignore: Sequence[str] = ()) -> tuple[Path | None, list[str]]:
@@ -160,7 +168,9 @@ def _unfit(candidate: Description, now: Description | None) -> str | None:
     if (
         now is None or now.problem
     ):  # nothing tells what it held, but it was hardly an optimizer alone
-        return None if candidate.has_weights else "holds no weights"
+        return None if candidate.has_weights else NO_WEIGHTS
+    if now.has_weights and not candidate.has_weights:
+        return NO_WEIGHTS
     if now.resumable and not candidate.resumable:
         return "holds no optimizer state to resume with"
     if candidate.epoch is not None and now.epoch is not None and candidate.epoch > now.epoch:
@@ -218,8 +228,8 @@ def roll_back_file(
         if there was none.
 
     Raises:
-        CheckpointError: The source is the target, or damaged, or not finite, or holds no tensors;
-            nothing was changed.
+        CheckpointError: The source is the target, or damaged, or not finite, or holds no tensors,
+            or no weights where the target does; nothing was changed.
         OSError: The disk is full or read-only, or the target is no regular file; nothing was
             changed.
     """
@@ -235,6 +245,8 @@ def roll_back_file(
         raise CheckpointError(refused + problem_of(source, error)) from error
     if flaw := _flaw(found, ignore):
         raise CheckpointError(refused + flaw)
+    if not holds_weights(found.contents) and _had_weights(target):
+        raise CheckpointError(f"{refused}{NO_WEIGHTS}, as {target} does or did")
     temporary = files.copy_temporary(source, target)
     try:
         if sha256_of(temporary) != found.sha256:
@@ -249,6 +261,14 @@ def roll_back_file(
             temporary.unlink()
         raise
     return backup
+
+
+def _had_weights(target: Path) -> bool:
+    """Whether a file to be replaced holds weights, or may have before it was damaged."""
+    if not target.exists():
+        return False
+    now = describe(target)
+    return now.has_weights if now.problem is None else not is_named_otherwise(target)
 
 
 def _keep(path: Path) -> Path:

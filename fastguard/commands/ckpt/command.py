@@ -154,14 +154,13 @@ def _list_files(paths: Sequence[Path]) -> int:
         found = foreign.describe(path)
         if found.problem is not None:
             unreadable.append(f"BAD  {path}: {found.problem}")
-        modified = datetime.fromtimestamp(found.modified, UTC)
         rows.append(
             [
                 str(path),
                 text_of(found.epoch),
                 text_of(found.step),
                 text_of(found.metric),
-                f"{modified:%Y-%m-%d %H:%M:%S}",
+                _time(found.modified),
                 _size(found.size),
                 str(found.n_tensors) if found.problem is None else "",
                 "yes" if found.resumable else "no",
@@ -175,6 +174,13 @@ def _list_files(paths: Sequence[Path]) -> int:
     for line in unreadable:
         say(line)
     return FOUND_BAD if unreadable else FINE
+
+
+def _time(seconds: float) -> str:
+    try:
+        return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}"
+    except (ValueError, OverflowError, OSError):  # a file system may give it any
+        return "-"
 
 
 def _size(n_bytes: float) -> str:
