@@ -35,6 +35,13 @@ _MAKES = {
     "log_softmax": LOG_SOFTMAX,
     "logsigmoid": LOG_SOFTMAX,
 }
+# The same by autograd node, for what no torch function shows: compiled and scripted parts.
+_MADE_BY = {
+    "Sigmoid": SIGMOID,
+    "Softmax": SOFTMAX,
+    "LogSoftmax": LOG_SOFTMAX,
+    "LogSigmoid": LOG_SOFTMAX,
+}
 _SHAPES = frozenset(
     "View UnsafeView ReshapeAlias Squeeze Unsqueeze Transpose Permute T Select Slice Clone ToCopy "
     "Alias Expand".split()
@@ -78,7 +85,7 @@ class Makers:
 
     def of(self, tensor: Any) -> str:
         """The activation; empty: none that is known."""
-        return self._made.get(id(tensor), (None, ""))[1]
+        return self._made.get(id(tensor), (None, ""))[1] or _MADE_BY.get(_maker_node(tensor), "")
 
     def note(self, function: str, given: Sequence[Tensor], out: Any) -> None:
         """Says that this function made `out` of what it was given."""
@@ -149,6 +156,11 @@ def _cross_entropy(name: str, x: Tensor, argument: Argument, makers: Makers) -> 
 
 def _binary(name: str, x: Tensor, argument: Argument, makers: Makers) -> list[LossInput]:
     made = makers.of(x)
+    if made == LOG_SOFTMAX:
+        seen = (
+            f"{name} got the logarithms of probabilities, so that no output can mean more than 0.5"
+        )
+        return [LossInput(name, "input", "form", seen)]
     if not _in_unit(x):
         return []
     if made in (SIGMOID, SOFTMAX):
@@ -221,7 +233,8 @@ def _again(name: str, x: Tensor, argument: Argument, makers: Makers) -> list[Los
     return [LossInput(name, "input", "activated", f"{name} in the loss got the output of a {made}")]
 
 
-_LOOKS = {
+Look = Callable[[str, Tensor, Argument, Makers], list[LossInput]]
+_LOOKS: dict[str, Look] = {
     "cross_entropy": _cross_entropy,
     "binary_cross_entropy_with_logits": _binary,
     "multilabel_soft_margin_loss": _binary,
@@ -230,7 +243,9 @@ _LOOKS = {
     "binary_cross_entropy": _binary_likelihood,
     "kl_div": _divergence,
 }
-_BY_HAND = dict.fromkeys(("softmax", "log_softmax", "logsumexp", "sigmoid", "logsigmoid"), _again)
+_BY_HAND: dict[str, Look] = dict.fromkeys(
+    ("softmax", "log_softmax", "logsumexp", "sigmoid", "logsigmoid"), _again
+)
 
 
 # Forms.
@@ -264,15 +279,31 @@ def _is_bounded_by_hand(x: Tensor) -> bool:
 
     What a layer gives may lie between 0 and 1 by chance.
     """
-    node = x.grad_fn
-    while node is not None and re.sub(r"Backward\d+$", "", node.name()) in _SHAPES:
-        node = node.next_functions[0][0]
+    node = _below_shapes(x)
     if node is None:
         return False
     name, below = node.name(), [n for n, _ in node.next_functions if n is not None]
     if name.startswith("Mul"):  # `1 / y` is `y.reciprocal() * 1`
         return any(n.name().startswith("Reciprocal") for n in below)
     return name.startswith(("Reciprocal", "Clamp")) or (name.startswith("Div") and len(below) == 2)
+
+
+def _below_shapes(x: Tensor) -> Any:
+    """The autograd node of the first operation that did more than change the shape."""
+    node = x.grad_fn
+    while node is not None and _operation(node) in _SHAPES:
+        node = node.next_functions[0][0]
+    return node
+
+
+def _maker_node(x: Any) -> str:
+    node = _below_shapes(x) if isinstance(x, Tensor) else None
+    return "" if node is None else _operation(node)
+
+
+def _operation(node: Any) -> str:
+    """`Sigmoid` of `SigmoidBackward0`."""
+    return re.sub(r"Backward\d+$", "", node.name())
 
 
 def _in_unit(x: Tensor) -> bool:

@@ -113,11 +113,36 @@ def test_logits_that_lie_between_0_and_1_by_chance() -> None:
         assert told(found) == []
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_an_activation_that_no_torch_function_shows() -> None:
+    class Scripted(nn.Module):
+        def __init__(self, end: nn.Module, out: int) -> None:
+            super().__init__()
+            self.inner = torch.jit.script(nn.Sequential(nn.Linear(8, out), end))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    x = torch.randn(32, 8)
+    assert told(diagnose(Scripted(nn.Softmax(1), 5), (x, labels()), CE)) == TWICE
+    logits = nn.BCEWithLogitsLoss()
+    (found,) = told(diagnose(Scripted(nn.Sigmoid(), 1), (x, torch.ones(32, 1)), logits))
+    assert found[:2] == ("error", "activated-twice")
+    special = Between(torch.special.expit)
+    assert classify(special, logits, torch.rand(32, 5).round())[0][:2] == found[:2]
+
+
 def test_a_sigmoid_that_was_reshaped() -> None:
     loss = lambda o, t: functional.binary_cross_entropy_with_logits(o[:, 0].double(), t)  # noqa: E731
     batch = torch.randn(8, 8), torch.ones(8).double()
     found = told(diagnose(network(nn.Sigmoid(), out=1), batch, loss))
     assert [f[:2] for f in found] == [("error", "activated-twice")]
+
+
+def test_logarithms_before_a_loss_that_takes_logits() -> None:
+    for end in (nn.LogSigmoid(), nn.LogSoftmax(1)):
+        found = classify(end, nn.BCEWithLogitsLoss(), torch.rand(32, 5).round())
+        assert [f[:2] for f in found] == [("error", "wrong-form")]
 
 
 def test_logits_before_a_loss_of_probabilities() -> None:

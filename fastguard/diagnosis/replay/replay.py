@@ -47,8 +47,13 @@ _TABLES = ("_parameters", "_buffers", "_modules")
 
 
 def _shallow(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy whose tables of parameters, buffers and modules are copies too."""
-    return {k: v.copy() if k in _TABLES else v for k, v in attributes.items()}
+    """A copy whose tables of parameters, buffers and modules are copies too.
+
+    Those of a scripted module cannot be copied; neither can a forward pass replace what is in them.
+    """
+    return {
+        k: v.copy() if k in _TABLES and isinstance(v, dict) else v for k, v in attributes.items()
+    }
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
