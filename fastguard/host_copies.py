@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from copy import deepcopy
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastguard.buckets import FLOATING
-from fastguard.tensor_parts import Parts, cloned, has_plain_type, parts_of, plain_tensors
+from fastguard.tensor_parts import CannotCopy, Parts, cloned, has_plain_type, parts_of, plain_tensors
 
 PIECE = 1 << 21
 """Elements that are copied and then found in a cache again."""
@@ -44,8 +45,15 @@ class HostCopier:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def copied(self, value: Any, into: Any) -> Any:
-        if isinstance(value, Tensor):
-            return self._copied_tensor(value, into)
+        """The copy.
+
+        Args:
+            value: A nested state.
+            into: An earlier copy of it, which is overwritten; None without one.
+
+        Raises:
+            CannotCopy: Something in it takes no copies.
+        """
         if isinstance(value, Mapping):
             old = into if isinstance(into, Mapping) else {}
             return _like(value, {k: self.copied(v, old.get(k)) for k, v in value.items()})
@@ -53,7 +61,12 @@ class HostCopier:
             old = into if isinstance(into, list | tuple) and len(into) == len(value) else ()
             padded = [*old, *[None] * (len(value) - len(old))]
             return type(value)(self.copied(v, o) for v, o in zip(value, padded, strict=True))
-        return copy.deepcopy(value)
+        try:
+            return self._copied_tensor(value, into) if isinstance(value, Tensor) else deepcopy(value)
+        except (CannotCopy, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a class has ways of its own to refuse
+            raise CannotCopy(value, error) from error
 
     def _copied_tensor(self, value: Tensor, into: Any) -> Any:
         parts = parts_of(value)
@@ -64,7 +77,7 @@ class HostCopier:
         return self._copied_plain(value, into) if is_plain else cloned(value)
 
     def _copied_plain(self, value: Tensor, into: Any) -> Tensor:
-        if value.layout is not torch.strided:  # as many elements as it has today
+        if value.layout is not torch.strided or value.is_nested:  # as many elements as today
             return value.detach().to("cpu", copy=True)
         fits = isinstance(into, Tensor) and into.shape == value.shape and into.dtype == value.dtype
         if not fits:
@@ -143,7 +156,7 @@ def restored(value: Any) -> Any:
         return _like(value, {k: restored(v) for k, v in value.items()})
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
         return type(value)(restored(v) for v in value)
-    return copy.deepcopy(value)
+    return deepcopy(value)
 
 
 def _like(value: Mapping[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
@@ -157,7 +170,7 @@ def _like(value: Mapping[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
     made.clear()
     made.update(items)
     if hasattr(value, "_metadata"):
-        made._metadata = copy.deepcopy(value._metadata)  # type: ignore[attr-defined]
+        made._metadata = deepcopy(value._metadata)  # type: ignore[attr-defined]
     return made
 
 

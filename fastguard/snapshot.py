@@ -29,7 +29,7 @@ from fastguard.buckets import FLOATING, bucketize
 from fastguard.checkpoints.object_states import state_of
 from fastguard.host_copies import HostCopier, leaves, restored
 from fastguard.measure import GradStats, measure
-from fastguard.tensor_parts import CannotCopy, has_plain_type
+from fastguard.tensor_parts import CannotCopy, has_memory, has_plain_type
 
 RNG = "rng"
 LOOKED = 0.7
@@ -105,8 +105,8 @@ class Snapshot:
         try:
             self._states = copier.copied(states, self._states)
         except CannotCopy as error:
-            name = next(name for name, leaf in leaves(states, "") if leaf is error.tensor)
-            raise TypeError(f"{name} is {error}") from error
+            found = (name for name, leaf in leaves(states, "") if leaf is error.value)
+            raise TypeError(f"{next(found, 'the state')} is {error}") from error
         self._copied = copier.events()
         self._finite = frozenset(copier.finite)
         self._states[RNG] = rng_state()
@@ -149,9 +149,11 @@ def _values(tensor: Tensor) -> Tensor:
     """What of a tensor can be NaN or Inf, in a form that `measure` reads; maybe nothing."""
     if is_lazy(tensor):
         return torch.empty(0)
-    if tensor.layout is not torch.strided:
+    if tensor.layout is not torch.strided or tensor.is_nested:
         tensor = tensor._values() if tensor.layout is torch.sparse_coo else tensor.values()
     if not has_plain_type(tensor):
+        if not has_memory(tensor):  # only its class knows what it holds
+            return torch.empty(0)
         with torch._C.DisableTorchFunctionSubclass():
             tensor = tensor.detach().as_subclass(Tensor)
     if tensor.dtype in FLOATING or tensor.is_complex():

@@ -65,6 +65,8 @@ def misfit(
         for key, value in state.items():
             if not isinstance(value, Tensor) or key == "step" or key in scalars:
                 continue
+            if value.is_nested:  # has no shape to ask for
+                continue
             wanted = _shape_of_entry(optimizer, p, key, live.get(p, {}).get(key))
             if wanted is not None and value.shape != wanted:
                 return (

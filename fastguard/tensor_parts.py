@@ -90,7 +90,7 @@ def cloned(value: Any) -> Any:
     """A copy with memory of its own.
 
     Raises:
-        CannotCopy: A tensor in it is of a class that takes no copies.
+        CannotCopy: It is a tensor of a class that takes no copies.
     """
     parts = parts_of(value)
     if parts is not None:
@@ -109,7 +109,7 @@ def _cloned_subclass(value: Tensor) -> Tensor:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        if hasattr(type(value), "__torch_dispatch__") and not _has_memory(value):
+        if hasattr(type(value), "__torch_dispatch__") and not has_memory(value):
             raise CannotCopy(value, error) from error
     with torch._C.DisableTorchFunctionSubclass():
         made = value.detach().clone().as_subclass(type(value))
@@ -117,7 +117,8 @@ def _cloned_subclass(value: Tensor) -> Tensor:
     return made
 
 
-def _has_memory(value: Tensor) -> bool:
+def has_memory(value: Tensor) -> bool:
+    """Whether its elements lie where its address says; a class that wraps others has none."""
     try:
         return value.data_ptr() != 0 or value.numel() == 0
     except RuntimeError:
@@ -125,18 +126,22 @@ def _has_memory(value: Tensor) -> bool:
 
 
 class CannotCopy(TypeError):
-    """A tensor of a class that takes no copies.
+    """A tensor, or something else in a state, that takes no copies.
 
     Attributes:
-        tensor: It.
+        value: It.
     """
 
-    def __init__(self, tensor: Tensor, error: BaseException) -> None:
-        super().__init__(
-            f"a {type(tensor).__name__}, a tensor that cannot be copied ({error!r}); give the "
-            "class __tensor_flatten__ and __tensor_unflatten__, or a __deepcopy__"
-        )
-        self.tensor = tensor
+    def __init__(self, value: Any, error: BaseException) -> None:
+        kind, remedy = type(value).__name__, "keep it out of state_dict()"
+        if isinstance(value, Tensor) and not has_plain_type(value):
+            remedy = (
+                "give the class __tensor_flatten__ and __tensor_unflatten__, or a __deepcopy__"
+            )
+        elif isinstance(value, Tensor):
+            kind = f"{kind} ({value.dtype}, {value.layout}, {value.device})"
+        super().__init__(f"a {kind} that cannot be copied ({error!r}); {remedy}")
+        self.value = value
 
 
 def copies_for_deepcopy(state: Mapping[Any, Any]) -> dict[int, Any]:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -196,3 +197,37 @@ def test_a_tensor_that_takes_no_copies_is_refused_by_name():
         Rollback(opt, {})
     with pytest.raises(CannotCopy, match="__tensor_flatten__"):
         cloned(opt.state[parameters_of(opt)[0]]["momentum"])
+
+
+@pytest.mark.parametrize(
+    ("value", "called"),
+    [
+        (threading.Lock(), "a lock that cannot be copied .*; keep it out of state_dict"),
+        (torch.empty(3, device="meta"), r"a Tensor \(torch.float32, torch.strided, meta\) that"),
+    ],
+    ids=["lock", "meta"],
+)
+def test_whatever_takes_no_copies_is_refused_by_name(value, called):
+    opt = train(made(), range(1))
+    opt.state[parameters_of(opt)[0]]["momentum"] = {"inner": [value]}
+    with pytest.raises(TypeError, match=rf"optimizer\.state\.0\.momentum\.inner\.0 is {called}"):
+        Rollback(opt, {})
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of (MaskedTensors|nested tensors)")
+def test_a_class_that_copies_itself_and_shows_nothing_is_rolled_back():
+    """What a MaskedTensor or a strided nested tensor holds, no plain tensor tells."""
+    masked = torch.masked.masked_tensor(torch.ones(2), torch.tensor([True, False]))
+    nested = torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])
+    opt = train(made(), range(1))
+    state = opt.state[parameters_of(opt)[0]]
+    state.update(masked=masked, nested=nested)
+    Rollback(opt, {}, after_skips=1).step()
+    taken = Snapshot()
+    taken.take({"optimizer": opt}, 1, None)
+    assert taken.nonfinite() == []
+    taken.restore({"optimizer": opt})
+    state = opt.state[parameters_of(opt)[0]]
+    assert state["masked"] is not masked and state["nested"] is not nested
+    assert repr(state["masked"]) == repr(masked)
+    assert repr(state["nested"]) == repr(nested)
