@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from fastguard.buckets import FLOATING
-from fastguard.tensor_parts import CannotCopy, Parts, cloned, has_plain_type, parts_of, plain_tensors
+from fastguard.tensor_parts import (
+    CannotCopy,
+    Parts,
+    cloned,
+    has_plain_type,
+    parts_of,
+    plain_tensors,
+)
 
 PIECE = 1 << 21
 """Elements that are copied and then found in a cache again."""
@@ -62,7 +69,9 @@ class HostCopier:
             padded = [*old, *[None] * (len(value) - len(old))]
             return type(value)(self.copied(v, o) for v, o in zip(value, padded, strict=True))
         try:
-            return self._copied_tensor(value, into) if isinstance(value, Tensor) else deepcopy(value)
+            return (
+                self._copied_tensor(value, into) if isinstance(value, Tensor) else deepcopy(value)
+            )
         except (CannotCopy, torch.OutOfMemoryError):
             raise
         except Exception as error:  # a class has ways of its own to refuse

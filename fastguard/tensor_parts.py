@@ -135,9 +135,7 @@ class CannotCopy(TypeError):
     def __init__(self, value: Any, error: BaseException) -> None:
         kind, remedy = type(value).__name__, "keep it out of state_dict()"
         if isinstance(value, Tensor) and not has_plain_type(value):
-            remedy = (
-                "give the class __tensor_flatten__ and __tensor_unflatten__, or a __deepcopy__"
-            )
+            remedy = "give the class __tensor_flatten__ and __tensor_unflatten__, or a __deepcopy__"
         elif isinstance(value, Tensor):
             kind = f"{kind} ({value.dtype}, {value.layout}, {value.device})"
         super().__init__(f"a {kind} that cannot be copied ({error!r}); {remedy}")
