@@ -160,7 +160,7 @@ def test_paths_of_any_python_are_text(module, tmp_path):
     assert InertUnpickler(io.BytesIO(named)).load() == {"data": "a/b"}
 
 
-@pytest.mark.parametrize("arguments", [(), (1,)], ids=["no argument", "one"])
+@pytest.mark.parametrize("arguments", [(), ("text",)], ids=["no argument", "one"])
 def test_of_unknown_names_a_class_is_a_stand_in_and_a_function_is_refused(tmp_path, arguments):
     for name in ("Maker", "_Maker", "make"):
         made = make_class("vanished_makers", name)

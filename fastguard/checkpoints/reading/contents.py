@@ -155,9 +155,11 @@ def _read_zip(file: BinaryIO, size: int, origin: int = 0) -> Contents:
         raise DamagedFile("written on a big-endian machine, which is not supported")
 
     pickled = records["data.pkl"]
+    names: list[str] = []
     tree = load_inert(
         io.BufferedReader(_Stretch(file, pickled.start, pickled.end - pickled.start)),
         origin + pickled.start,
+        names,
     )
     places = {
         name.removeprefix("data/"): (record.start, record.end)
@@ -165,7 +167,7 @@ def _read_zip(file: BinaryIO, size: int, origin: int = 0) -> Contents:
         if name.startswith("data/")
     }
     in_order = tuple(sorted(records.values(), key=lambda record: record.start))
-    return _contents("torch", tree, places, in_order)
+    return replace(_contents("torch", tree, places, in_order), names=tuple(names))
 
 
 def _check_opened_by_torch(file: BinaryIO, records: Mapping[str, Record]) -> None:
@@ -201,17 +203,19 @@ def _read_legacy(file: IO[bytes], size: int) -> Contents:
         raise DamagedFile("neither a checkpoint of torch nor, by its name, a safetensors file")
     load_inert(file)  # protocol version
     load_inert(file)  # byte order and type sizes of the machine
-    tree = load_inert(file)
+    names: list[str] = []
+    tree = load_inert(file, names=names)
     keys = load_inert(file)
     if not isinstance(keys, list) or not all(isinstance(key, str | int) for key in keys):
         raise DamagedFile("damaged: it has no list of storages")
     if len(set(keys)) < len(keys):
         raise DamagedFile("damaged: it has the same storage twice")
-    dtypes = {
-        leaf.storage.key: leaf.storage.dtype or torch.uint8
+    storages = (
+        leaf.storage if isinstance(leaf, TensorRef) else leaf
         for _, leaf in named_leaves(tree)
-        if isinstance(leaf, TensorRef)
-    }
+        if isinstance(leaf, TensorRef | StorageRef)
+    )
+    dtypes = {storage.key: storage.dtype or torch.uint8 for storage in storages}
     places: dict[str, tuple[int, int]] = {}
     at = file.tell()
     for key in map(str, keys):
@@ -226,7 +230,7 @@ def _read_legacy(file: IO[bytes], size: int) -> Contents:
         if not start <= at <= size:
             raise DamagedFile(f"truncated: storage {key:.80} ends behind the end of the file")
         places[key] = (start, at)
-    return _contents("torch (legacy)", tree, places, ())
+    return replace(_contents("torch (legacy)", tree, places, ()), names=tuple(names))
 
 
 def _check_no_tar(file: IO[bytes]) -> None:
@@ -264,6 +268,11 @@ def _contents(
                 left_in_file.add(leaf.start)
             if leaf.unread is not None:
                 unread.append((name, leaf.unread))
+        if isinstance(leaf, StorageRef) and leaf.dtype is not None:  # without a tensor over it
+            leaf = TensorRef(leaf, leaf.dtype, 0, (leaf.n,), (1,))
+        elif isinstance(leaf, StorageRef) and leaf.n:
+            _check_storage(leaf, storages, places)
+            unread.append((name, "a storage without element type"))
         if not isinstance(leaf, TensorRef):
             continue
         _check_storage(leaf.storage, storages, places)

@@ -16,8 +16,6 @@ does more than to hold values. Either way nothing happens here: the error warns 
 
 from __future__ import annotations
 
-import re
-import sys
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable
 from typing import Any
@@ -41,34 +39,13 @@ from fastguard.checkpoints.reading.pickled_arrays import (
     array_from_buffer,
     numpy_scalar,
 )
+from fastguard.checkpoints.reading.value_types import attribute, check_call
 
 _DTYPES = {
     name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)
 }  # torch.float32, ...
 _STORAGES = {name: dtype for dtype, name in torch.storage._dtype_to_storage_type_map().items()}
 _MOST_DIMENSIONS = 64  # what torch's own loops over elements support
-
-# Modules of the standard library whose classes and functions make values and nothing else.
-_VALUE_MODULES = frozenset(
-    """
-    collections datetime _datetime decimal _decimal fractions uuid ipaddress zoneinfo enum numbers
-    array statistics typing operator _operator itertools dataclasses random _random
-    """.split()
-)
-_VALUE_TYPES = frozenset(
-    """
-    builtins.range builtins.slice builtins.getattr builtins.list builtins.tuple builtins.dict
-    builtins.int builtins.float builtins.str builtins.bool builtins.object builtins.type
-    builtins.iter builtins.reversed builtins.enumerate builtins.zip builtins.memoryview
-    functools.partial re._compile re.RegexFlag argparse.Namespace types.SimpleNamespace
-    types.MappingProxyType types.GenericAlias copyreg.__newobj__ copyreg.__newobj_ex__
-    logging.getLogger time.struct_time string.Template inspect.Parameter inspect.Signature
-    inspect._ParameterKind signal.Signals http.HTTPStatus
-    numpy.ma.core._mareconstruct pandas._libs.internals._unpickle_block
-    pandas.core.indexes.base._new_Index pandas._libs.tslibs.timestamps._unpickle_timestamp
-    """.split()
-)
-_VALUE_NAMES = re.compile(r"numpy\.random\._pickle\.__\w+_ctor|numpy\.(?:_?core\.)?\w*\.?dtype")
 
 
 class Call:
@@ -110,27 +87,8 @@ def call(function: Any, arguments: tuple[Any, ...]) -> Any:
     """
     if isinstance(function, Call):
         return function.work(*arguments)
-    if not isinstance(function, Name):
-        raise UnsafeFile(
-            f"the file asks to call {function!r:.200}, which no checkpoint needs; nothing was "
-            "executed. Do not load it unless you trust who wrote it"
-        )
-    if not _is_value_type(function.qualified_name):
-        raise UnsafeFile(
-            f"the file asks to call {function!r}, which no checkpoint needs; nothing was executed. "
-            "Do not load it unless you trust who wrote it"
-        )
-    return StandIn(function.qualified_name, *([arguments] if arguments else []))
-
-
-def _is_value_type(qualified: str) -> bool:
-    module, _, name = qualified.rpartition(".")
-    if qualified in _VALUE_TYPES or _VALUE_NAMES.fullmatch(qualified):
-        return True
-    root = module.partition(".")[0]
-    if root in sys.stdlib_module_names:
-        return module in _VALUE_MODULES
-    return name.lstrip("_")[:1].isupper()  # a class, by the convention of every package
+    name = check_call(function, arguments)
+    return StandIn(name, *([arguments] if arguments else []))
 
 
 def give_state(target: Any, state: Any, charge: Callable[[int], None]) -> None:
@@ -249,6 +207,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "collections.Counter": _dict,
     "collections.defaultdict": lambda _factory=None, items=(): _dict(items),
     "collections.deque": _list,
+    "builtins.getattr": attribute,
     "builtins.set": _list,  # elements may be stand-ins; a list keeps whatever is in it
     "builtins.frozenset": _list,
     "builtins.bytearray": _bytearray,
@@ -261,6 +220,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "numpy.core.multiarray.scalar": numpy_scalar,
     "numpy.core.multiarray._reconstruct": lambda *_: NumpyArray(),
     "numpy.core.numeric._frombuffer": array_from_buffer,
+    "numpy.ma.core._mareconstruct": lambda *_: NumpyArray(is_masked=True),
 }
 for _name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"):
     CALLS[f"pathlib.{_name}"] = CALLS["pathlib.Path"]

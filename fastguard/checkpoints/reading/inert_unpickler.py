@@ -26,7 +26,7 @@ from collections.abc import Callable
 from typing import IO, Any
 
 from fastguard.checkpoints.errors import CheckpointError, DamagedFile, UnsafeFile
-from fastguard.checkpoints.reading.inert_calls import call, give_state, meaning
+from fastguard.checkpoints.reading.inert_calls import Call, call, give_state, meaning
 from fastguard.checkpoints.reading.inert_values import (
     InertDict,
     LongBytes,
@@ -83,6 +83,16 @@ class InertUnpickler:
                 return self._stack.pop()
             handler(self)
         raise DamagedFile("its pickle ends too soon")
+
+    @property
+    def names(self) -> list[str]:
+        """The classes and functions that it names, those of dtypes and storages aside."""
+        found = (
+            value.qualified_name if isinstance(value, Name) else value.name
+            for value in self._names.values()
+            if isinstance(value, Name | Call)
+        )
+        return list(dict.fromkeys(found))
 
     def charge(self, n_bytes: int) -> None:
         """Takes what some work costs from the budget; the next step finds it used up."""
@@ -392,20 +402,25 @@ _HANDLERS: dict[bytes, Handler] = {
 del M
 
 
-def load_inert(file: IO[bytes], origin: int = 0) -> Any:
+def load_inert(file: IO[bytes], origin: int = 0, names: list[str] | None = None) -> Any:
     """The tree that one pickle describes, with nothing of it executed.
 
     Args:
         file: Open for reading, at the start of the pickle; left behind its end.
         origin: The file's byte at which `file` begins, if it is a part of one.
+        names: Gets the classes and functions that the pickle names.
 
     Raises:
         UnsafeFile: It asks to call what is no value type.
         DamagedFile: It is not a whole pickle, or made to be slow or huge.
     """
     try:
-        return InertUnpickler(file, origin).load()
+        machine = InertUnpickler(file, origin)
+        tree = machine.load()
     except (CheckpointError, UnsafeFile):
         raise
     except Exception as error:  # whatever arbitrary bytes do to an unpickler
         raise DamagedFile(f"its pickle cannot be read ({type(error).__name__}: {error})") from None
+    if names is not None:
+        names.extend(machine.names)
+    return tree

@@ -89,9 +89,16 @@ class InertDict(dict):
 
 
 class OpaqueKey:
-    """A key of a dict that is not hashed: a set, an object, a tower of tuples, a huge number."""
+    """A key of a dict that is not hashed: a set, an object, a tower of tuples, a huge number.
 
-    __slots__ = ()
+    Attributes:
+        tensor: The key, if it is a tensor; else None.
+    """
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, key: Any) -> None:
+        self.tensor = key if isinstance(key, TensorRef | Attached) else None
 
     def __str__(self) -> str:
         return "<key>"
@@ -138,12 +145,12 @@ def plain_key(key: Any) -> Any:
     if kind in (str, bool, type(None), float, torch.dtype, StandIn, Name):
         return key
     if kind is int:
-        return key if key.bit_length() <= 60 else OpaqueKey()
+        return key if key.bit_length() <= 60 else OpaqueKey(key)
     if kind is bytes:
-        return key if len(key) <= 1000 else OpaqueKey()
+        return key if len(key) <= 1000 else OpaqueKey(key)
     if kind is tuple and len(key) <= 16 and all(map(_is_short, key)):
         return tuple(map(plain_key, key))
-    return OpaqueKey()
+    return OpaqueKey(key)
 
 
 def _is_short(part: Any) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fastguard.checkpoints.errors import DamagedFile
-from fastguard.checkpoints.reading.inert_values import Attached, InertDict, StandIn
+from fastguard.checkpoints.reading.inert_values import Attached, InertDict, OpaqueKey, StandIn
 
 _MODULE_PARTS = ("_parameters", "_buffers", "_modules")
 _LONGEST_KEY = 200  # characters; the rest is left out
@@ -72,12 +72,19 @@ def _children(value: Any) -> Children | None:
     if isinstance(value, Attached):
         return iter([("", value.value), ("", value.state)])
     if isinstance(value, dict):
-        own = ((_text(key), child) for key, child in dict.items(value))
+        own = _items(value)
         attributes = value.attributes if isinstance(value, InertDict) else None
         return own if attributes is None else itertools.chain(own, [("", attributes)])
     if isinstance(value, list | tuple | set):
         return ((str(i), child) for i, child in enumerate(value))
     return None
+
+
+def _items(value: dict[Any, Any]) -> Children:
+    for key, child in dict.items(value):
+        yield _text(key), child
+        if isinstance(key, OpaqueKey) and key.tensor is not None:
+            yield _text(key), key.tensor  # the state of an optimizer that was pickled whole
 
 
 def _parts(part: Any) -> Children:

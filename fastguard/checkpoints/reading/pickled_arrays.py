@@ -90,14 +90,15 @@ class NumpyArray:
         unread: What it holds that cannot be looked at; None if everything can.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_masked: bool = False) -> None:
+        self._is_masked = is_masked
         self.shape: tuple[int, ...] = ()
         self.unread: str | None = None
         self._dtype: NumpyDtype | None = None
         self._raw: bytes | LongBytes = b""
 
     def set_state(self, state: Any, charge: Callable[[int], None]) -> None:
-        _version, shape, dtype, _fortran, raw = state
+        _version, shape, dtype, _fortran, raw, *_mask = state
         if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
             raise DamagedFile("damaged: a numpy array of no shape")
         if not isinstance(dtype, NumpyDtype):
@@ -105,6 +106,9 @@ class NumpyArray:
         n = math.prod(shape[:64])
         self.shape, self._dtype, self._raw = shape[:64], dtype, b""
         if not dtype.holds_numbers or n == 0:
+            return
+        if self._is_masked:  # what is under the mask is often NaN
+            self.unread = f"masked numpy array of dtype {dtype.what}"
             return
         if not dtype.itemsize or not isinstance(raw, bytes | LongBytes):
             self.unread = f"numpy array of dtype {dtype.what}"

@@ -60,6 +60,7 @@ class Contents:
         arrays: Arrays of numpy that stand in the pickle itself, of numbers that can be looked at.
         unread: Name of each thing whose numbers cannot be looked at, and what it is.
         metadata: Strings that a safetensors file carries.
+        names: Classes and functions that the pickle names, in the order of appearance.
     """
 
     format: str
@@ -69,6 +70,7 @@ class Contents:
     arrays: tuple[tuple[str, NumpyArray], ...] = ()
     unread: tuple[tuple[str, str], ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
 
     @property
     def n_tensors(self) -> int:

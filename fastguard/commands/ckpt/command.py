@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from fastguard.checkpoints.folder import is_store
 from fastguard.checkpoints.index_files import check_index, is_index
 from fastguard.checkpoints.reading.file_report import not_ignored
 from fastguard.checkpoints.reading.inspect_file import inspect
+from fastguard.checkpoints.reading.weights_only import refused_names
 from fastguard.checkpoints.store import CheckpointStore
 from fastguard.commands.ckpt import rollback as going_back
 from fastguard.commands.terminal import print_table, say, text_of
@@ -31,6 +32,7 @@ from fastguard.commands.usage import UsageError
 from fastguard.errors import Culprit, describe_culprits
 
 FINE, FOUND_BAD = 0, 1
+SHOWN = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -252,12 +254,22 @@ def _verify_file(path: Path, ignore: Sequence[str]) -> int:
     except (CheckpointError, OSError) as error:
         return _report(path, foreign.problem_of(path, error), (), 0)
     problem = f"{', '.join(found.damaged)} changed after it was written" if found.damaged else None
-    bad, n_tensors = not_ignored(found.bad, ignore), found.contents.n_tensors
-    meant: dict[str, list[Culprit]] = {}
-    for culprit, what in found.meant:
-        if not_ignored([culprit], ignore):
-            meant.setdefault(what, []).append(culprit)
-    return _report(path, problem, bad, n_tensors, meant)
+    bad = not_ignored(found.bad, ignore)
+    meant = [(culprit, what) for culprit, what in found.meant if not_ignored([culprit], ignore)]
+    unread = found.contents.unread
+    status = _report(path, problem, bad, found.contents.n_tensors, len(meant), len(unread))
+    for what in dict.fromkeys(what for _, what in meant):
+        culprits = [culprit for culprit, other in meant if other == what]
+        say(f"       note: {what}: {describe_culprits(culprits)}")
+    for name, what in unread[:SHOWN]:
+        say(f"       note: {name} was not read: {what}")
+    if refused := refused_names(found.contents.names):
+        more = f" and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""
+        say(
+            f"       note: torch.load(weights_only=True) refuses it: {', '.join(refused[:SHOWN])}"
+            f"{more}; load it otherwise only if you trust who wrote it"
+        )
+    return status
 
 
 def _verify_index(path: Path, ignore: Sequence[str], *, with_files: bool) -> int:
@@ -279,7 +291,8 @@ def _report(
     problem: str | None,
     bad: Sequence[Culprit],
     n_tensors: int,
-    meant: Mapping[str, Sequence[Culprit]] | None = None,
+    n_meant: int = 0,
+    n_unread: int = 0,
 ) -> int:
     """Prints what one file is; the exit status.
 
@@ -287,23 +300,26 @@ def _report(
         path: The file.
         problem: Why it is no whole checkpoint, if it is not.
         bad: The tensors that are not finite, and should be.
-        n_tensors: All of them.
-        meant: What is infinite by design, by what it is.
+        n_tensors: All that were read.
+        n_meant: How many are infinite by design.
+        n_unread: How many others there are.
     """
     if problem is not None:
         say(f"BAD  {path}: {problem}")
     if bad:
         are = "is" if len(bad) == 1 else "are"
         say(f"BAD  {path}: {len(bad)} of {n_tensors} tensors {are} not finite")
-    if problem is None and not bad:
-        tensors = "1 tensor" if n_tensors == 1 else f"{n_tensors} tensors"
-        n_meant = sum(map(len, (meant or {}).values()))
-        finite = f"finite except {n_meant} by design" if n_meant else "all finite"
-        say(f"ok   {path}: {f'{tensors}, {finite}' if n_tensors else foreign.NO_TENSORS}")
     for culprit in bad:
         say(f"       {describe_culprits([culprit])}")
-    for what, culprits in (meant or {}).items():
-        say(f"       note: {what}: {describe_culprits(culprits)}")
     if bad:
         say('       (--ignore PATTERN passes over tensors that may be so, as "*.attn_mask")')
-    return FOUND_BAD if bad or problem is not None else FINE
+    if bad or problem is not None:
+        return FOUND_BAD
+    told = foreign.NO_TENSORS
+    if n_tensors:
+        tensors = "1 tensor" if n_tensors == 1 else f"{n_tensors} tensors"
+        told = f"{tensors}, finite except {n_meant} by design" if n_meant else f"{tensors}, finite"
+        told = told if n_meant or n_unread else f"{tensors}, all finite"
+    told += f"; {n_unread} more not read" if n_unread else ""
+    say(f"ok   {path}: {told}")
+    return FINE

@@ -1,0 +1,148 @@
+"""Which calls of a pickle make a value and do nothing else, told by names: nothing is looked up.
+
+A value type is an enum, a `datetime`, a `partial`, any class of a package outside the standard
+library. What `os.system`, an unknown function, or a class that opens files would do happens nowhere
+here; the error warns of `torch.load(weights_only=False)`, which would do it. Some values call what
+they are given (`map`, `starmap`): they are as harmless as that is.
+"""
+
+from __future__ import annotations
+
+import builtins
+import re
+import sys
+from typing import Any
+
+from fastguard.checkpoints.errors import UnsafeFile
+from fastguard.checkpoints.reading.inert_values import Name, StandIn
+
+# Modules of the standard library whose classes, by the convention of capitals, hold values.
+_VALUE_MODULES = frozenset(
+    """
+    collections datetime decimal _decimal fractions uuid ipaddress zoneinfo enum numbers statistics
+    typing dataclasses random _random
+    """.split()
+)
+_VALUE_TYPES = frozenset(
+    """
+    builtins.range builtins.slice builtins.list builtins.tuple builtins.dict builtins.int
+    builtins.float builtins.str builtins.bool builtins.object builtins.reversed builtins.enumerate
+    builtins.zip builtins.memoryview
+    datetime.datetime datetime.date datetime.time datetime.timedelta datetime.timezone
+    datetime.tzinfo collections.deque array.array array._array_reconstructor
+    functools.partial functools.partialmethod re._compile re.RegexFlag argparse.Namespace
+    types.SimpleNamespace types.MappingProxyType types.GenericAlias types.MethodType
+    types.UnionType copyreg.__newobj__ copyreg.__newobj_ex__ logging.getLogger time.struct_time
+    string.Template struct.Struct _struct.Struct inspect.Parameter inspect.Signature
+    inspect._ParameterKind signal.Signals signal.Handlers http.HTTPStatus http.HTTPMethod
+    operator.getitem operator.or_ operator.and_ operator.itemgetter operator.attrgetter
+    operator.methodcaller itertools.count itertools.chain itertools.cycle itertools.repeat
+    itertools.islice itertools.product itertools.permutations itertools.combinations
+    itertools.combinations_with_replacement itertools.compress itertools.zip_longest
+    itertools.pairwise itertools.batched
+    pandas.core.indexes.base._new_Index
+    """.split()
+) | {
+    f"builtins.{name}"
+    for name, kind in vars(builtins).items()
+    if isinstance(kind, type) and issubclass(kind, BaseException)
+}
+# These call their arguments.
+_CALLERS = frozenset(
+    """
+    builtins.map builtins.filter builtins.iter functools.reduce itertools.starmap
+    itertools.accumulate itertools.dropwhile itertools.takewhile itertools.filterfalse
+    itertools.groupby
+    """.split()
+)
+_ALIASES = {"_operator": "operator", "_functools": "functools", "_datetime": "datetime"}
+# Functions that packages write into pickles to make an object anew.
+_MAKERS = re.compile(r"\w*(unpickle|reconstruct|rebuild)\w*|__\w+_ctor")
+# Methods of a class that make an object of it.
+_CONSTRUCTORS = re.compile(
+    r"__new__|from_\w+|_*(un)?pickle\w*|_*(make|create|new|build|construct|rebuild)(_\w+)?"
+)
+# A name in a package may be that of a module or class which it has imported.
+_ELSEWHERE = frozenset(
+    """
+    os posix nt sys subprocess shutil builtins importlib runpy ctypes socket pty code io Popen CDLL
+    __builtins__ __globals__ __dict__ __init__ __subclasses__
+    """.split()
+)
+_DEEPEST = 100  # partials of partials
+
+
+def check_call(function: Any, arguments: tuple[Any, ...]) -> str:
+    """The name under which a call makes a value.
+
+    Raises:
+        UnsafeFile: It may do more than that.
+    """
+    for _ in range(_DEEPEST):  # calling a partial calls its function
+        if not isinstance(function, StandIn) or function.qualified_name != "functools.partial":
+            break
+        functions = [part[0] for part in function.parts if isinstance(part, tuple) and part]
+        for other in functions[:-1]:  # of the arguments, and of each state that it was given
+            check_call(other, arguments)
+        function = functions[-1] if functions else None
+    if not isinstance(function, Name) or not _makes_a_value(function.qualified_name, arguments):
+        raise UnsafeFile(
+            f"the file asks to call {function!r:.200}, which no checkpoint needs; nothing was "
+            "executed. Do not load it unless you trust who wrote it"
+        )
+    return function.qualified_name
+
+
+def _makes_a_value(qualified: str, arguments: tuple[Any, ...]) -> bool:
+    module, _, name = qualified.rpartition(".")
+    if (alias := _ALIASES.get(module)) is not None:
+        module, qualified = alias, f"{alias}.{name}"
+    if qualified in _CALLERS:
+        for argument in arguments:
+            if isinstance(argument, Name | StandIn) and not _is_iterator(argument):
+                check_call(argument, ())
+        return True
+    if qualified in _VALUE_TYPES:
+        return True
+    if qualified == "builtins.type":  # the type of None; with three arguments it makes a class
+        return len(arguments) == 1
+    root, _, _ = module.partition(".")
+    _, _, above = module.rpartition(".")
+    if root in sys.stdlib_module_names:
+        return (module in _VALUE_MODULES and _is_class(name)) or (
+            root in _VALUE_MODULES and _is_class(above) and _is_constructor(name)
+        )
+    if not _ELSEWHERE.isdisjoint(qualified.split(".")[1:]):
+        return False
+    if _is_class(name) or (_is_class(above) and _is_constructor(name)):
+        return True
+    if root == "torch":  # an unknown way to make a tensor may hide what is in it
+        return False
+    only_numbers = all(isinstance(argument, int | float) for argument in arguments)
+    return bool(_MAKERS.fullmatch(name)) or (bool(arguments) and only_numbers)
+
+
+def _is_class(name: str) -> bool:
+    """By the convention of every package; `dtype` and `datetime` are among the exceptions."""
+    return name.lstrip("_")[:1].isupper()
+
+
+def _is_constructor(name: str) -> bool:
+    return _CONSTRUCTORS.fullmatch(name) is not None
+
+
+def _is_iterator(value: Name | StandIn) -> bool:
+    """Whether it is what a caller goes through, and not what it calls."""
+    if isinstance(value, Name):
+        return False
+    root, _, _ = value.qualified_name.partition(".")
+    return value.qualified_name != "functools.partial" and root in ("builtins", "itertools")
+
+
+def attribute(owner: Any, name: Any = "", *default: Any) -> Name | StandIn:
+    """What stands for `getattr(owner, name)`, as a nested class or a method is pickled."""
+    if isinstance(owner, Name) and isinstance(name, str):
+        qualified = f"{owner.qualified_name}.{name}"
+        if len(qualified) <= 1000 and name.isidentifier():
+            return Name(qualified)
+    return StandIn("builtins.getattr", (owner, name, *default))

@@ -1,0 +1,21 @@
+"""What `torch.load(weights_only=True)`, the default of torch, refuses in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch._weights_only_unpickler as unpickler
+
+# It takes these where torch.distributed.tensor or torch.nested is imported.
+_OF_TORCH = ("torch.distributed.device_mesh.", "torch.distributed.tensor.", "torch.nested.")
+
+
+def refused_names(names: Iterable[str]) -> list[str]:
+    """The classes and functions that it does not look up, unless told that they are safe.
+
+    Example:
+        >>> refused_names(["collections.OrderedDict", "numpy.dtype", "mylib.Settings"])
+        ['numpy.dtype', 'mylib.Settings']
+    """
+    allowed = unpickler._get_allowed_globals().keys() | unpickler._get_user_allowed_globals().keys()
+    return [name for name in names if name not in allowed and not name.startswith(_OF_TORCH)]
