@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fastguard.commands.terminal import printable
 from fastguard.commands.usage import UsageError
@@ -49,14 +49,26 @@ def writer_of(lines: Iterable[bytes | str]) -> Writer:
         if line.lstrip()[:1] not in ("{", b"{"):
             continue
         try:
-            keys = json.loads(line).keys()
+            found = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if keys >= _REQUIRED:
+        if is_record(found):
             return "fastguard"
-        if keys - _KEYS:
+        if found.keys() - _KEYS:
             writer = "another program"
     return writer
+
+
+def is_record(found: Mapping[str, Any]) -> bool:
+    """Whether a JSON object is a record of fastguard, of this version or a later one.
+
+    Example:
+        >>> is_record({"step": 3, "total_norm": 1.5, "clip_coef": 1.0, "action": "applied"})
+        True
+        >>> is_record({"step": 3, "loss": 0.5})
+        False
+    """
+    return found.keys() >= _REQUIRED
 
 
 def refuse_lines_of_others(run: Path) -> None:

@@ -1,8 +1,10 @@
-"""`fastguard scan`: where the text logs of other trainers hold NaN or Inf.
+"""`fastguard scan`: where the logs of other trainers hold NaN, Inf, a spike or steady growth.
 
-`lines` streams any log as clean lines, and `foreign` names what is no text; each dialect
-(`ultralytics`, `lightning`, `huggingface`, `table` for CSV, and `plain` for all others) says of a
-line where in the run it was written and what it measured; `values` tells a NaN from a word that has
-"nan" in it, and `sentences` knows how training says that it met one; `scanner` joins lines to
-stretches.
+`lines` streams any log as blocks of clean lines, `suspects` finds the lines that must be read, and
+`foreign` names what is no text. Text: `tokens` tells a NaN from a word that has "nan" in it,
+`values` a value from a mention by `words` and `names`, `sentences` knows how training says that it
+met one, `places` where in the run a line was written. The dialects are `ultralytics`, `lightning`,
+`huggingface`, and `plain` for all others; `shapes` reads lines that differ in digits alone once.
+Data: `table` (CSV), `json_lines`, `documents` (JSON) and `events` (TensorBoard) give values with
+names and places, and `series` judges them. `scanner` joins it all to what is `found`.
 """

@@ -41,6 +41,11 @@ MOST, FEWEST = 0.04, 8
 encoding of text does, for it is not asked whether the other bytes are UTF-8."""
 
 
+def is_events(first: bytes) -> bool:
+    """Whether a file that begins so is one of TensorBoard's."""
+    return _EVENTS in first[:64]
+
+
 def refuse_foreign(first: bytes) -> None:
     """Looks at the first bytes of what should be text.
 
@@ -50,8 +55,10 @@ def refuse_foreign(first: bytes) -> None:
     for offset, magic, what in _MAGIC:
         if first.startswith(magic, offset):
             raise NotTextError(what)
-    if _EVENTS in first[:64]:
-        raise NotTextError("it is a TensorBoard event file, not a text log; export it as CSV first")
+    if is_events(first):
+        raise NotTextError(
+            "it is a TensorBoard event file, which cannot be read from a pipe; name the file itself"
+        )
     text = first[:LOOKED_AT].replace(_BLOCK, b"").strip(b"\0")
     controls = len(text) - len(text.translate(None, _CONTROLS))
     if controls > max(FEWEST, MOST * len(text)):

@@ -1,4 +1,4 @@
-"""The dicts that the Trainer of Hugging Face prints, and dicts or JSON lines like them.
+"""The dicts that the Trainer of Hugging Face prints, and dicts like them.
 
 {'loss': nan, 'grad_norm': nan, 'learning_rate': 2.5e-05, 'epoch': 1.17}
 {'loss': 'nan', 'grad_norm': 'nan', 'learning_rate': '2.5e-05', 'epoch': '1.167'}
@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import re
 
-from fastguard.commands.scan.reading import INT, Place, Reading
+from fastguard.commands.scan.places import names_settings
+from fastguard.commands.scan.reading import INT, Reading, Where, span_of
 from fastguard.commands.scan.values import nonfinite_values
 
 NAME = "huggingface"
 
-_EPOCH = re.compile(r"['\"]epoch['\"]:\s*['\"]?(\d{1,15}(?:\.\d+)?)")
+_EPOCH = re.compile(r"['\"]epoch['\"]:\s*['\"]?([0-9]{1,15}(?:\.[0-9]+)?)")
 _STEP = re.compile(rf"['\"](?:global_)?(?:step|iter|iteration)['\"]:\s*['\"]?({INT})")
 _BAR = re.compile(rf"\s*\d{{1,3}}%\|[^|]*\|\s*({INT})/{INT} \[[^,\]]*,[^,\]]*\]?\s*$")
 
@@ -29,15 +30,10 @@ class HuggingFace:
         """What a line says, or None if it is not of this dialect."""
         start = text.find("{")
         epoch = _EPOCH.search(text, start) if start >= 0 else None
-        if epoch is None:
+        if epoch is None or names_settings(text):
             return None
-        step = _STEP.search(text, start)
-        number = float(epoch[1])
-        place = Place(
-            epoch=int(number) if number.is_integer() else number,
-            step=int(step[1]) if step else None,
-        )
-        return Reading(NAME, place, nonfinite_values(text[start:])[0])
+        where = Where(epoch=epoch.span(1), step=span_of(_STEP.search(text, start), 1))
+        return Reading(NAME, where.place(text), nonfinite_values(text[start:])[0], True, where)
 
 
 def bare_bar(text: str) -> int | None:

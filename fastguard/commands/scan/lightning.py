@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import re
 
-from fastguard.commands.scan.reading import INT, Place, Reading
+from fastguard.commands.scan.reading import INT, Reading, Where, span_of
 from fastguard.commands.scan.values import nonfinite_values
 
 NAME = "lightning"
 
 _BAR = re.compile(
     rf"\s*Epoch ({INT})(?:/({INT}))?:?\s{{1,9}}"
-    rf"(?:(?:\d{{1,3}}%)?\|[^|]*\|\s*|[━╸╺╶╴─ ]+)({INT})/({INT}|\?)\s"
+    rf"(?:(?:\d{{1,3}}%)?\|[^|]*\|\s*|[━╸╺╶╴─ ]+)({INT})/(?:({INT})|\?)\s"
 )
 _METRIC = re.compile(r"[=:]\s*[+-]?(?:\d|nan|inf)", re.IGNORECASE)
 
@@ -31,11 +31,7 @@ class Lightning:
         if bar is None:
             return None
         rest = text[bar.end() :]
-        place = Place(
-            epoch=int(bar[1]),
-            epochs=int(bar[2]) if bar[2] else None,
-            batch=int(bar[3]),
-            batches=int(bar[4]) if bar[4] != "?" else None,
-        )
+        where = Where(*(span_of(bar, group) for group in (1, 2, 3, 4)))
         metrics = rest.partition("it/s")[2]
-        return Reading(NAME, place, nonfinite_values(rest)[0], bool(_METRIC.search(metrics)))
+        measured = _METRIC.search(metrics) is not None
+        return Reading(NAME, where.place(text), nonfinite_values(rest)[0], measured, where)

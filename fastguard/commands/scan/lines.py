@@ -1,4 +1,8 @@
-"""A log of any size, encoding and terminal as clean lines."""
+"""A log of any size, encoding and terminal as clean lines.
+
+Making a Python object of each line takes longer than looking for a NaN in all of them, so a log
+comes in blocks of whole lines.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ LONGEST = 1 << 16
 """A line longer than this is cut, at a space if there is one."""
 
 # Colours, cursor movements, window titles: ECMA-48 control sequences and the two-byte ones.
-_ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
+_ANSI = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\r\n]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 
 _BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
@@ -33,11 +37,45 @@ class Line(NamedTuple):
     text: str
 
 
-def read_lines(file: BinaryIO) -> Iterator[Line]:
-    """The lines of a log; a carriage return ends one too. Memory does not grow with the file.
+class Block(NamedTuple):
+    """Lines that follow each other.
 
-    gzip is recognised by its first bytes, UTF-16 (what PowerShell's `>` writes) by its mark; all
-    other text is read as UTF-8, in which no byte is an error.
+    Attributes:
+        number: The number of the first.
+        data: UTF-8 where the log is, without control sequences; its line feeds and carriage returns
+            are those of the log.
+    """
+
+    number: int
+    data: bytes
+
+
+def text_of(line: bytes) -> str:
+    """A line as text: UTF-8, or Latin-1 if it is not, in which no byte is an error."""
+    try:
+        return line.decode()
+    except UnicodeDecodeError:
+        return line.decode("latin-1")
+
+
+def read_lines(file: BinaryIO) -> Iterator[Line]:
+    """The lines of a log; a carriage return ends one too. Blank ones are left out.
+
+    Raises:
+        OSError, EOFError, NotTextError: See `read_blocks`.
+    """
+    for number, data in read_blocks(file):
+        for line in data.split(b"\n"):
+            for drawn in line.split(b"\r"):
+                if drawn and not drawn.isspace():
+                    yield Line(number, drawn.decode(errors="replace"))
+            number += 1
+
+
+def read_blocks(file: BinaryIO) -> Iterator[Block]:
+    """A log in blocks of whole lines. Memory does not grow with the file.
+
+    gzip is recognised by its first bytes, UTF-16 (what PowerShell's `>` writes) by its mark.
 
     Args:
         file: Open for reading; need not be seekable.
@@ -47,42 +85,57 @@ def read_lines(file: BinaryIO) -> Iterator[Line]:
         EOFError: It is gzip that ends too soon.
         NotTextError: It is binary, or compressed otherwise than with gzip.
     """
-    number, rest = 1, ""
-    for text in _decoded(file):
-        *lines, rest = (rest + text).split("\n")
-        for line in lines:
-            yield from _drawn(number, line)
-            number += 1
-        if "\r" in rest:  # a progress bar may go on for gigabytes without a line feed
-            drawn, _, rest = rest.rpartition("\r")
-            yield from _drawn(number, drawn)
-        if len(rest) > LONGEST:
-            end = rest.rfind(" ") + 1 or len(rest)
-            yield from _drawn(number, rest[:end])
-            rest = rest[end:]
-    yield from _drawn(number, rest)
+    number, rest = 1, b""
+    try:
+        for chunk in _utf8(file):
+            data = rest + chunk
+            # A progress bar may go on for gigabytes without a line feed.
+            end = max(data.rfind(b"\n"), data.rfind(b"\r", 0, -1)) + 1
+            whole, rest = data[:end], data[end:]
+            if whole:
+                yield _block(number, whole)
+                number += whole.count(b"\n")
+            while len(rest) > LONGEST:
+                end = _cut(rest)
+                yield _block(number, rest[:end])
+                rest = rest[end:]
+    except (OSError, EOFError):  # what came before the damage is told first
+        if rest:
+            yield _block(number, rest)
+        raise
+    if rest:
+        yield _block(number, rest)
 
 
-def _drawn(number: int, line: str) -> Iterator[Line]:
-    for text in line.split("\r") if "\r" in line else (line,):
-        if "\x1b" in text:
-            text = _ANSI.sub("", text)
-        if text and not text.isspace():
-            yield Line(number, text)
+def _block(number: int, data: bytes) -> Block:
+    return Block(number, _ANSI.sub(b"", data) if b"\x1b" in data else data)
 
 
-def _decoded(file: BinaryIO) -> Iterator[str]:
+def _cut(line: bytes) -> int:
+    """Where a line that is too long is cut: behind a space, and never in a character."""
+    if end := line.rfind(b" ", 0, LONGEST) + 1:
+        return end
+    end = len(line)
+    while end > 1 and line[end - 1] & 0xC0 == 0x80:
+        end -= 1
+    return end - 1 if end > 1 and line[end - 1] >= 0xC0 else len(line)
+
+
+def _utf8(file: BinaryIO) -> Iterator[bytes]:
     chunks = _chunks(file)
     first = next(chunks, b"")
     encoding = next((name for bom, name in _BOMS.items() if first.startswith(bom)), None)
+    if encoding == "utf-16":
+        decoder = codecs.getincrementaldecoder(encoding)(errors="replace")
+        yield decoder.decode(first).encode(errors="replace")
+        for chunk in chunks:
+            yield decoder.decode(chunk).encode(errors="replace")
+        yield decoder.decode(b"", final=True).encode(errors="replace")
+        return
     if encoding is None:
         refuse_foreign(first)
-        encoding = "utf-8"
-    decoder = codecs.getincrementaldecoder(encoding)(errors="replace")
-    yield decoder.decode(first)
-    for chunk in chunks:
-        yield decoder.decode(chunk)
-    yield decoder.decode(b"", final=True)
+    yield first.removeprefix(codecs.BOM_UTF8)
+    yield from chunks
 
 
 def _chunks(file: BinaryIO) -> Iterator[bytes]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from fastguard.commands.scan.reading import Place
-from fastguard.commands.scan.scanner import LogScan, Stretch
+from fastguard.commands.scan.scanner import STEPS, LogScan, Stretch
+from fastguard.commands.scan.series import RULE, Growth, Series
 from fastguard.commands.terminal import print_table, printable
 
 ROWS = 50
 """Stretches in a table; the JSON has all that are kept."""
+
+SPIKES = 8
+"""Spikes of a series in the text."""
 
 
 def as_dict(log: str, found: LogScan) -> dict[str, Any]:
@@ -23,22 +27,24 @@ def as_dict(log: str, found: LogScan) -> dict[str, Any]:
         "bad_lines": found.n_bad,
         "n_stretches": found.n_stretches,
         "stretches": [_stretch_as_dict(stretch) for stretch in found.stretches],
+        "series": [_series_as_dict(series, growth) for series, growth in found.series],
         "mentions": found.n_mentions,
         "first_mention": None if found.mention is None else found.mention._asdict(),
+        "fastguard_records": found.n_records,
         "problem": found.problem,
     }
 
 
 def print_text(log: str, found: LogScan) -> None:
-    """A sentence, and a table of the stretches if there are any."""
+    """A sentence, a table of the stretches if there are any, and what the series say."""
     name = printable(log)
-    lines = f"{found.n_lines:,} line{'s' * (found.n_lines != 1)}"
+    lines = _lines(found.n_lines)
     if found.n_bad:
         first = found.stretches[0]
-        where = _in_words(first.first)
+        steps = _steps(first)
         print(
             f"{name}: NaN or Inf in {found.n_bad:,} of {lines}, first in line {first.first_line:,}"
-            f"{where}"
+            f"{_in_words(first.first)}{f'; steps {steps}' if len(first.steps) > 1 else ''}"
         )
         rows = [_row(stretch) for stretch in found.stretches[:ROWS]]
         print_table(["line", "epoch", "batch", "step", "lines", "values", "written by"], rows)
@@ -46,20 +52,66 @@ def print_text(log: str, found: LogScan) -> None:
             print(f"... and {found.n_stretches - ROWS:,} more (--json has up to 1,000)")
     else:
         print(f"{name}: no NaN or Inf in {lines}")
+    for series, growth in found.series:
+        for sentence in _judgement(series, growth):
+            print(f"{printable(series.name)}: {sentence}")
+    _print_notes(found)
+
+
+def _lines(n: int) -> str:
+    return f"{n:,} line{'s' * (n != 1)}"
+
+
+def _print_notes(found: LogScan) -> None:
     if found.mention is not None:
         print(
-            f"note: {found.n_mentions:,} line{'s' * (found.n_mentions != 1)} with the word NaN or "
-            f"Inf, but without a value; line {found.mention.number:,}: "
-            f"{printable(found.mention.text)}"
+            f"note: {_lines(found.n_mentions)} with the word NaN or Inf, but without a "
+            f"value; line {found.mention.number:,}: {printable(found.mention.text)}"
+        )
+    if found.n_records and found.problem is None:
+        are = "is a record" if found.n_records == 1 else "are records"
+        print(
+            f"note: {_lines(found.n_records)} of it {are} of fastguard, and not read here; use: "
+            "fastguard report"
         )
     if found.problem is not None:
         print(f"note: read up to there only: {found.problem}")
 
 
+def _judgement(series: Series, growth: Growth | None) -> Iterator[str]:
+    """What the rule would have skipped, and since when the series climbs."""
+    if series.n_spikes:
+        shown = series.spikes[:SPIKES]
+        places = [_at(spike.place, spike.line) for spike in shown]
+        units = {unit for unit, _ in places}
+        unit = units.pop() if len(units) == 1 else "place"
+        at = f"{unit}{'s' * (len(places) > 1)} {', '.join(number for _, number in places)}"
+        more = f" and {series.n_spikes - len(shown):,} more" if series.n_spikes > len(shown) else ""
+        first = shown[0]
+        yield (
+            f"SpikeRule(sigma={RULE.sigma:g}) would have skipped {at}{more}: {first.value:.4g}, "
+            f"where {first.threshold:.4g} is accepted (window={RULE.window}, warmup={RULE.warmup})"
+        )
+    if growth is not None:
+        yield (
+            f"climbing since {' '.join(_at(growth.place, growth.line))}, from {growth.low:.4g} to "
+            f"{growth.end:.4g}"
+        )
+
+
+def _at(place: Place, line: int) -> tuple[str, str]:
+    """The unit and the number by which a row is found again."""
+    if place.step is not None:
+        return "step", str(place.step)
+    if place.epoch is not None:
+        return "epoch", f"{place.epoch:g}"
+    return "line", str(line)
+
+
 def print_problem(log: str, found: LogScan) -> None:
     """Why a log that shows no NaN or Inf cannot be said to have none; on standard error."""
     told = f"fastguard scan: {printable(log)}: {found.problem}"
-    if found.n_lines:
+    if found.n_lines > found.n_records:
         told += f"; no NaN or Inf in the {found.n_lines:,} lines before"
     print(told, file=sys.stderr)
 
@@ -70,11 +122,17 @@ def _row(stretch: Stretch) -> list[str]:
         _range(stretch.first_line, stretch.last_line),
         _range(first.epoch, last.epoch, first.epochs),
         _range(first.batch, last.batch, last.batches),
-        _range(first.step, last.step),
+        _steps(stretch) or _range(first.step, last.step),
         f"{stretch.n_lines:,}",
         ", ".join(printable(f"{name} {text}".strip()) for name, text in stretch.values),
         stretch.dialect,
     ]
+
+
+def _steps(stretch: Stretch) -> str:
+    """The steps of a stretch one by one, if they are known and few; else ""."""
+    steps = stretch.steps
+    return ", ".join(map(str, steps)) if 0 < len(steps) < STEPS else ""
 
 
 def _range(first: float | None, last: float | None, total: int | None = None) -> str:
@@ -111,5 +169,17 @@ def _stretch_as_dict(stretch: Stretch) -> dict[str, Any]:
         "last": asdict(stretch.last),
         "lines": stretch.n_lines,
         "values": values,
+        "steps": stretch.steps[:STEPS],
         "excerpt": stretch.excerpt,
+    }
+
+
+def _series_as_dict(series: Series, growth: Growth | None) -> dict[str, Any]:
+    spikes: Sequence[dict[str, Any]] = [asdict(spike) for spike in series.spikes]
+    return {
+        "name": series.name,
+        "rule": {"sigma": RULE.sigma, "window": RULE.window, "warmup": RULE.warmup},
+        "n_spikes": series.n_spikes,
+        "spikes": spikes,
+        "climbing_since": None if growth is None else asdict(growth),
     }

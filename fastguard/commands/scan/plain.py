@@ -7,57 +7,48 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from collections.abc import Callable
 
-from fastguard.commands.scan.reading import INT, Place, Reading
+from fastguard.commands.scan.places import where_in, without_launcher
+from fastguard.commands.scan.reading import NOWHERE, Place, Reading, Where
 from fastguard.commands.scan.values import nonfinite_values
 
 NAME = "plain"
 
-# Bounded, so that no line takes long.
-_GAP = r"[\s:=#\[(\"']{0,9}"
-_MODE = r"(?:\(\w{1,9}\))?"  # Epoch(train) [3][ 100/1000], of mmengine
-_EPOCH = re.compile(
-    rf"\bep(?:och)?\b{_MODE}{_GAP}({INT}(?:\.\d+)?)(?:\s*/\s*({INT}))?", re.IGNORECASE
-)
-_BATCH = re.compile(rf"\b(?:mini)?batch\b{_GAP}({INT})(?:\s*/\s*({INT}))?", re.IGNORECASE)
-_STEP = re.compile(
-    rf"\b(?:global_step|step|iter|iteration|it|num_updates|update)\b{_MODE}{_GAP}({INT})",
-    re.IGNORECASE,
-)
-_TUTORIAL = re.compile(rf"\s*\[({INT}),\s*({INT})\]")  # [epoch, batch], of PyTorch's tutorials
-_COUNT = re.compile(
-    rf"\[\s*({INT})\s*/\s*({INT})\b[^\]]{{0,40}}\]"  # [15/41]
-    rf"|(?:^|[\s|:])({INT})/({INT}|\?)\s{{1,9}}[\[━╸]"  # 15/41 [, of tqdm and Keras
-    rf"|:\s{{1,9}}({INT})\s{{0,9}}/\s{{0,9}}({INT})\s"  # epoch 003:     15 / 41, of fairseq
-)
-# 2026/11/21, 21/11/2026, and 11/21 if a time of day follows that is no clock of a bar,
-# and no name stands before it: Epoch 11/12 03:00:10.
-_DATE = re.compile(
-    r"\b(?:\d{4}/\d\d?/\d\d?|\d\d?/\d\d?/\d{4}"
-    r"|(?<![a-z] )(?<![a-z]: )(?:(?:0\d|1[0-2])/[0-3]\d|[0-3]\d/(?:0\d|1[0-2]))"
-    r"(?=[ ,T]{1,3}[0-2]\d:[0-5]\d:[0-5]\d(?!\s{0,9}<)))\b"
-)
 _MEASURED = re.compile(
     r"(?:loss|norm|acc|accuracy|ppl|mse|mae|err|error)\w{0,40}[\"']?\s*[=:]?\s*[\"'(\[]*[+-]?\d",
     re.IGNORECASE,
 )
-_HAS_DIGIT = re.compile(r"\d")
+MEASURED_IN = 2000
+"""Characters of a line in which a finite loss is looked for."""
+
 LOSS_SCALE = "skipped because of loss_scale: "  # fastguard's own line: the gradients of no incident
 
 
+NOWHERE_IN = Where()
+NOT_ASKED = Where(*[(0, 0)] * 5)
+"""Of a line whose place has not been looked for."""
+
+
+def may_measure(text: str) -> bool:
+    """Whether a line tells of a finite loss, norm or the like."""
+    return _MEASURED.search(text, 0, MEASURED_IN) is not None
+
+
 class Plain:
-    """Reads what nobody else does."""
+    """Reads what no other dialect does."""
 
     def read(self, text: str) -> Reading | None:
         """What a line says, or None if it says nothing of a run."""
-        place = _place(text) if _HAS_DIGIT.search(text) else Place()
+        where = where_in(text)
+        place = where.place(text)
         if LOSS_SCALE in text:
-            return Reading(NAME, place, measured=False)
-        bad, _ = nonfinite_values(text)
-        measured = bool(bad) or _MEASURED.search(text) is not None
-        if not measured and place == Place():
+            return Reading(NAME, place, (), False, where)
+        bad, _ = nonfinite_values(without_launcher(text))
+        measured = bool(bad) or may_measure(text)
+        if not measured and place == NOWHERE:
             return None
-        return Reading(NAME, place, bad, measured)
+        return Reading(NAME, place, bad, measured, where)
 
 
 class Passed:
@@ -65,54 +56,79 @@ class Passed:
 
     Reading each would take twenty times as long as passing it by. Kept are the last line that names
     an epoch and the last `KEPT` after it.
+
+    Args:
+        where: Which bytes of a line name its place.
+        is_setting: Whether a line is one of a list of settings.
     """
 
     KEPT = 16
+    TRIED = 8
+    """Lines with "epoch" in them that are looked at, the last first."""
 
-    def __init__(self) -> None:
-        self._lines: deque[str] = deque(maxlen=self.KEPT)
-        self._with_epoch = ""
+    TAIL = 1 << 13
 
-    def add(self, text: str) -> None:
-        """Takes a line."""
-        if "poch" in text or "EPOCH" in text or "ep " in text:
-            if _EPOCH.search(text):
-                self._lines.clear()
-                self._with_epoch = text
-                return
-        self._lines.append(text)
+    def __init__(
+        self, where: Callable[[bytes], Where], is_setting: Callable[[bytes], bool]
+    ) -> None:
+        self._where = where
+        self._is_setting = is_setting
+        self._lines: deque[tuple[Where, bytes]] = deque(maxlen=self.KEPT)
+        self._epoch: tuple[Where, bytes] | None = None
+
+    def add(self, where: Where, line: bytes) -> None:
+        """Takes a line of which it is known where it names its place."""
+        if where.epoch is not None:
+            self._lines.clear()
+            self._epoch = (where, line)
+        else:
+            self._lines.append((where, line))
+
+    def add_all(self, lines: bytes) -> None:
+        """Takes lines that are not read."""
+        end = len(lines)
+        settings = set()
+        for _ in range(self.TRIED):
+            at = max(lines.rfind(word, 0, end) for word in (b"poch", b"POCH", b"ep ", b"ep="))
+            if at < 0:
+                break
+            begin, after = lines.rfind(b"\n", 0, at) + 1, lines.find(b"\n", at)
+            after = len(lines) if after < 0 else after
+            if self._is_epoch(lines, begin, after):
+                line = lines[begin:after]
+                self.add(self._where(line), line)
+                lines = lines[after + 1 :]
+                break
+            settings.add(lines[begin:after])
+            end = begin
+        for line in lines[-self.TAIL :].split(b"\n")[-self.KEPT - 1 :]:
+            if line:
+                self._lines.append((NOWHERE_IN if line in settings else NOT_ASKED, line))
 
     def place(self, last: Place) -> Place:
         """Where the lines ended, `last` being where they began; they are forgotten here."""
-        if not self._with_epoch and not self._lines:
-            return last
-        for text in (self._with_epoch, *self._lines):
-            last = _place(text).within(last)
-        self._lines.clear()
-        self._with_epoch = ""
+        if self._epoch is not None:
+            where, line = self._epoch
+            last = where.place(line).within(last)
+        for where, line in self._lines:
+            last = (self._where(line) if where is NOT_ASKED else where).place(line).within(last)
+        self.forget()
         return last
 
+    def forget(self) -> None:
+        """After a line that names an epoch itself."""
+        self._lines.clear()
+        self._epoch = None
 
-def _place(text: str) -> Place:
-    text = _DATE.sub("", text)
-    if pair := _TUTORIAL.match(text):
-        return Place(epoch=int(pair[1]), batch=int(pair[2]))
-    epoch, batch, step = _EPOCH.search(text), _BATCH.search(text), _STEP.search(text)
-    number = float(epoch[1]) if epoch else None
-    place = Place(
-        epoch=int(number) if number is not None and number.is_integer() else number,
-        epochs=int(epoch[2]) if epoch and epoch[2] else None,
-        batch=int(batch[1]) if batch else None,
-        batches=int(batch[2]) if batch and batch[2] else None,
-        step=int(step[1]) if step else None,
-    )
-    if batch is None and (count := _COUNT.search(text, epoch.end() if epoch else 0)):
-        done, total = (group for group in count.groups() if group is not None)
-        return Place(
-            place.epoch,
-            place.epochs,
-            int(done),
-            int(total) if total.isdigit() else None,
-            place.step,
-        )
-    return place
+    def _is_epoch(self, lines: bytes, begin: int, after: int) -> bool:
+        line = lines[begin:after]
+        if self._where(line).epoch is None:
+            return False
+        if line.count(b":") + line.count(b"=") != 1 or len(line) > 60:
+            return True
+        # "epoch: 200" among "batch_size: 16" and "lr: 0.1" is a setting of the run.
+        before = lines[lines.rfind(b"\n", 0, max(0, begin - 1)) + 1 : max(0, begin - 1)]
+        if not begin and self._lines:
+            before = self._lines[-1][1]
+        behind = lines[after + 1 : max(lines.find(b"\n", after + 1), after + 1)]
+        return not (self._is_setting(before) or self._is_setting(behind))

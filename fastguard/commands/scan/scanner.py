@@ -10,19 +10,25 @@ from __future__ import annotations
 import math
 import zlib
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import BinaryIO
 
-from fastguard.commands.scan import huggingface
+from fastguard.commands.scan import documents, huggingface, json_lines
+from fastguard.commands.scan.events import EventsError, read_scalars
 from fastguard.commands.scan.foreign import NotTextError
-from fastguard.commands.scan.huggingface import HuggingFace, bare_bar
-from fastguard.commands.scan.lightning import Lightning
-from fastguard.commands.scan.lines import Line, read_lines
-from fastguard.commands.scan.plain import Passed, Plain
-from fastguard.commands.scan.reading import Place, Reading
+from fastguard.commands.scan.found import LogScan, Run, Stretch
+from fastguard.commands.scan.huggingface import bare_bar
+from fastguard.commands.scan.json_lines import JsonLines
+from fastguard.commands.scan.lines import Block, Line, read_blocks, text_of
+from fastguard.commands.scan.plain import Passed
+from fastguard.commands.scan.reading import NOWHERE, Place, Reading
+from fastguard.commands.scan.series import AllSeries
+from fastguard.commands.scan.shapes import Shapes
+from fastguard.commands.scan.suspects import Suspects
 from fastguard.commands.scan.table import Table
-from fastguard.commands.scan.ultralytics import Ultralytics
-from fastguard.commands.scan.values import Value, first_nonfinite, has_nonfinite
+from fastguard.commands.scan.tokens import first_nonfinite
+from fastguard.commands.scan.values import Value, has_nonfinite
 
 KEPT = 1000
 """Stretches that are told one by one; the others are counted."""
@@ -32,54 +38,13 @@ NAMES = 64
 
 OTHER_NAMES = "(others)"
 
+STEPS = 10
+"""Steps of a stretch that are told one by one."""
+
 EXCERPT = 200
 """Characters of a line that are kept."""
 
-
-@dataclass(slots=True)
-class Stretch:
-    """Bad lines that follow each other in one epoch.
-
-    Attributes:
-        dialect: Who wrote the first of them.
-        first_line, last_line: Their line numbers.
-        first, last: Where in the run.
-        n_lines: How many there are; what a progress bar draws over itself counts each time.
-        values: In how many of them each value was bad, by `Value`.
-        excerpt: The first of them.
-    """
-
-    dialect: str
-    first_line: int
-    last_line: int
-    first: Place
-    last: Place
-    n_lines: int
-    values: Counter[Value]
-    excerpt: str
-
-
-@dataclass(slots=True)
-class LogScan:
-    """What a log holds.
-
-    Attributes:
-        n_lines: Lines, what carriage returns end included.
-        n_bad: How many hold NaN or Inf as a value.
-        n_stretches: In how many stretches.
-        stretches: The first `KEPT` of them.
-        n_mentions: How many lines have the words, but no value.
-        mention: The first of those.
-        problem: Why the log could not be read to its end, or that it is empty; or None.
-    """
-
-    n_lines: int = 0
-    n_bad: int = 0
-    n_stretches: int = 0
-    stretches: list[Stretch] = field(default_factory=list)
-    n_mentions: int = 0
-    mention: Line | None = None
-    problem: str | None = None
+TENSORBOARD = "tensorboard"
 
 
 def scan_log(file: BinaryIO) -> LogScan:
@@ -98,18 +63,35 @@ def scan_log(file: BinaryIO) -> LogScan:
         (1, 3, 16)
     """
     scanner = _Scanner()
+    problem = None
     try:
-        for line in read_lines(file):
-            scanner.take(line)
+        for block in scanner.without_document(read_blocks(file)):
+            scanner.take(block)
     except EOFError:
-        scanner.found.problem = "it is gzip that ends too soon"
+        problem = "it is gzip that ends too soon"
     except NotTextError as error:
-        scanner.found.problem = str(error)
+        problem = str(error)
     except (OSError, zlib.error) as error:
-        scanner.found.problem = f"it cannot be read: {getattr(error, 'strerror', None) or error}"
-    if not scanner.found.n_lines and scanner.found.problem is None:
-        scanner.found.problem = "it is empty: there is no line to look at"
-    return scanner.found
+        problem = f"it cannot be read: {getattr(error, 'strerror', None) or error}"
+    return scanner.finish(problem)
+
+
+def scan_events(path: str) -> LogScan:
+    """Reads an event file of TensorBoard to its end; its lines are its scalars.
+
+    Args:
+        path: The file.
+    """
+    scanner = _Scanner()
+    problem = None
+    try:
+        for number, step, tag, value in read_scalars(path):
+            scanner.take_scalar(number, step, tag, value)
+    except EventsError as error:
+        problem = str(error)
+    except OSError as error:
+        problem = f"it cannot be read: {error.strerror or error}"
+    return scanner.finish(problem)
 
 
 class _Scanner:
@@ -117,51 +99,205 @@ class _Scanner:
 
     def __init__(self) -> None:
         self.found = LogScan()
-        self._dialects = (Table(), Ultralytics(), Lightning(), HuggingFace())
-        self._plain = Plain()
-        self._passed = Passed()
-        self._place = Place()
+        self._series = AllSeries()
+        self._table = Table(self._series)
+        self._json = JsonLines(self._series)
+        self._shapes = Shapes()
+        self._passed = Passed(self._shapes.where, self._shapes.is_setting)
+        self._place = NOWHERE
         self._stretch: Stretch | None = None
+        self._run: Run | None = None
         self._dicts = False  # whether the bars of this log count the steps of dicts
         self._without_step: Stretch | None = None
 
-    def take(self, line: Line) -> None:
-        self.found.n_lines += 1
-        if self._dicts and (step := bare_bar(line.text)) is not None:
-            self._take_step(step)
-            return
-        suspect = has_nonfinite(line.text)
-        reading = next(filter(None, (d.read(line.text) for d in self._dialects)), None)
-        if reading is None:
-            if not suspect and self._stretch is None:
-                self._passed.add(line.text)
-                return
-            reading = self._plain.read(line.text)
-        self._place = self._passed.place(self._place)
-        if reading is None:
-            if suspect:
-                self._mention(line)
-            return
-        self._dicts |= reading.dialect == huggingface.NAME
-        self._place = reading.place.within(self._place)
-        if reading.bad:
-            self._bad(line, reading)
-        else:
-            if suspect:
-                self._mention(line)
-            if reading.measured and self._stretch and self._stretch.dialect == reading.dialect:
-                self._stretch = None
+    def finish(self, problem: str | None) -> LogScan:
+        """All that was found."""
+        self._end_run()
+        found = self.found
+        found.series = self._series.found()
+        found.problem = problem
+        if problem is None and not found.n_lines:
+            found.problem = "it is empty: there is no line to look at"
+        if problem is None and found.n_records and found.n_records == found.n_lines:
+            found.problem = "it holds records of fastguard; use: fastguard report"
+        return found
 
-    def _bad(self, line: Line, reading: Reading) -> None:
+    def without_document(self, blocks: Iterator[Block]) -> Iterator[Block]:
+        """Reads the JSON document that a log may begin with; gives the rest of the log."""
+        gathered = next(blocks, Block(1, b"")).data
+        size = 0
+        while documents.may_begin(gathered) and len(gathered) <= documents.LIMIT:
+            if len(gathered) < 2 * size:  # each try reads all of it
+                more = next(blocks, None)
+                if more is not None:
+                    gathered += more.data
+                    continue
+            size = len(gathered)
+            try:
+                entries, end = documents.read_document(gathered)
+            except documents.NoDocumentError as error:
+                more = next(blocks, None) if error.cut_short else None
+                if more is None:
+                    break
+                gathered += more.data
+                continue
+            self._take_document(entries, gathered[:end])
+            yield Block(1 + gathered.count(b"\n", 0, end), gathered[end:])
+            yield from blocks
+            return
+        yield Block(1, gathered)
+        yield from blocks
+
+    def take(self, block: Block) -> None:
+        """Reads the lines of a block."""
+        data = block.data
+        lines = data.replace(b"\r", b"\n") if b"\r" in data else data
+        as_json = lines.startswith(b'{"') or b'\n{"' in lines
+        suspects: Suspects | None = None
+        at, size = 0, len(lines)
+        number, counted = block.number, 0
+        while at < size:
+            each = as_json or self._stretch is not None or self._table.waits
+            if not each:
+                suspects = suspects or Suspects(lines)
+                suspect = suspects.after(at)
+                begin = lines.rfind(b"\n", at, suspect) + 1 if suspect >= 0 else size
+                begin = max(at, begin)
+                self._pass(lines[at:begin])
+                if suspect < 0:
+                    return
+                at = begin
+            end = lines.find(b"\n", at)
+            end = size if end < 0 else end
+            line = lines[at:end]
+            if line and not line.isspace():
+                number, counted = number + data.count(b"\n", counted, at), at
+                self.found.n_lines += 1
+                run = self._run
+                if run is None or not run.goes_on(number, line):
+                    self._take(number, line)
+            at = end + 1
+
+    def take_scalar(self, number: int, step: int, tag: str, value: float) -> None:
+        """Takes a value of an event file."""
+        self.found.n_lines += 1
+        place = Place(step=step)
+        if not math.isfinite(value):
+            bad = (Value(tag, str(value)),)
+            self._data(number, Reading(TENSORBOARD, place, bad), f"{tag} {value}")
+            return
+        numbers = {tag: value} if self._series.judges(tag) else {}
+        measured = self._stretch is not None and any(
+            name == tag for name, _ in self._stretch.values
+        )
+        self._data(number, Reading(TENSORBOARD, place, (), measured, None, numbers), "")
+
+    def _take_document(self, entries: list[documents.Entry], text: bytes) -> None:
+        for number, values in entries:
+            self.found.n_lines += 1
+            reading = self._json.read_object(values)
+            self._data(number, reading, str(values) if reading.bad else "")
+        self._table.give_up()
+        if not entries and text.strip(b" \t\r\n[]{}"):
+            self.found.n_lines += 1
+
+    def _pass(self, lines: bytes) -> None:
+        if not lines:
+            return
+        self.found.n_lines += sum(map(bool, map(bytes.strip, lines.split(b"\n"))))
+        self._passed.add_all(lines)
+
+    def _take(self, number: int, line: bytes) -> None:
+        if line.startswith(b'{"') and (reading := self._json.read(line)) is not None:
+            if reading.dialect == json_lines.RECORD:
+                self.found.n_records += 1
+                return
+            self._table.give_up()
+            self._data(number, reading, text_of(line) if reading.bad else "")
+            return
+        if self._table.waits:
+            text = text_of(line)
+            if (reading := self._table.read(text)) is not None:
+                self._data(number, reading, text)
+                return
+        if self._dicts and self._stretch is not None and b"%|" in line:
+            step = bare_bar(text_of(line))
+            if step is not None:
+                self._end_run()
+                self._take_step(step)
+                return
+        self._end_run()
+        shape = self._shapes.of(line)
+        if not shape.bad:
+            if shape.suspect:
+                self._mention(number, line)
+            self._dicts |= shape.dialect == huggingface.NAME
+            if shape.dialect is None:
+                self._passed.add_all(line)
+            else:
+                self._passed.add(shape.where, line)
+            if shape.measured and self._stretch and self._stretch.dialect == shape.dialect:
+                self._stretch = None
+            return
+        place = shape.where.place(line)
+        if place.epoch is None:
+            self._place = place.within(self._passed.place(self._place))
+        else:
+            self._place = place
+            self._passed.forget()
+        self._dicts |= shape.dialect == huggingface.NAME
+        self._bad(number, line, shape.dialect or "", shape.bad)
+        if not shape.meant and self._stretch is not None:
+            self._run = Run(shape, line)
+
+    def _end_run(self) -> None:
+        """Counts the lines that were as the one before."""
+        run, stretch = self._run, self._stretch
+        self._run = None
+        if run is None or stretch is None or not run.n:
+            return
+        self.found.n_bad += run.n
+        stretch.n_lines += run.n
+        stretch.last_line = run.number
+        for value in run.shape.bad:
+            stretch.values[
+                value if value in stretch.values else Value(OTHER_NAMES, value.text)
+            ] += run.n
+        self._place = run.shape.where.place(run.last).within(self._place)
+        furthest = run.shape.where.place(run.furthest).within(self._place)
+        if (furthest.batch or 0) >= (stretch.last.batch or 0):
+            stretch.last = furthest
+        self._without_step = stretch if self._dicts and self._place.step is None else None
+
+    def _data(self, number: int, reading: Reading, text: str) -> None:
+        """A line that is data: its names and its place are its own."""
+        self._end_run()
+        self._passed.forget()
+        self._place = reading.place.within(self._place)
+        for name, value in reading.numbers.items():
+            self._series.take(name, number, self._place, value)
+        if reading.bad:
+            self._bad(number, text.encode(errors="replace"), reading.dialect, reading.bad)
+            stretch, step = self._stretch, self._place.step
+            if stretch and step is not None and len(stretch.steps) < STEPS:
+                if not stretch.steps or stretch.steps[-1] != step:
+                    stretch.steps.append(step)
+            return
+        if text and has_nonfinite(text):
+            self._mention(number, text.encode(errors="replace"))
+        if reading.measured and self._stretch and self._stretch.dialect == reading.dialect:
+            self._stretch = None
+
+    def _bad(self, number: int, line: bytes, dialect: str, bad: tuple[Value, ...]) -> None:
         self.found.n_bad += 1
         stretch = self._stretch
         if stretch is None or _epoch(stretch.first) != _epoch(self._place):
-            stretch = self._begin(line, reading)
-        stretch.last_line = line.number
+            stretch = self._begin(number, line, dialect)
+        stretch.last_line = number
         if (self._place.batch or 0) >= (stretch.last.batch or 0):  # a bar may be drawn anew, at 0
             stretch.last = self._place
         stretch.n_lines += 1
-        for value in reading.bad:
+        for value in bad:
             known = value in stretch.values or len(stretch.values) < NAMES
             stretch.values[value if known else Value(OTHER_NAMES, value.text)] += 1
         self._without_step = stretch if self._dicts and self._place.step is None else None
@@ -176,16 +312,16 @@ class _Scanner:
             stretch.first = stretch.last
         self._without_step = None
 
-    def _begin(self, line: Line, reading: Reading) -> Stretch:
+    def _begin(self, number: int, line: bytes, dialect: str) -> Stretch:
         stretch = Stretch(
-            dialect=reading.dialect,
-            first_line=line.number,
-            last_line=line.number,
+            dialect=dialect,
+            first_line=number,
+            last_line=number,
             first=self._place,
             last=self._place,
             n_lines=0,
             values=Counter(),
-            excerpt=_excerpt(line.text),
+            excerpt=_excerpt(text_of(line[: 8 * EXCERPT])),
         )
         self._stretch = stretch
         self.found.n_stretches += 1
@@ -193,10 +329,10 @@ class _Scanner:
             self.found.stretches.append(stretch)
         return stretch
 
-    def _mention(self, line: Line) -> None:
+    def _mention(self, number: int, line: bytes) -> None:
         self.found.n_mentions += 1
         if self.found.mention is None:
-            self.found.mention = Line(line.number, _around_word(line.text))
+            self.found.mention = Line(number, _around_word(text_of(line)))
 
 
 def _excerpt(text: str) -> str:

@@ -1,72 +1,199 @@
 """Sentences with which training code stops at NaN or Inf: no value, and yet evidence of one.
 
 RuntimeError: Function 'MulBackward0' returned nan values in its 0th output.   (torch)
+FloatingPointError: invalid value (nan) encountered in jit(train_step)         (JAX)
 FloatingPointError: Loss became infinite or NaN at iteration=40!               (detectron2)
 AssertionError: Rank 0: found NaN in local grad norm in backward pass          (Megatron)
-The total norm of order 2.0 for gradients from `parameters` is non-finite      (torch)
-The loss returned in `training_step` is nan or inf.                            (Lightning)
+Detected nan and/or inf values in `encoder.weight`.                            (Lightning)
+Batch 3: Invalid loss, terminating training                                    (Keras)
+
+All are built alike: what was met, a verb that says it was met, and where. A sentence about what may
+be ("if", "when", "no", "checks") is none of them, nor is one about a table of data.
 """
 
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
-_BAD = r"(?:nan|inf(?:inite|inity)?|non-?finite)"
-_EITHER = rf"(?P<value>{_BAD}(?:\s?/\s?{_BAD}|\s(?:or|and|and/or)\s{_BAD})?)(?![\w-])"
-_WHAT = (
-    r"(?P<name>(?:(?:train|training|val|total|local|global|forward|grad|gradient)[ _]){0,2}"
-    r"(?:loss|losses|norm|grad|grads|gradient|gradients))"
+WINDOW = 160
+"""Characters on either side of a NaN in which a sentence about it lies."""
+
+WINDOWS = 4
+"""How many places of a line are looked at: one that says it does so at its beginning."""
+
+
+LONG = 600
+"""Characters from which a line is an array or a table: only its first NaN may be of a sentence."""
+
+
+class Sentence(NamedTuple):
+    """Evidence in words.
+
+    Attributes:
+        name: What was NaN or Inf, "" if it is not said.
+        value: The words for it: "NaN", "infinite", "inf or nan", "non-finite".
+        start, end: Where in the line.
+    """
+
+    name: str
+    value: str
+    start: int
+    end: int
+
+
+_BAD = r"(?:nans?|infs?|infinite|infinity|infinities|non-?finite)"
+_EITHER = (
+    rf"[`'\"(]?(?P<value>(?<![\w-]){_BAD}(?:[`'\"]?(?:\s?/\s?|,\s|\s(?:or|and|and/or)\s)[`'\"]?{_BAD})"
+    r"{0,2})(?![\w-])[`'\")]?"
 )
+_ADJECTIVE = (
+    r"(?:(?:train|training|val|validation|total|local|global|forward|grad|gradient|mean|average|avg|"
+    r"loss|policy|value|generator|discriminator|model|predicted|attention|hidden|output|input|"
+    r"critic|actor|mlm|ctc|kl|reconstruction|average|minibatch|batch|"
+    r"probability|weight|parameter|update|[a-z]{1,12}_)[ _]?){0,3}"
+)
+_SUBJECT = (
+    rf"(?P<name>{_ADJECTIVE}(?:loss|losses|cost|norm|norms|grad|grads|gradient|gradients|weights?|"
+    r"param|params|parameters?|activations?|outputs?|logits?|probabilit(?:y|ies)|predictions?|boxes|"
+    r"scores?|objective|elbo|rewards?|actions?|observations?|states?|embeddings?|updates?|tensors?|"
+    r"matrix|logprobs?|model|metric|[qv][ _-]?values?|advantages?|targets?|layers?|function|scale))"
+)
+# Data are not training: a table with gaps is nobody's divergence.
+_PLACE = (
+    r"(?!(?:the |your |an? )?(?:input|data|dataset|dataframe|columns?|rows?|csv|files?|features?|"
+    r"config\w*|log|annotations?|metadata|cells?|table|raw)\b)"
+    r"(?:the |your |its |an? )?[`'\"]?(?P<name>"
+    rf"{_SUBJECT.removeprefix('(?P<name>').removesuffix(')')}\b|[\w.\[\](){{}}/-]{{1,80}})"
+)
+_MET = (
+    r"(?:found|detected|encountered|produced|generated|returned|returning|got|gave|hit|saw|seen|"
+    r"observed|contains?|contained|containing|had|there (?:is|are|was|were)|due to)"
+)
+_PASSIVE = r"(?:found|detected|encountered|produced|generated|returned|occurred|seen|observed)"
+_WAS = r"(?:was |were |is |are |has been |have been )?"
+_KINDS = r"(?: (?:values?|elements?|entries|numbers?))?"
 
 # Bounded, so that no line takes long.
-_SENTENCES = (
-    re.compile(rf"function '(?P<name>\w{{1,80}})' returned {_EITHER} values?\b", re.IGNORECASE),
-    re.compile(
-        rf"\b{_WHAT} (?:is|was|became|becomes|has become|turned|went) {_EITHER}", re.IGNORECASE
-    ),
-    re.compile(rf"\b(?:found|detected|encountered) {_EITHER} in (?:the )?{_WHAT}\b", re.IGNORECASE),
-    re.compile(
-        rf"\b{_EITHER} {_WHAT} (?:(?:was |were )?(?:detected|found|encountered|occurred)\b"
-        r"|(?:at|in|on) (?:step|iter|iteration|epoch|batch|update)\W{0,3}\d)",
-        re.IGNORECASE,
-    ),
-    re.compile(rf"\b{_WHAT} {_EITHER} (?:detected|found|encountered)\b", re.IGNORECASE),
-    re.compile(
-        rf"\b{_EITHER} (?:was |were )?(?:detected|found|encountered) in (?:the )?{_WHAT}\b",
-        re.IGNORECASE,
-    ),
-    re.compile(rf"\bthe (?P<name>loss) returned in \S{{1,60}} is {_EITHER}", re.IGNORECASE),
-    re.compile(
+_SENTENCES = tuple(
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        rf"function '(?P<name>\w{{1,80}})' returned {_EITHER} values?\b",
+        rf"invalid (?:value )?{_EITHER} (?:value )?encountered in (?P<name>[\w.()\[\]-]{{1,60}})",
+        r"\binvalid (?P<name>loss), terminating training",
+        r"\b(?:minimum (?P<name>loss scale) reached|(?P<other>loss scale) already at minimum)",
+        rf"\bcannot convert float {_EITHER} to integer",
+        rf"\b{_EITHER} in summary histogram for:? (?P<name>\S{{1,80}})",
+        rf"\bunexpected result {_EITHER}",
+        rf"\bthe (?P<name>loss) returned in \S{{1,60}} is {_EITHER}",
         rf"\bthe (?P<name>total norm) of order \S{{1,20}} for gradients .{{1,60}} is {_EITHER}",
-        re.IGNORECASE,
-    ),
+        rf"\b{_SUBJECT}(?: (?:at|in|on|of|for|from) [\w./-]{{1,40}}(?: \d{{1,9}})?)?"
+        r"(?: or scores)? (?:is|was|are|were|became|becomes?|has become|have become|turned|went|"
+        r"contains?|contained|has|have|had|exploded to|diverged to)(?: now)?"
+        rf"(?: an?| the| some| either)? {_EITHER}",
+        rf"\b{_SUBJECT}(?: \S{{1,40}}){{0,2}} contains? {_EITHER}",
+        rf"\b{_MET} {_EITHER}: {_SUBJECT}",
+        rf"\b{_MET}(?: an?| some| any| either| invalid)? {_EITHER} {_SUBJECT}\b",
+        rf"\b{_MET}(?: an?| some| any| either)? {_EITHER}{_KINDS}(?: \([^)]{{1,60}}\))? "
+        rf"(?:in|for|from|at) {_PLACE}",
+        rf"\b{_EITHER} {_SUBJECT} (?:{_WAS}{_PASSIVE}\b|during training"
+        r"|(?:at|in|on) (?:step|iter|iteration|epoch|batch|update)\W{0,3}\d)",
+        rf"\b{_SUBJECT} {_EITHER} {_PASSIVE}\b",
+        rf"\b{_EITHER} {_SUBJECT}(?: values?)?[,;:.!-]{{0,2}} "
+        r"(?:skipp|stopp|end|abort|terminat|exit|restart|roll|recover)ing\b",
+        rf"(?:^|[:\]!-]\s{{1,3}}){_EITHER} values? in (?:the )?{_SUBJECT}\b",
+        rf"\b{_SUBJECT} (?:is|are|was|were|became) (?P<value>not finite)\b",
+        rf"\b{_EITHER}{_KINDS} {_WAS}{_PASSIVE} (?:in|on|at|for|by|during) {_PLACE}",
+        rf"\b{_EITHER}{_KINDS} {_WAS}{_PASSIVE}(?=\s*(?:[.!,:;]|$))",
+        rf"\w(?:error|exception):.{{0,120}}?\b(?:contains?|contain|had) (?:an? )?{_EITHER}",
+    )
 )
-_VERB = re.compile(
-    r"\b(?:found|detected|encountered|occurred|returned|is|was|became|becomes|become|turned|went"
-    r"|at|in|on)\b"
-)
-_CONDITION = re.compile(
-    r"\b(?:if|in case|when|whenever|whether|unless|until|assert|not|no|never|checks?|checking)\b",
+COUNT = re.compile(
+    rf"\b(?:number of|num|count of|total|found|detected|skipped|with)[ _](?P<value>{_BAD})"
+    r"(?:[ _](?:iterations?|iters?|steps?|values?|elements?|grads?|gradients?|losses|loss|batches|"
+    r"samples|updates|params|parameters|weights))?\s{0,9}[:=]\s{0,9}(?P<n>\d{1,15})\b"
+    rf"|\b(?P<value2>{_BAD})[ _](?:count|iterations|steps|grads|gradients|elements|losses|batches|"
+    r"updates)\s{0,9}[:=]\s{0,9}(?P<n2>\d{1,15})\b"
+    rf"|\b(?:found|detected|encountered|got|skipped|with) (?P<n3>\d{{1,15}}) (?P<value3>{_BAD})[ -]"
+    r"(?:(?:values?|elements?) in (?:the )?(?:grad|loss|weight|param|activation|logit|output)|"
+    r"(?:grad|loss|weight|param|activation|logit|output|batch|step|update|iteration)\w{0,9}\b)"
+    r"|\b(?P<n4>\d{1,15})(?:/\d{1,15})? samples got (?P<value4>nan|inf) grad",
     re.IGNORECASE,
 )
-_CONTEXT = 60
-"""Characters before a sentence in which a condition makes it none."""
+"""A count of bad things: evidence if it is not 0."""
+
+_ERROR = _SENTENCES[-1]
+_VERBS = (
+    *(
+        "found detected encountered occurred returned returning generated produced contain there "
+        "due turned became become went exploded during convert invalid unexpected summary reached "
+        "already number num count samples skipped iterations observed gave"
+    ).split(),
+    *(" is", " was", " are", " were", " has", " have", " had", " got", " hit", " saw", " seen"),
+    *(" in ", " at ", " on ", " with ", "ing", "diverged"),
+)
+"""A line without any of them has no such sentence."""
+
+_CONDITION = re.compile(
+    r"\b(?:if|in case|when|whenever|whether|unless|until|once|assert|not|no|never|without|free of|"
+    r"checks?|checking|will|would|should|could|may|might|can|avoid|prevents?|raises?|test that|"
+    r"replac\w+|ignor\w+|handl\w+)\b|\b(?:0|zero)\s+$",
+    re.IGNORECASE,
+)
+_DENIED = re.compile(
+    r"[\"'`\s]*(?:[:=]\s*(?:false|0|no|none|never|off|disabled)\b"
+    r"|(?:detection|checks?|checking|checker|filter|handling|policy|protection|guard)\b|\?)",
+    re.IGNORECASE,
+)
+_TRIGGER = re.compile(
+    rf"(?<![a-z]){_BAD}(?![a-z])|not finite|invalid loss|loss scale", re.IGNORECASE
+)
+_END = re.compile(r"[.;!]\s|\n")
 
 
-def bad_of_sentence(text: str) -> re.Match[str] | None:
-    """The first such sentence in a line, with groups `name` and `value`, or None.
+def bad_of_sentence(text: str) -> Sentence | None:
+    """The first such sentence in a line, or None.
 
     Example:
-        >>> bad_of_sentence("NaN loss at step 40000")["name"]
+        >>> bad_of_sentence("NaN loss at step 40000").name
         'loss'
         >>> bad_of_sentence("stop if NaN loss detected") is None
         True
     """
-    if not _VERB.search(text):
-        return None
-    for pattern in _SENTENCES:
+    seen = 0
+    for _ in range(WINDOWS if len(text) < LONG else 1):
+        trigger = _TRIGGER.search(text, seen)
+        if trigger is None:
+            return None
+        begin = max(0, trigger.start() - WINDOW)
+        seen = trigger.start() + WINDOW
+        window = text[begin:seen]
+        lower = window.lower()
+        if not any(verb in lower for verb in _VERBS):
+            continue
+        if (found := _in_window(window, trigger.start() - begin)) is not None:
+            return found._replace(start=found.start + begin, end=found.end + begin)
+    return None
+
+
+def _in_window(text: str, trigger: int) -> Sentence | None:
+    # Asked once for all: a condition before a sentence is one before the NaN in it.
+    unsure = _CONDITION.search(_END.split(text[:trigger])[-1]) is not None
+    for pattern in (_ERROR,) if unsure else _SENTENCES:
         for match in pattern.finditer(text):
-            before = text[max(0, match.start() - _CONTEXT) : match.start()]
-            if not _CONDITION.search(before):
-                return match
+            if _DENIED.match(text, match.end()):
+                continue
+            groups = match.groupdict()
+            name = groups.get("name") or groups.get("other") or ""
+            value = groups.get("value") or "non-finite"
+            value = "non-finite" if value.lower() == "not finite" else value
+            name = name.strip("`'\",.:[] ")
+            name = name if name.count("(") == name.count(")") else name.strip("()")
+            return Sentence(name, value, match.start(), match.end())
+    for match in COUNT.finditer(text):
+        groups = [(match["value"], match["n"])]
+        groups += [(match[f"value{i}"], match[f"n{i}"]) for i in (2, 3, 4)]
+        value, number = next(pair for pair in groups if pair[1] is not None)
+        if int(number):
+            return Sentence("", value, match.start(), match.end())
     return None

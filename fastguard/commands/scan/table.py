@@ -12,10 +12,15 @@ columns that were bad is no sign that the run is finite again.
 from __future__ import annotations
 
 import csv
+import math
 import re
 
-from fastguard.commands.scan.reading import Place, Reading
-from fastguard.commands.scan.values import Value, canonical, has_nonfinite, is_bound, is_metric
+from fastguard.commands.scan.columns import is_place, place_of
+from fastguard.commands.scan.reading import NOWHERE, Reading
+from fastguard.commands.scan.series import AllSeries
+from fastguard.commands.scan.tokens import canonical
+from fastguard.commands.scan.values import Value, has_nonfinite
+from fastguard.commands.scan.words import is_bound, is_metric
 
 NAME = "table"
 
@@ -25,30 +30,38 @@ _HEAD = re.compile(
     r"[^\W\d][\w./@%()\[\]:,|+*#&^~ -]{0,79}"
 )
 _NO_CELL = re.compile(r"[\s:=]")
-_EPOCH = re.compile(r"(?:.{0,40}[/_.])?epochs?|ep", re.IGNORECASE)
-_STEP = re.compile(
-    r"(?:.{0,40}/)?_?(?:(?:global|train|training|opt|optimizer)_)?(?:step|steps|iter|iters|iteration"
-    r"|iterations|update|updates|num_updates)",
-    re.IGNORECASE,
-)
-_BATCH = re.compile(r"(?:mini)?batch(?:_?(?:idx|index|id|number))?", re.IGNORECASE)
-_INTEGER = re.compile(r"\d{1,15}(?:\.0{0,9})?")
-_NUMBER = re.compile(r"\d{1,15}(?:\.\d{0,20})?")
+_NAMED_BY = ("key", "metric", "name", "tag", "variable", "metric_name")
 
 
 class Table:
-    """Reads rows under the names of the head."""
+    """Reads rows under the names of the head.
 
-    def __init__(self) -> None:
+    Args:
+        series: Which names are judged as series.
+    """
+
+    def __init__(self, series: AllSeries) -> None:
+        self._series = series
         self._begun = False
         self._delimiter = ""
         self._names: list[str] = []
         self._bad: set[int] = set()  # columns that were bad and have not been good since
 
+    @property
+    def waits(self) -> bool:
+        """Whether the next line may be of a table."""
+        return not self._begun or bool(self._names)
+
+    def give_up(self) -> None:
+        """The log is no table."""
+        self._begun, self._names = True, []
+
     def read(self, text: str) -> Reading | None:
         """What a line says, or None if it is not of a table."""
         if self._begun and not self._names:
             return None
+        if not self._bad and (reading := self._numbers(text)) is not None:
+            return reading
         text = text.lstrip("\ufeff# ") if text.lstrip().startswith(("#", "\ufeff")) else text
         if not self._begun:
             self._begun = True
@@ -70,16 +83,56 @@ class Table:
                 and not any(map(has_nonfinite, named))
             ):
                 self._delimiter, self._names, self._bad = delimiter, names, set()
-                return Reading(NAME, Place(), measured=False)
+                self._places = [is_place(name) for name in names]
+                self._judged = [self._series.judges(name) for name in names]
+                self._places_at = [(i, n) for i, n in enumerate(names) if self._places[i]]
+                self._judged_at = [(i, n) for i, n in enumerate(names) if self._judged[i]]
+                lower = [name.lower() for name in names]
+                self._named_by = next((i for i, n in enumerate(lower) if n in _NAMED_BY), None)
+                self._value_at = lower.index("value") if "value" in lower else None
+                self._plain = self._named_by is None or self._value_at is None
+                return Reading(NAME, NOWHERE, measured=False)
         return None
+
+    def _numbers(self, text: str) -> Reading | None:
+        """What a row of finite numbers says, as most are; None: it must be read cell by cell."""
+        if not self._delimiter or not text[:1].isdigit() or '"' in text or not self._plain:
+            return None
+        cells = text.split(self._delimiter)
+        lower = text.lower()
+        if len(cells) != len(self._names) or "n" in lower or "#" in text:
+            return None
+        numbers = {}
+        for i, name in self._judged_at:
+            try:
+                value = float(cells[i]) if cells[i] else math.nan
+            except ValueError:
+                return None
+            if math.isfinite(value):
+                numbers[name] = value
+        place = place_of([(name, cells[i].strip()) for i, name in self._places_at])
+        return Reading(NAME, place, (), False, None, numbers)
 
     def _row(self, cells: list[str]) -> Reading | None:
         bad, found, again_good = [], set(), False
-        for i, (name, cell) in enumerate(zip(self._names, cells, strict=True)):
-            if not cell or _is_place(name):
+        numbers: dict[str, float] = {}
+        names, judged = self._names, self._judged
+        if self._named_by is not None and self._value_at is not None:  # key, value, step
+            names, judged = names.copy(), judged.copy()
+            names[self._value_at] = cells[self._named_by]
+            judged[self._value_at] = self._series.judges(cells[self._named_by])
+        for i, (name, cell) in enumerate(zip(names, cells, strict=True)):
+            if not cell or self._places[i]:
                 continue
             if cell[-1].isdigit():
                 again_good |= i in self._bad
+                if judged[i]:
+                    try:
+                        number = float(cell)
+                    except ValueError:
+                        continue
+                    if math.isfinite(number):  # 1e999 is not
+                        numbers[name] = number
             elif not has_nonfinite(cell):
                 continue
             elif _NO_CELL.search(cell):  # a sentence with commas in it: plain text
@@ -91,20 +144,12 @@ class Table:
             self._bad |= found
         elif again_good:
             self._bad.clear()
-        return Reading(NAME, self._place(cells), tuple(bad), bool(bad) or again_good)
-
-    def _place(self, cells: list[str]) -> Place:
-        epoch = batch = step = None
-        for name, cell in zip(self._names, cells, strict=True):
-            if epoch is None and _EPOCH.fullmatch(name) and _NUMBER.fullmatch(cell):
-                epoch = float(cell)
-            elif step is None and _STEP.fullmatch(name) and _INTEGER.fullmatch(cell):
-                step = int(float(cell))
-            elif batch is None and _BATCH.fullmatch(name) and _INTEGER.fullmatch(cell):
-                batch = int(float(cell))
-        if epoch is not None and epoch.is_integer():
-            epoch = int(epoch)
-        return Place(epoch=epoch, batch=batch, step=step)
+        place = place_of(
+            (name, cell)
+            for name, cell, place in zip(names, cells, self._places, strict=True)
+            if place
+        )
+        return Reading(NAME, place, tuple(bad), bool(bad) or again_good, None, numbers)
 
 
 def _cells(text: str, delimiter: str) -> list[str]:
@@ -115,9 +160,5 @@ def _cells(text: str, delimiter: str) -> list[str]:
     return [cell.strip() for cell in text.split(delimiter)]
 
 
-def _is_place(name: str) -> bool:
-    return any(pattern.fullmatch(name) for pattern in (_EPOCH, _STEP, _BATCH))
-
-
 def _is_known(name: str) -> bool:
-    return _is_place(name) or is_metric(name)
+    return is_place(name) or is_metric(name) or name.lower() in ("value", *_NAMED_BY)

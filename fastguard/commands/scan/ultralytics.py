@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import re
 
-from fastguard.commands.scan.reading import INT, Place, Reading
-from fastguard.commands.scan.values import Value, canonical, has_nonfinite
+from fastguard.commands.scan.reading import INT, NOWHERE, Reading, Where, span_of
+from fastguard.commands.scan.tokens import canonical
+from fastguard.commands.scan.values import Value, has_nonfinite
 
 NAME = "ultralytics"
 
@@ -35,13 +36,13 @@ class Ultralytics:
             if head is None:
                 return None
             self._names = head[1].split()
-            return Reading(NAME, Place(), measured=False)
-        epoch, epochs, columns = int(row[1]), int(row[2]), row[3].split()
+            return Reading(NAME, NOWHERE, measured=False)
+        columns = row[3].split()
         bar = _BAR.match(text, row.end())
-        batch, batches = (int(bar[1]), int(bar[2])) if bar else (None, None)
+        where = Where(row.span(1), row.span(2), span_of(bar, 1), span_of(bar, 2))
         names = self._names if len(self._names) == len(columns) else [""] * len(columns)
         bad = [Value(n, canonical(c)) for n, c in zip(names, columns, strict=True) if _is_bad(c)]
-        return Reading(NAME, Place(epoch, epochs, batch, batches), tuple(bad))
+        return Reading(NAME, where.place(text), tuple(bad), True, where)
 
 
 def _is_bad(column: str) -> bool:

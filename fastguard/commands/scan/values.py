@@ -1,20 +1,33 @@
 """Which NaN and Inf in a line of text are values, and which are words.
 
 "loss: nan" is a value; "info", "nano" and "banana" are nothing; "checking for nan values" is a
-mention: it has the word, but nobody measured it there. Bounds that begin at infinity, as in
-"val_loss improved from inf to 0.69" or "best_loss=inf", are mentions too, and so are clocks: "eta:
-nan".
+mention: it has the word, but nobody measured it there. So are bounds that begin at infinity, as in
+"val_loss improved from inf to 0.69" or "best_acc=-inf", rates ("samples per second: inf"), settings
+("missing=nan") and the log level INF.
+
+A value has a name before it in the same clause, or stands among numbers. The name is the nearest
+one: what stands before the separator, or before the place that stands between, as in "Cost after
+iteration 100: nan".
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import islice
 from typing import NamedTuple
 
+from fastguard.commands.scan.names import CLAUSE, LETTER, name_in
 from fastguard.commands.scan.sentences import bad_of_sentence
+from fastguard.commands.scan.tokens import NUMBER, TOKEN, canonical, may_have, runs
+from fastguard.commands.scan.words import LEVEL, UNIT_OF_RATE, is_bound, is_metric
 
 CONTEXT = 100
 """Characters on either side that decide. All patterns here may be quadratic in it."""
+
+LISTED = 4
+"""Values of one array that are told one by one; of the others only which kinds there are."""
 
 
 class Value(NamedTuple):
@@ -29,81 +42,63 @@ class Value(NamedTuple):
     text: str
 
 
-# As Python, numpy, C and JavaScript print them, with the zeros that Lightning appends ("nan.0");
-# 1.#QNAN, -1.#IND and 1.#INF are those of Microsoft's older C library. "NaN/Inf" is a word.
-_TOKEN = re.compile(
-    r"(?<![\w.#@\\-])[+-]?"
-    r"(?:(nan|inf(?:inity)?)(?:\.0*)?(?![\w-]|/(?!\1\b)[a-z])|1\.#(?:[qs]?nan|ind|inf)\d*)",
+_OPENERS = re.compile(
+    r"(?:<tf\.Tensor:[^>]{0,60}numpy=|(?:tensor|array|Array|DeviceArray|NDArray|Parameter|Tensor|"
+    r"Decimal|(?:np\.|torch\.|jnp\.)?float\d*)\(|[\[({<\"'$`*~≈≃]|\s)*$"
+)
+_SEPARATORS = ":=：＝|│┃║¦→⇒"
+_VERB = re.compile(
+    r"\s+(?:is|was|are|were|equals|became|becomes|become|turned|turns|went|goes|diverged|exploded|reached|hit"
+    r"|came out)(?:\s+(?:now|to|at|as|already|also|still|currently))?$|[为是は]$",
     re.IGNORECASE,
 )
-_NUMBER = r"[+-]?(?:\d[\w.+%-]*|\.\d+|nan|inf(?:inity)?)"
-_NAME = r"[A-Za-z_][\w./@%-]*"
-_OPENERS = r"(?:tensor\(|array\(|np\.float\d+\(|float\(|[\[({<\"'$|]|\s)*"
-
-# What stands before a value.
-_AFTER_SEPARATOR = re.compile(rf"({_NAME}(?: {_NAME})?)[\"'\])]*\s*([=:]){_OPENERS}$")
-_AFTER_NAME = re.compile(rf"({_NAME}(?: {_NAME})?)(?:\s+|\s*\|\s*)[(\[]?$")
-_AFTER_VERB = re.compile(
-    rf"({_NAME})\s+(?:is|was|are|were|became|becomes|turned|went)\s+(?:now\s+)?$", re.IGNORECASE
+_NUMBER_BEFORE = re.compile(
+    rf"(?:^|[\s,;|\[(:=/│┃]){NUMBER}[\])]?(?:\s*[,;|/│┃±]\s*|\s+|\s*-*=?>\s*|\s*\+/-\s*)?$",
+    re.IGNORECASE,
 )
-_AFTER_NUMBER = re.compile(
-    rf"(?:^|[\s,;|\[(:=/]){_NUMBER}(?:\s*[,;|/]\s*|\s+|\s*-*=?>\s*)[(\[]?$", re.IGNORECASE
+_LEVEL = "\0level"  # no name of a value: the line says INF where others say INFO
+_DIGITS = str.maketrans("023456789", "111111111")
+_STATISTICS = ("max", "min", "mean", "std", "sum")
+_CALL = re.compile(r"([A-Za-z_][\w.]*)\([^()]*(?:\([^()]*\)[^()]*)*$")
+_CONTAINER = re.compile(
+    r"(?:\w*(?:tensor|array|float\d*|parameter|decimal|print|scalar|variable))$", re.IGNORECASE
 )
-_AFTER_START = re.compile(r"(?:^|[|,;]|tensor\(|array\(|[\[])\s*[\"']?$")
 
 # What stands after it, if it is not a word in a sentence.
-_BEFORE_NO_WORD = re.compile(
-    rf"[\"'\])}}>%]*\s*"
-    rf"(?:$|[,;|/]?\s*{_NUMBER}(?!\w)|[,;|]?\s*{_NAME}[\"']?\s*[=:]|[\[(<|–—-])",
+_NO_WORD = re.compile(
+    rf"[\"'`\])}}>%*]*\s*"
+    rf"(?:$|[,;|/，；│┃]?\s*{NUMBER}|[,;，；]?\s*[^\W\d][\w./@%-]*(?: [^\W\d][\w./@%-]*)?[\"']?\s*"
+    rf"[=:：＝]|[\[(<|–—│┃║±。;；-]|[,，](?:\s*$|\s*[\[(\"'])|\.\s*$)",
     re.IGNORECASE,
 )
-_BEFORE_CLOSER = re.compile(r"[\"']?\s*(?:[\])}]|,\s*(?:device|dtype|grad_fn|requires_grad)=)")
-_BEFORE_BETTER = re.compile(r"\)?\s*(?:-*=?>|→|to\b)", re.IGNORECASE)
+# After a value without a name, a name begins only behind a comma: "nan gradients: 0" is one name.
+_ALONE = re.compile(r"[\"'`\])}>%]*\s+[^\W\d_]")
+_CONTAINER_BEFORE = re.compile(r"(?:tensor|array|float)\(\[*$", re.IGNORECASE)
+_QUOTED_FLOAT = re.compile(r"float\([\"'][+-]?$")
+_ARROW = re.compile(r"\s*[-=]+>$")
+_INTERVAL = re.compile(
+    r"(?:\(\s*-inf,\s*[^,\]()]{1,20}\]|\[[^,\[\]()]{1,20},\s*\+?inf\s*\))", re.IGNORECASE
+)
+_CLOSER = re.compile(r"[\"']?\s*(?:[\])}]|,\s*(?:device|dtype|grad_fn|requires_grad)=)")
+_BETTER = re.compile(r"\)?\s*(?:-*=?>|→|to\b)", re.IGNORECASE)
 _CONDITION = re.compile(
-    r"\b(?:if|in case|when|whenever|whether|unless|until|assert|not|no)\b", re.IGNORECASE
+    r"\b(?:if|in case|when|whenever|whether|unless|until|assert|not|no|never)\b|[!=]=\s*$"
+    r"|isn't|aren't|cannot|without",
+    re.IGNORECASE,
 )
 _DIGIT = re.compile(r"\d")
-_LETTER = re.compile(r"[^\W\d_]")
-
-_METRIC = frozenset(
-    "loss losses norm grad grads gradient gradients acc accuracy err error ppl perplexity mse mae "
-    "rmse nll elbo kl ce bce score mean std avg average auc iou miou dice map f1 bleu psnr ssim "
-    "gnorm reward return entropy lr fitness metric bpb bpc wer cer logits precision recall".split()
-)
-_KIND = frozenset(
-    "train training val valid validation test eval lm d g gen disc total grad gradient aux running "
-    "avg mean global policy value box cls dfl obj seg mlm reconstruction best min max".split()
-)
-_LEVEL = re.compile(
-    r"(?:debug|info|note|warn|warning|error|critical|fatal|hint|tip|\w+(?:error|warning|exception))$",
-    re.IGNORECASE,
-)
-_BOUND = re.compile(
-    r"(?:best|max|min|init|initial|patience|clip|timeout|limit|threshold|mode)(?:$|[_./ -])",
-    re.IGNORECASE,
-)
-_CLOCK = re.compile(
-    r"(?:.{0,40}[_./ -])?(?:eta|time|remaining|elapsed|duration|speed|throughput|seconds|secs|fps"
-    r"|(?:\w{1,9}/)?s(?:ec)?|s/\w{1,9})$",
-    re.IGNORECASE,
-)
 _CELLS = re.compile(r"[\d\s.,;+eE-]*$")
-_PART = re.compile(r"[A-Za-z]+\d?")
+_BESTS = re.compile(r"\b(?:best|from|lowest|highest)\b", re.IGNORECASE)
 
 
 def has_nonfinite(text: str) -> bool:
     """Whether the text has NaN or Inf as a token, be it a value or a word."""
-    return _may_have(text) and (
-        _TOKEN.search(text) is not None or bad_of_sentence(text) is not None
+    return may_have(text.lower()) and (
+        TOKEN.search(text) is not None or bad_of_sentence(text) is not None
     )
 
 
-def first_nonfinite(text: str) -> int:
-    """Where the first such token begins; 0 if there is none."""
-    token = _TOKEN.search(text)
-    return token.start() if token else 0
-
-
+@lru_cache(64)  # a line is asked more than once: by the scanner, and by each dialect
 def nonfinite_values(text: str) -> tuple[tuple[Value, ...], bool]:
     """The values in a line that are NaN or Inf, and whether there are mentions beside them.
 
@@ -113,116 +108,177 @@ def nonfinite_values(text: str) -> tuple[tuple[Value, ...], bool]:
         >>> nonfinite_values("no nan found; val_loss improved from inf to 0.69")
         ((), True)
     """
+    if not may_have(text.lower()):
+        return (), False
     found: list[Value] = []
     mentions = False
-    if not _may_have(text):
-        return (), False
     sentence = bad_of_sentence(text)
     if sentence is not None:
-        found.append(Value(sentence["name"], _in_sentence(sentence["value"].lower())))
-    for token in _TOKEN.finditer(text):
-        if sentence is not None and sentence.start() <= token.start() < sentence.end():
+        found.append(Value(sentence.name, _in_sentence(sentence.value.lower())))
+    for run in runs(text):
+        if sentence is not None and sentence.start <= run.start() < sentence.end:
             continue
-        before = text[max(0, token.start() - CONTEXT) : token.start()]
-        after = text[token.end() : token.end() + CONTEXT]
-        name = _name_of_value(before, after, canonical(token[0]))
+        first = TOKEN.match(text, run.start())
+        assert first is not None
+        before = text[max(0, run.start() - CONTEXT) : run.start()]
+        after = text[run.end() : run.end() + CONTEXT]
+        rest = text[first.end() : min(run.end(), first.end() + CONTEXT)]
+        name = _name(before, rest + after, after, first[0])
+        if name == _LEVEL:
+            continue
         if name is None:
             mentions = True
+            if run.end() == first.end():
+                continue
         else:
-            found.append(Value(name, canonical(token[0])))
+            found.append(Value(name, canonical(first[0])))
+        if name is not None:
+            found += _others(text, first.end(), run.end())
     return tuple(found), mentions
 
 
-def _may_have(text: str) -> bool:
-    """Ten times as fast as the pattern, for the lines of a log that are fine; "INFO" is one."""
-    lower = text.lower()
-    return (
-        _has_word_end(lower, "nan")
-        or _has_word_end(lower, "inf")
-        or "infinity" in lower
-        or "1.#" in lower
-        or "finite" in lower
-    )
+def _others(text: str, begin: int, end: int) -> Iterator[Value]:
+    """The values of an array after its first: some, and then each kind that is not among them."""
+    kinds = set()
+    for token in islice(TOKEN.finditer(text, begin, end), LISTED):
+        kinds.add(canonical(token[0]))
+        yield Value("", canonical(token[0]))
+        begin = token.end()
+    if len(kinds) < 3 and begin < end:
+        rest = text[begin:end].lower()
+        if "nan" not in kinds and ("nan" in rest or "ind" in rest):
+            yield Value("", "nan")
+        negative = rest.count("-inf") + rest.count("-1.#inf")
+        if "-inf" not in kinds and negative:
+            yield Value("", "-inf")
+        if "inf" not in kinds and rest.count("inf") > negative:
+            yield Value("", "inf")
 
 
-def _has_word_end(text: str, end: str) -> bool:
-    at = text.find(end)
-    while at >= 0:
-        after = text[at + len(end) : at + len(end) + 1]
-        if not after.isalnum():
-            return True
-        at = text.find(end, at + 1)
-    return False
-
-
-def canonical(token: str) -> str:
-    """`"nan"`, `"inf"` or `"-inf"`."""
-    if "n" in token.lower().replace("inf", "").replace("inity", ""):  # nan, qnan, ind
-        return "nan"
-    return "-inf" if token.startswith("-") else "inf"
+def _name(before: str, after: str, end: str, token: str) -> str | None:
+    """`_name_of_value`, asked once for contexts that differ in digits alone."""
+    alike = before.translate(_DIGITS)
+    name = _name_of_value(alike, after.translate(_DIGITS), end.translate(_DIGITS), token)
+    if not name or "1" not in name:
+        return name
+    at = alike.rfind(name)
+    if at < 0:  # its words stand apart in the text
+        return _name_of_value(before, after, end, token)
+    return before[at : at + len(name)]
 
 
 def _in_sentence(value: str) -> str:
     """What "NaN", "infinite" or "inf or nan" says."""
-    if "non" in value or ("nan" in value and "inf" in value):
-        return "non-finite"
-    return "nan" if "nan" in value else "inf"
+    if "nan" in value and "inf" not in value:
+        return "nan"
+    return "inf" if "inf" in value and "nan" not in value and "non" not in value else "non-finite"
 
 
-def is_bound(name: str, text: str) -> bool:
-    """Whether a value of this name is none of training: a bound that begins at Inf, or a clock."""
-    return (text == "inf" and _BOUND.match(name) is not None) or _CLOCK.match(name) is not None
+@lru_cache(1 << 14)
+def _name_of_value(before: str, after: str, end: str, token: str) -> str | None:
+    """The name of the value between these two texts, "" if it has none; None: it is a word.
 
-
-def is_metric(name: str) -> bool:
-    """Whether a name is one of those that trainers measure."""
-    parts = [part.lower() for part in _PART.findall(name)]
-    return any(
-        p in _METRIC or p.rstrip("0123456789") in _METRIC or p.endswith("loss") for p in parts
-    )
-
-
-def _name_of_value(before: str, after: str, text: str) -> str | None:
-    """The name of the value between these two texts, "" if it has none; None: it is a word."""
-    if text == "inf" and (_BEFORE_BETTER.match(after) or re.search(r"\bfrom\s+$", before)):
+    Args:
+        before: Up to `CONTEXT` characters before it.
+        after: What follows it.
+        end: What follows the array or row that it begins.
+        token: As it is written.
+    """
+    text = canonical(token)
+    if text != "nan" and (_BETTER.match(after) or re.search(r"\bfrom\s+$", before)):
         return None
-    if match := _AFTER_SEPARATOR.search(before):
-        return _after_separator(match, after, text)
-    if match := _AFTER_NAME.search(before):
-        name = _short(match[1])
-        if is_metric(name.split()[-1]):
-            return None if _CONDITION.search(before) else name
-    if (match := _AFTER_VERB.search(before)) and is_metric(match[1]):
-        return None if _CONDITION.search(before) else match[1]
-    if _BEFORE_CLOSER.match(after) and re.search(r"(?:tensor|array|float)\([\"']?$", before):
-        return ""
-    if _CELLS.match(after) and _CELLS.match(before):  # of a table: 2,nan,
-        return ""
-    if not _BEFORE_NO_WORD.match(after) and not _BEFORE_CLOSER.match(after):
+    if UNIT_OF_RATE.match(end):
         return None
-    if _AFTER_NUMBER.search(before):
-        return ""
-    if _AFTER_START.search(before):
-        others = _TOKEN.sub("", before + after)
-        return "" if not _LETTER.search(others) or _DIGIT.search(others) else None
-    return None
+    if text != "nan" and _INTERVAL.search(before[-20:] + token + after[:20]):
+        return None
+    level = token == "INF"  # as some loggers write INFO
+    opened = _OPENERS.search(before)
+    assert opened is not None  # it may be empty
+    stem = before[: opened.start()]
+    if _QUOTED_FLOAT.search(before):  # source code: what is printed has no quotes
+        return None
+    if not stem and not _CONTAINER_BEFORE.search(before):
+        return _LEVEL if level and LETTER.search(end) else _at_start(before, after, end)
+    call = _CALL.search(before)
+    container = call is not None and _CONTAINER.fullmatch(call[1]) is not None
+    if (arrow := _ARROW.search(stem)) and not _NUMBER_BEFORE.search(stem):
+        stem = stem[: arrow.start()] + "="
+    if stem[-1:] in _SEPARATORS and stem:
+        name = name_in(stem[:-1], separated=True)
+        if _NUMBER_BEFORE.search(stem) and not (name and stem[-1] in ":：=＝" and is_metric(name)):
+            name = None
+        if name:
+            return _separated(name, stem, end, text, in_call=call is not None and not container)
+    elif verb := _VERB.search(stem):
+        name = name_in(stem[: verb.start()], separated=False)
+        if name and is_metric(name):
+            return _measured(name, before, text)
+        return None
+    else:
+        name = name_in(stem, separated=False)
+        last = name.split()[-1] if name else ""
+        if name and (is_metric(last) or last in _STATISTICS) and not stem.endswith((",", ";")):
+            return _measured(name, before, text)
+    if call is not None and not container:
+        return None
+    if level and (LETTER.search(end) or LETTER.search(before)):
+        return _LEVEL
+    return _among_numbers(before, after, end)
 
 
-def _after_separator(match: re.Match[str], after: str, text: str) -> str | None:
-    name = _short(match[1])
-    last = name.split()[-1]
-    if is_bound(last, text) or is_bound(name, text):
+def _measured(name: str, before: str, text: str) -> str | None:
+    """A metric in a sentence, unless the sentence speaks of what may be."""
+    if is_bound(name, text) or _CONDITION.search(before):
         return None
-    if (
-        match[2] == "="
-        or is_metric(last)
-        or (not _LEVEL.match(last) and _BEFORE_NO_WORD.match(after))
-    ):
+    return name
+
+
+def _separated(name: str, stem: str, end: str, text: str, *, in_call: bool) -> str | None:
+    """A name with a separator after it, unless it names a bound, a rate or a setting."""
+    if is_bound(name, text) or (not is_metric(name) and is_bound(name.split()[-1], text)):
+        return None
+    clause = CLAUSE.split(stem[:-1])[-1].strip(" \"'`()")
+    if LEVEL.match(clause):
+        return None
+    if is_bound(clause, text) and not is_metric(name):
+        return None
+    if text != "nan" and _BESTS.search(clause):
+        return None
+    if stem.endswith(("==", "!=")) or (is_metric(name) and re.search(r"\b(?:if|assert)\b", stem)):
+        return None
+    if is_metric(name):
+        return name
+    if in_call:
+        return None
+    if stem[-1] in "=＝" or _NO_WORD.match(end):
         return name
     return None
 
 
-def _short(name: str) -> str:
-    """Of two words both only if they are one name, such as "train loss" or "grad norm"."""
-    first, _, last = name.rpartition(" ")
-    return name if first.lower() in _KIND else last
+def _among_numbers(before: str, after: str, end: str) -> str | None:
+    if _CONTAINER_BEFORE.search(before) and (_CLOSER.match(after) or _CLOSER.match(end)):
+        return ""
+    if _CELLS.match(after) and _CELLS.match(before):  # of a table: 2,nan,
+        return ""
+    if not _stands_alone(end):
+        return None
+    if _NUMBER_BEFORE.search(before.rstrip("([ \t")):
+        return ""
+    if re.search(r"[|,;│┃]\s*[\"'\[(]*$", before):
+        return _at_start(before, after, end)
+    return None
+
+
+def _at_start(before: str, after: str, end: str) -> str | None:
+    """A value with nothing but brackets before it."""
+    if not _stands_alone(end):
+        return None
+    others = TOKEN.sub("", before + after)
+    return "" if not LETTER.search(others) or _DIGIT.search(others) else None
+
+
+def _stands_alone(end: str) -> bool:
+    """Whether what follows is no word of the same clause."""
+    if _ALONE.match(end):
+        return False
+    return _NO_WORD.match(end) is not None or _CLOSER.match(end) is not None

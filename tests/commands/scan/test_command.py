@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +120,41 @@ def test_wrong_use_is_one_line_and_status_2(logs: Path, args, said, capsys) -> N
     assert main(["scan", *args]) == 2
     captured = capsys.readouterr()
     assert said in captured.err and captured.out == ""
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "link"])
+def test_only_regular_files_are_opened(logs: Path, kind: str, capsys) -> None:
+    odd = logs / "odd.log"
+    if kind == "fifo":
+        os.mkfifo(odd)
+    else:
+        odd.symlink_to("/dev/zero" if kind == "device" else "/dev/null")
+    assert main(["scan", "odd.log"]) == 2
+    captured = capsys.readouterr()
+    assert "odd.log is no regular file" in captured.err and captured.out == ""
+
+
+def test_a_pipe_that_the_shell_made_is_read(logs: Path) -> None:
+    shell = f"{sys.executable} -m fastguard scan <(cat bad.log) /dev/stdin < good.log"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "NaN or Inf in 2 of 3 lines" in done.stdout
+    assert "/dev/stdin: no NaN or Inf in 2 lines" in done.stdout
+
+
+def test_control_characters_of_names_are_printed_as_text(logs: Path, capsys) -> None:
+    name = "a\x1b[2J\nok.log"
+    (logs / name).write_text(BAD)
+    row = {"step": 1, "loss\x1b[2J\nforged: no NaN or Inf in 1 line": math.nan}
+    (logs / "b.jsonl").write_text(json.dumps(row) + "\n")
+    spikes = [{"step": i, "loss\x1b[2J\nx": 1e9 if i == 20 else 1.0} for i in range(40)]
+    (logs / "c.jsonl").write_text("".join(json.dumps(spike) + "\n" for spike in spikes))
+    assert main(["scan", name, "b.jsonl", "c.jsonl"]) == 1
+    assert main(["scan", "missing\x1b[2J"]) == 2
+    captured = capsys.readouterr()
+    assert "\x1b" not in captured.out + captured.err
+    assert "\nforged" not in captured.out and "\nx" not in captured.out
+    assert "\nok.log" not in captured.out
 
 
 def test_damaged_gzip_is_wrong_use_without_a_traceback(logs: Path, capsys) -> None:

@@ -1,0 +1,72 @@
+"""The names of columns and keys in logs that are data: which are the place, which are judged."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+
+from fastguard.commands.scan.reading import Place
+from fastguard.commands.scan.words import words_of
+
+_EPOCH = re.compile(r"(?:.{0,40}[/_.])?epochs?|ep", re.IGNORECASE)
+_STEP = re.compile(
+    r"(?:.{0,40}/)?_?(?:(?:global|train|training|opt|optimizer)_)?(?:step|steps|iter|iters|iteration"
+    r"|iterations|update|updates|num_updates)|step_num|it",
+    re.IGNORECASE,
+)
+_BATCH = re.compile(r"(?:mini)?batch(?:_?(?:idx|index|id|number))?", re.IGNORECASE)
+_INTEGER = re.compile(r"\d{1,15}(?:\.0{0,9})?")
+_NUMBER = re.compile(r"\d{1,15}(?:\.\d{0,20})?")
+
+
+def is_place(name: str) -> bool:
+    """Whether a column says where in the run a row was written."""
+    return _kind(name) is not None
+
+
+@lru_cache(1024)
+def _kind(name: str) -> re.Pattern[str] | None:
+    """Which of the three names of a place a name is."""
+    return next((pattern for pattern in (_EPOCH, _STEP, _BATCH) if pattern.fullmatch(name)), None)
+
+
+def place_of(cells: Iterable[tuple[str, str]]) -> Place:
+    """The place that a row names, from `(name, text)` of its cells."""
+    epoch = batch = step = None
+    for name, cell in cells:
+        kind = _kind(name)
+        if kind is _EPOCH and epoch is None and _NUMBER.fullmatch(cell):
+            epoch = float(cell)
+        elif kind is _STEP and step is None and _INTEGER.fullmatch(cell):
+            step = int(float(cell))
+        elif kind is _BATCH and batch is None and _INTEGER.fullmatch(cell):
+            batch = int(float(cell))
+    if epoch is not None and epoch.is_integer():
+        epoch = int(epoch)
+    return Place(epoch=epoch, batch=batch, step=step)
+
+
+def is_loss(name: str) -> bool:
+    """Whether a series is a loss: one that should fall.
+
+    Example:
+        >>> is_loss("train/loss"), is_loss("val_loss_epoch"), is_loss("loss_scale")
+        (True, True, False)
+    """
+    words = words_of(name)
+    if name.endswith(("__MIN", "__MAX")):  # W&B exports them beside the series itself
+        return False
+    if not {"scale", "scaler", "best", "weight", "time", "ratio"}.isdisjoint(words):
+        return False
+    return any(word.endswith("loss") or word in ("cost", "nll", "objective") for word in words)
+
+
+def is_grad_norm(name: str) -> bool:
+    """Whether a series is the norm of the gradients."""
+    words = words_of(name)
+    if "gnorm" in words:
+        return True
+    return "norm" in words and not {"grad", "grads", "gradient", "global", "total"}.isdisjoint(
+        words
+    )

@@ -1,0 +1,145 @@
+"""JSON that is one document: the `trainer_state.json` of Transformers, lists of metrics, histories.
+
+{"log_history": [{"epoch": 0.1, "loss": NaN, "step": 6}, ...], "best_metric": null, ...}
+[{"step": 6, "loss": NaN}, ...]
+{"loss": [2.3, NaN], "val_loss": [2.2, NaN]}
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+LIMIT = 128 << 20
+"""Bytes of the largest document: parsed it takes some ten times as much."""
+
+_BEGIN = re.compile(rb"\s*(?:\{\s*\"|\[\s*(?:\{|\]))")
+_DECODER = json.JSONDecoder()
+_SPACE = re.compile(r"[\s,]*")
+COUNTED = "epoch"
+"""What the position in a list of numbers stands for, where no list names it: in Keras an epoch."""
+
+
+class Entry(NamedTuple):
+    """An object of a document.
+
+    Attributes:
+        number: Its line.
+        values: Its names and values.
+    """
+
+    number: int
+    values: Mapping[str, Any]
+
+
+class NoDocumentError(Exception):
+    """What was given is no JSON document.
+
+    Attributes:
+        cut_short: Whether more text could make it one.
+    """
+
+    def __init__(self, *, cut_short: bool) -> None:
+        super().__init__()
+        self.cut_short = cut_short
+
+
+def may_begin(data: bytes) -> bool:
+    """Whether a log that begins so may be a document: JSON, and not one object in each line.
+
+    Example:
+        >>> may_begin(b'{\\n  "best_metric": null,'), may_begin(b'{"step": 1, "loss": 0.5}\\n{"st')
+        (True, False)
+    """
+    if not _BEGIN.match(data):
+        return False
+    first = data.lstrip().partition(b"\n")[0]
+    try:
+        whole = json.loads(first)
+    except (ValueError, RecursionError):
+        return True
+    return isinstance(whole, list) or any(map(_is_list, whole.values()))
+
+
+def read_document(data: bytes) -> tuple[list[Entry], int]:
+    """The objects in a document, and where it ends.
+
+    Raises:
+        NoDocumentError: It is none, or not whole.
+    """
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise NoDocumentError(cut_short=error.end >= len(data)) from None
+    begin = len(text) - len(text.lstrip())
+    try:
+        value, end = _DECODER.raw_decode(text, begin)
+    except RecursionError:
+        raise NoDocumentError(cut_short=False) from None
+    except ValueError as error:
+        at = getattr(error, "pos", 0)
+        unended = "Unterminated string" in str(error)
+        raise NoDocumentError(cut_short=unended or len(text) - at < 32) from None
+    return list(_entries(text, begin, value)), len(text[:end].encode())
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict | float | int)
+
+
+def _entries(text: str, begin: int, value: Any) -> Iterator[Entry]:
+    if isinstance(value, list):
+        yield from _objects(text, text.index("[", begin) + 1)
+        return
+    if not isinstance(value, dict):
+        return
+    rest = {}
+    columns: dict[str, list[Any]] = {}
+    has_objects = False
+    for name, inner in _one_level(value):
+        if isinstance(inner, list) and inner and all(isinstance(item, dict) for item in inner):
+            has_objects = True
+            quoted = re.escape(json.dumps(name.rpartition("/")[2]))
+            key = re.compile(rf"{quoted}\s*:\s*\[").search(text, begin)
+            if key is not None:
+                yield from _objects(text, key.end())
+            else:  # its name is written otherwise in the text, as with \u escapes
+                yield from (Entry(1, item) for item in inner)
+        elif isinstance(inner, list) and inner and all(map(_is_number, inner)):
+            columns[name] = inner
+        else:
+            rest[name] = inner
+    length = max(map(len, columns.values()), default=0)
+    for i in range(length):
+        row: dict[str, Any] = {name: c[i] for name, c in columns.items() if i < len(c)}
+        yield Entry(1, row if "epoch" in row or "step" in row else {COUNTED: i + 1, **row})
+    if rest and not columns and not has_objects:
+        yield Entry(1, rest)
+
+
+def _one_level(value: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, inner in value.items():
+        if isinstance(inner, dict) and any(isinstance(item, list) for item in inner.values()):
+            yield from ((f"{name}/{key}", item) for key, item in inner.items())
+        else:
+            yield name, inner
+
+
+def _is_number(item: Any) -> bool:
+    return isinstance(item, int | float | str) or item is None
+
+
+def _objects(text: str, at: int) -> Iterator[Entry]:
+    """The objects of the list whose bracket is before `at`, with their lines."""
+    number, counted = 1, 0
+    while True:
+        space = _SPACE.match(text, at)
+        at = space.end() if space else at
+        if at >= len(text) or text[at] == "]":
+            return
+        number, counted = number + text.count("\n", counted, at), at
+        value, at = _DECODER.raw_decode(text, at)
+        if isinstance(value, dict):
+            yield Entry(number, value)

@@ -1,0 +1,107 @@
+"""TensorBoard event files, read by TensorBoard's own reader."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import struct
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+from fastguard.commands.scan.foreign import is_events
+
+_HEAD = struct.Struct("<QI")
+_CHECKSUM = 4
+
+
+class Scalar(NamedTuple):
+    """A value of an event file.
+
+    Attributes:
+        number: Its event, from 1.
+        step: Its step.
+        tag: Its name.
+        value: Perhaps not finite.
+    """
+
+    number: int
+    step: int
+    tag: str
+    value: float
+
+
+class EventsError(Exception):
+    """An event file that cannot be read to its end; the message says why."""
+
+
+def is_event_file(file: BinaryIO) -> bool:
+    """Whether an open file that can be sought is one; it is left at its beginning."""
+    first = file.read(64)
+    file.seek(0)
+    return is_events(first)
+
+
+def read_scalars(path: str) -> Iterator[Scalar]:
+    """The scalars of an event file, in the order in which they were written.
+
+    Raises:
+        EventsError: TensorBoard is not installed, or the file is damaged or ends too soon.
+    """
+    if importlib.util.find_spec("tensorboard") is None:
+        raise EventsError(
+            "it is a TensorBoard event file; to read it run: "
+            "pip install 'torch-fastguard[tensorboard]'"
+        )
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+
+    whole, problem = _whole_records(path)
+    loader = iter(RawEventFileLoader(path).Load())
+    for number in range(1, whole + 1):
+        try:
+            event = Event.FromString(next(loader))
+        except StopIteration:
+            raise EventsError(f"its event {number:,} has a wrong checksum") from None
+        except Exception as error:  # of protobuf, whose errors have no common name
+            raise EventsError(f"its event {number:,} is damaged: {type(error).__name__}") from None
+        for value in event.summary.value:
+            if (scalar := _scalar(value)) is not None:
+                yield Scalar(number, event.step, value.tag, scalar)
+    if problem is not None:
+        raise EventsError(problem)
+
+
+def _whole_records(path: str) -> tuple[int, str | None]:
+    """How many records are in the file before one that reaches beyond its end, and the problem.
+
+    TensorBoard's reader takes the length in the file at its word, and asks for so much memory.
+    """
+    size = os.path.getsize(path)
+    n = at = 0
+    with open(path, "rb") as file:
+        while at < size:
+            head = file.read(_HEAD.size)
+            if len(head) < _HEAD.size:
+                return n, "it is an event file that ends too soon"
+            length, _ = _HEAD.unpack(head)
+            at += _HEAD.size + length + _CHECKSUM
+            if at > size:
+                return n, "it is an event file that ends too soon, or is damaged"
+            file.seek(at)
+            n += 1
+    return n, None
+
+
+def _scalar(value: Any) -> float | None:
+    """The number in a summary: what torch writes, or what TensorFlow 2 does; None: no scalar."""
+    kind = value.WhichOneof("value")
+    if kind == "simple_value":
+        return float(value.simple_value)
+    if kind != "tensor" or value.tensor.tensor_shape.dim:
+        return None
+    from tensorboard.util.tensor_util import make_ndarray
+
+    try:
+        return float(make_ndarray(value.tensor))
+    except (TypeError, ValueError):  # a string, say
+        return None

@@ -1,0 +1,104 @@
+"""Which words before a value are its name: the nearest metric of its clause, without the place.
+
+"Disc Loss: 3.88, Dur Loss: nan" is the Dur Loss, "Cost after iteration 100: nan" the Cost.
+"""
+
+from __future__ import annotations
+
+import re
+
+from fastguard.commands.scan.tokens import TOKEN
+from fastguard.commands.scan.words import LEVEL, is_metric
+
+LETTER = re.compile(r"[^\W\d_]")
+_DIGIT = re.compile(r"\d")
+CLAUSE = re.compile(r"[,;，；、|│┃║\[\]{}<>!?]|\.\s|[:=：＝]|\s-{1,2}\s|\(")
+"""What begins a clause: the name of a value does not reach over it."""
+
+_BESIDE = re.compile(r"\s(?:before|after|pre|post)[ -]?clip(?:ping)?$", re.IGNORECASE)
+_MARKUP = re.compile(r"<([^<>]*)>$")
+_INDEX = re.compile(r"(?:\[[\w,. ]{0,20}\]|\])+$")  # loss[3]: nan
+_PLACES = frozenset(
+    "after at in on for of from during over until by per this that "
+    "the a an each every epoch epochs ep step steps iter iters iteration iterations it "
+    "batch batches minibatch update updates round rounds # @ no number t samples sample "
+    "examples images tokens so far now".split()
+)
+_STOPS = _PLACES | frozenset(
+    "is was are were be been and or with to our your its current has have had got getting "
+    "new which while then than as skip skipping monitored metric total: nan inf "
+    "non-finite nonfinite".split()
+)
+_SYMBOL = re.compile(r"[\u2016\u2200-\u22ff]")  # a norm in double bars, nabla
+_WORDS = re.compile(r"[^\s\"`*\]]+")
+
+
+def name_in(stem: str, *, separated: bool) -> str | None:
+    """The name at the end of a text: the nearest metric in its last clause, or its last word."""
+    clause = _last_clause(stem)
+    words = [bare for word in _WORDS.findall(clause) if (bare := word.strip("'"))]
+    if not words:
+        return None
+    at = next(
+        (i for i in reversed(range(len(words))) if _is_name(words[i]) and is_metric(words[i])), -1
+    )
+    if at < 0:
+        last = words[-1].strip("#")
+        return _balanced(last) if _is_name(last) and separated else None
+    rest = words[at + 1 :]
+    if all(_is_place(word) for word in rest):
+        end = at
+    elif len(rest) <= 2 and all(word.isalpha() or _is_parenthesis(word) for word in rest):
+        end = len(words) - 1
+    elif separated and _is_name(words[-1]):
+        return _balanced(words[-1])
+    else:
+        return None
+    begin = at
+    while begin > 0 and at - begin < 3 and _is_attribute(words[begin - 1]):
+        begin -= 1
+    return _balanced(" ".join(words[begin : end + 1]))
+
+
+def _balanced(name: str) -> str:
+    """A name without the parentheses that have no partner in it."""
+    return name if name.count("(") == name.count(")") else name.strip("()")
+
+
+def _last_clause(stem: str) -> str:
+    """What follows the last mark that ends a clause; a parenthesis that is closed belongs to it."""
+    stem = _INDEX.sub("", stem.rstrip(" \t\"'`*"))
+    stem = _BESIDE.sub("", _MARKUP.sub(r"\1", stem))
+    begin = max((token.end() for token in TOKEN.finditer(stem)), default=0)
+    depth = stem.count(")")
+    for mark in CLAUSE.finditer(stem):
+        if mark[0] == "(" and ")" in stem[mark.end() :] and depth:
+            continue
+        begin = max(begin, mark.end())
+    return stem[begin:]
+
+
+def _is_name(word: str) -> bool:
+    word = word.strip("()")
+    if not word or word[0].isdigit() or word.lower() == "finite":
+        return False
+    return LETTER.search(word) is not None or _SYMBOL.search(word) is not None
+
+
+def _is_place(word: str) -> bool:
+    bare = word.strip("()#[],.:@").lower()
+    return not bare or bare in _PLACES or not LETTER.search(bare) or _DIGIT.match(bare) is not None
+
+
+def _is_parenthesis(word: str) -> bool:
+    return word[0] == "(" and word[-1] == ")" and word[1:-1].replace("_", "").isalpha()
+
+
+def _is_attribute(word: str) -> bool:
+    """Whether a word before a metric belongs to its name: "Dur Loss", "average training loss"."""
+    return (
+        re.fullmatch(r"[^\W\d][\w./@-]*", word) is not None
+        and word.lower() not in _STOPS
+        and not LEVEL.match(word)
+        and not word.lower().endswith(("ing", "ed"))
+    ) or word.lower() in ("training", "combined", "weighted", "smoothed", "unscaled", "scaled")

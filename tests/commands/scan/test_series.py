@@ -1,0 +1,114 @@
+"""Losses and gradient norms as a guard would have judged them."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastguard
+from fastguard.commands.scan.columns import is_grad_norm, is_loss
+from fastguard.commands.scan.reading import Place
+from fastguard.commands.scan.series import KEPT, POINTS, RULE, AllSeries, Series
+
+
+def judged(values: list[float], name: str = "loss") -> Series:
+    series = Series(name)
+    for step, value in enumerate(values, 1):
+        if math.isfinite(value):
+            series.take(step, Place(step=step), value)
+    return series
+
+
+def skipped_by_a_guard(losses: list[float]) -> list[int]:
+    """The steps that a real guard with the same rule skips when it sees these losses."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    guard = fastguard.GuardedOptimizer(torch.optim.SGD([parameter], lr=0.1), spike={"loss": RULE})
+    for loss in losses:
+        parameter.grad = torch.ones(1)
+        guard.step(loss=torch.tensor(loss, dtype=torch.float64))
+    return [r.step for r in guard.records() if r.reason == "loss_spike"]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 120), st.sampled_from([0.0, 0.05, 0.5]))
+def test_the_rule_skips_what_a_guard_skips(seed: int, n: int, share: float) -> None:
+    r = random.Random(seed)
+    losses = [(100.0 if r.random() < share else 1.0) * math.exp(r.gauss(0, 0.1)) for _ in range(n)]
+    assert [s.place.step for s in judged(losses).spikes] == skipped_by_a_guard(losses)
+
+
+def test_a_lasting_shift_becomes_the_new_level_as_in_a_guard() -> None:
+    losses = [1.0 + 0.01 * (i % 3) for i in range(40)] + [50.0] * 80 + [1.0] * 10
+    spikes = judged(losses)
+    assert [s.place.step for s in spikes.spikes] == skipped_by_a_guard(losses)
+    assert 0 < spikes.n_spikes < 80
+
+
+def noise(n: int, level, scale: float = 0.05, seed: int = 0) -> list[float]:
+    r = random.Random(seed)
+    return [level(i) * math.exp(r.gauss(0, scale)) for i in range(n)]
+
+
+@pytest.mark.parametrize(
+    "values, since",
+    [
+        (noise(60, lambda i: 2 * math.exp(-min(i, 30) / 10) + 0.2 * max(0, i - 30)), (25, 35)),
+        (noise(400, lambda i: 1.0 if i < 200 else 1.02 ** (i - 200)), (1, 215)),
+        (noise(100, lambda i: 3 * math.exp(-i / 9) + 0.5 if i < 50 else 8.0), (30, 51)),
+        ([0.3 + 0.01 * i for i in range(30)], (1, 2)),
+        (noise(3 * POINTS, lambda i: 1 + abs(i - 2000) / 1000, 0.2), (1300, 2700)),
+    ],
+    ids=["after-a-fall", "exponential", "jump-that-stays", "from-the-start", "downsampled"],
+)
+def test_growth_is_told_with_where_it_began(values: list[float], since: tuple[int, int]) -> None:
+    growth = judged(values).growth()
+    assert growth is not None and growth.end > growth.low
+    assert since[0] <= growth.line <= since[1]
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("scale", [0.02, 0.2, 0.5])
+@pytest.mark.parametrize("n", [13, 40, 300, 3000])
+def test_a_run_that_is_fine_does_not_grow(n: int, scale: float, seed: int) -> None:
+    falling = noise(n, lambda i: 2 * math.exp(-4 * i / n) + 0.5, scale, seed)
+    assert judged(falling).growth() is None
+    assert judged([3.0] * n).growth() is None
+    spike = [*falling[: n // 2], 1e4, *falling[n // 2 :]]
+    assert judged(spike).growth() is None
+
+
+def test_growth_is_asked_of_losses_alone() -> None:
+    assert judged([1.1**i for i in range(40)], "grad_norm").growth() is None
+
+
+def test_what_is_kept_is_bounded() -> None:
+    series = judged([1000.0 if i % 50 == 49 else 1.0 + i % 3 for i in range(50 * 3 * KEPT)])
+    assert series.n_spikes == 3 * KEPT and len(series.spikes) == KEPT
+    assert len(series._points) < 2 * POINTS
+
+
+def test_steps_of_zero_gradients_do_not_enter_as_in_a_guard() -> None:
+    assert judged([1.0, 0.0] * 4 + [1.5], "grad_norm").n_spikes == 0  # warm-up of 8 not over
+    assert judged([1.0, 0.0] * 8 + [1.5], "grad_norm").n_spikes == 1
+
+
+@pytest.mark.parametrize("name", ["loss", "train/loss", "Train Loss", "val_loss_epoch", "nll"])
+def test_losses(name: str) -> None:
+    assert is_loss(name) and AllSeries().judges(name)
+
+
+@pytest.mark.parametrize("name", ["grad_norm", "train/grad_norm", "gnorm", "Gradient Norm"])
+def test_gradient_norms(name: str) -> None:
+    assert is_grad_norm(name) and AllSeries().judges(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["lr", "loss_scale", "best_loss", "weight_norm", "run - loss__MIN"]
+)
+def test_other_series(name: str) -> None:
+    assert not AllSeries().judges(name)
