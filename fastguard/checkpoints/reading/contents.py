@@ -181,7 +181,8 @@ def _check_opened_by_torch(file: BinaryIO, records: Mapping[str, Record]) -> Non
     file.seek(0)
     try:
         reader = torch._C.PyTorchFileReader(file)
-        places = {name: reader.get_record_offset(name) for name in reader.get_all_records()}
+        offset_of = reader.get_record_offset  # type: ignore[attr-defined]
+        places = {name: offset_of(name) for name in reader.get_all_records()}
     except RuntimeError as error:
         why = str(error).partition("  (Could")[0].splitlines()[0][:200]
         raise DamagedFile(f"torch cannot open it: {why}") from None

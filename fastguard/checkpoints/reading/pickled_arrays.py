@@ -171,7 +171,7 @@ def _tensors(values: np.ndarray, depth: int) -> Iterator[Tensor]:
             yield from _tensors(values[name], depth + 1)
         return
     if values.dtype.itemsize > 8 and values.dtype != np.complex128:  # of extended precision
-        parts = [values] if values.dtype.kind == "f" else [values.real, values.imag]
+        parts = [values] if values.dtype.kind == "f" else [np.real(values), np.imag(values)]
         for part in parts:  # a cast to float64 would overflow; what is finite becomes 0
             with np.errstate(invalid="ignore"):
                 yield torch.from_numpy(np.where(np.isfinite(part), 0.0, part).astype(np.float64))
