@@ -16,13 +16,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastguard.errors import Culprit
+from fastguard.errors import MOST_OF_A_NAME, NAMED_CULPRITS, Culprit
+from fastguard.plain_text import printable
 from fastguard.step_record import LOSS_SCALE
+from fastguard.strict_json import shortened
 
 MOST_NAMES = 32
 """Losses, and thresholds, that are drawn by name; what a run has beyond them is counted."""
 
-_UNREADABLE = (TypeError, ValueError, AttributeError, OverflowError)
+OTHERS = "others"
+"""The action, or the reason, of records with yet another one when there are `MOST_NAMES`."""
+
+_UNREADABLE = (TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+_MOST_OF_A_TAG = 1000
 
 
 class Series(NamedTuple):
@@ -40,7 +46,7 @@ _MAPPINGS = {"loss": "losses", "threshold": "thresholds"}
 
 @dataclass(frozen=True, slots=True)
 class BadStep:
-    """A step that was not simply applied or clipped.
+    """A step that was not simply applied or clipped. All text is printable and of bounded length.
 
     Attributes:
         row: Its place in the block.
@@ -54,7 +60,7 @@ class BadStep:
         n_losses: How many losses there were.
         spikes: The signals that spiked.
         norm: The total norm.
-        tag: As in `StepRecord`.
+        tag: As in `StepRecord`, shortened.
         culprit_ranks: As in `StepRecord`; 0 if the record is of one process.
         culprit_rank: As in `StepRecord`.
     """
@@ -109,6 +115,7 @@ class ColumnReader:
     def __init__(self) -> None:
         self.names: dict[str, list[str]] = {kind: [] for kind in _MAPPINGS}
         self.unnamed = False
+        self._words: dict[str, dict[str, str]] = {"action": {}, "reason": {}}
 
     def read(self, records: list[dict[str, Any]]) -> Columns:
         """The columns of some records that have an integer `"step"`."""
@@ -138,24 +145,75 @@ class ColumnReader:
             if record.get("reason") is not None or record.get("n_culprits")
         }
         suspects.update(_nonfinite(values[NORM], [r.get("total_norm") for r in records]))
+        names: dict[str, list[str]] = {}
         for kind, key in _MAPPINGS.items():
             mappings = [record.get(key) or {} for record in records]
-            for name in self._names_of(kind, mappings):
+            if set(map(type, mappings)) - {dict}:
+                raise ValueError(f"{key} is no object")
+            names[kind] = self._names_of(kind, mappings)
+            for name in names[kind]:
                 found = [mapping.get(name) for mapping in mappings]
                 values[Series(kind, name)] = column = _floats(found)
                 if kind == "loss":
                     suspects.update(_nonfinite(column, found))
         steps = np.array([record["step"] for record in records], dtype=np.int64)
-        actions = Counter(str(record.get("action", "applied")) for record in records)
-        bad = [_bad_step(i, records[i]) for i in sorted(suspects)]
+        actions: Counter[str] = Counter()
+        for action, n in Counter(record.get("action", "applied") for record in records).items():
+            actions[self._word("action", action)] += n
+        bad = [self._bad_step(i, records[i]) for i in sorted(suspects)]
+        self.names = names  # not of records that are left out
         return Columns(steps, values, bad, actions, rejected)
 
     def _names_of(self, kind: str, mappings: Iterable[Mapping[str, Any]]) -> list[str]:
         known = self.names[kind]
         new = sorted(set(chain.from_iterable(mappings)).difference(known))
-        known.extend(new[: MOST_NAMES - len(known)])
-        self.unnamed = self.unnamed or any(name not in known for name in new)
-        return known
+        room = MOST_NAMES - len(known)
+        self.unnamed = self.unnamed or len(new) > room
+        return [*known, *new[:room]]
+
+    def _word(self, kind: str, word: Any) -> str:
+        """An action or a reason, to be printed and to be counted by: there is an end of them."""
+        words = self._words[kind]
+        if word in words:
+            return words[word]
+        if not isinstance(word, str):
+            raise ValueError(f"{kind} is {word!r}, not a name")
+        if len(words) == MOST_NAMES:
+            return OTHERS
+        words[word] = printable(word, MOST_OF_A_NAME)
+        return words[word]
+
+    def _bad_step(self, row: int, record: dict[str, Any]) -> BadStep:
+        losses = {k: float(v) for k, v in (record.get("losses") or {}).items() if v is not None}
+        bad_losses = [name for name, value in losses.items() if not math.isfinite(value)]
+        culprits = tuple(
+            (_name(name), int(nan), int(posinf), int(neginf))
+            for name, nan, posinf, neginf in (record.get("culprits") or ())[:NAMED_CULPRITS]
+        )
+        n_culprits = int(record.get("n_culprits") or len(culprits))
+        reason = record.get("reason")
+        if reason is None:
+            reason = "nonfinite_loss" if bad_losses and not n_culprits else "nonfinite_grad"
+        norm, rank = record.get("total_norm"), record.get("culprit_rank")
+        return BadStep(
+            row=row,
+            step=record["step"],
+            reason=self._word("reason", reason),
+            action=self._word("action", record.get("action", "applied")),
+            culprits=culprits,
+            n_culprits=n_culprits,
+            bad_losses=tuple(map(_name, bad_losses[:MOST_NAMES])),
+            n_losses=len(losses),
+            spikes=tuple(map(_name, (record.get("spikes") or ())[:MOST_NAMES])),
+            norm=math.nan if norm is None else float(norm),
+            tag=shortened(record.get("tag"), room=_MOST_OF_A_TAG),
+            culprit_ranks=int(record.get("culprit_ranks") or 0),
+            culprit_rank=None if rank is None else int(rank),
+        )
+
+
+def _name(name: Any) -> str:
+    return printable(str(name), MOST_OF_A_NAME)
 
 
 def _floats(values: list[Any]) -> np.ndarray:
@@ -169,32 +227,3 @@ def _floats(values: list[Any]) -> np.ndarray:
 def _nonfinite(column: np.ndarray, found: list[Any]) -> Iterator[int]:
     """The rows of NaN and infinities, without those that have no value at all."""
     return (i for i in np.flatnonzero(~np.isfinite(column)).tolist() if found[i] is not None)
-
-
-def _bad_step(row: int, record: dict[str, Any]) -> BadStep:
-    losses = {name: float(v) for name, v in (record.get("losses") or {}).items() if v is not None}
-    bad_losses = tuple(name for name, value in losses.items() if not math.isfinite(value))
-    culprits = tuple(
-        (str(name), int(nan), int(posinf), int(neginf))
-        for name, nan, posinf, neginf in record.get("culprits") or ()
-    )
-    n_culprits = int(record.get("n_culprits") or len(culprits))
-    reason = record.get("reason")
-    if reason is None:
-        reason = "nonfinite_loss" if bad_losses and not n_culprits else "nonfinite_grad"
-    norm, rank = record.get("total_norm"), record.get("culprit_rank")
-    return BadStep(
-        row=row,
-        step=record["step"],
-        reason=str(reason),
-        action=str(record.get("action", "applied")),
-        culprits=culprits,
-        n_culprits=n_culprits,
-        bad_losses=bad_losses,
-        n_losses=len(losses),
-        spikes=tuple(str(signal) for signal in record.get("spikes") or ()),
-        norm=math.nan if norm is None else float(norm),
-        tag=record.get("tag"),
-        culprit_ranks=int(record.get("culprit_ranks") or 0),
-        culprit_rank=None if rank is None else int(rank),
-    )

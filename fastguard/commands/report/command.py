@@ -15,6 +15,7 @@ from pathlib import Path
 from fastguard.commands.files import written
 from fastguard.commands.run_files import find_run, refuse_lines_of_others
 from fastguard.commands.usage import UsageError, need, output_folder
+from fastguard.plain_text import printable
 from fastguard.records_file import read_blocks
 from fastguard.rotated_files import rotated_files
 
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     with written(page) as temporary:
         temporary.write_text(render(path.name, summary, verdict), "utf-8")
     print(verdict.headline, *(f"- {finding}" for finding in verdict.findings), sep="\n")
-    print(f"Written: {page}")
+    print(f"Written: {printable(str(page))}")
     return 0 if verdict.survived else 1
 
 
@@ -58,10 +59,18 @@ def run(args: argparse.Namespace) -> int:
 def _progress(path: Path) -> Iterator[Callable[[int], object]]:
     """A bar on a terminal, gone when it is full."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
-    size = sum(file.stat().st_size for file in (*rotated_files(path), path) if file.exists())
+    size = sum(map(_size, (*rotated_files(path), path)))
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(f"Reading {path.name}", total=size)
+        task = progress.add_task(f"Reading {escape(printable(path.name))}", total=size)
         yield lambda read: progress.advance(task, read)
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:  # renamed, or deleted, since it was listed
+        return 0

@@ -9,6 +9,7 @@ from collections import Counter
 from typing import Any
 
 from fastguard.commands.report.columns import BadStep
+from fastguard.plain_text import printable
 
 _MOST = 10_000
 """Different tags, layers or losses that are told apart."""
@@ -73,7 +74,7 @@ def layer_of(parameter: str) -> str:
 
 
 def tag_text(tag: Any) -> str:
-    """A tag in one short line.
+    """A shortened tag in one short, printable line.
 
     Example:
         >>> tag_text({"epoch": 3, "batch": 46}), tag_text([3, 46])
@@ -82,8 +83,7 @@ def tag_text(tag: Any) -> str:
     if isinstance(tag, dict):
         tag = [f"{key} {value}" for key, value in tag.items()]
     text = ", ".join(map(str, tag)) if isinstance(tag, list) else str(tag)
-    text = " ".join(text.split())
-    return text if len(text) <= 80 else f"{text[:79]}…"
+    return printable(" ".join(text.split()), limit=80)
 
 
 def _batch_of(tag: Any) -> Any:

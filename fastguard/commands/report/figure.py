@@ -20,6 +20,7 @@ from plotly.subplots import make_subplots
 from fastguard.commands.report.buckets import Tally
 from fastguard.commands.report.columns import COEF, LR, NORM, Series
 from fastguard.commands.report.summary import Summary
+from fastguard.plain_text import printable
 
 COLORS = (
     "#4c8dff", "#f58518", "#2ca58d", "#b279d6", "#d4a72c", "#e377a2", "#7f8fa6", "#8c6d31",
@@ -87,8 +88,7 @@ def draw(summary: Summary) -> go.Figure:
     _lay_out(figure, summary, rows)
     suffix = len(rows) if len(rows) > 1 else ""
     names = {
-        kind: [html.escape(_short(layer, n)) for layer in layers]
-        for kind, n in (("short", 15), ("long", 24))
+        kind: [_label(layer, n) for layer in layers] for kind, n in (("short", 15), ("long", 24))
     }
     # For the script of the page.
     figure.layout.meta = {
@@ -122,7 +122,7 @@ def _line_rows(summary: Summary) -> list[_Row]:
 
 def _add_lines(figure: go.Figure, summary: Summary, row: _Row, i: int) -> None:
     logarithmic = _is_wide(summary, row)
-    for line in row.lines:
+    for n, line in enumerate(row.lines):
         x, y = points(summary, line.series)
         if logarithmic:
             x, y = x[y > 0], y[y > 0]  # a norm of 0: every element of a bad step was non-finite
@@ -131,8 +131,8 @@ def _add_lines(figure: go.Figure, summary: Summary, row: _Row, i: int) -> None:
         named = line.label.lower() != row.title.lower()
         coarse = summary.buckets.shift > 0 and line.dash == "solid"
         common = {
-            "name": html.escape(_short(line.label, 30)),
-            "legendgroup": f"{i} {line.label}",
+            "name": _label(line.label, 30),
+            "legendgroup": f"{i} {n}",
             "mode": "lines" if len(x) > 1 else "markers",
             "hovertemplate": "step %{x:,}: %{y:.6~g}<extra>%{fullData.name}</extra>",
         }
@@ -192,27 +192,28 @@ def points(summary: Summary, series: Series) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _event_labels(summary: Summary) -> list[str]:
-    reasons = sorted({name.rpartition(" ")[0] for name in summary.events.names})
+    reasons = sorted({_label(name.partition("\n")[0], 60) for name in summary.events.names})
     return [*([_JUMP] if summary.n_jumps else []), *reversed(reasons)]
 
 
 def _add_events(figure: go.Figure, summary: Summary, i: int) -> None:
     shown = set()
     for name in summary.events.names:
-        reason, _, action = name.rpartition(" ")
+        what, _, done = name.partition("\n")
+        reason, action = _label(what, 60), _label(done, 60)
         x, size, text = [], [], []
         for _, count, first in summary.events.items(name):
             x.append(first)
             size.append(min(18.0, 7 + 2 * math.log2(count)))
             more = f" and {count - 1:,} more near it" if count > 1 else ""
-            text.append(f"step {first:,}{more}: {html.escape(name)}")
+            text.append(f"step {first:,}{more}: {reason} {action}")
         figure.add_scatter(
             x=x,
             y=[reason] * len(x),
             row=i,
             col=1,
             mode="markers",
-            name=html.escape(action),
+            name=action,
             legendgroup=f"action {action}",
             showlegend=action not in shown,
             marker={
@@ -273,7 +274,7 @@ def _add_heat_map(figure: go.Figure, summary: Summary, layers: Sequence[str], i:
             counts[row, column] = np.nansum([counts[row, column], count])
             marks.append((step, row))
     columns = np.arange(counts.shape[1]) + (first >> bits)
-    names = [html.escape(layer) for layer in layers]
+    names = [_label(layer, 400) for layer in layers]
     figure.add_heatmap(
         x=columns * (1 << bits) + ((1 << bits) - 1) / 2,
         y=list(range(len(layers))),
@@ -309,9 +310,14 @@ def _add_heat_map(figure: go.Figure, summary: Summary, layers: Sequence[str], i:
     )
 
 
-def _short(text: str, length: int) -> str:
-    """The end of a name tells more than its beginning."""
-    return text if len(text) <= length else f"…{text[1 - length :]}"
+def _label(text: str, length: int) -> str:
+    """A name from the records as a text of Plotly, which takes some HTML for links and markup.
+
+    Of a long name the end tells more than the beginning. Quotes are left alone: Plotly does not
+    know their entities.
+    """
+    text = text if len(text) <= length else f"…{text[1 - length :]}"
+    return html.escape(printable(text), quote=False)
 
 
 def _lay_out(figure: go.Figure, summary: Summary, rows: Sequence[_Row]) -> None:

@@ -22,6 +22,7 @@ from fastguard.commands.report.script import SCRIPT, STYLE
 from fastguard.commands.report.summary import Jump, Summary
 from fastguard.commands.report.verdict import Verdict, plural
 from fastguard.errors import describe_culprits
+from fastguard.plain_text import printable
 
 PLOT_ID = "plot"
 
@@ -38,18 +39,24 @@ def render(name: str, summary: Summary, verdict: Verdict) -> str:
         The HTML file.
     """
     return _PAGE.substitute(
-        name=html.escape(name),
+        name=_text(name),
         style=STYLE,
         script=SCRIPT,
         tone=_tone(summary),
-        headline=html.escape(verdict.headline),
-        findings="".join(f"<li>{html.escape(finding)}</li>" for finding in verdict.findings),
+        headline=_text(verdict.headline),
+        findings="".join(f"<li>{_text(finding)}</li>" for finding in verdict.findings),
         facts=_facts(summary),
         plot=_plot(draw(summary)),
         table=_table(summary),
         notes=_notes(summary),
         version=__version__,
     )
+
+
+def _text(text: str) -> str:
+    """Text as HTML. Everything on the page that is not written in this package goes through here,
+    or through the labels of `figure`."""
+    return html.escape(printable(text))
 
 
 def _tone(summary: Summary) -> str:
@@ -61,7 +68,7 @@ def _tone(summary: Summary) -> str:
 def _facts(summary: Summary) -> str:
     if not summary.records:
         return ""
-    actions = ", ".join(f"{n:,} {html.escape(action)}" for action, n in summary.actions.items())
+    actions = ", ".join(f"{n:,} {_text(action)}" for action, n in summary.actions.items())
     return f"Steps {summary.first_step:,} to {summary.last_step:,}: {actions}."
 
 
@@ -110,10 +117,10 @@ def _incident(row: Row, number: int) -> str:
     tag = "" if row.first.tag is None else tag_text(row.first.tag)
     return _tr(
         _link(f"incident-{number}", row.first_step, row.last_step, steps),
-        html.escape(what),
-        html.escape(_where(row)),
-        f'<span class="{_class(row)}">{html.escape(_counted(row.actions))}</span>',
-        html.escape(tag),
+        _text(what),
+        _text(_where(row)),
+        f'<span class="{_class(row)}">{_text(_counted(row.actions))}</span>',
+        _text(tag),
     )
 
 

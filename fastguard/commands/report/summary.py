@@ -51,7 +51,7 @@ class Summary:
         actions: Records by action.
         scale_searches: Steps that were skipped only to lower a loss scale; they are no incidents.
         buckets: Every series, downsampled.
-        events: Bad steps by `"reason action"`.
+        events: Bad steps by reason and action, with a line feed between them.
         layers: Bad steps in which a layer was a culprit, by layer.
         table: The incidents.
         close_ups: The steps around the first incident of each row of the table.
@@ -129,7 +129,7 @@ def _take(summary: Summary, columns: Columns, before: int) -> None:
             continue
         if summary.table.add(record, bad, went_back=bad.row in went_back):
             summary.evidence.add(bad)
-        summary.events.add(f"{bad.reason} {bad.action}", bad.step)
+        summary.events.add(f"{bad.reason}\n{bad.action}", bad.step)
         for layer in {layer_of(culprit[0]) for culprit in bad.culprits}:
             summary.layers.add(layer, bad.step)
     summary.buckets.add(step, columns.values, good)

@@ -14,6 +14,7 @@ plateau after warm-up and a single spike do not pass.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,7 +56,8 @@ def find_rise(step: np.ndarray, value: np.ndarray, *, factor: float = 1.5) -> Ri
     if len(y) < 2 * _FEWEST_BINS:
         return None
     logarithmic = bool(np.all(y > 0))
-    x, y = _binned(x, np.log(y) if logarithmic else y)
+    scale = float(np.abs(y).max())  # to square the largest float would overflow
+    x, y = _binned(x, np.log(y) if logarithmic else y / (scale or 1.0))
     lowest = int(np.argmin(_running_median(y)))
     x, y = x[lowest:], y[lowest:]
     if len(y) < _FEWEST_BINS:
@@ -74,7 +76,10 @@ def find_rise(step: np.ndarray, value: np.ndarray, *, factor: float = 1.5) -> Ri
         return None
     before, now = level, level + rise
     if logarithmic:
-        before, now = math.exp(before), math.exp(now)
+        most = math.log(sys.float_info.max)
+        before, now = math.exp(min(before, most)), math.exp(min(now, most))
+    else:
+        before, now = scale * before, scale * now
     bin_width = (x[-1] - x[0]) / (len(x) - 1)
     digits = -max(0, math.floor(math.log10(bin_width)))  # no more of the step than is known
     return Rise(int(round(float(x[hinge]), digits)), before, now)

@@ -13,6 +13,7 @@ from fastguard.commands.report.columns import LR, NORM, Series
 from fastguard.commands.report.incidents import Row
 from fastguard.commands.report.summary import Summary
 from fastguard.commands.report.trend import Rise, find_rise
+from fastguard.plain_text import printable
 
 _CLIPPED_OFTEN = 0.5
 _LR_GONE = 1e-6  # of its highest value
@@ -21,7 +22,7 @@ _LR_GONE_FOR = 0.05  # of the run
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A run in words.
+    """A run in words, each sentence one printable line.
 
     Attributes:
         headline: One sentence.
@@ -108,7 +109,7 @@ def _rise(summary: Summary, series: Series) -> Rise | None:
 
 def _rises(rises: dict[Series, Rise]) -> Iterator[str]:
     for series, rise in rises.items():
-        what = "Gradient norm" if series == NORM else f"Loss “{series.name}”"
+        what = "Gradient norm" if series == NORM else f"Loss “{printable(series.name, 80)}”"
         yield (
             f"{what} rising since about step {rise.since:,}: from {rise.before:.3g} to "
             f"{rise.now:.3g}."
