@@ -26,6 +26,15 @@ log = logging.getLogger("fastguard")
 LONGEST_LINE = 1 << 24
 """Bytes from which on a line is damage, not a record."""
 
+_COUNTS = (
+    "step",
+    "nan",
+    "posinf",
+    "neginf",
+    "n_culprits",
+    "consecutive_skips",
+    "culprit_ranks",
+)
 _FLOATS = ("total_norm", "clip_coef", "lr")
 
 
@@ -232,17 +241,25 @@ def _record(fields: Any) -> StepRecord:
     for name in ("losses", "thresholds"):
         fields[name] = {k: float(v) for k, v in fields.get(name, {}).items()}
     fields["culprits"] = tuple(
-        (str(name), int(nan), int(posinf), int(neginf))
+        (str(name), _count("nan", nan), _count("posinf", posinf), _count("neginf", neginf))
         for name, nan, posinf, neginf in fields.get("culprits", ())
     )
     fields["spikes"] = tuple(map(str, fields.get("spikes", ())))
     record = StepRecord(**fields)
-    for name in ("step", "nan", "posinf", "neginf", "n_culprits", "consecutive_skips"):
-        if type(getattr(record, name)) is not int:
-            raise ValueError(f"{name} is {getattr(record, name)!r}, not an integer")
+    for name in _COUNTS:
+        _count(name, getattr(record, name))
+    if record.culprit_rank is not None:
+        _count("culprit_rank", record.culprit_rank)
     if not isinstance(record.action, str) or not isinstance(record.reason, str | None):
-        raise ValueError(f"action {record.action!r} or reason {record.reason!r} is not a name")
+        what = f"action {shown(record.action)} or reason {shown(record.reason)}"
+        raise ValueError(f"{what} is not a name")
     return record
+
+
+def _count(name: str, value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 53:  # a float64, and so JSON, has those
+        raise ValueError(f"{name} is {shown(value)}, not a count")
+    return value
 
 
 class TensorBoardSink:

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from fastguard import __version__
 from fastguard.commands.usage import UsageError
 from fastguard.plain_text import printable
+from fastguard.regular_files import NotRegularFile
 
 FINE, FOUND_BAD, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 
@@ -143,6 +144,10 @@ def _run(args: argparse.Namespace) -> int:
     except BrokenPipeError:  # `fastguard env | head -1`: the reader has left, and so do we
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FINE
+    except NotRegularFile as error:
+        name = printable(f"{error.filename} {error.strerror}")
+        print(f"fastguard {args.name}: {name}", file=sys.stderr)
+        return WRONG_USE
     except (UsageError, OSError) as error:
         print(f"fastguard {args.name}: {printable(str(error))}", file=sys.stderr)
         return WRONG_USE

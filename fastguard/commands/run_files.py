@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from fastguard.commands.terminal import printable
 from fastguard.commands.usage import UsageError
+from fastguard.regular_files import open_regular
 from fastguard.rotated_files import rotated_files
 from fastguard.step_record import StepRecord
 
@@ -81,7 +82,7 @@ def refuse_lines_of_others(run: Path) -> None:
         if not path.is_file():
             continue
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 writer = writer_of(islice(file.read(LOOKED_AT).splitlines(), 1000))
         except FileNotFoundError:  # renamed by a rotation since it was listed
             continue
@@ -125,7 +126,7 @@ def begun(run: Path) -> bool:
     return run.exists() or bool(rotated_files(run))
 
 
-def file_of(run: Path) -> Path:
+def file_of(run: str | os.PathLike[str]) -> Path:
     """The current file of a run.
 
     Raises:
@@ -134,7 +135,10 @@ def file_of(run: Path) -> Path:
     """
     path = find_run(run)
     if path.exists() and not path.is_file():
-        raise UsageError(f"{path} is no regular file; give the file of a JsonLinesSink")
+        raise UsageError(
+            f"{path} is no regular file; give the file of a JsonLinesSink, and write a pipe to a "
+            "file first"
+        )
     refuse_lines_of_others(path)
     return path
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fastguard.commands.monitor.follow import Earlier
 from fastguard.commands.monitor.tail import whole_lines_backwards
+from fastguard.commands.monitor.watch import bounded
 from fastguard.rotated_files import index_of, open_at, rotated_files
 from fastguard.sinks import parse_record
 from fastguard.step_record import StepRecord
@@ -55,7 +56,7 @@ class History:
             self.n_steps += block.count(b"\n")
             for line in _incident_lines(block):
                 try:
-                    record = parse_record(line)
+                    record = bounded(parse_record(line))
                 except ValueError:
                     continue
                 if record.is_incident:

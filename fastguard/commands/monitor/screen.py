@@ -20,6 +20,9 @@ from fastguard.step_record import StepRecord
 LOSSES = 4
 """Losses with a curve of their own; the others are named."""
 
+NAMED = 32
+"""Losses without a curve that are named; a line has no room for more."""
+
 COLORS = {"skipped": "red", "sanitized": "yellow", "clipped": "yellow", "applied": "yellow"}
 
 
@@ -75,7 +78,7 @@ class Screen:
                 text, records, lambda r, name=name: r.losses.get(name, math.nan), width, bars
             )
         if len(latest.losses) > LOSSES:
-            others = ", ".join(map(printable, list(latest.losses)[LOSSES:]))
+            others = ", ".join(map(printable, list(latest.losses)[LOSSES : LOSSES + NAMED]))
             yield Text(f"and {others}", style="dim")
         yield Text(counts(self.watch))
 

@@ -44,7 +44,7 @@ def sparkline(values: Sequence[float], width: int, bars: str = BARS) -> str:
     tops = [max(filter(math.isfinite, s), default=math.nan) for s in shares(values, width)]
     finite = [top for top in tops if math.isfinite(top)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
-    scale = math.log if low > 0 and high / low >= LOG_FROM else float
+    scale = math.log if low > 0 and high / low >= LOG_FROM else _half
     span = scale(high) - scale(low)
 
     def bar(top: float) -> str:
@@ -54,3 +54,8 @@ def sparkline(values: Sequence[float], width: int, bars: str = BARS) -> str:
         return bars[min(int(height * len(bars)), len(bars) - 1)]
 
     return "".join(map(bar, tops))
+
+
+def _half(value: float) -> float:
+    """The linear scale; the span from the least to the largest float is twice the largest."""
+    return value / 2

@@ -12,6 +12,12 @@ from fastguard.step_record import StepRecord
 LISTED = 10
 """Incidents that the text lists; the JSON lists all that are kept."""
 
+LOSSES, ACTIONS = 16, 8
+"""How many are named; the others are counted."""
+
+NAME = 80
+"""Characters of a name."""
+
 
 def as_dict(path: Path, watch: Watch, age: float | None) -> dict[str, Any]:
     """Everything that is known, as JSON values.
@@ -37,7 +43,7 @@ def as_dict(path: Path, watch: Watch, age: float | None) -> dict[str, Any]:
 
 def as_text(path: Path, watch: Watch, age: float | None) -> str:
     """The same in a few lines."""
-    lines = [f"{path}: {verdict(watch)}"]
+    lines = [f"{printable(str(path))}: {verdict(watch)}"]
     if watch.latest is not None:
         written = "" if age is None else f", written {duration(age)} ago"
         lines.append(position(watch.latest) + written)
@@ -69,7 +75,10 @@ def position(record: StepRecord) -> str:
     """Where the run is: step, norm, coefficient, rate, losses."""
     parts = [f"step {record.step:,}", f"norm {record.total_norm:.4g}"]
     parts += [f"clip_coef {record.clip_coef:.4g}", f"lr {record.lr:.4g}"]
-    parts += [f"{printable(name)} {value:.4g}" for name, value in record.losses.items()]
+    losses = list(record.losses.items())
+    parts += [f"{printable(name, NAME)} {value:.4g}" for name, value in losses[:LOSSES]]
+    if len(losses) > LOSSES:
+        parts.append(f"and {len(losses) - LOSSES} more losses")
     return ", ".join(parts)
 
 
@@ -77,7 +86,9 @@ def counts(watch: Watch) -> str:
     """How often each action was taken, and what could not be read."""
     order = ("applied", "clipped", "sanitized", "skipped")
     names = [*(name for name in order if name in watch.actions), *(watch.actions.keys() - {*order})]
-    parts = [f"{watch.actions[name]:,} {printable(name)}" for name in names]
+    parts = [f"{watch.actions[name]:,} {printable(name, NAME)}" for name in names[:ACTIONS]]
+    if len(names) > ACTIONS:
+        parts.append(f"{len(names) - ACTIONS:,} other actions")
     if watch.damaged:
         parts.append(f"{watch.damaged:,} damaged line{'s' * (watch.damaged > 1)}")
     return ", ".join(parts)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections import Counter, deque
+from dataclasses import replace
+from itertools import islice
 
+from fastguard.errors import NAMED_CULPRITS
 from fastguard.sinks import parse_record
 from fastguard.step_record import StepRecord
+from fastguard.strict_json import shortened
 
 CURVE = 4096
 """Records kept for the curves."""
@@ -14,12 +18,18 @@ CURVE = 4096
 INCIDENTS = 100
 """Incidents kept to be listed; the others are counted."""
 
+MOST_NAMES = 64
+"""Losses, thresholds and spikes of a record that are kept."""
+
+MOST_OF_A_NAME, MOST_OF_A_TAG = 200, 2000
+"""Characters of a name, and of a tag, that are kept."""
+
 RATE_SECONDS = 30.0
 """The rate is that of the last so many seconds."""
 
 
 class Watch:
-    """Takes lines of records, oldest first; memory depends on `last` alone.
+    """Takes lines of records, oldest first; memory depends on `last` alone, not on the records.
 
     Args:
         last: How many records the counts and the verdict are about.
@@ -53,7 +63,7 @@ class Watch:
         if not line.strip():
             return
         try:
-            record = parse_record(line)
+            record = bounded(parse_record(line))
         except ValueError:
             self._damaged += 1
             return
@@ -99,6 +109,31 @@ def _decrement(counts: Counter[str], key: str) -> None:
     counts[key] -= 1
     if not counts[key]:
         del counts[key]
+
+
+def bounded(record: StepRecord) -> StepRecord:
+    """The record without what no screen has room for: long names and tags, hundreds of losses.
+
+    Example:
+        >>> record = StepRecord(1, 1.0, 1.0, "applied", tag="x" * 10**6, spikes=("a",) * 10**6)
+        >>> len(bounded(record).tag) < 3000, len(bounded(record).spikes)
+        (True, 64)
+    """
+    culprits = record.culprits[:NAMED_CULPRITS]
+    return replace(
+        record,
+        action=_name(record.action),
+        reason=None if record.reason is None else _name(record.reason),
+        culprits=tuple((_name(name), *counts) for name, *counts in culprits),
+        losses={_name(k): v for k, v in islice(record.losses.items(), MOST_NAMES)},
+        spikes=tuple(map(_name, record.spikes[:MOST_NAMES])),
+        thresholds={_name(k): v for k, v in islice(record.thresholds.items(), MOST_NAMES)},
+        tag=shortened(record.tag, room=MOST_OF_A_TAG),
+    )
+
+
+def _name(name: str) -> str:
+    return name if len(name) <= MOST_OF_A_NAME else name[: MOST_OF_A_NAME - 1] + "…"
 
 
 class Rate:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastguard.commands.files import written
-from fastguard.commands.run_files import find_run, refuse_lines_of_others
+from fastguard.commands.run_files import file_of
 from fastguard.commands.usage import UsageError, need, output_folder
 from fastguard.plain_text import printable
 from fastguard.records_file import read_blocks
@@ -33,8 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Reads, judges, draws and writes."""
     need("plotly", "rich", extra="report")
-    path = find_run(args.records)
-    refuse_lines_of_others(path)
+    path = file_of(args.records)
     folder = output_folder(args.out if args.out is not None else str(path.parent))
 
     from fastguard.commands.report.page import render
