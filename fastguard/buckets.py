@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
+from fastguard.errors import MOST_OF_A_NAME
 from fastguard.forms import FEWEST, Form, Group, known_form, new_form
+from fastguard.plain_text import printable
 from fastguard.ranks.dtensors import local_parts
 from fastguard.tensor_kinds import PLAIN, PLAIN_TYPES, Kind, kind_of, watched, wraps
 
@@ -321,7 +323,7 @@ def _is_parameter(item: object, named: bool) -> bool:
 
 
 def name_of(i: int, names: Sequence[str] | None) -> str:
-    return names[i] if names is not None else f"parameter {i}"
+    return printable(names[i], MOST_OF_A_NAME) if names is not None else f"parameter {i}"
 
 
 def _refuse_sparse(

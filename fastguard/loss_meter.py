@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fastguard.checked_numbers import number_of, refuse_bool_and_text
 from fastguard.losses import LOSS, named_losses
+from fastguard.plain_text import printable
 
 KEPT_BAD = 16
 """How many bad batches are told one by one; the rest are counted."""
@@ -89,7 +90,7 @@ class LossSummary:
         lines = [self._line(name) for name in self.means]
         if self.bad:
             lines.append("not finite in " + "; ".join(map(str, self.bad)))
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
     def _line(self, name: str) -> str:
         mean, finite, nonfinite = self.means[name], self.finite[name], self.nonfinite[name]

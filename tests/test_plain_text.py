@@ -8,6 +8,7 @@ import logging
 import pytest
 import torch
 
+import fastguard
 from fastguard import GuardedOptimizer, NonFiniteGradError, StepRecord
 from fastguard.errors import describe_culprits
 from fastguard.plain_text import printable, shown
@@ -162,3 +163,59 @@ def test_messages_that_are_plain_keep_their_arguments(caplog: pytest.LogCaptureF
     logging.getLogger("fastguard").warning("step %d of %s", 3, "é")
     (record,) = caplog.records
     assert record.args == (3, "é")  # services that group messages do so by the template
+
+
+def assert_are_plain(text: str, n_lines: range) -> None:
+    found = text.split("\n")
+    assert len(found) in n_lines
+    for line in found:
+        assert line.isprintable()
+        assert not line.startswith("step 2 applied")
+
+
+def model_with(name: str, weight: float) -> torch.nn.Module:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 1))
+    model._modules[f"head{name}"] = torch.nn.Linear(1, 1)
+    with torch.no_grad():
+        model[1].weight.fill_(weight)
+    return model
+
+
+def test_what_explains_a_bad_step_is_plain_text(hostile: str) -> None:
+    model = model_with(hostile, float("nan"))
+    report = fastguard.explain_nonfinite(
+        model, {f"x{hostile}": torch.ones(3, 2)}, step=lambda m, b: m(*b.values()).sum()
+    )
+    assert "head" in str(report)
+    assert_are_plain(str(report), range(2, 30))
+
+
+def test_a_diagnosis_is_plain_text(hostile: str) -> None:
+    model = model_with(hostile, 1e30)
+    inputs = {f"x{hostile}": torch.full((3, 2), 1e30)}
+    diagnosis = fastguard.diagnose(model, inputs, step=lambda m, b: m(*b.values()).square().sum())
+    assert any("head" in finding.where for finding in diagnosis)
+    assert_are_plain(str(diagnosis), range(2, 60))
+    assert diagnosis.to_json().replace("\n", "").isprintable()
+
+
+def test_meters_and_checks_of_batches_and_outputs_tell_plain_text(hostile: str) -> None:
+    meter = fastguard.LossMeter()
+    meter.update({f"a{hostile}": torch.tensor(float("nan"))}, tag=hostile)
+    assert_are_plain(str(meter), range(1, 4))
+    checked = fastguard.check_batch({f"x{hostile}": torch.tensor([float("nan")])})
+    assert_are_plain(str(checked), range(1, 3))
+    model = model_with(hostile, float("nan"))
+    with fastguard.ActivationGuard(model) as guard:
+        model(torch.ones(3, 2))
+        assert_are_plain(str(guard), range(1, 4))
+
+
+def test_an_error_that_names_a_gradient_is_plain_text(hostile: str) -> None:
+    weight = torch.nn.Parameter(torch.zeros(3, 2))
+    inner = torch.optim.SGD([weight], lr=1.0)
+    opt = GuardedOptimizer(inner, named_parameters=[(f"w{hostile}", weight)])
+    weight.grad = torch.zeros(3, 2).to_sparse()
+    with pytest.raises(TypeError, match="is sparse") as raised:
+        opt.step()
+    assert_are_plain(str(raised.value), range(1, 2))

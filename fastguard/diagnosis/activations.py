@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastguard.checked_numbers import number_of
+from fastguard.plain_text import printable
 from fastguard.transfer import moved
 
 Mode = Literal["count", "clean"]
@@ -143,7 +144,8 @@ class ActivationGuard:
         if not bad:
             return f"nothing bad in the outputs of {len(self._names)} modules"
         return "\n".join(
-            f"{name or '(the model)'}: {c.nan} NaN, {c.inf} Inf, {c.over_limit} over {self.limit:g}"
+            f"{printable(name) or '(the model)'}: {c.nan} NaN, {c.inf} Inf, "
+            f"{c.over_limit} over {self.limit:g}"
             for name, c in bad.items()
         )
 

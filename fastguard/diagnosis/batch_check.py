@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastguard.checked_numbers import number_of
+from fastguard.plain_text import printable
 from fastguard.strict_settings import nearest
 from fastguard.transfer import numbers_on
 
@@ -103,7 +104,8 @@ class BatchCheck:
 
     def __str__(self) -> str:
         """A line a problem. Waits for a GPU."""
-        return "\n".join(map(str, self.problems())) or "nothing wrong with this batch"
+        lines = (printable(str(problem)) for problem in self.problems())
+        return "\n".join(lines) or "nothing wrong with this batch"
 
 
 def check_batch(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from fastguard.plain_text import printable
+
 Severity = Literal["error", "warning", "note", "ok"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note", "ok")
 """From worst to best."""
@@ -121,6 +123,8 @@ class Finding:
 
     def __post_init__(self) -> None:
         assert self.check in CHECKS and self.kind in _RANK and self.severity in SEVERITIES
+        for name in ("seen", "where", "remedy"):  # they name modules, parameters and losses
+            object.__setattr__(self, name, printable(getattr(self, name)))
 
     def __str__(self) -> str:
         """For people, on one to three lines."""

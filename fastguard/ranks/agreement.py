@@ -150,7 +150,8 @@ def _described(place: Place, named: bool) -> str:
 
 def _hash(value: str) -> int:
     """56 bits of it, which int64 holds with either sign."""
-    return int.from_bytes(hashlib.sha256(value.encode()).digest()[:7], "big")
+    data = value.encode(errors="backslashreplace")  # a name may be no UTF-8
+    return int.from_bytes(hashlib.sha256(data).digest()[:7], "big")
 
 
 def _by_rank(name: str, values: Sequence[str], ranks: Sequence[int]) -> str:

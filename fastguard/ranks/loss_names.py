@@ -21,6 +21,8 @@ from collections.abc import Iterator, Sequence
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from fastguard.plain_text import printable
+
 PLACES = 12
 """Places for losses in the vector: with them, and one segment, it has 248 bytes."""
 
@@ -65,8 +67,8 @@ class LossNames(Sequence[str]):
         if late:
             raise ValueError(
                 f"a rule judges loss {late[0]!r}, which is one too many: several ranks join {OWN} "
-                f"losses by name, and have {', '.join(self._names)}; drop a rule, or give sums of "
-                "parts as one loss"
+                f"losses by name, and have {', '.join(map(printable, self._names))}; drop a "
+                "rule, or give sums of parts as one loss"
             )
 
     def places(self, names: Sequence[str]) -> list[int]:

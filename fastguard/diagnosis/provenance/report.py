@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastguard.plain_text import printable
+
 Origin = Literal["forward", "backward", "parameter", "buffer", "batch", "constant"]
 
 
@@ -169,7 +171,7 @@ class NonFiniteReport:
             lines.append("Precision: " + _PRECISION[self.precision])
         if self.remedy:
             lines.append(f"Remedy: {self.remedy}")
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
     def _headline(self) -> str:
         if self.origin in ("forward", "backward"):
