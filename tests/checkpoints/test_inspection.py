@@ -1,6 +1,7 @@
 """Reading foreign files: every format, every dtype, every place a NaN can hide in."""
 
 import contextlib
+import gzip
 import json
 import os
 import struct
@@ -248,6 +249,24 @@ def test_no_change_of_a_byte_ends_in_another_error(tmp_path_factory, place, valu
     path.write_bytes(raw)
     with contextlib.suppress(DamagedFile, UnsafeFile):
         inspect(path)
+
+
+def test_files_of_other_formats_are_called_by_their_names(tmp_path):
+    path = tmp_path / "x.pt"
+    np.save(tmp_path / "x.npy", np.ones(3))
+    np.savez(tmp_path / "x.npz", a=np.ones(3))
+    exported = torch.export.export(torch.nn.Linear(1, 1), (torch.ones(1, 1),))
+    torch.export.save(exported, tmp_path / "x.pt2")
+    (tmp_path / "x.gz").write_bytes(gzip.compress(b"x"))
+    for ending, what in (
+        ("npy", r"an array of numpy \(\.npy\)"),
+        ("npz", r"arrays of numpy \(\.npz\)"),
+        ("pt2", r"a program of torch\.export \(\.pt2\)"),
+        ("gz", "compressed with gzip"),
+    ):
+        path.write_bytes((tmp_path / f"x.{ending}").read_bytes())
+        with pytest.raises(DamagedFile, match=f"{what}, no checkpoint"):
+            inspect(path)
 
 
 # ru_maxrss would begin with what this process holds: it outlives the exec.

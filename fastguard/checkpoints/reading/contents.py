@@ -23,6 +23,7 @@ from fastguard.checkpoints.errors import CheckpointError, DamagedFile
 from fastguard.checkpoints.reading.inert_unpickler import load_inert
 from fastguard.checkpoints.reading.inert_values import StorageRef, TensorRef
 from fastguard.checkpoints.reading.named_leaves import named_leaves
+from fastguard.checkpoints.reading.other_formats import BEGINNING, other_format
 from fastguard.checkpoints.reading.pickled_arrays import NumpyArray
 from fastguard.checkpoints.reading.safetensors_header import read_safetensors
 from fastguard.checkpoints.reading.spans import Contents, Record, Span
@@ -54,8 +55,10 @@ def contents_of(file: BinaryIO, path: str | os.PathLike[str]) -> Contents:
     """
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
-    start = file.read(8)
+    start = file.read(BEGINNING)
     file.seek(0)
+    if (other := other_format(start)) is not None:
+        raise DamagedFile(f"{os.fspath(path)}: {other}, no checkpoint of torch or safetensors")
     try:
         if start[:4] == b"PK\x03\x04":
             return _read_zip(file, size)
@@ -148,6 +151,8 @@ def _read_zip(file: BinaryIO, size: int, origin: int = 0) -> Contents:
     """
     found = read_directory(file, size)
     records = {r.name: Record(r.name, r.start, r.end, r.crc32) for r in found}
+    if "archive_format" in records:
+        raise DamagedFile("a program of torch.export (.pt2), no checkpoint of torch or safetensors")
     if "data.pkl" not in records:
         raise DamagedFile("no checkpoint of torch: it has no data.pkl")
     _check_opened_by_torch(file, records)
