@@ -12,7 +12,7 @@ from fastguard.commands.scan.words import LEVEL, is_metric
 
 LETTER = re.compile(r"[^\W\d_]")
 _DIGIT = re.compile(r"\d")
-CLAUSE = re.compile(r"[,;，；、|│┃║\[\]{}<>!?]|\.\s|[:=：＝]|\s-{1,2}\s|\(")
+CLAUSE = re.compile(r"[,;，；、|｜│┃║\[\]{}<>!?]|\.\s|[:=：＝]|\s-{1,2}\s|\(")
 """What begins a clause: the name of a value does not reach over it."""
 
 _BESIDE = re.compile(r"\s(?:before|after|pre|post)[ -]?clip(?:ping)?$", re.IGNORECASE)
@@ -48,6 +48,8 @@ def name_in(stem: str, *, separated: bool) -> str | None:
     rest = words[at + 1 :]
     if all(_is_place(word) for word in rest):
         end = at
+    elif separated and len(rest) <= 6 and _DIGIT.match(rest[-1].strip("()#")):
+        end = at  # a place in other words, or in another language
     elif len(rest) <= 2 and all(word.isalpha() or _is_parenthesis(word) for word in rest):
         end = len(words) - 1
     elif separated and _is_name(words[-1]):
@@ -62,7 +64,9 @@ def name_in(stem: str, *, separated: bool) -> str | None:
 
 def _balanced(name: str) -> str:
     """A name without the parentheses that have no partner in it."""
-    return name if name.count("(") == name.count(")") else name.strip("()")
+    if name.count("(") == name.count(")"):
+        return name
+    return name.partition("(")[0].strip() or name.strip("()")
 
 
 def _last_clause(stem: str) -> str:

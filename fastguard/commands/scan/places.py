@@ -107,7 +107,7 @@ def where_in(text: str) -> Where:
 
 def names_settings(text: str) -> bool:
     """Whether a line lists the settings of a run: its numbers are no places."""
-    if _CONFIG.search(text) is None:
+    if (":" not in text and "=" not in text) or _CONFIG.search(text) is None:
         return False
     return not any(is_metric(name) and name.lower() != "lr" for name in _NAMES.findall(text))
 

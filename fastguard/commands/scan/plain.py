@@ -67,6 +67,10 @@ class Passed:
     """Lines with "epoch" in them that are looked at, the last first."""
 
     TAIL = 1 << 13
+    """Bytes at the end of lines that are not read, of which the last are kept."""
+
+    PENDING = 64
+    """Lines and blocks of lines that are kept as they came."""
 
     def __init__(
         self, where: Callable[[bytes], Where], is_setting: Callable[[bytes], bool]
@@ -75,38 +79,23 @@ class Passed:
         self._is_setting = is_setting
         self._lines: deque[tuple[Where, bytes]] = deque(maxlen=self.KEPT)
         self._epoch: tuple[Where, bytes] | None = None
+        self._pending: list[bytes | tuple[Where, bytes]] = []  # most are forgotten unasked
 
     def add(self, where: Where, line: bytes) -> None:
         """Takes a line of which it is known where it names its place."""
-        if where.epoch is not None:
-            self._lines.clear()
-            self._epoch = (where, line)
-        else:
-            self._lines.append((where, line))
+        self._pending.append((where, line))
+        if len(self._pending) > self.PENDING:
+            self._settle()
 
     def add_all(self, lines: bytes) -> None:
         """Takes lines that are not read."""
-        end = len(lines)
-        settings = set()
-        for _ in range(self.TRIED):
-            at = max(lines.rfind(word, 0, end) for word in (b"poch", b"POCH", b"ep ", b"ep="))
-            if at < 0:
-                break
-            begin, after = lines.rfind(b"\n", 0, at) + 1, lines.find(b"\n", at)
-            after = len(lines) if after < 0 else after
-            if self._is_epoch(lines, begin, after):
-                line = lines[begin:after]
-                self.add(self._where(line), line)
-                lines = lines[after + 1 :]
-                break
-            settings.add(lines[begin:after])
-            end = begin
-        for line in lines[-self.TAIL :].split(b"\n")[-self.KEPT - 1 :]:
-            if line:
-                self._lines.append((NOWHERE_IN if line in settings else NOT_ASKED, line))
+        self._pending.append(lines)
+        if len(self._pending) > self.PENDING or len(lines) > self.TAIL:
+            self._settle()
 
     def place(self, last: Place) -> Place:
         """Where the lines ended, `last` being where they began; they are forgotten here."""
+        self._settle()
         if self._epoch is not None:
             where, line = self._epoch
             last = where.place(line).within(last)
@@ -117,8 +106,44 @@ class Passed:
 
     def forget(self) -> None:
         """After a line that names an epoch itself."""
+        self._pending.clear()
         self._lines.clear()
         self._epoch = None
+
+    def _settle(self) -> None:
+        for item in self._pending:
+            if isinstance(item, bytes):
+                self._take_all(item)
+            else:
+                self._take(*item)
+        self._pending.clear()
+
+    def _take(self, where: Where, line: bytes) -> None:
+        if where.epoch is not None:
+            self._lines.clear()
+            self._epoch = (where, line)
+        else:
+            self._lines.append((where, line))
+
+    def _take_all(self, lines: bytes) -> None:
+        end = len(lines)
+        settings = set()
+        for _ in range(self.TRIED):
+            at = max(lines.rfind(word, 0, end) for word in (b"poch", b"POCH", b"ep ", b"ep="))
+            if at < 0:
+                break
+            begin, after = lines.rfind(b"\n", 0, at) + 1, lines.find(b"\n", at)
+            after = len(lines) if after < 0 else after
+            if self._is_epoch(lines, begin, after):
+                line = lines[begin:after]
+                self._take(self._where(line), line)
+                lines = lines[after + 1 :]
+                break
+            settings.add(lines[begin:after])
+            end = begin
+        for line in lines[-self.TAIL :].split(b"\n")[-self.KEPT - 1 :]:
+            if line:
+                self._lines.append((NOWHERE_IN if line in settings else NOT_ASKED, line))
 
     def _is_epoch(self, lines: bytes, begin: int, after: int) -> bool:
         line = lines[begin:after]

@@ -74,9 +74,9 @@ class Where(NamedTuple):
         )
         return Place(epoch, epochs, batch, batches, step)
 
-    def in_bytes(self, text: str) -> Where:
-        """The same in UTF-8."""
-        if text.isascii():
+    def in_bytes(self, text: str, line: bytes) -> Where:
+        """The same in the bytes that the text was read from, as UTF-8 or else as Latin-1."""
+        if len(text) == len(line):
             return self
         return Where(
             *(span and (_bytes(text[: span[0]]), _bytes(text[: span[1]])) for span in self)

@@ -101,7 +101,7 @@ _SENTENCES = tuple(
         rf"\b{_SUBJECT} {_EITHER} {_PASSIVE}\b",
         rf"\b{_EITHER} {_SUBJECT}(?: values?)?[,;:.!-]{{0,2}} "
         r"(?:skipp|stopp|end|abort|terminat|exit|restart|roll|recover)ing\b",
-        rf"(?:^|[:\]!-]\s{{1,3}}){_EITHER} values? in (?:the )?{_SUBJECT}\b",
+        rf"(?:^|[:\]!-]\s{{1,3}}){_EITHER}(?: values?)? in (?:the )?{_SUBJECT}\b",
         rf"\b{_SUBJECT} (?:is|are|was|were|became) (?P<value>not finite)\b",
         rf"\b{_EITHER}{_KINDS} {_WAS}{_PASSIVE} (?:in|on|at|for|by|during) {_PLACE}",
         rf"\b{_EITHER}{_KINDS} {_WAS}{_PASSIVE}(?=\s*(?:[.!,:;]|$))",

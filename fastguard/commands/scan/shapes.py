@@ -117,7 +117,7 @@ class Shapes:
         where = self._places.get(key)
         if where is None:
             text = text_of(line)
-            where = where_in(text).in_bytes(text)
+            where = where_in(text).in_bytes(text, line)
             self._keep(self._places, key, where)
         return where
 
@@ -145,7 +145,7 @@ class Shapes:
             reading = reading or dialect.read(text)
         if reading is None:
             return Shape(suspect)
-        where = (reading.where or Where()).in_bytes(text)
+        where = (reading.where or Where()).in_bytes(text, line)
         return Shape(suspect, reading.dialect, reading.bad, reading.measured, where)
 
 

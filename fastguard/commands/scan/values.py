@@ -46,14 +46,14 @@ _OPENERS = re.compile(
     r"(?:<tf\.Tensor:[^>]{0,60}numpy=|(?:tensor|array|Array|DeviceArray|NDArray|Parameter|Tensor|"
     r"Decimal|(?:np\.|torch\.|jnp\.)?float\d*)\(|[\[({<\"'$`*~≈≃]|\s)*$"
 )
-_SEPARATORS = ":=：＝|│┃║¦→⇒"
+_SEPARATORS = ":=：＝|｜│┃║¦→⇒"
 _VERB = re.compile(
     r"\s+(?:is|was|are|were|equals|became|becomes|become|turned|turns|went|goes|diverged|exploded|reached|hit"
     r"|came out)(?:\s+(?:now|to|at|as|already|also|still|currently))?$|[为是は]$",
     re.IGNORECASE,
 )
 _NUMBER_BEFORE = re.compile(
-    rf"(?:^|[\s,;|\[(:=/│┃]){NUMBER}[\])]?(?:\s*[,;|/│┃±]\s*|\s+|\s*-*=?>\s*|\s*\+/-\s*)?$",
+    rf"(?:^|[\s,;|\[(:=/│┃]){NUMBER}[\])]?(?:\s*[,;|｜/│┃±]\s*|\s+|\s*-*=?>\s*|\s*\+/-\s*)?$",
     re.IGNORECASE,
 )
 _LEVEL = "\0level"  # no name of a value: the line says INF where others say INFO
@@ -174,7 +174,7 @@ def _in_sentence(value: str) -> str:
     return "inf" if "inf" in value and "nan" not in value and "non" not in value else "non-finite"
 
 
-@lru_cache(1 << 14)
+@lru_cache(1 << 11)
 def _name_of_value(before: str, after: str, end: str, token: str) -> str | None:
     """The name of the value between these two texts, "" if it has none; None: it is a word.
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from fastguard.commands.scan import lines
 from fastguard.commands.scan.foreign import NotTextError
 from fastguard.commands.scan.lines import LONGEST, read_lines
+from fastguard.commands.scan.scanner import scan_log
 
 LOG = b"epoch 1 loss nan\n" * 50
 
@@ -125,3 +126,12 @@ def test_chunks_make_no_difference(parts: list[str], size: int) -> None:
     assert [line.text for line in read_lines(Slow(data))] == [line.text for line in whole]
     numbers = [line.number for line in whole]
     assert numbers == sorted(numbers)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "cp1251", "gbk", "shift-jis", "utf-16"])
+@pytest.mark.parametrize("before", ["", "é", "损失", "потери", "誤差"])
+def test_the_place_is_read_from_bytes_of_any_encoding(encoding: str, before: str) -> None:
+    text = f"{before} epoch 12 step 345 loss nan {before}\n" * 3
+    found = scan_log(io.BytesIO(text.encode(encoding, errors="replace")))
+    (stretch,) = found.stretches
+    assert found.n_bad == 3 and (stretch.first.epoch, stretch.last.step) == (12, 345)

@@ -84,4 +84,4 @@ def test_a_setting_is_no_place(setting: str) -> None:
 )
 def test_a_place_beside_settings_is_one(text: str, place: Place) -> None:
     assert where_in(text).place(text) == place
-    assert where_in(text).in_bytes(text).place(text.encode()) == place
+    assert where_in(text).in_bytes(text, text.encode()).place(text.encode()) == place

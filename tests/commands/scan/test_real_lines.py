@@ -141,7 +141,7 @@ BAD = {
     "NaN encountered in loss at iteration 42": "loss nan",
     "WARNING: non-finite loss, ending training nan": "loss non-finite",
     "WARNING: non-finite grad norm at step 12": "grad norm non-finite",
-    "Non-finite loss detected at step 100: nan": "loss non-finite",
+    "Non-finite loss detected at step 100: nan": "loss non-finite, loss nan",
     "Non-finite gradient norm: nan": "gradient norm nan",
     "loss is not finite: nan": "loss non-finite",
     "Loss is not finite": "Loss non-finite",
@@ -210,9 +210,19 @@ BAD = {
     "scale=inf": "scale inf",
     "alpha: nan": "alpha nan",
     "GradScaler: found inf in gradients": "gradients inf",
+    "Ошибка на эпохе 3: nan": "Ошибка nan",
+    "訓練損失｜nan": "訓練損失 nan",
+    "損失(step 5)＝nan": "損失 nan",
+    "AssertionError: NaN in loss": "loss nan",
+    "Number of non-finite gradients: 12": "non-finite",
+    "Gen Loss: 0.2 | Cycle Loss: nan | Idt Loss: 0.1": "Cycle Loss nan",
+    "RuntimeError: Encountered nan gradients in model.layers.3.mlp.up_proj.weight": "gradients nan",
 }
 
 FINE = [
+    "KNNImputer(missing_values=nan, n_neighbors=5)",
+    "Number of non-finite gradients: 0",
+    "iters/s nan",
     "best_acc=-inf",
     "best_score: -inf",
     "min_loss = inf",
