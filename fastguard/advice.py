@@ -31,8 +31,8 @@ one step in thousands, and does not stay within 1 % of it and never above."""
 HIT = 3
 """What a step counts for, where one that differs takes back 1."""
 
-SEARCH = 100
-"""Halvings: more than any scale has from the largest float32 to its floor, and a few retries."""
+LONGEST_SEARCH = 160
+"""Steps that a halved scale needs from the largest float32 to its floor, with some retries."""
 
 
 class Advice:
@@ -42,12 +42,15 @@ class Advice:
         self._clipped_before = ClippedBefore()
         self._searches = 0
 
-    def see(self, record: StepRecord, max_norm: float) -> None:
+    def see(
+        self, record: StepRecord, max_norm: float, longest_search: int = LONGEST_SEARCH
+    ) -> None:
         """Takes in one record.
 
         Args:
             record: The next one.
             max_norm: The limit of the whole model's norm; inf: there is none.
+            longest_search: Steps in a row that may be skipped to lower a loss scale.
         """
         if record.reason is None:
             self._searches = 0
@@ -56,8 +59,8 @@ class Advice:
             self._searches = 0
         else:
             self._searches += 1
-            if self._searches == SEARCH:
-                _say_that_the_scale_does_not_fall()
+            if self._searches == longest_search:
+                _say_that_the_scale_does_not_fall(longest_search)
 
 
 class ClippedBefore:
@@ -126,10 +129,10 @@ def _is_round(x: float) -> bool:
     return abs(x - float(f"{x:.1e}")) <= EXACT * x
 
 
-def _say_that_the_scale_does_not_fall() -> None:
+def _say_that_the_scale_does_not_fall(steps: int) -> None:
     log.warning(
         "%d steps in a row were skipped to lower the loss scale, more than it takes from any scale "
         "to its floor: does the scaler lower it? Call scaler.update() without a scale of your own "
         "after each step",
-        SEARCH,
+        steps,
     )

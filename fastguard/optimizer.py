@@ -42,7 +42,7 @@ from fastguard.ranks.groups import Group, refuse_several_ranks
 from fastguard.records import Recorder
 from fastguard.reduce import Signals, reduce
 from fastguard.rules import GRAD_NORM, Rule, UnmetRules, rules_by_signal
-from fastguard.scaler import HandedOver, handed_over, tell_scaler
+from fastguard.scaler import HandedOver, handed_over, longest_search, tell_scaler
 from fastguard.segments import SCOPES, ClipScope, limits, names_by_tensor
 from fastguard.step_hooks import with_own_hooks
 from fastguard.step_in_flight import StepInFlight
@@ -284,6 +284,8 @@ class GuardedOptimizer(KnownRun):
         losses = self._observed.take()
         if self._unmet is not None:
             self._unmet = self._unmet.after(losses)
+        if handed.scaler is not None:
+            self._recorder.longest_search = longest_search(handed.scaler)
         return handed.signals(stacked(losses, self._device), tuple(losses))
 
     def _current_policy(self) -> Policy:

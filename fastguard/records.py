@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastguard.advice import Advice
+from fastguard.advice import LONGEST_SEARCH, Advice
 from fastguard.decide import HostVerdict, Known, Reason
 from fastguard.errors import NAMED_CULPRITS, Culprit
 from fastguard.inbox import Inbox
@@ -181,6 +181,7 @@ class Recorder:
     Attributes:
         history: The last finished records, whoever has fetched them.
         max_norm: The limit of the whole model's norm now; inf: there is none.
+        longest_search: Steps in a row that the loss scaler may need to find its scale.
         undelivered: Finished records that the subscribers are still to get.
     """
 
@@ -188,6 +189,7 @@ class Recorder:
         self.finished: deque[StepRecord] = deque(maxlen=KEPT)
         self.history: deque[StepRecord] = deque(maxlen=KEPT)
         self.max_norm = math.inf
+        self.longest_search = LONGEST_SEARCH
         self._advice = Advice()
         self.last: StepRecord | None = None
         self._ring: Ring | None = None
@@ -318,7 +320,7 @@ class Recorder:
         if record is not self.last:
             if record.reason is not None:
                 log.log(logging.WARNING if record.is_incident else logging.INFO, "%s", record)
-            self._advice.see(record, self.max_norm)
+            self._advice.see(record, self.max_norm, self.longest_search)
             self.last = record
         if not self.finished or self.finished[-1] is not record:
             self.finished.append(record)

@@ -15,6 +15,7 @@ That costs a few microseconds, and only in steps that a scaler takes.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from fastguard.advice import LONGEST_SEARCH
 from fastguard.reduce import Signals
 from fastguard.transfer import moved, numbers_on
 
@@ -77,6 +79,14 @@ def handed_over(optimizer: Optimizer, device: torch.device) -> HandedOver:
         if scale is not None:
             falls = moved(scale > floor_of(scaler), device).reshape(())  # NaN does not
     return HandedOver(inv_scale, found_inf, falls, scaler)
+
+
+def longest_search(scaler: torch.amp.GradScaler) -> int:
+    """Steps in a row in which a scaler may lower its scale before it is at its floor."""
+    factor = getattr(scaler, "_backoff_factor", 0.5)
+    if not (isinstance(factor, float) and 0.5 < factor < 1.0):
+        return LONGEST_SEARCH
+    return math.ceil(LONGEST_SEARCH * math.log(0.5) / math.log(factor))
 
 
 def floor_of(scaler: object) -> float:

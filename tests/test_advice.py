@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastguard import GuardedOptimizer, JsonLinesSink, StepRecord
-from fastguard.advice import AT_LIMIT, CONSTANT, NEAR_LIMIT, SEARCH, Advice
+from fastguard.advice import AT_LIMIT, CONSTANT, LONGEST_SEARCH, NEAR_LIMIT, Advice
 
 INF = math.inf
 
@@ -131,18 +131,33 @@ def test_a_scale_that_does_not_fall_is_told(log):
     p = nn.Parameter(torch.zeros(2))
     opt = GuardedOptimizer(torch.optim.SGD([p], lr=0.1))
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    for _ in range(3 * SEARCH):
+    for _ in range(3 * LONGEST_SEARCH):
         opt.zero_grad()
         scaler.scale((p * INF).sum()).backward()
         scaler.step(opt)
         scaler.update(1024.0)
     (message,) = [r.message for r in log.records]
-    assert f"{SEARCH} steps in a row" in message and "scaler.update()" in message
+    assert f"{LONGEST_SEARCH} steps in a row" in message and "scaler.update()" in message
+
+
+@pytest.mark.parametrize("backoff", [0.5, 0.9, 0.97])
+def test_a_scale_that_falls_slowly_is_told_nothing(backoff, log):
+    p = nn.Parameter(torch.zeros(2))
+    opt = GuardedOptimizer(torch.optim.SGD([p], lr=0.1))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**50, backoff_factor=backoff)
+    skips = 0
+    while scaler.get_scale() > 2.0**20:
+        opt.zero_grad()
+        scaler.scale((p * INF).sum()).backward()
+        scaler.step(opt)
+        scaler.update()
+        skips += 1
+    assert opt.loss_scale_skips == skips == (30 if backoff == 0.5 else skips) and not log.records
 
 
 def test_searches_with_steps_between_them_are_told_nothing(log):
     advice = Advice()
-    for step in range(5 * SEARCH):
+    for step in range(5 * LONGEST_SEARCH):
         reason = "loss_scale" if step % 50 else None
         advice.see(StepRecord(step, 1.0 + step, 1.0, "skipped", reason), INF)
     assert not log.records
