@@ -64,7 +64,7 @@ def finite_number_of(name: str, value: Any, remedy: str = "use a finite number")
         TypeError, ValueError: It is no number, or no finite one.
     """
     number = number_of(name, value, remedy)
-    if not math.isfinite(number):
+    if not -math.inf < number < math.inf:  # NaN too; torch.compile traces no math.isfinite
         raise ValueError(f"{name}={value!r} must be a finite number; {remedy}")
     return number
 

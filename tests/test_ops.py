@@ -192,6 +192,18 @@ def test_compiled_is_eager_bit_for_bit(name, grads):
     assert_equal(tuple(grads_of(compiled)), tuple(grads_of(eager)))
 
 
+@pytest.mark.parametrize("grads", ["clean", "all None"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_compiled_with_dynamic_numbers(name, grads):
+    """`dynamic=True` makes symbols of Python floats, defaults of arguments included."""
+    eager = parameters(*GRADS[grads]())
+    compiled = copies(eager)
+    expected = FUNCTIONS[name](eager)
+    call = torch.compile(FUNCTIONS[name], fullgraph=True, backend="eager", dynamic=True)
+    assert_equal(call(compiled), expected)
+    assert_equal(tuple(grads_of(compiled)), tuple(grads_of(eager)))
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [({"nonfinite": "drop"}, ValueError, "nonfinite='drop'"), ({"foreach": 1}, TypeError, "=1 m")],
