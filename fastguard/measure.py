@@ -89,13 +89,13 @@ class GradStats:
     @property
     def total_norm64(self) -> Tensor:
         """float64 `()`: the norm of the finite elements of the whole model."""
-        values = self._row(self.summary, 0)
+        summary = self.summary
+        if summary.numel() == 4:  # one segment
+            value = summary[0, 0] if self.kind is PLAIN else summary.select(0, 0).select(0, 0)
+            return value if self.rooted else root(value, self.norm_type)
+        values = self._row(summary, 0)
         if self.rooted:
-            return (
-                values.reshape(()) if values.numel() == 1 else norm_of_norms(values, self.norm_type)
-            )
-        if values.numel() == 1:
-            return root(values.reshape(()), self.norm_type)
+            return norm_of_norms(values, self.norm_type)
         whole = values.amax() if self.norm_type == math.inf and values.numel() else values.sum()
         return root(whole, self.norm_type)
 
