@@ -32,6 +32,7 @@ from fastguard.checkpoints.reading.inert_values import (
     StorageRef,
     StorageType,
     TensorRef,
+    kind_of,
 )
 from fastguard.checkpoints.reading.pickled_arrays import (
     NumpyArray,
@@ -100,7 +101,7 @@ def give_state(target: Any, state: Any, charge: Callable[[int], None]) -> None:
     if isinstance(target, NumpyArray | NumpyDtype):
         target.set_state(state, charge)
         return
-    raise UnsafeFile(f"the file tries to change {target!r:.200}; nothing was executed")
+    raise UnsafeFile(f"the file tries to change {kind_of(target)}; nothing was executed")
 
 
 def _dimensions(values: Any) -> tuple[int, ...]:
@@ -133,7 +134,7 @@ def _tensor_of_dtype(
 
 def _tensor_of_subclass(rebuild: Any, _cls: Any, args: Any, state: Any) -> Attached:
     if not isinstance(rebuild, Call) or not isinstance(args, tuple):
-        raise UnsafeFile(f"the file rebuilds a tensor by {rebuild!r:.200}; nothing was executed")
+        raise UnsafeFile(f"the file rebuilds a tensor by {kind_of(rebuild)}; nothing was executed")
     return Attached(rebuild.work(*args), state)
 
 

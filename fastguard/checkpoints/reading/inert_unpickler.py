@@ -39,12 +39,16 @@ from fastguard.checkpoints.reading.inert_values import (
     size_of,
 )
 
-BUDGET = 600_000_000
-"""Bytes, roughly, that what one pickle describes may take, the work for it counted as bytes too."""
-_STEP = 100  # of the budget; what an opcode costs: 0.5 µs, a number and its place in the memo
-_OBJECT = 200  # a container or an object
-LONG = 16 << 20
-"""Bytes from which text and bytes are left in the file: arrays of numpy are pickled as such."""
+BUDGET = 1_200_000_000
+"""Bytes, roughly, that what one pickle describes may take, the work for it counted as bytes too:
+some 12 million opcodes, or 200,000 tensors. One of many bytes has 16 for each of them more, up to
+twice as much."""
+_STEP = 100  # of the budget: an opcode takes 0.2 µs, to look at what it leaves 0.5 µs
+_OBJECT = 100  # a container or an object
+_CALL = 250  # its work, and what it makes
+SHORT, LONG, KEPT = 4096, 16 << 20, 64 << 20
+"""Text and bytes are left in the file (arrays of numpy are pickled as such) where one has more than
+16 MB, and from 4 kB on when 64 MB of them have been kept."""
 _LINE = 1 << 20  # bytes; the longest argument of an opcode of protocol 0
 _DIGITS = 5000
 
@@ -60,7 +64,10 @@ class InertUnpickler:
     def __init__(self, file: IO[bytes], origin: int = 0) -> None:
         self._file = file
         self._origin = origin
-        self._budget = BUDGET
+        at = file.tell()
+        n_bytes = file.seek(0, os.SEEK_END) - file.seek(at)
+        self._budget = BUDGET + min(16 * n_bytes, BUDGET)
+        self._kept = 0
         self._memo: dict[int, Any] = {}
         self._stack: list[Any] = []
         self._below: list[list[Any]] = []  # the stacks below each mark
@@ -101,9 +108,9 @@ class InertUnpickler:
     # Reading arguments.
 
     def _bytes(self, n: int) -> bytes:
-        if n > 4096:  # `read` allocates first: is there as much?
+        self.charge(5 * n)  # of text in four bytes a character, and as it is stored
+        if n > SHORT:  # `read` allocates first: is there as much?
             self._check_left(n)
-            self.charge(5 * n)
             if self._budget < 0:
                 raise DamagedFile(f"its pickle holds a value of {n:,} bytes, which is odd")
         raw = self._file.read(n)
@@ -174,6 +181,7 @@ class InertUnpickler:
     def _put(self, index: int) -> None:
         if index < 0:
             raise ValueError("negative index")
+        self.charge(_OBJECT)
         self._memo[index] = self._stack[-1]
 
     # Numbers and text.
@@ -195,8 +203,17 @@ class InertUnpickler:
             raise ValueError("text without quotes")
         self._push(codecs.escape_decode(raw[1:-1])[0].decode("latin1"))  # type: ignore[attr-defined]
 
+    def _is_kept(self, n: int) -> bool:
+        """Whether text or bytes are read now, or left in the file."""
+        if n <= SHORT:
+            return True
+        if n > LONG or self._kept + n > KEPT:
+            return False
+        self._kept += n
+        return True
+
     def _text(self, n: int) -> None:
-        if n <= LONG:
+        if self._is_kept(n):
             return self._push(self._bytes(n).decode("utf-8", "surrogatepass"))
         at, n_characters = self._check_left(n), 0
         decoder = codecs.getincrementaldecoder("utf-8")("surrogatepass")
@@ -211,7 +228,7 @@ class InertUnpickler:
         self._push(self._bytes(n).decode("latin1"))
 
     def _raw(self, n: int) -> None:
-        if n <= LONG:
+        if self._is_kept(n):
             return self._push(self._bytes(n))
         at = self._check_left(n)
         self._file.seek(n, os.SEEK_CUR)
@@ -262,7 +279,7 @@ class InertUnpickler:
         arguments, function = self._stack.pop(), self._stack.pop()
         if not isinstance(arguments, tuple):
             raise TypeError("arguments that are no tuple")
-        self.charge(_OBJECT + sum(map(size_of, arguments)))
+        self.charge(_CALL + sum(map(size_of, arguments)))
         if self._budget < 0:
             raise DamagedFile("its pickle copies the same values again and again, which is odd")
         self._push(call(function, arguments))

@@ -139,6 +139,11 @@ class LongText:
         return LongBytes(self.start, self.n_stored, self.n, is_text=True)
 
 
+def kind_of(value: Any) -> str:
+    """Names a value, without what is in it: that may be the same tuple a billion times."""
+    return repr(value) if isinstance(value, Name | StandIn) else f"a {type(value).__name__}"
+
+
 def plain_key(key: Any) -> Any:
     """The key, if its hash is cheap and cannot be chosen; else one that is hashed by identity."""
     kind = type(key)

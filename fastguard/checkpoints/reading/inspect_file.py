@@ -40,9 +40,10 @@ from fastguard.regular_files import open_regular
 
 PIECE = 4 * 2**20
 BLOCK = 16 * PIECE  # what is read at once of a tensor with gaps
-WORK, LEAST_WORK, SMALLEST_WORK = 64, 4 << 30, 20_000
-"""Bytes looked at a second time to tell views apart: at most 64 times the file and 4 GB, the
-smallest tensor counted as 20 kB."""
+WORK, LEAST_WORK, SMALLEST_WORK, SMALLEST_COUNT = 64, 2 << 30, 20_000, 100_000
+"""Bytes looked at a second time to tell views apart: at most 64 times the file and 2 GB, the
+smallest tensor taken for 20 kB, and for 100 kB where its elements are counted one by one."""
+_MOST = 2**63 - 1  # of what is counted
 CARRY = 16  # bytes of the piece before: the widest element (complex128) may straddle two pieces
 
 
@@ -102,7 +103,8 @@ def read_through(file: BinaryIO, contents: Contents, *, sha256: bool, crc32: boo
         size = os.fstat(file.fileno()).st_size
         for name, array in contents.arrays:
             for tensor in array.pieces(_left_in(file)):
-                _count([(name, tensor)], counts)
+                if _can_be_nonfinite(tensor.dtype) and not _sum_is_finite(tensor):
+                    _count([(name, tensor)], counts)
     names = [span.name for span in contents.spans] + [name for name, _ in contents.arrays]
     found = {name: counts[name] for name in names if any(counts.get(name, ()))}
     why = meant_infinite(file, contents, found)
@@ -314,7 +316,7 @@ class _Look:
         found: dict[str, list[int]] = {}
         self._count_blocks(span, span.start, dims, found)
         for name, counts in found.items():
-            self._counts[name] = [n * times for n in counts]
+            self._counts[name] = [min(n * times, _MOST) for n in counts]
 
     def _count_blocks(
         self, span: Span, start: int, dims: Sequence[tuple[int, int]], found: dict[str, list[int]]
@@ -333,7 +335,8 @@ class _Look:
                 continue
             n_elements = (n - 1) * step + inner
             size, stride = [n, *(s for _, s in dims[1:])], [step, *(d for d, _ in dims[1:])]
-            self._charge(span.name, max(n_elements, math.prod(size)) * itemsize)
+            n_bytes = max(n_elements, math.prod(size)) * itemsize
+            self._charge(span.name, max(n_bytes, SMALLEST_COUNT))
             raw = torch.empty(n_elements * itemsize, dtype=torch.uint8)
             self._read(raw, at, span.name)
             _count([(span.name, raw.view(span.dtype).as_strided(size, stride))], found)

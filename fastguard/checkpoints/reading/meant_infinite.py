@@ -39,6 +39,8 @@ _PARAMETER = frozenset({"weight", "weights", "token", "embed", "embedding", "pro
 _NEVER = _PARAMETER | {"scale", "scaler", "lr", "step", "momentum"}  # infinite, these end a run
 _OPTIMIZER = frozenset({"optimizer", "optimizers", "optim"})
 
+_MOST = 1000  # tensors; each is looked at beside all that it stands in
+
 BOOKKEEPING = "bookkeeping beside the weights"
 EXTREME = "a bound, or an extreme of nothing seen yet"
 MASK = "a mask"
@@ -76,7 +78,7 @@ def meant_infinite(
         counts: NaN, +Inf and -Inf by the name of a tensor.
     """
     asked = {name for name, (nan, pos, neg) in counts.items() if not nan and bool(pos) != bool(neg)}
-    if not asked or contents.tree is None:
+    if not asked or len(asked) > _MOST or contents.tree is None:
         return {}
     spans = {span.name: span for span in contents.spans}
     left_to_read = max((span.end for span in contents.spans), default=0)

@@ -14,7 +14,7 @@ import sys
 from typing import Any
 
 from fastguard.checkpoints.errors import UnsafeFile
-from fastguard.checkpoints.reading.inert_values import Name, StandIn
+from fastguard.checkpoints.reading.inert_values import Name, StandIn, kind_of
 
 # Modules of the standard library whose classes, by the convention of capitals, hold values.
 _VALUE_MODULES = frozenset(
@@ -69,7 +69,7 @@ _ELSEWHERE = frozenset(
     __builtins__ __globals__ __dict__ __init__ __subclasses__
     """.split()
 )
-_DEEPEST = 100  # partials of partials
+_DEEPEST = 100  # partials of partials, each once
 
 
 def check_call(function: Any, arguments: tuple[Any, ...]) -> str:
@@ -78,19 +78,27 @@ def check_call(function: Any, arguments: tuple[Any, ...]) -> str:
     Raises:
         UnsafeFile: It may do more than that.
     """
-    for _ in range(_DEEPEST):  # calling a partial calls its function
-        if not isinstance(function, StandIn) or function.qualified_name != "functools.partial":
-            break
-        functions = [part[0] for part in function.parts if isinstance(part, tuple) and part]
-        for other in functions[:-1]:  # of the arguments, and of each state that it was given
-            check_call(other, arguments)
-        function = functions[-1] if functions else None
-    if not isinstance(function, Name) or not _makes_a_value(function.qualified_name, arguments):
-        raise UnsafeFile(
-            f"the file asks to call {function!r:.200}, which no checkpoint needs; nothing was "
-            "executed. Do not load it unless you trust who wrote it"
-        )
-    return function.qualified_name
+    called: list[str] = []
+    seen: set[int] = set()
+    waiting = [function]
+    while waiting:
+        function = waiting.pop()
+        if isinstance(function, StandIn) and function.qualified_name == "functools.partial":
+            # Calling a partial calls its function, that of its arguments or of a state given to it.
+            if id(function) in seen:
+                continue
+            functions = [part[0] for part in function.parts if isinstance(part, tuple) and part]
+            if functions and len(seen) < _DEEPEST:
+                seen.add(id(function))
+                waiting += functions
+                continue
+        if not isinstance(function, Name) or not _makes_a_value(function.qualified_name, arguments):
+            raise UnsafeFile(
+                f"the file asks to call {kind_of(function)}, which no checkpoint needs; nothing "
+                "was executed. Do not load it unless you trust who wrote it"
+            )
+        called.append(function.qualified_name)
+    return called[0] if called else "functools.partial"  # one of nothing but itself
 
 
 def _makes_a_value(qualified: str, arguments: tuple[Any, ...]) -> bool:

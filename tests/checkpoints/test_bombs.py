@@ -1,0 +1,238 @@
+"""Small files made to take gigabytes or minutes: refused, with what is odd about them.
+
+All of them are verified in one process, which may take 2 GB more than it has after its imports and
+10 seconds of a processor for each.
+"""
+
+import io
+import pickle
+import struct
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from fastguard.checkpoints import DamagedFile, inspect
+from fastguard.checkpoints.reading import inert_unpickler
+from guardtest.limited import verified
+
+START, END = b"\x80\x02", b"."
+
+
+def text(value):
+    return b"X" + struct.pack("<I", len(value)) + value
+
+
+def doubled(make, n):
+    """x -> make(x, x), n times: some 20 bytes a time for a value of twice the size."""
+    made = START + text(b"a" * 8) + b"q\x00"
+    for i in range(n):
+        made += make(b"h" + bytes([i])) + b"q" + bytes([i + 1])
+    return made
+
+
+def pair(x):
+    return x + x + b"\x86"
+
+
+def call(function):
+    return lambda x: b"c" + function + b"\n" + x + x + b"\x86R"
+
+
+def storage(n, key=b"0"):
+    """A storage of n float32, left on the stack."""
+    parts = text(b"storage") + b"ctorch\nFloatStorage\n" + text(key) + text(b"cpu")
+    return b"(" + parts + b"J" + struct.pack("<i", n) + b"tQ"
+
+
+def integer(value):
+    raw = value.to_bytes((value.bit_length() + 8) // 8, "little")
+    return b"\x8a" + bytes([len(raw)]) + raw
+
+
+def numbers(values):
+    return b"(" + b"".join(map(integer, values)) + b"t"
+
+
+def tensor(offset, size, stride, left=b"h\x00"):
+    """A view of the storage that is in the memo."""
+    function = b"ctorch._utils\n_rebuild_tensor_v2\n"
+    return function + b"(" + left + integer(offset) + numbers(size) + numbers(stride) + b"\x89}tR"
+
+
+def views(shapes):
+    made = START + storage(1000) + b"q\x000}("
+    for i, (size, stride) in enumerate(shapes):
+        made += text(str(i).encode()) + tensor(0, size, stride)
+    return made + b"u" + END
+
+
+def deep(n):
+    return START + b"]" * n + b"a" * (n - 1) + END
+
+
+def long_names():
+    """Twenty dicts in one another, each under a name of 200 characters, around a long list."""
+    name = text(b"n" * 200)
+    made = START + b"}" + (name + b"}") * 20 + name
+    return made + b"](" + b"N" * 400_000 + b"e" + b"s" * 21 + END
+
+
+def colliding_keys():
+    """Integers that all have the same hash."""
+    keys = b"".join(integer((2**61 - 1) * i) + b"N" for i in range(1, 60_000))
+    return START + b"}(" + keys + b"u" + END
+
+
+def copies(function, n=20_000):
+    """A tuple of a million elements, given again and again to a function that copies it."""
+    big = b"(" + b"N" * 1_000_000 + b"tq\x00"
+    return START + big + b"0](" + (b"c" + function + b"\nh\x00\x85R") * n + b"e" + END
+
+
+def arrays_of_the_same_bytes(n):
+    """Arrays of numpy that share ten million bytes of text."""
+    data = "\x00\x00\x80\x7f" * 2_500_000
+    encoded = b"c_codecs\nencode\n" + text(data.encode()) + text(b"latin1") + b"\x86Rq\x00"
+    kind = b"cnumpy\ndtype\n" + text(b"f4") + b"K\x00K\x01\x87R(K\x03" + text(b"<") + b"NNN"
+    kind += b"J\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tbq\x01"
+    array = b"cnumpy.core.multiarray\n_reconstruct\n)R(K\x01" + integer(2_500_000)
+    array += b"\x85h\x01\x89h\x00tb"
+    return START + encoded + b"0" + kind + b"0](" + array * n + b"e" + END
+
+
+PICKLES = {
+    "a device of itself twice": doubled(call(b"torch\ndevice"), 34) + END,
+    "a path of itself twice": doubled(call(b"pathlib\nPosixPath"), 34) + END,
+    "a device of a tower": doubled(pair, 34) + b"0ctorch\ndevice\nh\x22\x85R" + END,
+    "a storage of a tower": doubled(pair, 34) + b"0h\x22Q" + END,
+    "a call of a tower": doubled(pair, 34) + b"0h\x22)R" + END,
+    "a call of a tower of partials": START + b"cfunctools\npartial\nq\x00cposix\nsystem\n\x85Rq\x01"
+    + b"".join(
+        b"h\x00h%c\x85R(h%cNNNtbq%c" % (i, i, i + 1) for i in range(1, 60)
+    ) + b"h\x3c)R" + END,
+    "a state for a tower": doubled(pair, 34) + b"0cos\nsystem\nh\x22b" + END,
+    "a million lists in one another": deep(1_000_000),
+    "ten thousand lists": deep(10_000),
+    "long names": long_names(),
+    "a size copied again and again": copies(b"torch\nSize"),
+    "a set copied again and again": copies(b"__builtin__\nset"),
+    "a deque copied again and again": copies(b"collections\ndeque"),
+    "twenty million opcodes": START + b"(" + b"N" * 20_000_000 + b"t" + END,
+    "ten million dicts": START + b"(" + b"}" * 10_000_000 + b"t" + END,
+    "an integer of a million digits": b"I" + b"9" * 1_000_000 + b"\n.",
+    "a long of a million digits": b"L" + b"9" * 1_000_000 + b"L\n.",
+    "a line without end": b"V" + b"a" * 3_000_000,
+    "text of four gigabytes": START + b"X\xff\xff\xff\xff" + END,
+    "bytes beyond every memory": b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + END,
+    "a long of two gigabytes": START + b"\x8b\xff\xff\xff\x7f" + END,
+    "a hundred thousand dimensions": START + storage(1000) + b"q\x000"
+    + tensor(0, [1] * 100_000, [1] * 100_000) + END,
+    "a size beyond every memory": views([([2**62, 2**62], [0, 0])]),
+    "a stride beyond every memory": views([([2, 2], [2**62, 1])]),
+    "a storage larger than its record": START + storage(2**31 - 1) + b"q\x000"
+    + tensor(0, [1], [1]) + END,
+    "views over the same bytes": views(
+        [([1000 - i % 999, 1 + i // 999], [1, 0]) for i in range(40_000)]
+    ),
+    "windows that overlap": views(
+        [([500, 500], [1, 1])] + [([400, 400 + i % 200], [1, 1]) for i in range(200)] * 300
+    ),
+    "one element a million million times": views([([10**6, 10**6, 10**6], [0, 0, 0])]),
+}  # fmt: skip
+
+HARMLESS = {  # here, to be read like any other file
+    "memo index of 2 to the 28": START + b"Nr" + struct.pack("<I", 2**28 - 1) + END,
+    "memo index of text": b"Np4000000000\n.",
+    "a key that is a tower": doubled(pair, 40) + b"0}h\x28Ns" + END,
+    "keys that collide": colliding_keys(),
+    "arrays of the same bytes": arrays_of_the_same_bytes(30),
+}
+
+
+def archive(path, pickled):
+    """An archive that torch opens, of 1000 float32 of which the first is Inf."""
+    with zipfile.ZipFile(path, "w") as made:
+        data = struct.pack("<1000f", float("inf"), *[1.0] * 999)
+        named = {"data.pkl": pickled, "data/0": data, "version": b"3\n", "byteorder": b"little"}
+        for name, raw in named.items():
+            made.writestr(f"x/{name}", raw)
+    return path
+
+
+def legacy(path, pickled):
+    head = io.BytesIO()
+    for value in (0x1950A86A20F9469CFC6C, 1001, {}):
+        pickle.dump(value, head, protocol=2)
+    path.write_bytes(head.getvalue() + pickled + pickle.dumps([], protocol=2))
+    return path
+
+
+def test_pickles_and_shapes(tmp_path):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    paths = [archive(folder / f"{name}.pt", raw) for name, raw in {**PICKLES, **HARMLESS}.items()]
+    paths += [legacy(folder / f"{name}.old.pt", PICKLES[name]) for name in list(PICKLES)[:6]]
+    found = verified(paths, tmp_path)
+    assert len(found) == len(paths)
+    for path in paths:
+        one = found[path.name]
+        if path.stem in HARMLESS:
+            assert one["status"] in (0, 1), (path.name, one)
+        else:
+            assert one["status"] == 1 and one["said"].startswith(f"BAD  {path}: "), one
+        assert not one["events"], (path.name, one)
+
+
+def test_headers_of_safetensors(tmp_path):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    entry = b'{"dtype":"F32","shape":[%s],"data_offsets":[0,4]}'
+    headers = {
+        "a hundred thousand dimensions": b'{"a":' + entry % b",".join([b"1"] * 100_000) + b"}",
+        "a million names for one place": b"{"
+        + b",".join(b'"%d":%s' % (i, entry % b"1") for i in range(500_000))
+        + b"}",
+        "brackets": b"[" * 50_000_000,
+        "empty lists": b"[" + b"[]," * 30_000_000 + b"[]]",
+        "objects": b'{"a":' * 10_000_000,
+        "a long number": b'{"a":' + b"9" * 1_000_000 + b"}",
+        "spaces": b"{" + b" " * 90_000_000,
+    }
+    paths = []
+    for name, text_ in headers.items():
+        paths.append(folder / f"{name}.safetensors")
+        paths[-1].write_bytes(struct.pack("<Q", len(text_)) + text_ + bytes(4))
+    found = verified(paths, tmp_path)
+    for path in paths:
+        one = found[path.name]
+        assert one["status"] == 1 and one["said"].startswith(f"BAD  {path}: "), (path.name, one)
+
+
+def test_the_budget_is_what_refuses(tmp_path, monkeypatch):
+    """Two hundred thousand tensors take less than all of it."""
+    model = torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(500)])
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    torch.save({"m": model.state_dict(), "o": optimizer.state_dict()}, tmp_path / "x.pt")
+    monkeypatch.setattr(inert_unpickler, "BUDGET", inert_unpickler.BUDGET // 50)
+    assert inspect(tmp_path / "x.pt").contents.n_tensors == 4000
+    monkeypatch.setattr(inert_unpickler, "BUDGET", 100_000)
+    with pytest.raises(DamagedFile, match=r"made to be slow or huge: after [\d,]+ steps"):
+        inspect(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("kept", [1000, 10_000], ids=["none is kept", "the first is kept"])
+def test_large_arrays_in_a_pickle_are_looked_into_where_they_lie(tmp_path, monkeypatch, kept):
+    monkeypatch.setattr(inert_unpickler, "SHORT", 1000)
+    monkeypatch.setattr(inert_unpickler, "LONG", kept)
+    monkeypatch.setattr(inert_unpickler, "KEPT", kept)
+    values = np.ones((300, 7), dtype=np.float32)
+    values[299, 6], values[0, 0], values[150, 3] = np.nan, np.inf, -np.inf
+    for protocol in (2, 4, 5):
+        torch.save(
+            {"a": values, "b": values.astype(">f8").T}, tmp_path / "x.pt", pickle_protocol=protocol
+        )
+        assert inspect(tmp_path / "x.pt").bad == (("a", 1, 1, 1), ("b", 1, 1, 1)), protocol

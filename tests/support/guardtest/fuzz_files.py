@@ -1,0 +1,311 @@
+"""Stores, archives and manifests, each a little wrong: from a seed, so that a failure repeats."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+import pickletools
+import random
+import shutil
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastguard import CheckpointStore
+from fastguard.checkpoints import manifest
+
+ODD = [
+    "../victim", "/etc/passwd", "", ".", "..", "link", "step-000000001.000001.pt", "\x1b[2J", "a\0",
+    None, True, -1, 0, 1, 2**31, 2**63, 2**64, 10**400, 1.5, float("inf"), float("nan"), [], {},
+    [[[[]]]], {"a": {}}, ["x"] * 1000, "9" * 6000, "nan", b"raw".decode(), "\ud800",
+]  # fmt: skip
+NUMBERS = [0, 1, 2, 7, 8, 255, 256, 0x7FFF, 0xFFFF, 2**31 - 1, 2**32 - 1, 2**40, 2**63, 2**64 - 1]
+NAMES = [
+    b"os\nsystem", b"builtins\neval", b"posix\nmkdir", b"subprocess\nPopen", b"torch\nSize",
+    b"collections\nOrderedDict", b"torch._utils\n_rebuild_tensor_v2", b"torch\ndevice",
+    b"numpy.core.multiarray\n_reconstruct", b"builtins\ngetattr", b"pathlib\nPosixPath",
+    b"torch\nFloatStorage", b"torch\nfloat32", b"_codecs\nencode", b"a.b\nClass",
+]  # fmt: skip
+
+
+class Callable_:
+    """Pickles to a call of a function."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def make_bases(folder: Path) -> None:
+    """The files and stores that are changed; `folder` is empty."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.randn(5, 3)).sum().backward()
+    optimizer.step()
+    tree = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "epoch": 3,
+        "view": torch.arange(12.0).view(3, 4)[:, 1],
+        "history": np.ones(5),
+        "names": ("a", b"b", 1.5, None, {1, 2}),
+        "whole": torch.nn.Linear(2, 2).half(),
+    }
+    torch.save(tree, folder / "zip.pt")
+    torch.save(tree, folder / "legacy.pt", _use_new_zipfile_serialization=False)
+    torch.save(model.state_dict(), folder / "plain.pt")
+    write_safetensors(folder / "x.safetensors", *safetensors_parts())
+    with CheckpointStore(folder / "store", keep=5) as store:
+        for step in range(1, 5):
+            store.save(m=model, o=optimizer, step=step, metric=1.0 / step, tag={"a": [step]})
+        store.rollback(3)
+
+
+def safetensors_parts() -> tuple[dict[str, Any], bytes]:
+    header: dict[str, Any] = {"__metadata__": {"epoch": "3"}}
+    at = 0
+    for name, dtype, shape, n_bytes in (
+        ("a", "F32", [2, 3], 24), ("b", "BF16", [5], 10), ("n", "I64", [], 8), ("e", "F16", [0], 0),
+    ):  # fmt: skip
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + n_bytes]}
+        at += n_bytes
+    return header, bytes(at)
+
+
+def write_safetensors(path: Path, header: Any, data: bytes) -> None:
+    text = json.dumps(header).encode("utf-8", "surrogatepass")
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+# Changes. Each takes the random numbers and the folder of a case, with a copy of every base.
+
+Change = Callable[[random.Random, Path], Path]
+
+
+def changed_bytes(rng: random.Random, folder: Path) -> Path:
+    """A file, flipped, cut, doubled or overwritten somewhere."""
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"]
+    path = rng.choice(files)
+    raw = bytearray(path.read_bytes())
+    for _ in range(rng.choice([1, 1, 1, 2, 5, 50])):
+        at = rng.randrange(len(raw) + 1)
+        n = rng.choice([1, 2, 4, 8, 30, 300])
+        kind = rng.randrange(6)
+        if kind == 0 and raw:
+            raw[at % len(raw)] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            del raw[at : at + n]
+        elif kind == 2:
+            raw[at:at] = raw[at : at + n]
+        elif kind == 3:
+            raw[at : at + n] = rng.randbytes(n)
+        elif kind == 4:
+            raw[at : at + 8] = struct.pack("<Q", rng.choice(NUMBERS))[: rng.choice([2, 4, 8])]
+        else:
+            del raw[at:]
+    path.write_bytes(raw)
+    return path
+
+
+def changed_records(rng: random.Random, folder: Path) -> Path:
+    """An archive put together anew, with records lost, twice, renamed or exchanged."""
+    path = folder / rng.choice(["zip.pt", "plain.pt"])
+    with zipfile.ZipFile(path) as archive:
+        records = [(name, archive.read(name)) for name in archive.namelist()]
+    for _ in range(rng.choice([1, 1, 2])):
+        i, j = rng.randrange(len(records)), rng.randrange(len(records))
+        name, raw = records[i]
+        kind = rng.randrange(6)
+        if kind == 0:
+            del records[i]
+        elif kind == 1:
+            records.insert(j, (name, rng.choice([raw, records[j][1], rng.randbytes(8)])))
+        elif kind == 2:
+            root, _, rest = name.partition("/")
+            names = [name.upper(), rest, f"{root}/../{rest}", f"other/{rest}", f"{root}//{rest}"]
+            records[i] = (rng.choice(names), raw)
+        elif kind == 3:
+            records[i], records[j] = (name, records[j][1]), (records[j][0], raw)
+        elif kind == 4:
+            records[i] = (name, raw[: rng.randrange(len(raw) + 1)] + bytes(rng.choice([0, 4])))
+        else:
+            records.reverse()
+    rewrite(path, records, rng.choice([zipfile.ZIP_STORED] * 9 + [zipfile.ZIP_DEFLATED]))
+    return path
+
+
+def rewrite(path: Path, records: list[tuple[str, bytes]], method: int = zipfile.ZIP_STORED) -> None:
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with zipfile.ZipFile(path, "w", method) as archive:
+            for name, raw in records:
+                archive.writestr(name or "x", raw)
+
+
+def changed_pickle(rng: random.Random, folder: Path) -> Path:
+    """An archive whose pickle has opcodes that were moved, repeated or given other arguments."""
+    path = folder / rng.choice(["zip.pt", "plain.pt"])
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    (name,) = [n for n in records if n.endswith("/data.pkl")]
+    places = [at for _, _, at in pickletools.genops(records[name])] + [len(records[name])]
+    steps = [records[name][a:b] for a, b in itertools.pairwise(places)]
+    for _ in range(rng.choice([1, 1, 2, 4])):
+        i, j = rng.randrange(1, len(steps)), rng.randrange(1, len(steps))
+        kind = rng.randrange(7)
+        if kind == 0:
+            del steps[i]
+        elif kind == 1:
+            steps.insert(i, steps[j])
+        elif kind == 2:
+            steps[i] = b"c" + rng.choice(NAMES) + b"\n"
+        elif kind == 3:
+            steps.insert(i, b"c" + rng.choice(NAMES) + b"\n" + rng.choice([b"(", b")R", b")\x81"]))
+        elif kind == 4:
+            steps[i : i + 1] = [steps[i]] * rng.choice([2, 10, 1000])
+        elif kind == 5:
+            number = rng.choice(NUMBERS)
+            steps[i] = b"\x8a\x09" + number.to_bytes(9, "little")
+        else:
+            steps[i] = rng.choice([b"r" + struct.pack("<I", 2**31), b"R", b"b", b"Q", b"0", b"2"])
+    records[name] = b"".join(steps)
+    rewrite(path, list(records.items()))
+    return path
+
+
+def planted_call(rng: random.Random, folder: Path) -> Path:
+    """A file that would leave `executed` in its folder, if anything in it were called."""
+    called = rng.choice(
+        [
+            (os.mkdir, str(folder / "executed")),
+            (os.system, f"touch {folder / 'executed'}"),
+            (eval, f"__import__('os').mkdir({str(folder / 'executed')!r})"),
+            (exec, f"open({str(folder / 'executed')!r}, 'w')"),
+            (open, str(folder / "executed"), "w"),
+        ]
+    )
+    path = folder / rng.choice(["zip.pt", "legacy.pt", "store"])
+    tree = {"model": {"w": torch.ones(3)}, "objects": {}, "x": Callable_(*called)}
+    if path.name == "store":
+        path = rng.choice(sorted(path.glob("*.pt")))
+        tree["fastguard"] = {"step": 1}
+    torch.save(tree, path, _use_new_zipfile_serialization=path.name != "legacy.pt")
+    return path
+
+
+def changed_manifest(rng: random.Random, folder: Path) -> Path:
+    """A manifest of odd values, with the right checksum."""
+    path = folder / "store" / "manifest.json"
+    body = json.loads(path.read_text())
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        holder = rng.choice([body, body, rng.choice(body.get("checkpoints") or [body])])
+        if not isinstance(holder, dict):
+            continue
+        key = rng.choice([*holder, "removing", "replaced", "file"])
+        odd = rng.choice(ODD)
+        kind = rng.randrange(4)
+        if kind == 0:
+            holder.pop(key, None)
+        elif kind == 1 and isinstance(holder.get(key), list):
+            holder[key] = [*holder[key], odd]
+        else:
+            holder[key] = odd
+    if rng.random() < 0.8:
+        try:
+            body["sha256"] = manifest._digest(body)
+        except ValueError:  # a number that no JSON has
+            body["sha256"] = ""
+    try:
+        path.write_text(json.dumps(body))
+    except ValueError:
+        path.write_text('{"format": "fastguard checkpoints", "version": %s}' % ("9" * 6000))
+    return path
+
+
+def changed_header(rng: random.Random, folder: Path) -> Path:
+    """A safetensors header of odd values."""
+    path = folder / "x.safetensors"
+    header, data = safetensors_parts()
+    for _ in range(rng.choice([1, 1, 2])):
+        holder: Any = header if rng.random() < 0.3 else rng.choice(list(header.values()))
+        if not isinstance(holder, dict) or not holder:
+            continue
+        key = rng.choice(list(holder))
+        value = holder[key]
+        if isinstance(value, list) and value and rng.random() < 0.7:
+            value[rng.randrange(len(value))] = rng.choice([*NUMBERS, *ODD])
+        else:
+            holder[key] = rng.choice(ODD)
+    try:
+        write_safetensors(path, header, data + bytes(rng.choice([0, 0, 0, 8])))
+    except ValueError:
+        path.write_bytes(b"")
+    return path
+
+
+def special_file(rng: random.Random, folder: Path) -> Path:
+    """A link, pipe, device or folder under a name of a store, or of a file."""
+    store = folder / "store"
+    last = sorted(store.glob("*.pt"))[-1]
+    path = rng.choice(
+        [store / ".lock", store / "manifest.json", last, store / f".tmp-{last.name}",
+         store / ".tmp-manifest.json", folder / "zip.pt", folder / ".tmp-zip.pt",
+         folder / "x.safetensors", last.with_name(last.name + ".replaced"),
+         last.with_name("step-000000009.000009.sharded")]
+    )  # fmt: skip
+    if path.exists() or path.is_symlink():
+        path.unlink()
+    kind = rng.randrange(6)
+    if kind == 0:
+        os.mkfifo(path)
+    elif kind == 1:
+        path.mkdir()
+    else:
+        places = [folder.parent / "victim", "/dev/zero", folder / "nowhere", folder / "plain.pt"]
+        path.symlink_to(places[kind - 2])
+    return store if path.parent == store else path
+
+
+CHANGES: list[Change] = [
+    changed_bytes, changed_bytes, changed_records, changed_pickle, changed_pickle, planted_call,
+    changed_manifest, changed_manifest, changed_header, special_file,
+]  # fmt: skip
+
+
+def make_case(seed: int, bases: Path, folder: Path) -> tuple[str, Path]:
+    """Makes a case in `folder`, which is made anew: what was changed in it, and how."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(bases, folder)
+    rng = random.Random(seed)
+    change = rng.choice(CHANGES)
+    return change.__name__, change(rng, folder)
+
+
+def loads_finite(path: Path) -> bool:
+    """Whether torch loads a file, and everything in it is finite."""
+    try:
+        tree = torch.load(io.BytesIO(path.read_bytes()), weights_only=True)
+    except Exception:
+        return False
+    return all(torch.isfinite(t).all() for t in _tensors(tree))
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        return [tree] if tree.is_floating_point() else []
+    children = tree.values() if isinstance(tree, dict) else tree
+    if isinstance(tree, dict | list | tuple):
+        return [t for child in children for t in _tensors(child)]
+    return []

@@ -1,0 +1,119 @@
+"""Commands run in a process of their own that may take 2 GB more than it has, and little time.
+
+The limits are set after the imports: torch alone maps gigabytes of address space. What a command
+does to files is watched by an audit hook, so that nothing is written, removed or run unseen.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+MEMORY = 2 << 30  # bytes more than the process has after its imports
+CPU_SECONDS = 10  # for each command
+
+_PRELUDE = """
+import contextlib, io, json, os, resource, signal, sys, time
+import torch.distributed.checkpoint, torch.distributed.tensor
+from fastguard.commands.cli import main
+from guardtest import limited
+
+MEMORY, CPU_SECONDS = {memory}, {cpu_seconds}
+main(["ckpt", "list", {warm!r}])
+with open("/proc/self/statm") as file:
+    size = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, -1))
+events = limited.watched()
+
+
+def too_slow(*_):
+    raise SystemExit(f"more than {{CPU_SECONDS}} s")
+
+
+signal.signal(signal.SIGPROF, too_slow)
+
+
+def run(arguments):
+    del events[:]
+    out = io.StringIO()
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+    begun = time.process_time()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            status = main(arguments)
+    except BaseException as error:
+        status = f"{{type(error).__name__}}: {{error}}"
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    seconds = time.process_time() - begun
+    return {{"status": status, "said": out.getvalue()[:2000], "seconds": seconds,
+             "events": list(events)}}
+
+
+"""
+
+# What an audit hook sees of a process that changes files, runs programs or talks to others.
+_CHANGES = (
+    "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate",
+    "os.chmod", "os.chown", "shutil.rmtree", "os.system", "os.exec", "os.posix_spawn", "os.fork",
+    "subprocess.Popen", "socket.connect", "ctypes.dlopen", "pickle.find_class",
+)  # fmt: skip
+
+
+def watched() -> list[list[str]]:
+    """From now on, what this process does to anything outside of itself: `[event, path]`."""
+    events: list[list[str]] = []
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            path, _, flags = arguments
+            if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
+                events.append([event, str(path)])
+        elif event in _CHANGES:
+            events.append([event, *map(str, arguments[:2])])
+
+    sys.addaudithook(hook)
+    return events
+
+
+def run_limited(
+    body: str, folder: Path, *arguments: object, seconds: int = 500, memory: int = MEMORY
+) -> list[dict[str, Any]]:
+    """Runs a script in which `run(["ckpt", ...])` gives what a command did; what it printed.
+
+    Args:
+        body: The script; it prints one JSON object in each line.
+        folder: Empty; for what is needed before the limits are set.
+        *arguments: Of the script, in `sys.argv`.
+        seconds: After which it is ended.
+        memory: Bytes that it may take more than after its imports.
+    """
+    import torch
+
+    torch.save({"w": torch.ones(3)}, folder / "warm.pt")
+    prelude = _PRELUDE.format(memory=memory, cpu_seconds=CPU_SECONDS, warm=str(folder / "warm.pt"))
+    done = subprocess.run(
+        [sys.executable, "-c", prelude + body, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def verified(paths: Sequence[Path], folder: Path) -> dict[str, dict[str, Any]]:
+    """What `ckpt verify` does of each file, by its name."""
+    found = run_limited(_VERIFY, folder, *paths)
+    return {Path(one["path"]).name: one for one in found}
+
+
+_VERIFY = """
+for path in sys.argv[1:]:
+    print(json.dumps({"path": path, **run(["ckpt", "verify", path])}))
+"""
