@@ -43,7 +43,7 @@ class LineWriter:
     middle neither opens nor closes anything.
 
     Attributes:
-        path: The file.
+        path: The file, with its folder: a program may change its working directory.
         lock: Held while a line is written; whoever writes may hold it for longer.
     """
 
@@ -61,6 +61,7 @@ class LineWriter:
     @classmethod
     def of(cls, path: Path) -> LineWriter:
         """The writer of this process for a path; each caller calls `leave` when it has done."""
+        path = Path(os.path.abspath(path))
         key = os.path.join(os.path.realpath(path.parent), path.name)
         with cls._all_lock:
             writer = cls._all.get(key)
@@ -78,8 +79,8 @@ class LineWriter:
         """
         with self.lock:
             if self._file < 0 and not self._is_at_work:
-                self._is_at_work = True
                 try:
+                    self._is_at_work = True
                     self._open()
                 finally:
                     self._stop()
@@ -101,8 +102,8 @@ class LineWriter:
                     raise OSError("the file was about to be opened when a signal came")
                 self._write(line)
                 return
-            self._is_at_work = True
             try:
+                self._is_at_work = True
                 size = self._size()
                 if size and size + len(line) > max_bytes:
                     self._rotate(keep)

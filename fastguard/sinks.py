@@ -97,7 +97,7 @@ class JsonLinesSink:
     def __getstate__(self) -> tuple[Path, int, int | None]:
         # A descriptor is a number that means another file elsewhere: a copy opens its own, when it
         # has something to write.
-        return self.path, self.max_bytes, self.keep
+        return self._writer.path, self.max_bytes, self.keep
 
     def __setstate__(self, state: tuple[Path, int, int | None]) -> None:
         self._set_up(*state)

@@ -263,6 +263,19 @@ def test_in_a_spawned_process_a_copy_writes_into_no_other_file(path: Path, tmp_p
     assert steps(path) == [1, 2]
 
 
+def test_the_working_directory_may_change(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(path.parent)
+    sink = JsonLinesSink("records.jsonl", max_bytes=1024)
+    (path.parent / "elsewhere").mkdir()
+    monkeypatch.chdir(path.parent / "elsewhere")
+    twin = pickle.loads(pickle.dumps(sink))
+    for step in range(1, 20):
+        (sink if step % 2 else twin)(record(step))
+    twin.close()
+    sink.close()
+    assert steps(path) == list(range(1, 20)) and os.listdir() == []
+
+
 def test_a_descriptor_that_somebody_else_closed_is_not_used(path: Path, tmp_path: Path) -> None:
     sink = JsonLinesSink(path)
     sink(record(1))

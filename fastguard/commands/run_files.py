@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from fastguard.commands.terminal import printable
 from fastguard.commands.usage import UsageError
@@ -94,6 +94,25 @@ def refuse_lines_of_others(run: Path) -> None:
             )
         if writer == "fastguard":
             return
+
+
+def refuse_without_records(path: Path, damaged: int) -> NoReturn:
+    """There was no record in a run, but so many lines that are none.
+
+    Raises:
+        UsageError: It says what to do.
+    """
+    if not damaged:
+        raise UsageError(
+            f"{path} is empty: no step has been recorded yet; fastguard monitor --wait waits for "
+            "the first"
+        )
+    name = printable(shlex.quote(str(path)))
+    lines = "its only line is none" if damaged == 1 else f"none of its {damaged:,} lines is one"
+    raise UsageError(
+        f"{name} holds no record of fastguard: {lines}; for the log of another program use: "
+        f"fastguard scan {name}"
+    )
 
 
 def find_run(run: str | os.PathLike[str]) -> Path:

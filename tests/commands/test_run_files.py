@@ -6,6 +6,7 @@ from fastguard import JsonLinesSink, StepRecord
 from fastguard.commands.cli import main
 from fastguard.commands.run_files import find_run, refuse_lines_of_others, writer_of
 from fastguard.commands.usage import UsageError
+from guardtest import require
 
 
 def write(path, count, **options):
@@ -81,3 +82,29 @@ def test_an_empty_file_after_a_rotation_is_judged_by_the_last_full_one(tmp_path)
     (tmp_path / "records.jsonl").write_text(FOREIGN[0])
     with pytest.raises(UsageError, match="another program"):
         refuse_lines_of_others(path)
+
+
+@pytest.mark.parametrize("command", [["report"], ["monitor", "--once"]], ids=lambda c: c[0])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"step": 1, "loss": NaN}\n{"step": 2, "loss": NaN}\n',
+        '{"epoch": 1, "train": {"loss": "nan"}}\n',
+        '{"_step": 3, "_runtime": 1.5, "loss": "NaN"}\n',
+        '{"log_history": [\n  {"loss": NaN, "step": 1}\n]}\n',
+        "epoch 3 step 10 loss nan\n" * 50,
+        "step,loss\n1,nan\n",
+    ],
+    ids=["json", "nested", "w&b", "trainer state", "text", "csv"],
+)
+def test_the_log_of_another_program_is_refused_and_the_right_command_named(
+    command, text, tmp_path, capsys
+):
+    if command == ["report"]:
+        require("plotly")
+    path = tmp_path / "train log.jsonl"
+    path.write_text(text)
+    assert main([*command, str(path)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and len(printed.err.splitlines()) == 1
+    assert f"use: fastguard scan '{path}'" in printed.err

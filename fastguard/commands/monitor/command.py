@@ -16,7 +16,7 @@ from pathlib import Path
 from fastguard.commands.monitor.follow import Follower
 from fastguard.commands.monitor.summary import as_dict, as_text
 from fastguard.commands.monitor.watch import Watch
-from fastguard.commands.run_files import begun, file_of
+from fastguard.commands.run_files import begun, file_of, refuse_without_records
 from fastguard.commands.usage import UsageError, integer, need
 from fastguard.strict_json import dumps
 
@@ -52,15 +52,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.wait:
         file_of(args.path)  # wrong use is said before the screen is taken
     watch = _once(args) if args.once else _live(args)
-    if watch.latest is None and watch.damaged:
-        raise UsageError(
-            f"{args.path} holds no records: {watch.damaged:,} lines, and none is a record; "
-            "for the text log of a trainer use: fastguard scan"
-        )
-    if args.once and watch.latest is None:
-        raise UsageError(
-            f"{file_of(args.path)} is empty: no step has been recorded yet; --wait waits for one"
-        )
+    if watch.latest is None and (watch.damaged or args.once):
+        refuse_without_records(file_of(args.path), watch.damaged)
     return FOUND_BAD if watch.incidents_in_window else FINE
 
 

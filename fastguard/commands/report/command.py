@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastguard.commands.files import written
-from fastguard.commands.run_files import file_of
-from fastguard.commands.usage import UsageError, need, output_folder
+from fastguard.commands.run_files import file_of, refuse_without_records
+from fastguard.commands.usage import need, output_folder
 from fastguard.plain_text import printable
 from fastguard.records_file import read_blocks
 from fastguard.rotated_files import rotated_files
@@ -38,13 +38,12 @@ def run(args: argparse.Namespace) -> int:
 
     from fastguard.commands.report.page import render
     from fastguard.commands.report.summary import summarise
-    from fastguard.commands.report.verdict import judge, plural
+    from fastguard.commands.report.verdict import judge
 
     with _progress(path) as progress:
         summary = summarise(read_blocks(path), progress=progress)
     if not summary.records:
-        damaged = plural(summary.damaged, "damaged line")
-        raise UsageError(f"{path} holds no record ({damaged})")
+        refuse_without_records(path, summary.damaged)
     verdict = judge(summary)
     page = folder / f"{path.stem}.html"
     with written(page) as temporary:

@@ -86,7 +86,9 @@ def test_a_run_without_a_step_yet_is_neither_fine_nor_bad(tmp_path, capsys) -> N
     assert main(["monitor", str(tmp_path), "--once"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "r.jsonl is empty: no step has been recorded yet; --wait" in captured.err
+    assert (
+        "r.jsonl is empty: no step has been recorded yet; fastguard monitor --wait" in captured.err
+    )
     assert main(["monitor", str(tmp_path), "--once", "--json"]) == 2
     assert json.loads(capsys.readouterr().out)["latest"] is None
 
