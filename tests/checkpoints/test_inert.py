@@ -186,6 +186,29 @@ def test_arrays_of_numbers_are_looked_into_and_others_are_left_alone(tmp_path):
     assert inspect(tmp_path / "x.pt").bad == (("big", 1, 0, 0), ("fortran", 1, 1, 0))
 
 
+@pytest.mark.parametrize(("depth", "is_read"), [(20, True), (21, False), (500, False)])
+def test_structures_in_structures_are_read_or_said_to_be_unread(tmp_path, depth, is_read):
+    kind = np.dtype("f4")
+    for _ in range(depth):
+        kind = np.dtype([("a", kind)])
+    sys.setrecursionlimit(20_000)  # of the pickler
+    try:
+        torch.save({"x": np.full(3, NAN, dtype="f4").view(kind)}, tmp_path / "x.pt")
+    finally:
+        sys.setrecursionlimit(1000)
+    found = inspect(tmp_path / "x.pt")
+    if is_read:
+        assert found.bad == (("x", 3, 0, 0),) and found.contents.unread == ()
+    else:
+        assert found.contents.unread == (("x", "numpy array of dtype structured"),)
+
+
+def test_a_structure_of_thousands_of_fields_is_said_to_be_unread(tmp_path):
+    kind = np.dtype([(f"f{i}", "f4") for i in range(1001)])
+    torch.save({"x": np.zeros(2, dtype=kind), "w": torch.ones(1)}, tmp_path / "x.pt")
+    assert inspect(tmp_path / "x.pt").contents.unread == (("x", "numpy array of dtype structured"),)
+
+
 def test_a_tensor_is_found_wherever_an_object_may_hold_it(tmp_path):
     slotted = make_class("vanished_slots", "Slotted", __slots__=("w",))
     made = slotted()

@@ -306,15 +306,8 @@ def test_metadata_that_calls_anything_is_refused(tmp_path):
             return print, ("executed",)
 
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(UnsafeFile, match=r"asks for builtins\.print"):
+    with pytest.raises(UnsafeFile, match=r"asks to call builtins\.print"):
         read_metadata(tmp_path)
-
-
-def attribute_of(target):
-    """A pickle that gives `target` a `__setstate__` of its choice."""
-    module, name = target
-    slots = b"U\x0c__setstate__ctorch.serialization\n_get_layout\n"
-    return f"c{module}\n{name}\n".encode() + b"N}(" + slots + b"u\x86b."
 
 
 METADATA = "torch.distributed.checkpoint.metadata"
@@ -330,40 +323,97 @@ METADATA = "torch.distributed.checkpoint.metadata"
     ids=["class", "enum", "function"],
 )
 def test_metadata_changes_no_class_of_this_process(tmp_path, target):
-    (tmp_path / ".metadata").write_bytes(b"\x80\x02" + attribute_of(target))
-    with pytest.raises(UnsafeFile, match=r"gives a state to .*; nothing was changed"):
-        read_metadata(tmp_path)
     module, name = target
+    slots = b"U\x0c__setstate__ctorch.serialization\n_get_layout\n"
+    raw = f"c{module}\n{name}\n".encode() + b"N}(" + slots + b"u\x86b."
+    (tmp_path / ".metadata").write_bytes(b"\x80\x02" + raw)
+    with pytest.raises(UnsafeFile, match=r"tries to change .*; nothing was executed"):
+        read_metadata(tmp_path)
     assert "__setstate__" not in vars(getattr(sys.modules[module], name))
 
 
-def test_metadata_changes_no_member_of_an_enum(tmp_path):
-    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
-
-    member = _MEM_FORMAT_ENCODING.TORCH_PRESERVE_FORMAT
-    before, state = dict(vars(member)), b"}U\x07_value_K\x07sb."
-    raw = f"c{METADATA}\n_MEM_FORMAT_ENCODING\n".encode() + b"K\x02\x85R" + state
-    assert pickle.loads(b"\x80\x02" + raw[: -len(state)] + b".") is member
-    (tmp_path / ".metadata").write_bytes(b"\x80\x02" + raw)
-    with pytest.raises(UnsafeFile, match="gives a state to"):
-        read_metadata(tmp_path)
-    assert vars(member) == before
+def forged(folder, change):
+    """The metadata of a folder, whose objects `change` has changed."""
+    path = folder / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    change(metadata)
+    path.write_bytes(pickle.dumps(metadata))
 
 
-def test_getattr_reaches_enum_members_and_nothing_else(tmp_path):
+def set_first(mapping, **values):
+    vars(next(iter(mapping.values()))).update(values)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: vars(m).update(state_dict_metadata=[]),
+        lambda m: vars(m).update(storage_data=None),
+        lambda m: vars(m).update(version=5),
+        lambda m: vars(m).update(storage_meta="x"),
+        lambda m: vars(m).update(planner_data={"a": 5}),
+        lambda m: m.state_dict_metadata.update({5: 5}),
+        lambda m: m.state_dict_metadata.update(a=torch.float32),
+        lambda m: set_first(m.state_dict_metadata, size="big"),
+        lambda m: set_first(m.state_dict_metadata, chunks=[3]),
+        lambda m: set_first(m.state_dict_metadata, size=torch.Size([2]), properties=None),
+        lambda m: set_first(m.storage_data, offset="0"),
+        lambda m: set_first(m.storage_data, length=True),
+        lambda m: set_first(m.storage_data, relative_path=b"x"),
+        lambda m: m.storage_data.update({"a": 1}),
+    ],
+    ids=range(14),
+)
+def test_metadata_of_values_of_another_type_is_damage(mesh, tmp_path, change):
+    with CheckpointStore(tmp_path) as store:
+        folder = tmp_path / store.save(model=build(mesh)[0], step=0).file
+    read_metadata(folder)
+    forged(folder, change)
+    with pytest.raises(DamagedFile, match=r"\.metadata"):
+        read_metadata(folder)
+    with CheckpointStore(tmp_path, read_only=True) as store:
+        assert not store.verify()[0].ok
+
+
+def test_metadata_of_a_tower_of_tuples_takes_no_time(tmp_path):
+    tower = b"\x80\x02X\x01\x00\x00\x00aq\x00" + b"".join(
+        b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(60)
+    )
+    for end in (b"0}h\x3cNs.", b"0cpathlib\nPosixPath\nh\x3cR.", b"r\xff\xff\xff\x7f."):
+        (tmp_path / ".metadata").write_bytes(tower + end)
+        with pytest.raises(DamagedFile):
+            read_metadata(tmp_path)
+
+
+def test_members_of_an_enum_are_read_by_value_and_by_name(mesh, tmp_path, monkeypatch):
     """Python 3.11.0 to 3.11.3 pickle enum members as `getattr(kind, name)`."""
     from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
-    class Asks:
-        def __init__(self, *arguments):
-            self.arguments = arguments
+    def as_attribute(self, _):
+        return getattr, (_MEM_FORMAT_ENCODING, self.name)
 
-        def __reduce__(self):
-            return getattr, self.arguments
+    with CheckpointStore(tmp_path) as store:
+        folder = tmp_path / store.save(model=build(mesh)[0], step=0).file
+    for by_name in (False, True):
+        if by_name:
+            monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", as_attribute)
 
-    path = tmp_path / ".metadata"
-    path.write_bytes(pickle.dumps(Asks(_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT")))
-    assert read_metadata(tmp_path) is _MEM_FORMAT_ENCODING.TORCH_PRESERVE_FORMAT
-    path.write_bytes(pickle.dumps(Asks(torch.Size, "__class__")))
-    with pytest.raises(UnsafeFile, match="nothing was executed"):
-        read_metadata(tmp_path)
+        def channels_last(metadata):
+            for tensor in metadata.state_dict_metadata.values():
+                tensor.properties.memory_format = torch.channels_last
+
+        forged(folder, channels_last)
+        raw = (folder / ".metadata").read_bytes()
+        assert (b"getattr" in raw) == by_name
+        found = read_metadata(folder).state_dict_metadata.values()
+        assert {t.properties.memory_format for t in found} == {torch.channels_last}
+
+
+def test_the_metadata_that_is_built_anew_is_that_which_was_written(mesh, tmp_path):
+    with CheckpointStore(tmp_path) as store:
+        folder = tmp_path / store.save(model=build(mesh)[0], step=0).file
+    ours, theirs = read_metadata(folder), pickle.loads((folder / ".metadata").read_bytes())
+    assert ours.state_dict_metadata == theirs.state_dict_metadata
+    assert ours.storage_data == theirs.storage_data
+    assert ours.planner_data == theirs.planner_data
+    assert ours.storage_meta.save_id == theirs.storage_meta.save_id

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from fastguard.buckets import FLOATING, bucketize
-from fastguard.checkpoints.errors import DamagedFile
+from fastguard.checkpoints.errors import CheckpointError, DamagedFile
 from fastguard.checkpoints.reading.contents import contents_of
 from fastguard.checkpoints.reading.inert_values import LongBytes
 from fastguard.checkpoints.reading.meant_infinite import meant_infinite
@@ -88,7 +88,15 @@ def inspect(
         DamagedFile, UnsafeFile, OSError: As `read_contents`.
     """
     with open_regular(path, follow_links=follow_links) as file:
-        return read_through(file, contents_of(file, path), sha256=sha256, crc32=crc32)
+        contents = contents_of(file, path)
+        try:
+            return read_through(file, contents, sha256=sha256, crc32=crc32)
+        except CheckpointError as error:
+            raise type(error)(f"{os.fspath(path)}: {error}") from None
+        except OSError:
+            raise
+        except Exception as error:  # what no tensor of torch or array of numpy can be
+            raise DamagedFile(f"{os.fspath(path)}: damaged ({error!r:.200})") from None
 
 
 def read_through(file: BinaryIO, contents: Contents, *, sha256: bool, crc32: bool) -> Inspection:

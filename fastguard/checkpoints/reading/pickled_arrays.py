@@ -22,7 +22,9 @@ _PLAIN = frozenset(
 )  # what torch has too, or can be cast to
 _LONG = f"f{np.dtype(np.longdouble).itemsize}", f"c{np.dtype(np.clongdouble).itemsize}"
 _NO_NUMBERS = "USMm"  # text, bytes, times: neither NaN nor Inf
-_MOST_FIELDS = 1000
+_MOST_FIELDS = 1000  # those of structures in it included
+_DEEPEST = 20  # structures in one another
+_LARGEST = 1 << 24  # bytes of an element; a piece of an array holds at least one
 
 
 class NumpyDtype:
@@ -41,6 +43,8 @@ class NumpyDtype:
         self.holds_numbers = kind not in _NO_NUMBERS
         self.plain: np.dtype | None = None
         self.of_torch: torch.dtype | None = None
+        self.n_fields = 1
+        self.depth = 0
         if isinstance(code, Name):  # ml_dtypes.bfloat16 and its relatives, which torch has too
             found = getattr(torch, self.what.rpartition(".")[2], None)
             self.of_torch = found if isinstance(found, torch.dtype) else None
@@ -62,23 +66,27 @@ class NumpyDtype:
             self.plain = self.plain.newbyteorder(order)
         elif isinstance(names, tuple) and isinstance(fields, dict):
             self.what = "structured"
-            self.plain = _structured(names, fields, size)
+            parts = [fields[name] for name in names[:_MOST_FIELDS]]
+            inner = [part[0] for part in parts if isinstance(part[0], NumpyDtype)]
+            self.n_fields = 1 + sum(dtype.n_fields for dtype in inner)
+            self.depth = 1 + max((dtype.depth for dtype in inner), default=0)
+            fits = self.n_fields <= _MOST_FIELDS and self.depth <= _DEEPEST
+            self.plain = _structured(parts, size) if fits and len(inner) == len(names) else None
 
 
-def _structured(names: tuple[Any, ...], fields: dict[Any, Any], size: Any) -> np.dtype | None:
+def _structured(parts: list[Any], size: Any) -> np.dtype | None:
     """The dtype of a structured array; None if there is something in it that cannot be read."""
-    if not 0 < len(names) <= _MOST_FIELDS or type(size) is not int or not 0 < size < 2**31:
+    if not parts or type(size) is not int or not 0 < size <= _LARGEST:
         return None
     formats, offsets = [], []
-    for name in names:
-        dtype, offset, *_ = fields[name]
-        if not isinstance(dtype, NumpyDtype) or dtype.plain is None or type(offset) is not int:
+    for dtype, offset, *_ in parts:
+        if dtype.plain is None or type(offset) is not int:
             return None
         formats.append(dtype.plain)
         offsets.append(offset)
     if sum(dtype.itemsize for dtype in formats) > size:  # fields that overlap multiply the work
         return None
-    plain = [str(i) for i in range(len(names))]  # titles and odd names mean nothing here
+    plain = [str(i) for i in range(len(parts))]  # titles and odd names mean nothing here
     return np.dtype({"names": plain, "formats": formats, "offsets": offsets, "itemsize": size})
 
 
@@ -162,13 +170,13 @@ class NumpyArray:
             data = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.empty(0)
             yield data.to(torch.uint8).view(dtype.of_torch)
         elif dtype.plain is not None:
-            yield from _tensors(np.frombuffer(raw, dtype.plain), 0)
+            yield from _tensors(np.frombuffer(raw, dtype.plain))
 
 
-def _tensors(values: np.ndarray, depth: int) -> Iterator[Tensor]:
+def _tensors(values: np.ndarray) -> Iterator[Tensor]:
     if values.dtype.names is not None:
-        for name in values.dtype.names if depth < 8 else ():
-            yield from _tensors(values[name], depth + 1)
+        for name in values.dtype.names:  # at most 1000 in all, and 20 deep
+            yield from _tensors(values[name])
         return
     if values.dtype.itemsize > 8 and values.dtype != np.complex128:  # of extended precision
         parts = [values] if values.dtype.kind == "f" else [np.real(values), np.imag(values)]

@@ -1,42 +1,41 @@
-"""`.metadata` of `torch.distributed.checkpoint`, a pickle, read with the classes it consists of."""
+"""`.metadata` of `torch.distributed.checkpoint`, a pickle: read inertly, and built anew.
+
+torch unpickles this file with everything that a pickle can do. Here it is read as any checkpoint
+is (`load_inert`: nothing is called, the work is bounded), and what it then describes is checked
+value by value while the objects of torch are made of it.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import enum
-import pickle
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO
 
 import torch
 
-from fastguard.checkpoints.errors import CheckpointError, DamagedFile, UnsafeFile
-from fastguard.checkpoints.reading.inert_calls import MOVED
+from fastguard.checkpoints.errors import CheckpointError, DamagedFile
+from fastguard.checkpoints.reading.inert_unpickler import load_inert
+from fastguard.checkpoints.reading.inert_values import Name, StandIn, kind_of
 from fastguard.regular_files import open_regular
 
 NAME = ".metadata"
-_ALLOWED = {
-    **{
-        name: "torch.distributed.checkpoint.metadata"
-        for name in (
-            "Metadata", "TensorStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING",
-            "ChunkStorageMetadata", "MetadataIndex", "StorageMeta",
-        )
-    },
-    "_StorageInfo": "torch.distributed.checkpoint.filesystem",
-    "_get_layout": "torch.serialization",
-    "Size": "torch",
-    "PosixPath": "pathlib",
-}  # fmt: skip
+_MODULE = "torch.distributed.checkpoint.metadata"
+_FILES = "torch.distributed.checkpoint.filesystem"
+_ENCODING = f"{_MODULE}._MEM_FORMAT_ENCODING"
+_FORMATS = {
+    "TORCH_CONTIGUOUS_FORMAT": torch.contiguous_format,
+    "TORCH_CHANNELS_LAST": torch.channels_last,
+    "TORCH_PRESERVE_FORMAT": torch.preserve_format,
+}
 
 
 def read_metadata(folder: Path) -> Any:
     """The `Metadata` of a folder that `torch.distributed.checkpoint` wrote.
 
     Raises:
-        UnsafeFile: It asks for anything else; nothing was executed.
-        DamagedFile: It is no such pickle.
+        UnsafeFile: It asks to call something; nothing was executed.
+        DamagedFile: It is no such file.
         OSError: It cannot be read.
     """
     with open_regular(folder / NAME, follow_links=False) as file:
@@ -46,46 +45,176 @@ def read_metadata(folder: Path) -> Any:
 def metadata_in(file: BinaryIO, folder: Path) -> Any:
     """`read_metadata`, of a file that is open."""
     try:
-        return _Unpickler(file).load()
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise DamagedFile(f"{folder / NAME} cannot be read ({error})") from None
+        return _metadata(load_inert(file))
+    except CheckpointError as error:
+        raise type(error)(f"{folder / NAME}: {error}") from None
+    except Exception as error:  # values that torch's own classes refuse
+        raise DamagedFile(f"{folder / NAME} cannot be read ({error!s:.200})") from None
 
 
-class _Unpickler(pickle._Unpickler):
-    """The one in Python, as torch takes for `weights_only=True`: BUILD of the one in C obeys.
+def _metadata(value: Any) -> Any:
+    from torch.distributed.checkpoint.metadata import Metadata
 
-    It gives attributes to whatever it is told to, such as a class of this process.
-    """
-
-    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
-
-    def _build(self) -> None:
-        target = self.stack[-2]  # type: ignore[attr-defined]
-        # Those that the pickle made itself; members of an enum are everybody's, as classes are.
-        if isinstance(target, type) or not dataclasses.is_dataclass(target):
-            raise UnsafeFile(f"the metadata gives a state to {target!r}; nothing was changed")
-        self.load_build()  # type: ignore[attr-defined]
-
-    dispatch[pickle.BUILD[0]] = _build
-
-    def find_class(self, module: str, name: str) -> Any:
-        module = MOVED.get(module, module)
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if (module, name) == ("builtins", "getattr"):
-            return _enum_member
-        if _ALLOWED.get(name) != module:
-            raise UnsafeFile(
-                f"the metadata asks for {module}.{name}, which torch.distributed.checkpoint does "
-                "not write; nothing was executed"
-            )
-        return super().find_class(module, name)
+    state = _state(value, f"{_MODULE}.Metadata")
+    tensors = _mapping(state["state_dict_metadata"])
+    places = _mapping(state["storage_data"])
+    return Metadata(
+        {_text(name): _tensor(tensor) for name, tensor in tensors.items()},
+        planner_data=_planner_data(state.get("planner_data")),
+        storage_data={_index(index): _place(place) for index, place in places.items()},
+        storage_meta=_storage_meta(state.get("storage_meta")),
+        **_known(Metadata, version=_optional_text(state.get("version"))),
+    )
 
 
-def _enum_member(kind: Any, name: str) -> Any:
-    """What `getattr` is asked for by Python 3.11.0 to 3.11.3, which pickle enum members by it."""
-    if not (isinstance(kind, type) and issubclass(kind, enum.Enum)):
-        raise UnsafeFile(f"the metadata asks for {name} of {kind!r}; nothing was executed")
-    return kind[name]
+def _tensor(value: Any) -> Any:
+    from torch.distributed.checkpoint.metadata import (
+        BytesStorageMetadata,
+        ChunkStorageMetadata,
+        TensorStorageMetadata,
+    )
+
+    if isinstance(value, StandIn) and value.qualified_name == f"{_MODULE}.BytesStorageMetadata":
+        return BytesStorageMetadata()
+    state = _state(value, f"{_MODULE}.TensorStorageMetadata")
+    chunks = []
+    for chunk in _items(state["chunks"]):
+        place = _state(chunk, f"{_MODULE}.ChunkStorageMetadata")
+        chunks.append(ChunkStorageMetadata(_size(place["offsets"]), _size(place["sizes"])))
+    return TensorStorageMetadata(_properties(state["properties"]), _size(state["size"]), chunks)
+
+
+def _properties(value: Any) -> Any:
+    from torch.distributed.checkpoint.metadata import TensorProperties
+
+    _check_kind(value, f"{_MODULE}.TensorProperties")
+    dtype, layout, requires_grad, memory_format, pin_memory = value.parts[-1]
+    layout = getattr(torch, _text(layout).removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or not isinstance(layout, torch.layout):
+        raise _damaged(dtype)
+    return TensorProperties(
+        dtype, layout, requires_grad is True, _memory_format(memory_format), pin_memory is True
+    )
+
+
+def _memory_format(value: Any) -> torch.memory_format:
+    """A member of an enum, by its value, or by its name as Python 3.11.0 to 3.11.3 pickle it."""
+    if isinstance(value, Name):
+        kind, _, name = value.qualified_name.rpartition(".")
+        if kind == _ENCODING and name in _FORMATS:
+            return _FORMATS[name]
+    elif isinstance(value, StandIn) and value.qualified_name == _ENCODING and value.parts:
+        (number,) = value.parts[0]
+        return list(_FORMATS.values())[_integer(number)]
+    raise _damaged(value)
+
+
+def _index(value: Any) -> Any:
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+
+    state = _state(value, f"{_MODULE}.MetadataIndex")
+    offset, index = state.get("offset"), state.get("index")
+    return MetadataIndex(
+        _text(state["fqn"]),
+        None if offset is None else _size(offset),
+        None if index is None else _integer(index),
+    )
+
+
+def _place(value: Any) -> Any:
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    state = _state(value, f"{_FILES}._StorageInfo")
+    transforms = state.get("transform_descriptors")
+    if transforms is not None:
+        transforms = [_text(item) for item in _items(transforms)]
+    path, offset, length = state["relative_path"], state["offset"], state["length"]
+    return _StorageInfo(
+        _text(path),
+        _integer(offset),
+        _integer(length),
+        **_known(_StorageInfo, transform_descriptors=transforms),
+    )
+
+
+def _storage_meta(value: Any) -> Any:
+    from torch.distributed.checkpoint.metadata import StorageMeta
+
+    state = {} if value is None else _state(value, f"{_MODULE}.StorageMeta")
+    modules = [_text(module) for module in _items(state.get("modules", []))]
+    texts = {key: _optional_text(state.get(key)) for key in ("checkpoint_id", "save_id", "load_id")}
+    return StorageMeta(**_known(StorageMeta, modules=modules, **texts))
+
+
+def _planner_data(value: Any) -> Any:
+    """Where each flat name stands in the tree that was saved."""
+    if not isinstance(value, Mapping):
+        return None
+    return {_text(name): tuple(map(_key, _items(path))) for name, path in value.items()}
+
+
+# Values, each of one type or an error.
+
+
+def _state(value: Any, kind: str) -> dict[str, Any]:
+    """The attributes of an object of that class."""
+    _check_kind(value, kind)
+    found: dict[str, Any] = {}
+    for part in value.parts:
+        for attributes in part if isinstance(part, tuple) else (part,):
+            if isinstance(attributes, dict):
+                found.update(dict.items(attributes))
+    return found
+
+
+def _check_kind(value: Any, kind: str) -> None:
+    if not isinstance(value, StandIn) or value.qualified_name != kind:
+        raise _damaged(value)
+
+
+def _damaged(value: Any) -> DamagedFile:
+    return DamagedFile(
+        f"damaged: it has {kind_of(value)} where torch.distributed.checkpoint writes another value"
+    )
+
+
+def _known(kind: Any, **values: Any) -> dict[str, Any]:
+    """Those of the arguments that this release of torch has."""
+    names = {field.name for field in fields(kind)}
+    return {name: value for name, value in values.items() if name in names}
+
+
+def _mapping(value: Any) -> Mapping[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise _damaged(value)
+    return value
+
+
+def _items(value: Any) -> list[Any]:
+    if not isinstance(value, list | tuple):
+        raise _damaged(value)
+    return list(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise _damaged(value)
+    return value
+
+
+def _optional_text(value: Any) -> str | None:
+    return None if value is None else _text(value)
+
+
+def _key(value: Any) -> str | int:
+    return value if isinstance(value, str) else _integer(value)
+
+
+def _integer(value: Any) -> int:
+    if type(value) is not int:
+        raise _damaged(value)
+    return value
+
+
+def _size(value: Any) -> torch.Size:
+    return torch.Size(map(_integer, _items(value)))

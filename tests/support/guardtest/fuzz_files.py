@@ -210,7 +210,9 @@ def changed_manifest(rng: random.Random, folder: Path) -> Path:
     path = folder / "store" / "manifest.json"
     body = json.loads(path.read_text())
     for _ in range(rng.choice([1, 1, 2, 3])):
-        holder = rng.choice([body, body, rng.choice(body.get("checkpoints") or [body])])
+        entries = body.get("checkpoints")
+        entries = entries if isinstance(entries, list) and entries else [body]
+        holder = rng.choice([body, body, rng.choice(entries)])
         if not isinstance(holder, dict):
             continue
         key = rng.choice([*holder, "removing", "replaced", "file"])
