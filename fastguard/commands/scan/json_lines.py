@@ -72,6 +72,15 @@ class JsonLines:
             return self.read_object(found)
         return self._read_numbers(found)
 
+    def read_entry(self, found: Mapping[str, Any]) -> Reading:
+        """What an object of a document says."""
+        values = found.values()
+        if _SCALARS.issuperset(map(type, values)) and all(
+            value is None or -_LARGEST <= value <= _LARGEST for value in values
+        ):
+            return self._read_numbers(found)
+        return self.read_object(found)
+
     def _read_numbers(self, found: Mapping[str, Any]) -> Reading:
         """What an object says that holds finite numbers, and has been met before but for these."""
         names = tuple(found)

@@ -41,6 +41,9 @@ OTHER_NAMES = "(others)"
 STEPS = 10
 """Steps of a stretch that are told one by one."""
 
+LONG = 1000
+"""Characters of an object that its excerpt is made of."""
+
 EXCERPT = 200
 """Characters of a line that are kept."""
 
@@ -192,13 +195,13 @@ class _Scanner:
         )
         self._data(number, Reading(TENSORBOARD, place, (), measured, None, numbers), "")
 
-    def _take_document(self, entries: list[documents.Entry], text: bytes) -> None:
+    def _take_document(self, entries: Iterator[documents.Entry], text: bytes) -> None:
         for number, values in entries:
             self.found.n_lines += 1
-            reading = self._json.read_object(values)
-            self._data(number, reading, str(values) if reading.bad else "")
+            reading = self._json.read_entry(values)
+            self._data(number, reading, str(values)[:LONG] if reading.bad else "")
         self._table.give_up()
-        if not entries and text.strip(b" \t\r\n[]{}"):
+        if not self.found.n_lines and text.strip(b" \t\r\n[]{}"):
             self.found.n_lines += 1
 
     def _pass(self, lines: bytes) -> None:
