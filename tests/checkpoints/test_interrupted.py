@@ -79,11 +79,13 @@ def test_ctrl_c_while_the_old_checkpoint_is_removed_keeps_the_new_one(tmp_path, 
         monkeypatch.undo()
         signal.raise_signal(signal.SIGINT)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
     with CheckpointStore(tmp_path, keep=1) as store:
         save(store, 0)
         monkeypatch.setattr(files, "remove", interrupt)
         with pytest.raises(KeyboardInterrupt):
             save(store, 1)
+        signal.signal(signal.SIGINT, before)
         assert steps(store) == [1]
     with CheckpointStore(tmp_path, keep=1) as store:
         assert store.load("last-clean").step == 1
