@@ -109,7 +109,7 @@ def _cloned_subclass(value: Tensor) -> Tensor:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        if hasattr(type(value), "__torch_dispatch__") and not has_memory(value):
+        if not has_memory(value):
             raise CannotCopy(value, error) from error
     with torch._C.DisableTorchFunctionSubclass():
         made = value.detach().clone().as_subclass(type(value))

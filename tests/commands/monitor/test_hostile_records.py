@@ -19,6 +19,7 @@ from fastguard.commands.monitor.summary import as_dict, as_text
 from fastguard.commands.monitor.watch import Watch
 from fastguard.strict_json import dumps
 from guardtest import require
+from guardtest.odd_records import FIELDS, good
 
 require("rich")
 Console = require("rich.console").Console
@@ -90,16 +91,6 @@ ODD = [
     {"a": 1e308, "b": -1e308}, {"a": [1]}, ["a", 3], [["w", "NaN", 0, 0]], [["w", 10**400, 0, 0]],
     "x" * 10_000,
 ]  # fmt: skip
-FIELDS = [
-    "step", "total_norm", "clip_coef", "action", "reason", "nan", "culprits", "n_culprits",
-    "losses", "spikes", "thresholds", "consecutive_skips", "lr", "tag", "culprit_ranks",
-    "culprit_rank",
-]  # fmt: skip
-
-
-def good(step: int) -> dict[str, Any]:
-    row = {"step": step, "total_norm": 1.0, "clip_coef": 1.0, "action": "applied", "lr": 0.1}
-    return {**row, "losses": {"loss": 1.0 + step}, "thresholds": {"loss": 9.0}}
 
 
 def assert_is_shown(records: list[dict[str, Any]]) -> None:

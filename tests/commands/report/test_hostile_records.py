@@ -19,6 +19,7 @@ from fastguard.commands.report.summary import summarise
 from fastguard.commands.report.verdict import judge
 from fastguard.records_file import Block, read_blocks
 from guardtest import require
+from guardtest.odd_records import FIELDS, good
 
 require("plotly")
 draw = require("fastguard.commands.report.figure").draw
@@ -144,16 +145,6 @@ ODD = [
     ["a", 3], [["w", 1]], [[["w"], 1, 0, 0]], [["w", "NaN", 0, 0]], [[None, 1e3, 0, 0]] * 50,
     "x" * 10_000,
 ]  # fmt: skip
-FIELDS = [
-    "step", "total_norm", "clip_coef", "action", "reason", "nan", "culprits", "n_culprits",
-    "losses", "spikes", "thresholds", "consecutive_skips", "lr", "tag", "culprit_ranks",
-    "culprit_rank",
-]  # fmt: skip
-
-
-def good(step: int) -> dict[str, Any]:
-    row = {"step": step, "total_norm": 1.0, "clip_coef": 1.0, "action": "applied", "lr": 0.1}
-    return {**row, "losses": {"loss": 1.0 + step}, "thresholds": {"loss": 9.0}}
 
 
 def assert_is_reported(records: list[dict[str, Any]], path: Path) -> None:
