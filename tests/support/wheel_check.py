@@ -21,7 +21,7 @@ DRAWN = ("monitor.live", "monitor.screen", "report.figure", "report.page")
 MAY_NEED_AN_EXTRA = (
     "fastguard.kernels.",
     "fastguard.integrations.",
-    *(f"fastguard.{module}" for module in DRAWN),
+    *(f"fastguard.commands.{module}" for module in DRAWN),
 )
 
 
@@ -50,9 +50,12 @@ def check_every_module_imports() -> None:
     """Optional packages are imported where they are used: only adapters, kernels and what draws
     on a screen or a page need them.
     """
-    for module in pkgutil.walk_packages(fastguard.__path__, "fastguard."):
-        if module.name != "fastguard.__main__" and not module.name.startswith(MAY_NEED_AN_EXTRA):
-            importlib.import_module(module.name)
+    names = [module.name for module in pkgutil.walk_packages(fastguard.__path__, "fastguard.")]
+    for exempt in MAY_NEED_AN_EXTRA:
+        assert any(name.startswith(exempt) for name in names), f"no module is named {exempt}"
+    for name in names:
+        if name != "fastguard.__main__" and not name.startswith(MAY_NEED_AN_EXTRA):
+            importlib.import_module(name)
 
 
 def check_it_works() -> None:
