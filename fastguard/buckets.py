@@ -58,6 +58,7 @@ class GradBucket:
         kind: How they can be read.
         resolved: `(gradient, copy)` of gradients whose memory holds other numbers than they do
             (views with a conjugate or negative bit); `grads` holds the copies.
+        sizes: How many elements each gradient has, if the form tells.
     """
 
     device: torch.device
@@ -70,6 +71,7 @@ class GradBucket:
     form: Form | None = field(default=None, compare=False, repr=False)
     kind: Kind = PLAIN
     resolved: Sequence[tuple[Tensor, Tensor]] = field(default=(), compare=False, repr=False)
+    sizes: Sequence[int] | None = field(default=None, compare=False, repr=False)
 
     def write_back(self) -> None:
         """Brings what was done to copies to the gradients that they stand for."""
@@ -237,13 +239,13 @@ def bucketize(
     buckets = []
     for where, dtype, positions in form.groups:
         members = dense if len(form.groups) == 1 else [dense[i] for i in positions]
-        own_form = form if form.known_again else None
+        own_form, sizes = (form, form.sizes) if form.known_again else (None, None)
         resolved: Sequence[tuple[Tensor, Tensor]] = ()
         if dtype.is_complex or (own_form is None and where.type != "cpu"):
             members, resolved = _resolved(members)
         if dtype.is_complex:
             members, dtype = _real_views(members, positions, ids, names, norm_type)
-            own_form = None  # it is that of the complex list
+            own_form = sizes = None  # they are those of the complex list
         if dtype not in FLOATING:
             raise TypeError(
                 f"the gradient of {name_of(ids[positions[0]], names)} is {dtype}; fastguard "
@@ -255,11 +257,16 @@ def bucketize(
         segment_ids = (
             Same(0, len(members)) if segments is None else [segments[i] for i in tensor_ids]
         )
+        if sizes is not None and len(form.groups) > 1:
+            sizes = [sizes[i] for i in positions]
+        # fmt: off
         buckets.append(
             GradBucket(  # by position: keywords take twice as long
-                where, dtype, members, tensor_ids, segment_ids, None, {}, own_form, kind, resolved
+                where, dtype, members, tensor_ids, segment_ids, None, {}, own_form, kind, resolved,
+                sizes,
             )
         )
+        # fmt: on
     home = device or dense[0].device
     return GradBuckets(tuple(buckets), n_tensors, n_segments, names, home, sharing)
 

@@ -49,18 +49,20 @@ class Part:
         segment: Its number.
         positions: Where its gradients stand in the bucket.
         tensors: What holds their elements.
+        sizes: How many elements each of these has, if it is known.
         pieces: The same, ready to be read where it lies now; None: nobody has asked for it.
     """
 
     segment: int
     positions: Sequence[int]
     tensors: Sequence[Tensor]
+    sizes: Sequence[int] | None = None
     pieces: cpu_l2.Pieces | None = None
 
     def l2_power_sum(self) -> float:
         """See `cpu_l2.power_sum`."""
         if self.pieces is None:
-            self.pieces = cpu_l2.Pieces.of(self.tensors)
+            self.pieces = cpu_l2.Pieces.of(self.tensors, self.sizes)
         return cpu_l2.power_sum(self.pieces)
 
 
@@ -113,8 +115,11 @@ def _parts(bucket: GradBucket) -> list[Part]:
 def _by_segment(bucket: GradBucket) -> Iterator[Part]:
     runs = None if bucket.runs is None else by_number((r.segment, r.flat) for r in bucket.runs)
     if bucket.segment is not None:
-        tensors = bucket.grads if runs is None else runs[bucket.segment]
-        yield Part(bucket.segment, range(len(bucket.grads)), tensors)
+        positions = range(len(bucket.grads))
+        if runs is None:
+            yield Part(bucket.segment, positions, bucket.grads, bucket.sizes)
+        else:
+            yield Part(bucket.segment, positions, runs[bucket.segment])
         return
     for segment, positions in by_number(zip(bucket.segment_ids, count())).items():
         tensors = [bucket.grads[i] for i in positions] if runs is None else runs[segment]

@@ -53,6 +53,7 @@ ROWS = 8  # of a block
 BLOCK = ROWS * ROW  # smaller tensors are gathered
 LARGE = 2**16  # larger ones are read in rows, by several threads, if together they are worth that
 STAGE = 2**20  # elements of the buffer in which other dtypes become float32: 4 MB, a level-3 cache
+JOINED = 2**19  # elements of small tensors that are joined at a time: 2 MB of float32
 WIDE = 6 * GRAIN  # elements that become float64 at a time: 1.5 MB, a level-2 cache
 SHARE = 2**27  # elements between two audits: bounds the row norms kept to 2 MB
 EXACT_BELOW = FEW  # with fewer elements, float64 throughout costs less than the audit
@@ -88,9 +89,10 @@ class Pieces:
     blocks: Sequence[_Blocks]
 
     @staticmethod
-    def of(tensors: Sequence[Tensor]) -> Pieces:
-        """The pieces of CPU tensors of one dtype below float64."""
-        sizes = list(map(Tensor.numel, tensors))
+    def of(tensors: Sequence[Tensor], sizes: Sequence[int] | None = None) -> Pieces:
+        """The pieces of CPU tensors of one dtype below float64; `sizes`, if known, of each."""
+        if sizes is None:
+            sizes = list(map(Tensor.numel, tensors))
         if sum(sizes) < EXACT_BELOW:
             return Pieces(tensors, sizes, ())
         small, middling, large = _by_size(tensors, sizes)
@@ -121,14 +123,28 @@ def power_sum(pieces: Pieces) -> float:
 def exact_power_sum(tensors: Sequence[Tensor], sizes: Sequence[int] | None = None) -> float:
     """The same of tensors below float64, in float64 throughout."""
     total = 0.0
-    with _quietly():
-        for values, _, _ in gathered(tensors, WIDE, sizes, joined=WIDE):
-            wide = buffer("wide", WIDE, (WIDE,), torch.float64)[: values.numel()]
-            array = wide.numpy()
-            if values.dtype is torch.float32:
-                array[:] = values.numpy(force=True)  # on one thread
+    for values, _, _ in gathered(tensors, JOINED, sizes, joined=JOINED):
+        total += _sum_of_few(values) if values.numel() <= ALONE else _sum_of_many(values)
+    return total
+
+
+def _sum_of_few(values: Tensor) -> float:
+    """The same of up to `ALONE` elements, in the fewest calls."""
+    few = values.double().numpy(force=True)
+    return few.dot(few).item()
+
+
+def _sum_of_many(values: Tensor) -> float:
+    """The same of any number of elements, on one thread."""
+    total = 0.0
+    for piece in values.split(WIDE):
+        wide = buffer("wide", WIDE, (WIDE,), torch.float64)[: piece.numel()]
+        array = wide.numpy()
+        with _quietly():
+            if piece.dtype is torch.float32:
+                array[:] = piece.numpy(force=True)
             else:
-                torch._foreach_copy_(wide.split(GRAIN), values.split(GRAIN))
+                torch._foreach_copy_(wide.split(GRAIN), piece.split(GRAIN))
             total += sum_of_squares(array)
     return total
 

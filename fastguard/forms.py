@@ -39,15 +39,17 @@ class Form:
 
     Attributes:
         groups: By device and dtype, in the order in which each first appears.
+        sizes: How many elements each gradient has; empty unless the form is known again.
     """
 
-    __slots__ = ("_guards", "_n", "groups")
+    __slots__ = ("_guards", "_n", "groups", "sizes")
 
     def __init__(self, grads: list[Tensor], groups: tuple[Group, ...], keep: bool = True) -> None:
         self.groups = groups
         self._n = len(grads)
         long_and_plain = keep and self._n >= FEWEST and set(map(type, grads)) == {Tensor}
         self._guards: Any = _guards_of(grads) if long_and_plain else None
+        self.sizes = tuple(map(Tensor.numel, grads)) if self.known_again else ()
 
     @property
     def known_again(self) -> bool:
