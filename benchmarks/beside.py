@@ -26,9 +26,9 @@ import torch
 
 import fastguard
 from benchmarks.suite import model_shapes
-from fastguard.bad_stretch import Moment
-from fastguard.peers import Peers
-from fastguard.snapshot_places import InMemory
+from fastguard.ranks.lockstep import Peers
+from fastguard.recovery.incident_log import Moment
+from fastguard.recovery.snapshot_stores import InMemory
 
 Work = Callable[[], object]
 FETCHED = 20

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from fastguard import StepRecord
-from fastguard.strict_json import dumps
+from fastguard.records.strict_json import dumps
 
 FILE_BYTES = 1 << 30
 BLOCK = 20_000

@@ -20,12 +20,12 @@ from unittest import mock
 import torch
 
 from benchmarks.script import commit
-from fastguard import backend
-from fastguard.buckets import bucketize
 from fastguard.commands.bench.clock import Clock, Sample
 from fastguard.commands.bench.machine import Evictor, ceilings, describe_machine, versions
 from fastguard.commands.bench.results import write
 from fastguard.commands.bench.runner import Spread
+from fastguard.gradients.buckets import bucketize
+from fastguard.stages import backend
 
 ROUNDS = 31
 MEGABYTES = 512

@@ -4,10 +4,16 @@ Reads every gradient once, and from that read knows the global norm, what is NaN
 parameter, and whether the step is a spike; decides on the device to clip, clean, skip or apply.
 """
 
-from fastguard import ops as ops  # registers the ops that torch.compile needs
-from fastguard.backend import backend_for
 from fastguard.checkpoints import CheckpointStore
-from fastguard.clip import (
+from fastguard.checkpoints.random_state import random_state
+from fastguard.config import GuardConfig
+from fastguard.diagnosis import Diagnosis, Finding, diagnose
+from fastguard.diagnosis.activations import ActivationGuard
+from fastguard.diagnosis.batch_check import BatchCheck, check_batch
+from fastguard.diagnosis.provenance import NonFiniteReport, explain_nonfinite
+from fastguard.errors import NonFiniteGradError, TrainingDivergedError
+from fastguard.functional import ops as ops
+from fastguard.functional.clip import (
     clip_grad_norm_,
     clip_grad_value_,
     clip_grads_with_norm_,
@@ -15,26 +21,21 @@ from fastguard.clip import (
     measure_grads,
     sanitize_grads_,
 )
-from fastguard.config import GuardConfig
-from fastguard.diagnosis import Diagnosis, Finding, diagnose
-from fastguard.diagnosis.activations import ActivationGuard
-from fastguard.diagnosis.batch_check import BatchCheck, check_batch
-from fastguard.diagnosis.provenance import NonFiniteReport, explain_nonfinite
-from fastguard.errors import NonFiniteGradError, TrainingDivergedError
-from fastguard.flat_buckets import FlatGradBuckets
-from fastguard.loss_meter import LossMeter
-from fastguard.measure import GradStats
-from fastguard.model_buffers import ModelBuffers, protect_buffers
-from fastguard.optimizer import GuardedOptimizer
-from fastguard.patch import patch_torch, unpatch_torch
+from fastguard.functional.flat_buckets import FlatGradBuckets
+from fastguard.functional.patch import patch_torch, unpatch_torch
+from fastguard.guard.guarded import GuardedOptimizer
+from fastguard.guard.model_buffers import ModelBuffers, protect_buffers
+from fastguard.guard.rank_watch import RankWatch
 from fastguard.ranks.groups import Replicated
-from fastguard.ranks.watch import RankWatch
-from fastguard.rollback import Rewind, Rollback
-from fastguard.rules import SpikeRule, Threshold
-from fastguard.schedule import GuardedLR
-from fastguard.sinks import JsonLinesSink, LogSink, TensorBoardSink, read_records
-from fastguard.step_record import StepRecord
-from fastguard.warmup import Warmup
+from fastguard.records.loss_meter import LossMeter
+from fastguard.records.sinks import JsonLinesSink, LogSink, TensorBoardSink, read_records
+from fastguard.records.step_record import StepRecord
+from fastguard.recovery.guarded_lr import GuardedLR
+from fastguard.recovery.rollback import Rewind, Rollback
+from fastguard.recovery.warmup import Warmup
+from fastguard.stages.backend import backend_for
+from fastguard.stages.measure import GradStats
+from fastguard.stages.spike_rules import SpikeRule, Threshold
 
 __all__ = [
     # the functions of torch.nn.utils, and gradients that live in one buffer
@@ -81,6 +82,7 @@ __all__ = [
     "Rewind",
     # why it has gone wrong
     "explain_nonfinite",
+    "random_state",
     "NonFiniteReport",
     "diagnose",
     "Diagnosis",

@@ -14,8 +14,8 @@ allocator.
 Cost: a table is built with numpy (about 2 µs a tensor) and uploaded from pinned memory, both only
 when an address, a size or a segment changed since the last `TABLES` different lists of gradients;
 otherwise the host reads the address of each gradient (0.06 µs a tensor), and its size and strides
-(0.1 µs) where nobody knows the form of the list (`fastguard.forms`). A flat bucket outlives the
-step and keeps its table: its slots never move.
+(0.1 µs) unless the form of the list is known (`fastguard.gradients.layout_guards`). A flat bucket
+outlives the step and keeps its table: its slots never move.
 
 A gradient that does not cover one block of memory (strides with holes, expanded, overlapping an
 earlier one) has a contiguous buffer here that stands for it; the caller copies, and counts it.
@@ -48,7 +48,7 @@ class Run(Protocol):
 
 
 class Bucket(Protocol):
-    """What a table is made of; see `fastguard.buckets.GradBucket`."""
+    """What a table is made of; see `fastguard.gradients.buckets.GradBucket`."""
 
     device: torch.device
     dtype: torch.dtype

@@ -6,7 +6,7 @@
 I/O: a few numbers a segment, and the rings of the rules; no gradient. One warp, float64.
 
 Every comparison says what NaN does. Sums over segments and rings are added in another order than
-PyTorch's; all else is bit for bit the arithmetic of `fastguard.reference.decide`."""
+PyTorch's; all else is bit for bit the arithmetic of `fastguard.stages.reference.decide`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from fastguard.kernels.rules import (
 )
 from fastguard.kernels.summary import whole_model
 
-# Reasons: `fastguard.decide.Reason`.
+# Reasons: `fastguard.stages.decide.Reason`.
 NONFINITE_GRAD = tl.constexpr(1)
 NONFINITE_LOSS = tl.constexpr(2)
 GRAD_SPIKE = tl.constexpr(3)
@@ -298,9 +298,9 @@ def decide_step(
         scale_falls: bool `()`: the scaler lowers its scale after an overflow; None: not known.
 
     Returns:
-        The fields of `fastguard.decide.Verdict`, in their order; and what the state was before,
-        float64 `(5 + 4 * K,)`, nothing without a state: the counters, and of each rule its row of
-        `rings` and the value that was overwritten in `windows`.
+        The fields of `fastguard.stages.decide.Verdict`, in their order; and what the state was
+        before, float64 `(5 + 4 * K,)`, nothing without a state: the counters, and of each rule its row
+        of `rings` and the value that was overwritten in `windows`.
     """
     device, n_segments, n_losses = summary.device, summary.shape[1], losses.numel()
     n_rules = 0 if rules is None else rules.shape[0]

@@ -280,7 +280,7 @@ def measure_chunks(
         tuning: Another than that of the norm.
 
     Returns:
-        `summary` float64 `(4, S)`, `counts` int64 `(3, T)`: see `fastguard.measure.GradStats`.
+        `summary` float64 `(4, S)`, `counts` int64 `(3, T)`: see `stages.measure.GradStats`.
     """
     n_chunks = table.n_chunks
     one_segment = n_segments == 1

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastguard.kernels.launch import Launcher, Variant
 
-# The row: `fastguard.packed`.
+# The row: `fastguard.records.device_row`.
 HEAD = tl.constexpr(11)
 CULPRITS = tl.constexpr(8)
 CULPRIT = tl.constexpr(4)
@@ -140,7 +140,7 @@ def record_step(
     spikes: Tensor,
     thresholds: Tensor,
 ) -> None:
-    """Writes the record of one step into `row`, float64, contiguous; see `fastguard.packed`.
+    """Writes the record of one step into `row`, float64, contiguous; see `records.device_row`.
 
     Args:
         row: What is written; the culprits that there are not stay as they were.

@@ -23,8 +23,8 @@ from fastguard.checkpoints.reading.inspect_file import sha256_of_open
 from fastguard.checkpoints.sharded import read_write as sharded
 from fastguard.checkpoints.sharded import shard_report as shard_looking
 from fastguard.checkpoints.sharded.open_files import OpenFiles
-from fastguard.peers import Peers
-from fastguard.regular_files import NotRegularFile, open_regular
+from fastguard.ranks.lockstep import Peers
+from fastguard.records.regular_files import NotRegularFile, open_regular
 
 
 def suffix_of(states: Mapping[str, Any], peers: Peers) -> str:

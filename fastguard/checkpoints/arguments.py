@@ -6,9 +6,9 @@ import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fastguard.checked_numbers import count_of
 from fastguard.checkpoints.entry import Entry
-from fastguard.step_record import StepRecord
+from fastguard.errors.checked_numbers import count_of
+from fastguard.records.step_record import StepRecord
 
 NOTES = 8
 """Incidents of which the manifest keeps the text; the rest are counted."""

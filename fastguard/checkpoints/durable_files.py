@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fastguard.checkpoints.errors import StoreLocked
-from fastguard.regular_files import check_regular, open_regular
+from fastguard.records.regular_files import check_regular, open_regular
 
 try:
     import fcntl

@@ -13,7 +13,7 @@ from fastguard.checkpoints import names
 from fastguard.checkpoints.errors import CheckpointError
 from fastguard.checkpoints.folder import is_store
 from fastguard.checkpoints.index_files import is_index
-from fastguard.regular_files import open_regular
+from fastguard.records.regular_files import open_regular
 
 ENDINGS = (".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".pt.tar", ".pth.tar", ".ckpt.tar")
 SHOWN = 5

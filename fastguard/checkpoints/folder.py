@@ -26,8 +26,8 @@ from fastguard.checkpoints.entry import Entry, from_json
 from fastguard.checkpoints.errors import CheckpointError, StoreLocked
 from fastguard.checkpoints.manifest import Manifest
 from fastguard.checkpoints.reading.file_report import Look, not_ignored
-from fastguard.peers import Peers
-from fastguard.regular_files import NotRegularFile
+from fastguard.ranks.lockstep import Peers
+from fastguard.records.regular_files import NotRegularFile
 
 log = logging.getLogger("fastguard")
 

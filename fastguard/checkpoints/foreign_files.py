@@ -21,7 +21,7 @@ from fastguard.checkpoints.reading.contents import read_contents
 from fastguard.checkpoints.reading.file_report import HEADER, not_ignored
 from fastguard.checkpoints.reading.inspect_file import Inspection, inspect, sha256_of
 from fastguard.checkpoints.weights import holds_weights, is_named_otherwise
-from fastguard.regular_files import check_regular
+from fastguard.records.regular_files import check_regular
 
 _EPOCH = ("epoch",)
 _STEP = ("step", "global_step", "iteration", "iter_num")

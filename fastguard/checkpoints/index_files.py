@@ -14,7 +14,7 @@ from pathlib import Path
 from fastguard.checkpoints.errors import CheckpointError, DamagedFile
 from fastguard.checkpoints.reading.contents import read_contents
 from fastguard.checkpoints.reading.safetensors_header import json_without_doubles
-from fastguard.regular_files import open_regular
+from fastguard.records.regular_files import open_regular
 
 _NAME = re.compile(r".+\.(safetensors|bin)\.index(\.[^.]+)?\.json", re.IGNORECASE)
 _LARGEST = 100 * 2**20  # bytes, as of a safetensors header: both name each tensor once

@@ -34,7 +34,7 @@ from fastguard.checkpoints.entry import (
     to_json,
 )
 from fastguard.checkpoints.errors import CheckpointError, DamagedFile
-from fastguard.regular_files import NotRegularFile, open_regular
+from fastguard.records.regular_files import NotRegularFile, open_regular
 
 NAME = "manifest.json"
 FORMAT = "fastguard checkpoints"

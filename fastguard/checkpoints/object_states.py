@@ -6,7 +6,6 @@ it can still be named: "scheduler.fn is a function" at save time, not a refusal 
 
 from __future__ import annotations
 
-import random
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from typing import Any
@@ -17,8 +16,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from fastguard.checkpoints.errors import CheckpointError
+from fastguard.gradients.tensor_parts import has_plain_type
 from fastguard.ranks.dtensors import is_dtensor
-from fastguard.tensor_parts import has_plain_type
 
 _PLAIN = (
     bool, int, float, complex, str, bytes, bytearray, type(None),
@@ -154,48 +153,3 @@ def _check_subclass(value: Tensor, path: str) -> None:
 def _is_registered(kind: type) -> bool:
     known = torch.serialization.get_safe_globals()
     return any((item[0] if isinstance(item, tuple) else item) is kind for item in known)
-
-
-def random_state() -> dict[str, Any]:
-    """The state of every global random generator: Python, numpy, torch, each CUDA device."""
-    version, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    state: dict[str, Any] = {
-        "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
-        "numpy": {
-            "keys": torch.from_numpy(np.asarray(keys, dtype=np.int64)),
-            "position": int(position),
-            "has_gauss": int(has_gauss),
-            "cached": float(cached),
-        },
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Continues every random stream where `random_state` left it.
-
-    Raises:
-        CheckpointError: The state is of another number of ranks or of CUDA devices.
-    """
-    if "ranks" in state:
-        raise CheckpointError(
-            f"the random state is of {state['ranks']} ranks, one each; load with rng=False to "
-            "start new random streams"
-        )
-    cuda = state.get("cuda")
-    if cuda is not None and len(cuda) != torch.cuda.device_count():
-        raise CheckpointError(
-            f"the random state is of {len(cuda)} CUDA devices, this process sees "
-            f"{torch.cuda.device_count()}; load with rng=False to start new random streams"
-        )
-    python, numpy = state["python"], state["numpy"]
-    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
-    keys = numpy["keys"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", keys, numpy["position"], numpy["has_gauss"], numpy["cached"]))
-    torch.set_rng_state(state["torch"])
-    if cuda is not None:
-        torch.cuda.set_rng_state_all(cuda)

@@ -14,6 +14,7 @@ from fastguard.checkpoints.arguments import joined
 from fastguard.checkpoints.entry import Entry
 from fastguard.checkpoints.errors import CheckpointError, DamagedFile
 from fastguard.checkpoints.folder import Folder
+from fastguard.checkpoints.random_state import set_random_state
 
 log = logging.getLogger("fastguard")
 
@@ -136,7 +137,7 @@ class StoreView:
             peers.together(lambda: state.check_restorable(everything, states))
             peers.together(lambda: state.restore(everything, states))
             if rng:
-                peers.together(lambda: state.set_random_state(payload["rng"]))
+                peers.together(lambda: set_random_state(payload["rng"]))
         log.info("loaded %s", entry)
         return Checkpoint(entry, {k: v for k, v in states.items() if k not in everything})
 

@@ -10,7 +10,6 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fastguard.checked_numbers import number_of
 from fastguard.checkpoints import archive, manifest, rotation
 from fastguard.checkpoints import object_states as state
 from fastguard.checkpoints.arguments import check_choice, counted, integer, joined
@@ -18,13 +17,15 @@ from fastguard.checkpoints.entry import Entry
 from fastguard.checkpoints.errors import CheckpointError, DamagedFile
 from fastguard.checkpoints.folder import Folder
 from fastguard.checkpoints.names import file_name
+from fastguard.checkpoints.random_state import random_state
 from fastguard.checkpoints.reader import StoreView, Which
 from fastguard.checkpoints.reading.file_report import HEADER
 from fastguard.checkpoints.stop_signal import SignalFlag
 from fastguard.errors import describe_culprits
-from fastguard.optimizer import GuardedOptimizer
-from fastguard.peers import Peers
-from fastguard.step_record import StepRecord
+from fastguard.errors.checked_numbers import number_of
+from fastguard.guard.guarded import GuardedOptimizer
+from fastguard.ranks.lockstep import Peers
+from fastguard.records.step_record import StepRecord
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -318,7 +319,7 @@ class CheckpointStore(StoreView):
             notes=notes,
             skipped_steps=skipped,
         )
-        return entry, {"objects": states, "data": data, "rng": state.random_state()}
+        return entry, {"objects": states, "data": data, "rng": random_state()}
 
     def _agreed(self, entry: Entry) -> Entry:
         """The entry of rank 0, if all ranks are at the same step."""

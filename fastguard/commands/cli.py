@@ -19,8 +19,8 @@ from typing import Any, NoReturn
 
 from fastguard import __version__
 from fastguard.commands.usage import UsageError
-from fastguard.plain_text import printable
-from fastguard.regular_files import NotRegularFile
+from fastguard.errors.plain_text import printable
+from fastguard.records.regular_files import NotRegularFile
 
 FINE, FOUND_BAD, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 import fastguard
-from fastguard.backend import why_not_triton
-from fastguard.strict_json import dumps
+from fastguard.records.strict_json import dumps
+from fastguard.stages.backend import why_not_triton
 
 FRAMEWORKS = (
     "transformers",
@@ -95,7 +95,7 @@ def as_text(found: dict[str, Any]) -> str:
 
 
 def _diagnostics() -> dict[str, int]:
-    stages = sys.modules.get("fastguard.kernels.stages")  # not imported: no kernel has run
+    stages = sys.modules.get("fastguard.stages.triton")  # not imported: no kernel has run
     return stages.diagnostics() if stages is not None else {"copied_gradients": 0}
 
 

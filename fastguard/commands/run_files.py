@@ -13,9 +13,9 @@ from typing import Any, Literal, NoReturn
 
 from fastguard.commands.terminal import printable
 from fastguard.commands.usage import UsageError
-from fastguard.regular_files import open_regular
-from fastguard.rotated_files import rotated_files
-from fastguard.step_record import StepRecord
+from fastguard.records.regular_files import open_regular
+from fastguard.records.rotated_files import rotated_files
+from fastguard.records.step_record import StepRecord
 
 Writer = Literal["fastguard", "another program", "unknown"]
 

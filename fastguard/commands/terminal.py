@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO
 
-from fastguard.plain_text import printable as printable
+from fastguard.errors.plain_text import printable as printable
 
 
 def say(text: str, file: TextIO | None = None) -> None:

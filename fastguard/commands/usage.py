@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from fastguard.checked_numbers import shown
+from fastguard.errors.checked_numbers import shown
 
 
 class UsageError(Exception):

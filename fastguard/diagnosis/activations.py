@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastguard.checked_numbers import number_of
-from fastguard.plain_text import printable
-from fastguard.transfer import moved
+from fastguard.errors.checked_numbers import number_of
+from fastguard.errors.plain_text import printable
+from fastguard.gradients.transfer import moved
 
 Mode = Literal["count", "clean"]
 MODES = ("count", "clean")

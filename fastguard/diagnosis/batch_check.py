@@ -20,10 +20,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastguard.checked_numbers import number_of
-from fastguard.plain_text import printable
-from fastguard.strict_settings import nearest
-from fastguard.transfer import numbers_on
+from fastguard.errors import nearest
+from fastguard.errors.checked_numbers import number_of
+from fastguard.errors.plain_text import printable
+from fastguard.gradients.transfer import numbers_on
 
 _INDEX = re.compile(r"\[(\d+)\]")
 _COMPARABLE = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.float64}

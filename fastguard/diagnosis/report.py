@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fastguard import strict_json
 from fastguard.diagnosis.finding import SEVERITIES, Finding, Severity
+from fastguard.records import strict_json
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fastguard.clip import clip_grad_norm_
+from fastguard.checkpoints.random_state import random_state, set_random_state
 from fastguard.diagnosis.gradients import gradients_of
 from fastguard.diagnosis.provenance.report import as_real
 from fastguard.diagnosis.replay.losses import total_of
 from fastguard.diagnosis.replay.replay import copied
 from fastguard.diagnosis.replay.subject import Subject
-from fastguard.snapshot import rng_state, set_rng_state
+from fastguard.functional.clip import clip_grad_norm_
 
 N_STEPS = 5
 SECONDS = 8.0
@@ -68,11 +68,11 @@ def take_steps(subject: Subject, trained: dict[str, nn.Parameter]) -> RealSteps:
         seen = RealSteps(type(optimizer).__name__)
         optimizer._optimizer_step_pre_hooks = OrderedDict()
         optimizer._optimizer_step_post_hooks = OrderedDict()
-    rng = rng_state()
+    rng = random_state()
     evaluated: list[float] = []
 
     def closure() -> Tensor:
-        set_rng_state(rng)
+        set_random_state(rng)
         total = _loss(subject)
         evaluated.append(float(total.detach()))
         leaves = list(trained.values())
@@ -97,7 +97,7 @@ def take_steps(subject: Subject, trained: dict[str, nn.Parameter]) -> RealSteps:
             before.clear()
         if time.perf_counter() - start > SECONDS:
             break
-    set_rng_state(rng)
+    set_random_state(rng)
     seen.losses.append(float(_loss(subject).detach()))
     return seen
 

@@ -20,11 +20,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastguard.clip import get_total_norm
-from fastguard.integrations.clipping import AskedLimit, was_skipped
+from fastguard.functional.clip import get_total_norm
+from fastguard.guard.guarded import GuardedOptimizer
+from fastguard.guard.model_buffers import ModelBuffers
 from fastguard.integrations.engines import engine_error
 from fastguard.integrations.extras import needs
 from fastguard.integrations.replaced import TakenOver
+from fastguard.integrations.requested_limit import AskedLimit, was_skipped
 from fastguard.integrations.shared import (
     BatchSpan,
     RunRecords,
@@ -33,8 +35,6 @@ from fastguard.integrations.shared import (
     alone_in_training,
     guarded,
 )
-from fastguard.model_buffers import ModelBuffers
-from fastguard.optimizer import GuardedOptimizer
 
 with needs("huggingface"):
     from accelerate import Accelerator, DistributedType

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastguard.clip import get_total_norm
-from fastguard.integrations.clipping import AskedLimit
+from fastguard.functional.clip import get_total_norm
+from fastguard.guard.guarded import GuardedOptimizer
+from fastguard.guard.model_buffers import ModelBuffers
 from fastguard.integrations.engines import refuse_deepspeed
 from fastguard.integrations.extras import needs
 from fastguard.integrations.replaced import TakenOver
+from fastguard.integrations.requested_limit import AskedLimit
 from fastguard.integrations.shared import (
     BatchSpan,
     RunRecords,
@@ -31,8 +33,6 @@ from fastguard.integrations.shared import (
     alone_in_training,
     guarded,
 )
-from fastguard.model_buffers import ModelBuffers
-from fastguard.optimizer import GuardedOptimizer
 
 with needs("lightning"):
     from lightning.fabric import Fabric

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastguard.integrations.clipping import total_norm_of
+from fastguard.guard.guarded import GuardedOptimizer
 from fastguard.integrations.extras import needs
+from fastguard.integrations.requested_limit import total_norm_of
 from fastguard.integrations.shared import RunRecords, Sink
-from fastguard.optimizer import GuardedOptimizer
 
 with needs("huggingface"):
     from accelerate.optimizer import AcceleratedOptimizer

@@ -23,10 +23,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastguard.integrations.clipping import AskedLimit, total_norm_of, was_skipped
+from fastguard.guard.guarded import GuardedOptimizer
+from fastguard.guard.model_buffers import ModelBuffers
 from fastguard.integrations.engines import refuse_deepspeed
 from fastguard.integrations.extras import needs
 from fastguard.integrations.replaced import TakenOver
+from fastguard.integrations.requested_limit import AskedLimit, total_norm_of, was_skipped
 from fastguard.integrations.shared import (
     BatchSpan,
     RunRecords,
@@ -35,8 +37,6 @@ from fastguard.integrations.shared import (
     alone_in_training,
     guarded,
 )
-from fastguard.model_buffers import ModelBuffers
-from fastguard.optimizer import GuardedOptimizer
 
 with needs("lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer

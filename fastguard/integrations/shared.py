@@ -11,12 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastguard.guard.guarded import GuardedOptimizer
+from fastguard.guard.reporting import KnownRun
 from fastguard.integrations.replicas import usual_group
-from fastguard.known_run import KnownRun
-from fastguard.optimizer import GuardedOptimizer
-from fastguard.records import Recorder
-from fastguard.sinks import JsonLinesSink, check_file, check_sink
-from fastguard.step_record import StepRecord
+from fastguard.records.recorder import Recorder
+from fastguard.records.sinks import JsonLinesSink, check_file, check_sink
+from fastguard.records.step_record import StepRecord
 
 Sink = Callable[[StepRecord], object]
 

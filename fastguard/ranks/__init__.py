@@ -10,5 +10,5 @@
     loss_names   losses that not every rank gives, in the same places on all
     watch        on which rank a bad gradient was born
 
-The collective itself is `fastguard.reduce`.
+The collective itself is `fastguard.stages.reduce`.
 """

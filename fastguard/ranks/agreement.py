@@ -17,19 +17,14 @@ collective.
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from fastguard.segments import limits
-from fastguard.tensor_kinds import watched
-
 if TYPE_CHECKING:
-    from fastguard.optimizer import GuardedOptimizer
     from fastguard.ranks.team import Team
 
 COUNTS = "the number of parameters by param group"
@@ -38,20 +33,26 @@ LISTED = 8
 """How many values an error lists, and how many ranks for each."""
 
 
-def check_agreement(optimizer: GuardedOptimizer, team: Team | None) -> None:
+Place = tuple[str | None, tuple[int, ...]]
+"""A parameter's name, if it has one, and its shape."""
+
+
+def check_agreement(
+    arguments: Mapping[str, str], places: Mapping[str, list[Place]] | None, team: Team
+) -> None:
     """Compares the arguments of a guard over its team. Waits for the other ranks, and for a GPU.
 
     Args:
-        optimizer: The guard, at its first step.
-        team: Who decides together; None: this process alone, and there is nothing to do.
+        arguments: What all ranks must have alike, as text, `COUNTS` among them; the same names on
+            every rank.
+        places: The parameters that each coefficient of a narrow scope belongs to, by what errors
+            call it; None: there is one coefficient.
+        team: The ranks that decide together.
 
     Raises:
         ValueError: On all ranks, naming the arguments that differ and their values by rank.
     """
-    if team is None or watched():  # under a tracer there are no numbers to compare
-        return
-    arguments, places = _arguments(optimizer, team), _places(optimizer, team)
-    hashed = arguments | {COUNTS: f"{arguments[COUNTS]} {places}"}
+    hashed = {**arguments, COUNTS: f"{arguments[COUNTS]} {places}"}
     mine = [_hash(value) for value in hashed.values()]
     numbers = torch.tensor(
         [*mine, *(-x for x in mine)],
@@ -74,55 +75,6 @@ def check_agreement(optimizer: GuardedOptimizer, team: Team | None) -> None:
             "the ranks were given different arguments, and would decide apart: "
             f"{'; '.join(said)}. Construct GuardedOptimizer with the same arguments on every rank"
         )
-
-
-def _arguments(optimizer: GuardedOptimizer, team: Team) -> dict[str, str]:
-    """What all ranks must have alike, as text; the same names on every rank."""
-    groups, scope = optimizer.param_groups, optimizer.clip_scope
-    max_norms = [
-        None if limit == math.inf else limit for limit in limits(groups, scope, optimizer.max_norm)
-    ]
-    arguments = {
-        "group": optimizer.group and type(optimizer.group).__name__,
-        "max_norm": max_norms[0] if len(set(max_norms)) == 1 else max_norms,
-        "norm_type": optimizer.norm_type,
-        "clip_scope": scope,
-        "nonfinite": optimizer.nonfinite,
-        "spike": dict(sorted(optimizer.rules.items())),
-        "max_consecutive_skips": optimizer.max_consecutive_skips,
-        "the number of param groups": None,
-        COUNTS: None,
-        "clip_value by param group": None,
-    }
-    if scope == "group":
-        arguments["the number of param groups"] = len(groups)
-    if not team.distinct:  # else each rank has tensors of its own, in groups of its own
-        arguments[COUNTS] = [len(g["params"]) for g in groups]
-        clamped = [None if g.get("clip_value") is None else float(g["clip_value"]) for g in groups]
-        arguments["clip_value by param group"] = clamped
-    return {name: repr(value) for name, value in arguments.items()}
-
-
-Place = tuple[str | None, tuple[int, ...]]
-"""A parameter's name, if it has one, and its shape."""
-
-
-def _places(optimizer: GuardedOptimizer, team: Team) -> dict[str, list[Place]] | None:
-    """The parameters that each coefficient of a narrow scope belongs to, by what errors call it."""
-    if team.distinct or optimizer.clip_scope == "global":
-        return None
-    layout = optimizer._gradients.layout
-    named = enumerate(zip(layout.names, layout.parameters, strict=True))
-    all_places: list[Place] = [
-        (None if name == f"parameter {i}" else name, tuple(p.shape)) for i, (name, p) in named
-    ]
-    if optimizer.clip_scope == "tensor":
-        return {f"parameter {i}": [place] for i, place in enumerate(all_places)}
-    waiting = iter(all_places)
-    return {
-        f"a parameter of param group {g}": [next(waiting) for _ in group["params"]]
-        for g, group in enumerate(optimizer.param_groups)
-    }
 
 
 def _misplaced(everywhere: Sequence[dict[str, list[Place]]], ranks: Sequence[int]) -> list[str]:

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from fastguard.plain_text import printable
+from fastguard.errors.plain_text import printable
 
 PLACES = 12
 """Places for losses in the vector: with them, and one segment, it has 248 bytes."""

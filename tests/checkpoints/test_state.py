@@ -12,7 +12,7 @@ import torch
 from fastguard import CheckpointStore, GuardedOptimizer
 from fastguard.checkpoints import CheckpointError, DamagedFile
 from fastguard.checkpoints import durable_files as files
-from fastguard.checkpoints.object_states import random_state, set_random_state
+from fastguard.checkpoints.random_state import random_state, set_random_state
 
 NAN = float("nan")
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import fastguard
-from fastguard import backend
 from fastguard.commands import environment
 from fastguard.commands.cli import main
+from fastguard.stages import backend
 
 
 def test_as_a_user_runs_it(tmp_path):
@@ -37,14 +37,14 @@ def test_as_json(capsys):
 
 def test_verbose_tells_what_was_copied(capsys, monkeypatch):
     stages = SimpleNamespace(diagnostics=lambda: {"copied_gradients": 3})
-    monkeypatch.setitem(sys.modules, "fastguard.kernels.stages", stages)
+    monkeypatch.setitem(sys.modules, "fastguard.stages.triton", stages)
     assert main(["env"]) == 0
     assert "copied_gradients" not in capsys.readouterr().out
     assert main(["env", "--verbose"]) == 0
     assert ["copied_gradients", "3"] in [s.split() for s in capsys.readouterr().out.splitlines()]
     assert main(["env", "--verbose", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["diagnostics"] == {"copied_gradients": 3}
-    monkeypatch.delitem(sys.modules, "fastguard.kernels.stages")
+    monkeypatch.delitem(sys.modules, "fastguard.stages.triton")
     assert environment.environment()["diagnostics"] == {"copied_gradients": 0}
 
 
@@ -74,6 +74,6 @@ def test_a_gpu_says_who_serves_it_and_why(problem, backend_name, monkeypatch):
 
 def test_why_not_triton_tells_an_import_that_fails(monkeypatch):
     monkeypatch.setattr(backend, "triton_problem", lambda device: None)
-    monkeypatch.setitem(sys.modules, "fastguard.kernels.stages", None)
+    monkeypatch.setitem(sys.modules, "fastguard.stages.triton", None)
     assert "its import failed" in backend.why_not_triton(torch.device("cuda", 0))
     assert "cuda" in backend.why_not_triton(torch.device("cpu"))

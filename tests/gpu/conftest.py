@@ -25,6 +25,6 @@ def no_sync():
 
 @pytest.fixture
 def stages():
-    from fastguard.kernels import stages
+    from fastguard.stages import triton as triton_stages
 
-    return stages
+    return triton_stages

@@ -8,7 +8,7 @@ import torch
 from torch.optim.lr_scheduler import ExponentialLR
 
 from fastguard import GuardedLR, GuardedOptimizer, Rollback, Threshold
-from fastguard.snapshot import Snapshot
+from fastguard.recovery.snapshot import Snapshot
 
 GOOD, BAD = 1.0, math.nan
 

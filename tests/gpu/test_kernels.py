@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import fastguard
-from fastguard import reference
-from fastguard.buckets import bucketize
-from fastguard.decide import Policy
-from fastguard.measure import GradStats
-from fastguard.reduce import Signals
+from fastguard.gradients.buckets import bucketize
+from fastguard.stages import reference
+from fastguard.stages.decide import Policy
+from fastguard.stages.measure import GradStats
+from fastguard.stages.reduce import Signals
 from guardtest.graphs import captured
 from guardtest.roundings import BAD_PATTERNS, sum_whole_vectors
 from guardtest.tolerances import KEPT_RTOL, MEASURED_RTOL, NORM_RTOL

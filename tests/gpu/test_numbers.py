@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fastguard.transfer import numbers_on
+from fastguard.gradients.transfer import numbers_on
 
 CUDA = torch.device("cuda", 0)
 LISTS = [(), (0.5,), (1.0, math.inf, -2.0), tuple(float(i) for i in range(5000))]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastguard import GuardedOptimizer, Rollback
-from fastguard.tensor_parts import parts_of
+from fastguard.gradients.tensor_parts import parts_of
 from guardtest import require
 
 PACKAGES = (

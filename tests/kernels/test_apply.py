@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from fastguard import reference
-from fastguard.buckets import GradBucket, Run, bucketize
-from fastguard.kernels import stages
+from fastguard.gradients.buckets import GradBucket, Run, bucketize
+from fastguard.stages import reference
+from fastguard.stages import triton as triton_stages
 from guardtest.tolerances import INTERPRETER_BF16_RTOL
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -31,7 +31,7 @@ def both(grads, multiplier, clean, segments=None):
     copies = [g.clone() for g in grads]
     n = len(multiplier)
     factors = torch.tensor(multiplier, dtype=torch.float64)
-    for half, tensors in ((stages, grads), (reference, copies)):
+    for half, tensors in ((triton_stages, grads), (reference, copies)):
         bucket = bucketize(tensors, segments=segments, n_segments=n).buckets[0]
         half.apply(bucket, factors, torch.tensor(float(clean)))
     return grads, copies
@@ -74,7 +74,7 @@ def test_a_multiplier_of_1_touches_nothing(dtype):
     bucket = bucketize(grads).buckets[0]
     for g in grads:
         g.requires_grad_(False)
-    stages.apply(bucket, torch.ones(1, dtype=torch.float64), torch.zeros(()))
+    triton_stages.apply(bucket, torch.ones(1, dtype=torch.float64), torch.zeros(()))
     for grad, bits in zip(grads, before, strict=True):
         assert torch.equal(grad.view(as_integers), bits)
 
@@ -83,7 +83,7 @@ def test_cleaning_keeps_every_finite_bit():
     grads = gradients(torch.bfloat16, True)
     before = [g.clone() for g in grads]
     bucket = bucketize(grads).buckets[0]
-    stages.apply(bucket, torch.ones(1, dtype=torch.float64), torch.ones(()))
+    triton_stages.apply(bucket, torch.ones(1, dtype=torch.float64), torch.ones(()))
     for grad, old in zip(grads, before, strict=True):
         assert torch.equal(grad, torch.where(old.isfinite(), old, 0.0))
 
@@ -91,7 +91,9 @@ def test_cleaning_keeps_every_finite_bit():
 def test_version_counters_move():
     grads = gradients(torch.float32, False)
     versions = [g._version for g in grads]
-    stages.apply(bucketize(grads).buckets[0], torch.full((1,), 0.5).double(), torch.zeros(()))
+    triton_stages.apply(
+        bucketize(grads).buckets[0], torch.full((1,), 0.5).double(), torch.zeros(())
+    )
     assert all(g._version > v for g, v in zip(grads, versions, strict=True))
 
 
@@ -99,13 +101,15 @@ def test_strided_gradients_are_copied_out_again():
     x = torch.randn(20, 30)
     want = x.clone()
     want[:, ::2] *= 0.5
-    stages.apply(bucketize([x[:, ::2]]).buckets[0], torch.full((1,), 0.5).double(), torch.zeros(()))
+    triton_stages.apply(
+        bucketize([x[:, ::2]]).buckets[0], torch.full((1,), 0.5).double(), torch.zeros(())
+    )
     assert torch.equal(x, want)
 
 
 def test_unaligned_views_leave_their_neighbours_alone():
     flat = torch.ones(100)
-    stages.apply(
+    triton_stages.apply(
         bucketize([flat[1:8], flat[9:50]]).buckets[0],
         torch.full((1,), 0.5).double(),
         torch.zeros(()),
@@ -132,7 +136,7 @@ def test_flat_buckets_keep_the_zeros_between(multiplier, clean):
     for part in (want[:10], want[16 : CHUNK + 90]):
         cleaned = torch.where(part.isfinite(), part, 0.0) if clean else part
         part.copy_(cleaned * multiplier if multiplier != 1.0 else cleaned)
-    _, counts = stages.measure(bucket, 1, 2, 2.0)
+    _, counts = triton_stages.measure(bucket, 1, 2, 2.0)
     assert counts.tolist() == [[0, 0], [1, 1], [0, 0]]
-    stages.apply(bucket, torch.tensor([multiplier]).double(), torch.tensor(float(clean)))
+    triton_stages.apply(bucket, torch.tensor([multiplier]).double(), torch.tensor(float(clean)))
     torch.testing.assert_close(flat, want, rtol=0, atol=0, equal_nan=True)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastguard import forms
-from fastguard.buckets import GradBucket, Run, bucketize
+from fastguard.gradients import layout_guards
+from fastguard.gradients.buckets import GradBucket, Run, bucketize
 from fastguard.kernels import chunks
 from fastguard.kernels.recount import RECOUNT_SIZE
 
@@ -147,7 +147,7 @@ def test_same_address_and_size_with_other_strides_is_another_table():
 
 def test_at_the_same_addresses_each_form_of_a_long_list_has_a_table_of_its_own():
     """Long lists are known by their form, and their sizes are not looked at again."""
-    x = torch.randn(forms.FEWEST, 12)
+    x = torch.randn(layout_guards.FEWEST, 12)
     looks = {
         "rows": lambda: [row[:6] for row in x],
         "shorter": lambda: [row[:5] for row in x],
@@ -162,8 +162,8 @@ def test_at_the_same_addresses_each_form_of_a_long_list_has_a_table_of_its_own()
             table = chunks.table_of(bucket, 1, 3)
             assert tables.setdefault(name, table) is table
             pieces = table.pieces.view(-1, 3)
-            assert pieces[:, 1].tolist() == [look()[0].numel()] * forms.FEWEST
-            assert len(table.copies) == (forms.FEWEST if name == "with holes" else 0)
+            assert pieces[:, 1].tolist() == [look()[0].numel()] * layout_guards.FEWEST
+            assert len(table.copies) == (layout_guards.FEWEST if name == "with holes" else 0)
     assert len(set(map(id, tables.values()))) == len(looks)
 
 

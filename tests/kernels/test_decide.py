@@ -8,12 +8,12 @@ import random
 import pytest
 import torch
 
-from fastguard import reference
-from fastguard.decide import GuardState, Policy, Reason
-from fastguard.kernels import stages
-from fastguard.measure import GradStats
-from fastguard.reduce import Signals
-from fastguard.rules import SpikeRule, Threshold
+from fastguard.stages import reference
+from fastguard.stages import triton as triton_stages
+from fastguard.stages.decide import GuardState, Policy, Reason
+from fastguard.stages.measure import GradStats
+from fastguard.stages.reduce import Signals
+from fastguard.stages.spike_rules import SpikeRule, Threshold
 from guardtest.stories import assert_taken_back
 
 CPU = torch.device("cpu")
@@ -63,8 +63,8 @@ class Story:
         signals = signals or Signals.none(CPU)
         self.n_steps += 1
         if self.n_steps % 3 == 0:
-            assert_taken_back(stages.decide, stats, signals, self.ours, self.policy)
-        verdict = stages.decide(stats, signals, self.ours, self.policy)
+            assert_taken_back(triton_stages.decide, stats, signals, self.ours, self.policy)
+        verdict = triton_stages.decide(stats, signals, self.ours, self.policy)
         assert_same(verdict, reference.decide(stats, signals, self.theirs, self.policy))
         assert_same(self.ours, self.theirs)
         return verdict
@@ -86,7 +86,7 @@ def test_one_call_without_a_state(mode, norm_type):
         for counts in ((0, 0, 0), (2, 0, 0), (1, 1, 0), (0, 0, 3)):
             stats = stats_of(norms, counts, norm_type)
             arguments = (stats, Signals.none(CPU), None, policy_of(mode, next(limits)))
-            assert_same(stages.decide(*arguments), reference.decide(*arguments))
+            assert_same(triton_stages.decide(*arguments), reference.decide(*arguments))
 
 
 @pytest.mark.parametrize("mode", MODES)

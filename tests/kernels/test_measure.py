@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from fastguard import reference
-from fastguard.buckets import bucketize
 from fastguard.commands.environment import environment
-from fastguard.kernels import stages
+from fastguard.gradients.buckets import bucketize
+from fastguard.stages import reference
+from fastguard.stages import triton as triton_stages
 from guardtest.roundings import BAD_PATTERNS, sum_whole_vectors
 from guardtest.tolerances import KEPT_RTOL, MEASURED_RTOL
 
@@ -27,7 +27,7 @@ def check(grads, norm_type=2.0, segments=None, n_segments=1, inv_scale=None):
     """Counts must be equal, and norms as close as the promise says."""
     bucket = bucket_of(grads, segments, n_segments)
     arguments = (bucket, n_segments, len(grads), norm_type, inv_scale)
-    summary, counts = stages.measure(*arguments)
+    summary, counts = triton_stages.measure(*arguments)
     expected, expected_counts = reference.plain_measure(*arguments)
     assert summary.dtype == torch.float64 and summary.shape == expected.shape
     torch.testing.assert_close(counts, expected_counts, rtol=0, atol=0)
@@ -98,7 +98,7 @@ def test_everything_is_nan():
 
 def norm_error(grads):
     bucket = bucket_of(grads)
-    measured = stages.measure(bucket, 1, len(grads), 2.0)[0][0].sqrt()
+    measured = triton_stages.measure(bucket, 1, len(grads), 2.0)[0][0].sqrt()
     true = reference.plain_measure(bucket, 1, len(grads), 2.0)[0][0].sqrt()
     return (measured / true - 1).abs().item()
 
@@ -164,7 +164,7 @@ def test_a_chunk_of_zeros_is_not_read_twice(monkeypatch):
 def test_a_large_finite_gradient_is_not_called_infinite():
     for dtype, value in ((torch.float32, 3e38), (torch.bfloat16, 3e38), (torch.float64, 1e200)):
         x = torch.full((100,), value, dtype=dtype)
-        summary, counts = stages.measure(bucket_of([x]), 1, 1, 2.0)
+        summary, counts = triton_stages.measure(bucket_of([x]), 1, 1, 2.0)
         assert counts.sum() == 0 and summary[1:].sum() == 0
         assert summary[0].isfinite()
 
@@ -200,20 +200,20 @@ def test_a_segment_for_each_tensor():
 def test_determinism():
     """Two runs, bitwise the same; and whatever the order in which chunks were cached."""
     grads = [torch.randn(3 * CHUNK + 1), torch.randn(77)]
-    first = stages.measure(bucket_of(grads), 1, 2, 2.0)[0]
+    first = triton_stages.measure(bucket_of(grads), 1, 2, 2.0)[0]
     for _ in range(3):
-        again = stages.measure(bucket_of([g.clone() for g in grads]), 1, 2, 2.0)[0]
+        again = triton_stages.measure(bucket_of([g.clone() for g in grads]), 1, 2, 2.0)[0]
         assert torch.equal(first, again)
 
 
 def test_strided_gradients_are_copied_and_counted():
     x = torch.randn(40, 30)
-    before = stages.diagnostics()["copied_gradients"]
+    before = triton_stages.diagnostics()["copied_gradients"]
     check([x.t(), x.clone().to(memory_format=torch.contiguous_format)])
-    assert stages.diagnostics()["copied_gradients"] == before  # one block of memory as it is
+    assert triton_stages.diagnostics()["copied_gradients"] == before  # one block of memory as it is
     check([x[:, ::2], torch.ones(1).expand(4, 5)])
-    assert stages.diagnostics()["copied_gradients"] == before + 2
-    assert environment()["diagnostics"] == stages.diagnostics()
+    assert triton_stages.diagnostics()["copied_gradients"] == before + 2
+    assert environment()["diagnostics"] == triton_stages.diagnostics()
 
 
 def test_the_same_gradient_twice_counts_twice():

@@ -6,17 +6,18 @@ import pytest
 import torch
 
 import fastguard
-from fastguard import backend, clip, ops
-from fastguard.kernels import stages
-from fastguard.tensor_kinds import Kind
+from fastguard.functional import clip, ops
+from fastguard.gradients.tensor_kinds import Kind
+from fastguard.stages import backend
+from fastguard.stages import triton as triton_stages
 
 
 @pytest.fixture(autouse=True)
 def served_by_the_kernels(monkeypatch):
     """On the CPU too, and for decide as well, which has a shortcut there."""
-    monkeypatch.setattr(backend, "stages", lambda device, kind=Kind.PLAIN: stages)
-    monkeypatch.setattr(ops, "decide_stage", stages.decide)
-    monkeypatch.setattr(clip, "decide", stages.decide)
+    monkeypatch.setattr(backend, "stages", lambda device, kind=Kind.PLAIN: triton_stages)
+    monkeypatch.setattr(ops, "decide_stage", triton_stages.decide)
+    monkeypatch.setattr(clip, "decide", triton_stages.decide)
 
 
 def grads():

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from fastguard import reference
-from fastguard.decide import GuardState, Policy
-from fastguard.kernels import stages
-from fastguard.measure import GradStats
-from fastguard.packed import Outcome, unpack
-from fastguard.reduce import Signals
-from fastguard.rules import SpikeRule, Threshold
+from fastguard.records.device_row import Outcome, unpack
+from fastguard.stages import reference
+from fastguard.stages import triton as triton_stages
+from fastguard.stages.decide import GuardState, Policy
+from fastguard.stages.measure import GradStats
+from fastguard.stages.reduce import Signals
+from fastguard.stages.spike_rules import SpikeRule, Threshold
 
 CPU = torch.device("cpu")
 RULES = {"grad_norm": SpikeRule(window=4, warmup=2), "loss 1": Threshold(max=0.5)}
@@ -40,7 +40,7 @@ def outcome_of(counts, n_segments=1, n_losses=0, rules=None, max_norm=1.0, lr=No
 
 def assert_same_row(outcome, lr=None):
     rows = []
-    for pack in (stages.pack, reference.pack):
+    for pack in (triton_stages.pack, reference.pack):
         row = torch.full((outcome.width,), -7.0, dtype=torch.float64)
         pack(row, outcome.stats, outcome.signals, outcome.verdict, outcome.state, lr)
         rows.append(unpack(row, len(outcome.signals.losses)))

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fastguard import reference
-from fastguard.buckets import bucketize
+from fastguard.gradients.buckets import bucketize
+from fastguard.stages import reference
 from guardtest.bench import benchmarks
 from guardtest.tolerances import MEASURED_RTOL
 

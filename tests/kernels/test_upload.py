@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastguard.kernels import stages, upload
-from fastguard.rules import Threshold
+from fastguard.kernels import upload
+from fastguard.stages import triton as triton_stages
+from fastguard.stages.spike_rules import Threshold
 
 CUDA = torch.device("cuda", 0)
 
@@ -102,18 +103,20 @@ def test_what_a_graph_reads_is_kept(gpu):
 
 
 def test_rules_that_a_graph_uploads_are_no_other_steps(gpu, monkeypatch):
-    monkeypatch.setattr(stages, "_rule_tables", {})
+    monkeypatch.setattr(triton_stages, "_rule_tables", {})
     arguments = ((Threshold(max=7.0),), ("grad_norm",), (), CUDA)
     gpu.capturing = True
-    captured = stages._rule_table(*arguments)
+    captured = triton_stages._rule_table(*arguments)
     gpu.capturing = False
-    first = stages._rule_table(*arguments)
-    assert first is not captured and stages._rule_table(*arguments) is first
+    first = triton_stages._rule_table(*arguments)
+    assert first is not captured and triton_stages._rule_table(*arguments) is first
     assert first.shape == (1, 8) and first[0, 3] == 7.0
 
 
 def test_rule_tables_are_bounded(monkeypatch):
-    monkeypatch.setattr(stages, "_rule_tables", {})
-    for i in range(stages.RULE_TABLES + 5):
-        stages._rule_table((Threshold(max=1.0 + i),), ("grad_norm",), (), torch.device("cpu"))
-    assert len(stages._rule_tables) == stages.RULE_TABLES
+    monkeypatch.setattr(triton_stages, "_rule_tables", {})
+    for i in range(triton_stages.RULE_TABLES + 5):
+        triton_stages._rule_table(
+            (Threshold(max=1.0 + i),), ("grad_norm",), (), torch.device("cpu")
+        )
+    assert len(triton_stages._rule_tables) == triton_stages.RULE_TABLES

@@ -248,7 +248,9 @@ def test_a_death_ends_the_others_with_torchs_own_error(two: Ranks) -> None:
     assert time.monotonic() - start < 30
     assert dead.exitcode == -signal.SIGKILL
     assert survivor.error is not None and "gloo" in survivor.error.lower()
-    assert "fastguard/reduce.py" in survivor.error  # in the collective, not before or after it
+    assert (
+        "fastguard/stages/reduce.py" in survivor.error
+    )  # in the collective, not before or after it
 
 
 # One rank of several, alone.

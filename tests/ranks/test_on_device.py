@@ -9,13 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fastguard import SpikeRule, Threshold, host_decide, reference
-from fastguard.decide import GuardState, Policy
-from fastguard.measure import GradStats
-from fastguard.packed import Outcome
+from fastguard import SpikeRule, Threshold
 from fastguard.ranks.loss_names import OTHERS, OWN, PLACES, LossNames
-from fastguard.records import Recorder, record_now
-from fastguard.reduce import Signals, _read_on_host, _with_losses
+from fastguard.records.device_row import Outcome
+from fastguard.records.recorder import Recorder, record_now
+from fastguard.stages import reference
+from fastguard.stages.cpu import decide
+from fastguard.stages.decide import GuardState, Policy
+from fastguard.stages.measure import GradStats
+from fastguard.stages.reduce import Signals, _read_on_host, _with_losses
 
 CPU = torch.device("cpu")
 RULES = {"ce": SpikeRule(window=4, warmup=2, sigma=3.0), "aux": Threshold(max=5.0)}
@@ -63,7 +65,7 @@ def test_the_same_decisions_and_records(mode: str) -> None:
         on_device = reference.decide(stats, signals, there, policy)
         recorder.send(Outcome(stats, signals, on_device, there, policy.signals, 0.1))
         read = _read_on_host(signals)
-        on_host = host_decide.decide(stats, read, here, policy)
+        on_host = decide.decide(stats, read, here, policy)
         expected = record_now(Outcome(stats, read, on_host, here, policy.signals, 0.1))
         assert repr(recorder.wait()) == repr(expected)
         assert set(expected.losses) == set(losses)

@@ -200,7 +200,7 @@ UNSHARDED = 4 * (4 * 8 + 8 + 8 * 2 + 2)  # bytes of the gradients of a Net
 
 def portions(flush_bytes: int) -> list[tuple[list[int], list[int], Any]]:
     """How many gradients were measured in each call, in `backward` and in `step`, of two steps."""
-    import fastguard.ranks.watch as watch
+    import fastguard.guard.rank_watch as watch
 
     sizes: list[int] = []
     measure, default = RankWatch._measure, watch.FLUSH_BYTES

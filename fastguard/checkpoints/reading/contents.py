@@ -28,7 +28,7 @@ from fastguard.checkpoints.reading.pickled_arrays import NumpyArray
 from fastguard.checkpoints.reading.safetensors_header import read_safetensors
 from fastguard.checkpoints.reading.spans import Contents, Record, Span
 from fastguard.checkpoints.reading.zip_directory import read_directory
-from fastguard.regular_files import open_regular
+from fastguard.records.regular_files import open_regular
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _SMALL = 1000  # bytes

@@ -28,15 +28,15 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from fastguard.buckets import FLOATING, bucketize
 from fastguard.checkpoints.errors import CheckpointError, DamagedFile
 from fastguard.checkpoints.reading.contents import contents_of
 from fastguard.checkpoints.reading.inert_values import LongBytes
 from fastguard.checkpoints.reading.meant_infinite import meant_infinite
 from fastguard.checkpoints.reading.spans import Contents, Record, Span
 from fastguard.errors import Culprit
-from fastguard.measure import measure
-from fastguard.regular_files import open_regular
+from fastguard.gradients.buckets import FLOATING, bucketize
+from fastguard.records.regular_files import open_regular
+from fastguard.stages.measure import measure
 
 PIECE = 4 * 2**20
 BLOCK = 16 * PIECE  # what is read at once of a tensor with gaps

@@ -17,7 +17,7 @@ import torch
 from fastguard.checkpoints.errors import CheckpointError, DamagedFile
 from fastguard.checkpoints.reading.inert_unpickler import load_inert
 from fastguard.checkpoints.reading.inert_values import Name, StandIn, kind_of
-from fastguard.regular_files import open_regular
+from fastguard.records.regular_files import open_regular
 
 NAME = ".metadata"
 _MODULE = "torch.distributed.checkpoint.metadata"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fastguard.checkpoints.errors import DamagedFile
-from fastguard.regular_files import open_regular
+from fastguard.records.regular_files import open_regular
 
 _HELD = 200  # files; many systems allow a process 1024
 

@@ -34,7 +34,7 @@ from fastguard.checkpoints.sharded.metadata import metadata_in
 from fastguard.checkpoints.sharded.open_files import OpenFiles
 from fastguard.checkpoints.sharded.shard_report import rest_name
 from fastguard.checkpoints.sharded.shared_tensors import is_shard, names_of_shared, tensors
-from fastguard.peers import Peers
+from fastguard.ranks.lockstep import Peers
 
 RANKS = "ranks"  # key of the payload: how many wrote it
 _PARTS = ("objects", "data")  # of the payload; the random streams are each rank's own

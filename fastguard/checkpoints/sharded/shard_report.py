@@ -18,8 +18,8 @@ from fastguard.checkpoints.reading.inspect_file import read_through, sha256_of_o
 from fastguard.checkpoints.sharded import metadata as shard_metadata
 from fastguard.checkpoints.sharded.metadata import read_metadata
 from fastguard.checkpoints.sharded.open_files import OpenFiles
-from fastguard.peers import Peers
-from fastguard.regular_files import open_regular
+from fastguard.ranks.lockstep import Peers
+from fastguard.records.regular_files import open_regular
 
 
 def rest_name(rank: int) -> str:

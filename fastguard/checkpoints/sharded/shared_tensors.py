@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastguard.checkpoints.errors import CheckpointError
-from fastguard.peers import Peers
+from fastguard.ranks.lockstep import Peers
 
 Identity = tuple[str, str]  # "mesh", "bytes" or "own", and a digest
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 import fastguard
-from fastguard.buckets import bucketize
 from fastguard.commands.bench.workload import Workload
-from fastguard.measure import measure
+from fastguard.gradients.buckets import bucketize
+from fastguard.stages.measure import measure
 
 READ_PASS = "fastguard read pass"
 

@@ -13,7 +13,7 @@ import torch
 from fastguard.commands.bench.machine import Ceilings, commit, describe_machine, versions
 from fastguard.commands.bench.runner import Row
 from fastguard.commands.files import written
-from fastguard.strict_json import dumps
+from fastguard.records.strict_json import dumps
 
 SCHEMA = 1
 Result = dict[str, Any]

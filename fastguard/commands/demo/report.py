@@ -11,8 +11,8 @@ from fastguard.commands.demo.faults import Fault, Kind
 from fastguard.commands.demo.training import Bare, Clipped, Guarded, Run
 from fastguard.commands.files import written
 from fastguard.errors import describe_culprits
-from fastguard.step_record import StepRecord
-from fastguard.strict_json import dumps
+from fastguard.records.step_record import StepRecord
+from fastguard.records.strict_json import dumps
 
 if TYPE_CHECKING:
     from rich.table import Table

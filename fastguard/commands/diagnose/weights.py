@@ -18,7 +18,7 @@ from fastguard.checkpoints.reading.contents import read_contents
 from fastguard.checkpoints.reading.spans import Span
 from fastguard.commands.usage import UsageError
 from fastguard.diagnosis.finding import several
-from fastguard.regular_files import open_regular
+from fastguard.records.regular_files import open_regular
 
 
 @torch.no_grad()

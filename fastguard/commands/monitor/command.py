@@ -18,7 +18,7 @@ from fastguard.commands.monitor.summary import as_dict, as_text
 from fastguard.commands.monitor.watch import Watch
 from fastguard.commands.run_files import begun, file_of, refuse_without_records
 from fastguard.commands.usage import UsageError, integer, need
-from fastguard.strict_json import dumps
+from fastguard.records.strict_json import dumps
 
 FINE, FOUND_BAD = 0, 1
 

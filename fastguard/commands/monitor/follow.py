@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastguard.commands.monitor.tail import BLOCK, Lines, start_of_last_lines
-from fastguard.rotated_files import (
+from fastguard.records.rotated_files import (
     Identity,
     around,
     identity_at,

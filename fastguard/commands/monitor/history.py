@@ -15,9 +15,9 @@ from pathlib import Path
 from fastguard.commands.monitor.follow import Earlier
 from fastguard.commands.monitor.tail import whole_lines_backwards
 from fastguard.commands.monitor.watch import bounded
-from fastguard.rotated_files import index_of, open_at, rotated_files
-from fastguard.sinks import parse_record
-from fastguard.step_record import StepRecord
+from fastguard.records.rotated_files import index_of, open_at, rotated_files
+from fastguard.records.sinks import parse_record
+from fastguard.records.step_record import StepRecord
 
 INCIDENT = b'"reason": "'
 """What the line of an incident holds, as `JsonLinesSink` writes it; in others it is null."""

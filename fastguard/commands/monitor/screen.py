@@ -15,7 +15,7 @@ from fastguard.commands.monitor.sparkline import ASCII_BARS, BARS, shares, spark
 from fastguard.commands.monitor.summary import counts, duration, verdict
 from fastguard.commands.monitor.watch import Watch
 from fastguard.commands.terminal import printable
-from fastguard.step_record import StepRecord
+from fastguard.records.step_record import StepRecord
 
 LOSSES = 4
 """Losses with a curve of their own; the others are named."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastguard.commands.monitor.watch import Watch
 from fastguard.commands.terminal import printable
-from fastguard.step_record import StepRecord
+from fastguard.records.step_record import StepRecord
 
 LISTED = 10
 """Incidents that the text lists; the JSON lists all that are kept."""

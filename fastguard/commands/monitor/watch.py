@@ -8,9 +8,9 @@ from dataclasses import replace
 from itertools import islice
 
 from fastguard.errors import NAMED_CULPRITS
-from fastguard.sinks import parse_record
-from fastguard.step_record import StepRecord
-from fastguard.strict_json import shortened
+from fastguard.records.sinks import parse_record
+from fastguard.records.step_record import StepRecord
+from fastguard.records.strict_json import shortened
 
 CURVE = 4096
 """Records kept for the curves."""

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastguard.errors import MOST_OF_A_NAME, NAMED_CULPRITS, Culprit
-from fastguard.plain_text import printable
-from fastguard.step_record import LOSS_SCALE
-from fastguard.strict_json import shortened
+from fastguard.errors.plain_text import printable
+from fastguard.records.step_record import LOSS_SCALE
+from fastguard.records.strict_json import shortened
 
 MOST_NAMES = 32
 """Losses, and thresholds, that are drawn by name; what a run has beyond them is counted."""

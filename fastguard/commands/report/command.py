@@ -15,9 +15,9 @@ from pathlib import Path
 from fastguard.commands.files import written
 from fastguard.commands.run_files import file_of, refuse_without_records
 from fastguard.commands.usage import need, output_folder
-from fastguard.plain_text import printable
-from fastguard.records_file import read_blocks
-from fastguard.rotated_files import rotated_files
+from fastguard.errors.plain_text import printable
+from fastguard.records.read_json_lines import read_blocks
+from fastguard.records.rotated_files import rotated_files
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

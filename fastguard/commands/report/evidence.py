@@ -9,7 +9,7 @@ from collections import Counter
 from typing import Any
 
 from fastguard.commands.report.columns import BadStep
-from fastguard.plain_text import printable
+from fastguard.errors.plain_text import printable
 
 _MOST = 10_000
 """Different tags, layers or losses that are told apart."""

@@ -20,7 +20,7 @@ from plotly.subplots import make_subplots
 from fastguard.commands.report.buckets import Tally
 from fastguard.commands.report.columns import COEF, LR, NORM, Series
 from fastguard.commands.report.summary import Summary
-from fastguard.plain_text import printable
+from fastguard.errors.plain_text import printable
 
 COLORS = (
     "#4c8dff", "#f58518", "#2ca58d", "#b279d6", "#d4a72c", "#e377a2", "#7f8fa6", "#8c6d31",

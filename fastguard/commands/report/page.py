@@ -22,7 +22,7 @@ from fastguard.commands.report.script import SCRIPT, STYLE
 from fastguard.commands.report.summary import Jump, Summary
 from fastguard.commands.report.verdict import Verdict, plural
 from fastguard.errors import describe_culprits
-from fastguard.plain_text import printable
+from fastguard.errors.plain_text import printable
 
 PLOT_ID = "plot"
 

@@ -15,7 +15,7 @@ from fastguard.commands.report.close_up import CloseUps
 from fastguard.commands.report.columns import ColumnReader, Columns
 from fastguard.commands.report.evidence import Evidence, layer_of
 from fastguard.commands.report.incidents import IncidentTable
-from fastguard.records_file import Block
+from fastguard.records.read_json_lines import Block
 
 BUCKETS = 1024
 """At most; two points a bucket are more than a screen has columns."""

@@ -13,7 +13,7 @@ from fastguard.commands.report.columns import LR, NORM, Series
 from fastguard.commands.report.incidents import Row
 from fastguard.commands.report.summary import Summary
 from fastguard.commands.report.trend import Rise, find_rise
-from fastguard.plain_text import printable
+from fastguard.errors.plain_text import printable
 
 _CLIPPED_OFTEN = 0.5
 _LR_GONE = 1e-6  # of its highest value

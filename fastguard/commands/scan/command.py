@@ -22,7 +22,7 @@ from fastguard.commands.scan.output import as_dict, print_problem, print_text
 from fastguard.commands.scan.scanner import LogScan, scan_events, scan_log
 from fastguard.commands.terminal import printable
 from fastguard.commands.usage import UsageError
-from fastguard.strict_json import dumps
+from fastguard.records.strict_json import dumps
 
 FINE, FOUND_BAD, NOT_READ = 0, 1, 2
 STDIN = "-"

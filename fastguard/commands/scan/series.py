@@ -14,8 +14,8 @@ from statistics import median
 
 from fastguard.commands.scan.columns import is_grad_norm, is_loss
 from fastguard.commands.scan.reading import Place
-from fastguard.decide import TINY
-from fastguard.rules import SpikeRule
+from fastguard.stages.decide import TINY
+from fastguard.stages.spike_rules import SpikeRule
 
 RULE = SpikeRule(window=32, sigma=6.0, warmup=8)
 """Shorter than the default: a log holds every tenth step or less, and many logs are short."""

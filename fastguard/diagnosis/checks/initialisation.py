@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastguard.buckets import FLOATING, bucketize
 from fastguard.diagnosis.evidence import Evidence
 from fastguard.diagnosis.finding import Finding
 from fastguard.errors import describe_culprits
-from fastguard.measure import measure
+from fastguard.gradients.buckets import FLOATING, bucketize
+from fastguard.stages.measure import measure
 
 CHECK = "initialisation"
 

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 from fastguard.diagnosis.checks.settings import check_settings
 from fastguard.diagnosis.evidence import Evidence
 from fastguard.diagnosis.finding import Finding, percent, several
-from fastguard.model_buffers import are_protected
-from fastguard.optimizer import GuardedOptimizer
+from fastguard.guard.guarded import GuardedOptimizer
+from fastguard.guard.model_buffers import are_protected
 
 CHECK = "optimizer"
 

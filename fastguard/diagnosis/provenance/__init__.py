@@ -58,7 +58,7 @@ def explain_nonfinite(
             or as its first entry.
         autocast: What the step ran under: `torch.autocast("cuda", torch.float16)` for example, or
             `"float16"` or `"bfloat16"`, on the model's device.
-        rng: `fastguard.snapshot.rng_state()`, taken before the bad batch; dropout then falls as it
+        rng: `fastguard.random_state()`, taken before the bad batch; dropout then falls as it
             did. None: as the generators stand now.
         loss_scale: What a GradScaler multiplied the loss by.
 

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastguard.plain_text import printable
+from fastguard.errors.plain_text import printable
 
 Origin = Literal["forward", "backward", "parameter", "buffer", "batch", "constant"]
 

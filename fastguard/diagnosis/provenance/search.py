@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path
 
+from fastguard.checkpoints.random_state import set_random_state
 from fastguard.diagnosis.provenance import remedies
 from fastguard.diagnosis.provenance.backward import BackwardTrace, NodeBirth
 from fastguard.diagnosis.provenance.circumstances import Told
@@ -19,7 +20,6 @@ from fastguard.diagnosis.provenance.report import NonFiniteReport, Origin
 from fastguard.diagnosis.replay.calls import all_finite, floats
 from fastguard.diagnosis.replay.losses import loss_parts
 from fastguard.diagnosis.replay.replay import Step, copied, in_float32, widened_batch
-from fastguard.snapshot import set_rng_state
 
 REACHED = 6
 """How many of the operations after the first a report names, one a module."""
@@ -101,7 +101,7 @@ class Search:
 
     def _replay(self, batch: Any, *, autocast: bool = True) -> Any:
         if self._rng is not None:
-            set_rng_state(self._rng)
+            set_random_state(self._rng)
         if not autocast:
             return self._step(self._model, batch)
         with self._autocast:

@@ -121,7 +121,7 @@ def check_rng(rng: Any) -> None:
     """
     if rng is not None and not (isinstance(rng, Mapping) and "torch" in rng):
         raise TypeError(
-            f"rng={rng!r} is no state of the generators; pass fastguard.snapshot.rng_state(), "
+            f"rng={rng!r} is no state of the generators; pass fastguard.random_state(), "
             "taken before the batch (a seed cannot tell where the generators stood)"
         )
 

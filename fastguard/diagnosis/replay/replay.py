@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from fastguard.checkpoints.random_state import random_state, set_random_state
 from fastguard.diagnosis.replay.calls import LOW
 from fastguard.diagnosis.replay.losses import carried_loss
-from fastguard.snapshot import rng_state, set_rng_state
 
 Step = Callable[[nn.Module, Any], Any]
 
@@ -29,7 +29,7 @@ class Untouched:
         self._attributes = [(m, _shallow(m.__dict__)) for m in modules]
         tensors = {t for m in modules for d in (m._parameters, m._buffers) for t in d.values()}
         self._tensors = [(t, t.detach().cpu().clone()) for t in tensors if t is not None]
-        self._rng = rng_state()
+        self._rng = random_state()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -40,7 +40,7 @@ class Untouched:
         for tensor, kept in self._tensors:
             if not _same_bits(tensor.detach().cpu(), kept):
                 tensor.copy_(kept)
-        set_rng_state(self._rng)
+        set_random_state(self._rng)
 
 
 _TABLES = ("_parameters", "_buffers", "_modules")

@@ -13,7 +13,6 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from fastguard.delegation import OptimizerAround
 from fastguard.diagnosis.replay.arguments import (
     Autocast,
     check_batch_kind,
@@ -22,6 +21,7 @@ from fastguard.diagnosis.replay.arguments import (
     context_of,
 )
 from fastguard.diagnosis.replay.replay import Step, step_of
+from fastguard.guard.wrapper import OptimizerAround
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from fastguard import JsonLinesSink, StepRecord
 from fastguard.commands.cli import main
 from fastguard.commands.monitor import command
 from fastguard.commands.monitor.watch import Watch
-from fastguard.rotated_files import rotated_files
+from fastguard.records.rotated_files import rotated_files
 
 N = 2000
 INCIDENT = 1500

@@ -9,7 +9,7 @@ import pytest
 from fastguard import JsonLinesSink, StepRecord
 from fastguard.commands.monitor.follow import Follower
 from fastguard.commands.monitor.history import History
-from fastguard.rotated_files import rotated_files
+from fastguard.records.rotated_files import rotated_files
 
 N = 600
 BAD = [3, 77, 300, 301, 302, 555]

@@ -17,7 +17,7 @@ from fastguard.commands.monitor.history import History
 from fastguard.commands.monitor.sparkline import sparkline
 from fastguard.commands.monitor.summary import as_dict, as_text
 from fastguard.commands.monitor.watch import Watch
-from fastguard.strict_json import dumps
+from fastguard.records.strict_json import dumps
 from guardtest import require
 from guardtest.odd_records import FIELDS, good
 

@@ -8,7 +8,7 @@ import pytest
 from fastguard import StepRecord
 from fastguard.commands.report.columns import NORM, Series
 from fastguard.commands.report.summary import summarise
-from fastguard.records_file import Block
+from fastguard.records.read_json_lines import Block
 from guardtest import require
 
 require("plotly")

@@ -17,7 +17,7 @@ import pytest
 from fastguard.commands.cli import main
 from fastguard.commands.report.summary import summarise
 from fastguard.commands.report.verdict import judge
-from fastguard.records_file import Block, read_blocks
+from fastguard.records.read_json_lines import Block, read_blocks
 from guardtest import require
 from guardtest.odd_records import FIELDS, good
 

@@ -14,7 +14,7 @@ from fastguard import JsonLinesSink, StepRecord
 from fastguard.commands.report.close_up import REACH
 from fastguard.commands.report.columns import LR, NORM, Series
 from fastguard.commands.report.summary import BUCKETS, Jump, summarise
-from fastguard.records_file import Block, read_blocks
+from fastguard.records.read_json_lines import Block, read_blocks
 
 LOSS = Series("loss", "loss")
 

@@ -8,7 +8,7 @@ import pytest
 from fastguard import StepRecord
 from fastguard.commands.report.summary import summarise
 from fastguard.commands.report.verdict import judge
-from fastguard.records_file import Block
+from fastguard.records.read_json_lines import Block
 
 NAN = math.nan
 STEPS = 12_000

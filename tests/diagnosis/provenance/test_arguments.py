@@ -7,8 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from fastguard import explain_nonfinite
-from fastguard.snapshot import rng_state
+from fastguard import explain_nonfinite, random_state
 
 BATCH = torch.zeros(2, 4), torch.zeros(2, 1)
 LOADER = DataLoader([(torch.zeros(4), torch.zeros(1))])
@@ -39,7 +38,11 @@ def test_a_model_without_values_is_refused(device) -> None:
     "change, kind, says",
     [
         ({"model": None}, TypeError, "model is a NoneType, not a torch.nn.Module"),
-        ({"rng": 3}, TypeError, "rng=3 is no state of the generators; pass fastguard.snapshot."),
+        (
+            {"rng": 3},
+            TypeError,
+            "rng=3 is no state of the generators; pass fastguard.random_state",
+        ),
         ({"rng": {}}, TypeError, "rng={} is no state"),
         ({"loss_fn": nn.MSELoss}, TypeError, "pass an instance of it: MSELoss()"),
         ({"loss_fn": 3}, TypeError, "loss_fn=3 cannot be called"),
@@ -63,4 +66,4 @@ def test_bad_arguments_are_named(change, kind, says) -> None:
 
 
 def test_a_state_of_the_generators_is_taken() -> None:
-    assert not explain_nonfinite(nn.Linear(4, 1), BATCH, nn.MSELoss(), rng=rng_state()).found
+    assert not explain_nonfinite(nn.Linear(4, 1), BATCH, nn.MSELoss(), rng=random_state()).found

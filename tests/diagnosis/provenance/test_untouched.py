@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastguard import explain_nonfinite
-from fastguard.snapshot import rng_state
+from fastguard.checkpoints.random_state import random_state
 from guardtest.chains import Call, SegNet, mean
 
 NAN = math.nan
@@ -45,7 +45,7 @@ def test_nothing_is_changed_afterwards():
     model.linear.weight.grad = torch.full((4, 4), NAN)
     gradient, seen = model.linear.weight.grad, model.seen
     kept = {k: v.clone() for k, v in model.state_dict().items()}
-    inputs, generators = x.clone(), rng_state()
+    inputs, generators = x.clone(), random_state()
     report = explain_nonfinite(model, (x, None), mean)
     assert report.operation == "aten.log.default"
     assert (model.calls, model.last, model.training) == (0, None, True)
@@ -54,7 +54,7 @@ def test_nothing_is_changed_afterwards():
     for name, value in model.state_dict().items():
         assert torch.equal(value, kept[name]), name
     assert torch.equal(x, inputs)
-    after = rng_state()
+    after = random_state()
     assert after["python"] == generators["python"]
     assert all(
         np.array_equal(a, b) for a, b in zip(after["numpy"], generators["numpy"], strict=True)
@@ -88,7 +88,7 @@ def test_a_replay_draws_the_random_numbers_of_the_bad_batch():
 
     bad = next(seed for seed in range(999) if not healthy(seed))
     torch.manual_seed(bad)
-    before = rng_state()
+    before = random_state()
     torch.manual_seed(next(seed for seed in range(999) if healthy(seed)))
     assert not explain_nonfinite(model, batch, mean).found
     report = explain_nonfinite(model, batch, mean, rng=before)

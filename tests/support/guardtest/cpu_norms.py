@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastguard import cpu, cpu_l2, gather
-from fastguard.buckets import bucketize
-from fastguard.measure import holds_norms
+from fastguard.gradients.buckets import bucketize
+from fastguard.stages.cpu import l2_sums, power_sums, vectors
+from fastguard.stages.measure import holds_norms
 from guardtest.grads import true_norm
 from guardtest.tolerances import MEASURED_RTOL
 
@@ -36,13 +36,13 @@ SMALL = {
 def norm_of(tensors: list[Tensor], norm_type: float = 2.0) -> float:
     """The float64 norm, and that nothing was called non-finite."""
     (bucket,) = bucketize(tensors, norm_type=norm_type).buckets
-    (measured,), bad = cpu.measure(bucket, 1, norm_type)
+    (measured,), bad = power_sums.power_sums(bucket, 1, norm_type)
     assert bad == {}
     return root_of(measured, bucket.dtype, norm_type)
 
 
 def root_of(measured: float, dtype: torch.dtype, norm_type: float) -> float:
-    """The norm, of what `cpu.measure` gives for gradients of this dtype."""
+    """The norm, of what `power_sums` gives for gradients of this dtype."""
     if norm_type == math.inf or holds_norms(dtype, norm_type):
         return measured
     return measured ** (1.0 / norm_type)
@@ -63,8 +63,8 @@ def scaled_down(monkeypatch):
     """The fast path with every size as in SMALL."""
     with monkeypatch.context() as patch:
         for name, value in SMALL.items():
-            patch.setattr(cpu_l2, name, value)
-        patch.setattr(gather, "_local", threading.local())  # buffers of their own
+            patch.setattr(l2_sums, name, value)
+        patch.setattr(vectors, "_local", threading.local())  # buffers of their own
         yield
 
 

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-import fastguard.rotated_files as listing
+import fastguard.records.rotated_files as listing
 
 
 @dataclass(frozen=True)

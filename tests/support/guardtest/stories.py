@@ -6,15 +6,17 @@ from types import ModuleType
 
 import torch
 
-from fastguard import SpikeRule, Threshold, host_decide, reference
-from fastguard.decide import GuardState, Policy, Reason, Verdict
-from fastguard.measure import GradStats
-from fastguard.reduce import Signals
-from fastguard.rules import Rule
+from fastguard import SpikeRule, Threshold
+from fastguard.stages import reference
+from fastguard.stages.cpu import decide as cpu_decide
+from fastguard.stages.decide import GuardState, Policy, Reason, Verdict
+from fastguard.stages.measure import GradStats
+from fastguard.stages.reduce import Signals
+from fastguard.stages.spike_rules import Rule
 
 INF = math.inf
 CPU = torch.device("cpu")
-TWINS = {"tensors": reference, "floats": host_decide}
+TWINS = {"tensors": reference, "floats": cpu_decide}
 
 RULE = SpikeRule(window=4, sigma=2.0, warmup=4)
 THRESHOLD_1234 = 2.5 + 2.0 * math.sqrt(1.25)  # population std of 1, 2, 3, 4: 4.736...

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fastguard.step_record import StepRecord
+from fastguard.records.step_record import StepRecord
 
 
 @dataclass(frozen=True, slots=True)

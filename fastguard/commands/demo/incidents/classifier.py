@@ -28,7 +28,7 @@ from fastguard.commands.demo.incidents.classifier_data import Kind, draw
 from fastguard.commands.demo.incidents.classifier_files import Files
 from fastguard.commands.demo.incidents.classifier_model import Classifier, averaged
 from fastguard.commands.demo.incidents.plain_loop import alone
-from fastguard.step_record import StepRecord
+from fastguard.records.step_record import StepRecord
 
 EPOCHS, BATCHES, BATCH_SIZE = 6, 48, 16
 FAULTS = {(3, 15): Kind.BAD_PIXEL, (3, 46): Kind.BAD_PIXEL}  # by epoch and batch, from 1

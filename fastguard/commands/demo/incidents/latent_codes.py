@@ -22,7 +22,7 @@ from fastguard.commands.demo.incidents import Outcome
 from fastguard.commands.demo.incidents.latent_codes_data import Batch, Kind, sample
 from fastguard.commands.demo.incidents.latent_codes_model import AutoDecoder, losses
 from fastguard.commands.demo.incidents.plain_loop import all_finite, alone, state_is_finite
-from fastguard.loss_meter import LossSummary
+from fastguard.records.loss_meter import LossSummary
 
 EPOCHS, BATCHES, BATCH_SIZE = 6, 20, 4
 LOST_EPOCH = 5

@@ -11,8 +11,8 @@ from pathlib import Path
 from fastguard.commands.demo.incidents import incident
 from fastguard.commands.demo.incidents.picture import draw
 from fastguard.commands.usage import need
-from fastguard.sinks import JsonLinesSink
-from fastguard.step_record import StepRecord
+from fastguard.records.sinks import JsonLinesSink
+from fastguard.records.step_record import StepRecord
 
 RUNS = {"as-it-was": False, "guarded": True}
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from fastguard import CheckpointStore
-from fastguard.bad_stretch import BadStretch
 from fastguard.checkpoints.entry import Entry
 from fastguard.commands.cli import main
 from fastguard.commands.demo.incidents import classifier
@@ -26,6 +25,7 @@ from fastguard.commands.demo.incidents.classifier import (
     Guarded,
 )
 from fastguard.commands.demo.incidents.classifier_data import Kind
+from fastguard.recovery.incident_log import BadStretch
 from guardtest import require
 from guardtest.incidents import assert_shown
 from guardtest.training import assert_same_bits

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastguard
-from fastguard import GuardConfig, LossMeter, loss_meter, read_records
+from fastguard import GuardConfig, LossMeter, read_records
 from fastguard.commands.cli import main
 from fastguard.commands.demo.incidents import latent_codes
 from fastguard.commands.demo.incidents.latent_codes import (
@@ -28,6 +28,7 @@ from fastguard.commands.demo.incidents.latent_codes import (
 )
 from fastguard.commands.demo.incidents.latent_codes_data import Kind, sample
 from fastguard.commands.demo.incidents.latent_codes_model import AutoDecoder
+from fastguard.records import loss_meter
 from guardtest import require
 from guardtest.incidents import assert_shown
 
@@ -104,13 +105,13 @@ def test_decoder_and_codes_have_a_limit_each(guarded):
 
 
 def test_one_wrapper_measures_both_in_one_pass(monkeypatch, tmp_path):
-    passes, measure = [], fastguard.optimizer.measure
+    passes, measure = [], fastguard.guard.guarded.measure
 
     def counted(*args):
         passes.append(measure(*args))
         return passes[-1]
 
-    monkeypatch.setattr(fastguard.optimizer, "measure", counted)
+    monkeypatch.setattr(fastguard.guard.guarded, "measure", counted)
     monkeypatch.setattr(latent_codes, "EPOCHS", 1)
     latent_codes.run(tmp_path, guarded=True)
     assert len(passes) == BATCHES

@@ -1,0 +1,196 @@
+"""Dataclasses from nested mappings, strictly: what does not fit is named, with what would.
+
+An unknown key is an error that names the nearest valid one; a value of another type than the field
+is an error; a mapping for a field that is a dataclass becomes one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+from fastguard.errors import nearest
+from fastguard.errors.checked_numbers import number_of
+from fastguard.stages.spike_rules import SpikeRule, Threshold
+
+WITH_EXPONENT = re.compile(r"[-+]?[\d.]+e[-+]?\d+", re.IGNORECASE)
+YAML_TEXT = "; YAML takes it for text: write it with a point and a sign, as 1.0e-6"
+
+T = TypeVar("T")
+
+
+def parse(text: str, suffix: str) -> Any:
+    """The nested values of a TOML or YAML text.
+
+    Raises:
+        ValueError: It does not parse, or `suffix` is of neither.
+        ImportError: YAML support is not installed.
+    """
+    if suffix == ".toml":
+        return tomllib.loads(text)
+    if suffix not in (".yaml", ".yml"):
+        raise ValueError(f"a configuration ends in .toml, .yaml or .yml, not {suffix!r}")
+    try:
+        import yaml
+    except ImportError as error:
+        raise ImportError(
+            "YAML support is not installed; run: pip install 'torch-fastguard[yaml]', or use TOML"
+        ) from error
+    try:
+        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader))
+        return yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"not valid YAML: {error}") from None
+
+
+def _refuse_repeated_keys(root: Any) -> None:
+    """Raises ValueError if a mapping of a composed YAML document has a key twice.
+
+    PyYAML keeps the last of them and drops the others without a word; TOML parsers refuse them.
+    """
+    pending, seen = [root], set()
+    while pending:
+        node = pending.pop()
+        if id(node) in seen or not isinstance(getattr(node, "value", None), list):
+            continue  # a scalar, an empty document, or what an alias has led to before
+        seen.add(id(node))
+        if node.id == "sequence":
+            pending += node.value
+            continue
+        lines: dict[tuple[str, str], int] = {}
+        for key, value in node.value:
+            pending += (key, value)
+            if key.id != "scalar":
+                continue
+            name, line = (key.tag, key.value), key.start_mark.line + 1
+            first = lines.pop(name, None)
+            lines[name] = line
+            if first is not None:
+                raise ValueError(
+                    f"{key.value!r} appears twice, in lines {first} and {line}; YAML would keep "
+                    "the last one only: merge them into one"
+                )
+
+
+def build(cls: type[T], settings: Any, path: str) -> T:
+    """A dataclass from a mapping; every key and type is checked.
+
+    Args:
+        cls: The dataclass.
+        settings: The values by field name.
+        path: How the errors call it, `"schedule.warmup"`; `""` for the whole.
+
+    Raises:
+        ValueError: A key is unknown or missing, or a value out of range.
+        TypeError: A value is of the wrong type.
+    """
+    if not isinstance(settings, Mapping):
+        raise TypeError(f"{path or 'the configuration'} must hold settings, not {settings!r}")
+    hints = typing.get_type_hints(cls)
+    for key in settings:
+        if key not in hints:
+            raise ValueError(f"unknown setting {_join(path, key)}{nearest(str(key), hints)}")
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        has_default = (f.default, f.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
+        if not has_default and f.name not in settings:
+            raise ValueError(f"{_join(path, f.name)} is missing")
+    checked = {key: _check(v, hints[key], _join(path, key)) for key, v in settings.items()}
+    try:
+        return cls(**checked)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{path}: {error}") from None
+
+
+def refuse_empty_sections(cls: type, settings: Any, path: str = "") -> None:
+    """In a file a section that is there and empty reads as None, which would mean "none".
+
+    Args:
+        cls: The dataclass that the settings are for.
+        settings: As they were read.
+        path: How the errors call it.
+
+    Raises:
+        ValueError: A section is empty.
+    """
+    hints = typing.get_type_hints(cls)
+    for key, value in settings.items() if isinstance(settings, Mapping) else ():
+        hint = hints.get(key)
+        kinds = [h for h in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(h)]
+        if len(kinds) != 1:
+            continue
+        where = _join(path, key)
+        if value is None:
+            raise ValueError(
+                f"{where} is empty: leave it out, or write {key}: {{}} for its defaults"
+            )
+        refuse_empty_sections(kinds[0], value, where)  # type: ignore[arg-type]
+
+
+def _check(value: Any, hint: Any, path: str) -> Any:
+    """The value as the type that is asked for; integers serve as floats, nothing else is bent."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return _check_any(value, args, path)
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(f"{path}={value!r} must be one of {', '.join(map(repr, args))}")
+        return value
+    if origin is list and isinstance(value, list):
+        return [_check(v, args[0], f"{path}[{i}]") for i, v in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{path} must hold settings by name, not {value!r}")
+        return {str(k): _check(v, args[1], _join(path, k)) for k, v in value.items()}
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, path)  # type: ignore[arg-type]
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return number_of(path, value)
+    if isinstance(hint, type) and isinstance(value, hint):
+        if not isinstance(value, bool) or hint is bool:
+            return value
+    name = getattr(hint, "__name__", str(hint))
+    raise TypeError(
+        f"{path}={value!r} is of type {type(value).__name__}, expected {name}"
+        + (YAML_TEXT if hint is float and WITH_EXPONENT.fullmatch(str(value)) else "")
+    )
+
+
+def _check_any(value: Any, hints: tuple[Any, ...], path: str) -> Any:
+    if value is None and type(None) in hints:
+        return None
+    hints = tuple(h for h in hints if h is not type(None))
+    if set(hints) == {SpikeRule, Threshold}:
+        if not (isinstance(value, Mapping) and "max" in value):
+            return build(SpikeRule, value, path)
+        relative = {f.name for f in dataclasses.fields(SpikeRule)} - {"action"}
+        both = ", ".join(str(key) for key in value if key in relative)
+        if both:
+            raise ValueError(
+                f"{path} holds max, which makes a Threshold, and {both} of a SpikeRule; leave one "
+                "out"
+            )
+        return build(Threshold, value, path)
+    if len(hints) == 1:
+        return _check(value, hints[0], path)
+    for hint in hints:
+        if _container(value) is _container_of(hint):
+            return _check(value, hint, path)
+    raise TypeError(f"{path}={value!r} is of type {type(value).__name__}")
+
+
+def _container(value: Any) -> type | None:
+    return next((kind for kind in (list, dict) if isinstance(value, kind)), None)
+
+
+def _container_of(hint: Any) -> type | None:
+    origin = typing.get_origin(hint)
+    return origin if origin in (list, dict) else None
+
+
+def _join(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)

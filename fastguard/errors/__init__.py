@@ -1,0 +1,67 @@
+"""The two errors that a guarded run can end in, and how messages name things.
+
+Both are `RuntimeError`s, so that code written for `torch.nn.utils.clip_grad_norm_(...,
+error_if_nonfinite=True)` keeps catching them, and both name parameters and counts: an error that
+only says "NaN" starts an investigation, one that says where ends it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Sequence
+
+from fastguard.errors.plain_text import printable
+
+Culprit = tuple[str, int, int, int]
+"""`(parameter name, NaN elements, +Inf elements, -Inf elements)`."""
+
+NAMED_CULPRITS = 8
+"""How many parameters an error or a record names; the rest are counted."""
+
+MOST_OF_A_NAME = 400
+"""Characters of a name that a message shows."""
+
+
+def describe_culprits(culprits: Sequence[Culprit], n_culprits: int | None = None) -> str:
+    """One line for people: `layer.3.weight (2 NaN, 1 +Inf), head.bias (4 NaN) and 12 more`."""
+    total = len(culprits) if n_culprits is None else n_culprits
+    named = []
+    for name, nan, posinf, neginf in culprits[:NAMED_CULPRITS]:
+        counts = [
+            f"{n} {kind}" for n, kind in ((nan, "NaN"), (posinf, "+Inf"), (neginf, "-Inf")) if n
+        ]
+        named.append(f"{printable(name, MOST_OF_A_NAME)} ({', '.join(counts)})")
+    more = total - len(named)
+    return ", ".join(named) + (f" and {more} more" if more > 0 else "")
+
+
+def nearest(key: str, valid: Collection[str]) -> str:
+    """What an error adds about a name that is not valid: the nearest one that is, or some."""
+    near = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; valid are {', '.join(list(valid)[:12])}"
+
+
+class NonFiniteGradError(RuntimeError):
+    """Gradients, or a loss, hold NaN or Inf, and the caller asked for an error.
+
+    Attributes:
+        culprits: `(name, nan, posinf, neginf)` of each bad parameter, in parameter order; empty if
+            only a loss is bad.
+    """
+
+    def __init__(self, message: str, culprits: Sequence[Culprit] = ()) -> None:
+        super().__init__(printable(message))
+        self.culprits = list(culprits)
+
+
+class TrainingDivergedError(RuntimeError):
+    """Training cannot go on: the budget of skipped steps or of rollbacks is used up.
+
+    Attributes:
+        culprits: `(name, nan, posinf, neginf)` of the bad parameters of the last incident, if it
+            had any.
+    """
+
+    def __init__(self, message: str, culprits: Sequence[Culprit] = ()) -> None:
+        super().__init__(printable(message))
+        self.culprits = list(culprits)

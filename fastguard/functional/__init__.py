@@ -1,0 +1,9 @@
+"""The functions of `torch.nn.utils`, eager and compiled, and gradients in one flat buffer.
+
+Modules:
+    arguments       what the functions accept, checked
+    clip            the drop-in functions
+    ops, compiled   the same under `torch.compile`
+    flat_buckets    `FlatGradBuckets`
+    patch           `patch_torch`
+"""

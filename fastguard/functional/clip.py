@@ -1,0 +1,393 @@
+"""The functions of `torch.nn.utils` for gradients, with the same arguments and results.
+
+Each is the four stages without a state: measure, reduce, decide, apply. What differs from torch:
+norms are true to 1e-7, gradients are read once and stay untouched at coefficient 1, and
+`max_norm=inf` never multiplies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastguard.errors.checked_numbers import finite_number_of, number_of, refuse_bool_and_text
+from fastguard.functional import compiled
+from fastguard.functional.arguments import (
+    Parameters,
+    as_list,
+    buckets_for,
+    check_foreach,
+    gradients_for,
+    limit_beside,
+    limit_of,
+    limit_tensor,
+    listed,
+    mode_of,
+)
+from fastguard.gradients.buckets import GradBuckets, bucketize, gradients_of, name_of
+from fastguard.gradients.elementwise import check_fill, clamp_, fill_nonfinite_
+from fastguard.gradients.tensor_kinds import PLAIN, TRACED, kind_of
+from fastguard.ranks.dtensors import is_dtensor, whole
+from fastguard.ranks.groups import Group, process_group_of, several_ranks
+from fastguard.ranks.team import team_of
+from fastguard.stages.apply import apply, scale
+from fastguard.stages.decide import (
+    Policy,
+    clip_coefficients,
+    decide,
+    raise_if_nonfinite,
+    torch_total_norm,
+)
+from fastguard.stages.measure import GradStats, measure, norm_type_of
+from fastguard.stages.reduce import Signals, reduce
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Parameters,
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
+    nonfinite: Literal["propagate", "zero", "raise"] = "propagate",
+    group: Group = None,
+) -> Tensor:
+    """Clips the gradients so that their joint norm is at most `max_norm`.
+
+    Args:
+        parameters: A tensor, an iterable of tensors, or of `(name, tensor)` pairs such as
+            `model.named_parameters()`, so that errors can name the culprit.
+        max_norm: The limit, >= 0; `inf` measures only and never multiplies.
+        norm_type: p > 0 of the p-norm; `inf` for the largest magnitude.
+        error_if_nonfinite: The same as `nonfinite="raise"`.
+        foreach: Accepted for compatibility; there is one implementation a device.
+        nonfinite: What NaN and Inf do: `"propagate"` as in torch, `"zero"` sets them to 0 and clips
+            by the norm of the rest, `"raise"` raises before anything is changed. Skipping a step
+            takes `GuardedOptimizer`.
+        group: Whose gradients count: None: those of this process, or of the ranks that the meshes
+            of DTensors span; a process group: of all its ranks, which hold different tensors
+            (pipeline stages, experts); `fastguard.Replicated(process_group)`: the same on all ranks
+            (DDP). All ranks must call, also those without parameters.
+
+    Returns:
+        The norm before clipping, `()`, float32 (float64 if a gradient is), on the device of the
+        first gradient. In propagate mode NaN or Inf if an element is; else of the finite elements.
+
+    Raises:
+        NonFiniteGradError: In raise mode; this waits for a GPU. With `error_if_nonfinite` its
+            message begins as torch's does.
+        TypeError, ValueError: An argument is not of the kind or range above; or, unless
+            `nonfinite="propagate"`, none of the tensors can have a gradient (then torch does
+            nothing, and here it is a warning).
+
+    Example:
+        >>> import torch, fastguard
+        >>> p = torch.nn.Parameter(torch.zeros(2))
+        >>> p.grad = torch.tensor([3.0, 4.0])
+        >>> fastguard.clip_grad_norm_([p], max_norm=1.0)
+        tensor(5.)
+        >>> p.grad
+        tensor([0.6000, 0.8000])
+    """
+    p = norm_type_of(norm_type)
+    mode = mode_of(nonfinite, error_if_nonfinite)
+    strict = nonfinite != "propagate"  # torch has no such argument, so nobody relies on its silence
+    check_foreach(foreach)
+    parameters = listed(parameters)
+    if torch.compiler.is_compiling():
+        if compiled.spans_ranks(parameters, group):
+            return compiled.leave_graph(
+                clip_grad_norm_,
+                parameters,
+                max_norm,
+                p,
+                error_if_nonfinite,
+                nonfinite=nonfinite,
+                group=group,
+            )
+        grads, names = gradients_for(parameters, strict)
+        return compiled.clip_grad_norm_(grads, names, max_norm, p, mode, error_if_nonfinite)
+    buckets = buckets_for(parameters, group, strict, norm_type=p)
+    return clip_buckets(buckets, max_norm, p, error_if_nonfinite, nonfinite)
+
+
+def clip_buckets(
+    buckets: GradBuckets,
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    nonfinite: str = "propagate",
+) -> Tensor:
+    """The four stages over gradients that are sorted already; arguments as in `clip_grad_norm_`."""
+    mode = mode_of(nonfinite, error_if_nonfinite)
+    max_norm = limit_of("max_norm", max_norm)
+    stats = measure(buckets, norm_type_of(norm_type))
+    stats, signals = reduce(stats, Signals.none_beside(stats), buckets.sharing)
+    if stats.kind is TRACED:
+        norm, multiplier, clean = compiled.decided(stats, max_norm, mode, error_if_nonfinite)
+        scale(buckets, multiplier, clean)
+        return norm
+    if mode == "raise":
+        raise_if_nonfinite(stats, signals, as_torch=error_if_nonfinite)
+    if stats.kind is PLAIN:
+        limit = limit_tensor(max_norm, buckets.device)
+    else:
+        limit = limit_beside(max_norm, stats.summary)
+    policy = Policy(limit, mode, limited=max_norm != math.inf)
+    verdict = decide(stats, signals, None, policy)
+    if policy.may_change(signals):
+        apply(buckets, verdict)
+    norm = verdict.torch_norm if mode == "propagate" else verdict.total_norm
+    return norm if stats.float64 else norm.float()
+
+
+@torch.no_grad()
+def get_total_norm(
+    tensors: Tensor | Iterable[Tensor],
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
+    group: Group = None,
+) -> Tensor:
+    """The norm of all tensors together, as of one long vector. Nothing is changed.
+
+    Args:
+        tensors: A tensor, or an iterable of tensors (gradients, not parameters).
+        norm_type: p > 0 of the p-norm; `inf` for the largest magnitude.
+        error_if_nonfinite: Raise if an element is NaN or Inf; this waits for a GPU.
+        foreach: Accepted for compatibility.
+        group: As in `clip_grad_norm_`.
+
+    Returns:
+        `()`, float32 (float64 if a tensor is): NaN or Inf if an element is.
+
+    Raises:
+        NonFiniteGradError: With `error_if_nonfinite`, naming tensors and counts.
+
+    Example:
+        >>> import torch, fastguard
+        >>> fastguard.get_total_norm([torch.tensor([3.0]), torch.tensor([4.0])])
+        tensor(5.)
+    """
+    p = norm_type_of(norm_type)
+    check_foreach(foreach)
+    items = [tensors] if isinstance(tensors, Tensor) else as_list("tensors", tensors)
+    if torch.compiler.is_compiling():
+        if compiled.spans_ranks(items, group):
+            return compiled.leave_graph(get_total_norm, items, p, error_if_nonfinite, group=group)
+        mode = "raise" if error_if_nonfinite else "propagate"
+        return compiled.decide(items, None, math.inf, p, mode, error_if_nonfinite)[0]
+    sharing = None
+    if process_group_of(group) is not None or several_ranks():
+        items = [whole(t) for t in items]
+        team = team_of(items, group)
+        sharing = None if team is None else team.sharing(items)
+    buckets = bucketize(items, norm_type=p, sharing=sharing)
+    stats = measure(buckets, p)
+    stats, signals = reduce(stats, Signals.none_beside(stats), sharing)
+    if stats.kind is TRACED:
+        mode = "raise" if error_if_nonfinite else "propagate"
+        return compiled.decided(stats, math.inf, mode, error_if_nonfinite)[0]
+    if error_if_nonfinite:
+        raise_if_nonfinite(stats, signals, as_torch=True)
+    norm = torch_total_norm(stats)
+    return norm if stats.float64 else norm.float()
+
+
+@torch.no_grad()
+def clip_grads_with_norm_(
+    parameters: Parameters,
+    max_norm: float,
+    total_norm: Tensor,
+    foreach: bool | None = None,
+) -> None:
+    """Scales the gradients by `min(1, max_norm / (total_norm + 1e-6))`.
+
+    Args:
+        parameters: As in `clip_grad_norm_`.
+        max_norm: The limit, >= 0; `inf` never multiplies.
+        total_norm: `()`, the norm, from `get_total_norm`. NaN makes every gradient NaN, as in
+            torch.
+        foreach: Accepted for compatibility.
+
+    Raises:
+        TypeError, ValueError: An argument is not of the kind or range above.
+
+    Example:
+        >>> import torch, fastguard
+        >>> p = torch.nn.Parameter(torch.zeros(2))
+        >>> p.grad = torch.tensor([3.0, 4.0])
+        >>> fastguard.clip_grads_with_norm_([p], 1.0, fastguard.get_total_norm([p.grad]))
+        >>> p.grad
+        tensor([0.6000, 0.8000])
+    """
+    check_foreach(foreach)
+    parameters = listed(parameters)
+    refuse_bool_and_text("total_norm", total_norm, "pass what get_total_norm returned")
+    if not isinstance(total_norm, Tensor | int | float):
+        raise TypeError(
+            f"total_norm={total_norm!r} is not a tensor; pass what get_total_norm returned"
+        )
+    if torch.compiler.is_compiling() and compiled.spans_ranks(parameters, None):
+        compiled.leave_graph(clip_grads_with_norm_, parameters, max_norm, total_norm)
+        return
+    if not isinstance(total_norm, Tensor):
+        total_norm = torch.as_tensor(number_of("total_norm", total_norm))
+    norm = total_norm
+    if is_dtensor(norm):  # torch's own norm of DTensors is a sum that nobody has summed up yet
+        norm = norm.full_tensor()
+    if norm.numel() != 1:
+        raise ValueError(f"total_norm must be one number, but has shape {tuple(norm.shape)}")
+    norm = norm.reshape(1).double()
+    grads, names = gradients_for(parameters, strict=False)
+    if torch.compiler.is_compiling():
+        compiled.clip_grads_with_norm_(grads, max_norm, norm)
+        return
+    limit = limit_of("max_norm", max_norm)
+    buckets = bucketize(grads, names=names)
+    if buckets.kind is PLAIN and kind_of((type(norm),)) is PLAIN:
+        limits, clean = limit_tensor(limit, norm.device), torch.zeros((), device=norm.device)
+    else:
+        limits, clean = limit_beside(limit, norm), norm.new_zeros((), dtype=torch.float32)
+    scale(buckets, clip_coefficients(norm, limits), clean)
+
+
+@torch.no_grad()
+def clip_grad_value_(
+    parameters: Parameters, clip_value: float, foreach: bool | None = None
+) -> None:
+    """Clamps every gradient element to [-clip_value, clip_value]; NaN stays NaN.
+
+    Args:
+        parameters: As in `clip_grad_norm_`.
+        clip_value: The limit, >= 0; where it is beyond the dtype of a gradient, nothing is clamped.
+        foreach: Accepted for compatibility.
+
+    Raises:
+        TypeError, ValueError: An argument is not of the kind or range above.
+
+    Example:
+        >>> import torch, fastguard
+        >>> p = torch.nn.Parameter(torch.zeros(2))
+        >>> p.grad = torch.tensor([3.0, -0.5])
+        >>> fastguard.clip_grad_value_([p], 1.0)
+        >>> p.grad
+        tensor([ 1.0000, -0.5000])
+    """
+    check_foreach(foreach)
+    parameters = listed(parameters)
+    if torch.compiler.is_compiling():
+        if compiled.spans_ranks(parameters, None):
+            compiled.leave_graph(clip_grad_value_, parameters, clip_value)
+        else:
+            compiled.clip_grad_value_(gradients_for(parameters, strict=False)[0], clip_value)
+        return
+    limit = limit_of("clip_value", clip_value)
+    buckets = buckets_for(parameters, None, strict=False)  # refuses before any change
+    grads, names = gradients_of(parameters)
+    for i, grad in enumerate(grads):
+        if grad is not None and grad.is_complex():
+            raise TypeError(
+                f"the gradient of {name_of(i, names)} is complex, and complex numbers have no "
+                "order to clamp by; use clip_grad_norm_, or leave this parameter out"
+            )
+    clamp_(buckets, limit)
+
+
+@torch.no_grad()
+def sanitize_grads_(
+    parameters: Parameters,
+    *,
+    nan: float = 0.0,
+    posinf: float = 0.0,
+    neginf: float = 0.0,
+    group: Group = None,
+) -> GradStats:
+    """Replaces non-finite elements of the gradients, and says what was found.
+
+    Args:
+        parameters: As in `clip_grad_norm_`.
+        nan: What replaces NaN.
+        posinf: What replaces +Inf.
+        neginf: What replaces -Inf.
+        group: As in `clip_grad_norm_`.
+
+    Returns:
+        The stats of the gradients as they were.
+
+    Raises:
+        TypeError, ValueError: An argument is not of the kind or range above, or none of the tensors
+            can have a gradient, so that they are no parameters.
+
+    Example:
+        >>> import torch, fastguard
+        >>> p = torch.nn.Parameter(torch.zeros(2))
+        >>> p.grad = torch.tensor([float("nan"), 4.0])
+        >>> fastguard.sanitize_grads_([p]).culprits()
+        [('parameter 0', 1, 0, 0)]
+        >>> p.grad
+        tensor([0., 4.])
+    """
+    fill = {"nan": nan, "posinf": posinf, "neginf": neginf}
+    for name, value in fill.items():
+        fill[name] = finite_number_of(name, value, "it replaces what is not finite")
+    parameters = listed(parameters)
+    if torch.compiler.is_compiling():
+        if compiled.spans_ranks(parameters, group):
+            return compiled.leave_graph(sanitize_grads_, parameters, **fill, group=group)
+        return compiled.sanitize_grads_(*gradients_for(parameters, strict=True), fill)
+    buckets = buckets_for(parameters, group, strict=True)
+    check_fill(buckets, fill)
+    stats = measure(buckets, 2.0)
+    stats, _ = reduce(stats, Signals.none_beside(stats), buckets.sharing)
+    if any(fill.values()):
+        fill_nonfinite_(buckets, fill)
+    else:
+        scale(buckets, torch.ones_like(stats.power_sum), stats.found_nonfinite)
+    return stats
+
+
+@torch.no_grad()
+def measure_grads(
+    parameters: Parameters,
+    *,
+    norm_type: float = 2.0,
+    per_tensor: bool = False,
+    group: Group = None,
+) -> GradStats:
+    """Norm and non-finite counts of the gradients, from one read. Nothing is changed.
+
+    Args:
+        parameters: As in `clip_grad_norm_`.
+        norm_type: p > 0 of the p-norm; `inf` for the largest magnitude.
+        per_tensor: One segment a tensor, so that `power_sum` and `segment_norms` are `(T,)`.
+        group: As in `clip_grad_norm_`.
+
+    Raises:
+        TypeError, ValueError: As in `sanitize_grads_`.
+
+    Example:
+        >>> import torch, fastguard
+        >>> p = torch.nn.Parameter(torch.zeros(2))
+        >>> p.grad = torch.tensor([3.0, 4.0])
+        >>> stats = fastguard.measure_grads([("w", p)])
+        >>> stats.total_norm, stats.culprits()
+        (tensor(5.), [])
+    """
+    p = norm_type_of(norm_type)
+    parameters = listed(parameters)
+    if torch.compiler.is_compiling():
+        if compiled.spans_ranks(parameters, group):
+            return compiled.leave_graph(
+                measure_grads, parameters, norm_type=p, per_tensor=per_tensor, group=group
+            )
+        return compiled.measure(*gradients_for(parameters, strict=True), p, per_tensor)
+    buckets = buckets_for(parameters, group, strict=True, norm_type=p, per_tensor=per_tensor)
+    stats = measure(buckets, p)
+    return reduce(stats, Signals.none_beside(stats), buckets.sharing)[0]

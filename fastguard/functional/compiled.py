@@ -1,0 +1,151 @@
+"""The functions of `fastguard.functional.clip` under `torch.compile`: one opaque op a stage.
+
+For one process: what ranks exchange is not traced, but done outside of the graph.
+
+What gradients or limits have wrong is raised by the ops, while the graph runs. A wrong word
+(`nonfinite="drop"`, `foreach="yes"`) is seen while tracing: its error breaks the graph and is
+raised, but under `fullgraph=True` dynamo reports `Unsupported: Observed exception` in its place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastguard.errors.checked_numbers import refuse_bool_and_text
+from fastguard.functional.arguments import limit_beside
+from fastguard.gradients.buckets import parameters_of
+from fastguard.ranks.dtensors import is_dtensor
+from fastguard.ranks.groups import Group, process_group_of
+from fastguard.stages.measure import GradStats, holds_norms
+
+
+def clip_grad_norm_(
+    grads: list[Tensor | None],
+    names: list[str] | None,
+    max_norm: float,
+    norm_type: float,
+    mode: str,
+    as_torch: bool = False,
+) -> Tensor:
+    refuse_bool_and_text("max_norm", max_norm)
+    norm, coef, clean = decide(grads, names, max_norm, norm_type, mode, as_torch)
+    _apply(_present(grads), coef, clean)
+    return norm
+
+
+def decide(
+    grads: Sequence[Tensor | None],
+    names: list[str] | None,
+    max_norm: float,
+    norm_type: float,
+    mode: str,
+    as_torch: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return decided(measure(grads, names, norm_type), max_norm, mode, as_torch)
+
+
+def decided(
+    stats: GradStats, max_norm: float, mode: str, as_torch: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the op decides: the norm, the multiplier and whether to clean."""
+    limit = limit_beside(max_norm, stats.summary)
+    told = None if mode != "raise" or stats.names is None else list(stats.names)
+    norm, coef, clean = torch.ops.fastguard.decide(
+        stats.summary, stats.counts, limit, stats.norm_type, mode, told, as_torch, stats.rooted
+    )
+    return norm if stats.float64 else norm.float(), coef, clean
+
+
+def clip_grads_with_norm_(grads: list[Tensor | None], max_norm: float, norm: Tensor) -> None:
+    """Scales by a given norm, float64 `(1,)`."""
+    refuse_bool_and_text("max_norm", max_norm)
+    # For the inf-norm a power sum is the norm itself, and NaN is counted; the op checks the limit.
+    summary = torch.cat([norm, norm.isnan().double(), norm.new_zeros(2)]).reshape(4, 1)
+    counts = torch.zeros(3, 0, dtype=torch.int64, device=norm.device)
+    _, coef, clean = decided(GradStats(summary, counts, math.inf), max_norm, "propagate")
+    _apply(_present(grads), coef, clean)
+
+
+def measure(
+    grads: Sequence[Tensor | None],
+    names: list[str] | None,
+    norm_type: float,
+    per_tensor: bool = False,
+) -> GradStats:
+    ids = [i for i, g in enumerate(grads) if g is not None]
+    present = _present(grads)
+    if len(present) == 0:  # an op that is given no tensor does not trace
+        n_segments = len(grads) if per_tensor else 1
+        nothing = torch.zeros(4, n_segments, dtype=torch.float64, device="cpu")
+        counts = torch.zeros(3, len(grads), dtype=torch.int64, device="cpu")
+        return GradStats(nothing, counts, norm_type, names)
+    op = torch.ops.fastguard.measure_tensors if per_tensor else torch.ops.fastguard.measure
+    summary, counts = op(present, norm_type)
+    if len(ids) < len(grads):
+        counts = _spread(counts, ids, len(grads))
+        summary = _spread(summary, ids, len(grads)) if per_tensor else summary
+    wide = any(g.dtype in (torch.float64, torch.complex128) for g in present)
+    rooted = holds_norms(torch.float64 if wide else torch.float32, norm_type)
+    return GradStats(summary, counts, norm_type, names, wide, rooted)
+
+
+def _spread(columns: Tensor, ids: list[int], n: int) -> Tensor:
+    """The columns at the places `ids` among n; the others are zero."""
+    spread = columns.new_zeros(columns.shape[0], n)
+    spread[:, ids] = columns
+    return spread
+
+
+def clip_grad_value_(grads: list[Tensor | None], clip_value: float) -> None:
+    """Clamps to [-clip_value, clip_value]."""
+    refuse_bool_and_text("clip_value", clip_value)
+    present = _present(grads)
+    if len(present) > 0:
+        on_host = torch.empty(0, device="cpu")
+        torch.ops.fastguard.clip_value(present, limit_beside(clip_value, on_host))
+
+
+def sanitize_grads_(
+    grads: list[Tensor | None], names: list[str] | None, fill: dict[str, float]
+) -> GradStats:
+    """Replaces what is non-finite; the stats from before."""
+    stats = measure(grads, names, 2.0)
+    present = _present(grads)
+    if len(present) == 0:
+        return stats
+    if any(fill.values()):
+        torch.ops.fastguard.sanitize(present, fill["nan"], fill["posinf"], fill["neginf"])
+    else:
+        one = torch.ones(1, dtype=torch.float64, device=stats.summary.device)
+        _apply(present, one, stats.found_nonfinite)
+    return stats
+
+
+def _present(grads: Sequence[Tensor | None]) -> list[Tensor]:
+    return [g for g in grads if g is not None]
+
+
+def _apply(grads: list[Tensor], multiplier: Tensor, clean: Tensor) -> None:
+    if len(grads) > 0:
+        torch.ops.fastguard.apply(grads, multiplier, clean)
+
+
+def spans_ranks(parameters: Tensor | list, group: Group) -> bool:
+    """Whether compiled code must leave its graph, because ranks exchange numbers."""
+    if process_group_of(group) is not None:
+        return True
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    return any(is_dtensor(p) for p in parameters_of(parameters))
+
+
+@torch._disable_dynamo
+def leave_graph(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls a function eagerly; an error under `fullgraph=True`."""
+    return function(*args, **kwargs)

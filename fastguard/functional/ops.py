@@ -1,0 +1,160 @@
+"""One opaque op a stage, for `torch.compile`: schema, shapes, and the stage itself.
+
+Eager code calls the stages directly: the dispatcher costs 0.1 µs a tensor in a list, plain Python
+nothing. Compiled code needs the ops, because addresses and host decisions do not trace. All ops
+treat their gradients as one segment, but for `measure_tensors`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastguard.functional.arguments import warn_of_zero
+from fastguard.gradients.buckets import bucketize
+from fastguard.gradients.elementwise import check_fill, check_real, clamp_, fill_nonfinite_
+from fastguard.stages.apply import scale
+from fastguard.stages.decide import Policy, raise_if_nonfinite
+from fastguard.stages.decide import decide as decide_stage
+from fastguard.stages.measure import GradStats
+from fastguard.stages.measure import measure as measure_stage
+from fastguard.stages.reduce import Signals
+
+_library = torch.library.Library("fastguard", "DEF")
+# An empty list has no device to dispatch on, and addresses may change between replays of a graph.
+_KEY = "CompositeExplicitAutograd"
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
+
+
+def _define(schema: str, implementation, shapes) -> None:
+    name = schema.split("(")[0]
+    _library.define(schema, tags=_TAGS)
+    _library.impl(name, implementation, _KEY)
+    torch.library.register_fake(f"fastguard::{name}", shapes, lib=_library)
+
+
+def _measure(grads: list[Tensor], norm_type: float) -> tuple[Tensor, Tensor]:
+    stats = measure_stage(bucketize(grads, norm_type=norm_type), norm_type)
+    return stats.summary, stats.counts
+
+
+def _measure_tensors(grads: list[Tensor], norm_type: float) -> tuple[Tensor, Tensor]:
+    n = len(grads)
+    buckets = bucketize(grads, segments=range(n), n_segments=n, norm_type=norm_type)
+    stats = measure_stage(buckets, norm_type)
+    return stats.summary, stats.counts
+
+
+def _stats_shapes(grads: list[Tensor], n_segments: int) -> tuple[Tensor, Tensor]:
+    device = grads[0].device if grads else torch.device("cpu")
+    summary = torch.empty(4, n_segments, dtype=torch.float64, device=device)
+    return summary, torch.empty(3, len(grads), dtype=torch.int64, device=device)
+
+
+_define(
+    "measure(Tensor[] grads, float norm_type) -> (Tensor summary, Tensor counts)",
+    _measure,
+    lambda grads, norm_type: _stats_shapes(grads, 1),
+)
+_define(
+    "measure_tensors(Tensor[] grads, float norm_type) -> (Tensor summary, Tensor counts)",
+    _measure_tensors,
+    lambda grads, norm_type: _stats_shapes(grads, len(grads)),
+)
+
+
+def _check_limit(name: str, limit: Tensor) -> None:
+    if limit.device.type != "cpu":  # reading it would wait
+        return
+    if limit == 0:
+        warn_of_zero(name)
+    if not limit >= 0:
+        raise ValueError(f"{name}={limit.item()} must be >= 0; use float('inf') for no limit")
+
+
+def _decide(
+    summary: Tensor,
+    counts: Tensor,
+    max_norm: Tensor,
+    norm_type: float,
+    nonfinite: str,
+    names: list[str] | None,
+    as_torch: bool = False,
+    rooted: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_limit("max_norm", max_norm)
+    stats = GradStats(summary, counts, norm_type, names, rooted=rooted)
+    if nonfinite == "raise":
+        raise_if_nonfinite(stats, as_torch=as_torch)
+    policy = Policy(max_norm.reshape(1), nonfinite)  # type: ignore[arg-type]
+    verdict = decide_stage(stats, Signals.none(summary.device), None, policy)
+    norm = verdict.torch_norm if nonfinite == "propagate" else verdict.total_norm
+    # Compiled code may write over what an op returned: neither parts of its arguments (the norm may
+    # be one of `summary`) nor the constants that verdicts share.
+    return norm.clone(), verdict.multiplier, verdict.clean.clone()
+
+
+def _decide_shapes(
+    summary: Tensor,
+    counts: Tensor,
+    max_norm: Tensor,
+    norm_type: float,
+    nonfinite: str,
+    names: list[str] | None,
+    as_torch: bool = False,
+    rooted: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    device = summary.device
+    return (
+        torch.empty((), dtype=torch.float64, device=device),
+        torch.empty(summary.shape[1], dtype=torch.float64, device=device),
+        torch.empty((), dtype=torch.float32, device=device),
+    )
+
+
+_define(
+    "decide(Tensor summary, Tensor counts, Tensor max_norm, float norm_type, str nonfinite,"
+    " str[]? names, bool as_torch=False, bool rooted=False)"
+    " -> (Tensor total_norm, Tensor multiplier, Tensor clean)",
+    _decide,
+    _decide_shapes,
+)
+
+
+def _apply(grads: list[Tensor], multiplier: Tensor, clean: Tensor) -> None:
+    scale(bucketize(grads), multiplier, clean)
+
+
+_define(
+    "apply(Tensor(a!)[] grads, Tensor multiplier, Tensor clean) -> ()",
+    _apply,
+    lambda grads, multiplier, clean: None,
+)
+
+
+def _clip_value(grads: list[Tensor], clip_value: Tensor) -> None:
+    _check_limit("clip_value", clip_value)
+    buckets = bucketize(grads)
+    check_real(grads)
+    clamp_(buckets, clip_value.item())
+
+
+_define(
+    # clip_value lies on the CPU
+    "clip_value(Tensor(a!)[] grads, Tensor clip_value) -> ()",
+    _clip_value,
+    lambda grads, clip_value: None,
+)
+
+
+def _sanitize(grads: list[Tensor], nan: float, posinf: float, neginf: float) -> None:
+    buckets, fill = bucketize(grads), {"nan": nan, "posinf": posinf, "neginf": neginf}
+    check_fill(buckets, fill)
+    fill_nonfinite_(buckets, fill)
+
+
+_define(
+    "sanitize(Tensor(a!)[] grads, float nan, float posinf, float neginf) -> ()",
+    _sanitize,
+    lambda grads, nan, posinf, neginf: None,
+)

@@ -1,0 +1,75 @@
+"""What is done to gradients element by element, whatever their norm: clamps and replacements.
+
+I/O: reads and writes every gradient (2N bytes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fastguard.gradients.buckets import FLOATING, GradBuckets
+from fastguard.gradients.cpu_threads import in_pieces
+
+LARGEST = {dtype: torch.finfo(dtype).max for dtype in FLOATING}
+
+
+def check_real(grads: Iterable[Tensor]) -> None:
+    """Raises a TypeError for gradients that cannot be clamped."""
+    if any(grad.is_complex() for grad in grads):
+        raise TypeError(
+            "a gradient is complex, and complex numbers have no order to clamp by; "
+            "use max_norm for it in place of clip_value"
+        )
+
+
+def clamp_finite_(grads: Sequence[Tensor], limit: float, inv_scale: Tensor | None = None) -> None:
+    """Clamps the finite elements to [-limit, limit], in place; NaN and Inf stay, to be found.
+
+    Args:
+        grads: Real gradients of any dtype and device.
+        limit: The largest magnitude of an unscaled element.
+        inv_scale: `()`, what the gradients are still to be multiplied by.
+    """
+    for grad in grads:
+        if inv_scale is not None:
+            bound = limit / inv_scale.to(device=grad.device, dtype=torch.float32)
+            clamped = grad.clamp(-bound, bound)
+        elif limit < LARGEST[grad.dtype]:  # torch has no such number of the dtype otherwise
+            clamped = grad.clamp(-limit, limit)
+        else:
+            continue
+        grad.copy_(torch.where(grad.isinf(), grad, clamped))
+
+
+def clamp_(buckets: GradBuckets, limit: float) -> None:
+    """Clamps all elements to [-limit, limit], in place; NaN stays.
+
+    A limit beyond the dtype clamps nothing, as an infinite one: there Inf stays too.
+    """
+    for bucket in buckets.buckets:
+        if limit <= LARGEST[bucket.dtype]:
+            for grad in in_pieces(bucket.grads):
+                grad.clamp_(-limit, limit)
+            bucket.write_back()
+
+
+def check_fill(buckets: GradBuckets, fill: Mapping[str, float]) -> None:
+    """Raises a ValueError for a replacement of NaN or Inf that a gradient cannot hold."""
+    for bucket in buckets.buckets:
+        largest = LARGEST[bucket.dtype]
+        for name, value in fill.items():
+            if abs(value) > largest:
+                raise ValueError(
+                    f"{name}={value!r} is infinite in {bucket.dtype}; use at most {largest}"
+                )
+
+
+def fill_nonfinite_(buckets: GradBuckets, fill: Mapping[str, float]) -> None:
+    """Replaces non-finite elements in place, by `nan`, `posinf` and `neginf`."""
+    for bucket in buckets.buckets:
+        for grad in in_pieces(bucket.grads):
+            grad.nan_to_num_(**fill)
+        bucket.write_back()

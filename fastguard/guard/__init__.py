@@ -1,0 +1,14 @@
+"""`GuardedOptimizer`: a torch optimizer that measures, decides, and steps or not.
+
+Modules:
+    guarded         the optimizer; one step is four lines
+    arguments, clip_scope, rank_arguments    what it is given
+    wrapper, reporting    being an optimizer, and saying what happened
+    param_gradients the gradients of its parameters
+    stepper         one road for each way to skip: `on_device`, `read_first`, `whole_step`
+    inner_step, step_hooks, step_in_flight    a step that an exception takes back
+    grad_scaler, found_inf    loss scaling
+    state_dict/     saving and loading
+    model_buffers, buffer_places    batch statistics that a skipped step takes back
+    rank_watch      which rank had the bad batch
+"""

@@ -1,0 +1,132 @@
+"""Which clip coefficient belongs to which parameter, and what limit it obeys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.nn import Module
+
+from fastguard.functional.arguments import limit_of
+
+ClipScope = Literal["global", "group", "tensor"]
+SCOPES = ("global", "group", "tensor")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The parameters of an optimizer in the order of the guard.
+
+    Attributes:
+        parameters: All T of them, group after group.
+        segments: The segment of each; None if there is one.
+        n_segments: S.
+        names: Of each parameter; the first name wins where there are several.
+    """
+
+    parameters: list[Tensor]
+    segments: Sequence[int] | None
+    n_segments: int
+    names: list[str]
+
+
+def lay_out(
+    groups: Sequence[Mapping[str, Any]], scope: ClipScope, names: Mapping[Tensor, str]
+) -> Layout:
+    """The layout of param groups.
+
+    Args:
+        groups: `optimizer.param_groups`.
+        scope: What one clip coefficient is for.
+        names: Names by parameter; others get the name that the param group gives, or a number.
+    """
+    parameters: list[Tensor] = []
+    labels: list[str] = []
+    segments: list[int] = []
+    for g, group in enumerate(groups):
+        given = group.get("param_names") or [None] * len(group["params"])
+        for p, label in zip(group["params"], given, strict=True):
+            labels.append(names.get(p) or label or f"parameter {len(parameters)}")
+            parameters.append(p)
+            segments.append(g)
+    if scope == "global":
+        return Layout(parameters, None, 1, labels)
+    if scope == "group":
+        return Layout(parameters, segments, len(groups), labels)
+    return Layout(parameters, range(len(parameters)), len(parameters), labels)
+
+
+def limits(
+    groups: Sequence[Mapping[str, Any]], scope: ClipScope, max_norm: float | None
+) -> tuple[float, ...]:
+    """One limit a segment, or one for all; a group's own `max_norm` goes before that of the
+    wrapper.
+
+    Raises:
+        TypeError, ValueError: A group's `max_norm` is no limit, or the scope has no use for it.
+    """
+    own = [group.get("max_norm") for group in groups]
+    if scope != "group":
+        given = next((m for m in own if m is not None), None)
+        if given is not None:
+            raise ValueError(
+                f"a param group has max_norm={given!r}, but clip_scope={scope!r}; "
+                "use clip_scope='group' to clip param groups separately"
+            )
+        return (_limit(max_norm),)
+    return tuple(_limit(max_norm if m is None else m) for m in own)
+
+
+def _limit(max_norm: float | None) -> float:
+    return math.inf if max_norm is None else limit_of("max_norm", max_norm, quiet=True)
+
+
+def clip_values(groups: Iterable[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], float]]:
+    """The param groups that carry a `clip_value`, with it."""
+    return [
+        (g, limit_of("clip_value", g["clip_value"], quiet=True))
+        for g in groups
+        if g.get("clip_value") is not None
+    ]
+
+
+def names_by_tensor(
+    named: Iterable[tuple[str, Tensor]] | None, groups: Iterable[Mapping[str, Any]]
+) -> dict[Tensor, str]:
+    """Names by parameter; the first one of a shared parameter.
+
+    Args:
+        named: `(name, parameter)` pairs; None: there are no names.
+        groups: `optimizer.param_groups`; some of their parameters may have no name, not all.
+
+    Raises:
+        TypeError: These are no such pairs.
+        ValueError: They name none of the parameters.
+    """
+    if named is None:
+        return {}
+    if isinstance(named, Module):
+        raise TypeError(
+            f"named_parameters is a {type(named).__name__}; pass model.named_parameters()"
+        )
+    names: dict[Tensor, str] = {}
+    for item in named:
+        if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)):
+            raise TypeError(
+                f"named_parameters holds a {type(item).__name__}, but must give (name, parameter) "
+                "pairs; pass model.named_parameters()"
+            )
+        names.setdefault(item[1], item[0])
+    parameters = [p for group in groups for p in group["params"]]
+    if parameters and not any(p in names for p in parameters):
+        what = (
+            "these are of another model" if names else "it is empty, and a generator is read once"
+        )
+        raise ValueError(
+            f"named_parameters names none of the optimizer's {len(parameters)} parameters: {what}; "
+            "pass model.named_parameters() of the model whose parameters the optimizer has"
+        )
+    return names

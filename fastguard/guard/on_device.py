@@ -1,0 +1,110 @@
+"""Skipping on the device: the road of fused optimizers, on which nobody waits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fastguard.gradients.buckets import GradBuckets
+from fastguard.guard.inner_step import InnerStep, StepCall, found_inf_is_heeded
+from fastguard.guard.read_first import ReadFirst
+from fastguard.guard.step_hooks import has_step_hooks
+from fastguard.stages.apply import apply
+from fastguard.stages.decide import Verdict
+
+
+class OnDevice:
+    """Hands the verdict to the kernel of a fused optimizer.
+
+    The kernel tests `found_inf == 1` exactly and wants float32 of shape `()`; `grad_scale` stays
+    None, because with it the kernel writes the gradients back even at scale 1.
+
+    Two exceptions read the verdict first. Fused SGD with momentum, for one step: its first one
+    leaves the momentum buffer uninitialised if skipped, and no value there would mean "first step"
+    to torch. And an optimizer with step hooks of its own: they must run only when it steps.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self._inner = InnerStep(optimizer)
+        self._careful = ReadFirst(optimizer, self._inner)
+        self.reset()
+
+    def fits(self) -> bool:
+        """Whether the kernels of the optimizer still read `found_inf`, in every param group."""
+        return found_inf_is_heeded(self.optimizer)
+
+    def reset(self) -> None:
+        """Forgets that every parameter has its momentum buffer: there are other parameters now."""
+        self._complete: tuple[int, int] | None = None
+        self._complete_in: object = None  # the state they are complete in
+
+    def evaluate(self, call: StepCall, loss: Any, *, stop_at_nonfinite: bool) -> tuple[Any, Any]:
+        """What the closure returns; it is the loss too unless one is given."""
+        result = self._inner.evaluate(call)
+        return result, result if loss is None else loss
+
+    def step(self, buckets: GradBuckets, verdict: Verdict, call: StepCall, changes: bool) -> None:
+        """Applies the verdict, and steps with `found_inf` in the hands of the kernel."""
+        if self.waits or self._creates_momentum():
+            self._careful.step(buckets, verdict, call, changes)
+            return
+        if changes:
+            apply(buckets, verdict)
+        optimizer = self.optimizer
+        try:
+            optimizer.grad_scale = None  # type: ignore[attr-defined]
+            optimizer.found_inf = verdict.found_inf  # type: ignore[attr-defined]
+            self._inner(call)
+        finally:
+            self._forget_verdict()
+
+    @property
+    def waits(self) -> bool:
+        """Whether every step reads the verdict: the optimizer has step hooks of its own."""
+        return has_step_hooks(self.optimizer)
+
+    def conclude(self, taken: bool) -> None:
+        """Weights that a failed step has begun to move have no copy. The verdict may still be
+        there, after an interrupt.
+        """
+        self._forget_verdict()
+
+    def _forget_verdict(self) -> None:
+        self.optimizer.__dict__.pop("grad_scale", None)
+        self.optimizer.__dict__.pop("found_inf", None)
+
+    def _creates_momentum(self) -> bool:
+        """Whether a parameter would get its momentum buffer now. Looks at all of them until each
+        has one, and then again only if the optimizer's groups or its state are others.
+        """
+        if not isinstance(self.optimizer, torch.optim.SGD):
+            return False
+        state = self.optimizer.state
+        groups = [g["params"] for g in self.optimizer.param_groups if g["momentum"] != 0]
+        seen = (len(state), sum(map(len, groups)))
+        known = seen == self._complete and state is self._complete_in
+        if known and all(_has_buffer(state, _first_with_grad(g)) for g in groups if g):
+            return False
+        complete = True
+        for p in chain.from_iterable(groups):
+            if not _has_buffer(state, p):
+                if p.grad is not None:
+                    return True
+                complete = False
+        self._complete, self._complete_in = (seen, state) if complete else (None, None)
+        return False
+
+
+def _first_with_grad(parameters: list[Tensor]) -> Tensor:
+    """The parameter of a group that shows whether torch takes its next step for the first one."""
+    return next((p for p in parameters if p.grad is not None), parameters[0])
+
+
+def _has_buffer(state: Mapping[Tensor, Mapping[str, Any]], p: Tensor) -> bool:
+    return state.get(p, {}).get("momentum_buffer") is not None

@@ -1,0 +1,85 @@
+"""A copy of what an optimizer changes in a step, to put it back if the step is not to have been."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fastguard.gradients.tensor_parts import copies_for_deepcopy
+
+NUMBERS = (int, float)
+
+
+class OptimizerCopy(NamedTuple):
+    """Weights, states, settings and numbers of an optimizer, and of those that it holds itself."""
+
+    weights: list[tuple[Tensor, Tensor]]
+    states: list[tuple[Optimizer, dict[Any, Any]]]
+    settings: list[tuple[dict[str, Any], dict[str, Any]]]
+    numbers: list[tuple[Optimizer, dict[str, Any]]]
+    gradients: list[tuple[Tensor, Tensor | None, Tensor | None]]
+
+    @staticmethod
+    @torch.no_grad()
+    def of(optimizer: Optimizer, *, gradients: bool = False) -> OptimizerCopy:
+        """The copy, as large as the weights and the state, and perhaps the gradients."""
+        optimizers = list(_with_inner(optimizer, set()))
+        groups = {id(g): g for each in optimizers for g in each.param_groups}.values()
+        weights = {p: p.detach().clone() for g in groups for p in g["params"]}
+        copies: dict[int, Any] = {}
+        for each in optimizers:
+            copies.update(copies_for_deepcopy(each.state))
+        return OptimizerCopy(
+            list(weights.items()),
+            # By parameter: a copied parameter would be another key.
+            [(o, {p: copy.deepcopy(s, copies) for p, s in o.state.items()}) for o in optimizers],
+            [(g, {k: _copied(v) for k, v in g.items() if k != "params"}) for g in groups],
+            [(o, {k: v for k, v in vars(o).items() if type(v) in NUMBERS}) for o in optimizers],
+            [
+                (p, p.grad, None if p.grad is None else p.grad.detach().clone())
+                for p in (weights if gradients else ())
+            ],
+        )
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Weights, state and settings as they were, bit for bit, in the same parameters."""
+        for p, values in self.weights:
+            p.copy_(values)
+        for optimizer, state in self.states:
+            optimizer.state.clear()
+            optimizer.state.update(state)
+        for group, settings in self.settings:
+            for key in [k for k in group if k != "params" and k not in settings]:
+                del group[key]
+            for key, value in settings.items():
+                if isinstance(value, Tensor) and isinstance(group.get(key), Tensor):
+                    group[key].copy_(value)  # a captured step reads this very tensor
+                else:
+                    group[key] = value
+        for optimizer, numbers in self.numbers:
+            vars(optimizer).update(numbers)
+        for p, grad, values in self.gradients:
+            p.grad = grad
+            if grad is not None and values is not None:
+                grad.copy_(values)
+
+
+def _with_inner(optimizer: Optimizer, seen: set[int]) -> Iterator[Optimizer]:
+    """An optimizer and those among its attributes, such as the base optimizer of SAM."""
+    if id(optimizer) in seen:
+        return
+    seen.add(id(optimizer))
+    yield optimizer
+    for value in [*vars(optimizer).values()]:
+        if isinstance(value, Optimizer):
+            yield from _with_inner(value, seen)
+
+
+def _copied(setting: Any) -> Any:
+    return copy.deepcopy(setting) if isinstance(setting, Tensor | list | dict) else setting

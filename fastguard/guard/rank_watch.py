@@ -1,0 +1,217 @@
+"""`RankWatch`: on which rank a bad gradient was born, seen before the ranks add theirs up.
+
+After the reduction of DDP every rank holds the NaN of one, and after that of FSDP2 whoever owns the
+shard does. So the gradients are measured where they are still each rank's own:
+
+    DDP     in a communication hook, bucket by bucket, just before the all-reduce
+    FSDP2   as autograd delivers them, some 25 MB at a time, before the reduce-scatter
+
+Cost: one more read of every local gradient in each backward pass (of the unsharded ones: with
+FSDP2 as many times what the guard itself reads as there are shards), and 25 MB. No collective:
+what a rank saw travels as one flag in the vector that the ranks exchange anyway. Nothing waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastguard.gradients.buckets import bucketize
+from fastguard.gradients.transfer import moved, numbers_on
+from fastguard.stages.measure import GradStats, measure
+from fastguard.stages.reduce import Signals
+
+if TYPE_CHECKING:
+    from torch.distributed import GradBucket
+    from torch.utils.hooks import RemovableHandle
+
+    from fastguard.guard.guarded import GuardedOptimizer
+
+CommHook = Callable[[Any, "GradBucket"], "torch.futures.Future[Tensor]"]
+
+FLUSH_BYTES = 25 * 2**20
+"""FSDP2: gradients that are kept to be measured in one call; as much as a bucket of DDP."""
+
+
+class RankWatch:
+    """Makes the records of a guarded optimizer name the rank where a bad gradient was born.
+
+    `record.culprit_rank` is then that rank (None if there were several, `culprit_ranks` tells how
+    many; 0 means that the reduction itself overflowed), and on that rank `record.culprits` are its
+    parameters with their counts before the reduction. It costs a read of every local gradient, so
+    it is for runs that have had a NaN. With DDP accumulate under `no_sync()`: a gradient that was
+    reduced before counts as born on every rank.
+
+    Args:
+        optimizer: The guarded optimizer, which decides over several ranks: with `group=`, or with
+            DTensors.
+        model: Its model: `DistributedDataParallel`, or one with `fully_shard` applied.
+        comm_hook: DDP: what reduces a bucket, `hook(state, bucket) -> Future`, as in
+            `register_comm_hook`; None: a plain all-reduce, the mean. DDP takes one hook for good.
+        comm_state: What `comm_hook` gets; None: the process group of the model.
+
+    Raises:
+        TypeError, ValueError: An argument is not of that kind; nothing was changed.
+
+    Example:
+        >>> import torch, torch.distributed as dist, fastguard
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 1))
+        >>> opt = fastguard.GuardedOptimizer(
+        ...     torch.optim.SGD(model.parameters(), lr=0.1),
+        ...     group=fastguard.Replicated(dist.group.WORLD),
+        ... )
+        >>> watch = fastguard.RankWatch(opt, model)
+        >>> model(torch.full((1, 2), float("nan"))).sum().backward()
+        >>> opt.step()
+        >>> opt.records()[0].action
+        'skipped'
+        >>> dist.destroy_process_group()
+    """
+
+    def __init__(
+        self,
+        optimizer: GuardedOptimizer,
+        model: nn.Module,
+        *,
+        comm_hook: CommHook | None = None,
+        comm_state: Any = None,
+    ) -> None:
+        from fastguard.guard.guarded import GuardedOptimizer
+
+        if not isinstance(optimizer, GuardedOptimizer):
+            raise TypeError(f"optimizer={optimizer!r} must be a fastguard.GuardedOptimizer")
+        self._optimizer = optimizer
+        self._table: Tensor | None = None
+        self._waiting: list[tuple[int, Tensor]] = []
+        self._bytes = 0
+        self._handles: list[RemovableHandle] = []
+        self._hooked: dict[str, Tensor] = {}
+        self._index_of = {
+            id(p): i for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"])
+        }
+        units = [module for module in model.modules() if _is_unit(module)]
+        if isinstance(model, DistributedDataParallel):
+            self._watch_ddp(model, comm_hook, comm_state)
+        elif units and comm_hook is None:
+            for unit in units:
+                self._watch_unit(unit)
+        else:
+            raise ValueError(
+                f"model is a {type(model).__name__}: RankWatch looks into the reductions of "
+                "DistributedDataParallel, and of fully_shard (which takes no comm_hook)"
+            )
+        optimizer.rank_watch = self
+
+    def remove(self) -> None:
+        """Ends the watch. The communication hook of a DDP model stays, and only reduces."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._waiting.clear()
+        if self._optimizer.rank_watch is self:
+            self._optimizer.rank_watch = None
+
+    def told(self, stats: GradStats, signals: Signals) -> tuple[GradStats, Signals]:
+        """What this rank measured and knows, and what the watch saw since the last step."""
+        self._flush()
+        table, self._table = self._table, None
+        if table is None:
+            return stats, replace(signals, born_here=torch.zeros_like(stats.summary[0, 0]))
+        table = moved(table, stats.counts.device)
+        counts = torch.maximum(stats.counts, table.to(stats.counts.dtype))
+        return replace(stats, counts=counts), replace(signals, born_here=table.sum().double())
+
+    # DDP.
+
+    def _watch_ddp(
+        self, model: DistributedDataParallel, comm_hook: CommHook | None, comm_state: Any
+    ) -> None:
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+        self._reduce: CommHook = comm_hook or allreduce_hook
+        state = model.process_group if comm_hook is None else comm_state
+        model.register_comm_hook(state, self._before_all_reduce)
+
+    def _before_all_reduce(self, state, bucket):  # DDP refuses annotations that are strings
+        if self._optimizer.rank_watch is self:
+            indices = [self._index_of.get(id(p)) for p in bucket.parameters()]
+            found = zip(indices, bucket.gradients(), strict=True)
+            self._measure([(i, grad) for i, grad in found if i is not None])
+        return self._reduce(state, bucket)
+
+    # FSDP2: its parameters are whole from the forward pre-hook of their unit on, and their
+    # gradients are the rank's own until the backward pass leaves the unit.
+
+    def _watch_unit(self, unit: nn.Module) -> None:
+        managed = [
+            (f"{id(module)}.{name}", module, name, self._index_of.get(id(p)))
+            for module in _of_unit(unit)
+            for name, p in module.named_parameters(recurse=False)
+        ]
+        mine = [(key, module, name, i) for key, module, name, i in managed if i is not None]
+        self._handles.append(unit.register_forward_pre_hook(partial(self._hook_whole, mine)))
+
+    def _hook_whole(self, managed: Iterable[tuple[str, nn.Module, str, int]], *_: Any) -> None:
+        for key, module, name, i in managed:
+            parameter = getattr(module, name)
+            if self._hooked.get(key) is parameter or not parameter.requires_grad:
+                continue
+            self._hooked[key] = parameter
+            hook = partial(self._collect, i)
+            self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
+
+    def _collect(self, i: int, parameter: Tensor) -> None:
+        grad = parameter.grad
+        if grad is None:
+            return
+        self._waiting.append((i, grad))
+        self._bytes += grad.nbytes
+        if self._bytes >= FLUSH_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        waiting, self._waiting, self._bytes = self._waiting, [], 0
+        if waiting:
+            self._measure(waiting)
+
+    @torch.no_grad()
+    def _measure(self, gradients: Sequence[tuple[int, Tensor]]) -> None:
+        """Adds the counts of some gradients to the table, int64 `(3, T)`.
+
+        A parameter whose first gradient of a step was bad keeps those counts: what comes later may
+        be a sum with what other ranks sent.
+        """
+        if not gradients:
+            return
+        indices, grads = zip(*gradients, strict=True)
+        counts = measure(bucketize([g.detach() for g in grads])).counts.long()
+        if self._table is None:
+            n = sum(len(group["params"]) for group in self._optimizer.param_groups)
+            self._table = torch.zeros(3, n, dtype=torch.int64, device=counts.device)
+        at = numbers_on(indices, counts.device, torch.int64)
+        before = self._table[:, at]
+        self._table[:, at] = torch.where(before.sum(0) > 0, before, counts)
+
+
+def _is_unit(module: nn.Module) -> bool:
+    """Whether `fully_shard` gathers and reduces the parameters of this module together."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
+
+
+def _of_unit(unit: nn.Module) -> Iterable[nn.Module]:
+    """The modules whose parameters are gathered with those of `unit`."""
+    yield unit
+    for child in unit.children():
+        if not _is_unit(child):
+            yield from _of_unit(child)

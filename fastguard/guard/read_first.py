@@ -1,0 +1,52 @@
+"""Reading the verdict before the step: the road of every optimizer that cannot skip by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.optim import Optimizer
+
+from fastguard.gradients.buckets import GradBuckets
+from fastguard.gradients.tensor_kinds import has_numbers
+from fastguard.guard.inner_step import InnerStep, StepCall, found_inf_is_heeded
+from fastguard.guard.step_hooks import run_hooks_of_all
+from fastguard.stages.apply import apply
+from fastguard.stages.decide import Verdict
+
+
+class ReadFirst:
+    """Reads the verdict, then steps or does not: free on a CPU, one read of one scalar on a GPU.
+
+    A verdict about placeholders cannot be read; they are there to see what a step takes, so it is
+    taken.
+    """
+
+    waits = True
+
+    def __init__(self, optimizer: Optimizer, inner: InnerStep | None = None) -> None:
+        self.optimizer = optimizer
+        self._inner = inner or InnerStep(optimizer)
+
+    def fits(self) -> bool:
+        """Whether the optimizer cannot do without this road."""
+        return not found_inf_is_heeded(self.optimizer)
+
+    def reset(self) -> None:
+        """Nothing is remembered of the parameters."""
+
+    def evaluate(self, call: StepCall, loss: Any, *, stop_at_nonfinite: bool) -> tuple[Any, Any]:
+        """What the closure returns; it is the loss too unless one is given."""
+        result = self._inner.evaluate(call)
+        return result, result if loss is None else loss
+
+    def step(self, buckets: GradBuckets, verdict: Verdict, call: StepCall, changes: bool) -> None:
+        """Applies the verdict, and steps unless it says to skip."""
+        if changes:
+            apply(buckets, verdict)
+        if not has_numbers(verdict.found_inf) or verdict.found_inf.item() == 0.0:
+            self._inner(call)
+        else:
+            run_hooks_of_all(self.optimizer)
+
+    def conclude(self, taken: bool) -> None:
+        """Nothing to do: weights that a failed step has begun to move have no copy."""

@@ -1,0 +1,147 @@
+"""The guard's part of a state dict: tensors and plain values, for `weights_only=True`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastguard.gradients.tensor_kinds import has_numbers
+from fastguard.gradients.transfer import numbers_on
+from fastguard.guard import lifetime
+from fastguard.guard.lifetime import NOTHING, Lifetime
+from fastguard.stages.decide import N_COUNTERS, GuardState, Policy
+from fastguard.stages.spike_rules import SpikeRule
+
+VERSION = 1
+_OF_RULES = ("signals", "windows_of", "windows", "rings")
+
+
+def save(state: GuardState, policy: Policy, taken_back: Lifetime = NOTHING) -> dict[str, Any]:
+    """Counters and spike baselines, copied, and what they belong to.
+
+    Without spike rules there are no entries about them: torch.distributed.checkpoint drops empty
+    containers.
+    """
+    saved = {
+        "version": VERSION,
+        "counters": state.counters.clone(),
+        lifetime.KEY: numbers_on(taken_back, state.counters.device, torch.int64),
+    }
+    if not policy.rules:
+        return saved
+    return {
+        **saved,
+        "signals": list(policy.signals),
+        "windows_of": _windows(policy),
+        "windows": state.windows.clone(),
+        "rings": state.rings.clone(),
+    }
+
+
+def load(saved: dict[str, Any] | None, policy: Policy, device: torch.device) -> GuardState:
+    """The state to resume with.
+
+    Raises:
+        ValueError: `saved` is of a newer version, incomplete, damaged, or of other spike rules.
+    """
+    fresh = GuardState.fresh(policy, device)
+    if saved is not None and not isinstance(saved, Mapping):
+        raise ValueError(
+            f"state_dict['fastguard'] is {saved!r}, not the guard's state; "
+            "delete it to start a fresh guard"
+        )
+    if saved is None:
+        warnings.warn(
+            "the state dict has no 'fastguard' entry, so the optimizer resumes and the guard "
+            "starts fresh: counters at 0, spike baselines empty. Save opt.state_dict() of the "
+            "GuardedOptimizer to keep them.",
+            stacklevel=4,
+        )
+        return fresh
+    version = saved.get("version")
+    if version != VERSION:
+        raise ValueError(
+            f"the guard's state has version {version!r}, this release reads {VERSION}; "
+            "upgrade fastguard, or delete state_dict['fastguard'] to start a fresh guard"
+        )
+    has_rules = any(key in saved for key in _OF_RULES)
+    needed = (*_OF_RULES, "counters") if has_rules else ("counters",)
+    missing = [key for key in needed if key not in saved]
+    if missing:
+        raise ValueError(
+            f"the guard's state lacks {', '.join(missing)}; it is damaged: "
+            "delete state_dict['fastguard'] to start a fresh guard"
+        )
+    of = (_listed(saved.get("signals", [])), _listed(saved.get("windows_of", [])))
+    if of != (list(policy.signals), _windows(policy)):
+        raise ValueError(
+            f"the guard's state is of spike rules {of[0]} with windows {of[1]}, but this guard has "
+            f"{list(policy.signals)} with {_windows(policy)}; construct it with the same spike=, "
+            "or delete state_dict['fastguard'] to start a fresh guard"
+        )
+    for name in ("counters", "windows", "rings") if has_rules else ("counters",):
+        expected, given = getattr(fresh, name), saved[name]
+        if name == "counters":
+            given = _with_all_counters(given)
+        given = _of_kind(name, given, expected)
+        if has_numbers(given):
+            _check_values(name, given, policy)
+        expected.copy_(given)
+    return fresh
+
+
+def steps_of(state: GuardState) -> int:
+    """How many steps a state has behind it; 0 for one of placeholders."""
+    return int(state.counters[0]) if has_numbers(state.counters) else 0
+
+
+def _with_all_counters(given: object) -> object:
+    """Counters of a state that was saved before skips for a loss scale were counted: none."""
+    if isinstance(given, Tensor) and given.shape == (N_COUNTERS - 1,):
+        return torch.cat([given, given.new_zeros(1)])
+    return given
+
+
+def _of_kind(name: str, given: object, expected: Tensor) -> Tensor:
+    """What was saved, if it is a tensor of the expected shape and dtype."""
+    shape = tuple(given.shape) if isinstance(given, Tensor) else None
+    if not isinstance(given, Tensor) or shape != tuple(expected.shape):
+        raise ValueError(
+            f"the guard's state has {name} of shape {shape}, expected "
+            f"{tuple(expected.shape)}; delete state_dict['fastguard'] to start a fresh guard"
+        )
+    if given.dtype != expected.dtype:
+        raise ValueError(
+            f"the guard's state has {name} of {given.dtype}, expected {expected.dtype}; "
+            "delete state_dict['fastguard'] to start a fresh guard"
+        )
+    return given
+
+
+def _check_values(name: str, given: Tensor, policy: Policy) -> None:
+    """Raises a ValueError for numbers that no run leaves behind."""
+    if name == "windows":
+        sound = bool(given.isfinite().all())
+    else:
+        sound = bool((given >= 0).all())
+    if name == "rings":
+        for (filled, at, _), window in zip(given.tolist(), _windows(policy), strict=True):
+            sound = sound and filled <= window and at < max(window, 1)
+    if not sound:
+        shown = "NaN or Inf" if name == "windows" else given.tolist()
+        raise ValueError(
+            f"the guard's state has {name}={shown}; it is damaged: "
+            "delete state_dict['fastguard'] to start a fresh guard"
+        )
+
+
+def _listed(value: object) -> object:
+    return list(value) if isinstance(value, list | tuple) else value
+
+
+def _windows(policy: Policy) -> list[int]:
+    return [r.window if isinstance(r, SpikeRule) else 0 for r in policy.rules]

@@ -1,0 +1,96 @@
+"""The wrapped optimizer's part of a state dict: loaded whole, bit for bit, or not at all.
+
+Loading is the optimizer's, but torch takes what another optimizer saved, changes what it holds
+before it finds an error, and casts numbers to the dtype of the parameter that were never of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim import Optimizer
+
+from fastguard.guard.state_dict.casts import take_back_casts
+from fastguard.guard.state_dict.misfit import misfit
+from fastguard.guard.state_dict.parts import saves_as_torch
+
+
+def load(optimizer: Optimizer, state_dict: Any, check: Callable[[], None]) -> None:
+    """Loads the state of the wrapped optimizer, bit for bit.
+
+    Args:
+        optimizer: The wrapped one.
+        state_dict: What it saved; not changed.
+        check: Raises for param groups, as they are after loading, that cannot be guarded.
+
+    Raises:
+        ValueError: It was saved from another optimizer or model; nothing was changed.
+    """
+    name = type(optimizer).__name__
+    before = _Attributes(optimizer)
+    live, groups = optimizer.state, optimizer.param_groups
+    seen_by_torch: list[dict[str, Any]] = []
+    # Optimizers that never called Optimizer.__init__ have no hooks, and load in their own way.
+    hooked = hasattr(optimizer, "_optimizer_load_state_dict_pre_hooks")
+    hook = hooked and optimizer.register_load_state_dict_pre_hook(
+        lambda _, adapted: seen_by_torch.append(adapted)
+    )
+
+    def wrong() -> str | None:
+        return misfit(optimizer, live, groups) if saves_as_torch(optimizer) else None
+
+    loaded = False
+    try:
+        try:
+            optimizer.load_state_dict(_shallow(state_dict))
+        except (LookupError, TypeError, AttributeError) as error:  # says neither value nor remedy
+            why = f"{name} cannot load this state dict: {error!r}; load one that it saved"
+            raise ValueError(wrong() or why) from error
+        if (reason := wrong()) is not None:
+            raise ValueError(reason)
+        if seen_by_torch:
+            take_back_casts(optimizer, seen_by_torch[-1], live)
+        check()
+        loaded = True
+    finally:
+        if hook:
+            hook.remove()
+        if not loaded:
+            before.put_back()
+
+
+class _Attributes:
+    """All attributes of an optimizer and of the optimizers inside it, to be put back.
+
+    By reference, containers with what they contain: loading replaces tensors and containers, or
+    fills containers, but writes into no tensor.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._contents: dict[int, tuple[Any, Any]] = {}
+        self._remember(optimizer)
+
+    def _remember(self, value: Any) -> None:
+        container = vars(value) if isinstance(value, Optimizer) else value
+        if isinstance(container, tuple):
+            for item in container:
+                self._remember(item)
+        if not isinstance(container, dict | list) or id(container) in self._contents:
+            return
+        items = dict(container) if isinstance(container, dict) else list(container)
+        self._contents[id(container)] = container, items
+        for item in items.values() if isinstance(items, dict) else items:
+            self._remember(item)
+
+    def put_back(self) -> None:
+        for container, items in self._contents.values():
+            container.clear()
+            container.extend(items) if isinstance(items, list) else container.update(items)
+
+
+def _shallow(state_dict: Any) -> Any:
+    """A copy whose `state` may be changed: ZeroRedundancyOptimizer empties it while it loads."""
+    if not isinstance(state_dict, dict) or not isinstance(state_dict.get("state"), dict):
+        return state_dict
+    return {**state_dict, "state": dict(state_dict["state"])}

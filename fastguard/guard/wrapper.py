@@ -1,0 +1,154 @@
+"""Being a `torch.optim.Optimizer` to schedulers, scalers and trainers, around another one.
+
+Param groups, state and defaults are those of the wrapped optimizer, looked up each time, because it
+replaces these objects when it loads a state dict. Hooks are the wrapper's own. Whatever else the
+wrapped optimizer has (`train` and `eval` of schedule-free ones, `is_second_order`,
+`sync_lookahead`) is reachable on the wrapper, and what it lacks is absent there too, because
+training loops probe with `hasattr`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from inspect import isfunction
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from fastguard.guard.state_dict import torch_dcp
+
+# How GradScaler talks to the optimizer that it was given: an answer from the wrapped one would be
+# taken for the scaler's.
+_OF_THE_SCALER = frozenset({"grad_scale", "found_inf"})
+
+
+class OptimizerAround(Optimizer):
+    """An optimizer whose param groups, state and defaults are those of `self.optimizer`."""
+
+    optimizer: Optimizer
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Lightning and Fabric wrap an optimizer in an instance of a class that they derive from
+        its own, without its attributes: there, methods are to be those of the wrapped one.
+        """
+        super().__init_subclass__(**kwargs)
+        if not isinstance(getattr(cls, "optimizer", None), property):
+            return
+        for base in cls.__mro__[1:]:
+            if issubclass(base, OptimizerAround):
+                for name, method in vars(base).items():
+                    if isfunction(method) and name[0] != "_" and getattr(cls, name) is method:
+                        setattr(cls, name, _of_the_wrapped(name))
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The param groups of the wrapped optimizer, which replaces the list when it loads."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:  # type: ignore[override]
+        self.optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The state of the wrapped optimizer."""
+        torch_dcp.make_room(self.optimizer)
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:  # type: ignore[override]
+        self.optimizer.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The defaults of the wrapped optimizer."""
+        return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:  # type: ignore[override]
+        self.optimizer.defaults = defaults
+
+    def __getattr__(self, name: str) -> Any:
+        """What only the wrapped optimizer has. Python asks here after all else has failed."""
+        if hasattr(type(self), name):  # a property of our own failed: it says why
+            return object.__getattribute__(self, name)
+        inner = self.__dict__.get("optimizer")  # absent while a copy is being made
+        if inner is None or not _is_delegated(name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        try:
+            return getattr(inner, name)
+        except AttributeError as error:
+            raise AttributeError(
+                f"neither {type(self).__name__!r} nor the optimizer that it wraps, "
+                f"{type(inner).__name__!r}, has an attribute {name!r}"
+            ) from error
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name[0] == "_" or name in self.__dict__ or not self._belongs_to_wrapped(name):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.optimizer, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__ or not self._belongs_to_wrapped(name):
+            object.__delattr__(self, name)
+        else:
+            delattr(self.optimizer, name)
+
+    def _belongs_to_wrapped(self, name: str) -> bool:
+        """Whether the wrapped optimizer has an attribute that the wrapper itself has not."""
+        return (
+            "_warned_capturable_if_run_uncaptured" in self.__dict__  # it is complete
+            and _is_delegated(name)
+            and not hasattr(type(self), name)
+            and hasattr(self.optimizer, name)
+        )
+
+    def __dir__(self) -> list[str]:
+        delegated = filter(_is_delegated, dir(self.optimizer))
+        return sorted({*super().__dir__(), *delegated})
+
+    def _become_an_optimizer(self) -> None:
+        """What Optimizer.__init__ does, without param groups of our own."""
+        for event in ("step", "state_dict", "load_state_dict"):
+            for when in ("pre", "post"):
+                setattr(self, f"_optimizer_{event}_{when}_hooks", OrderedDict())
+        self._failed_step_hooks: OrderedDict[int, Callable[..., None]] = OrderedDict()
+        self._warned_capturable_if_run_uncaptured = True
+        self._patch_step_function()
+
+    def register_failed_step_hook(
+        self, hook: Callable[[Optimizer, BaseException], None]
+    ) -> RemovableHandle:
+        """Calls `hook(optimizer, error)` after a step that raised, where no post-hook runs."""
+        handle = RemovableHandle(self._failed_step_hooks)
+        self._failed_step_hooks[handle.id] = hook
+        return handle
+
+    def __getstate__(self) -> dict[str, Any]:
+        # As in torch, copies carry no hooks; nor the `step` that a scheduler puts on the instance:
+        # it holds this optimizer, and a copy would step the original.
+        transient = ("step", "_opt_called", "grad_scale", "found_inf", "rank_watch", "_flight")
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in transient and not name.endswith("_hooks")
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._become_an_optimizer()
+
+
+def _of_the_wrapped(name: str) -> Callable[..., Any]:
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.optimizer, name)(*args, **kwargs)
+
+    method.__name__ = name
+    return method
+
+
+def _is_delegated(name: str) -> bool:
+    return name not in _OF_THE_SCALER and not (name.startswith("__") and name.endswith("__"))

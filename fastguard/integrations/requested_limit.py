@@ -1,0 +1,85 @@
+"""A framework's own clipping call, carried out by the guard within the coming step.
+
+Frameworks clip first and step then; clipped there and in the guard, gradients would be scaled
+twice. So the call only leaves its limit here, and gradients are read and scaled once.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastguard.functional.clip import limit_of
+from fastguard.guard.guarded import GuardedOptimizer
+from fastguard.stages.decide import Reason, Verdict
+from fastguard.stages.measure import norm_type_of
+
+
+class AskedLimit:
+    """The limits that a framework asks a guarded optimizer for, each for one step.
+
+    Args:
+        optimizer: Whose gradients they are for. Its `max_norm` holds for steps that nobody asked
+            for.
+        fixed: The user gave the guard a limit of its own: what the framework asks for is ignored.
+    """
+
+    def __init__(self, optimizer: GuardedOptimizer, *, fixed: bool) -> None:
+        self.optimizer = optimizer
+        self.fixed = fixed
+        self._own = optimizer.max_norm
+        self._valued: list[dict[str, Any]] = []
+        optimizer.register_step_post_hook(self._forget)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.optimizer.register_step_post_hook(self._forget)  # copies of optimizers have no hooks
+
+    def norm(self, max_norm: float, norm_type: float = 2.0) -> None:
+        """Clips the next step to this norm.
+
+        Raises:
+            ValueError: The guard measures another norm, or the limit is no limit.
+        """
+        if norm_type_of(norm_type) != self.optimizer.norm_type:
+            raise ValueError(
+                f"asked to clip the norm with p={norm_type}, but the guard measures "
+                f"p={self.optimizer.norm_type:g}; give the guard norm_type={norm_type}"
+            )
+        limit = limit_of("max_norm", max_norm, quiet=True)
+        if not self.fixed:
+            self.optimizer.max_norm = limit
+
+    def value(self, clip_value: float) -> None:
+        """Clamps the elements in the next step; unlike torch's, it leaves Inf to be found."""
+        limit = limit_of("clip_value", clip_value)
+        for group in self.optimizer.param_groups:
+            if "clip_value" not in group:
+                self._valued.append(group)
+                group["clip_value"] = limit
+
+    def _forget(self, *_: Any) -> None:
+        self.optimizer.max_norm = self._own
+        for group in self._valued:
+            group.pop("clip_value", None)
+        self._valued.clear()
+
+
+def total_norm_of(verdict: Verdict) -> Tensor:
+    """The norm as torch reports it: NaN if elements were non-finite and stayed. Never waits.
+
+    The records of the guard have the norm of the finite elements beside their counts.
+    """
+    found = (verdict.reason == int(Reason.NONFINITE_GRAD)) | (
+        verdict.reason == int(Reason.LOSS_SCALE)
+    )
+    nonfinite = found & (verdict.clean == 0)
+    return torch.where(nonfinite, math.nan, verdict.total_norm)
+
+
+def was_skipped(optimizer: GuardedOptimizer) -> bool:
+    """Whether the last step was skipped. Waits for a GPU."""
+    return optimizer.last is not None and bool(optimizer.last.found_inf.item() == 1.0)

@@ -1,0 +1,76 @@
+"""fastguard in the Ultralytics trainer: `guard(model)`, then `model.train(...)` as ever.
+
+Written for and tested with ultralytics 8.4.190, which is AGPL-3.0: `torch-fastguard[ultralytics]`.
+
+The trainer's own step clips to norm 10, skips in fp16 alone, and moves the EMA whatever happened:
+in fp32 and bf16 one bad batch ends in every weight. Guarded, a step that is skipped leaves no
+trace: weights, optimizer state, BatchNorm statistics and EMA are what they were.
+"""
+
+# pyright: reportMissingImports=false
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastguard.integrations.extras import needs
+from fastguard.integrations.shared import RunRecords, Sink
+from fastguard.integrations.ultralytics.callbacks import UltralyticsGuard
+
+
+def guard(
+    model: Any,
+    *,
+    max_norm: float | None = 10.0,
+    schedule: Mapping[str, Any] | None = None,
+    records: str | os.PathLike[str] | None = None,
+    sinks: Sequence[Sink] = (),
+    **options: Any,
+) -> UltralyticsGuard:
+    """Guards every later `model.train(...)`; records go to `records.jsonl` in the run's folder.
+
+    Each step reads its verdict on the host; the trainer's progress bar waits there anyway.
+
+    Args:
+        model: A `YOLO` or another model of ultralytics, or one of its trainers.
+        max_norm: In place of the trainer's fixed 10; None: do not clip.
+        schedule: Arguments of `GuardedLR` (floor, backoff, recovery, warmup), which acts on top of
+            the trainer's own schedule. With a `warmup` here, train with `warmup_epochs=0`.
+        records: File of JSON lines that rank 0 appends each record to; None: `records.jsonl` in the
+            folder of the run.
+        sinks: Called with each record on rank 0, such as `TensorBoardSink("run")`.
+        options: Further arguments of `GuardedOptimizer`, such as `spike`.
+
+    Returns:
+        What is attached; its `optimizer` is there once training has begun.
+
+    Raises:
+        ModuleNotFoundError: ultralytics is not installed.
+        TypeError: `model` is not one of its models or trainers, `records` is no path, or a sink
+            cannot be called.
+        OSError: `records` is a folder.
+        ValueError: It is guarded already.
+
+    Example:
+        >>> from ultralytics import YOLO                                    # doctest: +SKIP
+        >>> model = YOLO("yolo11n.yaml")                                    # doctest: +SKIP
+        >>> guard(model, schedule={"backoff": 0.5, "recovery": 1000})       # doctest: +SKIP
+        >>> model.train(data="coco8.yaml", epochs=100)                      # doctest: +SKIP
+    """
+    with needs("ultralytics"):
+        from ultralytics.engine.model import Model
+        from ultralytics.engine.trainer import BaseTrainer
+    if not isinstance(model, Model | BaseTrainer):
+        raise TypeError(
+            f"model={model!r} must be a model of ultralytics, such as YOLO('yolo11n.yaml')"
+        )
+    for callback in model.callbacks["on_pretrain_routine_end"]:
+        if isinstance(getattr(callback, "__self__", None), UltralyticsGuard):
+            raise ValueError("the model is guarded already: call guard() once")
+    written = RunRecords(records, sinks)
+    guarded = UltralyticsGuard({"max_norm": max_norm, **options}, schedule or {}, written)
+    for name in vars(UltralyticsGuard):
+        if name.startswith("on_") or name == "teardown":
+            model.add_callback(name, getattr(guarded, name))
+    return guarded

@@ -1,0 +1,135 @@
+"""`UltralyticsGuard`: what happens at each event of an Ultralytics trainer that is guarded."""
+
+# pyright: reportMissingImports=false
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fastguard.guard.guarded import GuardedOptimizer
+from fastguard.guard.model_buffers import ModelBuffers
+from fastguard.integrations.replaced import TakenOver
+from fastguard.integrations.requested_limit import was_skipped
+from fastguard.integrations.shared import RunRecords, guarded
+from fastguard.integrations.ultralytics.epoch_losses import EpochLosses
+from fastguard.records.step_record import StepRecord
+from fastguard.recovery.guarded_lr import GuardedLR
+
+
+class UltralyticsGuard:
+    """The callbacks that guard a trainer.
+
+    Attributes:
+        optimizer: The guarded optimizer of the run, with its records and counters.
+        lr: The learning rates that its steps are taken with.
+    """
+
+    optimizer: GuardedOptimizer
+    lr: GuardedLR
+
+    def __init__(
+        self, options: Mapping[str, Any], schedule: Mapping[str, Any], records: RunRecords
+    ) -> None:
+        self._options = options
+        self._schedule = schedule
+        self._records = records
+        self._run: RunRecords | None = None
+        self._window: list[tuple[int, Sequence[str]]] = []  # batches of the next step, their images
+
+    def on_pretrain_routine_end(self, trainer: Any) -> None:
+        """Optimizer, scheduler and EMA are there, and what is resumed has been loaded."""
+        from ultralytics.utils import RANK
+
+        self._trainer = trainer
+        self.optimizer = guarded(
+            trainer.optimizer,
+            trainer.model,
+            self._options,
+            world_size=max(1, trainer.world_size),  # 0 on a CPU
+            replicated=True,
+        )
+        self.lr = GuardedLR(trainer.scheduler, optimizer=self.optimizer, **self._schedule)
+        if trainer.resume:
+            self._resume(trainer.args.resume)
+        self.optimizer.register_state_dict_post_hook(self._save_lr)
+        ModelBuffers(trainer.model).follow(self.optimizer)
+        self._losses = EpochLosses()
+        file = self._records.records or trainer.save_dir / "records.jsonl"
+        self._run = RunRecords(file, self._records.sinks)
+        self._run.begin([self.optimizer], writes=RANK in (-1, 0), completed=self._with_images)
+        trainer.optimizer = self.optimizer
+        self._trainers = TakenOver(trainer, self, ("optimizer_step", "preprocess_batch"))
+
+    def on_train_epoch_start(self, trainer: Any) -> None:
+        """Also when the trainer begins the epoch again, without the gradients that it had."""
+        self._batch = 0
+        self._losses = EpochLosses()
+        if trainer.nan_recovery_attempts or trainer._oom_retries:
+            self._window.clear()
+
+    def on_train_batch_start(self, trainer: Any) -> None:
+        """Before the forward pass."""
+        self._batch += 1
+        self._losses.mend_means(trainer)
+
+    def on_train_batch_end(self, trainer: Any) -> None:
+        """After the step, or without one: then the gradients wait for the next batch."""
+        if self._window:
+            self._observe(trainer)
+
+    def on_train_epoch_end(self, trainer: Any) -> None:
+        """Before the trainer writes its log, and looks for NaN to recover from."""
+        self._losses.close(trainer)
+
+    def teardown(self, trainer: Any) -> None:
+        """The run is over, or has failed."""
+        if self._run is not None:
+            self._run.end()
+
+    def preprocess_batch(self, batch: dict) -> dict:
+        """As the trainer's own; which images the batch has is kept until its step."""
+        self._window.append((self._batch, batch.get("im_file", ())))
+        return self._trainers.own("preprocess_batch")(batch)
+
+    def _observe(self, trainer: Any) -> None:
+        self.optimizer.observe(trainer.loss_items)
+
+    def optimizer_step(self) -> None:
+        """In place of the trainer's own, which clips to a fixed norm and always moves the EMA."""
+        trainer = self._trainer
+        self._observe(trainer)
+        batches = [number for number, _ in self._window]
+        span = batches[0] if len(batches) == 1 else f"{batches[0]}-{batches[-1]}"
+        with self.lr.in_force():
+            tag = {"epoch": trainer.epoch + 1, "batch": span}
+            tag["global_step"] = self.optimizer.steps_taken + 1
+            trainer.scaler.step(self.optimizer, tag=tag)
+        trainer.scaler.update()
+        self.optimizer.zero_grad()
+        self.optimizer.settle()  # the record is written while its images are known
+        if not was_skipped(self.optimizer):
+            self._losses.applied(trainer)
+            if trainer.ema:
+                trainer.ema.update(trainer.model)
+        self._window.clear()
+
+    def _with_images(self, record: StepRecord) -> StepRecord:
+        """Of an incident that was skipped, the record names the images, too."""
+        if record.action != "skipped" or not record.is_incident:
+            return record
+        images = [name for _, names in self._window for name in names]
+        return replace(record, tag={**record.tag, "images": images})
+
+    def _save_lr(self, optimizer: Any, state_dict: dict[str, Any]) -> None:
+        state_dict["guarded_lr"] = self.lr.state_dict()
+
+    def _resume(self, checkpoint: str) -> None:
+        """The trainer has loaded the optimizer of its checkpoint; here is what it left out."""
+        from ultralytics.nn.tasks import load_checkpoint
+
+        saved = load_checkpoint(checkpoint)[1]["optimizer"]
+        state = {**self.optimizer.state_dict(), "fastguard": saved.get("fastguard")}
+        self.optimizer.load_state_dict(state)
+        if "guarded_lr" in saved:
+            self.lr.load_state_dict(saved["guarded_lr"])

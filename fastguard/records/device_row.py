@@ -1,0 +1,214 @@
+"""A step's record as one row of float64: how it travels from a device.
+
+    total_norm, clip_coef, skipped, cleaned, reason, step, consecutive skips,
+    NaN, +Inf, -Inf, lr,
+    how many culprits, (index, NaN, +Inf, -Inf) of the first 8,
+    L losses, K spikes, K thresholds,
+    on several ranks: which of the L losses were given, how many ranks are culprits, and their sum
+
+Rows lie in a ring on the device, and each is sent to a ring of pinned memory behind an event:
+nobody waits for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastguard.errors import NAMED_CULPRITS
+from fastguard.stages import backend
+from fastguard.stages.decide import GuardState, Reason, Verdict
+from fastguard.stages.measure import GradStats
+from fastguard.stages.reduce import Signals
+
+HEAD = 11  # numbers before the culprits
+CULPRIT = 4  # index, NaN, +Inf, -Inf
+ROWS = 64  # of the ring: how many steps a device may be behind the host
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A decided step: what its record is made from.
+
+    Attributes:
+        stats, signals, verdict, state: Of the four stages; `state` after the step.
+        signal_names: The signal that each rule judges.
+        lr: Of the first param group, a number, or a tensor on the device of the stats.
+        tag: What the caller gave to find the batch again.
+        key: Nothing else is this object: it tells the step from all others.
+    """
+
+    stats: GradStats
+    signals: Signals
+    verdict: Verdict
+    state: GuardState
+    signal_names: tuple[str, ...] = ()
+    lr: Any = float("nan")
+    tag: Any = None
+    key: object = field(default_factory=object, init=False, compare=False, repr=False)
+
+    @property
+    def width(self) -> int:
+        """How many numbers its row has."""
+        table = 1 + NAMED_CULPRITS * CULPRIT
+        n_losses, n_rules = len(self.signals.losses), len(self.verdict.thresholds)
+        of_ranks = n_losses + 2 if self.is_joint else 0
+        return HEAD + table + n_losses + 2 * n_rules + of_ranks
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether several ranks decided it."""
+        return self.signals.given is not None and self.signals.bad_ranks is not None
+
+    @property
+    def lr_is_on_device(self) -> bool:
+        """Whether the learning rate is a tensor where the stats are; else the host can tell it."""
+        return isinstance(self.lr, Tensor) and self.lr.device == self.stats.summary.device
+
+
+def learning_rate(groups: Sequence[Mapping[str, Any]], device: torch.device) -> Any:
+    """The learning rate that a record tells: of the first param group, now.
+
+    Args:
+        groups: `optimizer.param_groups`.
+        device: Where the step is decided: a tensor that lies there stays a tensor.
+
+    Returns:
+        A float or a tensor of one element. NaN where there is no number: some optimizers have no
+        learning rate, or one that is None, a word or a function.
+    """
+    lr = groups[0].get("lr") if groups else None
+    if isinstance(lr, float):
+        return lr
+    if isinstance(lr, Tensor) and lr.device == device and device.type != "cpu":
+        return lr if lr.numel() == 1 and not lr.is_complex() else math.nan
+    try:
+        return math.nan if isinstance(lr, str | bytes) else float(lr)  # type: ignore[arg-type]
+    except Exception:  # whatever an object of somebody else raises here must not cost the step
+        return math.nan
+
+
+def pack(outcome: Outcome, row: Tensor) -> None:
+    """Writes the row of a step, float64 `(width,)`. Nothing waits for a GPU."""
+    stats, signals = outcome.stats, outcome.signals
+    if signals.given is not None and signals.bad_ranks is not None:
+        of_ranks = torch.cat([signals.given.double(), signals.bad_ranks])
+        row[-len(of_ranks) :] = of_ranks
+        row = row[: -len(of_ranks)]
+    lr = outcome.lr.double() if outcome.lr_is_on_device else None
+    backend.stages(row.device).pack(row, stats, signals, outcome.verdict, outcome.state, lr)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What a packed record says, in plain Python values."""
+
+    total_norm: float
+    clip_coef: float
+    skipped: bool
+    cleaned: bool
+    reason: Reason
+    step: int
+    consecutive_skips: int
+    nan: int
+    posinf: int
+    neginf: int
+    lr: float
+    n_culprits: int
+    culprits: list[tuple[int, int, int, int]]
+    losses: list[float]
+    spikes: list[bool]
+    thresholds: list[float]
+    given: list[bool]
+    culprit_ranks: int = 0
+    culprit_rank: int | None = None
+
+
+def unpack(row: Tensor, n_losses: int, is_joint: bool = False) -> Row:
+    """Reads a row on the host."""
+    values = row.tolist()
+    given, n_ranks, rank = [True] * n_losses, 0, 0
+    if is_joint:
+        values, (*of_losses, ranks, rank) = values[: -n_losses - 2], values[-n_losses - 2 :]
+        given, n_ranks = list(map(bool, of_losses)), int(ranks)
+    norm, coef, skipped, cleaned, reason, step, in_a_row, nan, posinf, neginf, lr = values[:HEAD]
+    n_culprits, at = int(values[HEAD]), HEAD + 1
+    culprits = [
+        tuple(map(int, values[at + CULPRIT * k : at + CULPRIT * (k + 1)]))
+        for k in range(min(n_culprits, NAMED_CULPRITS))
+    ]
+    at += CULPRIT * NAMED_CULPRITS
+    losses, rules = values[at : at + n_losses], values[at + n_losses :]
+    n_rules = len(rules) // 2
+    return Row(
+        total_norm=norm,
+        clip_coef=coef,
+        skipped=bool(skipped),
+        cleaned=bool(cleaned),
+        reason=Reason(int(reason)),
+        step=int(step),
+        consecutive_skips=int(in_a_row),
+        nan=int(nan),
+        posinf=int(posinf),
+        neginf=int(neginf),
+        lr=lr,
+        n_culprits=n_culprits,
+        culprits=culprits,  # type: ignore[arg-type]
+        losses=losses,
+        spikes=list(map(bool, rules[:n_rules])),
+        thresholds=rules[n_rules:],
+        given=given,
+        culprit_ranks=n_ranks,
+        culprit_rank=int(rank) if n_ranks == 1 else None,
+    )
+
+
+class Ring:
+    """The rows of the last `ROWS` steps on a device, and where they arrive on the host.
+
+    Made once: a step allocates nothing. A row is used again after `ROWS` steps, so what was sent
+    must have been read by then.
+    """
+
+    def __init__(self, device: torch.device, width: int) -> None:
+        self.device, self.width = device, width
+        on_gpu = device.type == "cuda"
+        self._rows = torch.empty(ROWS, width, dtype=torch.float64, device=device)
+        self._host = torch.empty(ROWS, width, dtype=torch.float64, device="cpu", pin_memory=on_gpu)
+        self._events = [torch.cuda.Event() if on_gpu else None for _ in range(ROWS)]
+        self._next = 0
+
+    def send(self, outcome: Outcome) -> Arrival:
+        """Packs a step and starts its way to the host. Never waits."""
+        k = self._next
+        self._next = (k + 1) % ROWS
+        row, host = self._rows[k, : outcome.width], self._host[k, : outcome.width]
+        pack(outcome, row)
+        event = self._events[k]
+        host.copy_(row, non_blocking=event is not None)
+        if event is not None:
+            # Not the current device's stream: the gradients may lie on another one.
+            event.record(torch.cuda.current_stream(row.device))
+        return Arrival(host, event)
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A row on its way to the host."""
+
+    row: Tensor
+    event: torch.cuda.Event | None
+
+    def is_here(self) -> bool:
+        """Whether the row can be read now."""
+        return self.event is None or self.event.query()
+
+    def wait(self) -> None:
+        """Waits until it can."""
+        if self.event is not None:
+            self.event.synchronize()

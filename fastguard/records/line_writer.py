@@ -1,0 +1,318 @@
+"""One writer per file of lines: a descriptor, a lock, and the full files beside it.
+
+All sinks of a process that write to one path share one `LineWriter`, whatever thread calls them.
+Another process is refused: two writers that rotate would rename each other's files. The lock is
+one of `flock` on the file itself, which the system gives back when the process dies, however it
+dies. A forked child, such as a worker of a data loader, closes what it inherits first of all; it
+may write once its parent has closed the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import threading
+import weakref
+from pathlib import Path
+from typing import ClassVar
+
+from fastguard.records.regular_files import check_regular
+from fastguard.records.rotated_files import (
+    identity_at,
+    identity_of,
+    number_of,
+    open_at,
+    rotated_files,
+)
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+log = logging.getLogger("fastguard")
+
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND
+for _name in ("O_CLOEXEC", "O_NONBLOCK", "O_NOCTTY", "O_BINARY"):
+    _FLAGS |= getattr(os, _name, 0)
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+"""What `flock` answers on file systems without locks."""
+
+
+class LineWriter:
+    """Appends lines to a file that it rotates; made by `LineWriter.of`.
+
+    While a line is written a signal handler may write another one, or close: what comes in the
+    middle neither opens nor closes anything.
+
+    Attributes:
+        path: The file, with its folder: a program may change its working directory.
+        lock: Held while a line is written; whoever writes may hold it for longer.
+    """
+
+    _all: ClassVar[weakref.WeakValueDictionary[str, LineWriter]] = weakref.WeakValueDictionary()
+    _all_lock = threading.Lock()
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lock = threading.RLock()
+        self._users = 0
+        self._is_at_work = False
+        self._cannot_rotate = False
+        self._forget()
+
+    @classmethod
+    def of(cls, path: Path) -> LineWriter:
+        """The writer of this process for a path; each caller calls `leave` when it has done."""
+        path = Path(os.path.abspath(path))
+        key = os.path.join(os.path.realpath(path.parent), path.name)
+        with cls._all_lock:
+            writer = cls._all.get(key)
+            if writer is None:
+                writer = cls._all[key] = cls(path)
+            writer._users += 1
+            return writer
+
+    def open(self) -> None:
+        """Opens the file and locks it, if it is not open.
+
+        Raises:
+            BlockingIOError: Another process writes to it.
+            OSError: It cannot be opened for writing, or is a pipe, a device or a folder.
+        """
+        with self.lock:
+            if self._file < 0 and not self._is_at_work:
+                try:
+                    self._is_at_work = True
+                    self._open()
+                finally:
+                    self._stop()
+
+    def append(self, line: bytes, max_bytes: int, keep: int | None) -> None:
+        """Writes one line, in one call of the system.
+
+        Args:
+            line: With its newline.
+            max_bytes: The file is rotated first if it would be longer than this.
+            keep: How many full files are kept; None: all.
+
+        Raises:
+            OSError: The line is lost.
+        """
+        with self.lock:
+            if self._is_at_work:
+                if self._stat() is None:
+                    raise OSError("the file was about to be opened when a signal came")
+                self._write(line)
+                return
+            try:
+                self._is_at_work = True
+                size = self._size()
+                if size and size + len(line) > max_bytes:
+                    self._rotate(keep)
+                self._write(line)
+            finally:
+                self._stop()
+
+    def flush(self) -> None:
+        """Waits until what was written is on the disk."""
+        with self.lock:
+            if self._stat() is not None:
+                os.fsync(self._file)
+
+    def leave(self) -> None:
+        """One user less; the last one closes the file."""
+        with self.lock:
+            self._users -= 1
+            if not self._is_at_work:
+                self._stop()
+
+    def __del__(self) -> None:
+        self._release()  # all its users are gone, and one forgot to close
+
+    def _stop(self) -> None:
+        self._is_at_work = False
+        if self._users <= 0:
+            self._release()
+
+    def _stat(self) -> os.stat_result | None:
+        """What the system says of the open file; None if the descriptor is not that of the file.
+
+        A program may close all descriptors that it finds, as one that becomes a daemon does, and
+        the next file that it opens gets the number.
+        """
+        if self._file < 0:
+            return None
+        with contextlib.suppress(OSError):  # not open, or gone on a network
+            found = os.fstat(self._file)
+            if identity_of(found) == self._identity:
+                return found
+        return None
+
+    def _size(self) -> int:
+        """The size of the file, which is opened anew if it has been deleted."""
+        found = self._stat()
+        if found is None or not found.st_nlink:
+            self._release()
+            self._open()
+            found = os.fstat(self._file)
+        return found.st_size
+
+    def _open(self) -> None:
+        self._take(_opened(self.path))
+        if _rotates_elsewhere(self.path):
+            self._release()
+            raise _in_use(self.path)
+
+    def _write(self, line: bytes) -> None:
+        data = b"\n" + line if self._is_cut else line
+        written = os.write(self._file, data)
+        self._is_cut = written < len(data)
+        if self._is_cut:
+            raise OSError(f"only {written} of {len(data)} bytes were written")
+
+    def _rotate(self, keep: int | None) -> None:
+        """Renames the full file and begins the next one.
+
+        The full file stays open and locked until the next one is, so that nobody gets in between.
+        If that fails, the full file takes more lines, and the next line tries again.
+        """
+        try:
+            if identity_at(self.path) == self._identity:  # else it has been renamed already
+                full = rotated_files(self.path)
+                number = 1 + (number_of(self.path, full[-1]) if full else 0)
+                new = f"{self.path.stem}.{number}{self.path.suffix}"
+                os.rename(self.path, self.path.with_name(new))
+            self._take(_opened(self.path))
+        except BlockingIOError:  # another process is about to find out that it may not write
+            return
+        except OSError as error:
+            if not self._cannot_rotate:
+                self._cannot_rotate = True
+                log.warning("%s stays in use although it is full: %s", self.path, error)
+            return
+        self._cannot_rotate = False
+        _delete(self.path, keep)
+
+    def _take(self, file: int) -> None:
+        """Goes on with this file instead of the one before."""
+        identity = identity_of(os.fstat(file))
+        before = -1 if self._stat() is None else self._file
+        self._file, self._identity, self._is_cut = file, identity, False
+        if before >= 0:
+            os.close(before)
+
+    def _release(self) -> None:
+        """Closes the file. Forgets its number first: it may soon be that of a checkpoint."""
+        file = -1 if self._stat() is None else self._file
+        self._forget()
+        if file >= 0:
+            os.close(file)
+
+    def _forget(self) -> None:
+        self._file, self._identity, self._is_cut = -1, (-1, -1), False
+
+    @classmethod
+    def release_all(cls) -> None:
+        """Closes what a forked child has inherited; the locks of its parent hold on."""
+        cls._all_lock = threading.Lock()
+        for writer in list(cls._all.values()):
+            writer.lock = threading.RLock()  # another thread may have held it
+            writer._is_at_work = False
+            writer._release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=LineWriter.release_all)
+
+
+def _opened(path: Path) -> int:
+    """The file of this name, created if need be, locked, ready for the next line."""
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            # Before it is opened: opening some devices does something.
+            check_regular(os.stat(path), path)
+        file = os.open(path, _FLAGS, 0o644)
+        try:
+            found = os.fstat(file)
+            check_regular(found, path)
+            if not _locked(file, path):
+                raise _in_use(path, file)
+            if identity_at(path) == identity_of(found):
+                if found.st_size and os.pread(file, 1, found.st_size - 1) != b"\n":
+                    os.write(file, b"\n")  # after a line that was cut short
+                return file
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)  # it was renamed before it was locked
+
+
+def _locked(file: int, path: Path) -> bool:
+    """Takes the lock; False if another process has it."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        log.warning(
+            "the file system of %s has no locks: let no other process write records to it", path
+        )
+    return True
+
+
+def _in_use(path: Path, file: int | None = None) -> BlockingIOError:
+    holder = None if file is None else _holder(file)
+    who = "another process" if holder is None else f"process {holder}"
+    return BlockingIOError(
+        f"{path} is open for writing in {who}; one process writes a file of records: close it "
+        "there, or choose another file. Of several ranks let one add the sink, and make it in the "
+        "process that trains, not in one that forks it"
+    )
+
+
+def _holder(file: int) -> int | None:
+    """The process that has the lock of an open file, where the system tells."""
+    found = os.fstat(file)
+    name = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/locks").read_text().splitlines():
+            fields = line.split()  # 1: FLOCK ADVISORY WRITE 1234 08:01:5678 0 EOF
+            if fields[1] == "FLOCK" and fields[5] == name and int(fields[4]) > 0:
+                return int(fields[4])
+    return None
+
+
+def _rotates_elsewhere(path: Path) -> bool:
+    """Whether another process has just renamed the file, and is about to begin the next one."""
+    for newest in rotated_files(path)[-1:]:
+        with contextlib.suppress(OSError):
+            file = open_at(newest)
+            if file is not None:
+                try:
+                    return not _locked(file, newest)
+                finally:
+                    os.close(file)
+    return False
+
+
+def _delete(path: Path, keep: int | None) -> None:
+    """Deletes the oldest full files beyond `keep`. One that stays costs no record."""
+    if keep is None:
+        return
+    full = rotated_files(path)
+    for old in full[: max(0, len(full) - keep)]:
+        try:
+            os.unlink(old)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            log.warning("a full file of records cannot be deleted: %s", error)
+            return

@@ -1,0 +1,360 @@
+"""How the records of a run come about, and who gets them: `Recorder`.
+
+On a GPU a record is packed on the device and travels to the host behind the step (`packed`); nobody
+waits for it. On a CPU its numbers are simply there. Where nothing happened and nobody is told, they
+are made into a `StepRecord` together with those of other steps: right behind a step, when caches
+hold the model, one costs 15 µs, among others 4.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import compress
+from typing import Any, NamedTuple
+
+import torch
+
+from fastguard.errors import NAMED_CULPRITS, Culprit
+from fastguard.errors.plain_text import shown
+from fastguard.gradients.tensor_kinds import TRACED
+from fastguard.records.advice import LONGEST_SEARCH, Advice
+from fastguard.records.device_row import ROWS, Arrival, Outcome, Ring, unpack
+from fastguard.records.step_record import StepRecord
+from fastguard.records.subscription import Inbox
+from fastguard.stages.decide import HostVerdict, Known, Reason
+
+log = logging.getLogger("fastguard")
+
+KEPT = 4096
+"""Records kept for `records()`, and for `history`; beyond them the oldest are dropped."""
+
+INBOX = 1 << 16
+"""Records kept for a subscriber that takes none out: 36 MB, more steps than most epochs have."""
+
+_LABELS = tuple(reason.label for reason in Reason)  # making a Reason costs as much as the rest
+
+
+def record_now(outcome: Outcome) -> StepRecord:
+    """The record of a step that the host decided, where everything is at hand."""
+    return _Known.of(outcome).record()
+
+
+def _record(
+    known: Known,
+    signal_names: Sequence[str],
+    lr: float,
+    tag: Any,
+    culprits: Sequence[Culprit] = (),
+    culprit_ranks: int = 0,
+    culprit_rank: int | None = None,
+) -> StepRecord:
+    nan, posinf, neginf = known.nonfinite_counts
+    return StepRecord(
+        step=known.step,
+        total_norm=known.total_norm,
+        clip_coef=known.clip_coef,
+        action=_action(known.clip_coef, known.skipped, known.cleaned),
+        reason=_LABELS[known.reason],
+        nan=nan,
+        posinf=posinf,
+        neginf=neginf,
+        culprits=tuple(culprits[:NAMED_CULPRITS]),
+        n_culprits=len(culprits),
+        losses=dict(known.losses),
+        spikes=tuple(compress(signal_names, known.spikes)),
+        thresholds=dict(zip(signal_names, known.thresholds, strict=True)),
+        consecutive_skips=known.consecutive_skips,
+        lr=lr,
+        tag=tag,
+        culprit_ranks=culprit_ranks,
+        culprit_rank=culprit_rank,
+    )
+
+
+def _action(coef: float, skipped: bool, cleaned: bool) -> str:
+    if skipped:
+        return "skipped"
+    if cleaned:
+        return "sanitized"
+    return "applied" if coef >= 1.0 else "clipped"  # a NaN coefficient did change gradients
+
+
+class _Known(NamedTuple):
+    """What a record of a step is made from that the host decided: numbers, and no gradient."""
+
+    key: object
+    known: Known
+    signal_names: Sequence[str]
+    lr: float
+    tag: Any
+    culprits: Sequence[Culprit]
+    ranks: tuple[int, int | None]
+
+    arrival = Arrival(torch.empty(0, device="cpu"), None)  # here from the beginning
+
+    @staticmethod
+    def of(outcome: Outcome) -> _Known:
+        assert isinstance(outcome.verdict, HostVerdict)
+        known = outcome.verdict.known
+        return _Known(
+            outcome.key,
+            known,
+            outcome.signal_names,
+            float(outcome.lr),  # now: a tensor may change
+            outcome.tag,
+            outcome.stats.culprits() if any(known.nonfinite_counts) else (),
+            outcome.signals.culprit_rank,
+        )
+
+    def record(self) -> StepRecord:
+        """The record."""
+        return _record(self.known, self.signal_names, self.lr, self.tag, self.culprits, *self.ranks)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A record on its way to the host, and what the host alone knows of that step."""
+
+    key: object
+    arrival: Arrival
+    name_of: Callable[[int], str]
+    loss_names: Sequence[str]
+    signal_names: tuple[str, ...]
+    lr: float | None
+    tag: Any
+    is_joint: bool
+
+    @staticmethod
+    def of(outcome: Outcome, arrival: Arrival) -> _Pending:
+        lr = None if outcome.lr_is_on_device else float(outcome.lr)
+        return _Pending(
+            outcome.key,
+            arrival,
+            outcome.stats.name,
+            outcome.signals.loss_names,
+            outcome.signal_names,
+            lr,
+            outcome.tag,
+            outcome.is_joint,
+        )
+
+    def record(self) -> StepRecord:
+        """The record. The row must have arrived."""
+        names = self.loss_names  # of a loss that other ranks gave, perhaps known only now
+        row = unpack(self.arrival.row, len(names), self.is_joint)
+        losses = {names[i]: loss for i, loss in enumerate(row.losses) if row.given[i]}
+        spiked = zip(self.signal_names, row.spikes, strict=True)
+        return StepRecord(
+            step=row.step,
+            total_norm=row.total_norm,
+            clip_coef=row.clip_coef,
+            action=_action(row.clip_coef, row.skipped, row.cleaned),
+            reason=row.reason.label,
+            nan=row.nan,
+            posinf=row.posinf,
+            neginf=row.neginf,
+            culprits=tuple((self.name_of(i), n, p, m) for i, n, p, m in row.culprits),
+            n_culprits=row.n_culprits,
+            losses=losses,
+            spikes=tuple(signal for signal, hit in spiked if hit),
+            thresholds=dict(zip(self.signal_names, row.thresholds, strict=True)),
+            consecutive_skips=row.consecutive_skips,
+            lr=row.lr if self.lr is None else self.lr,
+            tag=self.tag,
+            culprit_ranks=row.culprit_ranks,
+            culprit_rank=row.culprit_rank,
+        )
+
+
+class Recorder:
+    """Collects the records of a run; every incident is one warning of the `fastguard` logger,
+    an overflow that only lowers a loss scale one line at level INFO.
+
+    Memory is bounded: `KEPT` finished records, `ROWS` on their way or not yet written, and `INBOX`
+    for each subscriber that is still there.
+
+    Attributes:
+        history: The last finished records, whoever has fetched them.
+        max_norm: The limit of the whole model's norm now; inf: there is none.
+        longest_search: Steps in a row that the loss scaler may need to find its scale.
+        undelivered: Finished records that the subscribers are still to get.
+    """
+
+    def __init__(self) -> None:
+        self.finished: deque[StepRecord] = deque(maxlen=KEPT)
+        self.history: deque[StepRecord] = deque(maxlen=KEPT)
+        self.max_norm = math.inf
+        self.longest_search = LONGEST_SEARCH
+        self._advice = Advice()
+        self.last: StepRecord | None = None
+        self._ring: Ring | None = None
+        self._newest: object = None
+        self._pending: deque[_Pending | _Known] = deque()
+        self._made: tuple[object, StepRecord] | None = None
+        self._told: tuple[StepRecord | None, int, int] = (None, 0, 0)
+        self.sinks: list[Callable[[StepRecord], object]] = []
+        self._losing: set[int] = set()
+        self._inboxes: list[weakref.ref[Inbox]] = []
+        self.undelivered: list[StepRecord] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Sinks and subscribers belong to the run, not to a copy of its optimizer.
+        self.wait()
+        return {name: getattr(self, name) for name in ("finished", "history", "max_norm", "last")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        self.__dict__.update(state)
+
+    def add(self, outcome: Outcome) -> None:
+        """Takes the outcome of a step. Waits only for a device that is `ROWS` steps behind.
+
+        After an interrupt it may be called again with the same outcome, and goes on where it was.
+
+        A step that a CUDA graph captures leaves no record: nothing runs on the host when the graph
+        is replayed. A step of placeholders has nothing to record.
+        """
+        if isinstance(outcome.verdict, HostVerdict):
+            self._add_known(outcome, outcome.verdict.known)
+        elif outcome.stats.kind is not TRACED and not (
+            outcome.stats.summary.is_cuda and torch.cuda.is_current_stream_capturing()
+        ):
+            self.send(outcome)
+
+    def _add_known(self, outcome: Outcome, known: Known) -> None:
+        if not self._has(outcome.key):
+            self._pending.append(_Known.of(outcome))
+            self._newest = outcome.key
+        alone = outcome.signals.bad_ranks is None
+        if not alone or known.reason or self.sinks or self._inboxes:
+            self.wait()  # waits for nobody, unless the model came from a device
+        elif len(self._pending) >= ROWS:
+            self.poll()
+
+    def send(self, outcome: Outcome) -> None:
+        """Takes the outcome of a step by way of the ring."""
+        if self._has(outcome.key):
+            return
+        device, ring = outcome.stats.summary.device, self._ring
+        if ring is None or ring.width < outcome.width or ring.device != device:
+            ring = self._ring = Ring(device, outcome.width)
+        if len(self._pending) >= ROWS:
+            self._pending[0].arrival.wait()
+        self.poll()
+        self._pending.append(_Pending.of(outcome, ring.send(outcome)))
+        self._newest = outcome.key
+
+    def _has(self, key: object) -> bool:
+        """Whether this step, the newest one, is there already."""
+        return key is self._newest or (bool(self._pending) and self._pending[-1].key is key)
+
+    def poll(self) -> None:
+        """Finishes the records that have arrived. Never waits."""
+        while self._pending and self._pending[0].arrival.is_here():
+            self._finish_oldest()
+
+    def wait(self) -> StepRecord | None:
+        """Waits for the records of all steps so far; the last one."""
+        while self._pending:
+            self._pending[0].arrival.wait()
+            self._finish_oldest()
+        return self.last
+
+    def forget_last(self) -> None:
+        """After loading a state, the steps of before say nothing about the next."""
+        self.wait()
+        self.last = None
+        self.undelivered = []
+
+    @property
+    def has_subscribers(self) -> bool:
+        """Whether anybody acts on the records of this run."""
+        return bool(self._inboxes)
+
+    def add_sink(self, sink: Callable[[StepRecord], object]) -> None:
+        """See `GuardedOptimizer.add_sink`."""
+        self.poll()  # a sink is told nothing of the steps before
+        self.sinks.append(sink)
+
+    def subscribe(self) -> Inbox:
+        """See `GuardedOptimizer.subscribe`."""
+        self.poll()
+        inbox = Inbox(maxlen=INBOX, recorder=self)
+        self._inboxes.append(weakref.ref(inbox, self._inboxes.remove))
+        return inbox
+
+    def deliver(self) -> StepRecord | None:
+        """Waits for the steps so far and fills the inboxes; the last record."""
+        last = self.wait()
+        for ref in self._inboxes[:]:  # a copy: a subscriber may go meanwhile
+            if (inbox := ref()) is not None:
+                inbox.receive(self.undelivered)
+        self.undelivered = []  # another list, which tells the inboxes that it begins anew
+        return last
+
+    def drain(self) -> list[StepRecord]:
+        """The finished records since the last call, oldest first. Never waits."""
+        self.poll()
+        records = list(self.finished)
+        self.finished.clear()
+        return records
+
+    def _finish_oldest(self) -> None:
+        """Hands the oldest record to all who get it. It leaves the queue last: after an interrupt
+        all this is done again, and each gets it once.
+        """
+        item = self._pending[0]
+        made = self._made
+        if made is None or made[0] is not item:
+            made = self._made = item, item.record()
+        self._finish(made[1])
+        if self._pending and self._pending[0] is item:  # no sink has asked for records meanwhile
+            self._pending.popleft()
+
+    def _finish(self, record: StepRecord) -> None:
+        if record is not self.last:
+            if record.reason is not None:
+                log.log(logging.WARNING if record.is_incident else logging.INFO, "%s", record)
+            self._advice.see(record, self.max_norm, self.longest_search)
+            self.last = record
+        if not self.finished or self.finished[-1] is not record:
+            self.finished.append(record)
+        if not self.history or self.history[-1] is not record:
+            self.history.append(record)
+        if self._inboxes and (not self.undelivered or self.undelivered[-1] is not record):
+            self.undelivered.append(record)
+        if self.sinks:
+            self._tell_sinks(record)
+
+    def _tell_sinks(self, record: StepRecord) -> None:
+        """Calls each sink once. One that an interrupt left is called a second time, not a third: it
+        may be the sink that raises it.
+        """
+        while True:
+            told, k, tries = self._told
+            k, tries = (k, tries) if told is record else (0, 0)
+            if k >= len(self.sinks):
+                return
+            try:
+                self._told = (record, k + 1, 0)  # already: a sink may itself ask for the records
+                self.sinks[k](record)
+            except Exception as error:  # a sink has ways of its own to fail; the run goes on
+                self._say_once(self.sinks[k], error)
+            except BaseException:
+                self._told = (record, k + 1 if tries else k, tries + 1)
+                raise
+
+    def _say_once(self, sink: Callable[[StepRecord], object], error: Exception) -> None:
+        if id(sink) not in self._losing:
+            self._losing.add(id(sink))
+            log.warning(
+                "records are being lost: %s raised %s",
+                shown(sink, form=repr),
+                shown(error, form=repr),
+                exc_info=error,
+            )

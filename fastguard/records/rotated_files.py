@@ -1,0 +1,176 @@
+"""The files of one run of records: the current one, `records.jsonl`, and the full ones beside it.
+
+A writer renames a full file to `records.1.jsonl`, `records.2.jsonl`, ... and goes on in a new one.
+Readers work beside it: what they read are all records up to some moment, in order, without a hole.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import BinaryIO
+
+from fastguard.records.regular_files import open_regular
+
+log = logging.getLogger("fastguard")
+
+Identity = tuple[int, int]
+"""Device and inode: what a file is, whatever its name."""
+
+_AHEAD = 32
+"""Files that are open before it is their turn: the writer may delete them in the meantime."""
+
+_TRIES = 20
+"""Looks at a folder in which a rotation always comes in between."""
+
+
+def rotated_files(path: str | os.PathLike[str]) -> list[Path]:
+    """The full files of a run, oldest first, without the current one."""
+    path = Path(path)
+    start, end = f"{path.stem}.", path.suffix
+    try:
+        names = os.listdir(path.parent)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = []
+    for name in names:
+        number = name[len(start) : len(name) - len(end)]
+        if name.startswith(start) and name.endswith(end) and _is_number(number):
+            found.append((int(number), name))
+    return [path.with_name(name) for _, name in sorted(found)]
+
+
+def number_of(path: Path, full: Path) -> int:
+    """Which of the full files of the run `path` this one is."""
+    return int(full.name[len(path.stem) + 1 : len(full.name) - len(path.suffix)])
+
+
+def _is_number(text: str) -> bool:
+    return text.isdecimal() and text.isascii()
+
+
+def identity_of(found: os.stat_result) -> Identity:
+    """The file that `os.stat` or `os.fstat` has found."""
+    return found.st_dev, found.st_ino
+
+
+def open_at(path: Path) -> int | None:
+    """The descriptor of the regular file of this name, for reading; None if there is none.
+
+    Raises:
+        OSError: It cannot be read, or is a pipe, a device or a folder.
+    """
+    file = _opened(path)
+    if file is None:
+        return None
+    with file:
+        return os.dup(file.fileno())
+
+
+def identity_at(path: Path) -> Identity | None:
+    """The file that has this name now, if any."""
+    try:
+        return identity_of(os.stat(path))
+    except FileNotFoundError:
+        return None
+
+
+def index_of(identity: Identity, files: Sequence[Path]) -> int | None:
+    """Which of the files it is, if any."""
+    for i in reversed(range(len(files))):  # what was rotated lately is asked for most
+        if identity_at(files[i]) == identity:
+            return i
+    return None
+
+
+def around(
+    path: Path, current: Identity | None, newest: Path | None
+) -> tuple[list[Path], list[Path]]:
+    """The full files older, and newer, than the one that was found under the name `path`.
+
+    Args:
+        path: The name of the current file.
+        current: What was opened under that name; None if there was nothing.
+        newest: The newest full file there was before it was opened, in case ours is deleted.
+    """
+    i, listed = None, rotated_files(path)
+    for _ in range(_TRIES):
+        # A file that is renamed while the folder is read may be missing in the list: it is good if
+        # ours still has its name, or if it has ours and all numbers from there on.
+        if current is None or identity_at(path) == current:
+            return listed, []
+        i = index_of(current, listed)
+        if i is not None and _have_no_hole(path, listed[i:]):
+            break
+        listed = rotated_files(path)
+    if i is not None:
+        return listed[:i], listed[i + 1 :]
+    # Ours has been deleted, or replaced by hand.
+    first = listed.index(newest) + 1 if newest in listed else 0
+    return listed[:first], listed[first:]
+
+
+def _have_no_hole(path: Path, files: Sequence[Path]) -> bool:
+    numbers = [number_of(path, file) for file in files]
+    return numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+
+
+def open_run(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
+    """The files of a run with their names, oldest first, each open while it is read.
+
+    The writer may rotate meanwhile: what is read are the records up to about now, without a hole. A
+    warning says if full files were deleted before their turn came.
+
+    Raises:
+        FileNotFoundError: There is no such file, nor a full one beside it.
+        OSError: A file cannot be read, or is a pipe, a device or a folder.
+    """
+    before = rotated_files(path)
+    with ExitStack() as stack:
+        current = _opened(path)
+        if current is not None:
+            stack.callback(current.close)
+        found = None if current is None else identity_of(os.fstat(current.fileno()))
+        older, newer = around(path, found, before[-1] if before else None)
+        if current is None and not older:
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        yield from _each(path, older)
+        if current is not None:
+            yield path, current
+        yield from _each(path, newer)
+
+
+def _each(path: Path, files: Sequence[Path]) -> Iterator[tuple[Path, BinaryIO]]:
+    waiting = deque(files)
+    ahead: deque[tuple[Path, BinaryIO]] = deque()
+    begun, deleted = False, 0
+    try:
+        while waiting or ahead:
+            while waiting and len(ahead) < _AHEAD:
+                name = waiting.popleft()
+                file = _opened(name)
+                if file is not None:
+                    ahead.append((name, file))
+                elif begun or ahead:  # else it is the oldest, which a writer may delete
+                    deleted += 1
+            if ahead:
+                begun = True
+                name, file = ahead.popleft()
+                with file:
+                    yield name, file
+    finally:
+        for _, file in ahead:
+            file.close()
+        if deleted:
+            log.warning("%s: %d full files were deleted before they could be read", path, deleted)
+
+
+def _opened(path: Path) -> BinaryIO | None:
+    try:
+        return open_regular(path)
+    except FileNotFoundError:  # deleted since it was listed, or about to be made
+        return None

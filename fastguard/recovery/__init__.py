@@ -1,0 +1,1 @@
+"""Going back: snapshots, rollback, and a lowered learning rate."""

@@ -1,0 +1,68 @@
+"""The arguments of `GuardedLR`, checked."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch.optim.lr_scheduler import ConstantLR, LRScheduler, ReduceLROnPlateau
+
+from fastguard.errors.checked_numbers import count_of, number_of, shown
+from fastguard.guard.guarded import GuardedOptimizer
+from fastguard.recovery.warmup import Warmup
+
+
+def guarded_of(schedule: Any, optimizer: Any) -> GuardedOptimizer:
+    """The guarded optimizer whose steps count.
+
+    Raises:
+        TypeError: Neither argument is one or knows one.
+    """
+    found = optimizer or (
+        schedule if isinstance(schedule, GuardedOptimizer) else getattr(schedule, "optimizer", None)
+    )
+    if not isinstance(found, GuardedOptimizer):
+        raise TypeError(
+            "GuardedLR needs the GuardedOptimizer to know which steps were applied; make the "
+            "scheduler for it, or pass GuardedLR(scheduler, optimizer=guarded)"
+        )
+    return found
+
+
+def schedule_of(schedule: Any) -> LRScheduler | ReduceLROnPlateau:
+    """The schedule to wrap; a constant one for an optimizer.
+
+    Raises:
+        TypeError: It is neither.
+    """
+    if isinstance(schedule, GuardedOptimizer):
+        return ConstantLR(schedule, factor=1.0)
+    if not isinstance(schedule, LRScheduler | ReduceLROnPlateau):
+        raise TypeError(
+            f"schedule={schedule!r} must be a scheduler of torch.optim.lr_scheduler or a "
+            "GuardedOptimizer; with a scheduler of another kind, which writes the learning rates "
+            "itself, take each optimizer step in `with GuardedLR(optimizer, ...).in_force():`"
+        )
+    return schedule
+
+
+def looks_at_metrics(schedule: LRScheduler | ReduceLROnPlateau) -> bool:
+    """Whether its `step` cannot be called without an argument."""
+    try:
+        inspect.signature(schedule.step).bind()
+    except TypeError:
+        return True
+    return isinstance(schedule, ReduceLROnPlateau)
+
+
+def check_back_off(backoff: object, recovery: object, warmup: object) -> None:
+    """Raises for what `GuardedLR` cannot take."""
+    if not 0 < number_of("backoff", backoff, "use a number in (0, 1]") <= 1:
+        raise ValueError(f"backoff={shown(backoff)} must be a number in (0, 1]")
+    if recovery is not None:
+        count_of("recovery", recovery, 1, optional=True)
+    if warmup is not None and not isinstance(warmup, Warmup):
+        steps = warmup if isinstance(warmup, int) else "..."
+        raise TypeError(
+            f"warmup={warmup!r} must be a fastguard.Warmup, such as Warmup(steps={steps})"
+        )

@@ -1,0 +1,211 @@
+"""Where `Rollback` keeps its snapshots: host memory, or a `CheckpointStore` on disk.
+
+Both take one, and go back to the newest that is finite on every rank: all ranks to the same one, or
+none.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from fastguard.checkpoints import CheckpointError, CheckpointStore
+from fastguard.guard.guarded import GuardedOptimizer
+from fastguard.guard.weak_hooks import hook_weakly
+from fastguard.ranks.lockstep import Peers
+from fastguard.recovery.incident_log import Moment
+from fastguard.recovery.snapshot import Snapshot
+
+log = logging.getLogger("fastguard")
+
+POSITION = "position"
+"""Name of the data position in a checkpoint of `Rollback`."""
+
+
+class NothingToRestore(RuntimeError):
+    """No snapshot can be gone back to; the message says why."""
+
+
+class Taken(NamedTuple):
+    """A snapshot.
+
+    Attributes:
+        moment: After which optimizer step it was taken.
+        position: Where the data stood then, as the caller said.
+    """
+
+    moment: Moment
+    position: Any
+
+
+class Place(Protocol):
+    """A place for snapshots."""
+
+    def moments(self) -> list[Moment]:
+        """When the snapshots were taken that may be gone back to, oldest first."""
+        ...
+
+    def take(self, objects: Mapping[str, Any], moment: Moment, position: Any) -> bool:
+        """Keeps the state of the objects; False if that failed, and was logged."""
+        ...
+
+    def restore(self, objects: Mapping[str, Any]) -> Taken:
+        """Gives the objects the newest finite state.
+
+        Raises:
+            NothingToRestore: There is none.
+        """
+        ...
+
+
+def group_sizes(optimizer: torch.optim.Optimizer) -> tuple[int, ...]:
+    """How many parameters each param group has: a state of other sizes cannot be loaded."""
+    return tuple(len(group["params"]) for group in optimizer.param_groups)
+
+
+class _Slot(Snapshot):
+    """A snapshot, and what is known of it.
+
+    Attributes:
+        moment: When it was taken.
+        sizes: The `group_sizes` of then.
+        checked: Whether it was looked at while it was copied: at most of it, see `snapshot.LOOKED`.
+        bad: What in it is not finite, on any rank; None: nobody has asked.
+    """
+
+    moment = Moment(0, 0)
+    sizes: tuple[int, ...] = ()
+    checked = False
+    bad: list[str] | None = None
+
+
+class InMemory:
+    """Snapshots in host memory; the oldest beyond `keep` is overwritten.
+
+    Not so the only one that is known to be finite, if `keep` is more than 1: what cannot be gone
+    back to, such as a NaN in an EMA, must not push it out. Then the newest makes room for one that
+    is looked at while it is copied; so every second one is. What was not looked at then is read at
+    the next snapshot.
+
+    Args:
+        optimizer: Steps only when the latest copy is complete, which it waits for on the device.
+        keep: How many are kept.
+        peers: The ranks that go back together.
+    """
+
+    def __init__(self, optimizer: GuardedOptimizer, keep: int, peers: Peers) -> None:
+        self._optimizer = optimizer
+        self._keep = keep
+        self._peers = peers
+        self._slots: deque[_Slot] = deque()
+        self._copied: Mapping[torch.device, torch.cuda.Event] = {}
+        # A hook that held its snapshots would keep their memory for as long as the optimizer lives.
+        hook_weakly(optimizer.register_step_pre_hook, self._wait_for_copy)
+
+    def moments(self) -> list[Moment]:
+        return [slot.moment for slot in self._slots if slot.step is not None]
+
+    def take(self, objects: Mapping[str, Any], moment: Moment, position: Any) -> bool:
+        safe = self._keep == 1 or self._is_one_finite([*self._slots][1:])
+        if len(self._slots) < self._keep:
+            slot = _Slot()
+        else:
+            slot = self._slots.popleft() if safe else self._slots.pop()
+        slot.moment, slot.bad, slot.checked = moment, None, not safe
+        slot.sizes = group_sizes(self._optimizer)
+        self._copied = slot.take(
+            objects, moment.step, position, self._optimizer, check=slot.checked
+        )
+        self._slots.append(slot)
+        return True
+
+    def restore(self, objects: Mapping[str, Any]) -> Taken:
+        refused = []
+        what = "is finite"
+        while self._slots:
+            slot = self._slots[-1]
+            fits = slot.sizes == group_sizes(self._optimizer)
+            bad = self._bad(slot) if fits else ["taken with other param groups"]
+            what = what if fits else "can be restored"
+            if not bad:
+                self._peers.together(lambda slot=slot: slot.restore(objects))
+                return Taken(slot.moment, slot.position)
+            refused.append(f"step {slot.step}: {', '.join(bad[:8])}")
+            self._slots.pop()
+        if not refused:
+            raise NothingToRestore(
+                "there is no snapshot: the model has lazy modules and has taken no step"
+            )
+        raise NothingToRestore(f"no snapshot {what}: {'; '.join(refused)}")
+
+    def _is_one_finite(self, slots: list[_Slot]) -> bool:
+        """Whether one of these is known to be finite."""
+        return any(slot.checked and not self._bad(slot) for slot in slots)
+
+    def _bad(self, slot: _Slot) -> list[str]:
+        """What in a snapshot is not finite, on any rank."""
+        if slot.bad is None:
+            found = self._peers.gather(slot.nonfinite())
+            slot.bad = sorted({name for names in found for name in names})
+            if slot.bad:
+                log.warning(
+                    "the snapshot of step %s is not finite, and is never restored: %s. If these "
+                    "are buffers, fastguard.protect_buffers(model, optimizer) keeps them finite",
+                    slot.step,
+                    ", ".join(slot.bad[:8]),
+                )
+        return slot.bad
+
+    def _wait_for_copy(self) -> None:
+        for device, event in self._copied.items():
+            torch.cuda.current_stream(device).wait_event(event)
+        self._copied = {}
+
+
+class InStore:
+    """Snapshots in a `CheckpointStore`, which a restarted process can go on from.
+
+    The store checks each one after writing it, keeps as many as it was told, and logs what the disk
+    does to it; the run goes on.
+
+    Args:
+        store: The store; its ranks go back together.
+    """
+
+    def __init__(self, store: CheckpointStore) -> None:
+        self._store = store
+        self._moments: dict[int, Moment] = {}  # by step; not those of an earlier process
+
+    def moments(self) -> list[Moment]:
+        return [self._moment(entry.step) for entry in self._store.list() if entry.clean]
+
+    def take(self, objects: Mapping[str, Any], moment: Moment, position: Any) -> bool:
+        if self._store.save({**objects, POSITION: position}, step=moment.step) is None:
+            return False
+        self._moments[moment.step] = moment
+        self._moments = {known.step: known for known in self.moments()}
+        return True
+
+    def restore(self, objects: Mapping[str, Any]) -> Taken:
+        try:
+            checkpoint = self._store.load("last-clean", objects)
+        except (CheckpointError, OSError) as error:
+            where = self._store.directory
+            raise NothingToRestore(f"{where} has no usable snapshot: {error}") from error
+        try:
+            self._store.rollback()  # what came after it is put aside: those steps are done again
+        except (CheckpointError, OSError) as error:
+            log.error(
+                "the run went back to step %d, but %s still lists what came after it: %s",
+                checkpoint.step,
+                self._store.directory,
+                error,
+            )
+        return Taken(self._moment(checkpoint.step), checkpoint.state.get(POSITION))
+
+    def _moment(self, step: int) -> Moment:
+        return self._moments.get(step, Moment(0, step))

@@ -1,0 +1,38 @@
+"""`Warmup`: how a run begins, as plain numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fastguard.errors.checked_numbers import Text, count_of, number_of
+
+
+@dataclass(frozen=True, slots=True)
+class Warmup:
+    """A linear way from a start value to what the schedule says, over applied steps.
+
+    Args:
+        steps: How many applied steps it takes, >= 1.
+        lr: Learning rate to start from, one for all param groups or one each; it may lie above what
+            the schedule says: bias groups are often warmed from high to low.
+        momentum: Momentum (beta1 for the Adam family) to start from, the same way; None leaves it.
+
+    Example:
+        >>> Warmup(steps=1000, lr=(0.1, 0.0, 0.0), momentum=0.8).steps
+        1000
+    """
+
+    steps: int
+    lr: float | Sequence[float] = 0.0
+    momentum: float | Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        count_of("Warmup steps", self.steps, 1)
+        for name in ("lr", "momentum"):
+            value = getattr(self, name)
+            several = isinstance(value, Sequence) and not isinstance(value, Text)
+            for v in value if several else () if value is None else (value,):
+                if not 0 <= number_of(f"Warmup {name}", v, "use numbers >= 0") < math.inf:
+                    raise ValueError(f"Warmup {name}={value!r} must hold finite numbers >= 0")

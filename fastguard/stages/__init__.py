@@ -1,0 +1,7 @@
+"""The four stages of a guarded step: measure, reduce, decide, apply.
+
+Modules:
+    spike_rules, rule_table    what counts as a spike, and the rules as columns
+    measure, reduce, decide, apply    one stage each, a function of device tensors
+    backend         who serves which device: `cpu/`, `triton`, `reference`; `traced` under a tracer
+"""

@@ -1,0 +1,269 @@
+"""The decision in Python floats, for a CPU: the twin of `reference.decide` where reading is free.
+
+Two dozen tensor operations on single numbers cost 40 µs on a CPU, the same arithmetic on Python
+floats 5 µs. Same rules, same order, same state. What was decided goes along as numbers too
+(`HostVerdict.known`), for apply and the records.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from itertools import compress
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastguard.stages.decide import (
+    EPS,
+    TINY,
+    GuardState,
+    HostVerdict,
+    Known,
+    NonFinite,
+    Policy,
+    Reason,
+    clip_coefficients,
+    propagated_norms,
+)
+from fastguard.stages.measure import GradStats
+from fastguard.stages.reduce import Signals
+from fastguard.stages.spike_rules import GRAD_NORM, SpikeRule
+
+
+def _float64(x: float | list[float]) -> Tensor:
+    return torch.from_numpy(np.array(x, np.float64))  # a third of the time of torch.tensor
+
+
+# Parts of nearly every verdict, made once: each would cost 1.5 µs. Nobody writes to them. By numpy,
+# because a FakeTensorMode that is active at the import cannot make placeholders of them.
+_NO, _YES = (torch.from_numpy(np.array(x, np.float32)) for x in (0.0, 1.0))
+_REASONS = tuple(torch.from_numpy(np.array(int(reason), np.int64)) for reason in Reason)
+_NO_SPIKES = torch.from_numpy(np.empty(0, np.bool_))
+_NO_THRESHOLDS = _float64([])
+_NONE = (0, 0, 0)
+
+
+def decide(
+    stats: GradStats, signals: Signals, state: GuardState | None, policy: Policy
+) -> HostVerdict:
+    """See `fastguard.stages.decide.decide`."""
+    sums, *counts = stats.summary.tolist()
+    total_norm = _total_norm(stats, sums)
+    bad_grad = any(map(any, counts))
+    overflow = signals.found_inf is not None and signals.found_inf.item() > 0
+    losses = dict(zip(signals.loss_names, signals.losses.tolist(), strict=True))
+    bad_loss = not all(map(math.isfinite, losses.values()))
+    lowers = overflow and not bad_loss and _scale_falls(signals)
+    grad_fault, loss_fault = _faults(policy.nonfinite, bad_grad, bad_loss, overflow, lowers)
+    # No float64 holds the norm of these finite elements; propagate clips them to zero, as torch.
+    too_large = total_norm == math.inf and policy.nonfinite != "propagate"
+    fault = grad_fault or loss_fault or too_large
+
+    thresholds: list[float] = []
+    spikes: list[bool] = []
+    skip = fault
+    spike_limit = math.inf
+    if state is not None and policy.rules:
+        values = [total_norm if s == GRAD_NORM else losses.get(s, math.nan) for s in policy.signals]
+        thresholds = _thresholds(state, policy)
+        spikes = _spikes(state, policy, values, thresholds, fault)
+        skip = fault or any(r.action == "skip" for r in compress(policy.rules, spikes))
+        spike_limit = _spike_limit(policy, spikes, thresholds)
+        if not fault and (policy.nonfinite == "zero" or not bad_grad):
+            _update_rings(state, policy, values, thresholds, spikes, skip, total_norm > 0)
+
+    coefs = _clip_coefs(stats, policy, spike_limit, total_norm, sums, bad_grad)
+    clip_coef = coefs if isinstance(coefs, Tensor) else _float64([coefs])
+    multiplier = clip_coef if signals.inv_scale is None else clip_coef * signals.inv_scale
+    if skip:
+        multiplier = torch.ones_like(clip_coef)
+    clean = policy.nonfinite == "zero" and bad_grad and not skip
+    reason = _reason(lowers, bad_grad or overflow or too_large, loss_fault, spikes, policy)
+    step, in_a_row = (0, 0) if state is None else _count_step(state, skip, lowers)
+    norm = _float64(total_norm)
+    return HostVerdict(
+        clip_coef=clip_coef,
+        multiplier=multiplier,
+        found_inf=_YES if skip else _NO,
+        clean=_YES if clean else _NO,
+        reason=_REASONS[reason],
+        total_norm=norm,
+        torch_norm=_float64(_torch_norm(total_norm, counts)) if bad_grad else norm,
+        spikes=torch.tensor(spikes, device="cpu") if spikes else _NO_SPIKES,
+        thresholds=_float64(thresholds) if spikes else _NO_THRESHOLDS,
+        known=Known(
+            total_norm=total_norm,
+            clip_coef=_smallest(coefs),
+            skipped=skip,
+            cleaned=clean,
+            changes_gradients=clean or any(m != 1.0 for m in multiplier.tolist()),
+            reason=reason,
+            nonfinite_counts=[int(sum(each)) for each in counts] if bad_grad else _NONE,
+            losses=losses,
+            spikes=spikes,
+            thresholds=thresholds,
+            step=step,
+            consecutive_skips=in_a_row,
+        ),
+    )
+
+
+def _total_norm(stats: GradStats, sums: list[float]) -> float:
+    if stats.rooted and len(sums) == 1:
+        return sums[0]
+    if stats.rooted or stats.norm_type != 2.0:
+        return stats.total_norm64.item()
+    return math.sqrt(sum(sums))  # not fsum, nor ** above: they raise where this overflows
+
+
+def _scale_falls(signals: Signals) -> bool:
+    return signals.scale_falls is not None and bool(signals.scale_falls)
+
+
+def _faults(
+    nonfinite: NonFinite, bad_grad: bool, bad_loss: bool, overflow: bool, lowers: bool
+) -> tuple[bool, bool]:
+    """Whether gradients, and whether a loss, forbid the step."""
+    if nonfinite == "propagate":
+        return overflow, False
+    # Cleaning cures what was counted; a fault that only the scaler saw is not cured by it. What a
+    # lower scale cures is not cleaned: zeros would stand for the largest gradients of the model.
+    cured = nonfinite == "zero" and bad_grad and not lowers
+    return (overflow or bad_grad) and not cured, bad_loss
+
+
+def _torch_norm(total_norm: float, counts: list[list[float]]) -> float:
+    """NaN if an element is, else inf if one is infinite."""
+    nan, posinf, neginf = map(any, counts)
+    if nan:
+        return math.nan
+    return math.inf if posinf or neginf else total_norm
+
+
+def _clip_coefs(
+    stats: GradStats,
+    policy: Policy,
+    spike_limit: float,
+    total_norm: float,
+    sums: list[float],
+    bad_grad: bool,
+) -> float | Tensor:
+    """A number where there is one segment, else float64 `(S,)`; NaN only in propagate mode."""
+    propagates = bad_grad and policy.nonfinite == "propagate"
+    if len(sums) == 1 and not propagates:
+        return min(_coef(total_norm, policy.max_norm.item()), _coef(total_norm, spike_limit))
+    norms = stats.segment_norms
+    if propagates:
+        norms = propagated_norms(norms, stats.segment_counts)
+    coefs = clip_coefficients(norms, policy.max_norm)
+    return coefs.clamp(max=_coef(total_norm, spike_limit))  # NaN stays NaN
+
+
+def _smallest(coefs: float | Tensor) -> float:
+    if not isinstance(coefs, Tensor):
+        return coefs
+    return coefs.amin().item() if len(coefs) else 1.0  # NaN if one is
+
+
+def _coef(norm: float, limit: float) -> float:
+    return 1.0 if limit == math.inf else min(limit / (norm + EPS), 1.0)  # NaN first, and stays
+
+
+def _thresholds(state: GuardState, policy: Policy) -> list[float]:
+    """`mean + sigma * max(std, 0.01 * |mean|, tiny)` of the filled part of each ring."""
+    thresholds = []
+    filled = state.rings[:, 0].tolist()
+    for k, rule in enumerate(policy.rules):
+        if not isinstance(rule, SpikeRule):
+            thresholds.append(float(rule.max))
+            continue
+        n = filled[k]
+        if n < rule.warmup:
+            thresholds.append(math.inf)
+            continue
+        ring = state.windows[k, :n].tolist()
+        mean = sum(ring) / n
+        std = math.sqrt(sum([(x - mean) * (x - mean) for x in ring]) / n)
+        thresholds.append(mean + rule.sigma * max(std, 0.01 * abs(mean), TINY))
+    return thresholds
+
+
+def _spikes(
+    state: GuardState, policy: Policy, values: list[float], thresholds: list[float], fault: bool
+) -> list[bool]:
+    in_a_row = state.rings[:, 2].tolist()
+    spikes = []
+    for k, rule in enumerate(policy.rules):
+        exceeds = not fault and values[k] > thresholds[k]  # NaN exceeds nothing
+        lasting = isinstance(rule, SpikeRule) and in_a_row[k] >= rule.window
+        spikes.append(exceeds and not lasting)
+    return spikes
+
+
+def _spike_limit(policy: Policy, spikes: list[bool], thresholds: list[float]) -> float:
+    """What the norm of a step that spiked is scaled to; inf if it is not."""
+    judged = zip(policy.rules, spikes, thresholds, strict=True)
+    return min((t for r, spike, t in judged if spike and r.action == "clip"), default=math.inf)
+
+
+def _update_rings(
+    state: GuardState,
+    policy: Policy,
+    values: list[float],
+    thresholds: list[float],
+    spikes: list[bool],
+    skip: bool,
+    moved: bool,
+) -> None:
+    rings = state.rings.numpy()
+    windows = state.windows.numpy()
+    for k, rule in enumerate(policy.rules):
+        if not math.isfinite(values[k]):  # a loss that this step did not give says nothing
+            continue
+        if state.undo is not None:
+            state.undo.append(partial(rings.__setitem__, k, rings[k].copy()))
+        rings[k, 2] = rings[k, 2] + 1 if values[k] > thresholds[k] else 0
+        enters = moved and (spikes[k] or not skip)
+        if enters and isinstance(rule, SpikeRule):
+            at = rings[k, 1]
+            if state.undo is not None:
+                state.undo.append(partial(windows.__setitem__, (k, at), windows[k, at]))
+            windows[k, at] = thresholds[k] if spikes[k] else values[k]
+            rings[k, 0] = min(rings[k, 0] + 1, rule.window)
+            rings[k, 1] = (at + 1) % rule.window
+
+
+def _count_step(state: GuardState, skip: bool, lowers: bool) -> tuple[int, int]:
+    """The number of this step, and how many incidents in a row were skipped."""
+    counters = state.counters.numpy()
+    step, applied, skipped, in_a_row, for_scale = before = counters.tolist()
+    if state.undo is not None:
+        state.undo.append(partial(counters.__setitem__, ..., before))
+    step += 1
+    counters[0] = step
+    if lowers:
+        counters[2], counters[4] = skipped + 1, for_scale + 1
+    elif skip:
+        in_a_row += 1
+        counters[2], counters[3] = skipped + 1, in_a_row
+    else:
+        in_a_row = 0
+        counters[1], counters[3] = applied + 1, 0
+    return step, in_a_row
+
+
+def _reason(
+    lowers: bool, bad_grad: bool, loss_fault: bool, spikes: list[bool], policy: Policy
+) -> Reason:
+    if lowers:
+        return Reason.LOSS_SCALE
+    if bad_grad:
+        return Reason.NONFINITE_GRAD
+    if loss_fault:
+        return Reason.NONFINITE_LOSS
+    spiked = list(compress(policy.signals, spikes))
+    if GRAD_NORM in spiked:
+        return Reason.GRAD_SPIKE
+    return Reason.LOSS_SPIKE if spiked else Reason.NONE

@@ -1,0 +1,396 @@
+"""The stages in plain PyTorch: what every device can do, and what the kernels are tested against.
+
+Same signatures and results as the kernels. On a CPU, `measure` goes through `stages.cpu`, which
+is exact to the same 1e-7 and runs at the speed of memory; on any other device the arithmetic below
+is spelled out tensor by tensor in float64, without waiting for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastguard.errors import NAMED_CULPRITS
+from fastguard.gradients.buckets import GradBucket
+from fastguard.gradients.cpu_threads import Tensors, in_pieces
+from fastguard.gradients.tensor_kinds import PLAIN
+from fastguard.stages.cpu import power_sums
+from fastguard.stages.decide import (
+    TINY,
+    GuardState,
+    Policy,
+    Reason,
+    Verdict,
+    clip_coefficients,
+    only_lowers_scale,
+    propagated_norms,
+    signal_values,
+)
+from fastguard.stages.measure import GradStats, holds_norms, norm_of_norms, root
+from fastguard.stages.reduce import Signals
+from fastguard.stages.rule_table import RuleTable, rule_table_of
+
+CPU = torch.device("cpu")
+SMALLEST_FACTOR = (
+    2.0**-100
+)  # smaller ones are no normal float32: two multiplications in place of one
+BAD = "bad"  # the note of `measure` for `apply`: positions of the tensors to clean
+
+
+def measure(
+    bucket: GradBucket,
+    n_segments: int,
+    n_tensors: int,
+    norm_type: float,
+    inv_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Power sums and counts of one bucket.
+
+    Returns:
+        `summary` float64 `(4, S)`, with norms in place of power sums where `holds_norms` of this
+        dtype, and `counts` int64 `(3, T)`: see `GradStats`.
+    """
+    if bucket.device != CPU or bucket.kind is not PLAIN:
+        return plain_measure(bucket, n_segments, n_tensors, norm_type, inv_scale)
+    sums, bad = power_sums.power_sums(bucket, n_segments, norm_type)
+    bucket.notes[BAD] = list(bad)
+    rows = np.zeros((4, n_segments))  # numpy makes both in half of torch's time
+    rows[0] = sums
+    summary = torch.from_numpy(rows)
+    counts = torch.from_numpy(np.zeros((3, n_tensors), np.int64))
+    for position, found in bad.items():
+        counts[:, bucket.tensor_ids[position]] = torch.tensor(found, device=CPU)
+    for position, found in bad.items():
+        summary[1:, bucket.segment_ids[position]] += torch.tensor(found, device=CPU)
+    return unscaled(summary, bucket.dtype, norm_type, inv_scale), counts
+
+
+def plain_measure(
+    bucket: GradBucket,
+    n_segments: int,
+    n_tensors: int,
+    norm_type: float,
+    inv_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The definition, tensor by tensor, in float64 throughout: the oracle of the tests.
+
+    Nothing is made but from the gradients, and nothing is written to: so it holds for tensors
+    inside transforms and wrappers too.
+    """
+    rooted = holds_norms(bucket.dtype, norm_type)
+    sums: list[list[Tensor]] = [[] for _ in range(n_segments)]
+    found: list[list[Tensor]] = [[] for _ in range(n_segments)]
+    of_tensor: dict[int, Tensor] = {}
+    for grad, i, segment in zip(bucket.grads, bucket.tensor_ids, bucket.segment_ids, strict=True):
+        x = grad.double()
+        finite = x.isfinite()  # False for NaN
+        magnitude = torch.where(finite, x, 0.0).abs()
+        largest = magnitude.amax() if x.numel() else magnitude.sum()
+        if norm_type == math.inf:
+            sums[segment].append(largest)
+        elif rooted:
+            unit = torch.where(largest > 0, largest, 1.0)
+            norm = root((magnitude / unit).pow(norm_type).sum(), norm_type) * unit
+            sums[segment].append(norm)
+        else:
+            sums[segment].append(magnitude.pow(norm_type).sum())
+        counts = torch.stack([x.isnan().sum(), x.isposinf().sum(), x.isneginf().sum()])
+        found[segment].append(counts)
+        of_tensor[i] = counts
+    none = next(iter(of_tensor.values())).new_zeros(3)  # a bucket holds a tensor or more
+    columns = [
+        torch.cat([joined(own, none, norm_type, rooted), _added(counts, none)])
+        for own, counts in zip(sums, found, strict=True)
+    ]
+    summary = unscaled(torch.stack(columns, 1), bucket.dtype, norm_type, inv_scale)
+    return summary, torch.stack([of_tensor.get(i, none) for i in range(n_tensors)], 1)
+
+
+def joined(parts: Sequence[Tensor], like: Tensor, norm_type: float, rooted: bool) -> Tensor:
+    """float64 `(1,)`: the power sum, or norm, of a segment from those of its tensors."""
+    if not parts:
+        return like.new_zeros(1, dtype=torch.float64)
+    each = torch.stack(list(parts))
+    if norm_type == math.inf:
+        return each.amax().reshape(1)
+    return (norm_of_norms(each, norm_type) if rooted else each.sum()).reshape(1)
+
+
+def _added(counts: Sequence[Tensor], none: Tensor) -> Tensor:
+    """float64 `(3,)`."""
+    return torch.stack([*counts, none]).sum(0).double()
+
+
+def unscaled(
+    summary: Tensor, dtype: torch.dtype, norm_type: float, inv_scale: Tensor | None
+) -> Tensor:
+    """The power sums, or norms, of `gradients * inv_scale`."""
+    if inv_scale is None:
+        return summary
+    inv = inv_scale.to(device=summary.device, dtype=torch.float64)
+    linear = norm_type == math.inf or holds_norms(dtype, norm_type)
+    factor = inv if linear else inv.pow(norm_type)
+    return torch.cat([summary.narrow(0, 0, 1) * factor, summary.narrow(0, 1, 3)])
+
+
+def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy: Policy) -> Verdict:
+    """See `fastguard.stages.decide.decide`."""
+    if state is not None:
+        state.note_all()
+    device = stats.summary.device
+    total_norm = stats.total_norm64
+    bad_grad = stats.segment_counts.sum() > 0
+    too_large = total_norm == math.inf  # no float64 holds the norm of these finite elements
+    never = torch.zeros_like(bad_grad)
+    overflow = never if signals.found_inf is None else signals.found_inf > 0
+    lowers = only_lowers_scale(signals)
+    if lowers is None:
+        lowers = never
+    if policy.nonfinite == "propagate":
+        grad_fault, loss_fault = overflow, never
+        too_large = never  # clipped to zero, as by torch
+    else:
+        # Cleaning cures what was counted; a fault that only the scaler saw is not cured by it. What
+        # a lower scale cures is not cleaned.
+        cured = bad_grad & ~lowers if policy.nonfinite == "zero" else never
+        grad_fault = (overflow | bad_grad) & ~cured | too_large
+        lost = ~signals.losses.isfinite()  # NaN is not finite
+        loss_fault = (lost if signals.given is None else lost & signals.given).any()
+    fault = grad_fault | loss_fault
+
+    table = None
+    if policy.rules and state is not None:
+        table = rule_table_of(policy.rules, policy.signals, device)
+        values = signal_values(stats, signals, policy.signals)
+        thresholds = _thresholds(state, table)
+        # NaN exceeds nothing: a non-finite loss is a fault, not a spike.
+        exceeds = (values > thresholds) & ~fault
+        lasting = (table.window > 0) & (state.rings[:, 2] >= table.window)
+        spikes = exceeds & ~lasting
+        skip = fault | (spikes & table.skips).any()
+        usable = ~fault if policy.nonfinite == "zero" else ~fault & ~bad_grad
+        judged = values.isfinite() & usable  # a loss that this step did not give says nothing
+        enters = judged & (total_norm > 0) & (spikes | ~skip)
+        entering = torch.where(spikes, thresholds, values)
+        _update_rings(state, table, entering, enters, exceeds, judged)
+    else:
+        skip = fault
+        spikes = torch.empty(0, dtype=torch.bool, device=device)
+        thresholds = torch.empty(0, dtype=torch.float64, device=device)
+
+    norms = stats.segment_norms
+    if policy.nonfinite == "propagate":
+        norms = propagated_norms(norms, stats.segment_counts)
+    clip_coef = clip_coefficients(norms, policy.max_norm)
+    if table is not None:
+        limit = torch.where(spikes & table.clips, thresholds, math.inf).amin()
+        spike_coef = clip_coefficients(total_norm, limit)
+        clip_coef = torch.minimum(clip_coef, spike_coef)  # NaN stays NaN
+    multiplier = clip_coef if signals.inv_scale is None else clip_coef * signals.inv_scale
+    clean = bad_grad & ~skip if policy.nonfinite == "zero" else never
+
+    if state is not None:
+        _count_step(state, skip, lowers)
+    return Verdict(
+        clip_coef=clip_coef,
+        multiplier=torch.where(skip, 1.0, multiplier),
+        found_inf=skip.float(),
+        clean=clean.float(),
+        reason=_reason(lowers, bad_grad | overflow | too_large, loss_fault, spikes, policy),
+        total_norm=total_norm,
+        torch_norm=propagated_norms(total_norm, stats.segment_counts.sum(1)),
+        spikes=spikes,
+        thresholds=thresholds,
+    )
+
+
+def _thresholds(state: GuardState, table: RuleTable) -> Tensor:
+    """`mean + sigma * max(std, 0.01 * |mean|, tiny)` of the filled part of each ring, float64
+    `(K,)`.
+    """
+    if not state.windows.shape[1]:
+        return table.fixed
+    filled = state.rings[:, :1]
+    mask = torch.arange(state.windows.shape[1], device=filled.device) < filled
+    n = filled.squeeze(1).clamp(min=1)
+    mean = torch.where(mask, state.windows, 0.0).sum(1) / n
+    deviation = torch.where(mask, state.windows - mean[:, None], 0.0)
+    std = (deviation.square().sum(1) / n).sqrt()
+    floor = torch.maximum(0.01 * mean.abs(), torch.full_like(mean, TINY))
+    moving = mean + table.sigma * torch.maximum(std, floor)
+    judged = (table.window > 0) & (filled.squeeze(1) >= table.warmup)
+    return torch.where(judged, moving, table.fixed)
+
+
+def _update_rings(
+    state: GuardState,
+    table: RuleTable,
+    entering: Tensor,
+    enters: Tensor,
+    exceeds: Tensor,
+    judged: Tensor,
+) -> None:
+    filled, at, consecutive = state.rings.unbind(1)
+    moves = enters & (table.window > 0)
+    if state.windows.shape[1]:
+        kept = state.windows.gather(1, at[:, None]).squeeze(1)
+        state.windows.scatter_(1, at[:, None], torch.where(moves, entering, kept)[:, None])
+    window = table.window.clamp(min=1)
+    state.rings.copy_(
+        torch.stack(
+            [
+                torch.minimum(filled + moves, table.window),
+                (at + moves) % window,
+                torch.where(judged, (consecutive + 1) * exceeds, consecutive),
+            ],
+            dim=1,
+        )
+    )
+
+
+def _count_step(state: GuardState, skip: Tensor, lowers: Tensor) -> None:
+    skipped, for_scale = skip.long(), lowers.long()
+    one = torch.ones_like(skipped)
+    state.counters += torch.stack([one, 1 - skipped, skipped, skipped - for_scale, for_scale])
+    state.counters[3] *= skipped
+
+
+def _reason(
+    lowers: Tensor, bad_grad: Tensor, loss_fault: Tensor, spikes: Tensor, policy: Policy
+) -> Tensor:
+    reason = torch.zeros_like(bad_grad, dtype=torch.int64)
+    if policy.rules:
+        on_gradient = rule_table_of(policy.rules, policy.signals, spikes.device).on_gradient
+        reason = torch.where(spikes.any(), int(Reason.LOSS_SPIKE), reason)
+        reason = torch.where((spikes & on_gradient).any(), int(Reason.GRAD_SPIKE), reason)
+    reason = torch.where(loss_fault, int(Reason.NONFINITE_LOSS), reason)
+    reason = torch.where(bad_grad, int(Reason.NONFINITE_GRAD), reason)
+    return torch.where(lowers, int(Reason.LOSS_SCALE), reason)
+
+
+def apply(bucket: GradBucket, multiplier: Tensor, clean: Tensor) -> None:
+    """Multiplies the gradients of each segment, and sets non-finite elements to 0 if `clean`.
+
+    On a CPU the two arguments are read, and memory is touched only where something is to be done.
+    Elsewhere nothing waits, and every gradient is read and written.
+
+    Args:
+        bucket: Gradients, changed in place.
+        multiplier: float64 `(S,)`.
+        clean: `()`, nonzero to clean.
+    """
+    if bucket.device == CPU and bucket.kind is PLAIN:
+        _apply_where_needed(bucket, multiplier.tolist(), bool(clean))
+        return
+    for grad, segment in zip(bucket.grads, bucket.segment_ids, strict=True):
+        _apply_without_reading(grad, multiplier.select(0, segment), clean)
+
+
+def _apply_without_reading(grad: Tensor, multiplier: Tensor, clean: Tensor) -> None:
+    cleaned = torch.where(grad.isfinite() | (clean == 0), grad, 0.0)
+    first = torch.where(multiplier < SMALLEST_FACTOR, SMALLEST_FACTOR, 1.0)
+    first = first.to(factor_dtype(grad.dtype))
+    factor = (multiplier / first).to(first.dtype)
+    # Widened first: off a CPU, a 16-bit tensor times a float32 scalar rounds the scalar to 16 bits.
+    product = (cleaned.to(factor.dtype) * first * factor).to(grad.dtype)
+    grad.copy_(torch.where(factor == 1, cleaned, product))  # 1 * NaN may change bits
+
+
+def factor_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the coefficient for a gradient: float32 below float64, as in torch."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _apply_where_needed(bucket: GradBucket, multiplier: list[float], clean: bool) -> None:
+    if clean:
+        positions = bucket.notes.get(BAD, range(len(bucket.grads)))
+        for grad in in_pieces([bucket.grads[position] for position in positions]):
+            grad.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    segment = bucket.segment
+    if segment is not None:
+        _multiply(_pieces(bucket, segment, multiplier[segment]), multiplier[segment], bucket.dtype)
+        return
+    pairs = zip(bucket.segment_ids, bucket.grads, strict=True)
+    for s, grads in power_sums.by_number(pairs).items():
+        _multiply(grads, multiplier[s], bucket.dtype)
+
+
+def _pieces(bucket: GradBucket, segment: int, multiplier: float) -> list[Tensor]:
+    """The long runs, where there are any: one multiplication instead of one a tensor.
+
+    Not for NaN or Inf, which would reach the zeros between the gradients of a run."""
+    if bucket.runs is None or not math.isfinite(multiplier):
+        return bucket.grads
+    return [run.flat for run in bucket.runs if run.segment == segment]
+
+
+def _multiply(grads: Tensors, multiplier: float, dtype: torch.dtype) -> None:
+    if multiplier == 1.0:
+        return
+    grads = in_pieces(grads)
+    while dtype is not torch.float64 and 0.0 < multiplier < SMALLEST_FACTOR:
+        torch._foreach_mul_(grads, torch.tensor(SMALLEST_FACTOR, device=CPU))
+        multiplier /= SMALLEST_FACTOR
+    if len(grads) == 1:
+        grads[0].mul_(multiplier)  # rounds it to what a tensor would hold
+        return
+    # A tensor, because _foreach_mul_ by a Python float costs six times as much on a CPU.
+    factor = torch.tensor(multiplier, dtype=factor_dtype(dtype), device=CPU)
+    try:
+        torch._foreach_mul_(grads, factor)
+    except RuntimeError:  # before any is changed: a list that is written to may hold no such view
+        if not any(map(Tensor.is_neg, grads)):
+            raise
+        for grad in grads:
+            grad.mul_(factor)
+
+
+def pack(
+    row: Tensor,
+    stats: GradStats,
+    signals: Signals,
+    verdict: Verdict,
+    state: GuardState,
+    lr: Tensor | None,
+) -> None:
+    """Everything that a record needs from the device, in one row: see `records.device_row`.
+
+    Args:
+        row: float64 `(width,)`, written.
+        lr: `()`, the learning rate; None: the row's is not to be read.
+    """
+    nothing = torch.zeros(1, dtype=torch.float64, device=row.device)
+    head = torch.stack(
+        [
+            verdict.total_norm,
+            verdict.clip_coef.amin(),
+            verdict.found_inf.double(),
+            verdict.clean.double(),
+            verdict.reason.double(),
+        ]
+    )
+    # fmt: off
+    parts = [
+        head, state.counters[0:4:3].double(), stats.segment_counts.sum(1),
+        nothing if lr is None else lr.double().reshape(1),
+        _culprit_table(stats.counts), signals.losses, verdict.spikes.double(), verdict.thresholds,
+    ]
+    # fmt: on
+    torch.cat(parts, out=row)
+
+
+def _culprit_table(counts: Tensor) -> Tensor:
+    """`[how many, then (index, nan, posinf, neginf) of the first 8]`, float64, zeros if none."""
+    k = min(NAMED_CULPRITS, counts.shape[1])
+    table = torch.zeros(1 + 4 * NAMED_CULPRITS, dtype=torch.float64, device=counts.device)
+    bad = counts.sum(0) > 0
+    order = torch.arange(counts.shape[1], 0, -1, device=counts.device) * bad
+    first = order.topk(k).indices
+    table[0] = bad.sum()
+    rows = torch.cat([first[None], counts[:, first] * bad[first]]).T
+    table[1 : 1 + 4 * k] = rows.reshape(-1)
+    return table

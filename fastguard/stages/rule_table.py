@@ -1,0 +1,58 @@
+"""The spike rules of a policy as columns of numbers, for a decision that is taken on a device."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastguard.gradients.tensor_kinds import lasting, watched
+from fastguard.stages.spike_rules import GRAD_NORM, Rule, SpikeRule, Threshold
+
+
+@dataclass(frozen=True, slots=True)
+class RuleTable:
+    """The rules of a policy as float64 columns `(K,)` on a device."""
+
+    sigma: Tensor
+    warmup: Tensor
+    window: Tensor  # 0 for a fixed threshold
+    fixed: Tensor  # inf for a sigma rule
+    skips: Tensor  # bool
+    clips: Tensor  # bool
+    on_gradient: Tensor  # bool
+
+
+def rule_table_of(
+    rules: tuple[Rule, ...], signals: tuple[str, ...], device: torch.device
+) -> RuleTable:
+    """The table of these rules, kept for later steps; nobody writes to it."""
+    return _made_table(rules, signals, device) if watched() else _kept_table(rules, signals, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_table(
+    rules: tuple[Rule, ...], signals: tuple[str, ...], device: torch.device
+) -> RuleTable:
+    with lasting():
+        return _made_table(rules, signals, device)
+
+
+def _made_table(
+    rules: tuple[Rule, ...], signals: tuple[str, ...], device: torch.device
+) -> RuleTable:
+    def column(values: list[float], dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    return RuleTable(
+        sigma=column([r.sigma if isinstance(r, SpikeRule) else 0.0 for r in rules]),
+        warmup=column([r.warmup if isinstance(r, SpikeRule) else 0 for r in rules]),
+        window=column([r.window if isinstance(r, SpikeRule) else 0 for r in rules], torch.int64),
+        fixed=column([r.max if isinstance(r, Threshold) else math.inf for r in rules]),
+        skips=column([r.action == "skip" for r in rules], torch.bool),
+        clips=column([r.action == "clip" for r in rules], torch.bool),
+        on_gradient=column([s == GRAD_NORM for s in signals], torch.bool),
+    )

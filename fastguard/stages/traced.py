@@ -1,0 +1,67 @@
+"""The stages for gradients that hold no numbers yet: one opaque op each, recorded or estimated.
+
+The ops run the stages proper when there are numbers. Each op takes gradients of one segment, so
+several segments take several ops, or are put together from the norms of tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastguard.gradients.buckets import GradBucket
+from fastguard.stages.measure import holds_norms
+from fastguard.stages.reference import joined, unscaled
+
+
+def measure(
+    bucket: GradBucket,
+    n_segments: int,
+    n_tensors: int,
+    norm_type: float,
+    inv_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Power sums and counts of one bucket: see `fastguard.stages.reference.measure`."""
+    ops = torch.ops.fastguard
+    if n_segments == 1:
+        summary, counts = ops.measure(bucket.grads, norm_type)
+    else:
+        each, counts = ops.measure_tensors(bucket.grads, norm_type)
+        summary = _by_segment(each, bucket, n_segments, norm_type)
+    summary = unscaled(summary, bucket.dtype, norm_type, inv_scale)
+    return summary, _placed(counts, bucket.tensor_ids, n_tensors)
+
+
+def _by_segment(each: Tensor, bucket: GradBucket, n: int, norm_type: float) -> Tensor:
+    """float64 `(4, S)` of float64 `(4, T)`."""
+    rooted = holds_norms(bucket.dtype, norm_type)
+    members: list[list[Tensor]] = [[] for _ in range(n)]
+    for column, segment in zip(each.unbind(1), bucket.segment_ids, strict=True):
+        members[segment].append(column)
+    columns = []
+    for own in members:
+        first = joined([column.select(0, 0) for column in own], each, norm_type, rooted)
+        counts = [column.narrow(0, 1, 3) for column in own]
+        columns.append(torch.cat([first, torch.stack([*counts, each.new_zeros(3)]).sum(0)]))
+    return torch.stack(columns, 1)
+
+
+def _placed(counts: Tensor, ids: Sequence[int], n: int) -> Tensor:
+    """The columns of `counts` at the places `ids` among n; the others are zero."""
+    if len(ids) == n:
+        return counts
+    columns = [counts.new_zeros(3)] * n
+    for i, column in zip(ids, counts.unbind(1), strict=True):
+        columns[i] = column
+    return torch.stack(columns, 1)
+
+
+def apply(bucket: GradBucket, multiplier: Tensor, clean: Tensor) -> None:
+    """Scales and cleans one bucket in place: see `fastguard.stages.reference.apply`."""
+    members: dict[int, list[Tensor]] = {}
+    for grad, segment in zip(bucket.grads, bucket.segment_ids, strict=True):
+        members.setdefault(segment, []).append(grad)
+    for segment, grads in members.items():
+        torch.ops.fastguard.apply(grads, multiplier.narrow(0, segment, 1), clean)

@@ -1,0 +1,185 @@
+"""The stages that have kernels, with the signatures and results of `fastguard.stages.reference`.
+
+    measure   chunk table -> launch 1 (a second one with several segments)    reads N bytes
+    decide    launch 2, one program                                           O(S + K * W)
+    apply     chunk table -> launch 3                                         nothing, or 2N bytes
+    pack      launch 4, one program: the record of the step                   O(S + K)
+
+Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from fastguard.gradients.buckets import GradBucket
+from fastguard.kernels.apply import apply_chunks
+from fastguard.kernels.chunks import ChunkTable, table_of
+from fastguard.kernels.decide import decide_step
+from fastguard.kernels.measure import measure_chunks
+from fastguard.kernels.record import record_step
+from fastguard.kernels.tuning import n_programs
+from fastguard.kernels.upload import Upload, upload
+from fastguard.stages.decide import GuardState, Policy, Verdict
+from fastguard.stages.measure import GradStats, holds_norms
+from fastguard.stages.reduce import Signals
+from fastguard.stages.spike_rules import GRAD_NORM, Rule, SpikeRule, Threshold
+
+RULE_TABLES = 64
+
+_diagnostics = {"copied_gradients": 0}
+_rule_tables: dict[tuple, Upload] = {}  # by rules, signals, names of losses and device
+_lock = threading.Lock()
+
+
+def diagnostics() -> dict[str, int]:
+    """What happened since the process began and costs more than it should.
+
+    Returns:
+        `copied_gradients`: how often a gradient with strides that leave holes, or that overlaps
+        another, was copied to be measured or changed.
+    """
+    return dict(_diagnostics)
+
+
+def measure(
+    bucket: GradBucket,
+    n_segments: int,
+    n_tensors: int,
+    norm_type: float,
+    inv_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Power sums and counts of one bucket: see `fastguard.stages.reference.measure`."""
+    table = table_of(bucket, n_segments, n_programs(bucket.device))
+    _copy_in(table, bucket)
+    rooted = holds_norms(bucket.dtype, norm_type)
+    return measure_chunks(
+        table, bucket.device, bucket.dtype, n_segments, n_tensors, norm_type, inv_scale, rooted
+    )
+
+
+def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy: Policy) -> Verdict:
+    """The verdict, and `state` brought up to date: see `fastguard.stages.reference.decide`."""
+    rules = None
+    if policy.rules and state is not None:
+        names = tuple(signals.loss_names)
+        rules = _rule_table(policy.rules, policy.signals, names, stats.summary.device)
+    decided, before = decide_step(
+        stats.summary.contiguous(),
+        stats.norm_type,
+        stats.rooted,
+        policy.max_norm.contiguous(),
+        policy.nonfinite,
+        signals.losses.contiguous(),
+        signals.inv_scale,
+        signals.found_inf,
+        rules,
+        None if state is None else state.counters,
+        None if state is None or rules is None else state.windows,
+        None if state is None or rules is None else state.rings,
+        signals.given,
+        signals.scale_falls,
+    )
+    if state is not None:
+        if state.undo is not None:
+            state.undo.append(partial(state.put_back, before))
+        written = (state.counters, state.windows, state.rings)
+        increment_version(written if rules is not None else written[:1])
+    return Verdict(*decided)
+
+
+def _rule_table(
+    rules: tuple[Rule, ...],
+    signals: tuple[str, ...],
+    loss_names: tuple[str, ...],
+    device: torch.device,
+) -> Tensor:
+    """float64 `(K, 8)`: the rules in the columns of `kernels.rules`, uploaded once."""
+    key = (rules, signals, loss_names, device)
+    table = _rule_tables.get(key)
+    if table is None:
+        table = upload(_rule_rows(rules, signals, loss_names), device)
+        if table.is_lasting:
+            with _lock:
+                if key not in _rule_tables and len(_rule_tables) >= RULE_TABLES:
+                    del _rule_tables[next(iter(_rule_tables))]  # the oldest
+                _rule_tables[key] = table
+    table.await_on_stream()
+    return table.memory
+
+
+def _rule_rows(
+    rules: tuple[Rule, ...], signals: tuple[str, ...], loss_names: tuple[str, ...]
+) -> np.ndarray:
+    rows = [
+        [
+            rule.sigma if isinstance(rule, SpikeRule) else 0.0,
+            rule.warmup if isinstance(rule, SpikeRule) else 0,
+            rule.window if isinstance(rule, SpikeRule) else 0,
+            rule.max if isinstance(rule, Threshold) else math.inf,
+            rule.action == "skip",
+            rule.action == "clip",
+            _signal_index(signal, loss_names),
+            0.0,
+        ]
+        for rule, signal in zip(rules, signals, strict=True)
+    ]
+    return np.array(rows, dtype=np.float64)
+
+
+def _signal_index(signal: str, loss_names: tuple[str, ...]) -> int:
+    if signal == GRAD_NORM:
+        return -1
+    return loss_names.index(signal) if signal in loss_names else -2
+
+
+def apply(bucket: GradBucket, multiplier: Tensor, clean: Tensor) -> None:
+    """Scales and cleans one bucket in place: see `fastguard.stages.reference.apply`."""
+    device = bucket.device
+    multiplier = multiplier.contiguous()  # one number expanded to all segments is not
+    table = table_of(bucket, multiplier.numel(), n_programs(device))
+    _copy_in(table, bucket)
+    apply_chunks(table, device, bucket.dtype, multiplier, clean)
+    for position, buffer in table.copies:
+        bucket.grads[position].copy_(buffer)
+    # Autograd does not see a kernel's writes; the gradients of a run share its version counter.
+    increment_version(bucket.grads if bucket.runs is None else [run.flat for run in bucket.runs])
+
+
+def pack(
+    row: Tensor,
+    stats: GradStats,
+    signals: Signals,
+    verdict: Verdict,
+    state: GuardState,
+    lr: Tensor | None,
+) -> None:
+    """The record of a step in one row: see `fastguard.stages.reference.pack`."""
+    record_step(
+        row,
+        stats.summary.contiguous(),
+        stats.counts.contiguous(),
+        verdict.clip_coef,
+        verdict.found_inf,
+        verdict.clean,
+        verdict.reason,
+        verdict.total_norm,
+        state.counters,
+        lr,
+        signals.losses.contiguous(),
+        verdict.spikes,
+        verdict.thresholds,
+    )
+
+
+def _copy_in(table: ChunkTable, bucket: GradBucket) -> None:
+    for position, buffer in table.copies:
+        buffer.copy_(bucket.grads[position])
+        _diagnostics["copied_gradients"] += 1

@@ -1,0 +1,457 @@
+"""`protect_buffers`: a batch whose step is skipped leaves nothing in BatchNorm and its kind."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastguard.guard.model_buffers as model_buffers
+from fastguard import (
+    GuardedOptimizer,
+    NonFiniteGradError,
+    Rollback,
+    SpikeRule,
+    TrainingDivergedError,
+    protect_buffers,
+)
+from fastguard.stages.decide import HostVerdict, Reason, Verdict
+
+
+@pytest.fixture(params=["host", "device"])
+def verdict(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whether the verdict is known on the host, or a tensor that nobody reads, as on a GPU."""
+    on_host = model_buffers._is_taken_back
+    if request.param == "device":
+
+        def on_device(verdict: Verdict) -> Tensor:
+            known = on_host(verdict)
+            plain = {n: getattr(verdict, n) for n in Verdict.__dataclass_fields__}
+            found = on_host(Verdict(**plain))
+            assert isinstance(found, Tensor) and bool(found) == known
+            return found
+
+        monkeypatch.setattr(model_buffers, "_is_taken_back", on_device)
+    return request.param
+
+
+class MinMax(nn.Module):
+    """An observer, as quantisation has them: infinite before it has seen anything."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.register_buffer("min_val", torch.tensor(math.inf, dtype=dtype))
+        self.register_buffer("max_val", torch.tensor(-math.inf, dtype=dtype))
+        self.register_buffer("seen", torch.tensor(0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        now = x.detach()
+        self.min_val.copy_(torch.minimum(self.min_val, now.amin()))
+        self.max_val.copy_(torch.maximum(self.max_val, now.amax()))
+        self.seen += 1
+        return x
+
+
+class PerChannel(nn.Module):
+    """One that gets its shape from the first batch, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("amax", torch.tensor([]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        now = x.detach().abs().amax(0)
+        if self.amax.numel() == 0:
+            self.amax.resize_(now.shape).zero_()
+        self.amax.copy_(torch.maximum(self.amax, now))
+        return x
+
+
+class History(nn.Module):
+    """An amax history that is replaced by a new tensor at each forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("amax", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.amax = torch.cat([x.detach().abs().max().view(1), self.amax[:-1]])
+        return x
+
+
+class Growing(nn.Module):
+    """One that grows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("norms", torch.zeros(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.norms = torch.cat([self.norms, x.detach().norm().view(1)])
+        return x
+
+
+KINDS: dict[str, Callable[[], nn.Module]] = {
+    "batchnorm": lambda: nn.BatchNorm1d(4),
+    "cumulative": lambda: nn.BatchNorm1d(4, momentum=None),
+    "instancenorm": lambda: nn.Sequential(
+        nn.Unflatten(1, (4, 1)),
+        nn.ConstantPad1d(1, 0.5),
+        nn.InstanceNorm1d(4, track_running_stats=True),
+        nn.Flatten(),
+        nn.Linear(12, 4),
+    ),
+    "spectral-norm": lambda: nn.utils.spectral_norm(nn.Linear(4, 4)),
+    "spectral-norm-parametrized": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)),
+    "min-max": MinMax,
+    "min-max-16": lambda: MinMax(torch.bfloat16),
+    "per-channel": PerChannel,
+    "history": History,
+    "growing": Growing,
+    "lazy": nn.LazyBatchNorm1d,
+}
+
+
+class Loop:
+    def __init__(self, middle: nn.Module, fused: bool = True, **guard) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(4, 4), middle, nn.Linear(4, 1))
+        if any(nn.parameter.is_lazy(t) for t in middle.buffers()):
+            self.model(torch.ones(2, 4))
+        parameters = self.model.parameters()
+        self.opt = GuardedOptimizer(torch.optim.AdamW(parameters, fused=fused), **guard)
+
+    def batch(self, i: int, bad: bool = False) -> None:
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(i))
+        if bad:
+            x[0, 1] = math.nan
+        self.opt.zero_grad()
+        loss = self.model(x).square().mean()
+        loss.backward()
+        self.opt.step(loss=loss)
+
+    def evaluation(self) -> Tensor:
+        self.model.eval()
+        with torch.no_grad():
+            found = self.model(torch.ones(2, 4))
+        self.model.train()
+        return found
+
+
+def buffers_of(model: nn.Module) -> list[Tensor]:
+    return [b.clone() for b in model.buffers()]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(map(torch.equal, a, b))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.usefixtures("verdict")
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.spectral_norm`")
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_a_run_with_bad_batches_ends_with_the_bits_of_one_without(kind: str, fused: bool) -> None:
+    torch.manual_seed(1)
+    clean = Loop(KINDS[kind](), fused)
+    torch.manual_seed(1)
+    run = Loop(KINDS[kind](), fused)
+    for loop in (clean, run):
+        protect_buffers(loop.model, loop.opt)
+    for i in range(6):
+        clean.batch(i)
+        run.batch(i)
+        if i in (0, 2, 3):
+            run.batch(100 + i, bad=True)
+    assert run.opt.skipped_steps == 3
+    assert same(buffers_of(run.model), buffers_of(clean.model))
+    assert torch.equal(run.evaluation(), clean.evaluation())
+    assert run.evaluation().isfinite().all()
+
+
+@pytest.mark.usefixtures("verdict")
+@pytest.mark.parametrize("kind", ["batchnorm", "min-max", "per-channel", "history", "growing"])
+def test_the_very_first_batch_may_be_bad(kind: str) -> None:
+    loop = Loop(KINDS[kind]())
+    protect_buffers(loop.model, loop.opt)
+    before = buffers_of(loop.model)
+    loop.batch(0, bad=True)
+    assert same(buffers_of(loop.model), before)
+
+
+def test_without_it_the_evaluation_is_nan() -> None:
+    """What README says of plain loops; the day torch changes this, README may too."""
+    loop = Loop(nn.BatchNorm1d(4))
+    loop.batch(0, bad=True)
+    loop.batch(1)
+    assert all(p.isfinite().all() for p in loop.model.parameters())
+    assert loop.evaluation().isnan().all()
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_lazy_buffers_whose_first_batch_is_bad_begin_as_their_module_makes_them() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LazyBatchNorm1d(affine=False))
+    opt = GuardedOptimizer(torch.optim.SGD(model[0].parameters(), lr=0.1))
+    protect_buffers(model, opt)
+    model(torch.full((8, 4), math.nan)).sum().backward()
+    opt.step()
+    assert torch.equal(model[1].running_mean, torch.zeros(4))
+    assert torch.equal(model[1].running_var, torch.ones(4))
+    assert model[1].num_batches_tracked == 0
+
+
+class Late(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("amax", nn.parameter.UninitializedBuffer())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if nn.parameter.is_lazy(self.amax):
+            self.amax.materialize((4,))
+            self.amax.copy_(x.detach().abs().amax(0))
+        return x
+
+
+def test_where_nothing_to_go_back_to_is_known_the_buffer_is_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Late())
+    opt = GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    protect_buffers(model, opt)
+    model(torch.full((8, 4), math.nan)).sum().backward()
+    opt.step()
+    assert "has left NaN or Inf in 1.amax" in caplog.text
+
+
+@pytest.mark.usefixtures("verdict")
+def test_a_spike_takes_its_statistics_with_it() -> None:
+    rule = {"loss": SpikeRule(window=4, warmup=2)}
+    loop = Loop(nn.BatchNorm1d(4), spike=rule)
+    protect_buffers(loop.model, loop.opt)
+    for i in range(4):
+        loop.batch(i)
+    before = buffers_of(loop.model)
+    loop.model(torch.randn(8, 4)).sum().backward()
+    loop.opt.step(loss=1e9)
+    assert loop.opt.skipped_steps == 1
+    assert same(buffers_of(loop.model), before)
+
+
+def test_the_search_for_a_loss_scale_keeps_what_the_batch_left() -> None:
+    loop = Loop(nn.BatchNorm1d(4))
+    protect_buffers(loop.model, loop.opt)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    loss = loop.model(torch.randn(8, 4) * 100).square().mean()
+    scaler.scale(loss).backward()
+    after_forward = buffers_of(loop.model)
+    scaler.step(loop.opt)
+    scaler.update()
+    assert loop.opt.records()[0].reason == "loss_scale"
+    assert same(buffers_of(loop.model), after_forward)
+    verdict = loop.opt.last
+    assert isinstance(verdict, HostVerdict) and verdict.known.reason == Reason.LOSS_SCALE
+    plain = Verdict(**{n: getattr(verdict, n) for n in Verdict.__dataclass_fields__})
+    assert not model_buffers._is_taken_back(plain)
+
+
+def test_what_overflows_under_an_applied_step_is_mended_by_element(
+    verdict: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    loop = Loop(nn.BatchNorm1d(4))
+    buffers = protect_buffers(loop.model, loop.opt)
+    loop.batch(0)
+    norm = loop.model[1]
+    kept = norm.running_var.clone()
+    with torch.no_grad():
+        norm.running_var[2] = math.inf
+        norm.running_var[0] = 7.0
+    for p in loop.model.parameters():
+        p.grad = torch.ones_like(p)
+    loop.opt.step()
+    assert norm.running_var.tolist() == [7.0, *kept[1:].tolist()]
+    assert buffers.mended == 1
+    assert ("put back: 1.running_var" in caplog.text) == (verdict == "host")
+
+
+@pytest.mark.usefixtures("verdict")
+def test_constant_buffers_that_are_infinite_by_nature_stay_as_they_are() -> None:
+    loop = Loop(nn.BatchNorm1d(4))
+    mask = torch.full((5, 5), -math.inf).triu(1)
+    loop.model.register_buffer("mask", mask)
+    loop.model.register_buffer("expanded", torch.ones(1).expand(3))
+    loop.model.register_buffer("none", None)
+    loop.model.register_buffer("empty", torch.empty(0))
+    loop.model.register_buffer("sparse", torch.eye(3).to_sparse())
+    loop.model.register_buffer("flags", torch.tensor([True, False]))
+    protect_buffers(loop.model, loop.opt)
+    for i in range(4):
+        loop.batch(i, bad=i % 2 == 1)
+    assert torch.equal(loop.model.mask, torch.full((5, 5), -math.inf).triu(1))
+    assert torch.equal(loop.model.sparse.to_dense(), torch.eye(3))
+    assert loop.model.flags.tolist() == [True, False]
+
+
+@pytest.mark.usefixtures("verdict")
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float16, torch.complex64, torch.float8_e4m3fn, torch.uint16]
+)
+def test_any_dtype_goes_back_whole(dtype: torch.dtype) -> None:
+    loop = Loop(nn.Identity())
+    loop.model.register_buffer("state", torch.ones(6).to(dtype))
+    protect_buffers(loop.model, loop.opt)
+    bits = loop.model.state.view(torch.uint8).clone()
+    loop.model.state.copy_(torch.full((6,), 2.0).to(dtype))
+    loop.batch(0, bad=True)
+    assert torch.equal(loop.model.state.view(torch.uint8), bits)
+    loop.model.state.copy_(torch.full((6,), 2.0).to(dtype))
+    if dtype.is_floating_point:
+        loop.model.state[:3] = torch.full((3,), math.nan).to(dtype)
+    loop.batch(1)
+    expected = [1.0] * 3 + [2.0] * 3 if dtype.is_floating_point else [2.0] * 6
+    assert loop.model.state.to(torch.complex64).tolist() == expected
+
+
+@pytest.mark.usefixtures("verdict")
+def test_tensors_outside_of_buffers_can_be_given() -> None:
+    loop = Loop(nn.Identity())
+    history = torch.zeros(3, 2)
+    protect_buffers(loop.model, loop.opt, also=[history.t()])
+    history[1] = math.nan
+    loop.batch(0, bad=True)
+    assert not history.any()
+
+
+def test_a_moved_model_goes_back_to_its_own() -> None:
+    loop = Loop(nn.BatchNorm1d(4))
+    protect_buffers(loop.model, loop.opt)
+    loop.batch(0)
+    kept = loop.model[1].running_mean.clone()
+    loop.model[1].to(torch.float64).to(torch.float32)  # every buffer is another tensor now
+    loop.batch(1, bad=True)
+    assert torch.equal(loop.model[1].running_mean, kept)
+    loop.batch(2)
+    assert not torch.equal(loop.model[1].running_mean, kept)
+
+
+def test_a_graph_that_waits_for_its_backward_pass_stays_valid() -> None:
+    """Two losses of one forward pass, with a skipped step between their backward passes."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    opt = GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=0.0))
+    protect_buffers(model, opt)
+    model.eval()
+    out = model(torch.randn(8, 4))
+    opt.step(loss=math.nan)
+    out.sum().backward()
+    assert model[0].weight.grad is not None
+
+
+def test_it_follows_two_optimizers_and_can_be_ended() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    first, second = (GuardedOptimizer(torch.optim.SGD(part.parameters(), lr=0.1)) for part in model)
+    buffers = protect_buffers(model, first)
+    buffers.follow(second)
+    assert model_buffers.are_protected(second)
+    for opt in (first, second):
+        model(torch.full((8, 4), math.nan)).sum()
+        opt.step(loss=math.nan)
+        assert model[1].running_mean.isfinite().all()
+    buffers.remove()
+    assert not model_buffers.are_protected(first)
+    model(torch.full((8, 4), math.nan)).sum()
+    first.step(loss=math.nan)
+    assert model[1].running_mean.isnan().all()
+
+
+def test_what_is_loaded_is_what_to_go_back_to() -> None:
+    trained = Loop(nn.BatchNorm1d(4))
+    for i in range(5):
+        trained.batch(i)
+    loop = Loop(nn.BatchNorm1d(4))
+    buffers = protect_buffers(loop.model, loop.opt)
+    loop.model.load_state_dict(trained.model.state_dict())
+    loop.opt.load_state_dict(trained.opt.state_dict())
+    loop.batch(9, bad=True)
+    assert same(buffers_of(loop.model), buffers_of(trained.model))
+    loop.opt.load_state_dict(trained.opt.state_dict())
+    loop.model[1].reset_running_stats()
+    buffers.keep()
+    loop.batch(9, bad=True)
+    assert not loop.model[1].running_mean.any()
+
+
+def test_a_rollback_takes_it_along() -> None:
+    loop = Loop(nn.BatchNorm1d(4))
+    protect_buffers(loop.model, loop.opt)
+    rollback = Rollback(loop.opt, {"model": loop.model}, every=2, after_skips=2)
+    for i in range(2):
+        loop.batch(i)
+        rollback.step(i)
+    kept = buffers_of(loop.model)
+    for i in range(2, 5):
+        loop.batch(i, bad=i > 2)
+        rewind = rollback.step(i)
+    assert rewind is not None and rewind.step == 2
+    loop.batch(5, bad=True)
+    assert same(buffers_of(loop.model), kept)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_with_its_model_belongs_to_that(duplicate) -> None:
+    loop = Loop(nn.BatchNorm1d(4))
+    buffers = protect_buffers(loop.model, loop.opt)
+    loop.batch(0)
+    model, twin = duplicate((loop.model, buffers))
+    with torch.no_grad():
+        model[1].running_mean.fill_(math.nan)
+    twin.put_back()
+    assert torch.equal(model[1].running_mean, loop.model[1].running_mean)
+    torch.save(loop.model, io.BytesIO())  # and the model itself carries nothing of it
+
+
+def test_wrong_arguments_are_named() -> None:
+    loop = Loop(nn.BatchNorm1d(4))
+    with pytest.raises(TypeError, match=r"AdamW; pass the fastguard\.GuardedOptimizer"):
+        protect_buffers(loop.model, loop.opt.optimizer)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"model is a list"):
+        protect_buffers([loop.model], loop.opt)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"also holds a str"):
+        protect_buffers(loop.model, loop.opt, also=["amax"])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("guard", "error"),
+    [
+        ({"nonfinite": "raise"}, NonFiniteGradError),
+        ({"max_consecutive_skips": 1}, TrainingDivergedError),
+    ],
+    ids=["raise", "budget"],
+)
+def test_where_the_guard_raises_they_go_back_too(guard: dict, error: type[Exception]) -> None:
+    loop = Loop(nn.BatchNorm1d(4), **guard)
+    protect_buffers(loop.model, loop.opt)
+    loop.batch(0)
+    kept = buffers_of(loop.model)
+    with pytest.raises(error):  # the second at the latest
+        for i in (1, 2):
+            loop.batch(i, bad=True)
+    assert same(buffers_of(loop.model), kept)
+    assert loop.evaluation().isfinite().all()
+
+
+def test_a_step_that_is_interrupted_may_be_tried_again() -> None:
+    loop = Loop(nn.BatchNorm1d(4), fused=False)
+    protect_buffers(loop.model, loop.opt)
+    fail = loop.opt.optimizer.register_step_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loop.batch(0)
+    fail.remove()
+    left = buffers_of(loop.model)
+    loop.opt.step()
+    assert same(buffers_of(loop.model), left)
+    assert loop.model[1].num_batches_tracked == 1

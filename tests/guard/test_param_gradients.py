@@ -1,0 +1,27 @@
+"""Where the gradients of an optimizer are, and where the decision about them is taken."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fastguard import GuardedOptimizer
+from fastguard.guard.param_gradients import Gradients
+from guardtest.group_of_one import group_of_one
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["", "flat"])
+def test_results_live_with_the_first_parameter_also_if_it_has_no_gradient(flat):
+    frozen = torch.nn.Parameter(torch.ones(2), requires_grad=False)
+    p = torch.nn.Parameter(torch.ones(2, device="meta"))
+    gradients = Gradients(torch.optim.SGD([frozen, p], lr=1.0), "global", {}, 2.0, flat)
+    p.grad = torch.ones(2, device="meta")
+    gradients._seen = True  # the meta device stands for a second one here
+    assert gradients.buckets().device == gradients.device == frozen.device
+
+
+def test_a_rank_without_parameters_may_be_alone_in_its_group():
+    with group_of_one():
+        inner = torch.optim.SGD([{"params": []}], lr=1.0)
+        opt = GuardedOptimizer(inner, max_norm=1.0, group=dist.group.WORLD)
+        opt.step(loss=1.0)
+        assert opt.applied_steps == 1 and opt.records()[0].total_norm == 0.0

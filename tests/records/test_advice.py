@@ -1,0 +1,169 @@
+"""Faults of a loop that show in many records and in no single one; each is told once."""
+
+import itertools
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fastguard import GuardedOptimizer, JsonLinesSink, StepRecord
+from fastguard.records.advice import AT_LIMIT, CONSTANT, LONGEST_SEARCH, NEAR_LIMIT, Advice
+
+INF = math.inf
+
+
+@pytest.fixture(autouse=True)
+def log(caplog):
+    caplog.set_level(logging.WARNING, logger="fastguard")
+    return caplog
+
+
+def told(log):
+    return [r.message for r in log.records if "gradient norm is the same" in r.message]
+
+
+def train(steps, *, before=None, dtype=torch.float32, batches="new", sink=None, **options):
+    """A loop that may clip by itself before the guard steps; norms of about 0.7 to 7."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 4)).to(dtype)
+    opt = GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=1e-4), **options)
+    if sink is not None:
+        opt.add_sink(sink)
+    fixed = torch.randn(8, 16, dtype=dtype)
+    for _ in range(steps):
+        x = torch.randn(8, 16, dtype=dtype) if batches == "new" else fixed
+        (20.0 * model(x).square().mean()).backward()
+        if before is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), before)
+        opt.step()
+        opt.zero_grad()
+    return opt
+
+
+@pytest.mark.parametrize("sink", [False, True], ids=["", "sink"])
+@pytest.mark.parametrize("clip", [1.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_gradients_that_come_clipped_to_our_limit_are_told_once(dtype, clip, sink, log, tmp_path):
+    sink = JsonLinesSink(tmp_path / "records.jsonl") if sink else None
+    opt = train(400, before=clip, max_norm=clip, dtype=dtype, sink=sink)
+    opt.records()
+    (message,) = told(log)
+    assert f"max_norm={clip:g}" in message and "clip_grad_norm_" in message
+
+
+@pytest.mark.parametrize("limit", [5.0, None])
+@pytest.mark.parametrize("scope", ["global", "group"])
+def test_gradients_that_come_clipped_to_another_limit_are_told_once(limit, scope, log):
+    opt = train(2 * CONSTANT, before=0.5, max_norm=limit, clip_scope=scope)
+    opt.records()
+    (message,) = told(log)
+    assert "0.5, as if clipped to another limit" in message
+
+
+@pytest.mark.parametrize("batches", ["new", "one"])
+@pytest.mark.parametrize("limit", [1.0, 0.01, None])
+def test_a_loop_that_leaves_clipping_to_the_guard_is_told_nothing(limit, batches, log):
+    train(600, max_norm=limit, batches=batches).records()
+    assert told(log) == []
+
+
+def test_a_constant_gradient_is_told_nothing(log):
+    """A toy, whose norm is the same to the last bit."""
+    p = nn.Parameter(torch.zeros(2))
+    opt = GuardedOptimizer(torch.optim.SGD([p], lr=0.1), max_norm=1.0)
+    for _ in range(3 * CONSTANT):
+        p.grad = torch.tensor([3.0, 4.0])
+        opt.step()
+    assert len(opt.records()) == 3 * CONSTANT and told(log) == []
+
+
+def seen(norms, limit=1.0):
+    advice = Advice()
+    for step, norm in enumerate(norms):
+        advice.see(StepRecord(step, norm, 1.0, "applied"), limit)
+
+
+def test_how_many_steps_it_takes(log):
+    seen([1.0 - 1e-6] * (AT_LIMIT - 1))
+    seen([0.995] * (NEAR_LIMIT - 1))
+    assert told(log) == []
+    seen([1.0 - 1e-6] * AT_LIMIT)
+    seen([0.995] * NEAR_LIMIT)
+    assert len(told(log)) == 2
+
+
+def test_a_loop_that_clips_most_of_its_steps_is_found(log):
+    random = np.random.default_rng(0)
+    seen([1.0 if random.random() < 0.6 else random.random() for _ in range(200)])
+    assert len(told(log)) == 1
+
+
+@pytest.mark.parametrize(
+    "norms",
+    [
+        lambda n: np.random.default_rng(0).normal(1.0, 0.05, n),
+        lambda n: np.random.default_rng(1).normal(1.0, 0.01, n),  # steadier than a real one
+        lambda n: np.linspace(2.0, 0.5, n),
+        lambda n: 1.2345 + 1e-6 * np.arange(n),  # one batch, and a tiny learning rate
+        lambda n: np.full(n, INF),
+        lambda n: np.zeros(n),
+    ],
+    ids=["noisy", "steady", "falling", "slow", "inf", "zero"],
+)
+def test_norms_of_sound_runs(norms, log):
+    seen(norms(5000))
+    seen(norms(5000), INF)
+    assert told(log) == []
+
+
+def test_incidents_say_nothing_of_clipping(log):
+    advice = Advice()
+    for step in range(5 * NEAR_LIMIT):
+        advice.see(StepRecord(step, 1.0, 1.0, "skipped", "nonfinite_grad"), 1.0)
+    assert told(log) == []
+
+
+def test_a_scale_that_does_not_fall_is_told(log):
+    """As by a loop that gives `scaler.update` a scale of its own."""
+    p = nn.Parameter(torch.zeros(2))
+    opt = GuardedOptimizer(torch.optim.SGD([p], lr=0.1))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for _ in range(3 * LONGEST_SEARCH):
+        opt.zero_grad()
+        scaler.scale((p * INF).sum()).backward()
+        scaler.step(opt)
+        scaler.update(1024.0)
+    (message,) = [r.message for r in log.records]
+    assert f"{LONGEST_SEARCH} steps in a row" in message and "scaler.update()" in message
+
+
+@pytest.mark.parametrize("backoff", [0.5, 0.9, 0.97])
+def test_a_scale_that_falls_slowly_is_told_nothing(backoff, log):
+    p = nn.Parameter(torch.zeros(2))
+    opt = GuardedOptimizer(torch.optim.SGD([p], lr=0.1))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**50, backoff_factor=backoff)
+    skips = 0
+    while scaler.get_scale() > 2.0**20:
+        opt.zero_grad()
+        scaler.scale((p * INF).sum()).backward()
+        scaler.step(opt)
+        scaler.update()
+        skips += 1
+    assert opt.loss_scale_skips == skips == (30 if backoff == 0.5 else skips) and not log.records
+
+
+def test_searches_with_steps_between_them_are_told_nothing(log):
+    advice = Advice()
+    for step in range(5 * LONGEST_SEARCH):
+        reason = "loss_scale" if step % 50 else None
+        advice.see(StepRecord(step, 1.0 + step, 1.0, "skipped", reason), INF)
+    assert not log.records
+
+
+def test_each_run_is_told_for_itself(log):
+    for _, _ in itertools.product(range(2), range(1)):
+        train(2 * AT_LIMIT, before=1.0, max_norm=1.0).records()
+    assert len(told(log)) == 2

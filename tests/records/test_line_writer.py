@@ -1,0 +1,431 @@
+"""One writer per file: threads share it, another process is refused, no other file is touched."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+import multiprocessing
+import os
+import pickle
+import resource
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastguard import GuardedOptimizer, JsonLinesSink, StepRecord, read_records
+from fastguard.records.line_writer import LineWriter
+from fastguard.records.rotated_files import rotated_files
+
+
+def record(step: int, tag: object = None) -> StepRecord:
+    return StepRecord(step, 1.0, 1.0, "applied", lr=0.5, tag=tag)
+
+
+def steps(path: Path) -> list[int]:
+    return [r.step for r in read_records(path, strict=True)]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "records.jsonl"
+
+
+OTHER = """
+import sys
+from fastguard import JsonLinesSink, StepRecord
+sink = JsonLinesSink(sys.argv[1], max_bytes=2000)
+sink(StepRecord(1, 1.0, 1.0, "applied"))
+print("writing", flush=True)
+sys.stdin.read()
+"""
+
+
+class Other:
+    """Another process that writes to the file, until it is told to stop or killed."""
+
+    def __init__(self, path: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", OTHER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert self.process.stdout is not None and self.process.stdout.readline()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def test_a_second_process_is_refused_by_name_until_the_first_one_dies(path: Path) -> None:
+    other = Other(path)
+    with pytest.raises(BlockingIOError, match=f"open for writing in process {other.process.pid}"):
+        JsonLinesSink(path)
+    other.kill()
+    with JsonLinesSink(path) as sink:  # the next run goes on
+        sink(record(2))
+    assert steps(path) == [1, 2]
+
+
+def test_a_run_that_is_resumed_goes_on_in_its_file(path: Path) -> None:
+    for step in (1, 2, 3):
+        with JsonLinesSink(path, max_bytes=1024) as sink:
+            sink(record(step))
+    assert steps(path) == [1, 2, 3]
+
+
+def test_sinks_of_one_process_share_a_file_and_the_last_one_closes_it(path: Path) -> None:
+    before = os.listdir("/proc/self/fd")
+    first, second = JsonLinesSink(path, max_bytes=2000), JsonLinesSink(path, max_bytes=2000)
+    for step in range(1, 41):
+        (first if step % 2 else second)(record(step))
+    first.close()
+    first.close()
+    second(record(41))
+    first(record(-1))
+    second.close()
+    assert (first.lost, second.lost) == (1, 0)
+    assert steps(path) == list(range(1, 42))
+    assert len(rotated_files(path)) > 3
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_sink_that_nobody_closed_is_in_nobodys_way(path: Path) -> None:
+    """As in a notebook, where a cell is run again."""
+    for step in (1, 2, 3):
+        sink = JsonLinesSink(path)
+        sink(record(step))
+    sink.cycle = sink
+    del sink
+    gc.collect()
+    assert not LineWriter._all
+    Other(path).kill()  # the lock is free
+    assert steps(path) == [1, 2, 3, 1]
+
+
+def test_threads_that_share_a_sink_lose_nothing_and_write_into_no_other_file(
+    path: Path, tmp_path: Path
+) -> None:
+    n, n_threads = 300, 4
+    sink = JsonLinesSink(path, max_bytes=2000)
+    stop, spoiled = threading.Event(), []
+
+    def write(k: int) -> None:
+        for step in range(n):
+            sink(record(step, tag=k))
+
+    def others() -> None:
+        while not stop.is_set():
+            file = os.open(tmp_path / "weights", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            os.write(file, b"weights" * 10)
+            spoiled.append(os.pread(file, 1000, 0) != b"weights" * 10)
+            os.close(file)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=write, args=(k,)) for k in range(n_threads)]
+        other = threading.Thread(target=others)
+        for thread in (*threads, other):
+            thread.start()
+        for thread in threads:
+            thread.join()
+        stop.set()
+        other.join()
+    finally:
+        sys.setswitchinterval(interval)
+    sink.close()
+    assert sink.lost == 0 and not any(spoiled)
+    found = list(read_records(path, strict=True))
+    for k in range(n_threads):
+        assert [r.step for r in found if r.tag == k] == list(range(n))
+
+
+def test_records_after_the_close_of_another_thread_are_counted(path: Path) -> None:
+    sink = JsonLinesSink(path, max_bytes=2000)
+
+    def write() -> None:
+        for step in range(500):
+            sink(record(step))
+
+    threads = [threading.Thread(target=write) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    sink.close()
+    for thread in threads:
+        thread.join()
+    n = len(steps(path)) if path.exists() else 0
+    assert n + sink.lost == 1500
+
+
+def test_a_forked_child_is_refused_and_counts_what_it_loses(path: Path) -> None:
+    sink = JsonLinesSink(path)
+    sink(record(1))
+    answers = multiprocessing.get_context("fork").Queue()
+
+    def child() -> None:
+        sink(record(-1))
+        sink.close()
+        answers.put((sink.lost, len(LineWriter._all)))
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    assert answers.get(timeout=60)[0] == 1
+    process.join()
+    sink(record(2))
+    sink.close()
+    assert steps(path) == [1, 2] and sink.lost == 0
+
+
+def test_a_child_goes_on_when_its_parent_has_closed_the_file(path: Path) -> None:
+    """As a program that becomes a daemon does."""
+    read, write = os.pipe()
+    sink = JsonLinesSink(path)
+    sink(record(1))
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.read(read, 1)
+            os.closerange(3, 200)  # what a daemon does first
+            sink(record(2))
+            sink.close()
+        finally:
+            os._exit(0 if sink.lost == 0 else 1)
+    sink.close()
+    os.write(write, b"x")
+    assert os.waitpid(pid, 0)[1] == 0
+    os.close(read), os.close(write)
+    assert steps(path) == [1, 2]
+
+
+def test_workers_of_a_data_loader_keep_no_file_locked(path: Path) -> None:
+    opt = GuardedOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1))
+    sink = JsonLinesSink(path)
+    opt.add_sink(sink)
+    data = [(torch.zeros(1), opt)] * 4  # each worker holds the optimizer, and so the sink
+    loader = torch.utils.data.DataLoader(
+        data,  # type: ignore[arg-type]
+        num_workers=2,
+        multiprocessing_context="fork",
+        persistent_workers=True,
+        collate_fn=lambda batch: batch[0][0],
+    )
+    for _ in loader:
+        opt.step()
+    sink.close()
+    Other(path).kill()  # the workers still live
+    assert len(steps(path)) == 5
+
+
+@pytest.mark.parametrize("how", ["pickle", "copy", "deepcopy"])
+def test_a_copy_writes_through_the_same_file(path: Path, how: str) -> None:
+    sink = JsonLinesSink(path, max_bytes=2048, keep=7)
+    copies = {"copy": copy.copy, "deepcopy": copy.deepcopy}
+    twin = copies.get(how, lambda s: pickle.loads(pickle.dumps(s)))(sink)
+    assert (twin.path, twin.max_bytes, twin.keep) == (path, 2048, 7)
+    for step in range(1, 40, 2):
+        sink(record(step))
+        twin(record(step + 1))
+    sink.close()
+    twin(record(41))
+    twin.close()
+    assert steps(path)[-1] == 41 and sink.lost == twin.lost == 0
+
+
+SPAWNED = """
+import pickle, sys
+from fastguard import StepRecord
+sink = pickle.loads(sys.stdin.buffer.read())
+files = [open("weights", "wb", buffering=0) for _ in range(8)]   # get the numbers that are free
+sink(StepRecord(2, 1.0, 1.0, "applied"))
+print(sink.lost, max(file.tell() for file in files))
+"""
+
+
+def test_in_a_spawned_process_a_copy_writes_into_no_other_file(path: Path, tmp_path: Path) -> None:
+    sink = JsonLinesSink(path)
+    sink(record(1))
+    for is_closed in (False, True):
+        if is_closed:
+            sink.close()
+        done = subprocess.run(
+            [sys.executable, "-c", SPAWNED],
+            input=pickle.dumps(sink),
+            capture_output=True,
+            cwd=tmp_path,
+            check=True,
+        )
+        assert done.stdout.split() == ([b"0", b"0"] if is_closed else [b"1", b"0"])
+    assert steps(path) == [1, 2]
+
+
+def test_the_working_directory_may_change(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(path.parent)
+    sink = JsonLinesSink("records.jsonl", max_bytes=1024)
+    (path.parent / "elsewhere").mkdir()
+    monkeypatch.chdir(path.parent / "elsewhere")
+    twin = pickle.loads(pickle.dumps(sink))
+    for step in range(1, 20):
+        (sink if step % 2 else twin)(record(step))
+    twin.close()
+    sink.close()
+    assert steps(path) == list(range(1, 20)) and os.listdir() == []
+
+
+def test_a_descriptor_that_somebody_else_closed_is_not_used(path: Path, tmp_path: Path) -> None:
+    sink = JsonLinesSink(path)
+    sink(record(1))
+    os.close(sink._writer._file)
+    with open(tmp_path / "weights", "wb", buffering=0) as other:  # gets its number
+        sink(record(2))
+        assert other.tell() == 0
+        sink.close()
+        assert not other.closed and other.write(b"x") == 1
+    assert steps(path) == [1, 2] and sink.lost == 0
+
+
+def test_a_file_that_is_deleted_or_cut_by_hand_is_begun_anew(path: Path) -> None:
+    sink = JsonLinesSink(path, max_bytes=1024)
+    for step in (1, 2):
+        sink(record(step))
+    path.unlink()
+    sink(record(3))
+    assert steps(path) == [3]
+    os.truncate(path, 0)
+    for step in (4, 5, 6):  # the size is the file's own: this is no reason to rotate
+        sink(record(step))
+    assert steps(path) == [4, 5, 6] and rotated_files(path)[:1] == []
+    sink.close()
+
+
+def test_a_file_that_was_moved_away_by_hand_is_not_renamed_again(path: Path) -> None:
+    sink = JsonLinesSink(path, max_bytes=1024)
+    sink(record(1))
+    path.rename(path.with_name("kept.jsonl"))
+    path.write_text("not ours\n")
+    for step in range(2, 6):
+        sink(record(step))
+    sink.close()
+    assert path.read_text().startswith("not ours\n")
+    moved = [r.step for r in read_records(path.with_name("kept.jsonl"))]
+    assert moved + [r.step for r in read_records(path)] == list(range(1, 6)) and sink.lost == 0
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "link to a pipe"])
+def test_a_pipe_or_device_is_no_file_of_records(path: Path, kind: str) -> None:
+    target = path.with_name("target") if kind == "link to a pipe" else path
+    if kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        os.mkfifo(target)
+        if target != path:
+            path.symlink_to(target)
+    with pytest.raises(OSError, match="not a regular file"):
+        JsonLinesSink(path)
+    assert not LineWriter._all
+
+
+def test_a_link_to_a_file_of_records_is_the_same_file_to_another_process(path: Path) -> None:
+    link = path.with_name("latest.jsonl")
+    path.write_text("")
+    link.symlink_to(path)
+    other = Other(path)
+    with pytest.raises(BlockingIOError):
+        JsonLinesSink(link)
+    other.kill()
+
+
+ROTATES = """
+import itertools, sys
+from fastguard import JsonLinesSink, StepRecord
+with JsonLinesSink(sys.argv[1], max_bytes=1024) as sink:   # one rotation in three records
+    print("writing", flush=True)
+    for step in range(1, 1501):
+        sink(StepRecord(step, 1.0, 1.0, "applied"))
+    assert sink.lost == 0, sink.lost
+"""
+
+
+def test_nobody_gets_in_between_while_a_writer_rotates(path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", ROTATES, str(path)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline()
+    outcomes: Counter[str] = Counter()
+    while process.poll() is None:
+        try:
+            JsonLinesSink(path).close()
+            outcomes["got in"] += process.poll() is None and len(steps(path)) < 1500
+        except BlockingIOError:
+            outcomes["refused"] += 1
+    process.communicate()
+    assert process.returncode == 0
+    assert steps(path) == list(range(1, 1501))
+    assert outcomes["refused"] and not outcomes["got in"]
+
+
+def test_what_comes_in_the_middle_of_a_write_is_written_too(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal handler may take a step while a line is written, or between two files."""
+    sink = JsonLinesSink(path, max_bytes=1024)
+    extra = itertools.count(1000)
+
+    def interrupted(function: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object, **kwargs: object) -> object:
+            result = function(*args, **kwargs)
+            if not handling:
+                handling.append(1)
+                sink(record(next(extra)))
+                handling.clear()
+            return result
+
+        return call
+
+    handling: list[int] = []
+    for name in ("write", "open", "fstat", "stat", "rename", "close"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, interrupted(getattr(os, name)))
+            for step in range(1, 9):
+                sink(record(step))
+    sink.close()
+    found = Counter(steps(path))
+    n_extra = next(extra) - 1000
+    assert n_extra > 40
+    assert [found[step] for step in range(1, 9)] == [6] * 8 and sink.lost == 0
+    assert sum(found.values()) == 48 + n_extra
+
+
+def test_a_full_file_that_cannot_be_deleted_costs_no_record(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    with JsonLinesSink(path, max_bytes=1024, keep=1) as sink:
+        for step in range(1, 31):
+            sink(record(step))
+    assert steps(path) == list(range(1, 31)) and sink.lost == 0
+    assert "cannot be deleted" in caplog.text
+
+
+def test_without_a_descriptor_to_spare_the_full_file_takes_more(path: Path) -> None:
+    sink = JsonLinesSink(path, max_bytes=1024)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        for step in range(1, 7):
+            sink(record(step))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    sink(record(7))
+    sink.close()
+    assert steps(path) == list(range(1, 8)) and sink.lost == 0
+    assert len(rotated_files(path)) == 1

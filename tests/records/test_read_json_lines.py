@@ -1,0 +1,136 @@
+"""Record files of any size and in any state are read: in order, whole, with bounded memory."""
+
+import json
+import os
+
+import pytest
+
+from fastguard import JsonLinesSink, StepRecord, read_records
+from fastguard.commands.run_files import find_run
+from fastguard.records import read_json_lines as rf
+
+NAN, INF = float("nan"), float("inf")
+
+
+def record(step, **more):
+    return StepRecord(step, 1.0, 1.0, "applied", losses={"loss": 0.5}, lr=0.1, **more)
+
+
+def steps(path, **options):
+    return [r["step"] for block in rf.read_blocks(path, **options) for r in block.records]
+
+
+def damaged(path, **options):
+    return sum(block.damaged for block in rf.read_blocks(path, **options))
+
+
+def write(path, count, **options):
+    with JsonLinesSink(path, **options) as sink:
+        for step in range(1, count + 1):
+            sink(record(step, tag="ü" * (step % 7)))
+    return path
+
+
+@pytest.mark.parametrize("block_bytes", [700, 1000, 1 << 22])  # a record has 300
+def test_every_record_once_and_in_order_whatever_the_block(block_bytes, tmp_path):
+    path = write(tmp_path / "run.jsonl", 100)
+    assert steps(path, block_bytes=block_bytes) == list(range(1, 101))
+    blocks = list(rf.read_blocks(path, block_bytes=block_bytes))
+    assert sum(block.size for block in blocks) == path.stat().st_size
+    assert damaged(path, block_bytes=block_bytes) == 0
+
+
+def test_rotated_files_are_one_run(tmp_path):
+    path = write(tmp_path / "run.jsonl", 100, max_bytes=2048)
+    assert (tmp_path / "run.11.jsonl").exists()  # more than nine: order is by number, not by name
+    assert steps(path) == [r.step for r in read_records(path)] == list(range(1, 101))
+
+
+def test_a_run_whose_current_file_is_not_there_yet(tmp_path):
+    path = write(tmp_path / "run.jsonl", 5)
+    path.rename(tmp_path / "run.1.jsonl")
+    assert find_run(path) == path
+    assert steps(path) == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"step": 2, "total_norm": 1.0, "clip_co',
+        b"\0" * 500,
+        b"\xff\xfe not text",
+        b"[1, 2]",
+        b'{"total_norm": 1.0}',
+        b'{"step": "two"}',
+        b'{"step": 2.5}',
+        b'{"step": true}',
+        b'{"step": -1}',
+        b'{"step": 123456789012345678901234567890}',
+        b'{"step": 2}, {"step": 3}',
+        b'{"step": 2} {"step": 3}',
+        b"[" * 100_000,
+        b"null",
+        b'"',
+    ],
+    ids=lambda line: line[:20].decode("latin1").replace("\0", "NUL"),
+)
+@pytest.mark.parametrize("place", ["first", "middle", "last", "last, unfinished"])
+def test_what_is_no_record_is_counted_and_left_out(line, place, tmp_path):
+    good = [json.dumps(record(step).as_dict()).encode() for step in (1, 4)]
+    at = {"first": 0, "middle": 1}.get(place, 2)
+    path = tmp_path / "run.jsonl"
+    path.write_bytes(b"\n".join([*good[:at], line, *good[at:]]))
+    if place != "last, unfinished":
+        with path.open("ab") as file:
+            file.write(b"\n")
+    assert steps(path) == [1, 4]
+    assert damaged(path) == 1
+
+
+def test_two_halves_of_lines_never_make_one(tmp_path):
+    path = tmp_path / "run.jsonl"
+    path.write_bytes(b'{"step": 1, "tag": "a\nb"}\n{"step": 2, "culprits": [1\n{"step": 3}\n]}\n')
+    assert steps(path) == [3]
+    assert damaged(path) == 4
+
+
+def test_numbers_that_strict_json_does_not_know_are_read(tmp_path):
+    path = tmp_path / "run.jsonl"
+    path.write_text('{"step": 1, "lr": NaN}\n{"step": 2, "lr": Infinity}\n')
+    assert steps(path) == [1, 2]
+    assert damaged(path) == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"  \n\r\n", b'{"step": 1}\r\n\r\n'])
+def test_blank_lines_are_nothing(content, tmp_path):
+    path = tmp_path / "run.jsonl"
+    path.write_bytes(content)
+    assert steps(path) == ([1] if b"step" in content else [])
+    assert damaged(path) == 0
+
+
+def test_a_line_without_end_takes_no_memory(tmp_path):
+    path = tmp_path / "run.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + b"x" * 10_000 + b'\n{"step": 2}\n' + b"y" * 10_000)
+    assert steps(path, block_bytes=500) == [1, 2]
+    assert damaged(path, block_bytes=500) == 2
+
+
+def test_without_orjson_the_same_is_read(tmp_path, monkeypatch):
+    path = write(tmp_path / "run.jsonl", 100)
+    with path.open("ab") as file:
+        file.write(b'{"step": 101, "lr": NaN}\n{"st')
+    before = [block.records for block in rf.read_blocks(path)]
+    monkeypatch.setattr(rf, "_loads", json.loads)
+    after = [block.records for block in rf.read_blocks(path)]
+    assert repr(before) == repr(after)  # a NaN does not equal itself
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no /proc here")
+def test_no_file_stays_open(tmp_path):
+    path = write(tmp_path / "run.jsonl", 100, max_bytes=2048)
+    before = len(os.listdir("/proc/self/fd"))
+    reading = rf.read_blocks(path, block_bytes=700)
+    next(reading)
+    reading.close()
+    assert len(os.listdir("/proc/self/fd")) == before

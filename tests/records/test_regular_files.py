@@ -1,0 +1,73 @@
+"""`open_regular`: pipes, devices, sockets and links to them are refused, at once."""
+
+import os
+import socket
+
+import pytest
+
+from fastguard.records.regular_files import NotRegularFile, open_regular
+
+
+def test_a_regular_file_is_opened_by_its_name_and_by_a_link(tmp_path):
+    (tmp_path / "epoch3.pt").write_bytes(b"weights")
+    (tmp_path / "last.pt").symlink_to("epoch3.pt")
+    for name in ("epoch3.pt", "last.pt"):
+        with open_regular(tmp_path / name) as file:
+            assert file.read() == b"weights"
+    with open_regular(tmp_path / "epoch3.pt", buffering=0, follow_links=False) as file:
+        assert file.read(3) == b"wei"
+    with pytest.raises(NotRegularFile, match="is a symbolic link, not a regular file"):
+        open_regular(tmp_path / "last.pt", follow_links=False)
+
+
+def make_socket(path):
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(path))
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (os.mkfifo, "a named pipe"),
+        (make_socket, "a socket"),
+        (lambda path: path.symlink_to("/dev/zero"), "a device"),
+    ],
+    ids=["pipe", "socket", "device"],
+)
+@pytest.mark.parametrize("through_a_link", [False, True], ids=["itself", "link"])
+def test_anything_else_is_refused_and_not_waited_for(
+    tmp_path, monkeypatch, make, says, through_a_link
+):
+    monkeypatch.chdir(tmp_path)  # the name of a socket may be some 100 characters long
+    path = tmp_path / "x"
+    make(path.relative_to(tmp_path))
+    if through_a_link:
+        (tmp_path / "link").symlink_to(path)
+        path = tmp_path / "link"
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(NotRegularFile, match=f"is {says}, not a regular file") as refused:
+        open_regular(path)
+    assert refused.value.filename == str(path)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    path.write_bytes(b"weights")
+    open_now = os.open
+
+    def swapped(name, *arguments):
+        path.unlink()
+        os.mkfifo(path)
+        return open_now(name, *arguments)
+
+    monkeypatch.setattr(os, "open", swapped)
+    with pytest.raises(NotRegularFile, match="is a named pipe"):
+        open_regular(path)
+
+
+def test_what_is_not_there_is_an_error_of_its_own(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        open_regular(tmp_path / "x")
+    with pytest.raises(IsADirectoryError):
+        open_regular(tmp_path)

@@ -1,0 +1,166 @@
+"""The files of a `JsonLinesSink`: when they are full, cut short, closed, or cannot be written."""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastguard
+from fastguard import JsonLinesSink, StepRecord, read_records
+from fastguard.records.rotated_files import rotated_files
+
+
+def record(step: int, tag: object = None) -> StepRecord:
+    return StepRecord(step, 1.0, 1.0, "applied", lr=0.5, tag=tag)
+
+
+def steps(path: Path) -> list[int]:
+    return [r.step for r in read_records(path)]
+
+
+def n_open() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_a_file_is_full_at_its_last_byte_and_no_file_is_empty(tmp_path: Path) -> None:
+    with JsonLinesSink(tmp_path / "r.jsonl", max_bytes=1 << 20) as sink:
+        sink(record(1))
+    line = sink.path.stat().st_size
+    sink.path.unlink()
+    with JsonLinesSink(sink.path, max_bytes=20 * line) as sink:
+        for _ in range(40):
+            sink(record(1))
+        sink(record(2, tag="x" * 30 * line))  # larger than a file may be: one of its own
+    assert [p.stat().st_size for p in rotated_files(sink.path)] == [20 * line, 20 * line]
+    assert steps(sink.path) == [1] * 40 + [2]
+    with JsonLinesSink(tmp_path / "new.jsonl", max_bytes=1024) as sink:
+        sink(record(1, tag="x" * 2000))
+    assert rotated_files(sink.path) == []
+
+
+def test_rotated_files_are_told_from_their_neighbours(tmp_path: Path) -> None:
+    (tmp_path / "records.notes").write_text("not mine")
+    (tmp_path / "records.7").write_text("")  # numbers go on behind the last one there is
+    with JsonLinesSink(tmp_path / "records", max_bytes=1024) as sink:
+        for step in range(1, 12):
+            sink(record(step))
+    names = [p.name for p in rotated_files(sink.path)]
+    assert len(names) > 2 and names == [f"records.{7 + i}" for i in range(len(names))]
+    assert steps(sink.path) == list(range(1, 12))
+
+
+def test_no_file_stays_open(tmp_path: Path) -> None:
+    before = n_open()
+    with JsonLinesSink(tmp_path / "r.jsonl", max_bytes=1024) as sink:
+        for step in range(60):
+            sink(record(step))
+        assert n_open() == before + 1
+    assert n_open() == before
+
+
+def test_a_closed_sink_writes_to_nobody_elses_file(tmp_path: Path) -> None:
+    sink = JsonLinesSink(tmp_path / "r.jsonl", max_bytes=1024)
+    for step in range(7):
+        sink(record(step))
+    sink.close()
+    with open(tmp_path / "other", "wb", buffering=0) as other:  # gets the number that is free now
+        for step in range(7):
+            sink(record(step))
+        sink.close()
+        assert other.tell() == 0
+    assert sink.lost == 7 and steps(sink.path) == list(range(7))
+    assert (tmp_path / "other").read_bytes() == b""
+
+
+def test_what_was_written_is_on_the_disk_when_it_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[int] = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (flushed.append(os.fstat(fd).st_ino), fsync(fd)))
+    with JsonLinesSink(tmp_path / "r.jsonl") as sink:
+        sink(record(1))
+    assert flushed == [sink.path.stat().st_ino]
+
+
+def test_a_failed_rotation_costs_no_record_and_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    sink = JsonLinesSink(tmp_path / "r.jsonl", max_bytes=1024)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", refuse)
+        for step in range(1, 9):
+            sink(record(step))
+    assert sink.path.stat().st_size > 2048
+    assert caplog.text.count("stays in use although it is full") == 1
+    sink(record(9))
+    sink.close()
+    assert sink.lost == 0
+    assert len(rotated_files(sink.path)) == 1
+    assert steps(sink.path) == list(range(1, 10))
+
+
+def test_a_line_cut_short_by_the_system_costs_no_other_record(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with JsonLinesSink(tmp_path / "r.jsonl") as sink:
+        sink(record(1))
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        room = sink.path.stat().st_size + 20
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        try:
+            sink(record(2))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        sink(record(3))
+    assert sink.lost == 1
+    assert "only 20 of" in caplog.text
+    assert steps(sink.path) == [1, 3]
+
+
+def test_a_file_that_cannot_be_opened_is_not_left_open(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(b'{"step": 9' * 10)  # cut short, and there is no room to end the line
+    before = n_open()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            JsonLinesSink(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert n_open() == before
+
+
+def test_a_file_name_that_is_no_utf8_is_a_tag_like_any_other(tmp_path: Path) -> None:
+    tag = os.fsdecode(b"batch-\xff.pt")
+    with JsonLinesSink(tmp_path / "r.jsonl") as sink:
+        sink(record(1, tag=tag))
+    (read,) = read_records(sink.path, strict=True)
+    assert read.tag == tag
+
+
+def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
+    says = r"is a folder; name a file in it, such as .*records\.jsonl"
+    with pytest.raises(IsADirectoryError, match=says):
+        JsonLinesSink(tmp_path)
+    with pytest.raises(IsADirectoryError, match=says):
+        JsonLinesSink(f"{tmp_path}/runs/")
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(IsADirectoryError, match=says):
+        list(read_records(tmp_path))
+
+
+def test_a_class_is_no_sink() -> None:
+    opt = fastguard.GuardedOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]))
+    with pytest.raises(
+        TypeError, match=r"sink is the class JsonLinesSink.*JsonLinesSink\(\.\.\.\)"
+    ):
+        opt.add_sink(fastguard.JsonLinesSink)

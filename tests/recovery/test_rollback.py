@@ -1,0 +1,399 @@
+"""`Rollback` and its snapshots: back to the last good state, within the process."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+
+from fastguard import (
+    GuardedLR,
+    GuardedOptimizer,
+    Rollback,
+    TrainingDivergedError,
+)
+from fastguard.recovery.snapshot import Snapshot
+from guardtest.rollback_run import Run, same
+
+
+def test_one_call_after_several_steps_stands_for_them_all() -> None:
+    run = Run(every=3, after_skips=2)
+    rewinds = []
+    for i in range(4):
+        run.opt.zero_grad()
+        for p in run.model.parameters():
+            p.grad = torch.full_like(p, math.nan if i >= 2 else 0.1)
+        run.opt.step()
+        if i % 2:
+            rewinds.append(run.rollback.step(position=f"pair {i // 2}"))
+    assert rewinds[0] is None
+    assert (rewinds[1].step, rewinds[1].skip) == (0, ("pair 1", "pair 1"))
+
+
+def test_after_a_state_was_loaded_by_hand_positions_are_those_given_since() -> None:
+    run = Run(every=100, after_skips=2)
+    for i in range(4):
+        run.batch(i)
+    older = copy.deepcopy(run.opt.state_dict())
+    for i in range(4, 10):
+        run.batch(i)
+    run.opt.load_state_dict(older)
+    assert run.batch(104, math.nan) is None
+    rewind = run.batch(105, math.nan)
+    assert rewind is not None and rewind.skip == (104, 105)
+
+
+def test_trouble_before_the_first_snapshot_goes_back_to_where_the_data_stood() -> None:
+    run = Run(every=5, after_skips=1, position=40)
+    run.batch(41)
+    rewind = run.batch(42, math.nan)
+    assert rewind is not None
+    assert (rewind.step, rewind.position, rewind.skip) == (0, 40, (42,))
+    assert rewind.reason == "a step was skipped"
+
+
+def test_too_many_skips_restore_the_last_snapshot_bit_for_bit() -> None:
+    run = Run(every=5, after_skips=3, lr_factor=0.5)
+    for i in range(7):
+        assert run.batch(i) is None
+    assert run.rollback.snapshots == [0, 5]
+    at_five = None
+    fresh = Run(every=5)
+    for i in range(5):
+        fresh.batch(i)
+    at_five = fresh.state()
+
+    assert run.batch(7, math.nan) is None
+    assert run.batch(8, math.nan) is None
+    rewind = run.batch(9, math.nan)
+    assert rewind is not None
+    assert (rewind.step, rewind.position, rewind.skip) == (5, 4, (7, 8, 9))
+    assert rewind.attempt == 1 and "3 steps in a row were skipped" in rewind.reason
+    assert same(run.state(), at_five)
+    assert run.opt.param_groups[0]["lr"] == pytest.approx(0.005)
+    assert run.opt.skipped_steps == 0  # the guard's own state went back as well
+
+
+def test_the_run_after_a_rollback_equals_one_that_left_the_bad_batches_out() -> None:
+    run = Run(every=2, after_skips=2, lr_factor=1.0)
+    for i in range(4):
+        run.batch(i)
+    run.batch(4, math.nan)
+    rewind = run.batch(5, math.nan)
+    for i in range(rewind.position + 1, 9):
+        if i not in rewind.skip:
+            run.batch(i)
+    clean = Run(every=2, lr_factor=1.0)
+    for i in (0, 1, 2, 3, 6, 7, 8):
+        clean.batch(i)
+    assert same(run.state(), clean.state())
+
+
+def test_a_spike_that_persists_restores() -> None:
+    run = Run(every=5, after_skips=None, after_spikes=2)
+    for i in range(6):
+        assert run.batch(i) is None
+    assert run.batch(6, 1e6) is None
+    rewind = run.batch(7, 1e12)
+    assert rewind is not None and rewind.skip == (6, 7)
+    assert "spiked" in rewind.reason
+
+
+def test_spikes_are_counted_anew_after_a_rollback() -> None:
+    run = Run(every=5, after_skips=None, after_spikes=2)
+    for i in range(6):
+        run.batch(i)
+    run.batch(6, 1e6)
+    assert run.batch(7, 1e12) is not None
+    assert run.batch(8, 1e6) is None
+    assert run.batch(9, 1e12) is not None
+
+
+def test_one_spike_may_be_enough() -> None:
+    run = Run(every=5, after_skips=None, after_spikes=1)
+    for i in range(6):
+        run.batch(i)
+    assert run.batch(6, 1e6).reason == "a step spiked"
+
+
+def test_only_what_was_bad_after_the_snapshot_is_left_out() -> None:
+    run = Run(every=2, after_skips=5)
+    for i, scale in enumerate((1.0, 1.0, math.nan, 1.0, 1.0)):
+        run.batch(i, scale)
+    assert run.rollback.snapshots == [2, 5]
+    assert run.rollback.trigger().skip == ()
+    run.batch(5, math.nan)
+    run.rollback.snapshot()  # of the very step that was bad
+    run.batch(6, math.nan)
+    assert run.rollback.trigger().skip == (6,)
+
+
+def test_what_was_bad_before_a_poisoned_snapshot_is_left_out_too() -> None:
+    run = Run(every=2, after_skips=5)
+    for i in range(2):
+        run.batch(i)
+    run.batch(2, math.nan)
+    with torch.no_grad():
+        run.model[0].weight[0, 0] = math.nan
+    run.rollback.snapshot()
+    assert run.rollback.snapshots == [2, 3]
+    rewind = run.rollback.trigger()
+    assert (rewind.step, rewind.skip) == (2, (2,))
+
+
+def test_the_caller_may_ask_for_it_before_the_step_is_told() -> None:
+    """The record and the position of that step belong together, or to nothing."""
+    run = Run(every=2, after_skips=2)
+    for i in range(2):
+        run.batch(i)
+    run.opt.step(loss=math.nan)
+    assert run.rollback.trigger().step == 2
+    assert run.batch(3) is None
+    run.batch(4, math.nan)
+    assert run.batch(5, math.nan).skip == (4, 5)
+
+
+def test_the_caller_may_ask_for_it() -> None:
+    run = Run(every=2)
+    for i in range(3):
+        run.batch(i)
+    assert run.rollback.trigger("validation collapsed").step == 2
+
+
+def test_it_gives_up_with_the_story() -> None:
+    run = Run(every=2, after_skips=1, max_attempts=2)
+    for i in range(4):
+        run.batch(i)
+    assert run.batch(4, math.nan).attempt == 1
+    assert run.batch(5, math.nan).attempt == 2
+    with pytest.raises(TrainingDivergedError, match=r"2 rollbacks did not get past.*nonfinite"):
+        run.batch(6, math.nan)
+
+
+def test_the_story_ends_with_the_last_bad_steps_and_whom_they_blame() -> None:
+    run = Run(every=2, keep=1, after_skips=11, max_attempts=1)
+    for i in range(11):
+        run.opt.zero_grad()
+        for p in run.model.parameters():
+            p.grad = torch.ones_like(p)
+        named = run.model[0].weight if i == 10 else run.model[3].bias
+        named.grad.view(-1)[0] = math.nan
+        run.opt.step(tag=f"batch {i}")
+        if i < 10:
+            assert run.rollback.step(i) is None
+    run.rollback.attempts = 1
+    with pytest.raises(TrainingDivergedError, match=r"11 steps in a row") as error:
+        run.rollback.step(10)
+    assert [i for i in range(11) if f"step {i + 1} " in str(error.value)] == list(range(3, 11))
+    assert list(error.value.culprits) == [("parameter 0", 1, 0, 0)]
+
+
+def test_without_a_finite_snapshot_the_last_bad_step_is_blamed() -> None:
+    run = Run(keep=1, after_skips=1)
+    with torch.no_grad():
+        run.model[0].weight.fill_(math.nan)
+    run.rollback.snapshot()
+    run.model[3].bias.grad = torch.full((1,), math.inf)
+    run.opt.step()
+    with pytest.raises(TrainingDivergedError, match="no snapshot is finite") as error:
+        run.rollback.step()
+    assert list(error.value.culprits) == [("parameter 5", 0, 1, 0)]
+
+
+def test_attempts_start_anew_beyond_the_trouble() -> None:
+    run = Run(every=2, after_skips=1, max_attempts=1)
+    for i in range(4):
+        run.batch(i)
+    run.batch(4, math.nan)
+    for i in range(5, 12):
+        run.batch(i)
+    assert run.batch(12, math.nan).attempt == 1
+
+
+def test_each_attempt_lowers_the_lr_further_and_counts_skips_anew() -> None:
+    run = Run(every=2, after_skips=2, lr_factor=0.5)
+    for i in range(4):
+        run.batch(i)
+    seen = []
+    for i in (4, 6):
+        assert run.batch(i, math.nan) is None  # the first skip after a rollback is the first again
+        run.opt.zero_grad()
+        for p in run.model.parameters():
+            p.grad = torch.ones_like(p)
+        assert run.batch(i + 1, math.nan) is not None
+        seen.append(run.opt.param_groups[0]["lr"])
+        assert all(p.grad is None for p in run.model.parameters())
+    assert seen == pytest.approx([0.005, 0.0025])
+
+
+def test_spikes_must_come_in_a_row() -> None:
+    run = Run(every=100, after_skips=None, after_spikes=2)
+    for i in range(12):
+        assert run.batch(i, 1e6 if i in (6, 9) else 1.0) is None
+
+
+def test_old_incidents_are_forgotten() -> None:
+    run = Run(every=2, after_skips=5)
+    for i in range(40):
+        assert run.batch(i, math.nan if i % 4 == 3 else 1.0) is None
+    assert len(run.rollback._stretch._bad) <= 4
+
+
+def test_a_snapshot_before_the_end_of_the_trouble_is_no_way_out() -> None:
+    run = Run(every=1, after_skips=2, lr_factor=0.5)
+    for i in range(4):
+        run.batch(i)
+    run.batch(4, math.nan)
+    assert run.batch(5, math.nan).attempt == 1  # the trouble reached step 6
+    assert run.opt.param_groups[0]["lr"] == pytest.approx(0.005)
+    run.batch(6)
+    assert run.rollback.snapshots[-1] == 5  # it holds the lowered learning rate
+    run.batch(7, math.nan)
+    assert run.batch(8, math.nan).attempt == 2
+    assert run.opt.param_groups[0]["lr"] == pytest.approx(0.0025)
+    run.batch(9)
+    run.batch(10, math.nan)
+    assert run.batch(11, math.nan).attempt == 3
+    assert run.opt.param_groups[0]["lr"] == pytest.approx(0.00125)
+    for i in range(12, 20):
+        run.batch(i)
+    run.batch(20, math.nan)
+    assert run.batch(21, math.nan).attempt == 1
+    assert run.opt.param_groups[0]["lr"] == pytest.approx(0.000625)
+
+
+def test_the_trouble_reaches_as_far_as_it_ever_did() -> None:
+    run = Run(every=100, after_skips=2, max_attempts=9)
+    run.rollback.snapshot()
+    run.batch(0, math.nan)
+    assert run.batch(1, math.nan).attempt == 1  # the trouble reached step 2
+    run.batch(2)
+    assert run.rollback.trigger().attempt == 2  # this one reached step 1
+    for i in (3, 4):
+        run.batch(i)
+    run.rollback.snapshot()  # of step 2: not beyond the trouble
+    assert run.rollback.trigger().attempt == 3
+    run.batch(5)
+    run.rollback.snapshot()
+    assert run.rollback.trigger().attempt == 1
+
+
+def test_bad_steps_before_a_snapshot_are_not_skipped_though_their_numbers_came_again() -> None:
+    run = Run(every=4, after_skips=6)
+    for i in range(4):
+        run.batch(i)
+    for i in range(4, 10):
+        rewind = run.batch(i, math.nan)
+    assert (rewind.step, rewind.position, rewind.skip) == (4, 3, tuple(range(4, 10)))
+    for i in range(10, 14):  # steps 5 to 8 again
+        run.batch(i)
+    for i in range(14, 20):
+        rewind = run.batch(i, math.nan)
+    assert (rewind.step, rewind.position, rewind.skip) == (8, 13, tuple(range(14, 20)))
+
+
+def test_bad_snapshots_push_out_no_good_one() -> None:
+    run = Run(every=2, keep=2, after_skips=None)
+    for i in range(2):
+        run.batch(i)
+    at_two = run.state()
+    for i in range(2, 4):
+        run.batch(i)
+    assert run.rollback.snapshots == [2, 4]
+    run.ema.weight.data.fill_(math.nan)
+    for i in range(4, 12):
+        run.batch(i)
+    assert run.rollback.snapshots == [2, 12]  # nobody has looked at the one of step 4
+    run.rollback.trigger()
+    assert same(run.state(), at_two)
+    assert run.ema.weight.isfinite().all()
+    for i in range(4, 8):
+        run.batch(i)
+    assert run.rollback.snapshots == [4, 6]
+
+
+def test_every_second_snapshot_is_looked_at_while_it_is_copied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checks = []
+    take = Snapshot.take
+
+    def watched(self, *args, check, **kwargs):
+        checks.append(check)
+        return take(self, *args, check=check, **kwargs)
+
+    monkeypatch.setattr(Snapshot, "take", watched)
+    run = Run(every=1, keep=2)
+    for i in range(6):
+        run.batch(i)
+    assert checks == [True, True, False, True, False, True, False]
+    checks.clear()
+    single = Run(every=1, keep=1)  # it could protect no other one
+    single.batch(0)
+    assert checks == [False, False]
+
+
+def test_a_nan_number_in_a_snapshot_is_seen() -> None:
+    run = Run()
+    rollback = Rollback(run.opt, {"model": run.model}, keep=2)
+    run.batch(0)
+    run.opt.param_groups[0]["lr"] = math.nan
+    rollback.snapshot()
+    assert rollback.trigger().step == 0
+    assert run.opt.param_groups[0]["lr"] == 0.01
+
+
+@pytest.mark.parametrize("with_lr", [True, False])
+def test_a_tensor_learning_rate_stays_the_tensor_it_is(with_lr: bool) -> None:
+    rates = torch.tensor(0.5), torch.tensor(0.25)
+    groups = [{"params": [torch.nn.Parameter(torch.ones(2))], "lr": rate} for rate in rates]
+    opt = GuardedOptimizer(torch.optim.AdamW(groups, fused=True))
+    lr = GuardedLR(opt) if with_lr else None
+    rollback = Rollback(opt, {}, lr=lr, lr_factor=0.5)
+    for rate in rates:
+        rate.fill_(9.0)
+    for _ in range(2):
+        rollback.trigger()
+        assert all(g["lr"] is rate for g, rate in zip(opt.param_groups, rates, strict=True))
+    factor = 0.25 if with_lr else 1.0
+    assert [rate.item() for rate in rates] == [0.5 * factor, 0.25 * factor]
+
+
+def test_a_rollback_that_is_gone_leaves_nothing_behind() -> None:
+    run = Run(every=1)
+    run.batch(0)
+    assert len(run.opt._optimizer_step_pre_hooks) == 2
+    del run.rollback
+    assert len(run.opt._optimizer_step_pre_hooks) == 1  # of the schedule
+    assert not run.opt._optimizer_load_state_dict_post_hooks
+    assert len(run.opt._recorder._inboxes) == 1  # of the schedule
+    run.opt.step()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "match"),
+    [
+        ({"every": 0}, ValueError, "every=0"),
+        ({"keep": 0}, ValueError, "keep=0"),
+        ({"every": True}, ValueError, "every=True"),
+        ({"after_skips": -1}, ValueError, "after_skips=-1"),
+        ({"after_spikes": 0}, ValueError, "after_spikes=0"),
+        ({"max_attempts": 0}, ValueError, "max_attempts=0"),
+        ({"lr_factor": 1.5}, ValueError, "lr_factor=1.5"),
+        ({"lr_factor": 0.0}, ValueError, "lr_factor=0.0"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_named(kwargs: dict, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        Run(**kwargs)
+
+
+def test_an_object_without_state_is_refused() -> None:
+    opt = GuardedOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]))
+    with pytest.raises(TypeError, match=r"objects\['loader'\] is a list"):
+        Rollback(opt, {"loader": [1, 2]})
+    with pytest.raises(TypeError, match=r"must be a fastguard\.GuardedOptimizer"):
+        Rollback(opt.optimizer, {})  # type: ignore[arg-type]

@@ -1,0 +1,13 @@
+"""Stage 2 on one rank; what several ranks do is in tests/ranks."""
+
+import torch
+
+from fastguard.stages.reduce import Signals, reduce
+from guardtest.stories import stats_of
+
+CPU = torch.device("cpu")
+
+
+def test_a_single_process_has_nothing_to_reduce():
+    stats, signals = stats_of(1.0), Signals.none(CPU)
+    assert reduce(stats, signals) == (stats, signals)

@@ -1,0 +1,115 @@
+"""Spike rules as a user writes them. How they judge is in tests/decide and tests/optimizer."""
+
+import math
+
+import pytest
+
+from fastguard import SpikeRule, Threshold
+from fastguard.stages.spike_rules import UnmetRules, rules_by_signal
+
+
+def test_one_rule_is_for_the_gradient_norm():
+    rule = SpikeRule()
+    assert rules_by_signal(rule) == {"grad_norm": rule}
+    assert rules_by_signal(None) == {}
+    both = {"grad_norm": Threshold(max=3.0, action="clip"), "ce": SpikeRule(action="record")}
+    assert rules_by_signal(both) == both
+
+
+def test_a_limit_in_whole_numbers_is_the_same_rule_in_words_too():
+    assert repr(SpikeRule(sigma=6)) == repr(SpikeRule(sigma=6.0))
+    assert repr(Threshold(max=100)) == repr(Threshold(max=100.0))
+
+
+def test_defaults_are_those_that_long_runs_use():
+    assert SpikeRule() == SpikeRule(window=128, sigma=6.0, warmup=64, action="skip")
+    assert Threshold(max=1.0).action == "skip"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"window": 1, "warmup": 1}, "window=1 must be an integer >= 2"),
+        ({"window": 8.0}, "window=8.0"),
+        ({"window": math.nan}, "window=nan"),
+        ({"warmup": 1}, "warmup=1 must be an integer from 2 to window=128"),
+        ({"warmup": 129}, "warmup=129"),
+        ({"warmup": 2.5}, "warmup=2.5"),
+        ({"sigma": 0}, "sigma=0 must be a finite number > 0"),
+        ({"sigma": -1.0}, "sigma=-1.0"),
+        ({"sigma": math.nan}, "sigma=nan"),
+        ({"sigma": math.inf}, "sigma=inf"),
+        ({"action": "stop"}, "action='stop' is unknown; use one of skip, clip, record"),
+    ],
+)
+def test_a_bad_spike_rule_names_the_value(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        SpikeRule(**wrong)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, 10**400], ids=str)
+def test_a_bad_threshold_names_the_value(value):
+    with pytest.raises(ValueError, match="Threshold max="):
+        Threshold(max=value)
+
+
+@pytest.mark.parametrize("value", ["6", True, None], ids=repr)
+def test_what_is_no_number_is_a_type_error(value):
+    with pytest.raises(TypeError, match=f"SpikeRule sigma={value!r} is not a number"):
+        SpikeRule(sigma=value)
+    with pytest.raises(TypeError, match=f"Threshold max={value!r} is not a number"):
+        Threshold(max=value)
+    with pytest.raises(ValueError, match=r"SpikeRule w.*must be an integer"):
+        SpikeRule(window=value)
+
+
+def test_a_threshold_with_an_unknown_action():
+    with pytest.raises(ValueError, match="Threshold action='halt'"):
+        Threshold(max=1.0, action="halt")
+
+
+@pytest.mark.parametrize(
+    ("spike", "error", "message"),
+    [
+        (6.0, TypeError, "spike=6.0 must be a SpikeRule"),
+        ([SpikeRule()], TypeError, "must be a SpikeRule, a Threshold, or a dict"),
+        ({"loss": 5.0}, TypeError, r"spike\['loss'\]=5.0"),
+        ({3: SpikeRule()}, TypeError, r"spike\[3\]"),
+        ({"loss": SpikeRule(action="clip")}, ValueError, "only 'grad_norm' can be clipped"),
+        ({"loss": Threshold(1.0, "clip")}, ValueError, "only 'grad_norm' can be clipped"),
+    ],
+)
+def test_what_is_no_rule_is_refused(spike, error, message):
+    with pytest.raises(error, match=message):
+        rules_by_signal(spike)
+
+
+def said_after(rules, losses, steps, caplog):
+    """The warnings, and whether the looking has come to an end."""
+    caplog.clear()
+    unmet = UnmetRules.of(dict.fromkeys(rules, Threshold(1.0)))
+    for _ in range(steps):
+        unmet = None if unmet is None else unmet.after(losses)
+    return [r.getMessage() for r in caplog.records], unmet is None
+
+
+def test_a_rule_on_a_loss_that_nobody_gives_is_said_once(caplog):
+    assert said_after(["loss"], ["loss"], 1, caplog) == ([], True)
+    assert said_after(["grad_norm"], [], 1, caplog) == ([], True)
+    assert said_after(["recontruction"], ["reconstruction"], 99, caplog) == ([], False)
+    (message,), done = said_after(["recontruction", "kl"], ["reconstruction", "kl"], 300, caplog)
+    assert done
+    assert "the spike rule on 'recontruction' has judged nothing in 100 steps" in message
+    assert "did you mean 'reconstruction'" in message and "'kl'" not in message.split("given")[0]
+    (message,), _ = said_after(["loss"], [], 100, caplog)
+    assert "no loss was given" in message and "opt.step(loss=" in message
+    (message,), _ = said_after(["gradnorm"], ["loss"], 100, caplog)
+    assert "did you mean 'grad_norm'" in message
+
+
+def test_losses_of_single_steps_count_too(caplog):
+    unmet = UnmetRules.of({"a": Threshold(1.0), "b": Threshold(1.0)})
+    for given in (["a"], [], ["b"]):
+        assert unmet is not None
+        unmet = unmet.after(given)
+    assert unmet is None and not caplog.records
