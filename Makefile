@@ -91,9 +91,10 @@ endif
 gpu: stage  ## the tests that need a CUDA device; without one they fail instead of being skipped
 	FASTGUARD_REQUIRE_GPU=1 PYTHONPATH=build/stage $(GPU_PYTHON) -P -m pytest tests/gpu $(ARGS)
 
-lint: $(STAMP)  ## ruff: rules and format
+lint: $(STAMP) stage  ## ruff: rules and format; import-linter: which wing may import which
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	cd build/stage && PYTHONPATH=. $(CURDIR)/$(BIN)/lint-imports --no-cache
 
 typecheck: $(STAMP) stage  ## pyright over fastguard/ and kernels/
 	$(BIN)/pyright --project build/stage --pythonpath $(BIN)/python \

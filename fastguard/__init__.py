@@ -34,7 +34,7 @@ from fastguard.recovery.guarded_lr import GuardedLR
 from fastguard.recovery.rollback import Rewind, Rollback
 from fastguard.recovery.warmup import Warmup
 from fastguard.stages.backend import backend_for
-from fastguard.stages.measure import GradStats
+from fastguard.stages.contract import GradStats
 from fastguard.stages.spike_rules import SpikeRule, Threshold
 
 __all__ = [

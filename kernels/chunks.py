@@ -47,6 +47,10 @@ class Run(Protocol):
     segment: int
 
 
+class Memo(Protocol):
+    tables: dict
+
+
 class Bucket(Protocol):
     """What a table is made of; see `fastguard.gradients.buckets.GradBucket`."""
 
@@ -56,7 +60,7 @@ class Bucket(Protocol):
     tensor_ids: object
     segment_ids: object
     runs: tuple[Run, ...] | None
-    notes: dict
+    memo: Memo
     form: object | None
     segment: int | None
 
@@ -95,13 +99,13 @@ def table_of(bucket: Bucket, n_segments: int, n_programs: int) -> ChunkTable:
         n_programs: How many programs will share the chunks; small models get smaller chunks. Always
             the same on a device: all launches share one table, and the order of its sums.
     """
-    table = bucket.notes.get(n_segments)
+    table = bucket.memo.tables.get(n_segments)
     if table is None:
         table = _found_or_built(bucket, n_segments, n_programs)
         # One that a graph uploads serves no later step; a flat bucket, which lives on, has one
         # built for each stage.
         if bucket.runs is None or table.upload.is_lasting:
-            bucket.notes[n_segments] = table
+            bucket.memo.tables[n_segments] = table
     elif bucket.runs is None:
         return table  # apply comes after measure, on the same stream: nothing has moved since
     table.upload.await_on_stream()

@@ -30,7 +30,7 @@ from fastguard.kernels.rules import (
 )
 from fastguard.kernels.summary import whole_model
 
-# Reasons: `fastguard.stages.decide.Reason`.
+# Reasons: `fastguard.stages.contract.Reason`.
 NONFINITE_GRAD = tl.constexpr(1)
 NONFINITE_LOSS = tl.constexpr(2)
 GRAD_SPIKE = tl.constexpr(3)
@@ -298,9 +298,9 @@ def decide_step(
         scale_falls: bool `()`: the scaler lowers its scale after an overflow; None: not known.
 
     Returns:
-        The fields of `fastguard.stages.decide.Verdict`, in their order; and what the state was
-        before, float64 `(5 + 4 * K,)`, nothing without a state: the counters, and of each rule its row
-        of `rings` and the value that was overwritten in `windows`.
+        The fields of `fastguard.stages.contract.Verdict`, in their order; and what the state was
+        before, float64 `(5 + 4 * K,)`, nothing without a state: the counters, and of each rule its
+        row of `rings` and the value that was overwritten in `windows`.
     """
     device, n_segments, n_losses = summary.device, summary.shape[1], losses.numel()
     n_rules = 0 if rules is None else rules.shape[0]

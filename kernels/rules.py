@@ -3,7 +3,7 @@
     threshold[k] = mean + sigma * max(std, 0.01 * |mean|, tiny)      of the values in ring k
 
     rules    float64 (K, 8): the columns below
-    windows  float64 (K, W), rings int64 (K, 3): see `fastguard.stages.decide.GuardState`
+    windows  float64 (K, W), rings int64 (K, 3): see `fastguard.stages.contract.GuardState`
 
 The rules are lanes of one tile, `RULES` of them, and their rings are walked in blocks of `WINDOW`
 values: nothing passes from lane to lane through memory."""

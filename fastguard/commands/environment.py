@@ -85,8 +85,10 @@ def as_text(found: dict[str, Any]) -> str:
         lines.append("")
     for device in found["devices"]:
         lines.append(f"{device['device']:<18} {device['name']}")
-        why = f", not triton: {device['not_triton']}" if device["not_triton"] else ""
-        lines.append(f"{'':<18} served by {device['backend']}{why}")
+        why = (
+            f" ({device['stages']} stages; {device['not_triton']})" if device["not_triton"] else ""
+        )
+        lines.append(f"{'':<18} backend: {device['backend']}{why}")
     lines.append("")
     lines += [f"{name:<18} {value or '-'}" for name, value in found["frameworks"].items()]
     if "diagnostics" in found:
@@ -121,10 +123,12 @@ def _devices() -> list[torch.device]:
 
 def _describe(device: torch.device) -> dict[str, Any]:
     not_triton = why_not_triton(device)
+    without_kernels = "cpu" if device.type == "cpu" else "reference"
     return {
         "device": str(device),
         "name": _device_name(device),
         "backend": "triton" if not_triton is None else "torch",
+        "stages": "triton" if not_triton is None else without_kernels,
         "not_triton": not_triton,
     }
 

@@ -21,11 +21,11 @@ from torch.nn.modules.module import (
 from torch.utils._pytree import tree_map
 
 from fastguard.diagnosis.gradients import gradients_of
-from fastguard.diagnosis.provenance.report import as_real
 from fastguard.diagnosis.replay.calls import floats
 from fastguard.diagnosis.replay.losses import loss_parts, total_of
 from fastguard.diagnosis.replay.replay import copied
 from fastguard.diagnosis.replay.subject import Subject, is_readable
+from fastguard.diagnosis.replay.tensor_range import as_real
 from fastguard.diagnosis.watch_functions import FLOAT16_MAX, FunctionWatch
 
 FLOAT16_ROUNDS_TO_ZERO = 2.0**-25  # half of the smallest subnormal

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from fastguard.checkpoints.random_state import random_state, set_random_state
 from fastguard.diagnosis.gradients import gradients_of
-from fastguard.diagnosis.provenance.report import as_real
 from fastguard.diagnosis.replay.losses import total_of
 from fastguard.diagnosis.replay.replay import copied
 from fastguard.diagnosis.replay.subject import Subject
+from fastguard.diagnosis.replay.tensor_range import as_real
 from fastguard.functional.clip import clip_grad_norm_
 
 N_STEPS = 5

@@ -35,15 +35,11 @@ from fastguard.ranks.dtensors import is_dtensor, whole
 from fastguard.ranks.groups import Group, process_group_of, several_ranks
 from fastguard.ranks.team import team_of
 from fastguard.stages.apply import apply, scale
-from fastguard.stages.decide import (
-    Policy,
-    clip_coefficients,
-    decide,
-    raise_if_nonfinite,
-    torch_total_norm,
-)
-from fastguard.stages.measure import GradStats, measure, norm_type_of
-from fastguard.stages.reduce import Signals, reduce
+from fastguard.stages.contract import GradStats, Policy, Signals, torch_total_norm
+from fastguard.stages.decide import decide, raise_if_nonfinite
+from fastguard.stages.formulas import clip_coefficients
+from fastguard.stages.measure import measure, norm_type_of
+from fastguard.stages.reduce import reduce
 
 
 @torch.no_grad()

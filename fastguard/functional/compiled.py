@@ -22,7 +22,8 @@ from fastguard.functional.arguments import limit_beside
 from fastguard.gradients.buckets import parameters_of
 from fastguard.ranks.dtensors import is_dtensor
 from fastguard.ranks.groups import Group, process_group_of
-from fastguard.stages.measure import GradStats, holds_norms
+from fastguard.stages.contract import GradStats
+from fastguard.stages.formulas import holds_norms
 
 
 def clip_grad_norm_(

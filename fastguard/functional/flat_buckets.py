@@ -34,7 +34,8 @@ from fastguard.gradients.buckets import (
 from fastguard.gradients.cpu_threads import in_pieces
 from fastguard.gradients.tensor_kinds import PLAIN, kind_of, watched
 from fastguard.ranks.dtensors import is_dtensor
-from fastguard.stages.measure import GradStats, measure, norm_type_of
+from fastguard.stages.contract import GradStats
+from fastguard.stages.measure import measure, norm_type_of
 
 ALIGN = 16  # bytes; what 128-bit loads and the vectorised optimizer kernels ask for
 

@@ -14,11 +14,10 @@ from fastguard.functional.arguments import warn_of_zero
 from fastguard.gradients.buckets import bucketize
 from fastguard.gradients.elementwise import check_fill, check_real, clamp_, fill_nonfinite_
 from fastguard.stages.apply import scale
-from fastguard.stages.decide import Policy, raise_if_nonfinite
+from fastguard.stages.contract import GradStats, Policy, Signals
 from fastguard.stages.decide import decide as decide_stage
-from fastguard.stages.measure import GradStats
+from fastguard.stages.decide import raise_if_nonfinite
 from fastguard.stages.measure import measure as measure_stage
-from fastguard.stages.reduce import Signals
 
 _library = torch.library.Library("fastguard", "DEF")
 # An empty list has no device to dispatch on, and addresses may change between replays of a graph.

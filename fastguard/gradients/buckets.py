@@ -39,6 +39,22 @@ class Run:
     segment: int
 
 
+@dataclass(slots=True)
+class BucketMemo:
+    """What a backend keeps from one stage of a step to the next, and of flat buckets from step to
+    step.
+
+    Attributes:
+        nonfinite: Positions in `grads` of the tensors that hold NaN or Inf; None: not measured.
+        parts: On a CPU: the addresses of the runs, and what is read there.
+        tables: On a GPU: the chunk tables, by number of segments.
+    """
+
+    nonfinite: Sequence[int] | None = None
+    parts: tuple[list[int], list[Any]] | None = None
+    tables: dict[int, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True)
 class GradBucket:
     """The gradients of one device and one dtype.
@@ -52,7 +68,7 @@ class GradBucket:
         runs: The same elements in as few contiguous pieces as possible, where somebody laid them
             out so (`FlatGradBuckets`); None otherwise. The clean path reads these instead of
             `grads`.
-        notes: What a backend keeps here from one stage of a step to the next.
+        memo: What a backend keeps here from one stage of a step to the next.
         form: That of the list they came in: the same object is the same sizes and strides. None:
             nobody knows whether another list has it.
         kind: How they can be read.
@@ -67,7 +83,7 @@ class GradBucket:
     tensor_ids: Sequence[int]
     segment_ids: Sequence[int]
     runs: tuple[Run, ...] | None = None
-    notes: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    memo: BucketMemo = field(default_factory=BucketMemo, compare=False, repr=False)
     form: Form | None = field(default=None, compare=False, repr=False)
     kind: Kind = PLAIN
     resolved: Sequence[tuple[Tensor, Tensor]] = field(default=(), compare=False, repr=False)
@@ -262,8 +278,8 @@ def bucketize(
         # fmt: off
         buckets.append(
             GradBucket(  # by position: keywords take twice as long
-                where, dtype, members, tensor_ids, segment_ids, None, {}, own_form, kind, resolved,
-                sizes,
+                where, dtype, members, tensor_ids, segment_ids, None, BucketMemo(), own_form, kind,
+                resolved, sizes,
             )
         )
         # fmt: on

@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 from fastguard.gradients.transfer import moved, numbers_on
 from fastguard.records.advice import LONGEST_SEARCH
-from fastguard.stages.reduce import Signals
+from fastguard.stages.contract import Signals
 
 FLOOR = 1.0
 """A scale below makes gradients smaller: no overflow in fp16 is cured by that."""

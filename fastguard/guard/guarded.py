@@ -47,16 +47,10 @@ from fastguard.ranks.groups import Group, refuse_several_ranks
 from fastguard.records.device_row import Outcome, learning_rate
 from fastguard.records.losses import Loss, ObservedLosses, named_losses, stacked
 from fastguard.records.recorder import Recorder
-from fastguard.stages.decide import (
-    GuardState,
-    NonFinite,
-    Policy,
-    Verdict,
-    decide,
-    raise_if_nonfinite,
-)
-from fastguard.stages.measure import GradStats, measure, norm_type_of
-from fastguard.stages.reduce import Signals, reduce
+from fastguard.stages.contract import GradStats, GuardState, NonFinite, Policy, Signals, Verdict
+from fastguard.stages.decide import decide, raise_if_nonfinite
+from fastguard.stages.measure import measure, norm_type_of
+from fastguard.stages.reduce import reduce
 from fastguard.stages.spike_rules import GRAD_NORM, Rule, UnmetRules, rules_by_signal
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fastguard.gradients.tensor_kinds import has_numbers
-from fastguard.stages.decide import GuardState
+from fastguard.stages.contract import GuardState
 
 KEY = "taken_back"
 """In the guard's state: int64 `(4,)`, what the counts of the run exceed those of the state by."""

@@ -28,7 +28,7 @@ from torch.utils.hooks import RemovableHandle
 from fastguard.errors import NonFiniteGradError, TrainingDivergedError
 from fastguard.guard.buffer_places import Batch, Place
 from fastguard.guard.guarded import GuardedOptimizer
-from fastguard.stages.decide import HostVerdict, Reason, Verdict
+from fastguard.stages.contract import HostVerdict, Reason, Verdict
 
 log = logging.getLogger("fastguard")
 

@@ -15,7 +15,7 @@ from fastguard.guard.inner_step import InnerStep, StepCall, found_inf_is_heeded
 from fastguard.guard.read_first import ReadFirst
 from fastguard.guard.step_hooks import has_step_hooks
 from fastguard.stages.apply import apply
-from fastguard.stages.decide import Verdict
+from fastguard.stages.contract import Verdict
 
 
 class OnDevice:

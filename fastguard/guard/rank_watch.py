@@ -24,8 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastguard.gradients.buckets import bucketize
 from fastguard.gradients.transfer import moved, numbers_on
-from fastguard.stages.measure import GradStats, measure
-from fastguard.stages.reduce import Signals
+from fastguard.stages.contract import GradStats, Signals
+from fastguard.stages.measure import measure
 
 if TYPE_CHECKING:
     from torch.distributed import GradBucket

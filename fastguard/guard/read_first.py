@@ -11,7 +11,7 @@ from fastguard.gradients.tensor_kinds import has_numbers
 from fastguard.guard.inner_step import InnerStep, StepCall, found_inf_is_heeded
 from fastguard.guard.step_hooks import run_hooks_of_all
 from fastguard.stages.apply import apply
-from fastguard.stages.decide import Verdict
+from fastguard.stages.contract import Verdict
 
 
 class ReadFirst:

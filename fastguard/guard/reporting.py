@@ -30,7 +30,7 @@ from fastguard.records.sinks import check_sink
 from fastguard.records.step_record import StepRecord
 from fastguard.records.subscription import Inbox
 from fastguard.stages.backend import backend_of
-from fastguard.stages.decide import GuardState, NonFinite, Verdict
+from fastguard.stages.contract import GuardState, NonFinite, Verdict
 from fastguard.stages.spike_rules import Rule
 
 

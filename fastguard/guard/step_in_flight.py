@@ -17,7 +17,7 @@ from fastguard.guard.clamp import Clamped
 from fastguard.guard.inner_step import StepCall
 from fastguard.records.device_row import Outcome
 from fastguard.records.losses import ObservedLosses
-from fastguard.stages.decide import GuardState
+from fastguard.stages.contract import GuardState
 
 
 class StepInFlight:

@@ -18,7 +18,7 @@ from fastguard.guard.inner_step import StepCall, found_inf_is_heeded
 from fastguard.guard.on_device import OnDevice
 from fastguard.guard.read_first import ReadFirst
 from fastguard.guard.whole_step import WholeStep
-from fastguard.stages.decide import Verdict
+from fastguard.stages.contract import Verdict
 
 
 class Stepper(Protocol):

@@ -24,7 +24,7 @@ from fastguard.guard.optimizer_copy import OptimizerCopy
 from fastguard.guard.step_hooks import run_hooks_of_all
 from fastguard.records.losses import named_losses
 from fastguard.stages.apply import apply
-from fastguard.stages.decide import Verdict
+from fastguard.stages.contract import Verdict
 from fastguard.stages.spike_rules import Rule
 
 log = logging.getLogger("fastguard")

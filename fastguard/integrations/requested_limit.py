@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastguard.functional.clip import limit_of
 from fastguard.guard.guarded import GuardedOptimizer
-from fastguard.stages.decide import Reason, Verdict
+from fastguard.stages.contract import Reason, Verdict
 from fastguard.stages.measure import norm_type_of
 
 

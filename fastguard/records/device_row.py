@@ -22,9 +22,7 @@ from torch import Tensor
 
 from fastguard.errors import NAMED_CULPRITS
 from fastguard.stages import backend
-from fastguard.stages.decide import GuardState, Reason, Verdict
-from fastguard.stages.measure import GradStats
-from fastguard.stages.reduce import Signals
+from fastguard.stages.contract import GradStats, GuardState, Reason, Signals, Verdict
 
 HEAD = 11  # numbers before the culprits
 CULPRIT = 4  # index, NaN, +Inf, -Inf

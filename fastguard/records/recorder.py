@@ -26,7 +26,7 @@ from fastguard.records.advice import LONGEST_SEARCH, Advice
 from fastguard.records.device_row import ROWS, Arrival, Outcome, Ring, unpack
 from fastguard.records.step_record import StepRecord
 from fastguard.records.subscription import Inbox
-from fastguard.stages.decide import HostVerdict, Known, Reason
+from fastguard.stages.contract import HostVerdict, Known, Reason
 
 log = logging.getLogger("fastguard")
 

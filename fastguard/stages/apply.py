@@ -13,7 +13,7 @@ from torch import Tensor
 from fastguard.gradients.buckets import GradBuckets
 from fastguard.gradients.transfer import moved
 from fastguard.stages import backend
-from fastguard.stages.decide import HostVerdict, Verdict
+from fastguard.stages.contract import HostVerdict, Verdict
 
 
 def apply(buckets: GradBuckets, verdict: Verdict) -> None:

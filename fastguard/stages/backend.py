@@ -1,26 +1,34 @@
-"""Who serves which device: Triton kernels on GPUs, PyTorch everywhere else.
+"""Which backend serves a device: one table of three peers with one signature.
 
-The choice is made once for each device type, by what is installed and what the device can do, and
-can be asked: `fastguard.backend_for(tensor)`. A GPU that Triton cannot serve gets one warning that
-says why, and PyTorch.
+    cpu        CPUs: NumPy and PyTorch at the speed of memory
+    triton     CUDA and ROCm devices that Triton can compile for
+    reference  every other device, and tensors that wrap others: PyTorch in float64, without a wait
+
+The choice is made once for each device, by what is installed and what the device can do, and can be
+asked: `fastguard.backend_for(tensor)`. A GPU that Triton cannot serve gets one warning that says
+why, and the reference. `FASTGUARD_BACKEND=torch` in the environment turns the kernels off.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
+import os
 import warnings
-from types import ModuleType
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from fastguard.gradients.buckets import GradBucket
 from fastguard.gradients.tensor_kinds import PLAIN, WRAPPED, Kind
+from fastguard.stages import reference, traced
+from fastguard.stages.contract import GradStats, GuardState, Policy, Signals, Verdict
+from fastguard.stages.cpu import stages as cpu
 
 OLDEST_TRITON = (3, 6)
 TRITON_DEVICES = ("cuda",)  # ROCm devices call themselves cuda too
+SETTING = "FASTGUARD_BACKEND"  # an environment variable: "torch" or "triton"
 
 
 def backend_for(tensor: Tensor) -> Literal["triton", "torch"]:
@@ -46,35 +54,62 @@ def backend_of(device: torch.device) -> Literal["triton", "torch"]:
     return "torch" if device.type == "cpu" or triton_stages(device) is None else "triton"
 
 
-def stages(device: torch.device, kind: Kind = PLAIN) -> ModuleType:
-    """The module whose `measure`, `decide` and `apply` work on tensors of this device and kind."""
+class Stages(Protocol):
+    """What each backend does; `fastguard.stages.reference` says it in plain PyTorch."""
+
+    @staticmethod
+    def measure_bucket(
+        bucket: GradBucket,
+        n_segments: int,
+        n_tensors: int,
+        norm_type: float,
+        inv_scale: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Power sums `(4, S)` and counts `(3, T)` of one bucket."""
+        ...
+
+    @staticmethod
+    def decide(
+        stats: GradStats, signals: Signals, state: GuardState | None, policy: Policy
+    ) -> Verdict:
+        """The verdict on one step; `state` is brought up to date."""
+        ...
+
+    @staticmethod
+    def apply(bucket: GradBucket, multiplier: Tensor, clean: Tensor) -> None:
+        """Scales and cleans one bucket in place."""
+        ...
+
+    @staticmethod
+    def pack(
+        row: Tensor,
+        stats: GradStats,
+        signals: Signals,
+        verdict: Verdict,
+        state: GuardState,
+        lr: Tensor | None,
+    ) -> None:
+        """Writes the record of one step into `row`."""
+        ...
+
+
+def stages(device: torch.device, kind: Kind = PLAIN) -> Stages:
+    """The backend for tensors of this device and kind."""
     if kind is not PLAIN:
-        return reference() if kind is WRAPPED else _traced()
-    kernels = None if device.type == "cpu" else triton_stages(device)
-    return reference() if kernels is None else kernels
+        return reference if kind is WRAPPED else traced
+    if device.type == "cpu":
+        return cpu
+    return triton_stages(device) or reference
 
 
 @functools.cache
-def reference() -> ModuleType:
-    """Imported when it is first asked for, since it imports what imports this; kept, since finding
-    it again takes 15 µs behind a model that filled the caches.
-    """
-    return importlib.import_module("fastguard.stages.reference")
-
-
-@functools.cache
-def _traced() -> ModuleType:
-    return importlib.import_module("fastguard.stages.traced")
-
-
-@functools.cache
-def triton_stages(device: torch.device) -> ModuleType | None:
+def triton_stages(device: torch.device) -> Stages | None:
     """The kernel launchers for a device, or None after one warning that says why not."""
-    if device.type not in TRITON_DEVICES:
+    if device.type not in TRITON_DEVICES or kernels_are_off():
         return None
     reason = why_not_triton(device)
     if reason is None:
-        return importlib.import_module("fastguard.stages.triton")
+        return _kernel_stages()
     warnings.warn(
         f"fastguard serves {device} with PyTorch instead of Triton kernels, because {reason}. "
         "Results are the same; guarding a step costs more. "
@@ -86,6 +121,34 @@ def triton_stages(device: torch.device) -> ModuleType | None:
     return None
 
 
+def kernels_are_off() -> bool:
+    """Whether `FASTGUARD_BACKEND` asks for PyTorch everywhere.
+
+    Raises:
+        ValueError: It names no backend.
+    """
+    asked = os.environ.get(SETTING, "").strip().lower()
+    if asked not in ("", "triton", "torch"):
+        raise ValueError(
+            f"{SETTING}={asked!r} names no backend; use torch (no kernels) or triton (kernels "
+            "where they can run, which is the default)"
+        )
+    return asked == "torch"
+
+
+def _kernel_stages() -> Stages:
+    """Imported for the first GPU tensor: importing triton takes half a second."""
+    from fastguard.stages import triton
+
+    return triton
+
+
+def _try_launching(device: torch.device) -> None:
+    from fastguard.kernels.launch import try_launching
+
+    try_launching(device)
+
+
 def why_not_triton(device: torch.device) -> str | None:
     """Why PyTorch serves a device and not Triton; None if Triton does.
 
@@ -93,18 +156,20 @@ def why_not_triton(device: torch.device) -> str | None:
     that cannot compile is better found now than in the middle of a step.
     """
     if device.type not in TRITON_DEVICES:
-        return f"the kernels serve {' and '.join(TRITON_DEVICES)} devices"
+        return "Triton kernels need a CUDA device"
+    if kernels_are_off():
+        return f"{SETTING}=torch"
     reason = triton_problem(device)
     if reason is not None:
         return reason
     try:
-        importlib.import_module("fastguard.stages.triton")
+        _kernel_stages()
     except Exception as error:  # a broken wheel raises OSError, AttributeError, ...
         return f"its import failed: {error!r}"
     if torch.cuda.is_current_stream_capturing():
         return None  # a graph would hold the trial; who captures has taken a step before
     try:
-        importlib.import_module("fastguard.kernels.launch").try_launching(device)
+        _try_launching(device)
     except Exception as error:  # whatever a compiler, a linker or a driver does not like
         return f"a first kernel could not be launched: {_one_line(error)}"
     return None

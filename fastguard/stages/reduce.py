@@ -20,8 +20,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,7 +29,8 @@ from torch import Tensor
 
 from fastguard.gradients.tensor_kinds import PLAIN, lasting, watched
 from fastguard.gradients.transfer import current_stream_of, numbers_on
-from fastguard.stages.measure import LARGEST_POWER, GradStats, root
+from fastguard.stages.contract import GradStats, Signals
+from fastguard.stages.formulas import LARGEST_POWER, root
 
 if TYPE_CHECKING:
     from fastguard.ranks.loss_names import LossNames
@@ -45,65 +45,6 @@ INCURABLE = 2.0**-20
 
 LEAST = 2.0**-1022
 """Smallest normal float64."""
-
-
-@dataclass(frozen=True, slots=True)
-class Signals:
-    """What a step knows besides its gradients. All tensors live where the stats do.
-
-    Attributes:
-        losses: float64 `(L,)`: the losses of this step, means over micro-batches and ranks.
-        loss_names: Their L names.
-        inv_scale: float64 `()`, what gradients are still to be multiplied by; None if nothing is.
-        found_inf: float32 `()`, > 0 if a loss scaler found non-finite gradients on any device; None
-            without a scaler.
-        given: bool `(L,)`: which losses some rank gave at this step; None: all, always on a CPU.
-        bad_ranks: float64 `(2,)`: how many ranks hold something non-finite, and the sum of their
-            numbers; None in one process.
-        born_here: float64 `()`, > 0 if gradients of this rank were bad before the ranks added
-            theirs up: see `RankWatch`. None: nobody looked; then what it holds now tells.
-        scale_falls: bool `()`: the loss scale is above its floor, so that the scaler lowers it
-            after an overflow; on several ranks, this holds on all ranks that hold something
-            non-finite. None: no scale is known.
-    """
-
-    losses: Tensor
-    loss_names: Sequence[str] = ()
-    inv_scale: Tensor | None = None
-    found_inf: Tensor | None = None
-    given: Tensor | None = None
-    bad_ranks: Tensor | None = None
-    born_here: Tensor | None = None
-    scale_falls: Tensor | None = None
-
-    @property
-    def culprit_rank(self) -> tuple[int, int | None]:
-        """How many ranks hold something non-finite, and which one if it is one. Waits for a GPU."""
-        if self.bad_ranks is None:
-            return 0, None
-        n, number = (int(x) for x in self.bad_ranks.tolist())
-        return n, number if n == 1 else None
-
-    @staticmethod
-    def none(device: torch.device) -> Signals:
-        """No losses, no scaler."""
-        return _nothing(device)
-
-    @staticmethod
-    def none_beside(stats: GradStats) -> Signals:
-        """The same for stats of any kind."""
-        if stats.kind is PLAIN:
-            return _nothing(stats.summary.device)
-        return Signals(stats.summary.new_empty(0))
-
-
-@functools.cache
-def _nothing(device: torch.device) -> Signals:
-    """Made once: it would cost each clipping 2 µs. There is nothing in it to write to, or to wait
-    for.
-    """
-    with lasting():
-        return Signals(torch.empty(0, dtype=torch.float64, device=device))
 
 
 def reduce(

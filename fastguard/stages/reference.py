@@ -1,8 +1,7 @@
 """The stages in plain PyTorch: what every device can do, and what the kernels are tested against.
 
-Same signatures and results as the kernels. On a CPU, `measure` goes through `stages.cpu`, which
-is exact to the same 1e-7 and runs at the speed of memory; on any other device the arithmetic below
-is spelled out tensor by tensor in float64, without waiting for the device.
+Same signatures and results as the kernels and `stages.cpu`. The arithmetic is spelled out tensor by
+tensor in float64, without waiting for the device.
 """
 
 from __future__ import annotations
@@ -10,76 +9,50 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastguard.errors import NAMED_CULPRITS
 from fastguard.gradients.buckets import GradBucket
-from fastguard.gradients.cpu_threads import Tensors, in_pieces
-from fastguard.gradients.tensor_kinds import PLAIN
-from fastguard.stages.cpu import power_sums
-from fastguard.stages.decide import (
-    TINY,
+from fastguard.stages.contract import (
+    GradStats,
     GuardState,
     Policy,
     Reason,
+    Signals,
     Verdict,
-    clip_coefficients,
     only_lowers_scale,
-    propagated_norms,
     signal_values,
 )
-from fastguard.stages.measure import GradStats, holds_norms, norm_of_norms, root
-from fastguard.stages.reduce import Signals
+from fastguard.stages.formulas import (
+    SMALLEST_FACTOR,
+    TINY,
+    clip_coefficients,
+    factor_dtype,
+    holds_norms,
+    norm_of_norms,
+    propagated_norms,
+    root,
+    unscaled,
+)
 from fastguard.stages.rule_table import RuleTable, rule_table_of
 
-CPU = torch.device("cpu")
-SMALLEST_FACTOR = (
-    2.0**-100
-)  # smaller ones are no normal float32: two multiplications in place of one
-BAD = "bad"  # the note of `measure` for `apply`: positions of the tensors to clean
 
-
-def measure(
+def measure_bucket(
     bucket: GradBucket,
     n_segments: int,
     n_tensors: int,
     norm_type: float,
     inv_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Power sums and counts of one bucket.
+    """Power sums and counts of one bucket, in float64 throughout: the oracle of the tests.
+
+    Nothing is made but from the gradients, and nothing is written to: so it holds for tensors
+    inside transforms and wrappers too.
 
     Returns:
         `summary` float64 `(4, S)`, with norms in place of power sums where `holds_norms` of this
         dtype, and `counts` int64 `(3, T)`: see `GradStats`.
-    """
-    if bucket.device != CPU or bucket.kind is not PLAIN:
-        return plain_measure(bucket, n_segments, n_tensors, norm_type, inv_scale)
-    sums, bad = power_sums.power_sums(bucket, n_segments, norm_type)
-    bucket.notes[BAD] = list(bad)
-    rows = np.zeros((4, n_segments))  # numpy makes both in half of torch's time
-    rows[0] = sums
-    summary = torch.from_numpy(rows)
-    counts = torch.from_numpy(np.zeros((3, n_tensors), np.int64))
-    for position, found in bad.items():
-        counts[:, bucket.tensor_ids[position]] = torch.tensor(found, device=CPU)
-    for position, found in bad.items():
-        summary[1:, bucket.segment_ids[position]] += torch.tensor(found, device=CPU)
-    return unscaled(summary, bucket.dtype, norm_type, inv_scale), counts
-
-
-def plain_measure(
-    bucket: GradBucket,
-    n_segments: int,
-    n_tensors: int,
-    norm_type: float,
-    inv_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The definition, tensor by tensor, in float64 throughout: the oracle of the tests.
-
-    Nothing is made but from the gradients, and nothing is written to: so it holds for tensors
-    inside transforms and wrappers too.
     """
     rooted = holds_norms(bucket.dtype, norm_type)
     sums: list[list[Tensor]] = [[] for _ in range(n_segments)]
@@ -123,18 +96,6 @@ def joined(parts: Sequence[Tensor], like: Tensor, norm_type: float, rooted: bool
 def _added(counts: Sequence[Tensor], none: Tensor) -> Tensor:
     """float64 `(3,)`."""
     return torch.stack([*counts, none]).sum(0).double()
-
-
-def unscaled(
-    summary: Tensor, dtype: torch.dtype, norm_type: float, inv_scale: Tensor | None
-) -> Tensor:
-    """The power sums, or norms, of `gradients * inv_scale`."""
-    if inv_scale is None:
-        return summary
-    inv = inv_scale.to(device=summary.device, dtype=torch.float64)
-    linear = norm_type == math.inf or holds_norms(dtype, norm_type)
-    factor = inv if linear else inv.pow(norm_type)
-    return torch.cat([summary.narrow(0, 0, 1) * factor, summary.narrow(0, 1, 3)])
 
 
 def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy: Policy) -> Verdict:
@@ -275,17 +236,13 @@ def _reason(
 def apply(bucket: GradBucket, multiplier: Tensor, clean: Tensor) -> None:
     """Multiplies the gradients of each segment, and sets non-finite elements to 0 if `clean`.
 
-    On a CPU the two arguments are read, and memory is touched only where something is to be done.
-    Elsewhere nothing waits, and every gradient is read and written.
+    Nothing waits, and every gradient is read and written.
 
     Args:
         bucket: Gradients, changed in place.
         multiplier: float64 `(S,)`.
         clean: `()`, nonzero to clean.
     """
-    if bucket.device == CPU and bucket.kind is PLAIN:
-        _apply_where_needed(bucket, multiplier.tolist(), bool(clean))
-        return
     for grad, segment in zip(bucket.grads, bucket.segment_ids, strict=True):
         _apply_without_reading(grad, multiplier.select(0, segment), clean)
 
@@ -298,55 +255,6 @@ def _apply_without_reading(grad: Tensor, multiplier: Tensor, clean: Tensor) -> N
     # Widened first: off a CPU, a 16-bit tensor times a float32 scalar rounds the scalar to 16 bits.
     product = (cleaned.to(factor.dtype) * first * factor).to(grad.dtype)
     grad.copy_(torch.where(factor == 1, cleaned, product))  # 1 * NaN may change bits
-
-
-def factor_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the coefficient for a gradient: float32 below float64, as in torch."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
-def _apply_where_needed(bucket: GradBucket, multiplier: list[float], clean: bool) -> None:
-    if clean:
-        positions = bucket.notes.get(BAD, range(len(bucket.grads)))
-        for grad in in_pieces([bucket.grads[position] for position in positions]):
-            grad.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-    segment = bucket.segment
-    if segment is not None:
-        _multiply(_pieces(bucket, segment, multiplier[segment]), multiplier[segment], bucket.dtype)
-        return
-    pairs = zip(bucket.segment_ids, bucket.grads, strict=True)
-    for s, grads in power_sums.by_number(pairs).items():
-        _multiply(grads, multiplier[s], bucket.dtype)
-
-
-def _pieces(bucket: GradBucket, segment: int, multiplier: float) -> list[Tensor]:
-    """The long runs, where there are any: one multiplication instead of one a tensor.
-
-    Not for NaN or Inf, which would reach the zeros between the gradients of a run."""
-    if bucket.runs is None or not math.isfinite(multiplier):
-        return bucket.grads
-    return [run.flat for run in bucket.runs if run.segment == segment]
-
-
-def _multiply(grads: Tensors, multiplier: float, dtype: torch.dtype) -> None:
-    if multiplier == 1.0:
-        return
-    grads = in_pieces(grads)
-    while dtype is not torch.float64 and 0.0 < multiplier < SMALLEST_FACTOR:
-        torch._foreach_mul_(grads, torch.tensor(SMALLEST_FACTOR, device=CPU))
-        multiplier /= SMALLEST_FACTOR
-    if len(grads) == 1:
-        grads[0].mul_(multiplier)  # rounds it to what a tensor would hold
-        return
-    # A tensor, because _foreach_mul_ by a Python float costs six times as much on a CPU.
-    factor = torch.tensor(multiplier, dtype=factor_dtype(dtype), device=CPU)
-    try:
-        torch._foreach_mul_(grads, factor)
-    except RuntimeError:  # before any is changed: a list that is written to may hold no such view
-        if not any(map(Tensor.is_neg, grads)):
-            raise
-        for grad in grads:
-            grad.mul_(factor)
 
 
 def pack(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastguard.gradients.tensor_kinds import lasting, watched
-from fastguard.stages.spike_rules import GRAD_NORM, Rule, SpikeRule, Threshold
+from fastguard.stages.spike_rules import GRAD_NORM, Rule
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +47,10 @@ def _made_table(
         return torch.tensor(values, dtype=dtype, device=device)
 
     return RuleTable(
-        sigma=column([r.sigma if isinstance(r, SpikeRule) else 0.0 for r in rules]),
-        warmup=column([r.warmup if isinstance(r, SpikeRule) else 0 for r in rules]),
-        window=column([r.window if isinstance(r, SpikeRule) else 0 for r in rules], torch.int64),
-        fixed=column([r.max if isinstance(r, Threshold) else math.inf for r in rules]),
+        sigma=column([r.sigma for r in rules]),
+        warmup=column([r.warmup for r in rules]),
+        window=column([r.window for r in rules], torch.int64),
+        fixed=column([r.fixed for r in rules]),
         skips=column([r.action == "skip" for r in rules], torch.bool),
         clips=column([r.action == "clip" for r in rules], torch.bool),
         on_gradient=column([s == GRAD_NORM for s in signals], torch.bool),

@@ -16,7 +16,7 @@ import logging
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fastguard.errors.checked_numbers import count_of, is_integer, number_of, shown
 
@@ -51,6 +51,9 @@ class SpikeRule:
     warmup: int = 64
     action: Action = "skip"
 
+    fixed: ClassVar[float] = math.inf
+    """The limit that does not depend on a baseline: none."""
+
     def __post_init__(self) -> None:
         count_of("SpikeRule window", self.window, 2, LARGEST_WINDOW)
         if not (is_integer(self.warmup) and 2 <= self.warmup <= self.window):
@@ -81,6 +84,15 @@ class Threshold:
     max: float
     action: Action = "skip"
 
+    window: ClassVar[int] = 0  # no baseline
+    sigma: ClassVar[float] = 0.0
+    warmup: ClassVar[int] = 0
+
+    @property
+    def fixed(self) -> float:
+        """The limit that does not depend on a baseline."""
+        return self.max
+
     def __post_init__(self) -> None:
         limit = number_of("Threshold max", self.max, "use a number > 0")
         if not limit > 0:  # NaN is not > 0
@@ -90,6 +102,7 @@ class Threshold:
 
 
 Rule = SpikeRule | Threshold
+"""Each has `window`, `sigma`, `warmup`, `fixed` and `action`; a window of 0 keeps no baseline."""
 
 
 def _check_action(action: object, where: str) -> None:

@@ -12,18 +12,20 @@ import torch
 from torch import Tensor
 
 from fastguard.gradients.buckets import GradBucket
-from fastguard.stages.measure import holds_norms
-from fastguard.stages.reference import joined, unscaled
+from fastguard.stages.formulas import holds_norms, unscaled
+from fastguard.stages.reference import decide as decide
+from fastguard.stages.reference import joined
+from fastguard.stages.reference import pack as pack
 
 
-def measure(
+def measure_bucket(
     bucket: GradBucket,
     n_segments: int,
     n_tensors: int,
     norm_type: float,
     inv_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Power sums and counts of one bucket: see `fastguard.stages.reference.measure`."""
+    """Power sums and counts of one bucket: see `fastguard.stages.reference.measure_bucket`."""
     ops = torch.ops.fastguard
     if n_segments == 1:
         summary, counts = ops.measure(bucket.grads, norm_type)

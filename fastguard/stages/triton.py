@@ -10,7 +10,6 @@ Nothing here waits for the device.
 
 from __future__ import annotations
 
-import math
 import threading
 from functools import partial
 
@@ -27,10 +26,9 @@ from fastguard.kernels.measure import measure_chunks
 from fastguard.kernels.record import record_step
 from fastguard.kernels.tuning import n_programs
 from fastguard.kernels.upload import Upload, upload
-from fastguard.stages.decide import GuardState, Policy, Verdict
-from fastguard.stages.measure import GradStats, holds_norms
-from fastguard.stages.reduce import Signals
-from fastguard.stages.spike_rules import GRAD_NORM, Rule, SpikeRule, Threshold
+from fastguard.stages.contract import GradStats, GuardState, Policy, Signals, Verdict
+from fastguard.stages.formulas import holds_norms
+from fastguard.stages.spike_rules import GRAD_NORM, Rule
 
 RULE_TABLES = 64
 
@@ -49,14 +47,14 @@ def diagnostics() -> dict[str, int]:
     return dict(_diagnostics)
 
 
-def measure(
+def measure_bucket(
     bucket: GradBucket,
     n_segments: int,
     n_tensors: int,
     norm_type: float,
     inv_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Power sums and counts of one bucket: see `fastguard.stages.reference.measure`."""
+    """Power sums and counts of one bucket: see `fastguard.stages.reference.measure_bucket`."""
     table = table_of(bucket, n_segments, n_programs(bucket.device))
     _copy_in(table, bucket)
     rooted = holds_norms(bucket.dtype, norm_type)
@@ -120,10 +118,10 @@ def _rule_rows(
 ) -> np.ndarray:
     rows = [
         [
-            rule.sigma if isinstance(rule, SpikeRule) else 0.0,
-            rule.warmup if isinstance(rule, SpikeRule) else 0,
-            rule.window if isinstance(rule, SpikeRule) else 0,
-            rule.max if isinstance(rule, Threshold) else math.inf,
+            rule.sigma,
+            rule.warmup,
+            rule.window,
+            rule.fixed,
             rule.action == "skip",
             rule.action == "clip",
             _signal_index(signal, loss_names),

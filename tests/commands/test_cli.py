@@ -127,7 +127,7 @@ def test_env_needs_torch_and_numpy_only(tmp_path):
     optional = ["rich", "matplotlib", "triton", "tensorboard", "yaml", "transformers", "lightning"]
     done = without(optional, ["env"], tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "served by torch" in done.stdout
+    assert "backend: torch" in done.stdout
 
 
 def test_wrong_use_is_one_printable_line_whatever_the_file_is_called(tmp_path, capsys):

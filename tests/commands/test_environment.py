@@ -32,7 +32,7 @@ def test_as_json(capsys):
     assert found["machine"]["threads"] == torch.get_num_threads()
     cpu = found["devices"][0]
     assert (cpu["device"], cpu["backend"]) == ("cpu", "torch")
-    assert "cuda" in cpu["not_triton"]
+    assert (cpu["stages"], cpu["not_triton"]) == ("cpu", "Triton kernels need a CUDA device")
 
 
 def test_verbose_tells_what_was_copied(capsys, monkeypatch):
@@ -56,19 +56,26 @@ def test_what_is_not_installed_is_listed_as_missing(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "problem, backend_name", [(None, "triton"), ("triton is not installed", "torch")]
+    "problem, backend_name, stages",
+    [(None, "triton", "triton"), ("triton is not installed", "torch", "reference")],
 )
-def test_a_gpu_says_who_serves_it_and_why(problem, backend_name, monkeypatch):
+def test_a_gpu_says_who_serves_it_and_why(problem, backend_name, stages, monkeypatch):
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(environment, "_devices", lambda: [gpu])
     monkeypatch.setattr(environment, "_device_name", lambda device: "a GPU")
     monkeypatch.setattr(environment, "why_not_triton", lambda device: problem)
     found = environment.environment()
     assert found["devices"] == [
-        {"device": "cuda:0", "name": "a GPU", "backend": backend_name, "not_triton": problem}
+        {
+            "device": "cuda:0",
+            "name": "a GPU",
+            "backend": backend_name,
+            "stages": stages,
+            "not_triton": problem,
+        }
     ]
     text = environment.as_text(found)
-    assert f"served by {backend_name}" in text
+    assert f"backend: {backend_name}" in text
     assert (problem is None) or problem in text
 
 
@@ -76,4 +83,4 @@ def test_why_not_triton_tells_an_import_that_fails(monkeypatch):
     monkeypatch.setattr(backend, "triton_problem", lambda device: None)
     monkeypatch.setitem(sys.modules, "fastguard.stages.triton", None)
     assert "its import failed" in backend.why_not_triton(torch.device("cuda", 0))
-    assert "cuda" in backend.why_not_triton(torch.device("cpu"))
+    assert "CUDA" in backend.why_not_triton(torch.device("cpu"))

@@ -8,9 +8,7 @@ import torch
 import fastguard
 from fastguard.gradients.buckets import bucketize
 from fastguard.stages import reference
-from fastguard.stages.decide import Policy
-from fastguard.stages.measure import GradStats
-from fastguard.stages.reduce import Signals
+from fastguard.stages.contract import GradStats, Policy, Signals
 from guardtest.graphs import captured
 from guardtest.roundings import BAD_PATTERNS, sum_whole_vectors
 from guardtest.tolerances import KEPT_RTOL, MEASURED_RTOL, NORM_RTOL
@@ -36,8 +34,8 @@ def parameters_with(grads):
 def check_measure(stages, grads, norm_type=2.0, segments=None, n_segments=1):
     bucket = bucketize(grads, segments=segments, n_segments=n_segments).buckets[0]
     arguments = (bucket, n_segments, len(grads), norm_type, None)
-    summary, counts = stages.measure(*arguments)
-    want, want_counts = reference.plain_measure(*arguments)
+    summary, counts = stages.measure_bucket(*arguments)
+    want, want_counts = reference.measure_bucket(*arguments)
     assert torch.equal(counts, want_counts) and torch.equal(summary[1:], want[1:])
     exact = norm_type != 2.0 or bucket.dtype is torch.float64
     rtol = 1e-12 if exact else 2 * MEASURED_RTOL
@@ -148,7 +146,7 @@ def test_nothing_waits(stages, no_sync):
         for _ in range(3):
             grads = [g.clone() for g in grads]  # other addresses: a table is built and uploaded
             bucket = bucketize(grads).buckets[0]
-            summary, counts = stages.measure(bucket, 1, len(grads), 2.0)
+            summary, counts = stages.measure_bucket(bucket, 1, len(grads), 2.0)
             stats, signals = GradStats(summary, counts, 2.0), Signals.none(summary.device)
             verdict = stages.decide(stats, signals, None, Policy(limit, "zero"))
             stages.apply(bucket, verdict.multiplier, verdict.clean)
@@ -163,7 +161,7 @@ def test_a_graph_sees_new_gradients_at_the_same_addresses(stages):
     clean = torch.zeros((), device="cuda")
 
     def work():
-        measured = stages.measure(bucket, 1, len(grads), 2.0)
+        measured = stages.measure_bucket(bucket, 1, len(grads), 2.0)
         stages.apply(bucket, half, clean)
         return measured
 
@@ -172,7 +170,7 @@ def test_a_graph_sees_new_gradients_at_the_same_addresses(stages):
         for g in grads:
             g.fill_(1.0)
         grads[-1].fill_(value)
-        want, want_counts = reference.plain_measure(bucket, 1, len(grads), 2.0)
+        want, want_counts = reference.measure_bucket(bucket, 1, len(grads), 2.0)
         graph.replay()
         assert torch.equal(counts, want_counts)
         torch.testing.assert_close(summary, want, rtol=2 * MEASURED_RTOL, atol=0)
@@ -185,7 +183,7 @@ def test_gradients_that_are_born_inside_a_graph(stages):
 
     def step():
         (grad,) = torch.autograd.grad((weight * weight).sum(), weight)
-        return stages.measure(bucketize([grad]).buckets[0], 1, 1, 2.0)[0], grad
+        return stages.measure_bucket(bucketize([grad]).buckets[0], 1, 1, 2.0)[0], grad
 
     graph, (summary, grad) = captured(step)
     for _ in range(2):
@@ -205,7 +203,7 @@ def test_a_flat_bucket_in_a_graph_before_anything_else_and_on_other_streams(stag
     torch.cuda.synchronize()
 
     def power_sum():
-        return stages.measure(bucket, 1, 2, 2.0)[0][0]
+        return stages.measure_bucket(bucket, 1, 2, 2.0)[0][0]
 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -223,25 +221,25 @@ def test_a_flat_bucket_in_a_graph_before_anything_else_and_on_other_streams(stag
 def test_streams_share_tables_and_results_agree(stages):
     grads = gradients(torch.float32)
     bucket = bucketize(grads).buckets[0]
-    want = stages.measure(bucket, 1, len(grads), 2.0)[0]
+    want = stages.measure_bucket(bucket, 1, len(grads), 2.0)[0]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in range(4)]
     results = []
     for _ in range(20):
         for stream in streams:
             with torch.cuda.stream(stream):
-                results.append(stages.measure(bucket, 1, len(grads), 2.0)[0])
+                results.append(stages.measure_bucket(bucket, 1, len(grads), 2.0)[0])
     torch.cuda.synchronize()
     assert all(torch.equal(r, want) for r in results)
 
 
 def test_determinism_over_100_runs(stages):
     grads = [torch.randn(5_000_000, device="cuda"), torch.randn(777, device="cuda")]
-    first = stages.measure(bucketize(grads).buckets[0], 1, 2, 2.0)[0]
+    first = stages.measure_bucket(bucketize(grads).buckets[0], 1, 2, 2.0)[0]
     for run in range(100):
         if run % 10 == 5:
             grads = [g.clone() for g in grads]  # elsewhere in memory
-        again = stages.measure(bucketize(grads).buckets[0], 1, 2, 2.0)[0]
+        again = stages.measure_bucket(bucketize(grads).buckets[0], 1, 2, 2.0)[0]
         assert torch.equal(first, again)
 
 
@@ -288,12 +286,12 @@ def test_the_host_is_done_long_before_torch_is(stages):
     """The number itself belongs to benchmarks/gpu.py; here only that no launch is synchronous."""
     grads = [torch.randn(1000, device="cuda") for _ in range(2000)]
     bucket = bucketize(grads).buckets[0]
-    stages.measure(bucket, 1, len(grads), 2.0)
+    stages.measure_bucket(bucket, 1, len(grads), 2.0)
     torch.cuda.synchronize()
     torch.cuda._sleep(200_000_000)  # about a tenth of a second of device time
     event = torch.cuda.Event()
     event.record()
-    stages.measure(bucket, 1, len(grads), 2.0)
+    stages.measure_bucket(bucket, 1, len(grads), 2.0)
     assert not event.query()
     torch.cuda.synchronize()
 
@@ -306,6 +304,6 @@ def test_sums_of_whole_vectors_keep_what_they_round_off(stages, dtype, monkeypat
     randoms = (torch.randn(1_000_000, device="cuda") * 1.5).exp().to(dtype)
     for x in (pattern, pattern.repeat(100_000), randoms):
         bucket = bucketize([x]).buckets[0]
-        power_sum = stages.measure(bucket, 1, 1, 2.0)[0][0, 0]
+        power_sum = stages.measure_bucket(bucket, 1, 1, 2.0)[0][0, 0]
         true = x.double().square().sum()
         torch.testing.assert_close(power_sum, true, rtol=2 * KEPT_RTOL, atol=0)

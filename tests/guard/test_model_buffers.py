@@ -21,7 +21,7 @@ from fastguard import (
     TrainingDivergedError,
     protect_buffers,
 )
-from fastguard.stages.decide import HostVerdict, Reason, Verdict
+from fastguard.stages.contract import HostVerdict, Reason, Verdict
 
 
 @pytest.fixture(params=["host", "device"])

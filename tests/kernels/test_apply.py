@@ -136,7 +136,7 @@ def test_flat_buckets_keep_the_zeros_between(multiplier, clean):
     for part in (want[:10], want[16 : CHUNK + 90]):
         cleaned = torch.where(part.isfinite(), part, 0.0) if clean else part
         part.copy_(cleaned * multiplier if multiplier != 1.0 else cleaned)
-    _, counts = triton_stages.measure(bucket, 1, 2, 2.0)
+    _, counts = triton_stages.measure_bucket(bucket, 1, 2, 2.0)
     assert counts.tolist() == [[0, 0], [1, 1], [0, 0]]
     triton_stages.apply(bucket, torch.tensor([multiplier]).double(), torch.tensor(float(clean)))
     torch.testing.assert_close(flat, want, rtol=0, atol=0, equal_nan=True)

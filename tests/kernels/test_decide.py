@@ -10,9 +10,7 @@ import torch
 
 from fastguard.stages import reference
 from fastguard.stages import triton as triton_stages
-from fastguard.stages.decide import GuardState, Policy, Reason
-from fastguard.stages.measure import GradStats
-from fastguard.stages.reduce import Signals
+from fastguard.stages.contract import GradStats, GuardState, Policy, Reason, Signals
 from fastguard.stages.spike_rules import SpikeRule, Threshold
 from guardtest.stories import assert_taken_back
 

@@ -1,4 +1,4 @@
-"""measure in the interpreter against the definition in float64, `reference.plain_measure`."""
+"""measure in the interpreter against the definition in float64, `reference.measure_bucket`."""
 
 import itertools
 import math
@@ -27,8 +27,8 @@ def check(grads, norm_type=2.0, segments=None, n_segments=1, inv_scale=None):
     """Counts must be equal, and norms as close as the promise says."""
     bucket = bucket_of(grads, segments, n_segments)
     arguments = (bucket, n_segments, len(grads), norm_type, inv_scale)
-    summary, counts = triton_stages.measure(*arguments)
-    expected, expected_counts = reference.plain_measure(*arguments)
+    summary, counts = triton_stages.measure_bucket(*arguments)
+    expected, expected_counts = reference.measure_bucket(*arguments)
     assert summary.dtype == torch.float64 and summary.shape == expected.shape
     torch.testing.assert_close(counts, expected_counts, rtol=0, atol=0)
     torch.testing.assert_close(summary[1:], expected[1:], rtol=0, atol=0)
@@ -98,8 +98,8 @@ def test_everything_is_nan():
 
 def norm_error(grads):
     bucket = bucket_of(grads)
-    measured = triton_stages.measure(bucket, 1, len(grads), 2.0)[0][0].sqrt()
-    true = reference.plain_measure(bucket, 1, len(grads), 2.0)[0][0].sqrt()
+    measured = triton_stages.measure_bucket(bucket, 1, len(grads), 2.0)[0][0].sqrt()
+    true = reference.measure_bucket(bucket, 1, len(grads), 2.0)[0][0].sqrt()
     return (measured / true - 1).abs().item()
 
 
@@ -164,7 +164,7 @@ def test_a_chunk_of_zeros_is_not_read_twice(monkeypatch):
 def test_a_large_finite_gradient_is_not_called_infinite():
     for dtype, value in ((torch.float32, 3e38), (torch.bfloat16, 3e38), (torch.float64, 1e200)):
         x = torch.full((100,), value, dtype=dtype)
-        summary, counts = triton_stages.measure(bucket_of([x]), 1, 1, 2.0)
+        summary, counts = triton_stages.measure_bucket(bucket_of([x]), 1, 1, 2.0)
         assert counts.sum() == 0 and summary[1:].sum() == 0
         assert summary[0].isfinite()
 
@@ -200,9 +200,9 @@ def test_a_segment_for_each_tensor():
 def test_determinism():
     """Two runs, bitwise the same; and whatever the order in which chunks were cached."""
     grads = [torch.randn(3 * CHUNK + 1), torch.randn(77)]
-    first = triton_stages.measure(bucket_of(grads), 1, 2, 2.0)[0]
+    first = triton_stages.measure_bucket(bucket_of(grads), 1, 2, 2.0)[0]
     for _ in range(3):
-        again = triton_stages.measure(bucket_of([g.clone() for g in grads]), 1, 2, 2.0)[0]
+        again = triton_stages.measure_bucket(bucket_of([g.clone() for g in grads]), 1, 2, 2.0)[0]
         assert torch.equal(first, again)
 
 

@@ -8,9 +8,7 @@ import torch
 from fastguard.records.device_row import Outcome, unpack
 from fastguard.stages import reference
 from fastguard.stages import triton as triton_stages
-from fastguard.stages.decide import GuardState, Policy
-from fastguard.stages.measure import GradStats
-from fastguard.stages.reduce import Signals
+from fastguard.stages.contract import GradStats, GuardState, Policy, Signals
 from fastguard.stages.spike_rules import SpikeRule, Threshold
 
 CPU = torch.device("cpu")

@@ -14,10 +14,9 @@ from fastguard.ranks.loss_names import OTHERS, OWN, PLACES, LossNames
 from fastguard.records.device_row import Outcome
 from fastguard.records.recorder import Recorder, record_now
 from fastguard.stages import reference
+from fastguard.stages.contract import GradStats, GuardState, Policy, Signals
 from fastguard.stages.cpu import decide
-from fastguard.stages.decide import GuardState, Policy
-from fastguard.stages.measure import GradStats
-from fastguard.stages.reduce import Signals, _read_on_host, _with_losses
+from fastguard.stages.reduce import _read_on_host, _with_losses
 
 CPU = torch.device("cpu")
 RULES = {"ce": SpikeRule(window=4, warmup=2, sigma=3.0), "aux": Threshold(max=5.0)}

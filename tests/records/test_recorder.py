@@ -11,9 +11,8 @@ import torch
 from fastguard import GuardedOptimizer, SpikeRule, StepRecord, Threshold
 from fastguard.records.device_row import ROWS, Outcome
 from fastguard.records.recorder import KEPT, Recorder, record_now
-from fastguard.stages.decide import GuardState, Policy, Reason, decide
-from fastguard.stages.measure import GradStats
-from fastguard.stages.reduce import Signals
+from fastguard.stages.contract import GradStats, GuardState, Policy, Reason, Signals
+from fastguard.stages.decide import decide
 from guardtest.recorded import SlowArrival, guard
 
 NAN, INF = math.nan, math.inf

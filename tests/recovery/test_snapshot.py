@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fastguard.gradients.buckets import GradBuckets
 from fastguard.recovery.snapshot import LOOKED, Snapshot
-from fastguard.stages.measure import GradStats, measure
+from fastguard.stages.contract import GradStats
+from fastguard.stages.measure import measure
 
 NAN, INF = math.nan, math.inf
 

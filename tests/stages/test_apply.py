@@ -9,9 +9,9 @@ from torch import Tensor
 from fastguard.gradients.buckets import GradBucket, GradBuckets, Run, bucketize
 from fastguard.stages import reference
 from fastguard.stages.apply import apply, scale
-from fastguard.stages.decide import Policy, decide
+from fastguard.stages.contract import Policy, Signals
+from fastguard.stages.decide import decide
 from fastguard.stages.measure import measure
-from fastguard.stages.reduce import Signals
 from guardtest.grads import DTYPES, assert_bitwise_equal
 
 NAN, INF = math.nan, math.inf

@@ -9,6 +9,7 @@ import torch
 
 import fastguard
 from fastguard.stages import backend, reference
+from fastguard.stages.cpu import stages as cpu
 
 CUDA = torch.device("cuda", 0)
 
@@ -25,8 +26,11 @@ def forget(monkeypatch):
 class Kernels:
     """In place of every module of the kernels."""
 
-    def __init__(self, error=None):
+    def __init__(self, monkeypatch, error=None):
         self.error, self.tried = error, []
+        monkeypatch.setattr(backend, "triton_problem", lambda device: None)
+        monkeypatch.setattr(backend, "_kernel_stages", lambda: self)
+        monkeypatch.setattr(backend, "_try_launching", self.try_launching)
 
     def try_launching(self, device):
         self.tried.append(device)
@@ -36,7 +40,7 @@ class Kernels:
 
 def test_a_cpu_is_served_by_pytorch():
     assert fastguard.backend_for(torch.zeros(1)) == "torch"
-    assert backend.stages(torch.device("cpu")) is reference
+    assert backend.stages(torch.device("cpu")) is cpu
 
 
 def test_devices_without_kernels_are_served_by_pytorch_without_a_word(recwarn):
@@ -46,9 +50,7 @@ def test_devices_without_kernels_are_served_by_pytorch_without_a_word(recwarn):
 
 
 def test_a_gpu_is_served_by_triton(monkeypatch):
-    kernels = Kernels()
-    monkeypatch.setattr(backend, "triton_problem", lambda device: None)
-    monkeypatch.setattr(importlib, "import_module", lambda name: kernels)
+    kernels = Kernels(monkeypatch)
     for _ in range(2):
         assert backend.stages(CUDA) is kernels
         assert backend.backend_of(CUDA) == "triton"
@@ -58,12 +60,8 @@ def test_a_gpu_is_served_by_triton(monkeypatch):
 @pytest.mark.filterwarnings("always")
 def test_a_triton_that_cannot_launch_gives_one_warning_and_pytorch(monkeypatch):
     """No C compiler, a driver that does not fit: an import tells neither."""
-    kernels = Kernels(RuntimeError("Failed to find C compiler.\nPlease specify via CC"))
-    found = importlib.import_module
-    monkeypatch.setattr(backend, "triton_problem", lambda device: None)
-    monkeypatch.setattr(
-        importlib, "import_module", lambda name: kernels if "kernels" in name else found(name)
-    )
+    error = RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+    kernels = Kernels(monkeypatch, error)
     reason = "RuntimeError: Failed to find C compiler. Please specify via CC"
     with pytest.warns(RuntimeWarning, match=f"could not be launched: {reason}.*gcc") as caught:
         for _ in range(3):
@@ -74,9 +72,8 @@ def test_a_triton_that_cannot_launch_gives_one_warning_and_pytorch(monkeypatch):
 
 
 def test_nothing_is_tried_while_a_graph_is_captured(monkeypatch):
-    kernels = Kernels(RuntimeError("operation not permitted when stream is capturing"))
-    monkeypatch.setattr(backend, "triton_problem", lambda device: None)
-    monkeypatch.setattr(importlib, "import_module", lambda name: kernels)
+    error = RuntimeError("operation not permitted when stream is capturing")
+    kernels = Kernels(monkeypatch, error)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert backend.stages(CUDA) is kernels and not kernels.tried
 
@@ -94,13 +91,35 @@ def test_a_gpu_that_triton_cannot_serve_gets_one_warning_with_reason_and_remedy(
 
 
 def test_a_broken_triton_is_a_reason_and_not_a_crash(monkeypatch):
-    def broken(name):
+    def broken():
         raise OSError("libcuda.so: cannot open shared object file")
 
     monkeypatch.setattr(backend, "triton_problem", lambda device: None)
-    monkeypatch.setattr(importlib, "import_module", broken)
+    monkeypatch.setattr(backend, "_kernel_stages", broken)
     with pytest.warns(RuntimeWarning, match=r"import failed: OSError\('libcuda"):
         assert backend.stages(CUDA) is reference
+
+
+def test_the_environment_can_turn_the_kernels_off(monkeypatch, recwarn):
+    kernels = Kernels(monkeypatch)
+    monkeypatch.setenv("FASTGUARD_BACKEND", "torch")
+    assert backend.stages(CUDA) is reference
+    assert backend.backend_of(CUDA) == "torch"
+    assert backend.why_not_triton(CUDA) == "FASTGUARD_BACKEND=torch"
+    assert not kernels.tried and not recwarn.list
+
+
+@pytest.mark.parametrize("value", ["", "triton", "Triton "])
+def test_the_environment_can_ask_for_the_kernels(monkeypatch, value):
+    kernels = Kernels(monkeypatch)
+    monkeypatch.setenv("FASTGUARD_BACKEND", value)
+    assert backend.stages(CUDA) is kernels
+
+
+def test_the_environment_names_a_backend_that_does_not_exist(monkeypatch):
+    monkeypatch.setenv("FASTGUARD_BACKEND", "numpy")
+    with pytest.raises(ValueError, match=r"FASTGUARD_BACKEND='numpy' names no backend; use torch"):
+        backend.stages(CUDA)
 
 
 @pytest.mark.parametrize(

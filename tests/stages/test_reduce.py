@@ -2,7 +2,8 @@
 
 import torch
 
-from fastguard.stages.reduce import Signals, reduce
+from fastguard.stages.contract import Signals
+from fastguard.stages.reduce import reduce
 from guardtest.stories import stats_of
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from statistics import median
 
 from fastguard.commands.scan.columns import is_grad_norm, is_loss
 from fastguard.commands.scan.reading import Place
-from fastguard.stages.decide import TINY
+from fastguard.stages.formulas import TINY
 from fastguard.stages.spike_rules import SpikeRule
 
 RULE = SpikeRule(window=32, sigma=6.0, warmup=8)

@@ -12,9 +12,9 @@ from torch import Tensor
 from fastguard.diagnosis.batch_check import read_batch
 from fastguard.diagnosis.evidence import Evidence
 from fastguard.diagnosis.finding import Finding, percent
-from fastguard.diagnosis.provenance.report import TensorRange
 from fastguard.diagnosis.replay.calls import floats
 from fastguard.diagnosis.replay.subject import tensors
+from fastguard.diagnosis.replay.tensor_range import TensorRange
 from fastguard.diagnosis.watch_functions import Indices, indices_of
 from fastguard.errors import describe_culprits
 

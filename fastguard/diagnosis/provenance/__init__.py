@@ -15,7 +15,6 @@ from torch import nn
 
 from fastguard.diagnosis.activations import unguarded
 from fastguard.diagnosis.provenance.report import NonFiniteReport as NonFiniteReport
-from fastguard.diagnosis.provenance.report import TensorRange as TensorRange
 from fastguard.diagnosis.provenance.search import Search
 from fastguard.diagnosis.replay.arguments import (
     Autocast,
@@ -27,6 +26,7 @@ from fastguard.diagnosis.replay.arguments import (
     context_of,
 )
 from fastguard.diagnosis.replay.replay import Step, Untouched, step_of
+from fastguard.diagnosis.replay.tensor_range import TensorRange as TensorRange
 
 
 def explain_nonfinite(

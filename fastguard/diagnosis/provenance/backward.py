@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastguard.diagnosis.provenance.report import TensorRange
 from fastguard.diagnosis.replay.calls import all_finite, floats
+from fastguard.diagnosis.replay.tensor_range import TensorRange
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,8 +30,9 @@ from torch.nn.modules.module import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastguard.diagnosis.provenance.circumstances import Told, told_by
-from fastguard.diagnosis.provenance.report import Origin, TensorRange, as_real
+from fastguard.diagnosis.provenance.report import Origin
 from fastguard.diagnosis.replay.calls import LOW, Call, all_finite, floats, is_view, storage_of
+from fastguard.diagnosis.replay.tensor_range import TensorRange, as_real
 
 _NOT_USER = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))
 _UNINITIALISED = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastguard.diagnosis.provenance.report import TensorRange
+from fastguard.diagnosis.replay.tensor_range import TensorRange
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastguard.diagnosis.provenance.report import as_real
+from fastguard.diagnosis.replay.tensor_range import as_real
 
 LOW = (torch.float16, torch.bfloat16)
 _OVERWRITES = ("copy_", "fill_", "zero_", "normal_", "uniform_", "bernoulli_", "random_")

@@ -13,8 +13,7 @@ from fastguard.gradients.tensor_kinds import has_numbers
 from fastguard.gradients.transfer import numbers_on
 from fastguard.guard import lifetime
 from fastguard.guard.lifetime import NOTHING, Lifetime
-from fastguard.stages.decide import N_COUNTERS, GuardState, Policy
-from fastguard.stages.spike_rules import SpikeRule
+from fastguard.stages.contract import N_COUNTERS, GuardState, Policy
 
 VERSION = 1
 _OF_RULES = ("signals", "windows_of", "windows", "rings")
@@ -144,4 +143,4 @@ def _listed(value: object) -> object:
 
 
 def _windows(policy: Policy) -> list[int]:
-    return [r.window if isinstance(r, SpikeRule) else 0 for r in policy.rules]
+    return [rule.window for rule in policy.rules]

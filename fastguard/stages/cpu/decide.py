@@ -15,21 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastguard.stages.decide import (
-    EPS,
-    TINY,
+from fastguard.stages.contract import (
+    GradStats,
     GuardState,
     HostVerdict,
     Known,
     NonFinite,
     Policy,
     Reason,
-    clip_coefficients,
-    propagated_norms,
+    Signals,
 )
-from fastguard.stages.measure import GradStats
-from fastguard.stages.reduce import Signals
-from fastguard.stages.spike_rules import GRAD_NORM, SpikeRule
+from fastguard.stages.formulas import EPS, TINY, clip_coefficients, propagated_norms
+from fastguard.stages.spike_rules import GRAD_NORM
 
 
 def _float64(x: float | list[float]) -> Tensor:
@@ -176,8 +173,8 @@ def _thresholds(state: GuardState, policy: Policy) -> list[float]:
     thresholds = []
     filled = state.rings[:, 0].tolist()
     for k, rule in enumerate(policy.rules):
-        if not isinstance(rule, SpikeRule):
-            thresholds.append(float(rule.max))
+        if not rule.window:
+            thresholds.append(rule.fixed)
             continue
         n = filled[k]
         if n < rule.warmup:
@@ -197,7 +194,7 @@ def _spikes(
     spikes = []
     for k, rule in enumerate(policy.rules):
         exceeds = not fault and values[k] > thresholds[k]  # NaN exceeds nothing
-        lasting = isinstance(rule, SpikeRule) and in_a_row[k] >= rule.window
+        lasting = rule.window > 0 and in_a_row[k] >= rule.window
         spikes.append(exceeds and not lasting)
     return spikes
 
@@ -226,7 +223,7 @@ def _update_rings(
             state.undo.append(partial(rings.__setitem__, k, rings[k].copy()))
         rings[k, 2] = rings[k, 2] + 1 if values[k] > thresholds[k] else 0
         enters = moved and (spikes[k] or not skip)
-        if enters and isinstance(rule, SpikeRule):
+        if enters and rule.window:
             at = rings[k, 1]
             if state.undo is not None:
                 state.undo.append(partial(windows.__setitem__, (k, at), windows[k, at]))

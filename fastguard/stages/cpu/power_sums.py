@@ -8,7 +8,7 @@ counts NaN, +Inf and -Inf and sums the rest. What float32 cannot hold is noticed
 in float64: a row that overflows makes the sum infinite, and a sum under
 `n_elements * 2**-126 * 1e9` may have lost squares to underflow. What float64 cannot hold is noticed
 in the same way, and done again with elements divided by the largest: there the result is the norm,
-see `fastguard.stages.measure.holds_norms`.
+see `fastguard.stages.formulas.holds_norms`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastguard.gradients.buckets import GradBucket
 from fastguard.gradients.cpu_threads import GRAIN, few, in_pieces, sum_of_squares
 from fastguard.stages.cpu import l2_sums
 from fastguard.stages.cpu.vectors import gathered
-from fastguard.stages.measure import holds_norms
+from fastguard.stages.formulas import holds_norms
 
 PIECE = 2**18  # elements that become float64 at a time: 2 MB
 SMALL = 2**12  # elements up to which a segment of one tensor is summed together with others
@@ -35,7 +35,6 @@ FEW = 8  # of them; fewer are summed one by one
 TINY_SQUARE = 2.0**-126  # smallest normal float32: smaller squares may be flushed to zero
 TINY_POWER = 2.0**-960  # of float64: powers that are flushed to zero are less than 2**-62 of this
 
-PARTS = "parts"  # the note of a bucket whose runs outlive the step: their addresses, and `Part`s
 
 Counts = tuple[int, int, int]
 T = TypeVar("T")
@@ -105,10 +104,10 @@ def _parts(bucket: GradBucket) -> list[Part]:
     if bucket.runs is None:
         return list(_by_segment(bucket))
     places = [run.flat.data_ptr() for run in bucket.runs]
-    kept_places, parts = bucket.notes.get(PARTS, (None, []))
+    kept_places, parts = bucket.memo.parts or (None, [])
     if kept_places != places:
         parts = list(_by_segment(bucket))
-        bucket.notes[PARTS] = places, parts
+        bucket.memo.parts = places, parts
     return parts
 
 

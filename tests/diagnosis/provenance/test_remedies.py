@@ -13,7 +13,7 @@ from fastguard.diagnosis.provenance.remedies import (
     kind_of,
     remedy_at,
 )
-from fastguard.diagnosis.provenance.report import TensorRange
+from fastguard.diagnosis.replay.tensor_range import TensorRange
 
 
 @pytest.mark.parametrize(

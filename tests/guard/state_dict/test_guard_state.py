@@ -8,7 +8,7 @@ import torch
 
 from fastguard import SpikeRule, Threshold
 from fastguard.guard.state_dict.guard_state import load, save
-from fastguard.stages.decide import GuardState, Policy
+from fastguard.stages.contract import GuardState, Policy
 
 CPU = torch.device("cpu")
 NAN = float("nan")

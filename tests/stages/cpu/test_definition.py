@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from fastguard.gradients.buckets import bucketize
 from fastguard.stages import reference
+from fastguard.stages.cpu.measure import measure_bucket as measure_on_cpu
 from guardtest.cpu_norms import NONFINITE, edges, scaled_down
 from guardtest.grads import DTYPES
 from guardtest.tolerances import MEASURED_RTOL
@@ -38,9 +39,9 @@ def gradients(draw):
 def test_agrees_with_the_definition(monkeypatch, case, norm_type):
     tensors, segments, n_segments = case
     (bucket,) = bucketize(tensors, segments=segments, n_segments=n_segments).buckets
-    plain, plain_counts = reference.plain_measure(bucket, n_segments, len(tensors), norm_type)
+    plain, plain_counts = reference.measure_bucket(bucket, n_segments, len(tensors), norm_type)
     with scaled_down(monkeypatch):
-        summary, counts = reference.measure(bucket, n_segments, len(tensors), norm_type)
+        summary, counts = measure_on_cpu(bucket, n_segments, len(tensors), norm_type)
     assert torch.equal(counts, plain_counts)
     assert torch.equal(summary[1:], plain[1:])
     torch.testing.assert_close(summary[0], plain[0], rtol=2 * MEASURED_RTOL, atol=0)

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from fastguard import SpikeRule
-from fastguard.stages.decide import Policy, clip_coefficients, decide
-from fastguard.stages.reduce import Signals
+from fastguard.stages.contract import Policy, Signals
+from fastguard.stages.decide import decide
+from fastguard.stages.formulas import clip_coefficients
 from guardtest.stories import float64, outcome, reason, stats_of
 
 NAN, INF = math.nan, math.inf

@@ -6,10 +6,8 @@ import pytest
 import torch
 
 from fastguard import SpikeRule, Threshold
+from fastguard.stages.contract import GradStats, HostVerdict, Policy, Signals
 from fastguard.stages.cpu import decide as cpu_decide
-from fastguard.stages.decide import HostVerdict, Policy
-from fastguard.stages.measure import GradStats
-from fastguard.stages.reduce import Signals
 from guardtest.stories import Story
 
 NAN, INF = math.nan, math.inf

@@ -8,7 +8,7 @@ import torch
 
 from fastguard import GuardedOptimizer, SpikeRule, Threshold
 from fastguard.guard import read_first
-from fastguard.stages.reduce import Signals
+from fastguard.stages.contract import Signals
 from guardtest.stories import float64
 
 NOTHING = Signals(float64([]))

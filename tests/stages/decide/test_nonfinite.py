@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from fastguard import NonFiniteGradError
-from fastguard.stages.decide import propagated_norms, raise_if_nonfinite
-from fastguard.stages.measure import GradStats
-from fastguard.stages.reduce import Signals
+from fastguard.stages.contract import GradStats, Signals
+from fastguard.stages.decide import raise_if_nonfinite
+from fastguard.stages.formulas import propagated_norms
 from guardtest.stories import RULE, float64, outcome, reason, stats_of
 
 NAN, INF = math.nan, math.inf

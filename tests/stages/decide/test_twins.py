@@ -7,7 +7,7 @@ import torch
 from hypothesis import strategies as st
 
 from fastguard import SpikeRule, Threshold
-from fastguard.stages.decide import GuardState, Verdict
+from fastguard.stages.contract import GuardState, Verdict
 from guardtest.stories import TWINS, Story
 
 NAN, INF = math.nan, math.inf

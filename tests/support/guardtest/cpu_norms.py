@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastguard.gradients.buckets import bucketize
 from fastguard.stages.cpu import l2_sums, power_sums, vectors
-from fastguard.stages.measure import holds_norms
+from fastguard.stages.formulas import holds_norms
 from guardtest.grads import true_norm
 from guardtest.tolerances import MEASURED_RTOL
 

@@ -124,7 +124,7 @@ def read_rocm(kernel) -> dict:
 def variants():
     """`(name, launcher, signature, constants)` of what is compiled."""
     from fastguard.kernels import apply, decide, measure, record, summary, tuning
-    from fastguard.stages.measure import holds_norms
+    from fastguard.stages.formulas import holds_norms
 
     table = {"chunks_ptr": "*i64", "pieces_ptr": "*i64"}
     walk = {

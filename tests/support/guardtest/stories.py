@@ -8,10 +8,8 @@ import torch
 
 from fastguard import SpikeRule, Threshold
 from fastguard.stages import reference
+from fastguard.stages.contract import GradStats, GuardState, Policy, Reason, Signals, Verdict
 from fastguard.stages.cpu import decide as cpu_decide
-from fastguard.stages.decide import GuardState, Policy, Reason, Verdict
-from fastguard.stages.measure import GradStats
-from fastguard.stages.reduce import Signals
 from fastguard.stages.spike_rules import Rule
 
 INF = math.inf

@@ -1,0 +1,68 @@
+"""apply on a CPU: reads the multipliers, and touches memory only where there is something to do."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastguard.gradients.buckets import GradBucket
+from fastguard.gradients.cpu_threads import Tensors, in_pieces
+from fastguard.stages.cpu.power_sums import by_number
+from fastguard.stages.formulas import (
+    SMALLEST_FACTOR,
+    factor_dtype,
+)
+
+CPU = torch.device("cpu")
+
+
+def apply(bucket: GradBucket, multiplier: Tensor, clean: Tensor) -> None:
+    """Scales and cleans one bucket in place: see `fastguard.stages.reference.apply`."""
+    _apply_where_needed(bucket, multiplier.tolist(), bool(clean))
+
+
+def _apply_where_needed(bucket: GradBucket, multiplier: list[float], clean: bool) -> None:
+    if clean:
+        found = bucket.memo.nonfinite
+        positions = range(len(bucket.grads)) if found is None else found
+        for grad in in_pieces([bucket.grads[position] for position in positions]):
+            grad.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    segment = bucket.segment
+    if segment is not None:
+        _multiply(_pieces(bucket, segment, multiplier[segment]), multiplier[segment], bucket.dtype)
+        return
+    pairs = zip(bucket.segment_ids, bucket.grads, strict=True)
+    for s, grads in by_number(pairs).items():
+        _multiply(grads, multiplier[s], bucket.dtype)
+
+
+def _pieces(bucket: GradBucket, segment: int, multiplier: float) -> list[Tensor]:
+    """The long runs, where there are any: one multiplication instead of one a tensor.
+
+    Not for NaN or Inf, which would reach the zeros between the gradients of a run."""
+    if bucket.runs is None or not math.isfinite(multiplier):
+        return bucket.grads
+    return [run.flat for run in bucket.runs if run.segment == segment]
+
+
+def _multiply(grads: Tensors, multiplier: float, dtype: torch.dtype) -> None:
+    if multiplier == 1.0:
+        return
+    grads = in_pieces(grads)
+    while dtype is not torch.float64 and 0.0 < multiplier < SMALLEST_FACTOR:
+        torch._foreach_mul_(grads, torch.tensor(SMALLEST_FACTOR, device=CPU))
+        multiplier /= SMALLEST_FACTOR
+    if len(grads) == 1:
+        grads[0].mul_(multiplier)  # rounds it to what a tensor would hold
+        return
+    # A tensor, because _foreach_mul_ by a Python float costs six times as much on a CPU.
+    factor = torch.tensor(multiplier, dtype=factor_dtype(dtype), device=CPU)
+    try:
+        torch._foreach_mul_(grads, factor)
+    except RuntimeError:  # before any is changed: a list that is written to may hold no such view
+        if not any(map(Tensor.is_neg, grads)):
+            raise
+        for grad in grads:
+            grad.mul_(factor)

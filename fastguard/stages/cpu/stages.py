@@ -1,0 +1,6 @@
+"""The CPU backend: its four functions in one place, as `fastguard.stages.backend` asks for them."""
+
+from fastguard.stages.cpu.apply import apply as apply
+from fastguard.stages.cpu.decide import decide as decide
+from fastguard.stages.cpu.measure import measure_bucket as measure_bucket
+from fastguard.stages.reference import pack as pack
