@@ -10,6 +10,7 @@ from guardtest.cpu_norms import scaled_down
 def fast_path_for_small_tensors(monkeypatch):
     """What is summed in float64 outright is exact: from here on it is not."""
     monkeypatch.setattr(l2_sums, "EXACT_BELOW", 2 * l2_sums.LARGE)
+    monkeypatch.setattr(l2_sums, "FEW", 2 * l2_sums.LARGE)
 
 
 @pytest.fixture

@@ -54,6 +54,23 @@ def test_many_tensors_of_middling_size(n):
     assert_norm_is_true(*(t.clone().fill_(t[0]) for t in tensors), torch.randn(400_000))
 
 
+@pytest.mark.parametrize("n", [2**17, 2**17 + 1, 500_000, 2**20 - 1])
+@pytest.mark.parametrize("period", [1, 2, 7, 64])
+@pytest.mark.usefixtures("no_second_look")
+def test_vectors_that_one_thread_reads(monkeypatch, n, period):
+    monkeypatch.setattr(l2_sums, "EXACT_BELOW", 2**17)
+    monkeypatch.setattr(l2_sums, "FEW", 2**20)
+    candidates = torch.rand(500, 1) + 1.0
+    grid = candidates.expand(-1, l2_sums.BLOCK).contiguous()
+    summed = torch.from_numpy(l2_sums._Blocks((), (), [grid.numpy()[:, None]], ()).power_sums())
+    errors = summed.double() / grid.double().square().sum(1) - 1.0
+    worst = candidates[torch.stack([errors.argmin(), errors.argmax()])].squeeze(1)
+    which = torch.arange(-(-n // l2_sums.BLOCK)) // period % 2
+    assert_norm_is_true(blocks(worst[which], l2_sums.BLOCK)[:n])
+    assert_norm_is_true(torch.randn(n), torch.randn(77))
+    assert_norm_is_true(*(torch.randn(500).mul(1.0 + i % 3) for i in range(n // 500)))
+
+
 def test_constant_rows_and_rows_that_repeat():
     # The weight gradients of a linear layer under `out.sum()`, either way round.
     rows = torch.randn(1000, 1).expand(1000, 700).contiguous()

@@ -28,6 +28,8 @@ SMALL = {
     "LARGE": 256,
     "STAGE": 1024,
     "WIDE": 255,
+    "JOINED": 511,
+    "FEW": 64,
     "SHARE": 4096,
     "EXACT_BELOW": 64,
 }
