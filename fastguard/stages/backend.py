@@ -138,7 +138,7 @@ def kernels_are_off() -> bool:
 
 def _kernel_stages() -> Stages:
     """Imported for the first GPU tensor: importing triton takes half a second."""
-    from fastguard.stages import triton
+    import fastguard.stages.triton as triton
 
     return triton
 

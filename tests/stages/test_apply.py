@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from fastguard.gradients.buckets import GradBucket, GradBuckets, Run, bucketize
-from fastguard.stages import reference
+from fastguard.gradients.tensor_kinds import PLAIN
+from fastguard.stages import backend, reference
 from fastguard.stages.apply import apply, scale
 from fastguard.stages.contract import Policy, Signals
 from fastguard.stages.decide import decide
@@ -26,7 +27,7 @@ def factor(*values: float) -> Tensor:
 def road(request, monkeypatch):
     """The CPU road, which reads the verdict, and the one that serves devices without kernels."""
     if request.param == "plain":
-        monkeypatch.setattr(reference, "CPU", torch.device("meta"))
+        monkeypatch.setattr(backend, "stages", lambda device, kind=PLAIN: reference)
 
 
 @pytest.mark.usefixtures("road")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fastguard.gradients.buckets import bucketize
-from fastguard.stages import reference
+from fastguard.gradients.tensor_kinds import PLAIN
+from fastguard.stages import backend, reference
 from fastguard.stages.contract import GradStats
 from fastguard.stages.cpu.measure import measure_bucket as measure_on_cpu
 from fastguard.stages.measure import measure, norm_type_of
@@ -20,7 +21,7 @@ NAN, INF = math.nan, math.inf
 def road(request, monkeypatch):
     """The tuned CPU road, and the plain one that serves devices without kernels."""
     if request.param == "plain":
-        monkeypatch.setattr(reference, "CPU", torch.device("meta"))
+        monkeypatch.setattr(backend, "stages", lambda device, kind=PLAIN: reference)
 
 
 def stats_of(*grads, **how) -> GradStats:
