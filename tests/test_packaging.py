@@ -68,6 +68,11 @@ def modules(folder: str, package: str) -> dict[str, str]:
     }
 
 
+DATA = {
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "fastguard").rglob("*")
+    if path.is_file() and path.suffix not in (".py", ".pyc")
+}
 MODULES = modules("fastguard", "fastguard") | modules("kernels", "fastguard/kernels")
 
 
@@ -103,7 +108,8 @@ def python(wheel, tmp_path_factory):
 def test_wheel_holds_the_package_and_works_from_another_folder(wheel, python, tmp_path):
     files = set(zipfile.ZipFile(wheel).namelist())
     installed = {file for file in files if ".dist-info/" not in file}
-    assert installed == {*MODULES.values(), "fastguard/py.typed"}
+    assert installed == {*MODULES.values(), *DATA}
+    assert {"fastguard/py.typed", "fastguard/commands/report/page.html"} <= DATA
     assert any(file.endswith("/licenses/LICENSE") for file in files)
 
     assert python.with_name("fastguard").exists()

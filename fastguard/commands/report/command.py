@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Reads, judges, draws and writes."""
-    need("plotly", "rich", extra="report")
+    need("jinja2", "plotly", "rich", extra="report")
     path = file_of(args.records)
     folder = output_folder(args.out if args.out is not None else str(path.parent))
 

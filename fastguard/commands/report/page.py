@@ -1,30 +1,69 @@
 """The page around the plots: one HTML file that asks for nothing else, on a desk or on a phone.
 
 The library of the plots is written into the file. A Content-Security-Policy forbids every request,
-so that the file cannot fetch anything even if the library wanted to.
+so that the file cannot fetch anything even if the library wanted to. `page.html` is the template;
+jinja2 escapes every text that this module hands to it.
 """
 
 from __future__ import annotations
 
-import html
 from collections import Counter
-from string import Template
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import plotly.graph_objects as go
 import plotly.io
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from fastguard import __version__
 from fastguard.commands.report.close_up import REACH
 from fastguard.commands.report.evidence import tag_text
 from fastguard.commands.report.figure import ACTIONS, draw
 from fastguard.commands.report.incidents import Row
-from fastguard.commands.report.script import SCRIPT, STYLE
 from fastguard.commands.report.summary import Jump, Summary
 from fastguard.commands.report.verdict import Verdict, plural
 from fastguard.errors import describe_culprits
 from fastguard.errors.plain_text import printable
 
 PLOT_ID = "plot"
+_FOLDER = Path(__file__).parent
+
+
+def _printable(value: Any) -> Any:
+    return printable(value) if type(value) is str else value  # Markup is a subclass
+
+
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(_FOLDER),
+    autoescape=True,
+    finalize=_printable,
+    trim_blocks=True,
+    undefined=StrictUndefined,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _TableRow:
+    """A row of the table, in plain text.
+
+    Attributes:
+        record: Which record of the run it begins with; the table is sorted by it.
+        first, last: The steps that the plots show when the row is chosen.
+        action: The CSS class of `done`.
+    """
+
+    record: int
+    anchor: str
+    first: int
+    last: int
+    steps: str
+    what: str
+    where: str = ""
+    done: str = ""
+    action: str = ""
+    tag: str = ""
 
 
 def render(name: str, summary: Summary, verdict: Verdict) -> str:
@@ -38,25 +77,22 @@ def render(name: str, summary: Summary, verdict: Verdict) -> str:
     Returns:
         The HTML file.
     """
-    return _PAGE.substitute(
-        name=_text(name),
-        style=STYLE,
-        script=SCRIPT,
+    return _TEMPLATES.get_template("page.html").render(
+        name=name,
+        style=_file("page.css"),
+        script=_file("page.js"),
         tone=_tone(summary),
-        headline=_text(verdict.headline),
-        findings="".join(f"<li>{_text(finding)}</li>" for finding in verdict.findings),
+        verdict=verdict,
         facts=_facts(summary),
         plot=_plot(draw(summary)),
-        table=_table(summary),
+        rows=_rows(summary),
         notes=_notes(summary),
         version=__version__,
     )
 
 
-def _text(text: str) -> str:
-    """Text as HTML. Everything on the page that is not written in this package goes through here,
-    or through the labels of `figure`."""
-    return html.escape(printable(text))
+def _file(name: str) -> Markup:
+    return Markup((_FOLDER / name).read_text("utf-8"))
 
 
 def _tone(summary: Summary) -> str:
@@ -68,14 +104,14 @@ def _tone(summary: Summary) -> str:
 def _facts(summary: Summary) -> str:
     if not summary.records:
         return ""
-    actions = ", ".join(f"{n:,} {_text(action)}" for action, n in summary.actions.items())
+    actions = ", ".join(f"{n:,} {action}" for action, n in summary.actions.items())
     return f"Steps {summary.first_step:,} to {summary.last_step:,}: {actions}."
 
 
-def _plot(figure: go.Figure) -> str:
+def _plot(figure: go.Figure) -> Markup:
     if not figure.data:
-        return ""
-    return plotly.io.to_html(
+        return Markup()
+    html = plotly.io.to_html(
         figure,
         full_html=False,
         include_plotlyjs=True,
@@ -87,25 +123,16 @@ def _plot(figure: go.Figure) -> str:
             "doubleClick": "reset",
         },
     )
+    return Markup(html)
 
 
-def _table(summary: Summary) -> str:
-    rows: list[tuple[int, str]] = [
-        (row.begin, _incident(row, i)) for i, row in enumerate(summary.table.rows, 1)
-    ]
-    rows += [(jump.record, _jump(jump, i)) for i, jump in enumerate(summary.jumps, 1)]
-    if not rows:
-        return ""
-    head = "".join(f"<th>{title}</th>" for title in ("Step", "What", "Where", "Done", "Tag"))
-    body = "\n".join(row for _, row in sorted(rows))
-    return (
-        f'<h2>Incidents</h2><p class="quiet">Choose one to see it in the plots. '
-        f'<button type="button" id="whole">Whole run</button></p>'
-        f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
-    )
+def _rows(summary: Summary) -> list[_TableRow]:
+    incidents = [_incident(row, i) for i, row in enumerate(summary.table.rows, 1)]
+    jumps = [_jump(jump, i) for i, jump in enumerate(summary.jumps, 1)]
+    return sorted([*incidents, *jumps], key=lambda row: row.record)
 
 
-def _incident(row: Row, number: int) -> str:
+def _incident(row: Row, number: int) -> _TableRow:
     steps = f"{row.first_step:,}"
     if row.last_step > row.first_step:
         steps += f"–{row.last_step:,}"
@@ -114,20 +141,26 @@ def _incident(row: Row, number: int) -> str:
         what = f"{plural(row.incidents, 'incident')}, {plural(row.steps, 'step')}: {what}"
     elif row.steps > 1:
         what = f"{plural(row.steps, 'step')} in a row: {what}"
-    tag = "" if row.first.tag is None else tag_text(row.first.tag)
-    return _tr(
-        _link(f"incident-{number}", row.first_step, row.last_step, steps),
-        _text(what),
-        _text(_where(row)),
-        f'<span class="{_class(row)}">{_text(_counted(row.actions))}</span>',
-        _text(tag),
+    action = row.actions.most_common(1)[0][0]
+    return _TableRow(
+        row.begin,
+        f"incident-{number}",
+        row.first_step,
+        row.last_step,
+        steps,
+        what,
+        where=_where(row),
+        done=_counted(row.actions),
+        action=action if action in ACTIONS else "applied",
+        tag="" if row.first.tag is None else tag_text(row.first.tag),
     )
 
 
-def _jump(jump: Jump, number: int) -> str:
+def _jump(jump: Jump, number: int) -> _TableRow:
     steps = f"{jump.from_step:,}→{jump.to_step:,}"
     low, high = sorted((jump.from_step, jump.to_step))
-    return _tr(_link(f"jump-{number}", low, high, steps), "the step number went back", "", "", "")
+    what = "the step number went back"
+    return _TableRow(jump.record, f"jump-{number}", low, high, steps, what)
 
 
 def _where(row: Row) -> str:
@@ -156,24 +189,7 @@ def _counted(counts: Counter[str]) -> str:
     return ", ".join(f"{name} {n:,}×" for name, n in counts.most_common())
 
 
-def _class(row: Row) -> str:
-    action = row.actions.most_common(1)[0][0]
-    return action if action in ACTIONS else "applied"
-
-
-def _link(anchor: str, first: int, last: int, text: str) -> str:
-    return f'<a href="#{anchor}" data-first="{first}" data-last="{last}">{text}</a>'
-
-
-def _tr(*cells: str) -> str:
-    names = ("Step", "What", "Where", "Done", "Tag")
-    tds = "".join(
-        f'<td data-name="{name}">{cell}</td>' for name, cell in zip(names, cells, strict=True)
-    )
-    return f"<tr>{tds}</tr>"
-
-
-def _notes(summary: Summary) -> str:
+def _notes(summary: Summary) -> list[str]:
     notes = []
     width = 2**summary.buckets.shift
     if width > 1:
@@ -194,37 +210,9 @@ def _notes(summary: Summary) -> str:
             f"{len(summary.jumps):,} are shown."
         )
     if summary.layers.names:
-        notes.append("A record names its first eight bad parameters; the heat map knows no more.")
+        notes.append(
+            "Each record lists at most eight parameters, so the heat map may be incomplete."
+        )
     if summary.unnamed_losses:
         notes.append("There are more losses or thresholds than the first 32 that are drawn.")
-    return "".join(f"<p>{note}</p>" for note in notes)
-
-
-_PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline';
- style-src 'unsafe-inline'; img-src data: blob:; font-src data:">
-<link rel="icon" href="data:,">
-<title>$name · fastguard report</title>
-<style>$style</style>
-</head>
-<body>
-<header>
-<p class="quiet">$name</p>
-<h1 class="$tone">$headline</h1>
-<ul>$findings</ul>
-<p class="quiet">$facts</p>
-</header>
-<main>
-$plot
-$table
-</main>
-<footer>$notes<p>fastguard $version</p></footer>
-<script>$script</script>
-</body>
-</html>
-""")
+    return notes

@@ -114,7 +114,7 @@ def test_an_unwritable_folder_is_found_before_the_file_is_read(tmp_path, capsys,
     assert "cannot write to --out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("missing", ["plotly", "rich"])
+@pytest.mark.parametrize("missing", ["jinja2", "plotly", "rich"])
 def test_without_the_extra_it_names_the_extra(missing, tmp_path):
     written(tmp_path / "records.jsonl", map(record, range(1, 10)))
     code = WITHOUT.format(name=missing, run=str(tmp_path))

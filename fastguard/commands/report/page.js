@@ -1,38 +1,3 @@
-"""What the page looks like (CSS) and what it does (JavaScript, without a library beside Plotly)."""
-
-STYLE = """
-:root { color-scheme: light dark; --text: #1c2024; --quiet: #60646c; --line: #d9d9e0;
-  --back: #ffffff; --fine: #18794e; --warned: #ad5700; --bad: #ce2c31; --link: #0d74ce; }
-@media (prefers-color-scheme: dark) {
-  :root { --text: #edeef0; --quiet: #b0b4ba; --line: #363a3f; --back: #111113; --fine: #3dd68c;
-    --warned: #ffa057; --bad: #ff9592; --link: #70b8ff; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 16px; max-width: 1200px; background: var(--back);
-  color: var(--text); font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { margin: 0 0 8px; font-size: 1.5rem; line-height: 1.25; }
-h1.fine { color: var(--fine); } h1.warned { color: var(--warned); } h1.bad { color: var(--bad); }
-h2 { margin: 24px 0 4px; font-size: 1.15rem; }
-header p { margin: 4px 0; } ul { margin: 8px 0; padding-left: 20px; }
-a { color: var(--link); } .quiet, footer { color: var(--quiet); font-size: .9rem; }
-button { font: inherit; padding: 4px 12px; border: 1px solid var(--line); border-radius: 6px;
-  background: none; color: var(--link); cursor: pointer; }
-table { width: 100%; border-collapse: collapse; font-size: .9rem; }
-th, td { padding: 6px 8px; border-bottom: 1px solid var(--line); text-align: left;
-  vertical-align: top; }
-th, td:first-child, td:nth-child(4) { white-space: nowrap; }
-tr.chosen { background: rgba(128, 128, 128, .18); }
-.skipped { color: var(--bad); } .sanitized { color: var(--warned); }
-.clipped { color: var(--link); }
-@media (max-width: 640px) {
-  h1 { font-size: 1.25rem; } body { padding: 12px; }
-  thead { display: none; } tr { display: block; padding: 8px 0;
-    border-bottom: 1px solid var(--line); }
-  td { display: block; padding: 1px 4px; border: 0; } td:first-child a { display: inline-block;
-    padding: 6px 0; font-weight: 600; } td:empty { display: none; }
-  td:not(:first-child)::before { content: attr(data-name) ": "; color: var(--quiet); } }
-"""
-
-SCRIPT = """
 "use strict";
 (() => {
   const plot = document.getElementById("plot");
@@ -113,4 +78,3 @@ SCRIPT = """
   const asked = location.hash && document.querySelector(`a[href="${CSS.escape(location.hash)}"]`);
   if (asked) choose(asked);
 })();
-"""
