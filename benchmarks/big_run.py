@@ -1,9 +1,9 @@
-"""`fastguard report` on a run of ten million steps: seconds, and the most memory it held.
+"""`fastguard report` on a run of a million steps: seconds, and the most memory it held.
 
     python -m benchmarks.big_run [--steps N] [--incidents N] [--keep DIR]
 
-The file is what a `JsonLinesSink` would have written, rotated at 1 GiB: rendering ten million
-records would take minutes, so each line is a real record's with the numbers replaced. The report
+The file is what a `JsonLinesSink` would have written, rotated at 1 GiB: rendering a million
+records would take a minute, so each line is a real record's with the numbers replaced. The report
 runs in a process of its own; its greatest resident size is the kernel's.
 """
 
@@ -101,7 +101,7 @@ def write_run(path: Path, steps: int, incidents: int, *, file_bytes: int = FILE_
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=10_000_000)
+    parser.add_argument("--steps", type=int, default=1_000_000)
     parser.add_argument("--incidents", type=int, default=1000)
     parser.add_argument("--keep", metavar="DIR", help="write the run there and leave it")
     args = parser.parse_args()

@@ -73,7 +73,7 @@ def _spikes(summary: Summary, norm_rises: bool) -> Iterator[tuple[int, str]]:
     if norm_rises:
         text = "a learning rate that is too high: spikes, and a gradient norm that keeps rising."
         yield n, text
-    lr = summary.buckets.curve(LR)
+    lr = summary.curves.get(LR)
     if lr is not None and lr.high.max() > lr.low.min():
         peak = int(lr.high_at[np.argmax(lr.high)])
         early = sum(row.incidents for row in summary.table.rows if row.last_step < peak)

@@ -1,6 +1,6 @@
 """Records as columns: what the report draws, as float64 arrays, and the bad steps among them.
 
-A Python loop over ten million records costs more than parsing them. Here each field of a block is
+A Python loop over a million records costs more than parsing them. Here each field of a block is
 gathered by one list comprehension and converted by numpy in one call, about 1 µs a record in all;
 only bad steps are looked at one by one.
 """

@@ -17,9 +17,9 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from fastguard.commands.report.buckets import Tally
 from fastguard.commands.report.columns import COEF, LR, NORM, Series
 from fastguard.commands.report.summary import Summary
+from fastguard.commands.report.tally import Tally
 from fastguard.errors.plain_text import printable
 
 COLORS = (
@@ -92,14 +92,14 @@ def draw(summary: Summary) -> go.Figure:
     }
     # For the script of the page.
     figure.layout.meta = {
-        "bucket": 2**summary.buckets.shift,
+        "bucket": 2**summary.shift,
         "names": {f"yaxis{suffix}": names} if layers else {},
     }
     return figure
 
 
 def _line_rows(summary: Summary) -> list[_Row]:
-    found = [s for s in summary.buckets.series if summary.buckets.curve(s) is not None]
+    found = list(summary.curves)
     losses = [s for s in found if s.kind == "loss"]
     color = {s.name: COLORS[i % len(COLORS)] for i, s in enumerate(losses)}
     loss_lines = [_Line(s, s.name, color[s.name]) for s in losses]
@@ -123,13 +123,16 @@ def _line_rows(summary: Summary) -> list[_Row]:
 def _add_lines(figure: go.Figure, summary: Summary, row: _Row, i: int) -> None:
     logarithmic = _is_wide(summary, row)
     for n, line in enumerate(row.lines):
-        x, y = points(summary, line.series)
+        curve = summary.curves.get(line.series)
+        if curve is None:
+            continue
+        x, y = curve.x, curve.y
         if logarithmic:
             x, y = x[y > 0], y[y > 0]  # a norm of 0: every element of a bad step was non-finite
         if not len(x):
             continue
         named = line.label.lower() != row.title.lower()
-        coarse = summary.buckets.shift > 0 and line.dash == "solid"
+        coarse = summary.shift > 0 and line.dash == "solid"
         common = {
             "name": _label(line.label, 30),
             "legendgroup": f"{i} {n}",
@@ -147,8 +150,7 @@ def _add_lines(figure: go.Figure, summary: Summary, row: _Row, i: int) -> None:
             showlegend=named and not coarse,
             **common,
         )
-        curve = summary.buckets.curve(line.series)
-        if coarse and curve is not None:
+        if coarse:
             figure.add_scatter(
                 x=curve.middle,
                 y=curve.mean,
@@ -166,29 +168,13 @@ def _add_lines(figure: go.Figure, summary: Summary, row: _Row, i: int) -> None:
 
 def _is_wide(summary: Summary, row: _Row) -> bool:
     """Whether a row needs a logarithmic axis, and can have one."""
-    drawn = [points(summary, line.series)[1] for line in row.lines]
-    values = np.concatenate([np.empty(0), *drawn])
+    drawn = [summary.curves[line.series].y for line in row.lines if line.series in summary.curves]
+    values = np.concatenate(drawn)
     if row.title == "Gradient norm":
         values = values[values > 0]
     elif row.title != "Loss":
         return False
     return bool(len(values) and values.min() > 0 and values.max() > _WIDE_RANGE * values.min())
-
-
-def points(summary: Summary, series: Series) -> tuple[np.ndarray, np.ndarray]:
-    """The steps and values of a line: the extremes of its buckets and the steps of close-ups."""
-    curve = summary.buckets.curve(series)
-    if curve is None:
-        return np.empty(0), np.empty(0)
-    steps, values = [curve.low_at, curve.high_at], [curve.low, curve.high]
-    for close_up in summary.close_ups.found.values():
-        if series in close_up.values:
-            steps.append(close_up.step)
-            values.append(close_up.values[series])
-    x, y = np.concatenate(steps), np.concatenate(values)
-    x, y = x[np.isfinite(y)], y[np.isfinite(y)]
-    drawn = np.unique(np.stack([x, y], axis=1), axis=0)
-    return drawn[:, 0], drawn[:, 1]
 
 
 def _event_labels(summary: Summary) -> list[str]:

@@ -107,11 +107,6 @@ class IncidentTable:
         if self.last is not None and record == self.last.end and not went_back:
             self.last.end = self.rows[-1].end = record + 1
 
-    @property
-    def begins(self) -> list[int]:
-        """The record that each row begins with."""
-        return [row.begin for row in self.rows]
-
     def shorten(self) -> None:
         """Joins neighbours until `limit` rows are left; ties go to the earlier ones."""
         surplus = len(self.rows) - self.limit

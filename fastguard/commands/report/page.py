@@ -18,11 +18,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from fastguard import __version__
-from fastguard.commands.report.close_up import REACH
 from fastguard.commands.report.evidence import tag_text
 from fastguard.commands.report.figure import ACTIONS, draw
 from fastguard.commands.report.incidents import Row
-from fastguard.commands.report.summary import Jump, Summary
+from fastguard.commands.report.summary import REACH, Jump, Summary
 from fastguard.commands.report.verdict import Verdict, plural
 from fastguard.errors import describe_culprits
 from fastguard.errors.plain_text import printable
@@ -191,7 +190,7 @@ def _counted(counts: Counter[str]) -> str:
 
 def _notes(summary: Summary) -> list[str]:
     notes = []
-    width = 2**summary.buckets.shift
+    width = 2**summary.shift
     if width > 1:
         notes.append(
             f"The run is drawn in buckets of {width:,} steps: the pale line goes through the least "

@@ -7,18 +7,23 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 
-from fastguard.commands.report.buckets import Buckets, Tally
-from fastguard.commands.report.close_up import CloseUps
-from fastguard.commands.report.columns import ColumnReader, Columns
+from fastguard.commands.report.columns import ColumnReader, Columns, Series
+from fastguard.commands.report.downsample import Curve, downsample, shift_for
 from fastguard.commands.report.evidence import Evidence, layer_of
 from fastguard.commands.report.incidents import IncidentTable
+from fastguard.commands.report.tally import Tally
 from fastguard.records.read_json_lines import Block
 
 BUCKETS = 1024
 """At most; two points a bucket are more than a screen has columns."""
+
+REACH = 16
+"""Steps before the first step of an incident, and after it, that are drawn one by one."""
 
 _HEAT_BUCKETS = 128
 _MOST_JUMPS = 200
@@ -50,11 +55,12 @@ class Summary:
         first_step, last_step: The lowest and the highest step number.
         actions: Records by action.
         scale_searches: Steps that were skipped only to lower a loss scale; they are no incidents.
-        buckets: Every series, downsampled.
+        shift: A bucket is `2**shift` steps wide.
+        curves: Every series that has a finite value, downsampled; the steps around the first
+            incident of each row of the table are drawn one by one.
         events: Bad steps by reason and action, with a line feed between them.
         layers: Bad steps in which a layer was a culprit, by layer.
         table: The incidents.
-        close_ups: The steps around the first incident of each row of the table.
         evidence: What the incidents have in common.
         jumps: Where the step number went back, the first 200.
         n_jumps: How often it did.
@@ -68,11 +74,11 @@ class Summary:
     last_step: int = 0
     actions: Counter[str] = field(default_factory=Counter)
     scale_searches: int = 0
-    buckets: Buckets = field(default_factory=lambda: Buckets(BUCKETS))
+    shift: int = 0
+    curves: dict[Series, Curve] = field(default_factory=dict)
     events: Tally = field(default_factory=lambda: Tally(BUCKETS))
     layers: Tally = field(default_factory=lambda: Tally(_HEAT_BUCKETS, names=256))
     table: IncidentTable = field(default_factory=IncidentTable)
-    close_ups: CloseUps = field(default_factory=CloseUps)
     evidence: Evidence = field(default_factory=Evidence)
     jumps: list[Jump] = field(default_factory=list)
     n_jumps: int = 0
@@ -87,13 +93,14 @@ class Summary:
 def summarise(
     blocks: Iterable[Block], *, progress: Callable[[int], object] | None = None
 ) -> Summary:
-    """Reads a run.
+    """Reads a run; what is drawn takes 8 bytes per value until it is downsampled.
 
     Args:
         blocks: Its records, oldest first.
         progress: Called with the bytes of each block when it has been read.
     """
     summary, reader = Summary(), ColumnReader()
+    parts: list[_Part] = []
     before = -1
     with _no_garbage_collection():
         for block in blocks:
@@ -101,17 +108,26 @@ def summarise(
             summary.size += block.size
             summary.damaged += block.damaged + columns.rejected
             if len(columns.step):
-                _take(summary, columns, before)
+                parts.append(_take(summary, columns, before))
                 before = int(columns.step[-1])
             if progress is not None:
                 progress(block.size)
     summary.table.shorten()
-    summary.close_ups.finish(summary.table.begins)
+    if parts:
+        _downsample(summary, parts)
     summary.unnamed_losses = reader.unnamed
     return summary
 
 
-def _take(summary: Summary, columns: Columns, before: int) -> None:
+class _Part(NamedTuple):
+    """What is drawn of a block: `step` int64, `good` bool, float64 by series, all `(n,)`."""
+
+    step: np.ndarray
+    good: np.ndarray
+    values: dict[Series, np.ndarray]
+
+
+def _take(summary: Summary, columns: Columns, before: int) -> _Part:
     """One block; `before` is the step of the record before it."""
     step = columns.step
     low, high = int(step.min()), int(step.max())
@@ -132,9 +148,22 @@ def _take(summary: Summary, columns: Columns, before: int) -> None:
         summary.events.add(f"{bad.reason}\n{bad.action}", bad.step)
         for layer in {layer_of(culprit[0]) for culprit in bad.culprits}:
             summary.layers.add(layer, bad.step)
-    summary.buckets.add(step, columns.values, good)
-    summary.close_ups.add(step, columns.values, summary.table.begins)
     summary.records += len(step)
+    return _Part(step, good, columns.values)
+
+
+def _downsample(summary: Summary, parts: list[_Part]) -> None:
+    step = np.concatenate([part.step for part in parts])
+    good = np.concatenate([part.good for part in parts])
+    near = np.zeros(len(step), bool)
+    for row in summary.table.rows:
+        near[max(0, row.begin - REACH) : row.begin + REACH + 1] = True
+    summary.shift = shift_for(step, BUCKETS)
+    for series in dict.fromkeys(chain.from_iterable(part.values for part in parts)):
+        value = np.concatenate([p.values.get(series, np.full(len(p.step), np.nan)) for p in parts])
+        curve = downsample(step, value, shift=summary.shift, good=good, near=near)
+        if curve is not None:
+            summary.curves[series] = curve
 
 
 def _jumps(summary: Summary, step: np.ndarray, before: int) -> set[int]:

@@ -95,13 +95,13 @@ def _losses(summary: Summary) -> list[Series]:
     """Those that can rise: the signals of `check_batch` are 0 or 1."""
     return [
         series
-        for series in summary.buckets.series
+        for series in summary.curves
         if series.kind == "loss" and not series.name.startswith("batch.")
     ]
 
 
 def _rise(summary: Summary, series: Series) -> Rise | None:
-    curve = summary.buckets.curve(series)
+    curve = summary.curves.get(series)
     if curve is None:
         return None
     return find_rise(curve.middle, curve.mean, factor=1.5 if series == NORM else 1.1)
@@ -135,7 +135,7 @@ def _loss_scale(summary: Summary) -> Iterator[str]:
 
 
 def _learning_rate(summary: Summary) -> Iterator[str]:
-    curve = summary.buckets.curve(LR)
+    curve = summary.curves.get(LR)
     if curve is None:
         return
     if curve.high.max() <= 0:

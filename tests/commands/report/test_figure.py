@@ -13,7 +13,7 @@ from guardtest import require
 
 require("plotly")
 drawing = require("fastguard.commands.report.figure")
-draw, points = drawing.draw, drawing.points
+draw = drawing.draw
 
 STEPS = 5000
 BAD = (700, 701, 2345, 4999)
@@ -81,11 +81,11 @@ def test_marks_that_stand_for_several_say_how_many():
 
 
 def test_extremes_and_close_ups_are_on_the_line(summary):
-    x, y = points(summary, NORM)
+    x, y = summary.curves[NORM].x, summary.curves[NORM].y
     assert (1234, 500.0) in set(zip(x, y, strict=True))
     assert set(range(2345 - 16, 2345 + 17)) <= set(x)
     assert np.all(np.diff(x) >= 0) and len(x) < 2500
-    x, _ = points(summary, Series("loss", "contour"))
+    x = summary.curves[Series("loss", "contour")].x
     assert not set(BAD) & set(x)  # NaN has no place on a line
 
 

@@ -1,0 +1,90 @@
+"""A series of a run as the points that a screen has room for.
+
+A bucket is the steps whose number agrees in all but the last `shift` bits, so its width is a power
+of two and its place does not depend on where a run began. Minimum, maximum and mean of a bucket are
+exactly those of its steps, which may come in any order, as they do after a rollback.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One series, downsampled: float64 arrays with one entry per bucket that has a value, and the
+    points that are drawn.
+
+    Attributes:
+        low, high: The least and the greatest value of a bucket.
+        high_at: The step of the greatest.
+        mean: The mean over the good steps, NaN where there were none.
+        middle: The step in the middle of a bucket.
+        x, y: Steps and values of the extremes and of every step near an incident, in order.
+    """
+
+    low: np.ndarray
+    high: np.ndarray
+    high_at: np.ndarray
+    mean: np.ndarray
+    middle: np.ndarray
+    x: np.ndarray
+    y: np.ndarray
+
+
+def shift_for(step: np.ndarray, limit: int) -> int:
+    """The least `shift` with which these steps fall into at most `limit` buckets."""
+    keys, shift = np.sort(step), 0
+    while len(keys := keys[_starts(keys)]) > limit:
+        keys >>= 1
+        shift += 1
+    return shift
+
+
+def _starts(keys: np.ndarray) -> np.ndarray:
+    """Where each stretch of equal keys begins; np.unique hashes, which takes ten times as long."""
+    return np.flatnonzero(np.diff(keys, prepend=keys[0] - 1))
+
+
+def downsample(
+    step: np.ndarray, value: np.ndarray, *, shift: int, good: np.ndarray, near: np.ndarray
+) -> Curve | None:
+    """A series in buckets of `2**shift` steps, or None if it has no finite value.
+
+    Args:
+        step: int64 `(n,)`.
+        value: float64 `(n,)`; what is not finite is left out.
+        shift: See `shift_for`.
+        good: bool `(n,)`: the steps that count for the mean.
+        near: bool `(n,)`: the steps that are drawn one by one.
+    """
+    there = np.flatnonzero(np.isfinite(value))
+    if not len(there):
+        return None
+    if np.any(np.diff(step[there]) < 0):
+        there = there[np.argsort(step[there], kind="stable")]
+    step, value, good, near = step[there], value[there], good[there], near[there]
+    keys = step >> shift
+    starts = _starts(keys)
+    low, low_row = _extreme(np.minimum, value, starts)
+    high, high_row = _extreme(np.maximum, value, starts)
+    count = np.add.reduceat(good, starts, dtype=float)
+    with np.errstate(over="ignore"):  # a mean beyond float64 is none, and is not drawn
+        total = np.add.reduceat(np.where(good, value, 0.0), starts)
+    mean = np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0)
+    middle = (keys[starts] << shift) + (2**shift - 1) / 2
+    rows = np.concatenate([low_row, high_row, np.flatnonzero(near)])
+    drawn = np.unique(np.stack([step[rows], value[rows]], axis=1), axis=0)
+    return Curve(low, high, step[high_row], mean, middle, drawn[:, 0], drawn[:, 1])
+
+
+def _extreme(
+    ufunc: np.ufunc, values: np.ndarray, starts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The extreme of each stretch that begins at `starts`, and the row where it is first found."""
+    n = len(values)
+    extreme = ufunc.reduceat(values, starts)
+    hit = values == np.repeat(extreme, np.diff(starts, append=n))
+    return extreme, np.minimum.reduceat(np.where(hit, np.arange(n), n), starts)

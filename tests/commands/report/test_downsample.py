@@ -1,0 +1,63 @@
+"""However long the run, its extremes and means are exactly those of its steps."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastguard.commands.report.downsample import downsample, shift_for
+
+LIMIT = 8
+
+steps_lists = st.lists(st.integers(0, 1 << 40), min_size=1, max_size=120)
+
+
+def curve_of(step, value, limit=LIMIT, good=None, near=None):
+    good = np.ones(len(step), bool) if good is None else good
+    near = np.zeros(len(step), bool) if near is None else near
+    return downsample(step, value, shift=shift_for(step, limit), good=good, near=near)
+
+
+@given(steps_lists, st.integers(0, 2**32 - 1))
+def test_any_order_of_any_steps_is_summed_up_exactly(steps, seed):
+    random = np.random.default_rng(seed)
+    steps = np.array(steps)
+    values = random.choice([1.0, -2.0, 3.5, np.nan, np.inf, -np.inf, 1e300, 0.0], len(steps))
+    good, near = random.random((2, len(steps))) < 0.7
+    shift = shift_for(steps, LIMIT)
+    curve = curve_of(steps, values, good=good, near=near)
+    finite = np.isfinite(values)
+    keys = sorted(set((steps[finite] >> shift).tolist()))
+    assert len(keys) <= LIMIT
+    if not keys:
+        assert curve is None
+        return
+    assert curve.middle.tolist() == [(key << shift) + (2**shift - 1) / 2 for key in keys]
+    drawn = set(zip(curve.x, curve.y, strict=True))
+    assert drawn <= set(zip(steps[finite], values[finite], strict=True))
+    assert set(zip(steps[finite & near], values[finite & near], strict=True)) <= drawn
+    assert np.all(np.diff(curve.x) >= 0)
+    for i, key in enumerate(keys):
+        here = finite & (steps >> shift == key)
+        assert curve.low[i] == values[here].min() and curve.high[i] == values[here].max()
+        assert curve.high[i] in values[here & (steps == curve.high_at[i])]
+        assert {curve.low[i], curve.high[i]} <= {y for x, y in drawn if int(x) >> shift == key}
+        counted = values[here & good]
+        expected = counted.mean() if len(counted) else np.nan
+        np.testing.assert_allclose(curve.mean[i], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_no_bucket_is_wider_than_it_must_be():
+    assert shift_for(np.arange(100, 100 + LIMIT), LIMIT) == 0
+    assert shift_for(np.arange(100, 101 + LIMIT), LIMIT) == 1
+
+
+def test_a_run_that_begins_late_is_as_fine_as_one_that_begins_at_one():
+    assert [shift_for(np.arange(1000) + first, 64) for first in (0, 1 << 30)] == [4, 4]
+
+
+def test_the_middle_of_a_bucket_is_between_its_steps():
+    assert curve_of(np.arange(8), np.ones(8), limit=2).middle.tolist() == [1.5, 5.5]
+
+
+def test_the_greatest_value_is_where_it_was_first():
+    assert curve_of(np.arange(8), np.array([1.0, 3, 3, 2, 3, 0, 0, 0]), limit=1).high_at == [1]
