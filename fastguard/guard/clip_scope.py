@@ -80,6 +80,24 @@ def limits(
     return tuple(_limit(max_norm if m is None else m) for m in own)
 
 
+def joint_limit(
+    limits: Sequence[float], scope: ClipScope, norm_type: float, n_segments: int
+) -> float:
+    """The norm of the whole model where the norm of every segment is at its limit; inf: no such.
+
+    Args:
+        limits: One limit per segment, or one for all.
+        scope: What one clip coefficient is for.
+        norm_type: p > 0.
+        n_segments: S.
+    """
+    each = tuple(limits) * n_segments if scope == "tensor" else tuple(limits)
+    largest = max(each, default=math.inf)
+    if norm_type == math.inf or largest in (0.0, math.inf):
+        return largest
+    return largest * sum((limit / largest) ** norm_type for limit in each) ** (1 / norm_type)
+
+
 def _limit(max_norm: float | None) -> float:
     return math.inf if max_norm is None else limit_of("max_norm", max_norm, quiet=True)
 

@@ -30,7 +30,13 @@ from fastguard.guard.arguments import (
     named_parameters_of,
 )
 from fastguard.guard.clamp import Clamped
-from fastguard.guard.clip_scope import SCOPES, ClipScope, limits, names_by_tensor
+from fastguard.guard.clip_scope import (
+    SCOPES,
+    ClipScope,
+    joint_limit,
+    limits,
+    names_by_tensor,
+)
 from fastguard.guard.grad_scaler import HandedOver, handed_over, longest_search, tell_scaler
 from fastguard.guard.inner_step import ClosureNeeded, StepCall, StepSignature
 from fastguard.guard.lifetime import saved_with
@@ -271,6 +277,7 @@ class GuardedOptimizer(KnownRun):
         """
         if self._gradients.refresh():
             self._stepper.reset()
+            self._limits = ()  # there may be more or fewer segments
         self._fitting_stepper()
         device = self._gradients.device
         if device != self._device:
@@ -310,7 +317,9 @@ class GuardedOptimizer(KnownRun):
                 tuple(self.rules),
                 limited=min(limited, default=math.inf) != math.inf,
             )
-            self._recorder.max_norm = limited[0] if self.clip_scope == "global" else math.inf
+            self._recorder.max_norm = joint_limit(
+                limited, self.clip_scope, self.norm_type, self._gradients.layout.n_segments
+            )
             self._limits = now
         return self._policy
 

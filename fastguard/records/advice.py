@@ -80,7 +80,7 @@ class ClippedBefore:
         if self.told or not 0.0 < norm < math.inf:
             return
         if 0.0 < max_norm < math.inf and self._is_at_limit(norm, max_norm):
-            self._say(f"the guard's max_norm={max_norm:g}")
+            self._say(f"{max_norm:g}, the limit that the guard's max_norm sets")
         elif self._is_constant(norm):
             self._say(f"{self._first:.4g}, as if clipped to another limit than the guard's")
 

@@ -51,7 +51,29 @@ def test_gradients_that_come_clipped_to_our_limit_are_told_once(dtype, clip, sin
     opt = train(400, before=clip, max_norm=clip, dtype=dtype, sink=sink)
     opt.records()
     (message,) = told(log)
-    assert f"max_norm={clip:g}" in message and "clip_grad_norm_" in message
+    assert f"{clip:g}, the limit that the guard's max_norm" in message
+    assert "remove that call" in message
+
+
+@pytest.mark.parametrize("scope", ["group", "tensor"])
+def test_segments_that_come_clipped_to_our_limit_each_are_told_once(scope, log):
+    """The norm of the whole model is no round number there, and no one limit."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 4), nn.Linear(4, 4))
+    groups = [{"params": layer.parameters()} for layer in model]
+    opt = GuardedOptimizer(torch.optim.SGD(groups, lr=1e-4), max_norm=0.1, clip_scope=scope)
+    for _ in range(2 * AT_LIMIT):
+        (100 * model(torch.randn(8, 16)).square().mean()).backward()
+        for part in model if scope == "group" else model.parameters():
+            torch.nn.utils.clip_grad_norm_(
+                part.parameters() if isinstance(part, nn.Module) else [part], 0.1
+            )
+        opt.step()
+        opt.zero_grad()
+    opt.records()
+    (message,) = told(log)
+    limit = 0.1 * math.sqrt(len(model) if scope == "group" else len([*model.parameters()]))
+    assert f"{limit:g}, the limit that the guard's max_norm" in message
 
 
 @pytest.mark.parametrize("limit", [5.0, None])
