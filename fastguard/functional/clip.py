@@ -28,10 +28,10 @@ from fastguard.functional.arguments import (
     listed,
     mode_of,
 )
-from fastguard.gradients.buckets import GradBuckets, bucketize, gradients_of, name_of
+from fastguard.gradients.buckets import GradBuckets, bucketize, name_of, parameters_of
 from fastguard.gradients.elementwise import check_fill, clamp_, fill_nonfinite_
 from fastguard.gradients.tensor_kinds import PLAIN, TRACED, kind_of
-from fastguard.ranks.dtensors import is_dtensor, whole
+from fastguard.ranks.dtensors import is_dtensor, make_whole_, whole
 from fastguard.ranks.groups import Group, process_group_of, several_ranks
 from fastguard.ranks.team import team_of
 from fastguard.stages.apply import apply, scale
@@ -285,8 +285,10 @@ def clip_grad_value_(
             compiled.clip_grad_value_(gradients_for(parameters, strict=False)[0], clip_value)
         return
     limit = limit_of("clip_value", clip_value)
-    buckets = buckets_for(parameters, None, strict=False)  # refuses before any change
-    grads, names = gradients_of(parameters)
+    if several_ranks():  # no other rank has a say: an element is clamped where it lies
+        make_whole_(parameters_of(parameters))
+    grads, names = gradients_for(parameters, strict=False)
+    buckets = bucketize(grads, names=names)  # refuses before any change
     for i, grad in enumerate(grads):
         if grad is not None and grad.is_complex():
             raise TypeError(

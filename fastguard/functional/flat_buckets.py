@@ -34,8 +34,14 @@ from fastguard.gradients.buckets import (
 from fastguard.gradients.cpu_threads import in_pieces
 from fastguard.gradients.tensor_kinds import PLAIN, kind_of, watched
 from fastguard.ranks.dtensors import is_dtensor
+from fastguard.ranks.plain_shards import check_plain_shards
 from fastguard.stages.contract import GradStats
 from fastguard.stages.measure import measure, norm_type_of
+
+WITH_A_GROUP = (
+    "FlatGradBuckets alone knows no group: use fastguard.clip_grad_norm_(..., group=), or "
+    "GuardedOptimizer(..., flat_buckets=True, group=)"
+)
 
 ALIGN = 16  # bytes; what 128-bit loads and the vectorised optimizer kernels ask for
 
@@ -178,7 +184,8 @@ class FlatGradBuckets:
 
     @torch.no_grad()
     def measure(self, norm_type: float = 2.0) -> GradStats:
-        """Norm and non-finite counts from one read, as `fastguard.measure_grads`."""
+        """As `fastguard.measure_grads`; a ValueError for shards, which ask for a group."""
+        self._check_that_none_is_a_shard()
         return measure(self.buckets(), norm_type_of(norm_type))
 
     @torch.no_grad()
@@ -190,9 +197,14 @@ class FlatGradBuckets:
         *,
         nonfinite: Literal["propagate", "zero", "raise"] = "propagate",
     ) -> Tensor:
-        """Clips all gradients by their joint norm, as `fastguard.clip_grad_norm_`."""
+        """As `fastguard.clip_grad_norm_`; a ValueError for shards, which ask for a group."""
+        self._check_that_none_is_a_shard()
         buckets = self.buckets()
         return clip_buckets(buckets, max_norm, norm_type, error_if_nonfinite, nonfinite)
+
+    def _check_that_none_is_a_shard(self) -> None:
+        """Not when they are laid out: a guard with a group may own these buckets."""
+        check_plain_shards(self.parameters, None, replaced=None, instead=WITH_A_GROUP)
 
     def _start(self, *, fill: bool) -> None:
         self._views: list[Tensor] = []

@@ -29,7 +29,10 @@ FSDP1, DEEPSPEED = "FullyShardedDataParallel", "DeepSpeed ZeRO"
 
 
 def check_plain_shards(
-    tensors: Sequence[Tensor], group: Group, replaced: Sequence[Tensor] | None = ()
+    tensors: Sequence[Tensor],
+    group: Group,
+    replaced: Sequence[Tensor] | None = (),
+    instead: str | None = None,
 ) -> None:
     """Refuses shards in plain tensors without a group of the ranks that hold them.
 
@@ -40,6 +43,7 @@ def check_plain_shards(
         group: See `Group`.
         replaced: Parameters whose place `tensors` have taken; None: a function asks at every step,
             and a list that had no shards is not looked through again.
+        instead: What to do where no group can be passed.
 
     Raises:
         ValueError: Naming what to pass.
@@ -62,7 +66,9 @@ def check_plain_shards(
             f"group=Replicated(...) says that all ranks hold the same tensors, but the parameters "
             f"are shards of {kind} in plain tensors; {remedy}"
         )
-    if kind == FSDP1:
+    if instead is not None:
+        remedy = instead
+    elif kind == FSDP1:
         remedy += ", or fastguard.Replicated of it if the strategy is NO_SHARD"
     raise ValueError(
         f"the parameters are shards of {kind} in plain tensors, so each rank would clip and skip "

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Partial, Shard
 
 import fastguard
 from fastguard.ranks import team
@@ -55,6 +55,27 @@ def test_a_trainer_that_joins_stages_itself(four: Ranks) -> None:
         assert norm == pytest.approx(expected, rel=1e-6) == 10.0
         torch.testing.assert_close(grad, its_grad)
         assert said == []  # a trainer has no group= to answer with
+
+
+def clamped_on_a_stage(partial: bool) -> tuple[list[float], list[str]]:
+    team._warned_of.clear()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    p = on(mesh["dp"], torch.tensor([3.0, -4.0]), Shard(0))
+    if partial:
+        summand = torch.tensor([2.0, -0.1])
+        p.grad = DTensor.from_local(summand, mesh["dp"], [Partial()], run_check=False)
+    said: list[str] = []
+    logging.getLogger("fastguard").addFilter(lambda r: said.append(r.getMessage()) or True)
+    with fastguard.patch_torch():
+        torch.nn.utils.clip_grad_value_([p], 1.0)
+    logging.getLogger("fastguard").filters.clear()
+    return p.grad.full_tensor().tolist(), said
+
+
+def test_clamping_asks_no_other_rank_and_for_no_group(four: Ranks) -> None:
+    assert four.run(clamped_on_a_stage, False) == [([1.0, -1.0], [])] * 4
+    for clamped, said in four.run(clamped_on_a_stage, True):  # of the sum, and not of summands
+        assert clamped == pytest.approx([1.0, -0.2]) and said == []
 
 
 def experts_apart() -> tuple[float, float]:

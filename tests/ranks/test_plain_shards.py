@@ -100,6 +100,27 @@ def test_shards_without_a_group_are_refused(
         assert "group=Replicated(...) says that all ranks hold the same tensors" in replicated
 
 
+def without_a_norm(use_orig_params: bool) -> tuple[list[str], float]:
+    """Each element is clamped where it lies; flat buckets alone have no group to be given."""
+    params = backward(fsdp("FULL_SHARD", use_orig_params))
+    flat = fastguard.FlatGradBuckets(params)
+    said = [raised(flat.measure), raised(lambda: flat.clip_grad_norm_(1.0))]
+    fastguard.clip_grad_value_(params, 1.0)
+    with fastguard.patch_torch():
+        torch.nn.utils.clip_grad_value_(params, 0.5)
+    grads = torch.cat([p.grad.flatten() for p in params if p.grad is not None])
+    return said, grads.abs().max().item()
+
+
+@pytest.mark.parametrize("use_orig_params", [False, True], ids=["flat", "original"])
+def test_shards_where_no_group_can_be_passed(two: Ranks, use_orig_params: bool) -> None:
+    for said, largest in two.run(without_a_norm, use_orig_params):
+        assert largest == 0.5
+        for refusal in said:
+            assert "shards of FullyShardedDataParallel" in refusal
+            assert refusal.endswith("or GuardedOptimizer(..., flat_buckets=True, group=)")
+
+
 def guarded_step(use_orig_params: bool, bad: bool) -> tuple[float, int, float]:
     """With the group: our norm, the steps that were skipped, and FSDP's own norm."""
     model = fsdp("FULL_SHARD", use_orig_params)
