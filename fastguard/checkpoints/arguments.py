@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fastguard.checkpoints.entry import Entry
-from fastguard.errors.checked_numbers import count_of
+from fastguard.errors.checked_numbers import count_of, shown
 from fastguard.records.step_record import StepRecord
 
 NOTES = 8
@@ -41,7 +41,7 @@ def integer(name: str, value: object, low: int) -> int:
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
         known = ", ".join(map(repr, choices))
-        raise ValueError(f"{name}={value!r} is unknown; use one of {known}")
+        raise ValueError(f"{name}={shown(value)} is unknown; use one of {known}")
 
 
 def counted(

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 from fastguard.errors import nearest
-from fastguard.errors.checked_numbers import number_of
+from fastguard.errors.checked_numbers import number_of, shown
 from fastguard.stages.spike_rules import SpikeRule, Threshold
 
 WITH_EXPONENT = re.compile(r"[-+]?[\d.]+e[-+]?\d+", re.IGNORECASE)
@@ -90,7 +90,7 @@ def build(cls: type[T], settings: Any, path: str) -> T:
         TypeError: A value is of the wrong type.
     """
     if not isinstance(settings, Mapping):
-        raise TypeError(f"{path or 'the configuration'} must hold settings, not {settings!r}")
+        raise TypeError(f"{path or 'the configuration'} must hold settings, not {shown(settings)}")
     hints = typing.get_type_hints(cls)
     for key in settings:
         if key not in hints:
@@ -138,13 +138,13 @@ def _check(value: Any, hint: Any, path: str) -> Any:
         return _check_any(value, args, path)
     if origin is Literal:
         if value not in args:
-            raise ValueError(f"{path}={value!r} must be one of {', '.join(map(repr, args))}")
+            raise ValueError(f"{path}={shown(value)} must be one of {', '.join(map(repr, args))}")
         return value
     if origin is list and isinstance(value, list):
         return [_check(v, args[0], f"{path}[{i}]") for i, v in enumerate(value)]
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise TypeError(f"{path} must hold settings by name, not {value!r}")
+            raise TypeError(f"{path} must hold settings by name, not {shown(value)}")
         return {str(k): _check(v, args[1], _join(path, k)) for k, v in value.items()}
     if dataclasses.is_dataclass(hint):
         return build(hint, value, path)  # type: ignore[arg-type]
@@ -155,7 +155,7 @@ def _check(value: Any, hint: Any, path: str) -> Any:
             return value
     name = getattr(hint, "__name__", str(hint))
     raise TypeError(
-        f"{path}={value!r} is of type {type(value).__name__}, expected {name}"
+        f"{path}={shown(value)} is of type {type(value).__name__}, expected {name}"
         + (YAML_TEXT if hint is float and WITH_EXPONENT.fullmatch(str(value)) else "")
     )
 
@@ -180,7 +180,7 @@ def _check_any(value: Any, hints: tuple[Any, ...], path: str) -> Any:
     for hint in hints:
         if _container(value) is _container_of(hint):
             return _check(value, hint, path)
-    raise TypeError(f"{path}={value!r} is of type {type(value).__name__}")
+    raise TypeError(f"{path}={shown(value)} is of type {type(value).__name__}")
 
 
 def _container(value: Any) -> type | None:

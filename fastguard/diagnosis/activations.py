@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastguard.errors.checked_numbers import number_of
+from fastguard.errors.checked_numbers import number_of, shown
 from fastguard.errors.plain_text import printable
 from fastguard.gradients.transfer import moved
 
@@ -89,7 +89,7 @@ class ActivationGuard:
         modules: str | Sequence[str] = "*",
     ) -> None:
         if mode not in MODES:
-            raise ValueError(f"mode={mode!r} is unknown; use one of {', '.join(MODES)}")
+            raise ValueError(f"mode={shown(mode)} is unknown; use one of {', '.join(MODES)}")
         limit = None if limit is None else number_of("limit", limit, "use None or a number > 0")
         if limit is not None and not limit > 0:  # NaN is not
             raise ValueError(f"limit={limit!r} must be None or a number > 0")

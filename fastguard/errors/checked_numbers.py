@@ -28,20 +28,23 @@ def number_of(name: str, value: Any, remedy: str = "use a number") -> float:
 
     Raises:
         TypeError: It is a bool, text, or something else that is no number.
-        ValueError: An integer beyond the largest float.
+        ValueError: A finite number beyond the largest float.
     """
     if isinstance(value, float):  # by far the most frequent, and asked at each step
         return float(value)
     refuse_bool_and_text(name, value, remedy)
     try:
-        return float(value)
+        number = float(value)
     except OverflowError:
+        number = math.inf
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name}={shown(value)} is not a number; {remedy}") from None
+    if number in (math.inf, -math.inf) and value != number:  # a Decimal does not raise
         raise ValueError(
             f"{name}={shown(value)} is beyond the largest float; use float('inf') if that is what "
             "it means"
-        ) from None
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name}={shown(value)} is not a number; {remedy}") from None
+        )
+    return number
 
 
 def refuse_bool_and_text(name: str, value: Any, remedy: str = "use a number") -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastguard import errors
-from fastguard.errors.checked_numbers import number_of
+from fastguard.errors.checked_numbers import number_of, shown
 from fastguard.gradients.buckets import GradBuckets, bucketize, gradients_of, parameters_of
 from fastguard.gradients.tensor_kinds import lasting
 from fastguard.gradients.transfer import current_stream_of
@@ -130,7 +130,7 @@ def mode_of(nonfinite: object, error_if_nonfinite: bool) -> Literal["propagate",
     if nonfinite not in MODES:
         remedy = "skipping a step takes fastguard.GuardedOptimizer" if nonfinite == "skip" else ""
         raise ValueError(
-            f"nonfinite={nonfinite!r} is unknown here; use one of {', '.join(MODES)}"
+            f"nonfinite={shown(nonfinite)} is unknown here; use one of {', '.join(MODES)}"
             + (f"; {remedy}" if remedy else "")
         )
     if error_if_nonfinite and nonfinite == "zero":
@@ -142,7 +142,7 @@ def mode_of(nonfinite: object, error_if_nonfinite: bool) -> Literal["propagate",
 
 def check_foreach(foreach: object) -> None:
     if foreach is not None and not isinstance(foreach, bool):
-        raise TypeError(f"foreach={foreach!r} must be True, False or None")
+        raise TypeError(f"foreach={shown(foreach)} must be True, False or None")
 
 
 def listed(parameters: Parameters, stacklevel: int = 5) -> Tensor | list:
@@ -173,7 +173,7 @@ def as_list(name: str, value: Iterable) -> list:
     except TypeError:
         remedy = "model.parameters()" if name == "parameters" else "a list of gradients"
         raise TypeError(
-            f"{name}={value!r} must be a tensor or an iterable of tensors; pass {remedy}"
+            f"{name}={shown(value)} must be a tensor or an iterable of tensors; pass {remedy}"
         ) from None
 
 

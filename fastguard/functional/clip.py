@@ -14,7 +14,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastguard.errors.checked_numbers import finite_number_of, number_of, refuse_bool_and_text
+from fastguard.errors.checked_numbers import (
+    finite_number_of,
+    number_of,
+    refuse_bool_and_text,
+    shown,
+)
 from fastguard.functional import compiled
 from fastguard.functional.arguments import (
     Parameters,
@@ -228,13 +233,14 @@ def clip_grads_with_norm_(
     refuse_bool_and_text("total_norm", total_norm, "pass what get_total_norm returned")
     if not isinstance(total_norm, Tensor | int | float):
         raise TypeError(
-            f"total_norm={total_norm!r} is not a tensor; pass what get_total_norm returned"
+            f"total_norm={shown(total_norm)} is not a tensor; pass what get_total_norm returned"
         )
     if torch.compiler.is_compiling() and compiled.spans_ranks(parameters, None):
         compiled.leave_graph(clip_grads_with_norm_, parameters, max_norm, total_norm)
         return
     if not isinstance(total_norm, Tensor):
-        total_norm = torch.as_tensor(number_of("total_norm", total_norm))
+        # Not torch.as_tensor: compiled code would be compiled again for every value.
+        total_norm = limit_beside(number_of("total_norm", total_norm), torch.empty(0))
     norm = total_norm
     if is_dtensor(norm):  # torch's own norm of DTensors is a sum that nobody has summed up yet
         norm = norm.full_tensor()

@@ -121,7 +121,9 @@ def sanitize_grads_(
     if len(present) == 0:
         return stats
     if any(fill.values()):
-        torch.ops.fastguard.sanitize(present, fill["nan"], fill["posinf"], fill["neginf"])
+        on_host = torch.empty(0, device="cpu")
+        values = torch.cat([limit_beside(value, on_host) for value in fill.values()])
+        torch.ops.fastguard.sanitize(present, values)
     else:
         one = torch.ones(1, dtype=torch.float64, device=stats.summary.device)
         _apply(present, one, stats.found_nonfinite)

@@ -146,14 +146,16 @@ _define(
 )
 
 
-def _sanitize(grads: list[Tensor], nan: float, posinf: float, neginf: float) -> None:
-    buckets, fill = bucketize(grads), {"nan": nan, "posinf": posinf, "neginf": neginf}
+def _sanitize(grads: list[Tensor], values: Tensor) -> None:
+    buckets = bucketize(grads)
+    fill = dict(zip(("nan", "posinf", "neginf"), values.tolist(), strict=True))
     check_fill(buckets, fill)
     fill_nonfinite_(buckets, fill)
 
 
 _define(
-    "sanitize(Tensor(a!)[] grads, float nan, float posinf, float neginf) -> ()",
+    # values lie on the CPU: for NaN, +Inf and -Inf; numbers would be compiled in
+    "sanitize(Tensor(a!)[] grads, Tensor values) -> ()",
     _sanitize,
-    lambda grads, nan, posinf, neginf: None,
+    lambda grads, values: None,
 )

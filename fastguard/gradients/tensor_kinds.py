@@ -70,6 +70,23 @@ def wraps(kind: type) -> bool:
     return getattr(kind, "__torch_dispatch__", _PLAIN_DISPATCH) is not _PLAIN_DISPATCH
 
 
+LACKING = (NotImplementedError, RecursionError, TypeError)
+"""What classes of tensors raise at an operation that they do not know."""
+
+
+def refuse_wrapped(tensors: Iterable[Tensor], error: Exception) -> None:
+    """Raises a TypeError that names the classes among tensors that decide themselves what
+    operations do: one of them lacks an operation. Without such a class, returns.
+    """
+    kinds = sorted({type(t).__name__ for t in tensors if wraps(type(t))})
+    if kinds:
+        raise TypeError(
+            f"gradients of type {', '.join(kinds)} lack an operation that fastguard needs "
+            f"({type(error).__name__}); pass plain tensors, such as to_tensor(0.0) of a "
+            "MaskedTensor, or leave these parameters out"
+        ) from error
+
+
 def has_numbers(t: Tensor) -> bool:
     """Whether the host can read a tensor: no placeholder has anything to read."""
     kind = type(t)

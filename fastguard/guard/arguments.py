@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastguard.errors import TrainingDivergedError
-from fastguard.errors.checked_numbers import count_of
+from fastguard.errors.checked_numbers import count_of, shown
 from fastguard.functional.arguments import warn_of_zero
 from fastguard.guard.clip_scope import clip_values
 from fastguard.guard.whole_step import WholeStep
@@ -30,7 +30,7 @@ def check_optimizer(optimizer: object, group: Group) -> None:
         raise TypeError("the optimizer is guarded already; wrap the inner one: guarded.optimizer")
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
-            f"optimizer={optimizer!r} is no torch.optim.Optimizer; "
+            f"optimizer={shown(optimizer)} is no torch.optim.Optimizer; "
             "pass for example torch.optim.AdamW(model.parameters())"
         )
     if isinstance(optimizer, torch.optim.SparseAdam):
@@ -115,7 +115,7 @@ def named_parameters_of(param_group: dict[str, Any]) -> list[tuple[str | None, T
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raises a ValueError for what is not among the choices."""
     if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(choices)}")
+        raise ValueError(f"{name}={shown(value)} is unknown; use one of {', '.join(choices)}")
 
 
 def check_budget(value: object) -> None:

@@ -44,7 +44,7 @@ from fastguard.guard.param_gradients import Gradients
 from fastguard.guard.rank_arguments import arguments_of, places_of
 from fastguard.guard.reporting import KnownRun
 from fastguard.guard.state_dict import guard_state, inner_state, parts, torch_dcp
-from fastguard.guard.step_hooks import with_own_hooks
+from fastguard.guard.step_hooks import with_own_hooks, without_pre_hooks_of_all
 from fastguard.guard.step_in_flight import StepInFlight
 from fastguard.guard.stepper import stepper_for
 from fastguard.guard.whole_step import WholeStep
@@ -63,6 +63,9 @@ if TYPE_CHECKING:
     from fastguard.guard.rank_watch import RankWatch
 
 log = logging.getLogger("fastguard")
+
+NOT_GIVEN: Any = object()
+"""Instead of a closure: a None that is given reaches the wrapped step, which may require it."""
 
 
 class GuardedOptimizer(KnownRun):
@@ -165,7 +168,7 @@ class GuardedOptimizer(KnownRun):
     @with_own_hooks
     def step(  # type: ignore[override]
         self,
-        closure: Callable[[], Loss] | None = None,
+        closure: Callable[[], Loss] | None = NOT_GIVEN,
         /,
         *args: Any,
         loss: Loss | None = None,
@@ -194,7 +197,7 @@ class GuardedOptimizer(KnownRun):
         """
         if torch_dcp.only_creates_state(self.optimizer):
             return self.optimizer.step()
-        given = (closure, *args) if args or closure is not None else ()
+        given = () if closure is NOT_GIVEN else (closure, *args)
         call = self._signature.call(given, kwargs, loss=loss, tag=tag)
         try:
             return self._take(call, loss, tag)
@@ -204,7 +207,8 @@ class GuardedOptimizer(KnownRun):
             self._observed.keep()
             self._stepper, self._limits = WholeStep(self.optimizer), ()
             log.info("%s", self.describe())
-            return self._take(call, loss, tag)
+            with without_pre_hooks_of_all(self.optimizer):  # the first try has run them
+                return self._take(call, loss, tag)
 
     def _take(self, call: StepCall, loss: Loss | None, tag: Any) -> Any:
         """One step, which `_after_failure` ends if an exception leaves it."""
@@ -217,7 +221,7 @@ class GuardedOptimizer(KnownRun):
         self._guarded_step(flight, call, tag)
         self._conclude()
         self._deliver(before=False)
-        returned = call.returned[0] if call.returned else None
+        returned = call.returned[-1] if call.returned else None
         return result if returned is None else returned
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from fastguard.guard.found_inf import knows_found_inf
 from fastguard.guard.optimizer_copy import OptimizerCopy
+from fastguard.guard.step_hooks import has_post_hooks, told_of_the_step
 
 CLOSURES = ("closure", "fn", "func")
 """What the names of parameters contain that take a function."""
@@ -26,23 +27,33 @@ class StepCall:
     Attributes:
         closure: Evaluates the model and returns the loss; None: there is none.
         args, kwargs: All other arguments for the wrapped optimizer.
+        place: The position or the name under which the wrapped `step` takes the closure; None: it
+            takes none, and the guard alone evaluates it.
         result: What the closure has returned.
         returned: What the wrapped `step` returned, noted in the same line: no interrupt comes
-            between.
+            between. Before its post-hooks run, None.
     """
 
     closure: Callable[[], Any] | None = None
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    place: int | str | None = None
     result: Any = None
     returned: list[Any] = field(default_factory=list)
+
+    def with_closure(self, closure: Callable[[], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments for the wrapped `step`, a closure among them."""
+        args, place = self.args, self.place
+        if isinstance(place, int):
+            return (*args[:place], closure, *args[place + 1 :]), dict(self.kwargs)
+        return args, {**self.kwargs, str(place): closure}
 
 
 class StepSignature(NamedTuple):
     """What the `step` of an optimizer takes.
 
     Attributes:
-        closure: The name of the parameter for the closure; None: it takes none.
+        closure: The name of the parameter for the closure; None: no name tells which it is.
         place: The position of that parameter; None: it goes by name.
         takes_any: Nothing is known of the positional parameters (`*args`): the first one is the
             closure if it can be called.
@@ -98,26 +109,59 @@ class StepSignature(NamedTuple):
                 kwargs[name] = own[name]
         if not args and not kwargs:
             return StepCall()
-        closure = None
         for name in {"closure", self.closure}.intersection(kwargs):
-            closure = kwargs.pop(name)
+            return self._with_named(args, dict(kwargs), str(name))
         place = self.place
-        if self.closure is None and not self.n_other:
-            place = 0  # a closure that the guard alone evaluates
-        if place is not None and place < len(args) and closure is None:
-            if self.takes_any and not callable(args[0]):
-                return StepCall(None, args, kwargs)
-            closure = args[place]
-            rest = args[place + 1 :]
-            args = (*args[:place], None, *rest) if rest else args[:place]
-        return StepCall(checked_closure(closure), args, kwargs)
+        if self.closure is None:
+            found = _evaluation_among(args, kwargs)
+            if found is not None:
+                return found
+            if not self.n_other:
+                place = 0  # what the guard alone evaluates
+        if place is None or place >= len(args):
+            return StepCall(None, args, kwargs)
+        closure, rest = args[place], args[place + 1 :]
+        if closure is None:  # passed on: the wrapped step may require the argument
+            return StepCall(None, args if self.place is not None else (), kwargs)
+        if self.takes_any and not callable(closure):
+            return StepCall(None, args, kwargs)
+        args = (*args[:place], None, *rest) if rest else args[:place]
+        return StepCall(checked_closure(closure), args, kwargs, self.place)
 
-    def with_closure(self, call: StepCall, closure: Callable[[], Any]) -> StepCall:
-        """The same call with a closure in its place."""
-        args, place = call.args, self.place
-        if place is None or place > len(args):
-            return StepCall(None, args, {**call.kwargs, str(self.closure): closure})
-        return StepCall(None, (*args[:place], closure, *args[place + 1 :]), call.kwargs)
+    def _with_named(self, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> StepCall:
+        """A call whose closure was given by name; the wrapped `step` may have another name for it,
+        or none.
+        """
+        closure = checked_closure(kwargs.pop(name))
+        if self.closure is None:
+            return StepCall(closure, args, kwargs)
+        place = self.place if self.place is not None and self.place <= len(args) else self.closure
+        call = StepCall(closure, args, kwargs, place)
+        if closure is None:  # passed on: the wrapped step may require the argument
+            call.args, call.kwargs = call.with_closure(None)
+        return call
+
+
+def _evaluation_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepCall | None:
+    """The call with what evaluates the model as its closure, where no name says which argument that
+    is; None: no argument does.
+    """
+    for place, value in [*enumerate(args), *kwargs.items()]:
+        if _evaluates(value):
+            others = {name: other for name, other in kwargs.items() if name != place}
+            return StepCall(value, args, others, place)
+    return None
+
+
+def _evaluates(value: Any) -> bool:
+    """Whether a value is a function without arguments; modules and classes are not meant."""
+    if not callable(value) or isinstance(value, type | torch.nn.Module | Tensor):
+        return False
+    try:
+        inspect.signature(value).bind()
+    except (TypeError, ValueError):  # it needs arguments, or does not tell
+        return False
+    return True
 
 
 class ClosureNeeded(Exception):
@@ -141,7 +185,6 @@ class InnerStep:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self._signature = StepSignature.of(optimizer)
         self._evaluates_first = steps_as_torch(optimizer)
         self._before: OptimizerCopy | None = None
 
@@ -149,7 +192,7 @@ class InnerStep:
         """What the closure returns; None without one."""
         if call.closure is None:
             return None
-        if self._signature.closure is not None and not self._evaluates_first:
+        if call.place is not None and not self._evaluates_first:
             with suppress(Exception):  # a state may hold what cannot be copied
                 self._before = OptimizerCopy.of(self.optimizer, gradients=True)
         with torch.enable_grad():
@@ -163,12 +206,12 @@ class InnerStep:
             ClosureNeeded: The optimizer evaluates its closure elsewhere too.
             TypeError: It does so after steps in which it did not, or its state cannot be copied.
         """
-        if call.closure is None or self._signature.closure is None:
-            call.returned.append(self.optimizer.step(*call.args, **call.kwargs))
+        if call.closure is None or call.place is None:
+            self._step(call, call.args, call.kwargs)
             return
         known = self._known(call.result)
         try:
-            call.returned.append(self.with_closure(call, known))
+            self._step(call, *call.with_closure(known))
         except _EvaluatedElsewhere:
             if self._before is None:
                 raise TypeError(
@@ -179,10 +222,13 @@ class InnerStep:
             raise ClosureNeeded from None
         self._evaluates_first, self._before = True, None
 
-    def with_closure(self, call: StepCall, closure: Callable[[], Any]) -> Any:
-        """Steps with a closure; what `step` returns."""
-        call = self._signature.with_closure(call, closure)
-        return self.optimizer.step(*call.args, **call.kwargs)
+    def _step(self, call: StepCall, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        optimizer = self.optimizer
+        if not has_post_hooks(optimizer):
+            call.returned.append(optimizer.step(*args, **kwargs))
+            return
+        with told_of_the_step(optimizer, call.returned):
+            call.returned.append(optimizer.step(*args, **kwargs))
 
     def _known(self, loss: Any) -> Callable[[], Any]:
         """A closure that returns the known loss where an evaluation would give the same."""

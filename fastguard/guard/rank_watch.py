@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastguard.errors.checked_numbers import shown
 from fastguard.gradients.buckets import bucketize
 from fastguard.gradients.transfer import moved, numbers_on
 from fastguard.stages.contract import GradStats, Signals
@@ -86,7 +87,7 @@ class RankWatch:
         from fastguard.guard.guarded import GuardedOptimizer
 
         if not isinstance(optimizer, GuardedOptimizer):
-            raise TypeError(f"optimizer={optimizer!r} must be a fastguard.GuardedOptimizer")
+            raise TypeError(f"optimizer={shown(optimizer)} must be a fastguard.GuardedOptimizer")
         self._optimizer = optimizer
         self._table: Tensor | None = None
         self._waiting: list[tuple[int, Tensor]] = []

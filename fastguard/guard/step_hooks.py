@@ -8,7 +8,8 @@ call: a profiler that counts steps by them counts each once.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -79,3 +80,40 @@ def run_hooks_of_all(optimizer: Optimizer, *, pre: bool = True) -> None:
     before: Mapping[int, Callable[..., Any]] = _global_optimizer_pre_hooks if pre else {}
     for hook in [*before.values(), *_global_optimizer_post_hooks.values()]:
         hook(optimizer, (optimizer,), {})
+
+
+def has_post_hooks(optimizer: Optimizer) -> bool:
+    """Whether hooks run behind the step of an optimizer. One without torch's constructor has no
+    place for them.
+    """
+    own = getattr(optimizer, "_optimizer_step_post_hooks", None)
+    return own is not None and bool(own or _global_optimizer_post_hooks)
+
+
+@contextmanager
+def told_of_the_step(optimizer: Optimizer, returned: list[Any]) -> Iterator[None]:
+    """Adds None to `returned` when the step itself is over, ahead of all post-hooks: the weights
+    have moved then, also if a hook raises.
+    """
+    handle = optimizer.register_step_post_hook(lambda *_: returned.append(None))
+    optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def without_pre_hooks_of_all(optimizer: Optimizer) -> Iterator[None]:
+    """Keeps the pre-hooks of all optimizers from this one; those inside it run them as ever."""
+    hooks = _global_optimizer_pre_hooks
+    kept = dict(hooks)
+
+    def of_others(hook: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda other, *args: None if other is optimizer else hook(other, *args)
+
+    hooks.update({key: of_others(hook) for key, hook in kept.items()})
+    try:
+        yield
+    finally:
+        hooks.update({key: hook for key, hook in kept.items() if key in hooks})

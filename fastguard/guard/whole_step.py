@@ -19,7 +19,7 @@ import torch
 from torch.optim import Optimizer
 
 from fastguard.gradients.buckets import GradBuckets
-from fastguard.guard.inner_step import InnerStep, StepCall
+from fastguard.guard.inner_step import StepCall
 from fastguard.guard.optimizer_copy import OptimizerCopy
 from fastguard.guard.step_hooks import run_hooks_of_all
 from fastguard.records.losses import named_losses
@@ -41,7 +41,6 @@ class WholeStep:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self._inner = InnerStep(optimizer)
         self._before: OptimizerCopy | None = None
         self._told = False  # that it clips nothing
 
@@ -109,7 +108,8 @@ class WholeStep:
             return given
 
         try:
-            result = self._inner.with_closure(call, remember)
+            args, kwargs = call.with_closure(remember)
+            result = self.optimizer.step(*args, **kwargs)
         except _NonFiniteLoss:
             run_hooks_of_all(self.optimizer, pre=False)
             return losses[0], losses[-1]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import wraps
 from inspect import isfunction
 from typing import Any
 
@@ -78,12 +79,15 @@ class OptimizerAround(Optimizer):
         if inner is None or not _is_delegated(name):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         try:
-            return getattr(inner, name)
+            value = getattr(inner, name)
         except AttributeError as error:
             raise AttributeError(
                 f"neither {type(self).__name__!r} nor the optimizer that it wraps, "
                 f"{type(inner).__name__!r}, has an attribute {name!r}"
             ) from error
+        if getattr(value, "__self__", None) is inner and callable(value):
+            return _returning(self, value)
+        return self if value is inner else value
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name[0] == "_" or name in self.__dict__ or not self._belongs_to_wrapped(name):
@@ -148,6 +152,19 @@ def _of_the_wrapped(name: str) -> Callable[..., Any]:
 
     method.__name__ = name
     return method
+
+
+def _returning(around: OptimizerAround, method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of the wrapped optimizer that returns the wrapper where it would return its own
+    `self`: a chain of calls would else end in the bare optimizer.
+    """
+
+    @wraps(method)
+    def delegated(*args: Any, **kwargs: Any) -> Any:
+        result = method(*args, **kwargs)
+        return around if result is around.optimizer else result
+
+    return delegated
 
 
 def _is_delegated(name: str) -> bool:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from fastguard.errors.checked_numbers import shown
+
 
 @dataclass(frozen=True, slots=True)
 class Replicated:
@@ -90,7 +92,7 @@ def refuse_several_ranks() -> None:
 
 def _need_process_group(group: object) -> None:
     if not dist.is_available():
-        raise TypeError(f"group={group!r}: this build of torch has no torch.distributed")
+        raise TypeError(f"group={shown(group)}: this build of torch has no torch.distributed")
     if isinstance(group, ProcessGroup):
         return
     remedy = "pass a torch.distributed.ProcessGroup, or fastguard.Replicated(one)"
@@ -98,4 +100,4 @@ def _need_process_group(group: object) -> None:
         remedy = "pass mesh.get_group() of the dimension meant"
     elif group is dist.GroupMember.NON_GROUP_MEMBER:
         remedy = "this rank is no member of it; pass a group that this rank belongs to"
-    raise TypeError(f"group={group!r} is no process group; {remedy}")
+    raise TypeError(f"group={shown(group)} is no process group; {remedy}")

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from fastguard.errors.checked_numbers import shown
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -31,7 +33,7 @@ class Peers:
     def __init__(self, group: ProcessGroup | None = None) -> None:
         if group is not None and not _is_group(group):
             raise TypeError(
-                f"group={group!r} must be None or a torch.distributed.ProcessGroup, such as "
+                f"group={shown(group)} must be None or a torch.distributed.ProcessGroup, such as "
                 "torch.distributed.group.WORLD after init_process_group"
             )
         self.group = group

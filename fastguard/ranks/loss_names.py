@@ -54,7 +54,7 @@ class LossNames(Sequence[str]):
     def of(group: ProcessGroup) -> LossNames:
         """The names of a group, the same object each time."""
         if group not in _of_group:
-            _of_group[group] = LossNames(dist.distributed_c10d._get_process_group_store(group))
+            _of_group[group] = LossNames(_store_of(group))
         return _of_group[group]
 
     def reserve(self, names: Sequence[str]) -> None:
@@ -119,3 +119,12 @@ class LossNames(Sequence[str]):
     def _compare_set(self, expected: str, desired: str) -> list[str]:
         """The list in the store, `desired` if it was `expected` before."""
         return json.loads(self._store.compare_set(_KEY, expected, desired))
+
+
+def _store_of(group: ProcessGroup) -> dist.Store:
+    """The store of a group. One of the fake backend has no other ranks, and may have a store that
+    keeps nothing: its names stay in this process.
+    """
+    if dist.get_backend(group) == "fake":
+        return dist.HashStore()
+    return dist.distributed_c10d._get_process_group_store(group)

@@ -28,7 +28,7 @@ from torch.distributed import ProcessGroup
 from fastguard.ranks.dtensors import dtensor_types, make_whole_
 from fastguard.ranks.groups import Group, check_group, process_group_of
 from fastguard.ranks.loss_names import LossNames
-from fastguard.ranks.span import Span, span_of
+from fastguard.ranks.span import Span, ranks_of, span_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -138,7 +138,7 @@ class Team:
             for size, placement in zip(spec.mesh.shape, spec.placements, strict=True):
                 shards *= size if _is_sharded(placement) else 1
             if self.distinct:  # over the group, every mesh holds other elements
-                inside = set(self._own_ranks).intersection(spec.mesh.mesh.flatten().tolist())
+                inside = set(self._own_ranks).intersection(ranks_of(spec.mesh))
                 shards *= len(self._own_ranks) / max(1, len(inside))
             self._weights[key] = shards / self.size
         return self._weights[key]

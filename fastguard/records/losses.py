@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastguard.errors.checked_numbers import shown
 from fastguard.gradients.tensor_kinds import has_numbers
 from fastguard.gradients.transfer import moved, numbers_on
 from fastguard.stages.spike_rules import GRAD_NORM
@@ -68,7 +69,8 @@ def _real(name: str, value: object) -> Tensor | float:
                 f"{name} is beyond the largest float; pass float('inf') if that is what it means"
             ) from None
     raise TypeError(
-        f"{name}={value!r} is a {kind}; pass a scalar tensor, a number, or a dict of them by name"
+        f"{name}={shown(value)} is a {kind}; pass a scalar tensor, a number, or a dict of them by "
+        "name"
     )
 
 

@@ -141,7 +141,7 @@ def check_sink(sink: object) -> None:
             f"sink is the class {sink.__name__}; make one: add_sink({sink.__name__}(...))"
         )
     if not callable(sink):
-        raise TypeError(f"sink={sink!r} must be callable with a StepRecord")
+        raise TypeError(f"sink={shown(sink, form=repr)} must be callable with a StepRecord")
 
 
 def check_file(path: str | os.PathLike[str]) -> Path:
@@ -318,7 +318,10 @@ class LogSink:
         self, log: Callable[..., object], *, prefix: str = "train", step_name: str | None = None
     ) -> None:
         if not callable(log):
-            raise TypeError(f"log={log!r} must be callable with a dict, such as wandb.init().log")
+            raise TypeError(
+                f"log={shown(log, form=repr)} must be callable with a dict, such as "
+                "wandb.init().log"
+            )
         self.log = log
         self.prefix = prefix
         self.step_name = step_name

@@ -23,7 +23,7 @@ from torch.nn.parameter import is_lazy
 
 from fastguard.checkpoints import CheckpointStore
 from fastguard.errors import TrainingDivergedError
-from fastguard.errors.checked_numbers import count_of, number_of
+from fastguard.errors.checked_numbers import count_of, number_of, shown
 from fastguard.guard.grad_scaler import lower_scales_stay
 from fastguard.guard.guarded import GuardedOptimizer
 from fastguard.guard.weak_hooks import hook_weakly
@@ -132,14 +132,14 @@ class Rollback:
         position: Any = None,
     ) -> None:
         if not isinstance(optimizer, GuardedOptimizer):
-            raise TypeError(f"optimizer={optimizer!r} must be a fastguard.GuardedOptimizer")
+            raise TypeError(f"optimizer={shown(optimizer)} must be a fastguard.GuardedOptimizer")
         _check_counts(every=every, keep=keep, max_attempts=max_attempts)
         optional = {"after_skips": after_skips, "after_spikes": after_spikes}
         _check_counts(**{name: value for name, value in optional.items() if value is not None})
         if not 0 < number_of("lr_factor", lr_factor, "use a number in (0, 1]") <= 1:
             raise ValueError(f"lr_factor={lr_factor!r} must be a number in (0, 1]")
         if store is not None and not isinstance(store, CheckpointStore):
-            raise TypeError(f"store={store!r} must be None or a fastguard.CheckpointStore")
+            raise TypeError(f"store={shown(store)} must be None or a fastguard.CheckpointStore")
         if lr is not None and not isinstance(lr, GuardedLR):
             raise TypeError(
                 f"lr is a {type(lr).__name__}, which cannot be lowered; pass GuardedLR(schedule), "

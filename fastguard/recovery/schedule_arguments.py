@@ -39,7 +39,7 @@ def schedule_of(schedule: Any) -> LRScheduler | ReduceLROnPlateau:
         return ConstantLR(schedule, factor=1.0)
     if not isinstance(schedule, LRScheduler | ReduceLROnPlateau):
         raise TypeError(
-            f"schedule={schedule!r} must be a scheduler of torch.optim.lr_scheduler or a "
+            f"schedule={shown(schedule)} must be a scheduler of torch.optim.lr_scheduler or a "
             "GuardedOptimizer; with a scheduler of another kind, which writes the learning rates "
             "itself, take each optimizer step in `with GuardedLR(optimizer, ...).in_force():`"
         )
@@ -62,7 +62,7 @@ def check_back_off(backoff: object, recovery: object, warmup: object) -> None:
     if recovery is not None:
         count_of("recovery", recovery, 1, optional=True)
     if warmup is not None and not isinstance(warmup, Warmup):
-        steps = warmup if isinstance(warmup, int) else "..."
+        steps = shown(warmup) if isinstance(warmup, int) else "..."
         raise TypeError(
-            f"warmup={warmup!r} must be a fastguard.Warmup, such as Warmup(steps={steps})"
+            f"warmup={shown(warmup)} must be a fastguard.Warmup, such as Warmup(steps={steps})"
         )

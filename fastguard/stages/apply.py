@@ -11,6 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastguard.gradients.buckets import GradBuckets
+from fastguard.gradients.tensor_kinds import LACKING, refuse_wrapped
 from fastguard.gradients.transfer import moved
 from fastguard.stages import backend
 from fastguard.stages.contract import HostVerdict, Verdict
@@ -40,9 +41,10 @@ def scale(buckets: GradBuckets, multiplier: Tensor, clean: Tensor) -> None:
     if given != n:  # (1,) for all, or (S,) for every class of a segment
         multiplier = multiplier.expand(n) if given == 1 else multiplier.repeat(n // given)
     for bucket in buckets.buckets:
-        backend.stages(bucket.device, bucket.kind).apply(
-            bucket,
-            moved(multiplier, bucket.device),
-            moved(clean, bucket.device),
-        )
+        there, clean_there = moved(multiplier, bucket.device), moved(clean, bucket.device)
+        try:
+            backend.stages(bucket.device, bucket.kind).apply(bucket, there, clean_there)
+        except LACKING as error:
+            refuse_wrapped(bucket.grads, error)
+            raise
         bucket.write_back()

@@ -17,8 +17,9 @@ import math
 import torch
 from torch import Tensor
 
-from fastguard.errors.checked_numbers import number_of
+from fastguard.errors.checked_numbers import number_of, shown
 from fastguard.gradients.buckets import GradBuckets
+from fastguard.gradients.tensor_kinds import LACKING, refuse_wrapped
 from fastguard.gradients.transfer import moved
 from fastguard.stages import backend
 from fastguard.stages.contract import GradStats
@@ -43,9 +44,13 @@ def measure(
     rooted = any(holds_norms(bucket.dtype, norm_type) for bucket in buckets.buckets)
     summary = counts = None
     for bucket in buckets.buckets:
-        part, found = backend.stages(bucket.device, bucket.kind).measure_bucket(
-            bucket, buckets.n_measured, buckets.n_tensors, norm_type, inv_scale
-        )
+        try:
+            part, found = backend.stages(bucket.device, bucket.kind).measure_bucket(
+                bucket, buckets.n_measured, buckets.n_tensors, norm_type, inv_scale
+            )
+        except LACKING as error:
+            refuse_wrapped(bucket.grads, error)
+            raise
         part, found = moved(part, home), moved(found, home)
         if rooted and not holds_norms(bucket.dtype, norm_type):
             norms = root(part.narrow(0, 0, 1), norm_type)
@@ -85,5 +90,7 @@ def norm_type_of(value: object) -> float:
             pass  # refused below
     p = number_of("norm_type", value, "use 2.0, 1.0 or float('inf')")
     if not p > 0.0:
-        raise ValueError(f"norm_type={value!r} is not a norm; use a number > 0 or float('inf')")
+        raise ValueError(
+            f"norm_type={shown(value)} is not a norm; use a number > 0 or float('inf')"
+        )
     return p

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from decimal import Decimal
 from fractions import Fraction
 
 import numpy as np
@@ -104,6 +105,41 @@ def test_an_integer_beyond_the_largest_float_is_named(take):
         with pytest.raises(ValueError, match=named) as error:
             take(huge)
         assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("huge", [Decimal("1e400"), Decimal("-1e400"), np.longdouble("1e4000")])
+def test_any_finite_number_beyond_the_largest_float_is_named(huge):
+    for name in ("clip_grad_norm_", "max_norm", "Threshold", "sanitize_grads_ nan", "floor"):
+        with pytest.raises(ValueError, match=r"=.*1[eE]\+400.*is beyond the largest float"):
+            TAKERS[name](huge)
+    assert number_of("x", Decimal("Infinity")) == number_of("x", np.longdouble("inf")) == math.inf
+    assert number_of("x", torch.tensor(-math.inf)) == -math.inf
+
+
+WORDS = {
+    "nonfinite": lambda x: guarded(nonfinite=x),
+    "nonfinite ": lambda x: fastguard.clip_grad_norm_(parameters(), 1.0, nonfinite=x),
+    "foreach": lambda x: fastguard.clip_grad_norm_(parameters(), 1.0, foreach=x),
+    "group": lambda x: guarded(group=x),
+    "parameters": lambda x: fastguard.clip_grad_norm_(x, 1.0),
+    "optimizer": fastguard.GuardedOptimizer,
+    "schedule": lambda x: fastguard.GuardedLR(x, optimizer=guarded()),
+    "warmup": lambda x: lr_of(warmup=x),
+    "store": lambda x: fastguard.Rollback(guarded(), {}, store=x),
+    "sink": lambda x: guarded().add_sink(x),
+    "mode": lambda x: fastguard.ActivationGuard(nn.Linear(1, 1), x),
+    "mode ": lambda x: fastguard.CheckpointStore("never", mode=x),
+    "group ": lambda x: fastguard.CheckpointStore("never", group=x),
+    "guard.nonfinite": lambda x: config("guard", nonfinite=x),
+    "records.jsonl": lambda x: config("records", jsonl=x),
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_a_number_too_long_to_be_written_is_named_where_no_number_is_meant(name):
+    with pytest.raises((TypeError, ValueError), match=f"{name.strip()}=.*int") as error:
+        WORDS[name](10**5000)
+    assert "Exceeds the limit" not in str(error.value) and len(str(error.value)) < 300
 
 
 COUNTS = {

@@ -77,7 +77,7 @@ def test_opcheck_apply_and_clip_value(grads):
 
 @pytest.mark.parametrize("grads", [some_grads, list, lambda: [torch.tensor([1 + 1j])]])
 def test_opcheck_sanitize(grads):
-    torch.library.opcheck(ops.sanitize.default, (grads(), 0.0, 1.0, -1.0))
+    torch.library.opcheck(ops.sanitize.default, (grads(), float64(0.0, 1.0, -1.0)))
 
 
 def test_every_op_is_checked_here():
@@ -294,9 +294,10 @@ class Inductor:
     [
         lambda ps, x: fastguard.clip_grad_norm_(ps, x),
         lambda ps, x: fastguard.clip_grads_with_norm_(ps, x, torch.tensor(100.0)),
+        lambda ps, x: fastguard.clip_grads_with_norm_(ps, 1.0, x),
         lambda ps, x: fastguard.clip_grad_value_(ps, x),
     ],
-    ids=["norm", "with_norm", "value"],
+    ids=["norm", "with_norm", "norm given", "value"],
 )
 @pytest.mark.parametrize(("as_given", "graphs"), [(float, 2), (torch.tensor, 1)])
 def test_a_limit_that_changes_compiles_once_more_and_a_tensor_does_not(function, as_given, graphs):
@@ -308,6 +309,15 @@ def test_a_limit_that_changes_compiles_once_more_and_a_tensor_does_not(function,
         function(expected, limit)
         assert_equal(tuple(grads_of(params)), tuple(grads_of(expected)))
     assert compiled.graphs == graphs
+
+
+def test_fills_that_change_compile_once_more():
+    compiled = Inductor(lambda ps, x: fastguard.sanitize_grads_(ps, nan=x, neginf=-x).counts)
+    for fill in (1.0, 2.0, 3.0, 0.5, 7.25, 100.0):
+        params = parameters(torch.tensor([NAN, 1.0]), torch.tensor([-INF]))
+        assert compiled(params, fill).tolist() == [[1, 0], [0, 0], [0, 1]]
+        assert [g.tolist() for g in grads_of(params)] == [[fill, 1.0], [-fill]]
+    assert compiled.graphs == 2
 
 
 def test_changing_gradients_compile_once_and_a_new_pattern_of_none_once_more():

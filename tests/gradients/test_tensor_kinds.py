@@ -237,6 +237,29 @@ def test_a_wrapper_subclass_raises_in_raise_mode():
         RAISING["error_if_nonfinite"](grads)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors:UserWarning")
+@pytest.mark.parametrize(
+    "name", ["get_total_norm", "clip_grad_norm_", "clip_grads_with_norm_", "sanitize_grads_"]
+)
+def test_a_class_that_lacks_an_operation_is_named(name):
+    grads = [torch.masked.masked_tensor(g, g > 15.0) for g in some_grads()]
+    function = {
+        "get_total_norm": lambda ps: fastguard.get_total_norm([p.grad for p in ps]),
+        "clip_grad_norm_": lambda ps: fastguard.clip_grad_norm_(ps, 1.0, INF),
+        "clip_grads_with_norm_": lambda ps: fastguard.clip_grads_with_norm_(ps, 1.0, 5.0),
+        "sanitize_grads_": fastguard.sanitize_grads_,
+    }[name]
+    params = [nn.Parameter(torch.zeros(4)) for _ in grads]
+    for p, grad in zip(params, grads, strict=True):
+        p.grad = grad
+    said = r"gradients of type MaskedTensor lack .* to_tensor\(0\.0\)"
+    with pytest.raises(TypeError, match=said):
+        function(params)
+    for p, grad in zip(params, grads, strict=True):
+        p.grad = grad.to_tensor(0.0)
+    function(params)
+
+
 def test_local_tensors_of_simulated_ranks():
     local = pytest.importorskip("torch.distributed._local_tensor")
     for n in (FEW, MANY):

@@ -1,6 +1,7 @@
 """Methods and attributes of the wrapped optimizer are there on the guard, and only these."""
 
 import copy
+import inspect
 import pickle
 from functools import partial
 
@@ -26,6 +27,14 @@ class ScheduleFree(torch.optim.SGD):
 
     def eval(self):
         return self.train(False)
+
+    @property
+    def myself(self):
+        return self
+
+    @classmethod
+    def kind(cls):
+        return cls
 
     @property
     def n_averaged(self):
@@ -54,6 +63,16 @@ def test_methods_and_attributes_are_those_of_the_wrapped_one(copied):
     assert opt.is_second_order and opt.n_averaged == 1
     assert opt.averaging is opt.optimizer.averaging
     assert {"train", "n_averaged", "averaging", "records"} <= set(dir(opt))
+
+
+@pytest.mark.parametrize("copied", [lambda opt: opt, copy.copy, copy.deepcopy, pickled])
+def test_what_returns_itself_returns_the_guard(copied):
+    """Or a chain of calls would end in the bare optimizer, whose steps nothing guards."""
+    opt = copied(guarded())
+    assert opt.train() is opt.eval() is opt.train(mode=False) is opt
+    assert opt.myself is opt and opt.optimizer.train() is opt.optimizer
+    assert opt.kind() is ScheduleFree
+    assert opt.train.__name__ == "train" and "mode" in inspect.signature(opt.train).parameters
 
 
 @pytest.mark.parametrize("copied", [lambda opt: opt, copy.copy, copy.deepcopy, pickled])

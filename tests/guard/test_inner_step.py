@@ -3,6 +3,7 @@
 import math
 import threading
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
@@ -91,9 +92,25 @@ class ClosureAmongOthers(torch.optim.SGD):
         return None, super().step(settings.get("closure"))
 
 
+class ClosureOfAnyName(torch.optim.SGD):
+    def step(self, evaluate):
+        return None, super().step(evaluate)
+
+
+class ClosureOfAnyNameSecond(torch.optim.SGD):
+    def step(self, batch_size, objective=None):
+        return batch_size, super().step(objective)
+
+
 @pytest.mark.parametrize(
     ("kind", "first", "call"),
     [
+        (ClosureOfAnyName, None, lambda opt, c: opt.step(c)),
+        (ClosureOfAnyName, None, lambda opt, c: opt.step(evaluate=c)),
+        (ClosureOfAnyNameSecond, 8, lambda opt, c: opt.step(8, c)),
+        (ClosureOfAnyNameSecond, 8, lambda opt, c: opt.step(8, objective=c)),
+        (ClosureOfAnyNameSecond, 8, lambda opt, c: opt.step(objective=c, batch_size=8)),
+        (ClosureAmongOthers, None, lambda opt, c: opt.step(closure=partial(c))),
         (ClosureSecond, 8, lambda opt, c: opt.step(8, c)),
         (ClosureSecond, 8, lambda opt, c: opt.step(8, closure=c)),
         (ClosureSecond, 8, lambda opt, c: opt.step(batch_size=8, closure=c)),
@@ -122,6 +139,57 @@ def test_a_closure_is_found_and_guarded_wherever_step_takes_it(kind, first, call
     assert [r.action for r in records] == ["clipped", "skipped", "clipped"]
     assert [len(r.losses) for r in records] == [1, 1, 1]
     torch.testing.assert_close(p.detach(), torch.full((2,), 1.0 - 0.2 / 2**0.5))
+
+
+@pytest.mark.parametrize("given", [torch.nn.Linear(1, 1), float, len, lambda loss: 1 / 0], ids=repr)
+def test_what_cannot_be_called_without_arguments_is_no_closure(given):
+    opt = GuardedOptimizer(Visible([one_parameter()], lr=0.1))
+    opt.step(given)
+    opt.step(visibility=given)
+    assert opt.optimizer.seen == (given, None) and opt.applied_steps == 2
+
+
+class Required(torch.optim.SGD):
+    def step(self, closure):
+        assert closure is None
+        return super().step()
+
+
+class RequiredByName(torch.optim.SGD):
+    def step(self, *, fn):
+        assert fn is None
+        return super().step()
+
+
+class RequiredSecond(torch.optim.SGD):
+    def step(self, batch_size, closure):
+        assert (batch_size, closure) == (8, None)
+        return super().step()
+
+
+class TakesNone(torch.optim.SGD):
+    def step(self):
+        return super().step()
+
+
+@pytest.mark.parametrize(
+    ("kind", "call"),
+    [
+        (Required, lambda opt: opt.step(None)),
+        (Required, lambda opt: opt.step(closure=None)),
+        (RequiredByName, lambda opt: opt.step(closure=None)),
+        (RequiredByName, lambda opt: opt.step(fn=None)),
+        (RequiredSecond, lambda opt: opt.step(8, None)),
+        (RequiredSecond, lambda opt: opt.step(8, closure=None)),
+        (ClosureUnnamed, lambda opt: opt.step(None)),
+        (TakesNone, lambda opt: opt.step(None)),
+        (TakesNone, lambda opt: opt.step(closure=None)),
+    ],
+)
+def test_no_closure_is_passed_on_where_step_requires_the_argument(kind, call):
+    opt = GuardedOptimizer(kind([one_parameter()], lr=0.1))
+    call(opt)
+    assert opt.applied_steps == 1 and opt.optimizer.param_groups[0]["params"][0][0] < 1
 
 
 def test_arguments_of_which_nothing_is_known_are_passed_on():

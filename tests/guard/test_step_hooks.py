@@ -8,6 +8,7 @@ from torch.optim.optimizer import (
 )
 
 from fastguard import GuardedOptimizer
+from fastguard.guard.whole_step import WholeStep
 from guardtest.training import give_gradients, new_parameters, poison
 
 
@@ -51,6 +52,78 @@ def test_hooks_of_all_optimizers_run_once_a_step(kind, scheduled, seen):
         assert seen == once, bad
         seen.clear()
     assert (opt.applied_steps, opt.skipped_steps) == (2, 2)
+
+
+class Perturbs(torch.optim.Optimizer):
+    """Evaluates its closure behind a move of the weights, which shows at its first step."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure):
+        for p in self.param_groups[0]["params"]:
+            p.add_(1e-3)
+        loss = closure()
+        for p in self.param_groups[0]["params"]:
+            p.sub_(1e-3 + 0.1 * p.grad)
+        return loss
+
+
+def test_they_run_once_in_the_step_that_discovers_an_optimizer_that_needs_its_closure(seen):
+    parameters = new_parameters()
+    others = torch.optim.SGD(new_parameters(), lr=0.1)
+    inner = Perturbs(parameters)
+    opt = GuardedOptimizer(inner)
+
+    def closure():
+        give_gradients(parameters, 0)
+        if seen.count(("pre", "SGD")) == 0 and type(opt._stepper) is WholeStep:
+            others.step()  # inside the second try: another optimizer has its hooks
+        return torch.tensor(1.0)
+
+    for _ in range(2):
+        give_gradients(parameters, 0)
+        opt.step(closure)
+        assert sorted(seen) == [(when, kind) for when in ("post", "pre") for kind in KINDS]
+        seen.clear()
+    assert type(opt._stepper) is WholeStep and opt.applied_steps == 2
+
+
+KINDS = ("Perturbs", "SGD")
+
+
+@pytest.mark.parametrize("whose", ["own", "of all"])
+@pytest.mark.parametrize("kind", INNER)
+def test_a_step_whose_post_hook_fails_counts_if_the_weights_moved(kind, whose):
+    """The optimizer that evaluates its closure itself is the exception: it is put back."""
+    parameters = new_parameters()
+    inner = INNER[kind](parameters)
+    opt = GuardedOptimizer(inner)
+    start = [p.detach().clone() for p in parameters]
+
+    def closure():
+        give_gradients(parameters, 0)
+        return torch.tensor(1.0)
+
+    def fail(*_):
+        raise KeyError("hook")
+
+    register = (
+        inner.register_step_post_hook if whose == "own" else register_optimizer_step_post_hook
+    )
+    handle = register(fail)
+    try:
+        with pytest.raises(KeyError, match="hook"):
+            opt.step(closure)
+    finally:
+        handle.remove()
+    moved = any(not torch.equal(p, before) for p, before in zip(parameters, start, strict=True))
+    assert moved == (kind != "LBFGS")
+    assert opt.applied_steps == opt.steps_taken == moved
+    assert [r.step for r in opt.records()] == [1] * moved
+    assert opt.step(closure) == 1.0 and opt.applied_steps == 1 + moved
+    assert not inner._optimizer_step_post_hooks
 
 
 def test_without_a_guard_they_run_as_ever(seen):

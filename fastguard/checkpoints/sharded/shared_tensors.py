@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastguard.checkpoints.errors import CheckpointError
 from fastguard.ranks.lockstep import Peers
+from fastguard.ranks.span import ranks_of
 
 Identity = tuple[str, str]  # "mesh", "bytes" or "own", and a digest
 
@@ -50,7 +51,7 @@ def names_of_shared(tree: Any, peers: Peers) -> dict[str, str]:
     if peers.size == 1:
         shards = {path: t for path, t in tensors(tree) if is_shard(t)}
         for path, shard in shards.items():
-            if shard.device_mesh.size() > 1:  # type: ignore[attr-defined]
+            if shard.device_mesh.size() > 1:
                 raise CheckpointError(
                     f"{path} is spread over {shard.device_mesh.size()} ranks, but one process "  # type: ignore[attr-defined]
                     "saves it; open the store on all of them with "
@@ -80,7 +81,7 @@ def _name(path: str, own: Identity, theirs: list[Identity | None]) -> str | None
 
 def _identity(tensor: Tensor) -> Identity:
     if is_shard(tensor):
-        mesh = tensor.device_mesh.mesh.flatten().tolist()  # type: ignore[attr-defined]
+        mesh = ranks_of(tensor.device_mesh)  # type: ignore[attr-defined]  # type: ignore[attr-defined]
         return "mesh", hashlib.sha256(repr((mesh, tuple(tensor.shape))).encode()).hexdigest()
     if tensor.layout is not torch.strided or tensor.is_quantized:
         return "own", ""
