@@ -27,8 +27,10 @@ from fastguard.guard.guarded import GuardedOptimizer
 from fastguard.guard.model_buffers import ModelBuffers, protect_buffers
 from fastguard.guard.rank_watch import RankWatch
 from fastguard.ranks.groups import Replicated
+from fastguard.records.json_lines_sink import JsonLinesSink
+from fastguard.records.loggers import LogSink, TensorBoardSink
 from fastguard.records.loss_meter import LossMeter
-from fastguard.records.sinks import JsonLinesSink, LogSink, TensorBoardSink, read_records
+from fastguard.records.read_json_lines import read_records
 from fastguard.records.step_record import StepRecord
 from fastguard.recovery.guarded_lr import GuardedLR
 from fastguard.recovery.rollback import Rewind, Rollback

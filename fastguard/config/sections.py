@@ -32,7 +32,8 @@ from fastguard.errors import nearest
 from fastguard.functional.arguments import limit_of
 from fastguard.guard.arguments import check_budget
 from fastguard.guard.guarded import GuardedOptimizer
-from fastguard.records.sinks import JsonLinesSink, TensorBoardSink
+from fastguard.records.json_lines_sink import JsonLinesSink
+from fastguard.records.loggers import TensorBoardSink
 from fastguard.recovery.guarded_lr import GuardedLR
 from fastguard.recovery.rollback import Rollback
 from fastguard.recovery.warmup import Warmup

@@ -24,9 +24,9 @@ from fastguard.guard.step_in_flight import StepInFlight
 from fastguard.guard.stepper import Stepper, stepper_for
 from fastguard.guard.wrapper import OptimizerAround
 from fastguard.ranks.groups import Group
+from fastguard.records.json_lines_sink import check_sink
 from fastguard.records.losses import ObservedLosses
 from fastguard.records.recorder import Recorder
-from fastguard.records.sinks import check_sink
 from fastguard.records.step_record import StepRecord
 from fastguard.records.subscription import Inbox
 from fastguard.stages.backend import backend_of

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from fastguard.guard.guarded import GuardedOptimizer
 from fastguard.guard.reporting import KnownRun
 from fastguard.integrations.replicas import usual_group
+from fastguard.records.json_lines_sink import JsonLinesSink, check_file, check_sink
 from fastguard.records.recorder import Recorder
-from fastguard.records.sinks import JsonLinesSink, check_file, check_sink
 from fastguard.records.step_record import StepRecord
 
 Sink = Callable[[StepRecord], object]

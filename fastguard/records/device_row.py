@@ -15,14 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastguard.errors import NAMED_CULPRITS
 from fastguard.stages import backend
-from fastguard.stages.contract import GradStats, GuardState, Reason, Signals, Verdict
+from fastguard.stages.contract import GradStats, GuardState, Known, Reason, Signals, Verdict
 
 HEAD = 11  # numbers before the culprits
 CULPRIT = 4  # index, NaN, +Inf, -Inf
@@ -102,34 +102,33 @@ def pack(outcome: Outcome, row: Tensor) -> None:
     backend.stages(row.device).pack(row, stats, signals, outcome.verdict, outcome.state, lr)
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """What a packed record says, in plain Python values."""
+class Row(NamedTuple):
+    """What a packed record says, in plain Python values.
 
-    total_norm: float
-    clip_coef: float
-    skipped: bool
-    cleaned: bool
-    reason: Reason
-    step: int
-    consecutive_skips: int
-    nan: int
-    posinf: int
-    neginf: int
+    Attributes:
+        known: The decision.
+        lr: Learning rate, if it was on the device.
+        n_culprits: How many tensors are bad.
+        culprits: `(index, NaN, +Inf, -Inf)` of the first of them.
+        ranks: How many ranks held something non-finite, and which one if it was one.
+    """
+
+    known: Known
     lr: float
     n_culprits: int
     culprits: list[tuple[int, int, int, int]]
-    losses: list[float]
-    spikes: list[bool]
-    thresholds: list[float]
-    given: list[bool]
-    culprit_ranks: int = 0
-    culprit_rank: int | None = None
+    ranks: tuple[int, int | None]
 
 
-def unpack(row: Tensor, n_losses: int, is_joint: bool = False) -> Row:
-    """Reads a row on the host."""
-    values = row.tolist()
+def unpack(row: Tensor, loss_names: Sequence[str], is_joint: bool = False) -> Row:
+    """Reads a row on the host.
+
+    Args:
+        row: float64 `(width,)`, see `pack`.
+        loss_names: The names of its L losses; of those that no rank gave, none is told.
+        is_joint: Whether several ranks decided it.
+    """
+    values, n_losses = row.tolist(), len(loss_names)
     given, n_ranks, rank = [True] * n_losses, 0, 0
     if is_joint:
         values, (*of_losses, ranks, rank) = values[: -n_losses - 2], values[-n_losses - 2 :]
@@ -143,27 +142,22 @@ def unpack(row: Tensor, n_losses: int, is_joint: bool = False) -> Row:
     at += CULPRIT * NAMED_CULPRITS
     losses, rules = values[at : at + n_losses], values[at + n_losses :]
     n_rules = len(rules) // 2
-    return Row(
+    known = Known(
         total_norm=norm,
         clip_coef=coef,
         skipped=bool(skipped),
         cleaned=bool(cleaned),
+        changes_gradients=bool(cleaned) or coef != 1.0,
         reason=Reason(int(reason)),
-        step=int(step),
-        consecutive_skips=int(in_a_row),
-        nan=int(nan),
-        posinf=int(posinf),
-        neginf=int(neginf),
-        lr=lr,
-        n_culprits=n_culprits,
-        culprits=culprits,  # type: ignore[arg-type]
-        losses=losses,
+        nonfinite_counts=(int(nan), int(posinf), int(neginf)),
+        losses={loss_names[i]: loss for i, loss in enumerate(losses) if given[i]},
         spikes=list(map(bool, rules[:n_rules])),
         thresholds=rules[n_rules:],
-        given=given,
-        culprit_ranks=n_ranks,
-        culprit_rank=int(rank) if n_ranks == 1 else None,
+        step=int(step),
+        consecutive_skips=int(in_a_row),
     )
+    one_rank = int(rank) if n_ranks == 1 else None
+    return Row(known, lr, n_culprits, culprits, (n_ranks, one_rank))  # type: ignore[arg-type]
 
 
 class Ring:

@@ -9,17 +9,24 @@ fatal. A run is the current file of a `JsonLinesSink` and the full ones beside i
 from __future__ import annotations
 
 import json
+import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fastguard.errors.plain_text import printable, shown
+from fastguard.records.regular_files import folder_error
 from fastguard.records.rotated_files import open_run
+from fastguard.records.step_record import FIELDS, StepRecord
 
 try:  # twice as fast as the standard library; what it refuses (a bare NaN), that one reads
     from orjson import loads as _loads
 except ImportError:
     _loads: Callable[[bytes], Any] = json.loads
+
+log = logging.getLogger("fastguard")
 
 BLOCK_BYTES = 512 << 10
 """How much is read at a time, and the longest line that is a record. What a block becomes still
@@ -131,3 +138,114 @@ def _block(lines: bytes, size: int, damaged: int) -> Block:
         return Block([], damaged, size)
     records, more = parse_lines(lines)
     return Block(records, damaged + more, size)
+
+
+LONGEST_LINE = 1 << 24
+"""Bytes from which on a line is damage, not a record."""
+
+_COUNTS = (
+    "step",
+    "nan",
+    "posinf",
+    "neginf",
+    "n_culprits",
+    "consecutive_skips",
+    "culprit_ranks",
+)
+
+_FLOATS = ("total_norm", "clip_coef", "lr")
+
+
+def read_records(path: str | os.PathLike[str], *, strict: bool = False) -> Iterator[StepRecord]:
+    """The records of a `JsonLinesSink`, oldest first, rotated files included.
+
+    A run may go on meanwhile: what is read are its records up to about the beginning of the call.
+
+    Args:
+        path: The current file.
+        strict: Raise at the first line that is no record, instead of skipping and counting it.
+
+    Raises:
+        FileNotFoundError: There is no such file, nor a full one beside it.
+        IsADirectoryError: It is a folder.
+        OSError: It cannot be read, or is a pipe or a device.
+        ValueError: With `strict`, naming file and line.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise folder_error(path)
+    skipped = 0
+    for name, file in open_run(path):
+        for number, line in _lines(file):
+            if not line.strip():
+                continue
+            try:
+                yield parse_record(line)
+            except ValueError as error:
+                if strict:
+                    raise ValueError(
+                        f"{printable(str(name))}:{number} is no record ({shown(error)}); delete "
+                        "the line, or read with strict=False"
+                    ) from None
+                skipped += 1
+    if skipped:
+        log.warning("%s: %d damaged lines were skipped", path, skipped)
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """The numbered lines; one that is too long to be a record is `b"..."`, whatever its size."""
+    number = 0
+    while line := file.readline(LONGEST_LINE):
+        number += 1
+        if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+            while (more := file.readline(LONGEST_LINE)) and not more.endswith(b"\n"):
+                pass
+            line = b"..."
+        yield number, line
+
+
+def parse_record(line: bytes) -> StepRecord:
+    """The record in one line of a `JsonLinesSink`; fields that are unknown here are ignored.
+
+    Raises:
+        ValueError: The line is no record, or one that was cut short.
+
+    Example:
+        >>> parse_record(b'{"step": 3, "total_norm": "NaN", "clip_coef": 1, "action": "skipped"}')
+        StepRecord(step=3, total_norm=nan, clip_coef=1.0, action='skipped', ...)
+    """
+    try:
+        return _record(json.loads(line))
+    except (TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+
+
+def _record(fields: Any) -> StepRecord:
+    if not isinstance(fields, dict):
+        raise ValueError("not a JSON object")
+    fields = {name: value for name, value in fields.items() if name in FIELDS}
+    for name in _FLOATS:
+        if name in fields:
+            fields[name] = float(fields[name])  # "NaN" and "Infinity" too
+    for name in ("losses", "thresholds"):
+        fields[name] = {k: float(v) for k, v in fields.get(name, {}).items()}
+    fields["culprits"] = tuple(
+        (str(name), _count("nan", nan), _count("posinf", posinf), _count("neginf", neginf))
+        for name, nan, posinf, neginf in fields.get("culprits", ())
+    )
+    fields["spikes"] = tuple(map(str, fields.get("spikes", ())))
+    record = StepRecord(**fields)
+    for name in _COUNTS:
+        _count(name, getattr(record, name))
+    if record.culprit_rank is not None:
+        _count("culprit_rank", record.culprit_rank)
+    if not isinstance(record.action, str) or not isinstance(record.reason, str | None):
+        what = f"action {shown(record.action)} or reason {shown(record.reason)}"
+        raise ValueError(f"{what} is not a name")
+    return record
+
+
+def _count(name: str, value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 53:  # a float64, and so JSON, has those
+        raise ValueError(f"{name} is {shown(value)}, not a count")
+    return value

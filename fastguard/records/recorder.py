@@ -49,9 +49,9 @@ def _record(
     signal_names: Sequence[str],
     lr: float,
     tag: Any,
-    culprits: Sequence[Culprit] = (),
-    culprit_ranks: int = 0,
-    culprit_rank: int | None = None,
+    culprits: Sequence[Culprit],
+    n_culprits: int,
+    ranks: tuple[int, int | None],
 ) -> StepRecord:
     nan, posinf, neginf = known.nonfinite_counts
     return StepRecord(
@@ -64,15 +64,15 @@ def _record(
         posinf=posinf,
         neginf=neginf,
         culprits=tuple(culprits[:NAMED_CULPRITS]),
-        n_culprits=len(culprits),
+        n_culprits=n_culprits,
         losses=dict(known.losses),
         spikes=tuple(compress(signal_names, known.spikes)),
         thresholds=dict(zip(signal_names, known.thresholds, strict=True)),
         consecutive_skips=known.consecutive_skips,
         lr=lr,
         tag=tag,
-        culprit_ranks=culprit_ranks,
-        culprit_rank=culprit_rank,
+        culprit_ranks=ranks[0],
+        culprit_rank=ranks[1],
     )
 
 
@@ -113,7 +113,10 @@ class _Known(NamedTuple):
 
     def record(self) -> StepRecord:
         """The record."""
-        return _record(self.known, self.signal_names, self.lr, self.tag, self.culprits, *self.ranks)
+        culprits = self.culprits
+        return _record(
+            self.known, self.signal_names, self.lr, self.tag, culprits, len(culprits), self.ranks
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,29 +148,12 @@ class _Pending:
 
     def record(self) -> StepRecord:
         """The record. The row must have arrived."""
-        names = self.loss_names  # of a loss that other ranks gave, perhaps known only now
-        row = unpack(self.arrival.row, len(names), self.is_joint)
-        losses = {names[i]: loss for i, loss in enumerate(row.losses) if row.given[i]}
-        spiked = zip(self.signal_names, row.spikes, strict=True)
-        return StepRecord(
-            step=row.step,
-            total_norm=row.total_norm,
-            clip_coef=row.clip_coef,
-            action=_action(row.clip_coef, row.skipped, row.cleaned),
-            reason=row.reason.label,
-            nan=row.nan,
-            posinf=row.posinf,
-            neginf=row.neginf,
-            culprits=tuple((self.name_of(i), n, p, m) for i, n, p, m in row.culprits),
-            n_culprits=row.n_culprits,
-            losses=losses,
-            spikes=tuple(signal for signal, hit in spiked if hit),
-            thresholds=dict(zip(self.signal_names, row.thresholds, strict=True)),
-            consecutive_skips=row.consecutive_skips,
-            lr=row.lr if self.lr is None else self.lr,
-            tag=self.tag,
-            culprit_ranks=row.culprit_ranks,
-            culprit_rank=row.culprit_rank,
+        # The names of losses that other ranks gave are known only now, perhaps.
+        row = unpack(self.arrival.row, self.loss_names, self.is_joint)
+        culprits = [(self.name_of(i), n, p, m) for i, n, p, m in row.culprits]
+        lr = row.lr if self.lr is None else self.lr
+        return _record(
+            row.known, self.signal_names, lr, self.tag, culprits, row.n_culprits, row.ranks
         )
 
 

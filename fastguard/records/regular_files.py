@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from pathlib import Path
 from typing import BinaryIO
 
 _KINDS = {
@@ -69,3 +70,10 @@ def _flags(*names: str) -> int:
     for name in names:
         flags |= getattr(os, name, 0)
     return flags
+
+
+def folder_error(path: str | os.PathLike[str]) -> IsADirectoryError:
+    return IsADirectoryError(
+        f"{os.fspath(path)!r} is a folder; name a file in it, such as "
+        f"{str(Path(path) / 'records.jsonl')!r}"
+    )

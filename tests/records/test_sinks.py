@@ -23,8 +23,9 @@ from fastguard import (
     TensorBoardSink,
     read_records,
 )
+from fastguard.records.loggers import scalars
+from fastguard.records.read_json_lines import parse_record
 from fastguard.records.rotated_files import rotated_files
-from fastguard.records.sinks import parse_record, scalars
 from guardtest import require
 
 NAN_RECORD = StepRecord(

@@ -15,8 +15,8 @@ from pathlib import Path
 from fastguard.commands.monitor.follow import Earlier
 from fastguard.commands.monitor.tail import whole_lines_backwards
 from fastguard.commands.monitor.watch import bounded
+from fastguard.records.read_json_lines import parse_record
 from fastguard.records.rotated_files import index_of, open_at, rotated_files
-from fastguard.records.sinks import parse_record
 from fastguard.records.step_record import StepRecord
 
 INCIDENT = b'"reason": "'

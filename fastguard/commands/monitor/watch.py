@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import islice
 
 from fastguard.errors import NAMED_CULPRITS
-from fastguard.records.sinks import parse_record
+from fastguard.records.read_json_lines import parse_record
 from fastguard.records.step_record import StepRecord
 from fastguard.records.strict_json import shortened
 

@@ -14,7 +14,7 @@ import pytest
 from fastguard import JsonLinesSink, StepRecord
 from fastguard.commands.monitor import follow
 from fastguard.commands.monitor.follow import Follower
-from fastguard.records.sinks import parse_record
+from fastguard.records.read_json_lines import parse_record
 from guardtest.rotation import ROTATIONS, Rotation
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from fastguard.commands.cli import main
 from fastguard.commands.demo.incidents import Incident, Outcome
-from fastguard.records.sinks import read_records
+from fastguard.records.read_json_lines import read_records
 
 
 def play(letter: str, folder: Path) -> tuple[Outcome, Outcome]:

@@ -21,7 +21,7 @@ from fastguard.commands.demo.incidents import Outcome
 from fastguard.commands.demo.incidents.detector_data import write_detector
 from fastguard.commands.demo.incidents.detector_faults import Faults, Kind
 from fastguard.commands.demo.training import one_thread
-from fastguard.records.sinks import read_records
+from fastguard.records.read_json_lines import read_records
 
 os.environ.setdefault("YOLO_OFFLINE", "true")  # before ultralytics looks for the network
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from fastguard.commands.demo.incidents import incident
 from fastguard.commands.demo.incidents.picture import draw
 from fastguard.commands.usage import need
-from fastguard.records.sinks import JsonLinesSink
+from fastguard.records.json_lines_sink import JsonLinesSink
 from fastguard.records.step_record import StepRecord
 
 RUNS = {"as-it-was": False, "guarded": True}

@@ -1,0 +1,142 @@
+"""Where records go: `JsonLinesSink`, or any callable, as in `opt.add_sink(sink)`.
+
+A sink takes one `StepRecord`; it is called once a step, in order, when the record has reached the
+host. A sink never ends a run: what it cannot write is counted, and said once, also if it raises.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from fastguard.errors.checked_numbers import count_of
+from fastguard.errors.plain_text import shown
+from fastguard.records.line_writer import LineWriter
+from fastguard.records.regular_files import folder_error
+from fastguard.records.step_record import StepRecord
+from fastguard.records.strict_json import encode
+
+log = logging.getLogger("fastguard")
+
+
+class JsonLinesSink:
+    """Appends one JSON object a line; NaN and Inf become `"NaN"`, `"Infinity"`, `"-Infinity"`.
+
+    A line is handed to the system in one write, so a killed process leaves at most the last line
+    cut short, which readers skip; the next run starts on a new line. Full files are renamed to
+    `records.1.jsonl`, `records.2.jsonl`, ... and the oldest beyond `keep` are deleted.
+
+    One process writes to a file. Its threads may share a sink, and several sinks a path. A copy in
+    another process, forked or pickled, writes when no other process does; until then its records
+    are lost, and counted.
+
+    Args:
+        path: The file; its folder is created.
+        max_bytes: Size at which a file is full.
+        keep: How many full files are kept beside the current one; None: all.
+
+    Attributes:
+        lost: How many records could not be written.
+
+    Raises:
+        ValueError: `max_bytes` or `keep` is out of range.
+        BlockingIOError: Another process writes to the file; it names which, where that is known.
+        OSError: The file cannot be opened for writing, or is a pipe or a device.
+
+    Example:
+        >>> import tempfile, fastguard
+        >>> from pathlib import Path
+        >>> path = Path(tempfile.mkdtemp()) / "records.jsonl"
+        >>> with JsonLinesSink(path) as sink:
+        ...     sink(fastguard.StepRecord(1, float("inf"), 1.0, "applied"))
+        >>> [record.total_norm for record in read_records(path)]
+        [inf]
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, max_bytes: int = 1 << 30, keep: int | None = None
+    ) -> None:
+        count_of("max_bytes", max_bytes, 1024)
+        if keep is not None:
+            count_of("keep", keep, 0, optional=True)
+        self._set_up(check_file(path), max_bytes, keep)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._writer.open()
+        except BaseException:
+            self._writer.leave()
+            raise
+
+    def _set_up(self, path: Path, max_bytes: int, keep: int | None) -> None:
+        self.path = path
+        self.max_bytes = max_bytes
+        self.keep = keep
+        self.lost = 0
+        self._closed = False
+        self._writer = LineWriter.of(path)
+
+    def __getstate__(self) -> tuple[Path, int, int | None]:
+        # A descriptor is a number that means another file elsewhere: a copy opens its own, when it
+        # has something to write.
+        return self._writer.path, self.max_bytes, self.keep
+
+    def __setstate__(self, state: tuple[Path, int, int | None]) -> None:
+        self._set_up(*state)
+
+    def __call__(self, record: StepRecord) -> None:
+        with self._writer.lock:
+            try:
+                if self._closed:
+                    raise OSError("the sink is closed")
+                line = encode(record.as_dict()) + "\n"
+                self._writer.append(line.encode(), self.max_bytes, self.keep)
+            except Exception as error:  # disks and records have ways of their own to fail
+                self.lost += 1
+                if self.lost == 1:
+                    log.warning("records are being lost: cannot write %s: %s", self.path, error)
+
+    def close(self) -> None:
+        """Flushes to the disk and closes; further records are lost."""
+        with self._writer.lock:
+            if self._closed:
+                return
+            self._closed = True
+            try:
+                self._writer.flush()
+            except OSError as error:
+                log.warning("the last records may be lost: cannot flush %s: %s", self.path, error)
+            finally:
+                self._writer.leave()
+
+    def __enter__(self) -> JsonLinesSink:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def check_sink(sink: object) -> None:
+    """Raises a TypeError for what cannot be called with a record."""
+    if isinstance(sink, type):
+        raise TypeError(
+            f"sink is the class {sink.__name__}; make one: add_sink({sink.__name__}(...))"
+        )
+    if not callable(sink):
+        raise TypeError(f"sink={shown(sink, form=repr)} must be callable with a StepRecord")
+
+
+def check_file(path: str | os.PathLike[str]) -> Path:
+    """The path of a file of records, which need not exist yet.
+
+    Raises:
+        TypeError: It is no path.
+        IsADirectoryError: It is a folder, or written like one.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(
+            f"{path!r} is no path for records; name a file, such as 'run/records.jsonl'"
+        )
+    if os.fspath(path).endswith("/") or Path(path).is_dir():
+        raise folder_error(path)
+    return Path(path)
