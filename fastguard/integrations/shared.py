@@ -179,7 +179,8 @@ class RunRecords:
             raise TypeError(f"sinks={sinks!r} must be a list of sinks, such as [{name}]")
         for sink in sinks:
             check_sink(sink)
-        self.records = None if records is None else check_file(records)
+        # Absolute: the file is opened later, and programs change the working directory.
+        self.records = None if records is None else check_file(records).absolute()
         self.sinks = tuple(sinks)
         self._files: weakref.WeakKeyDictionary[KnownRun, _File] = weakref.WeakKeyDictionary()
 

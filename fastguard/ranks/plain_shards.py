@@ -69,7 +69,11 @@ def check_plain_shards(
     if instead is not None:
         remedy = instead
     elif kind == FSDP1:
-        remedy += ", or fastguard.Replicated of it if the strategy is NO_SHARD"
+        # With HYBRID_SHARD all ranks together hold each element once per replica.
+        remedy = (
+            "pass group=torch.distributed.group.WORLD, with HYBRID_SHARD the process group that "
+            "shards one replica, with NO_SHARD fastguard.Replicated(torch.distributed.group.WORLD)"
+        )
     raise ValueError(
         f"the parameters are shards of {kind} in plain tensors, so each rank would clip and skip "
         f"by its own shards alone; {remedy}"

@@ -66,6 +66,17 @@ def test_the_newest_stay_and_the_last_clean_one_and_the_best(store):
     assert names == {".lock", "manifest.json", *(entry.file for entry in store.list())}
 
 
+def test_a_store_stays_where_it_was_opened(tmp_path, monkeypatch):
+    """A program may change the working directory in the middle of a run."""
+    monkeypatch.chdir(tmp_path)
+    store = CheckpointStore("checkpoints")
+    save(store, 0)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert save(store, 1) is not None
+    assert steps(store) == [0, 1] and os.listdir() == []
+
+
 def test_the_bootstrap_checkpoint_stays_until_a_later_clean_one_exists(store):
     save(store, 0)
     for step in range(1, 6):

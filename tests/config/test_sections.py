@@ -117,7 +117,7 @@ def test_everything_that_is_configured_is_in_force(
     assert [g["lr"] for g in opt.param_groups] == [0.1, 1e-6]
     assert opt.param_groups[0]["momentum"] == 0.8
     store = config.open_store()
-    assert store is not None and store.directory == Path("checkpoints") and store.keep == 5
+    assert store is not None and store.directory == tmp_path / "checkpoints" and store.keep == 5
     rollback = config.rollback_for(opt, {"model": model}, lr, store)
     assert rollback is not None and rollback.every == 10
     assert rollback.lr is lr

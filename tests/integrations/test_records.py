@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from fastguard import read_records
+from fastguard import GuardedOptimizer, read_records
 from fastguard.integrations.shared import BatchSpan, RunRecords
 from guardtest import require
 from guardtest.plain_loop import batches, new_model
@@ -344,3 +344,18 @@ def test_ultralytics_writes_where_it_is_told(tmp_path):
     assert not (Path(trainer.save_dir) / "records.jsonl").exists()
     assert places(read_records(path)) == [(1, 1, 1), (1, 2, 2)]
     assert RunRecords(path).records == path
+
+
+def test_the_file_lies_where_it_was_named(tmp_path, monkeypatch):
+    """Though the program is in another folder when training begins, and when it goes on."""
+    monkeypatch.chdir(tmp_path)
+    run = RunRecords("run/records.jsonl")
+    opt = GuardedOptimizer(torch.optim.SGD(new_model().parameters(), lr=0.1))
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+        monkeypatch.chdir(tmp_path / folder)
+        run.begin([opt], writes=True)
+        opt.step(tag=folder)
+        run.end()
+    records = read_records(tmp_path / "run" / "records.jsonl", strict=True)
+    assert [r.tag for r in records] == ["first", "second"]
