@@ -311,9 +311,7 @@ class GuardedOptimizer(KnownRun):
         if now != self._limits:
             if 0.0 in now:
                 warn_of_zero("max_norm")
-            limited, rules = now, tuple(self.rules.values())
-            if isinstance(self._stepper, WholeStep):
-                limited, rules = self._stepper.without_clipping(limited, rules)
+            limited, rules = self._stepper.obeyed(now, tuple(self.rules.values()))
             self._policy = Policy(
                 numbers_on(limited, self._device),
                 self.nonfinite,

@@ -16,6 +16,7 @@ from fastguard.guard.read_first import ReadFirst
 from fastguard.guard.step_hooks import has_step_hooks
 from fastguard.stages.apply import apply
 from fastguard.stages.contract import Verdict
+from fastguard.stages.spike_rules import Rule
 
 
 class OnDevice:
@@ -43,6 +44,12 @@ class OnDevice:
         """Forgets that every parameter has its momentum buffer: there are other parameters now."""
         self._complete: tuple[int, int] | None = None
         self._complete_in: object = None  # the state they are complete in
+
+    def obeyed(
+        self, limits: tuple[float, ...], rules: tuple[Rule, ...]
+    ) -> tuple[tuple[float, ...], tuple[Rule, ...]]:
+        """All limits and rules: the gradients are scaled before they are used."""
+        return limits, rules
 
     def evaluate(self, call: StepCall, loss: Any, *, stop_at_nonfinite: bool) -> tuple[Any, Any]:
         """What the closure returns; it is the loss too unless one is given."""

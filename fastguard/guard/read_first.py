@@ -12,6 +12,7 @@ from fastguard.guard.inner_step import InnerStep, StepCall, found_inf_is_heeded
 from fastguard.guard.step_hooks import run_hooks_of_all
 from fastguard.stages.apply import apply
 from fastguard.stages.contract import Verdict
+from fastguard.stages.spike_rules import Rule
 
 
 class ReadFirst:
@@ -33,6 +34,12 @@ class ReadFirst:
 
     def reset(self) -> None:
         """Nothing is remembered of the parameters."""
+
+    def obeyed(
+        self, limits: tuple[float, ...], rules: tuple[Rule, ...]
+    ) -> tuple[tuple[float, ...], tuple[Rule, ...]]:
+        """All limits and rules: the gradients are scaled before they are used."""
+        return limits, rules
 
     def evaluate(self, call: StepCall, loss: Any, *, stop_at_nonfinite: bool) -> tuple[Any, Any]:
         """What the closure returns; it is the loss too unless one is given."""

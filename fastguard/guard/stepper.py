@@ -19,6 +19,7 @@ from fastguard.guard.on_device import OnDevice
 from fastguard.guard.read_first import ReadFirst
 from fastguard.guard.whole_step import WholeStep
 from fastguard.stages.contract import Verdict
+from fastguard.stages.spike_rules import Rule
 
 
 class Stepper(Protocol):
@@ -35,6 +36,12 @@ class Stepper(Protocol):
 
     def reset(self) -> None:
         """The param groups hold other parameters than before."""
+        ...
+
+    def obeyed(
+        self, limits: tuple[float, ...], rules: tuple[Rule, ...]
+    ) -> tuple[tuple[float, ...], tuple[Rule, ...]]:
+        """Of the limits of the norm and the spike rules, those that this road can obey."""
         ...
 
     def evaluate(self, call: StepCall, loss: Any, *, stop_at_nonfinite: bool) -> tuple[Any, Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -53,8 +52,8 @@ class WholeStep:
         """An optimizer that evaluates its closure itself always does."""
         return True
 
-    def without_clipping(
-        self, limits: Sequence[float], rules: Sequence[Rule]
+    def obeyed(
+        self, limits: tuple[float, ...], rules: tuple[Rule, ...]
     ) -> tuple[tuple[float, ...], tuple[Rule, ...]]:
         """Limits and rules that clip nothing: the gradients have been used when they are seen.
 
@@ -70,8 +69,8 @@ class WholeStep:
                 " and ".join(clips),
                 type(self.optimizer).__name__,
             )
-        rules = [replace(r, action="record") if r.action == "clip" else r for r in rules]
-        return (math.inf,) * len(limits), tuple(rules)
+        recorded = (replace(r, action="record") if r.action == "clip" else r for r in rules)
+        return (math.inf,) * len(limits), tuple(recorded)
 
     def reset(self) -> None:
         """Nothing is remembered of the parameters between steps."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from pathlib import Path
 
 import pytest
 import torch
 
+import fastguard
 from fastguard import GuardConfig, JsonLinesSink, SpikeRule, Threshold, read_records
+from fastguard.config import sections
 from guardtest import require
 
 TOML = """
@@ -418,3 +421,28 @@ def test_yaml_is_read_and_not_run_and_may_be_empty(tmp_path: Path) -> None:
     assert not (tmp_path / "executed").exists()
     path.write_text("# nothing yet")
     assert GuardConfig.from_file(path) == GuardConfig()
+
+
+@pytest.mark.parametrize(
+    ("section", "callee"),
+    [
+        (sections.GuardSection, fastguard.GuardedOptimizer),
+        (sections.WarmupSection, fastguard.Warmup),
+        (sections.ScheduleSection, fastguard.GuardedLR),
+        (sections.RollbackSection, fastguard.Rollback),
+        (sections.CheckpointSection, fastguard.CheckpointStore),
+        (sections.ActivationSection, fastguard.ActivationGuard),
+        (sections.RecordSection, fastguard.JsonLinesSink),
+    ],
+    ids=lambda x: x.__name__,
+)
+def test_a_section_has_the_defaults_of_what_it_configures(section, callee) -> None:
+    parameters = inspect.signature(callee).parameters
+    compared = 0
+    for field in dataclasses.fields(section):
+        parameter = parameters.get(field.name)
+        if parameter is None or parameter.default is inspect.Parameter.empty:
+            continue
+        assert field.default == parameter.default, field.name
+        compared += 1
+    assert compared >= 2
