@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fastguard.checkpoints.entry import Entry
-from fastguard.errors.checked_numbers import count_of, shown
+from fastguard.errors.checked_numbers import count_of
+from fastguard.errors.plain_text import shown
 from fastguard.records.step_record import StepRecord
 
 NOTES = 8

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import math
 import re
-import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from fastguard.checkpoints import names
 from fastguard.errors import Culprit, describe_culprits
+from fastguard.errors.plain_text import shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,14 +120,6 @@ def from_json(values: object) -> Entry:
     if name.serial != entry.serial:
         raise ValueError(f"file={entry.file!r} has another number than serial={entry.serial}")
     return entry
-
-
-def shown(value: object) -> str:
-    """A value out of a file, in some 30 characters without line feeds or control characters."""
-    try:
-        return reprlib.repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits; a tower of lists
-        return f"<{type(value).__name__}>"
 
 
 def checked(key: str, value: object, read: Callable[[Any], Any]) -> Any:

@@ -28,12 +28,12 @@ from fastguard.checkpoints.entry import (
     count,
     from_json,
     plain_json,
-    shown,
     text,
     texts,
     to_json,
 )
 from fastguard.checkpoints.errors import CheckpointError, DamagedFile
+from fastguard.errors.plain_text import shown
 from fastguard.records.regular_files import NotRegularFile, open_regular
 
 NAME = "manifest.json"

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from fastguard.errors.checked_numbers import shown
+from fastguard.errors.plain_text import shown
 
 
 class UsageError(Exception):

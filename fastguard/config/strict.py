@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 from fastguard.errors import nearest
-from fastguard.errors.checked_numbers import number_of, shown
+from fastguard.errors.checked_numbers import number_of
+from fastguard.errors.plain_text import shown
 from fastguard.stages.spike_rules import SpikeRule, Threshold
 
 WITH_EXPONENT = re.compile(r"[-+]?[\d.]+e[-+]?\d+", re.IGNORECASE)

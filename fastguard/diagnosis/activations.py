@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastguard.errors.checked_numbers import number_of, shown
-from fastguard.errors.plain_text import printable
+from fastguard.errors.checked_numbers import number_of
+from fastguard.errors.plain_text import printable, shown
 from fastguard.gradients.transfer import moved
 
 Mode = Literal["count", "clean"]

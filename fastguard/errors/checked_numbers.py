@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
+from fastguard.errors.plain_text import shown
+
 Text = str | bytes | bytearray
 LARGEST_COUNT = 2**63 - 1
 """What int64 holds: counters on a device, and in files that others read."""
-_SHOWN = 60  # characters of a value in an error
 
 
 def number_of(name: str, value: Any, remedy: str = "use a number") -> float:
@@ -98,14 +99,3 @@ def count_of(
 def is_integer(value: object) -> bool:
     """Whether it is an integer; a bool is none."""
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def shown(value: Any) -> str:
-    """The value in an error: its repr, in at most 60 characters."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python refuses to write an integer of more than 4300 digits
-        if isinstance(value, int):
-            return f"an integer of {value.bit_length()} bits"
-        return f"a {type(value).__name__} of thousands of digits"
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."

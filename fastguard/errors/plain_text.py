@@ -38,18 +38,20 @@ def _escaped(character: str) -> str:
     return " " if unicodedata.category(character) == "Zs" else repr(character)[1:-1]
 
 
-def shown(value: object, limit: int = 200, form: Callable[[object], str] = str) -> str:
-    """The `str`, or another form, of any object: printable, at most `limit` long; never raises.
+def shown(value: object, limit: int = 60, form: Callable[[object], str] = repr) -> str:
+    """The `repr`, or another form, of any object: printable, at most `limit` long; never raises.
 
     Example:
         >>> shown([1, "a"]), shown("x" * 1000, limit=4)
-        ("[1, 'a']", 'xxx…')
+        ("[1, 'a']", "'xx…")
         >>> shown(10**5000)
-        '<int that cannot be shown: ValueError>'
+        'an integer of 16610 bits'
     """
     try:
         text = form(value)
-    except Exception as error:  # the class of the value decides what `str` does
+    except Exception as error:  # the class of the value decides what `repr` does
+        if type(value) is int:  # Python refuses to write more than 4300 digits
+            return f"an integer of {value.bit_length()} bits"
         text = f"<{type(value).__name__} that cannot be shown: {type(error).__name__}>"
     return printable(text, limit)
 

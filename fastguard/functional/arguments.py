@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fastguard import errors
-from fastguard.errors.checked_numbers import number_of, shown
+from fastguard.errors.checked_numbers import number_of
+from fastguard.errors.plain_text import shown
 from fastguard.gradients.buckets import GradBuckets, bucketize, gradients_of, parameters_of
 from fastguard.gradients.tensor_kinds import lasting
 from fastguard.gradients.transfer import current_stream_of

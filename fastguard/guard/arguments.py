@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastguard.errors import TrainingDivergedError
-from fastguard.errors.checked_numbers import count_of, shown
+from fastguard.errors.checked_numbers import count_of
+from fastguard.errors.plain_text import shown
 from fastguard.functional.arguments import warn_of_zero
 from fastguard.guard.clip_scope import clip_values
 from fastguard.guard.whole_step import WholeStep

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastguard.errors.checked_numbers import shown
+from fastguard.errors.plain_text import shown
 from fastguard.gradients.buckets import bucketize
 from fastguard.gradients.transfer import moved, numbers_on
 from fastguard.stages.contract import GradStats, Signals

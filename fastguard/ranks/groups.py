@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from fastguard.errors.checked_numbers import shown
+from fastguard.errors.plain_text import shown
 
 
 @dataclass(frozen=True, slots=True)

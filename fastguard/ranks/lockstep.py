@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from fastguard.errors.checked_numbers import shown
+from fastguard.errors.plain_text import shown
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

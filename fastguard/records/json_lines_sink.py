@@ -123,7 +123,7 @@ def check_sink(sink: object) -> None:
             f"sink is the class {sink.__name__}; make one: add_sink({sink.__name__}(...))"
         )
     if not callable(sink):
-        raise TypeError(f"sink={shown(sink, form=repr)} must be callable with a StepRecord")
+        raise TypeError(f"sink={shown(sink, 200)} must be callable with a StepRecord")
 
 
 def check_file(path: str | os.PathLike[str]) -> Path:

@@ -71,8 +71,7 @@ class LogSink:
     ) -> None:
         if not callable(log):
             raise TypeError(
-                f"log={shown(log, form=repr)} must be callable with a dict, such as "
-                "wandb.init().log"
+                f"log={shown(log, 200)} must be callable with a dict, such as wandb.init().log"
             )
         self.log = log
         self.prefix = prefix
@@ -91,8 +90,8 @@ class LogSink:
             if self.lost == 1:
                 log.warning(
                     "records are being lost: %s cannot log: %s",
-                    shown(self.log, form=repr),
-                    shown(error, form=repr),
+                    shown(self.log, 200),
+                    shown(error, 200),
                 )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastguard.errors.checked_numbers import shown
+from fastguard.errors.plain_text import shown
 from fastguard.gradients.tensor_kinds import has_numbers
 from fastguard.gradients.transfer import moved, numbers_on
 from fastguard.stages.spike_rules import GRAD_NORM

@@ -184,8 +184,8 @@ def read_records(path: str | os.PathLike[str], *, strict: bool = False) -> Itera
             except ValueError as error:
                 if strict:
                     raise ValueError(
-                        f"{printable(str(name))}:{number} is no record ({shown(error)}); delete "
-                        "the line, or read with strict=False"
+                        f"{printable(str(name))}:{number} is no record ({shown(error, 200, str)}); "
+                        "delete the line, or read with strict=False"
                     ) from None
                 skipped += 1
     if skipped:

@@ -26,7 +26,8 @@ from fastguard.records.advice import LONGEST_SEARCH, Advice
 from fastguard.records.device_row import ROWS, Arrival, Outcome, Ring, unpack
 from fastguard.records.step_record import StepRecord
 from fastguard.records.subscription import Inbox
-from fastguard.stages.contract import HostVerdict, Known, Reason
+from fastguard.stages.contract import HostVerdict, Known
+from fastguard.stages.reason import Reason
 
 log = logging.getLogger("fastguard")
 
@@ -340,7 +341,7 @@ class Recorder:
             self._losing.add(id(sink))
             log.warning(
                 "records are being lost: %s raised %s",
-                shown(sink, form=repr),
-                shown(error, form=repr),
+                shown(sink, 200),
+                shown(error, 200),
                 exc_info=error,
             )

@@ -23,7 +23,8 @@ from torch.nn.parameter import is_lazy
 
 from fastguard.checkpoints import CheckpointStore
 from fastguard.errors import TrainingDivergedError
-from fastguard.errors.checked_numbers import count_of, number_of, shown
+from fastguard.errors.checked_numbers import count_of, number_of
+from fastguard.errors.plain_text import shown
 from fastguard.guard.grad_scaler import lower_scales_stay
 from fastguard.guard.guarded import GuardedOptimizer
 from fastguard.guard.weak_hooks import hook_weakly

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, ReduceLROnPlateau
 
-from fastguard.errors.checked_numbers import count_of, number_of, shown
+from fastguard.errors.checked_numbers import count_of, number_of
+from fastguard.errors.plain_text import shown
 from fastguard.guard.guarded import GuardedOptimizer
 from fastguard.recovery.warmup import Warmup
 

@@ -17,7 +17,8 @@ import math
 import torch
 from torch import Tensor
 
-from fastguard.errors.checked_numbers import number_of, shown
+from fastguard.errors.checked_numbers import number_of
+from fastguard.errors.plain_text import shown
 from fastguard.gradients.buckets import GradBuckets
 from fastguard.gradients.tensor_kinds import LACKING, refuse_wrapped
 from fastguard.gradients.transfer import moved

@@ -18,7 +18,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from fastguard.errors.checked_numbers import count_of, is_integer, number_of, shown
+from fastguard.errors.checked_numbers import count_of, is_integer, number_of
+from fastguard.errors.plain_text import shown
 
 Action = Literal["skip", "clip", "record"]
 ACTIONS = ("skip", "clip", "record")

@@ -13,7 +13,7 @@ from torch import nn
 import fastguard
 from fastguard.checkpoints.arguments import integer
 from fastguard.diagnosis.replay.arguments import check_loss_scale
-from fastguard.errors.checked_numbers import count_of, finite_number_of, number_of, shown
+from fastguard.errors.checked_numbers import count_of, finite_number_of, number_of
 
 HUGE = 10**400
 
@@ -179,7 +179,8 @@ def test_what_is_a_count():
     for wrong in (2, 4, True, 3.0, "3", None):
         with pytest.raises(ValueError, match=r"n=.* must be None or an integer >= 3"):
             count_of("n", wrong, 3, 3, optional=True)
-    assert shown(Fraction(1, 10**5000)) == "a Fraction of thousands of digits"
+    with pytest.raises(ValueError, match="n=<Fraction that cannot be shown: ValueError> must"):
+        count_of("n", Fraction(1, 10**5000), 3, 3)
 
 
 @pytest.mark.parametrize("value", [True, torch.tensor(True)], ids=str)
@@ -220,7 +221,6 @@ def test_what_is_a_number():
     for infinite in (math.inf, math.nan):
         with pytest.raises(ValueError, match="must be a finite number"):
             finite_number_of("x", infinite)
-    assert len(shown("a" * 500)) == 60
 
 
 @pytest.mark.parametrize("fullgraph", [False, True])
