@@ -2,42 +2,49 @@
 
 Reads every gradient once, and from that read knows the global norm, what is NaN or Inf in which
 parameter, and whether the step is a spike; decides on the device to clip, clean, skip or apply.
+
+`import fastguard` imports neither torch nor a module of its own: each public name is imported when
+it is first used, so that a script pays for what it uses and `fastguard --help` for nothing.
 """
 
-from fastguard.checkpoints import CheckpointStore
-from fastguard.checkpoints.random_state import random_state
-from fastguard.config import GuardConfig
-from fastguard.diagnosis import Diagnosis, Finding, diagnose
-from fastguard.diagnosis.activations import ActivationGuard
-from fastguard.diagnosis.batch_check import BatchCheck, check_batch
-from fastguard.diagnosis.provenance import NonFiniteReport, explain_nonfinite
-from fastguard.errors import NonFiniteGradError, TrainingDivergedError
-from fastguard.functional import ops as ops
-from fastguard.functional.clip import (
-    clip_grad_norm_,
-    clip_grad_value_,
-    clip_grads_with_norm_,
-    get_total_norm,
-    measure_grads,
-    sanitize_grads_,
-)
-from fastguard.functional.flat_buckets import FlatGradBuckets
-from fastguard.functional.patch import patch_torch, unpatch_torch
-from fastguard.guard.guarded import GuardedOptimizer
-from fastguard.guard.model_buffers import ModelBuffers, protect_buffers
-from fastguard.guard.rank_watch import RankWatch
-from fastguard.ranks.groups import Replicated
-from fastguard.records.json_lines_sink import JsonLinesSink
-from fastguard.records.loggers import LogSink, TensorBoardSink
-from fastguard.records.loss_meter import LossMeter
-from fastguard.records.read_json_lines import read_records
-from fastguard.records.step_record import StepRecord
-from fastguard.recovery.guarded_lr import GuardedLR
-from fastguard.recovery.rollback import Rewind, Rollback
-from fastguard.recovery.warmup import Warmup
-from fastguard.stages.backend import backend_for
-from fastguard.stages.contract import GradStats
-from fastguard.stages.spike_rules import SpikeRule, Threshold
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastguard.checkpoints import CheckpointStore
+    from fastguard.checkpoints.random_state import random_state
+    from fastguard.config import GuardConfig
+    from fastguard.diagnosis import Diagnosis, Finding, diagnose
+    from fastguard.diagnosis.activations import ActivationGuard
+    from fastguard.diagnosis.batch_check import BatchCheck, check_batch
+    from fastguard.diagnosis.provenance import NonFiniteReport, explain_nonfinite
+    from fastguard.errors import NonFiniteGradError, TrainingDivergedError
+    from fastguard.functional.clip import (
+        clip_grad_norm_,
+        clip_grad_value_,
+        clip_grads_with_norm_,
+        get_total_norm,
+        measure_grads,
+        sanitize_grads_,
+    )
+    from fastguard.functional.flat_buckets import FlatGradBuckets
+    from fastguard.functional.patch import patch_torch, unpatch_torch
+    from fastguard.guard.guarded import GuardedOptimizer
+    from fastguard.guard.model_buffers import ModelBuffers, protect_buffers
+    from fastguard.guard.rank_watch import RankWatch
+    from fastguard.ranks.groups import Replicated
+    from fastguard.records.json_lines_sink import JsonLinesSink
+    from fastguard.records.loggers import LogSink, TensorBoardSink
+    from fastguard.records.loss_meter import LossMeter
+    from fastguard.records.read_json_lines import read_records
+    from fastguard.records.step_record import StepRecord
+    from fastguard.recovery.guarded_lr import GuardedLR
+    from fastguard.recovery.rollback import Rewind, Rollback
+    from fastguard.recovery.warmup import Warmup
+    from fastguard.stages.backend import backend_for
+    from fastguard.stages.contract import GradStats
+    from fastguard.stages.spike_rules import SpikeRule, Threshold
 
 __all__ = [
     # the functions of torch.nn.utils, and gradients that live in one buffer
@@ -92,3 +99,49 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "checkpoints": "CheckpointStore",
+    "checkpoints.random_state": "random_state",
+    "config": "GuardConfig",
+    "diagnosis": "Diagnosis Finding diagnose",
+    "diagnosis.activations": "ActivationGuard",
+    "diagnosis.batch_check": "BatchCheck check_batch",
+    "diagnosis.provenance": "NonFiniteReport explain_nonfinite",
+    "errors": "NonFiniteGradError TrainingDivergedError",
+    "functional.clip": "clip_grad_norm_ clip_grad_value_ clip_grads_with_norm_ "
+    "get_total_norm measure_grads sanitize_grads_",
+    "functional.flat_buckets": "FlatGradBuckets",
+    "functional.patch": "patch_torch unpatch_torch",
+    "guard.guarded": "GuardedOptimizer",
+    "guard.model_buffers": "ModelBuffers protect_buffers",
+    "guard.rank_watch": "RankWatch",
+    "ranks.groups": "Replicated",
+    "records.json_lines_sink": "JsonLinesSink",
+    "records.loggers": "LogSink TensorBoardSink",
+    "records.loss_meter": "LossMeter",
+    "records.read_json_lines": "read_records",
+    "records.step_record": "StepRecord",
+    "recovery.guarded_lr": "GuardedLR",
+    "recovery.rollback": "Rewind Rollback",
+    "recovery.warmup": "Warmup",
+    "stages.backend": "backend_for",
+    "stages.contract": "GradStats",
+    "stages.spike_rules": "SpikeRule Threshold",
+}
+"""What the imports above say, for Python: the module of each public name."""
+
+
+if not TYPE_CHECKING:  # so that a type checker still knows which names there are
+
+    def __getattr__(name: str):
+        for home, names in _HOMES.items():
+            if name in names.split():
+                globals()[name] = value = getattr(import_module(f"fastguard.{home}"), name)
+                return value
+        if name.startswith("_") or find_spec(f"fastguard.{name}") is None:
+            raise AttributeError(f"module 'fastguard' has no attribute {name!r}")
+        return import_module(f"fastguard.{name}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

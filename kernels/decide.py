@@ -30,7 +30,7 @@ from fastguard.kernels.rules import (
 )
 from fastguard.kernels.summary import whole_model
 
-# Reasons: `fastguard.stages.contract.Reason`.
+# Reasons: `fastguard.stages.reason.Reason`.
 NONFINITE_GRAD = tl.constexpr(1)
 NONFINITE_LOSS = tl.constexpr(2)
 GRAD_SPIKE = tl.constexpr(3)

@@ -135,17 +135,19 @@ def test_an_incident_can_be_followed_by_copy_and_paste(page, python, tmp_path, m
 
 
 IMPORT_IS_LIGHT = """
-import sys, time
-start = time.perf_counter(); import torch; torch_time = time.perf_counter() - start
+import sys
+import fastguard
+assert "torch" not in sys.modules, "import fastguard imported torch"
+import torch
 before = set(sys.modules)
-start = time.perf_counter(); import fastguard; own_time = time.perf_counter() - start
+for name in fastguard.__all__:
+    getattr(fastguard, name)
 optional = {"triton", "matplotlib", "rich", "tensorboard", "yaml", "transformers"}
 eager = optional & (set(sys.modules) - before)
-assert not eager, f"import fastguard imported {sorted(eager)}"
-assert not torch.cuda.is_initialized(), "import fastguard initialised CUDA"
-print(f"import fastguard: {1e3 * own_time:.0f} ms, after import torch: {1e3 * torch_time:.0f} ms")
+assert not eager, f"the public names import {sorted(eager)}"
+assert not torch.cuda.is_initialized(), "importing all public names initialised CUDA"
 """
 
 
 def test_import_is_light(tmp_path):
-    print(run(sys.executable, "-c", IMPORT_IS_LIGHT, cwd=tmp_path))
+    run(sys.executable, "-c", IMPORT_IS_LIGHT, cwd=tmp_path)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastguard.errors.checked_numbers import refuse_bool_and_text
+from fastguard.functional import ops as _registered  # noqa: F401  (`torch.ops.fastguard`)
 from fastguard.functional.arguments import limit_beside
 from fastguard.gradients.buckets import parameters_of
 from fastguard.ranks.dtensors import is_dtensor

@@ -28,7 +28,8 @@ from torch.utils.hooks import RemovableHandle
 from fastguard.errors import NonFiniteGradError, TrainingDivergedError
 from fastguard.guard.buffer_places import Batch, Place
 from fastguard.guard.guarded import GuardedOptimizer
-from fastguard.stages.contract import HostVerdict, Reason, Verdict
+from fastguard.stages.contract import HostVerdict, Verdict
+from fastguard.stages.reason import Reason
 
 log = logging.getLogger("fastguard")
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fastguard.functional.clip import limit_of
 from fastguard.guard.guarded import GuardedOptimizer
-from fastguard.stages.contract import Reason, Verdict
+from fastguard.stages.contract import Verdict
 from fastguard.stages.measure import norm_type_of
+from fastguard.stages.reason import Reason
 
 
 class AskedLimit:

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from fastguard.errors import NAMED_CULPRITS
 from fastguard.stages import backend
-from fastguard.stages.contract import GradStats, GuardState, Known, Reason, Signals, Verdict
+from fastguard.stages.contract import GradStats, GuardState, Known, Signals, Verdict
+from fastguard.stages.reason import Reason
 
 HEAD = 11  # numbers before the culprits
 CULPRIT = 4  # index, NaN, +Inf, -Inf

@@ -9,7 +9,7 @@ from typing import Any
 from fastguard.errors import Culprit, describe_culprits
 from fastguard.errors.plain_text import printable
 from fastguard.records.strict_json import shortened, strict
-from fastguard.stages.contract import Reason
+from fastguard.stages.reason import Reason
 
 LOSS_SCALE = Reason.LOSS_SCALE.label
 """The reason of a skip that is no incident."""

@@ -2,6 +2,7 @@
 
 Modules:
     spike_rules, rule_table    what counts as a spike, and the rules as columns
+    contract, reason    what one stage hands to the next
     measure, reduce, decide, apply    one stage each, a function of device tensors
     backend         who serves which device: `cpu/`, `triton`, `reference`; `traced` under a tracer
 """

@@ -6,7 +6,6 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from fastguard.errors import Culprit
 from fastguard.gradients.tensor_kinds import PLAIN, Kind, lasting
 from fastguard.stages.formulas import norm_of_norms, propagated_norms, root
+from fastguard.stages.reason import Reason
 from fastguard.stages.spike_rules import GRAD_NORM, Rule
 
 
@@ -179,31 +179,6 @@ def _nothing(device: torch.device) -> Signals:
 NonFinite = Literal["skip", "zero", "raise", "propagate"]
 
 N_COUNTERS = 5  # of `GuardState`
-
-
-class Reason(IntEnum):
-    """Why a step was not simply applied; the first that holds, in this order.
-
-    `LOSS_SCALE` stands in for `NONFINITE_GRAD` where lowering the loss scale cures the overflow.
-    """
-
-    NONE = 0
-    NONFINITE_GRAD = 1
-    NONFINITE_LOSS = 2
-    GRAD_SPIKE = 3
-    LOSS_SPIKE = 4
-    LOSS_SCALE = 5
-
-    @property
-    def label(self) -> str | None:
-        return self.name.lower() if self else None
-
-    @property
-    def is_incident(self) -> bool:
-        """Whether the step calls for a reaction: an overflow that only lowers a loss scale is the
-        scaler's own business.
-        """
-        return self not in (Reason.NONE, Reason.LOSS_SCALE)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -18,7 +18,6 @@ from fastguard.stages.contract import (
     GradStats,
     GuardState,
     Policy,
-    Reason,
     Signals,
     Verdict,
     only_lowers_scale,
@@ -35,6 +34,7 @@ from fastguard.stages.formulas import (
     root,
     unscaled,
 )
+from fastguard.stages.reason import Reason
 from fastguard.stages.rule_table import RuleTable, rule_table_of
 
 

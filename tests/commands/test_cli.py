@@ -33,6 +33,12 @@ def test_no_command_prints_the_help_and_is_wrong_use(capsys):
     assert "COMMAND" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("argv", [["--version"], ["--help"], ["report", "--help"]], ids=" ".join)
+def test_version_and_help_import_no_torch(argv, tmp_path):
+    done = without(["torch"], argv, tmp_path)
+    assert done.returncode == 0 and "fastguard" in done.stdout, done.stderr
+
+
 def test_help_lists_every_command(capsys):
     assert main(["--help"]) == 0
     printed = capsys.readouterr().out

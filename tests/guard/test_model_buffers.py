@@ -21,7 +21,8 @@ from fastguard import (
     TrainingDivergedError,
     protect_buffers,
 )
-from fastguard.stages.contract import HostVerdict, Reason, Verdict
+from fastguard.stages.contract import HostVerdict, Verdict
+from fastguard.stages.reason import Reason
 
 
 @pytest.fixture(params=["host", "device"])

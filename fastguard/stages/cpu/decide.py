@@ -22,10 +22,10 @@ from fastguard.stages.contract import (
     Known,
     NonFinite,
     Policy,
-    Reason,
     Signals,
 )
 from fastguard.stages.formulas import EPS, TINY, clip_coefficients, propagated_norms
+from fastguard.stages.reason import Reason
 from fastguard.stages.spike_rules import GRAD_NORM
 
 
