@@ -18,7 +18,7 @@ import torch
 from fastguard.checkpoints import durable_files as files
 from fastguard.checkpoints import names
 from fastguard.checkpoints.errors import CheckpointError, DamagedFile
-from fastguard.checkpoints.reading.file_report import Look, look_at_file
+from fastguard.checkpoints.reading.file_report import FileReport, look_at_file
 from fastguard.checkpoints.reading.inspect_file import sha256_of_open
 from fastguard.checkpoints.sharded import read_write as sharded
 from fastguard.checkpoints.sharded import shard_report as shard_looking
@@ -39,7 +39,7 @@ def write(path: Path, payload: Mapping[str, Any], peers: Peers) -> Path:
     return files.write_temporary(path, lambda sink: torch.save(payload, sink))  # type: ignore[arg-type]
 
 
-def look(path: Path, peers: Peers, *, crc32: bool = True) -> Look:
+def look(path: Path, peers: Peers, *, crc32: bool = True) -> FileReport:
     """Reads a checkpoint once: every tensor, every checksum.
 
     Args:

@@ -25,7 +25,7 @@ from fastguard.checkpoints import durable_files as files
 from fastguard.checkpoints.entry import Entry, from_json
 from fastguard.checkpoints.errors import CheckpointError, StoreLocked
 from fastguard.checkpoints.manifest import Manifest
-from fastguard.checkpoints.reading.file_report import Look, not_ignored
+from fastguard.checkpoints.reading.file_report import FileReport, not_ignored
 from fastguard.ranks.lockstep import Peers
 from fastguard.records.regular_files import NotRegularFile
 
@@ -163,7 +163,7 @@ class Folder:
             self.update(updated)
         return updated, problem
 
-    def _compare(self, entry: Entry) -> tuple[str | None, Look | None]:
+    def _compare(self, entry: Entry) -> tuple[str | None, FileReport | None]:
         path = self.path / entry.file
         try:
             size = self.peers.first(lambda: _size_of_file(path))
@@ -370,7 +370,7 @@ class Folder:
                 f"{self._pid}, or open a CheckpointStore of another directory here"
             )
 
-    def _seen(self, entry: Entry, seen: Look, ignore: Sequence[str] | None = None) -> Entry:
+    def _seen(self, entry: Entry, seen: FileReport, ignore: Sequence[str] | None = None) -> Entry:
         """The entry with the verdict of a read of its file."""
         return replace(
             entry,

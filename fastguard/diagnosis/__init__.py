@@ -25,7 +25,7 @@ from fastguard.diagnosis.finding import Severity as Severity
 from fastguard.diagnosis.finding import by_importance
 from fastguard.diagnosis.replay.arguments import Autocast
 from fastguard.diagnosis.replay.replay import Step
-from fastguard.diagnosis.replay.restore import Kept
+from fastguard.diagnosis.replay.restore import State
 from fastguard.diagnosis.replay.subject import Subject
 from fastguard.diagnosis.report import Diagnosis as Diagnosis
 
@@ -83,7 +83,7 @@ def diagnose(
     """
     start = time.perf_counter()
     subject = Subject.of(model, batch, loss_fn, optimizer, data, step, autocast)
-    kept = Kept(subject)
+    kept = State(subject)
     try:
         with (
             torch.enable_grad(),

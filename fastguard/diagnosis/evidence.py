@@ -19,7 +19,7 @@ from fastguard.diagnosis.part_gradients import part_gradients, perturb
 from fastguard.diagnosis.provenance import NonFiniteReport, explain_nonfinite
 from fastguard.diagnosis.replay.calls import floats
 from fastguard.diagnosis.replay.replay import copied, in_float32, widened_batch
-from fastguard.diagnosis.replay.restore import Kept
+from fastguard.diagnosis.replay.restore import State
 from fastguard.diagnosis.replay.subject import Subject, split
 from fastguard.diagnosis.trial_steps import RealSteps, take_steps
 
@@ -36,7 +36,7 @@ class Evidence:
         subject: What is diagnosed.
     """
 
-    def __init__(self, subject: Subject, kept: Kept) -> None:
+    def __init__(self, subject: Subject, kept: State) -> None:
         self.subject = subject
         self._kept = kept
 

@@ -23,8 +23,6 @@ from torch.optim import Optimizer
 from fastguard.functional.clip import get_total_norm
 from fastguard.guard.guarded import GuardedOptimizer
 from fastguard.guard.model_buffers import ModelBuffers
-from fastguard.integrations.engines import engine_error
-from fastguard.integrations.extras import needs
 from fastguard.integrations.replaced import TakenOver
 from fastguard.integrations.requested_limit import AskedLimit, was_skipped
 from fastguard.integrations.shared import (
@@ -33,7 +31,9 @@ from fastguard.integrations.shared import (
     Sink,
     StepTags,
     alone_in_training,
+    engine_error,
     guarded,
+    needs,
 )
 
 with needs("huggingface"):

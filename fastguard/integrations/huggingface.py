@@ -21,9 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from fastguard.guard.guarded import GuardedOptimizer
-from fastguard.integrations.extras import needs
 from fastguard.integrations.requested_limit import total_norm_of
-from fastguard.integrations.shared import RunRecords, Sink
+from fastguard.integrations.shared import RunRecords, Sink, needs
 
 with needs("huggingface"):
     from accelerate.optimizer import AcceleratedOptimizer

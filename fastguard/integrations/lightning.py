@@ -25,8 +25,6 @@ from torch.optim import Optimizer
 
 from fastguard.guard.guarded import GuardedOptimizer
 from fastguard.guard.model_buffers import ModelBuffers
-from fastguard.integrations.engines import refuse_deepspeed
-from fastguard.integrations.extras import needs
 from fastguard.integrations.replaced import TakenOver
 from fastguard.integrations.requested_limit import AskedLimit, total_norm_of, was_skipped
 from fastguard.integrations.shared import (
@@ -36,6 +34,8 @@ from fastguard.integrations.shared import (
     StepTags,
     alone_in_training,
     guarded,
+    needs,
+    refuse_deepspeed,
 )
 
 with needs("lightning"):

@@ -1,24 +1,54 @@
-"""What the guards of all trainers share: whose loss it is, which batch, where the records go."""
+"""What the guards of all trainers share: what is guarded, whose loss it is, which batch, where the
+records go."""
 
 from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastguard.guard.guarded import GuardedOptimizer
 from fastguard.guard.reporting import KnownRun
-from fastguard.integrations.replicas import usual_group
+from fastguard.ranks.groups import Replicated
 from fastguard.records.json_lines_sink import JsonLinesSink, check_file, check_sink
 from fastguard.records.recorder import Recorder
 from fastguard.records.step_record import StepRecord
 
 Sink = Callable[[StepRecord], object]
+
+
+@contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Around the imports of a framework: a missing one names the extra that brings it.
+
+    Args:
+        extra: Name of the extra in pyproject.toml.
+
+    Raises:
+        ModuleNotFoundError: With the command that installs the extra.
+
+    Example:
+        >>> with needs("lightning"):
+        ...     import no_such_framework
+        Traceback (most recent call last):
+        ...
+        ModuleNotFoundError: no_such_framework is not installed; run: pip install
+        'torch-fastguard[lightning]'
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{error.name} is not installed; run: pip install 'torch-fastguard[{extra}]'",
+            name=error.name,
+        ) from error
 
 
 def guarded(
@@ -51,6 +81,67 @@ def guarded(
         **usual_group(options, world_size, replicated=replicated),
     }
     return GuardedOptimizer(optimizer, **{**usual, **options})
+
+
+def usual_group(
+    options: Mapping[str, Any], world_size: int, *, replicated: bool
+) -> dict[str, Replicated]:
+    """The `group` of `GuardedOptimizer` that goes with how a framework spreads a model.
+
+    Args:
+        options: What the user gave; a `group` there is left alone.
+        world_size: How many processes train.
+        replicated: Each holds one replica of the model, with the same gradients (DDP).
+
+    Returns:
+        The argument by name, or nothing.
+
+    Raises:
+        ValueError: Only the user can know what the ranks hold: each would decide for itself.
+
+    Example:
+        >>> usual_group({}, 1, replicated=False)
+        {}
+    """
+    if world_size == 1 or "group" in options:
+        return {}
+    world = dist.group.WORLD
+    if not replicated or world is None:
+        raise ValueError(
+            f"the {world_size} processes do not hold replicas of the model, so give the guard a "
+            "group=: None where parameters are DTensors (FSDP2, tensor parallelism), the process "
+            "group where each rank holds other plain tensors (FSDP1)"
+        )
+    return {"group": Replicated(world)}
+
+
+def engine_error(engine: str) -> ValueError:
+    """What to raise where a trainer steps through an engine: there is no step left to guard.
+
+    DeepSpeed and Megatron keep copies of the gradients and clip them by their own settings; a guard
+    around the optimizer that they were given would clip a second time, or never be called at all.
+
+    Args:
+        engine: What the trainer calls it.
+    """
+    return ValueError(
+        f"under {engine} an engine steps by itself and clips by settings of its own, so nothing "
+        "can be guarded here; train with DDP or FSDP2, or use the engine without the trainer and "
+        "guard what it is given, as docs/recipes.md does with DeepSpeed and Megatron-Core"
+    )
+
+
+def refuse_deepspeed(strategy: object) -> None:
+    """Raises a ValueError for a strategy that trains through DeepSpeed.
+
+    Known by the names of its classes: each edition of Lightning has its own, also outside Lightning
+    (Habana's), and they are kinds of DDPStrategy to some and not to others.
+
+    Example:
+        >>> refuse_deepspeed(object())
+    """
+    if any("DeepSpeed" in kind.__name__ for kind in type(strategy).__mro__):
+        raise engine_error(type(strategy).__name__)
 
 
 def alone_in_training(

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from fastguard.integrations.replicas import usual_group
+from fastguard.integrations.shared import usual_group
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ SHARD = "__fastguard_shard__"
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class FileReport:
     """What reading a checkpoint, or one file of it, from front to back showed.
 
     Attributes:
@@ -37,7 +37,7 @@ class Look:
     bad: tuple[Culprit, ...]
 
 
-def look_at_file(path: Path, *, crc32: bool = True) -> Look:
+def look_at_file(path: Path, *, crc32: bool = True) -> FileReport:
     """Reads a file that `torch.save` wrote: every tensor, every checksum. Follows no link.
 
     Args:
@@ -62,7 +62,7 @@ def look_at_file(path: Path, *, crc32: bool = True) -> Look:
         for name, _ in named_leaves(tree)
         if name.endswith(f".{SHARD}")
     }
-    return Look(
+    return FileReport(
         header=header,
         sha256=found.sha256 or "",
         size=found.size,

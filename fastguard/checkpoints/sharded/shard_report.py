@@ -13,7 +13,7 @@ from typing import Any
 
 from fastguard.checkpoints.errors import CheckpointError, DamagedFile, UnsafeFile
 from fastguard.checkpoints.reading.contents import read_shards
-from fastguard.checkpoints.reading.file_report import Look, look_at_file, own_name
+from fastguard.checkpoints.reading.file_report import FileReport, look_at_file, own_name
 from fastguard.checkpoints.reading.inspect_file import read_through, sha256_of_open
 from fastguard.checkpoints.sharded import metadata as shard_metadata
 from fastguard.checkpoints.sharded.metadata import read_metadata
@@ -27,7 +27,7 @@ def rest_name(rank: int) -> str:
     return f"rest-{rank}.pt" if rank else "rest.pt"
 
 
-def look(folder: Path, peers: Peers, *, crc32: bool = True) -> Look:
+def look(folder: Path, peers: Peers, *, crc32: bool = True) -> FileReport:
     """Reads a folder once, each rank a share of its files.
 
     Args:
@@ -48,7 +48,7 @@ def look(folder: Path, peers: Peers, *, crc32: bool = True) -> Look:
         for culprit, *counts in looks[name].bad:
             so_far = bad.get(culprit, [0, 0, 0])
             bad[culprit] = [a + b for a, b in zip(so_far, counts, strict=True)]
-    return Look(
+    return FileReport(
         header=looks[rest_name(0)].header,
         sha256=_digest({name: seen.sha256 for name, seen in looks.items()}),
         size=sum(seen.size for seen in looks.values()),
@@ -66,7 +66,7 @@ def _names(folder: Path) -> list[str]:
 
 def _look_at_share(
     folder: Path, names: Sequence[str], share: Sequence[str], crc32: bool
-) -> dict[str, Look]:
+) -> dict[str, FileReport]:
     try:
         metadata = read_metadata(folder)
         places = metadata.storage_data.items()
@@ -89,7 +89,7 @@ def _look_at_share(
         raise DamagedFile(f"{folder} is damaged ({error})") from None
 
 
-def _look_at_shards(path: Path, shards: Sequence[tuple[Any, Any]], crc32: bool) -> Look:
+def _look_at_shards(path: Path, shards: Sequence[tuple[Any, Any]], crc32: bool) -> FileReport:
     """Reads a file with any number of shards, in pieces."""
     with open_regular(path, follow_links=False) as file:
         contents = read_shards(file, path, [(place.offset, place.length) for _, place in shards])
@@ -103,7 +103,7 @@ def _look_at_shards(path: Path, shards: Sequence[tuple[Any, Any]], crc32: bool) 
         names = ", ".join(dict.fromkeys(map(shard_of, found.damaged)))
         raise DamagedFile(f"{path}: {names} changed after it was written")
     bad = tuple((shard_of(name), *counts) for name, *counts in found.bad)
-    return Look(None, found.sha256 or "", found.size, frozenset(), bad)  # type: ignore[arg-type]
+    return FileReport(None, found.sha256 or "", found.size, frozenset(), bad)  # type: ignore[arg-type]
 
 
 def _file_of(folder: Path, place: Any) -> str:

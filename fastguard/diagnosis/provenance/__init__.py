@@ -25,7 +25,8 @@ from fastguard.diagnosis.replay.arguments import (
     checked_model,
     context_of,
 )
-from fastguard.diagnosis.replay.replay import Step, Untouched, step_of
+from fastguard.diagnosis.replay.replay import Step, step_of
+from fastguard.diagnosis.replay.restore import ModuleState
 from fastguard.diagnosis.replay.tensor_range import TensorRange as TensorRange
 
 
@@ -92,13 +93,13 @@ def explain_nonfinite(
     context = context_of(autocast, model)
     roots = {"": model} | ({"loss_fn": loss_fn} if isinstance(loss_fn, nn.Module) else {})
     search = Search(roots, batch, step_of(loss_fn, step), context, rng, loss_scale)
-    untouched = Untouched(search.modules)
+    before = ModuleState(search.modules)
     try:
         with torch.enable_grad(), torch.compiler.set_stance("force_eager"), unguarded():
             report = search.report()
             if not search.low_precision or not report.found or report.precision:
                 return report
-            untouched.restore()
+            before.restore()
             return search.with_precision(report)
     finally:
-        untouched.restore()
+        before.restore()

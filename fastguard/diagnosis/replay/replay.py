@@ -1,4 +1,4 @@
-"""Running a batch again and leaving no trace: `Untouched`, and how a batch becomes a loss."""
+"""Running a batch again: copies of it, and how it becomes a loss; `restore` undoes the run."""
 
 from __future__ import annotations
 
@@ -10,56 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from fastguard.checkpoints.random_state import random_state, set_random_state
 from fastguard.diagnosis.replay.calls import LOW
 from fastguard.diagnosis.replay.losses import carried_loss
 
 Step = Callable[[nn.Module, Any], Any]
-
-
-class Untouched:
-    """Puts modules and random number generators back as they were, bit for bit.
-
-    Parameters and buffers are kept in host memory (one copy of the model); attributes of modules,
-    training flags among them, are kept as they are, so that what a forward pass assigns is undone.
-    Lists and dicts that it changes in place are not.
-    """
-
-    def __init__(self, modules: list[nn.Module]) -> None:
-        self._attributes = [(m, _shallow(m.__dict__)) for m in modules]
-        tensors = {t for m in modules for d in (m._parameters, m._buffers) for t in d.values()}
-        self._tensors = [(t, t.detach().cpu().clone()) for t in tensors if t is not None]
-        self._rng = random_state()
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Undoes everything since the start."""
-        for module, attributes in self._attributes:
-            module.__dict__.clear()
-            module.__dict__.update(_shallow(attributes))
-        for tensor, kept in self._tensors:
-            if not _same_bits(tensor.detach().cpu(), kept):
-                tensor.copy_(kept)
-        set_random_state(self._rng)
-
-
-_TABLES = ("_parameters", "_buffers", "_modules")
-
-
-def _shallow(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy whose tables of parameters, buffers and modules are copies too.
-
-    Those of a scripted module cannot be copied; neither can a forward pass replace what is in them.
-    """
-    return {
-        k: v.copy() if k in _TABLES and isinstance(v, dict) else v for k, v in attributes.items()
-    }
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Also for NaN, which equals nothing."""
-    bytes_of = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
-    return torch.equal(*bytes_of)
 
 
 def copied(batch: Any) -> Any:
@@ -104,7 +58,7 @@ def _split(batch: Any) -> tuple[Any, Any]:
 
 @contextmanager
 def in_float32(modules: list[nn.Module]) -> Iterator[None]:
-    """Parameters and buffers in float32 and no autocast; `Untouched.restore` undoes the former."""
+    """Parameters and buffers in float32 and no autocast; `ModuleState` restores the former."""
     wide: dict[Tensor, Tensor] = {}
 
     def widened(t: Tensor | None) -> Tensor | None:

@@ -1,30 +1,75 @@
-"""`Kept`: everything that diagnosing moves, put back bit for bit."""
+"""State put back bit for bit: of modules, or of all that diagnosing moves."""
 
 from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastguard.diagnosis.replay.replay import Untouched
+from fastguard.checkpoints.random_state import random_state, set_random_state
 from fastguard.diagnosis.replay.subject import Subject
 
 
-class Kept:
+class ModuleState:
+    """Puts modules and random number generators back as they were, bit for bit.
+
+    Parameters and buffers are kept in host memory (one copy of the model); attributes of modules,
+    training flags among them, are kept as they are, so that what a forward pass assigns is undone.
+    Lists and dicts that it changes in place are not.
+    """
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self._attributes = [(m, _shallow(m.__dict__)) for m in modules]
+        tensors = {t for m in modules for d in (m._parameters, m._buffers) for t in d.values()}
+        self._tensors = [(t, t.detach().cpu().clone()) for t in tensors if t is not None]
+        self._rng = random_state()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Undoes everything since the start."""
+        for module, attributes in self._attributes:
+            module.__dict__.clear()
+            module.__dict__.update(_shallow(attributes))
+        for tensor, kept in self._tensors:
+            if not _same_bits(tensor.detach().cpu(), kept):
+                tensor.copy_(kept)
+        set_random_state(self._rng)
+
+
+_TABLES = ("_parameters", "_buffers", "_modules")
+
+
+def _shallow(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy whose tables of parameters, buffers and modules are copies too.
+
+    Those of a scripted module cannot be copied; neither can a forward pass replace what is in them.
+    """
+    return {
+        k: v.copy() if k in _TABLES and isinstance(v, dict) else v for k, v in attributes.items()
+    }
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Also for NaN, which equals nothing."""
+    bytes_of = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(*bytes_of)
+
+
+class State:
     """The state before a diagnosis, to go back to as often as needed.
 
-    Modules, their parameters and buffers and the random number generators are kept by `Untouched`;
-    here come the gradients (the very tensors: nothing writes into them), the lists, dicts, sets and
+    `ModuleState` keeps modules, their parameters and buffers and the random number generators; here
+    come the gradients (the very tensors: nothing writes into them), the lists, dicts, sets and
     deques that modules carry, parameters that only the optimizer knows, and the optimizer.
     """
 
     def __init__(self, subject: Subject) -> None:
         modules = list(subject.modules)
-        self._modules = Untouched(modules)
+        self._modules = ModuleState(modules)
         self._containers = [
             (value, copy.copy(value))
             for module in modules
@@ -38,7 +83,7 @@ class Kept:
         others = {p: None for g in groups for p in g["params"] if p not in known}
         self._others = [(p, p.detach().clone()) for p in others]
         self._gradients = [(p, p.grad) for p in (*known, *others)]
-        self._optimizer = None if optimizer is None else _KeptOptimizer(optimizer)
+        self._optimizer = None if optimizer is None else _OptimizerState(optimizer)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -69,7 +114,7 @@ def _refill(container: Any, before: Any) -> None:
         container.extend(before)
 
 
-class _KeptOptimizer:
+class _OptimizerState:
     """An optimizer's attributes, param groups and state. Hooks and all objects stay the same."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:

@@ -14,8 +14,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastguard.integrations.extras import needs
-from fastguard.integrations.shared import RunRecords, Sink
+from fastguard.integrations.shared import RunRecords, Sink, needs
 from fastguard.integrations.ultralytics.callbacks import UltralyticsGuard
 
 
