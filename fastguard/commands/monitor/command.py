@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 
 from fastguard.commands.monitor.follow import Follower
@@ -72,13 +73,10 @@ def _once(args: argparse.Namespace) -> Watch:
 
 
 def _read(path: Path, last: int) -> tuple[Watch, float | None]:
-    """The last lines of a run, and the seconds since it was written to."""
-    follower = Follower(path, last)
+    """A run, and the seconds since it was written to."""
+    follower = Follower(path)
     watch = Watch(last)
-    for lines in (follower.poll(), follower.finish()):
-        for line in lines:
-            watch.feed(line)
-    watch.overlong = follower.overlong
+    watch.catch_up(chain(follower.poll(), follower.finish()))
     age = follower.age(time.time())
     follower.close()
     return watch, age

@@ -1,4 +1,4 @@
-"""`Follower`: the lines of a file from its tail on, through rotation, replacement and truncation.
+"""`Follower`: the lines of a run, old and new, through rotation, replacement and truncation.
 
 A `JsonLinesSink` closes a full file, renames it and opens a new one under the old name. So a file
 that is no longer the one under its name, and has been read to its end after that was seen, has
@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
-from fastguard.commands.monitor.tail import BLOCK, Lines, start_of_last_lines
 from fastguard.records.rotated_files import (
     Identity,
     around,
@@ -24,50 +22,52 @@ from fastguard.records.rotated_files import (
     rotated_files,
 )
 
+BLOCK = 1 << 20
+"""Bytes read at once, and the length from which a line is no record but damage."""
 
-@dataclass(frozen=True, slots=True)
-class Earlier:
-    """What lies before the lines that a follower began with.
 
-    Attributes:
-        file: Path of the file in which it began, or None.
-        identity: That file, in case it has been renamed since.
-        end: Where in that file it began.
-        older: The rotated files before that one, oldest first.
+class Lines:
+    """Joins chunks of bytes to lines; one that grows beyond `BLOCK` is given up: its beginning
+    comes as a line, which is no record.
     """
 
-    file: Path | None = None
-    identity: Identity = (0, 0)
-    end: int = 0
-    older: Sequence[Path] = ()
+    def __init__(self) -> None:
+        self._rest = b""
+        self._dropping = False
+
+    def feed(self, chunk: bytes) -> list[bytes]:
+        """The lines that `chunk` completes, without their newlines."""
+        *whole, rest = (self._rest + chunk).split(b"\n")
+        if self._dropping and whole:
+            del whole[0]
+            self._dropping = False
+        self._rest = b"" if self._dropping else rest
+        if len(self._rest) > BLOCK:
+            whole.append(self._rest)
+            self._rest, self._dropping = b"", True
+        return whole
+
+    def flush(self) -> bytes:
+        """What there is of a line whose end has not come; forgotten here."""
+        rest, self._rest, self._dropping = self._rest, b"", False
+        return rest
 
 
 class Follower:
-    """Reads the last lines of a file, then what is appended, whatever file has the name by then.
+    """Reads a run from its oldest file, then what is appended, whatever file has the name by then.
 
     Args:
         path: The current file of a `JsonLinesSink`; it need not exist yet.
-        last: How many lines to begin with, damaged ones included.
-
-    Attributes:
-        path: As given.
-        earlier: Where the lines before those are.
     """
 
-    def __init__(self, path: Path, last: int) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.earlier = Earlier()
         self._lines = Lines()
         self._file = -1
         self._identity: Identity = (0, 0)
         self._offset = 0
         self._newest: Path | None = None  # the latest rotated file that need not be read again
-        self._begin(last)
-
-    @property
-    def overlong(self) -> int:
-        """Lines too long to be records, which were given up."""
-        return self._lines.overlong
+        self._begin()
 
     def poll(self) -> Iterator[bytes]:
         """The lines that have been completed since the last call. Never waits.
@@ -99,24 +99,21 @@ class Follower:
             os.close(self._file)
             self._file = -1
 
-    def _begin(self, last: int) -> None:
-        before = rotated_files(self.path)
+    def _begin(self) -> None:
+        full = rotated_files(self.path)
         current = open_at(self.path)
         found = None if current is None else identity_of(os.fstat(current))
-        rotated, _ = around(self.path, found, before[-1] if before else None)
-        self._newest = rotated[-1] if rotated else None
-        path = self.path
-        while True:
-            if current is not None:
-                self._take(current)
-                end = os.fstat(current).st_size
-                self._offset, found = start_of_last_lines(current, end, last)
-                self.earlier = Earlier(path, self._identity, self._offset, tuple(rotated))
-                last -= found
-            if last <= 0 or not rotated:
+        older, _ = around(self.path, found, full[-1] if full else None)
+        for path in older:  # the sink may have deleted the first ones
+            file = open_at(path)
+            if file is not None:
+                if current is not None:
+                    os.close(current)
+                self._newest = path
+                self._take(file)
                 return
-            path = rotated.pop()
-            current = open_at(path)
+        if current is not None:
+            self._take(current)
 
     def _open_next(self) -> bool:
         """Goes on to the file after ours; whether there is one yet."""

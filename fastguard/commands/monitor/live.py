@@ -14,13 +14,9 @@ from rich.console import Console
 from rich.live import Live
 
 from fastguard.commands.monitor.follow import Follower
-from fastguard.commands.monitor.history import History
 from fastguard.commands.monitor.screen import Screen
-from fastguard.commands.monitor.watch import INCIDENTS, Rate, Watch
+from fastguard.commands.monitor.watch import Rate, Watch
 from fastguard.commands.run_files import begun, file_of
-
-BUSY = 0.2
-"""The share of the time that the search through the past may take."""
 
 
 def watch_live(run: Path, last: int, interval: float) -> Watch:
@@ -37,35 +33,35 @@ def watch_live(run: Path, last: int, interval: float) -> Watch:
     live = Live(screen, console=Console(highlight=False), screen=True, auto_refresh=False)
     with _terminated_by_exit(), live:
         try:
-            follower = _wait_for_file(screen, last, interval, live)
+            follower = _wait_for_file(screen, interval, live)
             _follow(follower, screen, interval, live)
         except KeyboardInterrupt:
             pass
     return watch
 
 
-def _wait_for_file(screen: Screen, last: int, interval: float, live: Live) -> Follower:
+def _wait_for_file(screen: Screen, interval: float, live: Live) -> Follower:
     while not begun(screen.run):
         screen.state = "waiting for the file"
         live.refresh()
         time.sleep(interval)
-    return Follower(file_of(screen.run), last)
+    return Follower(file_of(screen.run))
 
 
 def _follow(follower: Follower, screen: Screen, interval: float, live: Live) -> None:
     watch, rate = screen.watch, Rate()
-    screen.history = History(follower.earlier, INCIDENTS)
+    screen.state = "reading"
+    live.refresh()
     try:
+        watch.catch_up(follower.poll())
+        screen.state = "waiting for a record"
         while True:
             for line in follower.poll():
                 watch.feed(line)
-            watch.overlong = follower.overlong
             screen.rate = rate.sample(time.monotonic(), watch.n_records)
             screen.age = follower.age(time.time())
             live.refresh()
-            started = time.monotonic()
-            screen.history.search(BUSY * interval)
-            time.sleep(max(0.0, interval - (time.monotonic() - started)))
+            time.sleep(interval)
     finally:
         follower.close()
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from fastguard.commands.monitor.history import History
 from fastguard.commands.monitor.sparkline import ASCII_BARS, BARS, shares, sparkline
 from fastguard.commands.monitor.summary import counts, duration, verdict
 from fastguard.commands.monitor.watch import Watch
@@ -33,15 +33,13 @@ class Screen:
     Attributes:
         run: What the user gave.
         watch: What is known of the run.
-        history: What came before, or None while there is no file.
-        state: What is done while there is no history.
+        state: What is done while there is no record.
         rate: Steps a second, or None while that is not known.
         age: Seconds since the last write, or None.
     """
 
     run: Path
     watch: Watch
-    history: History | None = None
     state: str = "reading"
     rate: float | None = None
     age: float | None = None
@@ -64,7 +62,7 @@ class Screen:
             yield Text(f"no records yet; {counts(self.watch)}")
             return
         if latest is None:
-            yield Text(f"{self.state} ..." if self.history is None else "waiting for a record ...")
+            yield Text(f"{self.state} ...")
             return
         yield Text(verdict(self.watch), style=f"bold {color}")
         yield Text(self._position(latest))
@@ -108,15 +106,12 @@ class Screen:
         return text
 
     def _incidents(self, room: int) -> Iterator[Text]:
-        if self.watch.latest is None or self.history is None:
+        if self.watch.latest is None:
             return
-        n_steps = self.watch.n_records + self.history.n_steps
-        found = self.watch.n_incidents + self.history.n_incidents
-        state = "" if self.history.done else ", reading back"
+        found = self.watch.n_incidents
         yield Text("")
-        yield Text(f"{found:,} incident{'s' * (found != 1)} in {n_steps:,} steps{state}")
-        newest_first = [*reversed(self.watch.incidents), *self.history.incidents]
-        for record in newest_first[: max(0, room - 2)]:
+        yield Text(f"{found:,} incident{'s' * (found != 1)} in {self.watch.n_records:,} steps")
+        for record in islice(reversed(self.watch.incidents), max(0, room - 2)):
             yield Text(printable(str(record)), style=COLORS.get(record.action, ""))
 
     def _foot(self) -> Text:

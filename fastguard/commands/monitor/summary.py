@@ -37,7 +37,7 @@ def as_dict(path: Path, watch: Watch, age: float | None) -> dict[str, Any]:
         "actions": dict(watch.actions),
         "n_incidents": watch.incidents_in_window,
         "reasons": dict(watch.reasons),
-        "incidents": [record.as_dict() for record in watch.incidents],
+        "incidents": [record.as_dict() for record in _in_window(watch)],
     }
 
 
@@ -48,12 +48,16 @@ def as_text(path: Path, watch: Watch, age: float | None) -> str:
         written = "" if age is None else f", written {duration(age)} ago"
         lines.append(position(watch.latest) + written)
         lines.append(counts(watch))
-    n_listed = min(LISTED, watch.incidents_in_window)
-    incidents = list(watch.incidents)[len(watch.incidents) - n_listed :]
+    incidents = _in_window(watch)[-LISTED:]
     if len(incidents) < watch.incidents_in_window:
         lines.append(f"the last {len(incidents)} incidents:")
     lines += [f"  {printable(str(record))}" for record in incidents]
     return "\n".join(lines)
+
+
+def _in_window(watch: Watch) -> list[StepRecord]:
+    kept = list(watch.incidents)
+    return kept[max(0, len(kept) - watch.incidents_in_window) :]
 
 
 def verdict(watch: Watch) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter, deque
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import islice
 
@@ -17,6 +18,9 @@ CURVE = 4096
 
 INCIDENTS = 100
 """Incidents kept to be listed; the others are counted."""
+
+INCIDENT = b'"reason": "'
+"""What the line of an incident holds, as `JsonLinesSink` writes it; in others it is null."""
 
 MOST_NAMES = 64
 """Losses, thresholds and spikes of a record that are kept."""
@@ -40,7 +44,7 @@ class Watch:
         incidents: The last incidents, oldest first; also from before the `last` records.
         n_records: How many records came in all.
         n_incidents: How many of those were incidents.
-        overlong: Lines that the reader gave up, too long to be records.
+        damaged: How many lines are no records.
         actions: Of the `last` records: how often each action was taken.
         reasons: Of the `last` records: how many incidents for each reason.
     """
@@ -52,11 +56,34 @@ class Watch:
         self.incidents: deque[StepRecord] = deque(maxlen=INCIDENTS)
         self.n_records = 0
         self.n_incidents = 0
-        self.overlong = 0
-        self._damaged = 0
+        self.damaged = 0
         self.actions: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
         self._window: deque[tuple[str, str | None]] = deque()
+
+    def catch_up(self, lines: Iterable[bytes]) -> None:
+        """Takes what a run has written so far; before its `last` lines, only incidents are parsed:
+        that takes a thirtieth of the time.
+        """
+        latest: deque[bytes] = deque(maxlen=self.last)
+        for line in lines:
+            if len(latest) == self.last:
+                self._pass_over(latest[0])
+            latest.append(line)
+        for line in latest:
+            self.feed(line)
+
+    def _pass_over(self, line: bytes) -> None:
+        self.n_records += 1
+        if INCIDENT not in line:
+            return
+        try:
+            record = bounded(parse_record(line))
+        except ValueError:
+            return
+        if record.is_incident:
+            self.n_incidents += 1
+            self.incidents.append(record)
 
     def feed(self, line: bytes) -> None:
         """Takes one line; one that is no record is counted."""
@@ -65,7 +92,7 @@ class Watch:
         try:
             record = bounded(parse_record(line))
         except ValueError:
-            self._damaged += 1
+            self.damaged += 1
             return
         self.latest = record
         self.n_records += 1
@@ -74,11 +101,6 @@ class Watch:
             self.n_incidents += 1
             self.incidents.append(record)
         self._count(record)
-
-    @property
-    def damaged(self) -> int:
-        """How many lines are no records."""
-        return self._damaged + self.overlong
 
     @property
     def in_window(self) -> int:

@@ -10,10 +10,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastguard import JsonLinesSink, StepRecord
 from fastguard.commands.monitor import follow
-from fastguard.commands.monitor.follow import Follower
+from fastguard.commands.monitor.follow import BLOCK, Follower, Lines
 from fastguard.records.read_json_lines import parse_record
 from guardtest.rotation import ROTATIONS, Rotation
 
@@ -37,10 +39,10 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "r.jsonl"
 
 
-def test_it_begins_with_the_last_lines_and_goes_on(path: Path) -> None:
+def test_it_begins_at_the_beginning_and_goes_on(path: Path) -> None:
     write(path, 1, 2, 3, 4, 5)
-    follower = Follower(path, last=2)
-    assert read(follower) == [4, 5]
+    follower = Follower(path)
+    assert read(follower) == [1, 2, 3, 4, 5]
     assert read(follower) == []
     write(path, 6, 7)
     assert read(follower) == [6, 7]
@@ -48,7 +50,7 @@ def test_it_begins_with_the_last_lines_and_goes_on(path: Path) -> None:
 
 def test_a_line_is_taken_when_its_end_has_been_written(path: Path) -> None:
     write(path, 1)
-    follower = Follower(path, last=10)
+    follower = Follower(path)
     with path.open("ab", buffering=0) as file:
         file.write(b"2")
         assert read(follower) == [1]
@@ -57,25 +59,23 @@ def test_a_line_is_taken_when_its_end_has_been_written(path: Path) -> None:
     assert list(follower.finish()) == [b"4"] and list(follower.finish()) == []
 
 
-def test_the_last_lines_may_lie_in_rotated_files(path: Path) -> None:
+def test_a_run_begins_in_its_oldest_file(path: Path) -> None:
     write(path.with_name("r.9.jsonl"), 1, 2)
     write(path.with_name("r.10.jsonl"), 3, 4)
     write(path, 5)
-    assert read(Follower(path, last=2)) == [4, 5]
-    assert read(Follower(path, last=4)) == [2, 3, 4, 5]
-    assert read(Follower(path, last=100)) == [1, 2, 3, 4, 5]
+    assert read(Follower(path)) == [1, 2, 3, 4, 5]
 
 
 def test_just_after_a_rotation_the_current_file_is_not_there_yet(path: Path) -> None:
     write(path.with_name("r.1.jsonl"), 1, 2)
-    follower = Follower(path, last=1)
-    assert read(follower) == [2]
+    follower = Follower(path)
+    assert read(follower) == [1, 2]
     write(path, 3)
     assert read(follower) == [3]
 
 
 def test_a_file_that_does_not_exist_yet(path: Path) -> None:
-    follower = Follower(path, last=3)
+    follower = Follower(path)
     assert read(follower) == [] and follower.age(time.time()) is None
     write(path, 1, 2, 3, 4, 5)
     assert read(follower) == [1, 2, 3, 4, 5]
@@ -84,7 +84,7 @@ def test_a_file_that_does_not_exist_yet(path: Path) -> None:
 
 def test_several_rotations_between_two_looks(path: Path) -> None:
     write(path, 1)
-    follower = Follower(path, last=10)
+    follower = Follower(path)
     assert read(follower) == [1]
     write(path, 2)
     path.rename(path.with_name("r.1.jsonl"))
@@ -99,7 +99,7 @@ def test_several_rotations_between_two_looks(path: Path) -> None:
 
 def test_files_that_were_rotated_and_deleted_meanwhile_are_passed_over(path: Path) -> None:
     write(path, 1)
-    follower = Follower(path, last=10)
+    follower = Follower(path)
     write(path, 2)
     path.unlink()  # the sink keeps one full file, and two came after ours
     write(path.with_name("r.3.jsonl"), 5)
@@ -109,7 +109,7 @@ def test_files_that_were_rotated_and_deleted_meanwhile_are_passed_over(path: Pat
 
 def test_a_cut_line_ends_with_its_file(path: Path) -> None:
     write(path, 1)
-    follower = Follower(path, last=10)
+    follower = Follower(path)
     with path.open("ab") as file:
         file.write(b"2")
     path.rename(path.with_name("r.1.jsonl"))
@@ -120,7 +120,7 @@ def test_a_cut_line_ends_with_its_file(path: Path) -> None:
 @pytest.mark.parametrize("how", ["replaced", "deleted-and-made-anew", "truncated"])
 def test_a_new_run_under_the_same_name_is_read_from_its_beginning(path: Path, how: str) -> None:
     write(path, 1, 2, 3)
-    follower = Follower(path, last=10)
+    follower = Follower(path)
     assert read(follower) == [1, 2, 3]
     if how == "replaced":
         write(path.with_name("new"), 7)
@@ -148,7 +148,7 @@ with JsonLinesSink(sys.argv[1], max_bytes=5000) as sink:
 
 
 def test_no_line_is_lost_or_doubled_while_a_process_writes_and_rotates(path: Path) -> None:
-    follower = Follower(path, last=10)
+    follower = Follower(path)
     process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)])
     seen: list[int] = []
     while process.poll() is None:
@@ -163,11 +163,11 @@ def test_a_follower_may_begin_in_the_middle_of_that(path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)])
     while not path.exists():
         time.sleep(0.01)
-    followers = [Follower(path, last=n) for n in (1, 50, 1000) for _ in range(5)]
+    followers = [Follower(path) for _ in range(15)]
     process.wait()
     for follower in followers:
         seen = steps(follower.poll())
-        assert seen == list(range(seen[0], 2001))
+        assert seen == list(range(1, 2001))
 
 
 @pytest.mark.parametrize("when", ["at-its-beginning", "when-it-goes-on"])
@@ -179,9 +179,9 @@ def test_a_rotation_while_it_looks_around_loses_nothing(
     write(path, 2, 3)
     if when == "at-its-beginning":
         rotation.comes(monkeypatch, path, follow)
-        follower, seen = Follower(path, last=100), []
+        follower, seen = Follower(path), []
     else:
-        follower = Follower(path, last=100)
+        follower = Follower(path)
         seen = read(follower)
         path.rename(path.with_name("r.2.jsonl"))
         write(path, 4)
@@ -198,5 +198,29 @@ def test_age_is_that_of_the_last_write(path: Path) -> None:
     with JsonLinesSink(path) as sink:
         sink(StepRecord(1, 1.0, 1.0, "applied"))
     os.utime(path, (1000, 1000))
-    assert Follower(path, last=1).age(1060.0) == 60.0
-    assert Follower(path, last=1).age(900.0) == 0.0  # clocks of two machines
+    assert Follower(path).age(1060.0) == 60.0
+    assert Follower(path).age(900.0) == 0.0  # clocks of two machines
+
+
+DATA = st.lists(st.sampled_from([b"\n", b"a", b"bc", b"\r", b"\x00"]), max_size=60).map(b"".join)
+
+
+@given(DATA, st.lists(st.integers(1, 7)))
+def test_lines_are_joined_however_they_come_in_pieces(data: bytes, sizes: list[int]) -> None:
+    lines, found, at = Lines(), [], 0
+    for size in [*sizes, len(data)]:
+        found += lines.feed(data[at : at + size])
+        at += size
+    *whole, rest = data.split(b"\n")
+    assert found == whole and lines.flush() == rest and lines.flush() == b""
+
+
+@pytest.mark.parametrize("pieces", [1, 3], ids=["one-chunk", "three-chunks"])
+def test_a_line_without_end_is_given_up_and_comes_once(pieces: int) -> None:
+    lines = Lines()
+    long = b"x" * (BLOCK + 3)
+    step = -(-len(long) // pieces)
+    found = [line for at in range(0, len(long), step) for line in lines.feed(long[at : at + step])]
+    assert found == [long]
+    assert lines.feed(b"more of it") == []
+    assert lines.feed(b" and its end\nnext\n") == [b"next"]

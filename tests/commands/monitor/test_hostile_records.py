@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from fastguard.commands.cli import main
-from fastguard.commands.monitor.history import History
 from fastguard.commands.monitor.sparkline import sparkline
 from fastguard.commands.monitor.summary import as_dict, as_text
 from fastguard.commands.monitor.watch import Watch
@@ -57,9 +56,7 @@ def watched(records: list[dict[str, Any]]) -> Watch:
 
 
 def screen_of(watch: Watch, run: Path) -> str:
-    screen = Screen(run, watch, history=History.__new__(History), rate=1.0, age=1.0)
-    screen.history.incidents, screen.history.n_incidents = watch.incidents.copy(), 0  # type: ignore
-    screen.history.n_steps, screen.history.done = 0, True  # type: ignore
+    screen = Screen(run, watch, rate=1.0, age=1.0)
     console = Console(width=100, height=40, file=None, color_system=None, force_terminal=False)
     with console.capture() as capture:
         console.print(screen)

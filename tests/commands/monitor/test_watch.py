@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -115,3 +116,31 @@ def test_the_search_for_a_loss_scale_is_no_incident() -> None:
     watch.feed(line(2, "skipped", reason=None))  # a record that was written without its reason
     assert (watch.n_incidents, watch.incidents_in_window) == (1, 1)
     assert watch.actions == {"skipped": 2}
+
+
+BAD = [3, 77, 300, 301, 302, 555]
+
+
+@pytest.mark.parametrize("last", [1, 100, 300, 600, 1200])
+def test_of_the_steps_before_the_last_ones_the_incidents_are_known(last: int) -> None:
+    lines = []
+    for step in range(1, 601):
+        searches = step % 50 == 0 and step not in BAD  # for a loss scale: no incident
+        reason = "loss_spike" if step in BAD else "loss_scale" if searches else None
+        tag = {"reason": "none of it"} if step % 7 == 0 else None  # looks like one, and is not
+        action = "skipped" if reason else "applied"
+        lines.append(line(step, action, reason=reason, tag=tag, lr=0.1))
+    whole, quick = Watch(last), Watch(last)
+    for one in lines:
+        whole.feed(one)
+    quick.catch_up(lines)
+    assert (quick.n_records, quick.n_incidents) == (600, len(BAD))
+    assert list(quick.incidents) == list(whole.incidents)
+    assert (quick.actions, quick.reasons) == (whole.actions, whole.reasons)
+    assert (quick.latest, quick.curve) == (whole.latest, whole.curve)
+
+
+def test_damage_before_the_last_steps_is_passed_over() -> None:
+    watch = Watch(1)
+    watch.catch_up([b'{"reason": "x"', b'\xff\x00"reason": "y"', b"z" * 3_000_000, line(4)])
+    assert (watch.n_incidents, watch.n_records, watch.damaged) == (0, 4, 0)
