@@ -6,9 +6,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from fastguard.commands.scan.lines import Line
-from fastguard.commands.scan.reading import Place
+from fastguard.commands.scan.reading import Place, Where
 from fastguard.commands.scan.series import Growth, Series
-from fastguard.commands.scan.shapes import SHAPE, Shape
+from fastguard.commands.scan.shapes import Shape
 from fastguard.commands.scan.values import Value
 
 
@@ -70,36 +70,54 @@ class LogScan:
 
 
 class Run:
-    """Bad lines that follow each other and differ in digits alone: the most that a bad log holds.
+    """Bad lines that follow each other and say the same of one epoch: the most of a bad log.
 
     Args:
-        shape: That of all of them.
+        shape: That of the first.
         line: The first, which has been counted.
 
     Attributes:
-        n: How many came after it.
-        number, last: The line number and the text of the last.
-        furthest: The line whose batch is the greatest; a bar may be drawn anew, at 0.
+        bad: What is bad in all of them.
+        n: How many came after the first.
+        number: That of the last.
+        last: The last, and which bytes of it say its place.
+        furthest: That whose batch is the greatest; a bar may be drawn anew, at 0.
     """
 
     def __init__(self, shape: Shape, line: bytes) -> None:
-        self.shape = shape
+        self.bad = shape.bad
         self.n = self.number = 0
-        self.last = self.furthest = line
-        self._key = line.translate(SHAPE)
-        self._epoch = slice(*(shape.where.epoch or (0, 0)))
-        self._epoch_text = line[self._epoch]
-        self._batch = slice(*shape.where.batch) if shape.where.batch else None
-        self._most = int(line[self._batch]) if self._batch else 0
+        self.last = self.furthest = (shape.where, line)
+        self._shape = shape
+        self._named = _named(shape.where)
+        self._epoch = _whole_epoch(shape.where, line)
+        self._batch = shape.where.batch
+        self._most = int(line[slice(*self._batch)]) if self._batch else 0
 
-    def goes_on(self, number: int, line: bytes) -> bool:
+    def goes_on(self, number: int, line: bytes, shape: Shape) -> bool:
         """Takes a line, if it is one of them."""
-        if line.translate(SHAPE) != self._key or line[self._epoch] != self._epoch_text:
+        where = shape.where
+        if shape is not self._shape:
+            same = shape.bad == self.bad and shape.dialect == self._shape.dialect
+            if not same or _named(where) != self._named:
+                return False
+            self._shape, self._batch = shape, where.batch
+        if where.epoch and _whole_epoch(where, line) != self._epoch:
             return False
         self.n += 1
-        self.number, self.last = number, line
+        self.number, self.last = number, (where, line)
         if self._batch is None:
-            self.furthest = line
-        elif (batch := int(line[self._batch])) >= self._most:
-            self._most, self.furthest = batch, line
+            self.furthest = self.last
+        elif (batch := int(line[self._batch[0] : self._batch[1]])) >= self._most:
+            self._most, self.furthest = batch, self.last
         return True
+
+
+def _named(where: Where) -> list[bool]:
+    """Which parts of its place a line names."""
+    return [span is None for span in where]
+
+
+def _whole_epoch(where: Where, line: bytes) -> bytes:
+    """The epoch that a line names, without its fraction; b"" if it names none."""
+    return line[slice(*where.epoch)].partition(b".")[0] if where.epoch else b""

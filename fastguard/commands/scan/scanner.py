@@ -8,6 +8,7 @@ all of it is finite. Memory does not depend on the length of the log.
 from __future__ import annotations
 
 import math
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from fastguard.commands.scan.plain import Passed
 from fastguard.commands.scan.reading import NOWHERE, Place, Reading
 from fastguard.commands.scan.series import AllSeries
 from fastguard.commands.scan.shapes import Shapes
-from fastguard.commands.scan.suspects import Suspects
+from fastguard.commands.scan.suspects import BAR, ENDS, Suspects
 from fastguard.commands.scan.table import Table
 from fastguard.commands.scan.tokens import first_nonfinite
 from fastguard.commands.scan.values import Value, has_nonfinite
@@ -155,19 +156,17 @@ class _Scanner:
         """Reads the lines of a block."""
         data = block.data
         lines = data.replace(b"\r", b"\n") if b"\r" in data else data
-        as_json = lines.startswith(b'{"') or b'\n{"' in lines
         suspects: Suspects | None = None
         at, size = 0, len(lines)
         number, counted = block.number, 0
         while at < size:
-            each = as_json or self._stretch is not None or self._table.waits
-            if not each:
+            if self._run is None and not self._table.waits:
                 suspects = suspects or Suspects(lines)
-                suspect = suspects.after(at)
-                begin = lines.rfind(b"\n", at, suspect) + 1 if suspect >= 0 else size
+                suspect = suspects.after(at, *self._ends())
+                begin = size if suspect >= size else lines.rfind(b"\n", at, suspect) + 1
                 begin = max(at, begin)
                 self._pass(lines[at:begin])
-                if suspect < 0:
+                if begin >= size:
                     return
                 at = begin
             end = lines.find(b"\n", at)
@@ -175,11 +174,23 @@ class _Scanner:
             line = lines[at:end]
             if line and not line.isspace():
                 number, counted = number + data.count(b"\n", counted, at), at
-                self.found.n_lines += 1
-                run = self._run
-                if run is None or not run.goes_on(number, line):
+                if self._run is not None:
+                    shape = self._shapes.known(line)
+                    if shape is None or not self._run.goes_on(number, line, shape):
+                        self._end_run()
+                        continue
+                else:
                     self._take(number, line)
+                self.found.n_lines += 1
             at = end + 1
+
+    def _ends(self) -> Iterator[re.Pattern[bytes]]:
+        """What may end the stretch that is going on, or say its step."""
+        if self._stretch is not None:
+            if self._stretch.dialect in ENDS:
+                yield ENDS[self._stretch.dialect]
+            if self._dicts:
+                yield BAR
 
     def take_scalar(self, number: int, step: int, tag: str, value: float) -> None:
         """Takes a value of an event file."""
@@ -250,8 +261,7 @@ class _Scanner:
             self._passed.forget()
         self._dicts |= shape.dialect == huggingface.NAME
         self._bad(number, line, shape.dialect or "", shape.bad)
-        if not shape.meant and self._stretch is not None:
-            self._run = Run(shape, line)
+        self._run = Run(shape, line)
 
     def _end_run(self) -> None:
         """Counts the lines that were as the one before."""
@@ -262,12 +272,13 @@ class _Scanner:
         self.found.n_bad += run.n
         stretch.n_lines += run.n
         stretch.last_line = run.number
-        for value in run.shape.bad:
+        for value in run.bad:
             stretch.values[
                 value if value in stretch.values else Value(OTHER_NAMES, value.text)
             ] += run.n
-        self._place = run.shape.where.place(run.last).within(self._place)
-        furthest = run.shape.where.place(run.furthest).within(self._place)
+        (where, last), (where_furthest, furthest_line) = run.last, run.furthest
+        self._place = where.place(last).within(self._place)
+        furthest = where_furthest.place(furthest_line).within(self._place)
         if (furthest.batch or 0) >= (stretch.last.batch or 0):
             stretch.last = furthest
         self._without_step = stretch if self._dicts and self._place.step is None else None

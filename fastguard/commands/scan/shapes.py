@@ -58,7 +58,6 @@ class Shape(NamedTuple):
         bad: The values that are NaN or Inf.
         measured: Whether they tell of losses or norms.
         where: Which bytes say the place.
-        meant: Which digits are those of a name or a count.
     """
 
     suspect: bool
@@ -66,7 +65,6 @@ class Shape(NamedTuple):
     bad: tuple[Value, ...] = ()
     measured: bool = False
     where: Where = Where()
-    meant: tuple[Span, ...] = ()
 
 
 class Shapes:
@@ -82,18 +80,24 @@ class Shapes:
 
     def of(self, line: bytes) -> Shape:
         """What a line says."""
+        shape = self.known(line)
+        if shape is not None:
+            return shape
+        key = line.translate(SHAPE)
+        meant = self._known.get(key)
+        if meant is None or isinstance(meant, Shape):
+            return self._remember(key, line)
+        shape = self._read(line)
+        self._keep(self._meant, (key, *[line[a:b] for a, b in meant]), shape)
+        return shape
+
+    def known(self, line: bytes) -> Shape | None:
+        """What a line says, if one like it has been read."""
         key = line.translate(SHAPE)
         known = self._known.get(key)
-        if known is None:
-            return self._remember(key, line)
-        if isinstance(known, Shape):
+        if known is None or isinstance(known, Shape):
             return known
-        keys = (key, *[line[a:b] for a, b in known])
-        shape = self._meant.get(keys)
-        if shape is None:
-            shape = self._read(line)._replace(meant=known)
-            self._keep(self._meant, keys, shape)
-        return shape
+        return self._meant.get((key, *[line[a:b] for a, b in known]))
 
     def _remember(self, key: bytes, line: bytes) -> Shape:
         shape = self._read(line)
@@ -105,7 +109,6 @@ class Shapes:
         meant = _digits_with_a_meaning(line)
         if len(meant) > MEANT:
             return shape
-        shape = shape._replace(meant=meant)
         self._keep(self._known, key, meant or shape)
         if meant:
             self._keep(self._meant, (key, *[line[a:b] for a, b in meant]), shape)

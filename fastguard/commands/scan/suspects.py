@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
+from fastguard.commands.scan import huggingface, lightning, plain, ultralytics
+
 _NEEDLES = (
     b"nan",
     b"inf",
@@ -12,8 +16,21 @@ _NEEDLES = (
     b"scale reached",
     b"scale already",
 )
-_WORDS = 2
-"""The first needles are words that end there: "info" and "nano" are none."""
+_WORDS = (b"nan", b"inf")
+"""Words that end there: "info" and "nano" are none."""
+
+_JSON = b'\n{"'
+
+ENDS = {
+    plain.NAME: plain.MEASURED_BYTES,
+    huggingface.NAME: re.compile(rb"['\"]epoch['\"]"),
+    lightning.NAME: re.compile(rb"it/s"),
+    ultralytics.NAME: re.compile(rb"\d%"),
+}
+"""What a line has, in lower case, that may end a stretch of this dialect."""
+
+BAR = re.compile(rb"%\|")
+"""What the bars have that count the steps of dicts."""
 
 
 class Suspects:
@@ -25,26 +42,37 @@ class Suspects:
 
     def __init__(self, lines: bytes) -> None:
         self._lower = lines.lower()
-        self._next = [0] * len(_NEEDLES)
-        for i in range(len(_NEEDLES)):
-            self._next[i] = self._find(i, 0)
+        self._next = dict.fromkeys((*_NEEDLES, _JSON), -1)
+        self._soonest = -1
+        self._ends: dict[re.Pattern[bytes], int] = {}
 
-    def after(self, at: int) -> int:
-        """Where the first suspect from `at` on is, or -1."""
-        best = -1
-        for i, known in enumerate(self._next):
-            if 0 <= known < at:
-                known = self._next[i] = self._find(i, at)
-            if known >= 0 and (best < 0 or known < best):
-                best = known
-        return best
+    def after(self, at: int, *ends: re.Pattern[bytes]) -> int:
+        """Where the first suspect from `at` on is, or what also may be looked for; else the end."""
+        if self._soonest < at:
+            for needle, known in self._next.items():
+                if known < at:
+                    self._next[needle] = self._find(needle, at)
+            self._soonest = min(self._next.values())
+        soonest = self._soonest
+        for pattern in ends:
+            known = self._ends.get(pattern, -1)
+            if known < at:
+                end = pattern.search(self._lower, at)
+                known = self._ends[pattern] = end.start() if end else len(self._lower)
+            soonest = min(soonest, known)
+        return soonest
 
-    def _find(self, i: int, at: int) -> int:
-        lower, needle = self._lower, _NEEDLES[i]
+    def _find(self, needle: bytes, at: int) -> int:
+        lower = self._lower
+        if needle is _JSON:
+            if not at and lower.startswith(_JSON[1:]):
+                return 0
+            at = lower.find(_JSON, max(0, at - 1))
+            return len(lower) if at < 0 else at + 1
         at = lower.find(needle, at)
-        while at >= 0 and i < _WORDS:
+        while at >= 0 and needle in _WORDS:
             after = lower[at + 3 : at + 4]
             if not after.isalpha() or after == b"s":
                 break
             at = lower.find(needle, at + 3)
-        return at
+        return len(lower) if at < 0 else at
