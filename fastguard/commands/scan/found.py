@@ -12,6 +12,12 @@ from fastguard.commands.scan.shapes import Shape
 from fastguard.commands.scan.values import Value
 
 
+NAMES = 64
+"""Names of values that are told; the others are counted together, under `OTHER_NAMES`."""
+
+OTHER_NAMES = "(others)"
+
+
 @dataclass(slots=True)
 class Stretch:
     """Bad lines that follow each other in one epoch.
@@ -35,6 +41,12 @@ class Stretch:
     values: Counter[Value]
     excerpt: str
     steps: list[int] = field(default_factory=list)
+
+    def count(self, bad: tuple[Value, ...], n: int) -> None:
+        """Counts the values of `n` lines."""
+        for value in bad:
+            known = value in self.values or len(self.values) < NAMES
+            self.values[value if known else Value(OTHER_NAMES, value.text)] += n
 
 
 @dataclass(slots=True)
@@ -70,22 +82,22 @@ class LogScan:
 
 
 class Run:
-    """Bad lines that follow each other and say the same of one epoch: the most of a bad log.
+    """Bad lines of one epoch that follow each other: the most that a bad log holds.
 
     Args:
         shape: That of the first.
         line: The first, which has been counted.
 
     Attributes:
-        bad: What is bad in all of them.
         n: How many came after the first.
+        bad: How many of those hold what.
         number: That of the last.
         last: The last, and which bytes of it say its place.
         furthest: That whose batch is the greatest; a bar may be drawn anew, at 0.
     """
 
     def __init__(self, shape: Shape, line: bytes) -> None:
-        self.bad = shape.bad
+        self.bad: Counter[tuple[Value, ...]] = Counter()
         self.n = self.number = 0
         self.last = self.furthest = (shape.where, line)
         self._shape = shape
@@ -98,13 +110,14 @@ class Run:
         """Takes a line, if it is one of them."""
         where = shape.where
         if shape is not self._shape:
-            same = shape.bad == self.bad and shape.dialect == self._shape.dialect
+            same = bool(shape.bad) and shape.dialect == self._shape.dialect
             if not same or _named(where) != self._named:
                 return False
             self._shape, self._batch = shape, where.batch
         if where.epoch and _whole_epoch(where, line) != self._epoch:
             return False
         self.n += 1
+        self.bad[shape.bad] += 1
         self.number, self.last = number, (where, line)
         if self._batch is None:
             self.furthest = self.last

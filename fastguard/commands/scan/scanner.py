@@ -34,11 +34,6 @@ from fastguard.commands.scan.values import Value, has_nonfinite
 KEPT = 1000
 """Stretches that are told one by one; the others are counted."""
 
-NAMES = 64
-"""Names of values that are told; the others are counted together, under `OTHER_NAMES`."""
-
-OTHER_NAMES = "(others)"
-
 STEPS = 10
 """Steps of a stretch that are told one by one."""
 
@@ -272,10 +267,8 @@ class _Scanner:
         self.found.n_bad += run.n
         stretch.n_lines += run.n
         stretch.last_line = run.number
-        for value in run.bad:
-            stretch.values[
-                value if value in stretch.values else Value(OTHER_NAMES, value.text)
-            ] += run.n
+        for bad, n in run.bad.items():
+            stretch.count(bad, n)
         (where, last), (where_furthest, furthest_line) = run.last, run.furthest
         self._place = where.place(last).within(self._place)
         furthest = where_furthest.place(furthest_line).within(self._place)
@@ -311,9 +304,7 @@ class _Scanner:
         if (self._place.batch or 0) >= (stretch.last.batch or 0):  # a bar may be drawn anew, at 0
             stretch.last = self._place
         stretch.n_lines += 1
-        for value in bad:
-            known = value in stretch.values or len(stretch.values) < NAMES
-            stretch.values[value if known else Value(OTHER_NAMES, value.text)] += 1
+        stretch.count(bad, 1)
         self._without_step = stretch if self._dicts and self._place.step is None else None
 
     def _take_step(self, step: int) -> None:

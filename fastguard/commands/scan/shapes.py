@@ -36,6 +36,12 @@ _OF_COUNTS = re.compile(
     re.IGNORECASE,
 )
 
+_POSITIVE = re.compile(rb"(?<!-)inf")
+_NUMBERS = b"0123456789.,+- \t"
+_CLOSERS = b")], \t"
+_HAS_DIGIT = re.compile(rb"\d")
+_SPACES = bytes.maketrans(b",\t", b"  ")
+
 _MARKS = ("%", "it/s", "gpu_mem", "epoch'", 'epoch"')
 """What lines of the other dialects have: bars, heads, dicts."""
 
@@ -83,36 +89,40 @@ class Shapes:
         shape = self.known(line)
         if shape is not None:
             return shape
-        key = line.translate(SHAPE)
-        meant = self._known.get(key)
-        if meant is None or isinstance(meant, Shape):
-            return self._remember(key, line)
-        shape = self._read(line)
-        self._keep(self._meant, (key, *[line[a:b] for a, b in meant]), shape)
+        short, same = shortened(line)
+        shape = self._read(short)
+        meant = _digits_with_a_meaning(short)
+        if any(span and span[1] > same for span in (*shape.where, *meant)):
+            short, shape, meant = line, self._read(line), _digits_with_a_meaning(line)
+        if len(meant) <= MEANT and self._comes_again(short):
+            key = short.translate(SHAPE)
+            self._keep(self._known, key, meant or shape)
+            if meant:
+                self._keep(self._meant, (key, *[short[a:b] for a, b in meant]), shape)
         return shape
 
     def known(self, line: bytes) -> Shape | None:
         """What a line says, if one like it has been read."""
+        shape = self._find(line)
+        if shape is None:
+            short, same = shortened(line)
+            return self._find(short) if same < len(line) else None
+        return shape
+
+    def _find(self, line: bytes) -> Shape | None:
         key = line.translate(SHAPE)
         known = self._known.get(key)
         if known is None or isinstance(known, Shape):
             return known
         return self._meant.get((key, *[line[a:b] for a, b in known]))
 
-    def _remember(self, key: bytes, line: bytes) -> Shape:
-        shape = self._read(line)
-        if len(line) > LONG and (code := hash(key)) not in self._once:
-            if len(self._once) >= KEPT:
-                self._once.clear()
-            self._once.add(code)
-            return shape
-        meant = _digits_with_a_meaning(line)
-        if len(meant) > MEANT:
-            return shape
-        self._keep(self._known, key, meant or shape)
-        if meant:
-            self._keep(self._meant, (key, *[line[a:b] for a, b in meant]), shape)
-        return shape
+    def _comes_again(self, line: bytes) -> bool:
+        if len(line) <= LONG or (code := hash(line.translate(SHAPE))) in self._once:
+            return True
+        if len(self._once) >= KEPT:
+            self._once.clear()
+        self._once.add(code)
+        return False
 
     def where(self, line: bytes) -> Where:
         """Which bytes name the place in a line of any kind."""
@@ -149,7 +159,8 @@ class Shapes:
         if reading is None:
             return Shape(suspect)
         where = (reading.where or Where()).in_bytes(text, line)
-        return Shape(suspect, reading.dialect, reading.bad, reading.measured, where)
+        bad = tuple(dict.fromkeys(reading.bad))  # in how many lines each is bad is counted
+        return Shape(suspect, reading.dialect, bad, reading.measured, where)
 
 
 def _digits_with_a_meaning(line: bytes) -> tuple[Span, ...]:
@@ -161,3 +172,60 @@ def _digits_with_a_meaning(line: bytes) -> tuple[Span, ...]:
     ]
     counts = [match.span(match.lastindex or 0) for match in _OF_COUNTS.finditer(line, 0, LONG)]
     return (*names, *counts)
+
+
+def shortened(line: bytes) -> tuple[bytes, int]:
+    """A line that ends with an array, with fewer of its values: those by which it reads the same.
+
+    Returns:
+        The line, and how many bytes at its beginning are as they were.
+
+    Example:
+        >>> shortened(b"grads [0.5, nan, 0.25, 0.5, 0.1, inf, nan, nan, nan, 3.5]")
+        (b'grads [0, nan, inf, nan, 0]', 7)
+    """
+    lower = line.lower()
+    nan, inf = lower.find(b"nan"), lower.find(b"inf")
+    at = nan if inf < 0 or 0 <= nan < inf else inf
+    array = lower[at:].rstrip(_CLOSERS) if at >= 0 else b""
+    if not _is_array(array):
+        return line, len(line)
+    at -= lower[at - 1 : at] in (b"-", b"+")
+    array = lower[at : at + len(array) + 1].rstrip(_CLOSERS)
+    same = _before_numbers(lower[:at])
+    rest = array[3:]
+    places = {kind: rest.find(kind) for kind in (b"nan", b"-inf")}
+    infinite = _POSITIVE.search(rest)
+    places[b"inf"] = infinite.start() if infinite else -1
+    cells = [
+        line[at : at + 4].rstrip(b" ,\t"),
+        *sorted((k for k in places if places[k] >= 0), key=places.__getitem__),
+    ]
+    if same < at:
+        cells.insert(0, b"0")
+    if array[-1:] in b"0123456789.":
+        cells.append(b"0")
+    between = b", " if b"," in array else b" "
+    return line[:same] + between.join(cells) + line[at + len(array) :], same
+
+
+def _is_array(text: bytes) -> bool:
+    """Whether a text is nothing but numbers, two NaN or Inf at least among them."""
+    cells = b" " + text.translate(_SPACES).replace(b"e-", b"00") + b" "
+    words = cells.count(b"nan") + cells.count(b"inf")
+    return (
+        words > 1
+        and len(cells.translate(None, b"0123456789.+- ")) == 3 * words
+        and words == cells.count(b"nan ") + cells.count(b"inf ")
+        and words == cells.count(b" nan") + cells.count(b" inf") + cells.count(b"-inf")
+    )
+
+
+def _before_numbers(head: bytes) -> int:
+    """Where the numbers begin that a text ends with."""
+    same = len(head.replace(b"e-", b"00").rstrip(_NUMBERS))
+    while head[same : same + 1].isspace():
+        same += 1
+    numbers = head[same:]
+    whole = same and (head[same - 1 : same].isalnum() or head[same - 1] in b"_.#/%:=-")
+    return len(head) if whole or not _HAS_DIGIT.search(numbers) else same

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import tracemalloc
 
-from fastguard.commands.scan.scanner import KEPT, NAMES, scan_log
+from fastguard.commands.scan.found import NAMES
+from fastguard.commands.scan.scanner import KEPT, scan_log
 
 
 def scan(*lines: str):
