@@ -16,17 +16,20 @@ _STEP = re.compile(
     re.IGNORECASE,
 )
 _BATCH = re.compile(r"(?:mini)?batch(?:_?(?:idx|index|id|number))?", re.IGNORECASE)
+KINDS = (_EPOCH, _BATCH, _STEP)
+"""The names of a place."""
+
 _INTEGER = re.compile(r"\d{1,15}(?:\.0{0,9})?")
 _NUMBER = re.compile(r"\d{1,15}(?:\.\d{0,20})?")
 
 
 def is_place(name: str) -> bool:
     """Whether a column says where in the run a row was written."""
-    return _kind(name) is not None
+    return kind_of(name) is not None
 
 
 @lru_cache(1024)
-def _kind(name: str) -> re.Pattern[str] | None:
+def kind_of(name: str) -> re.Pattern[str] | None:
     """Which of the three names of a place a name is."""
     return next((pattern for pattern in (_EPOCH, _STEP, _BATCH) if pattern.fullmatch(name)), None)
 
@@ -35,16 +38,19 @@ def place_of(cells: Iterable[tuple[str, str]]) -> Place:
     """The place that a row names, from `(name, text)` of its cells."""
     epoch = batch = step = None
     for name, cell in cells:
-        kind = _kind(name)
+        kind = kind_of(name)
         if kind is _EPOCH and epoch is None and _NUMBER.fullmatch(cell):
             epoch = float(cell)
         elif kind is _STEP and step is None and _INTEGER.fullmatch(cell):
             step = int(float(cell))
         elif kind is _BATCH and batch is None and _INTEGER.fullmatch(cell):
             batch = int(float(cell))
-    if epoch is not None and epoch.is_integer():
-        epoch = int(epoch)
-    return Place(epoch=epoch, batch=batch, step=step)
+    return Place(epoch=None if epoch is None else whole(epoch), batch=batch, step=step)
+
+
+def whole(number: float) -> float:
+    """A number, as an integer if it is one."""
+    return int(number) if number == int(number) else number
 
 
 def is_loss(name: str) -> bool:

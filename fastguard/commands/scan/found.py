@@ -11,7 +11,6 @@ from fastguard.commands.scan.series import Growth, Series
 from fastguard.commands.scan.shapes import Shape
 from fastguard.commands.scan.values import Value
 
-
 NAMES = 64
 """Names of values that are told; the others are counted together, under `OTHER_NAMES`."""
 

@@ -15,13 +15,14 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from fastguard.commands.run_files import is_record
-from fastguard.commands.scan.columns import is_place, place_of
+from fastguard.commands.scan.columns import KINDS, is_place, kind_of, place_of, whole
 from fastguard.commands.scan.places import names_settings, where_in
 from fastguard.commands.scan.reading import NOWHERE, Place, Reading
+from fastguard.commands.scan.rows import Rows
 from fastguard.commands.scan.series import AllSeries
 from fastguard.commands.scan.values import Value, nonfinite_values
 from fastguard.commands.scan.words import is_bound, is_metric
@@ -51,6 +52,20 @@ except ImportError:
     _fast = json.loads
 
 
+class _Plan(NamedTuple):
+    """How objects with the same names and types are read.
+
+    Attributes:
+        judged: Names of series.
+        places: The names of its epoch, batch and step, or None.
+        measured: Whether they tell of losses or norms.
+    """
+
+    judged: tuple[str, ...]
+    places: tuple[str | None, ...]
+    measured: bool
+
+
 class JsonLines:
     """Reads lines that are JSON objects.
 
@@ -58,56 +73,93 @@ class JsonLines:
         series: Which names are judged as series.
     """
 
+    WAITING = 256
+    """Objects that are read together."""
+
     def __init__(self, series: AllSeries) -> None:
         self._series = series
-        self._plans: dict[tuple[str, ...], tuple[tuple[str, ...], tuple[str, ...], bool]] = {}
+        self._plans: dict[tuple[Any, ...], _Plan] = {}
+        self._plan: _Plan | None = None
+        self.waiting: list[tuple[int, Mapping[str, Any], _Plan]] = []
 
-    def read(self, line: bytes) -> Reading | None:
-        """What a line says, or None if it is no JSON object."""
-        found = parse(line)
-        if found is None:
-            return None
-        lower = line.lower()
-        if b"nan" in lower or b"inf" in lower or not _SCALARS.issuperset(map(type, found.values())):
-            return self.read_object(found)
-        return self._read_numbers(found)
-
-    def read_entry(self, found: Mapping[str, Any]) -> Reading:
-        """What an object of a document says."""
-        values = found.values()
-        if _SCALARS.issuperset(map(type, values)) and all(
-            value is None or -_LARGEST <= value <= _LARGEST for value in values
-        ):
-            return self._read_numbers(found)
-        return self.read_object(found)
-
-    def _read_numbers(self, found: Mapping[str, Any]) -> Reading:
-        """What an object says that holds finite numbers, and has been met before but for these."""
-        names = tuple(found)
-        plan = self._plans.get(names)
+    def add(self, number: int, found: Mapping[str, Any]) -> bool:
+        """Takes an object of finite numbers, if one like it has been read; else returns False."""
+        plan = self._plans.get((*found, *map(type, found.values())))
         if plan is None:
-            if len(self._plans) >= MOST:
-                self._plans.clear()
-            reading = self.read_object(found)
-            judged = tuple(filter(self._series.judges, names))
-            places = tuple(filter(is_place, names))
-            # A line of settings, or one whose value is named by another key, is read each time.
-            if not is_record(found) and "value" not in found and not _is_settings(found):
-                self._plans[names] = (judged, places, reading.measured)
-            return reading
-        judged, places, measured = plan
-        place = place_of([(name, str(found[name])) for name in places])
-        numbers = {}
-        for name in judged:
-            value = found[name]
-            if value is not None and -_LARGEST <= value <= _LARGEST:  # 1e999 is read in full
-                numbers[name] = float(value)
-            elif value is not None:
-                return self.read_object(found)
-        return Reading(NAME, place, (), measured, None, numbers)
+            return False
+        known = self._plan
+        if plan is not known and self.waiting and known is not None:
+            said, before = ([bool(name) for name in p.places] for p in (plan, known))
+            if said != before and not (said[0] and before[0]):
+                return False
+        self._plan = plan
+        self.waiting.append((number, found, plan))
+        return True
 
-    def read_object(self, found: Mapping[str, Any]) -> Reading:
+    def rows(self) -> Rows | None:
+        """What the objects that wait say; None: they must be read one by one."""
+        waiting = self.waiting
+        lines = [number for number, _, _ in waiting]
+        columns: dict[str, tuple[list[int], list[float]]] = {}
+        try:
+            for at, (_, found, plan) in enumerate(waiting):
+                for name in plan.judged:
+                    column = columns.get(name)
+                    if column is None:
+                        column = columns[name] = ([], [])
+                    column[0].append(at)
+                    column[1].append(float(found[name]))
+                epoch, *others = plan.places
+                if epoch is not None and not _is_epoch(found[epoch]):
+                    return None
+                for other in others:
+                    if other is not None and not 0 <= found[other] < 10**15:
+                        return None
+            if not all(all(map(math.isfinite, values)) for _, values in columns.values()):
+                return None
+        except OverflowError:
+            return None
+
+        def place(at: int) -> Place:
+            _, found, (_, (epoch, batch, step), _) = waiting[at]
+            return Place(
+                None if epoch is None else whole(found[epoch]),
+                None,
+                None if batch is None else found[batch],
+                None,
+                None if step is None else found[step],
+            )
+
+        return Rows(lines, place, columns, any(plan.measured for _, _, plan in waiting))
+
+    def read(self, found: Mapping[str, Any]) -> Reading:
         """What an object says."""
+        reading = self._read(found)
+        names, types = tuple(found), tuple(map(type, found.values()))
+        # A line of settings, or one whose value is named by another key, is read each time.
+        if (
+            _SCALARS.issuperset(types)
+            and not reading.bad
+            and not (reading.dialect == RECORD or "value" in found or _is_settings(found))
+        ):
+            kinds = [
+                kind_of(name) if kind in (int, float) else None
+                for name, kind in zip(names, types, strict=True)
+            ]
+            places = tuple(names[kinds.index(k)] if k in kinds else None for k in KINDS)
+            judged = (
+                name
+                for name, kind in zip(names, types, strict=True)
+                if kind in (int, float) and self._series.judges(name) and not is_place(name)
+            )
+            # Only an epoch has a fraction.
+            if all(name is None or type(found[name]) is int for name in places[1:]):
+                if len(self._plans) >= MOST:
+                    self._plans.clear()
+                self._plans[(*names, *types)] = _Plan(tuple(judged), places, reading.measured)
+        return reading
+
+    def _read(self, found: Mapping[str, Any]) -> Reading:
         if is_record(found):
             return Reading(RECORD, NOWHERE, measured=False)
         bad: list[Value] = []
@@ -155,15 +207,35 @@ class JsonLines:
         return bad, where_in(value).place(value) if is_text else NOWHERE
 
 
-def parse(line: bytes) -> dict[str, Any] | None:
-    """The JSON object in a line, or None."""
-    for loads in (_fast, json.loads):
+def parse(line: bytes) -> tuple[dict[str, Any] | None, bool]:
+    """The JSON object in a line, or None, and whether all numbers in it are finite."""
+    if b"NaN" not in line and b"Infinity" not in line:
         try:
-            found = loads(line)
+            found = _fast(line)
         except (ValueError, RecursionError):
-            continue
-        return found if isinstance(found, dict) else None
-    return None
+            pass
+        else:
+            return (found if isinstance(found, dict) else None), _fast is not json.loads
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None, False
+    return (found, is_finite(found.values())) if isinstance(found, dict) else (None, False)
+
+
+def is_finite(values: Collection[Any]) -> bool:
+    """Whether all are numbers and finite, or are missing."""
+    try:
+        return all(map(math.isfinite, values))
+    except (TypeError, OverflowError):
+        return _SCALARS.issuperset(map(type, values)) and all(
+            value is None or -_LARGEST <= value <= _LARGEST for value in values
+        )
+
+
+def _is_epoch(value: float) -> bool:
+    """Whether it is written as digits, with a point or without."""
+    return 1e-4 <= value < 1e15 or value == 0
 
 
 def _flat(found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

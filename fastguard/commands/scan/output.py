@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from fastguard.commands.scan.reading import Place
 from fastguard.commands.scan.scanner import STEPS, LogScan, Stretch
-from fastguard.commands.scan.series import RULE, Growth, Series
+from fastguard.commands.scan.series import RULE, Growth, Series, Spike
 from fastguard.commands.terminal import print_table, printable
 
 ROWS = 50
@@ -165,8 +164,8 @@ def _stretch_as_dict(stretch: Stretch) -> dict[str, Any]:
         "dialect": stretch.dialect,
         "first_line": stretch.first_line,
         "last_line": stretch.last_line,
-        "first": asdict(stretch.first),
-        "last": asdict(stretch.last),
+        "first": stretch.first._asdict(),
+        "last": stretch.last._asdict(),
         "lines": stretch.n_lines,
         "values": values,
         "steps": stretch.steps[:STEPS],
@@ -175,11 +174,15 @@ def _stretch_as_dict(stretch: Stretch) -> dict[str, Any]:
 
 
 def _series_as_dict(series: Series, growth: Growth | None) -> dict[str, Any]:
-    spikes: Sequence[dict[str, Any]] = [asdict(spike) for spike in series.spikes]
+    spikes: Sequence[dict[str, Any]] = [_placed(spike) for spike in series.spikes]
     return {
         "name": series.name,
         "rule": {"sigma": RULE.sigma, "window": RULE.window, "warmup": RULE.warmup},
         "n_spikes": series.n_spikes,
         "spikes": spikes,
-        "climbing_since": None if growth is None else asdict(growth),
+        "climbing_since": None if growth is None else _placed(growth),
     }
+
+
+def _placed(entry: Spike | Growth) -> dict[str, Any]:
+    return {**entry._asdict(), "place": entry.place._asdict()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 from fastguard.commands.scan.values import Value
@@ -13,8 +13,7 @@ INT = r"[0-9]{1,15}"
 """The pattern of a number in a log: no more digits than every integer type and `int` take."""
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where in a run, in the log's own numbers; None: not said.
 
     Attributes:
@@ -97,8 +96,7 @@ def span_of(match: re.Match[str] | None, *groups: int | str) -> Span | None:
     return next((match.span(group) for group in groups if match[group] is not None), None)
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(NamedTuple):
     """A line of a training log.
 
     Attributes:
@@ -116,4 +114,4 @@ class Reading:
     bad: tuple[Value, ...] = ()
     measured: bool = True
     where: Where | None = None
-    numbers: Mapping[str, float] = field(default_factory=dict)
+    numbers: Mapping[str, float] = MappingProxyType({})

@@ -11,9 +11,8 @@ import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import replace
-from typing import BinaryIO
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
 
 from fastguard.commands.scan import documents, huggingface, json_lines
 from fastguard.commands.scan.events import EventsError, read_scalars
@@ -24,6 +23,7 @@ from fastguard.commands.scan.json_lines import JsonLines
 from fastguard.commands.scan.lines import Block, Line, read_blocks, text_of
 from fastguard.commands.scan.plain import Passed
 from fastguard.commands.scan.reading import NOWHERE, Place, Reading
+from fastguard.commands.scan.rows import Rows
 from fastguard.commands.scan.series import AllSeries
 from fastguard.commands.scan.shapes import Shapes
 from fastguard.commands.scan.suspects import BAR, ENDS, Suspects
@@ -111,6 +111,7 @@ class _Scanner:
 
     def finish(self, problem: str | None) -> LogScan:
         """All that was found."""
+        self._judge_waiting()
         self._end_run()
         found = self.found
         found.series = self._series.found()
@@ -155,7 +156,7 @@ class _Scanner:
         at, size = 0, len(lines)
         number, counted = block.number, 0
         while at < size:
-            if self._run is None and not self._table.waits:
+            if self._run is None and not self._table.waits and not lines.startswith(b'{"', at):
                 suspects = suspects or Suspects(lines)
                 suspect = suspects.after(at, *self._ends())
                 begin = size if suspect >= size else lines.rfind(b"\n", at, suspect) + 1
@@ -204,26 +205,73 @@ class _Scanner:
     def _take_document(self, entries: Iterator[documents.Entry], text: bytes) -> None:
         for number, values in entries:
             self.found.n_lines += 1
-            reading = self._json.read_entry(values)
-            self._data(number, reading, str(values)[:LONG] if reading.bad else "")
+            finite = json_lines.is_finite(values.values())
+            if not self._take_object(number, values, finite=finite):
+                reading = self._json.read(values)
+                self._data(number, reading, str(values)[:LONG] if reading.bad else "")
         self._table.give_up()
         if not self.found.n_lines and text.strip(b" \t\r\n[]{}"):
             self.found.n_lines += 1
 
+    def _take_json(self, number: int, line: bytes) -> bool:
+        found, finite = json_lines.parse(line)
+        if found is None:
+            return False
+        if not self._take_object(number, found, finite=finite):
+            reading = self._json.read(found)
+            if reading.dialect == json_lines.RECORD:
+                self.found.n_records += 1
+            else:
+                self._table.give_up()
+                self._data(number, reading, text_of(line) if reading.bad else "")
+        return True
+
+    def _take_object(self, number: int, found: Mapping[str, Any], *, finite: bool) -> bool:
+        """Takes an object that waits to be judged with others, as most do."""
+        if not finite or not self._json.add(number, found):
+            return False
+        self._end_run()
+        if len(self._json.waiting) >= self._json.WAITING:
+            self._judge_waiting()
+        return True
+
+    def _judge_waiting(self) -> None:
+        waiting = self._json.waiting
+        if not waiting:
+            return
+        rows = self._json.rows()
+        self._json.waiting = []
+        if rows is not None:
+            self._judge(rows, json_lines.NAME)
+            return
+        for number, found, _ in waiting:
+            self._data(number, self._json.read(found), str(found)[:LONG])
+
+    def _judge(self, rows: Rows, dialect: str) -> None:
+        before = self._place
+        self._passed.forget()
+        for name, (at, values) in rows.columns.items():
+            self._series.take_all(
+                name,
+                [rows.lines[i] for i in at],
+                lambda i, at=at: rows.place(at[i]).within(before),
+                values,
+            )
+        self._place = rows.place(len(rows.lines) - 1).within(before)
+        if rows.measured and self._stretch is not None and self._stretch.dialect == dialect:
+            self._stretch = None
+
     def _pass(self, lines: bytes) -> None:
         if not lines:
             return
+        self._judge_waiting()
         self.found.n_lines += sum(map(bool, map(bytes.strip, lines.split(b"\n"))))
         self._passed.add_all(lines)
 
     def _take(self, number: int, line: bytes) -> None:
-        if line.startswith(b'{"') and (reading := self._json.read(line)) is not None:
-            if reading.dialect == json_lines.RECORD:
-                self.found.n_records += 1
-                return
-            self._table.give_up()
-            self._data(number, reading, text_of(line) if reading.bad else "")
+        if line.startswith(b'{"') and self._take_json(number, line):
             return
+        self._judge_waiting()
         if self._table.waits:
             text = text_of(line)
             if (reading := self._table.read(text)) is not None:
@@ -278,6 +326,7 @@ class _Scanner:
 
     def _data(self, number: int, reading: Reading, text: str) -> None:
         """A line that is data: its names and its place are its own."""
+        self._judge_waiting()
         self._end_run()
         self._passed.forget()
         self._place = reading.place.within(self._place)
@@ -312,7 +361,7 @@ class _Scanner:
         stretch = self._without_step
         if stretch is None:
             return
-        stretch.last = replace(stretch.last, step=step)
+        stretch.last = stretch.last._replace(step=step)
         if stretch.n_lines == 1:
             stretch.first = stretch.last
         self._without_step = None

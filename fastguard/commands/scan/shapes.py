@@ -210,11 +210,11 @@ def shortened(line: bytes) -> tuple[bytes, int]:
 
 
 def _is_array(text: bytes) -> bool:
-    """Whether a text is nothing but numbers, two NaN or Inf at least among them."""
+    """Whether a text is nothing but numbers, NaN or Inf among them."""
     cells = b" " + text.translate(_SPACES).replace(b"e-", b"00") + b" "
     words = cells.count(b"nan") + cells.count(b"inf")
     return (
-        words > 1
+        words > 0
         and len(cells.translate(None, b"0123456789.+- ")) == 3 * words
         and words == cells.count(b"nan ") + cells.count(b"inf ")
         and words == cells.count(b" nan") + cells.count(b" inf") + cells.count(b"-inf")
