@@ -15,8 +15,12 @@ from typing import Any, NamedTuple
 LIMIT = 32 << 20
 """Bytes of the largest document: parsed, a hostile one takes thirty times as much."""
 
+LONG = 1 << 16
+"""Bytes of a first line that is taken for a document, whatever it holds."""
+
 _BEGIN = re.compile(rb"\s*(?:\{\s*\"|\[\s*(?:\{|\]))")
 _DECODER = json.JSONDecoder()
+_LIST = re.compile(r"\s*:\s*\[")
 _SPACE = re.compile(r"[\s,]*")
 COUNTED = "epoch"
 """What the position in a list of numbers stands for, where no list names it: in Keras an epoch."""
@@ -46,6 +50,18 @@ class NoDocumentError(Exception):
         self.cut_short = cut_short
 
 
+class _Lines:
+    """Counts the lines of a text up to places that come one after the other."""
+
+    def __init__(self, text: str) -> None:
+        self._text, self._number, self._counted = text, 1, 0
+
+    def at(self, place: int) -> int:
+        self._number += self._text.count("\n", self._counted, place)
+        self._counted = place
+        return self._number
+
+
 def may_begin(data: bytes) -> bool:
     """Whether a log that begins so may be a document: JSON, and not one object in each line.
 
@@ -56,6 +72,8 @@ def may_begin(data: bytes) -> bool:
     if not _BEGIN.match(data):
         return False
     first = data.lstrip().partition(b"\n")[0]
+    if len(first) >= LONG:
+        return True
     try:
         whole = json.loads(first)
     except (ValueError, RecursionError):
@@ -90,22 +108,28 @@ def _is_list(value: Any) -> bool:
 
 
 def _entries(text: str, begin: int, value: Any) -> Iterator[Entry]:
+    lines = _Lines(text)
     if isinstance(value, list):
-        yield from _objects(text, text.index("[", begin) + 1)
+        yield from _objects(text, text.index("[", begin) + 1, lines)
         return
     if not isinstance(value, dict):
         return
     rest = {}
     columns: dict[str, list[Any]] = {}
     has_objects = False
+    opened = None
     for name, inner in _one_level(value):
         if isinstance(inner, list) and inner and all(isinstance(item, dict) for item in inner):
             has_objects = True
-            quoted = re.escape(json.dumps(name.rpartition("/")[2]))
-            key = re.compile(rf"{quoted}\s*:\s*\[").search(text, begin)
-            if key is not None:
-                yield from _objects(text, key.end())
+            quoted = json.dumps(name.rpartition("/")[2])
+            begin = text.find(quoted, begin)
+            while begin >= 0 and not (opened := _LIST.match(text, begin + len(quoted))):
+                begin = text.find(quoted, begin + 1)
+            if begin >= 0 and opened:
+                begin = opened.end()
+                yield from _objects(text, begin, lines)
             else:  # its name is written otherwise in the text, as with \u escapes
+                begin = len(text)  # a hostile document may have many such names
                 yield from (Entry(1, item) for item in inner)
         elif isinstance(inner, list) and inner and all(map(_is_number, inner)):
             columns[name] = inner
@@ -131,15 +155,14 @@ def _is_number(item: Any) -> bool:
     return isinstance(item, int | float | str) or item is None
 
 
-def _objects(text: str, at: int) -> Iterator[Entry]:
+def _objects(text: str, at: int, lines: _Lines) -> Iterator[Entry]:
     """The objects of the list whose bracket is before `at`, with their lines."""
-    number, counted = 1, 0
     while True:
         space = _SPACE.match(text, at)
         at = space.end() if space else at
         if at >= len(text) or text[at] == "]":
             return
-        number, counted = number + text.count("\n", counted, at), at
+        number = lines.at(at)
         value, at = _DECODER.raw_decode(text, at)
         if isinstance(value, dict):
             yield Entry(number, value)

@@ -124,28 +124,29 @@ class _Scanner:
 
     def without_document(self, blocks: Iterator[Block]) -> Iterator[Block]:
         """Reads the JSON document that a log may begin with; gives the rest of the log."""
-        gathered = next(blocks, Block(1, b"")).data
-        size = 0
-        while documents.may_begin(gathered) and len(gathered) <= documents.LIMIT:
-            if len(gathered) < 2 * size:  # each try reads all of it
-                more = next(blocks, None)
-                if more is not None:
-                    gathered += more.data
-                    continue
-            size = len(gathered)
+        parts = [next(blocks, Block(1, b"")).data]
+        size = len(parts[0])
+        while size <= documents.LIMIT:
+            parts = [b"".join(parts)]
+            if not documents.may_begin(parts[0]):
+                break
             try:
-                entries, end = documents.read_document(gathered)
+                entries, end = documents.read_document(parts[0])
             except documents.NoDocumentError as error:
-                more = next(blocks, None) if error.cut_short else None
-                if more is None:
+                if not error.cut_short:
                     break
-                gathered += more.data
-                continue
-            self._take_document(entries, gathered[:end])
-            yield Block(1 + gathered.count(b"\n", 0, end), gathered[end:])
-            yield from blocks
-            return
-        yield Block(1, gathered)
+            else:
+                self._take_document(entries, parts[0][:end])
+                yield Block(1 + parts[0].count(b"\n", 0, end), parts[0][end:])
+                yield from blocks
+                return
+            tried = size  # each try reads all of it
+            while size < 4 * tried and (more := next(blocks, None)) is not None:
+                parts.append(more.data)
+                size += len(more.data)
+            if size == tried:
+                break
+        yield Block(1, b"".join(parts))
         yield from blocks
 
     def take(self, block: Block) -> None:

@@ -205,7 +205,7 @@ def shortened(line: bytes) -> tuple[bytes, int]:
         cells.insert(0, b"0")
     if array[-1:] in b"0123456789.":
         cells.append(b"0")
-    between = b", " if b"," in array else b" "
+    between = b", " if b"," in line[same : at + len(array)] else b" "
     return line[:same] + between.join(cells) + line[at + len(array) :], same
 
 
@@ -227,5 +227,5 @@ def _before_numbers(head: bytes) -> int:
     while head[same : same + 1].isspace():
         same += 1
     numbers = head[same:]
-    whole = same and (head[same - 1 : same].isalnum() or head[same - 1] in b"_.#/%:=-")
+    whole = head[:same].rstrip()[-1:] not in (b"", b"[", b"(")  # words may name what follows
     return len(head) if whole or not _HAS_DIGIT.search(numbers) else same

@@ -7,10 +7,12 @@ and trainspotter 0.2: what they find is found here too, at the same step.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import random
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import numpy as np
 import pytest
 
 from fastguard.commands.cli import main
+from fastguard.commands.scan.scanner import scan_log
 
 SPIKE = "SpikeRule(sigma=6) would have skipped "
 
@@ -253,3 +256,13 @@ def test_without_tensorboard_the_extra_is_named(tmp_path: Path, capsys, monkeypa
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["scan", str(path)]) == 2
     assert "pip install 'torch-fastguard[tensorboard]'" in capsys.readouterr().err
+
+
+def test_the_time_for_a_document_grows_with_its_size_alone() -> None:
+    times = []
+    for n in (2_000, 16_000):
+        text = "{" + ",".join(f'"a{i}":[{{"loss":1}}]' for i in range(n)) + "}"
+        begun = time.process_time()
+        assert scan_log(io.BytesIO(text.encode())).n_lines == n
+        times.append(time.process_time() - begun)
+    assert times[1] < 24 * times[0]  # if each list is looked for from the start: 64 times

@@ -112,3 +112,26 @@ def test_gradient_norms(name: str) -> None:
 )
 def test_other_series(name: str) -> None:
     assert not AllSeries().judges(name)
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+@pytest.mark.parametrize("kind", ["noise", "growth", "spikes", "zeros"])
+def test_values_taken_together_are_judged_as_one_by_one(name: str, kind: str) -> None:
+    rng = random.Random(3)
+    values = [rng.gauss(2, 0.2) for _ in range(10_000)]
+    if kind == "growth":
+        values = [value + 0.001 * i for i, value in enumerate(values)]
+    if kind == "spikes":
+        values = [value * rng.choice([1] * 30 + [1, 40, 900]) for value in values]
+    if kind == "zeros":
+        values = [value if rng.random() < 0.9 else 0.0 for value in values]
+    one, together = Series(name), Series(name)
+    for i, value in enumerate(values):
+        one.take(i, Place(step=i), value)
+    at = 0
+    while at < len(values):
+        part = values[at : at + rng.choice([1, 5, 40, 300, 3000])]
+        lines = range(at, at + len(part))
+        together.take_all(lines, lambda i, lines=lines: Place(step=lines[i]), part)
+        at += len(part)
+    assert one == together and (kind != "spikes" or one.n_spikes > 100)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import io
+import random
 
 import pytest
 
 from fastguard.commands.scan.found import LogScan
 from fastguard.commands.scan.reading import Place
 from fastguard.commands.scan.scanner import scan_log
-from fastguard.commands.scan.shapes import KEPT, Shapes
-from fastguard.commands.scan.values import Value
+from fastguard.commands.scan.shapes import KEPT, Shapes, shortened
+from fastguard.commands.scan.values import Value, nonfinite_values
 
 
 def scan(text: str) -> LogScan:
@@ -75,3 +76,19 @@ def test_what_is_remembered_is_bounded() -> None:
     for i in range(3 * KEPT):
         shapes.of(("a" * (i % 1000) + f" loss{i} nan" + "b" * (i // 1000)).encode())
         assert max(len(shapes._known), len(shapes._meant), len(shapes._once)) <= KEPT + 1
+
+
+def test_a_shortened_array_reads_as_the_whole_does() -> None:
+    rng = random.Random(5)
+    cells = ["nan", "inf", "-inf", "NaN", "0.5", "-1.25", "3.", "1e-05", "12"]
+    heads = ["", "[", "  [[", "step 3 grads [", "tensor([", "loss: ", "epoch 3: loss ", "1, 2 | "]
+    shorter = 0
+    for _ in range(3000):
+        text = rng.choice([", ", " ", ","]).join(rng.choices(cells, k=rng.randint(1, 12)))
+        line = (rng.choice(heads) + text + rng.choice(["", "]", "]])", "],", " "])).encode()
+        short, same = shortened(line)
+        assert short[:same] == line[:same]
+        shorter += len(short) < len(line)
+        read, read_short = (nonfinite_values(each.decode())[0] for each in (line, short))
+        assert set(read) == set(read_short), (line, short)
+    assert shorter > 1500
