@@ -5,6 +5,9 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
 OLDEST  := .venv-oldest
+CHOSEN  := .venv-versions
+TORCH   ?=
+TRITON  ?=
 TRAINERS := .venv-integrations
 WORKERS ?= 2
 ARGS    ?=
@@ -12,7 +15,7 @@ ARGS    ?=
 SHELL       := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test suite suite-oldest kernels-test kernels-test-oldest test-integrations gpu lint typecheck wheel-test bench stage clean
+.PHONY: help venv demo test suite suite-oldest kernels-test kernels-test-oldest test-versions test-integrations gpu lint typecheck wheel-test bench stage clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | awk -F'|' '{ printf "  make %-20s %s\n", $$1, $$2 }'
@@ -44,22 +47,32 @@ ifneq ($(wildcard tests/kernels/test_*.py),)
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels -n $(WORKERS)
 endif
 
-# The oldest torch and triton that are supported; that torch wants an older setuptools. Where no CPU build of it is
-# offered, pip takes the one for CUDA.
+# $(call install_with,FOLDER,REQUIREMENTS): an environment with other versions than .venv. Some versions of torch want an
+# older setuptools.
+define install_with
+@$(CHECK_PYTHON)
+@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+@sed -E '/^(torch|numpy|setuptools)==/d' constraints.txt > $(1)/constraints.txt
+@$(1)/bin/python -m pip install -qq --disable-pip-version-check -c $(1)/constraints.txt $(2) -e '.[test]'
+endef
+
+# The oldest versions that pyproject.toml admits. The package index has no CPU build of this torch: with the one for
+# CUDA and what it requires, the environment takes 7 GB.
 $(OLDEST)/.installed: pyproject.toml constraints.txt
-	@$(CHECK_PYTHON)
 	@echo "Installing into $(OLDEST) (only now, and when pyproject.toml or constraints.txt change)"
-	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
-	@sed -E '/^(torch|setuptools)==/d' constraints.txt > $(OLDEST)/constraints.txt
-	@$(OLDEST)/bin/python -m pip install -qq --disable-pip-version-check -c $(OLDEST)/constraints.txt \
-		torch==2.11.0 triton==3.6.0 -e '.[test]'
+	$(call install_with,$(OLDEST),torch==2.8.0 triton==3.4.0 numpy==1.26.4)
 	@touch $@
 
-suite-oldest: $(OLDEST)/.installed  ## suite with torch 2.11, in an environment of its own
+suite-oldest: $(OLDEST)/.installed  ## suite with torch 2.8, in an environment of its own
 	$(OLDEST)/bin/pytest -n $(WORKERS) $(ARGS)
 
-kernels-test-oldest: $(OLDEST)/.installed  ## kernels-test with torch 2.11 and triton 3.6
+kernels-test-oldest: $(OLDEST)/.installed  ## kernels-test with torch 2.8 and triton 3.4
 	TRITON_INTERPRET=1 $(OLDEST)/bin/pytest tests/kernels -n $(WORKERS)
+
+test-versions:  ## suite and kernels with TORCH='==2.11.0' TRITON='==3.6.0'; default: the newest
+	$(call install_with,$(CHOSEN),'torch$(TORCH)' 'triton$(TRITON)')
+	$(CHOSEN)/bin/pytest -n $(WORKERS) $(ARGS)
+	TRITON_INTERPRET=1 $(CHOSEN)/bin/pytest tests/kernels -n $(WORKERS)
 
 # Other people's trainers and all that they bring, 2 GB: an environment of its own, so that .venv stays light.
 test-integrations: $(TRAINERS)/.installed  ## the integrations, inside the real trainers
@@ -114,5 +127,5 @@ bench: $(STAMP)  ## the benchmark suite against its peers
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean:  ## remove everything that make, pytest and the demo created
-	rm -rf $(VENV) $(OLDEST) $(TRAINERS) build dist *.egg-info fastguard-demo .benchmarks .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(CHOSEN) $(TRAINERS) build dist *.egg-info fastguard-demo .benchmarks .hypothesis .pytest_cache .ruff_cache
 	find fastguard kernels tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

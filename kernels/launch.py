@@ -24,14 +24,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastguard.kernels import versions
+from fastguard.kernels.versions import launches_are_watched
+
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether Triton runs kernels on the CPU (`TRITON_INTERPRET=1`), as the tests do."""
 
 INTERPRETED_PROGRAMS = 3  # in the interpreter programs are slow and blocks nearly free
-
-# `CompiledKernel.run` is what Triton's own JIT calls, but not documented: it was read in 3.6 and
-# 3.9, and newer versions take `compiled[grid](...)`.
-RUN_IS_KNOWN = (3, 6) <= tuple(int(n) for n in triton.__version__.split(".")[:2]) <= (3, 9)
 
 
 class Launcher:
@@ -98,7 +97,7 @@ class Variant:
             return
         stream = self._stream(self._index)
         addresses = map(Tensor.data_ptr, tensors)
-        if self._run is None or _watched():
+        if self._run is None or launches_are_watched():
             compiled[(n_programs, 1, 1)](*addresses, *numbers, *self._values, stream=stream)
             return
         self._run(
@@ -112,7 +111,7 @@ class Variant:
         kernel, options = self._launcher.kernel, self._launcher.options
         compiled = kernel[(n_programs,)](*tensors, *numbers, **self._constants, **options)
         self._stream = raw_stream_of()
-        self._run = compiled.run if RUN_IS_KNOWN else None
+        self._run = compiled.run if versions.RUN_IS_KNOWN else None
         self._compiled = compiled
 
 
@@ -132,13 +131,6 @@ def try_launching(device: torch.device) -> None:
     launch = Launcher(trial_kernel, num_warps=1).variant(device, VALUE=1.0)
     for _ in range(2):
         launch(1, (x,))
-
-
-def _watched() -> bool:
-    """Whether a profiler wants to hear of launches: hooks are functions, or chains of them."""
-    runtime = triton.knobs.runtime
-    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """The wheel holds what it should, installs where it should, and `import fastguard` stays light."""
 
+import json
 import os
 import re
 import shutil
@@ -31,14 +32,19 @@ def run(*command: str | Path, cwd: Path) -> str:
     return done.stdout
 
 
+def copy_of_sources(folder: Path) -> Path:
+    for name in SOURCES:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / name)
+    return folder
+
+
 def build_wheel(folder: Path) -> Path:
     """The wheel of this working tree, built from a copy.
 
     In place, setuptools would also pack what an earlier build left in build/lib.
     """
-    for name in SOURCES:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, folder / name)
+    copy_of_sources(folder)
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", folder, cwd=folder)
     (wheel,) = (folder / "dist").glob("*.whl")
     return wheel
@@ -88,9 +94,33 @@ def test_every_package_is_listed():
 def test_the_oldest_versions_that_are_admitted_are_tested():
     asked = PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["gpu"]
     tested = (ROOT / "Makefile").read_text()
-    for name in ("torch", "triton"):
+    for name in ("torch", "triton", "numpy"):
         (oldest,) = re.findall(rf"^{name}>=([\d.]+)", "\n".join(asked), re.MULTILINE)
-        assert f"{name}=={oldest}.0 " in tested
+        assert re.search(rf"\b{name}=={re.escape(oldest)}\.\d\b", tested), name
+
+
+OWN_EXTRAS = ("cli", "gpu", "report", "tensorboard", "yaml")  # the others bring a trainer
+
+
+def test_installing_keeps_the_versions_that_are_there(tmp_path):
+    """What pip would install into this environment, which `make test` made: nothing but fastguard.
+
+    `make suite-oldest` asks that of an environment with the oldest torch, triton and numpy.
+    """
+    project = f"{copy_of_sources(tmp_path)}[{','.join(OWN_EXTRAS)}]"
+    pip = [sys.executable, "-m", "pip", "install", "-qq", "--dry-run", "--no-index"]
+    report = run(*pip, "--no-build-isolation", "--report", "-", project, cwd=tmp_path)
+    names = [found["metadata"]["name"] for found in json.loads(report)["install"]]
+    assert names == ["torch-fastguard"]
+
+
+def test_torch_and_numpy_have_lower_bounds_alone():
+    """No pin and no ceiling, so that pip never moves what a user has."""
+    extras = PROJECT["project"]["optional-dependencies"]
+    asked = [*PROJECT["project"]["dependencies"], *(r for own in OWN_EXTRAS for r in extras[own])]
+    moved = [r for r in asked if re.search(r"==|<|~=", r.partition(";")[0])]
+    assert moved == []
+    assert "constraints.txt" not in (ROOT / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import torch
 import fastguard
 from fastguard.records.strict_json import dumps
 from fastguard.stages.backend import why_not_triton
+from fastguard.versions import missing_features
 
 FRAMEWORKS = (
     "transformers",
@@ -71,6 +72,7 @@ def environment() -> dict[str, Any]:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
         },
+        "missing_features": missing_features(),
         "devices": [_describe(device) for device in _devices()],
         "frameworks": {name: _version(name) for name in FRAMEWORKS},
         "diagnostics": _diagnostics(),
@@ -83,6 +85,8 @@ def as_text(found: dict[str, Any]) -> str:
     for section in ("versions", "machine"):
         lines += [f"{name:<18} {value or '-'}" for name, value in found[section].items()]
         lines.append("")
+    missing = found["missing_features"]
+    lines += [f"without {name}: {why}" for name, why in missing.items()] + [""] * bool(missing)
     for device in found["devices"]:
         lines.append(f"{device['device']:<18} {device['name']}")
         why = (

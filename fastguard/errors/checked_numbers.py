@@ -14,7 +14,10 @@ import torch
 
 from fastguard.errors.plain_text import shown
 
-Text = str | bytes | bytearray
+TEXT = (str, bytes, bytearray)
+# Tuples, because torch.compile of torch 2.8 traces no union of types.
+_BOOL_OR_TEXT = (bool, *TEXT)
+_PLAIN = (int, float)
 LARGEST_COUNT = 2**63 - 1
 """What int64 holds: counters on a device, and in files that others read."""
 
@@ -50,14 +53,14 @@ def number_of(name: str, value: Any, remedy: str = "use a number") -> float:
 
 def refuse_bool_and_text(name: str, value: Any, remedy: str = "use a number") -> None:
     """Raises a TypeError for what `float()` would make a number of; also while code is compiled."""
-    if isinstance(value, bool | Text) or _holds_bool_or_text(value):
+    if isinstance(value, _BOOL_OR_TEXT) or _holds_bool_or_text(value):
         kind = type(value).__name__
         raise TypeError(f"{name}={shown(value)} is not a number (type {kind}); {remedy}")
 
 
 def _holds_bool_or_text(value: Any) -> bool:
     """Whether it is a tensor or an array of them."""
-    dtype = None if isinstance(value, int | float) else getattr(value, "dtype", None)
+    dtype = None if isinstance(value, _PLAIN) else getattr(value, "dtype", None)
     return dtype is torch.bool or getattr(dtype, "kind", "") in ("b", "S", "U")
 
 

@@ -231,7 +231,7 @@ def clip_grads_with_norm_(
     check_foreach(foreach)
     parameters = listed(parameters)
     refuse_bool_and_text("total_norm", total_norm, "pass what get_total_norm returned")
-    if not isinstance(total_norm, Tensor | int | float):
+    if not isinstance(total_norm, (Tensor, int, float)):
         raise TypeError(
             f"total_norm={shown(total_norm)} is not a tensor; pass what get_total_norm returned"
         )

@@ -37,6 +37,7 @@ from fastguard.ranks.dtensors import is_dtensor
 from fastguard.ranks.plain_shards import check_plain_shards
 from fastguard.stages.contract import GradStats
 from fastguard.stages.measure import measure, norm_type_of
+from fastguard.versions import grad_dtype_of
 
 WITH_A_GROUP = (
     "FlatGradBuckets alone knows no group: use fastguard.clip_grad_norm_(..., group=), or "
@@ -124,7 +125,7 @@ class FlatGradBuckets:
             elif grad is not None and _is_part_of_a_buffer(grad):
                 grad.zero_()
             else:
-                p.grad = view if _fits(view, p, p.grad_dtype or p.dtype) else None
+                p.grad = view if _fits(view, p, grad_dtype_of(p)) else None
 
     def buckets(self) -> GradBuckets:
         """The gradients as the stages want them.
@@ -376,7 +377,7 @@ def _grad_dtype(p: Tensor) -> torch.dtype:
     """The dtype that a gradient of `p` has, or will have."""
     if p.grad is not None:
         return p.grad.dtype
-    return p.grad_dtype or p.dtype  # None: any
+    return grad_dtype_of(p)
 
 
 def _fits(view: Tensor, like: Tensor, dtype: torch.dtype) -> bool:

@@ -17,10 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-try:
-    from torch._C._dynamo.guards import TensorGuards
-except ImportError:  # not public: without it every list is looked at anew
-    TensorGuards = None  # type: ignore[assignment, misc]
+from fastguard.versions import tensor_guards
 
 FORMS = 8  # kept: sets of None gradients alternate
 FEWEST = 32  # tensors; a shorter list is looked at as fast
@@ -48,7 +45,7 @@ class Form:
         self.groups = groups
         self._n = len(grads)
         long_and_plain = keep and self._n >= FEWEST and set(map(type, grads)) == {Tensor}
-        self._guards: Any = _guards_of(grads) if long_and_plain else None
+        self._guards: Any = tensor_guards(grads) if long_and_plain else None
         self.sizes = tuple(map(Tensor.numel, grads)) if self.known_again else ()
 
     @property
@@ -88,13 +85,3 @@ def new_form(grads: list[Tensor], groups: tuple[Group, ...], keep: bool = True) 
         with _lock:  # two threads that add at once lose neither
             _forms = (form, *_forms[: FORMS - 1])
     return form
-
-
-def _guards_of(grads: list[Tensor]) -> Any:
-    if TensorGuards is None:
-        return None
-    try:
-        guards = TensorGuards(*grads, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-        return guards if guards.check(*grads) else None
-    except Exception:  # another torch asks for other arguments
-        return None

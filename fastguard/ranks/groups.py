@@ -54,7 +54,7 @@ ranks."""
 
 def check_group(group: object) -> None:
     """Raises a TypeError for what is no `Group`."""
-    if group is not None and not isinstance(group, Replicated | AsTorch):
+    if group is not None and not isinstance(group, (Replicated, AsTorch)):
         _need_process_group(group)
 
 

@@ -23,6 +23,7 @@ from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fastguard.ranks.local_group import local_group
+from fastguard.versions import root_mesh_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -69,15 +70,6 @@ def span_of(meshes: Sequence[DeviceMesh], own: ProcessGroup | None) -> Span:
     return known[1]
 
 
-def root_of(mesh: DeviceMesh) -> DeviceMesh:
-    """The mesh that a mesh was sliced from; itself if it was not."""
-    if hasattr(mesh, "_get_root_mesh"):
-        return mesh._get_root_mesh()
-    from torch.distributed import device_mesh  # torch < 2.9 keeps a table of roots
-
-    return device_mesh._mesh_resources.get_root_mesh(mesh)
-
-
 def ranks_of(mesh: DeviceMesh) -> list[int]:
     """The global ranks of a mesh, row by row."""
     with _disable_current_modes():  # numbers, also where tensors are fake
@@ -91,10 +83,10 @@ _spans: OrderedDict[tuple[int, ...], tuple[tuple[Any, ...], Span]] = OrderedDict
 
 
 def _found(meshes: Sequence[DeviceMesh], own: ProcessGroup | None) -> Span:
-    roots = {id(root): ranks_of(root) for root in map(root_of, meshes)}
+    roots = {id(root): ranks_of(root) for root in map(root_mesh_of, meshes)}
     own_ranks = [] if own is None else dist.get_process_group_ranks(own)
     _check_nested([*roots.values(), own_ranks])
-    slices = [Slices(ranks_of(mesh), roots[id(root_of(mesh))]) for mesh in meshes]
+    slices = [Slices(ranks_of(mesh), roots[id(root_mesh_of(mesh))]) for mesh in meshes]
     # A group such as mesh["pp"].get_group() is one slice too, of whichever root has all its ranks.
     home = next((r for r in roots.values() if set(own_ranks) <= set(r)), own_ranks)
     slices.append(Slices(own_ranks, home))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastguard.errors.checked_numbers import Text, number_of
+from fastguard.errors.checked_numbers import TEXT, number_of
 
 Group = dict[str, Any]
 
@@ -124,7 +124,7 @@ def one_each(name: str, value: float | Sequence[float], before: int, n: int) -> 
         TypeError, ValueError: It is no number, or there is another number of entries than groups.
     """
     entries = list(value) if isinstance(value, Sequence) else [value]
-    if isinstance(value, Text):
+    if isinstance(value, TEXT):
         raise TypeError(f"{name}={value!r} must be a number >= 0, or one for each param group")
     numbers = [number_of(name, v, "use a number >= 0, one for each param group") for v in entries]
     if isinstance(value, Sequence) and ((before == 0 and len(entries) != n) or not entries):

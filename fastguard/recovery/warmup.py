@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastguard.errors.checked_numbers import Text, count_of, number_of
+from fastguard.errors.checked_numbers import TEXT, count_of, number_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Warmup:
         count_of("Warmup steps", self.steps, 1)
         for name in ("lr", "momentum"):
             value = getattr(self, name)
-            several = isinstance(value, Sequence) and not isinstance(value, Text)
+            several = isinstance(value, Sequence) and not isinstance(value, TEXT)
             for v in value if several else () if value is None else (value,):
                 if not 0 <= number_of(f"Warmup {name}", v, "use numbers >= 0") < math.inf:
                     raise ValueError(f"Warmup {name}={value!r} must hold finite numbers >= 0")

@@ -25,8 +25,8 @@ from fastguard.gradients.tensor_kinds import PLAIN, WRAPPED, Kind
 from fastguard.stages import reference, traced
 from fastguard.stages.contract import GradStats, GuardState, Policy, Signals, Verdict
 from fastguard.stages.cpu import stages as cpu
+from fastguard.versions import OLDEST_TRITON, numbers_of
 
-OLDEST_TRITON = (3, 6)
 TRITON_DEVICES = ("cuda",)  # ROCm devices call themselves cuda too
 SETTING = "FASTGUARD_BACKEND"  # an environment variable: "torch" or "triton"
 
@@ -113,7 +113,7 @@ def triton_stages(device: torch.device) -> Stages | None:
     warnings.warn(
         f"fastguard serves {device} with PyTorch instead of Triton kernels, because {reason}. "
         "Results are the same; guarding a step costs more. "
-        "Remedy: pip install 'triton>=3.6' on a GPU of compute capability 8.0 or newer, beside a C "
+        "Remedy: pip install 'triton>=3.4' on a GPU of compute capability 8.0 or newer, beside a C "
         "compiler (gcc or clang) and a driver that fits; `fastguard env` tells when it serves.",
         RuntimeWarning,
         stacklevel=3,
@@ -193,9 +193,8 @@ def triton_problem(device: torch.device | None = None) -> str | None:
     except PackageNotFoundError:
         installed = None  # bundled under another distribution name, e.g. pytorch-triton
     if installed is not None:
-        numbers = tuple(int(n) for n in installed.split("+")[0].split(".")[:2] if n.isdigit())
-        if numbers < OLDEST_TRITON:
-            return f"triton {installed} is older than 3.6"
+        if numbers_of(installed) < OLDEST_TRITON:
+            return f"triton {installed} is older than 3.4"
     if device is not None and device.type == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fastguard
+from fastguard import versions
 from fastguard.commands import environment
 from fastguard.commands.cli import main
 from fastguard.stages import backend
@@ -53,6 +54,17 @@ def test_what_is_not_installed_is_listed_as_missing(monkeypatch):
     found = environment.environment()
     assert found["frameworks"] == {"fastguard-missing": None, "numpy": np.__version__}
     assert f"{'fastguard-missing':<18} -" in environment.as_text(found).splitlines()
+
+
+def test_what_an_old_torch_lacks_is_listed_with_its_consequence(monkeypatch):
+    monkeypatch.setattr(versions, "TORCH", (2, 11))
+    found = environment.environment()
+    name, since = versions.FUSED_ADAGRAD.name, "since torch 2.12"
+    assert list(found["missing_features"]) == [name]
+    assert f"without {name}: {since}; guarding a fused Adagrad costs" in environment.as_text(found)
+    monkeypatch.setattr(versions, "TORCH", (99, 0))
+    found = environment.environment()
+    assert found["missing_features"] == {} and "without" not in environment.as_text(found)
 
 
 @pytest.mark.parametrize(

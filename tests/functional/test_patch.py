@@ -188,4 +188,5 @@ def test_many_threads_at_once():
 
 
 def test_importing_fastguard_patches_nothing():
-    assert {f.__module__ for f in TORCHS_OWN} == {"torch.nn.utils.clip_grad"}
+    modules = {f.__module__ for f in TORCHS_OWN}
+    assert all(module.startswith("torch.nn.utils") for module in modules), modules

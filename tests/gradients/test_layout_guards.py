@@ -85,7 +85,10 @@ def test_without_torchs_check_every_list_is_looked_at(how, monkeypatch):
         def check(self, *grads):
             return False
 
-    monkeypatch.setattr(layout_guards, "TensorGuards", None if how == "absent" else Guards)
+    if how == "absent":
+        monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")
+    else:
+        monkeypatch.setattr(torch._C._dynamo.guards, "TensorGuards", Guards)
     for _ in range(2):
         bucket = bucketize(grads_of()).buckets[0]
         assert bucket.form is None and len(bucket.grads) == N

@@ -15,6 +15,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import fastguard
 from fastguard.gradients.tensor_kinds import Kind, kind_of, lasting, watched
+from fastguard.versions import SHARDED_ESTIMATES
+from guardtest.versions import needs
 
 INF = float("inf")
 FEW, MANY = 3, 40  # tensors; of the latter the form would be known again
@@ -332,6 +334,7 @@ assert norm.item() == 2.0 and abs(opt.records()[0].total_norm - 1.5) < 1e-5
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
+@needs(SHARDED_ESTIMATES)
 def test_estimates_of_sharded_training():
     """DTensors of placeholders on pretended ranks: in a process of its own, for its group."""
     code = """

@@ -19,6 +19,7 @@ from fastguard.ranks.local_group import local_group
 from fastguard.ranks.span import Slices, _connected
 from guardtest.ranks import Ranks, collectives
 from guardtest.spreads import on, parameter
+from guardtest.versions import has_torch, needs_torch
 
 # On paper.
 
@@ -76,9 +77,7 @@ def test_each_slice_of_a_root_is_walked_once(monkeypatch: pytest.MonkeyPatch) ->
 def unflattened() -> DeviceMesh:
     """Two views of one root that has no dimensions of its own."""
     world = init_device_mesh("cpu", (4,), mesh_dim_names=("world",))
-    if hasattr(world, "_unflatten"):
-        return world._unflatten(0, (2, 2), ("pp", "dp"))
-    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    return world._unflatten(0, (2, 2), ("pp", "dp"))
 
 
 def named(pp: str, dp: str) -> Callable[[], DeviceMesh]:
@@ -86,11 +85,12 @@ def named(pp: str, dp: str) -> Callable[[], DeviceMesh]:
 
 
 ROOTS: dict[str, tuple[Callable[[], DeviceMesh], str, str]] = {
-    "unflattened": (unflattened, "pp", "dp"),
     "pp": (named("pp", "dp"), "pp", "dp"),
     "another name": (named("outer", "inner"), "outer", "inner"),
     "stages inside": (named("fsdp", "stage"), "stage", "fsdp"),
 }
+if has_torch(2, 10):  # meshes have `_unflatten`
+    ROOTS["unflattened"] = unflattened, "pp", "dp"
 
 
 def stage_and_shards(name: str) -> tuple[DeviceMesh, DeviceMesh, int]:
@@ -246,6 +246,7 @@ def fake_groups() -> float:
     return fastguard.clip_grad_norm_([p], 1e3).item()
 
 
+@needs_torch(2, 10, "init_device_mesh(backend_override=...)")
 def test_groups_that_exchange_nothing_are_passed_over(four: Ranks) -> None:
     assert four.run(fake_groups, timeout=15.0) == pytest.approx([math.sqrt(14)] * 4)
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -26,6 +26,9 @@ from fastguard import GuardedOptimizer, SpikeRule, StepRecord
 from fastguard.ranks.groups import Group
 from guardtest.ranks import Ranks, collectives
 
+# `fully_shard` leaves the mean to gloo, which takes the sum in old versions of torch (see
+# `fastguard.versions.FSDP_MEANS_ON_CPU`); for this dtype it divides by itself.
+MEANS = MixedPrecisionPolicy(reduce_dtype=torch.float64)
 STEPS, BATCH, BAD_STEP, BAD_RANK, SPIKE_STEP = 9, 8, 4, 1, 7
 
 
@@ -113,14 +116,14 @@ def ddp() -> tuple[nn.Module, slice, Group]:
 
 def fsdp() -> tuple[nn.Module, slice, Group]:
     model = Net()
-    fully_shard(model.up)
-    fully_shard(model)
+    fully_shard(model.up, mp_policy=MEANS)
+    fully_shard(model, mp_policy=MEANS)
     return model, my_part(), None
 
 
 def hsdp() -> tuple[nn.Module, slice, Group]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    return fully_shard(Net(), mesh=mesh), my_part(), None
+    return fully_shard(Net(), mesh=mesh, mp_policy=MEANS), my_part(), None
 
 
 PLAN = {"up": ColwiseParallel(), "down": RowwiseParallel()}
@@ -136,7 +139,11 @@ def shards_of_tensor_parallel() -> tuple[nn.Module, slice, Group]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     model = parallelize_module(Net(), mesh["tp"], PLAN)
     n, part = BATCH // 2, mesh.get_local_rank("dp")
-    return fully_shard(model, mesh=mesh["dp"]), slice(part * n, (part + 1) * n), None
+    return (
+        fully_shard(model, mesh=mesh["dp"], mp_policy=MEANS),
+        slice(part * n, (part + 1) * n),
+        None,
+    )
 
 
 OWNERS = {"up": 0, "down": 1, "scale": 2}  # the fourth rank has no parameters

@@ -125,11 +125,11 @@ def test_the_environment_names_a_backend_that_does_not_exist(monkeypatch):
 @pytest.mark.parametrize(
     ("installed", "problem"),
     [
-        ("3.5.1", "triton 3.5.1 is older than 3.6"),
+        ("3.3.1", "triton 3.3.1 is older than 3.4"),
         ("2.9", "older"),
-        ("3.6.0", None),
+        ("3.4.0", None),
         ("10.0", None),
-        ("3.6.0+git1234", None),
+        ("3.4.0+git1234", None),
         ("3.7.0a1", None),
     ],
 )

@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from fastguard import FlatGradBuckets, GuardedOptimizer
+from fastguard.versions import GRAD_DTYPE
 from guardtest.flat import attached
 from guardtest.interrupts import interrupted
 from guardtest.training import new_parameters
+from guardtest.versions import needs
 
 NAN = float("nan")
 
@@ -118,6 +120,7 @@ def test_a_parameter_whose_data_is_swapped_keeps_its_slot():
     assert flat.measure().total_norm.item() == pytest.approx(12**0.5)
 
 
+@needs(GRAD_DTYPE)
 def test_gradients_of_another_dtype_than_the_parameter():
     (p,) = new_parameters([(3,)], torch.bfloat16)
     p.grad_dtype = torch.float32

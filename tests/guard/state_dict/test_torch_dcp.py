@@ -32,6 +32,7 @@ def strict() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=".*torch.distributed is.*")
+        warnings.filterwarnings("ignore", message="TypedStorage")  # torch 2.8 warns of its own use
         yield
 
 

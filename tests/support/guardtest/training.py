@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastguard.versions import FUSED_ADAGRAD
+
 SHAPES = ((3, 4), (5,), (2, 3, 2), ())
 NONFINITE = {"nan": float("nan"), "+inf": float("inf"), "-inf": float("-inf")}
 
@@ -67,7 +69,7 @@ def variants() -> list[tuple[str, type[Optimizer], dict[str, Any]]]:
 
 def obeys_found_inf(cls: type[Optimizer], kwargs: dict[str, Any]) -> bool:
     """Whether its kernel can be told to do nothing: each fused one, Adagrad's since torch 2.12."""
-    if cls is torch.optim.Adagrad and torch.__version__ < (2, 12):
+    if cls is torch.optim.Adagrad and FUSED_ADAGRAD.missing:
         return False
     return bool(kwargs.get("fused"))
 

@@ -1,0 +1,121 @@
+"""What differs between the supported versions of torch: no other module asks which one is there.
+
+torch 2.8 to the newest. Triton's differences are in `fastguard.kernels.versions`, because kernels
+import nothing of fastguard. What an old torch lacks is in `FEATURES`: `fastguard env` lists it, and
+docs/compatibility.md has the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def numbers_of(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version: `(2, 13)` of "2.13.0+cpu"."""
+    return tuple(int(n) for n in version.split("+")[0].split(".")[:2] if n.isdigit())
+
+
+OLDEST_TORCH = (2, 8)
+OLDEST_TRITON = (3, 4)
+TORCH = numbers_of(torch.__version__)
+
+
+class Feature(NamedTuple):
+    """What an older torch lacks.
+
+    Attributes:
+        name: In the words of the documentation.
+        since: The first torch that has it.
+        without: What holds in an older one.
+    """
+
+    name: str
+    since: tuple[int, int]
+    without: str
+
+    @property
+    def missing(self) -> bool:
+        """Whether the installed torch lacks it."""
+        return self.since > TORCH
+
+
+GRAD_DTYPE = Feature(
+    "Tensor.grad_dtype",
+    (2, 10),
+    "a gradient has the dtype of its parameter, in flat buckets too",
+)
+FSDP_MEANS_ON_CPU = Feature(
+    "means of gradients by fully_shard on CPUs",
+    (2, 9),
+    "gloo sums the gradients of the ranks instead, except with reduce_dtype=torch.float64",
+)
+SHARDED_ESTIMATES = Feature(
+    "FakeTensorMode with collectives",
+    (2, 10),
+    "torch refuses to estimate the memory of sharded training (UnsupportedOperatorException)",
+)
+FUSED_ADAGRAD = Feature(
+    "fused Adagrad that obeys found_inf",
+    (2, 12),
+    "guarding a fused Adagrad costs one device-to-host sync per step",
+)
+FEATURES = (GRAD_DTYPE, FSDP_MEANS_ON_CPU, SHARDED_ESTIMATES, FUSED_ADAGRAD)
+
+
+def missing_features() -> dict[str, str]:
+    """What the installed torch lacks: by name, since when torch has it and what holds without."""
+    return {
+        feature.name: f"since torch {feature.since[0]}.{feature.since[1]}; {feature.without}"
+        for feature in FEATURES
+        if feature.missing
+    }
+
+
+def grad_dtype_of(p: Tensor) -> torch.dtype:
+    """The dtype that torch will give the gradient of `p`.
+
+    The first line goes when torch 2.10 is the oldest.
+    """
+    if GRAD_DTYPE.missing:
+        return p.dtype
+    return p.grad_dtype or p.dtype  # None: any
+
+
+def root_mesh_of(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh that a mesh was sliced from; itself if it was not.
+
+    torch before 2.10 keeps a table of roots, later versions keep the root in the mesh. The table
+    goes when 2.10 is the oldest.
+    """
+    if TORCH < (2, 10):
+        from torch.distributed import device_mesh
+
+        return device_mesh._mesh_resources.get_root_mesh(mesh)  # type: ignore[attr-defined]
+    return mesh._get_root_mesh()
+
+
+def tensor_guards(tensors: Sequence[Tensor]) -> Any:
+    """torch's own check of the inputs of compiled code.
+
+    It is private, so a newer torch may rename it or take other arguments: the broad except stays as
+    long as that holds. It is the same in torch 2.8 to 2.13.
+
+    Returns:
+        An object whose `check(*tensors)` tells in one call whether tensors look like these; None if
+        this torch has none that works. Without it each step looks at every gradient again, which
+        costs 0.05 µs per tensor and changes no result.
+    """
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        return guards if guards.check(*tensors) else None
+    except Exception:
+        return None

@@ -1,0 +1,22 @@
+"""What a test needs of torch itself; `fastguard.versions` is what the package needs."""
+
+import pytest
+
+from fastguard.versions import TORCH, Feature
+
+
+def has_torch(*version: int) -> bool:
+    """Whether the installed torch is this version, such as `2, 10`, or a newer one."""
+    return version <= TORCH
+
+
+def needs_torch(major: int, minor: int, why: str) -> pytest.MarkDecorator:
+    """Skips a test on an older torch."""
+    return pytest.mark.skipif(
+        not has_torch(major, minor), reason=f"torch {major}.{minor} and newer: {why}"
+    )
+
+
+def needs(feature: Feature) -> pytest.MarkDecorator:
+    """Skips the test of a feature that the installed torch lacks."""
+    return needs_torch(*feature.since, feature.name)
