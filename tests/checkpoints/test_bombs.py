@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastguard.checkpoints import DamagedFile, inspect
-from fastguard.checkpoints.reading import inert_unpickler
+from fastguard.checkpoints.reading import bounded_reader
 from guardtest.limited import verified
 
 START, END = b"\x80\x02", b"."
@@ -217,18 +217,18 @@ def test_the_budget_is_what_refuses(tmp_path, monkeypatch):
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     torch.save({"m": model.state_dict(), "o": optimizer.state_dict()}, tmp_path / "x.pt")
-    monkeypatch.setattr(inert_unpickler, "BUDGET", inert_unpickler.BUDGET // 50)
+    monkeypatch.setattr(bounded_reader, "BUDGET", bounded_reader.BUDGET // 50)
     assert inspect(tmp_path / "x.pt").contents.n_tensors == 4000
-    monkeypatch.setattr(inert_unpickler, "BUDGET", 100_000)
+    monkeypatch.setattr(bounded_reader, "BUDGET", 100_000)
     with pytest.raises(DamagedFile, match=r"made to be slow or huge: after [\d,]+ steps"):
         inspect(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("kept", [1000, 10_000], ids=["none is kept", "the first is kept"])
 def test_large_arrays_in_a_pickle_are_looked_into_where_they_lie(tmp_path, monkeypatch, kept):
-    monkeypatch.setattr(inert_unpickler, "SHORT", 1000)
-    monkeypatch.setattr(inert_unpickler, "LONG", kept)
-    monkeypatch.setattr(inert_unpickler, "KEPT", kept)
+    monkeypatch.setattr(bounded_reader, "SHORT", 1000)
+    monkeypatch.setattr(bounded_reader, "LONG", kept)
+    monkeypatch.setattr(bounded_reader, "KEPT", kept)
     values = np.ones((300, 7), dtype=np.float32)
     values[299, 6], values[0, 0], values[150, 3] = np.nan, np.inf, -np.inf
     for protocol in (2, 4, 5):

@@ -19,18 +19,16 @@ Source: https://docs.python.org/3/library/pickletools.html, `torch/_weights_only
 from __future__ import annotations
 
 import codecs
-import os
 import pickle
 import struct
 from collections.abc import Callable
 from typing import IO, Any
 
 from fastguard.checkpoints.errors import CheckpointError, DamagedFile, UnsafeFile
+from fastguard.checkpoints.reading.bounded_reader import BoundedReader
 from fastguard.checkpoints.reading.inert_calls import Call, call, give_state, meaning
 from fastguard.checkpoints.reading.inert_values import (
     InertDict,
-    LongBytes,
-    LongText,
     Name,
     StandIn,
     StorageRef,
@@ -39,21 +37,12 @@ from fastguard.checkpoints.reading.inert_values import (
     size_of,
 )
 
-BUDGET = 1_200_000_000
-"""Bytes, roughly, that what one pickle describes may take, the work for it counted as bytes too:
-some 12 million opcodes, or 200,000 tensors. One of many bytes has 16 for each of them more, up to
-twice as much."""
 _STEP = 100  # of the budget: an opcode takes 0.2 µs, to look at what it leaves 0.5 µs
 _OBJECT = 100  # a container or an object
 _CALL = 250  # its work, and what it makes
-SHORT, LONG, KEPT = 4096, 16 << 20, 64 << 20
-"""Text and bytes are left in the file (arrays of numpy are pickled as such) where one has more than
-16 MB, and from 4 kB on when 64 MB of them have been kept."""
-_LINE = 1 << 20  # bytes; the longest argument of an opcode of protocol 0
-_DIGITS = 5000
 
 
-class InertUnpickler:
+class InertUnpickler(BoundedReader):
     """Reads one pickle; see the top of this file.
 
     Args:
@@ -62,12 +51,7 @@ class InertUnpickler:
     """
 
     def __init__(self, file: IO[bytes], origin: int = 0) -> None:
-        self._file = file
-        self._origin = origin
-        at = file.tell()
-        n_bytes = file.seek(0, os.SEEK_END) - file.seek(at)
-        self._budget = BUDGET + min(16 * n_bytes, BUDGET)
-        self._kept = 0
+        super().__init__(file, origin)
         self._memo: dict[int, Any] = {}
         self._stack: list[Any] = []
         self._below: list[list[Any]] = []  # the stacks below each mark
@@ -100,45 +84,6 @@ class InertUnpickler:
             if isinstance(value, Name | Call)
         )
         return list(dict.fromkeys(found))
-
-    def charge(self, n_bytes: int) -> None:
-        """Takes what some work costs from the budget; the next step finds it used up."""
-        self._budget -= n_bytes
-
-    # Reading arguments.
-
-    def _bytes(self, n: int) -> bytes:
-        self.charge(5 * n)  # of text in four bytes a character, and as it is stored
-        if n > SHORT:  # `read` allocates first: is there as much?
-            self._check_left(n)
-            if self._budget < 0:
-                raise DamagedFile(f"its pickle holds a value of {n:,} bytes, which is odd")
-        raw = self._file.read(n)
-        if len(raw) < n:
-            raise DamagedFile("its pickle ends too soon")
-        return raw
-
-    def _check_left(self, n: int) -> int:
-        """Where the file stands, if there are `n` bytes more."""
-        at = self._file.tell()
-        end = self._file.seek(0, os.SEEK_END)
-        self._file.seek(at)
-        if n > end - at:
-            raise DamagedFile("its pickle ends too soon")
-        return at
-
-    def _line(self) -> bytes:
-        raw = self._file.readline(_LINE)
-        if not raw.endswith(b"\n"):
-            raise DamagedFile("its pickle has a line without end")
-        self.charge(3 * len(raw))
-        return raw[:-1]
-
-    def _digits(self) -> bytes:
-        raw = self._line()
-        if len(raw) > _DIGITS:
-            raise DamagedFile(f"its pickle has a number of {len(raw):,} digits")
-        return raw
 
     # The stack.
 
@@ -193,8 +138,6 @@ class InertUnpickler:
             self._stack[-1] = int(raw, 0)
 
     def _long_of(self, n: int) -> None:
-        if n < 0:
-            raise ValueError("negative length")
         self._push(int.from_bytes(self._bytes(n), "little", signed=True))
 
     def _quoted(self) -> None:
@@ -202,37 +145,6 @@ class InertUnpickler:
         if len(raw) < 2 or raw[:1] != raw[-1:] or raw[:1] not in (b"'", b'"'):
             raise ValueError("text without quotes")
         self._push(codecs.escape_decode(raw[1:-1])[0].decode("latin1"))  # type: ignore[attr-defined]
-
-    def _is_kept(self, n: int) -> bool:
-        """Whether text or bytes are read now, or left in the file."""
-        if n <= SHORT:
-            return True
-        if n > LONG or self._kept + n > KEPT:
-            return False
-        self._kept += n
-        return True
-
-    def _text(self, n: int) -> None:
-        if self._is_kept(n):
-            return self._push(self._bytes(n).decode("utf-8", "surrogatepass"))
-        at, n_characters = self._check_left(n), 0
-        decoder = codecs.getincrementaldecoder("utf-8")("surrogatepass")
-        for start in range(0, n, LONG):
-            piece = self._file.read(min(LONG, n - start))
-            n_characters += len(decoder.decode(piece, final=start + LONG >= n))
-        self._push(LongText(self._origin + at, n, n_characters))
-
-    def _latin(self, n: int) -> None:
-        if n < 0:
-            raise ValueError("negative length")
-        self._push(self._bytes(n).decode("latin1"))
-
-    def _raw(self, n: int) -> None:
-        if self._is_kept(n):
-            return self._push(self._bytes(n))
-        at = self._check_left(n)
-        self._file.seek(n, os.SEEK_CUR)
-        self._push(LongBytes(self._origin + at, n, n, is_text=False))
 
     # Containers.
 
@@ -375,16 +287,16 @@ _HANDLERS: dict[bytes, Handler] = {
     pickle.BINFLOAT: _reads(">d", M._push),
     # text and bytes; what Python 2 called text is read as Latin-1
     pickle.STRING: M._quoted,
-    pickle.BINSTRING: _reads("<i", M._latin),
-    pickle.SHORT_BINSTRING: _reads("<B", M._latin),
+    pickle.BINSTRING: _reads("<i", lambda m, n: m._push(m._bytes(n).decode("latin1"))),
+    pickle.SHORT_BINSTRING: _reads("<B", lambda m, n: m._push(m._bytes(n).decode("latin1"))),
     pickle.UNICODE: lambda m: m._push(m._line().decode("raw-unicode-escape")),
-    pickle.BINUNICODE: _reads("<I", M._text),
-    pickle.SHORT_BINUNICODE: _reads("<B", M._text),
-    pickle.BINUNICODE8: _reads("<Q", M._text),
-    pickle.BINBYTES: _reads("<I", M._raw),
-    pickle.SHORT_BINBYTES: _reads("<B", M._raw),
-    pickle.BINBYTES8: _reads("<Q", M._raw),
-    pickle.BYTEARRAY8: _reads("<Q", M._raw),
+    pickle.BINUNICODE: _reads("<I", lambda m, n: m._push(m._text(n))),
+    pickle.SHORT_BINUNICODE: _reads("<B", lambda m, n: m._push(m._text(n))),
+    pickle.BINUNICODE8: _reads("<Q", lambda m, n: m._push(m._text(n))),
+    pickle.BINBYTES: _reads("<I", lambda m, n: m._push(m._raw(n))),
+    pickle.SHORT_BINBYTES: _reads("<B", lambda m, n: m._push(m._raw(n))),
+    pickle.BINBYTES8: _reads("<Q", lambda m, n: m._push(m._raw(n))),
+    pickle.BYTEARRAY8: _reads("<Q", lambda m, n: m._push(m._raw(n))),
     # containers; sets are lists here, whose items may be anything
     pickle.EMPTY_TUPLE: lambda m: m._push(()),
     pickle.TUPLE1: lambda m: m._tuple(1),
