@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastguard.errors.plain_text import shown
+from fastguard.errors.plain_text import printable, shown
 from fastguard.gradients.tensor_kinds import has_numbers
 from fastguard.gradients.transfer import moved, numbers_on
 from fastguard.stages.spike_rules import GRAD_NORM
@@ -45,8 +45,8 @@ def named_losses(loss: Loss | None, *, read: bool = False) -> dict[str, Tensor |
         if isinstance(value, Tensor):
             if value.numel() != 1:
                 raise ValueError(
-                    f"{name} has shape {tuple(value.shape)}, but the guard needs one number; "
-                    "reduce it first, for example with .mean()"
+                    f"{printable(str(name))} has shape {tuple(value.shape)}, but the guard needs "
+                    "one number; reduce it first, for example with .mean()"
                 )
             readable = read and value.is_cpu and has_numbers(value)
             value = value.item() if readable else value.detach().reshape(())
@@ -66,11 +66,12 @@ def _real(name: str, value: object) -> Tensor | float:
             return float(value)
         except OverflowError:
             raise ValueError(
-                f"{name} is beyond the largest float; pass float('inf') if that is what it means"
+                f"{printable(str(name))} is beyond the largest float; pass float('inf') if "
+                "that is what it means"
             ) from None
     raise TypeError(
-        f"{name}={shown(value)} is a {kind}; pass a scalar tensor, a number, or a dict of them by "
-        "name"
+        f"{printable(f'{name}={shown(value)}')} is a {kind}; pass a scalar tensor, a number, or a "
+        "dict of them by name"
     )
 
 

@@ -189,7 +189,8 @@ def read_records(path: str | os.PathLike[str], *, strict: bool = False) -> Itera
                     ) from None
                 skipped += 1
     if skipped:
-        log.warning("%s: %d damaged lines were skipped", path, skipped)
+        lines = "line was" if skipped == 1 else "lines were"
+        log.warning("%s: %d damaged %s skipped", path, skipped, lines)
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:

@@ -3,6 +3,7 @@
 import json
 import struct
 
+import numpy as np
 import pytest
 import torch
 
@@ -235,7 +236,28 @@ def test_a_store_calls_a_model_with_a_causal_mask_clean(tmp_path):
         assert store.save(model=model, step=2).bad == (("model.square", 0, 0, 1),)
 
 
-def test_what_is_ignored_is_not_noted(tmp_path, capsys):
-    torch.save({"model": WEIGHTS, "best_loss": UP}, tmp_path / "x.pt")
-    status, out, _ = ckpt(capsys, "verify", tmp_path / "x.pt", "--ignore", "best_*")
+def test_what_is_ignored_is_counted_and_not_noted(tmp_path, capsys):
+    torch.save({"model": WEIGHTS, "best_loss": UP, "x": {"odd": -UP}}, tmp_path / "x.pt")
+    arguments = "verify", tmp_path / "x.pt", "--ignore", "best_*"
+    status, out, _ = ckpt(capsys, *arguments, "--ignore", "x.odd")
     assert status == 0 and "note" not in out
+    assert "tensors, finite except 2 ignored" in out and "all finite" not in out
+    status, out, _ = ckpt(capsys, "verify", tmp_path / "x.pt", "--ignore", "x.odd")
+    assert "tensors, finite except 1 by design and 1 ignored" in out
+
+
+def test_a_store_counts_what_is_ignored(tmp_path, capsys):
+    with CheckpointStore(tmp_path / "run") as store:
+        store.save(m={"bias": UP, "w": torch.ones(2)}, step=1)
+    status, out, _ = ckpt(capsys, "verify", tmp_path / "run", "--ignore", "m.bias")
+    assert status == 0 and "2 tensors, finite except 1 ignored" in out
+
+
+def test_numbers_that_are_nan_are_noted(tmp_path, capsys):
+    groups = [{"lr": NAN, "params": [0]}, {"lr": np.float32(NAN), "eps": INF, "params": [1]}]
+    torch.save({"model": WEIGHTS, "optimizer": {"param_groups": groups}}, tmp_path / "x.pt")
+    status, out, _ = ckpt(capsys, "verify", tmp_path / "x.pt")
+    places = "optimizer.param_groups.0.lr, optimizer.param_groups.1.lr\n"
+    assert status == 0 and f"note: numbers beside the tensors that are NaN: {places}" in out
+    status, out, _ = ckpt(capsys, "verify", tmp_path / "x.pt", "--ignore", "optimizer.*")
+    assert status == 0 and "that are NaN" not in out

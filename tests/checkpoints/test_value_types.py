@@ -4,6 +4,7 @@ What is refused is shown to be live first: Python's own unpickler runs it.
 """
 
 import argparse
+import array
 import collections
 import dataclasses
 import datetime
@@ -271,6 +272,8 @@ def test_the_note_agrees_with_torch(tmp_path, value):
 
 ARRAYS = {
     "complex128": np.array([1, complex(0, NAN)]),
+    "array.array of doubles": array.array("d", [1, NAN]),
+    "array.array of floats": array.array("f", [1, NAN]),
     "longdouble": np.array([1, NAN], dtype=np.longdouble),
     "clongdouble": np.array([1, complex(NAN, 0)], dtype=np.clongdouble),
     "big-endian": np.array([1, NAN], dtype=">f8"),

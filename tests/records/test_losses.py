@@ -61,6 +61,9 @@ def test_losses_are_detached(losses_by_name):
         ({"ce": torch.tensor(1 + 1j)}, TypeError, "ce.* is a complex"),
         pytest.param(10**400, ValueError, "loss is beyond the.*; pass float", id="int"),
         pytest.param({"ce": Fraction(10**400)}, ValueError, "ce is beyond", id="fraction"),
+        ({"a\x1b[2J\nok": None}, TypeError, r"a\\x1b\[2J\\nok=None"),
+        ({"a\x1b[2J\nok": torch.ones(2)}, ValueError, r"a\\x1b\[2J\\nok has shape"),
+        ("\x1b\n" * 5000, TypeError, r"loss='.{1,60}… is a str"),
         ({"grad_norm": 1.0}, ValueError, "'grad_norm', which is the gradient norm's own signal"),
     ],
 )

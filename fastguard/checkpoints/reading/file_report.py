@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastguard.checkpoints.errors import DamagedFile
-from fastguard.checkpoints.reading.inspect_file import Inspection, inspect
+from fastguard.checkpoints.reading.inspect_file import inspect
 from fastguard.checkpoints.reading.named_leaves import named_leaves
 from fastguard.errors import Culprit
 
@@ -62,12 +62,13 @@ def look_at_file(path: Path, *, crc32: bool = True) -> FileReport:
         for name, _ in named_leaves(tree)
         if name.endswith(f".{SHARD}")
     }
+    nan = (number for number in nan_numbers(tree) if number[0].startswith("objects."))
     return FileReport(
         header=header,
         sha256=found.sha256 or "",
         size=found.size,
         tensors=frozenset(own_name(n) for n in names if n.startswith(("objects.", "data."))),
-        bad=tuple((own_name(n), *counts) for n, *counts in (*found.bad, *_nan_numbers(found))),  # type: ignore[misc]
+        bad=tuple((own_name(n), *counts) for n, *counts in (*found.bad, *nan)),  # type: ignore[misc]
     )
 
 
@@ -83,13 +84,13 @@ def not_ignored(bad: Sequence[Culprit], ignore: Sequence[str]) -> tuple[Culprit,
     return tuple(c for c in bad if not any(fnmatchcase(c[0], pattern) for pattern in ignore))
 
 
-def _nan_numbers(found: Inspection) -> list[Culprit]:
-    """Python floats in the states that are NaN: a learning rate, the scale of a GradScaler.
+def nan_numbers(tree: Any) -> list[Culprit]:
+    """Python floats in a checkpoint that are NaN: a learning rate, the scale of a GradScaler.
 
     Infinite ones are left alone: `ReduceLROnPlateau` starts with one, and `max_norm` may be one.
     """
     return [
         (name, 1, 0, 0)
-        for name, leaf in named_leaves(found.contents.tree)
-        if isinstance(leaf, float) and leaf != leaf and name.startswith("objects.")
+        for name, leaf in named_leaves(tree)
+        if isinstance(leaf, float) and leaf != leaf
     ]

@@ -39,6 +39,7 @@ from fastguard.checkpoints.reading.pickled_arrays import (
     NumpyDtype,
     array_from_buffer,
     numpy_scalar,
+    python_array,
 )
 from fastguard.checkpoints.reading.value_types import attribute, check_call
 
@@ -216,6 +217,8 @@ CALLS: dict[str, Callable[..., Any]] = {
     "builtins.complex": lambda *parts: StandIn("builtins.complex", *parts),
     "_codecs.encode": _encode,
     "copyreg._reconstructor": lambda cls, *_: _object_of(cls),
+    "array.array": python_array,
+    "array._array_reconstructor": lambda _cls, _code, form, raw: python_array(form, raw),
     "pathlib.Path": _joined("/"),
     "numpy.dtype": NumpyDtype,
     "numpy.core.multiarray.scalar": numpy_scalar,

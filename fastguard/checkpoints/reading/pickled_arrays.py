@@ -202,3 +202,25 @@ def array_from_buffer(buffer: Any, dtype: Any, shape: Any, _order: Any = "C", *_
     made = NumpyArray()
     made.set_state((1, shape, dtype, False, buffer), lambda _: None)
     return made
+
+
+_OF_PYTHON = {"f": "<f4", "d": "<f8", 14: "<f4", 15: ">f4", 16: "<f8", 17: ">f8"}
+"""The dtypes of a Python `array`, by its type code and by the `mformat_code` of its pickle."""
+
+
+def python_array(code: Any, values: Any = ()) -> NumpyArray:
+    """What stands for an `array.array` of floats; one of anything else holds nothing of interest.
+
+    Args:
+        code: A key of `_OF_PYTHON`.
+        values: Its numbers, or their bytes.
+    """
+    made = NumpyArray()
+    if isinstance(code, str | int) and code in _OF_PYTHON:
+        dtype = NumpyDtype(_OF_PYTHON[code][1:])
+        dtype.plain = np.dtype(_OF_PYTHON[code])
+        if not isinstance(values, bytes | LongBytes):
+            values = np.array(values, dtype.plain).tobytes()
+        shape = (len(values) // dtype.itemsize,)
+        made.set_state((1, shape, dtype, False, values), lambda _: None)
+    return made

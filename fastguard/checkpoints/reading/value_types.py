@@ -29,7 +29,7 @@ _VALUE_TYPES = frozenset(
     builtins.float builtins.str builtins.bool builtins.object builtins.reversed builtins.enumerate
     builtins.zip builtins.memoryview
     datetime.datetime datetime.date datetime.time datetime.timedelta datetime.timezone
-    datetime.tzinfo collections.deque array.array array._array_reconstructor
+    datetime.tzinfo collections.deque
     functools.partial functools.partialmethod re._compile re.RegexFlag argparse.Namespace
     types.SimpleNamespace types.MappingProxyType types.GenericAlias types.MethodType
     types.UnionType copyreg.__newobj__ copyreg.__newobj_ex__ logging.getLogger time.struct_time

@@ -22,7 +22,7 @@ from fastguard.checkpoints import foreign_files as foreign
 from fastguard.checkpoints.errors import CheckpointError, StoreLocked
 from fastguard.checkpoints.folder import is_store
 from fastguard.checkpoints.index_files import check_index, is_index
-from fastguard.checkpoints.reading.file_report import not_ignored
+from fastguard.checkpoints.reading.file_report import nan_numbers, not_ignored
 from fastguard.checkpoints.reading.inspect_file import inspect
 from fastguard.checkpoints.reading.weights_only import refused_names
 from fastguard.checkpoints.store import CheckpointStore
@@ -244,7 +244,8 @@ def _verify_store(path: Path, ignore: Sequence[str]) -> int:
             bad = not_ignored(entry.bad, ignore)
             file = path / entry.file
             problem = check.problem and foreign.without_name(file, check.problem)
-            status = max(status, _report(file, problem, bad, entry.n_tensors))
+            n_ignored = len(entry.bad) - len(bad)
+            status = max(status, _report(file, problem, bad, entry.n_tensors, n_ignored=n_ignored))
     return status
 
 
@@ -257,10 +258,22 @@ def _verify_file(path: Path, ignore: Sequence[str]) -> int:
     bad = not_ignored(found.bad, ignore)
     meant = [(culprit, what) for culprit, what in found.meant if not_ignored([culprit], ignore)]
     unread = found.contents.unread
-    status = _report(path, problem, bad, found.contents.n_tensors, len(meant), len(unread))
+    status = _report(
+        path,
+        problem,
+        bad,
+        found.contents.n_tensors,
+        n_meant=len(meant),
+        n_ignored=len(found.bad) + len(found.meant) - len(bad) - len(meant),
+        n_unread=len(unread),
+    )
     for what in dict.fromkeys(what for _, what in meant):
         culprits = [culprit for culprit, other in meant if other == what]
         say(f"       note: {what}: {describe_culprits(culprits)}")
+    if nan := not_ignored(nan_numbers(found.contents.tree), ignore):
+        more = f" and {len(nan) - SHOWN} more" if len(nan) > SHOWN else ""
+        names = ", ".join(name for name, *_ in nan[:SHOWN])
+        say(f"       note: numbers beside the tensors that are NaN: {names}{more}")
     for name, what in unread[:SHOWN]:
         say(f"       note: {name} was not read: {what}")
     if refused := refused_names(found.contents.names):
@@ -291,7 +304,9 @@ def _report(
     problem: str | None,
     bad: Sequence[Culprit],
     n_tensors: int,
+    *,
     n_meant: int = 0,
+    n_ignored: int = 0,
     n_unread: int = 0,
 ) -> int:
     """Prints what one file is; the exit status.
@@ -302,6 +317,7 @@ def _report(
         bad: The tensors that are not finite, and should be.
         n_tensors: All that were read.
         n_meant: How many are infinite by design.
+        n_ignored: How many are not finite, and excused by `--ignore`.
         n_unread: How many others there are.
     """
     if problem is not None:
@@ -318,8 +334,11 @@ def _report(
     told = foreign.NO_TENSORS
     if n_tensors:
         tensors = "1 tensor" if n_tensors == 1 else f"{n_tensors} tensors"
-        told = f"{tensors}, finite except {n_meant} by design" if n_meant else f"{tensors}, finite"
-        told = told if n_meant or n_unread else f"{tensors}, all finite"
+        excepted = [f"{n_meant} by design"] * bool(n_meant) + [f"{n_ignored} ignored"] * bool(
+            n_ignored
+        )
+        told = f"{tensors}, {'finite' if excepted or n_unread else 'all finite'}"
+        told += f" except {' and '.join(excepted)}" if excepted else ""
     told += f"; {n_unread} more not read" if n_unread else ""
     say(f"ok   {path}: {told}")
     return FINE

@@ -287,12 +287,22 @@ CHANGES: list[Change] = [
 
 
 def make_case(seed: int, bases: Path, folder: Path) -> tuple[str, Path]:
-    """Makes a case in `folder`, which is made anew: what was changed in it, and how."""
+    """Makes a case in `folder`, which is made anew: how something in it was changed, and what.
+
+    Beside what was changed there is only what links lead to: the commands look at all of it.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(bases, folder)
     rng = random.Random(seed)
     change = rng.choice(CHANGES)
-    return change.__name__, change(rng, folder)
+    changed = change(rng, folder)
+    kept = {changed.relative_to(folder).parts[0].removeprefix(".tmp-"), "plain.pt"}
+    for other in sorted(bases.iterdir()):
+        if other.name not in kept and other.is_dir():
+            shutil.rmtree(folder / other.name)
+        elif other.name not in kept:
+            (folder / other.name).unlink(missing_ok=True)
+    return change.__name__, changed
 
 
 def loads_finite(path: Path) -> bool:

@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,13 +107,29 @@ def run_limited(
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-def verified(paths: Sequence[Path], folder: Path) -> dict[str, dict[str, Any]]:
-    """What `ckpt verify` does of each file, by its name."""
-    found = run_limited(_VERIFY, folder, *paths)
+def verified(
+    paths: Sequence[Path], folder: Path, *, over: Callable[[Path], int] = lambda path: 1
+) -> dict[str, dict[str, Any]]:
+    """What `ckpt verify` does of each file, by its name.
+
+    Args:
+        paths: The files.
+        folder: As in `run_limited`.
+        over: Divides what a file may ask for, and the limits with it: the same in less time.
+    """
+    arguments = (text for path in paths for text in (over(path), path))
+    found = run_limited(_VERIFY, folder, *arguments)
     return {Path(one["path"]).name: one for one in found}
 
 
 _VERIFY = """
-for path in sys.argv[1:]:
+from fastguard.checkpoints.reading import bounded_reader, nonfinite_spans
+
+whole = CPU_SECONDS, MEMORY, bounded_reader.BUDGET, nonfinite_spans.LEAST_WORK
+for over, path in zip(map(int, sys.argv[1::2]), sys.argv[2::2]):
+    CPU_SECONDS, memory, bounded_reader.BUDGET, nonfinite_spans.LEAST_WORK = (
+        number // over for number in whole
+    )
+    resource.setrlimit(resource.RLIMIT_AS, (size + memory, -1))
     print(json.dumps({"path": path, **run(["ckpt", "verify", path])}))
 """
