@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import shlex
@@ -47,6 +48,8 @@ def writer_of(lines: Iterable[bytes | str]) -> Writer:
     """
     writer: Writer = "unknown"
     for line in lines:
+        if isinstance(line, bytes):  # a byte order mark is what `json.loads` passes over
+            line = line.removeprefix(codecs.BOM_UTF8)
         if line.lstrip()[:1] not in ("{", b"{"):
             continue
         try:

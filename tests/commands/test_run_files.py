@@ -1,5 +1,7 @@
 """Which file a command's argument RUN names."""
 
+import codecs
+
 import pytest
 
 from fastguard import JsonLinesSink, StepRecord
@@ -52,6 +54,7 @@ def test_one_record_says_that_fastguard_wrote_the_lines(before):
 @pytest.mark.parametrize("line", FOREIGN)
 def test_json_lines_of_other_programs_are_known(line):
     assert writer_of([line]) == writer_of([line.encode()]) == "another program"
+    assert writer_of([codecs.BOM_UTF8 + line.encode()]) == "another program"
 
 
 @pytest.mark.parametrize(
