@@ -25,8 +25,9 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -43,26 +44,37 @@ TABLES = 8  # kept for each (device, dtype): sets of None gradients and allocato
 
 
 class Run(Protocol):
-    flat: Tensor
-    segment: int
+    @property
+    def flat(self) -> Tensor: ...
+    @property
+    def segment(self) -> int: ...
 
 
 class Memo(Protocol):
-    tables: dict
+    tables: dict[int, Any]
 
 
 class Bucket(Protocol):
     """What a table is made of; see `fastguard.gradients.buckets.GradBucket`."""
 
-    device: torch.device
-    dtype: torch.dtype
-    grads: list[Tensor]
-    tensor_ids: object
-    segment_ids: object
-    runs: tuple[Run, ...] | None
-    memo: Memo
-    form: object | None
-    segment: int | None
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def grads(self) -> list[Tensor]: ...
+    @property
+    def tensor_ids(self) -> Sequence[int]: ...
+    @property
+    def segment_ids(self) -> Sequence[int]: ...
+    @property
+    def runs(self) -> Sequence[Run] | None: ...
+    @property
+    def memo(self) -> Memo: ...
+    @property
+    def form(self) -> object | None: ...
+    @property
+    def segment(self) -> int | None: ...
 
 
 @dataclass(slots=True, eq=False)

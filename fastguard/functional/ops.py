@@ -148,7 +148,8 @@ _define(
 
 def _sanitize(grads: list[Tensor], values: Tensor) -> None:
     buckets = bucketize(grads)
-    fill = dict(zip(("nan", "posinf", "neginf"), values.tolist(), strict=True))
+    nan, posinf, neginf = values.tolist()
+    fill = {"nan": nan, "posinf": posinf, "neginf": neginf}
     check_fill(buckets, fill)
     fill_nonfinite_(buckets, fill)
 

@@ -41,7 +41,9 @@ class StepCall:
     result: Any = None
     returned: list[Any] = field(default_factory=list)
 
-    def with_closure(self, closure: Callable[[], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def with_closure(
+        self, closure: Callable[[], Any] | None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments for the wrapped `step`, a closure among them."""
         args, place = self.args, self.place
         if isinstance(place, int):

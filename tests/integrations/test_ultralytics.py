@@ -325,7 +325,7 @@ def test_the_callbacks_travel_to_the_processes_of_other_gpus(tmp_path):
     copies = pickle.loads(pickle.dumps(model.callbacks["on_pretrain_routine_end"]))
     guarded = copies[-1].__self__
     assert guarded._options["max_norm"] == 3.0
-    assert (guarded._records.records, guarded._records.json_lines_sink) == (
+    assert (guarded._records.records, guarded._records.sinks) == (
         tmp_path / "records.jsonl",
         (print,),
     )

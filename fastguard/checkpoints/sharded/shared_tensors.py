@@ -51,9 +51,10 @@ def names_of_shared(tree: Any, peers: Peers) -> dict[str, str]:
     if peers.size == 1:
         shards = {path: t for path, t in tensors(tree) if is_shard(t)}
         for path, shard in shards.items():
-            if shard.device_mesh.size() > 1:
+            n_ranks = shard.device_mesh.size()  # type: ignore[attr-defined]
+            if n_ranks > 1:
                 raise CheckpointError(
-                    f"{path} is spread over {shard.device_mesh.size()} ranks, but one process "  # type: ignore[attr-defined]
+                    f"{path} is spread over {n_ranks} ranks, but one process "
                     "saves it; open the store on all of them with "
                     "CheckpointStore(..., group=torch.distributed.group.WORLD)"
                 )

@@ -56,7 +56,7 @@ class UltralyticsGuard:
         ModelBuffers(trainer.model).follow(self.optimizer)
         self._losses = EpochLosses()
         file = self._records.records or trainer.save_dir / "records.jsonl"
-        self._run = RunRecords(file, self._records.json_lines_sink)
+        self._run = RunRecords(file, self._records.sinks)
         self._run.begin([self.optimizer], writes=RANK in (-1, 0), completed=self._with_images)
         trainer.optimizer = self.optimizer
         self._trainers = TakenOver(trainer, self, ("optimizer_step", "preprocess_batch"))
