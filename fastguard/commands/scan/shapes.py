@@ -190,7 +190,9 @@ def shortened(line: bytes) -> tuple[bytes, int]:
     array = lower[at:].rstrip(_CLOSERS) if at >= 0 else b""
     if not _is_array(array):
         return line, len(line)
-    at -= lower[at - 1 : at] in (b"-", b"+")
+    signed = lower[at - 1 : at] in (b"-", b"+")
+    at -= signed
+    first = lower[at : at + 3 + signed]
     array = lower[at : at + len(array) + 1].rstrip(_CLOSERS)
     same = _before_numbers(lower[:at])
     rest = array[3:]
@@ -198,7 +200,7 @@ def shortened(line: bytes) -> tuple[bytes, int]:
     infinite = _POSITIVE.search(rest)
     places[b"inf"] = infinite.start() if infinite else -1
     cells = [
-        line[at : at + 4].rstrip(b" ,\t"),
+        line[at : at + len(first)],
         *sorted((k for k in places if places[k] >= 0), key=places.__getitem__),
     ]
     if same < at:
@@ -206,7 +208,8 @@ def shortened(line: bytes) -> tuple[bytes, int]:
     if array[-1:] in b"0123456789.":
         cells.append(b"0")
     between = b", " if b"," in line[same : at + len(array)] else b" "
-    return line[:same] + between.join(cells) + line[at + len(array) :], same
+    short = line[:same] + between.join(cells) + line[at + len(array) :]
+    return short, len(line) if short == line else same
 
 
 def _is_array(text: bytes) -> bool:

@@ -92,3 +92,10 @@ def test_a_shortened_array_reads_as_the_whole_does() -> None:
         read, read_short = (nonfinite_values(each.decode())[0] for each in (line, short))
         assert set(read) == set(read_short), (line, short)
     assert shorter > 1500
+
+
+@pytest.mark.parametrize(
+    "line", [b"loss=nan]", b"tensor(-inf)", b"loss 0.5", b"nan", b"x: inf, y: 3"]
+)
+def test_a_line_without_an_array_is_not_shortened(line: bytes) -> None:
+    assert shortened(line) == (line, len(line))
