@@ -61,12 +61,29 @@ SHARDED_ESTIMATES = Feature(
     (2, 10),
     "torch refuses to estimate the memory of sharded training (UnsupportedOperatorException)",
 )
+TENSOR_PLATEAU = Feature(
+    "ReduceLROnPlateau with a tensor as learning rate",
+    (2, 10),
+    "it puts a number in the place of the tensor, which a captured CUDA graph does not see",
+)
+STRICT_LAMBDAS = Feature(
+    "LambdaLR that refuses a param group added later",
+    (2, 10),
+    "torch leaves the learning rate of the new group as it is, without an error",
+)
 FUSED_ADAGRAD = Feature(
     "fused Adagrad that obeys found_inf",
     (2, 12),
     "guarding a fused Adagrad costs one device-to-host sync per step",
 )
-FEATURES = (GRAD_DTYPE, FSDP_MEANS_ON_CPU, SHARDED_ESTIMATES, FUSED_ADAGRAD)
+FEATURES = (
+    FSDP_MEANS_ON_CPU,
+    GRAD_DTYPE,
+    SHARDED_ESTIMATES,
+    TENSOR_PLATEAU,
+    STRICT_LAMBDAS,
+    FUSED_ADAGRAD,
+)
 
 
 def missing_features() -> dict[str, str]:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from guardtest.versions import has_triton
+
 TARGETS = ["80", "90", "100", "89", "120", "gfx90a", "gfx942"]
 SUPPORT = Path(__file__).parents[1] / "support"
 MAX_REGISTERS = 80  # three programs of 256 threads a multiprocessor
@@ -58,6 +60,8 @@ def table(rows: list[dict]) -> str:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_machine_code(target, capsys):
+    if target.startswith("gfx") and not has_triton(3, 5):
+        pytest.skip("triton 3.4 links AMD code with the linker of an installed ROCm")
     rows = reports(target)
     with capsys.disabled():
         print(f"\ntriton {rows[0]['triton']}\n{table(rows)}")

@@ -22,8 +22,10 @@ from torch.optim.lr_scheduler import (
 )
 
 from fastguard import GuardedLR, GuardedOptimizer, Warmup
+from fastguard.versions import TENSOR_PLATEAU
 from guardtest import longrun
 from guardtest.scheduled import BAD, GOOD, guarded
+from guardtest.versions import needs
 
 EPOCHS, BATCHES = 4, 4
 WARMUP = Warmup(steps=6, lr=0.25)
@@ -124,6 +126,7 @@ def test_a_warm_up_by_step_and_a_schedule_by_epoch(way: str, name: str) -> None:
     assert lr_in_force(opt) == pytest.approx(warmed(alone(make, arguments)))
 
 
+@needs(TENSOR_PLATEAU)
 def test_a_tensor_learning_rate_warms_up_by_itself_in_place() -> None:
     rate = torch.tensor(1.0)
     p = torch.nn.Parameter(torch.zeros(1))

@@ -1,13 +1,20 @@
 """What a test needs of torch itself; `fastguard.versions` is what the package needs."""
 
+from importlib import metadata
+
 import pytest
 
-from fastguard.versions import TORCH, Feature
+from fastguard.versions import TORCH, Feature, numbers_of
 
 
 def has_torch(*version: int) -> bool:
     """Whether the installed torch is this version, such as `2, 10`, or a newer one."""
     return version <= TORCH
+
+
+def has_triton(*version: int) -> bool:
+    """Whether the installed triton is this version or a newer one."""
+    return version <= numbers_of(metadata.version("triton"))
 
 
 def needs_torch(major: int, minor: int, why: str) -> pytest.MarkDecorator:
