@@ -48,8 +48,10 @@ ALIGN = 16  # bytes; what 128-bit loads and the vectorised optimizer kernels ask
 
 
 @dataclass(slots=True)
-class _Buffer:
-    """One buffer: the positions of its parameters, their segments, and its runs, one a segment."""
+class FlatBuffer:
+    """One buffer: the positions of its parameters in the order of their slots, their segments, and
+    its runs, one a segment.
+    """
 
     flat: Tensor
     ids: list[int]
@@ -67,6 +69,12 @@ class FlatGradBuckets:
         n_segments: How many segments there are.
         fill: Whether a gradient that is None becomes zero at once. If not, it stays None until
             `zero_`, and there may be no parameter that needs a gradient so far.
+
+    Attributes:
+        parameters: Those that have a slot.
+        views: Their slots.
+        buffers: The memory of the slots; another list after they were laid out anew.
+        in_place: Whether the last `buckets()` found every gradient in its slot.
 
     Raises:
         TypeError: They cannot be iterated over, or one is sparse, complex or of an integer dtype.
@@ -111,12 +119,12 @@ class FlatGradBuckets:
         """Sets every gradient to zero: one fill a buffer. A detached `.grad` is attached again."""
         if not self.trusted and self._moved():
             self._attach()
-        for buffer in self._buffers:
+        for buffer in self.buffers:
             for piece in in_pieces([buffer.flat]):
                 piece.zero_()
         if self.trusted:
             return
-        for p, view in zip(self.parameters, self._views, strict=True):
+        for p, view in zip(self.parameters, self.views, strict=True):
             grad = p.grad
             if not p.requires_grad:
                 p.grad = None  # a weight decay would move a frozen parameter that has a gradient
@@ -136,17 +144,19 @@ class FlatGradBuckets:
         is. Where a parameter begins to have a gradient, or changes its dtype or shape, all slots
         are laid out anew.
         """
+        self.in_place = False
         if self._kind is PLAIN and watched():  # plain when they were laid out
             return self._sorted_anew()
         if self.trusted:
             return self._buckets
         if self._moved():  # first: it brings the views into a cache
             self._attach()
-        elif all(map(is_, map(attrgetter("grad"), self.parameters), self._views)):
+        elif all(map(is_, map(attrgetter("grad"), self.parameters), self.views)):
+            self.in_place = True
             return self._buckets
         elif any(
             p.grad is not None and _is_movable(p.grad) and not _fits(view, p.grad, p.grad.dtype)
-            for p, view in zip(self.parameters, self._views, strict=True)
+            for p, view in zip(self.parameters, self.views, strict=True)
         ):
             self._attach()
         return self._buckets if self._all_taken_in() else self._sorted_anew()
@@ -164,7 +174,7 @@ class FlatGradBuckets:
     def _all_taken_in(self) -> bool:
         """Whether no gradient stays elsewhere; those that may move go into their slots."""
         foreign = False
-        for p, view in zip(self.parameters, self._views, strict=True):
+        for p, view in zip(self.parameters, self.views, strict=True):
             grad = p.grad
             if grad is view:
                 continue
@@ -179,7 +189,7 @@ class FlatGradBuckets:
 
     def release(self) -> None:
         """Gives every gradient memory of its own again, and forgets the buffers' contents."""
-        for p, view in zip(self.parameters, self._views, strict=True):
+        for p, view in zip(self.parameters, self.views, strict=True):
             if p.grad is view:
                 p.grad = view.clone()
 
@@ -208,12 +218,13 @@ class FlatGradBuckets:
         check_plain_shards(self.parameters, None, replaced=None, instead=WITH_A_GROUP)
 
     def _start(self, *, fill: bool) -> None:
-        self._views: list[Tensor] = []
+        self.in_place = False
+        self.views: list[Tensor] = []
         self._half_moved: list[Tensor] = []
         self._attach(may_be_empty=not fill)
         if not fill:
             return
-        for p, view in zip(self.parameters, self._views, strict=True):
+        for p, view in zip(self.parameters, self.views, strict=True):
             if p.grad is None:
                 p.grad = view
 
@@ -239,13 +250,13 @@ class FlatGradBuckets:
             for key, ids in _grouped(parameters).items()
         ]
         self._addresses: list[int] | None = None
-        self._half_moved = [*self._half_moved, *self._views, *views]
+        self._half_moved = [*self._half_moved, *self.views, *views]
         mine = set(map(id, self._half_moved))
         for p, view in zip(parameters, views, strict=True):
             if p.grad is not None and (id(p.grad) in mine or _is_movable(p.grad)):
                 view.copy_(p.grad)
                 p.grad = view
-        self.parameters, self._views, self._buffers = parameters, views, buffers
+        self.parameters, self.views, self.buffers = parameters, views, buffers
         self.names = None if names is None else [names[i] for i in chosen]
         self.segments = None if segments is None else segment_of
         self._left_out = [p for p in items if not _has_slot(p)]
@@ -264,7 +275,7 @@ class FlatGradBuckets:
 
     def _addresses_now(self) -> list[int]:
         """Where the slots are; placeholders are nowhere."""
-        return list(map(Tensor.data_ptr, self._views)) if self._kind is PLAIN else []
+        return list(map(Tensor.data_ptr, self.views)) if self._kind is PLAIN else []
 
     def __getstate__(self) -> dict[str, Any]:
         # Slots are memory that tensors share, which a pickle does not keep: a copy makes its own.
@@ -282,15 +293,15 @@ class FlatGradBuckets:
             GradBucket(
                 b.flat.device,
                 b.flat.dtype,
-                [self._views[i] for i in b.ids],
+                [self.views[i] for i in b.ids],
                 b.ids,
                 Same(0, len(b.ids)) if self.n_segments == 1 else b.segments,
                 b.runs if kind is PLAIN else None,
                 kind=kind,
             )
-            for b in self._buffers
+            for b in self.buffers
         )
-        first = next(iter((*self._views, *self._all_parameters)), None)
+        first = next(iter((*self.views, *self._all_parameters)), None)
         device = torch.device("cpu") if first is None else first.device
         return GradBuckets(buckets, len(self.parameters), self.n_segments, self.names, device)
 
@@ -298,7 +309,7 @@ class FlatGradBuckets:
 def _grouped(parameters: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[int]]:
     grouped: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, p in enumerate(parameters):
-        grouped.setdefault((p.device, _grad_dtype(p)), []).append(i)
+        grouped.setdefault((p.device, grad_dtype_of(p)), []).append(i)
     return grouped
 
 
@@ -308,7 +319,7 @@ def _lay_out(
     parameters: Sequence[Tensor],
     segment_of: Sequence[int],
     views: list[Tensor],
-) -> _Buffer:
+) -> FlatBuffer:
     """A buffer for the parameters with these positions, whose slots go into `views`."""
     device, dtype = key
     ids = sorted(ids, key=lambda i: segment_of[i])  # stable: one run a segment
@@ -320,11 +331,11 @@ def _lay_out(
     flat = torch.zeros(at, dtype=dtype, device=device)
     bounds: dict[int, tuple[int, int]] = {}
     for i, start, stop in zip(ids, starts, [*starts[1:], at], strict=True):
-        views[i] = _slot(flat, start, parameters[i])
+        views[i] = slot_in(flat, start, parameters[i])
         first, _ = bounds.get(segment_of[i], (start, stop))
         bounds[segment_of[i]] = (first, stop)
     runs = tuple(Run(flat.narrow(0, a, b - a), segment) for segment, (a, b) in bounds.items())
-    return _Buffer(flat, ids, [segment_of[i] for i in ids], runs)
+    return FlatBuffer(flat, ids, [segment_of[i] for i in ids], runs)
 
 
 def check_flat(parameters: Sequence[Tensor], names: Sequence[str] | None) -> None:
@@ -364,7 +375,7 @@ def _has_slot(p: Tensor) -> bool:
     return not is_lazy(p) and (p.requires_grad or p.grad is not None)
 
 
-def _slot(flat: Tensor, start: int, p: Tensor) -> Tensor:
+def slot_in(flat: Tensor, start: int, p: Tensor) -> Tensor:
     """The gradient of `p` inside `flat`, with the strides of `p` if these leave no holes: fused
     optimizers ask for the same.
     """
@@ -373,7 +384,7 @@ def _slot(flat: Tensor, start: int, p: Tensor) -> Tensor:
     return piece.as_strided(p.shape, strides)
 
 
-def _grad_dtype(p: Tensor) -> torch.dtype:
+def grad_dtype_of(p: Tensor) -> torch.dtype:
     """The dtype that a gradient of `p` has, or will have."""
     if p.grad is not None:
         return p.grad.dtype

@@ -37,6 +37,8 @@ from fastguard.guard.clip_scope import (
     limits,
     names_by_tensor,
 )
+from fastguard.guard.flat_checks import check_flat_optimizer
+from fastguard.guard.flat_step import FlatStep
 from fastguard.guard.grad_scaler import HandedOver, handed_over, longest_search, tell_scaler
 from fastguard.guard.inner_step import ClosureNeeded, StepCall, StepSignature
 from fastguard.guard.lifetime import saved_with
@@ -89,6 +91,9 @@ class GuardedOptimizer(KnownRun):
             that only lower a loss scale are not counted here.
         named_parameters: `model.named_parameters()`, so that records can name the culprit.
         flat_buckets: Keep the gradients in one buffer per (device, dtype): see `FlatGradBuckets`.
+        flat_parameters: Keep parameters and optimizer state in such buffers too, so that a step
+            over thousands of tensors costs what one long tensor costs. For `AdamW`, `Adam`, `SGD`
+            and `Adagrad` of `torch.optim`, with torch's fused kernels; implies `flat_buckets`.
         group: Who decides together. None: this process; with DTensors, the ranks that their meshes
             span. A process group: its ranks, which hold different tensors (pipeline stages,
             experts). `fastguard.Replicated(process_group)`: its ranks, which hold the same tensors
@@ -128,6 +133,7 @@ class GuardedOptimizer(KnownRun):
         max_consecutive_skips: int | None = None,
         named_parameters: Iterable[tuple[str, Tensor]] | None = None,
         flat_buckets: bool = False,
+        flat_parameters: bool = False,
         group: Group = None,
     ) -> None:
         check_optimizer(optimizer, group)
@@ -139,6 +145,8 @@ class GuardedOptimizer(KnownRun):
         rules = rules_by_signal(spike)
         limits(optimizer.param_groups, clip_scope, self.max_norm)
         names = names_by_tensor(named_parameters, optimizer.param_groups)
+        if flat_parameters:
+            check_flat_optimizer(optimizer)
 
         self.optimizer = optimizer
         self.clip_scope: ClipScope = clip_scope
@@ -147,11 +155,13 @@ class GuardedOptimizer(KnownRun):
         self.max_consecutive_skips = max_consecutive_skips
         self.group = group
         self._gradients = Gradients(
-            optimizer, clip_scope, names, self.norm_type, flat_buckets, group
+            optimizer, clip_scope, names, self.norm_type, flat_buckets, group, flat_parameters
         )
         self._device = self._gradients.device
         self._recorder = Recorder()
-        self._stepper = stepper_for(optimizer)
+        self._stepper = (
+            FlatStep(optimizer, self._gradients) if flat_parameters else stepper_for(optimizer)
+        )
         self._limits: tuple[float, ...] = ()
         self._policy = self._current_policy()
         self._state = GuardState.fresh(self._policy, self._device)

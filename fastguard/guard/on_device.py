@@ -30,9 +30,9 @@ class OnDevice:
     to torch. And an optimizer with step hooks of its own: they must run only when it steps.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, inner: InnerStep | None = None) -> None:
         self.optimizer = optimizer
-        self._inner = InnerStep(optimizer)
+        self._inner = inner or InnerStep(optimizer)
         self._careful = ReadFirst(optimizer, self._inner)
         self.reset()
 

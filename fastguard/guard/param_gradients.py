@@ -15,6 +15,7 @@ from fastguard.functional.flat_buckets import FlatGradBuckets, check_flat
 from fastguard.gradients.buckets import GradBuckets, bucketize
 from fastguard.gradients.tensor_kinds import WRAPPED
 from fastguard.guard.clip_scope import ClipScope, Layout, lay_out
+from fastguard.guard.flat_checks import check_apart, check_flat_parameters
 from fastguard.ranks.groups import Group, check_same_tensors
 from fastguard.ranks.plain_shards import check_plain_shards
 from fastguard.ranks.team import Team, team_of
@@ -32,6 +33,7 @@ class Gradients:
         norm_type: The norm that will be taken.
         flat: Keep them in one buffer per (device, dtype).
         group: Whose gradients count beside those of this rank.
+        with_parameters: The parameters are to be flat too, which implies `flat`.
 
     Attributes:
         layout: The parameters, their segments and names.
@@ -52,6 +54,7 @@ class Gradients:
         norm_type: float,
         flat: bool,
         group: Group = None,
+        with_parameters: bool = False,
     ) -> None:
         self.optimizer = optimizer
         self.scope: ClipScope = scope
@@ -63,7 +66,10 @@ class Gradients:
         self.layout = self._lay_out()
         check_plain_shards(self.layout.parameters, group)
         self.team: Team | None = team_of(self.layout.parameters, group)
-        self.flat = _flattened(self.layout) if flat else None
+        self.with_parameters = with_parameters
+        if with_parameters:
+            self.check_movable()
+        self.flat = _flattened(self.layout) if flat or with_parameters else None
 
     def refresh(self) -> bool:
         """Looks whether the param groups hold other parameters than before; 0.03 µs a tensor."""
@@ -85,12 +91,25 @@ class Gradients:
 
     def check_new(self, named: Sequence[tuple[str | None, Tensor]]) -> None:
         """Raises a TypeError or ValueError for parameters that cannot join those that are there."""
-        check_plain_shards([p for _, p in named], self.group)
-        if self.flat is not None:
-            names = [
-                self.names.get(p) or name or f"parameter {i}" for i, (name, p) in enumerate(named)
-            ]
-            check_flat([p for _, p in named], names)
+        new = [p for _, p in named]
+        check_plain_shards(new, self.group)
+        if self.flat is None:
+            return
+        names = [self.names.get(p) or name or f"parameter {i}" for i, (name, p) in enumerate(named)]
+        check_flat(new, names)
+        if self.with_parameters:
+            self.check_movable(new, names)
+
+    def check_movable(self, new: Sequence[Tensor] = (), names: Sequence[str] = ()) -> None:
+        """Raises a TypeError or ValueError if a parameter cannot move into a buffer, of those
+        there are and of new ones with these names.
+        """
+        layout = self.layout
+        known = dict(self.names)
+        known.update(zip(layout.parameters, layout.names, strict=True))
+        known.update(zip(new, names, strict=True))
+        check_flat_parameters([*layout.parameters, *new], [*layout.names, *names])
+        check_apart((name, p) for p, name in known.items())
 
     def buckets(self) -> GradBuckets:
         """The gradients of this step; on several ranks, partial ones are made whole.

@@ -4,6 +4,7 @@
   nothing when it is exactly 1. Nobody waits.
 * `ReadFirst`: every other optimizer is simply not called. That takes the value of `found_inf` on
   the host: free on a CPU, one read of one scalar on a GPU.
+* `FlatStep`: with `flat_parameters=True`, either of these two over whole runs of parameters.
 * `WholeStep`: optimizers that evaluate their closure themselves, such as LBFGS.
 """
 

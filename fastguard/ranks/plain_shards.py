@@ -99,6 +99,12 @@ _cleared = WeakIdKeyDictionary()
 """The first tensor of lists without shards, and how many they had."""
 
 
+def is_managed(p: Tensor) -> bool:
+    """Whether FSDP1 or DeepSpeed (stage 3) decides where the memory of a parameter is."""
+    marks = getattr(p, "__dict__", {})
+    return "_fsdp_flattened" in marks or "ds_id" in marks
+
+
 def _is_cleared(tensors: Sequence[Tensor]) -> bool:
     """Whether a list was looked through before: the functions are called with it at every step."""
     return not tensors or _cleared.get(tensors[0]) == len(tensors)

@@ -16,11 +16,11 @@ def test_gradients_live_in_one_buffer_and_zeroing_is_one_fill():
     flat = FlatGradBuckets(model.parameters())
     backward(model, 0)
     assert attached(flat)
-    assert len(flat._buffers) == 1
+    assert len(flat.buffers) == 1
     flat.zero_()
     assert not any(p.grad.any() for p in model.parameters())
     for p in model.parameters():
-        assert p.grad.data_ptr() % 16 == flat._buffers[0].flat.data_ptr() % 16
+        assert p.grad.data_ptr() % 16 == flat.buffers[0].flat.data_ptr() % 16
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["", "channels_last"])
@@ -72,7 +72,7 @@ def test_dtypes_have_buffers_of_their_own_and_one_norm():
     flat = FlatGradBuckets(parameters)
     for p in parameters:
         p.grad.fill_(2.0)
-    assert len(flat._buffers) == 3
+    assert len(flat.buffers) == 3
     assert flat.measure().total_norm.item() == pytest.approx(32**0.5)
     flat.clip_grad_norm_(1.0)
     assert flat.measure().total_norm.item() == pytest.approx(1.0, rel=1e-2)

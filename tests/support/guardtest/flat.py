@@ -19,7 +19,7 @@ def backward(model, step):
 
 def attached(flat):
     """Whether every gradient lies in its slot."""
-    spans = [(b.flat.data_ptr(), b.flat.data_ptr() + b.flat.nbytes) for b in flat._buffers]
+    spans = [(b.flat.data_ptr(), b.flat.data_ptr() + b.flat.nbytes) for b in flat.buffers]
     return all(
         p.grad is not None and any(a <= p.grad.data_ptr() < z for a, z in spans)
         for p in flat.parameters
@@ -30,10 +30,10 @@ def attached(flat):
 def gaps(flat):
     """What lies between the slots of each buffer that has something there."""
     between = []
-    for buffer in flat._buffers:
+    for buffer in flat.buffers:
         free = torch.ones(len(buffer.flat), dtype=torch.bool)
         for i in buffer.ids:
-            start = flat._views[i].storage_offset()
+            start = flat.views[i].storage_offset()
             free[start : start + flat.parameters[i].numel()] = False
         between.append(buffer.flat[free])
     return [g for g in between if len(g)]

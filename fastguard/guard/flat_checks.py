@@ -1,0 +1,89 @@
+"""Which optimizers and parameters `flat_parameters=True` serves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from fastguard.functional.flat_buckets import check_flat, grad_dtype_of
+from fastguard.gradients.buckets import name_of
+from fastguard.gradients.tensor_kinds import PLAIN_TYPES
+from fastguard.ranks.dtensors import is_dtensor
+from fastguard.ranks.plain_shards import is_managed
+
+# Every element is updated by itself, and the state holds a step count and tensors of the shape of
+# the parameter: that is what makes one long tensor equal to many short ones.
+SERVED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad)
+DEVICES = ("cpu", "cuda")  # those of torch's fused kernels on which this is tested
+
+
+def check_flat_optimizer(optimizer: Optimizer) -> None:
+    """Raises a TypeError for an optimizer whose update is not served."""
+    if type(optimizer) not in SERVED:
+        served = ", ".join(kind.__name__ for kind in SERVED)
+        raise TypeError(
+            f"flat_parameters=True serves torch.optim's {served}, not "
+            f"{type(optimizer).__name__}; use flat_buckets=True, which keeps only the gradients "
+            "in one buffer"
+        )
+
+
+def check_flat_parameters(parameters: Sequence[Tensor], names: Sequence[str] | None) -> None:
+    """Raises a TypeError or ValueError for parameters that cannot move into a buffer."""
+    for i, p in enumerate(parameters):
+        name = name_of(i, names)
+        if is_dtensor(p) or is_managed(p):
+            raise TypeError(
+                f"{name} belongs to FSDP or DeepSpeed, whose shards are flat already; guard it "
+                "without flat_parameters"
+            )
+        if not is_lazy(p) and type(p) not in PLAIN_TYPES:
+            raise TypeError(
+                f"{name} is a {type(p).__name__}; flat_parameters=True moves plain tensors only: "
+                "guard it without"
+            )
+    check_flat(parameters, names)
+    for i, p in enumerate(parameters):
+        if is_lazy(p) or not (p.requires_grad or p.grad is not None):
+            continue
+        name = name_of(i, names)
+        if p.device.type not in DEVICES:
+            raise ValueError(
+                f"{name} is on device {p.device}, but flat_parameters=True needs one of "
+                f"{', '.join(DEVICES)}; move the model before the guard is made"
+            )
+        if grad_dtype_of(p) != p.dtype:
+            raise ValueError(
+                f"{name} is {p.dtype} and its gradient {grad_dtype_of(p)}; flat_parameters=True "
+                "needs them to be the same: use flat_buckets=True"
+            )
+        if p.device.type == "cpu" and p.is_shared():
+            raise ValueError(
+                f"{name} is in memory shared between processes, which moving it would undo; guard "
+                "it without flat_parameters"
+            )
+
+
+def check_apart(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Raises a ValueError where two tensors share memory: moving one would untie them."""
+    spans = sorted(
+        (str(t.device), t.data_ptr(), t.data_ptr() + _extent(t), name)
+        for name, t in named
+        if type(t) in PLAIN_TYPES and t.layout is torch.strided and t.numel() and not t.is_meta
+    )
+    for (device, _, stop, name), (next_device, start, _, other) in pairwise(spans):
+        if device == next_device and start < stop:
+            raise ValueError(
+                f"{name} and {other} are two parameters in the same memory, and moving them would "
+                "untie them; tie them by assigning the same Parameter object to both modules"
+            )
+
+
+def _extent(t: Tensor) -> int:
+    """Bytes from the first to the last element."""
+    return t.itemsize * (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)))

@@ -1,0 +1,204 @@
+"""With flat parameters, training is what it is with torch's own optimizer."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastguard import GuardedOptimizer
+from guardtest.grads import assert_bitwise_equal
+from guardtest.training import new_parameters
+
+SHAPES = ((3, 4), (5,), (2, 3, 2), (), (0,), (7, 9), (1,))
+# Fused kernels round the last elements of a tensor, fewer than a vector, in another way.
+CLOSE = {"rtol": 2e-6, "atol": 1e-7}
+
+KINDS = {
+    "adamw": (torch.optim.AdamW, {"lr": 0.1}),
+    "adamw_amsgrad": (torch.optim.AdamW, {"lr": 0.1, "amsgrad": True, "maximize": True}),
+    "adam": (torch.optim.Adam, {"lr": 0.1, "weight_decay": 0.1}),
+    "sgd": (torch.optim.SGD, {"lr": 0.1, "weight_decay": 0.1}),
+    "momentum": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+    "dampening": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}),
+    "adagrad": (torch.optim.Adagrad, {"lr": 0.1, "lr_decay": 0.1, "initial_accumulator_value": 1}),
+}
+
+
+class Pair:
+    """An optimizer with flat parameters and torch's own, stepped with the same gradients.
+
+    Args:
+        make: Makes either of them from parameters.
+        options: For the guard.
+    """
+
+    def __init__(self, make, dtype=torch.float32, shapes=SHAPES, **options):
+        self.ours, self.theirs = (new_parameters(shapes, dtype) for _ in range(2))
+        self.plain = make(self.theirs)
+        self.opt = GuardedOptimizer(make(self.ours), flat_parameters=True, **options)
+        self.max_norm = options.get("max_norm")
+
+    def step(self, number, without=(), **kwargs):
+        generator = torch.Generator().manual_seed(number)
+        for i, (p, q) in enumerate(zip(self.ours, self.theirs, strict=True)):
+            grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+            p.grad, q.grad = (None, None) if i in without else (grad.clone(), grad.clone())
+        if self.max_norm is not None:
+            nn.utils.clip_grad_norm_(self.theirs, self.max_norm)
+        self.opt.step(**kwargs)
+        self.plain.step()
+
+    def assert_same(self, close=CLOSE):
+        for p, q in zip(self.ours, self.theirs, strict=True):
+            torch.testing.assert_close(p, q, **close)
+            mine, others = self.opt.state.get(p, {}), self.plain.state.get(q, {})
+            assert mine.keys() == others.keys()
+            for key, value in others.items():
+                assert mine[key].shape == value.shape and mine[key].dtype == value.dtype
+                torch.testing.assert_close(mine[key], value, **close)
+
+
+def in_one_buffer(tensors):
+    return len({t.untyped_storage().data_ptr() for t in tensors if t.numel()}) == 1
+
+
+def pair_of(kind, fused=True, **options):
+    cls, settings = KINDS[kind]
+    return Pair(lambda parameters: cls(parameters, fused=fused, **settings), **options)
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.5], ids=["", "clipped"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_training(kind, max_norm):
+    pair = pair_of(kind, max_norm=max_norm)
+    for number in range(6):
+        pair.step(number)
+        pair.assert_same()
+    assert in_one_buffer(pair.ours) and in_one_buffer([p.grad for p in pair.ours])
+    for key, value in next(iter(pair.opt.state.values()), {}).items():
+        if isinstance(value, torch.Tensor):
+            assert in_one_buffer([s[key] for s in pair.opt.state.values()])
+    for p in pair.ours:
+        assert p.data_ptr() % 16 == pair.ours[0].data_ptr() % 16
+
+
+@pytest.mark.parametrize("fused", [None, False, True])
+def test_fused_kernels_serve_whatever_the_param_group_says(fused):
+    pair = pair_of("adamw", fused)
+    for number in range(3):
+        pair.step(number)
+    pair.assert_same()
+    assert pair.opt.param_groups[0]["fused"] is fused
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_parameter_without_a_gradient_is_left_alone(kind):
+    pair = pair_of(kind)
+    for number, without in enumerate([(1, 2), (1,), (), (0, 6), (), (3,)]):
+        if kind in ("momentum", "dampening") and number == 1:
+            break  # torch cannot create a momentum buffer beside existing ones
+        before = [pair.ours[i].detach().clone() for i in without]
+        pair.step(number, without)
+        for i, old in zip(without, before, strict=True):
+            assert_bitwise_equal(pair.ours[i].detach(), old)
+        pair.assert_same()
+
+
+def test_momentum_begins_when_the_first_gradient_comes():
+    pair = pair_of("momentum")
+    pair.step(0, without=(1,))
+    old = pair.ours[1].detach().clone()
+    grad = torch.ones(5)
+    for p in pair.ours:
+        p.grad = None
+    pair.ours[1].grad = grad.clone()
+    pair.opt.step()
+    torch.testing.assert_close(pair.opt.state[pair.ours[1]]["momentum_buffer"], grad)
+    torch.testing.assert_close(pair.ours[1].detach(), old - 0.1 * 1.9 * grad)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_skipped_step_changes_no_bit(kind):
+    pair = pair_of(kind, max_norm=1.0)
+    for number in range(3):
+        if number:
+            pair.step(number)
+        weights = [p.detach().clone() for p in pair.ours]
+        states = [
+            {k: v.clone() for k, v in s.items() if isinstance(v, torch.Tensor)}
+            for s in pair.opt.state.values()
+        ]
+        for p in pair.ours:
+            p.grad = torch.full_like(p, float("nan"))
+        pair.opt.step()
+        for p, old in zip(pair.ours, weights, strict=True):
+            assert_bitwise_equal(p.detach(), old)
+        now = list(pair.opt.state.values())
+        assert len(now) == len(states)
+        for state, old in zip(now, states, strict=True):
+            for key, value in old.items():
+                assert_bitwise_equal(state[key], value)
+    assert pair.opt.skipped_steps == 3 and pair.opt.applied_steps == 2
+    pair.step(5)
+    pair.assert_same()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_other_dtypes(dtype):
+    pair = pair_of("adamw", dtype=dtype)
+    for number in range(4):
+        pair.step(number)
+    close = {torch.float64: CLOSE}.get(dtype, {"rtol": 2e-2, "atol": 2e-3})
+    pair.assert_same(close)
+
+
+@pytest.mark.parametrize("scope", ["global", "group", "tensor"])
+def test_param_groups_with_their_own_settings_and_dtypes(scope):
+    def make(parameters):
+        a, b, c, d, *rest = parameters
+        b.data, d.data = b.data.double(), d.data.bfloat16()
+        groups = [
+            {"params": [a, b], "lr": 0.01},
+            {"params": [c, d], "weight_decay": 0.5, "betas": (0.5, 0.9)},
+            {"params": rest, "lr": torch.tensor(0.02), "amsgrad": True},
+        ]
+        return torch.optim.AdamW(groups, lr=0.1, fused=True)
+
+    pair = Pair(make, clip_scope=scope)
+    for number in range(4):
+        pair.step(number)
+        for opt in (pair.opt, pair.plain):
+            opt.param_groups[0]["lr"] *= 0.5
+            opt.param_groups[2]["lr"].mul_(0.5)
+    pair.assert_same({"rtol": 1e-2, "atol": 1e-3})
+    for p in (0, 1, 2):
+        torch.testing.assert_close(pair.ours[p], pair.theirs[p], **CLOSE)
+
+
+def test_autograd_notices_that_weights_have_moved():
+    """A graph from before the step must not be used after it: torch raises, so do we."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+    opt = GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), flat_parameters=True)
+    loss = model(torch.ones(1, 3)).sum()
+    loss.backward(retain_graph=True)
+    opt.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_the_optimizer_shows_its_parameters_to_hooks_and_after_an_error():
+    pair = pair_of("adamw")
+    inner = pair.opt.optimizer
+    seen = []
+
+    def look(optimizer, args, kwargs):
+        seen.append([id(p) for g in optimizer.param_groups for p in g["params"]])
+
+    inner.register_step_pre_hook(look)
+    inner.register_step_post_hook(look)
+    pair.step(0)
+    assert seen == [list(map(id, pair.ours))] * 2
+    inner.param_groups[0]["eps"] = "wrong"
+    with pytest.raises(TypeError):
+        pair.step(1)
+    assert inner.param_groups[0]["params"] == pair.ours
+    assert pair.opt.applied_steps == 1
