@@ -198,7 +198,7 @@ class FlatParameters:
     def forget_state(self) -> None:
         """The state of the optimizer may be another one now."""
         self._state: object = None
-        self._mark: tuple[int, dict[str, Any] | None, dict[str, Any]] = (0, None, {})
+        self._mark: tuple[int, dict[str, Any]] = (0, {})
 
     @torch.no_grad()
     def _follow(self) -> None:
@@ -239,21 +239,24 @@ class FlatParameters:
     # The state.
 
     def _state_is_another(self) -> bool:
-        state = self.optimizer.state
-        n, of_one, entries = self._mark
+        state, entries = self.optimizer.state, self._first_entries()
+        n, known = self._mark
         return (
             self._state is not state
             or n != len(state)
-            or (of_one is not None and any(of_one.get(k) is not v for k, v in entries.items()))
+            or entries.keys() != known.keys()
+            or any(known[key] is not value for key, value in entries.items())
         )
 
     def _mark_state(self) -> None:
         """Remembers what tells that the state is the one in the blocks: how many parameters have
         one, and the entries of the first.
         """
-        state = self.optimizer.state
-        first = next(filter(None, state.values()), None)
-        self._state, self._mark = state, (len(state), first, dict(first or {}))
+        self._state = self.optimizer.state
+        self._mark = len(self.optimizer.state), dict(self._first_entries())
+
+    def _first_entries(self) -> dict[str, Any]:
+        return next(filter(None, self.optimizer.state.values()), {})
 
     def _take_in_state(self, parameters: Sequence[Tensor]) -> None:
         """Moves the state that the optimizer has into the blocks. Waits for a GPU."""

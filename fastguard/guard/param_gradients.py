@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from operator import attrgetter, is_
 
 import torch
@@ -76,7 +77,7 @@ class Gradients:
         groups = self.optimizer.param_groups
         known = self.layout.parameters
         if sum(len(g["params"]) for g in groups) == len(known) and all(
-            map(is_, known, (p for g in groups for p in g["params"]))
+            map(is_, known, chain.from_iterable([g["params"] for g in groups]))
         ):
             return False
         layout = self._lay_out()
