@@ -309,7 +309,7 @@ class FlatGradBuckets:
 def _grouped(parameters: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[int]]:
     grouped: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, p in enumerate(parameters):
-        grouped.setdefault((p.device, grad_dtype_of(p)), []).append(i)
+        grouped.setdefault((p.device, dtype_of_grad(p)), []).append(i)
     return grouped
 
 
@@ -384,7 +384,7 @@ def slot_in(flat: Tensor, start: int, p: Tensor) -> Tensor:
     return piece.as_strided(p.shape, strides)
 
 
-def grad_dtype_of(p: Tensor) -> torch.dtype:
+def dtype_of_grad(p: Tensor) -> torch.dtype:
     """The dtype that a gradient of `p` has, or will have."""
     if p.grad is not None:
         return p.grad.dtype

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from fastguard.functional.flat_buckets import check_flat, grad_dtype_of
+from fastguard.functional.flat_buckets import check_flat, dtype_of_grad
 from fastguard.gradients.buckets import name_of
 from fastguard.gradients.tensor_kinds import PLAIN_TYPES
 from fastguard.ranks.dtensors import is_dtensor
@@ -57,9 +57,9 @@ def check_flat_parameters(parameters: Sequence[Tensor], names: Sequence[str] | N
                 f"{name} is on device {p.device}, but flat_parameters=True needs one of "
                 f"{', '.join(DEVICES)}; move the model before the guard is made"
             )
-        if grad_dtype_of(p) != p.dtype:
+        if dtype_of_grad(p) != p.dtype:
             raise ValueError(
-                f"{name} is {p.dtype} and its gradient {grad_dtype_of(p)}; flat_parameters=True "
+                f"{name} is {p.dtype} and its gradient {dtype_of_grad(p)}; flat_parameters=True "
                 "needs them to be the same: use flat_buckets=True"
             )
         if p.device.type == "cpu" and p.is_shared():

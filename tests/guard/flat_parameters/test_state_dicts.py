@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fastguard import CheckpointStore, GuardedOptimizer, Rollback
+from guardtest import require
 from guardtest.flat_pairs import CLOSE, KINDS, in_one_buffer, pair_of
 from guardtest.grads import assert_bitwise_equal
 from guardtest.training import assert_same_bits, snapshot
@@ -181,7 +182,7 @@ def test_saving_a_model_writes_its_weights_once(tmp_path):
 
 def test_safetensors(tmp_path):
     """Weights that share a buffer and do not overlap are no shared tensors."""
-    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors = require("safetensors.torch")
     model, opt = model_and_guard()
     train(model, opt, range(2))
     safetensors.save_file(model.state_dict(), tmp_path / "a.safetensors")
