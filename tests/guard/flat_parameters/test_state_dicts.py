@@ -180,14 +180,14 @@ def test_saving_a_model_writes_its_weights_once(tmp_path):
     assert (tmp_path / "model.pt").stat().st_size < 8000
 
 
-def test_safetensors(tmp_path):
-    """Weights that share a buffer and do not overlap are no shared tensors."""
+def test_safetensors_saves_a_state_dict(tmp_path):
+    """`save_model` wants tensors that own all of their storage, and says so."""
     safetensors = require("safetensors.torch")
     model, opt = model_and_guard()
     train(model, opt, range(2))
-    safetensors.save_file(model.state_dict(), tmp_path / "a.safetensors")
-    safetensors.save_model(model, tmp_path / "b.safetensors")
-    for name in "ab":
-        loaded = safetensors.load_file(tmp_path / f"{name}.safetensors")
-        for key, value in model.state_dict().items():
-            assert_bitwise_equal(loaded[key], value)
+    safetensors.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    loaded = safetensors.load_file(tmp_path / "model.safetensors")
+    for key, value in model.state_dict().items():
+        assert_bitwise_equal(loaded[key], value)
+    with pytest.raises(RuntimeError, match="covering the entire storage"):
+        safetensors.save_model(model, tmp_path / "model.safetensors")
