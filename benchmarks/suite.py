@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.targets import MODELS
+from benchmarks.targets import MODELS, WHOLE_STEPS
 from fastguard.commands.bench.selection import FUNCTIONS, USUAL_STEP
-from fastguard.commands.bench.steps import STEPS
+from fastguard.commands.bench.steps import FLAT_PARAMETERS, STEPS
 from fastguard.commands.bench.workload import Case, Shape, Situation
 
 SHAPES = Path(__file__).parent / "shapes"
@@ -26,6 +26,14 @@ EVERYONE = (*FUNCTIONS[:1], "torch for-loop", *FUNCTIONS[1:])
 COMPILED = ("torch foreach", "torch compiled", "fastguard", "fastguard compiled")
 LARGE_FIELD = ("torch foreach", "fastguard")
 ON_CUDA = ("apex", "TransformerEngine")
+
+STEP_FIELD = (
+    "bare step",
+    "clip + step",
+    "GuardedOptimizer",
+    "GuardedOptimizer flat",
+    FLAT_PARAMETERS,
+)
 
 EXTREMES: dict[str, list[Shape]] = {
     "5000 x 100": [(100,)] * 5000,
@@ -104,6 +112,11 @@ def step_cases(device: torch.device) -> list[Case]:
     ]
     gpt2 = model_shapes("gpt2-124m")
     fused = ("AdamW", "fused")
+    for name in WHOLE_STEPS:
+        if name == "gpt2-124m":  # below, with everyone
+            continue
+        shapes = EXTREMES[name] if name in EXTREMES else model_shapes(name)
+        listed.append(Case(name, shapes, STEP_FIELD, "clip + step", optimizer=fused))
     situations = STEP_SITUATIONS if device.type == "cuda" else CLIPS
     listed += [
         Case("gpt2-124m", gpt2, tuple(STEPS), USUAL_STEP, situation=s, optimizer=fused)

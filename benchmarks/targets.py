@@ -13,6 +13,7 @@ from typing import Any
 
 from fastguard.commands.bench.contenders import READ_PASS
 from fastguard.commands.bench.results import Result, find
+from fastguard.commands.bench.steps import FLAT_PARAMETERS
 from fastguard.commands.bench.table import rich_parts
 
 MODELS = ("convnext-t", "gpt2-124m", "llama-3.2-1b", "resnet50", "vit-b16", "yolo11n")
@@ -95,6 +96,20 @@ def _ratio(case: str, contender: str = "fastguard") -> Callable[[Result], Found]
             return None
         r = row["ratio"]
         return r["p50"], f"{r['p50']:.2f}x [{r['p20']:.2f}..{r['p80']:.2f}]"
+
+    return look_up
+
+
+def _whole_step(name: str) -> Callable[[Result], Found]:
+    """Guard and fused AdamW with flat parameters, against `clip_grad_norm_` and fused AdamW."""
+
+    def look_up(result: Result) -> Found:
+        case = f"{name} fp32, AdamW fused, nothing to clip"
+        row, base = find(result, case, FLAT_PARAMETERS), find(result, case, "clip + step")
+        if row is None or base is None:
+            return None
+        ratio = base["ms"]["p50"] / row["ms"]["p50"]
+        return ratio, f"{ratio:.2f}x ({row['ms']['p50']:.3g} ms)"
 
     return look_up
 
@@ -207,6 +222,13 @@ def _pair(
 
 
 ONE_GB = "1 x 256M"
+WHOLE_STEPS = {
+    "5000 x 100": 40.0,
+    "1000 x 10k": 4.0,
+    "yolo11n": 2.0,
+    "resnet50": 1.7,
+    "gpt2-124m": 1.4,
+}
 SMALL = "2000 x 1k fp32, nothing to clip"
 
 TARGETS: tuple[Target, ...] = (
@@ -217,6 +239,10 @@ TARGETS: tuple[Target, ...] = (
     *_pair("5000 x 100 fp32", 9, 6, "fastguard flat"),
     *_pair("5000 x 100 fp32", 60, 40, "fastguard flat trusted"),
     *_pair("1000 x 10k fp32", 4, 2.5, "fastguard flat"),
+    *(
+        Target("cpu", f"{name}, whole step, flat parameters", bound, "x", _whole_step(name))
+        for name, bound in WHOLE_STEPS.items()
+    ),
     Target("cpu", "slowest fp32 model", 0.9, "x", _worst_model),
     Target("cpu", "working memory", 16, " MB", _working_memory, at_most=True),
     Target("cpu", "norm against float64", 1e-7, "", _worst_error, at_most=True),

@@ -19,6 +19,7 @@ COLORS = {
     "fastguard measure flat": "#35b0a2",
     "GuardedOptimizer": "#0b7a75",
     "GuardedOptimizer flat": "#35b0a2",
+    "GuardedOptimizer flat parameters": "#8fd9c4",
     "torch foreach": "#d9822b",
     "clip + isfinite(norm) + step": "#d9822b",
     "GradScaler + clip": "#9aa5b1",
@@ -38,6 +39,7 @@ LABELS = {
     "isfinite + clip + step": "torch: isfinite on every gradient, clip",
     "GradScaler + clip + step": "torch: GradScaler, clip",
     "GuardedOptimizer flat": "GuardedOptimizer, flat buckets",
+    "GuardedOptimizer flat parameters": "GuardedOptimizer, flat parameters",
 }
 STYLE: Any = {
     "font.family": "DejaVu Sans",

@@ -16,6 +16,7 @@ from fastguard.commands.bench.results import Result
 STEP_BARS = (
     "GuardedOptimizer",
     "GuardedOptimizer flat",
+    "GuardedOptimizer flat parameters",
     "clip + isfinite(norm) + step",
     "GradScaler + clip + step",
     "isfinite + clip + step",

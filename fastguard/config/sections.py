@@ -56,6 +56,7 @@ class GuardSection:
     nonfinite: Literal["skip", "zero", "raise", "propagate"] = "skip"
     max_consecutive_skips: int | None = None
     flat_buckets: bool = False
+    flat_parameters: bool = False
 
     def __post_init__(self) -> None:
         if self.max_norm is not None:

@@ -17,6 +17,7 @@ from fastguard.commands.bench.contenders import NotHere, Prepared, grad_scaler, 
 from fastguard.commands.bench.workload import Workload
 
 LR = 1e-12
+FLAT_PARAMETERS = "GuardedOptimizer flat parameters"
 
 
 def inner_optimizer(work: Workload, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
@@ -114,9 +115,17 @@ def guarded_step(work: Workload, inner: torch.optim.Optimizer) -> Prepared:
 
 
 def guarded_step_flat(work: Workload, inner: torch.optim.Optimizer) -> Prepared:
+    return _flat(work, flat_buckets=True)
+
+
+def guarded_step_flat_parameters(work: Workload, inner: torch.optim.Optimizer) -> Prepared:
+    return _flat(work, flat_parameters=True)
+
+
+def _flat(work: Workload, **options: bool) -> Prepared:
     twin = work.twin()
     guarded = fastguard.GuardedOptimizer(
-        inner_optimizer(work, twin), max_norm=work.max_norm, flat_buckets=True
+        inner_optimizer(work, twin), max_norm=work.max_norm, **options
     )
     return Prepared(_stepping(guarded), lambda: work.restore(twin), twin)
 
@@ -129,6 +138,7 @@ STEPS: dict[str, Callable[[Workload, torch.optim.Optimizer], Prepared]] = {
     "GradScaler + clip + step": grad_scaler_step,
     "GuardedOptimizer": guarded_step,
     "GuardedOptimizer flat": guarded_step_flat,
+    FLAT_PARAMETERS: guarded_step_flat_parameters,
 }
 
 
