@@ -15,6 +15,7 @@ from typing import Any
 
 from fastguard.checkpoints import names
 from fastguard.errors import Culprit, describe_culprits
+from fastguard.errors.checked_numbers import count_of, is_integer
 from fastguard.errors.plain_text import shown
 
 
@@ -145,11 +146,7 @@ def text(value: object) -> str:
 
 def count(value: object) -> int:
     """An integer that fits an int64, and is not negative."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError
-    if not 0 <= value < 2**63:
-        raise ValueError
-    return value
+    return count_of("", value, 0)
 
 
 def texts(value: object) -> tuple[str, ...]:
@@ -190,9 +187,9 @@ def plain_json(value: object) -> Any:
 
 
 def _metric(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
+    if not isinstance(value, float | str) and not is_integer(value):
         raise TypeError
-    return float(value)
+    return float(value)  # type: ignore[arg-type]
 
 
 def _flag(value: object) -> bool:

@@ -44,14 +44,24 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 
 def is_shards(folder: Path) -> bool:
-    """Whether `torch.distributed.checkpoint` wrote this folder, and not a store."""
-    return any(name.endswith(".distcp") for name in os.listdir(folder))
+    """Whether a folder is one checkpoint in shards, whole or not: of a store, or of torch."""
+    if _is_of_a_store(folder) or any(name.endswith(".distcp") for name in os.listdir(folder)):
+        return True
+    try:  # other programs have a file of this name too; that of torch is a pickle
+        with open_regular(folder / ".metadata") as file:
+            return file.read(1) == b"\x80"
+    except OSError:
+        return False
+
+
+def _is_of_a_store(folder: Path) -> bool:
+    return names.FOLDER in folder.resolve().name
 
 
 def how_to_read_shards(folder: Path) -> str:
     """What a user can do with such a folder, to stand behind its name."""
-    if names.FOLDER in folder.name:
-        return f"is one checkpoint of a store; give the store: {folder.parent}"
+    if _is_of_a_store(folder):
+        return f"is one checkpoint of a store; give the store: {folder.resolve().parent}"
     return (
         "was written by torch.distributed.checkpoint, whose shards are not read here; make one "
         f"file of it (python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} "

@@ -33,6 +33,7 @@ from fastguard.checkpoints.entry import (
     to_json,
 )
 from fastguard.checkpoints.errors import CheckpointError, DamagedFile
+from fastguard.errors.checked_numbers import is_integer
 from fastguard.errors.plain_text import shown
 from fastguard.records.regular_files import NotRegularFile, open_regular
 
@@ -101,7 +102,7 @@ def read(folder: Path) -> Manifest | None:
     if body is None or body.get("format") != FORMAT:
         return None
     version = body.get("version")
-    if not isinstance(version, int):
+    if not is_integer(version) or version < 1:
         return None
     if version > VERSION:
         raise CheckpointError(

@@ -241,3 +241,37 @@ def test_one_file_of_shards_is_no_file_to_verify_alone(tmp_path, capsys):
     status, out, _ = ckpt(capsys, "verify", next((tmp_path / "step_10").glob("*.distcp")))
     assert status == 1
     assert "was written by torch.distributed.checkpoint" in out
+
+
+STEP = "step-000000010.000001.sharded"
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize(
+    ("name", "lost", "says"),
+    [
+        (STEP, ["__0_0.distcp"], "is one checkpoint of a store; give the store: {}"),
+        (STEP, ["__0_0.distcp", ".metadata"], "is one checkpoint of a store; give the store: {}"),
+        ("step_10", ["__0_0.distcp"], "was written by torch.distributed.checkpoint"),
+        ("step_10", [".metadata"], "was written by torch.distributed.checkpoint"),
+    ],
+)
+def test_a_folder_of_shards_without_some_of_its_files_is_never_fine(
+    tmp_path, capsys, monkeypatch, name, lost, says
+):
+    folder = tmp_path / name
+    dcp.save({"w": torch.ones(2)}, checkpoint_id=folder, no_dist=True)
+    write(folder / "rest.pt")
+    for file in lost:
+        (folder / file).unlink()
+    monkeypatch.chdir(folder)
+    for given in (folder, "."):
+        status, out, _ = ckpt(capsys, "verify", given)
+        assert status == 1
+        assert says.format(tmp_path) in out
+
+
+def test_a_metadata_file_of_another_program_makes_no_shards(tmp_path, capsys):
+    write(tmp_path / "a.pt")
+    (tmp_path / ".metadata").write_text("version:\n  channel: stable\n")
+    assert ckpt(capsys, "verify", tmp_path)[0] == 0

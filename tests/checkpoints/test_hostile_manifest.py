@@ -150,9 +150,12 @@ def test_one_number_for_two_checkpoints_is_damage(store, capsys):
     check_refused(store, capsys)
 
 
-@pytest.mark.parametrize("version", [float("inf"), "1", None, 1.5], ids=str)
+@pytest.mark.parametrize(
+    "version", [float("inf"), "1", None, 1.5, 1.0, True, False, 0, -1], ids=str
+)
 def test_a_version_that_is_no_number_is_damage_of_the_disk(store, version):
     forge(store, version=version)
+    assert manifest.read(store) is None
     with CheckpointStore(store) as opened:  # built again
         assert [entry.step for entry in opened.list()] == [1, 2]
 

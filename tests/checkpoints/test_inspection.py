@@ -179,6 +179,22 @@ def test_empty_and_scalar_and_sparse_tensors_and_arrays(saved):
     }
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("value", [NAN, INF], ids=["nan", "inf"])
+@pytest.mark.parametrize("channels", [False, True], ids=["tensor", "channel"])
+def test_the_scale_of_a_quantized_tensor_counts(saved, channels, value):
+    def quantized(scale):
+        integers = torch.ones(3, 2, dtype=torch.int8)
+        if not channels:
+            return torch._make_per_tensor_quantized_tensor(integers, scale, 0)
+        scales, zeros = torch.tensor([0.1, scale, 0.1]), torch.zeros(3, dtype=torch.long)
+        return torch._make_per_channel_quantized_tensor(integers, scales, zeros, 0)
+
+    assert inspect(saved({"model": {"weight": quantized(0.1)}})).bad == ()
+    found = inspect(saved({"model": {"weight": quantized(value)}}))
+    assert found.bad == (("model.weight.scale", int(value != value), int(value == INF), 0),)
+
+
 def test_safetensors(tmp_path):
     path = tmp_path / "model.safetensors"
     write_safetensors(

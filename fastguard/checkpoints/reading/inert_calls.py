@@ -133,6 +133,21 @@ def _tensor_of_dtype(
     return TensorRef(storage, dtype, offset, _dimensions(size), _dimensions(stride))
 
 
+def _quantized(storage: Any, offset: Any, size: Any, stride: Any, quantizer: Any, *_: Any) -> Any:
+    """The integers of a quantized tensor, and the scale that each of them is multiplied by.
+
+    A scale of NaN or Inf makes every element non-finite. One for the whole tensor is a Python
+    float, and stands here as an array of one element, so that it is looked at as those of channels.
+    """
+    if not isinstance(quantizer, tuple) or len(quantizer) < 3:
+        raise DamagedFile("damaged: a quantized tensor without its scale")
+    _scheme, scale, zero_point, *_ = quantizer
+    if isinstance(scale, int | float):
+        scale = python_array("d", (scale,))
+    state = {"scale": scale, "zero_point": zero_point}
+    return Attached(_tensor(storage, offset, size, stride), state)
+
+
 def _tensor_of_subclass(rebuild: Any, _cls: Any, args: Any, state: Any) -> Attached:
     if not isinstance(rebuild, Call) or not isinstance(args, tuple):
         raise UnsafeFile(f"the file rebuilds a tensor by {kind_of(rebuild)}; nothing was executed")
@@ -191,7 +206,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _tensor_of_dtype,
-    "torch._utils._rebuild_qtensor": lambda *a: Attached(_tensor(*a[:4]), a[4]),
+    "torch._utils._rebuild_qtensor": _quantized,
     "torch._utils._rebuild_parameter": _first,
     "torch._utils._rebuild_parameter_with_state": lambda data, _g, _h, state: Attached(data, state),
     "torch._utils._rebuild_sparse_tensor": lambda _layout, data: data,
