@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from fastguard.recovery.warmup import Warmup
     from fastguard.stages.backend import backend_for
     from fastguard.stages.contract import GradStats
+    from fastguard.stages.limit_rules import AdaGC, AdaptiveLimit, AutoClip, ZClip
     from fastguard.stages.spike_rules import SpikeRule, Threshold
 
 __all__ = [
@@ -64,6 +65,10 @@ __all__ = [
     "GuardedOptimizer",
     "SpikeRule",
     "Threshold",
+    "ZClip",
+    "AutoClip",
+    "AdaGC",
+    "AdaptiveLimit",
     "NonFiniteGradError",
     "TrainingDivergedError",
     "GuardConfig",
@@ -127,6 +132,7 @@ _HOMES = {
     "recovery.warmup": "Warmup",
     "stages.backend": "backend_for",
     "stages.contract": "GradStats",
+    "stages.limit_rules": "AdaGC AdaptiveLimit AutoClip ZClip",
     "stages.spike_rules": "SpikeRule Threshold",
 }
 """What the imports above say, for Python: the module of each public name."""

@@ -7,11 +7,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 
 from fastguard.functional.arguments import limit_of
+from fastguard.gradients.transfer import numbers_on
+from fastguard.stages.contract import NonFinite, Policy
+from fastguard.stages.limit_rules import AdaptiveLimit
+from fastguard.stages.spike_rules import Rule
 
+Limit = float | AdaptiveLimit
 ClipScope = Literal["global", "group", "tensor"]
 SCOPES = ("global", "group", "tensor")
 
@@ -60,10 +66,10 @@ def lay_out(
 
 
 def limits(
-    groups: Sequence[Mapping[str, Any]], scope: ClipScope, max_norm: float | None
-) -> tuple[float, ...]:
-    """One limit a segment, or one for all; a group's own `max_norm` goes before that of the
-    wrapper.
+    groups: Sequence[Mapping[str, Any]], scope: ClipScope, max_norm: Limit | None
+) -> tuple[Limit, ...]:
+    """One limit a segment, or one for all; a group's own `max_norm`, a number, goes before that of
+    the wrapper.
 
     Raises:
         TypeError, ValueError: A group's `max_norm` is no limit, or the scope has no use for it.
@@ -76,8 +82,41 @@ def limits(
                 f"a param group has max_norm={given!r}, but clip_scope={scope!r}; "
                 "use clip_scope='group' to clip param groups separately"
             )
-        return (_limit(max_norm),)
-    return tuple(_limit(max_norm if m is None else m) for m in own)
+        return (checked_limit(max_norm),)
+    return tuple(checked_limit(max_norm) if m is None else _number(m) for m in own)
+
+
+def policy_of(
+    limits: Sequence[Limit],
+    scope: ClipScope,
+    norm_type: float,
+    n_segments: int,
+    device: torch.device,
+    nonfinite: NonFinite,
+    rules: Mapping[str, Rule],
+) -> Policy:
+    """What is decided with these limits, as `limits` gives them."""
+    adaptive = next((m for m in limits if isinstance(m, AdaptiveLimit)), None)
+    if adaptive is None:
+        numbers = [m for m in limits if not isinstance(m, AdaptiveLimit)]
+        return Policy(
+            numbers_on(numbers, device),
+            nonfinite,
+            tuple(rules.values()),
+            tuple(rules),
+            limited=min(numbers, default=math.inf) != math.inf,
+            joint_limit=joint_limit(numbers, scope, norm_type, n_segments),
+        )
+    own = [math.nan if isinstance(m, AdaptiveLimit) else m for m in limits]
+    return Policy(
+        numbers_on([math.inf] * n_segments, device),
+        nonfinite,
+        tuple(rules.values()),
+        tuple(rules),
+        joint_limit=numbers_on([math.inf], device)[0],
+        adaptive=adaptive,
+        own=None if all(map(math.isnan, own)) else numbers_on(own, device),
+    )
 
 
 def joint_limit(
@@ -98,8 +137,23 @@ def joint_limit(
     return largest * sum((limit / largest) ** norm_type for limit in each) ** (1 / norm_type)
 
 
-def _limit(max_norm: float | None) -> float:
-    return math.inf if max_norm is None else limit_of("max_norm", max_norm, quiet=True)
+def checked_limit(max_norm: object) -> Limit:
+    """A limit as the guard was given it; None: `inf`."""
+    if isinstance(max_norm, AdaptiveLimit):
+        return max_norm
+    return math.inf if max_norm is None else _number(max_norm)
+
+
+def _number(max_norm: object) -> float:
+    if isinstance(max_norm, AdaptiveLimit):
+        raise TypeError(
+            f"a param group has max_norm={max_norm!r}, which must be a number; give the rule to "
+            "GuardedOptimizer(max_norm=...), which has one for all groups without a number"
+        )
+    if isinstance(max_norm, type) and issubclass(max_norm, AdaptiveLimit):
+        name = max_norm.__name__
+        raise TypeError(f"max_norm is the class {name}; pass a rule, max_norm={name}()")
+    return limit_of("max_norm", max_norm, quiet=True)
 
 
 def clip_values(groups: Iterable[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], float]]:

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastguard.functional.arguments import limit_of, warn_of_zero
+from fastguard.functional.arguments import warn_of_zero
 from fastguard.gradients.buckets import GradBuckets
 from fastguard.gradients.tensor_kinds import watched
-from fastguard.gradients.transfer import numbers_on
 from fastguard.guard.arguments import (
     MODES,
     check_budget,
@@ -33,9 +32,11 @@ from fastguard.guard.clamp import Clamped
 from fastguard.guard.clip_scope import (
     SCOPES,
     ClipScope,
-    joint_limit,
+    Limit,
+    checked_limit,
     limits,
     names_by_tensor,
+    policy_of,
 )
 from fastguard.guard.flat_checks import check_flat_optimizer
 from fastguard.guard.flat_step import FlatStep
@@ -76,7 +77,8 @@ class GuardedOptimizer(KnownRun):
     Args:
         optimizer: Any dense optimizer of `torch.optim`, or one that behaves like them. Fused ones
             skip on the device without a synchronisation.
-        max_norm: Limit of the gradient norm, >= 0; None or `inf`: measure only.
+        max_norm: Limit of the gradient norm, >= 0; None or `inf`: measure only. Or a rule that sets
+            it at each step: `ZClip`, `AutoClip`, `AdaGC`, or an `AdaptiveLimit` of your own.
         norm_type: p > 0 of the p-norm, `inf` for the largest magnitude.
         clip_scope: What one clip coefficient is for: the whole model (`"global"`), each param group
             (`"group"`, which may carry a `max_norm` of its own), or each tensor (`"tensor"`). A
@@ -125,7 +127,7 @@ class GuardedOptimizer(KnownRun):
         self,
         optimizer: Optimizer,
         *,
-        max_norm: float | None = None,
+        max_norm: Limit | None = None,
         norm_type: float = 2.0,
         clip_scope: ClipScope = "global",
         nonfinite: NonFinite = "skip",
@@ -141,7 +143,7 @@ class GuardedOptimizer(KnownRun):
         check_choice("nonfinite", nonfinite, MODES)
         check_budget(max_consecutive_skips)
         self.norm_type = norm_type_of(norm_type)
-        self.max_norm = None if max_norm is None else limit_of("max_norm", max_norm, quiet=True)
+        self.max_norm = None if max_norm is None else checked_limit(max_norm)
         rules = rules_by_signal(spike)
         limits(optimizer.param_groups, clip_scope, self.max_norm)
         names = names_by_tensor(named_parameters, optimizer.param_groups)
@@ -162,7 +164,7 @@ class GuardedOptimizer(KnownRun):
         self._stepper = (
             FlatStep(optimizer, self._gradients) if flat_parameters else stepper_for(optimizer)
         )
-        self._limits: tuple[float, ...] = ()
+        self._limits: tuple[Limit, ...] = ()
         self._policy = self._current_policy()
         self._state = GuardState.fresh(self._policy, self._device)
         if self._gradients.team is not None:  # so that ranks without a loss know what rules judge
@@ -252,7 +254,9 @@ class GuardedOptimizer(KnownRun):
         lr = learning_rate(self.param_groups, self._device)
         flight.keep(self._state)
         verdict = decide(stats, signals, self._state, policy)
-        flight.outcome = Outcome(stats, signals, verdict, self._state, policy.signals, lr, tag)
+        flight.outcome = Outcome(
+            stats, signals, verdict, self._state, policy.signals, lr, tag, policy.joint_limit
+        )
         self._stepper.step(buckets, verdict, call, policy.may_change(signals))
         flight.obeyed = True
 
@@ -322,17 +326,21 @@ class GuardedOptimizer(KnownRun):
             if 0.0 in now:
                 warn_of_zero("max_norm")
             limited, rules = self._stepper.obeyed(now, tuple(self.rules.values()))
-            self._policy = Policy(
-                numbers_on(limited, self._device),
+            n_segments = self._gradients.layout.n_segments
+            policy = policy_of(
+                limited,
+                self.clip_scope,
+                self.norm_type,
+                n_segments,
+                self._device,
                 self.nonfinite,
-                rules,
-                tuple(self.rules),
-                limited=min(limited, default=math.inf) != math.inf,
+                dict(zip(self.rules, rules, strict=True)),
             )
-            self._recorder.max_norm = joint_limit(
-                limited, self.clip_scope, self.norm_type, self._gradients.layout.n_segments
-            )
-            self._limits = now
+            fixed = policy.joint_limit
+            self._recorder.max_norm = math.inf if isinstance(fixed, Tensor) else fixed
+            if hasattr(self, "_policy"):  # not while it is constructed
+                guard_state.fit(self._state, self._policy, policy, self._device)
+            self._policy, self._limits = policy, now
         return self._policy
 
     # Being an optimizer.

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from fastguard.errors import NonFiniteGradError
 from fastguard.gradients.tensor_parts import copies_for_deepcopy
 from fastguard.guard.arguments import raise_if_over_budget
-from fastguard.guard.clip_scope import ClipScope
+from fastguard.guard.clip_scope import ClipScope, Limit
 from fastguard.guard.lifetime import NOTHING, Lifetime
 from fastguard.guard.param_gradients import Gradients
 from fastguard.guard.state_dict import guard_state
@@ -38,7 +38,7 @@ class KnownRun(OptimizerAround):
     """An optimizer that tells what its steps did."""
 
     group: Group
-    max_norm: float | None
+    max_norm: Limit | None
     norm_type: float
     clip_scope: ClipScope
     nonfinite: NonFinite

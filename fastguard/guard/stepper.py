@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from torch.optim import Optimizer
 
 from fastguard.gradients.buckets import GradBuckets
+from fastguard.guard.clip_scope import Limit
 from fastguard.guard.inner_step import StepCall, found_inf_is_heeded
 from fastguard.guard.on_device import OnDevice
 from fastguard.guard.read_first import ReadFirst
@@ -40,8 +41,8 @@ class Stepper(Protocol):
         ...
 
     def obeyed(
-        self, limits: tuple[float, ...], rules: tuple[Rule, ...]
-    ) -> tuple[tuple[float, ...], tuple[Rule, ...]]:
+        self, limits: tuple[Limit, ...], rules: tuple[Rule, ...]
+    ) -> tuple[tuple[Limit, ...], tuple[Rule, ...]]:
         """Of the limits of the norm and the spike rules, those that this road can obey."""
         ...
 

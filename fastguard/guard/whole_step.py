@@ -18,12 +18,14 @@ import torch
 from torch.optim import Optimizer
 
 from fastguard.gradients.buckets import GradBuckets
+from fastguard.guard.clip_scope import Limit
 from fastguard.guard.inner_step import StepCall
 from fastguard.guard.optimizer_copy import OptimizerCopy
 from fastguard.guard.step_hooks import run_hooks_of_all
 from fastguard.records.losses import named_losses
 from fastguard.stages.apply import apply
 from fastguard.stages.contract import Verdict
+from fastguard.stages.limit_rules import AdaptiveLimit
 from fastguard.stages.spike_rules import Rule
 
 log = logging.getLogger("fastguard")
@@ -53,13 +55,16 @@ class WholeStep:
         return True
 
     def obeyed(
-        self, limits: tuple[float, ...], rules: tuple[Rule, ...]
-    ) -> tuple[tuple[float, ...], tuple[Rule, ...]]:
+        self, limits: tuple[Limit, ...], rules: tuple[Rule, ...]
+    ) -> tuple[tuple[Limit, ...], tuple[Rule, ...]]:
         """Limits and rules that clip nothing: the gradients have been used when they are seen.
 
         One warning says so where they would clip.
         """
-        clips = [f"max_norm={min(limits)}"] if min(limits, default=math.inf) < math.inf else []
+        adaptive = [limit for limit in limits if isinstance(limit, AdaptiveLimit)]
+        least = min((m for m in limits if not isinstance(m, AdaptiveLimit)), default=math.inf)
+        shown = adaptive[0] if adaptive else least
+        clips = [f"max_norm={shown}"] if shown != math.inf else []
         clips += [str(rule) for rule in rules if rule.action == "clip"]
         if clips and not self._told:
             self._told = True

@@ -4,7 +4,8 @@
     NaN, +Inf, -Inf, lr,
     how many culprits, (index, NaN, +Inf, -Inf) of the first 8,
     L losses, K spikes, K thresholds,
-    on several ranks: which of the L losses were given, how many ranks are culprits, and their sum
+    on several ranks: which of the L losses were given, how many ranks are culprits, and their sum,
+    with an adaptive limit: the limit of the whole model's norm
 
 Rows lie in a ring on the device, and each is sent to a ring of pinned memory behind an event:
 nobody waits for it.
@@ -39,6 +40,7 @@ class Outcome:
         signal_names: The signal that each rule judges.
         lr: Of the first param group, a number, or a tensor on the device of the stats.
         tag: What the caller gave to find the batch again.
+        limit: Of the whole model's norm, as in `Policy.joint_limit`.
         key: Nothing else is this object: it tells the step from all others.
     """
 
@@ -49,6 +51,7 @@ class Outcome:
     signal_names: tuple[str, ...] = ()
     lr: Any = float("nan")
     tag: Any = None
+    limit: float | Tensor = math.inf
     key: object = field(default_factory=object, init=False, compare=False, repr=False)
 
     @property
@@ -57,7 +60,7 @@ class Outcome:
         table = 1 + NAMED_CULPRITS * CULPRIT
         n_losses, n_rules = len(self.signals.losses), len(self.verdict.thresholds)
         of_ranks = n_losses + 2 if self.is_joint else 0
-        return HEAD + table + n_losses + 2 * n_rules + of_ranks
+        return HEAD + table + n_losses + 2 * n_rules + of_ranks + self.limit_is_on_device
 
     @property
     def is_joint(self) -> bool:
@@ -68,6 +71,11 @@ class Outcome:
     def lr_is_on_device(self) -> bool:
         """Whether the learning rate is a tensor where the stats are; else the host can tell it."""
         return isinstance(self.lr, Tensor) and self.lr.device == self.stats.summary.device
+
+    @property
+    def limit_is_on_device(self) -> bool:
+        """Whether an adaptive rule has set the limit; else the host can tell it."""
+        return isinstance(self.limit, Tensor)
 
 
 def learning_rate(groups: Sequence[Mapping[str, Any]], device: torch.device) -> Any:
@@ -95,6 +103,9 @@ def learning_rate(groups: Sequence[Mapping[str, Any]], device: torch.device) -> 
 def pack(outcome: Outcome, row: Tensor) -> None:
     """Writes the row of a step, float64 `(width,)`. Nothing waits for a GPU."""
     stats, signals = outcome.stats, outcome.signals
+    if isinstance(outcome.limit, Tensor):
+        row[-1:].copy_(outcome.limit)
+        row = row[:-1]
     if signals.given is not None and signals.bad_ranks is not None:
         of_ranks = torch.cat([signals.given.double(), signals.bad_ranks])
         row[-len(of_ranks) :] = of_ranks
@@ -112,6 +123,7 @@ class Row(NamedTuple):
         n_culprits: How many tensors are bad.
         culprits: `(index, NaN, +Inf, -Inf)` of the first of them.
         ranks: How many ranks held something non-finite, and which one if it was one.
+        limit: Of the whole model's norm, if it was on the device.
     """
 
     known: Known
@@ -119,17 +131,22 @@ class Row(NamedTuple):
     n_culprits: int
     culprits: list[tuple[int, int, int, int]]
     ranks: tuple[int, int | None]
+    limit: float
 
 
-def unpack(row: Tensor, loss_names: Sequence[str], is_joint: bool = False) -> Row:
+def unpack(
+    row: Tensor, loss_names: Sequence[str], is_joint: bool = False, has_limit: bool = False
+) -> Row:
     """Reads a row on the host.
 
     Args:
         row: float64 `(width,)`, see `pack`.
         loss_names: The names of its L losses; of those that no rank gave, none is told.
         is_joint: Whether several ranks decided it.
+        has_limit: Whether it ends in the limit.
     """
     values, n_losses = row.tolist(), len(loss_names)
+    limit = values.pop() if has_limit else math.inf
     given, n_ranks, rank = [True] * n_losses, 0, 0
     if is_joint:
         values, (*of_losses, ranks, rank) = values[: -n_losses - 2], values[-n_losses - 2 :]
@@ -158,7 +175,7 @@ def unpack(row: Tensor, loss_names: Sequence[str], is_joint: bool = False) -> Ro
         consecutive_skips=int(in_a_row),
     )
     one_rank = int(rank) if n_ranks == 1 else None
-    return Row(known, lr, n_culprits, culprits, (n_ranks, one_rank))  # type: ignore[arg-type]
+    return Row(known, lr, n_culprits, culprits, (n_ranks, one_rank), limit)  # type: ignore[arg-type]
 
 
 class Ring:

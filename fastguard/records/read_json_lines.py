@@ -153,7 +153,7 @@ _COUNTS = (
     "culprit_ranks",
 )
 
-_FLOATS = ("total_norm", "clip_coef", "lr")
+_FLOATS = ("total_norm", "clip_coef", "lr", "limit")
 
 
 def read_records(path: str | os.PathLike[str], *, strict: bool = False) -> Iterator[StepRecord]:

@@ -53,6 +53,7 @@ def _record(
     culprits: Sequence[Culprit],
     n_culprits: int,
     ranks: tuple[int, int | None],
+    limit: float,
 ) -> StepRecord:
     nan, posinf, neginf = known.nonfinite_counts
     return StepRecord(
@@ -74,6 +75,7 @@ def _record(
         tag=tag,
         culprit_ranks=ranks[0],
         culprit_rank=ranks[1],
+        limit=limit,
     )
 
 
@@ -95,6 +97,7 @@ class _Known(NamedTuple):
     tag: Any
     culprits: Sequence[Culprit]
     ranks: tuple[int, int | None]
+    limit: float
 
     arrival = Arrival(torch.empty(0, device="cpu"), None)  # here from the beginning
 
@@ -110,13 +113,21 @@ class _Known(NamedTuple):
             outcome.tag,
             outcome.stats.culprits() if any(known.nonfinite_counts) else (),
             outcome.signals.culprit_rank,
+            float(outcome.limit),
         )
 
     def record(self) -> StepRecord:
         """The record."""
         culprits = self.culprits
         return _record(
-            self.known, self.signal_names, self.lr, self.tag, culprits, len(culprits), self.ranks
+            self.known,
+            self.signal_names,
+            self.lr,
+            self.tag,
+            culprits,
+            len(culprits),
+            self.ranks,
+            self.limit,
         )
 
 
@@ -132,6 +143,7 @@ class _Pending:
     lr: float | None
     tag: Any
     is_joint: bool
+    limit: float | None
 
     @staticmethod
     def of(outcome: Outcome, arrival: Arrival) -> _Pending:
@@ -145,16 +157,18 @@ class _Pending:
             lr,
             outcome.tag,
             outcome.is_joint,
+            None if outcome.limit_is_on_device else float(outcome.limit),
         )
 
     def record(self) -> StepRecord:
         """The record. The row must have arrived."""
         # The names of losses that other ranks gave are known only now, perhaps.
-        row = unpack(self.arrival.row, self.loss_names, self.is_joint)
+        row = unpack(self.arrival.row, self.loss_names, self.is_joint, self.limit is None)
         culprits = [(self.name_of(i), n, p, m) for i, n, p, m in row.culprits]
         lr = row.lr if self.lr is None else self.lr
+        limit = row.limit if self.limit is None else self.limit
         return _record(
-            row.known, self.signal_names, lr, self.tag, culprits, row.n_culprits, row.ranks
+            row.known, self.signal_names, lr, self.tag, culprits, row.n_culprits, row.ranks, limit
         )
 
 

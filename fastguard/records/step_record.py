@@ -42,6 +42,9 @@ class StepRecord:
         tag: What the caller gave to find the batch again.
         culprit_ranks: How many ranks held something non-finite; 0 in one process.
         culprit_rank: Which rank it was, if it was one; `culprits` are the parameters of this rank.
+        limit: The norm of the whole model at which it would be clipped: `max_norm`, or what an
+            adaptive rule made of it; of several segments, the norm where each is at its limit.
+            `inf`: there was no limit.
     """
 
     step: int
@@ -62,6 +65,7 @@ class StepRecord:
     tag: Any = None
     culprit_ranks: int = 0
     culprit_rank: int | None = None
+    limit: float = math.inf
 
     @property
     def is_incident(self) -> bool:

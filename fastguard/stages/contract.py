@@ -15,6 +15,7 @@ from torch import Tensor
 from fastguard.errors import Culprit
 from fastguard.gradients.tensor_kinds import PLAIN, Kind, lasting
 from fastguard.stages.formulas import norm_of_norms, propagated_norms, root
+from fastguard.stages.limit_rules import AdaptiveLimit
 from fastguard.stages.reason import Reason
 from fastguard.stages.spike_rules import GRAD_NORM, Rule
 
@@ -192,6 +193,11 @@ class Policy:
         rules: The spike rules in the order of their rows in `GuardState`.
         signals: The signal that each rule judges: `"grad_norm"` or a loss name.
         limited: Whether any limit is finite, as far as the host knows.
+        joint_limit: The norm of the whole model where the norm of every segment is at its limit;
+            inf: there is none. A tensor, float64 `()`, where each decision writes it.
+        adaptive: The rule that writes `max_norm`, then `(S,)`, anew at each step; None: fixed.
+        own: float64 `(S,)`: the fixed limits of segments that the rule is not for, NaN for those
+            that it is for; None: it is for all.
     """
 
     max_norm: Tensor
@@ -199,6 +205,9 @@ class Policy:
     rules: tuple[Rule, ...] = ()
     signals: tuple[str, ...] = ()
     limited: bool = True
+    joint_limit: float | Tensor = math.inf
+    adaptive: AdaptiveLimit | None = None
+    own: Tensor | None = None
 
     def may_change(self, signals: Signals) -> bool:
         """Whether a verdict can have anything for apply to do; known without looking at one."""
@@ -222,17 +231,21 @@ class GuardState:
         rings: int64 `(K, 3)`: values in the ring (at most its window), where the next one goes, and
             consecutive values above the threshold (back to 0 at the first that is not); from the
             window's length on they are accepted, until the baseline has caught up.
+        limits: float64 `(1 + N, S)`: how many norms of each segment an adaptive limit has learned,
+            and its N numbers; `(0, 0)` without one.
         undo: A list: what puts back the changes of a decision is added to it. None: they stay.
     """
 
     counters: Tensor
     windows: Tensor
     rings: Tensor
+    limits: Tensor
     undo: list[Callable[[], None]] | None = field(default=None, compare=False, repr=False)
 
     def to(self, device: torch.device) -> GuardState:
         """The same on another device."""
-        return GuardState(self.counters.to(device), self.windows.to(device), self.rings.to(device))
+        tensors = (self.counters, self.windows, self.rings, self.limits)
+        return GuardState(*(t.to(device) for t in tensors))
 
     def note_all(self) -> None:
         """Copies everything for `undo`, before a decision changes it."""
@@ -268,7 +281,16 @@ class GuardState:
             torch.zeros(N_COUNTERS, dtype=torch.int64, device=device),
             torch.zeros(n_rules, max(windows, default=0), dtype=torch.float64, device=device),
             torch.zeros(n_rules, 3, dtype=torch.int64, device=device),
+            fresh_limits(policy, device),
         )
+
+
+def fresh_limits(policy: Policy, device: torch.device) -> Tensor:
+    """`GuardState.limits` before the first step."""
+    if policy.adaptive is None:
+        return torch.zeros(0, 0, dtype=torch.float64, device=device)
+    numbers = torch.tensor([0.0, *policy.adaptive.initial], dtype=torch.float64, device="cpu")
+    return numbers[:, None].repeat(1, policy.max_norm.shape[0]).to(device)
 
 
 class Known(NamedTuple):

@@ -14,6 +14,7 @@ import math
 from fastguard.errors import NonFiniteGradError, describe_culprits
 from fastguard.gradients.tensor_kinds import PLAIN, WRAPPED
 from fastguard.stages import backend
+from fastguard.stages.adaptive_limits import has_host_form, learn, set_limits
 from fastguard.stages.contract import (
     GradStats,
     GuardState,
@@ -43,7 +44,13 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
     Returns:
         The verdict; nothing waits for a GPU.
     """
-    return backend.stages(stats.summary.device, stats.kind).decide(stats, signals, state, policy)
+    stages = backend.stages(stats.summary.device, stats.kind)
+    if policy.adaptive is None or state is None or has_host_form(stats, policy):
+        return stages.decide(stats, signals, state, policy)
+    set_limits(stats, state, policy)
+    verdict = stages.decide(stats, signals, state, policy)
+    learn(stats, verdict, state, policy)
+    return verdict
 
 
 def raise_if_nonfinite(

@@ -9,7 +9,17 @@ from functools import partial
 import pytest
 import torch
 
-from fastguard import GuardedLR, GuardedOptimizer, NonFiniteGradError, Rollback, SpikeRule, Warmup
+from fastguard import (
+    AdaGC,
+    AutoClip,
+    GuardedLR,
+    GuardedOptimizer,
+    NonFiniteGradError,
+    Rollback,
+    SpikeRule,
+    Warmup,
+    ZClip,
+)
 from guardtest.interrupts import interrupted, lines_of
 from guardtest.training import assert_same_bits, give_gradients, new_parameters, poison, snapshot
 
@@ -52,7 +62,7 @@ class Run:
         parameters = new_parameters()
         groups = [{"params": parameters[:2], "clip_value": 2.0}, {"params": parameters[2:]}]
         inner = KINDS[self.kind](groups)
-        return parameters, GuardedOptimizer(inner, max_norm=3.0, spike=RULES, **options)
+        return parameters, GuardedOptimizer(inner, **{"max_norm": 3.0, "spike": RULES, **options})
 
     def feed(self, parameters, i):
         give_gradients(parameters, i)
@@ -107,7 +117,7 @@ class Run:
         assert [r.step for r in self.records] == steps, where
         assert [r.step for r in self.told] == steps, where
         assert [r.step for r in self.inbox] == steps, where
-        for name in ("counters", "windows", "rings"):
+        for name in ("counters", "windows", "rings", "limits"):
             assert torch.equal(getattr(opt._state, name), getattr(twin._state, name)), (where, name)
         if self.kind == "plain":  # the others are called for a skipped step too
             assert opt.optimizer.done == opt.applied_steps, where
@@ -129,6 +139,9 @@ SETTINGS = {
     "flat": ("plain", {"flat_buckets": True}),
     "raises": ("plain", {"nonfinite": "raise"}),
     "cleans": ("fused", {"nonfinite": "zero"}),
+    "zclip": ("plain", {"max_norm": ZClip(warmup=5)}),
+    "autoclip": ("fused", {"max_norm": AutoClip(window=7)}),
+    "adagc": ("plain", {"max_norm": AdaGC(warmup=5), "clip_scope": "tensor"}),
 }
 
 

@@ -44,6 +44,7 @@ def test_a_quiet_step():
             losses={"ce": 1.5},
             lr=0.5,
             tag=("epoch", 3),
+            limit=10.0,
         )
     ]
 

@@ -68,6 +68,7 @@ def test_a_record_as_json_has_every_field():
         "tag": ["epoch 1", 3],
         "culprit_ranks": 1,
         "culprit_rank": 3,
+        "limit": "Infinity",
     }
 
 

@@ -32,15 +32,15 @@ _MOST_OF_A_TAG = 1000
 
 
 class Series(NamedTuple):
-    """What is drawn as a line: `kind` is `"norm"`, `"coef"`, `"lr"`, `"loss"` or `"threshold"`; the
-    last two have a name."""
+    """What is drawn as a line: `kind` is `"norm"`, `"limit"`, `"coef"`, `"lr"`, `"loss"` or
+    `"threshold"`; the last two have a name."""
 
     kind: str
     name: str = ""
 
 
-NORM, COEF, LR = Series("norm"), Series("coef"), Series("lr")
-_FIELDS = {NORM: "total_norm", COEF: "clip_coef", LR: "lr"}
+NORM, COEF, LR, LIMIT = Series("norm"), Series("coef"), Series("lr"), Series("limit")
+_FIELDS = {NORM: "total_norm", COEF: "clip_coef", LR: "lr", LIMIT: "limit"}
 _MAPPINGS = {"loss": "losses", "threshold": "thresholds"}
 
 

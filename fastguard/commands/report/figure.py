@@ -17,7 +17,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from fastguard.commands.report.columns import COEF, LR, NORM, Series
+from fastguard.commands.report.columns import COEF, LIMIT, LR, NORM, Series
 from fastguard.commands.report.summary import Summary
 from fastguard.commands.report.tally import Tally
 from fastguard.errors.plain_text import printable
@@ -103,7 +103,10 @@ def _line_rows(summary: Summary) -> list[_Row]:
     losses = [s for s in found if s.kind == "loss"]
     color = {s.name: COLORS[i % len(COLORS)] for i, s in enumerate(losses)}
     loss_lines = [_Line(s, s.name, color[s.name]) for s in losses]
-    norm_lines = [_Line(NORM, "gradient norm", COLORS[0])]
+    norm_lines = [
+        _Line(NORM, "gradient norm", COLORS[0]),
+        _Line(LIMIT, "limit", COLORS[2], "dot"),
+    ]
     for s in found:
         if s.kind != "threshold":
             continue

@@ -22,6 +22,7 @@ from fastguard.diagnosis.replay.arguments import (
 )
 from fastguard.diagnosis.replay.replay import Step, step_of
 from fastguard.guard.wrapper import OptimizerAround
+from fastguard.stages.limit_rules import AdaptiveLimit
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class Subject:
         step: `step(model, batch)` gives a loss, its parts by name, or an output without a loss.
         optimizer: The one that steps, without a guard around it.
         guard: The guard around it, if it has one.
-        max_norm: What the guard around it clips to; None: it does not.
+        max_norm: What the guard around it clips to; None: it does not, or by an adaptive rule.
         data: Further batches.
         autocast: What a step runs under.
     """
@@ -79,6 +80,7 @@ class Subject:
         max_norm = None
         while isinstance(optimizer, OptimizerAround):
             max_norm = getattr(optimizer, "max_norm", max_norm)
+            max_norm = None if isinstance(max_norm, AdaptiveLimit) else max_norm
             optimizer = optimizer.optimizer
         return Subject(
             model,

@@ -13,7 +13,7 @@ from fastguard.gradients.tensor_kinds import has_numbers
 from fastguard.gradients.transfer import numbers_on
 from fastguard.guard import lifetime
 from fastguard.guard.lifetime import NOTHING, Lifetime
-from fastguard.stages.contract import N_COUNTERS, GuardState, Policy
+from fastguard.stages.contract import N_COUNTERS, GuardState, Policy, fresh_limits
 
 VERSION = 1
 _OF_RULES = ("signals", "windows_of", "windows", "rings")
@@ -30,6 +30,9 @@ def save(state: GuardState, policy: Policy, taken_back: Lifetime = NOTHING) -> d
         "counters": state.counters.clone(),
         lifetime.KEY: numbers_on(taken_back, state.counters.device, torch.int64),
     }
+    if policy.adaptive is not None:
+        saved["limit_of"] = type(policy.adaptive).__name__
+        saved["limits"] = state.limits.clone()
     if not policy.rules:
         return saved
     return {
@@ -90,7 +93,43 @@ def load(saved: dict[str, Any] | None, policy: Policy, device: torch.device) -> 
         if has_numbers(given):
             _check_values(name, given, policy)
         expected.copy_(given)
+    _load_limits(fresh, saved, policy)
     return fresh
+
+
+def fit(state: GuardState, before: Policy, policy: Policy, device: torch.device) -> None:
+    """Gives a state the numbers that the adaptive limit in force now needs.
+
+    A rule of another kind begins fresh, as do segments that have come; else what was learned stays.
+    """
+    fresh = fresh_limits(policy, device)
+    same_kind = type(before.adaptive) is type(policy.adaptive)
+    if same_kind and state.limits.shape == fresh.shape:
+        return
+    if same_kind and state.limits.shape[0] == fresh.shape[0]:
+        n = min(state.limits.shape[1], fresh.shape[1])
+        fresh[:, :n] = state.limits[:, :n]
+    state.limits = fresh
+
+
+def _load_limits(fresh: GuardState, saved: Mapping[str, Any], policy: Policy) -> None:
+    """The numbers of an adaptive limit."""
+    rule = None if policy.adaptive is None else type(policy.adaptive).__name__
+    if saved.get("limit_of") != rule:
+        raise ValueError(
+            f"the guard's state is of the adaptive limit {saved.get('limit_of')}, but this guard "
+            f"has {rule}; construct it with the same max_norm=, or delete "
+            "state_dict['fastguard'] to start a fresh guard"
+        )
+    if rule is None:
+        return
+    given = _of_kind("limits", saved.get("limits"), fresh.limits)
+    if has_numbers(given) and bool(given.isnan().any()):
+        raise ValueError(
+            "the guard's state has limits=NaN; it is damaged: "
+            "delete state_dict['fastguard'] to start a fresh guard"
+        )
+    fresh.limits.copy_(given)
 
 
 def steps_of(state: GuardState) -> int:

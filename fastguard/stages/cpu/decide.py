@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastguard.stages.adaptive_limits import exact, has_host_form, numbers_of
 from fastguard.stages.contract import (
     GradStats,
     GuardState,
@@ -71,6 +72,9 @@ def decide(
         if not fault and (policy.nonfinite == "zero" or not bad_grad):
             _update_rings(state, policy, values, thresholds, spikes, skip, total_norm > 0)
 
+    if policy.adaptive is not None and state is not None and has_host_form(stats, policy):
+        enters = not skip and (policy.nonfinite == "zero" or not bad_grad)
+        _adapt(state, policy, total_norm, enters)
     coefs = _clip_coefs(stats, policy, spike_limit, total_norm, sums, bad_grad)
     clip_coef = coefs if isinstance(coefs, Tensor) else _float64([coefs])
     multiplier = clip_coef if signals.inv_scale is None else clip_coef * signals.inv_scale
@@ -113,6 +117,18 @@ def _total_norm(stats: GradStats, sums: list[float]) -> float:
     if stats.rooted or stats.norm_type != 2.0:
         return stats.total_norm64.item()
     return math.sqrt(sum(sums))  # not fsum, nor ** above: they raise where this overflows
+
+
+def _adapt(state: GuardState, policy: Policy, norm: float, enters: bool) -> None:
+    """`adaptive_limits.set_limits` and `learn` for one segment."""
+    assert policy.adaptive is not None and policy.adaptive.on_host is not None
+    limit, learn = policy.adaptive.on_host(norm, numbers_of(state))
+    limit = math.inf if math.isnan(limit) else limit
+    assert isinstance(policy.joint_limit, Tensor)
+    policy.joint_limit.numpy()[...] = limit
+    policy.max_norm.numpy()[0] = exact(limit, norm)
+    if enters and 0 < norm < math.inf:
+        learn(state.undo)
 
 
 def _scale_falls(signals: Signals) -> bool:

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from fastguard import StepRecord
-from fastguard.commands.report.columns import COEF, LR, MOST_NAMES, NORM, ColumnReader, Series
+from fastguard.commands.report.columns import (
+    COEF,
+    LIMIT,
+    LR,
+    MOST_NAMES,
+    NORM,
+    ColumnReader,
+    Series,
+)
 
 NAN, INF = math.nan, math.inf
 
@@ -32,6 +40,7 @@ def test_fields_become_columns():
             NORM: [2.0, 3.0],
             COEF: [1.0, 0.5],
             LR: [0.1, NAN],
+            LIMIT: [math.inf, math.inf],
             Series("loss", "a"): [1.0, 2.0],
             Series("loss", "b"): [NAN, -1.0],
             Series("threshold", "grad_norm"): [5.0, NAN],
@@ -118,7 +127,7 @@ def test_names_without_end_take_no_memory():
     reader = ColumnReader()
     for step in range(100):
         columns = reader.read([as_read(step, losses={f"loss {step}": 1.0})])
-    assert len(columns.values) == 3 + MOST_NAMES
+    assert len(columns.values) == 4 + MOST_NAMES
     assert reader.unnamed
 
 

@@ -1,0 +1,90 @@
+"""A step that is decided with an adaptive limit: see `limit_rules`.
+
+    limits -> decide -> learn
+
+Before the decision the rule writes its limits into `Policy.max_norm`; after it, the rule learns the
+norms if the step reached the weights. A few operations on `(S,)` tensors on the device of the stats
+(on Triton devices too: there is no kernel for it), and no wait.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastguard.gradients.tensor_kinds import PLAIN
+from fastguard.stages.contract import GradStats, GuardState, Policy, Verdict
+from fastguard.stages.formulas import EPS, norm_of_norms
+from fastguard.stages.limit_rules import AdaptiveLimit, LimitStep
+
+
+def set_limits(stats: GradStats, state: GuardState, policy: Policy) -> None:
+    """Writes the limits of this step into `policy.max_norm` and `policy.joint_limit`."""
+    norms, step = _seen_by_rule(stats, state)
+    limit = _rule(policy).limit(norms, state.limits[1:], step)
+    limit = torch.where(limit.isnan(), math.inf, limit).clamp(min=0.0)
+    if policy.own is not None:
+        limit = torch.where(policy.own.isnan(), limit, policy.own)
+    assert isinstance(policy.joint_limit, Tensor)
+    moves = norms > 0  # a tensor without a gradient, or of zeros, is at no limit
+    joint = torch.where(moves | ~moves.any(), limit, 0.0)
+    if len(joint) == 1:
+        joint = limit[0]
+    elif stats.norm_type == math.inf:
+        joint = joint.amax()
+    else:
+        joint = norm_of_norms(joint, stats.norm_type)
+    policy.joint_limit.copy_(joint)
+    judged = moves & norms.isfinite()
+    policy.max_norm.copy_(torch.where(judged, limit + EPS * (limit / norms), limit))
+
+
+def exact(limit: float, norm: float) -> float:
+    """What the limit must be for `decide`, which adds EPS to the norm, so that it holds exactly.
+
+    Torch's formula halves a gradient whose norm is at a limit of 1e-6: a rule that follows small
+    norms would lower its own limit with every step.
+    """
+    return limit + EPS * (limit / norm) if 0 < norm < math.inf else limit
+
+
+def learn(stats: GradStats, verdict: Verdict, state: GuardState, policy: Policy) -> None:
+    """Has the rule learn the norms of a step that reached the weights."""
+    norms, step = _seen_by_rule(stats, state)
+    before = state.limits
+    learned = _rule(policy).learn(norms, before[1:], step)
+    if not isinstance(learned, Tensor):
+        learned = torch.stack(list(learned)) if learned else before[1:]
+    after = torch.cat([before[:1] + 1, learned])
+    # NaN is not > 0, and not finite.
+    enters = (verdict.found_inf == 0) & (norms > 0) & norms.isfinite()
+    if policy.nonfinite != "zero":
+        enters = enters & (stats.segment_counts.sum() == 0)
+    enters = enters & ~after.isnan().any(0)
+    after = torch.where(enters, after, before)
+    if state.undo is not None:
+        state.undo.append(partial(before.copy_, before.clone()))
+    before.copy_(after)
+
+
+def has_host_form(stats: GradStats, policy: Policy) -> bool:
+    """Whether the rule decides in Python floats: one segment on a CPU."""
+    on_host = stats.kind is PLAIN and stats.summary.device.type == "cpu"
+    return on_host and stats.summary.numel() == 4 and _rule(policy).on_host is not None
+
+
+def numbers_of(state: GuardState) -> memoryview:
+    """The numbers of one segment, `(seen, *numbers)`, for `AdaptiveLimit.on_host`."""
+    return state.limits.numpy().ravel().data
+
+
+def _seen_by_rule(stats: GradStats, state: GuardState) -> tuple[Tensor, LimitStep]:
+    return stats.segment_norms, LimitStep(stats.total_norm64, state.limits[0])
+
+
+def _rule(policy: Policy) -> AdaptiveLimit:
+    assert policy.adaptive is not None
+    return policy.adaptive
