@@ -141,7 +141,11 @@ def test_a_closure_is_found_and_guarded_wherever_step_takes_it(kind, first, call
     torch.testing.assert_close(p.detach(), torch.full((2,), 1.0 - 0.2 / 2**0.5))
 
 
-@pytest.mark.parametrize("given", [torch.nn.Linear(1, 1), float, len, lambda loss: 1 / 0], ids=repr)
+@pytest.mark.parametrize(
+    "given",
+    [torch.nn.Linear(1, 1), float, len, lambda loss: 1 / 0],
+    ids=["module", "class", "built-in", "function"],
+)
 def test_what_cannot_be_called_without_arguments_is_no_closure(given):
     opt = GuardedOptimizer(Visible([one_parameter()], lr=0.1))
     opt.step(given)
