@@ -1,6 +1,7 @@
 """`GuardConfig`: everything about a guarded run in one typed place, from a dict, TOML or YAML file.
 
     [guard]               max_norm, norm_type, clip_scope, nonfinite, max_consecutive_skips, ...
+    [guard.max_norm]      rule = "ZClip", "AutoClip" or "AdaGC", and its settings
     [spike.grad_norm]     window, sigma, warmup, action; or max, action
     [groups."latents.*"]  max_norm, clip_value of the parameters whose names match
     [schedule]  [schedule.warmup]  [rollback]  [checkpoints]  [activations]  [batch]  [records]
@@ -31,12 +32,14 @@ from fastguard.diagnosis.batch_check import BatchCheck, check_batch, check_order
 from fastguard.errors import nearest
 from fastguard.functional.arguments import limit_of
 from fastguard.guard.arguments import check_budget
+from fastguard.guard.clip_scope import checked_limit
 from fastguard.guard.guarded import GuardedOptimizer
 from fastguard.records.json_lines_sink import JsonLinesSink
 from fastguard.records.loggers import TensorBoardSink
 from fastguard.recovery.guarded_lr import GuardedLR
 from fastguard.recovery.rollback import Rollback
 from fastguard.recovery.warmup import Warmup
+from fastguard.stages.limit_rules import AdaGC, AutoClip, ZClip
 from fastguard.stages.measure import norm_type_of
 from fastguard.stages.spike_rules import Rule
 
@@ -50,7 +53,7 @@ if TYPE_CHECKING:
 class GuardSection:
     """The arguments of `GuardedOptimizer`."""
 
-    max_norm: float | None = None
+    max_norm: float | ZClip | AutoClip | AdaGC | None = None
     norm_type: float = 2.0
     clip_scope: Literal["global", "group", "tensor"] = "global"
     nonfinite: Literal["skip", "zero", "raise", "propagate"] = "skip"
@@ -59,8 +62,7 @@ class GuardSection:
     flat_parameters: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_norm is not None:
-            limit_of("max_norm", self.max_norm, quiet=True)
+        checked_limit(self.max_norm)
         norm_type_of(self.norm_type)
         check_budget(self.max_consecutive_skips)
 
@@ -257,7 +259,7 @@ class GuardConfig:
                 spike=self.spike,
                 named_parameters=model.named_parameters(),
                 group=group,
-                **dataclasses.asdict(self.guard),
+                **{f.name: getattr(self.guard, f.name) for f in dataclasses.fields(self.guard)},
             )
             undo.pop_all()
         for sink in sinks:

@@ -92,7 +92,8 @@ def build(cls: type[T], settings: Any, path: str) -> T:
     """
     if not isinstance(settings, Mapping):
         raise TypeError(f"{path or 'the configuration'} must hold settings, not {shown(settings)}")
-    hints = typing.get_type_hints(cls)
+    fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = {k: hint for k, hint in typing.get_type_hints(cls).items() if k in fields}
     for key in settings:
         if key not in hints:
             raise ValueError(f"unknown setting {_join(path, key)}{nearest(str(key), hints)}")
@@ -178,6 +179,13 @@ def _check_any(value: Any, hints: tuple[Any, ...], path: str) -> Any:
         return build(Threshold, value, path)
     if len(hints) == 1:
         return _check(value, hints[0], path)
+    rules = {h.__name__: h for h in hints if dataclasses.is_dataclass(h)}
+    if rules and isinstance(value, Mapping):
+        settings = dict(value)
+        name = settings.pop("rule", None)
+        if name not in rules:
+            raise ValueError(f"{path}.rule={shown(name)} must be one of {', '.join(rules)}")
+        return build(rules[name], settings, path)  # type: ignore[arg-type]
     for hint in hints:
         if _container(value) is _container_of(hint):
             return _check(value, hint, path)

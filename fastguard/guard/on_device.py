@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastguard.gradients.buckets import GradBuckets
+from fastguard.guard.clip_scope import Limit
 from fastguard.guard.inner_step import InnerStep, StepCall, found_inf_is_heeded
 from fastguard.guard.read_first import ReadFirst
 from fastguard.guard.step_hooks import has_step_hooks
@@ -46,8 +47,8 @@ class OnDevice:
         self._complete_in: object = None  # the state they are complete in
 
     def obeyed(
-        self, limits: tuple[float, ...], rules: tuple[Rule, ...]
-    ) -> tuple[tuple[float, ...], tuple[Rule, ...]]:
+        self, limits: tuple[Limit, ...], rules: tuple[Rule, ...]
+    ) -> tuple[tuple[Limit, ...], tuple[Rule, ...]]:
         """All limits and rules: the gradients are scaled before they are used."""
         return limits, rules
 

@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 
 from fastguard.gradients.buckets import GradBuckets
 from fastguard.gradients.tensor_kinds import has_numbers
+from fastguard.guard.clip_scope import Limit
 from fastguard.guard.inner_step import InnerStep, StepCall, found_inf_is_heeded
 from fastguard.guard.step_hooks import run_hooks_of_all
 from fastguard.stages.apply import apply
@@ -36,8 +37,8 @@ class ReadFirst:
         """Nothing is remembered of the parameters."""
 
     def obeyed(
-        self, limits: tuple[float, ...], rules: tuple[Rule, ...]
-    ) -> tuple[tuple[float, ...], tuple[Rule, ...]]:
+        self, limits: tuple[Limit, ...], rules: tuple[Rule, ...]
+    ) -> tuple[tuple[Limit, ...], tuple[Rule, ...]]:
         """All limits and rules: the gradients are scaled before they are used."""
         return limits, rules
 

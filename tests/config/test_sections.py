@@ -446,3 +446,34 @@ def test_a_section_has_the_defaults_of_what_it_configures(section, callee) -> No
         assert field.default == parameter.default, field.name
         compared += 1
     assert compared >= 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [
+        ({"rule": "ZClip", "z": 3, "max_norm": None}, fastguard.ZClip(z=3.0, max_norm=None)),
+        ({"rule": "AutoClip", "window": 50}, fastguard.AutoClip(window=50)),
+        ({"rule": "AdaGC"}, fastguard.AdaGC()),
+    ],
+)
+def test_the_limit_may_be_a_rule(settings, rule):
+    config = GuardConfig.from_dict({"guard": {"max_norm": settings, "clip_scope": "tensor"}})
+    model = torch.nn.Linear(2, 1)
+    opt = config.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert opt.max_norm == rule
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"z": 3.0}, "guard.max_norm.rule=None must be one of ZClip, AutoClip, AdaGC"),
+        ({"rule": "Zclip"}, "guard.max_norm.rule='Zclip' must be one of"),
+        ({"rule": "ZClip", "alhpa": 0.9}, "unknown setting guard.max_norm.alhpa; did you mean"),
+        ({"rule": "ZClip", "initial": [1.0]}, "unknown setting guard.max_norm.initial"),
+        ({"rule": "ZClip", "z": -1.0}, "guard.max_norm: ZClip z=-1.0 must be"),
+    ],
+)
+def test_a_rule_that_makes_no_sense_is_refused(settings, text):
+    with pytest.raises(ValueError, match="max_norm") as caught:
+        GuardConfig.from_dict({"guard": {"max_norm": settings}})
+    assert text in str(caught.value)

@@ -152,3 +152,14 @@ def test_names_are_text_and_no_markup():
 def test_nothing_to_draw():
     assert not draw(summarise([Block([{"step": 1}], 0, 0)])).data
     assert not draw(summarise([])).data
+
+
+def test_the_limit_is_drawn_beside_the_norm():
+    records = [record(step, limit=math.inf if step < 3 else 3.0 + step) for step in range(1, 9)]
+    (trace,) = traces(draw(summarise([Block(records, 0, 0)])), "limit")
+    drawn = dict(zip(trace.x, trace.y, strict=True))
+    assert {step: drawn[step] for step in range(3, 9)} == {step: 3.0 + step for step in range(3, 9)}
+
+
+def test_a_run_without_a_limit_has_no_line_for_it(figure):
+    assert all(not np.isfinite(trace.y).any() for trace in traces(figure, "limit"))
