@@ -21,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -225,10 +225,11 @@ class FlatParameters:
         groups = [group_of[id(p)] for p in flat.parameters]
         blocks = [block for b in flat.buffers for block in _blocks(b, groups, flat)]
         for block in blocks:
-            for i, start in zip(block.ids, block.bounds, strict=False):
+            for i, (start, stop) in zip(block.ids, pairwise(block.bounds), strict=True):
                 p = flat.parameters[i]
                 slot = slot_in(block.weights, start, p)
                 slot.copy_(p)
+                block.weights[start + p.numel() : stop] = 0.0
                 p.data = slot
         self.forget_state()
         self._runs = None
@@ -283,6 +284,8 @@ class FlatParameters:
         for key, value in tensors.items():
             if key == STEP:
                 block.steps[run.first : run.last] = value
+            elif value.shape == block.weights.shape:  # the run is the whole block
+                block.states[key] = value
             else:
                 if key not in block.states:
                     block.states[key] = torch.zeros_like(block.weights)
@@ -371,7 +374,7 @@ def _blocks(buffer: FlatBuffer, groups: Sequence[int], flat: FlatGradBuckets) ->
             group,
             buffer.ids[first:last],
             [edge - edges[first] for edge in edges[first : last + 1]],
-            torch.zeros_like(grads),
+            torch.empty_like(grads),  # the weights come at once: no second write
             grads,
             torch.zeros(last - first, device=grads.device, dtype=torch.float32),
         )

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from fastguard import GuardedOptimizer
+from fastguard.commands.demo.model import GPT
 from guardtest.flat_pairs import CLOSE, KINDS, Pair, in_one_buffer, pair_of
 from guardtest.grads import assert_bitwise_equal
 
@@ -145,3 +146,30 @@ def test_the_optimizer_shows_its_parameters_to_hooks_and_after_an_error():
         pair.step(1)
     assert inner.param_groups[0]["params"] == pair.ours
     assert pair.opt.applied_steps == 1
+
+
+def test_a_transformer_has_the_same_losses():
+    losses = []
+    for flat in (False, True):
+        torch.manual_seed(0)
+        model = GPT(32, 2, 2, 16, vocabulary=64, bias=True, tied=True)
+        inner = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        opt = GuardedOptimizer(inner, max_norm=1.0, flat_parameters=flat)
+        tokens = torch.randint(64, (40, 4, 17))
+        for batch in tokens:
+            opt.zero_grad()
+            loss = model.loss(batch[:, :-1], batch[:, 1:])
+            loss.backward()
+            opt.step(loss=loss)
+            losses.append(loss.item())
+    assert losses[40:] == pytest.approx(losses[:40], abs=1e-6)
+
+
+def test_memory_beyond_parameters_gradients_and_state():
+    """Under 2 % for tensors of 100 elements: the padding and a step count per parameter."""
+    pair = pair_of("adamw", shapes=[(99,), (100,), (10, 10)] * 50)
+    pair.step(0)
+    own = [[p, p.grad, *pair.opt.state[p].values()] for p in pair.ours]
+    tensors = [t for listed in own for t in listed]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    assert sum(storages.values()) < 1.02 * sum(t.nbytes for t in tensors)
