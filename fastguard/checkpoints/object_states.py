@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from fastguard.checkpoints.errors import CheckpointError
+from fastguard.gradients.tensor_kinds import has_numbers
 from fastguard.gradients.tensor_parts import has_plain_type
 from fastguard.ranks.dtensors import is_dtensor
 
@@ -99,13 +100,18 @@ def plain(value: Any, path: str) -> Any:
 
     Raises:
         TypeError: Something in it is no tensor, no plain value and no container of such.
-        ValueError: A tensor in it is on the meta device.
+        ValueError: A tensor in it has no data: on the meta device, lazy, or a placeholder.
     """
     if isinstance(value, Tensor):
         if value.device.type == "meta":
             raise ValueError(
                 f"{path} is on the meta device: it has a shape and no data to save; use "
                 "model.to_empty(device=...) and initialise or load it first"
+            )
+        if not has_numbers(value):
+            raise ValueError(
+                f"{path} is a {type(value).__name__} under FakeTensorMode or a tracer, which has a "
+                "shape and no data to save; leave saving out of memory estimation and tracing"
             )
         if is_lazy(value):
             raise ValueError(

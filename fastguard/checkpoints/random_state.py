@@ -13,10 +13,16 @@ import numpy as np
 import torch
 
 from fastguard.checkpoints.errors import CheckpointError
+from fastguard.gradients.tensor_kinds import has_numbers, lasting
 
 
 def random_state() -> dict[str, Any]:
     """The state of every global random generator: Python, numpy, torch, each CUDA device."""
+    with lasting():
+        return _random_state()
+
+
+def _random_state() -> dict[str, Any]:
     version, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
@@ -37,6 +43,8 @@ def random_state() -> dict[str, Any]:
 def set_random_state(state: Mapping[str, Any]) -> None:
     """Continues every random stream where `random_state` left it.
 
+    What was loaded under `FakeTensorMode` says nothing, so the streams go on as they are.
+
     Raises:
         CheckpointError: The state is of another number of ranks or of CUDA devices.
     """
@@ -51,6 +59,8 @@ def set_random_state(state: Mapping[str, Any]) -> None:
             f"the random state is of {len(cuda)} CUDA devices, this process sees "
             f"{torch.cuda.device_count()}; load with rng=False to start new random streams"
         )
+    if not has_numbers(state["torch"]):
+        return
     python, numpy = state["python"], state["numpy"]
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
     keys = numpy["keys"].numpy().astype(np.uint32)

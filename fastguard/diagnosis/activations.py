@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fastguard.errors.checked_numbers import number_of
 from fastguard.errors.plain_text import printable, shown
+from fastguard.gradients.tensor_kinds import has_numbers
 from fastguard.gradients.transfer import moved
 
 Mode = Literal["count", "clean"]
@@ -79,7 +80,7 @@ class ActivationGuard:
         ActivationCounts(nan=1, inf=1, over_limit=0)
     """
 
-    _without_numbers = False  # the last output was on the meta device
+    _without_numbers = False  # the last output was on the meta device, or a placeholder
 
     def __init__(
         self,
@@ -111,12 +112,12 @@ class ActivationGuard:
         """The counts of each watched module, by name. Waits for a GPU.
 
         Raises:
-            ValueError: The last output was on the meta device.
+            ValueError: The last output was on the meta device, or a placeholder.
         """
         if self._without_numbers:
             raise ValueError(
-                "the last output was on the meta device, which holds no numbers to count; give the "
-                "model its memory first, by model.to_empty(device=...) and its weights, or reset()"
+                "the last output was on the meta device or under FakeTensorMode, which holds no "
+                "numbers to count; run the model in real memory first, or call reset()"
             )
         rows = self._table.tolist()
         return {n: ActivationCounts(*row) for n, row in zip(self._names, rows, strict=True)}
@@ -153,22 +154,25 @@ class ActivationGuard:
         counted = [self._counted(t) for t in tree_leaves(output) if _is_watched(t)]
         found = [c for c in counted if c is not None]
         if not found:
-            return None
+            return self._all_cleaned(output) if self._without_numbers else None
         with torch.no_grad():
             if self._table.device.type == "cpu" and found[0].device.type != "cpu":
                 self._table = self._table.to(found[0].device)  # the model has moved
             for counts in found:
                 self._table[row] += moved(counts, self._table.device)
+        return self._all_cleaned(output)
+
+    def _all_cleaned(self, output: Any) -> Any:
         if self.mode == "count":
             return None
         return tree_map(lambda t: self._cleaned(t) if _is_watched(t) else t, output)
 
     def _counted(self, x: Tensor) -> Tensor | None:
         """int64 `(3,)`; None if it is known to be all zeros, or cannot be known."""
-        on_meta = x.device.type == "meta"
-        if on_meta != self._without_numbers:
-            self._without_numbers = on_meta
-        if on_meta:
+        unknown = x.is_meta or not (torch.compiler.is_compiling() or has_numbers(x))
+        if unknown != self._without_numbers:
+            self._without_numbers = unknown
+        if unknown:
             return None
         x = _wide(x.detach())
         if x.device.type == "cpu" and not torch.compiler.is_compiling():

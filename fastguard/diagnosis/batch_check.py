@@ -23,6 +23,7 @@ from torch import Tensor
 from fastguard.errors import nearest
 from fastguard.errors.checked_numbers import number_of
 from fastguard.errors.plain_text import printable
+from fastguard.gradients.tensor_kinds import has_numbers
 from fastguard.gradients.transfer import numbers_on
 
 _INDEX = re.compile(r"\[(\d+)\]")
@@ -88,7 +89,12 @@ class BatchCheck:
         return {prefix + name: v for name, v in zip(self.names, value.unbind(), strict=True)}
 
     def problems(self) -> list[BatchProblem]:
-        """What is wrong, by tensor; empty if nothing is. Waits for a GPU."""
+        """What is wrong, by tensor; empty if nothing is. Waits for a GPU.
+
+        Empty too under `FakeTensorMode` and for meta tensors: they have no values.
+        """
+        if not has_numbers(self.low):
+            return []
         return [
             problem
             for name, low, high, limits, constant_is_bad in zip(

@@ -88,9 +88,11 @@ def refuse_wrapped(tensors: Iterable[Tensor], error: Exception) -> None:
 
 
 def has_numbers(t: Tensor) -> bool:
-    """Whether the host can read a tensor: no placeholder has anything to read."""
+    """Whether the host can read a tensor: placeholders and meta tensors have nothing to read."""
     kind = type(t)
-    return (kind in PLAIN_TYPES and not watched()) or kind_of((kind,)) is not TRACED
+    if kind in PLAIN_TYPES and not watched():
+        return not t.is_meta
+    return kind_of((kind,)) is not TRACED and not t.is_meta
 
 
 @contextmanager

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+from fastguard.gradients.tensor_kinds import has_numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,7 @@ def cloned(value: Any) -> Any:
         return parts.whole({name: cloned(piece) for name, piece in parts.tensors.items()})
     if not isinstance(value, Tensor):
         return copy.deepcopy(value)
-    if has_plain_type(value) or value.layout is not torch.strided:
+    if has_plain_type(value) or value.layout is not torch.strided or not has_numbers(value):
         return value.detach().clone()
     return _cloned_subclass(value)
 
@@ -142,16 +144,22 @@ class CannotCopy(TypeError):
         self.value = value
 
 
-def copies_for_deepcopy(state: Mapping[Any, Any]) -> dict[int, Any]:
-    """Copies, by the id of the original, of tensors in an optimizer's state that wrap others.
+def copies_for_deepcopy(state: Any) -> dict[int, Any]:
+    """Copies, by the id of the original, of nested tensors that wrap others, and of placeholders.
 
-    As the `memo` of `copy.deepcopy`, which asks a tensor for its `clone`.
+    As the `memo` of `copy.deepcopy`, which asks the former for their `clone`. Of a placeholder it
+    would copy the mode too, and with it weak references, which are then released twice: the heap
+    is corrupt from there on.
     """
     memo: dict[int, Any] = {}
 
     def look(value: Any) -> None:
         if isinstance(value, Tensor):
-            if not hasattr(value, "_spec") and parts_of(value) is not None:
+            if not has_numbers(value):
+                memo[id(value)] = cloned(value)
+                mode = getattr(value, "fake_mode", None)
+                memo[id(mode)] = mode
+            elif not hasattr(value, "_spec") and parts_of(value) is not None:
                 memo[id(value)] = cloned(value)
         elif isinstance(value, Mapping):
             for item in value.values():
@@ -159,6 +167,9 @@ def copies_for_deepcopy(state: Mapping[Any, Any]) -> dict[int, Any]:
         elif isinstance(value, list | tuple):
             for item in value:
                 look(item)
+        elif is_dataclass(value):
+            for each in fields(value):
+                look(getattr(value, each.name))
 
     look(state)
     return memo

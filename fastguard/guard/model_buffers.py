@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from fastguard.errors import NonFiniteGradError, TrainingDivergedError
+from fastguard.gradients.tensor_kinds import has_numbers
 from fastguard.guard.buffer_places import Batch, Place
 from fastguard.guard.guarded import GuardedOptimizer
 from fastguard.stages.contract import HostVerdict, Verdict
@@ -146,6 +147,9 @@ class ModelBuffers:
     def _after_step(self, optimizer: GuardedOptimizer, *_: Any) -> None:
         verdict = optimizer.last
         if verdict is None:
+            return
+        if not has_numbers(verdict.found_inf):  # the step was taken
+            self.keep()
             return
         undo = _is_taken_back(verdict)
         if not self._are_as_before():

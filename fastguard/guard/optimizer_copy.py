@@ -82,4 +82,6 @@ def _with_inner(optimizer: Optimizer, seen: set[int]) -> Iterator[Optimizer]:
 
 
 def _copied(setting: Any) -> Any:
-    return copy.deepcopy(setting) if isinstance(setting, Tensor | list | dict) else setting
+    if not isinstance(setting, Tensor | list | dict):
+        return setting
+    return copy.deepcopy(setting, copies_for_deepcopy(setting))

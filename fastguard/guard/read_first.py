@@ -16,11 +16,18 @@ from fastguard.stages.contract import Verdict
 from fastguard.stages.spike_rules import Rule
 
 
+def says_skip(verdict: Verdict) -> bool:
+    """Whether the step is to be skipped. Waits for a GPU.
+
+    No verdict about placeholders is known: they are there to see what a step takes.
+    """
+    return has_numbers(verdict.found_inf) and verdict.found_inf.item() != 0.0
+
+
 class ReadFirst:
     """Reads the verdict, then steps or does not: free on a CPU, one read of one scalar on a GPU.
 
-    A verdict about placeholders cannot be read; they are there to see what a step takes, so it is
-    taken.
+    A verdict about placeholders cannot be read, so the step is taken.
     """
 
     waits = True
@@ -51,10 +58,10 @@ class ReadFirst:
         """Applies the verdict, and steps unless it says to skip."""
         if changes:
             apply(buckets, verdict)
-        if not has_numbers(verdict.found_inf) or verdict.found_inf.item() == 0.0:
-            self._inner(call)
-        else:
+        if says_skip(verdict):
             run_hooks_of_all(self.optimizer)
+        else:
+            self._inner(call)
 
     def conclude(self, taken: bool) -> None:
         """Nothing to do: weights that a failed step has begun to move have no copy."""

@@ -57,9 +57,13 @@ class KnownRun(OptimizerAround):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KnownRun:
         """A copy decides with the same ranks: process groups and stores cannot be copied."""
-        for shared in (self.group, self._gradients.team):
+        parameters = (p for group in self.param_groups for p in group["params"])
+        modes = (getattr(p, "fake_mode", None) for p in parameters)
+        for shared in (self.group, self._gradients.team, *modes):
             memo[id(shared)] = shared
-        memo.update(copies_for_deepcopy(self.optimizer.state))
+        settings = [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups]
+        kept = [self.optimizer.state, settings, self._policy, self._state]
+        memo.update(copies_for_deepcopy(kept))
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
@@ -126,12 +130,12 @@ class KnownRun(OptimizerAround):
     @property
     def applied_steps(self) -> int:
         """Steps that reached the weights. Waits for a GPU."""
-        return int(self._state.counters[1])
+        return guard_state.counter_of(self._state, 1)
 
     @property
     def skipped_steps(self) -> int:
         """Steps that did not, for whatever reason. Waits for a GPU."""
-        return int(self._state.counters[2])
+        return guard_state.counter_of(self._state, 2)
 
     @property
     def consecutive_skips(self) -> int:
@@ -139,12 +143,12 @@ class KnownRun(OptimizerAround):
 
         Skips that only lower a loss scale neither count here nor end a row.
         """
-        return int(self._state.counters[3])
+        return guard_state.counter_of(self._state, 3)
 
     @property
     def loss_scale_skips(self) -> int:
         """Those of `skipped_steps` that only lowered a loss scale. Waits for a GPU."""
-        return int(self._state.counters[4])
+        return guard_state.counter_of(self._state, 4)
 
     @property
     def lifetime(self) -> Lifetime:
@@ -170,7 +174,7 @@ class KnownRun(OptimizerAround):
         """Takes a loaded state, and of its counts and the run's those with more steps."""
         most = max(self.lifetime, Lifetime.of(state, taken_back), key=lambda counts: counts.steps)
         self._state, self._taken_back = state, most.taken_back_of(state)
-        self._steps_taken = guard_state.steps_of(state)
+        self._steps_taken = guard_state.counter_of(state, 0)
         self._recorder.forget_last()
 
     def _conclude(self) -> None:

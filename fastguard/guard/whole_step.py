@@ -18,9 +18,11 @@ import torch
 from torch.optim import Optimizer
 
 from fastguard.gradients.buckets import GradBuckets
+from fastguard.gradients.tensor_kinds import has_numbers
 from fastguard.guard.clip_scope import Limit
 from fastguard.guard.inner_step import StepCall
 from fastguard.guard.optimizer_copy import OptimizerCopy
+from fastguard.guard.read_first import says_skip
 from fastguard.guard.step_hooks import run_hooks_of_all
 from fastguard.records.losses import named_losses
 from fastguard.stages.apply import apply
@@ -124,7 +126,7 @@ class WholeStep:
         """Keeps the step, or takes it back."""
         if changes:  # sets what is non-finite to zero
             apply(buckets, verdict)
-        if verdict.found_inf.item() != 0.0 and self._before is not None:
+        if says_skip(verdict) and self._before is not None:
             self._before.restore()
 
     def conclude(self, taken: bool) -> None:
@@ -135,4 +137,5 @@ class WholeStep:
 
 
 def _is_nonfinite(loss: Any) -> bool:
-    return any(not torch.as_tensor(x).isfinite().all() for x in named_losses(loss).values())
+    values = map(torch.as_tensor, named_losses(loss).values())
+    return any(has_numbers(x) and not x.isfinite().all() for x in values)

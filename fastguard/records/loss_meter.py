@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fastguard.errors.checked_numbers import number_of, refuse_bool_and_text
 from fastguard.errors.plain_text import printable
+from fastguard.gradients.tensor_kinds import has_numbers
 from fastguard.records.losses import LOSS, named_losses
 
 KEPT_BAD = 16
@@ -136,6 +137,8 @@ class LossMeter:
     ) -> None:
         """Adds the losses of one batch. Never waits for a GPU.
 
+        Losses without numbers, under `FakeTensorMode` or on the meta device, leave no trace.
+
         Args:
             loss: A scalar, or a dict of scalars by name; names may be missing in some batches.
             weight: What the batch counts, >= 0: its number of samples, say.
@@ -147,6 +150,8 @@ class LossMeter:
         losses = named_losses(loss)
         batch = _Batch(self._batches, tuple(losses), tag)
         values = [*losses.values(), _checked_weight(weight)]
+        if not all(has_numbers(v) for v in values if isinstance(v, Tensor)):
+            return
         self._batches += 1
         device = _gpu_of(values)
         if device is None:

@@ -25,6 +25,7 @@ from fastguard.checkpoints import CheckpointStore
 from fastguard.errors import TrainingDivergedError
 from fastguard.errors.checked_numbers import count_of, number_of
 from fastguard.errors.plain_text import shown
+from fastguard.gradients.tensor_kinds import has_numbers
 from fastguard.guard.grad_scaler import lower_scales_stay
 from fastguard.guard.guarded import GuardedOptimizer
 from fastguard.guard.weak_hooks import hook_weakly
@@ -165,10 +166,10 @@ class Rollback:
             self._place = InMemory(optimizer, keep, Peers(optimizer.process_group))
         else:
             self._place = InStore(store)
-        self._first: tuple[Any] | None = None  # the position, while the model is lazy
+        self._first: tuple[Any] | None = None  # the position, while there is nothing to copy
         if _resumed(optimizer, store):
             return
-        if self._is_lazy():
+        if self._has_nothing_to_copy():
             self._first = (position,)
             hook_weakly(optimizer.register_step_pre_hook, self._take_first)
         else:
@@ -223,13 +224,12 @@ class Rollback:
     def snapshot(self, position: Any = None) -> None:
         """Keeps the state of now; the oldest snapshot beyond `keep` is overwritten.
 
-        Nothing is kept while the model has lazy modules before their first forward pass: there is
-        no state to go back to.
+        Nothing is kept while the model has lazy modules before their first forward pass, nor under
+        `FakeTensorMode`: there is no state to go back to.
         """
-        if self._first is not None:
-            if self._is_lazy():
-                return
-            self._first = None
+        if self._has_nothing_to_copy():
+            return
+        self._first = None
         now = self._stretch.now(self.optimizer.steps_taken)
         kept = self._place.take(self.objects, now, position)
         self._stretch.begin_anew()
@@ -239,9 +239,10 @@ class Rollback:
         if now.step > self._trouble_until:
             self.attempts = 0
 
-    def _is_lazy(self) -> bool:
+    def _has_nothing_to_copy(self) -> bool:
+        """Whether parameters or buffers are lazy, or placeholders."""
         tensors = chain.from_iterable(map(_tensors_of, self.objects.values()))
-        return any(map(is_lazy, tensors))
+        return any(is_lazy(t) or not has_numbers(t) for t in tensors)
 
     def _take_first(self) -> None:
         if self._first is not None:

@@ -138,7 +138,8 @@ class InMemory:
             self._slots.pop()
         if not refused:
             raise NothingToRestore(
-                "there is no snapshot: the model has lazy modules and has taken no step"
+                "there is no snapshot: the model has had no values to copy (lazy modules before "
+                "the first step, or FakeTensorMode)"
             )
         raise NothingToRestore(f"no snapshot {what}: {'; '.join(refused)}")
 

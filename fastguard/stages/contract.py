@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastguard.errors import Culprit
-from fastguard.gradients.tensor_kinds import PLAIN, Kind, lasting
+from fastguard.gradients.tensor_kinds import PLAIN, Kind, has_numbers, lasting
 from fastguard.stages.formulas import norm_of_norms, propagated_norms, root
 from fastguard.stages.limit_rules import AdaptiveLimit
 from fastguard.stages.reason import Reason
@@ -108,7 +108,12 @@ class GradStats:
         return t[i] if self.kind is PLAIN else t.select(0, i)
 
     def culprits(self) -> list[Culprit]:
-        """`(name, nan, posinf, neginf)` of each tensor with non-finite elements. Waits."""
+        """`(name, nan, posinf, neginf)` of each tensor with non-finite elements. Waits.
+
+        Placeholders have none.
+        """
+        if not has_numbers(self.counts):
+            return []
         counts = self.counts.cpu()
         bad = counts.sum(0).nonzero().squeeze(1).tolist()
         rows = counts[:, bad].T.tolist()

@@ -1,4 +1,11 @@
-"""Estimates of memory: a guard is made and steps under FakeTensorMode, as the bare optimizer."""
+"""Estimates of memory: a guard is made and steps under FakeTensorMode, as the bare optimizer.
+
+So does what stands beside it in a training loop: there is nothing to record, and nothing to keep.
+"""
+
+import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -56,6 +63,163 @@ def test_steps_of_placeholders_are_taken_and_leave_no_record(make, guard):
             assert len(opt.state) == 4  # each parameter has stepped
     _, real = train(OPTIMIZERS[make], GUARDS[guard])
     assert real.applied_steps == 3 and len(real.records()) == 3
+
+
+def loop(prepare, steps=3, norm=False):
+    """A few steps; `prepare(model, opt)` returns what is called after each with loss and batch."""
+    layers = [nn.Linear(4, 8), *([nn.BatchNorm1d(8)] if norm else []), nn.Linear(8, 2)]
+    model = nn.Sequential(*layers)
+    opt = fastguard.GuardedOptimizer(optim.AdamW(model.parameters()), max_norm=1.0)
+    after = prepare(model, opt)
+    for _ in range(steps):
+        opt.zero_grad()
+        batch = torch.randn(3, 4)
+        loss = model(batch).square().mean()
+        loss.backward()
+        opt.step(loss=loss)
+        after(loss, batch)
+    return model, opt
+
+
+def with_rollback(model, opt):
+    rollback = fastguard.Rollback(opt, {"model": model}, every=1)
+
+    def after(loss, batch):
+        assert rollback.step() is None and rollback.snapshots == []
+
+    return after
+
+
+def with_meter(model, opt):
+    meter = fastguard.LossMeter()
+
+    def after(loss, batch):
+        meter.update(loss, weight=len(batch))
+        meter.update({"a": loss, "b": 2.0})
+        assert meter.compute().batches == 0
+
+    return after
+
+
+def with_activations(mode):
+    def prepare(model, opt):
+        guard = fastguard.ActivationGuard(model, mode=mode, limit=10.0)
+
+        def after(loss, batch):
+            with pytest.raises(ValueError, match="FakeTensorMode"):
+                guard.counts()
+
+        return after
+
+    return prepare
+
+
+def with_checked_batches(model, opt):
+    def after(loss, batch):
+        check = fastguard.check_batch((batch, torch.ones(3, dtype=torch.bool)), high=1.0)
+        assert check.problems() == [] and len(check.signals()) == 2
+
+    return after
+
+
+def with_buffers(model, opt):
+    buffers = fastguard.protect_buffers(model, opt)
+
+    def after(loss, batch):
+        assert buffers.mended == 0
+
+    return after
+
+
+def with_counters(model, opt):
+    seen = []
+    opt.add_sink(seen.append)
+
+    def after(loss, batch):
+        assert opt.applied_steps == opt.skipped_steps == opt.consecutive_skips == 0
+        assert seen == opt.history == [] and opt.lifetime.steps == 0
+
+    return after
+
+
+def with_measures(model, opt):
+    def after(loss, batch):
+        assert fastguard.measure_grads(model.parameters()).culprits() == []
+
+    return after
+
+
+BESIDE = {
+    "Rollback": with_rollback,
+    "LossMeter": with_meter,
+    "ActivationGuard": with_activations("count"),
+    "cleaning ActivationGuard": with_activations("clean"),
+    "check_batch": with_checked_batches,
+    "protect_buffers": with_buffers,
+    "counters": with_counters,
+    "measure_grads": with_measures,
+}
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+def test_what_stands_beside_the_guard_lets_placeholders_pass(beside):
+    with FakeTensorMode():
+        loop(BESIDE[beside], norm=True)
+
+
+def test_a_rollback_made_of_placeholders_has_nothing_to_go_back_to():
+    with FakeTensorMode():
+        model, opt = loop(lambda *_: lambda *_: None)
+        rollback = fastguard.Rollback(opt, {"model": model})
+        with pytest.raises(fastguard.TrainingDivergedError, match=r"no snapshot.*FakeTensorMode"):
+            rollback.trigger()
+
+
+def test_a_store_refuses_placeholders(tmp_path):
+    with FakeTensorMode(), fastguard.CheckpointStore(tmp_path) as store:
+        model, _ = loop(lambda *_: lambda *_: None)
+        assert store.maybe_save({"model": model}, step=1, every=2) is None
+        with pytest.raises(ValueError, match=r"model\.0\.weight is a FakeTensor.*no data to save"):
+            store.maybe_save({"model": model}, step=2, every=2)
+        assert store.list() == ()
+
+
+@pytest.mark.parametrize("lr", [1e-3, "tensor"])
+def test_copies_of_a_guard_share_the_mode(lr):
+    with FakeTensorMode() as mode:
+        lr = torch.tensor(1e-3) if lr == "tensor" else lr
+        model = nn.Linear(4, 2)
+        opt = fastguard.GuardedOptimizer(optim.AdamW(model.parameters(), lr=lr), max_norm=1.0)
+        model(torch.ones(1, 4)).sum().backward()
+        opt.step()
+        twin = copy.deepcopy(opt)
+        (p, *_), (kept, *_) = twin.param_groups[0]["params"], twin.state.values()
+        assert p.fake_mode is kept["exp_avg"].fake_mode is mode
+        assert p is not model.weight and kept["exp_avg"] is not opt.state[model.weight]["exp_avg"]
+
+
+CRASH = """
+import copy, torch, fastguard
+from fastguard.gradients.tensor_parts import cloned
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+for _ in range(20):
+    with FakeTensorMode():
+        model = torch.nn.Linear(2, 2)
+        opt = fastguard.GuardedOptimizer(torch.optim.AdamW(model.parameters()), max_norm=1.0)
+        model(torch.ones(1, 2)).sum().backward()
+        opt.step()
+        fastguard.Rollback(opt, {"model": model})
+        copy.deepcopy(opt)
+        cloned(model.weight)
+junk = [torch.randn(7) for _ in range(2000)]
+"""
+
+
+def test_no_copy_of_a_placeholder_corrupts_the_heap():
+    # copy.deepcopy of a FakeTensor copies its mode, whose weak references are then released twice.
+    done = subprocess.run([sys.executable, "-c", CRASH], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_layers_around_several_gradients_are_refused_by_name():

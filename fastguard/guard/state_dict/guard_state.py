@@ -132,9 +132,9 @@ def _load_limits(fresh: GuardState, saved: Mapping[str, Any], policy: Policy) ->
     fresh.limits.copy_(given)
 
 
-def steps_of(state: GuardState) -> int:
-    """How many steps a state has behind it; 0 for one of placeholders."""
-    return int(state.counters[0]) if has_numbers(state.counters) else 0
+def counter_of(state: GuardState, i: int) -> int:
+    """One of `GuardState.counters`; 0 for a state of placeholders. Waits for a GPU."""
+    return int(state.counters[i]) if has_numbers(state.counters) else 0
 
 
 def _with_all_counters(given: object) -> object:
