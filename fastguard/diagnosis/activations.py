@@ -116,8 +116,9 @@ class ActivationGuard:
         """
         if self._without_numbers:
             raise ValueError(
-                "the last output was on the meta device or under FakeTensorMode, which holds no "
-                "numbers to count; run the model in real memory first, or call reset()"
+                "the last output was on the meta device or under FakeTensorMode and holds no "
+                "numbers to count; give the model its memory first, by "
+                "model.to_empty(device=...) and its weights, or call reset()"
             )
         rows = self._table.tolist()
         return {n: ActivationCounts(*row) for n, row in zip(self._names, rows, strict=True)}
