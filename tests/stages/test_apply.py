@@ -166,3 +166,21 @@ def test_one_gradient_is_rounded_as_one_of_many(dtype, multiplier):
     scale(bucketize([alone]), factor(multiplier), NO)
     scale(bucketize([among, torch.ones(1, dtype=among.dtype)]), factor(multiplier), NO)
     assert_bitwise_equal(alone, among)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_lists_become_the_bits_of_torch_and_new_versions(dtype):
+    g = torch.Generator().manual_seed(0)
+    shapes = [(3, 5), (0,), (), (40_000,), (7,)]
+    grads = [torch.randn(shape, generator=g).to(dtype) for shape in shapes]
+    grads += [
+        torch.randn(6, 4, generator=g).to(dtype).t()[::2],
+        torch.full((2,), torch.inf).to(dtype),
+    ]
+    expected = [t.clone() for t in grads]
+    torch._foreach_mul_(expected, torch.tensor(0.3001))
+    versions = [t._version for t in grads]
+    scale(bucketize(grads), factor(0.3001), NO)
+    for got, want in zip(grads, expected, strict=True):
+        assert torch.equal(got, want)
+    assert all(t._version > v for t, v in zip(grads, versions, strict=True))

@@ -16,6 +16,8 @@ from fastguard.stages.formulas import (
 )
 
 CPU = torch.device("cpu")
+HALF = (torch.float16, torch.bfloat16)
+_IGNORED = torch.zeros((), device=CPU)  # where the scaler's operation would say that it met Inf
 
 
 def apply(bucket: GradBucket, multiplier: Tensor, clean: Tensor) -> None:
@@ -60,9 +62,20 @@ def _multiply(grads: Tensors, multiplier: float, dtype: torch.dtype) -> None:
     # A tensor, because _foreach_mul_ by a Python float costs six times as much on a CPU.
     factor = torch.tensor(multiplier, dtype=factor_dtype(dtype), device=CPU)
     try:
-        torch._foreach_mul_(grads, factor)
+        if dtype in HALF:
+            _multiply_half(grads, factor)
+        else:
+            torch._foreach_mul_(grads, factor)
     except RuntimeError:  # before any is changed: a list that is written to may hold no such view
         if not any(map(Tensor.is_neg, grads)):
             raise
         for grad in grads:
             grad.mul_(factor)
+
+
+def _multiply_half(grads: Tensors, factor: Tensor) -> None:
+    """The same bits as `_foreach_mul_`, which casts the float32 factor anew for each tensor: the
+    operation of `GradScaler` takes 0.2 to 0.5 of its time.
+    """
+    torch._amp_foreach_non_finite_check_and_unscale_(grads, _IGNORED, factor)
+    torch.autograd.graph.increment_version(grads)  # which that operation does not
