@@ -6,29 +6,22 @@ import codecs
 import json
 import os
 import shlex
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, fields
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Literal, NoReturn
 
 from fastguard.commands.terminal import printable
 from fastguard.commands.usage import UsageError
+from fastguard.records.read_json_lines import are_records
 from fastguard.records.regular_files import open_regular
 from fastguard.records.rotated_files import rotated_files
-from fastguard.records.step_record import StepRecord
+from fastguard.records.step_record import FIELDS
 
 Writer = Literal["fastguard", "another program", "unknown"]
 
 LOOKED_AT = 256 << 10
 """Bytes at the beginning of a file that say who wrote it."""
-
-_KEYS = frozenset(field.name for field in fields(StepRecord))
-_REQUIRED = frozenset(
-    field.name
-    for field in fields(StepRecord)
-    if field.default is MISSING and field.default_factory is MISSING
-)
 
 
 def writer_of(lines: Iterable[bytes | str]) -> Writer:
@@ -56,23 +49,11 @@ def writer_of(lines: Iterable[bytes | str]) -> Writer:
             found = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if is_record(found):
+        if are_records([found]):
             return "fastguard"
-        if found.keys() - _KEYS:
+        if found.keys() - set(FIELDS):
             writer = "another program"
     return writer
-
-
-def is_record(found: Mapping[str, Any]) -> bool:
-    """Whether a JSON object is a record of fastguard, of this version or a later one.
-
-    Example:
-        >>> is_record({"step": 3, "total_norm": 1.5, "clip_coef": 1.0, "action": "applied"})
-        True
-        >>> is_record({"step": 3, "loss": 0.5})
-        False
-    """
-    return found.keys() >= _REQUIRED
 
 
 def refuse_lines_of_others(run: Path) -> None:
@@ -144,7 +125,7 @@ def find_run(run: str | os.PathLike[str]) -> Path:
 def begun(run: Path) -> bool:
     """Whether there is any file of the run, or in its folder."""
     if run.is_dir():
-        return any(run.glob("*.jsonl"))
+        return bool(_current_files(run))
     return run.exists() or bool(rotated_files(run))
 
 
@@ -166,6 +147,6 @@ def file_of(run: str | os.PathLike[str]) -> Path:
 
 
 def _current_files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.jsonl"))
+    files = sorted(path for path in folder.glob("*.jsonl") if not path.is_dir())
     full = {old for file in files for old in rotated_files(file)}
     return [file for file in files if file not in full]

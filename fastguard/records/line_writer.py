@@ -20,6 +20,7 @@ from typing import ClassVar
 
 from fastguard.records.regular_files import check_regular
 from fastguard.records.rotated_files import (
+    full_file,
     identity_at,
     identity_of,
     number_of,
@@ -184,8 +185,9 @@ class LineWriter:
             if identity_at(self.path) == self._identity:  # else it has been renamed already
                 full = rotated_files(self.path)
                 number = 1 + (number_of(self.path, full[-1]) if full else 0)
-                new = f"{self.path.stem}.{number}{self.path.suffix}"
-                os.rename(self.path, self.path.with_name(new))
+                while (new := full_file(self.path, number)).is_dir():  # of somebody else
+                    number += 1
+                os.rename(self.path, new)
             self._take(_opened(self.path))
         except BlockingIOError:  # another process is about to find out that it may not write
             return

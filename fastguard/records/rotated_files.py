@@ -29,7 +29,7 @@ _TRIES = 20
 
 
 def rotated_files(path: str | os.PathLike[str]) -> list[Path]:
-    """The full files of a run, oldest first, without the current one."""
+    """The full files of a run, oldest first, without the current one; a folder is none of them."""
     path = Path(path)
     start, end = f"{path.stem}.", path.suffix
     try:
@@ -40,8 +40,14 @@ def rotated_files(path: str | os.PathLike[str]) -> list[Path]:
     for name in names:
         number = name[len(start) : len(name) - len(end)]
         if name.startswith(start) and name.endswith(end) and _is_number(number):
-            found.append((int(number), name))
+            if not os.path.isdir(path.with_name(name)):
+                found.append((int(number), name))
     return [path.with_name(name) for _, name in sorted(found)]
+
+
+def full_file(path: Path, number: int) -> Path:
+    """The name of a full file of the run `path`."""
+    return path.with_name(f"{path.stem}.{number}{path.suffix}")
 
 
 def number_of(path: Path, full: Path) -> int:

@@ -111,3 +111,32 @@ def test_the_log_of_another_program_is_refused_and_the_right_command_named(
     printed = capsys.readouterr()
     assert printed.out == "" and len(printed.err.splitlines()) == 1
     assert f"use: fastguard scan '{path}'" in printed.err
+
+
+@pytest.mark.parametrize("command", [["report"], ["monitor", "--once"]], ids=lambda c: c[0])
+def test_folders_with_the_names_of_files_are_passed_over(command, tmp_path, capsys):
+    if command == ["report"]:
+        require("plotly")
+    for name in ("records.1.jsonl", "other.jsonl"):
+        (tmp_path / name).mkdir()
+    written = write(tmp_path / "records.jsonl", 100, max_bytes=2048)
+    assert written.with_name("records.2.jsonl").is_file()
+    assert main([*command, str(tmp_path)]) == 0
+    assert "100" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["report"], ["monitor", "--once"]], ids=lambda c: c[0])
+@pytest.mark.parametrize(
+    "before",
+    ["\n" * 2000, "epoch 1\n" * 2000, "x" * (300 << 10) + "\n"],
+    ids=["blank", "text", "x"],
+)
+@pytest.mark.parametrize("line", FOREIGN)
+def test_lines_of_others_far_into_a_file_are_no_records(command, before, line, tmp_path, capsys):
+    if command == ["report"]:
+        require("plotly")
+    path = tmp_path / "run.jsonl"
+    path.write_text(before + f"{line}\n" * 3)
+    assert main([*command, str(path)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and f"use: fastguard scan {path}" in printed.err

@@ -16,6 +16,12 @@ def record(step, **more):
     return StepRecord(step, 1.0, 1.0, "applied", losses={"loss": 0.5}, lr=0.1, **more)
 
 
+def line_of(step, **more):
+    """The shortest line that is a record, and more."""
+    least = {"step": step, "total_norm": 1.0, "clip_coef": 1.0, "action": "applied"}
+    return json.dumps(least | more).encode()
+
+
 def steps(path, **options):
     return [r["step"] for block in rf.read_blocks(path, **options) for r in block.records]
 
@@ -61,18 +67,22 @@ def test_a_run_whose_current_file_is_not_there_yet(tmp_path):
         b"\xff\xfe not text",
         b"[1, 2]",
         b'{"total_norm": 1.0}',
-        b'{"step": "two"}',
-        b'{"step": 2.5}',
-        b'{"step": true}',
-        b'{"step": -1}',
-        b'{"step": 123456789012345678901234567890}',
-        b'{"step": 2}, {"step": 3}',
-        b'{"step": 2} {"step": 3}',
+        line_of("two"),
+        line_of(2.5),
+        line_of(True),
+        line_of(-1),
+        line_of(123456789012345678901234567890),
+        line_of(2) + b", " + line_of(3),
+        line_of(2) + b" " + line_of(3),
+        b'{"step": 2, "loss": 0.5}',
+        line_of(2, action=None),
+        line_of(2, total_norm=True),
+        line_of(2, clip_coef=[1]),
         b"[" * 100_000,
         b"null",
         b'"',
     ],
-    ids=lambda line: line[:20].decode("latin1").replace("\0", "NUL"),
+    ids=lambda line: line[:70].decode("latin1").replace("\0", "NUL"),
 )
 @pytest.mark.parametrize("place", ["first", "middle", "last", "last, unfinished"])
 def test_what_is_no_record_is_counted_and_left_out(line, place, tmp_path):
@@ -89,19 +99,20 @@ def test_what_is_no_record_is_counted_and_left_out(line, place, tmp_path):
 
 def test_two_halves_of_lines_never_make_one(tmp_path):
     path = tmp_path / "run.jsonl"
-    path.write_bytes(b'{"step": 1, "tag": "a\nb"}\n{"step": 2, "culprits": [1\n{"step": 3}\n]}\n')
+    halves = b'{"step": 1, "tag": "a\nb"}', b'{"step": 2, "culprits": [1', line_of(3), b"]}"
+    path.write_bytes(b"\n".join(halves))
     assert steps(path) == [3]
     assert damaged(path) == 4
 
 
 def test_numbers_that_strict_json_does_not_know_are_read(tmp_path):
     path = tmp_path / "run.jsonl"
-    path.write_text('{"step": 1, "lr": NaN}\n{"step": 2, "lr": Infinity}\n')
+    path.write_bytes(line_of(1, lr=NAN) + b"\n" + line_of(2, total_norm=INF) + b"\n")
     assert steps(path) == [1, 2]
     assert damaged(path) == 0
 
 
-@pytest.mark.parametrize("content", [b"", b"\n\n", b"  \n\r\n", b'{"step": 1}\r\n\r\n'])
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"  \n\r\n", line_of(1) + b"\r\n\r\n"])
 def test_blank_lines_are_nothing(content, tmp_path):
     path = tmp_path / "run.jsonl"
     path.write_bytes(content)
@@ -111,7 +122,7 @@ def test_blank_lines_are_nothing(content, tmp_path):
 
 def test_a_line_without_end_takes_no_memory(tmp_path):
     path = tmp_path / "run.jsonl"
-    path.write_bytes(b'{"step": 1}\n' + b"x" * 10_000 + b'\n{"step": 2}\n' + b"y" * 10_000)
+    path.write_bytes(b"\n".join([line_of(1), b"x" * 10_000, line_of(2), b"y" * 10_000]))
     assert steps(path, block_bytes=500) == [1, 2]
     assert damaged(path, block_bytes=500) == 2
 
@@ -119,7 +130,7 @@ def test_a_line_without_end_takes_no_memory(tmp_path):
 def test_without_orjson_the_same_is_read(tmp_path, monkeypatch):
     path = write(tmp_path / "run.jsonl", 100)
     with path.open("ab") as file:
-        file.write(b'{"step": 101, "lr": NaN}\n{"st')
+        file.write(line_of(101, lr=NAN) + b'\n{"st')
     before = [block.records for block in rf.read_blocks(path)]
     monkeypatch.setattr(rf, "_loads", json.loads)
     after = [block.records for block in rf.read_blocks(path)]

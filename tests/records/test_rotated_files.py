@@ -71,6 +71,13 @@ def test_names_that_are_no_numbers_are_no_files_of_the_run(path: Path) -> None:
     assert read(path) == [9, 10, 11]
 
 
+def test_a_folder_of_such_a_name_is_no_file_of_the_run(path: Path) -> None:
+    path.with_name("r.2.jsonl").mkdir()
+    path.with_name("r.1.jsonl").write_text("1\n")
+    path.write_text("2\n")
+    assert read(path) == [1, 2]
+
+
 def test_a_run_without_any_file_is_not_found(path: Path) -> None:
     for missing in (path, path / "in a folder that is not there.jsonl"):
         with pytest.raises(FileNotFoundError):

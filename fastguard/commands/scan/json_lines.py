@@ -18,7 +18,6 @@ import sys
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from fastguard.commands.run_files import is_record
 from fastguard.commands.scan.columns import KINDS, is_place, kind_of, place_of, whole
 from fastguard.commands.scan.places import names_settings, where_in
 from fastguard.commands.scan.reading import NOWHERE, Place, Reading
@@ -26,6 +25,7 @@ from fastguard.commands.scan.rows import Rows
 from fastguard.commands.scan.series import AllSeries
 from fastguard.commands.scan.values import Value, nonfinite_values
 from fastguard.commands.scan.words import is_bound, is_metric
+from fastguard.records.read_json_lines import are_records
 
 NAME = "json"
 RECORD = "fastguard"
@@ -160,7 +160,7 @@ class JsonLines:
         return reading
 
     def _read(self, found: Mapping[str, Any]) -> Reading:
-        if is_record(found):
+        if are_records([found]):
             return Reading(RECORD, NOWHERE, measured=False)
         bad: list[Value] = []
         numbers: dict[str, float] = {}

@@ -79,7 +79,7 @@ def test_status_1_when_the_run_ended_in_an_incident(tmp_path, capsys):
 def test_damaged_lines_are_counted_and_the_rest_is_reported(tmp_path, capsys):
     path = written(tmp_path / "records.jsonl", map(record, range(1, 10)))
     with path.open("ab") as file:
-        file.write(b'\0\0\0\n{"step": 10, "lr": {}}\n{"step": 11, "total')
+        file.write(b'\0\0\0\n{"step": 10, "loss": 0.5}\n{"step": 11, "total')
     assert main(["report", str(path)]) == 0
     printed = capsys.readouterr().out
     assert "No incident in 9 steps." in printed
@@ -87,9 +87,10 @@ def test_damaged_lines_are_counted_and_the_rest_is_reported(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("only_steps", [1, 2, 1500])
-def test_records_with_nothing_but_a_step(only_steps, tmp_path):
+def test_records_with_nothing_but_what_each_has(only_steps, tmp_path):
     path = tmp_path / "records.jsonl"
-    path.write_text("".join(f'{{"step": {step}}}\n' for step in range(only_steps)))
+    rest = '"total_norm": 1, "clip_coef": 1, "action": "applied"'
+    path.write_text("".join(f'{{"step": {step}, {rest}}}\n' for step in range(only_steps)))
     assert main(["report", str(path)]) == 0
     assert "No incident in" in (tmp_path / "records.html").read_text("utf-8")
 
