@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 
 from fastguard.functional.flat_buckets import FlatBuffer, FlatGradBuckets, slot_in
 from fastguard.guard.param_gradients import Gradients
-from fastguard.guard.step_hooks import has_step_hooks
+from fastguard.guard.step_hooks import is_hooked
 
 STEP = "step"
 
@@ -128,20 +128,26 @@ class FlatParameters:
     @contextmanager
     def runs_in_place_of_parameters(self) -> Iterator[None]:
         """Inside, the `step` of the optimizer works on runs. Its hooks see the parameters."""
-        optimizer = self.optimizer
-        self._has_hooks = has_step_hooks(optimizer)
-        before = optimizer.register_step_pre_hook(lambda *_: self._show_runs())
-        after = optimizer.register_step_post_hook(lambda *_: self._show_parameters())
-        optimizer._optimizer_step_post_hooks.move_to_end(after.id, last=False)  # type: ignore[attr-defined]
+        optimizer, handles = self.optimizer, []
+        self._hooked = is_hooked(optimizer)
         try:
+            if self._hooked:  # the runs are shown behind the last pre-hook
+                handles.append(optimizer.register_step_pre_hook(lambda *_: self._show_runs()))
+                last = optimizer.register_step_post_hook(lambda *_: self._show_parameters())
+                handles.append(last)
+                optimizer._optimizer_step_post_hooks.move_to_end(last.id, last=False)  # type: ignore[attr-defined]
+            else:
+                self._show_runs()
             yield
         finally:
             self._show_parameters()
-            before.remove()
-            after.remove()
+            for handle in handles:
+                handle.remove()
 
     @torch.no_grad()
     def _show_runs(self) -> None:
+        if self._shown is not None:
+            return
         self._follow()
         optimizer, runs = self.optimizer, self._runs_now()
         groups = {(g, ()): {**own, "params": []} for g, own in enumerate(optimizer.param_groups)}
@@ -156,17 +162,16 @@ class FlatParameters:
                 state[run.weights] = run.state()
         for group in groups.values():
             group.update(fused=True, foreach=None)
-        self._shown = runs, optimizer.param_groups, optimizer.state
+        self._shown = runs, state, optimizer.param_groups, optimizer.state
         optimizer.param_groups, optimizer.state = list(groups.values()), state
 
     @torch.no_grad()
     def _show_parameters(self) -> None:
+        """Ends what `_show_runs` began. Interrupted, it is done again from the start."""
         if self._shown is None:
             return
-        runs, groups, state = self._shown
-        of_runs = self.optimizer.state
+        runs, of_runs, groups, state = self._shown
         self.optimizer.param_groups, self.optimizer.state = groups, state
-        self._shown = None
         for run in runs:
             run.spread_step()
             if not run.keys and of_runs.get(run.weights):
@@ -174,6 +179,7 @@ class FlatParameters:
         self._tell_histories_apart(runs)
         increment_version(self._moving)
         self._mark_state()
+        self._shown = None
 
     # Where everything is.
 
@@ -185,8 +191,8 @@ class FlatParameters:
         self._runs: list[_Run] | None = None
         self._absent: list[int] = []  # parameters without a gradient, when the runs were made
         self._moving: list[Tensor] = []  # all others
-        self._shown: tuple[list[_Run], Any, Any] | None = None
-        self._has_hooks = False
+        self._shown: tuple[list[_Run], Any, Any, Any] | None = None
+        self._hooked = False
         self.forget_state()
 
     @property
@@ -303,7 +309,7 @@ class FlatParameters:
         their slots.
         """
         flat, absent = self._flat, []
-        if self._has_hooks or not flat.in_place:
+        if self._hooked or not flat.in_place:
             for i, (p, view) in enumerate(zip(flat.parameters, flat.views, strict=True)):
                 if p.grad is None:
                     absent.append(i)

@@ -70,6 +70,12 @@ def has_step_hooks(optimizer: Optimizer) -> bool:
     return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
 
 
+def is_hooked(optimizer: Optimizer) -> bool:
+    """Whether any hook runs around the step of an optimizer, those of all optimizers included."""
+    of_all = _global_optimizer_pre_hooks or _global_optimizer_post_hooks
+    return has_step_hooks(optimizer) or bool(of_all)
+
+
 def run_hooks_of_all(optimizer: Optimizer, *, pre: bool = True) -> None:
     """Runs the hooks of all optimizers, where no step of this one has run them.
 
