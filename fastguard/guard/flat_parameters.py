@@ -128,19 +128,20 @@ class FlatParameters:
     @contextmanager
     def runs_in_place_of_parameters(self) -> Iterator[None]:
         """Inside, the `step` of the optimizer works on runs. Its hooks see the parameters."""
+        self.show_parameters()
         optimizer, handles = self.optimizer, []
         self._hooked = is_hooked(optimizer)
         try:
             if self._hooked:  # the runs are shown behind the last pre-hook
                 handles.append(optimizer.register_step_pre_hook(lambda *_: self._show_runs()))
-                last = optimizer.register_step_post_hook(lambda *_: self._show_parameters())
+                last = optimizer.register_step_post_hook(lambda *_: self.show_parameters())
                 handles.append(last)
                 optimizer._optimizer_step_post_hooks.move_to_end(last.id, last=False)  # type: ignore[attr-defined]
             else:
                 self._show_runs()
             yield
         finally:
-            self._show_parameters()
+            self.show_parameters()
             for handle in handles:
                 handle.remove()
 
@@ -166,7 +167,7 @@ class FlatParameters:
         optimizer.param_groups, optimizer.state = list(groups.values()), state
 
     @torch.no_grad()
-    def _show_parameters(self) -> None:
+    def show_parameters(self) -> None:
         """Ends what `_show_runs` began. Interrupted, it is done again from the start."""
         if self._shown is None:
             return

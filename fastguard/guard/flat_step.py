@@ -37,6 +37,11 @@ class FlatStep(OnDevice):
         super().reset()
         self._flat.forget_state()
 
+    def conclude(self, taken: bool) -> None:
+        """What an interrupt has left of the end of an update is done now."""
+        super().conclude(taken)
+        self._flat.show_parameters()
+
     @property
     def waits(self) -> bool:
         """Whether every step reads the verdict."""
