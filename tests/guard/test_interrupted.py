@@ -137,6 +137,7 @@ SETTINGS = {
     "fused": ("fused", {}),
     "LBFGS": ("LBFGS", {}),
     "flat": ("plain", {"flat_buckets": True}),
+    "flat_parameters": ("fused", {"flat_parameters": True}),
     "raises": ("plain", {"nonfinite": "raise"}),
     "cleans": ("fused", {"nonfinite": "zero"}),
     "zclip": ("plain", {"max_norm": ZClip(warmup=5)}),
