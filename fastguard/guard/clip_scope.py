@@ -116,6 +116,7 @@ def policy_of(
         joint_limit=numbers_on([math.inf], device)[0],
         adaptive=adaptive,
         own=None if all(map(math.isnan, own)) else numbers_on(own, device),
+        on_host=n_segments == 1 and device.type == "cpu" and adaptive.on_host is not None,
     )
 
 

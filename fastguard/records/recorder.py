@@ -113,7 +113,7 @@ class _Known(NamedTuple):
             outcome.tag,
             outcome.stats.culprits() if any(known.nonfinite_counts) else (),
             outcome.signals.culprit_rank,
-            float(outcome.limit),
+            float(outcome.limit) if known.limit is None else known.limit,
         )
 
     def record(self) -> StepRecord:

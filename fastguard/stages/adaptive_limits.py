@@ -15,7 +15,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastguard.gradients.tensor_kinds import PLAIN
 from fastguard.stages.contract import GradStats, GuardState, Policy, Verdict
 from fastguard.stages.formulas import EPS, norm_of_norms
 from fastguard.stages.limit_rules import AdaptiveLimit, LimitStep
@@ -68,12 +67,6 @@ def learn(stats: GradStats, verdict: Verdict, state: GuardState, policy: Policy)
     if state.undo is not None:
         state.undo.append(partial(before.copy_, before.clone()))
     before.copy_(after)
-
-
-def has_host_form(stats: GradStats, policy: Policy) -> bool:
-    """Whether the rule decides in Python floats: one segment on a CPU."""
-    on_host = stats.kind is PLAIN and stats.summary.device.type == "cpu"
-    return on_host and stats.summary.numel() == 4 and _rule(policy).on_host is not None
 
 
 def numbers_of(state: GuardState) -> memoryview:

@@ -203,6 +203,8 @@ class Policy:
         adaptive: The rule that writes `max_norm`, then `(S,)`, anew at each step; None: fixed.
         own: float64 `(S,)`: the fixed limits of segments that the rule is not for, NaN for those
             that it is for; None: it is for all.
+        on_host: Whether the rule decides in Python floats: it can, for one segment on a CPU. Then
+            neither `max_norm` nor `joint_limit` is written.
     """
 
     max_norm: Tensor
@@ -213,6 +215,7 @@ class Policy:
     joint_limit: float | Tensor = math.inf
     adaptive: AdaptiveLimit | None = None
     own: Tensor | None = None
+    on_host: bool = False
 
     def may_change(self, signals: Signals) -> bool:
         """Whether a verdict can have anything for apply to do; known without looking at one."""
@@ -309,6 +312,7 @@ class Known(NamedTuple):
         nonfinite_counts: NaN, +Inf and -Inf of the whole model.
         losses: The losses that were judged, by name.
         step, consecutive_skips: Counters of the state after this step; 0 without a state.
+        limit: What an adaptive rule allowed the norm; None: `Policy.joint_limit` says it.
     """
 
     total_norm: float
@@ -323,6 +327,7 @@ class Known(NamedTuple):
     thresholds: Sequence[float]
     step: int
     consecutive_skips: int
+    limit: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import math
 from fastguard.errors import NonFiniteGradError, describe_culprits
 from fastguard.gradients.tensor_kinds import PLAIN, WRAPPED
 from fastguard.stages import backend
-from fastguard.stages.adaptive_limits import has_host_form, learn, set_limits
+from fastguard.stages.adaptive_limits import learn, set_limits
 from fastguard.stages.contract import (
     GradStats,
     GuardState,
@@ -45,7 +45,7 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
         The verdict; nothing waits for a GPU.
     """
     stages = backend.stages(stats.summary.device, stats.kind)
-    if policy.adaptive is None or state is None or has_host_form(stats, policy):
+    if policy.adaptive is None or state is None or (policy.on_host and stats.kind is PLAIN):
         return stages.decide(stats, signals, state, policy)
     set_limits(stats, state, policy)
     verdict = stages.decide(stats, signals, state, policy)

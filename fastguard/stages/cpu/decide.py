@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastguard.stages.adaptive_limits import exact, has_host_form, numbers_of
+from fastguard.stages.adaptive_limits import exact, numbers_of
 from fastguard.stages.contract import (
     GradStats,
     GuardState,
@@ -72,10 +72,12 @@ def decide(
         if not fault and (policy.nonfinite == "zero" or not bad_grad):
             _update_rings(state, policy, values, thresholds, spikes, skip, total_norm > 0)
 
-    if policy.adaptive is not None and state is not None and has_host_form(stats, policy):
+    limit, max_norm = None, policy.max_norm
+    if policy.on_host and state is not None:
         enters = not skip and (policy.nonfinite == "zero" or not bad_grad)
-        _adapt(state, policy, total_norm, enters)
-    coefs = _clip_coefs(stats, policy, spike_limit, total_norm, sums, bad_grad)
+        limit = _adapted(state, policy, total_norm, enters)
+        max_norm = exact(limit, total_norm)
+    coefs = _clip_coefs(stats, policy, max_norm, spike_limit, total_norm, sums, bad_grad)
     clip_coef = coefs if isinstance(coefs, Tensor) else _float64([coefs])
     multiplier = clip_coef if signals.inv_scale is None else clip_coef * signals.inv_scale
     if skip:
@@ -107,6 +109,7 @@ def decide(
             thresholds=thresholds,
             step=step,
             consecutive_skips=in_a_row,
+            limit=limit,
         ),
     )
 
@@ -119,16 +122,13 @@ def _total_norm(stats: GradStats, sums: list[float]) -> float:
     return math.sqrt(sum(sums))  # not fsum, nor ** above: they raise where this overflows
 
 
-def _adapt(state: GuardState, policy: Policy, norm: float, enters: bool) -> None:
-    """`adaptive_limits.set_limits` and `learn` for one segment."""
+def _adapted(state: GuardState, policy: Policy, norm: float, enters: bool) -> float:
+    """The limit of an adaptive rule for one segment, which learns the norm if it `enters`."""
     assert policy.adaptive is not None and policy.adaptive.on_host is not None
     limit, learn = policy.adaptive.on_host(norm, numbers_of(state))
-    limit = math.inf if math.isnan(limit) else limit
-    assert isinstance(policy.joint_limit, Tensor)
-    policy.joint_limit.numpy()[...] = limit
-    policy.max_norm.numpy()[0] = exact(limit, norm)
     if enters and 0 < norm < math.inf:
         learn(state.undo)
+    return math.inf if math.isnan(limit) else limit
 
 
 def _scale_falls(signals: Signals) -> bool:
@@ -158,6 +158,7 @@ def _torch_norm(total_norm: float, counts: list[list[float]]) -> float:
 def _clip_coefs(
     stats: GradStats,
     policy: Policy,
+    max_norm: float | Tensor,
     spike_limit: float,
     total_norm: float,
     sums: list[float],
@@ -166,11 +167,13 @@ def _clip_coefs(
     """A number where there is one segment, else float64 `(S,)`; NaN only in propagate mode."""
     propagates = bad_grad and policy.nonfinite == "propagate"
     if len(sums) == 1 and not propagates:
-        return min(_coef(total_norm, policy.max_norm.item()), _coef(total_norm, spike_limit))
+        limit = max_norm if isinstance(max_norm, float) else max_norm.item()
+        return min(_coef(total_norm, limit), _coef(total_norm, spike_limit))
     norms = stats.segment_norms
     if propagates:
         norms = propagated_norms(norms, stats.segment_counts)
-    coefs = clip_coefficients(norms, policy.max_norm)
+    limits = _float64([max_norm]) if isinstance(max_norm, float) else max_norm
+    coefs = clip_coefficients(norms, limits)
     return coefs.clamp(max=_coef(total_norm, spike_limit))  # NaN stays NaN
 
 

@@ -117,8 +117,9 @@ class Limited:
             verdict = reference.decide(*arguments)
             adaptive_limits.learn(stats, verdict, self.state, self.policy)
         else:
-            assert adaptive_limits.has_host_form(stats, self.policy)
+            assert self.policy.on_host
             verdict = cpu_decide.decide(*arguments)
+            return verdict.known.limit, verdict
         return float(self.policy.joint_limit), verdict
 
 
