@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastguard
-from fastguard import GuardedOptimizer, SpikeRule, Threshold
+from fastguard import AdaGC, AutoClip, GuardedOptimizer, SpikeRule, Threshold, ZClip
 
 SIZES = [5, 4097, 70_000]
 ASLEEP = 400_000_000  # cycles, about a fifth of a second: a step takes the host one or two ms
@@ -55,6 +55,21 @@ def test_a_step_waits_for_nothing(no_sync, kind, mode, flat):
             opt.step(loss=loss)
             opt.records()
     assert opt.applied_steps == 4
+
+
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+@pytest.mark.parametrize("rule", [ZClip(warmup=3), AutoClip(window=8), AdaGC(warmup=3)])
+def test_a_limit_that_adapts_waits_for_nothing(no_sync, rule, scope):
+    parameters = parameters_of()
+    opt = guarded(parameters, max_norm=rule, clip_scope=scope, spike=None)
+    opt.step()
+    with no_sync():
+        for step in range(8):
+            give(parameters, math.nan if step == 4 else 1.0 + step % 3)
+            opt.step()
+    assert (opt.applied_steps, opt.skipped_steps) == (8, 1)
+    assert opt._state.limits[0].tolist() == [8.0] * (len(SIZES) if scope == "tensor" else 1)
+    assert not opt._state.limits.isnan().any()
 
 
 @pytest.mark.parametrize("unscaled", [False, True], ids=["", "unscaled"])

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
+import fastguard
 from fastguard import GuardedOptimizer
 from guardtest.training import assert_same_bits, snapshot
 
@@ -79,6 +80,15 @@ def test_no_more_graphs_than_the_bare_optimizer_gives(fused):
     torch._dynamo.reset()
     _, guarded = run(True, True, 4, fused=fused, max_norm=1.0)
     assert 0 < guarded[-1] <= bare[-1]
+
+
+def test_a_limit_that_adapts_is_compiled_as_eager_and_without_another_graph():
+    rule = fastguard.ZClip(warmup=3, max_norm=None)
+    eager, _ = run(True, False, 8, bad=(4,), max_norm=rule)
+    compiled, graphs = run(True, True, 8, bad=(4,), max_norm=rule)
+    assert torch.equal(eager._state.limits, compiled._state.limits)
+    assert_same_bits(snapshot(compiled), snapshot(eager))
+    assert graphs == run(True, True, 8, bad=(4,), max_norm=1.0)[1]
 
 
 def test_nothing_recompiles_when_lr_or_max_norm_change():
