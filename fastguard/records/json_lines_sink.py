@@ -50,7 +50,7 @@ class JsonLinesSink:
         >>> path = Path(tempfile.mkdtemp()) / "records.jsonl"
         >>> with JsonLinesSink(path) as sink:
         ...     sink(fastguard.StepRecord(1, float("inf"), 1.0, "applied"))
-        >>> [record.total_norm for record in read_records(path)]
+        >>> [record.total_norm for record in fastguard.read_records(path)]
         [inf]
     """
 

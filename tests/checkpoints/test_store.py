@@ -14,6 +14,7 @@ from fastguard import CheckpointStore, GuardedOptimizer
 from fastguard.checkpoints import CheckpointError, StoreLocked
 from guardtest.longrun import LongRun
 from guardtest.training import assert_same_bits
+from guardtest.versions import has_torch
 
 NAN = float("nan")
 
@@ -325,6 +326,7 @@ def test_scalars_of_numpy_become_numbers_and_what_cannot_be_loaded_is_named(stor
 def with_state(optimizer):
     lr = torch.optim.lr_scheduler
     cosine = lr.CosineAnnealingLR(optimizer, 10)
+    matrix = torch.nn.Parameter(torch.ones(2, 2))
     return {
         "scaler": torch.amp.GradScaler("cpu"),
         "steps": lr.MultiStepLR(optimizer, [2, 4]),
@@ -333,7 +335,7 @@ def with_state(optimizer):
         "guarded": fastguard.GuardedLR(optimizer, floor=1e-6),
         "meter": fastguard.LossMeter(),
         "lbfgs": torch.optim.LBFGS([torch.nn.Parameter(torch.ones(2))]),
-        "muon": torch.optim.Muon([torch.nn.Parameter(torch.ones(2, 2))]),
+        **({"muon": torch.optim.Muon([matrix])} if has_torch(2, 9) else {}),
     }
 
 

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file, save_model
 
+from fastguard import GuardedOptimizer
 from fastguard.checkpoints import DamagedFile, inspect
 
 DTYPES = """
@@ -88,3 +89,17 @@ def test_bytes_behind_the_last_tensor(tmp_path, n_more):
     path.write_bytes(path.read_bytes() + bytes(n_more))
     assert opens(path) is None
     assert not is_whole(path)
+
+
+def test_a_model_with_flat_parameters_is_saved_as_a_state_dict(tmp_path):
+    """`save_model` wants tensors that own all of their storage, and says so."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    GuardedOptimizer(optimizer, flat_parameters=True)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    loaded = load_file(tmp_path / "model.safetensors")
+    assert loaded.keys() == model.state_dict().keys()
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded[key], value)
+    with pytest.raises(RuntimeError, match="covering the entire storage"):
+        save_model(model, tmp_path / "model.safetensors")

@@ -15,6 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import fastguard
+from fastguard.versions import SHARDED_ESTIMATES
+from guardtest.versions import needs
 
 
 @pytest.fixture(params=[FakeStore, dist.HashStore])
@@ -32,7 +34,13 @@ GROUPS = {
 }
 
 
-@pytest.mark.parametrize("placeholders", [False, True], ids=["numbers", "placeholders"])
+@pytest.mark.parametrize(
+    "placeholders",
+    [
+        pytest.param(False, id="numbers"),
+        pytest.param(True, id="placeholders", marks=needs(SHARDED_ESTIMATES)),
+    ],
+)
 @pytest.mark.parametrize(
     ("sharded", "group"), [(0, "plain"), (0, "replicated"), (1, "none"), (1, "plain")]
 )

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from fastguard import CheckpointStore, GuardedOptimizer, Rollback
-from guardtest import require
 from guardtest.flat_pairs import CLOSE, KINDS, in_one_buffer, pair_of
 from guardtest.grads import assert_bitwise_equal
 from guardtest.training import assert_same_bits, snapshot
@@ -178,16 +177,3 @@ def test_saving_a_model_writes_its_weights_once(tmp_path):
     for key, value in model.state_dict().items():
         assert_bitwise_equal(loaded[key], value)
     assert (tmp_path / "model.pt").stat().st_size < 8000
-
-
-def test_safetensors_saves_a_state_dict(tmp_path):
-    """`save_model` wants tensors that own all of their storage, and says so."""
-    safetensors = require("safetensors.torch")
-    model, opt = model_and_guard()
-    train(model, opt, range(2))
-    safetensors.save_file(model.state_dict(), tmp_path / "model.safetensors")
-    loaded = safetensors.load_file(tmp_path / "model.safetensors")
-    for key, value in model.state_dict().items():
-        assert_bitwise_equal(loaded[key], value)
-    with pytest.raises(RuntimeError, match="covering the entire storage"):
-        safetensors.save_model(model, tmp_path / "model.safetensors")
