@@ -102,7 +102,7 @@ def read(folder: Path) -> Manifest | None:
     if body is None or body.get("format") != FORMAT:
         return None
     version = body.get("version")
-    if not is_integer(version) or version < 1:
+    if not isinstance(version, int) or not is_integer(version) or version < 1:
         return None
     if version > VERSION:
         raise CheckpointError(

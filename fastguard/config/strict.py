@@ -179,7 +179,7 @@ def _check_any(value: Any, hints: tuple[Any, ...], path: str) -> Any:
         return build(Threshold, value, path)
     if len(hints) == 1:
         return _check(value, hints[0], path)
-    rules = {h.__name__: h for h in hints if dataclasses.is_dataclass(h)}
+    rules = {h.__name__: h for h in hints if isinstance(h, type) and dataclasses.is_dataclass(h)}
     if rules and isinstance(value, Mapping):
         settings = dict(value)
         name = settings.pop("rule", None)

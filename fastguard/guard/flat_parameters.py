@@ -151,7 +151,9 @@ class FlatParameters:
             return
         self._follow()
         optimizer, runs = self.optimizer, self._runs_now()
-        groups = {(g, ()): {**own, "params": []} for g, own in enumerate(optimizer.param_groups)}
+        groups: dict[tuple[int, tuple[str, ...]], dict[str, Any]] = {
+            (g, ()): {**own, "params": []} for g, own in enumerate(optimizer.param_groups)
+        }
         state: dict[Tensor, dict[str, Any]] = defaultdict(dict)
         for run in runs:
             # A group of its own for each set of entries: SGD tells a first step by its group.

@@ -42,7 +42,7 @@ class StepInFlight:
         self._call = call
         self._observed = observed
         self._losses = observed.kept()
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], object]] = []
 
     @property
     def is_taken(self) -> bool:

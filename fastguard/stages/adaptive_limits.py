@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from torch import Tensor
 from fastguard.stages.contract import GradStats, GuardState, Policy, Verdict
 from fastguard.stages.formulas import EPS, norm_of_norms
 from fastguard.stages.limit_rules import AdaptiveLimit, LimitStep
+
+if TYPE_CHECKING:
+    from fastguard.stages.limit_rules import Numbers
 
 
 def set_limits(stats: GradStats, state: GuardState, policy: Policy) -> None:
@@ -69,9 +73,9 @@ def learn(stats: GradStats, verdict: Verdict, state: GuardState, policy: Policy)
     before.copy_(after)
 
 
-def numbers_of(state: GuardState) -> memoryview:
+def numbers_of(state: GuardState) -> Numbers:
     """The numbers of one segment, `(seen, *numbers)`, for `AdaptiveLimit.on_host`."""
-    return state.limits.numpy().ravel().data
+    return state.limits.numpy().ravel().data  # type: ignore[return-value]
 
 
 def _seen_by_rule(stats: GradStats, state: GuardState) -> tuple[Tensor, LimitStep]:

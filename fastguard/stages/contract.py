@@ -248,12 +248,14 @@ class GuardState:
     windows: Tensor
     rings: Tensor
     limits: Tensor
-    undo: list[Callable[[], None]] | None = field(default=None, compare=False, repr=False)
+    undo: list[Callable[[], object]] | None = field(default=None, compare=False, repr=False)
 
     def to(self, device: torch.device) -> GuardState:
         """The same on another device."""
-        tensors = (self.counters, self.windows, self.rings, self.limits)
-        return GuardState(*(t.to(device) for t in tensors))
+        counters, windows, rings, limits = (
+            t.to(device) for t in (self.counters, self.windows, self.rings, self.limits)
+        )
+        return GuardState(counters, windows, rings, limits)
 
     def note_all(self) -> None:
         """Copies everything for `undo`, before a decision changes it."""

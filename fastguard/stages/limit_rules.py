@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from torch import Tensor
 from fastguard.errors.checked_numbers import count_of, number_of
 
 Undo = list[Callable[[], object]] | None
+if TYPE_CHECKING:
+    Numbers = memoryview[float]
 LARGEST_WINDOW = 2**20
 """Norms that `AutoClip` keeps: 16 MB per segment."""
 
@@ -81,7 +83,7 @@ class AdaptiveLimit:
         """
         raise NotImplementedError
 
-    on_host: Callable[[float, memoryview], tuple[float, Callable[[Undo], None]]] | None = None
+    on_host: Callable[[float, Numbers], tuple[float, Callable[[Undo], None]]] | None = None
     """The limit of one segment from its norm and `(seen, *numbers)`, and what learns it; or None:
     there are only the formulas on tensors."""
 
@@ -90,7 +92,7 @@ class AdaptiveLimit:
         return f"{type(self).__name__}({settings})"
 
 
-def _write(numbers: memoryview, values: Sequence[float], undo: Undo) -> None:
+def _write(numbers: Numbers, values: Sequence[float], undo: Undo) -> None:
     """Replaces the first numbers; `undo` puts the old ones back, whenever it is called."""
     if undo is not None:
         undo.append(partial(_write, numbers, numbers[: len(values)].tolist(), None))
@@ -164,7 +166,7 @@ class ZClip(AdaptiveLimit):
         spikes = (step.seen >= self.warmup) & (excess > self.z * variance.sqrt())
         return mean + self.z * self.z * variance / excess, spikes
 
-    def on_host(self, norm: float, numbers: memoryview) -> tuple[float, Callable[[Undo], None]]:  # type: ignore[override]
+    def on_host(self, norm: float, numbers: Numbers) -> tuple[float, Callable[[Undo], None]]:  # type: ignore[override]
         """The same in Python floats."""
         seen, mean, variance = numbers[:3].tolist()
         x, limit, excess = norm, math.inf, norm - mean
@@ -176,7 +178,7 @@ class ZClip(AdaptiveLimit):
 
     def _learn_on_host(
         self,
-        numbers: memoryview,
+        numbers: Numbers,
         x: float,
         seen: float,
         mean: float,
@@ -256,7 +258,7 @@ class AutoClip(AdaptiveLimit):
         ordered = torch.where(k == enters, norm, ordered.gather(0, source))
         return arrived.scatter(0, at, norm[None]), ordered
 
-    def on_host(self, norm: float, numbers: memoryview) -> tuple[float, Callable[[Undo], None]]:  # type: ignore[override]
+    def on_host(self, norm: float, numbers: Numbers) -> tuple[float, Callable[[Undo], None]]:  # type: ignore[override]
         """The same in Python floats: two searches by bisection, and one move of a part."""
         seen, window = int(numbers[0]), self.window
         filled, start = min(seen, window), 1 + window
@@ -283,7 +285,7 @@ class AutoClip(AdaptiveLimit):
         return value, partial(self._learn_on_host, numbers, norm, leaves, enters)
 
     def _learn_on_host(
-        self, numbers: memoryview, norm: float, leaves: int, enters: int, undo: Undo
+        self, numbers: Numbers, norm: float, leaves: int, enters: int, undo: Undo
     ) -> None:
         at = 1 + int(numbers[0]) % self.window
         if undo is not None:
@@ -296,7 +298,7 @@ class AutoClip(AdaptiveLimit):
         numbers[at] = norm
         numbers[0] += 1.0
 
-    def _restore(self, numbers: memoryview, seen: float, at: int, oldest: float) -> None:
+    def _restore(self, numbers: Numbers, seen: float, at: int, oldest: float) -> None:
         """Sorts the norms of before anew: right wherever the change was interrupted."""
         numbers[0], numbers[at] = seen, oldest
         both = np.asarray(numbers)
@@ -352,7 +354,7 @@ class AdaGC(AdaptiveLimit):
         moved = self.beta * average + (1 - self.beta) * clipped
         return [torch.where(step.seen < self.warmup, smallest, moved)]
 
-    def on_host(self, norm: float, numbers: memoryview) -> tuple[float, Callable[[Undo], None]]:  # type: ignore[override]
+    def on_host(self, norm: float, numbers: Numbers) -> tuple[float, Callable[[Undo], None]]:  # type: ignore[override]
         """The same in Python floats, for a model of one segment."""
         seen, average = numbers[:2].tolist()
         warms = seen < self.warmup

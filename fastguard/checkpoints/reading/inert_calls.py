@@ -141,7 +141,7 @@ def _quantized(storage: Any, offset: Any, size: Any, stride: Any, quantizer: Any
     """
     if not isinstance(quantizer, tuple) or len(quantizer) < 3:
         raise DamagedFile("damaged: a quantized tensor without its scale")
-    _scheme, scale, zero_point, *_ = quantizer
+    scale, zero_point = quantizer[1], quantizer[2]
     if isinstance(scale, int | float):
         scale = python_array("d", (scale,))
     state = {"scale": scale, "zero_point": zero_point}

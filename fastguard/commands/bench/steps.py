@@ -115,17 +115,20 @@ def guarded_step(work: Workload, inner: torch.optim.Optimizer) -> Prepared:
 
 
 def guarded_step_flat(work: Workload, inner: torch.optim.Optimizer) -> Prepared:
-    return _flat(work, flat_buckets=True)
+    return _flat(work, buckets=True)
 
 
 def guarded_step_flat_parameters(work: Workload, inner: torch.optim.Optimizer) -> Prepared:
-    return _flat(work, flat_parameters=True)
+    return _flat(work, buckets=False)
 
 
-def _flat(work: Workload, **options: bool) -> Prepared:
+def _flat(work: Workload, *, buckets: bool) -> Prepared:
     twin = work.twin()
     guarded = fastguard.GuardedOptimizer(
-        inner_optimizer(work, twin), max_norm=work.max_norm, **options
+        inner_optimizer(work, twin),
+        max_norm=work.max_norm,
+        flat_buckets=buckets,
+        flat_parameters=not buckets,
     )
     return Prepared(_stepping(guarded), lambda: work.restore(twin), twin)
 

@@ -167,12 +167,12 @@ def _clip_coefs(
     """A number where there is one segment, else float64 `(S,)`; NaN only in propagate mode."""
     propagates = bad_grad and policy.nonfinite == "propagate"
     if len(sums) == 1 and not propagates:
-        limit = max_norm if isinstance(max_norm, float) else max_norm.item()
+        limit = max_norm.item() if isinstance(max_norm, Tensor) else max_norm
         return min(_coef(total_norm, limit), _coef(total_norm, spike_limit))
     norms = stats.segment_norms
     if propagates:
         norms = propagated_norms(norms, stats.segment_counts)
-    limits = _float64([max_norm]) if isinstance(max_norm, float) else max_norm
+    limits = max_norm if isinstance(max_norm, Tensor) else _float64([max_norm])
     coefs = clip_coefficients(norms, limits)
     return coefs.clamp(max=_coef(total_norm, spike_limit))  # NaN stays NaN
 
