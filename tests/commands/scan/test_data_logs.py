@@ -259,10 +259,14 @@ def test_without_tensorboard_the_extra_is_named(tmp_path: Path, capsys, monkeypa
 
 
 def test_the_time_for_a_document_grows_with_its_size_alone() -> None:
-    times = []
-    for n in (2_000, 16_000):
+    def seconds(n: int) -> float:
         text = "{" + ",".join(f'"a{i}":[{{"loss":1}}]' for i in range(n)) + "}"
-        begun = time.process_time()
-        assert scan_log(io.BytesIO(text.encode())).n_lines == n
-        times.append(time.process_time() - begun)
-    assert times[1] < 24 * times[0]  # if each list is looked for from the start: 64 times
+        times = []
+        for _ in range(3):  # the least: a garbage collection may fall into one of them
+            begun = time.process_time()
+            assert scan_log(io.BytesIO(text.encode())).n_lines == n
+            times.append(time.process_time() - begun)
+        return min(times)
+
+    # If each list is looked for from the start, it is 64 times.
+    assert seconds(16_000) < 24 * seconds(2_000)
