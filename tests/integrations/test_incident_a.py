@@ -10,8 +10,8 @@ from fastguard import read_records
 from fastguard.commands.cli import main
 from fastguard.commands.demo.incidents import detector
 from fastguard.commands.demo.incidents.detector import BATCHES, FAULTS
-from fastguard.integrations import ultralytics_callbacks
 from fastguard.integrations.shared import guarded
+from fastguard.integrations.ultralytics import callbacks
 from guardtest import require
 
 LETTER = "A"
@@ -118,13 +118,13 @@ def test_without_skipping_the_weights_are_lost(monkeypatch, tmp_path):
     def applying(optimizer, model, options, **of_trainer):
         return guarded(optimizer, model, {**options, "nonfinite": "propagate"}, **of_trainer)
 
-    monkeypatch.setattr(ultralytics_callbacks, "guarded", applying)
+    monkeypatch.setattr(callbacks, "guarded", applying)
     outcome = detector.run(tmp_path, guarded=True)
     assert not outcome.survived and not outcome.facts["weights"]
 
 
 def test_without_care_for_batchnorm_the_averages_are_lost(monkeypatch, tmp_path):
-    monkeypatch.setattr(ultralytics_callbacks.ModelBuffers, "follow", lambda *_: None)
+    monkeypatch.setattr(callbacks.ModelBuffers, "follow", lambda *_: None)
     outcome = detector.run(tmp_path, guarded=True)
     assert outcome.facts["weights"]
     assert not outcome.survived and not outcome.facts["statistics"] and not outcome.facts["ema"]
