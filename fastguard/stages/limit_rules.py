@@ -24,6 +24,8 @@ from fastguard.errors.checked_numbers import count_of, number_of
 Undo = list[Callable[[], object]] | None
 if TYPE_CHECKING:
     Numbers = memoryview[float]
+else:  # it cannot be subscripted before Python 3.14
+    Numbers = memoryview
 LARGEST_WINDOW = 2**20
 """Norms that `AutoClip` keeps: 16 MB per segment."""
 
