@@ -6,6 +6,7 @@ Modules:
     wrapper, reporting    being an optimizer, and saying what happened
     param_gradients the gradients of its parameters
     stepper         one road for each way to skip: `on_device`, `read_first`, `whole_step`
+    flat_parameters, flat_step, flat_checks    parameters and state in one buffer, one update
     inner_step, step_hooks, step_in_flight    a step that an exception takes back
     grad_scaler, found_inf    loss scaling
     state_dict/     saving and loading

@@ -49,13 +49,12 @@ class OnDevice:
     def obeyed(
         self, limits: tuple[Limit, ...], rules: tuple[Rule, ...]
     ) -> tuple[tuple[Limit, ...], tuple[Rule, ...]]:
-        """All limits and rules: the gradients are scaled before they are used."""
-        return limits, rules
+        """See `ReadFirst.obeyed`."""
+        return self._careful.obeyed(limits, rules)
 
     def evaluate(self, call: StepCall, loss: Any, *, stop_at_nonfinite: bool) -> tuple[Any, Any]:
-        """What the closure returns; it is the loss too unless one is given."""
-        result = self._inner.evaluate(call)
-        return result, result if loss is None else loss
+        """See `ReadFirst.evaluate`."""
+        return self._careful.evaluate(call, loss, stop_at_nonfinite=stop_at_nonfinite)
 
     def step(self, buckets: GradBuckets, verdict: Verdict, call: StepCall, changes: bool) -> None:
         """Applies the verdict, and steps with `found_inf` in the hands of the kernel."""
