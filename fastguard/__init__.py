@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from fastguard.recovery.rollback import Rewind, Rollback
     from fastguard.recovery.warmup import Warmup
     from fastguard.stages.backend import backend_for
-    from fastguard.stages.contract import GradStats
+    from fastguard.stages.contract import GradStats, Verdict
     from fastguard.stages.limit_rules import AdaGC, AdaptiveLimit, AutoClip, ZClip
     from fastguard.stages.spike_rules import SpikeRule, Threshold
 
@@ -63,6 +63,7 @@ __all__ = [
     "backend_for",
     # the guarded optimizer, its rules and errors
     "GuardedOptimizer",
+    "Verdict",
     "SpikeRule",
     "Threshold",
     "ZClip",
@@ -131,7 +132,7 @@ _HOMES = {
     "recovery.rollback": "Rewind Rollback",
     "recovery.warmup": "Warmup",
     "stages.backend": "backend_for",
-    "stages.contract": "GradStats",
+    "stages.contract": "GradStats Verdict",
     "stages.limit_rules": "AdaGC AdaptiveLimit AutoClip ZClip",
     "stages.spike_rules": "SpikeRule Threshold",
 }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import wraps
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
@@ -21,7 +22,30 @@ from fastguard.ranks.groups import Group, check_group
 from fastguard.ranks.plain_shards import check_sharded_optimizer
 from fastguard.records.step_record import StepRecord
 
+_P = ParamSpec("_P")
+
 MODES = ("skip", "zero", "raise", "propagate")
+
+
+def keywords_only(construct: Callable[_P, None]) -> Callable[_P, None]:
+    """Around `__init__(self, optimizer, *, ...)`: says which keyword a positional argument needs.
+
+    Python alone would only say how many positional arguments there are.
+    """
+
+    @wraps(construct)
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        if len(args) > 2:  # self and the optimizer
+            number = isinstance(args[2], int | float)
+            remedy = f"max_norm={shown(args[2])}" if number else "max_norm=1.0, nonfinite='skip'"
+            raise TypeError(
+                f"{type(args[0]).__name__} was given {shown(args[2])} as second positional "
+                "argument; all but the optimizer are keywords: "
+                f"{type(args[0]).__name__}(optimizer, {remedy})"
+            )
+        construct(*args, **kwargs)
+
+    return checked
 
 
 def check_optimizer(optimizer: object, group: Group) -> None:

@@ -26,6 +26,7 @@ from fastguard.guard.arguments import (
     check_optimizer,
     check_settings,
     check_whole_step,
+    keywords_only,
     named_parameters_of,
 )
 from fastguard.guard.clamp import Clamped
@@ -101,6 +102,11 @@ class GuardedOptimizer(KnownRun):
             experts). `fastguard.Replicated(process_group)`: its ranks, which hold the same tensors
             (DDP). Every rank must construct the guard and take every step.
 
+    Attributes:
+        optimizer: The wrapped optimizer.
+        last: The `Verdict` of the last step, device tensors that nothing has waited for:
+            `total_norm`, `clip_coef`, `found_inf`, and others. None before the first step.
+
     Raises:
         TypeError, ValueError: An argument is not of the kind or range above; nothing was changed.
 
@@ -123,6 +129,7 @@ class GuardedOptimizer(KnownRun):
     _agreed = False  # that all ranks were given the same arguments; asked once
     _may_have_losses = False  # which ranks that decide alone must not; asked once
 
+    @keywords_only
     def __init__(
         self,
         optimizer: Optimizer,

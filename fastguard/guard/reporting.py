@@ -6,6 +6,7 @@ Also the end of each step: it is written down, or taken back, and those who act 
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ from fastguard.guard.step_in_flight import StepInFlight
 from fastguard.guard.stepper import Stepper, stepper_for
 from fastguard.guard.wrapper import OptimizerAround
 from fastguard.ranks.groups import Group
-from fastguard.records.json_lines_sink import check_sink
+from fastguard.records.json_lines_sink import sink_of
 from fastguard.records.losses import ObservedLosses
 from fastguard.records.recorder import Recorder
 from fastguard.records.step_record import StepRecord
@@ -32,6 +33,8 @@ from fastguard.records.subscription import Inbox
 from fastguard.stages.backend import backend_of
 from fastguard.stages.contract import GuardState, NonFinite, Verdict
 from fastguard.stages.spike_rules import Rule
+
+Sink = Callable[[StepRecord], object]
 
 
 class KnownRun(OptimizerAround):
@@ -91,15 +94,34 @@ class KnownRun(OptimizerAround):
         self._recorder.wait()
         return self._recorder.drain()
 
-    def add_sink(self, sink: Callable[[StepRecord], object]) -> None:
+    def add_sink(self, sink: Sink | str | os.PathLike[str]) -> Sink:
         """Hands every record from now on to `sink` when it reaches the host, in order.
 
         Args:
             sink: `JsonLinesSink`, `TensorBoardSink`, or any callable that takes a `StepRecord`.
-                One that raises loses its records, which is logged, and never ends the run.
+                One that raises loses its records, which is logged, and never ends the run. A path
+                that ends in `.jsonl` makes a `JsonLinesSink` for that file.
+
+        Returns:
+            The sink, so that one made from a path can be closed.
+
+        Raises:
+            TypeError: `sink` can be neither called nor written to.
+            OSError: The file cannot be opened for writing, or another process writes to it.
+
+        Example:
+            >>> import tempfile, torch, fastguard
+            >>> p = torch.nn.Parameter(torch.zeros(1))
+            >>> opt = fastguard.GuardedOptimizer(torch.optim.SGD([p], lr=0.1))
+            >>> path = tempfile.mkdtemp() + "/records.jsonl"
+            >>> sink = opt.add_sink(path)
+            >>> opt.step(loss=float("nan"))
+            >>> [record.reason for record in fastguard.read_records(path)]
+            ['nonfinite_loss']
         """
-        check_sink(sink)
+        sink = sink_of(sink)
         self._recorder.add_sink(sink)
+        return sink
 
     def subscribe(self) -> Inbox:
         """An inbox that gets every record once, for those who act on what happened.

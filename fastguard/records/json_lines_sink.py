@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from fastguard.errors.checked_numbers import count_of
@@ -116,14 +117,32 @@ class JsonLinesSink:
         self.close()
 
 
-def check_sink(sink: object) -> None:
-    """Raises a TypeError for what cannot be called with a record."""
+def sink_of(sink: object) -> Callable[[StepRecord], object]:
+    """The sink that `add_sink` was given: a callable, or the path of a `.jsonl` file to write.
+
+    Raises:
+        TypeError: It can be neither called nor written to.
+        BlockingIOError, OSError: As `JsonLinesSink`.
+    """
+    if not isinstance(sink, str | os.PathLike):
+        return check_sink(sink)
+    if not os.fspath(sink).endswith(".jsonl"):
+        raise TypeError(
+            f"sink={shown(sink, 200)} is a path without .jsonl; name a file such as "
+            "'run/records.jsonl', or pass a sink such as TensorBoardSink('run')"
+        )
+    return JsonLinesSink(sink)
+
+
+def check_sink(sink: object) -> Callable[[StepRecord], object]:
+    """The same, unless it cannot be called with a record: then raises a TypeError."""
     if isinstance(sink, type):
         raise TypeError(
             f"sink is the class {sink.__name__}; make one: add_sink({sink.__name__}(...))"
         )
     if not callable(sink):
         raise TypeError(f"sink={shown(sink, 200)} must be callable with a StepRecord")
+    return sink
 
 
 def check_file(path: str | os.PathLike[str]) -> Path:

@@ -334,7 +334,11 @@ class Known(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What is to be done with a step. Tensors on the device of the stats.
+    """What was decided about one step: the type of `GuardedOptimizer.last`.
+
+    All fields are tensors on the device of the gradients. Reading one (`.item()`, `float`) waits
+    for the device; keeping it or handing it to another operation does not. S is the number of
+    segments (1 for `clip_scope="global"`), K the number of spike rules.
 
     Attributes:
         clip_coef: float64 `(S,)`: at most 1; NaN only in propagate mode.
@@ -346,6 +350,17 @@ class Verdict:
         torch_norm: float64 `()`: the same as torch gives it: NaN or Inf if an element is.
         spikes: bool `(K,)`: which rules saw a spike.
         thresholds: float64 `(K,)`: what each rule compared with; inf during its warm-up.
+
+    Example:
+        >>> import torch, fastguard
+        >>> p = torch.nn.Parameter(torch.zeros(2))
+        >>> opt = fastguard.GuardedOptimizer(torch.optim.SGD([p], lr=0.1), max_norm=2.5)
+        >>> p.grad = torch.tensor([3.0, 4.0])
+        >>> opt.step()
+        >>> isinstance(opt.last, fastguard.Verdict)
+        True
+        >>> opt.last.total_norm.item(), round(opt.last.clip_coef.item(), 3)
+        (5.0, 0.5)
     """
 
     clip_coef: Tensor

@@ -122,6 +122,12 @@ def rules_by_signal(spike: Rule | Mapping[str, Rule] | None) -> dict[str, Rule]:
         return {}
     if isinstance(spike, SpikeRule | Threshold):
         return {GRAD_NORM: spike}
+    if isinstance(spike, int | float) and not isinstance(spike, bool):
+        raise TypeError(
+            f"spike={spike!r} is a number, not a rule; pass spike=SpikeRule(sigma={spike!r}) to "
+            f"judge by the recent mean + {spike!r} standard deviations, or "
+            f"spike=Threshold(max={spike!r}) for a fixed limit"
+        )
     if not isinstance(spike, Mapping):
         raise TypeError(
             f"spike={spike!r} must be a SpikeRule, a Threshold, or a dict of them by signal "

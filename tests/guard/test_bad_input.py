@@ -1,5 +1,6 @@
 """Wrong use: each error names the value and the remedy, and nothing has changed."""
 
+import inspect
 import math
 
 import pytest
@@ -26,7 +27,12 @@ BAD_ARGUMENTS = {
     "scope": ({"clip_scope": "layer"}, ValueError, "clip_scope='layer'.*global, group, tensor"),
     "mode": ({"nonfinite": "ignore"}, ValueError, "nonfinite='ignore'.*skip, zero, raise"),
     "unhashable mode": ({"nonfinite": ["skip"]}, ValueError, r"nonfinite=\['skip'\] is unknown"),
-    "spike": ({"spike": 6.0}, TypeError, "spike=6.0 must be a SpikeRule"),
+    "spike": (
+        {"spike": 6.0},
+        TypeError,
+        r"spike=6.0 is a number.*SpikeRule\(sigma=6.0\).*Threshold\(max=6.0\)",
+    ),
+    "word spike": ({"spike": "high"}, TypeError, "spike='high' must be a SpikeRule"),
     "spike on a loss": (
         {"spike": {"ce": SpikeRule(action="clip")}},
         ValueError,
@@ -53,6 +59,15 @@ def test_a_bad_argument(case):
     with pytest.raises(error, match=message):
         GuardedOptimizer(inner, flat_buckets=True, **options)
     assert all(p.grad is None for p in parameters)
+
+
+def test_a_positional_max_norm():
+    parameters = new_parameters()
+    with pytest.raises(TypeError, match=r"given 1.0 as second.*\(optimizer, max_norm=1.0\)"):
+        GuardedOptimizer(sgd(parameters), 1.0)
+    with pytest.raises(TypeError, match=r"given SpikeRule.*are keywords"):
+        GuardedOptimizer(sgd(parameters), SpikeRule(), 2.0)
+    assert list(inspect.signature(GuardedOptimizer).parameters)[:2] == ["optimizer", "max_norm"]
 
 
 def test_names_of_other_parameters():

@@ -164,3 +164,16 @@ def test_a_class_is_no_sink() -> None:
         TypeError, match=r"sink is the class JsonLinesSink.*JsonLinesSink\(\.\.\.\)"
     ):
         opt.add_sink(fastguard.JsonLinesSink)
+
+
+@pytest.mark.parametrize("form", [str, Path])
+def test_the_path_of_a_file_makes_a_sink(form: type, tmp_path: Path) -> None:
+    p = torch.nn.Parameter(torch.zeros(1))
+    opt = fastguard.GuardedOptimizer(torch.optim.SGD([p], lr=0.1))
+    sink = opt.add_sink(form(tmp_path / "run" / "records.jsonl"))
+    assert isinstance(sink, JsonLinesSink)
+    opt.step(loss=1.0)
+    sink.close()
+    assert steps(sink.path) == [1]
+    with pytest.raises(TypeError, match=r"sink='run/' is a path without .jsonl.*records.jsonl"):
+        opt.add_sink("run/")
