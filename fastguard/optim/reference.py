@@ -1,0 +1,201 @@
+"""The update in plain PyTorch, operation by operation: what every other backend is judged by.
+
+    g <- 0 where g is non-finite and the verdict cleans
+    g <- g * multiplier[segment] * sign
+
+    AdamW  m <- m + (g - m) * (1 - b1)                       Adam: first  g <- g + p * wd
+           v <- v * b2 + (g * g) * (1 - b2)
+           w <- max(w, v), with amsgrad; else w = v
+           p <- p * (1 - lr * wd) - (m * (lr / bc1)) / (sqrt(w) * (1 / sqrt(bc2)) + eps)
+    SGD    g <- g + p * wd                                   where wd is not 0
+           m <- m * momentum + g * (1 - dampening)           where there is momentum
+           p <- p - m * lr                                   Nesterov: g + m * momentum for m
+    Lion   p <- p * (1 - lr * wd) - sign(m * b1 + g * (1 - b1)) * lr
+           m <- m * b2 + g * (1 - b2)
+
+Every operation is one IEEE operation in float32 (float64 for float64 parameters), rounded to
+nearest, in this order and without fused multiply-add. Coefficients are computed in float64 and
+rounded once. Nothing waits for the device: a skip selects the old values. Sources: Loshchilov and
+Hutter 2019 (AdamW), Reddi et al. 2018 (amsgrad), Sutskever et al. 2013, Chen et al. 2023 (Lion).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastguard.optim.bits import from_remainder, narrowed, noise_key, split, stream, with_noise
+from fastguard.optim.contract import HYPER, KEY, N_COEFFICIENTS, SIGN, STATES, Update
+
+SMALLEST_FACTOR = 2.0**-100
+"""A smaller multiplier is applied in two products: in float32 it would be a subnormal number."""
+
+
+def update(update: Update) -> None:
+    """Takes the step of one bucket, or leaves everything as it is."""
+    coefficients = advance(update)
+    for i in range(len(update.parameters)):
+        _update_tensor(update, i, coefficients[i])
+
+
+def advance(update: Update) -> Tensor:
+    """Counts the step of each tensor and computes its coefficients.
+
+    Returns:
+        float64 `(T, 10)`; what a skipped step would compute is there too and must not be used.
+    """
+    taken = (update.found_inf == 0.0).float()  # NaN: not taken
+    steps = [step + 1.0 for step in update.steps]
+    for step in update.steps:
+        step.add_(taken)
+    count = (
+        torch.stack(steps).double()
+        if steps
+        else torch.ones(len(update.parameters), dtype=torch.float64, device=update.device)
+    )
+    groups = torch.tensor(list(update.group_ids), device=update.device)
+    rows = update.hyper.index_select(0, groups)
+    out = rows.new_zeros(len(rows), N_COEFFICIENTS)
+    for column, value in enumerate(_coefficients(update.algorithm, rows, count)):
+        out[:, column] = value
+    out[:, SIGN] = rows[:, HYPER.index("sign")]
+    if update.rounding == "stochastic":
+        out[:, KEY] = noise_key(rows[:, HYPER.index("seed")].long(), count.long()).double()
+    return out
+
+
+def _coefficients(algorithm: str, rows: Tensor, step: Tensor) -> list[Tensor]:
+    """The columns of `COEFFICIENTS`, in float64."""
+    lr, b1, b2, eps, wd, momentum, dampening = rows.unbind(1)[:7]
+    decay = 1.0 - lr * wd
+    if algorithm == "sgd":
+        return [momentum, torch.where(step == 1.0, 1.0, 1.0 - dampening), wd, lr]
+    if algorithm == "lion":
+        return [b1, 1.0 - b1, b2, 1.0 - b2, lr, decay]
+    bc1 = 1.0 - torch.exp2(step * torch.log2(b1))  # beta 0: log2 is -inf, exp2 of that is 0
+    bc2 = 1.0 - torch.exp2(step * torch.log2(b2))
+    last = decay if algorithm == "adamw" else wd
+    return [b1, 1.0 - b1, b2, 1.0 - b2, eps, lr / bc1, 1.0 / bc2.sqrt(), last]
+
+
+class New(NamedTuple):
+    """The weight and the state tensors after a step, in the dtype of the arithmetic."""
+
+    weight: Tensor
+    states: list[Tensor]
+
+
+def _update_tensor(update: Update, i: int, coefficients: Tensor) -> None:
+    dtype, p = update.dtype, update.parameters[i]
+    key = coefficients[KEY].long()
+    c = coefficients.to(dtype)
+    g = scaled(update.grads[i].to(dtype), update.multiplier[update.segment_ids[i]], update.clean, c)
+    names = [name for name in STATES[update.algorithm] if name in update.states]
+    states = [update.states[name][i] for name in names]
+    new = formula(update, weight_of(update, i), g, [s.to(dtype) for s in states], c)
+
+    skip = update.found_inf != 0.0  # NaN skips
+    noise = None
+    if update.rounding == "stochastic":
+        noise = stream(key, update.counters[i], p)
+    for number, (state, value) in enumerate(zip(states, new.states, strict=True), 1):
+        _store(state, stored(value, state.dtype, noise, number), skip)
+    _store_weight(update, i, new.weight, noise, skip)
+
+
+def scaled(g: Tensor, multiplier: Tensor, clean: Tensor, c: Tensor) -> Tensor:
+    """The gradient that the formula sees.
+
+    Args:
+        g: In the dtype of the arithmetic.
+        multiplier: float64 `()`.
+        clean: float32 `()`.
+        c: The coefficients, in the dtype of the arithmetic.
+    """
+    finite = g.abs() < float("inf")  # NaN is not
+    g = torch.where((clean != 0.0) & ~finite, 0.0, g)
+    tiny = multiplier.abs() < SMALLEST_FACTOR  # NaN is not, and makes NaN of everything
+    first = torch.where(tiny, SMALLEST_FACTOR, 1.0)
+    second = torch.where(tiny, multiplier / SMALLEST_FACTOR, multiplier)
+    return (g * first.to(g.dtype)) * (second.to(g.dtype) * c[SIGN])
+
+
+def formula(update: Update, p: Tensor, g: Tensor, states: list[Tensor], c: Tensor) -> New:
+    """The elementwise formula: see the top of this file."""
+    if update.algorithm == "sgd":
+        return _sgd(update, p, g, states, c)
+    if update.algorithm == "lion":
+        (m,) = states
+        toward = m * c[0] + g * c[1]
+        one = torch.where(toward > 0, 1.0, torch.where(toward < 0, -1.0, toward))  # NaN stays NaN
+        return New(p * c[5] - one * c[4], [m * c[2] + g * c[3]])
+    if update.algorithm == "adam":
+        g = torch.where(c[7] != 0.0, g + p * c[7], g)
+    m, v = states[:2]
+    m = m + (g - m) * c[1]
+    v = v * c[2] + (g * g) * c[3]
+    largest = torch.maximum(states[2], v) if update.amsgrad else v  # NaN stays NaN
+    step = (m * c[5]) / (root(largest) * c[6] + c[4])
+    decayed = p * c[7] if update.algorithm == "adamw" else p
+    return New(decayed - step, [m, v, largest] if update.amsgrad else [m, v])
+
+
+def _sgd(update: Update, p: Tensor, g: Tensor, states: list[Tensor], c: Tensor) -> New:
+    g = torch.where(c[2] != 0.0, g + p * c[2], g)
+    if not states:
+        return New(p - g * c[3], [])
+    m = states[0] * c[0] + g * c[1]
+    direction = g + m * c[0] if update.nesterov else m
+    return New(p - direction * c[3], [m])
+
+
+def root(x: Tensor) -> Tensor:
+    """The square root, correctly rounded: torch's is 1 ulp off on a CPU for one float32 in five."""
+    if x.device.type != "cpu" or x.dtype is torch.float64:
+        return x.sqrt()
+    return x.double().sqrt_().float()  # rounding twice is exact here: 53 bits are 2 * 24 + 2
+
+
+def weight_of(update: Update, i: int) -> Tensor:
+    """The exact weight, in the dtype of the arithmetic."""
+    p = update.parameters[i]
+    if update.master == "float32":
+        return update.masters[i]
+    if update.master == "remainder":
+        return from_remainder(p, update.masters[i])
+    return p.to(update.dtype)
+
+
+def stored(value: Tensor, dtype: torch.dtype, noise: Tensor | None, number: int) -> Tensor:
+    """A value as it is kept in a tensor of a dtype.
+
+    Args:
+        value: In the dtype of the arithmetic.
+        dtype: Of the tensor. Only bfloat16 is rounded with noise.
+        noise: See `stream`; None: to nearest.
+        number: Which of the streams: 0 for the weight, then one per state.
+    """
+    if noise is None or dtype is not torch.bfloat16:
+        return value.to(dtype)
+    return narrowed(value, with_noise(noise, number))
+
+
+def _store_weight(
+    update: Update, i: int, value: Tensor, noise: Tensor | None, skip: Tensor
+) -> None:
+    p = update.parameters[i]
+    if update.master is None:
+        _store(p, stored(value, p.dtype, noise, 0), skip)
+    elif update.master == "float32":
+        _store(update.masters[i], value, skip)
+        _store(p, value.to(p.dtype), skip)
+    else:
+        high, low = split(value)
+        _store(update.masters[i], low, skip)
+        _store(p, high, skip)
+
+
+def _store(target: Tensor, value: Tensor, skip: Tensor) -> None:
+    target.copy_(torch.where(skip, target, value))
