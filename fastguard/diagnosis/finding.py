@@ -39,6 +39,7 @@ KINDS = (
     "wrong-form",
     "wrong-axis",
     "swapped-arguments",
+    "unaligned-targets",
     # What is computed is destroyed; what comes first causes what comes after.
     "nonfinite-weight",
     "negative-variance",

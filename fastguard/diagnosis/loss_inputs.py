@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastguard.diagnosis.ctc_lengths import lengths_of, unaligned
+
 Argument = Callable[..., Any]
 """`argument(place, *names, default)` of a call."""
 
@@ -64,8 +66,9 @@ class LossInput:
         problem: `"activated"`: its activation was applied already. `"twice"`: as well, but it
             changes nothing. `"form"`: a log is missing or too many. `"axis"`: over another axis
             than that of the classes. `"swapped"`: input and target have changed places.
+            `"length"`: targets are longer than their inputs, and are left out of the loss.
         seen: In words.
-        surely: Whether more than the range of the values tells.
+        surely: Whether more than the range of the values tells; of lengths, whether nothing is left.
         classes: How many there are.
     """
 
@@ -188,6 +191,22 @@ def _likelihood(name: str, x: Tensor, argument: Argument, makers: Makers) -> lis
     return [LossInput(name, "input", "form", seen)]
 
 
+def _ctc(name: str, x: Tensor, argument: Argument, makers: Makers) -> list[LossInput]:
+    targets, inputs, lengths = (
+        argument(i, what)
+        for i, what in enumerate(("targets", "input_lengths", "target_lengths"), start=1)
+    )
+    found = _likelihood(name, x, argument, makers)
+    # Without zero_infinity the loss is Inf, and its origin is searched for.
+    if not argument(6, "zero_infinity") or not isinstance(targets, Tensor):
+        return found
+    samples, n = list(unaligned(targets, inputs, lengths)), len(lengths_of(lengths))
+    if samples:
+        seen = f"{len(samples)} of {n} samples cannot be aligned: {samples[0]}"
+        found.append(LossInput(name, "target", "length", seen, surely=len(samples) == n))
+    return found
+
+
 def _binary_likelihood(name: str, x: Tensor, argument: Argument, makers: Makers) -> list[LossInput]:
     low, high = (float(end) for end in x.aminmax())
     if low >= 0 and high <= 1:
@@ -239,7 +258,7 @@ _LOOKS: dict[str, Look] = {
     "binary_cross_entropy_with_logits": _binary,
     "multilabel_soft_margin_loss": _binary,
     "nll_loss": _likelihood,
-    "ctc_loss": _likelihood,
+    "ctc_loss": _ctc,
     "binary_cross_entropy": _binary_likelihood,
     "kl_div": _divergence,
 }

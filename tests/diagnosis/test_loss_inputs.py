@@ -240,6 +240,33 @@ def test_ctc() -> None:
     assert kinds == [["wrong-form"], ["wrong-form"], ["wrong-axis"], []]
 
 
+@pytest.mark.parametrize("as_given", [torch.tensor, tuple], ids=["tensors", "tuples"])
+@pytest.mark.parametrize(
+    "inputs, lengths, expected",
+    [
+        ((2, 2), (3, 3), "error"),
+        ((3, 2), (3, 3), "note"),
+        ((4, 4), (4, 4), "error"),  # each of two equal neighbours needs a blank between them
+        ((12, 12), (4, 4), None),
+    ],
+    ids=["none-left", "one-left", "repeats", "all-left"],
+)
+def test_ctc_that_leaves_samples_out(inputs, lengths, expected, as_given) -> None:
+    target = torch.tensor([[1, 2, 3, 3], [2, 3, 3, 1]])[:, : lengths[0]]
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        settings = {"zero_infinity": True}
+        return functional.ctc_loss(output, target, as_given(inputs), as_given(lengths), **settings)
+
+    batch = torch.randn(12, 2, 8), target
+    found = diagnose(network(nn.LogSoftmax(-1)), batch, loss)
+    of_lengths = found.of("unaligned-targets")
+    assert [f.severity for f in of_lengths] == ([expected] if expected else [])
+    for finding in found.of("all-gradients-zero"):
+        assert expected == "error" and "ReLU" not in finding.remedy
+    assert bool(found.of("all-gradients-zero")) == (expected == "error")
+
+
 # Across the samples of a batch.
 
 

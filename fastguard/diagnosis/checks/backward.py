@@ -109,6 +109,7 @@ def _zero(evidence: Evidence) -> Iterator[Finding]:
     if not zero:
         return
     everything = len(zero) == len(trained)
+    left_out = any(f.problem == "length" and f.surely for f in evidence.step.functions.loss_inputs)
     # A bias alone may cancel, as the last one of a Wasserstein critic does.
     matrices = [n for n in zero if evidence.subject.parameters[n].ndim > 1]
     yield Finding(
@@ -119,7 +120,9 @@ def _zero(evidence: Evidence) -> Iterator[Finding]:
         where="" if everything else zero[0],
         value=len(zero) / len(trained),
         limit=0,
-        remedy="look for dead ReLUs, saturated activations, a clamp that is always at its end, a "
+        remedy="give the loss samples that it can align, as the check of the loss says."
+        if left_out
+        else "look for dead ReLUs, saturated activations, a clamp that is always at its end, a "
         "softmax over one class, and weights that are all 0 further on.",
     )
 

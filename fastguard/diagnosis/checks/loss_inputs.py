@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from fastguard.diagnosis.ctc_lengths import REMEDY
 from fastguard.diagnosis.evidence import Evidence
 from fastguard.diagnosis.finding import Finding, Severity
 from fastguard.diagnosis.loss_inputs import LossInput
@@ -17,6 +18,7 @@ _KINDS = {
     "form": "wrong-form",
     "axis": "wrong-axis",
     "swapped": "swapped-arguments",
+    "length": "unaligned-targets",
 }
 _TAKES = {
     "cross_entropy": "log_softmax",
@@ -37,10 +39,12 @@ def check_loss_inputs(evidence: Evidence) -> Iterator[Finding]:
 
 def _finding(found: LossInput) -> Finding:
     severity: Severity = "error" if found.surely else "warning"
+    if found.problem == "twice" or (found.problem == "length" and not found.surely):
+        severity = "note"
     return Finding(
         CHECK,
         _KINDS[found.problem],
-        "note" if found.problem == "twice" else severity,
+        severity,
         found.seen + _consequence(found),
         where=f"{found.argument} of {found.function}",
         value=found.classes,
@@ -51,6 +55,9 @@ def _finding(found: LossInput) -> Finding:
 def _consequence(found: LossInput) -> str:
     if found.problem == "twice":
         return ", and takes the log_softmax again, which changes nothing"
+    if found.problem == "length":
+        left = ": no sample has a loss or a gradient" if found.surely else ""
+        return f"; zero_infinity=True leaves them out{left}"
     if found.problem != "activated":
         return ""
     if found.function not in _TAKES:
@@ -66,6 +73,8 @@ def _remedy(found: LossInput) -> str:
     name = found.function
     if found.problem == "twice":
         return ""
+    if found.problem == "length":
+        return REMEDY
     if found.problem == "axis":
         return (
             "take the softmax over the axis of the classes: dim=1 for (N, C, ...); "

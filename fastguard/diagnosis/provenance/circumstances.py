@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
+from fastguard.diagnosis.ctc_lengths import REMEDY, unaligned
 from fastguard.diagnosis.replay.calls import Call
 
 
@@ -96,33 +96,17 @@ def _divided_by_zero(call: Call, outputs: Sequence[Tensor]) -> Told | None:
 
 def _ctc(call: Call, outputs: Sequence[Tensor]) -> Told | None:
     losses = outputs[0].flatten()
-    inputs = _lengths(call.argument("input_lengths"))
-    lengths = _lengths(call.argument("target_lengths"))
-    targets = call.argument("targets")
-    found = []
-    start = 0
-    for i, (steps, n) in enumerate(zip(inputs, lengths, strict=True)):
-        own = targets[i, :n] if targets.ndim == 2 else targets[start : start + n]
-        start += n
-        repeats = int((own[1:] == own[:-1]).sum())
-        if n + repeats > steps and not losses[i].isfinite():
-            found.append((i, steps, n, repeats))
+    inputs = call.argument("input_lengths")
+    samples = unaligned(call.argument("targets"), inputs, call.argument("target_lengths"))
+    found = [sample for sample in samples if not losses[sample.sample].isfinite()]
     if not found:
         return None
-    i, steps, n, repeats = found[0]
-    blanks = f" and {repeats} blanks between equal neighbours" if repeats else ""
     return Told(
         "CTC target longer than its input",
-        f"{len(found)} of {len(inputs)} samples cannot be aligned, so their loss is Inf: sample "
-        f"{i} has {n} labels{blanks} for {steps} time steps",
-        "zero_infinity=True (nn.CTCLoss, F.ctc_loss) leaves such samples out; drop them from the "
-        "data, or keep more time steps: less striding and pooling. Check that input_lengths count "
-        "the model's output steps, not the samples that went in.",
+        f"{len(found)} of {len(losses)} samples cannot be aligned, so their loss is Inf: "
+        f"{found[0]}",
+        f"zero_infinity=True (nn.CTCLoss, F.ctc_loss) leaves such samples out; {REMEDY}",
     )
-
-
-def _lengths(given: Any) -> list[int]:
-    return given.flatten().tolist() if isinstance(given, Tensor) else list(given)
 
 
 # Cross-entropy.

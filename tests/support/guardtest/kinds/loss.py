@@ -92,3 +92,14 @@ def swapped_arguments(sick: bool) -> Setup:
     batch = torch.randn(8, 4), torch.rand(8, 3).softmax(1)
     model = nn.Sequential(mlp(4, 16, 3), nn.LogSoftmax(1))
     return {"model": model, "batch": batch, "loss_fn": loss}
+
+
+@case("unaligned-targets", "error", "loss", where="target of ctc_loss", says="4 labels for 3 time")
+def unaligned_targets(sick: bool) -> Setup:
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        steps = (3 if sick else 6,) * 8
+        return functional.ctc_loss(output, target, steps, (4,) * 8, zero_infinity=True)
+
+    batch = torch.randn(6, 8, 4), torch.arange(32).view(8, 4) % 4 + 1
+    model = nn.Sequential(mlp(4, 16, 5), nn.LogSoftmax(-1))
+    return {"model": model, "batch": batch, "loss_fn": loss}

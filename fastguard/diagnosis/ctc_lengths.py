@@ -1,0 +1,60 @@
+"""Which samples of a CTC loss cannot be aligned: their targets are longer than their inputs.
+
+A target of n labels needs n time steps, and one more for the blank between two equal neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+REMEDY = (
+    "drop such samples from the data, or keep more time steps: less striding and pooling. Check "
+    "that input_lengths count the model's output steps, not the samples that went in."
+)
+
+
+class Unaligned(NamedTuple):
+    """A sample that has no alignment.
+
+    Attributes:
+        sample: Its index in the batch.
+        steps: Its time steps.
+        labels: Its labels.
+        repeats: How many of them equal the one before.
+    """
+
+    sample: int
+    steps: int
+    labels: int
+    repeats: int
+
+    def __str__(self) -> str:
+        blanks = f" and {self.repeats} blanks between equal neighbours" if self.repeats else ""
+        return f"sample {self.sample} has {self.labels} labels{blanks} for {self.steps} time steps"
+
+
+def unaligned(targets: Tensor, input_lengths: Any, target_lengths: Any) -> Iterator[Unaligned]:
+    """The samples that cannot be aligned; waits for a GPU.
+
+    Args:
+        targets: Padded, of shape `(N, S)`, or concatenated, of shape `(sum(target_lengths),)`.
+        input_lengths, target_lengths: By sample: a tensor, a sequence, or an integer.
+    """
+    inputs, lengths = lengths_of(input_lengths), lengths_of(target_lengths)
+    start = 0
+    for i, (steps, n) in enumerate(zip(inputs, lengths, strict=False)):
+        own = targets[i : i + 1, :n].flatten() if targets.ndim == 2 else targets[start : start + n]
+        start += n
+        repeats = int((own[1:] == own[:-1]).sum())
+        if n + repeats > steps:
+            yield Unaligned(i, steps, n, repeats)
+
+
+def lengths_of(given: Any) -> list[int]:
+    """Lengths by sample, as `F.ctc_loss` takes them, as integers."""
+    if isinstance(given, Tensor):
+        return given.flatten().tolist()
+    return [given] if isinstance(given, int) else list(given)
