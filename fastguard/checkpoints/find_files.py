@@ -13,6 +13,7 @@ from fastguard.checkpoints import names
 from fastguard.checkpoints.errors import CheckpointError
 from fastguard.checkpoints.folder import is_store
 from fastguard.checkpoints.index_files import is_index
+from fastguard.checkpoints.missing_files import missing_parts
 from fastguard.records.regular_files import open_regular
 
 ENDINGS = (".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".pt.tar", ".pth.tar", ".ckpt.tar")
@@ -28,13 +29,14 @@ class Found:
     Attributes:
         path: The file or folder.
         kind: What it is; `"shards"` is a folder that `torch.distributed.checkpoint` wrote,
-            `"index"` a file that says which other holds each tensor, `"other"` a file whose name
-            alone is that of a checkpoint, `"unreadable"` a folder.
-        why: Of the last two: what tells.
+            `"index"` a file that says which other holds each tensor, `"incomplete"` a folder that
+            lacks files of a model, `"other"` a file whose name alone is that of a checkpoint,
+            `"unreadable"` a folder.
+        why: Of the last three: what tells.
     """
 
     path: Path
-    kind: Literal["file", "index", "store", "shards", "other", "unreadable"]
+    kind: Literal["file", "index", "store", "shards", "incomplete", "other", "unreadable"]
     why: str = ""
 
 
@@ -45,7 +47,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 def is_shards(folder: Path) -> bool:
     """Whether a folder is one checkpoint in shards, whole or not: of a store, or of torch."""
-    if _is_of_a_store(folder) or any(name.endswith(".distcp") for name in os.listdir(folder)):
+    if is_of_a_store(folder) or any(name.endswith(".distcp") for name in os.listdir(folder)):
         return True
     try:  # other programs have a file of this name too; that of torch is a pickle
         with open_regular(folder / ".metadata") as file:
@@ -54,13 +56,14 @@ def is_shards(folder: Path) -> bool:
         return False
 
 
-def _is_of_a_store(folder: Path) -> bool:
+def is_of_a_store(folder: Path) -> bool:
+    """Whether a folder is one checkpoint of a store, by its name."""
     return names.FOLDER in folder.resolve().name
 
 
 def how_to_read_shards(folder: Path) -> str:
     """What a user can do with such a folder, to stand behind its name."""
-    if _is_of_a_store(folder):
+    if is_of_a_store(folder):
         return f"is one checkpoint of a store; give the store: {folder.resolve().parent}"
     return (
         "was written by torch.distributed.checkpoint, whose shards are not read here; make one "
@@ -91,7 +94,7 @@ def walk(folder: Path) -> Iterator[Found]:
 
 def folders_of_checkpoints(folder: Path) -> list[Path]:
     """The subfolders of a folder that hold any."""
-    holders = [f.path if f.kind in ("store", "shards") else f.path.parent for f in walk(folder)]
+    holders = [f.path if f.path.is_dir() else f.path.parent for f in walk(folder)]
     return [path for path in dict.fromkeys(holders) if path != folder]
 
 
@@ -111,7 +114,10 @@ def _in(folder: Path) -> Iterator[Found]:
         return
     if is_shards(folder):
         yield Found(folder, "shards")
-    yield from _files(folder)
+    files = list(_files(folder))
+    yield from files
+    for problem in missing_parts(found.path.name for found in files):
+        yield Found(folder, "incomplete", problem)
 
 
 def _files(folder: Path) -> Iterator[Found]:

@@ -68,7 +68,7 @@ class LossInput:
             than that of the classes. `"swapped"`: input and target have changed places.
             `"length"`: targets are longer than their inputs, and are left out of the loss.
         seen: In words.
-        surely: Whether more than the range of the values tells; of lengths, whether nothing is left.
+        surely: Whether more than the range of the values tells; of lengths, if none is left.
         classes: How many there are.
     """
 

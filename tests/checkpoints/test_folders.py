@@ -1,6 +1,7 @@
 """Folders as frameworks leave them: settings beside weights, names of all kinds, subfolders."""
 
 import os
+import re
 
 import pytest
 import torch
@@ -252,8 +253,8 @@ STEP = "step-000000010.000001.sharded"
     [
         (STEP, ["__0_0.distcp"], "is one checkpoint of a store; give the store: {}"),
         (STEP, ["__0_0.distcp", ".metadata"], "is one checkpoint of a store; give the store: {}"),
-        ("step_10", ["__0_0.distcp"], "was written by torch.distributed.checkpoint"),
-        ("step_10", [".metadata"], "was written by torch.distributed.checkpoint"),
+        ("step_10", ["__0_0.distcp"], "1 of 1 files is missing: __0_0.distcp"),
+        ("step_10", [".metadata"], ".metadata is missing, without which"),
     ],
 )
 def test_a_folder_of_shards_without_some_of_its_files_is_never_fine(
@@ -269,6 +270,40 @@ def test_a_folder_of_shards_without_some_of_its_files_is_never_fine(
         status, out, _ = ckpt(capsys, "verify", given)
         assert status == 1
         assert says.format(tmp_path) in out
+
+
+@pytest.mark.parametrize(
+    ("there", "says"),
+    [
+        (["model-00001-of-00005.safetensors"], "4 of its 5 files are missing: 00002, 00003, 00004"),
+        (["pytorch_model-00002-of-00002.bin"], "1 of its 2 files is missing: 00001"),
+        (["w-00000-of-00003.pt", "w-00002-of-00003.pt"], "1 of its 3 files is missing: 00001"),
+        (["a_1_of_2.ckpt", "a_2_of_2.ckpt", "b_2_of_2.ckpt"], "b_N_of_2.ckpt: 1 of its 2 files is"),
+        (["model-00001-of-00002.pt", "model-00002-of-00002.pt"], None),
+        (["best-of-10.pt", "epoch-3-of-the-run.pt"], None),
+    ],
+)
+def test_files_that_their_names_say_are_missing(tmp_path, capsys, there, says):
+    for name in there:
+        write(tmp_path / name)
+        if name.endswith(".safetensors"):
+            (tmp_path / name).write_bytes(b"\x02" + bytes(7) + b"{}")
+    status, out, _ = ckpt(capsys, "verify", tmp_path)
+    assert status == (says is not None)
+    assert says is None or re.search(f"BAD  {tmp_path}: .*{re.escape(says)}", out)
+    status, out, _ = ckpt(capsys, "verify", tmp_path / there[0])
+    assert ("is one file of several" in out) == ("of-0000" in there[0] or "_of_" in there[0])
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_shards_of_some_ranks_without_metadata_name_the_ranks_that_lack(tmp_path, capsys):
+    for rank in (0, 1, 4):
+        (tmp_path / f"__{rank}_0.distcp").write_bytes(b"PK")
+    status, out, _ = ckpt(capsys, "verify", tmp_path)
+    assert status == 1 and ".metadata is missing" in out and "so are the files of rank 2, 3" in out
+    (tmp_path / ".metadata").write_bytes(b"\x80\x04garbage")
+    status, out, _ = ckpt(capsys, "verify", tmp_path)
+    assert status == 1 and "BAD" in out and "Traceback" not in out
 
 
 def test_a_metadata_file_of_another_program_makes_no_shards(tmp_path, capsys):

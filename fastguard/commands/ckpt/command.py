@@ -22,6 +22,7 @@ from fastguard.checkpoints import foreign_files as foreign
 from fastguard.checkpoints.errors import CheckpointError, StoreLocked
 from fastguard.checkpoints.folder import is_store
 from fastguard.checkpoints.index_files import check_index, is_index
+from fastguard.checkpoints.missing_files import missing_parts, missing_shards
 from fastguard.checkpoints.reading.file_report import nan_numbers, not_ignored
 from fastguard.checkpoints.reading.inspect_file import inspect
 from fastguard.checkpoints.reading.weights_only import refused_names
@@ -203,6 +204,8 @@ def _verify(path: Path, ignore: Sequence[str]) -> int:
         return _verify_folder(path, ignore)
     if is_index(path):
         return _verify_index(path, ignore, with_files=True)
+    if path.suffix != ".distcp" and any(missing_parts([path.name])):
+        say(f"note: {path} is one file of several; the others: verify {path.parent}")
     kind = "shards" if path.suffix == ".distcp" else "file"
     return _verify_found(finding.Found(path.parent if kind == "shards" else path, kind), ignore)
 
@@ -225,7 +228,11 @@ def _verify_found(found: finding.Found, ignore: Sequence[str]) -> int:
         return _verify_file(found.path, ignore)
     if found.kind == "index":
         return _verify_index(found.path, ignore, with_files=False)
+    if found.kind == "incomplete":
+        return _report(found.path, found.why, (), 0)
     if found.kind == "shards":  # nothing is known of them, so not everything is fine
+        if not finding.is_of_a_store(found.path) and (lacking := missing_shards(found.path)):
+            return _report(found.path, lacking, (), 0)
         say(f"skip {found.path}: {finding.how_to_read_shards(found.path)}")
         return FOUND_BAD
     if found.kind == "unreadable":

@@ -1,0 +1,80 @@
+"""What the names of files, and `.metadata` of shards, say of others that should be beside them.
+
+A download or a copy that broke off leaves files that are whole and a checkpoint that is not.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from fastguard.checkpoints.errors import CheckpointError
+from fastguard.checkpoints.index_files import is_index
+from fastguard.checkpoints.sharded.metadata import NAME as METADATA
+from fastguard.checkpoints.sharded.metadata import read_metadata
+
+SHOWN = 3
+_PART = re.compile(r"(.*?)(\d{1,9})([-_.]of[-_.])(\d{1,9})(\D.*)", re.IGNORECASE)
+_SHARD = re.compile(r"__(\d{1,9})_\d{1,9}\.distcp")
+
+
+def missing_parts(names: Iterable[str]) -> Iterator[str]:
+    """What is missing of models in numbered files; where there is an index, that tells it.
+
+    Args:
+        names: The checkpoint files of one folder and its indexes.
+
+    Example:
+        >>> list(missing_parts(["model-00001-of-00003.safetensors"]))
+        ['model-NNNNN-of-00003.safetensors: 2 of its 3 files are missing: 00002, 00003']
+    """
+    names = list(names)
+    indexes = [name for name in names if is_index(Path(name))]
+    models: dict[tuple[str, ...], dict[int, str]] = {}
+    for name in names:
+        if part := _PART.fullmatch(name):
+            stem, number, between, total, ending = part.groups()
+            models.setdefault((stem, between, total, ending), {})[int(number)] = number
+    for (stem, between, total, ending), there in models.items():
+        n, width = int(total), len(next(iter(there.values())))
+        base = stem.rstrip("-_.")
+        if len(there) >= n or any(index.startswith(base + ".") for index in indexes):
+            continue
+        first = 0 if 0 in there else 1
+        lacking = (i for i in range(first, first + n) if i not in there)
+        told = ", ".join(f"{i:0{width}}" for i, _ in zip(lacking, range(SHOWN), strict=False))
+        more = f" and {n - len(there) - SHOWN} more" if n - len(there) > SHOWN else ""
+        yield (
+            f"{stem}{'N' * width}{between}{total}{ending}: {n - len(there)} of its {n} files "
+            f"{'is' if n - len(there) == 1 else 'are'} missing: {told}{more}"
+        )
+
+
+def missing_shards(folder: Path) -> str | None:
+    """What is missing in a folder that `torch.distributed.checkpoint` wrote; None: nothing known.
+
+    Args:
+        folder: With `.metadata`, or files `__RANK_N.distcp`.
+    """
+    names = set(os.listdir(folder))
+    try:
+        places = read_metadata(folder).storage_data.values()
+        wanted = {os.path.basename(place.relative_path) for place in places}
+    except FileNotFoundError:
+        ranks = {int(found[1]) for name in names if (found := _SHARD.fullmatch(name))}
+        gaps = [rank for rank in range(min(max(ranks, default=-1), 10**4)) if rank not in ranks]
+        told = f"; so are the files of rank {', '.join(map(str, gaps[:SHOWN]))}" if gaps else ""
+        more = f" and {len(gaps) - SHOWN} more" if len(gaps) > SHOWN else ""
+        return f"{METADATA} is missing, without which no shard can be read{told}{more}"
+    except (CheckpointError, OSError) as error:
+        return str(error)
+    lacking = sorted(wanted - names)
+    if not lacking:
+        return None
+    more = f" and {len(lacking) - SHOWN} more" if len(lacking) > SHOWN else ""
+    are = "is" if len(lacking) == 1 else "are"
+    return (
+        f"{len(lacking)} of {len(wanted)} files {are} missing: {', '.join(lacking[:SHOWN])}{more}"
+    )
