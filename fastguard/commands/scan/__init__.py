@@ -6,5 +6,7 @@
 met one, `places` where in the run a line was written. The dialects are `ultralytics`, `lightning`,
 `huggingface`, and `plain` for all others; `shapes` reads lines that differ in digits alone once.
 Data: `table` (CSV), `json_lines`, `documents` (JSON) and `events` (TensorBoard) give values with
-names and places, and `series` judges them. `scanner` joins it all to what is `found`.
+names and places, and `series` judges them. What lines up is read many lines at a time: `objects`
+with the same names and the `rows` of a table by columns, `bare` numbers by their count. `scanner`
+gives it all to `findings`, which joins it to what is `found`.
 """

@@ -39,13 +39,14 @@ def place_of(cells: Iterable[tuple[str, str]]) -> Place:
     epoch = batch = step = None
     for name, cell in cells:
         kind = kind_of(name)
-        if kind is _EPOCH and epoch is None and _NUMBER.fullmatch(cell):
-            epoch = float(cell)
-        elif kind is _STEP and step is None and _INTEGER.fullmatch(cell):
+        short = cell.isdecimal() and len(cell) <= 15
+        if kind is _EPOCH and epoch is None and (short or _NUMBER.fullmatch(cell)):
+            epoch = int(cell) if short else whole(float(cell))
+        elif kind is _STEP and step is None and (short or _INTEGER.fullmatch(cell)):
             step = int(float(cell))
-        elif kind is _BATCH and batch is None and _INTEGER.fullmatch(cell):
+        elif kind is _BATCH and batch is None and (short or _INTEGER.fullmatch(cell)):
             batch = int(float(cell))
-    return Place(epoch=None if epoch is None else whole(epoch), batch=batch, step=step)
+    return Place(epoch, None, batch, None, step)
 
 
 def whole(number: float) -> float:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 LIMIT = 32 << 20
 """Bytes of the largest document: parsed, a hostile one takes thirty times as much."""
@@ -21,21 +21,14 @@ LONG = 1 << 16
 _BEGIN = re.compile(rb"\s*(?:\{\s*\"|\[\s*(?:\{|\]))")
 _DECODER = json.JSONDecoder()
 _LIST = re.compile(r"\s*:\s*\[")
+_FLAT = re.compile(r'\{[^{}"]*+(?:"[^"\\]*+"[^{}"]*+)*+\}')  # an object without others in it
 _SPACE = re.compile(r"[\s,]*")
 COUNTED = "epoch"
 """What the position in a list of numbers stands for, where no list names it: in Keras an epoch."""
 
 
-class Entry(NamedTuple):
-    """An object of a document.
-
-    Attributes:
-        number: Its line.
-        values: Its names and values.
-    """
-
-    number: int
-    values: Mapping[str, Any]
+Entry = tuple[int, Mapping[str, Any]]
+"""An object of a document: its line, its names and values."""
 
 
 class NoDocumentError(Exception):
@@ -110,7 +103,7 @@ def _is_list(value: Any) -> bool:
 def _entries(text: str, begin: int, value: Any) -> Iterator[Entry]:
     lines = _Lines(text)
     if isinstance(value, list):
-        yield from _objects(text, text.index("[", begin) + 1, lines)
+        yield from _objects(text, text.index("[", begin) + 1, lines, value)
         return
     if not isinstance(value, dict):
         return
@@ -127,10 +120,10 @@ def _entries(text: str, begin: int, value: Any) -> Iterator[Entry]:
                 begin = text.find(quoted, begin + 1)
             if begin >= 0 and opened:
                 begin = opened.end()
-                yield from _objects(text, begin, lines)
+                yield from _objects(text, begin, lines, inner)
             else:  # its name is written otherwise in the text, as with \u escapes
                 begin = len(text)  # a hostile document may have many such names
-                yield from (Entry(1, item) for item in inner)
+                yield from ((1, item) for item in inner)
         elif isinstance(inner, list) and inner and all(map(_is_number, inner)):
             columns[name] = inner
         else:
@@ -138,9 +131,9 @@ def _entries(text: str, begin: int, value: Any) -> Iterator[Entry]:
     length = max(map(len, columns.values()), default=0)
     for i in range(length):
         row: dict[str, Any] = {name: c[i] for name, c in columns.items() if i < len(c)}
-        yield Entry(1, row if "epoch" in row or "step" in row else {COUNTED: i + 1, **row})
+        yield (1, row if "epoch" in row or "step" in row else {COUNTED: i + 1, **row})
     if rest and not columns and not has_objects:
-        yield Entry(1, rest)
+        yield 1, rest
 
 
 def _one_level(value: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -155,14 +148,13 @@ def _is_number(item: Any) -> bool:
     return isinstance(item, int | float | str) or item is None
 
 
-def _objects(text: str, at: int, lines: _Lines) -> Iterator[Entry]:
+def _objects(text: str, at: int, lines: _Lines, objects: Iterable[Any]) -> Iterator[Entry]:
     """The objects of the list whose bracket is before `at`, with their lines."""
-    while True:
+    for value in objects:
         space = _SPACE.match(text, at)
         at = space.end() if space else at
-        if at >= len(text) or text[at] == "]":
-            return
         number = lines.at(at)
-        value, at = _DECODER.raw_decode(text, at)
+        flat = _FLAT.match(text, at)
+        at = flat.end() if flat else _DECODER.raw_decode(text, at)[1]
         if isinstance(value, dict):
-            yield Entry(number, value)
+            yield number, value

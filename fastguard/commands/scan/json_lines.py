@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import json
 import math
-import sys
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
 
-from fastguard.commands.scan.columns import KINDS, is_place, kind_of, place_of, whole
+from fastguard.commands.scan.columns import is_place, place_of
 from fastguard.commands.scan.places import names_settings, where_in
 from fastguard.commands.scan.reading import NOWHERE, Place, Reading
-from fastguard.commands.scan.rows import Rows
 from fastguard.commands.scan.series import AllSeries
 from fastguard.commands.scan.values import Value, nonfinite_values
 from fastguard.commands.scan.words import is_bound, is_metric
@@ -39,9 +38,6 @@ MOST = 1000
 MOST_BAD = 64
 """Bad values of one object that are told."""
 
-_SCALARS = frozenset({int, float, type(None), bool})
-_LARGEST = sys.float_info.max
-
 _WORDS = {"nan": math.nan, "inf": math.inf, "infinity": math.inf}
 _NAMED_BY = ("key", "metric", "name", "tag", "metric_name")
 _TEXTS = ("log", "message", "msg", "text", "line", "event", "body", "content")
@@ -52,20 +48,6 @@ except ImportError:
     _fast = json.loads
 
 
-class _Plan(NamedTuple):
-    """How objects with the same names and types are read.
-
-    Attributes:
-        judged: Names of series.
-        places: The names of its epoch, batch and step, or None.
-        measured: Whether they tell of losses or norms.
-    """
-
-    judged: tuple[str, ...]
-    places: tuple[str | None, ...]
-    measured: bool
-
-
 class JsonLines:
     """Reads lines that are JSON objects.
 
@@ -73,93 +55,11 @@ class JsonLines:
         series: Which names are judged as series.
     """
 
-    WAITING = 256
-    """Objects that are read together."""
-
     def __init__(self, series: AllSeries) -> None:
         self._series = series
-        self._plans: dict[tuple[Any, ...], _Plan] = {}
-        self._plan: _Plan | None = None
-        self.waiting: list[tuple[int, Mapping[str, Any], _Plan]] = []
-
-    def add(self, number: int, found: Mapping[str, Any]) -> bool:
-        """Takes an object of finite numbers, if one like it has been read; else returns False."""
-        plan = self._plans.get((*found, *map(type, found.values())))
-        if plan is None:
-            return False
-        known = self._plan
-        if plan is not known and self.waiting and known is not None:
-            said, before = ([bool(name) for name in p.places] for p in (plan, known))
-            if said != before and not (said[0] and before[0]):
-                return False
-        self._plan = plan
-        self.waiting.append((number, found, plan))
-        return True
-
-    def rows(self) -> Rows | None:
-        """What the objects that wait say; None: they must be read one by one."""
-        waiting = self.waiting
-        lines = [number for number, _, _ in waiting]
-        columns: dict[str, tuple[list[int], list[float]]] = {}
-        try:
-            for at, (_, found, plan) in enumerate(waiting):
-                for name in plan.judged:
-                    column = columns.get(name)
-                    if column is None:
-                        column = columns[name] = ([], [])
-                    column[0].append(at)
-                    column[1].append(float(found[name]))
-                epoch, *others = plan.places
-                if epoch is not None and not _is_epoch(found[epoch]):
-                    return None
-                for other in others:
-                    if other is not None and not 0 <= found[other] < 10**15:
-                        return None
-            if not all(all(map(math.isfinite, values)) for _, values in columns.values()):
-                return None
-        except OverflowError:
-            return None
-
-        def place(at: int) -> Place:
-            _, found, (_, (epoch, batch, step), _) = waiting[at]
-            return Place(
-                None if epoch is None else whole(found[epoch]),
-                None,
-                None if batch is None else found[batch],
-                None,
-                None if step is None else found[step],
-            )
-
-        return Rows(lines, place, columns, any(plan.measured for _, _, plan in waiting))
 
     def read(self, found: Mapping[str, Any]) -> Reading:
         """What an object says."""
-        reading = self._read(found)
-        names, types = tuple(found), tuple(map(type, found.values()))
-        # A line of settings, or one whose value is named by another key, is read each time.
-        if (
-            _SCALARS.issuperset(types)
-            and not reading.bad
-            and not (reading.dialect == RECORD or "value" in found or _is_settings(found))
-        ):
-            kinds = [
-                kind_of(name) if kind in (int, float) else None
-                for name, kind in zip(names, types, strict=True)
-            ]
-            places = tuple(names[kinds.index(k)] if k in kinds else None for k in KINDS)
-            judged = (
-                name
-                for name, kind in zip(names, types, strict=True)
-                if kind in (int, float) and self._series.judges(name) and not is_place(name)
-            )
-            # Only an epoch has a fraction.
-            if all(name is None or type(found[name]) is int for name in places[1:]):
-                if len(self._plans) >= MOST:
-                    self._plans.clear()
-                self._plans[(*names, *types)] = _Plan(tuple(judged), places, reading.measured)
-        return reading
-
-    def _read(self, found: Mapping[str, Any]) -> Reading:
         if are_records([found]):
             return Reading(RECORD, NOWHERE, measured=False)
         bad: list[Value] = []
@@ -167,11 +67,11 @@ class JsonLines:
         places: list[tuple[str, str]] = []
         inner = NOWHERE
         measured = False
-        long_name = _long_name(found)
+        label = long_name(found)
         for name, value in _flat(found):
-            name = long_name if long_name is not None and name == "value" else name
-            if isinstance(value, str) and (word := value.strip().lower().lstrip("+-")) in _WORDS:
-                value = -_WORDS[word] if value.strip().startswith("-") else _WORDS[word]
+            name = label if label is not None and name == "value" else name
+            if isinstance(value, str) and (word := word_of(value)) is not None:
+                value = float(word)
             if isinstance(value, str):
                 texts, place = self._text(name, value)
                 bad += texts
@@ -179,7 +79,7 @@ class JsonLines:
                 measured |= bool(texts)
                 if is_place(name):
                     places.append((name, value))
-                elif self._series.judges(name) and (number := _number(value)) is not None:
+                elif self._series.judges(name) and (number := number_of(value)) is not None:
                     numbers[name] = number
                 continue
             if isinstance(value, list):
@@ -194,7 +94,7 @@ class JsonLines:
             elif self._series.judges(name):
                 numbers[name] = float(value)
             measured = measured or is_metric(name)
-        place = NOWHERE if not bad and not numbers and _is_settings(found) else place_of(places)
+        place = NOWHERE if not bad and not numbers and is_settings(found) else place_of(places)
         if place == NOWHERE:
             place = inner
         return Reading(NAME, place, tuple(bad[:MOST_BAD]), measured or bool(bad), None, numbers)
@@ -207,35 +107,28 @@ class JsonLines:
         return bad, where_in(value).place(value) if is_text else NOWHERE
 
 
-def parse(line: bytes) -> tuple[dict[str, Any] | None, bool]:
-    """The JSON object in a line, or None, and whether all numbers in it are finite."""
+def parse(line: bytes) -> Any:
+    """The JSON value that a text is, or None."""
     if b"NaN" not in line and b"Infinity" not in line:
         try:
-            found = _fast(line)
+            return _fast(line)
         except (ValueError, RecursionError):
             pass
-        else:
-            return (found if isinstance(found, dict) else None), _fast is not json.loads
     try:
-        found = json.loads(line)
+        return json.loads(line)
     except (ValueError, RecursionError):
-        return None, False
-    return (found, is_finite(found.values())) if isinstance(found, dict) else (None, False)
+        return None
 
 
-def is_finite(values: Collection[Any]) -> bool:
-    """Whether all are numbers and finite, or are missing."""
-    try:
-        return all(map(math.isfinite, values))
-    except (TypeError, OverflowError):
-        return _SCALARS.issuperset(map(type, values)) and all(
-            value is None or -_LARGEST <= value <= _LARGEST for value in values
-        )
-
-
-def _is_epoch(value: float) -> bool:
-    """Whether it is written as digits, with a point or without."""
-    return 1e-4 <= value < 1e15 or value == 0
+def parse_lines(lines: bytes) -> list[Any] | None:
+    """The objects in lines of which each should be one, parsed together; None: some are none."""
+    texts = lines.split(b"\n")
+    if not texts[-1]:
+        texts.pop()
+    found = parse(b"[" + b",".join(texts) + b"]")
+    if isinstance(found, list) and len(found) == len(texts) and {*map(type, found)} == {dict}:
+        return found
+    return None
 
 
 def _flat(found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -255,7 +148,7 @@ def _flat(found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield prefix, value
 
 
-def _long_name(found: Mapping[str, Any]) -> str | None:
+def long_name(found: Mapping[str, Any]) -> str | None:
     """The name of the metric in an object that holds one value: key, value, step."""
     if "value" not in found:
         return None
@@ -275,7 +168,8 @@ def _kinds(values: list[Any]) -> list[str]:
     return list(kinds)
 
 
-def _number(text: str) -> float | None:
+def number_of(text: str) -> float | None:
+    """The finite number that a text is, or None."""
     try:
         value = float(text)
     except ValueError:
@@ -283,5 +177,13 @@ def _number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _is_settings(found: Mapping[str, Any]) -> bool:
-    return names_settings(" ".join(f"{key}=" for key in list(found)[:200]))
+def is_settings(names: Iterable[str]) -> bool:
+    """Whether objects with these names are settings of a run."""
+    return names_settings(" ".join(f"{name}=" for name in islice(names, 200)))
+
+
+def word_of(text: str) -> str | None:
+    """`"nan"`, `"inf"` or `"-inf"` if a text is nothing but that, else None."""
+    text = text.strip()
+    word = _WORDS.get(text.lower().lstrip("+-"))
+    return None if word is None else str(-word if text.startswith("-") else word)

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from fastguard.commands.scan.findings import STEPS
+from fastguard.commands.scan.found import LogScan, Stretch
 from fastguard.commands.scan.reading import Place
-from fastguard.commands.scan.scanner import STEPS, LogScan, Stretch
 from fastguard.commands.scan.series import RULE, Growth, Series, Spike
 from fastguard.commands.terminal import print_table, printable
 

@@ -123,14 +123,11 @@ COUNT = re.compile(
 """A count of bad things: evidence if it is not 0."""
 
 _ERROR = _SENTENCES[-1]
-_VERBS = (
-    *(
-        "found detected encountered occurred returned returning generated produced contain there "
-        "due turned became become went exploded during convert invalid unexpected summary reached "
-        "already number num count samples skipped iterations observed gave"
-    ).split(),
-    *(" is", " was", " are", " were", " has", " have", " had", " got", " hit", " saw", " seen"),
-    *(" in ", " at ", " on ", " with ", "ing", "diverged"),
+_VERBS = re.compile(
+    "found|detected|encountered|occurred|return|generated|produced|contain|there|due|turned|became"
+    "|become|went|exploded|during|convert|invalid|unexpected|summary|reached|already|num|count"
+    "|samples|skipped|iterations|observed|gave|diverged|ing| is| was| are| were| has| have| had"
+    "| got| hit| saw| seen| in | at | on | with "
 )
 """A line without any of them has no such sentence."""
 
@@ -168,8 +165,7 @@ def bad_of_sentence(text: str) -> Sentence | None:
         begin = max(0, trigger.start() - WINDOW)
         seen = trigger.start() + WINDOW
         window = text[begin:seen]
-        lower = window.lower()
-        if not any(verb in lower for verb in _VERBS):
+        if _VERBS.search(window.lower()) is None:
             continue
         if (found := _in_window(window, trigger.start() - begin)) is not None:
             return found._replace(start=found.start + begin, end=found.end + begin)

@@ -31,7 +31,7 @@ KEPT = 100
 NAMES = 64
 """Series that are judged."""
 
-POINTS = 2048
+POINTS = 512
 """Points of a series that growth is judged by; a longer one is averaged in pairs."""
 
 FEWEST = 12
@@ -108,7 +108,7 @@ class Series:
                 self.spikes.append(Spike(line, place, value, threshold))
         if value or not is_grad_norm(self.name):
             ring.append(threshold if spike else value)
-        self._keep([line], lambda _: place, [value])
+        self._keep([line], lambda _: place, [value], 0, 1)
         return spike
 
     def take_all(
@@ -155,7 +155,7 @@ class Series:
         if begin < end:
             self._ring.extend(values[max(begin, end - RULE.window) : end])
             self._in_a_row = 0
-            self._keep(lines[begin:end], lambda i: place(begin + i), values[begin:end])
+            self._keep(lines, place, values, begin, end)
 
     def growth(self) -> Growth | None:
         """How it climbs to the end of the log, or None if it does not."""
@@ -188,13 +188,17 @@ class Series:
         return Growth(line, place, low, end)
 
     def _keep(
-        self, lines: Sequence[int], place: Callable[[int], Place], values: Sequence[float]
+        self,
+        lines: Sequence[int],
+        place: Callable[[int], Place],
+        values: Sequence[float],
+        at: int,
+        end: int,
     ) -> None:
-        at, n = 0, len(values)
-        while at < n:
+        while at < end:
             if not self._pending:
                 self._group = (lines[at], place(at))
-            taken = values[at : at + self._stride - len(self._pending)]
+            taken = values[at : min(end, at + self._stride - len(self._pending))]
             self._pending += taken
             at += len(taken)
             if len(self._pending) < self._stride or self._group is None:

@@ -28,7 +28,8 @@ SHAPE = bytes.maketrans(b"123456789", b"000000000")
 _OF_NAMES = re.compile(rb"[A-Za-z_][./\[#@-]?([0-9]+)")
 _IN_NUMBER = re.compile(rb".{0,2}[0-9.]e[+-]?$|.?nan\.$|.?inf\.$", re.IGNORECASE | re.DOTALL)
 _OF_COUNTS = re.compile(
-    rb"(?:nan|inf|finite|found|detected|encountered|number of|num)\w{0,12}[\w ]{0,30}[\"']?\s{0,9}"
+    rb"(?:nan|(?!inf (?:step|epoch|iter|batch|loss)=)inf|finite|found"
+    rb"|detected|encountered|number of|num)\w{0,12}[\w ]{0,30}[\"']?\s{0,9}"
     rb"[:=]\s{0,9}([0-9]+)"
     rb"|\b(?:found|detected|encountered|got|skipped|with|contains) ([0-9]+)\b"
     rb"|(?<![0-9.])([0-9]+)(?:/[0-9]+)?(?= (?:samples got|(?:nan|inf|non-?finite)s?"

@@ -14,9 +14,13 @@ from __future__ import annotations
 import csv
 import math
 import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 
 from fastguard.commands.scan.columns import is_place, place_of
-from fastguard.commands.scan.reading import NOWHERE, Reading
+from fastguard.commands.scan.lines import text_of
+from fastguard.commands.scan.reading import NOWHERE, Place, Reading
+from fastguard.commands.scan.rows import Column, Rows
 from fastguard.commands.scan.series import AllSeries
 from fastguard.commands.scan.tokens import canonical
 from fastguard.commands.scan.values import Value, has_nonfinite
@@ -30,6 +34,15 @@ _HEAD = re.compile(
     r"[^\W\d][\w./@%()\[\]:,|+*#&^~ -]{0,79}"
 )
 _NO_CELL = re.compile(r"[\s:=]")
+_CELL = rb'"?[^,;\t\n"#]*+"?'
+# What stands under a name that is judged, or that is the place.
+_NUMBER = rb'"?[ ]*+(?:[+-]?(?:[0-9]++\.?[0-9]*+(?:e[+-]?[0-9]++)?|nan|inf(?:inity)?))?[ ]*+"?'
+MOST_ROWS = 4096
+"""Rows that are read together."""
+
+_SENTENCE = Value("", "sentence")  # with commas in it: plain text
+_BOUND = Value("", "bound")
+
 _NAMED_BY = ("key", "metric", "name", "tag", "variable", "metric_name")
 
 
@@ -46,6 +59,7 @@ class Table:
         self._delimiter = ""
         self._names: list[str] = []
         self._bad: set[int] = set()  # columns that were bad and have not been good since
+        self._rows: re.Pattern[bytes] | None = None
 
     @property
     def waits(self) -> bool:
@@ -60,8 +74,6 @@ class Table:
         """What a line says, or None if it is not of a table."""
         if self._begun and not self._names:
             return None
-        if not self._bad and (reading := self._numbers(text)) is not None:
-            return reading
         text = text.lstrip("\ufeff# ") if text.lstrip().startswith(("#", "\ufeff")) else text
         if not self._begun:
             self._begun = True
@@ -86,32 +98,90 @@ class Table:
                 self._places = [is_place(name) for name in names]
                 self._judged = [self._series.judges(name) for name in names]
                 self._places_at = [(i, n) for i, n in enumerate(names) if self._places[i]]
-                self._judged_at = [(i, n) for i, n in enumerate(names) if self._judged[i]]
                 lower = [name.lower() for name in names]
                 self._named_by = next((i for i, n in enumerate(lower) if n in _NAMED_BY), None)
                 self._value_at = lower.index("value") if "value" in lower else None
-                self._plain = self._named_by is None or self._value_at is None
+                self._rows = self._pattern()
                 return Reading(NAME, NOWHERE, measured=False)
         return None
 
-    def _numbers(self, text: str) -> Reading | None:
-        """What a row of finite numbers says, as most are; None: it must be read cell by cell."""
-        if not self._delimiter or not text[:1].isdigit() or '"' in text or not self._plain:
+    def _pattern(self) -> re.Pattern[bytes] | None:
+        """Finds rows that can be read together: plain cells, and numbers where there should be."""
+        numbers = [p or j for p, j in zip(self._places, self._judged, strict=True)]
+        if not any(numbers) or (self._named_by is not None and self._value_at is not None):
             return None
-        cells = text.split(self._delimiter)
-        lower = text.lower()
-        if len(cells) != len(self._names) or "n" in lower or "#" in text:
-            return None
-        numbers = {}
-        for i, name in self._judged_at:
-            try:
-                value = float(cells[i]) if cells[i] else math.nan
-            except ValueError:
-                return None
-            if math.isfinite(value):
-                numbers[name] = value
-        place = place_of([(name, cells[i].strip()) for i, name in self._places_at])
-        return Reading(NAME, place, (), False, None, numbers)
+        cells = self._delimiter.encode().join(_NUMBER if number else _CELL for number in numbers)
+        return re.compile(rb"(?:(?!\s*\n)%s *+\n){1,%d}+" % (cells, MOST_ROWS), re.IGNORECASE)
+
+    def rows(self, lines: bytes, at: int) -> tuple[int, bytes]:
+        """The rows that begin at `at` and can be read together, b"" if none, and where they end."""
+        found = self._rows.match(lines, at) if self._rows is not None and self._names else None
+        return (at, b"") if found is None else (found.end(), found[0])
+
+    def read_rows(self, rows: bytes, numbers: Sequence[int]) -> Rows:
+        """What such rows say; `numbers` are their lines."""
+        delimiter, k = self._delimiter.encode(), len(self._names)
+        cells = rows.replace(b'"', b"").replace(b"\n", delimiter).split(delimiter)
+        cells.pop()
+        n = len(cells) // k
+        columns: dict[str, Column] = {}
+        bad: dict[int, list[Value]] = {}
+        bad_at: dict[int, set[int]] = {}
+        mentions, odd = set(), set()
+        for j, name in enumerate(self._names):
+            column = cells[j::k]
+            if self._judged[j] and not self._places[j]:
+                columns[name] = _numbers(column)
+            text = b"\n".join(column).lower()
+            if not (b"nan" in text or b"inf" in text or b"1.#" in text):
+                continue
+            for i, cell in enumerate(column):
+                if cell[-1:].isdigit() or (found := _nonfinite(name, cell)) is None:
+                    continue
+                if found is _SENTENCE:
+                    odd.add(i)
+                elif found is _BOUND or self._places[j]:
+                    mentions.add(i)
+                else:
+                    bad.setdefault(i, []).append(found)
+                    bad_at.setdefault(i, set()).add(j)
+
+        for i in odd:
+            bad.pop(i, None)
+            bad_at.pop(i, None)
+
+        def place(i: int) -> Place:
+            return place_of(
+                (name, cells[i * k + j].decode().strip()) for j, name in self._places_at
+            )
+
+        each = rows.split(b"\n")
+
+        measured = bytearray(n)
+
+        def is_number(i: int, j: int) -> bool:
+            return i not in odd and cells[i * k + j].rstrip()[-1:].isdigit()
+
+        for i in self._again_good(n, bad_at, is_number):
+            measured[i] = 1
+        mentioned = sorted(mentions - bad.keys() - odd)
+        return Rows(
+            NAME, numbers, place, lambda i: text_of(each[i]), columns, bad, measured, mentioned, odd
+        )
+
+    def _again_good(
+        self, n: int, bad_at: Mapping[int, set[int]], is_number: Callable[[int, int], bool]
+    ) -> Iterator[int]:
+        """The rows in which a column that was bad holds a number again."""
+        begin = 0
+        for end in (*sorted(bad_at), n):
+            if self._bad:
+                good = (i for i in range(begin, end) if any(is_number(i, j) for j in self._bad))
+                if (i := next(good, None)) is not None:
+                    self._bad.clear()
+                    yield i
+            self._bad |= bad_at.get(end, set())
+            begin = end + 1
 
     def _row(self, cells: list[str]) -> Reading | None:
         bad, found, again_good = [], set(), False
@@ -158,6 +228,32 @@ def _cells(text: str, delimiter: str) -> list[str]:
     if '"' in text:
         return [cell.strip() for cell in next(csv.reader([text], delimiter=delimiter), [])]
     return [cell.strip() for cell in text.split(delimiter)]
+
+
+@lru_cache(1024)
+def _nonfinite(name: str, cell: bytes) -> Value | None:
+    """The value of a cell that is no number; None: it has no NaN or Inf."""
+    word = text_of(cell).strip()
+    if not word or word[-1].isdigit() or not has_nonfinite(word):
+        return None
+    if _NO_CELL.search(word):
+        return _SENTENCE
+    return _BOUND if is_bound(name, canonical(word)) else Value(name, canonical(word))
+
+
+def _numbers(column: Sequence[bytes]) -> Column:
+    """The rows of a column that hold a finite number."""
+    try:
+        values = list(map(float, column))
+    except ValueError:
+        kept = [i for i, cell in enumerate(column) if cell and not cell.isspace()]
+        values = [float(column[i]) for i in kept]
+    else:
+        kept = range(len(column))
+    if all(map(math.isfinite, values)):  # 1e999 is not
+        return kept, values
+    pairs = [(i, value) for i, value in zip(kept, values, strict=True) if math.isfinite(value)]
+    return [i for i, _ in pairs], [value for _, value in pairs]
 
 
 def _is_known(name: str) -> bool:

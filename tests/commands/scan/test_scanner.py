@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import tracemalloc
 
+from fastguard.commands.scan.findings import KEPT
 from fastguard.commands.scan.found import NAMES
-from fastguard.commands.scan.scanner import KEPT, scan_log
+from fastguard.commands.scan.scanner import scan_log
 
 
 def scan(*lines: str):

@@ -61,7 +61,7 @@ def noise(n: int, level, scale: float = 0.05, seed: int = 0) -> list[float]:
         (noise(400, lambda i: 1.0 if i < 200 else 1.02 ** (i - 200)), (1, 215)),
         (noise(100, lambda i: 3 * math.exp(-i / 9) + 0.5 if i < 50 else 8.0), (30, 51)),
         ([0.3 + 0.01 * i for i in range(30)], (1, 2)),
-        (noise(3 * POINTS, lambda i: 1 + abs(i - 2000) / 1000, 0.2), (1300, 2700)),
+        (noise(6144, lambda i: 1 + abs(i - 2000) / 1000, 0.2), (1300, 2700)),
     ],
     ids=["after-a-fall", "exponential", "jump-that-stays", "from-the-start", "downsampled"],
 )

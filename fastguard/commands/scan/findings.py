@@ -1,0 +1,260 @@
+"""`Findings`: values and places of a log become stretches of bad lines that belong together.
+
+A running mean that is NaN once stays NaN to the end of its epoch: ten thousand lines, one finding.
+So the bad lines of an epoch are joined, until a line like the first of them measures something, and
+all of it is finite. Memory does not depend on the length of the log.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from fastguard.commands.scan import huggingface
+from fastguard.commands.scan.bare import Bare
+from fastguard.commands.scan.found import LogScan, Run, Stretch
+from fastguard.commands.scan.lines import Line, text_of
+from fastguard.commands.scan.plain import Passed
+from fastguard.commands.scan.reading import NOWHERE, Place, Reading
+from fastguard.commands.scan.rows import Rows
+from fastguard.commands.scan.series import AllSeries
+from fastguard.commands.scan.shapes import Shape, Shapes
+from fastguard.commands.scan.tokens import first_nonfinite
+from fastguard.commands.scan.values import Value, has_nonfinite
+
+KEPT = 1000
+"""Stretches that are told one by one; the others are counted."""
+
+STEPS = 10
+"""Steps of a stretch that are told one by one."""
+
+EXCERPT = 200
+"""Characters of a line that are kept."""
+
+
+class Findings:
+    """Keeps the place in the run and the stretch that is going on.
+
+    Args:
+        shapes: Knows where a line of text names its place.
+
+    Attributes:
+        found: What has been found.
+        series: The losses and gradient norms.
+        passed: The good lines before this one.
+        place: Where the last line was written.
+        stretch: The stretch that is going on.
+        run: Lines of text that are as the last one, which was bad.
+        dicts: Whether the bars of this log count the steps of dicts.
+    """
+
+    def __init__(self, shapes: Shapes) -> None:
+        self.found = LogScan()
+        self.series = AllSeries()
+        self.passed = Passed(shapes.where, shapes.is_setting)
+        self.place = NOWHERE
+        self.stretch: Stretch | None = None
+        self.run: Run | None = None
+        self.dicts = False
+        self._without_step: Stretch | None = None
+
+    def ends_stretch(self, dialect: str | None) -> None:
+        """A line of this dialect shows that the run is finite again."""
+        if self.stretch is not None and self.stretch.dialect == dialect:
+            self.stretch = None
+
+    def text(self, number: int, line: bytes, shape: Shape) -> None:
+        """A line of text."""
+        self.end_run()
+        self.dicts |= shape.dialect == huggingface.NAME
+        if not shape.bad:
+            if shape.suspect:
+                self.mention(number, line)
+            if shape.dialect is None:
+                self.passed.add_all(line)
+            else:
+                self.passed.add(shape.where, line)
+            if shape.measured:
+                self.ends_stretch(shape.dialect)
+            return
+        place = shape.where.place(line)
+        if place.epoch is None:
+            self.place = place.within(self.passed.place(self.place))
+        else:
+            self.place = place
+            self.passed.forget()
+        self.bad(number, line, shape.dialect or "", shape.bad)
+        self.run = Run(shape, line)
+
+    def bad(self, number: int, line: bytes, dialect: str, bad: tuple[Value, ...]) -> None:
+        """A line with values that are NaN or Inf, at the place that is kept."""
+        self.found.n_bad += 1
+        stretch = self.stretch
+        if stretch is None or self._is_other_epoch(stretch):
+            stretch = self._begin(number, line, dialect)
+        stretch.last_line = number
+        if (self.place.batch or 0) >= (stretch.last.batch or 0):  # a bar may be drawn anew, at 0
+            stretch.last = self.place
+        stretch.n_lines += 1
+        stretch.count(bad, 1)
+        self._without_step = stretch if self.dicts and self.place.step is None else None
+
+    def _begin(self, number: int, line: bytes, dialect: str) -> Stretch:
+        stretch = Stretch(
+            dialect=dialect,
+            first_line=number,
+            last_line=number,
+            first=self.place,
+            last=self.place,
+            n_lines=0,
+            values=Counter(),
+            excerpt="",
+        )
+        self.stretch = stretch
+        self.found.n_stretches += 1
+        if len(self.found.stretches) < KEPT:
+            stretch.excerpt = _excerpt(text_of(line[: 8 * EXCERPT]))
+            self.found.stretches.append(stretch)
+        return stretch
+
+    def end_run(self) -> None:
+        """Counts the lines that were as the one before."""
+        run, stretch = self.run, self.stretch
+        self.run = None
+        if run is None or stretch is None or not run.n:
+            return
+        self.found.n_bad += run.n
+        stretch.n_lines += run.n
+        stretch.last_line = run.number
+        for bad, n in run.bad.items():
+            stretch.count(bad, n)
+        (where, last), (where_furthest, furthest_line) = run.last, run.furthest
+        self.place = where.place(last).within(self.place)
+        furthest = where_furthest.place(furthest_line).within(self.place)
+        if (furthest.batch or 0) >= (stretch.last.batch or 0):
+            stretch.last = furthest
+        self._without_step = stretch if self.dicts and self.place.step is None else None
+
+    def mention(self, number: int, line: bytes) -> None:
+        """A line with the word, but without a value."""
+        self.found.n_mentions += 1
+        if self.found.mention is None:
+            self.found.mention = Line(number, _around_word(text_of(line)))
+
+    def take_step(self, step: int) -> None:
+        """The bar after a bad dict says its step."""
+        stretch = self._without_step
+        if stretch is None:
+            return
+        stretch.last = stretch.last._replace(step=step)
+        if stretch.n_lines == 1:
+            stretch.first = stretch.last
+        self._without_step = None
+
+    def take_bare(self, bare: Bare, last_line: int) -> None:
+        """Takes lines of numbers after the first of them."""
+        self.end_run()
+        self.found.n_lines += 1 + bare.n
+        stretch = self.stretch
+        if stretch is not None and bare.n_bad:
+            self.found.n_bad += bare.n_bad
+            stretch.n_lines += bare.n_bad
+            stretch.last_line = last_line
+            for value, n in bare.kinds.items():
+                stretch.count((value,), n)
+
+    def data(self, number: int, reading: Reading, text: str) -> None:
+        """A line that is data: its names and its place are its own."""
+        self.end_run()
+        self.passed.forget()
+        self.place = reading.place.within(self.place)
+        for name, value in reading.numbers.items():
+            self.series.take(name, number, self.place, value)
+        if reading.bad:
+            self.bad(number, text.encode(errors="replace"), reading.dialect, reading.bad)
+            self._add_step()
+            return
+        if text and has_nonfinite(text):
+            self.mention(number, text.encode(errors="replace"))
+        if reading.measured:
+            self.ends_stretch(reading.dialect)
+
+    def judge(self, rows: Rows, read: Callable[[int], None]) -> None:
+        """Takes rows together; `read` those that must be read one by one."""
+        self.found.n_lines += len(rows.numbers)
+        done, bad = 0, sorted(rows.bad)
+        for begin, end in rows.parts():
+            for i in range(done, begin):
+                read(i)
+            self._judge_part(rows, begin, end, bad[bisect_left(bad, begin) : bisect_left(bad, end)])
+            done = end
+        for i in range(done, len(rows.numbers)):
+            read(i)
+
+    def _judge_part(self, rows: Rows, begin: int, end: int, bad: Sequence[int]) -> None:
+        self.end_run()
+        self.passed.forget()
+        before = self.place
+        for name, at, values in rows.series(begin, end):
+            self.series.take_all(
+                name,
+                at if at is rows.numbers else [rows.numbers[i] for i in at],
+                lambda i, at=at: rows.place(at[i]).within(before),
+                values,
+            )
+        mentions = rows.mentions[
+            bisect_left(rows.mentions, begin) : bisect_left(rows.mentions, end)
+        ]
+        for i in mentions:
+            self.mention(rows.numbers[i], rows.text(i).encode(errors="replace"))
+        for i in bad:
+            self._again_finite(rows, begin, i)
+            place = rows.place(i)
+            if place.epoch is None and begin < i:  # the row before may say more
+                self.place = rows.place(i - 1).within(self.place)
+            self.place = place.within(self.place)
+            text = rows.text(i) if self._needs_excerpt() else ""
+            self.bad(
+                rows.numbers[i], text.encode(errors="replace"), rows.dialect, tuple(rows.bad[i])
+            )
+            self._add_step()
+            begin = i + 1
+        self._again_finite(rows, begin, end)
+        self.place = rows.place(end - 1).within(self.place)
+
+    def _again_finite(self, rows: Rows, begin: int, end: int) -> None:
+        """Ends the stretch where a row shows that the run is finite."""
+        if rows.measured.find(1, begin, end) >= 0:
+            self.ends_stretch(rows.dialect)
+
+    def _add_step(self) -> None:
+        stretch, step = self.stretch, self.place.step
+        if stretch and step is not None and len(stretch.steps) < STEPS:
+            if not stretch.steps or stretch.steps[-1] != step:
+                stretch.steps.append(step)
+
+    def _needs_excerpt(self) -> bool:
+        """Whether the next bad line begins a stretch that is kept."""
+        stretch = self.stretch
+        begins = stretch is None or self._is_other_epoch(stretch)
+        return begins and len(self.found.stretches) < KEPT
+
+    def _is_other_epoch(self, stretch: Stretch) -> bool:
+        return _epoch(stretch.first) != _epoch(self.place)
+
+
+def _excerpt(text: str) -> str:
+    return " ".join(text.split())[:EXCERPT]
+
+
+def _around_word(text: str) -> str:
+    """A long line from a little before its NaN or Inf on."""
+    start = max(0, first_nonfinite(text) - EXCERPT // 2)
+    end = start + EXCERPT
+    return "..." * (start > 0) + _excerpt(text[start:end]) + "..." * (end < len(text))
+
+
+def _epoch(place: Place) -> int | None:
+    return None if place.epoch is None else math.floor(place.epoch)
