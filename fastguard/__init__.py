@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fastguard.diagnosis.batch_check import BatchCheck, check_batch
     from fastguard.diagnosis.provenance import NonFiniteReport, explain_nonfinite
     from fastguard.errors import NonFiniteGradError, TrainingDivergedError
+    from fastguard.functional.adaptive import clip_grad_adaptive_
     from fastguard.functional.clip import (
         clip_grad_norm_,
         clip_grad_value_,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from fastguard.recovery.guarded_lr import GuardedLR
     from fastguard.recovery.rollback import Rewind, Rollback
     from fastguard.recovery.warmup import Warmup
+    from fastguard.stages.agc import AGC
     from fastguard.stages.backend import backend_for
     from fastguard.stages.contract import GradStats, Verdict
     from fastguard.stages.limit_rules import AdaGC, AdaptiveLimit, AutoClip, ZClip
@@ -57,6 +59,7 @@ __all__ = [
     "unpatch_torch",
     "FlatGradBuckets",
     # what torch has not
+    "clip_grad_adaptive_",
     "sanitize_grads_",
     "measure_grads",
     "GradStats",
@@ -69,6 +72,7 @@ __all__ = [
     "ZClip",
     "AutoClip",
     "AdaGC",
+    "AGC",
     "AdaptiveLimit",
     "NonFiniteGradError",
     "TrainingDivergedError",
@@ -115,6 +119,7 @@ _HOMES = {
     "diagnosis.batch_check": "BatchCheck check_batch",
     "diagnosis.provenance": "NonFiniteReport explain_nonfinite",
     "errors": "NonFiniteGradError TrainingDivergedError",
+    "functional.adaptive": "clip_grad_adaptive_",
     "functional.clip": "clip_grad_norm_ clip_grad_value_ clip_grads_with_norm_ "
     "get_total_norm measure_grads sanitize_grads_",
     "functional.flat_buckets": "FlatGradBuckets",
@@ -131,6 +136,7 @@ _HOMES = {
     "recovery.guarded_lr": "GuardedLR",
     "recovery.rollback": "Rewind Rollback",
     "recovery.warmup": "Warmup",
+    "stages.agc": "AGC",
     "stages.backend": "backend_for",
     "stages.contract": "GradStats Verdict",
     "stages.limit_rules": "AdaGC AdaptiveLimit AutoClip ZClip",

@@ -1,7 +1,7 @@
 """`GuardConfig`: everything about a guarded run in one typed place, from a dict, TOML or YAML file.
 
     [guard]               max_norm, norm_type, clip_scope, nonfinite, max_consecutive_skips, ...
-    [guard.max_norm]      rule = "ZClip", "AutoClip" or "AdaGC", and its settings
+    [guard.max_norm]      rule = "ZClip", "AutoClip", "AdaGC" or "AGC", and its settings
     [spike.grad_norm]     window, sigma, warmup, action; or max, action
     [groups."latents.*"]  max_norm, clip_value of the parameters whose names match
     [schedule]  [schedule.warmup]  [rollback]  [checkpoints]  [activations]  [batch]  [records]
@@ -32,13 +32,14 @@ from fastguard.diagnosis.batch_check import BatchCheck, check_batch, check_order
 from fastguard.errors import nearest
 from fastguard.functional.arguments import limit_of
 from fastguard.guard.arguments import check_budget
-from fastguard.guard.clip_scope import checked_limit
+from fastguard.guard.clip_scope import check_units, checked_limit
 from fastguard.guard.guarded import GuardedOptimizer
 from fastguard.records.json_lines_sink import JsonLinesSink
 from fastguard.records.loggers import TensorBoardSink
 from fastguard.recovery.guarded_lr import GuardedLR
 from fastguard.recovery.rollback import Rollback
 from fastguard.recovery.warmup import Warmup
+from fastguard.stages.agc import AGC
 from fastguard.stages.limit_rules import AdaGC, AutoClip, ZClip
 from fastguard.stages.measure import norm_type_of
 from fastguard.stages.spike_rules import Rule
@@ -53,9 +54,9 @@ if TYPE_CHECKING:
 class GuardSection:
     """The arguments of `GuardedOptimizer`."""
 
-    max_norm: float | ZClip | AutoClip | AdaGC | None = None
+    max_norm: float | ZClip | AutoClip | AdaGC | AGC | None = None
     norm_type: float = 2.0
-    clip_scope: Literal["global", "group", "tensor"] = "global"
+    clip_scope: Literal["global", "group", "tensor", "unit"] = "global"
     nonfinite: Literal["skip", "zero", "raise", "propagate"] = "skip"
     max_consecutive_skips: int | None = None
     flat_buckets: bool = False
@@ -63,6 +64,7 @@ class GuardSection:
 
     def __post_init__(self) -> None:
         checked_limit(self.max_norm)
+        check_units(self.clip_scope, self.max_norm)
         norm_type_of(self.norm_type)
         check_budget(self.max_consecutive_skips)
 

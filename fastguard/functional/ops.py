@@ -25,7 +25,7 @@ _KEY = "CompositeExplicitAutograd"
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
 
 
-def _define(schema: str, implementation, shapes) -> None:
+def define(schema: str, implementation, shapes) -> None:
     name = schema.split("(")[0]
     _library.define(schema, tags=_TAGS)
     _library.impl(name, implementation, _KEY)
@@ -50,12 +50,12 @@ def _stats_shapes(grads: list[Tensor], n_segments: int) -> tuple[Tensor, Tensor]
     return summary, torch.empty(3, len(grads), dtype=torch.int64, device=device)
 
 
-_define(
+define(
     "measure(Tensor[] grads, float norm_type) -> (Tensor summary, Tensor counts)",
     _measure,
     lambda grads, norm_type: _stats_shapes(grads, 1),
 )
-_define(
+define(
     "measure_tensors(Tensor[] grads, float norm_type) -> (Tensor summary, Tensor counts)",
     _measure_tensors,
     lambda grads, norm_type: _stats_shapes(grads, len(grads)),
@@ -111,7 +111,7 @@ def _decide_shapes(
     )
 
 
-_define(
+define(
     "decide(Tensor summary, Tensor counts, Tensor max_norm, float norm_type, str nonfinite,"
     " str[]? names, bool as_torch=False, bool rooted=False)"
     " -> (Tensor total_norm, Tensor multiplier, Tensor clean)",
@@ -124,7 +124,7 @@ def _apply(grads: list[Tensor], multiplier: Tensor, clean: Tensor) -> None:
     scale(bucketize(grads), multiplier, clean)
 
 
-_define(
+define(
     "apply(Tensor(a!)[] grads, Tensor multiplier, Tensor clean) -> ()",
     _apply,
     lambda grads, multiplier, clean: None,
@@ -138,7 +138,7 @@ def _clip_value(grads: list[Tensor], clip_value: Tensor) -> None:
     clamp_(buckets, clip_value.item())
 
 
-_define(
+define(
     # clip_value lies on the CPU
     "clip_value(Tensor(a!)[] grads, Tensor clip_value) -> ()",
     _clip_value,
@@ -154,7 +154,7 @@ def _sanitize(grads: list[Tensor], values: Tensor) -> None:
     fill_nonfinite_(buckets, fill)
 
 
-_define(
+define(
     # values lie on the CPU: for NaN, +Inf and -Inf; numbers would be compiled in
     "sanitize(Tensor(a!)[] grads, Tensor values) -> ()",
     _sanitize,

@@ -13,13 +13,14 @@ from torch.nn import Module
 
 from fastguard.functional.arguments import limit_of
 from fastguard.gradients.transfer import numbers_on
+from fastguard.stages.agc import AGC
 from fastguard.stages.contract import NonFinite, Policy
 from fastguard.stages.limit_rules import AdaptiveLimit
 from fastguard.stages.spike_rules import Rule
 
-Limit = float | AdaptiveLimit
-ClipScope = Literal["global", "group", "tensor"]
-SCOPES = ("global", "group", "tensor")
+Limit = float | AdaptiveLimit | AGC
+ClipScope = Literal["global", "group", "tensor", "unit"]
+SCOPES = ("global", "group", "tensor", "unit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ def lay_out(
             labels.append(names.get(p) or label or f"parameter {len(parameters)}")
             parameters.append(p)
             segments.append(g)
-    if scope == "global":
+    if scope in ("global", "unit"):  # the units are no segments: see `stages.units`
         return Layout(parameters, None, 1, labels)
     if scope == "group":
         return Layout(parameters, segments, len(groups), labels)
@@ -74,6 +75,7 @@ def limits(
     Raises:
         TypeError, ValueError: A group's `max_norm` is no limit, or the scope has no use for it.
     """
+    check_units(scope, max_norm)
     own = [group.get("max_norm") for group in groups]
     if scope != "group":
         given = next((m for m in own if m is not None), None)
@@ -97,8 +99,9 @@ def policy_of(
 ) -> Policy:
     """What is decided with these limits, as `limits` gives them."""
     adaptive = next((m for m in limits if isinstance(m, AdaptiveLimit)), None)
+    agc = next((m for m in limits if isinstance(m, AGC)), None)
     if adaptive is None:
-        numbers = [m for m in limits if not isinstance(m, AdaptiveLimit)]
+        numbers = [m if isinstance(m, float) else math.inf for m in limits]
         return Policy(
             numbers_on(numbers, device),
             nonfinite,
@@ -106,8 +109,9 @@ def policy_of(
             tuple(rules),
             limited=min(numbers, default=math.inf) != math.inf,
             joint_limit=joint_limit(numbers, scope, norm_type, n_segments),
+            agc=agc,
         )
-    own = [math.nan if isinstance(m, AdaptiveLimit) else m for m in limits]
+    own = [m if isinstance(m, float) else math.nan for m in limits]
     return Policy(
         numbers_on([math.inf] * n_segments, device),
         nonfinite,
@@ -140,18 +144,32 @@ def joint_limit(
 
 def checked_limit(max_norm: object) -> Limit:
     """A limit as the guard was given it; None: `inf`."""
-    if isinstance(max_norm, AdaptiveLimit):
+    if isinstance(max_norm, AdaptiveLimit | AGC):
         return max_norm
     return math.inf if max_norm is None else _number(max_norm)
 
 
+def check_units(scope: ClipScope, max_norm: object) -> None:
+    """Raises a ValueError unless `AGC` and `clip_scope="unit"` come together."""
+    if (scope == "unit") == isinstance(max_norm, AGC):
+        return
+    if scope == "unit":
+        raise ValueError(
+            f"clip_scope='unit' with max_norm={max_norm!r}: units have a limit of their own; pass "
+            "max_norm=fastguard.AGC(), or another clip_scope"
+        )
+    raise ValueError(
+        f"max_norm={max_norm!r} limits units, but clip_scope={scope!r}; pass clip_scope='unit'"
+    )
+
+
 def _number(max_norm: object) -> float:
-    if isinstance(max_norm, AdaptiveLimit):
+    if isinstance(max_norm, AdaptiveLimit | AGC):
         raise TypeError(
             f"a param group has max_norm={max_norm!r}, which must be a number; give the rule to "
             "GuardedOptimizer(max_norm=...), which has one for all groups without a number"
         )
-    if isinstance(max_norm, type) and issubclass(max_norm, AdaptiveLimit):
+    if isinstance(max_norm, type) and issubclass(max_norm, AdaptiveLimit | AGC):
         name = max_norm.__name__
         raise TypeError(f"max_norm is the class {name}; pass a rule, max_norm={name}()")
     return limit_of("max_norm", max_norm, quiet=True)

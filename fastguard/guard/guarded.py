@@ -51,6 +51,7 @@ from fastguard.guard.state_dict import guard_state, inner_state, parts, torch_dc
 from fastguard.guard.step_hooks import with_own_hooks, without_pre_hooks_of_all
 from fastguard.guard.step_in_flight import StepInFlight
 from fastguard.guard.stepper import stepper_for
+from fastguard.guard.unit_clipping import UnitClipping
 from fastguard.guard.whole_step import WholeStep
 from fastguard.ranks.agreement import check_agreement
 from fastguard.ranks.groups import Group, refuse_several_ranks
@@ -79,12 +80,13 @@ class GuardedOptimizer(KnownRun):
         optimizer: Any dense optimizer of `torch.optim`, or one that behaves like them. Fused ones
             skip on the device without a synchronisation.
         max_norm: Limit of the gradient norm, >= 0; None or `inf`: measure only. Or a rule that sets
-            it at each step: `ZClip`, `AutoClip`, `AdaGC`, or an `AdaptiveLimit` of your own.
+            it at each step: `ZClip`, `AutoClip`, `AdaGC`, or an `AdaptiveLimit` of your own. Or
+            `AGC`, with `clip_scope="unit"`.
         norm_type: p > 0 of the p-norm, `inf` for the largest magnitude.
         clip_scope: What one clip coefficient is for: the whole model (`"global"`), each param group
-            (`"group"`, which may carry a `max_norm` of its own), or each tensor (`"tensor"`). A
-            param group may also carry `clip_value`: its finite elements are clamped before the
-            norm.
+            (`"group"`, which may carry a `max_norm` of its own), each tensor (`"tensor"`), or each
+            row or filter of a layer (`"unit"`, see `AGC`). A param group may also carry
+            `clip_value`: its finite elements are clamped before the norm.
         nonfinite: What NaN and Inf in gradients do: `"skip"` the step, set them to `"zero"`,
             `"raise"` before anything is changed, or `"propagate"` as torch does. A non-finite loss
             skips the step in the first two modes, raises in the third, and is ignored in the last.
@@ -261,6 +263,10 @@ class GuardedOptimizer(KnownRun):
         lr = learning_rate(self.param_groups, self._device)
         flight.keep(self._state)
         verdict = decide(stats, signals, self._state, policy)
+        if self._units is not None:
+            propagates = policy.nonfinite == "propagate"
+            layout = self._gradients.layout
+            verdict = self._units.clip(layout, verdict, signals, self.norm_type, propagates)
         flight.outcome = Outcome(
             stats, signals, verdict, self._state, policy.signals, lr, tag, policy.joint_limit
         )
@@ -347,6 +353,8 @@ class GuardedOptimizer(KnownRun):
             self._recorder.max_norm = math.inf if isinstance(fixed, Tensor) else fixed
             if hasattr(self, "_policy"):  # not while it is constructed
                 guard_state.fit(self._state, self._policy, policy, self._device)
+            layout = self._gradients.layout
+            self._units = None if policy.agc is None else UnitClipping(policy.agc, layout)
             self._policy, self._limits = policy, now
         return self._policy
 

@@ -62,8 +62,8 @@ class Gradients:
         self.names = names
         self.norm_type = norm_type
         self.group: Group = group
-        if scope == "tensor":
-            check_same_tensors(group, "clip_scope='tensor'")
+        if scope in ("tensor", "unit"):
+            check_same_tensors(group, f"clip_scope={scope!r}")
         self.layout = self._lay_out()
         check_plain_shards(self.layout.parameters, group)
         self.team: Team | None = team_of(self.layout.parameters, group)

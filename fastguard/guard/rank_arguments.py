@@ -42,7 +42,7 @@ def arguments_of(optimizer: GuardedOptimizer, team: Team) -> dict[str, str]:
 
 def places_of(optimizer: GuardedOptimizer, team: Team) -> dict[str, list[Place]] | None:
     """The parameters that each coefficient of a narrow scope belongs to, by what errors call it."""
-    if team.distinct or optimizer.clip_scope == "global":
+    if team.distinct or optimizer.clip_scope in ("global", "unit"):
         return None
     layout = optimizer._gradients.layout
     named = enumerate(zip(layout.names, layout.parameters, strict=True))

@@ -27,7 +27,6 @@ from fastguard.guard.step_hooks import run_hooks_of_all
 from fastguard.records.losses import named_losses
 from fastguard.stages.apply import apply
 from fastguard.stages.contract import Verdict
-from fastguard.stages.limit_rules import AdaptiveLimit
 from fastguard.stages.spike_rules import Rule
 
 log = logging.getLogger("fastguard")
@@ -63,8 +62,8 @@ class WholeStep:
 
         One warning says so where they would clip.
         """
-        adaptive = [limit for limit in limits if isinstance(limit, AdaptiveLimit)]
-        least = min((m for m in limits if not isinstance(m, AdaptiveLimit)), default=math.inf)
+        adaptive = [limit for limit in limits if not isinstance(limit, float)]
+        least = min((limit for limit in limits if isinstance(limit, float)), default=math.inf)
         shown = adaptive[0] if adaptive else least
         clips = [f"max_norm={shown}"] if shown != math.inf else []
         clips += [str(rule) for rule in rules if rule.action == "clip"]

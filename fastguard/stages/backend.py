@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastguard.gradients.buckets import GradBucket
 from fastguard.gradients.tensor_kinds import PLAIN, WRAPPED, Kind
+from fastguard.gradients.unit_buckets import UnitBucket
 from fastguard.stages import reference, traced
 from fastguard.stages.contract import GradStats, GuardState, Policy, Signals, Verdict
 from fastguard.stages.cpu import stages as cpu
@@ -90,6 +91,22 @@ class Stages(Protocol):
         lr: Tensor | None,
     ) -> None:
         """Writes the record of one step into `row`."""
+        ...
+
+    @staticmethod
+    def unit_coefs(
+        units: UnitBucket,
+        limits: Tensor,
+        norm_type: float,
+        propagates: bool,
+        inv_scale: Tensor | None = None,
+    ) -> Tensor:
+        """The coefficient of each unit of one bucket, float64 `(U,)`."""
+        ...
+
+    @staticmethod
+    def scale_units(units: UnitBucket, coefs: Tensor) -> None:
+        """Multiplies the gradient of each unit in place."""
         ...
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastguard.errors import Culprit
 from fastguard.gradients.tensor_kinds import PLAIN, Kind, has_numbers, lasting
+from fastguard.stages.agc import AGC
 from fastguard.stages.formulas import norm_of_norms, propagated_norms, root
 from fastguard.stages.limit_rules import AdaptiveLimit
 from fastguard.stages.reason import Reason
@@ -205,6 +206,7 @@ class Policy:
             that it is for; None: it is for all.
         on_host: Whether the rule decides in Python floats: it can, for one segment on a CPU. Then
             neither `max_norm` nor `joint_limit` is written.
+        agc: Limits of units, see `fastguard.stages.units`; None: there are none.
     """
 
     max_norm: Tensor
@@ -216,6 +218,7 @@ class Policy:
     adaptive: AdaptiveLimit | None = None
     own: Tensor | None = None
     on_host: bool = False
+    agc: AGC | None = None
 
     def may_change(self, signals: Signals) -> bool:
         """Whether a verdict can have anything for apply to do; known without looking at one."""

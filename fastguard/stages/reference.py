@@ -35,6 +35,8 @@ from fastguard.stages.formulas import (
     unscaled,
 )
 from fastguard.stages.reason import Reason
+from fastguard.stages.reference_units import scale_units as scale_units
+from fastguard.stages.reference_units import unit_coefs as unit_coefs
 from fastguard.stages.rule_table import RuleTable, rule_table_of
 
 

@@ -16,6 +16,8 @@ from fastguard.stages.formulas import holds_norms, unscaled
 from fastguard.stages.reference import decide as decide
 from fastguard.stages.reference import joined
 from fastguard.stages.reference import pack as pack
+from fastguard.stages.reference_units import scale_units as scale_units
+from fastguard.stages.reference_units import unit_coefs as unit_coefs
 
 
 def measure_bucket(

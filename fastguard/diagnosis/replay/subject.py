@@ -22,7 +22,6 @@ from fastguard.diagnosis.replay.arguments import (
 )
 from fastguard.diagnosis.replay.replay import Step, step_of
 from fastguard.guard.wrapper import OptimizerAround
-from fastguard.stages.limit_rules import AdaptiveLimit
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +79,7 @@ class Subject:
         max_norm = None
         while isinstance(optimizer, OptimizerAround):
             max_norm = getattr(optimizer, "max_norm", max_norm)
-            max_norm = None if isinstance(max_norm, AdaptiveLimit) else max_norm
+            max_norm = max_norm if isinstance(max_norm, float) else None
             optimizer = optimizer.optimizer
         return Subject(
             model,

@@ -1,6 +1,8 @@
-"""The CPU backend: its four functions in one place, as `fastguard.stages.backend` asks for them."""
+"""The CPU backend: its functions in one place, as `fastguard.stages.backend` asks for them."""
 
 from fastguard.stages.cpu.apply import apply as apply
 from fastguard.stages.cpu.decide import decide as decide
 from fastguard.stages.cpu.measure import measure_bucket as measure_bucket
+from fastguard.stages.cpu.units import scale_units as scale_units
+from fastguard.stages.cpu.units import unit_coefs as unit_coefs
 from fastguard.stages.reference import pack as pack

@@ -1,0 +1,164 @@
+"""`clip_grad_adaptive_`: adaptive gradient clipping (AGC) as a function."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastguard.functional.arguments import Parameters, gradients_for, limit_beside, listed, mode_of
+from fastguard.functional.ops import define
+from fastguard.gradients.buckets import bucketize, parameters_of
+from fastguard.gradients.unit_buckets import refuse_dtensors, unit_buckets
+from fastguard.stages.agc import AGC, limited_positions
+from fastguard.stages.apply import scale
+from fastguard.stages.decide import raise_if_nonfinite
+from fastguard.stages.measure import measure, norm_type_of
+from fastguard.stages.units import clip_units
+
+
+@torch.no_grad()
+def clip_grad_adaptive_(
+    parameters: Parameters,
+    clip_factor: float = 0.01,
+    eps: float = 1e-3,
+    norm_type: float = 2.0,
+    *,
+    exclude: Iterable[str | Tensor] = (),
+    nonfinite: Literal["propagate", "zero", "raise"] = "propagate",
+) -> None:
+    """Clips the gradient of each unit to a fraction of the norm of its weights (AGC).
+
+    With the weights w and the gradient g of a unit:
+
+        g <- g * limit / norm(g)   where norm(g) > limit = clip_factor * max(norm(w), eps)
+
+    A unit is a slice along the first dimension (a row of a linear layer, a filter of a
+    convolution); a tensor of one dimension or none is one unit. Brock et al. 2021,
+    arXiv 2102.06171. Results are those of `timm.utils.agc.adaptive_clip_grad`, without its floor of
+    1e-6 under the norm of a gradient.
+
+    Args:
+        parameters: A tensor, an iterable of tensors, or of `(name, tensor)` pairs such as
+            `model.named_parameters()`.
+        clip_factor: The largest norm of a gradient over that of its weights, > 0. The paper uses
+            0.01 for a batch size of 4096.
+        eps: The least norm that weights count with, > 0, so that zero weights can learn.
+        norm_type: p > 0 of the p-norm; `inf` for the largest magnitude.
+        exclude: What is not clipped: parameters, or names as in `AGC`. The paper leaves out the
+            last linear layer.
+        nonfinite: What NaN and Inf in gradients do: `"propagate"`: NaN makes the gradient of its
+            unit NaN; Inf makes it 0, and NaN where the element is Inf. `"zero"` sets them to 0 and
+            clips by the norm of the rest; `"raise"` raises before anything is changed. Other units
+            are not affected. The last two hold for the excluded parameters too.
+
+    Raises:
+        NonFiniteGradError: In raise mode; this waits for a GPU.
+        TypeError, ValueError: An argument is not of the kind or range above; or a parameter is a
+            DTensor, whose shards hold parts of units.
+
+    Example:
+        >>> import torch, fastguard
+        >>> p = torch.nn.Parameter(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+        >>> p.grad = torch.tensor([[3.0, 4.0], [0.0, 1e-6]])
+        >>> fastguard.clip_grad_adaptive_([p], clip_factor=0.1)
+        >>> p.grad
+        tensor([[3.0000e-01, 4.0000e-01],
+                [0.0000e+00, 1.0000e-06]])
+    """
+    p = norm_type_of(norm_type)
+    mode = mode_of(nonfinite, False)
+    parameters = listed(parameters)
+    grads, names = gradients_for(parameters, strict=True)
+    tensors = parameters_of(parameters)
+    refuse_dtensors(tensors, names)
+    limited = limited_positions(tensors, names, [exclude] if isinstance(exclude, str) else exclude)
+    if torch.compiler.is_compiling():
+        _clip_compiled(grads, tensors, names, limited, clip_factor, eps, p, mode)
+        return
+    agc = AGC(clip_factor, eps)
+    limits = torch.tensor([agc.clip_factor, agc.eps], dtype=torch.float64, device="cpu")
+    _clip(grads, tensors, names, limited, limits, p, mode)
+
+
+def _clip(
+    grads: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    names: Sequence[str] | None,
+    limited: Sequence[int],
+    limits: Tensor,
+    norm_type: float,
+    mode: str,
+) -> None:
+    """Refuses, cleans, then clips.
+
+    Args:
+        grads, weights, names: Of all parameters.
+        limited: The positions of those that are clipped.
+        limits: float64 `(2,)` on the CPU: `clip_factor` and `eps`.
+    """
+    if mode != "propagate":
+        buckets = bucketize(grads, names=names, norm_type=norm_type)
+        stats = measure(buckets, norm_type)
+        if mode == "raise":
+            raise_if_nonfinite(stats)
+        else:
+            scale(buckets, torch.ones_like(stats.power_sum), stats.found_nonfinite)
+    units = unit_buckets(
+        [grads[i] for i in limited],
+        [weights[i] for i in limited],
+        None if names is None else [names[i] for i in limited],
+        norm_type,
+    )
+    clip_units(units, limits, norm_type, propagates=True)
+
+
+def _clip_compiled(
+    grads: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    names: list[str] | None,
+    limited: Sequence[int],
+    clip_factor: float,
+    eps: float,
+    norm_type: float,
+    mode: str,
+) -> None:
+    """The same as one opaque op, which checks the limits while the graph runs."""
+    ids = [i for i, grad in enumerate(grads) if grad is not None]
+    if not ids:
+        return
+    places = [k for k, i in enumerate(ids) if i in limited]
+    on_host = torch.empty(0, device="cpu")
+    limits = torch.cat([limit_beside(clip_factor, on_host), limit_beside(eps, on_host)])
+    torch.ops.fastguard.clip_units(
+        [grads[i] for i in ids],
+        [weights[i].detach() for i in ids],
+        limits,
+        places,
+        norm_type,
+        mode,
+        None if names is None else [names[i] for i in ids],
+    )
+
+
+def _clip_op(
+    grads: list[Tensor],
+    weights: list[Tensor],
+    limits: Tensor,
+    limited: list[int],
+    norm_type: float,
+    mode: str,
+    names: list[str] | None,
+) -> None:
+    AGC(*limits.tolist())
+    _clip(grads, weights, names, limited, limits, norm_type, mode)
+
+
+define(
+    "clip_units(Tensor(a!)[] grads, Tensor[] weights, Tensor limits, int[] limited,"
+    " float norm_type, str mode, str[]? names) -> ()",
+    _clip_op,
+    lambda grads, weights, limits, limited, norm_type, mode, names: None,
+)

@@ -1,0 +1,116 @@
+"""Gradients beside their weights, divided into units: what adaptive gradient clipping reads.
+
+A unit is what feeds one output of a layer. A tensor of two or more dimensions has one for each
+index of its first dimension (a row of a linear layer, a filter of a convolution); a vector or a
+scalar is one unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from fastguard.gradients.buckets import BucketMemo, GradBucket, bucketize, name_of
+from fastguard.ranks.dtensors import dtensor_types
+
+
+@dataclass(frozen=True)
+class UnitBucket:
+    """Gradients of one device and dtype, with weights of one dtype.
+
+    Attributes:
+        bucket: The gradients, with `tensor_ids` of the caller's list.
+        weights: The weight of each, as a dense real tensor on the same device.
+        counts: How many units each has; 0 for a tensor without elements.
+    """
+
+    bucket: GradBucket
+    weights: list[Tensor]
+    counts: list[int]
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """Where the units of each tensor begin among all U of them; last, U itself."""
+        return list(accumulate(self.counts, initial=0))
+
+    @property
+    def device(self) -> torch.device:
+        return self.bucket.device
+
+
+def n_units(weight: Tensor) -> int:
+    """How many units a weight has; 0 if it has no element."""
+    if weight.numel() == 0:
+        return 0
+    return weight.shape[0] if weight.dim() > 1 else 1
+
+
+def unit_buckets(
+    grads: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    names: Sequence[str] | None,
+    norm_type: float = 2.0,
+) -> list[UnitBucket]:
+    """Sorts gradients and their weights into buckets.
+
+    Args:
+        grads: One entry per tensor; None where there is no gradient.
+        weights: The weight of each.
+        names: The name of each.
+        norm_type: The norm that will be taken; complex gradients have only the 2-norm.
+
+    Raises:
+        TypeError: A tensor is a DTensor, or a gradient is not what `bucketize` takes.
+    """
+    refuse_dtensors(weights, names)
+    units = []
+    for bucket in bucketize(grads, names=names, norm_type=norm_type).buckets:
+        own = [weights[i].detach() for i in bucket.tensor_ids]
+        dtypes = list(dict.fromkeys(w.dtype for w in own))
+        for dtype in dtypes:
+            places = [i for i, w in enumerate(own) if w.dtype is dtype]
+            members = [own[i] for i in places]
+            units.append(
+                UnitBucket(
+                    bucket if len(dtypes) == 1 else _part(bucket, places),
+                    [_as_real(w) for w in members],
+                    [n_units(w) for w in members],
+                )
+            )
+    return units
+
+
+def _part(bucket: GradBucket, places: Sequence[int]) -> GradBucket:
+    return replace(
+        bucket,
+        grads=[bucket.grads[i] for i in places],
+        tensor_ids=[bucket.tensor_ids[i] for i in places],
+        segment_ids=[bucket.segment_ids[i] for i in places],
+        runs=None,
+        memo=BucketMemo(),
+        form=None,
+        sizes=None,
+    )
+
+
+def _as_real(weight: Tensor) -> Tensor:
+    weight = weight.resolve_conj().resolve_neg()
+    return torch.view_as_real(weight) if weight.is_complex() else weight
+
+
+def refuse_dtensors(weights: Sequence[Tensor], names: Sequence[str] | None) -> None:
+    """Raises a TypeError that names the first DTensor."""
+    known = dtensor_types(set(map(type, weights)))
+    if not known:
+        return
+    i = next(i for i, w in enumerate(weights) if isinstance(w, known))
+    raise TypeError(
+        f"{name_of(i, names)} is a DTensor: a shard holds parts of units, whose norms this rank "
+        "does not know, so adaptive gradient clipping cannot serve it; use another limit, such as "
+        "max_norm=1.0, or leave this parameter out"
+    )

@@ -1,0 +1,104 @@
+"""Adaptive gradient clipping (AGC): the limit of a unit's gradient follows the norm of its weights.
+
+    limit of a unit = clip_factor * max(norm of its weights, eps)
+    coefficient     = limit / norm of its gradient   where that norm is above the limit, else 1
+
+A unit is what feeds one output: for a weight of two or more dimensions each slice along the first
+one (a row of a linear layer, a filter of a convolution), else the whole tensor. These are the units
+of `timm.utils.agc`. Source: Brock et al. 2021, arXiv 2102.06171, section 4.1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import Tensor
+
+from fastguard.errors import nearest
+from fastguard.errors.checked_numbers import number_of
+from fastguard.errors.plain_text import shown
+
+
+@dataclass(frozen=True)
+class AGC:
+    """Clips each unit in proportion to its weights (Brock et al. 2021, arXiv 2102.06171).
+
+    For `GuardedOptimizer(max_norm=AGC(), clip_scope="unit")`; `fastguard.clip_grad_adaptive_` does
+    the same without an optimizer. A unit is one row of a linear layer or one filter of a
+    convolution; a bias or a scalar is a single unit.
+
+    Args:
+        clip_factor: The largest norm of a gradient, as a fraction of the norm of its weights.
+        eps: The least norm that weights count with, so that zero weights can learn.
+        exclude: Names of parameters that are not clipped, of modules (`"head"` is `head.weight` and
+            `head.bias`), or patterns (`"*.bias"`). The paper leaves out the last linear layer.
+
+    Example:
+        >>> AGC(exclude=("head",)).clip_factor
+        0.01
+    """
+
+    clip_factor: float = 0.01
+    eps: float = 1e-3
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("clip_factor", "eps"):
+            number = number_of(f"AGC {name}", getattr(self, name), "use a finite number > 0")
+            if not 0 < number < math.inf:  # NaN is neither
+                raise ValueError(f"AGC {name}={getattr(self, name)!r} must be a finite number > 0")
+            object.__setattr__(self, name, number)  # 1 and 1.0 are one rule to all ranks
+        if isinstance(self.exclude, str) or not all(isinstance(e, str) for e in self.exclude):
+            raise TypeError(
+                f"AGC exclude={shown(self.exclude)} must be a list of names of parameters or "
+                'modules; pass exclude=("head",)'
+            )
+        object.__setattr__(self, "exclude", tuple(self.exclude))
+
+
+def limited_positions(
+    parameters: Sequence[Tensor], names: Sequence[str] | None, exclude: Iterable[str | Tensor]
+) -> list[int]:
+    """The positions of the parameters that `exclude` leaves in.
+
+    Raises:
+        TypeError: An entry is neither a name nor a tensor.
+        ValueError: An entry excludes nothing; most likely it is misspelt.
+    """
+    left_out: set[int] = set()
+    for entry in exclude:
+        if isinstance(entry, Tensor):
+            found = {i for i, p in enumerate(parameters) if p is entry}
+            what = f"a tensor of shape {tuple(entry.shape)}"
+        elif isinstance(entry, str):
+            found = _named(entry, names)
+            what = repr(entry)
+        else:
+            raise TypeError(
+                f"exclude holds {shown(entry)}, a {type(entry).__name__}; pass names of "
+                "parameters or modules, or the parameters themselves"
+            )
+        if not found:
+            raise ValueError(f"exclude holds {what}, which {_remedy(entry, names)}")
+        left_out |= found
+    return [i for i in range(len(parameters)) if i not in left_out]
+
+
+def _named(entry: str, names: Sequence[str] | None) -> set[int]:
+    return {
+        i
+        for i, name in enumerate(names or ())
+        if name == entry or name.startswith(f"{entry}.") or fnmatchcase(name, entry)
+    }
+
+
+def _remedy(entry: str | Tensor, names: Collection[str] | None) -> str:
+    if isinstance(entry, Tensor):
+        return "is none of the parameters; pass a parameter of the model"
+    if names is None:
+        return "names nothing, because the parameters have no names; pass model.named_parameters()"
+    modules = {name.rsplit(".", 1)[0] for name in names}
+    return f"matches no parameter{nearest(entry, [*names, *sorted(modules)])}"

@@ -1,0 +1,91 @@
+"""Unit coefficients in plain PyTorch: what the kernel and the CPU's road are tested against.
+
+See `fastguard.stages.agc` for the formula. In float64, tensor by tensor, without a wait.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastguard.gradients.unit_buckets import UnitBucket
+from fastguard.stages.formulas import SMALLEST_FACTOR, factor_dtype, root
+
+
+def unit_coefs(
+    units: UnitBucket,
+    limits: Tensor,
+    norm_type: float,
+    propagates: bool,
+    inv_scale: Tensor | None = None,
+) -> Tensor:
+    """The coefficient of each unit.
+
+    Args:
+        units: Gradients and weights.
+        limits: float64 `(2,)` on the CPU: `clip_factor` and `eps` of `AGC`.
+        norm_type: p > 0, or `inf`.
+        propagates: NaN in a gradient makes the coefficient of its unit NaN, Inf makes it 0. Else
+            norms are those of the finite elements.
+        inv_scale: float64 `()`: what the gradients are still to be multiplied by.
+
+    Returns:
+        float64 `(U,)`, at most 1. A unit whose weights hold NaN or Inf is not clipped.
+    """
+    clip_factor, eps = limits.tolist()
+    parts = []
+    for grad, weight, n in zip(units.bucket.grads, units.weights, units.counts, strict=True):
+        if n:
+            norm = _unit_norms(grad, n, norm_type, propagates)
+            norm = norm if inv_scale is None else norm * inv_scale
+            limit = clip_factor * _unit_norms(weight, n, norm_type, True).clamp(min=eps)
+            parts.append(coefficients(norm, limit))
+    if not parts:
+        return torch.ones(0, dtype=torch.float64, device=units.device)
+    return torch.cat(parts)
+
+
+def coefficients(norm: Tensor, limit: Tensor) -> Tensor:
+    """`limit / norm` where the norm is above the limit, else 1.
+
+    A NaN limit limits nothing: the norm is not above it. A NaN norm gives NaN.
+    """
+    return torch.where((norm > limit) | norm.isnan(), limit / norm, 1.0)
+
+
+def _unit_norms(x: Tensor, n: int, norm_type: float, propagates: bool) -> Tensor:
+    """float64 `(n,)`."""
+    rows = x.double().reshape(n, -1)
+    magnitude = torch.where(rows.isfinite(), rows, 0.0).abs()  # NaN is not finite
+    largest = magnitude.amax(1)
+    if norm_type == math.inf:
+        norms = largest
+    else:
+        unit = torch.where(largest > 0, largest, 1.0)
+        norms = root((magnitude / unit[:, None]).pow(norm_type).sum(1), norm_type) * unit
+    if not propagates:
+        return norms
+    norms = torch.where(rows.isinf().any(1), math.inf, norms)
+    return torch.where(rows.isnan().any(1), math.nan, norms)
+
+
+def scale_units(units: UnitBucket, coefs: Tensor) -> None:
+    """Multiplies the gradient of each unit by its coefficient, in place; 1 changes no bit.
+
+    Args:
+        units: Gradients, changed in place.
+        coefs: float64 `(U,)`.
+    """
+    starts = units.starts
+    for grad, n, start in zip(units.bucket.grads, units.counts, starts[:-1], strict=True):
+        if not n:
+            continue
+        own = coefs.narrow(0, start, n)
+        own = own.reshape(n, *[1] * (grad.dim() - 1)) if grad.dim() else own.reshape(())
+        first = torch.where(own < SMALLEST_FACTOR, SMALLEST_FACTOR, 1.0)
+        first = first.to(factor_dtype(grad.dtype))
+        factor = (own / first).to(first.dtype)
+        product = (grad.to(factor.dtype) * first * factor).to(grad.dtype)
+        grad.copy_(torch.where(own == 1, grad, product))  # 1 * NaN may change bits

@@ -1,0 +1,78 @@
+"""Adaptive gradient clipping as a stage: one coefficient for each unit of each parameter.
+
+    unit_buckets -> unit_coefs -> scale_units
+
+I/O: reads gradients and weights once (2N bytes), writes 8 bytes per unit; then reads and writes the
+gradients of the units that are clipped. Beside `GuardedOptimizer`, which has measured the gradients
+before to decide whether the step is taken, that is a second read of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fastguard.gradients.tensor_kinds import LACKING, refuse_wrapped
+from fastguard.gradients.transfer import moved
+from fastguard.gradients.unit_buckets import UnitBucket
+from fastguard.stages import backend
+from fastguard.stages.contract import HostVerdict, Verdict
+
+
+def clip_units(
+    units: Sequence[UnitBucket],
+    limits: Tensor,
+    norm_type: float,
+    *,
+    propagates: bool,
+    inv_scale: Tensor | None = None,
+    verdict: Verdict | None = None,
+) -> Tensor | None:
+    """Scales the units that are above their limits, in place. Waits for no GPU.
+
+    Args:
+        units: Gradients and weights.
+        limits, norm_type, propagates, inv_scale: See `reference_units.unit_coefs`.
+        verdict: A step that it skips is left alone; None: there is no such step.
+
+    Returns:
+        float64 `()`: the smallest coefficient, on the device of the first bucket; None if there
+        are no units, or the step is skipped on the host.
+    """
+    if isinstance(verdict, HostVerdict) and verdict.known.skipped:
+        return None
+    smallest = None
+    for part in units:
+        if not part.starts[-1]:
+            continue
+        stages = backend.stages(part.device, part.bucket.kind)
+        scale = None if inv_scale is None else moved(inv_scale, part.device)
+        try:
+            coefs = stages.unit_coefs(part, limits, norm_type, propagates, scale)
+            if verdict is not None and not isinstance(verdict, HostVerdict):
+                skips = moved(verdict.found_inf, part.device) != 0
+                coefs = torch.where(skips, 1.0, coefs)
+            stages.scale_units(part, coefs)
+        except LACKING as error:
+            refuse_wrapped(part.bucket.grads, error)
+            raise
+        part.bucket.write_back()
+        least = coefs.amin()  # NaN if one is
+        if smallest is not None:
+            least = torch.minimum(smallest, moved(least, smallest.device))
+        smallest = least
+    return smallest
+
+
+def with_units(verdict: Verdict, smallest: Tensor | None) -> Verdict:
+    """The verdict with the smallest coefficient of a unit in `clip_coef`, for the records."""
+    if smallest is None:
+        return verdict
+    coef = verdict.clip_coef * moved(smallest, verdict.clip_coef.device)
+    if isinstance(verdict, HostVerdict):
+        known = verdict.known._replace(clip_coef=coef.amin().item())
+        return replace(verdict, clip_coef=coef, known=known)
+    return replace(verdict, clip_coef=coef)
