@@ -5,6 +5,8 @@
     apply     chunk table -> launch 3                                         nothing, or 2N bytes
     pack      launch 4, one program: the record of the step                   O(S + K)
 
+Adaptive gradient clipping has two launches of its own: see `fastguard.kernels.units`.
+
 Nothing here waits for the device.
 """
 
@@ -19,6 +21,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fastguard.gradients.buckets import GradBucket
+from fastguard.gradients.unit_buckets import UnitBucket
+from fastguard.kernels import units as unit_kernels
 from fastguard.kernels.apply import apply_chunks
 from fastguard.kernels.chunks import ChunkTable, table_of
 from fastguard.kernels.decide import decide_step
@@ -175,6 +179,37 @@ def pack(
         verdict.spikes,
         verdict.thresholds,
     )
+
+
+def unit_coefs(
+    units: UnitBucket,
+    limits: Tensor,
+    norm_type: float,
+    propagates: bool,
+    inv_scale: Tensor | None = None,
+) -> Tensor:
+    """The coefficient of each unit: see `fastguard.stages.reference_units.unit_coefs`."""
+    bucket = units.bucket
+    table = unit_kernels.unit_table(units, tuple(limits.tolist()))
+    for copies, tensors in (
+        (table.grad_copies, bucket.grads),
+        (table.weight_copies, units.weights),
+    ):
+        for position, buffer in copies:
+            buffer.copy_(tensors[position])
+            _diagnostics["copied_gradients"] += 1
+    dtypes = bucket.dtype, units.weights[0].dtype
+    return unit_kernels.unit_coefs(table, bucket.device, dtypes, norm_type, propagates, inv_scale)
+
+
+def scale_units(units: UnitBucket, coefs: Tensor) -> None:
+    """Scales each unit in place: see `fastguard.stages.reference_units.scale_units`."""
+    bucket = units.bucket
+    table = unit_kernels.unit_table(units)
+    unit_kernels.scale_units(table, bucket.device, bucket.dtype, coefs.contiguous())
+    for position, buffer in table.grad_copies:
+        bucket.grads[position].copy_(buffer)
+    increment_version(bucket.grads)
 
 
 def _copy_in(table: ChunkTable, bucket: GradBucket) -> None:

@@ -10,6 +10,7 @@ NumPy on one thread: torch takes ten times as long where another process keeps a
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -17,11 +18,13 @@ import torch
 from torch import Tensor
 
 from fastguard.gradients.unit_buckets import UnitBucket
-from fastguard.stages.cpu.vectors import flat
+from fastguard.stages.cpu.vectors import flat, flattened
 from fastguard.stages.formulas import SMALLEST_FACTOR, factor_dtype
 
 BLOCK = 512  # elements of a dot product in float32
 PIECE = 2**18  # elements that become wider at a time
+SMALL = 2**14  # elements of a tensor that is read together with others
+TOGETHER = 64  # of them
 SMALLEST_LIMIT = 1e-15
 SMALLEST_SUM = 1e-28
 MOST_ROWS = 0.25  # of a tensor that are picked out to be scaled; above, all of it is multiplied
@@ -38,15 +41,10 @@ def unit_coefs(
     clip_factor, eps = limits.tolist()
     scale = 1.0 if inv_scale is None else inv_scale.item()
     watch_small = clip_factor * eps < SMALLEST_LIMIT * max(scale, 1.0)
-    n = units.starts[-1]
-    norms, weight_norms = np.empty(n), np.empty(n)
+    shared = _of_one_length(units)
     with np.errstate(all="ignore"):  # what overflows or is NaN is looked at again
-        for grad, weight, k, start in zip(
-            units.bucket.grads, units.weights, units.counts, units.starts[:-1], strict=True
-        ):
-            if k:
-                _norms(grad, norm_type, propagates, watch_small, norms[start : start + k])
-                _norms(weight, norm_type, True, False, weight_norms[start : start + k])
+        norms = _all_norms(units, units.bucket.grads, shared, norm_type, propagates, watch_small)
+        weight_norms = _all_norms(units, units.weights, shared, norm_type, True, False)
         if inv_scale is not None:
             norms *= scale
         limit = clip_factor * np.maximum(weight_norms, eps)  # NaN stays NaN
@@ -54,16 +52,55 @@ def unit_coefs(
         return torch.from_numpy(np.where(clips, limit / norms, 1.0))
 
 
-def _norms(
-    x: Tensor, norm_type: float, propagates: bool, watch_small: bool, out: np.ndarray
-) -> None:
-    """Writes the norm of each row of one tensor."""
+def _of_one_length(units: UnitBucket) -> list[list[int]]:
+    """The positions of tensors that are read together: small ones with rows of one length."""
+    members: dict[int, list[int]] = {}
+    for i, (weight, n) in enumerate(zip(units.weights, units.counts, strict=True)):
+        if n:
+            size = weight.numel()
+            members.setdefault(size // n if size <= SMALL else -1 - i, []).append(i)
+    return [
+        positions[first : first + TOGETHER]
+        for positions in members.values()
+        for first in range(0, len(positions), TOGETHER)
+    ]
+
+
+def _all_norms(
+    units: UnitBucket,
+    tensors: list[Tensor],
+    shared: list[list[int]],
+    norm_type: float,
+    propagates: bool,
+    watch_small: bool,
+) -> np.ndarray:
+    """The norm of each unit, float64 `(U,)`."""
+    norms, starts, counts = np.empty(units.starts[-1]), units.starts, units.counts
+    for positions in shared:
+        first = positions[0]
+        if len(positions) == 1:
+            rows = _rows(tensors[first], counts[first])
+            own = _row_norms(rows, norm_type, propagates, watch_small)
+            norms[starts[first] : starts[first + 1]] = own
+            continue
+        members = [tensors[i] for i in positions]
+        length = members[0].numel() // counts[first]
+        rows = flattened(members).view(-1, length)
+        own = _row_norms(rows, norm_type, propagates, watch_small)
+        end = 0
+        for i in positions:
+            norms[starts[i] : starts[i + 1]] = own[end : (end := end + counts[i])]
+    return norms
+
+
+def _row_norms(rows: Tensor, norm_type: float, propagates: bool, watch_small: bool) -> np.ndarray:
+    """The norm of each row, float64."""
     # What requires grad has no .numpy(), and memory does not show a negative bit.
-    rows = _rows(x.detach().resolve_neg(), len(out))
+    rows = rows.detach().resolve_neg()
+    out = np.empty(len(rows))
     if norm_type != 2.0:
-        numbers = np.arange(len(out))
-        _exact(rows, numbers, norm_type, propagates, out)
-        return
+        _exact(rows, np.arange(len(out)), norm_type, propagates, out)
+        return out
     for at in _pieces(rows):
         _sums_of_squares(rows[at], out[at])
     again = ~(out < math.inf)  # NaN is not
@@ -72,6 +109,7 @@ def _norms(
     np.sqrt(out, out=out)
     if again.any():
         _exact(rows, np.flatnonzero(again), norm_type, propagates, out)
+    return out
 
 
 def _rows(x: Tensor, n: int) -> Tensor:
@@ -107,6 +145,7 @@ def _sums_of_squares(rows: Tensor, out: np.ndarray) -> None:
         out += np.matmul(rest, rest.transpose(0, 2, 1))[:, 0, 0]
 
 
+@functools.cache
 def _block(row: int) -> int:
     """Elements of a dot product: as many as divide a row, where that are not too few."""
     if row <= BLOCK:
@@ -163,25 +202,34 @@ def scale_units(units: UnitBucket, coefs: Tensor) -> None:
     changes = host != 1.0  # NaN is not 1
     if not changes.any():
         return
-    for grad, n, start in zip(units.bucket.grads, units.counts, units.starts[:-1], strict=True):
-        changed = int(np.count_nonzero(changes[start : start + n]))
-        if not changed:
-            continue
-        own = coefs[start : start + n]
-        if changed > MOST_ROWS * n:
-            _multiply(grad, own)
-        else:
-            at = torch.from_numpy(np.flatnonzero(changes[start : start + n]))
-            grad[at] = _multiply(grad[at], own[at])
-
-
-def _multiply(grad: Tensor, coefs: Tensor) -> Tensor:
-    shape = (len(coefs), *[1] * (grad.dim() - 1)) if grad.dim() else ()
-    coefs = coefs.reshape(shape)
-    dtype = factor_dtype(grad.dtype)
-    tiny = (coefs > 0) & (coefs < SMALLEST_FACTOR)
+    tiny = (host > 0.0) & (host < SMALLEST_FACTOR)
+    dtype = factor_dtype(units.bucket.dtype)
     if dtype is torch.float32 and tiny.any():  # float32 could not hold them: in two steps
-        first = torch.where(tiny, SMALLEST_FACTOR, 1.0)
-        grad.mul_(first.to(dtype))
-        coefs = coefs / first
-    return grad.mul_(coefs.to(dtype))
+        first = np.where(tiny, SMALLEST_FACTOR, 1.0)
+        _multiply(units, torch.from_numpy(first).to(dtype), tiny)
+        coefs = torch.from_numpy(host / first)
+    _multiply(units, coefs.to(dtype), changes)
+
+
+def _multiply(units: UnitBucket, factors: Tensor, changes: np.ndarray) -> None:
+    """Multiplies the units that change; of small tensors all units, by 1 where they do not."""
+    starts = units.starts
+    n_changed = np.add.reduceat(np.append(changes, False).astype(np.int64), starts)
+    whole: list[Tensor] = []
+    by: list[Tensor] = []
+    of_tensors = units.bucket.grads, units.counts, starts[:-1], n_changed[:-1].tolist()
+    for grad, n, start, changed in zip(*of_tensors, strict=True):
+        if not n or not changed:
+            continue
+        own = factors[start : start + n]
+        if grad.numel() > SMALL and changed < MOST_ROWS * n:
+            at = torch.from_numpy(np.flatnonzero(changes[start : start + n]))
+            grad[at] *= own[at].view(-1, *[1] * (grad.dim() - 1))
+        else:
+            whole.append(grad)
+            by.append(own.view(n, *[1] * (grad.dim() - 1)) if grad.dim() else own.view(()))
+    if any(map(Tensor.is_neg, whole)):  # a list that is written to may hold no such view
+        for grad, own in zip(whole, by, strict=True):
+            grad.mul_(own)
+    elif whole:
+        torch._foreach_mul_(whole, by)

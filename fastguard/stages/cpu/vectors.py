@@ -15,7 +15,7 @@ from fastguard.gradients.tensor_kinds import lasting
 ALIGN = 16  # elements, so that also a float32 vector begins with a cache line
 _local = threading.local()
 # Flattens and joins without a Python object for each tensor.
-_joined = torch._C._nn.flatten_dense_tensors  # type: ignore[attr-defined]
+flattened = torch._C._nn.flatten_dense_tensors  # type: ignore[attr-defined]
 
 
 def flat(t: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def _join(tensors: Sequence[Tensor]) -> Tensor:
             return torch.cat(list(tensors)).reshape(-1)  # three times as fast for thousands
         except RuntimeError:  # not all are vectors
             pass
-    return _joined(list(tensors))
+    return flattened(list(tensors))
 
 
 def buffer(name: str, n: int, most: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -123,7 +123,7 @@ def read_rocm(kernel) -> dict:
 
 def variants():
     """`(name, launcher, signature, constants)` of what is compiled."""
-    from fastguard.kernels import apply, decide, measure, record, summary, tuning
+    from fastguard.kernels import apply, decide, measure, record, summary, tuning, units
     from fastguard.stages.formulas import holds_norms
 
     table = {"chunks_ptr": "*i64", "pieces_ptr": "*i64"}
@@ -239,6 +239,21 @@ def variants():
         **dict.fromkeys(("n_segments", "n_tensors", "n_losses", "n_rules"), "i32"),
     }
     yield "record", record._record, row, {"BLOCK_SIZE": 128}
+    rows = {"tensors_ptr": "*i64", "coefs_ptr": "*fp64", "n_units": "i32", "n_tensors": "i32"}
+    of_units = {
+        "tensors_ptr": "*i64",
+        "limits_ptr": "*fp64",
+        "coefs_ptr": "*fp64",
+        "inv_scale_ptr": "*fp64",
+        "n_units": "i32",
+    }
+    for dtype, item in ITEM_SIZE.items():
+        for p, propagates in ((2.0, True), (inf, False), (3.0, True)):
+            both = (_torch_dtype(dtype),) * 2
+            constants = units.coefs_constants(both, p, propagates, None)
+            yield f"unit coefs {dtype} p={p:g}", units.coefs_launcher(p), of_units, constants
+        shape = {"DTYPE": TYPES[dtype], "ITEM_SIZE": item, "BLOCK_BYTES": units.PLAIN.block_bytes}
+        yield f"scale units {dtype}", units._scale, rows, shape
 
 
 def _torch_dtype(name: str):
