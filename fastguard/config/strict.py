@@ -144,6 +144,8 @@ def _check(value: Any, hint: Any, path: str) -> Any:
         return value
     if origin is list and isinstance(value, list):
         return [_check(v, args[0], f"{path}[{i}]") for i, v in enumerate(value)]
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_check(v, args[0], f"{path}[{i}]") for i, v in enumerate(value))
     if origin is dict:
         if not isinstance(value, Mapping):
             raise TypeError(f"{path} must hold settings by name, not {shown(value)}")

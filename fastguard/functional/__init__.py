@@ -3,6 +3,7 @@
 Modules:
     arguments       what the functions accept, checked
     clip            the drop-in functions
+    adaptive        `clip_grad_adaptive_`, eager and compiled
     ops, compiled   the same under `torch.compile`
     flat_buckets    `FlatGradBuckets`
     patch           `patch_torch`

@@ -6,6 +6,7 @@ Modules, in the order in which they build on each other:
     transfer        moving small tensors between devices without a wait
     layout_guards   a gradient layout seen before is recognised in one call
     buckets         gradients by device and dtype
+    unit_buckets    gradients beside their weights, divided into units
     cpu_threads     what a CPU reads on one thread
     elementwise     clamping and cleaning, element by element
     host_copies     copies of many tensors in host memory

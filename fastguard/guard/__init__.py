@@ -10,6 +10,7 @@ Modules:
     inner_step, step_hooks, step_in_flight    a step that an exception takes back
     grad_scaler, found_inf    loss scaling
     state_dict/     saving and loading
+    unit_clipping   adaptive gradient clipping in a step
     model_buffers, buffer_places    batch statistics that a skipped step takes back
     rank_watch      which rank had the bad batch
 """

@@ -463,6 +463,16 @@ def test_the_limit_may_be_a_rule(settings, rule):
     assert opt.max_norm == rule
 
 
+def test_the_limit_may_be_that_of_units():
+    settings = {"max_norm": {"rule": "AGC", "exclude": ["head"]}, "clip_scope": "unit"}
+    config = GuardConfig.from_dict({"guard": settings})
+    model = torch.nn.ModuleDict({"body": torch.nn.Linear(2, 1), "head": torch.nn.Linear(1, 1)})
+    opt = config.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert opt.max_norm == fastguard.AGC(exclude=("head",))
+    with pytest.raises(ValueError, match="clip_scope='global'; pass clip_scope='unit'"):
+        GuardConfig.from_dict({"guard": {"max_norm": {"rule": "AGC"}}})
+
+
 @pytest.mark.parametrize(
     ("settings", "text"),
     [

@@ -6,10 +6,22 @@ import pytest
 import torch
 
 import fastguard
-from fastguard import AdaGC, AutoClip, GuardedOptimizer, SpikeRule, Threshold, ZClip
+from fastguard import AdaGC, AdaptiveLimit, AutoClip, GuardedOptimizer, SpikeRule, Threshold, ZClip
 
 SIZES = [5, 4097, 70_000]
 ASLEEP = 400_000_000  # cycles, about a fifth of a second: a step takes the host one or two ms
+
+
+class TwiceTheMean(AdaptiveLimit):
+    """A rule of one's own, which no kernel knows."""
+
+    initial = (0.0,)
+
+    def limit(self, norm, state, step):
+        return torch.where(step.seen < 3, math.inf, 2 * state[0])
+
+    def learn(self, norm, state, step):
+        return [state[0] + (norm - state[0]) / (step.seen + 1)]
 
 
 def parameters_of(value=1.0):
@@ -58,7 +70,9 @@ def test_a_step_waits_for_nothing(no_sync, kind, mode, flat):
 
 
 @pytest.mark.parametrize("scope", ["global", "tensor"])
-@pytest.mark.parametrize("rule", [ZClip(warmup=3), AutoClip(window=8), AdaGC(warmup=3)])
+@pytest.mark.parametrize(
+    "rule", [ZClip(warmup=3), AutoClip(window=8), AdaGC(warmup=3), TwiceTheMean()]
+)
 def test_a_limit_that_adapts_waits_for_nothing(no_sync, rule, scope):
     parameters = parameters_of()
     opt = guarded(parameters, max_norm=rule, clip_scope=scope, spike=None)

@@ -7,8 +7,19 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from fastguard import AdaGC, AutoClip, GuardedOptimizer, Replicated, StepRecord, ZClip
+from fastguard import (
+    AGC,
+    AdaGC,
+    AutoClip,
+    GuardedOptimizer,
+    Replicated,
+    StepRecord,
+    ZClip,
+    clip_grad_adaptive_,
+)
 from guardtest.ranks import Ranks
 
 RULES = {"zclip": ZClip(warmup=5, max_norm=None), "autoclip": AutoClip(window=8)}
@@ -30,11 +41,17 @@ def train(rule: str, first: int, last: int, group: object = None) -> list[StepRe
     parameters = [torch.nn.Parameter(torch.zeros(5)) for _ in range(first, last)]
     inner = torch.optim.SGD(parameters, lr=0.1)
     opt = GuardedOptimizer(inner, max_norm=RULES[rule], group=group)
+    take_steps(opt, parameters, first, last)
+    return opt.records()
+
+
+def take_steps(
+    opt: GuardedOptimizer, parameters: list[torch.nn.Parameter], first: int, last: int
+) -> None:
     for step in range(STEPS):
         for p, grad in zip(parameters, gradients(step)[first:last], strict=True):
             p.grad = grad
         opt.step()
-    return opt.records()
 
 
 def train_a_share(rule: str) -> list[StepRecord]:
@@ -60,6 +77,98 @@ def test_all_ranks_set_the_limits_of_one_process(spread, n_ranks, rule, request)
         assert [r.clip_coef for r in records] == [r.clip_coef for r in runs[0]]
         assert [r.action for r in records] == [r.action for r in alone]
         assert [r.limit for r in records] == pytest.approx([r.limit for r in alone], rel=1e-12)
+
+
+def train_by_tensor(spread: str) -> tuple[list[StepRecord], torch.Tensor, torch.Tensor]:
+    """AdaGC: records, the numbers of the rule, and the weights; each tensor has its own average.
+
+    Args:
+        spread: `"alone"`; `"copies"` on all ranks; or `"shards"` of DTensors.
+    """
+    parameters = [torch.nn.Parameter(torch.zeros(5)) for _ in range(4)]
+    group = Replicated(dist.group.WORLD) if spread == "copies" else None
+    if spread == "shards":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        parameters = [
+            torch.nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for p in parameters
+        ]
+    inner = torch.optim.SGD(parameters, lr=0.1)
+    opt = GuardedOptimizer(
+        inner, max_norm=AdaGC(warmup=5, ratio=1.01), clip_scope="tensor", group=group
+    )
+    for step in range(STEPS):
+        for p, grad in zip(parameters, gradients(step), strict=True):
+            p.grad = distribute_tensor(grad, mesh, [Shard(0)]) if spread == "shards" else grad
+        opt.step()
+    weights = [p.detach().full_tensor() if spread == "shards" else p.detach() for p in parameters]
+    return opt.records(), opt._state.limits.clone(), torch.stack(weights)
+
+
+@pytest.mark.parametrize("n_ranks", ["two", "four"])
+@pytest.mark.parametrize("spread", ["copies", "shards"])
+def test_each_tensor_has_the_average_of_one_process(spread, n_ranks, request):
+    ranks: Ranks = request.getfixturevalue(n_ranks)
+    alone, limits, weights = train_by_tensor("alone")
+    assert [r.step - 1 for r in alone if r.action == "skipped"] == list(BAD_STEPS)
+    assert len(set(limits[1].tolist())) == 4 and limits[0].tolist() == [STEPS - 3.0] * 4
+    runs = ranks.run(train_by_tensor, spread)
+    for records, own, moved in runs:
+        assert [r.limit for r in records] == [r.limit for r in runs[0][0]]
+        assert [r.action for r in records] == [r.action for r in alone]
+        assert torch.equal(own, runs[0][1])
+        torch.testing.assert_close(own, limits, rtol=1e-9, atol=0)
+        torch.testing.assert_close(moved, weights, rtol=1e-5, atol=1e-7)
+
+
+def refused_shards() -> list[str]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    p = torch.nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
+    p.grad = distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)])
+    inner = torch.optim.SGD([p], lr=0.1)
+    messages = []
+    for call in (
+        lambda: clip_grad_adaptive_([("body.weight", p)]),
+        lambda: GuardedOptimizer(
+            inner, max_norm=AGC(), clip_scope="unit", named_parameters=[("body.weight", p)]
+        ),
+    ):
+        with pytest.raises(TypeError) as caught:
+            call()
+        messages.append(str(caught.value))
+    with pytest.raises(ValueError, match="clip_scope='unit' asks for a number of each tensor"):
+        q = torch.nn.Parameter(torch.ones(2))
+        GuardedOptimizer(
+            torch.optim.SGD([q], lr=0.1),
+            max_norm=AGC(),
+            clip_scope="unit",
+            group=dist.group.WORLD,
+        )
+    return messages
+
+
+def test_units_of_shards_are_refused_by_name(two):
+    for messages in two.run(refused_shards):
+        for message in messages:
+            assert message.startswith("body.weight is a DTensor") and "max_norm=1.0" in message
+
+
+def train_units() -> tuple[list[StepRecord], torch.Tensor]:
+    p = torch.nn.Parameter(torch.ones(4, 5))
+    group = Replicated(dist.group.WORLD) if dist.is_initialized() else None
+    opt = GuardedOptimizer(
+        torch.optim.SGD([p], lr=0.1), max_norm=AGC(), clip_scope="unit", group=group
+    )
+    for step in range(10):
+        p.grad = torch.stack(gradients(step))
+        opt.step()
+    return opt.records(), p.detach()
+
+
+def test_copies_clip_the_units_of_one_process(two):
+    alone, weight = train_units()
+    for records, own in two.run(train_units):
+        assert torch.equal(own, weight)
+        assert [r.clip_coef for r in records] == [r.clip_coef for r in alone]
 
 
 def other_rules() -> str:
