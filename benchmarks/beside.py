@@ -1,6 +1,6 @@
 """What living beside the step costs: records, losses, snapshots, activation guards.
 
-    python -m benchmarks.beside [records] [growth] [snapshot] [activations] [ranks] [busy]
+    python -m benchmarks.beside [records] [growth] [snapshot] [activations] [ranks] [busy] [units]
 
 Two ways of the same thing take turns, because machines are shared; the median of the ratios of the
 pairs is the result. For the records it is a median of differences, in microseconds (and their
@@ -281,7 +281,48 @@ def _against_torch(shapes: Sequence[tuple[int, ...]], max_norm: float) -> str:
     return f"torch {a:.2f} ms, fastguard {b:.2f} ms, {1 / ratio(pairs):.2f}x"
 
 
-PARTS = {f.__name__: f for f in (records, growth, snapshot, activations, ranks, busy)}
+def units() -> None:
+    """Adaptive gradient clipping of models, by the formula tensor by tensor and by fastguard."""
+    print("units: CPU time of adaptive gradient clipping, formula and fastguard in turns")
+    torch.set_num_threads(1)
+    for name in ("resnet50", "yolo11n", "vit-b16"):
+        parameters = [torch.nn.Parameter(torch.randn(s) * 0.05) for s in model_shapes(name)]
+        for scale, what in ((1e-5, "nothing to clip"), (1e-1, "all units clipped")):
+            pristine = [torch.randn_like(p) * scale for p in parameters]
+            ways = by_units, fastguard.clip_grad_adaptive_
+            pairs = [
+                tuple(_cpu_seconds(way, parameters, pristine) for way in ways) for _ in range(12)
+            ][1:]
+            a, b = (statistics.median(each) * 1e3 for each in zip(*pairs, strict=True))
+            print(f"  {name}, {what}: {a:.1f} ms, fastguard {b:.1f} ms, {1 / ratio(pairs):.2f}x")
+
+
+def by_units(parameters: Sequence[torch.nn.Parameter]) -> None:
+    """The formula of arXiv 2102.06171 in operations of torch, tensor by tensor, as libraries do."""
+    with torch.no_grad():
+        for p in parameters:
+            assert p.grad is not None
+            dims = tuple(range(1, p.dim())) or None
+            limit = p.norm(2.0, dim=dims, keepdim=True).clamp(min=1e-3) * 0.01
+            norm = p.grad.norm(2.0, dim=dims, keepdim=True)
+            clipped = p.grad * (limit / norm.clamp(min=1e-6))
+            p.grad.copy_(torch.where(norm > limit, clipped, p.grad))
+
+
+def _cpu_seconds(
+    clip: Callable[..., Any],
+    parameters: Sequence[torch.nn.Parameter],
+    pristine: Sequence[torch.Tensor],
+) -> float:
+    """Of this process: other processes do not count."""
+    for p, grad in zip(parameters, pristine, strict=True):
+        p.grad = grad.clone()
+    start = time.process_time()
+    clip(parameters)
+    return time.process_time() - start
+
+
+PARTS = {f.__name__: f for f in (records, growth, snapshot, activations, ranks, busy, units)}
 
 
 def main(names: list[str]) -> int:

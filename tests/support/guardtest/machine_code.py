@@ -248,7 +248,9 @@ def variants():
         "n_units": "i32",
     }
     for dtype, item in ITEM_SIZE.items():
-        for p, propagates in ((2.0, True), (inf, False), (3.0, True)):
+        powers = {"bf16": (2.0, inf), "fp32": (2.0, 3.0)}.get(dtype, (2.0,))
+        for p in powers:
+            propagates = p == 2.0
             both = (_torch_dtype(dtype),) * 2
             constants = units.coefs_constants(both, p, propagates, None)
             yield f"unit coefs {dtype} p={p:g}", units.coefs_launcher(p), of_units, constants
