@@ -1,7 +1,7 @@
 """Unit coefficients on a CPU: one read of gradients and weights, one write of what is clipped.
 
 Each unit is a row. Its sum of squares is added up from dot products of at most `BLOCK` float32
-elements each, in float64: true to 1e-7. A row whose sum is not finite is looked at again in
+elements each, in float64: true to 5e-7. A row whose sum is not finite is looked at again in
 float64. Squares that float32 flushes to zero belong to norms below 1e-15, which are below every
 limit unless `clip_factor * eps` is as small; then small sums are looked at again too.
 
