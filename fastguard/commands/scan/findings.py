@@ -200,7 +200,9 @@ class Findings:
         for name, at, values in rows.series(begin, end):
             self.series.take_all(
                 name,
-                at if at is rows.numbers else [rows.numbers[i] for i in at],
+                rows.numbers[at[0] : at[-1] + 1]
+                if len(at) == at[-1] + 1 - at[0]
+                else [rows.numbers[i] for i in at],
                 lambda i, at=at: rows.place(at[i]).within(before),
                 values,
             )

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice, takewhile
 from typing import Any
 
 from fastguard.commands.scan.columns import is_place, place_of
@@ -120,15 +120,12 @@ def parse(line: bytes) -> Any:
         return None
 
 
-def parse_lines(lines: bytes) -> list[Any] | None:
-    """The objects in lines of which each should be one, parsed together; None: some are none."""
-    texts = lines.split(b"\n")
-    if not texts[-1]:
-        texts.pop()
-    found = parse(b"[" + b",".join(texts) + b"]")
-    if isinstance(found, list) and len(found) == len(texts) and {*map(type, found)} == {dict}:
+def parse_lines(lines: Sequence[bytes]) -> list[Any]:
+    """The objects in lines, as many from the first on as are objects; most often parsed in one."""
+    found = parse(b"[" + b",".join(lines) + b"]")
+    if isinstance(found, list) and len(found) == len(lines) and {*map(type, found)} == {dict}:
         return found
-    return None
+    return list(takewhile(lambda value: isinstance(value, dict), map(parse, lines)))
 
 
 def _flat(found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

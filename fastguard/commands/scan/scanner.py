@@ -186,12 +186,14 @@ class _Scanner:
     def _take_rows(self, number: int, data: bytes, lines: bytes, at: int, *, json: bool) -> int:
         """Takes lines that are data and can be read together; returns where they end."""
         if json:
-            found = _OBJECTS.match(lines, at)
-            text = found[0] if found else b""
-            objects = json_lines.parse_lines(text) if text.count(b"\n") > 1 else None
-            if objects is None:
+            first = lines.find(b"\n", at) + 1
+            if not isinstance(json_lines.parse(lines[at:first]), dict):
                 return at
-            end, each = at + len(text), text.split(b"\n")
+            found = _OBJECTS.match(lines, at)
+            assert found is not None  # the first line is one
+            each = found[0].split(b"\n")[:-1]
+            objects = json_lines.parse_lines(each)
+            end = at + sum(map(len, each[: len(objects)])) + len(objects)
             numbers = _numbers(number, data, at, end, len(objects))
             self._take_objects(objects, numbers, lambda i: text_of(each[i]))
             self._table.give_up()

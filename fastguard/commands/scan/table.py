@@ -124,6 +124,7 @@ class Table:
         cells = rows.replace(b'"', b"").replace(b"\n", delimiter).split(delimiter)
         cells.pop()
         n = len(cells) // k
+        finite = not _has_word(rows.lower())
         columns: dict[str, Column] = {}
         bad: dict[int, list[Value]] = {}
         bad_at: dict[int, set[int]] = {}
@@ -132,8 +133,7 @@ class Table:
             column = cells[j::k]
             if self._judged[j] and not self._places[j]:
                 columns[name] = _numbers(column)
-            text = b"\n".join(column).lower()
-            if not (b"nan" in text or b"inf" in text or b"1.#" in text):
+            if finite or not _has_word(b"\n".join(column).lower()):
                 continue
             for i, cell in enumerate(column):
                 if cell[-1:].isdigit() or (found := _nonfinite(name, cell)) is None:
@@ -220,6 +220,10 @@ class Table:
             if place
         )
         return Reading(NAME, place, tuple(bad), bool(bad) or again_good, None, numbers)
+
+
+def _has_word(lower: bytes) -> bool:
+    return b"nan" in lower or b"inf" in lower or b"1.#" in lower
 
 
 def _cells(text: str, delimiter: str) -> list[str]:

@@ -9,7 +9,7 @@ import random
 
 import pytest
 
-from fastguard.commands.scan import bare, objects
+from fastguard.commands.scan import bare, json_lines, objects
 from fastguard.commands.scan.json_lines import JsonLines
 from fastguard.commands.scan.output import as_dict
 from fastguard.commands.scan.scanner import scan_log
@@ -117,3 +117,16 @@ def test_few_lines_are_read_by_themselves(head, row, reader, method, bad, monkey
     found = scan_log(io.BytesIO(text.encode()))
     assert found.n_lines == 20_000 + bool(head) and bool(found.n_bad) == (bad or "nan" in row)
     assert len(calls) < 100
+
+
+@pytest.mark.parametrize("broken", [1, 50], ids=["each", "some"])
+def test_lines_that_are_cut_short_do_not_make_the_others_slow(broken: int, monkeypatch) -> None:
+    sizes = []
+    parse = json_lines.parse
+    monkeypatch.setattr(json_lines, "parse", lambda text: sizes.append(len(text)) or parse(text))
+    lines = [json.dumps({"step": i, "loss": 1 + i % 7 / 100}) for i in range(5000)]
+    lines = [line[:20] if i % broken == 0 else line for i, line in enumerate(lines)]
+    text = "".join(f"{line}\n" for line in lines)
+    found = scan_log(io.BytesIO(text.encode()))
+    assert found.n_lines == 5000
+    assert sum(sizes) < 20 * len(text)  # a try of all that follow for each line: 500
