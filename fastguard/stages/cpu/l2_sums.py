@@ -38,7 +38,7 @@ Memory: working buffers of 11 MB a thread, and at most about 6 MB of temporaries
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -98,6 +98,8 @@ class Pieces:
         if sum(sizes) < EXACT_BELOW:
             return Pieces(tensors, sizes, ())
         small, middling, large = _by_size(tensors, sizes)
+        if len(small) == len(tensors):
+            return Pieces(tensors, sizes, ())
         rows, ends = _in_rows(large)
         small += ends
         vectors = _in_blocks(_arrays(middling))
@@ -119,17 +121,19 @@ def power_sum(pieces: Pieces) -> float:
     total = 0.0
     for blocks in pieces.blocks:
         total += _audited_sum(blocks)
-    for values, _, _ in gathered(pieces.small, JOINED, pieces.sizes, joined=JOINED):
-        if values.numel() < EXACT_BELOW:
-            total += _exact_sum(values)
-        else:
-            total += _audited_sum(_Blocks((), (), *_in_blocks([_float32(values)])))
+    if sum(pieces.sizes) < EXACT_BELOW:
+        return total + exact_power_sum(pieces.small, pieces.sizes)
+    return total + _audited_sum(_JoinedBlocks(pieces.small, pieces.sizes))
+
+
+def exact_power_sum(tensors: Sequence[Tensor], sizes: Sequence[int] | None = None) -> float:
+    """The sum of the squares of tensors below float64, in float64 throughout; `sizes`, if known, of
+    each.
+    """
+    total = 0.0
+    for values, _, _ in gathered(tensors, JOINED, sizes, joined=JOINED):
+        total += _exact_sum(values)
     return total
-
-
-def exact_power_sum(tensors: Sequence[Tensor]) -> float:
-    """The sum of the squares of tensors below float64, in float64 throughout."""
-    return sum(_exact_sum(values) for values, _, _ in gathered(tensors, JOINED, joined=JOINED))
 
 
 def _float32(values: Tensor) -> np.ndarray:
@@ -169,7 +173,10 @@ def _by_size(
     # numpy has no bfloat16, and a sum in float16 overflows: these become float32 as rows.
     is_float32 = tensors[0].dtype is torch.float32
     blocks_from = BLOCK if is_float32 else LARGE
-    if blocks_from <= min(sizes) and max(sizes) < LARGE:
+    least, most = min(sizes), max(sizes)
+    if most < blocks_from:
+        return list(tensors), middling, large
+    if blocks_from <= least and most < LARGE:
         return small, list(tensors), large
     for tensor, n in zip(tensors, sizes, strict=True):
         if n < blocks_from:
@@ -290,6 +297,70 @@ class _Blocks:
         return exact_power_sum(list(map(torch.from_numpy, vectors)))
 
 
+class _JoinedBlocks:
+    """The blocks of small tensors: `BLOCK` elements of each vector that `gathered` makes of them,
+    and what is left at its end.
+
+    One audit for all: of each block it is known where its elements lie.
+    """
+
+    in_rows = 0
+
+    def __init__(self, tensors: Sequence[Tensor], sizes: Sequence[int]) -> None:
+        self._tensors = tensors
+        self._sizes = sizes
+        self._vectors: list[tuple[int, int]] = []  # the tensors `[start:stop]` that each holds
+        self._offsets: list[int] = []  # where in these the vector begins, in elements
+        self._lengths: list[int] = []
+        self._ends = [0]  # the number of blocks up to each vector
+
+    def power_sums(self) -> np.ndarray:
+        """The sum of squares of each block, in float32 arithmetic within a block."""
+        parts = []
+        of = (-1, -1)
+        for values, start, stop in gathered(self._tensors, JOINED, self._sizes, joined=JOINED):
+            vector = self._vector = _float32(values)
+            goes_on = (start, stop) == of
+            of = start, stop
+            self._vectors.append(of)
+            self._offsets.append(self._offsets[-1] + self._lengths[-1] if goes_on else 0)
+            self._lengths.append(len(vector))
+            whole = len(vector) - len(vector) % BLOCK
+            stack, rest = vector[:whole].reshape(-1, 1, BLOCK), vector[whole:]
+            with _quietly():
+                parts.append(np.matmul(stack, stack.transpose(0, 2, 1)).reshape(-1))
+                if len(rest):
+                    parts.append(rest.dot(rest).reshape(1))
+            self._ends.append(self._ends[-1] + len(stack) + (len(rest) > 0))
+        return np.concatenate(parts)
+
+    def exact_power_sums(self, numbers: Sequence[int]) -> list[float]:
+        """The sums of squares of the blocks of these numbers, in float64."""
+        blocks = (_float64(self._block(number)) for number in numbers)
+        return [block.dot(block).item() for block in blocks]
+
+    def _block(self, number: int) -> _Array:
+        i = bisect_right(self._ends, number) - 1
+        begin = (number - self._ends[i]) * BLOCK
+        end = min(begin + BLOCK, self._lengths[i])
+        if i == len(self._lengths) - 1:  # the last vector is still there
+            return self._vector[begin:end]
+        start, stop = self._vectors[i]
+        if stop - start == 1:
+            at = self._offsets[i]
+            return flat(self._tensors[start])[at + begin : at + end]
+        ends = list(accumulate(self._sizes[start:stop]))
+        first, last = bisect_right(ends, begin), bisect_left(ends, end)
+        at = ends[first] - self._sizes[start + first]
+        parts = [t.reshape(-1) for t in self._tensors[start + first : start + last + 1]]
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return joined[begin - at : end - at]
+
+    def exact_sum_of_vectors(self) -> float:
+        """The sum of squares of all blocks, in float64."""
+        return exact_power_sum(self._tensors, self._sizes)
+
+
 def _norms_of_rows(blocks: Tensor, out: Tensor) -> None:
     if blocks.dtype is torch.float32:
         _norms(blocks, dim=2, out=out)
@@ -345,7 +416,7 @@ def _quietly() -> np.errstate:
     return np.errstate(over="ignore", invalid="ignore")
 
 
-def _audited_sum(blocks: _Blocks) -> float:
+def _audited_sum(blocks: _Blocks | _JoinedBlocks) -> float:
     """The sum over all blocks, with the rounding bias that a sample of them shows taken out."""
     sums = blocks.power_sums()
     total, bias, disagree = _audit(sums, blocks, _FEW)
@@ -355,7 +426,9 @@ def _audited_sum(blocks: _Blocks) -> float:
     return total * (1.0 + bias) + blocks.exact_sum_of_vectors()
 
 
-def _audit(sums: np.ndarray, blocks: _Blocks, quantiles: np.ndarray) -> tuple[float, float, bool]:
+def _audit(
+    sums: np.ndarray, blocks: _Blocks | _JoinedBlocks, quantiles: np.ndarray
+) -> tuple[float, float, bool]:
     """The total; the mean relative error of the blocks drawn at these quantiles of it; and whether
     their errors differ by more than those of random data do.
     """
