@@ -44,14 +44,19 @@ def few(sizes: Iterable[int]) -> bool:
     return sum(n for n in sizes if n > GRAIN) < FEW
 
 
-def in_pieces(tensors: Tensors) -> Tensors:
+def in_pieces(tensors: Tensors, sizes: Sequence[int] | None = None) -> Tensors:
     """The elements of tensors of one device as views, each of which torch leaves to one thread.
+
+    Args:
+        tensors: The tensors.
+        sizes: How many elements each has, if that is known already.
 
     Returns:
         The tensors themselves where all are small, where they are more than `few`, or on another
         device than a CPU; a tensor whose strides leave holes stays whole.
     """
-    sizes = list(map(Tensor.numel, tensors))
+    if sizes is None:
+        sizes = list(map(Tensor.numel, tensors))
     if max(sizes, default=0) <= GRAIN or not (tensors[0].is_cpu and few(sizes)):
         return tensors
     return [piece for t in tensors for piece in _pieces(t)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from fastguard.stages.formulas import (
 )
 
 CPU = torch.device("cpu")
+FACTORS = {torch.float32: np.float32, torch.float64: np.float64}
 HALF = (torch.float16, torch.bfloat16)
 _IGNORED = torch.zeros((), device=CPU)  # where the scaler's operation would say that it met Inf
 
@@ -33,7 +36,9 @@ def _apply_where_needed(bucket: GradBucket, multiplier: list[float], clean: bool
             grad.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
     segment = bucket.segment
     if segment is not None:
-        _multiply(_pieces(bucket, segment, multiplier[segment]), multiplier[segment], bucket.dtype)
+        pieces = _pieces(bucket, segment, multiplier[segment])
+        sizes = bucket.sizes if pieces is bucket.grads else None
+        _multiply(pieces, multiplier[segment], bucket.dtype, sizes)
         return
     pairs = zip(bucket.segment_ids, bucket.grads, strict=True)
     for s, grads in by_number(pairs).items():
@@ -49,10 +54,12 @@ def _pieces(bucket: GradBucket, segment: int, multiplier: float) -> list[Tensor]
     return [run.flat for run in bucket.runs if run.segment == segment]
 
 
-def _multiply(grads: Tensors, multiplier: float, dtype: torch.dtype) -> None:
+def _multiply(
+    grads: Tensors, multiplier: float, dtype: torch.dtype, sizes: Sequence[int] | None = None
+) -> None:
     if multiplier == 1.0:
         return
-    grads = in_pieces(grads)
+    grads = in_pieces(grads, sizes)
     while dtype is not torch.float64 and 0.0 < multiplier < SMALLEST_FACTOR:
         torch._foreach_mul_(grads, torch.tensor(SMALLEST_FACTOR, device=CPU))
         multiplier /= SMALLEST_FACTOR
@@ -60,7 +67,7 @@ def _multiply(grads: Tensors, multiplier: float, dtype: torch.dtype) -> None:
         grads[0].mul_(multiplier)  # rounds it to what a tensor would hold
         return
     # A tensor, because _foreach_mul_ by a Python float costs six times as much on a CPU.
-    factor = torch.tensor(multiplier, dtype=factor_dtype(dtype), device=CPU)
+    factor = torch.from_numpy(np.array(multiplier, FACTORS[factor_dtype(dtype)]))
     try:
         if dtype in HALF:
             _multiply_half(grads, factor)
