@@ -7,7 +7,8 @@ docs/compatibility.md has the table.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -136,3 +137,18 @@ def tensor_guards(tensors: Sequence[Tensor]) -> Any:
         return guards if guards.check(*tensors) else None
     except Exception:
         return None
+
+
+@contextmanager
+def as_if_compiling() -> Iterator[None]:
+    """Has `torch.compiler.is_compiling()` say yes, for tracing without dynamo.
+
+    The optimizers of torch then keep their arithmetic in tensors. The flag is private; it is the
+    same in torch 2.8 to 2.13.
+    """
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before

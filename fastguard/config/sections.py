@@ -61,6 +61,7 @@ class GuardSection:
     max_consecutive_skips: int | None = None
     flat_buckets: bool = False
     flat_parameters: bool = False
+    compile_step: bool = False
 
     def __post_init__(self) -> None:
         checked_limit(self.max_norm)

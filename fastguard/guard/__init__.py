@@ -7,6 +7,7 @@ Modules:
     param_gradients the gradients of its parameters
     stepper         one road for each way to skip: `on_device`, `read_first`, `whole_step`
     flat_parameters, flat_step, flat_checks    parameters and state in one buffer, one update
+    compiled_step, compiled_state, masked_update, tensor_settings    an update with masked writes
     inner_step, step_hooks, step_in_flight    a step that an exception takes back
     grad_scaler, found_inf    loss scaling
     state_dict/     saving and loading

@@ -39,6 +39,8 @@ from fastguard.guard.clip_scope import (
     names_by_tensor,
     policy_of,
 )
+from fastguard.guard.compiled_state import check_compiled_optimizer
+from fastguard.guard.compiled_step import CompiledStep
 from fastguard.guard.flat_checks import check_flat_optimizer
 from fastguard.guard.flat_step import FlatStep
 from fastguard.guard.grad_scaler import HandedOver, handed_over, longest_search, tell_scaler
@@ -99,6 +101,9 @@ class GuardedOptimizer(KnownRun):
         flat_parameters: Keep parameters and optimizer state in such buffers too, so that a step
             over thousands of tensors costs what one long tensor costs. For `AdamW`, `Adam`, `SGD`
             and `Adagrad` of `torch.optim`, with torch's fused kernels; implies `flat_buckets`.
+        compile_step: Compile the update of the wrapped optimizer with `torch.compile`, every write
+            masked by the verdict, so that any optimizer that can be traced skips on the device
+            without a synchronisation. `.grad` is then scaled only where the update reads it.
         group: Who decides together. None: this process; with DTensors, the ranks that their meshes
             span. A process group: its ranks, which hold different tensors (pipeline stages,
             experts). `fastguard.Replicated(process_group)`: its ranks, which hold the same tensors
@@ -145,6 +150,7 @@ class GuardedOptimizer(KnownRun):
         named_parameters: Iterable[tuple[str, Tensor]] | None = None,
         flat_buckets: bool = False,
         flat_parameters: bool = False,
+        compile_step: bool = False,
         group: Group = None,
     ) -> None:
         check_optimizer(optimizer, group)
@@ -158,6 +164,8 @@ class GuardedOptimizer(KnownRun):
         names = names_by_tensor(named_parameters, optimizer.param_groups)
         if flat_parameters:
             check_flat_optimizer(optimizer)
+        if compile_step:
+            check_compiled_optimizer(optimizer, flat_parameters)
 
         self.optimizer = optimizer
         self.clip_scope: ClipScope = clip_scope
@@ -171,7 +179,11 @@ class GuardedOptimizer(KnownRun):
         self._device = self._gradients.device
         self._recorder = Recorder()
         self._stepper = (
-            FlatStep(optimizer, self._gradients) if flat_parameters else stepper_for(optimizer)
+            FlatStep(optimizer, self._gradients)
+            if flat_parameters
+            else CompiledStep(optimizer, self._gradients)
+            if compile_step
+            else stepper_for(optimizer)
         )
         self._limits: tuple[Limit, ...] = ()
         self._policy = self._current_policy()

@@ -31,6 +31,8 @@ class OnDevice:
     to torch. And an optimizer with step hooks of its own: they must run only when it steps.
     """
 
+    skips = "through found_inf"
+
     def __init__(self, optimizer: Optimizer, inner: InnerStep | None = None) -> None:
         self.optimizer = optimizer
         self._inner = inner or InnerStep(optimizer)

@@ -31,6 +31,7 @@ class ReadFirst:
     """
 
     waits = True
+    skips = "after reading the verdict"
 
     def __init__(self, optimizer: Optimizer, inner: InnerStep | None = None) -> None:
         self.optimizer = optimizer

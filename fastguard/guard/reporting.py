@@ -255,9 +255,10 @@ class KnownRun(OptimizerAround):
     def sync_free(self) -> bool:
         """Whether a step never waits for the device.
 
-        True for fused optimizers without step hooks of their own (but for the one step that creates
-        the momentum buffers of SGD), and for every optimizer on a CPU, where there is nothing to
-        wait for; never in raise mode on a GPU.
+        True for fused optimizers and compiled updates without step hooks of their own (but for the
+        one step that creates the momentum buffers of SGD, or the state of an optimizer that is not
+        torch's), and for every optimizer on a CPU, where there is nothing to wait for; never in
+        raise mode on a GPU.
         """
         on_cpu = self._device.type == "cpu"
         return on_cpu or not (self._fitting_stepper().waits or self.nonfinite == "raise")
@@ -276,12 +277,12 @@ class KnownRun(OptimizerAround):
         tensors = f"{len(parameters)} tensors" + (f" ({n_lazy} of them lazy)" if n_lazy else "")
         team = self._gradients.team
         deciding = "" if team is None else f"{team.size} ranks decide together; "
-        waits = self._fitting_stepper().waits
+        stepper = self._fitting_stepper()
         return (
             f"guarding {type(self.optimizer).__name__}: {tensors}, "
             f"{elements:,} elements on {self._device} ({backend_of(self._device)} backend); "
             f"{self._settings()}; {deciding}"
-            f"skips {'after reading the verdict' if waits else 'through found_inf'}"
+            f"skips {'after reading the verdict' if stepper.waits else stepper.skips}"
         )
 
     def __repr__(self) -> str:

@@ -5,6 +5,8 @@
 * `ReadFirst`: every other optimizer is simply not called. That takes the value of `found_inf` on
   the host: free on a CPU, one read of one scalar on a GPU.
 * `FlatStep`: with `flat_parameters=True`, either of these two over whole runs of parameters.
+* `CompiledStep`: with `compile_step=True`, the update is compiled with every write masked by
+  `found_inf`.
 * `WholeStep`: optimizers that evaluate their closure themselves, such as LBFGS.
 """
 
@@ -26,6 +28,9 @@ from fastguard.stages.spike_rules import Rule
 
 class Stepper(Protocol):
     """The last of the four stages, apply, and the step of the wrapped optimizer behind it."""
+
+    skips: str
+    """How a step is skipped where it does not wait, for `GuardedOptimizer.describe`."""
 
     @property
     def waits(self) -> bool:

@@ -40,6 +40,7 @@ class WholeStep:
     """Steps first, decides afterwards, takes back if it must."""
 
     waits = True
+    skips = "after reading the verdict"
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer

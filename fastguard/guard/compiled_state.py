@@ -1,0 +1,158 @@
+"""The state of an optimizer as a compiled update needs it: there, on the device, in tensors."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fastguard.guard.inner_step import steps_as_torch
+from fastguard.guard.masked_update import CreatesState, Place
+from fastguard.guard.whole_step import WholeStep
+from fastguard.ranks.dtensors import is_dtensor
+from fastguard.ranks.plain_shards import is_managed
+
+DEVICES = ("cpu", "cuda")
+
+
+def check_compiled_optimizer(optimizer: Optimizer, flat_parameters: bool) -> None:
+    """Raises a TypeError or ValueError for what `compile_step=True` cannot serve in any case."""
+    name = type(optimizer).__name__
+    if flat_parameters:
+        raise ValueError(
+            "compile_step=True and flat_parameters=True are two ways to update; pass one of them"
+        )
+    if WholeStep.serves(optimizer):
+        raise TypeError(
+            f"compile_step=True cannot serve {name}, which evaluates its closure itself; guard it "
+            "without compile_step"
+        )
+    step = vars(optimizer).get("step")
+    if step is not None and not hasattr(step, "_wrapped_by_lr_sched"):
+        raise TypeError(
+            f"the step of this {name} was replaced on the instance, and compile_step=True compiles "
+            "that of the class; guard it without compile_step"
+        )
+    check_compiled_parameters([p for group in optimizer.param_groups for p in group["params"]])
+
+
+def check_compiled_parameters(parameters: Sequence[Tensor]) -> None:
+    """Raises a TypeError or ValueError for parameters that no compiled update serves."""
+    devices = {p.device for p in parameters if p.device.type != "meta"}
+    if len(devices) > 1 or not {d.type for d in devices} <= set(DEVICES):
+        raise ValueError(
+            f"compile_step=True needs all parameters on one CPU or CUDA device, not on "
+            f"{', '.join(sorted(map(str, devices)))}; guard it without compile_step"
+        )
+    for p in parameters:
+        if is_dtensor(p) or is_managed(p):
+            raise TypeError(
+                "a parameter belongs to FSDP or DeepSpeed, whose shards compile_step=True does not "
+                "serve; guard it without compile_step"
+            )
+        if p.is_complex():
+            raise TypeError(
+                f"a parameter of shape {tuple(p.shape)} is complex, which compile_step=True does "
+                "not serve; guard it without compile_step"
+            )
+
+
+def dtype_of_numbers(parameters: Iterable[Tensor]) -> torch.dtype:
+    """That of settings and counters: float64 if any parameter is, else float32, as in torch."""
+    wide = any(p.dtype is torch.float64 for p in parameters)
+    return torch.float64 if wide else torch.float32
+
+
+class StateForUpdate:
+    """Makes the state of an optimizer ready for a compiled update.
+
+    Args:
+        optimizer: The one whose state it is.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def copy(self, params: Sequence[Tensor]) -> Callable[[], None]:
+        """What puts back everything that `prepare` and `count_in_tensors` do to these parameters.
+
+        Copies no tensor: neither of the two writes into one.
+        """
+        state, groups = self.optimizer.state, self.optimizer.param_groups
+        before = {p: dict(state[p]) for p in params if p in state}
+        settings = [dict(group) for group in groups]
+
+        def put_back() -> None:
+            for p in params:
+                if p in before:
+                    state[p] = before[p]
+                else:
+                    state.pop(p, None)
+            for group, kept in zip(groups, settings, strict=True):
+                group.clear()
+                group.update(kept)
+
+        return put_back
+
+    def prepare(self, params: Sequence[Tensor], owners: Sequence[int]) -> None:
+        """Creates the state with the values that torch starts from, on the device.
+
+        Args:
+            params: The parameters that have a gradient.
+            owners: The number of the param group of each.
+
+        Raises:
+            CreatesState: Its first step follows another formula, so there are no such values.
+        """
+        if steps_as_torch(self.optimizer):
+            for number in dict.fromkeys(owners):
+                self._create(number)
+        for p in params:
+            of_p = self.optimizer.state.get(p, {})
+            for key, value in of_p.items():
+                if isinstance(value, Tensor) and not value.dim() and value.device != p.device:
+                    of_p[key] = value.to(p.device)
+
+    def _create(self, number: int) -> None:
+        optimizer = self.optimizer
+        group = optimizer.param_groups[number]
+        create = getattr(optimizer, "_init_group", None)
+        if create is None:
+            return
+        live = [p for p in group["params"] if p.grad is not None]
+        on_gpu = any(p.device.type != "cpu" for p in live)
+        form = {"capturable": on_gpu, "fused": False}
+        settings = {**group, **{k: v for k, v in form.items() if k in group}}
+        wanted = [
+            p
+            for p in inspect.signature(create).parameters.values()
+            if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
+        ]
+        create(settings, *[[] for _ in wanted[1:]])
+        if isinstance(optimizer, torch.optim.SGD) and group["momentum"] != 0:
+            for p in live:
+                if optimizer.state[p].get("momentum_buffer") is None:
+                    if group["dampening"] != 0:
+                        raise CreatesState("SGD starts its momentum without dampening")
+                    optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+    def count_in_tensors(self, params: Sequence[Tensor], places: Iterable[Place]) -> None:
+        """Puts 0-dim tensors in the place of Python numbers that the step changes.
+
+        Args:
+            params: The parameters that have a gradient.
+            places: Where the numbers are.
+        """
+        dtype = dtype_of_numbers(params)
+        for place in places:
+            owner: dict[str, Any] = (
+                self.optimizer.param_groups[place.owner]
+                if place.of_group
+                else self.optimizer.state[params[place.owner]]
+            )
+            value = float(owner[place.key])
+            owner[place.key] = torch.full((), value, dtype=dtype, device=params[0].device)

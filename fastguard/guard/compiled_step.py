@@ -1,0 +1,366 @@
+"""The road of `compile_step=True`: any optimizer skips on the device, in one compiled update.
+
+The update is traced with every write masked by `found_inf` (`masked_update`) and compiled once by
+`torch.compile`. The gradients are scaled where the update reads them, so `.grad` stays as autograd
+left it. Learning rates are inputs, so a schedule compiles nothing; another number that changes from
+step to step becomes an input when it does so for the first time.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fastguard.gradients.buckets import GradBuckets
+from fastguard.gradients.tensor_kinds import has_numbers
+from fastguard.guard.clip_scope import Layout, Limit
+from fastguard.guard.compiled_state import (
+    StateForUpdate,
+    check_compiled_parameters,
+    dtype_of_numbers,
+)
+from fastguard.guard.inner_step import StepCall
+from fastguard.guard.masked_update import (
+    NUMBERS,
+    CountsInPython,
+    CreatesState,
+    Members,
+    NotTraceable,
+    Place,
+    Traced,
+    trace,
+)
+from fastguard.guard.param_gradients import Gradients
+from fastguard.guard.read_first import ReadFirst, says_skip
+from fastguard.guard.step_hooks import has_step_hooks, run_hooks_of_all
+from fastguard.stages.contract import Verdict
+from fastguard.stages.spike_rules import Rule
+
+log = logging.getLogger("fastguard")
+
+BACKEND = "inductor"  # of torch.compile
+MOST_GRAPHS = 16
+"""How many updates are compiled for one set of parameters. Further ones read the verdict first."""
+
+
+@dataclass(slots=True)
+class _Compiled:
+    """A compiled update.
+
+    Attributes:
+        layout: The parameters that it was made for.
+        live: Which of them had a gradient.
+        members: These parameters, and the names of their state tensors.
+        places: The settings that are inputs.
+        static: The settings that the step read as constants.
+        traced: The graph.
+        run: The compiled graph.
+        has_run: Whether it has: the first run compiles it.
+    """
+
+    layout: Layout
+    live: tuple[int, ...]
+    members: Members
+    places: tuple[Place, ...]
+    static: dict[Place, Any]
+    traced: Traced
+    run: Callable[..., Any] = field(repr=False)
+    has_run: bool = False
+
+
+class CompiledStep:
+    """Runs the update of an optimizer as one compiled graph, which obeys the verdict itself.
+
+    The verdict is read first, and the optimizer called as it is, in three cases. The step creates
+    state for which there is no value to start from (optimizers that are not torch's, and the
+    momentum of SGD with dampening, whose first step is another formula). The optimizer has step
+    hooks of its own, which must run only when it steps. Or `MOST_GRAPHS` updates were compiled.
+
+    Args:
+        optimizer: The wrapped one.
+        gradients: Its gradients.
+    """
+
+    skips = "through found_inf in a compiled update"
+
+    def __init__(self, optimizer: Optimizer, gradients: Gradients) -> None:
+        self.optimizer = optimizer
+        self._gradients = gradients
+        self._careful = ReadFirst(optimizer)
+        self._state = StateForUpdate(optimizer)
+        self._graphs: list[_Compiled] = []  # the one used last comes first
+        self._n_compiled = 0
+        self._moving: set[Place] = set()  # numbers that were seen to change
+        self._fixed: set[Place] = set()  # numbers that the step cannot take as tensors
+        self._numbers: dict[Place, tuple[float, Tensor]] = {}
+        self._n_creating = 0
+        self._told = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without compiled code, which cannot be copied: a copy compiles its own."""
+        state = {**self.__dict__, "_graphs": [], "_n_compiled": 0, "_numbers": {}}
+        return state
+
+    @property
+    def waits(self) -> bool:
+        """Whether every step may read the verdict: see the class."""
+        return self._n_compiled >= MOST_GRAPHS or has_step_hooks(self.optimizer)
+
+    def fits(self) -> bool:
+        """Always: the update is the optimizer's own, whatever its settings."""
+        return True
+
+    def reset(self) -> None:
+        """There may be other parameters now, or another state. Graphs of the same ones stay."""
+        layout = self._gradients.layout
+        self._graphs = [
+            g for g in self._graphs if g.layout is layout and not g.members.has_constants
+        ]
+        self._n_creating = 0
+        if not self._graphs:
+            self._n_compiled = 0
+
+    def obeyed(
+        self, limits: tuple[Limit, ...], rules: tuple[Rule, ...]
+    ) -> tuple[tuple[Limit, ...], tuple[Rule, ...]]:
+        """See `ReadFirst.obeyed`."""
+        return self._careful.obeyed(limits, rules)
+
+    def evaluate(self, call: StepCall, loss: Any, *, stop_at_nonfinite: bool) -> tuple[Any, Any]:
+        """See `ReadFirst.evaluate`."""
+        return self._careful.evaluate(call, loss, stop_at_nonfinite=stop_at_nonfinite)
+
+    def step(self, buckets: GradBuckets, verdict: Verdict, call: StepCall, changes: bool) -> None:
+        """Runs the compiled update; before the first run, compiles it.
+
+        Raises:
+            TypeError: The update cannot be traced, or `step` was given arguments for it; nothing
+                was changed.
+        """
+        _refuse_arguments(self.optimizer, call)
+        graph = inputs = None
+        if not has_step_hooks(self.optimizer) and has_numbers(verdict.found_inf):
+            live = tuple(
+                i for i, p in enumerate(self._gradients.layout.parameters) if p.grad is not None
+            )
+            if live:
+                graph, inputs = self._graph_for(live)
+        if graph is None or inputs is None:
+            self._careful.step(buckets, verdict, call, changes)
+            self._n_creating += not says_skip(verdict)
+            return
+        n_segments = self._gradients.layout.n_segments
+        multiplier = verdict.multiplier.expand(n_segments)
+        run_hooks_of_all(self.optimizer)
+        start = None if graph.has_run else time.perf_counter()
+        graph.run(verdict.found_inf, multiplier, verdict.clean, *inputs)
+        call.returned.append(None)
+        graph.has_run = True
+        if start is not None:
+            log.info(
+                "compiled the update of %s over %d tensors in %.1f s",
+                type(self.optimizer).__name__,
+                len(graph.live),
+                time.perf_counter() - start,
+            )
+
+    def conclude(self, taken: bool) -> None:
+        """Tells a scheduler made for the wrapped optimizer that this has stepped."""
+        if taken and hasattr(self.optimizer.step, "_wrapped_by_lr_sched"):
+            self.optimizer._opt_called = True  # type: ignore[attr-defined]
+
+    # Finding the graph.
+
+    def _graph_for(self, live: tuple[int, ...]) -> tuple[_Compiled | None, list[Tensor] | None]:
+        """The graph for these parameters and the settings there are, and its inputs; None: the
+        step is to be taken without one.
+        """
+        graph = self._known(live)
+        if graph is None:
+            if self._n_compiled >= MOST_GRAPHS:
+                self._tell_of_the_limit()
+                return None, None
+            self._note_moving(live)
+            graph = self._new(live)
+            if graph is None:
+                return None, None
+            self._n_compiled += 1
+        if self._graphs[:1] != [graph]:
+            self._graphs = [graph, *(g for g in self._graphs if g is not graph)]
+        inputs = self._inputs(graph)
+        if inputs is None:  # a state dict with less, or with numbers in place of tensors
+            self._graphs.remove(graph)
+            return self._graph_for(live)
+        return graph, inputs
+
+    def _known(self, live: tuple[int, ...]) -> _Compiled | None:
+        layout, groups = self._gradients.layout, self.optimizer.param_groups
+        for graph in self._graphs:
+            if graph.layout is not layout or graph.live != live:
+                continue
+            if graph.static == self._constants(graph.traced, graph.places) and all(
+                b.holds(b.setting.value_in(groups[b.setting.owner])) for b in graph.traced.branches
+            ):
+                return graph
+        return None
+
+    def _note_moving(self, live: tuple[int, ...]) -> None:
+        """Finds the numbers in which the settings differ from those of an earlier graph."""
+        for graph in self._graphs:
+            if graph.live != live:
+                continue
+            now = self._constants(graph.traced, graph.places)
+            if now.keys() != graph.static.keys():
+                continue
+            changed = {place for place, value in now.items() if value != graph.static[place]}
+            if all(p.of_group and type(now[p]) is type(graph.static[p]) is float for p in changed):
+                self._moving |= changed
+                return
+
+    def _new(self, live: tuple[int, ...]) -> _Compiled | None:
+        """A graph for these parameters; None: state must be created first.
+
+        Raises:
+            TypeError: The update cannot be traced; nothing was changed.
+        """
+        layout = self._gradients.layout
+        check_compiled_parameters(layout.parameters)
+        params = [layout.parameters[i] for i in live]
+        segments = [0 if layout.segments is None else layout.segments[i] for i in live]
+        numbers = [n for n, g in enumerate(self.optimizer.param_groups) for _ in g["params"]]
+        owners = [numbers[i] for i in live]
+        undo = self._state.copy(params)
+        try:
+            self._state.prepare(params, owners)
+            return self._traced(layout, live, params, owners, segments)
+        except CreatesState as error:
+            undo()
+            if self._n_creating > 2:
+                raise TypeError(self._refusal(f"{error} at every step")) from None
+            return None
+        except NotTraceable as error:
+            undo()
+            raise TypeError(self._refusal(str(error))) from error
+        except BaseException:
+            undo()
+            raise
+
+    def _traced(
+        self,
+        layout: Layout,
+        live: tuple[int, ...],
+        params: list[Tensor],
+        owners: list[int],
+        segments: list[int],
+    ) -> _Compiled:
+        while True:
+            members = Members.of(self.optimizer, params, owners, segments)
+            places = self._places()
+            try:
+                traced = trace(self.optimizer, members, self._settings(places))
+                break
+            except CountsInPython as error:
+                self._state.count_in_tensors(params, error.places)
+            except NotTraceable:
+                movable = self._moving - self._fixed
+                if not movable:
+                    raise
+                self._fixed |= movable  # it may trace with these as constants
+        static = self._constants(traced, places)
+        run = torch.compile(traced.graph, backend=BACKEND, fullgraph=True, dynamic=False)
+        return _Compiled(layout, live, members, places, static, traced, run)
+
+    def _refusal(self, reason: str) -> str:
+        return (
+            f"compile_step=True cannot serve {type(self.optimizer).__name__}: {reason}; nothing "
+            "was changed: guard it without compile_step"
+        )
+
+    def _tell_of_the_limit(self) -> None:
+        if not self._told:
+            self._told = True
+            log.warning(
+                "%d updates of %s were compiled, for other settings or for other parameters that "
+                "have a gradient; steps that need a further one read the verdict first",
+                MOST_GRAPHS,
+                type(self.optimizer).__name__,
+            )
+
+    def _constants(self, traced: Traced, places: tuple[Place, ...]) -> dict[Place, Any]:
+        """The settings that a step reads and that are no inputs; of an input, whether it is a
+        tensor. And the optimizer's own attributes, which it may read as well.
+        """
+        inputs = set(places)
+        constants: dict[Place, Any] = {
+            Place(0, name, of_group=False): value
+            for name, value in vars(self.optimizer).items()
+            if name[0] != "_" and type(value) in (*NUMBERS, bool, str)
+        }
+        groups = self.optimizer.param_groups
+        for i, (group, keys) in enumerate(zip(groups, traced.read, strict=True)):
+            for key in keys - {"params"}:
+                value = group.get(key)
+                items = enumerate(value) if isinstance(value, tuple | list) else [(None, value)]
+                for item, single in items:
+                    place = Place(i, key, item=item)
+                    is_tensor = isinstance(single, Tensor)
+                    constants[place] = is_tensor if is_tensor or place in inputs else single
+        return constants
+
+    # The inputs.
+
+    def _inputs(self, graph: _Compiled) -> list[Tensor] | None:
+        try:
+            inputs = graph.members.inputs(self.optimizer)
+        except KeyError:
+            return None
+        if not all(map(torch.is_tensor, inputs)):
+            return None
+        return [*inputs, *self._settings(graph.places).values()]
+
+    def _places(self) -> tuple[Place, ...]:
+        """The settings that are inputs: tensors, learning rates, and numbers that change."""
+        places = []
+        for i, group in enumerate(self.optimizer.param_groups):
+            for key, value in group.items():
+                if isinstance(value, Tensor) or (key == "lr" and type(value) in NUMBERS):
+                    places.append(Place(i, key))
+        return (*places, *sorted(self._moving - self._fixed))
+
+    def _settings(self, places: tuple[Place, ...]) -> dict[Place, Tensor]:
+        """A tensor for each place; those of numbers are kept, and written when the number changes.
+
+        Nothing waits: a number reaches a GPU as the argument of a fill.
+        """
+        tensors: dict[Place, Tensor] = {}
+        for place in places:
+            value = place.value_in(self.optimizer.param_groups[place.owner])
+            if isinstance(value, Tensor):
+                tensors[place] = value
+                continue
+            known = self._numbers.get(place)
+            if known is None:
+                first = self._gradients.layout.parameters[0]
+                dtype = dtype_of_numbers(self._gradients.layout.parameters)
+                known = (value, torch.full((), value, dtype=dtype, device=first.device))
+            elif known[0] != value:
+                known[1].fill_(value)
+            self._numbers[place] = (value, known[1])
+            tensors[place] = known[1]
+        return tensors
+
+
+def _refuse_arguments(optimizer: Optimizer, call: StepCall) -> None:
+    given = [x for x in (*call.args, *call.kwargs.values()) if x is not None]
+    if given:
+        raise TypeError(
+            f"step was given {len(given)} arguments for {type(optimizer).__name__}.step, which a "
+            "compiled update does not take; guard it without compile_step"
+        )

@@ -1,0 +1,202 @@
+"""Settings of an optimizer as 0-dim tensors while its update is traced.
+
+A Python number would be a constant of the compiled update, and each new learning rate a new
+compilation. Torch takes a 0-dim tensor almost everywhere a number may stand, with two exceptions
+that are handled here: the `alpha` and `value` of its arithmetic, which are numbers only, and the
+functions of `math`. A branch on a setting (`if momentum != 0`) is decided by the value that it has
+now, and noted: the compiled update holds as long as the branch would go the same way.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+COMPARISONS: Mapping[str, Callable[[Any, Any], bool]] = {
+    "ne": operator.ne,
+    "eq": operator.eq,
+    "gt": operator.gt,
+    "lt": operator.lt,
+    "ge": operator.ge,
+    "le": operator.le,
+    "greater": operator.gt,
+    "less": operator.lt,
+    "not_equal": operator.ne,
+    "greater_equal": operator.ge,
+    "less_equal": operator.le,
+}
+
+
+class Branch(NamedTuple):
+    """A comparison of a setting that the traced update depends on.
+
+    Attributes:
+        setting: Which one: a key of the caller.
+        compare: One of `operator`'s comparisons.
+        other: The number it was compared with.
+        result: How that went.
+    """
+
+    setting: Any
+    compare: Callable[[Any, Any], bool]
+    other: float
+    result: bool
+
+    def holds(self, value: float) -> bool:
+        """Whether the comparison still goes the same way. NaN compares as in Python."""
+        return bool(self.compare(value, self.other)) == self.result
+
+
+class TensorSettings(TorchFunctionMode):
+    """While it is entered, torch takes 0-dim tensors where it takes only numbers otherwise.
+
+    Args:
+        settings: `(tensor, key, value)` of each setting: the tensor that stands for it, the key
+            that names it in `branches`, and its value now.
+
+    Attributes:
+        branches: The comparisons that were decided by values.
+    """
+
+    def __init__(self, settings: list[tuple[Tensor, Any, float]]) -> None:
+        super().__init__()
+        self._known = {id(t): (key, value) for t, key, value in settings}
+        self.branches: list[Branch] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "").strip("_")
+        if name in COMPARISONS and len(args) == 2:
+            decided = self._decided(COMPARISONS[name], *args)
+            if decided is not None:
+                return decided
+        if name == "bool" and len(args) == 1 and id(args[0]) in self._known:
+            return self._decided(operator.ne, args[0], 0.0)
+        if name == "item" and args[0].is_floating_point():
+            return args[0]  # as torch's own optimizers take it while they are compiled
+        done = _rewritten(func, args, kwargs)
+        return func(*args, **kwargs) if done is NotImplemented else done
+
+    def _decided(self, compare: Callable[[Any, Any], bool], x: Any, y: Any) -> bool | None:
+        """The comparison of a setting with a number; None: it is none."""
+        if id(x) not in self._known or isinstance(y, Tensor):
+            return None
+        key, value = self._known[id(x)]
+        result = bool(compare(value, y))
+        self.branches.append(Branch(key, compare, y, result))
+        return result
+
+
+@contextmanager
+def python_of_tensors(kind: type) -> Iterator[None]:
+    """Has `math`, `min` and `max` take 0-dim tensors in the modules that define a class.
+
+    Optimizers that count in Python call these. The names are replaced in the modules of the class
+    and of its bases only, and only for the time of the trace.
+    """
+    stand_ins = {"math": _TensorMath(), "min": _least, "max": _greatest}
+    replaced: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for names in _globals_of(kind):
+            for name, stand_in in stand_ins.items():
+                if name != "math" or names.get(name) is math:
+                    replaced.append((names, name, names.get(name)))
+                    names[name] = stand_in
+        yield
+    finally:
+        for names, name, original in replaced:
+            if original is None:
+                del names[name]
+            else:
+                names[name] = original
+
+
+def _globals_of(kind: type) -> list[dict[str, Any]]:
+    """Those of the modules that define the methods of a class. `__module__` may name another."""
+    methods = [
+        inspect.unwrap(m) for base in kind.__mro__ for m in vars(base).values() if callable(m)
+    ]
+    found = (getattr(method, "__globals__", None) for method in methods)
+    return list({id(names): names for names in found if names is not None}.values())
+
+
+class _TensorMath:
+    """The module `math`, whose functions also take tensors where torch has one of that name."""
+
+    def __getattr__(self, name: str) -> Any:
+        original = getattr(math, name)
+
+        def function(*args: Any) -> Any:
+            if not any(isinstance(x, Tensor) for x in args):
+                return original(*args)
+            return getattr(torch, name)(*args)
+
+        return function if callable(original) and hasattr(torch, name) else original
+
+
+def _least(*values: Any, **kwargs: Any) -> Any:
+    return _extreme(min, torch.minimum, values, kwargs)
+
+
+def _greatest(*values: Any, **kwargs: Any) -> Any:
+    return _extreme(max, torch.maximum, values, kwargs)
+
+
+def _extreme(
+    of_numbers: Callable[..., Any],
+    of_tensors: Callable[[Tensor, Tensor], Tensor],
+    values: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    tensor = next((v for v in values if isinstance(v, Tensor)), None)
+    if tensor is None or len(values) < 2:
+        return of_numbers(*values, **kwargs)
+    result, *others = (v if isinstance(v, Tensor) else tensor.new_full((), v) for v in values)
+    for other in others:
+        result = of_tensors(result, other)
+    return result
+
+
+_FORM = re.compile(r"(_foreach_)?(add|sub|addcdiv|addcmul|lerp)(_?)")
+_NUMBER = {"add": "alpha", "sub": "alpha", "addcdiv": "value", "addcmul": "value"}
+_TERM: Mapping[str, Callable[..., Tensor]] = {
+    "add": lambda number, other: other * number,
+    "sub": lambda number, other: other * -number,
+    "addcdiv": lambda number, a, b: a / b * number,
+    "addcmul": lambda number, a, b: a * b * number,
+}
+
+
+def _rewritten(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The result of a call with a tensor where torch wants a number; NotImplemented: it is none."""
+    form = _FORM.fullmatch(getattr(func, "__name__", ""))
+    if form is None:
+        return NotImplemented
+    each, name, in_place = form.groups()
+    operands, number = list(args), kwargs.get(_NUMBER.get(name, "weight"))
+    if number is None and len(args) == (4 if name.startswith("addc") else 3):
+        number = operands.pop()
+    if not isinstance(number, Tensor) or number.numel() != 1:
+        return NotImplemented
+    operands += [v for v in kwargs.values() if v is not number]
+    number = number.reshape(())
+    rows = zip(*operands, strict=True) if each else [operands]
+    done = [_single(name, bool(in_place), number, *row) for row in rows]
+    return done if each else done[0]
+
+
+def _single(name: str, in_place: bool, number: Tensor, x: Tensor, *others: Tensor) -> Tensor:
+    if name == "lerp":  # takes no weight of another dtype
+        end, weight = others[0], number.to(x.dtype)
+        return x.lerp_(end, weight) if in_place else x.lerp(end, weight)
+    term = _TERM[name](number, *others)
+    return x.add_(term) if in_place else x + term
