@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class NotTextError(Exception):
     """What was given is no text; the message says what it is, and the remedy."""
@@ -32,8 +34,8 @@ _EVENTS = b"brain.Event"  # the version in the first record, after 12 bytes of l
 
 _TEXT_CONTROLS = b"\a\b\t\n\v\f\r\x1b"
 _CONTROLS = bytes(b for b in range(32) if b not in _TEXT_CONTROLS)
-_BLOCK = bytes(512)
-"""A machine that crashed while writing leaves blocks of zeros in a log that is text otherwise."""
+_ZEROS = re.compile(rb"\0{64,}+")
+"""A machine that crashed while writing leaves zeros up to the end of a block in a text log."""
 
 LOOKED_AT = 1 << 16
 MOST, FEWEST = 0.04, 8
@@ -59,7 +61,7 @@ def refuse_foreign(first: bytes) -> None:
         raise NotTextError(
             "it is a TensorBoard event file, which cannot be read from a pipe; name the file itself"
         )
-    text = first[:LOOKED_AT].replace(_BLOCK, b"").strip(b"\0")
+    text = _ZEROS.sub(b"", first[:LOOKED_AT]).strip(b"\0")
     controls = len(text) - len(text.translate(None, _CONTROLS))
     if controls > max(FEWEST, MOST * len(text)):
         raise NotTextError(

@@ -67,12 +67,13 @@ def test_what_is_no_text_is_named(data: bytes, what: str) -> None:
     [
         LOG + bytes(100_000) + LOG,
         bytes(1000) + LOG,
+        LOG[:200] + bytes(700) + LOG[:200],
         "训练 损失 nan\n".encode("gbk") * 100,
         "loss nan é\n".encode("latin-1") * 100,
         b"\x00\x01 loss nan",
         "loss nan\n".encode("utf-16") * 10,
     ],
-    ids=["zeros", "zeros-first", "gbk", "latin-1", "short", "utf-16"],
+    ids=["zeros", "zeros-first", "part-of-a-block", "gbk", "latin-1", "short", "utf-16"],
 )
 def test_text_of_any_encoding_is_read(data: bytes) -> None:
     assert any("nan" in text for text in texts(data))
