@@ -76,14 +76,18 @@ TRIES = (
 
 def reader(grads: list[torch.Tensor], one: Try, device: torch.device) -> Callable[[], object]:
     """The read pass in one shape, over a table of its own."""
-    from fastguard.kernels import chunks
+    from fastguard.kernels import chunk_layout, chunks
     from fastguard.kernels.measure import measure_chunks
     from fastguard.kernels.tuning import PLAIN, n_programs
 
     tuning = replace(PLAIN, **dict(one.changes))
     bucket = bucketize(grads).buckets[0]
-    size = chunks.chunk_size if one.chunk is None else lambda *_: one.chunk
-    with mock.patch.object(chunks, "chunk_size", size), mock.patch.dict(chunks._tables, clear=True):
+    size = chunk_layout.chunk_size if one.chunk is None else lambda *_: one.chunk
+    with (
+        mock.patch.object(chunk_layout, "chunk_size", size),
+        mock.patch.dict(chunks._tables, clear=True),
+        mock.patch.dict(chunks._layouts, clear=True),
+    ):
         table = chunks.table_of(bucket, 1, n_programs(device, tuning))
     dtype, n = bucket.dtype, len(grads)
     return lambda: measure_chunks(table, device, dtype, 1, n, 2.0, None, False, tuning)

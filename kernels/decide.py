@@ -1,9 +1,11 @@
 """Launch 2, decide: one program gives the verdict and brings the guard's state up to date.
 
     clip_coef[s] = min(1, max_norm[s] / (norm[s] + 1e-6))
-    skip         = a fault, or a spike of a rule that skips          see `rules`
+    skip         = a fault, or a spike of a rule that skips
+    changes      = whether apply has anything to do in any segment
 
-I/O: a few numbers a segment, and the rings of the rules; no gradient. One warp, float64.
+I/O: a few numbers per segment, and the rings of the rules; no gradient. One program, float64.
+What is wrong is told by `faults`, spikes by `rules`, coefficients by `coefficients`.
 
 Every comparison says what NaN does. Sums over segments and rings are added in another order than
 PyTorch's; all else is bit for bit the arithmetic of `fastguard.stages.reference.decide`."""
@@ -17,17 +19,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastguard.kernels.elements import root
-from fastguard.kernels.launch import Launcher, Variant
-from fastguard.kernels.rules import (
-    CLIPS,
-    COLUMNS,
-    SIGNAL,
-    SKIPS,
-    WINDOW_SIZE,
-    enter_rings,
-    thresholds_of,
+from fastguard.kernels.coefficients import clip_coefficient, store_coefficients
+from fastguard.kernels.columns import (
+    APPLIED,
+    CONSECUTIVE_SKIPS,
+    COUNTERS,
+    DECIDED,
+    FOR_SCALE,
+    SKIPPED,
+    UNDO_COLUMNS,
 )
+from fastguard.kernels.elements import root
+from fastguard.kernels.faults import any_loss_is_lost, faults_of, never
+from fastguard.kernels.launch import OneProgram, Variant
+from fastguard.kernels.rules import judged_rules
 from fastguard.kernels.summary import whole_model
 
 # Reasons: `fastguard.stages.reason.Reason`.
@@ -38,31 +43,12 @@ LOSS_SPIKE = tl.constexpr(4)
 LOSS_SCALE = tl.constexpr(5)
 
 
-@triton.jit
-def clip_coefficient(norm, max_norm):
-    """`min(1, max_norm / (norm + 1e-6))`; a limit of inf gives 1 for every norm, NaN a NaN."""
-    coef = max_norm / (norm + 1e-6)
-    coef = tl.where(coef > 1.0, 1.0, coef)  # NaN is not > 1 and stays NaN
-    return tl.where(max_norm == float("inf"), 1.0, coef)
-
-
-@triton.jit
-def any_of(condition):
-    return tl.max(condition.to(tl.int32), axis=0) > 0
-
-
-@triton.jit
-def spread(condition, N: tl.constexpr):
-    """One condition in N lanes."""
-    return tl.where(condition, tl.full((N,), 1, tl.int32), tl.full((N,), 0, tl.int32)) > 0
-
-
 @triton.jit(
     do_not_specialize=[
         "summary_ptr", "max_norm_ptr", "losses_ptr", "given_ptr", "inv_scale_ptr", "overflow_ptr",
         "falls_ptr", "rules_ptr", "counters_ptr", "windows_ptr", "rings_ptr", "coef_ptr",
         "multiplier_ptr", "found_inf_ptr", "clean_ptr", "reason_ptr", "total_norm_ptr",
-        "torch_norm_ptr", "spikes_ptr", "thresholds_ptr", "undo_ptr",
+        "torch_norm_ptr", "changes_ptr", "spikes_ptr", "thresholds_ptr", "undo_ptr",
         "n_segments", "max_norm_stride", "n_losses", "n_rules", "ring_stride",
     ]
 )  # fmt: skip
@@ -74,7 +60,7 @@ def decide_kernel(
     inv_scale_ptr,  # float64 (1,)
     overflow_ptr,  # float32 (1,): > 0 if a loss scaler found non-finite gradients
     falls_ptr,  # uint8 (1,): 1 if the scaler lowers its scale after an overflow
-    rules_ptr,  # float64 (n_rules, COLUMNS)
+    rules_ptr,  # float64 (n_rules, RULE_COLUMNS)
     counters_ptr,  # int64 (5,)
     windows_ptr,  # float64 (n_rules, ring_stride)
     rings_ptr,  # int64 (n_rules, 3)
@@ -85,6 +71,7 @@ def decide_kernel(
     reason_ptr,  # int64
     total_norm_ptr,  # float64
     torch_norm_ptr,  # float64
+    changes_ptr,  # float32
     spikes_ptr,  # uint8 (n_rules,)
     thresholds_ptr,  # float64 (n_rules,)
     undo_ptr,  # float64 (5 + 4 * n_rules,): the counters, and of each rule its ring and one value
@@ -107,10 +94,6 @@ def decide_kernel(
     WINDOW: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    INF: tl.constexpr = float("inf")
-    NAN: tl.constexpr = float("nan")
-    lanes = tl.arange(0, BLOCK_SIZE)
-
     total_norm, n_nan, n_infinite = whole_model(
         summary_ptr, n_segments, P, INF_NORM, ROOTED, BLOCK_SIZE
     )
@@ -120,149 +103,74 @@ def decide_kernel(
     has_infinite = n_infinite > 0.0
     bad_grad = has_nan | has_infinite
 
-    overflow = bad_grad & (bad_grad == 0)
-    if HAS_OVERFLOW:
-        overflow = tl.load(overflow_ptr) > 0.0  # NaN is no overflow, as in the reference
-    lost = tl.zeros((BLOCK_SIZE,), dtype=tl.int32)
-    i = 0
-    while i < n_losses:
-        is_loss = i + lanes < n_losses
-        if HAS_GIVEN:
-            is_loss = is_loss & (tl.load(given_ptr + i + lanes, mask=is_loss, other=0) > 0)
-        loss = tl.load(losses_ptr + i + lanes, mask=is_loss, other=0.0)
-        lost = tl.maximum(lost, ((tl.abs(loss) < INF) == 0).to(tl.int32))  # NaN is not < inf
-        i += BLOCK_SIZE
-    loss_fault = tl.max(lost, axis=0) > 0
-    lowers = overflow & (overflow == 0)
-    if HAS_FALLS:
-        lowers = overflow & (tl.load(falls_ptr) > 0) & (loss_fault == 0)
-    too_large = total_norm == INF  # no float64 holds the norm of these finite elements
-    if PROPAGATE:
-        grad_fault = overflow
-        too_large = too_large & (too_large == 0)  # clipped to zero, as by torch
-        loss_fault = loss_fault & (loss_fault == 0)
-    elif ZERO:
-        # Cleaning cures what was counted; a fault that only the scaler saw is not cured by it. What
-        # a lower scale cures is not cleaned.
-        grad_fault = overflow & ((bad_grad == 0) | lowers)
-    else:
-        grad_fault = overflow | bad_grad
+    loss_fault = any_loss_is_lost(losses_ptr, given_ptr, n_losses, HAS_GIVEN, BLOCK_SIZE)
+    grad_fault, loss_fault, too_large, overflow, lowers = faults_of(
+        total_norm, bad_grad, overflow_ptr, falls_ptr, loss_fault,
+        ZERO, PROPAGATE, HAS_OVERFLOW, HAS_FALLS,
+    )  # fmt: skip
     fault = grad_fault | loss_fault | too_large
 
     skip = fault
-    limit = tl.full((), INF, tl.float64)
-    spiked = fault & (fault == 0)
-    grad_spiked = spiked
+    spiked = never()
+    grad_spiked = never()
+    spike_coef = tl.full((), 1.0, tl.float64)
     if RULES > 0:
-        k = tl.arange(0, RULES)
-        is_rule = k < n_rules
-        rule_ptr = rules_ptr + k * COLUMNS
-        window = tl.load(rule_ptr + WINDOW_SIZE, mask=is_rule, other=0.0).to(tl.int64)
-        skips = tl.load(rule_ptr + SKIPS, mask=is_rule, other=0.0) > 0.0
-        clips = tl.load(rule_ptr + CLIPS, mask=is_rule, other=0.0) > 0.0
-        signal = tl.load(rule_ptr + SIGNAL, mask=is_rule, other=-2.0).to(tl.int32)
-        filled = tl.load(rings_ptr + 3 * k, mask=is_rule, other=0)
-        consecutive = tl.load(rings_ptr + 3 * k + 2, mask=is_rule, other=0)
-        on_gradient = signal == -1
-        is_given = signal >= 0
-        if HAS_GIVEN:
-            is_given = is_given & (tl.load(given_ptr + signal, mask=is_given, other=0) > 0)
-        value = tl.load(losses_ptr + signal, mask=is_given, other=NAN)
-        value = tl.where(on_gradient, total_norm, value)
+        spiked, grad_spiked, spike_skips, limit = judged_rules(
+            rules_ptr, rings_ptr, windows_ptr, losses_ptr, given_ptr, spikes_ptr, thresholds_ptr,
+            undo_ptr, n_rules, ring_stride, total_norm, fault, bad_grad,
+            ZERO, HAS_GIVEN, RULES, WINDOW,
+        )  # fmt: skip
+        skip = fault | spike_skips
+        spike_coef = clip_coefficient(total_norm, limit)
 
-        threshold = thresholds_of(
-            rule_ptr, windows_ptr, ring_stride, k, is_rule, window, filled, RULES, WINDOW
-        )
-        exceeds = (value > threshold) & spread(fault == 0, RULES)  # NaN: a fault, no spike
-        lasting = (window > 0) & (consecutive >= window)
-        spike = exceeds & (lasting == 0)
-        spiked = any_of(spike)
-        grad_spiked = any_of(spike & on_gradient)
-        skip = fault | any_of(spike & skips)
-        limit = tl.min(tl.where(spike & clips, threshold, INF), axis=0)
+    scales = store_coefficients(
+        summary_ptr, max_norm_ptr, inv_scale_ptr, coef_ptr, multiplier_ptr, n_segments,
+        max_norm_stride, spike_coef, skip, P, INF_NORM, ROOTED, PROPAGATE, HAS_SCALE, BLOCK_SIZE,
+    )  # fmt: skip
 
-        usable = fault == 0
-        if ZERO == 0:
-            usable = usable & (bad_grad == 0)
-        # A loss that this step did not give is NaN, and says nothing.
-        heard = (tl.abs(value) < INF) & spread(usable, RULES)
-        moves = heard & spread(total_norm > 0.0, RULES) & (spike | spread(skip == 0, RULES))
-        moves = moves & (window > 0) & is_rule
-        streak = tl.where(exceeds, consecutive + 1, 0)
-        entry = tl.where(spike, threshold, value)
-        # What is about to change, for a step that fails.
-        at = tl.load(rings_ptr + 3 * k + 1, mask=is_rule, other=0)
-        slot_ptr = windows_ptr + k.to(tl.int64) * ring_stride + at
-        held = tl.load(slot_ptr, mask=is_rule & (window > 0), other=0.0)
-        held_ptr = undo_ptr + 5 + 4 * k
-        tl.store(held_ptr, filled.to(tl.float64), mask=is_rule)
-        tl.store(held_ptr + 1, at.to(tl.float64), mask=is_rule)
-        tl.store(held_ptr + 2, consecutive.to(tl.float64), mask=is_rule)
-        tl.store(held_ptr + 3, held, mask=is_rule)
-        enter_rings(windows_ptr, rings_ptr, ring_stride, k, is_rule, window, filled, entry, moves)
-        tl.store(rings_ptr + 3 * k + 2, tl.where(heard, streak, consecutive), mask=is_rule)
-        tl.store(spikes_ptr + k, spike.to(tl.uint8), mask=is_rule)
-        tl.store(thresholds_ptr + k, threshold, mask=is_rule)
-
-    spike_coef = clip_coefficient(total_norm, limit)
-    i = 0
-    while i < n_segments:
-        mask = i + lanes < n_segments
-        norm = tl.load(summary_ptr + i + lanes, mask=mask, other=0.0)
-        if ROOTED == 0:
-            norm = root(norm, P, INF_NORM)
-        if PROPAGATE:
-            nan = tl.load(summary_ptr + n_segments + i + lanes, mask=mask, other=0.0)
-            posinf = tl.load(summary_ptr + 2 * n_segments + i + lanes, mask=mask, other=0.0)
-            neginf = tl.load(summary_ptr + 3 * n_segments + i + lanes, mask=mask, other=0.0)
-            norm = tl.where(posinf + neginf > 0.0, INF, norm)
-            norm = tl.where(nan > 0.0, NAN, norm)
-        max_norm = tl.load(max_norm_ptr + (i + lanes) * max_norm_stride, mask=mask, other=INF)
-        coef = clip_coefficient(norm, max_norm)
-        # The smaller; NaN in either wins.
-        coef = tl.where(spike_coef < coef, spike_coef, coef)
-        coef = tl.where(spike_coef == spike_coef, coef, spike_coef)
-        multiplier = coef
-        if HAS_SCALE:
-            multiplier = coef * tl.load(inv_scale_ptr)
-        tl.store(coef_ptr + i + lanes, coef, mask=mask)
-        tl.store(multiplier_ptr + i + lanes, tl.where(skip, 1.0, multiplier), mask=mask)
-        i += BLOCK_SIZE
-
-    skipped = skip.to(tl.int64)
-    clean = bad_grad & (skip == 0)
-    if ZERO == 0:
-        clean = clean & (clean == 0)
+    clean = never()
+    if ZERO:
+        clean = bad_grad & (skip == 0)
     reason = tl.where(grad_spiked, GRAD_SPIKE, tl.where(spiked, LOSS_SPIKE, 0))
     reason = tl.where(loss_fault, NONFINITE_LOSS, reason)
     reason = tl.where(bad_grad | overflow | too_large, NONFINITE_GRAD, reason)
     reason = tl.where(lowers, LOSS_SCALE, reason)
-    tl.store(found_inf_ptr, skipped.to(tl.float32))
+    torch_norm = tl.where(has_infinite, float("inf"), total_norm)
+    tl.store(found_inf_ptr, skip.to(tl.float32))
     tl.store(clean_ptr, clean.to(tl.float32))
     tl.store(reason_ptr, reason.to(tl.int64))
     tl.store(total_norm_ptr, total_norm)
-    tl.store(torch_norm_ptr, tl.where(has_nan, NAN, tl.where(has_infinite, INF, total_norm)))
+    tl.store(torch_norm_ptr, tl.where(has_nan, float("nan"), torch_norm))
+    tl.store(changes_ptr, (scales | clean).to(tl.float32))
     if HAS_STATE:
-        decided = tl.load(counters_ptr)
-        applied = tl.load(counters_ptr + 1)
-        skips_so_far = tl.load(counters_ptr + 2)
-        in_a_row = tl.load(counters_ptr + 3)
-        for_scale = tl.load(counters_ptr + 4)
-        lowered = lowers.to(tl.int64)
-        tl.store(undo_ptr, decided.to(tl.float64))
-        tl.store(undo_ptr + 1, applied.to(tl.float64))
-        tl.store(undo_ptr + 2, skips_so_far.to(tl.float64))
-        tl.store(undo_ptr + 3, in_a_row.to(tl.float64))
-        tl.store(undo_ptr + 4, for_scale.to(tl.float64))
-        tl.debug_barrier()
-        tl.store(counters_ptr, decided + 1)
-        tl.store(counters_ptr + 1, applied + 1 - skipped)
-        tl.store(counters_ptr + 2, skips_so_far + skipped)
-        tl.store(counters_ptr + 3, (in_a_row + 1 - lowered) * skipped)
-        tl.store(counters_ptr + 4, for_scale + lowered)
+        count_step(counters_ptr, undo_ptr, skip.to(tl.int64), lowers.to(tl.int64))
 
 
-_decide = Launcher(decide_kernel, num_warps=1)
+@triton.jit
+def count_step(counters_ptr, undo_ptr, skipped, lowered):
+    """Brings the counters up to date, and notes what they were for a step that fails."""
+    decided = tl.load(counters_ptr + DECIDED)
+    applied = tl.load(counters_ptr + APPLIED)
+    skips_so_far = tl.load(counters_ptr + SKIPPED)
+    in_a_row = tl.load(counters_ptr + CONSECUTIVE_SKIPS)
+    for_scale = tl.load(counters_ptr + FOR_SCALE)
+    tl.store(undo_ptr + DECIDED, decided.to(tl.float64))
+    tl.store(undo_ptr + APPLIED, applied.to(tl.float64))
+    tl.store(undo_ptr + SKIPPED, skips_so_far.to(tl.float64))
+    tl.store(undo_ptr + CONSECUTIVE_SKIPS, in_a_row.to(tl.float64))
+    tl.store(undo_ptr + FOR_SCALE, for_scale.to(tl.float64))
+    tl.debug_barrier()  # all threads have read the counters before one writes them
+    tl.store(counters_ptr + DECIDED, decided + 1)
+    tl.store(counters_ptr + APPLIED, applied + 1 - skipped)
+    tl.store(counters_ptr + SKIPPED, skips_so_far + skipped)
+    tl.store(counters_ptr + CONSECUTIVE_SKIPS, (in_a_row + 1 - lowered) * skipped)
+    tl.store(counters_ptr + FOR_SCALE, for_scale + lowered)
+
+
+RESULTS = (
+    "clip_coef", "multiplier", "found_inf", "clean", "reason", "total_norm", "torch_norm", "changes"
+)  # fmt: skip
+launchers = OneProgram(decide_kernel)
 
 
 def decide_step(
@@ -280,7 +188,7 @@ def decide_step(
     rings: Tensor | None,
     given: Tensor | None = None,
     scale_falls: Tensor | None = None,
-) -> tuple[tuple[Tensor, ...], Tensor]:
+) -> tuple[dict[str, Tensor], Tensor]:
     """Decides one step.
 
     Args:
@@ -298,7 +206,7 @@ def decide_step(
         scale_falls: bool `()`: the scaler lowers its scale after an overflow; None: not known.
 
     Returns:
-        The fields of `fastguard.stages.contract.Verdict`, in their order; and what the state was
+        The fields of `fastguard.stages.contract.Verdict` by name; and what the state was
         before, float64 `(5 + 4 * K,)`, nothing without a state: the counters, and of each rule its
         row of `rings` and the value that was overwritten in `windows`.
     """
@@ -343,7 +251,8 @@ def decide_step(
     )
     stride = 0 if max_norm.numel() == 1 else 1
     launch(1, tensors, n_segments, stride, n_losses, n_rules, ring_stride)
-    return (*results, spikes, thresholds), undo
+    verdict = dict(zip(RESULTS, results, strict=True))
+    return {**verdict, "spikes": spikes, "thresholds": thresholds}, undo
 
 
 @functools.lru_cache(maxsize=64)
@@ -362,9 +271,10 @@ def _templates(device: torch.device, n_segments: int, n_rules: int) -> tuple[Ten
         like(dtype=torch.int64),  # reason
         like(),  # total_norm
         like(),  # torch_norm
+        like(dtype=torch.float32),  # changes
         like(n_rules, dtype=torch.bool),  # spikes
         like(n_rules),  # thresholds
-        like(5 + 4 * n_rules),  # undo
+        like(COUNTERS.value + UNDO_COLUMNS.value * n_rules),  # undo
     )
 
 
@@ -384,7 +294,7 @@ def _variant(
     ring_stride: int,
 ) -> Variant:
     """The dtypes are no constants of the kernel, but types of arguments; None: there is none."""
-    return _decide.variant(
+    return launchers.of(n_segments).variant(
         device,
         P=norm_type,
         INF_NORM=norm_type == float("inf"),
@@ -398,5 +308,5 @@ def _variant(
         HAS_STATE=has_state,
         RULES=triton.next_power_of_2(n_rules) if n_rules else 0,
         WINDOW=min(32, triton.next_power_of_2(ring_stride)) if ring_stride else 1,
-        BLOCK_SIZE=min(128, max(32, triton.next_power_of_2(n_segments))),
+        BLOCK_SIZE=launchers.block_size(n_segments),
     )

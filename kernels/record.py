@@ -13,12 +13,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastguard.kernels.launch import Launcher, Variant
+from fastguard.kernels import record_row
+from fastguard.kernels.columns import CONSECUTIVE_SKIPS, DECIDED
+from fastguard.kernels.launch import OneProgram, Variant
 
-# The row: `fastguard.records.device_row`.
-HEAD = tl.constexpr(11)
-CULPRITS = tl.constexpr(8)
-CULPRIT = tl.constexpr(4)
+TOTAL_NORM = tl.constexpr(record_row.TOTAL_NORM)
+CLIP_COEF = tl.constexpr(record_row.CLIP_COEF)
+SKIPPED = tl.constexpr(record_row.SKIPPED)
+CLEANED = tl.constexpr(record_row.CLEANED)
+REASON = tl.constexpr(record_row.REASON)
+STEP = tl.constexpr(record_row.STEP)
+IN_A_ROW = tl.constexpr(record_row.CONSECUTIVE_SKIPS)
+NAN_COUNT = tl.constexpr(record_row.NAN_COUNT)
+POSINF_COUNT = tl.constexpr(record_row.POSINF_COUNT)
+NEGINF_COUNT = tl.constexpr(record_row.NEGINF_COUNT)
+LR = tl.constexpr(record_row.LR)
+N_CULPRITS = tl.constexpr(record_row.N_CULPRITS)
+CULPRITS_BEGIN = tl.constexpr(record_row.CULPRITS_BEGIN)
+CULPRITS = tl.constexpr(record_row.CULPRITS)
+CULPRIT = tl.constexpr(record_row.CULPRIT)
+CULPRITS_END = tl.constexpr(record_row.CULPRITS_END)
 
 
 @triton.jit(
@@ -70,19 +84,19 @@ def record_kernel(
     coef = tl.where(tl.max(any_nan, axis=0) > 0, float("nan"), coef)
     n_nan, n_posinf, n_neginf = tl.sum(nan, axis=0), tl.sum(posinf, axis=0), tl.sum(neginf, axis=0)
 
-    tl.store(row_ptr, tl.load(total_norm_ptr))
-    tl.store(row_ptr + 1, coef)
-    tl.store(row_ptr + 2, tl.load(found_inf_ptr).to(tl.float64))
-    tl.store(row_ptr + 3, tl.load(clean_ptr).to(tl.float64))
-    tl.store(row_ptr + 4, tl.load(reason_ptr).to(tl.float64))
-    tl.store(row_ptr + 5, tl.load(counters_ptr).to(tl.float64))
-    tl.store(row_ptr + 6, tl.load(counters_ptr + 3).to(tl.float64))
-    tl.store(row_ptr + 7, n_nan)
-    tl.store(row_ptr + 8, n_posinf)
-    tl.store(row_ptr + 9, n_neginf)
-    tl.store(row_ptr + 10, tl.load(lr_ptr))
+    tl.store(row_ptr + TOTAL_NORM, tl.load(total_norm_ptr))
+    tl.store(row_ptr + CLIP_COEF, coef)
+    tl.store(row_ptr + SKIPPED, tl.load(found_inf_ptr).to(tl.float64))
+    tl.store(row_ptr + CLEANED, tl.load(clean_ptr).to(tl.float64))
+    tl.store(row_ptr + REASON, tl.load(reason_ptr).to(tl.float64))
+    tl.store(row_ptr + STEP, tl.load(counters_ptr + DECIDED).to(tl.float64))
+    tl.store(row_ptr + IN_A_ROW, tl.load(counters_ptr + CONSECUTIVE_SKIPS).to(tl.float64))
+    tl.store(row_ptr + NAN_COUNT, n_nan)
+    tl.store(row_ptr + POSINF_COUNT, n_posinf)
+    tl.store(row_ptr + NEGINF_COUNT, n_neginf)
+    tl.store(row_ptr + LR, tl.load(lr_ptr))
 
-    table_ptr = row_ptr + HEAD + 1
+    table_ptr = row_ptr + CULPRITS_BEGIN
     found = tl.zeros((), dtype=tl.int32)
     i = 0
     if n_nan + n_posinf + n_neginf == 0.0:
@@ -102,9 +116,9 @@ def record_kernel(
         tl.store(at + 3, neginf_of.to(tl.float64), mask=named)
         found += tl.sum(bad, axis=0)
         i += BLOCK_SIZE
-    tl.store(row_ptr + HEAD, found.to(tl.float64))
+    tl.store(row_ptr + N_CULPRITS, found.to(tl.float64))
 
-    rest_ptr = table_ptr + CULPRITS * CULPRIT
+    rest_ptr = row_ptr + CULPRITS_END
     i = 0
     while i < n_losses:
         mask = i + lanes < n_losses
@@ -122,7 +136,7 @@ def record_kernel(
         i += BLOCK_SIZE
 
 
-_record = Launcher(record_kernel, num_warps=1)
+launchers = OneProgram(record_kernel)
 
 
 def record_step(
@@ -166,11 +180,13 @@ def record_step(
         spikes.view(torch.uint8) if n_rules else summary,
         thresholds if n_rules else summary,
     )
-    launch = _variant(row.device, n_rules > 0)
+    launch = _variant(row.device, n_rules > 0, summary.shape[1] > OneProgram.MANY)
     launch(1, tensors, summary.shape[1], counts.shape[1], n_losses, n_rules)
 
 
 @functools.cache
-def _variant(device: torch.device, has_rules: bool) -> Variant:
-    """`has_rules` is no constant of the kernel, but decides the type of an argument."""
-    return _record.variant(device, BLOCK_SIZE=128)
+def _variant(device: torch.device, has_rules: bool, many_segments: bool) -> Variant:
+    """`has_rules` is no constant of the kernel, but decides the type of an argument. Tensors are
+    gone through as well as segments, so that even one segment has 128 lanes."""
+    n = OneProgram.MANY + many_segments
+    return launchers.of(n).variant(device, BLOCK_SIZE=launchers.block_size(n))

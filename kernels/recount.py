@@ -8,7 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastguard.kernels.columns import FIRST_PIECE, PIECE_COLUMNS, PIECE_TENSOR, PIECES
 from fastguard.kernels.elements import powers, root, unit_of, widened
+from fastguard.kernels.walk import part_of_piece
 
 # The second look is rare: few elements, and few registers, at once.
 RECOUNT_SIZE = tl.constexpr(512)
@@ -18,8 +20,7 @@ RECOUNT_SIZE = tl.constexpr(512)
 def recount(
     address,
     n_elements,
-    piece,
-    n_pieces,
+    row_ptr,  # the chunk's, see `chunks`
     pieces_ptr,
     counts_ptr,
     n_tensors,
@@ -50,14 +51,11 @@ def recount(
     chunk_nan = tl.full((), 0, tl.int64)
     chunk_posinf = tl.full((), 0, tl.int64)
     chunk_neginf = tl.full((), 0, tl.int64)
-    end = address + n_elements.to(tl.int64) * ITEM_SIZE
-    last = piece + n_pieces
+    piece = tl.load(row_ptr + FIRST_PIECE)
+    last = piece + tl.load(row_ptr + PIECES)
     while piece < last:
-        piece_address = tl.load(pieces_ptr + 3 * piece)
-        piece_end = piece_address + tl.load(pieces_ptr + 3 * piece + 1) * ITEM_SIZE
-        tensor = tl.load(pieces_ptr + 3 * piece + 2)
-        start = tl.maximum(piece_address, address)
-        n = ((tl.minimum(piece_end, end) - start) // ITEM_SIZE).to(tl.int32)
+        start, n = part_of_piece(row_ptr, address, n_elements, pieces_ptr, piece, ITEM_SIZE)
+        tensor = tl.load(pieces_ptr + PIECE_COLUMNS * piece + PIECE_TENSOR)
         x_ptr = start.to(tl.pointer_type(DTYPE))
         # Three counts of 10 bits in one register: a lane sees MAX_CHUNK / RECOUNT_SIZE elements.
         found = tl.zeros((RECOUNT_SIZE,), dtype=tl.int32)

@@ -2,7 +2,7 @@
 
     threshold[k] = mean + sigma * max(std, 0.01 * |mean|, tiny)      of the values in ring k
 
-    rules    float64 (K, 8): the columns below
+    rules    float64 (K, 8): see `columns`
     windows  float64 (K, W), rings int64 (K, 3): see `fastguard.stages.contract.GuardState`
 
 The rules are lanes of one tile, `RULES` of them, and their rings are walked in blocks of `WINDOW`
@@ -13,16 +13,113 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastguard.kernels.columns import (
+    CLIPS,
+    CONSECUTIVE_SPIKES,
+    COUNTERS,
+    FILLED,
+    FIXED,
+    NEXT_SLOT,
+    RING_COLUMNS,
+    RULE_COLUMNS,
+    SIGMA,
+    SIGNAL,
+    SKIPS,
+    UNDO_COLUMNS,
+    UNDO_VALUE,
+    WARMUP,
+    WINDOW_SIZE,
+)
+from fastguard.kernels.faults import any_of, spread
+
 TINY = tl.constexpr(2.0**-1022)  # smallest normal float64
 
-SIGMA = tl.constexpr(0)
-WARMUP = tl.constexpr(1)
-WINDOW_SIZE = tl.constexpr(2)  # 0 for a fixed threshold
-FIXED = tl.constexpr(3)  # inf for a sigma rule
-SKIPS = tl.constexpr(4)
-CLIPS = tl.constexpr(5)
-SIGNAL = tl.constexpr(6)  # index of the loss; -1: the gradient norm; -2: this step has no such loss
-COLUMNS = tl.constexpr(8)
+
+@triton.jit
+def judged_rules(
+    rules_ptr,
+    rings_ptr,
+    windows_ptr,
+    losses_ptr,
+    given_ptr,
+    spikes_ptr,
+    thresholds_ptr,
+    undo_ptr,
+    n_rules,
+    ring_stride,
+    total_norm,
+    fault,
+    bad_grad,
+    ZERO: tl.constexpr,
+    HAS_GIVEN: tl.constexpr,
+    RULES: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """Judges the signals of a step, and lets them enter the rings.
+
+    Returns:
+        spiked: Whether a rule saw a spike.
+        grad_spiked: Whether one saw it in the gradient norm.
+        skips: Whether one of them skips the step.
+        limit: float64, what the norm of the whole model is clipped to; inf for nothing.
+    """
+    INF: tl.constexpr = float("inf")
+    NAN: tl.constexpr = float("nan")
+    k = tl.arange(0, RULES)
+    is_rule = k < n_rules
+    rule_ptr = rules_ptr + k * RULE_COLUMNS
+    ring_ptr = rings_ptr + k * RING_COLUMNS
+    window = tl.load(rule_ptr + WINDOW_SIZE, mask=is_rule, other=0.0).to(tl.int64)
+    can_skip = tl.load(rule_ptr + SKIPS, mask=is_rule, other=0.0) > 0.0
+    can_clip = tl.load(rule_ptr + CLIPS, mask=is_rule, other=0.0) > 0.0
+    signal = tl.load(rule_ptr + SIGNAL, mask=is_rule, other=-2.0).to(tl.int32)
+    filled = tl.load(ring_ptr + FILLED, mask=is_rule, other=0)
+    at = tl.load(ring_ptr + NEXT_SLOT, mask=is_rule, other=0)
+    consecutive = tl.load(ring_ptr + CONSECUTIVE_SPIKES, mask=is_rule, other=0)
+    on_gradient = signal == -1
+    is_given = signal >= 0
+    if HAS_GIVEN:
+        is_given = is_given & (tl.load(given_ptr + signal, mask=is_given, other=0) > 0)
+    value = tl.load(losses_ptr + signal, mask=is_given, other=NAN)
+    value = tl.where(on_gradient, total_norm, value)
+
+    threshold = thresholds_of(
+        rule_ptr, windows_ptr, ring_stride, k, is_rule, window, filled, RULES, WINDOW
+    )
+    exceeds = (value > threshold) & spread(fault == 0, RULES)  # NaN: a fault, no spike
+    lasting = (window > 0) & (consecutive >= window)
+    spike = exceeds & (lasting == 0)
+    skips = any_of(spike & can_skip)
+    limit = tl.min(tl.where(spike & can_clip, threshold, INF), axis=0)
+
+    usable = fault == 0
+    if ZERO == 0:
+        usable = usable & (bad_grad == 0)
+    # A loss that this step did not give is NaN, and says nothing.
+    heard = (tl.abs(value) < INF) & spread(usable, RULES)
+    moves = heard & spread(total_norm > 0.0, RULES)
+    moves = moves & (spike | spread((fault | skips) == 0, RULES)) & (window > 0) & is_rule
+    entry = tl.where(spike, threshold, value)
+
+    # What is about to change, for a step that fails.
+    slot_ptr = windows_ptr + k.to(tl.int64) * ring_stride + at
+    held = tl.load(slot_ptr, mask=is_rule & (window > 0), other=0.0)
+    held_ptr = undo_ptr + COUNTERS + k * UNDO_COLUMNS
+    tl.store(held_ptr + FILLED, filled.to(tl.float64), mask=is_rule)
+    tl.store(held_ptr + NEXT_SLOT, at.to(tl.float64), mask=is_rule)
+    tl.store(held_ptr + CONSECUTIVE_SPIKES, consecutive.to(tl.float64), mask=is_rule)
+    tl.store(held_ptr + UNDO_VALUE, held, mask=is_rule)
+
+    tl.debug_barrier()  # all threads have read the rings before one writes them
+    tl.store(slot_ptr, entry, mask=moves)  # in place of the oldest when the ring is full
+    step = moves.to(tl.int64)
+    streak = tl.where(exceeds, consecutive + 1, 0)
+    tl.store(ring_ptr + FILLED, tl.minimum(filled + step, window), mask=is_rule)
+    tl.store(ring_ptr + NEXT_SLOT, (at + step) % tl.maximum(window, 1), mask=is_rule)
+    tl.store(ring_ptr + CONSECUTIVE_SPIKES, tl.where(heard, streak, consecutive), mask=is_rule)
+    tl.store(spikes_ptr + k, spike.to(tl.uint8), mask=is_rule)
+    tl.store(thresholds_ptr + k, threshold, mask=is_rule)
+    return any_of(spike), any_of(spike & on_gradient), skips, limit
 
 
 @triton.jit
@@ -64,15 +161,3 @@ def thresholds_of(
     moving = mean + sigma * tl.maximum(std, tl.maximum(0.01 * tl.abs(mean), TINY))
     judged = (window > 0) & (filled.to(tl.float64) >= warmup)
     return tl.where(judged, moving, fixed)
-
-
-@triton.jit
-def enter_rings(windows_ptr, rings_ptr, ring_stride, k, is_rule, window, filled, value, moves):
-    """Puts `value` into the ring of each rule that `moves`, in place of the oldest when full."""
-    at = tl.load(rings_ptr + 3 * k + 1, mask=is_rule, other=0)
-    tl.debug_barrier()  # all threads have read the rings before one writes them
-    slot_ptr = windows_ptr + k.to(tl.int64) * ring_stride + at
-    tl.store(slot_ptr, value, mask=moves)
-    step = moves.to(tl.int64)
-    tl.store(rings_ptr + 3 * k, tl.minimum(filled + step, window), mask=is_rule)
-    tl.store(rings_ptr + 3 * k + 1, (at + step) % tl.maximum(window, 1), mask=is_rule)

@@ -5,10 +5,13 @@
 Where power sums could leave float64 (ROOTED), partials and sums are norms instead, and are added up
 divided by the largest of them.
 
-    scratch  int64: counts (3, T), counts of segments (3, S), ticket (1,), partials float64 (P,)
+    scratch   int64: ticket (1,), counts of segments (3, S), counts of tensors (3, T)
+    partials  float64 (P,)
 
-I/O: 8 bytes a partial. With one segment the last program of `measure` writes its column itself;
-with several it is a launch of one program a segment. `decide` reads them."""
+The scratch is zero between two launches (see `scratch`): what has been counted is moved out of it.
+
+I/O: 8 bytes per partial. With one segment the last program of `measure` writes its column itself;
+with several it is a launch of one program per segment. `decide` reads them."""
 
 from __future__ import annotations
 
@@ -22,19 +25,44 @@ from torch import Tensor
 
 from fastguard.kernels.elements import powers, root, unit_of
 from fastguard.kernels.launch import Launcher, Variant
+from fastguard.kernels.scratch import Scratch
 
 REDUCE_SIZE = 512
 
 
+def n_zeros(n_segments: int, n_tensors: int) -> int:
+    """How many numbers the scratch has."""
+    return 1 + 3 * (n_segments + n_tensors)
+
+
 @triton.jit
 def places(scratch_ptr, n_segments, n_tensors):
-    """Where the counts of the segments, the ticket and the partials begin.
+    """Where the counts of the tensors, those of the segments, and the ticket are."""
+    segment_counts_ptr = scratch_ptr + 1
+    return segment_counts_ptr + 3 * n_segments, segment_counts_ptr, scratch_ptr
 
-    One allocation that is filled with zeros once, in place of four: 2 µs each on the host."""
-    segment_counts_ptr = scratch_ptr + 3 * n_tensors
-    ticket_ptr = segment_counts_ptr + 3 * n_segments
-    partials_ptr = (ticket_ptr + 1).to(tl.pointer_type(tl.float64), bitcast=True)
-    return segment_counts_ptr, ticket_ptr, partials_ptr
+
+@triton.jit
+def zero_counts(counts_ptr, n_tensors, SIZE: tl.constexpr):
+    """All programs together set the counts of the tensors to zero."""
+    i = tl.program_id(0) * SIZE
+    while i < 3 * n_tensors:
+        at = i + tl.arange(0, SIZE)
+        tl.store(counts_ptr + at, tl.zeros((SIZE,), dtype=tl.int64), mask=at < 3 * n_tensors)
+        i += tl.num_programs(0) * SIZE
+
+
+@triton.jit
+def move_counts(scratch_ptr, counts_ptr, begin, end, SIZE: tl.constexpr):
+    """Moves counts [begin, end) out of the scratch, which is zero afterwards."""
+    i = begin
+    while i < end:
+        at = i + tl.arange(0, SIZE)
+        # .cg: from L2, where the atomics of the other programs went
+        n = tl.load(scratch_ptr + at, mask=at < end, other=0, cache_modifier=".cg")
+        tl.store(counts_ptr + at, n, mask=at < end)
+        tl.store(scratch_ptr + at, tl.zeros((SIZE,), dtype=tl.int64), mask=at < end)
+        i += SIZE
 
 
 @triton.jit
@@ -42,7 +70,8 @@ def store_summary(
     total, segment, summary_ptr, segment_counts_ptr, inv_scale_ptr, n_segments,
     P: tl.constexpr, INF_NORM: tl.constexpr, ROOTED: tl.constexpr, HAS_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Column `segment` of the summary: the power sum of the unscaled gradients, and the counts."""
+    """Column `segment` of the summary: the power sum of the unscaled gradients, and the counts,
+    which are zero afterwards. Returns how many elements are not finite."""
     if HAS_SCALE:
         inv = tl.load(inv_scale_ptr).to(tl.float64)
         if INF_NORM or ROOTED:
@@ -50,10 +79,17 @@ def store_summary(
         else:
             total *= powers(inv, P)
     tl.store(summary_ptr + segment, total)
+    n_bad = tl.full((), 0.0, tl.float64)
     for kind in tl.static_range(3):
         # .cg: from L2, where the atomics of the other programs went
         n = tl.load(segment_counts_ptr + kind * n_segments + segment, cache_modifier=".cg")
         tl.store(summary_ptr + (kind + 1) * n_segments + segment, n.to(tl.float64))
+        n_bad += n.to(tl.float64)
+    tl.debug_barrier()  # all threads have read the counts before one of them sets them back
+    if n_bad > 0.0:
+        for kind in tl.static_range(3):
+            tl.store(segment_counts_ptr + kind * n_segments + segment, 0)
+    return n_bad
 
 
 @triton.jit
@@ -153,13 +189,15 @@ def sum_of_partials(
 
 @triton.jit(
     do_not_specialize=[
-        "segment_starts_ptr", "scratch_ptr", "summary_ptr", "inv_scale_ptr", "n_segments",
-        "n_tensors",
+        "segment_starts_ptr", "scratch_ptr", "partials_ptr", "counts_ptr", "summary_ptr",
+        "inv_scale_ptr", "n_segments", "n_tensors",
     ]
 )  # fmt: skip
 def segments_kernel(
     segment_starts_ptr,  # int64 (n_segments + 1,): chunks are sorted by segment
     scratch_ptr,  # int64, see above
+    partials_ptr,  # float64 (n_chunks,)
+    counts_ptr,  # int64 (3, n_tensors), written
     summary_ptr,  # float64 (4, n_segments)
     inv_scale_ptr,
     n_segments,
@@ -170,8 +208,12 @@ def segments_kernel(
     HAS_SCALE: tl.constexpr,
     REDUCE_SIZE: tl.constexpr,
 ):
-    segment_counts_ptr, _, partials_ptr = places(scratch_ptr, n_segments, n_tensors)
+    tensor_counts_ptr, segment_counts_ptr, _ = places(scratch_ptr, n_segments, n_tensors)
     segment = tl.program_id(0)
+    share = (3 * n_tensors + n_segments - 1) // n_segments
+    begin = segment * share
+    until = tl.minimum(begin + share, 3 * n_tensors)
+    move_counts(tensor_counts_ptr, counts_ptr, begin, until, REDUCE_SIZE)
     start = tl.load(segment_starts_ptr + segment)
     end = tl.load(segment_starts_ptr + segment + 1)
     total = sum_of_partials(partials_ptr, start, end, P, INF_NORM, ROOTED, REDUCE_SIZE)
@@ -186,10 +228,10 @@ _reduce = Launcher(segments_kernel, num_warps=8)
 
 def reduce_segments(
     starts: Tensor,
-    scratch: Tensor,
+    scratch: Scratch,
+    counts: Tensor,
     summary: Tensor,
     scale: Tensor,
-    n_tensors: int,
     norm_type: float,
     rooted: bool,
     scale_dtype: torch.dtype | None,
@@ -198,17 +240,18 @@ def reduce_segments(
 
     Args:
         starts: int64 `(S + 1,)`: where the chunks of each segment begin.
-        scratch: See above.
+        scratch: What measure has left there.
+        counts: int64 `(3, T)`, written.
         summary: float64 `(4, S)`, written.
         scale: `()`, or anything if `scale_dtype` is None.
-        n_tensors: T.
         norm_type: p.
         rooted: Whether partials are norms.
         scale_dtype: That of `scale`; None: there is none.
     """
     n_segments = summary.shape[1]
     launch = _variant(summary.device, norm_type, rooted, scale_dtype)
-    launch(n_segments, (starts, scratch, summary, scale), n_segments, n_tensors)
+    tensors = (starts, scratch.zeros, scratch.partials, counts, summary, scale)
+    launch(n_segments, tensors, n_segments, counts.shape[1])
 
 
 @functools.lru_cache(maxsize=256)

@@ -35,7 +35,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastguard.kernels.apply import SMALLEST_FACTOR, factors
-from fastguard.kernels.chunks import ALIGNMENT, Bucket, is_dense
+from fastguard.kernels.chunk_layout import ALIGNMENT
+from fastguard.kernels.chunks import Bucket, is_dense
 from fastguard.kernels.elements import TRITON_DTYPES, powers, root, unit_of, vector_powers, widened
 from fastguard.kernels.launch import Launcher, Variant
 from fastguard.kernels.tuning import PLAIN_NORMS, Tuning, n_programs

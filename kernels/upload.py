@@ -4,6 +4,10 @@ They travel from pinned memory: a copy from any other returns when the driver ha
 CUDA graph cannot hold one. An upload may be read on any stream, whose kernels then come after it.
 While a graph is captured the copy is a part of the graph, which repeats it at each replay: its
 source stays where it is, and what it fills is for the graph alone.
+
+No graph says when it ends, so that what it reads is kept for good. It is little: tables that were
+uploaded before (each of them once, however many graphs read it), and the sources of those that a
+graph uploads itself, each different content once. Capturing the same step again keeps nothing more.
 """
 
 from __future__ import annotations
@@ -50,8 +54,7 @@ class Upload:
             return
         if torch.cuda.is_current_stream_capturing():
             # torch.cuda.graph waits for the device before it captures: the upload is over.
-            if all(kept is not self for kept in _kept):
-                _kept.append(self)
+            _kept[id(self)] = self
             return
         device = self.memory.device
         address = raw_stream_of()(device.index)
@@ -64,7 +67,8 @@ class Upload:
         self.streams.add(address)
 
 
-_kept: list[Upload] = []  # what a CUDA graph may read is never freed
+_kept: dict[int, Upload] = {}  # by identity: what was uploaded before and a graph may read
+_sources: dict[bytes, Tensor] = {}  # by content: what graphs upload; memory of theirs is filled
 _spare = torch.from_numpy(np.empty(0, np.uint8))  # plain, whatever mode the import runs under
 _lock = threading.Lock()  # around the spare: no two graphs may get the same part of it
 
@@ -79,17 +83,29 @@ def upload(numbers: np.ndarray, device: torch.device, buffers: tuple[Tensor, ...
     """
     if device.type == "cpu":
         return Upload(torch.from_numpy(numbers), buffers)
-    capturing = torch.cuda.is_current_stream_capturing()
-    pinned = (_pinned_before if capturing else _pinned_now)(numbers.nbytes)
-    source = pinned.view(torch.from_numpy(numbers).dtype).view(numbers.shape)
-    source.numpy()[...] = numbers
+    if torch.cuda.is_current_stream_capturing():
+        source = _source_for_graphs(numbers)
+        # What it fills belongs to the graph, like every temporary that a capture makes.
+        return Upload(source.to(device, non_blocking=True), buffers, source)
+    source = _filled(_pinned_now(numbers.nbytes), numbers)
     memory = source.to(device, non_blocking=True)
-    if capturing:
-        made = Upload(memory, buffers, source)
-        _kept.append(made)
-        return made
     stream = torch.cuda.current_stream(device)
     return Upload(memory, buffers, None, stream.record_event(), {stream.cuda_stream})
+
+
+def _source_for_graphs(numbers: np.ndarray) -> Tensor:
+    """Pinned memory with these numbers that stays for good."""
+    content = numbers.dtype.str.encode() + repr(numbers.shape).encode() + numbers.tobytes()
+    source = _sources.get(content)
+    if source is None:
+        source = _sources[content] = _filled(_pinned_before(numbers.nbytes), numbers)
+    return source
+
+
+def _filled(pinned: Tensor, numbers: np.ndarray) -> Tensor:
+    source = pinned.view(torch.from_numpy(numbers).dtype).view(numbers.shape)
+    source.numpy()[...] = numbers
+    return source
 
 
 def _pinned_now(n_bytes: int) -> Tensor:

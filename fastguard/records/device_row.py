@@ -21,13 +21,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastguard.errors import NAMED_CULPRITS
+from fastguard.kernels.record_row import CULPRIT, CULPRITS, CULPRITS_BEGIN, CULPRITS_END, HEAD
+from fastguard.kernels.record_row import N_CULPRITS as N_CULPRITS_AT
 from fastguard.stages import backend
 from fastguard.stages.contract import GradStats, GuardState, Known, Signals, Verdict
 from fastguard.stages.reason import Reason
 
-HEAD = 11  # numbers before the culprits
-CULPRIT = 4  # index, NaN, +Inf, -Inf
 ROWS = 64  # of the ring: how many steps a device may be behind the host
 
 
@@ -57,10 +56,9 @@ class Outcome:
     @property
     def width(self) -> int:
         """How many numbers its row has."""
-        table = 1 + NAMED_CULPRITS * CULPRIT
         n_losses, n_rules = len(self.signals.losses), len(self.verdict.thresholds)
         of_ranks = n_losses + 2 if self.is_joint else 0
-        return HEAD + table + n_losses + 2 * n_rules + of_ranks + self.limit_is_on_device
+        return CULPRITS_END + n_losses + 2 * n_rules + of_ranks + self.limit_is_on_device
 
     @property
     def is_joint(self) -> bool:
@@ -152,12 +150,12 @@ def unpack(
         values, (*of_losses, ranks, rank) = values[: -n_losses - 2], values[-n_losses - 2 :]
         given, n_ranks = list(map(bool, of_losses)), int(ranks)
     norm, coef, skipped, cleaned, reason, step, in_a_row, nan, posinf, neginf, lr = values[:HEAD]
-    n_culprits, at = int(values[HEAD]), HEAD + 1
+    n_culprits, at = int(values[N_CULPRITS_AT]), CULPRITS_BEGIN
     culprits = [
         tuple(map(int, values[at + CULPRIT * k : at + CULPRIT * (k + 1)]))
-        for k in range(min(n_culprits, NAMED_CULPRITS))
+        for k in range(min(n_culprits, CULPRITS))
     ]
-    at += CULPRIT * NAMED_CULPRITS
+    at = CULPRITS_END
     losses, rules = values[at : at + n_losses], values[at + n_losses :]
     n_rules = len(rules) // 2
     known = Known(

@@ -26,24 +26,29 @@ def apply(buckets: GradBuckets, verdict: Verdict) -> None:
     """
     if isinstance(verdict, HostVerdict) and not verdict.known.changes_gradients:
         return
-    scale(buckets, verdict.multiplier, verdict.clean)
+    scale(buckets, verdict.multiplier, verdict.clean, verdict.changes)
 
 
-def scale(buckets: GradBuckets, multiplier: Tensor, clean: Tensor) -> None:
+def scale(
+    buckets: GradBuckets, multiplier: Tensor, clean: Tensor, changes: Tensor | None = None
+) -> None:
     """Scales and cleans the gradients in place.
 
     Args:
         buckets: The gradients.
         multiplier: float64 `(S,)` or `(1,)`; 1 leaves a segment untouched bit for bit.
         clean: `()`; nonzero sets non-finite elements to 0.
+        changes: float32 `()`; 0: there is nothing to do in any segment. None: not known.
     """
     n, given = buckets.n_measured, multiplier.numel()
     if given != n:  # (1,) for all, or (S,) for every class of a segment
         multiplier = multiplier.expand(n) if given == 1 else multiplier.repeat(n // given)
     for bucket in buckets.buckets:
         there, clean_there = moved(multiplier, bucket.device), moved(clean, bucket.device)
+        changes_there = None if changes is None else moved(changes, bucket.device)
         try:
-            backend.stages(bucket.device, bucket.kind).apply(bucket, there, clean_there)
+            stages = backend.stages(bucket.device, bucket.kind)
+            stages.apply(bucket, there, clean_there, changes_there)
         except LACKING as error:
             refuse_wrapped(bucket.grads, error)
             raise

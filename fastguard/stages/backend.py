@@ -77,8 +77,10 @@ class Stages(Protocol):
         ...
 
     @staticmethod
-    def apply(bucket: GradBucket, multiplier: Tensor, clean: Tensor) -> None:
-        """Scales and cleans one bucket in place."""
+    def apply(
+        bucket: GradBucket, multiplier: Tensor, clean: Tensor, changes: Tensor | None = None
+    ) -> None:
+        """Scales and cleans one bucket in place; `changes`, where known, is 0 for nothing to do."""
         ...
 
     @staticmethod

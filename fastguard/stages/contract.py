@@ -353,6 +353,7 @@ class Verdict:
         torch_norm: float64 `()`: the same as torch gives it: NaN or Inf if an element is.
         spikes: bool `(K,)`: which rules saw a spike.
         thresholds: float64 `(K,)`: what each rule compared with; inf during its warm-up.
+        changes: float32 `()`: 0 if apply has nothing to do in any segment; None: not known.
 
     Example:
         >>> import torch, fastguard
@@ -375,6 +376,7 @@ class Verdict:
     torch_norm: Tensor
     spikes: Tensor
     thresholds: Tensor
+    changes: Tensor | None = field(default=None, kw_only=True, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

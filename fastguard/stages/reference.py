@@ -235,7 +235,9 @@ def _reason(
     return torch.where(lowers, int(Reason.LOSS_SCALE), reason)
 
 
-def apply(bucket: GradBucket, multiplier: Tensor, clean: Tensor) -> None:
+def apply(
+    bucket: GradBucket, multiplier: Tensor, clean: Tensor, changes: Tensor | None = None
+) -> None:
     """Multiplies the gradients of each segment, and sets non-finite elements to 0 if `clean`.
 
     Nothing waits, and every gradient is read and written.
@@ -244,6 +246,7 @@ def apply(bucket: GradBucket, multiplier: Tensor, clean: Tensor) -> None:
         bucket: Gradients, changed in place.
         multiplier: float64 `(S,)`.
         clean: `()`, nonzero to clean.
+        changes: float32 `()`, see `Verdict`: lets kernels end early. Not needed here.
     """
     for grad, segment in zip(bucket.grads, bucket.segment_ids, strict=True):
         _apply_without_reading(grad, multiplier.select(0, segment), clean)

@@ -62,7 +62,9 @@ def _placed(counts: Tensor, ids: Sequence[int], n: int) -> Tensor:
     return torch.stack(columns, 1)
 
 
-def apply(bucket: GradBucket, multiplier: Tensor, clean: Tensor) -> None:
+def apply(
+    bucket: GradBucket, multiplier: Tensor, clean: Tensor, changes: Tensor | None = None
+) -> None:
     """Scales and cleans one bucket in place: see `fastguard.stages.reference.apply`."""
     members: dict[int, list[Tensor]] = {}
     for grad, segment in zip(bucket.grads, bucket.segment_ids, strict=True):

@@ -94,7 +94,7 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
             state.undo.append(partial(state.put_back, before))
         written = (state.counters, state.windows, state.rings)
         increment_version(written if rules is not None else written[:1])
-    return Verdict(*decided)
+    return Verdict(**decided)
 
 
 def _rule_table(
@@ -103,7 +103,7 @@ def _rule_table(
     loss_names: tuple[str, ...],
     device: torch.device,
 ) -> Tensor:
-    """float64 `(K, 8)`: the rules in the columns of `kernels.rules`, uploaded once."""
+    """float64 `(K, 8)`: the rules in the columns of `kernels.columns`, uploaded once."""
     key = (rules, signals, loss_names, device)
     table = _rule_tables.get(key)
     if table is None:
@@ -142,13 +142,15 @@ def _signal_index(signal: str, loss_names: tuple[str, ...]) -> int:
     return loss_names.index(signal) if signal in loss_names else -2
 
 
-def apply(bucket: GradBucket, multiplier: Tensor, clean: Tensor) -> None:
+def apply(
+    bucket: GradBucket, multiplier: Tensor, clean: Tensor, changes: Tensor | None = None
+) -> None:
     """Scales and cleans one bucket in place: see `fastguard.stages.reference.apply`."""
     device = bucket.device
     multiplier = multiplier.contiguous()  # one number expanded to all segments is not
     table = table_of(bucket, multiplier.numel(), n_programs(device))
     _copy_in(table, bucket)
-    apply_chunks(table, device, bucket.dtype, multiplier, clean)
+    apply_chunks(table, device, bucket.dtype, multiplier, clean, changes)
     for position, buffer in table.copies:
         bucket.grads[position].copy_(buffer)
     # Autograd does not see a kernel's writes; the gradients of a run share its version counter.

@@ -88,6 +88,18 @@ def test_cleaning_keeps_every_finite_bit():
         assert torch.equal(grad, torch.where(old.isfinite(), old, 0.0))
 
 
+def test_a_step_that_changes_no_segment_ends_before_the_table():
+    """The kernel believes the verdict's `changes`, and looks at no multiplier."""
+    grads = gradients(torch.float32, False)
+    before = [g.clone() for g in grads]
+    bucket = bucketize(grads, segments=[0, 1, 1, 2, 1, 0], n_segments=3).buckets[0]
+    multiplier = torch.tensor([0.5, 0.25, 1.0], dtype=torch.float64)
+    triton_stages.apply(bucket, multiplier, torch.zeros(()), torch.zeros(()))
+    assert all(map(torch.equal, grads, before))
+    triton_stages.apply(bucket, multiplier, torch.zeros(()), torch.ones(()))
+    assert not torch.equal(grads[0], before[0])
+
+
 def test_version_counters_move():
     grads = gradients(torch.float32, False)
     versions = [g._version for g in grads]

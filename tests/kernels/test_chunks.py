@@ -9,13 +9,29 @@ import torch
 
 from fastguard.gradients import layout_guards
 from fastguard.gradients.buckets import GradBucket, Run, bucketize
-from fastguard.kernels import chunks
+from fastguard.kernels import chunk_layout, chunks
+from fastguard.kernels.columns import FIRST_BYTE, FIRST_PIECE, PIECES, STRETCH
 from fastguard.kernels.recount import RECOUNT_SIZE
 
 
 def table(grads, segments=None, n_segments=1, n_programs=3):
+    """Chunks and pieces with addresses in front of elements; starts; copies."""
     bucket = bucketize(grads, segments=segments, n_segments=n_segments).buckets[0]
-    return chunks.host_table(bucket, n_segments, n_programs)
+    return host_table(bucket, n_segments, n_programs)
+
+
+def host_table(bucket, n_segments, n_programs):
+    places, copies = chunks.places_of(bucket, [g.data_ptr() for g in bucket.grads])
+    rows, pieces, starts = chunks.cut(bucket, places, n_segments, n_programs)
+    rows = rows.copy()
+    stretch, first = rows[:, STRETCH.value], rows[:, FIRST_BYTE.value]
+    holder = np.zeros(len(pieces), dtype=np.int64)
+    for s, piece, count in rows[:, [STRETCH.value, FIRST_PIECE.value, PIECES.value]].tolist():
+        holder[piece : piece + count] = s
+    pieces = pieces.copy()
+    pieces[:, 0] += places.base[holder] if len(pieces) else 0
+    rows = np.concatenate([(places.base[stretch] + first)[:, None], rows[:, 2:]], axis=1)
+    return rows, pieces, starts, copies
 
 
 def covered(rows, item):
@@ -73,9 +89,11 @@ def test_neighbours_by_accident_are_not_joined():
 
 
 def test_small_models_get_small_chunks():
-    assert chunks.chunk_size(100, 396) == chunks.MIN_CHUNK
-    assert chunks.chunk_size(10**10, 396) == chunks.MAX_CHUNK
-    assert chunks.MIN_CHUNK < chunks.chunk_size(30_000_000, 396) < chunks.MAX_CHUNK
+    assert chunk_layout.chunk_size(100, 396) == chunk_layout.MIN_CHUNK
+    assert chunk_layout.chunk_size(10**10, 396) == chunk_layout.MAX_CHUNK
+    assert (
+        chunk_layout.MIN_CHUNK < chunk_layout.chunk_size(30_000_000, 396) < chunk_layout.MAX_CHUNK
+    )
 
 
 @pytest.mark.parametrize("n_programs", [264, 396, 324])
@@ -84,15 +102,18 @@ def test_small_models_get_small_chunks():
 def test_all_programs_finish_together(n_programs, megabytes, item):
     """The last round is nearly full: no more than 4 % of the time goes by with programs idle."""
     n = megabytes * 2**20 // item
-    size = chunks.chunk_size(n, n_programs)
+    size = chunk_layout.chunk_size(n, n_programs)
     rounds = math.ceil(math.ceil(n / size) / n_programs)
-    assert size % chunks.MIN_CHUNK == 0 and chunks.MIN_CHUNK <= size <= chunks.MAX_CHUNK
+    assert (
+        size % chunk_layout.MIN_CHUNK == 0
+        and chunk_layout.MIN_CHUNK <= size <= chunk_layout.MAX_CHUNK
+    )
     assert rounds * size * n_programs <= 1.04 * n
 
 
 def test_a_chunk_can_be_recounted():
     """Its NaN are counted in 10 bits a lane."""
-    assert chunks.MAX_CHUNK // RECOUNT_SIZE.value < 2**10
+    assert chunk_layout.MAX_CHUNK // RECOUNT_SIZE.value < 2**10
 
 
 def test_nothing_to_read_is_an_empty_table():
@@ -112,7 +133,7 @@ def test_a_run_is_read_whole_and_its_tensors_are_known():
     flat = torch.zeros(100)
     grads = [flat[:10], flat[50:90]]
     bucket = GradBucket(flat.device, flat.dtype, grads, [4, 9], [0, 0], runs=(Run(flat, 0),))
-    rows, pieces, _, _ = chunks.host_table(bucket, 1, 3)
+    rows, pieces, _, _ = host_table(bucket, 1, 3)
     assert rows[:, 1].tolist() == [100] and rows[0, 3:].tolist() == [0, 2]
     assert pieces[:, 1:].tolist() == [[10, 4], [40, 9]]
 
@@ -161,7 +182,7 @@ def test_at_the_same_addresses_each_form_of_a_long_list_has_a_table_of_its_own()
             assert bucket.form is not None
             table = chunks.table_of(bucket, 1, 3)
             assert tables.setdefault(name, table) is table
-            pieces = table.pieces.view(-1, 3)
+            pieces = table.layout.pieces.view(-1, 3)
             assert pieces[:, 1].tolist() == [look()[0].numel()] * layout_guards.FEWEST
             assert len(table.copies) == (layout_guards.FEWEST if name == "with holes" else 0)
     assert len(set(map(id, tables.values()))) == len(looks)
@@ -185,3 +206,51 @@ def test_a_flat_bucket_keeps_its_table(monkeypatch):
     assert chunks.table_of(other, 1, 3) is not table
     monkeypatch.setattr(chunks, "_found_or_built", None)
     assert chunks.table_of(bucket, 1, 3) is table
+
+
+def moving(sizes, offset=0, dtype=torch.float32, n=2):
+    """The same list of gradients at several addresses, all of them alive."""
+    flat = [torch.randn(sum(sizes) + 64, dtype=dtype) for _ in range(n)]
+    return [[part.clone() for part in f[offset : offset + sum(sizes)].split(sizes)] for f in flat]
+
+
+def test_only_addresses_are_uploaded_when_gradients_move(monkeypatch):
+    """An 8B model has 122,593 chunks and 291 addresses."""
+    uploads = []
+    upload = chunks.upload
+    monkeypatch.setattr(
+        chunks, "upload", lambda n, *rest: uploads.append(n.size) or upload(n, *rest)
+    )
+    here, there = moving([5000, 7, 9000])
+    first, second = cached(here), cached(there)
+    assert second is not first and second.layout is first.layout
+    assert uploads[1:] == [3, 3]
+    for grads, one in ((here, first), (there, second)):
+        assert one.addresses.tolist() == [g.data_ptr() for g in grads]
+
+
+def test_another_alignment_is_another_layout():
+    flat = torch.randn(200)
+    first, second = cached([flat[:50]]), cached([flat[101:151]])
+    assert second.layout is not first.layout
+    assert cached([flat[60:110]]).layout is first.layout  # 240 bytes on: aligned as the first
+
+
+def test_neighbours_that_part_are_another_layout():
+    flat = torch.randn(64)
+    joined = cached([flat[:32], flat[32:]])
+    parted = cached([flat[:32], torch.randn(32)])
+    assert joined.addresses.numel() == 1 and parted.addresses.numel() == 2
+    assert joined.layout is not parted.layout
+
+
+def test_gradients_that_moved_measure_the_same():
+    """The layout of the first list serves the second."""
+    from fastguard.stages import triton as triton_stages
+
+    here, _ = moving([5000, 7, 9000])
+    there = [g.clone() for g in here]
+    summaries = [
+        triton_stages.measure_bucket(bucketize(g).buckets[0], 1, 3, 2.0)[0] for g in (here, there)
+    ]
+    assert torch.equal(*summaries)

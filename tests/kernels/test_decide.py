@@ -65,6 +65,9 @@ class Story:
             assert_taken_back(triton_stages.decide, stats, signals, self.ours, self.policy)
         verdict = triton_stages.decide(stats, signals, self.ours, self.policy)
         assert_same(verdict, reference.decide(stats, signals, self.theirs, self.policy))
+        assert verdict.changes is not None and verdict.changes.shape == ()
+        changes = bool((verdict.multiplier != 1.0).any()) or bool(verdict.clean)
+        assert verdict.changes.item() == changes
         assert_same(self.ours, self.theirs)
         return verdict
 

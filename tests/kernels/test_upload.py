@@ -51,7 +51,8 @@ def gpu(monkeypatch):
     Gpu.pinned = []
     monkeypatch.setattr(upload, "_pinned", pinned)
     monkeypatch.setattr(upload, "_spare", torch.empty(0, dtype=torch.uint8))
-    monkeypatch.setattr(upload, "_kept", [])
+    monkeypatch.setattr(upload, "_kept", {})
+    monkeypatch.setattr(upload, "_sources", {})
     monkeypatch.setattr(upload, "raw_stream_of", lambda: lambda index: Gpu.stream.cuda_stream)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: Gpu.capturing)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Gpu.stream)
@@ -89,8 +90,8 @@ def test_a_graph_uploads_from_memory_that_was_pinned_before(gpu):
     for i, one in enumerate(made):
         assert one.source.tolist() == [i, i + 1.0, i + 2.0] and not one.is_lasting
         one.await_on_stream()
-    assert upload._kept == made  # the graph reads all of it, always
-    upload.upload(numbers(), CUDA)  # the spare is used up: better than nothing
+    assert all(any(s is m.source for s in upload._sources.values()) for m in made)
+    upload.upload(numbers() + 99, CUDA)  # the spare is used up: better than nothing
     assert len(gpu.pinned) == before + 1
 
 
@@ -99,7 +100,18 @@ def test_what_a_graph_reads_is_kept(gpu):
     gpu.capturing = True
     for _ in range(2):
         made.await_on_stream()
-    assert upload._kept == [made] and made.is_lasting
+    assert list(upload._kept.values()) == [made] and made.is_lasting
+
+
+def test_capturing_again_keeps_nothing_more(gpu):
+    """A training loop may capture its step every hour for a month."""
+    upload.upload(numbers(), CUDA)
+    gpu.capturing = True
+    made = [upload.upload(numbers(), CUDA) for _ in range(50)]
+    assert len(upload._sources) == 1 and not upload._kept
+    assert all(one.source is made[0].source for one in made)
+    upload.upload(numbers().astype(np.int64), CUDA)  # as many bytes, other numbers
+    assert len(upload._sources) == 2
 
 
 def test_rules_that_a_graph_uploads_are_no_other_steps(gpu, monkeypatch):

@@ -23,7 +23,9 @@ HALF = (torch.float16, torch.bfloat16)
 _IGNORED = torch.zeros((), device=CPU)  # where the scaler's operation would say that it met Inf
 
 
-def apply(bucket: GradBucket, multiplier: Tensor, clean: Tensor) -> None:
+def apply(
+    bucket: GradBucket, multiplier: Tensor, clean: Tensor, changes: Tensor | None = None
+) -> None:
     """Scales and cleans one bucket in place: see `fastguard.stages.reference.apply`."""
     _apply_where_needed(bucket, multiplier.tolist(), bool(clean))
 

@@ -126,10 +126,12 @@ def variants():
     from fastguard.kernels import apply, decide, measure, record, summary, tuning, units
     from fastguard.stages.formulas import holds_norms
 
-    table = {"chunks_ptr": "*i64", "pieces_ptr": "*i64"}
+    table = {"addresses_ptr": "*i64", "chunks_ptr": "*i64", "pieces_ptr": "*i64"}
     walk = {
         **table,
         "scratch_ptr": "*i64",
+        "partials_ptr": "*fp64",
+        "counts_ptr": "*i64",
         "summary_ptr": "*fp64",
         "inv_scale_ptr": "*fp32",
         **dict.fromkeys(("n_chunks", "n_segments", "n_tensors"), "i32"),
@@ -170,6 +172,8 @@ def variants():
     columns = {
         "segment_starts_ptr": "*i64",
         "scratch_ptr": "*i64",
+        "partials_ptr": "*fp64",
+        "counts_ptr": "*i64",
         "summary_ptr": "*fp64",
         "inv_scale_ptr": "*fp64",
         "n_segments": "i32",
@@ -182,15 +186,23 @@ def variants():
         name = f"reduce segments p={p:g}" + ("" if scale else ", no scale")
         name += ", norms" if rooted else ""
         yield name, summary._reduce, columns, {**norm, **reduce_size}
-    scaling = {**table, "multiplier_ptr": "*fp64", "clean_ptr": "*fp32", "n_chunks": "i32"}
+    scaling = {
+        **table,
+        "multiplier_ptr": "*fp64",
+        "clean_ptr": "*fp32",
+        "changes_ptr": "*fp32",
+        "n_chunks": "i32",
+    }
     for dtype, item in ITEM_SIZE.items():
         shape = {"BLOCK_SIZE": apply.BLOCK_BYTES // item, "VEC": 16 // item}
         for one in (True, False):
-            constants = {"DTYPE": TYPES[dtype], "ITEM_SIZE": item, "ONE_SEGMENT": one, **shape}
+            kind = {"ONE_SEGMENT": one, "HAS_CHANGES": not one}
+            constants = {"DTYPE": TYPES[dtype], "ITEM_SIZE": item, **kind, **shape}
             many = "" if one else ", many segments"
             yield f"apply {dtype}{many}", apply._apply, scaling, constants
     verdict = {name: "*fp64" for name in decide.decide_kernel.arg_names if name.endswith("_ptr")}
     verdict |= {
+        "changes_ptr": "*fp32",
         "overflow_ptr": "*fp32",
         "counters_ptr": "*i64",
         "rings_ptr": "*i64",
@@ -210,6 +222,7 @@ def variants():
         (1, 32, 2.0, False, None, True),
         (4, 128, 3.0, False, "ZERO", True),
         (1, 128, 2.0, True, None, True),
+        (1, 1024, 2.0, False, "ZERO", True),
     ):
         constants = {
             "P": p,
@@ -226,8 +239,9 @@ def variants():
             "WINDOW": 32 if rules else 1,
             "BLOCK_SIZE": segments,
         }
-        norms = ", norms" if rooted else ""
-        yield f"decide p={p:g}, {rules} rules{norms}", decide._decide, verdict, constants
+        name = f"decide p={p:g}, {rules} rules" + (", norms" if rooted else "")
+        name += ", many segments" if segments > 128 else ""
+        yield name, decide.launchers.of(segments), verdict, constants
     row = {name: "*fp64" for name in record.record_kernel.arg_names if name.endswith("_ptr")}
     row |= {
         "counts_ptr": "*i64",
@@ -238,7 +252,8 @@ def variants():
         "spikes_ptr": "*u8",
         **dict.fromkeys(("n_segments", "n_tensors", "n_losses", "n_rules"), "i32"),
     }
-    yield "record", record._record, row, {"BLOCK_SIZE": 128}
+    yield "record", record.launchers.of(1), row, {"BLOCK_SIZE": 128}
+    yield "record, many segments", record.launchers.of(129), row, {"BLOCK_SIZE": 1024}
     rows = {"tensors_ptr": "*i64", "coefs_ptr": "*fp64", "n_units": "i32", "n_tensors": "i32"}
     of_units = {
         "tensors_ptr": "*i64",
