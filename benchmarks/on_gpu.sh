@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can prove, in nine minutes and without network: installs this checkout,
-# runs the GPU benchmarks, tests/gpu, training steps of a GPT-2, compute-sanitizer on a small case, and a soak for the
-# rest.
+# runs the GPU benchmarks, tests/gpu, training steps of a GPT-2, the fused update, compute-sanitizer on a small case, and
+# a soak for the rest.
 #
 #   benchmarks/on_gpu.sh [--dry-run]
 #
@@ -24,13 +24,13 @@ case "${1:-}" in
 esac
 SECONDS=0 # the shell's own clock
 deadline=${FASTGUARD_SECONDS:-540}
-for_training=110 for_sanitizer=75 for_soak=40
+for_training=110 for_update=20 for_sanitizer=75 for_soak=40
 mkdir -p "$OUT"
 export PYTHONUNBUFFERED=1 FASTGUARD_REQUIRE_GPU=1
 unset TRITON_INTERPRET
 json="$OUT/gpu.json"
 status=0
-stages=(machine install benchmarks tests training sanitizer soak)
+stages=(machine install benchmarks tests training update sanitizer soak)
 declare -A outcome
 
 stage() { # name, seconds at the most, command...
@@ -66,6 +66,9 @@ document = json.loads(source.read_text()) if source.exists() else {}
 training = out / "gpu-training.json"
 if training.exists():
     document["training"] = json.loads(training.read_text())
+update = out / "gpu-update.json"
+if update.exists():
+    document["update"] = json.loads(update.read_text())["rows"]
 document["stages"] = dict(line.split("=", 1) for line in sys.argv[3:])
 log = out / "gpu-tests.log"
 lines = log.read_text(errors="replace").splitlines() if log.exists() else []
@@ -79,7 +82,7 @@ print(final)
 PY
 }
 
-rm -f "$json" "$OUT"/gpu-training.json "$OUT"/gpu-{machine,install,benchmarks,tests,training,sanitizer,soak}.log
+rm -f "$json" "$OUT"/gpu-{training,update}.json "$OUT"/gpu-{machine,install,benchmarks,tests,training,update,sanitizer,soak}.log
 stage machine 60 "$PYTHON" -P -c '
 import os, platform, shutil, subprocess, sysconfig, numpy, torch, triton
 print("python", platform.python_version(), "torch", torch.__version__, "triton", triton.__version__, "numpy", numpy.__version__)
@@ -103,10 +106,12 @@ stage benchmarks 150 env PYTHONPATH="$(path_of "$staged" "$PWD")" "$PYTHON" -P -
 pytest=(env PYTHONPATH="$(path_of "$staged")" "$PYTHON" -P -m pytest tests/gpu -q -p no:cacheprovider --timeout=120)
 parallel=()
 if "$PYTHON" -P -c 'import xdist' 2>/dev/null; then parallel=(-n 6); fi
-stage tests "$(left $((for_training + for_sanitizer + for_soak)))" "${pytest[@]}" -m "not slow" --durations=8 "${parallel[@]}"
+stage tests "$(left $((for_training + for_update + for_sanitizer + for_soak)))" "${pytest[@]}" -m "not slow" --durations=8 "${parallel[@]}"
 
-stage training "$(left $((for_sanitizer + for_soak)))" env PYTHONPATH="$(path_of "$staged" "$PWD")" \
+stage training "$(left $((for_update + for_sanitizer + for_soak)))" env PYTHONPATH="$(path_of "$staged" "$PWD")" \
     "$PYTHON" -P -m benchmarks.training_step --seconds 8 --out "$OUT/gpu-training.json"
+stage update "$(left $((for_sanitizer + for_soak)))" env PYTHONPATH="$(path_of "$staged" "$PWD")" \
+    "$PYTHON" -P -m benchmarks.update --seconds 3 --out "$OUT/gpu-update.json"
 
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -1)
 if [ -n "$sanitizer" ]; then
@@ -125,6 +130,6 @@ stage soak $((${FASTGUARD_SOAK_SECONDS%.*} + 60)) "${pytest[@]}" -m slow
 for name in "${stages[@]}"; do echo "$name: ${outcome[$name]:-not run}"; done
 if [ "$DRY_RUN" = 0 ]; then
     collect
-    rm -f "$json" "$OUT/gpu-training.json"
+    rm -f "$json" "$OUT"/gpu-{training,update}.json
 fi
 exit $status

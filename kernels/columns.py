@@ -56,3 +56,30 @@ UNDO_COLUMNS = tl.constexpr(4)
 
 # The summary: one row of each per segment; see `summary`.
 SUMMARY_ROWS = tl.constexpr(4)  # power sum, NaN, +Inf, -Inf
+
+# One chunk of an update; see `update`.
+UPDATE_TENSOR = tl.constexpr(0)
+UPDATE_FIRST = tl.constexpr(1)
+UPDATE_ELEMENTS = tl.constexpr(2)
+UPDATE_ALIGNED = tl.constexpr(3)
+UPDATE_COLUMNS = tl.constexpr(4)
+
+# What does not move of one tensor of an update.
+SEGMENT_COLUMN = tl.constexpr(0)
+GROUP_COLUMN = tl.constexpr(1)
+COUNTER_COLUMN = tl.constexpr(2)
+TENSOR_COLUMNS = tl.constexpr(3)
+
+# The addresses of one tensor of an update.
+WEIGHT = tl.constexpr(0)
+GRADIENT = tl.constexpr(1)
+STATE = tl.constexpr(2)  # and the two behind it
+MASTER = tl.constexpr(5)
+STEP_ADDRESS = tl.constexpr(6)
+ADDRESS_COLUMNS = tl.constexpr(8)  # 64 bytes: two sectors
+
+# `fastguard.optim.contract`: `HYPER`, `N_COEFFICIENTS`, `SIGN`, `KEY`.
+HYPER_COLUMNS = tl.constexpr(9)
+COEFFICIENT_COLUMNS = tl.constexpr(10)
+SIGN_COLUMN = tl.constexpr(8)
+KEY_COLUMN = tl.constexpr(9)

@@ -30,6 +30,9 @@ from fastguard.kernels.versions import launches_are_watched
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether Triton runs kernels on the CPU (`TRITON_INTERPRET=1`), as the tests do."""
 
+WARP = 32 if torch.version.hip is None else 64
+"""Threads of a warp. AMD's consumer cards have 32, and get programs half as large."""
+
 INTERPRETED_PROGRAMS = 3  # in the interpreter programs are slow and blocks nearly free
 
 
@@ -41,11 +44,15 @@ class Launcher:
             integers, then constants.
         num_warps: Warps of a program.
         max_registers: Of a thread, on NVIDIA cards; None: the compiler chooses.
+        fuses: Whether a product and a sum may become one operation, rounded once.
     """
 
-    def __init__(self, kernel: Any, num_warps: int, max_registers: int | None = None) -> None:
+    def __init__(
+        self, kernel: Any, num_warps: int, max_registers: int | None = None, fuses: bool = True
+    ) -> None:
         self.kernel = kernel
-        self.options: dict[str, int] = {"num_warps": num_warps}
+        # Said in either case: the default differs between versions of triton.
+        self.options: dict[str, int] = {"num_warps": num_warps, "enable_fp_fusion": fuses}
         if max_registers is not None and torch.version.hip is None:
             self.options["maxnreg"] = max_registers
 

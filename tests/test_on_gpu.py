@@ -27,6 +27,10 @@ case "$*" in
         echo "path $PYTHONPATH"
         echo '{"rows": [5]}' > "$7"
         exit ${FAKE_STATUS:-1} ;;
+    *"-m benchmarks.update"*)
+        echo "path $PYTHONPATH"
+        echo '{"rows": [6]}' > "$7"
+        exit ${FAKE_STATUS:-1} ;;
     *"-m benchmarks.sanitize"* | *nvidia-smi*) exit ${FAKE_STATUS:-3} ;;
     *) exec {python} "$@" ;;
 esac
@@ -64,9 +68,10 @@ def test_a_stage_that_fails_stops_no_other(run):
     assert document["tests"] == "1 failed, 2 passed in 3.00s"
     stages = document["stages"]
     assert list(stages) == (
-        ["machine", "install", "benchmarks", "tests", "training", "sanitizer", "soak"]
+        ["machine", "install", "benchmarks", "tests", "training", "update", "sanitizer", "soak"]
     )
     assert document["training"] == {"rows": [5]}
+    assert document["update"] == [6] and not (folder / "out" / "gpu-update.json").exists()
     assert not (folder / "out" / "gpu-training.json").exists()
     assert stages["benchmarks"].endswith("exit status 7")
     assert stages["tests"].endswith("exit status 1")
@@ -79,7 +84,7 @@ def test_a_package_that_cannot_be_installed_is_staged(run):
     assert (stage / "fastguard" / "kernels").is_dir()
     paths = [line for line in done.stdout.splitlines() if line.startswith("path ")]
     scripts, tests = f"path {stage}:{folder}:/else", f"path {stage}:/else"
-    assert paths == [scripts, tests, scripts, tests]
+    assert paths == [scripts, tests, scripts, scripts, tests]
 
 
 def test_a_package_that_is_staged_alone_is_no_failure(run):

@@ -35,6 +35,22 @@ MAX_INSTRUCTIONS = {  # of the main loop, for each 16 bytes read; the budget of 
     "apply fp32": 16,
     "apply fp64": 14,
 }
+MAX_UPDATE_INSTRUCTIONS = {  # per element; torch's own fused AdamW takes 60 (fp32), 65 (bf16)
+    "adamw fp32": 32,
+    "adamw fp32 reproducible": 58,
+    "adamw bf16": 34,
+    "adamw bf16 stochastic": 64,
+    "adamw bf16 reproducible": 60,
+    "adamw fp32 of bf16 gradients": 34,
+    "adamw master": 34,
+    "adamw remainder": 40,
+    "adamw bf16 remainder": 64,
+    "adamw amsgrad": 38,
+    "adamw fp64": 90,
+    "adam fp16": 38,
+    "sgd nesterov fp32": 20,
+    "lion bf16": 26,
+}
 
 
 @functools.cache
@@ -83,6 +99,8 @@ def test_machine_code(target, capsys):
         assert row["registers"] <= ceiling, row
         if name.startswith(("unit", "scale")) and not target.startswith("gfx"):
             _check_units(row)
+        if name.startswith("update"):
+            _check_update(row, name.removeprefix("update "))
         if not name.startswith(("measure", "apply")):
             continue
         # In flight, 128 bits each; where logarithms are the bound, one will do.
@@ -105,3 +123,14 @@ def _check_units(row: dict) -> None:
         assert row["instructions"] <= 48, row  # an element of fp16 costs two float64 additions
     if row["kernel"].startswith("scale"):
         assert row["stores"] == row["loads"], row
+
+
+def _check_update(row: dict, case: str) -> None:
+    """Arrays of the widest dtype travel in 128 bits, narrower ones in as many elements."""
+    assert row["spills"] == 0 and row["loads"] >= 2 and row["stores"] >= 2, row
+    if "per_element" in row:  # not ROCm
+        narrow = {"adamw fp32 of bf16 gradients": (1, 0), "adamw master": (1, 1)}
+        narrow["adamw remainder"] = (3, 2)
+        assert (row["narrow_loads"], row["narrow_stores"]) == narrow.get(case, (0, 0)), row
+        assert row["loop_spills"] == 0, row
+        assert row["per_element"] <= MAX_UPDATE_INSTRUCTIONS[case], row

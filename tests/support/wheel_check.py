@@ -21,6 +21,7 @@ DRAWN = ("monitor.live", "monitor.screen", "report.figure", "report.page")
 MAY_NEED_AN_EXTRA = (
     "fastguard.kernels.",
     "fastguard.integrations.",
+    "fastguard.optim.triton",
     "fastguard.stages.triton",
     *(f"fastguard.commands.{module}" for module in DRAWN),
 )

@@ -1,11 +1,13 @@
 """Compiles kernels ahead of time, without a GPU, and reads what the compiler made of them.
 
-`python -m guardtest.machine_code [TARGET...]` prints one JSON line a kernel variant and target. It
-must run in a process of its own, without TRITON_INTERPRET.
+`python -m guardtest.machine_code [TARGET...] [only=BEGINNING]` prints one JSON line for each kernel
+variant (whose name begins so) and target. It must run in a process of its own, without
+TRITON_INTERPRET.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -32,7 +34,13 @@ _INSTRUCTION = re.compile(
 )
 
 
-def compiled(launcher, signature: dict[str, str], constants: dict, target: int | str):
+def compiled(
+    launcher,
+    signature: dict[str, str],
+    constants: dict,
+    target: int | str,
+    threads: int | None = None,
+):
     """A kernel for a target, with the options of its launcher.
 
     Args:
@@ -40,12 +48,15 @@ def compiled(launcher, signature: dict[str, str], constants: dict, target: int |
         signature: Type of each argument that is no constant, such as `"*fp64"` or `"i32"`.
         constants: The others.
         target: A CUDA architecture such as 90, or a ROCm one such as "gfx942".
+        threads: Of a program, where ROCm takes fewer warps for as many.
     """
     kernel = launcher.kernel
-    options = {**launcher.options, "enable_fp_fusion": True}
+    options = dict(launcher.options)
     if isinstance(target, str):
         gpu = GPUTarget("hip", target, 64)
         options.pop("maxnreg", None)
+        if threads is not None:
+            options["num_warps"] = threads // 64
     else:
         gpu = GPUTarget("cuda", target, 32)
     types = {**signature, **dict.fromkeys(constants, "constexpr")}
@@ -273,6 +284,52 @@ def variants():
         yield f"scale units {dtype}", units._scale, rows, shape
 
 
+def update_variants():
+    """Of the update kernel, and of what counts its steps."""
+    from fastguard.kernels import formulas, update
+
+    names = ("chunks_ptr", "tensors_ptr", "addresses_ptr")
+    pointers = {**dict.fromkeys(names, "*i64"), "coefficients_ptr": "*fp64"}
+    pointers |= {"multiplier_ptr": "*fp64", "clean_ptr": "*fp32", "found_inf_ptr": "*fp32"}
+    pointers["n_chunks"] = "i32"
+    # name, algorithm, weight, gradient, states, then what differs from the ordinary
+    fp32, bf16 = ("fp32", "fp32", ("fp32", "fp32")), ("bf16", "bf16", ("bf16", "bf16"))
+    mixed = ("bf16", "bf16", ("fp32", "fp32"))
+    cases = [
+        ("adamw fp32", "adamw", fp32, {}),
+        ("adamw fp32 reproducible", "adamw", fp32, {"reproducible": True}),
+        ("adamw bf16", "adamw", bf16, {}),
+        ("adamw bf16 stochastic", "adamw", bf16, {"stochastic": True}),
+        ("adamw bf16 reproducible", "adamw", bf16, {"reproducible": True}),
+        ("adamw fp32 of bf16 gradients", "adamw", ("fp32", "bf16", ("fp32", "fp32")), {}),
+        ("adamw master", "adamw", mixed, {"master": "float32"}),
+        ("adamw remainder", "adamw", mixed, {"master": "remainder"}),
+        ("adamw bf16 remainder", "adamw", bf16, {"master": "remainder", "stochastic": True}),
+        ("adamw amsgrad", "adamw", ("fp32", "fp32", ("fp32",) * 3), {"amsgrad": True}),
+        ("adamw fp64", "adamw", ("fp64", "fp64", ("fp64", "fp64")), {}),
+        ("adam fp16", "adam", ("fp16", "fp16", ("fp16", "fp16")), {}),
+        ("sgd nesterov fp32", "sgd", ("fp32", "fp32", ("fp32",)), {"nesterov": True}),
+        ("lion bf16", "lion", ("bf16", "bf16", ("bf16",)), {}),
+    ]
+    for name, algorithm, (weight, gradient, states), options in cases:
+        switches = {
+            "master": None, "stochastic": False, "amsgrad": False, "nesterov": False,
+            "reproducible": False, **options,
+        }  # fmt: skip
+        dtypes = (_torch_dtype(weight), _torch_dtype(gradient), tuple(map(_torch_dtype, states)))
+        number = formulas.ALGORITHMS[algorithm]
+        constants = update.constants_of(number, *dtypes, **switches)
+        launcher = update.launcher_of(switches["reproducible"])
+        yield f"update {name}", launcher, pointers, constants
+    steps = {"tensors_ptr": "*i64", "addresses_ptr": "*i64", "hyper_ptr": "*fp64"}
+    steps |= {"found_inf_ptr": "*fp32", "coefficients_ptr": "*fp64", "n_tensors": "i32"}
+    for algorithm, number in formulas.ALGORITHMS.items():
+        stochastic = algorithm == "adamw"
+        constants = {"ALGORITHM": number, "HAS_STEPS": True, "STOCHASTIC": stochastic}
+        constants["SIZE"] = formulas.ADVANCE_SIZE
+        yield f"advance {algorithm}", formulas._advance, steps, constants
+
+
 def _torch_dtype(name: str):
     import torch
 
@@ -285,14 +342,24 @@ def _torch_dtype(name: str):
 
 
 def main(targets: list[str]) -> None:
+    from fastguard.kernels.update import THREADS
+
+    only = next((t[5:] for t in targets if t.startswith("only=")), "")
+    targets = [t for t in targets if not t.startswith("only=")]
     wanted = [int(t) if t.isdigit() else t for t in targets] or [*CUDA, *SLOW_FP64, *ROCM]
-    for name, launcher, signature, constants in variants():
+    for name, launcher, signature, constants in itertools.chain(variants(), update_variants()):
+        if only and not name.startswith(only):
+            continue
         for target in wanted:
             if ("group" in name) is not (target in SLOW_FP64):
                 continue
-            kernel = compiled(launcher, signature, constants, target)
+            threads = THREADS if name.startswith("update") else None
+            kernel = compiled(launcher, signature, constants, target, threads)
             report = read_rocm(kernel) if isinstance(target, str) else read_cuda(kernel)
             line = {"kernel": name, "target": target, "triton": triton.__version__, **report}
+            if "instructions" in report and name.startswith("update"):
+                per_block = report["instructions"] * report["loads"]
+                line["per_element"] = round(per_block / constants["VEC"], 1)
             print(json.dumps(line), flush=True)
 
 

@@ -1,0 +1,364 @@
+"""The update: one touch reads gradient, state and weight, obeys the verdict, and writes both.
+
+    g <- 0 where g is non-finite and the verdict cleans
+    g <- g * multiplier[segment] * sign         clip coefficient and unscaling, in registers
+
+    AdamW, Adam, SGD, Lion: the formulas of `fastguard.optim.reference`, operation by operation
+
+I/O per element, AdamW: 28 bytes in float32; 14 in bfloat16; 28 with bfloat16 weights and gradients
+beside a float32 master and moments, 26 with a remainder in place of the master. The gradient is
+never written. A skipped step reads one scalar per program and writes nothing.
+
+    chunks        int64 (C, 4): tensor, first element, elements, whether vectors are aligned
+    tensors       int64 (T, 3): segment, group, counter of the first element
+    addresses     int64 (T, 8): weight, gradient, up to three states, master, step
+    coefficients  float64 (T, 10): written by `advance`, one number per use of a hyper-parameter
+
+Hyper-parameters are read from memory: none is a constant of a kernel. Every thread holds as many
+elements of each array, so that narrower ones travel in narrower loads and no layout is converted
+through shared memory. The elements behind the last whole vector, and tensors of which an array is
+not aligned, go element by element.
+
+REPRODUCIBLE rounds division and root as IEEE does and fuses nothing: the reference's bits on every
+device. Otherwise both are approximate (2 ulps) and products are fused into sums.
+
+Lab table, one vector of each array per thread (sass: machine code for sm_90; torch's own fused
+AdamW through the same compiler takes 60 instructions per element in fp32, 65 in bf16):
+
+| AdamW                       | registers | loads + stores of 128 (64) bits | instructions |
+|-----------------------------|-----------|---------------------------------|--------------|
+| fp32                        | 53        | 4 + 3                           | 27.0         |
+| fp32, reproducible          | 60        | 4 + 3                           | 51.8         |
+| bf16                        | 72        | 4 + 3                           | 29.6         |
+| bf16, stochastic            | 80        | 4 + 3                           | 57.0         |
+| bf16, fp32 master, m, v     | 56        | 3 (1) + 3 (1)                   | 28.7         |
+| bf16, remainder, fp32 m, v  | 56        | 2 (3) + 2 (2)                   | 35.0         |
+
+One of them is the second product of multipliers below 2^-100. A branch around it that cleaning
+shares was expected to save it and saved nothing. Coefficients are read before the loop: inside it
+they cost 3.5 instructions per element, since a store might have changed them.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastguard.kernels.columns import (
+    ADDRESS_COLUMNS,
+    COEFFICIENT_COLUMNS,
+    COUNTER_COLUMN,
+    GRADIENT,
+    KEY_COLUMN,
+    MASTER,
+    SEGMENT_COLUMN,
+    SIGN_COLUMN,
+    STATE,
+    TENSOR_COLUMNS,
+    UPDATE_ALIGNED,
+    UPDATE_COLUMNS,
+    UPDATE_ELEMENTS,
+    UPDATE_FIRST,
+    UPDATE_TENSOR,
+    WEIGHT,
+)
+from fastguard.kernels.elements import TRITON_DTYPES, float32_of
+from fastguard.kernels.formulas import advance_steps, coefficients_at, new_values
+from fastguard.kernels.launch import INTERPRETED, WARP, Launcher, Variant
+from fastguard.kernels.rounding import noise_at, stored, weight_and_remainder, weight_of_parts
+from fastguard.kernels.tuning import n_programs
+from fastguard.kernels.update_table import Arrays, update_table_of
+
+THREADS = 256  # of a program: each has one vector of each array
+SLOW_SIZE = tl.constexpr(256)  # elements at a time where there are no vectors
+SMALLEST_FACTOR = tl.constexpr(2.0**-100)  # smaller ones are no normal float32: two products
+NO_MASTER, FLOAT32_MASTER, REMAINDER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+MASTERS = {None: 0, "float32": 1, "remainder": 2}
+
+
+@triton.jit
+def array_at(address_ptr, COLUMN: tl.constexpr, first, DTYPE: tl.constexpr):
+    """The address of element `first` of an array."""
+    return tl.load(address_ptr + COLUMN) + first * (DTYPE.primitive_bitwidth // 8)
+
+
+@triton.jit
+def as_arithmetic(x, ARITHMETIC: tl.constexpr):
+    return float32_of(x).to(ARITHMETIC) if x.dtype != tl.float64 else x
+
+
+@triton.jit
+def touch(
+    p_ptr, g_ptr, a_ptr, b_ptr, c_ptr, x_ptr, at, mask, first_counter, key, clean, scale, factor,
+    c0, c1, c2, c3, c4, c5, c6, c7,
+    PARAM: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
+    ALGORITHM: tl.constexpr, N_STATES: tl.constexpr, MASTER_KIND: tl.constexpr,
+    STOCHASTIC: tl.constexpr, AMSGRAD: tl.constexpr, NESTEROV: tl.constexpr,
+    REPRODUCIBLE: tl.constexpr, EXACT_BF16: tl.constexpr, ARITHMETIC: tl.constexpr,
+):  # fmt: skip
+    """Reads and writes the elements `at` of a tensor."""
+    g = as_arithmetic(tl.load(g_ptr + at, mask=mask, other=0.0), ARITHMETIC)
+    if MASTER_KIND == FLOAT32_MASTER:
+        p = tl.load(x_ptr + at, mask=mask, other=0.0)
+    elif MASTER_KIND == REMAINDER:
+        upper = tl.load(p_ptr + at, mask=mask, other=0.0)
+        p = weight_of_parts(upper, tl.load(x_ptr + at, mask=mask, other=0))
+    else:
+        p = as_arithmetic(tl.load(p_ptr + at, mask=mask, other=0.0), ARITHMETIC)
+    a, b, c = g, g, g
+    if N_STATES > 0:
+        a = as_arithmetic(tl.load(a_ptr + at, mask=mask, other=0.0), ARITHMETIC)
+    if N_STATES > 1:
+        b = as_arithmetic(tl.load(b_ptr + at, mask=mask, other=0.0), ARITHMETIC)
+    if N_STATES > 2:
+        c = as_arithmetic(tl.load(c_ptr + at, mask=mask, other=0.0), ARITHMETIC)
+    if clean:
+        g = tl.where(tl.abs(g) < float("inf"), g, 0.0)  # NaN is not < inf
+    g = (g * scale) * factor
+    p, a, b, c = new_values(
+        p, g, a, b, c, c0, c1, c2, c3, c4, c5, c6, c7,
+        ALGORITHM, N_STATES, AMSGRAD, NESTEROV, REPRODUCIBLE, ARITHMETIC,
+    )  # fmt: skip
+    noise = at
+    if STOCHASTIC:
+        noise = noise_at(first_counter, at, key)
+    if N_STATES > 0:
+        tl.store(a_ptr + at, stored(a, noise, A, 1, STOCHASTIC, EXACT_BF16), mask=mask)
+    if N_STATES > 1:
+        tl.store(b_ptr + at, stored(b, noise, B, 2, STOCHASTIC, EXACT_BF16), mask=mask)
+    if N_STATES > 2:
+        tl.store(c_ptr + at, stored(c, noise, C, 3, STOCHASTIC, EXACT_BF16), mask=mask)
+    if MASTER_KIND == FLOAT32_MASTER:
+        tl.store(x_ptr + at, p, mask=mask)
+        tl.store(p_ptr + at, stored(p, noise, PARAM, 0, False, EXACT_BF16), mask=mask)
+    elif MASTER_KIND == REMAINDER:
+        upper, lower = weight_and_remainder(p)
+        tl.store(x_ptr + at, lower, mask=mask)
+        tl.store(p_ptr + at, upper, mask=mask)
+    else:
+        tl.store(p_ptr + at, stored(p, noise, PARAM, 0, STOCHASTIC, EXACT_BF16), mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "chunks_ptr", "tensors_ptr", "addresses_ptr", "coefficients_ptr", "multiplier_ptr",
+        "clean_ptr", "found_inf_ptr", "n_chunks",
+    ]
+)  # fmt: skip
+def update_kernel(
+    chunks_ptr,  # int64 (n_chunks, UPDATE_COLUMNS)
+    tensors_ptr,  # int64 (n_tensors, TENSOR_COLUMNS)
+    addresses_ptr,  # int64 (n_tensors, ADDRESS_COLUMNS)
+    coefficients_ptr,  # float64 (n_tensors, COEFFICIENT_COLUMNS)
+    multiplier_ptr,  # float64 (n_segments,)
+    clean_ptr,  # float32 (1,)
+    found_inf_ptr,  # float32 (1,)
+    n_chunks,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    A: tl.constexpr,  # dtypes of the states; of those that there are not, any
+    B: tl.constexpr,
+    C: tl.constexpr,
+    ALGORITHM: tl.constexpr,
+    N_STATES: tl.constexpr,
+    MASTER_KIND: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    REPRODUCIBLE: tl.constexpr,
+    EXACT_BF16: tl.constexpr,  # round in integers: the interpreter truncates
+    BLOCK_SIZE: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    ARITHMETIC: tl.constexpr = tl.float64 if PARAM == tl.float64 else tl.float32
+    X: tl.constexpr = tl.int16 if MASTER_KIND == REMAINDER else tl.float32
+    if tl.load(found_inf_ptr) != 0.0:  # NaN skips too
+        return
+    clean = tl.load(clean_ptr) != 0.0
+    k = tl.program_id(0)
+    while k < n_chunks:
+        # Backwards: what measure read last is still in L2.
+        row_ptr = chunks_ptr + UPDATE_COLUMNS * (n_chunks - 1 - k)
+        tensor = tl.load(row_ptr + UPDATE_TENSOR)
+        first = tl.load(row_ptr + UPDATE_FIRST)
+        n = tl.load(row_ptr + UPDATE_ELEMENTS).to(tl.int32)
+        n_vec = tl.where(tl.load(row_ptr + UPDATE_ALIGNED) > 0, n // VEC * VEC, 0)
+        address_ptr = addresses_ptr + ADDRESS_COLUMNS * tensor
+        p_at = array_at(address_ptr, WEIGHT, first, PARAM)
+        g_at = array_at(address_ptr, GRADIENT, first, GRAD)
+        a_at = array_at(address_ptr, STATE, first, A)
+        b_at = array_at(address_ptr, STATE + 1, first, B)
+        c_at = array_at(address_ptr, STATE + 2, first, C)
+        x_at = array_at(address_ptr, MASTER, first, X)
+        segment = tl.load(tensors_ptr + TENSOR_COLUMNS * tensor + SEGMENT_COLUMN)
+        counter = tl.load(tensors_ptr + TENSOR_COLUMNS * tensor + COUNTER_COLUMN) + first
+        counter = counter.to(tl.uint32)
+        coef_ptr = coefficients_ptr + COEFFICIENT_COLUMNS * tensor
+        key = tl.load(coef_ptr + KEY_COLUMN).to(tl.int64).to(tl.uint32)
+        c0, c1, c2, c3, c4, c5, c6, c7 = coefficients_at(coef_ptr, ARITHMETIC)
+        multiplier = tl.load(multiplier_ptr + segment)
+        tiny = tl.abs(multiplier) < SMALLEST_FACTOR  # NaN is not, and makes NaN of everything
+        scale = tl.where(tiny, SMALLEST_FACTOR, 1.0).to(ARITHMETIC)
+        factor = tl.where(tiny, multiplier / SMALLEST_FACTOR, multiplier).to(ARITHMETIC)
+        factor = factor * tl.load(coef_ptr + SIGN_COLUMN).to(ARITHMETIC)
+
+        # True for whole vectors only. A hint inside a function is lost when it is inlined.
+        p_ptr = tl.multiple_of(p_at.to(tl.pointer_type(PARAM)), VEC * PARAM.primitive_bitwidth // 8)
+        g_ptr = tl.multiple_of(g_at.to(tl.pointer_type(GRAD)), VEC * GRAD.primitive_bitwidth // 8)
+        a_ptr = tl.multiple_of(a_at.to(tl.pointer_type(A)), VEC * A.primitive_bitwidth // 8)
+        b_ptr = tl.multiple_of(b_at.to(tl.pointer_type(B)), VEC * B.primitive_bitwidth // 8)
+        c_ptr = tl.multiple_of(c_at.to(tl.pointer_type(C)), VEC * C.primitive_bitwidth // 8)
+        x_ptr = tl.multiple_of(x_at.to(tl.pointer_type(X)), VEC * X.primitive_bitwidth // 8)
+        i = 0
+        while i < n_vec:
+            at = i + tl.arange(0, BLOCK_SIZE)
+            touch(
+                p_ptr, g_ptr, a_ptr, b_ptr, c_ptr, x_ptr,
+                at, at < n_vec, counter, key, clean, scale, factor,
+                c0, c1, c2, c3, c4, c5, c6, c7,
+                PARAM, A, B, C, ALGORITHM, N_STATES, MASTER_KIND, STOCHASTIC, AMSGRAD, NESTEROV,
+                REPRODUCIBLE, EXACT_BF16, ARITHMETIC,
+            )  # fmt: skip
+            i += BLOCK_SIZE
+        p_ptr = p_at.to(tl.pointer_type(PARAM))
+        g_ptr = g_at.to(tl.pointer_type(GRAD))
+        a_ptr = a_at.to(tl.pointer_type(A))
+        b_ptr = b_at.to(tl.pointer_type(B))
+        c_ptr = c_at.to(tl.pointer_type(C))
+        x_ptr = x_at.to(tl.pointer_type(X))
+        i = n_vec
+        while i < n:
+            at = i + tl.arange(0, SLOW_SIZE)
+            touch(
+                p_ptr, g_ptr, a_ptr, b_ptr, c_ptr, x_ptr,
+                at, at < n, counter, key, clean, scale, factor,
+                c0, c1, c2, c3, c4, c5, c6, c7,
+                PARAM, A, B, C, ALGORITHM, N_STATES, MASTER_KIND, STOCHASTIC, AMSGRAD, NESTEROV,
+                REPRODUCIBLE, EXACT_BF16, ARITHMETIC,
+            )  # fmt: skip
+            i += SLOW_SIZE
+        k += tl.num_programs(0)
+
+
+_fused = Launcher(update_kernel, THREADS // WARP, max_registers=80)
+_exact = Launcher(update_kernel, THREADS // WARP, max_registers=80, fuses=False)
+
+
+def update_arrays(
+    arrays: Arrays,
+    hyper: Tensor,
+    multiplier: Tensor,
+    clean: Tensor,
+    found_inf: Tensor,
+    algorithm: int,
+    master: str | None,
+    stochastic: bool,
+    amsgrad: bool,
+    nesterov: bool,
+    reproducible: bool,
+) -> None:
+    """Takes the step of T tensors, or leaves everything as it is. Nothing waits.
+
+    Args:
+        arrays: The tensors; what is not a gradient is written.
+        hyper: float64 `(G, 9)`, contiguous: see `fastguard.optim.contract.HYPER`.
+        multiplier: float64 `(S,)`, contiguous.
+        clean, found_inf: float32 `()`.
+        algorithm: Of `ALGORITHMS`.
+        master: `"float32"`, `"remainder"` or None.
+        stochastic, amsgrad, nesterov, reproducible: See `fastguard.optim.contract.Update`.
+    """
+    weights, device = arrays.weights, hyper.device
+    programs = n_programs(device)
+    table = update_table_of(arrays, programs)
+    layout = table.layout
+    coefficients = torch.empty(
+        len(weights), COEFFICIENT_COLUMNS.value, dtype=torch.float64, device=device
+    )
+    advance_steps(
+        layout.tensors, table.addresses, hyper, found_inf, coefficients, algorithm,
+        len(arrays.steps) > 0, stochastic,
+    )  # fmt: skip
+    if not layout.n_chunks:
+        return
+    launch = variant_of(
+        device, algorithm, weights[0].dtype, arrays.gradients[0].dtype,
+        tuple(state[0].dtype for state in arrays.states), master, stochastic, amsgrad, nesterov,
+        reproducible,
+    )  # fmt: skip
+    pointers = (
+        layout.chunks, layout.tensors, table.addresses, coefficients, multiplier, clean, found_inf
+    )  # fmt: skip
+    launch(min(programs, layout.n_chunks), pointers, layout.n_chunks)
+
+
+@functools.lru_cache(maxsize=256)
+def variant_of(
+    device: torch.device,
+    algorithm: int,
+    parameter: torch.dtype,
+    gradient: torch.dtype,
+    states: tuple[torch.dtype, ...],
+    master: str | None,
+    stochastic: bool,
+    amsgrad: bool,
+    nesterov: bool,
+    reproducible: bool,
+) -> Variant:
+    """The kernel for tensors of these dtypes."""
+    constants = constants_of(
+        algorithm, parameter, gradient, states, master, stochastic, amsgrad, nesterov, reproducible
+    )
+    return launcher_of(reproducible).variant(device, **constants)
+
+
+def launcher_of(reproducible: bool) -> Launcher:
+    return _exact if reproducible else _fused
+
+
+def vector_size(
+    parameter: torch.dtype,
+    gradient: torch.dtype,
+    states: tuple[torch.dtype, ...],
+    master: str | None,
+) -> int:
+    """Elements per thread and array: those of the widest array fill 16 bytes."""
+    widest = max(dtype.itemsize for dtype in (parameter, gradient, *states))
+    return 16 // max(widest, {None: 0, "float32": 4, "remainder": 2}[master])
+
+
+def constants_of(
+    algorithm: int,
+    parameter: torch.dtype,
+    gradient: torch.dtype,
+    states: tuple[torch.dtype, ...],
+    master: str | None,
+    stochastic: bool,
+    amsgrad: bool,
+    nesterov: bool,
+    reproducible: bool,
+) -> dict:
+    """The constants of the kernel, in their order."""
+    a, b, c = (*states, *(3 - len(states)) * (parameter,))
+    vec = vector_size(parameter, gradient, states, master)
+    return {
+        "PARAM": TRITON_DTYPES[parameter],
+        "GRAD": TRITON_DTYPES[gradient],
+        "A": TRITON_DTYPES[a],
+        "B": TRITON_DTYPES[b],
+        "C": TRITON_DTYPES[c],
+        "ALGORITHM": algorithm,
+        "N_STATES": len(states),
+        "MASTER_KIND": MASTERS[master],
+        "STOCHASTIC": stochastic,
+        "AMSGRAD": amsgrad,
+        "NESTEROV": nesterov,
+        "REPRODUCIBLE": reproducible,
+        "EXACT_BF16": INTERPRETED,
+        "BLOCK_SIZE": THREADS * vec,
+        "VEC": vec,
+    }

@@ -1,0 +1,182 @@
+"""The table of an update: chunks of tensors, and where their arrays are; see `update`.
+
+As in `chunks`, what depends on sizes and alignment is a layout that is kept, and the addresses are
+uploaded when they move: of an optimizer's arrays only the gradients do. Arrays are cut at whole
+vectors, so that all chunks of a tensor are aligned if the tensor is.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastguard.kernels.chunk_layout import chunk_size
+from fastguard.kernels.chunks import TABLES
+from fastguard.kernels.columns import (
+    ADDRESS_COLUMNS,
+    COUNTER_COLUMN,
+    GROUP_COLUMN,
+    MASTER,
+    SEGMENT_COLUMN,
+    STATE,
+    STEP_ADDRESS,
+    TENSOR_COLUMNS,
+    UPDATE_COLUMNS,
+)
+from fastguard.kernels.upload import Upload, upload
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Arrays:
+    """The arrays of T tensors, and what is known of each tensor.
+
+    Attributes:
+        weights, gradients: T dense tensors each, of the same strides.
+        states: Up to three lists of T tensors.
+        masters, steps: T tensors each, or none.
+        segment_ids, group_ids, counters: T numbers each; counters may be none.
+        vector: Elements of a vector: see `update.vector_size`.
+    """
+
+    weights: Sequence[Tensor]
+    gradients: Sequence[Tensor]
+    states: Sequence[Sequence[Tensor]]
+    masters: Sequence[Tensor]
+    steps: Sequence[Tensor]
+    segment_ids: Sequence[int]
+    group_ids: Sequence[int]
+    counters: Sequence[int]
+    vector: int
+
+    def columns(self) -> list[tuple[int, Sequence[Tensor]]]:
+        """The arrays that are updated element by element, and their columns of addresses."""
+        lists = [(0, self.weights), (1, self.gradients)]
+        lists += [(STATE.value + i, state) for i, state in enumerate(self.states)]
+        return [*lists, (MASTER.value, self.masters)] if self.masters else lists
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class UpdateLayout:
+    """What does not depend on addresses, on the device of the tensors.
+
+    Attributes:
+        upload: int64: chunks and tensors one after another.
+        chunks, tensors: Views of it.
+        n_chunks: C.
+        key: What it was built from.
+    """
+
+    upload: Upload
+    chunks: Tensor
+    tensors: Tensor
+    n_chunks: int
+    key: tuple
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class UpdateTable:
+    """A layout and addresses, on the device of the tensors.
+
+    Attributes:
+        layout: How the tensors are cut.
+        upload: int64 `(T, 8)`: the addresses.
+        key: What it was built from.
+    """
+
+    layout: UpdateLayout
+    upload: Upload
+    key: tuple
+
+    @property
+    def addresses(self) -> Tensor:
+        """int64 `(T * 8,)`."""
+        return self.upload.memory
+
+
+_Kind = tuple[torch.device, torch.dtype, int]
+_tables: dict[_Kind, tuple[UpdateTable, ...]] = {}
+_layouts: dict[_Kind, tuple[UpdateLayout, ...]] = {}
+_lock = threading.Lock()
+
+
+def update_table_of(arrays: Arrays, n_programs: int) -> UpdateTable:
+    """The table of an update, from the cache if nothing has moved. Waits for nothing.
+
+    Args:
+        arrays: What it describes.
+        n_programs: How many programs will share the chunks.
+    """
+    first = arrays.weights[0]
+    kind = (first.device, first.dtype, n_programs)
+    lists = [*arrays.columns(), (STEP_ADDRESS.value, arrays.steps)]
+    pointers = [(column, list(map(Tensor.data_ptr, tensors))) for column, tensors in lists]
+    known = (
+        list(map(Tensor.numel, arrays.weights)),
+        list(arrays.segment_ids),  # copies: a caller may change its lists
+        list(arrays.group_ids),
+        list(arrays.counters),
+        arrays.vector,
+    )
+    key = (pointers, known)
+    table = next((one for one in _tables.get(kind, ()) if one.key == key), None)
+    if table is None:
+        table = _built(arrays, kind, key)
+        if table.upload.is_lasting and table.layout.upload.is_lasting:
+            _keep(_tables, kind, table)
+    table.layout.upload.await_on_stream()
+    table.upload.await_on_stream()
+    return table
+
+
+def _built(arrays: Arrays, kind: _Kind, key: tuple) -> UpdateTable:
+    pointers, known = key
+    addresses = np.zeros((len(arrays.weights), ADDRESS_COLUMNS.value), dtype=np.int64)
+    for column, numbers in pointers:
+        if numbers:
+            addresses[:, column] = numbers
+    aligned = np.ones(len(addresses), dtype=bool)
+    for column, tensors in arrays.columns():
+        aligned &= addresses[:, column] % (arrays.vector * tensors[0].dtype.itemsize) == 0
+    layout_key = (known, aligned.tobytes())
+    layout = next((one for one in _layouts.get(kind, ()) if one.key == layout_key), None)
+    if layout is None:
+        layout = _new_layout(kind, known, aligned, layout_key)
+    return UpdateTable(layout, upload(addresses.ravel(), kind[0]), key)
+
+
+def _new_layout(kind: _Kind, known: tuple, aligned: np.ndarray, key: tuple) -> UpdateLayout:
+    device, _, n_programs = kind
+    chunks = cut(np.array(known[0], dtype=np.int64), aligned, n_programs)
+    tensors = np.zeros((len(aligned), TENSOR_COLUMNS.value), dtype=np.int64)
+    columns = (SEGMENT_COLUMN.value, GROUP_COLUMN.value, COUNTER_COLUMN.value)
+    for column, numbers in zip(columns, known[1:4], strict=True):
+        if numbers:
+            tensors[:, column] = numbers
+    uploaded = upload(np.concatenate([chunks.ravel(), tensors.ravel()]), device)
+    memory = uploaded.memory
+    layout = UpdateLayout(uploaded, memory[: chunks.size], memory[chunks.size :], len(chunks), key)
+    if uploaded.is_lasting:
+        _keep(_layouts, kind, layout)
+    return layout
+
+
+def _keep(cache: dict, kind: _Kind, one: UpdateTable | UpdateLayout) -> None:
+    with _lock:  # tuples are replaced, never changed: other threads may be reading them
+        cache[kind] = (one, *cache.get(kind, ())[: TABLES - 1])
+
+
+def cut(sizes: np.ndarray, aligned: np.ndarray, n_programs: int) -> np.ndarray:
+    """int64 `(C, 4)`: the chunks of tensors of these sizes."""
+    if not sizes.sum():
+        return np.zeros((0, UPDATE_COLUMNS.value), dtype=np.int64)
+    size = chunk_size(int(sizes.sum()), n_programs)
+    count = -(-sizes // size)
+    tensor = np.repeat(np.arange(len(sizes)), count)
+    first = (np.arange(len(tensor)) - (np.cumsum(count) - count)[tensor]) * size
+    elements = np.minimum(size, sizes[tensor] - first)
+    return np.stack([tensor, first, elements, aligned[tensor]], axis=1).astype(np.int64)
