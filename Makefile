@@ -5,6 +5,11 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
 OLDEST  := .venv-oldest
+NEWEST  := .venv-newest
+# The newest Python that is installed, up to the newest that is supported; python3 where there is no newer one.
+NEWEST_PYTHON ?= $(or $(firstword $(foreach n,14 13 12,$(shell \
+	for p in python3.$(n) $(HOME)/.pyenv/versions/3.$(n).*/bin/python; do \
+		$$p -c 'import ensurepip' 2>/dev/null && echo $$p && break; done))),$(PYTHON))
 CHOSEN  := .venv-versions
 TORCH   ?=
 TRITON  ?=
@@ -15,7 +20,7 @@ ARGS    ?=
 SHELL       := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test suite suite-oldest kernels-test kernels-test-oldest test-versions test-integrations gpu lint typecheck wheel-test bench stage clean
+.PHONY: help venv torch-versions demo test suite suite-oldest suite-newest kernels-test kernels-test-oldest test-versions test-integrations gpu lint typecheck wheel-test bench stage clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | awk -F'|' '{ printf "  make %-20s %s\n", $$1, $$2 }'
@@ -47,20 +52,32 @@ ifneq ($(wildcard tests/kernels/test_*.py),)
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels -n $(WORKERS)
 endif
 
-# $(call install_with,FOLDER,REQUIREMENTS): an environment with other versions than .venv. Some versions of torch want an
+# $(call install_torch,FOLDER,REQUIREMENTS,PYTHON): an environment with other versions than .venv, without the project: that
+# takes minutes and touches no file of the project, so that it can go on beside other work. Some versions of torch want an
 # older setuptools.
-define install_with
+define install_torch
 @$(CHECK_PYTHON)
-@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+@test -x $(1)/bin/python || $(or $(3),$(PYTHON)) -m venv $(1)
 @sed -E '/^(torch|numpy|setuptools)==/d' constraints.txt > $(1)/constraints.txt
+@$(1)/bin/python -m pip install -qq --disable-pip-version-check -c $(1)/constraints.txt $(2)
+endef
+
+# $(call install_project,FOLDER,REQUIREMENTS): the project and what its tests need; REQUIREMENTS stay as they are.
+define install_project
 @$(1)/bin/python -m pip install -qq --disable-pip-version-check -c $(1)/constraints.txt $(2) -e '.[test]'
 endef
 
 # The oldest versions that pyproject.toml admits. The package index has no CPU build of this torch: with the one for
 # CUDA and what it requires, the environment takes 7 GB.
-$(OLDEST)/.installed: pyproject.toml constraints.txt
-	@echo "Installing into $(OLDEST) (only now, and when pyproject.toml or constraints.txt change)"
-	$(call install_with,$(OLDEST),torch==2.8.0 triton==3.4.0 numpy==1.26.4)
+OLDEST_VERSIONS := torch==2.8.0 triton==3.4.0 numpy==1.26.4
+
+$(OLDEST)/.torch: constraints.txt
+	@echo "Installing torch into $(OLDEST) (only now, and when constraints.txt changes)"
+	$(call install_torch,$(OLDEST),$(OLDEST_VERSIONS))
+	@touch $@
+
+$(OLDEST)/.installed: $(OLDEST)/.torch pyproject.toml
+	$(call install_project,$(OLDEST),$(OLDEST_VERSIONS))
 	@touch $@
 
 suite-oldest: $(OLDEST)/.installed  ## suite with torch 2.8, in an environment of its own
@@ -69,8 +86,26 @@ suite-oldest: $(OLDEST)/.installed  ## suite with torch 2.8, in an environment o
 kernels-test-oldest: $(OLDEST)/.installed  ## kernels-test with torch 2.8 and triton 3.4
 	TRITON_INTERPRET=1 $(OLDEST)/bin/pytest tests/kernels -n $(WORKERS)
 
+# The newest torch, which brings its own Triton, with the newest Python that is installed: 8 GB.
+NEWEST_VERSIONS := torch==2.14.1
+
+$(NEWEST)/.torch: constraints.txt
+	@echo "Installing torch into $(NEWEST) with $(NEWEST_PYTHON) (only now, and when constraints.txt changes)"
+	$(call install_torch,$(NEWEST),$(NEWEST_VERSIONS),$(NEWEST_PYTHON))
+	@touch $@
+
+$(NEWEST)/.installed: $(NEWEST)/.torch pyproject.toml
+	$(call install_project,$(NEWEST),$(NEWEST_VERSIONS))
+	@touch $@
+
+suite-newest: $(NEWEST)/.installed  ## suite with torch 2.14, in an environment of its own
+	$(NEWEST)/bin/pytest -n $(WORKERS) $(ARGS)
+
+torch-versions: $(OLDEST)/.torch $(NEWEST)/.torch  ## install the torch of suite-oldest and suite-newest: some minutes
+
 test-versions:  ## suite and kernels with TORCH='==2.11.0' TRITON='==3.6.0'; default: the newest
-	$(call install_with,$(CHOSEN),'torch$(TORCH)' 'triton$(TRITON)')
+	$(call install_torch,$(CHOSEN),'torch$(TORCH)' 'triton$(TRITON)')
+	$(call install_project,$(CHOSEN),'torch$(TORCH)' 'triton$(TRITON)')
 	$(CHOSEN)/bin/pytest -n $(WORKERS) $(ARGS)
 	TRITON_INTERPRET=1 $(CHOSEN)/bin/pytest tests/kernels -n $(WORKERS)
 
@@ -127,5 +162,5 @@ bench: $(STAMP)  ## the benchmark suite against its peers
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean:  ## remove everything that make, pytest and the demo created
-	rm -rf $(VENV) $(OLDEST) $(CHOSEN) $(TRAINERS) build dist *.egg-info fastguard-demo .benchmarks .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(CHOSEN) $(TRAINERS) build dist *.egg-info fastguard-demo .benchmarks .hypothesis .pytest_cache .ruff_cache
 	find fastguard kernels tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

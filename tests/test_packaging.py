@@ -99,6 +99,16 @@ def test_the_oldest_versions_that_are_admitted_are_tested():
         assert re.search(rf"\b{name}=={re.escape(oldest)}\.\d\b", tested), name
 
 
+def test_the_documentation_names_the_versions_that_ci_tests():
+    table = (ROOT / "docs" / "compatibility.md").read_text()
+    makefile, stages = (ROOT / "Makefile").read_text(), (ROOT / ".ci" / "run").read_text()
+    for which in ("OLDEST", "NEWEST"):
+        (versions,) = re.findall(rf"^{which}_VERSIONS := (.*)", makefile, re.MULTILINE)
+        for name, version in (asked.split("==") for asked in versions.split()):
+            assert re.search(rf"\| {re.escape(version)}[ |]", table), f"{name} {version}"
+        assert f"make suite-{which.lower()}" in stages
+
+
 OWN_EXTRAS = ("cli", "gpu", "report", "tensorboard", "yaml")  # the others bring a trainer
 
 
