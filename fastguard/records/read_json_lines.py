@@ -241,7 +241,7 @@ def parse_record(line: bytes) -> StepRecord:
     """
     try:
         return _record(json.loads(line))
-    except (TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except (TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from None
 
 

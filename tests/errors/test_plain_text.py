@@ -62,7 +62,7 @@ class Raises:
 
 def test_what_cannot_be_shown_says_so() -> None:
     deep: list = []
-    for _ in range(3000):
+    for _ in range(200_000):
         deep = [deep]
     assert shown(Raises()) == "<Raises that cannot be shown: RuntimeError>"
     assert shown(deep) == "<list that cannot be shown: RecursionError>"

@@ -71,7 +71,7 @@ def test_a_threshold_with_an_unknown_action():
 @pytest.mark.parametrize(
     ("spike", "error", "message"),
     [
-        (6.0, TypeError, "spike=6.0 must be a SpikeRule"),
+        (6.0, TypeError, "spike=6.0 is a number, not a rule"),
         ([SpikeRule()], TypeError, "must be a SpikeRule, a Threshold, or a dict"),
         ({"loss": 5.0}, TypeError, r"spike\['loss'\]=5.0"),
         ({3: SpikeRule()}, TypeError, r"spike\[3\]"),

@@ -27,7 +27,8 @@ MOST_NAMES = 32
 OTHERS = "others"
 """The action, or the reason, of records with yet another one when there are `MOST_NAMES`."""
 
-_UNREADABLE = (TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+# KeyError: a slice of a dict, since Python 3.12.
+_UNREADABLE = (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError)
 _MOST_OF_A_TAG = 1000
 
 
