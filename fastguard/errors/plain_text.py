@@ -14,6 +14,8 @@ import traceback
 import unicodedata
 from collections.abc import Callable
 
+from fastguard.errors.last_resort import HANDLER, LOGGER, PREFIX
+
 
 def printable(text: str, limit: int | None = None) -> str:
     """The text in one line; every character that is not printable is escaped, as `repr` does.
@@ -57,9 +59,12 @@ def shown(value: object, limit: int = 60, form: Callable[[object], str] = repr) 
 
 
 class _OneLine(logging.Filter):
-    """Makes the message of each log record one printable line, and its traceback printable."""
+    """Makes the message of each log record one printable line that begins with `fastguard:`, and
+    its traceback printable.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
+        record.msg = f"{PREFIX}{record.msg}"  # the arguments stay: services group by the template
         try:
             message = record.getMessage()
         except Exception as error:  # a logging handler would let a RecursionError through
@@ -83,4 +88,5 @@ def _traceback_part(part: str) -> str:
     return printable(part)
 
 
-logging.getLogger("fastguard").addFilter(_OneLine())
+LOGGER.addFilter(_OneLine())
+LOGGER.addHandler(HANDLER)

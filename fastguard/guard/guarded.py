@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from fastguard.functional.arguments import warn_of_zero
 from fastguard.gradients.buckets import GradBuckets
 from fastguard.gradients.tensor_kinds import watched
+from fastguard.guard.announcement import announce_guard
 from fastguard.guard.arguments import (
     MODES,
     check_budget,
@@ -196,7 +197,7 @@ class GuardedOptimizer(KnownRun):
         self.last: Verdict | None = None
         self._steps_taken = 0
         self._become_an_optimizer()
-        log.info("%s", self.describe())
+        announce_guard(self)
 
     @with_own_hooks
     def step(  # type: ignore[override]

@@ -103,16 +103,18 @@ def scalars(record: StepRecord, prefix: str = "train") -> dict[str, float]:
         prefix: What goes before the slash.
 
     Returns:
-        Finite numbers only: a plot of NaN is an empty plot, and the incident is in `skipped`. A
-        loss called `seg` is `train/seg_loss`.
+        Finite numbers only, so that a plot has a gap where there is none and `skipped` shows the
+        incident; but for the gradient norm, which is NaN or Inf where torch's would be: the norm of
+        the finite elements alone would look like a dip. A loss called `seg` is `train/seg_loss`.
 
     Example:
         >>> from fastguard import StepRecord
         >>> scalars(StepRecord(1, 2.0, 0.5, "clipped", lr=0.1))
         {'train/grad_norm': 2.0, 'train/clip_coef': 0.5, 'train/lr': 0.1, 'train/skipped': 0.0}
     """
-    values = {"grad_norm": record.total_norm, "clip_coef": record.clip_coef, "lr": record.lr}
+    values = {"clip_coef": record.clip_coef, "lr": record.lr}
     values |= {"skipped": float(record.action == "skipped")}
     # "seg_loss" and not "loss/seg": to MLflow's file store loss cannot be a metric and a folder.
     values |= {name if "loss" in name else f"{name}_loss": v for name, v in record.losses.items()}
-    return {f"{prefix}/{name}": v for name, v in values.items() if math.isfinite(v)}
+    values = {name: value for name, value in values.items() if math.isfinite(value)}
+    return {f"{prefix}/{name}": v for name, v in {"grad_norm": record.torch_norm, **values}.items()}

@@ -24,6 +24,7 @@ from fastguard.errors.plain_text import shown
 from fastguard.gradients.tensor_kinds import TRACED
 from fastguard.records.advice import LONGEST_SEARCH, Advice
 from fastguard.records.device_row import ROWS, Arrival, Outcome, Ring, unpack
+from fastguard.records.incident_lines import IncidentLines
 from fastguard.records.step_record import StepRecord
 from fastguard.records.subscription import Inbox
 from fastguard.stages.contract import HostVerdict, Known
@@ -173,8 +174,8 @@ class _Pending:
 
 
 class Recorder:
-    """Collects the records of a run; every incident is one warning of the `fastguard` logger,
-    an overflow that only lowers a loss scale one line at level INFO.
+    """Collects the records of a run; an incident is one warning of the `fastguard` logger, an
+    overflow that only lowers a loss scale one line at level INFO, repeats are counted.
 
     Memory is bounded: `KEPT` finished records, `ROWS` on their way or not yet written, and `INBOX`
     for each subscriber that is still there.
@@ -192,6 +193,7 @@ class Recorder:
         self.max_norm = math.inf
         self.longest_search = LONGEST_SEARCH
         self._advice = Advice()
+        self._lines = IncidentLines()
         self.last: StepRecord | None = None
         self._ring: Ring | None = None
         self._newest: object = None
@@ -319,8 +321,7 @@ class Recorder:
 
     def _finish(self, record: StepRecord) -> None:
         if record is not self.last:
-            if record.reason is not None:
-                log.log(logging.WARNING if record.is_incident else logging.INFO, "%s", record)
+            self._lines.see(record)
             self._advice.see(record, self.max_norm, self.longest_search)
             self.last = record
         if not self.finished or self.finished[-1] is not record:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from fastguard.errors import Culprit, describe_culprits
+from fastguard.errors import NAMED_CULPRITS, Culprit, describe_culprits
 from fastguard.errors.plain_text import printable
 from fastguard.records.strict_json import shortened, strict
 from fastguard.stages.reason import Reason
@@ -101,34 +102,93 @@ class StepRecord:
             for name in FIELDS
         }
 
+    @property
+    def torch_norm(self) -> float:
+        """The total norm as torch gives it: NaN if an element is NaN, else Inf if one is infinite.
+
+        `total_norm` is that of the finite elements, so where most were not finite it falls to near
+        0. Logs, loggers and plots show this one.
+
+        Example:
+            >>> StepRecord(1, 0.25, 1.0, "skipped", "nonfinite_grad", nan=3).torch_norm
+            nan
+        """
+        if self.nan:
+            return math.nan
+        return math.inf if self.posinf or self.neginf else self.total_norm
+
+    @property
+    def because(self) -> str:
+        """How the reason led to the action, or did not; empty if there is no reason.
+
+        Example:
+            >>> StepRecord(1, 2.0, 1.0, "applied", "loss_spike").because
+            'despite loss_spike (rule only records)'
+        """
+        if self.reason is None:
+            return ""
+        loss_let_through = self.reason == Reason.LOSS_SPIKE.label and self.action != "skipped"
+        if loss_let_through or (self.reason.endswith("_spike") and self.action == "applied"):
+            return f"despite {self.reason} (rule only records)"
+        return f"because of {self.reason}"
+
     def __str__(self) -> str:
         """One line for a log, printable whatever the names and the tag hold."""
-        parts = [f"step {self.step} {self.action}"]
+        head = [f"step {self.step} {self.action}"]
         if self.tag is not None:
-            tag = " ".join(str(shortened(self.tag, room=MOST_OF_A_TAG)).split())
-            parts.append(f"(tag {printable(tag, MOST_OF_A_TAG)})")
+            head.append(f"(tag {self._tag()})")
         if self.reason:
-            parts.append(f"because of {self.reason}:")
-        if self.culprits:
-            parts.append(describe_culprits(self.culprits, self.n_culprits) + ";")
-        elif self.nan or self.posinf or self.neginf:
-            parts.append("parameters of another rank;")
-        if self.culprit_rank is not None:
-            parts.append(f"on rank {self.culprit_rank};")
-        elif self.culprit_ranks:
-            parts.append(f"on {self.culprit_ranks} ranks;")
-        bad_losses = {k: v for k, v in self.losses.items() if not math.isfinite(v)}
-        if bad_losses:
-            parts.append(", ".join(f"{k}={v}" for k, v in bad_losses.items()) + ";")
-        for signal in self.spikes:
-            value = self.losses.get(signal, self.total_norm)
-            parts.append(f"{signal}={value:.4g} > {self.thresholds.get(signal, math.nan):.4g};")
+            head.append(f"{self.because}:")
+        parts = [*head, *self._causes(NAMED_CULPRITS, math.inf)]
         parts.append(
-            f"norm {self.total_norm:.4g}, clip_coef {self.clip_coef:.4g}, lr {self.lr:.4g}"
+            f"norm {self.torch_norm:.4g}, clip_coef {self.clip_coef:.4g}, lr {self.lr:.4g}"
         )
         if self.consecutive_skips > 1:
             parts.append(f"({self.consecutive_skips} skips in a row)")
         return printable(" ".join(parts))
+
+    def line(self, limit: int) -> str:
+        """The most important of it in at most `limit` characters; where all has room, `str`.
+
+        Example:
+            >>> record = StepRecord(
+            ...     7, 2.0, 1.0, "skipped", "nonfinite_grad", nan=3, lr=0.1, n_culprits=2,
+            ...     culprits=(("head.weight", 2, 0, 0), ("head.bias", 1, 0, 0)), tag="shard 12",
+            ... )
+            >>> record.line(80)
+            'step 7 skipped because of nonfinite_grad: head.weight (2 NaN) and 1 more; norm …'
+        """
+        full = str(self)
+        if len(full) <= limit:
+            return full
+        parts = [f"step {self.step} {self.action}", *([f"{self.because}:"] if self.reason else ())]
+        parts += [*self._causes(1, 2), f"norm {self.torch_norm:.4g}"]
+        tag = "" if self.tag is None else f", tag {self._tag()}"
+        return printable(" ".join(parts) + tag, limit)
+
+    def _tag(self) -> str:
+        tag = " ".join(str(shortened(self.tag, room=MOST_OF_A_TAG)).split())
+        return printable(tag, MOST_OF_A_TAG)
+
+    def _causes(self, n_culprits: int, n_losses: float) -> Iterator[str]:
+        """What was not finite, or too large, and where."""
+        if self.culprits:
+            total = max(self.n_culprits, len(self.culprits))
+            yield describe_culprits(self.culprits[:n_culprits], total) + ";"
+        elif self.nan or self.posinf or self.neginf:
+            yield "parameters of another rank;"
+        if self.culprit_rank is not None:
+            yield f"on rank {self.culprit_rank};"
+        elif self.culprit_ranks:
+            yield f"on {self.culprit_ranks} ranks;"
+        bad = [f"{k}={v}" for k, v in self.losses.items() if not math.isfinite(v)]
+        if len(bad) > n_losses:
+            bad[int(n_losses) :] = [f"{len(bad) - int(n_losses)} more losses"]
+        if bad:
+            yield ", ".join(bad) + ";"
+        for signal in self.spikes:
+            value = self.losses.get(signal, self.total_norm)
+            yield f"{signal}={value:.4g} > {self.thresholds.get(signal, math.nan):.4g};"
 
 
 FIELDS = tuple(f.name for f in fields(StepRecord))

@@ -99,7 +99,7 @@ def test_names_losses_and_tags_of_a_skipped_step_make_one_line(
     opt.step(loss={f"a{hostile}": torch.tensor(float("nan"))}, tag={"file": hostile})
     (line,) = lines(written)
     assert_is_plain(line)
-    assert line.startswith("step 1 skipped")
+    assert line.startswith("fastguard: step 1 skipped")
 
 
 def test_an_error_names_parameters_and_losses_in_one_line(hostile: str) -> None:
@@ -128,7 +128,7 @@ def test_messages_of_sinks_that_fail_are_plain_text_too(hostile: str, written: i
     opt.add_sink(fails)
     opt.step()
     first, *traceback = lines(written)
-    assert first.startswith("records are being lost: ")
+    assert first.startswith("fastguard: records are being lost: ")
     for line in (first, *traceback):
         assert_is_plain(line)
     assert any(line.startswith("ValueError: no such metric: ") for line in traceback)
@@ -156,7 +156,7 @@ def test_an_argument_of_a_log_message_that_cannot_be_shown_ends_no_run(
 ) -> None:
     logging.getLogger("fastguard").warning("the file %s, step %d", Raises(), 3)
     (line,) = lines(written)
-    assert line == "the file %s, step %d (RuntimeError in showing the values)"
+    assert line == "fastguard: the file %s, step %d (RuntimeError in showing the values)"
 
 
 def test_messages_that_are_plain_keep_their_arguments(caplog: pytest.LogCaptureFixture) -> None:

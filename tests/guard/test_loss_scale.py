@@ -92,7 +92,9 @@ def test_the_search_for_a_scale_is_no_incident(fused, unscale, observe, log):
     assert (opt.applied_steps, opt.skipped_steps, opt.loss_scale_skips) == (5, 7, 7)
     assert opt.param_groups[0]["lr"] == 1e-3
     assert warnings_of(log) == []
-    assert sum("because of loss_scale" in r.message for r in log.records) == 7
+    assert sum("skipped because of loss_scale: " in r.message for r in log.records) == 3
+    run.opt._recorder._lines.flush()
+    assert "and 4 more skipped because of loss_scale (steps 4 to 7)" in log.messages[-1]
 
 
 def test_a_scale_that_grows_and_overflows_once_is_no_incident(log):

@@ -51,10 +51,10 @@ def test_the_recovery_is_logged_as_the_backoff_was(caplog: pytest.LogCaptureFixt
     lr = GuardedLR(opt, backoff=0.5, recovery=2)
     play(opt, lr, [GOOD, BAD, BAD, *[GOOD] * 6])
     assert [(r.levelname, r.getMessage()) for r in caplog.records if "of the sched" in r.msg] == [
-        ("WARNING", "GuardedLR: backed off to 0.5 of the schedule after step 2"),
-        ("WARNING", "GuardedLR: backed off to 0.25 of the schedule after step 3"),
-        ("WARNING", "GuardedLR: recovered to 0.5 of the schedule after step 5"),
-        ("WARNING", "GuardedLR: recovered to 1 of the schedule after step 7"),
+        ("WARNING", "fastguard: GuardedLR: backed off to 0.5 of the schedule after step 2"),
+        ("WARNING", "fastguard: GuardedLR: backed off to 0.25 of the schedule after step 3"),
+        ("WARNING", "fastguard: GuardedLR: recovered to 0.5 of the schedule after step 5"),
+        ("WARNING", "fastguard: GuardedLR: recovered to 1 of the schedule after step 7"),
     ]
 
 

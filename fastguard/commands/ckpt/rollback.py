@@ -16,6 +16,7 @@ from fastguard.checkpoints.reader import Which
 from fastguard.checkpoints.store import CheckpointStore
 from fastguard.commands.terminal import say, text_of
 from fastguard.commands.usage import UsageError
+from fastguard.errors.last_resort import PREFIX
 
 log = logging.getLogger("fastguard")
 
@@ -85,7 +86,7 @@ def _said_once() -> Iterator[None]:
     """Leaves out the log's line about the rollback, which the command prints itself."""
 
     def other(record: logging.LogRecord) -> bool:
-        return not record.msg.startswith("rolled back to")
+        return not record.msg.startswith(f"{PREFIX}rolled back to")
 
     log.addFilter(other)
     try:

@@ -69,7 +69,7 @@ class Screen:
         drawn = list(latest.losses)[:LOSSES]
         label = min(max(map(len, ["norm", *drawn])), 16)
         records = list(self.watch.curve)
-        yield self._curve("norm".ljust(label), records, lambda r: r.total_norm, width, bars)
+        yield self._curve("norm".ljust(label), records, lambda r: r.torch_norm, width, bars)
         for name in drawn:
             text = printable(name)[:label].ljust(label)
             yield self._curve(

@@ -77,7 +77,7 @@ def verdict(watch: Watch) -> str:
 
 def position(record: StepRecord) -> str:
     """Where the run is: step, norm, coefficient, rate, losses."""
-    parts = [f"step {record.step:,}", f"norm {record.total_norm:.4g}"]
+    parts = [f"step {record.step:,}", f"norm {record.torch_norm:.4g}"]
     parts += [f"clip_coef {record.clip_coef:.4g}", f"lr {record.lr:.4g}"]
     losses = list(record.losses.items())
     parts += [f"{printable(name, NAME)} {value:.4g}" for name, value in losses[:LOSSES]]

@@ -69,7 +69,7 @@ def _draw_losses(axes: Axes, before: Outcome, guarded: Outcome) -> None:
 
 def _draw_norms(axes: Axes, guarded: Outcome) -> None:
     records = guarded.records
-    axes.plot([r.step for r in records], [r.total_norm or math.nan for r in records], color=GUARDED)
+    axes.plot([r.step for r in records], [r.torch_norm for r in records], color=GUARDED)
     skipped = [r for r in records if r.action == "skipped"]
     level = max((r.total_norm for r in records), default=1.0)
     axes.plot([r.step for r in skipped], [level] * len(skipped), "o", color=GUARDED, mfc="white")
