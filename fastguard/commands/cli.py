@@ -10,14 +10,14 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import TextIOWrapper
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 from fastguard import __version__
+from fastguard.commands.parsing import Parser
+from fastguard.commands.standard_output import lasting_output
 from fastguard.commands.usage import UsageError
 from fastguard.errors.plain_text import printable
 from fastguard.records.regular_files import NotRegularFile
@@ -69,35 +69,44 @@ COMMANDS = (
         "env", "versions, devices, and which backend serves each", "fastguard.commands.environment"
     ),
     Command(
+        "selftest",
+        "the kernels of this machine against the reference",
+        "fastguard.commands.selftest",
+    ),
+    Command(
         "bench", "what guarding a step costs on this machine", "fastguard.commands.bench.command"
     ),
 )
 
 
-class _CommandParser(argparse.ArgumentParser):
+class _CommandParser(Parser):
     """A parser that asks its command for the arguments when it is chosen, and not before."""
 
     def __init__(self, *, command: Command, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._command = command
+        self._command: Command | None = command
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        module = self._command.load()
+    def load(self) -> None:
+        """Asks the command for its arguments, once."""
+        if self._command is None:
+            return
+        module, self._command = self._command.load(), None
         self.description = module.__doc__
-        self.formatter_class = argparse.RawDescriptionHelpFormatter
         module.add_arguments(self)
         self.set_defaults(run=module.run)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        self.load()
         parsed, unknown = super().parse_known_args(args, namespace)
-        if unknown:  # said here, with the usage of the command; argparse would show the table's
+        if unknown and "_ARGCOMPLETE" not in os.environ:
+            # Said here, with the usage of the command; argparse would show the table's.
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return parsed, unknown
 
-    def error(self, message: str) -> NoReturn:
-        super().error(printable(message))
 
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, _CommandParser]]:
+    """The parser of the table, and those of the commands by name."""
+    parser = Parser(
         prog="fastguard",
         description="Keep PyTorch training finite, at the speed of memory.",
         epilog="Exit status: 0 fine, 1 found something bad, 2 wrong use.",
@@ -108,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     for command in COMMANDS:
         commands.add_parser(command.name, help=command.help, command=command)
-    return parser
+    return parser, commands.choices  # type: ignore[return-value]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -124,9 +133,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         >>> main(["env", "--no-such-option"])
         2
     """
-    with _whatever_the_encoding():
+    with lasting_output():
         try:
-            parser = _parser()
+            parser, commands = _parser()
+            _complete(parser, commands)
             args = parser.parse_args(argv)
         except SystemExit as stop:  # argparse has said what was wrong, or has printed the help
             return int(stop.code or 0)
@@ -141,9 +151,6 @@ def _run(args: argparse.Namespace) -> int:
         status = args.run(args)
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # `fastguard env | head -1`: the reader has left, and so do we
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FINE
     except NotRegularFile as error:
         name = printable(f"{error.filename} {error.strerror}")
         print(f"fastguard {args.name}: {name}", file=sys.stderr)
@@ -156,15 +163,15 @@ def _run(args: argparse.Namespace) -> int:
         return INTERRUPTED
 
 
-@contextmanager
-def _whatever_the_encoding() -> Iterator[None]:
-    """Where an output stream has no code for a character, such as é in ASCII, it is escaped."""
-    streams = [s for s in (sys.stdout, sys.stderr) if isinstance(s, TextIOWrapper)]
-    before = [stream.errors for stream in streams]
-    for stream in streams:
-        stream.reconfigure(errors="backslashreplace")
+def _complete(parser: argparse.ArgumentParser, commands: Mapping[str, _CommandParser]) -> None:
+    """Answers the shell where it asks for completions, with `argcomplete`, and ends the process."""
+    if "_ARGCOMPLETE" not in os.environ:
+        return
     try:
-        yield
-    finally:
-        for stream, errors in zip(streams, before, strict=True):
-            stream.reconfigure(errors=errors)
+        import argcomplete
+    except ImportError:  # the argcomplete of another interpreter asks
+        raise SystemExit(FINE) from None
+    for word in os.environ.get("COMP_LINE", "").split()[1:2]:
+        if word in commands:  # argcomplete looks at the arguments before anything is parsed
+            commands[word].load()
+    argcomplete.autocomplete(parser)

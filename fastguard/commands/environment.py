@@ -73,7 +73,7 @@ def environment() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
         },
         "missing_features": missing_features(),
-        "devices": [_describe(device) for device in _devices()],
+        "devices": [_describe(device) for device in devices()],
         "frameworks": {name: _version(name) for name in FRAMEWORKS},
         "diagnostics": _diagnostics(),
     }
@@ -115,7 +115,7 @@ def _version(*distributions: str) -> str | None:
     return None
 
 
-def _devices() -> list[torch.device]:
+def devices() -> list[torch.device]:
     """The CPU and every accelerator that torch can use."""
     devices = [torch.device("cpu")]
     accelerator = torch.accelerator.current_accelerator(check_available=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TextIO
 
 from fastguard.errors.plain_text import printable as printable
@@ -39,3 +41,15 @@ def text_of(value: object) -> str:
     if value is None:
         return "-"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+@contextmanager
+def incidents_unlogged() -> Iterator[None]:
+    """Keeps the log lines of a guard off the screen where a command shows the incidents itself."""
+    log = logging.getLogger("fastguard")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)

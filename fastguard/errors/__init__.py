@@ -37,8 +37,18 @@ def describe_culprits(culprits: Sequence[Culprit], n_culprits: int | None = None
 
 def nearest(key: str, valid: Collection[str]) -> str:
     """What an error adds about a name that is not valid: the nearest one that is, or some."""
+    return did_you_mean(key, valid) or f"; valid are {', '.join(list(valid)[:12])}"
+
+
+def did_you_mean(key: str, valid: Collection[str]) -> str:
+    """The same, and nothing where none is near.
+
+    Example:
+        >>> did_you_mean("monitr", ["report", "monitor"]), did_you_mean("train", ["report"])
+        ("; did you mean 'monitor'?", '')
+    """
     near = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; valid are {', '.join(list(valid)[:12])}"
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 class NonFiniteGradError(RuntimeError):

@@ -9,6 +9,7 @@ import pytest
 from fastguard import __version__
 from fastguard.commands import cli, usage
 from fastguard.commands.cli import COMMANDS, Command, main
+from guardtest import require
 
 WITHOUT = """
 import sys
@@ -157,3 +158,77 @@ def test_the_streams_are_left_as_they_were():
     before = sys.stdout.errors, sys.stderr.errors
     assert main(["--version"]) == 0
     assert (sys.stdout.errors, sys.stderr.errors) == before
+
+
+def test_the_exit_status_is_kept_though_the_reader_leaves(tmp_path):
+    bad = tmp_path / "bad.pt"
+    bad.write_bytes(b"no checkpoint")
+    paths = " ".join([str(bad)] * 1500)  # more than a pipe holds
+    command = (
+        f"{sys.executable} -m fastguard ckpt verify {paths} | head -1; echo ${{PIPESTATUS[0]}}"
+    )
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stderr == ""
+    line, status = done.stdout.splitlines()
+    assert line.startswith("BAD") and status == "1"
+
+
+@pytest.mark.parametrize(
+    ("argv", "meant"),
+    [
+        (["reprot"], "report"),
+        (["ckpt", "verfy", "x"], "verify"),
+        (["report", "x", "--uot", "y"], "--out"),
+        (["ckpt", "verify", "x", "--ignroe", "y"], "--ignore"),
+        (["--verison"], "--version"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_what_was_meant_is_said(argv, meant, capsys):
+    assert main(argv) == 2
+    assert f"; did you mean '{meant}'?" in capsys.readouterr().err
+
+
+def test_nothing_is_proposed_where_nothing_is_near(capsys):
+    assert main(["train"]) == 2
+    assert "did you mean" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_the_help_is_filled_to_a_narrow_terminal(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main([command.name, "--help"]) == 0
+    *description, _ = capsys.readouterr().out.partition("options:")[0].splitlines()
+    assert all(len(line) <= 60 for line in description if not line.startswith("  "))
+
+
+@pytest.mark.parametrize("command", ["", *(command.name for command in COMMANDS)])
+def test_no_help_needs_more_than_ascii(command, tmp_path):
+    environ = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    argv = [sys.executable, "-m", "fastguard", *([command] if command else []), "--help"]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, env=environ)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "completions"),
+    [
+        ("fastguard repo", {"report "}),
+        ("fastguard report --", {"--help", "--out", "--json"}),
+        ("fastguard ckpt ver", {"verify "}),
+        ("fastguard ckpt verify --", {"--help", "--json", "--ignore"}),
+    ],
+)
+def test_a_shell_completes_commands_and_options(line, completions, tmp_path):
+    require("argcomplete")
+    asked = {
+        "_ARGCOMPLETE": "1",
+        "_ARGCOMPLETE_IFS": "\n",
+        "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "answer"),
+        "COMP_LINE": line,
+        "COMP_POINT": str(len(line)),
+        "COMP_TYPE": "9",
+    }
+    command = [sys.executable, "-m", "fastguard"]
+    subprocess.run(command, env={**os.environ, **asked}, check=True, cwd=tmp_path)
+    assert set((tmp_path / "answer").read_text().splitlines()) == completions

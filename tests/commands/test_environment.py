@@ -73,7 +73,7 @@ def test_what_an_old_torch_lacks_is_listed_with_its_consequence(monkeypatch):
 )
 def test_a_gpu_says_who_serves_it_and_why(problem, backend_name, stages, monkeypatch):
     gpu = torch.device("cuda", 0)
-    monkeypatch.setattr(environment, "_devices", lambda: [gpu])
+    monkeypatch.setattr(environment, "devices", lambda: [gpu])
     monkeypatch.setattr(environment, "_device_name", lambda device: "a GPU")
     monkeypatch.setattr(environment, "why_not_triton", lambda device: problem)
     found = environment.environment()

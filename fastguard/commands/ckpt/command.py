@@ -19,6 +19,7 @@ from pathlib import Path
 
 from fastguard.checkpoints import find_files as finding
 from fastguard.checkpoints import foreign_files as foreign
+from fastguard.checkpoints.entry import to_json
 from fastguard.checkpoints.errors import CheckpointError, StoreLocked
 from fastguard.checkpoints.folder import is_store
 from fastguard.checkpoints.index_files import check_index, is_index
@@ -28,17 +29,20 @@ from fastguard.checkpoints.reading.inspect_file import inspect
 from fastguard.checkpoints.reading.weights_only import refused_names
 from fastguard.checkpoints.store import CheckpointStore
 from fastguard.commands.ckpt import rollback as going_back
-from fastguard.commands.terminal import print_table, say, text_of
+from fastguard.commands.ckpt.answer import Answer
+from fastguard.commands.parsing import Parser
+from fastguard.commands.terminal import say, text_of
 from fastguard.commands.usage import UsageError
 from fastguard.errors import Culprit, describe_culprits
 
 FINE, FOUND_BAD = 0, 1
 SHOWN = 3
+INDENT = " " * 7  # below the path in a line of verify
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(
-        dest="action", metavar="list|verify|rollback", parser_class=argparse.ArgumentParser
+        dest="action", metavar="list|verify|rollback", parser_class=Parser
     )
     listing = actions.add_parser("list", help="what is there")
     verify = actions.add_parser("verify", help="read everything; exit status 1 if anything is bad")
@@ -56,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="in a store: a step, best or last-clean (default); else the file to copy "
         "(default: the latest good one beside it)",
     )
+    for action in (listing, verify, rollback):
+        action.add_argument("--json", action="store_true", help="print one JSON object")
     for action in (verify, rollback):
         action.add_argument(
             "--ignore",
@@ -69,13 +75,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.action is None:
         raise UsageError("ckpt needs an action: list, verify or rollback")
+    answer = Answer(args.json)
     try:
         if args.action == "rollback":
-            return going_back.run(_existing(args.path), args.to, args.ignore)
+            return answer.end(going_back.run(_existing(args.path), args.to, args.ignore, answer))
         paths = [_existing(path) for path in args.paths]
         if args.action == "list":
-            return max(_list(path) for path in paths)
-        return max(_verify(path, args.ignore) for path in paths)
+            return answer.end(max(_list(path, answer) for path in paths))
+        return answer.end(max(_verify(path, args.ignore, answer) for path in paths))
     except StoreLocked as error:
         who, _, _ = str(error).rpartition(";")  # what to do is said to programs there
         raise UsageError(f"{who}; end that run first; list and verify work meanwhile") from None
@@ -93,11 +100,11 @@ def _existing(path: Path) -> Path:
 # list
 
 
-def _list(path: Path) -> int:
+def _list(path: Path, answer: Answer) -> int:
     if path.is_dir() and is_store(path):
-        _list_store(path)
+        _list_store(path, answer)
     else:
-        return _list_files(_files_in(path))
+        return _list_files(_files_in(path), answer)
     return FINE
 
 
@@ -113,14 +120,16 @@ def _files_in(folder: Path) -> Sequence[Path]:
     return found
 
 
-def _list_store(path: Path) -> None:
+def _list_store(path: Path, answer: Answer) -> None:
     with CheckpointStore(path, read_only=True) as store:
         entries = store.list()
         marks = {"last": store.last(), "last-clean": store.last_clean(), "best": store.best()}
-        rows = []
+        rows, facts = [], []
         for entry in (*entries, *store.replaced()):
             verdict = "clean" if entry.clean else "damaged" if entry.finite else "NOT FINITE"
             named = [name for name, marked in marks.items() if marked == entry]
+            known = to_json(entry) | {"path": str(path / entry.file), "verdict": verdict.lower()}
+            facts.append({**known, "marks": named, "replaced": entry not in entries})
             rows.append(
                 [
                     str(entry.step),
@@ -147,16 +156,30 @@ def _list_store(path: Path) -> None:
         "",
         "file",
     ]
-    print_table(heads, rows)
+    answer.table(heads, rows, facts)
 
 
-def _list_files(paths: Sequence[Path]) -> int:
+def _list_files(paths: Sequence[Path], answer: Answer) -> int:
     """The files that cannot be read have their row, and a line that says why."""
-    rows, unreadable = [], []
+    rows, facts, unreadable = [], [], []
     for path in paths:
         found = foreign.describe(path)
         if found.problem is not None:
             unreadable.append(f"BAD  {path}: {found.problem}")
+        facts.append(
+            {
+                "path": str(path),
+                "epoch": found.epoch,
+                "step": found.step,
+                "metric": found.metric,
+                "modified": found.modified,
+                "size": found.size,
+                "tensors": found.n_tensors,
+                "resumable": found.resumable,
+                "format": found.format,
+                "problem": found.problem,
+            }
+        )
         rows.append(
             [
                 str(path),
@@ -170,12 +193,13 @@ def _list_files(paths: Sequence[Path]) -> int:
                 found.format,
             ]
         )
-    print_table(
+    answer.table(
         ["file", "epoch", "step", "metric", "time (UTC)", "size", "tensors", "optimizer", "format"],
         rows,
+        facts,
     )
     for line in unreadable:
-        say(line)
+        answer.say(line)
     return FOUND_BAD if unreadable else FINE
 
 
@@ -197,53 +221,63 @@ def _size(n_bytes: float) -> str:
 # verify
 
 
-def _verify(path: Path, ignore: Sequence[str]) -> int:
+def _verify(path: Path, ignore: Sequence[str], answer: Answer) -> int:
     if path.is_dir() and is_store(path):
-        return _verify_store(path, ignore)
+        return _verify_store(path, ignore, answer)
     if path.is_dir():
-        return _verify_folder(path, ignore)
+        return _verify_folder(path, ignore, answer)
     if is_index(path):
-        return _verify_index(path, ignore, with_files=True)
+        return _verify_index(path, ignore, answer, with_files=True)
     if path.suffix != ".distcp" and any(missing_parts([path.name])):
-        say(f"note: {path} is one file of several; the others: verify {path.parent}")
+        answer.say(f"note: {path} is one file of several; the others: verify {path.parent}")
     kind = "shards" if path.suffix == ".distcp" else "file"
-    return _verify_found(finding.Found(path.parent if kind == "shards" else path, kind), ignore)
+    return _verify_found(
+        finding.Found(path.parent if kind == "shards" else path, kind), ignore, answer
+    )
 
 
-def _verify_folder(folder: Path, ignore: Sequence[str]) -> int:
+def _verify_folder(folder: Path, ignore: Sequence[str], answer: Answer) -> int:
     """Everything below the folder; what cannot be read is a row of its own."""
     status = None
     for found in finding.walk(folder):
         if found.kind == "other":
-            say(f"skip {found.path}: {found.why}")
+            answer.say(
+                f"skip {found.path}: {found.why}",
+                path=str(found.path),
+                verdict="skipped",
+                problem=found.why,
+            )
             continue
-        status = max(status or FINE, _verify_found(found, ignore))
+        status = max(status or FINE, _verify_found(found, ignore, answer))
     if status is None:
         raise UsageError(f"{folder} {finding.where_else(folder)}")
     return status
 
 
-def _verify_found(found: finding.Found, ignore: Sequence[str]) -> int:
+def _verify_found(found: finding.Found, ignore: Sequence[str], answer: Answer) -> int:
     if found.kind == "file":
-        return _verify_file(found.path, ignore)
+        return _verify_file(found.path, ignore, answer)
     if found.kind == "index":
-        return _verify_index(found.path, ignore, with_files=False)
+        return _verify_index(found.path, ignore, answer, with_files=False)
     if found.kind == "incomplete":
-        return _report(found.path, found.why, (), 0)
+        return _report(answer, found.path, found.why, (), 0)
     if found.kind == "shards":  # nothing is known of them, so not everything is fine
         if not finding.is_of_a_store(found.path) and (lacking := missing_shards(found.path)):
-            return _report(found.path, lacking, (), 0)
-        say(f"skip {found.path}: {finding.how_to_read_shards(found.path)}")
+            return _report(answer, found.path, lacking, (), 0)
+        why = finding.how_to_read_shards(found.path)
+        answer.say(
+            f"skip {found.path}: {why}", path=str(found.path), verdict="skipped", problem=why
+        )
         return FOUND_BAD
     if found.kind == "unreadable":
-        return _report(found.path, f"cannot be read: {found.why}", (), 0)
+        return _report(answer, found.path, f"cannot be read: {found.why}", (), 0)
     try:
-        return _verify_store(found.path, ignore)
+        return _verify_store(found.path, ignore, answer)
     except (CheckpointError, OSError) as error:
-        return _report(found.path, foreign.problem_of(found.path, error), (), 0)
+        return _report(answer, found.path, foreign.problem_of(found.path, error), (), 0)
 
 
-def _verify_store(path: Path, ignore: Sequence[str]) -> int:
+def _verify_store(path: Path, ignore: Sequence[str], answer: Answer) -> int:
     status = FINE
     with CheckpointStore(path, read_only=True) as store:
         for check in store.verify():
@@ -252,20 +286,23 @@ def _verify_store(path: Path, ignore: Sequence[str]) -> int:
             file = path / entry.file
             problem = check.problem and foreign.without_name(file, check.problem)
             n_ignored = len(entry.bad) - len(bad)
-            status = max(status, _report(file, problem, bad, entry.n_tensors, n_ignored=n_ignored))
+            status = max(
+                status, _report(answer, file, problem, bad, entry.n_tensors, n_ignored=n_ignored)
+            )
     return status
 
 
-def _verify_file(path: Path, ignore: Sequence[str]) -> int:
+def _verify_file(path: Path, ignore: Sequence[str], answer: Answer) -> int:
     try:
         found = inspect(path)
     except (CheckpointError, OSError) as error:
-        return _report(path, foreign.problem_of(path, error), (), 0)
+        return _report(answer, path, foreign.problem_of(path, error), (), 0)
     problem = f"{', '.join(found.damaged)} changed after it was written" if found.damaged else None
     bad = not_ignored(found.bad, ignore)
     meant = [(culprit, what) for culprit, what in found.meant if not_ignored([culprit], ignore)]
     unread = found.contents.unread
     status = _report(
+        answer,
         path,
         problem,
         bad,
@@ -276,37 +313,42 @@ def _verify_file(path: Path, ignore: Sequence[str]) -> int:
     )
     for what in dict.fromkeys(what for _, what in meant):
         culprits = [culprit for culprit, other in meant if other == what]
-        say(f"       note: {what}: {describe_culprits(culprits)}")
+        answer.note(f"{what}: {describe_culprits(culprits)}", INDENT)
     if nan := not_ignored(nan_numbers(found.contents.tree), ignore):
         more = f" and {len(nan) - SHOWN} more" if len(nan) > SHOWN else ""
         names = ", ".join(name for name, *_ in nan[:SHOWN])
-        say(f"       note: numbers beside the tensors that are NaN: {names}{more}")
+        answer.note(f"numbers beside the tensors that are NaN: {names}{more}", INDENT)
     for name, what in unread[:SHOWN]:
-        say(f"       note: {name} was not read: {what}")
+        answer.note(f"{name} was not read: {what}", INDENT)
     if refused := refused_names(found.contents.names):
         more = f" and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""
-        say(
-            f"       note: torch.load(weights_only=True) refuses it: {', '.join(refused[:SHOWN])}"
-            f"{more}; load it otherwise only if you trust who wrote it"
+        answer.note(
+            f"torch.load(weights_only=True) refuses it: {', '.join(refused[:SHOWN])}"
+            f"{more}; load it otherwise only if you trust who wrote it",
+            INDENT,
         )
     return status
 
 
-def _verify_index(path: Path, ignore: Sequence[str], *, with_files: bool) -> int:
+def _verify_index(path: Path, ignore: Sequence[str], answer: Answer, *, with_files: bool) -> int:
     """An index, and where nothing else leads to them the files that it names."""
     try:
         found = check_index(path)
     except (CheckpointError, OSError) as error:
-        return _report(path, foreign.problem_of(path, error), (), 0)
+        return _report(answer, path, foreign.problem_of(path, error), (), 0)
     for problem in found.problems:
-        say(f"BAD  {path}: {problem}")
+        answer.say(f"BAD  {path}: {problem}", path=str(path), verdict="bad", problem=problem)
     if not found.problems:
-        say(f"ok   {path}: {found.n_tensors} tensors, each in the file that it names")
+        told = f"{found.n_tensors} tensors, each in the file that it names"
+        answer.say(f"ok   {path}: {told}", path=str(path), verdict="ok", tensors=found.n_tensors)
     status = FOUND_BAD if found.problems else FINE
-    return max([status, *(_verify_file(file, ignore) for file in found.files if with_files)])
+    return max(
+        [status, *(_verify_file(file, ignore, answer) for file in found.files if with_files)]
+    )
 
 
 def _report(
+    answer: Answer,
     path: Path,
     problem: str | None,
     bad: Sequence[Culprit],
@@ -316,9 +358,10 @@ def _report(
     n_ignored: int = 0,
     n_unread: int = 0,
 ) -> int:
-    """Prints what one file is; the exit status.
+    """Answers what one file is; the exit status.
 
     Args:
+        answer: Takes it.
         path: The file.
         problem: Why it is no whole checkpoint, if it is not.
         bad: The tensors that are not finite, and should be.
@@ -327,15 +370,26 @@ def _report(
         n_ignored: How many are not finite, and excused by `--ignore`.
         n_unread: How many others there are.
     """
+    facts = {
+        "path": str(path),
+        "verdict": "bad" if bad or problem is not None else "ok",
+        "problem": problem,
+        "tensors": n_tensors,
+        "bad": list(bad),
+        "by_design": n_meant,
+        "ignored": n_ignored,
+        "unread": n_unread,
+    }
     if problem is not None:
-        say(f"BAD  {path}: {problem}")
+        answer.say(f"BAD  {path}: {problem}", **facts)
+        facts = {}
     if bad:
         are = "is" if len(bad) == 1 else "are"
-        say(f"BAD  {path}: {len(bad)} of {n_tensors} tensors {are} not finite")
+        answer.say(f"BAD  {path}: {len(bad)} of {n_tensors} tensors {are} not finite", **facts)
     for culprit in bad:
-        say(f"       {describe_culprits([culprit])}")
+        answer.say(f"       {describe_culprits([culprit])}")
     if bad:
-        say('       (--ignore PATTERN passes over tensors that may be so, as "*.attn_mask")')
+        answer.say('       (--ignore PATTERN passes over tensors that may be so, as "*.attn_mask")')
     if bad or problem is not None:
         return FOUND_BAD
     told = foreign.NO_TENSORS
@@ -347,5 +401,5 @@ def _report(
         told = f"{tensors}, {'finite' if excepted or n_unread else 'all finite'}"
         told += f" except {' and '.join(excepted)}" if excepted else ""
     told += f"; {n_unread} more not read" if n_unread else ""
-    say(f"ok   {path}: {told}")
+    answer.say(f"ok   {path}: {told}", **facts)
     return FINE

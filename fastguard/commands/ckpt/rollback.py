@@ -14,6 +14,7 @@ from fastguard.checkpoints.folder import is_checkpoint, is_store
 from fastguard.checkpoints.index_files import is_index
 from fastguard.checkpoints.reader import Which
 from fastguard.checkpoints.store import CheckpointStore
+from fastguard.commands.ckpt.answer import Answer
 from fastguard.commands.terminal import say, text_of
 from fastguard.commands.usage import UsageError
 from fastguard.errors.last_resort import PREFIX
@@ -23,20 +24,21 @@ log = logging.getLogger("fastguard")
 FINE, FOUND_BAD = 0, 1
 
 
-def run(path: Path, to: str | None, ignore: Sequence[str]) -> int:
-    """Makes an earlier checkpoint the one to resume from; prints which. The exit status."""
+def run(path: Path, to: str | None, ignore: Sequence[str], answer: Answer) -> int:
+    """Makes an earlier checkpoint the one to resume from; answers which. The exit status."""
     if path.is_dir() and is_store(path):
-        return _rollback_store(path, to)
+        return _rollback_store(path, to, answer)
     if path.is_file() and is_store(path.parent) and is_checkpoint(path):
         raise UsageError(
             f"{path} is a checkpoint of a store: fastguard ckpt rollback {path.parent} --to STEP"
         )
     _refuse_index(path)
     target = _resumed_from(path) if path.is_dir() else path
+    passed_over: Sequence[str] = ()
     if to is None:
         source, passed_over = foreign.good_source(target, ignore)
         for line in passed_over:
-            say(f"passed over {line}")
+            answer.say(f"passed over {line}")
         if source is None:
             hint = (
                 "; --ignore PATTERN passes over tensors that may be so"
@@ -50,18 +52,26 @@ def run(path: Path, to: str | None, ignore: Sequence[str]) -> int:
     before, after = foreign.describe(target), foreign.describe(source)
     was_good = foreign.is_sound(target, ignore)
     backup = foreign.roll_back_file(target, source, ignore=ignore)
-    say(f"{target}{_where(before)} is now a copy of {source}{_where(after)}")
-    say(f"what it was is kept in {backup}")
+    answer.say(
+        f"{target}{_where(before)} is now a copy of {source}{_where(after)}",
+        path=str(target),
+        copy_of=str(source),
+        kept_in=str(backup),
+        epoch=after.epoch,
+        step=after.step,
+        passed_over=passed_over,
+    )
+    answer.say(f"what it was is kept in {backup}")
     if to is None and after.epoch is None and after.step is None:
-        say("note: it names no epoch and no step; it was chosen by its time of modification")
+        answer.note("it names no epoch and no step; it was chosen by its time of modification")
     if was_good:
-        say(f"note: that was whole and finite itself; to undo: --to {backup}")
+        answer.note(f"that was whole and finite itself; to undo: --to {backup}")
     if not after.resumable:
-        say("note: it holds no optimizer state, so the optimizer will start afresh")
+        answer.note("it holds no optimizer state, so the optimizer will start afresh")
     return FINE
 
 
-def _rollback_store(path: Path, to: str | None) -> int:
+def _rollback_store(path: Path, to: str | None, answer: Answer) -> int:
     which: Which = "last-clean"
     if to is not None:
         if not to.isdecimal() and to not in ("last", "last-clean", "best"):
@@ -76,8 +86,15 @@ def _rollback_store(path: Path, to: str | None) -> int:
         aside = {entry.serial: entry for entry in store.replaced()}  # as they were found to be
         for entry in before:
             if entry.serial in aside:
-                say(f"put aside {aside[entry.serial]}")
-        say(f"training resumes after {target}")
+                answer.say(f"put aside {aside[entry.serial]}")
+        put_aside = [str(aside[e.serial]) for e in before if e.serial in aside]
+        answer.say(
+            f"training resumes after {target}",
+            path=str(path / target.file),
+            step=target.step,
+            epoch=target.epoch,
+            put_aside=put_aside,
+        )
     return FINE
 
 

@@ -12,18 +12,16 @@ guarded run's records (records.jsonl), picture (incident.png) and report (record
 from __future__ import annotations
 
 import argparse
-import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastguard.commands.demo.faults import FEWEST_STEPS, Fault, plan
 from fastguard.commands.demo.incidents import INCIDENTS
-from fastguard.commands.demo.output import outlasting_readers
 from fastguard.commands.demo.shards import COMMAND, Shards, processes
 from fastguard.commands.demo.training import WAYS, Run, Settings, one_thread, train
+from fastguard.commands.terminal import incidents_unlogged
 from fastguard.commands.usage import UsageError, integer, need, output_folder
 
 if TYPE_CHECKING:
@@ -58,14 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains, shows and writes; where nobody reads what it shows, it still writes."""
+    """Trains, shows and writes."""
     need("rich", "matplotlib", extra="cli")
     folder = output_folder(args.out)
-    with outlasting_readers():
-        return _run(args, folder)
-
-
-def _run(args: argparse.Namespace, folder: Path) -> int:
     if args.incident is not None:
         if args.fsdp:
             raise UsageError("--incident plays in one process; leave out --fsdp")
@@ -121,7 +114,7 @@ def train_all(
         TimeElapsedColumn(),
         console=console,
     )
-    with progress, one_thread(), _incidents_unlogged():
+    with progress, one_thread(), incidents_unlogged():
         tasks = [
             progress.add_task(w.name, total=settings.steps, state="", start=False) for w in WAYS
         ]
@@ -141,15 +134,3 @@ def _state(run: Run) -> str:
     color = "green" if math.isfinite(loss) else "red"
     skipped = f", {run.skipped} skipped" if run.records else ""
     return f"[{color}]loss {loss:.3f}{skipped}[/]"
-
-
-@contextmanager
-def _incidents_unlogged() -> Iterator[None]:
-    """Keeps the log line of each incident off the progress bars: the table has them all."""
-    log = logging.getLogger("fastguard")
-    before = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(before)

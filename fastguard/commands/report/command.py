@@ -2,7 +2,8 @@
 
 The page holds a verdict in words; loss, gradient norm, clip coefficient, learning rate, incidents
 and the layers they came from, on one axis of steps; and a table of the incidents that leads into
-the plots. It needs no network. Prints the verdict. Exit status 1 if the run ended in an incident.
+the plots. It needs no network. Prints the verdict, with --json for
+scripts. Exit status 1 if the run ended in an incident.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fastguard.commands.files import written
 from fastguard.commands.run_files import file_of, refuse_without_records
@@ -18,6 +20,11 @@ from fastguard.commands.usage import need, output_folder
 from fastguard.errors.plain_text import printable
 from fastguard.records.read_json_lines import read_blocks
 from fastguard.records.rotated_files import rotated_files
+from fastguard.records.strict_json import dumps
+
+if TYPE_CHECKING:
+    from fastguard.commands.report.summary import Summary
+    from fastguard.commands.report.verdict import Verdict
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="DIR", help="folder to write the page to (that of the records)"
     )
+    parser.add_argument("--json", action="store_true", help="print the verdict as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,9 +56,42 @@ def run(args: argparse.Namespace) -> int:
     page = folder / f"{path.stem}.html"
     with written(page) as temporary:
         temporary.write_text(render(path.name, summary, verdict), "utf-8")
-    print(verdict.headline, *(f"- {finding}" for finding in verdict.findings), sep="\n")
-    print(f"Written: {printable(str(page))}")
+    if args.json:
+        print(dumps(_as_dict(summary, verdict, page), indent=2))
+    else:
+        print(verdict.headline, *(f"- {finding}" for finding in verdict.findings), sep="\n")
+        print(f"Written: {printable(str(page))}")
     return 0 if verdict.survived else 1
+
+
+def _as_dict(summary: Summary, verdict: Verdict, page: Path) -> dict[str, Any]:
+    """The verdict and what it rests on, as JSON values; of incidents the rows of the table."""
+    return {
+        "headline": verdict.headline,
+        "findings": verdict.findings,
+        "survived": verdict.survived,
+        "page": str(page),
+        "records": summary.records,
+        "damaged_lines": summary.damaged,
+        "first_step": summary.first_step,
+        "last_step": summary.last_step,
+        "actions": dict(summary.actions),
+        "n_incidents": summary.table.incidents,
+        "incidents": [
+            {
+                "first_step": row.first_step,
+                "last_step": row.last_step,
+                "incidents": row.incidents,
+                "steps": row.steps,
+                "reasons": dict(row.reasons),
+                "actions": dict(row.actions),
+                "culprits": row.first.culprits,
+                "n_culprits": row.first.n_culprits,
+                "tag": row.first.tag,
+            }
+            for row in summary.table.rows
+        ],
+    }
 
 
 @contextmanager

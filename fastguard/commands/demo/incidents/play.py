@@ -70,4 +70,4 @@ def _report(records: Path) -> None:
         return
     from fastguard.commands.report import command
 
-    command.run(argparse.Namespace(records=str(records), out=None))
+    command.run(argparse.Namespace(records=str(records), out=None, json=False))

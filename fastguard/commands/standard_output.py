@@ -1,4 +1,8 @@
-"""Printing to a reader that may leave: `fastguard demo | head` still writes its files."""
+"""Printing to a reader that may leave, in whatever encoding.
+
+`fastguard demo | head` still writes its files, and `fastguard ckpt verify runs | head -1` still
+reads everything and has the exit status that tells whether all is fine.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import TextIOWrapper
 from typing import Any, TextIO
 
 
@@ -41,9 +46,20 @@ class Outlasting:
 
 
 @contextmanager
-def outlasting_readers() -> Iterator[None]:
-    """Inside, stdout and stderr may lose their readers, and the work goes on."""
+def lasting_output() -> Iterator[None]:
+    """Inside, stdout and stderr may lose their readers, and the work goes on.
+
+    A character that a stream has no code for, such as é in ASCII, is escaped.
+    """
+    streams = [s for s in (sys.stdout, sys.stderr) if isinstance(s, TextIOWrapper)]
+    before = [stream.errors for stream in streams]
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace")
     stdout, stderr = Outlasting(sys.stdout), Outlasting(sys.stderr)
-    with redirect_stdout(stdout), redirect_stderr(stderr):  # type: ignore[type-var]
-        yield
-        stdout.flush()
+    try:
+        with redirect_stdout(stdout), redirect_stderr(stderr):  # type: ignore[type-var]
+            yield
+            stdout.flush()
+    finally:
+        for stream, errors in zip(streams, before, strict=True):
+            stream.reconfigure(errors=errors)

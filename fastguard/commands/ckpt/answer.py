@@ -1,0 +1,49 @@
+"""What `fastguard ckpt` answers: lines as they come, or with `--json` one object at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastguard.commands.terminal import print_table, say
+from fastguard.records.strict_json import dumps, strict
+
+
+class Answer:
+    """Takes what was found, in order.
+
+    Args:
+        as_json: Keep it for `end` instead of printing it.
+    """
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        self._found: list[dict[str, Any]] = []
+
+    def say(self, line: str, **facts: Any) -> None:
+        """A line about one file, and the same as facts."""
+        if facts:
+            self._found.append(facts)
+        if not self.as_json:
+            say(line)
+
+    def note(self, text: str, indent: str = "") -> None:
+        """What else is to be said about the file before."""
+        if self.as_json:
+            self._found[-1].setdefault("notes", []).append(text)
+        else:
+            say(f"{indent}note: {text}")
+
+    def table(
+        self, heads: Sequence[str], rows: Sequence[Sequence[str]], facts: Sequence[dict[str, Any]]
+    ) -> None:
+        """Rows of text, and the same as facts."""
+        self._found += facts
+        if not self.as_json:
+            print_table(heads, rows)
+
+    def end(self, status: int) -> int:
+        """Prints the JSON object, if it was asked for; the exit status."""
+        if self.as_json:
+            print(dumps({"ok": status == 0, "checkpoints": strict(self._found)}, indent=2))
+        return status
