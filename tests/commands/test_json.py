@@ -46,7 +46,7 @@ def test_checkpoints_in_files(tmp_path, capsys):
     found = {entry["path"]: entry for entry in answer["checkpoints"]}
     assert found[str(good)]["verdict"] == "ok" and found[str(good)]["tensors"] == 1
     assert found[str(bad)]["verdict"] == "bad" and found[str(bad)]["bad"] == [["model.w", 1, 0, 0]]
-    (done,) = told(["ckpt", "rollback", bad], capsys, 0)["checkpoints"]
+    (done,) = told(["ckpt", "rollback", bad, "--to", good], capsys, 0)["checkpoints"]
     assert (done["path"], done["copy_of"], done["step"]) == (str(bad), str(good), 4)
 
 

@@ -146,6 +146,9 @@ class ColumnReader:
             if record.get("reason") is not None or record.get("n_culprits")
         }
         suspects.update(_nonfinite(values[NORM], [r.get("total_norm") for r in records]))
+        for i in suspects:
+            if any(records[i].get(key) for key in ("nan", "posinf", "neginf")):
+                values[NORM][i] = math.nan  # that of the finite elements alone would be a dip
         names: dict[str, list[str]] = {}
         for kind, key in _MAPPINGS.items():
             mappings = [record.get(key) or {} for record in records]

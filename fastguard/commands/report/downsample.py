@@ -22,7 +22,8 @@ class Curve:
         high_at: The step of the greatest.
         mean: The mean over the good steps, NaN where there were none.
         middle: The step in the middle of a bucket.
-        x, y: Steps and values of the extremes and of every step near an incident, in order.
+        x, y: Steps and values of the extremes and of every step near an incident, in order; NaN
+            where a bad step has no finite value, so that a line has a gap there.
     """
 
     low: np.ndarray
@@ -55,7 +56,7 @@ def downsample(
 
     Args:
         step: int64 `(n,)`.
-        value: float64 `(n,)`; what is not finite is left out.
+        value: float64 `(n,)`; what is not finite is left out, or a gap at a step that is not good.
         shift: See `shift_for`.
         good: bool `(n,)`: the steps that count for the mean.
         near: bool `(n,)`: the steps that are drawn one by one.
@@ -63,6 +64,7 @@ def downsample(
     there = np.flatnonzero(np.isfinite(value))
     if not len(there):
         return None
+    gaps = _gaps(step, step[there], ~(good | np.isfinite(value)), near, shift)
     if np.any(np.diff(step[there]) < 0):
         there = there[np.argsort(step[there], kind="stable")]
     step, value, good, near = step[there], value[there], good[there], near[there]
@@ -77,7 +79,27 @@ def downsample(
     middle = (keys[starts] << shift) + (2**shift - 1) / 2
     rows = np.concatenate([low_row, high_row, np.flatnonzero(near)])
     drawn = np.unique(np.stack([step[rows], value[rows]], axis=1), axis=0)
-    return Curve(low, high, step[high_row], mean, middle, drawn[:, 0], drawn[:, 1])
+    at = np.searchsorted(drawn[:, 0], gaps)
+    x, y = np.insert(drawn[:, 0], at, gaps), np.insert(drawn[:, 1], at, np.nan)
+    return Curve(low, high, step[high_row], mean, middle, x, y)
+
+
+def _gaps(
+    step: np.ndarray, finite: np.ndarray, bad: np.ndarray, near: np.ndarray, shift: int
+) -> np.ndarray:
+    """The steps at which a line is broken: bad ones without a value that are drawn one by one, and
+    one of each bucket that holds no value at all.
+
+    Args:
+        step: int64 `(n,)`.
+        finite: int64 `(m,)`: the steps with a value; one that was taken again is no gap.
+        bad: bool `(n,)`: those that are bad and have none.
+        near: bool `(n,)`: those that are drawn one by one.
+        shift: See `shift_for`.
+    """
+    single = np.setdiff1d(step[bad & (near | (shift == 0))], finite)
+    empty = np.setdiff1d(step[bad] >> shift, finite >> shift)
+    return np.union1d(single, (empty << shift) + (1 << shift >> 1))
 
 
 def _extreme(

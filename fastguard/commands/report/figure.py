@@ -36,8 +36,9 @@ ACTIONS = {
 _JUMP = "went back"
 _ROW_HEIGHT = 170
 _MOST_LAYERS = 40
+_OVERLAYS = 20  # the axis of the marks of row i is this far behind the row's own
 _HEAT_COLUMNS = 96
-_PHONE = 320  # pixels of a plot on one
+_PHONE = 250  # pixels of a plot on one
 _HEAD, _LEGEND_LINE = 34, 20  # pixels above a plot, for its title and for each line of legend
 _GRID = "rgba(128,128,128,0.22)"
 _AXIS = {"gridcolor": _GRID, "linecolor": _GRID, "zeroline": False}
@@ -86,6 +87,7 @@ def draw(summary: Summary) -> go.Figure:
         else:
             _add_heat_map(figure, summary, layers, i)
     _lay_out(figure, summary, rows)
+    _add_marks(figure, summary, rows)
     suffix = len(rows) if len(rows) > 1 else ""
     names = {
         kind: [_label(layer, n) for layer in layers] for kind, n in (("short", 15), ("long", 24))
@@ -125,16 +127,17 @@ def _line_rows(summary: Summary) -> list[_Row]:
 
 def _add_lines(figure: go.Figure, summary: Summary, row: _Row, i: int) -> None:
     logarithmic = _is_wide(summary, row)
+    solid = [line for line in row.lines if line.dash == "solid" and line.series in summary.curves]
     for n, line in enumerate(row.lines):
         curve = summary.curves.get(line.series)
         if curve is None:
             continue
         x, y = curve.x, curve.y
         if logarithmic:
-            x, y = x[y > 0], y[y > 0]  # a norm of 0: every element of a bad step was non-finite
-        if not len(x):
+            y = np.where(y > 0, y, np.nan)  # a norm of 0 has no place there
+        if not np.isfinite(y).any():
             continue
-        named = line.label.lower() != row.title.lower()
+        named = len(solid) > 1 or line.label.lower() != row.title.lower()
         coarse = summary.shift > 0 and line.dash == "solid"
         common = {
             "name": _label(line.label, 30),
@@ -149,7 +152,7 @@ def _add_lines(figure: go.Figure, summary: Summary, row: _Row, i: int) -> None:
             col=1,
             line={"color": line.color, "width": 1 if coarse else 1.4, "dash": line.dash},
             opacity=0.4 if coarse else 1.0,
-            meta="extremes" if coarse else None,
+            meta="extremes" if coarse else "steps" if line.dash == "solid" else None,
             showlegend=named and not coarse,
             **common,
         )
@@ -166,18 +169,77 @@ def _add_lines(figure: go.Figure, summary: Summary, row: _Row, i: int) -> None:
             )
     figure.update_yaxes(exponentformat="power", row=i, col=1)
     if logarithmic:
-        figure.update_yaxes(type="log", dtick=1, row=i, col=1)
+        figure.update_yaxes(type="log", dtick=1, tickformat="~g", row=i, col=1)
+    elif (shown := _range(summary, row)) is not None:
+        figure.update_yaxes(range=shown, row=i, col=1)
 
 
 def _is_wide(summary: Summary, row: _Row) -> bool:
     """Whether a row needs a logarithmic axis, and can have one."""
-    drawn = [summary.curves[line.series].y for line in row.lines if line.series in summary.curves]
-    values = np.concatenate(drawn)
+    values = _drawn_values(summary, row)
     if row.title == "Gradient norm":
         values = values[values > 0]
     elif row.title != "Loss":
         return False
     return bool(len(values) and values.min() > 0 and values.max() > _WIDE_RANGE * values.min())
+
+
+def _drawn_values(summary: Summary, row: _Row) -> np.ndarray:
+    drawn = [summary.curves[line.series].y for line in row.lines if line.series in summary.curves]
+    values = np.concatenate(drawn)
+    return values[np.isfinite(values)]
+
+
+def _range(summary: Summary, row: _Row) -> list[float] | None:
+    """The axis of a row whose values say little about it; None: as far as they reach.
+
+    Around a constant, Plotly would show one unit up and down, a thousand learning rates.
+    """
+    if row.title == "Clip coefficient":
+        return [0.0, 1.05]
+    values = _drawn_values(summary, row)
+    low, high = float(values.min()), float(values.max())
+    if high - low > 1e-6 * max(abs(low), abs(high)):
+        return None
+    return [-1.0, 1.0] if low == 0 else sorted((0.0, 1.5 * low))
+
+
+def _add_marks(figure: go.Figure, summary: Summary, rows: Sequence[_Row]) -> None:
+    """A triangle above every curve at each bad step, on an axis that no zoom moves."""
+    steps: dict[str, list[int]] = {}
+    for name in summary.events.names:
+        action = name.partition("\n")[2]
+        steps.setdefault(action, []).extend(first for _, _, first in summary.events.items(name))
+    for i, row in enumerate(rows, 1):
+        if not row.lines:
+            continue
+        suffix, overlay = (str(i) if i > 1 else ""), f"y{_OVERLAYS + i}"
+        figure.layout[f"yaxis{_OVERLAYS + i}"] = {
+            "overlaying": f"y{suffix}",
+            "range": [0, 1],
+            "fixedrange": True,
+            "visible": False,
+        }
+        for action, x in steps.items():
+            figure.add_trace(
+                go.Scatter(
+                    x=sorted(set(x)),
+                    y=[0.97] * len(set(x)),
+                    xaxis=f"x{suffix}",
+                    yaxis=overlay,
+                    mode="markers",
+                    name="mark",
+                    text=_label(action, 60),
+                    showlegend=False,
+                    meta="mark",
+                    marker={
+                        "symbol": "triangle-down",
+                        "size": 8,
+                        "color": ACTIONS.get(action, "#8b8b8b"),
+                    },
+                    hovertemplate="step %{x:,}: %{text}<extra></extra>",
+                )
+            )
 
 
 def _event_labels(summary: Summary) -> list[str]:
@@ -274,6 +336,7 @@ def _add_heat_map(figure: go.Figure, summary: Summary, layers: Sequence[str], i:
         col=1,
         colorscale=[[0, "#f3b27a"], [0.5, "#e5484d"], [1, "#7d1128"]],
         opacity=0.8,
+        meta="from afar",
         showscale=False,
         hoverongaps=False,
         hovertemplate="%{customdata}<br>bad in %{z:,} steps near %{x:,.0f}<extra></extra>",
@@ -286,8 +349,10 @@ def _add_heat_map(figure: go.Figure, summary: Summary, layers: Sequence[str], i:
         mode="markers",
         showlegend=False,
         hoverinfo="skip",
+        meta="from afar",
         marker={"symbol": "line-ns", "size": 12, "line": {"width": 1, "color": "#7d1128"}},
     )
+    _add_single_steps(figure, summary, layers, names, i)
     figure.update_yaxes(
         range=[len(layers) - 0.5, -0.5],
         showgrid=False,
@@ -296,6 +361,43 @@ def _add_heat_map(figure: go.Figure, summary: Summary, layers: Sequence[str], i:
         ticktext=names,
         row=i,
         col=1,
+    )
+
+
+def _add_single_steps(
+    figure: go.Figure, summary: Summary, layers: Sequence[str], names: Sequence[str], i: int
+) -> None:
+    """The bad steps of each layer as bars exactly as long as the steps: what a zoom shows."""
+    x: list[float | None] = []
+    y: list[int | None] = []
+    hover: list[str] = []
+    width = 1 << summary.layer_steps.shift
+    for row, (layer, name) in enumerate(zip(layers, names, strict=True)):
+        if layer not in summary.layer_steps.names:
+            continue
+        runs: list[list[int]] = []
+        for key, _, _ in summary.layer_steps.items(layer):
+            if runs and runs[-1][1] == key * width:
+                runs[-1][1] += width
+            else:
+                runs.append([key * width, (key + 1) * width])
+        for first, end in runs:
+            x += [first - 0.5, end - 0.5, None]
+            y += [row, row, None]
+            steps = f"step {first:,}" if end - first == 1 else f"steps {first:,} to {end - 1:,}"
+            hover += [f"{name}<br>bad in {steps}"] * 3
+    figure.add_scatter(
+        x=x,
+        y=y,
+        text=hover,
+        row=i,
+        col=1,
+        mode="lines",
+        line={"width": 14, "color": "#e5484d"},
+        visible=False,
+        showlegend=False,
+        meta="close by",
+        hovertemplate="%{text}<extra></extra>",
     )
 
 

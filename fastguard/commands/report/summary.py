@@ -26,6 +26,7 @@ REACH = 16
 """Steps before the first step of an incident, and after it, that are drawn one by one."""
 
 _HEAT_BUCKETS = 128
+_EXACT_BUCKETS = 1024
 _MOST_JUMPS = 200
 
 
@@ -60,6 +61,7 @@ class Summary:
             incident of each row of the table are drawn one by one.
         events: Bad steps by reason and action, with a line feed between them.
         layers: Bad steps in which a layer was a culprit, by layer.
+        layer_steps: The same in finer buckets: single steps, unless a layer has more than 1024.
         table: The incidents.
         evidence: What the incidents have in common.
         jumps: Where the step number went back, the first 200.
@@ -78,6 +80,7 @@ class Summary:
     curves: dict[Series, Curve] = field(default_factory=dict)
     events: Tally = field(default_factory=lambda: Tally(BUCKETS))
     layers: Tally = field(default_factory=lambda: Tally(_HEAT_BUCKETS, names=256))
+    layer_steps: Tally = field(default_factory=lambda: Tally(_EXACT_BUCKETS, names=256))
     table: IncidentTable = field(default_factory=IncidentTable)
     evidence: Evidence = field(default_factory=Evidence)
     jumps: list[Jump] = field(default_factory=list)
@@ -148,6 +151,7 @@ def _take(summary: Summary, columns: Columns, before: int) -> _Part:
         summary.events.add(f"{bad.reason}\n{bad.action}", bad.step)
         for layer in {layer_of(culprit[0]) for culprit in bad.culprits}:
             summary.layers.add(layer, bad.step)
+            summary.layer_steps.add(layer, bad.step)
     summary.records += len(step)
     return _Part(step, good, columns.values)
 

@@ -76,11 +76,20 @@ def _ending(summary: Summary) -> Iterator[str]:
         yield f"The last step, {last.first_step:,}, was bad ({_reasons(last)}); nothing follows it."
         return
     applied = last.steps - last.actions["skipped"]
-    yield (
+    since = (
         f"No step since {last.first.step:,} was good ({plural(last.steps, 'step')}, "
-        f"{_reasons(last)}{f', {applied:,} of which reached the weights' if applied else ''}): "
-        "weights, optimizer state or data are no longer usable. Go back to a checkpoint from "
-        f"before step {last.first.step:,}."
+        f"{_reasons(last)})"
+    )
+    if not applied:
+        yield (
+            f"{since}, and every one was skipped: weights and optimizer state are those from "
+            f"before step {last.first.step:,}. If the batches are sound, the weights were bad "
+            "before: `fastguard ckpt verify` tells."
+        )
+        return
+    yield (
+        f"{since}, and {applied:,} of them reached the weights: weights or optimizer state may no "
+        f"longer be usable. Go back to a checkpoint from before step {last.first.step:,}."
     )
 
 

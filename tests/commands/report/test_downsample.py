@@ -32,7 +32,9 @@ def test_any_order_of_any_steps_is_summed_up_exactly(steps, seed):
         assert curve is None
         return
     assert curve.middle.tolist() == [(key << shift) + (2**shift - 1) / 2 for key in keys]
-    drawn = set(zip(curve.x, curve.y, strict=True))
+    seen = np.isfinite(curve.y)  # the others are gaps
+    assert set(curve.x[~seen]).isdisjoint(steps[finite].tolist())
+    drawn = set(zip(curve.x[seen], curve.y[seen], strict=True))
     assert drawn <= set(zip(steps[finite], values[finite], strict=True))
     assert set(zip(steps[finite & near], values[finite & near], strict=True)) <= drawn
     assert np.all(np.diff(curve.x) >= 0)
@@ -61,3 +63,21 @@ def test_the_middle_of_a_bucket_is_between_its_steps():
 
 def test_the_greatest_value_is_where_it_was_first():
     assert curve_of(np.arange(8), np.array([1.0, 3, 3, 2, 3, 0, 0, 0]), limit=1).high_at == [1]
+
+
+def test_a_bad_step_without_a_value_is_a_gap_and_a_missing_value_is_none():
+    steps, values = np.arange(1, 9), np.array([1.0, 2, np.nan, 4, np.nan, 6, np.nan, 8])
+    good = np.ones(8, bool)
+    good[[2, 6]] = False
+    curve = curve_of(steps, values, good=good)
+    assert curve.x.tolist() == [1, 2, 3, 4, 6, 7, 8]
+    assert curve.x[np.isnan(curve.y)].tolist() == [3, 7]
+
+
+def test_a_long_bad_stretch_is_a_gap_in_a_long_run():
+    steps = np.arange(1, 6401)
+    values, good = np.ones(6400), np.ones(6400, bool)
+    values[3000:5000], good[3000:5000] = np.nan, False
+    curve = curve_of(steps, values, good=good)
+    gaps = curve.x[np.isnan(curve.y)]
+    assert 1 <= len(gaps) <= LIMIT and np.all((gaps > 3000) & (gaps <= 5000))

@@ -85,8 +85,35 @@ def test_extremes_and_close_ups_are_on_the_line(summary):
     assert (1234, 500.0) in set(zip(x, y, strict=True))
     assert set(range(2345 - 16, 2345 + 17)) <= set(x)
     assert np.all(np.diff(x) >= 0) and len(x) < 2500
-    x = summary.curves[Series("loss", "contour")].x
-    assert not set(BAD) & set(x)  # NaN has no place on a line
+    contour = summary.curves[Series("loss", "contour")]
+    assert set(BAD) == set(contour.x[np.isnan(contour.y)])  # the line has gaps there
+
+
+def test_the_norm_of_a_step_with_nan_is_a_gap_and_not_a_dip():
+    bad = {"nan": 3, "total_norm": 1e-9}
+    rows = [record(step, **(bad if step in BAD else {})) for step in range(1, 5001)]
+    curve = summarise([Block(rows, 0, 0)]).curves[NORM]
+    assert set(BAD) == set(curve.x[np.isnan(curve.y)])
+    assert np.nanmin(curve.y) >= 1.0
+
+
+def test_every_curve_has_a_mark_at_each_bad_step(figure):
+    marks = [trace for trace in figure.data if trace.meta == "mark"]
+    assert [list(trace.x) for trace in marks] == [list(BAD)] * 4
+    over = {figure.layout[f"yaxis{trace.yaxis[1:]}"].overlaying for trace in marks}
+    assert over == {"y", "y2", "y3", "y4"}
+
+
+def test_a_constant_learning_rate_has_an_axis_of_its_size(figure):
+    lr, *_ = traces(figure, "learning rate")
+    assert tuple(figure.layout[f"yaxis{lr.yaxis[1:]}"].range) == (0.0, 1.5 * 1e-3)
+
+
+def test_a_zoom_shows_bars_exactly_as_long_as_the_bad_steps(figure):
+    (bars,) = [trace for trace in figure.data if trace.meta == "close by"]
+    spans = {(a, b) for a, b in zip(bars.x, bars.x[1:], strict=False) if None not in (a, b)}
+    assert spans == {(699.5, 701.5), (2344.5, 2345.5), (4998.5, 4999.5)}
+    assert bars.visible is False and "bad in steps 700 to 701" in bars.text[0]
 
 
 def test_thresholds_stand_with_what_they_limit(figure):
@@ -106,7 +133,7 @@ def test_a_norm_of_zero_is_left_out_of_logarithms():
     figure = draw(summarise([Block(rows, 0, 0)]))
     assert figure.layout.yaxis2.type == "log"
     (norm,) = traces(figure, "gradient norm")
-    assert set(norm.y) == {1.0, 900.0}
+    assert {y for y in norm.y if math.isfinite(y)} == {1.0, 900.0}
 
 
 @pytest.mark.parametrize("values", [(0.0, 1000.0), (-5.0, 1000.0), (1.0, 40.0)])

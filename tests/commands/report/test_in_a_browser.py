@@ -91,7 +91,7 @@ def test_everything_is_drawn_and_nothing_complains(size, browser, page):
         "Non-finite gradients by layer",
     ]
     count = "return document.querySelectorAll(arguments[0]).length"
-    assert browser.execute_script(count, ".cartesianlayer .subplot") == len(titles)
+    assert browser.execute_script(count, ".cartesianlayer .subplot") == len(titles) + 4  # marks
     assert browser.execute_script(count, ".heatmaplayer image") == 1
     lines = browser.find_elements("css selector", ".scatterlayer .js-line")
     assert len(lines) >= 6
@@ -125,6 +125,70 @@ def test_an_incident_leads_into_the_plot_and_back(size, browser, page):
     assert x_ranges(browser) == whole
     assert browser.find_elements("css selector", ".shapelayer path, tr.chosen") == []
     assert browser.get_log("browser") == []
+
+
+def y_range(browser, axis):
+    return browser.execute_script(
+        f"return document.getElementById('plot')._fullLayout.{axis}.range"
+    )
+
+
+def traces(browser, meta, field):
+    script = (
+        "const plot = document.getElementById('plot');"
+        "return plot.data.flatMap((t, i) => t.meta === arguments[0] ? [plot._fullData[i]] : [])"
+        ".map((t) => t[arguments[1]] instanceof Object ? Array.from(t[arguments[1]])"
+        " : t[arguments[1]])"
+    )
+    return browser.execute_script(script, meta, field)
+
+
+def test_an_incident_zooms_the_values_too_and_shows_single_steps(browser, page):
+    opened(browser, page, *DESK)
+    whole = y_range(browser, "yaxis2")
+    assert traces(browser, "close by", "visible") == [False]
+    browser.find_element("css selector", "a[href='#incident-2']").click()
+    wait_until(browser, "document.getElementById('plot')._fullLayout.xaxis.range[0] > 1000")
+    assert y_range(browser, "yaxis")[1] < 0.7  # the losses there: 0.5, and less than 0.002
+    assert traces(browser, "close by", "visible") == [True]
+    assert set(traces(browser, "from afar", "visible")) == {False}
+    (cells,) = traces(browser, "close by", "x")
+    assert [1199.5, 1201.5] == [x for x in cells if x is not None and 1190 < x < 1210][:2]
+    browser.find_element("id", "whole").click()
+    wait_until(browser, "document.getElementById('plot')._fullLayout.xaxis.range[1] > 2900")
+    assert y_range(browser, "yaxis2") == whole
+    assert traces(browser, "close by", "visible") == [False]
+
+
+def test_every_curve_has_the_marks_of_the_incidents(browser, page):
+    opened(browser, page, *DESK)
+    assert traces(browser, "mark", "x") == [list(INCIDENTS)] * 4
+
+
+def test_smoothing_draws_a_mean_and_leaves_the_values_faint(browser, page):
+    opened(browser, page, *DESK)
+    before = traces(browser, "mean", "y")
+    move = (
+        "const slider = document.getElementById('smoothing'); slider.value = arguments[0];"
+        "slider.dispatchEvent(new Event('input'))"
+    )
+    browser.execute_script(move, 0.9)
+    faint = "document.getElementById('plot').data.filter((t) => t.meta === 'faint')"
+    wait_until(browser, f"{faint}.length > 0 && {faint}.every((t) => t.visible)")
+    norm = [max(y) - min(y) for y in traces(browser, "mean", "y")]
+    assert any(new < 0.9 * (max(y) - min(y)) for new, y in zip(norm, before, strict=True))
+    browser.execute_script(move, 0)
+    wait_until(browser, f"{faint}.every((t) => !t.visible)")
+    assert traces(browser, "mean", "y") == before
+    assert browser.get_log("browser") == []
+
+
+def test_a_page_of_a_thousand_steps_is_a_fraction_of_the_library(tmp_path):
+    with JsonLinesSink(tmp_path / "records.jsonl") as sink:
+        for step in range(1, 1001):
+            sink(StepRecord(step, 1 + math.sin(step), 1.0, "applied", losses={"loss": 1 / step}))
+    assert main(["report", str(tmp_path)]) == 0
+    assert (tmp_path / "records.html").stat().st_size < 2.2e6
 
 
 def test_a_link_to_an_incident_opens_at_it(browser, page):

@@ -85,15 +85,18 @@ def test_a_run_that_never_recovered():
         "1 incident in 800 steps; the last one was not over when the records ended."
     )
     assert verdict.findings[0] == (
-        "No step since 501 was good (300 steps, nonfinite_grad): weights, optimizer state or data "
-        "are no longer usable. Go back to a checkpoint from before step 501."
+        "No step since 501 was good (300 steps, nonfinite_grad), and every one was skipped: "
+        "weights and optimizer state are those from before step 501. If the batches are sound, the "
+        "weights were bad before: `fastguard ckpt verify` tells."
     )
+    assert not any("usable" in finding for finding in verdict.findings)
 
 
 def test_bad_steps_that_reached_the_weights_are_told():
     records = run({}, 50) + [record(s, losses={"loss": NAN}) for s in range(51, 60)]
     verdict = verdict_on(records)
-    assert "9 of which reached the weights" in verdict.findings[0]
+    assert "9 of them reached the weights" in verdict.findings[0]
+    assert "Go back to a checkpoint from before step 51." in verdict.findings[0]
     assert not verdict.survived
 
 
