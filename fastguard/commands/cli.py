@@ -168,7 +168,7 @@ def _complete(parser: argparse.ArgumentParser, commands: Mapping[str, _CommandPa
     if "_ARGCOMPLETE" not in os.environ:
         return
     try:
-        import argcomplete
+        import argcomplete  # pyright: ignore[reportMissingImports]
     except ImportError:  # the argcomplete of another interpreter asks
         raise SystemExit(FINE) from None
     for word in os.environ.get("COMP_LINE", "").split()[1:2]:

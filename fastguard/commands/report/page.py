@@ -122,7 +122,7 @@ def _plot(figure: go.Figure) -> Markup:
         "modeBarButtonsToRemove": ["select2d", "lasso2d"],
         "doubleClick": "reset",
     }
-    drawn = json.loads(plotly.io.to_json(figure, validate=False))
+    drawn = json.loads(str(plotly.io.to_json(figure, validate=False)))
     told = json.dumps({"data": drawn["data"], "layout": drawn["layout"], "config": config})
     told = told.replace("<", "\\u003c")  # nothing in it may end the element
     return Markup(
