@@ -2,6 +2,8 @@
 
 * `OnDevice`: fused optimizers read the device scalar `found_inf` inside their kernel and write
   nothing when it is exactly 1. Nobody waits.
+* `InUpdate`: the optimizers of `fastguard.optim` take the whole verdict into their update, so that
+  gradients are not written either.
 * `ReadFirst`: every other optimizer is simply not called. That takes the value of `found_inf` on
   the host: free on a CPU, one read of one scalar on a GPU.
 * `FlatStep`: with `flat_parameters=True`, either of these two over whole runs of parameters.
@@ -18,10 +20,12 @@ from torch.optim import Optimizer
 
 from fastguard.gradients.buckets import GradBuckets
 from fastguard.guard.clip_scope import Limit
+from fastguard.guard.in_update import InUpdate
 from fastguard.guard.inner_step import StepCall, found_inf_is_heeded
 from fastguard.guard.on_device import OnDevice
 from fastguard.guard.read_first import ReadFirst
 from fastguard.guard.whole_step import WholeStep
+from fastguard.optim.optimizer import FusedOptimizer
 from fastguard.stages.contract import Verdict
 from fastguard.stages.spike_rules import Rule
 
@@ -88,4 +92,6 @@ def stepper_for(optimizer: Optimizer) -> Stepper:
     """The road that an optimizer can take; `OnDevice` only if every param group is fused."""
     if WholeStep.serves(optimizer):
         return WholeStep(optimizer)
+    if isinstance(optimizer, FusedOptimizer):
+        return InUpdate(optimizer)
     return OnDevice(optimizer) if found_inf_is_heeded(optimizer) else ReadFirst(optimizer)

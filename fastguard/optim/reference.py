@@ -23,9 +23,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fastguard.gradients.tensor_kinds import has_numbers
 from fastguard.optim.bits import from_remainder, narrowed, noise_key, split, stream, with_noise
 from fastguard.optim.contract import HYPER, KEY, N_COEFFICIENTS, SIGN, STATES, Update
 
@@ -56,9 +58,22 @@ def advance(update: Update) -> Tensor:
         else torch.ones(len(update.parameters), dtype=torch.float64, device=update.device)
     )
     groups = torch.tensor(list(update.group_ids), device=update.device)
-    rows = update.hyper.index_select(0, groups)
+    return coefficients(update, update.hyper.index_select(0, groups), count)
+
+
+def coefficients(update: Update, rows: Tensor, count: Tensor) -> Tensor:
+    """The coefficients of some tensors.
+
+    Args:
+        update: The update.
+        rows: float64 `(n, 9)`: the hyper-parameters of each.
+        count: float64 `(n,)`: the step that each takes, from 1.
+
+    Returns:
+        float64 `(n, 10)`.
+    """
     out = rows.new_zeros(len(rows), N_COEFFICIENTS)
-    for column, value in enumerate(_coefficients(update.algorithm, rows, count)):
+    for column, value in enumerate(_formulas(update.algorithm, rows, count)):
         out[:, column] = value
     out[:, SIGN] = rows[:, HYPER.index("sign")]
     if update.rounding == "stochastic":
@@ -66,9 +81,10 @@ def advance(update: Update) -> Tensor:
     return out
 
 
-def _coefficients(algorithm: str, rows: Tensor, step: Tensor) -> list[Tensor]:
+def _formulas(algorithm: str, rows: Tensor, step: Tensor) -> list[Tensor]:
     """The columns of `COEFFICIENTS`, in float64."""
-    lr, b1, b2, eps, wd, momentum, dampening = rows.unbind(1)[:7]
+    # Contiguous, because torch computes a strided logarithm by another routine.
+    lr, b1, b2, eps, wd, momentum, dampening = rows.T.contiguous()[:7].unbind(0)
     decay = 1.0 - lr * wd
     if algorithm == "sgd":
         return [momentum, torch.where(step == 1.0, 1.0, 1.0 - dampening), wd, lr]
@@ -152,10 +168,10 @@ def _sgd(update: Update, p: Tensor, g: Tensor, states: list[Tensor], c: Tensor) 
 
 
 def root(x: Tensor) -> Tensor:
-    """The square root, correctly rounded: torch's is 1 ulp off on a CPU for one float32 in five."""
-    if x.device.type != "cpu" or x.dtype is torch.float64:
+    """The square root, correctly rounded: on a CPU torch's is 1 ulp off for one number in five."""
+    if x.device.type != "cpu" or not has_numbers(x):
         return x.sqrt()
-    return x.double().sqrt_().float()  # rounding twice is exact here: 53 bits are 2 * 24 + 2
+    return torch.from_numpy(np.asarray(np.sqrt(x.numpy())))
 
 
 def weight_of(update: Update, i: int) -> Tensor:

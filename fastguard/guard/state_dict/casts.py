@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastguard.optim.optimizer import FusedOptimizer
+
 
 def take_back_casts(
     optimizer: Optimizer, saved: Mapping[str, Any], live: Mapping[Any, Any]
@@ -23,6 +25,8 @@ def take_back_casts(
     shape of the parameter follows the parameter, so that a state of float32 training can be loaded
     into 16-bit parameters, and all else stays as it was saved.
     """
+    if isinstance(optimizer, FusedOptimizer):  # which knows the dtypes of its state
+        return
     scalars, of_torch = scalar_entries(optimizer), is_of_torch(optimizer)
     ids = chain.from_iterable(group["params"] for group in saved["param_groups"])
     for i, p in zip(ids, parameters_of(optimizer), strict=False):

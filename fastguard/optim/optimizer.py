@@ -1,0 +1,159 @@
+"""`FusedOptimizer`: what all optimizers of this wing share; a subclass adds its hyper-parameters.
+
+A step sorts parameters into buckets of one device, one set of dtypes and one set of options, makes
+an `Update` of each, and hands it to the backend of the device. The verdict comes from the guard
+(`obeying`) or from a `GradScaler`, and goes into the update: no gradient is ever written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch.optim import Optimizer
+
+from fastguard.gradients.buckets import name_of
+from fastguard.gradients.tensor_kinds import has_numbers
+from fastguard.optim import state_dict as states
+from fastguard.optim.backend import updater_of
+from fastguard.optim.contract import STATES, Algorithm
+from fastguard.optim.options import OF_TORCH, OWN, check_group, refuse_unknown
+from fastguard.optim.orders import Orders
+from fastguard.optim.sort import check_gradients, updates_of
+
+
+class FusedOptimizer(Optimizer):
+    """An optimizer whose one touch of the weights obeys a verdict.
+
+    Args:
+        params: As in torch.
+        defaults: The hyper-parameters of the algorithm.
+        own: Keyword arguments: `OWN`, and those that are unknown.
+
+    Raises:
+        TypeError, ValueError: An argument or a parameter is not served.
+    """
+
+    algorithm: ClassVar[Algorithm]
+    _step_supports_amp_scaling = True  # GradScaler hands over found_inf and grad_scale
+    _orders: Orders | None = None
+
+    def __init__(self, params: Any, defaults: dict[str, Any], own: dict[str, Any]) -> None:
+        unknown = [key for key in own if key not in OWN]
+        refuse_unknown(type(self).__name__, unknown, [*defaults, *OWN])
+        super().__init__(params, {**defaults, **OF_TORCH, **OWN, **own})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a param group.
+
+        Raises:
+            TypeError, ValueError: It cannot be served; it was not added.
+        """
+        super().add_param_group(param_group)
+        try:
+            self.check_groups(self.param_groups[-1:], len(self.param_groups) - 1)
+        except Exception:
+            del self.param_groups[-1]
+            raise
+
+    def check_groups(self, groups: Sequence[Mapping[str, Any]], first: int = 0) -> None:
+        """Raises a TypeError or ValueError for param groups that cannot be served."""
+        for g, group in enumerate(groups, first):
+            names = group.get("param_names") or [
+                f"parameter {i} of param group {g}" for i in range(len(group["params"]))
+            ]
+            check_group(group, [name_of(i, names) for i in range(len(names))])
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Takes one step, or leaves everything as it is if the verdict says so.
+
+        Args:
+            closure: Evaluates the model once more and returns the loss, as in torch.
+
+        Raises:
+            TypeError: A gradient is sparse or complex; nothing was changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        check_gradients(self)
+        orders = self._orders or self._orders_of_scaler()
+        found_inf = orders.found_inf
+        if found_inf.device.type == "cpu" and has_numbers(found_inf) and found_inf.item() != 0.0:
+            return loss
+        for update in updates_of(self, orders):
+            updater_of(update)(update)
+        return loss
+
+    @contextmanager
+    def obeying(self, orders: Orders) -> Iterator[None]:
+        """Inside, a step obeys these orders."""
+        self._orders = orders
+        try:
+            yield
+        finally:
+            self._orders = None
+
+    def _orders_of_scaler(self) -> Orders:
+        groups = self.param_groups
+        device = next((p.device for g in groups for p in g["params"]), torch.device("cpu"))
+        return Orders.of_scaler(
+            getattr(self, "grad_scale", None), getattr(self, "found_inf", None), device
+        )
+
+    # What a subclass says about itself.
+
+    def hyper(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """Values of `contract.HYPER` by name, numbers or tensors; those left out are 0."""
+        beta1, beta2 = group["betas"]
+        return {
+            "lr": group["lr"],
+            "beta1": beta1,
+            "beta2": beta2,
+            "eps": group.get("eps", 0.0),
+            "weight_decay": group["weight_decay"],
+        }
+
+    def state_names(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+        """The state tensors that the parameters of a group have."""
+        names = STATES[self.algorithm]
+        return names if group.get("amsgrad") else names[:2]
+
+    def counts_steps(self, group: Mapping[str, Any]) -> bool:
+        """Whether the update depends on how many steps a parameter has taken."""
+        return True
+
+    # State dicts.
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict of this optimizer, or of torch's of the same name.
+
+        Every entry gets the dtype that it has here: torch would cast all to that of the parameter.
+
+        Raises:
+            ValueError: It is of another `master` mode, or does not fit; nothing was changed.
+        """
+        states.check_modes(self, state_dict)
+        seen: list[Mapping[str, Any]] = []
+        hook = self.register_load_state_dict_pre_hook(lambda _, adapted: seen.append(adapted))
+        state, groups = self.state, self.param_groups
+        try:
+            super().load_state_dict(state_dict)
+            states.take_over(self, seen[-1], groups)
+            self.check_groups(self.param_groups)
+        except BaseException:
+            self.state, self.param_groups = state, groups
+            raise
+        finally:
+            hook.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)

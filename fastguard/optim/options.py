@@ -1,0 +1,135 @@
+"""The arguments of the optimizers, checked: what a param group may hold, and for which tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastguard.errors import nearest
+from fastguard.errors.checked_numbers import count_of, number_of
+from fastguard.errors.plain_text import shown
+
+MASTERS = (None, "float32", "remainder")
+ROUNDINGS = ("nearest", "stochastic")
+STATE_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
+OWN: dict[str, Any] = {
+    "master": None,
+    "rounding": "nearest",
+    "state_dtype": None,
+    "reproducible": False,
+    "seed": 0,
+}
+"""The settings that torch's optimizers do not have, with their defaults."""
+
+OF_TORCH: dict[str, Any] = {
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": True,
+}
+"""Settings of torch's optimizers, in the param groups so that torch can load them."""
+
+_WHY_NOT = {
+    "foreach": "one fused touch updates every tensor, so there is no variant to choose",
+    "fused": "the update is always fused",
+    "capturable": "a CUDA graph may always capture the step",
+    "differentiable": "a fused update cannot be differentiated; use the optimizer of torch.optim",
+}
+
+
+def refuse_unknown(kind: str, unknown: Collection[str], known: Collection[str]) -> None:
+    """Raises a TypeError for keywords that an optimizer does not take."""
+    for key in unknown:
+        why = _WHY_NOT.get(key)
+        hint = f": {why}; leave it out" if why else nearest(key, known)
+        raise TypeError(f"fastguard.optim.{kind} takes no argument {key!r}{hint}")
+
+
+def check_group(group: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raises a TypeError or ValueError for settings that cannot be obeyed.
+
+    Args:
+        group: A param group with all its settings.
+        names: What errors call its parameters.
+    """
+    _check_numbers(group)
+    for key, choices in (("master", MASTERS), ("rounding", ROUNDINGS)):
+        if group[key] not in choices:
+            raise ValueError(
+                f"{key}={shown(group[key])} is unknown; use one of {', '.join(map(repr, choices))}"
+            )
+    if group["state_dtype"] not in STATE_DTYPES:
+        raise ValueError(
+            f"state_dtype={shown(group['state_dtype'])} is not supported; use None, "
+            "torch.float32, torch.bfloat16 or torch.float16"
+        )
+    count_of("seed", group["seed"], 0, 2**32 - 1)
+    for name, p in zip(names, group["params"], strict=True):
+        _check_parameter(group, name, p)
+
+
+def _check_numbers(group: Mapping[str, Any]) -> None:
+    for key in ("lr", "eps", "weight_decay", "momentum"):
+        if key in group and not number_of(key, group[key]) >= 0.0:  # NaN is not
+            raise ValueError(f"{key}={shown(group[key])} must be a number >= 0")
+    betas = group.get("betas", ())
+    if "betas" in group and (not isinstance(betas, tuple | list) or len(betas) != 2):
+        raise ValueError(f"betas={shown(betas)} must be two numbers in [0, 1)")
+    for i, beta in enumerate(betas):
+        if not 0.0 <= number_of(f"betas[{i}]", beta) < 1.0:
+            raise ValueError(f"betas[{i}]={shown(beta)} must be in [0, 1)")
+    if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
+        raise ValueError(
+            f"nesterov=True needs momentum > 0 and dampening=0, but momentum={group['momentum']} "
+            f"and dampening={group['dampening']}"
+        )
+
+
+def _check_parameter(group: Mapping[str, Any], name: str, p: Tensor) -> None:
+    master, dtype = group["master"], p.dtype
+    elsewhere = "put it into a param group of its own with"
+    if not dtype.is_floating_point:
+        raise TypeError(
+            f"{name} is {dtype}, and fastguard.optim updates real floating-point parameters; give "
+            "it to an optimizer of torch.optim"
+        )
+    if master == "remainder" and dtype is not torch.bfloat16:
+        raise ValueError(
+            f"master='remainder' keeps the 16 bits that bfloat16 weights lack, but {name} is "
+            f"{dtype}; {elsewhere} master={_master_for(dtype)!r}"
+        )
+    if master == "float32" and dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"master='float32' keeps float32 weights behind 16-bit ones, but {name} is {dtype}; "
+            f"{elsewhere} master=None"
+        )
+    if dtype is torch.float64 and group["state_dtype"] is not None:
+        raise ValueError(
+            f"state_dtype={group['state_dtype']} is for parameters of at most 32 bits, but {name} "
+            f"is {dtype}; {elsewhere} state_dtype=None"
+        )
+    rounded = dtype is torch.bfloat16 and master is None
+    if group["rounding"] == "stochastic" and not rounded:
+        if state_dtype_of(group, p) is not torch.bfloat16:
+            raise ValueError(
+                f"rounding='stochastic' is for what is kept in bfloat16, but {name} is {dtype}"
+                f"{'' if master is None else ' with an exact master'} and its state is not; "
+                f"{elsewhere} rounding='nearest'"
+            )
+
+
+def _master_for(dtype: torch.dtype) -> str | None:
+    return "float32" if dtype is torch.float16 else None
+
+
+def state_dtype_of(group: Mapping[str, Any], p: Tensor) -> torch.dtype:
+    """The dtype of the state: as asked, else float32 beside a master, else that of the parameter.
+
+    A master is there to train as float32 does, which takes float32 moments.
+    """
+    if group["state_dtype"] is not None:
+        return group["state_dtype"]
+    return p.dtype if group["master"] is None else torch.float32

@@ -1,0 +1,183 @@
+"""Parameters and their state, sorted into the buckets of `Update`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastguard.gradients.transfer import moved, numbers_on
+from fastguard.optim.contract import HYPER, Update
+from fastguard.optim.options import state_dtype_of
+from fastguard.optim.orders import Orders
+from fastguard.ranks.dtensors import dtensor_types, local_parts
+
+if TYPE_CHECKING:
+    from fastguard.optim.optimizer import FusedOptimizer
+
+STEP = "step"
+
+
+def check_gradients(optimizer: FusedOptimizer) -> None:
+    """Raises a TypeError for a gradient that cannot be served."""
+    for g, group in enumerate(optimizer.param_groups):
+        for i, p in enumerate(group["params"]):
+            grad = p.grad
+            if grad is None or (grad.layout is torch.strided and grad.dtype in _SERVED):
+                continue
+            what = f"sparse ({grad.layout})" if grad.layout is not torch.strided else grad.dtype
+            raise TypeError(
+                f"the gradient of parameter {i} of param group {g} is {what}; fastguard.optim "
+                "updates from dense real gradients: use sparse=False in the embedding, or give "
+                "this parameter to an optimizer of torch.optim"
+            )
+
+
+_SERVED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class _Key(NamedTuple):
+    """What the tensors of a bucket share."""
+
+    device: torch.device
+    dtype: torch.dtype
+    grad_dtype: torch.dtype
+    state_dtype: torch.dtype
+    states: tuple[str, ...]
+    counted: bool
+    master: Any
+    rounding: Any
+    amsgrad: bool
+    nesterov: bool
+    reproducible: bool
+
+
+@dataclass(slots=True)
+class _Bucket:
+    parameters: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    states: list[Mapping[str, Any]] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)
+    segments: list[int] = field(default_factory=list)
+    counters: list[int] = field(default_factory=list)
+
+
+def updates_of(optimizer: FusedOptimizer, orders: Orders) -> Iterator[Update]:
+    """The updates of one step. State that is missing is made, as torch's optimizers start it."""
+    buckets: dict[_Key, _Bucket] = {}
+    position = first = 0
+    for g, group in enumerate(optimizer.param_groups):
+        names, counted = optimizer.state_names(group), optimizer.counts_steps(group)
+        for p in group["params"]:
+            grad, at, counter = p.grad, position, first
+            position, first = position + 1, (first + p.numel()) & 0xFFFFFFFF
+            if grad is None:
+                continue
+            state = optimizer.state[p]
+            _complete(state, p, group, names, counted)
+            key = _Key(
+                p.device,
+                p.dtype,
+                grad.dtype,
+                state_dtype_of(group, p),
+                names,
+                counted,
+                group["master"],
+                group["rounding"],
+                bool(group.get("amsgrad")),
+                bool(group.get("nesterov")),
+                group["reproducible"],
+            )
+            bucket = buckets.get(key)
+            if bucket is None:
+                bucket = buckets[key] = _Bucket()
+            bucket.parameters.append(p)
+            bucket.grads.append(grad)
+            bucket.states.append(state)
+            bucket.groups.append(g)
+            bucket.segments.append(0 if orders.segments is None else orders.segments[at])
+            bucket.counters.append(counter)
+    rows = _hyper_rows(optimizer)
+    for key, bucket in buckets.items():
+        yield _update(optimizer, key, bucket, orders, _hyper(rows, key.device))
+
+
+def _complete(
+    state: dict[str, Any],
+    p: Tensor,
+    group: Mapping[str, Any],
+    names: Sequence[str],
+    counted: bool,
+) -> None:
+    """Makes the entries that the state of a parameter lacks, in torch's order."""
+    if len(state) >= len(names) + counted + (group["master"] is not None):
+        return
+    if counted and STEP not in state:
+        # A buffer without a count comes from torch's SGD, which has taken its first step.
+        begun = 1.0 if any(name in state for name in names) else 0.0
+        state[STEP] = torch.full((), begun, dtype=torch.float32, device=p.device)
+    for name in names:
+        if state.get(name) is None:
+            state[name] = torch.zeros_like(p, dtype=state_dtype_of(group, p))
+    if group["master"] == "float32" and "master" not in state:
+        state["master"] = p.detach().to(torch.float32, copy=True)
+    if group["master"] == "remainder" and "remainder" not in state:
+        state["remainder"] = torch.zeros_like(p, dtype=torch.int16)
+
+
+MASTER_KEYS = {"float32": "master", "remainder": "remainder"}
+
+
+def _update(
+    optimizer: FusedOptimizer, key: _Key, bucket: _Bucket, orders: Orders, hyper: Tensor
+) -> Update:
+    def local(tensors: list[Tensor]) -> list[Tensor]:
+        return local_parts(tensors) if wrapped else tensors
+
+    wrapped = bool(dtensor_types(set(map(type, bucket.parameters))))
+    master = key.master
+    masters = [] if master is None else [state[MASTER_KEYS[master]] for state in bucket.states]
+    return Update(
+        optimizer.algorithm,
+        local(bucket.parameters),
+        local(bucket.grads),
+        {name: local([state[name] for state in bucket.states]) for name in key.states},
+        [state[STEP] for state in bucket.states] if key.counted else [],
+        hyper,
+        bucket.groups,
+        moved(orders.multiplier, key.device),
+        bucket.segments,
+        moved(orders.found_inf, key.device),
+        moved(orders.clean, key.device),
+        master,
+        local(masters),
+        key.rounding,
+        bucket.counters if key.rounding == "stochastic" else (),
+        key.amsgrad,
+        key.nesterov,
+        key.reproducible,
+    )
+
+
+def _hyper_rows(optimizer: FusedOptimizer) -> list[list[Any]]:
+    rows = []
+    for group in optimizer.param_groups:
+        values = optimizer.hyper(group)
+        values["sign"] = -1.0 if group["maximize"] else 1.0
+        values["seed"] = float(group["seed"])
+        rows.append([values.get(name, 0.0) for name in HYPER])
+    return rows
+
+
+def _hyper(rows: list[list[Any]], device: torch.device) -> Tensor:
+    """float64 `(G, 9)` on a device. A tensor among the values is copied there without a wait."""
+    flat = [0.0 if isinstance(v, Tensor) else float(v) for row in rows for v in row]
+    hyper = numbers_on(flat, device).reshape(len(rows), len(HYPER))
+    for g, row in enumerate(rows):
+        for column, value in enumerate(row):
+            if isinstance(value, Tensor):
+                hyper[g, column] = moved(value.detach().reshape(()), device)
+    return hyper

@@ -1,0 +1,69 @@
+"""Loading state dicts: those of this wing and those of torch's optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastguard.optim.options import OWN, state_dtype_of
+from fastguard.optim.sort import MASTER_KEYS, STEP
+
+if TYPE_CHECKING:
+    from fastguard.optim.optimizer import FusedOptimizer
+
+
+def check_modes(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> None:
+    """Raises a ValueError for a state dict that keeps its exact weights in another way."""
+    saved_groups = state_dict["param_groups"] if "param_groups" in state_dict else ()
+    for g, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=False)):
+        if "master" in saved and saved["master"] != group["master"]:
+            raise ValueError(
+                f"param group {g} of the state dict was saved with master={saved['master']!r}, but "
+                f"this optimizer has master={group['master']!r}; construct it with "
+                f"master={saved['master']!r}"
+            )
+
+
+def take_over(
+    optimizer: FusedOptimizer, saved: Mapping[str, Any], before: Sequence[Mapping[str, Any]]
+) -> None:
+    """Puts what was saved where torch has put casts, in the dtypes of this optimizer.
+
+    Args:
+        optimizer: As torch has loaded it.
+        saved: The state dict.
+        before: The param groups before; what `saved` says nothing of stays as it was.
+    """
+    ids = chain.from_iterable(group["params"] for group in saved["param_groups"])
+    for group, saved_group, old in zip(
+        optimizer.param_groups, saved["param_groups"], before, strict=True
+    ):
+        for key in OWN:
+            if key not in saved_group:
+                group[key] = old[key]
+        for i, p in zip(ids, group["params"], strict=False):
+            entries = saved["state"].get(i, {})
+            kept = {k: _kept(k, v, group, p) for k, v in entries.items()}
+            kept = {k: v for k, v in kept.items() if v is not None}
+            if kept or p in optimizer.state:
+                optimizer.state[p] = kept
+
+
+def _kept(key: str, value: Any, group: Mapping[str, Any], p: Tensor) -> Any:
+    """A saved entry as it is kept here; None: it is made anew."""
+    if not isinstance(value, Tensor):
+        if key == STEP:  # of old versions of torch
+            return torch.tensor(float(value), device=p.device)
+        return value
+    if key == STEP:
+        return value.to(device=p.device, dtype=torch.float32, copy=True)
+    if key in MASTER_KEYS.values():
+        # torch's optimizers cast it when they load it, and move the weight without it.
+        exact = torch.int16 if key == "remainder" else torch.float32
+        is_ours = MASTER_KEYS.get(group["master"]) == key
+        return value.to(p.device, copy=True) if is_ours and value.dtype is exact else None
+    return value.to(device=p.device, dtype=state_dtype_of(group, p), copy=True)

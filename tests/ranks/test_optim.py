@@ -1,0 +1,64 @@
+"""`fastguard.optim` on the local shards of FSDP2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from guardtest.ranks import Ranks
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    with Ranks(2) as ranks:
+        yield ranks
+
+
+def a_model(dtype: torch.dtype) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).to(
+        dtype
+    )
+
+
+def trained(sharded: bool, master: str | None) -> list[list[float]]:
+    """The weights after three clipped steps and a skipped one; every rank has the same batch."""
+    import fastguard.optim
+    from fastguard import GuardedOptimizer
+
+    dtype = torch.float32 if master is None else torch.bfloat16
+    model = a_model(dtype)
+    if sharded:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        mesh = init_device_mesh("cpu", (2,))
+        for module in model:
+            for name, p in list(module.named_parameters(recurse=False)):
+                shard = distribute_tensor(p.detach(), mesh, [Shard(0)])
+                setattr(module, name, torch.nn.Parameter(shard))
+    inner = fastguard.optim.AdamW(model.parameters(), lr=1e-2, master=master, reproducible=True)
+    opt = GuardedOptimizer(inner, max_norm=0.5)
+    for step in range(4):
+        for i, p in enumerate(model.parameters()):
+            grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step * 10 + i))
+            grad = grad.to(dtype)
+            if step == 1 and i == 1:
+                grad[0] = float("nan")
+            p.grad = distribute_tensor(grad, mesh, [Shard(0)]) if sharded else grad
+        opt.step()
+    assert opt.skipped_steps == 1
+    for p in model.parameters():
+        assert all(type(v) is type(p.data) for k, v in inner.state[p].items() if k != "step")
+    whole = [p.full_tensor() if sharded else p for p in model.parameters()]
+    return [p.detach().flatten().tolist() for p in whole]
+
+
+@pytest.mark.parametrize("master", [None, "float32", "remainder"])
+def test_shards_train_as_the_whole_does(two, master):
+    alone = trained(False, master)
+    for weights in two.run(trained, True, master):
+        for mine, theirs in zip(weights, alone, strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-2 if master else 1e-5, abs=1e-6)

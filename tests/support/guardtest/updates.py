@@ -1,0 +1,120 @@
+"""Updates of `fastguard.optim` to be taken by two backends."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastguard.optim import bits
+from fastguard.optim.contract import HYPER, STATES, Update
+
+SHAPES = [(7,), (33, 65), (), (0,), (2, 3, 4, 5), (40_001,), (300_007,)]
+GROUPS = [0, 1, 0, 1, 0, 1, 0]
+SEGMENTS = [0, 1, 1, 0, 0, 1, 0]
+
+
+def hyper_rows(algorithm: str, **values: float) -> Tensor:
+    """Two groups with other hyper-parameters."""
+    first = dict(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=1e-2, momentum=0.9)
+    second = dict(lr=3e-2, beta1=0.8, beta2=0.95, eps=1e-6, weight_decay=0.0, momentum=0.5)
+    rows = []
+    for row in (first, second):
+        named = {name: 0.0 for name in HYPER} | {"sign": 1.0, "seed": 7.0} | row | values
+        rows.append([named[name] for name in HYPER])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def random_update(
+    algorithm: Any,
+    *,
+    dtype: torch.dtype = torch.float32,
+    grad_dtype: torch.dtype | None = None,
+    state_dtype: torch.dtype | None = None,
+    strided: bool = False,
+    counted: bool = True,
+    master: Any = None,
+    seed: int = 0,
+    hyper: dict[str, float] | None = None,
+    **options: Any,
+) -> Update:
+    """An update in the middle of a training run: tensors have taken 1 to 7 steps.
+
+    Args:
+        strided: Some gradients and states have other strides than their parameter.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def made(shape: tuple[int, ...], kind: torch.dtype, scale: float) -> Tensor:
+        return (torch.randn(shape, generator=generator) * scale).to(kind)
+
+    weights = [made(s, torch.float32 if master else dtype, 1.0) for s in SHAPES]
+    parameters, masters = weights, []
+    if master == "float32":
+        parameters, masters = [w.to(dtype) for w in weights], weights
+    elif master == "remainder":
+        parameters, masters = map(list, zip(*map(bits.split, weights), strict=True))
+    grads = [made(s, grad_dtype or dtype, 1.0) for s in SHAPES]
+    names = [n for n in STATES[algorithm] if n != "max_exp_avg_sq" or options.get("amsgrad")]
+    states = {name: [made(s, state_dtype or dtype, 1e-2) for s in SHAPES] for name in names}
+    for name in names:
+        if name.endswith("sq"):
+            states[name] = [t.abs() * 1e-3 for t in states[name]]
+    if strided:
+        grads = [_other_strides(g) for g in grads]
+        states = {
+            name: [_other_strides(t) if i % 2 else t for i, t in enumerate(of)]
+            for name, of in states.items()
+        }
+    stochastic = options.get("rounding") == "stochastic"
+    sizes = [w.numel() for w in weights]
+    return Update(
+        algorithm,
+        parameters,
+        grads,
+        states,
+        [torch.tensor(float(i + 1)) for i in range(len(SHAPES))] if counted else [],
+        hyper_rows(algorithm, **(hyper or {})),
+        GROUPS,
+        options.pop("multiplier", torch.tensor([0.37, 1.0], dtype=torch.float64)),
+        SEGMENTS,
+        options.pop("found_inf", torch.zeros(())),
+        options.pop("clean", torch.zeros(())),
+        master,
+        masters,
+        options.pop("rounding", "nearest"),
+        [sum(sizes[:i]) for i in range(len(sizes))] if stochastic else [],
+        **options,
+    )
+
+
+def copied(update: Update) -> Update:
+    """The same update of other memory, with the same strides."""
+    return copy.deepcopy(update)
+
+
+def written(update: Update) -> dict[str, Tensor]:
+    """All that an update writes, by name."""
+    named = {f"parameter {i}": t for i, t in enumerate(update.parameters)}
+    named |= {f"master {i}": t for i, t in enumerate(update.masters)}
+    named |= {f"step {i}": t for i, t in enumerate(update.steps)}
+    for name, of in update.states.items():
+        named |= {f"{name} {i}": t for i, t in enumerate(of)}
+    return named
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal bit for bit: the sign of 0 and NaN count too."""
+    kinds = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+    kind = kinds[a.itemsize]
+    return torch.equal(a.contiguous().view(kind), b.contiguous().view(kind))
+
+
+def _other_strides(t: Tensor) -> Tensor:
+    if t.dim() < 2:
+        wide = t.new_zeros(*t.shape, 2)
+        wide[..., 0] = t
+        return wide[..., 0]
+    return t.transpose(-1, -2).contiguous().transpose(-1, -2)
