@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
@@ -31,6 +31,24 @@ def check_flat_optimizer(optimizer: Optimizer) -> None:
             f"{type(optimizer).__name__}; use flat_buckets=True, which keeps only the gradients "
             "in one buffer"
         )
+    check_flat_dtypes(optimizer, chain.from_iterable(g["params"] for g in optimizer.param_groups))
+
+
+def check_flat_dtypes(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Raises a ValueError for parameters that torch's fused kernel of an optimizer updates wrongly.
+
+    On a CPU, that of SGD in torch 2.13 pairs the wrong halves of 16-bit vectors: weights are off by
+    whole steps.
+    """
+    if not isinstance(optimizer, torch.optim.SGD):
+        return
+    for p in parameters:
+        if p.device.type == "cpu" and p.dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} is {p.dtype} on a CPU, where torch's fused "
+                "SGD updates 16-bit weights wrongly; use flat_buckets=True with foreach=True, or "
+                "fastguard.optim.SGD"
+            )
 
 
 def check_flat_parameters(parameters: Sequence[Tensor], names: Sequence[str] | None) -> None:

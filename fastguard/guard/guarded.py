@@ -42,7 +42,7 @@ from fastguard.guard.clip_scope import (
 )
 from fastguard.guard.compiled_state import check_compiled_optimizer
 from fastguard.guard.compiled_step import CompiledStep
-from fastguard.guard.flat_checks import check_flat_optimizer
+from fastguard.guard.flat_checks import check_flat_dtypes, check_flat_optimizer
 from fastguard.guard.flat_step import FlatStep
 from fastguard.guard.grad_scaler import HandedOver, handed_over, longest_search, tell_scaler
 from fastguard.guard.inner_step import ClosureNeeded, StepCall, StepSignature
@@ -383,6 +383,8 @@ class GuardedOptimizer(KnownRun):
         limits([*self.param_groups, param_group], self.clip_scope, self.max_norm)
         check_settings(param_group, [p for _, p in named])
         self._gradients.check_new(named)
+        if self._gradients.with_parameters:
+            check_flat_dtypes(self.optimizer, [p for _, p in named])
         self.optimizer.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

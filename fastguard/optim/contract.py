@@ -22,7 +22,7 @@ Algorithm = Literal["adamw", "adam", "sgd", "lion"]
 Master = Literal["float32", "remainder"] | None
 Rounding = Literal["nearest", "stochastic"]
 
-HYPER = (
+HYPER: tuple[str, ...] = (
     "lr",
     "beta1",
     "beta2",

@@ -22,6 +22,8 @@ PIECE = 2**18
 beside its work; with 2**15 elements an update through float32 takes twice as long, with 2**20 a
 tenth longer [EPYC, 1 MB of L2, 32 MB of L3].
 """
+JOINED = 2**16
+"""Elements up to which short tensors are joined: they are copied there and back."""
 
 
 @dataclass(slots=True)
@@ -73,7 +75,7 @@ def pieces(update: Update, members: Sequence[int], states: Sequence[str]) -> Ite
         if not all(map(Tensor.is_contiguous, tensors)):
             tensors, copies = _alike(tensors)
         if n <= size:
-            if joined.n + n > size:
+            if joined.n + n > JOINED:
                 yield joined
                 joined = _empty(states)
             _add(joined, tensors, step, first, update)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -24,19 +25,26 @@ STEP = "step"
 def check_gradients(optimizer: FusedOptimizer) -> None:
     """Raises a TypeError for a gradient that cannot be served."""
     for g, group in enumerate(optimizer.param_groups):
-        for i, p in enumerate(group["params"]):
-            grad = p.grad
-            if grad is None or (grad.layout is torch.strided and grad.dtype in _SERVED):
-                continue
-            what = f"sparse ({grad.layout})" if grad.layout is not torch.strided else grad.dtype
-            raise TypeError(
-                f"the gradient of parameter {i} of param group {g} is {what}; fastguard.optim "
-                "updates from dense real gradients: use sparse=False in the embedding, or give "
-                "this parameter to an optimizer of torch.optim"
-            )
+        grads = [p.grad for p in group["params"]]
+        present = [grad for grad in grads if grad is not None]
+        if _LAYOUT >= set(map(_layout, present)) and _SERVED >= set(map(_dtype, present)):
+            continue
+        i, grad = next((i, t) for i, t in enumerate(grads) if t is not None and not _is_served(t))
+        what = grad.dtype if grad.layout is torch.strided else f"sparse ({grad.layout})"
+        raise TypeError(
+            f"the gradient of parameter {i} of param group {g} is {what}; fastguard.optim updates "
+            "from dense real gradients: use sparse=False in the embedding, or give this parameter "
+            "to an optimizer of torch.optim"
+        )
 
 
-_SERVED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+def _is_served(grad: Tensor) -> bool:
+    return grad.layout is torch.strided and grad.dtype in _SERVED
+
+
+_LAYOUT = {torch.strided}
+_layout, _dtype = attrgetter("layout"), attrgetter("dtype")
+_SERVED = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 
 
 class _Key(NamedTuple):
@@ -69,31 +77,31 @@ def updates_of(optimizer: FusedOptimizer, orders: Orders) -> Iterator[Update]:
     """The updates of one step. State that is missing is made, as torch's optimizers start it."""
     buckets: dict[_Key, _Bucket] = {}
     position = first = 0
+    states = optimizer.state
     for g, group in enumerate(optimizer.param_groups):
         names, counted = optimizer.state_names(group), optimizer.counts_steps(group)
+        n_entries = len(names) + counted + (group["master"] is not None)
+        options = (
+            group["master"],
+            group["rounding"],
+            bool(group.get("amsgrad")),
+            bool(group.get("nesterov")),
+            group["reproducible"],
+        )
+        of_group: dict[tuple[torch.device, torch.dtype, torch.dtype], _Bucket] = {}
         for p in group["params"]:
             grad, at, counter = p.grad, position, first
             position, first = position + 1, (first + p.numel()) & 0xFFFFFFFF
             if grad is None:
                 continue
-            state = optimizer.state[p]
-            _complete(state, p, group, names, counted)
-            key = _Key(
-                p.device,
-                p.dtype,
-                grad.dtype,
-                state_dtype_of(group, p),
-                names,
-                counted,
-                group["master"],
-                group["rounding"],
-                bool(group.get("amsgrad")),
-                bool(group.get("nesterov")),
-                group["reproducible"],
-            )
-            bucket = buckets.get(key)
+            state = states[p]
+            if len(state) < n_entries:
+                _complete(state, p, group, names, counted)
+            kind = p.device, p.dtype, grad.dtype
+            bucket = of_group.get(kind)
             if bucket is None:
-                bucket = buckets[key] = _Bucket()
+                key = _Key(*kind, state_dtype_of(group, p), names, counted, *options)
+                bucket = of_group[kind] = buckets.setdefault(key, _Bucket())
             bucket.parameters.append(p)
             bucket.grads.append(grad)
             bucket.states.append(state)
@@ -113,8 +121,6 @@ def _complete(
     counted: bool,
 ) -> None:
     """Makes the entries that the state of a parameter lacks, in torch's order."""
-    if len(state) >= len(names) + counted + (group["master"] is not None):
-        return
     if counted and STEP not in state:
         # A buffer without a count comes from torch's SGD, which has taken its first step.
         begun = 1.0 if any(name in state for name in names) else 0.0

@@ -173,3 +173,17 @@ def test_memory_beyond_parameters_gradients_and_state():
     tensors = [t for listed in own for t in listed]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     assert sum(storages.values()) < 1.02 * sum(t.nbytes for t in tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_sgd_on_a_cpu_is_refused(dtype):
+    # torch's fused kernel is wrong there; the day it is right, this guard can go.
+    p, q = (torch.nn.Parameter(torch.ones(64, dtype=dtype)) for _ in range(2))
+    with pytest.raises(ValueError, match=r"16-bit weights wrongly.*flat_buckets=True"):
+        GuardedOptimizer(torch.optim.SGD([p]), flat_parameters=True)
+    guard = GuardedOptimizer(
+        torch.optim.SGD([torch.nn.Parameter(torch.ones(4))]), flat_parameters=True
+    )
+    with pytest.raises(ValueError, match="16-bit weights wrongly"):
+        guard.add_param_group({"params": [q]})
+    assert len(guard.param_groups) == 1
