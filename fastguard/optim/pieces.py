@@ -75,7 +75,7 @@ def pieces(update: Update, members: Sequence[int], states: Sequence[str]) -> Ite
         if not all(map(Tensor.is_contiguous, tensors)):
             tensors, copies = _alike(tensors)
         if n <= size:
-            if joined.n + n > JOINED:
+            if joined.n and joined.n + n > JOINED:
                 yield joined
                 joined = _empty(states)
             _add(joined, tensors, step, first, update)
