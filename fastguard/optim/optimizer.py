@@ -66,7 +66,7 @@ class FusedOptimizer(Optimizer):
             ]
             check_group(group, [name_of(i, names) for i in range(len(names))])
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # torch.compiler.disable imports the compiler, and triton with it
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Takes one step, or leaves everything as it is if the verdict says so.
