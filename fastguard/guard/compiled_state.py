@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from fastguard.guard.inner_step import steps_as_torch
 from fastguard.guard.masked_update import CreatesState, Place
 from fastguard.guard.whole_step import WholeStep
+from fastguard.optim.optimizer import FusedOptimizer
 from fastguard.ranks.dtensors import is_dtensor
 from fastguard.ranks.plain_shards import is_managed
 
@@ -30,6 +31,11 @@ def check_compiled_optimizer(optimizer: Optimizer, flat_parameters: bool) -> Non
         raise TypeError(
             f"compile_step=True cannot serve {name}, which evaluates its closure itself; guard it "
             "without compile_step"
+        )
+    if isinstance(optimizer, FusedOptimizer):
+        raise TypeError(
+            f"fastguard.optim.{name} skips in its own update, so there is nothing to compile; "
+            "guard it without compile_step"
         )
     step = vars(optimizer).get("step")
     if step is not None and not hasattr(step, "_wrapped_by_lr_sched"):

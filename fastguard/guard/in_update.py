@@ -25,6 +25,8 @@ class InUpdate:
     With step hooks of its own, which must run only when it steps, the verdict is read first.
     """
 
+    skips = "in the update"
+
     def __init__(self, optimizer: FusedOptimizer) -> None:
         self.optimizer = optimizer
         self._inner = InnerStep(optimizer)

@@ -48,6 +48,7 @@ def test_it_takes_the_road_of_its_own(kind, settings):
     road = stepper_for(kind(parameters_of(), **settings))
     assert type(road) is InUpdate
     assert road.waits  # on a CPU that costs nothing
+    assert road.skips == "in the update"  # what `describe` says on a GPU
 
 
 @pytest.mark.parametrize("scope", ["global", "group", "tensor"])
@@ -189,7 +190,7 @@ def test_a_post_hook_of_the_optimizer_runs_only_when_it_steps():
     assert len(seen) == 2
 
 
-def test_flat_buckets_are_served_and_flat_parameters_refused():
+def test_flat_buckets_are_served_and_two_ways_to_update_refused():
     ours, theirs = parameters_of(), parameters_of()
     flat = GuardedOptimizer(fused.AdamW(ours), max_norm=1.0, flat_buckets=True)
     plain = GuardedOptimizer(fused.AdamW(theirs), max_norm=1.0)
@@ -204,6 +205,8 @@ def test_flat_buckets_are_served_and_flat_parameters_refused():
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
     with pytest.raises(TypeError, match=r"flat_parameters=True serves torch.optim.*not AdamW"):
         GuardedOptimizer(fused.AdamW(parameters_of()), flat_parameters=True)
+    with pytest.raises(TypeError, match=r"skips in its own update.*without compile_step"):
+        GuardedOptimizer(fused.AdamW(parameters_of()), compile_step=True)
 
 
 @pytest.mark.parametrize("master", [None, "remainder"])
