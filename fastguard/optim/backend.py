@@ -13,6 +13,7 @@ import torch
 from fastguard.gradients.tensor_kinds import PLAIN, kind_of
 from fastguard.optim import cpu, reference
 from fastguard.optim.contract import Update
+from fastguard.stages.backend import backend_of
 
 
 def updater_of(update: Update) -> Callable[[Update], None]:
@@ -24,4 +25,13 @@ def updater_of(update: Update) -> Callable[[Update], None]:
 
 def updater_for(device: torch.device) -> Callable[[Update], None]:
     """What takes the updates on a device."""
-    return cpu.update if device.type == "cpu" else reference.update
+    if device.type == "cpu":
+        return cpu.update
+    return _kernel() if backend_of(device) == "triton" else reference.update
+
+
+def _kernel() -> Callable[[Update], None]:
+    """Imported for the first GPU tensor: importing triton takes half a second."""
+    from fastguard.optim import triton
+
+    return triton.update

@@ -1,0 +1,59 @@
+"""`fastguard.optim` in a guard on a GPU: nothing waits, and no gradient is written."""
+
+import math
+
+import pytest
+import torch
+
+import fastguard.optim as fused
+from fastguard import GuardedOptimizer
+
+SIZES = [5, 4097, 70_000]
+KINDS = [
+    (fused.AdamW, torch.float32, {}),
+    (fused.AdamW, torch.bfloat16, dict(master="remainder")),
+    (fused.SGD, torch.float32, dict(momentum=0.9)),
+    (fused.Lion, torch.bfloat16, dict(rounding="stochastic")),
+]
+
+
+def trained(kind, dtype, options, device):
+    """The weights after three steps of which one is skipped, and whether they waited."""
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(n).to(dtype).to(device)) for n in SIZES]
+    grads = [[torch.randn(n).to(dtype).to(device) for n in SIZES] for _ in range(4)]
+    grads[1][1][7] = math.nan
+    opt = GuardedOptimizer(kind(parameters, lr=1e-2, reproducible=True, **options), max_norm=1.0)
+    for step, given in enumerate(grads):
+        for p, g in zip(parameters, given, strict=True):
+            p.grad = g.clone()
+        torch.cuda.set_sync_debug_mode("error" if step and device == "cuda" else "default")
+        try:
+            opt.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert all(
+            torch.equal(p.grad.nan_to_num(), g.nan_to_num())
+            for p, g in zip(parameters, given, strict=True)
+        )
+    assert opt.skipped_steps == 1
+    return opt, [p.detach().cpu() for p in parameters]
+
+
+@pytest.mark.parametrize("kind, dtype, options", KINDS)
+def test_a_gpu_trains_as_a_cpu_does_without_waiting(kind, dtype, options):
+    opt, on_gpu = trained(kind, dtype, options, "cuda")
+    assert opt.sync_free
+    _, on_cpu = trained(kind, dtype, options, "cpu")
+    close = (
+        {"rtol": 2**-7, "atol": 2**-8} if dtype is torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+    )
+    for a, b in zip(on_gpu, on_cpu, strict=True):
+        torch.testing.assert_close(a, b, **close)
+
+
+def test_another_backend_is_not_taken_silently():
+    from fastguard.optim import triton
+    from fastguard.optim.backend import updater_for
+
+    assert updater_for(torch.device("cuda")) is triton.update

@@ -1,0 +1,52 @@
+"""`fastguard.optim` on the update kernel in a guard: the bits of the CPU, step by step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import fastguard.optim as fused
+from fastguard import GuardedOptimizer
+from fastguard.optim import cpu, triton
+from guardtest.updates import same_bits
+
+SHAPES = [(5, 7), (129,), ()]
+
+
+def trained(update: Any, kind: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    """Weights and state after a clipped, a skipped and a cleaned step."""
+    monkeypatch.setattr("fastguard.optim.backend.updater_for", lambda device: update)
+    torch.manual_seed(0)
+    options = dict(options)
+    dtype = options.pop("dtype", torch.float32)
+    parameters = [torch.nn.Parameter(torch.randn(s).to(dtype)) for s in SHAPES]
+    inner = kind(parameters, lr=1e-2, reproducible=True, **options)
+    for mode, bad in (("skip", 1.0), ("skip", math.nan), ("zero", math.inf)):
+        guard = GuardedOptimizer(inner, max_norm=1.0, clip_scope="tensor", nonfinite=mode)
+        for p in parameters:
+            p.grad = torch.randn_like(p)
+        parameters[1].grad[3] = bad
+        guard.step()
+    state = [v for p in parameters for v in inner.state[p].values()]
+    return [p.detach() for p in parameters] + state
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (fused.AdamW, {}),
+        (fused.AdamW, dict(dtype=torch.bfloat16, master="remainder")),
+        (fused.AdamW, dict(dtype=torch.bfloat16, rounding="stochastic", seed=3)),
+        (fused.Adam, dict(weight_decay=0.1, amsgrad=True)),
+        (fused.SGD, dict(momentum=0.9, dampening=0.3)),
+        (fused.SGD, dict(momentum=0.9, nesterov=True)),
+        (fused.Lion, dict(dtype=torch.bfloat16, master="float32")),
+    ],
+)
+def test_a_guarded_run_gives_the_same_bits(kind, options, monkeypatch):
+    ours = trained(triton.update, kind, options, monkeypatch)
+    theirs = trained(cpu.update, kind, options, monkeypatch)
+    assert all(map(same_bits, ours, theirs))
