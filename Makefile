@@ -14,13 +14,14 @@ CHOSEN  := .venv-versions
 TORCH   ?=
 TRITON  ?=
 TRAINERS := .venv-integrations
+DOCS    := .venv-docs
 WORKERS ?= 2
 ARGS    ?=
 
 SHELL       := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv torch-versions demo test suite suite-oldest suite-newest kernels-test kernels-test-oldest test-versions test-integrations gpu lint typecheck wheel-test bench stage clean
+.PHONY: help venv torch-versions demo test suite suite-oldest suite-newest kernels-test kernels-test-oldest test-versions test-integrations gpu lint typecheck wheel-test docs bench stage clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | awk -F'|' '{ printf "  make %-20s %s\n", $$1, $$2 }'
@@ -158,9 +159,22 @@ stage:
 wheel-test: $(STAMP)  ## build the wheel and try it in a new environment, from another folder
 	.ci/wheel-test $(BIN)/python
 
+docs: $(DOCS)/.installed  ## the site of docs/ in build/site: built offline, every link checked
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+
+# An environment without torch, which takes seconds to install: mkdocstrings reads the docstrings from the sources.
+$(DOCS)/.installed: pyproject.toml constraints.txt
+	@$(CHECK_PYTHON)
+	@echo "Installing into $(DOCS) (only now, and when pyproject.toml or constraints.txt change)"
+	@test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	@$(DOCS)/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
+		> $(DOCS)/requirements.txt
+	@$(DOCS)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -r $(DOCS)/requirements.txt
+	@touch $@
+
 bench: $(STAMP)  ## the benchmark suite against its peers
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean:  ## remove everything that make, pytest and the demo created
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(CHOSEN) $(TRAINERS) build dist *.egg-info fastguard-demo .benchmarks .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(CHOSEN) $(TRAINERS) $(DOCS) build dist *.egg-info fastguard-demo .benchmarks .hypothesis .pytest_cache .ruff_cache
 	find fastguard kernels tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

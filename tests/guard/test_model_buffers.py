@@ -187,7 +187,7 @@ def test_the_very_first_batch_may_be_bad(kind: str) -> None:
 
 
 def test_without_it_the_evaluation_is_nan() -> None:
-    """What README says of plain loops; the day torch changes this, README may too."""
+    """What docs/limits.md says of plain loops: it can go when torch changes this."""
     loop = Loop(nn.BatchNorm1d(4))
     loop.batch(0, bad=True)
     loop.batch(1)

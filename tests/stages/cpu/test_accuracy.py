@@ -107,7 +107,7 @@ def test_random_signs_and_integers():
 
 
 def test_constants_made_for_the_places_of_the_audit(monkeypatch):
-    # The exception that the README states. If this norm becomes right, the README is to say so.
+    # The exception that docs/limits.md states. If this norm becomes right, remove it there.
     monkeypatch.undo()
     down, up = 1.529094116759635, 1.6936933337030498  # a block rounds by -7e-7, by +7e-7
     near = l2_sums.BLOCK * 48
