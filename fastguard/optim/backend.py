@@ -1,6 +1,7 @@
 """Which implementation takes the update of a bucket: by device, one table.
 
 cpu        torch's fused kernels over pieces that fit in a cache, or the reference's operations
+triton     devices that `fastguard.stages.backend` serves with kernels: one launch over all tensors
 reference  every other device: plain PyTorch, which waits for nothing
 """
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fastguard.kernels import columns, formulas, update, update_table
-from fastguard.optim import bits, contract, reference
+from fastguard.optim import backend as optim_backend
+from fastguard.optim import bits, contract, cpu, reference
 from fastguard.optim import triton as triton_optim
 from fastguard.optim.contract import STATES, Update
 
@@ -323,3 +324,12 @@ def test_the_columns_are_those_of_the_contract():
     assert (columns.SIGN_COLUMN.value, columns.KEY_COLUMN.value) == (contract.SIGN, contract.KEY)
     assert list(formulas.ALGORITHMS) == list(contract.COEFFICIENTS)
     assert list(contract.HYPER) == list(formulas.HYPER)
+
+
+def test_a_device_with_kernels_takes_them(monkeypatch):
+    """By the table of the stages, so that `FASTGUARD_BACKEND=torch` turns all of them off."""
+    device = torch.device("cuda", 0)
+    for served, take in (("triton", triton_optim.update), ("torch", reference.update)):
+        monkeypatch.setattr(optim_backend, "backend_of", lambda device, served=served: served)
+        assert optim_backend.updater_for(device) is take
+    assert optim_backend.updater_for(torch.device("cpu")) is cpu.update
