@@ -385,7 +385,7 @@ def _add_single_steps(
             x += [first - 0.5, end - 0.5, None]
             y += [row, row, None]
             steps = f"step {first:,}" if end - first == 1 else f"steps {first:,} to {end - 1:,}"
-            hover += [f"{name}<br>bad in {steps}"] * 3
+            hover += [f"{name}: bad in {steps}"] * 3
     figure.add_scatter(
         x=x,
         y=y,
