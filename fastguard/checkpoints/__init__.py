@@ -1,4 +1,4 @@
-"""Checkpoints that carry a verdict: `CheckpointStore`, and a look at files that others wrote."""
+"""Verified checkpoints: `CheckpointStore`, and tools for files that other programs wrote."""
 
 from fastguard.checkpoints.entry import Entry as Entry
 from fastguard.checkpoints.errors import CheckpointError as CheckpointError

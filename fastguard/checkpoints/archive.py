@@ -1,9 +1,9 @@
-"""One checkpoint of a store: a file of `torch.save`, or a folder if the model is sharded.
+"""Writes and reads one checkpoint of a store: a `torch.save` file, or a folder for sharded models.
 
-{"fastguard": the entry's header, "objects": {name: state}, "data": {name: value}, "rng": ...}
+The payload is {"fastguard": header, "objects": {name: state}, "data": {name: value}, "rng": ...}.
 
-Each function is called by all ranks that share the store, and does the same on all, or fails on
-all.
+These functions are collective: every rank that shares the store calls them, and either all ranks
+succeed or all ranks fail.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from fastguard.records.regular_files import NotRegularFile, open_regular
 
 
 def suffix_of(states: Mapping[str, Any], peers: Peers) -> str:
-    """The end of the name of a checkpoint with these states."""
+    """Returns the filename suffix for a checkpoint that contains these states."""
     return names.FOLDER if peers.size > 1 or sharded.has_shards(states) else names.FILE
 
 
 def write(path: Path, payload: Mapping[str, Any], peers: Peers) -> Path:
-    """Writes a checkpoint to the temporary name of `path`, which it returns."""
+    """Writes a checkpoint under the temporary name of `path` and returns that name."""
     if path.suffix == names.FOLDER:
         return sharded.write(path, payload, peers)
     return files.write_temporary(path, lambda sink: torch.save(payload, sink))  # type: ignore[arg-type]
 
 
 def look(path: Path, peers: Peers, *, crc32: bool = True) -> FileReport:
-    """Reads a checkpoint once: every tensor, every checksum.
+    """Reads a checkpoint once and checks every tensor and checksum.
 
     Args:
         path: The file or folder.
-        peers: Each of them reads a share of a folder.
-        crc32: As in `look_at_file`.
+        peers: The ranks that share the work; each reads a part of a folder.
+        crc32: See `look_at_file`.
 
     Raises:
-        DamagedFile, UnsafeFile, OSError: As `look_at_file`.
+        DamagedFile, UnsafeFile, OSError: See `look_at_file`.
     """
     if path.suffix == names.FOLDER:
         return shard_looking.look(path, peers, crc32=crc32)
@@ -56,16 +56,16 @@ def look(path: Path, peers: Peers, *, crc32: bool = True) -> FileReport:
 
 
 def read(path: Path, sha256: str, objects: Mapping[str, Any], peers: Peers) -> dict[str, Any]:
-    """The payload, if the checkpoint is what was written.
+    """Returns the payload after checking that the checkpoint is unchanged.
 
     Args:
         path: The file or folder.
-        sha256: What it must have.
-        objects: What the states are for: shards are laid out as these are.
-        peers: Who reads it.
+        sha256: The expected checksum.
+        objects: The objects to restore; shards are laid out to match them.
+        peers: The ranks that read the checkpoint.
 
     Raises:
-        DamagedFile: It has another checksum, or is missing.
+        DamagedFile: The checksum differs, or the checkpoint is missing.
     """
     try:
         if path.suffix != names.FOLDER:
@@ -84,14 +84,14 @@ def read(path: Path, sha256: str, objects: Mapping[str, Any], peers: Peers) -> d
 
 
 def _read_file(path: Path, sha256: str) -> dict[str, Any]:
-    """Hashes and loads a file through one descriptor: no other file can take its place between."""
+    """Hashes and loads a file through one descriptor, so it cannot be swapped in between."""
     with open_regular(path, follow_links=False) as file:
         before = os.fstat(file.fileno())
         _compare(path, sha256_of_open(file), sha256)
         payload = torch.load(file, map_location="cpu", weights_only=True)
         after = os.fstat(file.fileno())
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise DamagedFile(f"{path} was changed while it was read")
+        raise DamagedFile(f"{path} changed while it was being read")
     return payload
 
 

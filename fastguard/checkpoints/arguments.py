@@ -1,4 +1,4 @@
-"""What callers of the store give it, checked and brought into one form."""
+"""Validates and normalises arguments passed to the store."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastguard.errors.plain_text import shown
 from fastguard.records.step_record import StepRecord
 
 NOTES = 8
-"""Incidents of which the manifest keeps the text; the rest are counted."""
+"""Number of incidents whose text the manifest keeps; the others are only counted."""
 
 
 def joined(objects: Mapping[str, Any] | None, named: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,10 +27,10 @@ def joined(objects: Mapping[str, Any] | None, named: Mapping[str, Any]) -> dict[
 
 
 def integer(name: str, value: object, low: int) -> int:
-    """An integer >= `low`; also one of numpy or of a tensor.
+    """Converts an integer >= `low` to int; accepts numpy and tensor integers.
 
     Raises:
-        ValueError: It is not.
+        ValueError: The value is not such an integer.
     """
     try:
         number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
@@ -48,7 +48,7 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
 def counted(
     last: Entry | None, given: int | Iterable[StepRecord | str] | None, skipped: int | None
 ) -> tuple[int, tuple[str, ...]]:
-    """How many incidents there were since the last clean checkpoint, and the last of them."""
+    """Returns how many incidents followed the last clean checkpoint, and the latest of them."""
     carried = 0 if last is None or last.clean else last.incidents
     notes = () if last is None or last.clean else last.notes
     if given is None:

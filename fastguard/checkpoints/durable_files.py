@@ -1,10 +1,10 @@
-"""Writing so that a crash at any moment leaves either the old file or the new one.
+"""Crash-safe writes: after a crash, a path holds either the old file or the new one.
 
-The order is always the same: a temporary name in the same folder, flush and fsync, rename, fsync of
-the folder. What a crash leaves behind begins with `TEMPORARY`, and the next writer removes it.
+Each write goes to a temporary name in the same folder, then flush and fsync, rename, and fsync of
+the folder. Files left behind by a crash start with `TEMPORARY`; the next writer removes them.
 
-No link is followed and nothing that exists is opened for writing: a folder may come from elsewhere,
-with links under the names that are written to.
+Links are not followed and existing files are never opened for writing, because a folder from an
+untrusted source may contain links under the names to be written.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastguard.records.regular_files import check_regular, open_regular
 
 try:
     import fcntl
-except ImportError:  # Windows: one process at a time is then up to the user
+except ImportError:  # Windows has no lock: the user must ensure there is one writer
     fcntl = None
 
 TEMPORARY = ".tmp-"
@@ -29,9 +29,9 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
 
 
 class Sink:
-    """A file for `torch.save`, whose C++ writer turns errors of the disk into its own assertions.
+    """A file for `torch.save`, whose C++ writer turns disk errors into assertion failures.
 
-    The first `OSError` is kept for `raise_if_failed`; what is written after it goes nowhere.
+    The first `OSError` is kept for `raise_if_failed`; later writes are discarded.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -57,14 +57,14 @@ class Sink:
 
 
 def write_temporary(path: Path, write: Callable[[Sink], object]) -> Path:
-    """Writes what shall become `path` under a temporary name, down to the disk.
+    """Writes the future contents of `path` to a temporary file and flushes it to disk.
 
     Returns:
-        The temporary file: `commit` it, or unlink it.
+        The temporary file; pass it to `commit` or unlink it.
 
     Raises:
-        OSError: The disk is full, read-only or broken; nothing is left behind. Or there is
-            something under that name that no crash left: it stays.
+        OSError: The disk is full, read-only or broken (nothing is left behind), or the temporary
+            name is taken by something that is not left over from a crash (it is not touched).
     """
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
     with contextlib.suppress(FileNotFoundError):
@@ -77,7 +77,7 @@ def write_temporary(path: Path, write: Callable[[Sink], object]) -> Path:
             try:
                 write(sink)
             finally:
-                sink.raise_if_failed()  # the cause, rather than what torch makes of it
+                sink.raise_if_failed()  # raise the cause, not the error that torch made from it
             os.fsync(file.fileno())
     except BaseException:
         with contextlib.suppress(OSError):
@@ -87,13 +87,13 @@ def write_temporary(path: Path, write: Callable[[Sink], object]) -> Path:
 
 
 def commit(temporary: Path, path: Path) -> None:
-    """Gives a temporary file, or folder, its name."""
+    """Renames a temporary file or folder to its final name."""
     os.replace(temporary, path)
     sync_folder(path.parent)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces the contents of a file."""
+    """Replaces the contents of a file atomically."""
     commit(write_temporary(path, lambda sink: sink.write(data)), path)
 
 
@@ -118,7 +118,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file or a folder; a crash leaves no half of a folder under its name."""
+    """Removes a file or folder; after a crash, no partial folder keeps its name."""
     if path.is_dir() and not path.is_symlink():
         doomed = path.with_name(f"{TEMPORARY}{path.name}")
         if path != doomed:
@@ -129,16 +129,16 @@ def remove(path: Path) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Removes what a crash left behind."""
+    """Removes temporary files left behind by a crash."""
     for path in folder.glob(f"{TEMPORARY}*"):
         remove(path)
 
 
 def _open_lock(path: Path) -> int:
-    """Opens the file of a lock, or makes it; never what a link points to, never a pipe or device.
+    """Opens or creates a lock file; refuses links, pipes and devices.
 
     Raises:
-        NotRegularFile: It is none.
+        NotRegularFile: The path is not a regular file.
         OSError: It cannot be opened.
     """
     with contextlib.suppress(FileNotFoundError):
@@ -154,21 +154,22 @@ def _open_lock(path: Path) -> int:
 
 
 class Lock:
-    """One writer a folder, by a lock that the system gives back when the process dies.
+    """Allows one writer per folder; the system releases the lock when the process dies.
 
-    Of `flock`: a POSIX record lock is lost as soon as anything in the process opens the file and
-    closes it again, as a backup of the folder does. Forked workers of a data loader inherit it, so
-    they close it first of all: a run that was killed can be restarted while they are still dying.
+    Uses `flock`. A POSIX record lock would be lost as soon as any code in the process opens and
+    closes the file, as a backup of the folder does. Forked data loader workers inherit the lock, so
+    they close it first: a killed run can be restarted while its workers are still exiting.
     """
 
-    _held: dict[str, Lock] = {}  # noqa: RUF012  (one for the process: folder -> its lock)
+    _held: dict[str, Lock] = {}  # noqa: RUF012  (per process: folder -> lock)
 
     def __init__(self, folder: Path) -> None:
         self._key = os.path.realpath(folder)
         if self._key in self._held:
             raise StoreLocked(
-                f"{folder} is open for writing in this process ({os.getpid()}) already; close() "
-                "the other CheckpointStore, or open this one with read_only=True"
+                f"{folder} is already open for writing in this process ({os.getpid()}); close() "
+                "the "
+                "other CheckpointStore, or open this one with read_only=True"
             )
         self._handle = _open_lock(folder / ".lock")
         try:
@@ -179,26 +180,28 @@ class Lock:
             owner = found.decode() if found.isdigit() else "unknown"
             os.close(self._handle)
             if not isinstance(error, BlockingIOError | PermissionError):
-                raise  # a file system without locks
+                raise  # the file system has no locks
             raise StoreLocked(
-                f"{folder} is open for writing in process {owner}; wait for it or stop it, "
+                f"{folder} is open for writing in process {owner}; wait for that process or stop "
+                "it, "
                 "choose another directory, or open this one with read_only=True"
             ) from None
-        if os.fstat(self._handle).st_nlink == 1:  # else it is another file as well
-            with contextlib.suppress(OSError):  # on a full disk the lock holds without a name on it
+        if os.fstat(self._handle).st_nlink == 1:  # with more links it is also another file
+            # on a full disk the lock still holds, without the PID in it
+            with contextlib.suppress(OSError):
                 os.ftruncate(self._handle, 0)
                 os.pwrite(self._handle, f"{os.getpid()}\n".encode(), 0)
         self._held[self._key] = self
 
     def release(self) -> None:
-        """Lets the next writer in; harmless if done before, or in a forked child."""
+        """Releases the lock; has no effect if already released, or in a forked child."""
         if self._held.get(self._key) is self:
             del self._held[self._key]
             os.close(self._handle)
 
     @classmethod
     def release_all(cls) -> None:
-        """Closes what a forked child has inherited; its parent's locks hold on."""
+        """Closes locks inherited by a forked child; the parent's locks stay held."""
         for lock in list(cls._held.values()):
             lock.release()
 

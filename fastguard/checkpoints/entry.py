@@ -1,7 +1,8 @@
-"""`Entry`: what a store knows of one checkpoint, and how it is read from a file that may lie.
+"""`Entry`: the metadata of one checkpoint, and how to parse it from an untrusted file.
 
-A manifest, and the header of a checkpoint, may come from anywhere. So every value is checked where
-it is read: a name is one that a store gives (`names.parse`), never a path; a number is a number.
+A manifest or a checkpoint header may come from anywhere, so every value is checked when it is
+parsed: names must be those that a store assigns (`names.parse`), never paths, and numbers must be
+numbers.
 """
 
 from __future__ import annotations
@@ -21,25 +22,25 @@ from fastguard.errors.plain_text import shown
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One checkpoint.
+    """The metadata of one checkpoint.
 
     Attributes:
-        serial: Its place in the order of saving; never used twice in a store.
-        file: Its name in the directory.
-        step, epoch: Where training stood.
-        metric: What `best` compares; None if not given.
-        tag: Whatever the caller gave.
-        time: When it was saved, ISO 8601, UTC.
-        incidents: Skipped steps and the like since the last clean checkpoint before this one.
-        notes: The last of them, one line each.
-        skipped_steps: Of the whole run so far, if a `GuardedOptimizer` was saved; without those
-            that only lowered a loss scale.
-        n_tensors: How many tensors were looked at.
-        bad: `(name, nan, posinf, neginf)` of each that holds NaN or Inf; numbers that are NaN, such
-            as a learning rate, count as tensors of one element.
-        sha256: Of the file.
-        size: Bytes.
-        verified: Read back whole after it was written, and found as written.
+        serial: Position in the order of saving; unique within a store.
+        file: File name within the directory.
+        step, epoch: Position in training.
+        metric: The value that `best` compares; None if not given.
+        tag: Arbitrary data from the caller.
+        time: Time of saving, ISO 8601, UTC.
+        incidents: Number of skipped steps and other incidents since the previous clean checkpoint.
+        notes: The latest incidents, one line each.
+        skipped_steps: Steps skipped in the whole run so far, not counting loss-scale adjustments;
+            None unless a `GuardedOptimizer` was saved.
+        n_tensors: Number of tensors checked.
+        bad: `(name, nan, posinf, neginf)` for each tensor with NaN or Inf. A number that is NaN,
+            such as a learning rate, counts as a tensor with one element.
+        sha256: Checksum of the file.
+        size: File size in bytes.
+        verified: Whether the file was read back after writing and matched.
     """
 
     serial: int
@@ -65,17 +66,17 @@ class Entry:
 
     @property
     def clean(self) -> bool:
-        """Whether it is finite and known to be on disk as it was written."""
+        """Whether every tensor is finite and the file is known to match what was written."""
         return self.finite and self.verified
 
     @property
     def header(self) -> dict[str, Any]:
-        """What the checkpoint itself repeats, so that the manifest can be built again."""
+        """The copy of the entry stored inside the checkpoint, used to rebuild a lost manifest."""
         known = to_json(self)
         return {key: known[key] for key in _HEADER}
 
     def __str__(self) -> str:
-        """One line for a log."""
+        """Formats the entry as one line for a log."""
         parts = [f"step {self.step}"]
         if self.epoch is not None:
             parts.append(f"epoch {self.epoch}")
@@ -92,7 +93,7 @@ _HEADER = (
 
 
 def to_json(entry: Entry) -> dict[str, Any]:
-    """The entry as `from_json` reads it."""
+    """Converts an entry to the form that `from_json` reads."""
     values = json.loads(json.dumps(asdict(entry)))  # tuples are lists there
     metric = entry.metric
     if metric is not None and not math.isfinite(metric):
@@ -101,13 +102,13 @@ def to_json(entry: Entry) -> dict[str, Any]:
 
 
 def from_json(values: object) -> Entry:
-    """The entry that was written so; keys of other releases are ignored.
+    """Parses an entry; keys from other releases are ignored.
 
     Raises:
-        ValueError: It is no entry: a value of another type, or a name that no store gives.
+        ValueError: A value has the wrong type, or a name is not one that a store assigns.
     """
     if not isinstance(values, Mapping):
-        raise ValueError(f"{shown(values)} in place of what is known of a checkpoint")
+        raise ValueError(f"{shown(values)} instead of a checkpoint entry")
     read = {}
     for field in fields(Entry):
         if field.name in values:
@@ -117,17 +118,17 @@ def from_json(values: object) -> Entry:
     entry = Entry(**read)
     name = names.parse(entry.file)
     if name is None:
-        raise ValueError(f"file={shown(entry.file)}, which is no name of a checkpoint")
+        raise ValueError(f"file={shown(entry.file)}, which is not a checkpoint name")
     if name.serial != entry.serial:
-        raise ValueError(f"file={entry.file!r} has another number than serial={entry.serial}")
+        raise ValueError(f"file={entry.file!r} does not match serial={entry.serial}")
     return entry
 
 
 def checked(key: str, value: object, read: Callable[[Any], Any]) -> Any:
-    """What `read` makes of a value out of a file.
+    """Parses one value with `read`.
 
     Raises:
-        ValueError: It is nothing of that kind; the error has the key and the value.
+        ValueError: The value is invalid; the message contains the key and the value.
     """
     try:
         return read(value)
@@ -135,7 +136,7 @@ def checked(key: str, value: object, read: Callable[[Any], Any]) -> Any:
         raise ValueError(f"{key}={shown(value)}") from None
 
 
-# How each kind of value is read; what is none raises TypeError or ValueError.
+# Parsers for each kind of value; they raise TypeError or ValueError for anything else.
 
 
 def text(value: object) -> str:
@@ -145,7 +146,7 @@ def text(value: object) -> str:
 
 
 def count(value: object) -> int:
-    """An integer that fits an int64, and is not negative."""
+    """Parses a non-negative integer that fits in int64."""
     return count_of("", value, 0)
 
 
@@ -156,13 +157,14 @@ def texts(value: object) -> tuple[str, ...]:
 
 
 def plain_json(value: object) -> Any:
-    """A copy of a value that JSON can hold.
+    """Copies a value that JSON can represent.
 
-    The one that stands in a pickle may hold itself, or the same list a billion times in a few
-    bytes, so its size is bounded as well as its depth.
+    A value from a pickle may contain itself, or the same list a billion times in a few bytes, so
+    both
+    size and depth are limited.
 
     Raises:
-        TypeError, ValueError: JSON cannot hold it, or it is too deep or too large.
+        TypeError, ValueError: The value is not JSON-serialisable, or is too deep or too large.
     """
     left = 1_000_000  # values
 

@@ -1,4 +1,4 @@
-"""What can be wrong with a checkpoint, a store, or the disk under them."""
+"""Errors raised for checkpoints and stores."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ class CheckpointError(RuntimeError):
 
 
 class DamagedFile(CheckpointError):
-    """A file is truncated, changed on disk, or in no format that is known here."""
+    """A file is truncated, changed on disk, or in an unknown format."""
 
 
 class UnsafeFile(CheckpointError):
-    """A file asks to call a function that no checkpoint needs; nothing of it was executed."""
+    """A file asks to call a function that no checkpoint needs; none of it was executed."""
 
 
 class StoreLocked(CheckpointError):
-    """Another process, or another `CheckpointStore` of this one, writes to the directory."""
+    """Another process, or another `CheckpointStore` in this process, writes to the directory."""

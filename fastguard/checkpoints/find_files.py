@@ -1,4 +1,4 @@
-"""Which files below a folder are checkpoints: by their names, and `.bin` by its first bytes."""
+"""Finds checkpoint files below a folder, by name, and `.bin` files by their first bytes."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from fastguard.records.regular_files import open_regular
 
 ENDINGS = (".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".pt.tar", ".pth.tar", ".ckpt.tar")
 SHOWN = 5
-_SETTINGS = "training_args.bin"  # a pickled object of the Hugging Face Trainer; it calls its enums
+_SETTINGS = "training_args.bin"  # a pickled Hugging Face Trainer object; it calls its enums
 _BEGINNINGS = (b"PK", b"\x80", b"\0\0")  # an archive, a pickle, and what a lost write leaves
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Something below a folder that `verify` has to say a word about.
+    """A path below a folder that `verify` has to report on.
 
     Attributes:
         path: The file or folder.
-        kind: What it is; `"shards"` is a folder that `torch.distributed.checkpoint` wrote,
-            `"index"` a file that says which other holds each tensor, `"incomplete"` a folder that
-            lacks files of a model, `"other"` a file whose name alone is that of a checkpoint,
-            `"unreadable"` a folder.
-        why: Of the last three: what tells.
+        kind: `"shards"` for a folder written by `torch.distributed.checkpoint`, `"index"` for a
+            file
+            that maps tensors to files, `"incomplete"` for a folder with missing model files,
+            `"other"` for a file that only has the name of a checkpoint, and `"unreadable"` for a
+            folder that cannot be read.
+        why: The reason, for the last three kinds.
     """
 
     path: Path
@@ -41,15 +42,15 @@ class Found:
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """The checkpoint files in a folder, by name; links to nothing and pipes among them."""
+    """Returns the checkpoint files in a folder, by name, including dangling links and pipes."""
     return [found.path for found in _files(folder) if found.kind == "file"]
 
 
 def is_shards(folder: Path) -> bool:
-    """Whether a folder is one checkpoint in shards, whole or not: of a store, or of torch."""
+    """Whether a folder is one sharded checkpoint, complete or not, from a store or from torch."""
     if is_of_a_store(folder) or any(name.endswith(".distcp") for name in os.listdir(folder)):
         return True
-    try:  # other programs have a file of this name too; that of torch is a pickle
+    try:  # other programs use this file name too; torch writes a pickle
         with open_regular(folder / ".metadata") as file:
             return file.read(1) == b"\x80"
     except OSError:
@@ -57,26 +58,26 @@ def is_shards(folder: Path) -> bool:
 
 
 def is_of_a_store(folder: Path) -> bool:
-    """Whether a folder is one checkpoint of a store, by its name."""
+    """Whether a folder is named like a checkpoint of a store."""
     return names.FOLDER in folder.resolve().name
 
 
 def how_to_read_shards(folder: Path) -> str:
-    """What a user can do with such a folder, to stand behind its name."""
+    """Returns advice on a folder of shards, phrased to follow its name."""
     if is_of_a_store(folder):
-        return f"is one checkpoint of a store; give the store: {folder.resolve().parent}"
+        return f"is one checkpoint of a store; pass the store instead: {folder.resolve().parent}"
     return (
-        "was written by torch.distributed.checkpoint, whose shards are not read here; make one "
-        f"file of it (python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} "
+        "was written by torch.distributed.checkpoint, whose shards cannot be read here; convert it "
+        f"to one file (python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} "
         "whole.pt, or dcp_to_torch_save) and verify that, or save with fastguard.CheckpointStore, "
         "whose shards are verified"
     )
 
 
 def walk(folder: Path) -> Iterator[Found]:
-    """Everything in a folder and its subfolders, by name.
+    """Yields everything in a folder and its subfolders, by name.
 
-    The files of a store are its own affair. Hidden folders and links to folders are not entered.
+    Files inside a store are not listed. Hidden folders and links to folders are not entered.
     """
     failed: list[OSError] = []
     for name, below, _ in os.walk(folder, onerror=failed.append):
@@ -93,16 +94,16 @@ def walk(folder: Path) -> Iterator[Found]:
 
 
 def folders_of_checkpoints(folder: Path) -> list[Path]:
-    """The subfolders of a folder that hold any."""
+    """Returns the subfolders that contain checkpoints."""
     holders = [f.path if f.path.is_dir() else f.path.parent for f in walk(folder)]
     return [path for path in dict.fromkeys(holders) if path != folder]
 
 
 def where_else(folder: Path) -> str:
-    """What to do about a folder that holds no checkpoint, to stand behind its name."""
+    """Returns advice on a folder without checkpoints, phrased to follow its name."""
     below = folders_of_checkpoints(folder)
     if not below:
-        return "holds no checkpoints; give a store, a file, or a folder of files"
+        return "holds no checkpoints; pass a store, a file, or a folder of files"
     more = f" and {len(below) - SHOWN} more" if len(below) > SHOWN else ""
     told = ", ".join(map(str, below[:SHOWN])) + more
     return f"holds no checkpoints itself; these subfolders do: {told}"
@@ -134,14 +135,14 @@ def _files(folder: Path) -> Iterator[Found]:
 
 
 def _no_checkpoint(path: Path) -> str | None:
-    """Why a `.bin` is none: data sets and programs have that ending too."""
+    """Returns why a `.bin` file is not a checkpoint; data sets and programs use that suffix too."""
     if path.name == _SETTINGS:
         return "settings of the Hugging Face Trainer"
     try:
         with open_regular(path) as file:
             first = file.read(2)
-    except OSError:  # whoever reads it says so
+    except OSError:  # reported when the file is read
         return None
     if not first or first.startswith(_BEGINNINGS):
         return None
-    return "does not begin as a file of torch does"
+    return "does not begin like a torch file"

@@ -1,11 +1,11 @@
-"""The folder of a store on disk: its manifest, and the changes that it can go through.
+"""The folder of a store on disk: its manifest and the changes made to it.
 
-Every change is one rename of `manifest.json`. A crash between a rename and the clean-up after it
-leaves files that the next writer recognises: temporary ones are removed, those that were to be
-removed too, and whole ones that the manifest does not know are looked at and taken in.
+Every change is a single rename of `manifest.json`. A crash between that rename and the clean-up can
+leave extra files. The next writer removes temporary files and files already marked for removal, and
+adds complete checkpoints that are missing from the manifest, after verifying them.
 
-Of several ranks the first one opens the folder, holds its lock and writes its manifest; the others
-know of it what the first one tells them, never what a network file system happens to show.
+With several ranks, rank 0 opens the folder, holds the lock and writes the manifest. The other ranks
+use what rank 0 sends them, not what a network file system happens to show.
 """
 
 from __future__ import annotations
@@ -35,40 +35,41 @@ Rotation = Callable[[Sequence[Entry]], tuple[Entry, ...]]
 
 
 def is_store(path: Path) -> bool:
-    """Whether a folder is that of a `CheckpointStore`."""
+    """Whether a folder belongs to a `CheckpointStore`."""
     return manifest.is_ours(path) or any(_files(path))
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a file or folder has the name of a checkpoint of a store."""
+    """Whether a file or folder is named like a checkpoint of a store."""
     return names.parse(path.name) is not None
 
 
 def _files(path: Path) -> Iterator[tuple[int, str]]:
-    """`(serial, name)` of the checkpoints in a folder, oldest first."""
+    """Yields `(serial, name)` of the checkpoints in a folder, oldest first."""
     found = ((names.parse(name), name) for name in os.listdir(path))
     yield from sorted((parsed.serial, name) for parsed, name in found if parsed is not None)
 
 
 def _size_of_file(path: Path) -> int | None:
-    """Bytes of a regular file; None of anything else."""
+    """Returns the size of a regular file in bytes; None for anything else."""
     found = path.lstat()
     return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 class Folder:
-    """One folder, open for reading or for writing.
+    """A folder opened for reading or for writing.
 
     Args:
-        path: The folder; created if it is to be written to.
+        path: The folder; created if opened for writing.
         read_only: Take no lock and change nothing.
-        mode: `"min"` or `"max"`: which metric is the best; None: as last time.
-        ignore: Patterns of tensors whose NaN and Inf do not count; None: those of last time.
-        peers: The ranks that share it. Each of them calls every method that changes something.
+        mode: `"min"` or `"max"`: which metric is best; None keeps the stored mode.
+        ignore: Patterns of tensors whose NaN and Inf do not count; None keeps the stored ones.
+        peers: The ranks that share the folder. Every rank calls every method that changes it.
 
     Raises:
-        StoreLocked: Somebody else writes to it.
-        CheckpointError: It cannot be used, or its manifest is of a newer version, or of another
+        StoreLocked: Another writer has the folder open.
+        CheckpointError: The folder cannot be used, or its manifest is from a newer version or
+            another
             tool.
     """
 
@@ -94,17 +95,17 @@ class Folder:
 
     @property
     def manifest(self) -> Manifest:
-        """What the folder holds.
+        """The contents of the folder.
 
-        One process that only reads sees what another one is writing; several ranks that only read
-        see what there was when they opened it.
+        A single read-only process sees changes made by a writer. With several read-only ranks, the
+        contents are those at the time of opening.
         """
         if self.read_only and self.peers.size == 1:
             self._manifest = manifest.read(self.path) or self._manifest
         return self._manifest
 
     def close(self) -> None:
-        """Lets the next writer in."""
+        """Releases the lock so that another process can write."""
         self._closed = True
         if self._release is not None:
             self._release()
@@ -112,17 +113,17 @@ class Folder:
     # Changes.
 
     def add(self, entry: Entry, payload: Mapping[str, Any], staying: Rotation) -> Entry:
-        """Writes a checkpoint, reads it back, and lets rotation remove what need not stay.
+        """Writes a checkpoint, reads it back, and removes checkpoints that rotation drops.
 
         Args:
-            entry: What is known before it is written.
-            payload: What to write.
-            staying: Says which entries stay: `(entries) -> entries`.
+            entry: The metadata known before writing.
+            payload: The data to write.
+            staying: Selects the entries to keep: `(entries) -> entries`.
 
         Raises:
-            OSError: The disk is full, read-only or broken; the folder is as it was before, unless
-                the new manifest is in place and only flushing it failed.
-            DamagedFile: What came back from the disk is not what was written.
+            OSError: The disk is full, read-only or broken. The folder is unchanged, unless the new
+                manifest is in place and only flushing it failed.
+            DamagedFile: The data read back differ from what was written.
         """
         self.check_open()
         path = self.path / entry.file
@@ -139,10 +140,11 @@ class Folder:
         return entry
 
     def _remove_unlisted(self, *leftovers: Path) -> None:
-        """Removes what a save left, but never what the manifest on the disk lists.
+        """Removes files left by a save, except those listed by the manifest on disk.
 
-        An interrupt may come when that manifest is written already and the checkpoints that it
-        does not list are on their way out: the new one may be the only one by then.
+        An interrupt may arrive after the new manifest is written and while old checkpoints are
+        being
+        removed; the new checkpoint may then be the only one left.
         """
         for path in leftovers:
             with contextlib.suppress(CheckpointError, OSError):
@@ -151,11 +153,10 @@ class Folder:
                     files.remove(path)
 
     def verify(self, entry: Entry) -> tuple[Entry, str | None]:
-        """Reads a checkpoint from the disk, from front to back.
+        """Reads a whole checkpoint from disk.
 
         Returns:
-            The entry with its verdict brought up to date, and what is wrong with the file, if
-            anything.
+            The entry with an updated verdict, and the problem found, or None.
         """
         problem, found = self._compare(entry)
         updated = replace(entry, verified=False) if found is None else self._seen(entry, found)
@@ -183,19 +184,20 @@ class Folder:
         return None, found
 
     def update(self, entry: Entry) -> None:
-        """Replaces the entry of a file."""
+        """Replaces the entry for a file."""
         after = self._manifest.with_entry(entry)
         try:
             self._change(after)
         except OSError as error:
-            log.warning("the manifest of %s cannot be written: %s", self.path, error)
-            self._manifest = after  # known at least to this process
+            log.warning("cannot write the manifest of %s: %s", self.path, error)
+            self._manifest = after  # keep the result at least in this process
 
     def roll_back(self, target: Entry) -> tuple[Entry, ...]:
-        """Puts aside what was saved after `target`, so that it is the last one again.
+        """Sets aside everything saved after `target`, making `target` the last checkpoint.
 
         Returns:
-            What was put aside: it stays on disk, with `.replaced` behind its name, until the next
+            The entries set aside. Their files keep `.replaced` appended to their names until the
+            next
             rollback.
         """
         self.check_open()
@@ -215,7 +217,7 @@ class Folder:
         return newer
 
     def _change(self, after: Manifest) -> None:
-        """Makes `after` the state of the folder, then brings the files in line with it."""
+        """Makes `after` the state of the folder, then updates the files to match it."""
         try:
             self.peers.first(lambda: self._apply(after))
         finally:
@@ -231,7 +233,8 @@ class Folder:
             self._manifest = after
             self._bring_files_in_line()
         except BaseException:
-            # Before the rename or behind it? The disk knows, but not the verdicts that it refused.
+            # The rename may or may not have happened. The disk tells, but it lacks verdicts that
+            # failed to be written.
             with contextlib.suppress(CheckpointError, OSError):
                 known = manifest.read(self.path)
                 if known is not None and known.files == after.files:
@@ -239,14 +242,15 @@ class Folder:
             raise
 
     def _bring_files_in_line(self) -> None:
-        """Renames and removes what the manifest says; a crash in between leaves it to the next."""
+        """Renames and removes files as the manifest says; the next writer finishes after a
+        crash."""
         for entry in self._manifest.replaced:
             path = self.path / entry.file
             try:
                 if os.path.lexists(path):
                     os.replace(path, path.with_name(path.name + names.REPLACED))
             except OSError as error:
-                log.warning("%s cannot be renamed: %s", path, error)
+                log.warning("cannot rename %s: %s", path, error)
         if not self._manifest.removing:
             return
         stuck = []
@@ -255,9 +259,9 @@ class Folder:
                 files.remove(self.path / name)
             except OSError as error:
                 stuck.append(name)
-                log.warning("%s cannot be removed: %s", self.path / name, error)
+                log.warning("cannot remove %s: %s", self.path / name, error)
         self._manifest = replace(self._manifest, removing=tuple(stuck))
-        # Written again, so that a file that somebody puts back under its old name is not removed.
+        # Written again so that a file restored under its old name is not removed.
         with contextlib.suppress(OSError):
             self._manifest.write(self.path)
 
@@ -265,7 +269,7 @@ class Folder:
 
     def _look_in(self) -> Manifest:
         if not self.path.is_dir():
-            raise CheckpointError(f"{self.path} is no directory, so no checkpoints are in it")
+            raise CheckpointError(f"{self.path} is not a directory, so it has no checkpoints")
         return self._read()
 
     def _open(self, mode: str | None, ignore: Sequence[str] | None) -> Manifest:
@@ -273,8 +277,8 @@ class Folder:
             self.path.mkdir(parents=True, exist_ok=True)
             if manifest.is_foreign(self.path):
                 raise CheckpointError(
-                    f"{self.path / manifest.NAME} is no manifest of a CheckpointStore; choose "
-                    "another directory, or move it away"
+                    f"{self.path / manifest.NAME} is not the manifest of a CheckpointStore; choose "
+                    "another directory, or move the file away"
                 )
             lock = files.Lock(self.path)
         except NotRegularFile as error:
@@ -284,8 +288,9 @@ class Folder:
             ) from None
         except OSError as error:
             raise CheckpointError(
-                f"{self.path} cannot be written to: {error.strerror}; choose another directory, or "
-                "open it with read_only=True"
+                f"cannot write to {self.path}: {error.strerror}; choose another directory, or open "
+                "it "
+                "with read_only=True"
             ) from None
         self._release = weakref.finalize(self, lock.release)
         try:
@@ -301,8 +306,8 @@ class Folder:
         except OSError as error:
             self.close()
             raise CheckpointError(
-                f"{self.path} cannot be opened for writing: {error}; free some space, choose "
-                "another directory, or open it with read_only=True"
+                f"cannot open {self.path} for writing: {error}; free some space, choose another "
+                "directory, or open it with read_only=True"
             ) from error
         except BaseException:
             self.close()
@@ -320,13 +325,13 @@ class Folder:
         if found.entries or damaged.exists():
             n = len(found.entries)
             word = "checkpoint" if n == 1 else "checkpoints"
-            log.warning("%s was lost or damaged; built again from %d %s", damaged, n, word)
+            log.warning("%s was lost or damaged; rebuilt from %d %s", damaged, n, word)
         if not self.read_only and damaged.exists():
             os.replace(damaged, damaged.with_name(damaged.name + ".damaged"))
         return found
 
     def _taken_in(self, found: Manifest, serial: int, name: str) -> Manifest:
-        """The manifest with a checkpoint that it did not know."""
+        """Returns the manifest with a checkpoint added that it did not list."""
         try:
             seen = archive.look(self.path / name, Peers())
             entry = from_json({**(seen.header or {}), "serial": serial, "file": name})
@@ -358,20 +363,20 @@ class Folder:
         return not self.read_only and not self._closed and os.getpid() == self._pid
 
     def check_open(self) -> None:
-        """Raises a CheckpointError unless the folder may be changed."""
+        """Raises a CheckpointError if the folder may not be changed."""
         if self.read_only:
             raise CheckpointError(f"{self.path} was opened with read_only=True")
         if self._closed:
-            raise CheckpointError(f"the store of {self.path} is closed")
+            raise CheckpointError(f"the store at {self.path} is closed")
         if os.getpid() != self._pid:
             raise StoreLocked(
-                f"{self.path} was opened for writing in process {self._pid}, of which this one "
-                f"({os.getpid()}) is a fork: what it saves would be lost; save in process "
-                f"{self._pid}, or open a CheckpointStore of another directory here"
+                f"{self.path} was opened for writing in process {self._pid}, and this process "
+                f"({os.getpid()}) is a fork of it whose saves would be lost; save in process "
+                f"{self._pid}, or open a CheckpointStore in another directory here"
             )
 
     def _seen(self, entry: Entry, seen: FileReport, ignore: Sequence[str] | None = None) -> Entry:
-        """The entry with the verdict of a read of its file."""
+        """Returns the entry with the verdict from reading its file."""
         return replace(
             entry,
             n_tensors=len(seen.tensors),

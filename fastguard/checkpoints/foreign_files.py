@@ -1,8 +1,7 @@
-"""Checkpoint files that another program wrote: what they say of themselves, and going back.
+"""Describes checkpoint files written by other programs, and rolls them back.
 
-A file is rolled back by copying a good one over it, byte for byte. It is never unpickled and
-written again, so what the framework wrote is what it will read; and the epoch that it resumes from
-is the one that stands in the good file, which nobody has to edit.
+A rollback copies a good file over the target, byte for byte. Nothing is unpickled or rewritten, so
+the framework reads exactly what it wrote and resumes from the epoch recorded in the good file.
 """
 
 from __future__ import annotations
@@ -35,18 +34,18 @@ _OPTIMIZER = ("optimizer", "optimizer_states", "optimizer_state_dict", "optim")
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What a file says of itself, without its tensors being read.
+    """Metadata of a checkpoint file, obtained without reading its tensors.
 
     Attributes:
         path: The file.
-        size: Bytes.
-        modified: Seconds since 1970.
-        format: `"torch"`, `"torch (legacy)"`, `"safetensors"`; `"unreadable"` with a `problem`.
-        n_tensors: Distinct tensors in it.
-        epoch, step, metric: What usually stands under such names at its top, if it does.
-        resumable: Whether it holds the state of an optimizer.
-        has_weights: Whether it can be a model: not an optimizer or random streams alone, say.
-        problem: Why it cannot be read; None if it can.
+        size: File size in bytes.
+        modified: Modification time in seconds since 1970.
+        format: `"torch"`, `"torch (legacy)"`, `"safetensors"`, or `"unreadable"` with a `problem`.
+        n_tensors: Number of distinct tensors.
+        epoch, step, metric: Values found under the usual names at the top level; else None.
+        resumable: Whether the file contains optimizer state.
+        has_weights: Whether the file can hold a model, and not just an optimizer or random states.
+        problem: Why the file cannot be read; None if it can.
         tensors: Name and shape of each tensor.
     """
 
@@ -65,7 +64,7 @@ class Description:
 
 
 def describe(path: Path) -> Description:
-    """What a checkpoint file says of itself; of one that cannot be read, why."""
+    """Describes a checkpoint file, or reports why it cannot be read."""
     try:
         stat = path.stat()
     except OSError as error:
@@ -76,7 +75,7 @@ def describe(path: Path) -> Description:
         problem = problem_of(path, error)
         return Description(path, stat.st_size, stat.st_mtime, UNREADABLE, problem=problem)
     top: dict[Any, Any] = contents.tree if isinstance(contents.tree, dict) else {}
-    header = top.get(HEADER) if "objects" in top else None  # an optimizer under guard has one too
+    header = top.get(HEADER) if "objects" in top else None  # a guarded optimizer has such a key too
     header = header if isinstance(header, dict) else None
     states = top if header is None else top["objects"]
     top = {**contents.metadata, **top, **(header or {})}
@@ -100,19 +99,19 @@ def describe(path: Path) -> Description:
 
 
 def problem_of(path: Path, error: CheckpointError | OSError) -> str:
-    """What an error says of a file, to stand behind its name."""
+    """Returns the description of an error, phrased to follow the name of the file."""
     if isinstance(error, OSError):
         return f"cannot be read: {error.strerror or error}"
     return without_name(path, str(error))
 
 
 def without_name(path: Path, problem: str) -> str:
-    """A problem that may begin with the name of its file, without it."""
+    """Removes the file name from the start of a problem."""
     return problem.removeprefix(str(path)).removeprefix(":").lstrip()
 
 
 def _first_known(top: dict[Any, Any], names: Iterable[str], kind: Callable[[Any], Any]) -> Any:
-    """The number under the first of the names that has one; whatever else stands there is not."""
+    """Returns the first number found under the given names; other values are ignored."""
     for name in names:
         value = top.get(name)
         if isinstance(value, int | float | str) and not isinstance(value, bool):
@@ -129,21 +128,25 @@ def _whole(value: int | float | str) -> int:
 
 
 def good_source(target: Path, ignore: Sequence[str] = ()) -> tuple[Path | None, list[str]]:
-    """The file beside `target` to go back to: whole, finite, of the latest epoch not after its own.
+    """Finds the file beside `target` to go back to: complete, finite, with the latest suitable
+    epoch.
 
-    Where no epoch is known the step decides, and then the time of modification.
+    The epoch must not be later than that of the target. If no epoch is known, the step decides, and
+    then the modification time.
 
-    A file without tensors (settings, a schedule) is no checkpoint, whatever its epoch. And a folder
-    may hold several models, so a file that shares less than half of the tensors of the
-    smaller of both, by name and shape, is not chosen. Half, because data positions and histories
-    change shape; of the smaller, because an optimizer has no state before its first step.
+    A file without tensors (settings, a schedule) is never chosen. A folder may hold several models,
+    so
+    a candidate must share at least half of the tensors, by name and shape, of the smaller of the
+    two
+    files. Half, because data positions and histories change shape; the smaller file, because an
+    optimizer has no state before its first step.
 
     Args:
         target: The file to be replaced; it may be damaged or missing.
         ignore: Patterns of tensors whose NaN and Inf do not count.
 
     Returns:
-        The file, or None; and why each candidate before it was passed over.
+        The file, or None, and the reason each earlier candidate was rejected.
     """
     now = describe(target) if target.exists() else None
     candidates = [describe(p) for p in checkpoint_files(target.parent) if p != target]
@@ -167,27 +170,27 @@ def _unfit(candidate: Description, now: Description | None) -> str | None:
         return NO_TENSORS
     if (
         now is None or now.problem
-    ):  # nothing tells what it held, but it was hardly an optimizer alone
+    ):  # the target's contents are unknown, but it was hardly just an optimizer
         return None if candidate.has_weights else NO_WEIGHTS
     if now.has_weights and not candidate.has_weights:
         return NO_WEIGHTS
     if now.resumable and not candidate.resumable:
         return "holds no optimizer state to resume with"
     if candidate.epoch is not None and now.epoch is not None and candidate.epoch > now.epoch:
-        return f"is of epoch {candidate.epoch}, after epoch {now.epoch}"
+        return f"is from epoch {candidate.epoch}, later than epoch {now.epoch}"
     has_epoch = candidate.epoch is not None or now.epoch is not None
     if not has_epoch and candidate.step is not None and now.step is not None:
         if candidate.step > now.step:
-            return f"is of step {candidate.step}, after step {now.step}"
+            return f"is from step {candidate.step}, later than step {now.step}"
     n_shared = len(candidate.tensors & now.tensors)
     n_compared = min(len(candidate.tensors), len(now.tensors))
     if 2 * n_shared < n_compared:
-        return f"is of another model: it shares {n_shared} of {n_compared} tensors"
+        return f"belongs to another model: it shares {n_shared} of {n_compared} tensors"
     return None
 
 
 def is_sound(path: Path, ignore: Sequence[str] = ()) -> bool:
-    """Whether the file is there, whole and finite; reads all of it."""
+    """Whether the file exists and is complete and finite; reads all of it."""
     return path.exists() and _unsound(path, ignore) is None
 
 
@@ -200,7 +203,7 @@ def _unsound(path: Path, ignore: Sequence[str]) -> str | None:
 
 
 def _flaw(found: Inspection, ignore: Sequence[str]) -> str | None:
-    """What is wrong with a file that was read through, if anything."""
+    """Returns the problem with a file that was read, or None."""
     if found.damaged:
         return f"{', '.join(found.damaged)} changed after it was written"
     if not found.contents.n_tensors:
@@ -216,29 +219,30 @@ def roll_back_file(
     *,
     ignore: Sequence[str] = (),
 ) -> Path | None:
-    """Replaces a checkpoint file by a copy of a good one, atomically, keeping what it replaces.
+    """Atomically replaces a checkpoint file with a copy of a good one; the old file is kept.
 
     Args:
         target: The file that the training program will resume from.
-        source: A whole and finite checkpoint.
+        source: A complete and finite checkpoint.
         ignore: Patterns of tensors whose NaN and Inf do not count.
 
     Returns:
-        Where the old target is now: beside it, with `.replaced-1` (or 2, ...) behind its name. None
-        if there was none.
+        The new path of the old target: its name with `.replaced-1` (or 2, ...) appended. None if
+        there
+        was no target.
 
     Raises:
-        CheckpointError: The source is the target, or damaged, or not finite, or holds no tensors,
-            or no weights where the target does; nothing was changed.
-        OSError: The disk is full or read-only, or the target is no regular file; nothing was
+        CheckpointError: The source is the target, is damaged or not finite, holds no tensors, or
+            holds no weights where the target does. Nothing was changed.
+        OSError: The disk is full or read-only, or the target is not a regular file. Nothing was
             changed.
     """
     target, source = Path(target), Path(source)
     with contextlib.suppress(FileNotFoundError):
         check_regular(target.stat(), target)
     if target.exists() and target.samefile(source):
-        raise CheckpointError(f"{source} is the file to be replaced; choose another one to copy")
-    refused = f"{source} cannot be rolled back to: "
+        raise CheckpointError(f"{source} is the file to be replaced; choose another source")
+    refused = f"{source} cannot be used for a rollback: "
     try:
         found = inspect(source, sha256=True)
     except (CheckpointError, OSError) as error:
@@ -251,8 +255,9 @@ def roll_back_file(
     try:
         if sha256_of(temporary) != found.sha256:
             raise DamagedFile(
-                f"the copy of {source} is not what was verified: another process writes to it, or "
-                "the disk is failing"
+                f"the copy of {source} differs from what was verified: another process writes to "
+                "it, "
+                "or the disk is failing"
             )
         backup = _keep(target) if target.exists() else None
         files.commit(temporary, target)
@@ -264,7 +269,7 @@ def roll_back_file(
 
 
 def _had_weights(target: Path) -> bool:
-    """Whether a file to be replaced holds weights, or may have before it was damaged."""
+    """Whether a file to be replaced holds weights, or may have held them before it was damaged."""
     if not target.exists():
         return False
     now = describe(target)
@@ -272,13 +277,13 @@ def _had_weights(target: Path) -> bool:
 
 
 def _keep(path: Path) -> Path:
-    """Gives the file a second name, which stays when the first is taken over."""
+    """Gives the file a second name, which remains when the first is replaced."""
     n = 1
     while (backup := path.with_name(f"{path.name}.replaced-{n}")).exists():
         n += 1
     try:
         os.link(path, backup)
-    except OSError:  # no hard links on this file system
+    except OSError:  # the file system has no hard links
         files.commit(files.copy_temporary(path, backup), backup)
     files.sync_folder(path.parent)
     return backup

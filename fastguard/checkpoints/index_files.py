@@ -1,7 +1,7 @@
-"""Models in several files, as Hugging Face writes them: the index that says where each tensor is.
+"""Checks models split into several files with a Hugging Face index.
 
-`model.safetensors.index.json` maps the name of each tensor to the file beside it that holds it. A
-download that broke off leaves files that are whole and a model that is not; only the index tells.
+`model.safetensors.index.json` maps each tensor name to the file that holds it. After an interrupted
+download every file may be intact while the model is incomplete; only the index shows that.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from fastguard.checkpoints.reading.safetensors_header import json_without_double
 from fastguard.records.regular_files import open_regular
 
 _NAME = re.compile(r".+\.(safetensors|bin)\.index(\.[^.]+)?\.json", re.IGNORECASE)
-_LARGEST = 100 * 2**20  # bytes, as of a safetensors header: both name each tensor once
+_LARGEST = 100 * 2**20  # bytes, as for a safetensors header: both name each tensor once
 _SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
 class IndexCheck:
-    """What comparing an index with the files beside it showed.
+    """Result of comparing an index with the files beside it.
 
     Attributes:
-        n_tensors: Tensors that it names.
-        files: The files that it names and that are there, by name.
-        problems: What is missing, one line each.
+        n_tensors: Number of tensors in the index.
+        files: Files named by the index that exist, by name.
+        problems: What is missing, one line per problem.
     """
 
     n_tensors: int
@@ -42,13 +42,13 @@ def is_index(path: Path) -> bool:
 
 
 def check_index(path: Path) -> IndexCheck:
-    """Compares an index with the headers of the files that it names; reads no tensors.
+    """Compares an index with the headers of the files it names; reads no tensors.
 
-    A file that cannot be read is no problem of the index: whoever reads that file says so.
+    Unreadable files are not reported here; reading them reports them.
 
     Raises:
-        DamagedFile: It is no index, or names a file that is not in its folder.
-        OSError: It cannot be opened, or is no regular file.
+        DamagedFile: The file is not an index, or names a file outside its folder.
+        OSError: It cannot be opened, or is not a regular file.
     """
     by_file: dict[str, list[str]] = {}
     places = _places(path)
@@ -72,22 +72,22 @@ def check_index(path: Path) -> IndexCheck:
 
 
 def _places(path: Path) -> Mapping[str, str]:
-    """The file of each tensor."""
+    """Returns the file of each tensor."""
     with open_regular(path) as file:
         raw = file.read(_LARGEST + 1)
     if len(raw) > _LARGEST:
-        raise DamagedFile(f"{path}: an index of more than {_LARGEST} bytes")
+        raise DamagedFile(f"{path}: the index is larger than {_LARGEST} bytes")
     try:
         places = json_without_doubles(raw).get("weight_map")
     except CheckpointError as error:
         raise DamagedFile(f"{path}: {error}") from None
     except (ValueError, RecursionError) as error:
-        raise DamagedFile(f"{path}: no JSON ({error})") from None
+        raise DamagedFile(f"{path}: not JSON ({error})") from None
     if not isinstance(places, dict) or not all(isinstance(f, str) for f in places.values()):
-        raise DamagedFile(f"{path}: no index, it has no weight_map from tensors to files")
+        raise DamagedFile(f"{path}: not an index: it has no weight_map from tensors to files")
     for file in places.values():
         if file in ("", ".", "..") or set(file) & {"/", "\\", "\0"}:
-            raise DamagedFile(f"{path}: it points to {file!r}, which is no file of its folder")
+            raise DamagedFile(f"{path}: it points to {file!r}, which is not in its folder")
     return places
 
 

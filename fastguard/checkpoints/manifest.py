@@ -1,13 +1,13 @@
-"""`manifest.json`: what a store holds, and what is known of each checkpoint.
+"""`manifest.json`: the contents of a store and the metadata of each checkpoint.
 
-It carries its own SHA-256, so that a damaged one is noticed; then, or when it is lost, it is built
-again from the checkpoints, each of which repeats its own entry (`Entry.header`). One of a newer
-version is never touched.
+The manifest contains its own SHA-256, so damage is detected. A damaged or lost manifest is rebuilt
+from the checkpoints, each of which contains a copy of its entry (`Entry.header`). A manifest from a
+newer version is never changed.
 
-The checksum is no signature: anybody can write a manifest that has the right one. So whatever it
-says is checked before anything is done with it, above all that each name is one of the store's own
-(`names.parse`) and not a path. A manifest that fails the check was not damaged by a disk, so it is
-neither followed nor replaced.
+The checksum is not a signature: anyone can write a manifest with a valid one. Every value is
+therefore checked before use; in particular, each name must be one that the store assigns
+(`names.parse`), not a path. A manifest with a valid checksum that fails these checks was not
+damaged by a disk, so it is neither used nor replaced.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from fastguard.records.regular_files import NotRegularFile, open_regular
 NAME = "manifest.json"
 FORMAT = "fastguard checkpoints"
 VERSION = 1
-_LARGEST = 32 * 2**20  # bytes, some 50,000 checkpoints; parsed JSON takes twenty times as much
+_LARGEST = 32 * 2**20  # bytes, about 50,000 checkpoints; parsed JSON takes twenty times as much
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +48,12 @@ class Manifest:
     """The checkpoints of a store, oldest first.
 
     Attributes:
-        entries: Those that count.
-        replaced: Those that the latest rollback put aside.
-        removing: Files that are about to be removed.
-        mode: `"min"` or `"max"`: which metric is the best.
-        ignore: Patterns of the tensors whose NaN and Inf do not count.
-        next_serial: Of the next checkpoint.
+        entries: Current checkpoints.
+        replaced: Checkpoints set aside by the latest rollback.
+        removing: Files about to be removed.
+        mode: `"min"` or `"max"`: which metric is best.
+        ignore: Patterns of tensors whose NaN and Inf do not count.
+        next_serial: Serial number of the next checkpoint.
     """
 
     entries: tuple[Entry, ...] = ()
@@ -65,11 +65,11 @@ class Manifest:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Names of the checkpoints that count."""
+        """Names of the current checkpoints."""
         return tuple(entry.file for entry in self.entries)
 
     def write(self, folder: Path) -> None:
-        """Replaces the manifest of a folder, atomically."""
+        """Replaces the manifest of a folder atomically."""
         body = {
             "format": FORMAT,
             "version": VERSION,
@@ -84,18 +84,19 @@ class Manifest:
         write_atomically(folder / NAME, json.dumps(body, indent=1).encode())
 
     def with_entry(self, entry: Entry) -> Manifest:
-        """The same, with the entry of that file replaced."""
+        """Returns a copy in which the entry for that file is replaced."""
         return replace(
             self, entries=tuple(entry if e.file == entry.file else e for e in self.entries)
         )
 
 
 def read(folder: Path) -> Manifest | None:
-    """The manifest of a folder; None if there is none, or its checksum is wrong.
+    """Reads the manifest of a folder; None if it is missing or its checksum is wrong.
 
     Raises:
-        CheckpointError: It is of a newer version.
-        DamagedFile: Its checksum is right, but no store wrote it so; or it is no regular file.
+        CheckpointError: The manifest is from a newer version.
+        DamagedFile: The checksum is right but the contents are invalid, or it is not a regular
+            file.
         OSError: It cannot be read.
     """
     body = _parsed(folder)
@@ -106,7 +107,7 @@ def read(folder: Path) -> Manifest | None:
         return None
     if version > VERSION:
         raise CheckpointError(
-            f"{folder / NAME} has version {shown(version)}, this release reads up to "
+            f"{folder / NAME} has version {shown(version)}, but this release reads up to "
             f"{VERSION}; upgrade torch-fastguard, or use another directory"
         )
     try:
@@ -118,24 +119,24 @@ def read(folder: Path) -> Manifest | None:
         return _manifest(body)
     except ValueError as error:
         raise DamagedFile(
-            f"{folder / NAME} is damaged: it has {error}, which no store writes; nothing was "
-            "changed. If you trust the folder, move that file away: it is built again from the "
+            f"{folder / NAME} is invalid: it has {error}, which no store writes; nothing was "
+            "changed. If you trust the folder, move that file away: it is rebuilt from the "
             "checkpoints"
         ) from None
 
 
 def _manifest(body: Mapping[str, Any]) -> Manifest:
-    """The manifest that a JSON object describes.
+    """Parses a manifest from a JSON object.
 
     Raises:
-        ValueError: It describes none that a store writes; the error says what is wrong.
+        ValueError: The object is not a valid manifest; the message says why.
     """
     entries = _entries(body, "checkpoints")
     replaced = _entries(body, "replaced")
     removing = checked("removing", body.get("removing"), texts)
     for name in removing:
         if names.parse(name.removesuffix(names.REPLACED)) is None:
-            raise ValueError(f"removing={shown(name)}, which is no name of a checkpoint")
+            raise ValueError(f"removing={shown(name)}, which is not a checkpoint name")
     every_name = [*(e.file for e in entries), *(e.file for e in replaced), *removing]
     for name, times in Counter(every_name).items():
         if times > 1:
@@ -143,7 +144,7 @@ def _manifest(body: Mapping[str, Any]) -> Manifest:
     next_serial = checked("next_serial", body.get("next_serial"), count)
     newest = max((e.serial for e in (*entries, *replaced)), default=0)
     if next_serial <= newest:
-        raise ValueError(f"next_serial={next_serial} behind serial={newest}")
+        raise ValueError(f"next_serial={next_serial} after serial={newest}")
     mode = checked("mode", body.get("mode"), text)
     if mode not in ("min", "max"):
         raise ValueError(f"mode={shown(mode)}")
@@ -165,19 +166,19 @@ def _entries(body: Mapping[str, Any], key: str) -> tuple[Entry, ...]:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether the manifest of a folder says that a store wrote it, in whatever version."""
+    """Whether the manifest of a folder was written by a store of any version."""
     body = _parsed(folder)
     return body is not None and body.get("format") == FORMAT
 
 
 def is_foreign(folder: Path) -> bool:
-    """Whether it says anything else: web pages and downloaders have a `manifest.json` too."""
+    """Whether the manifest was written by another tool; web pages and downloaders have one too."""
     body = _parsed(folder)
     return body is not None and body.get("format") != FORMAT
 
 
 def _parsed(folder: Path) -> dict[str, Any] | None:
-    """The JSON object that the manifest is; None if there is none, or it is damaged.
+    """Returns the manifest as a JSON object; None if it is missing or damaged.
 
     Raises:
         DamagedFile: It is a pipe, a device or the like.
@@ -195,12 +196,12 @@ def _parsed(folder: Path) -> dict[str, Any] | None:
 
 
 def check_tag(tag: Any) -> None:
-    """Raises a TypeError if a tag cannot be written to the manifest."""
+    """Raises a TypeError if a tag cannot be stored in the manifest."""
     try:
         plain_json(json.loads(json.dumps(tag, allow_nan=False)))
     except (TypeError, ValueError, RecursionError):
         raise TypeError(
-            f"tag={shown(tag)} cannot be kept in the manifest; use strings, numbers, lists, "
+            f"tag={shown(tag)} cannot be stored in the manifest; use strings, numbers, lists, "
             "or str(tag)"
         ) from None
 

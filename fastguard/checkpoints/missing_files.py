@@ -1,6 +1,6 @@
-"""What the names of files, and `.metadata` of shards, say of others that should be beside them.
+"""Finds files missing from a checkpoint, by file names and the `.metadata` of shards.
 
-A download or a copy that broke off leaves files that are whole and a checkpoint that is not.
+After an interrupted download or copy every file may be intact while the checkpoint is incomplete.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _SHARD = re.compile(r"__(\d{1,9})_\d{1,9}\.distcp")
 
 
 def missing_parts(names: Iterable[str]) -> Iterator[str]:
-    """What is missing of models in numbered files; where there is an index, that tells it.
+    """Yields what is missing from models in numbered files, unless an index covers them.
 
     Args:
-        names: The checkpoint files of one folder and its indexes.
+        names: The checkpoint files and indexes of one folder.
 
     Example:
         >>> list(missing_parts(["model-00001-of-00003.safetensors"]))
@@ -53,10 +53,10 @@ def missing_parts(names: Iterable[str]) -> Iterator[str]:
 
 
 def missing_shards(folder: Path) -> str | None:
-    """What is missing in a folder that `torch.distributed.checkpoint` wrote; None: nothing known.
+    """Returns what is missing from a folder written by `torch.distributed.checkpoint`, or None.
 
     Args:
-        folder: With `.metadata`, or files `__RANK_N.distcp`.
+        folder: A folder with `.metadata` or files named `__RANK_N.distcp`.
     """
     names = set(os.listdir(folder))
     try:

@@ -1,4 +1,4 @@
-"""The names that a store gives to its checkpoints; whatever has another name is not its own."""
+"""Names that a store assigns to its checkpoints; it leaves all other files alone."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from typing import NamedTuple
 
 FILE = ".pt"
 FOLDER = ".sharded"
-"""How the name of a checkpoint ends: that of a file of `torch.save`, that of a folder of shards."""
+"""Suffixes of checkpoints: a `torch.save` file, and a folder of shards."""
 REPLACED = ".replaced"
-"""Stands behind the name of what a rollback put aside."""
+"""Suffix of a checkpoint that a rollback set aside."""
 
-# [0-9], since \d matches the digits of every script.
+# [0-9] instead of \d, which matches the digits of every script.
 _CHECKPOINT = re.compile(
     rf"step-(?P<step>[0-9]+)\.(?P<serial>[0-9]+)(?:{re.escape(FILE)}|{re.escape(FOLDER)})"
 )
-_DIGITS = 18  # more do not fit an int64
+_DIGITS = 18  # more do not fit in int64
 
 
 class CheckpointName(NamedTuple):
-    """What the name of a checkpoint says."""
+    """The information in the name of a checkpoint."""
 
     step: int
     serial: int
 
 
 def file_name(step: int, serial: int, suffix: str) -> str:
-    """The name of a checkpoint: sorts by step, and is never used twice."""
+    """Builds the name of a checkpoint; names sort by step and are never reused."""
     return f"step-{step:09d}.{serial:06d}{suffix}"
 
 
 def parse(name: str) -> CheckpointName | None:
-    """What a name of `file_name` says; None for every other name.
+    """Parses a name made by `file_name`; None for any other name.
 
     Example:
         >>> parse("step-000000100.000002.pt")

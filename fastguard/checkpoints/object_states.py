@@ -1,7 +1,7 @@
-"""From living objects to plain nested containers of tensors, and back.
+"""Converts objects to nested containers of tensors, and restores them.
 
-What goes into a checkpoint must come out of `torch.load(weights_only=True)`, so it is checked while
-it can still be named: "scheduler.fn is a function" at save time, not a refusal three weeks later.
+Everything in a checkpoint must load with `torch.load(weights_only=True)`. This is checked when
+saving, where the value can be named ("scheduler.fn is a function"), not weeks later when loading.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _GENERATOR = "generator_state"
 
 
 def gather(objects: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """States of the objects that have one, and the plain values among them.
+    """Returns the states of the objects that have one, and the plain values.
 
     Args:
         objects: By name: anything with `state_dict()`, a `torch.Generator`, or plain data.
 
     Raises:
-        TypeError: Something in them could not be loaded again with `weights_only=True`.
-        ValueError: A tensor in them is on the meta device, where it has no data.
+        TypeError: A value could not be loaded again with `weights_only=True`.
+        ValueError: A tensor is on the meta device, where it has no data.
     """
     states, data = {}, {}
     for name, value in objects.items():
@@ -49,10 +49,10 @@ def gather(objects: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def state_of(value: Any, name: str) -> Any:
-    """What `value.state_dict()` returns.
+    """Returns `value.state_dict()`.
 
     Raises:
-        RuntimeError, ValueError: It cannot say; the error names the object.
+        RuntimeError, ValueError: `state_dict` failed; the message names the object.
     """
     try:
         return value.state_dict()
@@ -68,11 +68,11 @@ def state_of(value: Any, name: str) -> Any:
 
 
 def check_restorable(objects: Mapping[str, Any], states: Mapping[str, Any]) -> None:
-    """Raises unless there is a state for each object, and each object takes one.
+    """Checks that each object has a saved state and can load it.
 
     Raises:
-        CheckpointError: There is no state for one of them.
-        TypeError: One of them cannot be given a state.
+        CheckpointError: The state for an object is missing.
+        TypeError: An object has no `load_state_dict`.
     """
     for name, value in objects.items():
         if not isinstance(value, torch.Generator) and not hasattr(value, "load_state_dict"):
@@ -81,13 +81,13 @@ def check_restorable(objects: Mapping[str, Any], states: Mapping[str, Any]) -> N
             )
         if name not in states:
             raise CheckpointError(
-                f"the checkpoint holds no state of {name!r}, only of "
+                f"the checkpoint has no state for {name!r}, only for "
                 f"{', '.join(map(repr, states)) or 'nothing'}"
             )
 
 
 def restore(objects: Mapping[str, Any], states: Mapping[str, Any]) -> None:
-    """Gives each object its state; `check_restorable` comes first."""
+    """Restores the state of each object; call `check_restorable` first."""
     for name, value in objects.items():
         if isinstance(value, torch.Generator):
             value.set_state(states[name][_GENERATOR])
@@ -96,22 +96,22 @@ def restore(objects: Mapping[str, Any], states: Mapping[str, Any]) -> None:
 
 
 def plain(value: Any, path: str) -> Any:
-    """The same value, numpy scalars as Python numbers.
+    """Returns the value with numpy scalars converted to Python numbers.
 
     Raises:
-        TypeError: Something in it is no tensor, no plain value and no container of such.
-        ValueError: A tensor in it has no data: on the meta device, lazy, or a placeholder.
+        TypeError: It contains something other than tensors, plain values and containers of them.
+        ValueError: A tensor has no data: it is on the meta device, lazy, or a placeholder.
     """
     if isinstance(value, Tensor):
         if value.device.type == "meta":
             raise ValueError(
-                f"{path} is on the meta device: it has a shape and no data to save; use "
+                f"{path} is on the meta device: it has a shape but no data to save; use "
                 "model.to_empty(device=...) and initialise or load it first"
             )
         if not has_numbers(value):
             raise ValueError(
                 f"{path} is a {type(value).__name__} under FakeTensorMode or a tracer, which has a "
-                "shape and no data to save; leave saving out of memory estimation and tracing"
+                "shape but no data to save; do not save during memory estimation or tracing"
             )
         if is_lazy(value):
             raise ValueError(
@@ -131,24 +131,28 @@ def plain(value: Any, path: str) -> Any:
         checked = {key: plain(item, f"{path}.{key}") for key, item in value.items()}
         same = type(value) in (dict, OrderedDict) and all(
             checked[key] is item for key, item in value.items()
-        )  # then keep it: the OrderedDict of a module carries its versions in `_metadata`
+        )  # keep the original: a module's OrderedDict has its versions in `_metadata`
         return value if same else checked
     if type(value) in (list, tuple, set):
         return type(value)(plain(item, f"{path}.{i}") for i, item in enumerate(value))
     raise TypeError(
-        f"{path} is a {type(value).__qualname__}, which torch.load(weights_only=True) refuses: "
-        "keep tensors, numbers, strings and containers of them in the state"
-        + ("; torch.from_numpy makes an array a tensor" if isinstance(value, np.ndarray) else "")
+        f"{path} is a {type(value).__qualname__}, which torch.load(weights_only=True) refuses; "
+        "keep only tensors, numbers, strings and containers of them in the state"
+        + (
+            "; torch.from_numpy converts an array to a tensor"
+            if isinstance(value, np.ndarray)
+            else ""
+        )
     )
 
 
 def _check_subclass(value: Tensor, path: str) -> None:
-    """Raises a TypeError for a tensor whose class a later process would refuse to load."""
+    """Raises a TypeError for a tensor subclass that a later process would refuse to load."""
     kind = type(value)
     if not _is_registered(kind):
         raise TypeError(
             f"{path} is a {kind.__qualname__}, a tensor subclass that "
-            "torch.load(weights_only=True) refuses; register it, here and where it is loaded: "
+            "torch.load(weights_only=True) refuses; register it where it is saved and loaded: "
             f"torch.serialization.add_safe_globals([{kind.__qualname__}])"
         )
     for name, item in vars(value).items():

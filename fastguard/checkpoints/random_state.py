@@ -1,6 +1,6 @@
-"""The state of all random number generators that training draws from, as tensors and plain values.
+"""Saves and restores all random number generators used in training, as tensors and plain values.
 
-A checkpoint holds it, and so does a snapshot in memory: `torch.load(weights_only=True)` reads it.
+Checkpoints and in-memory snapshots contain this state; `torch.load(weights_only=True)` reads it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastguard.gradients.tensor_kinds import has_numbers, lasting
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every global random generator: Python, numpy, torch, each CUDA device."""
+    """Returns the state of every global generator: Python, numpy, torch and each CUDA device."""
     with lasting():
         return _random_state()
 
@@ -41,22 +41,23 @@ def _random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Continues every random stream where `random_state` left it.
+    """Restores the state returned by `random_state`.
 
-    What was loaded under `FakeTensorMode` says nothing, so the streams go on as they are.
+    A state loaded under `FakeTensorMode` has no data and is ignored.
 
     Raises:
-        CheckpointError: The state is of another number of ranks or of CUDA devices.
+        CheckpointError: The state is from another number of ranks or of CUDA devices.
     """
     if "ranks" in state:
         raise CheckpointError(
-            f"the random state is of {state['ranks']} ranks, one each; load with rng=False to "
+            f"the random state is from {state['ranks']} ranks, one per rank; load with rng=False "
+            "to "
             "start new random streams"
         )
     cuda = state.get("cuda")
     if cuda is not None and len(cuda) != torch.cuda.device_count():
         raise CheckpointError(
-            f"the random state is of {len(cuda)} CUDA devices, this process sees "
+            f"the random state is from {len(cuda)} CUDA devices, but this process sees "
             f"{torch.cuda.device_count()}; load with rng=False to start new random streams"
         )
     if not has_numbers(state["torch"]):

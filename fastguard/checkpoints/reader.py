@@ -1,4 +1,4 @@
-"""Looking at a store: what it holds, whether it is whole, and loading from it."""
+"""The reading half of a store: list, verify and load checkpoints."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ Which = int | Literal["last", "last-clean", "best"]
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint that was loaded.
+    """A loaded checkpoint.
 
     Attributes:
-        entry: What the manifest says of it: step, epoch, metric, tag, and the rest.
-        state: By name, the states and values that were not given to an object.
+        entry: Its metadata: step, epoch, metric, tag, and the rest.
+        state: States and values, by name, that were not restored into an object.
     """
 
     entry: Entry
@@ -45,11 +45,11 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What `verify` found out about one checkpoint.
+    """The result of `verify` for one checkpoint.
 
     Attributes:
-        entry: Its entry, brought up to date.
-        problem: What is wrong with the file; None if it is whole.
+        entry: Its entry, updated.
+        problem: What is wrong with the file; None if it is intact.
     """
 
     entry: Entry
@@ -57,43 +57,46 @@ class Check:
 
     @property
     def ok(self) -> bool:
-        """Whether the file is whole and every tensor in it finite."""
+        """Whether the file is intact and every tensor is finite."""
         return self.problem is None and self.entry.finite
 
 
 class StoreView:
-    """The half of `CheckpointStore` that changes nothing but verdicts."""
+    """The part of `CheckpointStore` that changes nothing except verdicts."""
 
     directory: Path
     _folder: Folder
 
     def list(self) -> tuple[Entry, ...]:
-        """The checkpoints, oldest first."""
+        """Returns the checkpoints, oldest first."""
         return self._folder.manifest.entries
 
     def replaced(self) -> tuple[Entry, ...]:
-        """The checkpoints that the latest rollback put aside, oldest first."""
+        """Returns the checkpoints set aside by the latest rollback, oldest first."""
         return self._folder.manifest.replaced
 
     def last(self) -> Entry | None:
-        """The newest checkpoint, clean or not."""
+        """Returns the newest checkpoint, clean or not."""
         return next(reversed(self.list()), None)
 
     def last_clean(self) -> Entry | None:
-        """The newest checkpoint of finite tensors whose file is known to be whole."""
+        """Returns the newest checkpoint that is finite and whose file is known to be intact."""
         return self._last_clean()
 
     def best(self) -> Entry | None:
-        """The clean checkpoint with the best metric."""
+        """Returns the clean checkpoint with the best metric."""
         return rotation.best(self.list(), self._folder.manifest.mode)
 
     def verify(self, which: Which | Literal["all"] = "all") -> tuple[Check, ...]:
-        """Reads checkpoints back from the disk, compares checksums, and looks at every tensor.
+        """Reads checkpoints from disk, compares checksums, and checks every tensor.
 
-        The verdicts go into the manifest, unless the store is read-only.
+        The verdicts are stored in the manifest, unless the store is read-only.
 
         Args:
-            which: One of them as in `load`, or `"all"`.
+            which: A checkpoint as in `load`, or `"all"`.
+
+        Returns:
+            One `Check` per checkpoint.
         """
         entries = self.list() if which == "all" else (self._find(which),)
         checks = [Check(*self._folder.verify(entry)) for entry in entries]
@@ -109,31 +112,32 @@ class StoreView:
         rng: bool = True,
         **named: Any,
     ) -> Checkpoint:
-        """Loads a checkpoint, after comparing its checksum; nothing of it is executed.
+        """Loads a checkpoint after comparing its checksum; executes no code from the file.
 
         Args:
-            which: A step, `"last"`, `"last-clean"` or `"best"` (by `mode`: the clean one with the
-                smallest metric, unless the store was opened with `mode="max"`). Files that are
-                damaged or cannot be read are passed over by `"last-clean"`, loudly, and are an
-                error otherwise.
-            objects: What to restore by name, for names that are no Python words.
-            rng: Whether the global random streams continue where they were, if objects are given.
-            **named: What to restore, as in `save`; a name without an object stays in the result's
+            which: A step, `"last"`, `"last-clean"` or `"best"` (the clean checkpoint with the
+                smallest
+                metric, or the largest if the store has `mode="max"`). `"last-clean"` skips damaged
+                and
+                unreadable files and logs an error for each; the other choices raise.
+            objects: Objects to restore, for names that are not Python identifiers.
+            rng: Whether to restore the global random states if objects are given.
+            **named: Objects to restore, as in `save`; states without an object are returned in
                 `state`.
 
         Returns:
-            Where it stood, and the states that no object took.
+            The checkpoint: its entry and the states that were not restored.
 
         Raises:
             CheckpointError: There is no such checkpoint, or it lacks one of the names.
-            DamagedFile: It is not what was written.
-            OSError: It cannot be read.
+            DamagedFile: The file differs from what was written.
+            OSError: The file cannot be read.
         """
         everything = joined(objects, named)
         entry, payload = self._read(which, everything)
         states: dict[str, Any] = {**payload["objects"], **payload["data"]}
         if everything:
-            peers = self._folder.peers  # all of them load it, or none
+            peers = self._folder.peers  # all ranks load it, or none
             peers.together(lambda: state.check_restorable(everything, states))
             peers.together(lambda: state.restore(everything, states))
             if rng:
@@ -146,7 +150,7 @@ class StoreView:
         return next(clean, None)
 
     def _find(self, which: Which, damaged: Collection[str] = ()) -> Entry:
-        """The entry that is meant; `damaged` files are no clean ones."""
+        """Returns the entry for `which`; `damaged` files do not count as clean."""
         found = {
             "last": self.last,
             "last-clean": lambda: self._last_clean(damaged),
@@ -158,14 +162,14 @@ class StoreView:
             entry = found[which]()
         else:
             raise ValueError(
-                f'{which!r} is no checkpoint; use a step, "last", "last-clean", "best"'
+                f'{which!r} is not a checkpoint; use a step, "last", "last-clean", "best"'
             )
         if entry is None:
             steps = ", ".join(str(e.step) for e in self.list()) or "none"
             mode = self._folder.manifest.mode
             kind = _KINDS.get(mode, mode)
             meaning = (
-                f'; "best" is the clean one with the {kind} metric (mode="{mode}"), given to '
+                f'; "best" is the clean one with the {kind} metric (mode="{mode}") passed to '
                 "save(metric=...)"
             )
             raise CheckpointError(
@@ -186,7 +190,7 @@ class StoreView:
                     if isinstance(error, OSError):
                         raise
                     raise DamagedFile(f'{error}; load "last-clean" instead') from None
-                log.error("passing over a checkpoint: %s", error)
+                log.error("skipping a checkpoint: %s", error)
                 damaged.add(entry.file)
                 if self._folder.is_open_for_writing:
                     self._folder.update(replace(entry, verified=False))

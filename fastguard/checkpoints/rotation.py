@@ -1,4 +1,4 @@
-"""Which checkpoints stay when a new one has come, and which one is the best."""
+"""Decides which checkpoints to keep after a new one, and which one is best."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fastguard.checkpoints.entry import Entry
 
 
 def best(entries: Sequence[Entry], mode: str) -> Entry | None:
-    """The clean checkpoint with the best metric, the newest of several; None if none has one.
+    """Returns the clean checkpoint with the best metric, the newest on a tie, or None.
 
     Args:
         entries: Oldest first.
@@ -28,10 +28,10 @@ def best(entries: Sequence[Entry], mode: str) -> Entry | None:
 
 
 def kept(entries: Sequence[Entry], keep: int, keep_clean: int, mode: str) -> tuple[Entry, ...]:
-    """The entries that stay: the newest, the newest clean ones, the best.
+    """Returns the entries to keep: the newest, the newest clean ones, and the best.
 
-    The bootstrap checkpoint of a run needs no rule of its own: it is clean, so it stays until
-    `keep_clean` later ones are.
+    A checkpoint saved before the first step needs no special rule: it is clean, so it is kept until
+    there are `keep_clean` later clean ones.
     """
     clean = [entry for entry in entries if entry.clean]
     staying = {entry.serial for entry in [*entries[-keep:], *clean[-keep_clean:]]}

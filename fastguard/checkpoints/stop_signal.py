@@ -1,7 +1,7 @@
-"""Ending a run on SIGTERM at a moment when its state is whole.
+"""Stops a run on SIGTERM at a point where its state is consistent.
 
-A handler may run between any two bytecodes, in the middle of an optimizer step, so it does nothing
-but remember. `CheckpointStore.maybe_save` looks, at a place that the training loop has chosen.
+A signal handler may run between any two bytecodes, in the middle of an optimizer step, so it only
+sets a flag. `CheckpointStore.maybe_save` checks the flag where the training loop calls it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
 class SignalFlag:
-    """Remembers that a signal came; the handlers of before are back after `restore()`.
+    """Records that a signal was received; `restore()` reinstalls the previous handlers.
 
     Use it as a context manager, or call `restore()`.
     """
@@ -33,17 +33,17 @@ class SignalFlag:
                 raise ValueError(f"cannot handle signal {number!r}: {error}") from None
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
-        if os.getpid() != self._pid:  # a forked worker, which never gets to maybe_save
+        if os.getpid() != self._pid:  # a forked worker, which never calls maybe_save
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        # Launchers send SIGTERM more than once (to the process and to its group): a second one must
-        # not end a save that the first one asked for.
+        # Launchers send SIGTERM more than once (to the process and to its group); the second signal
+        # must not interrupt the save that the first one requested.
         self.received = number
 
     def restore(self) -> None:
-        """Puts the previous handlers back; harmless if done before."""
+        """Reinstalls the previous handlers; calling it again has no effect."""
         for number, handler in self._previous.items():
-            # None: installed by C code, which Python cannot put back
+            # None: installed by C code; Python cannot restore it
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous = {}
 

@@ -1,4 +1,4 @@
-"""`CheckpointStore`: checkpoints of which one is always known to be good."""
+"""`CheckpointStore`: saves checkpoints and always keeps one that is known to be good."""
 
 from __future__ import annotations
 
@@ -34,33 +34,35 @@ log = logging.getLogger("fastguard")
 
 
 class CheckpointStore(StoreView):
-    """A directory of checkpoints with a manifest: which are finite, whole, the best, the last.
+    """A directory of checkpoints and a manifest of which are finite, intact, best and last.
 
     Each checkpoint is written to a temporary file, flushed, read back (every checksum, every tensor
-    for NaN and Inf), and only then given its name. `kill -9` at any moment leaves a store that
-    opens and whose last clean checkpoint loads. The random state of Python, numpy and torch is
-    saved too, so that a resumed run equals an uninterrupted one.
+    checked for NaN and Inf), and only then renamed. After `kill -9` at any moment the store opens
+    and
+    its last clean checkpoint loads. The random state of Python, numpy and torch is saved too, so a
+    resumed run equals an uninterrupted one.
 
     Args:
-        directory: Where they live; created if need be.
-        keep: How many of the newest stay, >= 1.
-        keep_clean: How many of the newest clean ones stay, >= 1, whatever their age. Save one
-            before the first step, and there is always one to go back to.
+        directory: The directory; created if it does not exist.
+        keep: Number of newest checkpoints to keep, >= 1.
+        keep_clean: Number of newest clean checkpoints to keep, >= 1, regardless of age. If you save
+            before the first step, there is always one to go back to.
         mode: Whether the best metric is the smallest (`"min"`) or the largest (`"max"`). The best
-            clean checkpoint stays as well. None: as the manifest says, at first `"min"`.
-        on_error: What a full or broken disk does: `"log"` an error, so that training goes on and
-            `save` returns None, or `"raise"`. Wrong use always raises.
-        ignore: Patterns of tensors that are non-finite by design (`"model.*.attn_mask"`); kept in
-            the manifest, and None means those kept there.
-        read_only: Look, but change nothing; works beside a process that writes.
-        group: The ranks that share the store (`torch.distributed.group.WORLD`): all of them open,
-            save, load and roll back together, or fail together; rank 0 writes the manifest. None:
-            this process alone.
+            clean checkpoint is kept too. None: the mode in the manifest, initially `"min"`.
+        on_error: What to do if the disk is full or broken: `"log"` an error and let `save` return
+            None, so that training continues, or `"raise"`. Incorrect use always raises.
+        ignore: Patterns of tensors that are non-finite by design (`"model.*.attn_mask"`); stored in
+            the manifest. None: the stored patterns.
+        read_only: Change nothing; works while another process writes.
+        group: The ranks that share the store (`torch.distributed.group.WORLD`). All ranks open,
+            save,
+            load and roll back together, or fail together; rank 0 writes the manifest. None: this
+            process only.
 
     Raises:
         StoreLocked: Another process writes to the directory.
-        CheckpointError: The directory cannot be used, or a newer release or another tool wrote its
-            `manifest.json`.
+        CheckpointError: The directory cannot be used, or its `manifest.json` was written by a newer
+            release or another tool.
 
     Example:
         >>> import tempfile, torch, fastguard
@@ -117,28 +119,29 @@ class CheckpointStore(StoreView):
         incidents: int | Iterable[StepRecord | str] | None = None,
         **named: Any,
     ) -> Entry | None:
-        """Saves a checkpoint. Waits for the device and for the disk.
+        """Saves a checkpoint; waits for the device and the disk.
 
         Args:
-            objects: What to save by name, for names that are no Python words.
-            step: Optimizer steps taken so far, >= 0; the same on every rank.
-            epoch: Epochs finished so far, or whatever the run counts.
-            metric: What `best` compares; NaN is never the best. That of rank 0 counts, as do its
-                epoch, tag and incidents.
-            tag: Anything JSON can hold.
-            incidents: What went wrong since the last save: a number, or the records themselves.
-                None: the skipped steps of the `GuardedOptimizer` among the objects, if any.
-            **named: What to save: anything with `state_dict()` (model, optimizer, scheduler,
+            objects: Objects to save, for names that are not Python identifiers.
+            step: Optimizer steps taken so far, >= 0; equal on all ranks.
+            epoch: Epochs completed so far, or any other count.
+            metric: The value that `best` compares; NaN is never best. With several ranks, rank 0's
+                metric, epoch, tag and incidents are used.
+            tag: Any value that JSON can represent.
+            incidents: Incidents since the last save: a number, or the records themselves. None: the
+                skipped steps of the `GuardedOptimizer` among the objects, if any.
+            **named: Objects to save: anything with `state_dict()` (model, optimizer, scheduler,
                 GradScaler, EMA, data loader), a `torch.Generator`, or plain data such as the
                 position in the data set.
 
         Returns:
-            The manifest's entry: `entry.clean` says whether every tensor is finite. None if the
-            disk failed and `on_error="log"`.
+            The new entry; `entry.clean` says whether every tensor is finite. None if the disk
+            failed
+            and `on_error="log"`.
 
         Raises:
-            TypeError, ValueError: An argument, or something in a state, cannot be saved.
-            OSError, DamagedFile: The disk failed, and `on_error="raise"`.
+            TypeError, ValueError: An argument, or a value in a state, cannot be saved.
+            OSError, DamagedFile: The disk failed and `on_error="raise"`.
         """
         entry, payload = self._folder.peers.together(
             lambda: self._prepare(joined(objects, named), step, epoch, metric, tag, incidents)
@@ -152,7 +155,7 @@ class CheckpointStore(StoreView):
                 raise
             unsure = entry.serial in {e.serial for e in self.list()}
             log.error(
-                "step %d was %s: %s; training goes on, the last clean checkpoint is %s",
+                "step %d was %s: %s; training continues; the last clean checkpoint is %s",
                 entry.step,
                 "saved, but may not survive a power failure" if unsure else "NOT saved",
                 error,
@@ -161,7 +164,7 @@ class CheckpointStore(StoreView):
             return None
         if not entry.finite:
             culprits = describe_culprits(entry.bad)
-            log.warning("the checkpoint of step %d is not finite: %s", entry.step, culprits)
+            log.warning("the checkpoint at step %d is not finite: %s", entry.step, culprits)
         return entry
 
     def maybe_save(
@@ -173,20 +176,23 @@ class CheckpointStore(StoreView):
         every: int | None = None,
         **rest: Any,
     ) -> Entry | None:
-        """Saves if it is time: each `every` steps, and when a signal has asked the run to end.
+        """Saves every `every` steps, and when a signal asked the run to end.
 
-        The place for it is the end of the training loop's body, where model, optimizer, scheduler
-        and data position belong to the same step. It costs a comparison when there is nothing to
-        do.
+        Call it at the end of the training loop's body, when model, optimizer, scheduler and data
+        position all belong to the same step. When nothing is due it costs one comparison.
 
         Args:
             objects, step, **rest: As in `save`.
-            every: Steps between two checkpoints, >= 1; None: only when a signal came.
+            every: Steps between two checkpoints, >= 1; None: save only after a signal.
+
+        Returns:
+            The new entry as in `save`; None if nothing was due.
 
         Raises:
-            ValueError: `every` is no such number; and as `save`.
-            SystemExit: A signal came (status 128 + its number), after the checkpoint was saved and
-                verified, the previous handlers were restored and the store was closed.
+            ValueError: `every` is not an integer >= 1. Also everything that `save` raises.
+            SystemExit: A signal was received (status 128 + its number). By then the checkpoint is
+                saved
+                and verified, the previous handlers are restored and the store is closed.
         """
         if every is not None:
             every = integer("every", every, 1)
@@ -196,11 +202,12 @@ class CheckpointStore(StoreView):
         if not pending and not due:
             return None
         entry = self.save(objects, step=step, **rest)
-        for flag, leave, number in reversed(pending):  # each puts back what it found
+        # in reverse, so that each restores what it replaced
+        for flag, leave, number in reversed(pending):
             flag.restore()
             self._flags.remove((flag, leave))
             log.warning(
-                "signal %d: the run ends at step %d; saved %s", number, step, entry or "nothing"
+                "signal %d: stopping at step %d; saved %s", number, step, entry or "nothing"
             )
             if leave:
                 self.close()
@@ -208,26 +215,28 @@ class CheckpointStore(StoreView):
         return entry
 
     def save_on_signal(self, *signals: int, exit: bool = True) -> SignalFlag:
-        """From now on a signal ends the run with a verified checkpoint, at the next `maybe_save`.
+        """Makes a signal end the run with a verified checkpoint at the next `maybe_save`.
 
-        The handler only sets a flag: it may run in the middle of a step. Call this in the main
-        thread. Signals do not reach all ranks within one step, so with a `group` each `maybe_save`
-        asks the other ranks from now on: some 0.1 ms, and a wait for the device on NCCL.
+        The handler only sets a flag, since it may run in the middle of a step. Call this in the
+        main
+        thread. Signals may reach the ranks in different steps, so with a `group` every `maybe_save`
+        communicates with the other ranks: about 0.1 ms, plus a device sync with NCCL.
 
         Args:
-            *signals: Which ones; SIGTERM if none is given.
-            exit: Whether `maybe_save` raises SystemExit after saving. If not, look at
-                `store.stop_requested` before it.
+            *signals: The signals; SIGTERM if none is given.
+            exit: Whether `maybe_save` raises SystemExit after saving. If False, check
+                `store.stop_requested` before calling it.
 
         Returns:
-            A context manager; leaving it, or its `restore()`, puts the previous handlers back.
+            A context manager; leaving it, or calling its `restore()`, reinstalls the previous
+            handlers.
         """
         flag = SignalFlag(signals or (signal.SIGTERM,))
         self._flags.append((flag, exit))
         return flag
 
     def _signals_heard(self) -> list[int | None]:
-        """The signal that each flag has to obey. One that came to any rank has come to all."""
+        """Returns the signal that each flag must obey; a signal on any rank counts for all."""
         numbers = [flag.received for flag, _ in self._flags]
         if not numbers or self._folder.peers.size == 1:
             return numbers
@@ -236,22 +245,26 @@ class CheckpointStore(StoreView):
 
     @property
     def stop_requested(self) -> bool:
-        """Whether a signal of `save_on_signal` came that `maybe_save` has not yet obeyed.
+        """Whether a signal from `save_on_signal` is pending.
 
-        Of several ranks each knows only its own signals before `maybe_save`.
+        With several ranks, each rank knows only its own signals until `maybe_save`.
         """
         return any(flag.received is not None for flag, _ in self._flags)
 
     # Going back.
 
     def rollback(self, to: Which = "last-clean") -> Entry:
-        """Makes an earlier checkpoint the last one again, atomically, keeping what it replaces.
+        """Atomically makes an earlier checkpoint the last one; later checkpoints are set aside.
 
-        What was saved after it leaves the list: it stays on disk with `.replaced` behind its name
-        until the next rollback. The steps to come continue from `entry.step`.
+        Checkpoints saved after it leave the list; their files keep `.replaced` appended to their
+        names
+        until the next rollback. Training continues from `entry.step`.
 
         Args:
-            to: As in `load`. The target is read from the disk first.
+            to: A checkpoint as in `load`. It is read from disk first.
+
+        Returns:
+            The entry that is now the last one.
 
         Raises:
             CheckpointError: There is no such checkpoint, or it is not clean.
@@ -264,19 +277,19 @@ class CheckpointStore(StoreView):
                 break
             if to != "last-clean":
                 raise CheckpointError(
-                    f"{target} cannot be rolled back to{f': {problem}' if problem else ''}; "
+                    f"cannot roll back to {target}{f': {problem}' if problem else ''}; "
                     'use "last-clean"'
                 )
-            log.error("passing over %s: %s", target, problem)
+            log.error("skipping %s: %s", target, problem)
             target = self._find(to)
         aside = self._folder.roll_back(target)
         names = ", ".join(entry.file for entry in aside) or "nothing"
-        log.warning("rolled back to %s; put aside: %s", target, names)
+        log.warning("rolled back to %s; set aside: %s", target, names)
         return target
 
     def close(self) -> None:
-        """Restores signal handlers and lets the next writer in."""
-        for flag, _ in reversed(self._flags):  # each puts back what it found
+        """Restores signal handlers and releases the lock so that another process can write."""
+        for flag, _ in reversed(self._flags):  # in reverse, so that each restores what it replaced
             flag.restore()
         self._flags = []
         self._folder.close()
@@ -296,13 +309,13 @@ class CheckpointStore(StoreView):
         tag: Any,
         incidents: int | Iterable[StepRecord | str] | None,
     ) -> tuple[Entry, dict[str, Any]]:
-        """The entry as far as it is known before writing, and what to write."""
+        """Returns the entry with what is known before writing, and the data to write."""
         step = integer("step", step, 0)
         epoch = None if epoch is None else integer("epoch", epoch, 0)
         manifest.check_tag(tag)
         states, data = state.gather(everything)
         guards = [value for value in everything.values() if isinstance(value, GuardedOptimizer)]
-        counts = [guard.lifetime for guard in guards]  # a rollback makes no incident undone
+        counts = [guard.lifetime for guard in guards]  # a rollback does not undo incidents
         skipped = sum(c.skipped - c.loss_scale_skips for c in counts) if guards else None
         count, notes = counted(self.last(), incidents, skipped)
         serial = self._folder.manifest.next_serial
@@ -322,13 +335,14 @@ class CheckpointStore(StoreView):
         return entry, {"objects": states, "data": data, "rng": random_state()}
 
     def _agreed(self, entry: Entry) -> Entry:
-        """The entry of rank 0, if all ranks are at the same step."""
+        """Returns rank 0's entry after checking that all ranks are at the same step."""
         entries = self._folder.peers.gather(entry)
         steps = sorted({e.step for e in entries})
         if len(steps) > 1:
             raise CheckpointError(
-                f"the ranks of {self.directory} save steps {', '.join(map(str, steps))} at once; "
-                "save at the same step on all of them"
+                f"the ranks save different steps to {self.directory}: "
+                f"{', '.join(map(str, steps))}; "
+                "call save at the same step on all of them"
             )
         return entries[0]
 

@@ -1,10 +1,9 @@
-"""Whether a checkpoint file holds the weights of a model, or only what lies beside them.
+"""Decides whether a checkpoint file holds model weights.
 
-Trainers write optimizers, schedules, random streams, histories and data into files of their own,
-with the endings of checkpoints. None of them may take the place of weights. Nothing in a file says
-"these are weights", so what is known not to be is left out: everything in the state dict of an
-optimizer (found by its `param_groups`, wherever it stands and whatever a wrapper put beside them),
-and everything under a name that says what else it is.
+Trainers write optimizers, schedules, random states, histories and data into separate files with
+checkpoint suffixes, and none of those may replace weights. No file says "these are weights", so
+everything known not to be is excluded: everything in an optimizer's state dict (recognised by its
+`param_groups`, at any depth and with any extra keys), and everything under a telling name.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ from fastguard.checkpoints.reading.named_leaves import named_leaves
 from fastguard.checkpoints.reading.spans import Contents
 
 _GROUPS = re.compile(r"(?:^|(?<=\.))param_groups\.")
-_OF_AN_OPTIMIZER = {"state", "param_groups", "fastguard"}  # its state dict, plain or guarded
+# keys of an optimizer's state dict, plain or guarded
+_OF_AN_OPTIMIZER = {"state", "param_groups", "fastguard"}
 _BESIDE = re.compile(
     r"""
     .*optim.* | (?:lr_?)?sched.* | .*scaler.* | .*(?:rng|random).* | .*sampler.*
@@ -25,8 +25,8 @@ _BESIDE = re.compile(
     """,
     re.VERBOSE | re.IGNORECASE,
 )
-# What a tensor is whose own name it is, or one of a list; layers have such names too, and then
-# there is a `weight` below.
+# Names of data, when they are a tensor's own name or that of its list. Layers use these names too,
+# but their tensors end in `weight`.
 _DATA = re.compile(
     r"""
     (?:.*_)?(?:data|dataset|[xy]|inputs?|targets?|labels?|images?|samples?|predictions?|preds?
@@ -41,7 +41,7 @@ _STATES = re.compile(
 
 
 def holds_weights(contents: Contents) -> bool:
-    """Whether the file can be resumed from, or used, as a model."""
+    """Whether the file contains a model that can be resumed from or used."""
     names = [s.name for s in contents.spans if s.dtype.is_floating_point or s.dtype.is_complex]
     names += [name for name, array in contents.arrays if array.is_floating]
     optimizers = _optimizers(contents)
@@ -49,12 +49,12 @@ def holds_weights(contents: Contents) -> bool:
 
 
 def is_named_otherwise(path: Path) -> bool:
-    """Whether the name of a file says that it holds no weights: `optimizer.pt`, `rng_state.pth`."""
+    """Whether the file name says that it holds no weights: `optimizer.pt`, `rng_state.pth`."""
     return any(_BESIDE.fullmatch(part) for part in re.split(r"[.\-]", path.name)[:-1])
 
 
 def _optimizers(contents: Contents) -> set[str]:
-    """What stands before `param_groups` in the names of each optimizer: `"optimizers.0."`."""
+    """Returns the prefix of `param_groups` in the names of each optimizer: `"optimizers.0."`."""
     found = set()
     for name, _ in named_leaves(contents.tree):
         match = _GROUPS.search(name)

@@ -1,7 +1,7 @@
-"""`diagnose`: one run of checks on a model, a batch and a loss, in the order in which things break.
+"""`diagnose`: runs all checks on a model, a batch and a loss, ordered by what breaks first.
 
-Every family of checks looks at the same evidence: one step as the model is trained, the same step
-in float32, a few real steps. One that fails does not stop the others.
+All checks use the same evidence: one step as the model is trained, the same step in float32, and a
+few real steps. A failed check does not stop the others.
 """
 
 from __future__ import annotations
@@ -40,36 +40,44 @@ def diagnose(
     step: Step | None = None,
     autocast: Autocast = None,
 ) -> Diagnosis:
-    """Says what is wrong with a training setup, the most important first, each with a remedy.
+    """Reports what is wrong with a training setup, most important first, each with a remedy.
 
-    Initialisation, data, forward pass, loss, backward pass, precision, optimizer, and a few real
-    steps on the batch. Nothing is changed afterwards: parameters, buffers, gradients, the
-    optimizer's state and param groups, training flags and random number generators are as before,
-    bit for bit; hooks of the optimizer do not run. Keeps one copy of the model and of the
-    optimizer's state. For one process: DataParallel and DistributedDataParallel are unwrapped.
-    Compiled parts run eagerly. Waits for a GPU.
+    Checks initialisation, data, forward pass, loss, backward pass, precision and optimizer, and
+    takes
+    a few real steps on the batch. All state is restored afterwards, bit for bit: parameters,
+    buffers,
+    gradients, the optimizer's state and param groups, training flags and random number generators;
+    hooks of the optimizer do not run. Needs memory for one copy of the model and of the optimizer's
+    state. Runs in one process: DataParallel and DistributedDataParallel are unwrapped, and compiled
+    parts run eagerly. Synchronises with the GPU.
 
     Args:
-        model: The model, in the mode and with the weights that are to be looked at.
-        batch: `(inputs, targets)`; or a mapping with just these two keys; or another mapping, the
-            keyword arguments of the model. Inputs that are a tuple or a mapping are unpacked.
-        loss_fn: The loss is `loss_fn(model(inputs), targets)`, a scalar or a dict of scalars by
-            name; of a mapping, `loss_fn(output, batch)`. None: it is the output's `loss`.
-        optimizer: What trains the model; a `GuardedOptimizer` is looked into. None: a few steps of
-            AdamW show whether the model can learn at all.
-        data: Further batches, a DataLoader for example; the first 8 are looked at. An iterator
-            loses those.
-        step: In place of `loss_fn`: `step(model, batch)` returns the loss; or a dict of parts whose
-            sum is the loss; or a dict, an object or a tuple that has the loss in it, under `loss`
-            or as its first entry. It does not go backward and does not step the optimizer.
-        autocast: What training runs under: `torch.autocast("cuda", torch.float16)` for example, or
-            `"float16"` or `"bfloat16"`, on the model's device.
+        model: The model, in the mode and with the weights to be diagnosed.
+        batch: `(inputs, targets)`, a mapping with exactly these two keys, or any other mapping,
+            which
+            is passed to the model as keyword arguments. A tuple or mapping of inputs is unpacked.
+        loss_fn: The loss is `loss_fn(model(inputs), targets)`, a scalar or a dict of named scalars;
+            if the batch is a mapping of keyword arguments, `loss_fn(output, batch)`. None: the
+            output's `loss`.
+        optimizer: The optimizer that trains the model; a `GuardedOptimizer` is unwrapped. None: a
+            few
+            AdamW steps show whether the model can learn at all.
+        data: Further batches, such as a DataLoader; the first 8 are checked. An iterator is
+            advanced
+            by as many.
+        step: Replaces `loss_fn`: `step(model, batch)` returns the loss, a dict of parts whose sum
+            is
+            the loss, or a dict, object or tuple that contains the loss under `loss` or as its first
+            entry. It must not call backward or step the optimizer.
+        autocast: The autocast used in training: a context such as
+            `torch.autocast("cuda", torch.float16)`, or `"float16"` or `"bfloat16"` for the model's
+            device.
 
     Returns:
         The findings. `print` shows them; `errors`, `worst` and `of(kind)` select among them.
 
     Raises:
-        TypeError: An argument is of the wrong kind. What model and loss raise becomes a finding.
+        TypeError: An argument has the wrong type. Errors of the model and the loss become findings.
         ValueError: A parameter has no values yet: it is lazy, or on the meta device.
 
     Example:
@@ -89,7 +97,7 @@ def diagnose(
             torch.enable_grad(),
             torch.compiler.set_stance("force_eager"),
             unguarded(),
-            warnings.catch_warnings(action="ignore"),  # what they warn of becomes a finding
+            warnings.catch_warnings(action="ignore"),  # warnings become findings
         ):
             evidence = Evidence(subject, kept)
             findings = [f for name, check in FAMILIES.items() for f in _run(name, check, evidence)]
@@ -100,15 +108,15 @@ def diagnose(
 
 
 def _run(name: str, check: Check, evidence: Evidence) -> list[Finding]:
-    """What one family finds, up to where it fails; a family without complaints says that it ran."""
+    """Returns the findings of one family of checks, or "ok" if there are none."""
     findings: list[Finding] = []
     try:
         findings.extend(check(evidence))
-    except Exception as error:  # of the model's code, in a pass that goes otherwise than the first
-        seen = f"the check stopped at {type(error).__name__}: {error}"
-        remedy = "what it had found until then is told; the other checks went on."
+    except Exception as error:  # the model's code may behave differently in a later pass
+        seen = f"the check stopped with {type(error).__name__}: {error}"
+        remedy = "its findings up to then are included; the other checks continued."
         findings.append(Finding(name, "not-checked", "warning", seen, remedy=remedy))
     if not any(f.severity in ("error", "warning", "ok") for f in findings):
         if not any(f.kind == "not-checked" for f in findings):
-            findings.append(Finding(name, "ok", "ok", "nothing bad"))
+            findings.append(Finding(name, "ok", "ok", "no problems found"))
     return findings

@@ -1,9 +1,10 @@
-"""`ActivationGuard`: counts, or cleans away, the NaN and Inf that modules put out.
+"""`ActivationGuard`: counts, or removes, NaN and Inf in the outputs of modules.
 
-Traffic: one read of every watched output, and in `"clean"` mode one write. On a CPU a finite output
-costs its one read (`aminmax`) and nothing else; elsewhere nothing may wait, so the elements are
-compared and summed, which is one read when `torch.compile` fuses it and some five when it does not.
-The counters are one int64 table on the device, `(modules, 3)`; memory does not grow.
+Memory traffic: one read of every watched output, plus one write in `"clean"` mode. On a CPU a
+finite
+output costs one read (`aminmax`). On other devices, to avoid a sync, the elements are compared and
+summed, which takes one read if `torch.compile` fuses it and about five otherwise. The counters are
+one int64 table on the device, `(modules, 3)`; memory use does not grow.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ _unguarded = False
 
 
 class ActivationCounts(NamedTuple):
-    """Elements that a module put out since the last reset.
+    """Numbers of bad elements in a module's outputs since the last reset.
 
     Attributes:
-        nan: NaN.
-        inf: +Inf and -Inf.
-        over_limit: Finite, and larger in magnitude than `limit`.
+        nan: NaN elements.
+        inf: +Inf and -Inf elements.
+        over_limit: Finite elements larger in magnitude than `limit`.
     """
 
     nan: int
@@ -44,28 +45,32 @@ class ActivationCounts(NamedTuple):
 
 
 class ActivationGuard:
-    """Watches the outputs of modules with forward hooks; never waits for a GPU.
+    """Watches the outputs of modules with forward hooks; never synchronises with the GPU.
 
-    In `"clean"` mode NaN and Inf become 0 and the rest is clamped to ±limit before the next module
-    sees them. Both select and never multiply, forward and backward: a replaced element gets the
-    gradient 0. What happens inside of a module, and gradients that are born in the backward pass,
-    are not touched: that is what `GuardedOptimizer` is for.
+    In `"clean"` mode, before the next module sees an output, NaN and Inf become 0 and everything
+    else
+    is clamped to ±limit. Elements are selected, never multiplied, in forward and backward, so a
+    replaced element gets a gradient of 0. Values inside a module, and gradients that become
+    non-finite
+    in the backward pass, are not changed; use `GuardedOptimizer` for those.
 
-    With `torch.compile`, guard first and call the compiled model then: the hooks are traced with
-    the model, into the same graph. Compiled code may not see a guard that comes later (until
-    `torch._dynamo.reset()`), but it sees one go. A recomputing forward (activation checkpointing)
-    counts twice.
+    With `torch.compile`, create the guard first and then call the compiled model: the hooks are
+    traced
+    into the same graph. Compiled code may not see a guard created later (until
+    `torch._dynamo.reset()`), but it sees one being removed. A recomputed forward pass (activation
+    checkpointing) counts twice.
 
     Args:
-        model: Whose modules to watch.
-        mode: `"count"` changes no output, `"clean"` does.
-        limit: Largest magnitude of a good activation, > 0; None: no limit.
-        modules: One pattern or several, matched against the names of `model.named_modules()`:
-            `"*"` for all, `"decoder.*"`. `nn.Sequential`, which computes nothing itself, is left
-            out; the model itself has the name `""`.
+        model: The model whose modules are watched.
+        mode: `"count"` leaves outputs unchanged; `"clean"` changes them.
+        limit: Largest allowed magnitude of an activation, > 0; None: no limit.
+        modules: One or several patterns, matched against the names in `model.named_modules()`:
+            `"*"`
+            for all, or `"decoder.*"`. `nn.Sequential` is skipped, since it computes nothing itself;
+            the model itself has the name `""`.
 
     Raises:
-        TypeError, ValueError: An argument is not of that kind, or no module matches.
+        TypeError, ValueError: An argument is invalid, or no module matches.
 
     Example:
         >>> import torch, fastguard
@@ -92,13 +97,13 @@ class ActivationGuard:
         if mode not in MODES:
             raise ValueError(f"mode={shown(mode)} is unknown; use one of {', '.join(MODES)}")
         limit = None if limit is None else number_of("limit", limit, "use None or a number > 0")
-        if limit is not None and not limit > 0:  # NaN is not
+        if limit is not None and not limit > 0:  # also rejects NaN
             raise ValueError(f"limit={limit!r} must be None or a number > 0")
         watched = _matching(model, modules)
         parameter = next(model.parameters(), None)
         device = torch.device("cpu") if parameter is None else parameter.device
         if device.type == "meta":
-            device = torch.device("cpu")  # until the model has memory
+            device = torch.device("cpu")  # until an output shows the device
         self.mode: Mode = mode
         self.limit = math.inf if limit is None else limit
         self._names = list(watched)
@@ -109,16 +114,16 @@ class ActivationGuard:
         ]
 
     def counts(self) -> dict[str, ActivationCounts]:
-        """The counts of each watched module, by name. Waits for a GPU.
+        """Returns the counts of each watched module, by name. Synchronises with the GPU.
 
         Raises:
             ValueError: The last output was on the meta device, or a placeholder.
         """
         if self._without_numbers:
             raise ValueError(
-                "the last output was on the meta device or under FakeTensorMode and holds no "
-                "numbers to count; give the model its memory first, by "
-                "model.to_empty(device=...) and its weights, or call reset()"
+                "the last output was on the meta device or under FakeTensorMode, so there are no "
+                "values to count; allocate the model with model.to_empty(device=...) and load its "
+                "weights, or call reset()"
             )
         rows = self._table.tolist()
         return {n: ActivationCounts(*row) for n, row in zip(self._names, rows, strict=True)}
@@ -129,7 +134,7 @@ class ActivationGuard:
         self._table.zero_()
 
     def remove(self) -> None:
-        """Takes the hooks off; the counts stay."""
+        """Removes the hooks and keeps the counts."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -141,10 +146,10 @@ class ActivationGuard:
         self.remove()
 
     def __str__(self) -> str:
-        """A line for every module that put out something bad. Waits for a GPU."""
+        """Returns one line per module with bad outputs. Synchronises with the GPU."""
         bad = {name: counts for name, counts in self.counts().items() if any(counts)}
         if not bad:
-            return f"nothing bad in the outputs of {len(self._names)} modules"
+            return f"no bad values in the outputs of {len(self._names)} modules"
         return "\n".join(
             f"{printable(name) or '(the model)'}: {c.nan} NaN, {c.inf} Inf, "
             f"{c.over_limit} over {self.limit:g}"
@@ -158,7 +163,7 @@ class ActivationGuard:
             return self._all_cleaned(output) if self._without_numbers else None
         with torch.no_grad():
             if self._table.device.type == "cpu" and found[0].device.type != "cpu":
-                self._table = self._table.to(found[0].device)  # the model has moved
+                self._table = self._table.to(found[0].device)  # the model was moved
             for counts in found:
                 self._table[row] += moved(counts, self._table.device)
         return self._all_cleaned(output)
@@ -169,7 +174,7 @@ class ActivationGuard:
         return tree_map(lambda t: self._cleaned(t) if _is_watched(t) else t, output)
 
     def _counted(self, x: Tensor) -> Tensor | None:
-        """int64 `(3,)`; None if it is known to be all zeros, or cannot be known."""
+        """Returns int64 `(3,)`, or None if all counts are zero or cannot be determined."""
         unknown = x.is_meta or not (torch.compiler.is_compiling() or has_numbers(x))
         if unknown != self._without_numbers:
             self._without_numbers = unknown
@@ -181,7 +186,7 @@ class ActivationGuard:
                 return None
             low, high = (v.item() for v in x.aminmax())
             if -self.limit <= low and high <= self.limit and -math.inf < low and high < math.inf:
-                return None  # NaN compares false
+                return None  # comparisons with NaN are false
         size, infinite = x.abs(), x.isinf()
         over = (size > self.limit) & ~infinite
         return torch.stack([x.isnan().sum(), infinite.sum(), over.sum()])
@@ -193,7 +198,7 @@ class ActivationGuard:
 
 
 class _Watch:
-    """The hook of one module."""
+    """The forward hook of one module."""
 
     def __init__(self, guard: ActivationGuard, row: int) -> None:
         self._guard = guard
@@ -205,7 +210,7 @@ class _Watch:
 
 @contextmanager
 def unguarded() -> Iterator[None]:
-    """Every guard looks away: for replays that want to see what a guard would hide."""
+    """Disables all guards, so that replays see the values that a guard would hide."""
     global _unguarded
     before, _unguarded = _unguarded, True
     try:
@@ -217,11 +222,11 @@ def unguarded() -> Iterator[None]:
 def _is_watched(x: Any) -> bool:
     if not (isinstance(x, Tensor) and x.is_floating_point() and x.layout is torch.strided):
         return False
-    return x.dtype is not torch.float4_e2m1fn_x2  # which has no NaN and no Inf
+    return x.dtype is not torch.float4_e2m1fn_x2  # this dtype has no NaN and no Inf
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Torch can hardly do more with 8-bit floats than convert them, which is exact both ways."""
+    """Widens 8-bit floats, for which torch supports little more than exact conversions."""
     return x.float() if x.dtype.itemsize == 1 else x
 
 

@@ -1,10 +1,10 @@
-"""`check_batch`: is anything in this batch NaN, Inf, constant, or out of range?
+"""`check_batch`: finds NaN, Inf, constant and out-of-range tensors in a batch.
 
-    low[t], high[t] = min and max of tensor t     (NaN goes through, so it shows in both)
+    low[t], high[t] = min and max of tensor t     (NaN propagates to both)
 
-One read of every tensor, `aminmax`, on the device where it is; nothing waits until `problems()` is
-called. The two numbers a tensor tell all: NaN, an Inf at either end, constant if they are equal,
-and out of range. A NaN hides what else is wrong with its tensor.
+Each tensor is read once, by `aminmax`, on its own device; there is no sync until `problems()` is
+called. The two numbers per tensor show NaN, Inf, constant values (both are equal), and values out
+of range. If a tensor contains NaN, its other problems are not reported.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from fastguard.gradients.transfer import numbers_on
 
 _INDEX = re.compile(r"\[(\d+)\]")
 _COMPARABLE = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.float64}
-"""What holds the values of integers that torch can store and not compare."""
+"""Wider dtypes for integers that torch can store but not compare."""
 
 Limit = float | Mapping[str, float] | None
 Kind = Literal["nonfinite", "constant", "low", "high"]
 
 
 class BatchProblem(NamedTuple):
-    """One thing that is wrong with a tensor of a batch.
+    """One problem with a tensor of a batch.
 
     Attributes:
-        name: Which tensor: `inputs`, `targets.boxes[2]`.
+        name: The tensor: `inputs`, `targets.boxes[2]`.
         kind: `"nonfinite"`, `"constant"`, `"low"` or `"high"`.
-        detail: For people.
+        detail: A description for users.
     """
 
     name: str
@@ -53,14 +53,14 @@ class BatchProblem(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BatchCheck:
-    """What one read of a batch says.
+    """The result of reading a batch once.
 
     Attributes:
-        names: Of the T tensors.
-        low, high: float64 `(T,)`: smallest and largest element, NaN if one is; +Inf and -Inf of an
-            empty tensor. On the device of the batch.
-        limits: `(low, high)` that each tensor must stay within, -Inf and Inf if there are none.
-        constant_is_bad: Whether a single value all over is a problem: floats of several elements.
+        names: Names of the T tensors.
+        low, high: float64 `(T,)`, on the batch's device: smallest and largest element, NaN if the
+            tensor contains NaN; +Inf and -Inf if it is empty.
+        limits: Allowed `(low, high)` of each tensor; -Inf and Inf without a limit.
+        constant_is_bad: Whether constant values are a problem: for floats with several elements.
     """
 
     names: tuple[str, ...]
@@ -70,13 +70,23 @@ class BatchCheck:
     constant_is_bad: tuple[bool, ...]
 
     def signals(self, prefix: str = "batch.") -> dict[str, Tensor]:
-        """The verdict as losses, so that the guarded step obeys and records it. Never waits.
+        """Returns the verdict as losses that the guarded step acts on and records. Never syncs.
 
-        One float64 `()` a tensor: 0 if it is fine, 1 if it is constant or out of range, NaN if it
-        is not finite. Given to `opt.step(loss={"loss": loss, **check.signals()})`, a non-finite
-        batch skips its step on the device, whatever became of the loss, with the name of the tensor
-        in the record; `spike={"batch.inputs": Threshold(max=0.5)}` skips constant and out-of-range
-        ones too, and with `action="record"` only records them.
+        Each tensor gives one float64 `()`: 0 if it is fine, 1 if it is constant or out of range,
+        NaN if
+        it is not finite. Pass them to `opt.step(loss={"loss": loss, **check.signals()})`: a
+        non-finite
+        batch then skips its step on the device, whatever the loss is, and the record names the
+        tensor.
+        With `spike={"batch.inputs": Threshold(max=0.5)}`, constant and out-of-range tensors skip
+        the step
+        too; add `action="record"` to only record them.
+
+        Args:
+            prefix: Start of each name.
+
+        Returns:
+            The losses by name.
         """
         empty = self.low > self.high
         finite = self.low.isfinite() & self.high.isfinite()
@@ -89,9 +99,9 @@ class BatchCheck:
         return {prefix + name: v for name, v in zip(self.names, value.unbind(), strict=True)}
 
     def problems(self) -> list[BatchProblem]:
-        """What is wrong, by tensor; empty if nothing is. Waits for a GPU.
+        """Returns the problems by tensor. Synchronises with the GPU.
 
-        Empty too under `FakeTensorMode` and for meta tensors: they have no values.
+        Empty under `FakeTensorMode` and for meta tensors, which have no values.
         """
         if not has_numbers(self.low):
             return []
@@ -109,9 +119,9 @@ class BatchCheck:
         ]
 
     def __str__(self) -> str:
-        """A line a problem. Waits for a GPU."""
+        """Returns one line per problem. Synchronises with the GPU."""
         lines = (printable(str(problem)) for problem in self.problems())
-        return "\n".join(lines) or "nothing wrong with this batch"
+        return "\n".join(lines) or "no problems in this batch"
 
 
 def check_batch(
@@ -121,23 +131,24 @@ def check_batch(
     high: Limit = None,
     names: Sequence[str] = ("inputs", "targets"),
 ) -> BatchCheck:
-    """Reads every tensor of a batch once. Never waits.
+    """Reads every tensor of a batch once. Never synchronises.
 
     Args:
-        batch: A tensor, or dicts, lists and tuples of tensors, nested; what is no tensor is passed
-            over.
-        low, high: Smallest and largest allowed value: a number, for all floating-point tensors, or
-            a dict of them by name or pattern, `{"inputs*": 1.0, "targets[2]": 9}`.
-        names: What the first members of a list or tuple are called; further ones are `[2]`, and a
-            tensor alone has the first name.
+        batch: A tensor, or nested dicts, lists and tuples of tensors; other values are ignored.
+        low, high: Smallest and largest allowed value: a number for all floating-point tensors, or a
+            dict by name or pattern, `{"inputs*": 1.0, "targets[2]": 9}`. None: no limit.
+        names: Names for the first items of a list or tuple; later items are named `[2]`, and a lone
+            tensor has the first name.
 
     Returns:
-        The check; `problems()` tells in words, `signals()` tells the guarded optimizer.
+        The check; `problems()` describes problems, and `signals()` passes them to the guarded
+        optimizer.
 
     Raises:
         TypeError: `low` or `high` is not a number.
-        ValueError: One is NaN, a low one is above a high one, a pattern matches no tensor, or the
-            batch holds none.
+        ValueError: A limit is NaN, a low limit is above the high one, a pattern matches no tensor,
+            or
+            the batch contains no tensors.
 
     Example:
         >>> import torch, fastguard
@@ -151,7 +162,7 @@ def check_batch(
     check = read_batch(batch, low=low, high=high, names=names)
     if not check.names:
         raise ValueError(
-            f"the batch, a {type(batch).__name__}, holds no tensor: there is nothing to check; "
+            f"the batch, a {type(batch).__name__}, contains no tensor to check; "
             "pass a tensor, or dicts, lists and tuples of tensors"
         )
     for what, given in (("low", low), ("high", high)):
@@ -165,7 +176,7 @@ def check_batch(
 def read_batch(
     batch: Any, *, low: Limit = None, high: Limit = None, names: Sequence[str]
 ) -> BatchCheck:
-    """As `check_batch`, for batches of every kind: no tensor, and none that a pattern matches."""
+    """Like `check_batch`, but allows batches without tensors and patterns without a match."""
     tensors = list(_leaves(batch, names))
     if not tensors:
         return BatchCheck((), torch.empty(0).double(), torch.empty(0).double(), (), ())
@@ -211,9 +222,9 @@ def _named(part: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def _ends(x: Tensor) -> Tensor:
-    """float64 `(2,)`: minimum and maximum, in one read."""
+    """Returns float64 `(2,)`: minimum and maximum, in one read."""
     if x.layout is not torch.strided:
-        x = x._values() if x.layout is torch.sparse_coo else x.values()  # coalesce() would wait
+        x = x._values() if x.layout is torch.sparse_coo else x.values()  # coalesce() would sync
     if x.is_complex():
         x = torch.view_as_real(x.resolve_conj())
     if x.dtype is torch.bool:
@@ -227,11 +238,11 @@ def _ends(x: Tensor) -> Tensor:
 
 
 def checked_limits(what: str, given: Limit) -> dict[str, float] | float | None:
-    """`low` or `high` as numbers.
+    """Returns `low` or `high` as numbers.
 
     Raises:
-        TypeError: One is no number.
-        ValueError: One is NaN.
+        TypeError: A limit is not a number.
+        ValueError: A limit is NaN.
     """
     if given is None:
         return None
@@ -249,7 +260,7 @@ def _number(name: str, value: object) -> float:
 
 @functools.lru_cache(maxsize=1024)
 def _matches(name: str, pattern: str) -> bool:
-    """As `fnmatch`, but `[2]` in a pattern is what it is in a name: an index."""
+    """Like `fnmatch`, except that `[2]` in a pattern is an index, as in a name."""
     return fnmatchcase(name, _INDEX.sub(r"[[]\1]", pattern))
 
 
@@ -260,7 +271,7 @@ def _limit(given: Mapping[str, float] | float | None, x: Tensor, name: str, none
 
 
 def check_order(low: Limit, high: Limit) -> None:
-    """Raises a ValueError for a low limit above the high one of the same name."""
+    """Raises a ValueError if a low limit is above the high limit of the same name."""
     if isinstance(low, Mapping) and isinstance(high, Mapping):
         for name in low.keys() & high.keys():
             if low[name] > high[name]:

@@ -1,6 +1,6 @@
-"""Which samples of a CTC loss cannot be aligned: their targets are longer than their inputs.
+"""Finds samples that CTC loss cannot align because their targets are longer than their inputs.
 
-A target of n labels needs n time steps, and one more for the blank between two equal neighbours.
+A target of n labels needs n time steps, plus one for the blank between two equal neighbours.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from torch import Tensor
 
 REMEDY = (
     "drop such samples from the data, or keep more time steps: less striding and pooling. Check "
-    "that input_lengths count the model's output steps, not the samples that went in."
+    "that input_lengths counts the model's output steps, not its input samples."
 )
 
 
 class Unaligned(NamedTuple):
-    """A sample that has no alignment.
+    """A sample that cannot be aligned.
 
     Attributes:
         sample: Its index in the batch.
-        steps: Its time steps.
-        labels: Its labels.
-        repeats: How many of them equal the one before.
+        steps: Number of time steps.
+        labels: Number of labels.
+        repeats: Number of labels equal to the one before.
     """
 
     sample: int
@@ -37,11 +37,11 @@ class Unaligned(NamedTuple):
 
 
 def unaligned(targets: Tensor, input_lengths: Any, target_lengths: Any) -> Iterator[Unaligned]:
-    """The samples that cannot be aligned; waits for a GPU.
+    """Yields the samples that cannot be aligned; synchronises with the GPU.
 
     Args:
         targets: Padded, of shape `(N, S)`, or concatenated, of shape `(sum(target_lengths),)`.
-        input_lengths, target_lengths: By sample: a tensor, a sequence, or an integer.
+        input_lengths, target_lengths: Per sample: a tensor, a sequence, or an integer.
     """
     inputs, lengths = lengths_of(input_lengths), lengths_of(target_lengths)
     start = 0
@@ -54,7 +54,7 @@ def unaligned(targets: Tensor, input_lengths: Any, target_lengths: Any) -> Itera
 
 
 def lengths_of(given: Any) -> list[int]:
-    """Lengths by sample, as `F.ctc_loss` takes them, as integers."""
+    """Returns lengths per sample, in any form that `F.ctc_loss` accepts, as integers."""
     if isinstance(given, Tensor):
         return given.flatten().tolist()
     return [given] if isinstance(given, int) else list(given)

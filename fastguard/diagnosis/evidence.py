@@ -1,4 +1,4 @@
-"""`Evidence`: what the checks look at, made when one first asks, once, and without a trace."""
+"""`Evidence`: what the checks examine; computed on first use, once, without side effects."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from fastguard.diagnosis.replay.subject import Subject, split
 from fastguard.diagnosis.trial_steps import RealSteps, take_steps
 
 N_BATCHES = 8
-"""How many batches of `data` are looked at."""
+"""How many batches of `data` are checked."""
 
 T = TypeVar("T")
 
 
 class Evidence:
-    """What is known of a subject. Every pass starts from the state that was kept.
+    """Everything known about a subject. Each pass starts from the saved state.
 
     Attributes:
         subject: What is diagnosed.
@@ -41,7 +41,7 @@ class Evidence:
         self._kept = kept
 
     def untouched(self, work: Callable[[], T]) -> T:
-        """Does this work from the state that was kept, and goes back to it."""
+        """Runs `work` from the saved state and restores that state afterwards."""
         self._kept.restore()
         try:
             return work()
@@ -55,7 +55,7 @@ class Evidence:
 
     @cached_property
     def step_in_float32(self) -> Observation:
-        """The same in float32: the same one, unless 16-bit numbers take part."""
+        """The same step in float32; the very same object if no 16-bit numbers are involved."""
         if not self.subject.low_precision:
             return self.step
 
@@ -68,13 +68,13 @@ class Evidence:
 
     @cached_property
     def gradients(self) -> dict[str, Values]:
-        """The gradients of the step that are there, by parameter."""
+        """The gradients of the step that exist, by parameter."""
         found = self.step.gradients or {}
         return {name: Values.of(g) for name, g in found.items() if g is not None}
 
     @cached_property
     def trained(self) -> dict[str, nn.Parameter]:
-        """The trainable parameters that the optimizer holds; all of them, if it holds none."""
+        """The trainable parameters that the optimizer holds, or all of them if it holds none."""
         trainable = {n: p for n, p in self.subject.parameters.items() if p.requires_grad}
         optimizer = self.subject.optimizer
         groups = [] if optimizer is None else optimizer.param_groups
@@ -83,7 +83,7 @@ class Evidence:
 
     @property
     def is_detached(self) -> bool:
-        """Whether there is a loss, and none of the trained parameters has a gradient from it."""
+        """Whether there is a loss, but no trained parameter has a gradient from it."""
         gradients = self.step.gradients
         if not self.step.has_loss or self.step.from_output:
             return False
@@ -91,12 +91,12 @@ class Evidence:
 
     @cached_property
     def part_gradients(self) -> dict[str, dict[str, float]]:
-        """Norms of the gradients by part of the loss and trained parameter."""
+        """Gradient norms by part of the loss and trained parameter."""
         return self.untouched(lambda: part_gradients(self.subject, self.trained))
 
     @cached_property
     def part_gradients_nearby(self) -> dict[str, dict[str, float]]:
-        """The same at other weights: a part at its optimum has a gradient there."""
+        """Like `part_gradients`, at other weights, where a part at its optimum has a gradient."""
 
         def work() -> dict[str, dict[str, float]]:
             perturb(self.trained)
@@ -106,7 +106,7 @@ class Evidence:
 
     @property
     def no_steps(self) -> str:
-        """Why no real steps can be taken; empty: they can."""
+        """Why no real steps can be taken; empty if they can."""
         step = self.step
         if step.failed("backward"):
             return "the backward pass raises"
@@ -120,7 +120,7 @@ class Evidence:
 
     @property
     def is_finite(self) -> bool:
-        """Whether everything that the step computes is."""
+        """Whether everything that the step computes is finite."""
         step = self.step
         return not (
             any(a.values.nonfinite for a in step.activations)
@@ -130,16 +130,16 @@ class Evidence:
 
     @cached_property
     def explained(self) -> NonFiniteReport | None:
-        """Where the first non-finite value was born; None if all is finite or nobody can tell.
+        """Where the first non-finite value appeared; None if all is finite or it cannot be found.
 
-        Without a loss, the values that reach the output count.
+        Without a loss, values that reach the output count.
         """
         if self.is_finite:
             return None
         loss_fn, step = self.subject.loss_fn, self.subject.given_step
         if self.step.failures:
             loss_fn, step = _mean_of_output, None
-        with contextlib.suppress(Exception):  # what fails here has failed in `step`, and is told
+        with contextlib.suppress(Exception):  # errors here also occurred in `step` and are reported
             report = self.untouched(
                 lambda: explain_nonfinite(
                     self.subject.model,
@@ -154,9 +154,10 @@ class Evidence:
 
     @cached_property
     def repaired(self) -> Evidence:
-        """Evidence without the NaN and Inf of the batch, which are set to 0 if they do harm.
+        """Evidence for the batch with harmful NaN and Inf set to 0.
 
-        What comes after such a batch tells nothing else; this tells what else there is.
+        The findings after a non-finite batch all have that cause; this evidence shows other
+        problems.
         """
         report = self.explained
         if report is None or report.origin != "batch":
@@ -172,7 +173,7 @@ class Evidence:
 
     @cached_property
     def real_steps(self) -> RealSteps:
-        """A few real steps; there must be a finite loss to go down."""
+        """A few real steps; requires a finite loss."""
         return self.untouched(lambda: take_steps(self.subject, self.trained))
 
     @cached_property
@@ -183,7 +184,7 @@ class Evidence:
         return self.untouched(lambda: list(islice(self.subject.data or (), N_BATCHES)))
 
     def batches(self) -> Iterator[tuple[str, Any, Any]]:
-        """`(prefix of the name, inputs, targets)` of the batch and of those of `data`."""
+        """Yields `(name prefix, inputs, targets)` for the batch and the batches of `data`."""
         yield ("", *split(self.subject.batch))
         for i, batch in enumerate(self.further_batches):
             yield (f"data[{i}].", *split(batch))

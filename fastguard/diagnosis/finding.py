@@ -1,4 +1,4 @@
-"""`Finding`: one thing that a check saw, and the order of importance of all kinds of findings."""
+"""`Finding`: one observation of a check; and the order of importance of all kinds of findings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastguard.errors.plain_text import printable
 
 Severity = Literal["error", "warning", "note", "ok"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note", "ok")
-"""From worst to best."""
+"""Severities from worst to best."""
 
 CHECKS = (
     "initialisation",
@@ -21,7 +21,7 @@ CHECKS = (
     "optimizer",
     "real steps",
 )
-"""The families of checks, in the order in which things break."""
+"""The families of checks, ordered by what breaks first."""
 
 KINDS = (
     # Nothing can be learned.
@@ -40,7 +40,7 @@ KINDS = (
     "wrong-axis",
     "swapped-arguments",
     "unaligned-targets",
-    # What is computed is destroyed; what comes first causes what comes after.
+    # Results are destroyed; an earlier kind causes the later ones.
     "nonfinite-weight",
     "negative-variance",
     "nonfinite-activation",
@@ -54,7 +54,7 @@ KINDS = (
     "index-out-of-range",
     "target-out-of-range",
     "diverges",
-    # Something is learned, badly.
+    # The model learns, but badly.
     "extreme-activation",
     "extreme-gain",
     "exploding-gradient",
@@ -93,22 +93,22 @@ KINDS = (
     "not-checked",
     "ok",
 )
-"""Every kind of finding, the most important first."""
+"""Every kind of finding, most important first."""
 _RANK = {kind: rank for rank, kind in enumerate(KINDS)}
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that a check saw.
+    """One observation of a check.
 
     Attributes:
         check: The family, one of `CHECKS`.
         kind: One of `KINDS`, which are ordered by importance.
         severity: `"error"`: the run cannot learn, or will be destroyed. `"warning"`: it will learn
-            worse than it could. `"note"`: worth knowing. `"ok"`: the family found nothing bad.
-        seen: What was seen, in words and numbers.
-        where: The module, parameter, part of the batch or param group; empty: the whole model.
-        value: How bad it is, in the unit that `seen` tells: the number that was judged.
+            worse than it could. `"note"`: worth knowing. `"ok"`: the family found no problems.
+        seen: What was observed, in words and numbers.
+        where: The module, parameter, part of the batch or param group; empty for the whole model.
+        value: The number that was judged, in the unit given in `seen`.
         limit: What `value` was compared with; None if there is nothing to compare.
         remedy: What to do about it.
     """
@@ -124,11 +124,12 @@ class Finding:
 
     def __post_init__(self) -> None:
         assert self.check in CHECKS and self.kind in _RANK and self.severity in SEVERITIES
-        for name in ("seen", "where", "remedy"):  # they name modules, parameters and losses
+        # these contain names of modules, parameters and losses
+        for name in ("seen", "where", "remedy"):
             object.__setattr__(self, name, printable(getattr(self, name)))
 
     def __str__(self) -> str:
-        """For people, on one to three lines."""
+        """Formats the finding on one to three lines."""
         where = f" in {self.where}" if self.where else ""
         if self.severity == "ok":
             return f"OK      {self.check}: {self.seen}"
@@ -138,7 +139,7 @@ class Finding:
 
 
 def by_importance(finding: Finding) -> tuple[int, int, int]:
-    """The key to sort findings by: severity, then kind, then the order in which things break."""
+    """Returns the sort key of a finding: severity, then kind, then what breaks first."""
     return (
         SEVERITIES.index(finding.severity),
         _RANK[finding.kind],
@@ -147,11 +148,11 @@ def by_importance(finding: Finding) -> tuple[int, int, int]:
 
 
 def percent(share: float) -> str:
-    """`0.25` as `25 %`, three digits."""
+    """Formats `0.25` as `25 %`, with three digits."""
     return f"{100 * share:.3g} %"
 
 
 def several(names: list[str] | tuple[str, ...], n: int = 3) -> str:
-    """The first names, and how many more there are."""
+    """Lists the first names and how many more there are."""
     more = f" and {len(names) - n} more" if len(names) > n else ""
     return ", ".join(names[:n]) + more

@@ -1,4 +1,4 @@
-"""`gradients_of`: the gradients of a loss, without leaving them in `.grad`."""
+"""`gradients_of`: computes gradients of a loss without leaving them in `.grad`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fastguard.diagnosis.provenance.backward import graph_of
 
 
 def gradients_of(total: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
-    """The gradient for each parameter, None where the loss does not depend on it.
+    """Returns the gradient of each parameter, or None if the loss does not depend on it.
 
-    `.grad` and the hooks that wait for it are left alone, with one exception: activation
-    checkpoints of the old, reentrant kind hide their parameters from the graph and put gradients
-    into `.grad` alone. There it is used and put back, and such hooks run.
+    `.grad` and its hooks are not touched, with one exception: reentrant activation checkpoints hide
+    their parameters from the graph and write gradients to `.grad` only. For those, `.grad` is used
+    and restored, and its hooks run.
     """
     if not hides_parameters(total):
         return list(torch.autograd.grad(total, parameters, allow_unused=True))
@@ -31,7 +31,7 @@ def gradients_of(total: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | N
 
 
 def hides_parameters(total: Tensor) -> bool:
-    """Whether an activation checkpoint of the reentrant kind lies below this tensor."""
+    """Whether the graph of this tensor contains a reentrant activation checkpoint."""
     if total.grad_fn is None:
         return False
     return any(node.name() == "CheckpointFunctionBackward" for node in graph_of(total.grad_fn))

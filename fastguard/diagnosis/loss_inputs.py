@@ -1,8 +1,9 @@
-"""What a loss function was given: logits, probabilities, log-probabilities, and over which axis.
+"""Recognises what a loss function received: logits, probabilities or log-probabilities.
 
-A loss takes one of them and cannot tell when it gets another: cross-entropy of probabilities, or
-the negative likelihood of logits, is a number like any other. Their sums over an axis tell, however
-they were computed; whether numbers between 0 and 1 are logits is told by what made them.
+A loss expects one of them and cannot tell them apart: cross-entropy of probabilities, or the
+negative log-likelihood of logits, is a number like any other. Sums over an axis show probabilities,
+whatever computed them; whether numbers between 0 and 1 are logits shows in the operation that
+produced them.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from torch import Tensor
 from fastguard.diagnosis.ctc_lengths import lengths_of, unaligned
 
 Argument = Callable[..., Any]
-"""`argument(place, *names, default)` of a call."""
+"""`argument(position, *names, default)` of a call."""
 
 TOLERANCE = 0.02
-"""Of a sum of probabilities, which an eps, a smoothing or 16 bits move a little."""
+"""Tolerance for a sum of probabilities, which eps, smoothing or 16 bits change a little."""
 ENOUGH = 32
-"""Numbers that all lie between 0 and 1 and of which nothing else is known."""
+"""Numbers that all lie between 0 and 1, with nothing else known about them."""
 
 SIGMOID, SOFTMAX, LOG_SOFTMAX = "sigmoid", "softmax", "log_softmax"
 _MAKES = {
@@ -37,7 +38,7 @@ _MAKES = {
     "log_softmax": LOG_SOFTMAX,
     "logsigmoid": LOG_SOFTMAX,
 }
-# The same by autograd node, for what no torch function shows: compiled and scripted parts.
+# The same by autograd node, for compiled and scripted parts, which call no torch functions.
 _MADE_BY = {
     "Sigmoid": SIGMOID,
     "Softmax": SOFTMAX,
@@ -58,18 +59,19 @@ _KEEPS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class LossInput:
-    """What one argument of a loss function was, and is not meant to be.
+    """An argument of a loss function that is not of the expected kind.
 
     Attributes:
         function: The loss function.
         argument: `"input"` or `"target"`.
-        problem: `"activated"`: its activation was applied already. `"twice"`: as well, but it
-            changes nothing. `"form"`: a log is missing or too many. `"axis"`: over another axis
-            than that of the classes. `"swapped"`: input and target have changed places.
-            `"length"`: targets are longer than their inputs, and are left out of the loss.
-        seen: In words.
-        surely: Whether more than the range of the values tells; of lengths, if none is left.
-        classes: How many there are.
+        problem: `"activated"`: its activation was already applied. `"twice"`: likewise, but this
+            changes nothing. `"form"`: a log is missing or superfluous. `"axis"`: normalised over
+            an axis other than the classes. `"swapped"`: input and target are exchanged.
+            `"length"`: targets longer than their inputs are dropped from the loss.
+        seen: A description.
+        surely: Whether there is more evidence than the range of the values; for `"length"`, whether
+            no sample is left.
+        classes: Number of classes.
     """
 
     function: str
@@ -81,17 +83,17 @@ class LossInput:
 
 
 class Makers:
-    """Which activation made a tensor, remembered over changes of its shape and dtype."""
+    """Remembers which activation produced a tensor, across changes of its shape and dtype."""
 
     def __init__(self) -> None:
-        self._made: dict[int, tuple[Tensor, str]] = {}  # the tensor: keeps its id taken
+        self._made: dict[int, tuple[Tensor, str]] = {}  # holding the tensor keeps its id in use
 
     def of(self, tensor: Any) -> str:
-        """The activation; empty: none that is known."""
+        """Returns the activation, or an empty string if none is known."""
         return self._made.get(id(tensor), (None, ""))[1] or _MADE_BY.get(_maker_node(tensor), "")
 
     def note(self, function: str, given: Sequence[Tensor], out: Any) -> None:
-        """Says that this function made `out` of what it was given."""
+        """Records that this function produced `out` from `given`."""
         made = _MAKES.get(function, "")
         if not made and function in _KEEPS and self._made:
             makers = {self.of(t) for t in given if t.is_floating_point()}
@@ -102,19 +104,19 @@ class Makers:
                 if made and tensor.is_floating_point():
                     self._made[id(tensor)] = (tensor, made)
                 else:
-                    self._made.pop(id(tensor), None)  # written in place by something else
+                    self._made.pop(id(tensor), None)  # overwritten in place by another operation
 
     def forget(self) -> None:
-        """Lets the tensors go."""
+        """Releases the tensors."""
         self._made.clear()
 
 
 def look_at(
     function: str, argument: Argument, makers: Makers, in_loss: bool
 ) -> Iterable[LossInput]:
-    """What is wrong with what this function was given; nothing for a function that is no loss.
+    """Returns the problems with a function's arguments; none if it is not a loss.
 
-    `in_loss`: the model has given its output, so that this function belongs to the loss.
+    `in_loss`: the model has returned its output, so this function belongs to the loss.
     """
     look = _LOOKS.get(function) or (_BY_HAND.get(function) if in_loss else None)
     if look is None:
@@ -123,7 +125,7 @@ def look_at(
     if not isinstance(first, Tensor) or not first.is_floating_point() or first.numel() < 2:
         return ()
     if bool(first.isnan().any()) or bool((first == math.inf).any()):
-        return ()  # which other checks tell
+        return ()  # other checks report it
     return look(function, first, argument, makers)
 
 
@@ -160,9 +162,7 @@ def _cross_entropy(name: str, x: Tensor, argument: Argument, makers: Makers) -> 
 def _binary(name: str, x: Tensor, argument: Argument, makers: Makers) -> list[LossInput]:
     made = makers.of(x)
     if made == LOG_SOFTMAX:
-        seen = (
-            f"{name} got the logarithms of probabilities, so that no output can mean more than 0.5"
-        )
+        seen = f"{name} got the logarithms of probabilities, so no output can mean more than 0.5"
         return [LossInput(name, "input", "form", seen)]
     if not _in_unit(x):
         return []
@@ -185,7 +185,7 @@ def _likelihood(name: str, x: Tensor, argument: Argument, makers: Makers) -> lis
     if not form and makers.of(x) == LOG_SOFTMAX:
         seen = f"{name} got the output of a log_softmax that was not over its classes, axis {axis}"
         return [LossInput(name, "input", "axis", seen)]
-    what = form if form == "probabilities" else "numbers that are no log-probabilities (logits?)"
+    what = form if form == "probabilities" else "numbers that are not log-probabilities (logits?)"
     sums = x.detach().float().exp().sum(axis)
     seen = f"{name} got {what}: the sum of exp over the classes is {_between(sums)}, not 1"
     return [LossInput(name, "input", "form", seen)]
@@ -197,7 +197,7 @@ def _ctc(name: str, x: Tensor, argument: Argument, makers: Makers) -> list[LossI
         for i, what in enumerate(("targets", "input_lengths", "target_lengths"), start=1)
     )
     found = _likelihood(name, x, argument, makers)
-    # Without zero_infinity the loss is Inf, and its origin is searched for.
+    # Without zero_infinity the loss is Inf, and the search for its origin reports it.
     if not argument(6, "zero_infinity") or not isinstance(targets, Tensor):
         return found
     samples, n = list(unaligned(targets, inputs, lengths)), len(lengths_of(lengths))
@@ -211,7 +211,7 @@ def _binary_likelihood(name: str, x: Tensor, argument: Argument, makers: Makers)
     low, high = (float(end) for end in x.aminmax())
     if low >= 0 and high <= 1:
         return []
-    seen = f"{name} got numbers from {low:.4g} to {high:.4g} in place of probabilities"
+    seen = f"{name} got numbers from {low:.4g} to {high:.4g} instead of probabilities"
     return [LossInput(name, "input", "form", seen)]
 
 
@@ -236,7 +236,7 @@ def _divergence(name: str, x: Tensor, argument: Argument, makers: Makers) -> lis
         seen = f"kl_div got negative numbers as its target, with log_target={log_target}"
         found.append(LossInput(name, "target", "form", seen))
     if not found and target.requires_grad and not x.requires_grad:
-        seen = "the gradient flows through the target of kl_div alone, not through its input"
+        seen = "the gradient flows only through the target of kl_div, not through its input"
         found.append(LossInput(name, "input", "swapped", seen, surely=False))
     if not found and over == 0 and x.ndim > 1 and first and makers.of(x) == LOG_SOFTMAX:
         seen = _wrong_axis(name, first, over, x.ndim - 1)
@@ -245,7 +245,7 @@ def _divergence(name: str, x: Tensor, argument: Argument, makers: Makers) -> lis
 
 
 def _again(name: str, x: Tensor, argument: Argument, makers: Makers) -> list[LossInput]:
-    """A loss written by hand, whose first function is an activation."""
+    """Checks a hand-written loss whose first function is an activation."""
     made = makers.of(x)
     if made not in (SIGMOID, SOFTMAX) or not _in_unit(x):
         return []
@@ -271,20 +271,20 @@ _BY_HAND: dict[str, Look] = dict.fromkeys(
 
 
 def form_of(x: Tensor, axis: int) -> tuple[str, int]:
-    """`"probabilities"` or `"log-probabilities"` and the axis that they sum to 1 over; or `""`.
+    """Returns `"probabilities"` or `"log-probabilities"` and the axis they sum to 1 over; or `""`.
 
-    The axis of the classes is tried first, then the others of more than one element.
+    The class axis is tried first, then the other axes with several elements.
     """
     x = x.detach()
     high = float(x.max())
     if math.isnan(high) or high > 1 + TOLERANCE:
         return "", axis
     low = float(x.min())
-    # What is 0 throughout is the logarithm of 1 and no probability.
+    # All zeros are logarithms of 1, not probabilities.
     as_it_is = low >= 0 and high > 0
     if not as_it_is and high > TOLERANCE:
         return "", axis
-    wide = x if x.dtype is torch.float64 else x.float()  # as much memory as the loss itself takes
+    wide = x if x.dtype is torch.float64 else x.float()  # no more memory than the loss itself uses
     mass = wide if as_it_is else wide.exp()
     others = [i for i in range(x.ndim) if i != axis]
     for i in [axis, *others]:
@@ -294,9 +294,9 @@ def form_of(x: Tensor, axis: int) -> tuple[str, int]:
 
 
 def _is_bounded_by_hand(x: Tensor) -> bool:
-    """Whether it is a quotient whose denominator depends on the model, `1 / (1 + exp(-z))`.
+    """Whether the tensor is a quotient with a model-dependent denominator, `1 / (1 + exp(-z))`.
 
-    What a layer gives may lie between 0 and 1 by chance.
+    The output of a layer may lie between 0 and 1 by chance.
     """
     node = _below_shapes(x)
     if node is None:
@@ -308,7 +308,7 @@ def _is_bounded_by_hand(x: Tensor) -> bool:
 
 
 def _below_shapes(x: Tensor) -> Any:
-    """The autograd node of the first operation that did more than change the shape."""
+    """Returns the autograd node of the last operation that did more than change the shape."""
     node = x.grad_fn
     while node is not None and _operation(node) in _SHAPES:
         node = node.next_functions[0][0]
@@ -321,7 +321,7 @@ def _maker_node(x: Any) -> str:
 
 
 def _operation(node: Any) -> str:
-    """`Sigmoid` of `SigmoidBackward0`."""
+    """Returns `Sigmoid` for `SigmoidBackward0`."""
     return re.sub(r"Backward\d+$", "", node.name())
 
 
@@ -341,7 +341,7 @@ def _wrong_axis(name: str, form: str, over: int, axis: int) -> str:
 
 
 def argument_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Argument:
-    """Looks an argument of a call up by its place or by one of its names."""
+    """Returns a function that finds an argument of a call by position or by name."""
 
     def argument(i: int, *names: str) -> Any:
         named = (kwargs[n] for n in names if n in kwargs)

@@ -1,7 +1,7 @@
-"""`observe`: one step of training, forward and backward, with everything in it looked at.
+"""`observe`: runs one training step, forward and backward, and records everything in it.
 
-Whatever fails, what came before it is kept: without a loss the way back starts at the output, and
-without an output there are the activations up to the module that raised.
+If a stage fails, the results before it are kept: without a loss the backward pass starts at the
+output, and without an output there are the activations up to the module that raised.
 """
 
 from __future__ import annotations
@@ -35,16 +35,17 @@ Stage = Literal["forward", "loss", "backward"]
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """The magnitudes of one tensor.
+    """Statistics on the magnitudes in one tensor.
 
     Attributes:
         numel: Number of elements.
         nonfinite: How many are NaN, +Inf or -Inf.
         nan: How many are NaN.
         largest: Magnitude of the largest finite element.
-        rms: Root of the mean square of the finite elements.
+        rms: Root mean square of the finite elements.
         zeros: How many are exactly 0.
-        over, under: How many finite ones are too large for float16, or are not 0 but would be.
+        over, under: How many finite elements overflow in float16, or are not 0 but round to 0 in
+            it.
     """
 
     numel: int
@@ -59,7 +60,7 @@ class Values:
     @staticmethod
     @torch.no_grad()
     def of(tensor: Tensor) -> Values:
-        """Reads the tensor a few times; waits for a GPU."""
+        """Computes the statistics in a few reads; synchronises with the GPU."""
         x = as_real(tensor).detach()
         size = x.abs()
         finite = size.isfinite()
@@ -83,7 +84,7 @@ class Values:
 
 @dataclass(frozen=True, slots=True)
 class Activation:
-    """One tensor that one call of a module put out."""
+    """One output tensor of one module call."""
 
     where: str
     values: Values
@@ -94,9 +95,9 @@ class Failure:
     """The error that ended a stage.
 
     Attributes:
-        stage: Which.
-        where: The innermost module that was running, if any.
-        function: The torch function that raised, if one did.
+        stage: The stage.
+        where: The innermost running module, if any.
+        function: The torch function that raised, if any.
         error: The exception.
     """
 
@@ -112,19 +113,19 @@ class Failure:
 
 @dataclass(slots=True)
 class Observation:
-    """One step.
+    """One observed step.
 
     Attributes:
-        functions: What the torch functions of the step were given.
-        activations: In the order in which the calls ended: an inner module before its outer one.
+        functions: Arguments of the torch functions in the step.
+        activations: In the order in which calls ended: an inner module before its outer one.
         called: Names of the modules in the order in which they were entered.
-        failures: What raised, at most one a stage.
-        output: What the model gave, detached; None if it gave nothing or was not called as a whole.
+        failures: Errors, at most one per stage.
+        output: The model's output, detached; None if it returned nothing or was not called whole.
         result: What the step returned, detached.
-        parts: The loss by parts; empty if there is none.
-        gradients: By parameter, dense; None for a parameter that was not reached. None in place of
-            all: there was no backward pass.
-        from_output: The backward pass began at the output, because there is no loss.
+        parts: The parts of the loss; empty if there is none.
+        gradients: Dense gradients by parameter; None for a parameter that was not reached. None
+            altogether if there was no backward pass.
+        from_output: The backward pass started at the output, because there is no loss.
     """
 
     functions: FunctionWatch
@@ -138,22 +139,22 @@ class Observation:
     from_output: bool = False
 
     def failed(self, stage: Stage) -> Failure | None:
-        """What ended this stage, if anything did."""
+        """Returns the failure of this stage, if any."""
         return next((f for f in self.failures if f.stage == stage), None)
 
     @property
     def has_loss(self) -> bool:
-        """Whether the step returned something that can be called a loss."""
+        """Whether the step returned something usable as a loss."""
         return total_of(self.result) is not None and not self.failures
 
 
 def observe(subject: Subject, batch: Any = None, *, backward: bool = True) -> Observation:
-    """Runs one step on a copy of the batch; raises nothing that the model or the loss raise.
+    """Runs one step on a copy of the batch; does not raise errors of the model or the loss.
 
     Args:
-        subject: What to run. Its parameters, buffers and generators are not put back.
-        batch: In place of the subject's own.
-        backward: Whether to go backward.
+        subject: What to run. Its parameters, buffers and generators are not restored.
+        batch: Replaces the subject's own batch. Default: None.
+        backward: Whether to run the backward pass. Default: True.
     """
     batch = copied(subject.batch if batch is None else batch)
     watch = _Watch(subject, batch)
@@ -205,7 +206,7 @@ def _is_tree(tree: Any) -> bool:
 
 
 class _Watch:
-    """The hooks of one step, on all modules at once: no module is touched."""
+    """Global module hooks for one step; no module is modified."""
 
     def __init__(self, subject: Subject, batch: Any) -> None:
         self._model = subject.model
@@ -254,7 +255,7 @@ class _Watch:
 
 @contextmanager
 def _unseen() -> Iterator[None]:
-    """What is done here is no part of the step: no `FunctionWatch` and no autocast."""
+    """Excludes code from the step: no `FunctionWatch` and no autocast."""
     with (
         torch._C.DisableTorchFunction(),
         torch.autocast("cpu", enabled=False),

@@ -1,9 +1,9 @@
-"""`part_gradients`: what each part of a loss asks of each parameter.
+"""`part_gradients`: the effect of each part of a loss on each parameter.
 
-The value of a part tells little: PPO's policy loss is about 0 at every step, and an entropy bonus
-is negative. What a part moves is its gradient. That of a part at its optimum is about 0 too, as of
-the entropy of a fresh policy or a KL term that starts from 0; a little away from there it is not,
-while that of a part with too small a weight is small everywhere.
+The value of a part says little: PPO's policy loss is about 0 at every step, and an entropy bonus is
+negative. What counts is its gradient. At its optimum a part has almost no gradient either, as the
+entropy of a fresh policy or a KL term that starts from 0; a little away from there it does, while
+a part with too small a weight has a small gradient everywhere.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from fastguard.diagnosis.replay.replay import copied
 from fastguard.diagnosis.replay.subject import Subject
 
 MOST = 8
-"""How many parts are looked at: each takes a backward pass of its own."""
+"""Maximum number of parts to check, since each takes its own backward pass."""
 
 
 def part_gradients(
     subject: Subject, parameters: dict[str, nn.Parameter]
 ) -> dict[str, dict[str, float]]:
-    """Norms by part of the loss and parameter; a parameter that a part does not reach is missing.
+    """Returns gradient norms by part of the loss and parameter; unreached parameters are missing.
 
-    Runs one step. Nothing, if the loss is one number, or an activation checkpoint of the reentrant
-    kind hides the parameters from it.
+    Runs one step. Empty if the loss is a single number, or if a reentrant activation checkpoint
+    hides
+    the parameters.
     """
     with subject.autocast:
         parts = loss_parts(subject.step(subject.model, copied(subject.batch)))
@@ -56,7 +57,8 @@ def part_gradients(
 
 @torch.no_grad()
 def perturb(parameters: dict[str, nn.Parameter]) -> None:
-    """Moves the weights by about half of their size, and by half of a usual start at least."""
+    """Changes the weights by about half of their size, and at least half of a usual initial
+    size."""
     for parameter in parameters.values():
         if parameter.ndim > 1 and parameter.is_floating_point():
             rms = float(parameter.detach().double().square().mean().sqrt())

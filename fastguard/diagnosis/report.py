@@ -1,4 +1,4 @@
-"""`Diagnosis`: what all checks found, in order of importance."""
+"""`Diagnosis`: the findings of all checks, in order of importance."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fastguard.records import strict_json
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """What `fastguard.diagnose` found. Iterating over it gives the findings.
+    """The result of `fastguard.diagnose`. Iterating over it yields the findings.
 
     Attributes:
-        findings: The most important first: errors, warnings, notes, then one `"ok"` for each family
-            of checks that found neither error nor warning.
-        seconds: How long it took.
+        findings: Most important first: errors, warnings, notes, then one `"ok"` for each family of
+            checks with neither errors nor warnings.
+        seconds: How long the diagnosis took.
     """
 
     findings: tuple[Finding, ...]
@@ -27,15 +27,15 @@ class Diagnosis:
         return iter(self.findings)
 
     def of(self, *kinds: str) -> list[Finding]:
-        """The findings of these kinds.
+        """Returns the findings of these kinds.
 
         Args:
-            *kinds: Such as `"shape-mismatch"`; all of them are in `fastguard.diagnosis.KINDS`.
+            *kinds: Kinds such as `"shape-mismatch"`; all are listed in `fastguard.diagnosis.KINDS`.
         """
         return [finding for finding in self.findings if finding.kind in kinds]
 
     def at_least(self, severity: Severity) -> list[Finding]:
-        """The findings that are as bad as this, or worse."""
+        """Returns the findings at least as severe as this."""
         bad = SEVERITIES[: SEVERITIES.index(severity) + 1]
         return [finding for finding in self.findings if finding.severity in bad]
 
@@ -51,7 +51,7 @@ class Diagnosis:
 
     @property
     def ok(self) -> bool:
-        """Whether there is neither an error nor a warning."""
+        """Whether there are neither errors nor warnings."""
         return not self.at_least("warning")
 
     @property
@@ -59,10 +59,10 @@ class Diagnosis:
         """One sentence: `2 errors, 1 warning, 3 notes in 0.8 s`."""
         n = {s: sum(f.severity == s for f in self.findings) for s in SEVERITIES[:3]}
         counts = [f"{count} {s}{'s' * (count > 1)}" for s, count in n.items() if count]
-        return f"{', '.join(counts) or 'nothing bad'} in {self.seconds:.1f} s"
+        return f"{', '.join(counts) or 'no problems'} in {self.seconds:.1f} s"
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values: verdict, worst severity, seconds, and the findings as dicts."""
+        """Returns plain values: verdict, worst severity, seconds, and the findings as dicts."""
         return {
             "verdict": self.verdict,
             "worst": self.worst,
@@ -71,9 +71,9 @@ class Diagnosis:
         }
 
     def to_json(self) -> str:
-        """`as_dict()` as JSON; NaN and Inf become the strings `"NaN"`, `"Infinity"`."""
+        """Returns `as_dict()` as JSON; NaN and Inf become the strings `"NaN"`, `"Infinity"`."""
         return strict_json.dumps(self.as_dict(), indent=2)
 
     def __str__(self) -> str:
-        """For people: the findings, the verdict last."""
+        """Formats the findings for users, followed by the verdict."""
         return "\n".join([*map(str, self.findings), self.verdict])

@@ -1,4 +1,4 @@
-"""Do the outputs of a model fit their targets?"""
+"""Compares the shapes of a model's outputs with those of its targets."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fastguard.diagnosis.observe import Observation
 
 
 def misfits(output: Any, target: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Place, output and target of those that stand at the same place and have other shapes.
+    """Yields position, output and target where their shapes differ.
 
-    An output without dimensions is the loss of a model that computes it, and fits no target.
+    An output without dimensions is a loss computed by the model and matches no target.
     """
     for where, a, b in _paired(output, target, ""):
         if a.ndim and a.shape != b.shape and not _are_classes(a, b):
@@ -21,7 +21,7 @@ def misfits(output: Any, target: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 
 def raised_by_shapes(step: Observation, targets: Any) -> bool:
-    """Whether the loss raised an error that the shapes of output and targets explain."""
+    """Whether mismatched shapes of output and targets explain an error raised by the loss."""
     if step.failed("loss") is None:
         return False
     met = any(meeting.result is None for meeting in step.functions.meetings)
@@ -40,7 +40,7 @@ def _paired(output: Any, target: Any, where: str) -> Iterator[tuple[str, Tensor,
 
 
 def _are_classes(output: Tensor, target: Tensor) -> bool:
-    """Whether the target may be class numbers: the output's shape without its classes."""
+    """Whether the target may be class indices: the output's shape without the class axis."""
     if target.is_floating_point():
         return False
     shape = output.shape

@@ -1,4 +1,4 @@
-"""`take_steps`: a few real steps on one batch, and what the first did to each weight."""
+"""`take_steps`: takes a few real steps on one batch and measures the first update."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from fastguard.functional.clip import clip_grad_norm_
 
 N_STEPS = 5
 SECONDS = 8.0
-"""No further step is begun after this time: a diagnosis should take less than half a minute."""
+"""Seconds after which no further step starts: a diagnosis should take less than half a minute."""
 
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What the first step did to one parameter.
+    """The effect of the first step on one parameter.
 
     Attributes:
-        weight, moved: Norm of the parameter before, and of the difference.
-        stuck: Share of the elements that have a gradient and yet are bit for bit what they were.
-        dtype: Of the parameter.
+        weight, moved: Norm of the parameter before the step, and of the difference.
+        stuck: Share of the elements that have a gradient but did not change, bit for bit.
+        dtype: Dtype of the parameter.
     """
 
     weight: float
@@ -40,12 +40,12 @@ class Update:
 
 @dataclass(slots=True)
 class RealSteps:
-    """Real steps.
+    """The result of a few real steps.
 
     Attributes:
-        losses: Before the first step, and after each.
-        updates: By parameter; those without a gradient are missing.
-        optimizer: In words.
+        losses: Loss before the first step and after each step.
+        updates: Updates by parameter; parameters without a gradient are missing.
+        optimizer: Description of the optimizer.
     """
 
     optimizer: str
@@ -54,11 +54,12 @@ class RealSteps:
 
 
 def take_steps(subject: Subject, trained: dict[str, nn.Parameter]) -> RealSteps:
-    """Trains on the batch. Everything that it moves is the caller's to put back.
+    """Trains on the batch. The caller must restore everything that changes.
 
-    Without an optimizer of the subject's, AdamW with its defaults shows whether the model can learn
-    at all. Random numbers fall the same way in each step, so that dropout does not hide a falling
-    loss, and the hooks of the optimizer, which may write logs or averages, do not run.
+    If the subject has no optimizer, AdamW with its defaults shows whether the model can learn at
+    all.
+    Every step uses the same random numbers, so that dropout does not hide a falling loss. The
+    optimizer's hooks, which may write logs or averages, do not run.
     """
     optimizer = subject.optimizer
     if optimizer is None:
@@ -87,7 +88,7 @@ def take_steps(subject: Subject, trained: dict[str, nn.Parameter]) -> RealSteps:
     start = time.perf_counter()
     for step in range(N_STEPS):
         evaluated.clear()
-        # Unwrapped: a scheduler puts a `step` of its own on the instance, which counts.
+        # The class's method: schedulers wrap `step` on the instance to count calls.
         type(optimizer).step(optimizer, closure)  # type: ignore[arg-type]
         seen.losses.append(evaluated[0])
         if step == 0:

@@ -1,8 +1,8 @@
-"""`FunctionWatch`: sees every torch function that a step calls, with its arguments.
+"""`FunctionWatch`: records every torch function called in a step, with its arguments.
 
-Module hooks see neither a loss function nor `torch.sigmoid` inside a forward; this does. It tells
-which tensors come from the model's output and which from the targets, and so finds where the two
-meet in different shapes, class numbers that do not exist, and activations that are saturated.
+Module hooks see neither a loss function nor `torch.sigmoid` inside a forward. This class tracks
+which tensors come from the model's output and which from the targets, so it finds where the two
+meet with different shapes, class indices out of range, and saturated activations.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastguard.diagnosis.replay.subject import is_readable, tensors
 
 Shape = tuple[int, ...]
 
-# These broadcast, with no more than a Python warning.
+# These broadcast with at most a Python warning.
 ELEMENTWISE_LOSSES = frozenset(
     "mse_loss l1_loss smooth_l1_loss huber_loss kl_div poisson_nll_loss gaussian_nll_loss "
     "soft_margin_loss binary_cross_entropy binary_cross_entropy_with_logits".split()
@@ -31,7 +31,7 @@ _CLASS_LOSSES = frozenset(("cross_entropy", "nll_loss"))
 _BINARY_LOSSES = frozenset(("binary_cross_entropy", "binary_cross_entropy_with_logits"))
 
 FLOAT16_MAX = 65504.0
-# What autocast computes in float32 whatever its inputs are.
+# Functions that autocast computes in float32 for any input.
 _FLOAT32_IN_AUTOCAST = frozenset(
     "__get__ pow __pow__ exp expm1 sinh cosh tan log log10 log2 log1p reciprocal rsqrt softmax "
     "log_softmax layer_norm group_norm norm vector_norm cosine_similarity cdist dist prod cumprod "
@@ -43,21 +43,22 @@ _NONE: frozenset[str] = frozenset()
 
 
 class IndexOutOfRange(IndexError):
-    """Raised in place of torch's own error, which on a GPU would end the process's use of it."""
+    """Raised instead of torch's own error, which on a GPU would make CUDA unusable in the
+    process."""
 
 
 class NoProbability(ValueError):
-    """The same, for a binary cross-entropy of what is not in 0 to 1."""
+    """Raised instead of torch's error for a binary cross-entropy of values outside [0, 1]."""
 
 
 @dataclass(frozen=True, slots=True)
 class Meeting:
-    """Output and target meeting in different shapes.
+    """An output and a target that met with different shapes.
 
     Attributes:
-        function: That they were given to.
-        output, target: Their shapes there.
-        result: What they broadcast to; None: they cannot, and the function raised.
+        function: The function that received them.
+        output, target: Their shapes.
+        result: The broadcast shape; None if they cannot be broadcast and the function raised.
         both_ways: Both were expanded: each output was compared with several targets.
     """
 
@@ -70,14 +71,14 @@ class Meeting:
 
 @dataclass(frozen=True, slots=True)
 class Indices:
-    """Class numbers given to a loss, or indices given to an embedding.
+    """Class indices passed to a loss, or indices passed to an embedding.
 
     Attributes:
-        function: That they were given to.
-        n: How many there are: 0 to n - 1 are allowed.
-        ignored: The one number outside that is allowed too, if any.
-        low, high: The smallest and largest of those that are not ignored.
-        bad_share: Of all.
+        function: The function that received them.
+        n: Number of classes or rows: 0 to n - 1 are allowed.
+        ignored: The one other index that is allowed, if any.
+        low, high: Smallest and largest index that is not ignored.
+        bad_share: Share of indices out of range.
     """
 
     function: str
@@ -90,12 +91,12 @@ class Indices:
 
 @dataclass(frozen=True, slots=True)
 class Saturation:
-    """How much of an activation is stuck where its derivative is (almost) 0.
+    """How much of an activation is saturated, with a derivative of (almost) 0.
 
     Attributes:
         where: The module that called it.
         function: `"relu"`, `"sigmoid"`, `"tanh"`, `"softmax"`.
-        share: Of the elements, or of the rows of a softmax.
+        share: Share of the elements, or of the rows of a softmax.
     """
 
     where: str
@@ -105,11 +106,11 @@ class Saturation:
 
 @dataclass(frozen=True, slots=True)
 class Large:
-    """A value inside the model that float16 could not hold.
+    """A value inside the model that overflows in float16.
 
     Attributes:
         where: The module that computed it.
-        function: With this function.
+        function: The function that computed it.
         largest: Magnitude of its largest finite element.
     """
 
@@ -119,18 +120,18 @@ class Large:
 
 
 class FunctionWatch(TorchFunctionMode):
-    """Watches one step.
+    """Records the torch functions of one step.
 
     Args:
-        where: Names the module that is running; empty between modules.
-        targets: What the batch says are the targets.
+        where: Returns the name of the running module; empty between modules.
+        targets: The targets of the batch.
 
     Attributes:
-        meetings, indices, saturations, large: What was seen, in order.
-        binary_targets: `(low, high)` of the targets given to binary cross-entropies.
-        loss_inputs: What losses were given and do not take.
-        over_first_axis: The module of each softmax over axis 0, and how large that axis is.
-        raised: Name of the torch function that raised an error, if one did.
+        meetings, indices, saturations, large: Observations, in order.
+        binary_targets: `(low, high)` of the targets passed to binary cross-entropies.
+        loss_inputs: Arguments of losses that are not of the expected kind.
+        over_first_axis: The module of each softmax over axis 0, and the size of that axis.
+        raised: Name of the torch function that raised, if any.
     """
 
     def __init__(self, where: Callable[[], str], targets: Any) -> None:
@@ -146,16 +147,17 @@ class FunctionWatch(TorchFunctionMode):
         self._makers = Makers()
         self._has_output = False
         self._where = where
-        self._roles: dict[int, tuple[Tensor, frozenset[str]]] = {}  # the tensor: keeps its id taken
+        # holding the tensor keeps its id in use
+        self._roles: dict[int, tuple[Tensor, frozenset[str]]] = {}
         self._mark(targets, frozenset((TARGET,)))
 
     def mark_output(self, output: Any) -> None:
-        """Says that this is what the model gave."""
+        """Marks tensors as the model's output."""
         self._has_output = True
         self._mark(output, frozenset((OUTPUT,)))
 
     def forget(self) -> None:
-        """Lets the tensors go."""
+        """Releases the tensors."""
         self._roles.clear()
         self._makers.forget()
 
@@ -221,7 +223,7 @@ class FunctionWatch(TorchFunctionMode):
             return Meeting(name, *shapes, None, False)
         both_ways = result not in shapes
         deliberate = RESHAPED in self._roles_of(first) | self._roles_of(second)
-        # Arithmetic between tensors that were given an axis on purpose compares all pairs.
+        # Arithmetic between tensors with a deliberately added axis compares all pairs.
         outer = both_ways and len(shapes[0]) != len(shapes[1]) and not deliberate
         if name in ELEMENTWISE_LOSSES or (name in ARITHMETIC and outer):
             return Meeting(name, *shapes, result, both_ways)
@@ -259,7 +261,7 @@ class FunctionWatch(TorchFunctionMode):
         found = indices_of(name, indices, n, ignored)
         self.indices.append(found)
         if found.bad_share:
-            raise IndexOutOfRange(f"{name}: {found.low} to {found.high} is not in 0 to {n - 1}")
+            raise IndexOutOfRange(f"{name}: {found.low} to {found.high} is outside 0 to {n - 1}")
 
     def _look_at_size(self, name: str, out: Tensor) -> None:
         if not out.is_floating_point() or not out.numel() or name in _FLOAT32_IN_AUTOCAST:
@@ -267,7 +269,8 @@ class FunctionWatch(TorchFunctionMode):
         if out.dtype.itemsize < 2 or out.layout is not torch.strided:
             return
         low, high = out.detach().aminmax()
-        if max(-float(low), float(high)) > FLOAT16_MAX:  # False for NaN, which is told elsewhere
+        # false for NaN, which is reported elsewhere
+        if max(-float(low), float(high)) > FLOAT16_MAX:
             size = out.detach().abs()
             largest = float(torch.where(size.isfinite(), size, torch.zeros_like(size)).max())
             if largest > FLOAT16_MAX:
@@ -285,14 +288,14 @@ class FunctionWatch(TorchFunctionMode):
 
 
 def _axis(out: Tensor, dim: Any) -> int:
-    """The axis of a softmax; where none is given, what torch then takes."""
+    """Returns the axis of a softmax, or torch's default if none is given."""
     if not isinstance(dim, int):
         return 0 if out.ndim in (0, 1, 3) else 1
     return dim % out.ndim if out.ndim else 0
 
 
 def indices_of(name: str, indices: Tensor, n: int, ignored: int | None) -> Indices:
-    """Looks at class numbers or indices; waits for a GPU."""
+    """Summarises class indices or embedding indices; synchronises with the GPU."""
     counted = indices if ignored is None else indices[indices != ignored]
     if not counted.numel():
         return Indices(name, n, ignored, 0, 0, 0.0)
@@ -301,7 +304,7 @@ def indices_of(name: str, indices: Tensor, n: int, ignored: int | None) -> Indic
     return Indices(name, n, ignored, low, high, bad)
 
 
-# Where the derivative has fallen to about a thousandth of its largest value.
+# Where the derivative has dropped to about a thousandth of its maximum.
 _SATURATED: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": lambda y: y == 0,
     "sigmoid": lambda y: (y - 0.5).abs() > 0.4997,

@@ -1,10 +1,10 @@
-"""What the records of many steps show that no single one does: faults of the loop, each told once.
+"""Detects faults of the training loop that show only over many records; each is logged once.
 
-* Gradients that were clipped before they reach the guard: their norm is the limit at every step, so
-  the records tell nothing and no spike rule sees a spike.
-* A loss scale that should fall and does not, so that no step is ever taken.
+* Gradients clipped before they reach the guard: their norm equals the limit at every step, so the
+  records are uninformative and spike rules never trigger.
+* A loss scale that should fall but does not, so that no step is ever applied.
 
-Looked at when a record reaches the host, by comparisons of a few Python floats.
+Checked when a record reaches the host, with comparisons of a few Python floats.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ if TYPE_CHECKING:
 log = logging.getLogger("fastguard")
 
 EXACT = 1e-4
-"""Relative; float32 gradients clipped to 1 have a norm of 1 within 2e-7."""
+"""Relative tolerance; float32 gradients clipped to 1 have a norm of 1 within 2e-7."""
 
 ROUGH = 1e-2
-"""The same in bfloat16, where torch rounds the norm and the coefficient to three digits."""
+"""Tolerance in bfloat16, where torch rounds the norm and the coefficient to three digits."""
 
 AT_LIMIT, NEAR_LIMIT, CONSTANT = 20, 100, 100
-"""Steps in a row after which each is told. A norm that moves is within 1e-4 of a given number at
-one step in thousands, and does not stay within 1 % of it and never above."""
+"""Steps in a row after which each fault is reported. A varying norm is within 1e-4 of a given
+number in one step in thousands, and does not stay within 1 % below it."""
 
 HIT = 3
-"""What a step counts for, where one that differs takes back 1."""
+"""Weight of a matching step; a differing step subtracts 1."""
 
 LONGEST_SEARCH = 160
-"""Steps that a halved scale needs from the largest float32 to its floor, with some retries."""
+"""Steps to halve a scale from the largest float32 to its floor, with some retries."""
 
 
 class Advice:
-    """Looks at the records of one run, in order."""
+    """Checks the records of one run, in order."""
 
     def __init__(self) -> None:
         self._clipped_before = ClippedBefore()
@@ -45,11 +45,11 @@ class Advice:
     def see(
         self, record: StepRecord, max_norm: float, longest_search: int = LONGEST_SEARCH
     ) -> None:
-        """Takes in one record.
+        """Processes one record.
 
         Args:
-            record: The next one.
-            max_norm: The limit of the whole model's norm; inf: there is none.
+            record: The next record.
+            max_norm: The limit of the whole model's norm; inf: no limit.
             longest_search: Steps in a row that may be skipped to lower a loss scale.
         """
         if record.reason is None:
@@ -64,32 +64,33 @@ class Advice:
 
 
 class ClippedBefore:
-    """Tells whether the norms of a run are those of gradients that were clipped already.
+    """Detects from the norms of a run whether gradients were already clipped.
 
-    A step that was not clipped takes back a part of what others have counted for: a loop that clips
-    most of its steps is found too.
+    A step that was not clipped only partly offsets the others, so that a loop that clips most of
+    its
+    steps is detected too.
     """
 
     def __init__(self) -> None:
         self.told = False
         self._at_limit = self._near_limit = self._alike = 0
-        self._first = self._lowest = self._highest = math.nan  # of the norms that are alike
+        self._first = self._lowest = self._highest = math.nan  # range of the norms that are alike
 
     def see(self, norm: float, max_norm: float) -> None:
-        """Takes in the norm of one step."""
+        """Processes the norm of one step."""
         if self.told or not 0.0 < norm < math.inf:
             return
         if 0.0 < max_norm < math.inf and self._is_at_limit(norm, max_norm):
-            self._say(f"{max_norm:g}, the limit that the guard's max_norm sets")
+            self._say(f"{max_norm:g}, the guard's own max_norm")
         elif self._is_constant(norm):
-            self._say(f"{self._first:.4g}, as if clipped to another limit than the guard's")
+            self._say(f"{self._first:.4g}, as if clipped to a limit other than the guard's")
 
     def _is_at_limit(self, norm: float, max_norm: float) -> bool:
         off = abs(norm - max_norm)
-        if off > ROUGH * max_norm:  # as at nearly every step of a sound run
+        if off > ROUGH * max_norm:  # true for nearly every step of a normal run
             if self._at_limit:
                 self._at_limit -= 1
-            if self._near_limit:  # 0 behind a norm that nothing has clipped
+            if self._near_limit:  # 0 after a norm that was not clipped
                 self._near_limit = self._near_limit - 1 if norm < max_norm else 0
             return False
         self._near_limit += HIT
@@ -97,12 +98,13 @@ class ClippedBefore:
         return self._at_limit >= HIT * AT_LIMIT or self._near_limit >= HIT * NEAR_LIMIT
 
     def _is_constant(self, norm: float) -> bool:
-        """Whether the norm keeps to one number that a person would choose for a limit.
+        """Whether the norm stays at a number that a person would choose as a limit.
 
-        Not where it is the same to the last bit: rounding moves a norm that was clipped, but not
-        that of a toy whose gradient is a constant.
+        Norms that are equal to the last bit do not count: rounding changes a clipped norm, but not
+        that of
+        a toy model with a constant gradient.
         """
-        if not abs(norm - self._first) <= EXACT * self._first:  # NaN is not
+        if not abs(norm - self._first) <= EXACT * self._first:  # also true for NaN
             if self._alike:
                 self._alike -= 1
             else:
@@ -116,23 +118,25 @@ class ClippedBefore:
     def _say(self, what: str) -> None:
         self.told = True
         log.warning(
-            "the gradient norm is the same at nearly every step: %s. Gradients that are clipped "
-            "before they reach the guard look so: its records then show the limit in place of the "
-            "norm, and spike rules judge nothing. If the loop still calls clip_grad_norm_, remove "
-            "that call: the guard clips by itself",
+            "the gradient norm is the same at nearly every step: %s. This is typical of gradients "
+            "clipped before they reach the guard: its records then show the limit instead of the "
+            "norm, "
+            "and spike rules have no effect. If the loop calls clip_grad_norm_, remove that call: "
+            "the "
+            "guard clips by itself",
             what,
         )
 
 
 def _is_round(x: float) -> bool:
-    """Whether it is a number of two digits, such as 0.25 or 10, within `EXACT`."""
+    """Whether a number has two significant digits, such as 0.25 or 10, within `EXACT`."""
     return abs(x - float(f"{x:.1e}")) <= EXACT * x
 
 
 def _say_that_the_scale_does_not_fall(steps: int) -> None:
     log.warning(
         "%d steps in a row were skipped to lower the loss scale, more than it takes from any scale "
-        "to its floor: does the scaler lower it? Call scaler.update() without a scale of your own "
-        "after each step",
+        "to its floor. The scaler may not be lowering it: call scaler.update() after each step, "
+        "without passing a scale",
         steps,
     )

@@ -1,14 +1,14 @@
-"""A step's record as one row of float64: how it travels from a device.
+"""The record of a step as one float64 row, for the transfer from a device to the host.
 
     total_norm, clip_coef, skipped, cleaned, reason, step, consecutive skips,
     NaN, +Inf, -Inf, lr,
-    how many culprits, (index, NaN, +Inf, -Inf) of the first 8,
+    number of culprits, (index, NaN, +Inf, -Inf) of the first 8,
     L losses, K spikes, K thresholds,
-    on several ranks: which of the L losses were given, how many ranks are culprits, and their sum,
+    on several ranks: which of the L losses were given, number of culprit ranks, and their sum,
     with an adaptive limit: the limit of the whole model's norm
 
-Rows lie in a ring on the device, and each is sent to a ring of pinned memory behind an event:
-nobody waits for it.
+Rows are stored in a ring on the device; each is copied to a ring in pinned memory, followed by an
+event, without blocking.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from fastguard.stages import backend
 from fastguard.stages.contract import GradStats, GuardState, Known, Signals, Verdict
 from fastguard.stages.reason import Reason
 
-ROWS = 64  # of the ring: how many steps a device may be behind the host
+ROWS = 64  # size of the ring: how many steps a device may be behind the host
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A decided step: what its record is made from.
+    """A decided step, from which its record is made.
 
     Attributes:
-        stats, signals, verdict, state: Of the four stages; `state` after the step.
+        stats, signals, verdict, state: Results of the four stages; `state` is after the step.
         signal_names: The signal that each rule judges.
-        lr: Of the first param group, a number, or a tensor on the device of the stats.
-        tag: What the caller gave to find the batch again.
-        limit: Of the whole model's norm, as in `Policy.joint_limit`.
-        key: Nothing else is this object: it tells the step from all others.
+        lr: Learning rate of the first param group, a number or a tensor on the device of the stats.
+        tag: The caller's tag, to find the batch again.
+        limit: Limit of the whole model's norm, as in `Policy.joint_limit`.
+        key: A unique object that identifies the step.
     """
 
     stats: GradStats
@@ -55,37 +55,38 @@ class Outcome:
 
     @property
     def width(self) -> int:
-        """How many numbers its row has."""
+        """Number of values in its row."""
         n_losses, n_rules = len(self.signals.losses), len(self.verdict.thresholds)
         of_ranks = n_losses + 2 if self.is_joint else 0
         return CULPRITS_END + n_losses + 2 * n_rules + of_ranks + self.limit_is_on_device
 
     @property
     def is_joint(self) -> bool:
-        """Whether several ranks decided it."""
+        """Whether several ranks decided the step together."""
         return self.signals.given is not None and self.signals.bad_ranks is not None
 
     @property
     def lr_is_on_device(self) -> bool:
-        """Whether the learning rate is a tensor where the stats are; else the host can tell it."""
+        """Whether the learning rate is a tensor on the device of the stats, unknown to the host."""
         return isinstance(self.lr, Tensor) and self.lr.device == self.stats.summary.device
 
     @property
     def limit_is_on_device(self) -> bool:
-        """Whether an adaptive rule has set the limit; else the host can tell it."""
+        """Whether an adaptive rule set the limit on the device; otherwise the host knows it."""
         return isinstance(self.limit, Tensor)
 
 
 def learning_rate(groups: Sequence[Mapping[str, Any]], device: torch.device) -> Any:
-    """The learning rate that a record tells: of the first param group, now.
+    """Returns the current learning rate of the first param group.
 
     Args:
         groups: `optimizer.param_groups`.
-        device: Where the step is decided: a tensor that lies there stays a tensor.
+        device: The device that decides the step; a tensor there stays a tensor.
 
     Returns:
-        A float or a tensor of one element. NaN where there is no number: some optimizers have no
-        learning rate, or one that is None, a word or a function.
+        A float or a tensor of one element. NaN if there is no number: some optimizers have no
+        learning
+        rate, or one that is None, a string or a function.
     """
     lr = groups[0].get("lr") if groups else None
     if isinstance(lr, float):
@@ -94,12 +95,12 @@ def learning_rate(groups: Sequence[Mapping[str, Any]], device: torch.device) -> 
         return lr if lr.numel() == 1 and not lr.is_complex() else math.nan
     try:
         return math.nan if isinstance(lr, str | bytes) else float(lr)  # type: ignore[arg-type]
-    except Exception:  # whatever an object of somebody else raises here must not cost the step
+    except Exception:  # errors of foreign objects must not cost the step
         return math.nan
 
 
 def pack(outcome: Outcome, row: Tensor) -> None:
-    """Writes the row of a step, float64 `(width,)`. Nothing waits for a GPU."""
+    """Writes the row of a step, float64 `(width,)`. Does not synchronise."""
     stats, signals = outcome.stats, outcome.signals
     if isinstance(outcome.limit, Tensor):
         row[-1:].copy_(outcome.limit)
@@ -113,15 +114,15 @@ def pack(outcome: Outcome, row: Tensor) -> None:
 
 
 class Row(NamedTuple):
-    """What a packed record says, in plain Python values.
+    """An unpacked row, as plain Python values.
 
     Attributes:
         known: The decision.
         lr: Learning rate, if it was on the device.
-        n_culprits: How many tensors are bad.
+        n_culprits: Number of bad tensors.
         culprits: `(index, NaN, +Inf, -Inf)` of the first of them.
-        ranks: How many ranks held something non-finite, and which one if it was one.
-        limit: Of the whole model's norm, if it was on the device.
+        ranks: Number of ranks with non-finite values, and the rank if there is only one.
+        limit: Limit of the whole model's norm, if it was on the device.
     """
 
     known: Known
@@ -139,9 +140,9 @@ def unpack(
 
     Args:
         row: float64 `(width,)`, see `pack`.
-        loss_names: The names of its L losses; of those that no rank gave, none is told.
-        is_joint: Whether several ranks decided it.
-        has_limit: Whether it ends in the limit.
+        loss_names: Names of its L losses; losses that no rank gave are left out.
+        is_joint: Whether several ranks decided the step.
+        has_limit: Whether the row ends with the limit.
     """
     values, n_losses = row.tolist(), len(loss_names)
     limit = values.pop() if has_limit else math.inf
@@ -177,10 +178,11 @@ def unpack(
 
 
 class Ring:
-    """The rows of the last `ROWS` steps on a device, and where they arrive on the host.
+    """The rows of the last `ROWS` steps on a device, and their copies on the host.
 
-    Made once: a step allocates nothing. A row is used again after `ROWS` steps, so what was sent
-    must have been read by then.
+    Allocated once, so that steps allocate nothing. A row is reused after `ROWS` steps, and must
+    have
+    been read by then.
     """
 
     def __init__(self, device: torch.device, width: int) -> None:
@@ -192,7 +194,7 @@ class Ring:
         self._next = 0
 
     def send(self, outcome: Outcome) -> Arrival:
-        """Packs a step and starts its way to the host. Never waits."""
+        """Packs a step and starts its transfer to the host. Never blocks."""
         k = self._next
         self._next = (k + 1) % ROWS
         row, host = self._rows[k, : outcome.width], self._host[k, : outcome.width]
@@ -200,23 +202,23 @@ class Ring:
         event = self._events[k]
         host.copy_(row, non_blocking=event is not None)
         if event is not None:
-            # Not the current device's stream: the gradients may lie on another one.
+            # Not the current device's stream: the gradients may be on another device.
             event.record(torch.cuda.current_stream(row.device))
         return Arrival(host, event)
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A row on its way to the host."""
+    """A row in transfer to the host."""
 
     row: Tensor
     event: torch.cuda.Event | None
 
     def is_here(self) -> bool:
-        """Whether the row can be read now."""
+        """Whether the row can be read."""
         return self.event is None or self.event.query()
 
     def wait(self) -> None:
-        """Waits until it can."""
+        """Waits until the row can be read."""
         if self.event is not None:
             self.event.synchronize()

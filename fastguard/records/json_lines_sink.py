@@ -1,7 +1,8 @@
-"""Where records go: `JsonLinesSink`, or any callable, as in `opt.add_sink(sink)`.
+"""`JsonLinesSink`, and the checks of `opt.add_sink(sink)`.
 
-A sink takes one `StepRecord`; it is called once a step, in order, when the record has reached the
-host. A sink never ends a run: what it cannot write is counted, and said once, also if it raises.
+A sink is a callable that takes one `StepRecord`. It is called once per step, in order, when the
+record has reached the host. A failing sink never ends a run, even if it raises: lost records are
+counted, and one warning is logged.
 """
 
 from __future__ import annotations
@@ -22,27 +23,29 @@ log = logging.getLogger("fastguard")
 
 
 class JsonLinesSink:
-    """Appends one JSON object a line; NaN and Inf become `"NaN"`, `"Infinity"`, `"-Infinity"`.
+    """Appends one JSON object per line; NaN and Inf become `"NaN"`, `"Infinity"`, `"-Infinity"`.
 
-    A line is handed to the system in one write, so a killed process leaves at most the last line
-    cut short, which readers skip; the next run starts on a new line. Full files are renamed to
+    A line is passed to the system in one write, so a killed process leaves at most one truncated
+    last
+    line, which readers skip; the next run starts on a new line. Full files are renamed to
     `records.1.jsonl`, `records.2.jsonl`, ... and the oldest beyond `keep` are deleted.
 
-    One process writes to a file. Its threads may share a sink, and several sinks a path. A copy in
-    another process, forked or pickled, writes when no other process does; until then its records
-    are lost, and counted.
+    Only one process may write to a file. Its threads may share a sink, and several sinks may share
+    a
+    path. A copy in another process, forked or pickled, can write only while no other process does;
+    until then its records are lost and counted.
 
     Args:
         path: The file; its folder is created.
-        max_bytes: Size at which a file is full.
-        keep: How many full files are kept beside the current one; None: all.
+        max_bytes: Size in bytes at which a file is full. Default: 1 GiB.
+        keep: Number of full files to keep besides the current one. None: all.
 
     Attributes:
-        lost: How many records could not be written.
+        lost: Number of records that could not be written.
 
     Raises:
         ValueError: `max_bytes` or `keep` is out of range.
-        BlockingIOError: Another process writes to the file; it names which, where that is known.
+        BlockingIOError: Another process writes to the file; the message names it if known.
         OSError: The file cannot be opened for writing, or is a pipe or a device.
 
     Example:
@@ -78,8 +81,8 @@ class JsonLinesSink:
         self._writer = LineWriter.of(path)
 
     def __getstate__(self) -> tuple[Path, int, int | None]:
-        # A descriptor is a number that means another file elsewhere: a copy opens its own, when it
-        # has something to write.
+        # A descriptor number may mean another file elsewhere, so a copy opens its own when it first
+        # writes.
         return self._writer.path, self.max_bytes, self.keep
 
     def __setstate__(self, state: tuple[Path, int, int | None]) -> None:
@@ -92,13 +95,13 @@ class JsonLinesSink:
                     raise OSError("the sink is closed")
                 line = encode(record.as_dict()) + "\n"
                 self._writer.append(line.encode(), self.max_bytes, self.keep)
-            except Exception as error:  # disks and records have ways of their own to fail
+            except Exception as error:  # disks and records can fail in any way
                 self.lost += 1
                 if self.lost == 1:
                     log.warning("records are being lost: cannot write %s: %s", self.path, error)
 
     def close(self) -> None:
-        """Flushes to the disk and closes; further records are lost."""
+        """Flushes to disk and closes the file; later records are lost."""
         with self._writer.lock:
             if self._closed:
                 return
@@ -118,11 +121,11 @@ class JsonLinesSink:
 
 
 def sink_of(sink: object) -> Callable[[StepRecord], object]:
-    """The sink that `add_sink` was given: a callable, or the path of a `.jsonl` file to write.
+    """Returns the sink for an argument of `add_sink`: a callable, or the path of a `.jsonl` file.
 
     Raises:
-        TypeError: It can be neither called nor written to.
-        BlockingIOError, OSError: As `JsonLinesSink`.
+        TypeError: It is neither callable nor such a path.
+        BlockingIOError, OSError: See `JsonLinesSink`.
     """
     if not isinstance(sink, str | os.PathLike):
         return check_sink(sink)
@@ -135,10 +138,10 @@ def sink_of(sink: object) -> Callable[[StepRecord], object]:
 
 
 def check_sink(sink: object) -> Callable[[StepRecord], object]:
-    """The same, unless it cannot be called with a record: then raises a TypeError."""
+    """Like `sink_of`, for callables only; raises a TypeError for anything else."""
     if isinstance(sink, type):
         raise TypeError(
-            f"sink is the class {sink.__name__}; make one: add_sink({sink.__name__}(...))"
+            f"sink is the class {sink.__name__}; pass an instance: add_sink({sink.__name__}(...))"
         )
     if not callable(sink):
         raise TypeError(f"sink={shown(sink, 200)} must be callable with a StepRecord")
@@ -146,15 +149,15 @@ def check_sink(sink: object) -> Callable[[StepRecord], object]:
 
 
 def check_file(path: str | os.PathLike[str]) -> Path:
-    """The path of a file of records, which need not exist yet.
+    """Returns the path of a file of records, which need not exist.
 
     Raises:
-        TypeError: It is no path.
+        TypeError: It is not a path.
         IsADirectoryError: It is a folder, or written like one.
     """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(
-            f"{path!r} is no path for records; name a file, such as 'run/records.jsonl'"
+            f"{path!r} is not a path for records; name a file, such as 'run/records.jsonl'"
         )
     if os.fspath(path).endswith("/") or Path(path).is_dir():
         raise folder_error(path)

@@ -1,10 +1,10 @@
-"""One writer per file of lines: a descriptor, a lock, and the full files beside it.
+"""Writes files of lines: one descriptor and one lock per file, with rotation.
 
-All sinks of a process that write to one path share one `LineWriter`, whatever thread calls them.
-Another process is refused: two writers that rotate would rename each other's files. The lock is
-one of `flock` on the file itself, which the system gives back when the process dies, however it
-dies. A forked child, such as a worker of a data loader, closes what it inherits first of all; it
-may write once its parent has closed the file.
+All sinks of a process that write to the same path share one `LineWriter`, on any thread. Other
+processes are refused, since two rotating writers would rename each other's files. The lock is a
+`flock` on the file itself, which the system releases when the process dies for any reason. A forked
+child, such as a data loader worker, closes what it inherits first; it may write once its parent has
+closed the file.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ for _name in ("O_CLOEXEC", "O_NONBLOCK", "O_NOCTTY", "O_BINARY"):
     _FLAGS |= getattr(os, _name, 0)
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
-"""What `flock` answers on file systems without locks."""
+"""Errors of `flock` on file systems without locks."""
 
 
 class LineWriter:
-    """Appends lines to a file that it rotates; made by `LineWriter.of`.
+    """Appends lines to a file and rotates it; created by `LineWriter.of`.
 
-    While a line is written a signal handler may write another one, or close: what comes in the
-    middle neither opens nor closes anything.
+    While a line is being written, a signal handler may write another line or close the file; such a
+    nested call neither opens nor closes anything.
 
     Attributes:
-        path: The file, with its folder: a program may change its working directory.
-        lock: Held while a line is written; whoever writes may hold it for longer.
+        path: The absolute path, since a program may change its working directory.
+        lock: Held while a line is written; callers may hold it for longer.
     """
 
     _all: ClassVar[weakref.WeakValueDictionary[str, LineWriter]] = weakref.WeakValueDictionary()
@@ -67,7 +67,7 @@ class LineWriter:
 
     @classmethod
     def of(cls, path: Path) -> LineWriter:
-        """The writer of this process for a path; each caller calls `leave` when it has done."""
+        """Returns this process's writer for a path; each caller calls `leave` when done."""
         path = Path(os.path.abspath(path))
         key = os.path.join(os.path.realpath(path.parent), path.name)
         with cls._all_lock:
@@ -78,7 +78,7 @@ class LineWriter:
             return writer
 
     def open(self) -> None:
-        """Opens the file and locks it, if it is not open.
+        """Opens and locks the file unless it is open.
 
         Raises:
             BlockingIOError: Another process writes to it.
@@ -93,12 +93,12 @@ class LineWriter:
                     self._stop()
 
     def append(self, line: bytes, max_bytes: int, keep: int | None) -> None:
-        """Writes one line, in one call of the system.
+        """Writes one line with a single system call.
 
         Args:
-            line: With its newline.
-            max_bytes: The file is rotated first if it would be longer than this.
-            keep: How many full files are kept; None: all.
+            line: The line, including its newline.
+            max_bytes: Rotate first if the file would become larger than this.
+            keep: Number of full files to keep; None: all.
 
         Raises:
             OSError: The line is lost.
@@ -106,7 +106,7 @@ class LineWriter:
         with self.lock:
             if self._is_at_work:
                 if self._stat() is None:
-                    raise OSError("the file was about to be opened when a signal came")
+                    raise OSError("a signal arrived while the file was being opened")
                 self._write(line)
                 return
             try:
@@ -119,20 +119,20 @@ class LineWriter:
                 self._stop()
 
     def flush(self) -> None:
-        """Waits until what was written is on the disk."""
+        """Waits until everything written is on disk."""
         with self.lock:
             if self._stat() is not None:
                 os.fsync(self._file)
 
     def leave(self) -> None:
-        """One user less; the last one closes the file."""
+        """Removes one user; the last one closes the file."""
         with self.lock:
             self._users -= 1
             if not self._is_at_work:
                 self._stop()
 
     def __del__(self) -> None:
-        self._release()  # all its users are gone, and one forgot to close
+        self._release()  # all users are gone, but one did not close
 
     def _stop(self) -> None:
         self._is_at_work = False
@@ -140,21 +140,21 @@ class LineWriter:
             self._release()
 
     def _stat(self) -> os.stat_result | None:
-        """What the system says of the open file; None if the descriptor is not that of the file.
+        """Returns the `stat` of the open file; None if the descriptor no longer belongs to it.
 
-        A program may close all descriptors that it finds, as one that becomes a daemon does, and
-        the next file that it opens gets the number.
+        A program may close all descriptors, as daemons do, and the next file it opens gets the same
+        number.
         """
         if self._file < 0:
             return None
-        with contextlib.suppress(OSError):  # not open, or gone on a network
+        with contextlib.suppress(OSError):  # not open, or lost on a network
             found = os.fstat(self._file)
             if identity_of(found) == self._identity:
                 return found
         return None
 
     def _size(self) -> int:
-        """The size of the file, which is opened anew if it has been deleted."""
+        """Returns the size of the file, after reopening it if it was deleted."""
         found = self._stat()
         if found is None or not found.st_nlink:
             self._release()
@@ -176,20 +176,21 @@ class LineWriter:
             raise OSError(f"only {written} of {len(data)} bytes were written")
 
     def _rotate(self, keep: int | None) -> None:
-        """Renames the full file and begins the next one.
+        """Renames the full file and starts the next one.
 
-        The full file stays open and locked until the next one is, so that nobody gets in between.
+        The full file stays open and locked until the next one is, so that no other process can
+        intervene.
         If that fails, the full file takes more lines, and the next line tries again.
         """
         try:
-            if identity_at(self.path) == self._identity:  # else it has been renamed already
+            if identity_at(self.path) == self._identity:  # otherwise it has already been renamed
                 full = rotated_files(self.path)
                 number = 1 + (number_of(self.path, full[-1]) if full else 0)
-                while (new := full_file(self.path, number)).is_dir():  # of somebody else
+                while (new := full_file(self.path, number)).is_dir():  # a folder that is not ours
                     number += 1
                 os.rename(self.path, new)
             self._take(_opened(self.path))
-        except BlockingIOError:  # another process is about to find out that it may not write
+        except BlockingIOError:  # another process is about to be refused
             return
         except OSError as error:
             if not self._cannot_rotate:
@@ -200,7 +201,7 @@ class LineWriter:
         _delete(self.path, keep)
 
     def _take(self, file: int) -> None:
-        """Goes on with this file instead of the one before."""
+        """Switches to this file from the previous one."""
         identity = identity_of(os.fstat(file))
         before = -1 if self._stat() is None else self._file
         self._file, self._identity, self._is_cut = file, identity, False
@@ -208,7 +209,8 @@ class LineWriter:
             os.close(before)
 
     def _release(self) -> None:
-        """Closes the file. Forgets its number first: it may soon be that of a checkpoint."""
+        """Closes the file. Forgets its number first, since a checkpoint may soon get that
+        number."""
         file = -1 if self._stat() is None else self._file
         self._forget()
         if file >= 0:
@@ -219,7 +221,7 @@ class LineWriter:
 
     @classmethod
     def release_all(cls) -> None:
-        """Closes what a forked child has inherited; the locks of its parent hold on."""
+        """Closes descriptors inherited by a forked child; the parent's locks stay held."""
         cls._all_lock = threading.Lock()
         for writer in list(cls._all.values()):
             writer.lock = threading.RLock()  # another thread may have held it
@@ -232,10 +234,10 @@ if hasattr(os, "register_at_fork"):
 
 
 def _opened(path: Path) -> int:
-    """The file of this name, created if need be, locked, ready for the next line."""
+    """Opens the file, created if needed, locked and ready for the next line."""
     while True:
         with contextlib.suppress(FileNotFoundError):
-            # Before it is opened: opening some devices does something.
+            # Checked before opening: opening some devices has side effects.
             check_regular(os.stat(path), path)
         file = os.open(path, _FLAGS, 0o644)
         try:
@@ -245,7 +247,7 @@ def _opened(path: Path) -> int:
                 raise _in_use(path, file)
             if identity_at(path) == identity_of(found):
                 if found.st_size and os.pread(file, 1, found.st_size - 1) != b"\n":
-                    os.write(file, b"\n")  # after a line that was cut short
+                    os.write(file, b"\n")  # after a truncated line
                 return file
         except BaseException:
             os.close(file)
@@ -254,7 +256,7 @@ def _opened(path: Path) -> int:
 
 
 def _locked(file: int, path: Path) -> bool:
-    """Takes the lock; False if another process has it."""
+    """Takes the lock; returns False if another process holds it."""
     if fcntl is None:
         return True
     try:
@@ -265,7 +267,8 @@ def _locked(file: int, path: Path) -> bool:
         if error.errno not in _NO_LOCKS:
             raise
         log.warning(
-            "the file system of %s has no locks: let no other process write records to it", path
+            "the file system of %s has no locks: make sure no other process writes records to it",
+            path,
         )
     return True
 
@@ -274,14 +277,15 @@ def _in_use(path: Path, file: int | None = None) -> BlockingIOError:
     holder = None if file is None else _holder(file)
     who = "another process" if holder is None else f"process {holder}"
     return BlockingIOError(
-        f"{path} is open for writing in {who}; one process writes a file of records: close it "
-        "there, or choose another file. Of several ranks let one add the sink, and make it in the "
-        "process that trains, not in one that forks it"
+        f"{path} is open for writing in {who}, and only one process may write a file of records; "
+        "close it there, or choose another file. With several ranks, add the sink on one rank "
+        "only, "
+        "in the process that trains, not in one that forks it"
     )
 
 
 def _holder(file: int) -> int | None:
-    """The process that has the lock of an open file, where the system tells."""
+    """Returns the process that holds the lock of an open file, if the system shows it."""
     found = os.fstat(file)
     name = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
     with contextlib.suppress(OSError, ValueError, IndexError):
@@ -293,7 +297,7 @@ def _holder(file: int) -> int | None:
 
 
 def _rotates_elsewhere(path: Path) -> bool:
-    """Whether another process has just renamed the file, and is about to begin the next one."""
+    """Whether another process has just renamed the file and is about to start the next one."""
     for newest in rotated_files(path)[-1:]:
         with contextlib.suppress(OSError):
             file = open_at(newest)
@@ -306,7 +310,7 @@ def _rotates_elsewhere(path: Path) -> bool:
 
 
 def _delete(path: Path, keep: int | None) -> None:
-    """Deletes the oldest full files beyond `keep`. One that stays costs no record."""
+    """Deletes the oldest full files beyond `keep`; failing to do so loses no records."""
     if keep is None:
         return
     full = rotated_files(path)
@@ -316,5 +320,5 @@ def _delete(path: Path, keep: int | None) -> None:
         except FileNotFoundError:
             continue
         except OSError as error:
-            log.warning("a full file of records cannot be deleted: %s", error)
+            log.warning("cannot delete a full file of records: %s", error)
             return

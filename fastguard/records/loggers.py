@@ -1,4 +1,4 @@
-"""Records in TensorBoard and in the log: `TensorBoardSink`, `LogSink`."""
+"""Sinks for TensorBoard and other loggers: `TensorBoardSink`, `LogSink`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TensorBoardSink:
     """Writes `train/grad_norm`, `train/clip_coef`, `train/skipped`, `train/lr` and the losses.
 
     Args:
-        writer: A `SummaryWriter`, or a folder to make one for.
+        writer: A `SummaryWriter`, or a folder for a new one.
 
     Raises:
         ImportError: TensorBoard is not installed.
@@ -45,19 +45,20 @@ class TensorBoardSink:
 
 
 class LogSink:
-    """Hands the scalars of every record to a logger that takes a dict and a step.
+    """Passes the scalars of every record to a logger that takes a dict and a step.
 
-    That is `log` of a Weights & Biases run, `mlflow.log_metrics`, and most others. What the logger
-    raises is counted in `lost`, and said once.
+    This fits `log` of a Weights & Biases run, `mlflow.log_metrics`, and most other loggers. If the
+    logger raises, the record is counted in `lost`, and one warning is logged.
 
     Args:
         log: Called as `log(scalars, step=step)`, with the names of `scalars`.
-        prefix: What goes before the slash.
-        step_name: Pass the step as a scalar of this name instead of `step=`: for a W&B run that
-            counts its own steps, which it only lets grow.
+        prefix: Part of each name before the slash. Default: `"train"`.
+        step_name: Pass the step as a scalar with this name instead of `step=`. Use it for a W&B
+            run,
+            whose own step counter must only increase. Default: None.
 
     Raises:
-        TypeError: `log` cannot be called.
+        TypeError: `log` is not callable.
 
     Example:
         >>> from fastguard import LogSink, StepRecord
@@ -85,7 +86,7 @@ class LogSink:
                 self.log(values, step=record.step)
             else:
                 self.log({**values, self.step_name: record.step})
-        except Exception as error:  # a logger has ways of its own to fail; the run goes on
+        except Exception as error:  # a logger can fail in any way; the run continues
             self.lost += 1
             if self.lost == 1:
                 log.warning(
@@ -96,16 +97,16 @@ class LogSink:
 
 
 def scalars(record: StepRecord, prefix: str = "train") -> dict[str, float]:
-    """What loggers plot of a record, under the names that they are used to.
+    """Returns the numbers of a record that loggers plot, under the usual names.
 
     Args:
         record: One step.
-        prefix: What goes before the slash.
+        prefix: Part of each name before the slash. Default: `"train"`.
 
     Returns:
-        Finite numbers only, so that a plot has a gap where there is none and `skipped` shows the
-        incident; but for the gradient norm, which is NaN or Inf where torch's would be: the norm of
-        the finite elements alone would look like a dip. A loss called `seg` is `train/seg_loss`.
+        Finite numbers only, so that a plot has a gap elsewhere and `skipped` shows the incident. The
+        exception is the gradient norm, which is NaN or Inf where torch's would be, since the norm
+        of the finite elements would look like a dip. A loss named `seg` becomes `train/seg_loss`.
 
     Example:
         >>> from fastguard import StepRecord
@@ -114,7 +115,7 @@ def scalars(record: StepRecord, prefix: str = "train") -> dict[str, float]:
     """
     values = {"clip_coef": record.clip_coef, "lr": record.lr}
     values |= {"skipped": float(record.action == "skipped")}
-    # "seg_loss" and not "loss/seg": to MLflow's file store loss cannot be a metric and a folder.
+    # "seg_loss" and not "loss/seg": MLflow's file store cannot have loss as both metric and folder.
     values |= {name if "loss" in name else f"{name}_loss": v for name, v in record.losses.items()}
     values = {name: value for name, value in values.items() if math.isfinite(value)}
     return {f"{prefix}/{name}": v for name, v in {"grad_norm": record.torch_norm, **values}.items()}

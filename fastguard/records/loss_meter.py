@@ -1,16 +1,16 @@
-"""`LossMeter`: means over the losses that are finite, and which ones were not.
+"""`LossMeter`: averages the finite losses and reports the others.
 
     mean[name] = sum(w * loss) / sum(w)   over the batches whose w * loss is finite
 
-Losses on a CPU are counted at once. On a GPU `update` only copies them, as float64, into the next
-row of a buffer on the device; when its `ROWS` rows are full they travel to the host behind an
-event, which is read when the next `ROWS` are full, so that nobody waits in practice. (Sums on the
-device were tried: a dozen launches a batch instead of one a loss.) `compute` waits for what is on
-its way.
+Losses on a CPU are counted at once. On a GPU, `update` only copies them, as float64, into the next
+row of a buffer on the device. When its `ROWS` rows are full, they are copied to the host, followed
+by an event that is read when the next `ROWS` are full, so it almost never blocks. (Sums on the
+device were tried: a dozen launches per batch instead of one per loss.) `compute` waits for
+transfers in progress.
 
-An epoch without one valid batch has no mean: it is None, and the text says so. Memory does not grow
-with the number of batches: the first `KEPT_BAD` bad ones are told one by one, and the tags of the
-others are forgotten.
+An epoch without a valid batch has the mean None, and the text says so. Memory does not grow with
+the number of batches: the first `KEPT_BAD` bad batches are listed; the tags of later ones are
+dropped.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from fastguard.gradients.tensor_kinds import has_numbers
 from fastguard.records.losses import LOSS, named_losses
 
 KEPT_BAD = 16
-"""How many bad batches are told one by one; the rest are counted."""
+"""How many bad batches are listed; the rest are only counted."""
 
 ROWS = 1024
-"""Batches whose losses may wait on a GPU."""
+"""How many batches may wait on a GPU."""
 
-_SUM, _WEIGHT, _FINITE, _NONFINITE = range(4)  # of the totals of a name
+_SUM, _WEIGHT, _FINITE, _NONFINITE = range(4)  # columns of the totals per name
 
 
 @dataclass(frozen=True, slots=True)
 class BadBatch:
-    """A batch in which a loss was not finite.
+    """A batch with a non-finite loss.
 
     Attributes:
-        index: Number of the batch, from 0, since the last reset.
+        index: Number of the batch since the last reset, from 0.
         names: The losses that were not finite.
-        tag: What the caller gave to find the batch again.
+        tag: The caller's tag, to find the batch again.
         rank: The process that saw it.
     """
 
@@ -61,14 +61,14 @@ class BadBatch:
 
 @dataclass(frozen=True, slots=True)
 class LossSummary:
-    """What a `LossMeter` knows, as plain Python values.
+    """The result of a `LossMeter`, as plain Python values.
 
     Attributes:
-        means: Mean by name; None where no batch was valid.
+        means: Mean by name; None if no batch was valid.
         weights: Sum of the weights of the valid batches, by name.
-        finite: How many batches were valid, by name.
-        nonfinite: How many were not, by name.
-        batches: How many batches there were.
+        finite: Number of valid batches, by name.
+        nonfinite: Number of other batches, by name.
+        batches: Total number of batches.
         bad: The first bad batches.
     """
 
@@ -85,7 +85,7 @@ class LossSummary:
         return self.means.get(LOSS)
 
     def __str__(self) -> str:
-        """A line a loss, and one for the bad batches."""
+        """Formats one line per loss, and one for the bad batches."""
         if not self.means:
             return "no loss was given"
         lines = [self._line(name) for name in self.means]
@@ -103,7 +103,7 @@ class LossSummary:
 
 
 class LossMeter:
-    """Averages the losses that are finite, and tells how many were not and which.
+    """Averages the finite losses, and reports how many were not finite and which.
 
     Example:
         >>> import torch, fastguard
@@ -122,7 +122,7 @@ class LossMeter:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything: the next batch is batch 0."""
+        """Clears everything; the next batch is batch 0."""
         self._totals: dict[str, list[float]] = {}
         self._bad: list[BadBatch] = []
         self._batches = 0
@@ -135,17 +135,19 @@ class LossMeter:
         weight: Tensor | float = 1.0,
         tag: Any = None,
     ) -> None:
-        """Adds the losses of one batch. Never waits for a GPU.
+        """Adds the losses of one batch. Never synchronises with the GPU.
 
-        Losses without numbers, under `FakeTensorMode` or on the meta device, leave no trace.
+        Losses without values, under `FakeTensorMode` or on the meta device, are ignored.
 
         Args:
-            loss: A scalar, or a dict of scalars by name; names may be missing in some batches.
-            weight: What the batch counts, >= 0: its number of samples, say.
-            tag: Anything that helps to find the batch again.
+            loss: A scalar, or a dict of scalars by name; some batches may lack some names.
+            weight: Weight of the batch, >= 0, such as its number of samples. Default: 1.
+            tag: Any value that helps to find the batch again. Default: None.
 
         Raises:
-            TypeError, ValueError: As in `GuardedOptimizer.step`, or `weight` is no number >= 0.
+            TypeError, ValueError: The loss is invalid as in `GuardedOptimizer.step`, or `weight` is
+                not a
+                number >= 0.
         """
         losses = named_losses(loss)
         batch = _Batch(self._batches, tuple(losses), tag)
@@ -172,7 +174,7 @@ class LossMeter:
         for name, loss in zip(batch.names, losses, strict=True):
             totals = self._totals.setdefault(name, [0.0, 0.0, 0, 0])
             weighted = loss * weight
-            if math.isfinite(weighted) and weight >= 0:  # 0 * Inf is not
+            if math.isfinite(weighted) and weight >= 0:  # 0 * Inf is not finite
                 totals[_SUM] += weighted
                 totals[_WEIGHT] += weight
                 totals[_FINITE] += 1
@@ -187,28 +189,32 @@ class LossMeter:
             self._count(batch, values)
 
     def _settle(self) -> None:
-        """Counts what still waits on a GPU."""
+        """Counts losses that are still on a GPU."""
         if self._waiting is not None:
             self._count_all(self._waiting.arrived())
             self._waiting.send()
             self._count_all(self._waiting.arrived())
 
     def compute(self) -> LossSummary:
-        """The means and counts so far. Waits for the device."""
+        """Returns the means and counts so far. Synchronises with the device."""
         return _summary([self.state_dict()])
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> LossSummary:
-        """The means and counts of all ranks of `group` together; the same on every rank. Waits.
+        """Returns the means and counts over all ranks of `group`, equal on all. Synchronises.
 
-        What this rank has gathered stays as it is, so calling it twice counts nothing twice. Ranks
-        may have seen different names and different numbers of batches. Every rank must call it.
+        The state of this rank does not change, so repeated calls count nothing twice. Ranks may
+        have
+        different names and different numbers of batches. Every rank must call it.
+
+        Args:
+            group: The ranks; None: all ranks.
         """
         states: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(states, self.state_dict(), group)
         return _summary(states)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything so far, as plain Python values. Waits for the device."""
+        """Returns the whole state as plain Python values. Synchronises with the device."""
         self._settle()
         return {
             "totals": {name: list(totals) for name, totals in self._totals.items()},
@@ -217,20 +223,20 @@ class LossMeter:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a `state_dict()`."""
+        """Restores a `state_dict()`."""
         self.reset()
         self._totals = {name: list(totals) for name, totals in state["totals"].items()}
         self._bad = [BadBatch(index, tuple(names), tag) for index, names, tag in state["bad"]]
         self._batches = int(state["batches"])
 
     def __str__(self) -> str:
-        """The summary. Waits for the device."""
+        """Formats the summary. Synchronises with the device."""
         return str(self.compute())
 
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """What the host knows of a batch whose losses are still on the device."""
+    """The host's data of a batch whose losses are still on the device."""
 
     index: int
     names: tuple[str, ...]
@@ -239,7 +245,7 @@ class _Batch:
 
 @dataclass(slots=True)
 class _Waiting:
-    """Losses on a GPU that the host has not seen: float64 `(ROWS, width)`, one row a batch."""
+    """Losses on a GPU that the host has not read: float64 `(ROWS, width)`, one row per batch."""
 
     rows: Tensor
     batches: list[_Batch] = field(default_factory=list)
@@ -267,7 +273,7 @@ class _Waiting:
         self.batches.append(batch)
 
     def send(self) -> None:
-        """Starts the filled rows on their way to the host; the rows may then be used again."""
+        """Starts copying the filled rows to the host; the rows may then be reused."""
         filled, batches, self.batches = self.rows[: len(self.batches)], self.batches, []
         if not filled.is_cuda:
             self.travelling = (filled.to("cpu", copy=True), None, batches)
@@ -279,7 +285,7 @@ class _Waiting:
         self.travelling = (host, event, batches)
 
     def arrived(self) -> Iterator[tuple[_Batch, Sequence[float]]]:
-        """The rows that were sent last. Waits for them."""
+        """Yields the rows sent last, after waiting for them."""
         if self.travelling is None:
             return
         (host, event, batches), self.travelling = self.travelling, None
@@ -291,7 +297,7 @@ class _Waiting:
 
 
 def _summary(states: Sequence[Mapping[str, Any]]) -> LossSummary:
-    """The summary of the states of all ranks, in rank order, so that all get the same bits."""
+    """Combines the states of all ranks in rank order, so that all ranks get the same bits."""
     totals: dict[str, list[float]] = {}
     bad: list[BadBatch] = []
     for rank, state in enumerate(states):
@@ -311,7 +317,7 @@ def _summary(states: Sequence[Mapping[str, Any]]) -> LossSummary:
 
 
 def _gpu_of(values: Iterable[Tensor | float]) -> torch.device | None:
-    """Where the first value that is not on the host lives."""
+    """Returns the device of the first value that is not on the host."""
     for value in values:
         if isinstance(value, Tensor) and value.device.type != "cpu":
             return value.device
@@ -319,14 +325,15 @@ def _gpu_of(values: Iterable[Tensor | float]) -> torch.device | None:
 
 
 def _checked_weight(weight: Tensor | float) -> Tensor | float:
-    refuse_bool_and_text("weight", weight, "pass the number of samples, say")
+    refuse_bool_and_text("weight", weight, "pass a number, such as the number of samples")
     if isinstance(weight, Tensor):
         if weight.numel() != 1:
             raise ValueError(
-                f"weight has shape {tuple(weight.shape)}, but a batch has one; use its sum or mean"
+                f"weight has shape {tuple(weight.shape)}, expected a single number; use its sum or "
+                "mean"
             )
         return weight.detach().reshape(())
-    weight = number_of("weight", weight, "pass the number of samples, say")
-    if not 0 <= weight < math.inf:  # NaN is neither
+    weight = number_of("weight", weight, "pass a number, such as the number of samples")
+    if not 0 <= weight < math.inf:  # also rejects NaN
         raise ValueError(f"weight={weight!r} must be a finite number >= 0")
     return weight

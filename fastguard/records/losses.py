@@ -1,4 +1,4 @@
-"""Losses on their way to a decision."""
+"""Validates losses, averages micro-batches, and moves losses to the deciding device."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from fastguard.gradients.transfer import moved, numbers_on
 from fastguard.stages.spike_rules import GRAD_NORM
 
 LOSS = "loss"
-"""The name of a loss that was given without one."""
+"""The name of a loss given without a name."""
 
 
 Loss = Tensor | float | Mapping[str, Tensor | float]
 
 
 def named_losses(loss: Loss | None, *, read: bool = False) -> dict[str, Tensor | float]:
-    """What a user passes as `loss`, by name: detached scalars, numbers as they are.
+    """Returns the user's `loss` argument by name: detached scalars, and numbers unchanged.
 
     Args:
-        loss: A scalar, or scalars by name; None: there is none.
-        read: Whether those on a CPU become numbers, which makes all that follows cost half.
+        loss: A scalar, or scalars by name; None: no loss.
+        read: Whether to read CPU tensors as numbers, which halves the cost of what follows.
 
     Raises:
-        TypeError: A loss is neither a real number nor a tensor of one.
-        ValueError: A loss has more than one element, is too large for a float, or has the name of
-            the gradient norm.
+        TypeError: A loss is neither a real number nor a real tensor.
+        ValueError: A loss has several elements, is too large for a float, or has the name of the
+            gradient norm.
     """
     if loss is None:
         return {}
@@ -40,7 +40,7 @@ def named_losses(loss: Loss | None, *, read: bool = False) -> dict[str, Tensor |
     for name, value in named.items():
         if name == GRAD_NORM:
             raise ValueError(
-                f"a loss is called {name!r}, which is the gradient norm's own signal; rename it"
+                f"a loss is named {name!r}, which is reserved for the gradient norm; rename it"
             )
         if isinstance(value, Tensor):
             if value.numel() != 1:
@@ -55,7 +55,7 @@ def named_losses(loss: Loss | None, *, read: bool = False) -> dict[str, Tensor |
 
 
 def _real(name: str, value: object) -> Tensor | float:
-    """A number as a float, a tensor as it is; an error for what is not real."""
+    """Returns a number as a float and a tensor unchanged; raises for anything else."""
     kind = type(value).__name__
     if isinstance(value, Tensor):
         if not (value.is_complex() or value.dtype is torch.bool):
@@ -66,8 +66,8 @@ def _real(name: str, value: object) -> Tensor | float:
             return float(value)
         except OverflowError:
             raise ValueError(
-                f"{printable(str(name))} is beyond the largest float; pass float('inf') if "
-                "that is what it means"
+                f"{printable(str(name))} is beyond the largest float; pass float('inf') if it is "
+                "infinite"
             ) from None
     raise TypeError(
         f"{printable(f'{name}={shown(value)}')} is a {kind}; pass a scalar tensor, a number, or a "
@@ -76,9 +76,9 @@ def _real(name: str, value: object) -> Tensor | float:
 
 
 class ObservedLosses:
-    """Means of the losses of the micro-batches since the last step.
+    """Averages the losses of the micro-batches since the last step.
 
-    Tensors stay where they are: a NaN or Inf in any micro-batch makes the sum, and so the mean,
+    Tensors stay on their device. NaN or Inf in any micro-batch makes the sum, and thus the mean,
     non-finite.
     """
 
@@ -87,10 +87,10 @@ class ObservedLosses:
         self._given_back = False
 
     def observe(self, losses: Mapping[str, Tensor | float]) -> None:
-        """Adds one micro-batch; the mapping is kept."""
-        if self._given_back:  # those belong to a step that failed, and was not tried again
+        """Adds one micro-batch; keeps the mapping."""
+        if self._given_back:  # they belong to a failed step that was not retried
             self._batches, self._given_back = [], False
-        copies = {  # the caller may use its buffers again
+        copies = {  # the caller may reuse its buffers
             name: value.to(torch.float64, copy=True)
             for name, value in losses.items()
             if isinstance(value, Tensor)
@@ -98,7 +98,7 @@ class ObservedLosses:
         self._batches.append({**losses, **copies} if copies else losses)
 
     def take(self) -> Mapping[str, Tensor | float]:
-        """The means by name, float64 `()` or numbers; the next micro-batch starts anew."""
+        """Returns the means by name, float64 `()` or numbers, and starts a new step."""
         batches, self._batches = self._batches, []
         self._given_back = False
         if len(batches) == 1:
@@ -110,25 +110,26 @@ class ObservedLosses:
         return {name: sum(given) / len(given) for name, given in values.items()}
 
     def kept(self) -> list[Mapping[str, Tensor | float]]:
-        """The micro-batches so far, to be given back if the step fails."""
+        """Returns the micro-batches so far, for `give_back` if the step fails."""
         return [*self._batches]
 
     def give_back(self, batches: list[Mapping[str, Tensor | float]]) -> None:
-        """The micro-batches of a step that failed, for the case that it is tried again."""
+        """Takes back the micro-batches of a failed step, in case it is retried."""
         self._batches = batches
         self.keep_for_retry()
 
     def keep_for_retry(self) -> None:
-        """The step failed: if the next one has losses of its own, those so far are dropped."""
+        """Marks the step as failed: if the next step has its own losses, the current ones are
+        dropped."""
         self._given_back = bool(self._batches)
 
     def keep(self) -> None:
-        """The same step is tried again: its losses so far stay, whatever is added."""
+        """Marks the same step as retried: its losses stay, and more may be added."""
         self._given_back = False
 
 
 def stacked(losses: Mapping[str, Tensor | float], device: torch.device) -> Tensor:
-    """float64 `(L,)` on a device."""
+    """Stacks losses into float64 `(L,)` on a device."""
     values = list(losses.values())
     if set(map(type, values)) <= {float}:
         if device.type == "cpu":
@@ -138,7 +139,7 @@ def stacked(losses: Mapping[str, Tensor | float], device: torch.device) -> Tenso
 
 
 def _placed(value: Tensor | float, device: torch.device) -> Tensor:
-    """float64 `()` on a device."""
+    """Moves a loss to a device as float64 `()`."""
     if isinstance(value, Tensor):
         return moved(value.to(torch.float64), device)
     return numbers_on((value,), device)[0]

@@ -1,9 +1,9 @@
-"""The records of a run as they lie on the disk, read once, in order and with bounded memory.
+"""Reads the records of a run from disk once, in order and with bounded memory.
 
-`read_records` gives one `StepRecord` at a time, at some 20 µs a line. This is the road for files
-of gigabytes, at 3: a block at a time, parsed in one call, each line a plain dict. What is
-no record (cut short by a kill, zeroed by a crash, edited by hand) is counted and left out, never
-fatal. A run is the current file of a `JsonLinesSink` and the full ones beside it.
+`read_records` yields one `StepRecord` at a time, at about 20 µs per line. `read_blocks` is for
+files of gigabytes, at about 3 µs per line: it parses a block in one call into plain dicts. Lines
+that are not records (truncated by a kill, zeroed by a crash, edited by hand) are skipped and
+counted. A run consists of the current file of a `JsonLinesSink` and the full files beside it.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from fastguard.records.regular_files import folder_error
 from fastguard.records.rotated_files import open_run
 from fastguard.records.step_record import FIELDS, StepRecord
 
-try:  # twice as fast as the standard library; what it refuses (a bare NaN), that one reads
+try:  # twice as fast as json, which reads what orjson refuses (a bare NaN)
     from orjson import loads as _loads
 except ImportError:
     _loads: Callable[[bytes], Any] = json.loads
 
 log = logging.getLogger("fastguard")
 
-_required = itemgetter("step", "total_norm", "clip_coef", "action")  # those without a default
-_NUMBERS = frozenset({int, float, str})  # NaN and infinities are text
+_required = itemgetter("step", "total_norm", "clip_coef", "action")  # fields without a default
+_NUMBERS = frozenset({int, float, str})  # NaN and infinities are strings
 
 BLOCK_BYTES = 512 << 10
-"""How much is read at a time, and the longest line that is a record. What a block becomes still
-fits a core's cache: with 4 MiB it takes a fifth longer."""
+"""Bytes to read at a time; also the longest line that is a record. The parsed block still fits a
+core's cache: with 4 MiB it takes a fifth longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +42,11 @@ class Block:
     """Some lines of a run.
 
     Attributes:
-        records: One dict a line, as `are_records` says; everything else is as it was found, and may
-            be missing.
-        damaged: How many lines were no record.
-        size: Bytes read for it.
+        records: One dict per line that satisfies `are_records`; other fields are unchecked and may
+            be
+            missing.
+        damaged: Number of lines that were not records.
+        size: Number of bytes read.
     """
 
     records: list[dict[str, Any]]
@@ -54,21 +55,21 @@ class Block:
 
 
 def read_blocks(path: Path, *, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
-    """All records of a run, oldest first, while a trainer may go on writing to it.
+    """Yields all records of a run, oldest first, while a trainer may continue writing.
 
     Args:
         path: The current file.
-        block_bytes: How much is read at a time, and the longest line that is a record.
+        block_bytes: Bytes to read at a time; also the longest line that is a record.
 
     Raises:
-        OSError: There is no file, or one cannot be read, or is a pipe or a device.
+        OSError: There is no file, or a file cannot be read, or is a pipe or a device.
     """
     for _, file in open_run(path):
         yield from _blocks(file, block_bytes)
 
 
 def parse_lines(data: bytes) -> tuple[list[dict[str, Any]], int]:
-    """The records in some whole lines, and how many lines were none; blank lines are neither.
+    """Returns the records in some whole lines, and the number of damaged lines; ignores blank ones.
 
     Example:
         >>> line = b'{"step": 1, "total_norm": 2.5, "clip_coef": 1.0, "action": "applied"}'
@@ -76,8 +77,8 @@ def parse_lines(data: bytes) -> tuple[list[dict[str, Any]], int]:
         ([{'step': 1, 'total_norm': 2.5, 'clip_coef': 1.0, 'action': 'applied'}], 1)
     """
     try:
-        # One call for all. A string cannot hold a bare line feed, so no damaged line can swallow
-        # the start of the next and still be JSON of as many items.
+        # One call for all lines. A string cannot contain a bare line feed, so no damaged line can
+        # absorb the start of the next and still be JSON with the same number of items.
         stripped = data.strip()
         found = _loads(b"[" + stripped.replace(b"\n", b",\n") + b"]")
         if len(found) == stripped.count(b"\n") + 1 and are_records(found):
@@ -110,10 +111,11 @@ def _parse(line: bytes) -> Any:
 
 
 def are_records(values: list[Any]) -> bool:
-    """Whether each of these JSON values is a record of fastguard, of this version or a later one.
+    """Whether all of these JSON values are fastguard records, of this version or a later one.
 
-    The one question of all who read records. The fields that every record has are there, and of
-    their types; what the others hold is not asked. The loops over the values run in C.
+    All readers use this check. It verifies that the mandatory fields exist and have the right
+    types;
+    it does not check other fields. The loops over the values run in C.
 
     Example:
         >>> are_records([{"step": 3, "total_norm": "NaN", "clip_coef": 1, "action": "skipped"}])
@@ -137,8 +139,8 @@ def are_records(values: list[Any]) -> bool:
 
 
 def _blocks(file: BinaryIO, block_bytes: int) -> Iterator[Block]:
-    rest = b""  # the line that the block ended in
-    too_long = False  # `rest` is what followed the first block of a line without end
+    rest = b""  # the unfinished last line of the block
+    too_long = False  # `rest` follows the first block of an endless line
     while data := file.read(block_bytes):
         size = len(data)
         data = rest + data
@@ -165,7 +167,7 @@ def _block(lines: bytes, size: int, damaged: int) -> Block:
 
 
 LONGEST_LINE = 1 << 24
-"""Bytes from which on a line is damage, not a record."""
+"""Lines of at least this many bytes are damaged, not records."""
 
 _COUNTS = (
     "step",
@@ -181,19 +183,20 @@ _FLOATS = ("total_norm", "clip_coef", "lr", "limit")
 
 
 def read_records(path: str | os.PathLike[str], *, strict: bool = False) -> Iterator[StepRecord]:
-    """The records of a `JsonLinesSink`, oldest first, rotated files included.
+    """Yields the records of a `JsonLinesSink`, oldest first, including rotated files.
 
-    A run may go on meanwhile: what is read are its records up to about the beginning of the call.
+    A run may continue meanwhile; records up to about the time of the call are read.
 
     Args:
         path: The current file.
-        strict: Raise at the first line that is no record, instead of skipping and counting it.
+        strict: Raise at the first line that is not a record, instead of skipping and counting it.
+            Default: False.
 
     Raises:
-        FileNotFoundError: There is no such file, nor a full one beside it.
+        FileNotFoundError: Neither this file nor a full one beside it exists.
         IsADirectoryError: It is a folder.
         OSError: It cannot be read, or is a pipe or a device.
-        ValueError: With `strict`, naming file and line.
+        ValueError: With `strict`: a line is not a record; the message names file and line.
     """
     path = Path(path)
     if path.is_dir():
@@ -208,7 +211,8 @@ def read_records(path: str | os.PathLike[str], *, strict: bool = False) -> Itera
             except ValueError as error:
                 if strict:
                     raise ValueError(
-                        f"{printable(str(name))}:{number} is no record ({shown(error, 200, str)}); "
+                        f"{printable(str(name))}:{number} is not a record "
+                        f"({shown(error, 200, str)}); "
                         "delete the line, or read with strict=False"
                     ) from None
                 skipped += 1
@@ -218,7 +222,7 @@ def read_records(path: str | os.PathLike[str], *, strict: bool = False) -> Itera
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """The numbered lines; one that is too long to be a record is `b"..."`, whatever its size."""
+    """Yields numbered lines; a line too long to be a record becomes `b"..."`."""
     number = 0
     while line := file.readline(LONGEST_LINE):
         number += 1
@@ -230,10 +234,10 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 
 def parse_record(line: bytes) -> StepRecord:
-    """The record in one line of a `JsonLinesSink`; fields that are unknown here are ignored.
+    """Parses one line of a `JsonLinesSink`; unknown fields are ignored.
 
     Raises:
-        ValueError: The line is no record, or one that was cut short.
+        ValueError: The line is not a record, or is truncated.
 
     Example:
         >>> parse_record(b'{"step": 3, "total_norm": "NaN", "clip_coef": 1, "action": "skipped"}')
@@ -251,7 +255,7 @@ def _record(fields: Any) -> StepRecord:
     fields = {name: value for name, value in fields.items() if name in FIELDS}
     for name in _FLOATS:
         if name in fields:
-            fields[name] = float(fields[name])  # "NaN" and "Infinity" too
+            fields[name] = float(fields[name])  # also parses "NaN" and "Infinity"
     for name in ("losses", "thresholds"):
         fields[name] = {k: float(v) for k, v in fields.get(name, {}).items()}
     fields["culprits"] = tuple(
@@ -271,6 +275,7 @@ def _record(fields: Any) -> StepRecord:
 
 
 def _count(name: str, value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 1 << 53:  # a float64, and so JSON, has those
+    # integers that a float64, and so JSON, represents exactly
+    if type(value) is not int or not 0 <= value < 1 << 53:
         raise ValueError(f"{name} is {shown(value)}, not a count")
     return value

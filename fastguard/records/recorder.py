@@ -1,9 +1,9 @@
-"""How the records of a run come about, and who gets them: `Recorder`.
+"""`Recorder`: makes the records of a run and delivers them.
 
-On a GPU a record is packed on the device and travels to the host behind the step (`packed`); nobody
-waits for it. On a CPU its numbers are simply there. Where nothing happened and nobody is told, they
-are made into a `StepRecord` together with those of other steps: right behind a step, when caches
-hold the model, one costs 15 µs, among others 4.
+On a GPU a record is packed on the device and copied to the host after the step, without blocking.
+On a CPU its numbers are available at once. If nothing happened and nobody listens, `StepRecord`s
+are made later, many at a time: right after a step, when caches hold the model, one costs 15 µs;
+in a batch, 4 µs.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from fastguard.stages.reason import Reason
 log = logging.getLogger("fastguard")
 
 KEPT = 4096
-"""Records kept for `records()`, and for `history`; beyond them the oldest are dropped."""
+"""Number of records kept for `records()` and for `history`; older ones are dropped."""
 
 INBOX = 1 << 16
-"""Records kept for a subscriber that takes none out: 36 MB, more steps than most epochs have."""
+"""Number of records kept for a subscriber that takes none: 36 MB, more steps than most epochs."""
 
-_LABELS = tuple(reason.label for reason in Reason)  # making a Reason costs as much as the rest
+_LABELS = tuple(reason.label for reason in Reason)  # creating a Reason costs as much as the rest
 
 
 def record_now(outcome: Outcome) -> StepRecord:
-    """The record of a step that the host decided, where everything is at hand."""
+    """Returns the record of a step decided on the host, where all values are available."""
     return _Known.of(outcome).record()
 
 
@@ -85,11 +85,11 @@ def _action(coef: float, skipped: bool, cleaned: bool) -> str:
         return "skipped"
     if cleaned:
         return "sanitized"
-    return "applied" if coef >= 1.0 else "clipped"  # a NaN coefficient did change gradients
+    return "applied" if coef >= 1.0 else "clipped"  # a NaN coefficient also changes gradients
 
 
 class _Known(NamedTuple):
-    """What a record of a step is made from that the host decided: numbers, and no gradient."""
+    """The numbers that the record of a host-decided step is made from, without gradients."""
 
     key: object
     known: Known
@@ -100,7 +100,7 @@ class _Known(NamedTuple):
     ranks: tuple[int, int | None]
     limit: float
 
-    arrival = Arrival(torch.empty(0, device="cpu"), None)  # here from the beginning
+    arrival = Arrival(torch.empty(0, device="cpu"), None)  # already on the host
 
     @staticmethod
     def of(outcome: Outcome) -> _Known:
@@ -110,7 +110,7 @@ class _Known(NamedTuple):
             outcome.key,
             known,
             outcome.signal_names,
-            float(outcome.lr),  # now: a tensor may change
+            float(outcome.lr),  # converted now, since a tensor may change
             outcome.tag,
             outcome.stats.culprits() if any(known.nonfinite_counts) else (),
             outcome.signals.culprit_rank,
@@ -118,7 +118,7 @@ class _Known(NamedTuple):
         )
 
     def record(self) -> StepRecord:
-        """The record."""
+        """Returns the record."""
         culprits = self.culprits
         return _record(
             self.known,
@@ -134,7 +134,7 @@ class _Known(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Pending:
-    """A record on its way to the host, and what the host alone knows of that step."""
+    """A record in transfer to the host, with the values that only the host knows."""
 
     key: object
     arrival: Arrival
@@ -162,8 +162,8 @@ class _Pending:
         )
 
     def record(self) -> StepRecord:
-        """The record. The row must have arrived."""
-        # The names of losses that other ranks gave are known only now, perhaps.
+        """Returns the record. The row must have arrived."""
+        # The names of other ranks' losses may only be known now.
         row = unpack(self.arrival.row, self.loss_names, self.is_joint, self.limit is None)
         culprits = [(self.name_of(i), n, p, m) for i, n, p, m in row.culprits]
         lr = row.lr if self.lr is None else self.lr
@@ -174,17 +174,18 @@ class _Pending:
 
 
 class Recorder:
-    """Collects the records of a run; an incident is one warning of the `fastguard` logger, an
-    overflow that only lowers a loss scale one line at level INFO, repeats are counted.
+    """Collects the records of a run and logs its incidents.
 
-    Memory is bounded: `KEPT` finished records, `ROWS` on their way or not yet written, and `INBOX`
-    for each subscriber that is still there.
+
+    An incident is one warning of the `fastguard` logger; an overflow that only lowers a loss scale is
+    logged at level INFO; repeats are counted. Memory is bounded: `KEPT` finished records, `ROWS` in transfer or not yet
+    made, and `INBOX` per live subscriber.
 
     Attributes:
-        history: The last finished records, whoever has fetched them.
-        max_norm: The limit of the whole model's norm now; inf: there is none.
+        history: The last finished records, whether or not they were fetched.
+        max_norm: Current limit of the whole model's norm; inf: no limit.
         longest_search: Steps in a row that the loss scaler may need to find its scale.
-        undelivered: Finished records that the subscribers are still to get.
+        undelivered: Finished records not yet delivered to the subscribers.
     """
 
     def __init__(self) -> None:
@@ -215,12 +216,13 @@ class Recorder:
         self.__dict__.update(state)
 
     def add(self, outcome: Outcome) -> None:
-        """Takes the outcome of a step. Waits only for a device that is `ROWS` steps behind.
+        """Adds the outcome of a step. Blocks only if the device is `ROWS` steps behind.
 
-        After an interrupt it may be called again with the same outcome, and goes on where it was.
+        After an interrupt it may be called again with the same outcome and resumes where it
+        stopped.
 
-        A step that a CUDA graph captures leaves no record: nothing runs on the host when the graph
-        is replayed. A step of placeholders has nothing to record.
+        A step captured in a CUDA graph leaves no record, since no host code runs when the graph is
+        replayed. A step on placeholders has nothing to record.
         """
         if isinstance(outcome.verdict, HostVerdict):
             self._add_known(outcome, outcome.verdict.known)
@@ -235,12 +237,12 @@ class Recorder:
             self._newest = outcome.key
         alone = outcome.signals.bad_ranks is None
         if not alone or known.reason or self.sinks or self._inboxes:
-            self.wait()  # waits for nobody, unless the model came from a device
+            self.wait()  # does not block, unless the model was on a device before
         elif len(self._pending) >= ROWS:
             self.poll()
 
     def send(self, outcome: Outcome) -> None:
-        """Takes the outcome of a step by way of the ring."""
+        """Adds the outcome of a step through the ring."""
         if self._has(outcome.key):
             return
         device, ring = outcome.stats.summary.device, self._ring
@@ -253,35 +255,35 @@ class Recorder:
         self._newest = outcome.key
 
     def _has(self, key: object) -> bool:
-        """Whether this step, the newest one, is there already."""
+        """Whether this step is the newest one added."""
         return key is self._newest or (bool(self._pending) and self._pending[-1].key is key)
 
     def poll(self) -> None:
-        """Finishes the records that have arrived. Never waits."""
+        """Finishes the records that have arrived. Never blocks."""
         while self._pending and self._pending[0].arrival.is_here():
             self._finish_oldest()
 
     def wait(self) -> StepRecord | None:
-        """Waits for the records of all steps so far; the last one."""
+        """Waits for the records of all steps so far and returns the last one."""
         while self._pending:
             self._pending[0].arrival.wait()
             self._finish_oldest()
         return self.last
 
     def forget_last(self) -> None:
-        """After loading a state, the steps of before say nothing about the next."""
+        """Clears the last record: after loading a state, earlier steps do not affect the next."""
         self.wait()
         self.last = None
         self.undelivered = []
 
     @property
     def has_subscribers(self) -> bool:
-        """Whether anybody acts on the records of this run."""
+        """Whether any subscriber acts on the records of this run."""
         return bool(self._inboxes)
 
     def add_sink(self, sink: Callable[[StepRecord], object]) -> None:
         """See `GuardedOptimizer.add_sink`."""
-        self.poll()  # a sink is told nothing of the steps before
+        self.poll()  # a sink does not get records of earlier steps
         self.sinks.append(sink)
 
     def subscribe(self) -> Inbox:
@@ -292,24 +294,25 @@ class Recorder:
         return inbox
 
     def deliver(self) -> StepRecord | None:
-        """Waits for the steps so far and fills the inboxes; the last record."""
+        """Waits for the steps so far, fills the inboxes, and returns the last record."""
         last = self.wait()
-        for ref in self._inboxes[:]:  # a copy: a subscriber may go meanwhile
+        for ref in self._inboxes[:]:  # a copy: a subscriber may disappear meanwhile
             if (inbox := ref()) is not None:
                 inbox.receive(self.undelivered)
-        self.undelivered = []  # another list, which tells the inboxes that it begins anew
+        self.undelivered = []  # a new list, which tells the inboxes to start over
         return last
 
     def drain(self) -> list[StepRecord]:
-        """The finished records since the last call, oldest first. Never waits."""
+        """Returns the finished records since the last call, oldest first. Never blocks."""
         self.poll()
         records = list(self.finished)
         self.finished.clear()
         return records
 
     def _finish_oldest(self) -> None:
-        """Hands the oldest record to all who get it. It leaves the queue last: after an interrupt
-        all this is done again, and each gets it once.
+        """Delivers the oldest record, then removes it from the queue.
+
+        After an interrupt this is repeated, and each recipient still gets the record once.
         """
         item = self._pending[0]
         made = self._made
@@ -334,8 +337,10 @@ class Recorder:
             self._tell_sinks(record)
 
     def _tell_sinks(self, record: StepRecord) -> None:
-        """Calls each sink once. One that an interrupt left is called a second time, not a third: it
-        may be the sink that raises it.
+        """Calls each sink once.
+
+        A sink that was interrupted is called a second time but not a third, since it may raise the
+        interrupt itself.
         """
         while True:
             told, k, tries = self._told
@@ -343,9 +348,10 @@ class Recorder:
             if k >= len(self.sinks):
                 return
             try:
-                self._told = (record, k + 1, 0)  # already: a sink may itself ask for the records
+                # set first, since a sink may ask for the records itself
+                self._told = (record, k + 1, 0)
                 self.sinks[k](record)
-            except Exception as error:  # a sink has ways of its own to fail; the run goes on
+            except Exception as error:  # a sink can fail in any way; the run continues
                 self._say_once(self.sinks[k], error)
             except BaseException:
                 self._told = (record, k + 1 if tries else k, tries + 1)

@@ -1,4 +1,4 @@
-"""Opening what must be a regular file: a pipe makes a reader wait, a device never ends."""
+"""Opens only regular files: reading a pipe may block, and a device may never end."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ _KINDS = {
 
 
 class NotRegularFile(OSError):
-    """A pipe, a device, a socket or a link where a regular file is expected."""
+    """A path that should be a regular file is a pipe, a device, a socket or a link."""
 
 
 def open_regular(
     path: str | os.PathLike[str], *, follow_links: bool = True, buffering: int = -1
 ) -> BinaryIO:
-    """Opens a regular file for reading, in binary; waits for nothing and reads from no device.
+    """Opens a regular file for binary reading; never blocks or reads from a device.
 
     Args:
         path: The file.
-        follow_links: Whether the name may be a symbolic link to a regular file: yes for what a user
-            names, no for what a file or folder from elsewhere names.
+        follow_links: Whether the path may be a symbolic link to a regular file. Use True for paths
+            from
+            the user, False for paths found in files or folders from elsewhere.
         buffering: As in `open`.
 
     Raises:
@@ -41,9 +42,10 @@ def open_regular(
         Traceback (most recent call last):
         fastguard.records.regular_files.NotRegularFile: [Errno 22] is a device, not a regular ...
     """
-    # Before it is opened: opening some devices does something (a tape rewinds, a watchdog starts).
+    # Checked before opening, which has side effects on some devices (tapes rewind, watchdogs
+    # start).
     check_regular(os.stat(path, follow_symlinks=follow_links), path)
-    # O_NONBLOCK: a pipe that took its place meanwhile is not waited for.
+    # O_NONBLOCK: do not wait for a pipe that has replaced the file meanwhile.
     flags = os.O_RDONLY | _flags("O_NONBLOCK", "O_CLOEXEC", "O_BINARY", "O_NOCTTY")
     handle = os.open(path, flags if follow_links else flags | _flags("O_NOFOLLOW"))
     try:
@@ -55,7 +57,7 @@ def open_regular(
 
 
 def check_regular(found: os.stat_result, path: str | os.PathLike[str]) -> None:
-    """Raises if `os.stat` found anything but a regular file; as `open_regular`."""
+    """Raises unless `os.stat` found a regular file; see `open_regular`."""
     kind = stat.S_IFMT(found.st_mode)
     if kind == stat.S_IFDIR:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
@@ -65,7 +67,7 @@ def check_regular(found: os.stat_result, path: str | os.PathLike[str]) -> None:
 
 
 def _flags(*names: str) -> int:
-    """The flags of `os.open` that this system has."""
+    """Returns the `os.open` flags that this system has."""
     flags = 0
     for name in names:
         flags |= getattr(os, name, 0)

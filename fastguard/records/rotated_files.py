@@ -1,7 +1,7 @@
-"""The files of one run of records: the current one, `records.jsonl`, and the full ones beside it.
+"""Lists and reads the files of one run: the current `records.jsonl` and the full files beside it.
 
-A writer renames a full file to `records.1.jsonl`, `records.2.jsonl`, ... and goes on in a new one.
-Readers work beside it: what they read are all records up to some moment, in order, without a hole.
+A writer renames a full file to `records.1.jsonl`, `records.2.jsonl`, ... and starts a new one.
+Readers may work at the same time: they read all records up to some moment, in order, without gaps.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from fastguard.records.regular_files import open_regular
 log = logging.getLogger("fastguard")
 
 Identity = tuple[int, int]
-"""Device and inode: what a file is, whatever its name."""
+"""Device and inode, which identify a file under any name."""
 
 _AHEAD = 32
-"""Files that are open before it is their turn: the writer may delete them in the meantime."""
+"""How many files to open in advance, since the writer may delete them in the meantime."""
 
 _TRIES = 20
-"""Looks at a folder in which a rotation always comes in between."""
+"""How often to list a folder again if a rotation keeps interfering."""
 
 
 def rotated_files(path: str | os.PathLike[str]) -> list[Path]:
-    """The full files of a run, oldest first, without the current one; a folder is none of them."""
+    """Returns the full files of a run, oldest first, without the current one and without
+    folders."""
     path = Path(path)
     start, end = f"{path.stem}.", path.suffix
     try:
@@ -46,12 +47,12 @@ def rotated_files(path: str | os.PathLike[str]) -> list[Path]:
 
 
 def full_file(path: Path, number: int) -> Path:
-    """The name of a full file of the run `path`."""
+    """Returns the name of a full file of the run `path`."""
     return path.with_name(f"{path.stem}.{number}{path.suffix}")
 
 
 def number_of(path: Path, full: Path) -> int:
-    """Which of the full files of the run `path` this one is."""
+    """Returns the number of a full file of the run `path`."""
     return int(full.name[len(path.stem) + 1 : len(full.name) - len(path.suffix)])
 
 
@@ -60,12 +61,12 @@ def _is_number(text: str) -> bool:
 
 
 def identity_of(found: os.stat_result) -> Identity:
-    """The file that `os.stat` or `os.fstat` has found."""
+    """Returns the identity of the file that `os.stat` or `os.fstat` found."""
     return found.st_dev, found.st_ino
 
 
 def open_at(path: Path) -> int | None:
-    """The descriptor of the regular file of this name, for reading; None if there is none.
+    """Opens a regular file for reading and returns its descriptor; None if it does not exist.
 
     Raises:
         OSError: It cannot be read, or is a pipe, a device or a folder.
@@ -78,7 +79,7 @@ def open_at(path: Path) -> int | None:
 
 
 def identity_at(path: Path) -> Identity | None:
-    """The file that has this name now, if any."""
+    """Returns the identity of the file that has this name now, or None."""
     try:
         return identity_of(os.stat(path))
     except FileNotFoundError:
@@ -86,8 +87,8 @@ def identity_at(path: Path) -> Identity | None:
 
 
 def index_of(identity: Identity, files: Sequence[Path]) -> int | None:
-    """Which of the files it is, if any."""
-    for i in reversed(range(len(files))):  # what was rotated lately is asked for most
+    """Returns the index of the file with this identity, or None."""
+    for i in reversed(range(len(files))):  # recently rotated files are requested most
         if identity_at(files[i]) == identity:
             return i
     return None
@@ -96,17 +97,17 @@ def index_of(identity: Identity, files: Sequence[Path]) -> int | None:
 def around(
     path: Path, current: Identity | None, newest: Path | None
 ) -> tuple[list[Path], list[Path]]:
-    """The full files older, and newer, than the one that was found under the name `path`.
+    """Returns the full files older and newer than the file that was found under the name `path`.
 
     Args:
         path: The name of the current file.
-        current: What was opened under that name; None if there was nothing.
-        newest: The newest full file there was before it was opened, in case ours is deleted.
+        current: The file that was opened under that name; None if there was none.
+        newest: The newest full file before that, in case the opened file is deleted.
     """
     i, listed = None, rotated_files(path)
     for _ in range(_TRIES):
-        # A file that is renamed while the folder is read may be missing in the list: it is good if
-        # ours still has its name, or if it has ours and all numbers from there on.
+        # A file renamed during the listing may be missing from it. The list is complete if the
+        # opened file still has its name, or if it is listed with all numbers after it.
         if current is None or identity_at(path) == current:
             return listed, []
         i = index_of(current, listed)
@@ -115,7 +116,7 @@ def around(
         listed = rotated_files(path)
     if i is not None:
         return listed[:i], listed[i + 1 :]
-    # Ours has been deleted, or replaced by hand.
+    # The opened file was deleted, or replaced by hand.
     first = listed.index(newest) + 1 if newest in listed else 0
     return listed[:first], listed[first:]
 
@@ -126,13 +127,13 @@ def _have_no_hole(path: Path, files: Sequence[Path]) -> bool:
 
 
 def open_run(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """The files of a run with their names, oldest first, each open while it is read.
+    """Yields the files of a run with their names, oldest first, each open while it is read.
 
-    The writer may rotate meanwhile: what is read are the records up to about now, without a hole. A
-    warning says if full files were deleted before their turn came.
+    The writer may rotate meanwhile; records up to about now are read, without gaps. A warning is
+    logged if full files were deleted before they could be read.
 
     Raises:
-        FileNotFoundError: There is no such file, nor a full one beside it.
+        FileNotFoundError: Neither this file nor a full one beside it exists.
         OSError: A file cannot be read, or is a pipe, a device or a folder.
     """
     before = rotated_files(path)
@@ -161,7 +162,7 @@ def _each(path: Path, files: Sequence[Path]) -> Iterator[tuple[Path, BinaryIO]]:
                 file = _opened(name)
                 if file is not None:
                     ahead.append((name, file))
-                elif begun or ahead:  # else it is the oldest, which a writer may delete
+                elif begun or ahead:  # otherwise it is the oldest, which a writer may delete
                     deleted += 1
             if ahead:
                 begun = True
@@ -178,5 +179,5 @@ def _each(path: Path, files: Sequence[Path]) -> Iterator[tuple[Path, BinaryIO]]:
 def _opened(path: Path) -> BinaryIO | None:
     try:
         return open_regular(path)
-    except FileNotFoundError:  # deleted since it was listed, or about to be made
+    except FileNotFoundError:  # deleted since it was listed, or not yet created
         return None

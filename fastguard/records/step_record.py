@@ -1,4 +1,4 @@
-"""What happened at one step, on the host: `StepRecord`."""
+"""`StepRecord`: what happened in one step, as host values."""
 
 from __future__ import annotations
 
@@ -13,39 +13,41 @@ from fastguard.records.strict_json import shortened, strict
 from fastguard.stages.reason import Reason
 
 LOSS_SCALE = Reason.LOSS_SCALE.label
-"""The reason of a skip that is no incident."""
+"""The reason of a skip that is not an incident."""
 
 MOST_OF_A_TAG = 400
-"""Characters of a tag in a line of the log."""
+"""Maximum characters of a tag in a log line."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One step. All fields are plain Python values.
+    """The record of one step. All fields are plain Python values.
 
     Attributes:
-        step: Number of the step, from 1, skipped ones counted.
+        step: Number of the step, from 1, including skipped steps.
         total_norm: Norm of the finite gradient elements before clipping.
         clip_coef: The smallest clip coefficient of all segments; 1 if nothing was clipped.
         action: `"applied"`, `"clipped"`, `"sanitized"` or `"skipped"`.
         reason: None, `"nonfinite_grad"`, `"nonfinite_loss"`, `"grad_spike"`, `"loss_spike"`, or
             `"loss_scale"`: an overflow that only lowers the loss scale of a `GradScaler`. An
-            applied step may have one, from a rule whose action is to record.
-        nan, posinf, neginf: Elements of the whole model.
+            applied step may have a reason, from a rule with `action="record"`.
+        nan, posinf, neginf: Numbers of such elements in the whole model.
         culprits: `(name, nan, posinf, neginf)` of the first bad parameters.
-        n_culprits: How many bad parameters there were.
+        n_culprits: Number of bad parameters.
         losses: Losses of the step by name.
         spikes: The signals that spiked.
-        thresholds: What each rule compared its signal with; inf during its warm-up.
-        consecutive_skips: Incidents skipped since the last applied step, 0 if this one was applied;
-            a skip that only lowers a loss scale leaves it as it was.
+        thresholds: What each rule compared its signal with; inf during warm-up.
+        consecutive_skips: Incidents skipped since the last applied step; 0 if this step was
+            applied. A
+            skip that only lowers a loss scale does not change it.
         lr: Learning rate of the first param group.
-        tag: What the caller gave to find the batch again.
-        culprit_ranks: How many ranks held something non-finite; 0 in one process.
-        culprit_rank: Which rank it was, if it was one; `culprits` are the parameters of this rank.
-        limit: The norm of the whole model at which it would be clipped: `max_norm`, or what an
-            adaptive rule made of it; of several segments, the norm where each is at its limit.
-            `inf`: there was no limit.
+        tag: The caller's tag, to find the batch again.
+        culprit_ranks: Number of ranks with non-finite values; 0 in one process.
+        culprit_rank: That rank, if there is only one; `culprits` are its parameters.
+        limit: The norm of the whole model at which it would be clipped: `max_norm`, or the limit
+            set
+            by an adaptive rule; with several segments, the norm where each is at its limit. `inf`:
+            no limit.
     """
 
     step: int
@@ -73,7 +75,8 @@ class StepRecord:
         """Whether the step calls for a reaction: warning, back-off, skip budget, rollback.
 
         True for every skipped step and every step with a reason, except an overflow that only
-        lowers a loss scale: a `GradScaler` searches for its scale that way in a healthy run.
+        lowers a
+        loss scale: a `GradScaler` searches for its scale that way in a healthy run.
 
         Example:
             >>> StepRecord(1, 2.0, 1.0, "skipped", "nonfinite_grad").is_incident
@@ -82,15 +85,16 @@ class StepRecord:
             False
         """
         if self.reason is None:
-            return self.action == "skipped"  # a record that was written without its reason
+            return self.action == "skipped"  # written without its reason
         return self.reason != LOSS_SCALE
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields by name, as values that strict JSON can hold.
+        """Returns the fields by name, as values that strict JSON can represent.
 
-        NaN and infinities are the strings `"NaN"`, `"Infinity"` and `"-Infinity"`, which `float()`
-        reads back; a tag that JSON cannot hold is its `str`, and one that is very long, deep or
-        cannot be shown is shortened: see `strict_json.shortened`.
+        NaN and infinities become the strings `"NaN"`, `"Infinity"` and `"-Infinity"`, which
+        `float()` reads
+        back. A tag that JSON cannot represent becomes its `str`; a tag that is very long, deep or
+        unprintable is shortened, see `strict_json.shortened`.
 
         Example:
             >>> record = StepRecord(1, math.nan, 1.0, "skipped", culprits=(("head", 2, 0, 0),))
@@ -104,10 +108,10 @@ class StepRecord:
 
     @property
     def torch_norm(self) -> float:
-        """The total norm as torch gives it: NaN if an element is NaN, else Inf if one is infinite.
+        """The total norm as torch computes it: NaN if any element is NaN, else Inf if any is infinite.
 
-        `total_norm` is that of the finite elements, so where most were not finite it falls to near
-        0. Logs, loggers and plots show this one.
+        `total_norm` covers only the finite elements, so it is near 0 if most were not finite. Logs,
+        loggers and plots show this norm instead.
 
         Example:
             >>> StepRecord(1, 0.25, 1.0, "skipped", "nonfinite_grad", nan=3).torch_norm
@@ -119,7 +123,7 @@ class StepRecord:
 
     @property
     def because(self) -> str:
-        """How the reason led to the action, or did not; empty if there is no reason.
+        """How the reason relates to the action; empty if there is no reason.
 
         Example:
             >>> StepRecord(1, 2.0, 1.0, "applied", "loss_spike").because
@@ -133,7 +137,7 @@ class StepRecord:
         return f"because of {self.reason}"
 
     def __str__(self) -> str:
-        """One line for a log, printable whatever the names and the tag hold."""
+        """Formats one log line, printable for any names and tags."""
         head = [f"step {self.step} {self.action}"]
         if self.tag is not None:
             head.append(f"(tag {self._tag()})")
@@ -148,7 +152,7 @@ class StepRecord:
         return printable(" ".join(parts))
 
     def line(self, limit: int) -> str:
-        """The most important of it in at most `limit` characters; where all has room, `str`.
+        """Formats the record in at most `limit` characters, keeping the most important parts.
 
         Example:
             >>> record = StepRecord(
@@ -171,7 +175,7 @@ class StepRecord:
         return printable(tag, MOST_OF_A_TAG)
 
     def _causes(self, n_culprits: int, n_losses: float) -> Iterator[str]:
-        """What was not finite, or too large, and where."""
+        """Yields what was not finite or too large, and where."""
         if self.culprits:
             total = max(self.n_culprits, len(self.culprits))
             yield describe_culprits(self.culprits[:n_culprits], total) + ";"
@@ -192,4 +196,4 @@ class StepRecord:
 
 
 FIELDS = tuple(f.name for f in fields(StepRecord))
-"""Of a record, in order."""
+"""Names of the fields, in order."""

@@ -1,9 +1,10 @@
-"""Values as JSON that every parser reads.
+"""Encodes values as JSON that every parser reads.
 
-JSON (RFC 8259) has no NaN and no infinity; Python writes them anyway, and jq, JavaScript and most
+JSON (RFC 8259) has no NaN or infinity. Python writes them anyway, and jq, JavaScript and most
 databases then refuse the line. Here they become the strings `"NaN"`, `"Infinity"`, `"-Infinity"`,
-as in the JSON mapping of Protocol Buffers: nothing is lost, and `float()` reads them back. null
-would be shorter, but could not tell a NaN loss from one that was never given.
+as
+in the JSON mapping of Protocol Buffers; `float()` reads them back. null would be shorter, but could
+not distinguish a NaN loss from a missing one.
 """
 
 from __future__ import annotations
@@ -14,19 +15,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 MOST_CHARACTERS = 1 << 15
-"""Of a shortened value. A character has at most 12 bytes in JSON, so the line of a record stays
-below the 512 KiB that readers take for one."""
+"""Limit for a shortened value. A character takes at most 12 bytes in JSON, so a record's line stays
+below the 512 KiB that readers accept."""
 
 DEEPEST = 32
 _MORE = "…"
-_ITEM = 4  # characters that an item needs beside its text
+_ITEM = 4  # characters that an item needs besides its text
 _MOST_BITS = 1024
 
 
 def strict(value: Any) -> Any:
-    """The value as dicts with string keys, lists, strings, finite numbers, bools and None.
+    """Converts a value to dicts with string keys, lists, strings, finite numbers, bools and None.
 
-    What JSON cannot hold otherwise becomes its `str`.
+    Other values become their `str`.
 
     Example:
         >>> strict({"norm": float("nan"), "batch": (3, 1.5)})
@@ -36,7 +37,7 @@ def strict(value: Any) -> Any:
         if math.isfinite(value):
             return value
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if value is None or isinstance(value, (str, int)):  # a union would be made each time
+    if value is None or isinstance(value, (str, int)):  # a union type would be created on each call
         return value
     if isinstance(value, Mapping):
         return {str(key): strict(item) for key, item in value.items()}
@@ -46,14 +47,15 @@ def strict(value: Any) -> Any:
 
 
 def shortened(value: Any, room: int = MOST_CHARACTERS) -> Any:
-    """A value of any kind and size as `strict` would have it, with a bound on its size and depth.
+    """Converts a value like `strict`, with limited size and depth.
 
-    What does not fit is cut off or left out where `…` stands; what cannot be shown says so. It
-    raises nothing, whatever the methods of the value do.
+    Omitted parts are marked by `…`; values that cannot be shown are marked as such. It never
+    raises,
+    whatever the value's methods do.
 
     Args:
-        value: Anything: nested beyond the recursion limit, in a cycle, an integer of 5000 digits.
-        room: Characters of text it may hold, about.
+        value: Any value: deeper than the recursion limit, cyclic, or an integer of 5000 digits.
+        room: Approximate limit on the characters of text.
 
     Example:
         >>> shortened({"batch": (3, 1.5), "files": ["a" * 100, "b"]}, room=60)
@@ -65,7 +67,7 @@ def shortened(value: Any, room: int = MOST_CHARACTERS) -> Any:
 
 
 class _Shortened:
-    """Makes values of what room is left."""
+    """Converts values within the remaining room."""
 
     def __init__(self, room: int) -> None:
         self._room = room
@@ -86,7 +88,7 @@ class _Shortened:
                     return self._mapping(value, depth + 1)
                 return self._list(value, depth + 1)
             return self._text(str(value))
-        except Exception as error:  # the class of the value decides what its methods do
+        except Exception as error:  # the value's class decides what its methods do
             return _cannot_be_shown(value, error)
 
     def _integer(self, value: int) -> Any:
@@ -114,7 +116,7 @@ class _Shortened:
         for key, item in values.items():
             if self._room <= 0:
                 return {**found, _MORE: _MORE}
-            name = self._name(key)  # before the item, which may need all the room
+            name = self._name(key)  # before the item, which may use all the room
             found[name] = self.of(item, depth)
         return found
 
@@ -130,7 +132,7 @@ def _cannot_be_shown(value: object, error: Exception) -> str:
 
 
 def dumps(value: Any, *, indent: int | None = None) -> str:
-    """`json.dumps` of `strict(value)`, safe to print: see `encode`."""
+    """Returns `json.dumps(strict(value))`, safe to print: see `encode`."""
     if indent is None:
         return encode(strict(value))
     text = json.dumps(strict(value), indent=indent, allow_nan=False, ensure_ascii=False)
@@ -138,12 +140,12 @@ def dumps(value: Any, *, indent: int | None = None) -> str:
 
 
 def encode(value: Any) -> str:
-    """`dumps` of a value that is strict already.
+    """Encodes a value that is already strict.
 
-    Letters of all scripts stay as they are. What is not printable is escaped as JSON does, so that
-    a file or a name in it cannot command the terminal it is printed on, and every stream can encode
-    it: control characters beyond those that JSON must escape, overrides of the direction of text,
-    lone surrogates.
+    Letters of all scripts are kept. Unprintable characters are escaped as JSON does, so that a file
+    or
+    a name cannot send commands to the terminal, and every stream can encode it. This covers control
+    characters beyond those that JSON must escape, text direction overrides and lone surrogates.
 
     Example:
         >>> print(encode({"é": chr(0x9B) + "2J" + chr(0x202E)}))
@@ -152,11 +154,12 @@ def encode(value: Any) -> str:
     return _printable(_encode(value))
 
 
-_encode = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode  # dumps makes one each time
+# json.dumps creates one on each call
+_encode = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
 
 
 def _printable(text: str) -> str:
     if text.isprintable():
         return text
-    # Outside of strings JSON is printable ASCII, so all that is found here is in one.
+    # Outside strings, JSON is printable ASCII, so all replacements are inside strings.
     return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)

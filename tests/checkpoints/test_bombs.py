@@ -127,12 +127,12 @@ PICKLES = {
     "a long of a million digits": b"L" + b"9" * 1_000_000 + b"L\n.",
     "a line without end": b"V" + b"a" * 3_000_000,
     "text of four gigabytes": START + b"X\xff\xff\xff\xff" + END,
-    "bytes beyond every memory": b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + END,
+    "bytes larger than any memory": b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + END,
     "a long of two gigabytes": START + b"\x8b\xff\xff\xff\x7f" + END,
     "a hundred thousand dimensions": START + storage(1000) + b"q\x000"
     + tensor(0, [1] * 100_000, [1] * 100_000) + END,
-    "a size beyond every memory": views([([2**62, 2**62], [0, 0])]),
-    "a stride beyond every memory": views([([2, 2], [2**62, 1])]),
+    "a size larger than any memory": views([([2**62, 2**62], [0, 0])]),
+    "a stride larger than any memory": views([([2, 2], [2**62, 1])]),
     "a storage larger than its record": START + storage(2**31 - 1) + b"q\x000"
     + tensor(0, [1], [1]) + END,
     "views over the same bytes": views(
@@ -231,7 +231,7 @@ def test_the_budget_is_what_refuses(tmp_path, monkeypatch):
     monkeypatch.setattr(bounded_reader, "BUDGET", bounded_reader.BUDGET // 500)
     assert inspect(tmp_path / "x.pt").contents.n_tensors == 400
     monkeypatch.setattr(bounded_reader, "BUDGET", 10_000)
-    with pytest.raises(DamagedFile, match=r"made to be slow or huge: after [\d,]+ steps"):
+    with pytest.raises(DamagedFile, match=r"built to be slow or huge: after [\d,]+ steps"):
         inspect(tmp_path / "x.pt")
 
 

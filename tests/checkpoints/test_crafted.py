@@ -72,7 +72,7 @@ def test_such_a_file_is_read_like_one_of_torch(tmp_path):
 )
 def test_a_tensor_that_reaches_out_of_its_storage_is_damage(tmp_path, offset, size, stride):
     path = write(tmp_path / "x.pt", {"w": Tensor(offset, size, stride)}, [1.0] * 4)
-    with pytest.raises(DamagedFile, match="w reaches beyond its storage of 16 bytes"):
+    with pytest.raises(DamagedFile, match="w extends past its storage of 16 bytes"):
         inspect(path)
 
 
@@ -116,7 +116,7 @@ def test_a_record_that_ends_behind_the_file_is_truncation(tmp_path):
     for sizes in (entry + 20, header + 18):  # compressed and not
         struct.pack_into("<II", raw, sizes, 10**6, 10**6)
     path.write_bytes(raw)
-    with pytest.raises(DamagedFile, match="truncated: record data/0 ends behind the end"):
+    with pytest.raises(DamagedFile, match="truncated: record data/0 extends past the end"):
         inspect(path)
 
 
@@ -143,8 +143,8 @@ def test_safetensors_may_name_its_tensors_in_any_order(tmp_path):
         (("F32", [2], [-8, 0]), r"w of shape \[2\] has 8 bytes"),
         (("F32", [-1, -2], [0, 8]), r"w of shape \[-1, -2\] has 8 bytes"),
         (("F32", [2], [0, 12]), r"w of shape \[2\] has 12 bytes"),
-        (("F32", [8], [0, 32]), "w ends behind the end of the file"),
-        (("F99", [2], [0, 8]), "w has dtype F99, which is unknown here"),
+        (("F32", [8], [0, 32]), "w extends past the end of the file"),
+        (("F99", [2], [0, 8]), "w has dtype F99, which is not supported"),
     ],
     ids=str,
 )
@@ -159,7 +159,7 @@ def test_a_header_of_millions_of_brackets_is_odd(tmp_path, monkeypatch):
     path = write_safetensors(tmp_path / "x.safetensors", bytes(8), w=("F32", [2], [0, 8]))
     assert inspect(path).contents.n_tensors == 1  # 2 braces, 4 colons, 3 commas, 2 brackets
     monkeypatch.setattr(safetensors, "_MOST_MARKS", 10)
-    with pytest.raises(DamagedFile, match="11 brackets, colons and commas, which is odd"):
+    with pytest.raises(DamagedFile, match="JSON is too large: 11 brackets, colons and commas"):
         inspect(path)
 
 
@@ -167,7 +167,7 @@ def test_a_header_of_millions_of_brackets_is_odd(tmp_path, monkeypatch):
 def test_a_shape_of_many_dimensions_is_odd(tmp_path, n):
     entry = ("F32", [1] * n, [0, 4])
     path = write_safetensors(tmp_path / "x.safetensors", bytes(4), w=entry)
-    with pytest.raises(DamagedFile, match=f"w has {n:,} dimensions, which is odd"):
+    with pytest.raises(DamagedFile, match=f"w has {n:,} dimensions; torch supports at most"):
         inspect(path)
 
 

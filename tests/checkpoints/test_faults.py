@@ -88,7 +88,7 @@ def test_last_clean_is_found_without_a_verify_before(saved, damage, caplog):
     damage(last_file(folder))
     with CheckpointStore(folder) as store:
         assert_same_bits(LongRun.resumed(store, "last-clean").advance(10).everything(), expected)
-        assert "passing over a checkpoint" in caplog.text
+        assert "skipping a checkpoint" in caplog.text
         assert store.rollback().step == 3
 
 
@@ -162,7 +162,7 @@ def test_a_run_resumes_with_the_release_that_wrote_its_manifest(saved):
     path = folder / "manifest.json"
     ours = path.read_text()
     path.write_text(ours.replace('"version": 1', '"version": 2'))
-    with pytest.raises(CheckpointError, match="version 2, this release reads up to 1; upgrade"):
+    with pytest.raises(CheckpointError, match="version 2, but this release reads up to 1; upgrade"):
         CheckpointStore(folder)
     path.write_text(ours)
     with CheckpointStore(folder) as store:
@@ -183,7 +183,7 @@ def test_a_save_that_fails_is_logged_and_the_run_goes_on(saved, caplog, monkeypa
             assert run.save(store) is None
             with pytest.raises(TypeError):
                 store.save(f=len, step=1)  # wrong use is no fault of the disk
-        assert "step 6 was NOT saved: [Errno 5] Input/output error; training goes on" in caplog.text
+        assert "step 6 was NOT saved: [Errno 5] Input/output error; training continues" in caplog.text
         assert_same_bits(run.advance(10).everything(), expected)
         assert run.save(store).clean
     assert not list(folder.glob(".tmp-*"))
@@ -292,10 +292,10 @@ def test_a_directory_that_becomes_read_only_during_the_run(tmp_path):
         options="size=8m",
     )
     assert "step 6 was NOT saved: [Errno 30] Read-only file system" in done.stderr
-    assert "cannot be written to: Read-only file system; choose another directory" in done.stdout
+    assert "Read-only file system; choose another directory" in done.stdout
 
 
 def test_a_folder_that_is_a_file(tmp_path):
     (tmp_path / "run").write_text("")
-    with pytest.raises(CheckpointError, match="cannot be written to: File exists"):
+    with pytest.raises(CheckpointError, match="cannot write to .*: File exists"):
         CheckpointStore(tmp_path / "run")

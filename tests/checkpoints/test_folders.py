@@ -58,7 +58,7 @@ def test_a_folder_of_weights_alone_has_nothing_to_go_back_to(tmp_path, capsys, d
 def test_settings_are_no_source_when_named_either(tmp_path, capsys):
     last, args = write(tmp_path / "last.pt", NAN), tmp_path / "args.pt"
     torch.save({"lr": 0.1}, args)
-    with pytest.raises(CheckpointError, match=r"cannot be rolled back to: holds no tensors"):
+    with pytest.raises(CheckpointError, match=r"cannot be used for a rollback: holds no tensors"):
         roll_back_file(last, args)
     assert ckpt(capsys, "rollback", last, "--to", args)[0] == 1
 
@@ -159,7 +159,7 @@ def test_a_bin_that_is_no_file_of_torch_is_left_out_and_said(tmp_path, capsys):
     write(tmp_path / "ckpt.pt")
     status, out, _ = ckpt(capsys, "verify", tmp_path)
     assert status == 0
-    assert f"skip {tmp_path / 'train.bin'}: does not begin as a file of torch does" in out
+    assert f"skip {tmp_path / 'train.bin'}: does not begin like a torch file" in out
     assert f"skip {tmp_path / 'training_args.bin'}: settings of the Hugging Face Trainer" in out
 
 
@@ -251,8 +251,8 @@ STEP = "step-000000010.000001.sharded"
 @pytest.mark.parametrize(
     ("name", "lost", "says"),
     [
-        (STEP, ["__0_0.distcp"], "is one checkpoint of a store; give the store: {}"),
-        (STEP, ["__0_0.distcp", ".metadata"], "is one checkpoint of a store; give the store: {}"),
+        (STEP, ["__0_0.distcp"], "is one checkpoint of a store; pass the store instead: {}"),
+        (STEP, ["__0_0.distcp", ".metadata"], "is one checkpoint of a store; pass the store instead: {}"),
         ("step_10", ["__0_0.distcp"], "1 of 1 files is missing: __0_0.distcp"),
         ("step_10", [".metadata"], ".metadata is missing, without which"),
     ],

@@ -45,7 +45,7 @@ def test_the_latest_epoch_not_after_its_own_and_the_newest_of_those(tmp_path):
         os.utime(write(tmp_path / name, epoch), (modified, modified))
     write(tmp_path / "later.pt", 6)
     write(tmp_path / f"{files.TEMPORARY}e.pt", 5)  # of a writer that is at work, or was killed
-    assert chosen(last) == ("c.pt", ["later.pt: is of epoch 6, after epoch 5"])
+    assert chosen(last) == ("c.pt", ["later.pt: is from epoch 6, later than epoch 5"])
     flip(tmp_path / "c.pt")
     name, (_, passed_over) = chosen(last)
     assert (name, passed_over) == ("b.pt", "c.pt: data/0 changed after it was written")
@@ -57,7 +57,7 @@ def test_half_of_the_tensors_are_enough(tmp_path):
     write(tmp_path / "less.pt", 5, names="axyz")
     assert chosen(last) == (
         "half.pt",
-        ["less.pt: is of another model: it shares 1 of 4 tensors"],
+        ["less.pt: belongs to another model: it shares 1 of 4 tensors"],
     )
 
 
@@ -106,7 +106,7 @@ def test_a_disk_that_fails_while_copying_changes_nothing(tmp_path, monkeypatch):
     honest = files.Sink.write
     with monkeypatch.context() as patch:
         patch.setattr(files.Sink, "write", lambda sink, data: honest(sink, bytes(len(data))))
-        with pytest.raises(DamagedFile, match=r"is not what was verified: .* the disk is failing"):
+        with pytest.raises(DamagedFile, match=r"differs from what was verified: .* the disk is failing"):
             roll_back_file(last, good)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
@@ -173,5 +173,5 @@ def test_the_last_file_of_lightning_is_found(tmp_path, capsys):
 def test_a_source_that_changed_on_the_disk_is_refused(tmp_path):
     last, good = write(tmp_path / "last.pt", 5, NAN), write(tmp_path / "good.pt", 4)
     flip(good)
-    with pytest.raises(CheckpointError, match=r"cannot be rolled back to: .* changed after"):
+    with pytest.raises(CheckpointError, match=r"cannot be used for a rollback: .* changed after"):
         roll_back_file(last, good)

@@ -10,7 +10,7 @@ from fastguard import CheckpointStore
 from fastguard.checkpoints import DamagedFile, manifest
 from guardtest.commands import ckpt
 
-DAMAGED = r"manifest\.json is damaged: it has .*; nothing was changed"
+DAMAGED = r"manifest\.json is invalid: it has .*; nothing was changed"
 
 
 def save(store, step):
@@ -60,7 +60,7 @@ def check_refused(store, capsys):
             CheckpointStore(store, read_only=read_only)
     for action in ("list", "verify", "rollback"):
         status, _, err = ckpt(capsys, action, store)
-        assert status == 1 and "manifest.json is damaged: it has " in err
+        assert status == 1 and "manifest.json is invalid: it has " in err
     status, out, _ = ckpt(capsys, "verify", store.parent)  # as one of the folders in it
     assert status == 1 and "manifest.json is damaged" in out
     after = everything(store.parent)
@@ -191,7 +191,7 @@ def nested(n):
 @pytest.mark.parametrize("tag", [nested(200), nested(100_000), 10**5000, {1, 2}], ids=type)
 def test_a_tag_that_a_manifest_cannot_hold_is_refused_when_it_is_saved(tmp_path, tag):
     with CheckpointStore(tmp_path) as store:
-        with pytest.raises(TypeError, match="cannot be kept in the manifest"):
+        with pytest.raises(TypeError, match="cannot be stored in the manifest"):
             store.save(w=torch.ones(1), step=1, tag=tag)
         assert store.list() == ()
 

@@ -275,9 +275,9 @@ def test_files_of_other_formats_are_called_by_their_names(tmp_path):
     torch.export.save(exported, tmp_path / "x.pt2")
     (tmp_path / "x.gz").write_bytes(gzip.compress(b"x"))
     for ending, what in (
-        ("npy", r"an array of numpy \(\.npy\)"),
-        ("npz", r"arrays of numpy \(\.npz\)"),
-        ("pt2", r"a program of torch\.export \(\.pt2\)"),
+        ("npy", r"a numpy array \(\.npy\)"),
+        ("npz", r"numpy arrays \(\.npz\)"),
+        ("pt2", r"a torch\.export program \(\.pt2\)"),
         ("gz", "compressed with gzip"),
     ):
         path.write_bytes((tmp_path / f"x.{ending}").read_bytes())

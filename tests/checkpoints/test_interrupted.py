@@ -130,7 +130,7 @@ def test_what_a_rollback_cannot_rename_stays_put_aside(tmp_path, monkeypatch, ca
             patch.setattr(os, "replace", held)
             assert store.rollback().step == 0
             assert save(store, 1).clean  # and no later save fails of it
-        assert f"{aside.file} cannot be renamed: [Errno 5]" in caplog.text
+        assert f"{aside.file}: [Errno 5]" in caplog.text
         assert steps(store) == [0, 1] and store.replaced() == (aside,)
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", lambda *a: held(*a))

@@ -137,7 +137,7 @@ def test_a_store_that_cannot_be_opened_is_not_locked(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
-        with pytest.raises(CheckpointError, match="cannot be opened for writing") as full:
+        with pytest.raises(CheckpointError, match="cannot open .* for writing") as full:
             CheckpointStore(tmp_path)
     with CheckpointStore(tmp_path):
         pass
@@ -162,7 +162,7 @@ def test_a_rollback_reads_its_target_first(tmp_path, caplog):
         save(store, 0)
         corrupt(tmp_path / save(store, 1).file)
         save(store, 2, NAN)
-        with pytest.raises(CheckpointError, match=r"cannot be rolled back to: .*\"last-clean\""):
+        with pytest.raises(CheckpointError, match=r"cannot roll back to .*\"last-clean\""):
             store.rollback(to=1)
         assert steps(store) == [0, 1, 2]
         assert store.rollback().step == 0
@@ -288,7 +288,7 @@ def test_damage_is_known_to_the_process_even_if_it_cannot_be_written_down(
             patch.setattr(os, "fsync", fail)
             assert [check.ok for check in store.verify()] == [True, False]
             assert save(store, 2) is None
-        assert "cannot be written: [Errno 28] No space left" in caplog.text
+        assert "cannot write the manifest of" in caplog.text
         assert store.last_clean().step == 0
 
 
@@ -307,7 +307,7 @@ def test_a_file_that_cannot_be_removed_is_tried_again_by_the_next_writer(
         with monkeypatch.context() as patch:
             patch.setattr(Path, "unlink", held)
             assert save(store, 1).clean
-        assert f"{old} cannot be removed" in caplog.text
+        assert f"cannot remove {old}" in caplog.text
         assert old.exists() and steps(store) == [1]
     with CheckpointStore(tmp_path, keep=1) as store:
         assert not old.exists() and steps(store) == [1]
@@ -378,7 +378,7 @@ def test_a_bomb_with_the_right_checksum_does_not_go_off(tmp_path):
 def test_the_manifest_of_another_tool_is_left_alone(tmp_path):
     path = tmp_path / "manifest.json"
     path.write_text('{"name": "a web page"}')
-    with pytest.raises(CheckpointError, match=r"manifest\.json is no manifest of a Ch.*move"):
+    with pytest.raises(CheckpointError, match=r"manifest\.json is not the manifest of a Ch.*move"):
         CheckpointStore(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["manifest.json"]
     assert path.read_text() == '{"name": "a web page"}'

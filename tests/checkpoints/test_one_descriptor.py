@@ -59,7 +59,7 @@ def test_a_file_that_is_written_to_after_it_was_hashed_is_refused(store, monkeyp
 
     monkeypatch.setattr(archive, "sha256_of_open", then_overwrite)
     with CheckpointStore(store, read_only=True) as opened:
-        with pytest.raises(DamagedFile, match="was changed while it was read"):
+        with pytest.raises(DamagedFile, match="was changed while it was being read"):
             opened.load("last")
 
 
@@ -85,7 +85,7 @@ def test_shards_that_are_swapped_after_they_were_hashed_are_not_loaded(tmp_path,
             if held:
                 assert opened.load("last").state["m"]["w"][0] == 1.0
             else:
-                with pytest.raises(DamagedFile, match="was changed while it was read"):
+                with pytest.raises(DamagedFile, match="was changed while it was being read"):
                     opened.load("last")
 
 
@@ -95,7 +95,7 @@ def test_shards_outside_of_their_folder_are_not_read(tmp_path):
     (tmp_path / "outside").write_text("")
     with open_files.OpenFiles(folder) as opened:
         for name in ("../outside", str(tmp_path / "outside"), "", "."):
-            with pytest.raises(DamagedFile, match="outside of it"):
+            with pytest.raises(DamagedFile, match="outside it"):
                 with opened.open(name):
                     pass
 
@@ -111,7 +111,7 @@ def test_a_source_that_is_swapped_after_it_was_looked_at_is_not_copied(tmp_path,
         return copy(source, path)
 
     monkeypatch.setattr(durable_files, "copy_temporary", swapped)
-    with pytest.raises(DamagedFile, match="is not what was verified"):
+    with pytest.raises(DamagedFile, match="differs from what was verified"):
         roll_back_file(tmp_path / "last.pt", tmp_path / "good.pt")
     assert (tmp_path / "last.pt").read_bytes() == before
     assert not list(tmp_path.glob(".tmp-*"))

@@ -33,15 +33,15 @@ REFUSED = {
     "a name twice": (b"{%b,%b}" % (A, A), 2, "names a twice"),
     "a key twice": (b'{"a":{"dtype":"U8",%b}' % A[5:], 2, "names dtype twice"),
     "metadata twice": (b'{"__metadata__":{},"__metadata__":{},%b}' % A, 2, "__metadata__ twice"),
-    "metadata of numbers": ({"__metadata__": {"x": 1}}, 0, "something that is no text"),
+    "metadata of numbers": ({"__metadata__": {"x": 1}}, 0, "a value that is not text"),
     "half a byte": ({"a": entry("F4", [3], 0, 2)}, 2, r"a of shape \[3\] has 2 bytes"),
     "a product beyond 64 bits": ({"a": entry("U8", [2**40, 2**40, 0], 0, 0)}, 0, "larger than any"),
-    "a shape of floats": ({"a": entry("U8", [2.0], 0, 2)}, 2, "not made of integers"),
-    "a shape of bools": ({"a": entry("U8", [True], 0, 1)}, 1, "not made of integers"),
-    "NaN": (b'{"a":NaN}', 0, "no safetensors header"),
-    "UTF-16": ('{"a":{}}'.encode("utf-16"), 0, "no safetensors header"),
-    "a lone surrogate": (b'{"\\ud800":{}}', 0, "no safetensors header"),
-    "a list": (b"[]", 0, "is no JSON object"),
+    "a shape of floats": ({"a": entry("U8", [2.0], 0, 2)}, 2, "not consist of integers"),
+    "a shape of bools": ({"a": entry("U8", [True], 0, 1)}, 1, "not consist of integers"),
+    "NaN": (b'{"a":NaN}', 0, "not a safetensors header"),
+    "UTF-16": ('{"a":{}}'.encode("utf-16"), 0, "not a safetensors header"),
+    "a lone surrogate": (b'{"\\ud800":{}}', 0, "not a safetensors header"),
+    "a list": (b"[]", 0, "is not a JSON object"),
 }
 
 

@@ -170,7 +170,7 @@ def test_a_partial_tensor_is_refused_and_a_size_is_kept(mesh, tmp_path):
     partial = DTensor.from_local(torch.ones(2), mesh, [Partial()])
     shard = distribute_tensor(torch.ones(2), mesh, [Shard(0)])
     with CheckpointStore(tmp_path) as store:
-        with pytest.raises(CheckpointError, match=r"m\.w is partial: make it whole"):
+        with pytest.raises(CheckpointError, match=r"m\.w is a partial DTensor"):
             store.save(m={"w": partial}, step=0)
         store.save(m={"w": shard, "size": torch.Size([2])}, step=1)
         state = store.load().state["m"]

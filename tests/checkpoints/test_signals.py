@@ -43,7 +43,7 @@ def test_sigterm_from_outside_ends_the_run_with_a_clean_checkpoint(tmp_path):
     process.send_signal(signal.SIGTERM)  # launchers repeat themselves
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 128 + signal.SIGTERM, errors
-    assert "signal 15: the run ends at step" in errors
+    assert "signal 15: stopping at step" in errors
     with CheckpointStore(tmp_path) as store:
         (entry,) = store.list()
         assert entry.clean
@@ -82,7 +82,7 @@ def test_a_disk_that_fails_keeps_no_run_from_ending(store, monkeypatch, caplog):
         patch.setattr(os, "fsync", fail)
         with pytest.raises(SystemExit):
             store.maybe_save(x=1, step=5)
-    assert "the run ends at step 5; saved nothing" in caplog.text
+    assert "stopping at step 5; saved nothing" in caplog.text
 
 
 def test_of_several_flags_one_is_enough(store):

@@ -40,7 +40,7 @@ def test_random_streams_of_other_devices_are_refused_whole():
     state = {**random_state(), "cuda": [torch.zeros(16, dtype=torch.uint8)] * 64}
     torch.rand(1)
     before = torch.get_rng_state()
-    with pytest.raises(CheckpointError, match=r"of 64 CUDA devices.*rng=False"):
+    with pytest.raises(CheckpointError, match=r"from 64 CUDA devices.*rng=False"):
         set_random_state(state)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -112,7 +112,7 @@ def test_a_guard_that_started_afresh_counts_from_nothing(store):
 
 def test_the_manifest_is_json_that_every_parser_reads(store):
     save(store, 0, metric=NAN)
-    with pytest.raises(TypeError, match="tag=nan cannot be kept"):
+    with pytest.raises(TypeError, match="tag=nan cannot be stored"):
         save(store, 1, tag=NAN)
 
     def refuse(constant):
@@ -138,7 +138,7 @@ def test_of_two_checkpoints_of_a_step_the_newer_counts(store):
     save(store, 1, 2.0)
     assert store.load(1).state["weights"]["w"].tolist() == [2.0] * 3
     assert [check.entry.serial for check in store.verify(1)] == [2]
-    with pytest.raises(ValueError, match="True is no checkpoint"):
+    with pytest.raises(ValueError, match="True is not a checkpoint"):
         store.load(True)
 
 
@@ -192,4 +192,4 @@ def test_a_checkpoint_that_is_not_finite_is_said_and_others_are_not(store, caplo
     save(store, 0)
     assert not caplog.messages
     save(store, 1, NAN)
-    assert "the checkpoint of step 1 is not finite: weights.w (3 NaN)" in caplog.text
+    assert "the checkpoint at step 1 is not finite: weights.w (3 NaN)" in caplog.text

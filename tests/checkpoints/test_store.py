@@ -220,9 +220,9 @@ def test_rollback_to_a_step(store):
     with pytest.raises(CheckpointError, match="no checkpoint 7; its steps are 1"):
         store.rollback(to=7)
     save(store, 2, NAN)
-    with pytest.raises(CheckpointError, match=r"cannot be rolled back to.*last-clean"):
+    with pytest.raises(CheckpointError, match=r"cannot roll back to .*last-clean"):
         store.rollback(to=2)
-    with pytest.raises(ValueError, match="'worst' is no checkpoint"):
+    with pytest.raises(ValueError, match="'worst' is not a checkpoint"):
         store.rollback(to="worst")
 
 
@@ -238,7 +238,7 @@ def test_a_lost_manifest_is_built_again_from_the_files(tmp_path, caplog):
     with CheckpointStore(tmp_path, keep=5) as store:
         assert store.list() == before
         assert save(store, 2).serial == 3
-    assert "lost or damaged; built again from 2 checkpoints" in caplog.text
+    assert "lost or damaged; rebuilt from 2 checkpoints" in caplog.text
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b'["format", 3]', None], ids=range(4))
@@ -261,7 +261,7 @@ def test_a_manifest_of_a_newer_version_is_a_clear_error_and_is_left_alone(tmp_pa
     path = tmp_path / "manifest.json"
     newer = path.read_text().replace('"version": 1', '"version": 2')
     path.write_text(newer)
-    with pytest.raises(CheckpointError, match="version 2, this release reads up to 1; upgrade"):
+    with pytest.raises(CheckpointError, match="version 2, but this release reads up to 1; upgrade"):
         CheckpointStore(tmp_path, read_only=read_only)
     assert path.read_text() == newer
     path.write_text(newer.replace('"version": 2', '"version": 1'))
@@ -285,7 +285,7 @@ def test_a_second_process_is_told_who_holds_the_store(store):
     command = [sys.executable, "-c", OTHER, str(store.directory)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     locked, count = done.stdout.splitlines()
-    assert f"is open for writing in process {os.getpid()}; wait for it or stop it" in locked
+    assert f"is open for writing in process {os.getpid()}; wait for that process or stop it" in locked
     assert count == "1"
 
 
@@ -308,7 +308,7 @@ def test_read_only_changes_nothing(store):
             save(looking, 2)
         with pytest.raises(CheckpointError, match="read_only"):
             looking.rollback()
-    with pytest.raises(CheckpointError, match="is no directory"):
+    with pytest.raises(CheckpointError, match="is not a directory"):
         CheckpointStore(store.directory / "nowhere", read_only=True)
 
 
@@ -381,7 +381,7 @@ def test_wrong_settings(tmp_path, arguments, error, message):
         ({"step": -1}, ValueError, "step=-1 must be an integer >= 0"),
         ({"step": 1.5}, ValueError, r"step=1\.5"),
         ({"step": 1, "epoch": True}, ValueError, "epoch=True"),
-        ({"step": 1, "tag": {1, 2}}, TypeError, "tag=.* cannot be kept in the manifest"),
+        ({"step": 1, "tag": {1, 2}}, TypeError, "tag=.* cannot be stored in the manifest"),
         ({"step": 1, "incidents": -1}, ValueError, "incidents=-1"),
     ],
 )
@@ -404,7 +404,7 @@ def test_wrong_arguments_of_load_change_nothing(store):
     before = model.weight.clone()
     with torch.no_grad():
         model.weight += 1
-    with pytest.raises(CheckpointError, match="no state of 'optimizer', only of 'model', 'pos"):
+    with pytest.raises(CheckpointError, match="no state for 'optimizer', only for 'model', 'pos"):
         store.load("last", model=model, optimizer=optimizer)
     with pytest.raises(TypeError, match=r"position=4 has no load_state_dict; read it from"):
         store.load("last", model=model, position=4)

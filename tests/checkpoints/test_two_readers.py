@@ -198,7 +198,7 @@ def test_a_storage_that_is_said_to_have_more_elements_than_its_record(tmp_path):
     found = records()
     found["data/0"] = found["data/0"][:8]
     path = write(tmp_path / "x.pt", under("x", found))
-    with pytest.raises(DamagedFile, match=r"said to have 4 elements, and has 2"):
+    with pytest.raises(DamagedFile, match=r"claims 4 elements but has 2"):
         inspect(path)
 
 

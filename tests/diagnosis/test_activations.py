@@ -77,7 +77,7 @@ def test_a_finite_step_is_bitwise_the_same_under_a_cleaning_guard():
         net(x).sum().backward()
     assert all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), plain, strict=True))
     assert not any(map(any, guard.counts().values()))
-    assert str(guard) == "nothing bad in the outputs of 3 modules"
+    assert str(guard) == "no bad values in the outputs of 3 modules"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -300,7 +300,7 @@ def test_a_model_that_is_none():
 def test_a_model_on_the_meta_device_is_counted_once_it_has_memory(mode):
     module = nn.Linear(2, 1, device="meta")
     guard = ActivationGuard(module, mode=mode)
-    assert str(guard) == "nothing bad in the outputs of 1 modules"
+    assert str(guard) == "no bad values in the outputs of 1 modules"
     assert module(torch.ones(1, 2, device="meta")).is_meta
     for look in (guard.counts, guard.__str__):
         with pytest.raises(ValueError, match=r"on the meta device.*memory first.*to_empty"):

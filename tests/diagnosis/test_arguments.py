@@ -162,9 +162,9 @@ def test_an_iterator_of_batches_loses_eight() -> None:
         ({"optimizer": [0.1]}, "optimizer is a list, not a torch.optim.Optimizer"),
         ({"data": 3}, "data is a int; pass an iterable of batches"),
         ({"batch": ()}, "batch is a tuple of 0; pass (inputs, targets)"),
-        ({"batch": DataLoader([1])}, "batch is a DataLoader; pass one batch of it: next(iter("),
+        ({"batch": DataLoader([1])}, "batch is a DataLoader; pass one batch from it: next(iter("),
         ({"loss_fn": nn.MSELoss}, "loss_fn is the class MSELoss; pass an instance of it"),
-        ({"autocast": 16}, "autocast=16 is no context; pass 'float16', 'bfloat16' or"),
+        ({"autocast": 16}, "autocast=16 is not a context; pass 'float16', 'bfloat16' or"),
     ],
     ids=lambda value: "".join(value) if isinstance(value, dict) else "",  # an address is no id
 )

@@ -83,7 +83,7 @@ DETACHED = {
 @pytest.mark.parametrize("form, what", NUMBERS.values(), ids=NUMBERS)
 def test_a_number_is_a_detached_loss(form, what: str) -> None:
     found = by_kind(diagnose(sound_model(), sound_batch(), step=step_returning(form)))
-    assert f"the loss was detached: what comes back is {what}," in found["loss-detached"].seen
+    assert f"the loss is detached: the step returned {what}," in found["loss-detached"].seen
     assert ".item()" in found["loss-detached"].remedy
     assert "loss-shape" not in found
 
@@ -110,7 +110,7 @@ def test_a_step_that_goes_backward_itself_is_told_not_to() -> None:
         return loss
 
     found = by_kind(diagnose(sound_model(), sound_batch(), step=step))
-    assert "neither backward nor optimizer.step" in found["backward-raises"].remedy
+    assert "not call backward or optimizer.step" in found["backward-raises"].remedy
 
 
 class OwnLoss(nn.Module):
@@ -154,7 +154,7 @@ def test_labels_that_a_mapping_lacks() -> None:
 
     x, y = sound_batch()
     found = diagnose(Labelled(), {"x": x})
-    assert "put 'labels' into the batch" in found.of("not-checked")[0].remedy
+    assert "add 'labels' to the batch" in found.of("not-checked")[0].remedy
     assert diagnose(Labelled(), {"x": x, "labels": y}).ok
 
 

@@ -41,9 +41,9 @@ def test_an_eps_that_is_0_in_float16(kind: str, foreach: bool) -> None:
     found = by_kind(run(kind, torch.float16, foreach=foreach))
     assert found["eps-vanished"].severity == "error"
     assert "is 0 in float16, whose smallest number is 6e-08" in found["eps-vanished"].seen
-    assert "the first step did so to 0.weight, 0.bias" in found["eps-vanished"].seen
+    assert "this happened in the first step to 0.weight, 0.bias" in found["eps-vanished"].seen
     assert "float32" in found["eps-vanished"].remedy
-    assert "mend the optimizer first: eps" in found["diverges"].remedy
+    assert "fix the optimizer first: eps" in found["diverges"].remedy
     assert not run(kind, torch.bfloat16, foreach=foreach).of("eps-vanished", "diverges")
     assert not run(kind, torch.float16, foreach=foreach, eps=1e-4).of("eps-vanished", "diverges")
 
@@ -94,7 +94,7 @@ def test_a_weight_decay_that_decides_the_step(kind: str, more: dict, severity: s
 
 def test_a_run_that_its_weight_decay_destroys() -> None:
     found = by_kind(run("SGD", lr=0.1, momentum=0.9, weight_decay=50))
-    assert found["diverges"].remedy.startswith("mend the optimizer first: lr * weight_decay")
+    assert found["diverges"].remedy.startswith("fix the optimizer first: lr * weight_decay")
 
 
 def test_a_schedule_warms_the_decay_up_too() -> None:

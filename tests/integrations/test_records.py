@@ -271,7 +271,7 @@ def test_a_second_optimizer_has_a_file_of_its_own(tmp_path):
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        ({"records": 7}, TypeError, "7 is no path for records"),
+        ({"records": 7}, TypeError, "7 is not a path for records"),
         ({"records": "."}, IsADirectoryError, "'.' is a folder; name a file in it"),
         ({"records": "run/"}, IsADirectoryError, "'run/' is a folder; name a file in it"),
         ({"sinks": print}, TypeError, r"must be a list of sinks, such as \[print\]"),

@@ -114,7 +114,7 @@ def load_sharded_elsewhere(folder: Path) -> list[float]:
     model = torch.nn.Linear(6, 8)
     fully_shard(model)
     with store_of(folder) as store:
-        with pytest.raises(CheckpointError, match=r"random state is of 2 ranks.*rng=False"):
+        with pytest.raises(CheckpointError, match=r"random state is from 2 ranks.*rng=False"):
             store.load("last", model=model)
         store.load("last", model=model, rng=False)
     return model.weight.full_tensor().flatten().tolist()
@@ -142,7 +142,7 @@ def save_own(folder: Path) -> None:
 def test_values_of_each_rank_need_as_many_ranks(two: Ranks, tmp_path: Path) -> None:
     two.run(save_own, tmp_path)
     with CheckpointStore(tmp_path) as store:
-        with pytest.raises(CheckpointError, match=r"saved by 2 ranks that hold stage\.w each"):
+        with pytest.raises(CheckpointError, match=r"saved by 2 ranks, each with its own values of stage\.w"):
             store.load("last", stage=torch.nn.Module())
         assert store.load().state["stage"]["w"].tolist() == [0.0] * 3
 
@@ -304,7 +304,7 @@ def wrong_use(folder: Path) -> str:
         store.save(model=model, step=0)
         weight = model.weight.detach().clone()
         torch.nn.init.zeros_(model.weight)
-        with pytest.raises(CheckpointError, match="no state of 'other'"):
+        with pytest.raises(CheckpointError, match="no state for 'other'"):
             store.load("last", {"model": model, **({"other": model} if rank else {})})
         assert not model.weight.any()  # what one rank cannot load, no rank loads
         store.load("last", model=model)

@@ -64,7 +64,7 @@ def test_losses_are_detached(losses_by_name):
         ({"a\x1b[2J\nok": None}, TypeError, r"a\\x1b\[2J\\nok=None"),
         ({"a\x1b[2J\nok": torch.ones(2)}, ValueError, r"a\\x1b\[2J\\nok has shape"),
         ("\x1b\n" * 5000, TypeError, r"loss='.{1,60}… is a str"),
-        ({"grad_norm": 1.0}, ValueError, "'grad_norm', which is the gradient norm's own signal"),
+        ({"grad_norm": 1.0}, ValueError, "'grad_norm', which is reserved for the gradient norm"),
     ],
 )
 @pytest.mark.parametrize("losses_by_name", [named_losses, read_losses])

@@ -159,7 +159,7 @@ def test_damaged_lines_are_skipped_counted_and_named_on_demand(
         file.write(b'\x00\xff\n\n[1, 2]\n{"step": 1}\n')
     assert len(list(read_records(path))) == 1
     assert "3 damaged lines" in caplog.text
-    with pytest.raises(ValueError, match=r"r\.jsonl:2 is no record"):
+    with pytest.raises(ValueError, match=r"r\.jsonl:2 is not a record"):
         list(read_records(path, strict=True))
     with pytest.raises(FileNotFoundError):
         list(read_records(tmp_path / "missing.jsonl"))

@@ -1,1 +1,1 @@
-"""Reads checkpoint files, also foreign ones, without executing anything in them."""
+"""Reads checkpoint files, including those of other programs, without executing them."""

@@ -1,7 +1,7 @@
-"""The bytes of a pickle, read within a budget of memory and time.
+"""Reads the bytes of a pickle within a budget of memory and time.
 
-A length in a pickle is a claim: it is compared with what the file holds before anything is
-allocated for it, and what is read is charged to the budget.
+A length in a pickle is not trusted: it is compared with the size of the file before anything is
+allocated, and everything read is charged to the budget.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from fastguard.checkpoints.errors import DamagedFile
 from fastguard.checkpoints.reading.inert_values import LongBytes, LongText
 
 BUDGET = 1_200_000_000
-"""Bytes, roughly, that what one pickle describes may take, the work for it counted as bytes too:
-some 12 million opcodes, or 200,000 tensors. One of many bytes has 16 for each of them more, up to
-twice as much."""
+"""Approximate bytes that the contents of one pickle may take, with work counted as bytes too: about
+12 million opcodes, or 200,000 tensors. A large pickle gets another 16 per byte, up to twice as
+much in total."""
 SHORT, LONG, KEPT = 4096, 16 << 20, 64 << 20
-"""Text and bytes are left in the file (arrays of numpy are pickled as such) where one has more than
-16 MB, and from 4 kB on when 64 MB of them have been kept."""
-_LINE = 1 << 20  # bytes; the longest argument of an opcode of protocol 0
+"""Text and bytes (numpy arrays are pickled as such) stay in the file if longer than 16 MB, or
+longer than 4 kB once 64 MB have been kept."""
+_LINE = 1 << 20  # bytes; the longest argument of a protocol 0 opcode
 _DIGITS = 5000
 
 
 class BoundedReader:
-    """Reads the arguments of opcodes; see the top of this file.
+    """Reads the arguments of opcodes; see the module docstring.
 
     Args:
         file: Open for reading, at the start of the pickle.
-        origin: The byte of the whole file at which `file` begins, if it is a part of one.
+        origin: Byte offset of `file` within the whole file, if it is a part of one.
     """
 
     def __init__(self, file: IO[bytes], origin: int = 0) -> None:
@@ -41,24 +41,26 @@ class BoundedReader:
         self._kept = 0
 
     def charge(self, n_bytes: int) -> None:
-        """Takes what some work costs from the budget; the next step finds it used up."""
+        """Charges work to the budget; the next step fails if the budget is used up."""
         self._budget -= n_bytes
 
     def _bytes(self, n: int) -> bytes:
         if n < 0:
             raise ValueError("negative length")
-        self.charge(5 * n)  # of text in four bytes a character, and as it is stored
-        if n > SHORT:  # `read` allocates first: is there as much?
+        self.charge(5 * n)  # text uses up to four bytes per character, plus the stored form
+        if n > SHORT:  # `read` allocates first, so check the size before
             self._check_left(n)
             if self._budget < 0:
-                raise DamagedFile(f"its pickle holds a value of {n:,} bytes, which is odd")
+                raise DamagedFile(
+                    f"its pickle has a value of {n:,} bytes, too large for a checkpoint"
+                )
         raw = self._file.read(n)
         if len(raw) < n:
             raise DamagedFile("its pickle ends too soon")
         return raw
 
     def _check_left(self, n: int) -> int:
-        """Where the file stands, if there are `n` bytes more."""
+        """Returns the position in the file after checking that `n` more bytes follow."""
         at = self._file.tell()
         end = self._file.seek(0, os.SEEK_END)
         self._file.seek(at)
@@ -80,7 +82,7 @@ class BoundedReader:
         return raw
 
     def _is_kept(self, n: int) -> bool:
-        """Whether text or bytes are read now, or left in the file."""
+        """Whether text or bytes are read now instead of being left in the file."""
         if n <= SHORT:
             return True
         if n > LONG or self._kept + n > KEPT:

@@ -1,7 +1,7 @@
-"""Where the tensors of a checkpoint file lie: the zip and the legacy format of torch, safetensors.
+"""Locates the tensors of a checkpoint file: torch zip, torch legacy, or safetensors.
 
-Nothing here reads tensor data. A `Span` says which bytes of the file a tensor takes its elements
-from, so that one pass over the file, in file order and in small pieces, can look at all of them.
+Tensor data are not read here. A `Span` gives the bytes that hold a tensor's elements, so that a
+single pass over the file, in file order and in small pieces, can check all tensors.
 """
 
 from __future__ import annotations
@@ -35,30 +35,30 @@ _SMALL = 1000  # bytes
 
 
 def read_contents(path: str | os.PathLike[str]) -> Contents:
-    """What a `.pt`, `.pth` or `.safetensors` file holds, without reading the tensors.
+    """Returns the contents of a `.pt`, `.pth` or `.safetensors` file without reading tensors.
 
     Raises:
-        DamagedFile: It is truncated, or in no known format.
+        DamagedFile: The file is truncated, or in an unknown format.
         UnsafeFile: It asks to call a function that torch does not write.
-        OSError: It cannot be opened, or is no regular file.
+        OSError: It cannot be opened, or is not a regular file.
     """
     with open_regular(path) as file:
         return contents_of(file, path)
 
 
 def contents_of(file: BinaryIO, path: str | os.PathLike[str]) -> Contents:
-    """`read_contents`, of a file that is open.
+    """Like `read_contents`, for an open file.
 
     Args:
         file: The file.
-        path: Its name, which tells safetensors.
+        path: Its name, which identifies safetensors files.
     """
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
     start = file.read(BEGINNING)
     file.seek(0)
     if (other := other_format(start)) is not None:
-        raise DamagedFile(f"{os.fspath(path)}: {other}, no checkpoint of torch or safetensors")
+        raise DamagedFile(f"{os.fspath(path)}: {other}, not a torch or safetensors checkpoint")
     try:
         if start[:4] == b"PK\x03\x04":
             return _read_zip(file, size)
@@ -69,24 +69,24 @@ def contents_of(file: BinaryIO, path: str | os.PathLike[str]) -> Contents:
         raise type(error)(f"{os.fspath(path)}: {error}") from None
     except OSError:
         raise
-    except Exception as error:  # numbers and names of the file that make no sense
+    except Exception as error:  # invalid numbers and names in the file
         raise DamagedFile(f"{os.fspath(path)}: damaged ({error!r})") from None
 
 
 def read_shards(file: BinaryIO, path: Path, places: Sequence[tuple[int, int]]) -> Contents:
-    """What a file of `torch.distributed.checkpoint` holds: one archive of torch behind the other.
+    """Returns the contents of a `torch.distributed.checkpoint` file: consecutive torch archives.
 
     Args:
-        file: The file, open.
+        file: The open file.
         path: Its name.
         places: First byte and length of each shard.
 
     Returns:
-        The tensors and checksums of all of them, each with the number of its shard and a slash
-        before its name.
+        The tensors and checksums of all shards. Each name is prefixed with the number of its shard
+        and a slash.
 
     Raises:
-        DamagedFile, UnsafeFile, OSError: As `read_contents`.
+        DamagedFile, UnsafeFile, OSError: See `read_contents`.
     """
     spans: list[Span] = []
     records: list[Record] = []
@@ -114,7 +114,7 @@ def read_shards(file: BinaryIO, path: Path, places: Sequence[tuple[int, int]]) -
 
 
 class _Stretch(io.RawIOBase):
-    """Some bytes of an open file, as a file of their own."""
+    """A range of bytes of an open file, presented as a file."""
 
     def __init__(self, file: BinaryIO, start: int, size: int) -> None:
         self._file, self._start, self._size, self._at = file, start, size, 0
@@ -138,23 +138,23 @@ class _Stretch(io.RawIOBase):
         return n
 
 
-# torch, zip: a directory of uncompressed records; `data.pkl` is the tree, `data/KEY` the storages.
+# torch zip format: uncompressed records; `data.pkl` is the tree, `data/KEY` the storages.
 
 
 def _read_zip(file: BinaryIO, size: int, origin: int = 0) -> Contents:
-    """What an archive of torch holds.
+    """Returns the contents of a torch archive.
 
     Args:
         file: The archive.
-        size: Its bytes.
-        origin: The file's byte at which it begins, for what the pickle leaves in the file.
+        size: Its size in bytes.
+        origin: Its byte offset in the whole file, for values that the pickle leaves in the file.
     """
     found = read_directory(file, size)
     records = {r.name: Record(r.name, r.start, r.end, r.crc32) for r in found}
     if "archive_format" in records:
-        raise DamagedFile("a program of torch.export (.pt2), no checkpoint of torch or safetensors")
+        raise DamagedFile("a torch.export program (.pt2), not a torch or safetensors checkpoint")
     if "data.pkl" not in records:
-        raise DamagedFile("no checkpoint of torch: it has no data.pkl")
+        raise DamagedFile("not a torch checkpoint: it has no data.pkl")
     _check_opened_by_torch(file, records)
     if "byteorder" in records and _bytes_of(file, records["byteorder"]) != b"little":
         raise DamagedFile("written on a big-endian machine, which is not supported")
@@ -176,9 +176,9 @@ def _read_zip(file: BinaryIO, size: int, origin: int = 0) -> Contents:
 
 
 def _check_opened_by_torch(file: BinaryIO, records: Mapping[str, Record]) -> None:
-    """Raises unless torch's own reader finds the same records at the same places.
+    """Checks that torch's own reader finds the same records at the same offsets.
 
-    It allocates what the archive says that some small records have, so they are looked at first.
+    That reader allocates the stated size of some small records, so their sizes are checked first.
     """
     for name in ("version", ".data/version", ".data/serialization_id", "byteorder"):
         if name in records and records[name].end - records[name].start > _SMALL:
@@ -192,7 +192,7 @@ def _check_opened_by_torch(file: BinaryIO, records: Mapping[str, Record]) -> Non
         why = str(error).partition("  (Could")[0].splitlines()[0][:200]
         raise DamagedFile(f"torch cannot open it: {why}") from None
     if places != {name: record.start for name, record in records.items()}:
-        raise DamagedFile("damaged: torch finds other records in it than its directory says")
+        raise DamagedFile("damaged: torch finds other records than its directory lists")
 
 
 def _bytes_of(file: IO[bytes], record: Record) -> bytes:
@@ -206,7 +206,7 @@ def _bytes_of(file: IO[bytes], record: Record) -> bytes:
 def _read_legacy(file: IO[bytes], size: int) -> Contents:
     _check_no_tar(file)
     if load_inert(file) != _LEGACY_MAGIC:
-        raise DamagedFile("neither a checkpoint of torch nor, by its name, a safetensors file")
+        raise DamagedFile("neither a torch checkpoint nor, by its name, a safetensors file")
     load_inert(file)  # protocol version
     load_inert(file)  # byte order and type sizes of the machine
     names: list[str] = []
@@ -234,32 +234,32 @@ def _read_legacy(file: IO[bytes], size: int) -> Contents:
         start = at + 8
         at = start + struct.unpack("<q", length)[0] * dtypes[key].itemsize
         if not start <= at <= size:
-            raise DamagedFile(f"truncated: storage {key:.80} ends behind the end of the file")
+            raise DamagedFile(f"truncated: storage {key:.80} extends past the end of the file")
         places[key] = (start, at)
     return replace(_contents("torch (legacy)", tree, places, ()), names=tuple(names))
 
 
 def _check_no_tar(file: IO[bytes]) -> None:
-    """Raises if the file is a tar archive too, which torch would read first."""
+    """Raises if the file is also a tar archive, which torch would try to read first."""
     header = file.read(tarfile.BLOCKSIZE)
     file.seek(0)
     try:
         tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
         return
-    raise DamagedFile("a tar archive, as torch wrote in 2016; torch itself refuses it by now")
+    raise DamagedFile("a tar archive, as torch wrote in 2016; current torch refuses it")
 
 
 def _contents(
     form: str, tree: Any, places: Mapping[str, tuple[int, int]], records: tuple[Record, ...]
 ) -> Contents:
-    """The distinct tensors of a tree, and the arrays in it.
+    """Collects the distinct tensors and the numpy arrays of a tree.
 
     Args:
-        form: As in `Contents`.
-        tree: What `load_inert` gave.
+        form: The format; see `Contents`.
+        tree: The result of `load_inert`.
         places: First byte and end of each storage.
-        records: As in `Contents`.
+        records: See `Contents`.
     """
     spans: dict[tuple[int, torch.dtype, tuple, tuple], Span] = {}
     arrays: list[tuple[str, NumpyArray]] = []
@@ -274,11 +274,11 @@ def _contents(
                 left_in_file.add(leaf.start)
             if leaf.unread is not None:
                 unread.append((name, leaf.unread))
-        if isinstance(leaf, StorageRef) and leaf.dtype is not None:  # without a tensor over it
+        if isinstance(leaf, StorageRef) and leaf.dtype is not None:  # no tensor uses this storage
             leaf = TensorRef(leaf, leaf.dtype, 0, (leaf.n,), (1,))
         elif isinstance(leaf, StorageRef) and leaf.n:
             _check_storage(leaf, storages, places)
-            unread.append((name, "a storage without element type"))
+            unread.append((name, "a storage without an element type"))
         if not isinstance(leaf, TensorRef):
             continue
         _check_storage(leaf.storage, storages, places)
@@ -292,16 +292,16 @@ def _contents(
 def _check_storage(
     ref: StorageRef, seen: dict[str, StorageRef], places: Mapping[str, tuple[int, int]]
 ) -> None:
-    """Raises unless a storage is what its record holds: torch believes the first who names it."""
+    """Checks that all uses of a storage agree with its record; torch trusts the first one."""
     first = seen.setdefault(ref.key, ref)
     if first.dtype != ref.dtype:
-        raise DamagedFile(f"damaged: storage {ref.key:.80} is of two types")
+        raise DamagedFile(f"damaged: storage {ref.key:.80} has two types")
     if ref.key in places and not ref.start:
         start, end = places[ref.key]
         n_held = (end - start) // (ref.dtype or torch.uint8).itemsize
         if ref.n > n_held:
             raise DamagedFile(
-                f"damaged: storage {ref.key:.80} is said to have {ref.n} elements, and has {n_held}"
+                f"damaged: storage {ref.key:.80} claims {ref.n} elements but has {n_held}"
             )
 
 
@@ -318,7 +318,7 @@ def _span(
     start = first + storage.start * unit + ref.offset * itemsize
     negative = min(ref.offset, storage.start, *ref.size, *ref.stride, 0) < 0
     if negative or start + n * itemsize > end or math.prod(ref.size) >= 2**63:
-        raise DamagedFile(f"damaged: {name:.200} reaches beyond its storage of {end - first} bytes")
+        raise DamagedFile(f"damaged: {name:.200} extends past its storage of {end - first} bytes")
     return Span(name, ref.dtype, start, n, ref.size, ref.stride, _is_dense(ref.size, ref.stride))
 
 

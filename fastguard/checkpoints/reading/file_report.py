@@ -1,4 +1,4 @@
-"""What reading one file of a checkpoint shows: whose it is, what it weighs, what is non-finite."""
+"""Summarises one file of a checkpoint: its header, size, checksum and non-finite tensors."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from fastguard.errors import Culprit
 
 HEADER = "fastguard"
 SHARD = "__fastguard_shard__"
-"""Key of what stands in a tree for a tensor that `torch.distributed.checkpoint` keeps."""
+"""Key of the placeholder for a tensor that `torch.distributed.checkpoint` stores."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileReport:
-    """What reading a checkpoint, or one file of it, from front to back showed.
+    """The result of reading a whole checkpoint, or one file of it.
 
     Attributes:
-        header: What it says of itself; None for a file that holds shards alone.
-        sha256: Of the file; of the list of files and their hashes, if it is a folder.
-        size: Bytes.
-        tensors: Names of the tensors in it, those of the random streams aside.
-        bad: `(name, nan, posinf, neginf)` of what is non-finite.
+        header: The checkpoint's own metadata; None for a file that only holds shards.
+        sha256: Checksum of the file; for a folder, of the list of files and their hashes.
+        size: Size in bytes.
+        tensors: Names of the tensors, except those of random states.
+        bad: `(name, nan, posinf, neginf)` for each non-finite tensor or number.
     """
 
     header: Mapping[str, Any] | None
@@ -38,16 +38,16 @@ class FileReport:
 
 
 def look_at_file(path: Path, *, crc32: bool = True) -> FileReport:
-    """Reads a file that `torch.save` wrote: every tensor, every checksum. Follows no link.
+    """Reads a `torch.save` file and checks every tensor and checksum; follows no links.
 
     Args:
         path: The file.
-        crc32: Whether to compare the checksums of its records; spared where the SHA-256 is known.
+        crc32: Whether to check the checksums of its records; not needed if the SHA-256 is known.
 
     Raises:
-        DamagedFile: It is not whole, or no checkpoint of a store.
+        DamagedFile: The file is incomplete, or not a checkpoint of a store.
         UnsafeFile: It asks to call a function.
-        OSError: It cannot be read, or is no regular file.
+        OSError: It cannot be read, or is not a regular file.
     """
     found = inspect(path, sha256=True, crc32=crc32, follow_links=False)
     if found.damaged:
@@ -73,21 +73,22 @@ def look_at_file(path: Path, *, crc32: bool = True) -> FileReport:
 
 
 def own_name(name: str) -> str:
-    """The name that a user knows of something in the payload."""
+    """Converts a name within the payload to the name that the user knows."""
     for part in ("objects.", "data."):
         name = name.removeprefix(part)
     return name
 
 
 def not_ignored(bad: Sequence[Culprit], ignore: Sequence[str]) -> tuple[Culprit, ...]:
-    """The culprits that no pattern of `fnmatch` excuses (`"*.attn_mask"`)."""
+    """Returns the non-finite tensors that match no `fnmatch` pattern (`"*.attn_mask"`)."""
     return tuple(c for c in bad if not any(fnmatchcase(c[0], pattern) for pattern in ignore))
 
 
 def nan_numbers(tree: Any) -> list[Culprit]:
-    """Python floats in a checkpoint that are NaN: a learning rate, the scale of a GradScaler.
+    """Returns the Python floats in a checkpoint that are NaN, such as a learning rate or loss
+    scale.
 
-    Infinite ones are left alone: `ReduceLROnPlateau` starts with one, and `max_norm` may be one.
+    Infinite floats are ignored: `ReduceLROnPlateau` starts with one, and `max_norm` may be one.
     """
     return [
         (name, 1, 0, 0)

@@ -1,17 +1,18 @@
-"""What stands in the place of what a pickle names and calls. Nothing is looked up, nothing runs.
+"""Placeholders for the names and calls in a pickle. Nothing is looked up and nothing runs.
 
-A name gives one of three things:
+A name becomes one of three things:
 
-* an entry of `CALLS`, the short list that torch itself writes (and numpy, for scalars and arrays),
-  each replaced by a function of this package that only takes notes: a tensor becomes a `TensorRef`;
-* a dtype or a storage type of torch;
-* for everything else, a `Name`. Creating objects of it, giving them state and items makes a
-  `StandIn`.
+* An entry of `CALLS`, the short list of functions that torch writes (and numpy, for scalars and
+  arrays). Each is replaced by a function of this package that only records its arguments: a tensor
+  becomes a `TensorRef`.
+* A dtype or a storage type of torch.
+* Otherwise a `Name`. Creating an object of it, and giving it state and items, makes a `StandIn`.
 
-*Calling* a `Name` (the REDUCE opcode, which is how a pickle runs `os.system`) makes a `StandIn` too
-where the name is that of a value type: an enum, a `datetime`, a `partial`, a class of any package.
-It raises `UnsafeFile` where it is that of a function, or of a class of the standard library that
-does more than to hold values. Either way nothing happens here: the error warns of other readers.
+*Calling* a `Name` (the REDUCE opcode, with which a pickle runs `os.system`) also makes a `StandIn`
+if the name is that of a value type: an enum, a `datetime`, a `partial`, or a class from any
+package. If it is a function, or a class of the standard library that does more than hold values,
+`UnsafeFile` is raised. Nothing is executed in either case; the error is a warning about other
+readers.
 """
 
 from __future__ import annotations
@@ -47,11 +48,11 @@ _DTYPES = {
     name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)
 }  # torch.float32, ...
 _STORAGES = {name: dtype for dtype, name in torch.storage._dtype_to_storage_type_map().items()}
-_MOST_DIMENSIONS = 64  # what torch's own loops over elements support
+_MOST_DIMENSIONS = 64  # the limit of torch's own loops over elements
 
 
 class Call:
-    """An entry of `CALLS`, which a pickle can call but not change."""
+    """An entry of `CALLS`, which a pickle can call but not modify."""
 
     __slots__ = ("name", "work")
 
@@ -64,8 +65,8 @@ class Call:
 
 
 def meaning(module: str, name: str) -> Any:
-    """What a name of a pickle stands for."""
-    # torch.save writes protocol 2, with the names that Python 2 had
+    """Returns the placeholder for a name in a pickle."""
+    # torch.save writes protocol 2, which uses the names of Python 2
     module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
     module = MOVED.get(module, module)
     qualified = f"{module}.{name}"
@@ -82,10 +83,10 @@ def meaning(module: str, name: str) -> Any:
 
 
 def call(function: Any, arguments: tuple[Any, ...]) -> Any:
-    """What a call makes, which is not made.
+    """Returns the placeholder for the result of a call, which is not made.
 
     Raises:
-        UnsafeFile: It is that of no value type.
+        UnsafeFile: The function does not belong to a value type.
     """
     if isinstance(function, Call):
         return function.work(*arguments)
@@ -94,10 +95,10 @@ def call(function: Any, arguments: tuple[Any, ...]) -> Any:
 
 
 def give_state(target: Any, state: Any, charge: Callable[[int], None]) -> None:
-    """The BUILD opcode, for what is neither a stand-in nor a dict.
+    """Handles the BUILD opcode for targets that are neither a stand-in nor a dict.
 
     Raises:
-        UnsafeFile: It would change a name or a call.
+        UnsafeFile: It would modify a name or a call.
     """
     if isinstance(target, NumpyArray | NumpyDtype):
         target.set_state(state, charge)
@@ -107,14 +108,13 @@ def give_state(target: Any, state: Any, charge: Callable[[int], None]) -> None:
 
 def _dimensions(values: Any) -> tuple[int, ...]:
     if not isinstance(values, tuple | list) or not all(type(v) is int for v in values):
-        raise DamagedFile("damaged: a shape that is no tuple of integers")
+        raise DamagedFile("damaged: a shape that is not a tuple of integers")
     if len(values) > _MOST_DIMENSIONS:
         raise DamagedFile(
-            f"a tensor of {len(values):,} dimensions, which is odd: torch computes with up to "
-            f"{_MOST_DIMENSIONS}"
+            f"a tensor of {len(values):,} dimensions; torch supports at most {_MOST_DIMENSIONS}"
         )
     if not all(-(2**63) <= v < 2**63 for v in values):
-        raise DamagedFile("damaged: a shape beyond every memory")
+        raise DamagedFile("damaged: a shape larger than any memory")
     return tuple(values)
 
 
@@ -134,10 +134,11 @@ def _tensor_of_dtype(
 
 
 def _quantized(storage: Any, offset: Any, size: Any, stride: Any, quantizer: Any, *_: Any) -> Any:
-    """The integers of a quantized tensor, and the scale that each of them is multiplied by.
+    """Returns the integers of a quantized tensor and the scale that multiplies them.
 
-    A scale of NaN or Inf makes every element non-finite. One for the whole tensor is a Python
-    float, and stands here as an array of one element, so that it is looked at as those of channels.
+    A scale of NaN or Inf makes every element non-finite. A per-tensor scale is a Python float; it
+    is
+    represented as an array of one element, so that it is checked like per-channel scales.
     """
     if not isinstance(quantizer, tuple) or len(quantizer) < 3:
         raise DamagedFile("damaged: a quantized tensor without its scale")
@@ -167,14 +168,16 @@ def _bytearray(*arguments: Any) -> Any:
 
 
 def _joined(separator: str) -> Callable[..., str]:
-    """Of the parts of a path, of a device; a bomb joins what it has joined before to itself."""
+    """Returns a function that joins path or device parts, limited against repeated joining."""
 
     def join(*parts: Any) -> str:
         if not all(isinstance(part, str | int) for part in parts):
-            raise DamagedFile("damaged: a path or a device of something that is no text")
+            raise DamagedFile("damaged: a path or device that is not text")
         text = separator.join(str(part) for part in parts)
         if len(text) > 4096:
-            raise DamagedFile(f"a path or a device of {len(text):,} characters, which is odd")
+            raise DamagedFile(
+                f"a path or device of {len(text):,} characters, too long for a checkpoint"
+            )
         return text
 
     return join
@@ -193,12 +196,12 @@ def _list(items: Any = (), *_: Any) -> list[Any]:
 
 
 def _dict(items: Any = (), *_: Any) -> InertDict:
-    """Of another dict, or of pairs, as Python 2 pickled an OrderedDict."""
+    """Builds a dict from a dict or from pairs, as Python 2 pickled an OrderedDict."""
     if isinstance(items, dict):
         return InertDict(items)
     pairs = list(items)
     if not all(isinstance(p, list | tuple) and len(p) == 2 and type(p[0]) is str for p in pairs):
-        raise DamagedFile("damaged: a dict of something that is no pairs")
+        raise DamagedFile("damaged: a dict made from something other than pairs")
     return InertDict(pairs)
 
 
@@ -225,7 +228,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "collections.defaultdict": lambda _factory=None, items=(): _dict(items),
     "collections.deque": _list,
     "builtins.getattr": attribute,
-    "builtins.set": _list,  # elements may be stand-ins; a list keeps whatever is in it
+    "builtins.set": _list,  # elements may be unhashable stand-ins
     "builtins.frozenset": _list,
     "builtins.bytearray": _bytearray,
     "builtins.bytes": _bytearray,
@@ -245,11 +248,11 @@ for _name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"):
     CALLS[f"pathlib.{_name}"] = CALLS["pathlib.Path"]
 for _name in ("multiarray.scalar", "multiarray._reconstruct", "numeric._frombuffer"):  # numpy 2
     CALLS[f"numpy._core.{_name}"] = CALLS[f"numpy.core.{_name}"]
-# Python 3.13 pickles paths by the module that defines them, which no other Python has.
+# Python 3.13 pickles paths under the module that defines them, which only that version has.
 MOVED = {"pathlib._local": "pathlib"}
 
 
 def _object_of(kind: Any) -> StandIn:
     if not isinstance(kind, Name):
-        raise DamagedFile("damaged: an object of something that is no class")
+        raise DamagedFile("damaged: an object whose class is not a class")
     return StandIn(kind.qualified_name)

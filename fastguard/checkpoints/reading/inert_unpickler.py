@@ -1,17 +1,17 @@
-"""Reading a pickle without running it: a machine for its opcodes that calls nothing.
+"""Reads a pickle without running it: interprets its opcodes but calls nothing.
 
-A pickle is a program: it names globals, calls them, and builds objects. Here a name is never looked
-up (`inert_calls` says what stands in its place), and the work is bounded: each opcode, and each
-copy that one asks for, is charged to a budget of memory and time, so that no file of a few
-kilobytes takes gigabytes or minutes. Bombs that a budget alone does not stop:
+A pickle is a program: it names globals, calls them, and builds objects. Here names are never looked
+up (`inert_calls` provides placeholders) and the work is bounded: every opcode, and every copy that
+an opcode asks for, is charged to a budget of memory and time, so that a file of a few kilobytes
+cannot take gigabytes or minutes. Some attacks need more than a budget:
 
-* memo indices: the unpickler of C allocates an array as long as the largest one; this memo is a
-  dict;
-* hashes of nested tuples, and of integers chosen to collide: only plain keys are hashed
-  (`inert_values.plain_key`), all others are replaced;
-* text of decimal digits, which takes quadratic time: at most 5,000 of them.
+* Memo indices: the C unpickler allocates an array as long as the largest index; this memo is a
+  dict.
+* Hashes of nested tuples, and integers chosen to collide: only plain keys are hashed
+  (`inert_values.plain_key`); all others are replaced.
+* Decimal digits, which take quadratic time to parse: at most 5,000 are accepted.
 
-Python's own unpickler is four times as fast for a checkpoint, but bounds nothing.
+Python's own unpickler is four times as fast for a checkpoint, but has no limits.
 
 Source: https://docs.python.org/3/library/pickletools.html, `torch/_weights_only_unpickler.py`.
 """
@@ -37,17 +37,17 @@ from fastguard.checkpoints.reading.inert_values import (
     size_of,
 )
 
-_STEP = 100  # of the budget: an opcode takes 0.2 µs, to look at what it leaves 0.5 µs
-_OBJECT = 100  # a container or an object
-_CALL = 250  # its work, and what it makes
+_STEP = 100  # of the budget: an opcode takes 0.2 µs, inspecting its result 0.5 µs
+_OBJECT = 100  # cost of a container or an object
+_CALL = 250  # cost of a call and its result
 
 
 class InertUnpickler(BoundedReader):
-    """Reads one pickle; see the top of this file.
+    """Reads one pickle; see the module docstring.
 
     Args:
-        file: Open for reading, at the start of the pickle; left behind its end.
-        origin: The file's byte at which `file` begins, if it is a part of one.
+        file: Open for reading, at the start of the pickle; left positioned after its end.
+        origin: Byte offset of `file` within the whole file, if it is a part of one.
     """
 
     def __init__(self, file: IO[bytes], origin: int = 0) -> None:
@@ -64,8 +64,9 @@ class InertUnpickler(BoundedReader):
             n_steps += 1
             if self._budget < 0:
                 raise DamagedFile(
-                    f"its pickle is made to be slow or huge: after {n_steps:,} steps it takes more "
-                    "than a checkpoint needs"
+                    f"its pickle seems built to be slow or huge: after {n_steps:,} steps it "
+                    "exceeds "
+                    "what a checkpoint needs"
                 )
             handler = handlers.get(code)
             if handler is None:
@@ -77,7 +78,7 @@ class InertUnpickler(BoundedReader):
 
     @property
     def names(self) -> list[str]:
-        """The classes and functions that it names, those of dtypes and storages aside."""
+        """Returns the classes and functions that it names, except dtypes and storages."""
         found = (
             value.qualified_name if isinstance(value, Name) else value.name
             for value in self._names.values()
@@ -181,7 +182,7 @@ class InertUnpickler(BoundedReader):
 
     def _global(self, module: Any, name: Any) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
-            raise TypeError("a name that is no text")
+            raise TypeError("a name that is not text")
         key = module, name
         if key not in self._names:
             self._names[key] = meaning(module, name)
@@ -190,10 +191,10 @@ class InertUnpickler(BoundedReader):
     def _reduce(self) -> None:
         arguments, function = self._stack.pop(), self._stack.pop()
         if not isinstance(arguments, tuple):
-            raise TypeError("arguments that are no tuple")
+            raise TypeError("arguments that are not a tuple")
         self.charge(_CALL + sum(map(size_of, arguments)))
         if self._budget < 0:
-            raise DamagedFile("its pickle copies the same values again and again, which is odd")
+            raise DamagedFile("its pickle copies the same values too many times")
         self._push(call(function, arguments))
 
     def _new_object(self, arguments: Any, keywords: Any = None) -> None:
@@ -222,18 +223,18 @@ class InertUnpickler(BoundedReader):
 
     def _persistent(self, pid: Any) -> None:
         kind = pid[0] if isinstance(pid, tuple) and pid else None
-        if kind == "module":  # the source code of a module, in files of torch 0.x
+        if kind == "module":  # source code of a module, in files of torch 0.x
             return self._push(pid[1])
         if kind not in ("storage", b"storage"):
-            raise DamagedFile("the file refers to something that is no storage of torch")
+            raise DamagedFile("the file refers to something that is not a torch storage")
         _, storage_type, key, _location, n, *view = pid
         if not isinstance(storage_type, StorageType) or not isinstance(key, str | int):
-            raise DamagedFile("the file refers to a storage by something that is no name")
+            raise DamagedFile("the file refers to a storage by an invalid name")
         start = 0
         if view and view[0] is not None:
             _view_key, start, n = view[0]
         if not all(type(value) is int and 0 <= value < 2**63 for value in (n, start)):
-            raise DamagedFile("the file refers to a storage of no possible size")
+            raise DamagedFile("the file refers to a storage of impossible size")
         self._made(StorageRef(str(key), storage_type.dtype, n, start))
 
 
@@ -241,7 +242,7 @@ Handler = Callable[[InertUnpickler], object]
 
 
 def _reads(form: str, use: Callable[[InertUnpickler, Any], object]) -> Handler:
-    """The handler of an opcode whose argument is a number; `form` as in `struct`."""
+    """Returns the handler of an opcode with a numeric argument; `form` as in `struct`."""
     number = struct.Struct(form)
     size, unpack = number.size, number.unpack
 
@@ -285,7 +286,7 @@ _HANDLERS: dict[bytes, Handler] = {
     pickle.LONG4: _reads("<i", M._long_of),
     pickle.FLOAT: lambda m: m._push(float(m._digits())),
     pickle.BINFLOAT: _reads(">d", M._push),
-    # text and bytes; what Python 2 called text is read as Latin-1
+    # text and bytes; Python 2 text is read as Latin-1
     pickle.STRING: M._quoted,
     pickle.BINSTRING: _reads("<i", lambda m, n: m._push(m._bytes(n).decode("latin1"))),
     pickle.SHORT_BINSTRING: _reads("<B", lambda m, n: m._push(m._bytes(n).decode("latin1"))),
@@ -297,7 +298,7 @@ _HANDLERS: dict[bytes, Handler] = {
     pickle.SHORT_BINBYTES: _reads("<B", lambda m, n: m._push(m._raw(n))),
     pickle.BINBYTES8: _reads("<Q", lambda m, n: m._push(m._raw(n))),
     pickle.BYTEARRAY8: _reads("<Q", lambda m, n: m._push(m._raw(n))),
-    # containers; sets are lists here, whose items may be anything
+    # containers; a set becomes a list, since its items may be unhashable
     pickle.EMPTY_TUPLE: lambda m: m._push(()),
     pickle.TUPLE1: lambda m: m._tuple(1),
     pickle.TUPLE2: lambda m: m._tuple(2),
@@ -332,23 +333,23 @@ del M
 
 
 def load_inert(file: IO[bytes], origin: int = 0, names: list[str] | None = None) -> Any:
-    """The tree that one pickle describes, with nothing of it executed.
+    """Returns the tree that a pickle describes without executing anything in it.
 
     Args:
-        file: Open for reading, at the start of the pickle; left behind its end.
-        origin: The file's byte at which `file` begins, if it is a part of one.
-        names: Gets the classes and functions that the pickle names.
+        file: Open for reading, at the start of the pickle; left positioned after its end.
+        origin: Byte offset of `file` within the whole file, if it is a part of one.
+        names: A list to extend with the classes and functions that the pickle names.
 
     Raises:
-        UnsafeFile: It asks to call what is no value type.
-        DamagedFile: It is not a whole pickle, or made to be slow or huge.
+        UnsafeFile: The pickle calls something that is not a value type.
+        DamagedFile: The pickle is incomplete, or exceeds the limits.
     """
     try:
         machine = InertUnpickler(file, origin)
         tree = machine.load()
     except (CheckpointError, UnsafeFile):
         raise
-    except Exception as error:  # whatever arbitrary bytes do to an unpickler
+    except Exception as error:  # arbitrary bytes can raise anything
         raise DamagedFile(f"its pickle cannot be read ({type(error).__name__}: {error})") from None
     if names is not None:
         names.extend(machine.names)

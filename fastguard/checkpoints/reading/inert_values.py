@@ -1,4 +1,4 @@
-"""What a pickle becomes that is read and not run: plain containers, references, stand-ins."""
+"""Values that a pickle is turned into when read inertly: containers, references, stand-ins."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class StorageRef:
-    """Bytes of the file: `n` elements of `dtype`, from element `start` of record `key`.
+    """A range of the file: `n` elements of `dtype`, from element `start` of record `key`.
 
-    `dtype` is None where the tensors that use the bytes say what they are.
+    `dtype` is None if only the tensors that use the bytes define it.
     """
 
     key: str
@@ -33,24 +33,24 @@ class TensorRef:
 
 
 class Attached(NamedTuple):
-    """A tensor and the Python attributes that it carries."""
+    """A tensor together with its Python attributes."""
 
     value: Any
     state: Any
 
-    def __repr__(self) -> str:  # what is inside may hold itself a billion times
+    def __repr__(self) -> str:  # the contents may contain themselves a billion times
         return "<tensor with attributes>"
 
 
 @dataclass(frozen=True, slots=True)
 class StorageType:
-    """A storage class of torch; `dtype` is None for untyped ones."""
+    """A storage class of torch; `dtype` is None if untyped."""
 
     dtype: torch.dtype | None
 
 
 class Name:
-    """A class or function that the pickle names, and that is never looked up."""
+    """A class or function named in the pickle and never looked up."""
 
     __slots__ = ("qualified_name",)
 
@@ -62,11 +62,11 @@ class Name:
 
 
 class StandIn:
-    """An object of a class that is not loaded: what its pickle said of it, and no behaviour.
+    """An object whose class is not loaded; holds the pickled data and has no behaviour.
 
     Attributes:
-        qualified_name: Of the class, or of the function that the pickle would have called for it.
-        parts: Arguments, states and items, in the order in which it got them.
+        qualified_name: Name of the class, or of the function that the pickle would have called.
+        parts: Arguments, states and items, in the order received.
     """
 
     __slots__ = ("parts", "qualified_name")
@@ -80,7 +80,7 @@ class StandIn:
 
 
 class InertDict(dict):
-    """A dict of the file that may have attributes as well (`state_dict._metadata`)."""
+    """A dict from the file that may also have attributes (`state_dict._metadata`)."""
 
     attributes: Any = None
 
@@ -89,7 +89,7 @@ class InertDict(dict):
 
 
 class OpaqueKey:
-    """A key of a dict that is not hashed: a set, an object, a tower of tuples, a huge number.
+    """A dict key that is not hashed: a set, an object, a deeply nested tuple, a huge number.
 
     Attributes:
         tensor: The key, if it is a tensor; else None.
@@ -106,13 +106,13 @@ class OpaqueKey:
 
 @dataclass(frozen=True, slots=True)
 class LongBytes:
-    """Bytes in the pickle that are left where they are: a file may hold gigabytes of them.
+    """Bytes that are left in the pickle, since a file may contain gigabytes of them.
 
     Attributes:
-        start: First byte, from the beginning of the file.
-        n_stored: Bytes there.
-        n: Bytes that it is.
-        is_text: Whether they are stored as the UTF-8 of Latin-1, as in protocol 2.
+        start: First byte, counted from the beginning of the file.
+        n_stored: Number of bytes stored.
+        n: Number of bytes after decoding.
+        is_text: Whether they are stored as Latin-1 text in UTF-8, as in protocol 2.
     """
 
     start: int
@@ -126,26 +126,26 @@ class LongBytes:
 
 @dataclass(frozen=True, slots=True)
 class LongText:
-    """Text in the pickle that is left where it is; `n` characters in `n_stored` bytes."""
+    """Text that is left in the pickle; `n` characters in `n_stored` bytes."""
 
     start: int
     n_stored: int
     n: int
 
     def encoded(self, encoding: str) -> LongBytes | None:
-        """The bytes, of Latin-1 text, which is how protocol 2 writes bytes; else None."""
+        """Returns the bytes if the text is Latin-1, as protocol 2 writes bytes; else None."""
         if encoding not in ("latin1", "latin-1"):
             return None
         return LongBytes(self.start, self.n_stored, self.n, is_text=True)
 
 
 def kind_of(value: Any) -> str:
-    """Names a value, without what is in it: that may be the same tuple a billion times."""
+    """Names a value without its contents, which may repeat the same tuple a billion times."""
     return repr(value) if isinstance(value, Name | StandIn) else f"a {type(value).__name__}"
 
 
 def plain_key(key: Any) -> Any:
-    """The key, if its hash is cheap and cannot be chosen; else one that is hashed by identity."""
+    """Returns the key if hashing it is cheap and safe; else a key hashed by identity."""
     kind = type(key)
     if kind in (str, bool, type(None), float, torch.dtype, StandIn, Name):
         return key
@@ -163,14 +163,14 @@ def _is_short(part: Any) -> bool:
 
 
 def dict_of(items: list[Any]) -> dict[Any, Any]:
-    """The dict of alternating keys and values."""
+    """Builds a dict from alternating keys and values."""
     if len(items) % 2:
-        raise ValueError("a key without value")
+        raise ValueError("a key without a value")
     return {plain_key(items[i]): items[i + 1] for i in range(0, len(items), 2)}
 
 
 def size_of(value: Any) -> int:
-    """What a copy of it takes, roughly."""
+    """Returns the approximate size of a copy, in bytes."""
     if isinstance(value, str | bytes | bytearray):
         return 3 * len(value)
     if isinstance(value, list | tuple | dict):

@@ -1,9 +1,8 @@
-"""One read of a checkpoint file: which tensors hold NaN or Inf, and its checksums.
+"""Checks a checkpoint file in one pass: finds tensors with NaN or Inf, and verifies checksums.
 
-The file goes by in pieces of 4 MB, in file order. While one thread hashes a piece, the other sums
-it: as everywhere in fastguard, **the sum is the finiteness flag**. Only a piece whose sum is not
-finite is looked at again (`nonfinite_spans`). So the memory is that of two pieces, whatever the
-file.
+The file is read in pieces of 4 MB, in file order. One thread hashes a piece while another sums it:
+**the sum is the finiteness flag**, as everywhere in fastguard. Only a piece with a non-finite sum
+is examined again (`nonfinite_spans`). Memory use is two pieces, for any file size.
 
 Tried and dropped: the measuring stage on every piece (bf16 at a sixth of the speed of the sum),
 `mmap` (resident memory grows with the file), hashing and summing in one thread (1.4x).
@@ -44,15 +43,15 @@ PIECE = 4 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What one read of a file says.
+    """The result of one pass over a file.
 
     Attributes:
-        size: Bytes.
-        sha256: Of the whole file, hexadecimal; None if not asked for.
-        contents: What the file holds.
-        bad: `(name, nan, posinf, neginf)` of each tensor with non-finite elements, in file order,
-            unless they are meant to be infinite.
-        damaged: Names of the records that do not have the checksum that the file states.
+        size: File size in bytes.
+        sha256: Checksum of the whole file, hexadecimal; None if not requested.
+        contents: What the file contains.
+        bad: `(name, nan, posinf, neginf)` for each tensor with non-finite elements, in file order,
+            except tensors that are infinite by design.
+        damaged: Names of the records whose checksum differs from the stated one.
         meant: The tensors that are infinite by design, as in `bad`, and what each is.
     """
 
@@ -71,16 +70,16 @@ def inspect(
     crc32: bool = True,
     follow_links: bool = True,
 ) -> Inspection:
-    """Reads a `.pt`, `.pth` or `.safetensors` file once and executes nothing of it.
+    """Reads a `.pt`, `.pth` or `.safetensors` file once and executes nothing in it.
 
     Args:
         path: The file.
-        sha256: Whether to hash it.
-        crc32: Whether to compare its records with the checksums that torch wrote beside them.
-        follow_links: As in `open_regular`.
+        sha256: Whether to hash the file.
+        crc32: Whether to check records against the checksums that torch stored.
+        follow_links: See `open_regular`.
 
     Raises:
-        DamagedFile, UnsafeFile, OSError: As `read_contents`.
+        DamagedFile, UnsafeFile, OSError: See `read_contents`.
     """
     with open_regular(path, follow_links=follow_links) as file:
         contents = contents_of(file, path)
@@ -90,12 +89,12 @@ def inspect(
             raise type(error)(f"{os.fspath(path)}: {error}") from None
         except OSError:
             raise
-        except Exception as error:  # what no tensor of torch or array of numpy can be
+        except Exception as error:  # values that no torch tensor or numpy array can have
             raise DamagedFile(f"{os.fspath(path)}: damaged ({error!r:.200})") from None
 
 
 def read_through(file: BinaryIO, contents: Contents, *, sha256: bool, crc32: bool) -> Inspection:
-    """`inspect`, of an open file whose contents are known."""
+    """Like `inspect`, for an open file whose contents are known."""
     digests = _Digests(sha256, contents.records if crc32 else ())
     counts: dict[str, list[int]] = {}
     with torch.inference_mode():
@@ -123,13 +122,13 @@ def read_through(file: BinaryIO, contents: Contents, *, sha256: bool, crc32: boo
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file, hexadecimal."""
+    """Returns the SHA-256 of a file, hexadecimal."""
     with open_regular(path) as file:
         return sha256_of_open(file)
 
 
 def sha256_of_open(file: BinaryIO) -> str:
-    """`sha256_of`, of a file that is open; left at its start."""
+    """Like `sha256_of`, for an open file; leaves it positioned at the start."""
     file.seek(0)
     digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
     file.seek(0)
@@ -137,7 +136,7 @@ def sha256_of_open(file: BinaryIO) -> str:
 
 
 class _Digests:
-    """Checksums of a stream of pieces, computed on a thread of their own."""
+    """Computes checksums of a stream of pieces on a separate thread."""
 
     def __init__(self, sha256: bool, records: Sequence[Record]) -> None:
         self._sha256 = hashlib.sha256() if sha256 else None
@@ -167,20 +166,21 @@ class _Digests:
         return None if self._sha256 is None else self._sha256.hexdigest()
 
     def damaged(self) -> tuple[str, ...]:
-        """Records with another checksum than stated.
+        """Returns the records whose checksum differs from the stated one.
 
-        If no record has the stated one, torch was told not to compute them: then nothing is known.
+        If no record matches, torch was told not to compute checksums, and nothing can be concluded.
         """
         wrong = [r.name for r, crc in zip(self._records, self._crcs, strict=True) if crc != r.crc32]
         return () if len(wrong) == len(self._records) else tuple(wrong)
 
 
 def _pieces(file: BinaryIO, digests: _Digests) -> Iterator[tuple[Tensor, int, int]]:
-    """Reads the file front to back, and gives each piece to `digests` meanwhile.
+    """Reads the file from front to back and passes each piece to `digests`.
 
     Yields:
-        A uint8 buffer that begins with the last `CARRY` bytes of the piece before, and the first
-        byte and the end of the piece in the file. The buffer is used again two pieces later.
+        A uint8 buffer that begins with the last `CARRY` bytes of the previous piece, and the
+        piece's
+        first byte and end in the file. The buffer is reused two pieces later.
     """
     buffers = [torch.empty(CARRY + PIECE, dtype=torch.uint8) for _ in range(2)]
     hashed: list[Future | None] = [None, None]
@@ -220,7 +220,7 @@ def _read_into(file: BinaryIO, view: memoryview) -> int:
 
 
 def _left_in(file: BinaryIO) -> Callable[[LongBytes], Iterator[bytes]]:
-    """Reads the numbers of a numpy array that the pickle holds, a piece at a time."""
+    """Returns a reader for the numbers of a numpy array in the pickle, piece by piece."""
 
     def read(left: LongBytes) -> Iterator[bytes]:
         decoder = codecs.getincrementaldecoder("utf-8")("surrogatepass")

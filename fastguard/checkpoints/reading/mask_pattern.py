@@ -1,4 +1,4 @@
-"""Whether the -Inf of a tensor in a file make a mask, read in blocks of rows."""
+"""Detects whether the -Inf in a tensor form a mask, reading blocks of rows."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from fastguard.checkpoints.reading.spans import Span
 
 _BLOCK = 4 * 2**20  # bytes
 _LEAST = 3
-"""-Inf in a mask: one or two in a corner can be anything."""
+"""Minimum number of -Inf in a mask: one or two in a corner can be anything."""
 _SHARE = 8
-"""At least every eighth element of a mask is -Inf."""
+"""Minimum density: at least every eighth element of a mask is -Inf."""
 
 
 def is_banded(file: BinaryIO, span: Span) -> bool:
-    """Whether it is a causal or a sliding mask, or a batch of them.
+    """Whether the tensor is a causal mask, a sliding-window mask, or a batch of them.
 
-    Then the distance to the diagonal alone says where -Inf is, as in no weight: each row is the one
-    before it, moved by one. What else it holds does not matter (ALiBi adds slopes).
+    In such a mask the position of -Inf depends only on the distance to the diagonal, which no
+    weight
+    does: each row is the previous row shifted by one. Finite values are ignored (ALiBi adds
+    slopes).
     """
     n_dimensions = len(span.size)
-    inner = _as_it_lies(span)[-2:]  # a transposed mask is one too
+    inner = _as_it_lies(span)[-2:]  # a transposed mask is accepted too
     if set(inner) != {n_dimensions - 2, n_dimensions - 1}:
         return False
     n_rows, n_infinite, before = span.size[inner[0]], 0, None
@@ -36,7 +38,8 @@ def is_banded(file: BinaryIO, span: Span) -> bool:
             infinite = torch.cat([before, infinite])
             first -= 1
         moved = infinite[1:, 1:] == infinite[:-1, :-1]
-        begins = torch.arange(first + 1, first + len(infinite)) % n_rows == 0  # of another matrix
+        # first row of another matrix
+        begins = torch.arange(first + 1, first + len(infinite)) % n_rows == 0
         if not (moved.all(dim=1) | begins).all():
             return False
         n_infinite += int(infinite.sum()) - (0 if before is None else int(before.sum()))
@@ -46,20 +49,20 @@ def is_banded(file: BinaryIO, span: Span) -> bool:
 
 
 def is_two_valued(file: BinaryIO, span: Span) -> bool:
-    """Whether it holds nothing but -Inf and 0."""
+    """Whether the tensor contains only -Inf and 0."""
     return all(bool((rows.isneginf() | (rows == 0)).all()) for _, rows in _rows(file, span))
 
 
 def _as_it_lies(span: Span) -> list[int]:
-    """Its dimensions, those of one element aside, the one in which it is contiguous last."""
+    """Returns its dimensions larger than one, ordered so that the contiguous one is last."""
     long = [d for d, size in enumerate(span.size) if size != 1]
     return sorted(long, key=lambda d: -span.stride[d])
 
 
 def _rows(file: BinaryIO, span: Span) -> Iterator[tuple[int, Tensor]]:
-    """The rows of a tensor as it lies in the file, and the number of the first of each block.
+    """Yields blocks of rows in memory order, with the number of the first row in each.
 
-    Of a tensor with gaps, or of rows that are too long to read: one NaN, which is in no mask.
+    Tensors with gaps, or with rows too long to read, yield one NaN, which no mask contains.
     """
     dimensions = _as_it_lies(span)
     n_columns = span.size[dimensions[-1]] if dimensions else 1

@@ -1,16 +1,16 @@
-"""Which infinities of a checkpoint are meant: a best loss before the first epoch, a causal mask.
+"""Decides which infinities in a checkpoint are intended, such as an initial best loss or a mask.
 
-NaN is never meant, nor is Inf in a parameter or in the state of an optimizer. What can be meant,
-told by the place in the file and by the values first, and by the name last:
+NaN is never intended, nor is Inf in a parameter or in optimizer state. The rest is decided first by
+the position in the file and the values, and last by the name:
 
-* **bookkeeping**: a number beside the weights, not among them, such as the `best_score` of an
-  early stopping or the `kth_value` of a checkpoint callback;
-* **nothing seen yet**: a minimum that is +Inf throughout, or a maximum that is -Inf throughout, as
-  in the observers of a model to be quantized; and a bound: `low` at -Inf, `high` at +Inf;
-* **a mask**: -Inf in a triangle or in bands, which no step of an optimizer leaves behind, or any
-  pattern of -Inf and 0 under the name of a mask.
+* **Bookkeeping**: a number stored beside the weights, not among them, such as the `best_score` of
+  early stopping or the `kth_value` of a checkpoint callback.
+* **Nothing observed yet**: a minimum that is +Inf throughout or a maximum that is -Inf throughout,
+  as in the observers of a model to be quantized; also bounds: `low` at -Inf, `high` at +Inf.
+* **A mask**: -Inf in a triangle or in bands, which no optimizer step produces, or any pattern of
+  -Inf and 0 in a tensor whose name says mask.
 
-What is not recognised stays bad, and the user can say `--ignore`.
+Anything else counts as bad; the user can exclude it with `--ignore`.
 """
 
 from __future__ import annotations
@@ -36,27 +36,28 @@ _NUMBERS = _MINIMUM | _MAXIMUM | _LOW | _HIGH | _BOUND | _BEST
 _KEEPERS = frozenset({"callback", "callbacks", "stopping", "metrics", "meters", "history"})
 _MASK = frozenset({"mask", "masks", "masked", "inf"})
 _PARAMETER = frozenset({"weight", "weights", "token", "embed", "embedding", "proj"})
-_NEVER = _PARAMETER | {"scale", "scaler", "lr", "step", "momentum"}  # infinite, these end a run
+# a run cannot continue if these are infinite
+_NEVER = _PARAMETER | {"scale", "scaler", "lr", "step", "momentum"}
 _OPTIMIZER = frozenset({"optimizer", "optimizers", "optim"})
 
-_MOST = 1000  # tensors; each is looked at beside all that it stands in
+_MOST = 1000  # tensors; each is examined together with its neighbours
 
 BOOKKEEPING = "bookkeeping beside the weights"
-EXTREME = "a bound, or an extreme of nothing seen yet"
+EXTREME = "a bound, or an extreme with nothing observed yet"
 MASK = "a mask"
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a tensor stands in the tree.
+    """The position of a tensor in the tree.
 
     Attributes:
         name: Its path.
-        n: Its elements.
-        words: Of the last part of its name, in lower case.
-        is_trained: Whether it is a parameter, or belongs to an optimizer.
-        among_weights: Whether it stands in a state dict or in a module.
-        is_kept: Whether numbers and texts stand beside it, and no weights.
+        n: Number of elements.
+        words: Words in the last part of its name, in lower case.
+        is_trained: Whether it is a parameter or belongs to an optimizer.
+        among_weights: Whether it is in a state dict or a module.
+        is_kept: Whether numbers and text are beside it, and no weights.
     """
 
     name: str
@@ -70,12 +71,12 @@ class _Place:
 def meant_infinite(
     file: BinaryIO, contents: Contents, counts: Mapping[str, Sequence[int]]
 ) -> dict[str, str]:
-    """What the tensors are whose infinities are no damage, by name.
+    """Returns, by name, the tensors whose infinities are intended, and what each is.
 
     Args:
-        file: The file, open; masks are read from it once more.
-        contents: What it holds.
-        counts: NaN, +Inf and -Inf by the name of a tensor.
+        file: The open file; possible masks are read again.
+        contents: What the file contains.
+        counts: Numbers of NaN, +Inf and -Inf by tensor name.
     """
     asked = {name for name, (nan, pos, neg) in counts.items() if not nan and bool(pos) != bool(neg)}
     if not asked or len(asked) > _MOST or contents.tree is None:
@@ -118,7 +119,7 @@ def _is_mask(file: BinaryIO, span: Span, words: Collection[str]) -> bool:
 
 
 def _places(tree: Any, names: Collection[str]) -> Iterator[_Place]:
-    """The places of some tensors; of a name that stands for several, none."""
+    """Yields the positions of some tensors; skips names that several tensors share."""
     places: dict[str, _Place | None] = {}
     holders: dict[int, _Holder] = {}
     for name, leaf, owners in owned_leaves(tree):
@@ -133,12 +134,12 @@ def _places(tree: Any, names: Collection[str]) -> Iterator[_Place]:
 
 @dataclass(frozen=True, slots=True)
 class _Holder:
-    """What a container has under names; a list has nothing.
+    """The named values in a container; a list has none.
 
     Attributes:
-        parts: Its values by name.
-        has_numbers: Whether numbers and texts are among them.
-        n_weights: How many of them are tensors of several elements.
+        parts: Values by name.
+        has_numbers: Whether they include numbers and text.
+        n_weights: Number of tensors with several elements.
     """
 
     parts: Mapping[Any, Any]
@@ -186,7 +187,7 @@ def _place(name: str, leaf: Any, owners: Sequence[Any], known: Sequence[_Holder]
 
 
 def _n_elements(leaf: Any) -> int:
-    """Elements of a tensor; 0 of anything else."""
+    """Returns the number of elements of a tensor; 0 for anything else."""
     if isinstance(leaf, TensorRef | Span):
         return math.prod(leaf.size)
     return math.prod(leaf.shape) if isinstance(leaf, NumpyArray) else 0

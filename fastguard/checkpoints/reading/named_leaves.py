@@ -1,4 +1,4 @@
-"""Walking the tree that `load_inert` gives: each leaf with the path that a user knows."""
+"""Walks the tree from `load_inert`, yielding each leaf with the path that a user knows."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from fastguard.checkpoints.errors import DamagedFile
 from fastguard.checkpoints.reading.inert_values import Attached, InertDict, OpaqueKey, StandIn
 
 _MODULE_PARTS = ("_parameters", "_buffers", "_modules")
-_LONGEST_KEY = 200  # characters; the rest is left out
+_LONGEST_KEY = 200  # characters; longer keys are cut
 _LONGEST_PATH = 1000
-_DEEPEST = 500  # containers in containers
+_DEEPEST = 500  # nested containers
 
 
 def named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
-    """Everything in the tree that is no container, with its path: `("ema.0.weight", TensorRef)`.
+    """Yields every non-container in the tree with its path: `("ema.0.weight", TensorRef)`.
 
-    Parameters, buffers and children of a pickled module appear under the names that
-    `named_parameters` gives them. Each container is entered once, under its first path.
+    Parameters, buffers and children of a pickled module have the names that `named_parameters`
+    gives
+    them. Each container is entered once, under its first path.
 
     Raises:
-        DamagedFile: Containers are nested deeper than in any checkpoint.
+        DamagedFile: Containers are nested more deeply than in any checkpoint.
     """
     return ((path, leaf) for path, leaf, _ in owned_leaves(tree))
 
 
 def owned_leaves(tree: Any) -> Iterator[tuple[str, Any, Sequence[Any]]]:
-    """`named_leaves`, each with the containers that it stands in, the outermost first.
+    """Like `named_leaves`, also yielding the containers around each leaf, outermost first.
 
-    The sequence is the same one each time; what it holds changes with the next leaf.
+    The sequence is one reused object; its contents change with the next leaf.
     """
     entered = {id(tree)}
     owners: list[Any] = []
@@ -56,8 +57,8 @@ def owned_leaves(tree: Any) -> Iterator[tuple[str, Any, Sequence[Any]]]:
             entered.add(id(value))
             if len(stack) > _DEEPEST or len(below) > _LONGEST_PATH:
                 raise DamagedFile(
-                    f"its containers are nested more than {_DEEPEST} deep, or have names of "
-                    f"thousands of characters, which is odd: {below[:60]}..."
+                    f"its containers are nested more than {_DEEPEST} deep, or their names have "
+                    f"thousands of characters: {below[:60]}..."
                 )
             stack.append((below, children))
             owners.append(value)
@@ -84,11 +85,11 @@ def _items(value: dict[Any, Any]) -> Children:
     for key, child in dict.items(value):
         yield _text(key), child
         if isinstance(key, OpaqueKey) and key.tensor is not None:
-            yield _text(key), key.tensor  # the state of an optimizer that was pickled whole
+            yield _text(key), key.tensor  # state of an optimizer that was pickled as an object
 
 
 def _parts(part: Any) -> Children:
-    """The attributes of a stand-in; the three dicts of a module add nothing to the path."""
+    """Yields the attributes of a stand-in; a module's three dicts add nothing to the path."""
     if (
         isinstance(part, tuple)
         and len(part) == 2

@@ -1,12 +1,11 @@
-"""Which elements of the tensors in a file are NaN or Inf, found while the file goes by in pieces.
+"""Finds NaN and Inf in the tensors of a file while the file is read in pieces.
 
-**The sum is the finiteness flag**: only a piece whose sum is not finite (NaN, Inf, or large values
-that overflow) is looked at again by the measuring stage, which counts NaN, +Inf and -Inf per
-tensor.
+**The sum is the finiteness flag**: only a piece whose sum is not finite (NaN, Inf, or overflow of
+large values) is passed to the measuring stage, which counts NaN, +Inf and -Inf per tensor.
 
-The one exception is a tensor that does not hold all the elements between its first and its last (a
-column of a matrix, say): when something non-finite lies there, the whole stretch is read once, in
-blocks, to see whether it belongs to the tensor.
+The exception is a tensor with gaps between its first and last element, such as a column of a
+matrix: if something non-finite lies in that range, the range is read once more, in blocks, to
+decide whether it belongs to the tensor.
 """
 
 from __future__ import annotations
@@ -25,19 +24,19 @@ from fastguard.checkpoints.reading.spans import Span
 from fastguard.gradients.buckets import FLOATING, bucketize
 from fastguard.stages.measure import measure
 
-BLOCK = 64 * 2**20  # bytes read at once of a tensor with gaps
+BLOCK = 64 * 2**20  # bytes read at once from a tensor with gaps
 WORK, LEAST_WORK, SMALLEST_WORK, SMALLEST_COUNT = 64, 2 << 30, 20_000, 100_000
-"""Bytes looked at a second time to tell views apart: at most 64 times the file and 2 GB, the
-smallest tensor taken for 20 kB, and for 100 kB where its elements are counted one by one."""
-_MOST = 2**63 - 1  # of what is counted
-CARRY = 16  # bytes of the piece before: the widest element (complex128) may straddle two pieces
+"""Bytes that may be examined again to separate views: at most 64 times the file, and 2 GB. A tensor
+counts as at least 20 kB, or 100 kB if its elements are counted one by one."""
+_MOST = 2**63 - 1  # largest count
+CARRY = 16  # bytes of the previous piece: the widest element (complex128) may straddle two pieces
 
 
 @dataclass(slots=True)
 class _Region:
-    """Bytes that tensors of a dtype take their elements from, without a gap between them.
+    """A gapless range of bytes from which tensors of one dtype take their elements.
 
-    Views overlap: a thousand of them over the same bytes are summed once, and told apart only where
+    Views overlap: a thousand views of the same bytes are summed once, and are separated only where
     something non-finite lies.
     """
 
@@ -45,10 +44,10 @@ class _Region:
     start: int
     end: int
     spans: list[Span]  # by first byte
-    n_passed: int = 0  # spans at the beginning of the list that lie before the current piece
+    n_passed: int = 0  # spans at the start of the list that lie before the current piece
 
     def in_piece(self, start: int, end: int) -> Iterator[Span]:
-        """The spans that may have elements in the file's bytes `[start, end)`."""
+        """Yields the spans that may have elements in bytes `[start, end)` of the file."""
         while self.n_passed < len(self.spans) and self.spans[self.n_passed].end <= start:
             self.n_passed += 1
         for i in range(self.n_passed, len(self.spans)):
@@ -58,7 +57,7 @@ class _Region:
 
 
 def _regions(spans: Sequence[Span]) -> list[_Region]:
-    """The regions of some tensors, in file order."""
+    """Returns the regions of some tensors, in file order."""
     regions: list[_Region] = []
     last: dict[tuple[torch.dtype, int], _Region] = {}
     for span in spans:
@@ -76,7 +75,7 @@ def _regions(spans: Sequence[Span]) -> list[_Region]:
 
 
 class SpanSearch:
-    """Finds what is non-finite in the spans that lie in each piece."""
+    """Finds non-finite elements in the spans within each piece."""
 
     def __init__(self, spans: Sequence[Span], file: BinaryIO, counts: dict[str, list[int]]) -> None:
         self._coming = _regions(spans)[::-1]
@@ -86,7 +85,7 @@ class SpanSearch:
         self._budget = WORK * os.fstat(file.fileno()).st_size + LEAST_WORK
 
     def look_at(self, buffer: Tensor, start: int, end: int) -> None:
-        """Looks at the elements that end in the file's bytes `[start, end)`."""
+        """Checks the elements that end in bytes `[start, end)` of the file."""
         while self._coming and self._coming[-1].start < end:
             self._open.append(self._coming.pop())
         suspects: list[tuple[Span, Tensor]] = []
@@ -110,17 +109,17 @@ class SpanSearch:
         self._open = [region for region in self._open if region.end > end]
 
     def _charge(self, name: str, n_bytes: int) -> None:
-        """Bounds the work by the size of the file: views may name the same bytes many times."""
+        """Limits the work by the file size, since views may repeat the same bytes many times."""
         self._budget -= max(n_bytes, SMALLEST_WORK)
         if self._budget < 0:
             raise DamagedFile(
-                f"its tensors are views of the same bytes many times over, which is odd; given up "
-                f"at {name:.200}"
+                f"its tensors are views that repeat the same bytes too many times; stopped at "
+                f"{name:.200}"
             )
 
     def _count_strided(self, span: Span) -> None:
-        """Counts in a tensor with gaps or repetitions, a block of the file at a time."""
-        # A dimension of stride 0 repeats what is there: counted once, and multiplied.
+        """Counts in a tensor with gaps or repetitions, one block of the file at a time."""
+        # A dimension of stride 0 repeats elements: count them once, then multiply.
         times = math.prod(s for s, d in zip(span.size, span.stride, strict=True) if d == 0)
         dims = sorted(
             ((d, s) for s, d in zip(span.size, span.stride, strict=True) if d and s > 1),
@@ -134,7 +133,7 @@ class SpanSearch:
     def _count_blocks(
         self, span: Span, start: int, dims: Sequence[tuple[int, int]], found: dict[str, list[int]]
     ) -> None:
-        """Of the elements at `start` and along `dims`, `(stride, size)` with the widest first."""
+        """Counts elements at `start` along `dims`: `(stride, size)` pairs, widest first."""
         itemsize = span.dtype.itemsize
         inner = 1 + sum(d * (s - 1) for d, s in dims[1:])
         step, length = dims[0] if dims else (1, 1)
@@ -160,7 +159,7 @@ class SpanSearch:
         while done < len(view):
             n = os.preadv(self._file.fileno(), [view[done:]], start + done)
             if n == 0:
-                raise DamagedFile(f"{name:.200} ends behind the end of the file")
+                raise DamagedFile(f"{name:.200} extends past the end of the file")
             done += n
 
 
@@ -169,7 +168,7 @@ def memory_of(raw: Tensor) -> memoryview:
 
 
 def _part(part: Span | _Region, buffer: Tensor, start: int, end: int) -> Tensor | None:
-    """The elements of a span or region that end in the file's bytes `[start, end)`, if any."""
+    """Returns the elements of a span or region that end in bytes `[start, end)`, or None."""
     itemsize = part.dtype.itemsize
     first = max(0, (start - part.start) // itemsize)
     stop = min((part.end - part.start) // itemsize, (end - part.start) // itemsize)
@@ -186,7 +185,7 @@ def can_be_nonfinite(dtype: torch.dtype) -> bool:
 
 def _typed(raw: Tensor, dtype: torch.dtype) -> Tensor:
     if raw.data_ptr() % dtype.itemsize or raw.storage_offset() % dtype.itemsize:
-        raw = raw.clone()  # safetensors does not promise alignment
+        raw = raw.clone()  # safetensors does not guarantee alignment
     return raw.view(dtype)
 
 
@@ -197,12 +196,12 @@ def sum_is_finite(values: Tensor) -> bool:
         values = values.float()
     if math.isfinite(values.sum().item()):
         return True
-    # In fp16 a sum may exceed 65504; asking for a float32 sum at once costs six times as much.
+    # An fp16 sum may exceed 65504; summing in float32 straight away costs six times as much.
     return values.dtype is torch.float16 and math.isfinite(values.sum(dtype=torch.float32).item())
 
 
 def count_nonfinite(named: Sequence[tuple[str, Tensor]], counts: dict[str, list[int]]) -> None:
-    """Adds how many NaN, +Inf and -Inf each tensor holds to its counts."""
+    """Adds the numbers of NaN, +Inf and -Inf in each tensor to its counts."""
     real = []
     for name, tensor in named:
         if tensor.is_complex():

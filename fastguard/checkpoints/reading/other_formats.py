@@ -1,12 +1,12 @@
-"""Files of other formats, told by their first bytes, so that none of them is called damaged."""
+"""Recognises other file formats by their first bytes, so they are not reported as damaged."""
 
 from __future__ import annotations
 
 BEGINNING = 256
-"""Bytes of a file that tell."""
+"""Number of bytes needed to recognise a format."""
 
 _STARTS = {
-    b"\x93NUMPY": "an array of numpy (.npy)",
+    b"\x93NUMPY": "a numpy array (.npy)",
     b"GGUF": "a GGUF file",
     b"\x89HDF\r\n": "an HDF5 file",
     b"\x1f\x8b": "compressed with gzip",
@@ -15,18 +15,18 @@ _STARTS = {
 
 
 def other_format(start: bytes) -> str | None:
-    """What a file is that is no checkpoint of torch or safetensors; None: its start does not tell.
+    """Returns what a file is if it is not a torch or safetensors checkpoint; None if unknown.
 
     Example:
         >>> other_format(bytes([147]) + b"NUMPY and more")
-        'an array of numpy (.npy)'
+        'a numpy array (.npy)'
     """
     for beginning, what in _STARTS.items():
         if start.startswith(beginning):
             return what
     if start.startswith(b"PK\x03\x04") and len(start) >= 30:
         n = int.from_bytes(start[26:28], "little")
-        name = start[30 : 30 + n]  # of the first record
+        name = start[30 : 30 + n]  # name of the first record
         if name.endswith(b".npy"):
-            return "arrays of numpy (.npz)"
+            return "numpy arrays (.npz)"
     return None

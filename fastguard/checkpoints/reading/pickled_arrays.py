@@ -1,7 +1,7 @@
-"""Arrays of numpy that stand in the pickle itself: which of their numbers can be looked at.
+"""Reads numpy arrays stored in the pickle itself, as far as their numbers can be checked.
 
-Plain numbers become a tensor. Of a structured array each field does. What cannot be looked at (an
-array of objects, a number type of another machine) is said to be unread.
+Plain numbers become a tensor, as does each field of a structured array. Arrays that cannot be
+checked (objects, number types of another machine) are reported as unread.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from fastguard.checkpoints.reading.inert_values import LongBytes, Name
 
 _PLAIN = frozenset(
     "b1 i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8 c8 c16".split()
-)  # what torch has too, or can be cast to
+)  # types that torch has too, or that can be cast to one
 _LONG = f"f{np.dtype(np.longdouble).itemsize}", f"c{np.dtype(np.clongdouble).itemsize}"
 _NO_NUMBERS = "USMm"  # text, bytes, times: neither NaN nor Inf
-_MOST_FIELDS = 1000  # those of structures in it included
-_DEEPEST = 20  # structures in one another
-_LARGEST = 1 << 24  # bytes of an element; a piece of an array holds at least one
+_MOST_FIELDS = 1000  # including fields of nested structures
+_DEEPEST = 20  # nested structures
+_LARGEST = 1 << 24  # bytes per element; a piece of an array holds at least one
 
 
 class NumpyDtype:
     """A pickled `numpy.dtype`.
 
     Attributes:
-        plain: The dtype, if it is of numbers, or has fields; None: nothing is known of it.
-        what: How to name it.
-        holds_numbers: Whether there may be a NaN in it.
+        plain: The dtype, if it is numeric or has fields; None if unknown.
+        what: Its name in messages.
+        holds_numbers: Whether its values can be NaN.
     """
 
     def __init__(self, code: Any = None, *_: Any) -> None:
@@ -45,7 +45,7 @@ class NumpyDtype:
         self.of_torch: torch.dtype | None = None
         self.n_fields = 1
         self.depth = 0
-        if isinstance(code, Name):  # ml_dtypes.bfloat16 and its relatives, which torch has too
+        if isinstance(code, Name):  # ml_dtypes.bfloat16 and similar, which torch has too
             found = getattr(torch, self.what.rpartition(".")[2], None)
             self.of_torch = found if isinstance(found, torch.dtype) else None
         elif self.what in _PLAIN or self.what in _LONG:
@@ -53,7 +53,7 @@ class NumpyDtype:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of an element; 0 if nothing is known of it."""
+        """Size of an element in bytes; 0 if unknown."""
         found = self.plain if self.plain is not None else self.of_torch
         return 0 if found is None else found.itemsize
 
@@ -75,7 +75,7 @@ class NumpyDtype:
 
 
 def _structured(parts: list[Any], size: Any) -> np.dtype | None:
-    """The dtype of a structured array; None if there is something in it that cannot be read."""
+    """Returns the dtype of a structured array; None if part of it cannot be read."""
     if not parts or type(size) is not int or not 0 < size <= _LARGEST:
         return None
     formats, offsets = [], []
@@ -84,9 +84,9 @@ def _structured(parts: list[Any], size: Any) -> np.dtype | None:
             return None
         formats.append(dtype.plain)
         offsets.append(offset)
-    if sum(dtype.itemsize for dtype in formats) > size:  # fields that overlap multiply the work
+    if sum(dtype.itemsize for dtype in formats) > size:  # overlapping fields multiply the work
         return None
-    plain = [str(i) for i in range(len(parts))]  # titles and odd names mean nothing here
+    plain = [str(i) for i in range(len(parts))]  # field titles and names are not needed
     return np.dtype({"names": plain, "formats": formats, "offsets": offsets, "itemsize": size})
 
 
@@ -95,7 +95,7 @@ class NumpyArray:
 
     Attributes:
         shape: As in numpy.
-        unread: What it holds that cannot be looked at; None if everything can.
+        unread: Description of the values that cannot be checked; None if all can.
     """
 
     def __init__(self, *, is_masked: bool = False) -> None:
@@ -108,14 +108,14 @@ class NumpyArray:
     def set_state(self, state: Any, charge: Callable[[int], None]) -> None:
         _version, shape, dtype, _fortran, raw, *_mask = state
         if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
-            raise DamagedFile("damaged: a numpy array of no shape")
+            raise DamagedFile("damaged: a numpy array with an invalid shape")
         if not isinstance(dtype, NumpyDtype):
-            raise DamagedFile("damaged: a numpy array without dtype")
+            raise DamagedFile("damaged: a numpy array without a dtype")
         n = math.prod(shape[:64])
         self.shape, self._dtype, self._raw = shape[:64], dtype, b""
         if not dtype.holds_numbers or n == 0:
             return
-        if self._is_masked:  # what is under the mask is often NaN
+        if self._is_masked:  # values under the mask are often NaN
             self.unread = f"masked numpy array of dtype {dtype.what}"
             return
         if not dtype.itemsize or not isinstance(raw, bytes | LongBytes):
@@ -130,26 +130,26 @@ class NumpyArray:
 
     @property
     def is_floating(self) -> bool:
-        """Whether it holds numbers that could be weights."""
+        """Whether its numbers could be weights."""
         if self._dtype is None or not len(self._raw):
             return False
         return self._dtype.of_torch is not None or self._dtype.plain.kind in "fcV"  # type: ignore[union-attr]
 
     @property
     def start(self) -> int | None:
-        """The file's byte at which its numbers begin, if they were left there."""
+        """Byte of the file at which its numbers begin, if they were left there."""
         return self._raw.start if isinstance(self._raw, LongBytes) else None
 
     @property
     def is_readable(self) -> bool:
-        """Whether it has numbers that can be looked at."""
+        """Whether it has numbers that can be checked."""
         return len(self._raw) > 0
 
     def pieces(self, read: Callable[[LongBytes], Iterator[bytes]]) -> Iterator[Tensor]:
-        """Its numbers, in pieces of a few megabytes.
+        """Yields its numbers in pieces of a few megabytes.
 
         Args:
-            read: Reads what was left in the file.
+            read: Reads values that were left in the file.
         """
         if isinstance(self._raw, bytes):
             if self._raw:
@@ -178,9 +178,9 @@ def _tensors(values: np.ndarray) -> Iterator[Tensor]:
         for name in values.dtype.names:  # at most 1000 in all, and 20 deep
             yield from _tensors(values[name])
         return
-    if values.dtype.itemsize > 8 and values.dtype != np.complex128:  # of extended precision
+    if values.dtype.itemsize > 8 and values.dtype != np.complex128:  # extended precision
         parts = [values] if values.dtype.kind == "f" else [np.real(values), np.imag(values)]
-        for part in parts:  # a cast to float64 would overflow; what is finite becomes 0
+        for part in parts:  # a cast to float64 could overflow, so finite values become 0
             with np.errstate(invalid="ignore"):
                 yield torch.from_numpy(np.where(np.isfinite(part), 0.0, part).astype(np.float64))
         return
@@ -188,7 +188,7 @@ def _tensors(values: np.ndarray) -> Iterator[Tensor]:
 
 
 def numpy_scalar(dtype: Any, raw: Any = None) -> Any:
-    """The number that a numpy scalar is; None if it is none that Python has."""
+    """Returns the value of a numpy scalar; None if Python has no such number."""
     if not isinstance(dtype, NumpyDtype) or dtype.plain is None or not isinstance(raw, bytes):
         return None
     if dtype.plain.names is not None or dtype.plain.itemsize > 16 or dtype.plain.kind not in "biuf":
@@ -198,18 +198,18 @@ def numpy_scalar(dtype: Any, raw: Any = None) -> Any:
 
 
 def array_from_buffer(buffer: Any, dtype: Any, shape: Any, _order: Any = "C", *_: Any) -> Any:
-    """What protocol 5 makes of an array."""
+    """Builds the array that protocol 5 describes."""
     made = NumpyArray()
     made.set_state((1, shape, dtype, False, buffer), lambda _: None)
     return made
 
 
 _OF_PYTHON = {"f": "<f4", "d": "<f8", 14: "<f4", 15: ">f4", 16: "<f8", 17: ">f8"}
-"""The dtypes of a Python `array`, by its type code and by the `mformat_code` of its pickle."""
+"""Dtypes of a Python `array`, by its type code and by the `mformat_code` of its pickle."""
 
 
 def python_array(code: Any, values: Any = ()) -> NumpyArray:
-    """What stands for an `array.array` of floats; one of anything else holds nothing of interest.
+    """Builds the placeholder for an `array.array`; only floats are checked.
 
     Args:
         code: A key of `_OF_PYTHON`.

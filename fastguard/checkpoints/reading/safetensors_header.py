@@ -1,9 +1,8 @@
 """The safetensors format: the length of a JSON header, the header, the data.
 
-The rules are those of the reference reader, which refuses what could be read in two ways: the data
-of the tensors lie one behind the other, without overlap or hole, up to the last byte of the file.
-One thing it lets pass is refused here too: a name that stands twice, of which each reader sees the
-one it likes.
+The rules are those of the reference reader, which refuses ambiguous files: tensor data must be
+contiguous, without overlaps or holes, up to the last byte of the file. Duplicate names, which the
+reference reader accepts, are refused here too, since readers differ in which one they use.
 
 Source: https://huggingface.co/docs/safetensors/index
 """
@@ -22,8 +21,8 @@ from fastguard.checkpoints.reading.spans import Contents, Span
 
 _MAX_HEADER = 100 * 2**20  # bytes; the reference implementation refuses longer ones
 _LARGEST = 2**64 - 1
-_MOST_MARKS = 5_000_000  # brackets, colons and commas of JSON: 400,000 tensors, 400 MB when parsed
-_MOST_DIMENSIONS = 64  # what torch's own loops over elements support
+_MOST_MARKS = 5_000_000  # brackets, colons and commas in JSON: 400,000 tensors, 400 MB when parsed
+_MOST_DIMENSIONS = 64  # the limit of torch's own loops over elements
 _DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -45,8 +44,8 @@ _DTYPES = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
-# Several elements share a byte. None of them has a NaN or an Inf, so what they hold is not looked
-# at: bits of an element, and the type under which its bytes are told of.
+# Types whose elements share a byte. None of them has NaN or Inf, so their values are not checked.
+# The entries are the bits per element and the dtype used for their bytes.
 _PACKED = {
     "F4": (4, torch.float4_e2m1fn_x2),
     "F6_E2M3": (6, torch.uint8),
@@ -55,24 +54,24 @@ _PACKED = {
 
 
 def read_safetensors(file: IO[bytes], size: int) -> Contents:
-    """The tensors of a safetensors file of `size` bytes, open at its start.
+    """Returns the tensors of a safetensors file of `size` bytes, opened at its start.
 
     Raises:
-        DamagedFile: The reference reader would refuse it, or it has a name twice.
+        DamagedFile: The reference reader would refuse the file, or a name occurs twice.
     """
     length = int.from_bytes(file.read(8), "little")
     if not 2 <= length <= min(_MAX_HEADER, size - 8):
-        raise DamagedFile(f"no safetensors file, or truncated: a header of {length} bytes")
+        raise DamagedFile(f"not a safetensors file, or truncated: a header of {length} bytes")
     try:
         header = json_without_doubles(file.read(length))
         metadata = header.pop("__metadata__", None)
         metadata = {} if metadata is None else metadata
         if not all(isinstance(text, str) for text in metadata.values()):
-            raise DamagedFile("its __metadata__ holds something that is no text")
+            raise DamagedFile("its __metadata__ contains a value that is not text")
         data = 8 + length
         spans = [_safetensor(name, entry, data, size) for name, entry in header.items()]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise DamagedFile(f"its header is no safetensors header ({error!r})") from None
+        raise DamagedFile(f"its header is not a safetensors header ({error!r})") from None
     spans.sort(key=lambda span: (span.start, span.end))
     _check_covered(spans, data, size)
     tree = {span.name: span for span in spans}
@@ -80,15 +79,16 @@ def read_safetensors(file: IO[bytes], size: int) -> Contents:
 
 
 def json_without_doubles(raw: bytes) -> dict[str, Any]:
-    """The object that a JSON text in UTF-8 describes.
+    """Parses a JSON object from UTF-8 text, refusing duplicate names.
 
     Raises:
-        DamagedFile: It is no object, or has a name twice: then readers differ in what they see.
-        ValueError: It is no JSON. Python's additions to it, such as NaN, are none.
+        DamagedFile: The value is not an object, or a name occurs twice, which readers handle
+            differently.
+        ValueError: The text is not strict JSON; Python's extensions, such as NaN, are refused.
     """
     n_marks = sum(map(raw.count, (b",", b":", b"[", b"{")))
     if n_marks > _MOST_MARKS:
-        raise DamagedFile(f"its JSON has {n_marks:,} brackets, colons and commas, which is odd")
+        raise DamagedFile(f"its JSON is too large: {n_marks:,} brackets, colons and commas")
     found = json.loads(
         raw.decode("utf-8"),
         object_pairs_hook=_without_doubles,
@@ -96,7 +96,7 @@ def json_without_doubles(raw: bytes) -> dict[str, Any]:
         parse_int=lambda text: _no_json(text) if text == "-0" else int(text),
     )
     if not isinstance(found, dict):
-        raise DamagedFile("it is no JSON object")
+        raise DamagedFile("it is not a JSON object")
     return found
 
 
@@ -106,15 +106,15 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for name, _ in pairs:
             if name in seen:
-                raise DamagedFile(f"it names {name:.200} twice: readers differ in which they see")
+                raise DamagedFile(f"it names {name:.200} twice, which readers handle differently")
             seen.add(name)
     for name in found:
-        name.encode()  # a lone surrogate is no text
+        name.encode()  # a lone surrogate is not text
     return found
 
 
 def _no_json(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON number")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _safetensor(name: str, entry: dict[str, Any], data: int, file_size: int) -> Span:
@@ -125,17 +125,18 @@ def _safetensor(name: str, entry: dict[str, Any], data: int, file_size: int) -> 
         dtype = _DTYPES[kind]
         bits = dtype.itemsize * 8
     else:
-        raise DamagedFile(f"{name:.200} has dtype {kind}, which is unknown here")
+        raise DamagedFile(f"{name:.200} has dtype {kind}, which is not supported")
     size, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
     if any(type(number) is not int for number in (*size, begin, end)):
-        raise DamagedFile(f"damaged: the shape or place of {name:.200} is not made of integers")
+        raise DamagedFile(
+            f"damaged: the shape or place of {name:.200} does not consist of integers"
+        )
     if len(size) > _MOST_DIMENSIONS:
         raise DamagedFile(
-            f"{name:.200} has {len(size):,} dimensions, which is odd: torch computes with up to "
-            f"{_MOST_DIMENSIONS}"
+            f"{name:.200} has {len(size):,} dimensions; torch supports at most {_MOST_DIMENSIONS}"
         )
     n_bits = bits
-    for length in size:  # as the reference reader does: a 0 at the end does not mend an overflow
+    for length in size:  # like the reference reader: a later 0 does not undo an overflow
         n_bits *= length
         if n_bits > _LARGEST:
             raise DamagedFile(f"damaged: {name:.200} is larger than any file")
@@ -144,13 +145,13 @@ def _safetensor(name: str, entry: dict[str, Any], data: int, file_size: int) -> 
         shape = f"{list(size)}"
         raise DamagedFile(f"damaged: {name:.200} of shape {shape:.200} has {end - begin} bytes")
     if data + end > file_size:
-        raise DamagedFile(f"truncated: {name:.200} ends behind the end of the file")
+        raise DamagedFile(f"truncated: {name:.200} extends past the end of the file")
     stride = tuple(accumulate(reversed(size[1:]), mul, initial=1))[::-1] if size else ()
     return Span(name, dtype, data + begin, n_bytes // dtype.itemsize, size, stride, dense=True)
 
 
 def _check_covered(spans: list[Span], data: int, size: int) -> None:
-    """Raises unless the tensors, in the order of their places, cover the data without overlap."""
+    """Checks that the tensors, in file order, cover the data without gap or overlap."""
     at, before = data, "the header"
     for span in spans:
         if span.start < at:

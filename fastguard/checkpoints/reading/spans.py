@@ -1,4 +1,4 @@
-"""Where tensors lie in a file: nothing but byte positions, dtypes and shapes."""
+"""Positions of tensors in a file: byte offsets, dtypes and shapes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from fastguard.checkpoints.reading.pickled_arrays import NumpyArray
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A tensor in a file.
+    """The position of a tensor in a file.
 
     Attributes:
         name: Its path in the tree, `"ema.0.weight"`.
-        dtype: Of its elements.
-        start: First byte, from the beginning of the file.
-        n: Elements from its first to its last one, gaps included.
+        dtype: Type of its elements.
+        start: First byte, counted from the beginning of the file.
+        n: Number of elements from the first to the last, including gaps.
         size, stride: As in torch, in elements.
         dense: Whether the tensor holds each of these elements exactly once.
     """
@@ -39,7 +39,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A stretch of bytes whose CRC-32 the file itself states."""
+    """A range of bytes whose CRC-32 is stored in the file."""
 
     name: str
     start: int
@@ -49,18 +49,18 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What a file holds.
+    """The contents of a file.
 
     Attributes:
         format: `"torch"`, `"torch (legacy)"`, `"torch (shards)"` or `"safetensors"`.
-        tree: The nested containers, with `TensorRef`s for tensors; of safetensors the spans by
-            name, those of no elements too; None for shards.
+        tree: The nested containers, with a `TensorRef` for each tensor. For safetensors, the spans
+            by name, including empty ones; None for shards.
         spans: The tensors, each view of the data once, in file order.
-        records: Checksums that the file carries, in file order.
-        arrays: Arrays of numpy that stand in the pickle itself, of numbers that can be looked at.
-        unread: Name of each thing whose numbers cannot be looked at, and what it is.
-        metadata: Strings that a safetensors file carries.
-        names: Classes and functions that the pickle names, in the order of appearance.
+        records: Checksums stored in the file, in file order.
+        arrays: Numpy arrays in the pickle itself whose numbers can be checked.
+        unread: Name and description of each value whose numbers cannot be checked.
+        metadata: Strings stored in a safetensors file.
+        names: Classes and functions named in the pickle, in order of appearance.
     """
 
     format: str

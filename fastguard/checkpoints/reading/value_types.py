@@ -1,9 +1,9 @@
-"""Which calls of a pickle make a value and do nothing else, told by names: nothing is looked up.
+"""Decides, by name only, which calls in a pickle just make a value; nothing is looked up.
 
-A value type is an enum, a `datetime`, a `partial`, any class of a package outside the standard
-library. What `os.system`, an unknown function, or a class that opens files would do happens nowhere
-here; the error warns of `torch.load(weights_only=False)`, which would do it. Some values call what
-they are given (`map`, `starmap`): they are as harmless as that is.
+A value type is an enum, a `datetime`, a `partial`, or any class of a package outside the standard
+library. Calls to `os.system`, an unknown function, or a class that opens files are never made here;
+the error warns about `torch.load(weights_only=False)`, which would make them. Some values call
+their arguments (`map`, `starmap`): they are as safe as those arguments.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from fastguard.checkpoints.errors import UnsafeFile
 from fastguard.checkpoints.reading.inert_values import Name, StandIn, kind_of
 
-# Modules of the standard library whose classes, by the convention of capitals, hold values.
+# Standard library modules whose classes, recognised by a capital letter, hold values.
 _VALUE_MODULES = frozenset(
     """
     collections datetime decimal _decimal fractions uuid ipaddress zoneinfo enum numbers statistics
@@ -47,7 +47,7 @@ _VALUE_TYPES = frozenset(
     for name, kind in vars(builtins).items()
     if isinstance(kind, type) and issubclass(kind, BaseException)
 }
-# These call their arguments.
+# Types that call their arguments.
 _CALLERS = frozenset(
     """
     builtins.map builtins.filter builtins.iter functools.reduce itertools.starmap
@@ -56,27 +56,27 @@ _CALLERS = frozenset(
     """.split()
 )
 _ALIASES = {"_operator": "operator", "_functools": "functools", "_datetime": "datetime"}
-# Functions that packages write into pickles to make an object anew.
+# Functions that packages write into pickles to recreate an object.
 _MAKERS = re.compile(r"\w*(unpickle|reconstruct|rebuild)\w*|__\w+_ctor")
-# Methods of a class that make an object of it.
+# Class methods that create an instance.
 _CONSTRUCTORS = re.compile(
     r"__new__|from_\w+|_*(un)?pickle\w*|_*(make|create|new|build|construct|rebuild)(_\w+)?"
 )
-# A name in a package may be that of a module or class which it has imported.
+# Names that, within a package, may refer to an imported module or class.
 _ELSEWHERE = frozenset(
     """
     os posix nt sys subprocess shutil builtins importlib runpy ctypes socket pty code io Popen CDLL
     __builtins__ __globals__ __dict__ __init__ __subclasses__
     """.split()
 )
-_DEEPEST = 100  # partials of partials, each once
+_DEEPEST = 100  # nested partials, each counted once
 
 
 def check_call(function: Any, arguments: tuple[Any, ...]) -> str:
-    """The name under which a call makes a value.
+    """Returns the name under which a call makes a value.
 
     Raises:
-        UnsafeFile: It may do more than that.
+        UnsafeFile: The call may do more than that.
     """
     called: list[str] = []
     seen: set[int] = set()
@@ -84,7 +84,8 @@ def check_call(function: Any, arguments: tuple[Any, ...]) -> str:
     while waiting:
         function = waiting.pop()
         if isinstance(function, StandIn) and function.qualified_name == "functools.partial":
-            # Calling a partial calls its function, that of its arguments or of a state given to it.
+            # Calling a partial calls its function, which is in its arguments or in a state set
+            # later.
             if id(function) in seen:
                 continue
             functions = [part[0] for part in function.parts if isinstance(part, tuple) and part]
@@ -95,10 +96,10 @@ def check_call(function: Any, arguments: tuple[Any, ...]) -> str:
         if not isinstance(function, Name) or not _makes_a_value(function.qualified_name, arguments):
             raise UnsafeFile(
                 f"the file asks to call {kind_of(function)}, which no checkpoint needs; nothing "
-                "was executed. Do not load it unless you trust who wrote it"
+                "was executed. Do not load it unless you trust its author"
             )
         called.append(function.qualified_name)
-    return called[0] if called else "functools.partial"  # one of nothing but itself
+    return called[0] if called else "functools.partial"  # partials of each other only
 
 
 def _makes_a_value(qualified: str, arguments: tuple[Any, ...]) -> bool:
@@ -124,14 +125,14 @@ def _makes_a_value(qualified: str, arguments: tuple[Any, ...]) -> bool:
         return False
     if _is_class(name) or (_is_class(above) and _is_constructor(name)):
         return True
-    if root == "torch":  # an unknown way to make a tensor may hide what is in it
+    if root == "torch":  # an unknown function that makes a tensor may hide its values
         return False
     only_numbers = all(isinstance(argument, int | float) for argument in arguments)
     return bool(_MAKERS.fullmatch(name)) or (bool(arguments) and only_numbers)
 
 
 def _is_class(name: str) -> bool:
-    """By the convention of every package; `dtype` and `datetime` are among the exceptions."""
+    """Whether a name is that of a class, by convention; exceptions are `dtype` and `datetime`."""
     return name.lstrip("_")[:1].isupper()
 
 
@@ -140,7 +141,7 @@ def _is_constructor(name: str) -> bool:
 
 
 def _is_iterator(value: Name | StandIn) -> bool:
-    """Whether it is what a caller goes through, and not what it calls."""
+    """Whether a caller iterates over the value instead of calling it."""
     if isinstance(value, Name):
         return False
     root, _, _ = value.qualified_name.partition(".")
@@ -148,7 +149,7 @@ def _is_iterator(value: Name | StandIn) -> bool:
 
 
 def attribute(owner: Any, name: Any = "", *default: Any) -> Name | StandIn:
-    """What stands for `getattr(owner, name)`, as a nested class or a method is pickled."""
+    """Returns the placeholder for `getattr(owner, name)`, used for nested classes and methods."""
     if isinstance(owner, Name) and isinstance(name, str):
         qualified = f"{owner.qualified_name}.{name}"
         if len(qualified) <= 1000 and name.isidentifier():

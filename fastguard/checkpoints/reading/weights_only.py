@@ -1,4 +1,4 @@
-"""What `torch.load(weights_only=True)`, the default of torch, refuses in a file."""
+"""Lists what `torch.load(weights_only=True)`, torch's default, refuses in a file."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Iterable
 
 import torch._weights_only_unpickler as unpickler
 
-# It takes these where torch.distributed.tensor or torch.nested is imported.
+# torch accepts these if torch.distributed.tensor or torch.nested is imported.
 _OF_TORCH = ("torch.distributed.device_mesh.", "torch.distributed.tensor.", "torch.nested.")
 
 
 def refused_names(names: Iterable[str]) -> list[str]:
-    """The classes and functions that it does not look up, unless told that they are safe.
+    """Returns the classes and functions that torch refuses unless they are registered as safe.
 
     Example:
         >>> refused_names(["collections.OrderedDict", "numpy.dtype", "mylib.Settings"])

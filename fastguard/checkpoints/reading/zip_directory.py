@@ -1,11 +1,11 @@
-"""The directory of a zip archive, read so that no two readers can see different records.
+"""Reads the directory of a zip archive so that no two readers can see different records.
 
-A zip archive says everything twice: in its directory at the end, and in a header before each
-record; and readers search it differently (torch's from the end for the directory, by the first
-name for the root, and without regard to case; Python's repairs offsets; a streaming one goes by the
-headers). A file that is made for it shows one tensor to a verifier and another to `torch.load`. So
-only archives are read in which all of that agrees, as in those that torch writes: records that are
-stored, in one folder, whose names differ, one behind the other from the first byte of the file.
+A zip archive stores everything twice: in the directory at its end, and in a header before each
+record. Readers search it differently: torch searches for the directory from the end, takes the root
+from the first name, and ignores case; Python corrects offsets; a streaming reader uses the headers.
+A crafted file can thus show one tensor to a verifier and another to `torch.load`. Therefore only
+archives are accepted in which all of this agrees, as in those that torch writes: uncompressed
+records in one folder, with distinct names, contiguous from the first byte of the file.
 
 Source: https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT
 """
@@ -25,9 +25,9 @@ _ENTRY = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
 _MAX16, _MAX32 = 0xFFFF, 0xFFFFFFFF
 _STREAMED, _UTF8 = 0x8, 0x800  # flags: sizes behind the data; names in UTF-8
-_DOS_FOLDER = 0x10  # attribute of a folder: torch leaves the memory of such a record as it was
-_LONGEST_NAME = 500  # torch's reader cuts longer ones
-_MOST_BYTES = 128 * 2**20  # of the directory, some million records
+_DOS_FOLDER = 0x10  # attribute of a folder: torch leaves the memory of such a record uninitialised
+_LONGEST_NAME = 500  # torch's reader truncates longer names
+_MOST_BYTES = 128 * 2**20  # directory size, about a million records
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +35,10 @@ class ZipRecord:
     """One record of an archive.
 
     Attributes:
-        name: Without the root.
+        name: Name without the root folder.
         header: First byte of its header.
-        start, end: Of its data.
-        crc32: As stated.
+        start, end: Byte range of its data.
+        crc32: The checksum stated for it.
     """
 
     name: str
@@ -49,14 +49,14 @@ class ZipRecord:
 
 
 def read_directory(file: IO[bytes], size: int) -> list[ZipRecord]:
-    """The records of an archive, in file order.
+    """Returns the records of an archive, in file order.
 
     Args:
         file: The archive.
-        size: Its bytes.
+        size: Its size in bytes.
 
     Raises:
-        DamagedFile: It is damaged, or readers could differ over it.
+        DamagedFile: The archive is damaged or ambiguous.
     """
     n_records, start, end = _place(file, size)
     file.seek(start)
@@ -98,14 +98,14 @@ def _differs(what: str) -> DamagedFile:
 
 
 def _place(file: IO[bytes], size: int) -> tuple[int, int, int]:
-    """How many entries the directory has, and its first byte and end."""
+    """Returns the number of directory entries, and the directory's first byte and end."""
     file.seek(max(size - _END.size, 0))
     tail = file.read(_END.size)
     if len(tail) < _END.size or tail[:4] != b"PK\x05\x06":
         raise _damaged("the directory of the archive is not at its end")
     _, disk, first_disk, n_here, n, length, start, comment = _END.unpack(tail)
     if disk or first_disk or n_here != n or comment:
-        raise _differs("its end is not that of one whole archive")
+        raise _differs("its end record does not describe one whole archive")
     end = size - _END.size
     wide = _wide_place(file, end)
     if wide is not None:
@@ -119,12 +119,12 @@ def _place(file: IO[bytes], size: int) -> tuple[int, int, int]:
     if start + length != end:
         raise _differs("its directory is not where it says")
     if length > _MOST_BYTES:
-        raise DamagedFile(f"its directory has {length:,} bytes, which is odd")
+        raise DamagedFile(f"its directory is too large: {length:,} bytes")
     return n, start, end
 
 
 def _wide_place(file: IO[bytes], end: int) -> tuple[int, int, int, int] | None:
-    """Of an archive with 64-bit numbers: end, entries, length and start of the directory."""
+    """For a 64-bit archive, returns the end, entry count, length and start of the directory."""
     at = end - _LOCATOR64.size
     if at < 0:
         return None
@@ -133,7 +133,7 @@ def _wide_place(file: IO[bytes], end: int) -> tuple[int, int, int, int] | None:
     if signature != b"PK\x06\x07":
         return None
     if disk or n_disks > 1 or start != at - _END64.size:
-        raise _differs("its 64-bit end is not where it says")
+        raise _differs("its 64-bit end record is not where it says")
     file.seek(start)
     found = _END64.unpack(file.read(_END64.size))
     signature, length, _made_by, _needed, disk, first_disk, n_here, n, n_bytes, first = found
@@ -144,12 +144,12 @@ def _wide_place(file: IO[bytes], end: int) -> tuple[int, int, int, int] | None:
         or first_disk
         or n_here != n
     ):
-        raise _differs("its 64-bit end is not that of one whole archive")
+        raise _differs("its 64-bit end record does not describe one whole archive")
     return start, n, n_bytes, first
 
 
 def _entry(raw: bytes, at: int) -> tuple[_Entry, int]:
-    """An entry of the directory, and where the next one begins."""
+    """Returns a directory entry and the position of the next one."""
     if at + _ENTRY.size > len(raw):
         raise _damaged("its directory ends too soon")
     (
@@ -157,7 +157,7 @@ def _entry(raw: bytes, at: int) -> tuple[_Entry, int]:
         n_name, n_extra, n_comment, disk, _internal, attributes, header,
     ) = _ENTRY.unpack_from(raw, at)  # fmt: skip
     if signature != b"PK\x01\x02":
-        raise _damaged("its directory has an entry that is none")
+        raise _damaged("its directory has an invalid entry")
     at += _ENTRY.size
     raw_name = raw[at : at + n_name]
     extra = raw[at + n_name : at + n_name + n_extra]
@@ -166,11 +166,11 @@ def _entry(raw: bytes, at: int) -> tuple[_Entry, int]:
         raise _damaged("its directory ends too soon")
     name = raw_name.decode("utf-8", "surrogateescape")
     if min(raw_name, default=0) < 32 or "\\" in name or n_name > _LONGEST_NAME:
-        raise _differs("a record with a name that readers cut or change")
+        raise _differs("a record has a name that readers cut or change")
     if method:
         raise DamagedFile(f"record {name.partition('/')[2]} is compressed, which torch does not do")
     if flags & ~(_STREAMED | _UTF8) or n_comment or disk or attributes & _DOS_FOLDER:
-        raise _differs(f"record {name} is encrypted, a folder or in parts")
+        raise _differs(f"record {name} is encrypted, a folder or split")
     size, packed, header = _exact(extra, size, packed, header)
     if size != packed:
         raise _differs(f"record {name} has two sizes")
@@ -178,29 +178,29 @@ def _entry(raw: bytes, at: int) -> tuple[_Entry, int]:
 
 
 def _exact(extra: bytes, *values: int) -> list[int]:
-    """The numbers of an entry, those of 64 bits out of its extra field."""
+    """Returns the sizes and offset of an entry, taking 64-bit values from its extra field."""
     wide, at = None, 0
     while at < len(extra):
         if at + 4 > len(extra):
-            raise _damaged("its directory has an extra field that is none")
+            raise _damaged("its directory has an invalid extra field")
         kind, length = struct.unpack_from("<2H", extra, at)
         body = extra[at + 4 : at + 4 + length]
-        if len(body) < length or kind == 0x7075:  # the name again, for some readers
-            raise _differs("a record with a second name, or a broken extra field")
+        if len(body) < length or kind == 0x7075:  # a second copy of the name, used by some readers
+            raise _differs("a record has a second name, or a broken extra field")
         if kind == 1:
             if wide is not None or length % 8:
-                raise _differs("a record with several sizes")
+                raise _differs("a record has several sizes")
             wide = [number for (number,) in struct.iter_unpack("<Q", body)]
         at += 4 + length
     wide = wide or []
     found = [wide.pop(0) if value == _MAX32 and wide else value for value in values]
     if wide or _MAX32 in found:
-        raise _differs("a record without its 64-bit sizes, or with more of them than it needs")
+        raise _differs("a record lacks its 64-bit sizes, or has more of them than it needs")
     return found
 
 
 def _local(file: IO[bytes], entry: _Entry, limit: int, name: str) -> ZipRecord:
-    """The record of an entry, whose own header must say the same."""
+    """Returns the record of an entry after checking that its own header agrees."""
     file.seek(entry.header)
     raw = file.read(_LOCAL.size) if entry.header < limit else b""
     if len(raw) < _LOCAL.size or raw[:4] != b"PK\x03\x04":
@@ -213,12 +213,12 @@ def _local(file: IO[bytes], entry: _Entry, limit: int, name: str) -> ZipRecord:
     if flags & _STREAMED:
         expected += [(0, 0, 0), (0, _MAX32, _MAX32)]
     if file.read(n_name) != entry.raw_name or flags != entry.flags or method:
-        raise _differs(f"record {entry.name} has another name or form in its own header")
+        raise _differs(f"record {entry.name} has a different name or form in its own header")
     if stated not in expected:
-        raise _differs(f"record {entry.name} has another size or checksum in its own header")
+        raise _differs(f"record {entry.name} has a different size or checksum in its own header")
     start = entry.header + _LOCAL.size + n_name + n_extra
     if start + entry.size > limit:
-        raise DamagedFile(f"truncated: record {name} ends behind the end of the file")
+        raise DamagedFile(f"truncated: record {name} extends past the end of the file")
     return ZipRecord(name, entry.header, start, start + entry.size, entry.crc32)
 
 
@@ -228,20 +228,20 @@ def _check_names(names: list[str]) -> None:
 
 
 def _check_places(file: IO[bytes], ordered: list[tuple[_Entry, ZipRecord]], directory: int) -> None:
-    """Raises unless the records fill the file, one behind the other, from its first byte."""
+    """Checks that the records are contiguous from the first byte of the file."""
     at = 0
     for entry, record in ordered:
         if record.header != at:
-            raise _differs(f"there are bytes before record {record.name} that belong to none")
+            raise _differs(f"bytes before record {record.name} belong to no record")
         at = record.end
         if entry.flags & _STREAMED:
             at += _size_of_descriptor(file, record)
     if at != directory:
-        raise _differs("there are bytes before its directory that belong to no record")
+        raise _differs("bytes before its directory belong to no record")
 
 
 def _size_of_descriptor(file: IO[bytes], record: ZipRecord) -> int:
-    """Bytes behind the data of a record that repeat its checksum and sizes."""
+    """Returns the size of the trailer after a record that repeats its checksum and sizes."""
     size = record.end - record.start
     file.seek(record.end)
     raw = file.read(24)
@@ -251,4 +251,4 @@ def _size_of_descriptor(file: IO[bytes], record: ZipRecord) -> int:
             b"PK\x07\x08", record.crc32, size, size,
         ):  # fmt: skip
             return n
-    raise _differs(f"record {record.name} has another size or checksum behind its data")
+    raise _differs(f"record {record.name} has a different size or checksum after its data")

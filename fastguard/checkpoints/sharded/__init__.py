@@ -1,1 +1,1 @@
-"""Checkpoints of `torch.distributed.checkpoint`: a folder of shards and its metadata."""
+"""Checkpoints in `torch.distributed.checkpoint` format: a folder of shards and its metadata."""

@@ -1,4 +1,4 @@
-"""How the shards of a checkpoint are to lie in this process: `Layouts`."""
+"""Chooses how loaded shards are laid out in this process."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from fastguard.checkpoints.sharded.shared_tensors import is_shard, tensors
 
 
 class Layouts:
-    """How the shards of a checkpoint are to lie in this process.
+    """The layout of loaded shards in this process.
 
-    As those of the same name in the objects to restore; the state that an optimizer does not have
-    yet as a parameter of its shape, or else as it was saved, on the mesh of that shape or the only
-    one with as many dimensions. Without any, a shard comes back whole, as a plain tensor.
+    A shard is laid out like the tensor of the same name in the objects to restore. Optimizer state
+    that
+    does not exist yet is laid out like a parameter of the same shape, or else as it was saved, on
+    the
+    mesh of that shape or the only mesh with as many dimensions. If nothing matches, the shard is
+    loaded
+    whole, as a plain tensor.
 
     Args:
-        objects: What is restored, by name.
+        objects: The objects to restore, by name.
     """
 
     def __init__(self, objects: Mapping[str, Any]) -> None:
@@ -28,17 +32,17 @@ class Layouts:
             if callable(getattr(value, "state_dict", None)):
                 found = tensors(value.state_dict(), name)
                 self._known |= {path: t for path, t in found if is_shard(t)}
-        # FSDP with tensor parallelism shards one dimension twice, in an order of its own.
+        # FSDP with tensor parallelism shards one dimension twice, in its own order.
         self._alike = {(tuple(t.shape), _sharded(t.placements)): t for t in self._known.values()}
         self._meshes = {tuple(t.device_mesh.shape): t.device_mesh for t in self._known.values()}
 
     def empty(self, path: str, stored: Any, marker: Mapping[str, Any]) -> Tensor:
-        """A tensor to read into.
+        """Returns an empty tensor to read into.
 
         Args:
-            path: Where it stands.
-            stored: What the metadata says of it.
-            marker: What stands there in the saved tree.
+            path: Position in the tree.
+            stored: The metadata of the tensor.
+            marker: The placeholder in the saved tree.
         """
         size, dtype = stored.size, stored.properties.dtype
         mesh, placements = self._layout(path, tuple(size), marker)

@@ -1,8 +1,8 @@
-"""`.metadata` of `torch.distributed.checkpoint`, a pickle: read inertly, and built anew.
+"""Reads the pickle `.metadata` of `torch.distributed.checkpoint` inertly and rebuilds it.
 
-torch unpickles this file with everything that a pickle can do. Here it is read as any checkpoint
-is (`load_inert`: nothing is called, the work is bounded), and what it then describes is checked
-value by value while the objects of torch are made of it.
+torch unpickles this file without restrictions. Here it is read like any checkpoint (`load_inert`:
+nothing is called and the work is bounded), and each value is checked while the torch objects are
+built from it.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _FORMATS = {
 
 
 def read_metadata(folder: Path) -> Any:
-    """The `Metadata` of a folder that `torch.distributed.checkpoint` wrote.
+    """Returns the `Metadata` of a folder written by `torch.distributed.checkpoint`.
 
     Raises:
-        UnsafeFile: It asks to call something; nothing was executed.
-        DamagedFile: It is no such file.
+        UnsafeFile: The file asks to call a function; nothing was executed.
+        DamagedFile: It is not a valid metadata file.
         OSError: It cannot be read.
     """
     with open_regular(folder / NAME, follow_links=False) as file:
@@ -43,7 +43,7 @@ def read_metadata(folder: Path) -> Any:
 
 
 def metadata_in(file: BinaryIO, folder: Path) -> Any:
-    """`read_metadata`, of a file that is open."""
+    """Like `read_metadata`, for an open file."""
     try:
         return _metadata(load_inert(file))
     except CheckpointError as error:
@@ -98,7 +98,7 @@ def _properties(value: Any) -> Any:
 
 
 def _memory_format(value: Any) -> torch.memory_format:
-    """A member of an enum, by its value, or by its name as Python 3.11.0 to 3.11.3 pickle it."""
+    """Returns an enum member by value, or by name as Python 3.11.0 to 3.11.3 pickle it."""
     if isinstance(value, Name):
         kind, _, name = value.qualified_name.rpartition(".")
         if kind == _ENCODING and name in _FORMATS:
@@ -147,17 +147,17 @@ def _storage_meta(value: Any) -> Any:
 
 
 def _planner_data(value: Any) -> Any:
-    """Where each flat name stands in the tree that was saved."""
+    """Returns the position of each flat name in the saved tree."""
     if not isinstance(value, Mapping):
         return None
     return {_text(name): tuple(map(_key, _items(path))) for name, path in value.items()}
 
 
-# Values, each of one type or an error.
+# Parsers of single values; each returns one type or raises.
 
 
 def _state(value: Any, kind: str) -> dict[str, Any]:
-    """The attributes of an object of that class."""
+    """Returns the attributes of an object of the given class."""
     _check_kind(value, kind)
     found: dict[str, Any] = {}
     for part in value.parts:
@@ -174,12 +174,12 @@ def _check_kind(value: Any, kind: str) -> None:
 
 def _damaged(value: Any) -> DamagedFile:
     return DamagedFile(
-        f"damaged: it has {kind_of(value)} where torch.distributed.checkpoint writes another value"
+        f"damaged: it has {kind_of(value)} where torch.distributed.checkpoint writes something else"
     )
 
 
 def _known(kind: Any, **values: Any) -> dict[str, Any]:
-    """Those of the arguments that this release of torch has."""
+    """Returns the arguments that this release of torch supports."""
     names = {field.name for field in fields(kind)}
     return {name: value for name, value in values.items() if name in names}
 

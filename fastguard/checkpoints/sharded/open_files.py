@@ -1,4 +1,4 @@
-"""`OpenFiles`: the files of a folder, so that what is loaded is what was hashed."""
+"""`OpenFiles`: keeps the files of a folder open, so that the loaded data are the hashed data."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import BinaryIO
 from fastguard.checkpoints.errors import DamagedFile
 from fastguard.records.regular_files import open_regular
 
-_HELD = 200  # files; many systems allow a process 1024
+_HELD = 200  # files; many systems limit a process to 1024
 
 Identity = tuple[int, int, int]
-"""Inode, bytes and time of modification: the same on every client of a network file system."""
+"""Inode, size and modification time: equal on all clients of a network file system."""
 
 
 class OpenFiles:
-    """The files of a folder. One that is opened again is the same file, unchanged, or an error.
+    """The files of a folder; reopening one returns the same unchanged file or raises.
 
-    Up to 200 of them stay open; the others are compared by inode, size and time of modification.
+    Up to 200 files stay open; the others are compared by inode, size and modification time.
 
     Args:
         folder: The folder. Links in it are not followed.
@@ -34,17 +34,17 @@ class OpenFiles:
 
     @contextmanager
     def open(self, name: str) -> Iterator[BinaryIO]:
-        """A file, at its start.
+        """Opens a file at its start.
 
         Args:
-            name: Its plain name; no path.
+            name: A plain file name, not a path.
 
         Raises:
-            DamagedFile: It is not the file that was opened under this name before.
+            DamagedFile: The file is not the one opened under this name before.
             OSError: It cannot be opened.
         """
         if Path(name).name != name or name in ("", ".."):
-            raise DamagedFile(f"{self.folder} points to {name!r}, outside of it")
+            raise DamagedFile(f"{self.folder} points to {name!r}, outside it")
         file = self._held.get(name)
         if file is not None:
             file.seek(0)
@@ -59,15 +59,15 @@ class OpenFiles:
             yield file
 
     def identity(self, name: str) -> Identity:
-        """What tells whether a file, opened before, is still the same."""
+        """Returns the identity of a file opened before, to detect later changes."""
         return self._identities[name]
 
     def expect(self, identities: Mapping[str, Identity]) -> None:
-        """What the files must be that other ranks have hashed."""
+        """Sets the identities of files that other ranks have hashed."""
         self._identities |= identities
 
     def check_unchanged(self) -> None:
-        """Raises a DamagedFile if a file that is held was written to since it was opened."""
+        """Raises a DamagedFile if an open file was written to since it was opened."""
         for name, file in self._held.items():
             self._compare(name, file)
 
@@ -75,7 +75,7 @@ class OpenFiles:
         found = os.fstat(file.fileno())
         now = found.st_ino, found.st_size, found.st_mtime_ns
         if self._identities.setdefault(name, now) != now:
-            raise DamagedFile(f"{self.folder / name} was changed while it was read")
+            raise DamagedFile(f"{self.folder / name} was changed while it was being read")
 
     def __enter__(self) -> OpenFiles:
         return self

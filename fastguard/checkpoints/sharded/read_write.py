@@ -1,16 +1,16 @@
-"""Checkpoints of several ranks, or of sharded models: a folder, by `torch.distributed.checkpoint`.
+"""Saves several ranks or sharded models as a folder, using `torch.distributed.checkpoint`.
 
-    step-.../rest.pt        everything but the shards, as in an unsharded checkpoint
-    step-.../rest-1.pt      the same of rank 1: its random streams, its data position, its own
-    step-.../*.distcp       the DTensors, by rank; read back onto any mesh
-    step-.../.metadata      where each shard lies
+    step-.../rest.pt        everything except the shards, as in an unsharded checkpoint
+    step-.../rest-1.pt      the same for rank 1: its random states, data position, own tensors
+    step-.../*.distcp       the DTensors, by rank; can be loaded onto any mesh
+    step-.../.metadata      the position of each shard
 
-Tensors that have the same bytes on every rank are kept once, with the shards. Only tensors go
-through `torch.distributed.checkpoint`: it would pickle other values and load them with
+Tensors with the same bytes on every rank are stored once, with the shards. Only tensors go through
+`torch.distributed.checkpoint`, which would pickle other values and load them with
 `weights_only=False`.
 
-All ranks call each function here. It succeeds on all of them or fails on all with the same error; a
-rank that dies makes torch raise on the others.
+Every function here is collective. It succeeds on all ranks or fails on all with the same error; if
+a rank dies, torch raises on the others.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from fastguard.checkpoints.sharded.shard_report import rest_name
 from fastguard.checkpoints.sharded.shared_tensors import is_shard, names_of_shared, tensors
 from fastguard.ranks.lockstep import Peers
 
-RANKS = "ranks"  # key of the payload: how many wrote it
-_PARTS = ("objects", "data")  # of the payload; the random streams are each rank's own
+RANKS = "ranks"  # payload key: number of ranks that wrote it
+_PARTS = ("objects", "data")  # payload keys; the random states belong to each rank
 
 
 def has_shards(tree: Any) -> bool:
-    """Whether any tensor is a DTensor. Costs nothing where torch.distributed is not in use."""
+    """Whether any tensor is a DTensor. Costs nothing if torch.distributed is not used."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
     return any(is_shard(t) for _, t in tensors(tree))
@@ -51,10 +51,10 @@ def has_shards(tree: Any) -> bool:
 
 
 def write(path: Path, payload: Mapping[str, Any], peers: Peers) -> Path:
-    """Writes a checkpoint to the temporary name of the folder `path`, which it returns.
+    """Writes a checkpoint under the temporary name of the folder `path` and returns that name.
 
     Raises:
-        CheckpointError: A tensor is neither sharded nor replicated, or spread over other ranks.
+        CheckpointError: A tensor is neither sharded nor replicated, or is spread over other ranks.
         OSError: The disk is full or read-only; nothing is left behind.
     """
     import torch.distributed.checkpoint as dcp
@@ -94,11 +94,11 @@ def write(path: Path, payload: Mapping[str, Any], peers: Peers) -> Path:
 
 
 def _shared(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """What may be shared, after a look at the placements of its shards."""
+    """Returns the payload parts that ranks may share, after checking the shard placements."""
     shared = {part: payload[part] for part in _PARTS}
     for path, tensor in tensors(shared):
         if is_shard(tensor) and any(p.is_partial() for p in tensor.placements):  # type: ignore[attr-defined]
-            raise CheckpointError(f"{path} is partial: make it whole before saving")
+            raise CheckpointError(f"{path} is a partial DTensor; redistribute it before saving")
     return shared
 
 
@@ -107,9 +107,9 @@ def _write_rest(path: Path, rest: Mapping[str, Any]) -> None:
 
 
 def _of_the_disk(error: BaseException) -> OSError | None:
-    """The `OSError` that torch.distributed.checkpoint wrapped into one of its own, if any.
+    """Returns the `OSError` wrapped in an error of torch.distributed.checkpoint, if any.
 
-    Its own is no `Exception`: like a KeyboardInterrupt it would end the run.
+    That error is not an `Exception`; like a KeyboardInterrupt, it would end the run.
     """
     if isinstance(error, OSError):
         return None
@@ -122,7 +122,7 @@ def _of_the_disk(error: BaseException) -> OSError | None:
 
 
 def _split(tree: Any, path: str, names: Mapping[str, str], shards: dict[str, Tensor]) -> Any:
-    """The tree with a marker for each tensor that is shared; that tensor goes to `shards`."""
+    """Replaces each shared tensor in the tree with a marker and adds it to `shards`."""
     if isinstance(tree, Tensor):
         if path not in names:
             return tree
@@ -147,16 +147,16 @@ def _split(tree: Any, path: str, names: Mapping[str, str], shards: dict[str, Ten
 def read(
     folder: Path, objects: Mapping[str, Any], peers: Peers, opened: OpenFiles | None = None
 ) -> dict[str, Any]:
-    """The payload. Shards come back on the mesh of the objects' own, else as whole tensors.
+    """Returns the payload; shards use the mesh of the given objects, or become whole tensors.
 
     Args:
         folder: The folder.
-        objects: What the states are for.
-        peers: Who reads it.
-        opened: Its files, hashed before; None: as they are now.
+        objects: The objects to restore.
+        peers: The ranks that read it.
+        opened: Its files as hashed before; None to open them now.
 
     Raises:
-        CheckpointError: Another number of ranks wrote it, and each of them holds something of its
+        CheckpointError: It was saved by another number of ranks, and each rank has values of its
             own.
     """
     import torch.distributed.checkpoint as dcp
@@ -214,7 +214,7 @@ def _metadata(opened: OpenFiles) -> Any:
 
 
 def _rest(opened: OpenFiles, peers: Peers, *, strict: bool) -> dict[str, Any]:
-    """What this rank does not share; of rank 0, if another number of ranks wrote it."""
+    """Loads what this rank does not share; from rank 0 if the number of ranks differs."""
 
     def load(rank: int) -> dict[str, Any]:
         with opened.open(rest_name(rank)) as file:
@@ -228,9 +228,9 @@ def _rest(opened: OpenFiles, peers: Peers, *, strict: bool) -> dict[str, Any]:
         own = next((path for path, _ in tensors({part: rest[part] for part in _PARTS})), None)
         if own is not None:
             raise CheckpointError(
-                f"{opened.folder} was saved by {ranks} ranks that hold {own_name(own)} each with "
-                f"values of its own; load it with {ranks} ranks, not {peers.size}, or without "
-                "objects, which gives what rank 0 held"
+                f"{opened.folder} was saved by {ranks} ranks, each with its own values of "
+                f"{own_name(own)}; load it with {ranks} ranks, not {peers.size}, or without "
+                "objects, which returns rank 0's values"
             )
     rest["rng"] = {"ranks": ranks}
     return rest
@@ -239,7 +239,7 @@ def _rest(opened: OpenFiles, peers: Peers, *, strict: bool) -> dict[str, Any]:
 def _with_tensors(
     tree: Any, path: str, metadata: Any, layouts: Layouts, found: dict[str, Tensor]
 ) -> Any:
-    """The tree with an empty tensor for each marker; they are in `found` too, by name."""
+    """Replaces each marker in the tree with an empty tensor and adds it to `found` by name."""
     if isinstance(tree, Mapping):
         if SHARD in tree:
             name = tree[SHARD]

@@ -1,6 +1,6 @@
-"""Reading a folder of shards from front to back: which are non-finite, and the checksum of it all.
+"""Reads a whole folder of shards; finds non-finite tensors and computes the checksum.
 
-Each rank reads a share of the files; what they found is put together on all of them.
+Each rank reads a part of the files, and the results are combined on all ranks.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from fastguard.records.regular_files import open_regular
 
 
 def rest_name(rank: int) -> str:
-    """The file of what a rank does not share with the others."""
+    """Returns the file name for what a rank does not share with the others."""
     return f"rest-{rank}.pt" if rank else "rest.pt"
 
 
 def look(folder: Path, peers: Peers, *, crc32: bool = True) -> FileReport:
-    """Reads a folder once, each rank a share of its files.
+    """Reads a folder once; each rank reads a part of its files.
 
     Args:
         folder: The folder.
         peers: The ranks.
-        crc32: As in `look_at_file`.
+        crc32: See `look_at_file`.
 
     Raises:
-        DamagedFile: A file is missing, or not whole.
+        DamagedFile: A file is missing or incomplete.
         OSError: It cannot be read.
     """
     names = peers.first(lambda: _names(folder))
@@ -58,7 +58,7 @@ def look(folder: Path, peers: Peers, *, crc32: bool = True) -> FileReport:
 
 
 def _names(folder: Path) -> list[str]:
-    """The files of a folder, in the order of `sha256sum *`."""
+    """Returns the files of a folder, in the order of `sha256sum *`."""
     if folder.is_symlink():
         raise DamagedFile(f"{folder} is a symbolic link, not a folder")
     return sorted(os.listdir(folder))
@@ -85,7 +85,7 @@ def _look_at_share(
         raise DamagedFile(f"{error.filename} is missing") from None
     except (CheckpointError, OSError):
         raise
-    except Exception as error:  # of torch, or names and numbers that make no sense
+    except Exception as error:  # raised by torch, or invalid names and numbers
         raise DamagedFile(f"{folder} is damaged ({error})") from None
 
 
@@ -114,9 +114,9 @@ def _file_of(folder: Path, place: Any) -> str:
 
 
 def listing(files: OpenFiles, peers: Peers) -> str:
-    """The SHA-256 of what `sha256sum * .metadata` prints in a folder.
+    """Returns the SHA-256 of the output of `sha256sum * .metadata` in a folder.
 
-    From then on `files` opens no others than those that were hashed, by whichever rank.
+    From then on, `files` only opens the files that were hashed, on any rank.
     """
     names = peers.first(lambda: _names(files.folder))
 

@@ -1,8 +1,9 @@
-"""Which tensors of a checkpoint belong to all ranks, and under which names they are kept.
+"""Decides which tensors of a checkpoint all ranks share, and under which names they are stored.
 
-A DTensor belongs to all ranks of its mesh. A plain tensor that has the same bytes on every rank
-(DDP) is kept once; one that has not (pipeline stages, experts, batch statistics) is each rank's
-own. Nobody has to say which is which: the bytes do, for one SHA-256 of the plain tensors a save.
+A DTensor belongs to all ranks of its mesh. A plain tensor with the same bytes on every rank (DDP)
+is stored once; otherwise (pipeline stages, experts, batch statistics) each rank stores its own. No
+configuration is needed: the bytes are compared, at the cost of one SHA-256 over the plain tensors
+per save.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Identity = tuple[str, str]  # "mesh", "bytes" or "own", and a digest
 
 
 def is_shard(value: Any) -> bool:
-    """Whether a value is a DTensor. Imports nothing where torch.distributed is not in use."""
+    """Whether a value is a DTensor. Imports nothing if torch.distributed is not used."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
     from torch.distributed.tensor import DTensor
@@ -31,7 +32,7 @@ def is_shard(value: Any) -> bool:
 
 
 def tensors(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of nested containers, each with its path."""
+    """Yields the tensors in nested containers, each with its path."""
     if isinstance(tree, Tensor):
         yield path, tree
     elif isinstance(tree, Mapping):
@@ -43,7 +44,7 @@ def tensors(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def names_of_shared(tree: Any, peers: Peers) -> dict[str, str]:
-    """Path -> name of every tensor in `tree` that does not belong to this rank alone.
+    """Maps the path of every tensor that ranks share to the name it is stored under.
 
     Raises:
         CheckpointError: A DTensor is spread over more ranks than write the checkpoint.
@@ -61,7 +62,8 @@ def names_of_shared(tree: Any, peers: Peers) -> dict[str, str]:
         return {path: path for path in shards}
     mine = {path: _identity(t) for path, t in tensors(tree)}
     summary = hashlib.sha256(repr(sorted(mine.items())).encode()).hexdigest()
-    if len(set(peers.gather(summary))) == 1:  # FSDP and DDP: no need to look closer
+    # usual for FSDP and DDP: all ranks share the same tensors
+    if len(set(peers.gather(summary))) == 1:
         return {path: path for path, (kind, _) in mine.items() if kind != "own"}
     everyone = peers.gather(mine)
     return {
@@ -75,7 +77,7 @@ def _name(path: str, own: Identity, theirs: list[Identity | None]) -> str | None
     kind, digest = own
     if kind == "mesh":
         alone = {other for other in theirs if other is not None} == {own}
-        # Stages of a pipeline number their parameters alike, each on a mesh of its own.
+        # Pipeline stages use the same parameter numbers, each on its own mesh.
         return path if alone else f"{path}@{digest[:16]}"
     return path if kind == "bytes" and all(other == own for other in theirs) else None
 

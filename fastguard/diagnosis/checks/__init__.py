@@ -1,4 +1,4 @@
-"""The checks, one module a family: `check(evidence)` yields what it finds."""
+"""The checks, one module per family; `check(evidence)` yields its findings."""
 
 from __future__ import annotations
 
@@ -32,4 +32,4 @@ FAMILIES: dict[str, Check] = {
         real_steps,
     )
 }
-"""By name, in the order in which things break."""
+"""The checks by name, ordered by what breaks first."""

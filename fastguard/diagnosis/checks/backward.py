@@ -1,4 +1,4 @@
-"""The backward pass: which parameters get a gradient, is it finite, does it reach all depths."""
+"""Checks the backward pass: which parameters get a gradient, is it finite, does it vanish."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from fastguard.diagnosis.observe import Values
 
 CHECK = "backward"
 
-FORGOTTEN = 0.01  # share of the trainable elements without gradient from which a part is missing
+# share of trainable elements without gradient above which a part is considered missing
+FORGOTTEN = 0.01
 TOTAL_NORM_HIGH, TOTAL_NORM_HOPELESS = 1e2, 1e6
-PROFILE = 1e4  # between the rms gradients of two layers
-DEEP = 4  # weights below which there is no profile
+PROFILE = 1e4  # largest ratio between the rms gradients of two layers
+DEEP = 4  # fewer weights than this give no profile
 
 _TWICE = (
-    "the graph was gone already: step= returns the loss and calls neither backward nor "
+    "the graph had already been freed: step= must return the loss and not call backward or "
     "optimizer.step, which diagnose does itself; in training, look for a state (of an RNN, a "
-    "memory) that is carried on from the last batch without .detach()."
+    "memory) that is carried over from the last batch without .detach()."
 )
 
 
 def check(evidence: Evidence) -> Iterator[Finding]:
-    """Looks at the gradients of one step; without a loss, at those of the mean of the output."""
+    """Checks the gradients of one step; without a loss, the gradients of the output's mean."""
     evidence = evidence.repaired
     failure = evidence.step.failed("backward")
     if failure is not None:
@@ -35,8 +36,9 @@ def check(evidence: Evidence) -> Iterator[Finding]:
             f"the backward pass raises {failure}",
             remedy=_TWICE
             if "second time" in str(failure.error)
-            else "look for in-place changes of what the backward pass needs, and for operations "
-            "without a derivative; torch.autograd.set_detect_anomaly(True) names the line.",
+            else "look for in-place changes to tensors that the backward pass needs, and for "
+            "operations "
+            "without a derivative; torch.autograd.set_detect_anomaly(True) shows the line.",
         )
     if evidence.step.gradients is None:
         return
@@ -48,12 +50,12 @@ def check(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _missing(evidence: Evidence) -> Iterator[Finding]:
-    # What another optimizer trains, such as the other half of a GAN, need not take part.
+    # Parameters of another optimizer, such as the other half of a GAN, need not take part.
     found = evidence.step.gradients or {}
     gradients = {name: found[name] for name in evidence.trained if name in found}
     parameters = evidence.subject.parameters
     missing = [name for name, gradient in gradients.items() if gradient is None]
-    if not missing or evidence.is_detached:  # which the loss check tells
+    if not missing or evidence.is_detached:  # the loss check reports this
         return
     n = sum(parameters[name].numel() for name in gradients)
     share = sum(parameters[name].numel() for name in missing) / max(n, 1)
@@ -63,19 +65,19 @@ def _missing(evidence: Evidence) -> Iterator[Finding]:
         "no-gradient",
         "error" if share >= FORGOTTEN else "warning",
         f"{len(missing)} of {len(gradients)} parameters ({percent(share)} of the weights) do not "
-        f"contribute to {start}, and will not learn: {several(missing, 6)}",
+        f"contribute to {start} and will not learn: {several(missing, 6)}",
         where=missing[0],
         value=share,
         limit=0,
-        remedy="use what this module computes (a head whose output the loss ignores, a branch that "
-        "is not called), look for .detach() and torch.no_grad() on the way, or say that it is "
-        "meant so with requires_grad_(False).",
+        remedy="use the output of this module (the loss may ignore a head, or a branch may not be "
+        "called), look for .detach() and torch.no_grad() on the way, or mark it as intended with "
+        "requires_grad_(False).",
     )
 
 
 def _nonfinite(evidence: Evidence) -> Iterator[Finding]:
     bad = [name for name, values in evidence.gradients.items() if values.nonfinite]
-    # Gradients of what was not finite before tell nothing of their own.
+    # Non-finite gradients of a non-finite loss are not a separate finding.
     step = evidence.step
     if not bad or step.from_output or not all(map(math.isfinite, step.parts.values())):
         return
@@ -83,7 +85,7 @@ def _nonfinite(evidence: Evidence) -> Iterator[Finding]:
     values = evidence.gradients[bad[0]]
     born = ""
     if report is not None:
-        born = "; born in " + ", ".join(
+        born = "; first in " + ", ".join(
             text
             for text in (report.operation, report.module, report.evidence, report.source)
             if text

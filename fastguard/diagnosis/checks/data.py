@@ -1,4 +1,4 @@
-"""The batch, and further ones: finite, of a sane range, varied, labels that exist, no copies."""
+"""Checks batches: finite, in a normal range, varied, with valid labels and no duplicates."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from fastguard.errors import describe_culprits
 
 CHECK = "data"
 
-RANGE = 100.0  # inputs that were normalised end at about 5; images that were not end at 255
-FEWEST_LABELS = 16  # fewer may well be the same by chance
-FEWEST_ELEMENTS = 4  # samples of fewer may well be the same by chance
+RANGE = 100.0  # normalised inputs reach about 5; raw images reach 255
+FEWEST_LABELS = 16  # fewer labels may be equal by chance
+FEWEST_ELEMENTS = 4  # samples with fewer elements may be equal by chance
 
 
 def check(evidence: Evidence) -> Iterator[Finding]:
-    """Looks at the batch and at `data`; the labels' range is that of the loss in the step."""
+    """Checks the batch and `data`; the range of labels is taken from the loss in the step."""
     found: dict[str, Finding] = {}
     for prefix, inputs, targets in evidence.batches():
         if (empty := _empty(prefix, inputs)) is not None:
@@ -49,17 +49,18 @@ def _empty(prefix: str, inputs: Any) -> Finding | None:
         CHECK,
         "empty-batch",
         "error",
-        f"there is no sample: {list(tensor.shape)}; the mean of no losses is 0/0, NaN",
+        f"there are no samples: {list(tensor.shape)}; the mean of no losses is 0/0, NaN",
         where=name,
         value=0,
         limit=1,
-        remedy="look at what filters the samples, and at the sampler; a DataLoader drops what is "
-        "left over with drop_last=True.",
+        remedy="check what filters the samples, and the sampler; a DataLoader drops a partial "
+        "batch "
+        "with drop_last=True.",
     )
 
 
 def _of_batch(prefix: str, inputs: Any, targets: Any, harmful: bool) -> Iterator[Finding]:
-    """Looks at one batch; `harmful`: the step is not finite, so a mask of -Inf may be no mask."""
+    """Checks one batch; `harmful`: the step is not finite, so -Inf may be more than a mask."""
     names = (f"{prefix}inputs", f"{prefix}targets")
     high = {f"{prefix}inputs*": RANGE}
     low = {f"{prefix}inputs*": -RANGE}
@@ -74,7 +75,7 @@ def _of_batch(prefix: str, inputs: Any, targets: Any, harmful: bool) -> Iterator
         if problem.kind == "nonfinite":
             if values.nan or values.posinf or harmful:
                 yield _nonfinite(values)
-            if problem.name.startswith(names[0]) and values.absmax > RANGE:  # NaN hides it
+            if problem.name.startswith(names[0]) and values.absmax > RANGE:  # a NaN hides the range
                 yield _range(values)
         elif problem.kind == "constant":
             yield _constant(values)
@@ -90,13 +91,12 @@ def _of_batch(prefix: str, inputs: Any, targets: Any, harmful: bool) -> Iterator
                 f"all {tensor.numel()} labels are {int(tensor.flatten()[0])}",
                 where=name,
                 value=tensor.numel(),
-                remedy="shuffle the data, and look whether the labels are read from the right "
-                "place.",
+                remedy="shuffle the data, and check that the labels are read from the right place.",
             )
 
 
 def _named(name: str, part: Any) -> Iterator[tuple[str, Tensor]]:
-    """As `check_batch` names them."""
+    """Yields the tensors with the names that `check_batch` gives them."""
     if isinstance(part, Tensor):
         yield name, part
     elif isinstance(part, dict):
@@ -118,7 +118,7 @@ def _nonfinite(values: TensorRange) -> Finding:
         value=1 - values.finite_share,
         limit=0,
         remedy="find the samples (x.isfinite().flatten(1).all(1)) and repair or drop them where "
-        "the data is read; fastguard.check_batch tells it for every batch, without waiting.",
+        "the data is read; fastguard.check_batch checks every batch without a sync.",
     )
 
 
@@ -130,7 +130,7 @@ def _constant(values: TensorRange) -> Finding:
         f"all {values.numel} elements are {values.max:.4g}",
         where=values.name,
         value=values.max,
-        remedy="nothing can be learned from it: look at what reads or normalises it (a division by "
+        remedy="nothing can be learned from it: check how it is read and normalised (a division by "
         "a standard deviation of 0, an integer division by 255).",
     )
 
@@ -140,13 +140,13 @@ def _range(values: TensorRange) -> Finding:
         CHECK,
         "range",
         "warning",
-        f"goes from {values.min:.4g} to {values.max:.4g}; networks start from inputs of about "
+        f"ranges from {values.min:.4g} to {values.max:.4g}; networks expect inputs of about "
         "unit size",
         where=values.name,
         value=values.absmax,
         limit=RANGE,
         remedy="normalise: divide images by 255, or subtract the mean and divide by the standard "
-        "deviation, taken over the training data, plus an eps.",
+        "deviation of the training data, plus an eps.",
     )
 
 
@@ -154,7 +154,7 @@ def _indices(evidence: Evidence) -> Iterator[Finding]:
     seen = evidence.step.functions.indices
     yield from (_bad_indices(found, "") for found in seen if found.bad_share)
     losses = [found for found in seen if found.function != "embedding"]
-    if len(losses) != 1:  # which of several targets belongs to which is not known
+    if len(losses) != 1:  # with several losses it is unclear which targets belong to which
         return
     loss = losses[0]
     for i, (_, targets) in enumerate(_pairs(evidence.further_batches)):
@@ -179,15 +179,16 @@ def _bad_indices(found: Indices, where: str) -> Finding:
         "index-out-of-range",
         "error",
         f"{percent(found.bad_share)} of the {'indices' if tokens else 'labels'} given to "
-        f"{found.function} do not exist: they go from {found.low} to {found.high}, allowed are 0 "
-        f"to {found.n - 1}{ignored}",
+        f"{found.function} are out of range: they go from {found.low} to {found.high}, allowed are "
+        f"0 to {found.n - 1}{ignored}",
         where=where or ("inputs" if tokens else "targets"),
         value=found.high if found.high >= found.n else found.low,
         limit=found.n - 1 if found.high >= found.n else 0,
         remedy="make the embedding as large as the vocabulary of the tokenizer."
         if tokens
-        else "count classes from 0, give the last layer one output a class, and mark what does not "
-        "count with ignore_index. On a GPU this ends in a device-side assert.",
+        else "count classes from 0, give the last layer one output per class, and mark positions "
+        "to "
+        "skip with ignore_index. On a GPU this fails with a device-side assert.",
     )
 
 
@@ -209,7 +210,7 @@ def _binary_targets(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _duplicates(evidence: Evidence) -> Iterator[Finding]:
-    # The batch is most likely one of those in `data`.
+    # The batch is probably also in `data`.
     batches = evidence.further_batches or [evidence.subject.batch]
     seen: dict[bytes, bytes] = {}
     n = again = contradicting = 0
@@ -238,13 +239,13 @@ def _duplicates(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _samples(inputs: Any, targets: Any) -> Iterator[tuple[bytes, bytes]]:
-    """A hash of each sample's inputs and of its targets, along the first axis of every tensor."""
+    """Yields a hash of each sample's inputs and targets, along the first axis of every tensor."""
     first, second = tensors(inputs), tensors(targets)
     sizes = {t.shape[0] if t.ndim else 0 for t in (*first, *second)}
     if len(sizes) != 1 or not first or sum(t[:1].numel() for t in first) < FEWEST_ELEMENTS:
         return
     if any(float(t.float().std()) == 0 for t in floats(first) if t.numel() > 1):
-        return  # constant data is told elsewhere
+        return  # constant data has its own finding
     for i in range(sizes.pop()):
         yield _digest([t[i] for t in first]), _digest([t[i] for t in second])
 

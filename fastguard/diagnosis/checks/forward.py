@@ -1,4 +1,4 @@
-"""The forward pass: does it run, fit its targets, stay finite, in range, and pass a signal on."""
+"""Checks the forward pass: it runs, fits its targets, stays finite and in range, and is alive."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from fastguard.diagnosis.watch_functions import IndexOutOfRange, Meeting, NoProb
 
 CHECK = "forward"
 
-LARGE = 1e4  # float16 ends at 65504, and the squares of a norm or a loss come on top
-HOPELESS = 1e12  # of float32's 3.4e38, one square and one sum away
+LARGE = 1e4  # float16 ends at 65504, and norms and losses square their inputs
+HOPELESS = 1e12  # one square and one sum away from float32's limit, 3.4e38
 DEAD_RELU = 0.99
 SATURATED = 0.9
 ONE_HOT_SOFTMAX = 0.99
@@ -29,18 +29,17 @@ _FIT = (
 )
 
 _LEFT_OUT = (
-    "the checks of what comes after are left out; run the model on this batch by itself to see the "
-    "whole traceback."
+    "later checks are skipped; run the model on this batch by itself to see the whole traceback."
 )
 _ONE_VALUE = (
-    "one value has no variance, so a norm over it is undefined while training: leave out a last "
-    "batch of one sample (DataLoader(drop_last=True)), give this layer more than one position, or "
-    "use GroupNorm or LayerNorm, or model.eval() for its averages."
+    "one value has no variance, so a norm over it is undefined in training: drop a last "
+    "batch of one sample (DataLoader(drop_last=True)), give this layer more than one position, "
+    "use GroupNorm or LayerNorm, or call model.eval() to use its averages."
 )
 
 
 def check(evidence: Evidence) -> Iterator[Finding]:
-    """Looks at one step."""
+    """Checks the forward pass of one step."""
     yield from _failures(evidence)
     yield from _shapes(evidence)
     yield from _nonfinite(evidence)
@@ -64,7 +63,7 @@ def _failures(evidence: Evidence) -> Iterator[Finding]:
     failure = evidence.step.failed("forward")
     if failure is None or isinstance(
         failure.error, IndexOutOfRange | NoProbability
-    ):  # told by name
+    ):  # reported by name
         return
     yield Finding(
         CHECK,
@@ -93,7 +92,7 @@ def _shapes(evidence: Evidence) -> Iterator[Finding]:
     }
     for meeting in step.functions.meetings:
         yield _meeting(meeting, places.get((meeting.output, meeting.target), ""))
-    if step.functions.meetings:  # the loss has met all shapes that do not fit, or raised
+    if step.functions.meetings:  # the loss already reported shapes that do not fit, or raised
         return
     failed = step.failed("loss")
     for where, output, target in misfits(step.output, targets):
@@ -134,7 +133,7 @@ def _meeting(meeting: Meeting, where: str) -> Finding:
         where=where,
         value=math.prod(meeting.result) / larger,
         limit=1,
-        remedy="give both the same shape before the loss: output.squeeze(1), or "
+        remedy="give both the same shape before the loss, with output.squeeze(1) or "
         "target.unsqueeze(1).",
     )
 
@@ -153,15 +152,15 @@ def _nonfinite(evidence: Evidence) -> Iterator[Finding]:
             CHECK,
             "ignored-nonfinite",
             "warning" if any(a.values.nan for a in bad) else "note",
-            f"{several(_names(bad))} put out NaN or Inf, which reach neither loss nor gradients",
+            f"{several(_names(bad))} output NaN or Inf, which reach neither loss nor gradients",
             where=bad[0].where,
             value=bad[0].values.nonfinite / bad[0].values.numel,
             limit=0,
-            remedy="fine for a mask of -Inf; a NaN that is selected away comes back in the "
+            remedy="fine for a mask of -Inf; but a NaN that is only masked out returns in the "
             "backward pass as 0 * NaN.",
         )
         return
-    if evidence.repaired is not evidence:  # the model may make some of its own as well
+    if evidence.repaired is not evidence:  # the model may produce some as well
         yield from _nonfinite(evidence.repaired)
     yield _first_nonfinite(evidence, bad, report)
 
@@ -180,11 +179,11 @@ def _first_nonfinite(
     if report is not None:
         remedy = report.remedy
         if report.origin == "forward":
-            seen.append(f"born in {report.operation}")
+            seen.append(f"first in {report.operation}")
         elif report.origin is not None:
             seen.append(f"the {report.origin} value {report.tensor} was non-finite before")
         if report.origin == "batch":
-            seen.append("the checks from the backward pass on set it to 0")
+            seen.append("the checks from the backward pass on replaced it by 0")
         seen += [text for text in (report.evidence, report.source) if text]
     return Finding(
         CHECK,
@@ -215,7 +214,7 @@ def _extreme(evidence: Evidence) -> Iterator[Finding]:
         "extreme-activation",
         "error" if worst > HOPELESS else "warning",
         f"activations reach {large[0].values.largest:.3g} in {large[0].where}, the first of "
-        f"{len(set(_names(large)))} modules, and {worst:.3g} at the most",
+        f"{len(set(_names(large)))} modules, and at most {worst:.3g}",
         where=large[0].where,
         value=worst,
         limit=LARGE,
@@ -224,7 +223,7 @@ def _extreme(evidence: Evidence) -> Iterator[Finding]:
     )
 
 
-# Does it pass a signal on?
+# Does a signal pass through?
 
 
 def _saturated(saturations: list[Saturation]) -> Iterator[Finding]:
@@ -238,7 +237,7 @@ def _saturated(saturations: list[Saturation]) -> Iterator[Finding]:
             CHECK,
             "saturated",
             "warning",
-            f"{percent(worst.share)} {what}; so in {several([s.where for s in found])}",
+            f"{percent(worst.share)} {what}; this affects {several([s.where for s in found])}",
             where=worst.where,
             value=worst.share,
             limit=limits.get(function, SATURATED),
@@ -248,20 +247,21 @@ def _saturated(saturations: list[Saturation]) -> Iterator[Finding]:
 
 _SATURATION = {
     "relu": (
-        "of what the ReLU puts out is 0: it passes no gradient",
+        "of the ReLU's output is 0 and passes no gradient",
         "lower the learning rate or the bias, put a norm before it, or use a leaky ReLU or GELU.",
     ),
     "sigmoid": (
-        "of what the sigmoid puts out is within 3e-4 of 0 or 1: it passes no gradient",
-        "lower the scale of what goes in; for a loss use binary_cross_entropy_with_logits.",
+        "of the sigmoid's output is within 3e-4 of 0 or 1 and passes no gradient",
+        "reduce the scale of its input; for a loss use binary_cross_entropy_with_logits.",
     ),
     "tanh": (
-        "of what the tanh puts out is within 5e-4 of -1 or 1: it passes no gradient",
-        "lower the scale of what goes in, or put a norm before it.",
+        "of the tanh's output is within 5e-4 of -1 or 1 and passes no gradient",
+        "reduce the scale of its input, or put a norm before it.",
     ),
     "softmax": (
-        "of the rows of the softmax are one-hot: it passes no gradient",
-        "divide attention scores by the root of the head's width, normalise queries and keys; a "
-        "softmax over an axis of length 1 is always 1, then the axis is wrong.",
+        "of the softmax's rows are one-hot and pass no gradient",
+        "divide attention scores by the square root of the head size, or normalise queries and "
+        "keys. A "
+        "softmax over an axis of length 1 is always 1; then the axis is wrong.",
     ),
 }

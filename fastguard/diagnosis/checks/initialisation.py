@@ -1,4 +1,4 @@
-"""The weights as they are: finite, not all the same, of a sane scale; norms with an eps."""
+"""Checks the weights: finite, not all equal, of a normal scale; and the eps of norms."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from fastguard.stages.measure import measure
 CHECK = "initialisation"
 
 # The gain of a random layer is the rms of its outputs over that of its inputs: 0.58 for torch's
-# default of nn.Linear, 1.4 for Kaiming's, about 0.1 for the small GPTs that start from 0.02, and
-# 0.01 for the last layer of a policy.
+# default nn.Linear, 1.4 for Kaiming, about 0.1 for small GPTs initialised with 0.02, and 0.01 for
+# the last layer of a policy.
 GAIN_HIGH, GAIN_LOW = 10.0, 0.009
-GAIN_HOPELESS = 1e3  # ten such layers leave the range of float32
-NORM_EPS = 1e-12  # the smallest that any published model uses
+GAIN_HOPELESS = 1e3  # ten such layers exceed the range of float32
+NORM_EPS = 1e-12  # the smallest in any published model
 
 _WEIGHTED = (
     nn.Linear,
@@ -43,7 +43,7 @@ _NORMS = (
 
 
 def check(evidence: Evidence) -> Iterator[Finding]:
-    """Looks at parameters and buffers; runs nothing."""
+    """Checks parameters and buffers; runs nothing."""
     yield from _nonfinite(evidence)
     for module, name in evidence.subject.modules.items():
         if isinstance(module, _NORMS):
@@ -56,7 +56,7 @@ def _nonfinite(evidence: Evidence) -> Iterator[Finding]:
     named = dict(evidence.subject.parameters)
     for prefix, root in evidence.subject.roots.items():
         named |= dict(root.named_buffers(prefix=prefix))
-    # A mask of -Inf is a buffer that is meant to be so.
+    # A buffer may be a mask of -Inf by design.
     held = [(n, t.detach()) for n, t in named.items() if t.dtype in FLOATING and t.numel()]
     stats = measure(bucketize([t for _, t in held], names=[n for n, _ in held]))
     culprits = [c for c in stats.culprits() if c[0] in evidence.subject.parameters or c[1]]
@@ -69,15 +69,16 @@ def _nonfinite(evidence: Evidence) -> Iterator[Finding]:
             where=culprits[0][0],
             value=sum(sum(c[1:]) for c in culprits),
             limit=0,
-            remedy="if the model is new, look at what initialises this tensor (torch.empty is not "
-            "initialised); else an earlier step destroyed it: go back to a checkpoint that "
-            "`fastguard ckpt verify` calls good, and train with fastguard.GuardedOptimizer.",
+            remedy="if the model is new, check how this tensor is initialised (torch.empty is not "
+            "initialised); otherwise an earlier step destroyed it: go back to a checkpoint that "
+            "passes "
+            "`fastguard ckpt verify`, and train with fastguard.GuardedOptimizer.",
         )
 
 
 def _norm(module: Any, name: str) -> Iterator[Finding]:
     eps = module.eps
-    if eps is not None and eps < NORM_EPS:  # None: torch takes that of the dtype
+    if eps is not None and eps < NORM_EPS:  # None: torch uses the eps of the dtype
         yield Finding(
             CHECK,
             "norm-eps",
@@ -95,12 +96,12 @@ def _norm(module: Any, name: str) -> Iterator[Finding]:
             "negative-variance",
             "error",
             f"the running variance goes down to {float(variance.min()):.3g}; evaluation takes its "
-            "root, which is NaN",
+            "square root, which is NaN",
             where=name,
             value=float(variance.min()),
             limit=0,
-            remedy="an average over checkpoints or a broken load makes this: call "
-            "module.reset_running_stats() and let some batches through in training mode.",
+            remedy="averaging checkpoints or a broken load can cause this: call "
+            "module.reset_running_stats() and run some batches in training mode.",
         )
 
 
@@ -122,13 +123,14 @@ def _weight(module: Any, name: str) -> Iterator[Finding]:
         CHECK,
         "extreme-gain",
         "error" if gain > GAIN_HOPELESS or gain < 1 / GAIN_HOPELESS**2 else "warning",
-        f"the weights multiply the size of what goes in by {gain:.3g} (rms of the weights times "
-        f"the root of {fan_in} inputs): too {too}",
+        f"the weights multiply the size of their input by {gain:.3g} (rms of the weights times "
+        f"the square root of {fan_in} inputs): too {too}",
         where=name,
         value=gain,
         limit=GAIN_HIGH if gain > 1 else GAIN_LOW,
-        remedy="torch.nn.init.kaiming_normal_(weight) before ReLUs, xavier_uniform_ before tanh or "
-        "no activation; biases to 0.",
+        remedy="use torch.nn.init.kaiming_normal_(weight) before ReLUs, xavier_uniform_ before "
+        "tanh "
+        "or no activation; set biases to 0.",
     )
 
 
@@ -138,17 +140,18 @@ def _constant(name: str, value: float) -> Finding:
             CHECK,
             "zero-weight",
             "warning",
-            "every weight is 0: nothing before this layer gets a gradient until it has moved",
+            "every weight is 0: earlier layers get no gradient until it has changed",
             where=name,
             limit=0,
-            remedy="right for the last layer of a residual branch or an adapter; elsewhere use "
+            remedy="this is right for the last layer of a residual branch or an adapter; elsewhere "
+            "use "
             "torch.nn.init.kaiming_normal_(weight).",
         )
     return Finding(
         CHECK,
         "constant-weight",
         "warning",
-        f"every weight is {value:.3g}: all units compute the same and stay the same",
+        f"every weight is {value:.3g}: all units compute the same value and remain identical",
         where=name,
         value=value,
         remedy="start from random weights: torch.nn.init.kaiming_normal_(weight).",
@@ -156,7 +159,7 @@ def _constant(name: str, value: float) -> Finding:
 
 
 def _fan_in(module: Any) -> int:
-    """How many inputs one output sums over."""
+    """Returns how many inputs are summed into one output."""
     shape = module.weight.shape
     if isinstance(module, nn.modules.conv._ConvTransposeNd):  # (in, out / groups, *kernel)
         overlap = math.prod(math.ceil(k / s) for k, s in zip(shape[2:], module.stride, strict=True))

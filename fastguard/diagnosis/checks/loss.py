@@ -1,4 +1,4 @@
-"""The loss: is there one, a scalar, finite, of parts that count alike, a mean and not a sum."""
+"""Checks the loss: present, scalar, finite, a mean and not a sum, with parts of similar effect."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from fastguard.diagnosis.watch_functions import IndexOutOfRange, NoProbability
 CHECK = "loss"
 
 LARGE = 1e4
-PARTS = 1e3  # beyond it the smaller part moves nothing
+PARTS = 1e3  # beyond this ratio the smaller part has no effect
 
 
 def check(evidence: Evidence) -> Iterator[Finding]:
-    """Looks at what the step returned, and at the loss of halves of the batch."""
+    """Checks what the step returned, and the loss of halves of the batch."""
     yield from _failure(evidence)
     yield from check_loss_inputs(evidence)
     step = evidence.step
@@ -36,8 +36,8 @@ def check(evidence: Evidence) -> Iterator[Finding]:
             CHECK,
             "not-checked",
             "note",
-            "there is no loss, because what comes before it fails; the backward pass began at the "
-            "output, as far as there is one",
+            "there is no loss because an earlier stage failed; the backward pass started at the "
+            "output, if there is one",
         )
         return
     yield from _kind(evidence)
@@ -50,16 +50,16 @@ def _failure(evidence: Evidence) -> Iterator[Finding]:
     failure = evidence.step.failed("loss")
     if failure is None or isinstance(
         failure.error, IndexOutOfRange | NoProbability
-    ):  # told by name
+    ):  # reported by name
         return
-    if raised_by_shapes(evidence.step, evidence.subject.targets):  # the forward check tells it
+    if raised_by_shapes(evidence.step, evidence.subject.targets):  # the forward check reports it
         return
     function = f" in {failure.function}" if failure.function else ""
     yield Finding(
         CHECK,
         "loss-raises",
         "error",
-        f"the loss raises {failure}{function}; what follows was found without it",
+        f"the loss raises {failure}{function}; later findings are without it",
         where=failure.where,
         remedy=_remedy_of(evidence, failure),
     )
@@ -85,7 +85,7 @@ def _kind(evidence: Evidence) -> Iterator[Finding]:
                 CHECK,
                 "loss-shape",
                 "warning",
-                "the model returns one number for all samples, which looks like its own loss; "
+                "the model returns one number for all samples, which looks like its own loss, but "
                 "loss_fn compares it with the targets",
                 value=1,
                 remedy=f"if it is its loss, pass {instead} in place of loss_fn.",
@@ -96,15 +96,15 @@ def _kind(evidence: Evidence) -> Iterator[Finding]:
             CHECK,
             "not-checked",
             "note",
-            "there is no loss: no loss_fn or step is given, and the output carries none; the "
-            "backward pass begins at the mean of the output",
-            remedy="; ".join(["give loss_fn= or step=", *filter(None, [hint_for(evidence)])]) + ".",
+            "there is no loss: no loss_fn or step was given, and the output contains none; the "
+            "backward pass starts at the mean of the output",
+            remedy="; ".join(["pass loss_fn= or step=", *filter(None, [hint_for(evidence)])]) + ".",
         )
         return
     result = step.result
     if number := number_in(result):
         yield _detached(
-            f"the loss was detached: what comes back is {number}, a number without the graph that "
+            f"the loss is detached: the step returned {number}, a number without the graph that "
             "the backward pass needs"
         )
         return
@@ -113,7 +113,7 @@ def _kind(evidence: Evidence) -> Iterator[Finding]:
             CHECK,
             "loss-shape",
             "error",
-            "nothing was returned as the loss (None)",
+            "the step returned None as the loss",
             remedy="end the function with `return loss`.",
         )
         return
@@ -126,12 +126,12 @@ def _kind(evidence: Evidence) -> Iterator[Finding]:
         CHECK,
         "loss-shape",
         "error",
-        f"the loss is {what}, not one number, a dict of them or something with a `loss`",
+        f"the loss is {what}; expected a number, a dict of numbers, or something with a `loss`",
         value=result.numel() if isinstance(result, Tensor) else 0,
         limit=1,
         remedy='reduce it, with .mean() or reduction="mean".'
         if isinstance(result, Tensor)
-        else "return the loss itself, something with a `loss`, or a dict of its parts alone.",
+        else "return only the loss: itself, something with a `loss`, or a dict of its parts.",
     )
 
 
@@ -141,8 +141,8 @@ def _detached(seen: str) -> Finding:
         "loss-detached",
         "error",
         seen,
-        remedy="return the loss tensor itself, and take .item() or float() of it for the log "
-        "alone. Else look for .detach(), .data, .numpy(), torch.tensor(loss), torch.no_grad(), "
+        remedy="return the loss tensor itself, and use .item() or float() only for logging. "
+        "Otherwise look for .detach(), .data, .numpy(), torch.tensor(loss), torch.no_grad(), "
         "argmax or rounding between the parameters and the loss, for requires_grad=False, and for "
         "an optimizer of another part of the model.",
     )
@@ -160,13 +160,13 @@ def _values(evidence: Evidence) -> Iterator[Finding]:
             CHECK,
             "nonfinite-loss",
             "error",
-            told + ("; it follows from the activations" if earlier else f"; born in {born}"),
+            told + ("; it follows from the activations" if earlier else f"; first in {born}"),
             where=", ".join(bad) if len(parts) > 1 else "",
             value=len(bad),
             limit=0,
-            remedy="repair what comes first: see the first non-finite activation."
+            remedy="repair the first non-finite activation."
             if earlier
-            else (report.remedy if report is not None else "look at its largest inputs."),
+            else (report.remedy if report is not None else "check its largest inputs."),
         )
     sizes = {n: abs(v) for n, v in parts.items() if math.isfinite(v)}
     name, largest = max(sizes.items(), key=lambda item: item[1], default=("", 0.0))
@@ -179,13 +179,13 @@ def _values(evidence: Evidence) -> Iterator[Finding]:
             where=name if len(parts) > 1 else "",
             value=largest,
             limit=LARGE,
-            remedy="average over elements in place of summing, normalise the targets, and weight "
-            "this part down.",
+            remedy="average over elements instead of summing, normalise the targets, and give this "
+            "part a smaller weight.",
         )
 
 
 def _parts(evidence: Evidence) -> Iterator[Finding]:
-    """Compares the parts by their gradients, each on the parameters that it moves."""
+    """Compares the parts by their gradients, each on the parameters that it affects."""
     if len(evidence.step.parts) < 2 or evidence.no_steps:
         return
     found = evidence.part_gradients
@@ -198,9 +198,10 @@ def _parts(evidence: Evidence) -> Iterator[Finding]:
                 CHECK,
                 "loss-parts",
                 "warning",
-                f"the gradient of {name} is {norm:.3g}, that of the other parts on the same "
-                f"parameters {rest:.3g}: {rest / norm:.3g} times larger, so {name} moves next to "
-                "nothing",
+                f"the gradient of {name} is {norm:.3g}, while that of the other parts on the same "
+                f"parameters is {rest:.3g}: {rest / norm:.3g} times larger, so {name} has almost "
+                "no "
+                "effect",
                 where=name,
                 value=rest / norm,
                 limit=PARTS,
@@ -213,15 +214,16 @@ def _parts(evidence: Evidence) -> Iterator[Finding]:
             CHECK,
             "loss-parts",
             "note",
-            f"no gradient comes from {several(idle)}, which adds to the loss and moves nothing",
+            f"no gradient comes from {several(idle)}, which adds to the loss but trains nothing",
             where=idle[0],
-            remedy="right for a number that is only logged, and for a part that is not active on "
-            "this batch; else look for .detach() and .item() in it.",
+            remedy="this is right for a number that is only logged, and for a part that is "
+            "inactive on "
+            "this batch; otherwise look for .detach() and .item() in it.",
         )
 
 
 def _own_and_rest(found: dict[str, dict[str, float]], name: str) -> tuple[float, float]:
-    """The gradient norm of a part, and that of the others on the parameters that it moves."""
+    """Returns the gradient norms of a part and of the others, on the parameters it affects."""
     own = found[name]
     others = [norms for other, norms in found.items() if other != name]
     rest = math.hypot(*(norms.get(p, 0.0) for norms in others for p in own), 0.0)
@@ -235,7 +237,7 @@ def _is_small_nearby(evidence: Evidence, name: str) -> bool:
 
 @torch.no_grad()
 def _sum_over_samples(evidence: Evidence) -> Iterator[Finding]:
-    """A mean over samples is the mean of those of two halves; a sum is their sum."""
+    """Detects a sum: its value is the sum, not the mean, of the losses of two halves."""
     loss_fn, output, targets = evidence.subject.loss_fn, evidence.step.output, None
     targets = evidence.subject.targets
     lengths = {t.shape[0] if t.ndim else 0 for t in tensors((output, targets))}
@@ -249,7 +251,7 @@ def _sum_over_samples(evidence: Evidence) -> Iterator[Finding]:
         first = _total(loss_fn(_part(output, 0, half), _part(targets, 0, half)))
         second = _total(loss_fn(_part(output, half, 2 * half), _part(targets, half, 2 * half)))
         whole = _total(loss_fn(_part(output, 0, 2 * half), _part(targets, 0, 2 * half)))
-    except Exception:  # a loss that wants whole batches: then this is not known
+    except Exception:  # a loss that needs whole batches cannot be checked
         return
     if not math.isfinite(whole) or first <= 0 or second <= 0:
         return
@@ -258,8 +260,8 @@ def _sum_over_samples(evidence: Evidence) -> Iterator[Finding]:
             CHECK,
             "sum-reduction",
             "warning",
-            f"the loss of {2 * half} samples, {whole:.4g}, is the sum of those of its halves: "
-            "gradients grow with the batch, and the learning rate fits one batch size alone",
+            f"the loss of {2 * half} samples, {whole:.4g}, is the sum of the losses of its halves: "
+            "gradients grow with the batch, so the learning rate only fits one batch size",
             value=2 * half,
             limit=1,
             remedy='use reduction="mean", or divide the sum by the number of samples or elements.',

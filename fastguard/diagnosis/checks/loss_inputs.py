@@ -1,4 +1,4 @@
-"""Losses that were given something else than they take: probabilities for logits, and so on."""
+"""Reports losses with the wrong kind of input, such as probabilities instead of logits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TAKES = {
 
 
 def check_loss_inputs(evidence: Evidence) -> Iterator[Finding]:
-    """Says each problem once for each function."""
+    """Reports each problem once per function."""
     told: set[tuple[str, str, str]] = set()
     for found in evidence.step.functions.loss_inputs:
         key = (found.function, found.argument, found.problem)
@@ -54,19 +54,19 @@ def _finding(found: LossInput) -> Finding:
 
 def _consequence(found: LossInput) -> str:
     if found.problem == "twice":
-        return ", and takes the log_softmax again, which changes nothing"
+        return ", and applies log_softmax again, which changes nothing"
     if found.problem == "length":
         left = ": no sample has a loss or a gradient" if found.surely else ""
-        return f"; zero_infinity=True leaves them out{left}"
+        return f"; zero_infinity=True drops them{left}"
     if found.problem != "activated":
         return ""
     if found.function not in _TAKES:
-        return ": it flattens what was activated already"
+        return ": it flattens values that were already activated"
     again = f"; it applies {_TAKES[found.function]} itself"
     if found.function == "cross_entropy" and found.classes:
         least = math.log(1 + (found.classes - 1) / math.e)
-        return f"{again}, so that the loss cannot fall below {least:.3g}"
-    return f"{again}, so that no output can mean less than 0.5"
+        return f"{again}, so the loss cannot fall below {least:.3g}"
+    return f"{again}, so no output can mean less than 0.5"
 
 
 def _remedy(found: LossInput) -> str:
@@ -77,25 +77,26 @@ def _remedy(found: LossInput) -> str:
         return REMEDY
     if found.problem == "axis":
         return (
-            "take the softmax over the axis of the classes: dim=1 for (N, C, ...); "
-            "move the classes there with output.movedim(-1, 1) if they are last. Softmax without "
-            "dim= takes axis 0 of a tensor of 1 or 3 dimensions."
+            "take the softmax over the class axis: dim=1 for (N, C, ...); if the classes are last, "
+            "move them there with output.movedim(-1, 1). Softmax without dim= uses axis 0 of a "
+            "tensor "
+            "with 1 or 3 dimensions."
         )
     if name == "kl_div":
         if found.problem == "swapped":
             return (
-                "kl_div(log q of the model, p of the target) is KL(p || q): the log-probabilities "
-                "of the model come first. Right as it is only if the reverse, KL(q || p), is meant."
+                "kl_div(log q of the model, p of the target) is KL(p || q): the model's "
+                "log-probabilities come first. The current order is right only for KL(q || p)."
             )
         if found.argument == "target":
-            return "log_target=True takes log-probabilities as target, log_target=False others."
-        return "give it log-probabilities: kl_div(output.log_softmax(-1), target)."
+            return "log_target=True expects log-probabilities as target; log_target=False does not."
+        return "pass log-probabilities: kl_div(output.log_softmax(-1), target)."
     if name in ("nll_loss", "ctc_loss"):
         instead = ", or cross_entropy(logits, target)" if name == "nll_loss" else ""
-        return f"give it output.log_softmax(dim) over the classes{instead}."
+        return f"pass output.log_softmax(dim) over the classes{instead}."
     if name == "binary_cross_entropy":
         return "use binary_cross_entropy_with_logits, or end the model with a sigmoid."
     if not found.surely:
-        return "if the model ends in a sigmoid, leave it out: this loss takes logits."
+        return "if the model ends with a sigmoid, remove it: this loss expects logits."
     other = ", or use nll_loss(probabilities.log(), target)" if name == "cross_entropy" else ""
-    return f"give it the logits: leave the activation out of the model while training{other}."
+    return f"pass the logits: remove the activation from the model during training{other}."

@@ -1,8 +1,8 @@
-"""Does the output of one sample depend on the others of its batch?
+"""Detects whether a sample's output depends on the other samples in its batch.
 
-A softmax over axis 0, or a recurrent or attention layer that takes its input for (time, batch), is
-suspected by its arguments and convicted by an experiment: one sample is replaced by a copy of
-another one, in evaluation mode; the outputs of all the others must stay as they were.
+A softmax over axis 0, or a recurrent or attention layer that treats its input as (time, batch), is
+suspected from its arguments and confirmed by an experiment: in evaluation mode, one sample is
+replaced by a copy of another one, and the outputs of all other samples must not change.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from fastguard.diagnosis.replay.subject import split, tensors
 
 CHECK = "forward"
 
-CHANGED = 1e-3  # of the output's own size; rounding is a thousandth of it
+CHANGED = 1e-3  # relative to the output's size; rounding is a thousandth of it
 _TIME_FIRST = (nn.RNNBase, nn.MultiheadAttention)
 
 
 def check_mixing(evidence: Evidence) -> Iterator[Finding]:
-    """Experiments only where something is suspected, and the batch says which axis its own is."""
+    """Runs the experiment only if a module is suspected and the batch axis is known."""
     n = _samples(evidence)
     if n < 2 or evidence.step.failures or not evidence.is_finite:
         return
@@ -47,26 +47,27 @@ def check_mixing(evidence: Evidence) -> Iterator[Finding]:
         CHECK,
         "wrong-axis",
         "error",
-        f"the output of a sample changes when another sample of the batch does, by {what}"
+        f"the output of a sample changes when another sample of the batch changes, due to {what}"
         f"{several(where)}: axis 0 holds the {n} samples",
         where=where[0],
         value=n,
-        remedy="take the softmax over dim=-1 or dim=1; without dim= it takes axis 0 of a tensor of "
+        remedy="take the softmax over dim=-1 or dim=1; without dim= it uses axis 0 of a tensor "
+        "with "
         "1 or 3 dimensions."
         if suspects
-        else "make the layer with batch_first=True, or give it input.transpose(0, 1).",
+        else "create the layer with batch_first=True, or pass it input.transpose(0, 1).",
     )
 
 
 def _samples(evidence: Evidence) -> int:
-    """The size of axis 0 if it is sure to be that of the samples; else 0."""
+    """Returns the size of axis 0 if it is certainly the batch axis; else 0."""
     inputs, targets = split(evidence.subject.batch)
     first, second = tensors(inputs), tensors(targets)
     sizes = {t.shape[0] if t.ndim else 0 for t in (*first, *second)}
     if len(sizes) != 1 or not second:
         return 0
     n = sizes.pop()
-    # A sequence may come as (time, batch): one target a sample, rows or images cannot.
+    # A sequence may be (time, batch); one target per sample, rows or images cannot.
     plain = all(t.numel() == n for t in second) or all(
         t.ndim == 4 or (t.ndim == 2 and t.is_floating_point()) for t in first
     )

@@ -1,4 +1,4 @@
-"""The optimizer: does it hold the model's parameters, move them, and by a sane amount."""
+"""Checks that the optimizer holds the model's parameters and moves them by a normal amount."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fastguard.guard.model_buffers import are_protected
 CHECK = "optimizer"
 
 _UNLESS = ", unless another optimizer trains them (as in a GAN)"
-VANISHED_LR = 1e-12  # no weight above 1e-5 can be moved by it in float32
-UPDATE_HIGH = 0.1  # of the weights' norm; 1e-3 is usual
-UPDATE_LOW = 1e-8  # below the distance between two float32 numbers
+VANISHED_LR = 1e-12  # in float32 it cannot move any weight above 1e-5
+UPDATE_HIGH = 0.1  # relative to the weights' norm; 1e-3 is usual
+UPDATE_LOW = 1e-8  # below the spacing of float32 numbers
 
 
 def check(evidence: Evidence) -> Iterator[Finding]:
-    """Looks at the param groups, and at what one real step does."""
+    """Checks the param groups, and what one real step does."""
     evidence = evidence.repaired
     optimizer = evidence.subject.optimizer
     if optimizer is None:
@@ -50,27 +50,27 @@ def _members(evidence: Evidence, optimizer: Optimizer) -> Iterator[Finding]:
             CHECK,
             "foreign-optimizer",
             "error",
-            "the optimizer holds none of the model's parameters: it trains another model",
+            "the optimizer holds none of the model's parameters, so it trains another model",
             value=len(trainable),
             limit=0,
-            remedy="make the optimizer after the model is complete: after replacing layers, "
-            "loading, deep-copying, and moving it.",
+            remedy="create the optimizer after the model is complete: after replacing layers, "
+            "loading, deep-copying and moving it.",
         )
         return
     left_out = [name for name, p in trainable.items() if p not in held]
     if left_out:
-        # Without a gradient in this step, they belong to another one, with another optimizer.
+        # If they have no gradient in this step, they belong to another step with another optimizer.
         reached = evidence.step.gradients is None or any(n in evidence.gradients for n in left_out)
         yield Finding(
             CHECK,
             "not-optimized",
             "warning" if reached else "note",
-            f"{len(left_out)} of {len(trainable)} trainable parameters are in no param group, and "
+            f"{len(left_out)} of {len(trainable)} trainable parameters are in no param group and "
             f"will not learn{_UNLESS}: {several(left_out)}",
             where=left_out[0],
             value=len(left_out) / len(trainable),
             limit=0,
-            remedy="give them to the optimizer, or say that it is meant so with "
+            remedy="add them to the optimizer, or mark them as intended with "
             "requires_grad_(False).",
         )
     frozen = [name for name, p in parameters.items() if not p.requires_grad]
@@ -88,7 +88,7 @@ def _members(evidence: Evidence, optimizer: Optimizer) -> Iterator[Finding]:
 
 
 def _buffers(evidence: Evidence) -> Iterator[Finding]:
-    """A guard skips the step of a bad batch; its forward pass has been."""
+    """Finds buffers that a bad batch changes even though its step is skipped."""
     guard = evidence.subject.guard
     if not isinstance(guard, GuardedOptimizer) or are_protected(guard):
         return
@@ -102,36 +102,36 @@ def _buffers(evidence: Evidence) -> Iterator[Finding]:
             CHECK,
             "unprotected-buffers",
             "note",
-            "a batch with NaN leaves it in the running statistics, also where its step is skipped: "
+            "a batch with NaN leaves it in the running statistics even if its step is skipped: "
             f"{several(changing)}",
             where=changing[0],
             value=len(changing),
             limit=0,
-            remedy="fastguard.protect_buffers(model, optimizer) takes them back with the step; "
-            "inside a trainer its integration does.",
+            remedy="fastguard.protect_buffers(model, optimizer) restores them with the step; "
+            "the trainer integrations do so already.",
         )
 
 
 def _learning_rate(optimizer: Optimizer, group: dict[str, Any], where: str) -> Iterator[Finding]:
-    lr = float(group["lr"]) if "lr" in group else math.nan  # waits for a tensor on a GPU
+    lr = float(group["lr"]) if "lr" in group else math.nan  # syncs if it is a tensor on a GPU
     if (math.isnan(lr) and "lr" not in group) or lr >= VANISHED_LR:
         return
     peak = group.get("initial_lr")
-    # A schedule that warms up from 0, before its first step.
+    # A warm-up from 0, before its first step.
     warms_up = lr == 0 and peak is not None and float(peak) > 0 and not optimizer.state
-    scheduled = f"; its schedule began at {float(peak):.3g}" if peak is not None else ""
+    scheduled = f"; its schedule started at {float(peak):.3g}" if peak is not None else ""
     yield Finding(
         CHECK,
         "lr-vanished",
         "warning" if warms_up else "error",
-        f"the learning rate is {lr:.3g}: no weight moves{scheduled}",
+        f"the learning rate is {lr:.3g}, so no weight moves{scheduled}",
         where=where,
         value=lr,
         limit=VANISHED_LR,
-        remedy="right only if a warm-up begins here; let one step pass and look again."
+        remedy="this is right only if a warm-up begins here; take one step and check again."
         if warms_up
-        else "start the schedule anew, step it once an epoch or once a step as it was planned, and "
-        "give it a floor: fastguard.GuardedLR(scheduler, floor=1e-6).",
+        else "restart the schedule, step it once per epoch or per step as planned, and give it a "
+        "floor: fastguard.GuardedLR(scheduler, floor=1e-6).",
     )
 
 
@@ -164,7 +164,7 @@ def _eps(evidence: Evidence, group: dict[str, Any], where: str) -> Iterator[Find
     known = [names[p] for p in group["params"] if p in names]
     sizes = {n: evidence.gradients[n] for n in known if n in evidence.gradients}
     below = [n for n, values in sizes.items() if 0 < values.rms < float(eps)]
-    # A bias before a batch norm has a gradient of rounding errors alone.
+    # A bias before a batch norm has a gradient of rounding errors only.
     if sum(sizes[n].numel for n in below) <= 0.5 * sum(v.numel for v in sizes.values()):
         return
     rms = max(sizes[n].rms for n in below)
@@ -172,12 +172,12 @@ def _eps(evidence: Evidence, group: dict[str, Any], where: str) -> Iterator[Find
         CHECK,
         "eps-dominates",
         "warning",
-        f"gradients of rms {rms:.3g} and less are smaller than eps {float(eps):g}, which then "
-        f"scales the step down instead of protecting it: {several(below)}",
+        f"gradients with rms {rms:.3g} or less are smaller than eps {float(eps):g}, which then "
+        f"scales the step down instead of only protecting it: {several(below)}",
         where=where,
         value=rms,
         limit=float(eps),
-        remedy="lower eps, to 1e-12 for example, or scale the loss up.",
+        remedy="lower eps, for example to 1e-12, or scale the loss up.",
     )
 
 
@@ -193,7 +193,7 @@ def _updates(evidence: Evidence, optimizer: Optimizer) -> Iterator[Finding]:
         if not weight or UPDATE_LOW <= moved / weight <= UPDATE_HIGH or not math.isfinite(moved):
             continue
         if float(group.get("lr", 1.0)) < VANISHED_LR:
-            continue  # told already
+            continue  # reported already
         ratio = moved / weight
         large = ratio > UPDATE_HIGH
         yield Finding(

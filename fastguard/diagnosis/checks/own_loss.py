@@ -1,4 +1,4 @@
-"""Models that compute their loss themselves, and what to pass as `step=` for them."""
+"""Recognises models that compute their own loss, and suggests a `step=` for them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TARGETS = frozenset("target targets label labels y y_true tgt gt ground_truth".
 
 
 def step_for(evidence: Evidence) -> str:
-    """A `step=` that gives the model its targets too, for a remedy; empty: it takes none."""
+    """Returns a `step=` for a remedy that passes the targets to the model; empty if it has none."""
     batch = evidence.subject.batch
     inputs, targets = split(batch)
     if targets is None:
@@ -38,7 +38,7 @@ def step_for(evidence: Evidence) -> str:
 
 
 def plain_step(evidence: Evidence) -> str:
-    """The `step=` of a model that makes its loss of the inputs alone."""
+    """Returns the `step=` of a model that computes its loss from the inputs alone."""
     inputs, targets = split(evidence.subject.batch)
     stars = "**" if isinstance(inputs, Mapping) else "*" * isinstance(inputs, list | tuple)
     part = "batch" if targets is None else "batch[0]"
@@ -48,7 +48,7 @@ def plain_step(evidence: Evidence) -> str:
 
 
 def hint_for(evidence: Evidence) -> str:
-    """A sentence that shows what a model that computes its own loss needs; may be empty."""
+    """Returns a sentence on what a model with its own loss needs; may be empty."""
     step = step_for(evidence)
     if step:
         return f"a model that takes its targets and returns its own loss needs {step}"
@@ -56,12 +56,12 @@ def hint_for(evidence: Evidence) -> str:
     if isinstance(batch, Mapping):
         lacking = (p.name for p in _arguments(evidence) if p.name.lower() in _TARGETS)
         name = next((name for name in lacking if name not in batch), "")
-        return f"the model computes its loss from {name}=: put {name!r} into the batch" * bool(name)
+        return f"the model computes its loss from {name}=; add {name!r} to the batch" * bool(name)
     return ""
 
 
 def returns_its_loss(evidence: Evidence) -> bool:
-    """Whether the output of the model is one number for many targets, and is not the loss."""
+    """Whether the model outputs one number for many targets and it is not used as the loss."""
     subject, step = evidence.subject, evidence.step
     output, targets = step.output, subject.targets
     return (
@@ -75,7 +75,7 @@ def returns_its_loss(evidence: Evidence) -> bool:
 
 
 def _arguments(evidence: Evidence) -> Iterator[inspect.Parameter]:
-    """What the model's forward takes by name, in order."""
+    """Returns the parameters of the model's forward, in order."""
     try:
         taken = inspect.signature(evidence.subject.model.forward).parameters.values()
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""16 bits: what leaves the range of float16, what is rounded away, and is autocast to blame."""
+"""Checks 16-bit precision: overflow in float16, rounding to zero, and whether it causes NaN."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROUNDED = 0.5
 
 
 def check(evidence: Evidence) -> Iterator[Finding]:
-    """Compares with float32, and counts in float32 values what float16 could not hold."""
+    """Compares with float32, and counts float32 values that float16 could not hold."""
     evidence = evidence.repaired
     yield from _to_blame(evidence)
     yield from _overflow(evidence)
@@ -29,7 +29,7 @@ def check(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _to_blame(evidence: Evidence) -> Iterator[Finding]:
-    """Non-finite in 16 bits and finite in 32."""
+    """Reports a step that is non-finite in 16 bits and finite in float32."""
     dtypes = evidence.subject.low_precision
     if not dtypes or evidence.is_finite:
         return
@@ -49,7 +49,8 @@ def _to_blame(evidence: Evidence) -> Iterator[Finding]:
         CHECK,
         "float16-range",
         "error",
-        f"in {name} this batch is not finite, in float32 it is: the range of {name} is to blame, "
+        f"this batch is not finite in {name} but finite in float32: the range of {name} is to "
+        "blame, "
         f"not the model{reached}",
         where=(report.module if report is not None else "") or first,
         value=largest,
@@ -69,19 +70,19 @@ def _overflow(evidence: Evidence) -> Iterator[Finding]:
         CHECK,
         "float16-overflow",
         "note" if only_bfloat16 else "warning",
-        f"values in {several(list(over))} are beyond float16's 65504, up to {largest:.3g} in "
+        f"values in {several(list(over))} exceed float16's limit of 65504, up to {largest:.3g} in "
         f"{where}{_share(evidence.step_in_float32)}",
         where=next(iter(over)),
         value=largest,
         limit=FLOAT16_MAX,
-        remedy="in float16 they become Inf: use bfloat16, or scale them down before this module.",
+        remedy="they become Inf in float16: use bfloat16, or scale them down before this module.",
     )
 
 
 def _share(step: Observation) -> str:
     over = [a.values for a in step.activations if a.values.over]
     n = sum(v.numel for v in over)
-    return f"; {percent(sum(v.over for v in over) / n)} of what these modules put out" if n else ""
+    return f"; {percent(sum(v.over for v in over) / n)} of these modules' outputs" if n else ""
 
 
 def _underflow(evidence: Evidence) -> Iterator[Finding]:
@@ -94,18 +95,18 @@ def _underflow(evidence: Evidence) -> Iterator[Finding]:
     if not not_zero or under / not_zero <= LOST_GRADIENTS:
         return
     largest = max(v.largest for v in values)
-    # A quarter of what would overflow: the next batches may have larger gradients.
+    # A quarter of the scale that would overflow, since later batches may have larger gradients.
     scale = 2.0 ** min(24, math.floor(math.log2(FLOAT16_MAX / largest)) - 2) if largest else 2.0**16
     yield Finding(
         CHECK,
         "float16-underflow",
         "warning" if torch.float16 in evidence.subject.low_precision else "note",
-        f"{percent(under / not_zero)} of the gradients would be rounded to 0 in float16, if the "
-        "loss is not scaled",
+        f"{percent(under / not_zero)} of the gradients would round to 0 in float16 without "
+        "loss scaling",
         value=under / not_zero,
         limit=LOST_GRADIENTS,
         remedy=f"with float16 use torch.amp.GradScaler(init_scale={scale:g}); bfloat16 and float32 "
-        "need none.",
+        "do not need it.",
     )
 
 
@@ -145,13 +146,14 @@ def _rounded_updates(evidence: Evidence) -> Iterator[Finding]:
         CHECK,
         "rounded-update",
         "warning",
-        f"a step leaves up to {percent(worst)} of the elements of {several(list(stuck))} as they "
-        f"were: the update is less than half of the distance between two {dtype} numbers",
+        f"a step leaves up to {percent(worst)} of the elements of {several(list(stuck))} "
+        "unchanged: "
+        f"the update is less than half of the distance between two {dtype} numbers",
         where=next(iter(stuck)),
         value=worst,
         limit=ROUNDED,
-        remedy="keep the weights in float32 and compute in 16 bits under torch.autocast; or round "
-        "stochastically.",
+        remedy="keep the weights in float32 and compute in 16 bits under torch.autocast, or use "
+        "stochastic rounding.",
     )
 
 
@@ -166,7 +168,7 @@ def _all_finite(step: Observation) -> bool:
 
 
 def _beyond_float16(step: Observation) -> dict[str, float]:
-    """The largest value by module, of modules that compute or put out one beyond float16."""
+    """Returns the largest value of each module that computes or outputs one beyond float16."""
     found: dict[str, float] = {}
     seen = [(large.where, large.largest) for large in step.functions.large]
     seen += [(a.where, a.values.largest) for a in step.activations if a.values.over]

@@ -1,4 +1,4 @@
-"""A few real steps on the batch: a model that can learn at all learns one batch by heart."""
+"""Takes a few real steps on the batch: a model that can learn at all can overfit one batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CHECK = "real steps"
 
 
 def check(evidence: Evidence) -> Iterator[Finding]:
-    """Trains for some steps, if there is a finite loss to go down."""
+    """Trains for a few steps if there is a finite loss."""
     evidence = evidence.repaired
     reason = evidence.no_steps
     if reason:
@@ -27,7 +27,7 @@ def check(evidence: Evidence) -> Iterator[Finding]:
             CHECK,
             "diverges",
             "error",
-            f"{told}; it was finite, and the steps destroyed it",
+            f"{told}; it was finite before the steps",
             value=next(i for i, loss in enumerate(after, 1) if not math.isfinite(loss)),
             remedy=_blamed(evidence)
             or "lower the learning rate by ten, warm it up, and clip: "
@@ -42,18 +42,19 @@ def check(evidence: Evidence) -> Iterator[Finding]:
             value=min(after),
             limit=first,
             remedy=_blamed(evidence)
-            or "if it rises, the learning rate is too high; if it stays, it is too low or the "
-            "gradients do not belong to this loss. A model that is done learning may do so too.",
+            or "if it rises, the learning rate is too high; if it is flat, the rate is too low or "
+            "the "
+            "gradients do not belong to this loss. A fully trained model may also show this.",
         )
     else:
         yield Finding(CHECK, "ok", "ok", told, value=min(after), limit=first)
 
 
 def _blamed(evidence: Evidence) -> str:
-    """What to mend first, where a setting of the optimizer explains what the steps did."""
+    """Returns what to fix first if an optimizer setting explains the result of the steps."""
     found = [f for f in check_settings(evidence) if f.severity in ("error", "warning")]
     worst = [f for f in found if f.severity == "error"] or found
-    return "mend the optimizer first: " + "; ".join(f.seen for f in worst) + "." if worst else ""
+    return "fix the optimizer first: " + "; ".join(f.seen for f in worst) + "." if worst else ""
 
 
 def _path(losses: list[float]) -> str:

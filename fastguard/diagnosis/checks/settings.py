@@ -1,4 +1,4 @@
-"""Settings of a param group that destroy a run whatever its learning rate: eps, decay, momentum."""
+"""Checks settings that ruin a run at any learning rate: eps, weight decay, momentum."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from fastguard.diagnosis.finding import Finding, Severity, percent, several
 
 CHECK = "optimizer"
 
-SHRINK = 1e-2  # of the weights and step; AdamW's usual 1e-3 * 1e-2 is a thousandth of it
-SHRINK_OF_LARGE = 1e-3  # the same, for a weight decay that no published recipe uses
+SHRINK = 1e-2  # share of the weights per step; AdamW's usual 1e-3 * 1e-2 is a thousandth of it
+SHRINK_OF_LARGE = 1e-3  # the same, for a weight decay larger than in any published recipe
 LARGE_DECAY = 10.0
 DECAY_OVER_GRADIENT = 10.0
-MATTERING_DECAY = 0.1  # coupled to the gradient; 1e-4 to 1e-2 is usual
+MATTERING_DECAY = 0.1  # when coupled to the gradient; 1e-4 to 1e-2 is usual
 MOMENTUM = 0.995  # averages over 200 steps; 0.9 to 0.99 is usual
 BETA1, BETA2 = 0.995, 0.99999
 
 
 def check_settings(evidence: Evidence) -> Iterator[Finding]:
-    """Looks at every param group of the optimizer; where eps is 0, at what a real step does."""
+    """Checks every param group of the optimizer; if eps is 0, also what a real step does."""
     optimizer = evidence.subject.optimizer
     for i, group in enumerate(optimizer.param_groups if optimizer is not None else ()):
         where = f"param group {i}"
@@ -33,19 +33,19 @@ def check_settings(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _number(group: dict[str, Any], name: str) -> float:
-    """A setting, NaN if it is no number; waits for a tensor on a GPU."""
+    """Returns a setting, or NaN if it is not a number; syncs if it is a tensor on a GPU."""
     value = group.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float | torch.Tensor):
         return math.nan
     return float(value)
 
 
-# The eps below the root.
+# The eps in the denominator.
 
 
 def _eps(evidence: Evidence, group: dict[str, Any], where: str) -> Iterator[Finding]:
     eps = _number(group, "eps")
-    # A kernel of its own may compute in float32 whatever the dtype is, as torch's fused ones do.
+    # Some kernels, such as torch's fused ones, compute in float32 whatever the dtype is.
     names = {p: name for name, p in evidence.trained.items()}
     held = {names[p]: p for p in group["params"] if p in names}
     zero = [n for n, p in held.items() if float(torch.tensor(eps, dtype=p.dtype)) == 0.0]
@@ -62,7 +62,7 @@ def _eps(evidence: Evidence, group: dict[str, Any], where: str) -> Iterator[Find
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     what = f"eps={eps:g} is 0 in {name}, whose smallest number is {smallest:.2g}"
     what = what if eps else "eps is 0"
-    done = f"; the first step did so to {several(destroyed)}" if destroyed else ""
+    done = f"; this happened in the first step to {several(destroyed)}" if destroyed else ""
     yield Finding(
         CHECK,
         "eps-vanished",
@@ -75,7 +75,7 @@ def _eps(evidence: Evidence, group: dict[str, Any], where: str) -> Iterator[Find
         "bfloat16 weights, or fused=True, which computes in float32; or an eps that float16 can "
         "hold, such as 1e-4."
         if eps and dtype.itemsize == 2
-        else "give the optimizer its default eps, 1e-8.",
+        else "use the optimizer's default eps, 1e-8.",
     )
 
 
@@ -98,20 +98,20 @@ def _weight_decay(evidence: Evidence, group: dict[str, Any], where: str) -> Iter
 
 
 def _shrinks(group: dict[str, Any], where: str, decay: float, lr: float) -> Iterator[Finding]:
-    """Decay that is subtracted from the weights: lr * decay of them, each step."""
+    """Checks decay that is subtracted from the weights: lr * decay of them per step."""
     momentum = _number(group, "momentum")
-    # Decay that goes through the momentum arrives many times over.
+    # Decay that passes through the momentum is applied many times over.
     times = 1 / (1 - momentum) if 0 < momentum < 1 and "dampening" in group else 1.0
     shrink = lr * decay * times
     product = f"lr * weight_decay = {lr:g} * {decay:g} = {lr * decay:.3g}"
     product += f", times {times:.3g} through momentum {momentum:g}" if times > 1 else ""
     if lr * decay >= 1:
-        what = f"{product}: every step takes all of the weights or more, whatever the gradient"
+        what = f"{product}: every step removes all of the weights or more, whatever the gradient"
         yield _decay(where, "error", what, lr * decay, 1.0)
     elif shrink > SHRINK or (decay >= LARGE_DECAY and shrink > SHRINK_OF_LARGE):
         steps = math.log(2) / shrink
         what = (
-            f"{product}: the decay alone takes {percent(min(shrink, 1.0))} of the weights per step,"
+            f"{product}: decay alone removes {percent(min(shrink, 1.0))} of the weights per step"
             f" and halves them every {max(steps, 1):.3g} steps"
         )
         yield _decay(where, "warning", what, shrink, SHRINK)
@@ -123,7 +123,7 @@ def _shrinks(group: dict[str, Any], where: str, decay: float, lr: float) -> Iter
 def _drowned(
     evidence: Evidence, group: dict[str, Any], where: str, decay: float
 ) -> Iterator[Finding]:
-    """Decay that is added to the gradient, and then scaled with it."""
+    """Checks decay that is added to the gradient and then scaled with it."""
     names = {p: name for name, p in evidence.trained.items()}
     known = [names[p] for p in group["params"] if names.get(p) in evidence.gradients]
     gradient = math.hypot(*(_norm(evidence, n) for n in known), 0.0)
@@ -135,7 +135,7 @@ def _drowned(
     told = f", {ratio:.3g} times the gradient of the loss" if measured else ""
     what = (
         f"weight decay {decay:g} adds {decay:g} times the weights to the gradient{told}; this "
-        "optimizer scales the sum, so that the decay decides the step"
+        "optimizer rescales the sum, so the decay dominates the step"
     )
     yield _decay(where, "warning", what, ratio if measured else decay, DECAY_OVER_GRADIENT)
 
@@ -146,7 +146,7 @@ def _norm(evidence: Evidence, name: str) -> float:
 
 
 def _is_adaptive(group: dict[str, Any]) -> bool:
-    """Whether the size of the gradient is divided out; SGD has none of these."""
+    """Whether the optimizer divides by the size of the gradient; SGD has none of these keys."""
     is_asgd = "t0" in group
     return not is_asgd and any(
         name in group for name in ("betas", "alpha", "rho", "lr_decay", "beta2_decay")
@@ -175,13 +175,13 @@ def _decay(where: str, severity: Severity, seen: str, value: float, limit: float
     )
 
 
-# Averages over the past.
+# Running averages.
 
 
 def _momentum(group: dict[str, Any], where: str) -> Iterator[Finding]:
     for name in ("momentum", "alpha", "rho"):
         value = _number(group, name)
-        if name != "momentum" and "t0" in group:  # ASGD's alpha is another thing
+        if name != "momentum" and "t0" in group:  # ASGD's alpha is something else
             continue
         undamped = name == "momentum" and not _number(group, "dampening") > 0
         if value >= 1 or value < 0 or (name == "momentum" and value > MOMENTUM):
@@ -204,7 +204,7 @@ def _momentum(group: dict[str, Any], where: str) -> Iterator[Finding]:
             where=where,
             value=two if one <= BETA1 else one,
             limit=one * one if one <= BETA1 else BETA1,
-            remedy="betas=(0.9, 0.999) is the default, (0.9, 0.95) usual for large language "
+            remedy="the default is betas=(0.9, 0.999); (0.9, 0.95) is usual for large language "
             "models, (0, 0.99) or (0.5, 0.999) for GANs.",
         )
 
@@ -213,24 +213,24 @@ def _odd_betas(group: dict[str, Any], one: float, two: float) -> str:
     if one > BETA1:
         swapped = "; they look swapped" if two < one else ""
         return f"the first averages the gradient over {1 / (1 - one):.3g} steps{swapped}"
-    if "eps" in group and one * one > two > 0:  # Lion has no eps, and no second moment
+    if "eps" in group and one * one > two > 0:  # Lion has no eps and no second moment
         return (
-            "the second moment forgets faster than the first, so what is left of an old large "
-            "gradient is divided by a new small root"
+            "the second moment decays faster than the first, so the remains of an old large "
+            "gradient are divided by a new small root"
         )
     if two > BETA2:
         steps = f"{1 / (1 - two):.3g}"
-        return f"the second moment averages over {steps} steps, and does not follow the gradients"
+        return f"the second moment averages over {steps} steps and does not follow the gradients"
     return ""
 
 
 def _average(where: str, name: str, value: float, undamped: bool) -> Finding:
     outside = not 0 <= value < 1
     if outside:
-        seen = f"{name}={value:g} is not in 0 to 1 (1 excluded): the average never fades, or grows"
+        seen = f"{name}={value:g} is outside [0, 1): the average never decays, or grows"
     else:
         times = 1 / (1 - value)
-        grown = f", and makes the step {times:.3g} times the learning rate" if undamped else ""
+        grown = f" and makes the step {times:.3g} times the learning rate" if undamped else ""
         seen = f"{name}={value:g} averages over {times:.3g} steps{grown}"
     return Finding(
         CHECK,
@@ -240,6 +240,6 @@ def _average(where: str, name: str, value: float, undamped: bool) -> Finding:
         where=where,
         value=value,
         limit=1.0 if outside else MOMENTUM,
-        remedy="0.9 is usual, 0.99 the most; for a longer average lower the learning rate by as "
-        "much as the momentum grows it.",
+        remedy="0.9 is usual and 0.99 the maximum; for a longer average lower the learning rate by "
+        "the factor by which the momentum raises it.",
     )

@@ -1,8 +1,8 @@
-"""`explain_nonfinite`: runs a bad batch again and names where its first NaN or Inf was born.
+"""`explain_nonfinite`: reruns a bad batch and names where its first NaN or Inf appeared.
 
-The replay has the same weights, the same batch and, if they are given, the same random numbers;
-every operation is looked at, which makes it slow and, on a GPU, makes it wait after each. Until it
-is called it costs nothing.
+The replay uses the same weights, the same batch and, if given, the same random numbers. Every
+operation is checked, which is slow and, on a GPU, adds a sync after each. There is no cost until it
+is called.
 """
 
 from __future__ import annotations
@@ -40,37 +40,41 @@ def explain_nonfinite(
     rng: Mapping[str, Any] | None = None,
     loss_scale: float = 1.0,
 ) -> NonFiniteReport:
-    """Finds the module, operation and tensor where the first non-finite value was born.
+    """Finds the module, operation and tensor where the first non-finite value appeared.
 
-    The batch is run forward and, if the loss is finite, backward. Nothing is changed afterwards:
-    parameters, buffers, gradients, random number generators, training flags and the batch are as
-    before, bit for bit. The model runs in its present mode, compiled parts run eagerly, the hooks
-    of an `ActivationGuard` are out of the way. For one process: DataParallel and
-    DistributedDataParallel are unwrapped. Waits for a GPU.
+    The batch is run forward and, if the loss is finite, backward. All state is restored afterwards,
+    bit for bit: parameters, buffers, gradients, random number generators, training flags and the
+    batch. The model runs in its current mode, compiled parts run eagerly, and the hooks of an
+    `ActivationGuard` are disabled. Runs in one process: DataParallel and DistributedDataParallel
+    are
+    unwrapped. Synchronises with the GPU.
 
     Args:
-        model: The model, with the weights that it had before the bad step.
-        batch: `(inputs, targets)`; or a mapping with just these two keys; or another mapping, the
-            keyword arguments of the model. Inputs that are a tuple or a mapping are unpacked.
-        loss_fn: The loss is `loss_fn(model(inputs), targets)`; of a mapping, `loss_fn(output,
-            batch)`. None: it is the output's `loss`, and if it has none there is no backward pass.
-        step: In place of `loss_fn`: `step(model, batch)` returns a loss; or a dict of parts whose
-            sum is the loss; or a dict, an object or a tuple that has the loss in it, under `loss`
-            or as its first entry.
-        autocast: What the step ran under: `torch.autocast("cuda", torch.float16)` for example, or
-            `"float16"` or `"bfloat16"`, on the model's device.
-        rng: `fastguard.random_state()`, taken before the bad batch; dropout then falls as it
-            did. None: as the generators stand now.
-        loss_scale: What a GradScaler multiplied the loss by.
+        model: The model, with the weights it had before the bad step.
+        batch: `(inputs, targets)`, a mapping with exactly these two keys, or any other mapping,
+            which
+            is passed to the model as keyword arguments. A tuple or mapping of inputs is unpacked.
+        loss_fn: The loss is `loss_fn(model(inputs), targets)`; if the batch is a mapping of keyword
+            arguments, `loss_fn(output, batch)`. None: the output's `loss`; without one there is no
+            backward pass.
+        step: Replaces `loss_fn`: `step(model, batch)` returns a loss, a dict of parts whose sum is
+            the loss, or a dict, object or tuple that contains the loss under `loss` or as its first
+            entry.
+        autocast: The autocast used in the step: a context such as
+            `torch.autocast("cuda", torch.float16)`, or `"float16"` or `"bfloat16"` for the model's
+            device. None: no autocast.
+        rng: `fastguard.random_state()`, taken before the bad batch, so that dropout repeats. None:
+            the current state of the generators.
+        loss_scale: The factor by which a GradScaler multiplied the loss. Default: 1.
 
     Returns:
-        A report whose text is a story with a remedy.
+        A report; its text tells the story and a remedy.
 
     Raises:
-        TypeError: `batch` is of none of these kinds, both `loss_fn` and `step` are given, or an
-            argument is of the wrong kind.
+        TypeError: `batch` is of another kind, both `loss_fn` and `step` are given, or another
+            argument has the wrong type.
         ValueError: The model has no values yet: it is lazy, or on the meta device.
-        Exception: What the model raises, after everything was put back.
+        Exception: Any error of the model, after all state was restored.
 
     Example:
         >>> import torch, fastguard

@@ -1,9 +1,9 @@
-"""Which autograd node made the first non-finite gradient: `BackwardTrace`.
+"""`BackwardTrace`: finds the autograd node that produced the first non-finite gradient.
 
-Every node of the graph gets a hook that sees its incoming and outgoing gradients. A birth is a node
-whose incoming gradients are finite and whose outgoing ones are not. It counts only if its values
-arrive at a leaf: `torch.where` may well throw them away on the road. Gradients are computed by
-`torch.autograd.grad`, so that `.grad` and the hooks that wait for it are left alone.
+Every node of the graph has a hook on its incoming and outgoing gradients. A node is an origin if
+its incoming gradients are finite and its outgoing ones are not, and if its values reach a leaf:
+`torch.where` may discard them on the way. Gradients are computed by `torch.autograd.grad`, so
+`.grad` and its hooks are not touched.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from fastguard.diagnosis.replay.tensor_range import TensorRange
 
 @dataclass(frozen=True, slots=True)
 class NodeBirth:
-    """A node that made non-finite gradients of finite ones.
+    """A node that turned finite gradients into non-finite ones.
 
     Attributes:
         node: Its position in the graph walk.
         name: `DivBackward0`.
-        sequence: The number that autograd gave it, which tells the operation of the forward pass.
-        inputs: Ranges of the incoming gradients, then of what the node saved.
+        sequence: The number assigned by autograd, which identifies the forward operation.
+        inputs: Ranges of the incoming gradients, then of the saved tensors.
         outputs: Ranges of the outgoing gradients.
-        bad_saved: What it saved and is itself not finite.
+        bad_saved: Saved tensors that are not finite.
     """
 
     node: int
@@ -42,14 +42,14 @@ class NodeBirth:
 
 
 class BackwardTrace:
-    """Runs one backward pass and finds where its gradients went bad.
+    """Runs one backward pass and finds where gradients became non-finite.
 
     Args:
-        loss: `()`, finite.
+        loss: A finite scalar, `()`.
 
     Attributes:
         bad_leaves: Leaves whose gradient is not finite.
-        birth: The first birth whose values arrived at one; None if there is none.
+        birth: The first origin whose values reached a leaf; None if there is none.
     """
 
     def __init__(self, loss: Tensor) -> None:
@@ -98,7 +98,7 @@ class BackwardTrace:
         )
 
     def _above(self, bad: Iterable[int]) -> set[int]:
-        """The nodes from which bad gradients flowed to these."""
+        """Returns the nodes from which bad gradients flowed to these."""
         sources: dict[int, list[int]] = {}
         for i, edges in self._bad_edges.items():
             for is_bad, (node, _) in zip(edges, self._nodes[i].next_functions, strict=False):
@@ -114,7 +114,7 @@ class BackwardTrace:
 
 
 def graph_of(root: Any) -> list[Any]:
-    """Every node below this one, itself included."""
+    """Returns every node below this one, including itself."""
     nodes, seen, todo = [], {root}, [root]
     while todo:
         node = todo.pop()
@@ -127,7 +127,7 @@ def graph_of(root: Any) -> list[Any]:
 
 
 def _saved(node: Any) -> list[tuple[str, Tensor]]:
-    """What a node saved in the forward pass; nothing if an activation checkpoint gave it once."""
+    """Returns a node's saved tensors; none if an activation checkpoint already released them."""
     try:
         if hasattr(node, "saved_tensors"):  # a torch.autograd.Function
             found = [(f"saved tensor {i}", t) for i, t in enumerate(node.saved_tensors)]

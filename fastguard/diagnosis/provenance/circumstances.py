@@ -1,7 +1,7 @@
-"""What only the arguments of a call explain, and no range of its inputs.
+"""Explains failures that show in the arguments of a call, not in the ranges of its inputs.
 
-A variance of too few values, a CTC target that is longer than its input, a softmax over nothing but
--Inf: `told_by` looks at the call that made the first NaN or Inf while its arguments are at hand.
+Examples are a variance of too few values, a CTC target longer than its input, and a softmax over
+nothing but -Inf. `told_by` examines the call that produced the first NaN or Inf.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from fastguard.diagnosis.replay.calls import Call
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What the arguments of a call tell.
+    """An explanation from the arguments of a call.
 
     Attributes:
-        kind: The kind of fault, as people call it.
+        kind: The usual name of the fault.
         evidence: What in the arguments explains the NaN or Inf.
         remedy: What to do about it.
     """
@@ -32,7 +32,7 @@ class Told:
 
 
 def told_by(call: Call, outputs: Sequence[Tensor]) -> Told | None:
-    """What explains the non-finite outputs of this call; None: its ranges have to speak."""
+    """Explains the non-finite outputs of a call; None if the arguments do not."""
     name = call.name.strip("_")
     look = _LOOKS.get(name)
     return None if look is None else look(call, outputs)
@@ -41,9 +41,9 @@ def told_by(call: Call, outputs: Sequence[Tensor]) -> Told | None:
 # Variances.
 
 _FEW_VALUES = (
-    "use correction=0 (unbiased=False), whose variance of one value is 0, and add an eps where it "
-    "divides; or skip what has too few values: drop a last batch of one sample, do not normalise "
-    "a single element."
+    "use correction=0 (unbiased=False), where the variance of one value is 0, and add an eps where "
+    "it is a divisor; or skip inputs with too few values: drop a last batch of one sample, do not "
+    "normalise a single element."
 )
 
 
@@ -57,7 +57,7 @@ def _too_few(call: Call, outputs: Sequence[Tensor]) -> Told | None:
         return None
     what = "standard deviation" if "std" in call.name else "variance"
     values = f"{n} value{'s' * (n > 1)}"
-    spread = "0" if n == 1 else "what is not 0"
+    spread = "0" if n == 1 else "a nonzero sum"
     return Told(
         "variance of too few values",
         f"the {what} of {values} with correction={correction:g} (Bessel's) divides {spread} by "
@@ -66,14 +66,14 @@ def _too_few(call: Call, outputs: Sequence[Tensor]) -> Told | None:
     )
 
 
-# Divisions by a number that Python counted.
+# Divisions by a number counted in Python.
 
 
 def _divided_by_zero(call: Call, outputs: Sequence[Tensor]) -> Told | None:
     other = call.argument("other")
     if isinstance(other, Tensor):
         if other.is_floating_point() or other.is_complex():
-            return None  # its range tells
+            return None  # its range shows it
         zeros, n = int((other == 0).sum()), other.numel()
         if not zeros:
             return None
@@ -86,7 +86,8 @@ def _divided_by_zero(call: Call, outputs: Sequence[Tensor]) -> Told | None:
     return Told(
         "division",
         evidence,
-        "nothing was counted (an empty mask), or n - 1 of one sample: skip such a batch, or divide "
+        "nothing was counted (an empty mask), or n - 1 for one sample: skip such a batch, or "
+        "divide "
         "by max(count, 1), count.clamp_min(1); variances and torch.cov take correction=0.",
     )
 
@@ -105,7 +106,7 @@ def _ctc(call: Call, outputs: Sequence[Tensor]) -> Told | None:
         "CTC target longer than its input",
         f"{len(found)} of {len(losses)} samples cannot be aligned, so their loss is Inf: "
         f"{found[0]}",
-        f"zero_infinity=True (nn.CTCLoss, F.ctc_loss) leaves such samples out; {REMEDY}",
+        f"zero_infinity=True (nn.CTCLoss, F.ctc_loss) drops such samples; {REMEDY}",
     )
 
 
@@ -113,11 +114,11 @@ def _ctc(call: Call, outputs: Sequence[Tensor]) -> Told | None:
 
 
 def _nothing_counts(call: Call, outputs: Sequence[Tensor]) -> Told | None:
-    """A mean over the targets that count, and none does."""
+    """Explains a mean over counted targets when no target counts."""
     targets, ignored = call.argument("target"), call.argument("ignore_index")
     weight = call.argument("weight")
     if not targets.numel():
-        return None  # which its range tells
+        return None  # its range shows it
     counted = targets[targets != ignored]
     if not counted.numel():
         evidence = f"all {targets.numel()} targets are ignore_index={ignored}"
@@ -127,9 +128,10 @@ def _nothing_counts(call: Call, outputs: Sequence[Tensor]) -> Told | None:
         return None
     return Told(
         "mean of nothing",
-        f"{evidence}, so that the mean over the others is 0/0",
-        "skip such a batch, or take the sum and divide by max(count, 1); if it is every batch, "
-        "look at what marks the targets: a prompt mask that covers the answer, sequences cut off "
+        f"{evidence}, so the mean over the others is 0/0",
+        "skip such a batch, or take the sum and divide by max(count, 1); if every batch is like "
+        "this, check how targets are marked: a prompt mask that covers the answer, sequences cut "
+        "off "
         "before it, a padding token that is also a label.",
     )
 
@@ -147,11 +149,11 @@ def _masked_rows(call: Call, outputs: Sequence[Tensor]) -> Told | None:
         return None
     return Told(
         "exponential or softmax",
-        f"{n} of {empty.numel()} rows are -Inf throughout: every position is masked, and the "
+        f"{n} of {empty.numel()} rows are entirely -Inf: every position is masked, and the "
         "softmax of nothing is 0/0",
-        "leave at least one position of every row unmasked (padding that masks whole samples, "
-        "masks whose True means the opposite: nn.MultiheadAttention masks where it is True, "
-        "scaled_dot_product_attention where it is False), or mask with a large negative number, "
+        "leave at least one position of every row unmasked (padding may mask whole samples, and "
+        "masks may be inverted: nn.MultiheadAttention masks where True, "
+        "scaled_dot_product_attention where False), or mask with a large negative number, "
         "torch.finfo(x.dtype).min, and set those rows to 0 afterwards.",
     )
 

@@ -1,12 +1,12 @@
-"""Which operation of a forward pass made the first non-finite value: `ForwardTrace`.
+"""`ForwardTrace`: finds the operation of a forward pass that produced the first non-finite value.
 
-Below autograd and autocast, every ATen operation passes by. One whose output is not finite becomes
-an `Event` that knows which of its inputs were not finite either, and which event made those. From
-a bad loss the way back leads to the events whose inputs were finite: there it was born. What is
-non-finite but never reaches the loss is on no such way, and so is never blamed.
+Every ATen operation passes through here, below autograd and autocast. An operation with a
+non-finite output becomes an `Event`, which knows which inputs were non-finite and which events
+produced those. From a bad loss the trace leads back to events with finite inputs: these are the
+origins. Non-finite values that never reach the loss are not on such a path and are never blamed.
 
-A -Inf that the program *wrote* (an attention mask: `masked_fill(mask, -inf)`) is `placed`: it is no
-birth, and neither is passing it on; a NaN made of it (the softmax of a row of -Inf) is one.
+A -Inf that the program *wrote* (an attention mask: `masked_fill(mask, -inf)`) is `placed`: neither
+it nor passing it on is an origin, but a NaN computed from it (the softmax of a row of -Inf) is.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from fastguard.diagnosis.replay.tensor_range import TensorRange, as_real
 
 _NOT_USER = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))
 _UNINITIALISED = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
-_DESCRIBED = 8  # inputs and outputs whose ranges are taken
+_DESCRIBED = 8  # maximum number of inputs and outputs to describe
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where an operation was called.
+    """The place where an operation was called.
 
     Attributes:
         module: Name and class of the innermost module.
-        source: `file:line in function: text` of the innermost line outside of torch.
+        source: `file:line in function: text` of the innermost line outside torch.
     """
 
     module: str
@@ -54,7 +54,7 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Outside:
-    """A non-finite tensor that no operation of the pass made."""
+    """A non-finite tensor that no operation of the pass produced."""
 
     origin: Origin
     range: TensorRange
@@ -68,11 +68,11 @@ class Event:
     Attributes:
         index: Number of the operation.
         operation: `aten.div.Tensor`.
-        causes: What its non-finite inputs come from.
+        causes: Origins of its non-finite inputs.
         placed: It wrote, or passed on, an Inf that the program asked for.
-        inputs, outputs: Ranges; taken at births alone.
-        precision: Whether float32 would have been finite; None if that was not tried.
-        told: What its arguments explain; None: nothing beyond the ranges.
+        inputs, outputs: Ranges; only recorded at origins.
+        precision: Whether float32 would have been finite; None if not tried.
+        told: The explanation from its arguments; None if there is only the evidence of the ranges.
     """
 
     index: int
@@ -87,7 +87,7 @@ class Event:
 
     @property
     def birth(self) -> bool:
-        """Made non-finite values of finite ones, or NaN of an Inf that was asked for."""
+        """Whether it turned finite values into non-finite ones, or a requested Inf into NaN."""
         return not self.placed and all(cause.placed for cause in self.causes)
 
 
@@ -95,11 +95,11 @@ Cause = Event | Outside
 
 
 class ForwardTrace(TorchDispatchMode):
-    """Watches the operations of a forward pass.
+    """Records the operations of a forward pass.
 
     Args:
         names: Names of modules.
-        outside: `(origin, name, tensor)` of everything that exists before the pass.
+        outside: `(origin, name, tensor)` of every tensor that exists before the pass.
     """
 
     def __init__(
@@ -107,13 +107,13 @@ class ForwardTrace(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.low_precision = False
-        self.sites: dict[int, Site] = {}  # of the autograd node with this sequence number
+        self.sites: dict[int, Site] = {}  # by sequence number of the autograd node
         self._names = names
         self._stack: list[str] = []
         self._calls: dict[nn.Module, int] = {}
         self._index = 0
-        # What the tensor in a storage comes from; None: it is finite. Freed storages are no danger:
-        # whoever gets their address is written by an operation first.
+        # Cause of the tensor in each storage; None if finite. Reused addresses are safe: an
+        # operation writes the new storage first.
         self._known: dict[int, Cause | None] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._thread = threading.get_ident()
@@ -133,7 +133,7 @@ class ForwardTrace(TorchDispatchMode):
         for hook in self._hooks:
             hook.remove()
 
-    # Where we are.
+    # Current position.
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
         name = self._names.get(module)
@@ -158,13 +158,14 @@ class ForwardTrace(TorchDispatchMode):
             frame = frame.f_back
         return None
 
-    # What happens.
+    # Operations.
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        # A node gets its number before its operation runs; the first operation after it is its own.
+        # A node is numbered before its operation runs; the first operation after that belongs to
+        # it.
         node = torch.autograd._get_sequence_nr() - 1
         if node not in self.sites:
             self.sites[node] = self._site()
@@ -172,7 +173,7 @@ class ForwardTrace(TorchDispatchMode):
             out = func(*args, **kwargs)
             if (
                 func is torch.ops.aten.lift_fresh.default
-            ):  # a constant is made, without an operation
+            ):  # a constant is created without an operation
                 self._known.pop(storage_of(out), None)
             return out
         call = Call.of(func, args, kwargs)
@@ -225,7 +226,7 @@ class ForwardTrace(TorchDispatchMode):
         )
 
     def _meet(self, tensor: Tensor, origin: Origin = "constant", name: str = "a tensor") -> Any:
-        """Looks at a tensor of which nothing is known; what it is if it is not finite."""
+        """Checks an unknown tensor; returns its cause if it is not finite."""
         key = storage_of(tensor)
         if key not in self._known:
             self._known[key] = None
@@ -241,22 +242,22 @@ class ForwardTrace(TorchDispatchMode):
         if event is not None or fills or key not in map(storage_of, (t for _, t in call.inputs)):
             self._known[key] = event
 
-    # The way back.
+    # Tracing back.
 
     def cause_of(self, tree: Any) -> tuple[Cause, ...]:
-        """What the non-finite tensors in a nest of containers come from."""
+        """Returns the causes of the non-finite tensors in nested containers."""
         return tuple(self._cause(t, t) for t in floats(tree) if not all_finite(t))
 
     def _cause(self, tensor: Tensor, value: Tensor) -> Cause:
         known = self._known.get(storage_of(tensor))
         if known is not None:
             return known
-        # Written by something that is no operation of torch, a kernel of its own for example.
+        # Written without a torch operation, for example by a custom kernel.
         return Outside("constant", TensorRange.of("a tensor", value), False)
 
     @staticmethod
     def origin_of(causes: Iterable[Cause]) -> tuple[Cause | None, list[Event]]:
-        """The first cause of these causes, and the events between, in order."""
+        """Returns the first cause behind these causes, and the events since, in order."""
         users: dict[int, list[Event]] = {}
         met: dict[int, Cause] = {}
         for cause, user in _ancestry(causes):
@@ -285,7 +286,7 @@ class ForwardTrace(TorchDispatchMode):
 
 
 def _ancestry(causes: Iterable[Cause]) -> Iterator[tuple[Cause, Event | None]]:
-    """Every cause of these causes, with the event that it went into."""
+    """Yields every cause behind these causes, with the event that used it."""
     todo: list[tuple[Cause, Event | None]] = [(cause, None) for cause in causes]
     seen: set[int] = set()
     while todo:

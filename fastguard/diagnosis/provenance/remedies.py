@@ -1,7 +1,7 @@
-"""What kind of operation made a NaN or Inf, what in its inputs explains it, and the cure.
+"""Classifies operations that produce NaN or Inf, with evidence from their inputs and a remedy.
 
-An operation is known by the name of its ATen operator (`aten.div.Tensor` is `div`) or of its
-autograd node (`DivBackward0` is `div` too).
+An operation is identified by its ATen operator (`aten.div.Tensor` is `div`) or its autograd node
+(`DivBackward0` is also `div`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class Kind:
     """Operations that fail in the same way.
 
     Attributes:
-        name: What people call it.
-        operations: Names of operators and of autograd nodes, without overload and underscore.
+        name: Their usual name.
+        operations: Operators and autograd nodes, without overload and underscore.
         remedy: What to do.
     """
 
@@ -93,24 +93,25 @@ KINDS = (
         "cudnn_batch_norm native_batch_norm_legit native_batch_norm_legit_no_stats var var_mean "
         "std_mean fused_rms_norm rms_norm batch_norm_with_update instance_norm",
         "the variance of one value is 0/0, and that of huge values overflows: check for batches of "
-        "one, a running variance that is negative or Inf, and an eps of 0.",
+        "one sample, a running variance that is negative or Inf, and an eps of 0.",
     ),
     _kind(
         "mean of nothing",
         "mean nanmean nll_loss_forward nll_loss nll_loss_nd nll_loss2d_forward nll_loss2d median",
-        "0/0: there was no element, or every target was ignore_index. Skip such a batch, or divide "
+        "0/0: there were no elements, or every target was ignore_index. Skip such a batch, or "
+        "divide "
         "a sum by max(count, 1).",
     ),
     _kind(
         "product",
         "mul addcmul prod cumprod square",
-        "0 * Inf is NaN, and large factors overflow: select with torch.where in place of "
+        "0 * Inf is NaN, and large factors overflow: select with torch.where instead of "
         "multiplying by a mask, and bound the factors.",
     ),
     _kind(
         "sum or difference",
         "add sub rsub sum cumsum mse_loss smooth_l1_loss l1_loss huber_loss addr add_relu",
-        "Inf - Inf is NaN, and large terms overflow: find what makes them large, average in place "
+        "Inf - Inf is NaN, and large terms overflow: find what makes them large, average instead "
         "of summing, and keep sums in float32.",
     ),
     _kind(
@@ -123,27 +124,29 @@ KINDS = (
     _kind(
         "uninitialised memory",
         "empty empty_like empty_strided new_empty new_empty_strided",
-        "a tensor from torch.empty was used before everything in it was written: use torch.zeros.",
+        "a tensor from torch.empty was used before it was fully written: use torch.zeros.",
     ),
 )
 
 OUTSIDE = {
-    "parameter": "the weights were destroyed by an earlier step: go back to a checkpoint that is "
+    "parameter": "an earlier step destroyed the weights: go back to a checkpoint that is "
     "verified finite, and let fastguard.GuardedOptimizer skip bad steps.",
-    "buffer": "an earlier batch destroyed this buffer (running statistics take up NaN for good): "
+    "buffer": "an earlier batch destroyed this buffer (NaN stays in running statistics): "
     "go back to a checkpoint that is verified finite, or reset it.",
     "batch": "repair or drop this sample; fastguard.check_batch finds such batches before the "
     "step.",
-    "constant": "look where this tensor is made; it is neither a parameter, nor a buffer, nor part "
+    "constant": "check where this tensor is created; it is neither a parameter, nor a buffer, nor "
+    "part "
     "of the batch.",
 }
 
 MEAN_OF_NOTHING = next(kind for kind in KINDS if kind.name == "mean of nothing")
 
 _ROOT_OF_NEGATIVE = (
-    "the root of a negative number is NaN: x.clamp_min(0).sqrt(), or x.clamp_min(eps).sqrt() where "
-    "a gradient flows or the root is divided by. What should never be negative, such as a variance "
-    "taken as E[x²] - E[x]², is so by rounding: use torch.var, or compute it in float32."
+    "the root of a negative number is NaN: use x.clamp_min(0).sqrt(), or x.clamp_min(eps).sqrt() "
+    "if a "
+    "gradient flows or the root is a divisor. Values that should never be negative, such as a "
+    "variance computed as E[x²] - E[x]², become so by rounding: use torch.var, or use float32."
 )
 
 _ROOT_IN_DENOMINATOR = (
@@ -151,27 +154,27 @@ _ROOT_IN_DENOMINATOR = (
 )
 
 OTHER = _kind(
-    "",  # operations that have no common way to fail
+    "",  # operations without a common way to fail
     "",
-    "look at the ranges above: which input is at the edge of what this operation can take?",
+    "check the ranges above: which input is at the limit of what this operation accepts?",
 )
 
 
 def kind_of(operation: str) -> Kind:
-    """The kind of an ATen operator or autograd node; `OTHER` if it has no common way to fail."""
+    """Returns the kind of an ATen operator or autograd node; `OTHER` if it is in no class."""
     name = base_name(operation)
     return next((kind for kind in KINDS if name in kind.operations), OTHER)
 
 
 def kind_at(operation: str, inputs: Sequence[TensorRange]) -> Kind:
-    """The kind of an operation with these inputs: whatever it is, of nothing it makes 0/0."""
+    """Returns the kind of an operation with these inputs; with empty inputs it is 0/0."""
     if inputs and all(r.numel == 0 for r in inputs):
         return MEAN_OF_NOTHING
     return kind_of(operation)
 
 
 def remedy_at(operation: str, inputs: Sequence[TensorRange]) -> str:
-    """What to do about an operation with these inputs."""
+    """Returns the remedy for an operation with these inputs."""
     if _is_root(operation) and any(r.min < 0 for r in inputs if "gradient" not in r.name):
         return _ROOT_OF_NEGATIVE
     if operation.startswith("aten.rsqrt"):
@@ -184,7 +187,7 @@ def _is_root(operation: str) -> bool:
 
 
 def base_name(operation: str) -> str:
-    """`div` of `aten.div_.Tensor` and of `DivBackward0`."""
+    """Returns `div` for `aten.div_.Tensor` and for `DivBackward0`."""
     if "." in operation:
         return operation.split(".")[1].strip("_")
     node = re.sub(r"Backward\d*$", "", operation)
@@ -192,13 +195,13 @@ def base_name(operation: str) -> str:
 
 
 def evidence_of(kind: Kind, inputs: Sequence[TensorRange], operation: str = "") -> str:
-    """What in the inputs of an operation of this kind explains its NaN or Inf; may be empty."""
+    """Returns what in the inputs explains an operation's NaN or Inf; may be empty."""
     if kind is MEAN_OF_NOTHING and (empty := [f"{r.name} is empty" for r in inputs if not r.numel]):
         return "; ".join(empty)
     found = [f"{r.name} holds a NaN or Inf" for r in inputs if r.nonfinite]
     name = kind.name
     for r in inputs:
-        if "gradient" in r.name:  # a 0 there harms nothing
+        if "gradient" in r.name:  # a gradient of 0 is harmless
             continue
         if name == "division":
             below = base_name(operation) == "reciprocal" and r.name == "self"

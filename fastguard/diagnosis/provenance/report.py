@@ -1,4 +1,4 @@
-"""What a search for the first non-finite value found: `NonFiniteReport`, which reads as a story."""
+"""`NonFiniteReport`: the result of a search for the first non-finite value, as a readable story."""
 
 from __future__ import annotations
 
@@ -14,28 +14,31 @@ Origin = Literal["forward", "backward", "parameter", "buffer", "batch", "constan
 
 @dataclass(frozen=True, slots=True)
 class NonFiniteReport:
-    """Where the first non-finite value of a step was born, or that there is none.
+    """The origin of the first non-finite value in a step, if there is one.
 
     Attributes:
-        origin: `"forward"` or `"backward"`: an operation made it of finite values. `"parameter"`,
-            `"buffer"`, `"batch"`, `"constant"`: it was there before. None: nothing found.
+        origin: `"forward"` or `"backward"`: an operation computed it from finite values.
+            `"parameter"`, `"buffer"`, `"batch"`, `"constant"`: it existed before the step. None:
+            nothing found.
         module: Name and class of the innermost module around the operation.
         operation: `aten.div.Tensor`; in the backward pass the autograd node, `DivBackward0`.
-        tensor: Where the value appeared first: an output of the operation, or the name of the
+        tensor: Where the value first appeared: an output of the operation, or the name of the
             parameter, buffer or part of the batch.
         source: `file:line in function: text` of the user's code that called the operation.
-        inputs, outputs: The ranges around the operation; in the backward pass the incoming
-            gradients and what the node saved, then the outgoing gradients.
-        already: What was non-finite before the step: parameters, buffers, parts of the batch.
-        reached: The operations after the first, from module to module.
+        inputs, outputs: Ranges around the operation; in the backward pass, the incoming gradients
+            and
+            saved tensors, then the outgoing gradients.
+        already: Tensors that were non-finite before the step: parameters, buffers, parts of the
+            batch.
+        reached: The operations after the first, one per module.
         loss: The loss, or its parts by name.
-        bad_gradients: Parameters whose gradient is non-finite; empty if the loss already is.
+        bad_gradients: Parameters with a non-finite gradient; empty if the loss is non-finite.
         kind: The kind of operation, as in `remedies.KINDS`, or of fault, as in `circumstances`.
         evidence: What in the ranges explains the value.
         remedy: What to do about it.
         precision: True: the same computation in float32 is finite, so the range of float16 or
-            bfloat16 is to blame. False: float32 does not help. None: no low precision took part,
-            or float32 could not be tried.
+            bfloat16 is to blame. False: float32 does not help. None: no low precision was used, or
+            float32 could not be tried.
     """
 
     origin: Origin | None
@@ -56,16 +59,16 @@ class NonFiniteReport:
 
     @property
     def found(self) -> bool:
-        """Whether the step made or met a non-finite value that mattered."""
+        """Whether the step contains a non-finite value that mattered."""
         return self.origin is not None
 
     def __str__(self) -> str:
-        """The story, for people."""
+        """Formats the report for users."""
         if self.origin is None:
             lines = [
                 "Nothing found: loss and gradients of this batch are finite.",
-                "If the step did go wrong, the weights or the random numbers were other ones: "
-                "call this before the weights change, with rng= as it was before the batch.",
+                "If the step did fail, the weights or the random numbers were different: call this "
+                "before the weights change, with rng= from before the batch.",
             ]
         else:
             lines = [self._headline(), *self._where()]
@@ -83,7 +86,7 @@ class NonFiniteReport:
 
     def _headline(self) -> str:
         if self.origin in ("forward", "backward"):
-            return f"The first non-finite value was born in the {self.origin} pass."
+            return f"The first non-finite value appeared in the {self.origin} pass."
         return f"A {self.origin} value was non-finite before any operation: {self.tensor}."
 
     def _where(self) -> list[str]:
@@ -106,7 +109,7 @@ class NonFiniteReport:
 
 _PRECISION = {
     True: "the same computation in float32 is finite: the range of the 16-bit format is to blame, "
-    "not the model. Keep this part in float32, or use bfloat16 in place of float16.",
+    "not the model. Keep this part in float32, or use bfloat16 instead of float16.",
     False: "the same computation in float32 is not finite either: precision is not to blame.",
 }
 

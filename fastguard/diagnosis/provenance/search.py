@@ -1,4 +1,4 @@
-"""One search: replay forward, replay backward, say what was found, try again in float32."""
+"""One search: replay forward, replay backward, build the report, and retry in float32."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from fastguard.diagnosis.replay.losses import loss_parts
 from fastguard.diagnosis.replay.replay import Step, copied, in_float32, widened_batch
 
 REACHED = 6
-"""How many of the operations after the first a report names, one a module."""
+"""How many later operations a report lists, one per module."""
 
 
 class Search:
-    """What is replayed, and how.
+    """The replay of one step.
 
     Args:
         roots: The model under `""`, and a loss that is a module under its name.
-        batch: As given.
-        step: Makes a loss of the model and a batch.
-        autocast: What the step ran under; entered anew for each replay.
-        rng: As given.
-        loss_scale: As given.
+        batch: See `explain_nonfinite`.
+        step: Computes a loss from the model and a batch.
+        autocast: The context of the step; entered again for each replay.
+        rng: See `explain_nonfinite`.
+        loss_scale: See `explain_nonfinite`.
 
     Attributes:
-        modules: All modules that take part.
-        low_precision: Whether a float16 or bfloat16 tensor was made.
+        modules: All modules involved.
+        low_precision: Whether a float16 or bfloat16 tensor was created.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Search:
         self.low_precision = False
 
     def report(self) -> NonFiniteReport:
-        """Forward, and backward if the loss is finite."""
+        """Replays forward, and backward if the loss is finite."""
         batch = copied(self._batch)
         dense = [known for known in (*self._outside, *_parts_of(batch)) if floats(known[2])]
         with ForwardTrace(self._names, dense) as trace:
@@ -79,7 +79,7 @@ class Search:
         self.low_precision = trace.low_precision
         already = tuple(c.range for c in trace.already if isinstance(c, Outside))
         loss = loss_parts(result)
-        # What is returned beside the loss (logits with a mask of -Inf) harms nothing.
+        # Values returned beside the loss (logits with a mask of -Inf) are harmless.
         report = self._forward_report(trace, trace.cause_of(loss or result))
         if not report.found and loss:
             report = self._backward_report(trace, sum(loss.values(), torch.zeros(())))
@@ -87,7 +87,7 @@ class Search:
         return replace(report, already=already, loss=values)
 
     def with_precision(self, report: NonFiniteReport) -> NonFiniteReport:
-        """Runs the batch in float32 and says whether that is finite."""
+        """Runs the batch in float32 and records whether that is finite."""
         try:
             with in_float32(self.modules):
                 result = self._replay(widened_batch(copied(self._batch)), autocast=False)
@@ -95,7 +95,7 @@ class Search:
                 finite = all(map(all_finite, floats(loss or result)))
                 if finite and loss and report.origin == "backward":
                     finite = not BackwardTrace(self._scaled(sum(loss.values()))).bad_leaves
-        except Exception:  # some models are bound to their dtype: then this is not known
+        except Exception:  # some models are tied to their dtype; then this stays unknown
             return report
         return replace(report, precision=finite)
 
@@ -110,7 +110,7 @@ class Search:
     def _scaled(self, loss: Any) -> Tensor:
         return loss if self._loss_scale == 1.0 else loss * self._loss_scale
 
-    # What was found.
+    # Building the report.
 
     def _forward_report(self, trace: ForwardTrace, causes: Sequence[Cause]) -> NonFiniteReport:
         origin, after = trace.origin_of(causes)
@@ -143,7 +143,7 @@ class Search:
             kind=told.kind,
             evidence=told.evidence,
             remedy=told.remedy,
-            precision=origin.precision or None,  # False says nothing: the cause may lie before
+            precision=origin.precision or None,  # False proves nothing: the cause may be earlier
         )
 
     def _backward_report(self, trace: ForwardTrace, loss: Tensor) -> NonFiniteReport:
@@ -159,7 +159,7 @@ class Search:
         birth = backward.birth
         if birth is None:
             return NonFiniteReport("backward", bad_gradients=names, remedy=remedies.OTHER.remedy)
-        # What the forward pass made and torch.where hid comes back as a factor of the gradient.
+        # Values of the forward pass that torch.where hid reappear as a factor of the gradient.
         hidden = [c for c in trace.cause_of(list(birth.bad_saved)) if not c.placed]
         if hidden:
             report = self._forward_report(trace, hidden)
@@ -184,14 +184,14 @@ class Search:
 
 _WRITTEN = Told(
     "an Inf that the program wrote",
-    "the program wrote this Inf, as masks do, and nothing after it took it away",
-    "where a whole row is masked, its maximum, logsumexp or sum is Inf too: leave such rows out "
-    "before the loss, or mask with a large finite number, torch.finfo(x.dtype).min.",
+    "the program wrote this Inf, as masks do, and nothing removed it afterwards",
+    "where a whole row is masked, its maximum, logsumexp or sum is also Inf: exclude such rows "
+    "from the loss, or mask with a large finite number, torch.finfo(x.dtype).min.",
 )
 
 
 def _by_ranges(event: Event) -> Told:
-    """What the ranges of an operation's inputs tell."""
+    """Explains an operation by the ranges of its inputs."""
     if event.placed:
         return _WRITTEN
     kind = remedies.kind_at(event.operation, event.inputs)
@@ -203,20 +203,20 @@ def _by_ranges(event: Event) -> Told:
 
 
 def _parts_of(batch: Any) -> Iterator[tuple[Origin, str, Tensor]]:
-    """The tensors of a batch, by name."""
+    """Yields the tensors of a batch, by name."""
     for path, leaf in tree_flatten_with_path(batch)[0]:
         if isinstance(leaf, Tensor):
             yield "batch", "batch" + "".join(map(str, path)), leaf
 
 
 def _site_of(birth: NodeBirth, sites: Mapping[int, Site]) -> Site:
-    """Where the operation of a node was called: its own site, or that of the node before."""
+    """Returns where a node's operation was called, or the previous node's if unknown."""
     numbers = [n for n in sites if n <= birth.sequence]
     return sites[max(numbers)] if numbers else Site("", None)
 
 
 def _reached(events: Sequence[Event]) -> list[str]:
-    """The first event of each module, in order."""
+    """Returns the first event of each module, in order."""
     first: dict[str, Event] = {}
     for event in events:
         first.setdefault(event.site.module, event)

@@ -1,1 +1,1 @@
-"""Runs a model on a batch again without leaving a trace in it."""
+"""Reruns a model on a batch without side effects."""

@@ -1,4 +1,4 @@
-"""What `explain_nonfinite` and `diagnose` take, checked before anything is run."""
+"""Validates the arguments of `explain_nonfinite` and `diagnose` before anything runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 Autocast = AbstractContextManager[Any] | torch.dtype | str | None
-"""What a step runs under: a context, or the dtype of `torch.autocast` on the model's device."""
+"""The context of a step, or the dtype of `torch.autocast` on the model's device."""
 
 _DTYPES = {
     "float16": torch.float16,
@@ -26,11 +26,11 @@ _DTYPES = {
 
 
 def checked_model(model: Any) -> nn.Module:
-    """The model without wrappers of DataParallel, DistributedDataParallel or torch.compile.
+    """Returns the model without DataParallel, DistributedDataParallel or torch.compile wrappers.
 
     Raises:
-        TypeError: It is no module.
-        ValueError: One of its parameters or buffers has no values yet.
+        TypeError: It is not a module.
+        ValueError: A parameter or buffer has no values yet.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
@@ -43,14 +43,14 @@ def checked_model(model: Any) -> nn.Module:
         )
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         model = model.module
-    return getattr(model, "_orig_mod", model)  # of torch.compile
+    return getattr(model, "_orig_mod", model)  # torch.compile wrapper
 
 
 def check_functions(loss_fn: Any, step: Any) -> None:
-    """Whether there is one way to the loss, and it can be called.
+    """Checks that at most one of `loss_fn` and `step` is given, and that it can be called.
 
     Raises:
-        TypeError: Both are given, or one is no function.
+        TypeError: Both are given, or one cannot be called.
     """
     if loss_fn is not None and step is not None:
         raise TypeError("both loss_fn and step are given; step already returns the loss")
@@ -64,14 +64,14 @@ def check_functions(loss_fn: Any, step: Any) -> None:
 
 
 def check_batch_kind(batch: Any, *, any_kind: bool) -> None:
-    """Whether it is one batch; `any_kind`: a `step` takes it apart.
+    """Checks that `batch` is one batch; `any_kind`: a `step` handles its structure.
 
     Raises:
-        TypeError: It is none that is known, or it is what gives batches.
+        TypeError: The type is unknown, or it yields batches.
         ValueError: A tensor in it is on the meta device.
     """
     if isinstance(batch, DataLoader):
-        raise TypeError("batch is a DataLoader; pass one batch of it: next(iter(loader))")
+        raise TypeError("batch is a DataLoader; pass one batch from it: next(iter(loader))")
     if any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in tree_leaves(batch)):
         raise ValueError("a tensor of the batch is on the meta device and has no values")
     is_pair = isinstance(batch, list | tuple) and len(batch) == 2
@@ -88,11 +88,11 @@ def check_batch_kind(batch: Any, *, any_kind: bool) -> None:
 
 
 def context_of(autocast: Any, model: nn.Module) -> AbstractContextManager[Any]:
-    """The context that a step runs under.
+    """Returns the context that a step runs under.
 
     Raises:
-        TypeError: It is neither a context, nor a dtype.
-        ValueError: It is a dtype that autocast does not have.
+        TypeError: It is neither a context nor a dtype.
+        ValueError: It is a dtype that autocast does not support.
     """
     if autocast is None:
         return nullcontext()
@@ -107,30 +107,30 @@ def context_of(autocast: Any, model: nn.Module) -> AbstractContextManager[Any]:
         return torch.autocast(device, _DTYPES[name])
     if not isinstance(autocast, AbstractContextManager):
         raise TypeError(
-            f"autocast={autocast!r} is no context; pass 'float16', 'bfloat16' or "
+            f"autocast={autocast!r} is not a context; pass 'float16', 'bfloat16' or "
             "torch.autocast(device_type, dtype)"
         )
     return autocast
 
 
 def check_rng(rng: Any) -> None:
-    """Whether it is a state of the generators.
+    """Checks that `rng` is a state of the generators.
 
     Raises:
-        TypeError: It is none.
+        TypeError: It is not.
     """
     if rng is not None and not (isinstance(rng, Mapping) and "torch" in rng):
         raise TypeError(
-            f"rng={rng!r} is no state of the generators; pass fastguard.random_state(), "
-            "taken before the batch (a seed cannot tell where the generators stood)"
+            f"rng={rng!r} is not a generator state; pass fastguard.random_state(), taken before "
+            "the batch (a seed does not determine the state of the generators)"
         )
 
 
 def check_loss_scale(loss_scale: Any) -> None:
-    """Whether a loss can be multiplied by it.
+    """Checks that `loss_scale` is a number.
 
     Raises:
-        TypeError: It is no number.
+        TypeError: It is not.
     """
     if isinstance(loss_scale, bool) or not isinstance(loss_scale, int | float | torch.Tensor):
         raise TypeError(f"loss_scale={loss_scale!r} is not a number; pass scaler.get_scale()")

@@ -1,4 +1,4 @@
-"""One call of an ATen operator, and what can be asked of its tensors."""
+"""One call of an ATen operator, and queries on its tensors."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _OVERWRITES = ("copy_", "fill_", "zero_", "normal_", "uniform_", "bernoulli_", "
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """One read; waits for a GPU."""
+    """Whether a tensor is finite, in one read; synchronises with the GPU."""
     x = as_real(tensor)
     if not x.numel() or not x.is_floating_point():
         return True
-    low, high = x.aminmax()  # NaN goes through
+    low, high = x.aminmax()  # NaN propagates
     return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
 def floats(tree: Any) -> list[Tensor]:
-    """The tensors in a nest of containers that can hold a NaN."""
+    """Returns the tensors in nested containers that can contain NaN."""
     return [
         t
         for t in tree_leaves(tree)
@@ -38,19 +38,19 @@ def floats(tree: Any) -> list[Tensor]:
 
 
 def storage_of(tensor: Tensor) -> int:
-    """What tells one storage from another."""
+    """Returns a key that identifies the storage of a tensor."""
     return tensor.untyped_storage()._cdata
 
 
 def is_view(func: Callable[..., Any]) -> bool:
-    """Whether an operator only gives another look at its input."""
+    """Whether an operator only returns a view of its input."""
     returns = func._schema.returns  # type: ignore[attr-defined]
     return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
 @dataclass(slots=True)
 class Call:
-    """One call of an operator: its tensors by the names of its schema."""
+    """One call of an operator: its tensors by the names in its schema."""
 
     func: Any
     args: Sequence[Any]
@@ -78,7 +78,7 @@ class Call:
         return Call(func, args, kwargs, name, inputs, numbers, written)
 
     def argument(self, name: str) -> Any:
-        """The argument of this name in the operator's schema, as it was before the call."""
+        """Returns the argument with this name in the operator's schema, as before the call."""
         for i, argument in enumerate(self.func._schema.arguments):
             if argument.name == name:
                 value = self.args[i] if i < len(self.args) else self.kwargs.get(name)
@@ -90,12 +90,12 @@ class Call:
             self.before = {id(t): t.detach().clone() for t in self.written}
 
     def read(self) -> list[tuple[str, Tensor, Tensor]]:
-        """Name, tensor, and value before the call, of every input whose value counts."""
+        """Returns name, tensor, and value before the call, for every input whose value matters."""
         ignored = set() if self.before else {id(t) for t in self.written}
         return [(n, t, self.before.get(id(t), t)) for n, t in self.inputs if id(t) not in ignored]
 
     def is_finite_in_float32(self, outputs: Sequence[Tensor]) -> bool | None:
-        """Whether the operation, on the same values in float32, has a finite output."""
+        """Whether the operation gives a finite output on the same values in float32."""
         read = [value for _, _, value in self.read()]
         if not any(t.dtype in LOW for t in [*read, *outputs]):
             return None
@@ -109,7 +109,7 @@ class Call:
         try:
             with _rng_untouched(), torch.autocast(outputs[0].device.type, enabled=False):
                 again = self.func(*tree_map(wide, self.args), **tree_map(wide, self.kwargs))
-        except Exception:  # an operation without a float32 twin tells nothing
+        except Exception:  # operations without a float32 variant are unknown
             return None
         return all(all_finite(t) for t in floats(again))
 

@@ -1,7 +1,7 @@
-"""What of a step's result is its loss: `loss_parts`, `total_of`, and `number_in` for lost graphs.
+"""Extracts the loss from a step's result: `loss_parts`, `total_of`, and `number_in`.
 
-Steps return a tensor, a dict of parts whose sum is the loss, what Transformers and Lightning
-return (something with a `loss`), or a tuple with the loss among other things.
+Steps return a tensor, a dict of parts whose sum is the loss, an object with a `loss` as in
+Transformers and Lightning, or a tuple that contains the loss.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from fastguard.diagnosis.replay.calls import floats
 
 
 def loss_parts(result: Any) -> dict[str, Tensor]:
-    """The scalars of what a step returned, by name; nothing if it is no loss.
+    """Returns the scalar losses in a step's result, by name; empty if there is none.
 
-    A mapping or an object with a `loss` has that loss alone: what is beside it is for the log. In a
+    A mapping or object with a `loss` contributes only that; its other values are for logging. In a
     tuple it is the first entry, or else the only scalar: `(logits, loss)`.
     """
     if _is_scalar(result):
@@ -39,7 +39,7 @@ def loss_parts(result: Any) -> dict[str, Tensor]:
 
 
 def carried_loss(result: Any) -> Any:
-    """The `loss` of a mapping, a named tuple or a data class; None if it has none."""
+    """Returns the `loss` of a mapping, named tuple or data class; None if it has none."""
     if isinstance(result, Mapping):
         return result.get("loss")
     if isinstance(result, Tensor | torch.nn.Module) or isinstance(result, type):
@@ -49,9 +49,9 @@ def carried_loss(result: Any) -> Any:
 
 
 def total_of(result: Any) -> Tensor | None:
-    """The loss to go backward from: the sum of the parts, or the mean of what is no scalar.
+    """Returns the loss for the backward pass: the sum of the parts, or the mean of a non-scalar.
 
-    Parts without a graph, such as an accuracy, are left out: nothing can make them fall.
+    Parts without a graph, such as an accuracy, are left out: training cannot reduce them.
     """
     parts = list(loss_parts(result).values())
     if parts:
@@ -63,7 +63,7 @@ def total_of(result: Any) -> Tensor | None:
 
 
 def number_in(result: Any) -> str:
-    """What a loss was turned into, if it is a number that no gradient flows from; else empty."""
+    """Describes a loss that became a number without gradients; else returns an empty string."""
     if isinstance(result, list | tuple) and result:
         inside = number_in(result[0])
         return f"{inside} in a {type(result).__name__}" if inside else ""

@@ -1,4 +1,4 @@
-"""Running a batch again: copies of it, and how it becomes a loss; `restore` undoes the run."""
+"""Copies batches and computes losses for a replay; `restore` undoes its effects."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Step = Callable[[nn.Module, Any], Any]
 
 
 def copied(batch: Any) -> Any:
-    """The batch with tensors of its own: a model may write into its inputs."""
+    """Copies the tensors of a batch, since a model may write to its inputs."""
 
     def copy(x: Any) -> Any:
         return x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
@@ -26,7 +26,7 @@ def copied(batch: Any) -> Any:
 
 
 def step_of(loss_fn: Callable[..., Any] | None, step: Step | None) -> Step:
-    """How a model and a batch become a loss, or an output if there is no loss."""
+    """Returns a function from a model and a batch to a loss, or to an output without a loss."""
     if step is not None:
         return step
 
@@ -52,13 +52,13 @@ def _split(batch: Any) -> tuple[Any, Any]:
         if set(batch) == {"inputs", "targets"}:
             return batch["inputs"], batch["targets"]
         return batch, _NO_TARGET
-    inputs, targets = batch  # of no other kind: `check_batch_kind`
+    inputs, targets = batch  # other kinds were refused by `check_batch_kind`
     return inputs, targets
 
 
 @contextmanager
 def in_float32(modules: list[nn.Module]) -> Iterator[None]:
-    """Parameters and buffers in float32 and no autocast; `ModuleState` restores the former."""
+    """Converts parameters and buffers to float32 and disables autocast; `ModuleState` undoes it."""
     wide: dict[Tensor, Tensor] = {}
 
     def widened(t: Tensor | None) -> Tensor | None:
@@ -79,5 +79,5 @@ def in_float32(modules: list[nn.Module]) -> Iterator[None]:
 
 
 def widened_batch(batch: Any) -> Any:
-    """The batch with its 16-bit tensors in float32."""
+    """Returns the batch with its 16-bit tensors converted to float32."""
     return tree_map(lambda x: x.float() if isinstance(x, Tensor) and x.dtype in LOW else x, batch)

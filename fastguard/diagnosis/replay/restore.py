@@ -1,4 +1,4 @@
-"""State put back bit for bit: of modules, or of all that diagnosing moves."""
+"""Restores state bit for bit: of modules, or of everything that a diagnosis changes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fastguard.diagnosis.replay.subject import Subject
 
 
 class ModuleState:
-    """Puts modules and random number generators back as they were, bit for bit.
+    """Restores modules and random number generators bit for bit.
 
-    Parameters and buffers are kept in host memory (one copy of the model); attributes of modules,
-    training flags among them, are kept as they are, so that what a forward pass assigns is undone.
-    Lists and dicts that it changes in place are not.
+    Parameters and buffers are copied to host memory (one copy of the model). Attributes of modules,
+    including training flags, are saved by reference, so assignments in a forward pass are undone;
+    in-place changes to lists and dicts are not.
     """
 
     def __init__(self, modules: list[nn.Module]) -> None:
@@ -30,7 +30,7 @@ class ModuleState:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Undoes everything since the start."""
+        """Undoes everything since construction."""
         for module, attributes in self._attributes:
             module.__dict__.clear()
             module.__dict__.update(_shallow(attributes))
@@ -44,9 +44,9 @@ _TABLES = ("_parameters", "_buffers", "_modules")
 
 
 def _shallow(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy whose tables of parameters, buffers and modules are copies too.
+    """Copies attributes, including the tables of parameters, buffers and modules.
 
-    Those of a scripted module cannot be copied; neither can a forward pass replace what is in them.
+    Tables of a scripted module cannot be copied, but a forward pass cannot replace their contents.
     """
     return {
         k: v.copy() if k in _TABLES and isinstance(v, dict) else v for k, v in attributes.items()
@@ -54,17 +54,17 @@ def _shallow(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Also for NaN, which equals nothing."""
+    """Compares bits, so that NaN equals NaN."""
     bytes_of = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
     return torch.equal(*bytes_of)
 
 
 class State:
-    """The state before a diagnosis, to go back to as often as needed.
+    """The state before a diagnosis, which can be restored repeatedly.
 
-    `ModuleState` keeps modules, their parameters and buffers and the random number generators; here
-    come the gradients (the very tensors: nothing writes into them), the lists, dicts, sets and
-    deques that modules carry, parameters that only the optimizer knows, and the optimizer.
+    `ModuleState` saves modules, their parameters and buffers, and random number generators. This
+    class adds gradients (the tensors themselves: nothing writes to them), lists, dicts, sets and
+    deques in modules, parameters known only to the optimizer, and the optimizer.
     """
 
     def __init__(self, subject: Subject) -> None:
@@ -74,7 +74,7 @@ class State:
             (value, copy.copy(value))
             for module in modules
             for name, value in module.__dict__.items()
-            # What nn.Module itself keeps there (parameters, hooks) is not written to.
+            # The containers of nn.Module itself (parameters, hooks) are not written to.
             if type(value) in (list, dict, set, deque) and name not in _OWN
         ]
         known = set(subject.parameters.values())
@@ -87,7 +87,7 @@ class State:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Undoes everything since the start."""
+        """Undoes everything since construction."""
         self._modules.restore()
         for container, before in self._containers:
             _refill(container, before)
@@ -115,7 +115,7 @@ def _refill(container: Any, before: Any) -> None:
 
 
 class _OptimizerState:
-    """An optimizer's attributes, param groups and state. Hooks and all objects stay the same."""
+    """An optimizer's attributes, param groups and state. Hooks and objects stay the same."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
@@ -140,7 +140,7 @@ class _OptimizerState:
 
 
 def _keeper(thing: Any) -> Callable[[], Any]:
-    """Copies a value; what it returns puts the value back and gives the same object again."""
+    """Copies a value and returns a function that restores it and returns the same object."""
     if isinstance(thing, Tensor):
         values = thing.detach().clone()
         return lambda: thing.copy_(values)
@@ -166,6 +166,6 @@ def _keeper(thing: Any) -> Callable[[], Any]:
         return refill
     try:
         kept = copy.deepcopy(thing)
-    except Exception:  # a process group, a stream: what no step replaces by value
+    except Exception:  # a process group or stream, which steps do not replace by value
         return lambda: thing
     return lambda: copy.deepcopy(kept)

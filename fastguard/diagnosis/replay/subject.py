@@ -1,4 +1,4 @@
-"""What is diagnosed: a model, a batch, and how they become a loss."""
+"""The subject of a diagnosis: a model, a batch, and how they become a loss."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from fastguard.guard.wrapper import OptimizerAround
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is diagnosed. Made by `Subject.of`, which checks it.
+    """The subject of a diagnosis. Create it with `Subject.of`, which checks the arguments.
 
     Attributes:
-        model: Without wrappers of DataParallel, DistributedDataParallel or torch.compile.
-        batch: As `fastguard.explain_nonfinite` takes it.
-        loss_fn, given_step: As the caller gave them.
-        step: `step(model, batch)` gives a loss, its parts by name, or an output without a loss.
-        optimizer: The one that steps, without a guard around it.
-        guard: The guard around it, if it has one.
-        max_norm: What the guard around it clips to; None: it does not, or by an adaptive rule.
+        model: The model without DataParallel, DistributedDataParallel or torch.compile wrappers.
+        batch: The batch, as in `fastguard.explain_nonfinite`.
+        loss_fn, given_step: As given by the caller.
+        step: `step(model, batch)` returns a loss, its parts by name, or an output without a loss.
+        optimizer: The optimizer that steps, without the guard around it.
+        guard: The guard around it, if any.
+        max_norm: The norm that the guard clips to; None if it does not, or clips adaptively.
         data: Further batches.
-        autocast: What a step runs under.
+        autocast: The context of a step.
     """
 
     model: nn.Module
@@ -64,7 +64,7 @@ class Subject:
         """Checks the arguments of `diagnose`.
 
         Raises:
-            TypeError: One of them is of the wrong kind.
+            TypeError: An argument has the wrong type.
             ValueError: A parameter of the model has no values yet.
         """
         model = checked_model(model)
@@ -96,13 +96,13 @@ class Subject:
 
     @property
     def roots(self) -> dict[str, nn.Module]:
-        """The model under `""`, and a loss that is a module under its name."""
+        """Returns the model under `""`, and a loss that is a module under its name."""
         loss = {"loss_fn": self.loss_fn} if isinstance(self.loss_fn, nn.Module) else {}
         return {"": self.model, **loss}
 
     @property
     def modules(self) -> dict[nn.Module, str]:
-        """Every module that takes part: `decoder.3 (Conv2d)`."""
+        """Maps every module involved to its description: `decoder.3 (Conv2d)`."""
         names: dict[nn.Module, str] = {}
         for prefix, root in self.roots.items():
             for name, module in root.named_modules(prefix=prefix):
@@ -112,7 +112,7 @@ class Subject:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Every parameter that takes part, by name, once."""
+        """Maps names to all parameters involved, each once."""
         seen: dict[nn.Parameter, str] = {}
         for prefix, root in self.roots.items():
             for name, parameter in root.named_parameters(prefix=prefix):
@@ -121,7 +121,7 @@ class Subject:
 
     @property
     def targets(self) -> Any:
-        """The targets of the batch; None if it does not say which they are."""
+        """The targets of the batch; None if they cannot be identified."""
         return split(self.batch)[1]
 
     @property
@@ -135,7 +135,7 @@ class Subject:
 
 
 def split(batch: Any) -> tuple[Any, Any]:
-    """`(inputs, targets)` of a batch; targets None if it does not say which they are."""
+    """Returns `(inputs, targets)` of a batch; targets are None if they cannot be identified."""
     if isinstance(batch, Mapping) and set(batch) == {"inputs", "targets"}:
         return batch["inputs"], batch["targets"]
     if isinstance(batch, list | tuple) and len(batch) == 2:
@@ -144,10 +144,11 @@ def split(batch: Any) -> tuple[Any, Any]:
 
 
 def tensors(tree: Any) -> list[Tensor]:
-    """The tensors in a nest of containers."""
+    """Returns the tensors in nested containers."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """Whether its values can be looked at: inside of torch.vmap and torch.func.grad they cannot."""
+    """Whether a tensor's values are accessible, which they are not in torch.vmap or
+    torch.func.grad."""
     return not is_functorch_wrapped_tensor(tensor)

@@ -1,4 +1,4 @@
-"""The range of the finite elements of a tensor, and how many others it has."""
+"""The range of a tensor's finite elements, and the number of the others."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class TensorRange:
-    """The values of one tensor. All fields are plain Python values.
+    """Statistics on one tensor, as plain Python values.
 
     Attributes:
-        name: What the tensor is to the operation or to the model.
-        dtype, shape: As torch writes them.
-        min, max: Of the finite elements; NaN if there are none.
+        name: The tensor's role in the operation or the model.
+        dtype, shape: As printed by torch.
+        min, max: Range of the finite elements; NaN if there are none.
         numel: Number of elements.
-        nan, posinf, neginf, zeros: How many of them are NaN, +Inf, -Inf, exactly 0.
+        nan, posinf, neginf, zeros: How many are NaN, +Inf, -Inf, exactly 0.
     """
 
     name: str
@@ -35,7 +35,7 @@ class TensorRange:
     @staticmethod
     @torch.no_grad()
     def of(name: str, tensor: Tensor) -> TensorRange:
-        """Reads the tensor a few times; waits for a GPU."""
+        """Computes the statistics in a few reads; synchronises with the GPU."""
         x = as_real(tensor)
         finite = x.isfinite()
         values = x[finite]
@@ -55,17 +55,17 @@ class TensorRange:
 
     @property
     def nonfinite(self) -> int:
-        """Elements that are NaN or Inf."""
+        """Number of elements that are NaN or Inf."""
         return self.nan + self.posinf + self.neginf
 
     @property
     def absmax(self) -> float:
-        """The largest magnitude of a finite element."""
+        """Largest magnitude of a finite element."""
         return max(abs(self.min), abs(self.max))
 
     @property
     def finite_share(self) -> float:
-        """The share of finite elements, 1 for an empty tensor."""
+        """Share of finite elements; 1 for an empty tensor."""
         return 1.0 - self.nonfinite / self.numel if self.numel else 1.0
 
     def __str__(self) -> str:
@@ -89,7 +89,7 @@ class TensorRange:
 
 
 def as_real(tensor: Tensor) -> Tensor:
-    """The elements in a dtype that every operation here knows."""
+    """Returns the elements in a dtype that every operation here supports."""
     tensor = tensor.detach()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())

@@ -99,7 +99,7 @@ def test_the_checkpoint_of_another_model_is_no_choice_of_its_own(weights, capsys
     torch.save(others, weights / "teacher.pt")
     assert main(["ckpt", "rollback", str(weights)]) == 0
     out = capsys.readouterr().out
-    assert "passed over teacher.pt: is of another model: it shares 0 of 2 tensors" in out
+    assert "passed over teacher.pt: belongs to another model: it shares 0 of 2 tensors" in out
     assert "best.pt (epoch 1, metric 0.31)" in out
 
 
@@ -121,7 +121,7 @@ def test_when_nothing_is_good_nothing_is_changed(weights, capsys):
     assert "no good checkpoint beside" in capsys.readouterr().err
     target = str(weights / "last.pt")
     assert main(["ckpt", "rollback", target, "--to", str(weights / "best.pt")]) == 1
-    assert "cannot be rolled back to: 1 tensor is not finite" in capsys.readouterr().err
+    assert "cannot be used for a rollback: 1 tensor is not finite" in capsys.readouterr().err
     assert main(["ckpt", "rollback", target, "--to", target]) == 1
     assert "is the file to be replaced" in capsys.readouterr().err
     assert {p.name: p.read_bytes() for p in weights.iterdir()} == before
@@ -215,12 +215,12 @@ def test_a_store_in_use_can_be_looked_at_but_not_rolled_back(store, capsys):
         (["verify"], 2, "required: PATH"),
         (["list", "nowhere"], 2, "nowhere does not exist"),
         (["verify", "empty"], 2, "holds no checkpoints"),
-        (["list", "empty"], 2, "holds no checkpoints; give a store"),
+        (["list", "empty"], 2, "holds no checkpoints; pass a store"),
         (["rollback", "empty"], 2, "holds no checkpoints"),
         (["rollback", "."], 2, "holds no checkpoints itself; these subfolders do: run"),
         (["rollback", "run", "--to", "worst"], 2, "--to 'worst' is no checkpoint of a store"),
         (["rollback", "run", "--to", "7"], 1, "has no checkpoint 7; its steps are 0, 100, 200"),
-        (["rollback", "run", "--to", "200"], 1, "cannot be rolled back to"),
+        (["rollback", "run", "--to", "200"], 1, "cannot roll back to"),
         (["verify", "run/text.pt"], 1, ""),
     ],
 )

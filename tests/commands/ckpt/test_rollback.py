@@ -61,7 +61,7 @@ def test_the_step_decides_where_there_is_no_epoch(tmp_path, capsys):
     write(tmp_path / "b.pt", step=200, modified=20)
     write(tmp_path / "c.pt", step=400, modified=10)
     _, out, _ = ckpt(capsys, "rollback", tmp_path)
-    assert "passed over c.pt: is of step 400, after step 300" in out
+    assert "passed over c.pt: is from step 400, later than step 300" in out
     assert "b.pt (step 200)" in out and "chosen by its time" not in out
 
 
@@ -107,5 +107,5 @@ def test_one_checkpoint_is_not_several(store, caplog):
     (store / "manifest.json").unlink()
     caplog.clear()
     CheckpointStore(store).close()
-    assert "built again from 1 checkpoint" in caplog.text
+    assert "rebuilt from 1 checkpoint" in caplog.text
     assert "1 checkpoints" not in caplog.text

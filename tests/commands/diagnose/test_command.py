@@ -106,7 +106,7 @@ def test_findings_are_printed_with_a_remedy_and_the_verdict_last(folder, capsys)
     assert main(["diagnose", "train:broken"]) == 1
     printed = capsys.readouterr().out
     assert "ERROR   optimizer: lr-vanished in param group 0" in printed
-    assert "Remedy: start the schedule anew" in printed
+    assert "Remedy: restart the schedule" in printed
     assert "1 error" in printed.splitlines()[-1]
 
 

@@ -110,7 +110,7 @@ def test_rows_that_are_masked_throughout() -> None:
     mask[1] = True
     call = Call(lambda x: x.masked_fill(mask, -math.inf).softmax(-1))
     report = explain_nonfinite(chain(call), (torch.randn(3, 4), None), mean)
-    assert "1 of 3 rows are -Inf throughout" in report.evidence
+    assert "1 of 3 rows are entirely -Inf" in report.evidence
     assert "unmasked" in report.remedy
 
 
@@ -120,7 +120,7 @@ def test_an_inf_that_the_program_wrote_and_that_arrives() -> None:
     model = nn.Sequential(nn.Linear(4, 4), call)
     report = explain_nonfinite(model, (torch.randn(3, 4), None), mean)
     assert report.kind == "an Inf that the program wrote"
-    assert "nothing after it took it away" in report.evidence and "finfo" in report.remedy
+    assert "nothing removed it afterwards" in report.evidence and "finfo" in report.remedy
 
 
 def test_what_the_ranges_tell_of_roots_quotients_and_norms() -> None:

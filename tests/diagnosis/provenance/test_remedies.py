@@ -38,7 +38,7 @@ def test_no_operation_is_of_two_kinds():
 
 def test_of_an_operation_of_no_kind_only_the_ranges_speak():
     kind = kind_of("aten.sort.default")
-    assert kind is OTHER and kind.remedy.startswith("look at the ranges")
+    assert kind is OTHER and kind.remedy.startswith("check the ranges")
     large = TensorRange("self", "float32", (2,), min=1.0, max=1e9, numel=2)
     bad = TensorRange("other", "float32", (2,), min=1.0, max=1.0, numel=2, nan=1)
     assert evidence_of(kind, [large]) == ""

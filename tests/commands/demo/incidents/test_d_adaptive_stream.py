@@ -182,7 +182,7 @@ def test_where_nothing_is_wrong_nothing_is_counted(guarded):
     ):
         if batch not in (DEAD, SWAPPED):
             assert not any(map(any, counts.values())), batch
-            assert said == "nothing wrong with this batch", batch
+            assert said == "no problems in this batch", batch
 
 
 def test_a_norm_above_a_hundred_is_skipped(guarded):
