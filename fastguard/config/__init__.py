@@ -1,3 +1,3 @@
-"""One typed file that configures a whole guarded run."""
+"""Configures a whole guarded run from one typed file."""
 
 from fastguard.config.sections import GuardConfig as GuardConfig

@@ -1,4 +1,4 @@
-"""`GuardConfig`: everything about a guarded run in one typed place, from a dict, TOML or YAML file.
+"""`GuardConfig`: all settings of a guarded run, typed, from a dict, a TOML or a YAML file.
 
     [guard]               max_norm, norm_type, clip_scope, nonfinite, max_consecutive_skips, ...
     [guard.max_norm]      rule = "ZClip", "AutoClip", "AdaGC" or "AGC", and its settings
@@ -6,8 +6,8 @@
     [groups."latents.*"]  max_norm, clip_value of the parameters whose names match
     [schedule]  [schedule.warmup]  [rollback]  [checkpoints]  [activations]  [batch]  [records]
 
-Strict: an unknown key or a value of the wrong type is an error that names the key and the nearest
-valid one, and nothing is built.
+Strict: an unknown key or a value of the wrong type raises an error that names the key and the
+nearest valid one, and nothing is built.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class GuardSection:
 
 @dataclass(frozen=True, slots=True)
 class GroupSection:
-    """What the parameters whose names match a pattern get for themselves."""
+    """Separate limits for parameters whose names match a pattern."""
 
     max_norm: float | None = None
     clip_value: float | None = None
@@ -149,7 +149,7 @@ class ActivationSection:
 
 @dataclass(frozen=True, slots=True)
 class RecordSection:
-    """Where records go; relative paths are relative to the working folder."""
+    """Destinations of records; relative paths are relative to the working folder."""
 
     jsonl: str | None = None
     max_bytes: int = 1 << 30
@@ -164,14 +164,14 @@ class GuardConfig:
     Attributes:
         guard: Arguments of `GuardedOptimizer`.
         spike: Rules by signal: `"grad_norm"` or the name of a loss.
-        groups: Own limits by pattern of parameter names (as in `fnmatch`); the first pattern that
-            matches counts. A `max_norm` here needs `clip_scope = "group"`.
+        groups: Separate limits by pattern of parameter names (as in `fnmatch`); the first matching
+            pattern applies. `max_norm` in a group needs `clip_scope = "group"`.
         schedule: Arguments of `GuardedLR`.
         rollback: Arguments of `Rollback`; None: no rollback.
         checkpoints: Arguments of `CheckpointStore`; None: no store.
         batch: Arguments of `check_batch`; None: batches are not checked.
         activations: Arguments of `ActivationGuard`; None: activations are not guarded.
-        records: Where records go.
+        records: Destinations of records.
 
     Example:
         >>> import torch
@@ -195,21 +195,29 @@ class GuardConfig:
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> GuardConfig:
-        """From nested dicts.
+        """Builds a configuration from nested dicts.
+
+        Args:
+            settings: The settings by section.
 
         Raises:
-            ValueError: A key is unknown (the nearest one is named), or a value out of range.
-            TypeError: A value is of the wrong type.
+            ValueError: A key is unknown (the nearest valid one is named), or a value is out of
+                range.
+            TypeError: A value has the wrong type.
         """
         return build(cls, settings, "")
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> GuardConfig:
-        """From a `.toml`, `.yaml` or `.yml` file.
+        """Builds a configuration from a `.toml`, `.yaml` or `.yml` file.
+
+        Args:
+            path: The file.
 
         Raises:
             FileNotFoundError, IsADirectoryError: There is no such file.
-            TypeError, ValueError: It is of another kind, does not parse, or holds a wrong setting.
+            TypeError, ValueError: The file has another suffix, cannot be parsed, or has an invalid
+                setting.
             ImportError: YAML support is not installed.
         """
         path = Path(path)
@@ -228,22 +236,25 @@ class GuardConfig:
     def wrap(
         self, model: torch.nn.Module, optimizer: Optimizer, *, group: Group = None
     ) -> GuardedOptimizer:
-        """The optimizer, guarded as configured, its records going where they should.
+        """Wraps an optimizer in a guard and opens its records, as configured.
 
-        Param groups whose parameters match a pattern only in part are split, so make schedulers
-        after this, for the optimizer that this returns.
+        Param groups with both matching and other parameters are split, so create schedulers
+        afterwards,
+        for the returned optimizer. If this raises, the optimizer is unchanged.
 
         Args:
-            model: Names the parameters.
-            optimizer: Is wrapped.
-            group: The ranks that decide together, as in `GuardedOptimizer`.
+            model: The model, which provides the names of the parameters.
+            optimizer: The optimizer to wrap.
+            group: The ranks that decide together, as in `GuardedOptimizer`. Default: None.
+
+        Returns:
+            The guarded optimizer.
 
         Raises:
             TypeError, ValueError: A pattern matches no parameter of the optimizer, or a setting
-                does not fit it.
-            ImportError, OSError: Records cannot go where they should.
-
-        After any of these the optimizer is as it was.
+                does not
+                fit it.
+            ImportError, OSError: A destination of records cannot be opened.
         """
         if not isinstance(model, torch.nn.Module):
             raise TypeError(
@@ -254,7 +265,7 @@ class GuardConfig:
         before = optimizer.param_groups
         groups = self._with_own_limits(before, names)
         with ExitStack() as undo:
-            sinks = self._open_sinks(undo)  # first: what cannot be opened has touched nothing
+            sinks = self._open_sinks(undo)  # first, so that a failure to open changes nothing
             undo.callback(setattr, optimizer, "param_groups", before)
             optimizer.param_groups = groups
             guarded = GuardedOptimizer(
@@ -270,7 +281,7 @@ class GuardConfig:
         return guarded
 
     def lr(self, optimizer: GuardedOptimizer, schedule: LRScheduler | None = None) -> GuardedLR:
-        """The learning-rate schedule as configured; `schedule=None`: a constant learning rate."""
+        """Returns the configured schedule; `schedule=None`: a constant learning rate."""
         warmup = self.schedule.warmup
         return GuardedLR(
             optimizer if schedule is None else schedule,
@@ -288,32 +299,32 @@ class GuardConfig:
         lr: GuardedLR | None = None,
         store: CheckpointStore | None = None,
     ) -> Rollback | None:
-        """The rollback as configured, in `store` if one is given; None without such a section."""
+        """Returns the configured rollback, using `store` if given; None without such a section."""
         if self.rollback is None:
             return None
         settings = dataclasses.asdict(self.rollback)
         return Rollback(optimizer, objects, lr=lr, store=store, **settings)
 
     def open_store(self, *, group: ProcessGroup | None = None) -> CheckpointStore | None:
-        """The checkpoint store as configured, open, or None if there is no such section."""
+        """Returns the configured checkpoint store, opened; None without such a section."""
         if self.checkpoints is None:
             return None
         return CheckpointStore(**dataclasses.asdict(self.checkpoints), group=group)
 
     def check(self, batch: Any) -> BatchCheck | None:
-        """`check_batch` as configured, or None if there is no such section."""
+        """Runs `check_batch` as configured; None without such a section."""
         if self.batch is None:
             return None
         return check_batch(batch, **dataclasses.asdict(self.batch))
 
     def guard_activations(self, model: torch.nn.Module) -> ActivationGuard | None:
-        """The activation guard as configured, attached, or None if there is no such section."""
+        """Attaches the configured activation guard; None without such a section."""
         if self.activations is None:
             return None
         return ActivationGuard(model, **dataclasses.asdict(self.activations))
 
     def _open_sinks(self, undo: ExitStack) -> list[JsonLinesSink | TensorBoardSink]:
-        """Where records go, open, and closed again by `undo`."""
+        """Opens the destinations of records; `undo` closes them again."""
         sinks: list[JsonLinesSink | TensorBoardSink] = []
         if self.records.jsonl is not None:
             size, keep = self.records.max_bytes, self.records.keep
@@ -327,7 +338,8 @@ class GuardConfig:
     def _with_own_limits(
         self, groups: list[dict[str, Any]], names: Mapping[int, str]
     ) -> list[dict[str, Any]]:
-        """The param groups, split where the patterns ask for it; the given ones do not change."""
+        """Returns the param groups, split where patterns require it; does not change the given
+        ones."""
         if not self.groups:
             return groups
         split: list[dict[str, Any]] = []

@@ -1,7 +1,7 @@
-"""Dataclasses from nested mappings, strictly: what does not fit is named, with what would.
+"""Builds dataclasses from nested mappings, strictly, with errors that suggest valid settings.
 
-An unknown key is an error that names the nearest valid one; a value of another type than the field
-is an error; a mapping for a field that is a dataclass becomes one.
+An unknown key raises an error that names the nearest valid one. A value of the wrong type raises an
+error. A mapping for a dataclass field becomes that dataclass.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from fastguard.errors.plain_text import shown
 from fastguard.stages.spike_rules import SpikeRule, Threshold
 
 WITH_EXPONENT = re.compile(r"[-+]?[\d.]+e[-+]?\d+", re.IGNORECASE)
-YAML_TEXT = "; YAML takes it for text: write it with a point and a sign, as 1.0e-6"
+YAML_TEXT = "; YAML reads it as text: write it with a point and a sign, as 1.0e-6"
 
 T = TypeVar("T")
 
 
 def parse(text: str, suffix: str) -> Any:
-    """The nested values of a TOML or YAML text.
+    """Parses a TOML or YAML text into nested values.
 
     Raises:
-        ValueError: It does not parse, or `suffix` is of neither.
+        ValueError: It cannot be parsed, or `suffix` is unknown.
         ImportError: YAML support is not installed.
     """
     if suffix == ".toml":
         return tomllib.loads(text)
     if suffix not in (".yaml", ".yml"):
-        raise ValueError(f"a configuration ends in .toml, .yaml or .yml, not {suffix!r}")
+        raise ValueError(f"a configuration file must end in .toml, .yaml or .yml, not {suffix!r}")
     try:
         import yaml
     except ImportError as error:
@@ -50,15 +50,15 @@ def parse(text: str, suffix: str) -> Any:
 
 
 def _refuse_repeated_keys(root: Any) -> None:
-    """Raises ValueError if a mapping of a composed YAML document has a key twice.
+    """Raises a ValueError if a mapping in a composed YAML document repeats a key.
 
-    PyYAML keeps the last of them and drops the others without a word; TOML parsers refuse them.
+    PyYAML silently keeps the last one; TOML parsers refuse them.
     """
     pending, seen = [root], set()
     while pending:
         node = pending.pop()
         if id(node) in seen or not isinstance(getattr(node, "value", None), list):
-            continue  # a scalar, an empty document, or what an alias has led to before
+            continue  # a scalar, an empty document, or an alias of a visited node
         seen.add(id(node))
         if node.id == "sequence":
             pending += node.value
@@ -74,21 +74,21 @@ def _refuse_repeated_keys(root: Any) -> None:
             if first is not None:
                 raise ValueError(
                     f"{key.value!r} appears twice, in lines {first} and {line}; YAML would keep "
-                    "the last one only: merge them into one"
+                    "only the last one: merge them into one"
                 )
 
 
 def build(cls: type[T], settings: Any, path: str) -> T:
-    """A dataclass from a mapping; every key and type is checked.
+    """Builds a dataclass from a mapping, checking every key and type.
 
     Args:
         cls: The dataclass.
         settings: The values by field name.
-        path: How the errors call it, `"schedule.warmup"`; `""` for the whole.
+        path: The path in error messages, `"schedule.warmup"`; `""` for the whole configuration.
 
     Raises:
-        ValueError: A key is unknown or missing, or a value out of range.
-        TypeError: A value is of the wrong type.
+        ValueError: A key is unknown or missing, or a value is out of range.
+        TypeError: A value has the wrong type.
     """
     if not isinstance(settings, Mapping):
         raise TypeError(f"{path or 'the configuration'} must hold settings, not {shown(settings)}")
@@ -109,12 +109,12 @@ def build(cls: type[T], settings: Any, path: str) -> T:
 
 
 def refuse_empty_sections(cls: type, settings: Any, path: str = "") -> None:
-    """In a file a section that is there and empty reads as None, which would mean "none".
+    """Raises for empty sections of a file, which read as None and would disable the feature.
 
     Args:
-        cls: The dataclass that the settings are for.
-        settings: As they were read.
-        path: How the errors call it.
+        cls: The dataclass for the settings.
+        settings: The settings as read.
+        path: The path in error messages.
 
     Raises:
         ValueError: A section is empty.
@@ -134,7 +134,7 @@ def refuse_empty_sections(cls: type, settings: Any, path: str = "") -> None:
 
 
 def _check(value: Any, hint: Any, path: str) -> Any:
-    """The value as the type that is asked for; integers serve as floats, nothing else is bent."""
+    """Returns the value as the requested type; integers serve as floats, nothing else converts."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         return _check_any(value, args, path)
@@ -175,8 +175,8 @@ def _check_any(value: Any, hints: tuple[Any, ...], path: str) -> Any:
         both = ", ".join(str(key) for key in value if key in relative)
         if both:
             raise ValueError(
-                f"{path} holds max, which makes a Threshold, and {both} of a SpikeRule; leave one "
-                "out"
+                f"{path} has max, which makes a Threshold, and {both} of a SpikeRule; remove one "
+                "of them"
             )
         return build(Threshold, value, path)
     if len(hints) == 1:

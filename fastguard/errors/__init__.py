@@ -1,8 +1,8 @@
-"""The two errors that a guarded run can end in, and how messages name things.
+"""The two errors that can end a guarded run, and how messages list names.
 
 Both are `RuntimeError`s, so that code written for `torch.nn.utils.clip_grad_norm_(...,
-error_if_nonfinite=True)` keeps catching them, and both name parameters and counts: an error that
-only says "NaN" starts an investigation, one that says where ends it.
+error_if_nonfinite=True)` still catches them, and both list parameters and counts, so that the
+message shows where the problem is.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ Culprit = tuple[str, int, int, int]
 """`(parameter name, NaN elements, +Inf elements, -Inf elements)`."""
 
 NAMED_CULPRITS = 8
-"""How many parameters an error or a record names; the rest are counted."""
+"""How many parameters an error or a record lists; the rest are counted."""
 
 MOST_OF_A_NAME = 400
-"""Characters of a name that a message shows."""
+"""Maximum characters of a name in a message."""
 
 
 def describe_culprits(culprits: Sequence[Culprit], n_culprits: int | None = None) -> str:
-    """One line for people: `layer.3.weight (2 NaN, 1 +Inf), head.bias (4 NaN) and 12 more`."""
+    """Formats one line: `layer.3.weight (2 NaN, 1 +Inf), head.bias (4 NaN) and 12 more`."""
     total = len(culprits) if n_culprits is None else n_culprits
     named = []
     for name, nan, posinf, neginf in culprits[:NAMED_CULPRITS]:
@@ -36,12 +36,12 @@ def describe_culprits(culprits: Sequence[Culprit], n_culprits: int | None = None
 
 
 def nearest(key: str, valid: Collection[str]) -> str:
-    """What an error adds about a name that is not valid: the nearest one that is, or some."""
+    """Returns a suffix for an error about an invalid name: the nearest valid one, or some."""
     return did_you_mean(key, valid) or f"; valid are {', '.join(list(valid)[:12])}"
 
 
 def did_you_mean(key: str, valid: Collection[str]) -> str:
-    """The same, and nothing where none is near.
+    """Like `nearest`, but empty if no valid name is similar.
 
     Example:
         >>> did_you_mean("monitr", ["report", "monitor"]), did_you_mean("train", ["report"])
@@ -52,7 +52,7 @@ def did_you_mean(key: str, valid: Collection[str]) -> str:
 
 
 class NonFiniteGradError(RuntimeError):
-    """Gradients, or a loss, hold NaN or Inf, and the caller asked for an error.
+    """Gradients or a loss contain NaN or Inf, and the caller asked for an error.
 
     Attributes:
         culprits: `(name, nan, posinf, neginf)` of each bad parameter, in parameter order; empty if
@@ -65,11 +65,10 @@ class NonFiniteGradError(RuntimeError):
 
 
 class TrainingDivergedError(RuntimeError):
-    """Training cannot go on: the budget of skipped steps or of rollbacks is used up.
+    """Training cannot continue: the budget of skipped steps or of rollbacks is used up.
 
     Attributes:
-        culprits: `(name, nan, posinf, neginf)` of the bad parameters of the last incident, if it
-            had any.
+        culprits: `(name, nan, posinf, neginf)` of the bad parameters of the last incident, if any.
     """
 
     def __init__(self, message: str, culprits: Sequence[Culprit] = ()) -> None:

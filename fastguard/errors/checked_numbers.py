@@ -1,8 +1,7 @@
-"""Numbers among the arguments of a user: what is one, and what is taken for one by mistake.
+"""Checks numbers in a user's arguments.
 
-`float()` makes 1.0 of True and of "1.0": a flag that slipped into the place of a limit, or a
-setting that was read as text, would act silently. So both are refused wherever a number is asked
-for.
+`float()` converts True and "1.0" to 1.0: a misplaced flag, or a setting read as text, would be used
+silently. Both are therefore refused wherever a number is expected.
 """
 
 from __future__ import annotations
@@ -15,26 +14,26 @@ import torch
 from fastguard.errors.plain_text import shown
 
 TEXT = (str, bytes, bytearray)
-# Tuples, because torch.compile of torch 2.8 traces no union of types.
+# Tuples, because torch.compile of torch 2.8 cannot trace unions of types.
 _BOOL_OR_TEXT = (bool, *TEXT)
 _PLAIN = (int, float)
 LARGEST_COUNT = 2**63 - 1
-"""What int64 holds: counters on a device, and in files that others read."""
+"""The largest int64: the limit of counters on a device, and in files for other readers."""
 
 
 def number_of(name: str, value: Any, remedy: str = "use a number") -> float:
-    """A number as a float; also one of numpy, a fraction, or a tensor with one element.
+    """Converts a number to float; accepts numpy numbers, fractions and tensors with one element.
 
     Args:
-        name: What the errors call it.
+        name: The name of the argument in error messages.
         value: The argument.
-        remedy: What to do about what is no number.
+        remedy: Advice for values that are not numbers.
 
     Raises:
-        TypeError: It is a bool, text, or something else that is no number.
-        ValueError: A finite number beyond the largest float.
+        TypeError: The value is a bool, text, or something else that is not a number.
+        ValueError: A finite number is beyond the largest float.
     """
-    if isinstance(value, float):  # by far the most frequent, and asked at each step
+    if isinstance(value, float):  # by far the most common case, and needed at each step
         return float(value)
     refuse_bool_and_text(name, value, remedy)
     try:
@@ -45,33 +44,33 @@ def number_of(name: str, value: Any, remedy: str = "use a number") -> float:
         raise TypeError(f"{name}={shown(value)} is not a number; {remedy}") from None
     if number in (math.inf, -math.inf) and value != number:  # a Decimal does not raise
         raise ValueError(
-            f"{name}={shown(value)} is beyond the largest float; use float('inf') if that is what "
-            "it means"
+            f"{name}={shown(value)} is beyond the largest float; use float('inf') if it is infinite"
         )
     return number
 
 
 def refuse_bool_and_text(name: str, value: Any, remedy: str = "use a number") -> None:
-    """Raises a TypeError for what `float()` would make a number of; also while code is compiled."""
+    """Raises a TypeError for bools and text, which `float()` accepts; also in compiled code."""
     if isinstance(value, _BOOL_OR_TEXT) or _holds_bool_or_text(value):
         kind = type(value).__name__
         raise TypeError(f"{name}={shown(value)} is not a number (type {kind}); {remedy}")
 
 
 def _holds_bool_or_text(value: Any) -> bool:
-    """Whether it is a tensor or an array of them."""
+    """Whether it is a tensor or an array of bools or text."""
     dtype = None if isinstance(value, _PLAIN) else getattr(value, "dtype", None)
     return dtype is torch.bool or getattr(dtype, "kind", "") in ("b", "S", "U")
 
 
 def finite_number_of(name: str, value: Any, remedy: str = "use a finite number") -> float:
-    """As `number_of`, refusing NaN and infinities too.
+    """Like `number_of`, also refusing NaN and infinities.
 
     Raises:
-        TypeError, ValueError: It is no number, or no finite one.
+        TypeError, ValueError: It is not a finite number.
     """
     number = number_of(name, value, remedy)
-    if not -math.inf < number < math.inf:  # NaN too; torch.compile traces no math.isfinite
+    # rejects NaN too; torch.compile cannot trace math.isfinite
+    if not -math.inf < number < math.inf:
         raise ValueError(f"{name}={value!r} must be a finite number; {remedy}")
     return number
 
@@ -79,18 +78,17 @@ def finite_number_of(name: str, value: Any, remedy: str = "use a finite number")
 def count_of(
     name: str, value: Any, low: int, high: int = LARGEST_COUNT, *, optional: bool = False
 ) -> int:
-    """An integer from `low` to `high`.
+    """Converts an integer from `low` to `high`.
 
     Args:
-        name: What the errors call it.
+        name: The name of the argument in error messages.
         value: The argument.
-        low: The least that makes sense.
-        high: The most that has a place.
-        optional: Whether the error is to say that None is another choice, which the caller has
-            made already.
+        low: The smallest valid value.
+        high: The largest valid value.
+        optional: Whether the error message offers None as another choice, which the caller handles.
 
     Raises:
-        ValueError: It is no such integer.
+        ValueError: It is not such an integer.
     """
     if is_integer(value) and low <= value <= high:
         return value
@@ -100,5 +98,5 @@ def count_of(
 
 
 def is_integer(value: object) -> bool:
-    """Whether it is an integer; a bool is none."""
+    """Whether it is an integer other than a bool."""
     return isinstance(value, int) and not isinstance(value, bool)

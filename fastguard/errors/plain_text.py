@@ -1,10 +1,10 @@
-"""Text from outside made safe to show: names in files, tags, messages of other libraries.
+"""Makes untrusted text safe to show: names in files, tags, messages of other libraries.
 
-A file or a parameter's name may hold escape codes that clear a screen, line breaks that forge a
-line of output, overrides that print a line backwards, or bytes that no stream can encode; and the
-`str` of an object is code that may raise. On its way to a terminal, a log or an error message all
-of that becomes plain characters in one line. What the logger `fastguard` is given passes through
-here in any case.
+A file or a parameter name may contain escape codes that clear a screen, line breaks that forge a
+line of output, overrides that print a line backwards, or bytes that a stream cannot encode; and the
+`str` of an object may raise. Before it reaches a terminal, a log or an error message, all of that
+becomes plain characters in one line. Everything logged by the logger `fastguard` passes through
+here.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from fastguard.errors.last_resort import HANDLER, LOGGER, PREFIX
 
 
 def printable(text: str, limit: int | None = None) -> str:
-    """The text in one line; every character that is not printable is escaped, as `repr` does.
+    """Returns the text in one line, with unprintable characters escaped as in `repr`.
 
     Args:
-        text: Any string, lone surrogates included.
-        limit: Characters that are kept, the rest becomes `…`; None: all.
+        text: Any string, including lone surrogates.
+        limit: Maximum number of characters, with `…` in place of the rest; None: no limit.
 
     Example:
         >>> print(printable("loss" + chr(27) + "[2J nan" + chr(9) + "é" + chr(10) + "ok"))
@@ -41,7 +41,7 @@ def _escaped(character: str) -> str:
 
 
 def shown(value: object, limit: int = 60, form: Callable[[object], str] = repr) -> str:
-    """The `repr`, or another form, of any object: printable, at most `limit` long; never raises.
+    """Returns the `repr`, or another form, of any object: printable, shortened; never raises.
 
     Example:
         >>> shown([1, "a"]), shown("x" * 1000, limit=4)
@@ -51,8 +51,8 @@ def shown(value: object, limit: int = 60, form: Callable[[object], str] = repr) 
     """
     try:
         text = form(value)
-    except Exception as error:  # the class of the value decides what `repr` does
-        if type(value) is int:  # Python refuses to write more than 4300 digits
+    except Exception as error:  # the value's class decides what `repr` does
+        if type(value) is int:  # Python refuses to print more than 4300 digits
             return f"an integer of {value.bit_length()} bits"
         text = f"<{type(value).__name__} that cannot be shown: {type(error).__name__}>"
     return printable(text, limit)
@@ -74,14 +74,14 @@ class _OneLine(logging.Filter):
         if not message.isprintable():
             record.msg, record.args = printable(message), None
         if record.exc_info and record.exc_info[1] is not None:
-            # Formatters print this instead of what they would make of the exception.
+            # Formatters print this instead of formatting the exception.
             parts = map(_traceback_part, traceback.format_exception(record.exc_info[1]))
             record.exc_text = "\n".join(parts)
         return True
 
 
 def _traceback_part(part: str) -> str:
-    """One part of a formatted traceback: the lines of a frame, or an exception and its message."""
+    """Returns one part of a formatted traceback: the lines of a frame, or the exception message."""
     part = part.strip("\n")
     if part.startswith("  "):
         return "\n".join(map(printable, part.split("\n")))

@@ -1,13 +1,13 @@
-"""Gradients, and what lies beside them, sorted by device and dtype into buckets.
+"""Sorts gradients, and tensors that belong to them, by device and dtype into buckets.
 
-Modules, in the order in which they build on each other:
-    tensor_kinds    plain tensors, placeholders, tensors around tensors
-    tensor_parts    what a tensor is made of, for copies
-    transfer        moving small tensors between devices without a wait
-    layout_guards   a gradient layout seen before is recognised in one call
+Modules, each building on those before it:
+    tensor_kinds    plain tensors, placeholders, and tensor wrappers
+    tensor_parts    the components of a tensor, for copies
+    transfer        moves small tensors between devices without a sync
+    layout_guards   recognises a known gradient layout with one call
     buckets         gradients by device and dtype
-    unit_buckets    gradients beside their weights, divided into units
+    unit_buckets    gradients with their weights, divided into units
     cpu_threads     what a CPU reads on one thread
-    elementwise     clamping and cleaning, element by element
-    host_copies     copies of many tensors in host memory
+    elementwise     clamps and replaces elements
+    host_copies     copies many tensors to host memory
 """

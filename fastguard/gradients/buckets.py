@@ -1,9 +1,9 @@
-"""Gradients in the order in which the stages read them: one bucket per (device, dtype).
+"""Arranges gradients in the order in which the stages read them: one bucket per (device, dtype).
 
-A *tensor* is one parameter's gradient and has an index in the caller's list; a *segment* is the set
-of tensors that one clip coefficient belongs to (the whole model, a param group, or one tensor). A
-bucket says both of each of its tensors. Building buckets copies nothing and costs the host 0.06 µs
-a tensor, or 0.2 if the list looks like none of the last ones (`forms`) [EPYC].
+A *tensor* is one parameter's gradient and has an index in the caller's list. A *segment* is the set
+of tensors with a common clip coefficient (the whole model, a param group, or one tensor). A bucket
+stores both for each of its tensors. Building buckets copies nothing and costs the host 0.06 µs per
+tensor, or 0.2 if the list matches none of the recent layouts [EPYC].
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A contiguous stretch of memory that holds whole gradients of one segment, and zeros between
-    them.
-    """
+    """A contiguous range of memory with whole gradients of one segment, and zeros between them."""
 
     flat: Tensor
     segment: int
@@ -41,11 +39,10 @@ class Run:
 
 @dataclass(slots=True)
 class BucketMemo:
-    """What a backend keeps from one stage of a step to the next, and of flat buckets from step to
-    step.
+    """Data that a backend keeps between the stages of a step, and for flat buckets between steps.
 
     Attributes:
-        nonfinite: Positions in `grads` of the tensors that hold NaN or Inf; None: not measured.
+        nonfinite: Positions in `grads` of tensors that contain NaN or Inf; None: not measured.
         parts: On a CPU: the addresses of the runs, and what is read there.
         tables: On a GPU: the chunk tables, by number of segments.
     """
@@ -60,21 +57,22 @@ class GradBucket:
     """The gradients of one device and one dtype.
 
     Attributes:
-        device: Where they live.
+        device: Their device.
         dtype: float16, bfloat16, float32 or float64.
-        grads: Dense real tensors of any strides; a complex gradient appears as its real view.
-        tensor_ids: For each of them, its index in the caller's list of tensors.
-        segment_ids: For each of them, its segment.
-        runs: The same elements in as few contiguous pieces as possible, where somebody laid them
-            out so (`FlatGradBuckets`); None otherwise. The clean path reads these instead of
-            `grads`.
-        memo: What a backend keeps here from one stage of a step to the next.
-        form: That of the list they came in: the same object is the same sizes and strides. None:
-            nobody knows whether another list has it.
+        grads: Dense real tensors with any strides; a complex gradient appears as its real view.
+        tensor_ids: Index of each in the caller's list of tensors.
+        segment_ids: Segment of each.
+        runs: The same elements in as few contiguous pieces as possible, if they were laid out that
+            way
+            (`FlatGradBuckets`); None otherwise. The clean path reads these instead of `grads`.
+        memo: Data that a backend keeps between the stages of a step.
+        form: The form of their list: the same object means the same sizes and strides. None:
+            unknown.
         kind: How they can be read.
-        resolved: `(gradient, copy)` of gradients whose memory holds other numbers than they do
-            (views with a conjugate or negative bit); `grads` holds the copies.
-        sizes: How many elements each gradient has, if the form tells.
+        resolved: `(gradient, copy)` of gradients whose memory differs from their values (views with
+            a
+            conjugate or negative bit); `grads` contains the copies.
+        sizes: Number of elements of each gradient, if the form tells.
     """
 
     device: torch.device
@@ -90,13 +88,13 @@ class GradBucket:
     sizes: Sequence[int] | None = field(default=None, compare=False, repr=False)
 
     def write_back(self) -> None:
-        """Brings what was done to copies to the gradients that they stand for."""
+        """Copies changes made to resolved copies back to their gradients."""
         for grad, copy in self.resolved:
             grad.copy_(copy)
 
     @property
     def segment(self) -> int | None:
-        """The one segment of all tensors of this bucket, or None if there are several."""
+        """The common segment of all tensors in this bucket, or None if there are several."""
         first = self.segment_ids[0]
         return (
             first if isinstance(self.segment_ids, Same) or len(set(self.segment_ids)) == 1 else None
@@ -104,7 +102,7 @@ class GradBucket:
 
 
 class Same(Sequence):
-    """The same number n times, without the list."""
+    """A sequence of n equal numbers that stores only one."""
 
     __slots__ = ("n", "value")
 
@@ -128,13 +126,14 @@ class GradBuckets:
 
     Attributes:
         buckets: One per (device, dtype), in order of first appearance; empty without a gradient.
-        n_tensors: T, the length of the caller's list (tensors without a gradient count too).
+        n_tensors: T, the length of the caller's list, including tensors without a gradient.
         n_segments: S, the number of clip coefficients.
-        names: One name a tensor, or None: then they are numbered.
-        device: Where the results of the stages live: as asked, else that of the first gradient,
-            else the CPU.
-        sharing: How much each tensor counts beside those of other ranks; None in one process. With
-            several classes of weights, class c of segment s is segment `c * S + s` in the buckets.
+        names: One name per tensor, or None to number them.
+        device: Device of the results of the stages: the requested one, or that of the first
+            gradient,
+            or the CPU.
+        sharing: Weight of each tensor relative to other ranks; None in one process. With several
+            classes of weights, class c of segment s is segment `c * S + s` in the buckets.
     """
 
     buckets: tuple[GradBucket, ...]
@@ -151,30 +150,30 @@ class GradBuckets:
 
     @property
     def n_measured(self) -> int:
-        """How many segments the stages tell apart: S, times the classes of weights over ranks."""
+        """Number of segments that the stages distinguish: S, times the classes of weights over
+        ranks."""
         return self.n_segments * (1 if self.sharing is None else len(self.sharing.weights))
 
     @property
     def float64(self) -> bool:
-        """Whether any gradient is float64: then the total norm is reported in float64 too."""
+        """Whether any gradient is float64, so that the total norm is reported in float64 too."""
         return any(b.dtype is torch.float64 for b in self.buckets)
 
 
 def parameters_of(parameters: Tensor | Iterable) -> list[Tensor]:
-    """The tensors of what a user calls "parameters": see `gradients_of`."""
+    """Returns the tensors in a user's "parameters" argument; see `gradients_of`."""
     if isinstance(parameters, Tensor):
         return [parameters]
     items = list(parameters)
     named = len(items) > 0 and isinstance(items[0], tuple)
     try:
         return [p for _, p in items] if named else items
-    except (TypeError, ValueError):  # no pair
+    except (TypeError, ValueError):  # not a pair
         raise _no_parameter(items, named) from None
 
 
 def gradients_of(parameters: Tensor | Iterable) -> tuple[list[Tensor | None], list[str] | None]:
-    """The gradients (None where there is none) and the names, if any, of what a user calls
-    "parameters".
+    """Returns the gradients (None if missing) and the names, if any, of a "parameters" argument.
 
     Args:
         parameters: A tensor, or an iterable of tensors or of `(name, tensor)` pairs such as
@@ -183,13 +182,13 @@ def gradients_of(parameters: Tensor | Iterable) -> tuple[list[Tensor | None], li
     if isinstance(parameters, Tensor):
         return [parameters.grad], None
     items = parameters if isinstance(parameters, list) else list(parameters)
-    # No bool(items): torch.compile(fullgraph=True) of torch 2.11 cannot trace that.
+    # Not bool(items), which torch.compile(fullgraph=True) of torch 2.11 cannot trace.
     named = len(items) > 0 and isinstance(items[0], tuple)
     try:
         if named:
             return [p.grad for _, p in items], [name for name, _ in items]
         return [p.grad for p in items], None
-    except (AttributeError, TypeError, ValueError):  # the latter two: no pair
+    except (AttributeError, TypeError, ValueError):  # the last two: not a pair
         raise _no_parameter(items, named) from None
 
 
@@ -214,13 +213,13 @@ def bucketize(
     """Sorts gradients into buckets.
 
     Args:
-        grads: One entry a tensor; None where there is no gradient. Of a DTensor, the local part.
+        grads: One entry per tensor; None if there is no gradient. For a DTensor, the local part.
         segments: The segment of each tensor, in `[0, n_segments)`; None: all belong to segment 0.
-        n_segments: How many segments there are.
-        names: One name a tensor.
-        norm_type: The norm that will be taken; complex gradients have only the 2-norm.
-        device: Where the results of the stages shall live; None: where the first gradient does.
-        sharing: How much each tensor counts beside those of other ranks.
+        n_segments: Number of segments. Default: 1.
+        names: One name per tensor. Default: None.
+        norm_type: The norm that will be computed; complex gradients only have the 2-norm.
+        device: Device of the results of the stages; None: that of the first gradient.
+        sharing: Weight of each tensor relative to other ranks. Default: None.
 
     Raises:
         TypeError: A gradient is sparse, quantized or of an integer dtype, or complex with another
@@ -261,7 +260,7 @@ def bucketize(
             members, resolved = _resolved(members)
         if dtype.is_complex:
             members, dtype = _real_views(members, positions, ids, names, norm_type)
-            own_form = sizes = None  # they are those of the complex list
+            own_form = sizes = None  # they belong to the complex list
         if dtype not in FLOATING:
             raise TypeError(
                 f"the gradient of {name_of(ids[positions[0]], names)} is {dtype}; fastguard "
@@ -277,7 +276,7 @@ def bucketize(
             sizes = [sizes[i] for i in positions]
         # fmt: off
         buckets.append(
-            GradBucket(  # by position: keywords take twice as long
+            GradBucket(  # by position, since keywords take twice as long
                 where, dtype, members, tensor_ids, segment_ids, None, BucketMemo(), own_form, kind,
                 resolved, sizes,
             )
@@ -290,7 +289,7 @@ def bucketize(
 def _looked_at(
     grads: list[Tensor], ids: Sequence[int], names: Sequence[str] | None, kind: Kind
 ) -> Form:
-    """The form of gradients that look like none before them."""
+    """Returns the form of gradients with a layout not seen before."""
     try:
         layouts = set(map(attrgetter("layout"), grads))
     except AttributeError:
@@ -308,10 +307,11 @@ def _looked_at(
 
 
 def _resolved(members: list[Tensor]) -> tuple[list[Tensor], Sequence[tuple[Tensor, Tensor]]]:
-    """The members, with copies that hold their values for those whose memory holds others.
+    """Returns the members, with copies of those whose memory differs from their values.
 
-    Addresses tell a kernel nothing of a negative bit, and a complex tensor with a conjugate bit has
-    no real view. Operations of torch heed both bits.
+    A kernel that reads addresses ignores a negative bit, and a complex tensor with a conjugate bit
+    has
+    no real view. Operations of torch respect both bits.
     """
     lazy = {i: g.resolve_conj().resolve_neg() for i, g in enumerate(members) if _is_lazy(g)}
     if not lazy:
@@ -334,7 +334,7 @@ def _groups(grads: list[Tensor], kind: Kind) -> tuple[Group, ...]:
     if len(dtypes) == 1 and set(map(Tensor.get_device, grads)) == {grads[0].get_device()}:
         return (Group(grads[0].device, grads[0].dtype, range(len(grads))),)
     grouped = _group_tensors_by_device_and_dtype([grads], with_indices=True)  # type: ignore[arg-type]
-    # torch's own order is that of a hash table
+    # torch returns them in hash table order
     listed = sorted(grouped.items(), key=lambda group: group[1][1][0])
     return tuple(Group(*key, positions) for key, (_, positions) in listed)  # type: ignore[misc]
 

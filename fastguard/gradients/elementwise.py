@@ -1,6 +1,6 @@
-"""What is done to gradients element by element, whatever their norm: clamps and replacements.
+"""Elementwise operations on gradients, independent of their norm: clamps and replacements.
 
-I/O: reads and writes every gradient (2N bytes).
+Memory traffic: reads and writes every gradient (2N bytes).
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ def check_real(grads: Iterable[Tensor]) -> None:
     """Raises a TypeError for gradients that cannot be clamped."""
     if any(grad.is_complex() for grad in grads):
         raise TypeError(
-            "a gradient is complex, and complex numbers have no order to clamp by; "
-            "use max_norm for it in place of clip_value"
+            "a gradient is complex, and complex numbers cannot be clamped; "
+            "use max_norm instead of clip_value"
         )
 
 
 def clamp_finite_(grads: Sequence[Tensor], limit: float, inv_scale: Tensor | None = None) -> None:
-    """Clamps the finite elements to [-limit, limit], in place; NaN and Inf stay, to be found.
+    """Clamps the finite elements to [-limit, limit] in place; NaN and Inf stay, to be detected.
 
     Args:
         grads: Real gradients of any dtype and device.
         limit: The largest magnitude of an unscaled element.
-        inv_scale: `()`, what the gradients are still to be multiplied by.
+        inv_scale: `()`, the factor that the gradients will be multiplied by. Default: None.
     """
     for grad in grads:
         if inv_scale is not None:
             bound = limit / inv_scale.to(device=grad.device, dtype=torch.float32)
             clamped = grad.clamp(-bound, bound)
-        elif limit < LARGEST[grad.dtype]:  # torch has no such number of the dtype otherwise
+        elif limit < LARGEST[grad.dtype]:  # otherwise the dtype cannot represent the limit
             clamped = grad.clamp(-limit, limit)
         else:
             continue
@@ -45,9 +45,9 @@ def clamp_finite_(grads: Sequence[Tensor], limit: float, inv_scale: Tensor | Non
 
 
 def clamp_(buckets: GradBuckets, limit: float) -> None:
-    """Clamps all elements to [-limit, limit], in place; NaN stays.
+    """Clamps all elements to [-limit, limit] in place; NaN stays.
 
-    A limit beyond the dtype clamps nothing, as an infinite one: there Inf stays too.
+    A limit beyond the dtype's range acts like an infinite one: nothing is clamped, and Inf stays.
     """
     for bucket in buckets.buckets:
         if limit <= LARGEST[bucket.dtype]:
@@ -57,7 +57,7 @@ def clamp_(buckets: GradBuckets, limit: float) -> None:
 
 
 def check_fill(buckets: GradBuckets, fill: Mapping[str, float]) -> None:
-    """Raises a ValueError for a replacement of NaN or Inf that a gradient cannot hold."""
+    """Raises a ValueError if a gradient cannot represent a replacement for NaN or Inf."""
     for bucket in buckets.buckets:
         largest = LARGEST[bucket.dtype]
         for name, value in fill.items():

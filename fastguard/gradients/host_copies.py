@@ -1,8 +1,8 @@
-"""Copies of nested states in host memory, made into the buffers of an earlier copy.
+"""Copies nested states to host memory, reusing the buffers of an earlier copy.
 
-Tensors become plain ones in pinned memory, those made of others become `Parts`; everything else is
-copied by `copy.deepcopy`. Copied from a GPU on a stream of its own, and on a CPU looked at for NaN
-and Inf while a piece of it is in a cache.
+Tensors become plain tensors in pinned memory, composite tensors become `Parts`, and everything else
+is copied by `copy.deepcopy`. Copies from a GPU run on their own stream. Copies on a CPU check each
+piece for NaN and Inf while it is in a cache.
 """
 
 from __future__ import annotations
@@ -29,37 +29,37 @@ from fastguard.gradients.tensor_parts import (
 )
 
 PIECE = 1 << 21
-"""Elements that are copied and then found in a cache again."""
+"""Elements that are copied at a time, and still in a cache afterwards."""
 
 
 class HostCopier:
-    """Copies nested states to the host, into the buffers of an earlier copy where they fit.
+    """Copies nested states to the host, into the buffers of an earlier copy if they fit.
 
     Args:
-        optimizer: What it steps, and its state, stay as they are until the next step: from a GPU
-            these are copied on a stream of its own. Everything else is copied in line.
-        looked: The share of the host's bytes that is looked at, from 0 to 1.
+        optimizer: Its parameters and state do not change until its next step, so on a GPU they are
+            copied on a separate stream. Everything else is copied on the current stream.
+        looked: The share of the host's bytes that is checked, from 0 to 1.
 
     Attributes:
-        finite: The copies, of tensors of the host, that were seen to be finite.
+        finite: The copies of host tensors that are known to be finite.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer | None, looked: float) -> None:
         self._optimizer = optimizer
         self._looked = looked
         self._bytes = self._bytes_looked_at = 0
-        self.finite: set[Tensor] = set()  # by identity, as tensors hash
+        self.finite: set[Tensor] = set()  # by identity, since that is how tensors hash
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def copied(self, value: Any, into: Any) -> Any:
-        """The copy.
+        """Copies a value.
 
         Args:
             value: A nested state.
-            into: An earlier copy of it, which is overwritten; None without one.
+            into: An earlier copy to overwrite; None without one.
 
         Raises:
-            CannotCopy: Something in it takes no copies.
+            CannotCopy: A part of it cannot be copied.
         """
         if isinstance(value, Mapping):
             old = into if isinstance(into, Mapping) else {}
@@ -74,7 +74,7 @@ class HostCopier:
             )
         except (CannotCopy, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # a class has ways of its own to refuse
+        except Exception as error:  # a class can refuse in any way
             raise CannotCopy(value, error) from error
 
     def _copied_tensor(self, value: Tensor, into: Any) -> Any:
@@ -86,7 +86,8 @@ class HostCopier:
         return self._copied_plain(value, into) if is_plain else cloned(value)
 
     def _copied_plain(self, value: Tensor, into: Any) -> Tensor:
-        if value.layout is not torch.strided or value.is_nested:  # as many elements as today
+        # their number of elements may vary
+        if value.layout is not torch.strided or value.is_nested:
             return value.detach().to("cpu", copy=True)
         fits = isinstance(into, Tensor) and into.shape == value.shape and into.dtype == value.dtype
         if not fits:
@@ -106,14 +107,14 @@ class HostCopier:
         is_finite = True
         for source, made in pieces:
             made.copy_(source)
-            # NaN and Inf stay in a sum. One that overflows makes a second look, and no harm.
+            # NaN and Inf survive in a sum. A sum that overflows only causes another check.
             is_finite = is_finite and math.isfinite(source.sum())
         if is_finite:
             self.finite.add(into)
         return into
 
     def _is_next(self, n_bytes: int) -> bool:
-        """Whether this tensor is one of those that are looked at, which lie between the others."""
+        """Whether this tensor is to be checked; checked tensors are spread among the others."""
         self._bytes += n_bytes
         if self._bytes_looked_at >= self._looked * self._bytes:
             return False
@@ -131,7 +132,7 @@ class HostCopier:
         return self._streams[device]
 
     def events(self) -> dict[torch.device, torch.cuda.Event]:
-        """By device, an event behind all that was copied from it, also in line."""
+        """Returns, by device, an event after all copies from it, on any stream."""
         events = {}
         for device, stream in self._streams.items():
             stream.wait_stream(torch.cuda.current_stream(device))
@@ -141,7 +142,7 @@ class HostCopier:
 
 
 def _addresses(optimizer: torch.optim.Optimizer | None) -> frozenset[int]:
-    """Where the parameters of an optimizer lie, and its state."""
+    """Returns the addresses of an optimizer's parameters and state."""
     if optimizer is None:
         return frozenset()
     found = [p for group in optimizer.param_groups for p in group["params"]]
@@ -156,7 +157,7 @@ def _addresses(optimizer: torch.optim.Optimizer | None) -> frozenset[int]:
 
 
 def restored(value: Any) -> Any:
-    """A copy of a saved state as the object gave it."""
+    """Returns a copy of a saved state in its original form."""
     if isinstance(value, Parts):
         return value.whole({name: restored(piece) for name, piece in value.tensors.items()})
     if isinstance(value, Tensor):
@@ -169,9 +170,9 @@ def restored(value: Any) -> Any:
 
 
 def _like(value: Mapping[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
-    """A dict of the same kind, with what Module.state_dict adds to it.
+    """Returns a dict of the same type, with the attributes that Module.state_dict adds.
 
-    `MultiStepLR` keeps its milestones in a Counter, and asks it for what no dict knows.
+    `MultiStepLR` keeps its milestones in a Counter and uses methods that a dict lacks.
     """
     if not isinstance(value, dict):
         return items
@@ -184,7 +185,7 @@ def _like(value: Mapping[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """What nested states hold, by name; of a DTensor what this rank has."""
+    """Yields the leaves of nested states by name; for a DTensor, the local part."""
     parts = value if isinstance(value, Parts) else parts_of(value)
     if parts is not None:
         for name, piece in parts.tensors.items():

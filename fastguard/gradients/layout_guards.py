@@ -1,11 +1,11 @@
-"""What a list of gradients looks like, known again at the next step by one call.
+"""Recognises the layout of a gradient list with a single call.
 
-The gradients of a step are new tensors, but look like those of the last one: type, layout, dtype,
-device, shape and strides. To look at each of these takes a pass over the list, of 0.05 µs a tensor;
-torch's own check of the inputs of compiled code looks at all of them in one.
+The gradients of a step are new tensors, but with the same type, layout, dtype, device, shape and
+strides as in the last step. Checking these in Python takes 0.05 µs per tensor; torch's own check of
+the inputs of compiled code checks all of them in one call.
 
-2000 tensors, host time on an EPYC: the buckets 117 µs in place of 371, and all that a clipping does
-on the host beside the launches 690 in place of 1240 (torch 2.13), 471 in place of 1098 (2.11).
+2000 tensors, host time on an EPYC: the buckets take 117 µs instead of 371, and all host work of a
+clipping besides the launches 690 instead of 1240 (torch 2.13), 471 instead of 1098 (2.11).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fastguard.versions import tensor_guards
 
-FORMS = 8  # kept: sets of None gradients alternate
-FEWEST = 32  # tensors; a shorter list is looked at as fast
+FORMS = 8  # number kept: sets of None gradients alternate
+FEWEST = 32  # tensors; a shorter list is checked as fast in Python
 
 
 class Group(NamedTuple):
@@ -35,8 +35,8 @@ class Form:
     """The form of a list of dense gradients.
 
     Attributes:
-        groups: By device and dtype, in the order in which each first appears.
-        sizes: How many elements each gradient has; empty unless the form is known again.
+        groups: By device and dtype, in order of first appearance.
+        sizes: Number of elements of each gradient; empty unless the form can be recognised again.
     """
 
     __slots__ = ("_guards", "_n", "groups", "sizes")
@@ -50,20 +50,20 @@ class Form:
 
     @property
     def known_again(self) -> bool:
-        """Whether a later list of this form is recognised, and gets this very object."""
+        """Whether a later list of this form is recognised and gets this same object."""
         return self._guards is not None
 
     def fits(self, grads: Sequence[Tensor | None]) -> bool:
-        """Whether a list is of this form."""
+        """Whether a list has this form."""
         return len(grads) == self._n and self._guards.check(*grads)
 
 
-_forms: tuple[Form, ...] = ()  # replaced, never changed: other threads may be reading it
+_forms: tuple[Form, ...] = ()  # replaced, never modified: other threads may be reading it
 _lock = threading.Lock()
 
 
 def known_form(grads: Sequence[Tensor | None]) -> Form | None:
-    """The form of a list that looks like one before it."""
+    """Returns the form of a list that matches an earlier one, or None."""
     for form in _forms:
         if form.fits(grads):
             return form
@@ -71,17 +71,18 @@ def known_form(grads: Sequence[Tensor | None]) -> Form | None:
 
 
 def new_form(grads: list[Tensor], groups: tuple[Group, ...], keep: bool = True) -> Form:
-    """The form of a list that was looked at.
+    """Creates the form of a new list.
 
     Args:
         grads: The list.
         groups: See `Form`.
-        keep: Know lists of this form again. Not where their type tells too little: a tensor inside
-            a transform looks like a plain one.
+        keep: Whether to recognise lists of this form again. False if their type is not sufficient:
+            a
+            tensor inside a transform looks like a plain one.
     """
     global _forms
     form = Form(grads, groups, keep)
     if form.known_again:
-        with _lock:  # two threads that add at once lose neither
+        with _lock:  # so that two threads adding at once lose neither
             _forms = (form, *_forms[: FORMS - 1])
     return form

@@ -1,10 +1,11 @@
-"""What gradients are: numbers in memory, placeholders, or tensors around tensors.
+"""Classifies gradients: numbers in memory, placeholders, or wrappers of other tensors.
 
-The fast roads read memory: numpy on a CPU, addresses on a GPU. That is right for plain tensors
-alone. Under `FakeTensorMode` (memory estimation), `make_fx` and AOT tracing a tensor is a
-placeholder; under `torch.func` and in wrapper subclasses it is a layer around another one.
+The fast paths read memory: through numpy on a CPU, by address on a GPU. That is correct only for
+plain tensors. Under `FakeTensorMode` (memory estimation), `make_fx` and AOT tracing a tensor is a
+placeholder; under `torch.func` and in wrapper subclasses it wraps another tensor.
 
-What caches keep outlives the call that made it, and so is made where nobody watches: see `lasting`.
+Cached tensors outlive the call that creates them, so they are created outside all modes; see
+`lasting`.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ _jit_traces = torch._C._is_tracing
 
 
 PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
-"""Classes known to be plain without a look at them."""
+"""Classes known to be plain without a check."""
 
 
 class Kind(Enum):
     """How tensors can be read.
 
-    `PLAIN`: their memory is there. `TRACED`: they hold no numbers yet, but what is done to them is
-    recorded: an opaque op for each stage. `WRAPPED`: operations of torch reach the tensors inside,
-    and nothing else does.
+    `PLAIN`: from memory. `TRACED`: they hold no numbers yet, but operations on them are recorded,
+    as
+    one opaque op per stage. `WRAPPED`: only operations of torch reach the inner tensors.
     """
 
     PLAIN = 0
@@ -41,13 +42,13 @@ class Kind(Enum):
     WRAPPED = 2
 
 
-PLAIN, TRACED, WRAPPED = Kind  # the names of an enumeration take 0.05 µs each time
+PLAIN, TRACED, WRAPPED = Kind  # accessing enum members takes 0.05 µs each time
 
 
 def watched() -> bool:
-    """Whether a plain tensor may stand for something else now: a transform or a tracer is at work.
+    """Whether a plain tensor may stand for another one now, in a transform or a tracer. 0.3 µs.
 
-    Modes that only look on, such as a counter of operations, do not count. 0.3 µs.
+    Modes that only observe, such as an operation counter, do not count.
     """
     if _transform() is not None or _jit_traces():
         return True
@@ -55,7 +56,7 @@ def watched() -> bool:
 
 
 def kind_of(types: Iterable[type]) -> Kind:
-    """The kind of tensors of these types, here and now."""
+    """Returns the kind of tensors of these types in the current context."""
     layers = [t for t in types if wraps(t)]
     if not layers and not watched():
         return PLAIN
@@ -66,17 +67,18 @@ def kind_of(types: Iterable[type]) -> Kind:
 
 
 def wraps(kind: type) -> bool:
-    """Whether a class of tensors decides itself what operations do."""
+    """Whether a tensor class redefines operations."""
     return getattr(kind, "__torch_dispatch__", _PLAIN_DISPATCH) is not _PLAIN_DISPATCH
 
 
 LACKING = (NotImplementedError, RecursionError, TypeError)
-"""What classes of tensors raise at an operation that they do not know."""
+"""Errors that tensor classes raise for unsupported operations."""
 
 
 def refuse_wrapped(tensors: Iterable[Tensor], error: Exception) -> None:
-    """Raises a TypeError that names the classes among tensors that decide themselves what
-    operations do: one of them lacks an operation. Without such a class, returns.
+    """Raises a TypeError that names the tensor classes that redefine operations.
+
+    One of them lacks an operation. Returns if there is no such class.
     """
     kinds = sorted({type(t).__name__ for t in tensors if wraps(type(t))})
     if kinds:
@@ -88,7 +90,7 @@ def refuse_wrapped(tensors: Iterable[Tensor], error: Exception) -> None:
 
 
 def has_numbers(t: Tensor) -> bool:
-    """Whether the host can read a tensor: placeholders and meta tensors have nothing to read."""
+    """Whether the host can read a tensor: placeholders and meta tensors have no values."""
     kind = type(t)
     if kind in PLAIN_TYPES and not watched():
         return not t.is_meta
@@ -97,7 +99,7 @@ def has_numbers(t: Tensor) -> bool:
 
 @contextmanager
 def lasting() -> Iterator[None]:
-    """Around the making of what is kept for later calls: plain tensors, whatever mode is active."""
+    """Creates plain tensors, to be kept for later calls, whatever mode is active."""
     guard = torch._C._DisableTorchDispatch()
     try:
         with torch.inference_mode(False):
@@ -111,7 +113,7 @@ def _tracing_mode() -> bool:
 
 
 def _placeholders() -> tuple[type, ...]:
-    """The classes of placeholders. Imports nothing: what was not imported has no instances."""
+    """Returns the placeholder classes. Imports nothing: a class not imported has no instances."""
     names = (
         ("torch._subclasses.fake_tensor", "FakeTensor"),
         ("torch._subclasses.functional_tensor", "FunctionalTensor"),

@@ -1,7 +1,7 @@
-"""Tensors that are made of others: DTensors, and subclasses that wrap tensors, as quantised states.
+"""Splits composite tensors: DTensors, and subclasses that wrap tensors, such as quantised states.
 
-Such a subclass need not know how to be copied. What it can do, so that `torch.compile` takes it, is
-tell its plain tensors and be made of such again: `__tensor_flatten__`, `__tensor_unflatten__`.
+Such a subclass may not support copying. For `torch.compile` it can be split into plain tensors and
+rebuilt from them: `__tensor_flatten__`, `__tensor_unflatten__`.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from fastguard.gradients.tensor_kinds import has_numbers
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """A tensor that is made of others, in pieces.
+    """A composite tensor in pieces.
 
     Attributes:
-        tensors: The pieces by name: tensors, which may be made of others themselves, or values; of
-            a DTensor what this rank holds, under the empty name.
-        whole: Makes one of such pieces.
+        tensors: The pieces by name: tensors, which may be composite themselves, or values; for a
+            DTensor the local part, under the empty name.
+        whole: Rebuilds the tensor from such pieces.
     """
 
     tensors: Mapping[str, Any]
     whole: Callable[[dict[str, Any]], Tensor]
 
     def of(self, tensors: dict[str, Any]) -> Parts:
-        """The same with other pieces."""
+        """Returns a copy with other pieces."""
         return Parts(tensors, self.whole)
 
 
 def parts_of(tensor: Any) -> Parts | None:
-    """The pieces of a tensor that is made of others, not copied; None: it is a plain one."""
+    """Returns the pieces of a composite tensor, not copied; None for a plain tensor."""
     if hasattr(tensor, "_spec"):
         return _of_dtensor(tensor)
     kind = type(tensor)
-    if getattr(tensor, "layout", None) is not torch.strided:  # jagged ones copy themselves
+    if getattr(tensor, "layout", None) is not torch.strided:  # jagged tensors support copying
         return None
     if not (hasattr(kind, "__tensor_flatten__") and hasattr(kind, "__tensor_unflatten__")):
         return None
     names, context = tensor.__tensor_flatten__()
     size, stride = tensor.size(), tensor.stride()
-    # No reference to the tensor: its memory would stay for as long as a copy of it does.
+    # No reference to the tensor, whose memory would stay for as long as a copy exists.
     return Parts(
         {name: getattr(tensor, name) for name in names},
         lambda tensors: kind.__tensor_unflatten__(tensors, context, size, stride),
@@ -73,7 +73,7 @@ def _of_dtensor(tensor: Any) -> Parts:
 
 
 def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensor itself, or the plain ones that it is made of."""
+    """Yields the tensor itself, or the plain tensors it consists of."""
     parts = parts_of(tensor)
     if parts is None:
         yield tensor
@@ -84,15 +84,15 @@ def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def has_plain_type(tensor: Tensor) -> bool:
-    """Whether it is of no subclass that may change what operations do, or carry attributes."""
+    """Whether it is of no subclass that may redefine operations or carry attributes."""
     return type(tensor) in (Tensor, Parameter)
 
 
 def cloned(value: Any) -> Any:
-    """A copy with memory of its own.
+    """Returns a copy with its own memory.
 
     Raises:
-        CannotCopy: It is a tensor of a class that takes no copies.
+        CannotCopy: It is a tensor of a class that cannot be copied.
     """
     parts = parts_of(value)
     if parts is not None:
@@ -105,7 +105,7 @@ def cloned(value: Any) -> Any:
 
 
 def _cloned_subclass(value: Tensor) -> Tensor:
-    """A copy as its class makes it, or else of its memory and its attributes."""
+    """Copies a tensor through its class, or else its memory and its attributes."""
     try:
         return copy.deepcopy(value)
     except torch.OutOfMemoryError:
@@ -120,7 +120,7 @@ def _cloned_subclass(value: Tensor) -> Tensor:
 
 
 def has_memory(value: Tensor) -> bool:
-    """Whether its elements lie where its address says; a class that wraps others has none."""
+    """Whether its elements are at its address; a class that wraps others has none."""
     try:
         return value.data_ptr() != 0 or value.numel() == 0
     except RuntimeError:
@@ -128,10 +128,10 @@ def has_memory(value: Tensor) -> bool:
 
 
 class CannotCopy(TypeError):
-    """A tensor, or something else in a state, that takes no copies.
+    """A tensor, or another object in a state, cannot be copied.
 
     Attributes:
-        value: It.
+        value: The object.
     """
 
     def __init__(self, value: Any, error: BaseException) -> None:
@@ -145,11 +145,12 @@ class CannotCopy(TypeError):
 
 
 def copies_for_deepcopy(state: Any) -> dict[int, Any]:
-    """Copies, by the id of the original, of nested tensors that wrap others, and of placeholders.
+    """Returns copies of nested tensors that wrap others, and of placeholders, by the original's id.
 
-    As the `memo` of `copy.deepcopy`, which asks the former for their `clone`. Of a placeholder it
-    would copy the mode too, and with it weak references, which are then released twice: the heap
-    is corrupt from there on.
+    They serve as the `memo` of `copy.deepcopy`, which would call the former's `clone`. For a
+    placeholder it would copy the mode too, and with it weak references that are then released
+    twice,
+    which corrupts the heap.
     """
     memo: dict[int, Any] = {}
 

@@ -1,4 +1,4 @@
-"""Small tensors and a few numbers on their way between devices."""
+"""Transfers small tensors and a few numbers between devices."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from fastguard.gradients.tensor_kinds import watched
 
 
 def moved(t: Tensor, device: torch.device) -> Tensor:
-    """A tensor on another device. Waits on the way to a CPU alone.
+    """Returns a tensor on another device. Synchronises only on the way to a CPU.
 
-    There it must: `t.to("cpu", non_blocking=True)` returns pinned memory that the copy has yet to
-    reach, and whoever reads it at once reads what was there before.
+    There it must: `t.to("cpu", non_blocking=True)` returns pinned memory before the copy has
+    arrived,
+    so reading it at once would return old contents.
     """
     if t.device == device:  # half the time of a `to` that has nothing to do
         return t
@@ -24,10 +25,11 @@ def moved(t: Tensor, device: torch.device) -> Tensor:
 def numbers_on(
     values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float64
 ) -> Tensor:
-    """Numbers of the host as a tensor `(n,)`. Waits for nothing, and fits into a CUDA graph.
+    """Returns host numbers as a tensor `(n,)`. Never syncs, and works in a CUDA graph.
 
-    To a GPU no copy from pageable memory does both. As the argument of a fill a number is a part of
-    the launch; many travel from pinned memory, which a graph would have to keep.
+    A copy to a GPU from pageable memory cannot do both. A single number is passed as the argument
+    of a
+    fill, as part of the launch; several are copied from pinned memory, which a graph has to keep.
     """
     if device.type != "cuda" or watched():
         return moved(torch.tensor(values, dtype=dtype, device="cpu"), device)
@@ -41,8 +43,8 @@ def numbers_on(
 
 
 def current_stream_of(device: torch.device) -> int:
-    """The address of the stream that work on a device is queued on now; 0 off a GPU.
+    """Returns the address of the stream that a device's work is queued on now; 0 off a GPU.
 
-    What is kept for later calls is kept for one stream: to another it may not have come yet.
+    Cached data are valid for one stream only; they may not have arrived yet for another.
     """
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

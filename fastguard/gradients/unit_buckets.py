@@ -1,6 +1,6 @@
-"""Gradients beside their weights, divided into units: what adaptive gradient clipping reads.
+"""Pairs gradients with their weights, divided into units, for adaptive gradient clipping.
 
-A unit is what feeds one output of a layer. A tensor of two or more dimensions has one for each
+A unit is what feeds one output of a layer. A tensor with two or more dimensions has one unit per
 index of its first dimension (a row of a linear layer, a filter of a convolution); a vector or a
 scalar is one unit.
 """
@@ -26,7 +26,7 @@ class UnitBucket:
     Attributes:
         bucket: The gradients, with `tensor_ids` of the caller's list.
         weights: The weight of each, as a dense real tensor on the same device.
-        counts: How many units each has; 0 for a tensor without elements.
+        counts: Number of units of each; 0 for a tensor without elements.
     """
 
     bucket: GradBucket
@@ -35,7 +35,7 @@ class UnitBucket:
 
     @cached_property
     def starts(self) -> list[int]:
-        """Where the units of each tensor begin among all U of them; last, U itself."""
+        """First unit of each tensor among all U units; the last entry is U."""
         return list(accumulate(self.counts, initial=0))
 
     @property
@@ -44,7 +44,7 @@ class UnitBucket:
 
 
 def n_units(weight: Tensor) -> int:
-    """How many units a weight has; 0 if it has no element."""
+    """Returns the number of units of a weight; 0 if it is empty."""
     if weight.numel() == 0:
         return 0
     return weight.shape[0] if weight.dim() > 1 else 1
@@ -59,13 +59,13 @@ def unit_buckets(
     """Sorts gradients and their weights into buckets.
 
     Args:
-        grads: One entry per tensor; None where there is no gradient.
+        grads: One entry per tensor; None if there is no gradient.
         weights: The weight of each.
-        names: The name of each.
-        norm_type: The norm that will be taken; complex gradients have only the 2-norm.
+        names: The name of each, or None.
+        norm_type: The norm that will be computed; complex gradients only have the 2-norm.
 
     Raises:
-        TypeError: A tensor is a DTensor, or a gradient is not what `bucketize` takes.
+        TypeError: A tensor is a DTensor, or `bucketize` does not accept a gradient.
     """
     refuse_dtensors(weights, names)
     units = []
@@ -110,7 +110,8 @@ def refuse_dtensors(weights: Sequence[Tensor], names: Sequence[str] | None) -> N
         return
     i = next(i for i, w in enumerate(weights) if isinstance(w, known))
     raise TypeError(
-        f"{name_of(i, names)} is a DTensor: a shard holds parts of units, whose norms this rank "
-        "does not know, so adaptive gradient clipping cannot serve it; use another limit, such as "
+        f"{name_of(i, names)} is a DTensor: a shard holds parts of units whose norms this rank "
+        "does not know, so adaptive gradient clipping does not support it; use another limit, such "
+        "as "
         "max_norm=1.0, or leave this parameter out"
     )

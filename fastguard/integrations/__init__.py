@@ -1,3 +1,1 @@
-"""fastguard inside the trainers that people already use; one module a framework, imported on
-demand.
-"""
+"""Integrations with trainers; one module per framework, imported on demand."""

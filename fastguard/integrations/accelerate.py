@@ -1,13 +1,13 @@
-"""fastguard inside Accelerate: every optimizer that `accelerator.prepare` gets is guarded.
+"""Integration with Accelerate: every optimizer that `accelerator.prepare` receives is guarded.
 
 Accelerate's own calls keep their meaning: `clip_grad_norm_` sets the limit that the guard applies
-in the coming step, once; `optimizer.step_was_skipped` knows of the guard's skips, so that prepared
-schedulers wait for a step that happens; `backward` lets the guard see the loss. What a bad batch
-left in the running statistics of the model is taken back when its step is skipped.
+in the next step, once; `optimizer.step_was_skipped` includes the guard's skips, so prepared
+schedulers wait for a step that is applied; `backward` passes the loss to the guard. When a step is
+skipped, changes that the bad batch made to running statistics are undone.
 
 Tested with accelerate 1.15.0.
 """
-# Where the framework is not installed, pyright takes `accelerate` for this very file.
+# If the framework is not installed, pyright resolves `accelerate` to this file.
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
@@ -53,17 +53,17 @@ class GuardedAcceleratedOptimizer(AcceleratedOptimizer):
 
     @property
     def step_was_skipped(self) -> bool:
-        """Whether the guard skipped the last step, for the scaler too. Waits for a GPU."""
+        """Whether the guard skipped the last step, also used by the scaler. Syncs with the GPU."""
         return was_skipped(self.optimizer)
 
     def attach(self) -> None:
-        """Hooks what goes with a step into the optimizer; copies of an optimizer have no hooks."""
+        """Attaches the step hooks, which copies of an optimizer lack."""
         if self.statistics is not None:
             self.statistics.follow(self.optimizer)
         StepTags(self.optimizer, self._tag, self._clear)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A scheduler puts a `step` on the instance that holds it: a copy would step the original.
+        # A scheduler sets `step` on the instance: a copy would step the original.
         return {name: v for name, v in super().__getstate__().items() if name != "step"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -78,15 +78,15 @@ class GuardedAcceleratedOptimizer(AcceleratedOptimizer):
 
 
 class AcceleratorGuard:
-    """Stands in for `prepare_optimizer`, `clip_grad_norm_`, `backward` and `end_training` of one
+    """Replaces `prepare_optimizer`, `clip_grad_norm_`, `backward` and `end_training` of an
     accelerator.
 
     Args:
-        accelerator: Before its `prepare` is called.
-        options: The arguments of each new `GuardedOptimizer`.
-        records: Where the records of the run go.
-        fixed: Limits that the accelerator is asked for are ignored.
-        model: What is trained, if it is known.
+        accelerator: The accelerator, before its `prepare` is called.
+        options: Arguments of each new `GuardedOptimizer`.
+        records: Destinations of the records.
+        fixed: Whether to ignore limits passed to the accelerator.
+        model: The model being trained, if known. Default: None.
     """
 
     def __init__(
@@ -101,13 +101,13 @@ class AcceleratorGuard:
         if accelerator.distributed_type in ENGINES:
             raise engine_error(accelerator.distributed_type.value)
         if isinstance(getattr(accelerator.prepare_optimizer, "__self__", None), AcceleratorGuard):
-            raise ValueError("this accelerator is guarded already")
+            raise ValueError("this accelerator is already guarded")
         self.accelerator, self.options, self.fixed = accelerator, options, fixed
         self.records = records
         self.span = BatchSpan()
         self._model = model
         self._passes = _Passes()
-        # In the order of `prepare`; weak, because a trainer makes new ones and drops the old.
+        # In the order of `prepare`; weak, since a trainer creates new ones and drops old ones.
         self.prepared: weakref.WeakKeyDictionary[GuardedAcceleratedOptimizer, None]
         self.prepared = weakref.WeakKeyDictionary()
         self._accelerates = TakenOver(accelerator, self, METHODS)
@@ -124,11 +124,11 @@ class AcceleratorGuard:
 
     @property
     def model(self) -> nn.Module | None:
-        """What is trained, if it is known."""
+        """The model being trained, if known."""
         return self._model
 
     def model_of(self, optimizer: Optimizer) -> nn.Module | None:
-        """The model whose parameters a new optimizer has; a copy of one may have come since."""
+        """Returns the model that owns a new optimizer's parameters; a copy may have replaced it."""
         wanted = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for model in (self.model, *self.accelerator._models):
             if model is not None and not wanted.isdisjoint(map(id, model.parameters())):
@@ -138,7 +138,7 @@ class AcceleratorGuard:
     def prepare_optimizer(
         self, optimizer: Optimizer, device_placement: bool | None = None
     ) -> AcceleratedOptimizer:
-        """As Accelerate's own."""
+        """Prepares an optimizer like Accelerate's method, guarded."""
         if isinstance(optimizer, AcceleratedOptimizer):
             return self._accelerates.own("prepare_optimizer")(optimizer, device_placement)
         model = None if self.model is None else self.model_of(optimizer)
@@ -158,20 +158,20 @@ class AcceleratorGuard:
         prepared.limit = AskedLimit(optimizer, fixed=self.fixed)
         prepared.statistics = None if model is None else ModelBuffers(model)
         prepared.attach()
-        prepared._is_accelerate_prepared = True  # so that Accelerate only enters it in its books
+        prepared._is_accelerate_prepared = True  # so that Accelerate only registers it
         self.prepared[prepared] = None
         self.open_records()
         return self._accelerates.own("prepare_optimizer")(prepared, device_placement)
 
     def open_records(self) -> None:
-        """On the main process; again after `end_training`."""
+        """Opens the records on the main process, again after `end_training`."""
         optimizers = [prepared.optimizer for prepared in self.prepared]
         self.records.begin(optimizers, writes=self.accelerator.is_main_process)
 
     def clip_grad_norm_(
         self, parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2
     ) -> Tensor:
-        """As Accelerate's own, but it is the guard that scales, in the coming step."""
+        """Like Accelerate's method, but the guard scales the gradients in the next step."""
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         wanted = {id(p) for p in parameters if p.grad is not None}
         for prepared in self.prepared:
@@ -180,16 +180,17 @@ class AcceleratorGuard:
                 self.accelerator.unscale_gradients()
                 prepared.limit.norm(max_norm, norm_type)
                 return self.total_norm(prepared.optimizer, parameters)
-        # Parameters of no one optimizer, or a part of one: there is no step to clip within.
+        # Parameters of several optimizers, or a part of one: there is no step to clip within.
         return self._accelerates.own("clip_grad_norm_")(parameters, max_norm, norm_type)
 
     def total_norm(self, optimizer: GuardedOptimizer, parameters: list[Tensor]) -> Tensor:
-        """The norm that `clip_grad_norm_` returns, measured now: one more read of gradients."""
+        """Measures the norm that `clip_grad_norm_` returns now, with another read of the
+        gradients."""
         grads = [p.grad for p in parameters if p.grad is not None]
         return get_total_norm(grads, optimizer.norm_type, group=optimizer.group)
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
-        """As Accelerate's own; the guard sees the loss, if it is clear whose it is."""
+        """Like Accelerate's method; passes the loss to the guard if its optimizer is clear."""
         self.count_batch()
         optimizers = [prepared.optimizer for prepared in self.prepared]
         optimizer = alone_in_training(optimizers, loss, self.accelerator.num_processes)
@@ -198,34 +199,34 @@ class AcceleratorGuard:
         self._accelerates.own("backward")(loss, **kwargs)
 
     def count_batch(self) -> None:
-        """In a loop of the user's own, each call of `backward` is taken for a batch."""
+        """Counts a batch; in a custom loop, each call of `backward` is one batch."""
         self.span.begin(*self._passes.next_batch(self.accelerator.gradient_state))
         self.span.add()
 
     def loss_of_batch(self, loss: Tensor) -> Tensor:
-        """The loss of a micro-batch, whose mean over the micro-batches is that of the step."""
+        """Returns the loss of a micro-batch; their mean is the loss of the step."""
         return loss
 
     def tag(self, optimizer: GuardedOptimizer) -> dict[str, Any]:
-        """Where in the data the coming step is."""
+        """Returns the position in the data of the next step."""
         return self.span.tag(optimizer.steps_taken + 1)
 
     def end_training(self) -> None:
-        """As Accelerate's own; the last records are written, too."""
+        """Like Accelerate's method; also writes the last records."""
         self.records.end()
         self._accelerates.own("end_training")()
 
 
 class _Passes:
-    """Passes of a loop over its data, told apart by what Accelerate knows of its data loaders."""
+    """Counts passes over the data, from Accelerate's state of its data loaders."""
 
     def __init__(self) -> None:
-        self._pass: tuple[Any, ...] | None = None  # what differs from one pass to the next
+        self._pass: tuple[Any, ...] | None = None  # differs between passes
         self._epoch: int | None = None
         self._batch = 0
 
     def next_batch(self, state: Any) -> tuple[int | None, int]:
-        """Epoch, None without a prepared data loader, and batch; both from 0.
+        """Returns epoch (None without a prepared data loader) and batch, both from 0.
 
         Args:
             state: The accelerator's `gradient_state`.
@@ -253,7 +254,7 @@ class _Passes:
 
 
 def _skipped_batches(loader: Any) -> int:
-    """What `skip_first_batches` has left out, itself or by the sampler of the loader."""
+    """Returns how many batches `skip_first_batches` left out, itself or through the sampler."""
     samplers = (getattr(loader, name, None) for name in ("batch_sampler", "sampler"))
     return max(getattr(part, "skip_batches", 0) for part in (loader, *samplers))
 
@@ -266,21 +267,27 @@ def guard(
     sinks: Sequence[Sink] = (),
     **options: Any,
 ) -> Accelerator:
-    """Guards every optimizer that this accelerator prepares from now on; docs/huggingface.md.
+    """Guards every optimizer that this accelerator prepares from now on; see docs/huggingface.md.
 
     Args:
-        accelerator: Before its `prepare` is called.
-        model: What is trained, so that records name its parameters and its running statistics
-            survive a skipped step; to be prepared before its optimizer, or with it and first.
-        records: File of JSON lines that the main process appends each record to.
+        accelerator: The accelerator, before its `prepare` is called.
+        model: The model being trained, so that records name its parameters and a skipped step
+            restores
+            its running statistics. Prepare it before its optimizer, or first in the same call.
+            Default: None.
+        records: JSON lines file to which the main process appends each record. Default: None.
         sinks: Called with each record on the main process, such as `TensorBoardSink("run")`.
-        options: As for `GuardedOptimizer`. With a `max_norm` here, the limits that
-            `accelerator.clip_grad_norm_` is called with are ignored.
+        options: Arguments of `GuardedOptimizer`. If they include `max_norm`, limits passed to
+            `accelerator.clip_grad_norm_` are ignored.
+
+    Returns:
+        The same accelerator.
 
     Raises:
-        TypeError: `records` is no path, or a sink cannot be called.
+        TypeError: `records` is not a path, or a sink is not callable.
         OSError: `records` is a folder.
-        ValueError: It is guarded already, or an engine steps by itself (DeepSpeed, Megatron, XLA).
+        ValueError: The accelerator is already guarded, or an engine takes the steps (DeepSpeed,
+            Megatron, XLA).
     """
     fixed = "max_norm" in options
     AcceleratorGuard(accelerator, options, RunRecords(records, sinks), fixed=fixed, model=model)

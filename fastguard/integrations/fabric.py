@@ -1,8 +1,8 @@
-"""fastguard inside Lightning Fabric: every optimizer that `fabric.setup` gets is guarded.
+"""Integration with Lightning Fabric: every optimizer that `fabric.setup` receives is guarded.
 
-`fabric.clip_gradients` sets the limit that the guard applies in the coming step, once, with every
-precision; `fabric.backward` lets the guard see the loss. What a bad batch left in the running
-statistics of the model is taken back when its step is skipped.
+`fabric.clip_gradients` sets the limit that the guard applies in the next step, once, with every
+precision; `fabric.backward` passes the loss to the guard. When a step is skipped, changes that the
+bad batch made to running statistics are undone.
 
 Tested with lightning 2.6.6.
 """
@@ -41,16 +41,16 @@ with needs("lightning"):
 
 
 class FabricGuard:
-    """Stands in for two methods of a Fabric, and four of its strategy.
+    """Replaces two methods of a Fabric and four of its strategy.
 
-    Not for the strategy's `backward`: Fabric takes a strategy with one of its own for one that a
-    plain `loss.backward()` would bypass, and forbids it.
+    The strategy's `backward` is not replaced: Fabric assumes that a plain `loss.backward()` would
+    bypass a strategy with its own `backward`, and forbids it.
 
     Args:
-        fabric: Before its `setup` is called.
-        model: What is trained, if it is one.
-        options: The arguments of each new `GuardedOptimizer`.
-        records: Where the records of the run go.
+        fabric: The Fabric, before its `setup` is called.
+        model: The model being trained, or None.
+        options: Arguments of each new `GuardedOptimizer`.
+        records: Destinations of the records.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class FabricGuard:
         strategy = fabric.strategy
         refuse_deepspeed(strategy)
         if isinstance(getattr(strategy.setup_optimizer, "__self__", None), FabricGuard):
-            raise ValueError("this Fabric is guarded already")
+            raise ValueError("this Fabric is already guarded")
         self.strategy, self.model, self.options = strategy, model, options
         self.records = records
         self.span = BatchSpan()
@@ -84,11 +84,11 @@ class FabricGuard:
 
     @property
     def world_size(self) -> int:
-        """How many processes train; a strategy of one device does not say."""
+        """Number of training processes; single-device strategies do not define it."""
         return getattr(self.strategy, "world_size", 1)
 
     def setup_dataloaders(self, *dataloaders: Any, **kwargs: Any) -> Any:
-        """As Fabric's own; they tell which batch they hand out."""
+        """Like Fabric's method; the loaders also report the batch they return."""
         loaders = self._fabrics.own("setup_dataloaders")(*dataloaders, **kwargs)
         for loader in loaders if isinstance(loaders, list) else [loaders]:
             if type(loader) is _FabricDataLoader:
@@ -97,7 +97,7 @@ class FabricGuard:
         return loaders
 
     def backward(self, tensor: Tensor, *args: Any, **kwargs: Any) -> None:
-        """As Fabric's own; the guard sees the loss, if it is clear whose it is."""
+        """Like Fabric's method; passes the loss to the guard if its optimizer is clear."""
         self.span.add()
         optimizer = alone_in_training(list(self.limits), tensor, self.world_size)
         if optimizer is not None:
@@ -107,14 +107,14 @@ class FabricGuard:
     def setup_module_and_optimizers(
         self, module: nn.Module, optimizers: list[Optimizer], *rest: Any
     ) -> tuple[Any, ...]:
-        """As the strategy's own; FSDP's does not set up the optimizers that come with a module."""
+        """Like the strategy's method; FSDP's does not set up optimizers passed with a module."""
         theirs = self._strategys.own("setup_module_and_optimizers")
         module, optimizers, *rest_of_it = theirs(module, optimizers, *rest)
         ours = [o if o in self.limits else self.setup_optimizer(o) for o in optimizers]
         return module, ours, *rest_of_it
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        """As the strategy's own."""
+        """Sets up an optimizer like the strategy's method, guarded."""
         optimizer = guarded(
             optimizer,
             self.model,
@@ -137,9 +137,9 @@ class FabricGuard:
         norm_type: float = 2.0,
         error_if_nonfinite: bool = True,
     ) -> Tensor:
-        """As the strategy's own, but it is the guard that scales, in the coming step.
+        """Like the strategy's method, but the guard scales the gradients in the next step.
 
-        `error_if_nonfinite` is ignored: what non-finite gradients do is the guard's `nonfinite`.
+        `error_if_nonfinite` is ignored: the guard's `nonfinite` decides about non-finite gradients.
         """
         self.limits[optimizer].norm(max_norm, norm_type)
         self._unscale(optimizer)
@@ -149,11 +149,11 @@ class FabricGuard:
     def clip_gradients_value(
         self, module: nn.Module, optimizer: GuardedOptimizer, clip_val: float
     ) -> None:
-        """As the strategy's own, but it is the guard that clamps, in the coming step."""
+        """Like the strategy's method, but the guard clamps the gradients in the next step."""
         self.limits[optimizer].value(clip_val)
 
     def _attach(self, optimizer: GuardedOptimizer) -> None:
-        """Hooks what goes with a step into the optimizer; copies of an optimizer have no hooks."""
+        """Attaches the step hooks, which copies of an optimizer lack."""
         if optimizer in self._statistics:
             self._statistics[optimizer].follow(optimizer)
         StepTags(
@@ -161,21 +161,22 @@ class FabricGuard:
         )
 
     def _unscale(self, optimizer: GuardedOptimizer) -> None:
-        """Not through the precision plugin: it refuses an optimizer that can unscale itself."""
+        """Unscales without the precision plugin, which refuses an optimizer that can unscale
+        itself."""
         scaler = getattr(self.strategy.precision, "scaler", None)
         if scaler is not None:
             scaler.unscale_(optimizer)
 
 
 class _TellingDataLoader(_FabricDataLoader):
-    """Fabric's data loader, which also tells the guard which batch it hands out."""
+    """Fabric's data loader, which also reports to the guard which batch it returns."""
 
     fastguard_span: BatchSpan
 
     def __iter__(self) -> Iterator[Any]:
         epoch = self._num_iter_calls
         for batch, item in enumerate(super().__iter__()):
-            if torch.is_grad_enabled():  # else it is validation, perhaps before a step
+            if torch.is_grad_enabled():  # otherwise it is validation, perhaps before a step
                 self.fastguard_span.begin(epoch, batch)
             yield item
 
@@ -188,21 +189,26 @@ def guard(
     sinks: Sequence[Sink] = (),
     **options: Any,
 ) -> Fabric:
-    """Guards every optimizer that this Fabric sets up from now on; docs/lightning.md.
+    """Guards every optimizer that this Fabric sets up from now on; see docs/lightning.md.
 
     Args:
-        fabric: Before its `setup` is called.
-        model: What is trained, so that records name its parameters and its running statistics
-            survive a skipped step; to be set up before its optimizer, or with it.
-        records: File of JSON lines that rank 0 appends each record to.
+        fabric: The Fabric, before its `setup` is called.
+        model: The model being trained, so that records name its parameters and a skipped step
+            restores
+            its running statistics. Set it up before its optimizer, or in the same call. Default:
+                None.
+        records: JSON lines file to which rank 0 appends each record. Default: None.
         sinks: Called with each record on rank 0, such as `TensorBoardSink("run")`.
-        options: As for `GuardedOptimizer`. With a `max_norm` here, the limits that
-            `fabric.clip_gradients` is called with are ignored.
+        options: Arguments of `GuardedOptimizer`. If they include `max_norm`, limits passed to
+            `fabric.clip_gradients` are ignored.
+
+    Returns:
+        The same Fabric.
 
     Raises:
-        TypeError: `records` is no path, or a sink cannot be called.
+        TypeError: `records` is not a path, or a sink is not callable.
         OSError: `records` is a folder.
-        ValueError: It is guarded already, or DeepSpeed steps by itself.
+        ValueError: The Fabric is already guarded, or DeepSpeed takes the steps.
     """
     FabricGuard(fabric, model, options, RunRecords(records, sinks))
     return fabric

@@ -1,8 +1,8 @@
-"""fastguard inside the Trainer of transformers: `guard(trainer)` before `trainer.train()`.
+"""Integration with the Trainer of transformers: `guard(trainer)` before `trainer.train()`.
 
-The Trainer's optimizer is guarded when the Trainer makes it. `max_grad_norm` becomes the guard's
-limit and is applied once; the logged `grad_norm` is what the guard measured in the step; schedulers
-wait for a step that happens; the guard's state travels in `optimizer.pt`.
+The Trainer's optimizer is guarded when it is created. `max_grad_norm` becomes the guard's limit and
+is applied once; the logged `grad_norm` is the norm that the guard measured in the step; schedulers
+wait for a step that is applied; the guard's state is saved in `optimizer.pt`.
 
 Tested with transformers 5.23.0 and accelerate 1.15.0.
 """
@@ -33,10 +33,10 @@ with needs("huggingface"):
 
 
 class GuardCallback(TrainerCallback):
-    """Brings what the guard measured into the Trainer's logs; `guard` makes it.
+    """Adds the guard's measurements to the Trainer's logs; created by `guard`.
 
     Attributes:
-        optimizer: The guarded optimizer once training has begun, for its records and counters.
+        optimizer: The guarded optimizer once training has started, for its records and counters.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class GuardCallback(TrainerCallback):
         self._norm: Tensor | None = None
 
     def norm_to_come(self, device: torch.device) -> Tensor:
-        """The norm of the step that comes, `()`: NaN until then."""
+        """Returns the norm of the next step, `()`; NaN until then."""
         self._norm = torch.full((), math.nan, device=device)
         return self._norm
 
@@ -54,7 +54,7 @@ class GuardCallback(TrainerCallback):
         self.optimizer = getattr(kwargs["optimizer"], "optimizer", None)
         if not isinstance(self.optimizer, GuardedOptimizer):
             raise RuntimeError(
-                "the Trainer has made a new accelerator since guard(trainer), as hyperparameter "
+                "the Trainer has created a new accelerator since guard(trainer), as hyperparameter "
                 "search does, so its optimizer is not guarded; call guard(trainer) again"
             )
         assert self._guard is not None
@@ -71,7 +71,7 @@ class GuardCallback(TrainerCallback):
         self._guard.begin_batch()
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Another micro-batch of the same step follows."""
+        """Records that another micro-batch of the same step follows."""
         self.on_step_begin(args, state, control)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -80,7 +80,7 @@ class GuardCallback(TrainerCallback):
         self._guard.records.end()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Fills in the norm that the Trainer holds since it asked for clipping. Never waits."""
+        """Fills in the norm that the Trainer received when it asked for clipping. Never syncs."""
         if self._norm is not None and self.optimizer is not None and self.optimizer.last:
             self._norm.copy_(total_norm_of(self.optimizer.last))
 
@@ -99,7 +99,7 @@ class GuardCallback(TrainerCallback):
 
 
 class TrainerGuard(AcceleratorGuard):
-    """The guard of a Trainer's accelerator: the Trainer looks at the norm only after the step."""
+    """The guard of a Trainer's accelerator; the Trainer uses the norm only after the step."""
 
     def __init__(
         self,
@@ -110,9 +110,9 @@ class TrainerGuard(AcceleratorGuard):
     ) -> None:
         self.trainer = trainer
         self.callback = callback
-        self._epoch, self._batch = -1, 0  # the coming batch
-        self._first_batch = 0  # of the first epoch, which a resumed run begins in the middle
-        limit = trainer.args.max_grad_norm or None  # 0 is the Trainer's word for no limit
+        self._epoch, self._batch = -1, 0  # the next batch
+        self._first_batch = 0  # of the first epoch, where a resumed run may start in the middle
+        limit = trainer.args.max_grad_norm or None  # for the Trainer, 0 means no limit
         super().__init__(
             trainer.accelerator,
             {"max_norm": limit, **options},
@@ -122,22 +122,22 @@ class TrainerGuard(AcceleratorGuard):
         callback._guard = self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TrainerGuard:
-        # Trainers are copied, though not their accelerator.
+        # Trainers are copied, but not their accelerator.
         twin = memo[id(self)] = TrainerGuard.__new__(TrainerGuard)
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return twin
 
     @property
     def model(self) -> nn.Module | None:
-        """The Trainer's, which it may make anew."""
+        """The Trainer's model, which it may replace."""
         return self.trainer.model
 
     def begin_training(
         self, prepared: GuardedAcceleratedOptimizer, args: Any, state: Any, loader: Any
     ) -> None:
-        """Training begins, perhaps in the middle of an epoch."""
+        """Starts training, perhaps in the middle of an epoch."""
         if prepared.guard is not self:
-            # The Trainer is a copy; both have one accelerator, which works for one at a time.
+            # The Trainer is a copy; both share one accelerator, which works for one at a time.
             prepared.guard.prepared.pop(prepared, None)
             self.records = prepared.guard.records
             prepared.guard = self
@@ -152,29 +152,30 @@ class TrainerGuard(AcceleratorGuard):
         self._epoch -= 1
 
     def begin_epoch(self) -> None:
-        """The next pass over the data begins."""
+        """Starts the next pass over the data."""
         self._epoch += 1
         self._batch, self._first_batch = self._first_batch, 0
 
     def begin_batch(self) -> None:
-        """The forward and backward pass of the next batch begins."""
+        """Starts the forward and backward pass of the next batch."""
         self.span.begin(self._epoch, self._batch)
         self.span.add()
         self._batch += 1
 
     def count_batch(self) -> None:
-        """The callback counts."""
+        """Does nothing, since the callback counts."""
 
     def tag(self, optimizer: GuardedOptimizer) -> dict[str, Any]:
-        """`global_step` is what the Trainer's counter shows after this step."""
+        """Returns the tag; `global_step` is the Trainer's counter after this step."""
         return self.span.tag(self.trainer.state.global_step + 1)
 
     def total_norm(self, optimizer: GuardedOptimizer, parameters: list[Tensor]) -> Tensor:
-        """What the coming step will measure: no read of its own."""
+        """Returns the norm that the next step will measure, without a read of its own."""
         return self.callback.norm_to_come(parameters[0].device)
 
     def loss_of_batch(self, loss: Tensor) -> Tensor:
-        """The Trainer divides before it calls backward; the mean is to be the loss of the step."""
+        """Undoes the Trainer's division before backward, so that the mean is the loss of the
+        step."""
         return loss * self.trainer.current_gradient_accumulation_steps
 
 
@@ -188,26 +189,27 @@ def guard(
     """Guards the optimizer of a Trainer.
 
     Args:
-        trainer: Before `train()`.
-        records: File of JSON lines that the main process appends each record to.
+        trainer: The Trainer, before `train()`.
+        records: JSON lines file to which the main process appends each record. Default: None.
         sinks: Called with each record on the main process, such as `TensorBoardSink("run")`.
-        options: As for `GuardedOptimizer`; `max_norm` defaults to the Trainer's `max_grad_norm`,
-            which is ignored if it is given here.
+        options: Arguments of `GuardedOptimizer`; `max_norm` defaults to the Trainer's
+            `max_grad_norm`, and replaces it if given.
 
     Returns:
         The callback that was added; its `optimizer` has the records and counters.
 
     Raises:
-        TypeError: `records` is no path, or a sink cannot be called.
+        TypeError: `records` is not a path, or a sink is not callable.
         OSError: `records` is a folder.
-        ValueError: It is guarded already, or DeepSpeed steps by itself.
+        ValueError: The Trainer is already guarded, or DeepSpeed takes the steps.
 
     docs/huggingface.md has a complete example.
     """
     callback = GuardCallback()
     TrainerGuard(trainer, callback, options, RunRecords(records, sinks))
-    while isinstance(trainer.optimizer, AcceleratedOptimizer):  # of an earlier, unguarded train()
+    # wrapped by an earlier, unguarded train()
+    while isinstance(trainer.optimizer, AcceleratedOptimizer):
         trainer.optimizer = trainer.optimizer.optimizer
-    # First, so that the reporters among the callbacks see what it adds to the logs.
+    # First, so that reporting callbacks see what it adds to the logs.
     trainer.callback_handler.callbacks.insert(0, callback)
     return callback

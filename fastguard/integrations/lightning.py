@@ -1,10 +1,11 @@
-"""fastguard inside Lightning's Trainer: `Trainer(callbacks=[GuardCallback()])`.
+"""Integration with Lightning's Trainer: `Trainer(callbacks=[GuardCallback()])`.
 
 Every optimizer that `configure_optimizers` returns is guarded, in automatic and manual optimization
 and with every precision plugin. Lightning's clipping, by `gradient_clip_val` or `clip_gradients`,
-sets the limit that the guard applies within the step, once; schedules by step wait for a step that
-happens; running statistics forget a skipped one; the guard's state is saved with the optimizer's.
-For Fabric: `fastguard.integrations.fabric`. Complete examples of both are in docs/lightning.md.
+sets the limit that the guard applies within the step, once. Per-step schedules wait for a step that
+is applied; running statistics are restored after a skipped step; the guard's state is saved with
+the optimizer's. For Fabric, use `fastguard.integrations.fabric`. docs/lightning.md has complete
+examples of both.
 
 Tested with lightning 2.6.6.
 """
@@ -47,23 +48,24 @@ with needs("lightning"):
 
 
 class GuardCallback(Callback):
-    """Guards the optimizers of each `fit`, and logs what it saw of each step.
+    """Guards the optimizers of each `fit`, and logs every step.
 
-    Logs `train/grad_norm` (before clipping), `train/clip_coef` and `train/skipped_steps` (so far),
-    without waiting for a GPU; a schedule by step reads each verdict.
+    Logs `train/grad_norm` (before clipping), `train/clip_coef` and `train/skipped_steps` (so far)
+    without synchronising with the GPU; a per-step schedule reads each verdict.
 
     Args:
-        records: File of JSON lines that rank 0 appends each record to; those of a second optimizer
-            go to a file beside it, `records-1.jsonl`.
+        records: JSON lines file to which rank 0 appends each record; records of a second optimizer
+            go
+            to `records-1.jsonl` beside it. Default: None.
         sinks: Called with each record on rank 0, such as `TensorBoardSink("run")`.
-        options: As for `GuardedOptimizer`; `max_norm` defaults to the Trainer's
-            `gradient_clip_val`; if it is given here, what Lightning asks for is ignored.
+        options: Arguments of `GuardedOptimizer`; `max_norm` defaults to the Trainer's
+            `gradient_clip_val`, and replaces all of Lightning's limits if given.
 
     Attributes:
         optimizers: The guarded optimizers of the last `fit`, for their records and counters.
 
     Raises:
-        TypeError: `records` is no path, or a sink cannot be called.
+        TypeError: `records` is not a path, or a sink is not callable.
         OSError: `records` is a folder.
     """
 
@@ -95,18 +97,18 @@ class GuardCallback(Callback):
             self._attach()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Before the strategy makes an engine.
+        """Checks the strategy before it creates an engine.
 
         Raises:
-            ValueError: To train through DeepSpeed, which steps by itself.
+            ValueError: DeepSpeed takes the steps.
         """
         if stage == "fit":
             refuse_deepspeed(trainer.strategy)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Guards the optimizers, which exist by now; a checkpoint is loaded into them later."""
-        self.teardown()  # of a fit that ended before Lightning could say so
-        # The stand-in for `configure_optimizers` that returned None has no parameters.
+        self.teardown()  # cleans up after a fit that ended without teardown
+        # The placeholder for a `configure_optimizers` that returned None has no parameters.
         trainer.optimizers = [
             self._guarded(o, trainer, pl_module) if any(g["params"] for g in o.param_groups) else o
             for o in trainer.optimizers
@@ -117,7 +119,7 @@ class GuardCallback(Callback):
         self._spans = [BatchSpan() for _ in self.optimizers]
         self._trainer = trainer
         self._attach()
-        # On the objects that act, and not on the module, which users copy and save.
+        # On the acting objects, not on the module, which users copy and save.
         self._lightnings = [
             TakenOver(trainer.precision_plugin, self, ["clip_gradients"]),
             TakenOver(trainer.fit_loop.epoch_loop, self, ["update_lr_schedulers"]),
@@ -125,7 +127,7 @@ class GuardCallback(Callback):
         ]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes the state that may have been restored as the one to count and go back from."""
+        """Uses the current state, perhaps restored, as the start for counting and for restoring."""
         self._records.begin(self.optimizers, writes=trainer.is_global_zero)
         self._skipped = [torch.tensor(float(o.skipped_steps)) for o in self.optimizers]
         self._logged = [optimizer.steps_taken for optimizer in self.optimizers]
@@ -136,7 +138,7 @@ class GuardCallback(Callback):
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
-        """Shows the guard the loss of a micro-batch, if it is clear whose it is."""
+        """Passes the loss of a micro-batch to the guard if its optimizer is clear."""
         for span in self._spans:
             _add_batch(span, trainer)
         optimizer = alone_in_training(self.optimizers, loss, trainer.world_size)
@@ -162,12 +164,12 @@ class GuardCallback(Callback):
                 "clip_coef": optimizer.last.clip_coef.amin(),
                 "skipped_steps": self._skipped[i],
             }
-            # Lightning cannot find the batch size where training_step takes a dataloader_iter;
-            # values by step do not use it.
+            # Lightning cannot infer the batch size if training_step takes a dataloader_iter;
+            # per-step values do not use it.
             self.log_dict({f"train/{k}{which}": v for k, v in seen.items()}, batch_size=1)
 
     def teardown(self, *_: Any, **__: Any) -> None:
-        """Writes the last records, and gives Lightning its own methods back."""
+        """Writes the last records and restores Lightning's own methods."""
         self._records.end()
         self._detach()
         for methods in self._lightnings:
@@ -179,11 +181,11 @@ class GuardCallback(Callback):
     def _guarded(
         self, optimizer: Optimizer, trainer: Trainer, module: LightningModule
     ) -> GuardedOptimizer:
-        limit = trainer.gradient_clip_val or None  # 0 is Lightning's word for no limit
+        limit = trainer.gradient_clip_val or None  # for Lightning, 0 means no limit
         if trainer.gradient_clip_algorithm == "value" or is_overridden(
             "configure_gradient_clipping", module
         ):
-            limit = None  # then Lightning says before each step what holds for it
+            limit = None  # then Lightning passes the limit before each step
         return guarded(
             optimizer,
             module,
@@ -194,19 +196,20 @@ class GuardCallback(Callback):
         )
 
     def _attach(self) -> None:
-        """Hooks what goes with a step into the optimizers; copies of an optimizer have no hooks."""
+        """Attaches the step hooks, which copies of an optimizer lack."""
         for i, optimizer in enumerate(self.optimizers):
-            # Its closure returns the loss divided by accumulate_grad_batches, of the last
-            # micro-batch alone, and with a scaler nothing: on_before_backward sees them all.
+            # The closure returns only the last micro-batch's loss, divided by
+            # accumulate_grad_batches, and nothing with a scaler; on_before_backward sees all
+            # losses.
             tag = partial(self._tag, i)
             self._hooks.append(StepTags(optimizer, tag, self._spans[i].clear, loss={}))
-            if self._statistics is not None:  # training has begun
+            if self._statistics is not None:  # training has started
                 count = partial(self._count, i)
                 self._hooks.append(optimizer.register_step_post_hook(count))
                 self._statistics.follow(optimizer)
 
     def _detach(self) -> None:
-        """The next fit may have the same optimizers."""
+        """Removes the hooks, since the next fit may use the same optimizers."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -214,10 +217,10 @@ class GuardCallback(Callback):
             self._statistics.remove()
 
     def _tag(self, i: int) -> dict[str, Any]:
-        """`global_step` is what the Trainer's counter shows after this step."""
+        """Returns the tag; `global_step` is the Trainer's counter after this step."""
         assert self._trainer is not None
         span = self._spans[i]
-        _add_batch(span, self._trainer)  # whose backward pass may be part of the step's closure
+        _add_batch(span, self._trainer)  # its backward pass may be part of the step's closure
         return span.tag(self._trainer.global_step + 1)
 
     def _count(self, i: int, *_: Any) -> None:
@@ -228,7 +231,8 @@ class GuardCallback(Callback):
     def clip_gradients(
         self, optimizer: Any, clip_val: float = 0.0, gradient_clip_algorithm: str = "norm"
     ) -> None:
-        """In place of the precision plugin's, which refuses an optimizer that unscales itself."""
+        """Replaces the precision plugin's method, which refuses an optimizer that unscales
+        itself."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer.optimizer
         limit = next((limit for limit in self._limits if limit.optimizer is optimizer), None)
@@ -236,7 +240,7 @@ class GuardCallback(Callback):
             (limit.value if gradient_clip_algorithm == "value" else limit.norm)(clip_val)
 
     def update_lr_schedulers(self, interval: str, update_plateau_schedulers: bool) -> None:
-        """In place of the training loop's: a schedule by step waits for a step that happens."""
+        """Replaces the training loop's method: a per-step schedule waits for an applied step."""
         if interval == "step" and self.optimizers and was_skipped(self.optimizers[0]):
             return
         theirs = self._lightnings[1].own("update_lr_schedulers")
@@ -244,8 +248,9 @@ class GuardCallback(Callback):
 
 
 class _Names:
-    """The names under which a `LearningRateMonitor` logs: those of the wrapped optimizers, also for
-    a schedule that was made for the guard after the fit began.
+    """Gives a `LearningRateMonitor` the names of the wrapped optimizers.
+
+    This includes schedules created for the guard after the fit started.
     """
 
     def __init__(self, monitor: LearningRateMonitor) -> None:
@@ -255,7 +260,7 @@ class _Names:
         plain = []
         for config in configs:
             optimizer = config.scheduler.optimizer
-            while isinstance(optimizer, GuardedOptimizer):  # Lightning's wrapper is one, too
+            while isinstance(optimizer, GuardedOptimizer):  # Lightning's wrapper is one too
                 optimizer = optimizer.optimizer
             plain.append(replace(config, scheduler=SimpleNamespace(optimizer=optimizer)))
         return self.monitors.own("_find_names_from_schedulers")(plain)

@@ -1,4 +1,4 @@
-"""Methods of one object, replaced until they are given back."""
+"""Replaces methods of an object until they are given back."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 
 class TakenOver:
-    """Methods of one object, replaced by those of the same names of another object.
+    """Replaces methods of one object with methods of the same names of another object.
 
-    What was replaced is looked up when it is called, not held, so that copies and pickles of both
-    objects belong together as the originals do.
+    The replaced methods are looked up when called, not stored, so that copies and pickles of both
+    objects refer to each other like the originals.
 
     Args:
-        owner: Whose methods are replaced, on this object alone.
-        by: The object that has the new ones.
-        names: Of the methods.
+        owner: The object whose methods are replaced, on this instance only.
+        by: The object with the new methods.
+        names: Names of the methods.
 
     Example:
         >>> class Trainer:
@@ -43,18 +43,18 @@ class TakenOver:
         self.take()
 
     def take(self) -> None:
-        """The owner has the methods of the other object, whatever was put there meanwhile."""
+        """Installs the other object's methods, whatever replaced them meanwhile."""
         for name in self.names:
             setattr(self.owner, name, getattr(self.by, name))
 
     def own(self, name: str) -> Callable[..., Any]:
-        """The method that was replaced."""
+        """Returns the method that was replaced."""
         if name in self._of_instance:
             return self._of_instance[name]
         return MethodType(getattr(type(self.owner), name), self.owner)
 
     def give_back(self) -> None:
-        """The owner has its own methods again."""
+        """Restores the owner's methods."""
         for name in self.names:
             vars(self.owner).pop(name, None)
         vars(self.owner).update(self._of_instance)

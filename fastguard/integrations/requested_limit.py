@@ -1,7 +1,7 @@
-"""A framework's own clipping call, carried out by the guard within the coming step.
+"""Carries out a framework's clipping call within the guard's next step.
 
-Frameworks clip first and step then; clipped there and in the guard, gradients would be scaled
-twice. So the call only leaves its limit here, and gradients are read and scaled once.
+Frameworks first clip and then step; clipping in both places would scale gradients twice. So the
+call only stores its limit here, and gradients are read and scaled once.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from fastguard.stages.reason import Reason
 
 
 class AskedLimit:
-    """The limits that a framework asks a guarded optimizer for, each for one step.
+    """The limits that a framework requests of a guarded optimizer, each for one step.
 
     Args:
-        optimizer: Whose gradients they are for. Its `max_norm` holds for steps that nobody asked
-            for.
-        fixed: The user gave the guard a limit of its own: what the framework asks for is ignored.
+        optimizer: The optimizer; its `max_norm` applies to steps without a request.
+        fixed: Whether the user gave the guard its own limit, so that requests are ignored.
     """
 
     def __init__(self, optimizer: GuardedOptimizer, *, fixed: bool) -> None:
@@ -43,7 +42,7 @@ class AskedLimit:
         """Clips the next step to this norm.
 
         Raises:
-            ValueError: The guard measures another norm, or the limit is no limit.
+            ValueError: The guard uses another norm type, or the limit is invalid.
         """
         if norm_type_of(norm_type) != self.optimizer.norm_type:
             raise ValueError(
@@ -55,7 +54,8 @@ class AskedLimit:
             self.optimizer.max_norm = limit
 
     def value(self, clip_value: float) -> None:
-        """Clamps the elements in the next step; unlike torch's, it leaves Inf to be found."""
+        """Clamps the elements in the next step; unlike torch, it keeps Inf so that it is
+        detected."""
         limit = limit_of("clip_value", clip_value)
         for group in self.optimizer.param_groups:
             if "clip_value" not in group:
@@ -70,9 +70,9 @@ class AskedLimit:
 
 
 def total_norm_of(verdict: Verdict) -> Tensor:
-    """The norm as torch reports it: NaN if elements were non-finite and stayed. Never waits.
+    """Returns the norm as torch reports it: NaN if non-finite elements remained. Never syncs.
 
-    The records of the guard have the norm of the finite elements beside their counts.
+    The guard's records contain the norm of the finite elements, and the counts of the others.
     """
     found = (verdict.reason == int(Reason.NONFINITE_GRAD)) | (
         verdict.reason == int(Reason.LOSS_SCALE)
@@ -82,5 +82,5 @@ def total_norm_of(verdict: Verdict) -> Tensor:
 
 
 def was_skipped(optimizer: GuardedOptimizer) -> bool:
-    """Whether the last step was skipped. Waits for a GPU."""
+    """Whether the last step was skipped. Synchronises with the GPU."""
     return optimizer.last is not None and bool(optimizer.last.found_inf.item() == 1.0)

@@ -1,5 +1,4 @@
-"""What the guards of all trainers share: what is guarded, whose loss it is, which batch, where the
-records go."""
+"""Code shared by all integrations: guarding, assigning losses and batches, opening records."""
 
 from __future__ import annotations
 
@@ -26,13 +25,13 @@ Sink = Callable[[StepRecord], object]
 
 @contextmanager
 def needs(extra: str) -> Iterator[None]:
-    """Around the imports of a framework: a missing one names the extra that brings it.
+    """Wraps the imports of a framework: if it is missing, the error names the extra to install.
 
     Args:
         extra: Name of the extra in pyproject.toml.
 
     Raises:
-        ModuleNotFoundError: With the command that installs the extra.
+        ModuleNotFoundError: The framework is missing; the message contains the install command.
 
     Example:
         >>> with needs("lightning"):
@@ -60,15 +59,15 @@ def guarded(
     replicated: bool,
     max_norm: float | None = None,
 ) -> GuardedOptimizer:
-    """The optimizer of a trainer, guarded as usual there unless the user says otherwise.
+    """Guards a trainer's optimizer with the usual settings unless the user overrides them.
 
     Args:
-        optimizer: A `GuardedOptimizer` is returned as it is.
-        model: Whose parameters records name, if it is known.
-        options: The user's arguments of `GuardedOptimizer`, which go before all others.
-        world_size: How many processes train.
-        replicated: Each holds one replica of the model, with the same gradients (DDP).
-        max_norm: The trainer's own limit.
+        optimizer: The optimizer; a `GuardedOptimizer` is returned unchanged.
+        model: The model whose parameters records name, if known.
+        options: The user's arguments of `GuardedOptimizer`, which take precedence.
+        world_size: Number of training processes.
+        replicated: Whether each holds a replica of the model with the same gradients (DDP).
+        max_norm: The trainer's own limit. Default: None.
 
     Raises:
         ValueError: Several processes hold no replicas, and `options` do not say what they hold.
@@ -86,18 +85,18 @@ def guarded(
 def usual_group(
     options: Mapping[str, Any], world_size: int, *, replicated: bool
 ) -> dict[str, Replicated]:
-    """The `group` of `GuardedOptimizer` that goes with how a framework spreads a model.
+    """Returns the `group` of `GuardedOptimizer` that fits how a framework distributes a model.
 
     Args:
-        options: What the user gave; a `group` there is left alone.
-        world_size: How many processes train.
-        replicated: Each holds one replica of the model, with the same gradients (DDP).
+        options: The user's options; a `group` there is kept.
+        world_size: Number of training processes.
+        replicated: Whether each holds a replica of the model with the same gradients (DDP).
 
     Returns:
-        The argument by name, or nothing.
+        The argument by name, or an empty dict.
 
     Raises:
-        ValueError: Only the user can know what the ranks hold: each would decide for itself.
+        ValueError: What the ranks hold is unknown, so each would decide for itself.
 
     Example:
         >>> usual_group({}, 1, replicated=False)
@@ -108,34 +107,34 @@ def usual_group(
     world = dist.group.WORLD
     if not replicated or world is None:
         raise ValueError(
-            f"the {world_size} processes do not hold replicas of the model, so give the guard a "
-            "group=: None where parameters are DTensors (FSDP2, tensor parallelism), the process "
-            "group where each rank holds other plain tensors (FSDP1)"
+            f"the {world_size} processes do not hold replicas of the model, so pass group= to the "
+            "guard: None if parameters are DTensors (FSDP2, tensor parallelism), the process "
+            "group if each rank holds different plain tensors (FSDP1)"
         )
     return {"group": Replicated(world)}
 
 
 def engine_error(engine: str) -> ValueError:
-    """What to raise where a trainer steps through an engine: there is no step left to guard.
+    """Returns the error for a trainer that steps through an engine, which leaves no step to guard.
 
-    DeepSpeed and Megatron keep copies of the gradients and clip them by their own settings; a guard
-    around the optimizer that they were given would clip a second time, or never be called at all.
+    DeepSpeed and Megatron keep copies of the gradients and clip them by their own settings. A guard
+    around their inner optimizer would clip a second time, or never be called.
 
     Args:
-        engine: What the trainer calls it.
+        engine: The trainer's name for it.
     """
     return ValueError(
-        f"under {engine} an engine steps by itself and clips by settings of its own, so nothing "
-        "can be guarded here; train with DDP or FSDP2, or use the engine without the trainer and "
-        "guard what it is given, as docs/recipes.md does with DeepSpeed and Megatron-Core"
+        f"{engine} takes the steps and clips by its own settings, so nothing can be guarded here; "
+        "train with DDP or FSDP2, or use the engine without the trainer and guard the optimizer it "
+        "is given, as docs/recipes.md does with DeepSpeed and Megatron-Core"
     )
 
 
 def refuse_deepspeed(strategy: object) -> None:
     """Raises a ValueError for a strategy that trains through DeepSpeed.
 
-    Known by the names of its classes: each edition of Lightning has its own, also outside Lightning
-    (Habana's), and they are kinds of DDPStrategy to some and not to others.
+    Recognised by class names: each edition of Lightning has its own class, some of them elsewhere
+    (Habana's), and only some derive from DDPStrategy.
 
     Example:
         >>> refuse_deepspeed(object())
@@ -147,10 +146,10 @@ def refuse_deepspeed(strategy: object) -> None:
 def alone_in_training(
     optimizers: Sequence[GuardedOptimizer], loss: Tensor, world_size: int
 ) -> GuardedOptimizer | None:
-    """The optimizer that a loss belongs to; None if that is not clear.
+    """Returns the optimizer that a loss belongs to; None if that is not clear.
 
-    It is clear where one optimizer trains on one number. Losses of several ranks are joined over a
-    group, so without one they stay unseen.
+    It is clear if one optimizer trains on one number. Losses of several ranks are combined over a
+    group, so without a group they are ignored.
     """
     if len(optimizers) != 1 or loss.numel() != 1:
         return None
@@ -159,7 +158,7 @@ def alone_in_training(
 
 
 class BatchSpan:
-    """The batches whose gradients the coming step is taken with.
+    """The batches that contribute gradients to the next step.
 
     Example:
         >>> span = BatchSpan()
@@ -175,21 +174,21 @@ class BatchSpan:
         self._added: list[tuple[int | None, int]] = []  # the first and the last one
 
     def begin(self, epoch: int | None, batch: int) -> None:
-        """This batch is the current one.
+        """Sets the current batch.
 
         Args:
-            epoch: None where nobody counts them.
-            batch: Its number within the epoch.
+            epoch: The epoch; None if not counted.
+            batch: Number of the batch within the epoch.
         """
         self._now = epoch, batch
 
     def add(self) -> None:
-        """The gradients of the current batch are added to those that wait for the step."""
+        """Adds the current batch to those of the next step."""
         if self._now is not None:
             self._added[1:] = [self._now]
 
     def tag(self, global_step: int) -> dict[str, Any]:
-        """Where to find these batches again.
+        """Returns a tag that identifies these batches.
 
         Args:
             global_step: The number of the step, from 1.
@@ -203,18 +202,18 @@ class BatchSpan:
         return {"batch": batch, **tag} if epoch is None else {"epoch": epoch, "batch": batch, **tag}
 
     def clear(self) -> None:
-        """The step has been taken: the next batch is the first of the next span."""
+        """Starts a new span after a step."""
         self._added.clear()
 
 
 class StepTags:
-    """Gives the steps of a trainer a tag, unless the caller of `step` has given one.
+    """Tags the steps of a trainer, unless the caller of `step` passes a tag.
 
     Args:
-        optimizer: Its `step` is called without arguments, or with a closure.
-        tag: Returns the tag of the coming step. Called before a closure is evaluated.
-        clear: Called when the step has been taken.
-        usual: Further arguments of `step`, unless the caller gives them.
+        optimizer: The optimizer; its `step` is called without arguments, or with a closure.
+        tag: Returns the tag of the next step. Called before a closure is evaluated.
+        clear: Called after each step.
+        usual: Further arguments of `step`, unless the caller passes them.
     """
 
     def __init__(
@@ -231,7 +230,7 @@ class StepTags:
         )
 
     def remove(self) -> None:
-        """Steps have no tags any more."""
+        """Stops tagging."""
         for hook in self._hooks:
             hook.remove()
 
@@ -243,16 +242,16 @@ class StepTags:
 
 
 class RunRecords:
-    """Where the records of a run go: one file, and sinks. One process of a run writes.
+    """The destinations of a run's records: one file, and sinks. One process per run writes.
 
-    The file is opened when training begins and appended to, so a resumed run goes on in it.
+    The file is opened when training starts and appended to, so a resumed run continues in it.
 
     Args:
-        records: The file of JSON lines; its folder is created. None: no file.
+        records: The JSON lines file; its folder is created. None: no file.
         sinks: Called with each record.
 
     Raises:
-        TypeError: `records` is no path, or a sink cannot be called.
+        TypeError: `records` is not a path, or a sink is not callable.
         OSError: `records` is a folder.
 
     Example:
@@ -288,13 +287,13 @@ class RunRecords:
         writes: bool,
         completed: Callable[[StepRecord], StepRecord] | None = None,
     ) -> None:
-        """Training begins, or goes on: opens the files.
+        """Opens the files when training starts or continues.
 
         Args:
-            optimizers: All of this run, in an order that does not change. The records of the second
-                one go to `records-1.jsonl`: each counts steps of its own.
-            writes: Whether this process is the one that writes.
-            completed: Adds to a record what only the trainer knows.
+            optimizers: All optimizers of the run, in a fixed order. Records of the second one go to
+                `records-1.jsonl`, since each counts its own steps.
+            writes: Whether this process writes.
+            completed: Adds data to a record that only the trainer knows. Default: None.
 
         Raises:
             OSError: A file cannot be opened.
@@ -306,20 +305,20 @@ class RunRecords:
                 self._files[optimizer] = file = _File(self.records, i)
                 for sink in (file, *self.sinks):
                     optimizer.add_sink(sink if completed is None else _Completed(sink, completed))
-                # On a GPU the record of the last step is on its way until something asks for it.
+                # On a GPU the last step's record is in transfer until it is requested.
                 recorder = weakref.ref(optimizer._recorder)
                 weakref.finalize(optimizer, _wait_for_records, recorder)
             self._files[optimizer].open()
 
     def end(self) -> None:
-        """Training ends: waits for the last records, and closes the files."""
+        """Waits for the last records and closes the files when training ends."""
         for optimizer, file in self._files.items():
             optimizer._recorder.wait()
             file.close()
 
 
 class _File:
-    """The file of one optimizer's records, if there is to be one."""
+    """The file for one optimizer's records, if any."""
 
     def __init__(self, records: Path | None, number: int) -> None:
         if records is not None and number:
@@ -337,13 +336,13 @@ class _File:
             self._sink = None
 
     def __call__(self, record: StepRecord) -> None:
-        self.open()  # after the end of a training that goes on all the same
+        self.open()  # reopen if training continues after its end
         if self._sink is not None:
             self._sink(record)
 
 
 class _Completed:
-    """A sink that gets completed records."""
+    """A sink that receives completed records."""
 
     def __init__(self, sink: Sink, completed: Callable[[StepRecord], StepRecord]) -> None:
         self.sink, self.completed = sink, completed

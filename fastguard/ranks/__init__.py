@@ -1,14 +1,14 @@
-"""Many ranks, one decision: who decides together, and how much each tensor of a rank counts.
+"""Joint decisions of several ranks: which ranks decide together, and the weight of each tensor.
 
     groups       what a user may pass as `group=`
-    dtensors     the local parts of DTensors, and making partial ones whole
+    dtensors     local parts of DTensors, and reduction of partial ones
     span         the ranks that the meshes of tensors span together
-    local_group  a process group that its members make by themselves
-    plain_shards shards that look like any other tensor, refused without a group
-    team         the ranks that take one decision, and the weight of each tensor in their sums
-    agreement    whether all ranks were given the same arguments, asked once
-    loss_names   losses that not every rank gives, in the same places on all
-    watch        on which rank a bad gradient was born
+    local_group  a process group created by its members only
+    plain_shards shards stored in plain tensors, refused without a group
+    team         the ranks that decide together, and the weight of each tensor in their sums
+    agreement    a single check that all ranks were given the same arguments
+    loss_names   a common order for losses that not every rank computes
+    lockstep     operations that succeed or fail on all ranks together
 
 The collective itself is `fastguard.stages.reduce`.
 """

@@ -1,17 +1,17 @@
-"""Whether all ranks were given the same arguments: asked once, at the first step of a guard.
+"""Checks that all ranks were given the same arguments, once, at the first step of a guard.
 
-Ranks with different limits, modes or rules take different decisions from the same numbers, and part
-without a word; with another number of segments they send vectors of other lengths. So before the
-first vector travels, the ranks compare a hash of each argument: one MAX collective over the hashes
-and their negatives, 160 bytes, which says to all ranks at once which arguments differ.
+Ranks with different limits, modes or rules make different decisions from the same numbers, and the
+replicas silently diverge; with different numbers of segments, their vectors differ in length. So
+before the first vector is sent, the ranks compare a hash of each argument: one MAX collective over
+the hashes and their negatives, 160 bytes, which shows all ranks at once which arguments differ.
 
-Coefficients of single tensors, or of param groups, belong to places in the vector. Ranks that hold
-the same parameters in another order would clip each by the norm of another, so with these scopes
-names and shapes are compared too, in their order. Names count where all ranks have them; without
-names, parameters of one shape cannot be told apart.
+Coefficients of single tensors or param groups belong to positions in the vector. Ranks with the
+same parameters in a different order would clip each by the norm of another, so for these scopes
+names and shapes are compared too, in order. Names are used if all ranks have them; without names,
+parameters of the same shape cannot be distinguished.
 
-What changes later, as a trainer changes `max_norm`, is not looked at: that would cost every step a
-collective.
+Later changes, such as a trainer changing `max_norm`, are not checked, because that would need a
+collective per step.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 COUNTS = "the number of parameters by param group"
 
 LISTED = 8
-"""How many values an error lists, and how many ranks for each."""
+"""How many values an error lists, and how many ranks per value."""
 
 
 Place = tuple[str | None, tuple[int, ...]]
-"""A parameter's name, if it has one, and its shape."""
+"""A parameter's name, if any, and its shape."""
 
 
 def check_agreement(
@@ -43,14 +43,15 @@ def check_agreement(
     """Compares the arguments of a guard over its team. Waits for the other ranks, and for a GPU.
 
     Args:
-        arguments: What all ranks must have alike, as text, `COUNTS` among them; the same names on
-            every rank.
-        places: The parameters that each coefficient of a narrow scope belongs to, by what errors
-            call it; None: there is one coefficient.
+        arguments: Arguments that must be equal on all ranks, as text, including `COUNTS`; the same
+            names on every rank.
+        places: The parameters that each coefficient of a narrow scope belongs to, by their
+            description
+            in errors; None if there is one coefficient.
         team: The ranks that decide together.
 
     Raises:
-        ValueError: On all ranks, naming the arguments that differ and their values by rank.
+        ValueError: On all ranks; lists the arguments that differ and their values by rank.
     """
     hashed = {**arguments, COUNTS: f"{arguments[COUNTS]} {places}"}
     mine = [_hash(value) for value in hashed.values()]
@@ -72,22 +73,22 @@ def check_agreement(
         said = _misplaced([each for _, each in everywhere], ranks)
     if said:
         raise ValueError(
-            "the ranks were given different arguments, and would decide apart: "
+            "the ranks were given different arguments and would make different decisions: "
             f"{'; '.join(said)}. Construct GuardedOptimizer with the same arguments on every rank"
         )
 
 
 def _misplaced(everywhere: Sequence[dict[str, list[Place]]], ranks: Sequence[int]) -> list[str]:
-    """The first place that ranks fill with different parameters, by rank; nothing: there is none.
+    """Describes the first position with different parameters, by rank; empty if there is none.
 
     Args:
-        everywhere: The places of each rank; all have as many.
-        ranks: Their numbers.
+        everywhere: The positions on each rank, equal in number.
+        ranks: The numbers of the ranks.
     """
     listed = [place for places in everywhere for place in chain(*places.values())]
     named = all(name is not None for name, _ in listed)
     for what in everywhere[0]:
-        # In any order within a param group: its coefficient is that of all of them.
+        # Any order within a param group is fine, since its coefficient belongs to all of them.
         held = [sorted(_described(place, named) for place in places[what]) for places in everywhere]
         for column in zip(*held, strict=True):
             if len(set(column)) > 1:
@@ -101,13 +102,13 @@ def _described(place: Place, named: bool) -> str:
 
 
 def _hash(value: str) -> int:
-    """56 bits of it, which int64 holds with either sign."""
-    data = value.encode(errors="backslashreplace")  # a name may be no UTF-8
+    """Returns 56 bits of a hash, which int64 can hold with either sign."""
+    data = value.encode(errors="backslashreplace")  # a name may be invalid UTF-8
     return int.from_bytes(hashlib.sha256(data).digest()[:7], "big")
 
 
 def _by_rank(name: str, values: Sequence[str], ranks: Sequence[int]) -> str:
-    """`max_norm is 1.0 on rank 0, 2.0 on ranks 1, 2`."""
+    """Formats `max_norm is 1.0 on rank 0, 2.0 on ranks 1, 2`."""
     holders: dict[str, list[str]] = {}
     for value, rank in zip(values, ranks, strict=True):
         holders.setdefault(value, []).append(str(rank))

@@ -1,4 +1,4 @@
-"""DTensors: their local parts, which the stages measure, and partial ones made whole."""
+"""Returns local parts of DTensors for the stages to measure, and reduces partial DTensors."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-_local_of = attrgetter("_local_tensor")  # to_local() costs 10 µs a tensor, for autograd
+_local_of = attrgetter("_local_tensor")  # to_local() costs 10 µs per tensor, for autograd
 
 
 def dtensor_types(kinds: Iterable[type]) -> tuple[type, ...]:
-    """Those of some types that are DTensor. Imports nothing: without DTensor there is none."""
+    """Returns the DTensor types among some types. Imports nothing if DTensor is not in use."""
     module = sys.modules.get("torch.distributed.tensor")
     if module is None:
         return ()
@@ -29,7 +29,7 @@ def is_dtensor(t: Any) -> TypeGuard[DTensor]:
 
 
 def local_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """What this rank holds of each tensor, itself or the local part of a DTensor; no copy."""
+    """Returns this rank's part of each tensor, or the tensor itself, without copying."""
     known = dtensor_types(set(map(type, tensors)))
     parts = [_local_of(t) if type(t) in known else t for t in tensors]
     functional = sys.modules.get("torch.distributed._functional_collectives")
@@ -45,12 +45,12 @@ def is_partial(t: Tensor) -> bool:
 
 
 def whole(t: Tensor, like: Tensor | None = None) -> Tensor:
-    """A partial tensor summed up over its ranks: one collective. Others come back as they are.
+    """Reduces a partial tensor over its ranks, with one collective; returns others unchanged.
 
     Args:
         t: Any tensor.
-        like: A DTensor whose placements the result takes if it lies on the same mesh (a gradient
-            takes those of its parameter); else what was partial is replicated.
+        like: A DTensor whose placements the result uses if it is on the same mesh (a gradient uses
+            those of its parameter); otherwise partial dimensions become replicated.
     """
     if not is_partial(t):
         return t
@@ -63,7 +63,7 @@ def whole(t: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 def make_whole_(parameters: Iterable[Tensor]) -> None:
-    """Sums up every partial gradient in its place: one collective each."""
+    """Reduces every partial gradient in place, with one collective each."""
     for p in parameters:
         grad = p.grad
         if grad is not None and is_partial(grad):

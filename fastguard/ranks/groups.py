@@ -1,4 +1,4 @@
-"""What a user may pass as `group=`."""
+"""The values that a user may pass as `group=`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from fastguard.errors.plain_text import shown
 
 @dataclass(frozen=True, slots=True)
 class Replicated:
-    """A process group whose ranks hold the same plain tensors, with the same gradients (DDP).
+    """A process group whose ranks hold the same plain tensors with the same gradients (DDP).
 
-    Norms count every tensor once, losses of all ranks are joined, and all ranks decide the same.
+    Norms count every tensor once, losses of all ranks are combined, and all ranks make the same
+    decision.
 
     Args:
         group: The group, usually `torch.distributed.group.WORLD`.
 
     Raises:
-        TypeError: `group` is no process group.
+        TypeError: `group` is not a process group.
 
     Example:
         >>> import os, torch, torch.distributed as dist, fastguard
@@ -39,54 +40,57 @@ class Replicated:
 
 
 class AsTorch:
-    """In place of None, what `patch_torch` passes: the caller knows torch's functions alone, so
-    nothing is asked of it that it could only answer with a group.
+    """Passed by `patch_torch` instead of None.
+
+    Its callers know only torch's functions, so they cannot be asked to pass a group.
     """
 
 
 AS_TORCH = AsTorch()
 
 Group = ProcessGroup | Replicated | AsTorch | None
-"""None: one process, or the ranks that the meshes of DTensors span. A process group: plain tensors
-are distinct over it (pipeline stages, experts). `Replicated`: plain tensors are the same on all its
-ranks."""
+"""None: one process, or the ranks spanned by the meshes of DTensors. A process group: its ranks
+hold different plain tensors (pipeline stages, experts). `Replicated`: its ranks hold the same plain
+tensors."""
 
 
 def check_group(group: object) -> None:
-    """Raises a TypeError for what is no `Group`."""
+    """Raises a TypeError for values that are not a `Group`."""
     if group is not None and not isinstance(group, (Replicated, AsTorch)):
         _need_process_group(group)
 
 
 def check_same_tensors(group: Group, what: str) -> None:
-    """Raises a ValueError where a coefficient of one tensor has no meaning over the group."""
+    """Raises a ValueError if a per-tensor coefficient has no meaning over the group."""
     if isinstance(group, ProcessGroup):
         raise ValueError(
-            f"{what} asks for a number of each tensor, but the ranks of a plain group hold "
-            "different tensors; ask for one of all of them, or leave group out"
+            f"{what} needs one number per tensor, but the ranks of a plain group hold "
+            "different tensors; use one number for all tensors, or pass no group"
         )
 
 
 def process_group_of(group: Group) -> ProcessGroup | None:
-    """The process group that a user means; None without one."""
+    """Returns the process group that a user means; None if there is none."""
     if isinstance(group, Replicated):
         return group.group
     return None if isinstance(group, AsTorch) else group
 
 
 def several_ranks() -> bool:
-    """Whether this process is one of several that talk to each other."""
+    """Whether this process is one of several ranks."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def refuse_several_ranks() -> None:
-    """Raises a ValueError where a rank would decide alone by a loss that others do not know."""
+    """Raises a ValueError if a rank would decide alone by a loss unknown to the others."""
     if several_ranks():
         raise ValueError(
-            "a loss is given on one of several ranks, which would decide apart from the others; "
-            "pass group=fastguard.Replicated(torch.distributed.group.WORLD) to the guard if all "
+            "a loss was given on one of several ranks, which would then decide differently from "
+            "the "
+            "others; pass group=fastguard.Replicated(torch.distributed.group.WORLD) to the guard "
+            "if all "
             "ranks hold the same parameters (DDP), group=the_process_group if they hold different "
-            "ones, or no loss"
+            "ones, or do not pass a loss"
         )
 
 
@@ -97,7 +101,7 @@ def _need_process_group(group: object) -> None:
         return
     remedy = "pass a torch.distributed.ProcessGroup, or fastguard.Replicated(one)"
     if isinstance(group, dist.device_mesh.DeviceMesh):
-        remedy = "pass mesh.get_group() of the dimension meant"
+        remedy = "pass mesh.get_group() of the intended dimension"
     elif group is dist.GroupMember.NON_GROUP_MEMBER:
-        remedy = "this rank is no member of it; pass a group that this rank belongs to"
-    raise TypeError(f"group={shown(group)} is no process group; {remedy}")
+        remedy = "this rank is not a member of it; pass a group that this rank belongs to"
+    raise TypeError(f"group={shown(group)} is not a process group; {remedy}")

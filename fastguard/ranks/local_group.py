@@ -1,10 +1,10 @@
-"""A process group that its own members make: no other rank of the world takes part, or knows.
+"""Creates a process group by its members alone, without the other ranks of the world.
 
 `torch.distributed.new_group(..., use_local_synchronization=True)` almost does this, but
 
-    its name    is a hash of the ranks and of how many groups this process has. Members that have
-                other numbers of groups (the embedding group of the first and the last stage, say)
-                would wait for each other under different names, until the timeout.
+    its name    is a hash of the ranks and of how many groups this process has. Members with
+                different numbers of groups (the embedding group of the first and the last stage,
+                say) would wait for each other under different names, until the timeout.
     its start   splits the communicator of the default group if that is bound to a device
                 (`init_process_group(device_id=...)`), for which NCCL waits for the whole world.
 """
@@ -19,18 +19,18 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 _made: dict[tuple[int, ...], ProcessGroup] = {}
-_made_in: ProcessGroup | None = None  # the default group of that time
+_made_in: ProcessGroup | None = None  # the default group at that time
 
 
 def local_group(ranks: tuple[int, ...]) -> ProcessGroup:
-    """The group of some ranks, of which this is one; the same object each time.
+    """Returns the group of some ranks, including this one; the same object each time.
 
-    Each of them must call; only the first call waits for the others.
+    Every member must call it; only the first call waits for the others.
     """
     global _made_in
     world = dist.group.WORLD
     assert world is not None
-    if _made_in is not world:  # the groups before it are gone
+    if _made_in is not world:  # earlier groups no longer exist
         _made.clear()
         _made_in = world
     if ranks not in _made:
@@ -43,7 +43,7 @@ def local_group(ranks: tuple[int, ...]) -> ProcessGroup:
 
 @contextmanager
 def _named_by_ranks(wanted: tuple[int, ...]) -> Iterator[None]:
-    """Groups over these ranks get a name that follows from the ranks alone."""
+    """Names groups over these ranks by the ranks alone."""
     c10d = dist.distributed_c10d
     theirs = c10d._process_group_name
     ours = "fastguard_" + hashlib.sha256(repr(wanted).encode()).hexdigest()[:32]
@@ -61,7 +61,7 @@ def _named_by_ranks(wanted: tuple[int, ...]) -> Iterator[None]:
 
 @contextmanager
 def _unbound(world: ProcessGroup) -> Iterator[None]:
-    """The default group is bound to no device."""
+    """Unbinds the default group from its device."""
     bound, world.bound_device_id = world.bound_device_id, None
     try:
         yield

@@ -1,7 +1,7 @@
-"""`Peers`: the processes of a run that do the same thing, or none of them does.
+"""`Peers`: ranks that perform an operation together, or all fail.
 
-What is exchanged here are verdicts and entries of a manifest, a few hundred bytes at a save or a
-rollback; nothing of it lies on the road of a step. One process alone exchanges nothing.
+Only verdicts and manifest entries are exchanged, a few hundred bytes per save or rollback, never
+during a step. A single process exchanges nothing.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ T = TypeVar("T")
 
 
 class Peers:
-    """The ranks of a process group, or one process alone.
+    """The ranks of a process group, or a single process.
 
     Args:
-        group: The group; None: this process alone.
+        group: The group; None: this process only.
 
     Raises:
-        TypeError: It is no process group.
+        TypeError: It is not a process group.
     """
 
     def __init__(self, group: ProcessGroup | None = None) -> None:
@@ -42,11 +42,11 @@ class Peers:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the rank that writes what there is only one of."""
+        """Whether this rank writes data that exists only once."""
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """The values of all ranks, by rank. Each rank calls it, with something that pickles."""
+        """Returns the values of all ranks, by rank. Every rank calls it, with a picklable value."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
@@ -54,7 +54,7 @@ class Peers:
         return found
 
     def together(self, work: Callable[[], T]) -> T:
-        """Does something on every rank; if it fails on any, that error is raised on all."""
+        """Runs `work` on every rank; if it fails on any rank, all ranks raise that error."""
         if self.size == 1:
             return work()
         result, error = _attempt(work)
@@ -63,7 +63,7 @@ class Peers:
         return result  # type: ignore[return-value]
 
     def first(self, work: Callable[[], T]) -> T:
-        """What rank 0 gets from `work()`, on every rank; its error too."""
+        """Runs `work` on rank 0 and returns its result, or raises its error, on every rank."""
         if self.size == 1:
             return work()
         outcome = [_attempt(work) if self.is_first else (None, None)]
@@ -85,12 +85,12 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
 
 
 def _that_travels(error: Exception) -> Exception:
-    """The error, or if it does not pickle, one that says the same."""
+    """Returns the error, or an equivalent one if it cannot be pickled."""
     try:
         again = pickle.loads(pickle.dumps(error))
         if str(again) == str(error):
             return error
-    except Exception:  # whatever a foreign class does when it is pickled
+    except Exception:  # pickling a foreign class may raise anything
         pass
     return RuntimeError(f"{type(error).__name__}: {error}")
 

@@ -1,13 +1,13 @@
-"""Losses by name when not every rank gives every loss.
+"""Assigns positions to named losses when not every rank computes every loss.
 
-The ranks exchange one vector of fixed layout, so a loss must have the same place in it everywhere,
-also where nobody has heard of it: only the last pipeline stage knows the loss, and a batch may lack
-a part. The store that every process group has keeps the list of names; a rank that meets a new one
-appends it there. No collective, no rank waits for another, and a known name costs a lookup.
+The ranks exchange a vector of fixed layout, so a loss needs the same position on every rank, even
+where it is unknown: only the last pipeline stage knows the loss, and a batch may lack a part. The
+list of names is kept in the store that every process group has; a rank with a new name appends it
+there. This takes no collective and no waiting, and a known name costs one lookup.
 
 The layout cannot grow: the other ranks would have to know before they send, and on a GPU the host
-would have to wait to hear of it. So a name that comes when all places are taken shares the last one
-with its like, on every rank, and no rank is left waiting by an error of another.
+would have to wait for that. So when all positions are taken, further names share the last one on
+every rank, and no rank is left waiting because another one raised.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from torch.distributed import ProcessGroup
 from fastguard.errors.plain_text import printable
 
 PLACES = 12
-"""Places for losses in the vector: with them, and one segment, it has 248 bytes."""
+"""Positions for losses in the vector; with one segment, the vector has 248 bytes."""
 
 OWN = PLACES - 1
-"""How many losses have a place of their own; the last place is for all others together."""
+"""Number of losses with their own position; the last position is for all others together."""
 
 OTHERS = "other losses"
-"""What the last place is called in records."""
+"""Name of the last position in records."""
 
 log = logging.getLogger("fastguard")
 
@@ -39,7 +39,7 @@ _of_group: weakref.WeakKeyDictionary[ProcessGroup, LossNames] = weakref.WeakKeyD
 
 
 class LossNames(Sequence[str]):
-    """The names of the losses of a process group, in the order of their places.
+    """The names of a process group's losses, in the order of their positions.
 
     Args:
         store: The store of the group.
@@ -52,27 +52,28 @@ class LossNames(Sequence[str]):
 
     @staticmethod
     def of(group: ProcessGroup) -> LossNames:
-        """The names of a group, the same object each time."""
+        """Returns the names of a group, the same object each time."""
         if group not in _of_group:
             _of_group[group] = LossNames(_store_of(group))
         return _of_group[group]
 
     def reserve(self, names: Sequence[str]) -> None:
-        """Gives losses that rules judge places of their own.
+        """Reserves positions for losses that rules judge.
 
         Raises:
-            ValueError: There are none left: a rule cannot judge several losses together.
+            ValueError: No positions are left: a rule cannot judge several losses together.
         """
         late = [name for name, place in zip(names, self.places(names), strict=True) if place == OWN]
         if late:
             raise ValueError(
-                f"a rule judges loss {late[0]!r}, which is one too many: several ranks join {OWN} "
-                f"losses by name, and have {', '.join(map(printable, self._names))}; drop a "
-                "rule, or give sums of parts as one loss"
+                f"no position is left for the rule on loss {late[0]!r}: several ranks combine "
+                f"{OWN} "
+                f"losses by name, and have {', '.join(map(printable, self._names))}; remove a "
+                "rule, or pass sums of parts as one loss"
             )
 
     def places(self, names: Sequence[str]) -> list[int]:
-        """The place of each name: a new one gets the next free place, or the last if none is."""
+        """Returns the position of each name: for a new name the next free one, else the last."""
         for name in names:
             if name not in self._names and name != OTHERS:
                 self._enter(name)
@@ -82,24 +83,26 @@ class LossNames(Sequence[str]):
         return PLACES
 
     def __iter__(self) -> Iterator[str]:
-        """The name of every place as far as this rank knows it, else an empty one."""
+        """Yields the name of every position as far as this rank knows; else an empty string."""
         return itertools.chain(self._names, [""] * (OWN - len(self._names)), [OTHERS])
 
     def __getitem__(self, place):  # type: ignore[override]
-        """The name of a place, asking the store for what other ranks have added."""
+        """Returns the name of a position, after asking the store for names from other ranks."""
         if isinstance(place, int) and len(self._names) <= place < OWN:
             self._names = self._stored()
         return [*self][place]
 
     def _enter(self, name: str) -> None:
-        if len(self._names) < OWN:  # a full list is for good: the store need not be asked again
+        if len(self._names) < OWN:  # a full list never changes, so the store is not asked again
             self._append(name)
         if name not in self._names and not self._warned:
             self._warned = True
             log.warning(
-                "loss %r is one too many: several ranks join %d losses by name, and have %s. With "
-                "all further ones it counts as %r: their sum, which NaN on any rank makes NaN; "
-                "give sums of parts to have names for them",
+                "no position is left for loss %r: several ranks combine %d losses by name, and "
+                "have %s. It "
+                "and all further ones are recorded as %r: their sum, which is NaN if any is NaN on "
+                "any rank; "
+                "pass sums of parts to record them by name",
                 name,
                 OWN,
                 ", ".join(self._names),
@@ -109,7 +112,7 @@ class LossNames(Sequence[str]):
     def _append(self, name: str) -> None:
         names = self._stored()
         while name not in names and len(names) < OWN:
-            # Another rank may have been faster: then its list comes back.
+            # If another rank was faster, its list comes back.
             names = self._compare_set(json.dumps(names), json.dumps([*names, name]))
         self._names = names
 
@@ -117,13 +120,15 @@ class LossNames(Sequence[str]):
         return self._compare_set("", "[]")  # "": the key does not exist yet
 
     def _compare_set(self, expected: str, desired: str) -> list[str]:
-        """The list in the store, `desired` if it was `expected` before."""
+        """Sets the stored list to `desired` if it equals `expected`; returns the stored list."""
         return json.loads(self._store.compare_set(_KEY, expected, desired))
 
 
 def _store_of(group: ProcessGroup) -> dist.Store:
-    """The store of a group. One of the fake backend has no other ranks, and may have a store that
-    keeps nothing: its names stay in this process.
+    """Returns the store of a group.
+
+    The fake backend has no other ranks, and its store may keep nothing, so names stay in this
+    process.
     """
     if dist.get_backend(group) == "fake":
         return dist.HashStore()

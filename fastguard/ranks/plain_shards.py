@@ -1,14 +1,15 @@
-"""Shards that look like any other tensor: a rank that holds some must not decide alone.
+"""Detects shards stored in plain tensors: a rank that holds some must not decide alone.
 
-A DTensor says where its elements lie. FSDP1 and DeepSpeed keep shards in plain tensors; each rank
-would clip by the norm of its own shards, and skip a step that the others take. What marks them:
+A DTensor knows where its elements are. FSDP1 and DeepSpeed keep shards in plain tensors; without a
+group, each rank would clip by the norm of its own shards, and skip steps that others take. Shards
+are recognised by:
 
     FSDP1                     `_fsdp_flattened` on flat parameters and on the original ones
     DeepSpeed, stage 3        `ds_id` on parameters and on their float32 partitions
-    DeepSpeed, stages 1, 2    nothing, but the optimizer was made with parameters that carry
+    DeepSpeed, stages 1, 2    no mark, but the optimizer was created with parameters that have
                               `_hp_mapping`, and holds fewer elements now
 
-`ZeroRedundancyOptimizer` has whole gradients on each rank, but each rank updates a part of the
+`ZeroRedundancyOptimizer` has whole gradients on each rank, but each rank updates only a part of the
 parameters: a step must be taken by all ranks or by none.
 """
 
@@ -36,17 +37,18 @@ def check_plain_shards(
 ) -> None:
     """Refuses shards in plain tensors without a group of the ranks that hold them.
 
-    Through `patch_torch`, where a trainer may join the norms of shards itself, it warns once.
+    Through `patch_torch`, where a trainer may combine the norms of shards itself, it warns once.
 
     Args:
-        tensors: What is to be guarded or measured.
+        tensors: The tensors to guard or measure.
         group: See `Group`.
-        replaced: Parameters whose place `tensors` have taken; None: a function asks at every step,
-            and a list that had no shards is not looked through again.
-        instead: What to do where no group can be passed.
+        replaced: Parameters that `tensors` have replaced. None: called from a function at every
+            step; a
+            list without shards is not searched again.
+        instead: What to do if no group can be passed. Default: None.
 
     Raises:
-        ValueError: Naming what to pass.
+        ValueError: Shards were found; the message says what to pass.
     """
     if isinstance(group, ProcessGroup) or not several_ranks():
         return
@@ -69,49 +71,50 @@ def check_plain_shards(
     if instead is not None:
         remedy = instead
     elif kind == FSDP1:
-        # With HYBRID_SHARD all ranks together hold each element once per replica.
+        # With HYBRID_SHARD, all ranks together hold each element once per replica.
         remedy = (
             "pass group=torch.distributed.group.WORLD, with HYBRID_SHARD the process group that "
             "shards one replica, with NO_SHARD fastguard.Replicated(torch.distributed.group.WORLD)"
         )
     raise ValueError(
         f"the parameters are shards of {kind} in plain tensors, so each rank would clip and skip "
-        f"by its own shards alone; {remedy}"
+        f"by its own shards only; {remedy}"
     )
 
 
 def check_sharded_optimizer(optimizer: object, group: Group) -> None:
-    """Refuses a `ZeroRedundancyOptimizer` of several ranks without `Replicated`.
+    """Refuses a `ZeroRedundancyOptimizer` on several ranks without `Replicated`.
 
     Raises:
-        ValueError: Naming what to pass.
+        ValueError: The message says what to pass.
     """
     sharded = any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__)
     if sharded and several_ranks() and not isinstance(group, Replicated):
         raise ValueError(
-            "ZeroRedundancyOptimizer updates other parameters on each rank, from gradients that "
+            "ZeroRedundancyOptimizer updates different parameters on each rank, from gradients "
+            "that "
             "all ranks hold, so all of them must decide together; pass "
             "group=fastguard.Replicated(torch.distributed.group.WORLD)"
         )
 
 
 _cleared = WeakIdKeyDictionary()
-"""The first tensor of lists without shards, and how many they had."""
+"""The first tensor of each list without shards, and the length of the list."""
 
 
 def is_managed(p: Tensor) -> bool:
-    """Whether FSDP1 or DeepSpeed (stage 3) decides where the memory of a parameter is."""
+    """Whether FSDP1 or DeepSpeed (stage 3) manages the memory of a parameter."""
     marks = getattr(p, "__dict__", {})
     return "_fsdp_flattened" in marks or "ds_id" in marks
 
 
 def _is_cleared(tensors: Sequence[Tensor]) -> bool:
-    """Whether a list was looked through before: the functions are called with it at every step."""
+    """Whether a list was searched before, since functions receive it at every step."""
     return not tensors or _cleared.get(tensors[0]) == len(tensors)
 
 
 def _kind(tensors: Sequence[Tensor], replaced: Sequence[Tensor]) -> str | None:
-    """What sharded these tensors; None: nothing is known of it."""
+    """Returns what sharded these tensors; None if unknown."""
     marks = [getattr(t, "__dict__", {}) for t in tensors]
     flattened = [t for t, marks_ in zip(tensors, marks, strict=True) if "_fsdp_flattened" in marks_]
     if flattened and _are_flat_shards(flattened):
@@ -126,14 +129,14 @@ def _kind(tensors: Sequence[Tensor], replaced: Sequence[Tensor]) -> str | None:
 
 
 def _are_flat_shards(flattened: Sequence[Tensor]) -> bool:
-    """Whether FSDP1 has cut these up: with NO_SHARD it flattens them only."""
+    """Whether FSDP1 has split these tensors; with NO_SHARD it only flattens them."""
     whole = [getattr(t, "_unpadded_unsharded_size", None) for t in flattened]
     if any(size is not None for size in whole):  # flat parameters
         return any(
             size is not None and t.numel() < size.numel()
             for t, size in zip(flattened, whole, strict=True)
         )
-    # Original parameters: a shard is a stretch of the flat one, or empty, whatever shape it had.
+    # Original parameters: a shard is a range of the flat one, or empty, whatever shape it had.
     return any(not t.numel() for t in flattened) or all(t.dim() == 1 for t in flattened)
 
 
@@ -144,7 +147,8 @@ def _warn_of_local_norm(kind: str) -> None:
     if kind not in _warned:
         _warned.add(kind)
         log.warning(
-            "torch.nn.utils was given shards of %s in plain tensors: as in torch, the norm is that "
-            "of the shards of this rank",
+            "torch.nn.utils was given shards of %s in plain tensors; as in torch, the norm covers "
+            "only "
+            "the shards of this rank",
             kind,
         )

@@ -1,10 +1,10 @@
-"""The ranks that the meshes of some tensors span together, and one process group over them.
+"""Finds the ranks that the meshes of some tensors span together, and one process group over them.
 
-A mesh holds the ranks of one slice of its root: `root["dp"]` on rank 0 of a root of pipeline stages
-is the first stage alone. The ranks that exchange numbers are those that such slices connect: all
-ranks in the same slice as this one, all in the same slice as one of these, and so on. Every rank
-among them finds the same set, because the slices of one kind part the whole root; a rank outside of
-it (another pipeline stage) is neither needed nor waited for.
+A mesh holds the ranks of one slice of its root: with a root of pipeline stages, `root["dp"]` on
+rank 0 is the first stage only. The ranks that exchange numbers are those connected by such slices:
+all ranks in the same slice as this one, all in the same slice as one of these, and so on. Every
+rank among them finds the same set, because the slices of one kind partition the whole root. A rank
+outside it (another pipeline stage) is neither needed nor waited for.
 
     root (pp=2, dp=2, tp=2); tensors on root["dp"] and root["tp"]    the 4 ranks of a stage
     the same tensors, group=root["pp"].get_group()                   all 8 ranks
@@ -35,9 +35,10 @@ class Span:
 
     Attributes:
         ranks: Their global numbers, in order.
-        group: A process group of them; None if this rank is none of them, or there is no other.
-        n_root: How many ranks the root meshes have; 0 without a mesh.
-        n_outside: How many of these are not among `ranks`.
+        group: A process group over them; None if this rank is not one of them, or there is no
+            other.
+        n_root: Number of ranks in the root meshes; 0 without a mesh.
+        n_outside: How many of those are not among `ranks`.
     """
 
     ranks: tuple[int, ...]
@@ -47,16 +48,17 @@ class Span:
 
 
 def span_of(meshes: Sequence[DeviceMesh], own: ProcessGroup | None) -> Span:
-    """The span of meshes and of a group; the same object for the same ones.
+    """Returns the span of meshes and a group; the same object for the same arguments.
 
-    The first call with these meshes may make a process group, which only its own members join.
+    The first call with these meshes may create a process group, which only its members join.
 
     Args:
-        meshes: The different meshes of the tensors of this rank.
-        own: The process group that the user gave.
+        meshes: The distinct meshes of this rank's tensors.
+        own: The process group that the user gave, or None.
 
     Raises:
-        ValueError: They overlap, and no root mesh contains them all: every rank would find other
+        ValueError: They overlap and no root mesh contains them all, so each rank would find
+            different
             peers.
     """
     # By identity: equal meshes of two roots, or of two runs in one process, span different ranks.
@@ -64,20 +66,21 @@ def span_of(meshes: Sequence[DeviceMesh], own: ProcessGroup | None) -> Span:
     key = tuple(map(id, parts))
     known = _spans.get(key)
     if known is None:
-        known = _spans[key] = (parts, _found(meshes, own))  # the parts keep their ids
+        # keeping the parts alive keeps their ids unique
+        known = _spans[key] = (parts, _found(meshes, own))
         while len(_spans) > KEPT:
             _spans.popitem(last=False)
     return known[1]
 
 
 def ranks_of(mesh: DeviceMesh) -> list[int]:
-    """The global ranks of a mesh, row by row."""
-    with _disable_current_modes():  # numbers, also where tensors are fake
+    """Returns the global ranks of a mesh, row by row."""
+    with _disable_current_modes():  # read real numbers even if tensors are fake
         return mesh.mesh.flatten().tolist()
 
 
 KEPT = 64
-"""How many spans are remembered: a model has one or two."""
+"""Number of spans to remember; a model has one or two."""
 
 _spans: OrderedDict[tuple[int, ...], tuple[tuple[Any, ...], Span]] = OrderedDict()
 
@@ -87,7 +90,7 @@ def _found(meshes: Sequence[DeviceMesh], own: ProcessGroup | None) -> Span:
     own_ranks = [] if own is None else dist.get_process_group_ranks(own)
     _check_nested([*roots.values(), own_ranks])
     slices = [Slices(ranks_of(mesh), roots[id(root_mesh_of(mesh))]) for mesh in meshes]
-    # A group such as mesh["pp"].get_group() is one slice too, of whichever root has all its ranks.
+    # A group such as mesh["pp"].get_group() is also one slice, of the root that has all its ranks.
     home = next((r for r in roots.values() if set(own_ranks) <= set(r)), own_ranks)
     slices.append(Slices(own_ranks, home))
     ranks = tuple(sorted(_connected(slices)))
@@ -97,11 +100,12 @@ def _found(meshes: Sequence[DeviceMesh], own: ProcessGroup | None) -> Span:
 
 
 class Slices:
-    """All slices of one kind of a root: those that differ from a given one only by where they lie.
+    """All slices of one kind in a root: they differ from a given slice only by position.
 
-    In the order of the root, the places of a slice are `start + sum of k_i * stride_i` with
-    `0 <= k_i < n_i`, and the others have other starts. Ranks that no such grid describes are the
-    only slice of their kind.
+    In root order, the positions in a slice are `start + sum of k_i * stride_i` with `0 <= k_i <
+    n_i`;
+    other slices have other starts. Ranks that do not form such a grid are the only slice of their
+    kind.
 
     Args:
         ranks: One slice.
@@ -119,17 +123,17 @@ class Slices:
             self._digits = None
 
     def start_of(self, rank: int) -> int | None:
-        """Which slice a rank lies in, by its first place; None if it lies in none."""
+        """Returns the first position of the slice that contains a rank; None if there is none."""
         if self._digits is None:
             return 0 if rank in self.first else None
         place = self._place.get(rank)
         return None if place is None else self._start(place)
 
     def at(self, start: int) -> Sequence[int]:
-        """The ranks of a slice."""
+        """Returns the ranks of a slice."""
         if self._digits is None:
             return self.first
-        # A root may end within a slice if the ranks are a list that no mesh is cut into.
+        # A root may end within a slice if the ranks are a list that no mesh is divided into.
         ends = (start + offset for offset in self._offsets)
         return [self._root[place] for place in ends if place < len(self._root)]
 
@@ -139,9 +143,9 @@ class Slices:
 
 
 def _digits(offsets: Sequence[int]) -> list[tuple[int, int]] | None:
-    """The `(stride, n)` of a regular grid that begins at 0; None if it is none."""
+    """Returns the `(stride, n)` pairs of a regular grid that starts at 0; None if irregular."""
     digits: list[tuple[int, int]] = []
-    block = 1  # how many offsets the digits so far describe
+    block = 1  # number of offsets described by the digits so far
     while block < len(offsets):
         stride = offsets[block]
         n = 1
@@ -156,8 +160,8 @@ def _digits(offsets: Sequence[int]) -> list[tuple[int, int]] | None:
 
 
 def _connected(slices: Sequence[Slices]) -> set[int]:
-    """All ranks that slices connect with one another."""
-    # With all of the first ones: a rank may hold tensors of a mesh that it is no member of.
+    """Returns all ranks that slices connect with one another."""
+    # Start with all first slices: a rank may hold tensors of a mesh it does not belong to.
     found = set().union(*(s.first for s in slices))
     waiting = list(found)
     done: set[tuple[int, int]] = set()
@@ -175,14 +179,14 @@ def _connected(slices: Sequence[Slices]) -> set[int]:
 
 
 def _check_nested(sets: Iterable[Sequence[int]]) -> None:
-    """Raises a ValueError for two sets of ranks that overlap, and neither contains the other."""
+    """Raises a ValueError if two sets of ranks overlap and neither contains the other."""
     known: list[set[int]] = []
     for ranks in map(set, sets):
         for other in known:
             if ranks & other and not (ranks <= other or other <= ranks):
                 raise ValueError(
-                    f"the tensors lie on ranks {sorted(other)} and on ranks {sorted(ranks)}, and "
-                    "no group contains both; pass group= of all ranks that shall decide together"
+                    f"the tensors are on ranks {sorted(other)} and on ranks {sorted(ranks)}, and "
+                    "no group contains both; pass group= with all ranks that must decide together"
                 )
         known.append(ranks)
 
@@ -190,7 +194,7 @@ def _check_nested(sets: Iterable[Sequence[int]]) -> None:
 def _group_over(
     ranks: tuple[int, ...], meshes: Sequence[DeviceMesh], own: ProcessGroup | None
 ) -> ProcessGroup | None:
-    """A group of these ranks: one that is there already, else a new one."""
+    """Returns a group over these ranks, an existing one if possible."""
     me, world = dist.get_rank(), dist.group.WORLD
     if len(ranks) < 2 or me not in ranks:
         return None
@@ -199,7 +203,7 @@ def _group_over(
         if group is not None and _is_over(group, ranks):
             return group
     there = [group for mesh in meshes if me in ranks_of(mesh) for group in _groups_of(mesh)]
-    # By name, because the order of their tensors need not be the same on all ranks.
+    # Ordered by name, because the order of their tensors may differ between ranks.
     found = [group for group in there if _is_over(group, ranks) and not _is_fake(group, world)]
     if found:
         return min(found, key=lambda group: group.group_name)
@@ -207,10 +211,10 @@ def _group_over(
 
 
 def _groups_of(mesh: DeviceMesh) -> list[ProcessGroup]:
-    """The groups of the dimensions of a mesh that this rank is in."""
+    """Returns the groups of a mesh's dimensions that include this rank."""
     try:
         return [mesh.get_group(i) for i in range(mesh.ndim)]
-    except RuntimeError:  # made without groups, or for a default group that was destroyed since
+    except RuntimeError:  # created without groups, or for a default group destroyed since
         return []
 
 
@@ -219,5 +223,5 @@ def _is_over(group: ProcessGroup, ranks: tuple[int, ...]) -> bool:
 
 
 def _is_fake(group: ProcessGroup, world: ProcessGroup) -> bool:
-    """Whether a group exchanges nothing, as trainers make them for dimensions without tensors."""
+    """Whether a group exchanges nothing, as trainers create for dimensions without tensors."""
     return dist.get_backend(group) == "fake" != dist.get_backend(world)

@@ -1,14 +1,14 @@
-"""The ranks that take one decision, and how much each tensor of this rank counts in their sums.
+"""The ranks that decide together, and the weight of each local tensor in their sums.
 
     norm^p = sum over the ranks of the team of   sum over its local elements of |g|^p / copies(g)
 
-`copies(g)` is the number of ranks of the team that hold the same elements: n / shards for a DTensor
-with that many shards (its placements say so) among n ranks, n for a plain tensor beside DTensors or
-in a `Replicated` group, 1 for a plain tensor of a plain group. So every element of the model counts
-once, however it is spread, and ranks with an empty shard or no tensor at all simply add nothing.
+`copies(g)` is the number of ranks in the team that hold the same elements: n / shards for a DTensor
+with that many shards (given by its placements) among n ranks, n for a plain tensor beside DTensors
+or in a `Replicated` group, 1 for a plain tensor in a plain group. So every element of the model
+counts once, however it is distributed; ranks with an empty shard or no tensors add nothing.
 
-Tensors of the same weight form a class; each class is a segment of its own while measuring, so that
-the stages need not know of weights.
+Tensors with the same weight form a class. Each class is measured as its own segment, so the stages
+need no knowledge of weights.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class Sharing:
     """How the sums of this rank enter those of its team.
 
     Attributes:
-        team: Who exchanges them.
-        weights: Of each class, `1 / copies`.
-        classes: Of each tensor, its class; None if there is one.
-        partial: Whether a tensor has yet to be made whole.
+        team: The ranks that exchange them.
+        weights: `1 / copies` of each class.
+        classes: The class of each tensor; None if there is only one class.
+        partial: Whether a tensor still has to be reduced.
     """
 
     team: Team
@@ -53,7 +53,7 @@ class Sharing:
     partial: bool = False
 
     def refined(self, segments: Sequence[int] | None, n_segments: int) -> Sequence[int] | None:
-        """The segments to measure: those of class c are `c * n_segments + segment`."""
+        """Returns the segments to measure: those of class c are `c * n_segments + segment`."""
         if self.classes is None:
             return segments
         if segments is None:
@@ -62,10 +62,10 @@ class Sharing:
 
 
 class Team:
-    """The ranks that take one decision together.
+    """The ranks that decide together.
 
     Args:
-        span: These ranks, of which this is one.
+        span: These ranks, including this one.
         group: See `Group`.
     """
 
@@ -84,11 +84,12 @@ class Team:
 
     @cached_property
     def loss_names(self) -> LossNames:
-        """The places of losses in the vector that the ranks exchange."""
+        """The positions of losses in the vector that the ranks exchange."""
         return LossNames.of(self.group)
 
     def device_for(self, device: torch.device) -> torch.device:
-        """Where the vector must lie to travel: with the gradients, if the backend serves that."""
+        """Returns the device of the vector to send: that of the gradients, if the backend supports
+        it."""
         served = [d.type for d in self.group._device_types]
         if not served or device.type in served:
             return device
@@ -96,12 +97,13 @@ class Team:
 
     @cached_property
     def meets_on_host(self) -> bool:
-        """Whether the vector of every rank lies on a CPU, where reading it waits for nothing."""
+        """Whether every rank's vector is on a CPU, where reading it needs no sync."""
         served = {d.type for d in self.group._device_types} - {"cpu"}
         return not (served and torch.accelerator.is_available())
 
     def sharing(self, tensors: Sequence[Tensor]) -> Sharing:
-        """The weights of tensors, one entry each; kept while they lie where they lay before."""
+        """Returns the weights of tensors, one per tensor; cached while their placement is
+        unchanged."""
         specs = [None] if self._all_plain else list(map(_spec_of, tensors))
         known = self._specs
         if self._sharing is None or len(specs) != len(known) or not all(map(is_, specs, known)):
@@ -109,9 +111,9 @@ class Team:
         return self._sharing
 
     def sharing_of_gradients(self, parameters: Sequence[Tensor]) -> Sharing:
-        """The weights of gradients; partial ones are made whole first, one collective each.
+        """Returns the weights of gradients; reduces partial ones first, with one collective each.
 
-        A parameter without a gradient stands for itself.
+        A parameter without a gradient is used itself.
         """
         sharing = self.sharing([p if p.grad is None else p.grad for p in parameters])
         if sharing.partial:
@@ -129,7 +131,7 @@ class Team:
         return Sharing(self, weights, [index[weight] for weight in of_spec], partial)
 
     def _weight(self, spec: Any) -> float:
-        """1 / copies of a DTensor with this spec; None: of a plain tensor."""
+        """Returns 1 / copies of a DTensor with this spec; None: a plain tensor."""
         if spec is None:
             return (len(self._own_ranks) if self.distinct else 1) / self.size
         key = (id(spec.mesh), spec.placements)
@@ -137,7 +139,7 @@ class Team:
             shards = 1
             for size, placement in zip(spec.mesh.shape, spec.placements, strict=True):
                 shards *= size if _is_sharded(placement) else 1
-            if self.distinct:  # over the group, every mesh holds other elements
+            if self.distinct:  # over the group, every mesh holds different elements
                 inside = set(self._own_ranks).intersection(ranks_of(spec.mesh))
                 shards *= len(self._own_ranks) / max(1, len(inside))
             self._weights[key] = shards / self.size
@@ -145,14 +147,14 @@ class Team:
 
 
 def team_of(tensors: Sequence[Tensor], group: Group) -> Team | None:
-    """The team of a rank; None if it decides alone.
+    """Returns the team of a rank; None if it decides alone.
 
     Args:
         tensors: The parameters of this rank, or other tensors to measure.
         group: See `Group`.
 
     Raises:
-        TypeError: `group` is no `Group`.
+        TypeError: `group` is not a `Group`.
         ValueError: See `span_of`.
     """
     check_group(group)
@@ -165,7 +167,7 @@ def team_of(tensors: Sequence[Tensor], group: Group) -> Team | None:
 
 
 def meshes_of(tensors: Sequence[Tensor]) -> list[DeviceMesh]:
-    """The different meshes of DTensors, in order of first appearance."""
+    """Returns the distinct meshes of DTensors, in order of first appearance."""
     known = dtensor_types(set(map(type, tensors)))
     if not known:
         return []
@@ -178,7 +180,7 @@ def _spec_of(t: Tensor) -> Any:
 
 
 def _is_sharded(placement: Any) -> bool:
-    # Not is_shard(): that is False for the strided shards of FSDP over tensor parallelism.
+    # Not is_shard(), which is False for the strided shards of FSDP over tensor parallelism.
     return not (placement.is_replicate() or placement.is_partial())
 
 
@@ -186,13 +188,14 @@ _warned_of: set[tuple[int, ...]] = set()
 
 
 def _warn_of_larger_root(span: Span) -> None:
-    """Once: ranks of the root that hold other parameters are not heard."""
+    """Warns once that some ranks of the root, which hold other parameters, are not included."""
     if not span.n_outside or span.ranks in _warned_of:
         return
     _warned_of.add(span.ranks)
     log.warning(
-        "the meshes of the parameters span %s of the %d ranks of their root mesh, and the norm and "
-        "the decision are those of these ranks. If the others hold other parts of the model "
+        "the meshes of the parameters span %s of the %d ranks of their root mesh, and only these "
+        "ranks "
+        "share the norm and the decision. If the others hold other parts of the model "
         "(pipeline stages), pass their group=, such as mesh['pp'].get_group()",
         len(span.ranks),
         span.n_root,

@@ -1,1 +1,1 @@
-"""Going back: snapshots, rollback, and a lowered learning rate."""
+"""Recovery: snapshots, rollback, and a lowered learning rate."""

@@ -1,4 +1,4 @@
-"""One hyper-parameter of all param groups: what the schedule wants, and what the groups hold."""
+"""Tracks one hyper-parameter of all param groups: its scheduled and its actual values."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Group = dict[str, Any]
 
 
 class Setting(NamedTuple):
-    """How a hyper-parameter is read from a param group and written into it.
+    """How to read and write a hyper-parameter of a param group.
 
     Attributes:
-        read: Its value as a number; None if the group has none.
-        write: Puts a value there; returns what the group holds now, which rounding may change.
+        read: Returns its value as a number; None if the group has none.
+        write: Sets the value and returns the value now stored, which rounding may change.
     """
 
     read: Callable[[Group], float | None]
@@ -26,13 +26,13 @@ class Setting(NamedTuple):
 
 
 class GroupValues:
-    """What the schedule wants for each param group, and what was written there in its place.
+    """The scheduled value of each param group, and the value written instead.
 
     Args:
-        setting: Which hyper-parameter.
+        setting: The hyper-parameter.
 
     Attributes:
-        scheduled: By group, what the schedule wants; None where there is no such hyper-parameter.
+        scheduled: The scheduled value of each group; None if it has no such hyper-parameter.
     """
 
     def __init__(self, setting: Setting) -> None:
@@ -41,37 +41,38 @@ class GroupValues:
         self._held: list[float | None] = []
 
     def join(self, groups: Sequence[Group]) -> None:
-        """Takes in the groups that were added: what they hold is what the schedule wants."""
+        """Adds new groups; their current values become the scheduled ones."""
         joining = [self._setting.read(group) for group in groups[len(self.scheduled) :]]
         self.scheduled += joining
         self._held += joining
 
     def write(self, groups: Sequence[Group], values: Sequence[float | None]) -> None:
-        """Writes other values than the schedule's into the groups."""
+        """Writes values other than the scheduled ones to the groups."""
         for i, value in enumerate(values):
             if value is not None:
                 self._held[i] = self._setting.write(groups[i], value)
 
     def put_back(self, groups: Sequence[Group]) -> None:
-        """Makes the groups hold what the schedule wants."""
+        """Restores the scheduled values in the groups."""
         self.write(groups, self.scheduled)
 
     def take_over(self, groups: Sequence[Group]) -> None:
-        """What the groups hold is what the schedule wants."""
+        """Makes the groups' current values the scheduled ones."""
         self.scheduled = [self._setting.read(group) for group in groups]
         self._held = list(self.scheduled)
 
     def take_over_changed(self, groups: Sequence[Group]) -> None:
-        """What others have written since is what the schedule wants. Waits for a GPU's tensors."""
+        """Makes values that others changed the scheduled ones. Syncs if they are tensors on a
+        GPU."""
         for i, group in enumerate(groups):
             now = self._setting.read(group)
             if now != self._held[i]:
                 self.scheduled[i] = self._held[i] = now
 
     def leave_changed(self, groups: Sequence[Group], values: list[float | None]) -> None:
-        """Takes out of `values`, to be written next, those for groups that others have written to.
+        """Removes from `values`, to be written next, those of groups that others have changed.
 
-        A group with a tensor learning rate is not read, for that would wait for a GPU.
+        Groups with a tensor learning rate are not checked, since that would sync with the GPU.
         """
         for i, group in enumerate(groups[: len(values)]):
             if not isinstance(group["lr"], Tensor) and self._setting.read(group) != self._held[i]:
@@ -81,10 +82,10 @@ class GroupValues:
 def _read_lr(group: Group) -> float:
     if "lr" not in group:
         raise ValueError(
-            "GuardedLR needs an optimizer with a learning rate; a param group of this one has none"
+            "GuardedLR needs an optimizer with a learning rate, but a param group has none"
         )
-    # Waits if the learning rate is a tensor on a GPU.
-    return number_of("lr", group["lr"], "GuardedLR needs an optimizer that is given a number")
+    # Syncs if the learning rate is a tensor on a GPU.
+    return number_of("lr", group["lr"], "GuardedLR needs a number as learning rate")
 
 
 def _write_lr(group: Group, value: float) -> float:
@@ -93,7 +94,8 @@ def _write_lr(group: Group, value: float) -> float:
         group["lr"] = value
         return value
     lr.fill_(value)
-    return torch.tensor(value, dtype=lr.dtype, device="cpu").item()  # the tensor itself may be far
+    # the tensor itself may be on a device
+    return torch.tensor(value, dtype=lr.dtype, device="cpu").item()
 
 
 def _read_momentum(group: Group) -> float | None:
@@ -112,16 +114,19 @@ def _write_momentum(group: Group, value: float) -> float:
 
 LR = Setting(_read_lr, _write_lr)
 MOMENTUM = Setting(_read_momentum, _write_momentum)
-"""Momentum of SGD, beta1 of the Adam family."""
+"""Name of the key: momentum of SGD, beta1 of the Adam family."""
 
 
 def one_each(name: str, value: float | Sequence[float], before: int, n: int) -> list[float]:
-    """The values of an argument for groups `before` to `n`, one for all or one for each.
+    """Returns the values of an argument for groups `before` to `n`.
 
-    Groups that join later take the last entry.
+    The argument is one number for all groups, or one per group. Groups added later use the last
+    entry.
 
     Raises:
-        TypeError, ValueError: It is no number, or there is another number of entries than groups.
+        TypeError, ValueError: It is not a number, or the number of entries differs from the number
+            of
+            groups.
     """
     entries = list(value) if isinstance(value, Sequence) else [value]
     if isinstance(value, TEXT):
@@ -129,7 +134,7 @@ def one_each(name: str, value: float | Sequence[float], before: int, n: int) -> 
     numbers = [number_of(name, v, "use a number >= 0, one for each param group") for v in entries]
     if isinstance(value, Sequence) and ((before == 0 and len(entries) != n) or not entries):
         raise ValueError(
-            f"{name}={value!r} has {len(entries)} entries for {n} param groups; give one for each "
-            "(groups that are added later take the last one), or one number for all"
+            f"{name}={value!r} has {len(entries)} entries for {n} param groups; give one per group "
+            "(groups added later use the last one), or one number for all"
         )
     return [numbers[min(i, len(numbers) - 1)] for i in range(before, n)]

@@ -1,13 +1,13 @@
-"""`GuardedLR`: a learning-rate schedule that knows of skipped steps.
+"""`GuardedLR`: a learning-rate schedule that takes skipped steps into account.
 
-    lr = max(floor, backoff_factor * schedule)          during the warm-up:
+    lr = max(floor, backoff_factor * schedule)          during warm-up:
     lr = max(floor, start + (backoff_factor * schedule - start) * n / steps)
 
-The schedule is any of torch's own, stepped in the rhythm that it is made for: once a step, once an
-epoch, or with a metric. Everything else follows the optimizer's steps by itself: warm-up, floor,
-back-off at an incident, and its recovery by one factor for each `recovery` applied steps in a row.
-A schedule that wants below the floor is held there, once said and then counted; a warm-up from
-below the floor is held there silently.
+The schedule is any scheduler of torch, stepped as usual: once per step, once per epoch, or with a
+metric. Everything else follows the optimizer's steps automatically: warm-up, floor, back-off after
+an incident, and recovery by one factor per `recovery` applied steps in a row. A schedule below the
+floor is clamped to it, which is logged once and then counted; a warm-up from below the floor is
+clamped silently.
 """
 
 from __future__ import annotations
@@ -41,29 +41,35 @@ log = logging.getLogger("fastguard")
 class GuardedLR(LRScheduler):
     """Wraps a schedule, or holds a constant learning rate, for a `GuardedOptimizer`.
 
-    Call `step` as often as the schedule itself would be called: after each optimizer step, or once
-    an epoch, or with the metric of `ReduceLROnPlateau` whenever there is one. The warm-up, the
-    floor and the back-off act before each optimizer step, however rarely `step` is called.
+    Call `step` as often as you would call the schedule itself: after each optimizer step, once per
+    epoch, or with each new metric for `ReduceLROnPlateau`. Warm-up, floor and back-off act before
+    each
+    optimizer step, however rarely `step` is called.
+
+    On a path without synchronisation (fused optimizers on a GPU), it acts on the verdict of step k
+    at
+    step k + 1, on every rank alike. Tensor learning rates remain the same tensors.
+
+    A param group added later joins with its own learning rate; it uses the last entry of a
+    per-group
+    `floor` or warm-up. Assign to `lr.floor[i]` for another floor.
 
     Args:
-        schedule: A scheduler of torch made for the guarded optimizer (or for the one inside it), or
-            the guarded optimizer itself: then the learning rate is constant.
-        optimizer: The guarded optimizer, if `schedule` does not know it.
-        floor: No learning rate goes below, one for all param groups or one each.
-        backoff: Factor at an incident (a skipped step, unless it only lowers a loss scale), in
-            (0, 1]; 1 is off.
-        recovery: Applied steps in a row after which one backoff is taken back; None: never.
-        warmup: See `Warmup`; its steps are optimizer steps, whatever the schedule counts.
+        schedule: A torch scheduler created for the guarded optimizer (or for the optimizer inside
+            it),
+            or the guarded optimizer itself for a constant learning rate.
+        optimizer: The guarded optimizer, if `schedule` does not refer to it. Default: None.
+        floor: Lower bound of the learning rate, one for all param groups or one per group. Default:
+            0.
+        backoff: Factor applied after an incident (a skipped step, unless it only lowers a loss
+            scale),
+            in (0, 1]. Default: 1, no back-off.
+        recovery: Applied steps in a row after which one back-off is undone; None: never.
+        warmup: See `Warmup`; it counts optimizer steps, whatever the schedule counts. Default:
+            None.
 
     Raises:
-        TypeError, ValueError: An argument is not of the kind or range above.
-
-    On a road without synchronisation (fused optimizers on a GPU) it acts on the verdict of step k
-    at step k + 1, on every rank alike. Tensor learning rates stay the tensors they are.
-
-    A param group that is added later joins in with its own learning rate; of a `floor` and a
-    warm-up that were given for each group it takes the last entry. Assign to `lr.floor[i]` for
-    another floor.
+        TypeError, ValueError: An argument has an invalid type or value.
 
     Example:
         >>> import torch, fastguard
@@ -73,8 +79,8 @@ class GuardedLR(LRScheduler):
         >>> lr = fastguard.GuardedLR(plateau, warmup=fastguard.Warmup(steps=2))
         >>> for epoch in range(3):
         ...     for batch in range(2):
-        ...         opt.step()              # warms up by step
-        ...     lr.step(1.0)                # looks at the validation loss by epoch
+        ...         opt.step()              # warms up per step
+        ...     lr.step(1.0)                # uses the validation loss per epoch
         >>> [record.lr for record in opt.records()]
         [0.0, 0.5, 1.0, 1.0, 0.1, 0.1]
     """
@@ -89,11 +95,11 @@ class GuardedLR(LRScheduler):
         recovery: int | None = None,
         warmup: Warmup | None = None,
     ) -> None:
-        # Not super().__init__(): that would take a first step of its own.
+        # Not super().__init__(), which would take a first step.
         self.optimizer = guarded_of(schedule, optimizer)
         check_back_off(backoff, recovery, warmup)
         for group in self._groups:
-            LR.read(group)  # raises where there is no learning rate to schedule
+            LR.read(group)  # raises if there is no learning rate to schedule
         self.schedule = schedule_of(schedule)
         self.floor: list[float] = []
         self._given_floor = floor
@@ -105,8 +111,8 @@ class GuardedLR(LRScheduler):
         self.applied_steps = 0
         self.held_at_floor = 0
         self._looks_at_metrics = looks_at_metrics(self.schedule)
-        self._is_due = False  # a step reached the weights since the schedule's last one
-        self._is_others = False  # between two blocks of `in_force` the groups are the trainer's
+        self._is_due = False  # a step was applied since the schedule's last step
+        self._is_others = False  # between two blocks of `in_force` the trainer owns the groups
         self._inbox = self.optimizer.subscribe()
         self._lr, self._momentum = GroupValues(LR), GroupValues(MOMENTUM)
         self._start_lr: list[float] = []
@@ -119,17 +125,18 @@ class GuardedLR(LRScheduler):
 
     @property
     def backoff_factor(self) -> float:
-        """What incidents have multiplied the schedule by."""
+        """The factor by which incidents have reduced the schedule."""
         return self.backoff**self.backoffs
 
     def step(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        """Advances the schedule by one, if a step reached the weights since the last call.
+        """Advances the schedule by one if a step was applied since the last call.
 
-        A schedule that looks at a metric, such as `ReduceLROnPlateau`, advances whenever it is
-        given one, and without one waits for the next call.
+        A schedule that uses a metric, such as `ReduceLROnPlateau`, advances whenever it is given
+        one;
+        without one it waits for the next call.
 
         Args:
-            args, kwargs: What the wrapped schedule takes: a metric, or the (fractional) epoch of
+            args, kwargs: Arguments of the wrapped schedule: a metric, or the (fractional) epoch of
                 `CosineAnnealingWarmRestarts`.
         """
         self._is_others = False
@@ -146,18 +153,20 @@ class GuardedLR(LRScheduler):
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
-        """Around the optimizer's step of a trainer that writes the learning rates itself.
+        """Wraps the optimizer step of a trainer that writes the learning rates itself.
 
-        What the trainer writes into the param groups counts as the schedule: inside the block
-        floor, backoff and warm-up are applied to it, and after the block the groups hold it again.
-        The wrapped schedule stays the trainer's to advance, in any rhythm.
+        The values that the trainer writes to the param groups act as the schedule: inside the
+        block,
+        floor, back-off and warm-up are applied to them; afterwards the groups hold them again. The
+        trainer
+        advances its own schedule as it likes.
 
         Example:
             >>> import torch, fastguard
             >>> model = torch.nn.Linear(2, 1)
             >>> opt = fastguard.GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=1.0))
             >>> lr = fastguard.GuardedLR(opt, warmup=fastguard.Warmup(steps=10, lr=0.5))
-            >>> opt.param_groups[0]["lr"] = 0.3     # a trainer at work
+            >>> opt.param_groups[0]["lr"] = 0.3     # written by a trainer
             >>> with lr.in_force():
             ...     opt.step()
             >>> opt.records()[0].lr, lr.get_last_lr()
@@ -179,10 +188,12 @@ class GuardedLR(LRScheduler):
             self._is_others = True
 
     def lower(self, factor: float | None = None) -> None:
-        """Backs off by hand, as after an incident.
+        """Backs off manually, as after an incident.
 
         Args:
-            factor: In (0, 1); None: `backoff`. Multiplies the schedule for good if it is given.
+            factor: A number in (0, 1) that multiplies the schedule permanently; None: `backoff`,
+                from
+                which the rate recovers as usual.
         """
         self._take_in_groups()
         if factor is None:
@@ -195,11 +206,11 @@ class GuardedLR(LRScheduler):
         self._show()
 
     def get_last_lr(self) -> list[float | Tensor]:
-        """The learning rates in force, one a param group."""
+        """Returns the learning rates in force, one per param group."""
         return [group["lr"] for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values, the wrapped schedule's own state, and the verdicts yet to be acted on.
+        """Returns plain values: the wrapped schedule's state and the verdicts still to be acted on.
 
         Waits for the verdict of the last step.
         """
@@ -219,10 +230,10 @@ class GuardedLR(LRScheduler):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resumes exactly.
+        """Restores a `state_dict()` exactly.
 
         Raises:
-            ValueError: It is of another number of param groups; nothing was changed.
+            ValueError: It has another number of param groups; nothing was changed.
         """
         self._take_in_groups()
         n, saved = len(self._lr.scheduled), len(state_dict["scheduled"])
@@ -240,19 +251,18 @@ class GuardedLR(LRScheduler):
         self.clean_steps = state_dict["clean_steps"]
         self.applied_steps = state_dict["applied_steps"]
         self._is_due = state_dict.get("is_due", False)
-        self._inbox.clear()  # of steps that the loaded state knows nothing of
+        self._inbox.clear()  # these steps are unknown to the loaded state
         self._inbox.extend(_records(state_dict.get("told", ())))
         self._inbox.expect(_records(state_dict.get("coming", ())))
         self._show()
-        self.held_at_floor = state_dict["held_at_floor"]  # without this look at the floor
+        self.held_at_floor = state_dict["held_at_floor"]  # absent before there was a floor
 
-    _lowered = 1.0  # by hand, for good
+    _lowered = 1.0  # by `lower(factor)`, permanently
 
     def _follow(self) -> None:
-        """Before each optimizer step: warm-up and back-off need no call of `step`.
+        """Runs before each optimizer step, so that warm-up and back-off need no call of `step`.
 
-        What others wrote since is left alone: a loop that sets the learning rate itself, for as
-        long as it does.
+        Values that others have written since are not changed, for as long as they set the rate.
         """
         is_new = len(self.optimizer.param_groups) != len(self._lr.scheduled)
         if self._is_others or not (self._inbox or is_new) or self._is_captured():
@@ -261,7 +271,8 @@ class GuardedLR(LRScheduler):
         self._set(unless_changed=True)
 
     def _is_captured(self) -> bool:
-        """Whether a CUDA graph captures the step, which would fill in this value at each replay."""
+        """Whether a CUDA graph is capturing the step, which would freeze this value for all
+        replays."""
         on_gpu = any(isinstance(g["lr"], Tensor) and g["lr"].is_cuda for g in self._groups)
         return on_gpu and torch.cuda.is_current_stream_capturing()
 
@@ -270,7 +281,7 @@ class GuardedLR(LRScheduler):
         return self.optimizer.param_groups
 
     def _catch_up(self) -> bool:
-        """Learns from the steps since the last call; whether there were any."""
+        """Processes the steps since the last call; returns whether there were any."""
         self._take_in_groups()
         n = len(self._inbox)
         for _ in range(n):
@@ -295,11 +306,11 @@ class GuardedLR(LRScheduler):
             self._say("recovered to %g of the schedule after step %d", record)
 
     def _say(self, what: str, record: StepRecord) -> None:
-        # The recovery at the same level: a log that shows the one without the other misleads.
+        # Recovery is logged at the same level, since showing only the back-off would mislead.
         log.warning("GuardedLR: " + what, self.backoff_factor * self._lowered, record.step)
 
     def _advance(self, *args: Any, **kwargs: Any) -> None:
-        """One step of the wrapped schedule, which must find the values that it left, not ours."""
+        """Steps the wrapped schedule, which must find the values it wrote, not ours."""
         self._lr.put_back(self._groups)
         if self._start_momentum:
             self._momentum.put_back(self._groups)
@@ -308,8 +319,9 @@ class GuardedLR(LRScheduler):
         except Exception as error:
             if self._have_joined:
                 error.add_note(
-                    f"if {type(self.schedule).__name__} does not take param groups that join "
-                    "later, make the schedule anew, and a GuardedLR around it, after "
+                    f"{type(self.schedule).__name__} may not accept param groups added later; "
+                    "create the "
+                    "schedule again, and a new GuardedLR around it, after "
                     "add_param_group"
                 )
             raise
@@ -317,7 +329,7 @@ class GuardedLR(LRScheduler):
         self._momentum.take_over(self._groups)
 
     def _take_in_groups(self) -> None:
-        """Gives every param group its place, also those that were added since."""
+        """Registers every param group, including those added since."""
         groups = self._groups
         n, before = len(groups), len(self._lr.scheduled)
         if n == before:
@@ -325,7 +337,8 @@ class GuardedLR(LRScheduler):
         if n < before:
             raise ValueError(
                 f"the optimizer has {n} param groups, but GuardedLR knows {before}; after removing "
-                "one, make a new GuardedLR"
+                "one, "
+                "create a new GuardedLR"
             )
         floors = one_each("floor", self._given_floor, before, n)
         if self.warmup is not None:
@@ -340,12 +353,12 @@ class GuardedLR(LRScheduler):
         if self._have_joined:
             log.info(
                 "GuardedLR: param group %d joins with lr %g and floor %g; assign to lr.floor[%d] "
-                "for another one",
+                "to change its floor",
                 n - 1, self._lr.scheduled[-1], self.floor[-1], n - 1,
             )  # fmt: skip
 
     def _show(self) -> None:
-        """Brings the groups up to date: between two blocks of `in_force` they are the trainer's."""
+        """Updates the groups, unless they belong to a trainer between two blocks of `in_force`."""
         if self._is_others:
             self._lr.put_back(self._groups)
         else:
@@ -379,7 +392,7 @@ class GuardedLR(LRScheduler):
     def _say_held(self, factor: float) -> None:
         if not self.held_at_floor:
             log.warning(
-                "GuardedLR: the schedule wanted lr %s, below the floor %s: held there",
+                "GuardedLR: clamped lr %s to floor %s",
                 [f"{lr * factor:.3g}" for lr in self._lr.scheduled],
                 self.floor,
             )
@@ -387,7 +400,7 @@ class GuardedLR(LRScheduler):
 
 
 def _as_told(record: StepRecord) -> list[Any]:
-    """As much of a record as the schedule acts on."""
+    """Returns the part of a record that the schedule acts on."""
     return [record.step, record.action, record.reason]
 
 

@@ -1,4 +1,4 @@
-"""The steps since the last snapshots: which were bad, and when that calls for a rollback."""
+"""Tracks the bad steps since the last snapshots and decides when they call for a rollback."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from fastguard.records.step_record import StepRecord
 log = logging.getLogger("fastguard")
 
 POSITIONS = 1 << 16
-"""Positions of bad steps that are remembered: 8 MB or so."""
+"""Maximum number of remembered positions of bad steps: about 8 MB."""
 
 STORY = 8
-"""Bad steps that the error names which ends a run."""
+"""Number of bad steps listed in the error that ends a run."""
 
 PATIENCE = 10
-"""Times `every` steps that no snapshot could follow, before the reason is logged."""
+"""Multiple of `every` without a possible snapshot after which the reason is logged."""
 
 
 class Moment(NamedTuple):
-    """When something happened. Moments compare as time does, though a rollback lowers the step.
+    """A point in time. Moments compare like time, although a rollback lowers the step.
 
     Attributes:
-        line: How often the run had gone on from another state: rollbacks, and loads by the caller.
+        line: Number of times the run continued from another state: rollbacks, and loads by the
+            caller.
         step: Number of the optimizer step.
-        rollbacks: How many there had been.
+        rollbacks: Number of rollbacks so far.
     """
 
     line: int
@@ -36,17 +37,17 @@ class Moment(NamedTuple):
 
 
 class BadStretch:
-    """Counts steps since a snapshot, skips in a row and spikes in a row; remembers the bad steps.
+    """Counts steps since a snapshot, and skips and spikes in a row; remembers the bad steps.
 
-    Its memory is bounded, whatever the run does.
+    Its memory use is bounded.
 
     Args:
         every: Applied steps between snapshots.
-        after_skips: Skipped steps in a row that call for a rollback; None: they do not.
-        after_spikes: Steps in a row with a spike that do; None: they do not.
+        after_skips: Skipped steps in a row that call for a rollback; None: no limit.
+        after_spikes: Steps with a spike in a row that call for a rollback; None: no limit.
 
     Attributes:
-        rollbacks: How many there have been.
+        rollbacks: Number of rollbacks so far.
     """
 
     def __init__(self, every: int, after_skips: int | None, after_spikes: int | None) -> None:
@@ -54,17 +55,17 @@ class BadStretch:
         self.after_skips, self.after_spikes = after_skips, after_spikes
         self.rollbacks = self._line = 0
         self._applied = self._barring = 0  # since the last snapshot
-        self._waits: float = 1  # times `every` steps; inf behind a step that bars a snapshot
+        self._waits: float = 1  # multiple of `every`; inf after a step that rules out a snapshot
         self._skips = self._spikes = 0
         self._bad: deque[tuple[Moment, Any]] = deque(maxlen=POSITIONS)
         self._story: deque[tuple[Moment, StepRecord]] = deque(maxlen=STORY)
         self._said_lost = False
 
     def learn(self, record: StepRecord, position: Any) -> str | None:
-        """Takes in one step; the reason for a rollback, if it gives one."""
+        """Processes one step; returns a reason for a rollback, or None."""
         skipped = record.action == "skipped"
         if not record.is_incident:
-            if not skipped:  # an overflow that only lowers a loss scale tells nothing
+            if not skipped:  # an overflow that only lowers a loss scale is ignored
                 self._skips = self._spikes = 0
                 self._applied += 1
                 self._waits = 1
@@ -82,64 +83,66 @@ class BadStretch:
         return self._reason()
 
     def is_due_after(self, n_steps: int) -> bool:
-        """Whether a snapshot may be due when that many more steps have been learnt."""
+        """Whether a snapshot may be due after that many more steps."""
         return self._applied + n_steps >= self.every
 
     @property
     def is_due(self) -> bool:
-        """Whether a snapshot is due; it waits up to `every` steps for one without an incident."""
+        """Whether a snapshot is due; waits up to `every` steps for a step without an incident."""
         return self._applied >= self._waits * self.every
 
     def taken(self, oldest: Moment) -> None:
-        """A snapshot was taken; the caller cannot go back further than to `oldest` any more."""
+        """Records that a snapshot was taken; the caller can no longer go back beyond `oldest`."""
         while self._bad and self._bad[0][0] <= oldest:
             self._bad.popleft()
         while self._story and self._story[0][0] <= oldest:
             self._story.popleft()
 
     def begin_anew(self) -> None:
-        """Counts the steps to the next snapshot from now."""
+        """Restarts the count of steps to the next snapshot."""
         self._applied = self._barring = 0
 
     def keep_next(self) -> None:
-        """The next step that may be kept is."""
+        """Takes a snapshot at the next step that allows one."""
         self._applied = self.every
 
     def now(self, step: int) -> Moment:
-        """The moment after an optimizer step."""
+        """Returns the moment after an optimizer step."""
         return Moment(self._line, step, self.rollbacks)
 
     def positions_since(self, moment: Moment) -> tuple[Any, ...]:
-        """Where the data stood at the bad steps after that, in order."""
+        """Returns the data positions of the bad steps after that moment, in order."""
         return tuple(position for when, position in self._bad if when > moment)
 
     def go_on_from_another_state(self) -> None:
-        """A state was loaded: steps in a row begin again, and the next good step is kept."""
+        """Records that a state was loaded: resets the counts in a row, and keeps the next good
+        step."""
         self._line += 1
         self._skips = self._spikes = self._barring = 0
         self.keep_next()
         self._waits = 1
 
     def go_back(self) -> None:
-        """After a rollback: the steps in a row begin again; the bad steps are remembered."""
+        """Records a rollback: resets the counts in a row, and still remembers the bad steps."""
         self.go_on_from_another_state()
         self.begin_anew()
         self.rollbacks += 1
 
     @property
     def culprits(self) -> tuple[Any, ...]:
-        """The culprits of the last bad step."""
+        """Returns the culprits of the last bad step."""
         return self._story[-1][1].culprits if self._story else ()
 
     def __str__(self) -> str:
-        """The last bad steps, for the error that ends a run."""
+        """Describes the last bad steps, for the error that ends a run."""
         return " | ".join(str(record) for _, record in self._story)
 
     def _bars_a_snapshot(self, record: StepRecord) -> bool:
-        """Whether the state after this bad step is not one to go back to.
+        """Whether the state after this bad step is unsuitable for a snapshot.
 
-        A step that was applied after cleaning is no bar, nor is a spike that nothing acts on. NaN
-        that `nonfinite="propagate"` applied is.
+        A step applied after cleaning is suitable, as is a spike that no rule acts on. A step that
+        applied
+        NaN under `nonfinite="propagate"` is not.
         """
         if record.action == "skipped" or (record.spikes and self.after_spikes is not None):
             return True
@@ -150,8 +153,9 @@ class BadStretch:
         if len(self._bad) == POSITIONS and not self._said_lost:
             self._said_lost = True
             log.warning(
-                "Rollback: more than %d bad steps since the oldest snapshot; a rollback no longer "
-                "says of the first ones which data to leave out",
+                "Rollback: more than %d bad steps since the oldest snapshot; a rollback will no "
+                "longer "
+                "list the data of the first ones to leave out",
                 POSITIONS,
             )
         moment = self.now(record.step)
@@ -161,8 +165,8 @@ class BadStretch:
     def _say_why_there_is_none(self, record: StepRecord) -> None:
         if self._barring == PATIENCE * self.every:
             log.warning(
-                "Rollback: no snapshot since %d bad steps, of which none may be gone back to; "
-                "every=%d needs that many others. Last: %s",
+                "Rollback: no snapshot since %d bad steps, none of which is suitable for one; "
+                "every=%d requires that many good steps. Last: %s",
                 self._barring,
                 self.every,
                 record,

@@ -1,10 +1,10 @@
-"""`Rollback`: when skipping is not enough, go back to the last good state, within the process.
+"""`Rollback`: returns to the last good state within the process when skipping is not enough.
 
-Every `every` applied clean steps the state of model, optimizer and whatever else has a `state_dict`
-is kept, in host memory or in a `CheckpointStore`. When too many steps in a row are skipped, or
-spike, or the caller says so, the newest state that is finite throughout is loaded again, the
-learning rate is lowered, and the caller is told where to go on and which data to leave out. After
-`max_attempts` without getting past the trouble it gives up with the story.
+After every `every` applied clean steps, the state of model, optimizer and all other objects with a
+`state_dict` is saved in host memory or in a `CheckpointStore`. When too many steps in a row are
+skipped or spike, or on request, the newest state that is finite throughout is loaded, the learning
+rate is lowered, and the caller is told where to continue and which data to leave out. After
+`max_attempts` without progress it raises an error with the history.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ log = logging.getLogger("fastguard")
 
 @dataclass(frozen=True, slots=True)
 class Rewind:
-    """What a rollback asks of the training loop.
+    """The instructions for the training loop after a rollback.
 
     Attributes:
-        step: The optimizer step whose state is in force again.
-        position: Where the data stood then: what `Rollback.step` was given at that step.
-        skip: The positions of the bad steps since then, in order: data to leave out.
-        reason: What set it off.
-        attempt: How many rollbacks this trouble has taken, from 1.
+        step: The optimizer step whose state was restored.
+        position: The data position then: the argument of `Rollback.step` at that step.
+        skip: Positions of the bad steps since then, in order: data to leave out.
+        reason: What triggered the rollback.
+        attempt: Number of this rollback among those for the same problem, from 1.
     """
 
     step: int
@@ -64,44 +64,53 @@ class Rewind:
 
 
 class Rollback:
-    """Takes snapshots and goes back to them.
+    """Takes snapshots and returns to them.
 
-    On several ranks, every rank constructs it and calls its methods at the same steps; all ranks go
-    back to the same snapshot, or none does. Tensor learning rates stay the tensors they are. The
-    scale of a `GradScaler` never grows by a rollback: a larger one would only overflow again.
+    With several ranks, every rank constructs it and calls its methods at the same steps; all ranks
+    return to the same snapshot, or none does. Tensor learning rates remain the same tensors. A
+    rollback
+    never raises the scale of a `GradScaler`, since a larger one would only overflow again.
 
-    After a param group was added, the next good step is kept, since no earlier state can be loaded.
+    After a param group is added, the next good step is saved, since no earlier state can be loaded.
 
-    A state that the caller loads into the optimizer begins anew: steps before it no longer count,
-    and the next good step is kept. Until then an earlier snapshot is what there is; call `snapshot`
-    once everything is loaded, and there is a better one.
+    Loading a state into the optimizer starts over: earlier steps no longer count, and the next good
+    step is saved. Until then only an earlier snapshot is available; call `snapshot` once everything
+    is
+    loaded to get a better one.
 
-    On a road without synchronisation (fused optimizers on a GPU) it acts on the verdict of step k
-    at step k + 1, but a step that may be kept waits for its own.
+    On a path without synchronisation (fused optimizers on a GPU), it acts on the verdict of step k
+    at
+    step k + 1, but waits for the verdict of a step that may be saved.
 
     Args:
-        optimizer: The guarded optimizer; it is part of every snapshot.
-        objects: Everything else that makes up the run, by name: model, scheduler, GradScaler, EMA,
-            data loader; anything with `state_dict` and `load_state_dict`. Random number generators
-            are always included.
-        every: Applied steps between snapshots. A snapshot waits for a step without an incident, up
-            to as many steps again; then one that was applied all the same (cleaned, or with a spike
-            that nothing acts on) may be kept.
-        keep: How many snapshots are kept in host memory; a `store` keeps as many as it was told.
-        after_skips: Skipped steps in a row that set off a rollback; None: they do not. A step that
-            is skipped only to lower a loss scale is not one of them.
-        after_spikes: Steps in a row with a spike (recorded, clipped or skipped) that do; None: not.
-        lr: The schedule to lower at a rollback.
-        lr_factor: What it is lowered by.
-        max_attempts: Rollbacks without a snapshot beyond the trouble before giving up.
-        store: Where snapshots are kept instead of in host memory: slower, but a process that is
-            started again can load them (`store.load("last-clean", ...)`, where the names are those
-            of `objects`, `optimizer`, `lr`, and the data position is `position`). Give it a
-            directory of its own. A disk that fails is logged, and the run goes on.
-        position: Where the data stands now, for the snapshot that is taken at once; as in `step`.
+        optimizer: The guarded optimizer; part of every snapshot.
+        objects: Everything else in the run, by name: model, scheduler, GradScaler, EMA, data
+            loader;
+            anything with `state_dict` and `load_state_dict`. Random number generators are always
+            included.
+        every: Applied steps between snapshots. A snapshot waits for a step without an incident, for
+            up
+            to as many steps again; after that, a step that was applied in spite of an incident
+            (cleaned, or with a spike that no rule acts on) may be saved. Default: 100.
+        keep: Number of snapshots kept in host memory; a `store` has its own setting. Default: 2.
+        after_skips: Skipped steps in a row that trigger a rollback; None: no limit. Steps skipped
+            only
+            to lower a loss scale do not count. Default: 5.
+        after_spikes: Steps with a spike (recorded, clipped or skipped) in a row that trigger a
+            rollback; None: no limit.
+        lr: The schedule to lower at a rollback. Default: None.
+        lr_factor: The factor by which it is lowered, in (0, 1].
+        max_attempts: Rollbacks without a snapshot past the problem before giving up.
+        store: Where to keep snapshots instead of host memory: slower, but a restarted process can
+            load
+            them with `store.load("last-clean", ...)`, under the names in `objects`, `optimizer`,
+            `lr`,
+            and `position` for the data position. Use a separate directory. If the disk fails, the
+            error is logged and the run continues.
+        position: The current data position, for the snapshot taken at once; see `step`.
 
     Raises:
-        TypeError, ValueError: An argument is not of the kind or range above.
+        TypeError, ValueError: An argument has an invalid type or value.
 
     Example:
         >>> import torch, fastguard
@@ -145,7 +154,7 @@ class Rollback:
         if lr is not None and not isinstance(lr, GuardedLR):
             raise TypeError(
                 f"lr is a {type(lr).__name__}, which cannot be lowered; pass GuardedLR(schedule), "
-                "or have the schedule among the objects"
+                "or add the schedule to the objects"
             )
         _check_reachable(after_skips, optimizer.max_consecutive_skips)
         self.optimizer = optimizer
@@ -157,7 +166,8 @@ class Rollback:
         self.attempts = 0
         self._trouble_until = 0
         self._inbox = optimizer.subscribe()
-        self._positions: deque[tuple[int, Any]] = deque()  # each with the steps taken until then
+        # each with the number of steps until then
+        self._positions: deque[tuple[int, Any]] = deque()
         self._stretch = BadStretch(every, after_skips, after_spikes)
         hook_weakly(optimizer.register_load_state_dict_post_hook, self._go_on_from_loaded_state)
         self._sizes = group_sizes(optimizer)
@@ -182,37 +192,40 @@ class Rollback:
 
     @property
     def rollbacks(self) -> int:
-        """Rollbacks in the life of this object; `attempts` counts those of the present trouble."""
+        """Number of rollbacks in total; `attempts` counts those for the current problem."""
         return self._stretch.rollbacks
 
     @property
     def snapshots(self) -> list[int]:
-        """The steps of the snapshots at hand, oldest first."""
+        """Steps of the available snapshots, oldest first."""
         return [moment.step for moment in self._place.moments()]
 
     def step(self, position: Any = None) -> Rewind | None:
-        """To be called after every `optimizer.step`; a call after several stands for them all.
+        """Processes the steps since the last call; call it after every `optimizer.step`.
 
-        Waits for the verdict of the step if a snapshot depends on it.
+        One call may also cover several steps. Waits for the verdict of a step if a snapshot depends
+        on it.
 
         Args:
-            position: Where the data stands: whatever finds this batch again. With a `store`,
-                something that a checkpoint can hold: numbers, strings, and containers of them.
+            position: The current data position: any value that identifies this batch. With a
+                `store`, a
+                value that a checkpoint can hold: numbers, strings, and containers of them.
 
         Returns:
-            None, or what to do after a rollback.
+            None, or the instructions after a rollback.
 
         Raises:
-            TrainingDivergedError: `max_attempts` rollbacks did not get past the trouble, or no
-                snapshot is finite.
+            TrainingDivergedError: `max_attempts` rollbacks did not solve the problem, or no
+                snapshot is
+                finite.
         """
         if self._sizes != (sizes := group_sizes(self.optimizer)):
-            self._sizes = sizes  # parameters have joined: earlier snapshots can no longer be loaded
+            self._sizes = sizes  # parameters were added: earlier snapshots can no longer be loaded
             self._stretch.keep_next()
         self._positions.append((self.optimizer.steps_taken, position))
         reason = self._learn_all()
         if reason is None and self._stretch.is_due_after(1):
-            # Alone: when others learn of this step must not depend on our snapshots.
+            # Only this inbox: other subscribers' timing must not depend on our snapshots.
             self._inbox.settle()
             reason = self._learn_all()
         if reason is not None:
@@ -222,10 +235,13 @@ class Rollback:
         return None
 
     def snapshot(self, position: Any = None) -> None:
-        """Keeps the state of now; the oldest snapshot beyond `keep` is overwritten.
+        """Saves the current state; overwrites the oldest snapshot beyond `keep`.
 
-        Nothing is kept while the model has lazy modules before their first forward pass, nor under
-        `FakeTensorMode`: there is no state to go back to.
+        Does nothing while the model has lazy modules before their first forward pass, or under
+        `FakeTensorMode`, since there is no state to save.
+
+        Args:
+            position: The current data position; see `step`.
         """
         if self._has_nothing_to_copy():
             return
@@ -249,10 +265,16 @@ class Rollback:
             self.snapshot(*self._first)
 
     def trigger(self, reason: str = "the caller asked for it") -> Rewind:
-        """Goes back now.
+        """Rolls back now.
+
+        Args:
+            reason: The reason to log and return.
+
+        Returns:
+            The instructions for the training loop.
 
         Raises:
-            TrainingDivergedError: As in `step`.
+            TrainingDivergedError: See `step`.
         """
         self.optimizer.settle()
         told = self._positions[-1][0] if self._positions else 0
@@ -263,7 +285,7 @@ class Rollback:
         story = f"{reason}, at step {now}"
         if self.attempts > self.max_attempts:
             raise TrainingDivergedError(
-                f"{story}; {self.max_attempts} rollbacks did not get past it. {self._stretch}",
+                f"{story}; {self.max_attempts} rollbacks did not solve it. {self._stretch}",
                 self._stretch.culprits,
             )
         try:
@@ -276,7 +298,7 @@ class Rollback:
             ) from error
         self._stretch.go_back()
         if self.lr is not None and self.lr_factor < 1:
-            # The restored schedule remembers what the rollbacks before its snapshot did to it.
+            # The restored schedule includes the effect of rollbacks before its snapshot.
             times = self._stretch.rollbacks - taken.moment.rollbacks
             self.lr.lower(self.lr_factor**times)
         self.optimizer.zero_grad()
@@ -295,14 +317,14 @@ class Rollback:
         return reason
 
     def _learn(self) -> str | None:
-        """Takes the next record, with the position that `step` was given first after its step."""
+        """Takes the next record, with the position of the first `step` call after it."""
         record = self._inbox.popleft()
         while self._positions and self._positions[0][0] < record.step:
             self._positions.popleft()
         return self._stretch.learn(record, self._positions[0][1] if self._positions else None)
 
     def _go_on_from_loaded_state(self) -> None:
-        """The steps before a load are not those that led to the state in force."""
+        """Discards steps before a load, which did not lead to the current state."""
         self._positions.clear()
         self._inbox.clear()
         self._stretch.go_on_from_another_state()
@@ -314,16 +336,17 @@ def _check_counts(**counts: object) -> None:
 
 
 def _check_reachable(after_skips: int | None, limit: int | None) -> None:
-    """The optimizer ends the run at `limit + 1` skips in a row, before anybody can go back."""
+    """Raises if the optimizer's own limit would end the run before a rollback."""
     if after_skips is not None and limit is not None and after_skips > limit:
         raise ValueError(
-            f"after_skips={after_skips} never comes: the optimizer ends the run after more than "
+            f"after_skips={after_skips} is never reached: the optimizer ends the run after more "
+            "than "
             f"max_consecutive_skips={limit} skips in a row; use after_skips <= {limit}, or None"
         )
 
 
 def _tensors_of(thing: Any) -> Iterable[Tensor]:
-    """The parameters of a model or optimizer, with the buffers of a model."""
+    """Yields the parameters of a model or optimizer, and the buffers of a model."""
     if isinstance(thing, torch.nn.Module):
         return chain(thing.parameters(), thing.buffers())
     if isinstance(thing, torch.optim.Optimizer):
@@ -335,16 +358,16 @@ def _check_memory(name: str, thing: Any) -> None:
     """Raises a ValueError for a model or optimizer on the meta device."""
     if any(t.is_meta for t in _tensors_of(thing)):
         raise ValueError(
-            f"objects[{name!r}] has parameters on the meta device, which holds no numbers to go "
-            "back to; give the model its memory first: model.to_empty(device=...), its weights, "
-            "then the optimizer"
+            f"objects[{name!r}] has parameters on the meta device, which have no values to save; "
+            "allocate the model with model.to_empty(device=...), load its weights, "
+            "then create the optimizer"
         )
 
 
 def _with_own(
     objects: Mapping[str, Any], optimizer: GuardedOptimizer, lr: GuardedLR | None
 ) -> dict[str, Any]:
-    """The objects of the user and those that every snapshot holds."""
+    """Returns the user's objects and those that every snapshot includes."""
     if not isinstance(objects, Mapping):
         raise TypeError(
             f"objects is a {type(objects).__name__}; pass a dict by name, such as "
@@ -361,17 +384,17 @@ def _with_own(
             )
         if name == POSITION or own.get(name, thing) is not thing:
             raise ValueError(
-                f"objects[{name!r}]: Rollback itself keeps something under that name; choose "
-                "another one"
+                f"objects[{name!r}] has a name that Rollback uses itself; choose another one"
             )
     return {**objects, **own}
 
 
 @contextmanager
 def _same_tensors(optimizer: GuardedOptimizer) -> Iterator[None]:
-    """What param groups hold as tensors gets its new values in place, also on a GPU.
+    """Restores tensors in param groups in place, also on a GPU.
 
-    Loading an optimizer puts new ones there; a compiled or captured step would go on with the old.
+    Loading an optimizer replaces them, but a compiled or captured step would keep using the old
+    ones.
     """
     before = [{k: v for k, v in g.items() if isinstance(v, Tensor)} for g in optimizer.param_groups]
     yield
@@ -383,6 +406,6 @@ def _same_tensors(optimizer: GuardedOptimizer) -> Iterator[None]:
 
 
 def _resumed(optimizer: GuardedOptimizer, store: CheckpointStore | None) -> bool:
-    """Whether the optimizer stands where the last clean checkpoint left it: just loaded."""
+    """Whether the optimizer's step is that of the last clean checkpoint, just loaded."""
     newest = None if store is None else store.last_clean()
     return newest is not None and 0 < newest.step == optimizer.steps_taken

@@ -1,4 +1,4 @@
-"""The arguments of `GuardedLR`, checked."""
+"""Validates the arguments of `GuardedLR`."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from fastguard.recovery.warmup import Warmup
 
 
 def guarded_of(schedule: Any, optimizer: Any) -> GuardedOptimizer:
-    """The guarded optimizer whose steps count.
+    """Returns the guarded optimizer whose steps count.
 
     Raises:
-        TypeError: Neither argument is one or knows one.
+        TypeError: Neither argument is one or refers to one.
     """
     found = optimizer or (
         schedule if isinstance(schedule, GuardedOptimizer) else getattr(schedule, "optimizer", None)
     )
     if not isinstance(found, GuardedOptimizer):
         raise TypeError(
-            "GuardedLR needs the GuardedOptimizer to know which steps were applied; make the "
+            "GuardedLR needs the GuardedOptimizer to know which steps were applied; create the "
             "scheduler for it, or pass GuardedLR(scheduler, optimizer=guarded)"
         )
     return found
 
 
 def schedule_of(schedule: Any) -> LRScheduler | ReduceLROnPlateau:
-    """The schedule to wrap; a constant one for an optimizer.
+    """Returns the schedule to wrap, or a constant one for an optimizer.
 
     Raises:
         TypeError: It is neither.
@@ -41,14 +41,14 @@ def schedule_of(schedule: Any) -> LRScheduler | ReduceLROnPlateau:
     if not isinstance(schedule, LRScheduler | ReduceLROnPlateau):
         raise TypeError(
             f"schedule={shown(schedule)} must be a scheduler of torch.optim.lr_scheduler or a "
-            "GuardedOptimizer; with a scheduler of another kind, which writes the learning rates "
+            "GuardedOptimizer; for another kind of scheduler that writes the learning rates "
             "itself, take each optimizer step in `with GuardedLR(optimizer, ...).in_force():`"
         )
     return schedule
 
 
 def looks_at_metrics(schedule: LRScheduler | ReduceLROnPlateau) -> bool:
-    """Whether its `step` cannot be called without an argument."""
+    """Whether its `step` requires an argument."""
     try:
         inspect.signature(schedule.step).bind()
     except TypeError:
@@ -57,7 +57,7 @@ def looks_at_metrics(schedule: LRScheduler | ReduceLROnPlateau) -> bool:
 
 
 def check_back_off(backoff: object, recovery: object, warmup: object) -> None:
-    """Raises for what `GuardedLR` cannot take."""
+    """Raises for invalid arguments of `GuardedLR`."""
     if not 0 < number_of("backoff", backoff, "use a number in (0, 1]") <= 1:
         raise ValueError(f"backoff={shown(backoff)} must be a number in (0, 1]")
     if recovery is not None:

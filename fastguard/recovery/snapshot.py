@@ -1,16 +1,16 @@
-"""A copy of a training state in host memory, to go back to within seconds.
+"""A copy of a training state in host memory, which can be restored within seconds.
 
-Buffers are made once and reused: the second snapshot costs one plain copy. From a GPU the copy runs
-on a stream of its own into pinned memory; the next optimizer step waits for it on the device, the
-host does not. What the next forward pass may change (batch statistics, an EMA) is copied in line.
-Of DTensors each rank copies its own shard.
+Buffers are allocated once and reused: the second snapshot costs one plain copy. From a GPU the copy
+runs on its own stream into pinned memory; the next optimizer step waits for it on the device, not
+on
+the host. State that the next forward pass may change (batch statistics, an EMA) is copied
+synchronously on the current stream. With DTensors, each rank copies its own shard.
 
-Whether it is finite can be asked while it is copied. On a GPU by one more read there; on a CPU by
-sums of pieces that the copy left in a cache, which cost 0.35 of a plain copy where a read of its
-own costs 0.5. Of the host's own tensors only the share `LOOKED` is looked at that way, the rest
-when somebody asks, which is at the next snapshot: two snapshots of 1.25 plain copies stall a run
-less than one of 1.0 and one of 1.4. Nobody needs to know it of every copy: see
-`snapshot_places.InMemory`.
+The copy can be checked for NaN and Inf while it is made: on a GPU by one more read there; on a CPU
+by sums of pieces that the copy left in cache, which costs 0.35 of a plain copy instead of 0.5 for a
+separate read. Only the share `LOOKED` of the host's own tensors is checked that way, and the rest
+when the result is needed, at the next snapshot: two snapshots of 1.25 plain copies stall a run less
+than one of 1.0 and one of 1.4. Not every copy is checked: see `snapshot_stores.InMemory`.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from fastguard.stages.measure import measure
 
 RNG = "rng"
 LOOKED = 0.7
-"""Share of the host's bytes that is looked at while they are copied. Of 0.6, 0.66, 0.7 and 0.74 it
-made two snapshots in turn most alike: 1.26 and 1.27 of a plain copy on two cores.
+"""Share of the host's bytes checked while they are copied. Of 0.6, 0.66, 0.7 and 0.74, this value
+made two successive snapshots most alike: 1.26 and 1.27 of a plain copy on two cores.
 """
 
 
@@ -42,8 +42,8 @@ class Snapshot:
     """One copy of the state of several objects; `take` overwrites it.
 
     Attributes:
-        step: Number of the optimizer step after which it was taken; None: it holds nothing.
-        position: Where the data stood then, as the caller said.
+        step: The optimizer step after which it was taken; None: it is empty.
+        position: The data position then, as given by the caller.
     """
 
     def __init__(self) -> None:
@@ -51,8 +51,9 @@ class Snapshot:
         self.position: Any = None
         self._states: dict[str, Any] = {}
         self._copied: dict[torch.device, torch.cuda.Event] = {}
-        self._seen: GradStats | None = None  # of what lay on a GPU
-        self._finite: frozenset[Tensor] = frozenset()  # copies of what did not, seen to be finite
+        self._seen: GradStats | None = None  # of the tensors on a GPU
+        # copies of the other tensors, known to be finite
+        self._finite: frozenset[Tensor] = frozenset()
 
     def take(
         self,
@@ -63,18 +64,18 @@ class Snapshot:
         *,
         check: bool = True,
     ) -> Mapping[torch.device, torch.cuda.Event]:
-        """Copies the state of every object and of the random number generators.
+        """Copies the state of every object and of the random number generators. Never blocks.
 
         Args:
-            objects: By name, anything with `state_dict`.
-            step, position: What the attributes become.
-            optimizer: What it steps, and its state, stay as they are until its next step.
-            check: Look meanwhile whether it is finite: at all that lies on a GPU, and at `LOOKED`
-                of the rest. What is not looked at `nonfinite` reads.
+            objects: Objects with `state_dict`, by name.
+            step, position: Values for the attributes.
+            optimizer: Its parameters and state do not change until its next step.
+            check: Whether to check for NaN and Inf meanwhile: all tensors on a GPU, and `LOOKED` of
+                the
+                rest. `nonfinite` reads what was not checked. Default: True.
 
         Returns:
-            Of each GPU that holds tensors, the event behind which the optimizer may step there.
-            Nobody waits here.
+            For each GPU with tensors, the event that the optimizer must wait for on that GPU.
         """
         self.step, self._finite = None, frozenset()  # invalid while it is being written
         states = {name: state_of(thing, name) for name, thing in objects.items()}
@@ -93,10 +94,11 @@ class Snapshot:
         return self._copied
 
     def nonfinite(self) -> list[str]:
-        """Names of the saved tensors that hold NaN or Inf, and of numbers that are NaN.
+        """Returns names of saved tensors that contain NaN or Inf, and of numbers that are NaN.
 
-        Infinite numbers are fine: `ReduceLROnPlateau` starts with one. Waits for the copy, and
-        reads what nobody has looked at.
+        Infinite numbers are allowed: `ReduceLROnPlateau` starts with one. Waits for the copy, and
+        reads
+        what was not checked before.
         """
         self._wait()
         bad, seen = [], frozenset[str]()
@@ -112,10 +114,10 @@ class Snapshot:
         return [name for name, *_ in bad] + numbers
 
     def restore(self, objects: Mapping[str, Any]) -> None:
-        """Loads the saved states, bit for bit, the random number generators too. Waits."""
+        """Loads the saved states bit for bit, including random number generators. Waits."""
         self._wait()
         for name, thing in objects.items():
-            # A copy: an optimizer may keep the very tensors that it is given.
+            # A copy: an optimizer may keep the tensors it is given.
             thing.load_state_dict(restored(self._states[name]))
         set_random_state(self._states[RNG])
 
@@ -125,13 +127,13 @@ class Snapshot:
 
 
 def _values(tensor: Tensor) -> Tensor:
-    """What of a tensor can be NaN or Inf, in a form that `measure` reads; maybe nothing."""
+    """Returns the part of a tensor that can be NaN or Inf, readable by `measure`; may be empty."""
     if is_lazy(tensor):
         return torch.empty(0)
     if tensor.layout is not torch.strided or tensor.is_nested:
         tensor = tensor._values() if tensor.layout is torch.sparse_coo else tensor.values()
     if not has_plain_type(tensor):
-        if not has_memory(tensor):  # only its class knows what it holds
+        if not has_memory(tensor):  # only its class knows its contents
             return torch.empty(0)
         with torch._C.DisableTorchFunctionSubclass():
             tensor = tensor.detach().as_subclass(Tensor)

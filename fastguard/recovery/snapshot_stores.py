@@ -1,7 +1,7 @@
-"""Where `Rollback` keeps its snapshots: host memory, or a `CheckpointStore` on disk.
+"""Storage for the snapshots of `Rollback`: host memory, or a `CheckpointStore` on disk.
 
-Both take one, and go back to the newest that is finite on every rank: all ranks to the same one, or
-none.
+Both take snapshots and restore the newest one that is finite on every rank. All ranks restore the
+same one, or none does.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ POSITION = "position"
 
 
 class NothingToRestore(RuntimeError):
-    """No snapshot can be gone back to; the message says why."""
+    """No snapshot can be restored; the message says why."""
 
 
 class Taken(NamedTuple):
     """A snapshot.
 
     Attributes:
-        moment: After which optimizer step it was taken.
-        position: Where the data stood then, as the caller said.
+        moment: The optimizer step after which it was taken.
+        position: The data position then, as given by the caller.
     """
 
     moment: Moment
@@ -46,15 +46,15 @@ class Place(Protocol):
     """A place for snapshots."""
 
     def moments(self) -> list[Moment]:
-        """When the snapshots were taken that may be gone back to, oldest first."""
+        """Returns the moments of the restorable snapshots, oldest first."""
         ...
 
     def take(self, objects: Mapping[str, Any], moment: Moment, position: Any) -> bool:
-        """Keeps the state of the objects; False if that failed, and was logged."""
+        """Saves the state of the objects; returns False if that failed and was logged."""
         ...
 
     def restore(self, objects: Mapping[str, Any]) -> Taken:
-        """Gives the objects the newest finite state.
+        """Restores the newest finite state.
 
         Raises:
             NothingToRestore: There is none.
@@ -63,18 +63,18 @@ class Place(Protocol):
 
 
 def group_sizes(optimizer: torch.optim.Optimizer) -> tuple[int, ...]:
-    """How many parameters each param group has: a state of other sizes cannot be loaded."""
+    """Returns the number of parameters per param group, which a loaded state must match."""
     return tuple(len(group["params"]) for group in optimizer.param_groups)
 
 
 class _Slot(Snapshot):
-    """A snapshot, and what is known of it.
+    """A snapshot and what is known about it.
 
     Attributes:
         moment: When it was taken.
-        sizes: The `group_sizes` of then.
-        checked: Whether it was looked at while it was copied: at most of it, see `snapshot.LOOKED`.
-        bad: What in it is not finite, on any rank; None: nobody has asked.
+        sizes: The `group_sizes` then.
+        checked: Whether it was checked while being copied, up to `snapshot.LOOKED`.
+        bad: Its non-finite tensors on any rank; None: not determined yet.
     """
 
     moment = Moment(0, 0)
@@ -86,15 +86,17 @@ class _Slot(Snapshot):
 class InMemory:
     """Snapshots in host memory; the oldest beyond `keep` is overwritten.
 
-    Not so the only one that is known to be finite, if `keep` is more than 1: what cannot be gone
-    back to, such as a NaN in an EMA, must not push it out. Then the newest makes room for one that
-    is looked at while it is copied; so every second one is. What was not looked at then is read at
-    the next snapshot.
+    Exception: if `keep` is more than 1, the only snapshot known to be finite is kept, so that
+    unusable
+    ones, for example with NaN in an EMA, do not displace it. The newest is then overwritten by one
+    that
+    is checked while being copied; so every second one is checked. The unchecked rest is read at the
+    next snapshot.
 
     Args:
-        optimizer: Steps only when the latest copy is complete, which it waits for on the device.
-        keep: How many are kept.
-        peers: The ranks that go back together.
+        optimizer: Its steps wait on the device until the latest copy is complete.
+        keep: Number of snapshots to keep.
+        peers: The ranks that roll back together.
     """
 
     def __init__(self, optimizer: GuardedOptimizer, keep: int, peers: Peers) -> None:
@@ -103,7 +105,7 @@ class InMemory:
         self._peers = peers
         self._slots: deque[_Slot] = deque()
         self._copied: Mapping[torch.device, torch.cuda.Event] = {}
-        # A hook that held its snapshots would keep their memory for as long as the optimizer lives.
+        # A hook that held its snapshots would keep their memory for the optimizer's lifetime.
         hook_weakly(optimizer.register_step_pre_hook, self._wait_for_copy)
 
     def moments(self) -> list[Moment]:
@@ -148,14 +150,14 @@ class InMemory:
         return any(slot.checked and not self._bad(slot) for slot in slots)
 
     def _bad(self, slot: _Slot) -> list[str]:
-        """What in a snapshot is not finite, on any rank."""
+        """Returns the non-finite tensors in a snapshot, on any rank."""
         if slot.bad is None:
             found = self._peers.gather(slot.nonfinite())
             slot.bad = sorted({name for names in found for name in names})
             if slot.bad:
                 log.warning(
-                    "the snapshot of step %s is not finite, and is never restored: %s. If these "
-                    "are buffers, fastguard.protect_buffers(model, optimizer) keeps them finite",
+                    "the snapshot of step %s is not finite and is never restored: %s. If these are "
+                    "buffers, fastguard.protect_buffers(model, optimizer) keeps them finite",
                     slot.step,
                     ", ".join(slot.bad[:8]),
                 )
@@ -168,18 +170,19 @@ class InMemory:
 
 
 class InStore:
-    """Snapshots in a `CheckpointStore`, which a restarted process can go on from.
+    """Snapshots in a `CheckpointStore`, from which a restarted process can continue.
 
-    The store checks each one after writing it, keeps as many as it was told, and logs what the disk
-    does to it; the run goes on.
+    The store verifies each one after writing and keeps as many as it was configured to. Disk errors
+    are
+    logged, and the run continues.
 
     Args:
-        store: The store; its ranks go back together.
+        store: The store; its ranks roll back together.
     """
 
     def __init__(self, store: CheckpointStore) -> None:
         self._store = store
-        self._moments: dict[int, Moment] = {}  # by step; not those of an earlier process
+        self._moments: dict[int, Moment] = {}  # by step, of this process only
 
     def moments(self) -> list[Moment]:
         return [self._moment(entry.step) for entry in self._store.list() if entry.clean]
@@ -198,10 +201,11 @@ class InStore:
             where = self._store.directory
             raise NothingToRestore(f"{where} has no usable snapshot: {error}") from error
         try:
-            self._store.rollback()  # what came after it is put aside: those steps are done again
+            # later checkpoints are set aside, since those steps are repeated
+            self._store.rollback()
         except (CheckpointError, OSError) as error:
             log.error(
-                "the run went back to step %d, but %s still lists what came after it: %s",
+                "the run went back to step %d, but %s still lists later checkpoints: %s",
                 checkpoint.step,
                 self._store.directory,
                 error,

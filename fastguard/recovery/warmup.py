@@ -1,4 +1,4 @@
-"""`Warmup`: how a run begins, as plain numbers."""
+"""`Warmup`: the start of a run, as plain numbers."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from fastguard.errors.checked_numbers import TEXT, count_of, number_of
 
 @dataclass(frozen=True, slots=True)
 class Warmup:
-    """A linear way from a start value to what the schedule says, over applied steps.
+    """A linear transition from a start value to the schedule, over applied steps.
 
     Args:
-        steps: How many applied steps it takes, >= 1.
-        lr: Learning rate to start from, one for all param groups or one each; it may lie above what
-            the schedule says: bias groups are often warmed from high to low.
-        momentum: Momentum (beta1 for the Adam family) to start from, the same way; None leaves it.
+        steps: Number of applied steps, >= 1.
+        lr: Initial learning rate, one for all param groups or one per group. It may be above the
+            schedule: bias groups are often warmed from high to low. Default: 0.
+        momentum: Initial momentum (beta1 for the Adam family), in the same form; None: unchanged.
 
     Example:
         >>> Warmup(steps=1000, lr=(0.1, 0.0, 0.0), momentum=0.8).steps

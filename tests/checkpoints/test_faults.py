@@ -183,7 +183,9 @@ def test_a_save_that_fails_is_logged_and_the_run_goes_on(saved, caplog, monkeypa
             assert run.save(store) is None
             with pytest.raises(TypeError):
                 store.save(f=len, step=1)  # wrong use is no fault of the disk
-        assert "step 6 was NOT saved: [Errno 5] Input/output error; training continues" in caplog.text
+        assert (
+            "step 6 was NOT saved: [Errno 5] Input/output error; training continues" in caplog.text
+        )
         assert_same_bits(run.advance(10).everything(), expected)
         assert run.save(store).clean
     assert not list(folder.glob(".tmp-*"))
@@ -297,5 +299,5 @@ def test_a_directory_that_becomes_read_only_during_the_run(tmp_path):
 
 def test_a_folder_that_is_a_file(tmp_path):
     (tmp_path / "run").write_text("")
-    with pytest.raises(CheckpointError, match="cannot write to .*: File exists"):
+    with pytest.raises(CheckpointError, match=r"cannot write to .*: File exists"):
         CheckpointStore(tmp_path / "run")

@@ -252,7 +252,11 @@ STEP = "step-000000010.000001.sharded"
     ("name", "lost", "says"),
     [
         (STEP, ["__0_0.distcp"], "is one checkpoint of a store; pass the store instead: {}"),
-        (STEP, ["__0_0.distcp", ".metadata"], "is one checkpoint of a store; pass the store instead: {}"),
+        (
+            STEP,
+            ["__0_0.distcp", ".metadata"],
+            "is one checkpoint of a store; pass the store instead: {}",
+        ),
         ("step_10", ["__0_0.distcp"], "1 of 1 files is missing: __0_0.distcp"),
         ("step_10", [".metadata"], ".metadata is missing, without which"),
     ],

@@ -106,7 +106,9 @@ def test_a_disk_that_fails_while_copying_changes_nothing(tmp_path, monkeypatch):
     honest = files.Sink.write
     with monkeypatch.context() as patch:
         patch.setattr(files.Sink, "write", lambda sink, data: honest(sink, bytes(len(data))))
-        with pytest.raises(DamagedFile, match=r"differs from what was verified: .* the disk is failing"):
+        with pytest.raises(
+            DamagedFile, match=r"differs from what was verified: .* the disk is failing"
+        ):
             roll_back_file(last, good)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 

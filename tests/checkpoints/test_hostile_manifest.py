@@ -62,7 +62,7 @@ def check_refused(store, capsys):
         status, _, err = ckpt(capsys, action, store)
         assert status == 1 and "manifest.json is invalid: it has " in err
     status, out, _ = ckpt(capsys, "verify", store.parent)  # as one of the folders in it
-    assert status == 1 and "manifest.json is damaged" in out
+    assert status == 1 and "manifest.json is invalid" in out
     after = everything(store.parent)
     before.setdefault("store/.lock", None)
     assert {**after, "store/.lock": None} == {**before, "store/.lock": None}

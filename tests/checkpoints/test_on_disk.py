@@ -137,7 +137,7 @@ def test_a_store_that_cannot_be_opened_is_not_locked(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
-        with pytest.raises(CheckpointError, match="cannot open .* for writing") as full:
+        with pytest.raises(CheckpointError, match=r"cannot open .* for writing") as full:
             CheckpointStore(tmp_path)
     with CheckpointStore(tmp_path):
         pass

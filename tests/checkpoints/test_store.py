@@ -285,7 +285,9 @@ def test_a_second_process_is_told_who_holds_the_store(store):
     command = [sys.executable, "-c", OTHER, str(store.directory)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     locked, count = done.stdout.splitlines()
-    assert f"is open for writing in process {os.getpid()}; wait for that process or stop it" in locked
+    assert (
+        f"is open for writing in process {os.getpid()}; wait for that process or stop it" in locked
+    )
     assert count == "1"
 
 

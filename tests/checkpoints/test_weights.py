@@ -83,7 +83,9 @@ def test_what_holds_no_weights_is_passed_over(tmp_path, capsys, case, damaged):
     assert "passed over newer.pt: holds no " in out
     assert (tmp_path / "last.pt").read_bytes() == (tmp_path / "good.pt").read_bytes()
     before = (tmp_path / "last.pt").read_bytes()
-    with pytest.raises(CheckpointError, match=r"newer\.pt cannot be used for a rollback: holds no "):
+    with pytest.raises(
+        CheckpointError, match=r"newer\.pt cannot be used for a rollback: holds no "
+    ):
         roll_back_file(tmp_path / "last.pt", tmp_path / "newer.pt")
     assert (tmp_path / "last.pt").read_bytes() == before
 

@@ -92,7 +92,7 @@ def test_the_model_that_could_not_learn_is_told_all_its_faults_in_order_of_impor
 
     by_kind = {f.kind: f for f in reversed(found.findings)}
     assert "[4, 1, 32, 32] and target [4, 1, 224, 224]" in by_kind["shape-mismatch"].seen
-    assert "began at 0.001" in by_kind["lr-vanished"].seen
+    assert "started at 0.001" in by_kind["lr-vanished"].seen
     assert by_kind["lr-vanished"].value == pytest.approx(1e-21)
     born = by_kind["nonfinite-activation"].seen
     assert "aten.div.Tensor" in born and "denominators are exactly 0" in born

@@ -11,7 +11,7 @@ from guardtest.kinds.case import Setup, case
 from guardtest.kinds.setups import regression
 
 
-@case("empty-batch", "error", "data", where="inputs", says="no sample: [0, 4]")
+@case("empty-batch", "error", "data", where="inputs", says="no samples: [0, 4]")
 def empty_batch(sick: bool) -> Setup:
     setup = regression()
     inputs, targets = setup["batch"]

@@ -42,7 +42,7 @@ BAD_ARGUMENTS = {
     "budget word": ({"max_consecutive_skips": "3"}, ValueError, "max_consecutive_skips='3'"),
     "budget bool": ({"max_consecutive_skips": True}, ValueError, "max_consecutive_skips=True"),
     "budget float": ({"max_consecutive_skips": 3.0}, ValueError, "max_consecutive_skips=3.0"),
-    "group": ({"group": "world"}, TypeError, "group=.world. is no process group; pass"),
+    "group": ({"group": "world"}, TypeError, "group=.world. is not a process group; pass"),
     "names": (
         {"named_parameters": [torch.zeros(2)]},
         TypeError,

@@ -29,6 +29,6 @@ def test_what_to_install(monkeypatch, module, framework, extra):
 
 
 def test_ranks_that_hold_other_things_than_replicas_need_a_group():
-    with pytest.raises(ValueError, match="give the guard a group="):
+    with pytest.raises(ValueError, match="pass group= to the guard"):
         usual_group({}, 4, replicated=False)
     assert usual_group({"group": None}, 4, replicated=False) == {}

@@ -294,7 +294,7 @@ def test_guarding_after_an_unguarded_run(tmp_path):
 def test_guarding_twice_is_refused(tmp_path):
     built = trainer(tmp_path)
     guard(built)
-    with pytest.raises(ValueError, match="guarded already"):
+    with pytest.raises(ValueError, match="already guarded"):
         guard(built)
 
 

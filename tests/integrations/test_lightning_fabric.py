@@ -165,5 +165,5 @@ def test_model_and_optimizer_set_up_apart():
 
 def test_guarding_twice_is_refused():
     fabric = guard(fabric_module.Fabric(accelerator="cpu", devices=1))
-    with pytest.raises(ValueError, match="guarded already"):
+    with pytest.raises(ValueError, match="already guarded"):
         guard(fabric)

@@ -332,11 +332,11 @@ def test_the_callbacks_travel_to_the_processes_of_other_gpus(tmp_path):
 
 
 def test_wrong_use_is_named():
-    with pytest.raises(TypeError, match="must be a model of ultralytics"):
+    with pytest.raises(TypeError, match="must be an ultralytics model"):
         guard(torch.nn.Linear(2, 2))
     model = YOLO("yolo11n.yaml")
     guard(model)
-    with pytest.raises(ValueError, match="guarded already"):
+    with pytest.raises(ValueError, match="already guarded"):
         guard(model)
 
 

@@ -135,7 +135,7 @@ def refused_shards() -> list[str]:
         with pytest.raises(TypeError) as caught:
             call()
         messages.append(str(caught.value))
-    with pytest.raises(ValueError, match="clip_scope='unit' asks for a number of each tensor"):
+    with pytest.raises(ValueError, match="clip_scope='unit' needs one number per tensor"):
         q = torch.nn.Parameter(torch.ones(2))
         GuardedOptimizer(
             torch.optim.SGD([q], lr=0.1),

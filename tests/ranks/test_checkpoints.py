@@ -142,7 +142,9 @@ def save_own(folder: Path) -> None:
 def test_values_of_each_rank_need_as_many_ranks(two: Ranks, tmp_path: Path) -> None:
     two.run(save_own, tmp_path)
     with CheckpointStore(tmp_path) as store:
-        with pytest.raises(CheckpointError, match=r"saved by 2 ranks, each with its own values of stage\.w"):
+        with pytest.raises(
+            CheckpointError, match=r"saved by 2 ranks, each with its own values of stage\.w"
+        ):
             store.load("last", stage=torch.nn.Module())
         assert store.load().state["stage"]["w"].tolist() == [0.0] * 3
 

@@ -301,7 +301,7 @@ def refused() -> list[str]:
 
 def test_what_has_no_meaning_over_ranks_is_refused(two: Ranks) -> None:
     scope, kind, lbfgs, nothing = same_on_all(two.run(refused))
-    assert "clip_scope='tensor' asks for a number of each tensor" in scope
-    assert "group='world' is no process group" in kind
+    assert "clip_scope='tensor' needs one number per tensor" in scope
+    assert "group='world' is not a process group" in kind
     assert "LBFGS decides by the loss of one rank" in lbfgs
-    assert "group=None is no process group" in nothing
+    assert "group=None is not a process group" in nothing

@@ -130,8 +130,8 @@ def test_a_loss_too_many_is_said_once_where_it_is_given(fresh: Ranks) -> None:
     for i, (losses, warnings) in enumerate(fresh.run(late_losses_of_both)):
         assert losses == [{"other losses": 2.0}, {"other losses": 5.0}]
         (warning,) = warnings
-        assert f"loss 'of rank {i}' is one too many" in warning
-        assert "join 11 losses by name" in warning and "give sums of parts" in warning
+        assert f"no position is left for loss 'of rank {i}'" in warning
+        assert "combine 11 losses by name" in warning and "pass sums of parts" in warning
 
 
 def raise_of_a_late_loss() -> str:
@@ -156,7 +156,7 @@ def rule_of_a_late_loss() -> str:
 
 def test_a_rule_needs_a_place_of_its_own(fresh: Ranks) -> None:
     message = same_on_all(fresh.run(rule_of_a_late_loss))
-    assert "a rule judges loss 'late', which is one too many" in message
+    assert "no position is left for the rule on loss 'late'" in message
 
 
 def loss_without_group() -> str:

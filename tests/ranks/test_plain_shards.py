@@ -164,7 +164,7 @@ def test_through_the_patch_torchs_meaning_holds_and_is_said_once(two: Ranks) -> 
     for recipe, theirs, said in two.run(a_trainers_own_recipe):
         assert recipe == pytest.approx(theirs, rel=1e-6)
         (warning,) = said
-        assert "the norm is that of the shards of this rank" in warning
+        assert "the norm covers only the shards of this rank" in warning
 
 
 def zero_redundancy(group: str | None) -> str | tuple[float, list[float], int]:

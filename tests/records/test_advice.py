@@ -51,7 +51,7 @@ def test_gradients_that_come_clipped_to_our_limit_are_told_once(dtype, clip, sin
     opt = train(400, before=clip, max_norm=clip, dtype=dtype, sink=sink)
     opt.records()
     (message,) = told(log)
-    assert f"{clip:g}, the limit that the guard's max_norm" in message
+    assert f"{clip:g}, the guard's own max_norm" in message
     assert "remove that call" in message
 
 
@@ -73,7 +73,7 @@ def test_segments_that_come_clipped_to_our_limit_each_are_told_once(scope, log):
     opt.records()
     (message,) = told(log)
     limit = 0.1 * math.sqrt(len(model) if scope == "group" else len([*model.parameters()]))
-    assert f"{limit:g}, the limit that the guard's max_norm" in message
+    assert f"{limit:g}, the guard's own max_norm" in message
 
 
 @pytest.mark.parametrize("limit", [5.0, None])

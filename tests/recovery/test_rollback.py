@@ -168,7 +168,7 @@ def test_it_gives_up_with_the_story() -> None:
         run.batch(i)
     assert run.batch(4, math.nan).attempt == 1
     assert run.batch(5, math.nan).attempt == 2
-    with pytest.raises(TrainingDivergedError, match=r"2 rollbacks did not get past.*nonfinite"):
+    with pytest.raises(TrainingDivergedError, match=r"2 rollbacks did not solve it.*nonfinite"):
         run.batch(6, math.nan)
 
 

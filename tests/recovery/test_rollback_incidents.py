@@ -94,7 +94,7 @@ def test_the_memory_of_bad_steps_is_bounded(
     loop = Loop({}, every=1, after_skips=None)
     loop.steps(50, math.nan)
     assert loop.rollback.trigger().skip == (46, 47, 48, 49, 50)
-    assert sum("which data to leave out" in message for message in caplog.messages) == 1
+    assert sum("data of the first ones to leave out" in message for message in caplog.messages) == 1
 
 
 def test_the_search_for_a_loss_scale_is_no_bad_step() -> None:

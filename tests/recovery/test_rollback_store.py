@@ -201,6 +201,6 @@ def test_wrong_use_is_named(store: CheckpointStore) -> None:
     with pytest.raises(TypeError, match="position is a function"):
         run.rollback.snapshot(position=lambda: 0)
     for name in ("position", "optimizer", "lr"):
-        with pytest.raises(ValueError, match=rf"objects\['{name}'\]: Rollback itself keeps"):
+        with pytest.raises(ValueError, match=rf"objects\['{name}'\] has a name that Rollback uses"):
             Rollback(run.opt, {name: run.model}, lr=run.lr)
     Rollback(run.opt, {"optimizer": run.opt, "lr": run.lr}, lr=run.lr)  # the same ones are fine

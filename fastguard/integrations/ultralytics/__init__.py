@@ -1,10 +1,10 @@
-"""fastguard in the Ultralytics trainer: `guard(model)`, then `model.train(...)` as ever.
+"""Integration with the Ultralytics trainer: `guard(model)`, then `model.train(...)` as usual.
 
 Written for and tested with ultralytics 8.4.190, which is AGPL-3.0: `torch-fastguard[ultralytics]`.
 
-The trainer's own step clips to norm 10, skips in fp16 alone, and moves the EMA whatever happened:
-in fp32 and bf16 one bad batch ends in every weight. Guarded, a step that is skipped leaves no
-trace: weights, optimizer state, BatchNorm statistics and EMA are what they were.
+The trainer's own step clips to norm 10, skips only in fp16, and always updates the EMA; in fp32 and
+bf16 one bad batch destroys every weight. With the guard, a skipped step changes nothing: weights,
+optimizer state, BatchNorm statistics and EMA stay as they were.
 """
 
 # pyright: reportMissingImports=false
@@ -29,27 +29,27 @@ def guard(
 ) -> UltralyticsGuard:
     """Guards every later `model.train(...)`; records go to `records.jsonl` in the run's folder.
 
-    Each step reads its verdict on the host; the trainer's progress bar waits there anyway.
+    Each step reads its verdict on the host; the trainer's progress bar syncs there anyway.
 
     Args:
-        model: A `YOLO` or another model of ultralytics, or one of its trainers.
-        max_norm: In place of the trainer's fixed 10; None: do not clip.
-        schedule: Arguments of `GuardedLR` (floor, backoff, recovery, warmup), which acts on top of
-            the trainer's own schedule. With a `warmup` here, train with `warmup_epochs=0`.
-        records: File of JSON lines that rank 0 appends each record to; None: `records.jsonl` in the
+        model: A `YOLO` or another ultralytics model, or one of its trainers.
+        max_norm: Replaces the trainer's fixed limit of 10; None: no clipping. Default: 10.
+        schedule: Arguments of `GuardedLR` (floor, backoff, recovery, warmup), applied on top of the
+            trainer's own schedule. With `warmup`, train with `warmup_epochs=0`. Default: None.
+        records: JSON lines file to which rank 0 appends each record; None: `records.jsonl` in the
             folder of the run.
         sinks: Called with each record on rank 0, such as `TensorBoardSink("run")`.
         options: Further arguments of `GuardedOptimizer`, such as `spike`.
 
     Returns:
-        What is attached; its `optimizer` is there once training has begun.
+        The attached guard; its `optimizer` is set once training has started.
 
     Raises:
         ModuleNotFoundError: ultralytics is not installed.
-        TypeError: `model` is not one of its models or trainers, `records` is no path, or a sink
-            cannot be called.
+        TypeError: `model` is not one of its models or trainers, `records` is not a path, or a sink
+            is not callable.
         OSError: `records` is a folder.
-        ValueError: It is guarded already.
+        ValueError: The model is already guarded.
 
     Example:
         >>> from ultralytics import YOLO                                    # doctest: +SKIP
@@ -62,11 +62,11 @@ def guard(
         from ultralytics.engine.trainer import BaseTrainer
     if not isinstance(model, Model | BaseTrainer):
         raise TypeError(
-            f"model={model!r} must be a model of ultralytics, such as YOLO('yolo11n.yaml')"
+            f"model={model!r} must be an ultralytics model, such as YOLO('yolo11n.yaml')"
         )
     for callback in model.callbacks["on_pretrain_routine_end"]:
         if isinstance(getattr(callback, "__self__", None), UltralyticsGuard):
-            raise ValueError("the model is guarded already: call guard() once")
+            raise ValueError("the model is already guarded; call guard() only once")
     written = RunRecords(records, sinks)
     guarded = UltralyticsGuard({"max_norm": max_norm, **options}, schedule or {}, written)
     for name in vars(UltralyticsGuard):

@@ -1,4 +1,4 @@
-"""`UltralyticsGuard`: what happens at each event of an Ultralytics trainer that is guarded."""
+"""`UltralyticsGuard`: handles the events of a guarded Ultralytics trainer."""
 
 # pyright: reportMissingImports=false
 from __future__ import annotations
@@ -22,7 +22,7 @@ class UltralyticsGuard:
 
     Attributes:
         optimizer: The guarded optimizer of the run, with its records and counters.
-        lr: The learning rates that its steps are taken with.
+        lr: The learning rates used by its steps.
     """
 
     optimizer: GuardedOptimizer
@@ -35,10 +35,12 @@ class UltralyticsGuard:
         self._schedule = schedule
         self._records = records
         self._run: RunRecords | None = None
-        self._window: list[tuple[int, Sequence[str]]] = []  # batches of the next step, their images
+        # batches of the next step, and their images
+        self._window: list[tuple[int, Sequence[str]]] = []
 
     def on_pretrain_routine_end(self, trainer: Any) -> None:
-        """Optimizer, scheduler and EMA are there, and what is resumed has been loaded."""
+        """Attaches the guard when optimizer, scheduler and EMA exist and a resumed state is
+        loaded."""
         from ultralytics.utils import RANK
 
         self._trainer = trainer
@@ -62,33 +64,33 @@ class UltralyticsGuard:
         self._trainers = TakenOver(trainer, self, ("optimizer_step", "preprocess_batch"))
 
     def on_train_epoch_start(self, trainer: Any) -> None:
-        """Also when the trainer begins the epoch again, without the gradients that it had."""
+        """Starts an epoch, also when the trainer restarts one without its gradients."""
         self._batch = 0
         self._losses = EpochLosses()
         if trainer.nan_recovery_attempts or trainer._oom_retries:
             self._window.clear()
 
     def on_train_batch_start(self, trainer: Any) -> None:
-        """Before the forward pass."""
+        """Runs before the forward pass."""
         self._batch += 1
         self._losses.mend_means(trainer)
 
     def on_train_batch_end(self, trainer: Any) -> None:
-        """After the step, or without one: then the gradients wait for the next batch."""
+        """Runs after each batch; without a step, its gradients wait for the next batch."""
         if self._window:
             self._observe(trainer)
 
     def on_train_epoch_end(self, trainer: Any) -> None:
-        """Before the trainer writes its log, and looks for NaN to recover from."""
+        """Runs before the trainer writes its log and checks for NaN to recover from."""
         self._losses.close(trainer)
 
     def teardown(self, trainer: Any) -> None:
-        """The run is over, or has failed."""
+        """Runs when training ends or fails."""
         if self._run is not None:
             self._run.end()
 
     def preprocess_batch(self, batch: dict) -> dict:
-        """As the trainer's own; which images the batch has is kept until its step."""
+        """Like the trainer's method; also remembers the batch's images until its step."""
         self._window.append((self._batch, batch.get("im_file", ())))
         return self._trainers.own("preprocess_batch")(batch)
 
@@ -96,7 +98,7 @@ class UltralyticsGuard:
         self.optimizer.observe(trainer.loss_items)
 
     def optimizer_step(self) -> None:
-        """In place of the trainer's own, which clips to a fixed norm and always moves the EMA."""
+        """Replaces the trainer's method, which clips to a fixed norm and always updates the EMA."""
         trainer = self._trainer
         self._observe(trainer)
         batches = [number for number, _ in self._window]
@@ -107,7 +109,7 @@ class UltralyticsGuard:
             trainer.scaler.step(self.optimizer, tag=tag)
         trainer.scaler.update()
         self.optimizer.zero_grad()
-        self.optimizer.settle()  # the record is written while its images are known
+        self.optimizer.settle()  # makes the record while its images are known
         if not was_skipped(self.optimizer):
             self._losses.applied(trainer)
             if trainer.ema:
@@ -115,7 +117,7 @@ class UltralyticsGuard:
         self._window.clear()
 
     def _with_images(self, record: StepRecord) -> StepRecord:
-        """Of an incident that was skipped, the record names the images, too."""
+        """Adds the images to the record of a skipped incident."""
         if record.action != "skipped" or not record.is_incident:
             return record
         images = [name for _, names in self._window for name in names]
@@ -125,7 +127,7 @@ class UltralyticsGuard:
         state_dict["guarded_lr"] = self.lr.state_dict()
 
     def _resume(self, checkpoint: str) -> None:
-        """The trainer has loaded the optimizer of its checkpoint; here is what it left out."""
+        """Restores what the trainer left out when loading the optimizer from its checkpoint."""
         from ultralytics.nn.tasks import load_checkpoint
 
         saved = load_checkpoint(checkpoint)[1]["optimizer"]

@@ -1,8 +1,8 @@
-"""`EpochLosses`: the books of an Ultralytics epoch, kept free of the losses of skipped batches.
+"""`EpochLosses`: excludes the losses of skipped batches from an Ultralytics epoch.
 
-The trainer keeps a running mean of each loss part, which one NaN ends; and it takes a NaN loss of
-the epoch's last batch as proof that its weights are lost, goes back to `last.pt` and trains the
-whole epoch again. A batch that was skipped proves nothing.
+The trainer keeps a running mean of each loss part, which a single NaN ruins. It also takes a NaN
+loss in the epoch's last batch as a sign of destroyed weights, goes back to `last.pt` and repeats
+the whole epoch. A skipped batch is no such sign.
 """
 
 from __future__ import annotations
@@ -19,30 +19,33 @@ class EpochLosses:
     """The losses of one epoch."""
 
     def __init__(self) -> None:
-        self._means: Mapping[str, Tensor] | None = None  # the trainer's, while they were finite
-        self._loss: Tensor | None = None  # of the last applied step
+        # the trainer's means, while they were finite
+        self._means: Mapping[str, Tensor] | None = None
+        self._loss: Tensor | None = None  # loss of the last applied step
 
     def applied(self, trainer: Any) -> None:
-        """The step of the current batch reached the weights."""
+        """Records that the step of the current batch was applied."""
         self._loss = trainer.loss.detach()
 
     def mend_means(self, trainer: Any) -> None:
-        """Takes the batch out of the running means that made them NaN or Inf. Waits for a GPU."""
+        """Removes a batch that made the running means NaN or Inf. Synchronises with the GPU."""
         if trainer.tloss is None:
             return
         if all(math.isfinite(mean) for mean in trainer.tloss.values()):
             self._means = trainer.tloss
         else:
-            trainer.tloss = self._means  # None at the first batch: the mean starts with the next
+            # None at the first batch: the mean starts with the next one
+            trainer.tloss = self._means
 
     def close(self, trainer: Any) -> None:
-        """The epoch is over.
+        """Corrects the losses at the end of the epoch.
 
-        Its recovery stays the trainer's: a NaN loss is left to it when the weights are not finite,
-        or when no step of the whole epoch could be applied.
+        Recovery is left to the trainer: a NaN loss stays if the weights are not finite, or if no
+        step of
+        the whole epoch was applied.
         """
         self.mend_means(trainer)
-        if trainer.tloss is None:  # not one good batch
+        if trainer.tloss is None:  # there was no good batch
             trainer.tloss = trainer.loss_items
         lost = trainer.loss is not None and not trainer.loss.isfinite()
         if lost and self._loss is not None and _is_finite(trainer.model):

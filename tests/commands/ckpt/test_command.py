@@ -205,7 +205,7 @@ def test_a_store_in_use_can_be_looked_at_but_not_rolled_back(store, capsys):
         assert main(["ckpt", "list", str(store)]) == 0
         assert main(["ckpt", "verify", str(store)]) == 1
         assert main(["ckpt", "rollback", str(store)]) == 2
-    assert f"in this process ({os.getpid()}) already" in capsys.readouterr().err
+    assert f"already open for writing in this process ({os.getpid()})" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_it_gives_up_with_a_clear_error_after_its_attempts(monkeypatch, tmp_path
     outcome = classifier.run(tmp_path, guarded=True)
     error = outcome.facts["error"]
     assert "a step was skipped, at step" in error
-    assert "3 rollbacks did not get past it" in error
+    assert "3 rollbacks did not solve it" in error
     assert "'epoch': 3, 'batch': 18" in error and "conv.weight (72 NaN)" in error
     assert [r.skip for r in outcome.facts["rewinds"]] == [(111,), (111, 112), (111, 112, 113)]
     assert [r.attempt for r in outcome.facts["rewinds"]] == [1, 2, 3]
@@ -305,7 +305,7 @@ def test_without_leaving_the_data_out_no_attempt_gets_past_them(monkeypatch, tmp
     monkeypatch.setattr(BadStretch, "positions_since", lambda *_: ())
     outcome = classifier.run(tmp_path, guarded=True)
     assert not outcome.survived
-    assert "3 rollbacks did not get past it" in outcome.facts["error"]
+    assert "3 rollbacks did not solve it" in outcome.facts["error"]
     assert [rewind.position for rewind in outcome.facts["rewinds"]] == [100] * 3
 
 

@@ -208,7 +208,7 @@ def test_the_floor_says_once_that_the_schedule_wanted_below(caplog):
         training.one_batch(draw(2, batch), batch)
         training.schedule.step()
     (said,) = [r.getMessage() for r in caplog.records if "floor" in r.getMessage()]
-    assert "the schedule wanted lr" in said and "below the floor [0.01]: held there" in said
+    assert "GuardedLR: clamped lr" in said and "to floor [0.01]" in said
 
 
 def test_what_the_demo_leaves(folder, guarded):

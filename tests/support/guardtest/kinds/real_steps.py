@@ -6,7 +6,7 @@ from guardtest.kinds.case import Setup, case
 from guardtest.kinds.setups import regression, with_sgd
 
 
-@case("diverges", "error", "real steps", says="destroyed")
+@case("diverges", "error", "real steps", says="finite before the steps")
 def diverges(sick: bool) -> Setup:
     return with_sgd(regression(), lr=1e12 if sick else 0.01)
 
