@@ -85,7 +85,7 @@ def _read_lr(group: Group) -> float:
             "GuardedLR needs an optimizer with a learning rate, but a param group has none"
         )
     # Syncs if the learning rate is a tensor on a GPU.
-    return number_of("lr", group["lr"], "GuardedLR needs a number as learning rate")
+    return number_of("lr", group["lr"], "GuardedLR needs an optimizer with a number as lr")
 
 
 def _write_lr(group: Group, value: float) -> float:

@@ -411,7 +411,7 @@ def test_a_full_file_that_cannot_be_deleted_costs_no_record(
         for step in range(1, 31):
             sink(record(step))
     assert steps(path) == list(range(1, 31)) and sink.lost == 0
-    assert "cannot be deleted" in caplog.text
+    assert "cannot delete a full file" in caplog.text
 
 
 def test_without_a_descriptor_to_spare_the_full_file_takes_more(path: Path) -> None:
