@@ -160,8 +160,7 @@ def plain_json(value: object) -> Any:
     """Copies a value that JSON can represent.
 
     A value from a pickle may contain itself, or the same list a billion times in a few bytes, so
-    both
-    size and depth are limited.
+    both size and depth are limited.
 
     Raises:
         TypeError, ValueError: The value is not JSON-serialisable, or is too deep or too large.

@@ -29,8 +29,7 @@ class Found:
     Attributes:
         path: The file or folder.
         kind: `"shards"` for a folder written by `torch.distributed.checkpoint`, `"index"` for a
-            file
-            that maps tensors to files, `"incomplete"` for a folder with missing model files,
+            file that maps tensors to files, `"incomplete"` for a folder with missing model files,
             `"other"` for a file that only has the name of a checkpoint, and `"unreadable"` for a
             folder that cannot be read.
         why: The reason, for the last three kinds.

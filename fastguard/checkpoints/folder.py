@@ -69,8 +69,7 @@ class Folder:
     Raises:
         StoreLocked: Another writer has the folder open.
         CheckpointError: The folder cannot be used, or its manifest is from a newer version or
-            another
-            tool.
+            another tool.
     """
 
     def __init__(
@@ -143,8 +142,7 @@ class Folder:
         """Removes files left by a save, except those listed by the manifest on disk.
 
         An interrupt may arrive after the new manifest is written and while old checkpoints are
-        being
-        removed; the new checkpoint may then be the only one left.
+        being removed; the new checkpoint may then be the only one left.
         """
         for path in leftovers:
             with contextlib.suppress(CheckpointError, OSError):
@@ -197,8 +195,7 @@ class Folder:
 
         Returns:
             The entries set aside. Their files keep `.replaced` appended to their names until the
-            next
-            rollback.
+            next rollback.
         """
         self.check_open()
         before = self._manifest

@@ -135,10 +135,8 @@ def good_source(target: Path, ignore: Sequence[str] = ()) -> tuple[Path | None, 
     then the modification time.
 
     A file without tensors (settings, a schedule) is never chosen. A folder may hold several models,
-    so
-    a candidate must share at least half of the tensors, by name and shape, of the smaller of the
-    two
-    files. Half, because data positions and histories change shape; the smaller file, because an
+    so a candidate must share at least half of the tensors, by name and shape, of the smaller of the
+    two files. Half, because data positions and histories change shape; the smaller file, because an
     optimizer has no state before its first step.
 
     Args:
@@ -228,8 +226,7 @@ def roll_back_file(
 
     Returns:
         The new path of the old target: its name with `.replaced-1` (or 2, ...) appended. None if
-        there
-        was no target.
+        there was no target.
 
     Raises:
         CheckpointError: The source is the target, is damaged or not finite, holds no tensors, or

@@ -116,10 +116,8 @@ class StoreView:
 
         Args:
             which: A step, `"last"`, `"last-clean"` or `"best"` (the clean checkpoint with the
-                smallest
-                metric, or the largest if the store has `mode="max"`). `"last-clean"` skips damaged
-                and
-                unreadable files and logs an error for each; the other choices raise.
+                smallest metric, or the largest if the store has `mode="max"`). `"last-clean"` skips
+                damaged and unreadable files and logs an error for each; the other choices raise.
             objects: Objects to restore, for names that are not Python identifiers.
             rng: Whether to restore the global random states if objects are given.
             **named: Objects to restore, as in `save`; states without an object are returned in

@@ -38,9 +38,8 @@ class CheckpointStore(StoreView):
 
     Each checkpoint is written to a temporary file, flushed, read back (every checksum, every tensor
     checked for NaN and Inf), and only then renamed. After `kill -9` at any moment the store opens
-    and
-    its last clean checkpoint loads. The random state of Python, numpy and torch is saved too, so a
-    resumed run equals an uninterrupted one.
+    and its last clean checkpoint loads. The random state of Python, numpy and torch is saved too,
+    so a resumed run equals an uninterrupted one.
 
     Args:
         directory: The directory; created if it does not exist.
@@ -55,9 +54,8 @@ class CheckpointStore(StoreView):
             the manifest. None: the stored patterns.
         read_only: Change nothing; works while another process writes.
         group: The ranks that share the store (`torch.distributed.group.WORLD`). All ranks open,
-            save,
-            load and roll back together, or fail together; rank 0 writes the manifest. None: this
-            process only.
+            save, load and roll back together, or fail together; rank 0 writes the manifest. None:
+            this process only.
 
     Raises:
         StoreLocked: Another process writes to the directory.
@@ -136,8 +134,7 @@ class CheckpointStore(StoreView):
 
         Returns:
             The new entry; `entry.clean` says whether every tensor is finite. None if the disk
-            failed
-            and `on_error="log"`.
+            failed and `on_error="log"`.
 
         Raises:
             TypeError, ValueError: An argument, or a value in a state, cannot be saved.
@@ -191,8 +188,7 @@ class CheckpointStore(StoreView):
         Raises:
             ValueError: `every` is not an integer >= 1. Also everything that `save` raises.
             SystemExit: A signal was received (status 128 + its number). By then the checkpoint is
-                saved
-                and verified, the previous handlers are restored and the store is closed.
+                saved and verified, the previous handlers are restored and the store is closed.
         """
         if every is not None:
             every = integer("every", every, 1)
@@ -218,9 +214,8 @@ class CheckpointStore(StoreView):
         """Makes a signal end the run with a verified checkpoint at the next `maybe_save`.
 
         The handler only sets a flag, since it may run in the middle of a step. Call this in the
-        main
-        thread. Signals may reach the ranks in different steps, so with a `group` every `maybe_save`
-        communicates with the other ranks: about 0.1 ms, plus a device sync with NCCL.
+        main thread. Signals may reach the ranks in different steps, so with a `group` every
+        `maybe_save` communicates with the other ranks: about 0.1 ms, plus a device sync with NCCL.
 
         Args:
             *signals: The signals; SIGTERM if none is given.
@@ -257,8 +252,7 @@ class CheckpointStore(StoreView):
         """Atomically makes an earlier checkpoint the last one; later checkpoints are set aside.
 
         Checkpoints saved after it leave the list; their files keep `.replaced` appended to their
-        names
-        until the next rollback. Training continues from `entry.step`.
+        names until the next rollback. Training continues from `entry.step`.
 
         Args:
             to: A checkpoint as in `load`. It is read from disk first.

@@ -239,8 +239,7 @@ class GuardConfig:
         """Wraps an optimizer in a guard and opens its records, as configured.
 
         Param groups with both matching and other parameters are split, so create schedulers
-        afterwards,
-        for the returned optimizer. If this raises, the optimizer is unchanged.
+        afterwards, for the returned optimizer. If this raises, the optimizer is unchanged.
 
         Args:
             model: The model, which provides the names of the parameters.
@@ -252,8 +251,7 @@ class GuardConfig:
 
         Raises:
             TypeError, ValueError: A pattern matches no parameter of the optimizer, or a setting
-                does not
-                fit it.
+                does not fit it.
             ImportError, OSError: A destination of records cannot be opened.
         """
         if not isinstance(model, torch.nn.Module):

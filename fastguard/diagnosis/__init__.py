@@ -43,32 +43,27 @@ def diagnose(
     """Reports what is wrong with a training setup, most important first, each with a remedy.
 
     Checks initialisation, data, forward pass, loss, backward pass, precision and optimizer, and
-    takes
-    a few real steps on the batch. All state is restored afterwards, bit for bit: parameters,
-    buffers,
-    gradients, the optimizer's state and param groups, training flags and random number generators;
-    hooks of the optimizer do not run. Needs memory for one copy of the model and of the optimizer's
-    state. Runs in one process: DataParallel and DistributedDataParallel are unwrapped, and compiled
-    parts run eagerly. Synchronises with the GPU.
+    takes a few real steps on the batch. All state is restored afterwards, bit for bit: parameters,
+    buffers, gradients, the optimizer's state and param groups, training flags and random number
+    generators; hooks of the optimizer do not run. Needs memory for one copy of the model and of the
+    optimizer's state. Runs in one process: DataParallel and DistributedDataParallel are unwrapped,
+    and compiled parts run eagerly. Synchronises with the GPU.
 
     Args:
         model: The model, in the mode and with the weights to be diagnosed.
         batch: `(inputs, targets)`, a mapping with exactly these two keys, or any other mapping,
-            which
-            is passed to the model as keyword arguments. A tuple or mapping of inputs is unpacked.
+            which is passed to the model as keyword arguments. A tuple or mapping of inputs is
+            unpacked.
         loss_fn: The loss is `loss_fn(model(inputs), targets)`, a scalar or a dict of named scalars;
             if the batch is a mapping of keyword arguments, `loss_fn(output, batch)`. None: the
             output's `loss`.
         optimizer: The optimizer that trains the model; a `GuardedOptimizer` is unwrapped. None: a
-            few
-            AdamW steps show whether the model can learn at all.
+            few AdamW steps show whether the model can learn at all.
         data: Further batches, such as a DataLoader; the first 8 are checked. An iterator is
-            advanced
-            by as many.
+            advanced by as many.
         step: Replaces `loss_fn`: `step(model, batch)` returns the loss, a dict of parts whose sum
-            is
-            the loss, or a dict, object or tuple that contains the loss under `loss` or as its first
-            entry. It must not call backward or step the optimizer.
+            is the loss, or a dict, object or tuple that contains the loss under `loss` or as its
+            first entry. It must not call backward or step the optimizer.
         autocast: The autocast used in training: a context such as
             `torch.autocast("cuda", torch.float16)`, or `"float16"` or `"bfloat16"` for the model's
             device.

@@ -1,10 +1,9 @@
 """`ActivationGuard`: counts, or removes, NaN and Inf in the outputs of modules.
 
 Memory traffic: one read of every watched output, plus one write in `"clean"` mode. On a CPU a
-finite
-output costs one read (`aminmax`). On other devices, to avoid a sync, the elements are compared and
-summed, which takes one read if `torch.compile` fuses it and about five otherwise. The counters are
-one int64 table on the device, `(modules, 3)`; memory use does not grow.
+finite output costs one read (`aminmax`). On other devices, to avoid a sync, the elements are
+compared and summed, which takes one read if `torch.compile` fuses it and about five otherwise. The
+counters are one int64 table on the device, `(modules, 3)`; memory use does not grow.
 """
 
 from __future__ import annotations
@@ -48,15 +47,12 @@ class ActivationGuard:
     """Watches the outputs of modules with forward hooks; never synchronises with the GPU.
 
     In `"clean"` mode, before the next module sees an output, NaN and Inf become 0 and everything
-    else
-    is clamped to ±limit. Elements are selected, never multiplied, in forward and backward, so a
-    replaced element gets a gradient of 0. Values inside a module, and gradients that become
-    non-finite
-    in the backward pass, are not changed; use `GuardedOptimizer` for those.
+    else is clamped to ±limit. Elements are selected, never multiplied, in forward and backward, so
+    a replaced element gets a gradient of 0. Values inside a module, and gradients that become
+    non-finite in the backward pass, are not changed; use `GuardedOptimizer` for those.
 
     With `torch.compile`, create the guard first and then call the compiled model: the hooks are
-    traced
-    into the same graph. Compiled code may not see a guard created later (until
+    traced into the same graph. Compiled code may not see a guard created later (until
     `torch._dynamo.reset()`), but it sees one being removed. A recomputed forward pass (activation
     checkpointing) counts twice.
 
@@ -65,9 +61,8 @@ class ActivationGuard:
         mode: `"count"` leaves outputs unchanged; `"clean"` changes them.
         limit: Largest allowed magnitude of an activation, > 0; None: no limit.
         modules: One or several patterns, matched against the names in `model.named_modules()`:
-            `"*"`
-            for all, or `"decoder.*"`. `nn.Sequential` is skipped, since it computes nothing itself;
-            the model itself has the name `""`.
+            `"*"` for all, or `"decoder.*"`. `nn.Sequential` is skipped, since it computes nothing
+            itself; the model itself has the name `""`.
 
     Raises:
         TypeError, ValueError: An argument is invalid, or no module matches.

@@ -73,14 +73,10 @@ class BatchCheck:
         """Returns the verdict as losses that the guarded step acts on and records. Never syncs.
 
         Each tensor gives one float64 `()`: 0 if it is fine, 1 if it is constant or out of range,
-        NaN if
-        it is not finite. Pass them to `opt.step(loss={"loss": loss, **check.signals()})`: a
-        non-finite
-        batch then skips its step on the device, whatever the loss is, and the record names the
-        tensor.
-        With `spike={"batch.inputs": Threshold(max=0.5)}`, constant and out-of-range tensors skip
-        the step
-        too; add `action="record"` to only record them.
+        NaN if it is not finite. Pass them to `opt.step(loss={"loss": loss, **check.signals()})`: a
+        non-finite batch then skips its step on the device, whatever the loss is, and the record
+        names the tensor. With `spike={"batch.inputs": Threshold(max=0.5)}`, constant and
+        out-of-range tensors skip the step too; add `action="record"` to only record them.
 
         Args:
             prefix: Start of each name.
@@ -147,8 +143,7 @@ def check_batch(
     Raises:
         TypeError: `low` or `high` is not a number.
         ValueError: A limit is NaN, a low limit is above the high one, a pattern matches no tensor,
-            or
-            the batch contains no tensors.
+            or the batch contains no tensors.
 
     Example:
         >>> import torch, fastguard

@@ -26,8 +26,7 @@ def part_gradients(
     """Returns gradient norms by part of the loss and parameter; unreached parameters are missing.
 
     Runs one step. Empty if the loss is a single number, or if a reentrant activation checkpoint
-    hides
-    the parameters.
+    hides the parameters.
     """
     with subject.autocast:
         parts = loss_parts(subject.step(subject.model, copied(subject.batch)))

@@ -57,8 +57,7 @@ def take_steps(subject: Subject, trained: dict[str, nn.Parameter]) -> RealSteps:
     """Trains on the batch. The caller must restore everything that changes.
 
     If the subject has no optimizer, AdamW with its defaults shows whether the model can learn at
-    all.
-    Every step uses the same random numbers, so that dropout does not hide a falling loss. The
+    all. Every step uses the same random numbers, so that dropout does not hide a falling loss. The
     optimizer's hooks, which may write logs or averages, do not run.
     """
     optimizer = subject.optimizer

@@ -63,15 +63,13 @@ class GradBucket:
         tensor_ids: Index of each in the caller's list of tensors.
         segment_ids: Segment of each.
         runs: The same elements in as few contiguous pieces as possible, if they were laid out that
-            way
-            (`FlatGradBuckets`); None otherwise. The clean path reads these instead of `grads`.
+            way (`FlatGradBuckets`); None otherwise. The clean path reads these instead of `grads`.
         memo: Data that a backend keeps between the stages of a step.
         form: The form of their list: the same object means the same sizes and strides. None:
             unknown.
         kind: How they can be read.
         resolved: `(gradient, copy)` of gradients whose memory differs from their values (views with
-            a
-            conjugate or negative bit); `grads` contains the copies.
+            a conjugate or negative bit); `grads` contains the copies.
         sizes: Number of elements of each gradient, if the form tells.
     """
 
@@ -130,8 +128,7 @@ class GradBuckets:
         n_segments: S, the number of clip coefficients.
         names: One name per tensor, or None to number them.
         device: Device of the results of the stages: the requested one, or that of the first
-            gradient,
-            or the CPU.
+            gradient, or the CPU.
         sharing: Weight of each tensor relative to other ranks; None in one process. With several
             classes of weights, class c of segment s is segment `c * S + s` in the buckets.
     """
@@ -310,8 +307,7 @@ def _resolved(members: list[Tensor]) -> tuple[list[Tensor], Sequence[tuple[Tenso
     """Returns the members, with copies of those whose memory differs from their values.
 
     A kernel that reads addresses ignores a negative bit, and a complex tensor with a conjugate bit
-    has
-    no real view. Operations of torch respect both bits.
+    has no real view. Operations of torch respect both bits.
     """
     lazy = {i: g.resolve_conj().resolve_neg() for i, g in enumerate(members) if _is_lazy(g)}
     if not lazy:

@@ -54,8 +54,7 @@ def in_pieces(tensors: Tensors, sizes: Sequence[int] | None = None) -> Tensors:
 
     Returns:
         The tensors themselves if all are small, if they are more than `few`, or if they are not on
-        a
-        CPU; a tensor whose strides leave holes stays whole.
+        a CPU; a tensor whose strides leave holes stays whole.
     """
     if sizes is None:
         sizes = list(map(Tensor.numel, tensors))

@@ -77,8 +77,7 @@ def new_form(grads: list[Tensor], groups: tuple[Group, ...], keep: bool = True) 
         grads: The list.
         groups: See `Form`.
         keep: Whether to recognise lists of this form again. False if their type is not sufficient:
-            a
-            tensor inside a transform looks like a plain one.
+            a tensor inside a transform looks like a plain one.
     """
     global _forms
     form = Form(grads, groups, keep)

@@ -33,8 +33,7 @@ class Kind(Enum):
     """How tensors can be read.
 
     `PLAIN`: from memory. `TRACED`: they hold no numbers yet, but operations on them are recorded,
-    as
-    one opaque op per stage. `WRAPPED`: only operations of torch reach the inner tensors.
+    as one opaque op per stage. `WRAPPED`: only operations of torch reach the inner tensors.
     """
 
     PLAIN = 0

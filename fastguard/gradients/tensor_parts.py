@@ -149,8 +149,7 @@ def copies_for_deepcopy(state: Any) -> dict[int, Any]:
 
     They serve as the `memo` of `copy.deepcopy`, which would call the former's `clone`. For a
     placeholder it would copy the mode too, and with it weak references that are then released
-    twice,
-    which corrupts the heap.
+    twice, which corrupts the heap.
     """
     memo: dict[int, Any] = {}
 

@@ -14,8 +14,7 @@ def moved(t: Tensor, device: torch.device) -> Tensor:
     """Returns a tensor on another device. Synchronises only on the way to a CPU.
 
     There it must: `t.to("cpu", non_blocking=True)` returns pinned memory before the copy has
-    arrived,
-    so reading it at once would return old contents.
+    arrived, so reading it at once would return old contents.
     """
     if t.device == device:  # half the time of a `to` that has nothing to do
         return t
@@ -28,8 +27,8 @@ def numbers_on(
     """Returns host numbers as a tensor `(n,)`. Never syncs, and works in a CUDA graph.
 
     A copy to a GPU from pageable memory cannot do both. A single number is passed as the argument
-    of a
-    fill, as part of the launch; several are copied from pinned memory, which a graph has to keep.
+    of a fill, as part of the launch; several are copied from pinned memory, which a graph has to
+    keep.
     """
     if device.type != "cuda" or watched():
         return moved(torch.tensor(values, dtype=dtype, device="cpu"), device)

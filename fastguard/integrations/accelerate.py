@@ -272,8 +272,8 @@ def guard(
     Args:
         accelerator: The accelerator, before its `prepare` is called.
         model: The model being trained, so that records name its parameters and a skipped step
-            restores
-            its running statistics. Prepare it before its optimizer, or first in the same call.
+            restores its running statistics. Prepare it before its optimizer, or first in the same
+            call.
             Default: None.
         records: JSON lines file to which the main process appends each record. Default: None.
         sinks: Called with each record on the main process, such as `TensorBoardSink("run")`.

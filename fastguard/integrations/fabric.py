@@ -194,8 +194,8 @@ def guard(
     Args:
         fabric: The Fabric, before its `setup` is called.
         model: The model being trained, so that records name its parameters and a skipped step
-            restores
-            its running statistics. Set it up before its optimizer, or in the same call. Default:
+            restores its running statistics. Set it up before its optimizer, or in the same call.
+            Default:
                 None.
         records: JSON lines file to which rank 0 appends each record. Default: None.
         sinks: Called with each record on rank 0, such as `TensorBoardSink("run")`.

@@ -55,8 +55,7 @@ class GuardCallback(Callback):
 
     Args:
         records: JSON lines file to which rank 0 appends each record; records of a second optimizer
-            go
-            to `records-1.jsonl` beside it. Default: None.
+            go to `records-1.jsonl` beside it. Default: None.
         sinks: Called with each record on rank 0, such as `TensorBoardSink("run")`.
         options: Arguments of `GuardedOptimizer`; `max_norm` defaults to the Trainer's
             `gradient_clip_val`, and replaces all of Lightning's limits if given.

@@ -46,8 +46,7 @@ def check_agreement(
         arguments: Arguments that must be equal on all ranks, as text, including `COUNTS`; the same
             names on every rank.
         places: The parameters that each coefficient of a narrow scope belongs to, by their
-            description
-            in errors; None if there is one coefficient.
+            description in errors; None if there is one coefficient.
         team: The ranks that decide together.
 
     Raises:

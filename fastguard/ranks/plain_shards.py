@@ -43,8 +43,7 @@ def check_plain_shards(
         tensors: The tensors to guard or measure.
         group: See `Group`.
         replaced: Parameters that `tensors` have replaced. None: called from a function at every
-            step; a
-            list without shards is not searched again.
+            step; a list without shards is not searched again.
         instead: What to do if no group can be passed. Default: None.
 
     Raises:

@@ -58,8 +58,7 @@ def span_of(meshes: Sequence[DeviceMesh], own: ProcessGroup | None) -> Span:
 
     Raises:
         ValueError: They overlap and no root mesh contains them all, so each rank would find
-            different
-            peers.
+            different peers.
     """
     # By identity: equal meshes of two roots, or of two runs in one process, span different ranks.
     parts = (dist.group.WORLD, own, *meshes)
@@ -103,9 +102,8 @@ class Slices:
     """All slices of one kind in a root: they differ from a given slice only by position.
 
     In root order, the positions in a slice are `start + sum of k_i * stride_i` with `0 <= k_i <
-    n_i`;
-    other slices have other starts. Ranks that do not form such a grid are the only slice of their
-    kind.
+    n_i`; other slices have other starts. Ranks that do not form such a grid are the only slice of
+    their kind.
 
     Args:
         ranks: One slice.

@@ -67,8 +67,7 @@ class ClippedBefore:
     """Detects from the norms of a run whether gradients were already clipped.
 
     A step that was not clipped only partly offsets the others, so that a loop that clips most of
-    its
-    steps is detected too.
+    its steps is detected too.
     """
 
     def __init__(self) -> None:
@@ -101,8 +100,7 @@ class ClippedBefore:
         """Whether the norm stays at a number that a person would choose as a limit.
 
         Norms that are equal to the last bit do not count: rounding changes a clipped norm, but not
-        that of
-        a toy model with a constant gradient.
+        that of a toy model with a constant gradient.
         """
         if not abs(norm - self._first) <= EXACT * self._first:  # also true for NaN
             if self._alike:

@@ -1,11 +1,9 @@
 """The record of a step as one float64 row, for the transfer from a device to the host.
 
-    total_norm, clip_coef, skipped, cleaned, reason, step, consecutive skips,
-    NaN, +Inf, -Inf, lr,
-    number of culprits, (index, NaN, +Inf, -Inf) of the first 8,
-    L losses, K spikes, K thresholds,
-    on several ranks: which of the L losses were given, number of culprit ranks, and their sum,
-    with an adaptive limit: the limit of the whole model's norm
+    total_norm, clip_coef, skipped, cleaned, reason, step, consecutive skips, NaN, +Inf, -Inf, lr,
+    number of culprits, (index, NaN, +Inf, -Inf) of the first 8, L losses, K spikes, K thresholds,
+    on several ranks: which of the L losses were given, number of culprit ranks, and their sum, with
+    an adaptive limit: the limit of the whole model's norm
 
 Rows are stored in a ring on the device; each is copied to a ring in pinned memory, followed by an
 event, without blocking.
@@ -85,8 +83,7 @@ def learning_rate(groups: Sequence[Mapping[str, Any]], device: torch.device) -> 
 
     Returns:
         A float or a tensor of one element. NaN if there is no number: some optimizers have no
-        learning
-        rate, or one that is None, a string or a function.
+        learning rate, or one that is None, a string or a function.
     """
     lr = groups[0].get("lr") if groups else None
     if isinstance(lr, float):
@@ -181,8 +178,7 @@ class Ring:
     """The rows of the last `ROWS` steps on a device, and their copies on the host.
 
     Allocated once, so that steps allocate nothing. A row is reused after `ROWS` steps, and must
-    have
-    been read by then.
+    have been read by then.
     """
 
     def __init__(self, device: torch.device, width: int) -> None:

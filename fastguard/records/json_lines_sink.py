@@ -26,14 +26,12 @@ class JsonLinesSink:
     """Appends one JSON object per line; NaN and Inf become `"NaN"`, `"Infinity"`, `"-Infinity"`.
 
     A line is passed to the system in one write, so a killed process leaves at most one truncated
-    last
-    line, which readers skip; the next run starts on a new line. Full files are renamed to
+    last line, which readers skip; the next run starts on a new line. Full files are renamed to
     `records.1.jsonl`, `records.2.jsonl`, ... and the oldest beyond `keep` are deleted.
 
     Only one process may write to a file. Its threads may share a sink, and several sinks may share
-    a
-    path. A copy in another process, forked or pickled, can write only while no other process does;
-    until then its records are lost and counted.
+    a path. A copy in another process, forked or pickled, can write only while no other process
+    does; until then its records are lost and counted.
 
     Args:
         path: The file; its folder is created.

@@ -179,8 +179,7 @@ class LineWriter:
         """Renames the full file and starts the next one.
 
         The full file stays open and locked until the next one is, so that no other process can
-        intervene.
-        If that fails, the full file takes more lines, and the next line tries again.
+        intervene. If that fails, the full file takes more lines, and the next line tries again.
         """
         try:
             if identity_at(self.path) == self._identity:  # otherwise it has already been renamed

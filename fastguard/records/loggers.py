@@ -54,8 +54,7 @@ class LogSink:
         log: Called as `log(scalars, step=step)`, with the names of `scalars`.
         prefix: Part of each name before the slash. Default: `"train"`.
         step_name: Pass the step as a scalar with this name instead of `step=`. Use it for a W&B
-            run,
-            whose own step counter must only increase. Default: None.
+            run, whose own step counter must only increase. Default: None.
 
     Raises:
         TypeError: `log` is not callable.
@@ -104,9 +103,10 @@ def scalars(record: StepRecord, prefix: str = "train") -> dict[str, float]:
         prefix: Part of each name before the slash. Default: `"train"`.
 
     Returns:
-        Finite numbers only, so that a plot has a gap elsewhere and `skipped` shows the incident. The
-        exception is the gradient norm, which is NaN or Inf where torch's would be, since the norm
-        of the finite elements would look like a dip. A loss named `seg` becomes `train/seg_loss`.
+        Finite numbers only, so that a plot has a gap elsewhere and `skipped` shows the incident.
+        The exception is the gradient norm, which is NaN or Inf where torch's would be, since the
+        norm of the finite elements would look like a dip. A loss named `seg` becomes
+        `train/seg_loss`.
 
     Example:
         >>> from fastguard import StepRecord

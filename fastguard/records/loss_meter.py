@@ -114,8 +114,7 @@ class LossMeter:
         >>> summary.mean, summary.nonfinite
         (2.0, {'loss': 1})
         >>> print(summary)
-        loss: 2 (mean of 2 batches, 1 not finite)
-        not finite in batch 1 (tag ('epoch 0', 1)): loss
+        loss: 2 (mean of 2 batches, 1 not finite) not finite in batch 1 (tag ('epoch 0', 1)): loss
     """
 
     def __init__(self) -> None:
@@ -146,8 +145,7 @@ class LossMeter:
 
         Raises:
             TypeError, ValueError: The loss is invalid as in `GuardedOptimizer.step`, or `weight` is
-                not a
-                number >= 0.
+                not a number >= 0.
         """
         losses = named_losses(loss)
         batch = _Batch(self._batches, tuple(losses), tag)
@@ -203,8 +201,7 @@ class LossMeter:
         """Returns the means and counts over all ranks of `group`, equal on all. Synchronises.
 
         The state of this rank does not change, so repeated calls count nothing twice. Ranks may
-        have
-        different names and different numbers of batches. Every rank must call it.
+        have different names and different numbers of batches. Every rank must call it.
 
         Args:
             group: The ranks; None: all ranks.

@@ -43,8 +43,7 @@ class Block:
 
     Attributes:
         records: One dict per line that satisfies `are_records`; other fields are unchecked and may
-            be
-            missing.
+            be missing.
         damaged: Number of lines that were not records.
         size: Number of bytes read.
     """
@@ -114,8 +113,7 @@ def are_records(values: list[Any]) -> bool:
     """Whether all of these JSON values are fastguard records, of this version or a later one.
 
     All readers use this check. It verifies that the mandatory fields exist and have the right
-    types;
-    it does not check other fields. The loops over the values run in C.
+    types; it does not check other fields. The loops over the values run in C.
 
     Example:
         >>> are_records([{"step": 3, "total_norm": "NaN", "clip_coef": 1, "action": "skipped"}])

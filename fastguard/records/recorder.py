@@ -176,10 +176,9 @@ class _Pending:
 class Recorder:
     """Collects the records of a run and logs its incidents.
 
-
-    An incident is one warning of the `fastguard` logger; an overflow that only lowers a loss scale is
-    logged at level INFO; repeats are counted. Memory is bounded: `KEPT` finished records, `ROWS` in transfer or not yet
-    made, and `INBOX` per live subscriber.
+    An incident is one warning of the `fastguard` logger; an overflow that only lowers a loss scale
+    is logged at level INFO; repeats are counted. Memory is bounded: `KEPT` finished records, `ROWS`
+    in transfer or not yet made, and `INBOX` per live subscriber.
 
     Attributes:
         history: The last finished records, whether or not they were fetched.

@@ -29,8 +29,7 @@ def open_regular(
     Args:
         path: The file.
         follow_links: Whether the path may be a symbolic link to a regular file. Use True for paths
-            from
-            the user, False for paths found in files or folders from elsewhere.
+            from the user, False for paths found in files or folders from elsewhere.
         buffering: As in `open`.
 
     Raises:

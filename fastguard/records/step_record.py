@@ -38,16 +38,14 @@ class StepRecord:
         spikes: The signals that spiked.
         thresholds: What each rule compared its signal with; inf during warm-up.
         consecutive_skips: Incidents skipped since the last applied step; 0 if this step was
-            applied. A
-            skip that only lowers a loss scale does not change it.
+            applied. A skip that only lowers a loss scale does not change it.
         lr: Learning rate of the first param group.
         tag: The caller's tag, to find the batch again.
         culprit_ranks: Number of ranks with non-finite values; 0 in one process.
         culprit_rank: That rank, if there is only one; `culprits` are its parameters.
         limit: The norm of the whole model at which it would be clipped: `max_norm`, or the limit
-            set
-            by an adaptive rule; with several segments, the norm where each is at its limit. `inf`:
-            no limit.
+            set by an adaptive rule; with several segments, the norm where each is at its limit.
+            `inf`: no limit.
     """
 
     step: int
@@ -75,8 +73,7 @@ class StepRecord:
         """Whether the step calls for a reaction: warning, back-off, skip budget, rollback.
 
         True for every skipped step and every step with a reason, except an overflow that only
-        lowers a
-        loss scale: a `GradScaler` searches for its scale that way in a healthy run.
+        lowers a loss scale: a `GradScaler` searches for its scale that way in a healthy run.
 
         Example:
             >>> StepRecord(1, 2.0, 1.0, "skipped", "nonfinite_grad").is_incident
@@ -92,9 +89,8 @@ class StepRecord:
         """Returns the fields by name, as values that strict JSON can represent.
 
         NaN and infinities become the strings `"NaN"`, `"Infinity"` and `"-Infinity"`, which
-        `float()` reads
-        back. A tag that JSON cannot represent becomes its `str`; a tag that is very long, deep or
-        unprintable is shortened, see `strict_json.shortened`.
+        `float()` reads back. A tag that JSON cannot represent becomes its `str`; a tag that is very
+        long, deep or unprintable is shortened, see `strict_json.shortened`.
 
         Example:
             >>> record = StepRecord(1, math.nan, 1.0, "skipped", culprits=(("head", 2, 0, 0),))
@@ -108,7 +104,7 @@ class StepRecord:
 
     @property
     def torch_norm(self) -> float:
-        """The total norm as torch computes it: NaN if any element is NaN, else Inf if any is infinite.
+        """The norm as torch computes it: NaN if any element is NaN, else Inf if any is infinite.
 
         `total_norm` covers only the finite elements, so it is near 0 if most were not finite. Logs,
         loggers and plots show this norm instead.

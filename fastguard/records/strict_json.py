@@ -2,9 +2,8 @@
 
 JSON (RFC 8259) has no NaN or infinity. Python writes them anyway, and jq, JavaScript and most
 databases then refuse the line. Here they become the strings `"NaN"`, `"Infinity"`, `"-Infinity"`,
-as
-in the JSON mapping of Protocol Buffers; `float()` reads them back. null would be shorter, but could
-not distinguish a NaN loss from a missing one.
+as in the JSON mapping of Protocol Buffers; `float()` reads them back. null would be shorter, but
+could not distinguish a NaN loss from a missing one.
 """
 
 from __future__ import annotations
@@ -50,8 +49,7 @@ def shortened(value: Any, room: int = MOST_CHARACTERS) -> Any:
     """Converts a value like `strict`, with limited size and depth.
 
     Omitted parts are marked by `…`; values that cannot be shown are marked as such. It never
-    raises,
-    whatever the value's methods do.
+    raises, whatever the value's methods do.
 
     Args:
         value: Any value: deeper than the recursion limit, cyclic, or an integer of 5000 digits.
@@ -143,9 +141,9 @@ def encode(value: Any) -> str:
     """Encodes a value that is already strict.
 
     Letters of all scripts are kept. Unprintable characters are escaped as JSON does, so that a file
-    or
-    a name cannot send commands to the terminal, and every stream can encode it. This covers control
-    characters beyond those that JSON must escape, text direction overrides and lone surrogates.
+    or a name cannot send commands to the terminal, and every stream can encode it. This covers
+    control characters beyond those that JSON must escape, text direction overrides and lone
+    surrogates.
 
     Example:
         >>> print(encode({"é": chr(0x9B) + "2J" + chr(0x202E)}))

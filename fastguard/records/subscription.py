@@ -23,8 +23,7 @@ class Inbox(deque["StepRecord"]):
     """A queue of records in order, each once; take them out with `popleft`.
 
     The run holds a weak reference: an inbox without an owner receives nothing. Beyond `maxlen`
-    records
-    the oldest are lost, and one warning is logged.
+    records the oldest are lost, and one warning is logged.
 
     Args:
         records: Initial records.

@@ -125,8 +125,7 @@ def one_each(name: str, value: float | Sequence[float], before: int, n: int) -> 
 
     Raises:
         TypeError, ValueError: It is not a number, or the number of entries differs from the number
-            of
-            groups.
+            of groups.
     """
     entries = list(value) if isinstance(value, Sequence) else [value]
     if isinstance(value, TEXT):

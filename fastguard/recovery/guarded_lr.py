@@ -43,27 +43,22 @@ class GuardedLR(LRScheduler):
 
     Call `step` as often as you would call the schedule itself: after each optimizer step, once per
     epoch, or with each new metric for `ReduceLROnPlateau`. Warm-up, floor and back-off act before
-    each
-    optimizer step, however rarely `step` is called.
+    each optimizer step, however rarely `step` is called.
 
     On a path without synchronisation (fused optimizers on a GPU), it acts on the verdict of step k
-    at
-    step k + 1, on every rank alike. Tensor learning rates remain the same tensors.
+    at step k + 1, on every rank alike. Tensor learning rates remain the same tensors.
 
     A param group added later joins with its own learning rate; it uses the last entry of a
-    per-group
-    `floor` or warm-up. Assign to `lr.floor[i]` for another floor.
+    per-group `floor` or warm-up. Assign to `lr.floor[i]` for another floor.
 
     Args:
         schedule: A torch scheduler created for the guarded optimizer (or for the optimizer inside
-            it),
-            or the guarded optimizer itself for a constant learning rate.
+            it), or the guarded optimizer itself for a constant learning rate.
         optimizer: The guarded optimizer, if `schedule` does not refer to it. Default: None.
         floor: Lower bound of the learning rate, one for all param groups or one per group. Default:
             0.
         backoff: Factor applied after an incident (a skipped step, unless it only lowers a loss
-            scale),
-            in (0, 1]. Default: 1, no back-off.
+            scale), in (0, 1]. Default: 1, no back-off.
         recovery: Applied steps in a row after which one back-off is undone; None: never.
         warmup: See `Warmup`; it counts optimizer steps, whatever the schedule counts. Default:
             None.
@@ -132,8 +127,7 @@ class GuardedLR(LRScheduler):
         """Advances the schedule by one if a step was applied since the last call.
 
         A schedule that uses a metric, such as `ReduceLROnPlateau`, advances whenever it is given
-        one;
-        without one it waits for the next call.
+        one; without one it waits for the next call.
 
         Args:
             args, kwargs: Arguments of the wrapped schedule: a metric, or the (fractional) epoch of
@@ -156,10 +150,8 @@ class GuardedLR(LRScheduler):
         """Wraps the optimizer step of a trainer that writes the learning rates itself.
 
         The values that the trainer writes to the param groups act as the schedule: inside the
-        block,
-        floor, back-off and warm-up are applied to them; afterwards the groups hold them again. The
-        trainer
-        advances its own schedule as it likes.
+        block, floor, back-off and warm-up are applied to them; afterwards the groups hold them
+        again. The trainer advances its own schedule as it likes.
 
         Example:
             >>> import torch, fastguard
@@ -192,8 +184,7 @@ class GuardedLR(LRScheduler):
 
         Args:
             factor: A number in (0, 1) that multiplies the schedule permanently; None: `backoff`,
-                from
-                which the rate recovers as usual.
+                from which the rate recovers as usual.
         """
         self._take_in_groups()
         if factor is None:

@@ -141,8 +141,7 @@ class BadStretch:
         """Whether the state after this bad step is unsuitable for a snapshot.
 
         A step applied after cleaning is suitable, as is a spike that no rule acts on. A step that
-        applied
-        NaN under `nonfinite="propagate"` is not.
+        applied NaN under `nonfinite="propagate"` is not.
         """
         if record.action == "skipped" or (record.spikes and self.after_spikes is not None):
             return True

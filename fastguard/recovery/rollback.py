@@ -68,45 +68,37 @@ class Rollback:
 
     With several ranks, every rank constructs it and calls its methods at the same steps; all ranks
     return to the same snapshot, or none does. Tensor learning rates remain the same tensors. A
-    rollback
-    never raises the scale of a `GradScaler`, since a larger one would only overflow again.
+    rollback never raises the scale of a `GradScaler`, since a larger one would only overflow again.
 
     After a param group is added, the next good step is saved, since no earlier state can be loaded.
 
     Loading a state into the optimizer starts over: earlier steps no longer count, and the next good
     step is saved. Until then only an earlier snapshot is available; call `snapshot` once everything
-    is
-    loaded to get a better one.
+    is loaded to get a better one.
 
     On a path without synchronisation (fused optimizers on a GPU), it acts on the verdict of step k
-    at
-    step k + 1, but waits for the verdict of a step that may be saved.
+    at step k + 1, but waits for the verdict of a step that may be saved.
 
     Args:
         optimizer: The guarded optimizer; part of every snapshot.
         objects: Everything else in the run, by name: model, scheduler, GradScaler, EMA, data
-            loader;
-            anything with `state_dict` and `load_state_dict`. Random number generators are always
-            included.
+            loader; anything with `state_dict` and `load_state_dict`. Random number generators are
+            always included.
         every: Applied steps between snapshots. A snapshot waits for a step without an incident, for
-            up
-            to as many steps again; after that, a step that was applied in spite of an incident
+            up to as many steps again; after that, a step that was applied in spite of an incident
             (cleaned, or with a spike that no rule acts on) may be saved. Default: 100.
         keep: Number of snapshots kept in host memory; a `store` has its own setting. Default: 2.
         after_skips: Skipped steps in a row that trigger a rollback; None: no limit. Steps skipped
-            only
-            to lower a loss scale do not count. Default: 5.
+            only to lower a loss scale do not count. Default: 5.
         after_spikes: Steps with a spike (recorded, clipped or skipped) in a row that trigger a
             rollback; None: no limit.
         lr: The schedule to lower at a rollback. Default: None.
         lr_factor: The factor by which it is lowered, in (0, 1].
         max_attempts: Rollbacks without a snapshot past the problem before giving up.
         store: Where to keep snapshots instead of host memory: slower, but a restarted process can
-            load
-            them with `store.load("last-clean", ...)`, under the names in `objects`, `optimizer`,
-            `lr`,
-            and `position` for the data position. Use a separate directory. If the disk fails, the
-            error is logged and the run continues.
+            load them with `store.load("last-clean", ...)`, under the names in `objects`,
+            `optimizer`, `lr`, and `position` for the data position. Use a separate directory. If
+            the disk fails, the error is logged and the run continues.
         position: The current data position, for the snapshot taken at once; see `step`.
 
     Raises:
@@ -208,16 +200,15 @@ class Rollback:
 
         Args:
             position: The current data position: any value that identifies this batch. With a
-                `store`, a
-                value that a checkpoint can hold: numbers, strings, and containers of them.
+                `store`, a value that a checkpoint can hold: numbers, strings, and containers of
+                them.
 
         Returns:
             None, or the instructions after a rollback.
 
         Raises:
             TrainingDivergedError: `max_attempts` rollbacks did not solve the problem, or no
-                snapshot is
-                finite.
+                snapshot is finite.
         """
         if self._sizes != (sizes := group_sizes(self.optimizer)):
             self._sizes = sizes  # parameters were added: earlier snapshots can no longer be loaded

@@ -2,8 +2,7 @@
 
 Buffers are allocated once and reused: the second snapshot costs one plain copy. From a GPU the copy
 runs on its own stream into pinned memory; the next optimizer step waits for it on the device, not
-on
-the host. State that the next forward pass may change (batch statistics, an EMA) is copied
+on the host. State that the next forward pass may change (batch statistics, an EMA) is copied
 synchronously on the current stream. With DTensors, each rank copies its own shard.
 
 The copy can be checked for NaN and Inf while it is made: on a GPU by one more read there; on a CPU
@@ -71,8 +70,7 @@ class Snapshot:
             step, position: Values for the attributes.
             optimizer: Its parameters and state do not change until its next step.
             check: Whether to check for NaN and Inf meanwhile: all tensors on a GPU, and `LOOKED` of
-                the
-                rest. `nonfinite` reads what was not checked. Default: True.
+                the rest. `nonfinite` reads what was not checked. Default: True.
 
         Returns:
             For each GPU with tensors, the event that the optimizer must wait for on that GPU.
@@ -97,8 +95,7 @@ class Snapshot:
         """Returns names of saved tensors that contain NaN or Inf, and of numbers that are NaN.
 
         Infinite numbers are allowed: `ReduceLROnPlateau` starts with one. Waits for the copy, and
-        reads
-        what was not checked before.
+        reads what was not checked before.
         """
         self._wait()
         bad, seen = [], frozenset[str]()

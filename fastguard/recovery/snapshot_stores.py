@@ -87,11 +87,9 @@ class InMemory:
     """Snapshots in host memory; the oldest beyond `keep` is overwritten.
 
     Exception: if `keep` is more than 1, the only snapshot known to be finite is kept, so that
-    unusable
-    ones, for example with NaN in an EMA, do not displace it. The newest is then overwritten by one
-    that
-    is checked while being copied; so every second one is checked. The unchecked rest is read at the
-    next snapshot.
+    unusable ones, for example with NaN in an EMA, do not displace it. The newest is then
+    overwritten by one that is checked while being copied; so every second one is checked. The
+    unchecked rest is read at the next snapshot.
 
     Args:
         optimizer: Its steps wait on the device until the latest copy is complete.
@@ -173,8 +171,7 @@ class InStore:
     """Snapshots in a `CheckpointStore`, from which a restarted process can continue.
 
     The store verifies each one after writing and keeps as many as it was configured to. Disk errors
-    are
-    logged, and the run continues.
+    are logged, and the run continues.
 
     Args:
         store: The store; its ranks roll back together.

@@ -137,8 +137,7 @@ def _quantized(storage: Any, offset: Any, size: Any, stride: Any, quantizer: Any
     """Returns the integers of a quantized tensor and the scale that multiplies them.
 
     A scale of NaN or Inf makes every element non-finite. A per-tensor scale is a Python float; it
-    is
-    represented as an array of one element, so that it is checked like per-channel scales.
+    is represented as an array of one element, so that it is checked like per-channel scales.
     """
     if not isinstance(quantizer, tuple) or len(quantizer) < 3:
         raise DamagedFile("damaged: a quantized tensor without its scale")

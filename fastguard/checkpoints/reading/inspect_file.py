@@ -179,8 +179,7 @@ def _pieces(file: BinaryIO, digests: _Digests) -> Iterator[tuple[Tensor, int, in
 
     Yields:
         A uint8 buffer that begins with the last `CARRY` bytes of the previous piece, and the
-        piece's
-        first byte and end in the file. The buffer is reused two pieces later.
+        piece's first byte and end in the file. The buffer is reused two pieces later.
     """
     buffers = [torch.empty(CARRY + PIECE, dtype=torch.uint8) for _ in range(2)]
     hashed: list[Future | None] = [None, None]

@@ -19,8 +19,7 @@ def named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
     """Yields every non-container in the tree with its path: `("ema.0.weight", TensorRef)`.
 
     Parameters, buffers and children of a pickled module have the names that `named_parameters`
-    gives
-    them. Each container is entered once, under its first path.
+    gives them. Each container is entered once, under its first path.
 
     Raises:
         DamagedFile: Containers are nested more deeply than in any checkpoint.

@@ -15,12 +15,9 @@ class Layouts:
     """The layout of loaded shards in this process.
 
     A shard is laid out like the tensor of the same name in the objects to restore. Optimizer state
-    that
-    does not exist yet is laid out like a parameter of the same shape, or else as it was saved, on
-    the
-    mesh of that shape or the only mesh with as many dimensions. If nothing matches, the shard is
-    loaded
-    whole, as a plain tensor.
+    that does not exist yet is laid out like a parameter of the same shape, or else as it was saved,
+    on the mesh of that shape or the only mesh with as many dimensions. If nothing matches, the
+    shard is loaded whole, as a plain tensor.
 
     Args:
         objects: The objects to restore, by name.

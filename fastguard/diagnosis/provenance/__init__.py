@@ -46,14 +46,13 @@ def explain_nonfinite(
     bit for bit: parameters, buffers, gradients, random number generators, training flags and the
     batch. The model runs in its current mode, compiled parts run eagerly, and the hooks of an
     `ActivationGuard` are disabled. Runs in one process: DataParallel and DistributedDataParallel
-    are
-    unwrapped. Synchronises with the GPU.
+    are unwrapped. Synchronises with the GPU.
 
     Args:
         model: The model, with the weights it had before the bad step.
         batch: `(inputs, targets)`, a mapping with exactly these two keys, or any other mapping,
-            which
-            is passed to the model as keyword arguments. A tuple or mapping of inputs is unpacked.
+            which is passed to the model as keyword arguments. A tuple or mapping of inputs is
+            unpacked.
         loss_fn: The loss is `loss_fn(model(inputs), targets)`; if the batch is a mapping of keyword
             arguments, `loss_fn(output, batch)`. None: the output's `loss`; without one there is no
             backward pass.

@@ -26,8 +26,7 @@ class NonFiniteReport:
             parameter, buffer or part of the batch.
         source: `file:line in function: text` of the user's code that called the operation.
         inputs, outputs: Ranges around the operation; in the backward pass, the incoming gradients
-            and
-            saved tensors, then the outgoing gradients.
+            and saved tensors, then the outgoing gradients.
         already: Tensors that were non-finite before the step: parameters, buffers, parts of the
             batch.
         reached: The operations after the first, one per module.

@@ -41,8 +41,7 @@ class EpochLosses:
         """Corrects the losses at the end of the epoch.
 
         Recovery is left to the trainer: a NaN loss stays if the weights are not finite, or if no
-        step of
-        the whole epoch was applied.
+        step of the whole epoch was applied.
         """
         self.mend_means(trainer)
         if trainer.tloss is None:  # there was no good batch
