@@ -13,5 +13,6 @@ Modules:
     state_dict/     saving and loading
     unit_clipping   adaptive gradient clipping in a step
     model_buffers, buffer_places    batch statistics that a skipped step takes back
+    watch/          what else a step can tell: tensor norms, drift of replicas, ...
     rank_watch      which rank had the bad batch
 """

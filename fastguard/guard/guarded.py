@@ -55,6 +55,7 @@ from fastguard.guard.step_hooks import with_own_hooks, without_pre_hooks_of_all
 from fastguard.guard.step_in_flight import StepInFlight
 from fastguard.guard.stepper import stepper_for
 from fastguard.guard.unit_clipping import UnitClipping
+from fastguard.guard.watch.watch import WATCH_EVERY, WatchName, check_road, read_step, watch_of
 from fastguard.guard.whole_step import WholeStep
 from fastguard.ranks.agreement import check_agreement
 from fastguard.ranks.groups import Group, refuse_several_ranks
@@ -109,6 +110,9 @@ class GuardedOptimizer(KnownRun):
             span. A process group: its ranks, which hold different tensors (pipeline stages,
             experts). `fastguard.Replicated(process_group)`: its ranks, which hold the same tensors
             (DDP). Every rank must construct the guard and take every step.
+        watch: What else to read, for `StepRecord.watch`: `"tensor_norms"`, `"update_ratio"`,
+            `"noise_scale"`, `"replica_drift"`, `"underflow"`. docs/watch.md says what each costs.
+        watch_every: Steps from one watched step to the next, from 1; the first step is watched.
 
     Attributes:
         optimizer: The wrapped optimizer.
@@ -153,6 +157,8 @@ class GuardedOptimizer(KnownRun):
         flat_parameters: bool = False,
         compile_step: bool = False,
         group: Group = None,
+        watch: Iterable[WatchName] = (),
+        watch_every: int = WATCH_EVERY,
     ) -> None:
         check_optimizer(optimizer, group)
         check_choice("clip_scope", clip_scope, SCOPES)
@@ -177,6 +183,8 @@ class GuardedOptimizer(KnownRun):
         self._gradients = Gradients(
             optimizer, clip_scope, names, self.norm_type, flat_buckets, group, flat_parameters
         )
+        self._watch = watch_of(watch, watch_every, self._gradients.team, self.norm_type)
+        check_road(self.watch, WholeStep.serves(optimizer), optimizer)
         self._device = self._gradients.device
         self._recorder = Recorder()
         self._stepper = (
@@ -237,6 +245,7 @@ class GuardedOptimizer(KnownRun):
             return self._take(call, loss, tag)
         except ClosureNeeded:
             check_whole_step(self.optimizer, self.group)
+            check_road(self.watch, True, self.optimizer)
             self._conclude()
             self._observed.keep()
             self._stepper, self._limits = WholeStep(self.optimizer), ()
@@ -269,8 +278,11 @@ class GuardedOptimizer(KnownRun):
             self.param_groups, signals.inv_scale, keep=policy.nonfinite == "raise"
         )
 
+        watched, signals = read_step(self._watch, self, buckets, signals, handed.scaler)
         stats = measure(buckets, self.norm_type, signals.inv_scale)
         stats, signals = self._reduced(stats, signals, buckets, handed)
+        if watched is not None:
+            watched.take_sums(signals)
         if policy.nonfinite == "raise":
             raise_if_nonfinite(stats, signals)
         lr = learning_rate(self.param_groups, self._device)
@@ -281,10 +293,20 @@ class GuardedOptimizer(KnownRun):
             layout = self._gradients.layout
             verdict = self._units.clip(layout, verdict, signals, self.norm_type, propagates)
         flight.outcome = Outcome(
-            stats, signals, verdict, self._state, policy.signals, lr, tag, policy.joint_limit
+            stats,
+            signals,
+            verdict,
+            self._state,
+            policy.signals,
+            lr,
+            tag,
+            policy.joint_limit,
+            watched,
         )
         self._stepper.step(buckets, verdict, call, policy.may_change(signals))
         flight.obeyed = True
+        if watched is not None:
+            watched.after_update()
 
     def _reduced(
         self, stats: GradStats, signals: Signals, buckets: GradBuckets, handed: HandedOver

@@ -27,6 +27,7 @@ def arguments_of(optimizer: GuardedOptimizer, team: Team) -> dict[str, str]:
         "nonfinite": optimizer.nonfinite,
         "spike": dict(sorted(optimizer.rules.items())),
         "max_consecutive_skips": optimizer.max_consecutive_skips,
+        "watch": optimizer.watch and (*optimizer.watch, optimizer.watch_every),
         "the number of param groups": None,
         COUNTS: None,
         "clip_value by param group": None,

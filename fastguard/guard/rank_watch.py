@@ -90,6 +90,7 @@ class RankWatch:
             raise TypeError(f"optimizer={shown(optimizer)} must be a fastguard.GuardedOptimizer")
         self._optimizer = optimizer
         self._table: Tensor | None = None
+        self._squared_norm: Tensor | None = None
         self._waiting: list[tuple[int, Tensor]] = []
         self._bytes = 0
         self._handles: list[RemovableHandle] = []
@@ -122,12 +123,21 @@ class RankWatch:
     def told(self, stats: GradStats, signals: Signals) -> tuple[GradStats, Signals]:
         """What this rank measured and knows, and what the watch saw since the last step."""
         self._flush()
+        self._squared_norm = None
         table, self._table = self._table, None
         if table is None:
             return stats, replace(signals, born_here=torch.zeros_like(stats.summary[0, 0]))
         table = moved(table, stats.counts.device)
         counts = torch.maximum(stats.counts, table.to(stats.counts.dtype))
         return replace(stats, counts=counts), replace(signals, born_here=table.sum().double())
+
+    def take_squared_norm(self) -> Tensor | None:
+        """float64 `()`: the squared norm of the finite gradients of this rank since the last step,
+        still multiplied by a loss scale if there is one. None: there was no backward pass.
+        """
+        self._flush()
+        squared, self._squared_norm = self._squared_norm, None
+        return squared
 
     # DDP.
 
@@ -192,7 +202,10 @@ class RankWatch:
         if not gradients:
             return
         indices, grads = zip(*gradients, strict=True)
-        counts = measure(bucketize([g.detach() for g in grads])).counts.long()
+        stats = measure(bucketize([g.detach() for g in grads]))
+        counts, squared = stats.counts.long(), stats.power_sum.sum()
+        known = self._squared_norm
+        self._squared_norm = squared if known is None else known + moved(squared, known.device)
         if self._table is None:
             n = sum(len(group["params"]) for group in self._optimizer.param_groups)
             self._table = torch.zeros(3, n, dtype=torch.int64, device=counts.device)

@@ -23,6 +23,7 @@ from fastguard.guard.param_gradients import Gradients
 from fastguard.guard.state_dict import guard_state
 from fastguard.guard.step_in_flight import StepInFlight
 from fastguard.guard.stepper import Stepper, stepper_for
+from fastguard.guard.watch.watch import WATCH_EVERY, Watch
 from fastguard.guard.wrapper import OptimizerAround
 from fastguard.ranks.groups import Group
 from fastguard.records.json_lines_sink import sink_of
@@ -49,6 +50,7 @@ class KnownRun(OptimizerAround):
     max_consecutive_skips: int | None
     last: Verdict | None
     _gradients: Gradients
+    _watch: Watch | None = None
     _device: torch.device
     _recorder: Recorder
     _state: GuardState
@@ -143,6 +145,16 @@ class KnownRun(OptimizerAround):
         """The ranks that take one decision; None: this process decides alone."""
         team = self._gradients.team
         return None if team is None else team.group
+
+    @property
+    def watch(self) -> tuple[str, ...]:
+        """The names of what is watched."""
+        return () if self._watch is None else self._watch.names
+
+    @property
+    def watch_every(self) -> int:
+        """Steps from one watched step to the next."""
+        return WATCH_EVERY if self._watch is None else self._watch.every
 
     @property
     def steps_taken(self) -> int:

@@ -87,6 +87,11 @@ class Team:
         """The positions of losses in the vector that the ranks exchange."""
         return LossNames.of(self.group)
 
+    @property
+    def has_dtensors(self) -> bool:
+        """Whether any tensor lies on a mesh."""
+        return not self._all_plain
+
     def device_for(self, device: torch.device) -> torch.device:
         """Returns the device of the vector to send: that of the gradients, if the backend supports
         it."""

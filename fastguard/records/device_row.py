@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,18 @@ from fastguard.stages.reason import Reason
 ROWS = 64  # size of the ring: how many steps a device may be behind the host
 
 
+class Watched(Protocol):
+    """What was read of a watched step besides its norm: see `fastguard.guard.watch`."""
+
+    def values(self) -> Tensor:
+        """float64 `(n,)`, on the device of the stats."""
+        ...
+
+    def tell(self, numbers: list[float], known: Known) -> dict[str, Any]:
+        """`StepRecord.watch`, from these values on the host."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """A decided step, from which its record is made.
@@ -38,6 +50,7 @@ class Outcome:
         lr: Learning rate of the first param group, a number or a tensor on the device of the stats.
         tag: The caller's tag, to find the batch again.
         limit: Limit of the whole model's norm, as in `Policy.joint_limit`.
+        watched: What was read of a watched step; None: the step is not watched.
         key: A unique object that identifies the step.
     """
 
@@ -49,6 +62,7 @@ class Outcome:
     lr: Any = float("nan")
     tag: Any = None
     limit: float | Tensor = math.inf
+    watched: Watched | None = None
     key: object = field(default_factory=object, init=False, compare=False, repr=False)
 
     @property

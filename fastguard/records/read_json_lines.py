@@ -260,6 +260,7 @@ def _record(fields: Any) -> StepRecord:
         (str(name), _count("nan", nan), _count("posinf", posinf), _count("neginf", neginf))
         for name, nan, posinf, neginf in fields.get("culprits", ())
     )
+    fields["watch"] = _numbers(dict(fields.get("watch", {})))
     fields["spikes"] = tuple(map(str, fields.get("spikes", ())))
     record = StepRecord(**fields)
     for name in _COUNTS:
@@ -270,6 +271,13 @@ def _record(fields: Any) -> StepRecord:
         what = f"action {shown(record.action)} or reason {shown(record.reason)}"
         raise ValueError(f"{what} is not a name")
     return record
+
+
+def _numbers(value: Any) -> Any:
+    """The value with floats in place of the strings that stand for NaN and infinities."""
+    if isinstance(value, dict):
+        return {name: _numbers(item) for name, item in value.items()}
+    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
 
 
 def _count(name: str, value: Any) -> int:

@@ -18,14 +18,15 @@ from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from fastguard.errors import NAMED_CULPRITS, Culprit
 from fastguard.errors.plain_text import shown
 from fastguard.gradients.tensor_kinds import TRACED
 from fastguard.records.advice import LONGEST_SEARCH, Advice
-from fastguard.records.device_row import ROWS, Arrival, Outcome, Ring, unpack
+from fastguard.records.device_row import ROWS, Arrival, Outcome, Ring, Watched, unpack
 from fastguard.records.incident_lines import IncidentLines
-from fastguard.records.step_record import StepRecord
+from fastguard.records.step_record import REPLICA_DRIFT, StepRecord
 from fastguard.records.subscription import Inbox
 from fastguard.stages.contract import HostVerdict, Known
 from fastguard.stages.reason import Reason
@@ -55,14 +56,16 @@ def _record(
     n_culprits: int,
     ranks: tuple[int, int | None],
     limit: float,
+    watch: dict[str, Any],
 ) -> StepRecord:
+    differ = any(watch.get(REPLICA_DRIFT, {}).values())
     nan, posinf, neginf = known.nonfinite_counts
     return StepRecord(
         step=known.step,
         total_norm=known.total_norm,
         clip_coef=known.clip_coef,
         action=_action(known.clip_coef, known.skipped, known.cleaned),
-        reason=_LABELS[known.reason],
+        reason=_LABELS[known.reason] or (REPLICA_DRIFT if differ else None),
         nan=nan,
         posinf=posinf,
         neginf=neginf,
@@ -77,6 +80,7 @@ def _record(
         culprit_ranks=ranks[0],
         culprit_rank=ranks[1],
         limit=limit,
+        watch=watch,
     )
 
 
@@ -99,6 +103,7 @@ class _Known(NamedTuple):
     culprits: Sequence[Culprit]
     ranks: tuple[int, int | None]
     limit: float
+    watched: tuple[Watched, Tensor] | None
 
     arrival = Arrival(torch.empty(0, device="cpu"), None)  # already on the host
 
@@ -115,6 +120,7 @@ class _Known(NamedTuple):
             outcome.stats.culprits() if any(known.nonfinite_counts) else (),
             outcome.signals.culprit_rank,
             float(outcome.limit) if known.limit is None else known.limit,
+            None if outcome.watched is None else (outcome.watched, outcome.watched.values()),
         )
 
     def record(self) -> StepRecord:
@@ -129,7 +135,26 @@ class _Known(NamedTuple):
             len(culprits),
             self.ranks,
             self.limit,
+            _told(self.watched, self.known),
         )
+
+
+def _told(watched: tuple[Watched, Tensor] | None, known: Known) -> dict[str, Any]:
+    """What a watched step tells, from values that have reached the host."""
+    return {} if watched is None else watched[0].tell(watched[1].tolist(), known)
+
+
+def _on_its_way(outcome: Outcome) -> tuple[Watched, Tensor] | None:
+    """The values of a watched step in pinned memory, which an event recorded after this covers.
+
+    Before `Ring.send`, which records one. Pinned memory comes from a cache of torch's.
+    """
+    if outcome.watched is None:
+        return None
+    values = outcome.watched.values()
+    on_gpu = values.device.type == "cuda"
+    host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=on_gpu)
+    return outcome.watched, host.copy_(values, non_blocking=on_gpu)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +170,10 @@ class _Pending:
     tag: Any
     is_joint: bool
     limit: float | None
+    watched: tuple[Watched, Tensor] | None
 
     @staticmethod
-    def of(outcome: Outcome, arrival: Arrival) -> _Pending:
+    def of(outcome: Outcome, arrival: Arrival, watched: tuple[Watched, Tensor] | None) -> _Pending:
         lr = None if outcome.lr_is_on_device else float(outcome.lr)
         return _Pending(
             outcome.key,
@@ -159,6 +185,7 @@ class _Pending:
             outcome.tag,
             outcome.is_joint,
             None if outcome.limit_is_on_device else float(outcome.limit),
+            watched,
         )
 
     def record(self) -> StepRecord:
@@ -169,7 +196,15 @@ class _Pending:
         lr = row.lr if self.lr is None else self.lr
         limit = row.limit if self.limit is None else self.limit
         return _record(
-            row.known, self.signal_names, lr, self.tag, culprits, row.n_culprits, row.ranks, limit
+            row.known,
+            self.signal_names,
+            lr,
+            self.tag,
+            culprits,
+            row.n_culprits,
+            row.ranks,
+            limit,
+            _told(self.watched, row.known),
         )
 
 
@@ -250,7 +285,8 @@ class Recorder:
         if len(self._pending) >= ROWS:
             self._pending[0].arrival.wait()
         self.poll()
-        self._pending.append(_Pending.of(outcome, ring.send(outcome)))
+        watched = _on_its_way(outcome)
+        self._pending.append(_Pending.of(outcome, ring.send(outcome), watched))
         self._newest = outcome.key
 
     def _has(self, key: object) -> bool:

@@ -15,6 +15,9 @@ from fastguard.stages.reason import Reason
 LOSS_SCALE = Reason.LOSS_SCALE.label
 """The reason of a skip that is not an incident."""
 
+REPLICA_DRIFT = "replica_drift"
+"""The reason of a step in which replicas differ, and where `StepRecord.watch` says which."""
+
 MOST_OF_A_TAG = 400
 """Maximum characters of a tag in a log line."""
 
@@ -29,8 +32,9 @@ class StepRecord:
         clip_coef: The smallest clip coefficient of all segments; 1 if nothing was clipped.
         action: `"applied"`, `"clipped"`, `"sanitized"` or `"skipped"`.
         reason: None, `"nonfinite_grad"`, `"nonfinite_loss"`, `"grad_spike"`, `"loss_spike"`, or
-            `"loss_scale"`: an overflow that only lowers the loss scale of a `GradScaler`. An
-            applied step may have a reason, from a rule with `action="record"`.
+            `"loss_scale"`: an overflow that only lowers the loss scale of a `GradScaler`, or
+            `"replica_drift"`: ranks that must be equal differ. An applied step may have a reason,
+            from a rule with `action="record"` or from replicas that drift.
         nan, posinf, neginf: Numbers of such elements in the whole model.
         culprits: `(name, nan, posinf, neginf)` of the first bad parameters.
         n_culprits: Number of bad parameters.
@@ -46,6 +50,8 @@ class StepRecord:
         limit: The norm of the whole model at which it would be clipped: `max_norm`, or the limit
             set by an adaptive rule; with several segments, the norm where each is at its limit.
             `inf`: no limit.
+        watch: What `GuardedOptimizer(watch=...)` found, by quantity; empty in a step that is not
+            watched. docs/watch.md says what each part holds.
     """
 
     step: int
@@ -67,6 +73,7 @@ class StepRecord:
     culprit_ranks: int = 0
     culprit_rank: int | None = None
     limit: float = math.inf
+    watch: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_incident(self) -> bool:
@@ -181,6 +188,7 @@ class StepRecord:
             yield f"on rank {self.culprit_rank};"
         elif self.culprit_ranks:
             yield f"on {self.culprit_ranks} ranks;"
+        yield from _drifted(self.watch.get(REPLICA_DRIFT, {}))
         bad = [f"{k}={v}" for k, v in self.losses.items() if not math.isfinite(v)]
         if len(bad) > n_losses:
             bad[int(n_losses) :] = [f"{len(bad) - int(n_losses)} more losses"]
@@ -189,6 +197,17 @@ class StepRecord:
         for signal in self.spikes:
             value = self.losses.get(signal, self.total_norm)
             yield f"{signal}={value:.4g} > {self.thresholds.get(signal, math.nan):.4g};"
+
+
+def _drifted(suspects: dict[str, list[int]]) -> list[str]:
+    """Which replicas differ, and in what."""
+    said = []
+    for what, ranks in suspects.items():
+        if len(ranks) == 1:
+            said.append(f"the {what} of rank {ranks[0]} differ from those of the other ranks;")
+        elif ranks:
+            said.append(f"the {what} of {len(ranks)} ranks differ;")
+    return said
 
 
 FIELDS = tuple(f.name for f in fields(StepRecord))

@@ -142,6 +142,8 @@ class Signals:
         scale_falls: bool `()`: the loss scale is above its floor, so that the scaler lowers it
             after an overflow; on several ranks, this holds on all ranks that hold something
             non-finite. None: no scale is known.
+        watched: float64 `(W,)`: what watched quantities add up over the ranks; the sums, once the
+            ranks have exchanged them. None: this step is not watched.
     """
 
     losses: Tensor
@@ -152,6 +154,7 @@ class Signals:
     bad_ranks: Tensor | None = None
     born_here: Tensor | None = None
     scale_falls: Tensor | None = None
+    watched: Tensor | None = None
 
     @property
     def culprit_rank(self) -> tuple[int, int | None]:

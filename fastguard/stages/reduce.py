@@ -1,7 +1,7 @@
 """Stage 2, reduce: every rank comes to know what all ranks know together.
 
-One SUM collective over one small float64 vector, `(4 S + 3 [+ 24],)`: 248 bytes for one segment,
-whatever the size of the model and the number of ranks (norms of p > 6 add one MAX over S numbers;
+One SUM collective over one small float64 vector, `(4 S + 3 [+ 24] [+ W],)`: 248 bytes for one
+segment, whatever the size of the model and the number of ranks (norms of p > 6 add one MAX over S;
 on a CPU a bad step adds one over 3 S, so that counts of copies that differ agree, and power sums
 that float64 cannot hold add a MAX and a SUM over S, so that norms are summed instead):
 
@@ -11,6 +11,7 @@ that float64 cannot hold add a MAX and a SUM over S, so that norms are summed in
     2        how many ranks hold something non-finite, and the sum of their numbers: one rank's name
     12, 12   of each loss the sum over ranks, and how many ranks gave it (optimizers only); the
              last is for all losses that came when the other places were taken
+    W        what watched quantities add up, in the steps that are watched: `fastguard.guard.watch`
 
 A collective gives all ranks the same bits, and everything after it is computed from them alone.
 Without a team, in one process, there is nothing to do.
@@ -75,6 +76,8 @@ def reduce(
     parts = [summary.flatten(), *_flags(stats, signals, sharing.team.rank)]
     if losses:
         parts += _placed(signals, sharing)
+    if signals.watched is not None:
+        parts.append(signals.watched)
     vector = _exchanged(torch.cat(parts), sharing, dist.ReduceOp.SUM)
     total = vector[: 4 * n_segments].view(4, n_segments)
     if p == math.inf:
@@ -84,6 +87,9 @@ def reduce(
         total[0] = _exchanged(summary[0].clone(), sharing, dist.ReduceOp.SUM)
     if unit is not None:
         total[0] = root(total[0], p) * unit
+    watched_sums = None
+    if signals.watched is not None:
+        vector, watched_sums = vector.tensor_split([len(vector) - len(signals.watched)])
     flags = vector[4 * n_segments :]
     total[1:] = _whole_counts(total[1:], _held(stats, sharing, flags))
     joined = replace(
@@ -91,6 +97,7 @@ def reduce(
         found_inf=(flags[0] >= 1.0).float(),
         scale_falls=flags[0].frac() == 0.0,
         bad_ranks=flags[1:3],
+        watched=watched_sums,
     )
     if losses:
         joined = _with_losses(joined, flags[3:].view(2, -1), sharing.team.loss_names)

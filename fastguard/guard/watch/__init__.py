@@ -1,0 +1,1 @@
+"""What `GuardedOptimizer(watch=...)` reads besides the norm: one file per quantity."""

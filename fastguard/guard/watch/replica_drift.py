@@ -1,0 +1,123 @@
+"""`"replica_drift"`: replicas that must be equal bit for bit, compared in the ranks' own exchange.
+
+    c = sum over all 32-bit words of the tensors, mod 2**32        of gradients, and of weights
+
+The sum depends neither on the order of the elements nor on how they are cut into tensors, and a
+single flipped bit always changes it. Each half of c (16 bits) enters the vector that the ranks
+exchange as three integers, which float64 adds up exactly for up to 2**17 ranks:
+
+    P = sum c_r      Q = sum c_r^2      R = sum u_r c_r            u_r: a fixed number of each rank
+
+All c_r are equal exactly if n Q = P^2 (Cauchy-Schwarz). If one rank alone differs, by d, then
+n Q - P^2 = (n - 1) d^2 gives d up to its sign, P the common value, and R the rank: 12 numbers, 96
+bytes, whatever the number of ranks. With two ranks neither is in the majority.
+
+I/O: one read of gradients and weights in a watched step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastguard.gradients.transfer import moved, numbers_on
+from fastguard.guard.watch.quantity import Reading, WatchedGradients
+from fastguard.stages.contract import Known
+from fastguard.stages.cpu.vectors import flat
+
+WORD = 0xFFFFFFFF
+HALF = 0xFFFF
+WATCHED = ("gradients", "weights")
+
+
+class ReplicaDrift:
+    """Which replica has left the others, and whether in its gradients or in its weights."""
+
+    def read(self, step: WatchedGradients) -> Reading:
+        """float64 `(12,)`: P, Q and R of the low and high halves of two checksums."""
+        assert step.sharing is not None
+        team = step.sharing.team
+        ranks = dist.get_process_group_ranks(team.group)
+        everything = range(len(step.layout.parameters))
+        found = [
+            checksum(step.gradients(step.with_gradient), step.device),
+            checksum(step.weights(everything), step.device),
+        ]
+        halves = [half for c in found for half in (c & HALF, c >> 16)]
+        c = torch.stack(halves).double()
+        mine = numbers_on([_number_of(ranks.index(team.rank))], step.device)
+        values = torch.cat([c, c * c, c * mine])
+
+        def tell(numbers: list[float], known: Known) -> dict[str, Any]:
+            p, q, r = (list(map(int, numbers[4 * k : 4 * k + 4])) for k in range(3))
+            suspects = {}
+            for k, what in enumerate(WATCHED):
+                sums = [(p[i], q[i], r[i]) for i in (2 * k, 2 * k + 1)]
+                suspects[what] = [ranks[i] for i in differing(len(ranks), sums)]
+            return {"replica_drift": suspects}
+
+        return Reading(values, tell, sums_over_ranks=True)
+
+
+def checksum(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """int64 `()`: the sum of all 32-bit words of the tensors, mod 2**32. Never waits for a GPU
+    unless the tensors lie on one and `device` does not.
+    """
+    sums = [moved(_sum_of_words(t), device) for t in tensors if t.numel()]
+    if not sums:
+        return torch.zeros((), dtype=torch.int64, device=device)
+    return torch.stack(sums).sum() & WORD
+
+
+def _sum_of_words(t: Tensor) -> Tensor:
+    """int64 `()`, in the range of int32; bytes behind the last whole word count one by one."""
+    t = torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+    vector = flat(t.resolve_neg())
+    if vector.storage_offset() * vector.itemsize % 4 or not vector.is_contiguous():
+        vector = vector.clone(memory_format=torch.contiguous_format)
+    data = vector.view(torch.uint8)
+    whole = len(data) - len(data) % 4
+    total = data[:whole].view(torch.int32).sum(dtype=torch.int32).long()  # wraps around: mod 2**32
+    return total if whole == len(data) else total + data[whole:].sum()
+
+
+def _number_of(i: int) -> int:
+    """u of the i-th rank: 20 bits, mixed so that a wrong sign of d gives no rank's number."""
+    x = (i + 1) * 2654435761 & WORD
+    x = (x ^ x >> 16) * 73244475 & WORD
+    return (x ^ x >> 16) & 0xFFFFF
+
+
+def differing(n: int, sums: Sequence[tuple[int, int, int]]) -> list[int]:
+    """The rank that differs from all others; all ranks if it cannot be told; none if all are equal.
+
+    Args:
+        n: How many ranks there are.
+        sums: P, Q and R of values that the ranks must have alike.
+    """
+    found = [_suspects(n, *each) for each in sums if n * each[1] != each[0] ** 2]
+    if not found:
+        return []
+    common = set.intersection(*found)
+    return sorted(common) if len(common) == 1 else list(range(n))
+
+
+def _suspects(n: int, p: int, q: int, r: int) -> set[int]:
+    """Those ranks of whom it fits that they alone differ."""
+    squared, rest = divmod(n * q - p * p, n - 1)
+    d = math.isqrt(max(squared, 0))
+    if rest or d * d != squared:
+        return set()
+    numbers = list(map(_number_of, range(n)))
+    found: set[int] = set()
+    for delta in (d, -d):
+        common, left = divmod(p - delta, n)
+        own, odd = divmod(r - common * sum(numbers), delta)
+        if not left and not odd and 0 <= common <= HALF:
+            found.update(i for i, number in enumerate(numbers) if number == own)
+    return found

@@ -1,0 +1,56 @@
+"""`"update_ratio"`: how far each tensor moved, |update| / |weight|; healthy is about 1e-3.
+
+I/O in a watched step: a copy of the weights (their size in memory, until the step is over), then
+one read of it and of the new weights. With shards it is the ratio of the part that this rank holds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastguard.gradients.transfer import moved
+from fastguard.guard.watch.quantity import Reading, WatchedGradients
+from fastguard.stages.contract import Known
+
+
+class UpdateRatio:
+    """Which layer is moved too far, and which stands still."""
+
+    def read(self, step: WatchedGradients) -> Reading:
+        """float64 `(2 T,)`: norms of the weights, then of their updates."""
+        at = [i for i in step.with_gradient if step.layout.parameters[i].numel()]
+        weights = step.weights(at)
+        names = [step.layout.names[i] for i in at]
+        before = [w.clone() for w in weights]
+        norms = _norms(before, step.device)
+
+        def after_update() -> Tensor:
+            if before:
+                torch._foreach_sub_(before, weights)
+            return torch.cat([norms, _norms(before, step.device)])
+
+        def tell(numbers: list[float], known: Known) -> dict[str, Any]:
+            if known.skipped:
+                return {}
+            n = len(names)
+            pairs = zip(names, numbers[n:], numbers[:n], strict=True)
+            ratios = {name: moved / norm for name, moved, norm in pairs if norm > 0}
+            return {"update_ratio": ratios}
+
+        nothing = torch.cat([norms, torch.zeros_like(norms)])
+        return Reading(nothing, tell, after_update=after_update)
+
+
+def _norms(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """float64 `(T,)`."""
+    if not tensors:
+        return torch.zeros(0, dtype=torch.float64, device=device)
+    wide = torch.float32 if all(t.itemsize <= 4 for t in tensors) else torch.float64
+    if any(t.is_complex() for t in tensors):
+        norms = [torch.linalg.vector_norm(t) for t in tensors]
+    else:
+        norms = torch._foreach_norm(tensors, 2.0, dtype=wide)
+    return torch.stack([moved(x, device).double() for x in norms])

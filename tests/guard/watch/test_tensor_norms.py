@@ -1,0 +1,127 @@
+"""`watch=("tensor_norms",)`: which layer grew first, and which one is dead."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastguard import GuardedOptimizer, JsonLinesSink, read_records
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
+
+
+def guarded(grads: dict[str, Tensor], **options: Any) -> tuple[GuardedOptimizer, dict[str, Tensor]]:
+    """An optimizer of parameters with these gradients."""
+    named = {name: nn.Parameter(torch.ones_like(g)) for name, g in grads.items()}
+    for name, grad in grads.items():
+        named[name].grad = grad
+    options.setdefault("watch", ("tensor_norms",))
+    opt = GuardedOptimizer(
+        torch.optim.SGD(named.values(), lr=0.0), named_parameters=named.items(), **options
+    )
+    return opt, named  # type: ignore[return-value]
+
+
+def test_the_layer_that_grows_first_is_seen_before_the_global_norm_shows_it() -> None:
+    """A layer whose gradient doubles at each step, a thousand times smaller than another one."""
+    opt, named = guarded(
+        {"head": torch.full((4,), 1e3), "deep": torch.full((4,), 1e-3)}, watch_every=2
+    )
+    for k in range(6):
+        named["deep"].grad = torch.full((4,), 1e-3 * 2**k)
+        opt.step()
+    records = opt.records()
+    watched = [r.watch["tensor_norms"]["deep"] for r in records if r.watch]
+    assert [bool(r.watch) for r in records] == [True, False] * 3
+    assert watched == pytest.approx([2e-3, 8e-3, 32e-3], rel=1e-6)
+    assert records[-1].total_norm == pytest.approx(records[0].total_norm, rel=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "flat"), [*((d, False) for d in DTYPES), (torch.float32, True)], ids=str
+)
+def test_norms_are_those_of_the_finite_elements(dtype: torch.dtype, flat: bool) -> None:
+    torch.manual_seed(0)
+    grads = {"a": torch.randn(7, 3).to(dtype), "b": torch.randn(1001).to(dtype)}
+    expected = {name: torch.linalg.vector_norm(g.to(torch.complex128)) for name, g in grads.items()}
+    opt, _ = guarded(grads, flat_buckets=flat)
+    opt.step()
+    found = opt.records()[0].watch["tensor_norms"]
+    assert found == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-7)
+
+
+def test_a_bad_element_is_left_out_of_its_tensor_and_harms_no_other() -> None:
+    opt, _ = guarded({"bad": torch.tensor([3.0, math.nan, 4.0]), "good": torch.ones(4)})
+    opt.step()
+    [record] = opt.records()
+    assert record.action == "skipped"
+    assert record.watch["tensor_norms"] == {"bad": 5.0, "good": 2.0}
+
+
+def test_zeros_are_told_of_each_tensor_that_has_some() -> None:
+    grads = {
+        "dead": torch.zeros(8),
+        "half": torch.tensor([0.0, -0.0, 1.0, 2.0]),
+        "live": -torch.ones(3),
+    }
+    opt, _ = guarded(grads)
+    opt.step()
+    assert opt.records()[0].watch["zero_share"] == {"dead": 1.0, "half": 0.5}
+
+
+def test_a_parameter_without_gradient_is_left_out() -> None:
+    opt, named = guarded({"used": torch.ones(1), "unused": torch.ones(1)})
+    named["unused"].grad = None
+    opt.step()
+    assert opt.records()[0].watch["tensor_norms"] == {"used": 1.0}
+
+
+def test_a_scale_that_is_still_in_the_gradients_is_not_in_the_norms() -> None:
+    opt, _ = guarded({"w": torch.tensor([3.0, 4.0]) * 1024})
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.zeros(()))
+    scaler.step(opt)
+    assert opt.records()[0].watch["tensor_norms"] == {"w": 5.0}
+
+
+def test_watching_changes_no_bit_of_what_is_trained() -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(33, 65), nn.Tanh(), nn.Linear(65, 3))
+    twin = copy.deepcopy(model)
+    everything = ("tensor_norms", "update_ratio", "underflow")
+    for net, watch in ((model, everything), (twin, ())):
+        opt = GuardedOptimizer(
+            torch.optim.AdamW(net.parameters(), fused=True),
+            max_norm=0.1,
+            watch=watch,
+            watch_every=1,
+        )
+        generator = torch.Generator().manual_seed(2)
+        for _ in range(4):
+            opt.zero_grad()
+            net(torch.randn(5, 33, generator=generator)).square().sum().backward()
+            opt.step()
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True)
+    )
+
+
+def test_lines_on_the_disk_hold_what_was_watched(tmp_path: Any) -> None:
+    opt, _ = guarded({"w": torch.tensor([3.0, 4.0])}, watch=("tensor_norms", "underflow"))
+    with JsonLinesSink(tmp_path / "records.jsonl") as sink:
+        opt.add_sink(sink)
+        opt.step()
+    [record] = read_records(tmp_path / "records.jsonl")
+    assert record.watch == opt.records()[0].watch
+    assert record.watch["tensor_norms"] == {"w": 5.0}
+
+
+def test_a_copy_watches_as_well() -> None:
+    opt, _ = guarded({"w": torch.ones(1)})
+    twin = copy.deepcopy(opt)
+    assert twin.watch == ("tensor_norms",)
