@@ -64,7 +64,8 @@ class GuardSection:
     flat_buckets: bool = False
     flat_parameters: bool = False
     compile_step: bool = False
-    watch: list[str] = field(default_factory=list)
+    watch: tuple[str, ...] = ()
+    watch_every: int = WATCH_EVERY
     watch_every: int = WATCH_EVERY
 
     def __post_init__(self) -> None:

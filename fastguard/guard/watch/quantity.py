@@ -9,7 +9,7 @@ values come back as sums over ranks, 8 bytes per value and no other collective.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -87,6 +87,29 @@ class Reading:
     tell: Callable[[list[float], Known], dict[str, Any]]
     sums_over_ranks: bool = False
     after_update: Callable[[], Tensor] | None = None
+
+
+ROOM = 140_000
+"""Bytes of one quantity's values by name in a line of JSON: three times that and the rest of a
+record stay below the 512 KiB that readers take for a line."""
+
+
+def by_name(names: Sequence[str], values: Iterable[float]) -> dict[str, float]:
+    """The values by name, in the order given, to 9 digits.
+
+    Where they would not fit into a line of JSON (from some 2000 tensors on), the largest.
+    """
+    told = {name: float(f"{value:.9g}") for name, value in zip(names, values, strict=True)}
+    sizes = {name: len(name.encode("ascii", "backslashreplace")) + 20 for name in told}
+    if sum(sizes.values()) <= ROOM:
+        return told
+    room, kept = ROOM, set()
+    for name in sorted(told, key=lambda name: -told[name]):
+        room -= sizes[name]
+        if room < 0:
+            break
+        kept.add(name)
+    return {name: value for name, value in told.items() if name in kept}
 
 
 class Quantity(Protocol):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastguard.gradients.buckets import bucketize
 from fastguard.gradients.transfer import moved, numbers_on
-from fastguard.guard.watch.quantity import Reading, WatchedGradients
+from fastguard.guard.watch.quantity import Reading, WatchedGradients, by_name
 from fastguard.stages.contract import Known
 from fastguard.stages.measure import measure
 
@@ -51,9 +51,10 @@ class TensorNorms:
             norms = map(math.sqrt, power_sums)
             of_each = zip(names, sizes, nonzero, strict=True)
             shares = {name: 1.0 - k / size for name, size, k in of_each if size}
+            some = {name: share for name, share in shares.items() if share > ROUNDED}
             return {
-                "tensor_norms": dict(zip(names, norms, strict=True)),
-                "zero_share": {name: share for name, share in shares.items() if share > ROUNDED},
+                "tensor_norms": by_name(names, norms),
+                "zero_share": by_name(list(some), some.values()),
             }
 
         return Reading(values.flatten(), tell, sums_over_ranks=step.is_sharded)

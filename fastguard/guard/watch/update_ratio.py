@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastguard.gradients.transfer import moved
-from fastguard.guard.watch.quantity import Reading, WatchedGradients
+from fastguard.guard.watch.quantity import Reading, WatchedGradients, by_name
 from fastguard.stages.contract import Known
 
 
@@ -38,7 +38,7 @@ class UpdateRatio:
             n = len(names)
             pairs = zip(names, numbers[n:], numbers[:n], strict=True)
             ratios = {name: moved / norm for name, moved, norm in pairs if norm > 0}
-            return {"update_ratio": ratios}
+            return {"update_ratio": by_name(list(ratios), ratios.values())}
 
         nothing = torch.cat([norms, torch.zeros_like(norms)])
         return Reading(nothing, tell, after_update=after_update)

@@ -125,3 +125,17 @@ def test_a_copy_watches_as_well() -> None:
     opt, _ = guarded({"w": torch.ones(1)})
     twin = copy.deepcopy(opt)
     assert twin.watch == ("tensor_norms",)
+
+
+def test_the_line_of_thousands_of_tensors_is_still_a_record(tmp_path: Any) -> None:
+    names = [f"blocks.{i}.attention.projection.weight" for i in range(9000)]
+    grads = {name: torch.tensor([i + 1.0, 0.0]) for i, name in enumerate(names)}
+    opt, _ = guarded(grads, watch=("tensor_norms", "update_ratio", "underflow"))
+    with JsonLinesSink(tmp_path / "records.jsonl") as sink:
+        opt.add_sink(sink)
+        opt.step()
+    assert (tmp_path / "records.jsonl").stat().st_size < 512 << 10
+    [record] = read_records(tmp_path / "records.jsonl")
+    norms = record.watch["tensor_norms"]
+    assert 1000 < len(norms) < 9000
+    assert min(norms.values()) == 9000 - len(norms) + 1  # the largest are kept
