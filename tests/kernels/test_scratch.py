@@ -7,6 +7,7 @@ import torch
 
 from fastguard.gradients.buckets import bucketize
 from fastguard.kernels import measure, scratch
+from fastguard.kernels.summary import REDUCE_SIZE
 from fastguard.stages import triton as triton_stages
 
 CPU = torch.device("cpu")
@@ -42,11 +43,12 @@ def test_a_bad_step_leaves_nothing_behind(n_segments):
 
 
 def test_counts_of_more_tensors_than_a_block():
-    grads = [torch.randn(3) for _ in range(700)]
-    grads[0][0] = grads[699][2] = math.nan
-    for n_segments in (1, 2, 700):
+    n = REDUCE_SIZE // 3 + 2
+    grads = [torch.randn(3) for _ in range(n)]
+    grads[0][0] = grads[-1][2] = math.nan
+    for n_segments in (1, 2, n):
         _, counts = measured(grads, n_segments)
-        assert counts[0].nonzero().flatten().tolist() == [0, 699] and counts.sum() == 2
+        assert counts[0].nonzero().flatten().tolist() == [0, n - 1] and counts.sum() == 2
         assert not next(iter(scratch._kept.values())).zeros.any()
 
 
