@@ -1,1 +1,1 @@
-"""Everything behind the command `fastguard`: the only wing that knows a terminal."""
+"""The `fastguard` command line; only this package writes to a terminal."""

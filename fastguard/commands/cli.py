@@ -1,7 +1,7 @@
-"""The command `fastguard`: a table of commands, each a module of its own.
+"""The `fastguard` command: dispatches to subcommands, each in its own module.
 
-Exit status: 0 fine, 1 found something bad, 2 wrong use. Wrong use is one line on stderr, never a
-traceback.
+Exit status: 0 fine, 1 found something bad, 2 wrong use. Wrong use prints one line to stderr, never
+a traceback.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ FINE, FOUND_BAD, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One entry of the command line.
+    """One subcommand.
 
     Attributes:
         name: What the user types.
         help: One line for `fastguard --help`; the module's docstring is the command's own help.
-        module: Where its `add_arguments(parser)` and `run(args) -> exit status` live. It is
-            imported when the command is used, so a command costs the others nothing.
+        module: Module that defines `add_arguments(parser)` and `run(args) -> exit status`. It is
+            imported only when the command is used.
     """
 
     name: str
@@ -52,42 +52,36 @@ COMMANDS = (
     ),
     Command(
         "ckpt",
-        "which checkpoints are good, and going back to one",
+        "verify checkpoints and roll back",
         "fastguard.commands.ckpt.command",
     ),
     Command(
         "diagnose",
-        "what is wrong with a model, its data and its optimizer",
+        "check a model, its data and its optimizer",
         "fastguard.commands.diagnose.command",
     ),
-    Command("monitor", "a run's records, live or once", "fastguard.commands.monitor.command"),
-    Command("scan", "NaN and Inf in the text logs of trainers", "fastguard.commands.scan.command"),
-    Command(
-        "report", "a run's records as one page, with a verdict", "fastguard.commands.report.command"
-    ),
-    Command(
-        "env", "versions, devices, and which backend serves each", "fastguard.commands.environment"
-    ),
+    Command("monitor", "show a run's records, live or once", "fastguard.commands.monitor.command"),
+    Command("scan", "find NaN and Inf in text logs", "fastguard.commands.scan.command"),
+    Command("report", "summarize a run in one HTML page", "fastguard.commands.report.command"),
+    Command("env", "show versions, devices and backends", "fastguard.commands.environment"),
     Command(
         "selftest",
-        "the kernels of this machine against the reference",
+        "compare this machine's kernels with the reference",
         "fastguard.commands.selftest",
     ),
-    Command(
-        "bench", "what guarding a step costs on this machine", "fastguard.commands.bench.command"
-    ),
+    Command("bench", "measure the cost of guarding a step", "fastguard.commands.bench.command"),
 )
 
 
 class _CommandParser(Parser):
-    """A parser that asks its command for the arguments when it is chosen, and not before."""
+    """A parser that loads its command's arguments only when the command is chosen."""
 
     def __init__(self, *, command: Command, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._command: Command | None = command
 
     def load(self) -> None:
-        """Asks the command for its arguments, once."""
+        """Adds the command's arguments; later calls do nothing."""
         if self._command is None:
             return
         module, self._command = self._command.load(), None
@@ -99,13 +93,13 @@ class _CommandParser(Parser):
         self.load()
         parsed, unknown = super().parse_known_args(args, namespace)
         if unknown and "_ARGCOMPLETE" not in os.environ:
-            # Said here, with the usage of the command; argparse would show the table's.
+            # Reported here to show the command's usage; argparse would show the top-level usage.
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return parsed, unknown
 
 
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, _CommandParser]]:
-    """The parser of the table, and those of the commands by name."""
+    """The top-level parser, and the command parsers by name."""
     parser = Parser(
         prog="fastguard",
         description="Keep PyTorch training finite, at the speed of memory.",
@@ -124,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Args:
-        argv: The arguments after the program's name; None: those of this process.
+        argv: Arguments without the program name. Default: `sys.argv[1:]`.
 
     Returns:
         The exit status.
@@ -138,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser, commands = _parser()
             _complete(parser, commands)
             args = parser.parse_args(argv)
-        except SystemExit as stop:  # argparse has said what was wrong, or has printed the help
+        except SystemExit as stop:  # argparse has already printed the error or the help
             return int(stop.code or 0)
         if args.name is None:
             parser.print_help(sys.stderr)
@@ -164,14 +158,14 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _complete(parser: argparse.ArgumentParser, commands: Mapping[str, _CommandParser]) -> None:
-    """Answers the shell where it asks for completions, with `argcomplete`, and ends the process."""
+    """Answers a shell completion request through `argcomplete` and exits, if there is one."""
     if "_ARGCOMPLETE" not in os.environ:
         return
     try:
         import argcomplete  # pyright: ignore[reportMissingImports]
-    except ImportError:  # the argcomplete of another interpreter asks
+    except ImportError:  # the request came from another interpreter's argcomplete
         raise SystemExit(FINE) from None
     for word in os.environ.get("COMP_LINE", "").split()[1:2]:
-        if word in commands:  # argcomplete looks at the arguments before anything is parsed
+        if word in commands:  # argcomplete inspects arguments before parsing
             commands[word].load()
     argcomplete.autocomplete(parser)

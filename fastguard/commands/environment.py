@@ -1,4 +1,4 @@
-"""Versions, devices, and which backend serves each: what a bug report should begin with."""
+"""Versions, devices and the backend of each device: include this in bug reports."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ FRAMEWORKS = (
     "orjson",
     "pyyaml",
 )
-"""The optional distributions that fastguard works with, by their names on the package index."""
+"""Optional distributions that fastguard integrates with, by package-index name."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `fastguard env`."""
+    """Adds the arguments of `fastguard env`."""
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
-        "--verbose", action="store_true", help="also what cost more than it should in this process"
+        "--verbose", action="store_true", help="also show avoidable costs in this process"
     )
 
 
@@ -50,11 +50,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def environment() -> dict[str, Any]:
-    """What this process runs on, as JSON values. Imports no optional package.
+    """Describes the environment of this process as JSON values. Imports no optional package.
 
-    `"diagnostics"` counts what has cost more than it should since the process began:
-    `copied_gradients`, gradients with strides that leave holes, or that overlap another, and had to
-    be copied for a kernel. To look at a training run, call this within it.
+    `"diagnostics"` counts avoidable costs since the process began: `copied_gradients` is the number
+    of gradients that had to be copied for a kernel because their strides leave holes or overlap.
+    To check a training run, call this from within it.
     """
     return {
         "versions": {
@@ -80,7 +80,7 @@ def environment() -> dict[str, Any]:
 
 
 def as_text(found: dict[str, Any]) -> str:
-    """The environment for people: plain aligned lines, fit to paste into an issue."""
+    """Formats the environment as aligned plain text that can be pasted into an issue."""
     lines = []
     for section in ("versions", "machine"):
         lines += [f"{name:<18} {value or '-'}" for name, value in found[section].items()]
@@ -101,12 +101,12 @@ def as_text(found: dict[str, Any]) -> str:
 
 
 def _diagnostics() -> dict[str, int]:
-    stages = sys.modules.get("fastguard.stages.triton")  # not imported: no kernel has run
+    stages = sys.modules.get("fastguard.stages.triton")  # None if no kernel has run
     return stages.diagnostics() if stages is not None else {"copied_gradients": 0}
 
 
 def _version(*distributions: str) -> str | None:
-    """The version of the first distribution that is installed."""
+    """The version of the first installed distribution, or None."""
     for name in distributions:
         try:
             return metadata.version(name)

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Atomic file writes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; flushed and renamed to `path` at the end.
+    """Yields a temporary path beside `path`; on exit, flushes it and renames it to `path`.
 
-    If the block raises, `path` is what it was before.
+    If the block raises, `path` is unchanged.
 
     Example:
         >>> import tempfile
@@ -22,7 +22,7 @@ def written(path: Path) -> Iterator[Path]:
         >>> target.read_text()
         '1 2 3'
     """
-    # The suffix stays at the end: matplotlib and others choose the format by it.
+    # Keep the suffix last: matplotlib and others infer the format from it.
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield temporary

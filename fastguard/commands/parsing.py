@@ -1,4 +1,4 @@
-"""The parser of the command line: what was meant by a mistyped name, and help in paragraphs."""
+"""The argument parser: suggests the nearest name after a typo and keeps paragraphs in help."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _OPTION = re.compile(r"unrecognized arguments: (?:.* )?(--?[\w-]+)")
 
 
 class Paragraphs(argparse.HelpFormatter):
-    """Fills each paragraph of a description to the width of the terminal.
+    """Wraps each paragraph of a description to the width of the terminal.
 
-    A paragraph whose first line is indented is a table or a command, and stays as it is.
+    Paragraphs whose first line is indented (tables, commands) are kept as written.
     """
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
@@ -30,14 +30,14 @@ class Paragraphs(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Ends wrong use with a line that names the nearest command or option."""
+    """Reports wrong use in one line that suggests the nearest command or option."""
 
     def __init__(self, **kwargs) -> None:
         kwargs.setdefault("formatter_class", Paragraphs)
         super().__init__(**kwargs)
 
     def error(self, message: str) -> NoReturn:
-        """Prints the usage and the message, and exits with status 2."""
+        """Prints the usage and the message, then exits with status 2."""
         if choice := _CHOICE.search(message):
             message += did_you_mean(choice[1], re.findall(r"[\w.-]+", choice[2]))
         elif option := _OPTION.search(message):
@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def options_of(parser: argparse.ArgumentParser) -> Iterator[str]:
-    """The long options of a parser and of the actions below it."""
+    """The long options of a parser and its subparsers."""
     for action in parser._actions:
         yield from (name for name in action.option_strings if name.startswith("--"))
         if isinstance(action, argparse._SubParsersAction):

@@ -1,4 +1,4 @@
-"""Which file a command's argument RUN names, whether it exists yet, and whose lines it holds."""
+"""Finds the file that a command's RUN argument names, and which program wrote it."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from fastguard.records.step_record import FIELDS
 Writer = Literal["fastguard", "another program", "unknown"]
 
 LOOKED_AT = 256 << 10
-"""Bytes at the beginning of a file that say who wrote it."""
+"""Number of bytes read from the start of a file to detect which program wrote it."""
 
 
 def writer_of(lines: Iterable[bytes | str]) -> Writer:
-    """Who wrote these lines of JSON: the one question that `report`, `monitor` and `scan` ask.
+    """Detects which program wrote these JSON lines; used by `report`, `monitor` and `scan`.
 
-    One record is enough for `"fastguard"`: a file may begin with lines that a crash cut short or
-    filled with zeros. `"another program"` is a JSON object with keys that no record has. Anything
-    else says nothing.
+    One record is enough for `"fastguard"`, since a crash may leave truncated or zero-filled lines
+    at the start of a file. A JSON object with keys that no record has means `"another program"`.
+    Otherwise the result is `"unknown"`.
 
     Example:
         >>> writer_of(['{"step": 3, "total_norm": 1.5, "clip_coef": 1, "action": "applied"}'])
@@ -41,7 +41,7 @@ def writer_of(lines: Iterable[bytes | str]) -> Writer:
     """
     writer: Writer = "unknown"
     for line in lines:
-        if isinstance(line, bytes):  # a byte order mark is what `json.loads` passes over
+        if isinstance(line, bytes):  # `json.loads` skips a byte order mark
             line = line.removeprefix(codecs.BOM_UTF8)
         if line.lstrip()[:1] not in ("{", b"{"):
             continue
@@ -57,10 +57,10 @@ def writer_of(lines: Iterable[bytes | str]) -> Writer:
 
 
 def refuse_lines_of_others(run: Path) -> None:
-    """Checks the beginning of a run's newest file that holds anything.
+    """Checks the start of a run's newest non-empty file.
 
     Raises:
-        UsageError: It holds JSON lines, and none of them is a record of fastguard.
+        UsageError: The file holds JSON lines, but no fastguard record.
     """
     for path in (run, *reversed(rotated_files(run))):
         if not path.is_file():
@@ -68,12 +68,12 @@ def refuse_lines_of_others(run: Path) -> None:
         try:
             with open_regular(path) as file:
                 writer = writer_of(islice(file.read(LOOKED_AT).splitlines(), 1000))
-        except FileNotFoundError:  # renamed by a rotation since it was listed
+        except FileNotFoundError:  # a rotation renamed it after it was listed
             continue
         if writer == "another program":
             name = printable(shlex.quote(str(path)))
             raise UsageError(
-                f"{name} holds JSON lines of another program, not records of fastguard; "
+                f"{name} holds JSON lines of another program, not fastguard records; "
                 f"use: fastguard scan {name}"
             )
         if writer == "fastguard":
@@ -81,66 +81,66 @@ def refuse_lines_of_others(run: Path) -> None:
 
 
 def refuse_without_records(path: Path, damaged: int) -> NoReturn:
-    """There was no record in a run, but so many lines that are none.
+    """Reports a run that has no valid record.
 
     Raises:
-        UsageError: It says what to do.
+        UsageError: Always; the message says what to do.
     """
     if not damaged:
         raise UsageError(
-            f"{path} is empty: no step has been recorded yet; fastguard monitor --wait waits for "
-            "the first"
+            f"{path} is empty: no step has been recorded yet; use fastguard monitor --wait to wait "
+            "for the first"
         )
     name = printable(shlex.quote(str(path)))
-    lines = "its only line is none" if damaged == 1 else f"none of its {damaged:,} lines is one"
+    lines = "its only line is not" if damaged == 1 else f"none of its {damaged:,} lines is one"
     raise UsageError(
-        f"{name} holds no record of fastguard: {lines}; for the log of another program use: "
+        f"{name} holds no fastguard record: {lines}; for the log of another program use: "
         f"fastguard scan {name}"
     )
 
 
 def find_run(run: str | os.PathLike[str]) -> Path:
-    """The current file of a run.
+    """Returns the current file of a run.
 
     Args:
-        run: That file, or the folder it lies in.
+        run: The file, or the folder that contains it.
 
     Raises:
-        UsageError: There is none, or the folder holds several.
+        UsageError: There is no such file, or the folder holds several runs.
     """
     path = Path(run)
     if path.is_dir():
         files = _current_files(path)
         if not files:
-            raise UsageError(f"no records in {run}: it holds no .jsonl file; name the file itself")
+            raise UsageError(f"no records in {run}: it holds no .jsonl file; pass the file itself")
         if len(files) > 1 and path / "records.jsonl" not in files:
             names = ", ".join(file.name for file in files)
-            raise UsageError(f"{run} holds several runs ({names}); name one of the files")
+            raise UsageError(f"{run} holds several runs ({names}); pass one of the files")
         return files[0] if len(files) == 1 else path / "records.jsonl"
     if not path.exists() and not rotated_files(path):
-        raise UsageError(f"no such file: {run}; give what JsonLinesSink(path) was given")
+        raise UsageError(f"no such file: {run}; pass the path given to JsonLinesSink")
     return path
 
 
 def begun(run: Path) -> bool:
-    """Whether there is any file of the run, or in its folder."""
+    """Whether the run's file exists, or its folder contains any run."""
     if run.is_dir():
         return bool(_current_files(run))
     return run.exists() or bool(rotated_files(run))
 
 
 def file_of(run: str | os.PathLike[str]) -> Path:
-    """The current file of a run.
+    """Returns the current file of a run, after checking that it can hold fastguard records.
 
     Raises:
-        UsageError: There is none, there are several, it is a pipe or a device, or it holds the
+        UsageError: There is no file, there are several, it is a pipe or a device, or it holds the
             JSON lines of another program.
     """
     path = find_run(run)
     if path.exists() and not path.is_file():
         raise UsageError(
-            f"{path} is no regular file; give the file of a JsonLinesSink, and write a pipe to a "
-            "file first"
+            f"{path} is not a regular file; pass the file of a JsonLinesSink, or save the pipe to "
+            "a file first"
         )
     refuse_lines_of_others(path)
     return path

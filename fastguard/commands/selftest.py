@@ -1,7 +1,7 @@
-"""Compares what serves this machine's devices with the reference, number by number.
+"""Compares the backend of each device on this machine with the reference.
 
-On each device: the gradients of many dtypes and sizes are measured, with and without NaN and Inf;
-verdicts are reached; gradients are scaled and cleaned; and a guarded optimizer skips a bad step and
+Checks on each device: measuring gradients of many dtypes and sizes, with and without NaN and Inf;
+decisions; scaling and cleaning of gradients; and that a guarded optimizer skips a bad step and
 clips a good one as torch does. Takes a few seconds. Exit status 1 if anything differs.
 """
 
@@ -30,21 +30,22 @@ from fastguard.stages.spike_rules import SpikeRule, Threshold
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NORMS = (2.0, 1.0, 3.5, math.inf)
-SIZES = (1, 7, 1024, 4099, 65536, 65537, 300_001)  # around a vector, a block and a chunk
+SIZES = (1, 7, 1024, 4099, 65536, 65537, 300_001)  # around the vector, block and chunk sizes
 NAN, INF = math.nan, math.inf
 
 NORM_RTOL = 1e-7
-"""Of a norm of 16- and 32-bit gradients; the promise of the library."""
+"""Relative tolerance of the norm of 16- and 32-bit gradients that fastguard documents."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One stage on one device.
+    """The result of comparing one stage on one device.
 
     Attributes:
-        device, stages: Where, and what serves it: `"triton"`, `"cpu"` or `"reference"`.
+        device: The device.
+        stages: The backend: `"triton"`, `"cpu"` or `"reference"`.
         what: The stage.
-        cases: How many comparisons there were.
+        cases: Number of comparisons.
         problem: The first difference, or None.
     """
 
@@ -56,7 +57,7 @@ class Check:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `fastguard selftest`."""
+    """Adds the arguments of `fastguard selftest`."""
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - start
     notes = [note for device in devices() if (note := _without_kernels(device)) is not None]
     if [device.type for device in devices()] == ["cpu"]:
-        notes = ["no GPU was found: the CPU stages were checked, the Triton kernels were not run"]
+        notes = ["no GPU found: checked the CPU stages only, not the Triton kernels"]
     bad = [check for check in checks if check.problem is not None]
     if args.json:
         told = {
@@ -102,11 +103,11 @@ def _without_kernels(device: torch.device) -> str | None:
     if device.type == "cpu" or backend.backend_of(device) == "triton":
         return None
     why = backend.why_not_triton(device)
-    return f"no kernel was run on {device}, which the reference serves: {why}"
+    return f"no kernel was run on {device}, which uses the reference: {why}"
 
 
 def check_device(device: torch.device) -> Iterator[Check]:
-    """The checks of one device; an exception is a failed check."""
+    """Runs all checks on one device; an exception counts as a failed check."""
     served = "triton" if backend.backend_of(device) == "triton" else None
     stages = served or ("cpu" if device.type == "cpu" else "reference")
     for what, differences in CHECKS.items():
@@ -122,7 +123,7 @@ def check_device(device: torch.device) -> Iterator[Check]:
 
 
 def gradients(device: torch.device, dtype: torch.dtype, *, bad: bool) -> list[Tensor]:
-    """Gradients of `SIZES`, the same at each call; `bad`: some hold NaN or Inf, also last."""
+    """Gradients of `SIZES`, equal in every call; with `bad`, some hold NaN or Inf."""
     made = torch.Generator().manual_seed(0)
     found = [torch.randn(n, generator=made).to(dtype) for n in SIZES]
     if bad:
@@ -135,7 +136,7 @@ def _buckets(grads: list[Tensor]) -> GradBuckets:
 
 
 def _reference_stats(buckets: GradBuckets, norm_type: float) -> GradStats:
-    """What the reference measures, in the same form."""
+    """The statistics that the reference computes, as `GradStats`."""
     (bucket,) = buckets.buckets
     summary, counts = reference.measure_bucket(
         bucket, buckets.n_measured, buckets.n_tensors, norm_type
@@ -185,7 +186,7 @@ def _changes(device: torch.device) -> Iterator[str | None]:
             backend.stages(device).measure_bucket(one, 2, len(SIZES), 2.0)  # as in a step
             backend.stages(device).apply(one, multiplier, flag)
             reference.apply(other, multiplier, flag)
-            rtol = 2 * torch.finfo(dtype).eps  # one rounding of the factor, one of the product
+            rtol = 2 * torch.finfo(dtype).eps  # the factor and the product are rounded once each
             for size, a, b in zip(SIZES, one.grads, other.grads, strict=True):
                 yield _differs(f"{size} elements of {dtype}, clean={clean:g}", a, b, rtol)
 
@@ -218,7 +219,7 @@ def _steps(device: torch.device) -> Iterator[str | None]:
 def _differs(
     what: str, ours: Tensor, expected: Tensor, rtol: float, atol: float = 0.0
 ) -> str | None:
-    """How two tensors differ beyond rounding; None: they do not."""
+    """Describes how two tensors differ beyond rounding, or None if they agree."""
     try:
         torch.testing.assert_close(ours, expected, rtol=rtol, atol=atol, equal_nan=True)
     except AssertionError as error:

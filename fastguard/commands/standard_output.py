@@ -1,7 +1,7 @@
-"""Printing to a reader that may leave, in whatever encoding.
+"""Makes printing robust to closed pipes and limited encodings.
 
 `fastguard demo | head` still writes its files, and `fastguard ckpt verify runs | head -1` still
-reads everything and has the exit status that tells whether all is fine.
+reads everything and returns the right exit status.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any, TextIO
 
 
 class Outlasting:
-    """A text stream that goes on in silence when nobody reads it any more.
+    """A text stream that silently discards output once its reader has closed the pipe.
 
     Args:
-        stream: Where to write; all but `write` and `flush` is its own.
+        stream: The stream to write to. Everything except `write` and `flush` is delegated to it.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -38,8 +38,8 @@ class Outlasting:
         try:
             action()
         except BrokenPipeError:
-            # The descriptor and not only this object: what is still in its buffer, and what other
-            # processes write, goes the same way.
+            # Redirect the descriptor, not only this object, so that buffered text and the output
+            # of child processes are discarded too.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
@@ -47,9 +47,9 @@ class Outlasting:
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """Inside, stdout and stderr may lose their readers, and the work goes on.
+    """Within the block, closed pipes on stdout and stderr do not stop the command.
 
-    A character that a stream has no code for, such as é in ASCII, is escaped.
+    Characters that the encoding lacks, such as é in ASCII, are escaped.
     """
     streams = [s for s in (sys.stdout, sys.stderr) if isinstance(s, TextIOWrapper)]
     before = [stream.errors for stream in streams]

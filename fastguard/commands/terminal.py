@@ -1,4 +1,4 @@
-"""What commands print: tables (rich's where it is installed), and text made harmless."""
+"""Printing for the commands: escaped text, and tables (rich tables where rich is installed)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fastguard.errors.plain_text import printable as printable
 
 
 def say(text: str, file: TextIO | None = None) -> None:
-    """Prints one line; what is not printable in it is escaped."""
+    """Prints one line, with unprintable characters escaped."""
     print(printable(text), file=file)
 
 
 def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints rows of text under their heads; what is not printable in a cell is escaped."""
+    """Prints a table, with unprintable characters in cells escaped."""
     rows = [[printable(cell) for cell in row] for row in rows]
     if sys.stdout.isatty() and importlib.util.find_spec("rich") is not None:
         from rich.console import Console
@@ -37,7 +37,7 @@ def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def text_of(value: object) -> str:
-    """A cell: `-` for None, numbers without trailing zeros."""
+    """Formats a cell: `-` for None, numbers without trailing zeros."""
     if value is None:
         return "-"
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -45,7 +45,7 @@ def text_of(value: object) -> str:
 
 @contextmanager
 def incidents_unlogged() -> Iterator[None]:
-    """Keeps the log lines of a guard off the screen where a command shows the incidents itself."""
+    """Silences the guard's log lines in commands that print the incidents themselves."""
     log = logging.getLogger("fastguard")
     before = log.level
     log.setLevel(logging.ERROR)

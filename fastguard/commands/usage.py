@@ -1,4 +1,4 @@
-"""What the commands share: wrong use said in one line, and the checks that find it early."""
+"""Shared helpers of the commands: one-line usage errors and early argument checks."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from fastguard.errors.plain_text import shown
 
 
 class UsageError(Exception):
-    """Wrong use of a command: one line that names the value and the remedy. Exit status 2."""
+    """Wrong use of a command: one line with the value and the fix. Exit status 2."""
 
 
 def need(*packages: str, extra: str) -> None:
-    """Imports optional packages before any work is done.
+    """Checks that optional packages can be imported before any work is done.
 
     Raises:
-        UsageError: One cannot be imported; it says which extra has it.
+        UsageError: A package cannot be imported; the message names the extra to install.
     """
     for name in packages:
         try:
@@ -29,10 +29,10 @@ def need(*packages: str, extra: str) -> None:
 
 
 def output_folder(path: str) -> Path:
-    """The folder of `--out`, created if need be, and found to be writable before any work is done.
+    """Creates the `--out` folder if necessary and checks that it is writable.
 
     Raises:
-        UsageError: It is a file, or cannot be created or written to.
+        UsageError: The path is a file, or cannot be created or written to.
     """
     folder = Path(path)
     try:
@@ -48,7 +48,7 @@ def output_folder(path: str) -> Path:
 
 
 def integer(low: int, high: int, *, why: str = "") -> Callable[[str], int]:
-    """The argparse type of an integer in `[low, high]`."""
+    """An argparse type that accepts integers in `[low, high]`."""
 
     def parse(text: str) -> int:
         try:

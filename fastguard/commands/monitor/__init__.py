@@ -1,5 +1,5 @@
-"""`fastguard monitor`: a run's records, live in the terminal or once for a script.
+"""`fastguard monitor`: shows a run's records, live in the terminal or once for scripts.
 
-`follow` reads a run from its oldest file on, through every rotation; `watch` parses its last lines
-and incidents, and keeps what is shown; `screen` and `summary` show it. Memory depends on `--last`.
+`follow` reads a run from its oldest file on, across rotations; `watch` parses its latest lines and
+its incidents; `screen` and `summary` display them. Memory use depends on `--last`.
 """

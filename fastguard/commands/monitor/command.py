@@ -1,8 +1,8 @@
-"""Shows a run from its records: rate, gradient norm, losses, skips, the last incidents.
+"""Shows a run from its records: rate, gradient norm, losses, skips and the latest incidents.
 
-RUN is the file of a JsonLinesSink, or the folder that holds it. The screen follows the run, through
-rotation too, until Ctrl-C; --once prints the state and ends. The exit status is 1 if there is an
-incident in the last N steps, 0 if there is none, 2 if --once finds no record.
+RUN is the file of a JsonLinesSink, or the folder that contains it. The screen follows the run,
+also across rotations, until Ctrl-C; --once prints the state and exits. The exit status is 1 if
+there is an incident in the last N steps, 0 if there is none, 2 if --once finds no record.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ FINE, FOUND_BAD = 0, 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `fastguard monitor`."""
+    """Adds the arguments of `fastguard monitor`."""
     parser.add_argument("path", type=Path, metavar="RUN", help="records.jsonl, or its folder")
-    parser.add_argument("--once", action="store_true", help="print the state and end")
+    parser.add_argument("--once", action="store_true", help="print the state and exit")
     parser.add_argument("--json", action="store_true", help="with --once: print one JSON object")
     parser.add_argument(
         "--last",
         type=integer(1, 1_000_000),
         default=1000,
         metavar="N",
-        help="steps that the counts and the exit status are about (%(default)s)",
+        help="steps covered by the counts and the exit status (%(default)s)",
     )
-    parser.add_argument("--wait", action="store_true", help="wait for a run that has not begun")
+    parser.add_argument("--wait", action="store_true", help="wait for a run that has not started")
     parser.add_argument(
         "--interval",
         type=_seconds,
         default=1.0,
         metavar="SECONDS",
-        help="between two looks (%(default)s)",
+        help="between two updates (%(default)s)",
     )
 
 
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json and not args.once:
         raise UsageError("--json prints once; add --once")
     if not args.wait:
-        file_of(args.path)  # wrong use is said before the screen is taken
+        file_of(args.path)  # report wrong use before taking over the screen
     watch = _once(args) if args.once else _live(args)
     if watch.latest is None and (watch.damaged or args.once):
         refuse_without_records(file_of(args.path), watch.damaged)
@@ -73,7 +73,7 @@ def _once(args: argparse.Namespace) -> Watch:
 
 
 def _read(path: Path, last: int) -> tuple[Watch, float | None]:
-    """A run, and the seconds since it was written to."""
+    """The run, and the seconds since it was last written to."""
     follower = Follower(path)
     watch = Watch(last)
     watch.catch_up(chain(follower.poll(), follower.finish()))
@@ -85,7 +85,7 @@ def _read(path: Path, last: int) -> tuple[Watch, float | None]:
 def _live(args: argparse.Namespace) -> Watch:
     need("rich", extra="cli")
     if not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
-        raise UsageError("there is no terminal to draw on; for a script use --once")
+        raise UsageError("stdout is not a terminal; use --once in scripts")
     from fastguard.commands.monitor.live import watch_live
 
     watch = watch_live(args.path, args.last, args.interval)

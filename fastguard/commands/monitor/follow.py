@@ -1,9 +1,9 @@
-"""`Follower`: the lines of a run, old and new, through rotation, replacement and truncation.
+"""`Follower`: the lines of a run, old and new, across rotation, replacement and truncation.
 
 A `JsonLinesSink` closes a full file, renames it and opens a new one under the old name. So a file
-that is no longer the one under its name, and has been read to its end after that was seen, has
-nothing more to give. What was written between two looks may span several rotations: the files
-after ours, in their order, come before the current one.
+that no longer has the name, and has been read to its end after that was noticed, is complete.
+Several rotations may happen between two polls: the rotated files after ours are then read in order,
+before the current one.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from fastguard.records.rotated_files import (
 )
 
 BLOCK = 1 << 20
-"""Bytes read at once, and the length from which a line is no record but damage."""
+"""Bytes read at once; a line of at least this length is treated as damaged."""
 
 
 class Lines:
-    """Joins chunks of bytes to lines; one that grows beyond `BLOCK` is given up: its beginning
-    comes as a line, which is no record.
+    """Splits chunks of bytes into lines. A line that grows beyond `BLOCK` is abandoned: its start
+    is returned as a line, which is not a valid record.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Lines:
         self._dropping = False
 
     def feed(self, chunk: bytes) -> list[bytes]:
-        """The lines that `chunk` completes, without their newlines."""
+        """The lines completed by `chunk`, without their newlines."""
         *whole, rest = (self._rest + chunk).split(b"\n")
         if self._dropping and whole:
             del whole[0]
@@ -48,16 +48,16 @@ class Lines:
         return whole
 
     def flush(self) -> bytes:
-        """What there is of a line whose end has not come; forgotten here."""
+        """Returns and forgets the incomplete last line."""
         rest, self._rest, self._dropping = self._rest, b"", False
         return rest
 
 
 class Follower:
-    """Reads a run from its oldest file, then what is appended, whatever file has the name by then.
+    """Reads a run from its oldest file, then whatever is appended, across rotations.
 
     Args:
-        path: The current file of a `JsonLinesSink`; it need not exist yet.
+        path: The current file of a `JsonLinesSink`; it does not have to exist yet.
     """
 
     def __init__(self, path: Path) -> None:
@@ -66,17 +66,17 @@ class Follower:
         self._file = -1
         self._identity: Identity = (0, 0)
         self._offset = 0
-        self._newest: Path | None = None  # the latest rotated file that need not be read again
+        self._newest: Path | None = None  # the latest rotated file already read
         self._begin()
 
     def poll(self) -> Iterator[bytes]:
-        """The lines that have been completed since the last call. Never waits.
+        """Yields the lines completed since the last call. Never blocks.
 
         Raises:
             OSError: The file cannot be read.
         """
         while True:
-            # Asked before reading: once it has been renamed, nobody writes to it any more.
+            # Check before reading: after the rename nothing more is written to the file.
             is_current = self._file >= 0 and identity_at(self.path) == self._identity
             yield from self._read_to_end()
             if is_current or not self._open_next():
@@ -84,13 +84,13 @@ class Follower:
             yield from self.finish()
 
     def finish(self) -> Iterator[bytes]:
-        """The line that was begun and never ended, if any; for when nothing more will come."""
+        """Yields the incomplete last line, if any; call it when nothing more will come."""
         rest = self._lines.flush()
         if rest:
             yield rest
 
     def age(self, now: float) -> float | None:
-        """Seconds from the last write to the file until `now`; None without a file."""
+        """Seconds from the last write to the file until `now`; None if there is no file."""
         return None if self._file < 0 else max(0.0, now - os.fstat(self._file).st_mtime)
 
     def close(self) -> None:
@@ -116,8 +116,8 @@ class Follower:
             self._take(current)
 
     def _open_next(self) -> bool:
-        """Goes on to the file after ours; whether there is one yet."""
-        current = open_at(self.path)  # before looking around, so that no file can slip in between
+        """Opens the file after ours; returns whether there is one yet."""
+        current = open_at(self.path)  # before listing, so that no file is missed
         older, newer = around(self.path, self._identity, self._newest)
         for path in newer:
             file = open_at(path)
@@ -143,7 +143,7 @@ class Follower:
         if self._file < 0:
             return
         try:
-            if os.fstat(self._file).st_size < self._offset:  # truncated: begun anew
+            if os.fstat(self._file).st_size < self._offset:  # truncated and restarted
                 self._offset = 0
                 self._lines.flush()
             while chunk := os.pread(self._file, BLOCK, self._offset):

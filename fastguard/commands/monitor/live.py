@@ -1,4 +1,4 @@
-"""Watching a run until Ctrl-C."""
+"""Watches a run until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from fastguard.commands.run_files import begun, file_of
 
 
 def watch_live(run: Path, last: int, interval: float) -> Watch:
-    """Draws the screen every `interval` seconds; what was seen, when Ctrl-C ends it.
+    """Redraws the screen every `interval` seconds; returns what was read when Ctrl-C ends it.
 
     Args:
         run: A file or folder, which may not exist yet.
-        last: Records that the counts are about.
-        interval: Seconds.
+        last: Number of records covered by the counts.
+        interval: Seconds between updates.
     """
     watch = Watch(last)
     screen = Screen(run, watch)
-    # The alternate screen: nothing is left behind, and a resize cannot tear what was drawn before.
+    # The alternate screen leaves nothing behind, and resizing cannot garble earlier output.
     live = Live(screen, console=Console(highlight=False), screen=True, auto_refresh=False)
     with _terminated_by_exit(), live:
         try:
@@ -68,7 +68,7 @@ def _follow(follower: Follower, screen: Screen, interval: float, live: Live) -> 
 
 @contextmanager
 def _terminated_by_exit() -> Iterator[None]:
-    """SIGTERM unwinds the stack, so that the terminal is given back as it was."""
+    """Turns SIGTERM into an exception, so that the terminal is restored."""
 
     def leave(signum: int, frame: object) -> None:
         sys.exit(128 + signum)

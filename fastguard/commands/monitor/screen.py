@@ -1,4 +1,4 @@
-"""The screen of `fastguard monitor`: drawn anew each time, for the size the terminal has then."""
+"""The screen of `fastguard monitor`, redrawn for the current size of the terminal."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from fastguard.commands.terminal import printable
 from fastguard.records.step_record import StepRecord
 
 LOSSES = 4
-"""Losses with a curve of their own; the others are named."""
+"""Number of losses with a curve of their own; the others are listed by name."""
 
 NAMED = 32
-"""Losses without a curve that are named; a line has no room for more."""
+"""Maximum number of losses listed by name without a curve."""
 
 COLORS = {"skipped": "red", "sanitized": "yellow", "clipped": "yellow", "applied": "yellow"}
 
 
 @dataclass
 class Screen:
-    """Everything that is shown; lines that do not fit end in an ellipsis, never on the next line.
+    """Renders the whole screen; long lines end in an ellipsis instead of wrapping.
 
     Attributes:
-        run: What the user gave.
-        watch: What is known of the run.
-        state: What is done while there is no record.
-        rate: Steps a second, or None while that is not known.
+        run: The path that the user gave.
+        watch: The state of the run.
+        state: What is shown while there is no record.
+        rate: Steps per second, or None while unknown.
         age: Seconds since the last write, or None.
     """
 
@@ -96,7 +96,7 @@ class Screen:
         width: int,
         bars: str,
     ) -> Text:
-        """A curve; red where a step was an incident."""
+        """A curve, red where a step was an incident."""
         text = Text(f"{name} {value(records[-1]):>9.4g} ")
         start, room = len(text), max(1, width - len(text))
         text.append(sparkline([value(r) for r in records], room, bars), style="cyan")

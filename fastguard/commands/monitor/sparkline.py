@@ -1,4 +1,4 @@
-"""A curve in one line of text."""
+"""One-line text curves."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ BARS = "▁▂▃▄▅▆▇█"
 ASCII_BARS = "_.-~=+*#"
 
 LOG_FROM = 100.0
-"""From this ratio of largest to smallest on, the scale is logarithmic."""
+"""Max/min ratio from which the scale is logarithmic."""
 
 
 T = TypeVar("T")
 
 
 def shares(values: Sequence[T], width: int) -> list[Sequence[T]]:
-    """The values in at most `width` parts of the same length, or nearly.
+    """Splits the values into at most `width` parts of nearly equal length.
 
     Example:
         >>> shares([1, 2, 3, 4, 5], 2)
@@ -28,14 +28,14 @@ def shares(values: Sequence[T], width: int) -> list[Sequence[T]]:
 
 
 def sparkline(values: Sequence[float], width: int, bars: str = BARS) -> str:
-    """At most `width` characters, one for the largest finite value of each equal share.
+    """Draws at most `width` characters, each for the largest finite value of an equal share.
 
-    A share without a finite value is `"!"`: it was all NaN or Inf.
+    A share without a finite value (all NaN or Inf) is drawn as `"!"`.
 
     Args:
         values: Oldest first.
-        width: Characters.
-        bars: From low to high.
+        width: Number of characters.
+        bars: Characters from low to high.
 
     Example:
         >>> sparkline([1, 2, 3, 4, float("nan"), 8], 6)
@@ -57,5 +57,5 @@ def sparkline(values: Sequence[float], width: int, bars: str = BARS) -> str:
 
 
 def _half(value: float) -> float:
-    """The linear scale; the span from the least to the largest float is twice the largest."""
+    """Halved linear scale: the span between the extreme floats would overflow."""
     return value / 2

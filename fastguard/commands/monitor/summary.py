@@ -10,22 +10,22 @@ from fastguard.commands.terminal import printable
 from fastguard.records.step_record import StepRecord
 
 LISTED = 10
-"""Incidents that the text lists; the JSON lists all that are kept."""
+"""Number of incidents listed in the text; the JSON lists all that are kept."""
 
 LOSSES, ACTIONS = 16, 8
-"""How many are named; the others are counted."""
+"""Maximum number listed by name; the others are counted."""
 
 NAME = 80
-"""Characters of a name."""
+"""Maximum length of a name in characters."""
 
 
 def as_dict(path: Path, watch: Watch, age: float | None) -> dict[str, Any]:
-    """Everything that is known, as JSON values.
+    """The state of a run as JSON values.
 
     Args:
         path: The file of records.
-        watch: What was read of it.
-        age: Seconds since it was last written to.
+        watch: What was read from it.
+        age: Seconds since the last write, or None.
     """
     latest = watch.latest
     return {
@@ -42,7 +42,7 @@ def as_dict(path: Path, watch: Watch, age: float | None) -> dict[str, Any]:
 
 
 def as_text(path: Path, watch: Watch, age: float | None) -> str:
-    """The same in a few lines."""
+    """The state of a run as a few lines of text."""
     lines = [f"{printable(str(path))}: {verdict(watch)}"]
     if watch.latest is not None:
         written = "" if age is None else f", written {duration(age)} ago"
@@ -61,7 +61,7 @@ def _in_window(watch: Watch) -> list[StepRecord]:
 
 
 def verdict(watch: Watch) -> str:
-    """How the run is, in a sentence."""
+    """The state of the run in one sentence."""
     if watch.latest is None:
         return "no records yet"
     steps = "1 step" if watch.in_window == 1 else f"{watch.in_window:,} steps"
@@ -76,7 +76,7 @@ def verdict(watch: Watch) -> str:
 
 
 def position(record: StepRecord) -> str:
-    """Where the run is: step, norm, coefficient, rate, losses."""
+    """The latest step, norm, clip coefficient, learning rate and losses."""
     parts = [f"step {record.step:,}", f"norm {record.torch_norm:.4g}"]
     parts += [f"clip_coef {record.clip_coef:.4g}", f"lr {record.lr:.4g}"]
     losses = list(record.losses.items())
@@ -87,7 +87,7 @@ def position(record: StepRecord) -> str:
 
 
 def counts(watch: Watch) -> str:
-    """How often each action was taken, and what could not be read."""
+    """Number of records per action, and of unreadable lines."""
     order = ("applied", "clipped", "sanitized", "skipped")
     names = [*(name for name in order if name in watch.actions), *(watch.actions.keys() - {*order})]
     parts = [f"{watch.actions[name]:,} {printable(name, NAME)}" for name in names[:ACTIONS]]
@@ -99,7 +99,7 @@ def counts(watch: Watch) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the two units that matter."""
+    """Formats seconds in the two most significant units."""
     s = int(seconds)
     if s < 60:
         return f"{s} s"

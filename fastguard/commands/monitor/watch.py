@@ -1,4 +1,4 @@
-"""`Watch`: what is known of a run, from its latest records."""
+"""`Watch`: the state of a run, from its latest records."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ from fastguard.records.step_record import StepRecord
 from fastguard.records.strict_json import shortened
 
 CURVE = 4096
-"""Records kept for the curves."""
+"""Maximum number of records kept for the curves."""
 
 INCIDENTS = 100
-"""Incidents kept to be listed; the others are counted."""
+"""Maximum number of incidents kept for listing; the others are counted."""
 
 INCIDENT = b'"reason": "'
-"""What the line of an incident holds, as `JsonLinesSink` writes it; in others it is null."""
+"""Substring of every incident line as `JsonLinesSink` writes it; in other lines it is null."""
 
 MOST_NAMES = 64
-"""Losses, thresholds and spikes of a record that are kept."""
+"""Maximum number of losses, thresholds and spikes kept per record."""
 
 MOST_OF_A_NAME, MOST_OF_A_TAG = 200, 2000
-"""Characters of a name, and of a tag, that are kept."""
+"""Maximum length in characters of a name and of a tag."""
 
 RATE_SECONDS = 30.0
-"""The rate is that of the last so many seconds."""
+"""Window in seconds over which the rate is measured."""
 
 
 class Watch:
-    """Takes lines of records, oldest first; memory depends on `last` alone, not on the records.
+    """Takes lines of records, oldest first. Memory depends only on `last`, not on the records.
 
     Args:
-        last: How many records the counts and the verdict are about.
+        last: Number of records covered by the counts and the verdict.
 
     Attributes:
         latest: The last record, or None.
-        curve: The last records, up to `CURVE` of the `last`.
-        incidents: The last incidents, oldest first; also from before the `last` records.
-        n_records: How many records came in all.
-        n_incidents: How many of those were incidents.
-        damaged: How many lines are no records.
-        actions: Of the `last` records: how often each action was taken.
-        reasons: Of the `last` records: how many incidents for each reason.
+        curve: The last records, at most `CURVE` and at most `last`.
+        incidents: The last incidents, oldest first, including those before the `last` records.
+        n_records: Total number of records.
+        n_incidents: Total number of incidents.
+        damaged: Number of lines that are not valid records.
+        actions: Number of times each action was taken in the `last` records.
+        reasons: Number of incidents per reason in the `last` records.
     """
 
     def __init__(self, last: int) -> None:
@@ -62,8 +62,8 @@ class Watch:
         self._window: deque[tuple[str, str | None]] = deque()
 
     def catch_up(self, lines: Iterable[bytes]) -> None:
-        """Takes what a run has written so far; before its `last` lines, only incidents are parsed:
-        that takes a thirtieth of the time.
+        """Takes what a run has written so far. Before the `last` lines only incidents are parsed,
+        which takes a thirtieth of the time.
         """
         latest: deque[bytes] = deque(maxlen=self.last)
         for line in lines:
@@ -86,7 +86,7 @@ class Watch:
             self.incidents.append(record)
 
     def feed(self, line: bytes) -> None:
-        """Takes one line; one that is no record is counted."""
+        """Takes one line; a line that is not a valid record counts as damaged."""
         if not line.strip():
             return
         try:
@@ -104,7 +104,7 @@ class Watch:
 
     @property
     def in_window(self) -> int:
-        """How many records the counts are about: `last`, or all there are."""
+        """Number of records covered by the counts: `last`, or all if there are fewer."""
         return len(self._window)
 
     @property
@@ -113,7 +113,7 @@ class Watch:
         return self.reasons.total()
 
     def _count(self, record: StepRecord) -> None:
-        # Interned, a million of them are a million pointers to a handful of strings.
+        # Interned: a million records then share a few strings.
         action = sys.intern(record.action)
         reason = sys.intern(record.reason or record.action) if record.is_incident else None
         self._window.append((action, reason))
@@ -134,7 +134,7 @@ def _decrement(counts: Counter[str], key: str) -> None:
 
 
 def bounded(record: StepRecord) -> StepRecord:
-    """The record without what no screen has room for: long names and tags, hundreds of losses.
+    """Shortens a record to what a screen can show: long names and tags, hundreds of losses.
 
     Example:
         >>> record = StepRecord(1, 1.0, 1.0, "applied", tag="x" * 10**6, spikes=("a",) * 10**6)
@@ -159,16 +159,16 @@ def _name(name: str) -> str:
 
 
 class Rate:
-    """Steps a second, over the last `RATE_SECONDS`.
+    """Steps per second over the last `RATE_SECONDS`.
 
-    Records carry no time, so it is the time of their arrival that counts.
+    Records carry no time, so their arrival time is used.
     """
 
     def __init__(self) -> None:
         self._samples: deque[tuple[float, int]] = deque()
 
     def sample(self, now: float, n_records: int) -> float | None:
-        """Takes how many records there are `now`, in seconds; the rate, once there is one."""
+        """Adds the record count at time `now` (seconds); returns the rate once it is known."""
         self._samples.append((now, n_records))
         while len(self._samples) > 1 and now - self._samples[1][0] >= RATE_SECONDS:
             self._samples.popleft()

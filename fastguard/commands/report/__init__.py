@@ -1,1 +1,1 @@
-"""`fastguard report`: the records of a run as one page that needs no network."""
+"""`fastguard report`: the records of a run as one offline HTML page."""

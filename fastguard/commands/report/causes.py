@@ -1,9 +1,9 @@
-"""Why the incidents of a run may have happened, from what they have in common.
+"""Infers the likely cause of a run's incidents from what they have in common.
 
-Each candidate says for how many incidents it accounts; the first that accounts for at least half
-is named, and if none does the report says that no cause stands out. Most specific first: a batch
-that comes back, a part of the loss, a layer; then the stage in which the first non-finite value was
-seen; then what finite spikes point to.
+Each candidate cause counts the incidents that it explains. The first that explains at least half is
+reported; if none does, the report says so. Candidates are ordered from most to least specific: a
+recurring batch, a part of the loss, a layer, the stage in which the first non-finite value
+appeared, then the causes of finite spikes.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _FIND = "fastguard.explain_nonfinite names the operation."
 
 
 def likely_cause(summary: Summary, *, norm_rises: bool) -> str | None:
-    """One sentence or two: a cause, what it rests on and a remedy; None without an incident.
+    """Returns the likely cause with its evidence and a remedy, or None without an incident.
 
     Args:
         summary: The run.
-        norm_rises: Whether the gradient norm is rising at its end.
+        norm_rises: Whether the gradient norm is rising at the end of the run.
     """
     total = summary.table.incidents
     if not total:
@@ -37,17 +37,17 @@ def likely_cause(summary: Summary, *, norm_rises: bool) -> str | None:
 
 
 def _candidates(summary: Summary, norm_rises: bool) -> Iterator[tuple[int, str]]:
-    """`(incidents that it accounts for, cause and remedy)`."""
+    """Yields `(number of incidents explained, cause and remedy)`."""
     evidence, kinds = summary.evidence, summary.evidence.kinds
     for tags, what in ((evidence.tags, "tag"), (evidence.batches, "batch")):
         for tag, n in tags.most_common(1):
             if n > 1:
-                text = f"the data: {what} {tag} was there each time. Look at it or leave it out."
+                text = f"the data: {what} {tag} was there each time. Inspect it or leave it out."
                 yield n, text
     for name, n in evidence.lone_losses.most_common(1):
         text = (
-            f"the loss part “{name}”, non-finite while the others were finite. Look in it for a "
-            f"division by zero, a logarithm or a root of zero; {_FIND}"
+            f"the loss part “{name}”, non-finite while the others were finite. Check it for a "
+            f"division by zero, or a logarithm or root of zero; {_FIND}"
         )
         yield n, text
     text = (
@@ -59,8 +59,8 @@ def _candidates(summary: Summary, norm_rises: bool) -> Iterator[tuple[int, str]]
         text = f"the backward pass of {layer}: its gradients alone were not finite. {_FIND}"
         yield n, text
     text = (
-        "an overflow: infinite gradients without a NaN, from a finite loss, which no lower loss "
-        "scale has cured. If the model runs in fp16 its values outgrow it, and bf16 is the remedy."
+        "an overflow: infinite gradients without a NaN, from a finite loss, and lowering the loss "
+        "scale did not help. If the model runs in fp16, its values exceed the range; use bf16."
     )
     yield kinds["overflow"], text
     text = f"the backward pass: NaN in the gradients of a finite loss. {_FIND}"
@@ -79,12 +79,12 @@ def _spikes(summary: Summary, norm_rises: bool) -> Iterator[tuple[int, str]]:
         early = sum(row.incidents for row in summary.table.rows if row.last_step < peak)
         if peak < (summary.first_step + summary.last_step) / 2:
             text = (
-                "a warm-up that is too short or goes too high: spikes before the learning rate had "
-                f"its highest value, at step {peak:,}."
+                "a warm-up that is too short or peaks too high: spikes before the learning rate "
+                f"peaked, at step {peak:,}."
             )
             yield min(n, early), text
     text = (
-        "single batches that do not fit the rest: finite spikes, and no lasting rise of the "
-        "gradient norm. The tags in the table lead to them."
+        "unusual single batches: finite spikes, and no lasting rise of the gradient norm. The "
+        "tags in the table identify them."
     )
     yield n, text

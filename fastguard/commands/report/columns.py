@@ -1,8 +1,8 @@
-"""Records as columns: what the report draws, as float64 arrays, and the bad steps among them.
+"""Converts records to columns: float64 arrays of everything the report draws, and the bad steps.
 
-A Python loop over a million records costs more than parsing them. Here each field of a block is
-gathered by one list comprehension and converted by numpy in one call, about 1 µs a record in all;
-only bad steps are looked at one by one.
+A Python loop over a million records costs more than parsing them, so one list comprehension gathers
+each field of a block and numpy converts it in one call: about 1 µs per record in total. Only bad
+steps are processed one by one.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from fastguard.records.step_record import LOSS_SCALE
 from fastguard.records.strict_json import shortened
 
 MOST_NAMES = 32
-"""Losses, and thresholds, that are drawn by name; what a run has beyond them is counted."""
+"""Maximum number of losses, and of thresholds, drawn by name; any others are only counted."""
 
 OTHERS = "others"
-"""The action, or the reason, of records with yet another one when there are `MOST_NAMES`."""
+"""Stands for any further action or reason once `MOST_NAMES` have been seen."""
 
-# KeyError: a slice of a dict, since Python 3.12.
+# KeyError: slicing a dict, since Python 3.12.
 _UNREADABLE = (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError)
 _MOST_OF_A_TAG = 1000
 
 
 class Series(NamedTuple):
-    """What is drawn as a line: `kind` is `"norm"`, `"limit"`, `"coef"`, `"lr"`, `"loss"` or
-    `"threshold"`; the last two have a name."""
+    """Identifies one drawn line. `kind` is `"norm"`, `"limit"`, `"coef"`, `"lr"`, `"loss"` or
+    `"threshold"`; only the last two have a `name`."""
 
     kind: str
     name: str = ""
@@ -47,22 +47,22 @@ _MAPPINGS = {"loss": "losses", "threshold": "thresholds"}
 
 @dataclass(frozen=True, slots=True)
 class BadStep:
-    """A step that was not simply applied or clipped. All text is printable and of bounded length.
+    """A step that was not simply applied or clipped. All text is printable and bounded in length.
 
     Attributes:
-        row: Its place in the block.
-        step: Its number.
-        reason: As in `StepRecord`; where the record has none (gradients that were cleaned, NaN that
-            was let through), what was non-finite.
+        row: Index in the block.
+        step: Step number.
+        reason: As in `StepRecord`. If the record has none (the gradients were cleaned, or NaN was
+            propagated): what was non-finite.
         action: As in `StepRecord`.
         culprits: As in `StepRecord`.
-        n_culprits: How many bad parameters there were.
+        n_culprits: Number of bad parameters.
         bad_losses: The names of the non-finite losses.
-        n_losses: How many losses there were.
+        n_losses: Number of losses.
         spikes: The signals that spiked.
         norm: The total norm.
         tag: As in `StepRecord`, shortened.
-        culprit_ranks: As in `StepRecord`; 0 if the record is of one process.
+        culprit_ranks: As in `StepRecord`; 0 if the record is from a single process.
         culprit_rank: As in `StepRecord`.
     """
 
@@ -82,7 +82,7 @@ class BadStep:
 
     @property
     def is_incident(self) -> bool:
-        """As in `StepRecord`: whether more happened than that a loss scale was lowered."""
+        """As in `StepRecord`: False if the step only lowered a loss scale."""
         return self.reason != LOSS_SCALE
 
 
@@ -94,8 +94,8 @@ class Columns:
         step: int64 `(n,)`.
         values: float64 `(n,)` by series; NaN where a record has no value.
         bad: The bad steps, in order.
-        actions: How many records had each action.
-        rejected: How many records were left out because a field was not of its type.
+        actions: Number of records per action.
+        rejected: Number of records left out because a field has the wrong type.
     """
 
     step: np.ndarray
@@ -106,11 +106,11 @@ class Columns:
 
 
 class ColumnReader:
-    """Turns blocks of records into `Columns`, with the same series from block to block.
+    """Converts blocks of records to `Columns`, with consistent series across blocks.
 
     Attributes:
-        names: The names seen so far by kind, `MOST_NAMES` at most.
-        unnamed: Whether there were more.
+        names: The names seen so far per kind, at most `MOST_NAMES`.
+        unnamed: Whether there were more names.
     """
 
     def __init__(self) -> None:
@@ -119,7 +119,7 @@ class ColumnReader:
         self._words: dict[str, dict[str, str]] = {"action": {}, "reason": {}}
 
     def read(self, records: list[dict[str, Any]]) -> Columns:
-        """The columns of some records that have an integer `"step"`."""
+        """Converts records that have an integer `"step"`."""
         try:
             return self._columns(records, 0)
         except _UNREADABLE:
@@ -127,7 +127,7 @@ class ColumnReader:
             return self._columns(readable, len(records) - len(readable))
 
     def _readable(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Those that can be read, found by halving: a few bad ones in a block stay cheap."""
+        """Returns the readable records, found by bisection, so that a few bad ones stay cheap."""
         try:
             self._columns(records, 0)
             return records
@@ -148,12 +148,12 @@ class ColumnReader:
         suspects.update(_nonfinite(values[NORM], [r.get("total_norm") for r in records]))
         for i in suspects:
             if any(records[i].get(key) for key in ("nan", "posinf", "neginf")):
-                values[NORM][i] = math.nan  # that of the finite elements alone would be a dip
+                values[NORM][i] = math.nan  # the norm of the finite elements would show as a dip
         names: dict[str, list[str]] = {}
         for kind, key in _MAPPINGS.items():
             mappings = [record.get(key) or {} for record in records]
             if set(map(type, mappings)) - {dict}:
-                raise ValueError(f"{key} is no object")
+                raise ValueError(f"{key} is not an object")
             names[kind] = self._names_of(kind, mappings)
             for name in names[kind]:
                 found = [mapping.get(name) for mapping in mappings]
@@ -165,7 +165,7 @@ class ColumnReader:
         for action, n in Counter(record.get("action", "applied") for record in records).items():
             actions[self._word("action", action)] += n
         bad = [self._bad_step(i, records[i]) for i in sorted(suspects)]
-        self.names = names  # not of records that are left out
+        self.names = names  # without names from rejected records
         return Columns(steps, values, bad, actions, rejected)
 
     def _names_of(self, kind: str, mappings: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -176,7 +176,7 @@ class ColumnReader:
         return [*known, *new[:room]]
 
     def _word(self, kind: str, word: Any) -> str:
-        """An action or a reason, to be printed and to be counted by: there is an end of them."""
+        """Returns an action or reason in printable form; the number of distinct ones is bounded."""
         words = self._words[kind]
         if word in words:
             return words[word]
@@ -221,7 +221,7 @@ def _name(name: Any) -> str:
 
 
 def _floats(values: list[Any]) -> np.ndarray:
-    """None is NaN; the strings of strict JSON are the numbers that they name."""
+    """Converts to float64: None becomes NaN, and the strings of strict JSON become numbers."""
     column = np.array(values, dtype=np.float64)
     if column.ndim != 1:
         raise ValueError("a list where a number belongs")
@@ -229,5 +229,5 @@ def _floats(values: list[Any]) -> np.ndarray:
 
 
 def _nonfinite(column: np.ndarray, found: list[Any]) -> Iterator[int]:
-    """The rows of NaN and infinities, without those that have no value at all."""
+    """Yields the rows with NaN or Inf, except rows that have no value at all."""
     return (i for i in np.flatnonzero(~np.isfinite(column)).tolist() if found[i] is not None)

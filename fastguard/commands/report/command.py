@@ -1,9 +1,9 @@
 """Reads the records of a run (JSON lines, as JsonLinesSink writes them) and writes one HTML page.
 
-The page holds a verdict in words; loss, gradient norm, clip coefficient, learning rate, incidents
-and the layers they came from, on one axis of steps; and a table of the incidents that leads into
-the plots. It needs no network. Prints the verdict, with --json for
-scripts. Exit status 1 if the run ended in an incident.
+The page shows a written verdict; plots of loss, gradient norm, clip coefficient, learning rate,
+incidents and affected layers over a shared step axis; and a table of incidents linked to the plots.
+It works offline. The verdict is also printed, as JSON with --json. Exit status 1 if the run ended
+in an incident.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `fastguard report`."""
+    """Adds the arguments of `fastguard report`."""
     parser.add_argument(
         "records", metavar="RUN", help="the file of records, or the folder that holds it"
     )
     parser.add_argument(
-        "--out", metavar="DIR", help="folder to write the page to (that of the records)"
+        "--out", metavar="DIR", help="folder to write the page to (default: the records' folder)"
     )
     parser.add_argument("--json", action="store_true", help="print the verdict as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Reads, judges, draws and writes."""
+    """Reads the records, writes the page and prints the verdict."""
     need("jinja2", "plotly", "rich", extra="report")
     path = file_of(args.records)
     folder = output_folder(args.out if args.out is not None else str(path.parent))
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _as_dict(summary: Summary, verdict: Verdict, page: Path) -> dict[str, Any]:
-    """The verdict and what it rests on, as JSON values; of incidents the rows of the table."""
+    """The verdict and its evidence as JSON values; incidents are the rows of the table."""
     return {
         "headline": verdict.headline,
         "findings": verdict.findings,
@@ -96,7 +96,7 @@ def _as_dict(summary: Summary, verdict: Verdict, page: Path) -> dict[str, Any]:
 
 @contextmanager
 def _progress(path: Path) -> Iterator[Callable[[int], object]]:
-    """A bar on a terminal, gone when it is full."""
+    """Shows a progress bar on a terminal, and removes it when done."""
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import Progress
@@ -111,5 +111,5 @@ def _progress(path: Path) -> Iterator[Callable[[int], object]]:
 def _size(file: Path) -> int:
     try:
         return file.stat().st_size
-    except FileNotFoundError:  # renamed, or deleted, since it was listed
+    except FileNotFoundError:  # renamed or deleted after it was listed
         return 0

@@ -1,8 +1,8 @@
-"""A series of a run as the points that a screen has room for.
+"""Downsamples a series to the number of points that a screen can show.
 
-A bucket is the steps whose number agrees in all but the last `shift` bits, so its width is a power
-of two and its place does not depend on where a run began. Minimum, maximum and mean of a bucket are
-exactly those of its steps, which may come in any order, as they do after a rollback.
+A bucket holds the steps that agree in all but the last `shift` bits, so its width is a power of two
+and its position does not depend on where the run began. The minimum, maximum and mean of a bucket
+are exact. Steps may come in any order, as they do after a rollback.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """One series, downsampled: float64 arrays with one entry per bucket that has a value, and the
-    points that are drawn.
+    """One downsampled series: float64 arrays with one entry per bucket that has a value, and the
+    points to draw.
 
     Attributes:
-        low, high: The least and the greatest value of a bucket.
-        high_at: The step of the greatest.
-        mean: The mean over the good steps, NaN where there were none.
-        middle: The step in the middle of a bucket.
-        x, y: Steps and values of the extremes and of every step near an incident, in order; NaN
-            where a bad step has no finite value, so that a line has a gap there.
+        low, high: Minimum and maximum of each bucket.
+        high_at: Step of the maximum.
+        mean: Mean over the good steps; NaN if there are none.
+        middle: Step in the middle of each bucket.
+        x, y: Steps and values of the extremes and of every step near an incident, in order. NaN
+            marks a bad step without a finite value, so that the line has a gap there.
     """
 
     low: np.ndarray
@@ -36,7 +36,7 @@ class Curve:
 
 
 def shift_for(step: np.ndarray, limit: int) -> int:
-    """The least `shift` with which these steps fall into at most `limit` buckets."""
+    """The smallest `shift` for which these steps fall into at most `limit` buckets."""
     keys, shift = np.sort(step), 0
     while len(keys := keys[_starts(keys)]) > limit:
         keys >>= 1
@@ -45,21 +45,21 @@ def shift_for(step: np.ndarray, limit: int) -> int:
 
 
 def _starts(keys: np.ndarray) -> np.ndarray:
-    """Where each stretch of equal keys begins; np.unique hashes, which takes ten times as long."""
+    """Start of each stretch of equal keys; np.unique hashes and takes ten times as long."""
     return np.flatnonzero(np.diff(keys, prepend=keys[0] - 1))
 
 
 def downsample(
     step: np.ndarray, value: np.ndarray, *, shift: int, good: np.ndarray, near: np.ndarray
 ) -> Curve | None:
-    """A series in buckets of `2**shift` steps, or None if it has no finite value.
+    """Downsamples a series into buckets of `2**shift` steps; None if it has no finite value.
 
     Args:
         step: int64 `(n,)`.
-        value: float64 `(n,)`; what is not finite is left out, or a gap at a step that is not good.
+        value: float64 `(n,)`; non-finite values are left out, or leave a gap at a bad step.
         shift: See `shift_for`.
-        good: bool `(n,)`: the steps that count for the mean.
-        near: bool `(n,)`: the steps that are drawn one by one.
+        good: bool `(n,)`: the steps included in the mean.
+        near: bool `(n,)`: the steps drawn individually.
     """
     there = np.flatnonzero(np.isfinite(value))
     if not len(there):
@@ -73,7 +73,7 @@ def downsample(
     low, low_row = _extreme(np.minimum, value, starts)
     high, high_row = _extreme(np.maximum, value, starts)
     count = np.add.reduceat(good, starts, dtype=float)
-    with np.errstate(over="ignore"):  # a mean beyond float64 is none, and is not drawn
+    with np.errstate(over="ignore"):  # a mean that overflows float64 is not drawn
         total = np.add.reduceat(np.where(good, value, 0.0), starts)
     mean = np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0)
     middle = (keys[starts] << shift) + (2**shift - 1) / 2
@@ -87,14 +87,14 @@ def downsample(
 def _gaps(
     step: np.ndarray, finite: np.ndarray, bad: np.ndarray, near: np.ndarray, shift: int
 ) -> np.ndarray:
-    """The steps at which a line is broken: bad ones without a value that are drawn one by one, and
-    one of each bucket that holds no value at all.
+    """The steps at which a line is broken: individually drawn bad steps without a value, and one
+    step per bucket without any value.
 
     Args:
         step: int64 `(n,)`.
-        finite: int64 `(m,)`: the steps with a value; one that was taken again is no gap.
-        bad: bool `(n,)`: those that are bad and have none.
-        near: bool `(n,)`: those that are drawn one by one.
+        finite: int64 `(m,)`: steps with a value; a step that was repeated successfully is no gap.
+        bad: bool `(n,)`: bad steps without a value.
+        near: bool `(n,)`: steps drawn individually.
         shift: See `shift_for`.
     """
     single = np.setdiff1d(step[bad & (near | (shift == 0))], finite)
@@ -105,7 +105,7 @@ def _gaps(
 def _extreme(
     ufunc: np.ufunc, values: np.ndarray, starts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The extreme of each stretch that begins at `starts`, and the row where it is first found."""
+    """The extreme of each stretch that begins at `starts`, and the first row that has it."""
     n = len(values)
     extreme = ufunc.reduceat(values, starts)
     hit = values == np.repeat(extreme, np.diff(starts, append=n))

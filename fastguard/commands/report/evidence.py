@@ -1,6 +1,6 @@
-"""What the incidents of a run have in common: counters that a cause can be read from.
+"""Counts what the incidents of a run have in common, as evidence for a cause.
 
-Each incident counts once, by its first step: what follows within it is often a consequence.
+Each incident counts once, by its first step: the steps after it are often consequences.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from fastguard.commands.report.columns import BadStep
 from fastguard.errors.plain_text import printable
 
 _MOST = 10_000
-"""Different tags, layers or losses that are told apart."""
+"""Maximum number of distinct tags, layers or losses counted."""
 
 
 class Evidence:
-    """Counts, over the incidents of a run.
+    """Counts over the incidents of a run.
 
     Attributes:
         kinds: Incidents by `kind_of`.
-        lone_losses: Incidents in which one loss of several was non-finite, by that loss.
-        layers: Incidents with non-finite gradients in one layer only, by layer.
+        lone_losses: Incidents in which exactly one of several losses was non-finite, by loss.
+        layers: Incidents with non-finite gradients in a single layer, by layer.
         tags: Incidents by tag.
-        batches: Incidents by the batch in a tag that has more, such as `(epoch, batch)` or
+        batches: Incidents by the batch part of a compound tag, such as `(epoch, batch)` or
             `{"epoch": 3, "batch": 46}`.
     """
 
@@ -35,7 +35,7 @@ class Evidence:
         self.batches: Counter[str] = Counter()
 
     def add(self, bad: BadStep) -> None:
-        """Takes the first step of an incident."""
+        """Counts an incident, given its first step."""
         self.kinds[kind_of(bad)] += 1
         if len(bad.bad_losses) == 1 and bad.n_losses > 1:
             _count(self.lone_losses, bad.bad_losses[0])
@@ -50,11 +50,11 @@ class Evidence:
 
 
 def kind_of(bad: BadStep) -> str:
-    """What went wrong first, as far as the record tells.
+    """What went wrong first, as far as the record shows.
 
     `"loss"`: a loss was non-finite. `"backward"`: NaN in gradients of a finite loss. `"overflow"`:
-    Inf without NaN in gradients of a finite loss, or found by a GradScaler alone. Else the reason
-    of the record.
+    Inf without NaN in gradients of a finite loss, or found only by a GradScaler. Otherwise, the
+    reason in the record.
     """
     if bad.bad_losses:
         return "loss"
@@ -74,7 +74,7 @@ def layer_of(parameter: str) -> str:
 
 
 def tag_text(tag: Any) -> str:
-    """A shortened tag in one short, printable line.
+    """Formats a shortened tag as one short printable line.
 
     Example:
         >>> tag_text({"epoch": 3, "batch": 46}), tag_text([3, 46])
@@ -87,7 +87,7 @@ def tag_text(tag: Any) -> str:
 
 
 def _batch_of(tag: Any) -> Any:
-    """What may come back in another epoch, when the whole tag cannot."""
+    """The part of a tag that can recur in another epoch, or None."""
     if isinstance(tag, dict):
         return tag.get("batch") if len(tag) > 1 else None
     return tag[-1] if isinstance(tag, list) and len(tag) > 1 else None

@@ -1,8 +1,8 @@
-"""The plots of a report: one figure, its rows above one another on one axis of steps.
+"""The plots of a report: one figure with stacked rows that share a step axis.
 
-Every line is drawn through the least and the greatest value of each bucket, at the steps at which
-they were seen, and through every step around an incident: all points are measured ones, and no
-extreme is lost. Where a bucket holds more than one step its mean is drawn on top.
+Every line passes through the minimum and maximum of each bucket, at the steps where they occurred,
+and through every step around an incident: all points are measured and no extreme is lost. If a
+bucket holds more than one step, its mean is drawn on top.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ ACTIONS = {
     "clipped": "#4c8dff",
     "applied": "#8b8b8b",
 }
-"""What was done about a bad step, and its color."""
+"""The color of each action taken at a bad step."""
 
 _JUMP = "went back"
 _ROW_HEIGHT = 170
 _MOST_LAYERS = 40
-_OVERLAYS = 20  # the axis of the marks of row i is this far behind the row's own
+_OVERLAYS = 20  # the marks of row i use axis i + this offset
 _HEAT_COLUMNS = 96
-_PHONE = 250  # pixels of a plot on one
+_PHONE = 250  # plot width in pixels
 _HEAD, _LEGEND_LINE = 34, 20  # pixels above a plot, for its title and for each line of legend
 _GRID = "rgba(128,128,128,0.22)"
 _AXIS = {"gridcolor": _GRID, "linecolor": _GRID, "zeroline": False}
@@ -50,7 +50,7 @@ _LEGEND = {
     "bgcolor": "rgba(0,0,0,0)",
     "font": {"size": 11},
 }
-_WIDE_RANGE = 50.0  # highest over lowest value from which an axis is logarithmic
+_WIDE_RANGE = 50.0  # max/min ratio from which an axis is logarithmic
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class _Row:
 
 
 def draw(summary: Summary) -> go.Figure:
-    """The figure of a run; rows without data are left out."""
+    """Draws the figure of a run, without rows that have no data."""
     rows = _line_rows(summary)
     if summary.table.incidents or summary.n_jumps:
         rows.append(_Row("Incidents", 10 + 26 * len(_event_labels(summary))))
@@ -92,7 +92,7 @@ def draw(summary: Summary) -> go.Figure:
     names = {
         kind: [_label(layer, n) for layer in layers] for kind, n in (("short", 15), ("long", 24))
     }
-    # For the script of the page.
+    # Read by the page's script.
     figure.layout.meta = {
         "bucket": 2**summary.shift,
         "names": {f"yaxis{suffix}": names} if layers else {},
@@ -134,7 +134,7 @@ def _add_lines(figure: go.Figure, summary: Summary, row: _Row, i: int) -> None:
             continue
         x, y = curve.x, curve.y
         if logarithmic:
-            y = np.where(y > 0, y, np.nan)  # a norm of 0 has no place there
+            y = np.where(y > 0, y, np.nan)  # a logarithmic axis cannot show 0
         if not np.isfinite(y).any():
             continue
         named = len(solid) > 1 or line.label.lower() != row.title.lower()
@@ -175,7 +175,7 @@ def _add_lines(figure: go.Figure, summary: Summary, row: _Row, i: int) -> None:
 
 
 def _is_wide(summary: Summary, row: _Row) -> bool:
-    """Whether a row needs a logarithmic axis, and can have one."""
+    """Whether a row needs a logarithmic axis and its values allow one."""
     values = _drawn_values(summary, row)
     if row.title == "Gradient norm":
         values = values[values > 0]
@@ -191,9 +191,9 @@ def _drawn_values(summary: Summary, row: _Row) -> np.ndarray:
 
 
 def _range(summary: Summary, row: _Row) -> list[float] | None:
-    """The axis of a row whose values say little about it; None: as far as they reach.
+    """The axis range of a row with nearly constant values; None to fit the data.
 
-    Around a constant, Plotly would show one unit up and down, a thousand learning rates.
+    Around a constant, Plotly would show ±1, which is a thousand learning rates.
     """
     if row.title == "Clip coefficient":
         return [0.0, 1.05]
@@ -205,7 +205,7 @@ def _range(summary: Summary, row: _Row) -> list[float] | None:
 
 
 def _add_marks(figure: go.Figure, summary: Summary, rows: Sequence[_Row]) -> None:
-    """A triangle above every curve at each bad step, on an axis that no zoom moves."""
+    """Draws a triangle above every curve at each bad step, on an axis that does not zoom."""
     steps: dict[str, list[int]] = {}
     for name in summary.events.names:
         action = name.partition("\n")[2]
@@ -302,7 +302,7 @@ def _add_events(figure: go.Figure, summary: Summary, i: int) -> None:
 
 
 def _drawn_layers(layers: Tally) -> list[str]:
-    """The layers with the most bad steps, in the natural order of their names."""
+    """The layers with the most bad steps, sorted by name in natural order."""
     most = sorted(layers.names, key=layers.total, reverse=True)[:_MOST_LAYERS]
     return sorted(most, key=_natural)
 
@@ -314,8 +314,8 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
 
 def _add_heat_map(figure: go.Figure, summary: Summary, layers: Sequence[str], i: int) -> None:
     first, last = summary.first_step, summary.last_step
-    # One step of ten thousand would be too thin to see: wide cells, and a thin mark in each at the
-    # first of its steps.
+    # One step in ten thousand would be too thin to see: draw wide cells, with a thin mark in each
+    # at its first bad step.
     bits = max(summary.layers.shift, ((last - first) // _HEAT_COLUMNS).bit_length())
     counts = np.full((len(layers), (last >> bits) - (first >> bits) + 1), np.nan)
     marks = []
@@ -367,7 +367,7 @@ def _add_heat_map(figure: go.Figure, summary: Summary, layers: Sequence[str], i:
 def _add_single_steps(
     figure: go.Figure, summary: Summary, layers: Sequence[str], names: Sequence[str], i: int
 ) -> None:
-    """The bad steps of each layer as bars exactly as long as the steps: what a zoom shows."""
+    """Draws the bad steps of each layer as bars exactly one step wide, visible after zooming in."""
     x: list[float | None] = []
     y: list[int | None] = []
     hover: list[str] = []
@@ -402,17 +402,17 @@ def _add_single_steps(
 
 
 def _label(text: str, length: int) -> str:
-    """A name from the records as a text of Plotly, which takes some HTML for links and markup.
+    """Escapes a name for Plotly, which interprets some HTML as links and markup.
 
-    Of a long name the end tells more than the beginning. Quotes are left alone: Plotly does not
-    know their entities.
+    Long names keep their end, which is the more specific part. Quotes are not escaped, because
+    Plotly does not know their entities.
     """
     text = text if len(text) <= length else f"…{text[1 - length :]}"
     return html.escape(printable(text), quote=False)
 
 
 def _lay_out(figure: go.Figure, summary: Summary, rows: Sequence[_Row]) -> None:
-    """Places the rows, each below its title and legend, by pixels."""
+    """Positions the rows, each below its title and legend, in pixels."""
     heads = [_HEAD + _LEGEND_LINE * _legend_lines(figure, row, i) for i, row in enumerate(rows, 1)]
     total = sum(heads) + sum(row.height for row in rows)
     top = total
@@ -454,7 +454,7 @@ def _lay_out(figure: go.Figure, summary: Summary, rows: Sequence[_Row]) -> None:
 
 
 def _legend_lines(figure: go.Figure, row: _Row, i: int) -> int:
-    """Lines of legend between title and plot on a phone; 0 if it fits beside the title."""
+    """Legend lines between title and plot on a phone; 0 if the legend fits beside the title."""
     traces = figure.select_traces(row=i, col=1, selector={"type": "scatter"})
     width = sum(42 + 6.5 * len(trace.name) for trace in traces if trace.showlegend)
     if width + 8 * len(row.title) <= _PHONE:

@@ -1,8 +1,8 @@
-"""Incidents: bad steps in a row are one. However many there are, the table of them stays short.
+"""Groups consecutive bad steps into incidents, in a table of bounded length.
 
 An incident begins at a bad step and ends before the next good one, or where the step number goes
-back. When there are more than `2 * limit`, those with the fewest steps between them are joined into
-one row until `limit` are left: a row then stands for several incidents, and counts them.
+back. When there are more than `2 * limit` rows, those with the fewest steps between them are merged
+until `limit` rows are left; a merged row counts the incidents that it holds.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from fastguard.commands.report.columns import BadStep
 
 @dataclass(slots=True)
 class Row:
-    """One incident, or several that lie close together.
+    """One incident, or several merged ones.
 
     Attributes:
-        begin: Which record of the run it begins with, counted from 0.
-        end: The record after its last.
+        begin: Index of the first record in the run, from 0.
+        end: Index after the last record.
         first_step, last_step: The lowest and the highest step number.
-        first: Its first bad step.
-        steps: How many bad steps.
-        incidents: How many incidents.
+        first: The first bad step.
+        steps: Number of bad steps.
+        incidents: Number of incidents.
         reasons: Bad steps by reason.
         actions: Bad steps by action.
     """
@@ -40,7 +40,7 @@ class Row:
     actions: Counter[str] = field(default_factory=Counter)
 
     def extend(self, bad: BadStep) -> None:
-        """Another bad step in a row."""
+        """Adds the next consecutive bad step."""
         self.end += 1
         self.first_step = min(self.first_step, bad.step)
         self.last_step = max(self.last_step, bad.step)
@@ -49,7 +49,7 @@ class Row:
         self.actions[bad.action] += 1
 
     def join(self, later: Row) -> None:
-        """Takes the next row into this one."""
+        """Merges the next row into this one."""
         self.end = later.end
         self.first_step = min(self.first_step, later.first_step)
         self.last_step = max(self.last_step, later.last_step)
@@ -63,13 +63,13 @@ class IncidentTable:
     """All incidents of a run, in a bounded number of rows.
 
     Args:
-        limit: How many rows are left whenever there were twice as many.
+        limit: Number of rows left after merging; merging starts beyond twice as many.
 
     Attributes:
-        rows: In the order of the run.
-        incidents: How many there were.
-        steps: How many bad steps there were.
-        last: The latest incident alone, also when it has been joined into a row.
+        rows: The rows in the order of the run.
+        incidents: Total number of incidents.
+        steps: Total number of bad steps.
+        last: The latest incident on its own, even after it was merged into a row.
     """
 
     def __init__(self, limit: int = 100) -> None:
@@ -80,15 +80,15 @@ class IncidentTable:
         self.last: Row | None = None
 
     def add(self, record: int, bad: BadStep, *, went_back: bool = False) -> bool:
-        """Takes a bad step.
+        """Adds a bad step.
 
         Args:
-            record: Which record of the run it is.
+            record: Index of the record in the run.
             bad: The step.
-            went_back: Whether the step number is not above that of the record before.
+            went_back: Whether the step number is not above the previous record's.
 
         Returns:
-            Whether an incident begins with it.
+            Whether the step begins an incident.
         """
         self.steps += 1
         if self.last is not None and record == self.last.end and not went_back:
@@ -103,12 +103,12 @@ class IncidentTable:
         return True
 
     def pass_over(self, record: int, *, went_back: bool = False) -> None:
-        """Takes a step that is neither good nor bad: an incident before it goes on."""
+        """Skips a step that is neither good nor bad; an incident before it continues."""
         if self.last is not None and record == self.last.end and not went_back:
             self.last.end = self.rows[-1].end = record + 1
 
     def shorten(self) -> None:
-        """Joins neighbours until `limit` rows are left; ties go to the earlier ones."""
+        """Merges neighbors until `limit` rows are left; on ties, the earlier ones first."""
         surplus = len(self.rows) - self.limit
         if surplus <= 0:
             return
@@ -123,7 +123,7 @@ class IncidentTable:
         self.rows = rows
 
     def is_open(self, records: int) -> bool:
-        """Whether the run, of so many records, ends in an incident."""
+        """Whether a run of this many records ends in an incident."""
         return self.last is not None and self.last.end == records
 
 

@@ -1,8 +1,8 @@
-"""The page around the plots: one HTML file that asks for nothing else, on a desk or on a phone.
+"""Renders the page around the plots: one self-contained HTML file, for desktop and phone.
 
-The library of the plots is written into the file, compressed. A Content-Security-Policy
-forbids every request, so that the file cannot fetch anything even if the library wanted to.
-`page.html` is the template; jinja2 escapes every text that this module hands to it.
+The plotting library is embedded in compressed form. A Content-Security-Policy forbids all requests,
+so the file cannot fetch anything. `page.html` is the template; jinja2 escapes every text that this
+module passes to it.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class _TableRow:
     """A row of the table, in plain text.
 
     Attributes:
-        record: Which record of the run it begins with; the table is sorted by it.
-        first, last: The steps that the plots show when the row is chosen.
+        record: Index of the first record in the run; the table is sorted by it.
+        first, last: The steps that the plots show when the row is selected.
         action: The CSS class of `done`.
     """
 
@@ -71,15 +71,15 @@ class _TableRow:
 
 
 def render(name: str, summary: Summary, verdict: Verdict) -> str:
-    """The page of a run.
+    """Renders the page of a run.
 
     Args:
-        name: What the run is called.
-        summary: What was read.
-        verdict: What was found.
+        name: Name of the run.
+        summary: The records, summarized.
+        verdict: The verdict.
 
     Returns:
-        The HTML file.
+        The HTML file as text.
     """
     return _TEMPLATES.get_template("page.html").render(
         name=name,
@@ -113,7 +113,7 @@ def _facts(summary: Summary) -> str:
 
 
 def _plot(figure: go.Figure) -> Markup:
-    """The figure as JSON and the library compressed, for the script of the page to draw."""
+    """The figure as JSON and the compressed library, drawn by the page's script."""
     if not figure.data:
         return Markup()
     config = {
@@ -124,7 +124,7 @@ def _plot(figure: go.Figure) -> Markup:
     }
     drawn = json.loads(str(plotly.io.to_json(figure, validate=False)))
     told = json.dumps({"data": drawn["data"], "layout": drawn["layout"], "config": config})
-    told = told.replace("<", "\\u003c")  # nothing in it may end the element
+    told = told.replace("<", "\\u003c")  # prevents closing the element early
     return Markup(
         f'<div id="{PLOT_ID}"></div>\n'
         f'<script type="application/json" id="figure">{told}</script>\n'
@@ -134,7 +134,7 @@ def _plot(figure: go.Figure) -> Markup:
 
 @functools.cache
 def _library() -> str:
-    """plotly.js as gzip in base64: 2.0 MB in place of 4.8. The page names its licence."""
+    """plotly.js as gzip in base64: 2.0 MB instead of 4.8. The page names its license."""
     packed = gzip.compress(plotly.offline.get_plotlyjs().encode(), mtime=0)
     return base64.b64encode(packed).decode()
 
@@ -177,7 +177,7 @@ def _jump(jump: Jump, number: int) -> _TableRow:
 
 
 def _where(row: Row) -> str:
-    """Of its first step: the losses, the parameters, or the signals."""
+    """The losses, parameters or signals of a row's first step."""
     first = row.first
     places = []
     if first.bad_losses:
@@ -207,15 +207,15 @@ def _notes(summary: Summary) -> list[str]:
     width = 2**summary.shift
     if width > 1:
         notes.append(
-            f"The run is drawn in buckets of {width:,} steps: the pale line goes through the least "
-            "and the greatest value of each, at the steps where they were; the full line is the "
-            f"mean of its good steps. {REACH} steps before and after an incident are drawn one by "
-            "one."
+            f"The run is drawn in buckets of {width:,} steps: the pale line connects the minimum "
+            "and maximum of each bucket, at the steps where they occurred; the solid line is the "
+            f"mean of its good steps. {REACH} steps before and after an incident are drawn "
+            "individually."
         )
     if any(row.incidents > 1 for row in summary.table.rows):
         notes.append(
-            f"There were {summary.table.incidents:,} incidents: those close together share a row "
-            "of the table. The marks in the plots count them all."
+            f"There were {summary.table.incidents:,} incidents; nearby ones share a row of the "
+            "table. The marks in the plots count them all."
         )
     if summary.n_jumps > len(summary.jumps):
         notes.append(
@@ -227,5 +227,5 @@ def _notes(summary: Summary) -> list[str]:
             "Each record lists at most eight parameters, so the heat map may be incomplete."
         )
     if summary.unnamed_losses:
-        notes.append("There are more losses or thresholds than the first 32 that are drawn.")
+        notes.append("The run has more losses or thresholds than drawn; only the first 32 are.")
     return notes

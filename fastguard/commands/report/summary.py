@@ -1,4 +1,4 @@
-"""`summarise`: a run of any length, read once, as what the report shows of it."""
+"""`summarise`: reads a run of any length once and keeps what the report shows."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from fastguard.commands.report.tally import Tally
 from fastguard.records.read_json_lines import Block
 
 BUCKETS = 1024
-"""At most; two points a bucket are more than a screen has columns."""
+"""Maximum number of buckets; with two points each, more than a screen has columns."""
 
 REACH = 16
-"""Steps before the first step of an incident, and after it, that are drawn one by one."""
+"""Number of steps before and after the first step of an incident that are drawn individually."""
 
 _HEAT_BUCKETS = 128
 _EXACT_BUCKETS = 1024
@@ -32,12 +32,12 @@ _MOST_JUMPS = 200
 
 @dataclass(frozen=True, slots=True)
 class Jump:
-    """The step number went back: a rollback, a resume, or another run in the same file.
+    """A place where the step number went back: a rollback, a resume, or another run in the file.
 
     Attributes:
-        record: Which record of the run is the first after it, counted from 0.
-        from_step: The step of the record before.
-        to_step: The step of the record after.
+        record: Index of the first record after it, from 0.
+        from_step: Step of the record before.
+        to_step: Step of the record after.
     """
 
     record: int
@@ -47,25 +47,25 @@ class Jump:
 
 @dataclass(slots=True)
 class Summary:
-    """A run. Its size does not depend on the run's.
+    """Summary of a run; its size does not depend on the length of the run.
 
     Attributes:
-        records: How many records were read; steps taken again after a rollback count again.
-        damaged: Lines that were no record.
+        records: Number of records read; steps repeated after a rollback count again.
+        damaged: Number of lines that are not valid records.
         size: Bytes read.
         first_step, last_step: The lowest and the highest step number.
         actions: Records by action.
-        scale_searches: Steps that were skipped only to lower a loss scale; they are no incidents.
+        scale_searches: Steps skipped only to lower a loss scale; these are not incidents.
         shift: A bucket is `2**shift` steps wide.
         curves: Every series that has a finite value, downsampled; the steps around the first
-            incident of each row of the table are drawn one by one.
-        events: Bad steps by reason and action, with a line feed between them.
+            incident of each row of the table are drawn individually.
+        events: Bad steps by reason and action, joined by a line feed.
         layers: Bad steps in which a layer was a culprit, by layer.
-        layer_steps: The same in finer buckets: single steps, unless a layer has more than 1024.
+        layer_steps: Like `layers`, per step; in buckets only if a layer has more than 1024 steps.
         table: The incidents.
         evidence: What the incidents have in common.
-        jumps: Where the step number went back, the first 200.
-        n_jumps: How often it did.
+        jumps: Where the step number went back, the first 200 times.
+        n_jumps: How often the step number went back.
         unnamed_losses: Whether there were more losses than are drawn.
     """
 
@@ -89,18 +89,18 @@ class Summary:
 
     @property
     def survived(self) -> bool:
-        """Whether a good step came after the last incident."""
+        """Whether a good step follows the last incident."""
         return not self.table.is_open(self.records)
 
 
 def summarise(
     blocks: Iterable[Block], *, progress: Callable[[int], object] | None = None
 ) -> Summary:
-    """Reads a run; what is drawn takes 8 bytes per value until it is downsampled.
+    """Summarizes a run. Drawn values take 8 bytes each until they are downsampled.
 
     Args:
-        blocks: Its records, oldest first.
-        progress: Called with the bytes of each block when it has been read.
+        blocks: The records, oldest first.
+        progress: Called with the size in bytes of each block that has been read.
     """
     summary, reader = Summary(), ColumnReader()
     parts: list[_Part] = []
@@ -123,7 +123,7 @@ def summarise(
 
 
 class _Part(NamedTuple):
-    """What is drawn of a block: `step` int64, `good` bool, float64 by series, all `(n,)`."""
+    """The drawn part of a block: `step` int64, `good` bool, float64 by series, all `(n,)`."""
 
     step: np.ndarray
     good: np.ndarray
@@ -131,7 +131,7 @@ class _Part(NamedTuple):
 
 
 def _take(summary: Summary, columns: Columns, before: int) -> _Part:
-    """One block; `before` is the step of the record before it."""
+    """Adds one block; `before` is the step of the preceding record."""
     step = columns.step
     low, high = int(step.min()), int(step.max())
     summary.first_step = min(summary.first_step, low) if summary.records else low
@@ -171,7 +171,7 @@ def _downsample(summary: Summary, parts: list[_Part]) -> None:
 
 
 def _jumps(summary: Summary, step: np.ndarray, before: int) -> set[int]:
-    """Notes where the step number does not go up; the rows at which it does not."""
+    """Notes and returns the rows at which the step number does not increase."""
     previous = np.concatenate([[before], step[:-1]])
     rows = np.flatnonzero(step <= previous).tolist()
     summary.n_jumps += len(rows)
@@ -182,8 +182,8 @@ def _jumps(summary: Summary, step: np.ndarray, before: int) -> set[int]:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Thousands of new dicts make Python look for cycles, of which records have none: that would
-    take a quarter of the time."""
+    """Pauses garbage collection: searching thousands of new dicts for cycles, which records cannot
+    have, would take a quarter of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

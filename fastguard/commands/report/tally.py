@@ -1,4 +1,4 @@
-"""Counts by name of what happens now and then, along the steps of a run."""
+"""Counts occasional events by name, along the steps of a run."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 
 class Tally:
-    """How often something by name happened in each bucket, and where it first did.
+    """Counts events per name and bucket, with the step of the first one.
 
     Args:
-        limit: How many buckets a name may have.
-        names: How many names there may be; the rest is counted under `OTHERS`.
+        limit: Maximum number of buckets per name.
+        names: Maximum number of names; any others are counted under `OTHERS`.
     """
 
     OTHERS = "all others"
@@ -22,7 +22,7 @@ class Tally:
         self._counts: dict[str, dict[int, tuple[int, int]]] = {}
 
     def add(self, name: str, step: int) -> None:
-        """Counts one at a step."""
+        """Counts one event at a step."""
         if name not in self._counts and len(self._counts) >= self._names:
             name = self.OTHERS
         counts = self._counts.setdefault(name, {})
@@ -34,15 +34,15 @@ class Tally:
 
     @property
     def names(self) -> list[str]:
-        """In the order in which they were first counted."""
+        """The names, in the order in which they were first counted."""
         return list(self._counts)
 
     def total(self, name: str) -> int:
-        """How often it happened in the whole run."""
+        """The number of events in the whole run."""
         return sum(count for count, _ in self._counts[name].values())
 
     def items(self, name: str) -> Iterator[tuple[int, int, int]]:
-        """`(bucket, count, first step)` of each bucket in which it happened, in order."""
+        """Yields `(bucket, count, first step)` of each bucket with an event, in order."""
         for key in sorted(self._counts[name]):
             yield key, *self._counts[name][key]
 

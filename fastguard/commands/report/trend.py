@@ -1,14 +1,14 @@
-"""Whether a series is rising at the end of a run, and since when.
+"""Detects whether a series is rising at the end of a run, and since when.
 
     y(x) = level                        before the hinge
     y(x) = level + slope * (x - hinge)  after it
 
-The curve is averaged into at most 128 bins, in logarithms if it is positive. Whatever it did before
-its lowest point (running median of five) is of no interest. To what follows, the hinge above is
-fitted by least squares, every bin being tried as the hinge. It counts as rising only if all of this
-holds: it explains at least half of the variance (so that the rise is three standard deviations of
-what is left, or more); it reaches `factor` times the level; its last quarter still rises. Noise, a
-plateau after warm-up and a single spike do not pass.
+The curve is averaged into at most 128 bins, on a logarithmic scale if it is positive. Only the part
+after its lowest point (running median of five) is used. The hinge above is fitted to it by least
+squares, with every bin tried as the hinge. The series counts as rising only if the fit explains at
+least half of the variance (so the rise is at least three standard deviations of the residual), it
+reaches `factor` times the level, and its last quarter still rises. Noise, a plateau after warm-up
+and a single spike do not pass.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 BINS = 128
-_FEWEST_BINS = 8  # of a rise, and of what is left after the lowest point
+_FEWEST_BINS = 8  # in the rise, and after the lowest point
 _EXPLAINED = 0.5
 _STILL_RISING = 0.1  # share of the rise that the last quarter must add; a straight line adds 0.25
 
@@ -30,9 +30,9 @@ class Rise:
     """A series that rises until the end.
 
     Attributes:
-        since: The step at which it began.
-        before: Its level until then.
-        now: Its level at the end.
+        since: The step at which the rise began.
+        before: Level before the rise.
+        now: Level at the end.
     """
 
     since: int
@@ -41,12 +41,12 @@ class Rise:
 
 
 def find_rise(step: np.ndarray, value: np.ndarray, *, factor: float = 1.5) -> Rise | None:
-    """A rise that lasts until the end of the series.
+    """Finds a rise that lasts until the end of the series.
 
     Args:
         step: `(n,)`, ascending.
-        value: `(n,)`; what is not finite is left out.
-        factor: The least that the end must be of the level before, > 1.
+        value: `(n,)`; non-finite values are left out.
+        factor: Minimum ratio of the final level to the level before, > 1.
 
     Returns:
         The rise, or None.
@@ -56,7 +56,7 @@ def find_rise(step: np.ndarray, value: np.ndarray, *, factor: float = 1.5) -> Ri
     if len(y) < 2 * _FEWEST_BINS:
         return None
     logarithmic = bool(np.all(y > 0))
-    scale = float(np.abs(y).max())  # to square the largest float would overflow
+    scale = float(np.abs(y).max())  # squaring the largest float would overflow
     x, y = _binned(x, np.log(y) if logarithmic else y / (scale or 1.0))
     lowest = int(np.argmin(_running_median(y)))
     x, y = x[lowest:], y[lowest:]
@@ -81,7 +81,7 @@ def find_rise(step: np.ndarray, value: np.ndarray, *, factor: float = 1.5) -> Ri
     else:
         before, now = scale * before, scale * now
     bin_width = (x[-1] - x[0]) / (len(x) - 1)
-    digits = -max(0, math.floor(math.log10(bin_width)))  # no more of the step than is known
+    digits = -max(0, math.floor(math.log10(bin_width)))  # no more precise than a bin
     return Rise(int(round(float(x[hinge]), digits)), before, now)
 
 

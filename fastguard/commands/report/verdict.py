@@ -1,5 +1,5 @@
-"""What became of a run, in words. Every sentence says what it rests on; where the records do not
-tell a cause, it says so."""
+"""Describes the outcome of a run in words. Every sentence gives its evidence, and says so if the
+records do not reveal a cause."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from fastguard.commands.report.trend import Rise, find_rise
 from fastguard.errors.plain_text import printable
 
 _CLIPPED_OFTEN = 0.5
-_LR_GONE = 1e-6  # of its highest value
-_LR_GONE_FOR = 0.05  # of the run
+_LR_GONE = 1e-6  # as a fraction of the highest learning rate
+_LR_GONE_FOR = 0.05  # as a fraction of the run
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A run in words, each sentence one printable line.
+    """The verdict on a run; each sentence is one printable line.
 
     Attributes:
         headline: One sentence.
         findings: Further sentences, the most important first.
-        survived: Whether a good step came after the last incident.
+        survived: Whether a good step follows the last incident.
     """
 
     headline: str
@@ -36,7 +36,7 @@ class Verdict:
 
 
 def judge(summary: Summary) -> Verdict:
-    """The verdict on a run."""
+    """Judges a run."""
     if not summary.records:
         headline = "No record was found."
         return Verdict(headline, list(_reading(summary)), survived=True)
@@ -53,7 +53,7 @@ def judge(summary: Summary) -> Verdict:
 
 
 def plural(n: int, noun: str) -> str:
-    """`1 step`, `12,000 steps`."""
+    """Formats a count: `1 step`, `12,000 steps`."""
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
@@ -101,7 +101,7 @@ def _reasons(row: Row) -> str:
 
 
 def _losses(summary: Summary) -> list[Series]:
-    """Those that can rise: the signals of `check_batch` are 0 or 1."""
+    """The losses that can rise; signals of `check_batch` are only 0 or 1."""
     return [
         series
         for series in summary.curves
