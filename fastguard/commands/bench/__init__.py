@@ -1,8 +1,8 @@
-"""What guarding a step costs: against what one would otherwise use, and against the limit.
+"""Measures the cost of guarding a step, relative to the alternatives and to the bandwidth limit.
 
-One runner serves `fastguard bench` (a minute on the user's machine), `python -m benchmarks` (the
-whole suite, in the source tree) and pytest-benchmark. The result is always a ratio to a peer that
-was measured in the same process, in the same rounds.
+One runner serves `fastguard bench` (about a minute), `python -m benchmarks` (the whole suite, in
+the source tree) and pytest-benchmark. Results are always ratios to a peer measured in the same
+process and the same rounds.
 """
 
 from fastguard.commands.bench.runner import Row as Row

@@ -1,9 +1,9 @@
-"""One measured call: wall time, and on a GPU host and device time apart.
+"""Times one call: wall time and, on a GPU, host and device time separately.
 
-On a GPU a call is timed twice. First alone, from an idle device until it is idle again: that is
-what a user waits, and how long the call kept the host. Then behind a kernel that keeps the device
-busy until the host has queued everything: the time between two events is then the device's own
-work, without its waiting for launches.
+On a GPU a call is timed twice. First on an idle device until it is idle again: the time that a user
+waits, and how long the host was busy. Then behind a kernel that keeps the device busy until the
+host has queued everything: the time between two events is then pure device work, without waiting
+for launches.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import NamedTuple
 
 import torch
 
-CYCLES = 2_000_000  # of one reading: a millisecond at full clock
+CYCLES = 2_000_000  # per reading: 1 ms at full clock
 WARM_S, GIVE_UP_S = 0.1, 1.0
 SAME = 0.02
-SHORTEST_SLEEP_MS = 0.2  # the host may take longer than the time before
+SHORTEST_SLEEP_MS = 0.2  # margin for a slower host
 
 
 class Sample(NamedTuple):
-    """Milliseconds. `wall`: until the result is there. `host`: until the call returned. `device`:
-    the device's own work. On a CPU all three are the same.
+    """Times in milliseconds. `wall`: until the result is available. `host`: until the call
+    returned. `device`: pure device work. On a CPU all three are equal.
     """
 
     wall_ms: float
@@ -31,7 +31,7 @@ class Sample(NamedTuple):
 
     @property
     def work_ms(self) -> float:
-        """What bandwidth is computed from."""
+        """The time from which bandwidth is computed."""
         return self.device_ms
 
 
@@ -51,12 +51,12 @@ class Clock:
         *,
         repeat: int = 1,
     ) -> Sample:
-        """Times one call; `prepare` (gradients restored, caches emptied) runs before it, untimed.
+        """Times one call.
 
         Args:
-            call: What is timed.
-            prepare: Runs before each timed call.
-            repeat: Calls in a row, of which the mean is taken; for microseconds on a CPU.
+            call: The call to time.
+            prepare: Runs untimed before each timed call (restores gradients, empties caches).
+            repeat: Number of calls to average over, for calls of microseconds on a CPU.
         """
         if self.device.type != "cuda":
             if prepare:
@@ -69,17 +69,17 @@ class Clock:
         return self._sample_cuda(call, prepare)
 
     def _calibrate(self) -> float:
-        """Cycles that `torch.cuda._sleep` passes in a millisecond.
+        """Cycles that `torch.cuda._sleep` takes per millisecond.
 
-        A card that had nothing to do runs at a fraction of its clock, and would sleep through a
-        fraction of the time afterwards: it is kept busy first, until two readings agree.
+        An idle card runs below its full clock, which would make later sleeps too short, so it is
+        kept busy until two readings agree.
         """
         start = time.perf_counter()
-        self._cycles_in_ms(CYCLES)  # loads the kernel
+        self._cycles_in_ms(CYCLES)  # warm-up: loads the kernel
         last, now = self._cycles_in_ms(CYCLES), self._cycles_in_ms(CYCLES)
         while (passed := time.perf_counter() - start) < WARM_S or abs(now / last - 1.0) > SAME:
             if passed > GIVE_UP_S:
-                break  # a clock that goes on changing: the longer sleep is the safe one
+                break  # the clock keeps changing: a longer sleep is safe
             last, now = now, self._cycles_in_ms(CYCLES)
         return max(last, now)
 
@@ -105,7 +105,7 @@ class Clock:
 
         if prepare:
             prepare()
-        # Twice the time that the host just took, so that it is done before the device begins.
+        # Twice the host time just measured, so that the host is done before the device begins.
         torch.cuda._sleep(int(self._cycles_per_ms * max(host * 2e3, SHORTEST_SLEEP_MS)))
         before, after = self._events
         before.record()

@@ -1,7 +1,7 @@
-"""Measures what guarding a step costs on this machine, in about a minute.
+"""Measures the cost of guarding a step on this machine, in about a minute.
 
-Every number is a ratio to what one would otherwise write, measured in the same process and in the
-same rounds. The whole suite, with growth curves and charts, is `make bench` in the source tree.
+Every number is a ratio to the usual code, measured in the same process and the same rounds. The
+whole suite, with growth curves and charts, is `make bench` in the source tree.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from fastguard.commands.usage import UsageError, need, output_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
-    parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda where there is one)")
+    """Adds the arguments of `fastguard bench`."""
+    parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda if available)")
     parser.add_argument("--out", metavar="DIR", help="also write the result as JSON into DIR")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, prints, writes. Returns the exit status."""
+    """Measures, prints and writes; returns the exit status."""
     need("rich", extra="cli")
     device = device_of(args.device)
     folder = output_folder(args.out) if args.out else None
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def wide_console() -> Any:
-    """The terminal; a file or a pipe is as wide as the tables are."""
+    """A console for the terminal; files and pipes get the full width of the tables."""
     from rich.console import Console
 
     console = Console()
@@ -52,19 +52,19 @@ def wide_console() -> Any:
 
 
 def device_of(name: str | None) -> torch.device:
-    """The device that a user names; None: a GPU where there is one.
+    """Returns the named device. Default: a GPU if available.
 
     Raises:
-        UsageError: There is no such device here.
+        UsageError: The device does not exist or is not supported.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UsageError(f"--device {name!r} is no device; use cpu, cuda or cuda:1") from None
+        raise UsageError(f"--device {name!r} is not a device; use cpu, cuda or cuda:1") from None
     if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {name!r} is not served; use cpu or cuda")
+        raise UsageError(f"--device {name!r} is not supported; use cpu or cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(
             f"--device {name!r}: PyTorch sees {torch.cuda.device_count()} CUDA devices here; "

@@ -1,8 +1,8 @@
-"""Who clips gradients: fastguard's roads, and what one would otherwise write.
+"""The contenders that clip gradients: fastguard's variants and the usual alternatives.
 
-Each contender is a function `(workload) -> Prepared`: a call without arguments that clips the
-gradients of the workload once and returns their norm, and what puts the gradients back. A peer that
-cannot be had here raises `NotHere`, which says why.
+Each contender is a function `(workload) -> Prepared` that returns a call without arguments, which
+clips the gradients of the workload once and returns their norm, and a function that restores the
+gradients. A peer that is not available raises `NotHere` with the reason.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ torch_clip = torch.nn.utils.clip_grad_norm_  # bound here, so that `patch_torch`
 
 
 class NotHere(Exception):
-    """A contender that this machine or case cannot have, with the reason."""
+    """A contender is not available on this machine or for this case; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Prepared:
     """One contender, ready to be measured.
 
     Attributes:
-        call: Clips once; returns the norm, or None if it knows none.
-        restore: Puts the gradients back that `call` may have changed.
-        parameters: Whose `.grad` it works on.
+        call: Clips once; returns the norm, or None if it does not compute one.
+        restore: Restores gradients that `call` may have changed.
+        parameters: The parameters whose `.grad` it uses.
     """
 
     call: Callable[[], Tensor | None]
@@ -71,7 +71,7 @@ def torch_compiled(work: Workload) -> Prepared:
 
 
 def isfinite_then_clip(work: Workload) -> Prepared:
-    """The guard that most training scripts write by hand."""
+    """The handwritten guard of most training scripts."""
     _finite_only(work)
     parameters, limit = work.parameters, work.max_norm
 
@@ -84,7 +84,7 @@ def isfinite_then_clip(work: Workload) -> Prepared:
 
 
 def grad_scaler_then_clip(work: Workload) -> Prepared:
-    """What a script with `torch.amp.GradScaler` runs, around an optimizer that does nothing."""
+    """The calls of a script with `torch.amp.GradScaler`, around an optimizer that does nothing."""
     _finite_only(work)
     optimizer = _NoOptimizer(work.parameters)
     scaler = grad_scaler(work.device)
@@ -132,7 +132,7 @@ def _flat(work: Workload, *, trusted: bool) -> Prepared:
 
 
 def measure_segments(work: Workload) -> Prepared:
-    """The first stage alone, with the parameters spread over segments."""
+    """The measuring stage alone, with the parameters distributed over segments."""
     segments, count = work.segment_ids, work.case.segments
 
     def call() -> Tensor:
@@ -149,7 +149,7 @@ def measure_segments_flat(work: Workload) -> Prepared:
 
 
 def read_pass(work: Workload) -> Prepared:
-    """One launch over buckets that are there: what the read ceiling is compared with."""
+    """One launch over existing buckets, for comparison with the read ceiling."""
     buckets = bucketize(work.grads)
 
     def call() -> None:
@@ -169,7 +169,7 @@ def apex_clip(work: Workload) -> Prepared:
 
 
 def transformer_engine_clip(work: Workload) -> Prepared:
-    """As Megatron-LM drives it: norm, coefficient on the host, scale."""
+    """Clips as Megatron-LM does: norm, coefficient on the host, scale."""
     _finite_only(work)
     _needs_cuda(work)
     try:
@@ -212,9 +212,9 @@ CONTENDERS: dict[str, Callable[[Workload], Prepared]] = {
 
 
 def grad_scaler(device: torch.device) -> torch.amp.GradScaler:
-    """A scaler whose scale is 1 and stays there, so that gradients keep their values."""
+    """A scaler with a constant scale of 1, so that gradients keep their values."""
     scaler = torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
-    scaler.scale(torch.zeros((), device=device))  # creates its tensors
+    scaler.scale(torch.zeros((), device=device))  # creates the scaler's tensors
     return scaler
 
 

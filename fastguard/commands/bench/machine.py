@@ -1,7 +1,7 @@
-"""What was measured on what: the machine, the versions, and how fast its memory is.
+"""Describes the machine and the versions, and measures the speed of the memory.
 
-The ceilings are the limit that every case is held against, so each is the best of several ways that
-PyTorch itself offers to move the same bytes.
+The ceilings are the limit for every case, so each is the best of several ways in which PyTorch can
+move the same bytes.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ TRIES = 7
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Bandwidths in GB/s (1e9 bytes): reading; updating in place and copying, both directions
-    counted.
+    """Bandwidths in GB/s (1e9 bytes): read, in-place update and copy; the latter two count both
+    directions.
     """
 
     read_gb_s: float
@@ -35,7 +35,7 @@ class Ceilings:
 
 
 def ceilings(device: torch.device, *, n_bytes: int | None = None) -> Ceilings:
-    """Measures the memory of a device, for about a second."""
+    """Measures the memory bandwidth of a device for about a second."""
     n_bytes = n_bytes or CEILING_BYTES.get(device.type, 2**28)
     x = torch.ones(n_bytes // 4, dtype=torch.float32, device=device)
     y = torch.empty_like(x)
@@ -65,12 +65,12 @@ def ceilings(device: torch.device, *, n_bytes: int | None = None) -> Ceilings:
 
 
 class Evictor:
-    """Empties the caches by reading memory that nobody else uses.
+    """Evicts the caches by reading unrelated memory.
 
-    Reading leaves nothing to be written back during the measured call, which filling would. The
-    alternative, gradients that rotate through several addresses, would also defeat everything that
-    is cached by address, which training does not: gradients stay where they are from step to step.
-    Two buffers take turns, so that what is read is itself not cached.
+    Unlike filling, reading leaves nothing to be written back during the measured call. Rotating
+    gradients through several addresses would also defeat address-keyed caches, which does not
+    happen in training, where gradients stay in place. Two buffers alternate, so that the memory
+    read is itself not cached.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -84,7 +84,7 @@ class Evictor:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Size of the last cache before memory."""
+    """Size of the last-level cache in bytes."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = [
@@ -96,7 +96,7 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def describe_machine(device: torch.device) -> dict[str, str | int | float]:
-    """What matters of a machine to a reader of numbers; neither its name nor its user's."""
+    """The machine's relevant properties, without names of the machine or its user."""
     facts: dict[str, str | int | float] = {
         "device": device.type,
         "cpu": _cpu_model(),
@@ -121,19 +121,19 @@ def describe_machine(device: torch.device) -> dict[str, str | int | float]:
 
 
 def title_of(machine: dict[str, str | int | float]) -> str:
-    """The machine in a few words, for captions and file names."""
+    """A short description of the machine for captions."""
     return (
         str(machine["card"]) if "card" in machine else f"{machine['cpu']}, {machine['cores']} cores"
     )
 
 
 def slug_of(machine: dict[str, str | int | float]) -> str:
-    """`"cpu-amd-epyc-2-cores"`."""
+    """A short description for file names, such as `"cpu-amd-epyc-2-cores"`."""
     return re.sub(r"[^a-z0-9]+", "-", f"{machine['device']} {title_of(machine)}".lower()).strip("-")
 
 
 def versions() -> dict[str, str]:
-    """Of everything that a number may depend on."""
+    """Versions of everything that can affect a result."""
     import fastguard
 
     found = {
@@ -152,7 +152,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of the source tree, `-dirty` if it was changed; None for an installed package."""
+    """The commit of the source tree, with `-dirty` if changed; None for an installed package."""
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return None
@@ -166,7 +166,7 @@ def commit() -> str | None:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that a case may take."""
+    """Memory in bytes that a case may use."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

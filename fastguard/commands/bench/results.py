@@ -1,4 +1,4 @@
-"""A run as JSON: everything that a table, a chart or a comparison needs, and where it came from."""
+"""A benchmark result as JSON, with its origin; the input of tables, charts and comparisons."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from fastguard.records.strict_json import dumps
 SCHEMA = 1
 Result = dict[str, Any]
 
-# key -> what it holds
+# key -> type
 KEYS: dict[str, type | tuple[type, ...]] = {
     "schema": int,
-    "command": str,  # that makes this file again
+    "command": str,  # reproduces this file
     "date": str,  # ISO 8601, UTC
-    "seconds": (int, float),  # that the run took
+    "seconds": (int, float),  # duration of the run
     "commit": (str, type(None)),
     "machine": dict,  # see machine.describe_machine
     "versions": dict,
@@ -34,13 +34,13 @@ KEYS: dict[str, type | tuple[type, ...]] = {
     "accuracy": list,  # case, dtype, magnitude, contender, norm_error
     "syncs": (int, type(None)),  # host waits in one guarded step on a GPU
     "left_out": dict,  # "case: contender" -> why
-    "targets": list,  # what the project set itself: filled by `python -m benchmarks`
+    "targets": list,  # project goals, filled by `python -m benchmarks`
 }
 SPREADS = ("ms", "host_ms", "device_ms", "ratio")
 
 
 def new_result(command: str, device: torch.device, limit: Ceilings, rows: Sequence[Row]) -> Result:
-    """A result with its rows; growth, memory and accuracy are added by who measures them."""
+    """A result with its rows; callers add growth, memory and accuracy."""
     return {
         "schema": SCHEMA,
         "command": command,
@@ -61,23 +61,23 @@ def new_result(command: str, device: torch.device, limit: Ceilings, rows: Sequen
 
 
 def save(result: Result, path: Path) -> None:
-    """Writes a result: whole or not at all."""
+    """Writes a result atomically."""
     check(result)
     write(result, path)
 
 
 def write(document: dict[str, Any], path: Path) -> None:
-    """Writes what was measured, of whatever schema: whole or not at all."""
+    """Writes a measurement of any schema atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with written(path) as temporary:
         temporary.write_text(dumps(rounded(document), indent=1) + "\n")
 
 
 def load(path: Path) -> Result:
-    """Reads a result. A norm error that is infinite reads as the string "Infinity".
+    """Reads a result. An infinite norm error reads as the string "Infinity".
 
     Raises:
-        ValueError: The file is not one, and why.
+        ValueError: The file is not a result; the message says why.
     """
     try:
         result = json.loads(path.read_text())
@@ -93,13 +93,13 @@ def load(path: Path) -> Result:
 
 
 def check(result: object) -> None:
-    """Whether this is a result of this schema.
+    """Checks that an object is a result of this schema.
 
     Raises:
-        ValueError: Naming the key that is wrong.
+        ValueError: A key is missing or wrong; the message names it.
     """
     if not isinstance(result, dict) or result.get("schema") != SCHEMA:
-        raise ValueError(f"no benchmark result of schema {SCHEMA}; measure it again")
+        raise ValueError(f"not a benchmark result of schema {SCHEMA}; measure it again")
     for key, kind in KEYS.items():
         if key not in result:
             raise ValueError(f"the key {key!r} is missing; measure it again")
@@ -122,7 +122,7 @@ def find(result: Result, case: str, contender: str) -> dict[str, Any] | None:
 
 
 def rounded(value: Any) -> Any:
-    """Floats with five digits: the rest is noise, and makes every diff longer."""
+    """Rounds floats to five digits; more is noise and lengthens diffs."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, dict):

@@ -1,9 +1,9 @@
-"""The runner: all contenders of a case in turn, round by round, and ratios within a round.
+"""Runs all contenders of a case in turn, round by round, and computes ratios within each round.
 
-A shared machine changes its speed within seconds. Contenders that are measured one after the other
-would each see another machine; those that take turns see the same one, so the ratio of two times of
-one round is steady where the times are not. Contenders that leave other gradients than they found
-get them back before each call, so that each measured call really does its work.
+A shared machine changes speed within seconds. Contenders measured one after the other would see
+different conditions; alternating ones see the same, so the ratios within a round are stable even if
+the times are not. Gradients that a contender changes are restored before each call, so that every
+measured call does the full work.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SHORTEST_MS = 0.3  # on a CPU, calls shorter than this are repeated within a sam
 
 @dataclass(frozen=True)
 class Spread:
-    """The 20th, 50th and 80th percentile."""
+    """The 20th, 50th and 80th percentiles."""
 
     p20: float
     p50: float
@@ -47,15 +47,15 @@ class Row:
     """One contender in one case.
 
     Attributes:
-        case: The id of the case; name, dtype, situation, optimizer, cold and series spell it out.
-        contender, baseline: Who was measured, and against whom.
-        rounds: How many times each.
-        ms: Time of a call until its result is there.
-        host_ms, device_ms: How long it kept the host and the device; the same as `ms` on a CPU.
-        ratio: Time of the baseline over time of the contender, round by round: above 1 is faster.
-        limit_percent: The least time for the bytes of the case, over the median time.
-        norm_error: Relative error of the returned norm against float64; `inf` if that is infinite
-            or NaN, None if none was returned.
+        case: Id of the case; name, dtype, situation, optimizer, cold and series are its parts.
+        contender, baseline: The measured contender and the one it is compared with.
+        rounds: Number of rounds.
+        ms: Time of a call until its result is available.
+        host_ms, device_ms: Host and device time; equal to `ms` on a CPU.
+        ratio: Baseline time divided by contender time, per round: above 1 is faster.
+        limit_percent: The minimum time to move the bytes of the case, divided by the median time.
+        norm_error: Relative error of the returned norm against float64; `inf` if the norm is
+            infinite or NaN, None if none was returned.
     """
 
     case: str
@@ -95,14 +95,14 @@ def run_case(
     """Measures every contender of a case.
 
     Args:
-        case: What to measure.
-        device: Where.
+        case: The case.
+        device: The device.
         limit: The ceilings of this machine.
-        seconds: About how long to go on; at least 5 rounds are run.
+        seconds: Approximate duration; at least 5 rounds are run.
         on_round: Called after every round, for progress.
 
     Returns:
-        One row a contender that could run, and `{contender: reason}` of those that could not.
+        One row per contender that could run, and `{contender: reason}` for the others.
     """
     if bytes_needed(case) > 0.8 * available_bytes(device):
         reason = f"needs {bytes_needed(case) / 1e9:.0f} GB of memory"
@@ -114,7 +114,7 @@ def run_case(
         for name, prepared in list(field.items()):
             try:
                 errors[name] = warm_up(prepared, work)
-            except Exception as error:  # a peer that refuses a dtype is a result, not an accident
+            except Exception as error:  # report peers that refuse a dtype
                 if name.startswith(OURS):
                     raise
                 left_out[name] = f"{type(error).__name__}: {error}"
@@ -131,7 +131,7 @@ def run_case(
 
 
 def prepare(work: Workload) -> tuple[dict[str, Prepared], dict[str, str]]:
-    """The contenders of a case that can run, and why the others cannot."""
+    """The contenders of a case that can run, and the reasons why the others cannot."""
     inner = None
     if work.case.optimizer is not None:
         inner = inner_optimizer(work, work.parameters)
@@ -148,7 +148,7 @@ def prepare(work: Workload) -> tuple[dict[str, Prepared], dict[str, str]]:
 
 
 def warm_up(prepared: Prepared, work: Workload) -> float | None:
-    """Calls a contender twice; returns the relative error of the norm that the first one gave."""
+    """Calls a contender twice; returns the relative error of its first norm."""
     norm = prepared.call()
     error = None
     if norm is not None and work.true_norm:
@@ -160,7 +160,7 @@ def warm_up(prepared: Prepared, work: Workload) -> float | None:
 
 
 def relative_error(norm: torch.Tensor, truth: float) -> float:
-    """`|norm / truth - 1|`; `inf` for a norm that is not finite."""
+    """`|norm / truth - 1|`; `inf` for a non-finite norm."""
     error = abs(float(norm.double()) / truth - 1.0)
     return error if math.isfinite(error) else math.inf
 
@@ -172,11 +172,11 @@ def interleave(
     seconds: float,
     on_round: Callable[[], None] | None = None,
 ) -> dict[str, list[Sample]]:
-    """Rounds of one sample of every contender, each round beginning with the next one."""
+    """Runs rounds with one sample per contender, each round starting with the next contender."""
     clock = Clock(work.device)
     cold = work.case.cold or work.device.type == "cuda"
     evict = Evictor(work.device) if cold else None
-    # After a backward pass the threads of a CPU are awake; after a copy on one thread they sleep.
+    # Wakes the CPU threads: they are awake after a backward pass but sleep after a serial copy.
     awake = torch.ones(2**18, device=work.device)
     preparations = {
         name: _preparation(prepared, evict or awake.sum) for name, prepared in field.items()
@@ -203,7 +203,7 @@ def interleave(
 
 
 def rounds(names: Iterable[str], seconds: float) -> Iterator[list[str]]:
-    """The order of each round, which begins with the next one, for about so long."""
+    """Yields the rotated order of each round for about `seconds`."""
     order = list(names)
     stop = time.perf_counter() + seconds
     for n in range(MOST_ROUNDS):
@@ -221,7 +221,7 @@ def summarise(
     limit: Ceilings,
     norm_error: float | None,
 ) -> Row:
-    """Rounds into a row."""
+    """Summarizes the rounds as a row."""
     ratios = [b.wall_ms / s.wall_ms for s, b in zip(samples, baseline, strict=True)]
     device = Spread.of([s.device_ms for s in samples])
     least_ms = case.io.seconds(limit.read_gb_s, limit.update_gb_s) * 1e3

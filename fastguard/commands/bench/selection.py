@@ -1,4 +1,4 @@
-"""The cases of `fastguard bench`: a minute that says what guarding costs on this machine."""
+"""The cases of `fastguard bench`, about a minute in total."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ FUNCTIONS = (
     "fastguard flat trusted",
 )
 USUAL_STEP = "clip + isfinite(norm) + step"
-SECONDS = 2.5  # a case
+SECONDS = 2.5  # per case
 
 
 def gpt2_shapes(layers: int = 12, width: int = 768, vocabulary: int = 50257) -> list[Shape]:
-    """The parameters of GPT-2, in the order of its module tree."""
+    """The parameter shapes of GPT-2, in the order of its module tree."""
     block: list[Shape] = [
         (width,), (width,), (width, 3 * width), (3 * width,), (width, width), (width,),
         (width,), (width,), (width, 4 * width), (4 * width,), (4 * width, width), (width,),

@@ -1,4 +1,4 @@
-"""Measures a list of cases, with progress on the terminal, into one result."""
+"""Measures a list of cases into one result, with progress on the terminal."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def measure_cases(
     seconds: float,
     console: Any = None,
 ) -> Result:
-    """Ceilings first, then every case.
+    """Measures the ceilings, then every case.
 
     Args:
-        cases: What to measure.
-        device: Where.
-        command: That makes this result again; it is printed under tables and charts.
-        seconds: About how long each case is measured.
-        console: A `rich.console.Console` for progress; None: silent.
+        cases: The cases.
+        device: The device.
+        command: Command that reproduces the result; printed under tables and charts.
+        seconds: Approximate duration per case.
+        console: A `rich.console.Console` for progress. None: silent.
     """
     start = time.perf_counter()
     limit = ceilings(device)
@@ -51,7 +51,7 @@ def measure_cases(
 
 @contextmanager
 def quiet_guard() -> Iterator[None]:
-    """Every skipped step is an incident, and here they are many: they are logged, but not shown."""
+    """Hides the log lines about skipped steps, of which benchmarks cause many."""
     log = logging.getLogger("fastguard")
     handler, propagates = logging.NullHandler(), log.propagate
     log.addHandler(handler)

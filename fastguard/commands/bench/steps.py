@@ -1,8 +1,8 @@
-"""Whole optimizer steps, guarded in every usual way, around one and the same inner optimizer.
+"""Whole optimizer steps, guarded in every usual way, around the same inner optimizer.
 
-All contenders of a case step the same parameters, so that none profits from where its memory lies;
-flat buckets own their gradients and so get a twin of everything. The learning rate is tiny: the
-arithmetic is the same, and the weights stay where they are.
+All contenders of a case step the same parameters, so that none profits from its memory layout; flat
+buckets own their gradients and therefore use a twin. The learning rate is tiny: the arithmetic is
+the same, but the weights hardly change.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FLAT_PARAMETERS = "GuardedOptimizer flat parameters"
 
 
 def inner_optimizer(work: Workload, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-    """The optimizer that a case names."""
+    """The optimizer named by a case."""
     assert work.case.optimizer is not None
     kind, road = work.case.optimizer
     fused, foreach = road == "fused", road == "foreach"
@@ -33,7 +33,7 @@ def inner_optimizer(work: Workload, parameters: Sequence[Tensor]) -> torch.optim
 def clip_and_step(
     inner: torch.optim.Optimizer, parameters: Sequence[Tensor], max_norm: float
 ) -> Tensor:
-    """As torch has it; the norm."""
+    """Clips and steps as in torch; returns the norm."""
     norm = torch_clip(parameters, max_norm)
     inner.step()
     return norm
@@ -42,7 +42,7 @@ def clip_and_step(
 def clip_and_step_if_norm_is_finite(
     inner: torch.optim.Optimizer, parameters: Sequence[Tensor], max_norm: float
 ) -> Tensor:
-    """Looks at the norm when the gradients are clipped by it."""
+    """Clips, then steps only if the norm is finite."""
     norm = torch_clip(parameters, max_norm)
     if torch.isfinite(norm):
         inner.step()
@@ -55,20 +55,20 @@ def clip_and_step_if_all_is_finite(
     grads: Iterable[Tensor],
     max_norm: float,
 ) -> Tensor | None:
-    """Looks at every gradient first; None if the step was left out."""
+    """Checks every gradient first; returns None if the step was skipped."""
     if not all(torch.isfinite(g).all() for g in grads):
         return None
     return clip_and_step(inner, parameters, max_norm)
 
 
 def bare_step(work: Workload, inner: torch.optim.Optimizer) -> Prepared:
-    """No guard at all: what guarding is added to."""
+    """No guard: the baseline cost."""
     _not_poisoned(work)
     return Prepared(_stepping(inner), work.restore, work.parameters)
 
 
 def clip_then_step(work: Workload, inner: torch.optim.Optimizer) -> Prepared:
-    """Clips, and lets NaN through."""
+    """Clips without checking for NaN."""
     _not_poisoned(work)
 
     def call() -> Tensor:
@@ -78,7 +78,7 @@ def clip_then_step(work: Workload, inner: torch.optim.Optimizer) -> Prepared:
 
 
 def clip_isfinite_norm_step(work: Workload, inner: torch.optim.Optimizer) -> Prepared:
-    """The shortest guard one can write: clip, look at the norm, step."""
+    """The shortest handwritten guard: clip, check the norm, step."""
 
     def call() -> Tensor:
         return clip_and_step_if_norm_is_finite(inner, work.parameters, work.max_norm)
@@ -87,7 +87,7 @@ def clip_isfinite_norm_step(work: Workload, inner: torch.optim.Optimizer) -> Pre
 
 
 def isfinite_clip_step(work: Workload, inner: torch.optim.Optimizer) -> Prepared:
-    """The usual guard: look at every gradient, clip, step."""
+    """The usual handwritten guard: check every gradient, clip, step."""
 
     def call() -> Tensor | None:
         return clip_and_step_if_all_is_finite(inner, work.parameters, work.grads, work.max_norm)
@@ -96,7 +96,7 @@ def isfinite_clip_step(work: Workload, inner: torch.optim.Optimizer) -> Prepared
 
 
 def grad_scaler_step(work: Workload, inner: torch.optim.Optimizer) -> Prepared:
-    """A script with `torch.amp.GradScaler`."""
+    """A step with `torch.amp.GradScaler`."""
     scaler = grad_scaler(work.device)
 
     def call() -> Tensor:

@@ -1,4 +1,4 @@
-"""A result on the terminal."""
+"""Prints a result on the terminal."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def rich_parts() -> tuple[Any, Any]:
 
 
 def row_table(result: Result) -> Any:
-    """Case by case: contenders, ratio, percent of the limit, error of the norm."""
+    """A table of contenders per case: ratio, percent of the limit, error of the norm."""
     box, table = rich_parts()
     ceilings = result["ceilings"]
     t = table.Table(
         title=f"Guarding a step on {title_of(result['machine'])}, {result['date'][:10]}",
         caption=f"ratio: time of the baseline (=) over time of the contender, in the same round. "
         f"limit: read {ceilings['read_gb_s']:.0f} GB/s, update {ceilings['update_gb_s']:.0f} GB/s; "
-        "more than 100 % comes out of a cache",
+        "more than 100 % is served from a cache",
         box=box.SIMPLE_HEAD,
         title_justify="left",
         caption_justify="left",
@@ -44,7 +44,7 @@ def row_table(result: Result) -> Any:
         cells = [_cells(row) for row in members]
         about = f"[dim]{members[0]['tensors']} tensors; I/O: {members[0]['io']}[/dim]"
         columns = zip(*cells, strict=True)
-        # One row of the table a case, so that what the case is may take as many lines as it needs.
+        # One table row per case, so that its description may take several lines.
         t.add_row(f"{case}\n{about}", *("\n".join(column) for column in columns))
         t.add_section()
     return t
@@ -77,7 +77,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def milliseconds(value: float) -> str:
-    """Three digits, never an exponent."""
+    """Formats three significant digits, never with an exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 

@@ -1,6 +1,6 @@
-"""A case: which gradients, in what state, guarded inside what; and the bytes that it must move.
+"""Defines a case: the gradients, their state, the optimizer around them, and the bytes to move.
 
-Byte models, in bytes of gradients g (parameters p, momenta m and v are as large):
+Byte models, in bytes of gradients g (parameters p, momenta m and v have the same size):
 
 | situation | functions | inside AdamW | inside SGD with momentum |
 |---|---|---|---|
@@ -10,7 +10,7 @@ Byte models, in bytes of gradients g (parameters p, momenta m and v are as large
 | one NaN, skipped | | read g | read g |
 
 An update is one read and one write of the same memory. Nothing else has to move, so the limit of a
-case is `read / read bandwidth + 2 * update / update bandwidth`; what fits a cache may beat it.
+case is `read / read bandwidth + 2 * update / update bandwidth`; data that fits a cache may beat it.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ BLOCK = 2**22 - 3  # random values drawn; tiled, because drawing 1e9 takes longe
 
 @dataclass(frozen=True)
 class Io:
-    """What must move, in bytes: read only, and updated in place (read once and written once)."""
+    """Bytes that must move: read only, and updated in place (read once and written once)."""
 
     read: float
     update: float
     text: str
 
     def seconds(self, read_gb_s: float, update_gb_s: float) -> float:
-        """The least time that this takes; `update_gb_s` counts bytes read and bytes written."""
+        """The minimum time; `update_gb_s` counts bytes read and bytes written."""
         return self.read / (read_gb_s * 1e9) + 2 * self.update / (update_gb_s * 1e9)
 
 
@@ -48,16 +48,16 @@ class Case:
     """One comparison.
 
     Attributes:
-        name: The gradients: a model, or `"5000 x 100"`.
-        shapes: One entry a parameter.
-        contenders: Who is measured, by name; see `contenders.CONTENDERS` and `steps.STEPS`.
-        baseline: Whose time is divided by each contender's.
+        name: Name of the gradients: a model, or `"5000 x 100"`.
+        shapes: One shape per parameter.
+        contenders: Names from `contenders.CONTENDERS` and `steps.STEPS`.
+        baseline: The contender whose time is divided by that of each other one.
         dtype: `"fp32"`, `"bf16"`, `"fp16"`, or `"mixed"`: bf16 matrices and fp32 vectors.
-        situation: What the guard meets.
+        situation: State of the gradients.
         optimizer: `("AdamW" | "SGD", "fused" | "foreach")` for a whole step; None: a function.
-        cold: Caches are emptied before every call. On a GPU that is always so.
-        segments: Clip coefficients that the parameters are spread over.
-        series: The growth curve that this case is a point of: `"tensors"`, `"bytes"`, `"segments"`.
+        cold: Whether caches are emptied before every call. Always the case on a GPU.
+        segments: Number of clip coefficients that the parameters are distributed over.
+        series: Growth curve that this case belongs to: `"tensors"`, `"bytes"`, `"segments"`.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Case:
 
     @property
     def id(self) -> str:
-        """Tells the case from every other one, in tables and when two results are compared."""
+        """A unique id for tables and for comparing results."""
         parts = [f"{self.name} {self.dtype}"]
         if self.optimizer:
             parts.append(" ".join(self.optimizer))
@@ -97,7 +97,7 @@ class Case:
 
     @property
     def changes_grads(self) -> bool:
-        """Whether a measured call may leave other gradients than it found."""
+        """Whether a measured call may change the gradients."""
         return self.situation != "nothing to clip"
 
     @property
@@ -114,16 +114,15 @@ class Case:
 
 
 class Workload:
-    """Parameters with gradients, as a backward pass would leave them: one allocation a tensor.
+    """Parameters with gradients as after a backward pass: one allocation per tensor.
 
-    A parameter of a function case owns no memory (a stretched scalar); one that an optimizer steps
-    does.
+    Parameters own memory only if an optimizer steps them; otherwise they are expanded scalars.
 
     Attributes:
-        parameters: With `.grad` set.
+        parameters: The parameters, with `.grad` set.
         true_norm: The L2 norm of the finite gradients in float64.
         max_norm: Twice the norm, or half of it when clipping.
-        pristine: Copies of the gradients, where a call changes them; else empty.
+        pristine: Copies of the gradients if a call changes them; else empty.
     """
 
     def __init__(self, case: Case, device: torch.device, *, magnitude: float = 1.0) -> None:
@@ -155,12 +154,12 @@ class Workload:
 
     @property
     def segment_ids(self) -> list[int]:
-        """Parameters in equal stretches, one a segment."""
+        """Segment of each parameter, in equal stretches."""
         n, count = len(self.parameters), self.case.segments
         return [i * count // n for i in range(n)]
 
     def twin(self) -> list[torch.nn.Parameter]:
-        """The same parameters and gradients once more, for who keeps gradients elsewhere."""
+        """A copy of parameters and gradients, for contenders that store gradients elsewhere."""
         twins = []
         for p in self.parameters:
             real = self.case.optimizer is not None
@@ -171,14 +170,14 @@ class Workload:
         return twins
 
     def restore(self, parameters: Sequence[Tensor] | None = None) -> None:
-        """Puts the gradients back, in place."""
+        """Restores the gradients in place."""
         if self.pristine:
             chosen = self.parameters if parameters is None else parameters
             torch._foreach_copy_([p.grad for p in chosen if p.grad is not None], self.pristine)
 
 
 def bytes_needed(case: Case) -> int:
-    """Memory that the workload of a case takes, twins of flat contenders included."""
+    """Memory in bytes that the workload of a case takes, including twins of flat contenders."""
     copies = 1 + case.changes_grads + sum("flat" in name for name in case.contenders)
     if case.optimizer:
         copies += 1 + UPDATED[case.optimizer[0]]
@@ -211,7 +210,7 @@ def _parameter(
 
 
 def _tile(flat: Tensor, block: Tensor, at: int) -> int:
-    """Fills a vector from a block that repeats, beginning at `at`; returns where it stopped."""
+    """Fills a vector by repeating a block from offset `at`; returns the final offset."""
     done = 0
     while done < flat.numel():
         n = min(flat.numel() - done, block.numel() - at)

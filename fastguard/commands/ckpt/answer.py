@@ -1,4 +1,4 @@
-"""What `fastguard ckpt` answers: lines as they come, or with `--json` one object at the end."""
+"""Output of `fastguard ckpt`: lines as they come, or with `--json` one object at the end."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from fastguard.records.strict_json import dumps, strict
 
 
 class Answer:
-    """Takes what was found, in order.
+    """Collects results in order.
 
     Args:
-        as_json: Keep it for `end` instead of printing it.
+        as_json: Keep the results for `end` instead of printing them.
     """
 
     def __init__(self, as_json: bool) -> None:
@@ -21,14 +21,14 @@ class Answer:
         self._found: list[dict[str, Any]] = []
 
     def say(self, line: str, **facts: Any) -> None:
-        """A line about one file, and the same as facts."""
+        """Adds a line about one file, and its facts for JSON."""
         if facts:
             self._found.append(facts)
         if not self.as_json:
             say(line)
 
     def note(self, text: str, indent: str = "") -> None:
-        """What else is to be said about the file before."""
+        """Adds a remark about the preceding file."""
         if self.as_json:
             self._found[-1].setdefault("notes", []).append(text)
         else:
@@ -37,13 +37,13 @@ class Answer:
     def table(
         self, heads: Sequence[str], rows: Sequence[Sequence[str]], facts: Sequence[dict[str, Any]]
     ) -> None:
-        """Rows of text, and the same as facts."""
+        """Adds rows of text, and their facts for JSON."""
         self._found += facts
         if not self.as_json:
             print_table(heads, rows)
 
     def end(self, status: int) -> int:
-        """Prints the JSON object, if it was asked for; the exit status."""
+        """Prints the JSON object if requested; returns the exit status."""
         if self.as_json:
             print(dumps({"ok": status == 0, "checkpoints": strict(self._found)}, indent=2))
         return status

@@ -1,12 +1,12 @@
-"""Which checkpoints are good, and going back to one.
+"""Verifies checkpoints and rolls back to a good one.
 
-  fastguard ckpt list PATH...      what is there: step, epoch, metric, verdict
+  fastguard ckpt list PATH...      list checkpoints: step, epoch, metric, verdict
   fastguard ckpt verify PATH...    read everything: checksums, and NaN or Inf by tensor
-  fastguard ckpt rollback PATH     make the last good one the one to resume from
+  fastguard ckpt rollback PATH     resume from the last good checkpoint
 
 PATH is the directory of a CheckpointStore, a .pt, .pth, .ckpt, .bin or .safetensors file, or a
-folder of such files; verify goes through its subfolders too. Nothing in a file is executed. What a
-rollback replaces is kept beside it.
+folder of such files; verify includes subfolders. Files are never unpickled. A rollback keeps what
+it replaces beside it.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from fastguard.errors import Culprit, describe_culprits
 
 FINE, FOUND_BAD = 0, 1
 SHOWN = 3
-INDENT = " " * 7  # below the path in a line of verify
+INDENT = " " * 7  # aligns with the path in verify's lines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(
         dest="action", metavar="list|verify|rollback", parser_class=Parser
     )
-    listing = actions.add_parser("list", help="what is there")
+    listing = actions.add_parser("list", help="list checkpoints")
     verify = actions.add_parser("verify", help="read everything; exit status 1 if anything is bad")
     rollback = actions.add_parser("rollback", help="go back to the last good checkpoint")
     for action in (listing, verify):
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
             return answer.end(max(_list(path, answer) for path in paths))
         return answer.end(max(_verify(path, args.ignore, answer) for path in paths))
     except StoreLocked as error:
-        who, _, _ = str(error).rpartition(";")  # what to do is said to programs there
+        who, _, _ = str(error).rpartition(";")  # the rest is advice for programs
         raise UsageError(f"{who}; end that run first; list and verify work meanwhile") from None
     except CheckpointError as error:
         say(f"fastguard ckpt: {error}", file=sys.stderr)
@@ -109,7 +109,7 @@ def _list(path: Path, answer: Answer) -> int:
 
 
 def _files_in(folder: Path) -> Sequence[Path]:
-    """The files to list for a folder, an index, or a file, which stands for itself."""
+    """The files to list for a folder, an index, or a single file."""
     if not folder.is_dir():
         return check_index(folder).files if is_index(folder) else [folder]
     found = finding.checkpoint_files(folder)
@@ -160,7 +160,7 @@ def _list_store(path: Path, answer: Answer) -> None:
 
 
 def _list_files(paths: Sequence[Path], answer: Answer) -> int:
-    """The files that cannot be read have their row, and a line that says why."""
+    """Lists files; an unreadable file gets a row and a line with the reason."""
     rows, facts, unreadable = [], [], []
     for path in paths:
         found = foreign.describe(path)
@@ -206,7 +206,7 @@ def _list_files(paths: Sequence[Path], answer: Answer) -> int:
 def _time(seconds: float) -> str:
     try:
         return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}"
-    except (ValueError, OverflowError, OSError):  # a file system may give it any
+    except (ValueError, OverflowError, OSError):  # file systems may report any time
         return "-"
 
 
@@ -237,7 +237,7 @@ def _verify(path: Path, ignore: Sequence[str], answer: Answer) -> int:
 
 
 def _verify_folder(folder: Path, ignore: Sequence[str], answer: Answer) -> int:
-    """Everything below the folder; what cannot be read is a row of its own."""
+    """Verifies everything below the folder; an unreadable file gets its own row."""
     status = None
     for found in finding.walk(folder):
         if found.kind == "other":
@@ -261,7 +261,7 @@ def _verify_found(found: finding.Found, ignore: Sequence[str], answer: Answer) -
         return _verify_index(found.path, ignore, answer, with_files=False)
     if found.kind == "incomplete":
         return _report(answer, found.path, found.why, (), 0)
-    if found.kind == "shards":  # nothing is known of them, so not everything is fine
+    if found.kind == "shards":  # unverified, so the status is not 0
         if not finding.is_of_a_store(found.path) and (lacking := missing_shards(found.path)):
             return _report(answer, found.path, lacking, (), 0)
         why = finding.how_to_read_shards(found.path)
@@ -324,14 +324,14 @@ def _verify_file(path: Path, ignore: Sequence[str], answer: Answer) -> int:
         more = f" and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""
         answer.note(
             f"torch.load(weights_only=True) refuses it: {', '.join(refused[:SHOWN])}"
-            f"{more}; load it otherwise only if you trust who wrote it",
+            f"{more}; load it without weights_only only if you trust its author",
             INDENT,
         )
     return status
 
 
 def _verify_index(path: Path, ignore: Sequence[str], answer: Answer, *, with_files: bool) -> int:
-    """An index, and where nothing else leads to them the files that it names."""
+    """Verifies an index and, with `with_files`, the files that it names."""
     try:
         found = check_index(path)
     except (CheckpointError, OSError) as error:
@@ -358,17 +358,17 @@ def _report(
     n_ignored: int = 0,
     n_unread: int = 0,
 ) -> int:
-    """Answers what one file is; the exit status.
+    """Reports the result for one file; returns the exit status.
 
     Args:
-        answer: Takes it.
+        answer: Receives the report.
         path: The file.
-        problem: Why it is no whole checkpoint, if it is not.
-        bad: The tensors that are not finite, and should be.
-        n_tensors: All that were read.
-        n_meant: How many are infinite by design.
-        n_ignored: How many are not finite, and excused by `--ignore`.
-        n_unread: How many others there are.
+        problem: Why it is not a complete checkpoint, or None.
+        bad: The tensors that are unexpectedly non-finite.
+        n_tensors: Number of tensors read.
+        n_meant: Number of tensors that are infinite by design.
+        n_ignored: Number of non-finite tensors excluded by `--ignore`.
+        n_unread: Number of tensors not read.
     """
     facts = {
         "path": str(path),

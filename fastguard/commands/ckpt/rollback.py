@@ -1,4 +1,4 @@
-"""`fastguard ckpt rollback`: which checkpoint is gone back to, and what is said about it."""
+"""`fastguard ckpt rollback`: chooses the checkpoint to go back to and reports the result."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FINE, FOUND_BAD = 0, 1
 
 
 def run(path: Path, to: str | None, ignore: Sequence[str], answer: Answer) -> int:
-    """Makes an earlier checkpoint the one to resume from; answers which. The exit status."""
+    """Makes an earlier checkpoint the one to resume from; returns the exit status."""
     if path.is_dir() and is_store(path):
         return _rollback_store(path, to, answer)
     if path.is_file() and is_store(path.parent) and is_checkpoint(path):
@@ -61,13 +61,13 @@ def run(path: Path, to: str | None, ignore: Sequence[str], answer: Answer) -> in
         step=after.step,
         passed_over=passed_over,
     )
-    answer.say(f"what it was is kept in {backup}")
+    answer.say(f"the replaced file is kept in {backup}")
     if to is None and after.epoch is None and after.step is None:
-        answer.note("it names no epoch and no step; it was chosen by its time of modification")
+        answer.note("it names no epoch or step; it was chosen by modification time")
     if was_good:
-        answer.note(f"that was whole and finite itself; to undo: --to {backup}")
+        answer.note(f"the replaced file was complete and finite too; to undo: --to {backup}")
     if not after.resumable:
-        answer.note("it holds no optimizer state, so the optimizer will start afresh")
+        answer.note("it holds no optimizer state, so the optimizer starts from scratch")
     return FINE
 
 
@@ -76,14 +76,14 @@ def _rollback_store(path: Path, to: str | None, answer: Answer) -> int:
     if to is not None:
         if not to.isdecimal() and to not in ("last", "last-clean", "best"):
             raise UsageError(
-                f"--to {to!r} is no checkpoint of a store; use a step, best, last-clean"
+                f"--to {to!r} is not a checkpoint of a store; use a step, best, last-clean"
             )
         which = int(to) if to.isdecimal() else to  # type: ignore[assignment]
     with CheckpointStore(path) as store:
         before = store.list()
         with _said_once():
             target = store.rollback(which)
-        aside = {entry.serial: entry for entry in store.replaced()}  # as they were found to be
+        aside = {entry.serial: entry for entry in store.replaced()}  # with their verdicts
         for entry in before:
             if entry.serial in aside:
                 answer.say(f"put aside {aside[entry.serial]}")
@@ -100,7 +100,7 @@ def _rollback_store(path: Path, to: str | None, answer: Answer) -> int:
 
 @contextlib.contextmanager
 def _said_once() -> Iterator[None]:
-    """Leaves out the log's line about the rollback, which the command prints itself."""
+    """Hides the log line about the rollback, which the command prints itself."""
 
     def other(record: logging.LogRecord) -> bool:
         return not record.msg.startswith(f"{PREFIX}rolled back to")
@@ -114,13 +114,13 @@ def _said_once() -> Iterator[None]:
 
 def _refuse_index(path: Path) -> None:
     if is_index(path):
-        raise UsageError(f"{path} says where tensors are and holds none; name one of the files")
+        raise UsageError(f"{path} is an index without tensors; pass one of the files")
 
 
 def _named(source: Path, target: Path) -> Path:
     _refuse_index(source)
     if source.is_dir():
-        raise UsageError(f"--to {source} is a folder; name a file in it")
+        raise UsageError(f"--to {source} is a folder; pass a file in it")
     beside = target.parent / source
     if not source.exists() and beside.is_file():
         raise UsageError(
@@ -142,9 +142,9 @@ def _resumed_from(folder: Path) -> Path:
         raise UsageError(f"{folder} {finding.where_else(folder)}")
     newest = max(found, key=lambda path: foreign.describe(path).modified)
     raise UsageError(
-        f"{folder} is no store and has no last.pt or last.ckpt; name the file that training "
-        f"resumes from, for instance: fastguard ckpt rollback {newest} (--to FILE chooses what it "
-        "becomes a copy of)"
+        f"{folder} is not a store and has no last.pt or last.ckpt; pass the file that training "
+        f"resumes from, for instance: fastguard ckpt rollback {newest} (--to FILE chooses the "
+        "file to copy)"
     )
 
 

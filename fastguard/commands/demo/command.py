@@ -1,12 +1,12 @@
 """Trains a small GPT on Python's own source three times through the same faults.
 
 Bare PyTorch, PyTorch with clip_grad_norm_, and fastguard start from the same weights and see the
-same batches. Prints what became of each run, and writes a picture (demo.png) and the records of
-the guarded run (records.jsonl). Exit status 1 if the guarded run did not stay finite.
+same batches. Prints the outcome of each run, and writes a picture (demo.png) and the records of the
+guarded run (records.jsonl). Exit status 1 if the guarded run did not stay finite.
 
-With --incident it plays one of the runs that went wrong, as it was and guarded, and writes the
-guarded run's records (records.jsonl), picture (incident.png) and report (records.html). Exit status
-1 if the run as it was came through, or the guarded one did not.
+With --incident it replays a failed run, unguarded and guarded, and writes the guarded run's records
+(records.jsonl), picture (incident.png) and report (records.html). Exit status 1 if the unguarded
+run survived or the guarded run did not.
 """
 
 from __future__ import annotations
@@ -29,13 +29,16 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `fastguard demo`."""
+    """Adds the arguments of `fastguard demo`."""
     steps = integer(FEWEST_STEPS, 1_000_000, why="the faults need room")
     parser.add_argument(
         "--steps", type=steps, default=Settings().steps, help="steps of each run (%(default)s)"
     )
     parser.add_argument(
-        "--seed", type=integer(0, 2**63 - 1), default=0, help="of weights and batches (%(default)s)"
+        "--seed",
+        type=integer(0, 2**63 - 1),
+        default=0,
+        help="seed of weights and batches (%(default)s)",
     )
     parser.add_argument(
         "--out", metavar="DIR", default="fastguard-demo", help="folder to write to (%(default)s)"
@@ -44,19 +47,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--incident",
         choices=[incident.letter for incident in INCIDENTS],
         type=str.upper,
-        help="play a run that went wrong instead: "
+        help="replay a failed run instead: "
         + "; ".join(f"{incident.letter}: {incident.title}" for incident in INCIDENTS),
     )
     parser.add_argument(
         "--fsdp", action="store_true", help=f"train on several processes, sharded: {COMMAND}"
     )
     parser.add_argument(
-        "--no-faults", action="store_true", help="inject nothing: all three runs should agree"
+        "--no-faults", action="store_true", help="inject no faults: all three runs should agree"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains, shows and writes."""
+    """Trains, prints the results and writes the files."""
     need("rich", "matplotlib", extra="cli")
     folder = output_folder(args.out)
     if args.incident is not None:
@@ -96,7 +99,7 @@ def _play(settings: Settings, faults: Sequence[Fault], folder: Path, shards: Sha
 def train_all(
     settings: Settings, faults: Sequence[Fault], console: Console, shards: Shards
 ) -> list[Run]:
-    """The three runs, with live progress."""
+    """Trains the three runs with live progress."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from fastguard.commands.demo.text import load_text

@@ -1,4 +1,4 @@
-"""The faults of the demo: what bad batches, bad kernels and bad memory do to a step."""
+"""The faults that the demo injects: bad batches, bad kernels and bad memory."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from fastguard.ranks.dtensors import local_parts
 
-FEWEST_STEPS = 20  # with fewer, the faults below run into each other
+FEWEST_STEPS = 20  # with fewer steps, the faults below overlap
 EARLY, LATE = "blocks.0.qkv.weight", "head.weight"
 SPIKE = 1e4
 
 
 class Kind(Enum):
-    """What goes wrong; the value is how people call it."""
+    """Kinds of faults; the values are their labels."""
 
     SPIKE = "gradient × 10,000"
     INF_GRAD = "Inf in early layer"
@@ -27,12 +27,12 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing that goes wrong.
+    """One injected fault.
 
     Attributes:
-        step: When, counted from 1.
-        kind: What.
-        in_burst: Whether it is one of several in a row.
+        step: Step at which it occurs, from 1.
+        kind: Kind of fault.
+        in_burst: Whether it is one of several consecutive faults.
     """
 
     step: int
@@ -40,12 +40,12 @@ class Fault:
     in_burst: bool = False
 
     def spoil_loss(self, loss: Tensor) -> Tensor:
-        """The loss to go backward from."""
+        """Returns the loss to run the backward pass from."""
         return loss * math.nan if self.kind is Kind.NAN_LOSS else loss
 
     @torch.no_grad()
     def spoil_gradients(self, model: nn.Module, strikes_here: bool = True) -> None:
-        """Changes the gradients in place: one element, where it strikes, or all of them."""
+        """Changes gradients in place: one element where the fault strikes, or all of them."""
         if self.kind is Kind.SPIKE:
             for p in model.parameters():
                 assert p.grad is not None
@@ -59,10 +59,10 @@ class Fault:
 
 
 def plan(steps: int) -> tuple[Fault, ...]:
-    """The faults of a run of `steps` steps.
+    """Plans the faults of a run of `steps` steps.
 
-    The spike comes first because it is the only one that bare PyTorch lives through; the burst
-    comes last, when a run has most to lose.
+    The spike comes first because it is the only fault that bare PyTorch survives; the burst comes
+    last, when a run has the most to lose.
     """
     burst = (Kind.INF_GRAD, Kind.NAN_GRAD, Kind.SPIKE, Kind.NAN_LOSS)
     return (
@@ -75,7 +75,7 @@ def plan(steps: int) -> tuple[Fault, ...]:
 
 
 def _gradient(model: nn.Module, name: str) -> Tensor:
-    """The gradient of a parameter by name, flat; of shards, what this process has."""
+    """The flat gradient of a named parameter; for sharded parameters, the local shard."""
     gradient = model.get_parameter(name).grad
     assert gradient is not None
     return local_parts([gradient])[0].view(-1)

@@ -1,4 +1,4 @@
-"""A GPT, over bytes by default: pre-norm blocks, learned positions, nothing unusual."""
+"""A standard GPT, over bytes by default: pre-norm blocks and learned positions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ BYTES = 256
 
 
 class Block(nn.Module):
-    """Causal attention and an MLP, each behind a layer norm and added to the stream."""
+    """Causal attention and an MLP, each pre-normalized and added to the residual stream."""
 
     def __init__(self, width: int, heads: int, *, bias: bool) -> None:
         super().__init__()
@@ -31,9 +31,9 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Logits of the next token, `(batch, time, vocabulary)`, for tokens `(batch, time)`.
+    """Computes next-token logits `(batch, time, vocabulary)` from tokens `(batch, time)`.
 
-    GPT-2 has a `bias` in its linear layers, and a head `tied` to the embedding.
+    Set `bias` and `tied` (head tied to the embedding) for GPT-2.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class GPT(nn.Module):
         if tied:
             self.head.weight = self.token.weight
         for name, p in self.named_parameters():
-            if p.dim() == 2:  # as GPT-2: what adds to the stream starts smaller
+            if p.dim() == 2:  # as GPT-2: residual projections start smaller
                 adds = name.endswith(("project.weight", "down.weight"))
                 nn.init.normal_(p, std=0.02 / (2 * layers) ** 0.5 if adds else 0.02)
 
@@ -65,5 +65,5 @@ class GPT(nn.Module):
         return self.head(self.norm(self.blocks(x)))
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats a token, `()`."""
+        """Mean cross-entropy in nats per token, `()`."""
         return F.cross_entropy(self(inputs).flatten(0, 1), targets.flatten())

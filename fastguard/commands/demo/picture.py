@@ -1,4 +1,4 @@
-"""The picture of the demo: training loss above, gradient norm below, the faults through both."""
+"""The picture of the demo: training loss on top, gradient norm below, faults marked in both."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from fastguard.commands.files import written
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's palette keeps its contrasts for every kind of colour vision.
+# Okabe and Ito's palette is safe for color blindness.
 COLORS = {Bare.name: "#D55E00", Clipped.name: "#0072B2", Guarded.name: "#009E73"}
-# Where two runs agree, the guarded one shows on both sides of the other.
+# Where two runs agree, the wider guarded line stays visible on both sides.
 WIDTHS = {Bare.name: 1.6, Clipped.name: 1.6, Guarded.name: 3.0}
 INK, FAINT, GRID = "#333333", "#BBBBBB", "#EEEEEE"
 SMOOTH = 10  # steps in the moving average of the loss
-CEILING = 3e5  # where the norm panel shows what is no number
+CEILING = 3e5  # height of NaN and Inf in the norm panel
 
 
 def draw(runs: Sequence[Run], faults: Sequence[Fault], max_norm: float, path: Path) -> None:
     """Draws the runs into a PNG file.
 
     Args:
-        runs: All of the same length.
-        faults: What was injected.
+        runs: Runs of equal length.
+        faults: The injected faults.
         max_norm: The limit, drawn as a line.
-        path: Where to write; replaced only by a complete picture.
+        path: Output file; replaced only by a complete picture.
     """
-    from matplotlib.figure import Figure  # not pyplot: no window, no global state
+    from matplotlib.figure import Figure  # avoids pyplot's windows and global state
 
     figure = Figure(figsize=(10, 6.2), dpi=130, layout="constrained", facecolor="white")
     figure.get_layout_engine().set(h_pad=0.08)  # type: ignore[union-attr]
@@ -71,7 +71,7 @@ def _plain(axes: Axes) -> None:
 
 
 def _groups(faults: Sequence[Fault]) -> list[tuple[int, int, str]]:
-    """`(first step, last step, label)` of each fault; the burst is one."""
+    """`(first step, last step, label)` of each fault; a burst is one entry."""
     groups = [(f.step, f.step, f.kind.value) for f in faults if not f.in_burst]
     burst = [f.step for f in faults if f.in_burst]
     return groups + ([(burst[0], burst[-1], f"{len(burst)} faults in a row")] if burst else [])
@@ -109,15 +109,15 @@ def _draw_losses(axes: Axes, runs: Sequence[Run]) -> None:
             text = f"{run.name}: weights are NaN"
             beside = (12, 10) if run.name == Clipped.name else (12, -4)
             _annotate(axes, text, (steps[-1], smooth[-1]), beside, "left", color)
-    # The first twentieth of the run falls from chance level and would squeeze the rest.
+    # The first steps fall from chance level and would squeeze the rest of the plot.
     shown = [v for run in runs for v in _finite(run.losses)[1][len(run.losses) // 14 :]]
     if shown:
         axes.set_ylim(min(shown) - 0.15, max(shown) + 0.15)
-    axes.set_ylabel("training loss, nats a byte", fontsize=9, color=INK)
+    axes.set_ylabel("training loss, nats per byte", fontsize=9, color=INK)
 
 
 def _draw_norms(axes: Axes, runs: Sequence[Run], max_norm: float) -> None:
-    """Norms on a log scale; what is NaN or Inf lies on a line of its own above."""
+    """Draws norms on a log scale, with NaN and Inf on a separate line above."""
     for run in reversed(runs):
         color = COLORS[run.name]
         skipped = [record for record in run.records if record.action == "skipped"]
@@ -178,7 +178,7 @@ def _annotate(
     align: Literal["left", "right"],
     color: str,
 ) -> None:
-    """A bold label beside a point, readable on top of curves."""
+    """Draws a bold label beside a point, readable on top of curves."""
     from matplotlib.patheffects import withStroke
 
     axes.annotate(

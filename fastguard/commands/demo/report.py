@@ -1,4 +1,4 @@
-"""What the demo says at the end: two tables, a sentence for each run, and the records as JSON."""
+"""The demo's final output: two tables, one sentence per run, and the records as JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def runs_table(runs: Sequence[Run]) -> Table:
-    """One row a run."""
+    """A table with one row per run."""
     table = _table("run", "validation loss", "applied", "skipped", "weights")
     for run in runs:
         alive = run.destroyed_at is None
@@ -35,7 +35,7 @@ def runs_table(runs: Sequence[Run]) -> Table:
 
 
 def incidents_table(guarded: Run, faults: Sequence[Fault]) -> Table:
-    """One row for each fault, and for each step that fastguard did not simply apply."""
+    """A table with one row per fault and per step that fastguard did not simply apply."""
     table = _table("step", "injected", "action", "reason", "where")
     injected = {fault.step: fault for fault in faults}
     recorded = {record.step: record for record in guarded.records if record.is_incident}
@@ -52,7 +52,7 @@ def incidents_table(guarded: Run, faults: Sequence[Fault]) -> Table:
 
 
 def where(record: StepRecord) -> str:
-    """Where an incident is: the parameter, the loss, or the norm and its threshold."""
+    """The location of an incident: the parameter, the loss, or the norm and its threshold."""
     places = [f"{name} {v}" for name, v in record.losses.items() if not math.isfinite(v)]
     if places and record.n_culprits:
         places.append(f"and {record.n_culprits} gradients")
@@ -66,7 +66,7 @@ def where(record: StepRecord) -> str:
 
 
 def sentences(runs: Sequence[Run], faults: Sequence[Fault]) -> list[str]:
-    """What happened, one sentence a run."""
+    """Describes what happened, in one sentence per run."""
     by_name = {run.name: run for run in runs}
     bare, clipped, guarded = (by_name[way.name] for way in (Bare, Clipped, Guarded))
     if not faults:
@@ -86,7 +86,7 @@ def sentences(runs: Sequence[Run], faults: Sequence[Fault]) -> list[str]:
 
 
 def write_records(records: Iterable[StepRecord], path: Path) -> None:
-    """One record a line, as `StepRecord.as_dict` has it."""
+    """Writes one record per line, as returned by `StepRecord.as_dict`."""
     with written(path) as temporary:
         temporary.write_text("".join(f"{dumps(r.as_dict())}\n" for r in records), "utf-8")
 
@@ -104,7 +104,7 @@ def _followed(clipped: Run, guarded: Run) -> str:
 
 
 def _around(losses: Sequence[float], step: int) -> tuple[float, float]:
-    """The mean of the five losses up to a step, and the largest of the twenty after it."""
+    """The mean of the five losses up to a step, and the maximum of the twenty after it."""
     before = [v for v in losses[max(0, step - 5) : step] if math.isfinite(v)]
     after = [v for v in losses[step : step + 20] if math.isfinite(v)]
     return sum(before) / max(1, len(before)), max(after, default=math.nan)

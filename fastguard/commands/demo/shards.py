@@ -1,8 +1,8 @@
-"""The demo over several processes: `torchrun --nproc-per-node 2 -m fastguard demo --fsdp`.
+"""The demo on several processes: `torchrun --nproc-per-node 2 -m fastguard demo --fsdp`.
 
-Each holds a shard of every parameter (FSDP2, gloo, on the CPU) and learns from its part of each
-batch. NaN and Inf strike the last process alone; the others learn of it in the one collective of
-the guarded step.
+Each process holds a shard of every parameter (FSDP2, gloo, on the CPU) and trains on its part of
+each batch. NaN and Inf strike only the last process; the others learn about it in the one
+collective of the guarded step.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COMMAND = "torchrun --nproc-per-node 2 -m fastguard demo --fsdp"
 
 @dataclass(frozen=True, slots=True)
 class Shards:
-    """This process among those that train together; by itself, it holds everything."""
+    """This process's place among the training processes; a single process holds everything."""
 
     rank: int = 0
     size: int = 1
@@ -36,11 +36,11 @@ class Shards:
 
     @property
     def is_struck(self) -> bool:
-        """Whether faults strike here."""
+        """Whether faults strike this process."""
         return self.rank == self.size - 1
 
     def shard_(self, model: nn.Module) -> None:
-        """Leaves each process a part of every parameter."""
+        """Shards every parameter over the processes, in place."""
         if self.size == 1:
             return
         from torch.distributed.fsdp import fully_shard
@@ -50,12 +50,12 @@ class Shards:
         fully_shard(model)
 
     def part(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """What this process learns from."""
+        """The part of a batch that this process trains on."""
         inputs, targets = (t.chunk(self.size)[self.rank] for t in batch)
         return inputs, targets
 
     def mean(self, loss: Tensor) -> float:
-        """The loss of the whole batch."""
+        """The loss averaged over the whole batch."""
         total = loss.detach().double()
         if self.size > 1:
             dist.all_reduce(total)
@@ -63,7 +63,7 @@ class Shards:
 
     @torch.no_grad()
     def all_finite(self, model: nn.Module) -> bool:
-        """Whether every weight of the model is finite, here and elsewhere."""
+        """Whether every weight of the model is finite, on all processes."""
         bad = torch.zeros(())
         for weight in local_parts(list(model.parameters())):
             bad += not weight.isfinite().all()
@@ -73,16 +73,16 @@ class Shards:
 
 
 def number(norm: Tensor) -> float:
-    """A norm as torch gives it: of shards, a sum that may not be summed up yet."""
+    """Converts a norm to float; for sharded parameters, sums up partial results first."""
     return (norm.full_tensor() if is_dtensor(norm) else norm).item()
 
 
 @contextmanager
 def processes(sharded: bool, batch_size: int) -> Iterator[Shards]:
-    """The processes that `torchrun` has started, or this one alone.
+    """Yields the processes that `torchrun` started, or this single one.
 
     Raises:
-        UsageError: Nobody has started several, or they cannot share a batch.
+        UsageError: Not started by `torchrun`, or the processes cannot share a batch evenly.
     """
     if not sharded:
         yield Shards()

@@ -1,4 +1,4 @@
-"""Real text that every machine has: the source of Python's standard library, byte by byte."""
+"""Text available on every machine: the source of Python's standard library, as bytes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 from fastguard.commands.usage import UsageError
 
 CAP = 1_500_000
-"""Bytes read; more than a run of a minute can see."""
+"""Maximum number of bytes read; more than a one-minute run uses."""
 FEWEST = 10_000
-"""Bytes to train on, and bytes held out, below which there is no demo."""
+"""Minimum number of training bytes, and of held-out bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Bytes to train on and bytes held out.
+    """Training bytes and held-out bytes.
 
     Attributes:
         training: int64 `(n,)`, values 0 to 255.
@@ -31,7 +31,7 @@ class Text:
     validation: Tensor
 
     def batches(self, size: int, context: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Endless random `(inputs, targets)`, int64 `(size, context)` each; the same per seed."""
+        """Yields random `(inputs, targets)`, int64 `(size, context)` each, forever; seeded."""
         generator = torch.Generator().manual_seed(seed)
         window = torch.arange(context + 1)
         while True:
@@ -47,16 +47,16 @@ class Text:
 
 
 def load_text(folder: Path | None = None, cap: int = CAP) -> Text:
-    """The public top-level modules of the standard library in alphabetical order.
+    """Loads the public top-level modules of the standard library in alphabetical order.
 
-    Private ones are left out: some are generated when Python is built, so they differ by machine.
+    Private modules are left out: some are generated when Python is built and differ by machine.
 
     Args:
-        folder: Where the `.py` files are; None: the standard library of this Python.
+        folder: Folder with `.py` files. Default: the standard library of this Python.
         cap: Stop after this many bytes.
 
     Raises:
-        UsageError: There is too little source here (some Pythons ship compiled files only).
+        UsageError: There is too little source (some Pythons ship only compiled files).
     """
     folder = folder or Path(sysconfig.get_path("stdlib"))
     parts: dict[bool, list[bytes]] = {False: [], True: []}

@@ -1,4 +1,4 @@
-"""The three ways to take a step, and the loop that they share."""
+"""The three ways to take a step, and their shared training loop."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastguard.commands.demo.text import Text
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the three runs share; the defaults take about 14 s a run on one core."""
+    """Settings shared by the three runs; the defaults take about 14 s per run on one core."""
 
     steps: int = 400
     seed: int = 0
@@ -34,12 +34,12 @@ class Settings:
 
     @property
     def spike_rule(self) -> SpikeRule:
-        """Six sigma of the last 128 norms; short runs have to judge after fewer values."""
+        """Six sigma over the last 128 norms; short runs use a shorter warm-up."""
         return SpikeRule(window=128, sigma=6.0, warmup=max(2, min(64, self.steps // 5)))
 
 
 class Bare:
-    """PyTorch as it is."""
+    """Unmodified PyTorch."""
 
     name = "bare PyTorch"
 
@@ -52,7 +52,7 @@ class Bare:
         self.records: list[StepRecord] = []
 
     def step(self, loss: Tensor, batch: int) -> float:
-        """Takes one step; the gradient norm before it."""
+        """Takes one step; returns the gradient norm before it."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = number(torch.nn.utils.get_total_norm(gradients))  # for the picture
         self.optimizer.step()
@@ -60,7 +60,7 @@ class Bare:
 
 
 class Clipped(Bare):
-    """PyTorch with the usual line."""
+    """PyTorch with `clip_grad_norm_`."""
 
     name = "clip_grad_norm_"
 
@@ -71,7 +71,7 @@ class Clipped(Bare):
 
 
 class Guarded(Bare):
-    """The same optimizer, guarded."""
+    """The same optimizer, wrapped by fastguard."""
 
     name = "fastguard"
 
@@ -95,15 +95,15 @@ WAYS = (Bare, Clipped, Guarded)
 
 @dataclass(slots=True)
 class Run:
-    """What one run left behind.
+    """The results of one run.
 
     Attributes:
-        name: The way it stepped.
-        losses: Training loss of each step, in nats a byte.
-        norms: Gradient norm of each step; of the guarded run, of the finite elements.
+        name: Name of the way to step.
+        losses: Training loss of each step, in nats per byte.
+        norms: Gradient norm of each step; in the guarded run, over the finite elements.
         validation: Loss on held-out text after the last step.
-        destroyed_at: The step that made a weight NaN or Inf, if one did.
-        records: One for each step of the guarded run; empty for the others.
+        destroyed_at: The step that made a weight NaN or Inf, or None.
+        records: One record per step of the guarded run; empty for the others.
     """
 
     name: str
@@ -130,18 +130,18 @@ def train(
     on_step: Callable[[Run], None] = lambda run: None,
     shards: Shards = Shards(),  # noqa: B008  (frozen)
 ) -> Run:
-    """Trains a fresh model; the same weights, batches and faults for each way.
+    """Trains a fresh model, with the same weights, batches and faults for each way.
 
     Args:
         way: How to step.
         settings: Sizes, steps, seed.
-        text: What to learn.
-        faults: What goes wrong.
+        text: Training and validation text.
+        faults: Faults to inject.
         on_step: Called after each step with the run so far.
         shards: The processes that train together.
 
     Returns:
-        The run; bitwise the same for the same arguments, and on all processes.
+        The run; bitwise reproducible, and identical on all processes.
     """
     torch.manual_seed(settings.seed)
     model = GPT(settings.width, settings.layers, settings.heads, settings.context)
@@ -181,9 +181,9 @@ def train(
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One thread for torch: a model this small gains a quarter from a second one on an idle
-    machine, loses a factor of ten to it on a busy one, and computes the same bits on any number of
-    cores without it."""
+    """Limits torch to one thread. A second thread makes a model this small a quarter faster on an
+    idle machine but ten times slower on a busy one, and one thread gives the same bits on any
+    number of cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,10 +1,10 @@
-"""What is wrong with this training setup? One run of checks, the most important finding first.
+"""Checks a training setup in one run and prints the most important finding first.
 
   fastguard diagnose train:make
 
 calls make() in train.py, which returns a dict: model, batch (inputs, targets), loss_fn (called as
-loss_fn(model(inputs), targets)), and optionally optimizer, data (further batches), step (in place
-of loss_fn: step(model, batch) returns the loss). Nothing is trained: the model stays as it was.
+loss_fn(model(inputs), targets)), and optionally optimizer, data (further batches), step (replaces
+loss_fn: step(model, batch) returns the loss). Nothing is trained: the model is left unchanged.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ _NEVER = "never"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `fastguard diagnose`."""
-    parser.add_argument("setup", metavar="MODULE:FACTORY", help="what makes the model and a batch")
+    """Adds the arguments of `fastguard diagnose`."""
+    parser.add_argument(
+        "setup", metavar="MODULE:FACTORY", help="function that returns the model and a batch"
+    )
     parser.add_argument(
         "--checkpoint",
         type=Path,
@@ -41,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("bfloat16", "float16"),
         help="run the step under torch.autocast with this dtype",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    parser.add_argument("--json", action="store_true", help="print only JSON")
     parser.add_argument(
         "--fail-on",
         choices=("error", "warning", _NEVER),
@@ -51,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Makes the setup, diagnoses it, prints what was found."""
-    # What the user's code prints must not get into the JSON.
+    """Calls the factory, runs the diagnosis and prints the findings."""
+    # Output of the user's code must not end up in the JSON.
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         diagnosis = _diagnosed(args)
     if args.json:

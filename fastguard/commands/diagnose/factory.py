@@ -1,4 +1,4 @@
-"""`module:factory` of the command line: imports the user's module and calls its factory."""
+"""Resolves `module:factory`: imports the user's module and calls its factory."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ OPTIONAL = ("loss_fn", "optimizer", "data", "step")
 
 
 def setup_of(spec: str) -> dict[str, Any]:
-    """What `factory()` of `module:factory` returns, looked up from the present folder first.
+    """Returns the dict of `factory()`; modules in the current folder take precedence.
 
     Raises:
-        UsageError: There is no such module or factory, it raises, or it returns something else than
-            a dict with these keys.
+        UsageError: The module or factory does not exist, it raises, or it does not return a dict
+            with the expected keys.
     """
     module_name, colon, path = spec.partition(":")
     if not (module_name and colon and path):
@@ -87,7 +87,7 @@ def _checked(setup: Any, spec: str) -> dict[str, Any]:
 
 
 def _told(error: BaseException) -> str:
-    """The error in one line, with the user's line that raised it."""
+    """The error in one line, with the line of the user's code that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if not f.filename.startswith("<") and f.filename != __file__]
     where = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""

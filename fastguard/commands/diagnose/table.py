@@ -1,4 +1,4 @@
-"""A diagnosis on the terminal."""
+"""Prints a diagnosis on the terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _COLORS = {"error": "bold red", "warning": "yellow", "note": "cyan", "ok": "gree
 
 
 def show(diagnosis: Diagnosis) -> None:
-    """Prints it: a table on a terminal with rich, plain lines in a pipe."""
+    """Prints a diagnosis: a table on a terminal with rich, otherwise plain lines."""
     if sys.stdout.isatty() and importlib.util.find_spec("rich") is not None:
         from rich.console import Console
 
@@ -22,14 +22,14 @@ def show(diagnosis: Diagnosis) -> None:
 
 
 def table(diagnosis: Diagnosis):
-    """A `rich.table.Table` with a row a finding. Needs the extra `cli`."""
+    """A `rich.table.Table` with one row per finding. Requires the extra `cli`."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
 
     found = Table(box=box.SIMPLE_HEAD, show_lines=True)
     found.add_column("check", no_wrap=True)
-    found.add_column("what was seen, and what to do", ratio=1)
+    found.add_column("finding and remedy", ratio=1)
     found.add_column("how bad", justify="right", no_wrap=True)
     for finding in diagnosis:
         color = _COLORS[finding.severity]
@@ -47,7 +47,7 @@ def table(diagnosis: Diagnosis):
 
 
 def how_bad(finding: Finding) -> str:
-    """The number that was judged, and its limit."""
+    """The measured value and its limit."""
     if finding.limit is None or finding.severity == "ok":
         return ""
     return f"{finding.value:.3g}\nlimit {finding.limit:.3g}"

@@ -1,8 +1,8 @@
-"""`load_weights`: a model's weights out of any checkpoint file, without unpickling it.
+"""`load_weights`: loads a model's weights from any checkpoint file without unpickling it.
 
-The readers of `fastguard.checkpoints` say by name and byte position where each tensor lies, in
-files of torch (pickled modules too) and of safetensors. The names of the model are found under
-whatever stands before them: `state_dict.`, `model.`, `objects.model.module.`.
+The readers of `fastguard.checkpoints` locate each tensor by name and byte position, in torch files
+(including pickled modules) and safetensors files. Any prefix before the model's parameter names is
+accepted: `state_dict.`, `model.`, `objects.model.module.`.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
     Raises:
         UsageError: The file cannot be read, lacks tensors of the model, or has them in another
-            shape; the model is as before.
+            shape. The model is then unchanged.
     """
     if path.is_dir():
-        raise UsageError(f"--checkpoint {path} is a folder; give a file in it")
+        raise UsageError(f"--checkpoint {path} is a folder; pass a file in it")
     try:
         contents = read_contents(path)
     except CheckpointError as error:
@@ -39,27 +39,27 @@ def load_weights(model: nn.Module, path: Path) -> None:
     spans = {span.name: span for span in contents.spans}
     prefix = _prefix(spans, wanted)
     found = {name: spans[prefix + name] for name in wanted if prefix + name in spans}
-    # Tied weights lie in the file once, under the first of their names.
+    # The file holds tied weights once, under the first of their names.
     loaded = {wanted[name].data_ptr() for name in found}
     missing = [name for name, t in wanted.items() if name not in found]
     missing = [name for name in missing if wanted[name].data_ptr() not in loaded]
     if missing:
         raise UsageError(
             f"--checkpoint {path} lacks {len(missing)} of the model's {len(wanted)} tensors: "
-            f"{several(missing)}; is it of this model?"
+            f"{several(missing)}; does it belong to this model?"
         )
     for name, span in found.items():
         if span.size != tuple(wanted[name].shape):
             raise UsageError(
-                f"--checkpoint {path} has {name} of shape {list(span.size)}, the model of "
-                f"{list(wanted[name].shape)}; is it of this model?"
+                f"--checkpoint {path} has {name} with shape {list(span.size)}, the model has "
+                f"{list(wanted[name].shape)}; does it belong to this model?"
             )
     for name, span in found.items():
         wanted[name].copy_(_read(path, span))
 
 
 def _prefix(spans: dict[str, Span], wanted: dict[str, Tensor]) -> str:
-    """What stands before the model's names most often; the first in the file among equals."""
+    """The most frequent prefix before the model's names; on ties, the first in the file."""
     counts: Counter[str] = Counter()
     for name in spans:
         parts = name.split(".")

@@ -52,7 +52,7 @@ def test_without_epoch_and_step_the_time_decides_and_that_is_said(tmp_path, caps
     write(tmp_path / "b.pt", modified=20)
     _, out, _ = ckpt(capsys, "rollback", tmp_path)
     assert "is now a copy of" in out and "a.pt" in out
-    assert "it names no epoch and no step; it was chosen by its time" in out
+    assert "it names no epoch or step; it was chosen by modification time" in out
 
 
 def test_the_step_decides_where_there_is_no_epoch(tmp_path, capsys):

@@ -87,7 +87,8 @@ def test_a_run_without_a_step_yet_is_neither_fine_nor_bad(tmp_path, capsys) -> N
     captured = capsys.readouterr()
     assert captured.out == ""
     assert (
-        "r.jsonl is empty: no step has been recorded yet; fastguard monitor --wait" in captured.err
+        "r.jsonl is empty: no step has been recorded yet; use fastguard monitor --wait"
+        in captured.err
     )
     assert main(["monitor", str(tmp_path), "--once", "--json"]) == 2
     assert json.loads(capsys.readouterr().out)["latest"] is None
@@ -134,7 +135,7 @@ def test_incidents_that_have_left_the_window_decide_nothing(path, capsys, monkey
         (["empty", "--once"], "no .jsonl file"),
         (["two", "--once"], "several runs (a.jsonl, b.jsonl)"),
         (["train.log", "--once"], "use: fastguard scan"),
-        (["/dev/null", "--once"], "no regular file"),
+        (["/dev/null", "--once"], "not a regular file"),
         (["two/a.jsonl", "--json"], "add --once"),
         (["two/a.jsonl"], "use --once"),
         (["two/a.jsonl", "--once", "--last", "0"], "0 is not in 1 ... 1000000"),

@@ -148,7 +148,7 @@ def test_spikes():
     warmup = run({s["step"]: s for s in spikes(100, 200)}, 3000)
     for row in warmup:
         row["lr"] = 1e-3 * min(1, row["step"] / 300)
-    assert said(verdict_on(warmup), "before the learning rate had its highest value, at step 300")
+    assert said(verdict_on(warmup), "before the learning rate peaked, at step 300")
 
 
 def test_no_cause_is_claimed_that_half_of_the_incidents_do_not_share():
