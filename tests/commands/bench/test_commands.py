@@ -28,8 +28,8 @@ def tiny(monkeypatch):
 @pytest.mark.parametrize(
     ("device", "says"),
     [
-        ("nonsense", "is no device; use cpu, cuda or cuda:1"),
-        ("meta", "is not served; use cpu or cuda"),
+        ("nonsense", "is not a device; use cpu, cuda or cuda:1"),
+        ("meta", "is not supported; use cpu or cuda"),
         ("cuda:99", r"CUDA devices here; use --device cpu"),
     ],
 )

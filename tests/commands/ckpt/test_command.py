@@ -91,7 +91,7 @@ def test_a_file_without_optimizer_is_no_choice_of_its_own(weights, capsys):
     assert "copy of" in out and "epoch0.pt" in out
     target, source = str(weights / "last.pt"), str(weights / "best.pt")
     assert main(["ckpt", "rollback", target, "--to", source]) == 0  # but the user may
-    assert "the optimizer will start afresh" in capsys.readouterr().out
+    assert "the optimizer starts from scratch" in capsys.readouterr().out
 
 
 def test_the_checkpoint_of_another_model_is_no_choice_of_its_own(weights, capsys):
@@ -108,7 +108,7 @@ def test_replacing_a_good_file_is_said_and_can_be_undone(weights, capsys):
     target, good = str(weights / "last.pt"), (weights / "last.pt").read_bytes()
     assert main(["ckpt", "rollback", target]) == 0
     backup = target + ".replaced-1"
-    assert f"whole and finite itself; to undo: --to {backup}" in capsys.readouterr().out
+    assert f"complete and finite too; to undo: --to {backup}" in capsys.readouterr().out
     assert main(["ckpt", "rollback", target, "--to", backup]) == 0
     assert (weights / "last.pt").read_bytes() == good
 
@@ -218,7 +218,7 @@ def test_a_store_in_use_can_be_looked_at_but_not_rolled_back(store, capsys):
         (["list", "empty"], 2, "holds no checkpoints; pass a store"),
         (["rollback", "empty"], 2, "holds no checkpoints"),
         (["rollback", "."], 2, "holds no checkpoints itself; these subfolders do: run"),
-        (["rollback", "run", "--to", "worst"], 2, "--to 'worst' is no checkpoint of a store"),
+        (["rollback", "run", "--to", "worst"], 2, "--to 'worst' is not a checkpoint of a store"),
         (["rollback", "run", "--to", "7"], 1, "has no checkpoint 7; its steps are 0, 100, 200"),
         (["rollback", "run", "--to", "200"], 1, "cannot roll back to"),
         (["verify", "run/text.pt"], 1, ""),

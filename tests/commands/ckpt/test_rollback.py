@@ -30,7 +30,7 @@ def test_a_folder_is_nothing_to_copy(tmp_path, capsys):
     last = write(tmp_path / "last.pt", NAN)
     status, _, err = ckpt(capsys, "rollback", last, "--to", tmp_path)
     assert status == 2
-    assert f"--to {tmp_path} is a folder; name a file in it" in err
+    assert f"--to {tmp_path} is a folder; pass a file in it" in err
 
 
 def test_a_source_that_lies_beside_the_target_is_pointed_at(tmp_path, capsys):
@@ -43,7 +43,7 @@ def test_a_source_that_lies_beside_the_target_is_pointed_at(tmp_path, capsys):
 def test_a_good_file_that_is_replaced_by_a_named_one_is_said_too(tmp_path, capsys):
     last, best = write(tmp_path / "last.pt"), write(tmp_path / "best.pt", 2.0)
     _, out, _ = ckpt(capsys, "rollback", last, "--to", best)
-    assert f"whole and finite itself; to undo: --to {last}.replaced-1" in out
+    assert f"complete and finite too; to undo: --to {last}.replaced-1" in out
 
 
 def test_without_epoch_and_step_the_time_decides_and_that_is_said(tmp_path, capsys):

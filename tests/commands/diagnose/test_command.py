@@ -326,7 +326,7 @@ def test_tied_weights_lie_in_a_file_once(folder, capsys) -> None:
         ),
         (
             lambda path: torch.save({**Sound().state_dict(), "0.bias": torch.zeros(3)}, path),
-            "has 0.bias of shape [3], the model of [16]",
+            "has 0.bias with shape [3], the model has [16]",
         ),
     ],
     ids=["missing", "folder", "damaged", "other", "partial", "shape"],
