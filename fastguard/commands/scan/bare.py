@@ -1,6 +1,6 @@
-"""Lines of nothing but numbers: printed arrays, and values that are printed one in each line.
+"""Lines that hold only numbers: printed arrays, and values printed one per line.
 
-They have no name and no place, so all that such lines say is which of them hold NaN or Inf.
+They have no name or place, so only the lines with NaN or Inf are counted.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 from fastguard.commands.scan.values import Value
 
 FEWEST = 8
-"""Lines that are taken together at least."""
+"""Minimum number of lines that are processed together."""
 
 _NUMBER = rb"[+-]?(?:[0-9]++(?:\.[0-9]*+)?(?:e[+-]?[0-9]++)?|nan|inf(?:inity)?)(?![\w.])"
 _LINES = re.compile(
@@ -20,7 +20,7 @@ _LINES = re.compile(
     % (_NUMBER, rb"(?<=[ \t,])" + _NUMBER),
     re.IGNORECASE,
 )
-# Each match goes on to the end of its line, so that lines are counted.
+# Each match extends to the end of its line, so that matches count lines.
 _BAD = re.compile(rb"(?:nan|inf)[^\n]*+")
 _KINDS = {
     Value("", "nan"): re.compile(rb"nan[^\n]*+"),
@@ -30,14 +30,14 @@ _KINDS = {
 
 
 class Bare(NamedTuple):
-    """Lines of numbers that follow each other.
+    """Consecutive lines of numbers.
 
     Attributes:
-        end: Where they end.
-        n: How many there are.
-        n_bad: How many hold NaN or Inf.
-        last: Where the last of those has its NaN or Inf.
-        kinds: How many hold each kind.
+        end: Offset of their end.
+        n: Number of lines.
+        n_bad: Number of lines with NaN or Inf.
+        last: Offset of the NaN or Inf in the last such line.
+        kinds: Number of lines with each kind.
     """
 
     end: int
@@ -48,7 +48,7 @@ class Bare(NamedTuple):
 
 
 def bare_lines(lines: bytes, at: int) -> Bare | None:
-    """The lines of numbers that begin at `at`, if there are enough; the first line is left out."""
+    """The lines of numbers that begin at `at`, without the first; None if there are too few."""
     found = _LINES.match(lines, at)
     if found is None or (n := found[0].count(b"\n")) < FEWEST:
         return None
@@ -58,7 +58,7 @@ def bare_lines(lines: bytes, at: int) -> Bare | None:
     if any(between in text for between in (b",", b" ", b"\t")):
         kinds = {value: len(pattern.findall(text, begin)) for value, pattern in _KINDS.items()}
         n_bad = len(_BAD.findall(text, begin))
-    else:  # one value a line
+    else:  # one value per line
         nan, inf, negative = (text.count(word, begin) for word in (b"nan", b"inf", b"-inf"))
         kinds = dict(zip(_KINDS, (nan, negative, inf - negative), strict=True))
         n_bad = nan + inf

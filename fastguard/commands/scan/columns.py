@@ -1,4 +1,4 @@
-"""The names of columns and keys in logs that are data: which are the place, which are judged."""
+"""Classifies column names and keys: which give the place in the run, and which are judged."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ _STEP = re.compile(
 )
 _BATCH = re.compile(r"(?:mini)?batch(?:_?(?:idx|index|id|number))?", re.IGNORECASE)
 KINDS = (_EPOCH, _BATCH, _STEP)
-"""The names of a place."""
+"""Patterns for the names of a place."""
 
 _INTEGER = re.compile(r"\d{1,15}(?:\.0{0,9})?")
 _NUMBER = re.compile(r"\d{1,15}(?:\.\d{0,20})?")
 
 
 def is_place(name: str) -> bool:
-    """Whether a column says where in the run a row was written."""
+    """Whether a column gives the place in the run."""
     return kind_of(name) is not None
 
 
 @lru_cache(1024)
 def kind_of(name: str) -> re.Pattern[str] | None:
-    """Which of the three names of a place a name is."""
+    """The pattern in `KINDS` that matches a name, or None."""
     return next((pattern for pattern in (_EPOCH, _STEP, _BATCH) if pattern.fullmatch(name)), None)
 
 
 def place_of(cells: Iterable[tuple[str, str]]) -> Place:
-    """The place that a row names, from `(name, text)` of its cells."""
+    """The place given by a row's cells, `(name, text)` each."""
     epoch = batch = step = None
     for name, cell in cells:
         kind = kind_of(name)
@@ -50,12 +50,12 @@ def place_of(cells: Iterable[tuple[str, str]]) -> Place:
 
 
 def whole(number: float) -> float:
-    """A number, as an integer if it is one."""
+    """Converts a number to an integer if it is one."""
     return int(number) if number == int(number) else number
 
 
 def is_loss(name: str) -> bool:
-    """Whether a series is a loss: one that should fall.
+    """Whether a series is a loss, which should fall.
 
     Example:
         >>> is_loss("train/loss"), is_loss("val_loss_epoch"), is_loss("loss_scale")
@@ -70,7 +70,7 @@ def is_loss(name: str) -> bool:
 
 
 def is_grad_norm(name: str) -> bool:
-    """Whether a series is the norm of the gradients."""
+    """Whether a series is a gradient norm."""
     words = words_of(name)
     if "gnorm" in words:
         return True

@@ -1,12 +1,12 @@
-"""Finds NaN and Inf in the logs of trainers, by epoch and batch, and where a loss spiked or climbs.
+"""Finds NaN and Inf in training logs, by epoch and batch, and losses that spike or climb.
 
-Understood are the progress lines of Ultralytics, the dicts of Hugging Face's Trainer, the bars of
-Lightning and of tqdm, lines that people print, and logs that are data: trainer_state.json, JSON
-lines, CSV and TSV with a head, TensorBoard event files. LOG is a file, gzip or not, or - for
-standard input. Words such as "info" or "nano" are nothing, and "no nan found" is a note.
+Understands the progress lines of Ultralytics, the dicts of Hugging Face's Trainer, the bars of
+Lightning and tqdm, free-form printed lines, and structured logs: trainer_state.json, JSON lines,
+CSV and TSV with a header, TensorBoard event files. LOG is a file, optionally gzipped, or - for
+standard input. Words like "info" or "nano" are not matches, and "no nan found" is only noted.
 
-Exit status 1 if a NaN, an Inf, a spike or steady growth was found, 2 if none was and a log could
-not be read to its end, or is empty.
+Exit status 1 if a NaN, an Inf, a spike or steady growth was found, 2 if none was found and a log
+is empty or could not be read to its end.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _NO_FILE = LogScan(problem="it is no regular file")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `fastguard scan`."""
+    """Adds the arguments of `fastguard scan`."""
     parser.add_argument("logs", nargs="+", metavar="LOG", help="a log; - is standard input")
     parser.add_argument(
-        "--json", action="store_true", help="print one JSON array, an object for each log"
+        "--json", action="store_true", help="print one JSON array with an object per log"
     )
 
 
@@ -62,10 +62,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(log: str) -> None:
-    """Opens nothing, so that no FIFO waits for a writer and no device is read without an end.
+    """Checks a path without opening it, since opening may block (FIFO) or never end (device).
 
     Raises:
-        UsageError: It is no regular file, nor a pipe that this process was given (`<(command)`).
+        UsageError: It is neither a regular file nor a pipe given to this process (`<(command)`).
     """
     name = printable(log)
     try:
@@ -83,7 +83,7 @@ def _check(log: str) -> None:
 
 
 def _is_descriptor(log: str) -> bool:
-    """Whether a name is that of an open file of this process, as the shell's `<(command)` gives."""
+    """Whether a path refers to an open file of this process, as the shell's `<(command)` does."""
     return _DESCRIPTOR.fullmatch(log) is not None
 
 
@@ -91,7 +91,7 @@ def _scan(log: str) -> LogScan:
     if log == STDIN:
         return scan_log(sys.stdin.buffer)
     try:
-        # What was a file when it was checked may be a FIFO now: opening one waits for a writer.
+        # The file may have become a FIFO since it was checked; opening one blocks.
         descriptor = os.open(log, os.O_RDONLY | (0 if _is_descriptor(log) else os.O_NONBLOCK))
         with open(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):

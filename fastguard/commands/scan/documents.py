@@ -1,4 +1,4 @@
-"""JSON that is one document: the `trainer_state.json` of Transformers, lists of metrics, histories.
+"""Single-document JSON logs: `trainer_state.json` of Transformers, lists of metrics, histories.
 
 {"log_history": [{"epoch": 0.1, "loss": NaN, "step": 6}, ...], "best_metric": null, ...}
 [{"step": 6, "loss": NaN}, ...]
@@ -13,29 +13,29 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 LIMIT = 32 << 20
-"""Bytes of the largest document: parsed, a hostile one takes thirty times as much."""
+"""Maximum size of a document in bytes: parsed, a hostile one takes thirty times as much."""
 
 LONG = 1 << 16
-"""Bytes of a first line that is taken for a document, whatever it holds."""
+"""A first line of at least this many bytes is assumed to be a document."""
 
 _BEGIN = re.compile(rb"\s*(?:\{\s*\"|\[\s*(?:\{|\]))")
 _DECODER = json.JSONDecoder()
 _LIST = re.compile(r"\s*:\s*\[")
-_FLAT = re.compile(r'\{[^{}"]*+(?:"[^"\\]*+"[^{}"]*+)*+\}')  # an object without others in it
+_FLAT = re.compile(r'\{[^{}"]*+(?:"[^"\\]*+"[^{}"]*+)*+\}')  # an object without nested objects
 _SPACE = re.compile(r"[\s,]*")
 COUNTED = "epoch"
-"""What the position in a list of numbers stands for, where no list names it: in Keras an epoch."""
+"""Unit of the position in a list of numbers if no list gives one: epochs, as in Keras."""
 
 
 Entry = tuple[int, Mapping[str, Any]]
-"""An object of a document: its line, its names and values."""
+"""An object of a document: its line number, and its names and values."""
 
 
 class NoDocumentError(Exception):
-    """What was given is no JSON document.
+    """The data is not a JSON document.
 
     Attributes:
-        cut_short: Whether more text could make it one.
+        cut_short: Whether more text could complete it.
     """
 
     def __init__(self, *, cut_short: bool) -> None:
@@ -44,7 +44,7 @@ class NoDocumentError(Exception):
 
 
 class _Lines:
-    """Counts the lines of a text up to places that come one after the other."""
+    """Counts the lines of a text up to increasing offsets."""
 
     def __init__(self, text: str) -> None:
         self._text, self._number, self._counted = text, 1, 0
@@ -56,7 +56,7 @@ class _Lines:
 
 
 def may_begin(data: bytes) -> bool:
-    """Whether a log that begins so may be a document: JSON, and not one object in each line.
+    """Whether a log with this beginning may be a document: JSON, but not one object per line.
 
     Example:
         >>> may_begin(b'{\\n  "best_metric": null,'), may_begin(b'{"step": 1, "loss": 0.5}\\n{"st')
@@ -75,10 +75,10 @@ def may_begin(data: bytes) -> bool:
 
 
 def read_document(data: bytes) -> tuple[Iterator[Entry], int]:
-    """The objects in a document, and where it ends.
+    """The objects in a document, and the offset of its end.
 
     Raises:
-        NoDocumentError: It is none, or not whole.
+        NoDocumentError: The data is not a document, or is incomplete.
     """
     try:
         text = data.decode()
@@ -121,7 +121,7 @@ def _entries(text: str, begin: int, value: Any) -> Iterator[Entry]:
             if begin >= 0 and opened:
                 begin = opened.end()
                 yield from _objects(text, begin, lines, inner)
-            else:  # its name is written otherwise in the text, as with \u escapes
+            else:  # the text spells the name differently, as with \u escapes
                 begin = len(text)  # a hostile document may have many such names
                 yield from ((1, item) for item in inner)
         elif isinstance(inner, list) and inner and all(map(_is_number, inner)):
@@ -149,7 +149,7 @@ def _is_number(item: Any) -> bool:
 
 
 def _objects(text: str, at: int, lines: _Lines, objects: Iterable[Any]) -> Iterator[Entry]:
-    """The objects of the list whose bracket is before `at`, with their lines."""
+    """The objects of the list whose bracket precedes `at`, with their line numbers."""
     for value in objects:
         space = _SPACE.match(text, at)
         at = space.end() if space else at

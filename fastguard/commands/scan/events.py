@@ -1,4 +1,4 @@
-"""TensorBoard event files, read by TensorBoard's own reader."""
+"""Reads TensorBoard event files with TensorBoard's own reader."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _CHECKSUM = 4
 
 
 class Scalar(NamedTuple):
-    """A value of an event file.
+    """A scalar of an event file.
 
     Attributes:
-        number: Its event, from 1.
-        step: Its step.
-        tag: Its name.
-        value: Perhaps not finite.
+        number: Index of the event, from 1.
+        step: Step of the event.
+        tag: Name of the scalar.
+        value: Value, possibly non-finite.
     """
 
     number: int
@@ -31,21 +31,21 @@ class Scalar(NamedTuple):
 
 
 class EventsError(Exception):
-    """An event file that cannot be read to its end; the message says why."""
+    """An event file cannot be read to its end; the message says why."""
 
 
 def is_event_file(file: BinaryIO) -> bool:
-    """Whether an open file that can be sought is one; it is left at its beginning."""
+    """Whether a seekable open file is an event file; leaves it at its beginning."""
     first = file.read(64)
     file.seek(0)
     return is_events(first)
 
 
 def read_scalars(path: str) -> Iterator[Scalar]:
-    """The scalars of an event file, in the order in which they were written.
+    """Yields the scalars of an event file in writing order.
 
     Raises:
-        EventsError: TensorBoard is not installed, or the file is damaged or ends too soon.
+        EventsError: TensorBoard is not installed, or the file is damaged or truncated.
     """
     if importlib.util.find_spec("tensorboard") is None:
         raise EventsError(
@@ -62,7 +62,7 @@ def read_scalars(path: str) -> Iterator[Scalar]:
             event = Event.FromString(next(loader))
         except StopIteration:
             raise EventsError(f"its event {number:,} has a wrong checksum") from None
-        except Exception as error:  # of protobuf, whose errors have no common name
+        except Exception as error:  # protobuf's errors have no common base
             raise EventsError(f"its event {number:,} is damaged: {type(error).__name__}") from None
         for value in event.summary.value:
             if (scalar := _scalar(value)) is not None:
@@ -72,9 +72,9 @@ def read_scalars(path: str) -> Iterator[Scalar]:
 
 
 def _whole_records(path: str) -> tuple[int, str | None]:
-    """How many records are in the file before one that reaches beyond its end, and the problem.
+    """The number of complete records in the file, and the problem after them, if any.
 
-    TensorBoard's reader takes the length in the file at its word, and asks for so much memory.
+    TensorBoard's reader trusts the length field and would allocate that much memory.
     """
     size = os.path.getsize(path)
     n = at = 0
@@ -93,7 +93,7 @@ def _whole_records(path: str) -> tuple[int, str | None]:
 
 
 def _scalar(value: Any) -> float | None:
-    """The number in a summary: what torch writes, or what TensorFlow 2 does; None: no scalar."""
+    """The number in a summary, as written by torch or TensorFlow 2; None if not a scalar."""
     kind = value.WhichOneof("value")
     if kind == "simple_value":
         return float(value.simple_value)

@@ -1,8 +1,8 @@
-"""`Findings`: values and places of a log become stretches of bad lines that belong together.
+"""`Findings`: merges the bad lines of a log into stretches.
 
-A running mean that is NaN once stays NaN to the end of its epoch: ten thousand lines, one finding.
-So the bad lines of an epoch are joined, until a line like the first of them measures something, and
-all of it is finite. Memory does not depend on the length of the log.
+A running mean that becomes NaN stays NaN to the end of its epoch: ten thousand lines, one finding.
+So the bad lines of an epoch are merged until a line like the first one shows only finite
+measurements. Memory does not depend on the length of the log.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from fastguard.commands.scan.tokens import first_nonfinite
 from fastguard.commands.scan.values import Value, has_nonfinite
 
 KEPT = 1000
-"""Stretches that are told one by one; the others are counted."""
+"""Maximum number of stretches kept individually; the others are counted."""
 
 STEPS = 10
-"""Steps of a stretch that are told one by one."""
+"""Maximum number of steps kept per stretch."""
 
 EXCERPT = 200
-"""Characters of a line that are kept."""
+"""Maximum number of characters kept of a line."""
 
 
 class Findings:
-    """Keeps the place in the run and the stretch that is going on.
+    """Tracks the current place in the run and the current stretch.
 
     Args:
         shapes: Knows where a line of text names its place.
 
     Attributes:
-        found: What has been found.
+        found: The results so far.
         series: The losses and gradient norms.
         passed: The good lines before this one.
-        place: Where the last line was written.
-        stretch: The stretch that is going on.
-        run: Lines of text that are as the last one, which was bad.
-        dicts: Whether the bars of this log count the steps of dicts.
+        place: Where in the run the last line was written.
+        stretch: The current stretch.
+        run: Consecutive lines like the last one, which was bad.
+        dicts: Whether the progress bars of this log count the steps of dicts.
     """
 
     def __init__(self, shapes: Shapes) -> None:
@@ -61,12 +61,12 @@ class Findings:
         self._without_step: Stretch | None = None
 
     def ends_stretch(self, dialect: str | None) -> None:
-        """A line of this dialect shows that the run is finite again."""
+        """Ends the stretch: a line of this dialect shows that the run is finite again."""
         if self.stretch is not None and self.stretch.dialect == dialect:
             self.stretch = None
 
     def text(self, number: int, line: bytes, shape: Shape) -> None:
-        """A line of text."""
+        """Adds a line of text."""
         self.end_run()
         self.dicts |= shape.dialect == huggingface.NAME
         if not shape.bad:
@@ -89,13 +89,13 @@ class Findings:
         self.run = Run(shape, line)
 
     def bad(self, number: int, line: bytes, dialect: str, bad: tuple[Value, ...]) -> None:
-        """A line with values that are NaN or Inf, at the place that is kept."""
+        """Adds a line with NaN or Inf values at the current place."""
         self.found.n_bad += 1
         stretch = self.stretch
         if stretch is None or self._is_other_epoch(stretch):
             stretch = self._begin(number, line, dialect)
         stretch.last_line = number
-        if (self.place.batch or 0) >= (stretch.last.batch or 0):  # a bar may be drawn anew, at 0
+        if (self.place.batch or 0) >= (stretch.last.batch or 0):  # a bar may be redrawn at 0
             stretch.last = self.place
         stretch.n_lines += 1
         stretch.count(bad, 1)
@@ -120,7 +120,7 @@ class Findings:
         return stretch
 
     def end_run(self) -> None:
-        """Counts the lines that were as the one before."""
+        """Counts the pending lines that equal the one before."""
         run, stretch = self.run, self.stretch
         self.run = None
         if run is None or stretch is None or not run.n:
@@ -138,13 +138,13 @@ class Findings:
         self._without_step = stretch if self.dicts and self.place.step is None else None
 
     def mention(self, number: int, line: bytes) -> None:
-        """A line with the word, but without a value."""
+        """Adds a line that contains the word but no value."""
         self.found.n_mentions += 1
         if self.found.mention is None:
             self.found.mention = Line(number, _around_word(text_of(line)))
 
     def take_step(self, step: int) -> None:
-        """The bar after a bad dict says its step."""
+        """Sets the step of a bad dict from the bar that follows it."""
         stretch = self._without_step
         if stretch is None:
             return
@@ -154,7 +154,7 @@ class Findings:
         self._without_step = None
 
     def take_bare(self, bare: Bare, last_line: int) -> None:
-        """Takes lines of numbers after the first of them."""
+        """Adds lines of numbers, without the first."""
         self.end_run()
         self.found.n_lines += 1 + bare.n
         stretch = self.stretch
@@ -166,7 +166,7 @@ class Findings:
                 stretch.count((value,), n)
 
     def data(self, number: int, reading: Reading, text: str) -> None:
-        """A line that is data: its names and its place are its own."""
+        """Adds a line of structured data, which has its own names and place."""
         self.end_run()
         self.passed.forget()
         self.place = reading.place.within(self.place)
@@ -182,7 +182,7 @@ class Findings:
             self.ends_stretch(reading.dialect)
 
     def judge(self, rows: Rows, read: Callable[[int], None]) -> None:
-        """Takes rows together; `read` those that must be read one by one."""
+        """Adds rows together; `read` handles the rows that must be read individually."""
         self.found.n_lines += len(rows.numbers)
         done, bad = 0, sorted(rows.bad)
         for begin, end in rows.parts():
@@ -214,7 +214,7 @@ class Findings:
         for i in bad:
             self._again_finite(rows, begin, i)
             place = rows.place(i)
-            if place.epoch is None and begin < i:  # the row before may say more
+            if place.epoch is None and begin < i:  # the previous row may be more specific
                 self.place = rows.place(i - 1).within(self.place)
             self.place = place.within(self.place)
             text = rows.text(i) if self._needs_excerpt() else ""
@@ -227,7 +227,7 @@ class Findings:
         self.place = rows.place(end - 1).within(self.place)
 
     def _again_finite(self, rows: Rows, begin: int, end: int) -> None:
-        """Ends the stretch where a row shows that the run is finite."""
+        """Ends the stretch at a row that shows that the run is finite."""
         if rows.measured.find(1, begin, end) >= 0:
             self.ends_stretch(rows.dialect)
 
@@ -252,7 +252,7 @@ def _excerpt(text: str) -> str:
 
 
 def _around_word(text: str) -> str:
-    """A long line from a little before its NaN or Inf on."""
+    """Cuts a long line to start shortly before its NaN or Inf."""
     start = max(0, first_nonfinite(text) - EXCERPT // 2)
     end = start + EXCERPT
     return "..." * (start > 0) + _excerpt(text[start:end]) + "..." * (end < len(text))

@@ -1,4 +1,4 @@
-"""Files that are no text: what their first bytes say they are, and what to do instead."""
+"""Identifies files that are not text by their first bytes, and suggests what to do."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 
 class NotTextError(Exception):
-    """What was given is no text; the message says what it is, and the remedy."""
+    """The data is not text; the message says what it is and what to do."""
 
 
 _UNPACK = "unpack it first: {} FILE | fastguard scan -"
@@ -30,29 +30,29 @@ _MAGIC: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\x7fELF", "it is a program, not a text log"),
     (0, b"%PDF", "it is a PDF, not a text log"),
 )
-_EVENTS = b"brain.Event"  # the version in the first record, after 12 bytes of length and checksum
+_EVENTS = b"brain.Event"  # in the first record, after 12 bytes of length and checksum
 
 _TEXT_CONTROLS = b"\a\b\t\n\v\f\r\x1b"
 _CONTROLS = bytes(b for b in range(32) if b not in _TEXT_CONTROLS)
 _ZEROS = re.compile(rb"\0{64,}+")
-"""A machine that crashed while writing leaves zeros up to the end of a block in a text log."""
+"""Zeros that a crash while writing leaves in a text log, up to the end of a block."""
 
 LOOKED_AT = 1 << 16
 MOST, FEWEST = 0.04, 8
-"""Text holds no more control characters than this share, or this number. Random bytes hold 9 %; no
-encoding of text does, for it is not asked whether the other bytes are UTF-8."""
+"""Maximum share, or else number, of control characters in text. Random bytes hold 9 %; text stays
+below in any encoding, because other bytes are not required to be UTF-8."""
 
 
 def is_events(first: bytes) -> bool:
-    """Whether a file that begins so is one of TensorBoard's."""
+    """Whether a file with this beginning is a TensorBoard event file."""
     return _EVENTS in first[:64]
 
 
 def refuse_foreign(first: bytes) -> None:
-    """Looks at the first bytes of what should be text.
+    """Checks that the first bytes look like text.
 
     Raises:
-        NotTextError: It is something else.
+        NotTextError: They are something else.
     """
     for offset, magic, what in _MAGIC:
         if first.startswith(magic, offset):

@@ -1,4 +1,4 @@
-"""What a scan has found: stretches of bad lines, and all of a log."""
+"""Results of a scan: stretches of bad lines, and the summary of a log."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from fastguard.commands.scan.shapes import Shape
 from fastguard.commands.scan.values import Value
 
 NAMES = 64
-"""Names of values that are told; the others are counted together, under `OTHER_NAMES`."""
+"""Maximum number of value names listed; others are counted under `OTHER_NAMES`."""
 
 OTHER_NAMES = "(others)"
 
 
 @dataclass(slots=True)
 class Stretch:
-    """Bad lines that follow each other in one epoch.
+    """Consecutive bad lines in one epoch.
 
     Attributes:
-        dialect: Who wrote the first of them.
-        first_line, last_line: Their line numbers.
-        first, last: Where in the run.
-        n_lines: How many there are; what a progress bar draws over itself counts each time.
-        values: In how many of them each value was bad, by `Value`.
-        excerpt: The first of them.
-        steps: The steps of the first of them, in logs that are data.
+        dialect: Dialect of the first line.
+        first_line, last_line: Line numbers.
+        first, last: Places in the run.
+        n_lines: Number of lines, including each redraw of a progress bar.
+        values: Number of lines in which each `Value` was bad.
+        excerpt: The first line.
+        steps: The first steps, in structured logs.
     """
 
     dialect: str
@@ -50,17 +50,17 @@ class Stretch:
 
 @dataclass(slots=True)
 class LogScan:
-    """What a log holds.
+    """Summary of a log.
 
     Attributes:
-        n_lines: Lines, what carriage returns end included.
-        n_bad: How many hold NaN or Inf as a value.
-        n_stretches: In how many stretches.
-        stretches: The first `KEPT` of them.
-        n_mentions: How many lines have the words, but no value.
-        mention: The first of those.
-        series: The losses and gradient norms that spike or climb, in logs that are data.
-        n_records: How many lines are records of fastguard itself, which are not judged here.
+        n_lines: Number of lines, including those ended by carriage returns.
+        n_bad: Number of lines with NaN or Inf as a value.
+        n_stretches: Number of stretches.
+        stretches: The first `KEPT` stretches.
+        n_mentions: Number of lines that contain the words but no value.
+        mention: The first such line.
+        series: The losses and gradient norms that spike or climb, in structured logs.
+        n_records: Number of lines that are fastguard records, which are not judged here.
         problem: Why the log could not be read to its end, or that it is empty; or None.
     """
 
@@ -76,23 +76,23 @@ class LogScan:
 
     @property
     def found(self) -> bool:
-        """Whether there is anything bad in the log."""
+        """Whether anything bad was found."""
         return self.n_bad > 0 or bool(self.series)
 
 
 class Run:
-    """Bad lines of one epoch that follow each other: the most that a bad log holds.
+    """Consecutive bad lines of one epoch; most lines of a bad log are in one.
 
     Args:
-        shape: That of the first.
-        line: The first, which has been counted.
+        shape: Shape of the first line.
+        line: The first line, already counted.
 
     Attributes:
-        n: How many came after the first.
-        bad: How many of those hold what.
-        number: That of the last.
-        last: The last, and which bytes of it say its place.
-        furthest: That whose batch is the greatest; a bar may be drawn anew, at 0.
+        n: Number of lines after the first.
+        bad: Number of those lines per set of bad values.
+        number: Line number of the last line.
+        last: The last line, and which bytes name its place.
+        furthest: The line with the greatest batch; a bar may be redrawn at 0.
     """
 
     def __init__(self, shape: Shape, line: bytes) -> None:
@@ -106,7 +106,7 @@ class Run:
         self._most = int(line[slice(*self._batch)]) if self._batch else 0
 
     def goes_on(self, number: int, line: bytes, shape: Shape) -> bool:
-        """Takes a line, if it is one of them."""
+        """Adds a line if it belongs to the run; returns whether it does."""
         where = shape.where
         if shape is not self._shape:
             same = bool(shape.bad) and shape.dialect == self._shape.dialect
@@ -131,5 +131,5 @@ def _named(where: Where) -> list[bool]:
 
 
 def _whole_epoch(where: Where, line: bytes) -> bytes:
-    """The epoch that a line names, without its fraction; b"" if it names none."""
+    """The epoch that a line names, without its fraction; b"" if none."""
     return line[slice(*where.epoch)].partition(b".")[0] if where.epoch else b""

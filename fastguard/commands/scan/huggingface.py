@@ -1,11 +1,11 @@
-"""The dicts that the Trainer of Hugging Face prints, and dicts like them.
+"""Dicts printed by the Hugging Face Trainer, and similar dicts.
 
 {'loss': nan, 'grad_norm': nan, 'learning_rate': 2.5e-05, 'epoch': 1.17}
 {'loss': 'nan', 'grad_norm': 'nan', 'learning_rate': '2.5e-05', 'epoch': '1.167'}
  58%|█████▊    | 7/12 [00:00<00:00, 515.96it/s]
 
-The second is what transformers 5 prints. A dict does not say its step; the bar that is drawn again
-after it does.
+The second form is printed by transformers 5. A dict does not give its step; the progress bar
+redrawn after it does.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _BAR = re.compile(rf"\s*\d{{1,3}}%\|[^|]*\|\s*({INT})/{INT} \[[^,\]]*,[^,\]]*\]?
 
 
 class HuggingFace:
-    """Reads dicts that name their epoch."""
+    """Parses dicts that name their epoch."""
 
     def read(self, text: str) -> Reading | None:
-        """What a line says, or None if it is not of this dialect."""
+        """Parses a line; None if it is not of this dialect."""
         start = text.find("{")
         epoch = _EPOCH.search(text, start) if start >= 0 else None
         if epoch is None or names_settings(text):
@@ -37,6 +37,6 @@ class HuggingFace:
 
 
 def bare_bar(text: str) -> int | None:
-    """The step of a progress bar without anything else, as the Trainer draws it."""
+    """The step of a bare progress bar, as the Trainer draws it."""
     bar = _BAR.match(text)
     return int(bar[1]) if bar else None

@@ -6,8 +6,7 @@ and text logs that were wrapped in JSON by a container or a logger.
 {"key": "loss", "value": "NaN", "step": 15, "timestamp": 1700000000000}
 {"log": "epoch 3 loss nan\n", "stream": "stdout"}
 
-Lines that are records of fastguard are not read: their NaN were dealt with, and `fastguard report`
-tells how.
+fastguard records are not judged here: their NaN were handled, and `fastguard report` shows how.
 """
 
 from __future__ import annotations
@@ -30,36 +29,36 @@ NAME = "json"
 RECORD = "fastguard"
 
 DEPTH = 4
-"""How deep objects in objects are read."""
+"""Maximum depth of nested objects."""
 
 MOST = 1000
-"""Values of one object that are read."""
+"""Maximum number of values read per object."""
 
 MOST_BAD = 64
-"""Bad values of one object that are told."""
+"""Maximum number of bad values reported per object."""
 
 _WORDS = {"nan": math.nan, "inf": math.inf, "infinity": math.inf}
 _NAMED_BY = ("key", "metric", "name", "tag", "metric_name")
 _TEXTS = ("log", "message", "msg", "text", "line", "event", "body", "content")
 
-try:  # three times as fast as the standard library; what it refuses (a bare NaN), that one reads
+try:  # 3x as fast as the standard library, which is the fallback for a bare NaN
     from orjson import loads as _fast
 except ImportError:
     _fast = json.loads
 
 
 class JsonLines:
-    """Reads lines that are JSON objects.
+    """Parses lines that are JSON objects.
 
     Args:
-        series: Which names are judged as series.
+        series: Decides which names are judged as series.
     """
 
     def __init__(self, series: AllSeries) -> None:
         self._series = series
 
     def read(self, found: Mapping[str, Any]) -> Reading:
-        """What an object says."""
+        """Parses an object."""
         if are_records([found]):
             return Reading(RECORD, NOWHERE, measured=False)
         bad: list[Value] = []
@@ -108,7 +107,7 @@ class JsonLines:
 
 
 def parse(line: bytes) -> Any:
-    """The JSON value that a text is, or None."""
+    """The JSON value of a text, or None."""
     if b"NaN" not in line and b"Infinity" not in line:
         try:
             return _fast(line)
@@ -121,7 +120,7 @@ def parse(line: bytes) -> Any:
 
 
 def parse_lines(lines: Sequence[bytes]) -> list[Any]:
-    """The objects in lines, as many from the first on as are objects; most often parsed in one."""
+    """The leading lines that are objects, parsed; usually in a single call."""
     found = parse(b"[" + b",".join(lines) + b"]")
     if isinstance(found, list) and len(found) == len(lines) and {*map(type, found)} == {dict}:
         return found
@@ -129,7 +128,7 @@ def parse_lines(lines: Sequence[bytes]) -> list[Any]:
 
 
 def _flat(found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Names and values, those of inner objects as `outer/inner`; booleans and None are left out."""
+    """Names and values, with nested objects as `outer/inner`; skips booleans and None."""
     left = MOST
     stack: list[tuple[str, Any, int]] = [("", found, 0)]
     while stack and left:
@@ -146,14 +145,14 @@ def _flat(found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def long_name(found: Mapping[str, Any]) -> str | None:
-    """The name of the metric in an object that holds one value: key, value, step."""
+    """The name of the metric in an object with a single value: key, value, step."""
     if "value" not in found:
         return None
     return next((str(found[key]) for key in _NAMED_BY if isinstance(found.get(key), str)), None)
 
 
 def _kinds(values: list[Any]) -> list[str]:
-    """Which of nan, inf and -inf a list holds, lists in it included."""
+    """Which of nan, inf and -inf a list holds, including nested lists."""
     kinds: dict[str, None] = {}
     stack: list[tuple[Any, int]] = [(values, 0)]
     while stack:
@@ -166,7 +165,7 @@ def _kinds(values: list[Any]) -> list[str]:
 
 
 def number_of(text: str) -> float | None:
-    """The finite number that a text is, or None."""
+    """The finite number in a text, or None."""
     try:
         value = float(text)
     except ValueError:
@@ -175,12 +174,12 @@ def number_of(text: str) -> float | None:
 
 
 def is_settings(names: Iterable[str]) -> bool:
-    """Whether objects with these names are settings of a run."""
+    """Whether objects with these names hold settings of a run."""
     return names_settings(" ".join(f"{name}=" for name in islice(names, 200)))
 
 
 def word_of(text: str) -> str | None:
-    """`"nan"`, `"inf"` or `"-inf"` if a text is nothing but that, else None."""
+    """`"nan"`, `"inf"` or `"-inf"` if the text is exactly that, else None."""
     text = text.strip()
     word = _WORDS.get(text.lower().lstrip("+-"))
     return None if word is None else str(-word if text.startswith("-") else word)

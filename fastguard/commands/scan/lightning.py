@@ -1,9 +1,9 @@
-"""The progress bars of Lightning, drawn by tqdm or by rich.
+"""Lightning's progress bars, drawn by tqdm or rich.
 
 Epoch 3:  37%|███▋      | 15/41 [00:01<00:02, 12.30it/s, v_num=0, train_loss=nan.0]
 Epoch 3/9 ━━━━━━━━━━━━━━━ 15/41 0:00:01 • 0:00:02 12.30it/s train_loss: nan
 
-Epochs count from 0, as they are printed.
+Epochs count from 0, as printed.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _METRIC = re.compile(r"[=:]\s*[+-]?(?:\d|nan|inf)", re.IGNORECASE)
 
 
 class Lightning:
-    """Reads the bars of training; those of validation say nothing of the epoch."""
+    """Parses training bars; validation bars do not give the epoch."""
 
     def read(self, text: str) -> Reading | None:
-        """What a line says, or None if it is not of this dialect."""
+        """Parses a line; None if it is not of this dialect."""
         bar = _BAR.match(text)
         if bar is None:
             return None

@@ -1,7 +1,7 @@
-"""A log of any size, encoding and terminal as clean lines.
+"""Reads a log of any size and encoding as clean lines, without terminal control sequences.
 
-Making a Python object of each line takes longer than looking for a NaN in all of them, so a log
-comes in blocks of whole lines.
+Creating a Python object per line takes longer than searching all of them for NaN, so a log is read
+in blocks of whole lines.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from fastguard.commands.scan.foreign import refuse_foreign
 
 CHUNK = 1 << 20
 LONGEST = 1 << 16
-"""A line longer than this is cut, at a space if there is one."""
+"""Longer lines are split, at a space if possible."""
 
-# Colours, cursor movements, window titles: ECMA-48 control sequences and the two-byte ones.
+# Colors, cursor movements, window titles: ECMA-48 and two-byte control sequences.
 _ANSI = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\r\n]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 
 _BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
@@ -28,9 +28,9 @@ class Line(NamedTuple):
     """A line of a log.
 
     Attributes:
-        number: Line feeds before it, plus 1: what an editor calls its number. All that a progress
-            bar draws over itself with carriage returns has the same.
-        text: Without control sequences.
+        number: Line number as in an editor (line feeds before it, plus 1). All redraws of a
+            progress bar with carriage returns share one number.
+        text: The line without control sequences.
     """
 
     number: int
@@ -38,12 +38,12 @@ class Line(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Lines that follow each other.
+    """Consecutive lines.
 
     Attributes:
-        number: The number of the first.
-        data: UTF-8 where the log is, without control sequences; its line feeds and carriage returns
-            are those of the log.
+        number: Number of the first line.
+        data: The bytes without control sequences, UTF-8 if the log is; line feeds and carriage
+            returns are kept.
     """
 
     number: int
@@ -51,7 +51,7 @@ class Block(NamedTuple):
 
 
 def text_of(line: bytes) -> str:
-    """A line as text: UTF-8, or Latin-1 if it is not, in which no byte is an error."""
+    """Decodes a line as UTF-8, or else as Latin-1, which never fails."""
     try:
         return line.decode()
     except UnicodeDecodeError:
@@ -59,7 +59,7 @@ def text_of(line: bytes) -> str:
 
 
 def read_lines(file: BinaryIO) -> Iterator[Line]:
-    """The lines of a log; a carriage return ends one too. Blank ones are left out.
+    """Yields the lines of a log, also ended by carriage returns, without blank lines.
 
     Raises:
         OSError, EOFError, NotTextError: See `read_blocks`.
@@ -73,17 +73,17 @@ def read_lines(file: BinaryIO) -> Iterator[Line]:
 
 
 def read_blocks(file: BinaryIO) -> Iterator[Block]:
-    """A log in blocks of whole lines. Memory does not grow with the file.
+    """Yields a log in blocks of whole lines. Memory does not grow with the file.
 
-    gzip is recognised by its first bytes, UTF-16 (what PowerShell's `>` writes) by its mark.
+    Detects gzip by its first bytes, and UTF-16 (written by PowerShell's `>`) by its mark.
 
     Args:
-        file: Open for reading; need not be seekable.
+        file: Binary file, open for reading; need not be seekable.
 
     Raises:
-        OSError: It cannot be read, or is damaged gzip.
-        EOFError: It is gzip that ends too soon.
-        NotTextError: It is binary, or compressed otherwise than with gzip.
+        OSError: The file cannot be read, or is damaged gzip.
+        EOFError: The file is truncated gzip.
+        NotTextError: The file is binary, or compressed with something other than gzip.
     """
     number, rest = 1, b""
     try:
@@ -99,7 +99,7 @@ def read_blocks(file: BinaryIO) -> Iterator[Block]:
                 end = _cut(rest)
                 yield _block(number, rest[:end])
                 rest = rest[end:]
-    except (OSError, EOFError):  # what came before the damage is told first
+    except (OSError, EOFError):  # yield the data before the damage first
         if rest:
             yield _block(number, rest)
         raise
@@ -112,7 +112,7 @@ def _block(number: int, data: bytes) -> Block:
 
 
 def _cut(line: bytes) -> int:
-    """Where a line that is too long is cut: behind a space, and never in a character."""
+    """Where to split a line that is too long: after a space, never within a character."""
     if end := line.rfind(b" ", 0, LONGEST) + 1:
         return end
     end = len(line)
@@ -151,7 +151,7 @@ def _chunks(file: BinaryIO) -> Iterator[bytes]:
 
 
 class _Rejoined:
-    """A file whose first bytes have been read already, for a reader that wants to see them."""
+    """A file whose first bytes were already read, for a reader that needs them."""
 
     def __init__(self, first: bytes, file: BinaryIO) -> None:
         self._first, self._file = first, file

@@ -1,4 +1,4 @@
-"""Which words before a value are its name: the nearest metric of its clause, without the place.
+"""Finds the name of a value in the words before it: the nearest metric of its clause.
 
 "Disc Loss: 3.88, Dur Loss: nan" is the Dur Loss, "Cost after iteration 100: nan" the Cost.
 """
@@ -13,7 +13,7 @@ from fastguard.commands.scan.words import LEVEL, is_metric
 LETTER = re.compile(r"[^\W\d_]")
 _DIGIT = re.compile(r"\d")
 CLAUSE = re.compile(r"[,;，；、|｜│┃║\[\]{}<>!?]|\.\s|[:=：＝]|\s-{1,2}\s|\(")
-"""What begins a clause: the name of a value does not reach over it."""
+"""Beginning of a clause; the name of a value does not extend across it."""
 
 _BESIDE = re.compile(r"\s(?:before|after|pre|post)[ -]?clip(?:ping)?$", re.IGNORECASE)
 _MARKUP = re.compile(r"<([^<>]*)>$")
@@ -49,7 +49,7 @@ def name_in(stem: str, *, separated: bool) -> str | None:
     if all(_is_place(word) for word in rest):
         end = at
     elif separated and len(rest) <= 6 and _DIGIT.match(rest[-1].strip("()#")):
-        end = at  # a place in other words, or in another language
+        end = at  # a place in unknown words or another language
     elif len(rest) <= 2 and all(word.isalpha() or _is_parenthesis(word) for word in rest):
         end = len(words) - 1
     elif separated and _is_name(words[-1]):
@@ -63,14 +63,14 @@ def name_in(stem: str, *, separated: bool) -> str | None:
 
 
 def _balanced(name: str) -> str:
-    """A name without the parentheses that have no partner in it."""
+    """Removes unmatched parentheses from a name."""
     if name.count("(") == name.count(")"):
         return name
     return name.partition("(")[0].strip() or name.strip("()")
 
 
 def _last_clause(stem: str) -> str:
-    """What follows the last mark that ends a clause; a parenthesis that is closed belongs to it."""
+    """The text after the last clause mark; a closed parenthesis belongs to the clause."""
     stem = _INDEX.sub("", stem.rstrip(" \t\"'`*"))
     stem = _BESIDE.sub("", _MARKUP.sub(r"\1", stem))
     begin = max((token.end() for token in TOKEN.finditer(stem)), default=0)

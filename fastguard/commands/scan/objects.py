@@ -1,7 +1,7 @@
-"""Objects that were written one after the other, read by the columns that they make.
+"""Reads consecutive JSON objects by columns.
 
-Most have the names of the one before, and numbers where that has numbers: what a name says is asked
-once for all of them, and the loops over the values run in C.
+Most have the same names as the one before, with numbers in the same places, so each name is
+interpreted once for all of them and the loops over the values run in C.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastguard.commands.scan.words import is_bound, is_metric
 from fastguard.records.read_json_lines import are_records
 
 FEWEST = 4
-"""Objects with the same names, below which each is read by itself."""
+"""Minimum number of objects with the same names that are read together."""
 
 _NUMBERS = frozenset({int, float})
 _EMPTY = frozenset({bool, type(None)})
@@ -41,11 +41,11 @@ def rows_of(
     """Reads objects together.
 
     Args:
-        objects: In their order.
-        numbers: Their lines.
-        text: Gives the text of each.
+        objects: The objects in order.
+        numbers: Their line numbers.
+        text: Returns the text of an object.
         reader: Reads the place of an object that does not name it plainly.
-        series: Which names are judged.
+        series: Decides which names are judged.
     """
     columns = _Columns(objects, series)
     places = {names: _places(names, columns.nested) for names, _ in columns.parts}
@@ -57,7 +57,7 @@ def rows_of(
 
     said = {tuple(name is None for name in named or ()) for named in places.values()}
     if len(said) > 1 and any(one[:1] != (False,) for one in said):
-        columns.odd.update(range(len(objects)))  # the place of one completes that of another
+        columns.odd.update(range(len(objects)))  # places complete one another
     return Rows(
         json_lines.NAME,
         numbers,
@@ -80,7 +80,7 @@ class _Columns:
         self.bad: dict[int, list[Value]] = {}
         self.odd: set[int] = set()
         self.measured = bytearray(len(objects))
-        self.nested = False  # whether objects in objects name a place
+        self.nested = False  # whether nested objects name a place
         self.parts = _parts(objects)
         for (names, label), at in self.parts.items():
             part = objects if len(at) == len(objects) else [objects[i] for i in at]
@@ -93,7 +93,7 @@ class _Columns:
                 self._take(str(long), column, at, 1)
 
     def joined(self) -> dict[str, Column]:
-        """The columns, each of one piece."""
+        """The columns, each as one piece."""
         joined: dict[str, Column] = {}
         for name, pieces in self._columns.items():
             if len(pieces) == 1:
@@ -189,7 +189,7 @@ class _Columns:
 
 
 def _parts(objects: Sequence[Mapping[str, Any]]) -> dict[tuple[Names, str | None], Sequence[int]]:
-    """The objects by their names, and by the name of their value if they hold one."""
+    """Groups objects by their names, and by the metric name if they hold a single value."""
     names = list(map(tuple, objects))
     if len({*names}) == 1 and "value" not in names[0]:
         return {(names[0], None): range(len(objects))}
@@ -201,7 +201,7 @@ def _parts(objects: Sequence[Mapping[str, Any]]) -> dict[tuple[Names, str | None
 
 
 def _places(names: Names, nested: bool) -> tuple[str | None, ...] | None:
-    """The names of epoch, batch and step; None: they must be looked for in each object."""
+    """The names of epoch, batch and step; None if each object must be searched."""
     kinds = [kind_of(name) for name in names]
     if nested or not any(kinds):
         return None
@@ -209,7 +209,7 @@ def _places(names: Names, nested: bool) -> tuple[str | None, ...] | None:
 
 
 def _place(found: Mapping[str, Any], named: tuple[str | None, ...] | None) -> Place | None:
-    """The place that an object names in plain numbers; None: it does otherwise."""
+    """The place that an object names in plain numbers, or None."""
     if named is None:
         return None
     epoch, batch, step = (None if name is None else found[name] for name in named)

@@ -1,4 +1,4 @@
-"""What `fastguard scan` prints, as text and as JSON."""
+"""Output of `fastguard scan` as text and as JSON."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fastguard.commands.scan.series import RULE, Growth, Series, Spike
 from fastguard.commands.terminal import print_table, printable
 
 ROWS = 50
-"""Stretches in a table; the JSON has all that are kept."""
+"""Maximum number of stretches in a table; the JSON has all that are kept."""
 
 SPIKES = 8
-"""Spikes of a series in the text."""
+"""Maximum number of spikes per series in the text."""
 
 
 def as_dict(log: str, found: LogScan) -> dict[str, Any]:
-    """Everything that was found, as JSON values."""
+    """All results as JSON values."""
     return {
         "file": log,
         "lines": found.n_lines,
@@ -36,7 +36,7 @@ def as_dict(log: str, found: LogScan) -> dict[str, Any]:
 
 
 def print_text(log: str, found: LogScan) -> None:
-    """A sentence, a table of the stretches if there are any, and what the series say."""
+    """Prints a sentence, a table of the stretches if there are any, and the series."""
     name = printable(log)
     lines = _lines(found.n_lines)
     if found.n_bad:
@@ -79,7 +79,7 @@ def _print_notes(found: LogScan) -> None:
 
 
 def _judgement(series: Series, growth: Growth | None) -> Iterator[str]:
-    """What the rule would have skipped, and since when the series climbs."""
+    """Describes what the rule would have skipped, and since when the series climbs."""
     if series.n_spikes:
         shown = series.spikes[:SPIKES]
         places = [_at(spike.place, spike.line) for spike in shown]
@@ -100,7 +100,7 @@ def _judgement(series: Series, growth: Growth | None) -> Iterator[str]:
 
 
 def _at(place: Place, line: int) -> tuple[str, str]:
-    """The unit and the number by which a row is found again."""
+    """The unit and the number that identify a row."""
     if place.step is not None:
         return "step", str(place.step)
     if place.epoch is not None:
@@ -109,7 +109,7 @@ def _at(place: Place, line: int) -> tuple[str, str]:
 
 
 def print_problem(log: str, found: LogScan) -> None:
-    """Why a log that shows no NaN or Inf cannot be said to have none; on standard error."""
+    """Prints to stderr why a log without NaN or Inf was not fully checked."""
     told = f"fastguard scan: {printable(log)}: {found.problem}"
     if found.n_lines > found.n_records:
         told += f"; no NaN or Inf in the {found.n_lines:,} lines before"
@@ -130,7 +130,7 @@ def _row(stretch: Stretch) -> list[str]:
 
 
 def _steps(stretch: Stretch) -> str:
-    """The steps of a stretch one by one, if they are known and few; else ""."""
+    """The steps of a stretch if they are known and few; else ""."""
     steps = stretch.steps
     return ", ".join(map(str, steps)) if 0 < len(steps) < STEPS else ""
 

@@ -1,7 +1,7 @@
-"""Where in a run a line says that it was written, in words: "epoch 3", "[15/41]", "iter 100".
+"""Finds where in a run a line was written: "epoch 3", "[15/41]", "iter 100".
 
-What launchers write before a line ("[1,0]<stdout>:", "[rank0]:", "0: ", a container's time) is none
-of it, nor is a date, nor a setting ("Namespace(epoch=200)", "best epoch 3", "--epoch 200").
+Launcher prefixes ("[1,0]<stdout>:", "[rank0]:", "0: ", a container's time), dates and settings
+("Namespace(epoch=200)", "best epoch 3", "--epoch 200") are not places.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from fastguard.commands.scan.reading import INT, Where, span_of
 from fastguard.commands.scan.words import is_metric
 
-# Bounded, so that no line takes long.
+# Bounded quantifiers, so that no line takes long.
 _GAP = r"[\s:=#\[(\"'：＝]{0,9}"
 _MODE = r"(?:\(\w{1,9}\))?"  # Epoch(train) [3][ 100/1000], of mmengine
 _FREE = r"(?<![-\w.])"
@@ -30,8 +30,8 @@ _COUNT = re.compile(
     rf"|(?:^|[\s|:])({INT})/({INT}|\?)\s{{1,9}}[\[━╸]"  # 15/41 [, of tqdm and Keras
     rf"|:\s{{1,9}}({INT})\s{{0,9}}/\s{{0,9}}({INT})\s"  # epoch 003:     15 / 41, of fairseq
 )
-# 2026/11/21, 21/11/2026, and 11/21 if a time of day follows that is no clock of a bar,
-# and no name stands before it: Epoch 11/12 03:00:10.
+# 2026/11/21, 21/11/2026, and 11/21 before a time of day that is not a bar's clock, if no name
+# precedes it: Epoch 11/12 03:00:10.
 _DATE = re.compile(
     r"\b(?:\d{4}/\d\d?/\d\d?|\d\d?/\d\d?/\d{4}"
     r"|(?<![a-z] )(?<![a-z]: )\d\d/\d\d(?=[ ,T]{1,3}\d\d:\d\d:\d\d(?!\s{0,9}<)))\b"
@@ -67,7 +67,7 @@ _CONFIG = re.compile(
     re.IGNORECASE,
 )
 HEAD = 400
-"""Characters of a line in which its place is looked for: what follows are arrays."""
+"""Number of characters of a line in which its place is searched; arrays follow."""
 
 _HAS_DIGIT = re.compile(r"[0-9]")
 
@@ -106,14 +106,14 @@ def where_in(text: str) -> Where:
 
 
 def names_settings(text: str) -> bool:
-    """Whether a line lists the settings of a run: its numbers are no places."""
+    """Whether a line lists the settings of a run, whose numbers are not places."""
     if (":" not in text and "=" not in text) or _CONFIG.search(text) is None:
         return False
     return not any(is_metric(name) and name.lower() != "lr" for name in _NAMES.findall(text))
 
 
 def without_launcher(text: str) -> str:
-    """A line without what a launcher wrote before it."""
+    """Removes a launcher's prefix from a line."""
     return _without_launcher(text).lstrip() if _LAUNCHER.match(text) else text
 
 
@@ -143,7 +143,7 @@ def _blank(match: re.Match[str]) -> str:
 
 
 def _now(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
-    """The first match that is about now, not about the best epoch, all steps, or a file."""
+    """The first match about the present, not about the best epoch, all steps, or a file."""
     for match in pattern.finditer(text):
         if _NOT_NOW.search(text, max(0, match.start() - 12), match.start()):
             continue

@@ -1,6 +1,6 @@
-"""Lines that people print: "epoch 3, batch 15: loss nan", "[3, 2000] loss: inf", and bars of tqdm.
+"""Free-form lines: "epoch 3, batch 15: loss nan", "[3, 2000] loss: inf", and tqdm bars.
 
-Also timm, fairseq, Megatron, Keras and nanoGPT write lines that can be read so.
+Also covers the lines of timm, fairseq, Megatron, Keras and nanoGPT.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ MEASURED_BYTES = re.compile(
     rb"(?:loss|norm|acc|ppl|mse|mae|err)[\w\x80-\xff]{0,160}[\"']?[^\S\n]*[=:]?[^\S\n]*[\"'(\[]*"
     rb"[+-]?[\d\x80-\xff]"
 )
-"""Finds a little more than `_MEASURED`, in UTF-8 and lower case, in many lines at once."""
+"""Matches slightly more than `_MEASURED`, in lower-case UTF-8, over many lines at once."""
 
 MEASURED_IN = 2000
-"""Characters of a line in which a finite loss is looked for."""
+"""Number of characters of a line in which a finite loss is searched."""
 
-LOSS_SCALE = "skipped because of loss_scale: "  # fastguard's own line: the gradients of no incident
+LOSS_SCALE = "skipped because of loss_scale: "  # fastguard's own log line, not an incident
 
 
 NOWHERE_IN = Where()
 NOT_ASKED = Where(*[(0, 0)] * 5)
-"""Of a line whose place has not been looked for."""
+"""Placeholder for a place that has not been searched for."""
 
 
 def may_measure(text: str) -> bool:
-    """Whether a line tells of a finite loss, norm or the like."""
+    """Whether a line reports a finite loss, norm or similar value."""
     return _MEASURED.search(text, 0, MEASURED_IN) is not None
 
 
 class Plain:
-    """Reads what no other dialect does."""
+    """Parses lines that no other dialect accepts."""
 
     def read(self, text: str) -> Reading | None:
-        """What a line says, or None if it says nothing of a run."""
+        """Parses a line; None if it says nothing about a run."""
         where = where_in(text)
         place = where.place(text)
         if LOSS_SCALE in text:
@@ -58,25 +58,25 @@ class Plain:
 
 
 class Passed:
-    """Good lines, of which the place is asked only when a bad one comes without its own.
+    """Good lines, whose place is needed only if a bad line follows without its own.
 
-    Reading each would take twenty times as long as passing it by. Kept are the last line that names
-    an epoch and the last `KEPT` after it.
+    Parsing each would take twenty times as long as skipping it. Kept are the last line that names
+    an epoch and the last `KEPT` lines after it.
 
     Args:
-        where: Which bytes of a line name its place.
-        is_setting: Whether a line is one of a list of settings.
+        where: Returns which bytes of a line name its place.
+        is_setting: Whether a line belongs to a list of settings.
     """
 
     KEPT = 16
     TRIED = 8
-    """Lines with "epoch" in them that are looked at, the last first."""
+    """Maximum number of lines with "epoch" that are parsed, from the last one back."""
 
     TAIL = 1 << 13
-    """Bytes at the end of lines that are not read, of which the last are kept."""
+    """Maximum number of trailing bytes kept of lines that are not parsed."""
 
     PENDING = 64
-    """Lines and blocks of lines that are kept as they came."""
+    """Maximum number of lines and blocks kept unparsed."""
 
     def __init__(
         self, where: Callable[[bytes], Where], is_setting: Callable[[bytes], bool]
@@ -85,22 +85,22 @@ class Passed:
         self._is_setting = is_setting
         self._lines: deque[tuple[Where, bytes]] = deque(maxlen=self.KEPT)
         self._epoch: tuple[Where, bytes] | None = None
-        self._pending: list[bytes | tuple[Where, bytes]] = []  # most are forgotten unasked
+        self._pending: list[bytes | tuple[Where, bytes]] = []  # most are dropped unparsed
 
     def add(self, where: Where, line: bytes) -> None:
-        """Takes a line of which it is known where it names its place."""
+        """Adds a line whose place is known."""
         self._pending.append((where, line))
         if len(self._pending) > self.PENDING:
             self._settle()
 
     def add_all(self, lines: bytes) -> None:
-        """Takes lines that are not read."""
+        """Adds lines that are not parsed."""
         self._pending.append(lines)
         if len(self._pending) > self.PENDING or len(lines) > self.TAIL:
             self._settle()
 
     def place(self, last: Place) -> Place:
-        """Where the lines ended, `last` being where they began; they are forgotten here."""
+        """Returns where the lines ended, given where they began, and drops them."""
         self._settle()
         if self._epoch is not None:
             where, line = self._epoch
@@ -111,7 +111,7 @@ class Passed:
         return last
 
     def forget(self) -> None:
-        """After a line that names an epoch itself."""
+        """Drops the lines, after a line that names an epoch itself."""
         self._pending.clear()
         self._lines.clear()
         self._epoch = None

@@ -1,4 +1,4 @@
-"""What a dialect makes of one line: where in the run it was written, and what in it is bad."""
+"""The result of parsing one line: its place in the run, and its bad values."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import NamedTuple
 from fastguard.commands.scan.values import Value
 
 INT = r"[0-9]{1,15}"
-"""The pattern of a number in a log: no more digits than every integer type and `int` take."""
+"""Pattern of a number in a log, with few enough digits for every integer type and `int`."""
 
 
 class Place(NamedTuple):
-    """Where in a run, in the log's own numbers; None: not said.
+    """A place in a run, in the log's own numbers; None where the log does not give it.
 
     Attributes:
-        epoch: Epoch; fractional in logs that count so.
-        epochs: Of how many.
-        batch: Batch within the epoch, as a progress bar counts: those that are done.
-        batches: Of how many.
+        epoch: Epoch; fractional in some logs.
+        epochs: Total number of epochs.
+        batch: Batch within the epoch, as a progress bar counts: the number done.
+        batches: Total number of batches.
         step: Step of the whole run.
     """
 
@@ -31,7 +31,7 @@ class Place(NamedTuple):
     step: int | None = None
 
     def within(self, last: Place) -> Place:
-        """This place, completed by the last one that was known before it."""
+        """This place, completed from the last known one before it."""
         if self.epoch is not None or last is NOWHERE:
             return self
         return Place(
@@ -48,10 +48,10 @@ Span = tuple[int, int]
 
 
 class Where(NamedTuple):
-    """Which characters of a line say its place: those of any line that differs in digits alone.
+    """Which characters of a line give its place; the same for lines that differ only in digits.
 
     Attributes:
-        epoch, epochs, batch, batches, step: First and last character + 1 of the number, or None.
+        epoch, epochs, batch, batches, step: `(begin, end)` of the number, or None.
     """
 
     epoch: Span | None = None
@@ -74,7 +74,7 @@ class Where(NamedTuple):
         return Place(epoch, epochs, batch, batches, step)
 
     def in_bytes(self, text: str, line: bytes) -> Where:
-        """The same in the bytes that the text was read from, as UTF-8 or else as Latin-1."""
+        """The spans in the bytes from which the text was decoded, as UTF-8 or else Latin-1."""
         if len(text) == len(line):
             return self
         return Where(
@@ -90,23 +90,23 @@ def _bytes(text: str) -> int:
 
 
 def span_of(match: re.Match[str] | None, *groups: int | str) -> Span | None:
-    """Where the first of these groups that took part is, or None."""
+    """The span of the first of these groups that matched, or None."""
     if match is None:
         return None
     return next((match.span(group) for group in groups if match[group] is not None), None)
 
 
 class Reading(NamedTuple):
-    """A line of a training log.
+    """A parsed line of a training log.
 
     Attributes:
-        dialect: Who wrote such lines.
-        place: Where it was written.
-        bad: The values in it that are NaN or Inf.
-        measured: Whether it tells of losses or norms at all: if it does, and none is bad, then the
-            run is finite here.
-        where: Which characters say the place, if a line with other digits reads the same.
-        numbers: The finite losses and gradient norms in it, if it is data.
+        dialect: Dialect of the line.
+        place: Where in the run it was written.
+        bad: Its NaN and Inf values.
+        measured: Whether it reports losses or norms. If it does and none is bad, the run is finite
+            here.
+        where: Characters that give the place, if a line with other digits reads the same.
+        numbers: Its finite losses and gradient norms, if it is structured data.
     """
 
     dialect: str

@@ -1,7 +1,7 @@
-"""`scan_log`: reads a log block by block, each kind of line in the quickest way.
+"""`scan_log`: reads a log block by block, each kind of line in the fastest way.
 
-Rows of tables, JSON objects and lines of nothing but numbers are read many at a time. In other text
-only the lines are read that may hold NaN or Inf, or may end a stretch of them.
+Rows of tables, JSON objects and lines of numbers are read many at a time. In other text, only lines
+that may hold NaN or Inf, or may end a stretch of them, are parsed.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from fastguard.commands.scan.table import Table
 from fastguard.commands.scan.values import Value
 
 LONG = 1000
-"""Characters of an object that its excerpt is made of."""
+"""Number of characters of an object used for its excerpt."""
 
 TOGETHER = 512
-"""Objects that are read together."""
+"""Number of objects that are read together."""
 
 TENSORBOARD = "tensorboard"
 
@@ -45,10 +45,10 @@ def scan_log(file: BinaryIO) -> LogScan:
     """Reads a log to its end.
 
     Args:
-        file: Open for reading in binary; need not be seekable.
+        file: Binary file, open for reading; need not be seekable.
 
     Returns:
-        What was found up to where it could be read; `problem` says why not further.
+        What was found in the readable part; `problem` says why reading stopped early.
 
     Example:
         >>> import io
@@ -71,7 +71,7 @@ def scan_log(file: BinaryIO) -> LogScan:
 
 
 def scan_events(path: str) -> LogScan:
-    """Reads an event file of TensorBoard to its end; its lines are its scalars.
+    """Reads a TensorBoard event file to its end; each scalar counts as a line.
 
     Args:
         path: The file.
@@ -89,7 +89,7 @@ def scan_events(path: str) -> LogScan:
 
 
 class _Scanner:
-    """Knows the state of a log between its lines: a table, a stretch."""
+    """Keeps the state of a log between lines: a table, a stretch."""
 
     def __init__(self) -> None:
         self._shapes = Shapes()
@@ -98,7 +98,7 @@ class _Scanner:
         self._json = JsonLines(self._findings.series)
 
     def finish(self, problem: str | None) -> LogScan:
-        """All that was found."""
+        """Returns all results."""
         self._findings.end_run()
         found = self._findings.found
         found.series = self._findings.series.found()
@@ -110,7 +110,7 @@ class _Scanner:
         return found
 
     def without_document(self, blocks: Iterator[Block]) -> Iterator[Block]:
-        """Reads the JSON document that a log may begin with; gives the rest of the log."""
+        """Reads the JSON document that a log may begin with; yields the rest of the log."""
         parts = [next(blocks, Block(1, b"")).data]
         size = len(parts[0])
         while size <= documents.LIMIT:
@@ -127,7 +127,7 @@ class _Scanner:
                 yield Block(1 + parts[0].count(b"\n", 0, end), parts[0][end:])
                 yield from blocks
                 return
-            tried = size  # each try reads all of it
+            tried = size  # each attempt parses all of it
             while size < 4 * tried and (more := next(blocks, None)) is not None:
                 parts.append(more.data)
                 size += len(more.data)
@@ -139,7 +139,7 @@ class _Scanner:
     def take(self, block: Block) -> None:
         """Reads the lines of a block."""
         data = block.data
-        # Of the same length, so that a place in one is a place in the other.
+        # Equal lengths keep offsets valid in both.
         lines = data.replace(b"\r\n", b" \n").replace(b"\r", b"\n") if b"\r" in data else data
         suspects: Suspects | None = None
         at, size = 0, len(lines)
@@ -184,7 +184,7 @@ class _Scanner:
             at = end + 1
 
     def _take_rows(self, number: int, data: bytes, lines: bytes, at: int, *, json: bool) -> int:
-        """Takes lines that are data and can be read together; returns where they end."""
+        """Reads structured lines together; returns the offset of their end."""
         if json:
             first = lines.find(b"\n", at) + 1
             if not isinstance(json_lines.parse(lines[at:first]), dict):
@@ -207,7 +207,7 @@ class _Scanner:
         return end
 
     def _ends(self) -> Iterator[re.Pattern[bytes]]:
-        """What may end the stretch that is going on, or say its step."""
+        """Patterns that may end the current stretch or give its step."""
         stretch = self._findings.stretch
         if stretch is not None:
             if stretch.dialect in ENDS:
@@ -216,7 +216,7 @@ class _Scanner:
                 yield BAR
 
     def take_scalar(self, number: int, step: int, tag: str, value: float) -> None:
-        """Takes a value of an event file."""
+        """Adds a value of an event file."""
         self._findings.found.n_lines += 1
         place = Place(step=step)
         if not math.isfinite(value):
@@ -254,7 +254,7 @@ class _Scanner:
         return True
 
     def _take_object(self, number: int, found: Mapping[str, Any], text: str) -> None:
-        """Takes one object by itself."""
+        """Reads one object individually."""
         reading = self._json.read(found)
         if reading.dialect == json_lines.RECORD:
             self._findings.found.n_records += 1
@@ -286,7 +286,7 @@ class _Scanner:
 
 
 def _numbers(first: int, data: bytes, begin: int, end: int, n: int) -> Sequence[int]:
-    """The lines of `n` rows that follow each other."""
+    """The line numbers of `n` consecutive rows."""
     rows = data[begin:end]
     if b"\r" not in rows or b"\r" not in rows.replace(b"\r\n", b""):
         return range(first, first + n)

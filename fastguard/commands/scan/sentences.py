@@ -1,4 +1,4 @@
-"""Sentences with which training code stops at NaN or Inf: no value, and yet evidence of one.
+"""Messages with which training code reports NaN or Inf: evidence of one without a value.
 
 RuntimeError: Function 'MulBackward0' returned nan values in its 0th output.   (torch)
 FloatingPointError: invalid value (nan) encountered in jit(train_step)         (JAX)
@@ -7,8 +7,8 @@ AssertionError: Rank 0: found NaN in local grad norm in backward pass          (
 Detected nan and/or inf values in `encoder.weight`.                            (Lightning)
 Batch 3: Invalid loss, terminating training                                    (Keras)
 
-All are built alike: what was met, a verb that says it was met, and where. A sentence about what may
-be ("if", "when", "no", "checks") is none of them, nor is one about a table of data.
+All have the same structure: what was met, a verb that says so, and where. A sentence about a
+possibility ("if", "when", "no", "checks") does not count, nor does one about a table of data.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ import re
 from typing import NamedTuple
 
 WINDOW = 160
-"""Characters on either side of a NaN in which a sentence about it lies."""
+"""Number of characters on either side of a NaN in which a sentence about it is searched."""
 
 WINDOWS = 4
-"""How many places of a line are looked at: one that says it does so at its beginning."""
+"""Maximum number of places searched in a line; such sentences come early."""
 
 
 LONG = 600
-"""Characters from which a line is an array or a table: only its first NaN may be of a sentence."""
+"""From this length, a line is an array or a table, and only its first NaN may be in a sentence."""
 
 
 class Sentence(NamedTuple):
     """Evidence in words.
 
     Attributes:
-        name: What was NaN or Inf, "" if it is not said.
+        name: What was NaN or Inf; "" if not stated.
         value: The words for it: "NaN", "infinite", "inf or nan", "non-finite".
-        start, end: Where in the line.
+        start, end: Span in the line.
     """
 
     name: str
@@ -59,7 +59,7 @@ _SUBJECT = (
     r"scores?|objective|elbo|rewards?|actions?|observations?|states?|embeddings?|updates?|tensors?|"
     r"matrix|logprobs?|model|metric|[qv][ _-]?values?|advantages?|targets?|layers?|function|scale))"
 )
-# Data are not training: a table with gaps is nobody's divergence.
+# Input data is not training: gaps in a table are not a divergence.
 _PLACE = (
     r"(?!(?:the |your |an? )?(?:input|data|dataset|dataframe|columns?|rows?|csv|files?|features?|"
     r"config\w*|log|annotations?|metadata|cells?|table|raw)\b)"
@@ -74,7 +74,7 @@ _PASSIVE = r"(?:found|detected|encountered|produced|generated|returned|occurred|
 _WAS = r"(?:was |were |is |are |has been |have been )?"
 _KINDS = r"(?: (?:values?|elements?|entries|numbers?))?"
 
-# Bounded, so that no line takes long.
+# Bounded quantifiers, so that no line takes long.
 _SENTENCES = tuple(
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
@@ -120,7 +120,7 @@ COUNT = re.compile(
     r"|\b(?P<n4>\d{1,15})(?:/\d{1,15})? samples got (?P<value4>nan|inf) grad",
     re.IGNORECASE,
 )
-"""A count of bad things: evidence if it is not 0."""
+"""A count of bad things; evidence unless it is 0."""
 
 _ERROR = _SENTENCES[-1]
 _VERBS = re.compile(
@@ -129,7 +129,7 @@ _VERBS = re.compile(
     "|samples|skipped|iterations|observed|gave|diverged|ing| is| was| are| were| has| have| had"
     "| got| hit| saw| seen| in | at | on | with "
 )
-"""A line without any of them has no such sentence."""
+"""A line without any of these words contains no such sentence."""
 
 _CONDITION = re.compile(
     r"\b(?:if|in case|when|whenever|whether|unless|until|once|assert|not|no|never|without|free of|"
@@ -173,7 +173,7 @@ def bad_of_sentence(text: str) -> Sentence | None:
 
 
 def _in_window(text: str, trigger: int) -> Sentence | None:
-    # Asked once for all: a condition before a sentence is one before the NaN in it.
+    # Evaluated once: a condition before a sentence also precedes the NaN in it.
     unsure = _CONDITION.search(_END.split(text[:trigger])[-1]) is not None
     for pattern in (_ERROR,) if unsure else _SENTENCES:
         for match in pattern.finditer(text):

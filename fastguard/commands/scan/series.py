@@ -1,8 +1,8 @@
-"""Losses and gradient norms of a log that is data, judged as a guard would have judged them.
+"""Judges the losses and gradient norms of structured logs as a guard would.
 
-Spikes: fastguard's own `SpikeRule`, value by value, so that "SpikeRule(sigma=6) would have skipped
-step 15" is what it says. Growth: a loss that ends well above its lowest level and has been climbing
-since, or has never come back. Memory does not depend on the length of the log.
+Spikes: fastguard's own `SpikeRule` is applied value by value, so "SpikeRule(sigma=6) would have
+skipped step 15" is literal. Growth: a loss that ends well above its lowest level and has been
+climbing since, or never came back. Memory does not depend on the length of the log.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from fastguard.stages.formulas import TINY
 from fastguard.stages.spike_rules import SpikeRule
 
 RULE = SpikeRule(window=32, sigma=6.0, warmup=8)
-"""Shorter than the default: a log holds every tenth step or less, and many logs are short."""
+"""A shorter window than the default: logs hold every tenth step or fewer, and many are short."""
 
 KEPT = 100
-"""Spikes of a series that are told; the others are counted."""
+"""Maximum number of spikes kept per series; the others are counted."""
 
 NAMES = 64
-"""Series that are judged."""
+"""Maximum number of series that are judged."""
 
 POINTS = 512
-"""Points of a series that growth is judged by; a longer one is averaged in pairs."""
+"""Maximum number of points per series for judging growth; longer series are averaged in pairs."""
 
 FEWEST = 12
-"""Points that growth takes at least."""
+"""Minimum number of points for judging growth."""
 
 
 class Spike(NamedTuple):
     """A value that the rule would have skipped.
 
     Attributes:
-        line: Its line.
-        place: Its place.
-        value: What was logged.
+        line: Line number.
+        place: Place in the run.
+        value: The logged value.
         threshold: The largest value that would have been accepted.
     """
 
@@ -59,8 +59,8 @@ class Growth(NamedTuple):
 
     Attributes:
         line, place: Where it was lowest.
-        low: Its lowest level, a running median.
-        end: Its level at the end.
+        low: Lowest level, a running median.
+        end: Final level.
     """
 
     line: int
@@ -74,11 +74,11 @@ class Series:
     """One loss or gradient norm.
 
     Args:
-        name: Of the column or key.
+        name: Name of the column or key.
 
     Attributes:
-        spikes: The first `KEPT` of them.
-        n_spikes: How many there are.
+        spikes: The first `KEPT` spikes.
+        n_spikes: Number of spikes.
     """
 
     name: str
@@ -92,11 +92,11 @@ class Series:
     _stride: int = 1
 
     def take(self, line: int, place: Place, value: float) -> bool:
-        """Takes the next value, which must be finite; tells whether it is a spike."""
+        """Adds the next value, which must be finite; returns whether it is a spike."""
         ring = self._ring
         threshold = math.inf
-        # Of n values none exceeds mean + sqrt(n - 1) * std, and sqrt(31) < 6: what is not above all
-        # of the window is no spike.
+        # No value of n exceeds mean + sqrt(n - 1) * std, and sqrt(31) < 6, so a value that is not
+        # above the whole window is not a spike.
         if len(ring) >= RULE.warmup and value > max(ring):
             threshold = threshold_of(ring)
         exceeds = value > threshold
@@ -114,12 +114,12 @@ class Series:
     def take_all(
         self, lines: Sequence[int], place: Callable[[int], Place], values: Sequence[float]
     ) -> None:
-        """Takes values as `take` does one by one, at a tenth of the time.
+        """Adds values as repeated calls of `take` would, in a tenth of the time.
 
         Args:
-            lines: Their lines.
-            place: Gives the place of the value at an index.
-            values: All finite.
+            lines: Their line numbers.
+            place: Returns the place of the value at an index.
+            values: The values, all finite.
         """
         begin, n = 0, len(values)
         one_by_one = n if n < FEWEST or 0.0 in values else RULE.warmup - len(self._ring)
@@ -138,7 +138,7 @@ class Series:
                 continue
             self._slide(lines, place, values, begin, at)
             begin, calm = at, 0
-            while begin < n and calm < RULE.window:  # a threshold stands in the window
+            while begin < n and calm < RULE.window:  # the window holds a threshold
                 spike = self.take(lines[begin], place(begin), values[begin])
                 begin, calm = begin + 1, 0 if spike else calm + 1
         self._slide(lines, place, values, begin, n)
@@ -151,14 +151,14 @@ class Series:
         begin: int,
         end: int,
     ) -> None:
-        """Takes values of which none is a spike."""
+        """Adds values that contain no spike."""
         if begin < end:
             self._ring.extend(values[max(begin, end - RULE.window) : end])
             self._in_a_row = 0
             self._keep(lines, place, values, begin, end)
 
     def growth(self) -> Growth | None:
-        """How it climbs to the end of the log, or None if it does not."""
+        """How the series climbs to the end of the log, or None if it does not."""
         if not is_loss(self.name):
             return None
         points = self._points
@@ -178,7 +178,8 @@ class Series:
             return None
         above = rise >= 0.5 * scale
         steady = _is_trend(values[low_at + 1 :])
-        # Not the noise of a few points: all of the later half lie above all that led to the low.
+        # Exclude the noise of a few points: all of the later half must lie above all values that
+        # led to the low.
         later, earlier = values[low_at + len(tail) // 2 :], values[max(0, low_at - 2 * half - 4) :]
         stays = above and len(later) >= FEWEST and min(later) > max(earlier[: 2 * half + 5])
         worse = n >= 20 and steady and begin > 0 and end >= 1.25 * begin
@@ -212,7 +213,7 @@ class Series:
 
 
 def threshold_of(window: Collection[float]) -> float:
-    """What `RULE` compares the next value with."""
+    """The threshold of `RULE` for the next value."""
     n = len(window)
     mean = sum(window) / n
     std = math.sqrt(sum([(x - mean) * (x - mean) for x in window]) / n)
@@ -220,7 +221,7 @@ def threshold_of(window: Collection[float]) -> float:
 
 
 def _is_trend(values: list[float]) -> bool:
-    """Whether values rise in their order, by the test of Mann and Kendall: z > 3, and tau > 0.4."""
+    """Whether values trend upward, by the Mann-Kendall test: z > 3 and tau > 0.4."""
     values = values[:: max(1, len(values) // 100)]
     n = len(values)
     if n < FEWEST // 2:
@@ -242,7 +243,7 @@ class AllSeries:
         self._judged: dict[str, bool] = {}
 
     def judges(self, name: str) -> bool:
-        """Whether values of this name are a series that is judged."""
+        """Whether values of this name are judged."""
         known = self._judged.get(name)
         if known is None:
             known = is_loss(name) or is_grad_norm(name)
@@ -251,7 +252,7 @@ class AllSeries:
         return known
 
     def take(self, name: str, line: int, place: Place, value: float) -> None:
-        """Takes a finite value of a series that is judged."""
+        """Adds a finite value of a judged series."""
         if (series := self._of(name)) is not None:
             series.take(line, place, value)
 
@@ -262,7 +263,7 @@ class AllSeries:
         place: Callable[[int], Place],
         values: Sequence[float],
     ) -> None:
-        """Takes finite values of a series that is judged; see `Series.take_all`."""
+        """Adds finite values of a judged series; see `Series.take_all`."""
         if (series := self._of(name)) is not None:
             series.take_all(lines, place, values)
 

@@ -1,10 +1,10 @@
-"""Lines that differ in digits alone are read once.
+"""Parses lines that differ only in digits once.
 
 A training loop prints the same few lines for days: "step 100: loss nan" and "step 101: loss nan"
-say the same, but for the place. So each line is looked up by its shape, the line with every digit
-as 0, and what is known of the shape says which characters are the place. Digits of a name
-("loss_2") and of a count ("nan iterations: 0") are no place: where a shape has such, they are
-looked up too.
+differ only in their place. So each line is looked up by its shape, the line with every digit
+replaced by 0, and the cached result says which characters are the place. Digits of a name
+("loss_2") or a count ("nan iterations: 0") are not a place: if a shape has any, they are part of
+the key.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastguard.commands.scan.ultralytics import Ultralytics
 from fastguard.commands.scan.values import Value, nonfinite_values
 
 SHAPE = bytes.maketrans(b"123456789", b"000000000")
-"""For `bytes.translate`: the shape of a line."""
+"""Translation table for `bytes.translate` that gives the shape of a line."""
 
 _OF_NAMES = re.compile(rb"[A-Za-z_][./\[#@-]?([0-9]+)")
 _IN_NUMBER = re.compile(rb".{0,2}[0-9.]e[+-]?$|.?nan\.$|.?inf\.$", re.IGNORECASE | re.DOTALL)
@@ -44,27 +44,27 @@ _HAS_DIGIT = re.compile(rb"\d")
 _SPACES = bytes.maketrans(b",\t", b"  ")
 
 _MARKS = ("%", "it/s", "gpu_mem", "epoch'", 'epoch"')
-"""What lines of the other dialects have: bars, heads, dicts."""
+"""Marks of the other dialects' lines: bars, headers, dicts."""
 
 KEPT = 4096
-"""Shapes that are known at one time."""
+"""Maximum number of cached shapes."""
 
 LONG = 600
-"""Bytes from which a line is remembered only when it comes a second time: few do."""
+"""Lines of at least this many bytes are cached only on their second occurrence, which is rare."""
 
 MEANT = 12
-"""Numbers with a meaning in a line that is remembered."""
+"""Maximum number of meaningful numbers in a cached line."""
 
 
 class Shape(NamedTuple):
     """What lines of one shape say.
 
     Attributes:
-        suspect: Whether they have NaN or Inf, as a value or as a word.
-        dialect: Who wrote such lines; None: they say nothing of a run.
-        bad: The values that are NaN or Inf.
-        measured: Whether they tell of losses or norms.
-        where: Which bytes say the place.
+        suspect: Whether they contain NaN or Inf, as a value or as a word.
+        dialect: Their dialect; None if they say nothing about a run.
+        bad: Their NaN and Inf values.
+        measured: Whether they report losses or norms.
+        where: Which bytes give the place.
     """
 
     suspect: bool
@@ -75,18 +75,18 @@ class Shape(NamedTuple):
 
 
 class Shapes:
-    """Reads lines of text, each shape once."""
+    """Parses lines of text, each shape once."""
 
     def __init__(self) -> None:
         self._ultralytics = Ultralytics()
         self._others = (Lightning(), HuggingFace(), Plain())
         self._known: dict[bytes, Shape | tuple[Span, ...]] = {}
         self._meant: dict[tuple[bytes, ...], Shape] = {}
-        self._once: set[int] = set()  # hashes of long shapes that came once
+        self._once: set[int] = set()  # hashes of long shapes seen once
         self._places: dict[bytes, Where] = {}
 
     def of(self, line: bytes) -> Shape:
-        """What a line says."""
+        """Parses a line."""
         shape = self.known(line)
         if shape is not None:
             return shape
@@ -103,7 +103,7 @@ class Shapes:
         return shape
 
     def known(self, line: bytes) -> Shape | None:
-        """What a line says, if one like it has been read."""
+        """The cached result for a line, or None."""
         shape = self._find(line)
         if shape is None:
             short, same = shortened(line)
@@ -141,18 +141,18 @@ class Shapes:
         known[key] = value
 
     def is_setting(self, line: bytes) -> bool:
-        """Whether a line is one of a list of settings."""
+        """Whether a line belongs to a list of settings."""
         return names_settings(text_of(line))
 
     def _read(self, line: bytes) -> Shape:
         text = text_of(line)
         lower = text.lower()
         if not (may_have(lower) or may_measure(text) or any(mark in lower for mark in _MARKS)):
-            return Shape(False)  # its place is looked for if it is asked
+            return Shape(False)  # its place is searched on demand
         bad, mentions = nonfinite_values(without_launcher(text))
         suspect = bool(bad) or mentions
         reading = self._ultralytics.read(text)
-        if reading is not None and reading.where is None:  # a head: rows have other names now
+        if reading is not None and reading.where is None:  # a header: rows now have other names
             self._known.clear()
             self._meant.clear()
         for dialect in self._others:
@@ -160,12 +160,12 @@ class Shapes:
         if reading is None:
             return Shape(suspect)
         where = (reading.where or Where()).in_bytes(text, line)
-        bad = tuple(dict.fromkeys(reading.bad))  # in how many lines each is bad is counted
+        bad = tuple(dict.fromkeys(reading.bad))  # lines are counted, not occurrences
         return Shape(suspect, reading.dialect, bad, reading.measured, where)
 
 
 def _digits_with_a_meaning(line: bytes) -> tuple[Span, ...]:
-    """Where the digits of names and of counts are: other digits there are another line."""
+    """Spans of the digits in names and counts: different digits there mean a different line."""
     names = [
         match.span(1)
         for match in _OF_NAMES.finditer(line)
@@ -176,10 +176,10 @@ def _digits_with_a_meaning(line: bytes) -> tuple[Span, ...]:
 
 
 def shortened(line: bytes) -> tuple[bytes, int]:
-    """A line that ends with an array, with fewer of its values: those by which it reads the same.
+    """Shortens a line that ends with an array to fewer values that read the same.
 
     Returns:
-        The line, and how many bytes at its beginning are as they were.
+        The line, and the number of unchanged bytes at its beginning.
 
     Example:
         >>> shortened(b"grads [0.5, nan, 0.25, 0.5, 0.1, inf, nan, nan, nan, 3.5]")
@@ -214,7 +214,7 @@ def shortened(line: bytes) -> tuple[bytes, int]:
 
 
 def _is_array(text: bytes) -> bool:
-    """Whether a text is nothing but numbers, NaN or Inf among them."""
+    """Whether a text consists only of numbers, with NaN or Inf among them."""
     cells = b" " + text.translate(_SPACES).replace(b"e-", b"00") + b" "
     words = cells.count(b"nan") + cells.count(b"inf")
     return (
@@ -226,7 +226,7 @@ def _is_array(text: bytes) -> bool:
 
 
 def _before_numbers(head: bytes) -> int:
-    """Where the numbers begin that a text ends with."""
+    """Where the numbers at the end of a text begin."""
     same = len(head.replace(b"e-", b"00").rstrip(_NUMBERS))
     while head[same : same + 1].isspace():
         same += 1

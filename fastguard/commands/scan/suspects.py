@@ -1,4 +1,4 @@
-"""Where in a block of lines a line must be read: the others are passed at the speed of memory."""
+"""Finds the lines of a block that must be parsed; the others are skipped at memory speed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _NEEDLES = (
     b"inf",
     b"finit",  # infinite, non-finite, infinity
     b"1.#",
-    b"gpu_mem",  # the head of a table of Ultralytics
+    b"gpu_mem",  # header of an Ultralytics table
     b"invalid loss",
     b"scale reached",
     b"scale already",
 )
 _WORDS = (b"nan", b"inf")
-"""Words that end there: "info" and "nano" are none."""
+"""Words that must end there: "info" and "nano" do not match."""
 
 _JSON = b'\n{"'
 
@@ -27,14 +27,14 @@ ENDS = {
     lightning.NAME: re.compile(rb"it/s"),
     ultralytics.NAME: re.compile(rb"\d%"),
 }
-"""What a line has, in lower case, that may end a stretch of this dialect."""
+"""Lower-case bytes of lines that may end a stretch of each dialect."""
 
 BAR = re.compile(rb"%\|")
-"""What the bars have that count the steps of dicts."""
+"""Marks the bars that count the steps of dicts."""
 
 
 class Suspects:
-    """Finds the next suspect of a block.
+    """Finds the next suspect in a block.
 
     Args:
         lines: The block.
@@ -47,7 +47,7 @@ class Suspects:
         self._ends: dict[re.Pattern[bytes], int] = {}
 
     def after(self, at: int, *ends: re.Pattern[bytes]) -> int:
-        """Where the first suspect from `at` on is, or what also may be looked for; else the end."""
+        """Offset of the first suspect or match of `ends` from `at` on; else the end."""
         if self._soonest < at:
             for needle, known in self._next.items():
                 if known < at:

@@ -1,12 +1,12 @@
-"""Tables with a head, as CSV or TSV: what Lightning's CSVLogger, Ultralytics and pandas write.
+"""Tables with a header, as CSV or TSV: written by Lightning's CSVLogger, Ultralytics and pandas.
 
 epoch,step,train_loss,val_loss
 0,9,nan,
 0,9,,0.5
 
-The head is the first line of the file (# before it, as numpy writes, is none of it), or any later
-one once there was a table. An empty cell was not measured then: a row without a value for the
-columns that were bad is no sign that the run is finite again.
+The header is the first line of the file (without the # that numpy writes), or any later one after a
+table. An empty cell means not measured: a row without a value in the bad columns does not show that
+the run is finite again.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ NAME = "table"
 
 _DELIMITERS = "\t,;"
 _HEAD = re.compile(
-    r"(?!.*[\s:=][+-]?\.?\d[\d.e+-]*$)"  # "loss 0.5" is no name
+    r"(?!.*[\s:=][+-]?\.?\d[\d.e+-]*$)"  # "loss 0.5" is not a name
     r"[^\W\d][\w./@%()\[\]:,|+*#&^~ -]{0,79}"
 )
 _NO_CELL = re.compile(r"[\s:=]")
 _CELL = rb'"?[^,;\t\n"#]*+"?'
-# What stands under a name that is judged, or that is the place.
+# Cells under a judged name or a place.
 _NUMBER = rb'"?[ ]*+(?:[+-]?(?:[0-9]++\.?[0-9]*+(?:e[+-]?[0-9]++)?|nan|inf(?:inity)?))?[ ]*+"?'
 MOST_ROWS = 4096
-"""Rows that are read together."""
+"""Maximum number of rows that are read together."""
 
 _SENTENCE = Value("", "sentence")  # with commas in it: plain text
 _BOUND = Value("", "bound")
@@ -47,10 +47,10 @@ _NAMED_BY = ("key", "metric", "name", "tag", "variable", "metric_name")
 
 
 class Table:
-    """Reads rows under the names of the head.
+    """Parses rows under the names of the header.
 
     Args:
-        series: Which names are judged as series.
+        series: Decides which names are judged as series.
     """
 
     def __init__(self, series: AllSeries) -> None:
@@ -58,20 +58,20 @@ class Table:
         self._begun = False
         self._delimiter = ""
         self._names: list[str] = []
-        self._bad: set[int] = set()  # columns that were bad and have not been good since
+        self._bad: set[int] = set()  # columns that are still bad
         self._rows: re.Pattern[bytes] | None = None
 
     @property
     def waits(self) -> bool:
-        """Whether the next line may be of a table."""
+        """Whether the next line may belong to a table."""
         return not self._begun or bool(self._names)
 
     def give_up(self) -> None:
-        """The log is no table."""
+        """Stops treating the log as a table."""
         self._begun, self._names = True, []
 
     def read(self, text: str) -> Reading | None:
-        """What a line says, or None if it is not of a table."""
+        """Parses a line; None if it does not belong to a table."""
         if self._begun and not self._names:
             return None
         text = text.lstrip("\ufeff# ") if text.lstrip().startswith(("#", "\ufeff")) else text
@@ -87,7 +87,9 @@ class Table:
     def _take_head(self, text: str) -> Reading | None:
         for delimiter in _DELIMITERS:
             names = _cells(text, delimiter)
-            named = names[1:] if names[:1] == [""] else names  # pandas names no column of numbers
+            named = (
+                names[1:] if names[:1] == [""] else names
+            )  # pandas leaves the index column unnamed
             if (
                 len(names) > 1
                 and all(map(_HEAD.fullmatch, named))
@@ -106,7 +108,7 @@ class Table:
         return None
 
     def _pattern(self) -> re.Pattern[bytes] | None:
-        """Finds rows that can be read together: plain cells, and numbers where there should be."""
+        """Matches rows that can be read together: plain cells, with numbers where required."""
         numbers = [p or j for p, j in zip(self._places, self._judged, strict=True)]
         if not any(numbers) or (self._named_by is not None and self._value_at is not None):
             return None
@@ -114,12 +116,12 @@ class Table:
         return re.compile(rb"(?:(?!\s*\n)%s *+\n){1,%d}+" % (cells, MOST_ROWS), re.IGNORECASE)
 
     def rows(self, lines: bytes, at: int) -> tuple[int, bytes]:
-        """The rows that begin at `at` and can be read together, b"" if none, and where they end."""
+        """The end and the text of the rows from `at` that can be read together; b"" if none."""
         found = self._rows.match(lines, at) if self._rows is not None and self._names else None
         return (at, b"") if found is None else (found.end(), found[0])
 
     def read_rows(self, rows: bytes, numbers: Sequence[int]) -> Rows:
-        """What such rows say; `numbers` are their lines."""
+        """Parses such rows; `numbers` are their line numbers."""
         delimiter, k = self._delimiter.encode(), len(self._names)
         cells = rows.replace(b'"', b"").replace(b"\n", delimiter).split(delimiter)
         cells.pop()
@@ -172,7 +174,7 @@ class Table:
     def _again_good(
         self, n: int, bad_at: Mapping[int, set[int]], is_number: Callable[[int, int], bool]
     ) -> Iterator[int]:
-        """The rows in which a column that was bad holds a number again."""
+        """The rows in which a bad column holds a number again."""
         begin = 0
         for end in (*sorted(bad_at), n):
             if self._bad:
@@ -236,7 +238,7 @@ def _cells(text: str, delimiter: str) -> list[str]:
 
 @lru_cache(1024)
 def _nonfinite(name: str, cell: bytes) -> Value | None:
-    """The value of a cell that is no number; None: it has no NaN or Inf."""
+    """The NaN or Inf in a non-numeric cell, or None."""
     word = text_of(cell).strip()
     if not word or word[-1].isdigit() or not has_nonfinite(word):
         return None

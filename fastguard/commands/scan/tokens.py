@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-# Scripts without spaces between words: a token may touch them.
+# Scripts without spaces between words; they may be adjacent to a token.
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
-# As Python, numpy, C and JavaScript print them, with the zeros that Lightning appends ("nan.0");
-# 1.#QNAN, -1.#IND and 1.#INF are those of Microsoft's older C library. "NaN/Inf" is a word.
+# As printed by Python, numpy, C and JavaScript, with the zeros that Lightning appends ("nan.0");
+# 1.#QNAN, -1.#IND and 1.#INF come from Microsoft's older C library. "NaN/Inf" is a word.
 NONFINITE = (
     rf"(?:(?<![\w.#@\\-])|(?<=[{_CJK}]))[+-]?"
     r"(?:(?:nan(?!/inf)|inf(?:inity)?(?!/nan))(?:\.0*)?"
@@ -21,24 +21,24 @@ _NEXT = (
     r"(?:\s*[,;/]\s*|\s+)[+-]?(?:(?:nan|inf(?:inity)?)(?:\.0*)?(?!\.?[\w-]|/[a-z])"
     r"|(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?(?![\w:/%]))"
 )
-# An array or a row of a table is one thing to judge, however long.
+# An array or a row of a table is judged as a unit, however long.
 RUN = re.compile(rf"{NONFINITE}(?:{_NEXT})*+", re.IGNORECASE)
 
 
 def first_nonfinite(text: str) -> int:
-    """Where the first such token begins; 0 if there is none."""
+    """Offset of the first such token; 0 if there is none."""
     token = TOKEN.search(text)
     return token.start() if token else 0
 
 
 def runs(text: str) -> Iterator[re.Match[str]]:
-    """Each NaN or Inf that is a token, with the array that it begins.
+    """Yields each NaN or Inf token, with the array that it begins.
 
-    A pattern that begins with a look behind is tried at every character; `find` is ten times as
+    A pattern that begins with a lookbehind is tried at every character; `find` is ten times as
     fast.
     """
     lower = text.lower()
-    if len(lower) != len(text):  # of a few letters the lower case is longer
+    if len(lower) != len(text):  # some letters are longer in lower case
         yield from RUN.finditer(text)
         return
     end = 0
@@ -59,7 +59,7 @@ def runs(text: str) -> Iterator[re.Match[str]]:
 
 
 def may_have(lower: str) -> bool:
-    """Ten times as fast as the patterns, for the lines of a log that are fine; "info" is one."""
+    """Quick pre-check, ten times as fast as the patterns; may also match "info"."""
     return (
         _has_word_end(lower, "nan")
         or _has_word_end(lower, "inf")
@@ -82,7 +82,7 @@ def _has_word_end(text: str, end: str) -> bool:
 
 
 def canonical(token: str) -> str:
-    """`"nan"`, `"inf"` or `"-inf"`."""
+    """Normalizes a token to `"nan"`, `"inf"` or `"-inf"`."""
     if "n" in token.lower().replace("inf", "").replace("inity", ""):  # nan, qnan, ind
         return "nan"
     return "-inf" if token.startswith("-") else "inf"

@@ -1,10 +1,10 @@
-"""The progress lines of Ultralytics (and of YOLOv5, from which it has them).
+"""The progress lines of Ultralytics and YOLOv5.
 
       Epoch    GPU_mem   box_loss   cls_loss   dfl_loss  Instances       Size
       3/100      2.1G        nan      2.346     0.9877         34        640: 37% ━━━━──────── 15/41
 
-The losses are running means over the epoch, so one NaN stays until the epoch ends. The batch number
-is that of the bar, which may lag one behind the losses.
+The losses are running means over the epoch, so one NaN persists until the epoch ends. The batch
+number comes from the bar, which may lag one behind the losses.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _BAR = re.compile(rf"\D*?({INT})/({INT})")
 
 
 class Ultralytics:
-    """Reads rows under the names of the last head line."""
+    """Parses rows under the names of the last header."""
 
     def __init__(self) -> None:
         self._names: list[str] = []
 
     def read(self, text: str) -> Reading | None:
-        """What a line says, or None if it is not of this dialect."""
+        """Parses a line; None if it is not of this dialect."""
         row = _ROW.match(text)
         if row is None:
             head = _HEAD.match(text)

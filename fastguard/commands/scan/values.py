@@ -1,13 +1,12 @@
-"""Which NaN and Inf in a line of text are values, and which are words.
+"""Decides which NaN and Inf in a line of text are values and which are words.
 
-"loss: nan" is a value; "info", "nano" and "banana" are nothing; "checking for nan values" is a
-mention: it has the word, but nobody measured it there. So are bounds that begin at infinity, as in
+"loss: nan" is a value; "info", "nano" and "banana" do not match; "checking for nan values" is a
+mention: the word without a measurement. Also mentions: bounds that begin at infinity, as in
 "val_loss improved from inf to 0.69" or "best_acc=-inf", rates ("samples per second: inf"), settings
 ("missing=nan") and the log level INF.
 
-A value has a name before it in the same clause, or stands among numbers. The name is the nearest
-one: what stands before the separator, or before the place that stands between, as in "Cost after
-iteration 100: nan".
+A value has a name before it in the same clause, or is among numbers. Its name is the nearest one
+before the separator, or before a place in between, as in "Cost after iteration 100: nan".
 """
 
 from __future__ import annotations
@@ -24,17 +23,17 @@ from fastguard.commands.scan.tokens import NUMBER, TOKEN, canonical, may_have, r
 from fastguard.commands.scan.words import LEVEL, UNIT_OF_RATE, is_bound, is_metric
 
 CONTEXT = 100
-"""Characters on either side that decide. All patterns here may be quadratic in it."""
+"""Number of characters considered on either side; patterns here may be quadratic in it."""
 
 LISTED = 4
-"""Values of one array that are told one by one; of the others only which kinds there are."""
+"""Maximum number of values of an array listed individually; of the others only the kinds."""
 
 
 class Value(NamedTuple):
-    """A NaN or Inf that was measured.
+    """A measured NaN or Inf.
 
     Attributes:
-        name: What it is the value of, "" if the line does not say.
+        name: Name of the value; "" if the line does not give one.
         text: `"nan"`, `"inf"` or `"-inf"`; `"non-finite"` if the line does not say which.
     """
 
@@ -56,7 +55,7 @@ _NUMBER_BEFORE = re.compile(
     rf"(?:^|[\s,;|\[(:=/│┃]){NUMBER}[\])]?(?:\s*[,;|｜/│┃±]\s*|\s+|\s*-*=?>\s*|\s*\+/-\s*)?$",
     re.IGNORECASE,
 )
-_LEVEL = "\0level"  # no name of a value: the line says INF where others say INFO
+_LEVEL = "\0level"  # not a name: log level INF, short for INFO
 _DIGITS = str.maketrans("023456789", "111111111")
 _STATISTICS = ("max", "min", "mean", "std", "sum")
 _CALL = re.compile(r"([A-Za-z_][\w.]*)\([^()]*(?:\([^()]*\)[^()]*)*$")
@@ -64,7 +63,7 @@ _CONTAINER = re.compile(
     r"(?:\w*(?:tensor|array|float\d*|parameter|decimal|print|scalar|variable))$", re.IGNORECASE
 )
 
-# What stands after it, if it is not a word in a sentence.
+# What follows a value, as opposed to a word in a sentence.
 _NO_WORD = re.compile(
     rf"[\"'`\])}}>%*]*\s*"
     rf"(?:$|[,;|/，；│┃]?\s*{NUMBER}|[,;，；]?\s*[^\W\d][\w./@%-]*(?: [^\W\d][\w./@%-]*)?[\"']?\s*"
@@ -98,9 +97,9 @@ def has_nonfinite(text: str) -> bool:
     )
 
 
-@lru_cache(64)  # a line is asked more than once: by the scanner, and by each dialect
+@lru_cache(64)  # the scanner and each dialect ask for a line
 def nonfinite_values(text: str) -> tuple[tuple[Value, ...], bool]:
-    """The values in a line that are NaN or Inf, and whether there are mentions beside them.
+    """The NaN and Inf values in a line, and whether it also contains mentions.
 
     Example:
         >>> nonfinite_values("INFO epoch 3 loss: nan, grad norm inf (nano-banana inference)")
@@ -138,7 +137,7 @@ def nonfinite_values(text: str) -> tuple[tuple[Value, ...], bool]:
 
 
 def _others(text: str, begin: int, end: int) -> Iterator[Value]:
-    """The values of an array after its first: some, and then each kind that is not among them."""
+    """The values of an array after its first: some, then each remaining kind once."""
     kinds = set()
     for token in islice(TOKEN.finditer(text, begin, end), LISTED):
         kinds.add(canonical(token[0]))
@@ -162,13 +161,13 @@ def _name(before: str, after: str, end: str, token: str) -> str | None:
     if not name or "1" not in name:
         return name
     at = alike.rfind(name)
-    if at < 0:  # its words stand apart in the text
+    if at < 0:  # its words are not adjacent in the text
         return _name_of_value(before, after, end, token)
     return before[at : at + len(name)]
 
 
 def _in_sentence(value: str) -> str:
-    """What "NaN", "infinite" or "inf or nan" says."""
+    """The kind meant by "NaN", "infinite" or "inf or nan"."""
     if "nan" in value and "inf" not in value:
         return "nan"
     return "inf" if "inf" in value and "nan" not in value and "non" not in value else "non-finite"
@@ -176,13 +175,13 @@ def _in_sentence(value: str) -> str:
 
 @lru_cache(1 << 11)
 def _name_of_value(before: str, after: str, end: str, token: str) -> str | None:
-    """The name of the value between these two texts, "" if it has none; None: it is a word.
+    """The name of the value between two texts, "" if it has none; None if it is a word.
 
     Args:
         before: Up to `CONTEXT` characters before it.
-        after: What follows it.
-        end: What follows the array or row that it begins.
-        token: As it is written.
+        after: The text after it.
+        end: The text after the array or row that it begins.
+        token: The token as written.
     """
     text = canonical(token)
     if text != "nan" and (_BETTER.match(after) or re.search(r"\bfrom\s+$", before)):
@@ -227,14 +226,14 @@ def _name_of_value(before: str, after: str, end: str, token: str) -> str | None:
 
 
 def _measured(name: str, before: str, text: str) -> str | None:
-    """A metric in a sentence, unless the sentence speaks of what may be."""
+    """A metric in a sentence, unless the sentence is about a possibility."""
     if is_bound(name, text) or _CONDITION.search(before):
         return None
     return name
 
 
 def _separated(name: str, stem: str, end: str, text: str, *, in_call: bool) -> str | None:
-    """A name with a separator after it, unless it names a bound, a rate or a setting."""
+    """A name followed by a separator, unless it is a bound, a rate or a setting."""
     if is_bound(name, text) or (not is_metric(name) and is_bound(name.split()[-1], text)):
         return None
     clause = CLAUSE.split(stem[:-1])[-1].strip(" \"'`()")
@@ -258,7 +257,7 @@ def _separated(name: str, stem: str, end: str, text: str, *, in_call: bool) -> s
 def _among_numbers(before: str, after: str, end: str) -> str | None:
     if _CONTAINER_BEFORE.search(before) and (_CLOSER.match(after) or _CLOSER.match(end)):
         return ""
-    if _CELLS.match(after) and _CELLS.match(before):  # of a table: 2,nan,
+    if _CELLS.match(after) and _CELLS.match(before):  # a table row: 2,nan,
         return ""
     if not _stands_alone(end):
         return None
@@ -270,7 +269,7 @@ def _among_numbers(before: str, after: str, end: str) -> str | None:
 
 
 def _at_start(before: str, after: str, end: str) -> str | None:
-    """A value with nothing but brackets before it."""
+    """A value with only brackets before it."""
     if not _stands_alone(end):
         return None
     others = TOKEN.sub("", before + after)
@@ -278,7 +277,7 @@ def _at_start(before: str, after: str, end: str) -> str | None:
 
 
 def _stands_alone(end: str) -> bool:
-    """Whether what follows is no word of the same clause."""
+    """Whether the following text is not a word of the same clause."""
     if _ALONE.match(end):
         return False
     return _NO_WORD.match(end) is not None or _CLOSER.match(end) is not None

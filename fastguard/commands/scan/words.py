@@ -1,7 +1,7 @@
-"""The vocabulary of training logs: what a name in front of a value says about the value.
+"""The vocabulary of training logs: what a name says about the value after it.
 
-A metric is what training measures. The other lists are short on purpose, and are all that a NaN or
-an infinity may stand beside without being one: rates and clocks, which divide by no time at all;
+A metric is what training measures. The other lists are deliberately short and cover everything that
+may be NaN or infinite without a training problem: rates and clocks, which divide by zero time;
 bounds, which begin at infinity; and settings.
 """
 
@@ -42,7 +42,7 @@ _SIZES = frozenset(
     "workers retries attempts depth capacity rounds".split()
 )
 _LOSSES = frozenset("loss losses norm norms grad grads gnorm nll ppl perplexity".split())
-"""A name that ends so is a metric, whatever comes before: "duration loss", "clip_loss"."""
+"""Last words that make a name a metric regardless of the rest: "duration loss", "clip_loss"."""
 
 _WORD = re.compile(r"[A-Z]?[a-z]+\d?|[A-Z]+(?![a-z])\d?|\d+|[^\W\d_a-zA-Z]+")
 _PER = re.compile(
@@ -56,7 +56,7 @@ UNIT_OF_RATE = re.compile(
     r"[TGM]?flops|[KMG]i?B(?:/s)?)\b)",
     re.IGNORECASE,
 )
-"""What follows a value that is a rate or a duration: `inf samples/s`, `nan ms`."""
+"""Units after a value that is a rate or a duration: `inf samples/s`, `nan ms`."""
 
 LEVEL = re.compile(
     r"(?:debug|info|inf|note|notice|warn|warning|error|critical|fatal|hint|tip"
@@ -78,7 +78,7 @@ def words_of(name: str) -> tuple[str, ...]:
 
 @lru_cache(4096)
 def is_metric(name: str) -> bool:
-    """Whether a name is one of those that trainers measure."""
+    """Whether a name is a metric that trainers measure."""
     return any(
         word in METRICS or word.rstrip("0123456789") in METRICS or word.endswith("loss")
         for word in words_of(name)
@@ -87,7 +87,7 @@ def is_metric(name: str) -> bool:
 
 @lru_cache(4096)
 def is_rate(name: str) -> bool:
-    """Whether a value of this name is a rate or a clock, which is no number of training."""
+    """Whether a name is a rate or a clock, which does not measure training."""
     if _PER.search(name) is not None:
         return True
     words = words_of(name)
@@ -99,7 +99,7 @@ def is_rate(name: str) -> bool:
 
 @lru_cache(4096)
 def is_bound(name: str, text: str) -> bool:
-    """Whether a value of this name is none of training: a bound at infinity, a rate, a setting.
+    """Whether a value of this name is a bound at infinity, a rate or a setting.
 
     Example:
         >>> is_bound("best_acc", "-inf"), is_bound("best_acc", "nan"), is_bound("missing", "nan")
