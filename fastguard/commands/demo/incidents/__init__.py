@@ -1,7 +1,7 @@
-"""Training runs that went wrong, small enough to watch: `fastguard demo --incident A`.
+"""Small training runs that fail: `fastguard demo --incident A`.
 
-Each is a module with one function, `run(folder, guarded) -> Outcome`: the same weights, data and
-faults, once as it was and once guarded. What is here is meant to be read, and copied from.
+Each is a module with a function `run(folder, guarded) -> Outcome` that uses the same weights, data
+and faults, unguarded or guarded. The code is meant to be read and copied.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from fastguard.records.step_record import StepRecord
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one run.
+    """The outcome of one run.
 
     Attributes:
-        survived: Whether everything that the run leaves behind is finite and of use.
+        survived: Whether everything that the run leaves behind is finite and usable.
         ended: How it ended, in one sentence.
-        losses: The loss of each batch in order, as the run itself saw it.
-        records: One for each step of a guarded run, oldest first.
-        facts: What else the scenario looked at, by name.
+        losses: The loss of each batch in order, as the run itself computed it.
+        records: One record per step of a guarded run, oldest first.
+        facts: Further measurements of the scenario, by name.
     """
 
     survived: bool
@@ -37,14 +37,14 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Incident:
-    """One story.
+    """One scenario.
 
     Attributes:
-        letter: What the user types.
-        title: The story in a line.
-        module: Where its `run` lives; imported when it is played.
-        packages: What it needs beside torch.
-        extra: The extra that brings them.
+        letter: The letter that the user types.
+        title: The title, one line.
+        module: Module that defines `run`; imported only when it is played.
+        packages: Required packages besides torch.
+        extra: The extra that installs them.
     """
 
     letter: str
@@ -54,14 +54,14 @@ class Incident:
     extra: str = "cli"
 
     def load(self) -> ModuleType:
-        """The module that plays it."""
+        """Imports the module of the incident."""
         return importlib.import_module(self.module)
 
     def run(self, folder: Path, guarded: bool) -> Outcome:
-        """Plays it on a CPU: data is generated, nothing is downloaded.
+        """Runs it on a CPU, on generated data; nothing is downloaded.
 
         Args:
-            folder: Everything is written below it; must be empty.
+            folder: Output folder; must be empty.
             guarded: With fastguard, or as it was.
         """
         return self.load().run(folder, guarded)
@@ -99,7 +99,7 @@ INCIDENTS = (
 
 
 def incident(letter: str) -> Incident:
-    """The incident of a letter.
+    """Returns the incident with a letter.
 
     Raises:
         KeyError: There is none.

@@ -1,10 +1,10 @@
 """D. The model that could not learn: segmentation and classification, 224 x 224.
 
-The decoder's mask is 32 x 32, so its loss cannot be computed, and counts as Inf. Attention divides
-by a length of 0 wherever the image is black, so the other one is NaN. No step is ever taken, while
-the schedule, meant for epochs, halves the learning rate each batch, to 8.88e-21, until the run is
-stopped. `diagnose` tells all that in one go. After its advice the same script learns, guarded
-against what its data hold; the schedule is left as it was, for the floor to stop it.
+The decoder's mask is 32 x 32, so its loss cannot be computed and counts as Inf. Attention divides
+by a length of 0 wherever the image is black, so the other loss is NaN. No step is ever taken, while
+the schedule, meant for epochs, halves the learning rate at each batch, down to 8.88e-21, until the
+run is stopped. `diagnose` reports all of that at once. With its advice applied, the same script
+learns, guarded against bad data; the schedule is left unchanged, to be stopped by the floor.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from fastguard.commands.demo.incidents.adaptive_stream_model import (
 from fastguard.commands.demo.incidents.plain_loop import all_finite, alone
 
 BATCHES, BATCH_SIZE = 120, 4
-PATIENCE = 50  # batches without a better loss, and the run is stopped
+PATIENCE = 50  # batches without a better loss before the run stops
 FAULTS = {30: Kind.DEAD_PIXEL, 60: Kind.SWAPPED_BYTES, 90: Kind.SIXTEEN_BITS}  # by batch, from 1
 LR_BEFORE, LR = 1e-5, 2e-2
-HALVED_EVERY = 1  # steps of the schedule; meant were epochs
+HALVED_EVERY = 1  # scheduler steps; epochs were intended
 SCHEDULE: dict[str, Any] = {"floor": 1e-2, "warmup": Warmup(steps=10, lr=2e-2)}
 GUARD: dict[str, Any] = {
     "max_norm": 1.0,
@@ -57,13 +57,13 @@ LEARNED = {"iou": 0.6, "accuracy": 0.8}  # chance: 0.13 for a full mask, and a f
 
 
 def run(folder: Path, guarded: bool) -> Outcome:
-    """Trains as it was, or diagnoses that, and trains after the advice; see `Incident.run`.
+    """Trains as it was; or diagnoses that run, then trains with the advice. See `Incident.run`.
 
-    Its losses are those of the class. Facts: `iou`, `accuracy` on images that were not trained on;
-    `weights`, whether they are finite; `steps` that were taken; `parts` of the last loss; `lr`
-    before each batch and after the last. Of the guarded run `found`, the diagnosis of the run as it
-    was; for each batch `counts` of the activation guard by module, and what its check `said`;
-    `held_at_floor`, how often the schedule wanted below.
+    The losses are the classification losses. Facts: `iou` and `accuracy` on held-out images;
+    `weights`, whether they are finite; `steps`, the number taken; `parts` of the last loss; `lr`
+    before each batch and after the last. Guarded only: `found`, the diagnosis of the original run;
+    per batch the `counts` of the activation guard by module, and `said`, the result of its check;
+    `held_at_floor`, how often the schedule wanted a lower rate.
     """
     with alone():
         found = diagnose(**make()) if guarded else None
@@ -76,7 +76,7 @@ def run(folder: Path, guarded: bool) -> Outcome:
 
 
 def make() -> dict[str, Any]:
-    """What `fastguard diagnose` looks at: model and optimizer as the run left them, and a batch."""
+    """The setup for `fastguard diagnose`: model and optimizer as the run left them, and a batch."""
     training = AsItWas()
     training.train()
     return {
@@ -88,7 +88,7 @@ def make() -> dict[str, Any]:
 
 
 class AsItWas:
-    """The script as it was."""
+    """The original script."""
 
     new_model = staticmethod(as_it_was)
     lr_at_start = LR_BEFORE
@@ -108,17 +108,17 @@ class AsItWas:
         self.records: list[StepRecord] = []
 
     def halving(self) -> LRScheduler:
-        """The schedule as the script has it."""
+        """The schedule of the script."""
         return StepLR(self.optimizer, step_size=HALVED_EVERY, gamma=0.5)
 
     def train(self) -> None:
-        """To the last batch, or until nothing gets better."""
+        """Trains to the last batch, or until the loss stops improving."""
         best, waited = math.inf, 0
         for batch in range(1, BATCHES + 1):
             self.lr.append(self.optimizer.param_groups[0]["lr"])
             data = draw(BATCH_SIZE, batch, FAULTS.get(batch), scaled=self.scaled)
             self.losses.append(self.one_batch(data, batch))
-            with warnings.catch_warnings(action="ignore"):  # torch says that no step was taken
+            with warnings.catch_warnings(action="ignore"):  # torch warns that no step was taken
                 self.schedule.step()
             better = self.losses[-1] < best
             best, waited = (self.losses[-1], 0) if better else (best, waited + 1)
@@ -126,14 +126,14 @@ class AsItWas:
                 return
 
     def one_batch(self, data: Batch, batch: int) -> float:
-        """One step, if the loss allows it; the loss of the class."""
+        """Takes one step if the loss allows it; returns the classification loss."""
         images, targets = data
         output = self.model(images)
         parts = {}
         for name, part in PARTS.items():
             try:
                 parts[name] = part(output[name], targets[name])
-            except ValueError:  # of shapes; somebody wanted to see the end of the epoch
+            except ValueError:  # shape mismatch, ignored by the script to finish the epoch
                 parts[name] = torch.tensor(math.inf)
         self.parts = {name: loss.item() for name, loss in parts.items()}
         total = torch.stack([*parts.values()]).sum()
@@ -159,7 +159,7 @@ class AsItWas:
 
 
 class Guarded(AsItWas):
-    """The same script after the advice, and the lines to add."""
+    """The script with the advice and fastguard's lines."""
 
     new_model = staticmethod(repaired)
     lr_at_start = LR

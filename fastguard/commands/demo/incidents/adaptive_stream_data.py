@@ -1,4 +1,4 @@
-"""Camera images of one coloured disc on black, and the batches in which something is wrong."""
+"""Camera images of one colored disc on black, and faulty batches."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-SIZE = 224  # pixels a side
+SIZE = 224  # pixels per side
 BRIGHTEST = 255.0
 COLOURS = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 1, 1]]).float()
 Batch = tuple[Tensor, dict[str, Tensor]]
 
 
 class Kind(Enum):
-    """What goes wrong in a batch."""
+    """Kinds of faulty batches."""
 
     DEAD_PIXEL = "one pixel of the sensor is NaN"
     SWAPPED_BYTES = "a line of an image was read with its bytes in the wrong order"
@@ -23,17 +23,17 @@ class Kind(Enum):
 
 
 def draw(n: int, seed: int, fault: Kind | None = None, *, scaled: bool = True) -> Batch:
-    """The same batch for the same seed.
+    """Draws a batch; deterministic for a given seed.
 
     Args:
-        n: How many images.
-        seed: Of the random numbers; a batch can be had again by its number.
-        fault: What is wrong with it.
-        scaled: Whether the images go from 0 to 1; else to 255, as the camera has them.
+        n: Number of images.
+        seed: Random seed; use the batch number to reproduce a batch.
+        fault: Fault to inject, if any.
+        scaled: Whether the images range from 0 to 1; otherwise to 255, as from the camera.
 
     Returns:
-        Images `(n, 3, SIZE, SIZE)` and by name `mask`, `(n, 1, SIZE, SIZE)`, 1 on the disc, and
-        `label`, its colour, int64 `(n,)`.
+        Images `(n, 3, SIZE, SIZE)`, and by name `mask`, `(n, 1, SIZE, SIZE)`, 1 on the disc, and
+        `label`, its color, int64 `(n,)`.
     """
     random = torch.Generator().manual_seed(seed)
     rows, columns = torch.meshgrid(*[torch.arange(SIZE).float()] * 2, indexing="ij")

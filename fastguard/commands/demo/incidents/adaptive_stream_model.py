@@ -1,4 +1,4 @@
-"""AdaptiveStream: one encoder, a mask and a class; as it was, and as it should have been."""
+"""AdaptiveStream: one encoder, a mask and a class; the original and the repaired model."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ PARTS = {"mask": functional.binary_cross_entropy_with_logits, "label": functiona
 
 
 class Attention(nn.Module):
-    """Features `(B, C, H, W)` of unit length at every position, gated by what is in the image.
+    """Normalizes features `(B, C, H, W)` to unit length per position, gated by the image.
 
     Args:
-        eps: The floor of the length; 0 is how the run had it: 0/0 on black.
+        eps: Lower bound of the length. The original run used 0, which gives 0/0 on black.
     """
 
     def __init__(self, eps: float = 0.0) -> None:
@@ -32,11 +32,11 @@ class Attention(nn.Module):
 
 
 class AdaptiveStream(nn.Module):
-    """Images `(B, 3, SIZE, SIZE)` to `mask`, logits, and `label`, scores `(B, colours)`.
+    """Maps images `(B, 3, SIZE, SIZE)` to `mask`, logits, and `label`, scores `(B, colors)`.
 
     Args:
-        attention: See there.
-        mask_size: Pixels a side of the mask.
+        attention: The attention module.
+        mask_size: Pixels per side of the mask.
     """
 
     def __init__(self, attention: Attention, mask_size: int) -> None:
@@ -62,7 +62,7 @@ class AdaptiveStream(nn.Module):
 
 
 def as_it_was() -> AdaptiveStream:
-    """A mask of 32 x 32, a division without a floor, weights of size 1, a head that is not used."""
+    """The original: a 32 x 32 mask, a division without a floor, unit weights, an unused head."""
     model = AdaptiveStream(Attention(eps=0.0), mask_size=32)
     model.boundary = nn.Conv2d(CHANNELS, 1, 3)
     for parameter in model.parameters():
@@ -71,7 +71,7 @@ def as_it_was() -> AdaptiveStream:
 
 
 def repaired() -> AdaptiveStream:
-    """After the advice: a mask of the target's size, a floor, Kaiming's initialisation."""
+    """With the advice: a mask of the target's size, a floor, Kaiming initialization."""
     model = AdaptiveStream(Attention(eps=1e-6), mask_size=SIZE)
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -82,13 +82,13 @@ def repaired() -> AdaptiveStream:
 
 
 def losses(output: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Both parts of the loss, scalars."""
+    """The two parts of the loss, scalars."""
     return {name: part(output[name], targets[name]) for name, part in PARTS.items()}
 
 
 @torch.no_grad()
 def quality(output: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, float]:
-    """Intersection over union of the masks, and accuracy of the classes; NaN is never right."""
+    """Mask IoU and classification accuracy; NaN counts as wrong."""
     mask = functional.interpolate(output["mask"], targets["mask"].shape[-2:])
     found, real = mask > 0, targets["mask"] > 0
     scores = output["label"]

@@ -1,10 +1,10 @@
-"""B. The checkpoint that could not be trusted: two bad batches, and what they left on the disk.
+"""B. The checkpoint that could not be trusted: two bad batches, and their traces on the disk.
 
-The step is skipped by hand when its gradients are not finite, so no weight is NaN. But the forward
-pass went through BatchNorm: its running statistics are NaN, and the EMA's. Training does not use
-them; its losses stay finite, and an epoch that is to prove the cure proves it. `last.pt` is NaN,
-and so is `best.pt`, which goes by the training loss. In epoch 5 the statistics are frozen, as usual
-at the end of a run, and all is lost. Guarded, the run goes back some batches, and every checkpoint
+The script skips steps with non-finite gradients by hand, so no weight is NaN. But the forward pass
+went through BatchNorm, so its running statistics and the EMA's are NaN. Training does not use them:
+its losses stay finite, and an epoch meant to verify the fix succeeds. `last.pt` is NaN, and so is
+`best.pt`, which is chosen by training loss. In epoch 5 the statistics are frozen, as usual at the
+end of a run, and everything is lost. Guarded, the run goes back a few batches, and every checkpoint
 has a verdict.
 """
 
@@ -36,16 +36,16 @@ FROZEN_FROM = 5  # the epoch from which BatchNorm's statistics are frozen
 LR, MOMENTUM, MAX_NORM = 0.02, 0.9, 10.0
 STORE: dict[str, Any] = {"keep": 2, "mode": "min"}  # the metric is a loss
 ROLLBACK: dict[str, Any] = {"every": 20, "after_skips": 1, "lr_factor": 0.5, "max_attempts": 3}
-LEARNED = 0.8  # accuracy on images that were not trained on; chance is a quarter
+LEARNED = 0.8  # accuracy on held-out images; chance is a quarter
 
 
 def run(folder: Path, guarded: bool) -> Outcome:
-    """Trains the classifier, on from what is in the folder; see `Incident.run`.
+    """Trains the classifier, resuming from any files in the folder; see `Incident.run`.
 
-    Facts: `files`, by name of each checkpoint on the disk the tensors in it that are not finite;
-    `last`, the name of the one to resume from; `accuracy`, of its EMA on images that were not
-    trained on; of the guarded run `error`, what ended it early, `entries` of the manifest, and for
-    each rollback `rewinds`, `redone` batches, `seconds`, and the learning rate `lr` after it.
+    Facts: `files`, the non-finite tensors of each checkpoint by file name; `last`, the name of the
+    file to resume from; `accuracy` of its EMA on held-out images. Guarded only: `error`, what ended
+    the run early; `entries` of the manifest; and per rollback `rewinds`, `redone` batches,
+    `seconds`, and the learning rate `lr` after it.
     """
     with alone():
         training = Guarded(folder) if guarded else AsItWas(folder)
@@ -62,10 +62,10 @@ def run(folder: Path, guarded: bool) -> Outcome:
 
 
 class AsItWas:
-    """The run as it was: steps skipped by hand, and files.
+    """The original run: steps skipped by hand, and plain checkpoint files.
 
     Args:
-        folder: The files' place. If there are any, the run goes on from them.
+        folder: Folder of the files; the run resumes from them if there are any.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -77,13 +77,13 @@ class AsItWas:
         )
         self.losses: list[float] = []
         self.records: list[StepRecord] = []
-        self.batch = 0  # batches done, of the whole run
+        self.batch = 0  # number of batches done in the whole run
         self.folder = folder
         self.open()
 
     @property
     def epochs(self) -> int:
-        """Epochs done."""
+        """Number of epochs done."""
         return self.batch // BATCHES
 
     def train(self, on_batch: Callable[[int], object] = lambda batch: None) -> None:
@@ -97,7 +97,7 @@ class AsItWas:
             self.one_batch(self.batch + 1)
 
     def one_batch(self, batch: int) -> None:
-        """Trains on a batch, and does what is due after it."""
+        """Trains on a batch, then does the work due after it."""
         self.forward_backward_step(batch)
         self.batch = batch
         if batch % BATCHES == 0:
@@ -106,7 +106,7 @@ class AsItWas:
             )
 
     def forward_backward_step(self, batch: int) -> None:
-        """One step and one update of the EMA."""
+        """Takes one step and updates the EMA."""
         epoch, number = _place(batch)
         self.model.train_with(frozen_statistics=epoch >= FROZEN_FROM)
         images, labels = draw(BATCH_SIZE, batch, FAULTS.get((epoch, number)))
@@ -118,7 +118,7 @@ class AsItWas:
         self.losses.append(loss.item())
 
     def take(self, loss: Tensor, batch: int) -> None:
-        """The cure that was applied by hand, before each step."""
+        """The handwritten check before each step."""
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
         if torch.isfinite(norm):
             self.optimizer.step()
@@ -129,10 +129,10 @@ class AsItWas:
         self.batch = BATCHES * self.files.load(self.model, self.ema, self.optimizer)
 
     def close(self) -> None:
-        """After the last batch."""
+        """Cleans up after the last batch."""
 
     def last(self) -> Path | None:
-        """The file to resume from, loaded into model and EMA."""
+        """Loads the file to resume from into model and EMA; returns its path."""
         if not self.files.load(self.model, self.ema, self.optimizer):
             return None
         return self.folder / "last.pt"
@@ -149,7 +149,7 @@ class AsItWas:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Loss and accuracy of the EMA on images that are not trained on."""
+        """Loss and accuracy of the EMA on held-out images."""
         images, labels = draw(256, seed=0)
         scores = self.ema.eval()(images)
         return {
@@ -159,7 +159,7 @@ class AsItWas:
 
 
 class Guarded(AsItWas):
-    """The same run under guard, with a store for its checkpoints."""
+    """The same run with fastguard and a checkpoint store."""
 
     def open(self) -> None:
         parameters = self.model.named_parameters()
@@ -168,7 +168,7 @@ class Guarded(AsItWas):
         )
         self.lr = GuardedLR(self.guard)
         self.rewinds: list[dict[str, Any]] = []
-        self.leave_out: set[int] = set()  # batches that are not trained on again
+        self.leave_out: set[int] = set()  # batches to leave out from now on
         self.unsaved: list[StepRecord] = []
         self.objects = {
             "model": self.model, "ema": self.ema, "optimizer": self.guard, "lr": self.lr,
@@ -177,7 +177,7 @@ class Guarded(AsItWas):
         if self.store.list():
             position = self.store.load("last-clean", self.objects).state["position"]
             self.batch, self.leave_out = position["batch"], set(position["leave_out"])
-        else:  # there is always one to go back to
+        else:  # ensures a checkpoint to go back to
             self.store.save(self.objects, step=0, epoch=0, position=self.position())
         self.rollback = Rollback(
             self.guard,
@@ -189,7 +189,7 @@ class Guarded(AsItWas):
         self.store.save_on_signal()  # SIGTERM
 
     def position(self) -> dict[str, Any]:
-        """Where the data stand."""
+        """The position in the data."""
         return {"batch": self.batch, "leave_out": sorted(self.leave_out)}
 
     def one_batch(self, batch: int) -> None:
@@ -220,7 +220,7 @@ class Guarded(AsItWas):
         self.unsaved += [record for record in news if record.is_incident]
 
     def went_back(self, batch: int) -> bool:
-        """Goes back if the step was bad; where to is `self.batch`."""
+        """Rolls back if the step was bad; `self.batch` is then the batch to resume from."""
         start = time.perf_counter()
         rewind = self.rollback.step(position=batch)
         if rewind is None:
@@ -249,7 +249,7 @@ class Guarded(AsItWas):
 
 
 def _place(batch: int) -> tuple[int, int]:
-    """Epoch and number in it, both from 1, of a batch of the whole run."""
+    """Epoch and batch within it, both from 1, of a batch number of the whole run."""
     epoch, number = divmod(batch - 1, BATCHES)
     return epoch + 1, number + 1
 

@@ -1,4 +1,4 @@
-"""Small noisy images, one quarter of each brighter, and the batches in which something is wrong."""
+"""Small noisy images with one brighter quarter, and faulty batches."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-SIZE = 8  # pixels a side
-CLASSES = 4  # which quarter it is
+SIZE = 8  # pixels per side
+CLASSES = 4  # one per quarter
 Batch = tuple[Tensor, Tensor]
 
 
 class Kind(Enum):
-    """What goes wrong in a batch."""
+    """Kinds of faulty batches."""
 
     BAD_PIXEL = "one pixel is NaN"
-    MISLABELLED = "somebody counted the classes from 1"
+    MISLABELLED = "the classes were counted from 1"
 
 
 def draw(n: int, seed: int, fault: Kind | None = None) -> Batch:
-    """The same batch for the same seed.
+    """Draws a batch; deterministic for a given seed.
 
     Args:
-        n: How many images.
-        seed: Of the random numbers; a batch can be had again by its number.
-        fault: What is wrong with it.
+        n: Number of images.
+        seed: Random seed; use the batch number to reproduce a batch.
+        fault: Fault to inject, if any.
 
     Returns:
         Images `(n, 1, SIZE, SIZE)` float32 and classes `(n,)` int64.

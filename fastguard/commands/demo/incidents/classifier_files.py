@@ -1,4 +1,4 @@
-"""Checkpoints as a detector's trainer writes them: whole modules, pickled, without a verdict."""
+"""Checkpoints as a detector's trainer writes them: whole pickled modules, without a verdict."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ SAVE_PERIOD = 2  # epochs
 
 
 class Files:
-    """`last.pt` each epoch, `best.pt` if the fitness says so, `epoch2.pt`, `epoch4.pt`, ...
+    """Writes `last.pt` each epoch, `best.pt` on the best fitness, `epoch2.pt`, `epoch4.pt`, ...
 
     Args:
-        folder: Where they are.
+        folder: Folder of the files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -35,7 +35,7 @@ class Files:
         ema: AveragedModel,
         optimizer: Optimizer,
     ) -> None:
-        """Saves what an epoch ended with. Validation is off: the fitness is that of training."""
+        """Saves the end of an epoch. Validation is off, so the fitness is the training fitness."""
         fitness = -statistics.fmean(losses)
         content = {
             "epoch": epoch,
@@ -53,11 +53,11 @@ class Files:
             torch.save(content, self.folder / f"epoch{epoch}.pt")
 
     def load(self, model: Classifier, ema: AveragedModel, optimizer: Optimizer) -> int:
-        """Resumes from `last.pt`; the number of epochs that it has behind it, 0 without a file."""
+        """Resumes from `last.pt`; returns the number of completed epochs, 0 without a file."""
         path = self.folder / "last.pt"
         if not path.exists():
             return 0
-        content = torch.load(path, weights_only=False)  # modules; we wrote them ourselves
+        content = torch.load(path, weights_only=False)  # pickled modules, written by this script
         model.load_state_dict(content["model"].state_dict())
         ema.module.load_state_dict(content["ema"].state_dict())
         ema.n_averaged.copy_(content["updates"])

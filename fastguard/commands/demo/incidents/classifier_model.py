@@ -1,4 +1,4 @@
-"""A small classifier with BatchNorm, whose statistics can be frozen, and its moving average."""
+"""A small classifier with BatchNorm, whose statistics can be frozen, and its EMA."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ EMA_DECAY = 0.9
 
 
 class Classifier(nn.Module):
-    """Images `(B, 1, SIZE, SIZE)` to scores `(B, CLASSES)`."""
+    """Maps images `(B, 1, SIZE, SIZE)` to scores `(B, CLASSES)`."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
@@ -24,12 +24,12 @@ class Classifier(nn.Module):
         return self.head(nn.functional.max_pool2d(features, 2).flatten(1))
 
     def train_with(self, frozen_statistics: bool) -> None:
-        """Training mode; frozen, BatchNorm uses its running statistics and leaves them alone."""
+        """Sets training mode; if frozen, BatchNorm uses its running statistics unchanged."""
         self.train()
         self.bn.train(not frozen_statistics)
 
 
 def averaged(model: Classifier) -> AveragedModel:
-    """The exponential moving average of weights and statistics."""
+    """An exponential moving average of weights and statistics."""
     average = get_ema_multi_avg_fn(EMA_DECAY)
     return AveragedModel(model, multi_avg_fn=average, use_buffers=True)

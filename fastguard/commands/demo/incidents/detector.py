@@ -1,8 +1,8 @@
 """A. The detector that met NaN in epoch 3: two bad batches in the Ultralytics trainer, fp32, SGD.
 
-As it was: batch 15 ends in every weight and in the EMA, every loss after it is NaN, and the trainer
-goes back to `last.pt` and trains the epoch again, three times, until it gives up. Guarded, the two
-batches are skipped, and nothing else happens.
+As it was: batch 15 makes every weight and the EMA NaN, every later loss is NaN, and the trainer
+goes back to `last.pt` and repeats the epoch three times until it gives up. Guarded, the two batches
+are skipped, and training is otherwise unaffected.
 """
 
 # pyright: reportMissingImports=false
@@ -25,14 +25,14 @@ from fastguard.records.read_json_lines import read_records
 
 os.environ.setdefault("YOLO_OFFLINE", "true")  # before ultralytics looks for the network
 
-BATCHES = 48  # an epoch
+BATCHES = 48  # per epoch
 FAULTS = {(3, 15): Kind.OVERFLOW, (3, 46): Kind.BAD_PIXEL}
-BACKOFF = {"backoff": 0.5, "recovery": 20}  # half the learning rate until 20 good steps later
+BACKOFF = {"backoff": 0.5, "recovery": 20}  # halves the learning rate until 20 good steps later
 SETTINGS = {
     "epochs": 4,
     "imgsz": 64,
     "batch": 1,
-    "nbs": 1,  # a step for each batch
+    "nbs": 1,  # one step per batch
     "optimizer": "SGD",
     "lr0": 0.001,
     "warmup_epochs": 1,
@@ -51,10 +51,9 @@ SETTINGS = {
 def run(folder: Path, guarded: bool) -> Outcome:
     """Trains the detector; see `Incident.run`.
 
-    Facts: `epochs`, every epoch that was begun; `error`, what the trainer raised; `weights`,
+    Facts: `epochs`, every epoch begun; `error`, the exception of the trainer; `weights`,
     `statistics` (of BatchNorm), `ema`, `momenta` (of SGD), whether they are finite at the end;
-    `ema_updates`; `lr` and `momentum` of the param groups at each step that was taken, by name of
-    the group.
+    `ema_updates`; `lr` and `momentum` at each step taken, by name of the param group.
     """
     from ultralytics import YOLO
 
@@ -81,7 +80,7 @@ def run(folder: Path, guarded: bool) -> Outcome:
 
 
 class Watch:
-    """What can be seen of the trainer from outside, batch by batch."""
+    """Observes the trainer batch by batch."""
 
     def __init__(self) -> None:
         self.trainer: Any = None
@@ -91,7 +90,7 @@ class Watch:
         self.momentum: list[dict[str, float]] = []
 
     def attach(self, model: Any) -> None:
-        """After the guard, so that `on_train_start` finds its optimizer."""
+        """Adds callbacks; call after the guard, so that `on_train_start` finds its optimizer."""
         for event in ("on_train_start", "on_train_epoch_start", "on_train_batch_end"):
             model.add_callback(event, getattr(self, event))
 
@@ -145,7 +144,7 @@ def _sentence(facts: dict[str, Any], records: Sequence[Any]) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The trainer's own progress bars off."""
+    """Turns off the trainer's progress bars."""
     loggers = [logging.getLogger(name) for name in ("ultralytics", "fastguard")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

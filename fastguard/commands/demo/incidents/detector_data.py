@@ -1,4 +1,4 @@
-"""A detector that fits on one core: its architecture as YAML, and images of two kinds of boxes."""
+"""A detector that fits on one core: a YAML architecture and images with two kinds of boxes."""
 
 # pyright: reportMissingImports=false
 from __future__ import annotations
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-SIZE = 64  # pixels a side
-COLORS = {"green": (60, 255, 60), "blue": (255, 60, 60)}  # by class, as OpenCV has them
+SIZE = 64  # pixels per side
+COLORS = {"green": (60, 255, 60), "blue": (255, 60, 60)}  # by class, in OpenCV's BGR order
 
 ARCHITECTURE = """\
 nc: 2
@@ -25,12 +25,12 @@ head:
 
 
 def write_detector(folder: Path, n_train: int, n_val: int = 4, seed: int = 0) -> tuple[Path, Path]:
-    """Draws the images, one box of each class on noise, and writes all that a trainer asks for.
+    """Draws images with one box of each class on noise, and writes the files a trainer needs.
 
     Args:
-        folder: Is created.
-        n_train, n_val: How many images.
-        seed: Of the drawings.
+        folder: Folder to create.
+        n_train, n_val: Numbers of images.
+        seed: Random seed.
 
     Returns:
         The architecture and the data set, both as YAML files.

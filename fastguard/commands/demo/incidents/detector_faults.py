@@ -1,4 +1,4 @@
-"""What went wrong in the detector's two batches, as callbacks of the Ultralytics trainer."""
+"""Injects the faults of the detector's two batches, as callbacks of the Ultralytics trainer."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from torch import Tensor
 
 
 class Kind(Enum):
-    """What goes wrong in a batch."""
+    """Kinds of faulty batches."""
 
     OVERFLOW = "Inf out of the class branch, as half precision has it above 65504"
     BAD_PIXEL = "one pixel of one image is NaN"
 
 
 class Faults:
-    """Spoils batches.
+    """Corrupts batches.
 
     Args:
-        at: The kind of fault by epoch and batch, both counted from 1 as the progress bar shows
-            them.
+        at: The kind of fault by epoch and batch, both counted from 1 as in the progress bar.
     """
 
     def __init__(self, at: Mapping[tuple[int, int], Kind]) -> None:
@@ -31,7 +30,7 @@ class Faults:
         self._now: Kind | None = None
 
     def attach(self, model: Any) -> None:
-        """Before `model.train(...)`."""
+        """Adds the callbacks; call before `model.train(...)`."""
         for event in ("on_pretrain_routine_end", "on_train_epoch_start", "on_train_batch_start"):
             model.add_callback(event, getattr(self, event))
 

@@ -1,9 +1,9 @@
 """E. The averages that turned NaN: a decoder of signed distances and a table of latent codes.
 
-One shape of the validation set has NaN distances, so the mean of every validation is NaN. So is
-that of training from the first such batch on, and with it every weight. In epoch 5 nothing is of
-use: every batch is bad. Guarded, means are over what was finite and say how many were not; decoder
-and codes are clipped each at its own limit, and both limits come from a file.
+One shape of the validation set has NaN distances, so every validation mean is NaN. From the first
+such training batch on, so are the training mean and every weight. In epoch 5 every batch is bad, so
+nothing is usable. Guarded, means cover the finite values and report how many were not; decoder and
+codes are each clipped at their own limit, and both limits come from a file.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FAULTS = {  # by epoch and batch, counted from 1
     **{(LOST_EPOCH, batch): Kind.LOST_SCALE for batch in range(1, BATCHES + 1)},
 }
 VALIDATION_BATCHES, BROKEN_VALIDATION_BATCH = 5, 3
-LEARNED = 0.02  # mean squared error of validation; guessing 0 everywhere has 0.13
+LEARNED = 0.02  # validation MSE; predicting 0 everywhere gives 0.13
 
 SETTINGS = """\
 [guard]
@@ -56,13 +56,13 @@ action = "record"
 
 
 def run(folder: Path, guarded: bool) -> Outcome:
-    """Trains decoder and codes; see `Incident.run`. Its losses are those of the distances.
+    """Trains decoder and codes; see `Incident.run`. The losses are the distance losses.
 
-    Facts: `training` and `validation`, by epoch, the mean as it was printed, or the `LossSummary`
-    of the guarded run; `weights`, `momenta`, whether they are finite at the end; `error`, the mean
-    squared error of the sound validation batches at the end; `arrived`, of each step, the gradient
-    norms of decoder and codes that the optimizer saw; of the guarded run `clip_coefs` of both. Its
-    curves are in the folder `tensorboard`.
+    Facts: `training` and `validation`, per epoch, the printed mean or, guarded, the `LossSummary`;
+    `weights`, `momenta`, whether they are finite at the end; `error`, the final mean squared error
+    on the sound validation batches; `arrived`, per step, the gradient norms of decoder and codes
+    that the optimizer received; guarded only, the `clip_coefs` of both. The guarded curves are
+    in the folder `tensorboard`.
     """
     with alone():
         torch.manual_seed(0)
@@ -89,7 +89,7 @@ def run(folder: Path, guarded: bool) -> Outcome:
 
 
 def validation_set() -> Iterator[Batch]:
-    """The same batches in every epoch; one of them holds the mesh with a hole."""
+    """Yields the same batches in every epoch; one of them contains the mesh with a hole."""
     random = torch.Generator().manual_seed(2)
     for batch in range(1, VALIDATION_BATCHES + 1):
         fault = Kind.OPEN_MESH if batch == BROKEN_VALIDATION_BATCH else None
@@ -97,7 +97,7 @@ def validation_set() -> Iterator[Batch]:
 
 
 class AsItWas:
-    """The steps and the averages of the run as it was."""
+    """The steps and means of the original run."""
 
     def __init__(self, model: AutoDecoder) -> None:
         self.model = model
@@ -115,7 +115,7 @@ class AsItWas:
         return torch.optim.Adam(groups, fused=True)
 
     def step(self, data: Batch, tag: tuple[int, int]) -> float:
-        """Takes one step; the loss of the distances before it."""
+        """Takes one step; returns the distance loss before it."""
         parts = losses(self.model, *data)
         torch.stack([*parts.values()]).sum().backward()
         self.take(parts, data, tag)
@@ -126,7 +126,7 @@ class AsItWas:
         return parts["sdf"].item()
 
     def take(self, parts: Mapping[str, Tensor], data: Batch, tag: tuple[int, int]) -> None:
-        """Lets the optimizer step."""
+        """Takes the optimizer step."""
         self.optimizer.step()
 
     def average(self, parts: Mapping[str, Tensor], tag: tuple[int, int]) -> None:
@@ -134,17 +134,17 @@ class AsItWas:
         self._of_the_epoch.append(parts["sdf"].item())
 
     def mean(self) -> Any:
-        """What is printed at the end of an epoch."""
+        """The mean that is printed at the end of an epoch."""
         mean = statistics.fmean(self._of_the_epoch)
         self._of_the_epoch.clear()
         return mean
 
     def close(self) -> None:
-        """After the last epoch."""
+        """Cleans up after the last epoch."""
 
 
 class Guarded(AsItWas):
-    """The same under guard, as a file of settings says."""
+    """The same run guarded, as configured by a settings file."""
 
     def __init__(self, model: AutoDecoder, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -185,7 +185,7 @@ def _grad_norm(module: torch.nn.Module) -> float:
 
 @torch.no_grad()
 def _judged(model: AutoDecoder) -> dict[str, Any]:
-    """How good the model is on the validation batches that can be judged."""
+    """The quality of the model on the valid validation batches."""
     errors = [losses(model, *data)["sdf"].item() for data in validation_set()]
     del errors[BROKEN_VALIDATION_BATCH - 1]
     return {"weights": all_finite(model.parameters()), "error": statistics.fmean(errors)}

@@ -1,4 +1,4 @@
-"""Points and signed distances of a few plane shapes, and the scans in which something is wrong."""
+"""Points and signed distances of a few plane shapes, and faulty scans."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 SHAPES = 8
-POINTS = 64  # of a shape, in a batch
+POINTS = 64  # per shape in a batch
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
 class Kind(Enum):
-    """What goes wrong in a batch."""
+    """Kinds of faulty batches."""
 
     OPEN_MESH = "a mesh with a hole has no inside: the distances of one shape are NaN"
     MILLIMETRES = "one shape was not normalised: its distances are a thousand times too large"
@@ -21,16 +21,16 @@ class Kind(Enum):
 
 
 def sample(n: int, random: torch.Generator, fault: Kind | None = None) -> Batch:
-    """A batch of points around n shapes, squares and discs of several sizes.
+    """Samples points around n shapes: squares and discs of several sizes.
 
     Args:
-        n: How many shapes.
-        random: Draws shapes and points.
-        fault: What is wrong with it.
+        n: Number of shapes.
+        random: Generator for shapes and points.
+        fault: Fault to inject, if any.
 
     Returns:
-        Numbers of the shapes `(n,)` int64; points `(n, POINTS, 2)` in -1..1; signed distances
-        `(n, POINTS)`, negative inside, within -1..1 if nothing is wrong.
+        Shape ids `(n,)` int64; points `(n, POINTS, 2)` in -1..1; signed distances `(n, POINTS)`,
+        negative inside, within -1..1 without a fault.
     """
     shapes = torch.randint(SHAPES, (n,), generator=random)
     points = 2 * torch.rand(n, POINTS, 2, generator=random) - 1

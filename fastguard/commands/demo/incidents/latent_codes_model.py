@@ -1,4 +1,4 @@
-"""DeepSDF in small: one decoder for all shapes, and a table with a latent code for each."""
+"""A small DeepSDF: one decoder for all shapes, and a table with a latent code for each."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from fastguard.commands.demo.incidents.latent_codes_data import SHAPES
 
 
 class AutoDecoder(nn.Module):
-    """Signed distance of a point, given the code of a shape.
+    """Computes the signed distance of a point, given the code of a shape.
 
     Args:
         code: Width of a code.
-        width: Of the hidden layers.
+        width: Width of the hidden layers.
     """
 
     def __init__(self, code: int = 8, width: int = 32) -> None:
@@ -29,7 +29,7 @@ class AutoDecoder(nn.Module):
         nn.init.normal_(self.codes.weight, std=0.01)
 
     def forward(self, shapes: Tensor, points: Tensor) -> Tensor:
-        """Distances `(n, P)` of points `(n, P, 2)` of shapes `(n,)`."""
+        """Distances `(n, P)` of points `(n, P, 2)` for shapes `(n,)`."""
         codes = self.codes(shapes)[:, None].expand(-1, points.shape[1], -1)
         return self.decoder(torch.cat([codes, points], dim=2))[..., 0]
 

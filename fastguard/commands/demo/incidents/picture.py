@@ -1,4 +1,4 @@
-"""The picture of an incident: the loss of both runs above, the guarded gradient norm below."""
+"""The picture of an incident: the losses of both runs on top, the guarded gradient norm below."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastguard.commands.files import written
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's palette keeps its contrasts for every kind of colour vision.
+# Okabe and Ito's palette is safe for color blindness.
 BEFORE, GUARDED, INK, FAINT = "#D55E00", "#009E73", "#333333", "#BBBBBB"
 
 
@@ -22,12 +22,12 @@ def draw(incident: Incident, before: Outcome, guarded: Outcome, path: Path) -> N
     """Draws both runs into a PNG file.
 
     Args:
-        incident: Its title is the picture's.
+        incident: The incident, whose title is used.
         before: The run as it was.
         guarded: The same run with fastguard.
-        path: Where to write; replaced only by a complete picture.
+        path: Output file; replaced only by a complete picture.
     """
-    from matplotlib.figure import Figure  # not pyplot: no window, no global state
+    from matplotlib.figure import Figure  # avoids pyplot's windows and global state
 
     figure = Figure(figsize=(10, 5.6), dpi=130, layout="constrained", facecolor="white")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(8, 5))
@@ -44,10 +44,12 @@ def draw(incident: Incident, before: Outcome, guarded: Outcome, path: Path) -> N
 
 
 def _draw_losses(axes: Axes, before: Outcome, guarded: Outcome) -> None:
-    """What is NaN or Inf lies on a line of its own above the finite losses."""
+    """Draws the losses, with NaN and Inf on a separate line above the finite ones."""
     finite = [v for run in (before, guarded) for v in run.losses if math.isfinite(v)] or [1.0]
     ceiling = 1.15 * max(finite)
-    if min(finite) > 0 and max(finite) > 100 * statistics.median(finite):  # a spike, to be seen
+    if min(finite) > 0 and max(finite) > 100 * statistics.median(
+        finite
+    ):  # a log scale shows spikes
         axes.set_yscale("log")
         ceiling = 3 * max(finite)
     for run, color, width, name in (
@@ -63,7 +65,7 @@ def _draw_losses(axes: Axes, before: Outcome, guarded: Outcome) -> None:
             "NaN, Inf", (0, ceiling), **beside, textcoords="offset points", fontsize=9, color=INK
         )
     axes.set_ylabel("training loss", fontsize=9, color=INK)
-    # Sentences are long: the legend has a place of its own above the plot.
+    # The sentences are long, so the legend is placed above the plot.
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), frameon=False, fontsize=9)
 
 
@@ -87,5 +89,5 @@ def _draw_norms(axes: Axes, guarded: Outcome) -> None:
 
 
 def _points(values: Sequence[float]) -> tuple[list[int], list[float]]:
-    """Every value by its batch, NaN where it is not finite: a gap in the line."""
+    """All values by batch; NaN (a gap in the line) where not finite."""
     return [*range(1, len(values) + 1)], [v if math.isfinite(v) else math.nan for v in values]

@@ -1,4 +1,4 @@
-"""What the incidents share that have a training loop of their own."""
+"""Shared helpers of the incidents that have their own training loop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastguard.commands.demo.training import one_thread
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """One thread, and no log: the story is told at its end."""
+    """Runs on one thread and without log output."""
     log = logging.getLogger("fastguard")
     before = log.level
     log.setLevel(logging.ERROR)
@@ -27,11 +27,11 @@ def alone() -> Iterator[None]:
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether no element of any tensor is NaN or Inf."""
+    """Whether all elements of all tensors are finite."""
     return all(bool(torch.isfinite(t).all()) for t in tensors)
 
 
 def state_is_finite(optimizer: Optimizer) -> bool:
-    """The same of everything that an optimizer keeps."""
+    """Whether all tensors in an optimizer's state are finite."""
     kept = (value for state in optimizer.state.values() for value in state.values())
     return all_finite(value for value in kept if isinstance(value, Tensor))

@@ -1,4 +1,4 @@
-"""Plays an incident for `fastguard demo --incident`: both runs, records, picture, report."""
+"""Runs an incident for `fastguard demo --incident`: both runs, records, picture, report."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ RUNS = {"as-it-was": False, "guarded": True}
 
 
 def play(letter: str, folder: Path) -> int:
-    """Runs it twice and writes what came of it: `records.jsonl`, `incident.png`, `records.html`.
+    """Runs an incident both ways and writes `records.jsonl`, `incident.png`, `records.html`.
 
     Args:
-        letter: Of the incident.
-        folder: Where to write; the runs have folders of their own in it, which are replaced.
+        letter: Letter of the incident.
+        folder: Output folder; the runs use subfolders, which are replaced.
 
     Returns:
-        The exit status: 0 if the run as it was came to grief and the guarded one did not.
+        The exit status: 0 if the original run failed and the guarded one did not.
 
     Raises:
-        UsageError: A package is missing; it names the extra.
+        UsageError: A package is missing; the message names the extra to install.
     """
     story = incident(letter)
     story.load()
@@ -38,7 +38,7 @@ def play(letter: str, folder: Path) -> int:
     print(f"{story.letter}. {story.title}")
     outcomes = []
     for name, guarded in RUNS.items():
-        own = (folder / name).resolve()  # Ultralytics has a folder of its own for relative paths
+        own = (folder / name).resolve()  # Ultralytics resolves relative paths elsewhere
         shutil.rmtree(own, ignore_errors=True)
         own.mkdir()
         outcomes.append(story.run(own, guarded))

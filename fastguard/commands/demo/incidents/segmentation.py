@@ -1,8 +1,8 @@
 """C. The segmentation model with too many heads: a U-Net with refinement modules under AMP.
 
-Three of its four heads are trouble. The boundary refinement divides by the norm of the image's
+Three of its four heads cause trouble. The boundary refinement divides by the norm of the image's
 slope, which is 0 where a resize padded with black. The contour head has gradients a hundred times
-those of the rest, so that one limit for all starves the mask. The distance head once meets maps in
+larger than the others, so that a single limit starves the mask. The distance head once gets maps in
 another unit. As it was, clipped at 5, every weight is NaN from the first padded image on.
 """
 
@@ -26,7 +26,7 @@ from fastguard.diagnosis.provenance import NonFiniteReport
 BATCHES, BATCH_SIZE = 150, 4
 FAULTS = {81: Kind.LETTERBOX, 121: Kind.MICROMETRES}  # by batch, counted from 1
 LR, MOMENTUM = 0.02, 0.9
-MAX_NORM_BEFORE = 5.0  # what the run as it was clips to
+MAX_NORM_BEFORE = 5.0  # limit of the original run
 GUARD: dict[str, Any] = {
     "max_norm": 1.0,
     "clip_scope": "group",
@@ -39,17 +39,17 @@ LIMITS: dict[str, dict[str, float]] = {
     "contour": {"max_norm": 0.1},
     "distance": {"max_norm": math.inf, "clip_value": 0.2},
 }
-LEARNED = 0.5  # intersection over union of the mask; a run that is starved stays at 0
+LEARNED = 0.5  # mask IoU; a starved run stays at 0
 
 
 def run(folder: Path, guarded: bool) -> Outcome:
-    """Trains the U-Net; see `Incident.run`. Its losses are those of the mask.
+    """Trains the U-Net; see `Incident.run`. The losses are the mask losses.
 
-    Facts: `weights`, `momenta`, whether they are finite at the end; `iou`, intersection over union
-    of the mask on images that were not trained on, and `distance_error`, the distance head's mean
-    square there; `largest_gradient`, of each step that was taken, the largest element that reached
-    the optimizer by param group. Of the guarded run: `clip_coefs` of each step by param group, and
-    `explained`, the `NonFiniteReport` of the first batch that was skipped.
+    Facts: `weights`, `momenta`, whether they are finite at the end; `iou`, the intersection over
+    union of the mask on held-out images, and `distance_error`, the mean square of the distance head
+    there; `largest_gradient`, per step taken, the largest element that reached the optimizer, by
+    param group. Guarded only: `clip_coefs` per step, by param group, and `explained`, the
+    `NonFiniteReport` of the first skipped batch.
     """
     with alone():
         torch.manual_seed(0)
@@ -72,14 +72,14 @@ def run(folder: Path, guarded: bool) -> Outcome:
 
 
 def autocast() -> torch.autocast:
-    """What the run's mixed precision is."""
+    """The run's mixed-precision context."""
     return torch.autocast("cpu", torch.bfloat16)
 
 
 def param_groups(
     model: UNet, limits: Mapping[str, Mapping[str, float]] | None = None
 ) -> list[dict[str, Any]]:
-    """One param group for the body and one a head, with what limits each has for itself."""
+    """One param group for the body and one per head, each with its own limit."""
     parts: dict[str, list[Tensor]] = {"body": [], **{head: [] for head in HEADS}}
     for name, parameter in model.named_parameters():
         module = name.partition(".")[0]
@@ -89,7 +89,7 @@ def param_groups(
 
 
 class AsItWas:
-    """The steps of the run as it was: one limit for all gradients."""
+    """The steps of the original run: one limit for all gradients."""
 
     def __init__(self, model: UNet) -> None:
         self.model = model
@@ -116,12 +116,12 @@ class AsItWas:
         self.optimizer.step()
 
     def facts(self) -> dict[str, Any]:
-        """What was seen on the way."""
+        """The measurements of the run."""
         return {"largest_gradient": self.largest_gradient}
 
 
 class Guarded(AsItWas):
-    """The same steps under guard."""
+    """The same steps with fastguard."""
 
     def __init__(self, model: UNet) -> None:
         super().__init__(model)
@@ -136,7 +136,7 @@ class Guarded(AsItWas):
         (record,) = self.guard.flush()
         self.records.append(record)
         self.clip_coefs.append(self._coefs())
-        if record.action == "skipped" and self.explained is None:  # the weights are as they were
+        if record.action == "skipped" and self.explained is None:  # the weights are unchanged
             self.explained = explain_nonfinite(self.model, batch, losses, autocast=autocast())
 
     def _coefs(self) -> dict[str, float]:
@@ -151,7 +151,7 @@ class Guarded(AsItWas):
 
 @torch.no_grad()
 def _judged(model: UNet) -> dict[str, Any]:
-    """How good the model is on images that it has not seen."""
+    """The quality of the model on held-out images."""
     images, targets = draw(16, torch.Generator().manual_seed(2))
     maps = model(images)
     found, real = maps["seg"] > 0, targets["mask"] > 0

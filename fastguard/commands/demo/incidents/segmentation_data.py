@@ -1,4 +1,4 @@
-"""Noisy images of one bright disc each, and the batches in which something is wrong."""
+"""Noisy images of one bright disc each, and faulty batches."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-SIZE = 32  # pixels a side
+SIZE = 32  # pixels per side
 Batch = tuple[Tensor, dict[str, Tensor]]
 
 
 class Kind(Enum):
-    """What goes wrong in a batch."""
+    """Kinds of faulty batches."""
 
     LETTERBOX = "half of an image is the black that a resize padded it with"
     TWELVE_BITS = "the images are as another microscope has them, 0 to 4095"
@@ -20,17 +20,17 @@ class Kind(Enum):
 
 
 def draw(n: int, random: torch.Generator, fault: Kind | None = None) -> Batch:
-    """A batch of n images and its targets.
+    """Draws a batch of n images and its targets.
 
     Args:
-        n: How many images.
-        random: Draws place, size and noise.
-        fault: What is wrong with it.
+        n: Number of images.
+        random: Generator for position, size and noise.
+        fault: Fault to inject, if any.
 
     Returns:
-        Images `(n, 1, SIZE, SIZE)`, in 0..1 if nothing is wrong, and by name, of the same shape:
-        `mask` and `boundary`, 0 or 1; `level`, the distance from the boundary in pixels, positive
-        inside; `distance`, the same in widths of the image.
+        Images `(n, 1, SIZE, SIZE)`, in 0..1 without a fault, and by name, of the same shape: `mask`
+        and `boundary`, 0 or 1; `level`, the distance from the boundary in pixels, positive inside;
+        `distance`, the same in units of the image width.
     """
     rows, columns = torch.meshgrid(*[torch.arange(SIZE).float()] * 2, indexing="ij")
     place = 6 + (SIZE - 12) * torch.rand(n, 2, 1, 1, generator=random)

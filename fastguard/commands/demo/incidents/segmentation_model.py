@@ -1,4 +1,4 @@
-"""A small U-Net with four heads: mask, boundary, contour and distance, and their losses."""
+"""A small U-Net with four heads (mask, boundary, contour, distance) and their losses."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 HEADS = ("seg", "boundary", "contour", "distance")
-SLIDE_PIXELS = 3  # pixels of the scanned slide to one of the image
+SLIDE_PIXELS = 3  # slide pixels per image pixel
 
 
 def divided(slope: Tensor) -> Tensor:
-    """Directions `(B, 2, H, W)` as they were computed: 0/0 where the image is flat."""
+    """The original directions `(B, 2, H, W)`: 0/0 where the image is flat."""
     return slope / slope.norm(dim=1, keepdim=True)
 
 
 def masked(slope: Tensor) -> Tensor:
-    """The repair that does not help: finite values, but 0 * Inf in the backward pass."""
+    """A repair that does not help: the values are finite, but the backward pass has 0 * Inf."""
     norm = slope.norm(dim=1, keepdim=True)
     return torch.where(norm > 0, slope / norm, 0.0)
 
 
 def floored(slope: Tensor) -> Tensor:
-    """The repair that does."""
+    """The repair that works."""
     return functional.normalize(slope, dim=1, eps=1e-6)
 
 
@@ -44,7 +44,7 @@ class Attention(nn.Module):
 
 
 class BoundaryRefinement(nn.Module):
-    """Looks for the boundary across the direction in which the image changes most."""
+    """Searches for the boundary along the direction of the steepest change in the image."""
 
     def __init__(self, channels: int, direction: Callable[[Tensor], Tensor] = divided) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class BoundaryRefinement(nn.Module):
 
 
 class ActiveContour(nn.Module):
-    """A level set over features and raw coordinates, in pixels: its gradients are huge."""
+    """A level set over features and raw coordinates in pixels; its gradients are huge."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -74,11 +74,11 @@ class ActiveContour(nn.Module):
 
 
 class UNet(nn.Module):
-    """Images `(B, 1, H, W)` to a dict of maps `(B, 1, H, W)` float32, one a head.
+    """Maps images `(B, 1, H, W)` to a dict of maps `(B, 1, H, W)` float32, one per head.
 
     Args:
-        direction: How the boundary refinement normalises; `divided` is how the run had it.
-        width: Channels at full resolution.
+        direction: Normalization of the boundary refinement; the original run used `divided`.
+        width: Number of channels at full resolution.
     """
 
     def __init__(self, direction: Callable[[Tensor], Tensor] = divided, width: int = 8) -> None:
