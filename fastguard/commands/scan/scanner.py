@@ -104,7 +104,7 @@ class _Scanner:
         found.series = self._findings.series.found()
         found.problem = problem
         if problem is None and not found.n_lines:
-            found.problem = "it is empty: there is no line to look at"
+            found.problem = "it is empty: there is no line to scan"
         if problem is None and found.n_records and found.n_records == found.n_lines:
             found.problem = "it holds records of fastguard; use: fastguard report"
         return found

@@ -314,7 +314,7 @@ def test_tied_weights_lie_in_a_file_once(folder, capsys) -> None:
     "make, says",
     [
         (lambda path: None, "does not exist"),
-        (lambda path: path.mkdir(), "is a folder; give a file in it"),
+        (lambda path: path.mkdir(), "is a folder; pass a file in it"),
         (lambda path: path.write_bytes(b"PK\x03\x04 and no more"), "truncated or damaged"),
         (
             lambda path: torch.save(nn.Linear(4, 16).state_dict(), path),
