@@ -16,6 +16,7 @@ NOTES = 8
 
 
 def joined(objects: Mapping[str, Any] | None, named: Mapping[str, Any]) -> dict[str, Any]:
+    """Merges objects given by mapping and by keyword into one dict."""
     if objects is not None and not isinstance(objects, Mapping):
         raise TypeError(
             f"objects is a {type(objects).__name__}; give names: save(model=model, step=step)"
@@ -40,6 +41,7 @@ def integer(name: str, value: object, low: int) -> int:
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raises a ValueError unless `value` is one of `choices`."""
     if value not in choices:
         known = ", ".join(map(repr, choices))
         raise ValueError(f"{name}={shown(value)} is unknown; use one of {known}")

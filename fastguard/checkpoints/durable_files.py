@@ -39,6 +39,7 @@ class Sink:
         self._error: OSError | None = None
 
     def write(self, data: bytes | memoryview) -> int:
+        """Writes data and returns its length; discards data after an error."""
         view = memoryview(data).cast("B")
         done = 0
         while done < len(view) and self._error is None:
@@ -49,9 +50,11 @@ class Sink:
         return len(view)
 
     def flush(self) -> None:
+        """Does nothing: the file is flushed once, after everything is written."""
         pass
 
     def raise_if_failed(self) -> None:
+        """Raises the first `OSError`, if any."""
         if self._error is not None:
             raise self._error
 

@@ -140,6 +140,7 @@ def checked(key: str, value: object, read: Callable[[Any], Any]) -> Any:
 
 
 def text(value: object) -> str:
+    """Parses a string."""
     if not isinstance(value, str):
         raise TypeError
     return value
@@ -151,6 +152,7 @@ def count(value: object) -> int:
 
 
 def texts(value: object) -> tuple[str, ...]:
+    """Parses a list of strings."""
     if not isinstance(value, list | tuple):
         raise TypeError
     return tuple(map(text, value))

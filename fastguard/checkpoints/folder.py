@@ -29,7 +29,7 @@ from fastguard.checkpoints.reading.file_report import FileReport, not_ignored
 from fastguard.ranks.lockstep import Peers
 from fastguard.records.regular_files import NotRegularFile
 
-log = logging.getLogger("fastguard")
+log: logging.Logger = logging.getLogger("fastguard")
 
 Rotation = Callable[[Sequence[Entry]], tuple[Entry, ...]]
 

@@ -16,7 +16,7 @@ from fastguard.checkpoints.errors import CheckpointError, DamagedFile
 from fastguard.checkpoints.folder import Folder
 from fastguard.checkpoints.random_state import set_random_state
 
-log = logging.getLogger("fastguard")
+log: logging.Logger = logging.getLogger("fastguard")
 
 _KINDS = {"min": "smallest", "max": "largest"}
 Which = int | Literal["last", "last-clean", "best"]

@@ -30,7 +30,7 @@ from fastguard.records.step_record import StepRecord
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-log = logging.getLogger("fastguard")
+log: logging.Logger = logging.getLogger("fastguard")
 
 
 class CheckpointStore(StoreView):
@@ -94,8 +94,8 @@ class CheckpointStore(StoreView):
     ) -> None:
         check_choice("mode", mode, ("min", "max", None))
         check_choice("on_error", on_error, ("log", "raise"))
-        self.keep = integer("keep", keep, 1)
-        self.keep_clean = integer("keep_clean", keep_clean, 1)
+        self.keep: int = integer("keep", keep, 1)
+        self.keep_clean: int = integer("keep_clean", keep_clean, 1)
         self.on_error = on_error
         self.directory = Path(directory).absolute()  # programs change the working directory
         self._flags: list[tuple[SignalFlag, bool]] = []

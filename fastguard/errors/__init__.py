@@ -61,7 +61,7 @@ class NonFiniteGradError(RuntimeError):
 
     def __init__(self, message: str, culprits: Sequence[Culprit] = ()) -> None:
         super().__init__(printable(message))
-        self.culprits = list(culprits)
+        self.culprits: list[Culprit] = list(culprits)
 
 
 class TrainingDivergedError(RuntimeError):
@@ -73,4 +73,4 @@ class TrainingDivergedError(RuntimeError):
 
     def __init__(self, message: str, culprits: Sequence[Culprit] = ()) -> None:
         super().__init__(printable(message))
-        self.culprits = list(culprits)
+        self.culprits: list[Culprit] = list(culprits)

@@ -1,8 +1,8 @@
-"""What the logger `fastguard` shows where a program has not configured logging.
+"""Prints messages of the logger `fastguard` if the program has not configured logging.
 
 Python itself would print bare messages of level WARNING and above to stderr (`logging.lastResort`).
-`LastResort` takes its place for this logger alone and adds color on a terminal. As soon as the
-program adds a handler of its own, here or to the root logger, that one serves and this is silent.
+`LastResort` replaces that for this logger only and adds color on a terminal. Once the program adds
+a handler, to this logger or to the root logger, `LastResort` prints nothing.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from typing import TextIO
 LOGGER = logging.getLogger("fastguard")
 
 PREFIX = "fastguard: "
-"""How each message of the logger begins."""
+"""Prefix of each message of the logger."""
 
 _COLORS = {logging.INFO: "36", logging.WARNING: "33", logging.ERROR: "31"}  # cyan, yellow, red
 
 
 class LastResort(logging.Handler):
-    """Prints to what `sys.stderr` is at the time, if no other handler does."""
+    """Prints to the current `sys.stderr`, unless another handler is configured."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Prints a record, unless another handler serves it."""
+        """Prints a record, unless another handler is configured."""
         if not self.is_in_charge():
             return
         try:
             print(_colored(self.format(record), record.levelno, sys.stderr), file=sys.stderr)
-        except Exception:  # a closed stream, for example; logging has its own way to tell
+        except Exception:  # such as a closed stream; logging reports it
             self.handleError(record)
 
     def is_in_charge(self) -> bool:
-        """Whether the program has left logging as Python starts with it."""
-        if logging.lastResort is None:  # how a program turns off what nobody has configured
+        """Whether the program has not configured logging."""
+        if logging.lastResort is None:  # a program disables it this way
             return False
         others = [handler for handler in LOGGER.handlers if handler is not self]
         return not others and LOGGER.propagate and not logging.getLogger().handlers
@@ -44,10 +44,10 @@ HANDLER = LastResort()
 
 
 def announce(text: str) -> None:
-    """Logs at level INFO, and prints it also where nobody has configured logging.
+    """Logs at level INFO, and also prints the text if logging is not configured.
 
-    There the effective level is WARNING only because that is what Python starts with. Where the
-    program has set a level, for the root logger or for `fastguard`, the level decides.
+    Without configuration the effective level is Python's default, WARNING, which is ignored. If
+    the program has set a level, for the root logger or for `fastguard`, that level decides.
     """
     untouched = LOGGER.level == logging.NOTSET and logging.getLogger().level == logging.WARNING
     if LOGGER.isEnabledFor(logging.INFO) or not (untouched and HANDLER.is_in_charge()):
@@ -59,7 +59,7 @@ def announce(text: str) -> None:
 
 
 def _colored(text: str, level: int, stream: TextIO) -> str:
-    """The text with its prefix in color, where the stream is a terminal that has colors."""
+    """Returns the text, with a colored prefix if the stream is a terminal with colors."""
     plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
     if plain or not stream.isatty() or not text.startswith(PREFIX):
         return text

@@ -342,6 +342,7 @@ def _is_parameter(item: object, named: bool) -> bool:
 
 
 def name_of(i: int, names: Sequence[str] | None) -> str:
+    """Returns the name of tensor `i`, or `parameter i` if there are no names."""
     return printable(names[i], MOST_OF_A_NAME) if names is not None else f"parameter {i}"
 
 

@@ -18,7 +18,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-_PLAIN_DISPATCH = Tensor.__torch_dispatch__  # type: ignore[attr-defined]  # of all classes that do not look at what is done
+_PLAIN_DISPATCH = Tensor.__torch_dispatch__  # type: ignore[attr-defined]  # the default, which observes nothing
 _MODES = tuple(torch._C._TorchDispatchModeKey.__members__.values())  # fake, proxy, functional
 _modes = torch._C._len_torch_dispatch_stack
 _transform = torch._C._functorch.peek_interpreter_stack  # type: ignore[attr-defined]

@@ -113,8 +113,8 @@ def _by_rank(name: str, values: Sequence[str], ranks: Sequence[int]) -> str:
         holders.setdefault(value, []).append(str(rank))
     return f"{name} is " + _listed(
         [
-            f"{value} on {'rank' if len(who) == 1 else 'ranks'} {_listed(who)}"
-            for value, who in holders.items()
+            f"{value} on {'rank' if len(owners) == 1 else 'ranks'} {_listed(owners)}"
+            for value, owners in holders.items()
         ]
     )
 

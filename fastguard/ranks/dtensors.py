@@ -25,6 +25,7 @@ def dtensor_types(kinds: Iterable[type]) -> tuple[type, ...]:
 
 
 def is_dtensor(t: Any) -> TypeGuard[DTensor]:
+    """Whether a value is a DTensor."""
     return bool(dtensor_types((type(t),)))
 
 

@@ -32,7 +32,7 @@ OWN = PLACES - 1
 OTHERS = "other losses"
 """Name of the last position in records."""
 
-log = logging.getLogger("fastguard")
+log: logging.Logger = logging.getLogger("fastguard")
 
 _KEY = "fastguard/losses"
 _of_group: weakref.WeakKeyDictionary[ProcessGroup, LossNames] = weakref.WeakKeyDictionary()

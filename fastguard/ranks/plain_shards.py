@@ -24,7 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fastguard.ranks.groups import AS_TORCH, Group, Replicated, several_ranks
 
-log = logging.getLogger("fastguard")
+log: logging.Logger = logging.getLogger("fastguard")
 
 FSDP1, DEEPSPEED = "FullyShardedDataParallel", "DeepSpeed ZeRO"
 

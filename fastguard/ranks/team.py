@@ -33,7 +33,7 @@ from fastguard.ranks.span import Span, ranks_of, span_of
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-log = logging.getLogger("fastguard")
+log: logging.Logger = logging.getLogger("fastguard")
 
 
 @dataclass(frozen=True, eq=False)

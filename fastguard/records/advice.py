@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fastguard.records.step_record import StepRecord
 
-log = logging.getLogger("fastguard")
+log: logging.Logger = logging.getLogger("fastguard")
 
 EXACT = 1e-4
 """Relative tolerance; float32 gradients clipped to 1 have a norm of 1 within 2e-7."""

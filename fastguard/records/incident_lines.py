@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from fastguard.errors.last_resort import PREFIX
 from fastguard.records.step_record import StepRecord
 
-log = logging.getLogger("fastguard")
+log: logging.Logger = logging.getLogger("fastguard")
 
 BURST = 3
 """Lines of one kind that may come at once."""

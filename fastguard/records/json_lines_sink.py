@@ -19,7 +19,7 @@ from fastguard.records.regular_files import folder_error
 from fastguard.records.step_record import StepRecord
 from fastguard.records.strict_json import encode
 
-log = logging.getLogger("fastguard")
+log: logging.Logger = logging.getLogger("fastguard")
 
 
 class JsonLinesSink:
@@ -74,7 +74,7 @@ class JsonLinesSink:
         self.path = path
         self.max_bytes = max_bytes
         self.keep = keep
-        self.lost = 0
+        self.lost: int = 0
         self._closed = False
         self._writer = LineWriter.of(path)
 

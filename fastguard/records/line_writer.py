@@ -33,7 +33,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-log = logging.getLogger("fastguard")
+log: logging.Logger = logging.getLogger("fastguard")
 
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND
 for _name in ("O_CLOEXEC", "O_NONBLOCK", "O_NOCTTY", "O_BINARY"):
@@ -274,9 +274,9 @@ def _locked(file: int, path: Path) -> bool:
 
 def _in_use(path: Path, file: int | None = None) -> BlockingIOError:
     holder = None if file is None else _holder(file)
-    who = "another process" if holder is None else f"process {holder}"
+    owner = "another process" if holder is None else f"process {holder}"
     return BlockingIOError(
-        f"{path} is open for writing in {who}, and only one process may write a file of records; "
+        f"{path} is open for writing in {owner}, and only one process may write a file of records; "
         "close it there, or choose another file. With several ranks, add the sink on one rank "
         "only, "
         "in the process that trains, not in one that forks it"

@@ -11,7 +11,7 @@ from typing import Any
 from fastguard.errors.plain_text import shown
 from fastguard.records.step_record import StepRecord
 
-log = logging.getLogger("fastguard")
+log: logging.Logger = logging.getLogger("fastguard")
 
 
 class TensorBoardSink:
@@ -76,7 +76,7 @@ class LogSink:
         self.log = log
         self.prefix = prefix
         self.step_name = step_name
-        self.lost = 0
+        self.lost: int = 0
 
     def __call__(self, record: StepRecord) -> None:
         values = scalars(record, self.prefix)

@@ -27,7 +27,7 @@ try:  # twice as fast as json, which reads what orjson refuses (a bare NaN)
 except ImportError:
     _loads: Callable[[bytes], Any] = json.loads
 
-log = logging.getLogger("fastguard")
+log: logging.Logger = logging.getLogger("fastguard")
 
 _required = itemgetter("step", "total_norm", "clip_coef", "action")  # fields without a default
 _NUMBERS = frozenset({int, float, str})  # NaN and infinities are strings

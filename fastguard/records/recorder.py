@@ -31,7 +31,7 @@ from fastguard.records.subscription import Inbox
 from fastguard.stages.contract import HostVerdict, Known
 from fastguard.stages.reason import Reason
 
-log = logging.getLogger("fastguard")
+log: logging.Logger = logging.getLogger("fastguard")
 
 KEPT = 4096
 """Number of records kept for `records()` and for `history`; older ones are dropped."""

@@ -74,6 +74,7 @@ def _flags(*names: str) -> int:
 
 
 def folder_error(path: str | os.PathLike[str]) -> IsADirectoryError:
+    """Returns the error for a folder given where a file is expected."""
     return IsADirectoryError(
         f"{os.fspath(path)!r} is a folder; name a file in it, such as "
         f"{str(Path(path) / 'records.jsonl')!r}"

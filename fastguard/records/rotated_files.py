@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from fastguard.records.regular_files import open_regular
 
-log = logging.getLogger("fastguard")
+log: logging.Logger = logging.getLogger("fastguard")
 
 Identity = tuple[int, int]
 """Device and inode, which identify a file under any name."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fastguard.records.recorder import Recorder
 from fastguard.records.step_record import StepRecord
 
-log = logging.getLogger("fastguard")
+log: logging.Logger = logging.getLogger("fastguard")
 
 
 class Inbox(deque["StepRecord"]):

@@ -35,7 +35,7 @@ from fastguard.recovery.schedule_arguments import (
 )
 from fastguard.recovery.warmup import Warmup
 
-log = logging.getLogger("fastguard")
+log: logging.Logger = logging.getLogger("fastguard")
 
 
 class GuardedLR(LRScheduler):
@@ -98,13 +98,13 @@ class GuardedLR(LRScheduler):
         self.schedule = schedule_of(schedule)
         self.floor: list[float] = []
         self._given_floor = floor
-        self.backoff = float(backoff)
+        self.backoff: float = float(backoff)
         self.recovery = recovery
         self.warmup = warmup
-        self.backoffs = 0
-        self.clean_steps = 0
-        self.applied_steps = 0
-        self.held_at_floor = 0
+        self.backoffs: int = 0
+        self.clean_steps: int = 0
+        self.applied_steps: int = 0
+        self.held_at_floor: int = 0
         self._looks_at_metrics = looks_at_metrics(self.schedule)
         self._is_due = False  # a step was applied since the schedule's last step
         self._is_others = False  # between two blocks of `in_force` the trainer owns the groups

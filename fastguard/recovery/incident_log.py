@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from fastguard.records.step_record import StepRecord
 
-log = logging.getLogger("fastguard")
+log: logging.Logger = logging.getLogger("fastguard")
 
 POSITIONS = 1 << 16
 """Maximum number of remembered positions of bad steps: about 8 MB."""

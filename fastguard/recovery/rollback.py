@@ -41,7 +41,7 @@ from fastguard.recovery.snapshot_stores import (
     group_sizes,
 )
 
-log = logging.getLogger("fastguard")
+log: logging.Logger = logging.getLogger("fastguard")
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from fastguard.ranks.lockstep import Peers
 from fastguard.recovery.incident_log import Moment
 from fastguard.recovery.snapshot import Snapshot
 
-log = logging.getLogger("fastguard")
+log: logging.Logger = logging.getLogger("fastguard")
 
 POSITION = "position"
 """Name of the data position in a checkpoint of `Rollback`."""
@@ -107,9 +107,11 @@ class InMemory:
         hook_weakly(optimizer.register_step_pre_hook, self._wait_for_copy)
 
     def moments(self) -> list[Moment]:
+        """Returns the moments of the restorable snapshots, oldest first."""
         return [slot.moment for slot in self._slots if slot.step is not None]
 
     def take(self, objects: Mapping[str, Any], moment: Moment, position: Any) -> bool:
+        """Saves the state of the objects; see `Place.take`."""
         safe = self._keep == 1 or self._is_one_finite([*self._slots][1:])
         if len(self._slots) < self._keep:
             slot = _Slot()
@@ -124,6 +126,7 @@ class InMemory:
         return True
 
     def restore(self, objects: Mapping[str, Any]) -> Taken:
+        """Restores the newest finite state; see `Place.restore`."""
         refused = []
         what = "is finite"
         while self._slots:
@@ -182,9 +185,11 @@ class InStore:
         self._moments: dict[int, Moment] = {}  # by step, of this process only
 
     def moments(self) -> list[Moment]:
+        """Returns the moments of the restorable snapshots, oldest first."""
         return [self._moment(entry.step) for entry in self._store.list() if entry.clean]
 
     def take(self, objects: Mapping[str, Any], moment: Moment, position: Any) -> bool:
+        """Saves the state of the objects; see `Place.take`."""
         if self._store.save({**objects, POSITION: position}, step=moment.step) is None:
             return False
         self._moments[moment.step] = moment
@@ -192,6 +197,7 @@ class InStore:
         return True
 
     def restore(self, objects: Mapping[str, Any]) -> Taken:
+        """Restores the newest finite state; see `Place.restore`."""
         try:
             checkpoint = self._store.load("last-clean", objects)
         except (CheckpointError, OSError) as error:

@@ -253,5 +253,5 @@ MOVED = {"pathlib._local": "pathlib"}
 
 def _object_of(kind: Any) -> StandIn:
     if not isinstance(kind, Name):
-        raise DamagedFile("damaged: an object whose class is not a class")
+        raise DamagedFile("damaged: an object of something that is not a class")
     return StandIn(kind.qualified_name)

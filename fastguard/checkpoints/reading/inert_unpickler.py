@@ -58,6 +58,7 @@ class InertUnpickler(BoundedReader):
         self._names: dict[tuple[str, str], Any] = {}
 
     def load(self) -> Any:
+        """Returns the tree that the pickle describes."""
         read, handlers, n_steps = self._file.read, _HANDLERS, 0
         while code := read(1):
             self._budget -= _STEP

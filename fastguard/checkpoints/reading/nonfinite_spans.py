@@ -164,6 +164,7 @@ class SpanSearch:
 
 
 def memory_of(raw: Tensor) -> memoryview:
+    """Returns the memory of a uint8 CPU tensor."""
     return memoryview(raw.numpy())  # type: ignore[arg-type]  (numpy arrays are buffers)
 
 
@@ -179,6 +180,7 @@ def _part(part: Span | _Region, buffer: Tensor, start: int, end: int) -> Tensor 
 
 
 def can_be_nonfinite(dtype: torch.dtype) -> bool:
+    """Whether a dtype can represent NaN or Inf."""
     is_float = dtype.is_floating_point or dtype.is_complex
     return is_float and dtype is not torch.float4_e2m1fn_x2
 
@@ -190,6 +192,7 @@ def _typed(raw: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def sum_is_finite(values: Tensor) -> bool:
+    """Whether the sum of the values is finite."""
     if values.is_complex():
         values = torch.view_as_real(values)
     if values.dtype not in FLOATING:  # fp8 has no sum

@@ -61,6 +61,7 @@ class NumpyDtype:
         return f"numpy {self.what}"
 
     def set_state(self, state: Any, _charge: Callable[[int], None]) -> None:
+        """Handles the BUILD opcode: sets the pickled state of the dtype."""
         _version, order, _subarray, names, fields, size, *_ = state
         if self.plain is not None and order in ("<", ">", "="):
             self.plain = self.plain.newbyteorder(order)
@@ -106,6 +107,7 @@ class NumpyArray:
         self._raw: bytes | LongBytes = b""
 
     def set_state(self, state: Any, charge: Callable[[int], None]) -> None:
+        """Handles the BUILD opcode: sets the pickled state of the array."""
         _version, shape, dtype, _fortran, raw, *_mask = state
         if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
             raise DamagedFile("damaged: a numpy array with an invalid shape")

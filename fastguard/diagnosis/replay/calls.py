@@ -63,6 +63,7 @@ class Call:
 
     @staticmethod
     def of(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
+        """Builds a call from the arguments that the dispatcher receives."""
         inputs, numbers, written = [], [], []
         for i, argument in enumerate(func._schema.arguments):
             value = args[i] if i < len(args) else kwargs.get(argument.name)
@@ -86,6 +87,7 @@ class Call:
         return None
 
     def keep_what_is_overwritten(self) -> None:
+        """Copies inputs that the call will overwrite, unless it ignores their contents."""
         if self.name not in _OVERWRITES:
             self.before = {id(t): t.detach().clone() for t in self.written}
 
