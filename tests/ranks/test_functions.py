@@ -274,7 +274,7 @@ def refused() -> list[str]:
 
 def test_what_cannot_be_joined_is_refused_on_every_rank(four: Ranks) -> None:
     for mesh, foreign, apart, flat in four.run(refused):
-        assert "pass mesh.get_group() of the dimension" in mesh
+        assert "pass mesh.get_group() of the intended dimension" in mesh
         assert "this rank is not a member" in foreign
         assert "no group contains both" in apart
         assert "flat buckets hold plain tensors" in flat
