@@ -87,7 +87,7 @@ def test_each_finding_has_a_remedy_and_the_numbers(guarded):
     (shape,) = found.of("shape-mismatch")
     assert "[4, 1, 32, 32] and target [4, 1, 224, 224]" in shape.seen
     (lr,) = found.of("lr-vanished")
-    assert "8.88e-21" in lr.seen and "began at 1e-05" in lr.seen and "GuardedLR" in lr.remedy
+    assert "8.88e-21" in lr.seen and "started at 1e-05" in lr.seen and "GuardedLR" in lr.remedy
     born, of_the_batch = found.of("nonfinite-activation")
     assert "aten.div.Tensor" in born.seen and "denominators are exactly 0" in born.seen
     assert "eps" in born.remedy
