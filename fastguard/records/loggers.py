@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastguard.errors.plain_text import shown
-from fastguard.records.step_record import StepRecord
+from fastguard.records.step_record import REPLICA_DRIFT, StepRecord
 
 log: logging.Logger = logging.getLogger("fastguard")
 
@@ -117,5 +117,23 @@ def scalars(record: StepRecord, prefix: str = "train") -> dict[str, float]:
     values |= {"skipped": float(record.action == "skipped")}
     # "seg_loss" and not "loss/seg": MLflow's file store cannot have loss as both metric and folder.
     values |= {name if "loss" in name else f"{name}_loss": v for name, v in record.losses.items()}
+    values |= _watched(record)
     values = {name: value for name, value in values.items() if math.isfinite(value)}
     return {f"{prefix}/{name}": v for name, v in {"grad_norm": record.torch_norm, **values}.items()}
+
+
+def _watched(record: StepRecord) -> dict[str, float]:
+    """What a watched step adds: `grad_norms/layer.weight`, `update_ratios/layer.weight`, and so on.
+
+    The plurals keep apart what MLflow could not hold as both metric and folder.
+    """
+    watch = record.watch
+    values = {f"grad_norms/{name}": v for name, v in watch.get("tensor_norms", {}).items()}
+    values |= {f"update_ratios/{name}": v for name, v in watch.get("update_ratio", {}).items()}
+    lost = watch.get("underflow", {})
+    values |= {f"underflow/{name}": v for name, v in lost.items() if name != "exponents"}
+    if "noise_scale" in watch:
+        values["noise_scale"] = watch["noise_scale"]
+    if REPLICA_DRIFT in watch:
+        values[REPLICA_DRIFT] = float(any(watch[REPLICA_DRIFT].values()))
+    return values

@@ -317,3 +317,24 @@ def test_records_that_were_deleted_before_they_could_be_read_are_said_to_be_miss
     seen += [r.step for r in reading]
     assert seen[0] == 1 and seen[-1] == 400 and len(seen) < 400
     assert "full files were deleted before they could be read" in caplog.text
+
+
+def test_loggers_get_what_was_watched_and_no_name_is_metric_and_folder() -> None:
+    watch = {
+        "tensor_norms": {"head.weight": 2.0},
+        "zero_share": {"head.weight": 0.5},
+        "update_ratio": {"head.weight": 1e-3},
+        "noise_scale": 4.0,
+        "replica_drift": {"gradients": [], "weights": [2]},
+        "underflow": {"float16": 0.25, "exponents": {"-15": 1}},
+    }
+    values = scalars(StepRecord(1, 2.0, 1.0, "applied", lr=0.1, watch=watch))
+    plain = scalars(StepRecord(1, 2.0, 1.0, "applied", lr=0.1))
+    assert {name: v for name, v in values.items() if name not in plain} == {
+        "train/grad_norms/head.weight": 2.0,
+        "train/update_ratios/head.weight": 1e-3,
+        "train/underflow/float16": 0.25,
+        "train/noise_scale": 4.0,
+        "train/replica_drift": 1.0,
+    }
+    assert not [name for name in values if any(other.startswith(f"{name}/") for other in values)]
