@@ -91,7 +91,7 @@ def _read_file(path: Path, sha256: str) -> dict[str, Any]:
         payload = torch.load(file, map_location="cpu", weights_only=True)
         after = os.fstat(file.fileno())
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise DamagedFile(f"{path} changed while it was being read")
+        raise DamagedFile(f"{path} was changed while it was being read")
     return payload
 
 

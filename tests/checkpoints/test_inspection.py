@@ -281,7 +281,7 @@ def test_files_of_other_formats_are_called_by_their_names(tmp_path):
         ("gz", "compressed with gzip"),
     ):
         path.write_bytes((tmp_path / f"x.{ending}").read_bytes())
-        with pytest.raises(DamagedFile, match=f"{what}, no checkpoint"):
+        with pytest.raises(DamagedFile, match=f"{what}, not a torch or safetensors checkpoint"):
             inspect(path)
 
 
