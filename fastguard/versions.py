@@ -53,7 +53,7 @@ GRAD_DTYPE = Feature(
     "a gradient has the dtype of its parameter, in flat buckets too",
 )
 FSDP_MEANS_ON_CPU = Feature(
-    "means of gradients by fully_shard on CPUs",
+    "averaging of gradients by fully_shard on CPUs",
     (2, 9),
     "gloo sums the gradients of the ranks instead, except with reduce_dtype=torch.float64",
 )
@@ -65,7 +65,7 @@ SHARDED_ESTIMATES = Feature(
 TENSOR_PLATEAU = Feature(
     "ReduceLROnPlateau with a tensor as learning rate",
     (2, 10),
-    "it puts a number in the place of the tensor, which a captured CUDA graph does not see",
+    "it replaces the tensor by a number, and a captured CUDA graph keeps the old value",
 )
 STRICT_LAMBDAS = Feature(
     "LambdaLR that refuses a param group added later",

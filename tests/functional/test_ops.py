@@ -11,12 +11,13 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.utils import run_and_get_code
 
 import fastguard
+import fastguard.functional.adaptive  # defines an op of its own
 from fastguard import NonFiniteGradError
 from guardtest.grads import assert_bitwise_equal, copies, grads_of, parameters
 
 NAN, INF = math.nan, math.inf
 ops = torch.ops.fastguard
-OPS = ("measure", "measure_tensors", "decide", "apply", "clip_value", "sanitize")
+OPS = ("measure", "measure_tensors", "decide", "apply", "clip_value", "sanitize", "clip_units")
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +79,14 @@ def test_opcheck_apply_and_clip_value(grads):
 @pytest.mark.parametrize("grads", [some_grads, list, lambda: [torch.tensor([1 + 1j])]])
 def test_opcheck_sanitize(grads):
     torch.library.opcheck(ops.sanitize.default, (grads(), float64(0.0, 1.0, -1.0)))
+
+
+@pytest.mark.parametrize("mode", ["propagate", "zero"])
+@pytest.mark.parametrize("limited", [[0, 1], [1], []])
+def test_opcheck_clip_units(limited, mode):
+    weights = [torch.ones_like(grad) for grad in some_grads()]
+    given = some_grads(), weights, float64(0.01, 1e-3), limited, 2.0, mode, None
+    torch.library.opcheck(ops.clip_units.default, given)
 
 
 def test_every_op_is_checked_here():

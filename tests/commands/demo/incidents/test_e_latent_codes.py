@@ -242,11 +242,11 @@ def test_norms_coefficients_and_skips_are_in_tensorboard(folder, guarded):
     shown = curves(folder / "guarded" / "tensorboard")
     records = guarded.records
     for tag, values in {
-        "train/grad_norm": {r.step: r.total_norm for r in records},
+        "train/grad_norm": {r.step: r.torch_norm for r in records},
         "train/clip_coef": {r.step: r.clip_coef for r in records},
         "train/skipped": {r.step: float(r.action == "skipped") for r in records},
     }.items():
-        assert shown[tag] == pytest.approx(values, rel=1e-6)
+        assert shown[tag] == pytest.approx(values, rel=1e-6, nan_ok=True)
     assert sum(shown["train/skipped"].values()) == 1 + BATCHES
     assert min(shown["train/clip_coef"].values()) < 0.01
     assert all(map(math.isfinite, shown["train/sdf_loss"].values()))
