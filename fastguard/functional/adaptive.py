@@ -149,16 +149,16 @@ def _clip_op(
     limits: Tensor,
     limited: list[int],
     norm_type: float,
-    mode: str,
+    nonfinite: str,
     names: list[str] | None,
 ) -> None:
     AGC(*limits.tolist())
-    _clip(grads, weights, names, limited, limits, norm_type, mode)
+    _clip(grads, weights, names, limited, limits, norm_type, nonfinite)
 
 
 define(
     "clip_units(Tensor(a!)[] grads, Tensor[] weights, Tensor limits, int[] limited,"
-    " float norm_type, str mode, str[]? names) -> ()",
+    " float norm_type, str nonfinite, str[]? names) -> ()",
     _clip_op,
-    lambda grads, weights, limits, limited, norm_type, mode, names: None,
+    lambda grads, weights, limits, limited, norm_type, nonfinite, names: None,
 )
