@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from guardtest import require
+from guardtest import in_ci, require
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -122,6 +122,19 @@ def test_installing_keeps_the_versions_that_are_there(tmp_path):
     report = run(*pip, "--no-build-isolation", "--report", "-", project, cwd=tmp_path)
     names = [found["metadata"]["name"] for found in json.loads(report)["install"]]
     assert names == ["torch-fastguard"]
+
+
+def test_the_extras_of_trainers_keep_torch_too(tmp_path):
+    """All but Ultralytics: torchvision requires one exact torch, see docs/compatibility.md."""
+    project = f"{copy_of_sources(tmp_path)}[huggingface,lightning]"
+    pip = [sys.executable, "-m", "pip", "install", "-qq", "--dry-run", "--no-build-isolation"]
+    done = subprocess.run([*pip, "--report", "-", project], capture_output=True, text=True)
+    if done.returncode and not in_ci():
+        pytest.skip("pip reaches no package index")
+    assert done.returncode == 0, done.stderr
+    names = {found["metadata"]["name"] for found in json.loads(done.stdout)["install"]}
+    assert "torch-fastguard" in names
+    assert not names & {"torch", "numpy", "triton"}
 
 
 def test_torch_and_numpy_have_lower_bounds_alone():
