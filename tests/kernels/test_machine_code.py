@@ -21,6 +21,9 @@ MAX_LONE_REGISTERS = 255  # one program in all
 MAX_LONE_SPILLS = 16  # instructions of it, once a step: sm_80 keeps to 128 registers
 # (kernel, target, triton): spill instructions outside the main loop, once for each chunk.
 KNOWN_SPILLS = {("measure bf16 p=2", 100, "3.6.0"): 5}
+# The same for measure with triton 3.4, whose ptxas finds no register for the prefetch of a chunk
+# row in float64 and with logarithms.
+MAX_SPILLS_OF_3_4 = 14
 MAX_INSTRUCTIONS = {  # of the main loop, for each 16 bytes read; the budget of sm_90 is about 99
     "measure fp16": 40,
     "measure bf16": 48,
@@ -89,6 +92,9 @@ def test_machine_code(target, capsys):
         ceiling = MAX_ROCM_REGISTERS if target.startswith("gfx") else MAX_REGISTERS
         words = name.replace(",", "").split()
         spills = KNOWN_SPILLS.get((" ".join(words[:3]), row["target"], row["triton"]), 0)
+        if name.startswith("measure") and not has_triton(3, 5):
+            spills = MAX_SPILLS_OF_3_4
+            assert not row["loop_spills"], row
         if name.startswith(("decide", "record")):
             ceiling, spills = MAX_LONE_REGISTERS, MAX_LONE_SPILLS
         elif name.startswith(("unit", "scale")):
