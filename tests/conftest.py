@@ -1,5 +1,6 @@
 """For every test: a seed, its share of the cores, the rules for tests/gpu and tests/kernels."""
 
+import gc
 import os
 import random
 from pathlib import Path
@@ -62,6 +63,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if os.environ.get("FASTGUARD_REQUIRE_GPU") == "1":
             pytest.fail("no CUDA device, and FASTGUARD_REQUIRE_GPU=1", pytrace=False)
         pytest.skip("no CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_to_log(request: pytest.FixtureRequest) -> None:
+    """For tests that read the log: a guard logs what it held back when it is collected, and those
+    of earlier tests are to do so before.
+    """
+    if "caplog" in request.fixturenames:
+        gc.collect()
 
 
 @pytest.fixture(autouse=True)
