@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from fastguard.gradients.buckets import GradBuckets
 from fastguard.gradients.tensor_kinds import has_numbers
-from fastguard.guard.clip_scope import Layout, Limit
+from fastguard.guard.clip_scope import Layout
 from fastguard.guard.compiled_state import (
     StateForUpdate,
     check_compiled_parameters,
@@ -38,10 +38,9 @@ from fastguard.guard.masked_update import (
     trace,
 )
 from fastguard.guard.param_gradients import Gradients
-from fastguard.guard.read_first import ReadFirst, says_skip
+from fastguard.guard.read_first import ReadsFirstIfNeeded, says_skip
 from fastguard.guard.step_hooks import has_step_hooks, run_hooks_of_all
 from fastguard.stages.contract import Verdict
-from fastguard.stages.spike_rules import Rule
 
 log = logging.getLogger("fastguard")
 
@@ -75,7 +74,7 @@ class _Compiled:
     has_run: bool = False
 
 
-class CompiledStep:
+class CompiledStep(ReadsFirstIfNeeded):
     """Runs the update of an optimizer as one compiled graph, which obeys the verdict itself.
 
     The verdict is read first, and the optimizer called as it is, in three cases. The step creates
@@ -91,9 +90,8 @@ class CompiledStep:
     skips = "through found_inf in a compiled update"
 
     def __init__(self, optimizer: Optimizer, gradients: Gradients) -> None:
-        self.optimizer = optimizer
+        super().__init__(optimizer)
         self._gradients = gradients
-        self._careful = ReadFirst(optimizer)
         self._state = StateForUpdate(optimizer)
         self._graphs: list[_Compiled] = []  # the one used last comes first
         self._n_compiled = 0
@@ -126,16 +124,6 @@ class CompiledStep:
         self._n_creating = 0
         if not self._graphs:
             self._n_compiled = 0
-
-    def obeyed(
-        self, limits: tuple[Limit, ...], rules: tuple[Rule, ...]
-    ) -> tuple[tuple[Limit, ...], tuple[Rule, ...]]:
-        """See `ReadFirst.obeyed`."""
-        return self._careful.obeyed(limits, rules)
-
-    def evaluate(self, call: StepCall, loss: Any, *, stop_at_nonfinite: bool) -> tuple[Any, Any]:
-        """See `ReadFirst.evaluate`."""
-        return self._careful.evaluate(call, loss, stop_at_nonfinite=stop_at_nonfinite)
 
     def step(self, buckets: GradBuckets, verdict: Verdict, call: StepCall, changes: bool) -> None:
         """Runs the compiled update; before the first run, compiles it.

@@ -41,9 +41,7 @@ from fastguard.guard.clip_scope import (
     policy_of,
 )
 from fastguard.guard.compiled_state import check_compiled_optimizer
-from fastguard.guard.compiled_step import CompiledStep
 from fastguard.guard.flat_checks import check_flat_dtypes, check_flat_optimizer
-from fastguard.guard.flat_step import FlatStep
 from fastguard.guard.grad_scaler import HandedOver, handed_over, longest_search, tell_scaler
 from fastguard.guard.inner_step import ClosureNeeded, StepCall, StepSignature
 from fastguard.guard.lifetime import saved_with
@@ -53,7 +51,7 @@ from fastguard.guard.reporting import KnownRun
 from fastguard.guard.state_dict import guard_state, inner_state, parts, torch_dcp
 from fastguard.guard.step_hooks import with_own_hooks, without_pre_hooks_of_all
 from fastguard.guard.step_in_flight import StepInFlight
-from fastguard.guard.stepper import stepper_for
+from fastguard.guard.stepper import stepper_asked_for
 from fastguard.guard.unit_clipping import UnitClipping
 from fastguard.guard.watch.watch import WATCH_EVERY, WatchName, check_road, read_step, watch_of
 from fastguard.guard.whole_step import WholeStep
@@ -187,13 +185,7 @@ class GuardedOptimizer(KnownRun):
         check_road(self.watch, WholeStep.serves(optimizer), optimizer)
         self._device = self._gradients.device
         self._recorder = Recorder()
-        self._stepper = (
-            FlatStep(optimizer, self._gradients)
-            if flat_parameters
-            else CompiledStep(optimizer, self._gradients)
-            if compile_step
-            else stepper_for(optimizer)
-        )
+        self._stepper = stepper_asked_for(optimizer, self._gradients, flat_parameters, compile_step)
         self._limits: tuple[Limit, ...] = ()
         self._policy = self._current_policy()
         self._state = GuardState.fresh(self._policy, self._device)

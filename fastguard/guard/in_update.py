@@ -6,31 +6,26 @@ it reads. On a CPU the verdict is read first, which is free; elsewhere the updat
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastguard.gradients.buckets import GradBuckets
-from fastguard.guard.clip_scope import Limit
-from fastguard.guard.inner_step import InnerStep, StepCall
-from fastguard.guard.read_first import ReadFirst, says_skip
+from fastguard.guard.inner_step import StepCall
+from fastguard.guard.read_first import ReadsFirstIfNeeded, says_skip
 from fastguard.guard.step_hooks import has_step_hooks, run_hooks_of_all
 from fastguard.optim.optimizer import FusedOptimizer
 from fastguard.optim.orders import Orders
 from fastguard.stages.contract import Verdict
-from fastguard.stages.spike_rules import Rule
 
 
-class InUpdate:
+class InUpdate(ReadsFirstIfNeeded):
     """Hands the verdict to an optimizer of `fastguard.optim`.
 
     With step hooks of its own, which must run only when it steps, the verdict is read first.
     """
 
+    optimizer: FusedOptimizer
     skips = "in the update"
 
     def __init__(self, optimizer: FusedOptimizer) -> None:
-        self.optimizer = optimizer
-        self._inner = InnerStep(optimizer)
-        self._first = ReadFirst(optimizer, self._inner)
+        super().__init__(optimizer)
 
     @property
     def waits(self) -> bool:
@@ -43,16 +38,6 @@ class InUpdate:
 
     def reset(self) -> None:
         """Nothing is remembered of the parameters."""
-
-    def obeyed(
-        self, limits: tuple[Limit, ...], rules: tuple[Rule, ...]
-    ) -> tuple[tuple[Limit, ...], tuple[Rule, ...]]:
-        """All limits and rules: the update scales what it reads."""
-        return limits, rules
-
-    def evaluate(self, call: StepCall, loss: Any, *, stop_at_nonfinite: bool) -> tuple[Any, Any]:
-        """See `ReadFirst.evaluate`."""
-        return self._first.evaluate(call, loss, stop_at_nonfinite=stop_at_nonfinite)
 
     def step(self, buckets: GradBuckets, verdict: Verdict, call: StepCall, changes: bool) -> None:
         """Steps with the verdict as its orders."""

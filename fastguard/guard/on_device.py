@@ -11,16 +11,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastguard.gradients.buckets import GradBuckets
-from fastguard.guard.clip_scope import Limit
 from fastguard.guard.inner_step import InnerStep, StepCall, found_inf_is_heeded
-from fastguard.guard.read_first import ReadFirst
+from fastguard.guard.read_first import ReadsFirstIfNeeded
 from fastguard.guard.step_hooks import has_step_hooks
 from fastguard.stages.apply import apply
 from fastguard.stages.contract import Verdict
-from fastguard.stages.spike_rules import Rule
 
 
-class OnDevice:
+class OnDevice(ReadsFirstIfNeeded):
     """Hands the verdict to the kernel of a fused optimizer.
 
     The kernel tests `found_inf == 1` exactly and wants float32 of shape `()`; `grad_scale` stays
@@ -34,9 +32,7 @@ class OnDevice:
     skips = "through found_inf"
 
     def __init__(self, optimizer: Optimizer, inner: InnerStep | None = None) -> None:
-        self.optimizer = optimizer
-        self._inner = inner or InnerStep(optimizer)
-        self._careful = ReadFirst(optimizer, self._inner)
+        super().__init__(optimizer, inner)
         self.reset()
 
     def fits(self) -> bool:
@@ -47,16 +43,6 @@ class OnDevice:
         """Forgets that every parameter has its momentum buffer: there are other parameters now."""
         self._complete: tuple[int, int] | None = None
         self._complete_in: object = None  # the state they are complete in
-
-    def obeyed(
-        self, limits: tuple[Limit, ...], rules: tuple[Rule, ...]
-    ) -> tuple[tuple[Limit, ...], tuple[Rule, ...]]:
-        """See `ReadFirst.obeyed`."""
-        return self._careful.obeyed(limits, rules)
-
-    def evaluate(self, call: StepCall, loss: Any, *, stop_at_nonfinite: bool) -> tuple[Any, Any]:
-        """See `ReadFirst.evaluate`."""
-        return self._careful.evaluate(call, loss, stop_at_nonfinite=stop_at_nonfinite)
 
     def step(self, buckets: GradBuckets, verdict: Verdict, call: StepCall, changes: bool) -> None:
         """Applies the verdict, and steps with `found_inf` in the hands of the kernel."""

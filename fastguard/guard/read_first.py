@@ -66,3 +66,27 @@ class ReadFirst:
 
     def conclude(self, taken: bool) -> None:
         """Nothing to do: weights that a failed step has begun to move have no copy."""
+
+
+class ReadsFirstIfNeeded:
+    """What the roads share that read the verdict in some steps only.
+
+    Args:
+        optimizer: The wrapped one.
+        inner: How it is called.
+    """
+
+    def __init__(self, optimizer: Optimizer, inner: InnerStep | None = None) -> None:
+        self.optimizer = optimizer
+        self._inner = inner or InnerStep(optimizer)
+        self._careful = ReadFirst(optimizer, self._inner)
+
+    def obeyed(
+        self, limits: tuple[Limit, ...], rules: tuple[Rule, ...]
+    ) -> tuple[tuple[Limit, ...], tuple[Rule, ...]]:
+        """See `ReadFirst.obeyed`."""
+        return self._careful.obeyed(limits, rules)
+
+    def evaluate(self, call: StepCall, loss: Any, *, stop_at_nonfinite: bool) -> tuple[Any, Any]:
+        """See `ReadFirst.evaluate`."""
+        return self._careful.evaluate(call, loss, stop_at_nonfinite=stop_at_nonfinite)

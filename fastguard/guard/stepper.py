@@ -20,9 +20,12 @@ from torch.optim import Optimizer
 
 from fastguard.gradients.buckets import GradBuckets
 from fastguard.guard.clip_scope import Limit
+from fastguard.guard.compiled_step import CompiledStep
+from fastguard.guard.flat_step import FlatStep
 from fastguard.guard.in_update import InUpdate
 from fastguard.guard.inner_step import StepCall, found_inf_is_heeded
 from fastguard.guard.on_device import OnDevice
+from fastguard.guard.param_gradients import Gradients
 from fastguard.guard.read_first import ReadFirst
 from fastguard.guard.whole_step import WholeStep
 from fastguard.optim.optimizer import FusedOptimizer
@@ -86,6 +89,15 @@ class Stepper(Protocol):
             taken: Whether it counts. If not, weights and state are put back where they can be.
         """
         ...
+
+
+def stepper_asked_for(
+    optimizer: Optimizer, gradients: Gradients, flat_parameters: bool, compile_step: bool
+) -> Stepper:
+    """The road that the arguments of a guard ask for; without any, `stepper_for`."""
+    if flat_parameters:
+        return FlatStep(optimizer, gradients)
+    return CompiledStep(optimizer, gradients) if compile_step else stepper_for(optimizer)
 
 
 def stepper_for(optimizer: Optimizer) -> Stepper:
