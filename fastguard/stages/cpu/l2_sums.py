@@ -47,7 +47,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastguard.gradients.cpu_threads import FEW, GRAIN, sum_of_squares
+from fastguard.gradients.cpu_threads import FEW, GRAIN, sum_of_squares, sums_of_squares
 from fastguard.stages.cpu.vectors import buffer, flat, gathered
 
 ROW = 256
@@ -235,7 +235,19 @@ def _shares(large: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], list[int]]]
     yield share, filled
 
 
-class _Blocks:
+class _Audited:
+    """Blocks of which some are summed once more, in float64."""
+
+    def exact_power_sums(self, numbers: Sequence[int]) -> list[float]:
+        """The sums of squares of the blocks of these numbers, in float64."""
+        blocks = (_float64(self._block(number)) for number in numbers)
+        return [block.dot(block).item() for block in blocks]
+
+    def _block(self, number: int) -> _Array:
+        raise NotImplementedError
+
+
+class _Blocks(_Audited):
     """The blocks of large tensors, `(n, ROWS, ROW)`; then of vectors, `(n, 1, BLOCK)`; then vectors
     that are one block each.
     """
@@ -263,8 +275,7 @@ class _Blocks:
         """The sum of squares of each block, in float32 arithmetic within a block."""
         parts = [self._sums_of_rows()] if self.large else []
         with _quietly():
-            for stack in self.stacks:  # a dot product each: one call for all
-                parts.append(np.matmul(stack, stack.transpose(0, 2, 1)).reshape(-1))
+            parts.extend(map(sums_of_squares, self.stacks))
         if self.middling:
             # Not numpy.vdot, which asks for overrides and other dtypes: 0.2 µs.
             dots = map(np.ndarray.dot, self.middling, self.middling)
@@ -281,11 +292,6 @@ class _Blocks:
         of_blocks = buffer("blocks", n, (most,), torch.float32)
         _norms(of_rows, dim=1, out=of_blocks)
         return np.square(of_blocks.numpy(), dtype=np.float64)
-
-    def exact_power_sums(self, numbers: Sequence[int]) -> list[float]:
-        """The sums of squares of the blocks of these numbers, in float64."""
-        blocks = (_float64(self._block(number)) for number in numbers)
-        return [block.dot(block).item() for block in blocks]
 
     def _block(self, number: int) -> _Array:
         i = bisect_right(self._ends, number) - 1
@@ -305,7 +311,7 @@ class _Blocks:
         return exact_power_sum(list(map(torch.from_numpy, vectors)))
 
 
-class _JoinedBlocks:
+class _JoinedBlocks(_Audited):
     """The blocks of small tensors: `BLOCK` elements of each vector that `gathered` makes of them,
     and what is left at its end.
 
@@ -336,16 +342,11 @@ class _JoinedBlocks:
             whole = len(vector) - len(vector) % BLOCK
             stack, rest = vector[:whole].reshape(-1, 1, BLOCK), vector[whole:]
             with _quietly():
-                parts.append(np.matmul(stack, stack.transpose(0, 2, 1)).reshape(-1))
+                parts.append(sums_of_squares(stack))
                 if len(rest):
                     parts.append(rest.dot(rest).reshape(1))
             self._ends.append(self._ends[-1] + len(stack) + (len(rest) > 0))
         return np.concatenate(parts)
-
-    def exact_power_sums(self, numbers: Sequence[int]) -> list[float]:
-        """The sums of squares of the blocks of these numbers, in float64."""
-        blocks = (_float64(self._block(number)) for number in numbers)
-        return [block.dot(block).item() for block in blocks]
 
     def _block(self, number: int) -> _Array:
         i = bisect_right(self._ends, number) - 1

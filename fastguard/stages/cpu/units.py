@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastguard.gradients.cpu_threads import sums_of_squares
 from fastguard.gradients.unit_buckets import UnitBucket
 from fastguard.stages.cpu.vectors import flat, flattened
 from fastguard.stages.formulas import SMALLEST_FACTOR, factor_dtype
@@ -138,11 +139,9 @@ def _sums_of_squares(rows: Tensor, out: np.ndarray) -> None:
     block = _block(row)
     whole = row - row % block
     blocks = x[:, :whole].reshape(n, -1, 1, block)
-    sums = np.matmul(blocks, blocks.transpose(0, 1, 3, 2))[:, :, 0, 0]
-    np.sum(sums, axis=1, dtype=np.float64, out=out)
+    np.sum(sums_of_squares(blocks), axis=1, dtype=np.float64, out=out)
     if whole < row:
-        rest = x[:, None, whole:]
-        out += np.matmul(rest, rest.transpose(0, 2, 1))[:, 0, 0]
+        out += sums_of_squares(x[:, None, whole:])
 
 
 @functools.cache
