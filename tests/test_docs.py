@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastguard.commands.demo.training import one_thread
-from guardtest.group_of_one import unhurried_end
+from guardtest.gloo_groups import end_groups
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 # Their frameworks are in the environment of tests/integrations.
@@ -26,7 +26,7 @@ BLOCKS = [
 @pytest.mark.parametrize("block", BLOCKS)
 def test_code_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("torch.distributed.destroy_process_group", unhurried_end)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", end_groups)
     script = tmp_path / "block.py"
     script.write_text(block)
     with one_thread():

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 
 import fastguard
-from guardtest.group_of_one import unhurried_end
+from guardtest.gloo_groups import end_groups
 
 # tests/integrations and tests/kernels; runs the command line
 ELSEWHERE = ("fastguard.integrations.", "fastguard.kernels", "fastguard.__main__")
@@ -31,7 +31,7 @@ def examples(module: ModuleType) -> list[doctest.DocTest]:
 @pytest.mark.parametrize("name", modules())
 def test_examples_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("torch.distributed.destroy_process_group", unhurried_end)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", end_groups)
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
     report: list[str] = []
     for test in examples(importlib.import_module(name)):

@@ -12,7 +12,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from fastguard import CheckpointStore
 from guardtest.fuzz_files import make_bases
-from guardtest.group_of_one import group_of_one
+from guardtest.gloo_groups import group_of_one
 from guardtest.limited import run_limited
 
 N_CASES = int(os.environ.get("FASTGUARD_FUZZ", "200"))

@@ -18,7 +18,7 @@ from fastguard.checkpoints import (
 )
 from fastguard.checkpoints.reading import inspect_file
 from fastguard.checkpoints.sharded import open_files, shard_report
-from guardtest.group_of_one import group_of_one
+from guardtest.gloo_groups import group_of_one
 
 NAN = float("nan")
 

@@ -19,7 +19,7 @@ from fastguard.checkpoints.sharded.metadata import read_metadata
 from fastguard.checkpoints.sharded.read_write import read
 from fastguard.checkpoints.sharded.shard_report import look
 from fastguard.ranks.lockstep import Peers
-from guardtest.group_of_one import group_of_one
+from guardtest.gloo_groups import group_of_one
 
 NAN = float("nan")
 

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from fastguard.gradients.buckets import bucketize, gradients_of
+from guardtest.gloo_groups import group_of_one
 from guardtest.grads import parameters
-from guardtest.group_of_one import group_of_one
 
 CPU = torch.device("cpu")
 

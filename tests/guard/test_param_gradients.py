@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from fastguard import GuardedOptimizer
 from fastguard.guard.param_gradients import Gradients
-from guardtest.group_of_one import group_of_one
+from guardtest.gloo_groups import group_of_one
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["", "flat"])

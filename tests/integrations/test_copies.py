@@ -16,6 +16,7 @@ from torch import nn
 from fastguard import read_records
 from fastguard.integrations.replaced import TakenOver
 from guardtest import require
+from guardtest.gloo_groups import end_groups
 from guardtest.plain_loop import batches, new_model
 from guardtest.training import assert_same_bits
 
@@ -221,6 +222,7 @@ def loop_for_launchers(folder):
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     for x in batches(poisoned={1})[:3]:
         one_step(accelerator.backward, model, optimizer, x)
+    end_groups()
 
 
 @pytest.mark.slow
@@ -241,6 +243,7 @@ def loop_for_fabric(fabric, model, optimizer):
     model, optimizer = fabric.setup(model, optimizer)
     for x in batches(poisoned={1})[:3]:
         one_step(fabric.backward, model, optimizer, x)
+    end_groups()
     return optimizer.skipped_steps
 
 

@@ -9,7 +9,7 @@ import torch
 
 import fastguard
 from guardtest import require
-from guardtest.group_of_one import group_of_one
+from guardtest.gloo_groups import group_of_one
 from guardtest.training import assert_same_bits
 
 

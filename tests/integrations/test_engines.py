@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from guardtest import require
-from guardtest.group_of_one import group_of_one
+from guardtest.gloo_groups import group_of_one
 
 lightning = require("lightning")
 

@@ -16,7 +16,7 @@ from fastguard.commands.demo.incidents.detector_faults import Faults, Kind
 from fastguard.integrations.ultralytics import guard
 from guardtest import require
 from guardtest.detector import left_out, state_of, train
-from guardtest.group_of_one import group_of_one
+from guardtest.gloo_groups import group_of_one
 from guardtest.training import assert_same_bits
 
 YOLO = require("ultralytics").YOLO

@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 import fastguard
 from fastguard.records import loss_meter
 from fastguard.records.loss_meter import KEPT_BAD, BadBatch, LossMeter
+from guardtest.gloo_groups import end_groups
 
 NAN, INF = math.nan, math.inf
 
@@ -164,7 +165,7 @@ def _rank(rank: int, store: str, results: str) -> None:
     assert meter.all_reduce() == joint  # nothing is counted twice
     assert meter.compute() == before
     torch.save([joint.means, joint.nonfinite, joint.batches, str(joint.bad)], f"{results}/{rank}")
-    dist.destroy_process_group()
+    end_groups()
 
 
 def test_all_ranks_get_the_means_of_all(tmp_path: Path):

@@ -112,8 +112,9 @@ def test_what_is_kept_of_a_run_does_not_grow_with_it(big_run, tmp_path):
 
     small, large = kept(5_000, 500), kept(20_000, 2_000)
     assert large[0] < 3e6  # what is left at the end
-    # The most at any time: 49 bytes per step for its 5 values, and 80 while one is downsampled.
-    assert large[1] - small[1] < 15_000 * 160 and small[1] < 6e6
+    # The most at any time: 49 bytes per step for its 5 values, and 80 while one is downsampled, 131
+    # in all (161 with NumPy 1.26). A record has 430 bytes and becomes a larger object.
+    assert large[1] - small[1] < 15_000 * 240 and small[1] < 6e6
 
 
 def test_every_step_bad_is_bounded_too():

@@ -13,7 +13,7 @@ from torch import nn
 
 from fastguard import FlatGradBuckets, GuardedOptimizer
 from guardtest.flat import attached, backward, model_of
-from guardtest.group_of_one import group_of_one
+from guardtest.gloo_groups import group_of_one
 from guardtest.training import new_parameters, snapshot
 
 NAN = float("nan")

@@ -11,8 +11,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastguard import GuardedOptimizer
 from guardtest.flat_pairs import CLOSE, in_one_buffer, pair_of
+from guardtest.gloo_groups import group_of_one
 from guardtest.grads import assert_bitwise_equal
-from guardtest.group_of_one import group_of_one
 
 
 def adamw(parameters, flat=True, **options):
