@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     from fastguard.recovery.warmup import Warmup
     from fastguard.stages.agc import AGC
     from fastguard.stages.backend import backend_for
-    from fastguard.stages.contract import GradStats, Verdict
+    from fastguard.stages.contract import Verdict
+    from fastguard.stages.grad_stats import GradStats
     from fastguard.stages.limit_rules import AdaGC, AdaptiveLimit, AutoClip, ZClip
     from fastguard.stages.spike_rules import SpikeRule, Threshold
 
@@ -138,7 +139,8 @@ _HOMES = {
     "recovery.warmup": "Warmup",
     "stages.agc": "AGC",
     "stages.backend": "backend_for",
-    "stages.contract": "GradStats Verdict",
+    "stages.contract": "Verdict",
+    "stages.grad_stats": "GradStats",
     "stages.limit_rules": "AdaGC AdaptiveLimit AutoClip ZClip",
     "stages.spike_rules": "SpikeRule Threshold",
 }

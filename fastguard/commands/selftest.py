@@ -23,8 +23,9 @@ from fastguard.gradients.buckets import GradBuckets, bucketize
 from fastguard.guard.guarded import GuardedOptimizer
 from fastguard.records.strict_json import dumps
 from fastguard.stages import backend, reference
-from fastguard.stages.contract import GradStats, GuardState, Policy, Signals, Verdict
+from fastguard.stages.contract import GuardState, Policy, Signals, Verdict
 from fastguard.stages.decide import decide
+from fastguard.stages.grad_stats import GradStats
 from fastguard.stages.measure import measure
 from fastguard.stages.spike_rules import SpikeRule, Threshold
 

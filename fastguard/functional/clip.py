@@ -40,9 +40,10 @@ from fastguard.ranks.dtensors import is_dtensor, make_whole_, whole
 from fastguard.ranks.groups import Group, process_group_of, several_ranks
 from fastguard.ranks.team import team_of
 from fastguard.stages.apply import apply, scale
-from fastguard.stages.contract import GradStats, Policy, Signals, torch_total_norm
+from fastguard.stages.contract import Policy, Signals
 from fastguard.stages.decide import decide, raise_if_nonfinite
 from fastguard.stages.formulas import clip_coefficients
+from fastguard.stages.grad_stats import GradStats, torch_total_norm
 from fastguard.stages.measure import measure, norm_type_of
 from fastguard.stages.reduce import reduce
 

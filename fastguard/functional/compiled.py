@@ -23,8 +23,8 @@ from fastguard.functional.arguments import limit_beside
 from fastguard.gradients.buckets import parameters_of
 from fastguard.ranks.dtensors import is_dtensor
 from fastguard.ranks.groups import Group, process_group_of
-from fastguard.stages.contract import GradStats
 from fastguard.stages.formulas import holds_norms
+from fastguard.stages.grad_stats import GradStats
 
 
 def clip_grad_norm_(

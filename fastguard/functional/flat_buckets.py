@@ -35,7 +35,7 @@ from fastguard.gradients.cpu_threads import in_pieces
 from fastguard.gradients.tensor_kinds import PLAIN, kind_of, watched
 from fastguard.ranks.dtensors import is_dtensor
 from fastguard.ranks.plain_shards import check_plain_shards
-from fastguard.stages.contract import GradStats
+from fastguard.stages.grad_stats import GradStats
 from fastguard.stages.measure import measure, norm_type_of
 from fastguard.versions import grad_dtype_of
 

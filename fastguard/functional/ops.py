@@ -14,9 +14,10 @@ from fastguard.functional.arguments import warn_of_zero
 from fastguard.gradients.buckets import bucketize
 from fastguard.gradients.elementwise import check_fill, check_real, clamp_, fill_nonfinite_
 from fastguard.stages.apply import scale
-from fastguard.stages.contract import GradStats, Policy, Signals
+from fastguard.stages.contract import Policy, Signals
 from fastguard.stages.decide import decide as decide_stage
 from fastguard.stages.decide import raise_if_nonfinite
+from fastguard.stages.grad_stats import GradStats
 from fastguard.stages.measure import measure as measure_stage
 
 _library = torch.library.Library("fastguard", "DEF")

@@ -60,11 +60,12 @@ from fastguard.ranks.groups import Group, refuse_several_ranks
 from fastguard.records.device_row import Outcome, learning_rate
 from fastguard.records.losses import Loss, ObservedLosses, named_losses, stacked
 from fastguard.records.recorder import Recorder
-from fastguard.stages.contract import GradStats, GuardState, NonFinite, Policy, Signals, Verdict
+from fastguard.stages.contract import GuardState, NonFinite, Policy, Signals, Verdict
 from fastguard.stages.decide import decide, raise_if_nonfinite
+from fastguard.stages.grad_stats import GradStats
 from fastguard.stages.measure import measure, norm_type_of
 from fastguard.stages.reduce import reduce
-from fastguard.stages.spike_rules import GRAD_NORM, Rule, UnmetRules, rules_by_signal
+from fastguard.stages.spike_rules import GRAD_NORM, MissingLosses, Rule, rules_by_signal
 
 if TYPE_CHECKING:
     from fastguard.guard.rank_watch import RankWatch
@@ -191,7 +192,7 @@ class GuardedOptimizer(KnownRun):
         self._state = GuardState.fresh(self._policy, self._device)
         if self._gradients.team is not None:  # so that ranks without a loss know what rules judge
             self._gradients.team.loss_names.reserve([s for s in rules if s != GRAD_NORM])
-        self._unmet = None if self._gradients.team else UnmetRules.of(rules)
+        self._missing_losses = None if self._gradients.team else MissingLosses.of(rules)
         self._observed = ObservedLosses()
         self._signature = StepSignature.of(optimizer)
         self.last: Verdict | None = None
@@ -353,8 +354,8 @@ class GuardedOptimizer(KnownRun):
 
     def _signals(self, handed: HandedOver) -> Signals:
         losses = self._observed.take()
-        if self._unmet is not None:
-            self._unmet = self._unmet.after(losses)
+        if self._missing_losses is not None:
+            self._missing_losses = self._missing_losses.after(losses)
         if handed.scaler is not None:
             self._recorder.longest_search = longest_search(handed.scaler)
         return handed.signals(stacked(losses, self._device), tuple(losses))

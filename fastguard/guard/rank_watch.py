@@ -25,7 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from fastguard.errors.plain_text import shown
 from fastguard.gradients.buckets import bucketize
 from fastguard.gradients.transfer import moved, numbers_on
-from fastguard.stages.contract import GradStats, Signals
+from fastguard.stages.contract import Signals
+from fastguard.stages.grad_stats import GradStats
 from fastguard.stages.measure import measure
 
 if TYPE_CHECKING:

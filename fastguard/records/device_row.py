@@ -22,7 +22,8 @@ from torch import Tensor
 from fastguard.kernels.record_row import CULPRIT, CULPRITS, CULPRITS_BEGIN, CULPRITS_END, HEAD
 from fastguard.kernels.record_row import N_CULPRITS as N_CULPRITS_AT
 from fastguard.stages import backend
-from fastguard.stages.contract import GradStats, GuardState, Known, Signals, Verdict
+from fastguard.stages.contract import GuardState, Known, Signals, Verdict
+from fastguard.stages.grad_stats import GradStats
 from fastguard.stages.reason import Reason
 
 ROWS = 64  # size of the ring: how many steps a device may be behind the host

@@ -27,7 +27,7 @@ from fastguard.checkpoints.random_state import random_state, set_random_state
 from fastguard.gradients.buckets import FLOATING, bucketize
 from fastguard.gradients.host_copies import HostCopier, leaves, restored
 from fastguard.gradients.tensor_parts import CannotCopy, has_memory, has_plain_type
-from fastguard.stages.contract import GradStats
+from fastguard.stages.grad_stats import GradStats
 from fastguard.stages.measure import measure
 
 RNG = "rng"

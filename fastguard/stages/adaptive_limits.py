@@ -1,10 +1,10 @@
-"""A step that is decided with an adaptive limit: see `limit_rules`.
+"""Deciding a step with an adaptive limit, see `limit_rules`.
 
-    limits -> decide -> learn
+    set_limits -> decide -> learn
 
-Before the decision the rule writes its limits into `Policy.max_norm`; after it, the rule learns the
-norms if the step reached the weights. A few operations on `(S,)` tensors on the device of the stats
-(on Triton devices too: there is no kernel for it), and no wait.
+Before the decision, the limits of the rule are written into `Policy.max_norm`; after it, the rule
+learns the norms if the step was applied. Takes a few operations on `(S,)` tensors on the device of
+the stats (also on Triton devices; there is no kernel for it), and never waits.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastguard.stages.contract import GradStats, GuardState, Policy, Verdict
+from fastguard.stages.contract import GuardState, Policy, Verdict
 from fastguard.stages.formulas import EPS, norm_of_norms
+from fastguard.stages.grad_stats import GradStats
 from fastguard.stages.limit_rules import AdaptiveLimit, LimitStep
 
 if TYPE_CHECKING:
@@ -26,13 +27,13 @@ if TYPE_CHECKING:
 
 def set_limits(stats: GradStats, state: GuardState, policy: Policy) -> None:
     """Writes the limits of this step into `policy.max_norm` and `policy.joint_limit`."""
-    norms, step = _seen_by_rule(stats, state)
+    norms, step = _rule_inputs(stats, state)
     limit = _rule(policy).limit(norms, state.limits[1:], step)
     limit = torch.where(limit.isnan(), math.inf, limit).clamp(min=0.0)
     if policy.own is not None:
         limit = torch.where(policy.own.isnan(), limit, policy.own)
     assert isinstance(policy.joint_limit, Tensor)
-    moves = norms > 0  # a tensor without a gradient, or of zeros, is at no limit
+    moves = norms > 0  # segments without gradients, or with zeros only, are never at their limit
     joint = torch.where(moves | ~moves.any(), limit, 0.0)
     if len(joint) == 1:
         joint = limit[0]
@@ -46,23 +47,23 @@ def set_limits(stats: GradStats, state: GuardState, policy: Policy) -> None:
 
 
 def exact(limit: float, norm: float) -> float:
-    """What the limit must be for `decide`, which adds EPS to the norm, so that it holds exactly.
+    """Returns the limit raised such that `decide`, which adds EPS to the norm, clips to `limit`.
 
-    Torch's formula halves a gradient whose norm is at a limit of 1e-6: a rule that follows small
-    norms would lower its own limit with every step.
+    Without this, torch's formula halves a gradient whose norm equals a limit of 1e-6, and a rule
+    that follows small norms would lower its own limit in every step.
     """
     return limit + EPS * (limit / norm) if 0 < norm < math.inf else limit
 
 
 def learn(stats: GradStats, verdict: Verdict, state: GuardState, policy: Policy) -> None:
-    """Has the rule learn the norms of a step that reached the weights."""
-    norms, step = _seen_by_rule(stats, state)
+    """Updates the numbers of the rule with the norms of a step, if the step was applied."""
+    norms, step = _rule_inputs(stats, state)
     before = state.limits
     learned = _rule(policy).learn(norms, before[1:], step)
     if not isinstance(learned, Tensor):
         learned = torch.stack(list(learned)) if learned else before[1:]
     after = torch.cat([before[:1] + 1, learned])
-    # NaN is not > 0, and not finite.
+    # False for NaN.
     enters = (verdict.found_inf == 0) & (norms > 0) & norms.isfinite()
     if policy.nonfinite != "zero":
         enters = enters & (stats.segment_counts.sum() == 0)
@@ -74,11 +75,11 @@ def learn(stats: GradStats, verdict: Verdict, state: GuardState, policy: Policy)
 
 
 def numbers_of(state: GuardState) -> Numbers:
-    """The numbers of one segment, `(seen, *numbers)`, for `AdaptiveLimit.on_host`."""
+    """Returns the numbers of a single segment, `(seen, *numbers)`, for `AdaptiveLimit.on_host`."""
     return state.limits.numpy().ravel().data  # type: ignore[return-value]
 
 
-def _seen_by_rule(stats: GradStats, state: GuardState) -> tuple[Tensor, LimitStep]:
+def _rule_inputs(stats: GradStats, state: GuardState) -> tuple[Tensor, LimitStep]:
     return stats.segment_norms, LimitStep(stats.total_norm64, state.limits[0])
 
 

@@ -1,11 +1,11 @@
-"""Adaptive gradient clipping (AGC): the limit of a unit's gradient follows the norm of its weights.
+"""Adaptive gradient clipping (AGC): limits in proportion to the norm of the weights.
 
     limit of a unit = clip_factor * max(norm of its weights, eps)
-    coefficient     = limit / norm of its gradient   where that norm is above the limit, else 1
+    coefficient     = min(1, limit / norm of its gradient)
 
-A unit is what feeds one output: for a weight of two or more dimensions each slice along the first
-one (a row of a linear layer, a filter of a convolution), else the whole tensor. These are the units
-of `timm.utils.agc`. Source: Brock et al. 2021, arXiv 2102.06171, section 4.1.
+A unit holds the weights of one output: for a weight with two or more dimensions each slice along
+the first one (a row of a linear layer, a filter of a convolution), else the whole tensor. These are
+the units of `timm.utils.agc`. Source: Brock et al. 2021, arXiv 2102.06171, section 4.1.
 """
 
 from __future__ import annotations
@@ -26,15 +26,21 @@ from fastguard.errors.plain_text import shown
 class AGC:
     """Clips each unit in proportion to its weights (Brock et al. 2021, arXiv 2102.06171).
 
-    For `GuardedOptimizer(max_norm=AGC(), clip_scope="unit")`; `fastguard.clip_grad_adaptive_` does
-    the same without an optimizer. A unit is one row of a linear layer or one filter of a
+    Use it as `GuardedOptimizer(max_norm=AGC(), clip_scope="unit")`; without an optimizer, use
+    `fastguard.clip_grad_adaptive_`. A unit is one row of a linear layer or one filter of a
     convolution; a bias or a scalar is a single unit.
 
     Args:
         clip_factor: The largest norm of a gradient, as a fraction of the norm of its weights.
-        eps: The least norm that weights count with, so that zero weights can learn.
-        exclude: Names of parameters that are not clipped, of modules (`"head"` is `head.weight` and
-            `head.bias`), or patterns (`"*.bias"`). The paper leaves out the last linear layer.
+            Default: 0.01.
+        eps: Lower bound for the norm of the weights, so that zero weights can learn. Default: 1e-3.
+        exclude: What is not clipped: names of parameters, names of modules (`"head"` covers
+            `head.weight` and `head.bias`), or patterns (`"*.bias"`). The paper excludes the last
+            linear layer. Default: nothing.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: `clip_factor` or `eps` is not a finite number > 0.
 
     Example:
         >>> AGC(exclude=("head",)).clip_factor
@@ -48,9 +54,9 @@ class AGC:
     def __post_init__(self) -> None:
         for name in ("clip_factor", "eps"):
             number = number_of(f"AGC {name}", getattr(self, name), "use a finite number > 0")
-            if not 0 < number < math.inf:  # NaN is neither
+            if not 0 < number < math.inf:  # also refuses NaN
                 raise ValueError(f"AGC {name}={getattr(self, name)!r} must be a finite number > 0")
-            object.__setattr__(self, name, number)  # 1 and 1.0 are one rule to all ranks
+            object.__setattr__(self, name, number)  # a float, so that ranks with 1 and 1.0 agree
         if isinstance(self.exclude, str) or not all(isinstance(e, str) for e in self.exclude):
             raise TypeError(
                 f"AGC exclude={shown(self.exclude)} must be a list of names of parameters or "
@@ -62,11 +68,11 @@ class AGC:
 def limited_positions(
     parameters: Sequence[Tensor], names: Sequence[str] | None, exclude: Iterable[str | Tensor]
 ) -> list[int]:
-    """The positions of the parameters that `exclude` leaves in.
+    """Returns the positions of the parameters that are not excluded.
 
     Raises:
-        TypeError: An entry is neither a name nor a tensor.
-        ValueError: An entry excludes nothing; most likely it is misspelt.
+        TypeError: An entry of `exclude` is neither a name nor a tensor.
+        ValueError: An entry matches no parameter, and so is probably misspelt.
     """
     left_out: set[int] = set()
     for entry in exclude:
@@ -97,8 +103,8 @@ def _named(entry: str, names: Sequence[str] | None) -> set[int]:
 
 def _remedy(entry: str | Tensor, names: Collection[str] | None) -> str:
     if isinstance(entry, Tensor):
-        return "is none of the parameters; pass a parameter of the model"
+        return "is not one of the parameters; pass a parameter of the model"
     if names is None:
-        return "names nothing, because the parameters have no names; pass model.named_parameters()"
+        return "matches nothing, since the parameters have no names; pass model.named_parameters()"
     modules = {name.rsplit(".", 1)[0] for name in names}
     return f"matches no parameter{nearest(entry, [*names, *sorted(modules)])}"

@@ -1,9 +1,9 @@
-"""Stage 4, apply: what the verdict says is done to the gradients, in place.
+"""Stage 4, apply: scales and cleans the gradients in place, as the verdict says.
 
-    g <- multiplier[segment of g] * (g if finite else 0 if the verdict cleans)
+    g <- multiplier[segment of g] * (0 if the verdict cleans and g is not finite, else g)
 
-I/O: nothing at all when there is nothing to do; otherwise reads and writes the gradients of the
-segments concerned (2N bytes).
+I/O: none if there is nothing to do; otherwise reads and writes the gradients of the affected
+segments (2N bytes).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from fastguard.stages.contract import HostVerdict, Verdict
 
 
 def apply(buckets: GradBuckets, verdict: Verdict) -> None:
-    """Scales and cleans the gradients in place, as decided.
+    """Applies a verdict to the gradients, in place.
 
     Args:
         buckets: The gradients that were measured.
-        verdict: Its `multiplier` is 1 where nothing is to be scaled.
+        verdict: The verdict; segments with a `multiplier` of 1 are not scaled.
     """
     if isinstance(verdict, HostVerdict) and not verdict.known.changes_gradients:
         return
@@ -36,12 +36,12 @@ def scale(
 
     Args:
         buckets: The gradients.
-        multiplier: float64 `(S,)` or `(1,)`; 1 leaves a segment untouched bit for bit.
-        clean: `()`; nonzero sets non-finite elements to 0.
-        changes: float32 `()`; 0: there is nothing to do in any segment. None: not known.
+        multiplier: float64 `(S,)` or `(1,)`; 1 leaves a segment bitwise unchanged.
+        clean: `()`; nonzero: non-finite elements are set to 0.
+        changes: float32 `()`; 0: nothing to do in any segment; None: not known.
     """
     n, given = buckets.n_measured, multiplier.numel()
-    if given != n:  # (1,) for all, or (S,) for every class of a segment
+    if given != n:  # (1,) for all segments, or (S,) for all classes of each segment
         multiplier = multiplier.expand(n) if given == 1 else multiplier.repeat(n // given)
     for bucket in buckets.buckets:
         there, clean_there = moved(multiplier, bucket.device), moved(clean, bucket.device)

@@ -1,12 +1,14 @@
-"""Which backend serves a device: one table of three peers with one signature.
+"""Selects the implementation of the stages for a device.
 
-    cpu        CPUs: NumPy and PyTorch at the speed of memory
-    triton     CUDA and ROCm devices that Triton can compile for
-    reference  every other device, and tensors that wrap others: PyTorch in float64, without a wait
+    cpu        CPUs: NumPy and PyTorch, at the speed of memory
+    triton     CUDA and ROCm devices that Triton supports
+    reference  all other devices, and tensor subclasses that wrap tensors: PyTorch in float64,
+               without synchronisation
 
-The choice is made once for each device, by what is installed and what the device can do, and can be
-asked: `fastguard.backend_for(tensor)`. A GPU that Triton cannot serve gets one warning that says
-why, and the reference. `FASTGUARD_BACKEND=torch` in the environment turns the kernels off.
+All three have the same signatures. The choice is made once per device, from what is installed and
+what the device supports; `fastguard.backend_for(tensor)` returns it. A GPU that Triton does not
+support uses the reference, after one warning with the reason. The environment variable
+`FASTGUARD_BACKEND=torch` turns the kernels off.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ from fastguard.gradients.buckets import GradBucket
 from fastguard.gradients.tensor_kinds import PLAIN, WRAPPED, Kind
 from fastguard.gradients.unit_buckets import UnitBucket
 from fastguard.stages import reference, traced
-from fastguard.stages.contract import GradStats, GuardState, Policy, Signals, Verdict
+from fastguard.stages.contract import GuardState, Policy, Signals, Verdict
 from fastguard.stages.cpu import stages as cpu
+from fastguard.stages.grad_stats import GradStats
 from fastguard.versions import OLDEST_TRITON, numbers_of
 
 TRITON_DEVICES = ("cuda",)  # ROCm devices call themselves cuda too
@@ -33,10 +36,16 @@ SETTING = "FASTGUARD_BACKEND"  # an environment variable: "torch" or "triton"
 
 
 def backend_for(tensor: Tensor) -> Literal["triton", "torch"]:
-    """The backend that serves gradients on the device of `tensor`.
+    """Returns the backend used for gradients on the device of `tensor`.
+
+    Args:
+        tensor: A tensor on the device in question, of any shape and dtype.
+
+    Returns:
+        `"triton"` for the Triton kernels, `"torch"` for the PyTorch implementation.
 
     Raises:
-        TypeError: It is no tensor.
+        TypeError: `tensor` is not a tensor.
 
     Example:
         >>> import torch, fastguard
@@ -51,12 +60,12 @@ def backend_for(tensor: Tensor) -> Literal["triton", "torch"]:
 
 
 def backend_of(device: torch.device) -> Literal["triton", "torch"]:
-    """The backend that serves a device."""
+    """Returns the backend used for a device."""
     return "torch" if device.type == "cpu" or triton_stages(device) is None else "triton"
 
 
 class Stages(Protocol):
-    """What each backend does; `fastguard.stages.reference` says it in plain PyTorch."""
+    """The functions of a backend; `fastguard.stages.reference` defines them in plain PyTorch."""
 
     @staticmethod
     def measure_bucket(
@@ -66,21 +75,21 @@ class Stages(Protocol):
         norm_type: float,
         inv_scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Power sums `(4, S)` and counts `(3, T)` of one bucket."""
+        """Returns power sums `(4, S)` and counts `(3, T)` of one bucket."""
         ...
 
     @staticmethod
     def decide(
         stats: GradStats, signals: Signals, state: GuardState | None, policy: Policy
     ) -> Verdict:
-        """The verdict on one step; `state` is brought up to date."""
+        """Returns the verdict on one step, and updates `state`."""
         ...
 
     @staticmethod
     def apply(
         bucket: GradBucket, multiplier: Tensor, clean: Tensor, changes: Tensor | None = None
     ) -> None:
-        """Scales and cleans one bucket in place; `changes`, where known, is 0 for nothing to do."""
+        """Scales and cleans one bucket in place; `changes`, if given, is 0 for nothing to do."""
         ...
 
     @staticmethod
@@ -103,17 +112,17 @@ class Stages(Protocol):
         propagates: bool,
         inv_scale: Tensor | None = None,
     ) -> Tensor:
-        """The coefficient of each unit of one bucket, float64 `(U,)`."""
+        """Returns the coefficient of each unit of one bucket, float64 `(U,)`."""
         ...
 
     @staticmethod
     def scale_units(units: UnitBucket, coefs: Tensor) -> None:
-        """Multiplies the gradient of each unit in place."""
+        """Multiplies the gradient of each unit by its coefficient, in place."""
         ...
 
 
 def stages(device: torch.device, kind: Kind = PLAIN) -> Stages:
-    """The backend for tensors of this device and kind."""
+    """Returns the backend for tensors of this device and kind."""
     if kind is not PLAIN:
         return reference if kind is WRAPPED else traced
     if device.type == "cpu":
@@ -123,17 +132,17 @@ def stages(device: torch.device, kind: Kind = PLAIN) -> Stages:
 
 @functools.cache
 def triton_stages(device: torch.device) -> Stages | None:
-    """The kernel launchers for a device, or None after one warning that says why not."""
+    """Returns the kernel launchers for a device; None, after one warning, if it is unsupported."""
     if device.type not in TRITON_DEVICES or kernels_are_off():
         return None
     reason = why_not_triton(device)
     if reason is None:
         return _kernel_stages()
     warnings.warn(
-        f"fastguard serves {device} with PyTorch instead of Triton kernels, because {reason}. "
-        "Results are the same; guarding a step costs more. "
-        "Remedy: pip install 'triton>=3.4' on a GPU of compute capability 8.0 or newer, beside a C "
-        "compiler (gcc or clang) and a driver that fits; `fastguard env` tells when it serves.",
+        f"fastguard uses PyTorch instead of its Triton kernels on {device}, because {reason}. "
+        "The results are the same, but each step is slower. The kernels need triton>=3.4 (pip "
+        "install 'triton>=3.4'), a GPU with compute capability 8.0 or newer, a C compiler (gcc or "
+        "clang) and a matching driver; run `fastguard env` to check.",
         RuntimeWarning,
         stacklevel=3,
     )
@@ -141,22 +150,22 @@ def triton_stages(device: torch.device) -> Stages | None:
 
 
 def kernels_are_off() -> bool:
-    """Whether `FASTGUARD_BACKEND` asks for PyTorch everywhere.
+    """Whether `FASTGUARD_BACKEND` turns the kernels off.
 
     Raises:
-        ValueError: It names no backend.
+        ValueError: Its value is not a backend.
     """
     asked = os.environ.get(SETTING, "").strip().lower()
     if asked not in ("", "triton", "torch"):
         raise ValueError(
-            f"{SETTING}={asked!r} names no backend; use torch (no kernels) or triton (kernels "
-            "where they can run, which is the default)"
+            f"{SETTING}={asked!r} is not a backend; use torch (no kernels) or triton (kernels "
+            "where they can run, the default)"
         )
     return asked == "torch"
 
 
 def _kernel_stages() -> Stages:
-    """Imported for the first GPU tensor: importing triton takes half a second."""
+    """Imports the kernels at the first GPU tensor: importing triton takes half a second."""
     import fastguard.stages.triton as triton
 
     return triton
@@ -169,10 +178,10 @@ def _try_launching(device: torch.device) -> None:
 
 
 def why_not_triton(device: torch.device) -> str | None:
-    """Why PyTorch serves a device and not Triton; None if Triton does.
+    """Returns the reason why Triton kernels cannot be used on a device; None if they can.
 
-    Imports the kernels and launches one, which takes half a second when nothing is cached: a triton
-    that cannot compile is better found now than in the middle of a step.
+    Imports the kernels and launches one, so that a Triton that cannot compile is found now and not
+    in the middle of a step. Takes half a second if nothing is cached.
     """
     if device.type not in TRITON_DEVICES:
         return "Triton kernels need a CUDA device"
@@ -186,23 +195,25 @@ def why_not_triton(device: torch.device) -> str | None:
     except Exception as error:  # a broken wheel raises OSError, AttributeError, ...
         return f"its import failed: {error!r}"
     if torch.cuda.is_current_stream_capturing():
-        return None  # a graph would hold the trial; who captures has taken a step before
+        return None  # the graph would record the trial; an ordinary step has launched it before
     try:
         _try_launching(device)
-    except Exception as error:  # whatever a compiler, a linker or a driver does not like
+    except Exception as error:  # any failure of the compiler, the linker or the driver
         return f"a first kernel could not be launched: {_one_line(error)}"
     return None
 
 
 def _one_line(error: Exception) -> str:
-    """The kind of an error and how its message begins: compilers write pages."""
+    """Returns the type of an error and the first 200 characters of its message."""
     message = " ".join(str(error).split())
     return f"{type(error).__name__}: {message[:200]}"
 
 
 def triton_problem(device: torch.device | None = None) -> str | None:
-    """Why Triton cannot serve this machine or device, or None. Does not import triton on success
-    of the cheap checks alone."""
+    """Returns why Triton cannot be used on this machine or device; None if nothing speaks against.
+
+    Checks versions and the device without importing triton.
+    """
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     from importlib.metadata import PackageNotFoundError, version
@@ -210,7 +221,7 @@ def triton_problem(device: torch.device | None = None) -> str | None:
     try:
         installed = version("triton")
     except PackageNotFoundError:
-        installed = None  # bundled under another distribution name, e.g. pytorch-triton
+        installed = None  # installed under another distribution name, such as pytorch-triton
     if installed is not None:
         if numbers_of(installed) < OLDEST_TRITON:
             return f"triton {installed} is older than 3.4"

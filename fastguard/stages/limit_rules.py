@@ -1,9 +1,9 @@
-"""Limits of the gradient norm that follow the norms of a run: `ZClip`, `AutoClip`, `AdaGC`.
+"""Limits of the gradient norm that adapt during training: `ZClip`, `AutoClip`, `AdaGC`.
 
-Each rule is two formulas, on tensors: the limit of a step from its norm and a few numbers, and what
-these numbers are after a step that reached the weights. The three rules here have the same formulas
-in Python floats as well (`on_host`), for one segment on a CPU, where an operation on a tensor of
-one number costs more than the whole rule.
+A rule consists of two functions of tensors: `limit` computes the limit of a step from its norm and
+a few numbers, and `learn` updates these numbers after a step that was applied. The three rules here
+also implement them in Python floats (`on_host`), for one segment on a CPU, where a single operation
+on a tensor would cost more than the whole rule.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from fastguard.errors.checked_numbers import count_of, number_of
 Undo = list[Callable[[], object]] | None
 if TYPE_CHECKING:
     Numbers = memoryview[float]
-else:  # it cannot be subscripted before Python 3.14
+else:  # memoryview cannot be subscripted before Python 3.14
     Numbers = memoryview
 LARGEST_WINDOW = 2**20
 """Norms that `AutoClip` keeps: 16 MB per segment."""
 
 
 class LimitStep(NamedTuple):
-    """What a rule knows of a step besides the norms of the segments.
+    """What a rule may use besides the norms of the segments.
 
     Attributes:
-        total_norm: float64 `()`: the norm of the whole model.
-        seen: float64 `(S,)`: how many norms of each segment the rule has learned so far.
+        total_norm: float64 `()`: norm of the whole model in this step.
+        seen: float64 `(S,)`: number of norms that the rule has learned so far, per segment.
     """
 
     total_norm: Tensor
@@ -43,13 +43,13 @@ class LimitStep(NamedTuple):
 
 
 class AdaptiveLimit:
-    """A rule that sets `max_norm` anew at each step; derive from it to write one.
+    """Base class of rules that set `max_norm` in each step.
 
-    A segment is what one clip coefficient belongs to (`clip_scope`). The guard keeps the numbers of
-    a rule, saves them in `state_dict`, and takes them back with a step that fails.
+    A segment is what one clip coefficient applies to, see `clip_scope`. A rule keeps N numbers per
+    segment; the guard stores them, saves them in `state_dict`, and restores them if a step fails.
 
     Attributes:
-        initial: What a segment's N numbers are before the first step.
+        initial: The N numbers of a segment before the first step.
 
     Example:
         >>> class TwiceTheMean(AdaptiveLimit):
@@ -65,29 +65,39 @@ class AdaptiveLimit:
     initial: Sequence[float] = ()
 
     def limit(self, norm: Tensor, state: Tensor, step: LimitStep) -> Tensor:
-        """The limit of each segment.
+        """Returns the limit of each segment for this step.
 
         Args:
-            norm: float64 `(S,)`: the norms of this step, of finite elements.
-            state: float64 `(N, S)`: the rule's numbers.
-            step: What else is known.
+            norm: float64 `(S,)`: norms of the finite elements in this step.
+            state: float64 `(N, S)`: the numbers of the rule.
+            step: Further values of this step.
 
         Returns:
-            float64 `(S,)`; `inf` or NaN: this segment is not clipped.
+            float64 `(S,)`; `inf` or NaN: the segment is not clipped.
         """
         raise NotImplementedError
 
     def learn(self, norm: Tensor, state: Tensor, step: LimitStep) -> Tensor | Sequence[Tensor]:
-        """The numbers after this step: N rows of `(S,)`.
+        """Returns the numbers after this step.
 
-        They are taken where the step reached the weights and the norm is above zero; a NaN among
-        them is not. The arguments are those of `limit`.
+        They replace the numbers of a segment only if the step was applied, the norm of the segment
+        is above zero, and none of them is NaN.
+
+        Args:
+            norm, state, step: As for `limit`.
+
+        Returns:
+            N rows, float64 `(S,)`.
         """
         raise NotImplementedError
 
     on_host: Callable[[float, Numbers], tuple[float, Callable[[Undo], None]]] | None = None
-    """The limit of one segment from its norm and `(seen, *numbers)`, and what learns it; or None:
-    there are only the formulas on tensors."""
+    """Computes the limit of a single segment in Python floats; None: not implemented.
+
+    Takes the norm and the numbers `(seen, *numbers)`. Returns the limit, and a function that
+    updates the numbers in place; its argument is None, or a list to which it appends a call that
+    reverts the update.
+    """
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in sorted(vars(self).items()))
@@ -95,7 +105,7 @@ class AdaptiveLimit:
 
 
 def _write(numbers: Numbers, values: Sequence[float], undo: Undo) -> None:
-    """Replaces the first numbers; `undo` puts the old ones back, whenever it is called."""
+    """Replaces the first numbers, and appends to `undo` a call that restores the old ones."""
     if undo is not None:
         undo.append(partial(_write, numbers, numbers[: len(values)].tolist(), None))
     for i, value in enumerate(values):
@@ -104,21 +114,23 @@ def _write(numbers: Numbers, values: Sequence[float], undo: Undo) -> None:
 
 @dataclass(frozen=True)
 class ZClip(AdaptiveLimit):
-    """Clips norms that stand out of a moving average (Kumar et al. 2025, arXiv 2504.02507).
+    """Clips norms far above a moving average (Kumar et al. 2025, arXiv 2504.02507).
 
-    With the moving mean m and standard deviation s of the norms n, a norm with n > m + z * s is
-    clipped to
+    With the moving mean m and standard deviation s of the norms, a norm n > m + z * s is clipped to
 
         m + z^2 * s^2 / (n - m)
 
-    and enters the average with that value. The larger the spike, the closer to m it is clipped.
+    and enters the averages with this value. The larger the spike, the closer to m it is clipped.
 
     Args:
-        z: How many standard deviations above the mean is too much.
-        alpha: Weight of the past in the moving averages.
-        warmup: The averages begin with mean and variance of this many norms; until then, `max_norm`
-            is the only limit.
-        max_norm: A limit that always holds; None: there is none.
+        z: Number of standard deviations above the mean from which a norm is clipped. Default: 2.5.
+        alpha: Weight of the past in the moving averages, in [0, 1). Default: 0.97.
+        warmup: Number of norms whose mean and variance start the averages, at least 2; until then,
+            `max_norm` is the only limit. Default: 25.
+        max_norm: A limit that always applies; None: no such limit. Default: 1.
+
+    Raises:
+        TypeError, ValueError: An argument has the wrong type, or is out of range.
 
     Example:
         >>> ZClip(z=3.0).warmup
@@ -144,14 +156,14 @@ class ZClip(AdaptiveLimit):
         return math.inf if self.max_norm is None else self.max_norm
 
     def limit(self, norm: Tensor, state: Tensor, step: LimitStep) -> Tensor:
-        """See the class; `inf` for a norm that does not stand out."""
-        limit, spikes = self._of_outliers(norm, state, step)
+        """Returns the limits; `max_norm` or `inf` for a norm that is not a spike."""
+        limit, spikes = self._spike_limit(norm, state, step)
         return torch.where(spikes, limit, math.inf).clamp(max=self._fixed)
 
     def learn(self, norm: Tensor, state: Tensor, step: LimitStep) -> Sequence[Tensor]:
-        """Mean and variance with this norm; a spike enters as what it is clipped to."""
+        """Returns mean and variance including this norm; a spike enters with its limit."""
         mean, variance = state
-        limit, spikes = self._of_outliers(norm, state, step)
+        limit, spikes = self._spike_limit(norm, state, step)
         x, n = torch.where(spikes, limit, norm), step.seen + 1
         first = mean + (x - mean) / n
         later = self.alpha * mean + (1 - self.alpha) * x
@@ -161,15 +173,15 @@ class ZClip(AdaptiveLimit):
         warms = step.seen < self.warmup
         return torch.where(warms, first, later), torch.where(warms, first_variance, later_variance)
 
-    def _of_outliers(self, norm: Tensor, state: Tensor, step: LimitStep) -> tuple[Tensor, Tensor]:
-        """The limit of each segment if its norm stands out, and whether it does."""
+    def _spike_limit(self, norm: Tensor, state: Tensor, step: LimitStep) -> tuple[Tensor, Tensor]:
+        """Returns the limit of each segment for the case of a spike, and whether it is one."""
         mean, variance = state
         excess = norm - mean
         spikes = (step.seen >= self.warmup) & (excess > self.z * variance.sqrt())
         return mean + self.z * self.z * variance / excess, spikes
 
     def on_host(self, norm: float, numbers: Numbers) -> tuple[float, Callable[[Undo], None]]:  # type: ignore[override]
-        """The same in Python floats."""
+        """Computes limit and update in Python floats: see `AdaptiveLimit.on_host`."""
         seen, mean, variance = numbers[:3].tolist()
         x, limit, excess = norm, math.inf, norm - mean
         if seen >= self.warmup and excess > self.z * math.sqrt(variance):
@@ -200,15 +212,18 @@ class ZClip(AdaptiveLimit):
 
 @dataclass(frozen=True)
 class AutoClip(AdaptiveLimit):
-    """Clips to a percentile of the norms so far (Seetharaman et al. 2020, arXiv 2007.14469).
+    """Clips to a percentile of the previous norms (Seetharaman et al. 2020, arXiv 2007.14469).
 
-    The limit is the `percentile` of the last `window` norms, this step's included, with linear
-    interpolation. The paper keeps all norms of a run; a window that holds them all is the paper's
-    rule.
+    The limit is the `percentile` of the last `window` norms including the current one, with linear
+    interpolation. The paper keeps all norms of a run; for its rule, choose a `window` of at least
+    the number of steps.
 
     Args:
-        percentile: From 0 to 100; the paper recommends 10.
-        window: How many norms are kept, 16 bytes each.
+        percentile: From 0 to 100; the paper recommends 10. Default: 10.
+        window: Number of norms that are kept, with 16 bytes each; at most 2**20. Default: 10,000.
+
+    Raises:
+        TypeError, ValueError: An argument has the wrong type, or is out of range.
 
     Example:
         >>> AutoClip().percentile
@@ -220,7 +235,7 @@ class AutoClip(AdaptiveLimit):
 
     def __post_init__(self) -> None:
         percentile = number_of("AutoClip percentile", self.percentile, "use a number up to 100")
-        if not 0 <= percentile <= 100:  # NaN is not
+        if not 0 <= percentile <= 100:  # also refuses NaN
             raise ValueError(
                 f"AutoClip percentile={self.percentile!r} must be a number from 0 to 100"
             )
@@ -229,12 +244,12 @@ class AutoClip(AdaptiveLimit):
 
     @property
     def initial(self) -> Sequence[float]:  # type: ignore[override]
-        """The norms in the order of their arrival, then sorted; `inf` where there is none yet."""
+        """The ring of norms by arrival, then the sorted norms; `inf` for entries not yet filled."""
         return [math.inf] * (2 * self.window)
 
     def limit(self, norm: Tensor, state: Tensor, step: LimitStep) -> Tensor:
-        """The percentile, this step's norm included."""
-        ordered = self._with(norm, state, step)[1]
+        """Returns the percentile of the norms, including the current one."""
+        ordered = self._updated(norm, state, step)[1]
         last = (step.seen + 1).clamp(max=self.window) - 1
         place = last * (self.percentile / 100)
         low = place.floor()
@@ -243,17 +258,20 @@ class AutoClip(AdaptiveLimit):
         return low_value + (place - low) * (high_value - low_value)
 
     def learn(self, norm: Tensor, state: Tensor, step: LimitStep) -> Tensor:
-        """The norm in place of the oldest one, and in its place among the sorted ones."""
-        return torch.cat(self._with(norm, state, step))
+        """Returns both lists with the oldest norm replaced by the current one."""
+        return torch.cat(self._updated(norm, state, step))
 
-    def _with(self, norm: Tensor, state: Tensor, step: LimitStep) -> tuple[Tensor, Tensor]:
-        """Both rings with this norm in place of the oldest, each float64 `(window, S)`."""
+    def _updated(self, norm: Tensor, state: Tensor, step: LimitStep) -> tuple[Tensor, Tensor]:
+        """Returns the ring and the sorted norms with the oldest norm replaced by this one.
+
+        Each is float64 `(window, S)`.
+        """
         arrived, ordered = state.split(self.window)
         at = (step.seen % self.window).long()[None]
         oldest = arrived.gather(0, at)  # inf while the ring is not full
         leaves = (ordered < oldest).sum(0)
         enters = (ordered < norm).sum(0) - (oldest < norm).long()[0]
-        # Without the oldest, those behind it move up; from `enters` on, they move back again.
+        # Values after the removed one move down one place; values after the new one move up.
         k = torch.arange(self.window, device=norm.device)[:, None]
         source = k - (k > enters).long()
         source = (source + (source >= leaves).long()).clamp(max=self.window - 1)
@@ -261,7 +279,10 @@ class AutoClip(AdaptiveLimit):
         return arrived.scatter(0, at, norm[None]), ordered
 
     def on_host(self, norm: float, numbers: Numbers) -> tuple[float, Callable[[Undo], None]]:  # type: ignore[override]
-        """The same in Python floats: two searches by bisection, and one move of a part."""
+        """Computes limit and update in Python floats: see `AdaptiveLimit.on_host`.
+
+        Takes two binary searches, and moves the part of the sorted norms between the two places.
+        """
         seen, window = int(numbers[0]), self.window
         filled, start = min(seen, window), 1 + window
         if seen < window:
@@ -301,7 +322,7 @@ class AutoClip(AdaptiveLimit):
         numbers[0] += 1.0
 
     def _restore(self, numbers: Numbers, seen: float, at: int, oldest: float) -> None:
-        """Sorts the norms of before anew: right wherever the change was interrupted."""
+        """Restores the ring and sorts it again: correct wherever the update was interrupted."""
         numbers[0], numbers[at] = seen, oldest
         both = np.asarray(numbers)
         both[1 + self.window :] = np.sort(both[1 : 1 + self.window])
@@ -311,19 +332,22 @@ class AutoClip(AdaptiveLimit):
 class AdaGC(AdaptiveLimit):
     """Clips each tensor to its own moving average (Wang et al. 2025, arXiv 2502.11034).
 
-    With the norm n of a tensor and N of the whole model, the limit of the tensor is
+    For a tensor with norm n, in a model with norm N, the limit is
 
-        n * max_norm / N      in the warm-up, so that the model's norm is clipped to `max_norm`
+        n * max_norm / N      during the warm-up: the norm of the model is clipped to `max_norm`
         ratio * average       afterwards
 
-    and `average` is the smallest clipped norm of the warm-up, then the moving average of the
-    clipped norms. Use it with `clip_scope="tensor"`.
+    where `average` is at first the smallest clipped norm of the warm-up, then the moving average of
+    the clipped norms. Use it with `clip_scope="tensor"`.
 
     Args:
-        ratio: How much larger than its average a norm may be; the paper's lambda_rel.
-        beta: Weight of the past in the average.
-        warmup: Steps with the limit for the whole model.
-        max_norm: That limit; the paper's lambda_abs.
+        ratio: The limit as a multiple of the average; lambda_rel in the paper. Default: 1.05.
+        beta: Weight of the past in the average, in [0, 1). Default: 0.98.
+        warmup: Number of steps with the limit for the whole model. Default: 100.
+        max_norm: The limit during the warm-up; lambda_abs in the paper. Default: 1.
+
+    Raises:
+        TypeError, ValueError: An argument has the wrong type, or is out of range.
 
     Example:
         >>> AdaGC(warmup=10).ratio
@@ -335,7 +359,7 @@ class AdaGC(AdaptiveLimit):
     warmup: int = 100
     max_norm: float = 1.0
 
-    initial = (math.inf,)  # average: the first norm is the smallest
+    initial = (math.inf,)  # average: the minimum with the first norm is that norm
 
     def __post_init__(self) -> None:
         _set(self, "ratio", _positive("AdaGC ratio", self.ratio))
@@ -344,12 +368,12 @@ class AdaGC(AdaptiveLimit):
         _set(self, "max_norm", _positive("AdaGC max_norm", self.max_norm))
 
     def limit(self, norm: Tensor, state: Tensor, step: LimitStep) -> Tensor:
-        """See the class."""
+        """Returns the limits of this step; see the class."""
         warms = step.seen < self.warmup
         return torch.where(warms, norm * (self.max_norm / step.total_norm), self.ratio * state[0])
 
     def learn(self, norm: Tensor, state: Tensor, step: LimitStep) -> Sequence[Tensor]:
-        """The average with this norm, clipped."""
+        """Returns the averages including this step's clipped norms."""
         average = state[0]
         clipped = torch.minimum(norm, self.limit(norm, state, step))
         smallest = torch.minimum(average, clipped)
@@ -357,7 +381,7 @@ class AdaGC(AdaptiveLimit):
         return [torch.where(step.seen < self.warmup, smallest, moved)]
 
     def on_host(self, norm: float, numbers: Numbers) -> tuple[float, Callable[[Undo], None]]:  # type: ignore[override]
-        """The same in Python floats, for a model of one segment."""
+        """Computes limit and update in Python floats: see `AdaptiveLimit.on_host`."""
         seen, average = numbers[:2].tolist()
         warms = seen < self.warmup
         if warms:
@@ -373,19 +397,19 @@ class AdaGC(AdaptiveLimit):
 
 
 def _set(rule: AdaptiveLimit, name: str, value: float) -> None:
-    """1 and 1.0 are one rule to all ranks."""
+    """Stores a setting as a float, so that ranks with 1 and 1.0 agree."""
     object.__setattr__(rule, name, value)
 
 
 def _positive(name: str, value: object) -> float:
     number = number_of(name, value, "use a finite number > 0")
-    if not 0 < number < math.inf:  # NaN is neither
+    if not 0 < number < math.inf:  # also refuses NaN
         raise ValueError(f"{name}={value!r} must be a finite number > 0")
     return number
 
 
 def _fraction(name: str, value: object) -> float:
-    number = number_of(name, value, "use a number from 0 to below 1")
-    if not 0 <= number < 1:  # NaN is neither
-        raise ValueError(f"{name}={value!r} must be a number from 0 to below 1")
+    number = number_of(name, value, "use a number in [0, 1)")
+    if not 0 <= number < 1:  # also refuses NaN
+        raise ValueError(f"{name}={value!r} must be a number in [0, 1)")
     return number

@@ -1,13 +1,13 @@
-"""Stage 1, measure: one read of the gradients gives `GradStats`.
+"""Stage 1, measure: computes `GradStats` in one pass over the gradients.
 
     GradStats.power_sum[s] = sum over the finite elements g of segment s of |g * inv_scale|^p
 
-Where that sum can leave float64 (squares of float64 gradients, tenth powers of float32 ones), the
-stages hand on its root instead, taken of elements that were divided by the largest: see
-`holds_norms`.
+Where that sum can exceed the range of float64 (squares of float64 gradients, tenth powers of
+float32 gradients), the stages pass norms instead, computed from elements divided by the largest
+one: see `holds_norms`.
 
-I/O: reads every gradient once (N bytes), writes O(S + T) numbers. Only a segment whose sum is not
-finite is looked at again, to count what is NaN, +Inf or -Inf in which tensor.
+I/O: reads every gradient once (N bytes) and writes O(S + T) numbers. Only a segment whose sum is
+not finite is read again, to count NaN, +Inf and -Inf per tensor.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from fastguard.gradients.buckets import GradBuckets
 from fastguard.gradients.tensor_kinds import LACKING, refuse_wrapped
 from fastguard.gradients.transfer import moved
 from fastguard.stages import backend
-from fastguard.stages.contract import GradStats
 from fastguard.stages.formulas import holds_norms, norm_of_norms, root
+from fastguard.stages.grad_stats import GradStats
 
 
 def measure(
     buckets: GradBuckets, norm_type: float = 2.0, inv_scale: Tensor | None = None
 ) -> GradStats:
-    """Reads every gradient once.
+    """Measures the gradients in one pass.
 
     Args:
         buckets: The gradients.
         norm_type: p > 0, or `inf`.
-        inv_scale: `()` float tensor: what a loss scaler would multiply the gradients by. The stats
-            are those of the unscaled gradients; the gradients themselves stay as they are.
+        inv_scale: float `()`: the factor by which a loss scaler unscales gradients. The stats
+            describe the unscaled gradients; the gradients themselves do not change.
 
     Returns:
-        The stats, on `buckets.device`. Waits for a GPU only if they come from there to a CPU.
+        The stats, on `buckets.device`. Waits for a GPU only to move its results to a CPU.
     """
     home = buckets.device
     rooted = any(holds_norms(bucket.dtype, norm_type) for bucket in buckets.buckets)
@@ -78,11 +78,12 @@ def _joined(a: Tensor, b: Tensor, norm_type: float, rooted: bool) -> Tensor:
 
 
 def norm_type_of(value: object) -> float:
-    """The p of a p-norm as a float.
+    """Returns the p of a p-norm as a float.
 
     Raises:
-        TypeError: Not a number (`"inf"` and `"2"` are, as in torch; a bool is not).
-        ValueError: Not in (0, inf], or beyond the largest float.
+        TypeError: `value` is not a number. As in torch, strings such as `"inf"` and `"2"` are
+            accepted; a bool is not.
+        ValueError: `value` is not in (0, inf], or exceeds the largest float.
     """
     if isinstance(value, str):
         try:

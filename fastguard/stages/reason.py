@@ -1,4 +1,4 @@
-"""Why a step was not simply applied. Imports no torch: readers of records do without it."""
+"""`Reason`: why a step was not applied unchanged. Without torch, which readers don't need."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from enum import IntEnum
 
 
 class Reason(IntEnum):
-    """Why a step was not simply applied; the first that holds, in this order.
+    """Why a step was not applied unchanged; the first reason that holds, in this order.
 
-    `LOSS_SCALE` stands in for `NONFINITE_GRAD` where lowering the loss scale cures the overflow.
+    `LOSS_SCALE` replaces `NONFINITE_GRAD` if lowering the loss scale fixes the overflow.
     """
 
     NONE = 0
@@ -20,11 +20,10 @@ class Reason(IntEnum):
 
     @property
     def label(self) -> str | None:
+        """The name in records, in lower case; None for `NONE`."""
         return self.name.lower() if self else None
 
     @property
     def is_incident(self) -> bool:
-        """Whether the step calls for a reaction: an overflow that only lowers a loss scale is the
-        scaler's own business.
-        """
+        """Whether the step needs a reaction; the scaler handles `LOSS_SCALE` itself."""
         return self not in (Reason.NONE, Reason.LOSS_SCALE)

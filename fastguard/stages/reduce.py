@@ -1,20 +1,23 @@
-"""Stage 2, reduce: every rank comes to know what all ranks know together.
+"""Stage 2, reduce: combines the stats and signals of all ranks.
 
-One SUM collective over one small float64 vector, `(4 S + 3 [+ 24] [+ W],)`: 248 bytes for one
-segment, whatever the size of the model and the number of ranks (norms of p > 6 add one MAX over S;
-on a CPU a bad step adds one over 3 S, so that counts of copies that differ agree, and power sums
-that float64 cannot hold add a MAX and a SUM over S, so that norms are summed instead):
+One SUM collective over a float64 vector of shape `(4 S + 3 [+ 24] [+ W],)`: 248 bytes for one
+segment, independent of the size of the model and the number of ranks.
 
-    (4, S)   power sums, and how many elements are NaN, +Inf, -Inf, each weighted by 1 / copies
-    1        how many loss scalers found something non-finite, and 2^-20 for each rank that holds
-             what no lower loss scale will cure
-    2        how many ranks hold something non-finite, and the sum of their numbers: one rank's name
-    12, 12   of each loss the sum over ranks, and how many ranks gave it (optimizers only); the
-             last is for all losses that came when the other places were taken
-    W        what watched quantities add up, in the steps that are watched: `fastguard.guard.watch`
+    (4, S)   power sums, and numbers of NaN, +Inf and -Inf elements, each weighted by 1 / copies
+    1        number of loss scalers that found non-finite values, plus 2^-20 per rank whose
+             non-finite values a lower loss scale does not fix
+    2        number of ranks that hold non-finite values, and the sum of their rank numbers, which
+             identifies the rank if there is only one
+    12, 12   per loss the sum over ranks, and the number of ranks that passed it (optimizers only);
+             the last entry is shared by all losses beyond the first eleven
+    W        the watched quantities, in steps in which they are watched: `fastguard.guard.watch`
 
-A collective gives all ranks the same bits, and everything after it is computed from them alone.
-Without a team, in one process, there is nothing to do.
+Further collectives: norms with p > 6 add a MAX over S. On a CPU, a step with non-finite values adds
+a MAX over 3 S, so that all ranks agree on the counts even where copies differ, and power sums out
+of the range of float64 add a MAX and a SUM over S, which sum norms instead.
+
+A collective yields the same bits on all ranks, and everything after it is computed from these bits
+alone. In a single process there is nothing to do.
 """
 
 from __future__ import annotations
@@ -30,8 +33,9 @@ from torch import Tensor
 
 from fastguard.gradients.tensor_kinds import PLAIN, lasting, watched
 from fastguard.gradients.transfer import current_stream_of, numbers_on
-from fastguard.stages.contract import GradStats, Signals
+from fastguard.stages.contract import Signals
 from fastguard.stages.formulas import LARGEST_POWER, root
+from fastguard.stages.grad_stats import GradStats
 
 if TYPE_CHECKING:
     from fastguard.ranks.loss_names import LossNames
@@ -39,9 +43,9 @@ if TYPE_CHECKING:
 
 
 ROUNDED_OFF = 1e-6
-"""More than what sums of a weight such as 1/3 round off, less than one copy of a million counts."""
+"""Above the rounding error of sums of weights such as 1/3, below the weight of 1 copy in 10^6."""
 INCURABLE = 2.0**-20
-"""In the place of the scalers: exact beside their number, and below 1 on a million ranks."""
+"""Added to the number of scalers: exactly representable, and in sum below 1 on 10^6 ranks."""
 
 
 LEAST = 2.0**-1022
@@ -51,27 +55,27 @@ LEAST = 2.0**-1022
 def reduce(
     stats: GradStats, signals: Signals, sharing: Sharing | None = None, *, losses: bool = False
 ) -> tuple[GradStats, Signals]:
-    """Joins the stats and signals of all ranks; the same result on every rank, bit for bit.
+    """Combines the stats and signals of all ranks; the results are bitwise equal on every rank.
 
     Args:
-        stats: What this rank measured.
-        signals: What this rank knows.
-        sharing: How the sums of this rank enter those of all; None: this process holds everything.
-        losses: Whether the ranks exchange losses; all of them must say the same.
+        stats: The stats of this rank.
+        signals: The signals of this rank.
+        sharing: The ranks, and the weight of this rank's sums; None: there is a single process.
+        losses: Whether the ranks exchange losses; must be the same on all ranks.
 
     Returns:
-        Stats whose power sums and segment counts are those of all ranks (`counts` stay those of
-        this rank's tensors), and signals with the losses of all.
+        Stats with the power sums and segment counts over all ranks (`counts` still describe the
+        tensors of this rank), and signals with the losses of all ranks.
     """
     if sharing is None:
         return stats, signals
     p = stats.norm_type
-    on_host = stats.kind is PLAIN and stats.summary.device.type == "cpu"  # free to be read
+    on_host = stats.kind is PLAIN and stats.summary.device.type == "cpu"  # reading needs no sync
     unit = None
     if p == math.inf or p <= LARGEST_POWER:
         summary = _weighted(_as_power_sums(stats), sharing.weights, p)
     else:
-        unit, summary = _beside_the_largest(stats, sharing)
+        unit, summary = _relative_to_largest(stats, sharing)
     n_segments = summary.shape[1]
     parts = [summary.flatten(), *_flags(stats, signals, sharing.team.rank)]
     if losses:
@@ -82,8 +86,8 @@ def reduce(
     total = vector[: 4 * n_segments].view(4, n_segments)
     if p == math.inf:
         total[0] = _exchanged(summary[0].clone(), sharing, dist.ReduceOp.MAX)
-    elif unit is None and on_host and _left_float64(total[0]):
-        unit, summary = _beside_the_largest(stats, sharing)
+    elif unit is None and on_host and _exceeds_float64(total[0]):
+        unit, summary = _relative_to_largest(stats, sharing)
         total[0] = _exchanged(summary[0].clone(), sharing, dist.ReduceOp.SUM)
     if unit is not None:
         total[0] = root(total[0], p) * unit
@@ -91,7 +95,7 @@ def reduce(
     if signals.watched is not None:
         vector, watched_sums = vector.tensor_split([len(vector) - len(signals.watched)])
     flags = vector[4 * n_segments :]
-    total[1:] = _whole_counts(total[1:], _held(stats, sharing, flags))
+    total[1:] = _whole_counts(total[1:], _largest_counts(stats, sharing, flags))
     joined = replace(
         signals,
         found_inf=(flags[0] >= 1.0).float(),
@@ -107,8 +111,9 @@ def reduce(
 
 
 def _as_power_sums(stats: GradStats) -> Tensor:
-    """float64 `(4, S)`: the summary with power sums; never 0 for a norm above 0, so that a sum of 0
-    over ranks says that there is nothing.
+    """Returns the summary with power sums, float64 `(4, S)`.
+
+    A norm above 0 never gives a power sum of 0, so a sum of 0 over the ranks means a norm of 0.
     """
     if not stats.rooted:
         return stats.summary
@@ -116,20 +121,24 @@ def _as_power_sums(stats: GradStats) -> Tensor:
     return torch.cat([power_sums[None], stats.summary[1:]])
 
 
-def _left_float64(power_sums: Tensor) -> bool:
-    """Whether the ranks, which all see these sums, must add up something else: float64 cannot hold
-    one of them.
+def _exceeds_float64(power_sums: Tensor) -> bool:
+    """Whether a power sum exceeds the range of float64, so that the ranks must sum norms instead.
 
-    Only on a CPU: a GPU would have to wait to know. There the norm becomes inf, so that the step is
-    bad, or is too small to matter, 1e-48 at the most.
+    All ranks see the same sums. Only called on a CPU, since a GPU would have to synchronise. There,
+    the norm becomes inf, so that the step is bad, or it is at most 1e-48, too small to matter.
     """
     x = power_sums.numpy()
     return bool(((x == math.inf) | (x > 0) & (x < LEAST * 2.0**62)).any())
 
 
-def _beside_the_largest(stats: GradStats, sharing: Sharing) -> tuple[Tensor, Tensor]:
-    """The largest norm that a rank has of each segment, `(S,)`, after one MAX collective; and the
-    summary with power sums of norms divided by it, each weighted.
+def _relative_to_largest(stats: GradStats, sharing: Sharing) -> tuple[Tensor, Tensor]:
+    """Returns the largest norm of each segment over the ranks, and a summary relative to it.
+
+    Takes one MAX collective.
+
+    Returns:
+        `(S,)`: the largest norms; `(4, S)`: the weighted summary, with power sums of norms divided
+        by these.
     """
     n_classes = len(sharing.weights)
     norms = stats.segment_norms
@@ -142,22 +151,23 @@ def _beside_the_largest(stats: GradStats, sharing: Sharing) -> tuple[Tensor, Ten
 
 
 def _weighted(summary: Tensor, weights: tuple[float, ...], norm_type: float) -> Tensor:
-    """float64 `(4, S)`: the classes of each segment added up, each with its weight."""
+    """Returns the weighted sum over the classes of each segment, float64 `(4, S)`."""
     if weights == (1.0,):
         return summary
     by_class = summary.view(4, len(weights), -1)
     weight = _constant(weights, torch.float64, summary.device)
     joined = (by_class * weight[:, None]).sum(1)
-    if norm_type == math.inf:  # the largest of all, however many ranks hold it
+    if norm_type == math.inf:  # a maximum is not weighted by the number of copies
         joined[0] = by_class[0].amax(0)
     return joined
 
 
 def _flags(stats: GradStats, signals: Signals, rank: int) -> tuple[Tensor, Tensor]:
-    """float64 `(1,)` and `(2,)`.
+    """Returns what this rank contributes to `found_inf` and to `bad_ranks`, see the module.
 
-    What the scaler of this rank found, and whether a lower scale cures it; whether this rank holds
-    something non-finite, and its number.
+    Returns:
+        float64 `(1,)`: 1 if the scaler found non-finite values, plus 2^-20 if a lower scale does
+        not fix them; float64 `(2,)`: 1 and the rank number if this rank holds non-finite values.
     """
     nonfinite = stats.segment_counts.sum() > 0
     bad = nonfinite if signals.born_here is None else signals.born_here > 0
@@ -176,8 +186,10 @@ def _flags(stats: GradStats, signals: Signals, rank: int) -> tuple[Tensor, Tenso
 
 
 def _placed(signals: Signals, sharing: Sharing) -> tuple[Tensor, Tensor]:
-    """float64 `(12,)` twice: the losses of this rank in the places that all ranks agree on, and 1
-    where it has one.
+    """Returns the losses of this rank at the positions that all ranks agree on.
+
+    Returns:
+        float64 `(12,)`: the losses; float64 `(12,)`: 1 where this rank has a loss, else 0.
     """
     from fastguard.ranks.loss_names import PLACES
 
@@ -188,27 +200,27 @@ def _placed(signals: Signals, sharing: Sharing) -> tuple[Tensor, Tensor]:
         at = _constant(tuple(places), torch.int64, device)
         if len(set(places)) == len(places):
             sums[at] = signals.losses
-        else:  # several share the last place
+        else:  # several losses share the last position
             sums.index_put_((at,), signals.losses, accumulate=True)
         given[at] = 1.0
     return sums, given
 
 
 def _with_losses(signals: Signals, sums: Tensor, names: LossNames) -> Signals:
-    """The signals with the mean of each loss over the ranks that gave it; nothing waits.
+    """Returns the signals with the mean of each loss over the ranks that passed it; never waits.
 
     Args:
-        signals: Without losses.
-        sums: float64 `(2, 12)`: of each place the sum of losses, and how many ranks gave one.
-        names: The names of the places.
+        signals: Signals without losses.
+        sums: float64 `(2, 12)`: per position the sum of losses, and the number of ranks.
+        names: The names of the positions.
     """
     total, n_ranks = sums
-    means = total / n_ranks.clamp(min=1.0)  # NaN stays NaN: no rank's loss hides another's
+    means = total / n_ranks.clamp(min=1.0)  # NaN of one rank stays NaN in the mean
     return replace(signals, losses=means, loss_names=names, given=n_ranks > 0)
 
 
 def _read_on_host(signals: Signals) -> Signals:
-    """The same with the given losses alone: on a CPU it is known at once which they are."""
+    """Returns the signals with only the losses that were passed; on a CPU these are known."""
     assert signals.given is not None
     places = signals.given.nonzero().squeeze(1)
     names = [signals.loss_names[i] for i in places.tolist()]
@@ -216,11 +228,11 @@ def _read_on_host(signals: Signals) -> Signals:
 
 
 def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers that are the same step after step, on the device once for each stream."""
+    """Returns constant numbers as a device tensor, cached per stream."""
     if watched():
         return numbers_on(values, device, dtype)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return numbers_on(values, device, dtype)  # a part of the graph: not there before it runs
+        return numbers_on(values, device, dtype)  # owned by the graph: not valid outside it
     return _kept_constant(values, dtype, device, current_stream_of(device))
 
 
@@ -232,12 +244,12 @@ def _kept_constant(
         return numbers_on(values, device, dtype)
 
 
-def _held(stats: GradStats, sharing: Sharing, flags: Tensor) -> Tensor:
-    """float64 `(3, S)`: the most that any rank holds of each count.
+def _largest_counts(stats: GradStats, sharing: Sharing, flags: Tensor) -> Tensor:
+    """Returns the largest count of any rank, float64 `(3, S)`: a lower bound for the totals.
 
-    Copies of a tensor may differ, and the mean of their counts is then less than what one of them
-    holds and is told to hold. Where the host knows that there is something to count, the ranks
-    exchange it: one MAX, on bad steps alone. Where it does not, it is what this rank holds.
+    Copies of a tensor may differ; the mean of their counts can then be below the count that a rank
+    reports. If the host knows that there are non-finite elements, the ranks exchange the maximum:
+    one MAX collective, only in bad steps. Otherwise these are the counts of this rank.
     """
     held = stats.segment_counts
     if len(sharing.weights) > 1:
@@ -248,12 +260,12 @@ def _held(stats: GradStats, sharing: Sharing, flags: Tensor) -> Tensor:
 
 
 def _whole_counts(counts: Tensor, held: Tensor) -> Tensor:
-    """Weighted counts as whole numbers, a part of one as one; no less than what a rank holds."""
+    """Returns weighted counts rounded up to integers, and at least `held`."""
     return torch.maximum((counts - ROUNDED_OFF).ceil(), held)
 
 
 def _exchanged(vector: Tensor, sharing: Sharing, op: dist.ReduceOp.RedOpType) -> Tensor:
-    """The vector reduced over the team, where it was."""
+    """Returns the vector reduced over the team, on its own device."""
     home = vector.device
     vector = vector.to(sharing.team.device_for(home))
     dist.all_reduce(vector, op, group=sharing.team.group)

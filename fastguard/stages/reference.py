@@ -1,7 +1,7 @@
-"""The stages in plain PyTorch: what every device can do, and what the kernels are tested against.
+"""The reference implementation of the stages, in plain PyTorch: for all devices, and for tests.
 
-Same signatures and results as the kernels and `stages.cpu`. The arithmetic is spelled out tensor by
-tensor in float64, without waiting for the device.
+Same signatures and results as the kernels and `stages.cpu`, which are tested against it. Computes
+tensor by tensor in float64, without waiting for the device.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from torch import Tensor
 from fastguard.errors import NAMED_CULPRITS
 from fastguard.gradients.buckets import GradBucket
 from fastguard.stages.contract import (
-    GradStats,
     GuardState,
     Policy,
     Signals,
@@ -34,6 +33,7 @@ from fastguard.stages.formulas import (
     root,
     unscaled,
 )
+from fastguard.stages.grad_stats import GradStats
 from fastguard.stages.reason import Reason
 from fastguard.stages.reference_units import scale_units as scale_units
 from fastguard.stages.reference_units import unit_coefs as unit_coefs
@@ -47,14 +47,21 @@ def measure_bucket(
     norm_type: float,
     inv_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Power sums and counts of one bucket, in float64 throughout: the oracle of the tests.
+    """Computes power sums and counts of one bucket, in float64.
 
-    Nothing is made but from the gradients, and nothing is written to: so it holds for tensors
-    inside transforms and wrappers too.
+    All tensors are derived from the gradients and none is written to, so it also works for tensors
+    inside transforms and wrappers.
+
+    Args:
+        bucket: Gradients of one device and dtype.
+        n_segments: S.
+        n_tensors: T.
+        norm_type: p > 0, or `inf`.
+        inv_scale: float `()`: the factor that unscales the gradients; None: 1.
 
     Returns:
-        `summary` float64 `(4, S)`, with norms in place of power sums where `holds_norms` of this
-        dtype, and `counts` int64 `(3, T)`: see `GradStats`.
+        `summary` float64 `(4, S)`, with norms instead of power sums if `holds_norms` is true for
+        this dtype, and `counts` int64 `(3, T)`: see `GradStats`.
     """
     rooted = holds_norms(bucket.dtype, norm_type)
     sums: list[list[Tensor]] = [[] for _ in range(n_segments)]
@@ -76,7 +83,7 @@ def measure_bucket(
         counts = torch.stack([x.isnan().sum(), x.isposinf().sum(), x.isneginf().sum()])
         found[segment].append(counts)
         of_tensor[i] = counts
-    none = next(iter(of_tensor.values())).new_zeros(3)  # a bucket holds a tensor or more
+    none = next(iter(of_tensor.values())).new_zeros(3)  # a bucket holds at least one tensor
     columns = [
         torch.cat([joined(own, none, norm_type, rooted), _added(counts, none)])
         for own, counts in zip(sums, found, strict=True)
@@ -86,7 +93,7 @@ def measure_bucket(
 
 
 def joined(parts: Sequence[Tensor], like: Tensor, norm_type: float, rooted: bool) -> Tensor:
-    """float64 `(1,)`: the power sum, or norm, of a segment from those of its tensors."""
+    """Combines power sums, or norms, of tensors into that of their segment, float64 `(1,)`."""
     if not parts:
         return like.new_zeros(1, dtype=torch.float64)
     each = torch.stack(list(parts))
@@ -96,7 +103,7 @@ def joined(parts: Sequence[Tensor], like: Tensor, norm_type: float, rooted: bool
 
 
 def _added(counts: Sequence[Tensor], none: Tensor) -> Tensor:
-    """float64 `(3,)`."""
+    """Returns the sum of the counts, float64 `(3,)`."""
     return torch.stack([*counts, none]).sum(0).double()
 
 
@@ -107,7 +114,7 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
     device = stats.summary.device
     total_norm = stats.total_norm64
     bad_grad = stats.segment_counts.sum() > 0
-    too_large = total_norm == math.inf  # no float64 holds the norm of these finite elements
+    too_large = total_norm == math.inf  # the norm of finite elements exceeds float64
     never = torch.zeros_like(bad_grad)
     overflow = never if signals.found_inf is None else signals.found_inf > 0
     lowers = only_lowers_scale(signals)
@@ -115,10 +122,10 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
         lowers = never
     if policy.nonfinite == "propagate":
         grad_fault, loss_fault = overflow, never
-        too_large = never  # clipped to zero, as by torch
+        too_large = never  # clipped to zero, as in torch
     else:
-        # Cleaning cures what was counted; a fault that only the scaler saw is not cured by it. What
-        # a lower scale cures is not cleaned.
+        # Cleaning fixes the elements that were counted, but not an overflow that only the scaler
+        # found. An overflow that a lower scale fixes is not cleaned.
         cured = bad_grad & ~lowers if policy.nonfinite == "zero" else never
         grad_fault = (overflow | bad_grad) & ~cured | too_large
         lost = ~signals.losses.isfinite()  # NaN is not finite
@@ -130,13 +137,13 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
         table = rule_table_of(policy.rules, policy.signals, device)
         values = signal_values(stats, signals, policy.signals)
         thresholds = _thresholds(state, table)
-        # NaN exceeds nothing: a non-finite loss is a fault, not a spike.
+        # False for NaN: a non-finite loss is a fault, not a spike.
         exceeds = (values > thresholds) & ~fault
         lasting = (table.window > 0) & (state.rings[:, 2] >= table.window)
         spikes = exceeds & ~lasting
         skip = fault | (spikes & table.skips).any()
         usable = ~fault if policy.nonfinite == "zero" else ~fault & ~bad_grad
-        judged = values.isfinite() & usable  # a loss that this step did not give says nothing
+        judged = values.isfinite() & usable  # a loss not passed in this step is NaN
         enters = judged & (total_norm > 0) & (spikes | ~skip)
         entering = torch.where(spikes, thresholds, values)
         _update_rings(state, table, entering, enters, exceeds, judged)
@@ -172,8 +179,9 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
 
 
 def _thresholds(state: GuardState, table: RuleTable) -> Tensor:
-    """`mean + sigma * max(std, 0.01 * |mean|, tiny)` of the filled part of each ring, float64
-    `(K,)`.
+    """Returns the threshold of each rule, float64 `(K,)`.
+
+    `mean + sigma * max(std, 0.01 * |mean|, tiny)` of the filled part of its ring, or a fixed limit.
     """
     if not state.windows.shape[1]:
         return table.fixed
@@ -240,26 +248,26 @@ def apply(
 ) -> None:
     """Multiplies the gradients of each segment, and sets non-finite elements to 0 if `clean`.
 
-    Nothing waits, and every gradient is read and written.
+    Does not wait for the device. Reads and writes every gradient.
 
     Args:
-        bucket: Gradients, changed in place.
+        bucket: The gradients, changed in place.
         multiplier: float64 `(S,)`.
-        clean: `()`, nonzero to clean.
-        changes: float32 `()`, see `Verdict`: lets kernels end early. Not needed here.
+        clean: `()`; nonzero: clean.
+        changes: float32 `()`, see `Verdict`. Lets kernels return early; not used here.
     """
     for grad, segment in zip(bucket.grads, bucket.segment_ids, strict=True):
-        _apply_without_reading(grad, multiplier.select(0, segment), clean)
+        _apply_to_tensor(grad, multiplier.select(0, segment), clean)
 
 
-def _apply_without_reading(grad: Tensor, multiplier: Tensor, clean: Tensor) -> None:
+def _apply_to_tensor(grad: Tensor, multiplier: Tensor, clean: Tensor) -> None:
     cleaned = torch.where(grad.isfinite() | (clean == 0), grad, 0.0)
     first = torch.where(multiplier < SMALLEST_FACTOR, SMALLEST_FACTOR, 1.0)
     first = first.to(factor_dtype(grad.dtype))
     factor = (multiplier / first).to(first.dtype)
-    # Widened first: off a CPU, a 16-bit tensor times a float32 scalar rounds the scalar to 16 bits.
+    # Upcast first: on a GPU, a 16-bit tensor times a float32 scalar rounds the scalar to 16 bits.
     product = (cleaned.to(factor.dtype) * first * factor).to(grad.dtype)
-    grad.copy_(torch.where(factor == 1, cleaned, product))  # 1 * NaN may change bits
+    grad.copy_(torch.where(factor == 1, cleaned, product))  # 1 * NaN may change bits of the NaN
 
 
 def pack(
@@ -270,11 +278,15 @@ def pack(
     state: GuardState,
     lr: Tensor | None,
 ) -> None:
-    """Everything that a record needs from the device, in one row: see `records.device_row`.
+    """Writes all device values of a record into one row: see `records.device_row`.
 
     Args:
-        row: float64 `(width,)`, written.
-        lr: `()`, the learning rate; None: the row's is not to be read.
+        row: float64 `(width,)`: the output.
+        stats: The stats of the step.
+        signals: Its losses.
+        verdict: Its verdict.
+        state: The counters after the step.
+        lr: `()`: the learning rate; None: the row's entry for it is not read.
     """
     nothing = torch.zeros(1, dtype=torch.float64, device=row.device)
     head = torch.stack(
@@ -297,7 +309,10 @@ def pack(
 
 
 def _culprit_table(counts: Tensor) -> Tensor:
-    """`[how many, then (index, nan, posinf, neginf) of the first 8]`, float64, zeros if none."""
+    """Returns the number of bad tensors, then `(index, nan, posinf, neginf)` of the first 8.
+
+    float64 `(33,)`; unused entries are zero.
+    """
     k = min(NAMED_CULPRITS, counts.shape[1])
     table = torch.zeros(1 + 4 * NAMED_CULPRITS, dtype=torch.float64, device=counts.device)
     bad = counts.sum(0) > 0

@@ -1,6 +1,7 @@
-"""Unit coefficients in plain PyTorch: what the kernel and the CPU's road are tested against.
+"""Unit coefficients in plain PyTorch, the reference for the kernel and the CPU implementation.
 
-See `fastguard.stages.agc` for the formula. In float64, tensor by tensor, without a wait.
+See `fastguard.stages.agc` for the formula. Computes tensor by tensor in float64, without waiting
+for the device.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ def unit_coefs(
     propagates: bool,
     inv_scale: Tensor | None = None,
 ) -> Tensor:
-    """The coefficient of each unit.
+    """Computes the coefficient of each unit.
 
     Args:
-        units: Gradients and weights.
+        units: Gradients and weights, with U units.
         limits: float64 `(2,)` on the CPU: `clip_factor` and `eps` of `AGC`.
         norm_type: p > 0, or `inf`.
-        propagates: NaN in a gradient makes the coefficient of its unit NaN, Inf makes it 0. Else
-            norms are those of the finite elements.
-        inv_scale: float64 `()`: what the gradients are still to be multiplied by.
+        propagates: True: NaN in a gradient makes the coefficient of its unit NaN, and Inf makes it
+            0. False: norms are computed from the finite elements.
+        inv_scale: float64 `()`: the factor that unscales the gradients; None: 1.
 
     Returns:
-        float64 `(U,)`, at most 1. A unit whose weights hold NaN or Inf is not clipped.
+        float64 `(U,)`: at most 1. A unit with NaN or Inf in its weights is not clipped.
     """
     clip_factor, eps = limits.tolist()
     parts = []
@@ -48,15 +49,15 @@ def unit_coefs(
 
 
 def coefficients(norm: Tensor, limit: Tensor) -> Tensor:
-    """`limit / norm` where the norm is above the limit, else 1.
+    """Returns `limit / norm` where the norm is above the limit, else 1.
 
-    A NaN limit limits nothing: the norm is not above it. A NaN norm gives NaN.
+    A NaN limit gives 1, since no norm is above it; a NaN norm gives NaN.
     """
     return torch.where((norm > limit) | norm.isnan(), limit / norm, 1.0)
 
 
 def _unit_norms(x: Tensor, n: int, norm_type: float, propagates: bool) -> Tensor:
-    """float64 `(n,)`."""
+    """Returns the norms of the n units of a tensor, float64 `(n,)`."""
     rows = x.double().reshape(n, -1)
     magnitude = torch.where(rows.isfinite(), rows, 0.0).abs()  # NaN is not finite
     largest = magnitude.amax(1)
@@ -72,11 +73,11 @@ def _unit_norms(x: Tensor, n: int, norm_type: float, propagates: bool) -> Tensor
 
 
 def scale_units(units: UnitBucket, coefs: Tensor) -> None:
-    """Multiplies the gradient of each unit by its coefficient, in place; 1 changes no bit.
+    """Multiplies the gradient of each unit by its coefficient, in place.
 
     Args:
-        units: Gradients, changed in place.
-        coefs: float64 `(U,)`.
+        units: The gradients, changed in place.
+        coefs: float64 `(U,)`; 1 leaves a unit bitwise unchanged.
     """
     starts = units.starts
     for grad, n, start in zip(units.bucket.grads, units.counts, starts[:-1], strict=True):
@@ -88,4 +89,4 @@ def scale_units(units: UnitBucket, coefs: Tensor) -> None:
         first = first.to(factor_dtype(grad.dtype))
         factor = (own / first).to(first.dtype)
         product = (grad.to(factor.dtype) * first * factor).to(grad.dtype)
-        grad.copy_(torch.where(own == 1, grad, product))  # 1 * NaN may change bits
+        grad.copy_(torch.where(own == 1, grad, product))  # 1 * NaN may change bits of the NaN

@@ -1,4 +1,4 @@
-"""The spike rules of a policy as columns of numbers, for a decision that is taken on a device."""
+"""`RuleTable`: the spike rules of a policy as device tensors, for decisions on the device."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fastguard.stages.spike_rules import GRAD_NORM, Rule
 
 @dataclass(frozen=True, slots=True)
 class RuleTable:
-    """The rules of a policy as float64 columns `(K,)` on a device."""
+    """The K rules of a policy: one column `(K,)` per attribute, float64 unless noted."""
 
     sigma: Tensor
     warmup: Tensor
-    window: Tensor  # 0 for a fixed threshold
-    fixed: Tensor  # inf for a sigma rule
+    window: Tensor  # int64; 0 for a fixed threshold
+    fixed: Tensor  # the fixed threshold; inf for a sigma rule
     skips: Tensor  # bool
     clips: Tensor  # bool
     on_gradient: Tensor  # bool
@@ -28,7 +28,7 @@ class RuleTable:
 def rule_table_of(
     rules: tuple[Rule, ...], signals: tuple[str, ...], device: torch.device
 ) -> RuleTable:
-    """The table of these rules, kept for later steps; nobody writes to it."""
+    """Returns the table of these rules, cached and therefore read-only."""
     return _made_table(rules, signals, device) if watched() else _kept_table(rules, signals, device)
 
 

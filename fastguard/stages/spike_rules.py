@@ -1,12 +1,12 @@
-"""When is a step a spike? The two rules, and what a device keeps to judge them.
+"""The rules that decide whether a step is a spike: `SpikeRule` and `Threshold`.
 
-`SpikeRule`: a value is a spike when it exceeds
+`SpikeRule`: a value is a spike if it exceeds
 
     threshold = mean + sigma * max(std, 0.01 * |mean|, tiny)
 
-of the last `window` accepted values of its signal (population std). `Threshold` is a fixed limit.
-The sigma rule over 128 steps after a warm-up of 64 is the one that OLMo trains with; the floor
-under std keeps a nearly constant signal from calling noise a spike.
+of the last `window` accepted values of its signal (population std). The lower bound for std keeps
+noise in a nearly constant signal from being a spike. OLMo trains with this rule, with a window of
+128 steps and a warm-up of 64. `Threshold` is a fixed limit.
 """
 
 from __future__ import annotations
@@ -25,22 +25,27 @@ Action = Literal["skip", "clip", "record"]
 ACTIONS = ("skip", "clip", "record")
 GRAD_NORM = "grad_norm"
 LARGEST_WINDOW = 2**20
-"""Values of a baseline: 8 MB, looked at in each step."""
+"""Values of a baseline: 8 MB, which each step reads."""
 PATIENCE = 100
-"""Steps after which a loss that a rule waits for is missed."""
+"""Steps after which a warning names the losses of rules that were never passed."""
 
 log = logging.getLogger("fastguard")
 
 
 @dataclass(frozen=True, slots=True)
 class SpikeRule:
-    """A spike is what stands out of the recent past.
+    """Detects values far above the mean of the recent past.
 
     Args:
-        window: How many accepted values make the baseline.
-        sigma: How many standard deviations above their mean is too much.
-        warmup: Nothing is judged before this many values have been seen.
+        window: Number of accepted values in the baseline, from 2 to 2**20. Default: 128.
+        sigma: Number of standard deviations above the mean at which a value is a spike, > 0.
+            Default: 6.
+        warmup: Number of values before any value is judged, from 2 to `window`. Default: 64.
         action: `"skip"` the step, `"clip"` the gradient norm to the threshold, or only `"record"`.
+            Default: `"skip"`.
+
+    Raises:
+        TypeError, ValueError: An argument has the wrong type, or is out of range.
 
     Example:
         >>> SpikeRule(window=128, sigma=6.0, warmup=64).action
@@ -53,29 +58,32 @@ class SpikeRule:
     action: Action = "skip"
 
     fixed: ClassVar[float] = math.inf
-    """The limit that does not depend on a baseline: none."""
+    """The fixed threshold: none."""
 
     def __post_init__(self) -> None:
         count_of("SpikeRule window", self.window, 2, LARGEST_WINDOW)
         if not (is_integer(self.warmup) and 2 <= self.warmup <= self.window):
             raise ValueError(
                 f"SpikeRule warmup={shown(self.warmup)} must be an integer from 2 to "
-                f"window={self.window}: the baseline holds no more than that"
+                f"window={self.window}, the number of values in the baseline"
             )
         sigma = number_of("SpikeRule sigma", self.sigma, "use a finite number > 0")
-        if not 0 < sigma < math.inf:  # NaN is neither
+        if not 0 < sigma < math.inf:  # also refuses NaN
             raise ValueError(f"SpikeRule sigma={self.sigma!r} must be a finite number > 0")
-        object.__setattr__(self, "sigma", sigma)  # 6 and 6.0 are one rule to all ranks
+        object.__setattr__(self, "sigma", sigma)  # a float, so that ranks with 6 and 6.0 agree
         _check_action(self.action, "SpikeRule")
 
 
 @dataclass(frozen=True, slots=True)
 class Threshold:
-    """A spike is what exceeds a fixed limit.
+    """Detects values above a fixed limit.
 
     Args:
-        max: The largest value that is not a spike.
-        action: As in `SpikeRule`.
+        max: The largest value that is not a spike, > 0.
+        action: As in `SpikeRule`. Default: `"skip"`.
+
+    Raises:
+        TypeError, ValueError: An argument has the wrong type, or is out of range.
 
     Example:
         >>> Threshold(max=100.0)
@@ -91,19 +99,19 @@ class Threshold:
 
     @property
     def fixed(self) -> float:
-        """The limit that does not depend on a baseline."""
+        """The fixed threshold."""
         return self.max
 
     def __post_init__(self) -> None:
         limit = number_of("Threshold max", self.max, "use a number > 0")
-        if not limit > 0:  # NaN is not > 0
+        if not limit > 0:  # also refuses NaN
             raise ValueError(f"Threshold max={self.max!r} must be a number > 0")
         object.__setattr__(self, "max", limit)
         _check_action(self.action, "Threshold")
 
 
 Rule = SpikeRule | Threshold
-"""Each has `window`, `sigma`, `warmup`, `fixed` and `action`; a window of 0 keeps no baseline."""
+"""Each rule has `window` (0: no baseline), `sigma`, `warmup`, `fixed` and `action`."""
 
 
 def _check_action(action: object, where: str) -> None:
@@ -112,11 +120,11 @@ def _check_action(action: object, where: str) -> None:
 
 
 def rules_by_signal(spike: Rule | Mapping[str, Rule] | None) -> dict[str, Rule]:
-    """`spike=` as the user gave it, as a dict by signal name.
+    """Converts the argument `spike` into a dict by signal name.
 
     Raises:
-        TypeError: Not a rule, nor a dict of rules.
-        ValueError: `action="clip"` for a loss: there is no gradient norm to scale to.
+        TypeError: It is neither a rule nor a dict of rules.
+        ValueError: A rule on a loss has `action="clip"`; only the gradient norm can be clipped.
     """
     if spike is None:
         return {}
@@ -124,8 +132,8 @@ def rules_by_signal(spike: Rule | Mapping[str, Rule] | None) -> dict[str, Rule]:
         return {GRAD_NORM: spike}
     if isinstance(spike, int | float) and not isinstance(spike, bool):
         raise TypeError(
-            f"spike={spike!r} is a number, not a rule; pass spike=SpikeRule(sigma={spike!r}) to "
-            f"judge by the recent mean + {spike!r} standard deviations, or "
+            f"spike={spike!r} is a number, not a rule; pass spike=SpikeRule(sigma={spike!r}) for "
+            f"a limit of {spike!r} standard deviations above the recent mean, or "
             f"spike=Threshold(max={spike!r}) for a fixed limit"
         )
     if not isinstance(spike, Mapping):
@@ -144,11 +152,11 @@ def rules_by_signal(spike: Rule | Mapping[str, Rule] | None) -> dict[str, Rule]:
     return dict(spike)
 
 
-class UnmetRules:
-    """Rules on losses that nobody has given so far, to be said once.
+class MissingLosses:
+    """Warns once about spike rules on losses that are never passed.
 
     Args:
-        missing: Their signals.
+        missing: Names of the losses that rules need.
     """
 
     def __init__(self, missing: Iterable[str]) -> None:
@@ -157,28 +165,32 @@ class UnmetRules:
         self._steps = 0
 
     @classmethod
-    def of(cls, rules: Mapping[str, Rule]) -> UnmetRules | None:
-        """Those of a run that is about to begin; None if no rule waits for a loss."""
+    def of(cls, rules: Mapping[str, Rule]) -> MissingLosses | None:
+        """Returns the losses that the rules of a new run need; None if no rule needs a loss."""
         missing = [signal for signal in rules if signal != GRAD_NORM]
         return cls(missing) if missing else None
 
-    def after(self, losses: Collection[str]) -> UnmetRules | None:
-        """What is left after a step with losses of these names; None once all is met or said."""
+    def after(self, losses: Collection[str]) -> MissingLosses | None:
+        """Updates it after a step with losses of these names.
+
+        Returns:
+            Itself; None once all losses have been passed, or the warning was given.
+        """
         self._given.update(losses)
         self._missing = [signal for signal in self._missing if signal not in losses]
         self._steps += 1
         if self._missing and self._steps < PATIENCE:
             return self
         for signal in self._missing:
-            log.warning("%s", self._complaint(signal))
+            log.warning("%s", self._warning(signal))
         return None
 
-    def _complaint(self, signal: str) -> str:
+    def _warning(self, signal: str) -> str:
         near = difflib.get_close_matches(signal, [*self._given, GRAD_NORM], n=1, cutoff=0.5)
         given = ", ".join(map(repr, sorted(self._given)))
         return (
-            f"the spike rule on {signal!r} has judged nothing in {self._steps} steps: "
-            + (f"the losses given are {given}" if given else "no loss was given")
+            f"the spike rule on {signal!r} received no value in {self._steps} steps: "
+            + (f"the losses passed are {given}" if given else "no loss was passed")
             + (f"; did you mean {near[0]!r}?" if near else f"; pass {_how_to_give(signal)}")
         )
 

@@ -1,7 +1,7 @@
-"""The stages for gradients that hold no numbers yet: one opaque op each, recorded or estimated.
+"""The stages for gradients without values, as during tracing: one custom op per stage.
 
-The ops run the stages proper when there are numbers. Each op takes gradients of one segment, so
-several segments take several ops, or are put together from the norms of tensors.
+The ops run the actual stages once there are values. An op handles the gradients of one segment; for
+several segments, several ops are called, or results per tensor are combined.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def measure_bucket(
     norm_type: float,
     inv_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Power sums and counts of one bucket: see `fastguard.stages.reference.measure_bucket`."""
+    """Computes power sums and counts: see `fastguard.stages.reference.measure_bucket`."""
     ops = torch.ops.fastguard
     if n_segments == 1:
         summary, counts = ops.measure(bucket.grads, norm_type)
@@ -39,7 +39,7 @@ def measure_bucket(
 
 
 def _by_segment(each: Tensor, bucket: GradBucket, n: int, norm_type: float) -> Tensor:
-    """float64 `(4, S)` of float64 `(4, T)`."""
+    """Combines a summary per tensor, float64 `(4, T)`, into one per segment, `(4, S)`."""
     rooted = holds_norms(bucket.dtype, norm_type)
     members: list[list[Tensor]] = [[] for _ in range(n)]
     for column, segment in zip(each.unbind(1), bucket.segment_ids, strict=True):
@@ -53,7 +53,7 @@ def _by_segment(each: Tensor, bucket: GradBucket, n: int, norm_type: float) -> T
 
 
 def _placed(counts: Tensor, ids: Sequence[int], n: int) -> Tensor:
-    """The columns of `counts` at the places `ids` among n; the others are zero."""
+    """Returns `(3, n)` with the columns of `counts` at the positions `ids`, else zeros."""
     if len(ids) == n:
         return counts
     columns = [counts.new_zeros(3)] * n

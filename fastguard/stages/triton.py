@@ -1,13 +1,13 @@
-"""The stages that have kernels, with the signatures and results of `fastguard.stages.reference`.
+"""The stages as Triton kernels, with the signatures and results of `fastguard.stages.reference`.
 
     measure   chunk table -> launch 1 (a second one with several segments)    reads N bytes
     decide    launch 2, one program                                           O(S + K * W)
     apply     chunk table -> launch 3                                         nothing, or 2N bytes
     pack      launch 4, one program: the record of the step                   O(S + K)
 
-Adaptive gradient clipping has two launches of its own: see `fastguard.kernels.units`.
+Adaptive gradient clipping takes two more launches: see `fastguard.kernels.units`.
 
-Nothing here waits for the device.
+No function here waits for the device.
 """
 
 from __future__ import annotations
@@ -30,23 +30,24 @@ from fastguard.kernels.measure import measure_chunks
 from fastguard.kernels.record import record_step
 from fastguard.kernels.tuning import n_programs
 from fastguard.kernels.upload import Upload, upload
-from fastguard.stages.contract import GradStats, GuardState, Policy, Signals, Verdict
+from fastguard.stages.contract import GuardState, Policy, Signals, Verdict
 from fastguard.stages.formulas import holds_norms
+from fastguard.stages.grad_stats import GradStats
 from fastguard.stages.spike_rules import GRAD_NORM, Rule
 
 RULE_TABLES = 64
 
 _diagnostics = {"copied_gradients": 0}
-_rule_tables: dict[tuple, Upload] = {}  # by rules, signals, names of losses and device
+_rule_tables: dict[tuple, Upload] = {}  # keys: rules, signals, names of losses, device
 _lock = threading.Lock()
 
 
 def diagnostics() -> dict[str, int]:
-    """What happened since the process began and costs more than it should.
+    """Returns counts of slow operations since the start of the process.
 
     Returns:
-        `copied_gradients`: how often a gradient with strides that leave holes, or that overlaps
-        another, was copied to be measured or changed.
+        `copied_gradients`: how often a gradient had to be copied to be measured or changed, because
+        its strides leave gaps or it overlaps another gradient.
     """
     return dict(_diagnostics)
 
@@ -58,7 +59,7 @@ def measure_bucket(
     norm_type: float,
     inv_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Power sums and counts of one bucket: see `fastguard.stages.reference.measure_bucket`."""
+    """Computes power sums and counts: see `fastguard.stages.reference.measure_bucket`."""
     table = table_of(bucket, n_segments, n_programs(bucket.device))
     _copy_in(table, bucket)
     rooted = holds_norms(bucket.dtype, norm_type)
@@ -68,7 +69,7 @@ def measure_bucket(
 
 
 def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy: Policy) -> Verdict:
-    """The verdict, and `state` brought up to date: see `fastguard.stages.reference.decide`."""
+    """Returns the verdict and updates `state`: see `fastguard.stages.decide.decide`."""
     rules = None
     if policy.rules and state is not None:
         names = tuple(signals.loss_names)
@@ -103,7 +104,7 @@ def _rule_table(
     loss_names: tuple[str, ...],
     device: torch.device,
 ) -> Tensor:
-    """float64 `(K, 8)`: the rules in the columns of `kernels.columns`, uploaded once."""
+    """Returns the rules with the columns of `kernels.columns`, float64 `(K, 8)`; uploaded once."""
     key = (rules, signals, loss_names, device)
     table = _rule_tables.get(key)
     if table is None:
@@ -147,13 +148,13 @@ def apply(
 ) -> None:
     """Scales and cleans one bucket in place: see `fastguard.stages.reference.apply`."""
     device = bucket.device
-    multiplier = multiplier.contiguous()  # one number expanded to all segments is not
+    multiplier = multiplier.contiguous()  # an expanded number is not contiguous
     table = table_of(bucket, multiplier.numel(), n_programs(device))
     _copy_in(table, bucket)
     apply_chunks(table, device, bucket.dtype, multiplier, clean, changes)
     for position, buffer in table.copies:
         bucket.grads[position].copy_(buffer)
-    # Autograd does not see a kernel's writes; the gradients of a run share its version counter.
+    # Autograd does not see writes of a kernel; the gradients of a run share its version counter.
     increment_version(bucket.grads if bucket.runs is None else [run.flat for run in bucket.runs])
 
 
@@ -165,7 +166,7 @@ def pack(
     state: GuardState,
     lr: Tensor | None,
 ) -> None:
-    """The record of a step in one row: see `fastguard.stages.reference.pack`."""
+    """Writes the record of a step into one row: see `fastguard.stages.reference.pack`."""
     record_step(
         row,
         stats.summary.contiguous(),
@@ -190,7 +191,7 @@ def unit_coefs(
     propagates: bool,
     inv_scale: Tensor | None = None,
 ) -> Tensor:
-    """The coefficient of each unit: see `fastguard.stages.reference_units.unit_coefs`."""
+    """Computes the coefficient of each unit: see `fastguard.stages.reference_units.unit_coefs`."""
     bucket = units.bucket
     table = unit_kernels.unit_table(units, tuple(limits.tolist()))
     for copies, tensors in (

@@ -1,10 +1,10 @@
-"""Adaptive gradient clipping as a stage: one coefficient for each unit of each parameter.
+"""Adaptive gradient clipping as a stage: one coefficient per unit of each parameter.
 
     unit_buckets -> unit_coefs -> scale_units
 
-I/O: reads gradients and weights once (2N bytes), writes 8 bytes per unit; then reads and writes the
-gradients of the units that are clipped. Beside `GuardedOptimizer`, which has measured the gradients
-before to decide whether the step is taken, that is a second read of them.
+I/O: reads gradients and weights once (2N bytes) and writes 8 bytes per unit; then reads and writes
+the gradients of the clipped units. With `GuardedOptimizer`, this is a second read of the gradients,
+since it measures them before to decide whether to take the step.
 """
 
 from __future__ import annotations
@@ -31,16 +31,17 @@ def clip_units(
     inv_scale: Tensor | None = None,
     verdict: Verdict | None = None,
 ) -> Tensor | None:
-    """Scales the units that are above their limits, in place. Waits for no GPU.
+    """Scales the units that are above their limits, in place. Does not wait for a GPU.
 
     Args:
         units: Gradients and weights.
         limits, norm_type, propagates, inv_scale: See `reference_units.unit_coefs`.
-        verdict: A step that it skips is left alone; None: there is no such step.
+        verdict: The verdict on the step; if it skips the step, no unit is scaled. None: not part
+            of a guarded step.
 
     Returns:
         float64 `()`: the smallest coefficient, on the device of the first bucket; None if there
-        are no units, or the step is skipped on the host.
+        are no units, or if the host knows that the step is skipped.
     """
     if isinstance(verdict, HostVerdict) and verdict.known.skipped:
         return None
@@ -60,7 +61,7 @@ def clip_units(
             refuse_wrapped(part.bucket.grads, error)
             raise
         part.bucket.write_back()
-        least = coefs.amin()  # NaN if one is
+        least = coefs.amin()  # NaN if any coefficient is NaN
         if smallest is not None:
             least = torch.minimum(smallest, moved(least, smallest.device))
         smallest = least
@@ -68,7 +69,7 @@ def clip_units(
 
 
 def with_units(verdict: Verdict, smallest: Tensor | None) -> Verdict:
-    """The verdict with the smallest coefficient of a unit in `clip_coef`, for the records."""
+    """Returns the verdict with `clip_coef` times the smallest unit coefficient, for the records."""
     if smallest is None:
         return verdict
     coef = verdict.clip_coef * moved(smallest, verdict.clip_coef.device)

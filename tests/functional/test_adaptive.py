@@ -207,7 +207,7 @@ def test_excluded_gradients_are_cleaned_too():
     [
         ("named", ["haed"], "'haed', which matches no parameter; did you mean 'head'"),
         ("plain", ["head"], r"no names; pass model.named_parameters\(\)"),
-        ("named", [torch.ones(2)], r"tensor of shape \(2,\), which is none of the parameters"),
+        ("named", [torch.ones(2)], r"tensor of shape \(2,\), which is not one of the parameters"),
         ("named", [3], "exclude holds 3, a int; pass names"),
     ],
 )

@@ -8,7 +8,8 @@ import torch
 import fastguard
 from fastguard.gradients.buckets import bucketize
 from fastguard.stages import reference
-from fastguard.stages.contract import GradStats, Policy, Signals
+from fastguard.stages.contract import Policy, Signals
+from fastguard.stages.grad_stats import GradStats
 from guardtest.graphs import captured
 from guardtest.roundings import BAD_PATTERNS, sum_whole_vectors
 from guardtest.tolerances import KEPT_RTOL, MEASURED_RTOL, NORM_RTOL

@@ -10,7 +10,8 @@ import torch
 
 from fastguard.stages import reference
 from fastguard.stages import triton as triton_stages
-from fastguard.stages.contract import GradStats, GuardState, Policy, Signals
+from fastguard.stages.contract import GuardState, Policy, Signals
+from fastguard.stages.grad_stats import GradStats
 from fastguard.stages.reason import Reason
 from fastguard.stages.spike_rules import SpikeRule, Threshold
 from guardtest.stories import assert_taken_back

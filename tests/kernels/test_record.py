@@ -8,7 +8,8 @@ import torch
 from fastguard.records.device_row import Outcome, unpack
 from fastguard.stages import reference
 from fastguard.stages import triton as triton_stages
-from fastguard.stages.contract import GradStats, GuardState, Policy, Signals
+from fastguard.stages.contract import GuardState, Policy, Signals
+from fastguard.stages.grad_stats import GradStats
 from fastguard.stages.spike_rules import SpikeRule, Threshold
 
 CPU = torch.device("cpu")

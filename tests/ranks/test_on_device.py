@@ -14,8 +14,9 @@ from fastguard.ranks.loss_names import OTHERS, OWN, PLACES, LossNames
 from fastguard.records.device_row import Outcome
 from fastguard.records.recorder import Recorder, record_now
 from fastguard.stages import reference
-from fastguard.stages.contract import GradStats, GuardState, Policy, Signals
+from fastguard.stages.contract import GuardState, Policy, Signals
 from fastguard.stages.cpu import decide
+from fastguard.stages.grad_stats import GradStats
 from fastguard.stages.reduce import _read_on_host, _with_losses
 
 CPU = torch.device("cpu")

@@ -11,8 +11,9 @@ import torch
 from fastguard import GuardedOptimizer, SpikeRule, StepRecord, Threshold
 from fastguard.records.device_row import ROWS, Outcome
 from fastguard.records.recorder import KEPT, Recorder, record_now
-from fastguard.stages.contract import GradStats, GuardState, Policy, Signals
+from fastguard.stages.contract import GuardState, Policy, Signals
 from fastguard.stages.decide import decide
+from fastguard.stages.grad_stats import GradStats
 from fastguard.stages.reason import Reason
 from guardtest.recorded import SlowArrival, guard
 

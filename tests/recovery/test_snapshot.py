@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastguard.gradients.buckets import GradBuckets
 from fastguard.recovery.snapshot import LOOKED, Snapshot
-from fastguard.stages.contract import GradStats
+from fastguard.stages.grad_stats import GradStats
 from fastguard.stages.measure import measure
 
 NAN, INF = math.nan, math.inf

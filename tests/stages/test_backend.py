@@ -118,7 +118,7 @@ def test_the_environment_can_ask_for_the_kernels(monkeypatch, value):
 
 def test_the_environment_names_a_backend_that_does_not_exist(monkeypatch):
     monkeypatch.setenv("FASTGUARD_BACKEND", "numpy")
-    with pytest.raises(ValueError, match=r"FASTGUARD_BACKEND='numpy' names no backend; use torch"):
+    with pytest.raises(ValueError, match=r"FASTGUARD_BACKEND='numpy' is not a backend; use torch"):
         backend.stages(CUDA)
 
 

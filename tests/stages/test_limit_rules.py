@@ -182,7 +182,7 @@ def test_a_rule_cannot_learn_nan():
     [
         (lambda: ZClip(z=0), "ZClip z=0 must be a finite number > 0"),
         (lambda: ZClip(z=NAN), "ZClip z=nan must be"),
-        (lambda: ZClip(alpha=1.0), "ZClip alpha=1.0 must be a number from 0 to below 1"),
+        (lambda: ZClip(alpha=1.0), "ZClip alpha=1.0 must be a number in [0, 1)"),
         (lambda: ZClip(warmup=1), "ZClip warmup=1 must be an integer >= 2"),
         (lambda: ZClip(max_norm=-1), "ZClip max_norm=-1 must be"),
         (lambda: AutoClip(percentile=101), "AutoClip percentile=101 must be a number from 0"),

@@ -8,8 +8,8 @@ import torch
 from fastguard.gradients.buckets import bucketize
 from fastguard.gradients.tensor_kinds import PLAIN
 from fastguard.stages import backend, reference
-from fastguard.stages.contract import GradStats
 from fastguard.stages.cpu.measure import measure_bucket as measure_on_cpu
+from fastguard.stages.grad_stats import GradStats
 from fastguard.stages.measure import measure, norm_type_of
 from guardtest.grads import true_norm
 from guardtest.tolerances import MEASURED_RTOL

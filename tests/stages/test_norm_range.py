@@ -160,7 +160,7 @@ def test_raise_mode_says_that_no_float64_holds_the_norm(norm_type):
         lambda: fastguard.clip_grad_norm_(params, 1.0, norm_type, error_if_nonfinite=True),
         lambda: fastguard.get_total_norm([before], norm_type, error_if_nonfinite=True),
     ):
-        with pytest.raises(fastguard.NonFiniteGradError, match="beyond float64"):
+        with pytest.raises(fastguard.NonFiniteGradError, match="exceeds the largest float64"):
             call()
     assert params[0].grad.equal(before)
 
@@ -197,7 +197,7 @@ def test_plain_scaling_agrees(multiplier):
     x = torch.tensor([3e38, -1e30, 1.0, 0.0])
     (bucket,), buckets = bucketize([x.clone()]).buckets, bucketize([x.clone()])
     factor = torch.tensor([multiplier], dtype=torch.float64)
-    reference._apply_without_reading(bucket.grads[0], factor[0], torch.zeros(()))
+    reference._apply_to_tensor(bucket.grads[0], factor[0], torch.zeros(()))
     scale(buckets, factor, torch.zeros(()))
     torch.testing.assert_close(
         bucket.grads[0], buckets.buckets[0].grads[0], rtol=0, atol=0, equal_nan=True

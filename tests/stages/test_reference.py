@@ -34,7 +34,7 @@ def test_without_reading_the_verdict_the_same_comes_out(dtype, clean, multiplier
     (bucket,) = bucketize([expected]).buckets
     scales, cleans = torch.tensor([multiplier], dtype=torch.float64), torch.tensor(clean)
     reference.apply(bucket, scales, cleans)
-    reference._apply_without_reading(grad, scales[0], cleans)
+    reference._apply_to_tensor(grad, scales[0], cleans)
     torch.testing.assert_close(grad, expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -43,8 +43,6 @@ def test_the_coefficient_is_not_rounded_to_16_bits(dtype):
     # A GPU rounds a scalar to the dtype of the tensor that it multiplies: 0.999 would become 1.
     grad = torch.ones(4, dtype=DTYPES[dtype])
     with Products() as products:
-        reference._apply_without_reading(
-            grad, torch.tensor(0.999, dtype=torch.float64), torch.zeros(())
-        )
+        reference._apply_to_tensor(grad, torch.tensor(0.999, dtype=torch.float64), torch.zeros(()))
     assert products.dtypes  # one multiplication, or two for a tiny coefficient
     assert all(pair == [torch.float32, torch.float32] for pair in products.dtypes)

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from fastguard import SpikeRule, Threshold
-from fastguard.stages.spike_rules import UnmetRules, rules_by_signal
+from fastguard.stages.spike_rules import MissingLosses, rules_by_signal
 
 
 def test_one_rule_is_for_the_gradient_norm():
@@ -79,37 +79,37 @@ def test_a_threshold_with_an_unknown_action():
         ({"loss": Threshold(1.0, "clip")}, ValueError, "only 'grad_norm' can be clipped"),
     ],
 )
-def test_what_is_no_rule_is_refused(spike, error, message):
+def test_an_invalid_spike_argument_is_refused(spike, error, message):
     with pytest.raises(error, match=message):
         rules_by_signal(spike)
 
 
-def said_after(rules, losses, steps, caplog):
-    """The warnings, and whether the looking has come to an end."""
+def warned_after(rules, losses, steps, caplog):
+    """Returns the warnings after some steps, and whether the check has ended."""
     caplog.clear()
-    unmet = UnmetRules.of(dict.fromkeys(rules, Threshold(1.0)))
+    missing = MissingLosses.of(dict.fromkeys(rules, Threshold(1.0)))
     for _ in range(steps):
-        unmet = None if unmet is None else unmet.after(losses)
-    return [r.getMessage() for r in caplog.records], unmet is None
+        missing = None if missing is None else missing.after(losses)
+    return [r.getMessage() for r in caplog.records], missing is None
 
 
-def test_a_rule_on_a_loss_that_nobody_gives_is_said_once(caplog):
-    assert said_after(["loss"], ["loss"], 1, caplog) == ([], True)
-    assert said_after(["grad_norm"], [], 1, caplog) == ([], True)
-    assert said_after(["recontruction"], ["reconstruction"], 99, caplog) == ([], False)
-    (message,), done = said_after(["recontruction", "kl"], ["reconstruction", "kl"], 300, caplog)
+def test_a_rule_on_a_loss_that_is_never_passed_warns_once(caplog):
+    assert warned_after(["loss"], ["loss"], 1, caplog) == ([], True)
+    assert warned_after(["grad_norm"], [], 1, caplog) == ([], True)
+    assert warned_after(["recontruction"], ["reconstruction"], 99, caplog) == ([], False)
+    (message,), done = warned_after(["recontruction", "kl"], ["reconstruction", "kl"], 300, caplog)
     assert done
-    assert "the spike rule on 'recontruction' has judged nothing in 100 steps" in message
-    assert "did you mean 'reconstruction'" in message and "'kl'" not in message.split("given")[0]
-    (message,), _ = said_after(["loss"], [], 100, caplog)
-    assert "no loss was given" in message and "opt.step(loss=" in message
-    (message,), _ = said_after(["gradnorm"], ["loss"], 100, caplog)
+    assert "the spike rule on 'recontruction' received no value in 100 steps" in message
+    assert "did you mean 'reconstruction'" in message and "'kl'" not in message.split("passed")[0]
+    (message,), _ = warned_after(["loss"], [], 100, caplog)
+    assert "no loss was passed" in message and "opt.step(loss=" in message
+    (message,), _ = warned_after(["gradnorm"], ["loss"], 100, caplog)
     assert "did you mean 'grad_norm'" in message
 
 
-def test_losses_of_single_steps_count_too(caplog):
-    unmet = UnmetRules.of({"a": Threshold(1.0), "b": Threshold(1.0)})
+def test_losses_passed_in_single_steps_count(caplog):
+    missing = MissingLosses.of({"a": Threshold(1.0), "b": Threshold(1.0)})
     for given in (["a"], [], ["b"]):
-        assert unmet is not None
-        unmet = unmet.after(given)
-    assert unmet is None and not caplog.records
+        assert missing is not None
+        missing = missing.after(given)
+    assert missing is None and not caplog.records

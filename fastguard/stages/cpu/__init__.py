@@ -1,1 +1,1 @@
-"""The stages on a CPU: at the speed of memory, norms true to float64."""
+"""The stages on a CPU: at the speed of memory, with norms close to float64 accuracy."""

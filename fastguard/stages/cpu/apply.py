@@ -1,4 +1,4 @@
-"""apply on a CPU: reads the multipliers, and touches memory only where there is something to do."""
+"""The apply stage on a CPU: reads the multipliers, and changes only gradients that need it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastguard.stages.formulas import (
 CPU = torch.device("cpu")
 FACTORS = {torch.float32: np.float32, torch.float64: np.float64}
 HALF = (torch.float16, torch.bfloat16)
-_IGNORED = torch.zeros((), device=CPU)  # where the scaler's operation would say that it met Inf
+_IGNORED = torch.zeros((), device=CPU)  # the found_inf output of the scaler's operation; not used
 
 
 def apply(
@@ -48,9 +48,11 @@ def _apply_where_needed(bucket: GradBucket, multiplier: list[float], clean: bool
 
 
 def _pieces(bucket: GradBucket, segment: int, multiplier: float) -> list[Tensor]:
-    """The long runs, where there are any: one multiplication instead of one a tensor.
+    """Returns the runs of a segment, if any: one multiplication per run, not one per tensor.
 
-    Not for NaN or Inf, which would reach the zeros between the gradients of a run."""
+    With a NaN or Inf multiplier, returns single gradients, because the zeros between the gradients
+    of a run must remain zeros.
+    """
     if bucket.runs is None or not math.isfinite(multiplier):
         return bucket.grads
     return [run.flat for run in bucket.runs if run.segment == segment]
@@ -66,16 +68,16 @@ def _multiply(
         torch._foreach_mul_(grads, torch.tensor(SMALLEST_FACTOR, device=CPU))
         multiplier /= SMALLEST_FACTOR
     if len(grads) == 1:
-        grads[0].mul_(multiplier)  # rounds it to what a tensor would hold
+        grads[0].mul_(multiplier)  # rounds the factor as for a list of tensors
         return
-    # A tensor, because _foreach_mul_ by a Python float costs six times as much on a CPU.
+    # A tensor, because _foreach_mul_ by a Python float takes six times as long on a CPU.
     factor = torch.from_numpy(np.array(multiplier, FACTORS[factor_dtype(dtype)]))
     try:
         if dtype in HALF:
             _multiply_half(grads, factor)
         else:
             torch._foreach_mul_(grads, factor)
-    except RuntimeError:  # before any is changed: a list that is written to may hold no such view
+    except RuntimeError:  # raised before any change: foreach cannot write to negative views
         if not any(map(Tensor.is_neg, grads)):
             raise
         for grad in grads:
@@ -83,8 +85,10 @@ def _multiply(
 
 
 def _multiply_half(grads: Tensors, factor: Tensor) -> None:
-    """The same bits as `_foreach_mul_`, which casts the float32 factor anew for each tensor: the
-    operation of `GradScaler` takes 0.2 to 0.5 of its time.
+    """Multiplies 16-bit gradients, with the same bits as `_foreach_mul_`.
+
+    The operation of `GradScaler` takes 20 to 50 % of the time of `_foreach_mul_`, which casts the
+    float32 factor again for each tensor.
     """
     torch._amp_foreach_non_finite_check_and_unscale_(grads, _IGNORED, factor)
-    torch.autograd.graph.increment_version(grads)  # which that operation does not
+    torch.autograd.graph.increment_version(grads)  # that operation does not do it

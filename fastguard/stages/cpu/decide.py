@@ -1,8 +1,9 @@
-"""The decision in Python floats, for a CPU: the twin of `reference.decide` where reading is free.
+"""The decide stage in Python floats, for a CPU, where reading a tensor needs no synchronisation.
 
-Two dozen tensor operations on single numbers cost 40 µs on a CPU, the same arithmetic on Python
-floats 5 µs. Same rules, same order, same state. What was decided goes along as numbers too
-(`HostVerdict.known`), for apply and the records.
+Computes the same as `reference.decide`, in the same order and with the same state: two dozen tensor
+operations on single numbers cost 40 µs on a CPU, the same arithmetic on Python floats 5 µs. The
+verdict also holds its values as Python numbers (`HostVerdict.known`), for the apply stage and the
+records.
 """
 
 from __future__ import annotations
@@ -16,16 +17,9 @@ import torch
 from torch import Tensor
 
 from fastguard.stages.adaptive_limits import exact, numbers_of
-from fastguard.stages.contract import (
-    GradStats,
-    GuardState,
-    HostVerdict,
-    Known,
-    NonFinite,
-    Policy,
-    Signals,
-)
+from fastguard.stages.contract import GuardState, HostVerdict, Known, NonFinite, Policy, Signals
 from fastguard.stages.formulas import EPS, TINY, clip_coefficients, propagated_norms
+from fastguard.stages.grad_stats import GradStats
 from fastguard.stages.reason import Reason
 from fastguard.stages.spike_rules import GRAD_NORM
 
@@ -34,8 +28,8 @@ def _float64(x: float | list[float]) -> Tensor:
     return torch.from_numpy(np.array(x, np.float64))  # a third of the time of torch.tensor
 
 
-# Parts of nearly every verdict, made once: each would cost 1.5 µs. Nobody writes to them. By numpy,
-# because a FakeTensorMode that is active at the import cannot make placeholders of them.
+# Constants of most verdicts, created once, which saves 1.5 µs each; they are never written to. Made
+# with numpy, so that importing this under FakeTensorMode does not make them placeholders.
 _NO, _YES = (torch.from_numpy(np.array(x, np.float32)) for x in (0.0, 1.0))
 _REASONS = tuple(torch.from_numpy(np.array(int(reason), np.int64)) for reason in Reason)
 _NO_SPIKES = torch.from_numpy(np.empty(0, np.bool_))
@@ -55,7 +49,7 @@ def decide(
     bad_loss = not all(map(math.isfinite, losses.values()))
     lowers = overflow and not bad_loss and _scale_falls(signals)
     grad_fault, loss_fault = _faults(policy.nonfinite, bad_grad, bad_loss, overflow, lowers)
-    # No float64 holds the norm of these finite elements; propagate clips them to zero, as torch.
+    # The norm of finite elements exceeds float64; in propagate mode clipped to zero, as in torch.
     too_large = total_norm == math.inf and policy.nonfinite != "propagate"
     fault = grad_fault or loss_fault or too_large
 
@@ -115,15 +109,16 @@ def decide(
 
 
 def _total_norm(stats: GradStats, sums: list[float]) -> float:
+    """Returns the norm of the whole model; inf if it exceeds float64."""
     if stats.rooted and len(sums) == 1:
         return sums[0]
     if stats.rooted or stats.norm_type != 2.0:
         return stats.total_norm64.item()
-    return math.sqrt(sum(sums))  # not fsum, nor ** above: they raise where this overflows
+    return math.sqrt(sum(sums))  # fsum and ** would raise on overflow
 
 
 def _adapted(state: GuardState, policy: Policy, norm: float, enters: bool) -> float:
-    """The limit of an adaptive rule for one segment, which learns the norm if it `enters`."""
+    """Returns the limit of the adaptive rule, which learns the norm if `enters`."""
     assert policy.adaptive is not None and policy.adaptive.on_host is not None
     limit, learn = policy.adaptive.on_host(norm, numbers_of(state))
     if enters and 0 < norm < math.inf:
@@ -138,17 +133,17 @@ def _scale_falls(signals: Signals) -> bool:
 def _faults(
     nonfinite: NonFinite, bad_grad: bool, bad_loss: bool, overflow: bool, lowers: bool
 ) -> tuple[bool, bool]:
-    """Whether gradients, and whether a loss, forbid the step."""
+    """Returns whether gradients, and whether a loss, require skipping the step."""
     if nonfinite == "propagate":
         return overflow, False
-    # Cleaning cures what was counted; a fault that only the scaler saw is not cured by it. What a
-    # lower scale cures is not cleaned: zeros would stand for the largest gradients of the model.
+    # Cleaning fixes the elements that were counted, but not an overflow that only the scaler found.
+    # An overflow that a lower scale fixes is not cleaned: it would zero the largest gradients.
     cured = nonfinite == "zero" and bad_grad and not lowers
     return (overflow or bad_grad) and not cured, bad_loss
 
 
 def _torch_norm(total_norm: float, counts: list[list[float]]) -> float:
-    """NaN if an element is, else inf if one is infinite."""
+    """Returns the norm as torch computes it: NaN if an element is NaN, else inf if one is Inf."""
     nan, posinf, neginf = map(any, counts)
     if nan:
         return math.nan
@@ -164,7 +159,10 @@ def _clip_coefs(
     sums: list[float],
     bad_grad: bool,
 ) -> float | Tensor:
-    """A number where there is one segment, else float64 `(S,)`; NaN only in propagate mode."""
+    """Returns the clip coefficients: a number for one segment, else float64 `(S,)`.
+
+    NaN occurs only in propagate mode.
+    """
     propagates = bad_grad and policy.nonfinite == "propagate"
     if len(sums) == 1 and not propagates:
         limit = max_norm.item() if isinstance(max_norm, Tensor) else max_norm
@@ -180,15 +178,18 @@ def _clip_coefs(
 def _smallest(coefs: float | Tensor) -> float:
     if not isinstance(coefs, Tensor):
         return coefs
-    return coefs.amin().item() if len(coefs) else 1.0  # NaN if one is
+    return coefs.amin().item() if len(coefs) else 1.0  # NaN if any coefficient is NaN
 
 
 def _coef(norm: float, limit: float) -> float:
-    return 1.0 if limit == math.inf else min(limit / (norm + EPS), 1.0)  # NaN first, and stays
+    return 1.0 if limit == math.inf else min(limit / (norm + EPS), 1.0)  # min(NaN, 1.0) is NaN
 
 
 def _thresholds(state: GuardState, policy: Policy) -> list[float]:
-    """`mean + sigma * max(std, 0.01 * |mean|, tiny)` of the filled part of each ring."""
+    """Returns the threshold of each rule.
+
+    `mean + sigma * max(std, 0.01 * |mean|, tiny)` of the filled part of its ring, or a fixed limit.
+    """
     thresholds = []
     filled = state.rings[:, 0].tolist()
     for k, rule in enumerate(policy.rules):
@@ -212,14 +213,14 @@ def _spikes(
     in_a_row = state.rings[:, 2].tolist()
     spikes = []
     for k, rule in enumerate(policy.rules):
-        exceeds = not fault and values[k] > thresholds[k]  # NaN exceeds nothing
+        exceeds = not fault and values[k] > thresholds[k]  # False for NaN
         lasting = rule.window > 0 and in_a_row[k] >= rule.window
         spikes.append(exceeds and not lasting)
     return spikes
 
 
 def _spike_limit(policy: Policy, spikes: list[bool], thresholds: list[float]) -> float:
-    """What the norm of a step that spiked is scaled to; inf if it is not."""
+    """Returns the norm to which spikes are clipped; inf if no rule that clips saw a spike."""
     judged = zip(policy.rules, spikes, thresholds, strict=True)
     return min((t for r, spike, t in judged if spike and r.action == "clip"), default=math.inf)
 
@@ -236,7 +237,7 @@ def _update_rings(
     rings = state.rings.numpy()
     windows = state.windows.numpy()
     for k, rule in enumerate(policy.rules):
-        if not math.isfinite(values[k]):  # a loss that this step did not give says nothing
+        if not math.isfinite(values[k]):  # a loss not passed in this step is NaN
             continue
         if state.undo is not None:
             state.undo.append(partial(rings.__setitem__, k, rings[k].copy()))
@@ -252,7 +253,7 @@ def _update_rings(
 
 
 def _count_step(state: GuardState, skip: bool, lowers: bool) -> tuple[int, int]:
-    """The number of this step, and how many incidents in a row were skipped."""
+    """Counts the step; returns its number and the number of consecutive skipped incidents."""
     counters = state.counters.numpy()
     step, applied, skipped, in_a_row, for_scale = before = counters.tolist()
     if state.undo is not None:

@@ -1,4 +1,4 @@
-"""measure on a CPU: power sums and counts of one bucket, see `stages.cpu.power_sums`."""
+"""The measure stage on a CPU; the sums are computed in `stages.cpu.power_sums`."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def measure_bucket(
     norm_type: float,
     inv_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Power sums and counts of one bucket: see `fastguard.stages.reference.measure_bucket`."""
+    """Computes power sums and counts: see `fastguard.stages.reference.measure_bucket`."""
     sums, bad = power_sums(bucket, n_segments, norm_type)
     bucket.memo.nonfinite = list(bad)
-    rows = np.zeros((4, n_segments))  # numpy makes both in half of torch's time
+    rows = np.zeros((4, n_segments))  # numpy takes half of the time of torch
     rows[0] = sums
     summary = torch.from_numpy(rows)
     counts = torch.from_numpy(np.zeros((3, n_tensors), np.int64))

@@ -1,14 +1,13 @@
-"""Measuring on a CPU: power sums and counts at the speed of memory, norms true to float64.
+"""Power sums and counts of gradients on a CPU, at the speed of memory.
 
-Formula: `power_sum = sum(|x|^p)`; the fast road for p = 2 is `cpu_l2`, all else sums in float64:
-other powers, float64 gradients, and many segments of one small tensor each.
+Formula: `power_sum = sum(|x|^p)`. For p = 2 and dtypes below float64, `l2_sums` computes it; all
+other cases (other p, float64 gradients, many segments of one small tensor each) sum in float64.
 
-The sum is also the finiteness flag: NaN or Inf in it send the segment to the exact look, which
-counts NaN, +Inf and -Inf and sums the rest. What float32 cannot hold is noticed too and done again
-in float64: a row that overflows makes the sum infinite, and a sum under
-`n_elements * 2**-126 * 1e9` may have lost squares to underflow. What float64 cannot hold is noticed
-in the same way, and done again with elements divided by the largest: there the result is the norm,
-see `fastguard.stages.formulas.holds_norms`.
+The sum also tells whether all elements are finite: if it is NaN or Inf, an exact pass in float64
+follows, which counts NaN, +Inf and -Inf and sums the finite elements. It also follows if float32
+may have failed: an overflow makes the sum infinite, and below `n_elements * 2**-126 * 1e9` squares
+may have been lost to underflow. If a sum exceeds the range of float64, elements are divided by the
+largest one and the result is the norm: see `fastguard.stages.formulas.holds_norms`.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ from fastguard.stages.cpu import l2_sums
 from fastguard.stages.cpu.vectors import gathered
 from fastguard.stages.formulas import holds_norms
 
-PIECE = 2**18  # elements that become float64 at a time: 2 MB
-SMALL = 2**12  # elements up to which a segment of one tensor is summed together with others
-FEW = 8  # of them; fewer are summed one by one
+PIECE = 2**18  # elements that are converted to float64 at a time: 2 MB
+SMALL = 2**12  # up to this number of elements, single-tensor segments are summed together
+FEW = 8  # fewer such segments are summed one by one
 TINY_SQUARE = 2.0**-126  # smallest normal float32: smaller squares may be flushed to zero
-TINY_POWER = 2.0**-960  # of float64: powers that are flushed to zero are less than 2**-62 of this
+TINY_POWER = 2.0**-960  # float64 powers that are flushed to zero are below 2**-62 of this
 
 
 Counts = tuple[int, int, int]
@@ -45,11 +44,11 @@ class Part:
     """One segment of a bucket.
 
     Attributes:
-        segment: Its number.
-        positions: Where its gradients stand in the bucket.
-        tensors: What holds their elements.
-        sizes: How many elements each of these has, if it is known.
-        pieces: The same, ready to be read where it lies now; None: nobody has asked for it.
+        segment: The number of the segment.
+        positions: Positions of its gradients in the bucket.
+        tensors: Its gradients, or the runs that hold them.
+        sizes: Number of elements of each tensor, if known.
+        pieces: The tensors prepared for `l2_sums.power_sum`; None: not prepared yet.
     """
 
     segment: int
@@ -59,7 +58,7 @@ class Part:
     pieces: l2_sums.Pieces | None = None
 
     def l2_power_sum(self) -> float:
-        """See `l2_sums.power_sum`."""
+        """Returns the sum of squares: see `l2_sums.power_sum`."""
         if self.pieces is None:
             self.pieces = l2_sums.Pieces.of(self.tensors, self.sizes)
         return l2_sums.power_sum(self.pieces)
@@ -68,22 +67,22 @@ class Part:
 def power_sums(
     bucket: GradBucket, n_segments: int, norm_type: float
 ) -> tuple[list[float], dict[int, Counts]]:
-    """Power sums, or norms, of the finite elements of each segment, and counts of the others.
+    """Computes power sums, or norms, of the finite elements per segment, and counts of the others.
 
     Args:
         bucket: CPU gradients of one dtype.
         n_segments: S.
-        norm_type: p > 0; `inf` gives the maximum in place of the power sum.
+        norm_type: p > 0; `inf` gives the maximum instead of the power sum.
 
     Returns:
-        S power sums (norms, where `holds_norms` of this dtype), and `{position in bucket.grads:
-        (nan, posinf, neginf)}` of the bad tensors alone.
+        S power sums (norms if `holds_norms` is true for this dtype), and the dict `{position in
+        bucket.grads: (nan, posinf, neginf)}` with the tensors that hold non-finite elements.
     """
     sums = [0.0] * n_segments
     bad: dict[int, Counts] = {}
     parts = _parts(bucket)
     roots = holds_norms(bucket.dtype, norm_type)
-    known = _sums_of_small_ones(parts, norm_type)
+    known = _sums_of_small_segments(parts, norm_type)
     for part in parts:
         total = known.get(part.segment)
         if total is None:
@@ -98,8 +97,10 @@ def power_sums(
 
 
 def _parts(bucket: GradBucket) -> list[Part]:
-    """The segments. Kept where there are runs, for as long as these stay where they are: to share
-    memory with another process moves it behind the back of a numpy array.
+    """Returns the segments of a bucket; cached if it has runs, as long as their addresses hold.
+
+    Addresses change when memory is moved to be shared with another process; numpy arrays of it
+    would then be stale.
     """
     if bucket.runs is None:
         return list(_by_segment(bucket))
@@ -126,18 +127,18 @@ def _by_segment(bucket: GradBucket) -> Iterator[Part]:
 
 
 def by_number(pairs: Iterable[tuple[int, T]]) -> dict[int, list[T]]:
-    """What stands beside the same number, such as the gradients of each segment."""
+    """Groups the second entries of pairs by the first, such as gradients by segment."""
     members: dict[int, list[T]] = {}
     for segment, member in pairs:
         members.setdefault(segment, []).append(member)
     return members
 
 
-def _sums_of_small_ones(parts: Sequence[Part], norm_type: float) -> dict[int, float]:
-    """The power sums of segments that are one small tensor each, in float64, many at a time.
+def _sums_of_small_segments(parts: Sequence[Part], norm_type: float) -> dict[int, float]:
+    """Returns the float64 power sums of segments that consist of one small tensor, by segment.
 
-    One at a time costs 9 µs a segment, which is what norms by tensor of a model of many layers are
-    made of.
+    Sums many at a time, since one at a time costs 9 µs per segment. Norms per tensor of a model
+    with many layers consist mostly of such segments.
     """
     single = [(part.segment, part.tensors[0]) for part in parts if len(part.tensors) == 1]
     small = [(segment, t) for segment, t in single if 0 < t.numel() <= SMALL]
@@ -147,13 +148,13 @@ def _sums_of_small_ones(parts: Sequence[Part], norm_type: float) -> dict[int, fl
     sums: list[float] = []
     for x, owners in _float64_pieces([t for _, t in small]):
         starts = np.cumsum([0] + [small[i][1].numel() for i in owners[:-1]])
-        with np.errstate(over="ignore", invalid="ignore"):  # not finite: looked at again
+        with np.errstate(over="ignore", invalid="ignore"):  # the caller checks for Inf and NaN
             sums += add.reduceat(_powers(x, norm_type).numpy(), starts).tolist()
     return dict(zip((s for s, _ in small), sums, strict=True))
 
 
 def _clean_sum(part: Part, dtype: torch.dtype, norm_type: float) -> float:
-    """The power sum if every element is finite; NaN or Inf if one is not, or if float32 gave up."""
+    """Returns the power sum; NaN or Inf if an element is not finite, or if float32 overflows."""
     if norm_type == math.inf:
         pieces = in_pieces(_not_empty(part.tensors))
         return torch.stack(torch._foreach_norm(pieces, math.inf)).max().item()
@@ -163,17 +164,20 @@ def _clean_sum(part: Part, dtype: torch.dtype, norm_type: float) -> float:
 
 
 def _not_empty(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """torch has no inf-norm of an empty tensor; zero is the norm of nothing."""
+    """Returns the non-empty tensors, or a zero if there are none.
+
+    torch refuses the inf-norm of an empty tensor; it is 0 here.
+    """
     return [t for t in tensors if t.numel()] or [torch.zeros(1, device="cpu")]
 
 
 def _trustworthy(
     total: float, bucket: GradBucket, part: Part, norm_type: float, in_float64: bool
 ) -> bool:
-    """Whether a sum is finite, and large enough to have lost nothing to underflow."""
+    """Whether a sum is finite, and too large for squares or powers to have underflowed."""
     if not math.isfinite(total):
         return False
-    if total > 1e-12 or norm_type == math.inf:  # no gradient that fits a machine can lose anything
+    if total > 1e-12 or norm_type == math.inf:  # above the limits below for any size in memory
         return True
     if holds_norms(bucket.dtype, norm_type):
         least = TINY_POWER
@@ -185,7 +189,7 @@ def _trustworthy(
 
 
 def _root(power_sum: float, norm_type: float) -> float:
-    """The norm; inf where it is beyond float64, as it may be for p < 1."""
+    """Returns the norm; inf if it exceeds float64, as it may for p < 1."""
     if norm_type == 2.0:
         return math.sqrt(power_sum)
     try:
@@ -194,14 +198,14 @@ def _root(power_sum: float, norm_type: float) -> float:
         return math.inf
 
 
-# Everything, exactly, in float64.
+# The exact pass, in float64.
 
 
 def _float64_pieces(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, range]]:
-    """float64 vectors of bounded length that together hold all tensors.
+    """Yields float64 vectors of bounded length that together hold all tensors.
 
     Yields:
-        The values, and the positions of the tensors whose elements they are, in order.
+        The values, and the positions of the tensors that they belong to, in order.
     """
     sizes = list(map(Tensor.numel, tensors))
     limit = GRAIN if few(sizes) else PIECE
@@ -210,7 +214,7 @@ def _float64_pieces(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, range]]
 
 
 def _powers(x: Tensor, norm_type: float) -> Tensor:
-    """What is summed up, or for the inf-norm compared; a tensor of its own."""
+    """Returns `|x|^p`, or `|x|` for the inf-norm, as a new tensor."""
     if norm_type == 2.0:
         return x.square()
     magnitude = x.abs()
@@ -220,8 +224,8 @@ def _powers(x: Tensor, norm_type: float) -> Tensor:
 def _float64_power_sum(x: Tensor, norm_type: float) -> float:
     if norm_type == 2.0:
         if len(x) > GRAIN:
-            return torch.dot(x, x).item()  # without a vector of squares
-        with np.errstate(over="ignore", invalid="ignore"):  # not finite: looked at again
+            return torch.dot(x, x).item()  # no temporary of squares
+        with np.errstate(over="ignore", invalid="ignore"):  # the caller checks for Inf and NaN
             return sum_of_squares(x.numpy(force=True))
     powers = _powers(x, norm_type)
     return (powers.max() if norm_type == math.inf else powers.sum()).item()
@@ -230,7 +234,7 @@ def _float64_power_sum(x: Tensor, norm_type: float) -> float:
 def _exact(
     bucket: GradBucket, positions: Sequence[int], norm_type: float
 ) -> tuple[float, dict[int, Counts]]:
-    """The power sum of the finite elements, and the counts of the others by position."""
+    """Returns the power sum of the finite elements, and counts of the others by position."""
     parts: list[float] = []
     bad: dict[int, Counts] = {}
     for x, owners in _float64_pieces([bucket.grads[i] for i in positions]):
@@ -248,7 +252,10 @@ def _exact(
 def _exact_norm(
     bucket: GradBucket, positions: Sequence[int], norm_type: float
 ) -> tuple[float, dict[int, Counts]]:
-    """The same of the norm, whatever the powers would be: of elements divided by the largest."""
+    """Returns the norm of the finite elements, and counts of the others by position.
+
+    Divides by the largest element first, so that powers stay in the range of float64.
+    """
     largest, bad = _exact(bucket, positions, math.inf)
     if largest == 0.0:
         return 0.0, bad
@@ -267,7 +274,15 @@ def _count(
     sizes: Sequence[int],
     bad: dict[int, Counts],
 ) -> None:
-    """Adds what is in `x`, the elements of the tensors at `positions`, or a piece of one tensor."""
+    """Adds the non-finite elements of `x` to the counts in `bad`.
+
+    Args:
+        x: Elements of the tensors at `positions`, or a piece of a single tensor.
+        finite: Which elements of `x` are finite.
+        positions: Positions of the tensors in the bucket.
+        sizes: Number of elements of each tensor.
+        bad: Counts by position, updated.
+    """
     where = (~finite).nonzero().squeeze(1)
     values = x[where].numpy()
     owner = np.cumsum(sizes).searchsorted(where.numpy(), side="right")

@@ -1,4 +1,4 @@
-"""The CPU backend: its functions in one place, as `fastguard.stages.backend` asks for them."""
+"""The functions of the CPU backend, as one module that implements `backend.Stages`."""
 
 from fastguard.stages.cpu.apply import apply as apply
 from fastguard.stages.cpu.decide import decide as decide

@@ -1,11 +1,11 @@
-"""Unit coefficients on a CPU: one read of gradients and weights, one write of what is clipped.
+"""Unit coefficients on a CPU: reads gradients and weights once, writes the clipped gradients once.
 
-Each unit is a row. Its sum of squares is added up from dot products of at most `BLOCK` float32
-elements each, in float64: true to 5e-7. A row whose sum is not finite is looked at again in
-float64. Squares that float32 flushes to zero belong to norms below 1e-15, which are below every
-limit unless `clip_factor * eps` is as small; then small sums are looked at again too.
+Each unit is a row. Its sum of squares is the float64 sum of float32 dot products of at most `BLOCK`
+elements, with a relative error below 5e-7. A row whose sum is not finite is computed again in
+float64. Squares that underflow in float32 occur in norms below 1e-15, which are below every limit
+unless `clip_factor * eps` is that small; then small sums are also computed again.
 
-NumPy on one thread: torch takes ten times as long where another process keeps a core busy.
+Uses NumPy on one thread: torch takes ten times as long if another process keeps a core busy.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from fastguard.stages.cpu.vectors import flat, flattened
 from fastguard.stages.formulas import SMALLEST_FACTOR, factor_dtype
 
 BLOCK = 512  # elements of a dot product in float32
-PIECE = 2**18  # elements that become wider at a time
-SMALL = 2**14  # elements of a tensor that is read together with others
-TOGETHER = 64  # of them
-SMALLEST_LIMIT = 1e-15
-SMALLEST_SUM = 1e-28
-MOST_ROWS = 0.25  # of a tensor that are picked out to be scaled; above, all of it is multiplied
+PIECE = 2**18  # elements that are upcast at a time
+SMALL = 2**14  # up to this number of elements, a tensor is read together with others
+TOGETHER = 64  # at most this number of small tensors are read together
+SMALLEST_LIMIT = 1e-15  # below, small sums are computed again
+SMALLEST_SUM = 1e-28  # smaller sums of squares may have lost elements to underflow
+MOST_ROWS = 0.25  # up to this fraction of rows is scaled by indexing; above, the whole tensor
 
 
 def unit_coefs(
@@ -38,23 +38,23 @@ def unit_coefs(
     propagates: bool,
     inv_scale: Tensor | None = None,
 ) -> Tensor:
-    """The coefficient of each unit: see `fastguard.stages.reference_units.unit_coefs`."""
+    """Computes the coefficient of each unit: see `fastguard.stages.reference_units.unit_coefs`."""
     clip_factor, eps = limits.tolist()
     scale = 1.0 if inv_scale is None else inv_scale.item()
     watch_small = clip_factor * eps < SMALLEST_LIMIT * max(scale, 1.0)
     shared = _of_one_length(units)
-    with np.errstate(all="ignore"):  # what overflows or is NaN is looked at again
+    with np.errstate(all="ignore"):  # rows with an overflow or NaN are computed again
         norms = _all_norms(units, units.bucket.grads, shared, norm_type, propagates, watch_small)
         weight_norms = _all_norms(units, units.weights, shared, norm_type, True, False)
         if inv_scale is not None:
             norms *= scale
         limit = clip_factor * np.maximum(weight_norms, eps)  # NaN stays NaN
-        clips = (norms > limit) | np.isnan(norms)  # no norm is above NaN
+        clips = (norms > limit) | np.isnan(norms)  # False for a NaN limit
         return torch.from_numpy(np.where(clips, limit / norms, 1.0))
 
 
 def _of_one_length(units: UnitBucket) -> list[list[int]]:
-    """The positions of tensors that are read together: small ones with rows of one length."""
+    """Returns groups of positions that are read together: small tensors with equal row lengths."""
     members: dict[int, list[int]] = {}
     for i, (weight, n) in enumerate(zip(units.weights, units.counts, strict=True)):
         if n:
@@ -75,7 +75,7 @@ def _all_norms(
     propagates: bool,
     watch_small: bool,
 ) -> np.ndarray:
-    """The norm of each unit, float64 `(U,)`."""
+    """Returns the norm of each unit, float64 `(U,)`."""
     norms, starts, counts = np.empty(units.starts[-1]), units.starts, units.counts
     for positions in shared:
         first = positions[0]
@@ -95,8 +95,8 @@ def _all_norms(
 
 
 def _row_norms(rows: Tensor, norm_type: float, propagates: bool, watch_small: bool) -> np.ndarray:
-    """The norm of each row, float64."""
-    # What requires grad has no .numpy(), and memory does not show a negative bit.
+    """Returns the norm of each row, float64."""
+    # .numpy() refuses tensors that require grad, and negative views, whose memory is not negated.
     rows = rows.detach().resolve_neg()
     out = np.empty(len(rows))
     if norm_type != 2.0:
@@ -104,7 +104,7 @@ def _row_norms(rows: Tensor, norm_type: float, propagates: bool, watch_small: bo
         return out
     for at in _pieces(rows):
         _sums_of_squares(rows[at], out[at])
-    again = ~(out < math.inf)  # NaN is not
+    again = ~(out < math.inf)  # True for NaN
     if watch_small:
         again |= out < SMALLEST_SUM
     np.sqrt(out, out=out)
@@ -114,17 +114,17 @@ def _row_norms(rows: Tensor, norm_type: float, propagates: bool, watch_small: bo
 
 
 def _rows(x: Tensor, n: int) -> Tensor:
-    """`(n, row)`, in whatever order of the elements lets them stay where they are."""
+    """Returns a tensor as `(n, row)`, with elements in memory order to avoid a copy if possible."""
     if n == 1:
         return flat(x)[None] if x.dim() else x.reshape(1, 1)
-    if not x.is_contiguous():  # channels_last, say
+    if not x.is_contiguous():  # such as channels_last
         inner = sorted(range(1, x.dim()), key=x.stride, reverse=True)
         x = x.permute(0, *inner)
     return x.reshape(n, -1)
 
 
 def _pieces(rows: Tensor) -> list[slice]:
-    """All rows where they are read as they are; of narrow dtypes, as many as widen at a time."""
+    """Returns slices of rows: one for all rows, or several where rows must be upcast first."""
     n, row = rows.shape
     if rows.dtype in (torch.float32, torch.float64):
         return [slice(0, n)]
@@ -177,7 +177,7 @@ def _nonfinite(piece: Tensor) -> Tensor:
 
 
 def _power_sums(x: np.ndarray, norm_type: float) -> tuple[np.ndarray, np.ndarray]:
-    """The largest finite magnitude of each row, and the power sum of all divided by it."""
+    """Returns the largest finite magnitude of each row, and the power sum relative to it."""
     x = np.abs(np.where(np.isfinite(x), x, 0.0))  # NaN is not finite
     largest = x.max(1)
     if norm_type == math.inf:
@@ -187,7 +187,7 @@ def _power_sums(x: np.ndarray, norm_type: float) -> tuple[np.ndarray, np.ndarray
 
 
 def _joined(parts: list[tuple[np.ndarray, np.ndarray]], norm_type: float) -> np.ndarray:
-    """The norms of rows from those of their pieces."""
+    """Combines results of `_power_sums` for pieces of rows into norms of the rows."""
     unit = np.maximum.reduce([unit for unit, _ in parts])
     if norm_type == math.inf:
         return unit
@@ -196,14 +196,14 @@ def _joined(parts: list[tuple[np.ndarray, np.ndarray]], norm_type: float) -> np.
 
 
 def scale_units(units: UnitBucket, coefs: Tensor) -> None:
-    """Scales each unit: see `fastguard.stages.reference_units.scale_units`."""
+    """Scales each unit in place: see `fastguard.stages.reference_units.scale_units`."""
     host = coefs.numpy()
-    changes = host != 1.0  # NaN is not 1
+    changes = host != 1.0  # True for NaN
     if not changes.any():
         return
     tiny = (host > 0.0) & (host < SMALLEST_FACTOR)
     dtype = factor_dtype(units.bucket.dtype)
-    if dtype is torch.float32 and tiny.any():  # float32 could not hold them: in two steps
+    if dtype is torch.float32 and tiny.any():  # not normal float32: multiply in two steps
         first = np.where(tiny, SMALLEST_FACTOR, 1.0)
         _multiply(units, torch.from_numpy(first).to(dtype), tiny)
         coefs = torch.from_numpy(host / first)
@@ -211,7 +211,7 @@ def scale_units(units: UnitBucket, coefs: Tensor) -> None:
 
 
 def _multiply(units: UnitBucket, factors: Tensor, changes: np.ndarray) -> None:
-    """Multiplies the units that change; of small tensors all units, by 1 where they do not."""
+    """Multiplies the units in `changes`; in small tensors all units, the others by 1."""
     starts = units.starts
     n_changed = np.add.reduceat(np.append(changes, False).astype(np.int64), starts)
     whole: list[Tensor] = []
@@ -227,7 +227,7 @@ def _multiply(units: UnitBucket, factors: Tensor, changes: np.ndarray) -> None:
         else:
             whole.append(grad)
             by.append(own.view(n, *[1] * (grad.dim() - 1)) if grad.dim() else own.view(()))
-    if any(map(Tensor.is_neg, whole)):  # a list that is written to may hold no such view
+    if any(map(Tensor.is_neg, whole)):  # foreach cannot write to negative views
         for grad, own in zip(whole, by, strict=True):
             grad.mul_(own)
     elif whole:

@@ -1,4 +1,4 @@
-"""Many CPU tensors as few vectors, because a call of torch costs as much as reading 10 kB."""
+"""Gathers many CPU tensors into few vectors: a call of torch costs as much as reading 10 kB."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 from fastguard.gradients.cpu_threads import GRAIN
 from fastguard.gradients.tensor_kinds import lasting
 
-ALIGN = 16  # elements, so that also a float32 vector begins with a cache line
+ALIGN = 16  # elements: a float32 vector starts at a cache line
 _local = threading.local()
-# Flattens and joins without a Python object for each tensor.
+# Flattens and concatenates without a Python object per tensor.
 flattened = torch._C._nn.flatten_dense_tensors  # type: ignore[attr-defined]
 
 
 def flat(t: Tensor) -> Tensor:
-    """A tensor as a vector, in whatever order lets it stay where it is."""
+    """Returns the elements of a tensor as a vector, in memory order to avoid a copy if possible."""
     if t.dim() == 1:
         return t
-    if not t.is_contiguous():  # channels_last, say
+    if not t.is_contiguous():  # such as channels_last
         t = t.permute(sorted(range(t.dim()), key=t.stride, reverse=True))
     return t.reshape(-1)
 
@@ -34,21 +34,22 @@ def gathered(
     *,
     joined: int = GRAIN,
 ) -> Iterator[tuple[Tensor, int, int]]:
-    """Vectors of at most `limit` elements that together hold all tensors of one dtype, in order.
+    """Yields vectors of at most `limit` elements that together hold all tensors, in order.
 
     Args:
-        tensors: CPU tensors of any strides.
-        limit: Elements of a vector.
-        sizes: How many elements each has, if that is known already.
-        joined: Elements of a vector of several tensors; by default what one thread reads.
+        tensors: CPU tensors of one dtype, with any strides.
+        limit: Maximum number of elements of a vector.
+        sizes: Number of elements of each tensor, if already known.
+        joined: Maximum number of elements of a vector that holds several tensors. Default: what a
+            single thread reads.
 
     Yields:
-        `(values, start, stop)`: the elements of `tensors[start:stop]` one after the other; of a
-        tensor longer than the limit a piece at a time. One tensor that fits stays where it is.
+        `(values, start, stop)`: the concatenated elements of `tensors[start:stop]`. A tensor longer
+        than `limit` is yielded in pieces; a single tensor is not copied.
     """
     if sizes is None:
         sizes = list(map(Tensor.numel, tensors))
-    if max(sizes, default=0) > GRAIN:  # several threads would join it to others
+    if max(sizes, default=0) > GRAIN:  # torch would concatenate it with several threads
         joined = min(joined, GRAIN)
     joined = min(joined, limit)
     if 0 < sum(sizes) <= joined:
@@ -71,32 +72,34 @@ def gathered(
 def _join(tensors: Sequence[Tensor]) -> Tensor:
     if len(tensors) == 1:
         return flat(tensors[0])
-    if tensors[0].dim() == 1 == tensors[-1].dim():  # looking at all costs half as much as joining
+    if tensors[0].dim() == 1 == tensors[-1].dim():  # checking all would take half the time of cat
         try:
-            return torch.cat(list(tensors)).reshape(-1)  # three times as fast for thousands
+            return torch.cat(list(tensors)).reshape(-1)  # 3x as fast for thousands of tensors
         except RuntimeError:  # not all are vectors
             pass
     return flattened(list(tensors))
 
 
 def buffer(name: str, n: int, most: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Working memory of this thread, made once: fresh pages cost more than the reading.
+    """Returns a working buffer of this thread, allocated once per name.
 
-    Its middle is handed out. Two threads that share the work then meet where they met before, and
-    each writes where it wrote before; what the other one wrote lies in the other's cache, and where
-    cores do not share their last one, fetching it from there takes as long as everything else.
+    New pages would cost more than reading the data. The buffer is a slice around the middle of the
+    allocation: two threads that split it in half then write to the same addresses in each call.
+    Otherwise a thread would write to memory in the cache of the other core; without a shared
+    last-level cache, fetching it takes as long as all the rest.
 
     Args:
-        name: Whose memory: what one call returns a later one for the same name overwrites.
-        n: How much of the first dimension.
-        most: Its shape at the most; like `dtype` always the same for a name.
+        name: Key of the buffer; a later call with the same name overwrites its contents.
+        n: Size of the first dimension.
+        most: Its maximum shape; must always be the same for a name, as must `dtype`.
+        dtype: The dtype of the elements.
 
     Returns:
-        `(n, *most[1:])`, contiguous.
+        A contiguous tensor `(n, *most[1:])`, uninitialized.
     """
     kept = getattr(_local, name, None)
     if kept is not None and kept[1].shape[0] == n:
-        return kept[1]  # as at the last step: a slice costs 15 µs when caches are cold
+        return kept[1]  # same size as in the last step: a new slice costs 15 µs with cold caches
     with lasting():
         whole = torch.empty(most, dtype=dtype, device="cpu") if kept is None else kept[0]
         first = (most[0] - n) // 2

@@ -62,7 +62,7 @@ def test_vectors_that_one_thread_reads(monkeypatch, n, period):
     monkeypatch.setattr(l2_sums, "FEW", 2**20)
     candidates = torch.rand(500, 1) + 1.0
     grid = candidates.expand(-1, l2_sums.BLOCK).contiguous()
-    summed = torch.from_numpy(l2_sums._Blocks((), (), [grid.numpy()[:, None]], ()).power_sums())
+    summed = torch.from_numpy(l2_sums.Blocks((), (), [grid.numpy()[:, None]], ()).power_sums())
     errors = summed.double() / grid.double().square().sum(1) - 1.0
     worst = candidates[torch.stack([errors.argmin(), errors.argmax()])].squeeze(1)
     which = torch.arange(-(-n // l2_sums.BLOCK)) // period % 2

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastguard.stages.cpu import l2_sums, power_sums
+from fastguard.stages.cpu import l2_blocks, l2_sums, power_sums
 from guardtest.cpu_norms import SMALL, assert_norm_is_true, edges
 from guardtest.grads import DTYPES
 
@@ -28,7 +28,7 @@ def test_many_small_tensors(n_tensors, length):
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_edges_at_their_real_size(monkeypatch, dtype):
     monkeypatch.undo()
-    sizes = (l2_sums.ROW, l2_sums.BLOCK, l2_sums.ALONE, l2_sums.LARGE, l2_sums.STAGE)
+    sizes = (l2_sums.ROW, l2_sums.BLOCK, l2_sums.ALONE, l2_sums.LARGE, l2_blocks.STAGE)
     grads = [torch.randn(n + d).to(DTYPES[dtype]) for n in sizes for d in (-1, 0, 1)]
     assert_norm_is_true(*grads)
     for n in (l2_sums.EXACT_BELOW - 1, l2_sums.EXACT_BELOW):
@@ -43,7 +43,7 @@ def test_every_block_can_be_audited(monkeypatch):
     everywhere = (power_sums.np.arange(n_draws) + 0.5) / n_draws
     monkeypatch.setattr(l2_sums, "_FEW", everywhere)
     seen = {}
-    exact_power_sums = l2_sums._Blocks.exact_power_sums
+    exact_power_sums = l2_blocks.Blocks.exact_power_sums
 
     def spy(self, drawn):
         sums = exact_power_sums(self, drawn)
@@ -51,7 +51,7 @@ def test_every_block_can_be_audited(monkeypatch):
             seen.update(zip(drawn, sums, strict=True))
         return sums
 
-    monkeypatch.setattr(l2_sums._Blocks, "exact_power_sums", spy)
+    monkeypatch.setattr(l2_blocks.Blocks, "exact_power_sums", spy)
     assert_norm_is_true(*vectors)
     assert sorted(seen) == list(range(len(seen)))
     block, large = SMALL["BLOCK"], SMALL["LARGE"]

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from fastguard import SpikeRule, Threshold
-from fastguard.stages.contract import GradStats, HostVerdict, Policy, Signals
+from fastguard.stages.contract import HostVerdict, Policy, Signals
 from fastguard.stages.cpu import decide as cpu_decide
+from fastguard.stages.grad_stats import GradStats
 from guardtest.stories import Story
 
 NAN, INF = math.nan, math.inf

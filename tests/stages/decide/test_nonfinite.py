@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from fastguard import NonFiniteGradError
-from fastguard.stages.contract import GradStats, Signals
+from fastguard.stages.contract import Signals
 from fastguard.stages.decide import raise_if_nonfinite
 from fastguard.stages.formulas import propagated_norms
+from fastguard.stages.grad_stats import GradStats
 from guardtest.stories import RULE, float64, outcome, reason, stats_of
 
 NAN, INF = math.nan, math.inf

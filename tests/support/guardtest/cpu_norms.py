@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastguard.gradients.buckets import bucketize
-from fastguard.stages.cpu import l2_sums, power_sums, vectors
+from fastguard.stages.cpu import l2_blocks, l2_sums, power_sums, vectors
 from fastguard.stages.formulas import holds_norms
 from guardtest.grads import true_norm
 from guardtest.tolerances import MEASURED_RTOL
@@ -65,7 +65,9 @@ def scaled_down(monkeypatch):
     """The fast path with every size as in SMALL."""
     with monkeypatch.context() as patch:
         for name, value in SMALL.items():
-            patch.setattr(l2_sums, name, value)
+            for module in (l2_blocks, l2_sums):
+                if hasattr(module, name):
+                    patch.setattr(module, name, value)
         patch.setattr(vectors, "_local", threading.local())  # buffers of their own
         yield
 

@@ -8,8 +8,9 @@ import torch
 
 from fastguard import SpikeRule, Threshold
 from fastguard.stages import reference
-from fastguard.stages.contract import GradStats, GuardState, Policy, Signals, Verdict
+from fastguard.stages.contract import GuardState, Policy, Signals, Verdict
 from fastguard.stages.cpu import decide as cpu_decide
+from fastguard.stages.grad_stats import GradStats
 from fastguard.stages.reason import Reason
 from fastguard.stages.spike_rules import Rule
 
