@@ -145,9 +145,10 @@ lint: $(STAMP) stage  ## ruff: rules and format; import-linter: which wing may i
 	$(BIN)/ruff format --check
 	cd build/stage && PYTHONPATH=. $(CURDIR)/$(BIN)/lint-imports --no-cache
 
-typecheck: $(STAMP) stage  ## pyright over fastguard/ and kernels/
+typecheck: $(STAMP) stage  ## pyright over fastguard/ and kernels/; every public symbol has a known type and a docstring
 	$(BIN)/pyright --project build/stage --pythonpath $(BIN)/python \
 		| sed -e 's|$(CURDIR)/build/stage/fastguard/kernels/|kernels/|' -e 's|$(CURDIR)/build/stage/||'
+	$(BIN)/python .ci/known_types.py
 
 # The package as it installs, kernels/ inside fastguard/, for what cannot follow an editable install.
 stage:

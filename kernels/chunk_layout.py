@@ -48,7 +48,7 @@ class Places:
     base: np.ndarray
     length: np.ndarray
 
-    def key(self) -> tuple:
+    def key(self) -> tuple[object, ...]:
         """What the cut depends on, beside the sizes of the tensors and their segments."""
         return (
             self.stretch.tobytes(),

@@ -47,6 +47,8 @@ TABLES = 8  # kept of each kind: sets of None gradients and allocators alternate
 
 
 class Run(Protocol):
+    """Gradients of one segment that lie one after another in memory."""
+
     @property
     def flat(self) -> Tensor: ...
     @property
@@ -54,6 +56,8 @@ class Run(Protocol):
 
 
 class Memo(Protocol):
+    """What is kept as long as the bucket."""
+
     tables: dict[int, Any]
 
 
@@ -98,7 +102,7 @@ class Layout:
     pieces: Tensor
     starts: Tensor
     n_chunks: int
-    key: tuple
+    key: tuple[object, ...]
 
 
 @dataclass(slots=True, eq=False)
@@ -115,7 +119,7 @@ class ChunkTable:
     layout: Layout
     upload: Upload
     copies: tuple[tuple[int, Tensor], ...]
-    key: tuple
+    key: tuple[object, ...]
 
     @property
     def addresses(self) -> Tensor:
@@ -179,7 +183,7 @@ def _found_or_built(bucket: Bucket, n_segments: int, n_programs: int) -> ChunkTa
     return table
 
 
-def _key(bucket: Bucket) -> tuple:
+def _key(bucket: Bucket) -> tuple[object, ...]:
     """All that a table depends on; equal keys, equal tables."""
     return (
         list(map(Tensor.data_ptr, bucket.grads)),
@@ -188,7 +192,7 @@ def _key(bucket: Bucket) -> tuple:
     )
 
 
-def _shape(bucket: Bucket) -> tuple:
+def _shape(bucket: Bucket) -> tuple[object, ...]:
     """All that a table depends on beside addresses."""
     segment = bucket.segment
     return (
@@ -199,7 +203,7 @@ def _shape(bucket: Bucket) -> tuple:
     )
 
 
-def _sizes_and_strides(grads: list[Tensor]) -> tuple:
+def _sizes_and_strides(grads: list[Tensor]) -> tuple[object, ...]:
     strides = None
     if not all(map(Tensor.is_contiguous, grads)):
         strides = [None if g.is_contiguous() else g.stride() for g in grads]

@@ -170,7 +170,7 @@ def count_step(counters_ptr, undo_ptr, skipped, lowered):
 RESULTS = (
     "clip_coef", "multiplier", "found_inf", "clean", "reason", "total_norm", "torch_norm", "changes"
 )  # fmt: skip
-launchers = OneProgram(decide_kernel)
+launchers: OneProgram = OneProgram(decide_kernel)
 
 
 def decide_step(

@@ -98,7 +98,7 @@ class Variant:
 
     __slots__ = ("_compiled", "_constants", "_index", "_launcher", "_run", "_stream", "_values")
 
-    def __init__(self, launcher: Launcher, device: torch.device, constants: dict) -> None:
+    def __init__(self, launcher: Launcher, device: torch.device, constants: dict[str, Any]) -> None:
         self._launcher = launcher
         self._index = device.index
         self._constants = constants

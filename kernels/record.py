@@ -136,7 +136,7 @@ def record_kernel(
         i += BLOCK_SIZE
 
 
-launchers = OneProgram(record_kernel)
+launchers: OneProgram = OneProgram(record_kernel)
 
 
 def record_step(

@@ -40,6 +40,7 @@ PLAIN_NORMS = (1.0, 2.0, math.inf)  # without a logarithm
 
 
 def tuning_of(norm_type: float, dtype: torch.dtype) -> Tuning:
+    """The tuning for a kind of norm and the dtype of the gradients."""
     if norm_type in PLAIN_NORMS:
         return PLAIN
     return ANY_POWER_16_BIT if dtype.itemsize == 2 else ANY_POWER

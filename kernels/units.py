@@ -277,7 +277,7 @@ class UnitTable:
     n_units: int
     grad_copies: tuple[tuple[int, Tensor], ...]
     weight_copies: tuple[tuple[int, Tensor], ...]
-    key: tuple
+    key: tuple[object, ...]
 
 
 _tables: dict[torch.device, tuple[UnitTable, ...]] = {}  # tuples are replaced, never changed
@@ -305,7 +305,7 @@ def unit_table(units: Units, limits: tuple[float, ...] | None = None) -> UnitTab
     return table
 
 
-def _places(tensors: Sequence[Tensor]) -> tuple:
+def _places(tensors: Sequence[Tensor]) -> tuple[object, ...]:
     return (
         [t.dtype for t in tensors[:1]],
         list(map(Tensor.data_ptr, tensors)),
@@ -314,7 +314,7 @@ def _places(tensors: Sequence[Tensor]) -> tuple:
     )
 
 
-def _built(units: Units, limits: tuple[float, ...], key: tuple) -> UnitTable:
+def _built(units: Units, limits: tuple[float, ...], key: tuple[object, ...]) -> UnitTable:
     grads, grad_copies = _in_rows(units.bucket.grads, units.counts)
     weights, weight_copies = _in_rows(units.weights, units.counts)
     rows = []
@@ -408,6 +408,7 @@ def _coefs_variant(
 
 
 def coefs_launcher(norm_type: float) -> Launcher:
+    """The launcher of the kernel for a kind of norm."""
     return _coefs if norm_type in PLAIN_NORMS else _coefs_of_any_power
 
 
@@ -417,6 +418,7 @@ def coefs_constants(
     propagates: bool,
     scale_dtype: torch.dtype | None,
 ) -> dict[str, Any]:
+    """The constants of the kernel, and the type of its argument for the loss scale."""
     grad, weight = dtypes
     return {
         "GRAD": TRITON_DTYPES[grad],

@@ -42,6 +42,7 @@ they cost 3.5 instructions per element, since a store might have changed them.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -77,7 +78,7 @@ THREADS = 256  # of a program: each has one vector of each array
 SLOW_SIZE = tl.constexpr(256)  # elements at a time where there are no vectors
 SMALLEST_FACTOR = tl.constexpr(2.0**-100)  # smaller ones are no normal float32: two products
 NO_MASTER, FLOAT32_MASTER, REMAINDER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-MASTERS = {None: 0, "float32": 1, "remainder": 2}
+MASTERS: dict[str | None, int] = {None: 0, "float32": 1, "remainder": 2}
 
 
 @triton.jit
@@ -317,6 +318,7 @@ def variant_of(
 
 
 def launcher_of(reproducible: bool) -> Launcher:
+    """The launcher of the kernel with or without fused multiply-adds."""
     return _exact if reproducible else _fused
 
 
@@ -341,7 +343,7 @@ def constants_of(
     amsgrad: bool,
     nesterov: bool,
     reproducible: bool,
-) -> dict:
+) -> dict[str, Any]:
     """The constants of the kernel, in their order."""
     a, b, c = (*states, *(3 - len(states)) * (parameter,))
     vec = vector_size(parameter, gradient, states, master)

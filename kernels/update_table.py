@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,7 +76,7 @@ class UpdateLayout:
     chunks: Tensor
     tensors: Tensor
     n_chunks: int
-    key: tuple
+    key: tuple[object, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,7 +91,7 @@ class UpdateTable:
 
     layout: UpdateLayout
     upload: Upload
-    key: tuple
+    key: tuple[object, ...]
 
     @property
     def addresses(self) -> Tensor:
@@ -133,7 +134,7 @@ def update_table_of(arrays: Arrays, n_programs: int) -> UpdateTable:
     return table
 
 
-def _built(arrays: Arrays, kind: _Kind, key: tuple) -> UpdateTable:
+def _built(arrays: Arrays, kind: _Kind, key: tuple[Any, ...]) -> UpdateTable:
     pointers, known = key
     addresses = np.zeros((len(arrays.weights), ADDRESS_COLUMNS.value), dtype=np.int64)
     for column, numbers in pointers:
@@ -149,7 +150,9 @@ def _built(arrays: Arrays, kind: _Kind, key: tuple) -> UpdateTable:
     return UpdateTable(layout, upload(addresses.ravel(), kind[0]), key)
 
 
-def _new_layout(kind: _Kind, known: tuple, aligned: np.ndarray, key: tuple) -> UpdateLayout:
+def _new_layout(
+    kind: _Kind, known: tuple[Any, ...], aligned: np.ndarray, key: tuple[object, ...]
+) -> UpdateLayout:
     device, _, n_programs = kind
     chunks = cut(np.array(known[0], dtype=np.int64), aligned, n_programs)
     tensors = np.zeros((len(aligned), TENSOR_COLUMNS.value), dtype=np.int64)

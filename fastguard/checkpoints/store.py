@@ -97,7 +97,7 @@ class CheckpointStore(StoreView):
         self.keep: int = integer("keep", keep, 1)
         self.keep_clean: int = integer("keep_clean", keep_clean, 1)
         self.on_error = on_error
-        self.directory = Path(directory).absolute()  # programs change the working directory
+        self.directory: Path = Path(directory).absolute()  # programs change the working directory
         self._flags: list[tuple[SignalFlag, bool]] = []
         self._folder = Folder(
             self.directory, read_only=read_only, mode=mode, ignore=ignore, peers=Peers(group)

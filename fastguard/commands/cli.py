@@ -41,6 +41,7 @@ class Command:
     module: str
 
     def load(self) -> ModuleType:
+        """Imports the module of the command."""
         return importlib.import_module(self.module)
 
 

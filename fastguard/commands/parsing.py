@@ -6,7 +6,7 @@ import argparse
 import re
 import textwrap
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fastguard.errors import did_you_mean
 from fastguard.errors.plain_text import printable
@@ -32,7 +32,7 @@ class Paragraphs(argparse.HelpFormatter):
 class Parser(argparse.ArgumentParser):
     """Reports wrong use in one line that suggests the nearest command or option."""
 
-    def __init__(self, **kwargs) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", Paragraphs)
         super().__init__(**kwargs)
 

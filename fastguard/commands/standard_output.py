@@ -28,10 +28,12 @@ class Outlasting:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
+        """Writes a text; returns its length, even if it was discarded."""
         self._attempt(lambda: self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:
+        """Flushes the stream."""
         self._attempt(self._stream.flush)
 
     def _attempt(self, action: Callable[[], object]) -> None:

@@ -100,7 +100,7 @@ class ActivationGuard:
         if device.type == "meta":
             device = torch.device("cpu")  # until an output shows the device
         self.mode: Mode = mode
-        self.limit = math.inf if limit is None else limit
+        self.limit: float = math.inf if limit is None else limit
         self._names = list(watched)
         self._table = torch.zeros(len(watched), 3, dtype=torch.int64, device=device)
         self._hooks = [

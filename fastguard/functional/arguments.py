@@ -8,7 +8,7 @@ import sys
 import types
 import warnings
 from collections.abc import Iterable
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -128,6 +128,7 @@ def _filled(max_norm: float, device: torch.device) -> Tensor:
 
 
 def mode_of(nonfinite: object, error_if_nonfinite: bool) -> Literal["propagate", "zero", "raise"]:
+    """Returns the mode that the two arguments select; raises a ValueError if they conflict."""
     if nonfinite not in MODES:
         remedy = "skipping a step takes fastguard.GuardedOptimizer" if nonfinite == "skip" else ""
         raise ValueError(
@@ -142,11 +143,12 @@ def mode_of(nonfinite: object, error_if_nonfinite: bool) -> Literal["propagate",
 
 
 def check_foreach(foreach: object) -> None:
+    """Raises a TypeError unless `foreach` is a bool or None; it selects nothing here."""
     if foreach is not None and not isinstance(foreach, bool):
         raise TypeError(f"foreach={shown(foreach)} must be True, False or None")
 
 
-def listed(parameters: Parameters, stacklevel: int = 5) -> Tensor | list:
+def listed(parameters: Parameters, stacklevel: int = 5) -> Tensor | list[Any]:
     """What a user calls "parameters", to be read more than once; `stacklevel` is that of torch's
     warning about an empty generator.
     """
@@ -168,7 +170,8 @@ _warn._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def as_list(name: str, value: Iterable) -> list:
+def as_list(name: str, value: Iterable[Any]) -> list[Any]:
+    """Returns an iterable as a list; raises a TypeError with a remedy for anything else."""
     try:
         return list(value)
     except TypeError:
@@ -182,7 +185,7 @@ def as_list(name: str, value: Iterable) -> list:
 
 
 def gradients_for(
-    parameters: Tensor | list, strict: bool
+    parameters: Tensor | list[Any], strict: bool
 ) -> tuple[list[Tensor | None], list[str] | None]:
     """The gradients and names of checked parameters.
 
@@ -197,7 +200,7 @@ def gradients_for(
 
 
 def buckets_for(
-    parameters: Tensor | list,
+    parameters: Tensor | list[Any],
     group: Group,
     strict: bool,
     *,
@@ -238,7 +241,7 @@ def _sharing_of_gradients(parameters: list[Tensor], group: Group) -> Sharing | N
     return None if team is None else team.sharing_of_gradients(parameters)
 
 
-def _check_no_gradient(parameters: Tensor | list, strict: bool) -> None:
+def _check_no_gradient(parameters: Tensor | list[Any], strict: bool) -> None:
     """Says so if tensors without a gradient can never have one: these are no parameters.
 
     Args:

@@ -35,6 +35,7 @@ def clip_grad_norm_(
     mode: str,
     as_torch: bool = False,
 ) -> Tensor:
+    """`fastguard.clip_grad_norm_` on checked gradients; returns the norm."""
     refuse_bool_and_text("max_norm", max_norm)
     norm, coef, clean = decide(grads, names, max_norm, norm_type, mode, as_torch)
     _apply(_present(grads), coef, clean)
@@ -49,6 +50,7 @@ def decide(
     mode: str,
     as_torch: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Measures and decides: the norm, the multiplier and whether to clean."""
     return decided(measure(grads, names, norm_type), max_norm, mode, as_torch)
 
 
@@ -80,6 +82,7 @@ def measure(
     norm_type: float,
     per_tensor: bool = False,
 ) -> GradStats:
+    """`fastguard.measure_grads` on checked gradients."""
     ids = [i for i, g in enumerate(grads) if g is not None]
     present = _present(grads)
     if len(present) == 0:  # an op that is given no tensor does not trace
@@ -140,7 +143,7 @@ def _apply(grads: list[Tensor], multiplier: Tensor, clean: Tensor) -> None:
         torch.ops.fastguard.apply(grads, multiplier, clean)
 
 
-def spans_ranks(parameters: Tensor | list, group: Group) -> bool:
+def spans_ranks(parameters: Tensor | list[Any], group: Group) -> bool:
     """Whether compiled code must leave its graph, because ranks exchange numbers."""
     if process_group_of(group) is not None:
         return True

@@ -144,7 +144,7 @@ class FlatGradBuckets:
         is. Where a parameter begins to have a gradient, or changes its dtype or shape, all slots
         are laid out anew.
         """
-        self.in_place = False
+        self.in_place: bool = False
         if self._kind is PLAIN and watched():  # plain when they were laid out
             return self._sorted_anew()
         if self.trusted:
@@ -256,9 +256,11 @@ class FlatGradBuckets:
             if p.grad is not None and (id(p.grad) in mine or _is_movable(p.grad)):
                 view.copy_(p.grad)
                 p.grad = view
-        self.parameters, self.views, self.buffers = parameters, views, buffers
-        self.names = None if names is None else [names[i] for i in chosen]
-        self.segments = None if segments is None else segment_of
+        self.parameters: list[Tensor] = parameters
+        self.views = views
+        self.buffers: list[FlatBuffer] = buffers
+        self.names: list[str] | None = None if names is None else [names[i] for i in chosen]
+        self.segments: list[int] | None = None if segments is None else segment_of
         self._left_out = [p for p in items if not _has_slot(p)]
         self._kind = kind_of(set(map(type, views)))
         self._buckets = self._whole()

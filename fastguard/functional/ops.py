@@ -7,6 +7,9 @@ treat their gradients as one segment, but for `measure_tensors`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,7 +29,14 @@ _KEY = "CompositeExplicitAutograd"
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
 
 
-def define(schema: str, implementation, shapes) -> None:
+def define(schema: str, implementation: Callable[..., Any], shapes: Callable[..., Any]) -> None:
+    """Registers an op of `torch.ops.fastguard`.
+
+    Args:
+        schema: Name, arguments and results, as `torch.library` parses them.
+        implementation: Computes the results, on any device.
+        shapes: Returns empty tensors with the shapes of the results, for tracing.
+    """
     name = schema.split("(")[0]
     _library.define(schema, tags=_TAGS)
     _library.impl(name, implementation, _KEY)

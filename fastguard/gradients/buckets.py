@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -99,18 +99,23 @@ class GradBucket:
         )
 
 
-class Same(Sequence):
+class Same(Sequence[int]):
     """A sequence of n equal numbers that stores only one."""
 
     __slots__ = ("n", "value")
 
     def __init__(self, value: int, n: int) -> None:
-        self.value, self.n = value, n
+        self.value: int = value
+        self.n: int = n
 
     def __len__(self) -> int:
         return self.n
 
-    def __getitem__(self, i):  # type: ignore[override]
+    @overload
+    def __getitem__(self, i: int) -> int: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[int]: ...
+    def __getitem__(self, i: int | slice) -> int | list[int]:
         if isinstance(i, slice):
             return [self.value] * len(range(*i.indices(self.n)))
         if not -self.n <= i < self.n:
@@ -157,7 +162,7 @@ class GradBuckets:
         return any(b.dtype is torch.float64 for b in self.buckets)
 
 
-def parameters_of(parameters: Tensor | Iterable) -> list[Tensor]:
+def parameters_of(parameters: Tensor | Iterable[Any]) -> list[Tensor]:
     """Returns the tensors in a user's "parameters" argument; see `gradients_of`."""
     if isinstance(parameters, Tensor):
         return [parameters]
@@ -169,7 +174,9 @@ def parameters_of(parameters: Tensor | Iterable) -> list[Tensor]:
         raise _no_parameter(items, named) from None
 
 
-def gradients_of(parameters: Tensor | Iterable) -> tuple[list[Tensor | None], list[str] | None]:
+def gradients_of(
+    parameters: Tensor | Iterable[Any],
+) -> tuple[list[Tensor | None], list[str] | None]:
     """Returns the gradients (None if missing) and the names, if any, of a "parameters" argument.
 
     Args:

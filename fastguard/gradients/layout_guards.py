@@ -42,11 +42,11 @@ class Form:
     __slots__ = ("_guards", "_n", "groups", "sizes")
 
     def __init__(self, grads: list[Tensor], groups: tuple[Group, ...], keep: bool = True) -> None:
-        self.groups = groups
+        self.groups: tuple[Group, ...] = groups
         self._n = len(grads)
         long_and_plain = keep and self._n >= FEWEST and set(map(type, grads)) == {Tensor}
         self._guards: Any = tensor_guards(grads) if long_and_plain else None
-        self.sizes = tuple(map(Tensor.numel, grads)) if self.known_again else ()
+        self.sizes: tuple[int, ...] = tuple(map(Tensor.numel, grads)) if self.known_again else ()
 
     @property
     def known_again(self) -> bool:

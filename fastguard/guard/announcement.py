@@ -14,7 +14,7 @@ from fastguard.errors.last_resort import announce
 if TYPE_CHECKING:
     from fastguard.guard.reporting import KnownRun
 
-log = logging.getLogger("fastguard")
+log: logging.Logger = logging.getLogger("fastguard")
 
 _ANNOUNCED: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 

@@ -37,16 +37,17 @@ class Place:
     """
 
     def __init__(self, module: nn.Module | None, table: dict[str, Any], name: str, path: str):
-        self._module, self._table, self._name, self.path = module, table, name, path
+        self._module, self._table, self._name = module, table, name
+        self.path: str = path
         self.look()
 
     def look(self) -> None:
         """Takes in what is there now."""
         self.buffer: Any = self._table.get(self._name)
-        self.had_values = _has_values(self.buffer)
+        self.had_values: bool = _has_values(self.buffer)
         self._kind = type(self.buffer)
         self._part = _part(self.buffer)
-        self.plain = None if self._part is None else self._part.data
+        self.plain: Tensor | None = None if self._part is None else self._part.data
         self._memory = None if self.plain is None else (self.plain.data_ptr(), self.plain.numel())
 
     def is_as_before(self) -> bool:
@@ -120,16 +121,19 @@ class Batch:
             for flat in (self._kept, self._now)
         )
         self._is_judged = _can_be_bad(first.dtype)
-        self.mended = torch.zeros((), dtype=torch.int64, device=first.device)
+        self.mended: Tensor = torch.zeros((), dtype=torch.int64, device=first.device)
         self.keep()
 
     def keep(self) -> None:
+        """Copies the buffers, as what `put_back` restores."""
         torch._foreach_copy_(self._kept_views, self._buffers)
 
     def put_back(self) -> None:
+        """Restores the buffers from the copies."""
         torch._foreach_copy_(self._buffers, self._kept_views)
 
     def kept_by_place(self) -> dict[Place, Tensor]:
+        """Returns the copy of each buffer."""
         return dict(zip(self._places, self._kept_views, strict=True))
 
     def settle(self, undo: bool | Tensor) -> bool:

@@ -42,7 +42,7 @@ from fastguard.guard.read_first import ReadsFirstIfNeeded, says_skip
 from fastguard.guard.step_hooks import has_step_hooks, run_hooks_of_all
 from fastguard.stages.contract import Verdict
 
-log = logging.getLogger("fastguard")
+log: logging.Logger = logging.getLogger("fastguard")
 
 BACKEND = "inductor"  # of torch.compile
 MOST_GRAPHS = 16

@@ -70,7 +70,7 @@ from fastguard.stages.spike_rules import GRAD_NORM, MissingLosses, Rule, rules_b
 if TYPE_CHECKING:
     from fastguard.guard.rank_watch import RankWatch
 
-log = logging.getLogger("fastguard")
+log: logging.Logger = logging.getLogger("fastguard")
 
 NOT_GIVEN: Any = object()
 """Instead of a closure: a None that is given reaches the wrapped step, which may require it."""
@@ -163,8 +163,8 @@ class GuardedOptimizer(KnownRun):
         check_choice("clip_scope", clip_scope, SCOPES)
         check_choice("nonfinite", nonfinite, MODES)
         check_budget(max_consecutive_skips)
-        self.norm_type = norm_type_of(norm_type)
-        self.max_norm = None if max_norm is None else checked_limit(max_norm)
+        self.norm_type: float = norm_type_of(norm_type)
+        self.max_norm: Limit | None = None if max_norm is None else checked_limit(max_norm)
         rules = rules_by_signal(spike)
         limits(optimizer.param_groups, clip_scope, self.max_norm)
         names = names_by_tensor(named_parameters, optimizer.param_groups)
@@ -176,7 +176,7 @@ class GuardedOptimizer(KnownRun):
         self.optimizer = optimizer
         self.clip_scope: ClipScope = clip_scope
         self.nonfinite: NonFinite = nonfinite
-        self.rules = rules
+        self.rules: Mapping[str, Rule] = rules
         self.max_consecutive_skips = max_consecutive_skips
         self.group = group
         self._gradients = Gradients(

@@ -71,6 +71,7 @@ class StepSignature(NamedTuple):
 
     @staticmethod
     def of(optimizer: Optimizer) -> StepSignature:
+        """Reads the signature of an optimizer's `step`."""
         try:
             parameters = inspect.signature(optimizer.step).parameters.values()
         except (TypeError, ValueError):  # some callables of C have none

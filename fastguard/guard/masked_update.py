@@ -96,6 +96,7 @@ class Members:
     def of(
         optimizer: Optimizer, params: list[Tensor], groups: list[int], segments: list[int]
     ) -> Members:
+        """Reads the state of some parameters."""
         states = [
             tuple(k for k, v in optimizer.state.get(p, {}).items() if isinstance(v, Tensor))
             for p in params

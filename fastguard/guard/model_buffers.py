@@ -32,7 +32,7 @@ from fastguard.guard.guarded import GuardedOptimizer
 from fastguard.stages.contract import HostVerdict, Verdict
 from fastguard.stages.reason import Reason
 
-log = logging.getLogger("fastguard")
+log: logging.Logger = logging.getLogger("fastguard")
 
 
 def protect_buffers(

@@ -21,7 +21,7 @@ from fastguard.ranks.groups import Group, check_same_tensors
 from fastguard.ranks.plain_shards import check_plain_shards
 from fastguard.ranks.team import Team, team_of
 
-log = logging.getLogger("fastguard")
+log: logging.Logger = logging.getLogger("fastguard")
 
 
 class Gradients:
@@ -64,7 +64,7 @@ class Gradients:
         self.group: Group = group
         if scope in ("tensor", "unit"):
             check_same_tensors(group, f"clip_scope={scope!r}")
-        self.layout = self._lay_out()
+        self.layout: Layout = self._lay_out()
         check_plain_shards(self.layout.parameters, group)
         self.team: Team | None = team_of(self.layout.parameters, group)
         self.with_parameters = with_parameters

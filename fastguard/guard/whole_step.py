@@ -29,7 +29,7 @@ from fastguard.stages.apply import apply
 from fastguard.stages.contract import Verdict
 from fastguard.stages.spike_rules import Rule
 
-log = logging.getLogger("fastguard")
+log: logging.Logger = logging.getLogger("fastguard")
 
 
 class _NonFiniteLoss(Exception):

@@ -102,9 +102,11 @@ class AcceleratorGuard:
             raise engine_error(accelerator.distributed_type.value)
         if isinstance(getattr(accelerator.prepare_optimizer, "__self__", None), AcceleratorGuard):
             raise ValueError("this accelerator is already guarded")
-        self.accelerator, self.options, self.fixed = accelerator, options, fixed
+        self.accelerator = accelerator
+        self.options: Mapping[str, Any] = options
+        self.fixed: bool = fixed
         self.records = records
-        self.span = BatchSpan()
+        self.span: BatchSpan = BatchSpan()
         self._model = model
         self._passes = _Passes()
         # In the order of `prepare`; weak, since a trainer creates new ones and drops old ones.

@@ -60,9 +60,11 @@ class FabricGuard:
         refuse_deepspeed(strategy)
         if isinstance(getattr(strategy.setup_optimizer, "__self__", None), FabricGuard):
             raise ValueError("this Fabric is already guarded")
-        self.strategy, self.model, self.options = strategy, model, options
+        self.strategy: Any = strategy
+        self.model: nn.Module | None = model
+        self.options: dict[str, Any] = options
         self.records = records
-        self.span = BatchSpan()
+        self.span: BatchSpan = BatchSpan()
         self.limits: dict[GuardedOptimizer, AskedLimit] = {}
         self._statistics: dict[GuardedOptimizer, ModelBuffers] = {}
         self._fabrics = TakenOver(fabric, self, ("backward", "setup_dataloaders"))

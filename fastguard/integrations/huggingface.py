@@ -139,8 +139,9 @@ class TrainerGuard(AcceleratorGuard):
         if prepared.guard is not self:
             # The Trainer is a copy; both share one accelerator, which works for one at a time.
             prepared.guard.prepared.pop(prepared, None)
-            self.records = prepared.guard.records
+            self.records: RunRecords = prepared.guard.records
             prepared.guard = self
+            self.prepared: weakref.WeakKeyDictionary[GuardedAcceleratedOptimizer, None]
             self.prepared = weakref.WeakKeyDictionary({prepared: None})
         self._accelerates.take()
         self.open_records()

@@ -38,7 +38,9 @@ class TakenOver:
     """
 
     def __init__(self, owner: object, by: object, names: Sequence[str]) -> None:
-        self.owner, self.by, self.names = owner, by, names
+        self.owner: object = owner
+        self.by: object = by
+        self.names: Sequence[str] = names
         self._of_instance = {name: vars(owner)[name] for name in names if name in vars(owner)}
         self.take()
 

@@ -270,8 +270,8 @@ class RunRecords:
         for sink in sinks:
             check_sink(sink)
         # Absolute: the file is opened later, and programs change the working directory.
-        self.records = None if records is None else check_file(records).absolute()
-        self.sinks = tuple(sinks)
+        self.records: Path | None = None if records is None else check_file(records).absolute()
+        self.sinks: tuple[Sink, ...] = tuple(sinks)
         self._files: weakref.WeakKeyDictionary[KnownRun, _File] = weakref.WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
+from fastguard.optim.contract import Algorithm
 from fastguard.optim.optimizer import FusedOptimizer
 
 
@@ -43,7 +44,7 @@ class AdamW(FusedOptimizer):
         ['exp_avg', 'exp_avg_sq', 'remainder', 'step']
     """
 
-    algorithm = "adamw"
+    algorithm: ClassVar[Algorithm] = "adamw"
 
     def __init__(
         self,
@@ -91,7 +92,7 @@ class Adam(FusedOptimizer):
         tensor([0.5000, 0.5000, 0.5000])
     """
 
-    algorithm = "adam"
+    algorithm: ClassVar[Algorithm] = "adam"
 
     def __init__(
         self,

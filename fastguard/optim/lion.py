@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
+from fastguard.optim.contract import Algorithm
 from fastguard.optim.optimizer import FusedOptimizer
 
 
@@ -32,7 +33,7 @@ class Lion(FusedOptimizer):
         tensor([0.7500, 0.7500, 1.2500])
     """
 
-    algorithm = "lion"
+    algorithm: ClassVar[Algorithm] = "lion"
 
     def __init__(
         self,
@@ -48,4 +49,5 @@ class Lion(FusedOptimizer):
         super().__init__(params, defaults, own)
 
     def counts_steps(self, group: Mapping[str, Any]) -> bool:
+        """Whether the update depends on the step count: only stochastic rounding does."""
         return group["rounding"] == "stochastic"

@@ -147,7 +147,7 @@ class FusedOptimizer(Optimizer):
             states.take_over(self, seen[-1], groups)
             self.check_groups(self.param_groups)
         except BaseException:
-            self.state, self.param_groups = state, groups
+            self.__dict__.update(state=state, param_groups=groups)
             raise
         finally:
             hook.remove()

@@ -49,6 +49,7 @@ class Piece:
     n: int = 0
 
     def write_back(self) -> None:
+        """Copies the results back to tensors that were updated as copies."""
         for original, copy in self.copies:
             original.copy_(copy)
 

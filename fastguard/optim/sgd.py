@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
+from fastguard.optim.contract import Algorithm
 from fastguard.optim.optimizer import FusedOptimizer
 
 
@@ -35,7 +36,7 @@ class SGD(FusedOptimizer):
         tensor([0.7500, 0.7500, 0.7500])
     """
 
-    algorithm = "sgd"
+    algorithm: ClassVar[Algorithm] = "sgd"
 
     def __init__(
         self,
@@ -60,12 +61,15 @@ class SGD(FusedOptimizer):
         super().__init__(params, defaults, own)
 
     def hyper(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """Values of `contract.HYPER` by name."""
         keys = ("lr", "momentum", "dampening", "weight_decay")
         return {key: group[key] for key in keys}
 
     def state_names(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+        """The momentum buffer, if the group has momentum."""
         return ("momentum_buffer",) if group["momentum"] != 0 else ()
 
     def counts_steps(self, group: Mapping[str, Any]) -> bool:
+        """Whether the update depends on the step count: dampening starts with the second step."""
         dampened = group["momentum"] != 0 and group["dampening"] != 0
         return dampened or group["rounding"] == "stochastic"

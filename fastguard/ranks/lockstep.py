@@ -37,8 +37,8 @@ class Peers:
                 "torch.distributed.group.WORLD after init_process_group"
             )
         self.group = group
-        self.rank = 0 if group is None else torch.distributed.get_rank(group)
-        self.size = 1 if group is None else torch.distributed.get_world_size(group)
+        self.rank: int = 0 if group is None else torch.distributed.get_rank(group)
+        self.size: int = 1 if group is None else torch.distributed.get_world_size(group)
 
     @property
     def is_first(self) -> bool:

@@ -17,6 +17,7 @@ import json
 import logging
 import weakref
 from collections.abc import Iterator, Sequence
+from typing import overload
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
@@ -86,7 +87,11 @@ class LossNames(Sequence[str]):
         """Yields the name of every position as far as this rank knows; else an empty string."""
         return itertools.chain(self._names, [""] * (OWN - len(self._names)), [OTHERS])
 
-    def __getitem__(self, place):  # type: ignore[override]
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[str]: ...
+    def __getitem__(self, place: int | slice) -> str | list[str]:
         """Returns the name of a position, after asking the store for names from other ranks."""
         if isinstance(place, int) and len(self._names) <= place < OWN:
             self._names = self._stored()

@@ -111,7 +111,7 @@ class Slices:
     """
 
     def __init__(self, ranks: Sequence[int], root: Sequence[int]) -> None:
-        self.first = tuple(ranks)
+        self.first: tuple[int, ...] = tuple(ranks)
         self._root = root
         self._place = {rank: place for place, rank in enumerate(root)}
         places = sorted(self._place[rank] for rank in ranks)

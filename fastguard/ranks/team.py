@@ -72,11 +72,11 @@ class Team:
     def __init__(self, span: Span, group: Group) -> None:
         assert span.group is not None
         self.group: ProcessGroup = span.group
-        self.size = len(span.ranks)
-        self.distinct = isinstance(group, ProcessGroup)
+        self.size: int = len(span.ranks)
+        self.distinct: bool = isinstance(group, ProcessGroup)
         own = process_group_of(group)
         self._own_ranks = [] if own is None else dist.get_process_group_ranks(own)
-        self.rank = dist.get_rank()
+        self.rank: int = dist.get_rank()
         self._all_plain = not span.n_root
         self._weights: dict[tuple[int, Any], float] = {}
         self._specs: list[Any] = []

@@ -71,7 +71,7 @@ class ClippedBefore:
     """
 
     def __init__(self) -> None:
-        self.told = False
+        self.told: bool = False
         self._at_limit = self._near_limit = self._alike = 0
         self._first = self._lowest = self._highest = math.nan  # range of the norms that are alike
 

@@ -197,7 +197,8 @@ class Ring:
     """
 
     def __init__(self, device: torch.device, width: int) -> None:
-        self.device, self.width = device, width
+        self.device: torch.device = device
+        self.width: int = width
         on_gpu = device.type == "cuda"
         self._rows = torch.empty(ROWS, width, dtype=torch.float64, device=device)
         self._host = torch.empty(ROWS, width, dtype=torch.float64, device="cpu", pin_memory=on_gpu)

@@ -59,7 +59,7 @@ class LineWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.lock = threading.RLock()
+        self.lock: threading.RLock = threading.RLock()
         self._users = 0
         self._is_at_work = False
         self._cannot_rotate = False

@@ -225,7 +225,7 @@ class Recorder:
     def __init__(self) -> None:
         self.finished: deque[StepRecord] = deque(maxlen=KEPT)
         self.history: deque[StepRecord] = deque(maxlen=KEPT)
-        self.max_norm = math.inf
+        self.max_norm: float = math.inf
         self.longest_search = LONGEST_SEARCH
         self._advice = Advice()
         self._lines = IncidentLines()

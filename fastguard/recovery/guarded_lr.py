@@ -91,11 +91,11 @@ class GuardedLR(LRScheduler):
         warmup: Warmup | None = None,
     ) -> None:
         # Not super().__init__(), which would take a first step.
-        self.optimizer = guarded_of(schedule, optimizer)
+        self.optimizer: GuardedOptimizer = guarded_of(schedule, optimizer)
         check_back_off(backoff, recovery, warmup)
         for group in self._groups:
             LR.read(group)  # raises if there is no learning rate to schedule
-        self.schedule = schedule_of(schedule)
+        self.schedule: LRScheduler | ReduceLROnPlateau = schedule_of(schedule)
         self.floor: list[float] = []
         self._given_floor = floor
         self.backoff: float = float(backoff)

@@ -52,8 +52,10 @@ class BadStretch:
 
     def __init__(self, every: int, after_skips: int | None, after_spikes: int | None) -> None:
         self.every = every
-        self.after_skips, self.after_spikes = after_skips, after_spikes
-        self.rollbacks = self._line = 0
+        self.after_skips: int | None = after_skips
+        self.after_spikes: int | None = after_spikes
+        self.rollbacks: int = 0
+        self._line = 0
         self._applied = self._barring = 0  # since the last snapshot
         self._waits: float = 1  # multiple of `every`; inf after a step that rules out a snapshot
         self._skips = self._spikes = 0

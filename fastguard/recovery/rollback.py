@@ -150,12 +150,13 @@ class Rollback:
             )
         _check_reachable(after_skips, optimizer.max_consecutive_skips)
         self.optimizer = optimizer
-        self.objects = _with_own(objects, optimizer, lr)
+        self.objects: dict[str, Any] = _with_own(objects, optimizer, lr)
         for name, thing in self.objects.items():
             _check_memory(name, thing)
-        self.lr, self.lr_factor = lr, lr_factor
+        self.lr: GuardedLR | None = lr
+        self.lr_factor: float = lr_factor
         self.max_attempts = max_attempts
-        self.attempts = 0
+        self.attempts: int = 0
         self._trouble_until = 0
         self._inbox = optimizer.subscribe()
         # each with the number of steps until then

@@ -142,7 +142,7 @@ class ZClip(AdaptiveLimit):
     warmup: int = 25
     max_norm: float | None = 1.0
 
-    initial = (0.0, 0.0)  # mean, variance
+    initial: Sequence[float] = (0.0, 0.0)  # mean, variance
 
     def __post_init__(self) -> None:
         _set(self, "z", _positive("ZClip z", self.z))
@@ -359,7 +359,7 @@ class AdaGC(AdaptiveLimit):
     warmup: int = 100
     max_norm: float = 1.0
 
-    initial = (math.inf,)  # average: the minimum with the first norm is that norm
+    initial: Sequence[float] = (math.inf,)  # average: the minimum with the first norm is that norm
 
     def __post_init__(self) -> None:
         _set(self, "ratio", _positive("AdaGC ratio", self.ratio))

@@ -29,7 +29,7 @@ LARGEST_WINDOW = 2**20
 PATIENCE = 100
 """Steps after which a warning names the losses of rules that were never passed."""
 
-log = logging.getLogger("fastguard")
+log: logging.Logger = logging.getLogger("fastguard")
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,8 +57,8 @@ class Call:
     __slots__ = ("name", "work")
 
     def __init__(self, name: str, work: Callable[..., Any]) -> None:
-        self.name = name
-        self.work = work
+        self.name: str = name
+        self.work: Callable[..., Any] = work
 
     def __repr__(self) -> str:
         return self.name

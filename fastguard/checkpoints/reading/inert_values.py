@@ -55,7 +55,7 @@ class Name:
     __slots__ = ("qualified_name",)
 
     def __init__(self, qualified_name: str) -> None:
-        self.qualified_name = qualified_name
+        self.qualified_name: str = qualified_name
 
     def __repr__(self) -> str:
         return self.qualified_name[:200]
@@ -72,14 +72,14 @@ class StandIn:
     __slots__ = ("parts", "qualified_name")
 
     def __init__(self, qualified_name: str, *parts: Any) -> None:
-        self.qualified_name = qualified_name
+        self.qualified_name: str = qualified_name
         self.parts: list[Any] = list(parts)
 
     def __repr__(self) -> str:
         return f"<{self.qualified_name[:200]}>"
 
 
-class InertDict(dict):
+class InertDict(dict[Any, Any]):
     """A dict from the file that may also have attributes (`state_dict._metadata`)."""
 
     attributes: Any = None
@@ -98,7 +98,9 @@ class OpaqueKey:
     __slots__ = ("tensor",)
 
     def __init__(self, key: Any) -> None:
-        self.tensor = key if isinstance(key, TensorRef | Attached) else None
+        self.tensor: TensorRef | Attached | None = (
+            key if isinstance(key, TensorRef | Attached) else None
+        )
 
     def __str__(self) -> str:
         return "<key>"

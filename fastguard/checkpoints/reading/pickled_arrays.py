@@ -37,14 +37,16 @@ class NumpyDtype:
     """
 
     def __init__(self, code: Any = None, *_: Any) -> None:
-        self.what = code if isinstance(code, str) else repr(code) if isinstance(code, Name) else "?"
+        self.what: str = (
+            code if isinstance(code, str) else repr(code) if isinstance(code, Name) else "?"
+        )
         self.what = self.what[:40]
         kind = self.what[:1]
-        self.holds_numbers = kind not in _NO_NUMBERS
+        self.holds_numbers: bool = kind not in _NO_NUMBERS
         self.plain: np.dtype | None = None
         self.of_torch: torch.dtype | None = None
-        self.n_fields = 1
-        self.depth = 0
+        self.n_fields: int = 1
+        self.depth: int = 0
         if isinstance(code, Name):  # ml_dtypes.bfloat16 and similar, which torch has too
             found = getattr(torch, self.what.rpartition(".")[2], None)
             self.of_torch = found if isinstance(found, torch.dtype) else None

@@ -20,7 +20,8 @@ from fastguard.stages.measure import measure
 
 READ_PASS = "fastguard read pass"
 
-torch_clip = torch.nn.utils.clip_grad_norm_  # bound here, so that `patch_torch` cannot change it
+# Bound here, so that `patch_torch` cannot change it.
+torch_clip: Callable[..., Tensor] = torch.nn.utils.clip_grad_norm_
 
 
 class NotHere(Exception):
@@ -47,6 +48,7 @@ def _on_parameters(work: Workload, call: Callable[[], Tensor | None]) -> Prepare
 
 
 def torch_foreach(work: Workload) -> Prepared:
+    """`torch.nn.utils.clip_grad_norm_(foreach=True)`."""
     zero_first = work.case.situation == "one NaN, zeroed"
     parameters, limit = work.parameters, work.max_norm
 
@@ -60,11 +62,13 @@ def torch_foreach(work: Workload) -> Prepared:
 
 
 def torch_for_loop(work: Workload) -> Prepared:
+    """`torch.nn.utils.clip_grad_norm_(foreach=False)`."""
     _finite_only(work)
     return _on_parameters(work, lambda: torch_clip(work.parameters, work.max_norm, foreach=False))
 
 
 def torch_compiled(work: Workload) -> Prepared:
+    """`torch.nn.utils.clip_grad_norm_` under `torch.compile`."""
     _finite_only(work)
     compiled = torch.compile(torch_clip)
     return _on_parameters(work, lambda: compiled(work.parameters, work.max_norm))
@@ -100,6 +104,7 @@ def grad_scaler_then_clip(work: Workload) -> Prepared:
 
 
 def fastguard_function(work: Workload) -> Prepared:
+    """`fastguard.clip_grad_norm_`."""
     mode = _mode(work)
     return _on_parameters(
         work, lambda: fastguard.clip_grad_norm_(work.parameters, work.max_norm, nonfinite=mode)
@@ -107,16 +112,19 @@ def fastguard_function(work: Workload) -> Prepared:
 
 
 def fastguard_compiled(work: Workload) -> Prepared:
+    """`fastguard.clip_grad_norm_` under `torch.compile`."""
     mode = _mode(work)
     compiled = torch.compile(fastguard.clip_grad_norm_, fullgraph=True)
     return _on_parameters(work, lambda: compiled(work.parameters, work.max_norm, nonfinite=mode))
 
 
 def fastguard_flat(work: Workload) -> Prepared:
+    """`FlatGradBuckets.clip_grad_norm_`."""
     return _flat(work, trusted=False)
 
 
 def fastguard_flat_trusted(work: Workload) -> Prepared:
+    """`FlatGradBuckets(trusted=True).clip_grad_norm_`."""
     return _flat(work, trusted=True)
 
 
@@ -142,6 +150,7 @@ def measure_segments(work: Workload) -> Prepared:
 
 
 def measure_segments_flat(work: Workload) -> Prepared:
+    """`FlatGradBuckets.measure`, with the parameters distributed over segments."""
     twin = work.twin()
     segments, count = work.segment_ids, work.case.segments
     flat = fastguard.FlatGradBuckets(twin, segments=segments, n_segments=count)
@@ -159,6 +168,7 @@ def read_pass(work: Workload) -> Prepared:
 
 
 def apex_clip(work: Workload) -> Prepared:
+    """`clip_grad_norm_` of apex."""
     _finite_only(work)
     _needs_cuda(work)
     try:

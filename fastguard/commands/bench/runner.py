@@ -39,6 +39,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: list[float]) -> Spread:
+        """Computes the percentiles of some values."""
         return cls(*(float(v) for v in np.percentile(values, (20, 50, 80))))
 
 
@@ -81,6 +82,7 @@ class Row:
     norm_error: float | None
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns the row as nested dicts, for JSON."""
         return asdict(self)
 
 

@@ -110,15 +110,18 @@ def grad_scaler_step(work: Workload, inner: torch.optim.Optimizer) -> Prepared:
 
 
 def guarded_step(work: Workload, inner: torch.optim.Optimizer) -> Prepared:
+    """`GuardedOptimizer` with a limit."""
     guarded = fastguard.GuardedOptimizer(inner, max_norm=work.max_norm)
     return Prepared(_stepping(guarded), work.restore, work.parameters)
 
 
 def guarded_step_flat(work: Workload, inner: torch.optim.Optimizer) -> Prepared:
+    """`GuardedOptimizer(flat_buckets=True)`."""
     return _flat(work, buckets=True)
 
 
 def guarded_step_flat_parameters(work: Workload, inner: torch.optim.Optimizer) -> Prepared:
+    """`GuardedOptimizer(flat_parameters=True)`."""
     return _flat(work, buckets=False)
 
 

@@ -138,15 +138,15 @@ class Workload:
             parameter.grad = torch.empty(shape, dtype=dtype, device=device)
             at = _tile(parameter.grad.view(-1), block, at)
             self.parameters.append(parameter)
-        self.true_norm = float64_norm(self.grads)
-        self.max_norm = self.true_norm * (0.5 if case.situation == "clipping" else 2.0)
+        self.true_norm: float = float64_norm(self.grads)
+        self.max_norm: float = self.true_norm * (0.5 if case.situation == "clipping" else 2.0)
         if case.situation.startswith("one NaN"):
             middle = self.grads[len(self.grads) // 2].view(-1)
             self.true_norm = math.sqrt(
                 self.true_norm**2 - float(middle[middle.numel() // 2].double()) ** 2
             )
             middle[middle.numel() // 2] = math.nan
-        self.pristine = [g.clone() for g in self.grads] if case.changes_grads else []
+        self.pristine: list[Tensor] = [g.clone() for g in self.grads] if case.changes_grads else []
 
     @property
     def grads(self) -> list[Tensor]:

@@ -41,6 +41,7 @@ INDENT = " " * 7  # aligns with the path in verify's lines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `fastguard ckpt`."""
     actions = parser.add_subparsers(
         dest="action", metavar="list|verify|rollback", parser_class=Parser
     )
@@ -73,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Runs `fastguard ckpt`; returns the exit status."""
     if args.action is None:
         raise UsageError("ckpt needs an action: list, verify or rollback")
     answer = Answer(args.json)

@@ -19,7 +19,7 @@ from fastguard.commands.terminal import say, text_of
 from fastguard.commands.usage import UsageError
 from fastguard.errors.last_resort import PREFIX
 
-log = logging.getLogger("fastguard")
+log: logging.Logger = logging.getLogger("fastguard")
 
 FINE, FOUND_BAD = 0, 1
 

@@ -14,14 +14,15 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, *, bias: bool) -> None:
         super().__init__()
         self.heads = heads
-        self.attention_norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width, bias=bias)
-        self.project = nn.Linear(width, width, bias=bias)
-        self.mlp_norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 4 * width, bias=bias)
-        self.down = nn.Linear(4 * width, width, bias=bias)
+        self.attention_norm: nn.LayerNorm = nn.LayerNorm(width)
+        self.qkv: nn.Linear = nn.Linear(width, 3 * width, bias=bias)
+        self.project: nn.Linear = nn.Linear(width, width, bias=bias)
+        self.mlp_norm: nn.LayerNorm = nn.LayerNorm(width)
+        self.up: nn.Linear = nn.Linear(width, 4 * width, bias=bias)
+        self.down: nn.Linear = nn.Linear(4 * width, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Transforms the residual stream `(batch, time, width)`."""
         x = x + self.project(self._attend(self.attention_norm(x)))
         return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
 
@@ -48,11 +49,13 @@ class GPT(nn.Module):
         tied: bool = False,
     ) -> None:
         super().__init__()
-        self.token = nn.Embedding(vocabulary, width)
-        self.position = nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*[Block(width, heads, bias=bias) for _ in range(layers)])
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.token: nn.Embedding = nn.Embedding(vocabulary, width)
+        self.position: nn.Embedding = nn.Embedding(context, width)
+        self.blocks: nn.Sequential = nn.Sequential(
+            *[Block(width, heads, bias=bias) for _ in range(layers)]
+        )
+        self.norm: nn.LayerNorm = nn.LayerNorm(width)
+        self.head: nn.Linear = nn.Linear(width, vocabulary, bias=False)
         if tied:
             self.head.weight = self.token.weight
         for name, p in self.named_parameters():
@@ -61,6 +64,7 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02 / (2 * layers) ** 0.5 if adds else 0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Computes the logits."""
         x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
         return self.head(self.norm(self.blocks(x)))
 

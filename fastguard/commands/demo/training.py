@@ -44,8 +44,8 @@ class Bare:
     name = "bare PyTorch"
 
     def __init__(self, model: GPT, settings: Settings) -> None:
-        self.parameters = list(model.parameters())
-        self.max_norm = settings.max_norm
+        self.parameters: list[torch.nn.Parameter] = list(model.parameters())
+        self.max_norm: float = settings.max_norm
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
             self.parameters, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True
         )
@@ -65,6 +65,7 @@ class Clipped(Bare):
     name = "clip_grad_norm_"
 
     def step(self, loss: Tensor, batch: int) -> float:
+        """Clips and takes one step; returns the gradient norm before it."""
         norm = number(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_norm))
         self.optimizer.step()
         return norm
@@ -77,16 +78,18 @@ class Guarded(Bare):
 
     def __init__(self, model: GPT, settings: Settings) -> None:
         super().__init__(model, settings)
-        self.optimizer = self.guard = GuardedOptimizer(
+        self.guard: GuardedOptimizer = GuardedOptimizer(
             self.optimizer,
             max_norm=settings.max_norm,
             named_parameters=model.named_parameters(),
             spike={"grad_norm": settings.spike_rule},
         )
+        self.optimizer: torch.optim.Optimizer = self.guard
 
     def step(self, loss: Tensor, batch: int) -> float:
+        """Takes one guarded step; returns the gradient norm before it."""
         self.guard.step(loss=loss, tag={"batch": batch})
-        self.records += self.guard.records()
+        self.records.extend(self.guard.records())
         return self.records[-1].total_norm
 
 

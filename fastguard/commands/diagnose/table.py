@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from typing import TYPE_CHECKING
 
 from fastguard.diagnosis.finding import Finding
 from fastguard.diagnosis.report import Diagnosis
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _COLORS = {"error": "bold red", "warning": "yellow", "note": "cyan", "ok": "green"}
 
@@ -21,7 +25,7 @@ def show(diagnosis: Diagnosis) -> None:
         print(diagnosis)
 
 
-def table(diagnosis: Diagnosis):
+def table(diagnosis: Diagnosis) -> Table:
     """A `rich.table.Table` with one row per finding. Requires the extra `cli`."""
     from rich import box
     from rich.markup import escape

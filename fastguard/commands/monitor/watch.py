@@ -54,9 +54,9 @@ class Watch:
         self.latest: StepRecord | None = None
         self.curve: deque[StepRecord] = deque(maxlen=min(last, CURVE))
         self.incidents: deque[StepRecord] = deque(maxlen=INCIDENTS)
-        self.n_records = 0
-        self.n_incidents = 0
-        self.damaged = 0
+        self.n_records: int = 0
+        self.n_incidents: int = 0
+        self.damaged: int = 0
         self.actions: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
         self._window: deque[tuple[str, str | None]] = deque()

@@ -115,7 +115,7 @@ class ColumnReader:
 
     def __init__(self) -> None:
         self.names: dict[str, list[str]] = {kind: [] for kind in _MAPPINGS}
-        self.unnamed = False
+        self.unnamed: bool = False
         self._words: dict[str, dict[str, str]] = {"action": {}, "reason": {}}
 
     def read(self, records: list[dict[str, Any]]) -> Columns:

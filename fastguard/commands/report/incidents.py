@@ -75,8 +75,8 @@ class IncidentTable:
     def __init__(self, limit: int = 100) -> None:
         self.limit = limit
         self.rows: list[Row] = []
-        self.incidents = 0
-        self.steps = 0
+        self.incidents: int = 0
+        self.steps: int = 0
         self.last: Row | None = None
 
     def add(self, record: int, bad: BadStep, *, went_back: bool = False) -> bool:

@@ -17,7 +17,7 @@ class Tally:
 
     def __init__(self, limit: int, names: int = 64) -> None:
         self.limit = limit
-        self.shift = 0
+        self.shift: int = 0
         self._names = names
         self._counts: dict[str, dict[int, tuple[int, int]]] = {}
 

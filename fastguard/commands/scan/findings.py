@@ -51,13 +51,13 @@ class Findings:
     """
 
     def __init__(self, shapes: Shapes) -> None:
-        self.found = LogScan()
-        self.series = AllSeries()
-        self.passed = Passed(shapes.where, shapes.is_setting)
-        self.place = NOWHERE
+        self.found: LogScan = LogScan()
+        self.series: AllSeries = AllSeries()
+        self.passed: Passed = Passed(shapes.where, shapes.is_setting)
+        self.place: Place = NOWHERE
         self.stretch: Stretch | None = None
         self.run: Run | None = None
-        self.dicts = False
+        self.dicts: bool = False
         self._without_step: Stretch | None = None
 
     def ends_stretch(self, dialect: str | None) -> None:

@@ -97,8 +97,10 @@ class Run:
 
     def __init__(self, shape: Shape, line: bytes) -> None:
         self.bad: Counter[tuple[Value, ...]] = Counter()
-        self.n = self.number = 0
-        self.last = self.furthest = (shape.where, line)
+        self.n: int = 0
+        self.number: int = 0
+        self.last: tuple[Where, bytes] = (shape.where, line)
+        self.furthest: tuple[Where, bytes] = self.last
         self._shape = shape
         self._named = _named(shape.where)
         self._epoch = _whole_epoch(shape.where, line)

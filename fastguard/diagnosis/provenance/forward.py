@@ -106,7 +106,7 @@ class ForwardTrace(TorchDispatchMode):
         self, names: dict[nn.Module, str], outside: Iterable[tuple[Origin, str, Tensor]]
     ) -> None:
         super().__init__()
-        self.low_precision = False
+        self.low_precision: bool = False
         self.sites: dict[int, Site] = {}  # by sequence number of the autograd node
         self._names = names
         self._stack: list[str] = []
@@ -118,7 +118,7 @@ class ForwardTrace(TorchDispatchMode):
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._thread = threading.get_ident()
         self._outermost = sys._getframe(1)
-        self.already = [self._meet(t, origin, name) for origin, name, t in outside]
+        self.already: list[Any] = [self._meet(t, origin, name) for origin, name, t in outside]
 
     def __enter__(self) -> ForwardTrace:
         self._hooks = [

@@ -62,13 +62,13 @@ class Search:
                 self._outside.append(("parameter", name, parameter))
             for name, buffer in root.named_buffers(prefix=prefix):
                 self._outside.append(("buffer", name, buffer))
-        self.modules = list(self._names)
+        self.modules: list[nn.Module] = list(self._names)
         self._batch = batch
         self._step = step
         self._autocast = autocast
         self._rng = rng
         self._loss_scale = loss_scale
-        self.low_precision = False
+        self.low_precision: bool = False
 
     def report(self) -> NonFiniteReport:
         """Replays forward, and backward if the loss is finite."""

@@ -61,7 +61,8 @@ class Watch:
     """
 
     def __init__(self, names: tuple[str, ...], every: int) -> None:
-        self.names, self.every = names, every
+        self.names: tuple[str, ...] = names
+        self.every: int = every
         self._quantities = [QUANTITIES[name]() for name in names]
         self._steps = 0
 

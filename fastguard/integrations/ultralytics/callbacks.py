@@ -89,7 +89,7 @@ class UltralyticsGuard:
         if self._run is not None:
             self._run.end()
 
-    def preprocess_batch(self, batch: dict) -> dict:
+    def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Like the trainer's method; also remembers the batch's images until its step."""
         self._window.append((self._batch, batch.get("im_file", ())))
         return self._trainers.own("preprocess_batch")(batch)

@@ -18,7 +18,10 @@ from fastguard.stages.formulas import (
 )
 
 CPU = torch.device("cpu")
-FACTORS = {torch.float32: np.float32, torch.float64: np.float64}
+FACTORS: dict[torch.dtype, type[np.float32 | np.float64]] = {
+    torch.float32: np.float32,
+    torch.float64: np.float64,
+}
 HALF = (torch.float16, torch.bfloat16)
 _IGNORED = torch.zeros((), device=CPU)  # the found_inf output of the scaler's operation; not used
 

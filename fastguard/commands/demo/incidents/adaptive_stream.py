@@ -32,6 +32,7 @@ from fastguard.commands.demo.incidents import Outcome
 from fastguard.commands.demo.incidents.adaptive_stream_data import Batch, Kind, draw
 from fastguard.commands.demo.incidents.adaptive_stream_model import (
     PARTS,
+    AdaptiveStream,
     as_it_was,
     losses,
     quality,
@@ -90,13 +91,12 @@ def make() -> dict[str, Any]:
 class AsItWas:
     """The original script."""
 
-    new_model = staticmethod(as_it_was)
     lr_at_start = LR_BEFORE
     scaled = False
 
     def __init__(self) -> None:
         torch.manual_seed(0)
-        self.model = self.new_model()
+        self.model: AdaptiveStream = self.new_model()
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=self.lr_at_start
         )
@@ -104,8 +104,12 @@ class AsItWas:
         self.losses: list[float] = []
         self.lr: list[float] = []
         self.parts: dict[str, float] = {}
-        self.steps = 0
+        self.steps: int = 0
         self.records: list[StepRecord] = []
+
+    def new_model(self) -> AdaptiveStream:
+        """Creates the model of the script."""
+        return as_it_was()
 
     def halving(self) -> LRScheduler:
         """The schedule of the script."""
@@ -161,21 +165,27 @@ class AsItWas:
 class Guarded(AsItWas):
     """The script with the advice and fastguard's lines."""
 
-    new_model = staticmethod(repaired)
     lr_at_start = LR
     scaled = True
 
     def __init__(self) -> None:
         super().__init__()
-        self.optimizer = self.guard = GuardedOptimizer(
+        self.guard: GuardedOptimizer = GuardedOptimizer(
             self.optimizer, named_parameters=self.model.named_parameters(), **GUARD
         )
-        self.schedule = self.guarded_lr = GuardedLR(self.halving(), **SCHEDULE)
-        self.activations = ActivationGuard(self.model, **ACTIVATIONS)
+        self.optimizer: torch.optim.Optimizer = self.guard
+        self.guarded_lr: GuardedLR = GuardedLR(self.halving(), **SCHEDULE)
+        self.schedule: LRScheduler = self.guarded_lr
+        self.activations: ActivationGuard = ActivationGuard(self.model, **ACTIVATIONS)
         self.counts: list[dict[str, Any]] = []
         self.said: list[str] = []
 
+    def new_model(self) -> AdaptiveStream:
+        """Creates the repaired model."""
+        return repaired()
+
     def one_batch(self, data: Batch, batch: int) -> float:
+        """Takes one guarded step; returns the classification loss."""
         images, targets = data
         check = check_batch(images, low=0.0, high=1.0)
         parts = losses(self.model(images), targets)
@@ -185,14 +195,15 @@ class Guarded(AsItWas):
         self.guard.step(loss={**parts, **check.signals()}, tag={"batch": batch})
         (record,) = self.guard.flush()
         self.records.append(record)
-        self.steps += record.action != "skipped"
+        self.steps: int = self.guard.applied_steps
         self.said.append(str(check))
         self.counts.append(self.activations.counts())
         self.activations.reset()
-        self.parts = {name: loss.item() for name, loss in parts.items()}
+        self.parts: dict[str, float] = {name: loss.item() for name, loss in parts.items()}
         return self.parts["label"]
 
     def facts(self) -> dict[str, Any]:
+        """See `run`."""
         return super().facts() | {
             "counts": self.counts,
             "said": self.said,

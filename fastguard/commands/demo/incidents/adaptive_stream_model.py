@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,10 @@ from torch.nn import functional
 from fastguard.commands.demo.incidents.adaptive_stream_data import COLOURS, SIZE
 
 CHANNELS = 16
-PARTS = {"mask": functional.binary_cross_entropy_with_logits, "label": functional.cross_entropy}
+PARTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mask": functional.binary_cross_entropy_with_logits,
+    "label": functional.cross_entropy,
+}
 
 
 class Attention(nn.Module):
@@ -26,6 +29,7 @@ class Attention(nn.Module):
         self.eps = eps
 
     def forward(self, features: Tensor) -> Tensor:
+        """Normalizes the features and applies the gate."""
         length = (features.square().sum(dim=1, keepdim=True) + self.eps).sqrt()
         unit = features / length
         return unit * unit.mean(dim=(2, 3), keepdim=True).sigmoid()
@@ -41,19 +45,20 @@ class AdaptiveStream(nn.Module):
 
     def __init__(self, attention: Attention, mask_size: int) -> None:
         super().__init__()
-        self.encoder = nn.Sequential(
+        self.encoder: nn.Sequential = nn.Sequential(
             nn.Conv2d(3, CHANNELS // 2, 4, stride=4, bias=False),
             nn.ReLU(),
             nn.Conv2d(CHANNELS // 2, CHANNELS, 3, stride=2, padding=1, bias=False),
             nn.ReLU(),
         )
         self.attention = attention
-        self.decoder = nn.Sequential(
+        self.decoder: nn.Sequential = nn.Sequential(
             nn.Conv2d(CHANNELS, 1, 3, padding=1), nn.Upsample(size=mask_size, mode="bilinear")
         )
-        self.classifier = nn.Linear(CHANNELS, len(COLOURS))
+        self.classifier: nn.Linear = nn.Linear(CHANNELS, len(COLOURS))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Computes mask logits `(B, 1, M, M)` and class scores."""
         features = self.attention(self.encoder(images))
         return {
             "mask": self.decoder(features),

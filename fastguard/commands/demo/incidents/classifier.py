@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import AveragedModel
 
 from fastguard import CheckpointStore, GuardedLR, GuardedOptimizer, Rollback, TrainingDivergedError
 from fastguard.checkpoints import inspect
@@ -70,14 +71,14 @@ class AsItWas:
 
     def __init__(self, folder: Path) -> None:
         torch.manual_seed(0)
-        self.model = Classifier()
-        self.ema = averaged(self.model)
+        self.model: Classifier = Classifier()
+        self.ema: AveragedModel = averaged(self.model)
         self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
             self.model.parameters(), lr=LR, momentum=MOMENTUM
         )
         self.losses: list[float] = []
         self.records: list[StepRecord] = []
-        self.batch = 0  # number of batches done in the whole run
+        self.batch: int = 0  # number of batches done in the whole run
         self.folder = folder
         self.open()
 
@@ -125,7 +126,7 @@ class AsItWas:
 
     def open(self) -> None:
         """Resumes from `last.pt`, if there is one."""
-        self.files = Files(self.folder)
+        self.files: Files = Files(self.folder)
         self.batch = BATCHES * self.files.load(self.model, self.ema, self.optimizer)
 
     def close(self) -> None:
@@ -162,24 +163,26 @@ class Guarded(AsItWas):
     """The same run with fastguard and a checkpoint store."""
 
     def open(self) -> None:
+        """Guards the optimizer, opens the store and resumes from it."""
         parameters = self.model.named_parameters()
-        self.optimizer = self.guard = GuardedOptimizer(
+        self.guard: GuardedOptimizer = GuardedOptimizer(
             self.optimizer, max_norm=MAX_NORM, named_parameters=parameters
         )
-        self.lr = GuardedLR(self.guard)
+        self.optimizer: torch.optim.Optimizer = self.guard
+        self.lr: GuardedLR = GuardedLR(self.guard)
         self.rewinds: list[dict[str, Any]] = []
         self.leave_out: set[int] = set()  # batches to leave out from now on
         self.unsaved: list[StepRecord] = []
-        self.objects = {
+        self.objects: dict[str, Any] = {
             "model": self.model, "ema": self.ema, "optimizer": self.guard, "lr": self.lr,
         }  # fmt: skip
-        self.store = CheckpointStore(self.folder / "checkpoints", **STORE)
+        self.store: CheckpointStore = CheckpointStore(self.folder / "checkpoints", **STORE)
         if self.store.list():
             position = self.store.load("last-clean", self.objects).state["position"]
             self.batch, self.leave_out = position["batch"], set(position["leave_out"])
         else:  # ensures a checkpoint to go back to
             self.store.save(self.objects, step=0, epoch=0, position=self.position())
-        self.rollback = Rollback(
+        self.rollback: Rollback = Rollback(
             self.guard,
             {"model": self.model, "ema": self.ema},
             lr=self.lr,
@@ -193,7 +196,8 @@ class Guarded(AsItWas):
         return {"batch": self.batch, "leave_out": sorted(self.leave_out)}
 
     def one_batch(self, batch: int) -> None:
-        self.batch = batch
+        """Trains on a batch unless it is left out, then rolls back or saves if that is due."""
+        self.batch: int = batch
         if batch not in self.leave_out:
             self.forward_backward_step(batch)
             if self.went_back(batch):
@@ -212,11 +216,12 @@ class Guarded(AsItWas):
             self.unsaved.clear()
 
     def take(self, loss: Tensor, batch: int) -> None:
+        """Takes the guarded step and collects its records."""
         epoch, number = _place(batch)
         self.guard.step(loss=loss, tag={"epoch": epoch, "batch": number})
         self.lr.step()
         news = self.guard.flush()
-        self.records += news
+        self.records.extend(news)
         self.unsaved += [record for record in news if record.is_incident]
 
     def went_back(self, batch: int) -> bool:
@@ -234,13 +239,16 @@ class Guarded(AsItWas):
         return True
 
     def close(self) -> None:
+        """Closes the store."""
         self.store.close()
 
     def last(self) -> Path | None:
+        """Loads the last checkpoint into model and EMA; returns its path."""
         entry = self.store.load("last", model=self.model, ema=self.ema).entry
         return self.store.directory / entry.file
 
     def facts(self) -> dict[str, Any]:
+        """See `run`."""
         return super().facts() | {
             "entries": self.store.list(),
             **{k: [r[k] for r in self.rewinds] for k in ("redone", "seconds", "lr")},

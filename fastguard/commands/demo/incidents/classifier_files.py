@@ -25,7 +25,7 @@ class Files:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.best_fitness = -math.inf
+        self.best_fitness: float = -math.inf
 
     def save(
         self,

@@ -15,11 +15,12 @@ class Classifier(nn.Module):
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(1, width, 3, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(width)
-        self.head = nn.Linear(width * (SIZE // 2) ** 2, CLASSES)
+        self.conv: nn.Conv2d = nn.Conv2d(1, width, 3, padding=1, bias=False)
+        self.bn: nn.BatchNorm2d = nn.BatchNorm2d(width)
+        self.head: nn.Linear = nn.Linear(width * (SIZE // 2) ** 2, CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Computes the scores."""
         features = self.bn(self.conv(images)).relu()
         return self.head(nn.functional.max_pool2d(features, 2).flatten(1))
 

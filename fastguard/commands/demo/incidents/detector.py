@@ -27,8 +27,9 @@ os.environ.setdefault("YOLO_OFFLINE", "true")  # before ultralytics looks for th
 
 BATCHES = 48  # per epoch
 FAULTS = {(3, 15): Kind.OVERFLOW, (3, 46): Kind.BAD_PIXEL}
-BACKOFF = {"backoff": 0.5, "recovery": 20}  # halves the learning rate until 20 good steps later
-SETTINGS = {
+# Halves the learning rate until 20 good steps later.
+BACKOFF: dict[str, float] = {"backoff": 0.5, "recovery": 20}
+SETTINGS: dict[str, Any] = {
     "epochs": 4,
     "imgsz": 64,
     "batch": 1,
@@ -95,14 +96,17 @@ class Watch:
             model.add_callback(event, getattr(self, event))
 
     def on_train_start(self, trainer: Any) -> None:
+        """Observes the optimizer that takes the steps."""
         self.trainer = trainer
         taking_steps = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
         taking_steps.register_step_pre_hook(self._on_step)
 
     def on_train_epoch_start(self, trainer: Any) -> None:
+        """Records the epoch."""
         self.epochs.append(trainer.epoch + 1)
 
     def on_train_batch_end(self, trainer: Any) -> None:
+        """Records the loss."""
         self.losses.append(float(trainer.loss.detach()))
 
     def _on_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

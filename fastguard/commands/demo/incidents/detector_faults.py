@@ -35,15 +35,18 @@ class Faults:
             model.add_callback(event, getattr(self, event))
 
     def on_pretrain_routine_end(self, trainer: Any) -> None:
+        """Hooks into the preprocessing and the class branches of the model."""
         preprocess = trainer.preprocess_batch
         trainer.preprocess_batch = lambda batch: self._spoil_image(preprocess(batch))
         for branch in trainer.model.model[-1].cv3:
             branch.register_forward_hook(self._overflow)
 
     def on_train_epoch_start(self, trainer: Any) -> None:
+        """Restarts the count of batches."""
         self._batch = 0
 
     def on_train_batch_start(self, trainer: Any) -> None:
+        """Selects the fault of the batch."""
         self._batch += 1
         self._now = self.at.get((trainer.epoch + 1, self._batch))
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastguard import GuardConfig, LossMeter, StepRecord, TensorBoardSink
+from fastguard import GuardConfig, GuardedOptimizer, LossMeter, StepRecord, TensorBoardSink
 from fastguard.commands.demo.incidents import Outcome
 from fastguard.commands.demo.incidents.latent_codes_data import Batch, Kind, sample
 from fastguard.commands.demo.incidents.latent_codes_model import AutoDecoder, losses
@@ -152,29 +152,34 @@ class Guarded(AsItWas):
         super().__init__(model)
         file = folder / "guard.toml"
         file.write_text(SETTINGS)
-        self.config = GuardConfig.from_file(file)
-        self.optimizer = self.guard = self.config.wrap(model, self.optimizer)
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        self.config: GuardConfig = GuardConfig.from_file(file)
+        self.guard: GuardedOptimizer = self.config.wrap(model, self.optimizer)
+        self.optimizer: torch.optim.Optimizer = self.guard
+        self.writer: SummaryWriter = SummaryWriter(str(folder / "tensorboard"))
         self.guard.add_sink(TensorBoardSink(self.writer))
-        self.meter = LossMeter()
+        self.meter: LossMeter = LossMeter()
 
     def take(self, parts: Mapping[str, Tensor], data: Batch, tag: tuple[int, int]) -> None:
+        """Checks the batch and takes the guarded step."""
         check = self.config.check(data)
         signals = {} if check is None else check.signals()
         self.guard.step(loss={**parts, **signals}, tag=tag)
-        self.records += self.guard.flush()
+        self.records.extend(self.guard.flush())
         assert self.guard.last is not None
         self.clip_coefs.append(self.guard.last.clip_coef.tolist())
 
     def average(self, parts: Mapping[str, Tensor], tag: tuple[int, int]) -> None:
+        """Adds a batch to the loss meter."""
         self.meter.update(parts, tag=tag)
 
     def mean(self) -> Any:
+        """Returns the summary of the loss meter, and resets it."""
         summary = self.meter.compute()
         self.meter.reset()
         return summary
 
     def close(self) -> None:
+        """Closes the TensorBoard writer."""
         self.writer.close()
 
 

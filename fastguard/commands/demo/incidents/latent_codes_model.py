@@ -18,8 +18,8 @@ class AutoDecoder(nn.Module):
 
     def __init__(self, code: int = 8, width: int = 32) -> None:
         super().__init__()
-        self.codes = nn.Embedding(SHAPES, code)
-        self.decoder = nn.Sequential(
+        self.codes: nn.Embedding = nn.Embedding(SHAPES, code)
+        self.decoder: nn.Sequential = nn.Sequential(
             nn.Linear(code + 2, width),
             nn.ReLU(),
             nn.Linear(width, width),

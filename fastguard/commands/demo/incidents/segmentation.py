@@ -125,13 +125,15 @@ class Guarded(AsItWas):
 
     def __init__(self, model: UNet) -> None:
         super().__init__(model)
-        self.optimizer = self.guard = GuardedOptimizer(
+        self.guard: GuardedOptimizer = GuardedOptimizer(
             self._sgd(LIMITS), named_parameters=model.named_parameters(), **GUARD
         )
+        self.optimizer: torch.optim.Optimizer = self.guard
         self.clip_coefs: list[dict[str, float]] = []
         self.explained: NonFiniteReport | None = None
 
     def step(self, parts: Mapping[str, Tensor], number: int, batch: Batch) -> None:
+        """Takes one guarded step; explains the first one that is skipped."""
         self.guard.step(loss=dict(parts), tag={"batch": number})
         (record,) = self.guard.flush()
         self.records.append(record)
@@ -146,6 +148,7 @@ class Guarded(AsItWas):
         return dict(zip(names, coefs if len(coefs) > 1 else coefs * len(names), strict=True))
 
     def facts(self) -> dict[str, Any]:
+        """The measurements of the run."""
         return super().facts() | {"clip_coefs": self.clip_coefs, "explained": self.explained}
 
 

@@ -33,11 +33,12 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.query = nn.Conv2d(channels, channels, 1)
-        self.key = nn.Conv2d(channels, channels, 1)
-        self.value = nn.Conv2d(channels, channels, 1)
+        self.query: nn.Conv2d = nn.Conv2d(channels, channels, 1)
+        self.key: nn.Conv2d = nn.Conv2d(channels, channels, 1)
+        self.value: nn.Conv2d = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Adds the attended values to features `(B, C, H, W)`."""
         query, key, value = (m(x).flatten(2) for m in (self.query, self.key, self.value))
         weights = (query.transpose(1, 2) @ key).softmax(dim=2)
         return x + (value @ weights.transpose(1, 2)).view_as(x)
@@ -49,12 +50,13 @@ class BoundaryRefinement(nn.Module):
     def __init__(self, channels: int, direction: Callable[[Tensor], Tensor] = divided) -> None:
         super().__init__()
         self.direction = direction
-        self.slope = nn.Conv2d(1, 2, 3, padding=1, bias=False)
-        self.mix = nn.Conv2d(channels + 2, 1, 1)
+        self.slope: nn.Conv2d = nn.Conv2d(1, 2, 3, padding=1, bias=False)
+        self.mix: nn.Conv2d = nn.Conv2d(channels + 2, 1, 1)
         sobel = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 8
         self.slope.weight.data = torch.stack([sobel, sobel.T])[:, None].contiguous()
 
     def forward(self, features: Tensor, image: Tensor) -> Tensor:
+        """Computes boundary logits `(B, 1, H, W)`."""
         return self.mix(torch.cat([features, self.direction(self.slope(image))], dim=1))
 
 
@@ -63,9 +65,10 @@ class ActiveContour(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.level = nn.Conv2d(channels + 2, 1, 1)
+        self.level: nn.Conv2d = nn.Conv2d(channels + 2, 1, 1)
 
     def forward(self, features: Tensor) -> Tensor:
+        """Computes the level set `(B, 1, H, W)`."""
         n, _, height, width = features.shape
         rows = torch.arange(height, device=features.device) * float(SLIDE_PIXELS)
         columns = torch.arange(width, device=features.device) * float(SLIDE_PIXELS)
@@ -83,16 +86,17 @@ class UNet(nn.Module):
 
     def __init__(self, direction: Callable[[Tensor], Tensor] = divided, width: int = 8) -> None:
         super().__init__()
-        self.down = _block(1, width)
-        self.bottom = _block(width, 2 * width)
-        self.attention = Attention(2 * width)
-        self.up = _block(3 * width, width)
-        self.seg = nn.Conv2d(width, 1, 1)
-        self.boundary = BoundaryRefinement(width, direction)
-        self.contour = ActiveContour(width)
-        self.distance = nn.Conv2d(width, 1, 1)
+        self.down: nn.Module = _block(1, width)
+        self.bottom: nn.Module = _block(width, 2 * width)
+        self.attention: Attention = Attention(2 * width)
+        self.up: nn.Module = _block(3 * width, width)
+        self.seg: nn.Conv2d = nn.Conv2d(width, 1, 1)
+        self.boundary: BoundaryRefinement = BoundaryRefinement(width, direction)
+        self.contour: ActiveContour = ActiveContour(width)
+        self.distance: nn.Conv2d = nn.Conv2d(width, 1, 1)
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
+        """Computes the four maps."""
         fine = self.down(image)
         coarse = self.attention(self.bottom(functional.max_pool2d(fine, 4)))
         features = self.up(torch.cat([fine, functional.interpolate(coarse, scale_factor=4)], 1))

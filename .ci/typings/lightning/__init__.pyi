@@ -1,0 +1,1 @@
+# For `.ci/known_types.py`, which explains it.
