@@ -230,6 +230,7 @@ def _float64_sum(values: Tensor) -> float:
 
 
 def as_arrays(tensors: Sequence[Tensor]) -> list[np.ndarray]:
+    """Returns CPU tensors as numpy arrays that share their memory."""
     try:
         return list(map(Tensor.numpy, tensors))
     except RuntimeError:  # tensors that require grad refuse .numpy()
