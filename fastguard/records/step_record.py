@@ -199,10 +199,12 @@ class StepRecord:
             yield f"{signal}={value:.4g} > {self.thresholds.get(signal, math.nan):.4g};"
 
 
-def _drifted(suspects: dict[str, list[int]]) -> list[str]:
-    """Which replicas differ, and in what."""
+def _drifted(suspects: object) -> list[str]:
+    """Which replicas differ, and in what; nothing if the value in a file is of another kind."""
     said = []
-    for what, ranks in suspects.items():
+    for what, ranks in suspects.items() if isinstance(suspects, dict) else ():
+        if not isinstance(ranks, list):
+            continue
         if len(ranks) == 1:
             said.append(f"the {what} of rank {ranks[0]} differ from those of the other ranks;")
         elif ranks:

@@ -17,7 +17,10 @@ import fastguard
 import fastguard.kernels
 
 SITE = Path(sysconfig.get_path("purelib")).resolve()
-DRAWN = ("monitor.live", "monitor.screen", "report.figure", "report.page")
+DRAWN = (
+    "monitor.live", "monitor.screen", "report.culprit_map", "report.curves", "report.figure",
+    "report.incident_marks", "report.page", "report.style", "report.watched_maps",
+)  # fmt: skip
 MAY_NEED_AN_EXTRA = (
     "fastguard.kernels.",
     "fastguard.integrations.",

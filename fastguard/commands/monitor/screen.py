@@ -12,7 +12,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from fastguard.commands.monitor.sparkline import ASCII_BARS, BARS, shares, sparkline
-from fastguard.commands.monitor.summary import counts, duration, verdict
+from fastguard.commands.monitor.summary import counts, duration, layers, verdict
 from fastguard.commands.monitor.watch import Watch
 from fastguard.commands.terminal import printable
 from fastguard.records.step_record import StepRecord
@@ -79,6 +79,8 @@ class Screen:
             others = ", ".join(map(printable, list(latest.losses)[LOSSES : LOSSES + NAMED]))
             yield Text(f"and {others}", style="dim")
         yield Text(counts(self.watch))
+        if self.watch.layers:
+            yield Text(layers(self.watch))
 
     def _position(self, latest: StepRecord) -> str:
         rate = "..." if self.rate is None else f"{self.rate:.3g}"

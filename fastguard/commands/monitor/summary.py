@@ -37,6 +37,7 @@ def as_dict(path: Path, watch: Watch, age: float | None) -> dict[str, Any]:
         "actions": dict(watch.actions),
         "n_incidents": watch.incidents_in_window,
         "reasons": dict(watch.reasons),
+        "layers": {"step": watch.layers_step, "norms": watch.layers} if watch.layers else None,
         "incidents": [record.as_dict() for record in _in_window(watch)],
     }
 
@@ -48,6 +49,7 @@ def as_text(path: Path, watch: Watch, age: float | None) -> str:
         written = "" if age is None else f", written {duration(age)} ago"
         lines.append(position(watch.latest) + written)
         lines.append(counts(watch))
+        lines += [layers(watch)] if watch.layers else []
     incidents = _in_window(watch)[-LISTED:]
     if len(incidents) < watch.incidents_in_window:
         lines.append(f"the last {len(incidents)} incidents:")
@@ -84,6 +86,12 @@ def position(record: StepRecord) -> str:
     if len(losses) > LOSSES:
         parts.append(f"and {len(losses) - LOSSES} more losses")
     return ", ".join(parts)
+
+
+def layers(watch: Watch) -> str:
+    """The layers with the largest gradient norms, at the latest step that was watched for them."""
+    norms = [f"{printable(name, NAME)} {norm:.4g}" for name, norm in watch.layers.items()]
+    return f"largest gradient norms at step {watch.layers_step:,}: {', '.join(norms)}"
 
 
 def counts(watch: Watch) -> str:

@@ -9,8 +9,9 @@ from dataclasses import replace
 from itertools import islice
 
 from fastguard.errors import NAMED_CULPRITS
+from fastguard.records.layers import layer_norms
 from fastguard.records.read_json_lines import parse_record
-from fastguard.records.step_record import StepRecord
+from fastguard.records.step_record import REPLICA_DRIFT, StepRecord
 from fastguard.records.strict_json import shortened
 
 CURVE = 4096
@@ -21,6 +22,9 @@ INCIDENTS = 100
 
 INCIDENT = b'"reason": "'
 """Substring of every incident line as `JsonLinesSink` writes it; in other lines it is null."""
+
+LAYERS = 3
+"""Number of layers shown, those with the largest gradient norm."""
 
 MOST_NAMES = 64
 """Maximum number of losses, thresholds and spikes kept per record."""
@@ -47,6 +51,8 @@ class Watch:
         damaged: Number of lines that are not valid records.
         actions: Number of times each action was taken in the `last` records.
         reasons: Number of incidents per reason in the `last` records.
+        layers: The gradient norms of the layers at the latest step that was watched for them, the
+            largest `LAYERS` of them, largest first; and that step in `layers_step`.
     """
 
     def __init__(self, last: int) -> None:
@@ -59,6 +65,8 @@ class Watch:
         self.damaged: int = 0
         self.actions: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
+        self.layers: dict[str, float] = {}
+        self.layers_step = 0
         self._window: deque[tuple[str, str | None]] = deque()
 
     def catch_up(self, lines: Iterable[bytes]) -> None:
@@ -90,10 +98,16 @@ class Watch:
         if not line.strip():
             return
         try:
-            record = bounded(parse_record(line))
+            whole = parse_record(line)
         except ValueError:
             self.damaged += 1
             return
+        record = bounded(whole)
+        norms = layer_norms(whole.watch)
+        if norms:
+            most = sorted(norms, key=norms.__getitem__, reverse=True)[:LAYERS]
+            self.layers = {_name(layer): norms[layer] for layer in most}
+            self.layers_step = record.step
         self.latest = record
         self.n_records += 1
         self.curve.append(record)
@@ -134,7 +148,8 @@ def _decrement(counts: Counter[str], key: str) -> None:
 
 
 def bounded(record: StepRecord) -> StepRecord:
-    """Shortens a record to what a screen can show: long names and tags, hundreds of losses.
+    """Shortens a record to what a screen can show: long names and tags, hundreds of losses, and of
+    what was watched only the ranks that differ.
 
     Example:
         >>> record = StepRecord(1, 1.0, 1.0, "applied", tag="x" * 10**6, spikes=("a",) * 10**6)
@@ -142,6 +157,7 @@ def bounded(record: StepRecord) -> StepRecord:
         (True, 64)
     """
     culprits = record.culprits[:NAMED_CULPRITS]
+    drift = {key: value for key, value in record.watch.items() if key == REPLICA_DRIFT}
     return replace(
         record,
         action=_name(record.action),
@@ -151,6 +167,7 @@ def bounded(record: StepRecord) -> StepRecord:
         spikes=tuple(map(_name, record.spikes[:MOST_NAMES])),
         thresholds={_name(k): v for k, v in islice(record.thresholds.items(), MOST_NAMES)},
         tag=shortened(record.tag, room=MOST_OF_A_TAG),
+        watch=shortened(drift, room=MOST_OF_A_TAG) if drift else {},
     )
 
 

@@ -96,6 +96,7 @@ class Columns:
         bad: The bad steps, in order.
         actions: Number of records per action.
         rejected: Number of records left out because a field has the wrong type.
+        watched: Step number and `watch` of the records that have one.
     """
 
     step: np.ndarray
@@ -103,6 +104,7 @@ class Columns:
     bad: list[BadStep]
     actions: Counter[str]
     rejected: int
+    watched: list[tuple[int, dict[str, Any]]]
 
 
 class ColumnReader:
@@ -166,7 +168,8 @@ class ColumnReader:
             actions[self._word("action", action)] += n
         bad = [self._bad_step(i, records[i]) for i in sorted(suspects)]
         self.names = names  # without names from rejected records
-        return Columns(steps, values, bad, actions, rejected)
+        watched = [(r["step"], r["watch"]) for r in records if r.get("watch")]
+        return Columns(steps, values, bad, actions, rejected, watched)
 
     def _names_of(self, kind: str, mappings: Iterable[Mapping[str, Any]]) -> list[str]:
         known = self.names[kind]

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastguard.commands.report.columns import BadStep
 from fastguard.errors.plain_text import printable
+from fastguard.records.layers import layer_of
 
 _MOST = 10_000
 """Maximum number of distinct tags, layers or losses counted."""
@@ -61,16 +62,6 @@ def kind_of(bad: BadStep) -> str:
     if bad.reason == "nonfinite_grad":
         return "backward" if any(nan for _, nan, _, _ in bad.culprits) else "overflow"
     return bad.reason
-
-
-def layer_of(parameter: str) -> str:
-    """The module that a parameter belongs to.
-
-    Example:
-        >>> layer_of("blocks.0.qkv.weight"), layer_of("scale")
-        ('blocks.0.qkv', 'scale')
-    """
-    return parameter.rpartition(".")[0] or parameter
 
 
 def tag_text(tag: Any) -> str:

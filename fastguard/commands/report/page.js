@@ -30,7 +30,7 @@ async function load(packed) {
   }
 
   // The axes of lines fit what is seen; those with a range of their own keep it.
-  const fitted = axes("y").filter((axis) => plot._fullLayout[axis].autorange);
+  const fitted = axes("y").filter((axis) => plot._fullLayout[axis]?.autorange);
 
   function fitting(axis, range) {
     const log = plot.layout[axis].type === "log";

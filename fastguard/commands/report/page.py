@@ -24,8 +24,9 @@ from markupsafe import Markup
 
 from fastguard import __version__
 from fastguard.commands.report.evidence import tag_text
-from fastguard.commands.report.figure import ACTIONS, draw
+from fastguard.commands.report.figure import draw
 from fastguard.commands.report.incidents import Row
+from fastguard.commands.report.style import ACTIONS
 from fastguard.commands.report.summary import REACH, Jump, Summary
 from fastguard.commands.report.verdict import Verdict, plural
 from fastguard.errors import describe_culprits
@@ -226,6 +227,13 @@ def _notes(summary: Summary) -> list[str]:
         notes.append(
             "Each record lists at most eight parameters, so the heat map may be incomplete."
         )
+    if summary.watched.norms.layers:
+        notes.append(
+            "Gradient norm by layer: red is above the layer's median, full red 100 times; blue is "
+            "below."
+        )
+    if summary.watched.ratios.layers:
+        notes.append("Update / weight by layer: red is above 1e-3, full red 0.1; blue is below.")
     if summary.unnamed_losses:
         notes.append("The run has more losses or thresholds than drawn; only the first 32 are.")
     return notes

@@ -14,9 +14,11 @@ import numpy as np
 
 from fastguard.commands.report.columns import ColumnReader, Columns, Series
 from fastguard.commands.report.downsample import Curve, downsample, shift_for
-from fastguard.commands.report.evidence import Evidence, layer_of
+from fastguard.commands.report.evidence import Evidence
 from fastguard.commands.report.incidents import IncidentTable
 from fastguard.commands.report.tally import Tally
+from fastguard.commands.report.watched import Watched
+from fastguard.records.layers import layer_of
 from fastguard.records.read_json_lines import Block
 
 BUCKETS = 1024
@@ -64,6 +66,7 @@ class Summary:
         layer_steps: Like `layers`, per step; in buckets only if a layer has more than 1024 steps.
         table: The incidents.
         evidence: What the incidents have in common.
+        watched: What the watched steps found.
         jumps: Where the step number went back, the first 200 times.
         n_jumps: How often the step number went back.
         unnamed_losses: Whether there were more losses than are drawn.
@@ -83,6 +86,7 @@ class Summary:
     layer_steps: Tally = field(default_factory=lambda: Tally(_EXACT_BUCKETS, names=256))
     table: IncidentTable = field(default_factory=IncidentTable)
     evidence: Evidence = field(default_factory=Evidence)
+    watched: Watched = field(default_factory=Watched)
     jumps: list[Jump] = field(default_factory=list)
     n_jumps: int = 0
     unnamed_losses: bool = False
@@ -152,6 +156,8 @@ def _take(summary: Summary, columns: Columns, before: int) -> _Part:
         for layer in {layer_of(culprit[0]) for culprit in bad.culprits}:
             summary.layers.add(layer, bad.step)
             summary.layer_steps.add(layer, bad.step)
+    for watched_step, watch in columns.watched:
+        summary.watched.add(watched_step, watch)
     summary.records += len(step)
     return _Part(step, good, columns.values)
 

@@ -48,7 +48,7 @@ def judge(summary: Summary) -> Verdict:
     cause = likely_cause(summary, norm_rises=NORM in rises)
     findings = [*_ending(summary), *([cause] if cause else []), *_rises(rises)]
     findings += [*_clipping(summary), *_loss_scale(summary)]
-    findings += [*_learning_rate(summary), *_jumps(summary)]
+    findings += [*_learning_rate(summary), *summary.watched.findings(), *_jumps(summary)]
     return Verdict(_headline(summary), [*findings, *_reading(summary)], summary.survived)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from fastguard import StepRecord
 from fastguard.commands.monitor.sparkline import ASCII_BARS, sparkline
-from fastguard.commands.monitor.summary import as_text, duration, verdict
+from fastguard.commands.monitor.summary import as_dict, as_text, duration, verdict
 from fastguard.commands.monitor.watch import CURVE, INCIDENTS, RATE_SECONDS, Rate, Watch
 
 ACTIONS = ["applied", "clipped", "sanitized", "skipped"]
@@ -144,3 +145,25 @@ def test_damage_before_the_last_steps_is_passed_over() -> None:
     watch = Watch(1)
     watch.catch_up([b'{"reason": "x"', b'\xff\x00"reason": "y"', b"z" * 3_000_000, line(4)])
     assert (watch.n_incidents, watch.n_records, watch.damaged) == (0, 4, 0)
+
+
+def test_the_layers_with_the_largest_gradients_are_shown() -> None:
+    watch = Watch(10)
+    norms = {"blocks.0.w": 3.0, "blocks.0.b": 4.0, "head.w": 12.0, "a\nb.w": 1.0, "c.w": 0.5}
+    watch.feed(line(1, watch={"tensor_norms": norms}))
+    watch.feed(line(2))
+    text = as_text(Path("run"), watch, None)
+    assert "largest gradient norms at step 1: head 12, blocks.0 5, a\\nb 1" in text
+    assert as_dict(Path("run"), watch, None)["layers"] == {
+        "step": 1,
+        "norms": {"head": 12.0, "blocks.0": 5.0, "a\nb": 1.0},
+    }
+
+
+def test_what_was_watched_is_not_kept() -> None:
+    watch = Watch(10)
+    norms = {f"layer{i}.w": 1.0 for i in range(5000)}
+    drift = {"replica_drift": {"weights": [2], "gradients": 5}}
+    watch.feed(line(1, "skipped", watch={"tensor_norms": norms} | drift))
+    assert watch.curve[0].watch == drift
+    assert "the weights of rank 2 differ" in as_text(Path("run"), watch, None)

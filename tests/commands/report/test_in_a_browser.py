@@ -50,14 +50,15 @@ def browser(tmp_path_factory):
         yield driver
 
 
-def opened(browser, page, width, height):
+def opened(browser, page, width, height, lines=5):
     phone = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 640}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
     browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": width < 640})
     browser.get_log("browser")
     browser.get("about:blank")
     browser.get(page.as_uri())
-    wait_until(browser, "document.querySelectorAll('.scatterlayer .trace path').length > 5")
+    drawn = "document.querySelectorAll('.scatterlayer .trace path').length"
+    wait_until(browser, f"{drawn} > {lines}")
     return browser
 
 
@@ -234,3 +235,35 @@ def test_the_file_asks_for_nothing(page):
     assert "default-src 'none'" in own
     assert 'name="viewport" content="width=device-width' in own
     assert page.read_text("utf-8").count("Plotly, Inc.") >= 1
+
+
+@pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
+def test_watched_layers_are_drawn_and_hovering_names_them(size, browser, tmp_path):
+    with JsonLinesSink(tmp_path / "records.jsonl") as sink:
+        for step in range(1, 401):
+            grown = 1.2 ** max(0, step - 300)
+            watch = {
+                "tensor_norms": {f"{LONG}.{i}.w": 2.0 * (grown if i == 2 else 1) for i in range(4)},
+                "update_ratio": {f"{LONG}.{i}.w": 1e-3 for i in range(4)},
+            }
+            losses = {"loss": 2 / step}
+            sink(
+                StepRecord(
+                    step, 1.0, 1.0, "applied", losses=losses, lr=1e-3,
+                    watch=watch if step % 10 == 1 else {},
+                )
+            )  # fmt: skip
+    assert main(["report", str(tmp_path)]) == 0
+    opened(browser, tmp_path / "records.html", *size, lines=2)
+    maps = browser.execute_script(
+        "return plot._fullData.filter((trace) => trace.meta === 'watched')"
+        ".map((trace) => [trace.z.length, trace.x.length, trace.customdata[2][39]])"
+    )
+    assert [m[:2] for m in maps] == [[4, 41], [4, 41]]
+    assert maps[0][2].startswith("…") and maps[0][2].endswith("weight.2: 3.21e+07")
+    ticks = "plot.layout.yaxis5.ticktext[2].length"
+    wait_until(browser, f"{ticks} === {24 if size is DESK else 15}")
+    assert "grew first" in browser.find_element("tag name", "ul").text
+    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    width = browser.execute_script("return document.documentElement.scrollWidth")
+    assert width <= size[0]

@@ -1,0 +1,112 @@
+"""`Watched`: what `GuardedOptimizer(watch=...)` recorded over a run, and what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from fastguard.commands.report.layer_history import LayerHistory
+from fastguard.errors.plain_text import printable
+from fastguard.records.layers import layer_norms, layer_ratios
+
+LARGE, SMALL = 1e-2, 1e-5
+"""Bounds of |update| / |weight|, averaged over a run; about 1e-3 is healthy."""
+
+_MOST_NAMED = 3
+_MOST_FORMATS = 16
+_FEW = 3  # watched steps; below, an average says little
+_UNDERFLOW = 0.01
+_LARGEST = 1e300
+_BATCH_TOO_SMALL = 2.0
+
+
+@dataclass(slots=True)
+class Watched:
+    """What the watched steps of a run found.
+
+    Attributes:
+        norms: Gradient norm by layer.
+        ratios: |update| / |weight| by layer.
+        noise: The last noise scale and its step, or None.
+        underflow: The largest share of gradients below the smallest normal number of a format, and
+            its step, by format.
+    """
+
+    norms: LayerHistory = field(default_factory=LayerHistory)
+    ratios: LayerHistory = field(default_factory=LayerHistory)
+    noise: tuple[float, int] | None = None
+    underflow: dict[str, tuple[float, int]] = field(default_factory=dict)
+
+    def add(self, step: int, watch: object) -> None:
+        """Adds the `watch` of one record; what is of another kind there is left out."""
+        if not isinstance(watch, Mapping):
+            return
+        self.norms.add(step, layer_norms(watch))
+        self.ratios.add(step, layer_ratios(watch))
+        noise = watch.get("noise_scale")
+        if type(noise) in (int, float) and abs(noise) < _LARGEST:
+            self.noise = float(noise), step
+        shares = watch.get("underflow")
+        for name, share in shares.items() if isinstance(shares, Mapping) else ():
+            if isinstance(name, str) and type(share) in (int, float) and 0 <= share <= 1:
+                name = printable(name, 40)
+                if name in self.underflow or len(self.underflow) < _MOST_FORMATS:
+                    self.underflow[name] = max(self.underflow.get(name, (0.0, step)), (share, step))
+
+    def findings(self) -> Iterator[str]:
+        """One sentence for each finding."""
+        yield from self._growth()
+        yield from self._ratios()
+        yield from self._batch()
+        yield from self._underflow()
+
+    def _growth(self) -> Iterator[str]:
+        growths = self.norms.growths()
+        if not growths:
+            return
+        first, others = growths[0], len(growths) - 1
+        followed = {0: "", 1: "; 1 other layer followed"}.get(
+            others, f"; {others:,} other layers followed"
+        )
+        yield (
+            f"Layer “{first.layer}” grew first: at step {first.step:,} its gradient norm was "
+            f"{first.factor:,.0f} times its usual one{followed}."
+        )
+
+    def _ratios(self) -> Iterator[str]:
+        means = {
+            layer: self.ratios.mean(layer)
+            for layer in self.ratios.layers
+            if self.ratios.count(layer) >= _FEW
+        }
+        large = {layer: mean for layer, mean in means.items() if mean > LARGE}
+        small = {layer: mean for layer, mean in means.items() if mean < SMALL}
+        if large:
+            named = _named(large, largest_first=True)
+            yield f"Updates are large for the weights (|update| / |weight|, usually 1e-3): {named}."
+        if small:
+            named = _named(small, largest_first=False)
+            yield f"Layers that hardly move (|update| / |weight|, usually 1e-3): {named}."
+
+    def _batch(self) -> Iterator[str]:
+        if self.noise is not None and self.noise[0] >= _BATCH_TOO_SMALL:
+            yield (
+                f"The batch could be about {self.noise[0]:,.0f} times larger: the gradient noise "
+                f"scale at step {self.noise[1]:,}."
+            )
+
+    def _underflow(self) -> Iterator[str]:
+        lost = [
+            f"{share:.1%} in {name} (step {step:,})"
+            for name, (share, step) in self.underflow.items()
+            if share > _UNDERFLOW
+        ]
+        if lost:
+            yield f"Gradients below the smallest normal number, at most: {', '.join(lost)}."
+
+
+def _named(means: dict[str, float], *, largest_first: bool) -> str:
+    layers = sorted(means, key=lambda layer: means[layer], reverse=largest_first)
+    text = ", ".join(f"“{layer}” {means[layer]:.2g}" for layer in layers[:_MOST_NAMED])
+    more = len(layers) - _MOST_NAMED
+    return f"{text} and {more:,} more" if more > 0 else text
