@@ -1,10 +1,10 @@
 """The functions of `torch.nn.utils`, eager and compiled, and gradients in one flat buffer.
 
 Modules:
-    arguments       what the functions accept, checked
+    arguments       checks of arguments
     clip            the drop-in functions
     adaptive        `clip_grad_adaptive_`, eager and compiled
-    ops, compiled   the same under `torch.compile`
+    ops, compiled   the drop-in functions under `torch.compile`
     flat_buckets    `FlatGradBuckets`
     patch           `patch_torch`
 """

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastguard.functional.arguments import Parameters, gradients_for, limit_beside, listed, mode_of
+from fastguard.functional.arguments import Parameters, gradients_for, limit_like, listed, mode_of
 from fastguard.functional.ops import define
 from fastguard.gradients.buckets import bucketize, parameters_of
 from fastguard.gradients.unit_buckets import refuse_dtensors, unit_buckets
@@ -31,33 +31,35 @@ def clip_grad_adaptive_(
 ) -> None:
     """Clips the gradient of each unit to a fraction of the norm of its weights (AGC).
 
-    With the weights w and the gradient g of a unit:
+    For a unit with weights w and gradient g:
 
-        g <- g * limit / norm(g)   where norm(g) > limit = clip_factor * max(norm(w), eps)
+        g <- g * limit / norm(g)   if norm(g) > limit = clip_factor * max(norm(w), eps)
 
     A unit is a slice along the first dimension (a row of a linear layer, a filter of a
-    convolution); a tensor of one dimension or none is one unit. Brock et al. 2021,
-    arXiv 2102.06171. Results are those of `timm.utils.agc.adaptive_clip_grad`, without its floor of
-    1e-6 under the norm of a gradient.
+    convolution); a tensor with at most one dimension is a single unit. Source: Brock et al. 2021,
+    arXiv 2102.06171. The results equal those of `timm.utils.agc.adaptive_clip_grad`, except that
+    there is no lower bound of 1e-6 for the norm of a gradient.
 
     Args:
-        parameters: A tensor, an iterable of tensors, or of `(name, tensor)` pairs such as
-            `model.named_parameters()`.
-        clip_factor: The largest norm of a gradient over that of its weights, > 0. The paper uses
-            0.01 for a batch size of 4096.
-        eps: The least norm that weights count with, > 0, so that zero weights can learn.
-        norm_type: p > 0 of the p-norm; `inf` for the largest magnitude.
-        exclude: What is not clipped: parameters, or names as in `AGC`. The paper leaves out the
-            last linear layer.
-        nonfinite: What NaN and Inf in gradients do: `"propagate"`: NaN makes the gradient of its
-            unit NaN; Inf makes it 0, and NaN where the element is Inf. `"zero"` sets them to 0 and
-            clips by the norm of the rest; `"raise"` raises before anything is changed. Other units
-            are not affected. The last two hold for the excluded parameters too.
+        parameters: A tensor, or an iterable of tensors or of `(name, tensor)` pairs such as
+            `model.named_parameters()`. Their gradients are changed in place.
+        clip_factor: The largest norm of a gradient, as a fraction of the norm of its weights, > 0.
+            The paper uses 0.01 for a batch size of 4096. Default: 0.01.
+        eps: Lower bound for the norm of the weights, > 0, so that zero weights can learn.
+            Default: 1e-3.
+        norm_type: p > 0 of the p-norm; `inf`: the largest magnitude. Default: 2.
+        exclude: What is not clipped: parameters, or names as in `AGC`. The paper excludes the last
+            linear layer. Default: nothing.
+        nonfinite: How to handle NaN and Inf in gradients. `"propagate"`: NaN makes the gradient of
+            its unit NaN; Inf makes it 0, and NaN where the element is Inf. `"zero"`: they are set
+            to 0, and the norm is computed from the rest. `"raise"`: an error is raised before
+            anything is changed. Other units are not affected. `"zero"` and `"raise"` also apply to
+            excluded parameters. Default: `"propagate"`.
 
     Raises:
-        NonFiniteGradError: In raise mode; this waits for a GPU.
-        TypeError, ValueError: An argument is not of the kind or range above; or a parameter is a
-            DTensor, whose shards hold parts of units.
+        NonFiniteGradError: A gradient is non-finite, in raise mode; this waits for a GPU.
+        TypeError, ValueError: An argument has the wrong type or is out of range; or a parameter is
+            a DTensor, whose shards hold parts of units.
 
     Example:
         >>> import torch, fastguard
@@ -92,12 +94,14 @@ def _clip(
     norm_type: float,
     mode: str,
 ) -> None:
-    """Refuses, cleans, then clips.
+    """Raises for or cleans non-finite gradients, as `mode` says, then clips.
 
     Args:
-        grads, weights, names: Of all parameters.
-        limited: The positions of those that are clipped.
+        grads, weights, names: Gradients, weights and names of all parameters.
+        limited: Positions of the parameters that are clipped.
         limits: float64 `(2,)` on the CPU: `clip_factor` and `eps`.
+        norm_type: p > 0, or `inf`.
+        mode: As `nonfinite` in `clip_grad_adaptive_`.
     """
     if mode != "propagate":
         buckets = bucketize(grads, names=names, norm_type=norm_type)
@@ -125,13 +129,13 @@ def _clip_compiled(
     norm_type: float,
     mode: str,
 ) -> None:
-    """The same as one opaque op, which checks the limits while the graph runs."""
+    """Clips by one custom op, which checks the limits while the graph runs."""
     ids = [i for i, grad in enumerate(grads) if grad is not None]
     if not ids:
         return
     places = [k for k, i in enumerate(ids) if i in limited]
     on_host = torch.empty(0, device="cpu")
-    limits = torch.cat([limit_beside(clip_factor, on_host), limit_beside(eps, on_host)])
+    limits = torch.cat([limit_like(clip_factor, on_host), limit_like(eps, on_host)])
     torch.ops.fastguard.clip_units(
         [grads[i] for i in ids],
         [weights[i].detach() for i in ids],

@@ -1,4 +1,4 @@
-"""Arguments at the public edge: checked, named and put into one form."""
+"""Checks the arguments of the public functions and converts them to one form."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ _OURS_AND_TORCHS = tuple(
 
 
 def limit_of(name: str, value: object, *, quiet: bool = False) -> float:
-    """A limit as a float.
+    """Returns a limit as a float.
 
     Args:
         name: `"max_norm"` or `"clip_value"`.
-        value: What was given for it.
-        quiet: Do not warn of a limit of 0; for those who ask again at each step.
+        value: The argument.
+        quiet: Whether to omit the warning about a limit of 0, for callers in each step.
 
     Raises:
-        TypeError: Not a number; a bool or text is none.
-        ValueError: Negative, NaN, or beyond the largest float.
+        TypeError: `value` is not a number; a bool or a string is refused.
+        ValueError: `value` is negative, NaN, or exceeds the largest float.
     """
     limit = number_of(name, value, "use a number >= 0")
-    if not limit >= 0.0:  # NaN is not >= 0
+    if not limit >= 0.0:  # also refuses NaN
         without = "clamp nothing" if name == "clip_value" else "measure only"
         raise ValueError(
             f"{name}={value!r} must be >= 0: a negative or NaN limit would flip or destroy "
@@ -54,9 +54,11 @@ def limit_of(name: str, value: object, *, quiet: bool = False) -> float:
     return limit
 
 
-class _Told:
-    """The lines that have been warned; forgotten when other filters come into force, as Python
-    forgets its own: a block of `warnings.catch_warnings` hears everything anew.
+class _Warned:
+    """The lines that have been warned, and the warning filters at that time.
+
+    Cleared when the filters change, as Python does with its own registry, so that a block of
+    `warnings.catch_warnings` gets all warnings again.
     """
 
     filters: object = None
@@ -64,34 +66,33 @@ class _Told:
 
 
 def warn_of_zero(name: str) -> None:
-    """Warns of a limit of 0, once for each line of the user's code that gives it.
+    """Warns about a limit of 0, once per line of user code.
 
-    It means what it means in torch, but many libraries write "no clipping" so.
+    As in torch, 0 sets gradients to zero; in many other libraries it turns clipping off.
     """
     without = "leave clip_value out" if name == "clip_value" else "pass max_norm=None"
     _warn_once(
-        f"{name}=0 sets every gradient to zero, as in torch, so nothing will be learned; to turn "
+        f"{name}=0 sets every gradient to zero, as in torch, so the model will not learn; to turn "
         f"clipping off, {without} (float('inf') in the functions)"
     )
 
 
 def _warn_once(message: str) -> None:
-    """Warns, once for each line of the user's code; compiled code does so while it is traced, since
-    a graph cannot.
-    """
+    """Warns once per line of user code. Compiled code warns while it is traced."""
     line, level = _line_of_the_caller()
-    if _Told.filters is not warnings.filters:
-        _Told.filters = warnings.filters
-        _Told.lines.clear()
-    if (message, *line) in _Told.lines:
+    if _Warned.filters is not warnings.filters:
+        _Warned.filters = warnings.filters
+        _Warned.lines.clear()
+    if (message, *line) in _Warned.lines:
         return
-    _Told.lines.add((message, *line))
+    _Warned.lines.add((message, *line))
     warnings.warn(message, stacklevel=level)
 
 
 def _line_of_the_caller() -> tuple[tuple[str, int], int]:
-    """The file and line outside of fastguard and torch that runs now, and its `stacklevel` seen
-    from the calling function.
+    """Returns the innermost file and line outside of fastguard and torch, and its `stacklevel`.
+
+    The `stacklevel` is for `warnings.warn` in the calling function.
     """
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS_AND_TORCHS):
@@ -99,26 +100,24 @@ def _line_of_the_caller() -> tuple[tuple[str, int], int]:
     return (frame.f_code.co_filename, frame.f_lineno), level
 
 
-def limit_beside(max_norm: float, like: Tensor) -> Tensor:
-    """A limit for a decision of the kind of `like`, float64 `(1,)`.
+def limit_like(max_norm: float, like: Tensor) -> Tensor:
+    """Returns a limit as a tensor with the device and kind of `like`, float64 `(1,)`.
 
-    Not torch.tensor(max_norm): compiled code would be compiled again for every value.
+    torch.tensor(max_norm) would cause a recompilation for every value.
     """
     return like.new_ones(1, dtype=torch.float64) * max_norm
 
 
 def limit_tensor(max_norm: float, device: torch.device) -> Tensor:
-    """A limit where the decision about plain tensors is taken, float64 `(1,)`; kept for later
-    calls, and nobody writes to it.
-    """
+    """Returns a limit as a plain tensor, float64 `(1,)`; cached and therefore read-only."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return _filled(max_norm, device)  # a part of the graph, filled anew at each replay
+        return _filled(max_norm, device)  # part of the graph, filled in each replay
     return _kept_limit(max_norm, device, current_stream_of(device))
 
 
 @functools.lru_cache(maxsize=32)
 def _kept_limit(max_norm: float, device: torch.device, stream: int) -> Tensor:
-    """Made once: it would be one more launch of each call."""
+    """Caches the tensor, to save a kernel launch per call."""
     with lasting():
         return _filled(max_norm, device)
 
@@ -128,12 +127,15 @@ def _filled(max_norm: float, device: torch.device) -> Tensor:
 
 
 def mode_of(nonfinite: object, error_if_nonfinite: bool) -> Literal["propagate", "zero", "raise"]:
-    """Returns the mode that the two arguments select; raises a ValueError if they conflict."""
+    """Returns the mode that two arguments ask for together.
+
+    Raises:
+        ValueError: `nonfinite` is not a mode, or contradicts `error_if_nonfinite`.
+    """
     if nonfinite not in MODES:
-        remedy = "skipping a step takes fastguard.GuardedOptimizer" if nonfinite == "skip" else ""
+        remedy = "; to skip steps, use fastguard.GuardedOptimizer" if nonfinite == "skip" else ""
         raise ValueError(
-            f"nonfinite={shown(nonfinite)} is unknown here; use one of {', '.join(MODES)}"
-            + (f"; {remedy}" if remedy else "")
+            f"nonfinite={shown(nonfinite)} is unknown here; use one of {', '.join(MODES)}{remedy}"
         )
     if error_if_nonfinite and nonfinite == "zero":
         raise ValueError(
@@ -143,14 +145,20 @@ def mode_of(nonfinite: object, error_if_nonfinite: bool) -> Literal["propagate",
 
 
 def check_foreach(foreach: object) -> None:
-    """Raises a TypeError unless `foreach` is a bool or None; it selects nothing here."""
+    """Raises a TypeError unless `foreach` is a bool or None."""
     if foreach is not None and not isinstance(foreach, bool):
         raise TypeError(f"foreach={shown(foreach)} must be True, False or None")
 
 
 def listed(parameters: Parameters, stacklevel: int = 5) -> Tensor | list[Any]:
-    """What a user calls "parameters", to be read more than once; `stacklevel` is that of torch's
-    warning about an empty generator.
+    """Returns the argument `parameters` as a tensor or a list.
+
+    Args:
+        parameters: The argument.
+        stacklevel: For the warning about an empty generator, which torch gives too.
+
+    Raises:
+        TypeError: It is neither a tensor nor iterable.
     """
     if isinstance(parameters, Tensor):
         return parameters
@@ -161,17 +169,17 @@ def listed(parameters: Parameters, stacklevel: int = 5) -> Tensor | list[Any]:
 
 
 def _warn(message: str, stacklevel: int) -> None:
-    """Warns; compiled code does so while it is traced, since a graph cannot."""
+    """Warns. Compiled code warns while it is traced."""
     warnings.warn(message, stacklevel=stacklevel)
 
 
-# What torch.compiler.assume_constant_result does, without importing the compiler (0.2 s).
+# The effect of torch.compiler.assume_constant_result, without importing the compiler (0.2 s).
 _warn._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def as_list(name: str, value: Iterable[Any]) -> list[Any]:
-    """Returns an iterable as a list; raises a TypeError with a remedy for anything else."""
+    """Returns `value` as a list; raises a TypeError that names the argument if not iterable."""
     try:
         return list(value)
     except TypeError:
@@ -181,17 +189,17 @@ def as_list(name: str, value: Iterable[Any]) -> list[Any]:
         ) from None
 
 
-# What is called "parameters" in an API, and whether they can be such.
+# The gradients of parameters, and the check whether tensors can be parameters.
 
 
 def gradients_for(
     parameters: Tensor | list[Any], strict: bool
 ) -> tuple[list[Tensor | None], list[str] | None]:
-    """The gradients and names of checked parameters.
+    """Returns the gradients and the names of parameters.
 
     Args:
         parameters: From `listed`.
-        strict: Refuse tensors none of which can have a gradient; else they get a warning.
+        strict: Whether to raise an error, not just warn, if no tensor can have a gradient.
     """
     grads, names = gradients_of(parameters)
     if all(g is None for g in grads):
@@ -207,13 +215,13 @@ def buckets_for(
     norm_type: float = 2.0,
     per_tensor: bool = False,
 ) -> GradBuckets:
-    """The gradients of this rank, partial ones made whole, and how much each counts.
+    """Returns the gradients of this rank as buckets, with `Partial` DTensors reduced.
 
     Args:
         parameters, strict: As in `gradients_for`.
-        group: Whose gradients count.
-        norm_type: The norm that will be taken.
-        per_tensor: Make each tensor a segment.
+        group: The ranks whose gradients form the norm.
+        norm_type: p of the norm.
+        per_tensor: Whether each tensor is a segment.
     """
     sharing = None
     if process_group_of(group) is not None or several_ranks():
@@ -230,7 +238,7 @@ def buckets_for(
         norm_type=norm_type,
         sharing=sharing,
     )
-    if not buckets.buckets:  # with a group, the other ranks would wait for one that raises
+    if not buckets.buckets:  # never raises with a group, as the other ranks would wait forever
         _check_no_gradient(parameters, strict and process_group_of(group) is None)
     return buckets
 
@@ -242,22 +250,23 @@ def _sharing_of_gradients(parameters: list[Tensor], group: Group) -> Sharing | N
 
 
 def _check_no_gradient(parameters: Tensor | list[Any], strict: bool) -> None:
-    """Says so if tensors without a gradient can never have one: these are no parameters.
+    """Warns or raises if none of the tensors can have a gradient, so that they aren't parameters.
 
     Args:
-        parameters: What a user calls so; none of them has a gradient.
-        strict: Raise, where torch has no such function; else warn, since torch does nothing.
+        parameters: The tensors; none of them has a gradient.
+        strict: Whether to raise, in functions that torch does not have; else a warning, because
+            torch does nothing.
 
     Raises:
-        TypeError: `strict`, and none of the tensors can get a gradient.
+        TypeError: With `strict`, if none of the tensors can have a gradient.
     """
     tensors = parameters_of(parameters)
     if len(tensors) == 0 or any(map(_may_have_gradient, tensors)):
         return
     message = (
-        f"none of the {len(tensors)} tensors given as parameters has a .grad or requires one, so "
-        "there is nothing to clip or to measure; if these are the gradients, pass the parameters "
-        "they belong to (model.parameters()); if all are frozen, leave out the call"
+        f"none of the {len(tensors)} tensors passed as parameters has a .grad or requires grad, so "
+        "there is nothing to clip or measure; if they are gradients, pass the parameters instead "
+        "(model.parameters()); if all parameters are frozen, leave out the call"
     )
     if strict:
         raise TypeError(message)
@@ -265,5 +274,5 @@ def _check_no_gradient(parameters: Tensor | list[Any], strict: bool) -> None:
 
 
 def _may_have_gradient(p: Tensor) -> bool:
-    # A gradient that was computed with create_graph=True requires one, but is no leaf.
+    # A gradient computed with create_graph=True requires grad, but is not a leaf.
     return p.requires_grad and (p.is_leaf or p.retains_grad)

@@ -1,8 +1,8 @@
-"""The functions of `torch.nn.utils` for gradients, with the same arguments and results.
+"""The gradient functions of `torch.nn.utils`, with the same arguments and results.
 
-Each is the four stages without a state: measure, reduce, decide, apply. What differs from torch:
-norms are true to 1e-7, gradients are read once and stay untouched at coefficient 1, and
-`max_norm=inf` never multiplies.
+Each runs the four stages without a state: measure, reduce, decide, apply. Differences from torch:
+norms have a relative error below 1e-7, gradients are read once and remain bitwise unchanged if the
+coefficient is 1, and `max_norm=inf` never multiplies.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastguard.functional.arguments import (
     buckets_for,
     check_foreach,
     gradients_for,
-    limit_beside,
+    limit_like,
     limit_of,
     limit_tensor,
     listed,
@@ -59,33 +59,34 @@ def clip_grad_norm_(
     nonfinite: Literal["propagate", "zero", "raise"] = "propagate",
     group: Group = None,
 ) -> Tensor:
-    """Clips the gradients so that their joint norm is at most `max_norm`.
+    """Clips the gradients in place so that their total norm is at most `max_norm`.
 
     Args:
-        parameters: A tensor, an iterable of tensors, or of `(name, tensor)` pairs such as
-            `model.named_parameters()`, so that errors can name the culprit.
-        max_norm: The limit, >= 0; `inf` measures only and never multiplies.
-        norm_type: p > 0 of the p-norm; `inf` for the largest magnitude.
-        error_if_nonfinite: The same as `nonfinite="raise"`.
-        foreach: Accepted for compatibility; there is one implementation a device.
-        nonfinite: What NaN and Inf do: `"propagate"` as in torch, `"zero"` sets them to 0 and clips
-            by the norm of the rest, `"raise"` raises before anything is changed. Skipping a step
-            takes `GuardedOptimizer`.
-        group: Whose gradients count: None: those of this process, or of the ranks that the meshes
-            of DTensors span; a process group: of all its ranks, which hold different tensors
-            (pipeline stages, experts); `fastguard.Replicated(process_group)`: the same on all ranks
-            (DDP). All ranks must call, also those without parameters.
+        parameters: A tensor, or an iterable of tensors or of `(name, tensor)` pairs such as
+            `model.named_parameters()`; names appear in error messages.
+        max_norm: The limit, >= 0; `inf`: measure only, never multiply.
+        norm_type: p > 0 of the p-norm; `inf`: the largest magnitude. Default: 2.
+        error_if_nonfinite: True: the same as `nonfinite="raise"`. Default: False.
+        foreach: Accepted for compatibility; there is one implementation per device.
+        nonfinite: How to handle NaN and Inf. `"propagate"`: as in torch. `"zero"`: they are set to
+            0, and the norm is computed from the rest. `"raise"`: an error is raised before anything
+            is changed. To skip steps, use `GuardedOptimizer`. Default: `"propagate"`.
+        group: The ranks whose gradients form the norm. None: this process, or the ranks that the
+            meshes of DTensors span. A process group: all its ranks, which hold different tensors
+            (pipeline stages, experts). `fastguard.Replicated(process_group)`: all its ranks, which
+            hold the same tensors (DDP). All ranks must call it, even those without parameters.
 
     Returns:
-        The norm before clipping, `()`, float32 (float64 if a gradient is), on the device of the
-        first gradient. In propagate mode NaN or Inf if an element is; else of the finite elements.
+        The norm before clipping, `()`, float32 (float64 if any gradient is), on the device of the
+        first gradient. In propagate mode NaN or Inf if an element is; otherwise the norm of the
+        finite elements.
 
     Raises:
-        NonFiniteGradError: In raise mode; this waits for a GPU. With `error_if_nonfinite` its
-            message begins as torch's does.
-        TypeError, ValueError: An argument is not of the kind or range above; or, unless
-            `nonfinite="propagate"`, none of the tensors can have a gradient (then torch does
-            nothing, and here it is a warning).
+        NonFiniteGradError: A gradient is non-finite, in raise mode; this waits for a GPU. With
+            `error_if_nonfinite`, its message begins with torch's.
+        TypeError, ValueError: An argument has the wrong type or is out of range; or none of the
+            tensors can have a gradient (with `nonfinite="propagate"` only a warning, because torch
+            does nothing).
 
     Example:
         >>> import torch, fastguard
@@ -98,7 +99,7 @@ def clip_grad_norm_(
     """
     p = norm_type_of(norm_type)
     mode = mode_of(nonfinite, error_if_nonfinite)
-    strict = nonfinite != "propagate"  # torch has no such argument, so nobody relies on its silence
+    strict = nonfinite != "propagate"  # torch doesn't have the argument: an error breaks no caller
     check_foreach(foreach)
     parameters = listed(parameters)
     if torch.compiler.is_compiling():
@@ -125,7 +126,7 @@ def clip_buckets(
     error_if_nonfinite: bool = False,
     nonfinite: str = "propagate",
 ) -> Tensor:
-    """The four stages over gradients that are sorted already; arguments as in `clip_grad_norm_`."""
+    """Clips gradients in buckets by their norm; arguments and result as in `clip_grad_norm_`."""
     mode = mode_of(nonfinite, error_if_nonfinite)
     max_norm = limit_of("max_norm", max_norm)
     stats = measure(buckets, norm_type_of(norm_type))
@@ -139,7 +140,7 @@ def clip_buckets(
     if stats.kind is PLAIN:
         limit = limit_tensor(max_norm, buckets.device)
     else:
-        limit = limit_beside(max_norm, stats.summary)
+        limit = limit_like(max_norm, stats.summary)
     policy = Policy(limit, mode, limited=max_norm != math.inf)
     verdict = decide(stats, signals, None, policy)
     if policy.may_change(signals):
@@ -157,20 +158,23 @@ def get_total_norm(
     *,
     group: Group = None,
 ) -> Tensor:
-    """The norm of all tensors together, as of one long vector. Nothing is changed.
+    """Computes the norm of all tensors, as if concatenated into one vector. Changes nothing.
 
     Args:
         tensors: A tensor, or an iterable of tensors (gradients, not parameters).
-        norm_type: p > 0 of the p-norm; `inf` for the largest magnitude.
-        error_if_nonfinite: Raise if an element is NaN or Inf; this waits for a GPU.
+        norm_type: p > 0 of the p-norm; `inf`: the largest magnitude. Default: 2.
+        error_if_nonfinite: Whether to raise an error if an element is NaN or Inf; this waits for a
+            GPU. Default: False.
         foreach: Accepted for compatibility.
         group: As in `clip_grad_norm_`.
 
     Returns:
-        `()`, float32 (float64 if a tensor is): NaN or Inf if an element is.
+        The norm, `()`, float32 (float64 if any tensor is); NaN or Inf if an element is.
 
     Raises:
-        NonFiniteGradError: With `error_if_nonfinite`, naming tensors and counts.
+        NonFiniteGradError: An element is NaN or Inf, with `error_if_nonfinite`; the message lists
+            tensors and counts.
+        TypeError, ValueError: An argument has the wrong type or is out of range.
 
     Example:
         >>> import torch, fastguard
@@ -209,17 +213,17 @@ def clip_grads_with_norm_(
     total_norm: Tensor,
     foreach: bool | None = None,
 ) -> None:
-    """Scales the gradients by `min(1, max_norm / (total_norm + 1e-6))`.
+    """Multiplies the gradients in place by `min(1, max_norm / (total_norm + 1e-6))`.
 
     Args:
         parameters: As in `clip_grad_norm_`.
-        max_norm: The limit, >= 0; `inf` never multiplies.
-        total_norm: `()`, the norm, from `get_total_norm`. NaN makes every gradient NaN, as in
-            torch.
+        max_norm: The limit, >= 0; `inf`: never multiply.
+        total_norm: The norm from `get_total_norm`: a tensor with one element, or a number. NaN
+            makes every gradient NaN, as in torch.
         foreach: Accepted for compatibility.
 
     Raises:
-        TypeError, ValueError: An argument is not of the kind or range above.
+        TypeError, ValueError: An argument has the wrong type or is out of range.
 
     Example:
         >>> import torch, fastguard
@@ -231,22 +235,25 @@ def clip_grads_with_norm_(
     """
     check_foreach(foreach)
     parameters = listed(parameters)
-    refuse_bool_and_text("total_norm", total_norm, "pass what get_total_norm returned")
+    refuse_bool_and_text("total_norm", total_norm, "pass the result of get_total_norm")
     if not isinstance(total_norm, (Tensor, int, float)):
         raise TypeError(
-            f"total_norm={shown(total_norm)} is not a tensor; pass what get_total_norm returned"
+            f"total_norm={shown(total_norm)} is not a tensor; pass the result of get_total_norm"
         )
     if torch.compiler.is_compiling() and compiled.spans_ranks(parameters, None):
         compiled.leave_graph(clip_grads_with_norm_, parameters, max_norm, total_norm)
         return
     if not isinstance(total_norm, Tensor):
-        # Not torch.as_tensor: compiled code would be compiled again for every value.
-        total_norm = limit_beside(number_of("total_norm", total_norm), torch.empty(0))
+        # torch.as_tensor would cause a recompilation for every value.
+        total_norm = limit_like(number_of("total_norm", total_norm), torch.empty(0))
     norm = total_norm
-    if is_dtensor(norm):  # torch's own norm of DTensors is a sum that nobody has summed up yet
+    if is_dtensor(norm):  # torch returns the norm of DTensors as a Partial, not yet reduced
         norm = norm.full_tensor()
     if norm.numel() != 1:
-        raise ValueError(f"total_norm must be one number, but has shape {tuple(norm.shape)}")
+        raise ValueError(
+            f"total_norm has shape {tuple(norm.shape)}, but must hold one number; pass the result "
+            "of get_total_norm"
+        )
     norm = norm.reshape(1).double()
     grads, names = gradients_for(parameters, strict=False)
     if torch.compiler.is_compiling():
@@ -257,7 +264,7 @@ def clip_grads_with_norm_(
     if buckets.kind is PLAIN and kind_of((type(norm),)) is PLAIN:
         limits, clean = limit_tensor(limit, norm.device), torch.zeros((), device=norm.device)
     else:
-        limits, clean = limit_beside(limit, norm), norm.new_zeros((), dtype=torch.float32)
+        limits, clean = limit_like(limit, norm), norm.new_zeros((), dtype=torch.float32)
     scale(buckets, clip_coefficients(norm, limits), clean)
 
 
@@ -265,15 +272,16 @@ def clip_grads_with_norm_(
 def clip_grad_value_(
     parameters: Parameters, clip_value: float, foreach: bool | None = None
 ) -> None:
-    """Clamps every gradient element to [-clip_value, clip_value]; NaN stays NaN.
+    """Clamps the elements of the gradients in place to [-clip_value, clip_value]; NaN stays NaN.
 
     Args:
         parameters: As in `clip_grad_norm_`.
-        clip_value: The limit, >= 0; where it is beyond the dtype of a gradient, nothing is clamped.
+        clip_value: The limit, >= 0; a limit above the largest value of a dtype has no effect.
         foreach: Accepted for compatibility.
 
     Raises:
-        TypeError, ValueError: An argument is not of the kind or range above.
+        TypeError, ValueError: An argument has the wrong type or is out of range; or a gradient is
+            complex.
 
     Example:
         >>> import torch, fastguard
@@ -292,15 +300,15 @@ def clip_grad_value_(
             compiled.clip_grad_value_(gradients_for(parameters, strict=False)[0], clip_value)
         return
     limit = limit_of("clip_value", clip_value)
-    if several_ranks():  # no other rank has a say: an element is clamped where it lies
+    if several_ranks():  # no collective: clamping works element by element
         make_whole_(parameters_of(parameters))
     grads, names = gradients_for(parameters, strict=False)
     buckets = bucketize(grads, names=names)  # refuses before any change
     for i, grad in enumerate(grads):
         if grad is not None and grad.is_complex():
             raise TypeError(
-                f"the gradient of {name_of(i, names)} is complex, and complex numbers have no "
-                "order to clamp by; use clip_grad_norm_, or leave this parameter out"
+                f"the gradient of {name_of(i, names)} is complex, but clamping needs real numbers; "
+                "use clip_grad_norm_, or leave this parameter out"
             )
     clamp_(buckets, limit)
 
@@ -314,21 +322,21 @@ def sanitize_grads_(
     neginf: float = 0.0,
     group: Group = None,
 ) -> GradStats:
-    """Replaces non-finite elements of the gradients, and says what was found.
+    """Replaces non-finite elements of the gradients in place, and returns their counts.
 
     Args:
         parameters: As in `clip_grad_norm_`.
-        nan: What replaces NaN.
-        posinf: What replaces +Inf.
-        neginf: What replaces -Inf.
+        nan: The finite number that replaces NaN. Default: 0.
+        posinf: The finite number that replaces +Inf. Default: 0.
+        neginf: The finite number that replaces -Inf. Default: 0.
         group: As in `clip_grad_norm_`.
 
     Returns:
-        The stats of the gradients as they were.
+        The stats of the gradients before the replacement.
 
     Raises:
-        TypeError, ValueError: An argument is not of the kind or range above, or none of the tensors
-            can have a gradient, so that they are no parameters.
+        TypeError, ValueError: An argument has the wrong type or is out of range; or none of the
+            tensors can have a gradient.
 
     Example:
         >>> import torch, fastguard
@@ -341,7 +349,7 @@ def sanitize_grads_(
     """
     fill = {"nan": nan, "posinf": posinf, "neginf": neginf}
     for name, value in fill.items():
-        fill[name] = finite_number_of(name, value, "it replaces what is not finite")
+        fill[name] = finite_number_of(name, value, "it replaces non-finite elements")
     parameters = listed(parameters)
     if torch.compiler.is_compiling():
         if compiled.spans_ranks(parameters, group):
@@ -366,16 +374,21 @@ def measure_grads(
     per_tensor: bool = False,
     group: Group = None,
 ) -> GradStats:
-    """Norm and non-finite counts of the gradients, from one read. Nothing is changed.
+    """Measures the norm and the non-finite counts of the gradients in one pass. Changes nothing.
 
     Args:
         parameters: As in `clip_grad_norm_`.
-        norm_type: p > 0 of the p-norm; `inf` for the largest magnitude.
-        per_tensor: One segment a tensor, so that `power_sum` and `segment_norms` are `(T,)`.
+        norm_type: p > 0 of the p-norm; `inf`: the largest magnitude. Default: 2.
+        per_tensor: Whether each tensor is a segment, so that `power_sum` and `segment_norms` have
+            one entry per tensor. Default: False, one segment for all.
         group: As in `clip_grad_norm_`.
 
+    Returns:
+        The stats of the gradients.
+
     Raises:
-        TypeError, ValueError: As in `sanitize_grads_`.
+        TypeError, ValueError: An argument has the wrong type or is out of range; or none of the
+            tensors can have a gradient.
 
     Example:
         >>> import torch, fastguard

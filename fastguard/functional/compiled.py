@@ -1,10 +1,10 @@
-"""The functions of `fastguard.functional.clip` under `torch.compile`: one opaque op a stage.
+"""The functions of `fastguard.functional.clip` under `torch.compile`: one custom op per stage.
 
-For one process: what ranks exchange is not traced, but done outside of the graph.
+Single process only: collectives are not traced, but leave the graph.
 
-What gradients or limits have wrong is raised by the ops, while the graph runs. A wrong word
-(`nonfinite="drop"`, `foreach="yes"`) is seen while tracing: its error breaks the graph and is
-raised, but under `fullgraph=True` dynamo reports `Unsupported: Observed exception` in its place.
+Invalid gradients and limits are reported by the ops, while the graph runs. An invalid choice
+(`nonfinite="drop"`, `foreach="yes"`) is found while tracing: it breaks the graph and raises its
+error, but with `fullgraph=True` dynamo reports `Unsupported: Observed exception` instead.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastguard.errors.checked_numbers import refuse_bool_and_text
 from fastguard.functional import ops as _registered  # noqa: F401  (`torch.ops.fastguard`)
-from fastguard.functional.arguments import limit_beside
+from fastguard.functional.arguments import limit_like
 from fastguard.gradients.buckets import parameters_of
 from fastguard.ranks.dtensors import is_dtensor
 from fastguard.ranks.groups import Group, process_group_of
@@ -35,7 +35,7 @@ def clip_grad_norm_(
     mode: str,
     as_torch: bool = False,
 ) -> Tensor:
-    """`fastguard.clip_grad_norm_` on checked gradients; returns the norm."""
+    """Clips gradients by their norm: see `fastguard.clip_grad_norm_`."""
     refuse_bool_and_text("max_norm", max_norm)
     norm, coef, clean = decide(grads, names, max_norm, norm_type, mode, as_torch)
     _apply(_present(grads), coef, clean)
@@ -50,26 +50,26 @@ def decide(
     mode: str,
     as_torch: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Measures and decides: the norm, the multiplier and whether to clean."""
+    """Measures the gradients, then decides: see `decided`."""
     return decided(measure(grads, names, norm_type), max_norm, mode, as_torch)
 
 
 def decided(
     stats: GradStats, max_norm: float, mode: str, as_torch: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the op decides: the norm, the multiplier and whether to clean."""
-    limit = limit_beside(max_norm, stats.summary)
-    told = None if mode != "raise" or stats.names is None else list(stats.names)
+    """Returns the norm `()`, the multiplier float64 `(S,)`, and whether to clean, float32 `()`."""
+    limit = limit_like(max_norm, stats.summary)
+    names = None if mode != "raise" or stats.names is None else list(stats.names)
     norm, coef, clean = torch.ops.fastguard.decide(
-        stats.summary, stats.counts, limit, stats.norm_type, mode, told, as_torch, stats.rooted
+        stats.summary, stats.counts, limit, stats.norm_type, mode, names, as_torch, stats.rooted
     )
     return norm if stats.float64 else norm.float(), coef, clean
 
 
 def clip_grads_with_norm_(grads: list[Tensor | None], max_norm: float, norm: Tensor) -> None:
-    """Scales by a given norm, float64 `(1,)`."""
+    """Clips gradients by a given norm, float64 `(1,)`."""
     refuse_bool_and_text("max_norm", max_norm)
-    # For the inf-norm a power sum is the norm itself, and NaN is counted; the op checks the limit.
+    # Passed as an inf-norm, whose power sum is the norm; NaN is counted. The op checks the limit.
     summary = torch.cat([norm, norm.isnan().double(), norm.new_zeros(2)]).reshape(4, 1)
     counts = torch.zeros(3, 0, dtype=torch.int64, device=norm.device)
     _, coef, clean = decided(GradStats(summary, counts, math.inf), max_norm, "propagate")
@@ -82,10 +82,10 @@ def measure(
     norm_type: float,
     per_tensor: bool = False,
 ) -> GradStats:
-    """`fastguard.measure_grads` on checked gradients."""
+    """Measures the gradients; None entries count as tensors without elements."""
     ids = [i for i, g in enumerate(grads) if g is not None]
     present = _present(grads)
-    if len(present) == 0:  # an op that is given no tensor does not trace
+    if len(present) == 0:  # an op cannot be traced with an empty list
         n_segments = len(grads) if per_tensor else 1
         nothing = torch.zeros(4, n_segments, dtype=torch.float64, device="cpu")
         counts = torch.zeros(3, len(grads), dtype=torch.int64, device="cpu")
@@ -101,32 +101,32 @@ def measure(
 
 
 def _spread(columns: Tensor, ids: list[int], n: int) -> Tensor:
-    """The columns at the places `ids` among n; the others are zero."""
+    """Returns a tensor of n columns, with the given ones at the positions `ids`, else zeros."""
     spread = columns.new_zeros(columns.shape[0], n)
     spread[:, ids] = columns
     return spread
 
 
 def clip_grad_value_(grads: list[Tensor | None], clip_value: float) -> None:
-    """Clamps to [-clip_value, clip_value]."""
+    """Clamps gradients to [-clip_value, clip_value]."""
     refuse_bool_and_text("clip_value", clip_value)
     present = _present(grads)
     if len(present) > 0:
         on_host = torch.empty(0, device="cpu")
-        torch.ops.fastguard.clip_value(present, limit_beside(clip_value, on_host))
+        torch.ops.fastguard.clip_value(present, limit_like(clip_value, on_host))
 
 
 def sanitize_grads_(
     grads: list[Tensor | None], names: list[str] | None, fill: dict[str, float]
 ) -> GradStats:
-    """Replaces what is non-finite; the stats from before."""
+    """Replaces non-finite elements; returns the stats from before."""
     stats = measure(grads, names, 2.0)
     present = _present(grads)
     if len(present) == 0:
         return stats
     if any(fill.values()):
         on_host = torch.empty(0, device="cpu")
-        values = torch.cat([limit_beside(value, on_host) for value in fill.values()])
+        values = torch.cat([limit_like(value, on_host) for value in fill.values()])
         torch.ops.fastguard.sanitize(present, values)
     else:
         one = torch.ones(1, dtype=torch.float64, device=stats.summary.device)
@@ -144,7 +144,7 @@ def _apply(grads: list[Tensor], multiplier: Tensor, clean: Tensor) -> None:
 
 
 def spans_ranks(parameters: Tensor | list[Any], group: Group) -> bool:
-    """Whether compiled code must leave its graph, because ranks exchange numbers."""
+    """Whether compiled code must leave its graph, because collectives are needed."""
     if process_group_of(group) is not None:
         return True
     if not (dist.is_available() and dist.is_initialized()):

@@ -1,8 +1,8 @@
-"""One opaque op a stage, for `torch.compile`: schema, shapes, and the stage itself.
+"""Custom ops for `torch.compile`, one per stage: schema, implementation and shapes.
 
-Eager code calls the stages directly: the dispatcher costs 0.1 µs a tensor in a list, plain Python
-nothing. Compiled code needs the ops, because addresses and host decisions do not trace. All ops
-treat their gradients as one segment, but for `measure_tensors`.
+Eager code calls the stages directly, since the dispatcher costs 0.1 µs per tensor in a list.
+Compiled code needs the ops, because addresses and decisions on the host cannot be traced. All ops
+except `measure_tensors` treat their gradients as one segment.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
 
 
 def define(schema: str, implementation: Callable[..., Any], shapes: Callable[..., Any]) -> None:
-    """Registers an op of `torch.ops.fastguard`.
+    """Registers an op.
 
     Args:
-        schema: Name, arguments and results, as `torch.library` parses them.
-        implementation: Computes the results, on any device.
-        shapes: Returns empty tensors with the shapes of the results, for tracing.
+        schema: Its name and signature.
+        implementation: The function that runs for all devices.
+        shapes: The function that returns empty outputs, for tracing.
     """
     name = schema.split("(")[0]
     _library.define(schema, tags=_TAGS)
@@ -74,7 +74,7 @@ define(
 
 
 def _check_limit(name: str, limit: Tensor) -> None:
-    if limit.device.type != "cpu":  # reading it would wait
+    if limit.device.type != "cpu":  # reading it would wait for the device
         return
     if limit == 0:
         warn_of_zero(name)
@@ -99,8 +99,8 @@ def _decide(
     policy = Policy(max_norm.reshape(1), nonfinite)  # type: ignore[arg-type]
     verdict = decide_stage(stats, Signals.none(summary.device), None, policy)
     norm = verdict.torch_norm if nonfinite == "propagate" else verdict.total_norm
-    # Compiled code may write over what an op returned: neither parts of its arguments (the norm may
-    # be one of `summary`) nor the constants that verdicts share.
+    # Compiled code may overwrite the outputs of an op. So they must not share memory with its
+    # arguments (the norm may be a view of `summary`) or with constants that verdicts share.
     return norm.clone(), verdict.multiplier, verdict.clean.clone()
 
 
@@ -150,7 +150,7 @@ def _clip_value(grads: list[Tensor], clip_value: Tensor) -> None:
 
 
 define(
-    # clip_value lies on the CPU
+    # clip_value is a CPU tensor
     "clip_value(Tensor(a!)[] grads, Tensor clip_value) -> ()",
     _clip_value,
     lambda grads, clip_value: None,
@@ -166,7 +166,8 @@ def _sanitize(grads: list[Tensor], values: Tensor) -> None:
 
 
 define(
-    # values lie on the CPU: for NaN, +Inf and -Inf; numbers would be compiled in
+    # values is a CPU tensor with the replacements for NaN, +Inf and -Inf; a tensor, because numbers
+    # would become constants of the compiled code
     "sanitize(Tensor(a!)[] grads, Tensor values) -> ()",
     _sanitize,
     lambda grads, values: None,

@@ -1,8 +1,8 @@
-"""`patch_torch()`: every caller of `torch.nn.utils.clip_grad_norm_` and its three companions gets
-ours.
+"""`patch_torch()`: replaces the gradient functions of `torch.nn.utils` by those of fastguard.
 
-Callers expect what torch returns: for DTensors a norm that is a DTensor, over the ranks of their
-own mesh. A trainer calls `full_tensor()` on it, and adds up pipeline stages itself.
+The results have the types that callers expect from torch: for DTensors, a norm over the ranks of
+their own mesh, as a DTensor. A trainer calls `full_tensor()` on it, and combines pipeline stages
+itself.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def clip_grad_norm_(
     group: Group = AS_TORCH,
     **ours: Any,
 ) -> Tensor:
-    """`fastguard.clip_grad_norm_` in place of torch's function."""
+    """Calls `fastguard.clip_grad_norm_`, with the result type of torch's function."""
     parameters = listed(parameters, stacklevel=4)
     norm = clip.clip_grad_norm_(
         parameters, max_norm, norm_type, error_if_nonfinite, foreach, group=group, **ours
     )
-    return _as_torch_returns_it(norm, parameters, are_gradients=False)
+    return _as_torch_type(norm, parameters, are_gradients=False)
 
 
 def get_total_norm(
@@ -49,14 +49,14 @@ def get_total_norm(
     *,
     group: Group = AS_TORCH,
 ) -> Tensor:
-    """`fastguard.get_total_norm` in place of torch's function."""
+    """Calls `fastguard.get_total_norm`, with the result type of torch's function."""
     items = tensors if isinstance(tensors, Tensor) else as_list("tensors", tensors)
     norm = clip.get_total_norm(items, norm_type, error_if_nonfinite, foreach, group=group)
-    return _as_torch_returns_it(norm, items, are_gradients=True)
+    return _as_torch_type(norm, items, are_gradients=True)
 
 
-def _as_torch_returns_it(norm: Tensor, items: Tensor | list, *, are_gradients: bool) -> Tensor:
-    """The norm of DTensors as a DTensor, replicated over the mesh of the first of them."""
+def _as_torch_type(norm: Tensor, items: Tensor | list, *, are_gradients: bool) -> Tensor:
+    """Returns the norm; for DTensors, as a DTensor replicated over the mesh of the first one."""
     if not (dist.is_available() and dist.is_initialized()):
         return norm
     tensors = parameters_of(items)
@@ -71,8 +71,8 @@ def _as_torch_returns_it(norm: Tensor, items: Tensor | list, *, are_gradients: b
     return DTensor.from_local(norm, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
-# In torch.nn.utils.clip_grad two of the four have private names, which sharded trainers call.
-_PLACES: dict[ModuleType, dict[str, Any]] = {
+# Two of the four have private names in torch.nn.utils.clip_grad, which sharded trainers call.
+_REPLACEMENTS: dict[ModuleType, dict[str, Any]] = {
     torch.nn.utils: {
         "clip_grad_norm_": clip_grad_norm_,
         "clip_grad_value_": clip.clip_grad_value_,
@@ -92,7 +92,7 @@ _depth = 0
 
 
 class _Patched:
-    """What `patch_torch` returns: undoes one patch on leaving a `with` block."""
+    """The context manager that `patch_torch` returns: undoes the patch at the end of the block."""
 
     def __enter__(self) -> None:
         return None
@@ -109,21 +109,22 @@ class _Patched:
 def patch_torch() -> _Patched:
     """Replaces the four gradient functions of `torch.nn.utils` and `torch.nn.utils.clip_grad`.
 
-    Process-wide and counted: each call needs one `unpatch_torch()`, and the last one puts back
-    exactly what was there before. Code that did `from torch.nn.utils import get_total_norm`
-    *before* the patch holds torch's function and keeps it; a `clip_grad_norm_` held so is torch's
-    too, but finds our norm and our scaling when it looks up the private names.
+    The patch applies to the whole process and is counted: each call needs one `unpatch_torch()`,
+    and the last one restores exactly the previous functions. Code that ran `from torch.nn.utils
+    import get_total_norm` *before* the patch keeps torch's function. A `clip_grad_norm_` imported
+    before also remains torch's, but uses the norm and the scaling of fastguard, because it calls
+    them by their private names.
 
-    What they find takes our keyword arguments too (`group=`, `nonfinite=`). Without them it means
-    what torch's function means: the norm of DTensors is one over the ranks of their own mesh, and
-    comes back as a DTensor.
+    The replacements also accept the keyword arguments of fastguard (`group=`, `nonfinite=`).
+    Without these they behave as torch's functions: the norm of DTensors is taken over the ranks of
+    their own mesh, and is a DTensor.
 
     Returns:
         A context manager that undoes this call.
 
     Example:
         >>> import torch, fastguard
-        >>> large = [torch.full((4,), 1e20)]  # its squares leave float32
+        >>> large = [torch.full((4,), 1e20)]  # the squares overflow float32
         >>> with fastguard.patch_torch():
         ...     torch.nn.utils.get_total_norm(large)
         tensor(2.0000e+20)
@@ -133,7 +134,7 @@ def patch_torch() -> _Patched:
     global _depth
     with _lock:
         if _depth == 0:
-            for place, names in _PLACES.items():
+            for place, names in _REPLACEMENTS.items():
                 for name, ours in names.items():
                     _originals.append((place, name, getattr(place, name)))
                     setattr(place, name, ours)
@@ -142,16 +143,16 @@ def patch_torch() -> _Patched:
 
 
 def unpatch_torch() -> None:
-    """Undoes one `patch_torch()`.
+    """Undoes one call of `patch_torch()`.
 
     Raises:
-        RuntimeError: Nothing is patched.
+        RuntimeError: No call is left to undo.
     """
     global _depth
     with _lock:
         if _depth == 0:
             raise RuntimeError(
-                "torch is not patched: every unpatch_torch() needs a patch_torch() before"
+                "torch is not patched; call patch_torch() once before each unpatch_torch()"
             )
         _depth -= 1
         if _depth == 0:

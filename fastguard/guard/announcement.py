@@ -1,4 +1,4 @@
-"""The line that says once that an optimizer is guarded, and how."""
+"""Prints one line when an optimizer is guarded for the first time."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch.optim import Optimizer
 from fastguard.errors.last_resort import announce
 
 if TYPE_CHECKING:
-    from fastguard.guard.reporting import KnownRun
+    from fastguard.guard.reporting import ReportingOptimizer
 
 log: logging.Logger = logging.getLogger("fastguard")
 
 _ANNOUNCED: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
-def announce_guard(guard: KnownRun) -> None:
-    """Says what is guarded and how, once for each wrapped optimizer; only the first rank prints.
+def announce_guard(guard: ReportingOptimizer) -> None:
+    """Prints what is guarded and how, once per wrapped optimizer and only on rank 0.
 
-    The others log it at level INFO, which is not shown unless the program asks for it.
+    The other ranks log it at level INFO, which is hidden by default.
     """
     if guard.optimizer in _ANNOUNCED:
         return

@@ -1,4 +1,4 @@
-"""What can be guarded, and how: the arguments of `GuardedOptimizer`, checked."""
+"""Checks of the arguments of `GuardedOptimizer`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastguard.errors.plain_text import shown
 from fastguard.functional.arguments import warn_of_zero
 from fastguard.guard.clip_scope import clip_values
 from fastguard.guard.whole_step import WholeStep
-from fastguard.guard.wrapper import OptimizerAround
+from fastguard.guard.wrapper import OptimizerWrapper
 from fastguard.ranks.dtensors import dtensor_types
 from fastguard.ranks.groups import Group, check_group
 from fastguard.ranks.plain_shards import check_sharded_optimizer
@@ -28,9 +28,9 @@ MODES = ("skip", "zero", "raise", "propagate")
 
 
 def keywords_only(construct: Callable[_P, None]) -> Callable[_P, None]:
-    """Around `__init__(self, optimizer, *, ...)`: says which keyword a positional argument needs.
+    """Decorates `__init__(self, optimizer, *, ...)` to suggest a keyword for positional arguments.
 
-    Python alone would only say how many positional arguments there are.
+    The error of Python would only give the number of positional arguments.
     """
 
     @wraps(construct)
@@ -39,8 +39,8 @@ def keywords_only(construct: Callable[_P, None]) -> Callable[_P, None]:
             number = isinstance(args[2], int | float)
             remedy = f"max_norm={shown(args[2])}" if number else "max_norm=1.0, nonfinite='skip'"
             raise TypeError(
-                f"{type(args[0]).__name__} was given {shown(args[2])} as second positional "
-                "argument; all but the optimizer are keywords: "
+                f"{type(args[0]).__name__} got {shown(args[2])} as second positional argument, "
+                "but takes keywords after the optimizer; pass "
                 f"{type(args[0]).__name__}(optimizer, {remedy})"
             )
         construct(*args, **kwargs)
@@ -49,29 +49,29 @@ def keywords_only(construct: Callable[_P, None]) -> Callable[_P, None]:
 
 
 def check_optimizer(optimizer: object, group: Group) -> None:
-    """Raises a TypeError or ValueError for what cannot be guarded over `group`."""
+    """Raises a TypeError or ValueError for an optimizer that cannot be guarded over `group`."""
     check_group(group)
-    if isinstance(optimizer, OptimizerAround):
-        raise TypeError("the optimizer is guarded already; wrap the inner one: guarded.optimizer")
+    if isinstance(optimizer, OptimizerWrapper):
+        raise TypeError("the optimizer is already guarded; pass its `.optimizer` instead")
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
-            f"optimizer={shown(optimizer)} is no torch.optim.Optimizer; "
-            "pass for example torch.optim.AdamW(model.parameters())"
+            f"optimizer={shown(optimizer)} must be a torch.optim.Optimizer, such as "
+            "torch.optim.AdamW(model.parameters())"
         )
     if isinstance(optimizer, torch.optim.SparseAdam):
         raise TypeError(
-            "SparseAdam works on sparse gradients, which fastguard does not guard; use Adam with "
-            "a dense embedding, or leave this optimizer unguarded"
+            "SparseAdam takes sparse gradients, but fastguard guards only dense ones; use Adam "
+            "with a dense embedding, or leave this optimizer unguarded"
         )
     if not isinstance(getattr(optimizer, "param_groups", None), list):
         raise TypeError(
-            f"{type(optimizer).__name__} has no param_groups, so there is nothing to guard; wrap "
-            "the optimizer inside it"
+            f"{type(optimizer).__name__} has no param_groups, so it cannot be guarded; wrap the "
+            "optimizer inside it"
         )
     check_sharded_optimizer(optimizer, group)
     parameters = [p for param_group in optimizer.param_groups for p in param_group["params"]]
     if not parameters and group is None:
-        raise ValueError("the optimizer has no parameters; there is nothing to guard")
+        raise ValueError("the optimizer has no parameters to guard; pass one with parameters")
     for param_group in optimizer.param_groups:
         check_settings(param_group, param_group["params"])
     if WholeStep.serves(optimizer):
@@ -79,12 +79,12 @@ def check_optimizer(optimizer: object, group: Group) -> None:
 
 
 def check_whole_step(optimizer: Optimizer, group: Group) -> None:
-    """Raises a ValueError where ranks would have to take a step that evaluates its closure."""
+    """Raises a ValueError for an optimizer that evaluates its closure itself, on several ranks."""
     kinds = {type(p) for param_group in optimizer.param_groups for p in param_group["params"]}
     if group is not None or dtensor_types(kinds):
         raise ValueError(
-            f"{type(optimizer).__name__} decides by the loss of one rank how often it evaluates "
-            "the model, and ranks would part; guard it in one process, without group"
+            f"{type(optimizer).__name__} evaluates the model as often as the loss of this rank "
+            "requires, so ranks would diverge; guard it in a single process, without group"
         )
 
 
@@ -93,11 +93,12 @@ def check_settings(param_group: Mapping[str, Any], parameters: Iterable[Tensor])
 
     Args:
         param_group: The settings.
-        parameters: What they are for.
+        parameters: The parameters of the group.
     """
     if param_group.get("differentiable"):
         raise ValueError(
-            "differentiable=True needs gradients that are not changed in place; guard without it"
+            "differentiable=True is not supported, because the guard changes gradients in place; "
+            "pass differentiable=False"
         )
     for _, limit in clip_values([param_group]):
         if limit == 0.0:
@@ -105,19 +106,19 @@ def check_settings(param_group: Mapping[str, Any], parameters: Iterable[Tensor])
         for p in parameters:
             if p.is_complex():
                 raise TypeError(
-                    f"a param group has clip_value={limit}, but its parameter of shape "
-                    f"{tuple(p.shape)} is complex, and complex numbers have no order to clamp by; "
-                    "use max_norm, or a param group of its own"
+                    f"a param group has clip_value={limit} and a complex parameter of shape "
+                    f"{tuple(p.shape)}, but clamping needs real numbers; use max_norm, or put the "
+                    "parameter in a separate group"
                 )
 
 
 def named_parameters_of(param_group: dict[str, Any]) -> list[tuple[str | None, Tensor]]:
-    """The parameters of a group that is to be added, with their names if they have any.
+    """Returns the parameters of a new param group, with names or None.
 
-    An iterator among them becomes a list, as torch makes it one: it can be read once.
+    An iterator in the group is replaced by a list, since it can be read only once.
 
     Raises:
-        TypeError: It is no dict, or holds what is no tensor.
+        TypeError: It is not a dict, or holds something other than tensors.
     """
     if not isinstance(param_group, dict) or "params" not in param_group:
         raise TypeError(
@@ -138,19 +139,19 @@ def named_parameters_of(param_group: dict[str, Any]) -> list[tuple[str | None, T
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raises a ValueError for what is not among the choices."""
+    """Raises a ValueError if `value` is not one of the choices."""
     if value not in choices:
         raise ValueError(f"{name}={shown(value)} is unknown; use one of {', '.join(choices)}")
 
 
 def check_budget(value: object) -> None:
-    """Raises a ValueError for what is no number of skips."""
+    """Raises a TypeError or ValueError if `value` is neither None nor a count of skips."""
     if value is not None:
         count_of("max_consecutive_skips", value, 1, optional=True)
 
 
 def raise_if_over_budget(record: StepRecord | None, limit: int | None) -> None:
-    """Raises a TrainingDivergedError if a step was one skipped incident in a row too many."""
+    """Raises a TrainingDivergedError if more consecutive incidents than the limit were skipped."""
     if record is None or limit is None or not record.is_incident:
         return
     if record.consecutive_skips > limit:

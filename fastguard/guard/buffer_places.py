@@ -1,4 +1,4 @@
-"""Buffers of one device and dtype side by side: gathered, judged and put back all at once."""
+"""Saves, checks and restores buffers of one device and dtype together."""
 
 from __future__ import annotations
 
@@ -20,20 +20,19 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Place:
-    """Where a module holds a buffer: a name in a table, under which another one may be put.
+    """The location of a buffer in a module: an entry in a dict, which may be replaced.
 
     Args:
-        module: Whose table it is; None: nobody's.
+        module: The module; None for tensors that are not buffers.
         table: Its `_buffers`.
-        name: The entry.
-        path: What to call it.
+        name: The key in `table`.
+        path: The name in messages.
 
     Attributes:
-        buffer: What was there at the last look; None: nothing.
-        had_values: Whether it had values then; a lazy buffer gets them in the first forward pass.
-        plain: The same memory as a plain tensor with a version counter of its own, since putting
-            back must not invalidate a graph that still waits for its backward pass. None: it is
-            no such tensor.
+        buffer: The tensor at the last call of `look`; None: there was none.
+        had_values: Whether it had values then; lazy buffers get them in the first forward pass.
+        plain: The same memory as a plain tensor with its own version counter, since restoring must
+            not invalidate a graph that still waits for its backward pass. None: not possible.
     """
 
     def __init__(self, module: nn.Module | None, table: dict[str, Any], name: str, path: str):
@@ -42,7 +41,7 @@ class Place:
         self.look()
 
     def look(self) -> None:
-        """Takes in what is there now."""
+        """Reads the current tensor."""
         self.buffer: Any = self._table.get(self._name)
         self.had_values: bool = _has_values(self.buffer)
         self._kind = type(self.buffer)
@@ -51,23 +50,23 @@ class Place:
         self._memory = None if self.plain is None else (self.plain.data_ptr(), self.plain.numel())
 
     def is_as_before(self) -> bool:
-        """Whether the same tensor is still there, with the same memory."""
+        """Whether it is still the same tensor, with the same memory."""
         now, part = self._table.get(self._name), self._part
-        if now is not self.buffer or type(now) is not self._kind:  # lazy ones change their type
+        if now is not self.buffer or type(now) is not self._kind:  # lazy buffers change type
             return False
         return part is None or (part.data_ptr(), part.numel()) == self._memory
 
     @property
     def can_change(self) -> bool:
-        """Whether a module can write into it: it has values, and no two at one place in memory."""
+        """Whether a module can write into it: it has values, and its elements do not overlap."""
         return self.had_values and not _overlaps(self.buffer)
 
     def mend(self, kept: Tensor, *, whole: bool) -> None:
-        """Puts the kept values into what is there now, or at least where that is not finite.
+        """Writes saved values into the current tensor.
 
         Args:
-            kept: The buffer as it was.
-            whole: All of them, also with their old shape.
+            kept: The saved buffer.
+            whole: True: restores all values, and the shape; False: only non-finite elements.
         """
         now: Any = self._table.get(self._name)
         if not _has_values(now):
@@ -87,15 +86,15 @@ class Place:
         kept = kept.to(part.device, part.dtype)
         part.data.copy_(kept if whole else torch.where(is_bad(part), kept, part))
 
-    def start_anew(self) -> bool:
-        """Where no values were known: as the module makes them; False if it cannot."""
+    def reset(self) -> bool:
+        """Resets a buffer without saved values as its module does; False if it cannot."""
         reset = getattr(self._module, "reset_running_stats", None)
         if reset is not None:
             reset()
         return reset is not None
 
     def is_finite(self) -> bool:
-        """Whether what is there now is, as far as can be told. Waits for a GPU."""
+        """Whether the current tensor is finite, as far as this can be checked. Waits for a GPU."""
         part = _part(self._table.get(self._name))
         return part is None or not bool(is_bad(part).any())
 
@@ -108,7 +107,7 @@ class Place:
 
 
 class Batch:
-    """Buffers of one device and dtype, and what they were."""
+    """Buffers of one device and dtype, and their saved values."""
 
     def __init__(self, places: list[Place]) -> None:
         self._places = places
@@ -125,26 +124,26 @@ class Batch:
         self.keep()
 
     def keep(self) -> None:
-        """Copies the buffers, as what `put_back` restores."""
+        """Saves the current values."""
         torch._foreach_copy_(self._kept_views, self._buffers)
 
     def put_back(self) -> None:
-        """Restores the buffers from the copies."""
+        """Restores the saved values."""
         torch._foreach_copy_(self._buffers, self._kept_views)
 
     def kept_by_place(self) -> dict[Place, Tensor]:
-        """Returns the copy of each buffer."""
+        """Returns the saved values by location."""
         return dict(zip(self._places, self._kept_views, strict=True))
 
     def settle(self, undo: bool | Tensor) -> bool:
-        """After a step: puts back all, or what is not finite, and keeps the rest.
+        """Restores all values or non-finite elements after a step, and saves the others.
 
         Args:
-            undo: Whether all go back; a tensor `()` where only a GPU knows, and nobody waits.
+            undo: Whether to restore all values; on a GPU a tensor `()`, which is not read.
 
         Returns:
-            Whether something that is not finite was found after a step that stays; never so where
-            that could only be known by waiting.
+            Whether non-finite elements were found after an applied step; False if this is known
+            only on a GPU.
         """
         if undo is True:
             self.put_back()
@@ -170,7 +169,10 @@ class Batch:
         return on_host
 
     def bad_names(self) -> Iterator[str]:
-        """Which buffers `settle` found not to be finite. Waits for a GPU."""
+        """Yields the names of the buffers in which `settle` found non-finite elements.
+
+        Waits for a GPU.
+        """
         sizes = [view.numel() for view in self._kept_views]
         for place, bad in zip(self._places, self._bad.split(sizes), strict=True):
             if bad.any():
@@ -182,7 +184,7 @@ def _has_values(buffer: Any) -> bool:
 
 
 def _part(buffer: Any) -> Tensor | None:
-    """The plain tensor that a buffer is, or that this rank holds of it; None: there is none."""
+    """Returns a buffer, or this rank's part of it, if it is a plain tensor; else None."""
     if not _has_values(buffer):
         return None
     (part,) = local_parts([buffer])
@@ -194,24 +196,24 @@ def _part(buffer: Any) -> Tensor | None:
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Whether elements share memory, as in an expanded tensor: nothing can be written there."""
+    """Whether elements share memory, as in an expanded tensor, which cannot be written to."""
     if tensor.layout is not torch.strided:
         return False
     return any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def _selectable(flat: Tensor) -> Tensor:
-    """The same memory in a dtype that `torch.where` takes."""
+    """Returns the same memory with a dtype that `torch.where` supports."""
     return flat if flat.dtype in _WHERE_KNOWS else flat.view(_BITS[flat.dtype.itemsize])
 
 
 def _can_be_bad(dtype: torch.dtype) -> bool:
-    """Whether it has NaN; packed 4-bit floats have none."""
+    """Whether a dtype has NaN; packed 4-bit floats have none."""
     return (dtype.is_floating_point or dtype.is_complex) and "float4" not in str(dtype)
 
 
 def is_bad(tensor: Tensor) -> Tensor:
-    """Which elements are NaN or Inf."""
+    """Returns a mask of the elements that are NaN or Inf."""
     if not _can_be_bad(tensor.dtype):
         return torch.zeros(tensor.shape, dtype=torch.bool, device=tensor.device)
     if tensor.dtype not in _WHERE_KNOWS:  # 8-bit floats

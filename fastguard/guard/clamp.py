@@ -1,4 +1,4 @@
-"""`clip_value`: gradients of param groups are clamped before the norm, and put back on an error."""
+"""`clip_value` of param groups: clamps gradients before the norm, and can undo it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ class Clamped:
     """Gradients that were clamped.
 
     Args:
-        before: In raise mode, these gradients with copies of what they were. Looking ahead instead
-            would take a collective, which ranks without a `clip_value` would not join.
+        before: In raise mode, the gradients with copies of their previous values. Checking for
+            errors before clamping would need a collective, which ranks without a `clip_value`
+            would not join.
     """
 
     def __init__(self, before: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
@@ -29,8 +30,8 @@ class Clamped:
 
         Args:
             groups: `optimizer.param_groups`.
-            inv_scale: float64 `()`, what a loss scaler leaves to be multiplied by; None: nothing.
-            keep: Whether they may have to be put back.
+            inv_scale: float64 `()`: the factor that unscales the gradients; None: 1.
+            keep: Whether to keep copies for `put_back`.
         """
         limited = clip_values(groups)
         if not limited:
@@ -39,7 +40,7 @@ class Clamped:
             (local_parts([p.grad for p in group["params"] if p.grad is not None]), limit)
             for group, limit in limited
         ]
-        for grads, _ in clamped:  # all groups before the first is changed
+        for grads, _ in clamped:  # checks all groups before any change
             check_real(grads)
         before = [(grad, grad.clone()) for grads, _ in clamped for grad in grads if keep]
         for grads, limit in clamped:
@@ -47,7 +48,7 @@ class Clamped:
         return Clamped(before)
 
     def put_back(self) -> None:
-        """The gradients as they were before."""
+        """Restores the gradients."""
         for grad, before in self._before:
             grad.copy_(before)
 

@@ -1,4 +1,4 @@
-"""Which clip coefficient belongs to which parameter, and what limit it obeys."""
+"""Maps parameters to segments (one clip coefficient each), and segments to limits."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ SCOPES = ("global", "group", "tensor", "unit")
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The parameters of an optimizer in the order of the guard.
+    """The parameters of an optimizer in the order that the guard uses.
 
     Attributes:
-        parameters: All T of them, group after group.
-        segments: The segment of each; None if there is one.
+        parameters: All T parameters, group after group.
+        segments: The segment of each parameter; None if there is just one segment.
         n_segments: S.
-        names: Of each parameter; the first name wins where there are several.
+        names: The name of each parameter; for a shared parameter, the first one.
     """
 
     parameters: list[Tensor]
@@ -43,12 +43,12 @@ class Layout:
 def lay_out(
     groups: Sequence[Mapping[str, Any]], scope: ClipScope, names: Mapping[Tensor, str]
 ) -> Layout:
-    """The layout of param groups.
+    """Returns the layout of param groups.
 
     Args:
         groups: `optimizer.param_groups`.
-        scope: What one clip coefficient is for.
-        names: Names by parameter; others get the name that the param group gives, or a number.
+        scope: What one clip coefficient applies to.
+        names: Names by parameter; other parameters get the name in the param group, or a number.
     """
     parameters: list[Tensor] = []
     labels: list[str] = []
@@ -59,7 +59,7 @@ def lay_out(
             labels.append(names.get(p) or label or f"parameter {len(parameters)}")
             parameters.append(p)
             segments.append(g)
-    if scope in ("global", "unit"):  # the units are no segments: see `stages.units`
+    if scope in ("global", "unit"):  # units are not segments, see `stages.units`
         return Layout(parameters, None, 1, labels)
     if scope == "group":
         return Layout(parameters, segments, len(groups), labels)
@@ -69,11 +69,13 @@ def lay_out(
 def limits(
     groups: Sequence[Mapping[str, Any]], scope: ClipScope, max_norm: Limit | None
 ) -> tuple[Limit, ...]:
-    """One limit a segment, or one for all; a group's own `max_norm`, a number, goes before that of
-    the wrapper.
+    """Returns one limit per param group for scope `"group"`, otherwise a single limit.
+
+    A `max_norm` in a param group, a number, overrides the argument.
 
     Raises:
-        TypeError, ValueError: A group's `max_norm` is no limit, or the scope has no use for it.
+        TypeError, ValueError: A group's `max_norm` is not a valid limit, or is not allowed by the
+            scope.
     """
     check_units(scope, max_norm)
     own = [group.get("max_norm") for group in groups]
@@ -97,7 +99,7 @@ def policy_of(
     nonfinite: NonFinite,
     rules: Mapping[str, Rule],
 ) -> Policy:
-    """What is decided with these limits, as `limits` gives them."""
+    """Returns the policy for the result of `limits` and the other settings."""
     adaptive = next((m for m in limits if isinstance(m, AdaptiveLimit)), None)
     agc = next((m for m in limits if isinstance(m, AGC)), None)
     if adaptive is None:
@@ -127,11 +129,11 @@ def policy_of(
 def joint_limit(
     limits: Sequence[float], scope: ClipScope, norm_type: float, n_segments: int
 ) -> float:
-    """The norm of the whole model where the norm of every segment is at its limit; inf: no such.
+    """Returns the norm of the whole model if every segment is at its limit; inf if unlimited.
 
     Args:
         limits: One limit per segment, or one for all.
-        scope: What one clip coefficient is for.
+        scope: What one clip coefficient applies to.
         norm_type: p > 0.
         n_segments: S.
     """
@@ -143,20 +145,20 @@ def joint_limit(
 
 
 def checked_limit(max_norm: object) -> Limit:
-    """A limit as the guard was given it; None: `inf`."""
+    """Returns a valid limit for the argument `max_norm`; `inf` for None."""
     if isinstance(max_norm, AdaptiveLimit | AGC):
         return max_norm
     return math.inf if max_norm is None else _number(max_norm)
 
 
 def check_units(scope: ClipScope, max_norm: object) -> None:
-    """Raises a ValueError unless `AGC` and `clip_scope="unit"` come together."""
+    """Raises a ValueError if only one of `AGC` and `clip_scope="unit"` is used."""
     if (scope == "unit") == isinstance(max_norm, AGC):
         return
     if scope == "unit":
         raise ValueError(
-            f"clip_scope='unit' with max_norm={max_norm!r}: units have a limit of their own; pass "
-            "max_norm=fastguard.AGC(), or another clip_scope"
+            f"clip_scope='unit' needs max_norm=fastguard.AGC(), but max_norm={max_norm!r}; pass "
+            "that, or another clip_scope"
         )
     raise ValueError(
         f"max_norm={max_norm!r} limits units, but clip_scope={scope!r}; pass clip_scope='unit'"
@@ -166,8 +168,8 @@ def check_units(scope: ClipScope, max_norm: object) -> None:
 def _number(max_norm: object) -> float:
     if isinstance(max_norm, AdaptiveLimit | AGC):
         raise TypeError(
-            f"a param group has max_norm={max_norm!r}, which must be a number; give the rule to "
-            "GuardedOptimizer(max_norm=...), which has one for all groups without a number"
+            f"a param group has max_norm={max_norm!r}, which must be a number; pass the rule as "
+            "GuardedOptimizer(max_norm=...), where it applies to all groups without a number"
         )
     if isinstance(max_norm, type) and issubclass(max_norm, AdaptiveLimit | AGC):
         name = max_norm.__name__
@@ -176,7 +178,7 @@ def _number(max_norm: object) -> float:
 
 
 def clip_values(groups: Iterable[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], float]]:
-    """The param groups that carry a `clip_value`, with it."""
+    """Returns the param groups that have a `clip_value`, with the value."""
     return [
         (g, limit_of("clip_value", g["clip_value"], quiet=True))
         for g in groups
@@ -187,15 +189,15 @@ def clip_values(groups: Iterable[Mapping[str, Any]]) -> list[tuple[Mapping[str, 
 def names_by_tensor(
     named: Iterable[tuple[str, Tensor]] | None, groups: Iterable[Mapping[str, Any]]
 ) -> dict[Tensor, str]:
-    """Names by parameter; the first one of a shared parameter.
+    """Returns the names by parameter; for a shared parameter, the first one.
 
     Args:
-        named: `(name, parameter)` pairs; None: there are no names.
-        groups: `optimizer.param_groups`; some of their parameters may have no name, not all.
+        named: `(name, parameter)` pairs; None: no names.
+        groups: `optimizer.param_groups`; at least one of their parameters must have a name.
 
     Raises:
-        TypeError: These are no such pairs.
-        ValueError: They name none of the parameters.
+        TypeError: `named` does not hold such pairs.
+        ValueError: `named` contains none of the parameters.
     """
     if named is None:
         return {}

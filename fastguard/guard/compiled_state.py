@@ -1,4 +1,4 @@
-"""The state of an optimizer as a compiled update needs it: there, on the device, in tensors."""
+"""Prepares optimizer state for a compiled update: it must exist, in tensors on the device."""
 
 from __future__ import annotations
 
@@ -21,72 +21,72 @@ DEVICES = ("cpu", "cuda")
 
 
 def check_compiled_optimizer(optimizer: Optimizer, flat_parameters: bool) -> None:
-    """Raises a TypeError or ValueError for what `compile_step=True` cannot serve in any case."""
+    """Raises a TypeError or ValueError for optimizers that `compile_step=True` never supports."""
     name = type(optimizer).__name__
     if flat_parameters:
         raise ValueError(
-            "compile_step=True and flat_parameters=True are two ways to update; pass one of them"
+            "compile_step=True cannot be combined with flat_parameters=True; pass one of them"
         )
     if WholeStep.serves(optimizer):
         raise TypeError(
-            f"compile_step=True cannot serve {name}, which evaluates its closure itself; guard it "
-            "without compile_step"
+            f"compile_step=True does not support {name}, which evaluates its closure itself; guard "
+            "it without compile_step"
         )
     if isinstance(optimizer, FusedOptimizer):
         raise TypeError(
-            f"fastguard.optim.{name} skips in its own update, so there is nothing to compile; "
-            "guard it without compile_step"
+            f"compile_step=True is not needed for fastguard.optim.{name}, which skips in its own "
+            "update; guard it without compile_step"
         )
     step = vars(optimizer).get("step")
     if step is not None and not hasattr(step, "_wrapped_by_lr_sched"):
         raise TypeError(
-            f"the step of this {name} was replaced on the instance, and compile_step=True compiles "
-            "that of the class; guard it without compile_step"
+            f"the step of this {name} was replaced on the instance, but compile_step=True compiles "
+            "the step of the class; guard it without compile_step"
         )
     check_compiled_parameters([p for group in optimizer.param_groups for p in group["params"]])
 
 
 def check_compiled_parameters(parameters: Sequence[Tensor]) -> None:
-    """Raises a TypeError or ValueError for parameters that no compiled update serves."""
+    """Raises a TypeError or ValueError for parameters that compiled updates do not support."""
     devices = {p.device for p in parameters if p.device.type != "meta"}
     if len(devices) > 1 or not {d.type for d in devices} <= set(DEVICES):
         raise ValueError(
-            f"compile_step=True needs all parameters on one CPU or CUDA device, not on "
-            f"{', '.join(sorted(map(str, devices)))}; guard it without compile_step"
+            f"the parameters are on {', '.join(sorted(map(str, devices)))}, but compile_step=True "
+            "needs all of them on one CPU or CUDA device; guard it without compile_step"
         )
     for p in parameters:
         if is_dtensor(p) or is_managed(p):
             raise TypeError(
-                "a parameter belongs to FSDP or DeepSpeed, whose shards compile_step=True does not "
-                "serve; guard it without compile_step"
+                "a parameter is a shard of FSDP or DeepSpeed, which compile_step=True does not "
+                "support; guard it without compile_step"
             )
         if p.is_complex():
             raise TypeError(
                 f"a parameter of shape {tuple(p.shape)} is complex, which compile_step=True does "
-                "not serve; guard it without compile_step"
+                "not support; guard it without compile_step"
             )
 
 
 def dtype_of_numbers(parameters: Iterable[Tensor]) -> torch.dtype:
-    """That of settings and counters: float64 if any parameter is, else float32, as in torch."""
+    """Returns the dtype for settings and counters: float64 if any parameter is, else float32."""
     wide = any(p.dtype is torch.float64 for p in parameters)
     return torch.float64 if wide else torch.float32
 
 
 class StateForUpdate:
-    """Makes the state of an optimizer ready for a compiled update.
+    """Prepares the state of an optimizer for a compiled update.
 
     Args:
-        optimizer: The one whose state it is.
+        optimizer: The optimizer.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
 
     def copy(self, params: Sequence[Tensor]) -> Callable[[], None]:
-        """What puts back everything that `prepare` and `count_in_tensors` do to these parameters.
+        """Returns a function that undoes `prepare` and `count_in_tensors` for these parameters.
 
-        Copies no tensor: neither of the two writes into one.
+        No tensor is copied, since neither of them writes into one.
         """
         state, groups = self.optimizer.state, self.optimizer.param_groups
         before = {p: dict(state[p]) for p in params if p in state}
@@ -105,14 +105,14 @@ class StateForUpdate:
         return put_back
 
     def prepare(self, params: Sequence[Tensor], owners: Sequence[int]) -> None:
-        """Creates the state with the values that torch starts from, on the device.
+        """Creates missing state with torch's initial values, on the device.
 
         Args:
-            params: The parameters that have a gradient.
-            owners: The number of the param group of each.
+            params: The parameters with a gradient.
+            owners: The param group number of each.
 
         Raises:
-            CreatesState: Its first step follows another formula, so there are no such values.
+            CreatesState: The first step uses another formula, so there are no initial values.
         """
         if steps_as_torch(self.optimizer):
             for number in dict.fromkeys(owners):
@@ -147,11 +147,11 @@ class StateForUpdate:
                     optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     def count_in_tensors(self, params: Sequence[Tensor], places: Iterable[Place]) -> None:
-        """Puts 0-dim tensors in the place of Python numbers that the step changes.
+        """Replaces Python numbers that the step changes by 0-dim tensors.
 
         Args:
-            params: The parameters that have a gradient.
-            places: Where the numbers are.
+            params: The parameters with a gradient.
+            places: The locations of the numbers.
         """
         dtype = dtype_of_numbers(params)
         for place in places:

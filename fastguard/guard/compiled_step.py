@@ -1,9 +1,9 @@
-"""The road of `compile_step=True`: any optimizer skips on the device, in one compiled update.
+"""`CompiledStep`: with `compile_step=True`, any optimizer skips on the device in a compiled update.
 
-The update is traced with every write masked by `found_inf` (`masked_update`) and compiled once by
-`torch.compile`. The gradients are scaled where the update reads them, so `.grad` stays as autograd
-left it. Learning rates are inputs, so a schedule compiles nothing; another number that changes from
-step to step becomes an input when it does so for the first time.
+The update is traced with every write masked by `found_inf` (see `masked_update`), and compiled once
+by `torch.compile`. Gradients are scaled as the update reads them, so `.grad` does not change.
+Learning rates are inputs, so schedules cause no recompilation; any other number becomes an input
+when it changes for the first time.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from fastguard.guard.masked_update import (
 )
 from fastguard.guard.param_gradients import Gradients
 from fastguard.guard.read_first import ReadsFirstIfNeeded, says_skip
-from fastguard.guard.step_hooks import has_step_hooks, run_hooks_of_all
+from fastguard.guard.step_hooks import has_step_hooks, run_global_hooks
 from fastguard.stages.contract import Verdict
 
 log: logging.Logger = logging.getLogger("fastguard")
 
 BACKEND = "inductor"  # of torch.compile
 MOST_GRAPHS = 16
-"""How many updates are compiled for one set of parameters. Further ones read the verdict first."""
+"""Maximum number of compiled updates per set of parameters; others read the verdict first."""
 
 
 @dataclass(slots=True)
@@ -54,14 +54,14 @@ class _Compiled:
     """A compiled update.
 
     Attributes:
-        layout: The parameters that it was made for.
-        live: Which of them had a gradient.
-        members: These parameters, and the names of their state tensors.
+        layout: The parameters of the guard at that time.
+        live: Positions of the parameters with a gradient.
+        members: The parameters with a gradient, and the names of their state tensors.
         places: The settings that are inputs.
         static: The settings that the step read as constants.
-        traced: The graph.
+        traced: The traced graph.
         run: The compiled graph.
-        has_run: Whether it has: the first run compiles it.
+        has_run: Whether it has run; the first run compiles it.
     """
 
     layout: Layout
@@ -75,15 +75,17 @@ class _Compiled:
 
 
 class CompiledStep(ReadsFirstIfNeeded):
-    """Runs the update of an optimizer as one compiled graph, which obeys the verdict itself.
+    """Runs the update of an optimizer as one compiled graph that applies the verdict itself.
 
-    The verdict is read first, and the optimizer called as it is, in three cases. The step creates
-    state for which there is no value to start from (optimizers that are not torch's, and the
-    momentum of SGD with dampening, whose first step is another formula). The optimizer has step
-    hooks of its own, which must run only when it steps. Or `MOST_GRAPHS` updates were compiled.
+    In three cases, the verdict is read first and the optimizer is called without compilation:
+
+    - The step creates state without a known initial value: for optimizers that are not torch's,
+      and for SGD with momentum and dampening, whose first step uses another formula.
+    - The optimizer has step hooks, which must run only when it steps.
+    - `MOST_GRAPHS` updates have been compiled.
 
     Args:
-        optimizer: The wrapped one.
+        optimizer: The wrapped optimizer.
         gradients: Its gradients.
     """
 
@@ -93,30 +95,30 @@ class CompiledStep(ReadsFirstIfNeeded):
         super().__init__(optimizer)
         self._gradients = gradients
         self._state = StateForUpdate(optimizer)
-        self._graphs: list[_Compiled] = []  # the one used last comes first
+        self._graphs: list[_Compiled] = []  # most recently used first
         self._n_compiled = 0
-        self._moving: set[Place] = set()  # numbers that were seen to change
-        self._fixed: set[Place] = set()  # numbers that the step cannot take as tensors
+        self._moving: set[Place] = set()  # numbers that have changed between steps
+        self._fixed: set[Place] = set()  # numbers that cannot be tensors in the step
         self._numbers: dict[Place, tuple[float, Tensor]] = {}
         self._n_creating = 0
-        self._told = False
+        self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without compiled code, which cannot be copied: a copy compiles its own."""
+        """Returns the state without compiled code, which cannot be copied; copies recompile."""
         state = {**self.__dict__, "_graphs": [], "_n_compiled": 0, "_numbers": {}}
         return state
 
     @property
     def waits(self) -> bool:
-        """Whether every step may read the verdict: see the class."""
+        """Whether steps may read the verdict first, see the class."""
         return self._n_compiled >= MOST_GRAPHS or has_step_hooks(self.optimizer)
 
     def fits(self) -> bool:
-        """Always: the update is the optimizer's own, whatever its settings."""
+        """Returns True: the update does not depend on settings such as `fused`."""
         return True
 
     def reset(self) -> None:
-        """There may be other parameters now, or another state. Graphs of the same ones stay."""
+        """Drops the graphs of other parameters, and those that hold constants of the state."""
         layout = self._gradients.layout
         self._graphs = [
             g for g in self._graphs if g.layout is layout and not g.members.has_constants
@@ -126,11 +128,11 @@ class CompiledStep(ReadsFirstIfNeeded):
             self._n_compiled = 0
 
     def step(self, buckets: GradBuckets, verdict: Verdict, call: StepCall, changes: bool) -> None:
-        """Runs the compiled update; before the first run, compiles it.
+        """Runs the compiled update; compiles it first if needed.
 
         Raises:
-            TypeError: The update cannot be traced, or `step` was given arguments for it; nothing
-                was changed.
+            TypeError: The update cannot be traced, or `step` got arguments for the wrapped
+                optimizer; nothing was changed.
         """
         _refuse_arguments(self.optimizer, call)
         graph = inputs = None
@@ -141,12 +143,12 @@ class CompiledStep(ReadsFirstIfNeeded):
             if live:
                 graph, inputs = self._graph_for(live)
         if graph is None or inputs is None:
-            self._careful.step(buckets, verdict, call, changes)
+            self._read_first.step(buckets, verdict, call, changes)
             self._n_creating += not says_skip(verdict)
             return
         n_segments = self._gradients.layout.n_segments
         multiplier = verdict.multiplier.expand(n_segments)
-        run_hooks_of_all(self.optimizer)
+        run_global_hooks(self.optimizer)
         start = None if graph.has_run else time.perf_counter()
         graph.run(verdict.found_inf, multiplier, verdict.clean, *inputs)
         call.returned.append(None)
@@ -160,20 +162,21 @@ class CompiledStep(ReadsFirstIfNeeded):
             )
 
     def conclude(self, taken: bool) -> None:
-        """Tells a scheduler made for the wrapped optimizer that this has stepped."""
+        """Marks the optimizer as stepped for a scheduler that was created with it."""
         if taken and hasattr(self.optimizer.step, "_wrapped_by_lr_sched"):
             self.optimizer._opt_called = True  # type: ignore[attr-defined]
 
     # Finding the graph.
 
     def _graph_for(self, live: tuple[int, ...]) -> tuple[_Compiled | None, list[Tensor] | None]:
-        """The graph for these parameters and the settings there are, and its inputs; None: the
-        step is to be taken without one.
+        """Returns the graph for these parameters and the current settings, and its inputs.
+
+        None: the step must be taken without a graph.
         """
         graph = self._known(live)
         if graph is None:
             if self._n_compiled >= MOST_GRAPHS:
-                self._tell_of_the_limit()
+                self._warn_of_limit()
                 return None, None
             self._note_moving(live)
             graph = self._new(live)
@@ -183,7 +186,7 @@ class CompiledStep(ReadsFirstIfNeeded):
         if self._graphs[:1] != [graph]:
             self._graphs = [graph, *(g for g in self._graphs if g is not graph)]
         inputs = self._inputs(graph)
-        if inputs is None:  # a state dict with less, or with numbers in place of tensors
+        if inputs is None:  # a loaded state lacks entries, or has numbers in place of tensors
             self._graphs.remove(graph)
             return self._graph_for(live)
         return graph, inputs
@@ -200,7 +203,7 @@ class CompiledStep(ReadsFirstIfNeeded):
         return None
 
     def _note_moving(self, live: tuple[int, ...]) -> None:
-        """Finds the numbers in which the settings differ from those of an earlier graph."""
+        """Finds the numbers in the settings that have changed since an earlier graph."""
         for graph in self._graphs:
             if graph.live != live:
                 continue
@@ -213,7 +216,7 @@ class CompiledStep(ReadsFirstIfNeeded):
                 return
 
     def _new(self, live: tuple[int, ...]) -> _Compiled | None:
-        """A graph for these parameters; None: state must be created first.
+        """Returns a new graph for these parameters; None: state must be created first.
 
         Raises:
             TypeError: The update cannot be traced; nothing was changed.
@@ -231,7 +234,7 @@ class CompiledStep(ReadsFirstIfNeeded):
         except CreatesState as error:
             undo()
             if self._n_creating > 2:
-                raise TypeError(self._refusal(f"{error} at every step")) from None
+                raise TypeError(self._refusal(f"{error} in every step")) from None
             return None
         except NotTraceable as error:
             undo()
@@ -260,30 +263,32 @@ class CompiledStep(ReadsFirstIfNeeded):
                 movable = self._moving - self._fixed
                 if not movable:
                     raise
-                self._fixed |= movable  # it may trace with these as constants
+                self._fixed |= movable  # try again with these as constants
         static = self._constants(traced, places)
         run = torch.compile(traced.graph, backend=BACKEND, fullgraph=True, dynamic=False)
         return _Compiled(layout, live, members, places, static, traced, run)
 
     def _refusal(self, reason: str) -> str:
         return (
-            f"compile_step=True cannot serve {type(self.optimizer).__name__}: {reason}; nothing "
-            "was changed: guard it without compile_step"
+            f"compile_step=True does not support {type(self.optimizer).__name__}: {reason}; "
+            "nothing was changed; guard it without compile_step"
         )
 
-    def _tell_of_the_limit(self) -> None:
-        if not self._told:
-            self._told = True
+    def _warn_of_limit(self) -> None:
+        if not self._warned:
+            self._warned = True
             log.warning(
-                "%d updates of %s were compiled, for other settings or for other parameters that "
-                "have a gradient; steps that need a further one read the verdict first",
+                "%d updates of %s have been compiled, because settings or the parameters with a "
+                "gradient keep changing; steps that need another one read the verdict first",
                 MOST_GRAPHS,
                 type(self.optimizer).__name__,
             )
 
     def _constants(self, traced: Traced, places: tuple[Place, ...]) -> dict[Place, Any]:
-        """The settings that a step reads and that are no inputs; of an input, whether it is a
-        tensor. And the optimizer's own attributes, which it may read as well.
+        """Returns the values that a graph depends on as constants.
+
+        These are the settings that the step reads, except for inputs, of which only the fact
+        whether they are tensors counts; and attributes of the optimizer, which it may read too.
         """
         inputs = set(places)
         constants: dict[Place, Any] = {
@@ -314,7 +319,7 @@ class CompiledStep(ReadsFirstIfNeeded):
         return [*inputs, *self._settings(graph.places).values()]
 
     def _places(self) -> tuple[Place, ...]:
-        """The settings that are inputs: tensors, learning rates, and numbers that change."""
+        """Returns the settings that are inputs: tensors, learning rates, and changing numbers."""
         places = []
         for i, group in enumerate(self.optimizer.param_groups):
             for key, value in group.items():
@@ -323,9 +328,9 @@ class CompiledStep(ReadsFirstIfNeeded):
         return (*places, *sorted(self._moving - self._fixed))
 
     def _settings(self, places: tuple[Place, ...]) -> dict[Place, Tensor]:
-        """A tensor for each place; those of numbers are kept, and written when the number changes.
+        """Returns a tensor per place; for numbers a cached one, refilled when the number changes.
 
-        Nothing waits: a number reaches a GPU as the argument of a fill.
+        Never waits: a number reaches a GPU as the argument of a fill.
         """
         tensors: dict[Place, Tensor] = {}
         for place in places:
@@ -349,6 +354,6 @@ def _refuse_arguments(optimizer: Optimizer, call: StepCall) -> None:
     given = [x for x in (*call.args, *call.kwargs.values()) if x is not None]
     if given:
         raise TypeError(
-            f"step was given {len(given)} arguments for {type(optimizer).__name__}.step, which a "
-            "compiled update does not take; guard it without compile_step"
+            f"step got {len(given)} arguments for {type(optimizer).__name__}.step, which a "
+            "compiled update does not support; guard it without compile_step"
         )

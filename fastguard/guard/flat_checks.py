@@ -1,4 +1,4 @@
-"""Which optimizers and parameters `flat_parameters=True` serves."""
+"""Checks which optimizers and parameters `flat_parameters=True` supports."""
 
 from __future__ import annotations
 
@@ -16,29 +16,28 @@ from fastguard.gradients.tensor_kinds import PLAIN_TYPES
 from fastguard.ranks.dtensors import is_dtensor
 from fastguard.ranks.plain_shards import is_managed
 
-# Every element is updated by itself, and the state holds a step count and tensors of the shape of
-# the parameter: that is what makes one long tensor equal to many short ones.
+# They update element by element, and their state consists of a step count and tensors with the
+# shape of the parameter, so one long tensor gives the same result as many short ones.
 SERVED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad)
-DEVICES = ("cpu", "cuda")  # those of torch's fused kernels on which this is tested
+DEVICES = ("cpu", "cuda")  # devices with fused kernels of torch on which this is tested
 
 
 def check_flat_optimizer(optimizer: Optimizer) -> None:
-    """Raises a TypeError for an optimizer whose update is not served."""
+    """Raises a TypeError for an optimizer that is not supported."""
     if type(optimizer) not in SERVED:
         served = ", ".join(kind.__name__ for kind in SERVED)
         raise TypeError(
-            f"flat_parameters=True serves torch.optim's {served}, not "
-            f"{type(optimizer).__name__}; use flat_buckets=True, which keeps only the gradients "
-            "in one buffer"
+            f"flat_parameters=True does not support {type(optimizer).__name__}, only {served} of "
+            "torch.optim; use flat_buckets=True, which keeps only the gradients in one buffer"
         )
     check_flat_dtypes(optimizer, chain.from_iterable(g["params"] for g in optimizer.param_groups))
 
 
 def check_flat_dtypes(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
-    """Raises a ValueError for parameters that torch's fused kernel of an optimizer updates wrongly.
+    """Raises a ValueError for parameters that torch's fused kernel updates incorrectly.
 
-    On a CPU, that of SGD in torch 2.13 pairs the wrong halves of 16-bit vectors: weights are off by
-    whole steps.
+    On a CPU, fused SGD of torch 2.13 pairs the wrong halves of 16-bit vectors, which gives errors
+    as large as the update.
     """
     if not isinstance(optimizer, torch.optim.SGD):
         return
@@ -46,8 +45,8 @@ def check_flat_dtypes(optimizer: Optimizer, parameters: Iterable[Tensor]) -> Non
         if p.device.type == "cpu" and p.dtype in (torch.bfloat16, torch.float16):
             raise ValueError(
                 f"a parameter of shape {tuple(p.shape)} is {p.dtype} on a CPU, where torch's fused "
-                "SGD updates 16-bit weights wrongly; use flat_buckets=True with foreach=True, or "
-                "fastguard.optim.SGD"
+                "SGD updates 16-bit weights incorrectly; use flat_buckets=True with foreach=True, "
+                "or fastguard.optim.SGD"
             )
 
 
@@ -57,13 +56,13 @@ def check_flat_parameters(parameters: Sequence[Tensor], names: Sequence[str] | N
         name = name_of(i, names)
         if is_dtensor(p) or is_managed(p):
             raise TypeError(
-                f"{name} belongs to FSDP or DeepSpeed, whose shards are flat already; guard it "
-                "without flat_parameters"
+                f"{name} is a shard of FSDP or DeepSpeed, which is already flat; guard it without "
+                "flat_parameters"
             )
         if not is_lazy(p) and type(p) not in PLAIN_TYPES:
             raise TypeError(
-                f"{name} is a {type(p).__name__}; flat_parameters=True moves plain tensors only: "
-                "guard it without"
+                f"{name} is a {type(p).__name__}, but flat_parameters=True supports only plain "
+                "tensors; guard it without flat_parameters"
             )
     check_flat(parameters, names)
     for i, p in enumerate(parameters):
@@ -73,22 +72,22 @@ def check_flat_parameters(parameters: Sequence[Tensor], names: Sequence[str] | N
         if p.device.type not in DEVICES:
             raise ValueError(
                 f"{name} is on device {p.device}, but flat_parameters=True needs one of "
-                f"{', '.join(DEVICES)}; move the model before the guard is made"
+                f"{', '.join(DEVICES)}; move the model before creating the guard"
             )
         if dtype_of_grad(p) != p.dtype:
             raise ValueError(
-                f"{name} is {p.dtype} and its gradient {dtype_of_grad(p)}; flat_parameters=True "
-                "needs them to be the same: use flat_buckets=True"
+                f"{name} is {p.dtype} and its gradient {dtype_of_grad(p)}, but "
+                "flat_parameters=True needs equal dtypes; use flat_buckets=True"
             )
         if p.device.type == "cpu" and p.is_shared():
             raise ValueError(
-                f"{name} is in memory shared between processes, which moving it would undo; guard "
-                "it without flat_parameters"
+                f"{name} is in memory shared between processes, but flat_parameters=True would "
+                "move it to other memory; guard it without flat_parameters"
             )
 
 
 def check_apart(named: Iterable[tuple[str, Tensor]]) -> None:
-    """Raises a ValueError where two tensors share memory: moving one would untie them."""
+    """Raises a ValueError if two tensors share memory, which moving them would separate."""
     spans = sorted(
         (str(t.device), t.data_ptr(), t.data_ptr() + _extent(t), name)
         for name, t in named
@@ -97,11 +96,11 @@ def check_apart(named: Iterable[tuple[str, Tensor]]) -> None:
     for (device, _, stop, name), (next_device, start, _, other) in pairwise(spans):
         if device == next_device and start < stop:
             raise ValueError(
-                f"{name} and {other} are two parameters in the same memory, and moving them would "
-                "untie them; tie them by assigning the same Parameter object to both modules"
+                f"{name} and {other} are two parameters that share memory, which moving them would "
+                "separate; assign the same Parameter object to both modules to tie them"
             )
 
 
 def _extent(t: Tensor) -> int:
-    """Bytes from the first to the last element."""
+    """Returns the number of bytes from the first to the last element."""
     return t.itemsize * (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)))

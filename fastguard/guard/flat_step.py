@@ -1,6 +1,6 @@
-"""The road of `flat_parameters=True`: the wrapped optimizer steps over whole runs of parameters.
+"""`FlatStep`: with `flat_parameters=True`, the optimizer steps over long runs of parameters.
 
-On a CPU the verdict is read first, which is free; on a GPU torch's fused kernel reads it.
+On a CPU the verdict is read first, which costs nothing; on a GPU torch's fused kernel reads it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from fastguard.guard.param_gradients import Gradients
 
 
 class FlatStep(OnDevice):
-    """As `OnDevice`, whatever the param groups say about `fused`.
+    """Like `OnDevice`, but uses fused kernels regardless of `fused` in the param groups.
 
     Args:
-        optimizer: The wrapped one.
-        gradients: Its gradients, which are flat.
+        optimizer: The wrapped optimizer.
+        gradients: Its gradients, in flat buckets.
     """
 
     def __init__(self, optimizer: Optimizer, gradients: Gradients) -> None:
@@ -29,27 +29,27 @@ class FlatStep(OnDevice):
         super().__init__(optimizer, _FlatInnerStep(optimizer, self._flat))
 
     def fits(self) -> bool:
-        """Always: the runs are updated by fused kernels in any case."""
+        """Returns True: runs are always updated by fused kernels."""
         return True
 
     def reset(self) -> None:
-        """There are other parameters now, or another state."""
+        """Forgets the state of the runs, since parameters or state have changed."""
         super().reset()
         self._flat.forget_state()
 
     def conclude(self, taken: bool) -> None:
-        """What an interrupt has left of the end of an update is done now."""
+        """Completes the end of an update that was interrupted."""
         super().conclude(taken)
         self._flat.show_parameters()
 
     @property
     def waits(self) -> bool:
-        """Whether every step reads the verdict."""
+        """Whether every step reads the verdict first."""
         return self._flat.on_host or super().waits
 
 
 class _FlatInnerStep(InnerStep):
-    """Calls the `step` of an optimizer while it sees runs in place of parameters."""
+    """Calls the `step` of an optimizer with runs in place of parameters."""
 
     def __init__(self, optimizer: Optimizer, flat: FlatParameters) -> None:
         super().__init__(optimizer)

@@ -1,9 +1,9 @@
-"""Whether an optimizer obeys `found_inf`, all of its step.
+"""Checks whether `found_inf` skips the whole step of an optimizer.
 
-torch's fused optimizers say so with `_step_supports_amp_scaling`. That answer is not to be had from
-another one: an optimizer around a fused one may pass on its attributes, but `found_inf` is set on
-it and not on the one inside. And a class that adds to the `step` of a fused one (an average of the
-weights, a projection) would do its part of a step that the kernel does not take.
+torch's fused optimizers declare this with `_step_supports_amp_scaling`. The attribute alone is not
+enough. An optimizer that wraps a fused one may forward its attributes, but `found_inf` is set on
+the wrapper and not on the optimizer inside. And a class that extends the `step` of a fused one (by
+an average of the weights, or a projection) would run its own part even when the kernel skips.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _CLAIM = "_step_supports_amp_scaling"
 
 
 def knows_found_inf(optimizer: Optimizer) -> bool:
-    """Whether nothing happens in a step of its fused kernels while its `found_inf` is 1."""
+    """Whether a step of the fused kernels changes nothing while `found_inf` is 1."""
     kind = type(optimizer)
     own = vars(optimizer).get(_CLAIM)  # torch sets it on the instance
     claims = _class_claims(kind) if own is None else own
@@ -31,9 +31,9 @@ def _class_claims(kind: type[Optimizer]) -> bool:
 
 @lru_cache(maxsize=64)
 def _steps_as_torch(kind: type[Optimizer]) -> bool:
-    """Whether its step is that of torch's optimizer, where it derives from one of torch's."""
+    """Whether a class that derives from an optimizer of torch inherits its `step` unchanged."""
     for base in kind.__mro__:
         if base is not Optimizer and f"{base.__module__}.".startswith("torch.optim."):
-            # Making an instance puts wrappers for hooks around `step`.
+            # Creating an instance wraps `step` to run hooks.
             return unwrap(kind.step) is unwrap(base.step)
-    return True  # it knows the protocol by itself
+    return True  # not derived from torch's: it implements the protocol itself

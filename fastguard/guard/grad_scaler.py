@@ -1,16 +1,16 @@
-"""What a `GradScaler` hands to the optimizer that it steps, and what it learns back from all ranks.
+"""Reads what a `GradScaler` sets on the optimizer, and returns the `found_inf` of all ranks to it.
 
-`GradScaler.step` hands over the number that it found, and its scale unless the gradients have been
-unscaled before, but not itself. So the scaler is looked up where it is bound to be, in the frame
-that called `step`, for two reasons:
+`GradScaler.step` sets `found_inf` on the optimizer, and `grad_scale` unless the gradients have been
+unscaled before, but no reference to itself. The scaler is looked up in the frame that called
+`step`, for two reasons:
 
-* The scale tells whether an overflow is the scaler's own business. It lowers its scale after each,
-  which is all that a healthy run needs until the scale is at its floor.
-* A scaler looks at the gradients of its own rank. Where one rank alone holds the Inf (a pipeline
-  stage), it alone would halve its scale, and from then on the ranks would add gradients of
-  different scales.
+* The scale tells whether the scaler handles an overflow by itself: it lowers the scale after each
+  one, which suffices until the scale is at its minimum.
+* A scaler checks only the gradients of its own rank. If a single rank holds an Inf (a pipeline
+  stage), only that rank would lower its scale, and afterwards the ranks would combine gradients
+  with different scales.
 
-That costs a few microseconds, and only in steps that a scaler takes.
+The lookup takes a few microseconds, in steps taken by a scaler only.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from fastguard.records.advice import LONGEST_SEARCH
 from fastguard.stages.contract import Signals
 
 FLOOR = 1.0
-"""A scale below makes gradients smaller: no overflow in fp16 is cured by that."""
+"""Default for the minimum scale: below 1, a scale makes gradients smaller than without scaling."""
 
 _FLOORS = ("min_scale", "_min_scale", "min_loss_scale", "_min_loss_scale")
-_NEAREST = 32  # frames between GradScaler.step and ours: hooks, profiler, a scheduler's counter
+_NEAREST = 32  # maximum number of frames up to GradScaler.step: hooks, profiler, schedulers
 
 
-class HandedOver(NamedTuple):
-    """What a scaler gave the optimizer for one step; nothing but None without one.
+class ScalerInputs(NamedTuple):
+    """The inputs of one step from a loss scaler; all None without a scaler.
 
     Attributes:
         inv_scale, found_inf, scale_falls: As in `Signals`.
-        scaler: The scaler itself, if it was found.
+        scaler: The scaler, if it was found.
     """
 
     inv_scale: Tensor | None = None
@@ -52,37 +52,37 @@ class HandedOver(NamedTuple):
     scaler: GradScaler | None = None
 
     def signals(self, losses: Tensor, loss_names: Sequence[str]) -> Signals:
-        """All that a step knows besides its gradients."""
+        """Returns the signals of a step with these losses."""
         return Signals(
             losses, loss_names, self.inv_scale, self.found_inf, scale_falls=self.scale_falls
         )
 
 
-_NOTHING = HandedOver()
+_NOTHING = ScalerInputs()
 
 
-def handed_over(optimizer: Optimizer, device: torch.device) -> HandedOver:
-    """What a scaler left on the optimizer, on `device`. Waits for nothing."""
-    handed_scale = getattr(optimizer, "grad_scale", None)  # None after GradScaler.unscale_
+def scaler_inputs(optimizer: Optimizer, device: torch.device) -> ScalerInputs:
+    """Returns what a scaler has set on the optimizer, on `device`. Never waits."""
+    grad_scale = getattr(optimizer, "grad_scale", None)  # None after GradScaler.unscale_
     found = getattr(optimizer, "found_inf", None)
-    if handed_scale is None and found is None:
+    if grad_scale is None and found is None:
         return _NOTHING
     inv_scale = found_inf = falls = scaler = None
-    if handed_scale is not None:
-        inv_scale = moved(handed_scale.double(), device).reshape(()).reciprocal()
+    if grad_scale is not None:
+        inv_scale = moved(grad_scale.double(), device).reshape(()).reciprocal()
     if found is not None:
-        if not isinstance(found, Tensor):  # the number 0 where a rank had no gradient to look at
+        if not isinstance(found, Tensor):  # the number 0 if this rank has no gradients
             found = numbers_on((float(found),), device, torch.float32)
         found_inf = moved(found, device).reshape(())
         scaler = _stepping(optimizer)
-        scale = scaler._scale if scaler is not None else handed_scale
+        scale = scaler._scale if scaler is not None else grad_scale
         if scale is not None:
-            falls = moved(scale > floor_of(scaler), device).reshape(())  # NaN does not
-    return HandedOver(inv_scale, found_inf, falls, scaler)
+            falls = moved(scale > floor_of(scaler), device).reshape(())  # False for NaN
+    return ScalerInputs(inv_scale, found_inf, falls, scaler)
 
 
 def longest_search(scaler: torch.amp.GradScaler) -> int:
-    """Steps in a row in which a scaler may lower its scale before it is at its floor."""
+    """Returns in how many consecutive steps a scaler may lower its scale to find the right one."""
     factor = getattr(scaler, "_backoff_factor", 0.5)
     if not (isinstance(factor, float) and 0.5 < factor < 1.0):
         return LONGEST_SEARCH
@@ -90,21 +90,21 @@ def longest_search(scaler: torch.amp.GradScaler) -> int:
 
 
 def floor_of(scaler: object) -> float:
-    """The scale below which a scaler does not go, or should not: what it says itself, else 1."""
+    """Returns the minimum scale of a scaler: its own setting, or else 1."""
     for name in _FLOORS:
-        said = getattr(scaler, name, None)
-        if isinstance(said, Real) and not isinstance(said, bool):
-            return float(said)
+        setting = getattr(scaler, name, None)
+        if isinstance(setting, Real) and not isinstance(setting, bool):
+            return float(setting)
     return FLOOR
 
 
 def tell_scaler(scaler: GradScaler | None, optimizer: Optimizer, found_inf: Tensor | None) -> None:
-    """Replaces what the scaler that steps this optimizer found by what all ranks found.
+    """Replaces the `found_inf` of a scaler by the result of all ranks.
 
     Args:
-        scaler: The scaler.
-        optimizer: What `GradScaler.step` was called with.
-        found_inf: float32 `()`, 1 if the scaler of any rank found something non-finite, else 0.
+        scaler: The scaler; None: do nothing.
+        optimizer: The argument of `GradScaler.step`.
+        found_inf: float32 `()`: 1 if the scaler of any rank found non-finite values, else 0.
     """
     if scaler is None or scaler._scale is None or found_inf is None:
         return
@@ -114,10 +114,10 @@ def tell_scaler(scaler: GradScaler | None, optimizer: Optimizer, found_inf: Tens
 
 @contextmanager
 def lower_scales_stay(objects: Iterable[Any]) -> Iterator[None]:
-    """Inside, objects may load an older state; a scale that is lower now stays. Waits for nothing.
+    """Context in which objects may load an older state without raising a loss scale. Never waits.
 
     Args:
-        objects: Scalers, or what keeps one as an attribute; all else is left alone.
+        objects: Scalers, or objects with a scaler as attribute; others are ignored.
     """
     before = [
         (scaler, scaler._init_scale if scaler._scale is None else scaler._scale.clone())
@@ -125,12 +125,12 @@ def lower_scales_stay(objects: Iterable[Any]) -> Iterator[None]:
     ]
     yield
     for scaler, scale in before:
-        if scaler._scale is None:  # it has not scaled anything yet
+        if scaler._scale is None:  # not used yet
             scaler._init_scale = min(scaler._init_scale, float(scale))
             continue
         now = scaler._scale
         scale = torch.as_tensor(scale, dtype=now.dtype, device=now.device)
-        lower = (scale > 0) & (scale < now)  # 0 is no scale to go on with
+        lower = (scale > 0) & (scale < now)  # a scale of 0 would never recover
         now.copy_(torch.where(lower, scale, now))
 
 
@@ -144,7 +144,7 @@ def _scalers_of(objects: Iterable[Any]) -> list[GradScaler]:
 
 
 def _stepping(optimizer: Optimizer) -> GradScaler | None:
-    """The scaler whose `step` runs now, with this optimizer."""
+    """Returns the scaler whose `step` is calling this optimizer, if any."""
     frame = sys._getframe(1)
     for _ in range(_NEAREST):
         if frame.f_back is None:

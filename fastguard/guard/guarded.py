@@ -1,8 +1,8 @@
-"""`GuardedOptimizer`: an optimizer whose steps are measured, decided, and applied or skipped.
+"""`GuardedOptimizer`: wraps an optimizer, and applies, clips, cleans or skips each of its steps.
 
-One step is four lines: measure, reduce, decide, apply; then the wrapped optimizer obeys. Everything
-else here is bookkeeping: what the step knows (losses, scaler), what it leaves behind (records), and
-being a `torch.optim.Optimizer` to schedulers, scalers and trainers.
+A step runs four stages (measure, reduce, decide, apply), then the wrapped optimizer, see
+`_guarded_step`. The rest of this module collects inputs (losses, scaler), writes records, and
+implements the interface of `torch.optim.Optimizer` for schedulers, scalers and trainers.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ from fastguard.guard.clip_scope import (
 )
 from fastguard.guard.compiled_state import check_compiled_optimizer
 from fastguard.guard.flat_checks import check_flat_dtypes, check_flat_optimizer
-from fastguard.guard.grad_scaler import HandedOver, handed_over, longest_search, tell_scaler
+from fastguard.guard.grad_scaler import ScalerInputs, longest_search, scaler_inputs, tell_scaler
 from fastguard.guard.inner_step import ClosureNeeded, StepCall, StepSignature
 from fastguard.guard.lifetime import saved_with
 from fastguard.guard.param_gradients import Gradients
 from fastguard.guard.rank_arguments import arguments_of, places_of
-from fastguard.guard.reporting import KnownRun
+from fastguard.guard.reporting import ReportingOptimizer
 from fastguard.guard.state_dict import guard_state, inner_state, parts, torch_dcp
-from fastguard.guard.step_hooks import with_own_hooks, without_pre_hooks_of_all
+from fastguard.guard.step_hooks import with_own_hooks, without_global_pre_hooks
 from fastguard.guard.step_in_flight import StepInFlight
-from fastguard.guard.stepper import stepper_asked_for
+from fastguard.guard.stepper import requested_stepper
 from fastguard.guard.unit_clipping import UnitClipping
-from fastguard.guard.watch.watch import WATCH_EVERY, WatchName, check_road, read_step, watch_of
+from fastguard.guard.watch.watch import WATCH_EVERY, WatchName, check_watchable, read_step, watch_of
 from fastguard.guard.whole_step import WholeStep
 from fastguard.ranks.agreement import check_agreement
 from fastguard.ranks.groups import Group, refuse_several_ranks
@@ -73,53 +73,61 @@ if TYPE_CHECKING:
 log: logging.Logger = logging.getLogger("fastguard")
 
 NOT_GIVEN: Any = object()
-"""Instead of a closure: a None that is given reaches the wrapped step, which may require it."""
+"""Default for the closure; an explicit None is passed to the wrapped `step`."""
 
 
-class GuardedOptimizer(KnownRun):
-    """Wraps an optimizer so that no bad step reaches the weights.
+class GuardedOptimizer(ReportingOptimizer):
+    """Wraps an optimizer so that bad steps never reach the weights.
 
     Args:
-        optimizer: Any dense optimizer of `torch.optim`, or one that behaves like them. Fused ones
-            skip on the device without a synchronisation.
+        optimizer: Any dense optimizer of `torch.optim`, or one with the same interface. Fused
+            optimizers skip on the device, without synchronisation.
         max_norm: Limit of the gradient norm, >= 0; None or `inf`: measure only. Or a rule that sets
-            it at each step: `ZClip`, `AutoClip`, `AdaGC`, or an `AdaptiveLimit` of your own. Or
-            `AGC`, with `clip_scope="unit"`.
-        norm_type: p > 0 of the p-norm, `inf` for the largest magnitude.
-        clip_scope: What one clip coefficient is for: the whole model (`"global"`), each param group
-            (`"group"`, which may carry a `max_norm` of its own), each tensor (`"tensor"`), or each
-            row or filter of a layer (`"unit"`, see `AGC`). A param group may also carry
-            `clip_value`: its finite elements are clamped before the norm.
-        nonfinite: What NaN and Inf in gradients do: `"skip"` the step, set them to `"zero"`,
-            `"raise"` before anything is changed, or `"propagate"` as torch does. A non-finite loss
-            skips the step in the first two modes, raises in the third, and is ignored in the last.
+            the limit in each step: `ZClip`, `AutoClip`, `AdaGC`, or your own `AdaptiveLimit`. Or
+            `AGC`, with `clip_scope="unit"`. Default: None.
+        norm_type: p > 0 of the p-norm; `inf`: the largest magnitude. Default: 2.
+        clip_scope: What one clip coefficient applies to: the whole model (`"global"`), each param
+            group (`"group"`; a group may have its own `max_norm`), each tensor (`"tensor"`), or
+            each row or filter of a layer (`"unit"`, see `AGC`). A param group may also have a
+            `clip_value`, to which its finite elements are clamped before the norm is computed.
+            Default: `"global"`.
+        nonfinite: How to handle NaN and Inf in gradients: `"skip"` the step; set them to `"zero"`;
+            `"raise"` an error before anything is changed; or `"propagate"` them, as torch does. A
+            non-finite loss skips the step in the first two modes, raises in the third, and is
+            ignored in the last. Default: `"skip"`.
         spike: A `SpikeRule` or `Threshold` for the gradient norm, or a dict of them by signal
-            (`"grad_norm"` or the name of a loss).
-        max_consecutive_skips: More skips in a row than this raise `TrainingDivergedError`. Skips
-            that only lower a loss scale are not counted here.
-        named_parameters: `model.named_parameters()`, so that records can name the culprit.
-        flat_buckets: Keep the gradients in one buffer per (device, dtype): see `FlatGradBuckets`.
-        flat_parameters: Keep parameters and optimizer state in such buffers too, so that a step
-            over thousands of tensors costs what one long tensor costs. For `AdamW`, `Adam`, `SGD`
-            and `Adagrad` of `torch.optim`, with torch's fused kernels; implies `flat_buckets`.
-        compile_step: Compile the update of the wrapped optimizer with `torch.compile`, every write
-            masked by the verdict, so that any optimizer that can be traced skips on the device
-            without a synchronisation. `.grad` is then scaled only where the update reads it.
-        group: Who decides together. None: this process; with DTensors, the ranks that their meshes
-            span. A process group: its ranks, which hold different tensors (pipeline stages,
-            experts). `fastguard.Replicated(process_group)`: its ranks, which hold the same tensors
-            (DDP). Every rank must construct the guard and take every step.
-        watch: What else to read, for `StepRecord.watch`: `"tensor_norms"`, `"update_ratio"`,
-            `"noise_scale"`, `"replica_drift"`, `"underflow"`. docs/watch.md says what each costs.
-        watch_every: Steps from one watched step to the next, from 1; the first step is watched.
+            (`"grad_norm"` or the name of a loss). Default: None.
+        max_consecutive_skips: With more consecutive skips than this, `step` raises
+            `TrainingDivergedError`. Skips that only lower a loss scale do not count. Default: None.
+        named_parameters: `model.named_parameters()`, to name parameters in records.
+        flat_buckets: Whether to keep the gradients in one buffer per (device, dtype), see
+            `FlatGradBuckets`. Default: False.
+        flat_parameters: Whether to keep parameters and optimizer state in such buffers too; a step
+            over thousands of tensors is then as fast as over a single one. For `AdamW`, `Adam`,
+            `SGD` and `Adagrad` of `torch.optim`, with torch's fused kernels; implies
+            `flat_buckets`. Default: False.
+        compile_step: Whether to compile the update with `torch.compile`, with every write masked by
+            the verdict. Any optimizer that can be traced then skips on the device, without
+            synchronisation. Gradients are scaled within the update; `.grad` is not changed.
+            Default: False.
+        group: The ranks that decide together. None: this process; with DTensors, the ranks that
+            their meshes span. A process group: its ranks, which hold different tensors (pipeline
+            stages, experts). `fastguard.Replicated(process_group)`: its ranks, which hold the same
+            tensors (DDP). Every rank must construct the guard and take every step.
+        watch: Further quantities for `StepRecord.watch`: `"tensor_norms"`, `"update_ratio"`,
+            `"noise_scale"`, `"replica_drift"`, `"underflow"`. See docs/watch.md for their cost.
+            Default: none.
+        watch_every: Number of steps between watched steps, >= 1; the first step is watched.
+            Default: 100.
 
     Attributes:
         optimizer: The wrapped optimizer.
-        last: The `Verdict` of the last step, device tensors that nothing has waited for:
-            `total_norm`, `clip_coef`, `found_inf`, and others. None before the first step.
+        last: The `Verdict` of the last step: device tensors `total_norm`, `clip_coef`, `found_inf`
+            and others, computed without waiting. None before the first step.
 
     Raises:
-        TypeError, ValueError: An argument is not of the kind or range above; nothing was changed.
+        TypeError, ValueError: An argument has the wrong type or is out of range, or the optimizer
+            cannot be guarded; nothing was changed.
 
     Example:
         >>> import torch, fastguard
@@ -135,10 +143,10 @@ class GuardedOptimizer(KnownRun):
         (1, (('weight', 1, 0, 0),))
     """
 
-    _step_supports_amp_scaling = True  # GradScaler.step then always calls step, also on Inf
+    _step_supports_amp_scaling = True  # GradScaler.step then calls step even after an overflow
     rank_watch: RankWatch | None = None
-    _agreed = False  # that all ranks were given the same arguments; asked once
-    _may_have_losses = False  # which ranks that decide alone must not; asked once
+    _agreed = False  # whether the arguments of all ranks have been compared
+    _may_have_losses = False  # whether losses have been checked to be allowed without a group
 
     @keywords_only
     def __init__(
@@ -183,14 +191,14 @@ class GuardedOptimizer(KnownRun):
             optimizer, clip_scope, names, self.norm_type, flat_buckets, group, flat_parameters
         )
         self._watch = watch_of(watch, watch_every, self._gradients.team, self.norm_type)
-        check_road(self.watch, WholeStep.serves(optimizer), optimizer)
+        check_watchable(self.watch, WholeStep.serves(optimizer), optimizer)
         self._device = self._gradients.device
         self._recorder = Recorder()
-        self._stepper = stepper_asked_for(optimizer, self._gradients, flat_parameters, compile_step)
+        self._stepper = requested_stepper(optimizer, self._gradients, flat_parameters, compile_step)
         self._limits: tuple[Limit, ...] = ()
         self._policy = self._current_policy()
         self._state = GuardState.fresh(self._policy, self._device)
-        if self._gradients.team is not None:  # so that ranks without a loss know what rules judge
+        if self._gradients.team is not None:  # positions for losses that this rank may never see
             self._gradients.team.loss_names.reserve([s for s in rules if s != GRAD_NORM])
         self._missing_losses = None if self._gradients.team else MissingLosses.of(rules)
         self._observed = ObservedLosses()
@@ -210,25 +218,25 @@ class GuardedOptimizer(KnownRun):
         tag: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Measures the gradients, decides, and lets the wrapped optimizer step, or not.
+        """Measures the gradients, decides, and calls the `step` of the wrapped optimizer or skips.
 
-        An exception takes the step back, unless the wrapped optimizer has stepped already: either
-        it counts in full (counters, baselines, records), or not at all.
+        If an exception is raised before the wrapped optimizer has stepped, counters, baselines and
+        records are as if the step had not been taken; afterwards the step counts in full.
 
         Args:
-            closure: Evaluates the model once more and returns the loss, as in torch.
-            args, kwargs: What else the wrapped optimizer's `step` takes.
-            loss: The loss of this step, a scalar or a dict of scalars by name; a non-finite one
-                makes the step bad, and spike rules judge it by name (`"loss"` if it has none).
-            tag: Anything that helps to find the batch again; it comes back in the record.
+            closure: Evaluates the model again and returns the loss, as in torch.
+            args, kwargs: Further arguments for the `step` of the wrapped optimizer.
+            loss: The loss of this step, a scalar or a dict of scalars by name. A non-finite loss
+                makes the step bad, and spike rules judge losses by name (`"loss"` for a scalar).
+            tag: Any value that identifies the batch; it is stored in the record.
 
         Returns:
-            What the wrapped optimizer's `step` returned; where that is None, what `closure` did.
+            The result of the wrapped optimizer's `step`, or of `closure` if that is None.
 
         Raises:
-            NonFiniteGradError: `nonfinite="raise"` and something is non-finite.
-            TrainingDivergedError: More than `max_consecutive_skips` incidents in a row were
-                skipped; on a road without synchronisation this comes one step later.
+            NonFiniteGradError: A gradient or loss is non-finite, and `nonfinite="raise"`.
+            TrainingDivergedError: More than `max_consecutive_skips` consecutive incidents were
+                skipped. Without synchronisation it is raised one step later.
         """
         if torch_dcp.only_creates_state(self.optimizer):
             return self.optimizer.step()
@@ -238,17 +246,17 @@ class GuardedOptimizer(KnownRun):
             return self._take(call, loss, tag)
         except ClosureNeeded:
             check_whole_step(self.optimizer, self.group)
-            check_road(self.watch, True, self.optimizer)
+            check_watchable(self.watch, True, self.optimizer)
             self._conclude()
             self._observed.keep()
             self._stepper, self._limits = WholeStep(self.optimizer), ()
             log.info("%s", self.describe())
-            with without_pre_hooks_of_all(self.optimizer):  # the first try has run them
+            with without_global_pre_hooks(self.optimizer):  # they ran in the first attempt
                 return self._take(call, loss, tag)
 
     def _take(self, call: StepCall, loss: Loss | None, tag: Any) -> Any:
-        """One step, which `_after_failure` ends if an exception leaves it."""
-        self._conclude()  # one whose end was interrupted again and again
+        """Takes one step; after an exception, `_after_failure` concludes it."""
+        self._conclude()  # an earlier step, if its end was interrupted
         self._deliver(before=True)
         flight = self._flight = StepInFlight(self._steps_taken + 1, call, self._observed)
         stop = self.nonfinite != "propagate"
@@ -263,17 +271,17 @@ class GuardedOptimizer(KnownRun):
     @torch.no_grad()
     def _guarded_step(self, flight: StepInFlight, call: StepCall, tag: Any) -> None:
         self._follow_parameters()
-        handed = handed_over(self, self._device)
-        signals, policy = self._signals(handed), self._current_policy()
+        scaling = scaler_inputs(self, self._device)
+        signals, policy = self._signals(scaling), self._current_policy()
         self._agree()
         buckets = self._gradients.buckets()
         flight.clamped = Clamped.of(
             self.param_groups, signals.inv_scale, keep=policy.nonfinite == "raise"
         )
 
-        watched, signals = read_step(self._watch, self, buckets, signals, handed.scaler)
+        watched, signals = read_step(self._watch, self, buckets, signals, scaling.scaler)
         stats = measure(buckets, self.norm_type, signals.inv_scale)
-        stats, signals = self._reduced(stats, signals, buckets, handed)
+        stats, signals = self._reduced(stats, signals, buckets, scaling)
         if watched is not None:
             watched.take_sums(signals)
         if policy.nonfinite == "raise":
@@ -302,24 +310,24 @@ class GuardedOptimizer(KnownRun):
             watched.after_update()
 
     def _reduced(
-        self, stats: GradStats, signals: Signals, buckets: GradBuckets, handed: HandedOver
+        self, stats: GradStats, signals: Signals, buckets: GradBuckets, scaling: ScalerInputs
     ) -> tuple[GradStats, Signals]:
-        """What all ranks measured and know; also the scaler of this one is told."""
+        """Returns stats and signals of all ranks, and passes their `found_inf` to the scaler."""
         if self.rank_watch is not None:
-            stats, signals = self.rank_watch.told(stats, signals)
+            stats, signals = self.rank_watch.with_origins(stats, signals)
         stats, signals = reduce(stats, signals, buckets.sharing, losses=True)
-        if handed.scaler is not None and buckets.sharing is not None:
-            tell_scaler(handed.scaler, self, signals.found_inf)
+        if scaling.scaler is not None and buckets.sharing is not None:
+            tell_scaler(scaling.scaler, self, signals.found_inf)
         return stats, signals
 
     def observe(self, loss: Loss | None) -> None:
-        """Gives the guard a loss ahead of `step`, for trainers that call `step()` themselves.
+        """Passes a loss before `step`, for trainers that call `step()` without one.
 
-        Several calls before one step (gradient accumulation) count together: any non-finite one
-        makes the step bad, spike rules judge the mean.
+        Several calls before a step (gradient accumulation) are combined: any non-finite loss makes
+        the step bad, and spike rules judge the mean.
 
         Args:
-            loss: As in `step`.
+            loss: As in `step`; None is ignored.
         """
         if loss is None:
             return
@@ -331,42 +339,40 @@ class GuardedOptimizer(KnownRun):
         self._observed.observe(losses)
 
     def _follow_parameters(self) -> None:
-        """Other parameters or settings may take another road; on another device, the guard goes
-        with them.
-        """
+        """Adapts to changed parameters, settings or devices since the last step."""
         if self._gradients.refresh():
             self._stepper.reset()
-            self._limits = ()  # there may be more or fewer segments
+            self._limits = ()  # recreates the policy, since the number of segments may differ
         self._fitting_stepper()
         device = self._gradients.device
         if device != self._device:
-            self._limits = ()  # of a policy that lies on the old one
+            self._limits = ()  # recreates the policy on the new device
             self._state, self._device = self._state.to(device), device
 
     def _agree(self) -> None:
-        """Once: that all ranks were given the same arguments."""
+        """Checks in the first step that all ranks have the same arguments."""
         team = self._gradients.team
-        if self._agreed or watched():  # under a tracer there are no numbers to compare
+        if self._agreed or watched():  # there are no values to compare while tracing
             return
         if team is not None:
             check_agreement(arguments_of(self, team), places_of(self, team), team)
         self._agreed = True
 
-    def _signals(self, handed: HandedOver) -> Signals:
+    def _signals(self, scaling: ScalerInputs) -> Signals:
         losses = self._observed.take()
         if self._missing_losses is not None:
             self._missing_losses = self._missing_losses.after(losses)
-        if handed.scaler is not None:
-            self._recorder.longest_search = longest_search(handed.scaler)
-        return handed.signals(stacked(losses, self._device), tuple(losses))
+        if scaling.scaler is not None:
+            self._recorder.longest_search = longest_search(scaling.scaler)
+        return scaling.signals(stacked(losses, self._device), tuple(losses))
 
     def _current_policy(self) -> Policy:
-        """The policy with the limits that the param groups hold now."""
+        """Returns the policy with the current limits of the param groups."""
         now = limits(self.param_groups, self.clip_scope, self.max_norm)
         if now != self._limits:
             if 0.0 in now:
                 warn_of_zero("max_norm")
-            limited, rules = self._stepper.obeyed(now, tuple(self.rules.values()))
+            limited, rules = self._stepper.applicable(now, tuple(self.rules.values()))
             n_segments = self._gradients.layout.n_segments
             policy = policy_of(
                 limited,
@@ -379,17 +385,20 @@ class GuardedOptimizer(KnownRun):
             )
             fixed = policy.joint_limit
             self._recorder.max_norm = math.inf if isinstance(fixed, Tensor) else fixed
-            if hasattr(self, "_policy"):  # not while it is constructed
+            if hasattr(self, "_policy"):  # False in the constructor
                 guard_state.fit(self._state, self._policy, policy, self._device)
             layout = self._gradients.layout
             self._units = None if policy.agc is None else UnitClipping(policy.agc, layout)
             self._policy, self._limits = policy, now
         return self._policy
 
-    # Being an optimizer.
+    # The interface of torch.optim.Optimizer.
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a param group to the wrapped optimizer; it is guarded from the next step on.
+        """Adds a param group to the wrapped optimizer; guarded from the next step on.
+
+        Args:
+            param_group: As in torch, plus `max_norm` and `clip_value`.
 
         Raises:
             TypeError, ValueError: It cannot be guarded; it was not added.
@@ -403,13 +412,17 @@ class GuardedOptimizer(KnownRun):
         self.optimizer.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears the gradients; with flat buckets by one fill, so they stay attached."""
+        """Clears the gradients; with flat buckets one fill per buffer sets them to zero.
+
+        Args:
+            set_to_none: As in torch; ignored with flat buckets.
+        """
         self._gradients.zero_(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
-        """The wrapped optimizer's state dict, and the guard's state under `"fastguard"`.
+        """Returns the state dict of the wrapped optimizer, with the guard's state in `"fastguard"`.
 
-        For `torch.distributed.checkpoint` that state is in the first param group as well.
+        For `torch.distributed.checkpoint`, the first param group contains that state as well.
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
@@ -423,9 +436,13 @@ class GuardedOptimizer(KnownRun):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resumes exactly: optimizer, counters and spike baselines; see `lifetime`.
+        """Loads the state of optimizer and guard, including counters and spike baselines.
 
-        A state dict without `"fastguard"` loads into a fresh guard, with one warning.
+        A state dict without `"fastguard"` resets the guard, with a warning. `lifetime` keeps counts
+        that loading takes back.
+
+        Args:
+            state_dict: The result of `state_dict()`.
 
         Raises:
             TypeError, ValueError: It belongs to another configuration; nothing was changed.

@@ -1,7 +1,7 @@
-"""The road of `fastguard.optim`: the verdict goes into the update, and gradients stay as they are.
+"""`InUpdate`: the optimizers of `fastguard.optim` apply the verdict within their update.
 
-Neither clipping nor unscaling nor cleaning touches `.grad`: the update multiplies and cleans what
-it reads. On a CPU the verdict is read first, which is free; elsewhere the update itself skips.
+The update clips, unscales and cleans the gradients as it reads them; `.grad` is not changed. On a
+CPU the verdict is read first, which costs nothing; elsewhere the update itself skips.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from __future__ import annotations
 from fastguard.gradients.buckets import GradBuckets
 from fastguard.guard.inner_step import StepCall
 from fastguard.guard.read_first import ReadsFirstIfNeeded, says_skip
-from fastguard.guard.step_hooks import has_step_hooks, run_hooks_of_all
+from fastguard.guard.step_hooks import has_step_hooks, run_global_hooks
 from fastguard.optim.optimizer import FusedOptimizer
 from fastguard.optim.orders import Orders
 from fastguard.stages.contract import Verdict
 
 
 class InUpdate(ReadsFirstIfNeeded):
-    """Hands the verdict to an optimizer of `fastguard.optim`.
+    """Passes the verdict to an optimizer of `fastguard.optim`.
 
-    With step hooks of its own, which must run only when it steps, the verdict is read first.
+    If the optimizer has step hooks, which must run only when it steps, the verdict is read first.
     """
 
     optimizer: FusedOptimizer
@@ -29,26 +29,26 @@ class InUpdate(ReadsFirstIfNeeded):
 
     @property
     def waits(self) -> bool:
-        """Whether every step reads the verdict: on a CPU, and for step hooks of the optimizer."""
+        """Whether every step reads the verdict first: on a CPU, or if the optimizer has hooks."""
         return has_step_hooks(self.optimizer) or self._on_host()
 
     def fits(self) -> bool:
-        """Always: what kind the optimizer is does not change."""
+        """Returns True: the class of the optimizer does not change."""
         return True
 
     def reset(self) -> None:
-        """Nothing is remembered of the parameters."""
+        """Does nothing: there is no state per parameter."""
 
     def step(self, buckets: GradBuckets, verdict: Verdict, call: StepCall, changes: bool) -> None:
-        """Steps with the verdict as its orders."""
+        """Calls the optimizer with the verdict."""
         if self.waits and says_skip(verdict):
-            run_hooks_of_all(self.optimizer)
+            run_global_hooks(self.optimizer)
             return
         with self.optimizer.obeying(_orders(buckets, verdict)):
             self._inner(call)
 
     def conclude(self, taken: bool) -> None:
-        """Weights that a failed step has begun to move have no copy."""
+        """Does nothing: there is no copy of weights that a failed step has begun to change."""
 
     def _on_host(self) -> bool:
         groups = self.optimizer.param_groups

@@ -1,4 +1,4 @@
-"""The counts of a whole run, beside those of the state in force, which loads take back."""
+"""`Lifetime`: the step counts of a whole run, including steps that a rollback has taken back."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from fastguard.gradients.tensor_kinds import has_numbers
 from fastguard.stages.contract import GuardState
 
 KEY = "taken_back"
-"""In the guard's state: int64 `(4,)`, what the counts of the run exceed those of the state by."""
+"""Key in the saved state: int64 `(4,)`, the counts of the run minus the counts of the state."""
 
-_COUNTED = (0, 1, 2, 4)  # of GuardState.counters
+_COUNTED = (0, 1, 2, 4)  # indices in GuardState.counters
 
 
 class Lifetime(NamedTuple):
-    """What happened in the life of a run, also to states that a rollback took back.
+    """Step counts of a whole run; steps that a rollback has taken back still count.
 
     Attributes:
-        steps: Steps decided.
-        applied: Those that reached the weights.
-        skipped: Those that did not.
-        loss_scale_skips: Those of the skipped that only lowered a loss scale.
+        steps: Number of steps.
+        applied: Number of applied steps.
+        skipped: Number of skipped steps.
+        loss_scale_skips: Number of skipped steps that only lowered a loss scale.
     """
 
     steps: int = 0
@@ -33,9 +33,9 @@ class Lifetime(NamedTuple):
 
     @staticmethod
     def of(state: GuardState, taken_back: Lifetime) -> Lifetime:
-        """The counts of the run: those of the state and what loads took back. Waits for a GPU.
+        """Returns the counts of a state plus those taken back by loading. Waits for a GPU.
 
-        The counters of placeholders tell nothing.
+        The counters of placeholders have no values and add nothing.
         """
         if not has_numbers(state.counters):
             return taken_back
@@ -43,7 +43,7 @@ class Lifetime(NamedTuple):
         return Lifetime(*(counters[i] + n for i, n in zip(_COUNTED, taken_back, strict=True)))
 
     def taken_back_of(self, state: GuardState) -> Lifetime:
-        """What these counts exceed those of the state by."""
+        """Returns these counts minus the counts of a state."""
         return Lifetime(*(n - m for n, m in zip(self, Lifetime.of(state, NOTHING), strict=True)))
 
 
@@ -51,17 +51,17 @@ NOTHING = Lifetime()
 
 
 def saved_with(saved: Mapping[str, Any] | None) -> Lifetime:
-    """What loads had taken back when a state was saved; nothing if it does not say.
+    """Returns the counts taken back by loading, as saved in a state; zero if not included.
 
     Raises:
-        ValueError: It is damaged.
+        ValueError: The entry is damaged.
     """
     given = None if saved is None else saved.get(KEY)
     if given is None or (isinstance(given, Tensor) and not has_numbers(given)):
         return NOTHING
     if not isinstance(given, Tensor) or given.shape != (len(_COUNTED),) or bool((given < 0).any()):
         raise ValueError(
-            f"the guard's state has {KEY}={given!r}; it is damaged: delete "
-            f"state_dict['fastguard']['{KEY}'] to count from the loaded state on"
+            f"state_dict['fastguard'] has {KEY}={given!r}, which must be {len(_COUNTED)} counts "
+            f">= 0; delete state_dict['fastguard']['{KEY}'] to count from the loaded state on"
         )
     return Lifetime(*map(int, given.tolist()))

@@ -1,11 +1,11 @@
-"""The update of an optimizer as one graph, in which every write is masked by the verdict.
+"""Traces the update of an optimizer as one graph, with every write masked by the verdict.
 
-    g <- multiplier * (g if finite else 0 if the verdict cleans)      where the optimizer reads it
-    x <- old x if found_inf else what the optimizer makes of x        weights, state and counters
+    g <- multiplier * (0 if the verdict cleans and g is not finite, else g)   gradients, when read
+    x <- old x if found_inf else new x                                        weights and state
 
-The optimizer's own Python is traced once, with placeholders in place of all tensors, so tracing
-changes nothing, and what cannot be traced shows before anything is done. Compiled, each array is
-read once and written once, as without the mask: the copies exist in the graph only.
+The Python code of the optimizer is traced once with placeholders instead of tensors. Tracing
+therefore changes nothing, and an update that cannot be traced is found before any change. In
+compiled form each array is read and written once, as without masks; copies exist only in the graph.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ NUMBERS = (int, float)
 
 
 class Place(NamedTuple):
-    """Where an optimizer keeps a number or a tensor.
+    """The location of a number or tensor in an optimizer.
 
     Attributes:
-        owner: The number of a param group, or of a parameter among those that are updated.
-        key: Its name there.
-        of_group: Whether it is a setting of a param group; False: state of a parameter.
-        item: The position in a tuple of numbers such as `betas`; None: the value itself is meant.
+        owner: The number of a param group, or of a parameter among the updated ones.
+        key: The name of the entry.
+        of_group: True: a setting of a param group; False: state of a parameter.
+        item: The position in a tuple such as `betas`; None: the entry itself.
     """
 
     owner: int
@@ -49,24 +49,24 @@ class Place(NamedTuple):
     item: int | None = None
 
     def value_in(self, settings: Mapping[str, Any]) -> Any:
-        """What is there."""
+        """Returns the value at this location."""
         value = settings[self.key]
         return value if self.item is None else value[self.item]
 
 
 class NotTraceable(Exception):
-    """The update of an optimizer cannot be compiled. The message says why."""
+    """The update of an optimizer cannot be compiled; the message gives the reason."""
 
 
 class CreatesState(Exception):
-    """The step would create state, for which there is no value to keep when it is skipped."""
+    """The step would create state, which has no previous value to keep if the step is skipped."""
 
 
 class CountsInPython(Exception):
-    """The step changes numbers that it keeps in Python.
+    """The step changes Python numbers.
 
     Args:
-        places: Where these are.
+        places: The locations of these numbers.
     """
 
     def __init__(self, places: Sequence[Place]) -> None:
@@ -76,14 +76,14 @@ class CountsInPython(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Members:
-    """What an update is about.
+    """The parameters of an update, and their state.
 
     Attributes:
-        params: The parameters that have a gradient.
-        groups: The number of the param group of each.
+        params: The parameters with a gradient.
+        groups: The param group number of each.
         segments: The number of the clip coefficient of each.
-        states: The names of the tensors in the state of each.
-        has_constants: Whether there is anything else in these states: a graph holds it as it was.
+        states: The names of the state tensors of each.
+        has_constants: Whether states have other entries, which become constants of a graph.
     """
 
     params: list[Tensor]
@@ -96,7 +96,7 @@ class Members:
     def of(
         optimizer: Optimizer, params: list[Tensor], groups: list[int], segments: list[int]
     ) -> Members:
-        """Reads the state of some parameters."""
+        """Returns the members for these parameters, with the current state of the optimizer."""
         states = [
             tuple(k for k, v in optimizer.state.get(p, {}).items() if isinstance(v, Tensor))
             for p in params
@@ -105,10 +105,10 @@ class Members:
         return Members(params, groups, segments, states, kept != list(map(len, states)))
 
     def inputs(self, optimizer: Optimizer) -> list[Tensor]:
-        """Parameters, gradients and state tensors, in the order of the graph's inputs.
+        """Returns parameters, gradients and state tensors, in the order of the graph's inputs.
 
         Raises:
-            KeyError: There is less state than when the graph was made.
+            KeyError: A state tensor of the graph no longer exists.
         """
         state = optimizer.state
         inputs: list[Any] = [*self.params, *[p.grad for p in self.params]]
@@ -123,9 +123,9 @@ class Traced:
     """A traced update.
 
     Attributes:
-        graph: Takes `found_inf`, `multiplier`, `clean`, then `Members.inputs`, then the settings.
-        read: The names of the settings that the step reads, by param group.
-        branches: The comparisons of settings that it depends on.
+        graph: The graph; takes `found_inf`, `multiplier`, `clean`, `Members.inputs`, settings.
+        read: The names of the settings that the step reads, per param group.
+        branches: The comparisons of settings that the graph depends on.
     """
 
     graph: GraphModule
@@ -137,13 +137,13 @@ def trace(optimizer: Optimizer, members: Members, settings: Mapping[Place, Tenso
     """Traces the update of the parameters in `members`.
 
     Args:
-        optimizer: Nothing of it is changed.
-        members: What it is to update.
-        settings: The settings that are tensors, or are to be: the tensor for each place.
+        optimizer: The optimizer; it is not changed.
+        members: The parameters to update.
+        settings: The settings that become inputs, with a tensor for each.
 
     Raises:
-        NotTraceable: What the step does cannot be compiled.
-        CreatesState, CountsInPython: It can, once its state is there, and in tensors.
+        NotTraceable: The step cannot be compiled.
+        CreatesState, CountsInPython: It can be compiled once its state exists, in tensors.
     """
     notes: dict[str, Any] = {}
 
@@ -154,8 +154,8 @@ def trace(optimizer: Optimizer, members: Members, settings: Mapping[Place, Tenso
         states = [{k: next(others) for k in keys} for keys in members.states]
         tensors = dict(zip(settings, others, strict=True))
         for w, g, segment in zip(weights, grads, members.segments, strict=True):
-            w.grad = _as_decided(g, multiplier.select(0, segment), clean)
-        double = _Double(optimizer, members, weights, states, tensors)
+            w.grad = _scaled_and_cleaned(g, multiplier.select(0, segment), clean)
+        double = _OptimizerOfPlaceholders(optimizer, members, weights, states, tensors)
         written = [*weights, *chain.from_iterable(s.values() for s in states), *tensors.values()]
         before = [t.clone() for t in written]
         versions = [t._version for t in tensors.values()]
@@ -181,15 +181,15 @@ def trace(optimizer: Optimizer, members: Members, settings: Mapping[Place, Tenso
     return Traced(make_fx(update, tracing_mode="fake")(*inputs), **notes)
 
 
-class _Double:
-    """An optimizer as the given one, of placeholders.
+class _OptimizerOfPlaceholders:
+    """A copy of an optimizer with placeholders instead of tensors.
 
     Args:
-        optimizer: The given one.
-        members: What is updated.
-        weights: What stands for the parameters.
-        states: The state tensors of each.
-        settings: The settings that are tensors.
+        optimizer: The original.
+        members: The parameters to update.
+        weights: Placeholders for the parameters.
+        states: Placeholders for the state tensors of each parameter.
+        settings: Placeholders for the settings that are inputs.
     """
 
     def __init__(
@@ -206,7 +206,7 @@ class _Double:
         for i, group in enumerate(optimizer.param_groups):
             params = [w for w, g in zip(weights, members.groups, strict=True) if g == i]
             own = {**_with_tensors(group, i, settings), "params": params}
-            own.update((k, v) for k, v in _form(optimizer, on_gpu) if k in group)
+            own.update((k, v) for k, v in _implementation(optimizer, on_gpu) if k in group)
             self.groups.append(_Noting(own, self.read[i]))
         self.states = [
             {**optimizer.state.get(p, {}), **tensors}
@@ -220,33 +220,33 @@ class _Double:
             (k, v.copy() if isinstance(v, dict | list | set) else v)
             for k, v in vars(optimizer).items()
         )
-        double.__dict__.pop("step", None)  # a scheduler's, around that of the given one
+        double.__dict__.pop("step", None)  # set by a scheduler, bound to the original
         double.param_groups = self.groups  # type: ignore[assignment]
         double.state = defaultdict(dict, zip(weights, self.states, strict=True))  # type: ignore[arg-type]
         self._before_self = {k: v for k, v in vars(double).items() if type(v) in NUMBERS}
 
     def step(self) -> None:
-        """Steps, below torch's wrappers."""
+        """Runs the step without torch's wrappers."""
         try:
             inspect.unwrap(type(self.optimizer).step)(self.optimizer)
         except Exception as error:
-            raise NotTraceable(_line_that_stopped(self.optimizer, error)) from error
+            raise NotTraceable(_untraceable_line(self.optimizer, error)) from error
 
     def after(self, written: Sequence[Tensor], versions: Iterable[int]) -> Iterator[Tensor | None]:
-        """What the step has made of each of these tensors; None: it has not touched it.
+        """Returns the new value of each tensor after the step; None: it was not changed.
 
         Args:
             written: Weights, state tensors, settings.
-            versions: Those of the settings before the step.
+            versions: The version counters of the settings before the step.
 
         Raises:
-            NotTraceable, CreatesState, CountsInPython: See there.
+            NotTraceable, CreatesState, CountsInPython: As for `trace`.
         """
         for name, number in self._before_self.items():
             if vars(self.optimizer)[name] != number:
                 raise NotTraceable(
                     f"{type(self.optimizer).__name__}.step changes its attribute {name}, a Python "
-                    "number, which a skip on the device cannot leave as it was"
+                    "number, which a skip on the device cannot preserve"
                 )
         replaced: dict[int, Tensor] = {}
         counts: list[Place] = []
@@ -296,7 +296,7 @@ class _Double:
 
 
 class _Noting(dict):
-    """The settings of a param group, which notes those that are read."""
+    """The settings of a param group; records which of them are read."""
 
     def __init__(self, settings: Mapping[str, Any], read: set[str]) -> None:
         super().__init__(settings)
@@ -315,10 +315,11 @@ class _Noting(dict):
         return super().items()
 
 
-def _form(optimizer: Optimizer, on_gpu: bool) -> list[tuple[str, bool]]:
-    """Which implementation: capturable ones count on the device, and inductor makes few launches of
-    the foreach ones. Those of other libraries may refuse `capturable` on a CPU, where they can do
-    without.
+def _implementation(optimizer: Optimizer, on_gpu: bool) -> list[tuple[str, bool]]:
+    """Returns the settings that select an implementation which can be compiled.
+
+    `capturable` keeps counters on the device; other libraries may refuse it on a CPU, where it is
+    not needed. `foreach` gives few kernel launches with inductor.
     """
     capturable = on_gpu or steps_as_torch(optimizer)
     return [("capturable", capturable), ("fused", False), ("foreach", on_gpu)]
@@ -341,23 +342,23 @@ def _with_tensors(
 
 
 def _number(value: Any) -> float | None:
-    """A number that a comparison may be decided by; None: it lives on the device."""
+    """Returns a Python number, with which comparisons can be decided; None for a tensor."""
     return value if type(value) in NUMBERS else None
 
 
-def _as_decided(grad: Tensor, multiplier: Tensor, clean: Tensor) -> Tensor:
-    """As `fastguard.stages.reference.apply`, out of place."""
+def _scaled_and_cleaned(grad: Tensor, multiplier: Tensor, clean: Tensor) -> Tensor:
+    """Returns a gradient scaled and cleaned as by `fastguard.stages.reference.apply`."""
     wide = factor_dtype(grad.dtype)
     cleaned = torch.where(grad.isfinite() | (clean == 0), grad, 0.0)
     factor = multiplier.to(wide)
-    tiny = factor < SMALLEST_FACTOR  # one multiplication by it would not be exact enough
+    tiny = factor < SMALLEST_FACTOR  # not accurate in one multiplication
     first = torch.where(tiny, SMALLEST_FACTOR, 1.0).to(wide)
     factor = torch.where(tiny, (multiplier / SMALLEST_FACTOR).to(wide), factor)
     return (cleaned.to(wide) * first * factor).to(grad.dtype)
 
 
-def _line_that_stopped(optimizer: Optimizer, error: Exception) -> str:
-    """Says which line of the optimizer cannot be traced."""
+def _untraceable_line(optimizer: Optimizer, error: Exception) -> str:
+    """Returns a message with the line of the optimizer that cannot be traced."""
     frames = traceback.extract_tb(error.__traceback__)
     own = inspect.getsourcefile(inspect.unwrap(type(optimizer).step))
     folder = os.path.dirname(own or "") + os.sep
@@ -366,9 +367,9 @@ def _line_that_stopped(optimizer: Optimizer, error: Exception) -> str:
         f for f in frames if f.filename.startswith(folder) and not f.filename.startswith(here)
     ]
     if "DataDependent" in type(error).__name__:
-        first = "it needs, in Python, a number that is on the device"
+        first = "it needs a number from the device in Python"
     elif "convert all Tensors to FakeTensors" in str(error):
-        first = "it uses a tensor that is no entry of `state` or `param_groups` by itself"
+        first = "it uses a tensor that is not itself an entry of `state` or `param_groups`"
     else:
         reason = str(error).strip().splitlines()
         first = f"{type(error).__name__}: {reason[0][:200]}" if reason else type(error).__name__

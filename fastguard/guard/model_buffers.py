@@ -1,17 +1,18 @@
-"""`protect_buffers`: what a forward pass leaves in a model is taken back with a skipped step.
+"""`protect_buffers`: restores the buffers of a model when a step is skipped.
 
-BatchNorm's running mean and variance, min-max observers, the vectors of spectral norm and other
-buffers change in the forward pass, long before an optimizer can decline: one batch with NaN leaves
-finite weights and a model whose evaluation is NaN.
+Running mean and variance of BatchNorm, min-max observers, the vectors of spectral norm and other
+buffers change in the forward pass, before an optimizer can skip. A single batch with NaN then
+leaves finite weights, but a model whose evaluation is NaN.
 
-After each step, per device and dtype, four operations on all buffers at once and no wait:
+After each step, four operations per device and dtype on all buffers at once, without waiting:
 
-    now  = all buffers, gathered
-    bad  = the step was skipped, or now is NaN or Inf         by element
+    now  = all buffers, concatenated
+    bad  = the step was skipped, or now is NaN or Inf         per element
     kept = where(bad, kept, now)
-    all buffers = kept                                        on a CPU only if something is bad
+    all buffers = kept                                        on a CPU only if any element is bad
 
-A step that was skipped only to lower a loss scale keeps its buffers: without a guard it would, too.
+After a step that was skipped only to lower a loss scale, buffers keep their new values, as they
+would without a guard.
 """
 
 from __future__ import annotations
@@ -38,25 +39,26 @@ log: logging.Logger = logging.getLogger("fastguard")
 def protect_buffers(
     model: nn.Module, optimizer: GuardedOptimizer, *, also: Iterable[Tensor] = ()
 ) -> ModelBuffers:
-    """Takes the buffers of a model back to what they were whenever `optimizer` skips a step.
+    """Restores the buffers of a model whenever `optimizer` skips a step.
 
-    Call it once, when the model holds what training begins with. All buffers go back, integer
-    counters too, and likewise where the guard raises; after a step that was applied, only elements
-    that have become NaN or Inf. Nothing waits for a GPU, unless a buffer was replaced or resized,
-    or is not a plain tensor. The integrations for trainers do this by themselves.
+    Call it once, when the model is ready for training. If the guard skips a step or raises, all
+    buffers are restored, including integer counters; after an applied step, only elements that have
+    become NaN or Inf. It never waits for a GPU, unless a buffer was replaced or resized, or is not
+    a plain tensor. The integrations for trainers call it themselves.
 
     Args:
-        model: Its buffers are copied once, on their devices.
-        optimizer: The guarded optimizer that trains it; with several, call it for each.
-        also: Tensors outside of buffers that a forward pass changes in place, such as the amax
-            histories of an fp8 recipe.
+        model: The model; its buffers are copied once, on their devices.
+        optimizer: The guarded optimizer that trains it; if there are several, call it for each.
+        also: Further tensors that a forward pass changes in place, such as the amax histories of an
+            fp8 recipe. Default: none.
 
     Returns:
-        What protects them: `keep()` after loading into the model later than into the optimizer,
-        `put_back()` by hand, `remove()` to end it.
+        An object with three methods. `keep()`: saves the current buffers; call it if you load the
+        model after the optimizer. `put_back()`: restores the saved buffers. `remove()`: ends the
+        protection.
 
     Raises:
-        TypeError: An argument is of another kind.
+        TypeError: An argument has the wrong type.
 
     Example:
         >>> import torch, fastguard
@@ -80,18 +82,21 @@ def protect_buffers(
 
 
 class ModelBuffers:
-    """The buffers of a model as they were after the last step that was applied.
+    """The buffers of a model after the last applied step.
 
     Args:
-        model: Where they are.
+        model: The model.
         also: Further tensors.
+
+    Raises:
+        TypeError: `also` holds something other than tensors.
     """
 
     def __init__(self, model: nn.Module, *, also: Iterable[Tensor] = ()) -> None:
         more = dict(enumerate(also))
         for tensor in more.values():
             if not isinstance(tensor, Tensor):
-                raise TypeError(f"also holds a {type(tensor).__name__}; it takes tensors")
+                raise TypeError(f"also holds a {type(tensor).__name__}, but takes only tensors")
         self._places = [
             Place(module, module._buffers, name, f"{prefix}.{name}" if prefix else name)
             for prefix, module in model.named_modules()
@@ -102,7 +107,10 @@ class ModelBuffers:
         self._lay_out()
 
     def follow(self, optimizer: GuardedOptimizer) -> None:
-        """Puts back after every skipped step of `optimizer`, keeps after the others and a load."""
+        """Registers hooks that restore the buffers after a skipped step, and save them otherwise.
+
+        Loading a state dict into the optimizer also saves them.
+        """
         if not self._places:
             return
         self._handles += [
@@ -112,14 +120,14 @@ class ModelBuffers:
         ]
 
     def remove(self) -> None:
-        """Ends it: steps no longer touch the buffers."""
+        """Ends the protection: steps no longer change the buffers."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     @torch.no_grad()
     def keep(self) -> None:
-        """Remembers the buffers as they are now."""
+        """Saves the current buffers."""
         if not self._are_as_before():
             self._lay_out()
             return
@@ -129,7 +137,7 @@ class ModelBuffers:
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Makes the buffers what they were when they were last kept."""
+        """Restores the buffers as they were last saved."""
         if not self._are_as_before():
             self._follow_changes(taken_back=True)
             return
@@ -140,7 +148,7 @@ class ModelBuffers:
 
     @property
     def mended(self) -> int:
-        """Elements that were NaN or Inf after steps that were applied. Waits for a GPU."""
+        """Number of elements restored after applied steps, being NaN or Inf. Waits for a GPU."""
         return sum(int(batch.mended) for batch in self._batches)
 
     @torch.no_grad()
@@ -148,16 +156,16 @@ class ModelBuffers:
         verdict = optimizer.last
         if verdict is None:
             return
-        if not has_numbers(verdict.found_inf):  # the step was taken
+        if not has_numbers(verdict.found_inf):  # placeholders: the step was taken
             self.keep()
             return
-        undo = _is_taken_back(verdict)
+        undo = _restores_buffers(verdict)
         if not self._are_as_before():
             self._follow_changes(taken_back=bool(undo))
             return
         for batch in self._batches:
             if batch.settle(undo):
-                self._say_mended(batch.bad_names())
+                self._warn_of_restored(batch.bad_names())
         if self._odd:
             if undo:  # waits for a GPU
                 for place, kept in self._odd:
@@ -166,19 +174,19 @@ class ModelBuffers:
                 self._keep_odd()
 
     def _after_error(self, _: Optimizer, error: BaseException) -> None:
-        # Not for an interrupt or a lack of memory: that step may be tried again.
+        # Not after an interrupt or out of memory: the step may be tried again.
         if isinstance(error, NonFiniteGradError | TrainingDivergedError):
             self.put_back()
 
     def _are_as_before(self) -> bool:
-        """Whether every buffer is still the tensor that it was, where it was."""
+        """Whether every buffer is still the same tensor, at the same address."""
         return all(place.is_as_before() for place in self._places)
 
     def _lay_out(self) -> None:
-        """Sorts the buffers by device and dtype, and keeps them as they are."""
+        """Groups the buffers by device and dtype, and saves them."""
         by_kind: dict[tuple[torch.device, torch.dtype], list[Place]] = {}
         self._odd: list[tuple[Place, Tensor]] = []
-        seen: set[int] = set()  # a buffer that several modules share
+        seen: set[int] = set()  # several modules may share a buffer
         for place in self._places:
             place.look()
             if id(place.buffer) in seen:
@@ -195,7 +203,7 @@ class ModelBuffers:
             self._odd[i] = (place, place.buffer.clone())
 
     def _follow_changes(self, *, taken_back: bool) -> None:
-        """Buffers were replaced, moved, resized, or have only now got their memory."""
+        """Adapts to buffers that were replaced, moved, resized, or allocated since."""
         kept = dict(self._odd)
         for batch in self._batches:
             kept |= batch.kept_by_place()
@@ -204,21 +212,21 @@ class ModelBuffers:
             if place in kept:
                 place.mend(kept[place], whole=taken_back)
             elif taken_back and not place.had_values:
-                if not (place.start_anew() or place.is_finite()):
+                if not (place.reset() or place.is_finite()):
                     unknown.append(place.path)
         if unknown:
             log.warning(
-                "the first batch has left NaN or Inf in %s, and nothing to go back to is known: "
-                "set these buffers by hand",
+                "the first batch left NaN or Inf in %s, which have no earlier values to restore; "
+                "set these buffers yourself",
                 ", ".join(unknown),
             )
         self._lay_out()
 
-    def _say_mended(self, names: Iterator[str]) -> None:
-        log.warning("buffers had become NaN or Inf, and were put back: %s", ", ".join(names))
+    def _warn_of_restored(self, names: Iterator[str]) -> None:
+        log.warning("buffers with NaN or Inf were restored: %s", ", ".join(names))
 
     def __getstate__(self) -> dict[str, Any]:
-        # As in torch, copies carry no hooks. Copied together with its model, it belongs to that.
+        # As in torch, copies have no hooks. A copy made together with the model refers to the copy.
         return {"_places": self._places}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -228,13 +236,13 @@ class ModelBuffers:
 
 
 def are_protected(optimizer: GuardedOptimizer) -> bool:
-    """Whether some model's buffers follow the steps of an optimizer."""
+    """Whether `protect_buffers` has been called for an optimizer."""
     hooks = optimizer._optimizer_step_post_hooks.values()
     return any(isinstance(getattr(hook, "__self__", None), ModelBuffers) for hook in hooks)
 
 
-def _is_taken_back(verdict: Verdict) -> bool | Tensor:
-    """Whether the step was skipped for more than a loss scale; a tensor where only a GPU knows."""
+def _restores_buffers(verdict: Verdict) -> bool | Tensor:
+    """Whether the step was skipped for another reason than a loss scale; a tensor on a GPU."""
     if isinstance(verdict, HostVerdict):
         return verdict.known.skipped and verdict.known.reason != Reason.LOSS_SCALE
     return (verdict.found_inf != 0) & (verdict.reason != int(Reason.LOSS_SCALE))

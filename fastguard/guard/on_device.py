@@ -1,4 +1,4 @@
-"""Skipping on the device: the road of fused optimizers, on which nobody waits."""
+"""`OnDevice`: fused optimizers skip on the device, so the host never waits."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from fastguard.stages.contract import Verdict
 
 
 class OnDevice(ReadsFirstIfNeeded):
-    """Hands the verdict to the kernel of a fused optimizer.
+    """Passes the verdict to the kernel of a fused optimizer, as `found_inf`.
 
-    The kernel tests `found_inf == 1` exactly and wants float32 of shape `()`; `grad_scale` stays
-    None, because with it the kernel writes the gradients back even at scale 1.
+    The kernel tests `found_inf == 1` and expects float32 of shape `()`. `grad_scale` remains None,
+    because with it the kernel writes the gradients back even at scale 1.
 
-    Two exceptions read the verdict first. Fused SGD with momentum, for one step: its first one
-    leaves the momentum buffer uninitialised if skipped, and no value there would mean "first step"
-    to torch. And an optimizer with step hooks of its own: they must run only when it steps.
+    The verdict is read first in two cases: in the first step of fused SGD with momentum, because a
+    skip would leave the momentum buffer uninitialised, and no value of it would make torch repeat
+    the first step; and if the optimizer has step hooks, which must run only when it steps.
     """
 
     skips = "through found_inf"
@@ -40,14 +40,14 @@ class OnDevice(ReadsFirstIfNeeded):
         return found_inf_is_heeded(self.optimizer)
 
     def reset(self) -> None:
-        """Forgets that every parameter has its momentum buffer: there are other parameters now."""
+        """Forgets which parameters have a momentum buffer."""
         self._complete: tuple[int, int] | None = None
-        self._complete_in: object = None  # the state they are complete in
+        self._complete_in: object = None  # the optimizer state that holds all buffers
 
     def step(self, buckets: GradBuckets, verdict: Verdict, call: StepCall, changes: bool) -> None:
-        """Applies the verdict, and steps with `found_inf` in the hands of the kernel."""
+        """Applies the verdict to the gradients, and steps with `found_inf` set."""
         if self.waits or self._creates_momentum():
-            self._careful.step(buckets, verdict, call, changes)
+            self._read_first.step(buckets, verdict, call, changes)
             return
         if changes:
             apply(buckets, verdict)
@@ -61,12 +61,13 @@ class OnDevice(ReadsFirstIfNeeded):
 
     @property
     def waits(self) -> bool:
-        """Whether every step reads the verdict: the optimizer has step hooks of its own."""
+        """Whether every step reads the verdict first, because the optimizer has step hooks."""
         return has_step_hooks(self.optimizer)
 
     def conclude(self, taken: bool) -> None:
-        """Weights that a failed step has begun to move have no copy. The verdict may still be
-        there, after an interrupt.
+        """Removes the verdict from the optimizer, where it remains after an interrupt.
+
+        There is no copy of weights that a failed step has begun to change.
         """
         self._forget_verdict()
 
@@ -75,8 +76,9 @@ class OnDevice(ReadsFirstIfNeeded):
         self.optimizer.__dict__.pop("found_inf", None)
 
     def _creates_momentum(self) -> bool:
-        """Whether a parameter would get its momentum buffer now. Looks at all of them until each
-        has one, and then again only if the optimizer's groups or its state are others.
+        """Whether this step would create a momentum buffer.
+
+        Checks all parameters until each has a buffer, and again after groups or state have changed.
         """
         if not isinstance(self.optimizer, torch.optim.SGD):
             return False
@@ -97,7 +99,7 @@ class OnDevice(ReadsFirstIfNeeded):
 
 
 def _first_with_grad(parameters: list[Tensor]) -> Tensor:
-    """The parameter of a group that shows whether torch takes its next step for the first one."""
+    """Returns the parameter whose buffer tells whether torch treats a step as the first one."""
     return next((p for p in parameters if p.grad is not None), parameters[0])
 
 

@@ -1,4 +1,4 @@
-"""A copy of what an optimizer changes in a step, to put it back if the step is not to have been."""
+"""`OptimizerCopy`: a copy of everything that a step changes, to undo the step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NUMBERS = (int, float)
 
 
 class OptimizerCopy(NamedTuple):
-    """Weights, states, settings and numbers of an optimizer, and of those that it holds itself."""
+    """Weights, states, settings and numbers of an optimizer and of optimizers inside it."""
 
     weights: list[tuple[Tensor, Tensor]]
     states: list[tuple[Optimizer, dict[Any, Any]]]
@@ -27,7 +27,7 @@ class OptimizerCopy(NamedTuple):
     @staticmethod
     @torch.no_grad()
     def of(optimizer: Optimizer, *, gradients: bool = False) -> OptimizerCopy:
-        """The copy, as large as the weights and the state, and perhaps the gradients."""
+        """Copies weights and state, and the gradients if requested."""
         optimizers = list(_with_inner(optimizer, set()))
         groups = {id(g): g for each in optimizers for g in each.param_groups}.values()
         weights = {p: p.detach().clone() for g in groups for p in g["params"]}
@@ -36,7 +36,7 @@ class OptimizerCopy(NamedTuple):
             copies.update(copies_for_deepcopy(each.state))
         return OptimizerCopy(
             list(weights.items()),
-            # By parameter: a copied parameter would be another key.
+            # Per parameter, because deepcopy of the whole state would copy its keys too.
             [(o, {p: copy.deepcopy(s, copies) for p, s in o.state.items()}) for o in optimizers],
             [(g, {k: _copied(v) for k, v in g.items() if k != "params"}) for g in groups],
             [(o, {k: v for k, v in vars(o).items() if type(v) in NUMBERS}) for o in optimizers],
@@ -48,7 +48,7 @@ class OptimizerCopy(NamedTuple):
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Weights, state and settings as they were, bit for bit, in the same parameters."""
+        """Restores weights, state and settings to the bit, in the same parameters."""
         for p, values in self.weights:
             p.copy_(values)
         for optimizer, state in self.states:
@@ -59,7 +59,7 @@ class OptimizerCopy(NamedTuple):
                 del group[key]
             for key, value in settings.items():
                 if isinstance(value, Tensor) and isinstance(group.get(key), Tensor):
-                    group[key].copy_(value)  # a captured step reads this very tensor
+                    group[key].copy_(value)  # a captured step reads this tensor
                 else:
                     group[key] = value
         for optimizer, numbers in self.numbers:
@@ -71,7 +71,7 @@ class OptimizerCopy(NamedTuple):
 
 
 def _with_inner(optimizer: Optimizer, seen: set[int]) -> Iterator[Optimizer]:
-    """An optimizer and those among its attributes, such as the base optimizer of SAM."""
+    """Yields an optimizer and the optimizers in its attributes, such as the base of SAM."""
     if id(optimizer) in seen:
         return
     seen.add(id(optimizer))

@@ -1,4 +1,4 @@
-"""Where the gradients of an optimizer are, step after step, as its param groups change."""
+"""`Gradients`: the gradients of an optimizer in buckets, following changes of its param groups."""
 
 from __future__ import annotations
 
@@ -28,24 +28,25 @@ class Gradients:
     """The gradients of the parameters of an optimizer, in buckets.
 
     Args:
-        optimizer: Its param groups say which parameters there are, now and later.
-        scope: What one clip coefficient is for.
+        optimizer: The optimizer; changes of its param groups are followed.
+        scope: What one clip coefficient applies to.
         names: Names by parameter.
-        norm_type: The norm that will be taken.
-        flat: Keep them in one buffer per (device, dtype).
-        group: Whose gradients count beside those of this rank.
-        with_parameters: The parameters are to be flat too, which implies `flat`.
+        norm_type: p of the norm.
+        flat: Whether to keep gradients in one buffer per (device, dtype).
+        group: The ranks that decide together.
+        with_parameters: Whether parameters will be flat too, which implies `flat`.
 
     Attributes:
         layout: The parameters, their segments and names.
-        device: Where the decision is to be taken.
-        team: The ranks that decide together; None in one process.
+        device: The device of the decision.
+        team: The ranks that decide together; None in a single process.
 
     Raises:
-        TypeError, ValueError: `group` is no group, or `flat` or `scope` do not go with it.
+        TypeError, ValueError: `group` is not a process group, or cannot be combined with `flat` or
+            `scope`.
     """
 
-    _seen = False  # that there are gradients, and where
+    _seen = False  # whether the gradients have been checked, in the first step
 
     def __init__(
         self,
@@ -73,7 +74,11 @@ class Gradients:
         self.flat = _flattened(self.layout) if flat or with_parameters else None
 
     def refresh(self) -> bool:
-        """Looks whether the param groups hold other parameters than before; 0.03 µs a tensor."""
+        """Updates the layout if the parameters have changed; checking takes 0.03 µs per tensor.
+
+        Returns:
+            Whether they have changed.
+        """
         groups = self.optimizer.param_groups
         known = self.layout.parameters
         if sum(len(g["params"]) for g in groups) == len(known) and all(
@@ -85,13 +90,13 @@ class Gradients:
         self.team = team_of(layout.parameters, self.group)
         if self.flat is not None:
             self.flat.release()
-            # A gradient that is None stays so: a weight decay must not move its parameter now.
+            # Gradients that are None remain None, so that weight decay does not change parameters.
             self.flat = _flattened(layout, fill=False)
-        self.layout = layout  # last: after an exception, all this is done again
+        self.layout = layout  # set last, so that all of this is repeated after an exception
         return True
 
     def check_new(self, named: Sequence[tuple[str | None, Tensor]]) -> None:
-        """Raises a TypeError or ValueError for parameters that cannot join those that are there."""
+        """Raises a TypeError or ValueError for new parameters that cannot be added."""
         new = [p for _, p in named]
         check_plain_shards(new, self.group)
         if self.flat is None:
@@ -102,8 +107,11 @@ class Gradients:
             self.check_movable(new, names)
 
     def check_movable(self, new: Sequence[Tensor] = (), names: Sequence[str] = ()) -> None:
-        """Raises a TypeError or ValueError if a parameter cannot move into a buffer, of those
-        there are and of new ones with these names.
+        """Raises a TypeError or ValueError if a current or new parameter cannot move into a buffer.
+
+        Args:
+            new: New parameters.
+            names: Their names.
         """
         layout = self.layout
         known = dict(self.names)
@@ -113,14 +121,14 @@ class Gradients:
         check_apart((name, p) for p, name in known.items())
 
     def buckets(self) -> GradBuckets:
-        """The gradients of this step; on several ranks, partial ones are made whole.
+        """Returns the gradients of this step; on several ranks, `Partial` DTensors are reduced.
 
         Raises:
-            ValueError: They lie on the meta device, or are shards without a group.
-            TypeError: They wrap other tensors.
+            ValueError: Gradients are on the meta device, or are shards without a group.
+            TypeError: Gradients are subclasses that wrap other tensors.
         """
         if not self._seen:
-            self._look()
+            self._check_first_step()
         layout, team = self.layout, self.team
         sharing = None if team is None else team.sharing_of_gradients(layout.parameters)
         if self.flat is not None:
@@ -138,33 +146,33 @@ class Gradients:
             sharing=sharing,
         )
         if buckets.kind is WRAPPED:
-            self._refuse_layers(buckets)
+            self._refuse_wrapped(buckets)
         return buckets
 
-    def _refuse_layers(self, buckets: GradBuckets) -> None:
-        """One step cannot be taken in one layer and skipped in another."""
+    def _refuse_wrapped(self, buckets: GradBuckets) -> None:
+        """Raises a TypeError: wrapped gradients may need one decision per wrapped tensor."""
         kind = next(type(g).__name__ for b in buckets.buckets for g in b.grads)
         raise TypeError(
-            f"the gradients are layers around other tensors (of type {kind}), which may hold "
-            "several gradients at once, so that no one decision holds for them; guard the "
-            "optimizer of plain tensors or DTensors, outside of torch.func"
+            f"the gradients wrap other tensors (type {kind}) and may hold several gradients at "
+            "once, so a single decision does not suffice; guard an optimizer of plain tensors or "
+            "DTensors, outside of torch.func"
         )
 
     def zero_(self, set_to_none: bool) -> None:
-        """Clears them: one fill a flat buffer, else what the optimizer does."""
+        """Clears the gradients: one fill per flat buffer, or `zero_grad` of the optimizer."""
         if self.flat is not None:
             self.flat.zero_()
         elif set_to_none:
-            self.optimizer.zero_grad()  # some take no argument
+            self.optimizer.zero_grad()  # some optimizers take no argument here
         else:
             self.optimizer.zero_grad(set_to_none=False)
 
     @property
     def device(self) -> torch.device:
-        """Where the first parameter lives now (`model.to("cuda")` after the guard was made);
-        without one, where the ranks meet.
+        """The current device of the first parameter, which `model.to` may change.
 
-        The meta device holds no numbers: until the model has memory, the guard is on the CPU.
+        Without parameters, the device of the collectives. While the model is on the meta device,
+        which holds no values, the CPU.
         """
         cpu = torch.device("cpu")
         if self.layout.parameters:
@@ -172,10 +180,13 @@ class Gradients:
             return cpu if first.is_meta else first.device
         return cpu if self.team is None else self.team.device_for(cpu)
 
-    def _look(self) -> None:
-        """Once: are there gradients, do they hold numbers, and are they whole?
+    def _check_first_step(self) -> None:
+        """Checks in the first step that there are gradients, with values and not in shards.
 
-        FSDP1 with `use_orig_params=True` may cut up parameters that an optimizer has already.
+        FSDP1 with `use_orig_params=True` may shard parameters after the optimizer was created.
+
+        Raises:
+            ValueError: A gradient is on the meta device, or parameters are shards without a group.
         """
         check_plain_shards(self.layout.parameters, self.group)
         with_grad = [
@@ -186,24 +197,23 @@ class Gradients:
         for name, is_meta in with_grad:
             if is_meta:
                 raise ValueError(
-                    f"the gradient of {name} lies on the meta device, which holds no numbers; give "
-                    "the model its memory first: model.to_empty(device=...), its weights, then the "
-                    "optimizer"
+                    f"the gradient of {name} is on the meta device, which holds no values; call "
+                    "model.to_empty(device=...) and load the weights before creating the optimizer"
                 )
         self._seen = True
-        if with_grad or self.team is not None:  # other ranks may hold them all
+        if with_grad or self.team is not None:  # other ranks may hold all gradients
             return
         if any(p.is_meta for p in self.layout.parameters):
             log.warning(
-                "no parameter has a gradient at the first step: they are on the meta device still, "
-                "so they are not those of the model any more and nothing is trained; make the "
-                "optimizer after model.to_empty(device=...), which replaces them"
+                "no parameter has a gradient in the first step, so nothing is trained: the "
+                "parameters of the optimizer are on the meta device and no longer belong to the "
+                "model; create the optimizer after model.to_empty(device=...), which replaces them"
             )
         else:
             log.warning(
-                "no parameter has a gradient at the first step, so nothing is trained; is "
-                "loss.backward() called before it, and does the optimizer hold the parameters of "
-                "the model?"
+                "no parameter has a gradient in the first step, so nothing is trained; check that "
+                "loss.backward() is called before it, and that the optimizer holds the parameters "
+                "of the model"
             )
 
     def _lay_out(self) -> Layout:

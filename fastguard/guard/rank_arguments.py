@@ -1,4 +1,4 @@
-"""What all ranks must be given alike, as `fastguard.ranks.agreement` compares it."""
+"""The arguments that must be the same on all ranks, as text for `fastguard.ranks.agreement`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def arguments_of(optimizer: GuardedOptimizer, team: Team) -> dict[str, str]:
-    """What all ranks must have alike, as text; the same names on every rank."""
+    """Returns the arguments that must agree, as text by name; with the same names on all ranks."""
     groups, scope = optimizer.param_groups, optimizer.clip_scope
     max_norms = [
         None if limit == math.inf else limit for limit in limits(groups, scope, optimizer.max_norm)
@@ -34,7 +34,7 @@ def arguments_of(optimizer: GuardedOptimizer, team: Team) -> dict[str, str]:
     }
     if scope == "group":
         arguments["the number of param groups"] = len(groups)
-    if not team.distinct:  # else each rank has tensors of its own, in groups of its own
+    if not team.distinct:  # otherwise each rank has its own tensors and groups
         arguments[COUNTS] = [len(g["params"]) for g in groups]
         clamped = [None if g.get("clip_value") is None else float(g["clip_value"]) for g in groups]
         arguments["clip_value by param group"] = clamped
@@ -42,7 +42,7 @@ def arguments_of(optimizer: GuardedOptimizer, team: Team) -> dict[str, str]:
 
 
 def places_of(optimizer: GuardedOptimizer, team: Team) -> dict[str, list[Place]] | None:
-    """The parameters that each coefficient of a narrow scope belongs to, by what errors call it."""
+    """Returns the parameters of each segment, by description; None for scopes with one segment."""
     if team.distinct or optimizer.clip_scope in ("global", "unit"):
         return None
     layout = optimizer._gradients.layout

@@ -1,14 +1,15 @@
-"""`RankWatch`: on which rank a bad gradient was born, seen before the ranks add theirs up.
+"""`RankWatch`: finds the rank on which a bad gradient originated, before ranks reduce gradients.
 
-After the reduction of DDP every rank holds the NaN of one, and after that of FSDP2 whoever owns the
-shard does. So the gradients are measured where they are still each rank's own:
+After the reduction of DDP every rank holds a NaN that one rank produced, and after the reduction of
+FSDP2 the rank that owns the shard holds it. So gradients are measured before the reduction:
 
     DDP     in a communication hook, bucket by bucket, just before the all-reduce
-    FSDP2   as autograd delivers them, some 25 MB at a time, before the reduce-scatter
+    FSDP2   as autograd produces them, about 25 MB at a time, before the reduce-scatter
 
-Cost: one more read of every local gradient in each backward pass (of the unsharded ones: with
-FSDP2 as many times what the guard itself reads as there are shards), and 25 MB. No collective:
-what a rank saw travels as one flag in the vector that the ranks exchange anyway. Nothing waits.
+Cost: another read of every local gradient in each backward pass, and 25 MB of memory. With FSDP2
+these are the unsharded gradients, so a rank reads as many times more than the guard as there are
+shards. There is no further collective, only one flag in the vector that the ranks exchange anyway,
+and nothing waits.
 """
 
 from __future__ import annotations
@@ -38,28 +39,29 @@ if TYPE_CHECKING:
 CommHook = Callable[[Any, "GradBucket"], "torch.futures.Future[Tensor]"]
 
 FLUSH_BYTES = 25 * 2**20
-"""FSDP2: gradients that are kept to be measured in one call; as much as a bucket of DDP."""
+"""FSDP2: size of the gradients that are measured in one call; the bucket size of DDP."""
 
 
 class RankWatch:
-    """Makes the records of a guarded optimizer name the rank where a bad gradient was born.
+    """Makes records name the rank on which a bad gradient originated.
 
-    `record.culprit_rank` is then that rank (None if there were several, `culprit_ranks` tells how
-    many; 0 means that the reduction itself overflowed), and on that rank `record.culprits` are its
-    parameters with their counts before the reduction. It costs a read of every local gradient, so
-    it is for runs that have had a NaN. With DDP accumulate under `no_sync()`: a gradient that was
-    reduced before counts as born on every rank.
+    `record.culprit_rank` is then this rank; it is None if there were several, and
+    `record.culprit_ranks` is their number (0: the reduction itself overflowed). On that rank,
+    `record.culprits` are its parameters with their counts before the reduction. It costs another
+    read of every local gradient, so use it in runs that have had a NaN. With DDP, accumulate
+    gradients under `no_sync()`; otherwise a gradient that was reduced before counts as bad on every
+    rank.
 
     Args:
-        optimizer: The guarded optimizer, which decides over several ranks: with `group=`, or with
-            DTensors.
-        model: Its model: `DistributedDataParallel`, or one with `fully_shard` applied.
-        comm_hook: DDP: what reduces a bucket, `hook(state, bucket) -> Future`, as in
-            `register_comm_hook`; None: a plain all-reduce, the mean. DDP takes one hook for good.
-        comm_state: What `comm_hook` gets; None: the process group of the model.
+        optimizer: The guarded optimizer, which decides over several ranks (`group=` or DTensors).
+        model: The model: `DistributedDataParallel`, or a module with `fully_shard` applied.
+        comm_hook: For DDP, the hook that reduces a bucket, `hook(state, bucket) -> Future`, as in
+            `register_comm_hook`; None: an all-reduce that computes the mean. DDP accepts only one
+            hook, which cannot be removed.
+        comm_state: The state for `comm_hook`; None: the process group of the model.
 
     Raises:
-        TypeError, ValueError: An argument is not of that kind; nothing was changed.
+        TypeError, ValueError: An argument has the wrong type; nothing was changed.
 
     Example:
         >>> import torch, torch.distributed as dist, fastguard
@@ -107,13 +109,13 @@ class RankWatch:
                 self._watch_unit(unit)
         else:
             raise ValueError(
-                f"model is a {type(model).__name__}: RankWatch looks into the reductions of "
-                "DistributedDataParallel, and of fully_shard (which takes no comm_hook)"
+                f"model is a {type(model).__name__}, but RankWatch supports "
+                "DistributedDataParallel, and modules with fully_shard (without comm_hook)"
             )
         optimizer.rank_watch = self
 
     def remove(self) -> None:
-        """Ends the watch. The communication hook of a DDP model stays, and only reduces."""
+        """Ends the watch. The communication hook of a DDP model remains, but only reduces."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -121,20 +123,22 @@ class RankWatch:
         if self._optimizer.rank_watch is self:
             self._optimizer.rank_watch = None
 
-    def told(self, stats: GradStats, signals: Signals) -> tuple[GradStats, Signals]:
-        """What this rank measured and knows, and what the watch saw since the last step."""
+    def with_origins(self, stats: GradStats, signals: Signals) -> tuple[GradStats, Signals]:
+        """Adds what the watch found since the last step to stats and signals of this rank."""
         self._flush()
         self._squared_norm = None
         table, self._table = self._table, None
         if table is None:
-            return stats, replace(signals, born_here=torch.zeros_like(stats.summary[0, 0]))
+            return stats, replace(signals, local_nonfinite=torch.zeros_like(stats.summary[0, 0]))
         table = moved(table, stats.counts.device)
         counts = torch.maximum(stats.counts, table.to(stats.counts.dtype))
-        return replace(stats, counts=counts), replace(signals, born_here=table.sum().double())
+        return replace(stats, counts=counts), replace(signals, local_nonfinite=table.sum().double())
 
     def take_squared_norm(self) -> Tensor | None:
-        """float64 `()`: the squared norm of the finite gradients of this rank since the last step,
-        still multiplied by a loss scale if there is one. None: there was no backward pass.
+        """Returns and resets the squared norm of this rank's gradients since the last step.
+
+        Returns:
+            float64 `()`: of finite elements, including the loss scale; None: no backward pass.
         """
         self._flush()
         squared, self._squared_norm = self._squared_norm, None
@@ -158,8 +162,8 @@ class RankWatch:
             self._measure([(i, grad) for i, grad in found if i is not None])
         return self._reduce(state, bucket)
 
-    # FSDP2: its parameters are whole from the forward pre-hook of their unit on, and their
-    # gradients are the rank's own until the backward pass leaves the unit.
+    # FSDP2: parameters are unsharded from the forward pre-hook of their unit on, and gradients are
+    # not reduced until the backward pass has left the unit.
 
     def _watch_unit(self, unit: nn.Module) -> None:
         managed = [
@@ -197,8 +201,8 @@ class RankWatch:
     def _measure(self, gradients: Sequence[tuple[int, Tensor]]) -> None:
         """Adds the counts of some gradients to the table, int64 `(3, T)`.
 
-        A parameter whose first gradient of a step was bad keeps those counts: what comes later may
-        be a sum with what other ranks sent.
+        Once a gradient of a parameter was bad in a step, its counts are kept, because later ones
+        may be sums that include other ranks.
         """
         if not gradients:
             return

@@ -1,4 +1,4 @@
-"""Reading the verdict before the step: the road of every optimizer that cannot skip by itself."""
+"""`ReadFirst`: reads the verdict before the step, for optimizers that cannot skip by themselves."""
 
 from __future__ import annotations
 
@@ -10,25 +10,22 @@ from fastguard.gradients.buckets import GradBuckets
 from fastguard.gradients.tensor_kinds import has_numbers
 from fastguard.guard.clip_scope import Limit
 from fastguard.guard.inner_step import InnerStep, StepCall, found_inf_is_heeded
-from fastguard.guard.step_hooks import run_hooks_of_all
+from fastguard.guard.step_hooks import run_global_hooks
 from fastguard.stages.apply import apply
 from fastguard.stages.contract import Verdict
 from fastguard.stages.spike_rules import Rule
 
 
 def says_skip(verdict: Verdict) -> bool:
-    """Whether the step is to be skipped. Waits for a GPU.
+    """Whether a verdict skips the step. Waits for a GPU.
 
-    No verdict about placeholders is known: they are there to see what a step takes.
+    False for placeholders, whose verdict has no value; they serve to trace or estimate a step.
     """
     return has_numbers(verdict.found_inf) and verdict.found_inf.item() != 0.0
 
 
 class ReadFirst:
-    """Reads the verdict, then steps or does not: free on a CPU, one read of one scalar on a GPU.
-
-    A verdict about placeholders cannot be read, so the step is taken.
-    """
+    """Reads the verdict, then steps or skips: free on a CPU, one read of a scalar on a GPU."""
 
     waits = True
     skips = "after reading the verdict"
@@ -38,20 +35,20 @@ class ReadFirst:
         self._inner = inner or InnerStep(optimizer)
 
     def fits(self) -> bool:
-        """Whether the optimizer cannot do without this road."""
+        """Whether the optimizer still cannot skip by itself."""
         return not found_inf_is_heeded(self.optimizer)
 
     def reset(self) -> None:
-        """Nothing is remembered of the parameters."""
+        """Does nothing: there is no state per parameter."""
 
-    def obeyed(
+    def applicable(
         self, limits: tuple[Limit, ...], rules: tuple[Rule, ...]
     ) -> tuple[tuple[Limit, ...], tuple[Rule, ...]]:
-        """All limits and rules: the gradients are scaled before they are used."""
+        """Returns all limits and rules: gradients are scaled before the optimizer reads them."""
         return limits, rules
 
     def evaluate(self, call: StepCall, loss: Any, *, stop_at_nonfinite: bool) -> tuple[Any, Any]:
-        """What the closure returns; it is the loss too unless one is given."""
+        """Evaluates the closure; its result is the loss, unless one was passed."""
         result = self._inner.evaluate(call)
         return result, result if loss is None else loss
 
@@ -60,33 +57,33 @@ class ReadFirst:
         if changes:
             apply(buckets, verdict)
         if says_skip(verdict):
-            run_hooks_of_all(self.optimizer)
+            run_global_hooks(self.optimizer)
         else:
             self._inner(call)
 
     def conclude(self, taken: bool) -> None:
-        """Nothing to do: weights that a failed step has begun to move have no copy."""
+        """Does nothing: there is no copy of weights that a failed step has begun to change."""
 
 
 class ReadsFirstIfNeeded:
-    """What the roads share that read the verdict in some steps only.
+    """Base class of the steppers that read the verdict first only in some steps.
 
     Args:
-        optimizer: The wrapped one.
-        inner: How it is called.
+        optimizer: The wrapped optimizer.
+        inner: Calls the optimizer.
     """
 
     def __init__(self, optimizer: Optimizer, inner: InnerStep | None = None) -> None:
         self.optimizer = optimizer
         self._inner = inner or InnerStep(optimizer)
-        self._careful = ReadFirst(optimizer, self._inner)
+        self._read_first = ReadFirst(optimizer, self._inner)
 
-    def obeyed(
+    def applicable(
         self, limits: tuple[Limit, ...], rules: tuple[Rule, ...]
     ) -> tuple[tuple[Limit, ...], tuple[Rule, ...]]:
-        """See `ReadFirst.obeyed`."""
-        return self._careful.obeyed(limits, rules)
+        """See `ReadFirst.applicable`."""
+        return self._read_first.applicable(limits, rules)
 
     def evaluate(self, call: StepCall, loss: Any, *, stop_at_nonfinite: bool) -> tuple[Any, Any]:
         """See `ReadFirst.evaluate`."""
-        return self._careful.evaluate(call, loss, stop_at_nonfinite=stop_at_nonfinite)
+        return self._read_first.evaluate(call, loss, stop_at_nonfinite=stop_at_nonfinite)

@@ -1,6 +1,6 @@
-"""What is known about a guarded run while it runs: records, counters, and who decides how.
+"""`ReportingOptimizer`: records, counters and properties of a guarded run.
 
-Also the end of each step: it is written down, or taken back, and those who act on records are told.
+It also concludes each step: writes its record or undoes it, and delivers records to subscribers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastguard.guard.state_dict import guard_state
 from fastguard.guard.step_in_flight import StepInFlight
 from fastguard.guard.stepper import Stepper, stepper_for
 from fastguard.guard.watch.watch import WATCH_EVERY, Watch
-from fastguard.guard.wrapper import OptimizerAround
+from fastguard.guard.wrapper import OptimizerWrapper
 from fastguard.ranks.groups import Group
 from fastguard.records.json_lines_sink import sink_of
 from fastguard.records.losses import ObservedLosses
@@ -38,8 +38,8 @@ from fastguard.stages.spike_rules import Rule
 Sink = Callable[[StepRecord], object]
 
 
-class KnownRun(OptimizerAround):
-    """An optimizer that tells what its steps did."""
+class ReportingOptimizer(OptimizerWrapper):
+    """An optimizer that keeps records of its steps."""
 
     group: Group
     max_norm: Limit | None
@@ -60,8 +60,8 @@ class KnownRun(OptimizerAround):
     _observed: ObservedLosses
     _flight: StepInFlight | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> KnownRun:
-        """A copy decides with the same ranks: process groups and stores cannot be copied."""
+    def __deepcopy__(self, memo: dict[int, Any]) -> ReportingOptimizer:
+        """Copies everything except process groups, which cannot be copied and are shared."""
         parameters = (p for group in self.param_groups for p in group["params"])
         modes = (getattr(p, "fake_mode", None) for p in parameters)
         for shared in (self.group, self._gradients.team, *modes):
@@ -75,40 +75,46 @@ class KnownRun(OptimizerAround):
         return twin
 
     def records(self) -> list[StepRecord]:
-        """Takes out the records of finished steps: each is returned once, oldest first.
+        """Returns the records of finished steps since the last call, oldest first.
 
-        A second call returns only what has come since; `history` looks without taking out. Never
-        waits.
+        Never waits. Use `history` to read records without removing them.
+
+        Returns:
+            Each record once; the newest steps may still be missing on a GPU, see `flush`.
         """
         return self._recorder.drain()
 
     @property
     def history(self) -> list[StepRecord]:
-        """The last 4096 records of finished steps, oldest first; leaves those of `records()` there.
+        """The last 4096 records of finished steps, oldest first; does not affect `records()`.
 
-        Steps that were taken back by a load or a rollback are still in it. Never waits.
+        Includes steps that a load or a rollback has taken back. Never waits.
         """
         self._recorder.poll()
         return list(self._recorder.history)
 
     def flush(self) -> list[StepRecord]:
-        """As `records()`, but waits for the steps that the device has not finished."""
+        """Like `records()`, but waits for all steps so far.
+
+        Returns:
+            The records since the last call of either, oldest first.
+        """
         self._recorder.wait()
         return self._recorder.drain()
 
     def add_sink(self, sink: Sink | str | os.PathLike[str]) -> Sink:
-        """Hands every record from now on to `sink` when it reaches the host, in order.
+        """Passes every record from now on to `sink`, in order, once it reaches the host.
 
         Args:
-            sink: `JsonLinesSink`, `TensorBoardSink`, or any callable that takes a `StepRecord`.
-                One that raises loses its records, which is logged, and never ends the run. A path
-                that ends in `.jsonl` makes a `JsonLinesSink` for that file.
+            sink: `JsonLinesSink`, `TensorBoardSink`, or any callable that takes a `StepRecord`. If
+                it raises, its records are lost and this is logged, but training continues. A path
+                that ends in `.jsonl` creates a `JsonLinesSink` for that file.
 
         Returns:
-            The sink, so that one made from a path can be closed.
+            The sink, for example to close one that was created from a path.
 
         Raises:
-            TypeError: `sink` can be neither called nor written to.
+            TypeError: `sink` is neither callable nor a path.
             OSError: The file cannot be opened for writing, or another process writes to it.
 
         Example:
@@ -126,71 +132,72 @@ class KnownRun(OptimizerAround):
         return sink
 
     def subscribe(self) -> Inbox:
-        """An inbox that gets every record once, for those who act on what happened.
+        """Returns an inbox that receives every record, for code that reacts to steps.
 
-        The run holds it weakly: it is filled as long as the caller keeps it.
+        The guard holds only a weak reference, so records arrive as long as the caller keeps the
+        inbox. Remove records with `popleft`.
 
-        The record of step k is there after step k where the verdict is on the host at once (a CPU,
-        or an optimizer that is not fused), else after step k + 1: the same on every rank and every
-        rerun. Take records out with `popleft`.
+        The record of step k arrives after step k if every step reads the verdict on the host (on a
+        CPU, or with an optimizer that is not fused), otherwise after step k + 1; the timing is the
+        same on all ranks and in all reruns.
         """
         return self._recorder.subscribe()
 
     def settle(self) -> None:
-        """Waits for all steps so far, so that every inbox holds their records."""
+        """Waits for all steps so far, so that every inbox has their records."""
         self._recorder.deliver()
 
     @property
     def process_group(self) -> ProcessGroup | None:
-        """The ranks that take one decision; None: this process decides alone."""
+        """The ranks that decide together; None: this process decides alone."""
         team = self._gradients.team
         return None if team is None else team.group
 
     @property
     def watch(self) -> tuple[str, ...]:
-        """The names of what is watched."""
+        """The names of the watched quantities."""
         return () if self._watch is None else self._watch.names
 
     @property
     def watch_every(self) -> int:
-        """Steps from one watched step to the next."""
+        """Number of steps between watched steps."""
         return WATCH_EVERY if self._watch is None else self._watch.every
 
     @property
     def steps_taken(self) -> int:
-        """Steps so far, skipped ones counted. Never waits."""
+        """Number of steps so far, including skipped ones. Never waits."""
         return self._steps_taken
 
     @property
     def applied_steps(self) -> int:
-        """Steps that reached the weights. Waits for a GPU."""
+        """Number of applied steps. Waits for a GPU."""
         return guard_state.counter_of(self._state, 1)
 
     @property
     def skipped_steps(self) -> int:
-        """Steps that did not, for whatever reason. Waits for a GPU."""
+        """Number of skipped steps, for any reason. Waits for a GPU."""
         return guard_state.counter_of(self._state, 2)
 
     @property
     def consecutive_skips(self) -> int:
-        """Incidents skipped since the last applied step. Waits for a GPU.
+        """Number of incidents skipped since the last applied step. Waits for a GPU.
 
-        Skips that only lower a loss scale neither count here nor end a row.
+        Skips that only lower a loss scale do not count, and do not reset it.
         """
         return guard_state.counter_of(self._state, 3)
 
     @property
     def loss_scale_skips(self) -> int:
-        """Those of `skipped_steps` that only lowered a loss scale. Waits for a GPU."""
+        """Number of skipped steps that only lowered a loss scale. Waits for a GPU."""
         return guard_state.counter_of(self._state, 4)
 
     @property
     def lifetime(self) -> Lifetime:
-        """The counts of the whole run, which no rollback and no load lowers. Waits for a GPU.
+        """The step counts of the whole run, which loading and rollbacks do not lower.
 
-        `skipped_steps` and the others belong to the state in force, so going back to an earlier one
-        takes them back. These are saved with the state: a new process goes on from what they were
-        then. Of the counts at hand and those of a state that is loaded, those with more steps hold.
+        `skipped_steps` and the other counters belong to the current state, and go back when an
+        earlier state is loaded. The lifetime is saved in the state dict too. Loading keeps the
+        lifetime with more steps, the current one or the one in the state dict. Waits for a GPU.
 
         Example:
             >>> import torch, fastguard
@@ -205,16 +212,16 @@ class KnownRun(OptimizerAround):
         return Lifetime.of(self._state, self._taken_back)
 
     def _go_on_from(self, state: GuardState, taken_back: Lifetime) -> None:
-        """Takes a loaded state, and of its counts and the run's those with more steps."""
+        """Continues from a loaded state, with the lifetime that has more steps."""
         most = max(self.lifetime, Lifetime.of(state, taken_back), key=lambda counts: counts.steps)
         self._state, self._taken_back = state, most.taken_back_of(state)
         self._steps_taken = guard_state.counter_of(state, 0)
         self._recorder.forget_last()
 
     def _conclude(self) -> None:
-        """Ends the step in flight: it is written down if it was taken, and taken back if not.
+        """Concludes the step in flight: records it if it was taken, otherwise undoes it.
 
-        May be interrupted at any line, and called again.
+        May be interrupted at any line and called again.
         """
         flight = self._flight
         if flight is None:
@@ -230,11 +237,9 @@ class KnownRun(OptimizerAround):
         self._flight = None
 
     def _after_failure(self, error: BaseException) -> None:
-        """An exception has left `step`: what it has begun is ended, once more if that is
-        interrupted too.
-        """
-        # GradScaler removes these only after a step that returns, and multiplies its scale onto
-        # what it finds.
+        """Concludes the step after an exception in `step`; tries again if interrupted."""
+        # GradScaler removes these only after a step that returns, and multiplies an existing
+        # grad_scale by its scale.
         self.__dict__.pop("grad_scale", None)
         self.__dict__.pop("found_inf", None)
         if self._flight is not None and isinstance(error, NonFiniteGradError):
@@ -249,10 +254,10 @@ class KnownRun(OptimizerAround):
             self._observed.keep_for_retry()
 
     def _deliver(self, *, before: bool, budget: bool = True) -> None:
-        """Hands the record of a step to those who act on it, and checks the skip budget.
+        """Delivers the record of a step to subscribers, and checks the skip budget.
 
-        Where the verdict of step k is on the host at once, after step k; else before step k + 1, by
-        waiting for step k, so that every rank and every rerun acts at the same step.
+        If every step reads the verdict on the host, this happens after step k; otherwise before
+        step k + 1, waiting for step k. So all ranks and all reruns react at the same step.
         """
         if self.max_consecutive_skips is None and not self._recorder.has_subscribers:
             return
@@ -265,24 +270,24 @@ class KnownRun(OptimizerAround):
 
     @property
     def sync_free(self) -> bool:
-        """Whether a step never waits for the device.
+        """Whether steps never wait for the device.
 
-        True for fused optimizers and compiled updates without step hooks of their own (but for the
-        one step that creates the momentum buffers of SGD, or the state of an optimizer that is not
-        torch's), and for every optimizer on a CPU, where there is nothing to wait for; never in
-        raise mode on a GPU.
+        True on a CPU, where there is nothing to wait for. On a GPU, True for fused optimizers and
+        compiled updates if the wrapped optimizer has no step hooks, and False in raise mode. Even
+        then, one step waits: the step that creates the momentum buffers of SGD, or with
+        `compile_step` the state of an optimizer that is not torch's.
         """
         on_cpu = self._device.type == "cpu"
         return on_cpu or not (self._fitting_stepper().waits or self.nonfinite == "raise")
 
     def _fitting_stepper(self) -> Stepper:
-        """The road for the optimizer as it is now: param groups may have got another `fused`."""
+        """Returns the stepper for the current settings, such as `fused` in the param groups."""
         if not self._stepper.fits():
             self._stepper = stepper_for(self.optimizer)
         return self._stepper
 
     def describe(self) -> str:
-        """What is guarded and how, in one line."""
+        """Returns a line that tells what is guarded, with which settings."""
         parameters = self._gradients.layout.parameters
         elements = sum(p.numel() for p in parameters if not is_lazy(p))
         n_lazy = sum(map(is_lazy, parameters))
@@ -298,7 +303,7 @@ class KnownRun(OptimizerAround):
         )
 
     def __repr__(self) -> str:
-        """How it is guarded, and the param groups as torch prints them."""
+        """Returns the settings of the guard, and the param groups as torch prints them."""
         inner = type(self.optimizer).__name__
         groups = super().__repr__().partition("(")[2]
         return f"{type(self).__name__} around {inner}, {self._settings()} ({groups}"

@@ -1,8 +1,8 @@
-"""Step hooks: the guard's own run around a guarded step, those of all optimizers once a step.
+"""Step hooks: the guard's hooks run around each guarded step, and global hooks once per step.
 
-`register_optimizer_step_pre_hook` and `..._post_hook` of torch register hooks for every optimizer.
-The step of the wrapped one runs them. So the guard does not, but where it skips a step without that
-call: a profiler that counts steps by them counts each once.
+Global hooks are those of torch's `register_optimizer_step_pre_hook` and `..._post_hook`, for all
+optimizers. The step of the wrapped optimizer runs them, so the guard runs them only when it skips
+that step. A profiler that counts steps by them counts each step once.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 
 def with_own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a method the `step` of an optimizer around another one, opaque to a compiler.
+    """Decorates the `step` of an optimizer that wraps another one; torch.compile skips it.
 
-    As torch does it for every optimizer, but without the hooks of all optimizers.
+    Does the same as torch for every optimizer, except for running global hooks.
     """
 
     def with_hooks(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
@@ -37,7 +37,7 @@ def with_own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(step)
     def hooked(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
         try:
-            if not torch.autograd._profiler_enabled():  # a range that nobody records takes 10 µs
+            if not torch.autograd._profiler_enabled():  # an unused profiler range takes 10 µs
                 if not has_step_hooks(self):
                     return step(self, *args, **kwargs)
                 return with_hooks(self, *args, **kwargs)
@@ -50,12 +50,12 @@ def with_own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
                 hook(self, error)
             raise
 
-    hooked.hooked = True  # type: ignore[attr-defined]  # or torch would put its own hooks around it
+    hooked.hooked = True  # type: ignore[attr-defined]  # keeps torch from adding its own wrapper
     return hooked
 
 
 def _arguments(changed: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a pre-hook made of the arguments of `step`, without the optimizer itself."""
+    """Returns the arguments of `step` that a pre-hook returned, without the optimizer."""
     if not (isinstance(changed, tuple) and len(changed) == 2):
         raise RuntimeError(
             f"a step pre-hook must return None or a tuple of (new_args, new_kwargs), but returned "
@@ -66,22 +66,22 @@ def _arguments(changed: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def has_step_hooks(optimizer: Optimizer) -> bool:
-    """Whether an optimizer has step hooks of its own."""
+    """Whether an optimizer has step hooks, not counting global ones."""
     return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
 
 
 def is_hooked(optimizer: Optimizer) -> bool:
-    """Whether any hook runs around the step of an optimizer, those of all optimizers included."""
-    of_all = _global_optimizer_pre_hooks or _global_optimizer_post_hooks
-    return has_step_hooks(optimizer) or bool(of_all)
+    """Whether any hook runs around the step of an optimizer, including global ones."""
+    has_global = _global_optimizer_pre_hooks or _global_optimizer_post_hooks
+    return has_step_hooks(optimizer) or bool(has_global)
 
 
-def run_hooks_of_all(optimizer: Optimizer, *, pre: bool = True) -> None:
-    """Runs the hooks of all optimizers, where no step of this one has run them.
+def run_global_hooks(optimizer: Optimizer, *, pre: bool = True) -> None:
+    """Runs the global hooks for a step that was skipped.
 
     Args:
-        optimizer: What they are called with.
-        pre: Also those before a step, not only those behind it.
+        optimizer: The optimizer to pass to the hooks.
+        pre: Whether to run pre-hooks too, not only post-hooks.
     """
     before: Mapping[int, Callable[..., Any]] = _global_optimizer_pre_hooks if pre else {}
     for hook in [*before.values(), *_global_optimizer_post_hooks.values()]:
@@ -89,8 +89,9 @@ def run_hooks_of_all(optimizer: Optimizer, *, pre: bool = True) -> None:
 
 
 def has_post_hooks(optimizer: Optimizer) -> bool:
-    """Whether hooks run behind the step of an optimizer. One without torch's constructor has no
-    place for them.
+    """Whether post-hooks run after the step of an optimizer.
+
+    False for an optimizer that never called the constructor of `torch.optim.Optimizer`.
     """
     own = getattr(optimizer, "_optimizer_step_post_hooks", None)
     return own is not None and bool(own or _global_optimizer_post_hooks)
@@ -98,8 +99,9 @@ def has_post_hooks(optimizer: Optimizer) -> bool:
 
 @contextmanager
 def told_of_the_step(optimizer: Optimizer, returned: list[Any]) -> Iterator[None]:
-    """Adds None to `returned` when the step itself is over, ahead of all post-hooks: the weights
-    have moved then, also if a hook raises.
+    """Adds None to `returned` after the step itself and before any post-hook.
+
+    The weights have changed by then, even if a hook raises.
     """
     handle = optimizer.register_step_post_hook(lambda *_: returned.append(None))
     optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
@@ -110,15 +112,15 @@ def told_of_the_step(optimizer: Optimizer, returned: list[Any]) -> Iterator[None
 
 
 @contextmanager
-def without_pre_hooks_of_all(optimizer: Optimizer) -> Iterator[None]:
-    """Keeps the pre-hooks of all optimizers from this one; those inside it run them as ever."""
+def without_global_pre_hooks(optimizer: Optimizer) -> Iterator[None]:
+    """Disables global pre-hooks for this optimizer, but not for optimizers inside it."""
     hooks = _global_optimizer_pre_hooks
     kept = dict(hooks)
 
-    def of_others(hook: Callable[..., Any]) -> Callable[..., Any]:
+    def for_others(hook: Callable[..., Any]) -> Callable[..., Any]:
         return lambda other, *args: None if other is optimizer else hook(other, *args)
 
-    hooks.update({key: of_others(hook) for key, hook in kept.items()})
+    hooks.update({key: for_others(hook) for key, hook in kept.items()})
     try:
         yield
     finally:

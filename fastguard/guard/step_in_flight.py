@@ -1,10 +1,9 @@
-"""A guarded step is taken or it is not, whatever interrupts it.
+"""`StepInFlight`: makes a guarded step atomic, so that an exception leaves it taken or not taken.
 
-An exception can come at any line: out of memory in the wrapped step, Ctrl-C anywhere. What a step
-changes in the guard is therefore either kept as it was before (counters, spike baselines, observed
-losses), or can be written down again and again with the same result (records, the last verdict, the
-number of the step). The step counts from the moment when the wrapped optimizer has returned: before
-it nothing is counted, and from then on everything is.
+An exception can occur at any line: out of memory in the wrapped step, Ctrl-C anywhere. So the guard
+either keeps the previous values of what a step changes (counters, spike baselines, observed
+losses), or writes it in a way that can be repeated (records, the last verdict, the step number).
+The step counts, in full, once the wrapped optimizer has returned.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ class StepInFlight:
     """A guarded step that has begun.
 
     Args:
-        number: Which step this is, from 1, if it is taken.
-        call: Where the return of the wrapped optimizer is noted.
-        observed: The losses so far.
+        number: The number of the step if it is taken, from 1.
+        call: The call of the wrapped optimizer, which records its return.
+        observed: The losses passed so far.
 
     Attributes:
-        clamped: Its gradients if they were clamped.
-        outcome: What was decided; None before that.
-        obeyed: Whether the verdict is carried out.
+        clamped: The gradients that were clamped, if any.
+        outcome: The decision and its inputs; None before the decision.
+        obeyed: Whether the verdict has been carried out.
     """
 
     def __init__(self, number: int, call: StepCall, observed: ObservedLosses) -> None:
@@ -46,20 +45,20 @@ class StepInFlight:
 
     @property
     def is_taken(self) -> bool:
-        """Whether the wrapped optimizer has stepped, or was told not to."""
+        """Whether the wrapped optimizer has stepped, or was skipped."""
         return self.obeyed or bool(self._call.returned)
 
     def keep(self, state: GuardState) -> None:
-        """Has the decision note what it changes."""
+        """Makes the decision record how to undo its changes to the state."""
         state.undo = self._undo
 
     def use_up_losses(self) -> None:
-        """The guard itself refuses the step: its losses are not kept for another try."""
+        """Drops the losses instead of restoring them, when the guard itself refuses the step."""
         self._losses = []
 
     @torch.no_grad()
     def take_back(self) -> None:
-        """The guard as it was before the step, and gradients as far as there are copies."""
+        """Restores the guard, and clamped gradients if there are copies."""
         for put_back in reversed(self._undo):
             put_back()
         if self.clamped is not None:

@@ -1,15 +1,16 @@
-"""How the wrapped optimizer is made to obey a verdict: the roads to "this step does not happen".
+"""The ways to skip a step of the wrapped optimizer, chosen by `stepper_for`.
 
-* `OnDevice`: fused optimizers read the device scalar `found_inf` inside their kernel and write
-  nothing when it is exactly 1. Nobody waits.
-* `InUpdate`: the optimizers of `fastguard.optim` take the whole verdict into their update, so that
-  gradients are not written either.
-* `ReadFirst`: every other optimizer is simply not called. That takes the value of `found_inf` on
-  the host: free on a CPU, one read of one scalar on a GPU.
-* `FlatStep`: with `flat_parameters=True`, either of these two over whole runs of parameters.
+* `OnDevice`: fused optimizers read the device scalar `found_inf` in their kernel, and write nothing
+  if it is exactly 1. The host never waits.
+* `InUpdate`: the optimizers of `fastguard.optim` apply the whole verdict in their update, so that
+  gradients need not be written either.
+* `ReadFirst`: all other optimizers are not called. This needs `found_inf` on the host: free on a
+  CPU, one read of a scalar on a GPU.
+* `FlatStep`: with `flat_parameters=True`, `OnDevice` or `ReadFirst` over long runs of parameters.
 * `CompiledStep`: with `compile_step=True`, the update is compiled with every write masked by
   `found_inf`.
-* `WholeStep`: optimizers that evaluate their closure themselves, such as LBFGS.
+* `WholeStep`: optimizers that evaluate their closure themselves, such as LBFGS. The step is taken
+  and, if it was bad, undone.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ from fastguard.stages.spike_rules import Rule
 
 
 class Stepper(Protocol):
-    """The last of the four stages, apply, and the step of the wrapped optimizer behind it."""
+    """Runs the apply stage and then the step of the wrapped optimizer, or skips it."""
 
     skips: str
-    """How a step is skipped where it does not wait, for `GuardedOptimizer.describe`."""
+    """How a step is skipped without waiting, for `GuardedOptimizer.describe`."""
 
     @property
     def waits(self) -> bool:
@@ -45,63 +46,63 @@ class Stepper(Protocol):
         ...
 
     def fits(self) -> bool:
-        """Whether this is still the road for the optimizer, whose settings may change."""
+        """Whether this stepper still suits the optimizer, whose settings may change."""
         ...
 
     def reset(self) -> None:
-        """The param groups hold other parameters than before."""
+        """Called when the parameters in the param groups have changed."""
         ...
 
-    def obeyed(
+    def applicable(
         self, limits: tuple[Limit, ...], rules: tuple[Rule, ...]
     ) -> tuple[tuple[Limit, ...], tuple[Rule, ...]]:
-        """Of the limits of the norm and the spike rules, those that this road can obey."""
+        """Returns the limits and spike rules that can be applied, in place of the given ones."""
         ...
 
     def evaluate(self, call: StepCall, loss: Any, *, stop_at_nonfinite: bool) -> tuple[Any, Any]:
-        """Evaluates the closure, ahead of the decision.
+        """Evaluates the closure, before the decision.
 
         Args:
             call: The closure and the arguments for the wrapped optimizer.
-            loss: What the caller gave as the loss; None: what the closure returns.
-            stop_at_nonfinite: Of several evaluations, the first with a non-finite loss is the last.
+            loss: The loss that the caller passed; None: the result of the closure.
+            stop_at_nonfinite: Whether repeated evaluations end with the first non-finite loss.
 
         Returns:
-            What `GuardedOptimizer.step` returns if the wrapped one gives nothing, and the loss.
+            The result of `GuardedOptimizer.step` in case the wrapped `step` returns None; the loss.
         """
         ...
 
     def step(self, buckets: GradBuckets, verdict: Verdict, call: StepCall, changes: bool) -> None:
-        """Applies a verdict to the gradients and has the optimizer step, or not.
+        """Applies a verdict to the gradients, and calls the optimizer unless the step is skipped.
 
         Args:
             buckets: The gradients that were measured.
-            verdict: What was decided.
-            call: The arguments for the wrapped optimizer; takes what it returns.
-            changes: Whether there can be anything to change in the gradients.
+            verdict: The verdict.
+            call: The arguments for the wrapped optimizer; receives its result.
+            changes: Whether gradients may have to be changed.
         """
         ...
 
     def conclude(self, taken: bool) -> None:
-        """The end of a step.
+        """Ends a step.
 
         Args:
-            taken: Whether it counts. If not, weights and state are put back where they can be.
+            taken: Whether the step counts. If not, weights and state are restored if possible.
         """
         ...
 
 
-def stepper_asked_for(
+def requested_stepper(
     optimizer: Optimizer, gradients: Gradients, flat_parameters: bool, compile_step: bool
 ) -> Stepper:
-    """The road that the arguments of a guard ask for; without any, `stepper_for`."""
+    """Returns the stepper that the arguments of the guard request, or else `stepper_for`."""
     if flat_parameters:
         return FlatStep(optimizer, gradients)
     return CompiledStep(optimizer, gradients) if compile_step else stepper_for(optimizer)
 
 
 def stepper_for(optimizer: Optimizer) -> Stepper:
-    """The road that an optimizer can take; `OnDevice` only if every param group is fused."""
+    """Returns the stepper for an optimizer; `OnDevice` only if every param group is fused."""
     if WholeStep.serves(optimizer):
         return WholeStep(optimizer)
     if isinstance(optimizer, FusedOptimizer):

@@ -1,10 +1,10 @@
-"""Settings of an optimizer as 0-dim tensors while its update is traced.
+"""`TensorSettings`: settings of an optimizer become 0-dim tensors while its update is traced.
 
-A Python number would be a constant of the compiled update, and each new learning rate a new
-compilation. Torch takes a 0-dim tensor almost everywhere a number may stand, with two exceptions
-that are handled here: the `alpha` and `value` of its arithmetic, which are numbers only, and the
-functions of `math`. A branch on a setting (`if momentum != 0`) is decided by the value that it has
-now, and noted: the compiled update holds as long as the branch would go the same way.
+A Python number would be a constant of the compiled update, so each new learning rate would cause a
+recompilation. Torch accepts 0-dim tensors instead of numbers almost everywhere. This module handles
+the exceptions: `alpha` and `value` of arithmetic operations, and the functions of `math`. A branch
+on a setting (`if momentum != 0`) is decided by the current value and recorded; the compiled update
+is valid as long as the branch has the same result.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Branch(NamedTuple):
     """A comparison of a setting that the traced update depends on.
 
     Attributes:
-        setting: Which one: a key of the caller.
-        compare: One of `operator`'s comparisons.
-        other: The number it was compared with.
-        result: How that went.
+        setting: The key of the setting.
+        compare: A comparison of the module `operator`.
+        other: The number that the setting was compared with.
+        result: The result of the comparison.
     """
 
     setting: Any
@@ -52,19 +52,19 @@ class Branch(NamedTuple):
     result: bool
 
     def holds(self, value: float) -> bool:
-        """Whether the comparison still goes the same way. NaN compares as in Python."""
+        """Whether the comparison has the same result for `value`. NaN compares as in Python."""
         return bool(self.compare(value, self.other)) == self.result
 
 
 class TensorSettings(TorchFunctionMode):
-    """While it is entered, torch takes 0-dim tensors where it takes only numbers otherwise.
+    """A mode in which torch accepts 0-dim tensors where it otherwise requires numbers.
 
     Args:
-        settings: `(tensor, key, value)` of each setting: the tensor that stands for it, the key
-            that names it in `branches`, and its value now.
+        settings: `(tensor, key, value)` per setting: its tensor, its key in `branches`, and its
+            current value.
 
     Attributes:
-        branches: The comparisons that were decided by values.
+        branches: The comparisons that were decided by current values.
     """
 
     def __init__(self, settings: list[tuple[Tensor, Any, float]]) -> None:
@@ -82,12 +82,12 @@ class TensorSettings(TorchFunctionMode):
         if name == "bool" and len(args) == 1 and id(args[0]) in self._known:
             return self._decided(operator.ne, args[0], 0.0)
         if name == "item" and args[0].is_floating_point():
-            return args[0]  # as torch's own optimizers take it while they are compiled
+            return args[0]  # as in torch's own optimizers while they are compiled
         done = _rewritten(func, args, kwargs)
         return func(*args, **kwargs) if done is NotImplemented else done
 
     def _decided(self, compare: Callable[[Any, Any], bool], x: Any, y: Any) -> bool | None:
-        """The comparison of a setting with a number; None: it is none."""
+        """Returns the result of comparing a setting with a number; None for other comparisons."""
         if id(x) not in self._known or isinstance(y, Tensor):
             return None
         key, value = self._known[id(x)]
@@ -98,10 +98,10 @@ class TensorSettings(TorchFunctionMode):
 
 @contextmanager
 def python_of_tensors(kind: type) -> Iterator[None]:
-    """Has `math`, `min` and `max` take 0-dim tensors in the modules that define a class.
+    """Makes `math`, `min` and `max` accept 0-dim tensors in the modules that define a class.
 
-    Optimizers that count in Python call these. The names are replaced in the modules of the class
-    and of its bases only, and only for the time of the trace.
+    Optimizers that count in Python call these. The names are replaced only in the modules of the
+    class and its bases, and only within the context.
     """
     stand_ins = {"math": _TensorMath(), "min": _least, "max": _greatest}
     replaced: list[tuple[dict[str, Any], str, Any]] = []
@@ -121,7 +121,10 @@ def python_of_tensors(kind: type) -> Iterator[None]:
 
 
 def _globals_of(kind: type) -> list[dict[str, Any]]:
-    """Those of the modules that define the methods of a class. `__module__` may name another."""
+    """Returns the globals of the modules that define the methods of a class.
+
+    `__module__` may name a different module.
+    """
     methods = [
         inspect.unwrap(m) for base in kind.__mro__ for m in vars(base).values() if callable(m)
     ]
@@ -130,7 +133,7 @@ def _globals_of(kind: type) -> list[dict[str, Any]]:
 
 
 class _TensorMath:
-    """The module `math`, whose functions also take tensors where torch has one of that name."""
+    """The module `math`, whose functions also accept tensors if torch has the function."""
 
     def __getattr__(self, name: str) -> Any:
         original = getattr(math, name)
@@ -166,7 +169,7 @@ def _extreme(
     return result
 
 
-_FORM = re.compile(r"(_foreach_)?(add|sub|addcdiv|addcmul|lerp)(_?)")
+_CALL = re.compile(r"(_foreach_)?(add|sub|addcdiv|addcmul|lerp)(_?)")
 _NUMBER = {"add": "alpha", "sub": "alpha", "addcdiv": "value", "addcmul": "value"}
 _TERM: Mapping[str, Callable[..., Tensor]] = {
     "add": lambda number, other: other * number,
@@ -177,8 +180,11 @@ _TERM: Mapping[str, Callable[..., Tensor]] = {
 
 
 def _rewritten(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The result of a call with a tensor where torch wants a number; NotImplemented: it is none."""
-    form = _FORM.fullmatch(getattr(func, "__name__", ""))
+    """Returns the result of a call with a tensor as `alpha`, `value` or `weight`.
+
+    NotImplemented for all other calls.
+    """
+    form = _CALL.fullmatch(getattr(func, "__name__", ""))
     if form is None:
         return NotImplemented
     each, name, in_place = form.groups()
@@ -195,7 +201,7 @@ def _rewritten(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> A
 
 
 def _single(name: str, in_place: bool, number: Tensor, x: Tensor, *others: Tensor) -> Tensor:
-    if name == "lerp":  # takes no weight of another dtype
+    if name == "lerp":  # the weight must have the dtype of x
         end, weight = others[0], number.to(x.dtype)
         return x.lerp_(end, weight) if in_place else x.lerp(end, weight)
     term = _TERM[name](number, *others)

@@ -1,4 +1,4 @@
-"""Adaptive gradient clipping inside a guarded step: `max_norm=AGC(...)`, `clip_scope="unit"`."""
+"""Adaptive gradient clipping in a guarded step: `max_norm=AGC(...)`, `clip_scope="unit"`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from fastguard.stages.units import clip_units, with_units
 
 
 class UnitClipping:
-    """Clips the units of the parameters of one layout.
+    """Clips the units of the parameters in a layout.
 
     Args:
-        agc: The limits, and which parameters have none.
+        agc: The limits, and the excluded parameters.
         layout: The parameters and their names.
 
     Raises:
         TypeError: A parameter is a DTensor.
-        ValueError: `agc.exclude` names no parameter.
+        ValueError: An entry of `agc.exclude` matches no parameter.
     """
 
     def __init__(self, agc: AGC, layout: Layout) -> None:
@@ -36,7 +36,7 @@ class UnitClipping:
         norm_type: float,
         propagates: bool,
     ) -> Verdict:
-        """Scales the gradients of a step that is taken; `clip_coef` tells of it in the verdict."""
+        """Scales the gradients unless the step is skipped; returns the verdict with `clip_coef`."""
         parameters = [layout.parameters[i] for i in self._positions]
         names = [layout.names[i] for i in self._positions]
         units = unit_buckets([p.grad for p in parameters], parameters, names, norm_type)

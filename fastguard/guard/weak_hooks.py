@@ -1,4 +1,4 @@
-"""A hook that does not keep its owner alive, and goes with it."""
+"""Hooks that do not keep their object alive."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def hook_weakly(
 
     Args:
         register: Such as `optimizer.register_step_pre_hook`.
-        method: A bound method; it is called without the arguments of the hook.
+        method: A bound method, called without arguments.
 
     Returns:
         The handle, to remove the hook earlier.

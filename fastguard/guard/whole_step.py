@@ -1,10 +1,10 @@
-"""Optimizers that evaluate their closure themselves: LBFGS, SAM, closure forms of schedule-free.
+"""`WholeStep`: for optimizers that evaluate their closure, such as LBFGS and SAM.
 
-They move the weights between or before evaluations, so there is no moment before the step at which
-to decide. The guard lets them step, looks at the gradients and the loss of the last evaluation, and
-takes the whole step back, weights and state, if these are bad. A non-finite loss ends the step
-there and then: a line search fails on it with an IndexError. Costs one copy of weights and state a
-step.
+These (and schedule-free optimizers with a closure) change the weights before or between
+evaluations, so no decision is possible before the step.
+The guard lets them step, checks the gradients and the loss of the last evaluation, and restores
+weights and state if these are bad. A non-finite loss ends the step immediately, because a line
+search would fail on it with an IndexError. Costs one copy of weights and state per step.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastguard.guard.clip_scope import Limit
 from fastguard.guard.inner_step import StepCall
 from fastguard.guard.optimizer_copy import OptimizerCopy
 from fastguard.guard.read_first import says_skip
-from fastguard.guard.step_hooks import run_hooks_of_all
+from fastguard.guard.step_hooks import run_global_hooks
 from fastguard.records.losses import named_losses
 from fastguard.stages.apply import apply
 from fastguard.stages.contract import Verdict
@@ -33,11 +33,11 @@ log: logging.Logger = logging.getLogger("fastguard")
 
 
 class _NonFiniteLoss(Exception):
-    """Leaves the optimizer's step."""
+    """Raised from the closure to end the optimizer's step."""
 
 
 class WholeStep:
-    """Steps first, decides afterwards, takes back if it must."""
+    """Steps first, decides afterwards, and undoes the step if it was bad."""
 
     waits = True
     skips = "after reading the verdict"
@@ -45,34 +45,34 @@ class WholeStep:
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
         self._before: OptimizerCopy | None = None
-        self._told = False  # that it clips nothing
+        self._warned = False  # whether the warning that limits have no effect was given
 
     @staticmethod
     def serves(optimizer: Optimizer) -> bool:
-        """Whether an optimizer is known for that. Of others it shows at their first step."""
+        """Whether an optimizer is known to evaluate its closure; others are found in a step."""
         return isinstance(optimizer, torch.optim.LBFGS)
 
     def fits(self) -> bool:
-        """An optimizer that evaluates its closure itself always does."""
+        """Returns True: an optimizer that evaluates its closure always does."""
         return True
 
-    def obeyed(
+    def applicable(
         self, limits: tuple[Limit, ...], rules: tuple[Rule, ...]
     ) -> tuple[tuple[Limit, ...], tuple[Rule, ...]]:
-        """Limits and rules that clip nothing: the gradients have been used when they are seen.
+        """Returns limits and rules that clip nothing, since the gradients have already been used.
 
-        One warning says so where they would clip.
+        Warns once if the given ones would clip.
         """
         adaptive = [limit for limit in limits if not isinstance(limit, float)]
         least = min((limit for limit in limits if isinstance(limit, float)), default=math.inf)
         shown = adaptive[0] if adaptive else least
         clips = [f"max_norm={shown}"] if shown != math.inf else []
         clips += [str(rule) for rule in rules if rule.action == "clip"]
-        if clips and not self._told:
-            self._told = True
+        if clips and not self._warned:
+            self._warned = True
             log.warning(
-                "%s has no effect: %s evaluates its closure itself, and gradients inside such a "
-                "step cannot be clipped; clip them in the closure, after backward()",
+                "%s has no effect: %s evaluates its closure itself, so its gradients cannot be "
+                "clipped before they are used; clip them in the closure, after backward()",
                 " and ".join(clips),
                 type(self.optimizer).__name__,
             )
@@ -80,19 +80,19 @@ class WholeStep:
         return (math.inf,) * len(limits), tuple(recorded)
 
     def reset(self) -> None:
-        """Nothing is remembered of the parameters between steps."""
+        """Does nothing: there is no state between steps."""
 
     def evaluate(self, call: StepCall, loss: Any, *, stop_at_nonfinite: bool) -> tuple[Any, Any]:
         """Steps the optimizer, which evaluates the closure.
 
         Args:
-            call: The closure and what else `step` takes.
-            loss: What the caller gave as the loss; None: that of the last evaluation.
-            stop_at_nonfinite: The first non-finite loss is the last evaluation.
+            call: The closure and the other arguments of `step`.
+            loss: The loss that the caller passed; None: the loss of the last evaluation.
+            stop_at_nonfinite: Whether the first non-finite loss ends the step.
 
         Returns:
-            What `step` returned, or the first loss if a non-finite one ended it; and the loss: the
-            last one if it ended the step, whatever the caller gave.
+            The result of `step`, or the first loss if a non-finite loss ended the step; and the
+            loss, which is the last one in that case.
 
         Raises:
             TypeError: There is no closure.
@@ -108,7 +108,7 @@ class WholeStep:
 
         def remember() -> Any:
             given = closure()
-            losses[1:] = [given]  # the first and the last
+            losses[1:] = [given]  # keeps the first and the last loss
             if stop_at_nonfinite and _is_nonfinite(given):
                 raise _NonFiniteLoss
             return given
@@ -117,20 +117,20 @@ class WholeStep:
             args, kwargs = call.with_closure(remember)
             result = self.optimizer.step(*args, **kwargs)
         except _NonFiniteLoss:
-            run_hooks_of_all(self.optimizer, pre=False)
+            run_global_hooks(self.optimizer, pre=False)
             return losses[0], losses[-1]
         last = losses[-1] if losses else None
         return result, last if loss is None else loss
 
     def step(self, buckets: GradBuckets, verdict: Verdict, call: StepCall, changes: bool) -> None:
-        """Keeps the step, or takes it back."""
-        if changes:  # sets what is non-finite to zero
+        """Restores weights and state if the verdict skips the step."""
+        if changes:  # sets non-finite elements to zero
             apply(buckets, verdict)
         if says_skip(verdict) and self._before is not None:
             self._before.restore()
 
     def conclude(self, taken: bool) -> None:
-        """Weights and state as they were before `evaluate`, bit for bit, unless it was decided."""
+        """Restores weights and state to the bit if the step failed before a decision."""
         if self._before is not None and not taken:
             self._before.restore()
         self._before = None

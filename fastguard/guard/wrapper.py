@@ -1,10 +1,10 @@
-"""Being a `torch.optim.Optimizer` to schedulers, scalers and trainers, around another one.
+"""`OptimizerWrapper`: a `torch.optim.Optimizer` that delegates to another optimizer.
 
-Param groups, state and defaults are those of the wrapped optimizer, looked up each time, because it
-replaces these objects when it loads a state dict. Hooks are the wrapper's own. Whatever else the
-wrapped optimizer has (`train` and `eval` of schedule-free ones, `is_second_order`,
-`sync_lookahead`) is reachable on the wrapper, and what it lacks is absent there too, because
-training loops probe with `hasattr`.
+Schedulers, scalers and trainers accept it. Param groups, state and defaults are looked up on the
+wrapped optimizer at each access, because loading a state dict replaces them. Hooks belong to the
+wrapper. All other attributes of the wrapped optimizer (`train` and `eval` of schedule-free ones,
+`is_second_order`, `sync_lookahead`) are available on the wrapper. Attributes that it lacks are
+missing there too, because training loops check with `hasattr`.
 """
 
 from __future__ import annotations
@@ -20,32 +20,33 @@ from torch.utils.hooks import RemovableHandle
 
 from fastguard.guard.state_dict import torch_dcp
 
-# How GradScaler talks to the optimizer that it was given: an answer from the wrapped one would be
-# taken for the scaler's.
-_OF_THE_SCALER = frozenset({"grad_scale", "found_inf"})
+# Set by GradScaler on the wrapper. Not delegated, or values on the wrapped optimizer would be taken
+# for the scaler's.
+_SCALER_ATTRIBUTES = frozenset({"grad_scale", "found_inf"})
 
 
-class OptimizerAround(Optimizer):
-    """An optimizer whose param groups, state and defaults are those of `self.optimizer`."""
+class OptimizerWrapper(Optimizer):
+    """An optimizer that takes param groups, state and defaults from `self.optimizer`."""
 
     optimizer: Optimizer
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Lightning and Fabric wrap an optimizer in an instance of a class that they derive from
-        its own, without its attributes: there, methods are to be those of the wrapped one.
+        """Makes methods of subclasses by Lightning and Fabric delegate to the wrapped optimizer.
+
+        Both wrap an optimizer in an instance of a subclass of its class, without its attributes.
         """
         super().__init_subclass__(**kwargs)
         if not isinstance(getattr(cls, "optimizer", None), property):
             return
         for base in cls.__mro__[1:]:
-            if issubclass(base, OptimizerAround):
+            if issubclass(base, OptimizerWrapper):
                 for name, method in vars(base).items():
                     if isfunction(method) and name[0] != "_" and getattr(cls, name) is method:
-                        setattr(cls, name, _of_the_wrapped(name))
+                        setattr(cls, name, _delegating(name))
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The param groups of the wrapped optimizer, which replaces the list when it loads."""
+        """The param groups of the wrapped optimizer, which replaces the list when loading."""
         return self.optimizer.param_groups
 
     @param_groups.setter
@@ -72,8 +73,8 @@ class OptimizerAround(Optimizer):
         self.optimizer.defaults = defaults
 
     def __getattr__(self, name: str) -> Any:
-        """What only the wrapped optimizer has. Python asks here after all else has failed."""
-        if hasattr(type(self), name):  # a property of our own failed: it says why
+        """Returns an attribute of the wrapped optimizer that the wrapper does not have."""
+        if hasattr(type(self), name):  # a property of the wrapper raised: raise its error
             return object.__getattribute__(self, name)
         inner = self.__dict__.get("optimizer")  # absent while a copy is being made
         if inner is None or not _is_delegated(name):
@@ -82,7 +83,7 @@ class OptimizerAround(Optimizer):
             value = getattr(inner, name)
         except AttributeError as error:
             raise AttributeError(
-                f"neither {type(self).__name__!r} nor the optimizer that it wraps, "
+                f"neither {type(self).__name__!r} nor the wrapped optimizer, "
                 f"{type(inner).__name__!r}, has an attribute {name!r}"
             ) from error
         if getattr(value, "__self__", None) is inner and callable(value):
@@ -102,9 +103,9 @@ class OptimizerAround(Optimizer):
             delattr(self.optimizer, name)
 
     def _belongs_to_wrapped(self, name: str) -> bool:
-        """Whether the wrapped optimizer has an attribute that the wrapper itself has not."""
+        """Whether the wrapped optimizer has an attribute that the wrapper lacks."""
         return (
-            "_warned_capturable_if_run_uncaptured" in self.__dict__  # it is complete
+            "_warned_capturable_if_run_uncaptured" in self.__dict__  # construction is complete
             and _is_delegated(name)
             and not hasattr(type(self), name)
             and hasattr(self.optimizer, name)
@@ -115,7 +116,7 @@ class OptimizerAround(Optimizer):
         return sorted({*super().__dir__(), *delegated})
 
     def _become_an_optimizer(self) -> None:
-        """What Optimizer.__init__ does, without param groups of our own."""
+        """Does what Optimizer.__init__ does, except for creating param groups."""
         for event in ("step", "state_dict", "load_state_dict"):
             for when in ("pre", "post"):
                 setattr(self, f"_optimizer_{event}_{when}_hooks", OrderedDict())
@@ -126,14 +127,20 @@ class OptimizerAround(Optimizer):
     def register_failed_step_hook(
         self, hook: Callable[[Optimizer, BaseException], None]
     ) -> RemovableHandle:
-        """Calls `hook(optimizer, error)` after a step that raised, where no post-hook runs."""
+        """Registers `hook(optimizer, error)`, called after a step that raised an error.
+
+        Post-hooks do not run after such a step.
+
+        Returns:
+            A handle to remove the hook.
+        """
         handle = RemovableHandle(self._failed_step_hooks)
         self._failed_step_hooks[handle.id] = hook
         return handle
 
     def __getstate__(self) -> dict[str, Any]:
-        # As in torch, copies carry no hooks; nor the `step` that a scheduler puts on the instance:
-        # it holds this optimizer, and a copy would step the original.
+        # As in torch, copies have no hooks. They also omit the `step` that a scheduler sets on the
+        # instance: it is bound to this optimizer, so a copy would step the original.
         transient = ("step", "_opt_called", "grad_scale", "found_inf", "rank_watch", "_flight")
         return {
             name: value
@@ -146,7 +153,7 @@ class OptimizerAround(Optimizer):
         self._become_an_optimizer()
 
 
-def _of_the_wrapped(name: str) -> Callable[..., Any]:
+def _delegating(name: str) -> Callable[..., Any]:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         return getattr(self.optimizer, name)(*args, **kwargs)
 
@@ -154,9 +161,10 @@ def _of_the_wrapped(name: str) -> Callable[..., Any]:
     return method
 
 
-def _returning(around: OptimizerAround, method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of the wrapped optimizer that returns the wrapper where it would return its own
-    `self`: a chain of calls would else end in the bare optimizer.
+def _returning(around: OptimizerWrapper, method: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps a method of the wrapped optimizer to return the wrapper in place of its `self`.
+
+    Otherwise chained calls would continue on the unguarded optimizer.
     """
 
     @wraps(method)
@@ -168,4 +176,4 @@ def _returning(around: OptimizerAround, method: Callable[..., Any]) -> Callable[
 
 
 def _is_delegated(name: str) -> bool:
-    return name not in _OF_THE_SCALER and not (name.startswith("__") and name.endswith("__"))
+    return name not in _SCALER_ATTRIBUTES and not (name.startswith("__") and name.endswith("__"))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastguard.guard.guarded import GuardedOptimizer
-from fastguard.guard.reporting import KnownRun
+from fastguard.guard.reporting import ReportingOptimizer
 from fastguard.ranks.groups import Replicated
 from fastguard.records.json_lines_sink import JsonLinesSink, check_file, check_sink
 from fastguard.records.recorder import Recorder
@@ -272,7 +272,9 @@ class RunRecords:
         # Absolute: the file is opened later, and programs change the working directory.
         self.records: Path | None = None if records is None else check_file(records).absolute()
         self.sinks: tuple[Sink, ...] = tuple(sinks)
-        self._files: weakref.WeakKeyDictionary[KnownRun, _File] = weakref.WeakKeyDictionary()
+        self._files: weakref.WeakKeyDictionary[ReportingOptimizer, _File] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {"records": self.records, "sinks": self.sinks}
@@ -282,7 +284,7 @@ class RunRecords:
 
     def begin(
         self,
-        optimizers: Sequence[KnownRun],
+        optimizers: Sequence[ReportingOptimizer],
         *,
         writes: bool,
         completed: Callable[[StepRecord], StepRecord] | None = None,

@@ -34,8 +34,8 @@ class Signals:
             (always on a CPU).
         bad_ranks: float64 `(2,)`: number of ranks that hold non-finite values, and the sum of their
             rank numbers; None in a single process.
-        born_here: float64 `()`: > 0 if gradients of this rank were non-finite before the ranks
-            summed them, see `RankWatch`. None: not checked; the current gradients decide.
+        local_nonfinite: float64 `()`: > 0 if gradients of this rank were non-finite before the
+            ranks summed them, see `RankWatch`. None: not checked; the current gradients decide.
         scale_falls: bool `()`: whether the scaler lowers the loss scale after an overflow, because
             the scale is above its minimum; on several ranks, whether this holds on every rank with
             non-finite values. None: the scale is unknown.
@@ -49,7 +49,7 @@ class Signals:
     found_inf: Tensor | None = None
     given: Tensor | None = None
     bad_ranks: Tensor | None = None
-    born_here: Tensor | None = None
+    local_nonfinite: Tensor | None = None
     scale_falls: Tensor | None = None
     watched: Tensor | None = None
 

@@ -170,7 +170,7 @@ def _flags(stats: GradStats, signals: Signals, rank: int) -> tuple[Tensor, Tenso
         not fix them; float64 `(2,)`: 1 and the rank number if this rank holds non-finite values.
     """
     nonfinite = stats.segment_counts.sum() > 0
-    bad = nonfinite if signals.born_here is None else signals.born_here > 0
+    bad = nonfinite if signals.local_nonfinite is None else signals.local_nonfinite > 0
     if len(signals.losses):
         bad = bad | ~signals.losses.isfinite().all()  # NaN is not finite
     if signals.found_inf is None:

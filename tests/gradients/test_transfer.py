@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastguard.gradients.buckets import bucketize
 from fastguard.gradients.transfer import moved
-from fastguard.guard.grad_scaler import handed_over
+from fastguard.guard.grad_scaler import scaler_inputs
 from fastguard.records.losses import stacked
 from fastguard.stages.apply import scale
 from fastguard.stages.measure import measure
@@ -47,7 +47,7 @@ def joined():
 
 def unscaled():
     one = torch.ones((), device=META)
-    handed_over(SimpleNamespace(grad_scale=one, found_inf=one), CPU)  # type: ignore[arg-type]
+    scaler_inputs(SimpleNamespace(grad_scale=one, found_inf=one), CPU)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("stage", [measured, scaled, joined, unscaled])

@@ -169,7 +169,7 @@ def test_a_damaged_state_is_refused():
     opt = adamw(max_norm=Mean())
     state = opt.state_dict()
     state["fastguard"]["limits"][1] = NAN
-    with pytest.raises(ValueError, match="limits=NaN; it is damaged"):
+    with pytest.raises(ValueError, match="limits=NaN, so it is damaged"):
         opt.load_state_dict(state)
 
 

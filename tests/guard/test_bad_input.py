@@ -63,9 +63,9 @@ def test_a_bad_argument(case):
 
 def test_a_positional_max_norm():
     parameters = new_parameters()
-    with pytest.raises(TypeError, match=r"given 1.0 as second.*\(optimizer, max_norm=1.0\)"):
+    with pytest.raises(TypeError, match=r"got 1.0 as second.*\(optimizer, max_norm=1.0\)"):
         GuardedOptimizer(sgd(parameters), 1.0)
-    with pytest.raises(TypeError, match=r"given SpikeRule.*are keywords"):
+    with pytest.raises(TypeError, match=r"got SpikeRule.*takes keywords"):
         GuardedOptimizer(sgd(parameters), SpikeRule(), 2.0)
     assert list(inspect.signature(GuardedOptimizer).parameters)[:2] == ["optimizer", "max_norm"]
 
@@ -101,23 +101,23 @@ def test_a_loss_in_place_of_a_closure():
 
 @pytest.mark.parametrize("inner", [None, nn.Linear(1, 1), [nn.Parameter(torch.zeros(1))]])
 def test_what_is_no_optimizer(inner):
-    with pytest.raises(TypeError, match=r"is no torch.optim.Optimizer.*AdamW"):
+    with pytest.raises(TypeError, match=r"must be a torch.optim.Optimizer.*AdamW"):
         GuardedOptimizer(inner)
 
 
 def test_an_optimizer_that_is_guarded_already():
-    with pytest.raises(TypeError, match=r"wrap the inner one: guarded\.optimizer"):
+    with pytest.raises(TypeError, match=r"already guarded; pass its `\.optimizer`"):
         GuardedOptimizer(GuardedOptimizer(sgd()))
 
 
 def test_sparse_adam():
     inner = torch.optim.SparseAdam(nn.Embedding(3, 2, sparse=True).parameters())
-    with pytest.raises(TypeError, match=r"SparseAdam works on sparse gradients.*use Adam"):
+    with pytest.raises(TypeError, match=r"SparseAdam takes sparse gradients.*use Adam"):
         GuardedOptimizer(inner)
 
 
 def test_an_optimizer_without_parameters():
-    with pytest.raises(ValueError, match="no parameters; there is nothing to guard"):
+    with pytest.raises(ValueError, match="the optimizer has no parameters to guard"):
         GuardedOptimizer(torch.optim.SGD([{"params": []}], lr=0.1))
 
 

@@ -55,9 +55,7 @@ def test_the_state_of_other_shapes_is_refused(name, trained):
     if trained:
         stepped(opt, range(2))
     before = snapshot(opt)
-    with pytest.raises(
-        ValueError, match=r"of shape \(.*was saved for a parameter of another shape"
-    ):
+    with pytest.raises(ValueError, match=r"of shape \(.*load a state dict of the same model"):
         opt.load_state_dict(foreign.state_dict())
     assert_same_bits(snapshot(opt), before)
 

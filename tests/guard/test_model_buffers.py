@@ -277,7 +277,7 @@ def test_what_overflows_under_an_applied_step_is_mended_by_element(
     loop.opt.step()
     assert norm.running_var.tolist() == [7.0, *kept[1:].tolist()]
     assert buffers.mended == 1
-    assert ("put back: 1.running_var" in caplog.text) == (verdict == "host")
+    assert ("were restored: 1.running_var" in caplog.text) == (verdict == "host")
 
 
 @pytest.mark.usefixtures("verdict")

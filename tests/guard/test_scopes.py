@@ -111,7 +111,7 @@ def a_complex_parameter():
 
 def test_clip_value_is_refused_for_complex_parameters():
     complex_one = {"params": [a_complex_parameter()], "clip_value": 0.5}
-    message = r"clip_value=0.5, but its parameter of shape \(2,\) is complex.*use max_norm"
+    message = r"clip_value=0.5 and a complex parameter of shape \(2,\).*use max_norm"
     with pytest.raises(TypeError, match=message):
         sgd([complex_one])
     opt = sgd(new_parameters())

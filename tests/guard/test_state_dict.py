@@ -175,7 +175,7 @@ OTHER_CONFIGURATIONS = {
     ),
     "RMSprop": (lambda s: of_other(torch.optim.RMSprop), "param group 0 lacks betas"),
     "Adamax": (lambda s: of_other(torch.optim.Adamax), "lacks exp_avg_sq"),
-    "other size": (lambda s: of_shape(4, 3), r"exp_avg of shape \(4, 3\), expected \(3, 4\)"),
+    "other size": (lambda s: of_shape(4, 3), r"exp_avg of shape \(4, 3\), .* needs \(3, 4\)"),
     "one element": (lambda s: of_shape(1), r"exp_avg of shape \(1,\)"),
     "a scalar": (lambda s: of_shape(), r"exp_avg of shape \(\)"),
     "no step": (
@@ -267,6 +267,6 @@ def test_a_clip_value_that_complex_parameters_cannot_have_is_refused():
     opt = guard()
     saved = opt.state_dict()
     saved["param_groups"][0]["clip_value"] = 1.0
-    with pytest.raises(TypeError, match=r"clip_value=1.0, but its parameter .* is complex"):
+    with pytest.raises(TypeError, match=r"clip_value=1.0 and a complex parameter"):
         opt.load_state_dict(saved)
     assert "clip_value" not in opt.param_groups[0]

@@ -80,4 +80,4 @@ def refusal(kind: str) -> str:
 @pytest.mark.parametrize("kind", ["fsdp1", "orig", "fsdp2"])
 def test_fsdp_is_refused(two: Ranks, kind: str) -> None:
     for message in two.run(refusal, kind):
-        assert "belongs to FSDP or DeepSpeed, whose shards are flat already" in message
+        assert "is a shard of FSDP or DeepSpeed, which is already flat" in message

@@ -21,7 +21,7 @@ from fastguard.diagnosis.replay.arguments import (
     context_of,
 )
 from fastguard.diagnosis.replay.replay import Step, step_of
-from fastguard.guard.wrapper import OptimizerAround
+from fastguard.guard.wrapper import OptimizerWrapper
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Subject:
     given_step: Step | None
     step: Step
     optimizer: Optimizer | None
-    guard: OptimizerAround | None
+    guard: OptimizerWrapper | None
     max_norm: float | None
     data: Iterable[Any] | None
     autocast: AbstractContextManager[Any]
@@ -75,9 +75,9 @@ class Subject:
         check_batch_kind(batch, any_kind=step is not None)
         if data is not None and not isinstance(data, Iterable):
             raise TypeError(f"data is a {type(data).__name__}; pass an iterable of batches")
-        guard = optimizer if isinstance(optimizer, OptimizerAround) else None
+        guard = optimizer if isinstance(optimizer, OptimizerWrapper) else None
         max_norm = None
-        while isinstance(optimizer, OptimizerAround):
+        while isinstance(optimizer, OptimizerWrapper):
             max_norm = getattr(optimizer, "max_norm", max_norm)
             max_norm = max_norm if isinstance(max_norm, float) else None
             optimizer = optimizer.optimizer

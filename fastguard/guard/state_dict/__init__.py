@@ -1,1 +1,1 @@
-"""The state dict of a guarded optimizer: that of the wrapped one, and the guard's own state."""
+"""The state dict of a guarded optimizer: the state of the wrapped optimizer and of the guard."""

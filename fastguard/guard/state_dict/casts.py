@@ -1,7 +1,7 @@
-"""State tensors with the dtypes that were saved, where torch casts them to the parameter's.
+"""Restores the saved dtypes of state tensors after torch has cast them to the parameter's dtype.
 
-An optimizer may keep float32 numbers beside 16-bit weights, or integers; torch casts them all,
-except for `step`.
+An optimizer may keep float32 or integer tensors for 16-bit weights; when loading, torch casts all
+of them except `step`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,18 @@ from fastguard.optim.optimizer import FusedOptimizer
 def take_back_casts(
     optimizer: Optimizer, saved: Mapping[str, Any], live: Mapping[Any, Any]
 ) -> None:
-    """Puts saved tensors where torch has put casts to the dtype of the parameter.
+    """Replaces loaded tensors that torch has cast by the saved ones.
 
-    A dtype that the live state has is right. Without one, what an optimizer of torch keeps in the
-    shape of the parameter follows the parameter, so that a state of float32 training can be loaded
-    into 16-bit parameters, and all else stays as it was saved.
+    The dtype of the state before loading takes precedence. If there was none, state in the shape of
+    the parameter takes the parameter's dtype for optimizers of torch, so that a state of float32
+    training can be loaded into 16-bit parameters; everything else keeps the saved dtype.
+
+    Args:
+        optimizer: The optimizer after loading; changed in place.
+        saved: The state dict that was loaded.
+        live: The state before loading.
     """
-    if isinstance(optimizer, FusedOptimizer):  # which knows the dtypes of its state
+    if isinstance(optimizer, FusedOptimizer):  # it handles the dtypes of its state itself
         return
     scalars, of_torch = scalar_entries(optimizer), is_of_torch(optimizer)
     ids = chain.from_iterable(group["params"] for group in saved["param_groups"])
@@ -41,8 +46,8 @@ def take_back_casts(
 
 
 def _as_saved(key: object, loaded: Any, saved: Any, live: Any) -> Any:
-    """A loaded entry with the dtypes of the saved one."""
-    if key == "step":  # torch has its own rule for where and what it is
+    """Returns a loaded entry with the dtypes of the saved one."""
+    if key == "step":  # torch has its own rule for its dtype and device
         return loaded
     if isinstance(loaded, Tensor) and isinstance(saved, Tensor):
         if saved.dtype == loaded.dtype:
@@ -60,17 +65,17 @@ def _as_saved(key: object, loaded: Any, saved: Any, live: Any) -> Any:
 
 
 def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
-    """The parameters of an optimizer, group after group."""
+    """Returns the parameters of an optimizer, group after group."""
     return chain.from_iterable(group["params"] for group in optimizer.param_groups)
 
 
 def scalar_entries(optimizer: Optimizer) -> set[str]:
-    """The entries that are one number for every parameter, whatever its shape."""
+    """Returns the names of the state entries that are a single number for every parameter."""
     states = [s for s in optimizer.state.values() if isinstance(s, Mapping)]
     tensors = [(k, v.dim()) for s in states for k, v in s.items() if isinstance(v, Tensor)]
     return {k for k, dim in tensors if dim == 0} - {k for k, dim in tensors if dim > 0}
 
 
 def is_of_torch(optimizer: Optimizer) -> bool:
-    """Whether torch itself has this optimizer."""
+    """Whether an optimizer is defined in `torch.optim`."""
     return f"{type(optimizer).__module__}.".startswith("torch.optim.")

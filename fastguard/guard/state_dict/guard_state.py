@@ -1,4 +1,4 @@
-"""The guard's part of a state dict: tensors and plain values, for `weights_only=True`."""
+"""Saves and loads the guard's part of a state dict: tensors and plain values (`weights_only`)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fastguard.guard.lifetime import NOTHING, Lifetime
 from fastguard.stages.contract import N_COUNTERS, GuardState, Policy, fresh_limits
 
 VERSION = 1
-_OF_RULES = ("signals", "windows_of", "windows", "rings")
+_RULE_ENTRIES = ("signals", "windows_of", "windows", "rings")
 
 
 def save(state: GuardState, policy: Policy, taken_back: Lifetime = NOTHING) -> dict[str, Any]:
-    """Counters and spike baselines, copied, and what they belong to.
+    """Returns a copy of counters, baselines and adaptive limits, with the settings they belong to.
 
-    Without spike rules there are no entries about them: torch.distributed.checkpoint drops empty
+    Without spike rules, their entries are omitted, because torch.distributed.checkpoint drops empty
     containers.
     """
     saved = {
@@ -45,21 +45,22 @@ def save(state: GuardState, policy: Policy, taken_back: Lifetime = NOTHING) -> d
 
 
 def load(saved: dict[str, Any] | None, policy: Policy, device: torch.device) -> GuardState:
-    """The state to resume with.
+    """Returns the saved state; a new one, with a warning, if `saved` is None.
 
     Raises:
-        ValueError: `saved` is of a newer version, incomplete, damaged, or of other spike rules.
+        ValueError: `saved` has another version, is incomplete or damaged, or belongs to other spike
+            rules or limits.
     """
     fresh = GuardState.fresh(policy, device)
     if saved is not None and not isinstance(saved, Mapping):
         raise ValueError(
-            f"state_dict['fastguard'] is {saved!r}, not the guard's state; "
-            "delete it to start a fresh guard"
+            f"state_dict['fastguard'] is {saved!r}, but must be a dict; delete it to start with a "
+            "new guard"
         )
     if saved is None:
         warnings.warn(
-            "the state dict has no 'fastguard' entry, so the optimizer resumes and the guard "
-            "starts fresh: counters at 0, spike baselines empty. Save opt.state_dict() of the "
+            "the state dict has no 'fastguard' entry, so the optimizer is restored, but the guard "
+            "starts with counters at 0 and empty spike baselines. Save opt.state_dict() of the "
             "GuardedOptimizer to keep them.",
             stacklevel=4,
         )
@@ -67,29 +68,29 @@ def load(saved: dict[str, Any] | None, policy: Policy, device: torch.device) -> 
     version = saved.get("version")
     if version != VERSION:
         raise ValueError(
-            f"the guard's state has version {version!r}, this release reads {VERSION}; "
-            "upgrade fastguard, or delete state_dict['fastguard'] to start a fresh guard"
+            f"state_dict['fastguard'] has version {version!r}, but this release reads {VERSION}; "
+            "upgrade fastguard, or delete the entry to start with a new guard"
         )
-    has_rules = any(key in saved for key in _OF_RULES)
-    needed = (*_OF_RULES, "counters") if has_rules else ("counters",)
+    has_rules = any(key in saved for key in _RULE_ENTRIES)
+    needed = (*_RULE_ENTRIES, "counters") if has_rules else ("counters",)
     missing = [key for key in needed if key not in saved]
     if missing:
         raise ValueError(
-            f"the guard's state lacks {', '.join(missing)}; it is damaged: "
-            "delete state_dict['fastguard'] to start a fresh guard"
+            f"state_dict['fastguard'] lacks {', '.join(missing)}, so it is damaged; delete the "
+            "entry to start with a new guard"
         )
     of = (_listed(saved.get("signals", [])), _listed(saved.get("windows_of", [])))
     if of != (list(policy.signals), _windows(policy)):
         raise ValueError(
-            f"the guard's state is of spike rules {of[0]} with windows {of[1]}, but this guard has "
-            f"{list(policy.signals)} with {_windows(policy)}; construct it with the same spike=, "
-            "or delete state_dict['fastguard'] to start a fresh guard"
+            f"state_dict['fastguard'] belongs to spike rules {of[0]} with windows {of[1]}, but "
+            f"this guard has {list(policy.signals)} with {_windows(policy)}; construct it with the "
+            "same spike=, or delete the entry to start with a new guard"
         )
     for name in ("counters", "windows", "rings") if has_rules else ("counters",):
         expected, given = getattr(fresh, name), saved[name]
         if name == "counters":
             given = _with_all_counters(given)
-        given = _of_kind(name, given, expected)
+        given = _checked(name, given, expected)
         if has_numbers(given):
             _check_values(name, given, policy)
         expected.copy_(given)
@@ -98,9 +99,9 @@ def load(saved: dict[str, Any] | None, policy: Policy, device: torch.device) -> 
 
 
 def fit(state: GuardState, before: Policy, policy: Policy, device: torch.device) -> None:
-    """Gives a state the numbers that the adaptive limit in force now needs.
+    """Adapts the numbers of adaptive limits in a state to a changed policy.
 
-    A rule of another kind begins fresh, as do segments that have come; else what was learned stays.
+    A rule of another class starts anew, as do new segments; otherwise learned numbers are kept.
     """
     fresh = fresh_limits(policy, device)
     same_kind = type(before.adaptive) is type(policy.adaptive)
@@ -113,55 +114,55 @@ def fit(state: GuardState, before: Policy, policy: Policy, device: torch.device)
 
 
 def _load_limits(fresh: GuardState, saved: Mapping[str, Any], policy: Policy) -> None:
-    """The numbers of an adaptive limit."""
+    """Loads the numbers of an adaptive limit into a new state."""
     rule = None if policy.adaptive is None else type(policy.adaptive).__name__
     if saved.get("limit_of") != rule:
         raise ValueError(
-            f"the guard's state is of the adaptive limit {saved.get('limit_of')}, but this guard "
-            f"has {rule}; construct it with the same max_norm=, or delete "
-            "state_dict['fastguard'] to start a fresh guard"
+            f"state_dict['fastguard'] belongs to the adaptive limit {saved.get('limit_of')}, but "
+            f"this guard has {rule}; construct it with the same max_norm=, or delete the entry to "
+            "start with a new guard"
         )
     if rule is None:
         return
-    given = _of_kind("limits", saved.get("limits"), fresh.limits)
+    given = _checked("limits", saved.get("limits"), fresh.limits)
     if has_numbers(given) and bool(given.isnan().any()):
         raise ValueError(
-            "the guard's state has limits=NaN; it is damaged: "
-            "delete state_dict['fastguard'] to start a fresh guard"
+            "state_dict['fastguard'] has limits=NaN, so it is damaged; delete the entry to start "
+            "with a new guard"
         )
     fresh.limits.copy_(given)
 
 
 def counter_of(state: GuardState, i: int) -> int:
-    """One of `GuardState.counters`; 0 for a state of placeholders. Waits for a GPU."""
+    """Returns one of `GuardState.counters`; 0 for placeholders. Waits for a GPU."""
     return int(state.counters[i]) if has_numbers(state.counters) else 0
 
 
 def _with_all_counters(given: object) -> object:
-    """Counters of a state that was saved before skips for a loss scale were counted: none."""
+    """Adds a 0 to counters that were saved before skips for a loss scale were counted."""
     if isinstance(given, Tensor) and given.shape == (N_COUNTERS - 1,):
         return torch.cat([given, given.new_zeros(1)])
     return given
 
 
-def _of_kind(name: str, given: object, expected: Tensor) -> Tensor:
-    """What was saved, if it is a tensor of the expected shape and dtype."""
+def _checked(name: str, given: object, expected: Tensor) -> Tensor:
+    """Returns a saved tensor; raises a ValueError unless it has the expected shape and dtype."""
     shape = tuple(given.shape) if isinstance(given, Tensor) else None
     if not isinstance(given, Tensor) or shape != tuple(expected.shape):
         raise ValueError(
-            f"the guard's state has {name} of shape {shape}, expected "
-            f"{tuple(expected.shape)}; delete state_dict['fastguard'] to start a fresh guard"
+            f"state_dict['fastguard'] has {name} of shape {shape}, expected "
+            f"{tuple(expected.shape)}; delete the entry to start with a new guard"
         )
     if given.dtype != expected.dtype:
         raise ValueError(
-            f"the guard's state has {name} of {given.dtype}, expected {expected.dtype}; "
-            "delete state_dict['fastguard'] to start a fresh guard"
+            f"state_dict['fastguard'] has {name} of {given.dtype}, expected {expected.dtype}; "
+            "delete the entry to start with a new guard"
         )
     return given
 
 
 def _check_values(name: str, given: Tensor, policy: Policy) -> None:
-    """Raises a ValueError for numbers that no run leaves behind."""
+    """Raises a ValueError for numbers that a run cannot produce."""
     if name == "windows":
         sound = bool(given.isfinite().all())
     else:
@@ -172,8 +173,8 @@ def _check_values(name: str, given: Tensor, policy: Policy) -> None:
     if not sound:
         shown = "NaN or Inf" if name == "windows" else given.tolist()
         raise ValueError(
-            f"the guard's state has {name}={shown}; it is damaged: "
-            "delete state_dict['fastguard'] to start a fresh guard"
+            f"state_dict['fastguard'] has {name}={shown}, so it is damaged; delete the entry to "
+            "start with a new guard"
         )
 
 

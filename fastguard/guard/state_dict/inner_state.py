@@ -1,7 +1,8 @@
-"""The wrapped optimizer's part of a state dict: loaded whole, bit for bit, or not at all.
+"""Loads the wrapped optimizer's part of a state dict, exactly as saved or not at all.
 
-Loading is the optimizer's, but torch takes what another optimizer saved, changes what it holds
-before it finds an error, and casts numbers to the dtype of the parameter that were never of it.
+The optimizer's own `load_state_dict` does the loading. But torch accepts the state of another
+optimizer, changes the optimizer before it finds an error, and casts state to the parameter's dtype
+even if it had another one.
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ from fastguard.guard.state_dict.parts import saves_as_torch
 
 
 def load(optimizer: Optimizer, state_dict: Any, check: Callable[[], None]) -> None:
-    """Loads the state of the wrapped optimizer, bit for bit.
+    """Loads the state of the wrapped optimizer, bitwise equal to the saved one.
 
     Args:
-        optimizer: The wrapped one.
-        state_dict: What it saved; not changed.
-        check: Raises for param groups, as they are after loading, that cannot be guarded.
+        optimizer: The wrapped optimizer.
+        state_dict: Its state dict; not changed.
+        check: Raises an error if the param groups after loading cannot be guarded.
 
     Raises:
-        ValueError: It was saved from another optimizer or model; nothing was changed.
+        ValueError: The state dict belongs to another optimizer or model; nothing was changed.
     """
     name = type(optimizer).__name__
     before = _Attributes(optimizer)
     live, groups = optimizer.state, optimizer.param_groups
     seen_by_torch: list[dict[str, Any]] = []
-    # Optimizers that never called Optimizer.__init__ have no hooks, and load in their own way.
+    # Optimizers that never called Optimizer.__init__ have no hooks, and load in another way.
     hooked = hasattr(optimizer, "_optimizer_load_state_dict_pre_hooks")
     hook = hooked and optimizer.register_load_state_dict_pre_hook(
         lambda _, adapted: seen_by_torch.append(adapted)
@@ -44,8 +45,8 @@ def load(optimizer: Optimizer, state_dict: Any, check: Callable[[], None]) -> No
     try:
         try:
             optimizer.load_state_dict(_shallow(state_dict))
-        except (LookupError, TypeError, AttributeError) as error:  # says neither value nor remedy
-            why = f"{name} cannot load this state dict: {error!r}; load one that it saved"
+        except (LookupError, TypeError, AttributeError) as error:  # not helpful for users
+            why = f"{name} cannot load this state dict: {error!r}; load one that {name} saved"
             raise ValueError(wrong() or why) from error
         if (reason := wrong()) is not None:
             raise ValueError(reason)
@@ -61,10 +62,10 @@ def load(optimizer: Optimizer, state_dict: Any, check: Callable[[], None]) -> No
 
 
 class _Attributes:
-    """All attributes of an optimizer and of the optimizers inside it, to be put back.
+    """The attributes of an optimizer and of optimizers inside it, for undoing a load.
 
-    By reference, containers with what they contain: loading replaces tensors and containers, or
-    fills containers, but writes into no tensor.
+    Keeps references, and the items of containers: loading replaces tensors and containers or fills
+    containers, but never writes into a tensor.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -90,7 +91,7 @@ class _Attributes:
 
 
 def _shallow(state_dict: Any) -> Any:
-    """A copy whose `state` may be changed: ZeroRedundancyOptimizer empties it while it loads."""
+    """Returns a copy with a copied `state`, which ZeroRedundancyOptimizer empties when loading."""
     if not isinstance(state_dict, dict) or not isinstance(state_dict.get("state"), dict):
         return state_dict
     return {**state_dict, "state": dict(state_dict["state"])}

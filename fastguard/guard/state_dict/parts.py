@@ -1,8 +1,8 @@
-"""What the state dict of a guarded optimizer consists of: that of the wrapped one, and the guard's.
+"""Combines and splits the two parts of a state dict: the wrapped optimizer's and the guard's.
 
-An optimizer with torch's own `state_dict` has `state` and `param_groups`. One with a method of its
-own (a Lookahead around another optimizer, a container of several) may save anything: its entries
-stand beside the guard's as they are, and what is no dict stands under `"wrapped"`.
+With torch's `state_dict`, an optimizer saves `state` and `param_groups`. An optimizer with its own
+method (a Lookahead, a container of several optimizers) may save anything: a dict is merged with the
+guard's entry, and any other value is saved as `"wrapped"`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ WRAPPED = "wrapped"
 
 
 def saves_as_torch(optimizer: Optimizer) -> bool:
-    """Whether the state dict of an optimizer is what torch's own method makes of it."""
+    """Whether an optimizer uses torch's `state_dict` method."""
     return getattr(optimizer.state_dict, "__func__", None) is Optimizer.state_dict
 
 
 def joined(wrapped: Any, guard: dict[str, Any]) -> dict[str, Any]:
-    """The state dict of a guarded optimizer.
+    """Returns the state dict of a guarded optimizer.
 
     Args:
-        wrapped: That of the wrapped optimizer.
+        wrapped: The state dict of the wrapped optimizer.
         guard: The state of the guard.
     """
     if not isinstance(wrapped, Mapping) or KEY in wrapped or WRAPPED in wrapped:
@@ -35,38 +35,38 @@ def joined(wrapped: Any, guard: dict[str, Any]) -> dict[str, Any]:
 
 
 def parts(state_dict: Mapping[str, Any], optimizer: Optimizer) -> tuple[Any, Any]:
-    """The state dict of the wrapped optimizer, and that of the guard, None without one.
+    """Splits a state dict into the parts of the wrapped optimizer and of the guard (or None).
 
-    The given one is not changed.
+    The argument is not changed.
 
     Raises:
-        ValueError: It is no state dict of such an optimizer.
+        ValueError: It is not a state dict of such an optimizer.
     """
     if WRAPPED in state_dict and KEY in state_dict:
         return state_dict[WRAPPED], state_dict[KEY]
     if set(state_dict) == {"param_groups"} and not optimizer.state and is_calling():
-        state_dict = {"state": {}, **state_dict}  # torch.distributed.checkpoint drops empty ones
+        state_dict = {"state": {}, **state_dict}  # torch.distributed.checkpoint drops empty dicts
     if saves_as_torch(optimizer):
         _check_torch_parts(state_dict)
     return split(state_dict)
 
 
 def opened(state_dict: object) -> dict[str, Any]:
-    """A shallow copy, for hooks to change.
+    """Returns a shallow copy, which hooks may change.
 
     Raises:
-        TypeError: It is no mapping.
+        TypeError: It is not a mapping.
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(
-            f"the state dict is a {type(state_dict).__name__}; pass what opt.state_dict() returned"
+            f"the state dict is a {type(state_dict).__name__}; pass the result of opt.state_dict()"
         )
     return dict(state_dict)
 
 
 def _check_torch_parts(state_dict: Mapping[str, Any]) -> None:
-    """Raises a ValueError for what is no state dict of an optimizer."""
-    remedy = "pass what opt.state_dict() returned"
+    """Raises a ValueError if it is not a state dict of an optimizer of torch."""
+    remedy = "pass the result of opt.state_dict()"
     missing = [repr(key) for key in ("state", "param_groups") if key not in state_dict]
     if missing:
         raise ValueError(f"the state dict lacks {' and '.join(missing)}; {remedy}")

@@ -1,10 +1,11 @@
-"""Being saved and loaded by `get_` and `set_optimizer_state_dict` of torch.distributed.checkpoint.
+"""Support for `get_` and `set_optimizer_state_dict` of torch.distributed.checkpoint.
 
-They let an optimizer without state take one step, all gradients and learning rates zero, so that it
-creates its state: that step goes to the wrapped optimizer and is not the guard's. And they keep
-`state` and `param_groups` of a state dict and nothing else, so the guard's state travels in the
-first param group. A flattened state dict they read back by the keys of the live param groups, so
-the first of these has a place for it while they do.
+- They make an optimizer without state take a step with zero gradients and learning rates, so that
+  it creates its state. This step goes directly to the wrapped optimizer.
+- They keep only `state` and `param_groups` of a state dict, so the guard's state is stored in the
+  first param group.
+- They read a flattened state dict by the keys of the current param groups, so the first of these
+  needs an entry for the guard's state while they do.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from torch.optim import Optimizer
 KEY = "fastguard"
 _MODULE = "torch.distributed.checkpoint.state_dict"
 _FIRST_READER = "_init_optim_state"
-_FRAMES = 12  # between it and a step: torch's own wrappers, a scheduler's, a trainer's
+_FRAMES = 12  # maximum number of frames up to it: wrappers of torch, schedulers, trainers
 
 
 def is_calling() -> bool:
     """Whether torch.distributed.checkpoint is the caller.
 
-    Nothing but the stack tells its step from a user's: a warm-up from a learning rate of 0 on a
-    batch without gradients looks the same.
+    Only the call stack distinguishes its step from a user's, such as a warm-up step with learning
+    rate 0 on a batch without gradients.
     """
     if _MODULE not in sys.modules:
         return False
@@ -40,16 +41,16 @@ def is_calling() -> bool:
 
 
 def only_creates_state(optimizer: Optimizer) -> bool:
-    """Whether the step that is being taken is that of torch.distributed.checkpoint."""
+    """Whether this is the step with which torch.distributed.checkpoint creates the state."""
     return not optimizer.state and is_calling()
 
 
 def embed(state_dict: dict[str, Any], optimizer: Optimizer) -> None:
-    """Puts the guard's state where torch.distributed.checkpoint finds it.
+    """Stores the guard's state where torch.distributed.checkpoint finds it.
 
     Args:
-        state_dict: Of the guarded optimizer.
-        optimizer: The wrapped one; a place that `make_room` made in its param groups goes again.
+        state_dict: The state dict of the guarded optimizer; changed in place.
+        optimizer: The wrapped optimizer; the entry that `make_room` has added is removed.
     """
     groups = state_dict.get("param_groups")
     if groups:
@@ -58,9 +59,10 @@ def embed(state_dict: dict[str, Any], optimizer: Optimizer) -> None:
 
 
 def make_room(optimizer: Optimizer) -> None:
-    """Called by the property that gives out `optimizer.state`, the first thing that
-    torch.distributed.checkpoint asks for when it loads: the live param groups get an entry for the
-    guard's state if a flattened state dict brings one. For one without, that entry would be missed.
+    """Adds an entry for the guard's state to the param groups if a state dict to load has one.
+
+    Called by the property `state`, which torch.distributed.checkpoint reads first when loading.
+    With an entry, a flattened state dict without the guard's state could not be loaded.
     """
     reader = sys._getframe(2)
     if reader.f_globals.get("__name__") != _MODULE or reader.f_code.co_name != _FIRST_READER:
@@ -76,9 +78,12 @@ def _is_of_guard(key: object) -> bool:
 
 
 def split(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
-    """The state dict of the wrapped optimizer, and that of the guard, wherever it was; else None.
+    """Splits off the guard's state (or None), which may be at the top or in a param group.
 
-    The given one is not changed.
+    The argument is not changed.
+
+    Returns:
+        The state dict of the wrapped optimizer, and the guard's state.
     """
     guard = state_dict.get(KEY)
     inner = {k: v for k, v in state_dict.items() if k != KEY}

@@ -1,1 +1,1 @@
-"""What `GuardedOptimizer(watch=...)` reads besides the norm: one file per quantity."""
+"""The quantities of `GuardedOptimizer(watch=...)`, one module each."""

@@ -1,18 +1,18 @@
 """`"noise_scale"`: how many times larger the batch could be (arXiv 1812.06162, appendix A).
 
-With n ranks and batches of B / n samples each, unbiased estimates of the squared true gradient and
-of the trace of its covariance are
+With n ranks and B / n samples per rank, unbiased estimates of the squared norm of the true gradient
+and of the trace of the covariance are
 
     |G|^2 = (n |g_big|^2 - |g_small|^2) / (n - 1)        g_big: the mean over ranks
     tr(S) = (|g_small|^2 - |g_big|^2) B / (n - 1)        |g_small|^2: the mean over ranks
 
-and the simple noise scale tr(S) / |G|^2 in units of the batch B is what the record tells: below 1
-the batch is large already, at 8 one of eight times the size would still use its samples well. Both
-estimates are noisy and are averaged apart, as the paper advises, with a decay of 0.9 per watched
-step.
+The record contains the simple noise scale tr(S) / |G|^2, divided by the batch size B. Below 1 the
+batch is already large; at 8, a batch eight times as large would still use its samples efficiently.
+Both estimates are noisy and are averaged separately, as the paper recommends, with a decay of 0.9
+per watched step.
 
-I/O: none of its own; `RankWatch` reads the gradients before they are reduced. One number, 8 bytes,
-in the ranks' exchange.
+I/O: none of its own, since `RankWatch` reads the gradients before they are reduced. Adds one number
+(8 bytes) to the vector that the ranks exchange.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ DECAY = 0.9
 
 
 class NoiseScale:
-    """Averages over watched steps; a new process begins anew."""
+    """The noise scale, averaged over watched steps; a new process starts a new average."""
 
     def __init__(self) -> None:
         self._signal = self._noise = self._weight = 0.0
 
     def read(self, step: WatchedGradients) -> Reading:
-        """float64 `(1,)`: the squared norm of this rank's own gradient.
+        """Reads the squared norm of this rank's gradient before the reduction, float64 `(1,)`.
 
         Raises:
-            ValueError: Nothing has seen the gradients before they were reduced.
+            ValueError: There is no `RankWatch`.
         """
         assert step.sharing is not None
         if step.local_squared_norm is None:
             raise ValueError(
-                "watch holds 'noise_scale', which needs each rank's own gradient, and those that "
-                "the optimizer gets are reduced already; make a fastguard.RankWatch(opt, model) "
-                "before the first backward pass"
+                "watch holds 'noise_scale', which needs the gradients of each rank before they "
+                "are reduced; create a fastguard.RankWatch(opt, model) before the first backward "
+                "pass"
             )
         n = step.sharing.team.size
         squared = step.local_squared_norm()
-        if squared is None:  # without a backward pass there is nothing to tell
+        if squared is None:  # no backward pass since the last step
             squared = torch.full((), float("nan"), dtype=torch.float64, device=step.device)
         squared = moved(squared, step.device)
         if step.scale is not None:
@@ -58,14 +58,14 @@ class NoiseScale:
 
         def tell(numbers: list[float], known: Known) -> dict[str, Any]:
             small, big = numbers[0] / n, known.total_norm**2
-            if known.skipped or not 0.0 < small < float("inf"):  # NaN too
+            if known.skipped or not 0.0 < small < float("inf"):  # also for NaN
                 return {}
             return self._averaged((n * big - small) / (n - 1), (small - big) / (n - 1))
 
         return Reading(squared.reshape(1), tell, sums_over_ranks=True)
 
     def _averaged(self, signal: float, noise: float) -> dict[str, Any]:
-        """The averages with one more estimate; nothing while they make no sense."""
+        """Adds an estimate to the averages; returns the record, empty if not yet meaningful."""
         self._signal = DECAY * self._signal + (1 - DECAY) * signal
         self._noise = DECAY * self._noise + (1 - DECAY) * noise
         self._weight = DECAY * self._weight + (1 - DECAY)

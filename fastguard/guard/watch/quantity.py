@@ -1,10 +1,10 @@
-"""What a watched quantity is: it reads a step, and tells the step's record what it found.
+"""The interface of watched quantities: they read a step and add values to its record.
 
-    Quantity.read(step) -> Reading     device tensors, before the decision; nothing waits
-    Reading.tell(numbers, known)       on the host, when the record is made
+    Quantity.read(step) -> Reading     device tensors, before the decision; never waits
+    Reading.tell(numbers, known)       on the host, when the record is created
 
-A reading whose `sums_over_ranks` is set travels in the vector that the ranks exchange anyway: its
-values come back as sums over ranks, 8 bytes per value and no other collective.
+Values of a reading with `sums_over_ranks` become part of the vector that the ranks exchange anyway,
+and are replaced by their sums over the ranks: 8 bytes per value, no further collective.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from fastguard.stages.contract import Known
 
 @dataclass(frozen=True, slots=True)
 class WatchedGradients:
-    """The step that a quantity reads. All tensors are what this rank holds.
+    """The step that a quantity reads. All tensors are the local ones of this rank.
 
     Attributes:
         layout: The parameters and their names.
-        device: Where the decision is taken, and where the values of a reading must lie.
-        sharing: How the ranks share the parameters; None in one process.
-        inv_scale: float64 `()`: what the gradients are still to be multiplied by; None: nothing.
+        device: The device of the decision, and of the values of a reading.
+        sharing: How the ranks share the parameters; None in a single process.
+        inv_scale: float64 `()`: the factor that unscales the gradients; None: 1.
         scale: The loss scale of this step, `()`; None: there is none.
-        local_squared_norm: Takes the squared norm, `()`, of this rank's gradients before they were
-            reduced, with the loss scale in them; None: nothing has seen these.
+        local_squared_norm: Returns the squared norm `()` of this rank's gradients before they were
+            reduced, including the loss scale; None: not available.
     """
 
     layout: Layout
@@ -45,16 +45,16 @@ class WatchedGradients:
 
     @property
     def with_gradient(self) -> list[int]:
-        """The positions of the parameters that have a gradient."""
+        """Positions of the parameters with a gradient."""
         return [i for i, p in enumerate(self.layout.parameters) if p.grad is not None]
 
     def gradients(self, positions: Sequence[int]) -> list[Tensor]:
-        """The gradients of these parameters, detached."""
+        """Returns the gradients of these parameters, detached."""
         grads = [self.layout.parameters[i].grad for i in positions]
         return [g.detach() for g in local_parts(grads)]  # type: ignore[arg-type]
 
     def weights(self, positions: Sequence[int]) -> list[Tensor]:
-        """These parameters, detached."""
+        """Returns these parameters, detached."""
         return [p.detach() for p in local_parts([self.layout.parameters[i] for i in positions])]
 
     @property
@@ -64,7 +64,7 @@ class WatchedGradients:
         return sharing is not None and not sharing.team.distinct and sharing.team.has_dtensors
 
     def weight_of_each(self) -> list[float]:
-        """Of each parameter, 1 / how many ranks hold the same elements."""
+        """Returns for each parameter 1 / (the number of ranks that hold the same elements)."""
         n = len(self.layout.parameters)
         if self.sharing is None:
             return [1.0] * n
@@ -74,13 +74,13 @@ class WatchedGradients:
 
 @dataclass(slots=True)
 class Reading:
-    """What a quantity has read of one step.
+    """The values of a quantity in one step.
 
     Attributes:
         values: float64 `(n,)`, on the device of the decision.
-        tell: Makes a part of `StepRecord.watch` of the values, as floats, and of the decision.
-        sums_over_ranks: Whether the values are added up over the ranks.
-        after_update: What the values become when the optimizer has stepped; None: nothing else.
+        tell: Returns entries for `StepRecord.watch`, from the values as floats and the decision.
+        sums_over_ranks: Whether the values are summed over the ranks.
+        after_update: Returns new values after the optimizer has stepped; None: they don't change.
     """
 
     values: Tensor
@@ -90,14 +90,14 @@ class Reading:
 
 
 ROOM = 140_000
-"""Bytes of one quantity's values by name in a line of JSON: three times that and the rest of a
-record stay below the 512 KiB that readers take for a line."""
+"""Bytes for the values of a quantity in a line of JSON: three quantities and the rest of a record
+stay below 512 KiB, the limit of readers for one line."""
 
 
 def by_name(names: Sequence[str], values: Iterable[float]) -> dict[str, float]:
-    """The values by name, in the order given, to 9 digits.
+    """Returns the values by name, in the given order, rounded to 9 digits.
 
-    Where they would not fit into a line of JSON (from some 2000 tensors on), the largest.
+    If they do not fit into a line of JSON (from about 2000 tensors on), only the largest ones.
     """
     told = {name: float(f"{value:.9g}") for name, value in zip(names, values, strict=True)}
     sizes = {name: len(name.encode("ascii", "backslashreplace")) + 20 for name in told}
@@ -113,8 +113,8 @@ def by_name(names: Sequence[str], values: Iterable[float]) -> dict[str, float]:
 
 
 class Quantity(Protocol):
-    """One thing to watch."""
+    """A quantity that can be watched."""
 
     def read(self, step: WatchedGradients) -> Reading:
-        """Reads gradients and weights, changes nothing and waits for nothing."""
+        """Reads gradients and weights; changes nothing and never waits."""
         ...

@@ -1,16 +1,16 @@
-"""`"replica_drift"`: replicas that must be equal bit for bit, compared in the ranks' own exchange.
+"""`"replica_drift"`: checks that replicas are bitwise equal, by checksums.
 
-    c = sum over all 32-bit words of the tensors, mod 2**32        of gradients, and of weights
+    c = sum over all 32-bit words of the tensors, mod 2**32        for gradients and for weights
 
-The sum depends neither on the order of the elements nor on how they are cut into tensors, and a
-single flipped bit always changes it. Each half of c (16 bits) enters the vector that the ranks
-exchange as three integers, which float64 adds up exactly for up to 2**17 ranks:
+The sum depends neither on the order of the elements nor on their distribution over tensors, and a
+single flipped bit always changes it. Each half of c (16 bits) is added to the vector that the ranks
+exchange, as three integers, which float64 sums exactly for up to 2**17 ranks:
 
-    P = sum c_r      Q = sum c_r^2      R = sum u_r c_r            u_r: a fixed number of each rank
+    P = sum c_r      Q = sum c_r^2      R = sum u_r c_r            u_r: a fixed number per rank
 
-All c_r are equal exactly if n Q = P^2 (Cauchy-Schwarz). If one rank alone differs, by d, then
-n Q - P^2 = (n - 1) d^2 gives d up to its sign, P the common value, and R the rank: 12 numbers, 96
-bytes, whatever the number of ranks. With two ranks neither is in the majority.
+All c_r are equal if and only if n Q = P^2 (Cauchy-Schwarz). If a single rank differs, by d, then
+n Q - P^2 = (n - 1) d^2 gives d up to its sign, P gives the common value, and R the rank. These are
+12 numbers, 96 bytes, for any number of ranks. With two ranks, it cannot be told which one differs.
 
 I/O: one read of gradients and weights in a watched step.
 """
@@ -36,10 +36,10 @@ WATCHED = ("gradients", "weights")
 
 
 class ReplicaDrift:
-    """Which replica has left the others, and whether in its gradients or in its weights."""
+    """Finds the replica whose gradients or weights differ from the others."""
 
     def read(self, step: WatchedGradients) -> Reading:
-        """float64 `(12,)`: P, Q and R of the low and high halves of two checksums."""
+        """Reads P, Q and R of the low and high halves of two checksums, float64 `(12,)`."""
         assert step.sharing is not None
         team = step.sharing.team
         ranks = dist.get_process_group_ranks(team.group)
@@ -65,8 +65,9 @@ class ReplicaDrift:
 
 
 def checksum(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """int64 `()`: the sum of all 32-bit words of the tensors, mod 2**32. Never waits for a GPU
-    unless the tensors lie on one and `device` does not.
+    """Returns the sum of all 32-bit words of the tensors, mod 2**32, as int64 `()` on `device`.
+
+    Waits for a GPU only to move the sums to another device.
     """
     sums = [moved(_sum_of_words(t), device) for t in tensors if t.numel()]
     if not sums:
@@ -75,7 +76,7 @@ def checksum(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 def _sum_of_words(t: Tensor) -> Tensor:
-    """int64 `()`, in the range of int32; bytes behind the last whole word count one by one."""
+    """Returns the sum of the words of a tensor, int64 `()`; bytes after the last word are added."""
     t = torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
     vector = flat(t.resolve_neg())
     if vector.storage_offset() * vector.itemsize % 4 or not vector.is_contiguous():
@@ -87,18 +88,18 @@ def _sum_of_words(t: Tensor) -> Tensor:
 
 
 def _number_of(i: int) -> int:
-    """u of the i-th rank: 20 bits, mixed so that a wrong sign of d gives no rank's number."""
+    """Returns u of the i-th rank: 20 mixed bits, so that a wrong sign of d matches no rank."""
     x = (i + 1) * 2654435761 & WORD
     x = (x ^ x >> 16) * 73244475 & WORD
     return (x ^ x >> 16) & 0xFFFFF
 
 
 def differing(n: int, sums: Sequence[tuple[int, int, int]]) -> list[int]:
-    """The rank that differs from all others; all ranks if it cannot be told; none if all are equal.
+    """Returns the rank that differs; all ranks if it is not unique; none if all are equal.
 
     Args:
-        n: How many ranks there are.
-        sums: P, Q and R of values that the ranks must have alike.
+        n: The number of ranks.
+        sums: P, Q and R of values that should be equal on all ranks.
     """
     found = [_suspects(n, *each) for each in sums if n * each[1] != each[0] ** 2]
     if not found:
@@ -108,7 +109,7 @@ def differing(n: int, sums: Sequence[tuple[int, int, int]]) -> list[int]:
 
 
 def _suspects(n: int, p: int, q: int, r: int) -> set[int]:
-    """Those ranks of whom it fits that they alone differ."""
+    """Returns the ranks for which the sums are consistent with only this rank differing."""
     squared, rest = divmod(n * q - p * p, n - 1)
     d = math.isqrt(max(squared, 0))
     if rest or d * d != squared:

@@ -1,7 +1,7 @@
-"""`"tensor_norms"`: the norm of each tensor's gradient, and the share of its elements that are 0.
+"""`"tensor_norms"`: the gradient norm of each tensor, and the fraction of elements that are 0.
 
 I/O: two reads of the gradients (norms and zeros) in a watched step. The norms are L2 norms of the
-finite elements whatever `norm_type` is, and as accurate as the guard's own: `measure` takes them.
+finite elements, for any `norm_type`, and are computed by the measure stage.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from fastguard.stages.contract import Known
 from fastguard.stages.measure import measure
 
 ROUNDED = 1e-9
-"""Less than one zero in any tensor; what sums over ranks with weights such as 1/3 round off."""
+"""Above the rounding error of sums with weights such as 1/3, below one zero in any tensor."""
 
 
 class TensorNorms:
-    """Which layer grew, which one is dead."""
+    """Shows which layers have growing gradients, and which have none."""
 
     def read(self, step: WatchedGradients) -> Reading:
-        """float64 `(2, T)`: sums of squares, and how many elements are not 0."""
+        """Reads sums of squares and numbers of non-zero elements, float64 `(2 T,)`."""
         at = step.with_gradient
         grads = step.gradients(at)
         n = len(at)
@@ -35,7 +35,7 @@ class TensorNorms:
         power_sums = measure(buckets, 2.0, step.inv_scale).power_sum
         nonzero = _nonzero(grads, step.device)
         values = torch.stack([power_sums, nonzero])
-        if step.is_sharded:  # a parameter may have a gradient on some ranks alone
+        if step.is_sharded:  # a parameter may have a gradient only on some ranks
             shares = step.weight_of_each()
             weights = numbers_on([shares[i] for i in at], step.device)
             everywhere = torch.zeros(2, len(shares), dtype=torch.float64, device=step.device)
@@ -61,7 +61,7 @@ class TensorNorms:
 
 
 def _nonzero(grads: list[Tensor], device: torch.device) -> Tensor:
-    """float64 `(T,)`."""
+    """Returns the numbers of non-zero elements, float64 `(T,)`."""
     if not grads:
         return torch.zeros(0, dtype=torch.float64, device=device)
     if device.type == "cpu" and all(g.device.type == "cpu" for g in grads):
@@ -70,7 +70,10 @@ def _nonzero(grads: list[Tensor], device: torch.device) -> Tensor:
 
 
 def _nonzero_on_host(grad: Tensor) -> int:
-    """How many elements are not 0. By numpy, which has no bfloat16: a quarter of torch's time."""
+    """Returns the number of non-zero elements.
+
+    numpy takes a quarter of torch's time, but has no bfloat16.
+    """
     if grad.dtype is torch.bfloat16:
         return int(torch.count_nonzero(grad))
     return grad.numel() - int(np.count_nonzero(grad.numpy(force=True) == 0))

@@ -1,11 +1,11 @@
-"""`"underflow"`: which share of the non-zero gradients a narrower format would make subnormal.
+"""`"underflow"`: the fraction of non-zero gradients that would be subnormal in a narrower format.
 
     share[format] = |{g: 0 < |g| < smallest normal of the format}| / |{g: g != 0}|
 
-Exponents are counted over a sample of at most `SAMPLE` elements, evenly spaced over the model, so a
-watched step costs the same however large the model is; of n sampled elements a share has a standard
-error of at most 1 / (2 sqrt(n)), 0.1 % for a full sample. A subnormal number loses precision, and
-what is far below becomes 0.
+Exponents are counted over a sample of at most `SAMPLE` elements, evenly spaced over the model, so
+the cost of a watched step does not depend on the size of the model. For n sampled elements, the
+standard error of a share is at most 1 / (2 sqrt(n)): 0.1 % for a full sample. Subnormal numbers
+lose precision, and much smaller ones become 0.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ FORMATS = {
     "float8_e4m3fn": -6,
     "float8_e5m2": -14,
 }
-"""Of each format, the exponent of its smallest normal number, 2 ** exponent."""
+"""Exponents of the smallest normal numbers (2 ** exponent) by format."""
 
-BIAS = 127  # of the exponent field of float32
-FIELDS = 256
+BIAS = 127  # bias of the exponent field of float32
+FIELDS = 256  # number of values of the exponent field
 
 
 class Underflow:
-    """What a narrower format would lose, before switching to it."""
+    """Shows what gradients would lose in a narrower format, before switching to it."""
 
     def read(self, step: WatchedGradients) -> Reading:
-        """float64 `(257,)`: how many sampled elements have each exponent field, and how many are 0.
+        """Reads the number of sampled elements per exponent field, and of zeros, float64 `(257,)`.
 
-        NaN and Inf have the last field.
+        NaN and Inf are in the last field.
         """
         grads = [g for g in step.gradients(step.with_gradient) if g.numel()]
         total = sum(g.numel() for g in grads)
@@ -54,16 +54,16 @@ class Underflow:
         places = torch.where(zero, FIELDS, fields).long()
         counts = torch.zeros(FIELDS + 1, dtype=torch.int64, device=step.device)
         counts.index_add_(0, places, torch.ones_like(places))
-        return Reading(counts.double(), _told, sums_over_ranks=step.is_sharded)
+        return Reading(counts.double(), _entries, sums_over_ranks=step.is_sharded)
 
 
 def _sampled(grad: Tensor, stride: int) -> Tensor:
-    """float32: every `stride`-th element; a float64 one beyond float32 counts as 0 or Inf."""
+    """Returns every `stride`-th element as float32; float64 out of range becomes 0 or Inf."""
     real = torch.view_as_real(grad) if grad.is_complex() else grad
     return flat(real)[stride // 2 % real.numel() :: stride].float()
 
 
-def _told(numbers: list[float], known: Known) -> dict[str, Any]:
+def _entries(numbers: list[float], known: Known) -> dict[str, Any]:
     counts = list(map(int, numbers))
     nonzero = sum(counts[: FIELDS - 1])
     if not nonzero:

@@ -1,7 +1,7 @@
-"""`"update_ratio"`: how far each tensor moved, |update| / |weight|; healthy is about 1e-3.
+"""`"update_ratio"`: |update| / |weight| per tensor; about 1e-3 is typical of healthy training.
 
-I/O in a watched step: a copy of the weights (their size in memory, until the step is over), then
-one read of it and of the new weights. With shards it is the ratio of the part that this rank holds.
+I/O in a watched step: a copy of the weights (kept in memory until the end of the step), then one
+read of the copy and of the new weights. With shards, it is the ratio of this rank's part.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from fastguard.stages.contract import Known
 
 
 class UpdateRatio:
-    """Which layer is moved too far, and which stands still."""
+    """Shows which layers change too much, and which do not change."""
 
     def read(self, step: WatchedGradients) -> Reading:
-        """float64 `(2 T,)`: norms of the weights, then of their updates."""
+        """Reads the norms of the weights, then of their updates, float64 `(2 T,)`."""
         at = [i for i in step.with_gradient if step.layout.parameters[i].numel()]
         weights = step.weights(at)
         names = [step.layout.names[i] for i in at]
@@ -45,7 +45,7 @@ class UpdateRatio:
 
 
 def _norms(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """float64 `(T,)`."""
+    """Returns the norms of the tensors, float64 `(T,)`."""
     if not tensors:
         return torch.zeros(0, dtype=torch.float64, device=device)
     wide = torch.float32 if all(t.itemsize <= 4 for t in tensors) else torch.float64

@@ -1,13 +1,13 @@
-"""`Watch`: the quantities that a guarded optimizer watches, and when it reads them.
+"""`Watch`: the quantities that a guarded optimizer watches, and the steps in which it reads them.
 
-A watched step reads, then measures and decides as every other step does: to watch changes no bit of
-what is trained. Between watched steps nothing is read, allocated or exchanged. What was read
-travels with the step's record: on a GPU in pinned memory, behind the event that the record waits
-for anyway.
+A watched step first reads the quantities, then measures and decides as always, so watching does not
+change training by a single bit. In other steps nothing is read, allocated or exchanged. The values
+are transferred together with the record of the step: on a GPU in pinned memory, with the same
+event.
 
-Ranks must watch the same steps, or their vectors would differ in length. So watched steps are
-counted from the first step of the process, which every rank takes together, and not by a step
-number, which a rank may have loaded from another checkpoint.
+All ranks must watch the same steps, or their vectors would differ in length. So watched steps are
+counted from the first step of the process, which all ranks take together, and not by step number,
+which a rank may have loaded from another checkpoint.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ QUANTITIES: dict[str, type[Quantity]] = {
 }
 
 WATCH_EVERY = 100
-"""Steps from one watched step to the next, by default."""
+"""Default number of steps between watched steps."""
 
 
 class Watch:
-    """What is watched, and how often.
+    """The watched quantities, and how often they are read.
 
     Args:
-        names: Of the quantities, each once, in the order of `QUANTITIES`.
-        every: Steps from one watched step to the next.
+        names: Names of the quantities, each once, in the order of `QUANTITIES`.
+        every: Number of steps between watched steps.
     """
 
     def __init__(self, names: tuple[str, ...], every: int) -> None:
@@ -67,10 +67,10 @@ class Watch:
         self._steps = 0
 
     def read(self, step: WatchedGradients) -> WatchedStep | None:
-        """Counts a step, and reads it if it is a watched one. Waits for nothing.
+        """Counts a step, and reads the quantities if it is a watched one. Never waits.
 
         Raises:
-            ValueError: The step lacks what a quantity needs.
+            ValueError: An input that a quantity needs is missing.
         """
         due = self._steps % self.every == 0
         self._steps += 1
@@ -80,18 +80,18 @@ class Watch:
 
 
 class WatchedStep:
-    """What was read of one step, on its way through the decision to the record."""
+    """The values read in one step, until they are part of its record."""
 
     def __init__(self, readings: list[Reading]) -> None:
         self._readings = readings
 
-    def told(self, signals: Signals) -> Signals:
-        """The signals with what the ranks add up."""
+    def with_values(self, signals: Signals) -> Signals:
+        """Returns the signals with the values that are summed over the ranks."""
         summed = [r.values for r in self._readings if r.sums_over_ranks]
         return replace(signals, watched=torch.cat(summed)) if summed else signals
 
     def take_sums(self, signals: Signals) -> None:
-        """Takes what the ranks added up."""
+        """Replaces values by their sums over the ranks."""
         if signals.watched is None:
             return
         shared = [r for r in self._readings if r.sums_over_ranks]
@@ -100,22 +100,22 @@ class WatchedStep:
             reading.values = total
 
     def after_update(self) -> None:
-        """The optimizer has stepped, or was told not to."""
+        """Updates the values after the optimizer has stepped, or was skipped."""
         for reading in self._readings:
             if reading.after_update is not None:
                 reading.values = reading.after_update()
                 reading.after_update = None  # releases the copies
 
     def values(self) -> Tensor:
-        """float64 `(n,)`: everything that the host is to know."""
+        """Returns all values, float64 `(n,)`."""
         return torch.cat([reading.values for reading in self._readings])
 
     def tell(self, numbers: list[float], known: Known) -> dict[str, Any]:
-        """`StepRecord.watch` of this step.
+        """Returns `StepRecord.watch` for this step.
 
         Args:
-            numbers: `values()`, on the host.
-            known: What was decided.
+            numbers: The result of `values()` as floats.
+            known: The decision.
         """
         told: dict[str, Any] = {}
         at = 0
@@ -127,7 +127,7 @@ class WatchedStep:
 
 
 def _is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is captured: its replays leave no records."""
+    """Whether a CUDA graph is being captured; its replays have no records."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
@@ -138,13 +138,16 @@ def read_step(
     signals: Signals,
     scaler: GradScaler | None,
 ) -> tuple[WatchedStep | None, Signals]:
-    """Reads a step that is to be watched: what was read, and the signals with what ranks add up.
+    """Reads the watched quantities, if this is a watched step.
 
     Args:
-        watch: What is watched; None: nothing.
+        watch: The watched quantities; None: none.
         run: The guarded optimizer.
-        buckets, signals: Of this step.
-        scaler: The loss scaler that takes it; None: there is none, or it is unknown.
+        buckets, signals: The inputs of the step.
+        scaler: The loss scaler; None: there is none, or it is unknown.
+
+    Returns:
+        The values or None, and the signals with the values that are summed over the ranks.
     """
     if watch is None or buckets.kind is not PLAIN:
         return None, signals
@@ -160,16 +163,16 @@ def read_step(
         None if run.rank_watch is None else run.rank_watch.take_squared_norm,
     )
     watched = watch.read(step)
-    return (None, signals) if watched is None else (watched, watched.told(signals))
+    return (None, signals) if watched is None else (watched, watched.with_values(signals))
 
 
 def watch_of(names: object, every: object, team: Team | None, norm_type: float) -> Watch | None:
-    """The watch that `GuardedOptimizer` was asked for; None: it watches nothing.
+    """Returns the watch for the arguments of `GuardedOptimizer`; None: nothing is watched.
 
     Raises:
-        TypeError: `names` is no collection of names.
-        ValueError: A name is unknown or comes twice, `every` is no number of steps, or the guard
-            lacks what a quantity needs.
+        TypeError: `names` is not a collection of names.
+        ValueError: A name is unknown or repeated, `every` is not a number of steps, or the settings
+            do not support a quantity.
     """
     steps = count_of("watch_every", every, 1)
     chosen = checked_names(names)
@@ -177,7 +180,7 @@ def watch_of(names: object, every: object, team: Team | None, norm_type: float) 
         name = "replica_drift" if "replica_drift" in chosen else "noise_scale"
         if team is None:
             raise ValueError(
-                f"watch holds {name!r}, which compares ranks, and this process decides alone; pass "
+                f"watch holds {name!r}, which compares ranks, but there is no group; pass "
                 "group=fastguard.Replicated(process_group)"
             )
         if team.distinct:
@@ -187,23 +190,23 @@ def watch_of(names: object, every: object, team: Team | None, norm_type: float) 
             )
     if "replica_drift" in chosen and team is not None and team.has_dtensors:
         raise ValueError(
-            "watch holds 'replica_drift', which compares plain tensors that every rank holds whole,"
-            " but some parameters are DTensors; leave it out"
+            "watch holds 'replica_drift', which compares plain tensors, but some parameters are "
+            "DTensors; leave it out"
         )
     if "noise_scale" in chosen and norm_type != 2.0:
         raise ValueError(
-            f"watch holds 'noise_scale', which is made of L2 norms, but norm_type={norm_type:g}; "
-            "use norm_type=2.0, or leave it out"
+            f"watch holds 'noise_scale', which needs L2 norms, but norm_type={norm_type:g}; use "
+            "norm_type=2.0, or leave it out"
         )
     return Watch(chosen, steps) if chosen else None
 
 
 def checked_names(names: object) -> tuple[str, ...]:
-    """The names of quantities, in the order of `QUANTITIES`.
+    """Returns the names of quantities in the order of `QUANTITIES`.
 
     Raises:
-        TypeError: It is no collection of names.
-        ValueError: One is unknown, or comes twice.
+        TypeError: It is not a collection of names.
+        ValueError: A name is unknown or repeated.
     """
     if isinstance(names, str) or not isinstance(names, Iterable):
         raise TypeError(
@@ -212,7 +215,7 @@ def checked_names(names: object) -> tuple[str, ...]:
     given = list(names)
     for name in given:
         if not isinstance(name, str):
-            raise TypeError(f"watch holds {shown(name)}, which is no name; {_KNOWN}")
+            raise TypeError(f"watch holds {shown(name)}, which is not a name; {_KNOWN}")
         if name not in QUANTITIES:
             raise ValueError(
                 f"watch holds {shown(name)}, which is unknown{nearest(name, QUANTITIES)}"
@@ -225,17 +228,17 @@ def checked_names(names: object) -> tuple[str, ...]:
 _KNOWN = f"use names among {', '.join(QUANTITIES)}"
 
 
-def check_road(names: tuple[str, ...], steps_first: bool, optimizer: object) -> None:
-    """Raises a ValueError for a quantity that the road of an optimizer has no place for.
+def check_watchable(names: tuple[str, ...], steps_first: bool, optimizer: object) -> None:
+    """Raises a ValueError for a quantity that cannot be watched with an optimizer.
 
     Args:
-        names: What is watched.
-        steps_first: Whether the optimizer steps before anything is decided.
-        optimizer: It.
+        names: Names of the watched quantities.
+        steps_first: Whether the optimizer steps before the decision, see `WholeStep`.
+        optimizer: The optimizer.
     """
     if steps_first and "update_ratio" in names:
         raise ValueError(
-            "watch holds 'update_ratio', which compares the weights before and after the update, "
-            f"but {type(optimizer).__name__} evaluates its closure itself and has moved them when "
-            "the guard sees the gradients; leave it out"
+            "watch holds 'update_ratio', which needs the weights before the update, but "
+            f"{type(optimizer).__name__} evaluates its closure itself and changes them before the "
+            "guard reads the gradients; leave it out"
         )

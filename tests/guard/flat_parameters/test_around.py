@@ -58,7 +58,7 @@ def assert_close_models(a, b):
 )
 def test_other_optimizers_are_refused_naming_those_that_are_served(make):
     model = perceptron()
-    with pytest.raises(TypeError, match=r"serves torch.optim's AdamW, Adam, SGD, Adagrad, not"):
+    with pytest.raises(TypeError, match=r"does not support .*, only AdamW, Adam, SGD, Adagrad of"):
         GuardedOptimizer(make(model.parameters()), flat_parameters=True)
 
 
@@ -66,7 +66,7 @@ def test_a_subclass_may_update_otherwise():
     class Own(torch.optim.AdamW):
         pass
 
-    with pytest.raises(TypeError, match="not Own; use flat_buckets=True"):
+    with pytest.raises(TypeError, match=r"does not support Own.*use flat_buckets=True"):
         GuardedOptimizer(Own(perceptron().parameters()), flat_parameters=True)
 
 
@@ -100,7 +100,7 @@ def test_two_parameters_in_the_same_memory_are_refused(named):
     if named:  # a parameter that the optimizer does not have
         parameters = [p for p in parameters if p is not model[2].weight]
         options["named_parameters"] = model.named_parameters()
-    with pytest.raises(ValueError, match=r"in the same memory.*assigning the same Parameter"):
+    with pytest.raises(ValueError, match=r"share memory.*assign the same Parameter"):
         adamw(parameters, **options)
     assert before == [p.data_ptr() for p in model.parameters()]
     assert all(p.grad is None for p in model.parameters())
@@ -140,7 +140,7 @@ def test_a_param_group_that_is_added_later():
     one, two = (g["params"] for g in opt.param_groups)
     assert in_one_buffer(one) and in_one_buffer(two) and not in_one_buffer([one[0], two[0]])
     aliased = nn.Parameter(a[0].weight.data)
-    with pytest.raises(ValueError, match="same memory"):
+    with pytest.raises(ValueError, match="share memory"):
         opt.add_param_group({"params": [aliased]})
     assert len(opt.param_groups) == 2
 
@@ -253,7 +253,7 @@ def test_dtensors_are_flat_already():
     with group_of_one():
         mesh = init_device_mesh("cpu", (1,))
         p = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Replicate()]))
-        with pytest.raises(TypeError, match="whose shards are flat already"):
+        with pytest.raises(TypeError, match="which is already flat"):
             adamw([p])
 
 
@@ -261,7 +261,7 @@ def test_a_tensor_class_of_its_own_is_refused():
     class Own(nn.Parameter):
         pass
 
-    with pytest.raises(TypeError, match="is a Own; flat_parameters=True moves plain tensors"):
+    with pytest.raises(TypeError, match="is a Own, but flat_parameters=True supports only plain"):
         adamw([Own(torch.ones(3))])
 
 

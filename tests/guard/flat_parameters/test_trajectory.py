@@ -179,11 +179,11 @@ def test_memory_beyond_parameters_gradients_and_state():
 def test_16_bit_sgd_on_a_cpu_is_refused(dtype):
     # torch's fused kernel is wrong there; the day it is right, this guard can go.
     p, q = (torch.nn.Parameter(torch.ones(64, dtype=dtype)) for _ in range(2))
-    with pytest.raises(ValueError, match=r"16-bit weights wrongly.*flat_buckets=True"):
+    with pytest.raises(ValueError, match=r"16-bit weights incorrectly.*flat_buckets=True"):
         GuardedOptimizer(torch.optim.SGD([p]), flat_parameters=True)
     guard = GuardedOptimizer(
         torch.optim.SGD([torch.nn.Parameter(torch.ones(4))]), flat_parameters=True
     )
-    with pytest.raises(ValueError, match="16-bit weights wrongly"):
+    with pytest.raises(ValueError, match="16-bit weights incorrectly"):
         guard.add_param_group({"params": [q]})
     assert len(guard.param_groups) == 1

@@ -138,7 +138,7 @@ def test_the_state_of_an_unguarded_optimizer_loads_into_a_fresh_guard() -> None:
     train(model, opt, range(3))
     saved = get_optimizer_state_dict(model, opt.optimizer)
     other, fresh = build()
-    with pytest.warns(UserWarning, match="the guard starts fresh"):
+    with pytest.warns(UserWarning, match="the guard starts with counters at 0"):
         set_optimizer_state_dict(other, fresh, saved)
     assert fresh.steps_taken == 0
     assert fresh.state[other[0].weight]["step"].item() == 2
@@ -186,7 +186,7 @@ def test_the_flattened_state_of_an_unguarded_optimizer_loads_into_a_fresh_guard(
     if trained:
         train(other, fresh, range(2))
     get_optimizer_state_dict(other, fresh, options=FLAT)
-    with pytest.warns(UserWarning, match="the guard starts fresh"):
+    with pytest.warns(UserWarning, match="the guard starts with counters at 0"):
         set_optimizer_state_dict(other, fresh, saved, options=FLAT)
     assert fresh.steps_taken == 0
     assert fresh.state[other[0].weight]["step"].item() == 2

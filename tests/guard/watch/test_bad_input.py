@@ -22,12 +22,16 @@ def guard(optimizer: Any = None, **options: Any) -> GuardedOptimizer:
         ({"watch": ("tensor_norm",)}, ValueError, r"'tensor_norm', .*did you mean 'tensor_norms'"),
         ({"watch": "tensor_norms"}, TypeError, r"watch='tensor_norms' must be a tuple of names"),
         ({"watch": None}, TypeError, r"watch=None must be a tuple of names"),
-        ({"watch": (3,)}, TypeError, r"watch holds 3, which is no name"),
+        ({"watch": (3,)}, TypeError, r"watch holds 3, which is not a name"),
         ({"watch": ("underflow", "underflow")}, ValueError, r"'underflow' 2 times; name it once"),
         ({"watch_every": 0}, ValueError, r"watch_every=0 must be an integer >= 1"),
         ({"watch_every": 2.5}, ValueError, r"watch_every=2.5 must be an integer >= 1"),
-        ({"watch": ("replica_drift",)}, ValueError, r"decides alone; pass group=fastguard.Repl"),
-        ({"watch": ("noise_scale",)}, ValueError, r"decides alone; pass group=fastguard.Repl"),
+        (
+            {"watch": ("replica_drift",)},
+            ValueError,
+            r"there is no group; pass group=fastguard",
+        ),
+        ({"watch": ("noise_scale",)}, ValueError, r"there is no group; pass group=fastguard"),
     ],
 )
 def test_what_cannot_be_watched_is_refused(
