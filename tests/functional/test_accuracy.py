@@ -1,4 +1,4 @@
-"""Where torch's norm is wrong and ours is not; what dtype it has."""
+"""Cases in which torch's norm is inaccurate and ours is accurate; dtypes of the norm."""
 
 import math
 
@@ -21,7 +21,7 @@ from guardtest.tolerances import NORM_RTOL, scale_rtol
 NAN, INF = math.nan, math.inf
 
 
-# Where torch's norm is wrong and ours is not.
+# Cases in which torch's norm is inaccurate and ours is accurate.
 
 
 def relative_error(norm: Tensor, tensors: list[Tensor], norm_type: float = 2.0) -> float:
@@ -58,7 +58,7 @@ def test_norm_accuracy_where_torch_loses_digits(tensor, torchs_error):
     ids=["fp16 overflows", "1e20", "1.9e19", "1e-25", "bf16 1e-30"],
 )
 def test_magnitudes_that_torch_cannot_square(grad, torchs_norm):
-    # Peer trap: a finite element above 1.8e19 counts as overflow in fused norm kernels.
+    # In fused norm kernels of other libraries, a finite element above 1.8e19 overflows.
     assert torchs._get_total_norm([grad]) == torchs_norm
     norm = fastguard.get_total_norm([grad])
     assert norm.dtype is torch.float32
@@ -88,7 +88,7 @@ def test_any_magnitude_is_clipped_to_the_limit(dtype, magnitude):
     assert true_norm(grads) == pytest.approx(expected, rel=4 * scale_rtol(dtype))
 
 
-def test_an_infinite_element_beside_a_huge_finite_one():
+def test_an_infinite_and_a_huge_finite_element():
     grads = [torch.tensor([1e30]), torch.tensor([INF])]
     assert fastguard.get_total_norm(grads) == INF
     stats = fastguard.measure_grads(parameters(*grads))
@@ -99,7 +99,7 @@ def test_an_infinite_element_beside_a_huge_finite_one():
 @pytest.mark.parametrize("where", [0, 1, -1])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_the_inf_norm_keeps_nan(dtype, where):
-    # Peer trap: max() by comparison drops NaN, which is larger than nothing.
+    # A max() by comparisons would drop NaN, since all comparisons with it are False.
     grads = [torch.ones(5).to(dtype), torch.arange(7.0).to(dtype)]
     grads[where][where] = NAN
     assert fastguard.get_total_norm(grads, INF).isnan()
@@ -107,21 +107,21 @@ def test_the_inf_norm_keeps_nan(dtype, where):
     assert norm == (6.0 if where != -1 else 5.0)
 
 
-def test_a_nan_norm_counts_as_too_large_and_not_as_small_enough():
-    # Peer trap: NaN > threshold is False.
+def test_a_nan_norm_is_treated_as_too_large():
+    # NaN > threshold is False.
     ours = parameters(torch.tensor([NAN, 5.0]))
     fastguard.clip_grad_norm_(ours, 1.0, nonfinite="zero")
     assert ours[0].grad.tolist() == pytest.approx([0.0, 1.0], rel=1e-6)
 
 
 def test_scaling_never_multiplies_nan_by_zero():
-    # Peer trap: 0 * NaN is NaN, so "multiply by 0 to skip" keeps the NaN.
+    # 0 * NaN is NaN, so multiplying by 0 would not remove the NaN.
     ours = parameters(torch.tensor([NAN, INF, 5.0]))
     fastguard.clip_grad_norm_(ours, 0.0, nonfinite="zero")
     assert ours[0].grad.tolist() == [0.0, 0.0, 0.0]
 
 
-# dtypes and devices of what is returned; complex gradients.
+# dtypes and devices of results; complex gradients.
 
 
 @pytest.mark.parametrize("norm_type", NORM_TYPES)
@@ -156,7 +156,7 @@ def test_complex_gradients_have_the_2_norm(dtype):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
 
 
-def test_complex_gradients_refuse_the_rest_and_nothing_is_changed():
+def test_other_norms_of_complex_gradients_are_refused_and_nothing_is_changed():
     grads = [torch.tensor([9.0, -9.0]), torch.tensor([9 + 9j])]
     before = [g.clone() for g in grads]
     params = parameters(*grads)

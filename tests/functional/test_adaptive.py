@@ -1,4 +1,4 @@
-"""`clip_grad_adaptive_` against a float64 oracle: dtypes, layouts, NaN, exclusions, compilation."""
+"""`clip_grad_adaptive_` compared with a float64 reference: dtypes, layouts, NaN, exclusions."""
 
 import math
 
@@ -15,7 +15,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def clipped(ps, **options):
-    """The gradients, and what the oracle makes of them."""
+    """Returns the clipped gradients, and those of the reference."""
     known = {k: options[k] for k in ("clip_factor", "eps") if k in options}
     wanted = [expected(p.grad, p, p=options.get("norm_type", 2.0), **known) for p in ps]
     clip_grad_adaptive_(ps, **options)
@@ -58,7 +58,7 @@ def test_zero_weights_and_zero_gradients():
 
 @pytest.mark.parametrize("magnitude", [1e-25, 1e-10, 1e10, 1e30, 3e38])
 @pytest.mark.parametrize("of", ["gradient", "weight"])
-def test_squares_that_leave_float32(of, magnitude):
+def test_squares_beyond_float32(of, magnitude):
     ps = parameters()
     for p in ps:
         if of == "gradient":
@@ -81,7 +81,7 @@ def in_layout(shape, layout):
         return x.contiguous(memory_format=torch.channels_last)
     if layout == "transposed":
         return x.transpose(0, 1).contiguous().transpose(0, 1)
-    return torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2]  # with holes
+    return torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2]  # with gaps
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "transposed", "holes"])
@@ -97,7 +97,7 @@ def test_layouts(of, layout):
     assert p.grad.stride() == stride
 
 
-def test_neighbours_of_a_strided_gradient_stay():
+def test_elements_between_those_of_a_strided_gradient_are_unchanged():
     whole = torch.ones(4, 6)
     p = torch.nn.Parameter(torch.ones(4, 3))
     p.grad = whole[:, ::2]
@@ -106,7 +106,7 @@ def test_neighbours_of_a_strided_gradient_stay():
     torch.testing.assert_close(whole[:, ::2], torch.full((4, 3), 0.01))
 
 
-def test_complex_units_are_those_of_the_weight():
+def test_units_of_complex_parameters():
     vector = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))
     matrix = torch.nn.Parameter(torch.ones(2, 3, dtype=torch.complex64))
     vector.grad = torch.tensor([1j, 0, 0], dtype=torch.complex64)
@@ -125,7 +125,7 @@ def test_weights_and_gradients_of_other_dtypes():
 
 
 def with_bad_units(dtype=torch.float32):
-    """One parameter of five units: fine, NaN, Inf, below the limit, -Inf and NaN."""
+    """Returns a parameter of five units: finite, NaN, Inf, below the limit, -Inf and NaN."""
     p = torch.nn.Parameter(torch.ones(5, 3, dtype=dtype))
     p.grad = torch.ones(5, 3, dtype=dtype)
     p.grad[1, 2] = NAN
@@ -136,7 +136,7 @@ def with_bad_units(dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_bad_unit_harms_no_other(dtype):
+def test_a_bad_unit_does_not_affect_others(dtype):
     grads, wanted = clipped([with_bad_units(dtype)])
     assert_clipped(grads, wanted)
     grad = grads[0]
@@ -146,7 +146,7 @@ def test_a_bad_unit_harms_no_other(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_zero_sets_what_is_bad_to_zero_and_clips_the_rest(dtype):
+def test_zero_mode_sets_bad_elements_to_zero_and_clips_the_rest(dtype):
     p = with_bad_units(dtype)
     cleaned = torch.where(p.grad.isfinite(), p.grad, 0.0)
     wanted = expected(cleaned, p)
@@ -164,7 +164,7 @@ def test_raise_names_the_parameter_and_changes_nothing():
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-def test_weights_that_are_not_finite_limit_nothing(value):
+def test_units_with_non_finite_weights_are_not_clipped(value):
     p = torch.nn.Parameter(torch.ones(2, 3))
     p.data[0, 1] = value
     p.grad = torch.ones(2, 3)
@@ -182,14 +182,14 @@ def network():
 
 
 @pytest.mark.parametrize("exclude", [["head"], "head", ("head.weight", "head.bias"), ["head.*"]])
-def test_names_and_modules_and_patterns_are_left_out(exclude):
+def test_names_modules_and_patterns_are_excluded(exclude):
     net = network()
     clip_grad_adaptive_(net.named_parameters(), exclude=exclude)
     kept = {name for name, p in net.named_parameters() if (p.grad == 10.0).all()}
     assert kept == {"head.weight", "head.bias"}
 
 
-def test_tensors_are_left_out():
+def test_tensors_are_excluded():
     net = network()
     clip_grad_adaptive_(net.parameters(), exclude=net["head"].parameters())
     assert (net["head"].weight.grad == 10.0).all() and net["body"].weight.grad.max() < 1.0
@@ -211,7 +211,7 @@ def test_excluded_gradients_are_cleaned_too():
         ("named", [3], "exclude holds 3, a int; pass names"),
     ],
 )
-def test_an_exclusion_that_excludes_nothing_is_refused(parameters, exclude, text):
+def test_an_exclusion_that_matches_nothing_is_refused(parameters, exclude, text):
     net = network()
     given = net.named_parameters() if parameters == "named" else net.parameters()
     with pytest.raises((ValueError, TypeError), match=text):
@@ -250,7 +250,7 @@ def test_gradients_that_require_grad():
     torch.testing.assert_close(p.grad.detach(), torch.full((2, 2), 0.01))
 
 
-def test_negative_bits_are_heeded():
+def test_views_with_a_negative_bit():
     p = torch.nn.Parameter(torch.ones(2, 2))
     p.grad = torch._neg_view(torch.ones(2, 2))
     clip_grad_adaptive_([p])
@@ -278,7 +278,7 @@ def test_compiled_in_one_graph(nonfinite):
     for a, b in zip(eager, compiled, strict=True):
         assert torch.equal(a.grad, b.grad) or nonfinite == "propagate"
         torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=0, equal_nan=True)
-    assert len(graphs) <= 2  # a number that changes is compiled again once
+    assert len(graphs) <= 2  # one recompilation when a number changes
 
 
 def test_compiled_code_refuses_bad_limits():
@@ -289,11 +289,11 @@ def test_compiled_code_refuses_bad_limits():
     def step(factor):
         clip_grad_adaptive_([p], factor)
 
-    # The "eager" backend runs no_grad as two nodes of the graph: an error between
-    # them leaves it in force.
+    # The "eager" backend runs no_grad as two nodes of the graph; an error between
+    # them leaves gradients disabled.
     with torch.enable_grad(), pytest.raises(ValueError, match="AGC clip_factor"):
         step(-1.0)
 
 
-def test_public():
+def test_it_is_public():
     assert "clip_grad_adaptive_" in fastguard.__all__ and "AGC" in fastguard.__all__

@@ -1,4 +1,4 @@
-"""Bad arguments: the value, the remedy, and nothing changed."""
+"""Bad arguments: errors name the value and the remedy, and nothing is changed."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Views with a conjugate or negative bit: what counts is the value, not what their memory holds."""
+"""Views with a conjugate or negative bit are measured and changed by value, not by memory."""
 
 import math
 
@@ -14,7 +14,7 @@ VALUES = [INF, -INF, NAN, 3.0, -4.0, 0.0, 1e30]
 
 
 def reals(dtype=torch.float32):
-    values = torch.tensor(VALUES)  # 1e30 is infinite in half precision
+    values = torch.tensor(VALUES)  # 1e30 is Inf in half precision
     return values.to(dtype)
 
 
@@ -23,7 +23,7 @@ def complexes():
 
 
 def conjugate():
-    """The bit set, the same values."""
+    """Returns the same values with the conjugate bit set."""
     return complexes().conj().resolve_conj().conj()
 
 
@@ -32,13 +32,13 @@ def negative(dtype=torch.float32):
 
 
 def imaginary():
-    """A negative bit as it comes about: the imaginary part of a conjugate view."""
+    """Returns a tensor with a negative bit: the imaginary part of a conjugate view."""
     memory = torch.complex(torch.zeros(len(VALUES)), -reals())
     return memory.conj().imag
 
 
 def both():
-    """Negative and conjugate: -conj(x)."""
+    """Returns a tensor with both bits: -conj(x)."""
     return torch._neg_view((-complexes().conj()).resolve_conj().conj())
 
 
@@ -66,7 +66,7 @@ FUNCTIONS = {
 
 
 def parameters_with(grad, n):
-    """That gradient among others, so many that lists of their form are known again."""
+    """Returns n parameters, one with this gradient; a large n makes layouts be cached."""
     grads = [torch.full((2,), 0.5) for _ in range(n)]
     grads[n // 2] = grad
     params = []
@@ -80,9 +80,9 @@ def parameters_with(grad, n):
 @pytest.mark.parametrize("n", [1, 3, 40])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_they_are_what_plain_tensors_of_the_same_values_are(name, kind, n):
+def test_results_equal_those_of_plain_tensors_with_the_same_values(name, kind, n):
     make, plain = KINDS[kind]
-    for _ in range(2):  # once as a list not seen before
+    for _ in range(2):  # the first time with a layout not seen before
         ours, theirs = parameters_with(make(), n), parameters_with(plain(), n)
         lazy = ours[n // 2].grad
         assert lazy.is_conj() or lazy.is_neg()

@@ -1,4 +1,4 @@
-"""Gradients given where parameters are wanted: never "all is well"."""
+"""Gradients passed instead of parameters cause an error or a warning."""
 
 import warnings
 
@@ -17,7 +17,7 @@ def raw():
 
 
 def with_graph():
-    """Gradients of `create_graph=True` require gradients themselves, but never get any."""
+    """Returns gradients of `create_graph=True`, which require grad but never get a `.grad`."""
     x = nn.Parameter(torch.tensor([1.0, 2.0]))
     return list(torch.autograd.grad((x**3).sum(), [x], create_graph=True))
 
@@ -50,7 +50,7 @@ ignore_non_leaves = pytest.mark.filterwarnings("ignore:The .grad attribute of a 
 @ignore_non_leaves
 @pytest.mark.parametrize("given", GIVEN)
 @pytest.mark.parametrize("function", OURS)
-def test_our_own_functions_refuse_them(function, given):
+def test_functions_that_torch_does_not_have_refuse_them(function, given):
     with pytest.raises(TypeError, match=r"has a \.grad or requires one.*model\.parameters\(\)"):
         OURS[function](GIVEN[given]())
 
@@ -58,7 +58,7 @@ def test_our_own_functions_refuse_them(function, given):
 @ignore_non_leaves
 @pytest.mark.parametrize("given", GIVEN)
 @pytest.mark.parametrize("function", DROP_INS)
-def test_drop_ins_do_nothing_as_in_torch_but_say_so_where_they_were_called(function, given):
+def test_drop_in_functions_do_nothing_as_in_torch_but_warn_at_the_callers_line(function, given):
     with pytest.warns(UserWarning, match=r"model\.parameters\(\)") as told:
         result = DROP_INS[function](GIVEN[given]())
     assert result is None or result == 0.0
@@ -66,7 +66,7 @@ def test_drop_ins_do_nothing_as_in_torch_but_say_so_where_they_were_called(funct
     assert {w.filename for w in ours} == {__file__}
 
 
-def test_the_warning_comes_once_a_place():
+def test_the_warning_is_given_once_per_line():
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         for _ in range(3):
@@ -74,7 +74,7 @@ def test_the_warning_comes_once_a_place():
     assert len(told) == 1
 
 
-def test_the_error_comes_in_compiled_code_too():
+def test_the_error_is_raised_in_compiled_code_too():
     torch._dynamo.reset()
     for function in (OURS["raise"], fastguard.measure_grads, fastguard.sanitize_grads_):
         with pytest.raises(TypeError, match=r"model\.parameters\(\)"):
@@ -101,7 +101,7 @@ def retaining():
     ],
     ids=["none", "before backward", "one that may", "partly frozen", "a retained gradient"],
 )
-def test_a_step_without_gradients_is_no_mistake(given):
+def test_a_step_without_gradients_is_not_an_error(given):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for function in {**OURS, **DROP_INS}.values():

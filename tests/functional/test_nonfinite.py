@@ -1,4 +1,4 @@
-"""NaN and Inf in gradients, mode by mode, and `max_norm` at its ends."""
+"""NaN and Inf in gradients for each mode, and extreme values of `max_norm`."""
 
 import math
 
@@ -42,7 +42,7 @@ def test_propagate_is_what_torch_does(norm_type, bad, max_norm):
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("norm_type", NORM_TYPES)
-def test_error_if_nonfinite_raises_torchs_kind_of_error_and_changes_nothing(norm_type, bad):
+def test_error_if_nonfinite_raises_the_error_type_of_torch_and_changes_nothing(norm_type, bad):
     ours = parameters(torch.tensor([3.0, bad]), torch.tensor([4.0]))
     before = copies(ours)
     for call in (
@@ -59,7 +59,7 @@ def test_error_if_nonfinite_raises_torchs_kind_of_error_and_changes_nothing(norm
 
 @pytest.mark.parametrize("norm_type", [2, 2.0, 1.5, INF])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_its_message_begins_with_torchs_and_then_names_the_culprits(norm_type, compiled):
+def test_its_message_begins_with_torchs_and_names_the_culprits(norm_type, compiled):
     params = parameters(torch.tensor([3.0, NAN]), torch.tensor([INF]))
     grads = [p.grad for p in params]
     with pytest.raises(RuntimeError) as torch_says:
@@ -83,13 +83,13 @@ def test_its_message_begins_with_torchs_and_then_names_the_culprits(norm_type, c
         assert "parameter 0 (1 NaN), parameter 1 (1 +Inf); nothing was changed" in rest
 
 
-def test_our_own_mode_does_not_speak_of_torchs_argument():
+def test_raise_mode_does_not_mention_torchs_argument():
     params = parameters(torch.tensor([NAN]))
     with pytest.raises(NonFiniteGradError, match=r"^gradients are non-finite"):
         fastguard.clip_grad_norm_(params, 1.0, nonfinite="raise")
 
 
-def test_error_if_nonfinite_is_quiet_when_all_is_finite():
+def test_error_if_nonfinite_does_not_raise_for_finite_gradients():
     ours = parameters(torch.tensor([3.0, 4.0]))
     assert fastguard.clip_grad_norm_(ours, 1.0, error_if_nonfinite=True) == 5.0
     assert ours[0].grad.norm() == pytest.approx(1.0, rel=1e-6)
@@ -129,13 +129,13 @@ def test_zero_mode_is_torch_on_the_cleaned_copy(max_norm, norm_type, dtype):
     assert_same_grads(ours, theirs, rtol=2 * own_error)
 
 
-def test_zero_mode_of_gradients_that_are_all_bad():
+def test_zero_mode_with_only_bad_elements():
     ours = parameters(torch.full((3,), NAN))
     assert fastguard.clip_grad_norm_(ours, 1.0, nonfinite="zero") == 0.0
     assert ours[0].grad.tolist() == [0.0, 0.0, 0.0]
 
 
-# max_norm at its ends.
+# Extreme values of max_norm.
 
 
 @pytest.mark.parametrize("nonfinite", ["propagate", "zero"])
@@ -150,8 +150,8 @@ def test_max_norm_inf_measures_only(norm_type, nonfinite):
     assert grad._version == 0
 
 
-def test_max_norm_inf_with_one_infinite_element_leaves_the_others_alone():
-    # Peer trap: torch turns every gradient NaN here.
+def test_max_norm_inf_with_an_infinite_element_does_not_change_the_others():
+    # torch makes every gradient NaN here.
     ours, theirs = ([torch.tensor([1.0, INF]), torch.tensor([2.0])] for _ in range(2))
     fastguard.clip_grad_norm_(parameters(*ours), INF)
     torchs.clip_grad_norm_(parameters(*theirs), INF)
@@ -167,7 +167,7 @@ def test_max_norm_zero_zeroes_the_gradients():
     assert ours[0].grad.tolist() == [0.0, -0.0]
 
 
-def test_coefficient_one_leaves_every_bit_where_torch_may_not():
+def test_coefficient_one_changes_no_bit():
     grads = [torch.tensor([0.3, -0.0, 1e-45]), torch.tensor([0.1]).half()]
     before = [g.clone() for g in grads]
     fastguard.clip_grad_norm_(parameters(*grads), 10.0)

@@ -1,4 +1,4 @@
-"""torch.compile: one opaque op a stage, whole graphs, no recompilation, the same results."""
+"""torch.compile: one custom op per stage, full graphs, no recompilation, equal results."""
 
 import math
 import re
@@ -11,7 +11,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.utils import run_and_get_code
 
 import fastguard
-import fastguard.functional.adaptive  # defines an op of its own
+import fastguard.functional.adaptive  # defines another op
 from fastguard import NonFiniteGradError
 from guardtest.grads import assert_bitwise_equal, copies, grads_of, parameters
 
@@ -96,7 +96,7 @@ def test_every_op_is_checked_here():
 
 @pytest.mark.parametrize("norm_type", [2.0, INF])
 def test_outputs_share_no_memory_with_anything(norm_type):
-    # Compiled code may write over a returned tensor once it is done with it.
+    # Compiled code may overwrite a returned tensor that it no longer needs.
     for mode in ("propagate", "zero"):
         summary = SUMMARY.clone()
         returned = [
@@ -176,7 +176,7 @@ def assert_equal(ours, theirs) -> None:
 
 
 def result_of(function, params):
-    """What it returns, or the type of its error."""
+    """Returns the result, or the type of the error."""
     try:
         return function(params)
     except (TypeError, ValueError) as error:
@@ -186,7 +186,7 @@ def result_of(function, params):
 @pytest.mark.parametrize("grads", GRADS)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_compiled_is_eager_bit_for_bit(name, grads):
-    """And refuses what eager code refuses, with the same error and no gradient changed."""
+    """It also raises the same errors as eager code, without changing a gradient."""
     function = FUNCTIONS[name]
     eager = parameters(*GRADS[grads]())
     compiled, before = copies(eager), copies(eager)
@@ -204,7 +204,7 @@ def test_compiled_is_eager_bit_for_bit(name, grads):
 @pytest.mark.parametrize("grads", ["clean", "all None"])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_compiled_with_dynamic_numbers(name, grads):
-    """`dynamic=True` makes symbols of Python floats, defaults of arguments included."""
+    """`dynamic=True` turns Python floats into symbols, including defaults of arguments."""
     eager = parameters(*GRADS[grads]())
     compiled = copies(eager)
     expected = FUNCTIONS[name](eager)
@@ -217,7 +217,7 @@ def test_compiled_with_dynamic_numbers(name, grads):
     ("options", "error", "message"),
     [({"nonfinite": "drop"}, ValueError, "nonfinite='drop'"), ({"foreach": 1}, TypeError, "=1 m")],
 )
-def test_wrong_words_are_named_where_the_graph_may_break(options, error, message):
+def test_invalid_choices_are_named_where_the_graph_may_break(options, error, message):
     params = parameters(torch.tensor([3.0, 4.0]))
     call = torch.compile(lambda ps: fastguard.clip_grad_norm_(ps, 1.0, **options))
     with pytest.raises(error, match=message):
@@ -280,7 +280,7 @@ def test_an_iterator_and_a_single_tensor():
 
 
 class Inductor:
-    """torch.compile up to where inductor would write code, with a count of the graphs.
+    """torch.compile up to the code generation of inductor; counts the graphs.
 
     That is where a Python float in a graph costs a recompilation; the C++ compiler would take
     seconds a graph.
@@ -309,7 +309,7 @@ class Inductor:
     ids=["norm", "with_norm", "norm given", "value"],
 )
 @pytest.mark.parametrize(("as_given", "graphs"), [(float, 2), (torch.tensor, 1)])
-def test_a_limit_that_changes_compiles_once_more_and_a_tensor_does_not(function, as_given, graphs):
+def test_a_changing_limit_causes_one_recompilation_and_a_tensor_none(function, as_given, graphs):
     compiled = Inductor(function)
     for limit in (1.0, 2.0, 3.0, 0.5, 7.25, 100.0):
         params = parameters(torch.full((3,), 90.0), torch.full((4,), 10.0))
@@ -320,7 +320,7 @@ def test_a_limit_that_changes_compiles_once_more_and_a_tensor_does_not(function,
     assert compiled.graphs == graphs
 
 
-def test_fills_that_change_compile_once_more():
+def test_changing_fill_values_cause_one_recompilation():
     compiled = Inductor(lambda ps, x: fastguard.sanitize_grads_(ps, nan=x, neginf=-x).counts)
     for fill in (1.0, 2.0, 3.0, 0.5, 7.25, 100.0):
         params = parameters(torch.tensor([NAN, 1.0]), torch.tensor([-INF]))
@@ -329,7 +329,7 @@ def test_fills_that_change_compile_once_more():
     assert compiled.graphs == 2
 
 
-def test_changing_gradients_compile_once_and_a_new_pattern_of_none_once_more():
+def test_changing_gradients_cause_no_recompilation_and_a_new_pattern_of_none_causes_one():
     compiled = Inductor(lambda ps: fastguard.clip_grad_norm_(ps, 1.0))
     params = parameters(torch.ones(3), torch.ones(4))
     for grads in (
@@ -354,7 +354,7 @@ def train_step(model: nn.Module, x: Tensor) -> Tensor:
     return fastguard.clip_grad_norm_(model.parameters(), 0.1)
 
 
-def test_one_graph_over_many_steps_of_a_model_whose_gradients_come_and_go():
+def test_one_graph_over_many_steps_with_gradients_that_are_sometimes_none():
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
     compiled = Inductor(train_step)
     for _ in range(5):
@@ -369,7 +369,7 @@ def test_one_graph_over_many_steps_of_a_model_whose_gradients_come_and_go():
 
 @pytest.mark.parametrize("name", ["clip_grad_norm_", "clip_grads_with_norm_", "clip_grad_value_"])
 def test_generated_code_holds_no_copy_of_a_gradient(name):
-    n = 12_347  # a size that nothing else in the code has
+    n = 12_347  # a size that occurs nowhere else in the code
     params = parameters(torch.ones(n), torch.ones(n, 2))
     _, (code,) = run_and_get_code(torch.compile(FUNCTIONS[name], fullgraph=True), params)
     assert "torch.ops.fastguard." in code
@@ -400,7 +400,7 @@ def test_backward_inside_the_compiled_function():
         torch.testing.assert_close(a.grad, b.grad)
 
 
-def test_eager_code_does_not_go_through_the_dispatcher(monkeypatch):
+def test_eager_code_does_not_use_the_dispatcher(monkeypatch):
     def dispatched(*args):
         raise AssertionError("an op was dispatched in eager mode")
 

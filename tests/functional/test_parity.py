@@ -1,4 +1,4 @@
-"""The drop-in functions take and give what torch.nn.utils does."""
+"""The drop-in functions have the arguments and results of torch.nn.utils."""
 
 import inspect
 import math
@@ -149,7 +149,7 @@ def test_max_norm_may_be_any_kind_of_number():
         assert ours[0].grad.tolist() == pytest.approx([0.6, -0.8], rel=1e-6)
 
 
-# Parity: what "parameters" may be.
+# Parity: the argument `parameters`.
 
 
 @pytest.mark.parametrize("clip", [fastguard.clip_grad_norm_, torchs.clip_grad_norm_])
@@ -173,7 +173,7 @@ def test_containers(container):
     assert [p.grad.item() for p in params] == pytest.approx([0.6, 0.8], rel=1e-6)
 
 
-def test_a_models_generators():
+def test_the_generators_of_a_model():
     model = nn.Linear(3, 2)
     for generator in (model.parameters, model.named_parameters):
         model(torch.randn(5, 3)).sum().backward()
@@ -200,7 +200,7 @@ def test_an_empty_generator_gives_one_warning_at_the_callers_line(name):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_an_empty_list_and_no_gradients_pass_quietly(name):
+def test_an_empty_list_and_no_gradients_give_no_warning(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         FUNCTIONS[name]([])
@@ -209,7 +209,7 @@ def test_an_empty_list_and_no_gradients_pass_quietly(name):
 
 
 @pytest.mark.parametrize("params", [[], parameters(None)])
-def test_the_norm_of_nothing(params):
+def test_the_norm_without_gradients(params):
     norm = fastguard.clip_grad_norm_(params, 1.0)
     expected = torchs.clip_grad_norm_(params, 1.0)
     assert norm == expected == 0.0
@@ -226,7 +226,7 @@ def test_the_same_parameter_twice_counts_twice_as_in_torch():
     assert_same_grads(ours, theirs)
 
 
-def test_gradients_that_have_a_graph_are_clipped_without_one():
+def test_gradients_with_a_graph_are_clipped_without_recording():
     w = nn.Parameter(torch.tensor([3.0, 4.0]))
     (w.grad,) = torch.autograd.grad((w**2).sum(), [w], create_graph=True)
     assert fastguard.clip_grad_norm_([w], 1.0) == 10.0

@@ -1,4 +1,4 @@
-"""`patch_torch()`: torch.nn.utils is ours for everybody while it holds, and torch's own again."""
+"""`patch_torch()` replaces the functions of torch.nn.utils, and restores them afterwards."""
 
 import sys
 import threading
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.utils import clip_grad as torchs
 
-# Imported before any patch, as user code does it.
+# Imported before any patch, as in user code.
 from torch.nn.utils import clip_grad_norm_ as held_clip_grad_norm_
 from torch.nn.utils import get_total_norm as held_get_total_norm
 
@@ -59,7 +59,7 @@ def test_two_calls():
     assert not is_patched()
 
 
-def test_an_exception_in_the_block_undoes_it_and_passes_through():
+def test_an_exception_in_the_block_undoes_the_patch_and_propagates():
     with pytest.raises(KeyError), fastguard.patch_torch():
         raise KeyError
     assert not is_patched()
@@ -85,34 +85,34 @@ def test_undoing_too_often_is_an_error():
         fastguard.unpatch_torch()
 
 
-def test_what_was_patched_by_somebody_else_comes_back(monkeypatch):
-    def somebody_elses(*args):
+def test_patches_of_other_libraries_are_restored(monkeypatch):
+    def other_patch(*args):
         raise AssertionError
 
-    monkeypatch.setattr(torch.nn.utils, "get_total_norm", somebody_elses)
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", other_patch)
     fastguard.patch_torch()
     assert torch.nn.utils.get_total_norm is patch.get_total_norm
     fastguard.unpatch_torch()
-    assert torch.nn.utils.get_total_norm is somebody_elses
+    assert torch.nn.utils.get_total_norm is other_patch
 
 
-def test_callers_get_ours():
-    grad = torch.full((10,), 1e20)  # torch's norm of it is inf, and it clips it to 0
+def test_callers_get_the_function_of_fastguard():
+    grad = torch.full((10,), 1e20)  # torch's norm is inf, so it clips the gradient to 0
     with fastguard.patch_torch():
         assert torch.nn.utils.clip_grad_norm_(parameters(grad), 1.0).isfinite()
     assert grad.norm() == pytest.approx(1.0)
     with fastguard.patch_torch(), pytest.warns(FutureWarning, match="deprecated"):
-        # torch's deprecated alias looks the name up when it is called.
+        # torch's deprecated alias looks the name up at each call.
         assert torch.nn.utils.clip_grad_norm(parameters(grad * 1e20), 1.0).isfinite()
 
 
 @pytest.mark.parametrize("module", ["torch.nn.utils", "torch.nn.utils.clip_grad"])
-def test_each_of_the_four_names_does_what_ours_does(module):
-    """What a trainer imports while the patch holds, by either path; sharded trainers take the
+def test_each_of_the_four_names_is_replaced(module):
+    """Trainers may import the names from either module while patched; sharded trainers use the
     private names."""
     place = sys.modules[module]
     private = "_" if place is torchs else ""
-    grad = torch.full((10,), 1e20)  # torch's norm of it is inf
+    grad = torch.full((10,), 1e20)  # torch's norm is inf
     with fastguard.patch_torch():
         norm = getattr(place, f"{private}get_total_norm")([grad])
         assert norm == pytest.approx(1e20 * 10**0.5)
@@ -123,24 +123,24 @@ def test_each_of_the_four_names_does_what_ours_does(module):
             place.clip_grad_value_(parameters(grad), -1.0)
 
 
-def test_names_imported_before_keep_torchs_function():
+def test_names_imported_before_the_patch_remain_torchs():
     grad = torch.full((10,), 1e20)
     with fastguard.patch_torch():
         assert held_get_total_norm([grad]) == float("inf")
-        # torch's own, but what it calls inside is ours
+        # torch's function, but it calls the replacements
         assert held_clip_grad_norm_ is TORCHS_OWN[0]
         assert held_clip_grad_norm_(parameters(grad), 1.0).isfinite()
     assert grad.norm() == pytest.approx(1.0)
     assert held_clip_grad_norm_(parameters(grad * 1e20), 1.0) == float("inf")
 
 
-def test_a_name_imported_inside_is_ours_for_good():
+def test_a_name_imported_while_patched_remains_fastguards():
     with fastguard.patch_torch():
         from torch.nn.utils import clip_grad_norm_
     assert clip_grad_norm_ is patch.clip_grad_norm_
 
 
-def test_our_functions_do_not_call_what_they_replaced(monkeypatch):
+def test_the_replacements_do_not_call_the_patched_names(monkeypatch):
     def recursion(*args, **kwargs):
         raise AssertionError("a function of torch.nn.utils was called")
 

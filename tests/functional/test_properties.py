@@ -1,4 +1,4 @@
-"""Properties of clipping, whatever the gradients."""
+"""Properties of clipping for any gradients."""
 
 import math
 
@@ -18,7 +18,7 @@ NAN, INF = math.nan, math.inf
 
 # Properties.
 
-# A coefficient under 1e-38 is no normal float32 and has fewer digits: no such limits and norms.
+# Limits and norms exclude coefficients below 1e-38, which are subnormal and less accurate.
 finite = st.floats(-(2.0**110), 2.0**110, width=32).map(lambda x: x if abs(x) > 1e-30 else 0.0)
 any_float = finite | st.sampled_from([NAN, INF, -INF])
 norm_types = st.sampled_from(NORM_TYPES)
@@ -66,7 +66,7 @@ def test_the_norm_is_scale_equivariant(grads, factor, norm_type):
 
 @hypothesis.given(lists_of(st.floats(-1e6, 1e6, width=32)), norm_types)
 def test_scaled_gradients_clip_to_the_same_direction(grads, norm_type):
-    grads.append(torch.tensor([0.5]))  # so that torch's 1e-6 beside the norm is small
+    grads.append(torch.tensor([0.5]))  # so that torch's 1e-6 is small compared to the norm
     limit = norm_of(grads, norm_type) / 4
     louder = [g * 4.0 for g in grads]
     fastguard.clip_grad_norm_(parameters(*grads), limit, norm_type)

@@ -1,4 +1,4 @@
-"""Several threads at once: what they share, above all the caches, is never seen half changed."""
+"""Several threads at once never see shared state, such as caches, in the middle of a change."""
 
 import random
 import sys
@@ -26,7 +26,7 @@ def switching_often():
 
 
 def together(work, n=THREADS):
-    """Runs `work(number)` in threads of the same start; raises the first error of any."""
+    """Runs `work(number)` in threads that start together; raises the first error."""
     start, errors = threading.Barrier(n), []
 
     def run(number):
@@ -50,7 +50,7 @@ def parameters():
 
 
 def some(draw):
-    """The gradients of a step, each value 1, another set of them None each time."""
+    """Returns the gradients of a step, all ones; each time others are None."""
     return [None if draw.random() < 0.2 else torch.ones(1 + i % 5) for i in range(N)]
 
 
@@ -58,9 +58,9 @@ def distinct(n):
     return [torch.ones(1) for _ in range(n)]
 
 
-def test_a_form_that_another_thread_adds_while_the_known_ones_are_searched():
+def test_another_thread_adds_a_layout_during_the_search():
     class Meanwhile(list):
-        """A list in the middle of whose comparison another thread gets its turn."""
+        """A list whose comparison lets another thread run in the middle."""
 
         def __len__(self):
             other = threading.Thread(target=lambda: bucketize(distinct(N + 1 + len(added))))
@@ -75,15 +75,15 @@ def test_a_form_that_another_thread_adds_while_the_known_ones_are_searched():
     assert added
 
 
-def test_no_form_is_lost_when_threads_add_theirs_at_once(monkeypatch):
+def test_no_layout_is_lost_when_threads_add_them_at_once(monkeypatch):
     for _ in range(50):
         monkeypatch.setattr(layout_guards, "_forms", ())
         together(lambda number: bucketize(distinct(N + number)))
         assert {form._n for form in layout_guards._forms} == {N + i for i in range(THREADS)}
 
 
-def test_lists_that_look_different_each_time_are_sorted_in_threads(monkeypatch):
-    monkeypatch.setattr(layout_guards, "FORMS", 100)  # longer to search, so that threads meet
+def test_lists_with_changing_layouts_are_sorted_in_threads(monkeypatch):
+    monkeypatch.setattr(layout_guards, "FORMS", 100)  # a longer search, so that threads collide
 
     def work(number):
         draw = random.Random(number)
@@ -97,7 +97,7 @@ def test_lists_that_look_different_each_time_are_sorted_in_threads(monkeypatch):
     assert len(layout_guards._forms) == 100
 
 
-def test_the_functions_give_the_norm_of_their_own_thread():
+def test_the_functions_return_the_norm_of_their_own_thread():
     def work(number):
         draw = random.Random(number)
         params = parameters()
@@ -105,7 +105,7 @@ def test_the_functions_give_the_norm_of_their_own_thread():
             for p, g in zip(params, some(draw), strict=True):
                 p.grad = g
             n = sum(p.numel() for p in params if p.grad is not None)
-            limit = 1.0 + step % 50  # more limits than are kept
+            limit = 1.0 + step % 50  # more limits than are cached
             norm = fastguard.clip_grad_norm_(params, limit)
             assert norm.item() == pytest.approx(n**0.5)
             left = fastguard.get_total_norm([p.grad for p in params if p.grad is not None])
@@ -114,7 +114,7 @@ def test_the_functions_give_the_norm_of_their_own_thread():
     together(work)
 
 
-def test_optimizers_in_threads_decide_each_for_its_own():
+def test_optimizers_in_threads_decide_independently():
     def work(number):
         draw = random.Random(number)
         params = parameters()

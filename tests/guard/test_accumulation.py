@@ -1,4 +1,4 @@
-"""Gradient accumulation: one bad micro-batch makes the step bad, and leaves nothing behind."""
+"""Gradient accumulation: a bad micro-batch makes its step bad, and has no further effect."""
 
 import math
 
@@ -45,7 +45,7 @@ def run(steps, *, bad, scaled, unscale, flat, fused, observed):
 @pytest.mark.parametrize("fused", [False, True], ids=["single", "fused"])
 @pytest.mark.parametrize("observed", [False, True], ids=["", "observed"])
 @pytest.mark.parametrize("scaler", ["", "amp", "amp, unscale_"])
-def test_a_bad_micro_batch_costs_its_step_and_no_more(bad, flat, fused, observed, scaler):
+def test_a_bad_micro_batch_skips_only_its_step(bad, flat, fused, observed, scaler):
     options = {
         "flat": flat,
         "fused": fused,
@@ -58,7 +58,7 @@ def test_a_bad_micro_batch_costs_its_step_and_no_more(bad, flat, fused, observed
     assert_same_bits(snapshot(opt), snapshot(without))
     records = opt.records()
     assert [r.action == "skipped" for r in records] == [s == BAD_STEP for s in range(6)]
-    # To a scaler, and without the loss, a NaN looks like an overflow of its scale.
+    # Without the loss, a scaler cannot distinguish a NaN from an overflow.
     alone = options["scaled"] and not observed
     assert records[BAD_STEP].reason == ("loss_scale" if alone else "nonfinite_grad")
     assert records[BAD_STEP].culprits[0][0] == "0.weight"

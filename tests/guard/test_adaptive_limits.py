@@ -1,4 +1,4 @@
-"""Guards whose limit follows the norms: resume, copies, scopes, records."""
+"""Guards with adaptive limits: resume, copies, scopes, records."""
 
 import copy
 import io
@@ -16,7 +16,7 @@ NAN, INF = math.nan, math.inf
 
 
 class Mean(AdaptiveLimit):
-    """Clips to the mean norm so far."""
+    """Clips to the mean of the previous norms."""
 
     initial = (0.0,)
 
@@ -43,7 +43,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
 @pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
-def test_a_resumed_run_is_the_same_bits(options, fused):
+def test_a_resumed_run_is_bitwise_equal(options, fused):
     whole, part = (adamw(fused=fused, **options) for _ in range(2))
     train(whole, range(30), bad=(0, 3, 12))
     train(part, range(11), bad=(0, 3, 12))
@@ -64,7 +64,7 @@ def test_a_resumed_run_is_the_same_bits(options, fused):
     assert len(set(later)) > 2 or "zclip" in str(options).lower()
 
 
-def test_copies_go_their_own_ways():
+def test_copies_are_independent():
     opt = adamw(max_norm=Mean())
     train(opt, range(5))
     twin = copy.deepcopy(opt)
@@ -90,8 +90,8 @@ def test_a_fixed_limit_is_in_each_record_too():
     assert steps_with(opt, p, [1.0])[0].as_dict()["limit"] == "Infinity"
 
 
-def test_the_limit_of_several_tensors_is_that_of_the_model():
-    """In the warm-up of AdaGC it is its `max_norm`."""
+def test_the_recorded_limit_of_several_tensors_is_the_joint_limit():
+    """During the warm-up of AdaGC it is `max_norm`."""
     opt = adamw(max_norm=AdaGC(warmup=3, max_norm=0.25), clip_scope="tensor")
     train(opt, range(3))
     assert [r.limit for r in opt.records()] == pytest.approx([0.25] * 3)
@@ -109,7 +109,7 @@ def test_a_param_group_may_keep_a_fixed_limit():
     assert opt._state.limits[0].tolist() == [2.0, 2.0, 2.0]
 
 
-def test_a_param_group_that_comes_later_begins_fresh():
+def test_a_param_group_added_later_starts_anew():
     p, q = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
     opt = sgd([p], max_norm=Mean(), clip_scope="tensor")
     steps_with(opt, p, [4.0, 4.0])
@@ -130,7 +130,7 @@ def test_the_rule_may_change_between_steps():
     assert "limits" not in opt.state_dict()["fastguard"]
 
 
-def test_an_optimizer_that_evaluates_its_closure_says_that_a_rule_has_no_effect(caplog):
+def test_an_optimizer_that_evaluates_its_closure_warns_that_a_rule_has_no_effect(caplog):
     p = torch.nn.Parameter(torch.ones(1))
     opt = GuardedOptimizer(torch.optim.LBFGS([p], max_iter=2), max_norm=ZClip())
 
@@ -149,9 +149,9 @@ def test_an_optimizer_that_evaluates_its_closure_says_that_a_rule_has_no_effect(
 @pytest.mark.parametrize(
     ("saved_by", "loaded_by", "text"),
     [
-        (Mean(), ZClip(), "is of the adaptive limit Mean, but this guard has ZClip"),
-        (Mean(), 1.0, "is of the adaptive limit Mean, but this guard has None"),
-        (None, Mean(), "is of the adaptive limit None, but this guard has Mean"),
+        (Mean(), ZClip(), "belongs to the adaptive limit Mean, but this guard has ZClip"),
+        (Mean(), 1.0, "belongs to the adaptive limit Mean, but this guard has None"),
+        (None, Mean(), "belongs to the adaptive limit None, but this guard has Mean"),
         (AutoClip(window=4), AutoClip(window=5), "limits of shape (9, 1), expected (11, 1)"),
     ],
 )
@@ -173,7 +173,7 @@ def test_a_damaged_state_is_refused():
         opt.load_state_dict(state)
 
 
-def test_what_is_no_rule_is_refused_by_name():
+def test_an_invalid_rule_is_refused_by_name():
     with pytest.raises(TypeError, match=r"max_norm is the class ZClip; pass a rule, .*ZClip\(\)"):
         adamw(max_norm=ZClip)
     p = torch.nn.Parameter(torch.zeros(1))

@@ -1,4 +1,4 @@
-"""Wrong use: each error names the value and the remedy, and nothing has changed."""
+"""Wrong use: each error names the value and the remedy, and nothing is changed."""
 
 import inspect
 import math
@@ -90,7 +90,7 @@ def test_names_of_other_parameters():
     assert opt.records()[0].culprits == (("parameter 1", 1, 0, 0),)
 
 
-def test_a_loss_in_place_of_a_closure():
+def test_a_loss_instead_of_a_closure():
     for inner in (sgd(), torch.optim.LBFGS(new_parameters())):
         opt = GuardedOptimizer(inner)
         for loss in (torch.tensor(1.0), 1.0, {"loss": 1.0}):
@@ -100,7 +100,7 @@ def test_a_loss_in_place_of_a_closure():
 
 
 @pytest.mark.parametrize("inner", [None, nn.Linear(1, 1), [nn.Parameter(torch.zeros(1))]])
-def test_what_is_no_optimizer(inner):
+def test_a_non_optimizer(inner):
     with pytest.raises(TypeError, match=r"must be a torch.optim.Optimizer.*AdamW"):
         GuardedOptimizer(inner)
 
@@ -169,7 +169,7 @@ def test_a_bad_loss(loss, error, message, through):
     assert opt.records()[0].losses == {"loss": 1.0}
 
 
-def test_a_norm_that_complex_gradients_do_not_have():
+def test_an_unsupported_norm_of_complex_gradients():
     p = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
     p.grad = torch.ones_like(p)
     opt = GuardedOptimizer(torch.optim.SGD([p], lr=0.1), norm_type=1.0, max_norm=0.1)

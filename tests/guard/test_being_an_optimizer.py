@@ -1,4 +1,4 @@
-"""The wrapper is an optimizer to everybody else: to schedulers, hooks and profilers."""
+"""The wrapper works as an optimizer for schedulers, hooks and profilers."""
 
 import gc
 import math
@@ -33,7 +33,7 @@ def test_a_learning_rate_may_be_a_tensor():
 
 
 class Signs(torch.optim.Optimizer):
-    """Follows the sign of the gradient; its step has no learning rate."""
+    """Follows the sign of the gradient, without a learning rate."""
 
     def __init__(self, params, size=0.5):
         super().__init__(params, {"size": size})
@@ -74,7 +74,7 @@ SCHEDULERS = {
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_schedulers_take_it_for_an_optimizer(name):
+def test_schedulers_accept_it(name):
     """The same learning rates as on the bare optimizer, and no warning about the order of steps."""
     opt = adamw()
     bare = torch.optim.AdamW(new_parameters(), lr=0.1, fused=True)
@@ -82,10 +82,10 @@ def test_schedulers_take_it_for_an_optimizer(name):
     needs_loss = name == "ReduceLROnPlateau"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        # SequentialLR of torch 2.8 warns of what it does itself.
+        # SequentialLR of torch 2.8 warns about its own calls.
         warnings.filterwarnings("ignore", "The epoch parameter", UserWarning)
         for step in range(6):
-            train(opt, [step], bad={0, 3})  # the first step of all is skipped
+            train(opt, [step], bad={0, 3})  # the first step is skipped
             give_gradients(parameters_of(bare), step)
             bare.step()
             for s in (scheduler, expected):
@@ -95,8 +95,8 @@ def test_schedulers_take_it_for_an_optimizer(name):
     assert opt.skipped_steps == 2
 
 
-def test_a_scheduler_can_know_of_skips():
-    """Elsewhere a step skipped on the device still moves the schedule."""
+def test_a_scheduler_can_take_skips_into_account():
+    """With other skips on the device, the schedule advances even in skipped steps."""
     opt = adamw()
     scheduler = schedulers.LambdaLR(opt, lambda applied: 1.0 / (1 + applied))
     for step in range(6):
@@ -124,7 +124,7 @@ def test_step_hooks_run_once_around_the_guarded_step(fused):
     assert order == ["pre", "post"]
 
 
-def test_a_pre_hook_may_change_what_step_is_given():
+def test_a_pre_hook_may_change_the_arguments_of_step():
     opt = adamw()
     opt.register_step_pre_hook(lambda o, args, kwargs: (args, {**kwargs, "tag": "from the hook"}))
     train(opt, [0])
@@ -220,7 +220,7 @@ def test_a_bad_param_group_is_refused_and_not_added(case):
     assert opt.param_groups[1]["params"] == parameters[2:]
 
 
-def test_frozen_parameters_are_left_alone():
+def test_frozen_parameters_are_not_changed():
     a, b = new_parameters([(3,), (4,)])
     b.requires_grad_(False)
     for flat in (False, True):
@@ -255,7 +255,7 @@ def test_names_come_from_the_model_or_the_param_group_or_are_numbers():
 
 
 def test_a_dropped_guard_is_freed():
-    """Nothing global holds on to parameters or state."""
+    """Nothing global holds a reference to parameters or state."""
     opt = adamw(max_norm=1.0, spike=SPIKES)
     train(opt, range(2))
     dead = weakref.ref(opt), weakref.ref(parameters_of(opt)[0])

@@ -1,4 +1,4 @@
-"""Which clip coefficient belongs to which parameter, and what limit it obeys."""
+"""Segments of parameters, and the limits of segments."""
 
 import math
 
@@ -27,7 +27,7 @@ def test_an_empty_param_group_keeps_its_segment():
     assert (list(layout.segments), layout.n_segments) == ([1, 1, 2], 3)
 
 
-def test_names_given_beat_names_of_the_group_beat_numbers():
+def test_given_names_take_precedence_over_names_of_the_group_and_over_numbers():
     groups = [{"params": [A, B], "param_names": ["ga", "gb"]}, {"params": [C]}]
     assert lay_out(groups, "global", {A: "mine"}).names == ["mine", "gb", "parameter 2"]
 

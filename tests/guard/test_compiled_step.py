@@ -1,4 +1,4 @@
-"""A compiled train step that holds `opt.step()`: the guard is one opaque call in it."""
+"""A compiled train step with `opt.step()`, where the guard breaks the graph once."""
 
 import pytest
 import torch
@@ -62,12 +62,12 @@ def run(guarded, compiled, steps, *, fused=True, bad=(), change=None, **options)
 
 @pytest.mark.parametrize("fused", [False, True], ids=["single", "fused"])
 @pytest.mark.parametrize("flat", [False, True], ids=["", "flat"])
-def test_compiled_equals_eager_skips_included(fused, flat):
+def test_compiled_equals_eager_including_skips(fused, flat):
     bad = {0, 3, 4}
     options = {"fused": fused, "bad": bad, "max_norm": 0.5, "flat_buckets": flat}
     eager, _ = run(True, False, 7, **options)
     compiled, graphs = run(True, True, 7, **options)
-    assert graphs[-1] > 0  # something was compiled at all
+    assert graphs[-1] > 0  # something was compiled
     assert (compiled.applied_steps, compiled.skipped_steps) == (4, 3)
     assert_same_bits(snapshot(compiled), snapshot(eager))
     actions = [r.action == "skipped" for r in compiled.records()]
@@ -75,14 +75,14 @@ def test_compiled_equals_eager_skips_included(fused, flat):
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["single", "fused"])
-def test_no_more_graphs_than_the_bare_optimizer_gives(fused):
+def test_no_more_graphs_than_with_the_bare_optimizer(fused):
     _, bare = run(False, True, 4, fused=fused)
     torch._dynamo.reset()
     _, guarded = run(True, True, 4, fused=fused, max_norm=1.0)
     assert 0 < guarded[-1] <= bare[-1]
 
 
-def test_a_limit_that_adapts_is_compiled_as_eager_and_without_another_graph():
+def test_an_adaptive_limit_equals_eager_and_needs_no_further_graph():
     rule = fastguard.ZClip(warmup=3, max_norm=None)
     eager, _ = run(True, False, 8, bad=(4,), max_norm=rule)
     compiled, graphs = run(True, True, 8, bad=(4,), max_norm=rule)
@@ -118,7 +118,7 @@ def test_a_compiled_optimizer_step_by_itself():
 
 @pytest.mark.slow
 def test_generated_code_trains_through_a_bad_batch():
-    """With the real compiler, not only the tracer."""
+    """Uses the real compiler, not only the tracer."""
     model = model_of()
     opt = GuardedOptimizer(torch.optim.AdamW(model.parameters(), fused=True), max_norm=1.0)
     step = torch.compile(train_step(model, opt, True))

@@ -1,4 +1,4 @@
-"""Copies of a guarded optimizer go on by themselves."""
+"""Copies of a guarded optimizer are independent."""
 
 import copy
 import io
@@ -25,8 +25,8 @@ def saved(opt):
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved])
 @pytest.mark.parametrize("flat", [False, True], ids=["", "flat"])
-def test_a_copy_goes_on_by_itself(copied, flat):
-    """A scheduler puts a `step` on the instance, which belongs to the original."""
+def test_a_copy_is_independent(copied, flat):
+    """A scheduler sets a `step` on the instance, which is bound to the original."""
     parameters = new_parameters()
     names = [(f"w{i}", p) for i, p in enumerate(parameters)]
     opt = adamw(parameters, max_norm=1.0, spike=SPIKES, named_parameters=names, flat_buckets=flat)

@@ -1,4 +1,4 @@
-"""Methods and attributes of the wrapped optimizer are there on the guard, and only these."""
+"""The guard has the methods and attributes of the wrapped optimizer, and no others."""
 
 import copy
 import inspect
@@ -14,12 +14,12 @@ from guardtest.training import give_gradients, new_parameters
 
 
 class ScheduleFree(torch.optim.SGD):
-    """Evaluates with other weights than it trains with, and has what training loops probe for."""
+    """Uses other weights for evaluation, and has attributes that training loops check for."""
 
     is_second_order = True
     warmup_steps = 5
     training = True
-    averaging = {"beta": 0.9}  # noqa: RUF012  (of the class: torch copies nothing else)
+    averaging = {"beta": 0.9}  # noqa: RUF012  (a class attribute: torch copies no others)
 
     def train(self, mode=True):
         self.training = mode
@@ -54,7 +54,7 @@ def pickled(opt):
 
 
 @pytest.mark.parametrize("copied", [lambda opt: opt, copy.copy, copy.deepcopy, pickled])
-def test_methods_and_attributes_are_those_of_the_wrapped_one(copied):
+def test_methods_and_attributes_are_delegated(copied):
     opt = copied(guarded())
     opt.eval()
     assert not opt.optimizer.training and opt.training is False
@@ -66,8 +66,8 @@ def test_methods_and_attributes_are_those_of_the_wrapped_one(copied):
 
 
 @pytest.mark.parametrize("copied", [lambda opt: opt, copy.copy, copy.deepcopy, pickled])
-def test_what_returns_itself_returns_the_guard(copied):
-    """Or a chain of calls would end in the bare optimizer, whose steps nothing guards."""
+def test_methods_that_return_self_return_the_guard(copied):
+    """Otherwise chained calls would continue on the unguarded optimizer."""
     opt = copied(guarded())
     assert opt.train() is opt.eval() is opt.train(mode=False) is opt
     assert opt.myself is opt and opt.optimizer.train() is opt.optimizer
@@ -76,7 +76,7 @@ def test_what_returns_itself_returns_the_guard(copied):
 
 
 @pytest.mark.parametrize("copied", [lambda opt: opt, copy.copy, copy.deepcopy, pickled])
-def test_what_the_wrapped_one_lacks_is_absent(copied):
+def test_attributes_that_the_wrapped_optimizer_lacks_are_missing(copied):
     opt = copied(adamw())
     for name in ("train", "eval", "is_second_order", "sync_lookahead", "__array__", "__len__"):
         assert not hasattr(opt, name)
@@ -88,7 +88,7 @@ def test_what_the_wrapped_one_lacks_is_absent(copied):
     assert "train" not in dir(opt)
 
 
-def test_a_method_that_appears_later_is_there_from_then_on():
+def test_a_method_that_is_added_later_is_available():
     opt = sgd(new_parameters())
     assert not hasattr(opt, "sync_lookahead")
     opt.optimizer.sync_lookahead = lambda: "synced"
@@ -97,7 +97,7 @@ def test_a_method_that_appears_later_is_there_from_then_on():
     assert not hasattr(opt, "sync_lookahead")
 
 
-def test_attributes_of_the_wrapped_one_are_set_and_deleted_there():
+def test_attributes_of_the_wrapped_optimizer_are_set_and_deleted_there():
     opt = guarded()
     opt.warmup_steps = 7
     assert opt.optimizer.warmup_steps == 7 and "warmup_steps" not in vars(opt)
@@ -109,7 +109,7 @@ def test_attributes_of_the_wrapped_one_are_set_and_deleted_there():
     assert opt.optimizer.defaults == {"lr": 1.0}
 
 
-def test_what_the_wrapped_one_does_not_have_is_set_on_the_guard():
+def test_other_attributes_are_set_on_the_guard():
     opt = guarded()
     opt.note = "mine"
     opt.max_norm = 2.0
@@ -119,8 +119,8 @@ def test_what_the_wrapped_one_does_not_have_is_set_on_the_guard():
     assert not hasattr(opt, "note")
 
 
-def test_a_step_put_on_the_guard_stays_there():
-    """As trainers and schedulers do it; the wrapped step is not theirs to replace."""
+def test_a_step_set_on_the_guard_remains_there():
+    """As trainers and schedulers do; it must not replace the wrapped step."""
     opt = guarded()
     inner = opt.optimizer.step
     opt.step = partial(opt.step, loss=float("nan"))
@@ -134,7 +134,7 @@ def test_a_step_put_on_the_guard_stays_there():
 
 
 @pytest.mark.parametrize("name", ["last", "group", "rules", "max_norm"])
-def test_what_the_guard_has_itself_hides_what_the_wrapped_one_has(name):
+def test_attributes_of_the_guard_take_precedence(name):
     inner = ScheduleFree(new_parameters(), lr=0.1)
     setattr(inner, name, "of the wrapped one")
     opt = GuardedOptimizer(inner)
@@ -144,7 +144,7 @@ def test_what_the_guard_has_itself_hides_what_the_wrapped_one_has(name):
     assert getattr(opt, name) != "of the wrapped one"
 
 
-def test_answers_of_the_wrapped_one_are_not_taken_for_those_of_a_grad_scaler():
+def test_scaler_attributes_of_the_wrapped_optimizer_are_not_delegated():
     inner = torch.optim.RMSprop(new_parameters())
     inner.grad_scale, inner.found_inf = torch.tensor(2.0), torch.tensor(1.0)
     opt = GuardedOptimizer(inner)
@@ -154,7 +154,7 @@ def test_answers_of_the_wrapped_one_are_not_taken_for_those_of_a_grad_scaler():
     assert opt.applied_steps == 1
 
 
-def test_a_property_that_fails_says_why():
+def test_a_failing_property_raises_its_own_error():
     opt = guarded()
     with pytest.raises(AttributeError, match="'broken'") as raised:
         _ = opt.broken
@@ -164,7 +164,7 @@ def test_a_property_that_fails_says_why():
         _ = opt.applied_steps
 
 
-def test_an_unfinished_copy_has_nothing_and_does_not_recurse():
+def test_an_incomplete_copy_has_no_attributes_and_does_not_recurse():
     opt = GuardedOptimizer.__new__(GuardedOptimizer)
     for name in ("optimizer", "train", "_state", "__deepcopy__x__"):
         with pytest.raises(AttributeError):

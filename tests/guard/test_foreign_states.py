@@ -1,4 +1,4 @@
-"""States of other optimizers, torch versions and dtypes: loaded whole, or refused whole."""
+"""States of other optimizers, torch versions and dtypes: loaded exactly, or refused."""
 
 import copy
 
@@ -16,7 +16,7 @@ from guardtest.training import (
 )
 
 CLASSES = {cls.__name__: cls for cls in optimizer_classes() if cls not in SPECIAL}
-MATRICES = [(3, 4), (4, 2)]  # Muon takes nothing else
+MATRICES = [(3, 4), (4, 2)]  # Muon supports only matrices
 pytestmark = pytest.mark.filterwarnings("ignore:the state dict has no 'fastguard' entry")
 
 
@@ -84,7 +84,7 @@ def test_the_state_of_lbfgs_over_other_shapes_is_refused():
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_state_dicts_of_an_older_torch_still_load(name):
-    """Before these settings existed, and with steps that were plain numbers."""
+    """State dicts without newer settings, and with steps as plain numbers."""
     later = (
         "foreach",
         "maximize",
@@ -96,7 +96,7 @@ def test_state_dicts_of_an_older_torch_still_load(name):
     parameters = new_parameters(MATRICES)
     saved = copy.deepcopy(stepped(CLASSES[name](parameters), range(2)).state_dict())
     bare = CLASSES[name](new_parameters(MATRICES))
-    if name not in ("Adafactor", "Muon"):  # as old as their settings
+    if name not in ("Adafactor", "Muon"):  # their settings are as old as they are
         for group in saved["param_groups"]:
             for key in later:
                 group.pop(key, None)
@@ -134,11 +134,11 @@ def test_an_error_in_a_load_hook_of_the_wrapped_optimizer_changes_nothing():
     assert opt.applied_steps == 3
 
 
-# Numbers that torch would cast to the dtype of the parameter.
+# State that torch would cast to the dtype of the parameter.
 
 
 class WithMaster(torch.optim.Optimizer):
-    """SGD on a float32 copy of 16-bit weights, as many training loops keep one."""
+    """SGD on a float32 copy of 16-bit weights, as in many training loops."""
 
     def __init__(self, params, lr=0.1):
         super().__init__(params, {"lr": lr})
@@ -164,7 +164,7 @@ class WithMaster(torch.optim.Optimizer):
 
 @pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
 @pytest.mark.parametrize("name", [*CLASSES, "WithMaster"])
-def test_the_state_of_16_bit_parameters_comes_back_bit_for_bit(name, trained):
+def test_the_state_of_16_bit_parameters_is_restored_bitwise(name, trained):
     cls = CLASSES.get(name, WithMaster)
 
     def guard():
@@ -184,7 +184,7 @@ def test_the_state_of_16_bit_parameters_comes_back_bit_for_bit(name, trained):
     assert_same_bits(snapshot(second), snapshot(first))
 
 
-def test_a_state_that_was_cast_shares_no_memory_with_what_was_saved():
+def test_a_restored_state_shares_no_memory_with_the_saved_one():
     opt = stepped(GuardedOptimizer(WithMaster(new_parameters(MATRICES, torch.bfloat16))), range(2))
     saved = copy.deepcopy(opt.state_dict())
     opt.load_state_dict(saved)
@@ -195,7 +195,7 @@ def test_a_state_that_was_cast_shares_no_memory_with_what_was_saved():
 
 @pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
 def test_the_state_of_float32_training_follows_16_bit_parameters_as_in_torch(trained):
-    """A fused kernel takes moments of no other dtype than that of the weights."""
+    """A fused kernel needs moments with the dtype of the weights."""
     saved = stepped(torch.optim.AdamW(new_parameters(), fused=True), range(2)).state_dict()
     opt = GuardedOptimizer(torch.optim.AdamW(new_parameters(dtype=torch.bfloat16), fused=True))
     if trained:

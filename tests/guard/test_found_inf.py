@@ -1,4 +1,4 @@
-"""Optimizers that say that they obey `found_inf`, and do more in a step than the fused kernel."""
+"""Optimizers that declare support for `found_inf`, but do more in a step than the kernel."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from guardtest.training import assert_same_bits, give_gradients, new_parameters,
 
 
 class Passes(torch.optim.Optimizer):
-    """Passes on all attributes of the one inside, as many wrappers do."""
+    """Forwards all attributes of the optimizer inside, as many wrappers do."""
 
     def __init__(self, inside):
         self.__dict__["inside"] = inside
@@ -24,7 +24,7 @@ class Passes(torch.optim.Optimizer):
 
 
 class Shrinks(torch.optim.AdamW):
-    """Does something after the fused step."""
+    """Changes weights after the fused step."""
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -34,11 +34,11 @@ class Shrinks(torch.optim.AdamW):
 
 
 class Named(torch.optim.AdamW):
-    """Another name, the same step."""
+    """Has another name, but the same step."""
 
 
 class OwnKernel(torch.optim.Optimizer):
-    """Not one of torch, with its own support of the protocol."""
+    """Not derived from torch's optimizers, with its own support for `found_inf`."""
 
     _step_supports_amp_scaling = True
 
@@ -66,10 +66,10 @@ MADE = {
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_a_skipped_step_does_nothing_at_all(name):
+def test_a_skipped_step_changes_nothing(name):
     make, obeys = MADE[name]
     inner = make()
-    LambdaLR(inner, lambda step: 1.0)  # puts a wrapper around the step of the instance
+    LambdaLR(inner, lambda step: 1.0)  # wraps the step of the instance
     assert found_inf_is_heeded(inner) is obeys
     opt = GuardedOptimizer(inner)
     assert ("found_inf" in opt.describe()) is obeys

@@ -1,4 +1,4 @@
-"""torch.amp.GradScaler around a guarded optimizer, with and without `unscale_`."""
+"""torch.amp.GradScaler with a guarded optimizer, with and without `unscale_`."""
 
 import math
 
@@ -19,7 +19,7 @@ def scaler(scale=SCALE):
 
 
 def backward(scaler, parameters, step, bad=BAD):
-    """Scaled gradients, with one Inf in bad steps, as an overflow leaves it."""
+    """Computes scaled gradients, with one Inf in bad steps as after an overflow."""
     generator = torch.Generator().manual_seed(step)
     for p in parameters:
         p.grad = None
@@ -48,8 +48,8 @@ def torch_recipe(fused, max_norm, steps):
 @pytest.mark.parametrize("unscale", [False, True], ids=["", "unscale_"])
 @pytest.mark.parametrize("fused", [False, True], ids=["single", "fused"])
 @pytest.mark.parametrize("max_norm", [None, 1e6, 0.5], ids=str)
-def test_the_same_scales_and_weights_as_torchs_recipe(fused, unscale, max_norm, flat):
-    """Bit for bit where nothing is clipped: the scale is a power of two."""
+def test_the_same_scales_and_weights_as_with_torchs_recipe(fused, unscale, max_norm, flat):
+    """Bitwise equal if nothing is clipped, since the scale is a power of two."""
     parameters = new_parameters()
     opt = GuardedOptimizer(
         torch.optim.AdamW(parameters, lr=0.1, fused=fused), max_norm=max_norm, flat_buckets=flat
@@ -79,8 +79,8 @@ def test_the_same_scales_and_weights_as_torchs_recipe(fused, unscale, max_norm, 
 
 @pytest.mark.parametrize("max_norm", [None, 1e6, 0.5], ids=str)
 @pytest.mark.parametrize("unscale", [False, True], ids=["", "unscale_"])
-def test_we_read_the_gradients_once(unscale, max_norm, monkeypatch):
-    """Unscaling rides in the read that measures; the scaler's own check is torch's."""
+def test_the_guard_reads_the_gradients_once(unscale, max_norm, monkeypatch):
+    """Unscaling happens in the pass that measures; the scaler's own check is separate."""
     reads = []
 
     def measure(*args):
@@ -101,7 +101,7 @@ def test_we_read_the_gradients_once(unscale, max_norm, monkeypatch):
 
 
 @pytest.mark.parametrize("unscale", [False, True], ids=["", "unscale_"])
-def test_records_speak_of_unscaled_gradients(unscale):
+def test_records_describe_unscaled_gradients(unscale):
     p = nn.Parameter(torch.zeros(2))
     opt = GuardedOptimizer(torch.optim.SGD([p], lr=1.0), max_norm=1.0)
     amp = scaler()
@@ -127,7 +127,7 @@ def test_a_real_overflow_of_the_scaled_gradient_is_skipped():
     p = nn.Parameter(torch.ones(2))
     opt = GuardedOptimizer(torch.optim.SGD([p], lr=1.0))
     amp = torch.amp.GradScaler("cpu", init_scale=2.0**100)
-    amp.scale((p * 1e9).sum()).backward()  # 1e9 * 2**100 leaves float32
+    amp.scale((p * 1e9).sum()).backward()  # 1e9 * 2**100 overflows float32
     amp.step(opt)
     amp.update()
     assert p.tolist() == [1.0, 1.0]
@@ -137,7 +137,7 @@ def test_a_real_overflow_of_the_scaled_gradient_is_skipped():
 
 @pytest.mark.parametrize("fused", [False, True], ids=["single", "fused"])
 def test_found_inf_of_the_scaler_is_a_sum_over_devices(fused):
-    """2.0 from two devices: the fused kernel itself would apply the step."""
+    """It is 2.0 for two devices, for which the fused kernel would apply the step."""
     parameters = new_parameters()
     inner = torch.optim.AdamW(parameters, fused=fused)
     opt = GuardedOptimizer(inner)
@@ -165,8 +165,8 @@ def test_clip_value_limits_unscaled_elements(clip_value):
     assert (-p).tolist() == ([3.0, -4.0, 1.0] if clip_value is None else [2.0, -2.0, 1.0])
 
 
-def test_zero_mode_cures_what_it_counted_and_nothing_else():
-    """Where a lower scale is no cure: at the floor of the scale."""
+def test_zero_mode_cleans_what_it_counted_and_nothing_else():
+    """At the minimum scale, where a lower scale is not possible."""
     p = nn.Parameter(torch.zeros(2))
     opt = GuardedOptimizer(torch.optim.SGD([p], lr=1.0), nonfinite="zero")
     amp = scaler(1.0)
@@ -177,7 +177,7 @@ def test_zero_mode_cures_what_it_counted_and_nothing_else():
     assert p.tolist() == [-3.0, 0.0]
     assert opt.records()[0].action == "sanitized"
     assert amp.get_scale() == 0.5
-    # A fault that only the scaler saw, on another device: there is nothing here to clean.
+    # An overflow that only the scaler found, on another device: there is nothing to clean.
     p.grad = torch.ones(2)
     opt.grad_scale, opt.found_inf = None, torch.ones(())
     opt.step()
@@ -195,7 +195,7 @@ def test_propagate_mode_leaves_the_decision_to_the_scaler():
 
 
 def test_raise_mode_leaves_no_scale_behind():
-    """The scaler multiplies its scale onto what it finds: the next step would be scaled twice."""
+    """The scaler multiplies an existing scale by its own: the next step would be scaled twice."""
     p = nn.Parameter(torch.zeros(2))
     opt = GuardedOptimizer(torch.optim.SGD([p], lr=1.0), nonfinite="raise")
     amp = scaler(1.0)
@@ -212,13 +212,13 @@ def test_raise_mode_leaves_no_scale_behind():
         amp.update()
     assert p.tolist() == [-1.0, -1.0]
     p.grad = torch.ones(2)
-    opt.step()  # and one without a scaler
+    opt.step()  # a step without a scaler
     assert p.tolist() == [-2.0, -2.0]
 
 
 @pytest.mark.parametrize("unscale", [False, True], ids=["", "unscale_"])
 def test_spike_rules_judge_unscaled_norms(unscale):
-    """The scale halves and grows; the baseline does not."""
+    """The scale is halved and grows; the baseline does not change."""
     p = nn.Parameter(torch.zeros(1))
     opt = GuardedOptimizer(
         torch.optim.SGD([p], lr=1.0), spike=SpikeRule(window=4, warmup=2, sigma=3.0)

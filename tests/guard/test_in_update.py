@@ -1,4 +1,4 @@
-"""`fastguard.optim` in a guard: the verdict goes into the update, and no gradient is written."""
+"""`fastguard.optim` in a guard: the update applies the verdict, and no gradient is written."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def grads_of(parameters: list[Tensor]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("kind", "settings"), KINDS)
-def test_it_takes_the_road_of_its_own(kind, settings):
-    road = stepper_for(kind(parameters_of(), **settings))
-    assert type(road) is InUpdate
-    assert road.waits  # on a CPU that costs nothing
-    assert road.skips == "in the update"  # what `describe` says on a GPU
+def test_it_uses_its_own_stepper(kind, settings):
+    stepper = stepper_for(kind(parameters_of(), **settings))
+    assert type(stepper) is InUpdate
+    assert stepper.waits  # on a CPU that costs nothing
+    assert stepper.skips == "in the update"  # shown by `describe` on a GPU
 
 
 @pytest.mark.parametrize("scope", ["global", "group", "tensor"])
@@ -106,7 +106,7 @@ def test_a_nonfinite_gradient_skips_weights_and_state(kind, settings, first):
 
 
 @pytest.mark.parametrize(("kind", "settings"), KINDS)
-def test_zero_mode_cleans_what_the_update_reads(kind, settings):
+def test_zero_mode_cleans_gradients_in_the_update(kind, settings):
     ours, theirs = parameters_of(), parameters_of()
     guard = GuardedOptimizer(kind(ours, **settings), max_norm=1.0, nonfinite="zero")
     plain = kind(theirs, **settings)
@@ -132,7 +132,7 @@ def test_raise_mode_changes_nothing():
     assert not guard.optimizer.state
 
 
-def test_propagate_mode_does_as_torch():
+def test_propagate_mode_behaves_as_torch():
     ours = parameters_of()
     guard = GuardedOptimizer(fused.SGD(ours), nonfinite="propagate", max_norm=1.0)
     give(0, ours)
@@ -157,13 +157,13 @@ def test_a_spike_is_skipped_or_scaled():
 
 
 @pytest.mark.parametrize("master", [None, "float32", "remainder"])
-def test_a_scaler_is_obeyed_without_touching_gradients(master):
+def test_unscaling_does_not_write_gradients(master):
     dtype = torch.float32 if master is None else torch.bfloat16
     ours, theirs = parameters_of(dtype), parameters_of(dtype)
     guard = GuardedOptimizer(fused.AdamW(ours, master=master), max_norm=1.0)
     plain = GuardedOptimizer(fused.AdamW(theirs, master=master), max_norm=1.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    scaler.scale(torch.ones(()))  # makes its scale
+    scaler.scale(torch.ones(()))  # creates its scale
     for step in range(4):
         give(step, theirs)
         give(step, ours, scale=2.0**10 if step != 2 else math.inf)
@@ -190,7 +190,7 @@ def test_a_post_hook_of_the_optimizer_runs_only_when_it_steps():
     assert len(seen) == 2
 
 
-def test_flat_buckets_are_served_and_two_ways_to_update_refused():
+def test_flat_buckets_work_and_other_updates_are_refused():
     ours, theirs = parameters_of(), parameters_of()
     flat = GuardedOptimizer(fused.AdamW(ours), max_norm=1.0, flat_buckets=True)
     plain = GuardedOptimizer(fused.AdamW(theirs), max_norm=1.0)
@@ -210,7 +210,7 @@ def test_flat_buckets_are_served_and_two_ways_to_update_refused():
 
 
 @pytest.mark.parametrize("master", [None, "remainder"])
-def test_a_guard_resumes_bit_for_bit(master):
+def test_a_guard_resumes_bitwise(master):
     dtype = torch.float32 if master is None else torch.bfloat16
     ours, theirs = parameters_of(dtype), parameters_of(dtype)
     first = GuardedOptimizer(fused.AdamW(ours, master=master), max_norm=1.0)
@@ -243,7 +243,7 @@ def test_a_state_dtype_survives_a_torch_checkpoint_in_a_guard():
     after.step()
 
 
-def test_a_rollback_brings_weight_and_remainder_back_together():
+def test_a_rollback_restores_weights_and_remainders():
     model = torch.nn.Linear(8, 8, dtype=torch.bfloat16)
     inner = fused.AdamW(model.parameters(), lr=1e-3, master="remainder")
     guard = GuardedOptimizer(inner, max_norm=1.0)
@@ -297,7 +297,7 @@ def test_a_checkpoint_store_keeps_the_remainder(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [fused.AdamW, fused.SGD, fused.Lion])
-def test_diagnose_takes_it_and_leaves_it_as_it_was(kind):
+def test_diagnose_works_and_does_not_change_it(kind):
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
     guard = GuardedOptimizer(kind(model.parameters()), max_norm=1.0)
     before = [p.detach().clone() for p in model.parameters()]

@@ -1,4 +1,4 @@
-"""How the wrapped optimizer's `step` is called: arguments, return value, closure, learning rate."""
+"""Calling the wrapped optimizer's `step`: arguments, result, closure, learning rate."""
 
 import math
 import threading
@@ -35,7 +35,7 @@ class Extra(torch.optim.SGD):
 
 
 class Visible(torch.optim.SGD):
-    """As optimizers of Gaussian splats: the first argument is no closure."""
+    """As in optimizers of Gaussian splats, the first argument is not a closure."""
 
     def step(self, visibility, n=None):
         self.seen = visibility, n
@@ -48,7 +48,7 @@ class WithLoss(torch.optim.SGD):
         return loss, tag
 
 
-def test_what_else_step_takes_is_passed_on_and_what_it_returns_is_given_back():
+def test_other_arguments_and_the_result_of_step_are_passed_on():
     opt = GuardedOptimizer(Extra([one_parameter()], lr=0.1))
     assert opt.step() == ("stepped", None, (), None, {})
     assert opt.step(metrics=3, more=4) == ("stepped", None, (), 3, {"more": 4})
@@ -58,7 +58,7 @@ def test_what_else_step_takes_is_passed_on_and_what_it_returns_is_given_back():
     assert [r.losses for r in opt.records()] == [{}, {}, {}, {"loss": 7.0}]
 
 
-def test_a_first_argument_that_is_no_closure_is_passed_on():
+def test_a_first_argument_that_is_not_a_closure_is_passed_on():
     opt = GuardedOptimizer(Visible([one_parameter()], lr=0.1))
     mask = torch.tensor([True, False])
     opt.step(mask)
@@ -81,7 +81,7 @@ class ClosureByName(torch.optim.SGD):
 
 
 class ClosureUnnamed(torch.optim.SGD):
-    """As a decorator without `functools.wraps` leaves it."""
+    """A signature as left by a decorator without `functools.wraps`."""
 
     def step(self, *args, **kwargs):
         return args[1:], super().step(*args, **kwargs)
@@ -129,7 +129,11 @@ def test_a_closure_is_found_and_guarded_wherever_step_takes_it(kind, first, call
         p.grad = torch.full((2,), slope)
         return p.sum()
 
-    for slope in (3.0, math.nan, 4.0):  # once to learn how the optimizer takes its closure
+    for slope in (
+        3.0,
+        math.nan,
+        4.0,
+    ):  # the first to find out how step uses its closure
         result = call(opt, lambda slope=slope: closure(slope))
         if math.isnan(slope):
             assert torch.equal(result, 2.0 - torch.tensor(0.1 * 2**0.5))
@@ -146,7 +150,7 @@ def test_a_closure_is_found_and_guarded_wherever_step_takes_it(kind, first, call
     [torch.nn.Linear(1, 1), float, len, lambda loss: 1 / 0],
     ids=["module", "class", "built-in", "function"],
 )
-def test_what_cannot_be_called_without_arguments_is_no_closure(given):
+def test_a_callable_that_needs_arguments_is_not_a_closure(given):
     opt = GuardedOptimizer(Visible([one_parameter()], lr=0.1))
     opt.step(given)
     opt.step(visibility=given)
@@ -190,13 +194,13 @@ class TakesNone(torch.optim.SGD):
         (TakesNone, lambda opt: opt.step(closure=None)),
     ],
 )
-def test_no_closure_is_passed_on_where_step_requires_the_argument(kind, call):
+def test_none_is_passed_on_if_step_requires_a_closure_argument(kind, call):
     opt = GuardedOptimizer(kind([one_parameter()], lr=0.1))
     call(opt)
     assert opt.applied_steps == 1 and opt.optimizer.param_groups[0]["params"][0][0] < 1
 
 
-def test_arguments_of_which_nothing_is_known_are_passed_on():
+def test_unknown_arguments_are_passed_on():
     class Opaque(torch.optim.SGD):
         def step(self, *args):
             return args
@@ -205,14 +209,14 @@ def test_arguments_of_which_nothing_is_known_are_passed_on():
     assert opt.step("mask", 3) == ("mask", 3)
 
 
-def test_names_that_the_guard_has_too_reach_both():
+def test_arguments_with_names_of_the_guard_reach_both():
     opt = GuardedOptimizer(WithLoss([one_parameter()], lr=0.1))
     assert opt.step(loss=2.0, tag="a") == (2.0, "a")
     (record,) = opt.records()
     assert record.losses == {"loss": 2.0} and record.tag == "a"
 
 
-def test_a_skipped_step_returns_what_the_closure_did():
+def test_a_skipped_step_returns_the_result_of_the_closure():
     p = one_parameter()
     opt = GuardedOptimizer(Extra([p], lr=0.1))
 
@@ -225,7 +229,7 @@ def test_a_skipped_step_returns_what_the_closure_did():
     assert opt.skipped_steps == 2
 
 
-def test_an_argument_that_the_optimizer_does_not_take_counts_for_nothing():
+def test_an_argument_that_the_optimizer_does_not_take_changes_nothing():
     opt = GuardedOptimizer(torch.optim.SGD([one_parameter()], lr=0.1))
     with pytest.raises(TypeError, match="metrics"):
         opt.step(metrics=1)
@@ -274,7 +278,7 @@ RATES = {
 
 
 @pytest.mark.parametrize("lr", NO_RATES.values(), ids=NO_RATES)
-def test_a_learning_rate_that_is_no_number_is_nan_in_the_record(lr):
+def test_a_learning_rate_that_is_not_a_number_is_nan_in_the_record(lr):
     p = one_parameter()
     opt = GuardedOptimizer(OwnRate([p], lr=lr))
     opt.step()
@@ -294,14 +298,14 @@ def test_a_learning_rate_that_is_a_number_of_any_kind(lr):
     assert opt.records()[0].lr == float(lr)
 
 
-def test_an_optimizer_whose_groups_are_all_gone():
+def test_an_optimizer_without_param_groups():
     opt = GuardedOptimizer(torch.optim.SGD([one_parameter()], lr=0.1))
     del opt.param_groups[0]
     opt.step()
     assert math.isnan(opt.records()[0].lr)
 
 
-# Settings that choose the road change.
+# Changes of settings that select the stepper.
 
 
 def guarded_adamw(**options):
@@ -323,7 +327,7 @@ def steps(parameters, opt, numbers, bad=()):
 @pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
 @pytest.mark.parametrize("to", [{"fused": False}, {"fused": None, "foreach": True},
                                 {"foreach": True}], ids=str)  # fmt: skip
-def test_fused_taken_away_after_construction(cls, to):
+def test_fused_set_to_false_after_construction(cls, to):
     parameters = new_parameters()
     opt = GuardedOptimizer(cls(parameters, lr=0.1, fused=True))
     steps(parameters, opt, range(3), bad={1})
@@ -339,7 +343,7 @@ def test_fused_in_one_of_two_groups_and_back():
     opt = GuardedOptimizer(torch.optim.SGD(groups, lr=0.1, momentum=0.9, fused=True))
     steps(parameters, opt, range(2))
     opt.param_groups[1]["fused"] = False
-    assert "after reading the verdict" in opt.describe()  # before the next step too
+    assert "after reading the verdict" in opt.describe()  # already before the next step
     steps(parameters, opt, range(2, 5), bad={3})
     assert type(opt._stepper) is ReadFirst
     opt.param_groups[1]["fused"] = True
@@ -349,23 +353,23 @@ def test_fused_in_one_of_two_groups_and_back():
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_state_dict_loaded_into_the_wrapped_optimizer_brings_its_own_road(fused):
+def test_a_state_dict_loaded_into_the_wrapped_optimizer_selects_the_stepper(fused):
     parameters, opt = guarded_adamw(fused=fused)
     others, other = guarded_adamw(fused=not fused)
     steps(others, other, range(2))
     opt.optimizer.load_state_dict(other.optimizer.state_dict())
     steps(parameters, opt, range(2, 5), bad={3})
     assert (opt.applied_steps, opt.skipped_steps) == (2, 1)
-    # torch supports found_inf only where `fused` was given at construction
+    # torch supports found_inf only if `fused` was passed to the constructor
     assert type(opt._stepper) is ReadFirst
 
 
-# A parameter exchanged in its group.
+# A parameter replaced in its group.
 
 
 @pytest.mark.parametrize("alone", [True, False], ids=["own group", "shared group"])
 @pytest.mark.parametrize("how", ["exchanged", "state cleared", "state loaded twice"])
-def test_a_momentum_buffer_that_is_gone_is_not_left_uninitialised_by_a_skip(how, alone):
+def test_a_removed_momentum_buffer_is_not_left_uninitialised_by_a_skip(how, alone):
     def run(bad):
         a, b, c = new_parameters([(64,), (64,), (64,)])
         groups = [{"params": [a]}, {"params": [b]}] if alone else [{"params": [a, b]}]
@@ -382,7 +386,7 @@ def test_a_momentum_buffer_that_is_gone_is_not_left_uninitialised_by_a_skip(how,
             for p in live[-1:] if alone else live:
                 opt.state[p].clear()
         else:
-            for _ in range(2):  # the second state may lie where the first has been
+            for _ in range(2):  # the second state may have the address of the first
                 saved = opt.optimizer.state_dict()
                 for state in saved["state"].values():
                     state["momentum_buffer"] = None
@@ -397,8 +401,8 @@ def test_a_momentum_buffer_that_is_gone_is_not_left_uninitialised_by_a_skip(how,
     assert_same_bits(run(True), run(False))
 
 
-def test_a_loaded_state_in_which_one_buffer_is_missing_can_be_skipped():
-    """torch cannot step with it, but a step that is skipped must not find out."""
+def test_a_step_with_a_loaded_state_that_lacks_a_buffer_can_be_skipped():
+    """torch cannot step with such a state, but skipping must work."""
     parameters = new_parameters([(8,), (8,)])
     opt = GuardedOptimizer(torch.optim.SGD(parameters, lr=0.1, momentum=0.9, fused=True))
     steps(parameters, opt, range(2))
@@ -413,7 +417,7 @@ def test_a_loaded_state_in_which_one_buffer_is_missing_can_be_skipped():
 
 
 class SAM(torch.optim.Optimizer):
-    """Sharpness-aware: takes the gradient at the weights plus a perturbation."""
+    """Sharpness-aware minimization: evaluates the gradient at perturbed weights."""
 
     def __init__(self, parameters, base=torch.optim.SGD, rho=0.05, **kwargs):
         super().__init__(parameters, {"rho": rho, **kwargs})
@@ -439,7 +443,7 @@ class SAM(torch.optim.Optimizer):
 
 
 class AliG(torch.optim.Optimizer):
-    """Its step size is the loss over the squared norm of the gradient."""
+    """The step size is the loss divided by the squared norm of the gradient."""
 
     def __init__(self, parameters):
         super().__init__(parameters, {"max_lr": 0.1})
@@ -458,7 +462,7 @@ class AliG(torch.optim.Optimizer):
 
 
 class ScheduleFreeClosure(torch.optim.Optimizer):
-    """Evaluates at another point than the weights, and counts in its param group."""
+    """Evaluates at a point other than the weights, and counts in its param group."""
 
     def __init__(self, parameters, lr=0.1):
         super().__init__(parameters, {"lr": lr, "k": 0})
@@ -483,7 +487,7 @@ class ScheduleFreeClosure(torch.optim.Optimizer):
 
 
 class Careless(torch.optim.SGD):
-    """Calls what it was given, whatever it is."""
+    """Calls its argument without checking it."""
 
     def step(self, fn=None):
         loss = fn()
@@ -492,7 +496,7 @@ class Careless(torch.optim.SGD):
 
 
 class Clears(torch.optim.SGD):
-    """Leaves the gradients to its closure."""
+    """Clears the gradients before calling its closure."""
 
     def step(self, closure):
         self.zero_grad()
@@ -502,7 +506,7 @@ class Clears(torch.optim.SGD):
 
 
 class Moody(torch.optim.SGD):
-    """Its step depends on the loss, if there is one."""
+    """The step depends on the loss, if there is one."""
 
     def step(self, closure=None):
         loss = None if closure is None else closure()
@@ -552,7 +556,7 @@ def everything(inner):
 
 
 @pytest.mark.parametrize("kind", [*NEEDY, *EVALUATE_FIRST])
-def test_an_optimizer_with_a_closure_steps_as_without_a_guard(kind):
+def test_an_optimizer_with_a_closure_steps_as_if_unguarded(kind):
     guarded, alone = Evaluations(kind), Evaluations(kind)
     opt = GuardedOptimizer(guarded.inner)
     for i in range(6):
@@ -574,7 +578,7 @@ def test_an_optimizer_with_a_closure_steps_as_without_a_guard(kind):
 
 
 @pytest.mark.parametrize("kind", EVALUATE_FIRST)
-def test_gradients_are_clipped_where_the_closure_is_evaluated_first(kind):
+def test_gradients_are_clipped_if_the_closure_is_evaluated_first(kind):
     closure = Evaluations(kind)
     opt = GuardedOptimizer(closure.inner, max_norm=0.5)
     opt.step(closure)
@@ -584,7 +588,7 @@ def test_gradients_are_clipped_where_the_closure_is_evaluated_first(kind):
 
 
 @pytest.mark.parametrize("kind", [*NEEDY, "AliG", "careless"])
-def test_without_its_closure_nothing_is_counted(kind):
+def test_a_step_without_the_required_closure_is_not_counted(kind):
     closure = Evaluations(kind)
     opt = GuardedOptimizer(closure.inner)
     closure()
@@ -595,7 +599,7 @@ def test_without_its_closure_nothing_is_counted(kind):
     assert opt.applied_steps == 1
 
 
-def test_one_that_evaluates_elsewhere_only_later_is_refused_by_name():
+def test_an_optimizer_that_changes_weights_before_a_later_evaluation_is_refused():
     class Later(torch.optim.SGD):
         first = True
 
@@ -614,7 +618,7 @@ def test_one_that_evaluates_elsewhere_only_later_is_refused_by_name():
     assert opt.steps_taken == opt.applied_steps == len(opt.records()) == 1
 
 
-def test_a_state_that_cannot_be_copied_is_no_obstacle_to_a_closure():
+def test_a_state_that_cannot_be_copied_does_not_prevent_a_closure():
     class Holds(torch.optim.SGD):
         def step(self, closure=None):
             loss = closure()
@@ -628,7 +632,7 @@ def test_a_state_that_cannot_be_copied_is_no_obstacle_to_a_closure():
     assert opt.applied_steps == 1 and p.tolist() == pytest.approx([0.9, 0.9])
 
 
-def test_an_error_of_a_first_step_with_a_closure_is_only_that():
+def test_an_error_in_a_first_step_with_a_closure_is_raised_as_it_is():
     class Fails(torch.optim.SGD):
         def step(self, closure=None):
             raise RuntimeError("expected all tensors to be on the same device")
@@ -639,7 +643,7 @@ def test_an_error_of_a_first_step_with_a_closure_is_only_that():
     assert type(opt._stepper) is ReadFirst
 
 
-def test_a_closure_that_returns_nothing_can_be_taken_back_too():
+def test_a_step_with_a_closure_that_returns_nothing_can_be_undone():
     closure = Evaluations("SAM")
     opt = GuardedOptimizer(closure.inner)
 
@@ -672,7 +676,7 @@ ERRORS = [torch.OutOfMemoryError("out of memory"), KeyboardInterrupt(), TypeErro
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
-def test_a_step_that_raises_was_not_taken(error):
+def test_a_step_that_raises_does_not_count(error):
     p = one_parameter()
     opt = GuardedOptimizer(Fragile([p], lr=0.1))
     inbox, told = opt.subscribe(), []
@@ -705,7 +709,7 @@ def test_losses_observed_before_a_step_that_raises(again):
     assert opt.records()[0].losses == {"loss": 3.0 if again == "tried again" else 9.0}
 
 
-def test_a_loss_that_the_guard_refused_is_not_met_again():
+def test_a_loss_that_the_guard_refused_is_not_used_again():
     opt = GuardedOptimizer(torch.optim.SGD([one_parameter()], lr=0.1), nonfinite="raise")
     opt.observe(NAN)
     with pytest.raises(NonFiniteGradError):

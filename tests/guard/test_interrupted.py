@@ -31,7 +31,7 @@ RULES = {
 
 
 def counted(cls):
-    """The same optimizer; `done` counts its steps."""
+    """Returns a subclass that counts its steps in `done`."""
 
     class Counted(cls):
         done = 0
@@ -45,7 +45,7 @@ def counted(cls):
 
 
 class Run:
-    """A guarded run with all that acts on its records, and a twin that nobody interrupts."""
+    """A guarded run with all subscribers of its records, and a second run without interrupts."""
 
     def __init__(self, kind, options):
         self.kind = kind
@@ -72,7 +72,7 @@ class Run:
             parameters[0].grad *= 100.0
 
     def ready(self, parameters, opt, i):
-        """Gradients and losses are there; the call that is left to make."""
+        """Prepares gradients and losses; returns the remaining call."""
         loss = NAN if i % 17 == 9 else 1.0 + i % 3
         if self.kind == "LBFGS":
 
@@ -85,7 +85,7 @@ class Run:
         return partial(opt.step, loss=loss, tag=i)
 
     def attempt(self, i, at):
-        """One step with an interrupt; the twin takes it if it was taken. The place, if any."""
+        """Takes an interrupted step, also in the second run if it was taken; returns the line."""
         before = self.opt.steps_taken
         weights = snapshot(self.opt)
         where = []
@@ -102,7 +102,7 @@ class Run:
         if taken:
             self.ready(self.twin_parameters, self.twin, i)()
             self.twin_lr.step()
-        else:  # the wrapped step itself was never left halfway
+        else:  # the wrapped step itself is never interrupted
             assert_same_bits(snapshot(self.opt), weights)
         self.lr.step()
         assert self.rollback.step(position=i) is None
@@ -119,7 +119,7 @@ class Run:
         assert [r.step for r in self.inbox] == steps, where
         for name in ("counters", "windows", "rings", "limits"):
             assert torch.equal(getattr(opt._state, name), getattr(twin._state, name)), (where, name)
-        if self.kind == "plain":  # the others are called for a skipped step too
+        if self.kind == "plain":  # the others are also called for a skipped step
             assert opt.optimizer.done == opt.applied_steps, where
         assert_same_bits(snapshot(opt), snapshot(twin))
         assert self.lr.get_last_lr() == self.twin_lr.get_last_lr(), where
@@ -163,7 +163,7 @@ def test_an_interrupt_at_any_line_of_a_step(setting):
     assert run.opt.steps_taken > 10
 
 
-def test_losses_observed_before_an_interrupted_step_are_those_of_the_same_step_again():
+def test_losses_observed_before_an_interrupted_step_count_in_the_next_attempt():
     parameters, opt = Run("plain", {}).build({})
     n_tried_again = 0
     for at in range(0, 500, 3):

@@ -46,7 +46,7 @@ def train(model, opt, steps, bad=()):
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("flat", [False, True], ids=["", "flat"])
 @pytest.mark.parametrize("scope", ["global", "group", "tensor"])
-def test_a_guard_made_before_the_first_forward_pass_steps_as_the_bare_one(
+def test_a_guard_created_before_the_first_forward_pass_steps_as_the_bare_optimizer(
     model, inner, flat, scope, caplog
 ):
     bare, guarded = MODELS[model](), MODELS[model]()
@@ -107,7 +107,7 @@ def test_a_lazy_param_group_can_be_added_and_copied():
     assert_same_bits(snapshot(twin), snapshot(opt))
 
 
-def test_functions_take_lazy_parameters():
+def test_functions_accept_lazy_parameters():
     model = half_lazy_model()
     clip, torchs = fastguard.clip_grad_norm_, torch.nn.utils.clip_grad_norm_
     model[0](torch.ones(1, 3)).sum().backward()
@@ -126,13 +126,13 @@ def test_functions_take_lazy_parameters():
 
 
 @pytest.mark.parametrize("function", ["clip_grad_norm_", "measure_grads", "sanitize_grads_"])
-def test_functions_find_the_norm_zero_where_all_parameters_are_lazy(function):
+def test_functions_return_norm_zero_if_all_parameters_are_lazy(function):
     arguments = (1.0,) if function == "clip_grad_norm_" else ()
     found = getattr(fastguard, function)(lazy_model().parameters(), *arguments)
     assert getattr(found, "total_norm", found) == 0.0
 
 
-def test_flat_buckets_take_lazy_parameters_in_when_they_get_a_gradient():
+def test_flat_buckets_include_lazy_parameters_once_they_have_a_gradient():
     model = lazy_model()
     flat = FlatGradBuckets(model.named_parameters())
     assert flat.measure().total_norm == 0.0
@@ -160,7 +160,7 @@ def test_rollback_goes_back_to_the_state_before_the_first_step(model):
         rewind = rollback.step(batch)
     assert (rewind.step, rewind.position, rewind.skip) == (0, "start", (0, 1))
     for name, value in model.state_dict().items():
-        if "running" not in name and "tracked" not in name:  # batch statistics of two passes
+        if "running" not in name and "tracked" not in name:  # batch statistics have changed
             assert torch.equal(value, before[name])
     for batch in range(2, 5):
         train(model, opt, [batch])
@@ -179,7 +179,7 @@ def test_rollback_into_a_store_waits_for_the_first_forward_pass_too(tmp_path):
     assert rollback.snapshots == [0, 1]
 
 
-def test_going_back_before_the_first_forward_pass_says_why_not():
+def test_a_rollback_before_the_first_forward_pass_gives_the_reason():
     model = lazy_model()
     opt = GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
     rollback = Rollback(opt, {"model": model})
@@ -187,6 +187,6 @@ def test_going_back_before_the_first_forward_pass_says_why_not():
         rollback.trigger()
 
 
-def test_a_checkpoint_store_refuses_what_has_no_data_yet(tmp_path):
+def test_a_checkpoint_store_refuses_lazy_parameters(tmp_path):
     with pytest.raises(ValueError, match=r"model\.0\.weight belongs to a lazy module"):
         CheckpointStore(tmp_path).save({"model": lazy_model()}, step=0)

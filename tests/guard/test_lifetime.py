@@ -1,4 +1,4 @@
-"""`GuardedOptimizer.lifetime`: the counts of a run, whatever states were loaded in it."""
+"""`GuardedOptimizer.lifetime`: the counts of a run, independent of loaded states."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def play(opt: GuardedOptimizer, losses: list[float]) -> GuardedOptimizer:
     return opt
 
 
-def test_without_a_load_they_are_those_of_the_state() -> None:
+def test_without_a_load_they_equal_the_counters_of_the_state() -> None:
     opt = play(guarded(), [GOOD, BAD, GOOD])
     assert opt.lifetime == Lifetime(steps=3, applied=2, skipped=1, loss_scale_skips=0)
     assert (opt.applied_steps, opt.skipped_steps) == (2, 1)
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
-def test_rollbacks_take_nothing_back(on_disk: bool, tmp_path) -> None:
+def test_rollbacks_do_not_lower_them(on_disk: bool, tmp_path) -> None:
     opt = guarded()
     store = CheckpointStore(tmp_path) if on_disk else None
     rollback = Rollback(opt, {}, every=2, after_skips=2, max_attempts=99, store=store)
@@ -50,7 +50,7 @@ def test_rollbacks_take_nothing_back(on_disk: bool, tmp_path) -> None:
     assert opt.lifetime.skipped == 29
 
 
-def test_a_resume_in_a_new_process_goes_on_from_what_they_were() -> None:
+def test_a_resumed_process_continues_the_counts() -> None:
     opt = play(guarded(), [GOOD, GOOD])
     state = opt.state_dict()
     play(opt, [BAD, BAD])
@@ -65,18 +65,18 @@ def test_a_resume_in_a_new_process_goes_on_from_what_they_were() -> None:
     assert play(other, [BAD]).lifetime == Lifetime(5, 2, 3)
 
 
-def test_a_resume_from_an_earlier_checkpoint_knows_what_was_known_then() -> None:
+def test_a_resume_from_an_earlier_checkpoint_has_the_counts_of_that_time() -> None:
     opt = play(guarded(), [GOOD, BAD])
     early = copy.deepcopy(opt.state_dict())
     play(opt, [BAD] * 3)
     fresh = guarded()
     fresh.load_state_dict(early)
     assert fresh.lifetime == Lifetime(2, 1, 1)
-    opt.load_state_dict(early)  # this process saw more
+    opt.load_state_dict(early)  # this process has more steps
     assert opt.lifetime == Lifetime(5, 1, 4)
 
 
-def test_loading_again_and_in_any_order_counts_nothing_twice() -> None:
+def test_loading_repeatedly_in_any_order_counts_nothing_twice() -> None:
     opt = guarded()
     states = [copy.deepcopy(play(opt, [GOOD, BAD]).state_dict()) for _ in range(3)]
     for state in (states[0], states[0], states[2], states[1], opt.state_dict()):
@@ -85,7 +85,7 @@ def test_loading_again_and_in_any_order_counts_nothing_twice() -> None:
     assert opt.applied_steps == 3
 
 
-def test_a_longer_run_that_is_loaded_replaces_the_few_steps_at_hand() -> None:
+def test_the_counts_of_a_longer_loaded_run_replace_the_current_ones() -> None:
     longer = play(guarded(), [GOOD] * 9 + [BAD])
     opt = play(guarded(), [BAD] * 3)
     opt.load_state_dict(longer.state_dict())
@@ -93,7 +93,7 @@ def test_a_longer_run_that_is_loaded_replaces_the_few_steps_at_hand() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:the state dict has no 'fastguard' entry")
-def test_a_state_without_a_guard_or_of_an_older_release_takes_nothing_back() -> None:
+def test_states_without_counts_do_not_lower_them() -> None:
     opt = play(guarded(), [BAD, GOOD])
     opt.load_state_dict(opt.optimizer.state_dict())
     assert (opt.skipped_steps, opt.lifetime.skipped) == (0, 1)
@@ -113,7 +113,7 @@ def test_damaged_counts_are_refused_and_change_nothing(damaged) -> None:
     assert opt.lifetime == Lifetime(2, 1, 1)
 
 
-def test_copies_have_lived_as_long() -> None:
+def test_copies_have_the_same_lifetime() -> None:
     opt = play(guarded(), [GOOD])
     state = opt.state_dict()
     play(opt, [BAD])
@@ -121,7 +121,7 @@ def test_copies_have_lived_as_long() -> None:
     assert copy.deepcopy(opt).lifetime == Lifetime(2, 1, 1)
 
 
-def test_a_checkpoint_after_a_rollback_tells_of_its_skips(tmp_path) -> None:
+def test_a_checkpoint_after_a_rollback_includes_its_skips(tmp_path) -> None:
     opt = guarded()
     store = CheckpointStore(tmp_path)
     store.save(optimizer=opt, step=0)

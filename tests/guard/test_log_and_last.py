@@ -1,4 +1,4 @@
-"""What a guarded step says: one line for each incident, and `last` on the device."""
+"""The log of guarded steps, with one line per incident, and `last` on the device."""
 
 import logging
 import math
@@ -12,7 +12,7 @@ from guardtest.guarded import one
 NAN = math.nan
 
 
-def test_the_logger_says_once_what_is_guarded_and_each_incident_in_one_line(caplog):
+def test_the_log_has_one_line_about_the_guard_and_one_per_incident(caplog):
     with caplog.at_level(logging.INFO, logger="fastguard"):
         p, opt = one(1.0, max_norm=2.5, spike=Threshold(max=7.0))
         (start,) = caplog.records
@@ -24,7 +24,7 @@ def test_the_logger_says_once_what_is_guarded_and_each_incident_in_one_line(capl
             p.grad = torch.tensor([value])
             opt.step(tag="batch")
     messages = [r.getMessage() for r in caplog.records]
-    assert len(messages) == 2  # clipping is no incident
+    assert len(messages) == 2  # clipping is not an incident
     assert all(r.levelno == logging.WARNING and "\n" not in r.getMessage() for r in caplog.records)
     assert "step 3 skipped (tag batch) because of nonfinite_grad" in messages[0]
     assert "grad_norm=9 > 7" in messages[1]
@@ -40,7 +40,7 @@ def test_last_is_a_snapshot_on_the_device():
     assert opt.last.found_inf.item() == 0.0
 
 
-def test_what_is_printed_says_how_it_is_guarded():
+def test_repr_contains_the_settings_of_the_guard():
     _, opt = one(1.0, max_norm=2.5, nonfinite="zero", spike=Threshold(max=7.0))
     first, *rest = repr(opt).splitlines()
     for word in ("GuardedOptimizer", "SGD", "max_norm=2.5", "zero", "grad_norm: Threshold(max=7.0"):

@@ -1,4 +1,4 @@
-"""An overflow that only lowers a loss scale is the scaler's own business: no incident."""
+"""An overflow that only lowers a loss scale is not an incident: the scaler handles it."""
 
 import logging
 import math
@@ -66,7 +66,7 @@ def warnings_of(log):
 @pytest.mark.parametrize("observe", [False, True], ids=["", "loss"])
 @pytest.mark.parametrize("unscale", [False, True], ids=["", "unscale_"])
 @pytest.mark.parametrize("fused", [False, True], ids=["single", "fused"])
-def test_the_search_for_a_scale_is_no_incident(fused, unscale, observe, log):
+def test_the_search_for_a_scale_is_not_an_incident(fused, unscale, observe, log):
     run = Run(
         scaler(),
         fused=fused,
@@ -97,7 +97,7 @@ def test_the_search_for_a_scale_is_no_incident(fused, unscale, observe, log):
     assert "and 4 more skipped because of loss_scale (steps 4 to 7)" in log.messages[-1]
 
 
-def test_a_scale_that_grows_and_overflows_once_is_no_incident(log):
+def test_a_growing_scale_that_overflows_once_is_not_an_incident(log):
     run = Run(scaler(FITS, interval=5), max_consecutive_skips=1)
     lr = GuardedLR(run.opt, backoff=0.5, recovery=8)
     lr.lower()
@@ -107,19 +107,19 @@ def test_a_scale_that_grows_and_overflows_once_is_no_incident(log):
         lr.step()
         assert rollback.step(i) is None
     assert run.opt.skipped_steps == run.opt.loss_scale_skips == 5
-    assert lr.backoffs == 0  # steps of a row that a search does not end
+    assert lr.backoffs == 0  # a search does not end a row of good steps
     assert len(rollback.snapshots) == 2 and max(rollback.snapshots) >= 24
     assert [w for w in warnings_of(log) if "recovered" not in w] == []
 
 
-def test_raise_mode_outlives_the_search():
+def test_raise_mode_does_not_raise_during_the_search():
     run = Run(scaler(), nonfinite="raise")
     run.steps(9)
     assert (run.opt.applied_steps, run.scaler.get_scale()) == (2, FITS)
     with pytest.raises(NonFiniteGradError, match="parameter 0"):
         for _ in range(30):
             run.step(factor=INF)
-    assert run.scaler.get_scale() == 1.0  # every overflow above it might have been the scale's
+    assert run.scaler.get_scale() == 1.0  # any overflow at a larger scale may be due to the scale
 
 
 @pytest.mark.parametrize("nonfinite", ["zero", "propagate"])
@@ -134,7 +134,7 @@ def test_the_other_modes_skip_as_torch_does(nonfinite):
     assert [r.reason for r in run.opt.records()] == ["loss_scale"] * 7 + [None] * 3
 
 
-def test_at_its_floor_the_scale_is_no_excuse(log):
+def test_an_overflow_at_the_minimum_scale_is_an_incident(log):
     run = Run(scaler(4.0), max_consecutive_skips=2)
     lr = GuardedLR(run.opt, backoff=0.5)
     for _ in range(4):
@@ -148,7 +148,7 @@ def test_at_its_floor_the_scale_is_no_excuse(log):
 
 
 @pytest.mark.parametrize("name", ["min_scale", "_min_scale", "min_loss_scale"])
-def test_a_scaler_may_say_what_its_floor_is(name):
+def test_a_scaler_may_define_its_minimum_scale(name):
     class Floored(torch.amp.GradScaler):
         pass
 
@@ -159,7 +159,7 @@ def test_a_scaler_may_say_what_its_floor_is(name):
     assert [r.is_incident for r in run.opt.records()] == [False, False, True, True]
 
 
-def test_floors():
+def test_minimum_scales():
     assert floor_of(None) == floor_of(scaler()) == 1.0
     for unusable in ("low", None, True):
         scaler_like = scaler()
@@ -169,7 +169,7 @@ def test_floors():
 
 @pytest.mark.parametrize("unscale", [False, True], ids=["", "unscale_"])
 @pytest.mark.parametrize("loss", [NAN, INF])
-def test_a_lost_loss_is_an_incident_at_any_scale(loss, unscale):
+def test_a_non_finite_loss_is_an_incident_at_any_scale(loss, unscale):
     run = Run(scaler(), observe=True, unscale=unscale)
     run.step(loss=loss)
     run.step()
@@ -178,19 +178,19 @@ def test_a_lost_loss_is_an_incident_at_any_scale(loss, unscale):
     assert (second.reason, second.consecutive_skips) == ("loss_scale", 1)
 
 
-def test_without_a_scaler_at_work_every_overflow_is_an_incident():
+def test_without_an_active_scaler_every_overflow_is_an_incident():
     run = Run(torch.amp.GradScaler("cpu", enabled=False))
     run.step(factor=INF)
     assert run.opt.records()[0].is_incident
-    # And where its number is handed over, but neither the scale nor the scaler is to be found.
+    # Also if found_inf is set, but neither the scale nor the scaler is found.
     run.w.grad = torch.full_like(run.w, INF)
     run.opt.grad_scale, run.opt.found_inf = None, torch.ones(())
     run.opt.step()
     assert run.opt.records()[0].is_incident
 
 
-def test_the_scaler_is_found_behind_what_trainers_put_around_a_step():
-    """Hooks, a scheduler's counter, a subclass's step, methods on the instance."""
+def test_the_scaler_is_found_through_wrappers_of_trainers():
+    """Hooks, the counter of a scheduler, the step of a subclass, methods on the instance."""
 
     class Scaler(torch.amp.GradScaler):
         def step(self, optimizer, *args, **kwargs):
@@ -207,7 +207,7 @@ def test_the_scaler_is_found_behind_what_trainers_put_around_a_step():
 
 
 @pytest.mark.parametrize("stored", [False, True], ids=["memory", "store"])
-def test_a_rollback_never_brings_a_larger_scale_back(stored, tmp_path):
+def test_a_rollback_does_not_restore_a_larger_scale(stored, tmp_path):
     run = Run(scaler(), observe=True)
     store = CheckpointStore(tmp_path) if stored else None
     rollback = Rollback(run.opt, {"scaler": run.scaler}, after_skips=1, store=store)
@@ -222,7 +222,7 @@ def test_a_rollback_never_brings_a_larger_scale_back(stored, tmp_path):
     assert run.opt.applied_steps == 1
 
 
-def test_a_rollback_brings_a_smaller_scale_back():
+def test_a_rollback_restores_a_smaller_scale():
     run = Run(scaler(2.0, interval=1), observe=True)
     rollback = Rollback(run.opt, {"scaler": run.scaler}, after_skips=1)
     run.steps(3)
@@ -232,7 +232,7 @@ def test_a_rollback_brings_a_smaller_scale_back():
     assert run.scaler.get_scale() == 2.0
 
 
-def test_which_scales_stay():
+def test_lower_scales_stay():
     class Plugin:
         def __init__(self):
             self.scaler = scaler(8.0)
@@ -249,11 +249,11 @@ def test_which_scales_stay():
 
     assert loaded(4.0, 32.0) == 4.0
     assert loaded(64.0, 32.0) == 32.0
-    assert loaded(0.0, 32.0) == loaded(NAN, 32.0) == 32.0  # nothing to go on with
+    assert loaded(0.0, 32.0) == loaded(NAN, 32.0) == 32.0  # unusable scales are replaced
     assert loaded(None, 32.0) == 8.0 and loaded(None, 2.0) == 2.0
 
 
-def test_a_schedule_that_is_resumed_knows_what_was_no_incident():
+def test_a_resumed_schedule_knows_which_skips_were_not_incidents():
     run = Run(scaler())
     lr = GuardedLR(run.opt, backoff=0.5)
     run.steps(3)
@@ -263,13 +263,13 @@ def test_a_schedule_that_is_resumed_knows_what_was_no_incident():
     resumed.load_state_dict(saved)
     resumed.step()
     assert resumed.backoffs == 0
-    saved["told"] = [[1, "skipped"]]  # as it was saved before reasons were
+    saved["told"] = [[1, "skipped"]]  # as saved before reasons existed
     resumed.load_state_dict(saved)
     resumed.step()
     assert resumed.backoffs == 1
 
 
-def test_a_checkpoint_behind_a_search_is_clean(tmp_path):
+def test_a_checkpoint_after_a_search_is_clean(tmp_path):
     run = Run(scaler(), observe=True)
     with CheckpointStore(tmp_path) as store:
         for step in range(9):
@@ -281,7 +281,7 @@ def test_a_checkpoint_behind_a_search_is_clean(tmp_path):
         assert store.save(model=run.opt, step=10).incidents == 1
 
 
-def test_counters_travel_with_the_state():
+def test_counters_are_saved_in_the_state():
     run = Run(scaler())
     run.steps(9)
     again = Run(scaler())

@@ -1,4 +1,4 @@
-"""Losses that a guarded step is given, observes, or has from a closure."""
+"""Losses passed to a guarded step, to `observe`, or returned by a closure."""
 
 import math
 import weakref
@@ -13,7 +13,7 @@ NAN, INF = math.nan, math.inf
 
 @pytest.mark.parametrize("mode", ["skip", "zero"])
 @pytest.mark.parametrize("bad", [NAN, INF, -INF], ids=str)
-def test_a_nonfinite_loss_skips_whatever_the_gradients(mode, bad):
+def test_a_nonfinite_loss_skips_regardless_of_the_gradients(mode, bad):
     p, opt = one(1.0, nonfinite=mode)
     opt.step(loss=torch.tensor(bad))
     record = opt.records()[0]
@@ -46,7 +46,7 @@ def test_observed_micro_batches_count_together():
     record = opt.records()[0]
     assert (record.action, record.losses["aux"]) == ("skipped", 6.0)
     assert p.item() == -1.0
-    opt.step(loss=1.0)  # nothing of the bad micro-batch is left
+    opt.step(loss=1.0)  # the bad micro-batch has no further effect
     assert opt.records()[0].losses == {"loss": 1.0}
     assert p.item() == -2.0
 
@@ -70,6 +70,6 @@ def test_a_graph_is_not_kept_alive_by_an_observed_loss():
     p, opt = one(1.0)
     factor = torch.tensor([2.0])
     opt.observe((p * factor).sum())
-    saved = weakref.ref(factor)  # by the graph, while there is one
+    saved = weakref.ref(factor)  # referenced by the graph as long as it exists
     del factor
     assert saved() is None

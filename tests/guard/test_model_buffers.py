@@ -1,4 +1,4 @@
-"""`protect_buffers`: a batch whose step is skipped leaves nothing in BatchNorm and its kind."""
+"""`protect_buffers`: a batch whose step is skipped leaves no trace in BatchNorm and others."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from fastguard.stages.reason import Reason
 
 @pytest.fixture(params=["host", "device"])
 def verdict(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Whether the verdict is known on the host, or a tensor that nobody reads, as on a GPU."""
-    on_host = model_buffers._is_taken_back
+    """Runs the test with a verdict known on the host, and with tensors only, as on a GPU."""
+    on_host = model_buffers._restores_buffers
     if request.param == "device":
 
         def on_device(verdict: Verdict) -> Tensor:
@@ -38,12 +38,12 @@ def verdict(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
             assert isinstance(found, Tensor) and bool(found) == known
             return found
 
-        monkeypatch.setattr(model_buffers, "_is_taken_back", on_device)
+        monkeypatch.setattr(model_buffers, "_restores_buffers", on_device)
     return request.param
 
 
 class MinMax(nn.Module):
-    """An observer, as quantisation has them: infinite before it has seen anything."""
+    """An observer as used in quantisation; its buffers are infinite before the first batch."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class MinMax(nn.Module):
 
 
 class PerChannel(nn.Module):
-    """One that gets its shape from the first batch, in place."""
+    """An observer whose buffers get their shape from the first batch, in place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class PerChannel(nn.Module):
 
 
 class History(nn.Module):
-    """An amax history that is replaced by a new tensor at each forward pass."""
+    """An amax history that each forward pass replaces by a new tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class History(nn.Module):
 
 
 class Growing(nn.Module):
-    """One that grows."""
+    """A buffer that grows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 @pytest.mark.usefixtures("verdict")
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.spectral_norm`")
 @pytest.mark.filterwarnings("ignore:Lazy modules")
-def test_a_run_with_bad_batches_ends_with_the_bits_of_one_without(kind: str, fused: bool) -> None:
+def test_a_run_with_bad_batches_ends_bitwise_as_one_without(kind: str, fused: bool) -> None:
     torch.manual_seed(1)
     clean = Loop(KINDS[kind](), fused)
     torch.manual_seed(1)
@@ -178,7 +178,7 @@ def test_a_run_with_bad_batches_ends_with_the_bits_of_one_without(kind: str, fus
 
 @pytest.mark.usefixtures("verdict")
 @pytest.mark.parametrize("kind", ["batchnorm", "min-max", "per-channel", "history", "growing"])
-def test_the_very_first_batch_may_be_bad(kind: str) -> None:
+def test_the_first_batch_may_be_bad(kind: str) -> None:
     loop = Loop(KINDS[kind]())
     protect_buffers(loop.model, loop.opt)
     before = buffers_of(loop.model)
@@ -186,8 +186,8 @@ def test_the_very_first_batch_may_be_bad(kind: str) -> None:
     assert same(buffers_of(loop.model), before)
 
 
-def test_without_it_the_evaluation_is_nan() -> None:
-    """What docs/limits.md says of plain loops: it can go when torch changes this."""
+def test_without_protection_the_evaluation_is_nan() -> None:
+    """As docs/limits.md says about plain loops; remove both if torch changes this."""
     loop = Loop(nn.BatchNorm1d(4))
     loop.batch(0, bad=True)
     loop.batch(1)
@@ -196,7 +196,7 @@ def test_without_it_the_evaluation_is_nan() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules")
-def test_lazy_buffers_whose_first_batch_is_bad_begin_as_their_module_makes_them() -> None:
+def test_lazy_buffers_are_reset_by_their_module_after_a_bad_first_batch() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.LazyBatchNorm1d(affine=False))
     opt = GuardedOptimizer(torch.optim.SGD(model[0].parameters(), lr=0.1))
     protect_buffers(model, opt)
@@ -219,7 +219,7 @@ class Late(nn.Module):
         return x
 
 
-def test_where_nothing_to_go_back_to_is_known_the_buffer_is_named(
+def test_a_buffer_without_earlier_values_is_named(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model = nn.Sequential(nn.Linear(4, 4), Late())
@@ -227,11 +227,11 @@ def test_where_nothing_to_go_back_to_is_known_the_buffer_is_named(
     protect_buffers(model, opt)
     model(torch.full((8, 4), math.nan)).sum().backward()
     opt.step()
-    assert "has left NaN or Inf in 1.amax" in caplog.text
+    assert "left NaN or Inf in 1.amax" in caplog.text
 
 
 @pytest.mark.usefixtures("verdict")
-def test_a_spike_takes_its_statistics_with_it() -> None:
+def test_the_statistics_of_a_skipped_spike_are_restored() -> None:
     rule = {"loss": SpikeRule(window=4, warmup=2)}
     loop = Loop(nn.BatchNorm1d(4), spike=rule)
     protect_buffers(loop.model, loop.opt)
@@ -244,7 +244,7 @@ def test_a_spike_takes_its_statistics_with_it() -> None:
     assert same(buffers_of(loop.model), before)
 
 
-def test_the_search_for_a_loss_scale_keeps_what_the_batch_left() -> None:
+def test_loss_scale_skips_keep_the_statistics_of_the_batch() -> None:
     loop = Loop(nn.BatchNorm1d(4))
     protect_buffers(loop.model, loop.opt)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
@@ -258,10 +258,10 @@ def test_the_search_for_a_loss_scale_keeps_what_the_batch_left() -> None:
     verdict = loop.opt.last
     assert isinstance(verdict, HostVerdict) and verdict.known.reason == Reason.LOSS_SCALE
     plain = Verdict(**{n: getattr(verdict, n) for n in Verdict.__dataclass_fields__})
-    assert not model_buffers._is_taken_back(plain)
+    assert not model_buffers._restores_buffers(plain)
 
 
-def test_what_overflows_under_an_applied_step_is_mended_by_element(
+def test_elements_that_overflow_in_an_applied_step_are_restored(
     verdict: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     loop = Loop(nn.BatchNorm1d(4))
@@ -281,7 +281,7 @@ def test_what_overflows_under_an_applied_step_is_mended_by_element(
 
 
 @pytest.mark.usefixtures("verdict")
-def test_constant_buffers_that_are_infinite_by_nature_stay_as_they_are() -> None:
+def test_constant_infinite_buffers_remain() -> None:
     loop = Loop(nn.BatchNorm1d(4))
     mask = torch.full((5, 5), -math.inf).triu(1)
     loop.model.register_buffer("mask", mask)
@@ -302,7 +302,7 @@ def test_constant_buffers_that_are_infinite_by_nature_stay_as_they_are() -> None
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float16, torch.complex64, torch.float8_e4m3fn, torch.uint16]
 )
-def test_any_dtype_goes_back_whole(dtype: torch.dtype) -> None:
+def test_buffers_of_any_dtype_are_restored(dtype: torch.dtype) -> None:
     loop = Loop(nn.Identity())
     loop.model.register_buffer("state", torch.ones(6).to(dtype))
     protect_buffers(loop.model, loop.opt)
@@ -319,7 +319,7 @@ def test_any_dtype_goes_back_whole(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("verdict")
-def test_tensors_outside_of_buffers_can_be_given() -> None:
+def test_tensors_outside_of_buffers_can_be_passed() -> None:
     loop = Loop(nn.Identity())
     history = torch.zeros(3, 2)
     protect_buffers(loop.model, loop.opt, also=[history.t()])
@@ -328,12 +328,12 @@ def test_tensors_outside_of_buffers_can_be_given() -> None:
     assert not history.any()
 
 
-def test_a_moved_model_goes_back_to_its_own() -> None:
+def test_a_moved_model_is_restored() -> None:
     loop = Loop(nn.BatchNorm1d(4))
     protect_buffers(loop.model, loop.opt)
     loop.batch(0)
     kept = loop.model[1].running_mean.clone()
-    loop.model[1].to(torch.float64).to(torch.float32)  # every buffer is another tensor now
+    loop.model[1].to(torch.float64).to(torch.float32)  # replaces every buffer
     loop.batch(1, bad=True)
     assert torch.equal(loop.model[1].running_mean, kept)
     loop.batch(2)
@@ -352,7 +352,7 @@ def test_a_graph_that_waits_for_its_backward_pass_stays_valid() -> None:
     assert model[0].weight.grad is not None
 
 
-def test_it_follows_two_optimizers_and_can_be_ended() -> None:
+def test_it_follows_two_optimizers_and_can_be_removed() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     first, second = (GuardedOptimizer(torch.optim.SGD(part.parameters(), lr=0.1)) for part in model)
     buffers = protect_buffers(model, first)
@@ -369,7 +369,7 @@ def test_it_follows_two_optimizers_and_can_be_ended() -> None:
     assert model[1].running_mean.isnan().all()
 
 
-def test_what_is_loaded_is_what_to_go_back_to() -> None:
+def test_loaded_buffers_are_the_ones_restored_later() -> None:
     trained = Loop(nn.BatchNorm1d(4))
     for i in range(5):
         trained.batch(i)
@@ -386,7 +386,7 @@ def test_what_is_loaded_is_what_to_go_back_to() -> None:
     assert not loop.model[1].running_mean.any()
 
 
-def test_a_rollback_takes_it_along() -> None:
+def test_it_works_with_a_rollback() -> None:
     loop = Loop(nn.BatchNorm1d(4))
     protect_buffers(loop.model, loop.opt)
     rollback = Rollback(loop.opt, {"model": loop.model}, every=2, after_skips=2)
@@ -403,7 +403,7 @@ def test_a_rollback_takes_it_along() -> None:
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-def test_a_copy_with_its_model_belongs_to_that(duplicate) -> None:
+def test_a_copy_made_with_its_model_refers_to_the_copy(duplicate) -> None:
     loop = Loop(nn.BatchNorm1d(4))
     buffers = protect_buffers(loop.model, loop.opt)
     loop.batch(0)
@@ -412,10 +412,10 @@ def test_a_copy_with_its_model_belongs_to_that(duplicate) -> None:
         model[1].running_mean.fill_(math.nan)
     twin.put_back()
     assert torch.equal(model[1].running_mean, loop.model[1].running_mean)
-    torch.save(loop.model, io.BytesIO())  # and the model itself carries nothing of it
+    torch.save(loop.model, io.BytesIO())  # the model holds no reference to it
 
 
-def test_wrong_arguments_are_named() -> None:
+def test_invalid_arguments_are_named() -> None:
     loop = Loop(nn.BatchNorm1d(4))
     with pytest.raises(TypeError, match=r"AdamW; pass the fastguard\.GuardedOptimizer"):
         protect_buffers(loop.model, loop.opt.optimizer)  # type: ignore[arg-type]
@@ -433,12 +433,12 @@ def test_wrong_arguments_are_named() -> None:
     ],
     ids=["raise", "budget"],
 )
-def test_where_the_guard_raises_they_go_back_too(guard: dict, error: type[Exception]) -> None:
+def test_buffers_are_restored_if_the_guard_raises(guard: dict, error: type[Exception]) -> None:
     loop = Loop(nn.BatchNorm1d(4), **guard)
     protect_buffers(loop.model, loop.opt)
     loop.batch(0)
     kept = buffers_of(loop.model)
-    with pytest.raises(error):  # the second at the latest
+    with pytest.raises(error):  # in the second step at the latest
         for i in (1, 2):
             loop.batch(i, bad=True)
     assert same(buffers_of(loop.model), kept)

@@ -1,4 +1,4 @@
-"""What a guarded step does about non-finite gradients, mode by mode."""
+"""Non-finite gradients in a guarded step, for each mode."""
 
 import math
 
@@ -24,7 +24,7 @@ def grads_of(parameters):
     return [p.grad.clone() for p in parameters]
 
 
-def test_zero_mode_clips_by_the_norm_of_what_remains():
+def test_zero_mode_clips_by_the_norm_of_the_finite_elements():
     p, opt = one(3.0, NAN, 4.0, INF, -INF, nonfinite="zero", max_norm=1.0)
     opt.step()
     torch.testing.assert_close(p.detach(), torch.tensor([-0.6, 0.0, -0.8, 0.0, 0.0]))
@@ -116,7 +116,7 @@ def test_raise_mode_raises_for_a_loss_by_name():
 @pytest.mark.parametrize("value", [None, NAN, INF, -INF], ids=str)
 @pytest.mark.parametrize("max_norm", [1e-2, 1e9], ids=["clips", "does-not"])
 def test_propagate_is_torch(value, max_norm):
-    """Bit for bit, unless a coefficient below 1 depends on the last digit of torch's norm."""
+    """Bitwise, unless a coefficient below 1 depends on the last digit of torch's norm."""
     a, b = new_parameters(), new_parameters()
     opt = GuardedOptimizer(
         torch.optim.AdamW(a, fused=True), nonfinite="propagate", max_norm=max_norm
@@ -157,14 +157,14 @@ def test_without_a_limit_nothing_is_ever_multiplied(mode, max_norm):
     opt.step()
     assert p.tolist() == torch.tensor([-3e30, 4e30]).tolist()
     assert opt.records()[0].total_norm == pytest.approx(5e30, rel=NORM_RTOL)
-    if mode == "propagate":  # torch turns every gradient NaN here
+    if mode == "propagate":  # torch makes every gradient NaN here
         p.grad = torch.tensor([1.0, INF])
         opt.step()
         assert p.grad.tolist() == [1.0, INF]
 
 
 def test_a_large_finite_gradient_is_clipped_and_not_called_nonfinite():
-    """Its square overflows float32: others call that Inf and lose the step."""
+    """Its square overflows float32; other implementations treat it as Inf and skip the step."""
     p, opt = one(1e20, 1e20, max_norm=1.0)
     opt.step()
     torch.testing.assert_close(p.detach(), torch.full((2,), -math.sqrt(0.5)))

@@ -1,4 +1,4 @@
-"""A model that goes to another device after its guard was made takes the guard along."""
+"""A guard follows a model that is moved to another device after its construction."""
 
 import copy
 import math
@@ -38,7 +38,7 @@ def assert_the_same(opt: GuardedOptimizer, expected: GuardedOptimizer) -> None:
 
 
 @pytest.mark.parametrize("flat", [False, True])
-def test_a_model_laid_out_on_the_meta_device(flat):
+def test_a_model_created_on_the_meta_device(flat):
     model = torch.nn.Linear(3, 2, device="meta")
     opt, expected = guard_of(model, flat_buckets=flat), guard_of(ones(), flat_buckets=flat)
     assert "on cpu" in opt.describe()
@@ -65,7 +65,7 @@ def test_a_checkpoint_loaded_before_the_first_step():
     assert_the_same(opt, expected)
 
 
-def test_what_was_saved_before_there_was_memory_loads():
+def test_a_state_saved_on_the_meta_device_can_be_loaded():
     opt, expected = guard_of(torch.nn.Linear(3, 2, device="meta")), guard_of(ones())
     expected.load_state_dict(opt.state_dict())
     for p in (p for group in expected.param_groups for p in group["params"]):
@@ -96,7 +96,7 @@ def said(opt: GuardedOptimizer, caplog) -> list[str]:
     return [r.getMessage() for r in caplog.records]
 
 
-def test_a_first_step_without_any_gradient_is_said_once(caplog):
+def test_a_first_step_without_gradients_gives_one_warning(caplog):
     model = ones()
     (message,) = said(guard_of(model), caplog)
     assert "no parameter has a gradient" in message and "loss.backward()" in message
@@ -105,12 +105,12 @@ def test_a_first_step_without_any_gradient_is_said_once(caplog):
     assert said(guard_of(model), caplog) == []
 
 
-def test_parameters_that_a_model_has_left_behind_are_said(caplog):
-    """`to_empty` makes other parameters; those of the optimizer stay without memory."""
+def test_parameters_that_no_longer_belong_to_the_model_give_a_warning(caplog):
+    """`to_empty` replaces parameters; those of the optimizer remain on the meta device."""
     model = torch.nn.Linear(3, 2, device="meta")
     opt = guard_of(model)
     model.to_empty(device="cpu")
     model(torch.ones(1, 3)).sum().backward()
     (message,) = said(opt, caplog)
-    assert "not those of the model any more" in message
-    assert "make the optimizer after model.to_empty" in message
+    assert "no longer belong to the model" in message
+    assert "create the optimizer after model.to_empty" in message

@@ -1,4 +1,4 @@
-"""Optimizers that save and load in their own way: around another one, or several in one."""
+"""Optimizers with their own state dict format: wrappers of an optimizer, and containers."""
 
 import copy
 from collections import OrderedDict
@@ -14,7 +14,7 @@ from guardtest.training import assert_same_bits, give_gradients, new_parameters,
 
 
 class Lookahead(torch.optim.Optimizer):
-    """Shares the param groups of its base, never calls `super().__init__`, saves its base alone."""
+    """Shares the param groups of its base, never calls `super().__init__`, saves only its base."""
 
     def __init__(self, base):
         self.base, self.defaults, self.state = base, base.defaults, {}
@@ -38,7 +38,7 @@ class Lookahead(torch.optim.Optimizer):
 
 
 class Nested(Lookahead):
-    """Saves its base under a key of its own, and its own state by position."""
+    """Saves its base under a separate key, and its own state by position."""
 
     @property
     def param_groups(self):
@@ -85,7 +85,7 @@ class Several(torch.optim.Optimizer):
 
 
 class SeveralByName(Several):
-    """As `Several`, in a dict whose names are those of the guard."""
+    """Like `Several`, but saves a dict with the keys that the guard uses."""
 
     def state_dict(self):
         return {"fastguard": super().state_dict()}
@@ -95,7 +95,7 @@ class SeveralByName(Several):
 
 
 class PrunedSettings(torch.optim.Adam):
-    """Leaves settings out of its state dict and puts them back."""
+    """Omits settings in its state dict, and adds them when loading."""
 
     def state_dict(self):
         saved = super().state_dict()
@@ -132,14 +132,14 @@ KINDS = {
 
 
 def without_lifetime(saved):
-    """The state of a guard inside without the counts that a rollback does not take back."""
+    """Returns the state of an inner guard without `lifetime`, which rollbacks do not restore."""
     if isinstance(saved, dict):
         return {k: without_lifetime(v) for k, v in saved.items() if k != lifetime.KEY}
     return saved
 
 
 def everything(opt):
-    """Weights, and all that the wrapped optimizer saves."""
+    """Returns the weights, and the state dict of the wrapped optimizer."""
     inner = opt.optimizer if isinstance(opt, GuardedOptimizer) else opt
     saved = without_lifetime(copy.deepcopy(inner.state_dict()))
     return {"saved": saved, "weights": [p.detach().clone() for p in parameters_of(inner)]}
@@ -158,7 +158,7 @@ def made(kind, guarded=True):
 
 
 def resumed(kind, opt):
-    """Another one with the weights and the state of `opt`."""
+    """Returns a new optimizer with the weights and the state of `opt`."""
     other = made(kind, isinstance(opt, GuardedOptimizer))
     with torch.no_grad():
         for p, q in zip(parameters_of(other), parameters_of(opt), strict=True):
@@ -168,7 +168,7 @@ def resumed(kind, opt):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_resumes_as_the_bare_one_does(kind):
+def test_it_resumes_as_the_bare_optimizer_does(kind):
     guard, bare = train(made(kind), range(3)), train(made(kind, guarded=False), range(3))
     guard, bare = train(resumed(kind, guard), range(3, 5)), train(resumed(kind, bare), range(3, 5))
     assert_same_bits(everything(guard), everything(bare))
@@ -177,7 +177,7 @@ def test_it_resumes_as_the_bare_one_does(kind):
 
 
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - {"several by name", "around a guard"}))
-def test_what_the_bare_one_saved_loads_into_a_fresh_guard(kind):
+def test_the_state_of_the_bare_optimizer_loads_into_a_new_guard(kind):
     bare = train(made(kind, guarded=False), range(3))
     guard = made(kind)
     saved = bare.state_dict()
@@ -191,7 +191,7 @@ def test_what_the_bare_one_saved_loads_into_a_fresh_guard(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rollback_goes_back_to_its_state(kind):
+def test_rollback_restores_its_state(kind):
     opt = made(kind)
     weights = torch.nn.ParameterList(parameters_of(opt))
     rollback = Rollback(opt, {"weights": weights}, every=2, after_skips=1)
@@ -222,7 +222,7 @@ def test_a_checkpoint_store_keeps_its_state(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_state_that_cannot_be_loaded_changes_nothing(kind):
-    """In a container of two, the first one has loaded before the second one fails."""
+    """In a container of two optimizers, the first has loaded when the second fails."""
     opt = train(made(kind), range(2))
     saved = copy.deepcopy(opt.state_dict())
     train(opt, [2])
@@ -252,8 +252,8 @@ def test_a_state_with_settings_that_cannot_be_guarded_changes_nothing():
     assert_same_bits(everything(opt), before)
 
 
-def test_loading_leaves_what_was_given_as_it_was():
-    class EmptiesIt(torch.optim.Adam):  # as ZeroRedundancyOptimizer does with other ranks' states
+def test_loading_does_not_change_the_state_dict():
+    class EmptiesIt(torch.optim.Adam):  # as ZeroRedundancyOptimizer does for states of other ranks
         def load_state_dict(self, state_dict):
             super().load_state_dict(state_dict)
             state_dict["state"].clear()
@@ -279,7 +279,7 @@ def test_an_optimizer_that_cannot_save_is_refused_by_rollback_with_the_reason():
         Rollback(opt, {})
 
 
-def test_what_is_no_complete_optimizer_is_refused_by_name():
+def test_an_incomplete_optimizer_is_refused_by_name():
     class WithoutGroups(torch.optim.Optimizer):
         def __init__(self, base):
             self.base = base

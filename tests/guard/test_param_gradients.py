@@ -1,4 +1,4 @@
-"""Where the gradients of an optimizer are, and where the decision about them is taken."""
+"""The gradients of an optimizer, and the device of the decision."""
 
 import pytest
 import torch
@@ -10,16 +10,16 @@ from guardtest.gloo_groups import group_of_one
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["", "flat"])
-def test_results_live_with_the_first_parameter_also_if_it_has_no_gradient(flat):
+def test_results_are_on_the_device_of_the_first_parameter_even_without_gradient(flat):
     frozen = torch.nn.Parameter(torch.ones(2), requires_grad=False)
     p = torch.nn.Parameter(torch.ones(2, device="meta"))
     gradients = Gradients(torch.optim.SGD([frozen, p], lr=1.0), "global", {}, 2.0, flat)
     p.grad = torch.ones(2, device="meta")
-    gradients._seen = True  # the meta device stands for a second one here
+    gradients._seen = True  # the meta device serves as a second device here
     assert gradients.buckets().device == gradients.device == frozen.device
 
 
-def test_a_rank_without_parameters_may_be_alone_in_its_group():
+def test_a_rank_without_parameters_may_be_the_only_one_in_its_group():
     with group_of_one():
         inner = torch.optim.SGD([{"params": []}], lr=1.0)
         opt = GuardedOptimizer(inner, max_norm=1.0, group=dist.group.WORLD)

@@ -1,4 +1,4 @@
-"""Estimates of memory: a guard is made and steps under FakeTensorMode, as the bare optimizer.
+"""Memory estimates: a guard is created and steps under FakeTensorMode, as the bare optimizer.
 
 So does what stands beside it in a training loop: there is nothing to record, and nothing to keep.
 """
@@ -55,18 +55,18 @@ def train(make, guard, steps=3):
 
 @pytest.mark.parametrize("guard", GUARDS)
 @pytest.mark.parametrize("make", OPTIMIZERS)
-def test_steps_of_placeholders_are_taken_and_leave_no_record(make, guard):
+def test_steps_of_placeholders_are_applied_without_records(make, guard):
     with FakeTensorMode():
         _, opt = train(OPTIMIZERS[make], GUARDS[guard])
         assert opt.records() == [] and opt.flush() == []
         if make != "SGD":
-            assert len(opt.state) == 4  # each parameter has stepped
+            assert len(opt.state) == 4  # each parameter has state
     _, real = train(OPTIMIZERS[make], GUARDS[guard])
     assert real.applied_steps == 3 and len(real.records()) == 3
 
 
 def loop(prepare, steps=3, norm=False):
-    """A few steps; `prepare(model, opt)` returns what is called after each with loss and batch."""
+    """Takes a few steps; `prepare(model, opt)` returns a function called after each of them."""
     layers = [nn.Linear(4, 8), *([nn.BatchNorm1d(8)] if norm else []), nn.Linear(8, 2)]
     model = nn.Sequential(*layers)
     opt = fastguard.GuardedOptimizer(optim.AdamW(model.parameters()), max_norm=1.0)
@@ -162,12 +162,12 @@ BESIDE = {
 
 
 @pytest.mark.parametrize("beside", BESIDE)
-def test_what_stands_beside_the_guard_lets_placeholders_pass(beside):
+def test_other_features_accept_placeholders(beside):
     with FakeTensorMode():
         loop(BESIDE[beside], norm=True)
 
 
-def test_a_rollback_made_of_placeholders_has_nothing_to_go_back_to():
+def test_a_rollback_of_placeholders_has_no_snapshot():
     with FakeTensorMode():
         model, opt = loop(lambda *_: lambda *_: None)
         rollback = fastguard.Rollback(opt, {"model": model})
@@ -222,7 +222,7 @@ def test_no_copy_of_a_placeholder_corrupts_the_heap():
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_layers_around_several_gradients_are_refused_by_name():
+def test_wrappers_of_several_gradients_are_refused_by_name():
     p = nn.Parameter(TwoTensor(torch.zeros(2), torch.zeros(2)))
     opt = fastguard.GuardedOptimizer(optim.SGD([p], lr=0.1))
     p.grad = TwoTensor(torch.ones(2), torch.full((2,), float("nan")))

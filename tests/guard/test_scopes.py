@@ -15,7 +15,7 @@ NAN, INF = math.nan, math.inf
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, INF])
 @pytest.mark.parametrize("scope", ["global", "group", "tensor"])
 @pytest.mark.parametrize("flat", [False, True], ids=["", "flat"])
-def test_scopes_equal_torch_on_the_parts(scope, norm_type, flat):
+def test_scopes_equal_torch_on_each_part(scope, norm_type, flat):
     a, b = new_parameters(), new_parameters()
     groups = [{"params": a[:1]}, {"params": a[1:]}]
     opt = sgd(groups, max_norm=1.5, norm_type=norm_type, clip_scope=scope, flat_buckets=flat)
@@ -35,7 +35,7 @@ def test_scopes_equal_torch_on_the_parts(scope, norm_type, flat):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
 
-def test_a_param_group_may_have_a_limit_of_its_own():
+def test_a_param_group_may_have_its_own_limit():
     a, b, c = (torch.nn.Parameter(torch.zeros(1)) for _ in range(3))
     groups = [
         {"params": [a], "max_norm": 0.5},
@@ -75,7 +75,7 @@ def test_a_bad_segment_skips_the_whole_step():
     assert_same_bits(snapshot(opt), before)
 
 
-def test_clip_value_clamps_before_the_norm_and_lets_nan_be_found():
+def test_clip_value_clamps_before_the_norm_and_does_not_hide_nan():
     p, opt = one(5.0, -5.0, 0.5, max_norm=1.0)
     opt.param_groups[0]["clip_value"] = 1.0
     opt.step()
@@ -121,7 +121,7 @@ def test_clip_value_is_refused_for_complex_parameters():
 
 
 @pytest.mark.parametrize("nonfinite", ["skip", "raise"])
-def test_clip_value_that_comes_later_clamps_all_groups_or_none(nonfinite):
+def test_clip_value_set_later_clamps_all_groups_or_none(nonfinite):
     real = torch.nn.Parameter(torch.zeros(2))
     real.grad = torch.tensor([3.0, -4.0])
     groups = [{"params": [real], "clip_value": 0.5}, {"params": [a_complex_parameter()]}]
@@ -135,7 +135,7 @@ def test_clip_value_that_comes_later_clamps_all_groups_or_none(nonfinite):
     assert opt.applied_steps == 0
 
 
-def test_clip_value_beyond_the_dtype_clamps_where_it_can():
+def test_clip_value_beyond_the_range_of_a_dtype_has_no_effect_on_it():
     a = torch.nn.Parameter(torch.zeros(2))
     b = torch.nn.Parameter(torch.zeros(2, dtype=torch.float16))
     opt = sgd([{"params": [a, b], "clip_value": 1e6}])

@@ -1,4 +1,4 @@
-"""A skipped step changes nothing at all: not a bit of the weights, nor of the optimizer's state."""
+"""A skipped step changes no bit of the weights and of the optimizer's state."""
 
 import pytest
 import torch
@@ -24,21 +24,23 @@ from guardtest.training import (
 )
 
 VARIANTS = variants()
-ON_BOTH_ROADS = [
-    pytest.param(cls, kwargs, road, id=f"{name}-{road}")
+WITH_BOTH_STEPPERS = [
+    pytest.param(cls, kwargs, stepper, id=f"{name}-{stepper}")
     for name, cls, kwargs in VARIANTS
-    for road in (("found_inf", "read_first") if obeys_found_inf(cls, kwargs) else ("read_first",))
+    for stepper in (
+        ("found_inf", "read_first") if obeys_found_inf(cls, kwargs) else ("read_first",)
+    )
 ]
 BAD_STEPS = {"first": {0}, "middle": {2}, "in-a-row": {2, 3, 4}, "first-in-a-row": {0, 1, 2}}
 
 
-def guard(cls, kwargs, road, **options):
+def guard(cls, kwargs, stepper, **options):
     parameters = parameters_for(cls)
     inner = cls(parameters, **kwargs)
     opt = GuardedOptimizer(inner, **options)
     assert type(opt._stepper) is (OnDevice if obeys_found_inf(cls, kwargs) else ReadFirst)
-    if road == "read_first":
-        inner.register_step_pre_hook(lambda *_: None)  # which must run only when it steps
+    if stepper == "read_first":
+        inner.register_step_pre_hook(lambda *_: None)  # must run only when it steps
     return opt, parameters
 
 
@@ -54,9 +56,9 @@ def test_every_optimizer_of_torch_is_tested_here():
 
 
 @pytest.mark.parametrize("bad", BAD_STEPS.values(), ids=BAD_STEPS)
-@pytest.mark.parametrize(("cls", "kwargs", "road"), ON_BOTH_ROADS)
-def test_a_skipped_step_changes_nothing(cls, kwargs, road, bad):
-    opt, parameters = guard(cls, kwargs, road)
+@pytest.mark.parametrize(("cls", "kwargs", "stepper"), WITH_BOTH_STEPPERS)
+def test_a_skipped_step_changes_nothing(cls, kwargs, stepper, bad):
+    opt, parameters = guard(cls, kwargs, stepper)
     for step in range(7):
         give_gradients(parameters, step)
         if step in bad:
@@ -67,9 +69,9 @@ def test_a_skipped_step_changes_nothing(cls, kwargs, road, bad):
         if step in bad:
             created = {k: after.pop(k) for k in list(after) if k not in before}
             assert_same_bits(after, before)
-            # A fused optimizer creates its state before it looks at found_inf: all zeros.
+            # A fused optimizer creates its state, all zeros, before it reads found_inf.
             assert not any(torch.as_tensor(v).any() for v in created.values())
-            assert not created or road == "found_inf"
+            assert not created or stepper == "found_inf"
         else:
             assert not torch.equal(before["p0"], after["p0"])
     assert (opt.applied_steps, opt.skipped_steps) == (7 - len(bad), len(bad))
@@ -83,9 +85,9 @@ def test_a_skipped_step_changes_nothing(cls, kwargs, road, bad):
 
 
 @pytest.mark.parametrize("kind", NONFINITE)
-@pytest.mark.parametrize("road", ["found_inf", "read_first"])
-def test_every_kind_of_nonfinite_element_skips(kind, road):
-    opt, parameters = guard(torch.optim.AdamW, {"fused": True}, road)
+@pytest.mark.parametrize("stepper", ["found_inf", "read_first"])
+def test_every_kind_of_nonfinite_element_skips(kind, stepper):
+    opt, parameters = guard(torch.optim.AdamW, {"fused": True}, stepper)
     for step in range(3):
         give_gradients(parameters, step)
         if step == 1:
@@ -99,11 +101,11 @@ def test_every_kind_of_nonfinite_element_skips(kind, road):
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_a_momentum_buffer_that_appears_late_is_never_left_uninitialised(nesterov):
-    """Fused SGD allocates it in the step: skipped on the device, it would stay as it was found."""
+def test_a_momentum_buffer_created_late_is_never_left_uninitialised(nesterov):
+    """Fused SGD allocates it in the step; a skip on the device would leave it uninitialised."""
 
     def build():
-        parameters = new_parameters()  # torch takes late ones only in a param group of their own
+        parameters = new_parameters()  # torch needs a separate param group for late ones
         groups = [{"params": parameters[:2]}, {"params": parameters[2:]}]
         return parameters, torch.optim.SGD(
             groups, lr=0.1, momentum=0.9, nesterov=nesterov, fused=True
@@ -126,8 +128,8 @@ def test_a_momentum_buffer_that_appears_late_is_never_left_uninitialised(nestero
     assert_same_bits(snapshot(opt), snapshot(alone))
 
 
-def test_what_the_fused_kernel_sees_is_exactly_0_or_1():
-    """It tests `found_inf == 1`; 2.0 would apply NaN, and grad_scale would rewrite gradients."""
+def test_found_inf_in_the_fused_kernel_is_exactly_0_or_1():
+    """The kernel tests `found_inf == 1`: 2.0 would apply NaN; grad_scale would write gradients."""
     parameters = new_parameters()
     inner = torch.optim.AdamW(parameters, fused=True)
     opt = GuardedOptimizer(inner)
@@ -164,7 +166,7 @@ def test_an_error_in_the_fused_step_leaves_no_attribute_behind():
     assert not hasattr(inner, "found_inf")
 
 
-def test_optimizers_that_ignore_found_inf_are_not_called_at_all():
+def test_optimizers_that_ignore_found_inf_are_not_called():
     """NAdam, RAdam, RMSprop and others would silently apply the NaN."""
     for name, cls, kwargs in VARIANTS:
         if obeys_found_inf(cls, kwargs):
@@ -180,7 +182,7 @@ def test_optimizers_that_ignore_found_inf_are_not_called_at_all():
         assert not calls, name
 
 
-def test_one_param_group_that_is_not_fused_takes_the_reading_road():
+def test_a_param_group_that_is_not_fused_needs_reading_first():
     a, b = new_parameters([(3,), (2,)])
     inner = torch.optim.AdamW([{"params": [a], "fused": True}, {"params": [b], "foreach": True}])
     opt = GuardedOptimizer(inner)
@@ -192,7 +194,7 @@ def test_one_param_group_that_is_not_fused_takes_the_reading_road():
     assert_same_bits(snapshot(opt), before)
 
 
-def test_a_group_added_later_that_is_not_fused_changes_the_road():
+def test_a_later_group_that_is_not_fused_changes_the_stepper():
     a, b = new_parameters([(3,), (2,)])
     inner = torch.optim.AdamW([a], fused=True)
     opt = GuardedOptimizer(inner)
@@ -232,15 +234,15 @@ def fused_with_hook(parameters):
 def test_sync_free_says_whether_a_step_waits_for_the_device(inner, mode, expected):
     opt = GuardedOptimizer(inner(new_parameters()), nonfinite=mode)
     assert opt.sync_free  # a CPU never waits
-    opt._device = torch.device("meta")  # any device whose numbers are not on the host
+    opt._device = torch.device("meta")  # any device other than the host
     assert opt.sync_free is expected
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", NONFINITE)
 @pytest.mark.parametrize("kwargs", [{"fused": True}, {"foreach": True}], ids=["fused", "foreach"])
-def test_16_bit_training_without_a_scaler_skips_and_says_so(dtype, kind, kwargs, caplog):
-    """Where a GradScaler does the skipping, bfloat16 has none, and no skip is ever told."""
+def test_16_bit_training_without_a_scaler_skips_and_logs_it(dtype, kind, kwargs, caplog):
+    """A GradScaler would not skip with bfloat16, and does not report skips."""
     parameters = new_parameters(dtype=dtype)
     named = [(f"w{i}", p) for i, p in enumerate(parameters)]
     inner = torch.optim.AdamW(parameters, lr=0.1, **kwargs)
@@ -263,7 +265,7 @@ def test_16_bit_training_without_a_scaler_skips_and_says_so(dtype, kind, kwargs,
 
 
 def test_skipping_never_multiplies_by_zero():
-    """0 * NaN is NaN: a skip selects, so the gradients are still there to be looked at."""
+    """0 * NaN is NaN, so a skip selects; the gradients remain available."""
     parameters = new_parameters()
     opt = GuardedOptimizer(torch.optim.SGD(parameters, lr=0.1), max_norm=1e-3)
     give_gradients(parameters, 0)
@@ -291,7 +293,7 @@ models = st.lists(
     scope=st.sampled_from(["global", "group", "tensor"]),
 )
 def test_skip_is_the_identity(shapes, where, kind, bad, fused, flat, max_norm, scope):
-    """Whatever the model, the place of the bad element, and what else the guard does."""
+    """For any model, position of the bad element, and settings of the guard."""
 
     def train(bad, left_out):
         parameters = new_parameters(shapes)
@@ -315,12 +317,12 @@ def test_skip_is_the_identity(shapes, where, kind, bad, fused, flat, max_norm, s
 
     guarded, alone = train(bad, set()), train(set(), bad)
     if all(0 in shape for shape in shapes):
-        return  # no element to poison
+        return  # no element to make bad
     assert guarded.skipped_steps == len(bad)
     assert_same_bits(snapshot(guarded), snapshot(alone))
 
 
-def test_a_model_without_a_single_gradient_steps_as_torch_does():
+def test_a_model_without_gradients_steps_as_torch_does():
     model = nn.Linear(2, 2)
     opt = GuardedOptimizer(torch.optim.AdamW(model.parameters(), fused=True), max_norm=1.0)
     before = [p.detach().clone() for p in model.parameters()]

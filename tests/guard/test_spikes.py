@@ -1,4 +1,4 @@
-"""Spikes that a guarded step skips, clips or records, and the budget of skips."""
+"""Spikes that a guarded step skips, clips or records, and the skip budget."""
 
 import math
 
@@ -48,7 +48,7 @@ def test_a_spike_may_only_be_recorded():
     assert p.item() == -5.0
 
 
-def test_a_threshold_judges_from_the_first_step_and_never_locks_out_what_is_below():
+def test_a_threshold_applies_from_the_first_step_and_passes_smaller_values():
     p, opt = one(1.0, spike={"grad_norm": Threshold(max=10.0), "ce": Threshold(max=3.0)})
     records = steps_with(opt, p, [11.0, 10.0])
     assert [r.action for r in records] == ["skipped", "applied"]
@@ -61,7 +61,7 @@ def test_a_threshold_judges_from_the_first_step_and_never_locks_out_what_is_belo
     assert "ce=3.5 > 3" in str(records[0])
 
 
-def test_losses_have_baselines_of_their_own():
+def test_losses_have_their_own_baselines():
     rules = {
         "a": SpikeRule(window=4, warmup=2, sigma=3.0),
         "b": SpikeRule(window=4, warmup=2, sigma=3.0),
@@ -73,8 +73,8 @@ def test_losses_have_baselines_of_their_own():
     assert opt.records()[-1].spikes == ("a",)
 
 
-def test_one_nan_loss_does_not_lock_out_what_follows():
-    """Elsewhere a NaN enters the window, and 128 steps compare false with it."""
+def test_a_nan_loss_does_not_block_later_steps():
+    """Elsewhere a NaN enters the window, and all comparisons are false for 128 steps."""
     rules = {"grad_norm": SpikeRule(window=8, warmup=4), "loss": SpikeRule(window=8, warmup=4)}
     p, opt = one(1.0, spike=rules)
     steps_with(opt, p, [1.0] * 6, loss=2.0)
@@ -85,17 +85,17 @@ def test_one_nan_loss_does_not_lock_out_what_follows():
     records = steps_with(opt, p, [1.0] * 10, loss=2.0)
     assert {r.action for r in records} == {"applied"}
     (spike,) = steps_with(opt, p, [1e4], loss=2.0)
-    assert spike.action == "skipped"  # and the rules still judge
+    assert spike.action == "skipped"  # the rules still work
 
 
-def test_a_nan_norm_is_never_taken_for_a_small_one():
+def test_a_nan_norm_is_not_treated_as_a_small_norm():
     """`nan > threshold` is False; the counts decide, not the comparison."""
     p, opt = one(1.0, spike=Threshold(max=10.0))
     (record,) = steps_with(opt, p, [NAN])
     assert (record.action, record.reason) == ("skipped", "nonfinite_grad")
 
 
-def test_a_lasting_shift_of_level_becomes_the_new_baseline():
+def test_a_lasting_level_shift_becomes_the_new_baseline():
     p, opt = one(1.0, spike=SpikeRule(window=4, warmup=2, sigma=3.0))
     steps_with(opt, p, [1.0] * 4)
     records = steps_with(opt, p, [50.0] * 40)
@@ -108,7 +108,7 @@ def test_a_lasting_shift_of_level_becomes_the_new_baseline():
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["single", "fused"])
-def test_the_skip_budget_raises_and_never_accepts_the_nan(fused):
+def test_the_skip_budget_raises_and_the_nan_is_never_applied(fused):
     parameters = new_parameters()
     opt = GuardedOptimizer(
         torch.optim.AdamW(parameters, fused=fused),
@@ -141,7 +141,7 @@ def test_an_applied_step_resets_the_budget():
     assert (opt.applied_steps, opt.skipped_steps) == (3, 3)
 
 
-def test_a_rule_that_no_loss_meets_is_said(caplog):
+def test_a_rule_whose_loss_is_never_passed_gives_a_warning(caplog):
     p, opt = one(1.0, spike={"recontruction": Threshold(max=9.0), "grad_norm": Threshold(max=9.0)})
     with caplog.at_level("WARNING", logger="fastguard"):
         for _ in range(120):

@@ -1,4 +1,4 @@
-"""State dicts: an exact resume, what is refused, what a loaded state makes forgotten.
+"""State dicts: exact resume, refused state dicts, and what loading resets.
 
 What the state of one optimizer does to another is in test_foreign_states.
 """
@@ -27,7 +27,7 @@ from guardtest.training import (
 @pytest.mark.parametrize("fused", [False, True], ids=["single", "fused"])
 @pytest.mark.parametrize("flat", [False, True], ids=["", "flat"])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(fused, flat):
-    """Spikes judged after the resume depend on what was accepted before it."""
+    """Spikes after the resume depend on values accepted before it."""
     bad = {1, 5, 9}
 
     def norms(opt, steps):
@@ -35,7 +35,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(fused, flat):
             give_gradients(parameters_of(opt), step)
             if step in bad:
                 poison(parameters_of(opt))
-            if step == 10:  # a spike only to whoever remembers
+            if step == 10:  # a spike only relative to the earlier baseline
                 for p in parameters_of(opt):
                     p.grad *= 30
             opt.step(loss=2.0 if step != 11 else 9.0)
@@ -66,7 +66,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(fused, flat):
     assert straight.skipped_steps == 5  # three poisoned, one gradient spike, one loss spike
 
 
-def test_a_saved_state_does_not_change_when_training_goes_on():
+def test_a_saved_state_does_not_change_when_training_continues():
     opt = adamw(spike=SPIKES)
     train(opt, range(3))
     state = opt.state_dict()["fastguard"]
@@ -107,14 +107,14 @@ def damaged(state, **changes):
 
 
 def of_shape(*shape):
-    """The state of the same configuration over a parameter of another shape."""
+    """Returns the state of the same configuration with a parameter of another shape."""
     opt = adamw(new_parameters([shape, *SHAPES[1:]]), spike=SPIKES)
     train(opt, range(2))
     return opt.state_dict()
 
 
 def of_other(cls, **kwargs):
-    """The state of another optimizer, guarded in the same way."""
+    """Returns the state of another optimizer with the same guard."""
     opt = GuardedOptimizer(cls(new_parameters(), lr=0.1, **kwargs), spike=SPIKES)
     train(opt, range(2))
     return opt.state_dict()
@@ -156,8 +156,8 @@ OTHER_CONFIGURATIONS = {
         lambda s: {**s, "param_groups": [{**s["param_groups"][0], "clip_value": -1.0}]},
         "clip_value=-1.0",
     ),
-    "nothing": (lambda s: None, "is a NoneType; pass what"),
-    "a list": (lambda s: [s], "is a list; pass what"),
+    "nothing": (lambda s: None, "is a NoneType; pass the result"),
+    "a list": (lambda s: [s], "is a list; pass the result"),
     "empty": (lambda s: {}, "lacks 'state' and 'param_groups'"),
     "without state": (lambda s: {k: s[k] for k in s if k != "state"}, "lacks 'state'"),
     "state of a model": (lambda s: {"0.weight": torch.ones(2)}, "lacks 'state'"),
@@ -197,7 +197,7 @@ def test_a_state_of_another_configuration_is_refused_and_changes_nothing(case):
     other = make(opt.state_dict())
     guard = other.get("fastguard") if isinstance(other, dict) else None
     if isinstance(guard, dict) and "counters" in guard:
-        guard["counters"] += 1  # nothing of it must arrive
+        guard["counters"] += 1  # must not be loaded
     before, guard = snapshot(opt), opt.state_dict()["fastguard"]
     groups = copy.deepcopy(opt.state_dict()["param_groups"])
     with pytest.raises(TypeError if case in ("nothing", "a list") else ValueError, match=message):
@@ -211,8 +211,8 @@ def test_a_state_of_another_configuration_is_refused_and_changes_nothing(case):
     assert opt.applied_steps == 5
 
 
-def test_loading_takes_the_road_of_the_loaded_param_groups():
-    """A state dict brings its own `fused`; found_inf means nothing to the other implementations."""
+def test_loading_selects_the_stepper_for_the_loaded_param_groups():
+    """A state dict may change `fused`; other implementations ignore found_inf."""
     opt = adamw(fused=True)
     assert isinstance(opt._stepper, OnDevice)
     other = adamw(fused=False)
@@ -249,7 +249,7 @@ def test_loading_forgets_losses_of_the_abandoned_run():
 
 
 def test_loading_forgets_the_skips_of_the_abandoned_run():
-    """Where the budget is checked before a step, it would stop the resumed run at once."""
+    """If the budget is checked before a step, it would stop the resumed run immediately."""
     opt = adamw(max_consecutive_skips=3)
     state = opt.state_dict()
     train(opt, range(3), bad=range(3))
@@ -257,10 +257,10 @@ def test_loading_forgets_the_skips_of_the_abandoned_run():
     opt._deliver(before=False)
     assert opt._recorder.wait() is None
     assert opt.consecutive_skips == 0
-    assert len(opt.records()) == 3  # what happened stays told
+    assert len(opt.records()) == 3  # records remain
 
 
-def test_a_clip_value_that_complex_parameters_cannot_have_is_refused():
+def test_a_loaded_clip_value_for_complex_parameters_is_refused():
     def guard():
         return GuardedOptimizer(torch.optim.SGD([nn.Parameter(torch.ones(2) * 1j)], lr=0.1))
 

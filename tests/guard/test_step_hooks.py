@@ -1,4 +1,4 @@
-"""Hooks for all optimizers run once a step, whatever becomes of it; the guard's own around it."""
+"""Global hooks run once per step, even if it is skipped; the guard's hooks run around it."""
 
 import pytest
 import torch
@@ -33,10 +33,10 @@ INNER = {
 
 @pytest.mark.parametrize("scheduled", [False, True], ids=["", "scheduled"])
 @pytest.mark.parametrize("kind", INNER)
-def test_hooks_of_all_optimizers_run_once_a_step(kind, scheduled, seen):
+def test_global_hooks_run_once_per_step(kind, scheduled, seen):
     parameters = new_parameters()
     inner = INNER[kind](parameters)
-    if scheduled:  # which puts a `step` on the instance
+    if scheduled:  # sets a `step` on the instance
         torch.optim.lr_scheduler.ConstantLR(inner)
     opt = GuardedOptimizer(inner)
     once = [("pre", type(inner).__name__), ("post", type(inner).__name__)]
@@ -55,7 +55,7 @@ def test_hooks_of_all_optimizers_run_once_a_step(kind, scheduled, seen):
 
 
 class Perturbs(torch.optim.Optimizer):
-    """Evaluates its closure behind a move of the weights, which shows at its first step."""
+    """Evaluates its closure after changing the weights, which is found in the first step."""
 
     def __init__(self, parameters):
         super().__init__(parameters, {"lr": 0.1})
@@ -70,7 +70,7 @@ class Perturbs(torch.optim.Optimizer):
         return loss
 
 
-def test_they_run_once_in_the_step_that_discovers_an_optimizer_that_needs_its_closure(seen):
+def test_they_run_once_in_the_step_that_finds_out_about_the_closure(seen):
     parameters = new_parameters()
     others = torch.optim.SGD(new_parameters(), lr=0.1)
     inner = Perturbs(parameters)
@@ -79,7 +79,7 @@ def test_they_run_once_in_the_step_that_discovers_an_optimizer_that_needs_its_cl
     def closure():
         give_gradients(parameters, 0)
         if seen.count(("pre", "SGD")) == 0 and type(opt._stepper) is WholeStep:
-            others.step()  # inside the second try: another optimizer has its hooks
+            others.step()  # during the second attempt, hooks of other optimizers still run
         return torch.tensor(1.0)
 
     for _ in range(2):
@@ -96,7 +96,7 @@ KINDS = ("Perturbs", "SGD")
 @pytest.mark.parametrize("whose", ["own", "of all"])
 @pytest.mark.parametrize("kind", INNER)
 def test_a_step_whose_post_hook_fails_counts_if_the_weights_moved(kind, whose):
-    """The optimizer that evaluates its closure itself is the exception: it is put back."""
+    """Except for an optimizer that evaluates its closure itself: its step is undone."""
     parameters = new_parameters()
     inner = INNER[kind](parameters)
     opt = GuardedOptimizer(inner)
@@ -126,7 +126,7 @@ def test_a_step_whose_post_hook_fails_counts_if_the_weights_moved(kind, whose):
     assert not inner._optimizer_step_post_hooks
 
 
-def test_without_a_guard_they_run_as_ever(seen):
+def test_without_a_guard_they_run_as_usual(seen):
     parameters = new_parameters()
     inner = torch.optim.SGD(parameters, lr=0.1)
     give_gradients(parameters, 0)
@@ -135,7 +135,7 @@ def test_without_a_guard_they_run_as_ever(seen):
     assert seen == [("pre", "SGD"), ("post", "SGD")]
 
 
-def test_a_pre_hook_that_returns_what_is_no_pair_is_refused_before_the_step():
+def test_an_invalid_result_of_a_pre_hook_is_refused_before_the_step():
     parameters = new_parameters()
     opt = GuardedOptimizer(torch.optim.SGD(parameters, lr=0.1))
     give_gradients(parameters, 0)
@@ -145,7 +145,7 @@ def test_a_pre_hook_that_returns_what_is_no_pair_is_refused_before_the_step():
     assert opt.steps_taken == 0
 
 
-def test_a_hook_that_fails_leaves_nothing_of_a_scaler_behind():
+def test_a_failing_hook_leaves_no_scaler_attributes():
     parameters = new_parameters()
     opt = GuardedOptimizer(torch.optim.SGD(parameters, lr=0.1))
     give_gradients(parameters, 0)

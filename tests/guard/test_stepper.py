@@ -1,4 +1,4 @@
-"""Which road an optimizer takes, and when it must look before it steps."""
+"""The stepper of each optimizer, and when it must read the verdict first."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from guardtest.training import obeys_found_inf, parameters_for, variants
 @pytest.mark.parametrize(
     ("cls", "kwargs"), [pytest.param(cls, kwargs, id=name) for name, cls, kwargs in variants()]
 )
-def test_found_inf_is_the_road_of_fused_optimizers_alone(cls, kwargs):
+def test_only_fused_optimizers_skip_on_the_device(cls, kwargs):
     inner = cls(parameters_for(cls), **kwargs)
     assert type(stepper_for(inner)) is (OnDevice if obeys_found_inf(cls, kwargs) else ReadFirst)
 
@@ -22,53 +22,53 @@ def test_lbfgs_steps_first():
     assert type(stepper_for(torch.optim.LBFGS(parameters_for(torch.optim.LBFGS)))) is WholeStep
 
 
-def test_a_fused_optimizer_that_does_not_support_the_protocol_is_read_first():
+def test_a_fused_optimizer_without_support_for_found_inf_reads_first():
     class Own(torch.optim.SGD):
-        """Accepts `fused`, as third-party optimizers do, and knows nothing of found_inf."""
+        """Accepts `fused`, as third-party optimizers do, but does not support found_inf."""
 
     inner = Own(parameters_for(Own), lr=0.1, fused=True)
     del inner._step_supports_amp_scaling
     assert type(stepper_for(inner)) is ReadFirst
 
 
-def test_momentum_buffers_are_created_on_the_reading_road():
+def test_the_verdict_is_read_first_when_momentum_buffers_are_created():
     (p, *_) = parameters = parameters_for(torch.optim.SGD)
     inner = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, fused=True)
-    road = stepper_for(inner)
-    assert isinstance(road, OnDevice)
-    assert not road._creates_momentum()  # no gradient, no buffer
+    stepper = stepper_for(inner)
+    assert isinstance(stepper, OnDevice)
+    assert not stepper._creates_momentum()  # no gradient, no buffer
     p.grad = torch.ones_like(p)
-    assert road._creates_momentum()
+    assert stepper._creates_momentum()
     inner.step()
-    assert not road._creates_momentum()
+    assert not stepper._creates_momentum()
     inner.param_groups[0]["momentum"] = 0
     inner.state.clear()
-    assert not road._creates_momentum()
+    assert not stepper._creates_momentum()
 
 
-def test_momentum_buffers_are_looked_for_until_all_are_there(monkeypatch):
+def test_momentum_buffers_are_checked_until_all_exist(monkeypatch):
     (p, q, *_) = parameters = parameters_for(torch.optim.SGD)
     groups = [{"params": [p]}, {"params": [q]}]
     inner = torch.optim.SGD(groups, lr=0.1, momentum=0.9, fused=True)
-    road = stepper_for(inner)
+    stepper = stepper_for(inner)
     p.grad = torch.ones_like(p)
     inner.step()
-    assert not road._creates_momentum()
+    assert not stepper._creates_momentum()
     q.grad = torch.ones_like(q)
-    assert road._creates_momentum()  # its first gradient comes later
+    assert stepper._creates_momentum()  # gets its first gradient later
     inner.step()
-    assert not road._creates_momentum()
+    assert not stepper._creates_momentum()
     with monkeypatch.context() as patch:
         patch.setattr("fastguard.guard.on_device.chain", None)
-        assert not road._creates_momentum()  # without a look at the parameters
+        assert not stepper._creates_momentum()  # without checking the parameters
     inner.load_state_dict(inner.state_dict())
-    assert not road._creates_momentum()
+    assert not stepper._creates_momentum()
     inner.add_param_group({"params": parameters[2:3]})
     parameters[2].grad = torch.ones_like(parameters[2])
-    assert road._creates_momentum()
+    assert stepper._creates_momentum()
     inner.step()
-    assert not road._creates_momentum()
+    assert not stepper._creates_momentum()
     for values in inner.state.values():
         values["momentum_buffer"] = None
-    inner.load_state_dict(inner.state_dict())  # as of an optimizer that has not stepped yet
-    assert road._creates_momentum()
+    inner.load_state_dict(inner.state_dict())  # the state of an optimizer that has not stepped yet
+    assert stepper._creates_momentum()

@@ -1,4 +1,4 @@
-"""`clip_scope="unit"`: adaptive gradient clipping inside a guarded step."""
+"""`clip_scope="unit"`: adaptive gradient clipping in a guarded step."""
 
 import copy
 import math
@@ -77,7 +77,7 @@ def test_a_skipped_step_changes_nothing(kind):
 
 
 @pytest.mark.parametrize("kind", ["fused", "plain", "flat_buckets", "flat_parameters"])
-def test_all_roads_take_the_same_step(kind):
+def test_all_steppers_take_the_same_step(kind):
     ps, others = (
         [p for p in parameters() if p.numel()],
         [p for p in parameters() if p.numel()],
@@ -90,7 +90,7 @@ def test_all_roads_take_the_same_step(kind):
         torch.testing.assert_close(p, other, rtol=1e-6, atol=1e-7)
 
 
-def test_zero_clips_by_what_remains():
+def test_zero_mode_clips_by_the_finite_elements():
     p, opt = one(nonfinite="zero")
     p.grad[0, 0] = NAN
     wanted = expected(torch.where(p.grad.isfinite(), p.grad, 0.0), p)
@@ -99,7 +99,7 @@ def test_zero_clips_by_what_remains():
     assert opt.records()[0].action == "sanitized"
 
 
-def test_propagate_keeps_a_bad_unit_to_itself():
+def test_propagate_does_not_affect_other_units():
     p, opt = one(nonfinite="propagate")
     p.grad[0, 0] = NAN
     opt.step()
@@ -107,8 +107,8 @@ def test_propagate_keeps_a_bad_unit_to_itself():
     torch.testing.assert_close(p.grad[1], torch.full((4,), 0.004))
 
 
-def test_a_loss_scale_is_seen_through():
-    """The gradients are 1024 times as large; the limit is for what they stand for."""
+def test_limits_apply_to_unscaled_gradients():
+    """The gradients are scaled by 1024; the limit applies to the unscaled ones."""
     p, opt = one()
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     scaler.scale(torch.ones(()))
@@ -135,13 +135,13 @@ def test_excluded_modules_are_measured_but_not_clipped():
     assert opt.records()[0].total_norm == pytest.approx(10.0 * math.sqrt(20))
 
 
-def test_an_exclusion_of_nothing_is_refused_at_once():
+def test_an_exclusion_that_matches_nothing_is_refused_at_construction():
     p = torch.nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match="'head', which matches no parameter"):
         guarded([p], AGC(exclude=("head",)))
 
 
-def test_parameters_that_come_later_are_clipped_too():
+def test_parameters_added_later_are_clipped():
     _, opt = one()
     q = torch.nn.Parameter(torch.ones(3))
     opt.add_param_group({"params": [q]})
@@ -150,7 +150,7 @@ def test_parameters_that_come_later_are_clipped_too():
     torch.testing.assert_close(q.grad, torch.full((3,), 0.01))
 
 
-def test_spike_rules_and_clip_values_work_beside_it():
+def test_spike_rules_and_clip_values_can_be_combined_with_it():
     _, opt = one(spike=Threshold(1.0, "clip"))
     opt.param_groups[0]["clip_value"] = 0.75
     opt.step()
@@ -188,7 +188,7 @@ def test_copies_and_state_dicts():
         ({"max_norm": AGC(), "clip_scope": "tensor"}, "clip_scope='tensor'; pass clip_scope"),
     ],
 )
-def test_agc_and_the_scope_of_units_come_together(options, text):
+def test_agc_and_the_unit_scope_require_each_other(options, text):
     with pytest.raises(ValueError, match=text):
         sgd([torch.nn.Parameter(torch.ones(1))], **options)
 
@@ -208,12 +208,12 @@ def test_bad_settings(arguments, error, text):
         AGC(**arguments)
 
 
-def test_the_class_in_place_of_a_rule_is_refused():
+def test_the_class_instead_of_a_rule_is_refused():
     with pytest.raises((TypeError, ValueError), match=r"AGC"):
         sgd([torch.nn.Parameter(torch.ones(1))], max_norm=AGC, clip_scope="unit")
 
 
-def test_lbfgs_says_that_it_has_no_effect(caplog):
+def test_lbfgs_warns_that_it_has_no_effect(caplog):
     p = torch.nn.Parameter(torch.ones(1))
     opt = guarded([p], inner=torch.optim.LBFGS([p], max_iter=2))
 

@@ -1,4 +1,4 @@
-"""LBFGS evaluates its closure several times within a step: the guard takes a bad step back."""
+"""LBFGS evaluates its closure several times within a step: the guard undoes a bad step."""
 
 import math
 
@@ -10,7 +10,7 @@ from guardtest.training import assert_same_bits, new_parameters, snapshot
 
 
 class Problem:
-    """A quadratic whose gradient can be poisoned at any evaluation."""
+    """A quadratic problem whose gradient can be made bad in any evaluation."""
 
     def __init__(self, search=None, **options):
         self.parameters = new_parameters([(3, 2), (4,)])
@@ -55,7 +55,7 @@ def test_good_steps_equal_torch(search, flat):
 @pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("what", ["gradient", "loss"])
 @pytest.mark.parametrize("at", ["first", "later"])
-def test_a_bad_step_is_taken_back_bit_for_bit(search, what, at):
+def test_a_bad_step_is_undone_bitwise(search, what, at):
     problem = Problem(search)
     if at == "later":
         for _ in range(2):
@@ -75,7 +75,7 @@ def test_a_bad_step_is_taken_back_bit_for_bit(search, what, at):
     assert_same_bits(snapshot(problem.opt), snapshot(clean.opt))
 
 
-def test_raise_mode_takes_the_step_back_first():
+def test_raise_mode_undoes_the_step_first():
     problem = Problem(nonfinite="raise", max_norm=1.0)
     problem.opt.step(problem.closure)
     before = snapshot(problem.opt)
@@ -85,8 +85,8 @@ def test_raise_mode_takes_the_step_back_first():
     assert_same_bits(snapshot(problem.opt), before)
 
 
-def test_a_nonfinite_loss_ends_the_step_there_and_then():
-    """torch's line search fails on it; and a loss given beside it does not hide it."""
+def test_a_nonfinite_loss_ends_the_step_immediately():
+    """torch's line search would fail on it; a loss passed to `step` does not hide it."""
     problem = Problem("strong_wolfe")
     problem.opt.step(problem.closure)
     before = snapshot(problem.opt)
@@ -99,7 +99,7 @@ def test_a_nonfinite_loss_ends_the_step_there_and_then():
     assert_same_bits(snapshot(problem.opt), before)
 
 
-def test_propagate_mode_lets_it_happen():
+def test_propagate_mode_keeps_a_bad_step():
     problem = Problem(nonfinite="propagate")
     problem.opt.step(problem.closure)
     problem.poison_gradient_from = 0
@@ -112,7 +112,7 @@ def test_a_closure_is_needed():
         Problem().opt.step()
 
 
-def test_a_closure_that_fails_leaves_weights_and_state_as_they_were():
+def test_a_failing_closure_changes_neither_weights_nor_state():
     problem = Problem()
     problem.opt.step(problem.closure)
     before = snapshot(problem.opt)
@@ -127,7 +127,7 @@ def test_a_closure_that_fails_leaves_weights_and_state_as_they_were():
     assert_same_bits(snapshot(problem.opt), before)
 
 
-def test_ctrl_c_in_a_sink_after_a_good_step_takes_nothing_back():
+def test_ctrl_c_in_a_sink_after_a_good_step_undoes_nothing():
     problem, alone = Problem(), Problem()
     for _ in range(2):
         alone.inner.step(alone.closure)
@@ -168,7 +168,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one():
     assert second.opt.applied_steps == 4
 
 
-def test_no_record_says_clipped_and_one_warning_says_why(caplog):
+def test_no_record_is_clipped_and_one_warning_gives_the_reason(caplog):
     problem = Problem(max_norm=1e-3, spike=Threshold(max=1e-3, action="clip"))
     for _ in range(3):
         problem.opt.step(problem.closure)

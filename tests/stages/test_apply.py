@@ -1,4 +1,4 @@
-"""Stage 4: gradients are scaled and cleaned where the verdict says so, and untouched elsewhere."""
+"""Stage 4: gradients are scaled and cleaned as the verdict says, and otherwise unchanged."""
 
 import math
 
@@ -24,13 +24,13 @@ def factor(*values: float) -> Tensor:
 
 
 @pytest.fixture(params=["cpu", "plain"])
-def road(request, monkeypatch):
-    """The CPU road, which reads the verdict, and the one that serves devices without kernels."""
+def each_backend(request, monkeypatch):
+    """The CPU backend, which reads the verdict, and the reference for devices without kernels."""
     if request.param == "plain":
         monkeypatch.setattr(backend, "stages", lambda device, kind=PLAIN: reference)
 
 
-@pytest.mark.usefixtures("road")
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("multiplier", [0.3, 1e-3, 1 / 1024])
 def test_the_multiplier_is_not_rounded_to_16_bits(dtype, multiplier):
@@ -44,7 +44,7 @@ def test_the_multiplier_is_not_rounded_to_16_bits(dtype, multiplier):
         torch.testing.assert_close(got.double(), want, rtol=rtol, atol=info.tiny * info.eps)
 
 
-@pytest.mark.usefixtures("road")
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_multiplier_of_one_changes_no_bit(dtype):
     grad = torch.tensor([1.0, -0.0, NAN, INF, 6e-8, -3.3]).to(DTYPES[dtype])
@@ -53,13 +53,13 @@ def test_a_multiplier_of_one_changes_no_bit(dtype):
     assert_bitwise_equal(grad, before)
 
 
-def test_a_multiplier_of_one_does_not_even_touch_the_memory():
+def test_a_multiplier_of_one_does_not_write_to_memory():
     grads = [torch.ones(3), torch.ones(4)]
     scale(bucketize(grads, segments=[0, 1], n_segments=2), factor(1.0, 0.5), NO)
     assert [g._version for g in grads] == [0, 1]
 
 
-@pytest.mark.usefixtures("road")
+@pytest.mark.usefixtures("each_backend")
 def test_each_segment_has_its_multiplier():
     grads = [torch.ones(2), None, torch.ones(2).half(), torch.ones(2)]
     buckets = bucketize(grads, segments=[0, 1, 2, 1], n_segments=3)
@@ -67,14 +67,14 @@ def test_each_segment_has_its_multiplier():
     assert [g.tolist() for g in grads if g is not None] == [[0.5] * 2, [1.0] * 2, [0.25] * 2]
 
 
-@pytest.mark.usefixtures("road")
-def test_one_multiplier_serves_all_segments():
+@pytest.mark.usefixtures("each_backend")
+def test_one_multiplier_applies_to_all_segments():
     grads = [torch.ones(2), torch.ones(2)]
     scale(bucketize(grads, segments=[0, 1], n_segments=2), factor(0.5), NO)
     assert [g.tolist() for g in grads] == [[0.5] * 2] * 2
 
 
-@pytest.mark.usefixtures("road")
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("multiplier", [1.0, 0.5, 0.0])
 def test_cleaning_replaces_and_never_multiplies_nan(dtype, multiplier):
@@ -86,7 +86,7 @@ def test_cleaning_replaces_and_never_multiplies_nan(dtype, multiplier):
 def test_after_measuring_only_the_bad_tensors_are_cleaned():
     buckets = bucketize([torch.ones(3) for _ in range(3)], segments=[0, 1, 0], n_segments=2)
     grads = buckets.buckets[0].grads
-    for bad in (0, 1):  # the same buckets, step after step
+    for bad in (0, 1):  # the same buckets in each step
         before = [g._version for g in grads]
         grads[bad][2] = NAN
         measure(buckets)
@@ -96,8 +96,8 @@ def test_after_measuring_only_the_bad_tensors_are_cleaned():
         assert grads[bad].tolist() == [1.0, 1.0, 0.0]
 
 
-@pytest.mark.usefixtures("road")
-def test_multiplied_by_nan_or_zero_as_torch_does():
+@pytest.mark.usefixtures("each_backend")
+def test_multipliers_of_nan_and_zero_as_in_torch():
     grad = torch.tensor([1.0, INF])
     scale(bucketize([grad]), factor(0.0), NO)
     assert grad[0] == 0.0 and grad[1].isnan()
@@ -105,7 +105,7 @@ def test_multiplied_by_nan_or_zero_as_torch_does():
     assert grad.isnan().all()
 
 
-@pytest.mark.usefixtures("road")
+@pytest.mark.usefixtures("each_backend")
 def test_strides_and_complex_numbers():
     memory = torch.ones(4, 4)
     complex_grad = torch.tensor([3 + 4j])
@@ -160,7 +160,7 @@ def test_the_stages_together(nonfinite):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("multiplier", [1 / 3, 0.999999, 1e-40, 1e-300, 65536.0, NAN, INF])
-def test_one_gradient_is_rounded_as_one_of_many(dtype, multiplier):
+def test_a_single_gradient_is_rounded_like_a_list(dtype, multiplier):
     alone = torch.randn(4097).to(DTYPES[dtype])
     among = alone.clone()
     scale(bucketize([alone]), factor(multiplier), NO)
@@ -169,7 +169,7 @@ def test_one_gradient_is_rounded_as_one_of_many(dtype, multiplier):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_lists_become_the_bits_of_torch_and_new_versions(dtype):
+def test_half_precision_lists_are_bitwise_as_in_torch_and_get_new_versions(dtype):
     g = torch.Generator().manual_seed(0)
     shapes = [(3, 5), (0,), (), (40_000,), (7,)]
     grads = [torch.randn(shape, generator=g).to(dtype) for shape in shapes]

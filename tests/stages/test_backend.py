@@ -1,4 +1,4 @@
-"""Who serves which device, and that asking costs nothing and hides nothing."""
+"""The backend of each device; choosing it starts no GPU and hides no problem."""
 
 import importlib
 import subprocess
@@ -16,7 +16,7 @@ CUDA = torch.device("cuda", 0)
 
 @pytest.fixture(autouse=True)
 def forget(monkeypatch):
-    """The choice is made once; here each test makes its own."""
+    """Clears the cached choice, which is otherwise made once per process."""
     backend.triton_stages.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     yield
@@ -24,7 +24,7 @@ def forget(monkeypatch):
 
 
 class Kernels:
-    """In place of every module of the kernels."""
+    """Replaces all modules of the kernels."""
 
     def __init__(self, monkeypatch, error=None):
         self.error, self.tried = error, []
@@ -38,18 +38,18 @@ class Kernels:
             raise self.error
 
 
-def test_a_cpu_is_served_by_pytorch():
+def test_a_cpu_uses_pytorch():
     assert fastguard.backend_for(torch.zeros(1)) == "torch"
     assert backend.stages(torch.device("cpu")) is cpu
 
 
-def test_devices_without_kernels_are_served_by_pytorch_without_a_word(recwarn):
+def test_devices_without_kernels_use_pytorch_without_a_warning(recwarn):
     assert fastguard.backend_for(torch.zeros(1, device="meta")) == "torch"
     assert backend.stages(torch.device("meta")) is reference
     assert not recwarn.list
 
 
-def test_a_gpu_is_served_by_triton(monkeypatch):
+def test_a_gpu_uses_triton(monkeypatch):
     kernels = Kernels(monkeypatch)
     for _ in range(2):
         assert backend.stages(CUDA) is kernels
@@ -59,7 +59,7 @@ def test_a_gpu_is_served_by_triton(monkeypatch):
 
 @pytest.mark.filterwarnings("always")
 def test_a_triton_that_cannot_launch_gives_one_warning_and_pytorch(monkeypatch):
-    """No C compiler, a driver that does not fit: an import tells neither."""
+    """A missing C compiler or a wrong driver is not found by importing triton."""
     error = RuntimeError("Failed to find C compiler.\nPlease specify via CC")
     kernels = Kernels(monkeypatch, error)
     reason = "RuntimeError: Failed to find C compiler. Please specify via CC"
@@ -71,7 +71,7 @@ def test_a_triton_that_cannot_launch_gives_one_warning_and_pytorch(monkeypatch):
     assert reason in backend.why_not_triton(CUDA)
 
 
-def test_nothing_is_tried_while_a_graph_is_captured(monkeypatch):
+def test_no_kernel_is_tried_during_graph_capture(monkeypatch):
     error = RuntimeError("operation not permitted when stream is capturing")
     kernels = Kernels(monkeypatch, error)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -79,7 +79,7 @@ def test_nothing_is_tried_while_a_graph_is_captured(monkeypatch):
 
 
 @pytest.mark.filterwarnings("always")
-def test_a_gpu_that_triton_cannot_serve_gets_one_warning_with_reason_and_remedy(monkeypatch):
+def test_an_unsupported_gpu_gives_one_warning_with_reason_and_remedy(monkeypatch):
     monkeypatch.setattr(backend, "triton_problem", lambda device: "triton is not installed")
     with pytest.warns(
         RuntimeWarning, match=r"because triton is not installed.*pip install"
@@ -116,7 +116,7 @@ def test_the_environment_can_ask_for_the_kernels(monkeypatch, value):
     assert backend.stages(CUDA) is kernels
 
 
-def test_the_environment_names_a_backend_that_does_not_exist(monkeypatch):
+def test_an_unknown_backend_in_the_environment_is_refused(monkeypatch):
     monkeypatch.setenv("FASTGUARD_BACKEND", "numpy")
     with pytest.raises(ValueError, match=r"FASTGUARD_BACKEND='numpy' is not a backend; use torch"):
         backend.stages(CUDA)
@@ -165,6 +165,6 @@ assert not torch.cuda.is_initialized()
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
-def test_a_model_has_no_backend_of_its_own():
+def test_backend_for_refuses_a_model():
     with pytest.raises(TypeError, match=r"tensor is a Linear; pass a tensor.*parameters\(\)"):
         fastguard.backend_for(torch.nn.Linear(2, 1))

@@ -1,4 +1,4 @@
-"""Adaptive limits: the formulas of their papers, on any device and in floats."""
+"""Adaptive limits: the formulas of their papers, with tensors and with floats."""
 
 import math
 
@@ -16,7 +16,7 @@ FORMS = {"tensors": True, "floats": False}
 
 @pytest.mark.parametrize("tensors", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_ten_thousand_steps_are_those_of_the_paper(rule, tensors):
+def test_ten_thousand_steps_agree_with_the_paper(rule, tensors):
     guard, oracle = Limited(rule, tensors=tensors), ORACLES[type(rule)](rule)
     n_clipped = 0
     for (norm,), bad in norms_with_faults(2_000 if tensors else 10_000):
@@ -34,13 +34,13 @@ def test_ten_thousand_steps_are_those_of_the_paper(rule, tensors):
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_each_tensor_has_a_limit_of_its_own(rule):
+def test_each_tensor_has_its_own_limit(rule):
     n = 3
     guard = Limited(rule, n, tensors=True)
     oracles = [ORACLES[type(rule)](rule) for _ in range(n)]
     for i, (norms, bad) in enumerate(norms_with_faults(1_000, n)):
         if i % 5 == 0:
-            norms[1] = 0.0  # a tensor that this step has no gradient for
+            norms[1] = 0.0  # a tensor without gradient in this step
         _, verdict = guard.step(norms, **bad)
         if bad:
             continue
@@ -53,7 +53,7 @@ def test_each_tensor_has_a_limit_of_its_own(rule):
 
 @pytest.mark.parametrize("nonfinite", ["skip", "zero", "propagate"])
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_both_forms_are_the_same_bits(rule, nonfinite):
+def test_floats_and_tensors_give_the_same_bits(rule, nonfinite):
     tensors, floats = (Limited(rule, 1, nonfinite, tensors=t) for t in (True, False))
     for (norm,), bad in norms_with_faults(1_000):
         one, other = tensors.step(norm, **bad), floats.step(norm, **bad)
@@ -65,7 +65,7 @@ def test_both_forms_are_the_same_bits(rule, nonfinite):
 
 @pytest.mark.parametrize("tensors", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_a_step_that_is_put_back_leaves_no_trace(rule, tensors):
+def test_an_undone_step_leaves_no_trace(rule, tensors):
     guard = Limited(rule, tensors=tensors)
     for (norm,), bad in norms_with_faults(300):
         before, guard.state.undo = guard.state.limits.clone(), []
@@ -79,8 +79,8 @@ def test_a_step_that_is_put_back_leaves_no_trace(rule, tensors):
 
 @pytest.mark.parametrize("tensors", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_no_bad_step_enters_what_a_rule_remembers(rule, tensors):
-    """Public ZClip and AutoClip compare with NaN for good after one NaN norm."""
+def test_bad_steps_do_not_change_the_numbers_of_a_rule(rule, tensors):
+    """Public implementations of ZClip and AutoClip compare with NaN forever after one NaN norm."""
     guard = Limited(rule, tensors=tensors)
     for (norm,), bad in norms_with_faults(200):
         before = guard.state.limits.clone()
@@ -90,8 +90,8 @@ def test_no_bad_step_enters_what_a_rule_remembers(rule, tensors):
 
 
 @pytest.mark.parametrize("tensors", FORMS.values(), ids=FORMS)
-def test_constant_norms_have_no_spread_to_divide_by(tensors):
-    """Public ZClip adds 1e-6 to the deviation, which is a limit of its own for small norms."""
+def test_constant_norms_have_a_standard_deviation_of_zero(tensors):
+    """A public ZClip adds 1e-6 to the standard deviation, which dominates for small norms."""
     guard = Limited(ZClip(warmup=2, max_norm=None), tensors=tensors)
     for _ in range(5):
         limit, verdict = guard.step(1e-8)
@@ -102,9 +102,9 @@ def test_constant_norms_have_no_spread_to_divide_by(tensors):
 
 
 @pytest.mark.parametrize("tensors", FORMS.values(), ids=FORMS)
-def test_small_norms_are_clipped_to_the_limit_itself(tensors):
-    """Torch's 1e-6 in the denominator would halve a norm of 1e-6 that is at its limit, and so
-    lower a limit that follows the norm with every step."""
+def test_small_norms_are_clipped_exactly_to_the_limit(tensors):
+    """Torch's 1e-6 in the denominator would halve a norm that equals a limit of 1e-6, and so
+    lower a limit that follows the norm in every step."""
     guard = Limited(AdaGC(warmup=1), tensors=tensors)
     for _ in range(100):
         verdict = guard.step(1e-6)[1]
@@ -113,8 +113,8 @@ def test_small_norms_are_clipped_to_the_limit_itself(tensors):
 
 
 @pytest.mark.parametrize("tensors", FORMS.values(), ids=FORMS)
-def test_the_average_of_adagc_begins_with_the_first_norm(tensors):
-    """A public one begins with 0, of which the smallest norm of the warm-up is 0 too."""
+def test_the_average_of_adagc_starts_with_the_first_norm(tensors):
+    """A public implementation starts with 0, so the minimum over the warm-up remains 0."""
     guard = Limited(AdaGC(warmup=2), tensors=tensors)
     guard.step(0.5)
     guard.step(0.7)
@@ -123,8 +123,8 @@ def test_the_average_of_adagc_begins_with_the_first_norm(tensors):
 
 
 @pytest.mark.parametrize("tensors", FORMS.values(), ids=FORMS)
-def test_autoclip_forgets_what_left_its_window(tensors):
-    """A public one keeps every norm of a run."""
+def test_autoclip_forgets_norms_outside_its_window(tensors):
+    """A public implementation keeps all norms of a run."""
     guard = Limited(AutoClip(percentile=50, window=3), tensors=tensors)
     size = guard.state.limits.numel()
     assert [guard.step(norm)[0] for norm in [1.0, 2.0, 3.0, 100.0, 100.0]] == [1, 1.5, 2, 3, 100]
@@ -150,8 +150,8 @@ def test_a_norm_beyond_float64_is_clipped_to_zero_as_by_torch(rule):
         assert_same(guard.state.limits, before)
 
 
-class Clumsy(AdaptiveLimit):
-    """Gives what it is told to, and learns what it is told to."""
+class GivenLimit(AdaptiveLimit):
+    """Returns a given limit, and learns a given number."""
 
     initial = (0.0,)
 
@@ -166,13 +166,13 @@ class Clumsy(AdaptiveLimit):
 
 
 @pytest.mark.parametrize(("says", "coef"), [(NAN, 1.0), (INF, 1.0), (-1.0, 0.0), (1.0, 0.5)])
-def test_a_rule_of_a_user_cannot_poison_gradients(says, coef):
-    _, verdict = Limited(Clumsy(says), tensors=True).step(2.0)
+def test_a_user_defined_rule_cannot_make_gradients_nan(says, coef):
+    _, verdict = Limited(GivenLimit(says), tensors=True).step(2.0)
     assert verdict.clip_coef.item() == pytest.approx(coef, rel=1e-12)
 
 
 def test_a_rule_cannot_learn_nan():
-    guard = Limited(Clumsy(learned=NAN), tensors=True)
+    guard = Limited(GivenLimit(learned=NAN), tensors=True)
     guard.step(2.0)
     assert guard.state.limits.squeeze(1).tolist() == [0.0, 0.0]
 
@@ -194,13 +194,13 @@ def test_a_rule_cannot_learn_nan():
         (lambda: AdaGC(max_norm=0), "AdaGC max_norm=0 must be"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(make, text):
+def test_invalid_settings_are_refused(make, text):
     with pytest.raises(ValueError, match="must be") as caught:
         make()
     assert text in str(caught.value)
 
 
-def test_settings_of_other_number_types_are_the_same_rule():
+def test_settings_of_other_number_types_give_an_equal_rule():
     assert ZClip(z=3, max_norm=1) == ZClip(z=3.0, max_norm=np.float64(1.0))
     assert repr(ZClip(z=3)) == "ZClip(z=3.0, alpha=0.97, warmup=25, max_norm=1.0)"
-    assert repr(Clumsy(2.0)) == "Clumsy(learned=1.0, says=2.0)"
+    assert repr(GivenLimit(2.0)) == "GivenLimit(learned=1.0, says=2.0)"

@@ -1,4 +1,4 @@
-"""Stage 1: what GradStats says, for segments, dtypes, norms and scaled gradients."""
+"""Stage 1: `GradStats` for segments, dtypes, norm types and scaled gradients."""
 
 import math
 
@@ -18,8 +18,8 @@ NAN, INF = math.nan, math.inf
 
 
 @pytest.fixture(params=["cpu", "plain"])
-def road(request, monkeypatch):
-    """The tuned CPU road, and the plain one that serves devices without kernels."""
+def each_backend(request, monkeypatch):
+    """The CPU backend, and the reference for devices without kernels."""
     if request.param == "plain":
         monkeypatch.setattr(backend, "stages", lambda device, kind=PLAIN: reference)
 
@@ -30,7 +30,7 @@ def stats_of(*grads, **how) -> GradStats:
     return measure(bucketize(grads, norm_type=norm_type, **how), norm_type, inv_scale)
 
 
-@pytest.mark.usefixtures("road")
+@pytest.mark.usefixtures("each_backend")
 def test_the_fields_of_a_small_model():
     stats = stats_of(
         torch.tensor([3.0, NAN]),
@@ -48,7 +48,7 @@ def test_the_fields_of_a_small_model():
     assert stats.culprits() == [("a", 1, 0, 0), ("c", 0, 2, 1)]
 
 
-@pytest.mark.usefixtures("road")
+@pytest.mark.usefixtures("each_backend")
 def test_dtypes_of_the_fields():
     stats = stats_of(torch.ones(2), torch.ones(2).half())
     assert stats.power_sum.dtype is torch.float64
@@ -58,7 +58,7 @@ def test_dtypes_of_the_fields():
     assert stats_of(torch.ones(2), torch.ones(2).double()).total_norm.dtype is torch.float64
 
 
-def test_unnamed_culprits_are_numbered_as_the_caller_counts():
+def test_unnamed_culprits_have_the_numbers_of_the_caller():
     assert stats_of(None, torch.ones(1), torch.tensor([NAN])).culprits() == [
         ("parameter 2", 1, 0, 0)
     ]
@@ -75,7 +75,7 @@ def test_nothing_to_measure(norm_type):
     assert stats_of(norm_type=norm_type, n_segments=0).total_norm == 0.0
 
 
-@pytest.mark.usefixtures("road")
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize(
     ("norm_type", "sums", "total"),
     [
@@ -100,15 +100,15 @@ def test_segments_across_dtypes(norm_type, sums, total):
     assert stats.segment_counts.tolist() == [[0, 0, 0], [0, 1, 0], [0, 0, 0]]
 
 
-@pytest.mark.usefixtures("road")
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.5, INF])
-def test_stats_are_those_of_the_unscaled_gradients(norm_type):
+def test_stats_describe_the_unscaled_gradients(norm_type):
     grad = torch.randn(1000)
     scaled = stats_of(grad * 1024, norm_type=norm_type, inv_scale=torch.tensor(1 / 1024))
     assert scaled.total_norm64.item() == pytest.approx(true_norm([grad], norm_type), rel=1e-7)
 
 
-@pytest.mark.usefixtures("road")
+@pytest.mark.usefixtures("each_backend")
 def test_measuring_changes_nothing():
     grad = torch.tensor([1.0, NAN, -INF])
     before = grad.clone()
@@ -118,7 +118,7 @@ def test_measuring_changes_nothing():
 
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.5, INF])
-def test_both_roads_agree(norm_type):
+def test_both_backends_agree(norm_type):
     grads = [torch.randn(n).to(d) for n in (0, 1, 900) for d in (torch.half, torch.float64)]
     grads[2][0], grads[5][7] = INF, NAN
     buckets = bucketize(grads, segments=[0, 1, 1, 0, 2, 2], n_segments=3)
@@ -147,20 +147,20 @@ def test_the_inf_norm_has_torchs_names():
 
 
 @pytest.mark.parametrize("value", [0, -1.0, NAN, -INF, "0", 10**400])
-def test_what_is_not_a_norm(value):
+def test_an_invalid_norm_type_is_refused(value):
     with pytest.raises(ValueError, match=r"norm_type=.* use .*float\('inf'\)"):
         norm_type_of(value)
 
 
 @pytest.mark.parametrize("value", [None, "two", True, [2.0, 1.0], torch.ones(2), 1j])
-def test_what_is_not_a_number(value):
+def test_a_norm_type_that_is_not_a_number_is_refused(value):
     with pytest.raises(TypeError, match=r"norm_type=.* is not a number.*; use 2\.0"):
         norm_type_of(value)
 
 
-@pytest.mark.usefixtures("road")
-def test_counts_are_memory_of_their_own():
-    """A collective over them writes there."""
+@pytest.mark.usefixtures("each_backend")
+def test_counts_have_their_own_memory():
+    """A collective writes into them."""
     grads = [torch.ones(3), torch.ones(4)]
     for stats in (stats_of(*grads), stats_of(*grads, segments=[0, 1], n_segments=2)):
         for counts in (stats.counts, stats.summary):

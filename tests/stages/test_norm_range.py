@@ -1,4 +1,4 @@
-"""Finite gradients whose powers, or whose norm, leave float64: clipped right, or a bad step."""
+"""Finite gradients with powers or a norm beyond float64: clipped correctly, or a bad step."""
 
 import math
 
@@ -18,7 +18,7 @@ NORM_TYPES = [1.0, 2.0, 3.0, 0.5, 10.0, math.inf]
 
 
 def scaled_norm(tensors, norm_type):
-    """The norm, of elements divided by the largest."""
+    """Returns the norm, computed from elements divided by the largest one."""
     x = torch.cat([torch.view_as_real(t) if t.is_complex() else t for t in map(flat, tensors)])
     x = x.double().abs().reshape(-1)
     largest = x.max().item()
@@ -54,7 +54,7 @@ def test_float64_gradients_are_clipped_by_their_norm(magnitude, norm_type):
 
 @pytest.mark.parametrize("norm_type", [2.0, 3.0, 0.5])
 @pytest.mark.parametrize("magnitude", FAR)
-def test_every_road_measures_the_same(magnitude, norm_type):
+def test_all_backends_measure_the_same(magnitude, norm_type):
     grads = gradients(magnitude)
     grads[3][7], grads[1][2] = math.nan, -math.inf
     buckets = bucketize(grads, segments=[0, 1, 1, 2, 0], n_segments=4)
@@ -92,7 +92,7 @@ def test_complex_gradients(magnitude):
     assert norm.item() == pytest.approx(scaled_norm(grads, 2.0), rel=1e-12)
 
 
-def test_dtypes_side_by_side():
+def test_mixed_dtypes():
     grads = [torch.full((9,), 3e30), torch.full((4,), 2e200, dtype=torch.float64), torch.ones(3)]
     stats = fastguard.measure_grads(parameters(*grads), per_tensor=True)
     assert stats.segment_norms.tolist() == pytest.approx([9e30, 4e200, 3**0.5], rel=1e-6)
@@ -101,7 +101,7 @@ def test_dtypes_side_by_side():
 
 
 @pytest.mark.parametrize("norm_type", [2.0, 3.0])
-def test_an_inverse_scale_whose_power_leaves_float64(norm_type):
+def test_an_inverse_scale_whose_power_exceeds_float64(norm_type):
     inv_scale = torch.tensor(2.0**-500, dtype=torch.float64)
     stats = measure(
         bucketize([torch.full((4,), 2.0**600, dtype=torch.float64)]), norm_type, inv_scale
@@ -137,14 +137,14 @@ def test_compiled():
     assert after.item() == pytest.approx(1.0, rel=1e-12)
 
 
-# The norm itself leaves float64.
+# The norm itself exceeds float64.
 
 
 def too_large(p=2.0):
     return parameters(torch.full((100,), 1e308 if p > 1 else 1e300, dtype=torch.float64))
 
 
-def test_propagate_gives_the_infinite_norm_that_torch_gives():
+def test_propagate_returns_inf_as_torch_does():
     params, twins = too_large(), too_large()
     assert fastguard.clip_grad_norm_(params, 1.0) == math.inf
     assert torch.nn.utils.clip_grad_norm_(twins, 1.0) == math.inf
@@ -152,7 +152,7 @@ def test_propagate_gives_the_infinite_norm_that_torch_gives():
 
 
 @pytest.mark.parametrize("norm_type", [2.0, 0.01])
-def test_raise_mode_says_that_no_float64_holds_the_norm(norm_type):
+def test_raise_mode_reports_a_norm_beyond_float64(norm_type):
     params = too_large(norm_type)
     before = params[0].grad.clone()
     for call in (
@@ -178,7 +178,7 @@ def test_a_guard_skips_the_step(mode):
     assert params[0].norm().item() == pytest.approx(1.0)
 
 
-# Coefficients that float32 cannot hold.
+# Coefficients below the range of float32.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

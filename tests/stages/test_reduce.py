@@ -1,4 +1,4 @@
-"""Stage 2 on one rank; what several ranks do is in tests/ranks."""
+"""Stage 2 in a single process; several ranks are tested in tests/ranks."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What the reference does off a CPU, shown on one."""
+"""The reference implementation as it runs on other devices, tested on a CPU."""
 
 import math
 
@@ -12,7 +12,7 @@ from guardtest.grads import DTYPES
 
 
 class Products(TorchDispatchMode):
-    """The dtypes of the numbers that are multiplied."""
+    """Records the dtypes of the factors of all multiplications."""
 
     def __init__(self):
         super().__init__()
@@ -27,7 +27,7 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("clean", [0.0, 1.0])
 @pytest.mark.parametrize("multiplier", [1.0, 0.999, 0.3, 0.0])
-def test_without_reading_the_verdict_the_same_comes_out(dtype, clean, multiplier):
+def test_results_do_not_depend_on_reading_the_verdict(dtype, clean, multiplier):
     grad = torch.randn(1000).to(DTYPES[dtype])
     grad[[3, 500, 999]] = torch.tensor([math.nan, math.inf, -math.inf]).to(grad.dtype)
     expected = grad.clone()

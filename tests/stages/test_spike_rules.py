@@ -1,4 +1,4 @@
-"""Spike rules as a user writes them. How they judge is in tests/decide and tests/optimizer."""
+"""Arguments of spike rules; decisions are tested in tests/stages/decide and tests/guard."""
 
 import math
 
@@ -16,12 +16,12 @@ def test_one_rule_is_for_the_gradient_norm():
     assert rules_by_signal(both) == both
 
 
-def test_a_limit_in_whole_numbers_is_the_same_rule_in_words_too():
+def test_an_integer_limit_gives_an_equal_rule_with_equal_repr():
     assert repr(SpikeRule(sigma=6)) == repr(SpikeRule(sigma=6.0))
     assert repr(Threshold(max=100)) == repr(Threshold(max=100.0))
 
 
-def test_defaults_are_those_that_long_runs_use():
+def test_the_defaults_suit_long_runs():
     assert SpikeRule() == SpikeRule(window=128, sigma=6.0, warmup=64, action="skip")
     assert Threshold(max=1.0).action == "skip"
 
@@ -54,7 +54,7 @@ def test_a_bad_threshold_names_the_value(value):
 
 
 @pytest.mark.parametrize("value", ["6", True, None], ids=repr)
-def test_what_is_no_number_is_a_type_error(value):
+def test_a_non_number_is_a_type_error(value):
     with pytest.raises(TypeError, match=f"SpikeRule sigma={value!r} is not a number"):
         SpikeRule(sigma=value)
     with pytest.raises(TypeError, match=f"Threshold max={value!r} is not a number"):

@@ -1,4 +1,4 @@
-"""Flat buffers beside param groups and scopes, copies of the model, DistributedDataParallel."""
+"""Flat buffers with param groups and scopes, copies of the model, DistributedDataParallel."""
 
 import copy
 import gc
@@ -28,7 +28,7 @@ def test_groups_and_scopes_as_without_flat_buckets(scope, dtypes):
             for p in parameters[1::2]:
                 p.data = p.data.double()
         groups = [
-            {"params": parameters[::2]},  # groups that interleave in the model
+            {"params": parameters[::2]},  # groups with interleaved parameters
             {"params": parameters[1::2], "lr": 0.5},
         ]
         inner = torch.optim.AdamW(groups, lr=0.1)
@@ -66,7 +66,7 @@ def test_groups_and_scopes_as_without_flat_buckets(scope, dtypes):
     ids=["deepcopy", "pickle"],
 )
 @pytest.mark.parametrize("trusted", [False, True], ids=["", "trusted"])
-def test_a_copy_has_slots_of_its_own(copied, trusted):
+def test_a_copy_has_its_own_slots(copied, trusted):
     model = nn.Linear(3, 2)
     model.flat = FlatGradBuckets(model.named_parameters(), trusted=trusted)
     twin = copied(model)
@@ -90,12 +90,12 @@ def test_old_slots_are_freed_when_a_param_group_is_added():
     assert opt.records()[0].total_norm == pytest.approx(7**0.5)
 
 
-def test_gradient_views_of_distributed_data_parallel_are_used_where_they_are():
-    """It accumulates into its own buckets and must find them again."""
+def test_gradient_views_of_distributed_data_parallel_are_used_in_place():
+    """DDP accumulates into its own buckets, so gradients must remain views of them."""
     with group_of_one():
         a, b = model_of(), model_of()
         ddp = nn.parallel.DistributedDataParallel(a, gradient_as_bucket_view=True)
-        for step in range(2):  # it lays its buckets out anew after the first backward
+        for step in range(2):  # DDP rebuilds its buckets after the first backward
             ddp.zero_grad()
             backward(ddp, step)
         buckets = [p.grad.data_ptr() for p in a.parameters()]
@@ -134,8 +134,8 @@ for value in (1.0, 3.0):
 @pytest.mark.parametrize(
     "n, n_segments, trusted", [(60_000, 1, True), (100_000, 2, True), (100_000, 2, False)]
 )
-def test_memory_that_is_shared_with_other_processes_moves(n, n_segments, trusted, tmp_path):
-    """Its old place is unmapped: to read there would end the process."""
+def test_sharing_memory_with_other_processes_moves_the_slots(n, n_segments, trusted, tmp_path):
+    """The old address is unmapped: reading it would crash the process."""
     code = MOVED.format(n=n, n_segments=n_segments, trusted=trusted)
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True

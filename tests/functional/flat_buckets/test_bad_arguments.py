@@ -1,4 +1,4 @@
-"""What has no dense real gradient is refused before anything changes."""
+"""Parameters without dense real gradients are refused before any change."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from fastguard import FlatGradBuckets
 from guardtest.training import new_parameters
 
 
-def test_what_has_no_dense_real_gradient_is_refused_and_nothing_is_attached():
+def test_parameters_without_dense_real_gradients_are_refused_and_nothing_is_attached():
     good = nn.Parameter(torch.zeros(2))
     for bad, message in (
         (nn.Parameter(torch.zeros(2, dtype=torch.complex64)), "parameter 1 is torch.complex64"),
@@ -26,12 +26,12 @@ def test_what_has_no_dense_real_gradient_is_refused_and_nothing_is_attached():
 
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 1), nn.Sequential(nn.Linear(2, 1)), None, 3])
-def test_a_model_in_place_of_its_parameters(model):
+def test_a_model_instead_of_parameters_is_refused(model):
     with pytest.raises(TypeError, match=r"parameters is a \w+; pass model.named_parameters\(\)"):
         FlatGradBuckets(model)
 
 
-def test_a_sparse_gradient_that_exists_is_refused_and_nothing_is_attached():
+def test_an_existing_sparse_gradient_is_refused_and_nothing_is_attached():
     (dense,) = new_parameters([(3,)])
     dense.grad = grad = torch.ones(3)
     embedding = nn.Embedding(5, 2, sparse=True)

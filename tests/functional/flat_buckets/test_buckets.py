@@ -1,4 +1,4 @@
-"""Gradients in flat buffers: the same results as where autograd puts them."""
+"""Gradients in flat buffers give the same results as without them."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_clipping_equals_the_plain_function_bit_for_bit(trusted, channels_last):
 
 
 def test_slots_have_the_strides_of_their_parameters():
-    """Fused optimizers walk parameter, gradient and state together."""
+    """Fused optimizers iterate over parameter, gradient and state together."""
     model = model_of(channels_last=True)
     FlatGradBuckets(model.parameters())
     for p in model.parameters():
@@ -66,7 +66,7 @@ def test_measure_names_the_culprit():
     assert flat.measure().culprits() == []
 
 
-def test_dtypes_have_buffers_of_their_own_and_one_norm():
+def test_each_dtype_has_its_own_buffer_and_there_is_one_norm():
     parameters = [nn.Parameter(torch.zeros(3, dtype=d)) for d in (torch.float32, torch.bfloat16)]
     parameters.append(nn.Parameter(torch.zeros(2, dtype=torch.float64)))
     flat = FlatGradBuckets(parameters)
@@ -78,7 +78,7 @@ def test_dtypes_have_buffers_of_their_own_and_one_norm():
     assert flat.measure().total_norm.item() == pytest.approx(1.0, rel=1e-2)
 
 
-def test_gradients_that_exist_are_taken_over():
+def test_existing_gradients_are_moved_into_the_buffer():
     (p,) = new_parameters([(3,)])
     p.grad = torch.tensor([1.0, 2.0, 2.0])
     flat = FlatGradBuckets([p])
@@ -107,7 +107,7 @@ def test_a_nan_coefficient_does_not_reach_the_gaps():
 
 
 def test_gaps_between_slots_stay_zero():
-    """Where a NaN coefficient multiplies long stretches, it must not stay in what lies between."""
+    """A NaN coefficient that multiplies whole runs must not remain in the gaps."""
     parameters = new_parameters([(3,), (5,), (1,)])
     opt = GuardedOptimizer(
         torch.optim.SGD(parameters, lr=0.1), max_norm=1.0, nonfinite="propagate", flat_buckets=True
@@ -132,7 +132,7 @@ def test_two_buckets_over_the_same_parameters_agree():
     assert second.measure().total_norm.item() == pytest.approx(1.0)
 
 
-def test_release_gives_gradients_memory_of_their_own():
+def test_release_gives_gradients_their_own_memory():
     parameters = new_parameters([(3,), (4,)])
     flat = FlatGradBuckets(parameters)
     for p in parameters:

@@ -1,4 +1,4 @@
-"""Parameters that lose their gradient, thaw, freeze or change their dtype have the right slot."""
+"""Slots of parameters that lose their gradient, are frozen or unfrozen, or change dtype."""
 
 import copy
 from contextlib import suppress
@@ -18,7 +18,7 @@ NAN = float("nan")
 
 
 @pytest.mark.parametrize("how", ["model", "optimizer", "by hand"])
-def test_none_stays_none_so_that_weight_decay_moves_nothing(how):
+def test_none_remains_none_so_that_weight_decay_changes_nothing(how):
     a, b = nn.Linear(2, 2), nn.Linear(2, 2)
     model = nn.ModuleList([a, b])
     inner = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5, fused=True)
@@ -41,7 +41,7 @@ def test_none_stays_none_so_that_weight_decay_moves_nothing(how):
     assert attached(opt._gradients.flat)
 
 
-def test_a_stale_slot_of_a_gradient_that_is_none_does_not_count():
+def test_the_old_slot_of_a_gradient_that_is_none_does_not_count():
     p, q = new_parameters([(2,), (2,)])
     opt = GuardedOptimizer(torch.optim.SGD([p, q], lr=1.0), flat_buckets=True)
     p.grad.fill_(100.0)
@@ -52,8 +52,8 @@ def test_a_stale_slot_of_a_gradient_that_is_none_does_not_count():
     assert [r.total_norm for r in opt.records()] == pytest.approx([20002**0.5, 2**0.5])
 
 
-def test_a_parameter_thawed_later_is_guarded():
-    """Left out of the buffers at first; its gradients must not go unseen."""
+def test_a_parameter_unfrozen_later_is_guarded():
+    """It has no slot at first; its gradients must still be measured."""
     head, body = new_parameters([(2,), (3,)])
     body.requires_grad_(False)
     opt = GuardedOptimizer(
@@ -77,7 +77,7 @@ def test_a_parameter_thawed_later_is_guarded():
     assert records[2].culprits == (("body", 3, 0, 0),)
 
 
-def test_a_parameter_frozen_later_is_left_alone():
+def test_a_parameter_frozen_later_is_not_changed():
     head, body = new_parameters([(2,), (3,)])
     opt = GuardedOptimizer(
         torch.optim.AdamW([head, body], lr=0.1, weight_decay=0.5), flat_buckets=True
@@ -132,7 +132,7 @@ def test_gradients_of_another_dtype_than_the_parameter():
 
 
 @pytest.mark.parametrize("how", ["added", "deleted", "exchanged"])
-def test_a_gradient_that_is_none_while_groups_change_stays_none(how):
+def test_a_gradient_that_is_none_while_groups_change_remains_none(how):
     def run(flat):
         a, b, c, d = new_parameters([(2,), (3,), (2,), (4,)])
         groups = [{"params": [a, b]}, {"params": [d]}]
@@ -160,7 +160,7 @@ def test_a_gradient_that_is_none_while_groups_change_stays_none(how):
     assert all(map(torch.equal, run(True), run(False)))
 
 
-def test_when_all_that_is_left_is_frozen_a_step_does_nothing_and_the_next_is_guarded():
+def test_a_step_with_only_frozen_parameters_does_nothing_and_the_next_is_guarded():
     a, c = new_parameters([(2,), (2,)])
     c.requires_grad_(False)
     opt = GuardedOptimizer(torch.optim.SGD([a], lr=0.1), max_norm=1.0, flat_buckets=True)
@@ -181,7 +181,7 @@ def test_when_all_that_is_left_is_frozen_a_step_does_nothing_and_the_next_is_gua
     assert attached(opt._gradients.flat)
 
 
-def test_a_copy_of_a_guard_leaves_a_gradient_that_is_none_alone():
+def test_a_copy_of_a_guard_keeps_a_gradient_that_is_none():
     a, b = new_parameters([(2,), (3,)])
     inner = torch.optim.SGD([a, b], lr=0.1, weight_decay=0.5)
     twin = copy.deepcopy(GuardedOptimizer(inner, flat_buckets=True))
@@ -191,7 +191,7 @@ def test_a_copy_of_a_guard_leaves_a_gradient_that_is_none_alone():
     assert attached(twin._gradients.flat)
 
 
-def test_slots_that_were_laid_out_halfway_are_laid_out_again():
+def test_an_interrupted_layout_of_slots_is_repeated():
     parameters = new_parameters([(2,), (3,), (4,)])
     for at in range(0, 60, 2):
         flat = FlatGradBuckets(parameters)

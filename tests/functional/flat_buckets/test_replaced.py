@@ -1,4 +1,4 @@
-"""A gradient that is replaced behind the back of its buffer is the one that counts."""
+"""A gradient that replaces the view of a buffer is the one that counts."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ REPLACEMENTS = [
 
 @pytest.mark.parametrize("replace", REPLACEMENTS)
 @pytest.mark.parametrize("max_norm", [None, 0.3])
-def test_a_gradient_replaced_behind_the_back_is_the_one_that_counts(replace, max_norm):
+def test_a_replaced_gradient_is_the_one_that_counts(replace, max_norm):
     shapes = [(2, 3), (5,), (4,)]
     ours, theirs = new_parameters(shapes), new_parameters(shapes)
     opt = GuardedOptimizer(
@@ -111,7 +111,7 @@ def test_a_nan_in_a_replaced_gradient_is_found(replace):
     assert opt.applied_steps == 1
 
 
-def test_trusted_does_not_look():
+def test_trusted_skips_the_check_for_replaced_gradients():
     (p,) = new_parameters([(2,)])
     flat = FlatGradBuckets([p], trusted=True)
     slot = p.grad

@@ -1,9 +1,9 @@
-"""What the tests of the compiled step share."""
+"""Fixtures for tests of the compiled step."""
 
 import pytest
 
 
 @pytest.fixture(autouse=True)
 def quick_backend(monkeypatch):
-    """The graph as torch runs it, operation by operation: inductor takes seconds for each."""
+    """Runs graphs with the eager backend, since inductor takes seconds per graph."""
     monkeypatch.setattr("fastguard.guard.compiled_step.BACKEND", "eager")

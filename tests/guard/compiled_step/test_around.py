@@ -1,4 +1,4 @@
-"""What stands around a compiled step: state dicts, hooks, scalers, copies, closures, failures."""
+"""A compiled step with state dicts, hooks, scalers, copies, closures and failures."""
 
 import copy
 import math
@@ -29,7 +29,7 @@ def assert_close(params, others):
         torch.testing.assert_close(p, q, rtol=COMPILED_RTOL, atol=1e-6)
 
 
-def test_it_tells_the_truth():
+def test_its_description_is_correct():
     params = parameters()
     opt = compiled(adamw(params))
     assert opt.sync_free
@@ -38,14 +38,14 @@ def test_it_tells_the_truth():
     assert opt.describe().endswith("after reading the verdict")
 
 
-def test_a_configuration_file_asks_for_it():
+def test_a_configuration_file_can_enable_it():
     model = torch.nn.Linear(2, 2)
     config = GuardConfig.from_dict({"guard": {"compile_step": True}})
     opt = config.wrap(model, adamw(model.parameters()))
     assert "compiled update" in opt.describe()
 
 
-def test_state_dicts_go_both_ways_with_the_bare_optimizer():
+def test_state_dicts_are_exchangeable_with_the_bare_optimizer():
     params, others = parameters(), parameters()
     opt, bare = compiled(adamw(params), max_norm=None), adamw(others)
     run(opt, params, range(3))
@@ -65,10 +65,10 @@ def test_state_dicts_go_both_ways_with_the_bare_optimizer():
     run(opt, params, range(6, 9))
     run(bare, others, range(6, 9))
     assert_close(params, others)
-    assert opt._stepper._n_compiled == 1  # a load compiles nothing
+    assert opt._stepper._n_compiled == 1  # loading causes no compilation
 
 
-def test_a_load_of_a_state_without_tensors_starts_anew():
+def test_loading_a_state_without_tensors_recreates_them():
     params = parameters()
     opt = compiled(adamw(params))
     fresh = copy.deepcopy(opt.state_dict())
@@ -89,7 +89,7 @@ def test_a_param_group_that_is_added():
     assert_close(params, others)
 
 
-def test_a_copy_steps_by_itself():
+def test_a_copy_steps_independently():
     params = parameters()
     opt = compiled(adamw(params))
     run(opt, params, range(2))
@@ -144,7 +144,7 @@ def test_a_closure_is_evaluated_once():
     assert opt.applied_steps == 3
 
 
-def test_a_scheduler_around_the_wrapped_optimizer_knows_of_the_step(recwarn):
+def test_a_scheduler_of_the_wrapped_optimizer_counts_the_step(recwarn):
     params = parameters()
     inner = torch.optim.SGD(params, lr=0.1)
     scheduler = torch.optim.lr_scheduler.StepLR(inner, 1)

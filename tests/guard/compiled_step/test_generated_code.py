@@ -1,4 +1,4 @@
-"""The code that a GPU would run, made without one: launches, memory, and nothing that waits."""
+"""The code for a GPU, generated without one: launches, memory, and no synchronisation."""
 
 import json
 import os
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def counts_of(*optimizers):
-    """Counts for four matrices; in a process of its own, where torch believes in a GPU."""
+    """Returns counts for four matrices, from a process in which torch assumes a GPU."""
     path = os.pathsep.join(map(str, (ROOT / "tests" / "support", ROOT)))
     done = subprocess.run(
         [sys.executable, "-m", "guardtest.cuda_code", "4", *optimizers],
@@ -26,7 +26,7 @@ def counts_of(*optimizers):
 
 
 @needs_torch(2, 12, "the code of an older inductor is arranged in another way")
-def test_few_launches_no_large_buffer_and_nothing_that_waits():
+def test_few_launches_no_large_buffer_and_no_synchronisation():
     codes = counts_of("AdamW", "AdamW/unmasked", "SGD")
     for name, counts in codes.items():
         assert counts["launches"] <= 2, name  # step counts and weights
@@ -34,4 +34,4 @@ def test_few_launches_no_large_buffer_and_nothing_that_waits():
         assert counts["waits"] == 0, name
     masked, bare = codes["AdamW"], codes["AdamW/unmasked"]
     assert masked["stores"] == bare["stores"]
-    assert masked["loads"] - bare["loads"] == 4 * 2  # found_inf, beside the step and the weight
+    assert masked["loads"] - bare["loads"] == 4 * 2  # found_inf, in addition to step and weight

@@ -1,4 +1,4 @@
-"""A skipped step leaves every bit as it was; a taken one is that of the optimizer."""
+"""A skipped step changes no bit; an applied step equals the optimizer's."""
 
 import inspect
 
@@ -34,7 +34,7 @@ def test_a_story_of_skips(name):
         opt.step()
         plain.step()
         after = tensors_of(opt.optimizer)
-        if seed == 0:  # the state appears, as torch starts it
+        if seed == 0:  # the state is created with torch's initial values
             assert_same_bits(fresh, {k: after[k] for k in fresh})
             assert_same_bits(_started(name), after)
         elif value is not None:
@@ -47,7 +47,7 @@ def test_a_story_of_skips(name):
 
 
 def _started(name):
-    """What torch's own first step starts from: the state that it makes before it computes."""
+    """Returns torch's initial state, as created before the first update."""
     make, shapes = OPTIMIZERS[name]
     params = parameters(shapes)
     give(params, 0)
@@ -60,12 +60,12 @@ def _started(name):
     return tensors_of(inner)
 
 
-def test_the_same_in_compiled_code(monkeypatch):
+def test_compiled_code_gives_the_same_results(monkeypatch):
     monkeypatch.setattr("fastguard.guard.compiled_step.BACKEND", "inductor")
     test_a_story_of_skips("AdamW")
 
 
-def test_the_gradients_stay_as_they_are():
+def test_gradients_are_not_changed():
     params = parameters()
     opt = compiled(torch.optim.SGD(params, lr=1.0), max_norm=1e-3)
     give(params, 0)
@@ -92,7 +92,7 @@ def test_dtypes(dtype):
         torch.testing.assert_close(p, q)
 
 
-def test_a_coefficient_that_is_no_normal_float32():
+def test_a_coefficient_below_normal_float32():
     params, others = parameters(), parameters()
     opt = compiled(torch.optim.SGD(params, lr=1e10), max_norm=1e-10)
     plain = GuardedOptimizer(torch.optim.SGD(others, lr=1e10), max_norm=1e-10)
@@ -128,7 +128,7 @@ def test_each_segment_has_its_own_coefficient(scope):
         torch.testing.assert_close(p, q, rtol=COMPILED_RTOL, atol=1e-6)
 
 
-def test_cleaning_happens_where_the_update_reads():
+def test_cleaning_happens_in_the_update():
     params, others = parameters(), parameters()
     opt = compiled(torch.optim.SGD(params, lr=0.1), nonfinite="zero")
     plain = GuardedOptimizer(torch.optim.SGD(others, lr=0.1), max_norm=1.0, nonfinite="zero")

@@ -1,4 +1,4 @@
-"""Optimizers that are not torch's: those that can be traced, and how the others are refused."""
+"""Optimizers that are not torch's: some can be traced, others are refused with a reason."""
 
 import math
 
@@ -14,7 +14,7 @@ NAN = float("nan")
 
 
 class Own(Optimizer):
-    """The shape of most third-party optimizers."""
+    """The structure of most third-party optimizers."""
 
     def __init__(self, params, lr=0.1):
         super().__init__(params, {"lr": lr, "betas": (0.9, 0.99), "decay": 0.1})
@@ -64,7 +64,7 @@ class CountsInTheGroup(Own):
 
 
 @pytest.mark.parametrize("kind", [Lion, CountsInTheState, CountsInTheGroup])
-def test_it_is_served(kind):
+def test_it_is_supported(kind):
     params, others = parameters(), parameters()
     opt = compiled(kind(params))
     plain = GuardedOptimizer(kind(others), max_norm=1.0)
@@ -93,7 +93,7 @@ class HasAnAttribute(Own):
         p.sub_(grad, alpha=self.rate)
 
 
-def test_an_attribute_that_is_changed_from_outside():
+def test_an_attribute_changed_from_outside():
     params = parameters()
     opt = compiled(HasAnAttribute(params), max_norm=None)
     give(params, 0)
@@ -150,14 +150,14 @@ class HoldsATensor(Own):
         (HoldsATensor, r"test_other_optimizers.py:\d+, in update: self.total \+= grad"),
     ],
 )
-def test_it_is_refused_by_the_line_that_stops_it(kind, told):
+def test_it_is_refused_naming_the_line_that_cannot_be_traced(kind, told):
     params = parameters(MATRICES if kind is not HoldsATensor else ((6, 5),))
     inner = kind(params)
     opt = compiled(inner)
     give(params, 0)
     before, attributes = tensors_of(inner), {k: v for k, v in vars(inner).items() if k == "n"}
     with pytest.raises(TypeError, match=told) as error:
-        for _ in range(8):  # one that creates state is taken as it is until then
+        for _ in range(8):  # steps that create state are not compiled
             opt.step()
             assert kind is Swaps
     assert "guard it without compile_step" in str(error.value)
@@ -169,7 +169,7 @@ def test_it_is_refused_by_the_line_that_stops_it(kind, told):
         assert not inner.total.any()
 
 
-def test_what_is_refused_at_construction():
+def test_refused_at_construction():
     params = parameters()
     with pytest.raises(TypeError, match="LBFGS, which evaluates its closure itself"):
         compiled(torch.optim.LBFGS(params))

@@ -1,4 +1,4 @@
-"""Settings that change, and gradients that come and go: how often an update is compiled."""
+"""How often an update is compiled when settings change and gradients are sometimes None."""
 
 import math
 
@@ -11,7 +11,7 @@ from guardtest.tolerances import COMPILED_RTOL
 
 
 def pair(make, **options):
-    """A compiled guard and a plain one, around the same optimizers."""
+    """Returns a compiled and a plain guard of equal optimizers."""
     params, others = parameters(), parameters()
     plain = GuardedOptimizer(make(others), **{"max_norm": 1.0} | options)
     return (params, compiled(make(params), **options)), (others, plain)
@@ -36,7 +36,7 @@ def test_a_thousand_steps_of_a_schedule_compile_once():
     assert opt.applied_steps == 1000
 
 
-def test_momentum_that_is_cycled_becomes_an_input():
+def test_cycled_momentum_becomes_an_input():
     (params, opt), (others, plain) = pair(lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9))
     schedulers = [
         torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=40) for o in (opt, plain)
@@ -59,18 +59,18 @@ def test_cycled_betas_become_inputs():
             o.param_groups[0]["weight_decay"] = 0.01 * (1 + seed)
             give(some, seed)
             o.step()
-    assert opt._stepper._n_compiled == 2  # all that differ in the second step are inputs since
+    assert opt._stepper._n_compiled == 2  # all numbers that differ in the second step became inputs
     assert_close(params, others)
 
 
-def test_a_branch_on_a_setting_goes_the_other_way():
+def test_a_branch_on_a_setting_that_changes():
     (params, opt), (others, plain) = pair(lambda ps: torch.optim.SGD(ps, lr=0.1, weight_decay=0.1))
     for seed, decay in enumerate([0.1, 0.2, 0.3, 0.0, 0.2, 0.0]):
         for some, o in ((params, opt), (others, plain)):
             o.param_groups[0]["weight_decay"] = decay
             give(some, seed)
             o.step()
-    assert opt._stepper._n_compiled == 3  # constant; an input that is not zero; one that is
+    assert opt._stepper._n_compiled == 3  # a constant, a non-zero input, a zero input
     assert_close(params, others)
 
 
@@ -90,7 +90,7 @@ def test_a_learning_rate_that_is_a_tensor():
     assert_close(params, others)
 
 
-def test_a_gradient_that_is_none_leaves_its_parameter_and_its_state():
+def test_a_gradient_that_is_none_does_not_change_parameter_and_state():
     (params, opt), (others, plain) = pair(lambda ps: torch.optim.AdamW(ps, weight_decay=0.5))
     for seed, absent in enumerate([None, 0, None, 1, 0, 0, None]):
         for some, o in ((params, opt), (others, plain)):
@@ -98,7 +98,7 @@ def test_a_gradient_that_is_none_leaves_its_parameter_and_its_state():
             if absent is not None:
                 some[absent].grad = None
             o.step()
-    assert opt._stepper._n_compiled == 3  # both, the first, the second
+    assert opt._stepper._n_compiled == 3  # both gradients, only the first, only the second
     assert_close(params, others)
     steps = [
         [o.state[p]["step"].item() for p in some] for some, o in ((params, opt), (others, plain))
@@ -126,7 +126,7 @@ def test_graphs_are_limited(monkeypatch, caplog):
             o.step()
     assert opt._stepper._n_compiled == 2
     assert opt._stepper.waits and "after reading the verdict" in opt.describe()
-    assert sum("2 updates of SGD were compiled" in r.getMessage() for r in caplog.records) == 1
+    assert sum("2 updates of SGD have been compiled" in r.getMessage() for r in caplog.records) == 1
     assert opt.skipped_steps == 1
     assert_close(params, others)
 

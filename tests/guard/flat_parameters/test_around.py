@@ -1,4 +1,4 @@
-"""What surrounds an optimizer with flat parameters: each works, or is refused by name."""
+"""Flat parameters with other features: each works, or is refused by name."""
 
 import copy
 
@@ -21,7 +21,7 @@ def adamw(parameters, flat=True, **options):
 
 
 def both(make):
-    """A model with flat parameters and its twin without, with their guards."""
+    """Returns a model with flat parameters and a copy without, with their guards."""
     twins = []
     for flat in (True, False):
         torch.manual_seed(0)
@@ -56,13 +56,13 @@ def assert_close_models(a, b):
     [torch.optim.RMSprop, torch.optim.NAdam, torch.optim.LBFGS, torch.optim.Adafactor],
     ids=lambda cls: cls.__name__,
 )
-def test_other_optimizers_are_refused_naming_those_that_are_served(make):
+def test_other_optimizers_are_refused_naming_the_supported_ones(make):
     model = perceptron()
     with pytest.raises(TypeError, match=r"does not support .*, only AdamW, Adam, SGD, Adagrad of"):
         GuardedOptimizer(make(model.parameters()), flat_parameters=True)
 
 
-def test_a_subclass_may_update_otherwise():
+def test_a_subclass_is_refused_since_its_update_may_differ():
     class Own(torch.optim.AdamW):
         pass
 
@@ -97,7 +97,7 @@ def test_two_parameters_in_the_same_memory_are_refused(named):
     before = [p.data_ptr() for p in model.parameters()]
     options = {}
     parameters = list(model.parameters())
-    if named:  # a parameter that the optimizer does not have
+    if named:  # a parameter that is not in the optimizer
         parameters = [p for p in parameters if p is not model[2].weight]
         options["named_parameters"] = model.named_parameters()
     with pytest.raises(ValueError, match=r"share memory.*assign the same Parameter"):
@@ -106,7 +106,7 @@ def test_two_parameters_in_the_same_memory_are_refused(named):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_frozen_parameters_stay_where_they_are_until_they_train():
+def test_frozen_parameters_do_not_move_until_they_train():
     twins = []
     for flat in (True, False):
         torch.manual_seed(0)
@@ -175,7 +175,7 @@ def test_accumulation():
 
 
 @pytest.mark.parametrize("after", [0, 2], ids=["fresh", "trained"])
-def test_a_deepcopy_trains_alone(after):
+def test_a_deepcopy_trains_independently(after):
     model, opt = both(perceptron)[0]
     train(model, opt, range(after))
     twin_model, twin = copy.deepcopy((model, opt))
@@ -189,7 +189,7 @@ def test_a_deepcopy_trains_alone(after):
     assert not in_one_buffer([next(model.parameters()), next(twin_model.parameters())])
 
 
-def test_averaged_copies_do_not_move_with_the_model():
+def test_averaged_copies_do_not_change_with_the_model():
     twins = []
     for model, opt in both(perceptron):
         ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
@@ -201,7 +201,7 @@ def test_averaged_copies_do_not_move_with_the_model():
     assert not in_one_buffer(list(twins[0].parameters()))
 
 
-def test_weights_swapped_by_hand_are_noticed_and_both_copies_kept():
+def test_weights_swapped_by_hand_are_detected_and_both_copies_kept():
     (a, opt), (b, plain) = both(perceptron)
     for model, guard in ((a, opt), (b, plain)):
         train(model, guard, range(2))
@@ -249,7 +249,7 @@ def test_memory_shared_with_other_processes_is_refused():
         adamw(model.parameters())
 
 
-def test_dtensors_are_flat_already():
+def test_dtensors_are_refused_since_they_are_already_flat():
     with group_of_one():
         mesh = init_device_mesh("cpu", (1,))
         p = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Replicate()]))
@@ -257,7 +257,7 @@ def test_dtensors_are_flat_already():
             adamw([p])
 
 
-def test_a_tensor_class_of_its_own_is_refused():
+def test_a_tensor_subclass_is_refused():
     class Own(nn.Parameter):
         pass
 
@@ -280,7 +280,7 @@ def test_channels_last_weights_keep_their_strides():
     assert_close_models(a, b)
 
 
-def test_lazy_modules_join_when_they_have_a_shape():
+def test_lazy_modules_are_included_once_they_have_a_shape():
     (a, opt), (b, plain) = both(lambda: nn.Sequential(nn.LazyLinear(4), nn.LazyLinear(1)))
     for model, guard in ((a, opt), (b, plain)):
         torch.manual_seed(2)

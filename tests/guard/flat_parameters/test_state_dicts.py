@@ -1,4 +1,4 @@
-"""State dicts go back and forth between flat parameters and torch's own optimizers."""
+"""State dicts are exchangeable between flat parameters and torch's optimizers."""
 
 import copy
 
@@ -21,8 +21,8 @@ def in_slots(pair):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore:the state dict has no 'fastguard'")
-def test_there_and_back(kind):
-    """Training goes on alike after each side has loaded what the other one saved."""
+def test_each_loads_the_state_of_the_other(kind):
+    """Training continues equally after each has loaded the state dict of the other."""
     pair = pair_of(kind)
     for number in range(3):
         pair.step(number)
@@ -56,14 +56,14 @@ def test_a_loaded_state_moves_into_the_buffers_and_is_not_shared(through):
     for p in pair.ours:
         p.grad = torch.ones_like(p)
     now = copy.deepcopy(pair.plain.state_dict())
-    pair.opt.step()  # not a step of the one that saved it
+    pair.opt.step()  # must not change the optimizer that saved it
     for i, state in pair.plain.state_dict()["state"].items():
         for key, value in state.items():
             assert_bitwise_equal(value, now["state"][i][key])
     assert before["state"][0]["step"] == 1.0
 
 
-def test_step_counts_are_of_each_tensor_and_survive():
+def test_step_counts_per_tensor_are_preserved():
     pair = pair_of("adamw")
     for number, without in enumerate([(1, 2), (), (0,), ()]):
         pair.step(number, without)
@@ -75,7 +75,7 @@ def test_step_counts_are_of_each_tensor_and_survive():
     pair.assert_same()
 
 
-def test_an_emptied_state_begins_anew():
+def test_an_emptied_state_starts_anew():
     pair = pair_of("adamw")
     for number in range(3):
         pair.step(number)
@@ -86,7 +86,7 @@ def test_an_emptied_state_begins_anew():
     assert float(pair.opt.state[pair.ours[0]]["step"]) == 1.0
 
 
-def test_a_state_restored_in_place_is_noticed():
+def test_a_state_restored_in_place_is_detected():
     pair = pair_of("adamw")
     pair.step(0)
     kept = {p: {k: v.clone() for k, v in s.items()} for p, s in pair.opt.state.items()}

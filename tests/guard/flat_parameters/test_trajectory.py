@@ -1,4 +1,4 @@
-"""With flat parameters, training is what it is with torch's own optimizer."""
+"""With flat parameters, training equals training with torch's optimizer."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_the_same_training(kind, max_norm):
 
 
 @pytest.mark.parametrize("fused", [None, False, True])
-def test_fused_kernels_serve_whatever_the_param_group_says(fused):
+def test_fused_kernels_are_used_regardless_of_the_param_group(fused):
     pair = pair_of("adamw", fused)
     for number in range(3):
         pair.step(number)
@@ -35,11 +35,11 @@ def test_fused_kernels_serve_whatever_the_param_group_says(fused):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_parameter_without_a_gradient_is_left_alone(kind):
+def test_a_parameter_without_a_gradient_is_not_changed(kind):
     pair = pair_of(kind)
     for number, without in enumerate([(1, 2), (1,), (), (0, 6), (), (3,)]):
         if kind in ("momentum", "dampening") and number == 1:
-            break  # torch cannot create a momentum buffer beside existing ones
+            break  # torch cannot add a momentum buffer to existing ones
         before = [pair.ours[i].detach().clone() for i in without]
         pair.step(number, without)
         for i, old in zip(without, before, strict=True):
@@ -47,7 +47,7 @@ def test_a_parameter_without_a_gradient_is_left_alone(kind):
         pair.assert_same()
 
 
-def test_momentum_begins_when_the_first_gradient_comes():
+def test_momentum_starts_with_the_first_gradient():
     pair = pair_of("momentum")
     pair.step(0, without=(1,))
     old = pair.ours[1].detach().clone()
@@ -118,8 +118,8 @@ def test_param_groups_with_their_own_settings_and_dtypes(scope):
         torch.testing.assert_close(pair.ours[p], pair.theirs[p], **CLOSE)
 
 
-def test_autograd_notices_that_weights_have_moved():
-    """A graph from before the step must not be used after it: torch raises, so do we."""
+def test_autograd_detects_that_weights_have_changed():
+    """Using a graph from before the step raises an error, as in torch."""
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
     opt = GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), flat_parameters=True)
     loss = model(torch.ones(1, 3)).sum()
@@ -166,7 +166,7 @@ def test_a_transformer_has_the_same_losses():
 
 
 def test_memory_beyond_parameters_gradients_and_state():
-    """Under 2 % for tensors of 100 elements: the padding and a step count per parameter."""
+    """Below 2 % for tensors of 100 elements: padding, and a step count per parameter."""
     pair = pair_of("adamw", shapes=[(99,), (100,), (10, 10)] * 50)
     pair.step(0)
     own = [[p, p.grad, *pair.opt.state[p].values()] for p in pair.ours]
@@ -177,7 +177,7 @@ def test_memory_beyond_parameters_gradients_and_state():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bit_sgd_on_a_cpu_is_refused(dtype):
-    # torch's fused kernel is wrong there; the day it is right, this guard can go.
+    # torch's fused kernel is incorrect there; once it is fixed, the check can be removed.
     p, q = (torch.nn.Parameter(torch.ones(64, dtype=dtype)) for _ in range(2))
     with pytest.raises(ValueError, match=r"16-bit weights incorrectly.*flat_buckets=True"):
         GuardedOptimizer(torch.optim.SGD([p]), flat_parameters=True)

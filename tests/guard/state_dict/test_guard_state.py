@@ -1,4 +1,4 @@
-"""The guard's part of a state dict. Whole runs are resumed in tests/optimizer/test_state_dict."""
+"""The guard's part of a state dict. tests/guard/test_state_dict.py resumes whole runs."""
 
 import io
 import warnings
@@ -32,12 +32,12 @@ def filled(of):
 
 
 def rings(*rows):
-    """The rings of three rules; the rows that are not given are empty."""
+    """Returns the rings of three rules; rows that are not given are empty."""
     return torch.tensor([*rows, *[(0, 0, 0)] * (3 - len(rows))])
 
 
 @pytest.mark.parametrize("rules", [(), RULES[:1], RULES], ids=["none", "one", "three"])
-def test_what_is_saved_is_loaded_through_weights_only(rules):
+def test_a_saved_state_loads_with_weights_only(rules):
     of = policy(*rules)
     state = filled(of)
     buffer = io.BytesIO()
@@ -48,7 +48,7 @@ def test_what_is_saved_is_loaded_through_weights_only(rules):
         assert torch.equal(getattr(back, name), getattr(state, name))
 
 
-def test_saved_tensors_are_copies_and_loaded_ones_too():
+def test_saved_and_loaded_tensors_are_copies():
     of = policy(*RULES)
     state = filled(of)
     saved = save(state, of)
@@ -60,21 +60,21 @@ def test_saved_tensors_are_copies_and_loaded_ones_too():
 
 
 def test_sigma_warmup_and_action_may_change_on_resume():
-    """They judge the baseline; they are not part of it."""
+    """They are not part of the baseline."""
     before = policy(SpikeRule(window=5, warmup=2))
     after = policy(SpikeRule(window=5, warmup=3, sigma=9.0, action="record"))
     state = filled(before)
     assert torch.equal(load(save(state, before), after, CPU).windows, state.windows)
 
 
-def test_a_state_of_before_skips_for_a_loss_scale_were_counted_had_none():
+def test_a_state_saved_before_loss_scale_skips_were_counted():
     of = policy(*RULES)
     saved = save(filled(of), of)
     saved["counters"] = torch.tensor([9, 6, 3, 1])
     assert load(saved, of, CPU).counters.tolist() == [9, 6, 3, 1, 0]
 
 
-def test_nothing_saved_starts_fresh_with_one_warning():
+def test_without_a_saved_state_a_new_one_starts_with_one_warning():
     of = policy(*RULES)
     with pytest.warns(UserWarning, match="the guard starts with counters at 0") as caught:
         state = load(None, of, CPU)
@@ -92,7 +92,7 @@ def test_loading_a_guard_does_not_warn():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "version 2, this release reads 1"),
+        ({"version": 2}, "version 2, but this release reads 1"),
         ({"version": None}, "version None"),
         ({"signals": ["grad_norm", "loss", "other"]}, "construct it with the same spike="),
         ({"windows_of": [5, 0, 4]}, r"windows \[5, 0, 4\]"),
@@ -119,7 +119,7 @@ def test_loading_a_guard_does_not_warn():
         ({"windows": torch.full((3, 5), NAN, dtype=torch.float64)}, "windows.*damaged"),
     ],
 )
-def test_what_does_not_fit_is_refused(change, message):
+def test_an_invalid_state_is_refused(change, message):
     of = policy(*RULES)
     with pytest.raises(ValueError, match=message):
         load({**save(filled(of), of), **change}, of, CPU)

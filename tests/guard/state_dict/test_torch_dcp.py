@@ -1,4 +1,4 @@
-"""The guard under `get_` and `set_optimizer_state_dict` of torch.distributed.checkpoint."""
+"""The guard with `get_` and `set_optimizer_state_dict` of torch.distributed.checkpoint."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def strict() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=".*torch.distributed is.*")
-        warnings.filterwarnings("ignore", message="TypedStorage")  # torch 2.8 warns of its own use
+        warnings.filterwarnings("ignore", message="TypedStorage")  # torch 2.8 warns about itself
         yield
 
 
@@ -63,7 +63,7 @@ def train(model: torch.nn.Module, opt: GuardedOptimizer, steps: range) -> None:
 
 @pytest.mark.parametrize("options", [None, FLAT, WHOLE], ids=["plain", "flat", "full"])
 @pytest.mark.parametrize("kind", ["AdamW", "SGD"])
-def test_a_run_resumes_exactly_guard_and_all(
+def test_a_run_resumes_exactly_including_the_guard(
     tmp_path: Path, options: StateDictOptions | None, kind: str
 ) -> None:
     model, opt = build(kind)
@@ -80,7 +80,7 @@ def test_a_run_resumes_exactly_guard_and_all(
         "model": other.state_dict(),
         "optim": get_optimizer_state_dict(other, fresh, options=options),
     }
-    assert fresh.steps_taken == fresh.applied_steps == 0  # the step of torch is not the guard's
+    assert fresh.steps_taken == fresh.applied_steps == 0  # the step taken by torch does not count
     assert fresh.records() == []
     dcp.load(template, checkpoint_id=tmp_path, no_dist=True)
     other.load_state_dict(template["model"])
@@ -93,7 +93,7 @@ def test_a_run_resumes_exactly_guard_and_all(
         assert torch.equal(guards[0][name], guards[1][name])
 
 
-def test_what_torch_put_in_the_param_groups_stays_out_of_other_state_dicts() -> None:
+def test_the_entry_in_the_param_groups_does_not_appear_in_other_state_dicts() -> None:
     model, opt = build()
     train(model, opt, range(2))
     before = opt.state_dict()["param_groups"]
@@ -112,17 +112,17 @@ def test_an_ordinary_step_with_lr_zero_and_no_gradients_counts() -> None:
     assert opt.applied_steps == 1
 
 
-def test_a_step_from_a_shallow_stack_is_no_call_of_torchs() -> None:
+def test_a_step_with_a_shallow_stack_is_not_taken_for_a_call_of_torch() -> None:
     model, opt = build()
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    thread = threading.Thread(target=opt.step)  # as a trainer that steps in the background
+    thread = threading.Thread(target=opt.step)  # like a trainer that steps in the background
     thread.start()
     thread.join()
     assert opt.applied_steps == 1
 
 
-def test_splitting_leaves_what_was_given_as_it_was() -> None:
+def test_splitting_does_not_change_the_argument() -> None:
     guard = {"version": 1}
     given = {"state": {}, "param_groups": [{"lr": 0.1, "fastguard": guard}, {"lr": 0.2}]}
     inner = {"state": {}, "param_groups": [{"lr": 0.1}, {"lr": 0.2}]}
@@ -133,7 +133,7 @@ def test_splitting_leaves_what_was_given_as_it_was() -> None:
     assert split(inner) == (inner, None)
 
 
-def test_the_state_of_an_unguarded_optimizer_loads_into_a_fresh_guard() -> None:
+def test_the_state_of_an_unguarded_optimizer_loads_into_a_new_guard() -> None:
     model, opt = build()
     train(model, opt, range(3))
     saved = get_optimizer_state_dict(model, opt.optimizer)
@@ -151,14 +151,14 @@ def test_the_state_of_an_unguarded_optimizer_loads_into_a_fresh_guard() -> None:
     "form", [{}, {"full_state_dict": True}, {"flatten_optimizer_state_dict": True}]
 )
 @pytest.mark.parametrize("settings", [{}, {"momentum": 0.9}], ids=["stateless", "momentum"])
-def test_every_form_of_state_dict_is_set_on_a_guard(
+def test_a_guard_loads_every_form_of_state_dict(
     form: dict[str, bool],
     cpu_offload: bool,
     trained: bool,
     settings: dict[str, float],
     spike: dict[str, SpikeRule] | None,
 ) -> None:
-    """Also on one that never gave a state dict. Full and flattened at once torch cannot set."""
+    """Also a guard that never saved one. torch cannot load a full and flattened one."""
     options = StateDictOptions(**form, cpu_offload=cpu_offload)
     model, opt = build("SGD", settings, spike=spike)
     train(model, opt, range(5))
@@ -176,7 +176,7 @@ def test_every_form_of_state_dict_is_set_on_a_guard(
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
-def test_the_flattened_state_of_an_unguarded_optimizer_loads_into_a_fresh_guard(
+def test_the_flattened_state_of_an_unguarded_optimizer_loads_into_a_new_guard(
     trained: bool,
 ) -> None:
     model, opt = build()
@@ -193,7 +193,7 @@ def test_the_flattened_state_of_an_unguarded_optimizer_loads_into_a_fresh_guard(
 
 
 def test_no_container_in_a_state_dict_is_empty() -> None:
-    """torch.distributed.checkpoint drops empty ones."""
+    """torch.distributed.checkpoint drops empty containers."""
 
     def containers(value: Any) -> Iterator[Any]:
         if isinstance(value, dict | list | tuple):
@@ -205,7 +205,7 @@ def test_no_container_in_a_state_dict_is_empty() -> None:
     assert all(containers(opt.state_dict()["fastguard"]))
 
 
-def test_a_state_without_state_is_refused_by_an_optimizer_that_keeps_one() -> None:
+def test_a_state_dict_without_state_is_refused_by_an_optimizer_with_state() -> None:
     model, opt = build()
     train(model, opt, range(2))
     saved = get_optimizer_state_dict(model, opt)

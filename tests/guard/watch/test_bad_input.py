@@ -1,4 +1,4 @@
-"""What cannot be watched is refused where the guard is made, with the value and the remedy."""
+"""Quantities that cannot be watched are refused in the constructor, with value and remedy."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def guard(optimizer: Any = None, **options: Any) -> GuardedOptimizer:
         ({"watch": ("noise_scale",)}, ValueError, r"there is no group; pass group=fastguard"),
     ],
 )
-def test_what_cannot_be_watched_is_refused(
+def test_a_quantity_that_cannot_be_watched_is_refused(
     options: dict[str, Any], error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words):
         guard(**options)
 
 
-def test_an_optimizer_that_moves_first_has_no_update_ratio() -> None:
+def test_update_ratio_is_refused_for_optimizers_that_step_before_the_decision() -> None:
     p = nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match=r"LBFGS evaluates its closure itself.*leave it out"):
         guard(torch.optim.LBFGS([p]), watch=("update_ratio",))
@@ -57,7 +57,7 @@ def test_an_optimizer_that_moves_first_has_no_update_ratio() -> None:
     assert list(opt.records()[0].watch["tensor_norms"]) == ["parameter 0"]
 
 
-def test_a_configuration_knows_what_to_watch() -> None:
+def test_a_configuration_can_set_what_to_watch() -> None:
     config = GuardConfig.from_dict({"guard": {"watch": ["underflow"], "watch_every": 7}})
     model = nn.Linear(2, 1)
     opt = config.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1))

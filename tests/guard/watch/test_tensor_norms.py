@@ -1,4 +1,4 @@
-"""`watch=("tensor_norms",)`: which layer grew first, and which one is dead."""
+"""`watch=("tensor_norms",)`: layers whose gradients grow, or are zero."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.com
 
 
 def guarded(grads: dict[str, Tensor], **options: Any) -> tuple[GuardedOptimizer, dict[str, Tensor]]:
-    """An optimizer of parameters with these gradients."""
+    """Returns a guarded optimizer of parameters with these gradients, and the parameters."""
     named = {name: nn.Parameter(torch.ones_like(g)) for name, g in grads.items()}
     for name, grad in grads.items():
         named[name].grad = grad
@@ -27,8 +27,8 @@ def guarded(grads: dict[str, Tensor], **options: Any) -> tuple[GuardedOptimizer,
     return opt, named  # type: ignore[return-value]
 
 
-def test_the_layer_that_grows_first_is_seen_before_the_global_norm_shows_it() -> None:
-    """A layer whose gradient doubles at each step, a thousand times smaller than another one."""
+def test_a_growing_layer_is_detected_before_the_global_norm_grows() -> None:
+    """The gradient of a layer doubles in each step, starting at 1/1000 of another layer."""
     opt, named = guarded(
         {"head": torch.full((4,), 1e3), "deep": torch.full((4,), 1e-3)}, watch_every=2
     )
@@ -45,7 +45,7 @@ def test_the_layer_that_grows_first_is_seen_before_the_global_norm_shows_it() ->
 @pytest.mark.parametrize(
     ("dtype", "flat"), [*((d, False) for d in DTYPES), (torch.float32, True)], ids=str
 )
-def test_norms_are_those_of_the_finite_elements(dtype: torch.dtype, flat: bool) -> None:
+def test_norms_are_computed_from_the_finite_elements(dtype: torch.dtype, flat: bool) -> None:
     torch.manual_seed(0)
     grads = {"a": torch.randn(7, 3).to(dtype), "b": torch.randn(1001).to(dtype)}
     expected = {name: torch.linalg.vector_norm(g.to(torch.complex128)) for name, g in grads.items()}
@@ -55,7 +55,7 @@ def test_norms_are_those_of_the_finite_elements(dtype: torch.dtype, flat: bool) 
     assert found == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-7)
 
 
-def test_a_bad_element_is_left_out_of_its_tensor_and_harms_no_other() -> None:
+def test_a_bad_element_is_ignored_and_does_not_affect_other_tensors() -> None:
     opt, _ = guarded({"bad": torch.tensor([3.0, math.nan, 4.0]), "good": torch.ones(4)})
     opt.step()
     [record] = opt.records()
@@ -63,7 +63,7 @@ def test_a_bad_element_is_left_out_of_its_tensor_and_harms_no_other() -> None:
     assert record.watch["tensor_norms"] == {"bad": 5.0, "good": 2.0}
 
 
-def test_zeros_are_told_of_each_tensor_that_has_some() -> None:
+def test_the_share_of_zeros_is_recorded_for_tensors_with_zeros() -> None:
     grads = {
         "dead": torch.zeros(8),
         "half": torch.tensor([0.0, -0.0, 1.0, 2.0]),
@@ -81,7 +81,7 @@ def test_a_parameter_without_gradient_is_left_out() -> None:
     assert opt.records()[0].watch["tensor_norms"] == {"used": 1.0}
 
 
-def test_a_scale_that_is_still_in_the_gradients_is_not_in_the_norms() -> None:
+def test_norms_do_not_include_the_loss_scale() -> None:
     opt, _ = guarded({"w": torch.tensor([3.0, 4.0]) * 1024})
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     scaler.scale(torch.zeros(()))
@@ -89,7 +89,7 @@ def test_a_scale_that_is_still_in_the_gradients_is_not_in_the_norms() -> None:
     assert opt.records()[0].watch["tensor_norms"] == {"w": 5.0}
 
 
-def test_watching_changes_no_bit_of_what_is_trained() -> None:
+def test_watching_does_not_change_training_by_a_bit() -> None:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(33, 65), nn.Tanh(), nn.Linear(65, 3))
     twin = copy.deepcopy(model)
@@ -111,7 +111,7 @@ def test_watching_changes_no_bit_of_what_is_trained() -> None:
     )
 
 
-def test_lines_on_the_disk_hold_what_was_watched(tmp_path: Any) -> None:
+def test_lines_on_disk_contain_the_watched_values(tmp_path: Any) -> None:
     opt, _ = guarded({"w": torch.tensor([3.0, 4.0])}, watch=("tensor_norms", "underflow"))
     with JsonLinesSink(tmp_path / "records.jsonl") as sink:
         opt.add_sink(sink)
@@ -121,13 +121,13 @@ def test_lines_on_the_disk_hold_what_was_watched(tmp_path: Any) -> None:
     assert record.watch["tensor_norms"] == {"w": 5.0}
 
 
-def test_a_copy_watches_as_well() -> None:
+def test_a_copy_also_watches() -> None:
     opt, _ = guarded({"w": torch.ones(1)})
     twin = copy.deepcopy(opt)
     assert twin.watch == ("tensor_norms",)
 
 
-def test_the_line_of_thousands_of_tensors_is_still_a_record(tmp_path: Any) -> None:
+def test_a_record_with_thousands_of_tensors_fits_into_a_line(tmp_path: Any) -> None:
     names = [f"blocks.{i}.attention.projection.weight" for i in range(9000)]
     grads = {name: torch.tensor([i + 1.0, 0.0]) for i, name in enumerate(names)}
     opt, _ = guarded(grads, watch=("tensor_norms", "update_ratio", "underflow"))
@@ -138,4 +138,4 @@ def test_the_line_of_thousands_of_tensors_is_still_a_record(tmp_path: Any) -> No
     [record] = read_records(tmp_path / "records.jsonl")
     norms = record.watch["tensor_norms"]
     assert 1000 < len(norms) < 9000
-    assert min(norms.values()) == 9000 - len(norms) + 1  # the largest are kept
+    assert min(norms.values()) == 9000 - len(norms) + 1  # the largest values are kept

@@ -1,4 +1,4 @@
-"""`watch=("underflow",)`: what a narrower format would lose, before switching to it."""
+"""`watch=("underflow",)`: the gradients that a narrower format would make subnormal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastguard import GuardedOptimizer
 from fastguard.guard.watch.underflow import FORMATS, SAMPLE
 
 
-def told_of(*grads: Tensor) -> dict:
+def watched_values(*grads: Tensor) -> dict:
     parameters = [nn.Parameter(torch.zeros_like(g)) for g in grads]
     for p, g in zip(parameters, grads, strict=True):
         p.grad = g
@@ -21,9 +21,9 @@ def told_of(*grads: Tensor) -> dict:
     return opt.records()[0].watch.get("underflow", {})
 
 
-def test_gradients_that_fp16_would_lose_are_seen_while_training_in_fp32() -> None:
+def test_gradients_that_fp16_would_lose_are_detected_while_training_in_fp32() -> None:
     """Three of four are below 2**-14, one of these below the range of bfloat16's normal numbers."""
-    found = told_of(torch.tensor([1.0, 2.0**-15, -(2.0**-20), 2.0**-130, 0.0]))
+    found = watched_values(torch.tensor([1.0, 2.0**-15, -(2.0**-20), 2.0**-130, 0.0]))
     assert found["float16"] == found["float8_e5m2"] == 0.75
     assert found["bfloat16"] == 0.25
     assert found["float8_e4m3fn"] == 0.75
@@ -33,27 +33,27 @@ def test_gradients_that_fp16_would_lose_are_seen_while_training_in_fp32() -> Non
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_smallest_normal_number_of_a_format_is_not_lost(name: str) -> None:
     smallest = torch.finfo(getattr(torch, name)).smallest_normal
-    assert told_of(torch.tensor([smallest, -smallest, 1.0]))[name] == 0.0
-    assert told_of(torch.tensor([smallest * 0.99, 1.0]))[name] == 0.5
+    assert watched_values(torch.tensor([smallest, -smallest, 1.0]))[name] == 0.0
+    assert watched_values(torch.tensor([smallest * 0.99, 1.0]))[name] == 0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_every_dtype_is_counted(dtype: torch.dtype) -> None:
-    found = told_of(torch.tensor([1.0, 0.75, 2.0**-7, 0.0], dtype=dtype))
+    found = watched_values(torch.tensor([1.0, 0.75, 2.0**-7, 0.0], dtype=dtype))
     assert found["exponents"] == {"-7": 1, "-1": 1, "0": 1}
     assert found["float8_e4m3fn"] == pytest.approx(1 / 3)
 
 
-def test_nothing_but_zeros_or_no_gradient_tells_nothing() -> None:
-    assert told_of(torch.zeros(3)) == {}
-    assert told_of(torch.tensor([math.nan, math.inf])) == {}
+def test_zeros_or_missing_gradients_give_no_entry() -> None:
+    assert watched_values(torch.zeros(3)) == {}
+    assert watched_values(torch.tensor([math.nan, math.inf])) == {}
 
 
-def test_of_a_large_model_a_sample_is_counted() -> None:
-    """One eighth of the rows are tiny: the share is that within four standard errors."""
+def test_a_sample_of_a_large_model_is_counted() -> None:
+    """One eighth of the rows is tiny: the share agrees within four standard errors."""
     grad = torch.ones(4096, 512)
     grad[::8] = 1e-6
-    found = told_of(grad, torch.ones(3))
+    found = watched_values(grad, torch.ones(3))
     n = sum(found["exponents"].values())
     assert SAMPLE // 2 < n <= SAMPLE + 2
     assert abs(found["float16"] - 0.125) < 4 * 0.5 / math.sqrt(n)

@@ -1,4 +1,4 @@
-"""`watch=("update_ratio",)`: which layer is moved too far, and which stands still."""
+"""`watch=("update_ratio",)`: layers that change too much, or not at all."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import nn
 from fastguard import GuardedOptimizer
 
 
-def test_the_layer_with_a_learning_rate_a_hundred_times_too_large_is_seen() -> None:
+def test_a_layer_with_a_learning_rate_100_times_too_large_is_detected() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
     groups = [
         {"params": model[0].parameters(), "lr": 1e-4},
-        {"params": model[2].parameters(), "lr": 1e-2},  # the fault
+        {"params": model[2].parameters(), "lr": 1e-2},  # the error
     ]
     opt = GuardedOptimizer(
         torch.optim.AdamW(groups),

@@ -1,4 +1,4 @@
-"""The fast path for tensors of every size, and what must not happen on it."""
+"""Fixtures: the fast path for tensors of any size, and checks of it."""
 
 import pytest
 
@@ -8,23 +8,23 @@ from guardtest.cpu_norms import scaled_down
 
 @pytest.fixture(autouse=True)
 def fast_path_for_small_tensors(monkeypatch):
-    """What is summed in float64 outright is exact: from here on it is not."""
+    """Makes small tensors use the fast path, instead of exact sums in float64."""
     monkeypatch.setattr(l2_sums, "EXACT_BELOW", 2 * l2_sums.LARGE)
     monkeypatch.setattr(l2_sums, "FEW", 2 * l2_sums.LARGE)
 
 
 @pytest.fixture
-def no_second_look(monkeypatch):
-    """Fails where gradients that are clean are read a second time."""
+def no_second_read(monkeypatch):
+    """Fails if clean gradients are read a second time."""
 
-    def second_look(*args):
+    def second_read(*args):
         raise AssertionError("clean gradients were read twice")
 
-    monkeypatch.setattr(power_sums, "_exact", second_look)
+    monkeypatch.setattr(power_sums, "_exact", second_read)
 
 
 @pytest.fixture
 def small_stages(monkeypatch):
-    """Every branch of the fast path within a few thousand elements."""
+    """Scales the limits down, so that a few thousand elements reach every branch."""
     with scaled_down(monkeypatch):
         yield

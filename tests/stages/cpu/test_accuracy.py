@@ -1,4 +1,4 @@
-"""The CPU measurement: norms true to 1e-7 whatever the gradients look like."""
+"""Norms on a CPU have a relative error below 1e-7 for any gradients."""
 
 import math
 
@@ -13,22 +13,22 @@ from guardtest.grads import DTYPES
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [1, 1000, 2**17 - 1, 2**17, 2**19 - 1, 2**19, 1_200_000])
-@pytest.mark.usefixtures("no_second_look")
+@pytest.mark.usefixtures("no_second_read")
 def test_random_values(dtype, n):
     assert_norm_is_true(torch.randn(n).to(DTYPES[dtype]))
 
 
 @pytest.mark.parametrize("dtype", BELOW_FLOAT64)
 @pytest.mark.parametrize("constant", [1.0, 0.1, LONG, SHORT, 1.9999, 3.3e-3, 777.7])
-@pytest.mark.usefixtures("no_second_look")
+@pytest.mark.usefixtures("no_second_read")
 def test_constants(dtype, constant):
     assert_norm_is_true(torch.full((400_000,), constant).to(DTYPES[dtype]))
 
 
 @pytest.mark.parametrize("period", [1, 2, 3, 5, 8, 64])
 @pytest.mark.parametrize("n_blocks", [64, 128, 196, 256, 384, 500])
-def test_blocks_of_two_constants_that_alternate(n_blocks, period):
-    # The worst that a sample can meet, above all when it repeats at the pace of the sample.
+def test_alternating_blocks_of_two_constants(n_blocks, period):
+    # The worst case for a sample, especially if the period matches the spacing of the sample.
     which = torch.arange(n_blocks) // period % 2 == 0
     assert_norm_is_true(blocks(torch.where(which, LONG, SHORT), l2_sums.BLOCK))
 
@@ -45,8 +45,8 @@ def test_tensors_of_many_constants(length):
 
 
 @pytest.mark.parametrize("n", [l2_sums.BLOCK, l2_sums.ALONE, l2_sums.ALONE + 1, l2_sums.LARGE - 1])
-@pytest.mark.usefixtures("no_second_look")
-def test_many_tensors_of_middling_size(n):
+@pytest.mark.usefixtures("no_second_read")
+def test_many_tensors_of_medium_size(n):
     tensors = [torch.randn(n) for _ in range(1_000_000 // n)]
     assert_norm_is_true(*tensors)
     assert_norm_is_true(*(torch.full_like(t, 0.3) for t in tensors))
@@ -56,8 +56,8 @@ def test_many_tensors_of_middling_size(n):
 
 @pytest.mark.parametrize("n", [2**17, 2**17 + 1, 500_000, 2**20 - 1])
 @pytest.mark.parametrize("period", [1, 2, 7, 64])
-@pytest.mark.usefixtures("no_second_look")
-def test_vectors_that_one_thread_reads(monkeypatch, n, period):
+@pytest.mark.usefixtures("no_second_read")
+def test_vectors_read_by_one_thread(monkeypatch, n, period):
     monkeypatch.setattr(l2_sums, "EXACT_BELOW", 2**17)
     monkeypatch.setattr(l2_sums, "FEW", 2**20)
     candidates = torch.rand(500, 1) + 1.0
@@ -72,7 +72,7 @@ def test_vectors_that_one_thread_reads(monkeypatch, n, period):
 
 
 def test_constant_rows_and_rows_that_repeat():
-    # The weight gradients of a linear layer under `out.sum()`, either way round.
+    # The weight gradients of a linear layer for `out.sum()`, and their transpose.
     rows = torch.randn(1000, 1).expand(1000, 700).contiguous()
     assert_norm_is_true(rows)
     assert_norm_is_true(rows.T.contiguous())
@@ -106,14 +106,14 @@ def test_random_signs_and_integers():
     assert_norm_is_true(torch.randint(-3, 4, (300_000,)).float())
 
 
-def test_constants_made_for_the_places_of_the_audit(monkeypatch):
-    # The exception that docs/limits.md states. If this norm becomes right, remove it there.
+def test_constants_constructed_against_the_audit(monkeypatch):
+    # The exception stated in docs/limits.md. If this norm becomes accurate, remove it there.
     monkeypatch.undo()
     down, up = 1.529094116759635, 1.6936933337030498  # a block rounds by -7e-7, by +7e-7
     near = l2_sums.BLOCK * 48
     whole = 4096 * l2_sums.BLOCK * 2.8
     grads, at = [], 0.0
-    for quantile in l2_sums._FEW:  # `up` everywhere but where a block is drawn
+    for quantile in l2_sums._FEW:  # `up` everywhere except in the drawn blocks
         n = int((quantile - at) * whole / up**2 / l2_sums.BLOCK) - 16
         grads += [torch.full((max(n, 33) * l2_sums.BLOCK,), up), torch.full((near,), down)]
         at = sum(float(g[0]) ** 2 * g.numel() for g in grads) / whole
@@ -129,13 +129,13 @@ def test_constants_made_for_the_places_of_the_audit(monkeypatch):
 @pytest.mark.parametrize("magnitude", [1e-38, 1e-30, 1e-25, 1e-20, 1e-16, 1.0, 1e18, 1e20, 1e33])
 @pytest.mark.parametrize("n", [10, 200_000])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_magnitudes_whose_squares_leave_float32(dtype, n, magnitude):
+def test_magnitudes_whose_squares_exceed_float32(dtype, n, magnitude):
     assert_norm_is_true((torch.randn(n) * magnitude).to(DTYPES[dtype]))
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("value", [1e20, math.inf, math.nan])
-def test_squares_that_overflow_are_no_warning(value):
+def test_squares_that_overflow_cause_no_warning(value):
     for n in (l2_sums.BLOCK, l2_sums.ALONE, l2_sums.LARGE):
         (bucket,) = bucketize([torch.full((n,), value) for _ in range(80)]).buckets
         power_sums.power_sums(bucket, 1, 2.0)
@@ -170,7 +170,7 @@ def test_a_large_tensor_of_tiny_values_with_one_row_of_normal_ones():
 
 
 def test_float64_sums_that_overflow_over_pieces():
-    x = torch.full((600_000,), 1e154, dtype=torch.float64)  # several pieces of a finite sum each
+    x = torch.full((600_000,), 1e154, dtype=torch.float64)  # several pieces, each with a finite sum
     assert norm_of([x]) == pytest.approx(1e154 * 600_000**0.5, rel=1e-12)
 
 
@@ -179,7 +179,7 @@ def test_float64_sums_that_overflow_over_pieces():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm_type", [0.5, 1.0, 1.5, 3.0, 3.5, math.inf])
-@pytest.mark.usefixtures("no_second_look")
+@pytest.mark.usefixtures("no_second_read")
 def test_norm_types(norm_type, dtype):
     tensors = [torch.randn(n).to(DTYPES[dtype]) for n in (0, 1, 300, 300_000)]
     assert_norm_is_true(*tensors, norm_type=norm_type)

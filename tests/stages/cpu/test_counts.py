@@ -1,4 +1,4 @@
-"""Counts of NaN, +Inf and -Inf on a CPU are exact, and a sum that overflows is none."""
+"""Counts of NaN, +Inf and -Inf on a CPU are exact, and a sum that overflows is not counted."""
 
 import math
 
@@ -31,7 +31,7 @@ def test_all_elements_bad():
     assert power_sums.power_sums(bucket, 1, 2.0) == ([0.0], {0: (700_000, 0, 0), 1: (0, 2, 1)})
 
 
-def test_a_bad_tensor_that_spans_several_pieces_is_counted_once_and_whole():
+def test_a_bad_tensor_in_several_pieces_is_counted_completely_and_once():
     x = torch.ones(1_000_000)
     x[::250_000] = math.nan
     x[-3:] = math.inf
@@ -42,8 +42,8 @@ def test_a_bad_tensor_that_spans_several_pieces_is_counted_once_and_whole():
 @pytest.mark.parametrize("n", [5, 5_000, 70_000, 2_000_000])
 @pytest.mark.parametrize("bits", [0x7FA00000, 0xFFA00001, 0x7FC00000, 0x7F800000, 0x7F7FFFFF])
 @pytest.mark.filterwarnings("error")
-def test_no_pattern_of_bits_makes_a_warning(bits, n):
-    """A signalling NaN raises a flag of the processor, which numpy makes a warning of."""
+def test_no_bit_pattern_causes_a_warning(bits, n):
+    """A signalling NaN sets a processor flag, for which numpy warns."""
     pattern = torch.tensor(bits).to(torch.int32).view(torch.float32)
     for places in (slice(-1, None), slice(0, n, 2)):
         x = torch.ones(n)
@@ -60,7 +60,7 @@ def test_overflow_of_the_sum_is_not_an_infinite_element():
     assert_norm_is_true(torch.full((200_000,), 3e38), norm_type=3.5)
 
 
-def test_a_huge_value_beside_an_infinite_one():
+def test_a_huge_and_an_infinite_value():
     tensors = [torch.tensor([1e20]), torch.tensor([math.inf, 1.0])]
     (bucket,) = bucketize(tensors).buckets
     (power_sum,), bad = power_sums.power_sums(bucket, 1, 2.0)
@@ -68,7 +68,7 @@ def test_a_huge_value_beside_an_infinite_one():
     assert bad == {1: (0, 1, 0)}
 
 
-def test_segments_are_measured_apart():
+def test_segments_are_measured_separately():
     tensors = [torch.full((n,), float(n)) for n in (1, 2, 3, 4)]
     tensors[2][0] = math.nan
     buckets = bucketize(tensors, segments=[1, 0, 3, 1], n_segments=4)

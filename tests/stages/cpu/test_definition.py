@@ -1,4 +1,4 @@
-"""Any list of tensors is measured as the definition says."""
+"""Power sums of any list of tensors agree with the definition."""
 
 import math
 

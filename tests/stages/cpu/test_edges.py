@@ -1,4 +1,4 @@
-"""Sizes around every edge of the fast path, each of whose blocks can be audited."""
+"""Sizes around the limits of the fast path, and audits of all its blocks."""
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ from guardtest.grads import DTYPES
 
 @pytest.mark.parametrize("n", edges())
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.usefixtures("small_stages", "no_second_look")
-def test_sizes_around_every_edge(dtype, n):
+@pytest.mark.usefixtures("small_stages", "no_second_read")
+def test_sizes_around_every_limit(dtype, n):
     x = torch.randn(n).to(DTYPES[dtype])
     assert_norm_is_true(x)
     assert_norm_is_true(x, torch.randn(1).to(x.dtype))
@@ -20,13 +20,13 @@ def test_sizes_around_every_edge(dtype, n):
 
 @pytest.mark.parametrize("length", [1, 7, 64, 100, 255, 256, 257])
 @pytest.mark.parametrize("n_tensors", [50, 333])
-@pytest.mark.usefixtures("small_stages", "no_second_look")
+@pytest.mark.usefixtures("small_stages", "no_second_read")
 def test_many_small_tensors(n_tensors, length):
     assert_norm_is_true(*(torch.randn(length) * 1.05**i for i in range(n_tensors)))
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_edges_at_their_real_size(monkeypatch, dtype):
+def test_the_limits_with_their_real_values(monkeypatch, dtype):
     monkeypatch.undo()
     sizes = (l2_sums.ROW, l2_sums.BLOCK, l2_sums.ALONE, l2_sums.LARGE, l2_blocks.STAGE)
     grads = [torch.randn(n + d).to(DTYPES[dtype]) for n in sizes for d in (-1, 0, 1)]
@@ -37,7 +37,7 @@ def test_edges_at_their_real_size(monkeypatch, dtype):
 
 @pytest.mark.usefixtures("small_stages")
 def test_every_block_can_be_audited(monkeypatch):
-    # One draw from everywhere in turn: a block that is read from the wrong place shows.
+    # Draws every block in turn, so a block read from the wrong position is detected.
     vectors = [torch.randn(n) for n in (300, 5, 70, 0, 64, 1000, 3, 128, 500, 40, 900)]
     n_draws = 400
     everywhere = (power_sums.np.arange(n_draws) + 0.5) / n_draws
@@ -47,7 +47,7 @@ def test_every_block_can_be_audited(monkeypatch):
 
     def spy(self, drawn):
         sums = exact_power_sums(self, drawn)
-        if self.large:  # not those of the small tensors, which are joined
+        if self.large:  # skips the blocks of small tensors, which are gathered
             seen.update(zip(drawn, sums, strict=True))
         return sums
 

@@ -1,4 +1,4 @@
-"""Measuring on a CPU holds less than 16 MB beside the gradients."""
+"""Measuring on a CPU takes less than 16 MB of memory besides the gradients."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ N = 5_000_000
 
 
 def allocated_at_most(work) -> int:
-    """Bytes that torch held at the worst moment of `work`, above what it held before."""
+    """Returns the peak of the bytes that torch allocated during `work`."""
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
@@ -49,5 +49,5 @@ BULKY = {
 )
 def test_working_memory_stays_under_16_MB(monkeypatch, case, norm_type):
     (bucket,) = bucketize(BULKY[case]()).buckets
-    monkeypatch.setattr(vectors, "_local", threading.local())  # its buffers count too
+    monkeypatch.setattr(vectors, "_local", threading.local())  # includes the buffers
     assert allocated_at_most(lambda: power_sums.power_sums(bucket, 1, norm_type)) < 16 * 2**20

@@ -1,4 +1,4 @@
-"""Below a few MB no stage waits for a second thread: another process may hold its core."""
+"""Below a few MB no stage waits for a second thread, whose core another process may use."""
 
 import threading
 import time
@@ -26,18 +26,18 @@ LISTS = {
 
 
 def runs(task: Path) -> int:
-    """How often the scheduler gave a thread a core."""
+    """Returns how often the scheduler has run a thread."""
     return int((task / "schedstat").read_text().split()[2])
 
 
 @pytest.fixture(autouse=True)
 def fast_path_for_small_tensors():
-    """Not here: what is read by one thread is a matter of the real sizes."""
+    """Overrides the fixture of the folder: these tests need the real sizes."""
 
 
 @pytest.fixture(scope="module")
 def workers():
-    """The threads that torch wakes up, two threads being allowed.
+    """The worker threads of torch, with two threads allowed.
 
     Threads that also run while torch is idle are left out: gloo's event loop, which tests of ranks
     leave behind in this process, polls a hundred times a second.
@@ -47,7 +47,7 @@ def workers():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     x = torch.ones(2**22)
-    x.sum()  # makes them
+    x.sum()  # starts the threads
     others = [t for t in TASKS.iterdir() if t.name != str(threading.get_native_id())]
     counts = settled(others)
     time.sleep(0.2)
@@ -62,14 +62,14 @@ def workers():
 
 
 def parameter(*shape: int, dtype: torch.dtype = torch.float32) -> torch.nn.Parameter:
-    """With a gradient of ones; on one thread, so that no other is still on its way afterwards."""
+    """Returns a parameter with a gradient of ones, made on one thread, so workers sleep."""
     p = torch.nn.Parameter(torch.from_numpy(np.zeros(shape, np.float32)).to(dtype))
     p.grad = torch.from_numpy(np.ones(shape, np.float32)).to(dtype)
     return p
 
 
 def settled(tasks: Sequence[Path]) -> list[int]:
-    """The runs of threads once they sleep: after work they spin, or wait for a core to do so."""
+    """Returns the run counts of threads once they sleep; after work they spin for a while."""
     while not all(_sleeps(t) for t in tasks):
         time.sleep(0.005)
     return [runs(t) for t in tasks]
@@ -100,7 +100,7 @@ def test_flat_buckets_wake_no_thread(workers, n):
     assert settled(workers) == before
 
 
-def test_what_is_done_element_by_element_wakes_no_thread(workers):
+def test_elementwise_operations_wake_no_thread(workers):
     parameters = [parameter(300_000), parameter(1000, 300)]
     for p in parameters:
         p.grad[0] = float("nan")

@@ -1,4 +1,4 @@
-"""Segments on a CPU: each as if it were alone, and none at the price of all others."""
+"""Segments on a CPU: measured independently, without reading all runs for each of them."""
 
 import math
 from dataclasses import replace
@@ -31,7 +31,7 @@ def test_one_tensor_each_of_every_size(dtype, norm_type):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_one_bad_tensor_among_small_ones_leaves_the_others_alone(value):
+def test_a_bad_tensor_among_small_ones_does_not_affect_the_others(value):
     grads = [torch.full((4,), float(i)) for i in range(20)]
     grads[7][2] = value
     (bucket,) = bucketize(grads, segments=range(20), n_segments=20).buckets
@@ -40,8 +40,8 @@ def test_one_bad_tensor_among_small_ones_leaves_the_others_alone(value):
     assert sums == [(3 if i == 7 else 4) * float(i * i) for i in range(20)]
 
 
-@pytest.mark.usefixtures("no_second_look")
-def test_small_ones_of_zeros_alone_are_read_once():
+@pytest.mark.usefixtures("no_second_read")
+def test_small_tensors_of_zeros_are_read_once():
     grads = [torch.zeros(64) for _ in range(20)]
     (bucket,) = bucketize(grads, segments=range(20), n_segments=20).buckets
     assert power_sums.power_sums(bucket, 20, 2.0) == ([0.0] * 20, {})
@@ -55,7 +55,7 @@ def test_shapes_and_strides_of_small_tensors():
 
 
 class Counted(tuple):
-    """How often all of it was read."""
+    """A tuple that counts how often it is iterated over."""
 
     reads = 0
 
@@ -64,7 +64,7 @@ class Counted(tuple):
         return super().__iter__()
 
 
-def test_the_runs_of_flat_buckets_are_not_gone_through_for_each_segment():
+def test_the_runs_of_flat_buckets_are_not_iterated_for_each_segment():
     parameters = [torch.nn.Parameter(torch.zeros(5)) for _ in range(100)]
     for i, p in enumerate(parameters):
         p.grad = torch.full((5,), float(i))
@@ -74,4 +74,4 @@ def test_the_runs_of_flat_buckets_are_not_gone_through_for_each_segment():
     runs = Counted(bucket.runs)
     sums, _ = power_sums.power_sums(replace(bucket, runs=runs), 100, 2.0)
     assert sums == [5.0 * i * i for i in range(100)]
-    assert runs.reads == 2  # for their places, and to sort them by segment
+    assert runs.reads == 2  # for their addresses, and to group them by segment

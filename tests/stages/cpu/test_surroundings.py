@@ -1,4 +1,4 @@
-"""The same norm again, on many threads and under any ambient default."""
+"""Norms are reproducible, on many threads and with any torch default."""
 
 import contextlib
 import math
@@ -18,14 +18,14 @@ from guardtest.tolerances import MEASURED_RTOL
 def test_determinism(dtype):
     tensors = [torch.randn(n).to(DTYPES[dtype]) for n in (100, 300_000, 5000)]
     first = norm_of(tensors)
-    norm_of([torch.randn(400_000)])  # leaves other numbers in the staging buffer
+    norm_of([torch.randn(400_000)])  # leaves other values in the staging buffer
     assert norm_of([t.clone() for t in tensors]) == first
 
 
 def test_many_threads_at_once():
     def work(k: int) -> float:
         generator = torch.Generator().manual_seed(k)
-        sizes = [90, 70_000, *[4000] * 30]  # most of it goes through the staging buffer
+        sizes = [90, 70_000, *[4000] * 30]  # mostly through the staging buffer
         tensors = [torch.randn(n, generator=generator) for n in sizes]
         return norm_of(tensors)
 

@@ -1,4 +1,4 @@
-"""Every story is told twice: in tensors as on any device, in floats as on a CPU."""
+"""Every story runs twice: with tensors as on any device, and with floats as on a CPU."""
 
 import pytest
 

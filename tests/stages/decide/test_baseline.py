@@ -1,4 +1,4 @@
-"""What a sigma rule remembers, and how a lasting shift becomes its new baseline."""
+"""The baseline of a sigma rule, and how it adapts to a lasting shift."""
 
 import math
 
@@ -31,7 +31,7 @@ def test_a_nan_neither_spikes_nor_poisons_the_threshold(story):
     assert guard.step(losses={"loss": 5.0}).thresholds.tolist() == pytest.approx([THRESHOLD_1234])
 
 
-def test_one_nan_loss_does_not_lock_training_out(story):
+def test_a_nan_loss_does_not_block_later_steps(story):
     guard = story({"loss": RULE})
     guard.losses(1.0, 2.0, 3.0, 4.0)
     assert guard.losses(NAN, 2.0, 3.0) == ["skip", "apply", "apply"]
@@ -46,7 +46,7 @@ def test_zero_gradients_do_not_enter(story):
     assert guard.baseline == []
 
 
-def test_the_norm_that_is_left_enters_in_zero_mode(story):
+def test_in_zero_mode_the_norm_of_the_finite_elements_enters(story):
     guard = story(RULE, nonfinite="zero")
     guard.step(3.0, nan=1)
     assert guard.baseline == pytest.approx([3.0])
@@ -59,7 +59,7 @@ def test_a_step_that_another_rule_skips_does_not_enter(story):
     assert guard.baseline == [1.0]
 
 
-def test_a_loss_that_is_not_given_is_not_judged_and_does_not_enter(story):
+def test_a_loss_that_is_not_passed_is_not_judged_and_does_not_enter(story):
     guard = story({"loss": RULE})
     guard.losses(1.0, 2.0)
     verdict = guard.step(losses={"other": 99.0})
@@ -72,9 +72,9 @@ def test_huge_values_overflow_quietly(story):
     assert guard.losses(1e200, -1e200, 1e308, 1e308, 1e308, 5.0) == ["apply"] * 6
 
 
-# A lasting shift of the level.
+# A lasting level shift.
 
-STRICT = SpikeRule(window=4, sigma=0.01, warmup=4)  # its threshold hardly creeps upwards
+STRICT = SpikeRule(window=4, sigma=0.01, warmup=4)  # its threshold hardly rises
 
 
 def test_a_lasting_level_shift_becomes_the_baseline_after_window_skips(story):
@@ -95,7 +95,7 @@ def test_a_shift_that_ends_starts_the_count_again(story):
 
 @pytest.mark.parametrize("sigma", [1.0, 3.0, 6.0])
 @pytest.mark.parametrize("level", [2.0, 1e6])
-def test_no_shift_locks_training_out(story, sigma, level):
+def test_no_shift_blocks_training_forever(story, sigma, level):
     guard = story(SpikeRule(window=16, sigma=sigma, warmup=8))
     noise = (1.0 + 0.01 * torch.randn(128, dtype=torch.float64)).tolist()
     guard.steps(*noise[:32])

@@ -1,4 +1,4 @@
-"""Verdicts over finite gradients: their shape, and the clip coefficient of each segment."""
+"""Verdicts on finite gradients: shapes, and the clip coefficient of each segment."""
 
 import math
 
@@ -60,12 +60,12 @@ def test_each_segment_has_its_coefficient(story):
     assert verdict.total_norm.item() == pytest.approx(math.sqrt(48.0))
 
 
-def test_one_limit_serves_all_segments(story):
+def test_one_limit_applies_to_all_segments(story):
     verdict = story(max_norm=1.0).step([4.0, 0.5])
     assert verdict.clip_coef.tolist() == [1.0 / (4.0 + 1e-6), 1.0]
 
 
-def test_what_the_scaler_owes_is_multiplied_in(story):
+def test_the_multiplier_includes_inv_scale(story):
     verdict = story(max_norm=2.0).step(4.0, inv_scale=0.25)
     assert verdict.multiplier.item() == pytest.approx(0.25 * 2.0 / (4.0 + 1e-6))
     skipped = story(max_norm=2.0).step(4.0, inv_scale=0.25, nan=1)
@@ -73,22 +73,22 @@ def test_what_the_scaler_owes_is_multiplied_in(story):
 
 
 @pytest.mark.parametrize("nonfinite", ["skip", "zero", "raise"])
-def test_finite_gradients_whose_norm_no_float64_holds_are_a_fault(story, nonfinite):
-    # The sums of several ranks on a GPU, or a norm with p < 1: never clipped to nothing unsaid.
-    verdict = story(max_norm=1.0, nonfinite=nonfinite).step(1e200)  # its square is not a float64
+def test_finite_gradients_with_a_norm_beyond_float64_are_a_fault(story, nonfinite):
+    # Sums of several ranks on a GPU, or p < 1: must not be clipped to zero silently.
+    verdict = story(max_norm=1.0, nonfinite=nonfinite).step(1e200)  # its square exceeds float64
     assert verdict.total_norm == INF
     assert verdict.multiplier.tolist() == [1.0]
     assert (outcome(verdict), reason(verdict)) == ("skip", "nonfinite_grad")
 
 
-def test_propagate_clips_them_to_nothing_as_torch_does(story):
+def test_propagate_clips_them_to_zero_as_torch_does(story):
     verdict = story(max_norm=1.0, nonfinite="propagate").step(1e200)
     assert (verdict.total_norm, verdict.torch_norm) == (INF, INF)
     assert verdict.multiplier.tolist() == [0.0]
     assert (outcome(verdict), reason(verdict)) == ("apply", None)
 
 
-def test_a_nan_norm_never_passes_for_a_small_one(story):
+def test_a_nan_norm_is_not_treated_as_a_small_norm(story):
     verdict = story(max_norm=1.0, nonfinite="propagate").step(NAN)
     assert verdict.clip_coef.isnan().all()
 

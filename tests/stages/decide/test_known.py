@@ -1,4 +1,4 @@
-"""What the host knows of its own verdict in numbers is what the tensors say."""
+"""The Python numbers in a `HostVerdict` equal its tensors."""
 
 import math
 
@@ -27,7 +27,7 @@ STEPS = {
 @pytest.mark.parametrize("nonfinite", ["skip", "zero", "propagate"])
 @pytest.mark.parametrize("n_segments", [1, 2])
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
-def test_the_numbers_are_those_of_the_tensors(step, n_segments, nonfinite):
+def test_the_numbers_equal_the_tensors(step, n_segments, nonfinite):
     step = {"norms": [1.0, 2.0], **step}
     step["norms"] = step["norms"][-n_segments:]
     if n_segments == 1:
@@ -59,7 +59,7 @@ def test_the_numbers_are_those_of_the_tensors(step, n_segments, nonfinite):
         assert mine == pytest.approx(value, nan_ok=True, rel=0, abs=0), name
 
 
-def test_there_is_a_verdict_of_no_segment():
+def test_a_verdict_without_segments():
     stats = GradStats(torch.zeros(4, 0).double(), torch.zeros(3, 0).long(), 2.0)
     policy = Policy(torch.ones(1).double())
     known = cpu_decide.decide(stats, Signals.none(torch.device("cpu")), None, policy).known

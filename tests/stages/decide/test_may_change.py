@@ -1,4 +1,4 @@
-"""What the host knows before a verdict: whether it can have anything for apply to do."""
+"""`Policy.may_change`: whether gradients may have to be changed, known before the verdict."""
 
 import math
 from dataclasses import replace
@@ -24,7 +24,7 @@ RULES = {
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize("nonfinite", ["skip", "zero", "propagate"])
 @pytest.mark.parametrize("max_norm", [math.inf, 1.0])
-def test_what_may_change_nothing_never_does(story, max_norm, nonfinite, rules):
+def test_may_change_is_true_iff_a_step_can_change_gradients(story, max_norm, nonfinite, rules):
     guard = story(RULES[rules], max_norm=max_norm, nonfinite=nonfinite)
     policy = replace(guard.policy, limited=max_norm != math.inf)
     assert policy.may_change(SCALED)
@@ -33,10 +33,10 @@ def test_what_may_change_nothing_never_does(story, max_norm, nonfinite, rules):
     steps = [{"norms": 1.5}, {"norms": 9.0}, {"norms": 0.5, "nan": 3}, {"losses": {"a": math.nan}}]
     verdicts = [guard.step(**step) for step in steps]
     changed = any(v.multiplier.item() != 1.0 or v.clean.item() for v in verdicts)
-    assert changed == may  # what may change something does at one of these steps
+    assert changed == may  # if it may change, one of these steps does
 
 
-def test_an_optimizer_without_a_limit_leaves_apply_alone(monkeypatch):
+def test_an_optimizer_without_a_limit_never_calls_apply(monkeypatch):
     def refused(*args):
         raise AssertionError("apply was called")
 

@@ -1,4 +1,4 @@
-"""What a verdict does about non-finite gradients and losses, and what the counters keep of it."""
+"""Verdicts on non-finite gradients and losses, and the counters."""
 
 import dataclasses
 import math
@@ -51,8 +51,8 @@ def test_nonfinite_losses(story, value):
     assert (outcome(verdict), reason(verdict)) == ("apply", None)
 
 
-@pytest.mark.parametrize("found", [1.0, 2.0])  # the scaler adds up over devices
-def test_what_the_scaler_found(story, found):
+@pytest.mark.parametrize("found", [1.0, 2.0])  # the scaler sums over devices
+def test_found_inf_of_the_scaler(story, found):
     for nonfinite in ("skip", "zero", "propagate"):
         verdict = story(nonfinite=nonfinite).step(found_inf=found)
         assert (outcome(verdict), reason(verdict)) == ("skip", "nonfinite_grad")
@@ -60,7 +60,7 @@ def test_what_the_scaler_found(story, found):
         assert outcome(story(nonfinite=nonfinite).step(found_inf=0.0)) == "apply"
 
 
-def test_zero_mode_cures_what_was_counted_though_the_scaler_saw_it_too(story):
+def test_zero_mode_cleans_elements_that_the_scaler_found_too(story):
     verdict = story(nonfinite="zero").step(found_inf=1.0, posinf=1)
     assert (outcome(verdict), verdict.clean.item()) == ("apply", 1.0)
 
@@ -68,7 +68,7 @@ def test_zero_mode_cures_what_was_counted_though_the_scaler_saw_it_too(story):
 @pytest.mark.parametrize("found", [1.0, 2.0])
 @pytest.mark.parametrize("counted", [0, 3])
 def test_an_overflow_that_only_lowers_a_loss_scale(story, found, counted):
-    """Skipped in every mode, also where it would be cleaned, and no incident."""
+    """Skipped in every mode, even where it would be cleaned, and not an incident."""
     for nonfinite in ("skip", "zero", "raise", "propagate"):
         guard = story(RULE, nonfinite=nonfinite)
         guard.steps(1.0, 2.0, 3.0, 4.0)
@@ -79,8 +79,8 @@ def test_an_overflow_that_only_lowers_a_loss_scale(story, found, counted):
         assert guard.counters == [5, 4, 1, 0, 1]
 
 
-def test_an_overflow_that_no_lower_scale_cures(story):
-    """At the floor of the scale, at a scale that is not known, or with a loss that is lost."""
+def test_an_overflow_that_a_lower_scale_does_not_fix(story):
+    """At the minimum scale, with an unknown scale, or with a non-finite loss."""
     for nonfinite in ("skip", "propagate"):
         for more in (
             {"scale_falls": False},
@@ -91,13 +91,13 @@ def test_an_overflow_that_no_lower_scale_cures(story):
             verdict = guard.step(found_inf=1.0, posinf=1, **more)
             assert (outcome(verdict), reason(verdict)) == ("skip", "nonfinite_grad")
             assert guard.counters == [1, 0, 1, 1, 0]
-    verdict = story().step(found_inf=0.0, scale_falls=True, nan=1)  # not seen by the scaler
+    verdict = story().step(found_inf=0.0, scale_falls=True, nan=1)  # not found by the scaler
     assert reason(verdict) == "nonfinite_grad"
     cleaned = story(nonfinite="zero").step(found_inf=1.0, posinf=1, scale_falls=False)
     assert (outcome(cleaned), cleaned.clean.item()) == ("apply", 1.0)
 
 
-def test_the_search_for_a_scale_neither_counts_as_a_skip_in_a_row_nor_ends_one(story):
+def test_loss_scale_skips_neither_count_as_consecutive_skips_nor_reset_them(story):
     guard = story()
     for expected, step in (
         (1, {"nan": 1}),
@@ -111,7 +111,7 @@ def test_the_search_for_a_scale_neither_counts_as_a_skip_in_a_row_nor_ends_one(s
     assert guard.counters == [5, 1, 4, 0, 2]
 
 
-def test_raising_names_every_parameter_and_count():
+def test_the_error_names_every_parameter_and_count():
     stats = GradStats(float64([[1], [3], [1], [0]]), torch.tensor([[3, 0], [0, 1], [0, 0]]), 2.0)
     with pytest.raises(
         NonFiniteGradError, match=r"3 NaN, 1 \+Inf, 0 -Inf.*parameter 0 \(3 NaN\)"
@@ -135,7 +135,7 @@ def test_raising_names_every_parameter_and_count():
         raise_if_nonfinite(stats_of(1.0), Signals(float64([0.5, NAN]), ("mlm", "ctc")))
 
 
-def test_a_bad_loss_of_another_rank_raises_though_its_name_is_unknown_here():
+def test_a_bad_loss_of_another_rank_raises_even_if_its_name_is_unknown():
     given = torch.tensor([True, False, False])
     signals = Signals(float64([NAN, 0.0, 0.0]), ("", "", ""), given=given)
     with pytest.raises(NonFiniteGradError, match="loss is non-finite: =nan;"):

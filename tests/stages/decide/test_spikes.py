@@ -1,4 +1,4 @@
-"""Spike rules as they judge: sigma rules, fixed thresholds, actions, the reason that is named."""
+"""Decisions of spike rules: sigma rules, fixed thresholds, actions, and the recorded reason."""
 
 import math
 
@@ -33,7 +33,7 @@ def test_a_skipped_spike_enters_clipped_to_the_threshold(story):
     assert guard.baseline == pytest.approx([2.0, 3.0, 4.0, THRESHOLD_1234])
 
 
-def test_the_oldest_value_makes_room(story):
+def test_the_oldest_value_is_replaced(story):
     guard = story(SpikeRule(window=3, sigma=50.0, warmup=2))
     guard.steps(1.0, 2.0, 3.0, 4.0, 5.0)
     assert guard.baseline == pytest.approx([3.0, 4.0, 5.0])
@@ -51,14 +51,14 @@ def test_a_signal_that_is_always_zero_has_a_threshold_too(story):
     assert guard.losses(0.0, 0.0, 0.0, 0.0, 0.0, 1e-300) == ["apply"] * 5 + ["skip"]
 
 
-def test_negative_signals_spike_upwards_only(story):
+def test_negative_signals_spike_only_upwards(story):
     guard = story({"loss": RULE})
     assert guard.losses(-4.0, -3.0, -2.0, -1.0) == ["apply"] * 4
     assert guard.losses(-50.0) == ["apply"]
     assert guard.losses(100.0) == ["skip"]
 
 
-def test_nothing_is_judged_before_the_warm_up_is_over(story):
+def test_no_value_is_judged_during_the_warm_up(story):
     guard = story(SpikeRule(window=8, sigma=2.0, warmup=3))
     verdict = guard.step(1.0)
     assert verdict.thresholds.tolist() == [INF]
@@ -82,7 +82,7 @@ def test_a_threshold_is_the_largest_value_that_passes(story):
     assert guard.state.windows.shape == (1, 0)
 
 
-def test_a_threshold_never_gives_way(story):
+def test_a_threshold_never_changes(story):
     assert story(Threshold(10.0)).steps(*[11.0] * 300) == ["skip"] * 300
 
 
@@ -94,7 +94,7 @@ def test_action_clip_scales_to_the_threshold(story):
     assert guard.step(9.0).clip_coef.tolist() == [1.0]
 
 
-def test_action_clip_and_max_norm_the_smaller_wins(story):
+def test_with_action_clip_and_max_norm_the_smaller_limit_applies(story):
     for limit in (1.0, 30.0):
         verdict = story(Threshold(10.0, action="clip"), max_norm=limit).step(40.0)
         assert verdict.clip_coef.tolist() == [min(limit, 10.0) / (40.0 + 1e-6)]
@@ -114,14 +114,14 @@ def test_action_clip_of_a_sigma_rule_enters_the_threshold(story):
     assert guard.baseline == pytest.approx([2.0, 3.0, 4.0, THRESHOLD_1234])
 
 
-def test_action_record_only_says_so(story):
+def test_action_record_only_records(story):
     verdict = story(Threshold(10.0, action="record")).step(40.0)
     assert verdict.spikes.tolist() == [True]
     assert (outcome(verdict), reason(verdict)) == ("apply", "grad_spike")
     assert verdict.multiplier.tolist() == [1.0]
 
 
-def test_several_rules_are_judged_apart(story):
+def test_several_rules_are_judged_separately(story):
     guard = story({"a": Threshold(1.0, action="record"), "b": Threshold(2.0), "grad_norm": RULE})
     verdict = guard.step(losses={"a": 1.5, "b": 1.5})
     assert verdict.spikes.tolist() == [True, False, False]
@@ -129,7 +129,7 @@ def test_several_rules_are_judged_apart(story):
     assert (outcome(verdict), reason(verdict)) == ("apply", "loss_spike")
 
 
-# Which reason is named.
+# The recorded reason.
 
 ALL = {"grad_norm": Threshold(1.0), "loss": Threshold(1.0)}
 

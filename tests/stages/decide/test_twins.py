@@ -1,4 +1,4 @@
-"""The twins agree on any story, step by step and in all that they remember."""
+"""`cpu.decide` and `reference.decide` agree on any sequence of steps, in verdicts and in state."""
 
 import math
 
@@ -51,7 +51,7 @@ steps = st.fixed_dictionaries(
     st.lists(steps, min_size=1, max_size=20),
 )
 @hypothesis.settings(max_examples=60)
-def test_the_twins_agree(rules, max_norm, nonfinite, script):
+def test_both_implementations_agree(rules, max_norm, nonfinite, script):
     tensors, floats = (Story(twin, rules, max_norm, nonfinite) for twin in TWINS.values())
     for step in script:
         step = {**step, "norms": list(step["norms"])}

@@ -168,7 +168,7 @@ def main(name: str, masked: bool, n: int) -> dict[str, object]:
     members = masked_update.Members.of(optimizer, params, [0] * len(params), [0] * len(params))
     lr = torch.full((), optimizer.param_groups[0]["lr"])
     settings = {masked_update.Place(0, "lr"): lr}
-    with mock.patch.object(masked_update, "_form", lambda *_: FORM), torch.no_grad():
+    with mock.patch.object(masked_update, "_implementation", lambda *_: FORM), torch.no_grad():
         patch = mock.patch.object(torch, "where", _unmasked)
         with ExitStack() as stack:
             if not masked:
