@@ -324,7 +324,7 @@ def a_hook_for_shards() -> tuple[str, bool, bool]:
 
 def test_a_communication_hook_for_shards_is_refused_and_nothing_is_changed(two: Ranks) -> None:
     for message, unwatched, same in two.run(a_hook_for_shards):
-        assert "fully_shard (which takes no comm_hook)" in message
+        assert "fully_shard (without comm_hook)" in message
         assert unwatched and same
 
 
