@@ -17,11 +17,14 @@ TRAINERS := .venv-integrations
 DOCS    := .venv-docs
 WORKERS ?= 2
 ARGS    ?=
+# Each process begins with a share of the files, so that what a file sets up is set up once, and takes over tests of
+# another process when its own are done.
+PYTEST_ARGS := -n $(WORKERS) --dist worksteal $(ARGS)
 
 SHELL       := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv torch-versions demo test suite suite-oldest suite-newest kernels-test kernels-test-oldest test-versions test-integrations gpu lint typecheck wheel-test docs bench stage clean
+.PHONY: help venv environments demo test suite suite-oldest suite-newest kernels-test kernels-test-oldest test-versions test-integrations gpu lint typecheck wheel-test docs bench stage clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | awk -F'|' '{ printf "  make %-20s %s\n", $$1, $$2 }'
@@ -45,12 +48,12 @@ demo: $(STAMP)  ## train a small GPT through injected faults: bare, clipped, gua
 test: kernels-test suite  ## the whole test suite
 
 suite: $(STAMP)  ## the test suite without the kernels
-	$(BIN)/pytest -n $(WORKERS) $(ARGS)
+	$(BIN)/pytest $(PYTEST_ARGS)
 
 # A process of its own: triton reads TRITON_INTERPRET when it is first imported.
 kernels-test: $(STAMP)  ## the kernels in triton's interpreter: no GPU needed
 ifneq ($(wildcard tests/kernels/test_*.py),)
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels -n $(WORKERS)
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels $(PYTEST_ARGS)
 endif
 
 # $(call install_torch,FOLDER,REQUIREMENTS,PYTHON): an environment with other versions than .venv, without the project: that
@@ -82,10 +85,10 @@ $(OLDEST)/.installed: $(OLDEST)/.torch pyproject.toml
 	@touch $@
 
 suite-oldest: $(OLDEST)/.installed  ## suite with torch 2.8, in an environment of its own
-	$(OLDEST)/bin/pytest -n $(WORKERS) $(ARGS)
+	$(OLDEST)/bin/pytest $(PYTEST_ARGS)
 
 kernels-test-oldest: $(OLDEST)/.installed  ## kernels-test with torch 2.8 and triton 3.4
-	TRITON_INTERPRET=1 $(OLDEST)/bin/pytest tests/kernels -n $(WORKERS)
+	TRITON_INTERPRET=1 $(OLDEST)/bin/pytest tests/kernels $(PYTEST_ARGS)
 
 # The newest torch, which brings its own Triton, with the newest Python that is installed: 8 GB.
 NEWEST_VERSIONS := torch==2.14.1
@@ -100,28 +103,37 @@ $(NEWEST)/.installed: $(NEWEST)/.torch pyproject.toml
 	@touch $@
 
 suite-newest: $(NEWEST)/.installed  ## suite with torch 2.14, in an environment of its own
-	$(NEWEST)/bin/pytest -n $(WORKERS) $(ARGS)
+	$(NEWEST)/bin/pytest $(PYTEST_ARGS)
 
-torch-versions: $(OLDEST)/.torch $(NEWEST)/.torch  ## install the torch of suite-oldest and suite-newest: some minutes
+environments: $(OLDEST)/.torch $(NEWEST)/.torch $(TRAINERS)/.packages  ## all that is installed for suite-oldest, suite-newest and test-integrations but the project: 16 GB, some minutes
 
 test-versions:  ## suite and kernels with TORCH='==2.11.0' TRITON='==3.6.0'; default: the newest
 	$(call install_torch,$(CHOSEN),'torch$(TORCH)' 'triton$(TRITON)')
 	$(call install_project,$(CHOSEN),'torch$(TORCH)' 'triton$(TRITON)')
-	$(CHOSEN)/bin/pytest -n $(WORKERS) $(ARGS)
-	TRITON_INTERPRET=1 $(CHOSEN)/bin/pytest tests/kernels -n $(WORKERS)
+	$(CHOSEN)/bin/pytest $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(CHOSEN)/bin/pytest tests/kernels $(PYTEST_ARGS)
 
 # Other people's trainers and all that they bring, 2 GB: an environment of its own, so that .venv stays light.
 test-integrations: $(TRAINERS)/.installed  ## the integrations, inside the real trainers
-	$(TRAINERS)/bin/pytest tests/integrations $(ARGS)
+	$(TRAINERS)/bin/pytest tests/integrations $(PYTEST_ARGS)
 
-# ultralytics asks for the OpenCV that opens windows, which needs libGL; without it the headless one does.
-$(TRAINERS)/.installed: pyproject.toml constraints.txt
+EXTRAS := cli huggingface lightning report tensorboard ultralytics yaml
+
+$(TRAINERS)/.installed: $(TRAINERS)/.packages
+	@$(TRAINERS)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+# Without the project, so that it can go on beside other work. ultralytics asks for the OpenCV that opens windows, which
+# needs libGL; without it the headless one does.
+$(TRAINERS)/.packages: pyproject.toml constraints.txt
 	@$(CHECK_PYTHON)
 	@echo "Installing into $(TRAINERS) (only now, and when pyproject.toml or constraints.txt change)"
 	@test -x $(TRAINERS)/bin/python || $(PYTHON) -m venv $(TRAINERS)
+	@$(TRAINERS)/bin/python -c 'import sys, tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+		print(*project["dependencies"], *(r for e in sys.argv[1:] for r in project["optional-dependencies"][e]), sep="\n")' \
+		$(EXTRAS) > $(TRAINERS)/requirements.txt
 	@$(TRAINERS)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
-		-e '.[cli,huggingface,lightning,report,tensorboard,ultralytics,yaml]' \
-		hypothesis mlflow-skinny pytest pytest-timeout wandb
+		-r $(TRAINERS)/requirements.txt hypothesis mlflow-skinny pytest pytest-timeout pytest-xdist 'setuptools>=77' wandb
 	@DS_BUILD_OPS=0 $(TRAINERS)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
 		--no-build-isolation deepspeed  # it asks for the torch that is there, and builds nothing
 	@$(TRAINERS)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-deps \

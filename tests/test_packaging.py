@@ -106,7 +106,7 @@ def test_the_documentation_names_the_versions_that_ci_tests():
         (versions,) = re.findall(rf"^{which}_VERSIONS := (.*)", makefile, re.MULTILINE)
         for name, version in (asked.split("==") for asked in versions.split()):
             assert re.search(rf"\| {re.escape(version)}[ |]", table), f"{name} {version}"
-        assert f"make suite-{which.lower()}" in stages
+        assert f"tests suite-{which.lower()}" in stages
 
 
 OWN_EXTRAS = ("cli", "gpu", "report", "tensorboard", "yaml")  # the others bring a trainer
