@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.targets import MODELS, WHOLE_STEPS
 from fastguard.commands.bench.selection import FUNCTIONS, USUAL_STEP
-from fastguard.commands.bench.steps import FLAT_PARAMETERS, STEPS
+from fastguard.commands.bench.steps import FLAT_PARAMETERS, STEPS, TRUSTED_PARAMETERS
 from fastguard.commands.bench.workload import Case, Shape, Situation
 
 SHAPES = Path(__file__).parent / "shapes"
@@ -33,6 +33,7 @@ STEP_FIELD = (
     "GuardedOptimizer",
     "GuardedOptimizer flat",
     FLAT_PARAMETERS,
+    TRUSTED_PARAMETERS,
 )
 
 EXTREMES: dict[str, list[Shape]] = {

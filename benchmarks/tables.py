@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.targets import WHOLE_STEPS
 from fastguard.commands.bench.results import Result, find, load
-from fastguard.commands.bench.steps import FLAT_PARAMETERS
+from fastguard.commands.bench.steps import FLAT_PARAMETERS, TRUSTED_PARAMETERS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks/results/cpu-amd-epyc-2-cores.json"
@@ -64,7 +64,13 @@ def machine(result: Result) -> list[str]:
 
 def whole_steps(result: Result) -> list[str]:
     """Clipping and AdamW: torch in milliseconds, and how many times faster the guard is."""
-    columns = {"guarded": "GuardedOptimizer", "`flat_parameters=True`": FLAT_PARAMETERS}
+    columns = {
+        "guarded": "GuardedOptimizer",
+        "`flat_parameters=True`": FLAT_PARAMETERS,
+        '`flat_parameters="trusted"`': TRUSTED_PARAMETERS,
+    }
+    first = STEP.format(next(iter(WHOLE_STEPS)), IDLE)
+    columns = {label: c for label, c in columns.items() if find(result, first, c)}
     lines = _head("parameters", "`clip_grad_norm_` and step", *columns)
     for name in WHOLE_STEPS:
         case = STEP.format(name, IDLE)

@@ -13,7 +13,7 @@ from typing import Any
 
 from fastguard.commands.bench.contenders import READ_PASS
 from fastguard.commands.bench.results import Result, find
-from fastguard.commands.bench.steps import FLAT_PARAMETERS
+from fastguard.commands.bench.steps import FLAT_PARAMETERS, TRUSTED_PARAMETERS
 from fastguard.commands.bench.table import rich_parts
 
 MODELS = ("convnext-t", "gpt2-124m", "llama-3.2-1b", "resnet50", "vit-b16", "yolo11n")
@@ -100,12 +100,12 @@ def _ratio(case: str, contender: str = "fastguard") -> Callable[[Result], Found]
     return look_up
 
 
-def _whole_step(name: str) -> Callable[[Result], Found]:
+def _whole_step(name: str, contender: str = FLAT_PARAMETERS) -> Callable[[Result], Found]:
     """Guard and fused AdamW with flat parameters, against `clip_grad_norm_` and fused AdamW."""
 
     def look_up(result: Result) -> Found:
         case = f"{name} fp32, AdamW fused, nothing to clip"
-        row, base = find(result, case, FLAT_PARAMETERS), find(result, case, "clip + step")
+        row, base = find(result, case, contender), find(result, case, "clip + step")
         if row is None or base is None:
             return None
         ratio = base["ms"]["p50"] / row["ms"]["p50"]
@@ -241,6 +241,16 @@ TARGETS: tuple[Target, ...] = (
     *_pair("1000 x 10k fp32", 4, 2.5, "fastguard flat"),
     *(
         Target("cpu", f"{name}, whole step, flat parameters", bound, "x", _whole_step(name))
+        for name, bound in WHOLE_STEPS.items()
+    ),
+    *(
+        Target(
+            "cpu",
+            f"{name}, whole step, flat parameters, trusted",
+            bound,
+            "x",
+            _whole_step(name, TRUSTED_PARAMETERS),
+        )
         for name, bound in WHOLE_STEPS.items()
     ),
     Target("cpu", "slowest fp32 model", 0.9, "x", _worst_model),

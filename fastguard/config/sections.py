@@ -61,11 +61,10 @@ class GuardSection:
     clip_scope: Literal["global", "group", "tensor", "unit"] = "global"
     nonfinite: Literal["skip", "zero", "raise", "propagate"] = "skip"
     max_consecutive_skips: int | None = None
-    flat_buckets: bool = False
-    flat_parameters: bool = False
+    flat_buckets: Literal[False, True, "trusted"] = False
+    flat_parameters: Literal[False, True, "trusted"] = False
     compile_step: bool = False
     watch: tuple[str, ...] = ()
-    watch_every: int = WATCH_EVERY
     watch_every: int = WATCH_EVERY
 
     def __post_init__(self) -> None:

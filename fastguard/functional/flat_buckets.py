@@ -44,6 +44,8 @@ WITH_A_GROUP = (
     "GuardedOptimizer(..., flat_buckets=True, group=)"
 )
 
+_GRAD = attrgetter("grad")
+LEAST, TURNS = 16, 64  # parameters per look, looks until all were seen
 ALIGN = 16  # bytes; what 128-bit loads and the vectorised optimizer kernels ask for
 
 
@@ -74,7 +76,7 @@ class FlatGradBuckets:
         parameters: Those that have a slot.
         views: Their slots.
         buffers: The memory of the slots; another list after they were laid out anew.
-        in_place: Whether the last `buckets()` found every gradient in its slot.
+        in_place: Whether the last `buckets()` found every gradient in its slot, or trusted that.
 
     Raises:
         TypeError: They cannot be iterated over, or one is sparse, complex or of an integer dtype.
@@ -148,10 +150,11 @@ class FlatGradBuckets:
         if self._kind is PLAIN and watched():  # plain when they were laid out
             return self._sorted_anew()
         if self.trusted:
+            self.in_place = True
             return self._buckets
         if self._moved():  # first: it brings the views into a cache
             self._attach()
-        elif all(map(is_, map(attrgetter("grad"), self.parameters), self.views)):
+        elif all(map(is_, map(_GRAD, self.parameters), self.views)):
             self.in_place = True
             return self._buckets
         elif any(
@@ -160,6 +163,28 @@ class FlatGradBuckets:
         ):
             self._attach()
         return self._buckets if self._all_taken_in() else self._sorted_anew()
+
+    def replaced(self, turn: int) -> Tensor | None:
+        """Looks at a share of the parameters, for callers that trust the rest.
+
+        Args:
+            turn: The number of the look; 64 in a row see every parameter.
+
+        Returns:
+            A parameter that was frozen or thawed, or whose gradient is not in its slot any more.
+        """
+        rest = self._left_out[share_of(len(self._left_out), turn)]
+        some = share_of(len(self.parameters), turn)
+        parameters, views = self.parameters[some], self.views[some]
+        for p, grad, view in zip(parameters, map(_GRAD, parameters), views, strict=True):
+            if grad is not view or not p.requires_grad:
+                return p
+        if self._kind is PLAIN and self._addresses is not None:
+            now, then = map(Tensor.data_ptr, views), self._addresses[some]
+            for p, address, known in zip(parameters, now, then, strict=True):
+                if address != known:
+                    return p
+        return next((p for p in rest if p.grad is not None), None)
 
     def _sorted_anew(self) -> GradBuckets:
         return bucketize(
@@ -306,6 +331,14 @@ class FlatGradBuckets:
         first = next(iter((*self.views, *self._all_parameters)), None)
         device = torch.device("cpu") if first is None else first.device
         return GradBuckets(buckets, len(self.parameters), self.n_segments, self.names, device)
+
+
+def share_of(n: int, turn: int) -> slice:
+    """Which of n things are looked at in a turn: at least 16, and all of them in 64 turns."""
+    size = max(LEAST, -(-n // TURNS))
+    n_shares = max(1, -(-n // size))
+    start = turn % n_shares * size
+    return slice(start, start + size)
 
 
 def _grouped(parameters: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[int]]:

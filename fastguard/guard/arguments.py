@@ -144,6 +144,12 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={shown(value)} is unknown; use one of {', '.join(choices)}")
 
 
+def check_flat_choice(name: str, value: object) -> None:
+    """Raises a ValueError for what is neither a bool nor `"trusted"`."""
+    if not isinstance(value, bool) and value != "trusted":
+        raise ValueError(f"{name}={shown(value)} is unknown; use True, False or 'trusted'")
+
+
 def check_budget(value: object) -> None:
     """Raises a TypeError or ValueError if `value` is neither None nor a count of skips."""
     if value is not None:

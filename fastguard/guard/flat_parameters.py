@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
-from fastguard.functional.flat_buckets import FlatBuffer, FlatGradBuckets, slot_in
+from fastguard.functional.flat_buckets import FlatBuffer, FlatGradBuckets, share_of, slot_in
 from fastguard.guard.param_gradients import Gradients
 from fastguard.guard.step_hooks import is_hooked
 
@@ -180,7 +180,10 @@ class FlatParameters:
             if not run.keys and of_runs.get(run.weights):
                 self._take_in(run, of_runs[run.weights])
         self._tell_histories_apart(runs)
-        increment_version(self._moving)
+        moving = self._moving
+        if self._gradients.trusted:
+            moving = moving[share_of(len(moving), self._gradients.turn)]
+        increment_version(moving)
         self._mark_state()
         self._shown = None
 
@@ -215,10 +218,19 @@ class FlatParameters:
         gradients were laid out anew, and a state that was loaded.
         """
         flat = self._flat
-        if self._buffers is not flat.buffers or self._addresses_now() != self._addresses:
+        if self._gradients.trusted and self._buffers is flat.buffers:
+            self._look_at_a_share(flat)
+        elif self._buffers is not flat.buffers or self._addresses_now() != self._addresses:
             self._lay_out(flat)
         if self._state_is_another():
             self._take_in_state(flat.parameters)
+
+    def _look_at_a_share(self, flat: FlatGradBuckets) -> None:
+        some = share_of(len(flat.parameters), self._gradients.turn)
+        parameters, addresses = flat.parameters[some], self._addresses[some]
+        for p, address in zip(parameters, addresses, strict=True):
+            if p.data_ptr() != address:
+                self._gradients.refuse_replaced(p)
 
     def _addresses_now(self) -> list[int]:
         return list(map(Tensor.data_ptr, self._flat.parameters))

@@ -24,6 +24,7 @@ from fastguard.guard.arguments import (
     MODES,
     check_budget,
     check_choice,
+    check_flat_choice,
     check_optimizer,
     check_settings,
     check_whole_step,
@@ -45,7 +46,7 @@ from fastguard.guard.flat_checks import check_flat_dtypes, check_flat_optimizer
 from fastguard.guard.grad_scaler import ScalerInputs, longest_search, scaler_inputs, tell_scaler
 from fastguard.guard.inner_step import ClosureNeeded, StepCall, StepSignature
 from fastguard.guard.lifetime import saved_with
-from fastguard.guard.param_gradients import Gradients
+from fastguard.guard.param_gradients import Flat, Gradients
 from fastguard.guard.rank_arguments import arguments_of, places_of
 from fastguard.guard.reporting import ReportingOptimizer
 from fastguard.guard.state_dict import guard_state, inner_state, parts, torch_dcp
@@ -101,11 +102,15 @@ class GuardedOptimizer(ReportingOptimizer):
             `TrainingDivergedError`. Skips that only lower a loss scale do not count. Default: None.
         named_parameters: `model.named_parameters()`, to name parameters in records.
         flat_buckets: Whether to keep the gradients in one buffer per (device, dtype), see
-            `FlatGradBuckets`. Default: False.
+            `FlatGradBuckets`. `"trusted"`: each step checks only a few parameters, in turn. This
+            requires that `.grad` is replaced or removed by nothing but the guard's `zero_grad`, and
+            that no parameter is frozen or unfrozen. Default: False.
         flat_parameters: Whether to keep parameters and optimizer state in such buffers too; a step
             over thousands of tensors is then as fast as over a single one. For `AdamW`, `Adam`,
             `SGD` and `Adagrad` of `torch.optim`, with torch's fused kernels; implies
-            `flat_buckets`. Default: False.
+            `flat_buckets`. `"trusted"`: as above, and this also requires that the `.data` of no
+            parameter is replaced and that no backward pass uses a graph from before a step.
+            Default: False.
         compile_step: Whether to compile the update with `torch.compile`, with every write masked by
             the verdict. Any optimizer that can be traced then skips on the device, without
             synchronisation. Gradients are scaled within the update; `.grad` is not changed.
@@ -160,8 +165,8 @@ class GuardedOptimizer(ReportingOptimizer):
         spike: Rule | Mapping[str, Rule] | None = None,
         max_consecutive_skips: int | None = None,
         named_parameters: Iterable[tuple[str, Tensor]] | None = None,
-        flat_buckets: bool = False,
-        flat_parameters: bool = False,
+        flat_buckets: Flat = False,
+        flat_parameters: Flat = False,
         compile_step: bool = False,
         group: Group = None,
         watch: Iterable[WatchName] = (),
@@ -171,6 +176,8 @@ class GuardedOptimizer(ReportingOptimizer):
         check_choice("clip_scope", clip_scope, SCOPES)
         check_choice("nonfinite", nonfinite, MODES)
         check_budget(max_consecutive_skips)
+        check_flat_choice("flat_buckets", flat_buckets)
+        check_flat_choice("flat_parameters", flat_parameters)
         self.norm_type: float = norm_type_of(norm_type)
         self.max_norm: Limit | None = None if max_norm is None else checked_limit(max_norm)
         rules = rules_by_signal(spike)
@@ -179,7 +186,7 @@ class GuardedOptimizer(ReportingOptimizer):
         if flat_parameters:
             check_flat_optimizer(optimizer)
         if compile_step:
-            check_compiled_optimizer(optimizer, flat_parameters)
+            check_compiled_optimizer(optimizer, bool(flat_parameters))
 
         self.optimizer = optimizer
         self.clip_scope: ClipScope = clip_scope
@@ -194,7 +201,9 @@ class GuardedOptimizer(ReportingOptimizer):
         check_watchable(self.watch, WholeStep.serves(optimizer), optimizer)
         self._device = self._gradients.device
         self._recorder = Recorder()
-        self._stepper = requested_stepper(optimizer, self._gradients, flat_parameters, compile_step)
+        self._stepper = requested_stepper(
+            optimizer, self._gradients, bool(flat_parameters), compile_step
+        )
         self._limits: tuple[Limit, ...] = ()
         self._policy = self._current_policy()
         self._state = GuardState.fresh(self._policy, self._device)

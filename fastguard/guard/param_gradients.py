@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from operator import attrgetter, is_
+from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from fastguard.functional.flat_buckets import FlatGradBuckets, check_flat
@@ -23,6 +25,9 @@ from fastguard.ranks.team import Team, team_of
 
 log: logging.Logger = logging.getLogger("fastguard")
 
+TRUSTED = "trusted"
+Flat = bool | Literal["trusted"]
+
 
 class Gradients:
     """The gradients of the parameters of an optimizer, in buckets.
@@ -32,14 +37,18 @@ class Gradients:
         scope: What one clip coefficient applies to.
         names: Names by parameter.
         norm_type: p of the norm.
-        flat: Whether to keep gradients in one buffer per (device, dtype).
+        flat: Whether to keep gradients in one buffer per (device, dtype). `"trusted"`: they are
+            never replaced.
         group: The ranks that decide together.
-        with_parameters: Whether parameters will be flat too, which implies `flat`.
+        with_parameters: Whether parameters will be flat too, which implies `flat`. `"trusted"`:
+            neither parameters nor gradients are replaced.
 
     Attributes:
         layout: The parameters, their segments and names.
         device: The device of the decision.
         team: The ranks that decide together; None in a single process.
+        trusted: Whether a step checks only a share of the flat gradients.
+        turn: The number of such checks so far, which selects the share.
 
     Raises:
         TypeError, ValueError: `group` is not a process group, or cannot be combined with `flat` or
@@ -54,9 +63,9 @@ class Gradients:
         scope: ClipScope,
         names: Mapping[Tensor, str],
         norm_type: float,
-        flat: bool,
+        flat: Flat,
         group: Group = None,
-        with_parameters: bool = False,
+        with_parameters: Flat = False,
     ) -> None:
         self.optimizer = optimizer
         self.scope: ClipScope = scope
@@ -68,32 +77,50 @@ class Gradients:
         self.layout: Layout = self._lay_out()
         check_plain_shards(self.layout.parameters, group)
         self.team: Team | None = team_of(self.layout.parameters, group)
-        self.with_parameters = with_parameters
+        self.with_parameters = bool(with_parameters)
+        self.trusted = (with_parameters or flat) == TRUSTED
+        self.turn = 0
         if with_parameters:
             self.check_movable()
-        self.flat = _flattened(self.layout) if flat or with_parameters else None
+        self.flat = self._flattened(self.layout) if flat or with_parameters else None
 
     def refresh(self) -> bool:
-        """Updates the layout if the parameters have changed; checking takes 0.03 µs per tensor.
+        """Updates the layout if the parameters have changed; checking takes 0.001 µs per tensor.
 
         Returns:
             Whether they have changed.
         """
-        groups = self.optimizer.param_groups
         known = self.layout.parameters
-        if sum(len(g["params"]) for g in groups) == len(known) and all(
-            map(is_, known, chain.from_iterable([g["params"] for g in groups]))
-        ):
+        if self._holds_known([g["params"] for g in self.optimizer.param_groups]):
             return False
         layout = self._lay_out()
         check_plain_shards(layout.parameters, self.group, replaced=known)
         self.team = team_of(layout.parameters, self.group)
         if self.flat is not None:
             self.flat.release()
-            # Gradients that are None remain None, so that weight decay does not change parameters.
-            self.flat = _flattened(layout, fill=False)
+            # Gradients that are None remain None, so that weight decay does not change parameters;
+            # trusted gradients are always in their slots.
+            self.flat = self._flattened(layout, fill=self.trusted)
         self.layout = layout  # set last, so that all of this is repeated after an exception
+        self._know_groups()
         return True
+
+    def _holds_known(self, groups: list[list[Tensor]]) -> bool:
+        """Returns whether the param groups contain the known parameters.
+
+        Lists of the same objects compare equal without access to the objects, 20 times faster than
+        `is` per tensor. Different tensors can only compare equal if they have one element; with
+        more, the comparison raises.
+        """
+        try:
+            if groups == self._groups:
+                return all(groups[g][i] is p for g, i, p in self._scalars)
+        except Exception:  # two different tensors were compared
+            pass
+        known = self.layout.parameters
+        return sum(map(len, groups)) == len(known) and all(
+            map(is_, known, chain.from_iterable(groups))
+        )
 
     def check_new(self, named: Sequence[tuple[str | None, Tensor]]) -> None:
         """Raises a TypeError or ValueError for new parameters that cannot be added."""
@@ -126,12 +153,15 @@ class Gradients:
         Raises:
             ValueError: Gradients are on the meta device, or are shards without a group.
             TypeError: Gradients are subclasses that wrap other tensors.
+            RuntimeError: A trusted gradient was replaced.
         """
         if not self._seen:
             self._check_first_step()
         layout, team = self.layout, self.team
         sharing = None if team is None else team.sharing_of_gradients(layout.parameters)
         if self.flat is not None:
+            if self.trusted:
+                self._check_share(self.flat)
             buckets = self.flat.buckets()
             if sharing is None and buckets.device == self.device:
                 return buckets
@@ -148,6 +178,25 @@ class Gradients:
         if buckets.kind is WRAPPED:
             self._refuse_wrapped(buckets)
         return buckets
+
+    def _check_share(self, flat: FlatGradBuckets) -> None:
+        """Raises a RuntimeError if a parameter of the next share was replaced."""
+        self.turn += 1
+        replaced = flat.replaced(self.turn)
+        if replaced is not None:
+            self.refuse_replaced(replaced)
+
+    def refuse_replaced(self, p: Tensor) -> NoReturn:
+        """Raises a RuntimeError for a trusted parameter that is not in its buffer."""
+        layout = self.layout
+        named = zip(layout.names, layout.parameters, strict=True)
+        name = next(name for name, q in named if q is p)
+        argument = "flat_parameters" if self.with_parameters else "flat_buckets"
+        raise RuntimeError(
+            f"{name} or its gradient was replaced, frozen or thawed, and {argument}={TRUSTED!r} "
+            "promises that none is; clear gradients with the zero_grad() of the guard, or pass "
+            f"{argument}=True, which looks at every parameter in every step"
+        )
 
     def _refuse_wrapped(self, buckets: GradBuckets) -> None:
         """Raises a TypeError: wrapped gradients may need one decision per wrapped tensor."""
@@ -219,7 +268,21 @@ class Gradients:
     def _lay_out(self) -> Layout:
         return lay_out(self.optimizer.param_groups, self.scope, self.names)
 
+    def _know_groups(self) -> None:
+        """Stores the parameters of the param groups, for `_holds_known`."""
+        self._groups = [list(group["params"]) for group in self.optimizer.param_groups]
+        self._scalars = [
+            (g, i, p)
+            for g, params in enumerate(self._groups)
+            for i, p in enumerate(params)
+            if is_lazy(p) or p.numel() == 1
+        ]
 
-def _flattened(layout: Layout, *, fill: bool = True) -> FlatGradBuckets:
-    named = zip(layout.names, layout.parameters, strict=True)
-    return FlatGradBuckets(named, segments=layout.segments, n_segments=layout.n_segments, fill=fill)
+    def _flattened(self, layout: Layout, *, fill: bool = True) -> FlatGradBuckets:
+        return FlatGradBuckets(
+            zip(layout.names, layout.parameters, strict=True),
+            trusted=self.trusted,
+            segments=layout.segments,
+            n_segments=layout.n_segments,
+            fill=fill,
+        )

@@ -8,6 +8,7 @@ the same, but the weights hardly change.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from fastguard.commands.bench.workload import Workload
 
 LR = 1e-12
 FLAT_PARAMETERS = "GuardedOptimizer flat parameters"
+TRUSTED_PARAMETERS = f"{FLAT_PARAMETERS} trusted"
 
 
 def inner_optimizer(work: Workload, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
@@ -117,22 +119,23 @@ def guarded_step(work: Workload, inner: torch.optim.Optimizer) -> Prepared:
 
 def guarded_step_flat(work: Workload, inner: torch.optim.Optimizer) -> Prepared:
     """`GuardedOptimizer(flat_buckets=True)`."""
-    return _flat(work, buckets=True)
+    return _flat(work, flat_buckets=True)
 
 
 def guarded_step_flat_parameters(work: Workload, inner: torch.optim.Optimizer) -> Prepared:
     """`GuardedOptimizer(flat_parameters=True)`."""
-    return _flat(work, buckets=False)
+    return _flat(work, flat_parameters=True)
 
 
-def _flat(work: Workload, *, buckets: bool) -> Prepared:
+def guarded_step_trusted(work: Workload, inner: torch.optim.Optimizer) -> Prepared:
+    """`GuardedOptimizer(flat_parameters="trusted")`."""
+    return _flat(work, flat_parameters="trusted")
+
+
+def _flat(work: Workload, **how: Any) -> Prepared:
     twin = work.twin()
-    guarded = fastguard.GuardedOptimizer(
-        inner_optimizer(work, twin),
-        max_norm=work.max_norm,
-        flat_buckets=buckets,
-        flat_parameters=not buckets,
-    )
+    inner = inner_optimizer(work, twin)
+    guarded = fastguard.GuardedOptimizer(inner, max_norm=work.max_norm, **how)
     return Prepared(_stepping(guarded), lambda: work.restore(twin), twin)
 
 
@@ -145,6 +148,7 @@ STEPS: dict[str, Callable[[Workload, torch.optim.Optimizer], Prepared]] = {
     "GuardedOptimizer": guarded_step,
     "GuardedOptimizer flat": guarded_step_flat,
     FLAT_PARAMETERS: guarded_step_flat_parameters,
+    TRUSTED_PARAMETERS: guarded_step_trusted,
 }
 
 

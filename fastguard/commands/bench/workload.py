@@ -178,11 +178,11 @@ class Workload:
 
 def bytes_needed(case: Case) -> int:
     """Memory in bytes that the workload of a case takes, including twins of flat contenders."""
-    copies = 1 + case.changes_grads + sum("flat" in name for name in case.contenders)
-    if case.optimizer:
-        copies += 1 + UPDATED[case.optimizer[0]]
-        copies *= 1 + any("flat" in name for name in case.contenders)
-    return case.grad_bytes * copies
+    n_flat = sum("flat" in name for name in case.contenders)
+    copies = 1 + n_flat
+    if case.optimizer:  # each flat contender has parameters and a state of its own
+        copies *= 1 + UPDATED[case.optimizer[0]]
+    return case.grad_bytes * (copies + case.changes_grads)
 
 
 def float64_norm(tensors: Sequence[Tensor]) -> float:
