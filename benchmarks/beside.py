@@ -240,11 +240,12 @@ def busy() -> None:
     Threads of a parallel loop wait for the last of them, and that one waits for a core.
     """
     lists = {
-        "29 tensors of 0.5 MB": [(4500,)] * 29,
-        "400 tensors of 5 MB": [(16, 27), (16,), (64, 64, 3), (96, 96)] * 100,
-        "2000 x 1k": [(1000,)] * 2000,
-        "1000 x 10k": [(100, 100)] * 1000,
-        "yolo11n": model_shapes("yolo11n"),
+        "29 tensors of 0.5 MB": ([(4500,)] * 29, torch.float32),
+        "29 tensors of 0.3 MB, bfloat16": ([(4500,)] * 29, torch.bfloat16),
+        "400 tensors of 5 MB": ([(16, 27), (16,), (64, 64, 3), (96, 96)] * 100, torch.float32),
+        "2000 x 1k": ([(1000,)] * 2000, torch.float32),
+        "1000 x 10k": ([(100, 100)] * 1000, torch.float32),
+        "yolo11n": (model_shapes("yolo11n"), torch.float32),
     }
     threads = torch.get_num_threads()
     loop = [sys.executable, "-c", "while True: pass"]
@@ -254,18 +255,19 @@ def busy() -> None:
             for n in sorted({threads, 1}, reverse=True):
                 torch.set_num_threads(n)
                 print(f"{n_busy} other busy processes, {n} threads, nothing to clip and clipping:")
-                for name, shapes in lists.items():
-                    print(f"  {name}: {_against_torch(shapes, 1e9)}; {_against_torch(shapes, 1.0)}")
+                for name, gradients in lists.items():
+                    unclipped, clipped = (_against_torch(*gradients, x) for x in (1e9, 1.0))
+                    print(f"  {name}: {unclipped}; {clipped}")
         finally:
             for other in others:
                 other.kill()
                 other.wait()
 
 
-def _against_torch(shapes: Sequence[tuple[int, ...]], max_norm: float) -> str:
-    """Clipping of gradients of these shapes, by torch and by fastguard in turns."""
-    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
-    pristine = [torch.randn(shape) for shape in shapes]
+def _against_torch(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, max_norm: float) -> str:
+    """Clips gradients of these shapes by torch and by fastguard in turns; returns both times."""
+    parameters = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes]
+    pristine = [torch.randn(shape).to(dtype) for shape in shapes]
     for p in parameters:
         p.grad = torch.empty_like(p)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastguard.versions import tensor_guards
 
 FORMS = 8  # number kept: sets of None gradients alternate
-FEWEST = 32  # tensors; a shorter list is checked as fast in Python
+FEWEST = 4  # tensors; a shorter list is looked at as fast in Python
 
 
 class Group(NamedTuple):

@@ -45,8 +45,10 @@ def decide(
     total_norm = _total_norm(stats, sums)
     bad_grad = any(map(any, counts))
     overflow = signals.found_inf is not None and signals.found_inf.item() > 0
-    losses = dict(zip(signals.loss_names, signals.losses.tolist(), strict=True))
-    bad_loss = not all(map(math.isfinite, losses.values()))
+    losses, bad_loss = {}, False
+    if signals.loss_names:
+        losses = dict(zip(signals.loss_names, signals.losses.tolist(), strict=True))
+        bad_loss = not all(map(math.isfinite, losses.values()))
     lowers = overflow and not bad_loss and _scale_falls(signals)
     grad_fault, loss_fault = _faults(policy.nonfinite, bad_grad, bad_loss, overflow, lowers)
     # The norm of finite elements exceeds float64; in propagate mode clipped to zero, as in torch.
@@ -73,9 +75,13 @@ def decide(
         max_norm = exact(limit, total_norm)
     coefs = _clip_coefs(stats, policy, max_norm, spike_limit, total_norm, sums, bad_grad)
     clip_coef = coefs if isinstance(coefs, Tensor) else _float64([coefs])
-    multiplier = clip_coef if signals.inv_scale is None else clip_coef * signals.inv_scale
+    multiplier, smallest = clip_coef, _smallest(coefs)
+    multiplies = smallest != 1.0  # NaN is not 1
     if skip:
-        multiplier = torch.ones_like(clip_coef)
+        multiplier, multiplies = torch.ones_like(clip_coef), False
+    elif signals.inv_scale is not None:
+        multiplier = clip_coef * signals.inv_scale
+        multiplies = any(m != 1.0 for m in multiplier.tolist())
     clean = policy.nonfinite == "zero" and bad_grad and not skip
     reason = _reason(lowers, bad_grad or overflow or too_large, loss_fault, spikes, policy)
     step, in_a_row = (0, 0) if state is None else _count_step(state, skip, lowers)
@@ -92,10 +98,10 @@ def decide(
         thresholds=_float64(thresholds) if spikes else _NO_THRESHOLDS,
         known=Known(
             total_norm=total_norm,
-            clip_coef=_smallest(coefs),
+            clip_coef=smallest,
             skipped=skip,
             cleaned=clean,
-            changes_gradients=clean or any(m != 1.0 for m in multiplier.tolist()),
+            changes_gradients=clean or multiplies,
             reason=reason,
             nonfinite_counts=[int(sum(each)) for each in counts] if bad_grad else _NONE,
             losses=losses,

@@ -82,7 +82,7 @@ def power_sums(
     bad: dict[int, Counts] = {}
     parts = _parts(bucket)
     roots = holds_norms(bucket.dtype, norm_type)
-    known = _sums_of_small_segments(parts, norm_type)
+    known = _sums_of_small_segments(parts, norm_type) if len(parts) >= FEW else {}
     for part in parts:
         total = known.get(part.segment)
         if total is None:
