@@ -150,8 +150,8 @@ class CompiledStep(ReadsFirstIfNeeded):
         multiplier = verdict.multiplier.expand(n_segments)
         run_global_hooks(self.optimizer)
         start = None if graph.has_run else time.perf_counter()
-        graph.run(verdict.found_inf, multiplier, verdict.clean, *inputs)
-        call.returned.append(None)
+        args = verdict.found_inf, multiplier, verdict.clean, *inputs
+        call.returned.append(graph.run(*args) or None)  # one line: no interrupt comes between
         graph.has_run = True
         if start is not None:
             log.info(

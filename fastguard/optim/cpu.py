@@ -153,7 +153,8 @@ def _directly(
             return list(of) if every else [of[i] for i in members]
 
         states = [those(update.states[name]) for name in names]
-        fused(those(update.parameters), those(update.grads), states, those(update.steps or ()))
+        steps = those(update.steps) if update.steps else []
+        fused(those(update.parameters), those(update.grads), states, steps)
         return
     scratch = _Scratch(p.dtype)
     for piece in pieces(update, members, names):

@@ -45,12 +45,25 @@ def take_over(
         for key in OWN:
             if key not in saved_group:
                 group[key] = old[key]
-        for i, p in zip(ids, group["params"], strict=False):
-            entries = saved["state"].get(i, {})
+        for p in group["params"]:
+            entries = saved["state"].get(next(ids), {})
+            _check_shapes(entries, p)
             kept = {k: _kept(k, v, group, p) for k, v in entries.items()}
             kept = {k: v for k, v in kept.items() if v is not None}
             if kept or p in optimizer.state:
                 optimizer.state[p] = kept
+
+
+def _check_shapes(entries: Mapping[str, Any], p: Tensor) -> None:
+    """Raises a ValueError for state of another shape: a fused update would write past its end."""
+    for key, value in entries.items():
+        expected = torch.Size() if key == STEP else p.shape
+        if isinstance(value, Tensor) and value.shape != expected:
+            raise ValueError(
+                f"the state dict has {key!r} of shape {tuple(value.shape)} for a parameter of "
+                f"shape {tuple(p.shape)}; load it into an optimizer of the same parameters in the "
+                "same order"
+            )
 
 
 def _kept(key: str, value: Any, group: Mapping[str, Any], p: Tensor) -> Any:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -162,6 +162,10 @@ class GuardState:
             t.to(device) for t in (self.counters, self.windows, self.rings, self.limits)
         )
         return GuardState(counters, windows, rings, limits)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies carry no `undo`: the step that it belongs to ends here, not in the copy."""
+        return GuardState, (self.counters, self.windows, self.rings, self.limits)
 
     def note_all(self) -> None:
         """Saves everything for `undo`, before a decision changes it."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler as schedulers
 
+from fastguard import AdaGC, AutoClip, ZClip
 from guardtest.guarded import SPIKES, adamw, train
 from guardtest.training import assert_same_bits, new_parameters, snapshot
 
@@ -45,3 +46,25 @@ def test_a_copy_is_independent(copied, flat):
     twin.add_param_group({"params": new_parameters([(7,)])})
     train(twin, [8])
     assert twin.applied_steps == 7
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved])
+@pytest.mark.parametrize("limit", [ZClip(warmup=2), AutoClip(window=3), AdaGC(warmup=2)])
+def test_a_copy_has_what_an_adaptive_limit_has_learned(copied, limit):
+    scope = "tensor" if isinstance(limit, AdaGC) else "global"
+    opt = adamw(new_parameters(), max_norm=limit, clip_scope=scope)
+    train(opt, range(4), bad={2})
+    twin = copied(opt)
+    train(opt, range(4, 8))
+    train(twin, range(4, 8))
+    assert_same_bits(snapshot(twin), snapshot(opt))
+    assert [r.limit for r in twin.records()[-4:]] == [r.limit for r in opt.records()[-4:]]
+
+
+def test_a_hook_inside_the_step_may_copy_the_guard():
+    opt = adamw(new_parameters(), max_norm=ZClip(warmup=2))
+    copies = []
+    opt.optimizer.register_step_post_hook(lambda *_: copies.append(copy.deepcopy(opt)))
+    train(opt, range(4))
+    train(copies[-1], range(4, 6))
+    assert copies[-1].steps_taken >= 5

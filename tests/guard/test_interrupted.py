@@ -9,7 +9,9 @@ from functools import partial
 import pytest
 import torch
 
+import fastguard.optim
 from fastguard import (
+    AGC,
     AdaGC,
     AutoClip,
     GuardedLR,
@@ -84,14 +86,14 @@ class Run:
         self.feed(parameters, i)
         return partial(opt.step, loss=loss, tag=i)
 
-    def attempt(self, i, at):
+    def attempt(self, i, at, within=""):
         """Takes an interrupted step, also in the second run if it was taken; returns the line."""
         before = self.opt.steps_taken
         weights = snapshot(self.opt)
         where = []
         step = self.ready(self.parameters, self.opt, i)
         try:
-            with interrupted(at) as where:
+            with interrupted(at, within=within) as where:
                 step()
         except KeyboardInterrupt:
             assert where
@@ -128,6 +130,11 @@ class Run:
 KINDS = {
     "plain": lambda groups: counted(torch.optim.SGD)(groups, lr=0.1, momentum=0.9),
     "fused": lambda groups: torch.optim.AdamW(groups, lr=0.1, fused=True),
+    "AdamW": lambda groups: torch.optim.AdamW(groups, lr=0.1),
+    "fused SGD": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9, fused=True),
+    "own AdamW": lambda groups: fastguard.optim.AdamW(groups, lr=0.1, amsgrad=True),
+    "own SGD": lambda groups: fastguard.optim.SGD(groups, lr=0.1, momentum=0.9),
+    "own Lion": lambda groups: fastguard.optim.Lion(groups, lr=0.01),
     "LBFGS": lambda groups: torch.optim.LBFGS(
         [p for g in groups for p in g["params"]], lr=1e-3, max_iter=2
     ),
@@ -143,11 +150,21 @@ SETTINGS = {
     "zclip": ("plain", {"max_norm": ZClip(warmup=5)}),
     "autoclip": ("fused", {"max_norm": AutoClip(window=7)}),
     "adagc": ("plain", {"max_norm": AdaGC(warmup=5), "clip_scope": "tensor"}),
+    "agc": ("plain", {"max_norm": AGC(0.1), "clip_scope": "unit"}),
+    "compiled": ("AdamW", {"compile_step": True}),
+    "compiled, cleans": ("AdamW", {"compile_step": True, "nonfinite": "zero"}),
+    "own AdamW": ("own AdamW", {"flat_buckets": True}),
+    "own SGD, cleans": ("own SGD", {"nonfinite": "zero"}),
+    "own SGD, agc": ("own SGD", {"max_norm": AGC(0.1), "clip_scope": "unit"}),
+    "own Lion, autoclip": ("own Lion", {"max_norm": AutoClip(window=7)}),
+    "flat_parameters of SGD": ("fused SGD", {"flat_parameters": True, "max_norm": ZClip(warmup=5)}),
+    "watched": ("plain", {"watch": ("tensor_norms", "update_ratio"), "watch_every": 2}),
 }
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_an_interrupt_at_any_line_of_a_step(setting):
+def test_an_interrupt_at_any_line_of_a_step(setting, monkeypatch):
+    monkeypatch.setattr("fastguard.guard.compiled_step.BACKEND", "eager")
     kind, options = SETTINGS[setting]
     chance = random.Random(setting)
     run, scout = Run(kind, options), Run(kind, options)
@@ -161,6 +178,30 @@ def test_an_interrupt_at_any_line_of_a_step(setting):
         n_interrupted += bool(run.attempt(i, chance.randrange(1, lines + 20)))
     assert n_interrupted > 100
     assert run.opt.steps_taken > 10
+
+
+ROADS = {
+    "plain": "read_first.py",
+    "fused": "on_device.py",
+    "LBFGS": "whole_step.py",
+    "flat_parameters": "flat_",
+    "agc": "unit_clipping.py",
+    "compiled": "compiled_step.py",
+    "own AdamW": "in_update.py",
+    "watched": "watch/",
+}
+
+
+@pytest.mark.parametrize("setting", ROADS)
+def test_an_interrupt_at_each_line_of_a_road(setting, monkeypatch):
+    monkeypatch.setattr("fastguard.guard.compiled_step.BACKEND", "eager")
+    run = Run(*SETTINGS[setting])
+    run.attempt(0, 10**6)
+    at, i, missed = 0, 1, 0
+    while missed < 4:  # steps differ in length: watched ones, skips
+        missed = 0 if run.attempt(i, at, ROADS[setting]) else missed + 1
+        at, i = at + 1, i + 1
+    assert at > 10
 
 
 def test_losses_observed_before_an_interrupted_step_count_in_the_next_attempt():

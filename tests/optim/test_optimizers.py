@@ -240,6 +240,24 @@ def test_settings_may_change_between_steps():
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_param_groups_have_settings_of_their_own(kind):
+    name, settings = KINDS[kind]
+    ours, theirs = parameters_of(), parameters_of()
+
+    def groups(parameters):
+        return [{"params": parameters[:1], "lr": 0.3}, {"params": parameters[1:]}]
+
+    a = getattr(guarded, name)(groups(ours), lr=1e-2, **settings)
+    b = getattr(torch.optim, name)(groups(theirs), lr=1e-2, **settings)
+    for step in range(3):
+        give(step, ours, theirs)
+        a.step()
+        b.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
+
+
 def test_parameters_without_a_gradient_stay_and_join_later():
     a, b, ours, theirs = pair("AdamW")
     for step in range(4):

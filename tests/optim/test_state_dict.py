@@ -170,6 +170,42 @@ def test_settings_that_cannot_be_obeyed_are_refused_and_nothing_changes():
     train(optimizer, parameters, range(1))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_param_group_gets_its_own_state(kind):
+    options = {"momentum": 0.9} if kind is guarded.SGD else {}
+
+    def of_groups(seed):
+        torch.manual_seed(seed)
+        shapes = ((3,), (2, 5), (4,), (6,), (7,))
+        a, *others = (torch.nn.Parameter(torch.randn(s)) for s in shapes)
+        groups = [{"params": [a]}, {"params": others[:2]}, {"params": others[2:]}]
+        return [a, *others], kind(groups, **options)
+
+    parameters, optimizer = of_groups(0)
+    train(optimizer, parameters, range(3))
+    others, again = of_groups(0)
+    again.load_state_dict(through_a_file(optimizer.state_dict()))
+    for p, q in zip(parameters, others, strict=True):
+        assert optimizer.state[p].keys() == again.state[q].keys()
+        for key, value in optimizer.state[p].items():
+            assert torch.equal(again.state[q][key], value)
+
+
+@pytest.mark.parametrize("entry", ["exp_avg", "step"])
+def test_state_of_another_shape_is_refused_and_nothing_changes(entry):
+    parameters = run()
+    optimizer = guarded.AdamW(parameters)
+    train(optimizer, parameters, range(2))
+    before = copy.deepcopy(optimizer.state_dict())
+    wrong = copy.deepcopy(before)
+    wrong["state"][1][entry] = torch.zeros(2)
+    with pytest.raises(ValueError, match=f"{entry!r} of shape .2,. .* in the same order"):
+        optimizer.load_state_dict(wrong)
+    train(optimizer, parameters, range(2, 4))
+    for key, value in before["state"][1].items():
+        assert value.shape == optimizer.state[parameters[1]][key].shape
+
+
 def test_a_copy_goes_on_alone():
     parameters = run(torch.bfloat16)
     optimizer = guarded.AdamW(parameters, master="remainder")

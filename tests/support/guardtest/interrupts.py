@@ -10,11 +10,26 @@ from typing import Any
 import fastguard
 
 HOME = str(Path(fastguard.__file__).parent)
+UPDATES = str(
+    Path(HOME, "optim")
+)  # inside the wrapped step: weights that it has begun to move stay
+
+
+def _guards(frame: FrameType, within: str = "") -> bool:
+    """Whether a frame runs a file of the package outside the updates of `fastguard.optim`, whose
+    name contains `within`.
+    """
+    name = frame.f_code.co_filename
+    return name.startswith(HOME) and not name.startswith(UPDATES) and within in name
 
 
 @contextmanager
-def interrupted(at: int, error: type[BaseException] = KeyboardInterrupt) -> Iterator[list[str]]:
+def interrupted(
+    at: int, error: type[BaseException] = KeyboardInterrupt, *, within: str = ""
+) -> Iterator[list[str]]:
     """Raises `error` before the line number `at`, from 0, that fastguard runs inside the block.
+
+    Only lines of files whose name contains `within` are counted.
 
     Yields:
         A list with the place where it was raised, `"file:line"`; empty if the block was shorter.
@@ -24,7 +39,7 @@ def interrupted(at: int, error: type[BaseException] = KeyboardInterrupt) -> Iter
 
     def trace(frame: FrameType, event: str, arg: Any) -> Callable[..., Any] | None:
         nonlocal left
-        if not frame.f_code.co_filename.startswith(HOME):
+        if not _guards(frame, within):
             return None
         if event == "line":
             if left == 0:
@@ -48,7 +63,7 @@ def lines_of(work: Callable[[], object]) -> int:
 
     def trace(frame: FrameType, event: str, arg: Any) -> Callable[..., Any] | None:
         nonlocal count
-        if not frame.f_code.co_filename.startswith(HOME):
+        if not _guards(frame):
             return None
         count += event == "line"
         return trace
