@@ -73,6 +73,8 @@ class _Run:
     Attributes:
         keys: The entries of their state; empty: they have none yet.
         weights: The parameters; its `.grad` are their gradients.
+        entries: The state of the run, views of the block; None before it is asked for.
+        others: The step counts of all parameters but the first, with `entries`.
     """
 
     block: _Block
@@ -80,6 +82,8 @@ class _Run:
     last: int
     keys: tuple[str, ...]
     weights: Tensor
+    entries: dict[str, Tensor] | None = None
+    others: Tensor | None = None
 
     def piece(self, of_block: Tensor) -> Tensor:
         """This run in a tensor of its block."""
@@ -91,16 +95,18 @@ class _Run:
         parameter.
         """
         block = self.block
-        return {
-            key: block.steps[self.first] if key == STEP else self.piece(block.states[key])
-            for key in self.keys
-        }
+        if self.entries is None:
+            self.entries = {
+                key: block.steps[self.first] if key == STEP else self.piece(block.states[key])
+                for key in self.keys
+            }
+            self.others = block.steps[self.first + 1 : self.last]
+        return dict(self.entries)
 
     def spread_step(self) -> None:
         """Gives all its parameters the step count of the first one."""
-        if STEP in self.keys:
-            steps = self.block.steps[self.first : self.last]
-            steps[1:] = steps[0]
+        if self.others is not None and self.entries is not None and STEP in self.keys:
+            self.others.copy_(self.entries[STEP])
 
 
 class FlatParameters:
