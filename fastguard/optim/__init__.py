@@ -1,4 +1,4 @@
-"""Fused guarded optimizers: the touch that updates a weight also obeys the verdict."""
+"""Fused optimizers that clip, clean or skip in the same pass that updates the weights."""
 
 from fastguard.optim.adamw import Adam, AdamW
 from fastguard.optim.lion import Lion

@@ -1,4 +1,4 @@
-"""AdamW and Adam, which differ in where the weight decay goes."""
+"""Adam and AdamW, which differ only in how they apply weight decay."""
 
 from __future__ import annotations
 
@@ -8,80 +8,19 @@ from fastguard.optim.contract import Algorithm
 from fastguard.optim.optimizer import FusedOptimizer
 
 
-class AdamW(FusedOptimizer):
-    """AdamW whose one touch of the weights obeys a verdict and can keep exact weights.
-
-    As `torch.optim.AdamW`, with the same state keys; state dicts load both ways.
-
-    Args:
-        params: As in torch: parameters, `(name, parameter)` pairs or param groups.
-        lr: Learning rate, >= 0; default 1e-3. A tensor is read on its device.
-        betas: Decay rates of the two moments, in [0, 1).
-        eps: Added to the denominator, >= 0.
-        weight_decay: Decoupled from the gradient, >= 0; default 1e-2.
-        amsgrad: Divide by the largest second moment so far.
-        maximize: Step uphill.
-        master: How exact float32 weights are kept behind 16-bit ones: `"float32"`, a copy of 4
-            bytes per element beside bfloat16 or float16; `"remainder"`, the 16 bits that bfloat16
-            lacks; None: not at all.
-        rounding: `"nearest"`, or `"stochastic"` for what is kept in bfloat16 (weights without a
-            master, and states): up or down with the probability of the distance.
-        state_dtype: Of the moments: `torch.float32`, `torch.bfloat16` or `torch.float16`; None:
-            that of the parameter, or float32 beside a master.
-        reproducible: IEEE operations in a fixed order: the same bits on every device.
-        seed: Of stochastic rounding, in [0, 2**32).
-
-    Raises:
-        TypeError, ValueError: An argument or a parameter is not served.
-
-    Example:
-        >>> import torch, fastguard.optim
-        >>> model = torch.nn.Linear(4, 2, dtype=torch.bfloat16)
-        >>> optimizer = fastguard.optim.AdamW(model.parameters(), master="remainder")
-        >>> model(torch.ones(4, dtype=torch.bfloat16)).sum().backward()
-        >>> optimizer.step()
-        >>> sorted(optimizer.state[model.weight])
-        ['exp_avg', 'exp_avg_sq', 'remainder', 'step']
-    """
-
-    algorithm: ClassVar[Algorithm] = "adamw"
-
-    def __init__(
-        self,
-        params: Any,
-        lr: Any = 1e-3,
-        betas: tuple[Any, Any] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        *,
-        maximize: bool = False,
-        **own: Any,
-    ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-            "decoupled_weight_decay": True,
-        }
-        super().__init__(params, defaults, own)
-
-
 class Adam(FusedOptimizer):
-    """Adam whose one touch of the weights obeys a verdict and can keep exact weights.
+    """Adam that clips, cleans or skips in one fused pass, and can keep exact float32 weights.
 
-    As `torch.optim.Adam`, with the same state keys; state dicts load both ways.
+    A replacement for `torch.optim.Adam` with the same state keys: each loads the state dicts of the
+    other.
 
     Args:
         params, lr, betas, eps, amsgrad, maximize, master, rounding, state_dtype: As in `AdamW`.
         reproducible, seed: As in `AdamW`.
-        weight_decay: An L2 penalty: added to the gradient times the weight; default 0.
+        weight_decay: L2 penalty, >= 0: `weight_decay * weight` is added to the gradient; default 0.
 
     Raises:
-        TypeError, ValueError: An argument or a parameter is not served.
+        TypeError, ValueError: An argument or a parameter is not supported.
 
     Example:
         >>> import torch, fastguard.optim
@@ -113,6 +52,62 @@ class Adam(FusedOptimizer):
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
             "maximize": maximize,
-            "decoupled_weight_decay": False,
+            "decoupled_weight_decay": self.algorithm == "adamw",
         }
         super().__init__(params, defaults, own)
+
+
+class AdamW(Adam):
+    """AdamW that clips, cleans or skips in one fused pass, and can keep exact float32 weights.
+
+    A replacement for `torch.optim.AdamW` with the same state keys: each loads the state dicts of
+    the other.
+
+    Args:
+        params: Parameters, `(name, parameter)` pairs or param groups, as in torch.
+        lr: Learning rate, >= 0; default 1e-3. A tensor is read on its device.
+        betas: Decay rates of the two moments, in [0, 1); default (0.9, 0.999).
+        eps: Added to the denominator, >= 0; default 1e-8.
+        weight_decay: Decoupled weight decay, >= 0; default 1e-2.
+        amsgrad: Divide by the largest second moment so far; default False.
+        maximize: Maximize the objective instead of minimizing it; default False.
+        master: How exact float32 weights are kept for 16-bit parameters: `"float32"` keeps a copy,
+            4 bytes per element, for bfloat16 or float16; `"remainder"` keeps the 16 bits that
+            bfloat16 lacks, 2 bytes per element; None, the default, keeps none.
+        rounding: How values are rounded to bfloat16 (states, and weights without a master):
+            `"nearest"`, the default, or `"stochastic"`, up or down with a probability
+            proportional to the distance.
+        state_dtype: Dtype of the moments: `torch.float32`, `torch.bfloat16` or `torch.float16`;
+            None, the default, uses float32 with a master and the parameter's dtype without one.
+        reproducible: Use IEEE operations in a fixed order, which give the same bits on every
+            device; default False.
+        seed: Seed of stochastic rounding, in [0, 2**32); default 0.
+
+    Raises:
+        TypeError, ValueError: An argument or a parameter is not supported.
+
+    Example:
+        >>> import torch, fastguard.optim
+        >>> model = torch.nn.Linear(4, 2, dtype=torch.bfloat16)
+        >>> optimizer = fastguard.optim.AdamW(model.parameters(), master="remainder")
+        >>> model(torch.ones(4, dtype=torch.bfloat16)).sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[model.weight])
+        ['exp_avg', 'exp_avg_sq', 'remainder', 'step']
+    """
+
+    algorithm: ClassVar[Algorithm] = "adamw"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 1e-3,
+        betas: tuple[Any, Any] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        **own: Any,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, **own)

@@ -1,8 +1,8 @@
-"""Which implementation takes the update of a bucket: by device, one table.
+"""Selects the implementation of an update by device.
 
-cpu        torch's fused kernels over pieces that fit in a cache, or the reference's operations
-triton     devices that `fastguard.stages.backend` serves with kernels: one launch over all tensors
-reference  every other device: plain PyTorch, which waits for nothing
+cpu        torch's fused kernels on pieces that fit in the cache, or the reference's operations
+triton     devices for which `fastguard.stages.backend` selects Triton: one launch for all tensors
+reference  all other devices: plain PyTorch, without a sync
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from fastguard.stages.backend import backend_of
 
 
 def updater_of(update: Update) -> Callable[[Update], None]:
-    """What takes an update: tensors that hold no numbers yet are left to the reference."""
+    """Returns the implementation for an update; tensors without data use the reference."""
     if kind_of(set(map(type, update.parameters))) is not PLAIN:
         return reference.update
     return updater_for(update.device)
 
 
 def updater_for(device: torch.device) -> Callable[[Update], None]:
-    """What takes the updates on a device."""
+    """Returns the implementation for a device."""
     if device.type == "cpu":
         return cpu.update
     return _kernel() if backend_of(device) == "triton" else reference.update
 
 
 def _kernel() -> Callable[[Update], None]:
-    """Imported for the first GPU tensor: importing triton takes half a second."""
+    """Imports triton, which takes half a second, for the first GPU tensor."""
     from fastguard.optim import triton
 
     return triton.update

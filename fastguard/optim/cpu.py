@@ -1,13 +1,13 @@
-"""The update on a CPU: the verdict is read, which is free, and then costs nothing where it is kind.
+"""The update on a CPU. The verdict is read first, so that a step without clipping costs no more.
 
-* direct: torch's fused kernel on the tensors themselves, where it means the same. A multiplier is
-  applied to a copy of the gradient, piece by piece: `grad_scale` would have torch write the
-  gradient, which costs more and changes `.grad`.
-* through float32: all else. A piece is widened into memory that stays in the cache, updated there
-  by torch's fused kernel, and narrowed again. With `reproducible`, and for Lion, the operations of
-  the reference take the place of the fused kernel, in the same order.
+* Direct: torch's fused kernel on the tensors themselves, if it computes the same. A multiplier is
+  applied to a copy of the gradient, piece by piece: with `grad_scale`, torch would write the
+  gradient, which is slower and changes `.grad`.
+* Through float32: all other cases. A piece is converted to float32 in memory that stays in the
+  cache, updated there by torch's fused kernel, and converted back. With `reproducible`, and for
+  Lion, the operations of the reference replace the fused kernel, in the same order.
 
-I/O: what the contract says; the widened copies never leave the cache.
+I/O: as in `fastguard.optim.contract`; the float32 copies stay in the cache.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def update(update: Update) -> None:
-    """Takes the step of one bucket, or leaves everything as it is."""
-    if not update.found_inf.item() == 0.0:  # NaN skips
+    """Takes the step of one bucket, or changes nothing if the step is skipped."""
+    if not update.found_inf.item() == 0.0:  # skips if NaN
         return
     if update.steps:
         torch._foreach_add_(list(update.steps), _ONE)
@@ -53,9 +53,10 @@ with lasting():
 def _by_coefficients(
     update: Update, multipliers: Sequence[float]
 ) -> dict[tuple[int, float, float], list[int]]:
-    """Positions of tensors by group, multiplier and step count: those share all coefficients.
+    """Groups positions of tensors by param group, multiplier and step count.
 
-    The step count matters only where the formula is evaluated here.
+    The tensors of a group have equal coefficients. torch's fused Adam takes one step count per
+    tensor, so the count is ignored there.
     """
     counted = update.steps and not _fused_serves_several_steps(update)
     steps = torch.stack(list(update.steps)).tolist() if counted else [0.0] * len(update.parameters)
@@ -73,12 +74,12 @@ def _fused_serves_several_steps(update: Update) -> bool:
 
 
 def _fused_means_it(update: Update, names: Sequence[str]) -> bool:
-    """Whether torch's fused kernel computes the same from the tensors as they are."""
+    """Whether torch's fused kernel computes the same directly on the tensors."""
     dtype = update.parameters[0].dtype
     if update.algorithm == "sgd" and dtype in HALF:
-        return False  # torch 2.13 pairs the wrong halves of vectors: weights off by whole steps
+        return False  # torch 2.13 combines the wrong halves of vectors: weights off by whole steps
     if dtype is torch.float16:
-        return False  # the second moment is rounded before it is used, and underflows
+        return False  # torch rounds the second moment before using it, and it underflows
     return (
         update.algorithm != "lion"
         and not update.reproducible
@@ -90,7 +91,7 @@ def _fused_means_it(update: Update, names: Sequence[str]) -> bool:
 
 
 def _rounds_twice(update: Update, multiplier: float) -> bool:
-    """Whether a 16-bit copy of the scaled gradient would be rounded once more than it must."""
+    """Whether a 16-bit copy of the scaled gradient would add a rounding."""
     return multiplier != 1.0 and update.parameters[0].dtype in HALF
 
 
@@ -149,12 +150,12 @@ def _directly(
     if as_they_are and _all_contiguous(update, names):
         every = len(members) == len(update.parameters)
 
-        def those(of: Sequence[Tensor]) -> list[Tensor]:
+        def selected(of: Sequence[Tensor]) -> list[Tensor]:
             return list(of) if every else [of[i] for i in members]
 
-        states = [those(update.states[name]) for name in names]
-        steps = those(update.steps) if update.steps else []
-        fused(those(update.parameters), those(update.grads), states, steps)
+        states = [selected(update.states[name]) for name in names]
+        steps = selected(update.steps) if update.steps else []
+        fused(selected(update.parameters), selected(update.grads), states, steps)
         return
     scratch = _Scratch(p.dtype)
     for piece in pieces(update, members, names):
@@ -173,7 +174,7 @@ def _all_contiguous(update: Update, names: Sequence[str]) -> bool:
 
 
 def _scale(g: Tensor, multiplier: float, clean: bool, out: Tensor) -> None:
-    """What `reference.scaled` does; the sign is left to the formula."""
+    """Cleans and scales like `reference.scaled`, but leaves the sign to the formula."""
     if clean:
         g = torch.nan_to_num(g.to(out.dtype), nan=0.0, posinf=0.0, neginf=0.0)
     if abs(multiplier) < reference.SMALLEST_FACTOR:
@@ -183,7 +184,7 @@ def _scale(g: Tensor, multiplier: float, clean: bool, out: Tensor) -> None:
         out.copy_(g)
     elif g.dtype is out.dtype:
         torch.mul(g, multiplier, out=out)
-    else:  # an operation on two dtypes takes three times as long
+    else:  # an operation on mixed dtypes takes three times as long
         out.copy_(g).mul_(multiplier)
 
 
@@ -191,7 +192,7 @@ def _scale(g: Tensor, multiplier: float, clean: bool, out: Tensor) -> None:
 
 
 class _Scratch:
-    """Memory for one piece after the other, in the dtype of the arithmetic."""
+    """Reusable memory for one piece at a time, in the dtype of the arithmetic."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -204,25 +205,25 @@ class _Scratch:
         return held[:n]
 
     def widened(self, name: str, tensors: list[Tensor]) -> Tensor:
-        """The elements of tensors in one vector; of one that has the dtype, the tensor itself."""
+        """Returns the elements of tensors as one vector of the dtype; a view if possible."""
         flat = _joined(tensors)
         return flat if flat.dtype is self.dtype else self.line(name, flat.numel()).copy_(flat)
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:
-    """The elements of tensors in one vector: a view of a single one, else a copy."""
+    """Returns the elements of tensors as one vector: a view of a single tensor, else a copy."""
     return bits.in_memory_order(tensors[0]) if len(tensors) == 1 else _flatten(tensors)
 
 
 def _scatter(of: list[Tensor], values: Tensor) -> None:
-    """The way back."""
+    """Copies a vector back to the tensors: the inverse of `_joined`."""
     if len(of) == 1:
         bits.in_memory_order(of[0]).copy_(values)
     else:
         torch._foreach_copy_(of, _unflatten(values, of))
 
 
-# A piece of several tensors holds contiguous ones alone: see `pieces`.
+# Pieces of several tensors contain only contiguous ones: see `pieces`.
 _flatten = torch._C._nn.flatten_dense_tensors  # type: ignore[attr-defined]
 _unflatten = torch._C._nn.unflatten_dense_tensors  # type: ignore[attr-defined]
 
@@ -278,14 +279,14 @@ def _load_weight(update: Update, piece: Piece, scratch: _Scratch) -> Tensor:
     if update.master is None:
         return scratch.widened("w", piece.parameters)
     w = scratch.widened("w", piece.parameters)
-    # The weight as bits is `high << 16`, and the remainder is signed: see `bits`.
+    # The bits of the weight are `high << 16`; the remainder is signed: see `bits`.
     w.view(torch.int32).add_(_joined(piece.masters))
     return w
 
 
 def _store_weight(update: Update, piece: Piece, w: Tensor, noise: Tensor | None) -> None:
     if update.master == "remainder":
-        if not math.isfinite(w.sum().item()):  # NaN would carry into the sign
+        if not math.isfinite(w.sum().item()):  # NaN would carry into the sign bit
             w.copy_(bits.bits_of(w).view(torch.float32))
         as_bits = w.view(torch.int32)
         _scatter(piece.masters, as_bits.to(torch.int16))
@@ -301,14 +302,14 @@ def _store_weight(update: Update, piece: Piece, w: Tensor, noise: Tensor | None)
 def _store(of: list[Tensor], values: Tensor, noise: Tensor | None, number: int) -> None:
     dtype = of[0].dtype
     if len(of) == 1 and dtype is values.dtype and of[0].data_ptr() == values.data_ptr():
-        return  # it was updated in its place
+        return  # it was updated in place
     _scatter(of, reference.stored(values, dtype, noise, number))
 
 
 def _formula(
     update: Update, p: Tensor, g: Tensor, states: list[Tensor], c: list[float], scratch: _Scratch
 ) -> None:
-    """`reference.formula` in place: the same operations, so the same bits."""
+    """Applies `reference.formula` in place, with the same operations and so the same bits."""
     if update.algorithm == "sgd":
         _sgd(update, p, g, states, c)
         return
@@ -316,7 +317,9 @@ def _formula(
         (m,) = states
         toward = torch.mul(m, c[0], out=scratch.line("t", g.numel()))
         toward.add_(torch.mul(g, c[1], out=scratch.line("u", g.numel())))
-        if math.isnan(toward.sum().item()):  # Inf - Inf too, which the slower way serves as well
+        if math.isnan(
+            toward.sum().item()
+        ):  # also after Inf - Inf, for which this slower way is right too
             toward.copy_(toward.sign().masked_fill_(toward.isnan(), math.nan))
         else:
             toward.sign_()
@@ -330,7 +333,7 @@ def _formula(
     m.add_(t.mul_(c[1]))
     v.mul_(c[2]).add_(g.mul_(g).mul_(c[3]))
     largest = torch.maximum(states[2], v, out=states[2]) if update.amsgrad else v
-    np.sqrt(largest.numpy(), out=g.numpy())  # correctly rounded, which torch's is not
+    np.sqrt(largest.numpy(), out=g.numpy())  # correctly rounded, unlike torch's
     g.mul_(c[6]).add_(c[4])
     step = torch.mul(m, c[5], out=t).div_(g)
     if update.algorithm == "adamw":

@@ -1,4 +1,4 @@
-"""Lion: the sign of an interpolated momentum."""
+"""Lion, which steps by the sign of an interpolated momentum."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from fastguard.optim.optimizer import FusedOptimizer
 
 
 class Lion(FusedOptimizer):
-    """Lion (Chen et al. 2023) whose one touch of the weights obeys a verdict.
+    """Lion (Chen et al. 2023) that clips, cleans or skips in one fused pass.
 
-    Half the state of AdamW: one moment, `exp_avg`. Every weight moves by `lr`, so use a third to a
-    tenth of the learning rate of AdamW, and three to ten times its weight decay.
+    It needs half the state of AdamW: one moment, `exp_avg`. Every weight moves by `lr`, so use a
+    third to a tenth of the learning rate of AdamW, and three to ten times its weight decay.
 
     Args:
         params, maximize, master, rounding, state_dtype, reproducible, seed: As in `AdamW`.
         lr: Learning rate, >= 0; default 1e-4.
-        betas: Decay rates of the update and of the moment, in [0, 1).
-        weight_decay: Decoupled from the gradient, >= 0; default 0.
+        betas: Decay rates of the update and of the moment, in [0, 1); default (0.9, 0.99).
+        weight_decay: Decoupled weight decay, >= 0; default 0.
 
     Raises:
-        TypeError, ValueError: An argument or a parameter is not served.
+        TypeError, ValueError: An argument or a parameter is not supported.
 
     Example:
         >>> import torch, fastguard.optim
@@ -49,5 +49,5 @@ class Lion(FusedOptimizer):
         super().__init__(params, defaults, own)
 
     def counts_steps(self, group: Mapping[str, Any]) -> bool:
-        """Whether the update depends on the step count: only stochastic rounding does."""
+        """Whether the update depends on the step count, as only stochastic rounding does."""
         return group["rounding"] == "stochastic"

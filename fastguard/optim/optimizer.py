@@ -1,8 +1,8 @@
-"""`FusedOptimizer`: what all optimizers of this wing share; a subclass adds its hyper-parameters.
+"""`FusedOptimizer`, the base class of all fused optimizers; a subclass adds its hyper-parameters.
 
-A step sorts parameters into buckets of one device, one set of dtypes and one set of options, makes
-an `Update` of each, and hands it to the backend of the device. The verdict comes from the guard
-(`obeying`) or from a `GradScaler`, and goes into the update: no gradient is ever written.
+A step sorts parameters into buckets with the same device, dtypes and options, creates an `Update`
+for each, and passes it to the backend of the device. The verdict comes from the guard (`obeying`)
+or from a `GradScaler`, and is applied within the update: gradients are never written.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from fastguard.optim.sort import check_gradients, updates_of
 
 
 class FusedOptimizer(Optimizer):
-    """An optimizer whose one touch of the weights obeys a verdict.
+    """An optimizer that applies a verdict in the same pass that updates the weights.
 
     Args:
-        params: As in torch.
+        params: Parameters, `(name, parameter)` pairs or param groups, as in torch.
         defaults: The hyper-parameters of the algorithm.
-        own: Keyword arguments: `OWN`, and those that are unknown.
+        own: The other keyword arguments: those of `OWN`, and unknown ones.
 
     Raises:
-        TypeError, ValueError: An argument or a parameter is not served.
+        TypeError, ValueError: An argument or a parameter is not supported.
     """
 
     algorithm: ClassVar[Algorithm]
-    _step_supports_amp_scaling = True  # GradScaler hands over found_inf and grad_scale
+    _step_supports_amp_scaling = True  # GradScaler sets found_inf and grad_scale
     _orders: Orders | None = None
 
     def __init__(self, params: Any, defaults: dict[str, Any], own: dict[str, Any]) -> None:
@@ -49,7 +49,7 @@ class FusedOptimizer(Optimizer):
         """Adds a param group.
 
         Raises:
-            TypeError, ValueError: It cannot be served; it was not added.
+            TypeError, ValueError: The group is not supported; it was not added.
         """
         super().add_param_group(param_group)
         try:
@@ -59,7 +59,7 @@ class FusedOptimizer(Optimizer):
             raise
 
     def check_groups(self, groups: Sequence[Mapping[str, Any]], first: int = 0) -> None:
-        """Raises a TypeError or ValueError for param groups that cannot be served."""
+        """Raises a TypeError or ValueError for param groups that are not supported."""
         for g, group in enumerate(groups, first):
             names = group.get("param_names") or [
                 f"parameter {i} of param group {g}" for i in range(len(group["params"]))
@@ -69,10 +69,13 @@ class FusedOptimizer(Optimizer):
     @torch._disable_dynamo  # torch.compiler.disable imports the compiler, and triton with it
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Takes one step, or leaves everything as it is if the verdict says so.
+        """Takes one step, unless the verdict is to skip it.
 
         Args:
-            closure: Evaluates the model once more and returns the loss, as in torch.
+            closure: Reevaluates the model and returns the loss, as in torch. Default: None.
+
+        Returns:
+            The loss that the closure returned, or None without a closure.
 
         Raises:
             TypeError: A gradient is sparse or complex; nothing was changed.
@@ -92,7 +95,7 @@ class FusedOptimizer(Optimizer):
 
     @contextmanager
     def obeying(self, orders: Orders) -> Iterator[None]:
-        """Inside, a step obeys these orders."""
+        """Within the block, steps apply these orders."""
         self._orders = orders
         try:
             yield
@@ -106,10 +109,10 @@ class FusedOptimizer(Optimizer):
             getattr(self, "grad_scale", None), getattr(self, "found_inf", None), device
         )
 
-    # What a subclass says about itself.
+    # Overridden by subclasses.
 
     def hyper(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        """Values of `contract.HYPER` by name, numbers or tensors; those left out are 0."""
+        """Returns hyper-parameters by their names in `contract.HYPER`; missing ones are 0."""
         beta1, beta2 = group["betas"]
         return {
             "lr": group["lr"],
@@ -120,23 +123,27 @@ class FusedOptimizer(Optimizer):
         }
 
     def state_names(self, group: Mapping[str, Any]) -> tuple[str, ...]:
-        """The state tensors that the parameters of a group have."""
+        """Returns the names of the state tensors of the parameters of a group."""
         names = STATES[self.algorithm]
         return names if group.get("amsgrad") else names[:2]
 
     def counts_steps(self, group: Mapping[str, Any]) -> bool:
-        """Whether the update depends on how many steps a parameter has taken."""
+        """Whether the update depends on the number of steps a parameter has taken."""
         return True
 
     # State dicts.
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict of this optimizer, or of torch's of the same name.
+        """Loads a state dict of this optimizer, or of torch's optimizer of the same name.
 
-        Every entry gets the dtype that it has here: torch would cast all to that of the parameter.
+        Every entry keeps its dtype of this optimizer; torch would cast all of them to the dtype of
+        the parameter.
+
+        Args:
+            state_dict: The state dict.
 
         Raises:
-            ValueError: It is of another `master` mode, or does not fit; nothing was changed.
+            ValueError: It was saved with another `master`, or does not fit; nothing was changed.
         """
         states.check_modes(self, state_dict)
         seen: list[Mapping[str, Any]] = []

@@ -1,4 +1,4 @@
-"""The arguments of the optimizers, checked: what a param group may hold, and for which tensors."""
+"""Checks the arguments of the optimizers: the settings of param groups, and their parameters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OWN: dict[str, Any] = {
     "reproducible": False,
     "seed": 0,
 }
-"""The settings that torch's optimizers do not have, with their defaults."""
+"""The settings that torch's optimizers lack, with their defaults."""
 
 OF_TORCH: dict[str, Any] = {
     "foreach": None,
@@ -30,18 +30,18 @@ OF_TORCH: dict[str, Any] = {
     "differentiable": False,
     "fused": True,
 }
-"""Settings of torch's optimizers, in the param groups so that torch can load them."""
+"""Settings of torch's optimizers, kept in param groups so that torch can load the state dicts."""
 
 _WHY_NOT = {
-    "foreach": "one fused touch updates every tensor, so there is no variant to choose",
+    "foreach": "one fused pass updates every tensor, so there is no variant to choose",
     "fused": "the update is always fused",
-    "capturable": "a CUDA graph may always capture the step",
+    "capturable": "the step can always be captured in a CUDA graph",
     "differentiable": "a fused update cannot be differentiated; use the optimizer of torch.optim",
 }
 
 
 def refuse_unknown(kind: str, unknown: Collection[str], known: Collection[str]) -> None:
-    """Raises a TypeError for keywords that an optimizer does not take."""
+    """Raises a TypeError for keyword arguments that an optimizer does not take."""
     for key in unknown:
         why = _WHY_NOT.get(key)
         hint = f": {why}; leave it out" if why else nearest(key, known)
@@ -49,11 +49,11 @@ def refuse_unknown(kind: str, unknown: Collection[str], known: Collection[str]) 
 
 
 def check_group(group: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Raises a TypeError or ValueError for settings that cannot be obeyed.
+    """Raises a TypeError or ValueError for settings or parameters that are not supported.
 
     Args:
         group: A param group with all its settings.
-        names: What errors call its parameters.
+        names: Names of its parameters, for errors.
     """
     _check_numbers(group)
     for key, choices in (("master", MASTERS), ("rounding", ROUNDINGS)):
@@ -73,7 +73,7 @@ def check_group(group: Mapping[str, Any], names: Sequence[str]) -> None:
 
 def _check_numbers(group: Mapping[str, Any]) -> None:
     for key in ("lr", "eps", "weight_decay", "momentum"):
-        if key in group and not number_of(key, group[key]) >= 0.0:  # NaN is not
+        if key in group and not number_of(key, group[key]) >= 0.0:  # False for NaN
             raise ValueError(f"{key}={shown(group[key])} must be a number >= 0")
     betas = group.get("betas", ())
     if "betas" in group and (not isinstance(betas, tuple | list) or len(betas) != 2):
@@ -90,10 +90,10 @@ def _check_numbers(group: Mapping[str, Any]) -> None:
 
 def _check_parameter(group: Mapping[str, Any], name: str, p: Tensor) -> None:
     master, dtype = group["master"], p.dtype
-    elsewhere = "put it into a param group of its own with"
+    elsewhere = "put it in a separate param group with"
     if not dtype.is_floating_point:
         raise TypeError(
-            f"{name} is {dtype}, and fastguard.optim updates real floating-point parameters; give "
+            f"{name} is {dtype}; fastguard.optim requires real floating-point parameters; give "
             "it to an optimizer of torch.optim"
         )
     if master == "remainder" and dtype is not torch.bfloat16:
@@ -108,14 +108,14 @@ def _check_parameter(group: Mapping[str, Any], name: str, p: Tensor) -> None:
         )
     if dtype is torch.float64 and group["state_dtype"] is not None:
         raise ValueError(
-            f"state_dtype={group['state_dtype']} is for parameters of at most 32 bits, but {name} "
-            f"is {dtype}; {elsewhere} state_dtype=None"
+            f"state_dtype={group['state_dtype']} requires parameters of at most 32 bits, but "
+            f"{name} is {dtype}; {elsewhere} state_dtype=None"
         )
     rounded = dtype is torch.bfloat16 and master is None
     if group["rounding"] == "stochastic" and not rounded:
         if state_dtype_of(group, p) is not torch.bfloat16:
             raise ValueError(
-                f"rounding='stochastic' is for what is kept in bfloat16, but {name} is {dtype}"
+                f"rounding='stochastic' rounds only to bfloat16, but {name} is {dtype}"
                 f"{'' if master is None else ' with an exact master'} and its state is not; "
                 f"{elsewhere} rounding='nearest'"
             )
@@ -126,9 +126,10 @@ def _master_for(dtype: torch.dtype) -> str | None:
 
 
 def state_dtype_of(group: Mapping[str, Any], p: Tensor) -> torch.dtype:
-    """The dtype of the state: as asked, else float32 beside a master, else that of the parameter.
+    """Returns the dtype of a parameter's state.
 
-    A master is there to train as float32 does, which takes float32 moments.
+    By default it is float32 with a master, since training as in float32 needs float32 moments, and
+    the dtype of the parameter without one.
     """
     if group["state_dtype"] is not None:
         return group["state_dtype"]

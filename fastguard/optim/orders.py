@@ -1,4 +1,4 @@
-"""What an update is told about its gradients: by a loss scaler, or by a guard."""
+"""`Orders`: how a step treats its gradients, as decided by a loss scaler or a guard."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Orders:
-    """The verdict on a step, as the update needs it.
+    """The verdict on a step, as needed by the update.
 
     Attributes:
-        multiplier: float64 `(S,)`, what gradients are multiplied by.
-        found_inf: float32 `()`, not 0: the step is skipped.
-        clean: float32 `()`, not 0: non-finite elements of gradients count as 0.
-        segments: The index into `multiplier` of each parameter of the optimizer, group after group;
-            None: all have index 0.
+        multiplier: float64 `(S,)`: factors of the gradients.
+        found_inf: float32 `()`; if it is not 0, the step is skipped.
+        clean: float32 `()`; if it is not 0, non-finite gradient elements count as 0.
+        segments: Index into `multiplier` of each parameter of the optimizer, in the order of the
+            param groups; None: index 0 for all.
     """
 
     multiplier: Tensor
@@ -30,12 +30,12 @@ class Orders:
     def of_scaler(
         grad_scale: Tensor | None, found_inf: Tensor | None, device: torch.device
     ) -> Orders:
-        """Those of `GradScaler`, which sets two attributes on the optimizer that it steps.
+        """Creates orders from the two attributes that `GradScaler` sets on an optimizer.
 
         Args:
-            grad_scale: float32 `()`, what gradients are to be divided by; None: nothing.
-            found_inf: float32 `()`, a sum over devices, > 0 after an overflow; None: none.
-            device: Where to make what is missing.
+            grad_scale: float32 `()`: divisor of the gradients; None: 1.
+            found_inf: float32 `()`: a sum over devices, > 0 after an overflow; None: 0.
+            device: Device of the defaults.
         """
         zero = torch.zeros((), device=device)
         multiplier = (

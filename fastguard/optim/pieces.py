@@ -1,9 +1,9 @@
-"""The tensors of an update on a CPU, in pieces of a size that stays in a cache.
+"""Splits the tensors of an update on a CPU into pieces that fit in the cache.
 
-A piece is either a stretch of one long tensor or several short tensors with the same coefficients.
-Elements are taken in memory order. Where the strides of a parameter, its gradient and its state
-differ, the piece holds copies with the strides of the parameter, which are written back afterwards:
-torch's fused CPU kernels ignore strides and would pair the wrong elements.
+A piece is a part of one long tensor, or several short tensors with the same coefficients, with
+elements in memory order. If the strides of a parameter, its gradient and its state differ, the
+piece holds copies with the strides of the parameter, which are written back afterwards: torch's
+fused CPU kernels ignore strides and would combine the wrong elements.
 """
 
 from __future__ import annotations
@@ -18,25 +18,27 @@ from fastguard.optim.bits import in_memory_order
 from fastguard.optim.contract import Update
 
 PIECE = 2**18
-"""Elements of a piece: 1 MB of float32 in each array. Every operation on a piece costs some 2 µs
-beside its work; with 2**15 elements an update through float32 takes twice as long, with 2**20 a
-tenth longer [EPYC, 1 MB of L2, 32 MB of L3].
+"""Maximum number of elements of a piece: 1 MB of float32 per array.
+
+Every operation on a piece has an overhead of about 2 µs. With 2**15 elements an update through
+float32 takes twice as long, with 2**20 a tenth longer [EPYC, 1 MB of L2, 32 MB of L3].
 """
 JOINED = 2**16
-"""Elements up to which short tensors are joined: they are copied there and back."""
+"""Maximum number of elements of joined short tensors, which are copied to the piece and back."""
 
 
 @dataclass(slots=True)
 class Piece:
-    """What is updated together, in the order of its tensors.
+    """Tensors that are updated together.
 
     Attributes:
-        parameters, grads: One-dimensional views (several short tensors keep their shapes).
-        states: For each state of the algorithm, as many.
-        masters: As many; empty without a master.
-        steps: The step counter of each; empty where none is counted.
-        counters: That of the first element of each; empty unless rounding is stochastic.
-        copies: `(original, copy)` of what is to be written back.
+        parameters, grads: One-dimensional views; several short tensors keep their shapes.
+        states: One list per state of the algorithm, with one tensor per parameter.
+        masters: One tensor per parameter; empty without a master.
+        steps: The step counters; empty if steps are not counted.
+        counters: See `Update.counters`; those of the first elements in this piece.
+        copies: `(original, copy)` pairs to write back.
+        n: Total number of elements.
     """
 
     parameters: list[Tensor] = field(default_factory=list)
@@ -49,17 +51,17 @@ class Piece:
     n: int = 0
 
     def write_back(self) -> None:
-        """Copies the results back to tensors that were updated as copies."""
+        """Copies results back to the tensors that were replaced by copies."""
         for original, copy in self.copies:
             original.copy_(copy)
 
 
 def pieces(update: Update, members: Sequence[int], states: Sequence[str]) -> Iterator[Piece]:
-    """Cuts and joins some tensors of an update.
+    """Yields pieces of some tensors of an update.
 
     Args:
         update: The update.
-        members: Positions of tensors that have the same coefficients.
+        members: Positions of tensors with the same coefficients.
         states: Names of the states, in order.
     """
     size = PIECE
@@ -112,9 +114,9 @@ def _add(piece: Piece, tensors: list[Tensor], step: list[Tensor], first: int, u:
 
 
 def _alike(tensors: list[Tensor]) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
-    """The tensors as vectors in the memory order of the first; copies of those with other strides.
+    """Returns tensors as vectors in the memory order of the first, and `(original, copy)` pairs.
 
-    The second of them, the gradient, is never written back.
+    A tensor with other strides is copied. The second tensor, the gradient, is never written back.
     """
     p = tensors[0]
     like = torch.empty_like(p)  # dense, with the strides of p where p is dense

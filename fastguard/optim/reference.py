@@ -1,4 +1,4 @@
-"""The update in plain PyTorch, operation by operation: what every other backend is judged by.
+"""The update in plain PyTorch, operation by operation: the reference for all other backends.
 
     g <- 0 where g is non-finite and the verdict cleans
     g <- g * multiplier[segment] * sign
@@ -7,16 +7,18 @@
            v <- v * b2 + (g * g) * (1 - b2)
            w <- max(w, v), with amsgrad; else w = v
            p <- p * (1 - lr * wd) - (m * (lr / bc1)) / (sqrt(w) * (1 / sqrt(bc2)) + eps)
-    SGD    g <- g + p * wd                                   where wd is not 0
-           m <- m * momentum + g * (1 - dampening)           where there is momentum
+    SGD    g <- g + p * wd                                   if wd is not 0
+           m <- m * momentum + g * (1 - dampening)           with momentum
            p <- p - m * lr                                   Nesterov: g + m * momentum for m
     Lion   p <- p * (1 - lr * wd) - sign(m * b1 + g * (1 - b1)) * lr
            m <- m * b2 + g * (1 - b2)
 
 Every operation is one IEEE operation in float32 (float64 for float64 parameters), rounded to
 nearest, in this order and without fused multiply-add. Coefficients are computed in float64 and
-rounded once. Nothing waits for the device: a skip selects the old values. Sources: Loshchilov and
-Hutter 2019 (AdamW), Reddi et al. 2018 (amsgrad), Sutskever et al. 2013, Chen et al. 2023 (Lion).
+rounded once. Nothing syncs with the device: a skipped step selects the old values.
+
+Sources: Loshchilov and Hutter 2019 (AdamW), Reddi et al. 2018 (amsgrad), Sutskever et al. 2013
+(SGD), Chen et al. 2023 (Lion).
 """
 
 from __future__ import annotations
@@ -32,11 +34,11 @@ from fastguard.optim.bits import from_remainder, narrowed, noise_key, split, str
 from fastguard.optim.contract import HYPER, KEY, N_COEFFICIENTS, SIGN, STATES, Update
 
 SMALLEST_FACTOR = 2.0**-100
-"""A smaller multiplier is applied in two products: in float32 it would be a subnormal number."""
+"""Smaller multipliers are applied as two products, since they would be subnormal in float32."""
 
 
 def update(update: Update) -> None:
-    """Takes the step of one bucket, or leaves everything as it is."""
+    """Takes the step of one bucket, or changes nothing if the step is skipped."""
     coefficients = advance(update)
     for i in range(len(update.parameters)):
         _update_tensor(update, i, coefficients[i])
@@ -46,9 +48,9 @@ def advance(update: Update) -> Tensor:
     """Counts the step of each tensor and computes its coefficients.
 
     Returns:
-        float64 `(T, 10)`; what a skipped step would compute is there too and must not be used.
+        float64 `(T, 10)`. After a skipped step, the coefficients must not be used.
     """
-    taken = (update.found_inf == 0.0).float()  # NaN: not taken
+    taken = (update.found_inf == 0.0).float()  # not taken if NaN
     steps = [step + 1.0 for step in update.steps]
     for step in update.steps:
         step.add_(taken)
@@ -62,12 +64,12 @@ def advance(update: Update) -> Tensor:
 
 
 def coefficients(update: Update, rows: Tensor, count: Tensor) -> Tensor:
-    """The coefficients of some tensors.
+    """Computes the coefficients of n tensors.
 
     Args:
         update: The update.
-        rows: float64 `(n, 9)`: the hyper-parameters of each.
-        count: float64 `(n,)`: the step that each takes, from 1.
+        rows: float64 `(n, 9)`: their hyper-parameters.
+        count: float64 `(n,)`: the number of the step that each takes, from 1.
 
     Returns:
         float64 `(n, 10)`.
@@ -82,15 +84,15 @@ def coefficients(update: Update, rows: Tensor, count: Tensor) -> Tensor:
 
 
 def _formulas(algorithm: str, rows: Tensor, step: Tensor) -> list[Tensor]:
-    """The columns of `COEFFICIENTS`, in float64."""
-    # Contiguous, because torch computes a strided logarithm by another routine.
+    """Returns the columns of `COEFFICIENTS`, in float64."""
+    # Contiguous, because torch computes the logarithm of strided tensors by another routine.
     lr, b1, b2, eps, wd, momentum, dampening = rows.T.contiguous()[:7].unbind(0)
     decay = 1.0 - lr * wd
     if algorithm == "sgd":
         return [momentum, torch.where(step == 1.0, 1.0, 1.0 - dampening), wd, lr]
     if algorithm == "lion":
         return [b1, 1.0 - b1, b2, 1.0 - b2, lr, decay]
-    bc1 = 1.0 - torch.exp2(step * torch.log2(b1))  # beta 0: log2 is -inf, exp2 of that is 0
+    bc1 = 1.0 - torch.exp2(step * torch.log2(b1))  # for beta 0, exp2(-inf) is 0
     bc2 = 1.0 - torch.exp2(step * torch.log2(b2))
     last = decay if algorithm == "adamw" else wd
     return [b1, 1.0 - b1, b2, 1.0 - b2, eps, lr / bc1, 1.0 / bc2.sqrt(), last]
@@ -122,24 +124,24 @@ def _update_tensor(update: Update, i: int, coefficients: Tensor) -> None:
 
 
 def scaled(g: Tensor, multiplier: Tensor, clean: Tensor, c: Tensor) -> Tensor:
-    """The gradient that the formula sees.
+    """Returns the gradient, cleaned and scaled, as input of the formula.
 
     Args:
-        g: In the dtype of the arithmetic.
+        g: The gradient, in the dtype of the arithmetic.
         multiplier: float64 `()`.
         clean: float32 `()`.
         c: The coefficients, in the dtype of the arithmetic.
     """
-    finite = g.abs() < float("inf")  # NaN is not
+    finite = g.abs() < float("inf")  # False for NaN
     g = torch.where((clean != 0.0) & ~finite, 0.0, g)
-    tiny = multiplier.abs() < SMALLEST_FACTOR  # NaN is not, and makes NaN of everything
+    tiny = multiplier.abs() < SMALLEST_FACTOR  # False for NaN, which makes the result NaN
     first = torch.where(tiny, SMALLEST_FACTOR, 1.0)
     second = torch.where(tiny, multiplier / SMALLEST_FACTOR, multiplier)
     return (g * first.to(g.dtype)) * (second.to(g.dtype) * c[SIGN])
 
 
 def formula(update: Update, p: Tensor, g: Tensor, states: list[Tensor], c: Tensor) -> New:
-    """The elementwise formula: see the top of this file."""
+    """Applies the elementwise formula in the module docstring."""
     if update.algorithm == "sgd":
         return _sgd(update, p, g, states, c)
     if update.algorithm == "lion":
@@ -168,14 +170,17 @@ def _sgd(update: Update, p: Tensor, g: Tensor, states: list[Tensor], c: Tensor) 
 
 
 def root(x: Tensor) -> Tensor:
-    """The square root, correctly rounded: on a CPU torch's is 1 ulp off for one number in five."""
+    """Returns the correctly rounded square root.
+
+    On a CPU, torch's square root is off by 1 ulp for one number in five; numpy's is exact.
+    """
     if x.device.type != "cpu" or not has_numbers(x):
         return x.sqrt()
     return torch.from_numpy(np.asarray(np.sqrt(x.numpy())))
 
 
 def weight_of(update: Update, i: int) -> Tensor:
-    """The exact weight, in the dtype of the arithmetic."""
+    """Returns the exact weight, in the dtype of the arithmetic."""
     p = update.parameters[i]
     if update.master == "float32":
         return update.masters[i]
@@ -185,13 +190,13 @@ def weight_of(update: Update, i: int) -> Tensor:
 
 
 def stored(value: Tensor, dtype: torch.dtype, noise: Tensor | None, number: int) -> Tensor:
-    """A value as it is kept in a tensor of a dtype.
+    """Rounds a value to the dtype of a tensor that stores it.
 
     Args:
-        value: In the dtype of the arithmetic.
-        dtype: Of the tensor. Only bfloat16 is rounded with noise.
-        noise: See `stream`; None: to nearest.
-        number: Which of the streams: 0 for the weight, then one per state.
+        value: The value, in the dtype of the arithmetic.
+        dtype: Dtype of the tensor. Only bfloat16 is rounded stochastically.
+        noise: See `stream`; None: rounds to nearest.
+        number: Number of the noise stream: 0 for the weight, then one per state.
     """
     if noise is None or dtype is not torch.bfloat16:
         return value.to(dtype)

@@ -10,22 +10,23 @@ from fastguard.optim.optimizer import FusedOptimizer
 
 
 class SGD(FusedOptimizer):
-    """SGD whose one touch of the weights obeys a verdict and can keep exact weights.
+    """SGD that clips, cleans or skips in one fused pass, and can keep exact float32 weights.
 
-    As `torch.optim.SGD`, with the same state keys; state dicts load both ways. With dampening or
-    stochastic rounding each parameter has a `step` as well, which torch ignores.
+    A replacement for `torch.optim.SGD` with the same state keys: each loads the state dicts of the
+    other. With dampening or stochastic rounding, the state also contains `step`, which torch
+    ignores.
 
     Args:
         params, maximize, master, rounding, state_dtype, reproducible, seed: As in `AdamW`.
         lr: Learning rate, >= 0; default 1e-3.
-        momentum: >= 0; 0: no momentum buffer.
-        dampening: The share of the gradient that does not enter the momentum, from the second step
-            of a parameter on.
-        weight_decay: An L2 penalty: added to the gradient times the weight; default 0.
-        nesterov: Nesterov momentum; needs momentum without dampening.
+        momentum: Momentum factor, >= 0; default 0, without a momentum buffer.
+        dampening: Fraction of the gradient kept out of the momentum, from the second step of a
+            parameter on; default 0.
+        weight_decay: L2 penalty, >= 0: `weight_decay * weight` is added to the gradient; default 0.
+        nesterov: Use Nesterov momentum, which needs momentum > 0 and no dampening; default False.
 
     Raises:
-        TypeError, ValueError: An argument or a parameter is not served.
+        TypeError, ValueError: An argument or a parameter is not supported.
 
     Example:
         >>> import torch, fastguard.optim
@@ -61,15 +62,15 @@ class SGD(FusedOptimizer):
         super().__init__(params, defaults, own)
 
     def hyper(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        """Values of `contract.HYPER` by name."""
+        """Returns the hyper-parameters of a group, by their names in `contract.HYPER`."""
         keys = ("lr", "momentum", "dampening", "weight_decay")
         return {key: group[key] for key in keys}
 
     def state_names(self, group: Mapping[str, Any]) -> tuple[str, ...]:
-        """The momentum buffer, if the group has momentum."""
+        """Returns the name of the momentum buffer, if the group has momentum."""
         return ("momentum_buffer",) if group["momentum"] != 0 else ()
 
     def counts_steps(self, group: Mapping[str, Any]) -> bool:
-        """Whether the update depends on the step count: dampening starts with the second step."""
+        """Whether the update depends on the step count: dampening starts at the second step."""
         dampened = group["momentum"] != 0 and group["dampening"] != 0
         return dampened or group["rounding"] == "stochastic"

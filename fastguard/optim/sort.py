@@ -1,4 +1,4 @@
-"""Parameters and their state, sorted into the buckets of `Update`."""
+"""Sorts parameters and their state into buckets, one `Update` for each."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STEP = "step"
 
 
 def check_gradients(optimizer: FusedOptimizer) -> None:
-    """Raises a TypeError for a gradient that cannot be served."""
+    """Raises a TypeError for a gradient that is sparse or not of a supported dtype."""
     for g, group in enumerate(optimizer.param_groups):
         grads = [p.grad for p in group["params"]]
         present = [grad for grad in grads if grad is not None]
@@ -32,8 +32,8 @@ def check_gradients(optimizer: FusedOptimizer) -> None:
         i, grad = next((i, t) for i, t in enumerate(grads) if t is not None and not _is_served(t))
         what = grad.dtype if grad.layout is torch.strided else f"sparse ({grad.layout})"
         raise TypeError(
-            f"the gradient of parameter {i} of param group {g} is {what}; fastguard.optim updates "
-            "from dense real gradients: use sparse=False in the embedding, or give this parameter "
+            f"the gradient of parameter {i} of param group {g} is {what}; fastguard.optim requires "
+            "dense real gradients: use sparse=False in the embedding, or give this parameter "
             "to an optimizer of torch.optim"
         )
 
@@ -48,7 +48,7 @@ _SERVED = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 
 
 class _Key(NamedTuple):
-    """What the tensors of a bucket share."""
+    """The common properties of the tensors in a bucket."""
 
     device: torch.device
     dtype: torch.dtype
@@ -74,7 +74,7 @@ class _Bucket:
 
 
 def updates_of(optimizer: FusedOptimizer, orders: Orders) -> Iterator[Update]:
-    """The updates of one step. State that is missing is made, as torch's optimizers start it."""
+    """Yields the updates of one step; missing state is initialized as in torch."""
     buckets: dict[_Key, _Bucket] = {}
     position = first = 0
     states = optimizer.state
@@ -120,9 +120,9 @@ def _complete(
     names: Sequence[str],
     counted: bool,
 ) -> None:
-    """Makes the entries that the state of a parameter lacks, in torch's order."""
+    """Adds the missing entries to the state of a parameter, in torch's order."""
     if counted and STEP not in state:
-        # A buffer without a count comes from torch's SGD, which has taken its first step.
+        # A momentum buffer without a step count comes from torch's SGD, after its first step.
         begun = 1.0 if any(name in state for name in names) else 0.0
         state[STEP] = torch.full((), begun, dtype=torch.float32, device=p.device)
     for name in names:
@@ -179,7 +179,7 @@ def _hyper_rows(optimizer: FusedOptimizer) -> list[list[Any]]:
 
 
 def _hyper(rows: list[list[Any]], device: torch.device) -> Tensor:
-    """float64 `(G, 9)` on a device. A tensor among the values is copied there without a wait."""
+    """Returns hyper-parameters as float64 `(G, 9)` on a device, without a sync for tensors."""
     flat = [0.0 if isinstance(v, Tensor) else float(v) for row in rows for v in row]
     hyper = numbers_on(flat, device).reshape(len(rows), len(HYPER))
     for g, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Loading state dicts: those of this wing and those of torch's optimizers."""
+"""Loads state dicts of these optimizers and of torch's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def check_modes(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> None:
-    """Raises a ValueError for a state dict that keeps its exact weights in another way."""
+    """Raises a ValueError for a state dict that was saved with another `master`."""
     saved_groups = state_dict["param_groups"] if "param_groups" in state_dict else ()
     for g, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=False)):
         if "master" in saved and saved["master"] != group["master"]:
@@ -31,12 +31,12 @@ def check_modes(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> Non
 def take_over(
     optimizer: FusedOptimizer, saved: Mapping[str, Any], before: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Puts what was saved where torch has put casts, in the dtypes of this optimizer.
+    """Replaces the values that torch has loaded, and cast, by those of the state dict.
 
     Args:
-        optimizer: As torch has loaded it.
+        optimizer: The optimizer, after torch has loaded the state dict.
         saved: The state dict.
-        before: The param groups before; what `saved` says nothing of stays as it was.
+        before: The param groups before loading; settings that `saved` lacks keep their values.
     """
     ids = chain.from_iterable(group["params"] for group in saved["param_groups"])
     for group, saved_group, old in zip(
@@ -67,15 +67,15 @@ def _check_shapes(entries: Mapping[str, Any], p: Tensor) -> None:
 
 
 def _kept(key: str, value: Any, group: Mapping[str, Any], p: Tensor) -> Any:
-    """A saved entry as it is kept here; None: it is made anew."""
+    """Returns a saved entry in the dtype of this optimizer; None: it will be initialized anew."""
     if not isinstance(value, Tensor):
-        if key == STEP:  # of old versions of torch
+        if key == STEP:  # a number in old versions of torch
             return torch.tensor(float(value), device=p.device)
         return value
     if key == STEP:
         return value.to(device=p.device, dtype=torch.float32, copy=True)
     if key in MASTER_KEYS.values():
-        # torch's optimizers cast it when they load it, and move the weight without it.
+        # torch's optimizers cast a master when they load it, and then update the weight without it.
         exact = torch.int16 if key == "remainder" else torch.float32
         is_ours = MASTER_KEYS.get(group["master"]) == key
         return value.to(p.device, copy=True) if is_ours and value.dtype is exact else None

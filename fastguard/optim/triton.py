@@ -1,11 +1,11 @@
-"""The update by one Triton kernel, with the meaning of `fastguard.optim.reference`.
+"""The update in two Triton launches, equivalent to `fastguard.optim.reference`.
 
-    advance   launch 1, one number per tensor: steps and coefficients
-    update    launch 2 over a chunk table: see `fastguard.kernels.update`
+    advance   launch 1, per tensor: step counts and coefficients
+    update    launch 2, over a chunk table: see `fastguard.kernels.update`
 
-Nothing waits for the device, and no hyper-parameter is a constant of a kernel. Tensors whose arrays
-are not dense with the same strides go through buffers, which are copied back unless the step is
-skipped.
+Nothing syncs with the device, and hyper-parameters are not constants of the kernels. Tensors that
+are not dense, or whose strides differ from the weight's, are copied to buffers and back; after a
+skipped step, the buffers are unchanged.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastguard.optim.contract import STATES, Update
 
 
 def update(update: Update) -> None:
-    """Takes the step of one bucket, or leaves everything as it is: see `reference.update`."""
+    """Takes the step of one bucket, or changes nothing if it is skipped; see `reference.update`."""
     states = [update.states[n] for n in STATES[update.algorithm] if n in update.states]
     kept = [update.parameters, *states, *((update.masters,) if update.master else ())]
     (weights, *others), gradients, buffers = _alike(kept, update.grads)
@@ -55,18 +55,18 @@ def update(update: Update) -> None:
         reproducible=update.reproducible,
     )
     for tensor, buffer in buffers:
-        tensor.copy_(buffer)  # as it was, if the step was skipped
-    # Autograd does not see a kernel's writes.
+        tensor.copy_(buffer)  # unchanged if the step was skipped
+    # Autograd does not notice writes by a kernel.
     increment_version([t for tensors in kept for t in tensors] + list(update.steps))
 
 
 def _alike(
     kept: Sequence[Sequence[Tensor]], grads: Sequence[Tensor]
 ) -> tuple[Sequence[Sequence[Tensor]], Sequence[Tensor], list[tuple[Tensor, Tensor]]]:
-    """The arrays, with buffers in place of those whose elements lie in another order.
+    """Replaces tensors whose elements lie in another order than the weight's by buffers.
 
     Returns:
-        `kept` and `grads`, and the pairs of a kept tensor and its buffer.
+        `kept` and `grads` with buffers, and the `(tensor, buffer)` pairs of `kept`.
     """
     if all(all(map(Tensor.is_contiguous, tensors)) for tensors in (*kept, grads)):
         return list(kept), grads, []

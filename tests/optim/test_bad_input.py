@@ -1,4 +1,4 @@
-"""Wrong arguments: the error names the value and the remedy, and nothing is changed."""
+"""Invalid arguments raise an error that names the value and the remedy, and change nothing."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def parameter(dtype: torch.dtype = torch.float32) -> Any:
         (torch.float32, dict(weight_decay=-0.1), "weight_decay=-0.1"),
     ],
 )
-def test_a_value_that_cannot_be_obeyed(kind, dtype, settings, message):
+def test_an_unsupported_value(kind, dtype, settings, message):
     with pytest.raises(ValueError, match=message):
         kind([parameter(dtype)], **settings)
 
@@ -76,7 +76,7 @@ def test_a_complex_parameter():
         guarded.AdamW([parameter(torch.complex64)])
 
 
-def test_a_group_that_cannot_be_served_is_not_added():
+def test_an_unsupported_group_is_not_added():
     optimizer = guarded.AdamW([parameter(BF16)], master="remainder")
     with pytest.raises(ValueError, match="parameter 0 of param group 1"):
         optimizer.add_param_group({"params": [parameter()]})

@@ -1,4 +1,4 @@
-"""Remainders are exact; noise is unbiased, and indifferent to how elements are grouped."""
+"""Remainders are exact; noise is unbiased and independent of how tensors are split."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from fastguard.optim import bits
 
 
-def test_a_bfloat16_and_its_remainder_are_the_float32_bit_for_bit():
+def test_a_bfloat16_and_its_remainder_restore_the_float32_bit_for_bit():
     torch.manual_seed(0)
     x = torch.randint(-(2**31), 2**31 - 1, (200_000,), dtype=torch.int32).view(torch.float32)
     x = torch.cat([x, torch.tensor([0.0, -0.0, math.inf, -math.inf, 3.4028235e38, 1e-45])])
@@ -50,14 +50,14 @@ def test_rounding_with_noise_is_unbiased(value, number):
     assert abs(rounded.mean().item() - exact) <= 4 * sigma
 
 
-def test_noise_belongs_to_an_element_and_not_to_a_piece():
+def test_noise_does_not_depend_on_how_a_tensor_is_split():
     key = bits.noise_key(torch.tensor(7), torch.tensor(3))
     whole = bits.stream(key, 2**32 - 10, torch.empty(100))
     parts = [bits.stream(key, 2**32 - 10 + at, torch.empty(25)) for at in range(0, 100, 25)]
     assert torch.equal(whole, torch.cat(parts))
 
 
-def test_noise_follows_memory_and_differs_between_steps_and_seeds():
+def test_noise_follows_memory_order_and_differs_between_steps_and_seeds():
     key = bits.noise_key(torch.tensor(7), torch.tensor(3))
     transposed = torch.empty(5, 4).t()
     assert torch.equal(bits.stream(key, 0, transposed).t(), bits.stream(key, 0, torch.empty(5, 4)))

@@ -1,4 +1,4 @@
-"""The CPU backend against the reference: the same bits, or the same within roundings."""
+"""The CPU backend gives the bits of the reference, or its values up to rounding."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def test_torchs_fused_kernels_stay_close_to_the_reference(kind, case):
     theirs = written(expected)
     for name, t in written(update).items():
         if name.startswith("master") and t.dtype is torch.int16:
-            continue  # tells nothing without its weight
-        # Four roundings of the stored dtype: where it is 16 bits wide, one more may tip it over.
+            continue  # meaningless without its weight
+        # Four roundings of the stored dtype; in 16 bits, one of them may cross a rounding boundary.
         eps = 8 * torch.finfo(t.dtype).eps
         torch.testing.assert_close(t, theirs[name], rtol=eps, atol=eps, msg=lambda m, n=name: n + m)
 
@@ -96,7 +96,7 @@ def test_a_skip_writes_nothing(kind, case, found_inf):
 
 
 @pytest.mark.parametrize("case", ["fp32", "remainder", "stochastic"])
-def test_the_size_of_pieces_changes_no_bit(case, monkeypatch):
+def test_the_size_of_pieces_does_not_change_the_result(case, monkeypatch):
     results = []
     for size in (64, 4096, 2**20):
         monkeypatch.setattr("fastguard.optim.pieces.PIECE", size)
@@ -108,16 +108,16 @@ def test_the_size_of_pieces_changes_no_bit(case, monkeypatch):
 
 
 @pytest.mark.parametrize("reproducible", [False, True])
-def test_a_nan_gradient_makes_nan_of_weight_and_remainder(reproducible):
+def test_a_nan_gradient_makes_the_weight_nan(reproducible):
     update = the_update("adamw", "remainder", reproducible=reproducible)
-    # The NaN of a GPU: with it half up would carry into the sign.
+    # The NaN of a GPU, which rounding half up would carry into the sign bit.
     update.grads[1].view(torch.int16).fill_(0x7FFF)
     cpu.update(update)
     assert update.parameters[1].isnan().all()
     assert not update.parameters[0].isnan().any()
 
 
-def test_remainder_and_master_train_alike_bit_for_bit():
+def test_a_remainder_and_a_master_train_bit_for_bit_alike():
     exact = the_update("adamw", "master", reproducible=True)
     split = the_update("adamw", "remainder", reproducible=True)
     for _ in range(3):

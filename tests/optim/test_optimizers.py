@@ -1,4 +1,4 @@
-"""The optimizers alone: as those of torch, with a scaler, with masters, with rounding."""
+"""The fused optimizers without a guard, compared with torch's; scalers, masters, rounding."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def parameters_of(dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Ten
 
 
 def give(seed: int, *lists: list[Tensor], scale: float = 1.0) -> None:
-    """The same new gradients to each list."""
+    """Sets the same new gradients in each list."""
     for i, same in enumerate(zip(*lists, strict=True)):
         grad = torch.randn(same[0].shape, generator=torch.Generator().manual_seed(seed * 100 + i))
         for p in same:
@@ -42,7 +42,7 @@ def give(seed: int, *lists: list[Tensor], scale: float = 1.0) -> None:
 
 
 def pair(kind: str, dtype: torch.dtype = torch.float32, **options: Any):
-    """Ours and torch's, and their parameters."""
+    """Returns our optimizer, torch's, and the parameters of each."""
     name, settings = KINDS[kind]
     ours, theirs = parameters_of(dtype), parameters_of(dtype)
     return (
@@ -55,7 +55,7 @@ def pair(kind: str, dtype: torch.dtype = torch.float32, **options: Any):
 
 @pytest.mark.parametrize("reproducible", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_trains_as_torchs(kind, reproducible):
+def test_it_trains_like_torch(kind, reproducible):
     a, b, ours, theirs = pair(kind, reproducible=reproducible)
     for step in range(10):
         give(step, ours, theirs)
@@ -68,7 +68,7 @@ def test_it_trains_as_torchs(kind, reproducible):
 
 
 @pytest.mark.parametrize("reproducible", [False, True])
-def test_after_100_steps_it_is_as_exact_as_torchs_fused(reproducible):
+def test_after_100_steps_it_is_as_exact_as_torchs_fused_optimizer(reproducible):
     def error(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> float:
         exact = [p.detach().double().requires_grad_() for p in parameters]
         truth = torch.optim.AdamW(exact, lr=1e-2)
@@ -84,7 +84,7 @@ def test_after_100_steps_it_is_as_exact_as_torchs_fused(reproducible):
     ours, theirs = parameters_of(), parameters_of()
     mine = error(guarded.AdamW(ours, lr=1e-2, reproducible=reproducible), ours)
     torchs = error(torch.optim.AdamW(theirs, lr=1e-2, fused=True), theirs)
-    # The same kernel, or one rounding more and two fewer: equal within the noise of roundings.
+    # The same kernel, or one more and two fewer roundings: equal within the rounding noise.
     assert mine <= 1.2 * torchs
 
 
@@ -130,7 +130,7 @@ def test_the_first_step_can_be_skipped(kind, settings):
 
 
 @pytest.mark.parametrize(("kind", "settings"), EVERY)
-def test_a_skip_leaves_weights_and_state_bit_for_bit(kind, settings):
+def test_a_skip_does_not_change_weights_and_state(kind, settings):
     ours = parameters_of()
     optimizer = kind(ours, **settings)
     give(0, ours)
@@ -147,7 +147,7 @@ def test_a_skip_leaves_weights_and_state_bit_for_bit(kind, settings):
             assert torch.equal(value, after["state"][i][key])
 
 
-def test_a_grad_scaler_unscales_and_skips_as_with_torchs():
+def test_a_grad_scaler_unscales_and_skips_as_with_torch():
     a, _, ours, _ = pair("AdamW")
     theirs = parameters_of()
     b = torch.optim.AdamW(theirs, lr=1e-2, fused=True)
@@ -170,7 +170,7 @@ def test_a_grad_scaler_unscales_and_skips_as_with_torchs():
 
 @pytest.mark.parametrize("master", ["float32", "remainder"])
 @pytest.mark.parametrize("kind", ["AdamW", "SGD momentum"])
-def test_a_master_trains_as_float32_does_to_the_last_bit(kind, master):
+def test_a_master_trains_like_float32_to_the_last_bit(kind, master):
     a, _, ours, _ = pair(kind, torch.bfloat16, master=master, reproducible=True)
     exact = [torch.nn.Parameter(p.detach().float()) for p in ours]
     name, settings = KINDS[kind]
@@ -192,7 +192,7 @@ def test_a_master_trains_as_float32_does_to_the_last_bit(kind, master):
         torch.testing.assert_close(p.detach().float(), q.detach(), rtol=2.0**-8, atol=0.0)
 
 
-def test_stochastic_rounding_moves_weights_that_nearest_leaves_alone():
+def test_stochastic_rounding_applies_steps_that_nearest_rounds_away():
     def trained(rounding: Any, seed: int = 0) -> Tensor:
         p = torch.nn.Parameter(torch.ones(100_000, dtype=torch.bfloat16))
         optimizer = guarded.SGD([p], lr=1e-4, rounding=rounding, seed=seed)
@@ -210,7 +210,7 @@ def test_stochastic_rounding_moves_weights_that_nearest_leaves_alone():
     assert not torch.equal(moved, trained("stochastic", seed=1))
 
 
-def test_a_state_in_bfloat16_decays_with_stochastic_rounding_alone():
+def test_a_bfloat16_state_decays_only_with_stochastic_rounding():
     def second_moment(rounding: Any) -> float:
         p = torch.nn.Parameter(torch.ones(10_000))
         optimizer = guarded.AdamW([p], rounding=rounding, state_dtype=torch.bfloat16)
@@ -241,7 +241,7 @@ def test_settings_may_change_between_steps():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_param_groups_have_settings_of_their_own(kind):
+def test_param_groups_have_their_own_settings(kind):
     name, settings = KINDS[kind]
     ours, theirs = parameters_of(), parameters_of()
 
@@ -258,7 +258,7 @@ def test_param_groups_have_settings_of_their_own(kind):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
 
 
-def test_parameters_without_a_gradient_stay_and_join_later():
+def test_parameters_without_a_gradient_are_updated_once_they_have_one():
     a, b, ours, theirs = pair("AdamW")
     for step in range(4):
         give(step, ours, theirs)

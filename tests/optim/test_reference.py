@@ -1,4 +1,4 @@
-"""The reference against torch's optimizers in float64, and what a skip and a clean leave behind."""
+"""The reference against torch's optimizers in float64; skipping and cleaning."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def torch_optimizer(algorithm: str, parameters: list[Tensor], **options: Any) ->
     ("algorithm", "option"),
     [("adamw", None), ("adamw", "amsgrad"), ("adam", None), ("adam", "amsgrad"), ("sgd", None)],
 )
-def test_it_takes_the_steps_of_torch(algorithm, option, maximize):
+def test_it_takes_the_same_steps_as_torch(algorithm, option, maximize):
     options = {option: True} if option else {}
     sign = -1.0 if maximize else 1.0
     update = an_update(
@@ -85,7 +85,7 @@ def test_it_takes_the_steps_of_torch(algorithm, option, maximize):
         torch.testing.assert_close(ours, p.detach(), rtol=1e-12, atol=1e-14)
 
 
-def test_nesterov_momentum_is_that_of_torch():
+def test_nesterov_momentum_matches_torch():
     settings = dict(lr=1e-2, momentum=0.9)
     update = an_update("sgd", torch.float64, hyper=hyper_of(**settings), nesterov=True)
     theirs = [p.clone().requires_grad_() for p in update.parameters]
@@ -137,7 +137,7 @@ def test_cleaning_counts_nonfinite_elements_as_zero(algorithm):
 
 
 @pytest.mark.parametrize("multiplier", [0.37, 2.0**-120])
-def test_the_multiplier_is_that_of_the_segment(multiplier):
+def test_each_segment_has_its_multiplier(multiplier):
     grads = [torch.full(s, 2.0**60) for s in SHAPES]
     folded = an_update(
         "sgd", torch.float32, grads, multiplier=torch.tensor([multiplier], dtype=torch.float64)

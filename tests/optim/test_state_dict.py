@@ -1,4 +1,4 @@
-"""State dicts: exact resume, both ways with torch, and what of another mode is refused."""
+"""State dicts: exact resume, exchange with torch, and rejection of other master modes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def through_a_file(state_dict):
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_resumed_run_goes_on_bit_for_bit(kind, setting):
+def test_a_resumed_run_continues_bit_for_bit(kind, setting):
     options = dict(SETTINGS[setting])
     dtype = options.pop("dtype", torch.float32)
     if kind is guarded.SGD:
@@ -71,7 +71,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(kind, setting):
     [("AdamW", {}), ("AdamW", dict(amsgrad=True)), ("Adam", {}), ("SGD", dict(momentum=0.9))],
 )
 @pytest.mark.parametrize("foreach", [True, False])
-def test_torchs_run_goes_on_here_and_ours_there(name, settings, foreach):
+def test_runs_continue_from_torch_and_in_torch(name, settings, foreach):
     theirs = run()
     reference = getattr(torch.optim, name)(theirs, lr=1e-2, foreach=foreach, **settings)
     train(reference, theirs, range(6))
@@ -87,7 +87,7 @@ def test_torchs_run_goes_on_here_and_ours_there(name, settings, foreach):
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
-def test_torchs_sgd_with_dampening_goes_on_here():
+def test_a_run_of_torchs_sgd_with_dampening_continues():
     settings = dict(lr=1e-2, momentum=0.9, dampening=0.5)
     theirs, ours = run(), run()
     reference = torch.optim.SGD(theirs, **settings)
@@ -102,7 +102,7 @@ def test_torchs_sgd_with_dampening_goes_on_here():
 
 
 @pytest.mark.parametrize("master", ["float32", "remainder"])
-def test_a_master_begins_from_the_weights_of_a_torch_checkpoint(master):
+def test_a_master_starts_from_the_weights_of_a_torch_checkpoint(master):
     theirs = run(torch.bfloat16)
     before = torch.optim.AdamW(theirs, lr=1e-2)
     train(before, theirs, range(3))
@@ -122,7 +122,7 @@ def test_a_master_begins_from_the_weights_of_a_torch_checkpoint(master):
 
 
 @pytest.mark.parametrize("master", ["float32", "remainder"])
-def test_a_master_that_torch_has_cast_begins_anew(master):
+def test_a_master_that_torch_has_cast_is_initialized_anew(master):
     parameters = run(torch.bfloat16)
     first = guarded.AdamW(parameters, lr=1e-2, master=master)
     train(first, parameters, range(2))
@@ -134,13 +134,13 @@ def test_a_master_that_torch_has_cast_begins_anew(master):
     last.param_groups[0]["lr"] = 0.0
     before = [p.detach().clone() for p in parameters]
     train(last, parameters, range(4, 5))
-    assert all(map(torch.equal, before, parameters))  # with a stale master they would jump
+    assert all(map(torch.equal, before, parameters))  # a stale master would change them
 
 
 @pytest.mark.parametrize(
     ("saved", "now"), [("remainder", None), ("float32", "remainder"), (None, "float32")]
 )
-def test_another_master_mode_is_refused_and_nothing_changes(saved, now):
+def test_another_master_mode_raises_and_changes_nothing(saved, now):
     parameters, others = run(torch.bfloat16), run(torch.bfloat16)
     first = guarded.AdamW(others, master=saved)
     train(first, others, range(2))
@@ -156,7 +156,7 @@ def test_another_master_mode_is_refused_and_nothing_changes(saved, now):
             assert torch.equal(value, after["state"][i][key])
 
 
-def test_settings_that_cannot_be_obeyed_are_refused_and_nothing_changes():
+def test_invalid_settings_raise_and_change_nothing():
     parameters = run()
     optimizer = guarded.AdamW(parameters)
     train(optimizer, parameters, range(1))
@@ -192,7 +192,7 @@ def test_each_param_group_gets_its_own_state(kind):
 
 
 @pytest.mark.parametrize("entry", ["exp_avg", "step"])
-def test_state_of_another_shape_is_refused_and_nothing_changes(entry):
+def test_state_of_another_shape_raises_and_changes_nothing(entry):
     parameters = run()
     optimizer = guarded.AdamW(parameters)
     train(optimizer, parameters, range(2))
@@ -206,7 +206,7 @@ def test_state_of_another_shape_is_refused_and_nothing_changes(entry):
         assert value.shape == optimizer.state[parameters[1]][key].shape
 
 
-def test_a_copy_goes_on_alone():
+def test_a_deep_copy_trains_independently():
     parameters = run(torch.bfloat16)
     optimizer = guarded.AdamW(parameters, master="remainder")
     train(optimizer, parameters, range(2))
