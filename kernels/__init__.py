@@ -1,5 +1,5 @@
-"""The Triton kernels and their launchers, installed and imported as `fastguard.kernels`.
+"""Triton kernels and their launchers, installed and imported as `fastguard.kernels`.
 
-This folder imports torch and triton alone. The stages of fastguard import it lazily, when they meet
-the first GPU tensor, so a machine without triton never notices it.
+The stages of fastguard import this package when they get the first GPU tensor, so a machine without
+triton never needs it. It imports only torch, triton and numpy.
 """

@@ -2,20 +2,21 @@
 
     g <- multiplier[segment of g] * (g if finite else 0 when cleaning)
 
-I/O: one scalar per program when there is nothing to do; else 2N bytes of the segments whose
-multiplier is not 1. Cleaning at multiplier 1 reads N bytes and writes the blocks that hold NaN or
-Inf.
+I/O: one scalar per program if there is nothing to do; otherwise 2N bytes of the segments whose
+multiplier is not 1. Cleaning with multiplier 1 reads N bytes and writes only blocks that contain
+NaN or Inf.
 
-With several segments, `changes` of the verdict ends a launch without a change: else each program
-goes through its rows, two dependent loads for each, about 13 µs for 5000 tensors [der].
+With several segments, the verdict's `changes` ends a launch that has nothing to change. Without it,
+each program would go through its rows with two dependent loads for each, about 13 µs for 5000
+tensors [der].
 
-The table is walked backwards: what measure read last is still in the L2 cache. The arithmetic is
-that of torch's multiplication: in float32 (float64 for float64), one rounding of the product to the
-dtype. A multiplier that rounds to 1 touches nothing. NaN and Inf multipliers reach every gradient
-element, but not the zeros between the gradients of a flat bucket (0 * NaN is NaN): then the pieces
-are walked instead of the chunk; so they are for multipliers that float32 could not hold, which are
-applied in two steps. Non-finite elements are replaced by a select, never by a
-multiplication by 0.
+The table is processed backwards, since the chunks that measure read last are still in the L2 cache.
+The arithmetic is that of a multiplication in torch: in float32 (float64 for float64), with one
+rounding of the product to the dtype. A multiplier that rounds to 1 writes nothing. NaN and Inf
+multipliers reach every gradient element, but not the zeros between the gradients of a flat bucket
+(0 * NaN is NaN); for them the kernel goes through the pieces of a chunk. It also does so for
+multipliers too small for float32, which are applied in two steps. Non-finite elements are replaced
+by a select, never by a multiplication by 0.
 """
 
 from __future__ import annotations
@@ -27,21 +28,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastguard.kernels.chunk_address import chunk_at, part_of_piece
 from fastguard.kernels.chunks import ChunkTable
 from fastguard.kernels.columns import CHUNK_COLUMNS, FIRST_PIECE, PIECES, SEGMENT
 from fastguard.kernels.elements import TRITON_DTYPES, float32_of
 from fastguard.kernels.launch import Launcher, Variant
 from fastguard.kernels.tuning import n_programs
-from fastguard.kernels.walk import chunk_at, part_of_piece
 
 BLOCK_BYTES = 16384  # 256 threads with four 16-byte loads each in flight
-PIECE_SIZE = tl.constexpr(512)  # elements at a time of a step that is lost anyway, or nearly
-SMALLEST_FACTOR = tl.constexpr(2.0**-100)  # smaller ones are no normal float32: two multiplications
+PIECE_SIZE = tl.constexpr(
+    512
+)  # elements per block for NaN, Inf and tiny multipliers, which are rare
+SMALLEST_FACTOR = tl.constexpr(2.0**-100)  # smaller ones are subnormal in float32: two products
 
 
 @triton.jit
 def factors(x):
-    """Elements as they are multiplied: in float32, or float64 for float64."""
+    """Converts elements to the dtype of the multiplication: float32, or float64 for float64."""
     if x.dtype == tl.float64:
         return x
     else:
@@ -50,9 +53,9 @@ def factors(x):
 
 @triton.jit
 def scaled(x, multiplier, clean):
-    """One block of products, of elements as `factors` gives them."""
+    """Cleans and multiplies a block of elements converted by `factors`."""
     if clean:
-        x = tl.where(tl.abs(x) < float("inf"), x, 0.0)  # NaN is not < inf
+        x = tl.where(tl.abs(x) < float("inf"), x, 0.0)  # False for NaN
     return x * multiplier
 
 
@@ -68,7 +71,7 @@ def apply_kernel(
     pieces_ptr,  # int64 (n_pieces, PIECE_COLUMNS)
     multiplier_ptr,  # float64 (n_segments,)
     clean_ptr,  # (1,): nonzero to clean
-    changes_ptr,  # float32 (1,): 0 if no segment is to be changed
+    changes_ptr,  # float32 (1,): 0 if no segment changes
     n_chunks,
     DTYPE: tl.constexpr,
     ITEM_SIZE: tl.constexpr,
@@ -108,7 +111,7 @@ def apply_kernel(
                         mask = i + offsets < n_vec
                         x = factors(tl.load(x_ptr + i + offsets, mask=mask, other=0.0))
                         y = scaled(x, multiplier, True)
-                        # A block is written whole or not at all, so that stores stay 128 bits wide.
+                        # Writes a whole block or nothing, so that stores stay 128 bits wide.
                         finite = tl.min((tl.abs(x) < INF).to(tl.int32), axis=0)
                         if (unscaled == 0) | (finite == 0):
                             tl.store(x_ptr + i + offsets, y.to(DTYPE), mask=mask)
@@ -155,18 +158,20 @@ def apply_chunks(
     clean: Tensor,
     changes: Tensor | None = None,
 ) -> None:
-    """Scales and cleans what a table describes.
+    """Scales and cleans the gradients of a table in place.
 
     Args:
+        table: The chunk table.
+        device: Device of the gradients.
+        dtype: Dtype of the gradients.
         multiplier: float64 `(S,)`, contiguous.
         clean: `()`, any real dtype, nonzero to clean.
-        changes: float32 `()`, 0 if every multiplier is 1 and nothing is to be cleaned; None: not
-            known.
+        changes: float32 `()`, 0 if every multiplier is 1 and nothing is cleaned; None: unknown.
     """
     if not table.n_chunks:
         return
     one_segment = multiplier.numel() == 1
-    known = changes is not None and not one_segment  # one multiplier tells as much
+    known = changes is not None and not one_segment  # a single multiplier says the same
     launch = _variant(device, dtype, one_segment, known, clean.dtype)
     layout = table.layout
     tensors = (
@@ -188,7 +193,7 @@ def _variant(
     has_changes: bool,
     clean_dtype: torch.dtype,
 ) -> Variant:
-    """`clean_dtype` is no constant of the kernel, but the type of an argument."""
+    """`clean_dtype` is not a constant of the kernel, but the type of an argument."""
     item = dtype.itemsize
     return _apply.variant(
         device,

@@ -1,4 +1,4 @@
-"""Reading the chunk table in a kernel: where a chunk lies, and what part of a piece is in it."""
+"""Locates chunks and pieces of the chunk table, within kernels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastguard.kernels.columns import (
 
 @triton.jit
 def chunk_at(addresses_ptr, chunks_ptr, chunk):
-    """The address and the number of elements of a chunk."""
+    """Returns the address and the number of elements of a chunk."""
     row_ptr = chunks_ptr + CHUNK_COLUMNS * chunk
     stretch = tl.load(row_ptr + STRETCH)
     first = tl.load(row_ptr + FIRST_BYTE)
@@ -28,9 +28,10 @@ def chunk_at(addresses_ptr, chunks_ptr, chunk):
 
 @triton.jit
 def part_of_piece(row_ptr, address, n_elements, pieces_ptr, piece, ITEM_SIZE: tl.constexpr):
-    """The address and the number of elements of that part of a piece which lies in a chunk.
+    """Returns the address and the number of elements of the part of a piece that is in a chunk.
 
-    Both places are relative to the stretch that the chunk and the piece belong to."""
+    The table gives both positions relative to their common stretch.
+    """
     begin = tl.load(row_ptr + FIRST_BYTE)
     end = begin + n_elements.to(tl.int64) * ITEM_SIZE
     piece_ptr = pieces_ptr + PIECE_COLUMNS * piece

@@ -1,16 +1,16 @@
-"""How the gradients of a bucket are cut into chunks: on the host, with numpy, without an address.
+"""Cuts the gradients of a bucket into chunks, on the host, with numpy, independently of addresses.
 
-A *stretch* is memory that is read in one go: one tensor, one run of a flat bucket, or list
-neighbours that are adjacent views of one buffer (as DDP makes them). What merely happens to lie
-side by side is not joined: the order of summation would depend on the allocator.
+A *stretch* is contiguous memory: one tensor, one run of a flat bucket, or consecutive tensors of
+the list that are adjacent views of one buffer (as DDP creates them). Tensors that are adjacent by
+chance are not joined, since the order of summation would then depend on the allocator.
 
-A *chunk* is what a program reads at a time: at most `MAX_CHUNK` elements of a stretch, at an
-address divisible by 16, so that every load is one of 128 bits; the few elements in front of such an
-address are a chunk of their own. A *piece* is one tensor inside a stretch.
+A *chunk* is the unit of work of a program: at most `MAX_CHUNK` elements of a stretch, beginning at
+an address divisible by 16, so that every load is 128 bits wide; the few elements before such an
+address form a chunk of their own. A *piece* is one tensor within a stretch.
 
-All of this depends on sizes, on how tensors lie within their stretches, and on the alignment of the
-stretches, but not on where they are: `Places` holds exactly that much, and equal places are cut
-alike.
+The cut depends on sizes, on the positions of tensors within their stretches, and on the alignment
+of the stretches, but not on their addresses. `Places` holds this information; equal places are cut
+equally.
 """
 
 from __future__ import annotations
@@ -21,24 +21,26 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MIN_CHUNK = 4096  # elements, and what sizes are multiples of: all chunks but a head stay aligned
+MIN_CHUNK = (
+    4096  # elements; chunk sizes are multiples of it, so that all chunks but a head stay aligned
+)
 MAX_CHUNK = 65536
-CHUNK_COST = 1024  # elements that a program could read while it waits for the next chunk's row
-FEWEST_ROUNDS = 4  # chunks for each program, where there are elements enough
+CHUNK_COST = 1024  # elements that a program could read while waiting for the row of the next chunk
+FEWEST_ROUNDS = 4  # chunks per program, if there are enough elements
 ALIGNMENT = 16  # bytes of one vector load
 
 
 @dataclass(slots=True, eq=False)
 class Places:
-    """Where the tensors of a bucket lie, relative to the stretches that hold them.
+    """The positions of the tensors of a bucket relative to their stretches.
 
     Attributes:
-        item: Bytes of an element.
-        elements: int64 `(n,)`: the size of each tensor.
-        stretch: int64 `(n,)`: the stretch of each tensor; of an empty tensor, any.
-        first_byte: int64 `(n,)`: of each tensor in its stretch.
-        base: int64 `(B,)`: the address of each stretch.
-        length: int64 `(B,)`: elements of each stretch.
+        item: Bytes per element.
+        elements: int64 `(n,)`: number of elements of each tensor.
+        stretch: int64 `(n,)`: stretch of each tensor; arbitrary for an empty tensor.
+        first_byte: int64 `(n,)`: first byte of each tensor in its stretch.
+        base: int64 `(B,)`: address of each stretch.
+        length: int64 `(B,)`: number of elements of each stretch.
     """
 
     item: int
@@ -49,7 +51,7 @@ class Places:
     length: np.ndarray
 
     def key(self) -> tuple[object, ...]:
-        """What the cut depends on, beside the sizes of the tensors and their segments."""
+        """Returns what the cut depends on besides the sizes and segments of the tensors."""
         return (
             self.stretch.tobytes(),
             self.first_byte.tobytes(),
@@ -65,13 +67,13 @@ def places_of_tensors(
     buffers: Callable[[], np.ndarray],
     item: int,
 ) -> Places:
-    """The places of separate tensors; adjacent views of one buffer share a stretch.
+    """Returns the places of separate tensors; adjacent views of one buffer share a stretch.
 
     Args:
-        address, n, segment: int64, of each tensor: its address, its size, its segment.
-        buffers: Gives int64: the address of the memory that each is a view of. Asked for only
-            where tensors are adjacent.
-        item: Bytes of an element.
+        address, n, segment: int64: address, number of elements and segment of each tensor.
+        buffers: Returns int64: the address of the storage of each tensor. Called only if some
+            tensors are adjacent.
+        item: Bytes per element.
     """
     starts = np.ones(len(n), dtype=bool)  # whether a tensor begins a stretch
     some = np.flatnonzero(n > 0)
@@ -91,12 +93,12 @@ def places_of_tensors(
 def places_in_runs(
     address: np.ndarray, n: np.ndarray, base: np.ndarray, length: np.ndarray, item: int
 ) -> Places:
-    """The places of tensors inside the runs of a flat bucket.
+    """Returns the places of tensors in the runs of a flat bucket.
 
     Args:
-        address, n: int64, of each tensor.
-        base, length: int64, of each run: its address and its elements.
-        item: Bytes of an element.
+        address, n: int64: address and number of elements of each tensor.
+        base, length: int64: address and number of elements of each run.
+        item: Bytes per element.
     """
     order = np.argsort(base, kind="stable")
     stretch = order[np.maximum(np.searchsorted(base[order], address, side="right") - 1, 0)]
@@ -111,9 +113,10 @@ def _first_of_neighbours(
     some: np.ndarray,
     item: int,
 ) -> np.ndarray:
-    """bool: which of `some` tensors begin a stretch; the others continue that of the one before.
+    """Returns which of `some` tensors begin a stretch, bool; the others continue the previous one.
 
-    In either direction: DDP lays its buckets out in the reverse order of the parameters."""
+    A stretch may go in either direction: DDP lays out its buckets in reverse parameter order.
+    """
     begin = address[some]
     end = begin + n[some] * item
     upward, downward = end[:-1] == begin[1:], end[1:] == begin[:-1]
@@ -133,14 +136,14 @@ def cut(
     n_segments: int,
     n_programs: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Chunks, pieces and starts: see `chunks`.
+    """Returns chunks, pieces and starts; see `chunks`.
 
     Args:
-        places: Where the tensors lie.
-        segments: int64 `(B,)`: the segment of each stretch.
-        tensor_ids: int64 `(n,)`: the index of each tensor in the caller's list.
+        places: The places of the tensors.
+        segments: int64 `(B,)`: segment of each stretch.
+        tensor_ids: int64 `(n,)`: index of each tensor in the caller's list.
         n_segments: S.
-        n_programs: How many programs will share the chunks.
+        n_programs: Number of programs that share the chunks.
     """
     by_place = np.lexsort((places.first_byte, places.stretch))
     by_place = by_place[places.elements[by_place] > 0]
@@ -165,8 +168,8 @@ def cut(
 def _pieces_between(
     places: Places, by_place: np.ndarray, stretch: np.ndarray, begin: np.ndarray, end: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The pieces [first, last) that lie in bytes [begin, end) of stretches."""
-    # One number line for all stretches, one after another.
+    """Returns the pieces [first, last) in bytes [begin, end) of stretches."""
+    # All stretches are laid out one after another on a single number line.
     origin = np.cumsum(places.length) - places.length
     at = origin[places.stretch[by_place]] * places.item + places.first_byte[by_place]
     until = at + places.elements[by_place] * places.item
@@ -176,12 +179,12 @@ def _pieces_between(
 
 
 def chunk_size(n_elements: int, n_programs: int) -> int:
-    """Elements per chunk, so that all programs finish together.
+    """Returns the number of elements per chunk with which all programs finish together.
 
-    Program k reads chunks k, k + P, ...: the last round is as long as the others, however few
-    programs have work in it. 512 MB of fp32 in chunks of 65536 are 5.2 rounds for 396 programs, so
-    that 6 pass; in chunks of 57344 they are 5.9. That a round costs its elements and those of
-    `CHUNK_COST` is a prediction that no card has confirmed.
+    Program k reads chunks k, k + P, and so on. The last round takes as long as the others, even if
+    few programs have work in it. For example, 512 MB of fp32 in chunks of 65536 are 5.2 rounds for
+    396 programs, which take the time of 6; in chunks of 57344 they are 5.9 rounds. That a round
+    costs its elements plus `CHUNK_COST` is a prediction, not confirmed on a card.
     """
     sizes = range(MIN_CHUNK, MAX_CHUNK + 1, MIN_CHUNK)
 
@@ -195,7 +198,7 @@ def chunk_size(n_elements: int, n_programs: int) -> int:
 def _cut(
     base: np.ndarray, n: np.ndarray, item: int, chunk: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Stretch, first element and size of each chunk: an unaligned head, if any, then the body."""
+    """Returns stretch, first element and size of each chunk: any unaligned head, then the body."""
     head = np.minimum((-base % ALIGNMENT) // item, n)
     has_head = (head > 0).astype(np.int64)
     count = -(-(n - head) // chunk) + has_head
@@ -207,11 +210,11 @@ def _cut(
 
 
 def overlapping(address: np.ndarray, size: np.ndarray) -> Sequence[int]:
-    """The positions of tensors of which a part lies in one that begins before them.
+    """Returns the positions of tensors that overlap one with a lower address.
 
     Args:
-        address: int64, of each tensor.
-        size: int64, bytes of each tensor; 0 to leave it out.
+        address: int64: address of each tensor.
+        size: int64: bytes of each tensor; 0 to ignore it.
     """
     order = np.argsort(address, kind="stable")
     order = order[size[order] > 0]

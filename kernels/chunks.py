@@ -1,17 +1,17 @@
-"""The chunk table: where the gradients of a bucket lie, cut into pieces of equal work.
+"""The chunk table: the addresses of the gradients of a bucket, cut into pieces of equal work.
 
     addresses  int64 (B,): of each stretch
     chunks     int64 (C, 6): stretch, first byte, elements, segment, first piece, pieces
     pieces     int64 (M, 3): first byte, elements, tensor id
     starts     int64 (S + 1,): chunks [starts[s], starts[s + 1]) belong to segment s
 
-Chunks are sorted by segment, pieces by stretch and first byte; the columns are named in `columns`.
-What a stretch, a chunk and a piece is, see `chunk_layout`. Everything but `addresses` is a
-*layout*: it depends on sizes and alignment only. Allocators that give other addresses at each step
-mostly keep to the same alignment, and then the few addresses are all that is uploaded.
+Chunks are sorted by segment, pieces by stretch and first byte; the columns are named in `columns`,
+and stretch, chunk and piece are defined in `chunk_layout`. Everything except `addresses` is a
+*layout*, which depends only on sizes and alignment. Allocators that return other addresses at each
+step usually keep the alignment; then only the few addresses are uploaded.
 
-Host time of a table when every gradient has another address than in the last step [EPYC, Python
-3.11, medians of 24, interleaved, a loaded machine]. Expected was to save what a chunk costs:
+Host time of a table when every gradient has another address than in the previous step [EPYC, Python
+3.11, medians of 24, interleaved, a loaded machine]. The expected saving was the time per chunk:
 
 | gradients                         | chunks  | one table for both | split  | uploaded         |
 |-----------------------------------|---------|--------------------|--------|------------------|
@@ -19,13 +19,13 @@ Host time of a table when every gradient has another address than in the last st
 | gpt2-124m, fp32, 148 tensors      | 2,893   | 0.34 ms            | 0.13 ms| 120 kB -> 1.2 kB |
 | 5000 x 100, fp32                  | 5,000   | 13 ms              | 2.2 ms | 320 kB -> 40 kB  |
 
-Addresses and layouts are kept for the last `TABLES` different lists of gradients. To find them the
-host reads the address of each gradient (0.06 µs), and its size and strides (0.1 µs) unless the form
-of the list is known (`fastguard.gradients.layout_guards`). A flat bucket outlives the step and
-keeps its table: its slots never move.
+Addresses and layouts are cached for the last `TABLES` different lists of gradients. To look them
+up, the host reads the address of each gradient (0.06 µs), and its size and strides (0.1 µs) unless
+the form of the list is known (`fastguard.gradients.layout_guards`). A flat bucket outlives the step
+and keeps its table, since its slots never move.
 
 A gradient that does not cover one block of memory (strides with holes, expanded, overlapping an
-earlier one) has a contiguous buffer here that stands for it; the caller copies, and counts it.
+earlier one) is represented by a contiguous buffer; the caller copies it there, and counts it.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from fastguard.kernels import chunk_layout
 from fastguard.kernels.chunk_layout import Places, places_in_runs, places_of_tensors
 from fastguard.kernels.upload import Upload, upload
 
-TABLES = 8  # kept of each kind: sets of None gradients and allocators alternate
+TABLES = 8  # cached per kind, since sets of None gradients and allocators alternate
 
 
 class Run(Protocol):
-    """Gradients of one segment that lie one after another in memory."""
+    """Contiguous gradients of one segment; see `fastguard.gradients.buckets.Run`."""
 
     @property
     def flat(self) -> Tensor: ...
@@ -56,13 +56,13 @@ class Run(Protocol):
 
 
 class Memo(Protocol):
-    """What is kept as long as the bucket."""
+    """A cache with the lifetime of the bucket."""
 
     tables: dict[int, Any]
 
 
 class Bucket(Protocol):
-    """What a table is made of; see `fastguard.gradients.buckets.GradBucket`."""
+    """The input of a table; see `fastguard.gradients.buckets.GradBucket`."""
 
     @property
     def device(self) -> torch.device: ...
@@ -88,13 +88,13 @@ class Bucket(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Layout:
-    """How a bucket is cut, on the device of its gradients.
+    """The cut of a bucket, on the device of its gradients.
 
     Attributes:
-        upload: int64: chunks, pieces and starts one after another, in one copy.
-        chunks, pieces, starts: Views of it.
-        n_chunks: C; 0 if there is no element.
-        key: What the layout was built from.
+        upload: int64: concatenated chunks, pieces and starts, in one copy.
+        chunks, pieces, starts: Views of the upload.
+        n_chunks: C; 0 without elements.
+        key: Everything that the layout depends on.
     """
 
     upload: Upload
@@ -107,13 +107,14 @@ class Layout:
 
 @dataclass(slots=True, eq=False)
 class ChunkTable:
-    """A layout, and the addresses of its stretches, on the device of the gradients.
+    """A layout and the addresses of its stretches, on the device of the gradients.
 
     Attributes:
-        layout: How the gradients are cut.
+        layout: The cut of the gradients.
         upload: The addresses.
-        copies: `(position in bucket.grads, contiguous buffer)` of gradients that stand elsewhere.
-        key: What the table was built from.
+        copies: `(position in bucket.grads, contiguous buffer)` of gradients that do not cover one
+            block of memory.
+        key: Everything that the table depends on.
     """
 
     layout: Layout
@@ -123,49 +124,50 @@ class ChunkTable:
 
     @property
     def addresses(self) -> Tensor:
-        """int64 `(B,)`."""
+        """The addresses of the stretches, int64 `(B,)`."""
         return self.upload.memory
 
     @property
     def n_chunks(self) -> int:
-        """C; 0 if there is no element."""
+        """C; 0 without elements."""
         return self.layout.n_chunks
 
     @property
     def is_lasting(self) -> bool:
-        """Whether later steps may use it: what a graph uploads is not there before it runs."""
+        """Whether later steps may use the table; one uploaded by a graph exists only in replays."""
         return self.upload.is_lasting and self.layout.upload.is_lasting
 
     def await_on_stream(self) -> None:
-        """Makes the current stream of a GPU come after the uploads. The host goes on."""
+        """Orders the current stream of a GPU after the uploads, without blocking the host."""
         self.layout.upload.await_on_stream()
         self.upload.await_on_stream()
 
 
-# Tuples are replaced, never changed: other threads may be reading them.
+# Tuples are replaced, never changed, since other threads may be reading them.
 _tables: dict[tuple[torch.device, torch.dtype, int], tuple[ChunkTable, ...]] = {}
 _layouts: dict[tuple[torch.device, torch.dtype, int, int], tuple[Layout, ...]] = {}
 _lock = threading.Lock()
 
 
 def table_of(bucket: Bucket, n_segments: int, n_programs: int) -> ChunkTable:
-    """The table of a bucket, from the cache if nothing has moved. Waits for nothing.
+    """Returns the table of a bucket, from the cache if no address has changed, without a sync.
 
     Args:
         bucket: The gradients, at least one.
         n_segments: S.
-        n_programs: How many programs will share the chunks; small models get smaller chunks. Always
-            the same on a device: all launches share one table, and the order of its sums.
+        n_programs: Number of programs that share the chunks; small models get smaller chunks. It
+            must be the same for all calls on a device: all launches share one table, and the order
+            of its sums.
     """
     table = bucket.memo.tables.get(n_segments)
     if table is None:
         table = _found_or_built(bucket, n_segments, n_programs)
-        # One that a graph uploads serves no later step; a flat bucket, which lives on, has one
-        # built for each stage.
+        # A table uploaded by a graph is useless to later steps. A flat bucket outlives the step, so
+        # such a table is built again for each stage.
         if bucket.runs is None or table.is_lasting:
             bucket.memo.tables[n_segments] = table
     elif bucket.runs is None:
-        return table  # apply comes after measure, on the same stream: nothing has moved since
+        return table  # apply runs after measure on the same stream: nothing has moved since
     table.await_on_stream()
     return table
 
@@ -178,13 +180,13 @@ def _found_or_built(bucket: Bucket, n_segments: int, n_programs: int) -> ChunkTa
             return table
     table = _built(bucket, key, n_segments, n_programs)
     if table.is_lasting:
-        with _lock:  # two threads that add at once lose neither
+        with _lock:  # so that concurrent additions are not lost
             _tables[kind] = (table, *_tables.get(kind, ())[: TABLES - 1])
     return table
 
 
 def _key(bucket: Bucket) -> tuple[object, ...]:
-    """All that a table depends on; equal keys, equal tables."""
+    """Returns everything that a table depends on."""
     return (
         list(map(Tensor.data_ptr, bucket.grads)),
         None if bucket.runs is None else [r.flat.data_ptr() for r in bucket.runs],
@@ -193,7 +195,7 @@ def _key(bucket: Bucket) -> tuple[object, ...]:
 
 
 def _shape(bucket: Bucket) -> tuple[object, ...]:
-    """All that a table depends on beside addresses."""
+    """Returns everything that a table depends on except addresses."""
     segment = bucket.segment
     return (
         bucket.form or _sizes_and_strides(bucket.grads),
@@ -213,7 +215,7 @@ def _sizes_and_strides(grads: list[Tensor]) -> tuple[object, ...]:
 def _built(bucket: Bucket, key: tuple, n_segments: int, n_programs: int) -> ChunkTable:
     places, copies = places_of(bucket, key[0])
     layout = _layout_of(bucket, (key[-1], places.key()), places, n_segments, n_programs)
-    # A copy of its own: pinned memory is written from it, and on a CPU it is the table.
+    # A copy: it is the source of pinned memory, and on a CPU the table itself.
     addresses = np.array(places.base)
     uploaded = upload(addresses, bucket.device, tuple(buffer for _, buffer in copies))
     return ChunkTable(layout, uploaded, copies, key)
@@ -246,10 +248,10 @@ def _layout_of(
 def cut(
     bucket: Bucket, places: Places, n_segments: int, n_programs: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Chunks, pieces and starts of a bucket, on the host."""
+    """Returns chunks, pieces and starts of a bucket, on the host."""
     if bucket.runs is None:
         segments = np.zeros(len(places.base), dtype=np.int64)
-        some = places.elements > 0  # all tensors of a stretch belong to one segment
+        some = places.elements > 0  # all tensors of a stretch belong to the same segment
         segments[places.stretch[some]] = _int64(bucket.segment_ids)[some]
     else:
         segments = _int64([r.segment for r in bucket.runs])
@@ -260,11 +262,11 @@ def cut(
 def places_of(
     bucket: Bucket, addresses: Sequence[int]
 ) -> tuple[Places, tuple[tuple[int, Tensor], ...]]:
-    """Where the gradients of a bucket lie, and the copies of those that stand elsewhere.
+    """Returns the places of the gradients of a bucket, and the `copies` of a `ChunkTable`.
 
     Args:
         bucket: The gradients.
-        addresses: Of each of them.
+        addresses: The address of each gradient.
     """
     item = bucket.dtype.itemsize
     sizes = bucket.sizes
@@ -294,7 +296,7 @@ def _int64(numbers: Sequence[int]) -> np.ndarray:
 def _copies(
     grads: list[Tensor], address: np.ndarray, n: np.ndarray, item: int
 ) -> tuple[tuple[int, Tensor], ...]:
-    """A contiguous buffer for each gradient that is not one block of memory of its own."""
+    """Creates a contiguous buffer for each gradient that does not cover its own block of memory."""
     dense = np.array(list(map(Tensor.is_contiguous, grads)), dtype=bool)
     for i in np.flatnonzero(~dense).tolist():
         dense[i] = is_dense(grads[i])
@@ -307,7 +309,7 @@ def _copies(
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one block of memory, in whatever order."""
+    """Returns whether the elements fill one block of memory, in any order."""
     if tensor.is_contiguous():
         return True
     expected = 1

@@ -1,7 +1,7 @@
-"""The clip coefficients of all segments, inside `decide`.
+"""The clip coefficients of all segments, as a part of `decide`.
 
-clip_coef[s]  = min(1, max_norm[s] / (norm[s] + 1e-6), that of a spike)
-multiplier[s] = clip_coef[s] * inv_scale, and 1 for a skipped step
+clip_coef[s]  = min(1, max_norm[s] / (norm[s] + 1e-6), coefficient of a spike)
+multiplier[s] = clip_coef[s] * inv_scale, or 1 for a skipped step
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from fastguard.kernels.elements import root
 
 @triton.jit
 def clip_coefficient(norm, max_norm):
-    """`min(1, max_norm / (norm + 1e-6))`; a limit of inf gives 1 for every norm, NaN a NaN."""
+    """Returns `min(1, max_norm / (norm + 1e-6))`: 1 for a limit of inf, NaN for a limit of NaN."""
     coef = max_norm / (norm + 1e-6)
-    coef = tl.where(coef > 1.0, 1.0, coef)  # NaN is not > 1 and stays NaN
+    coef = tl.where(coef > 1.0, 1.0, coef)  # NaN stays NaN
     return tl.where(max_norm == float("inf"), 1.0, coef)
 
 
@@ -38,7 +38,7 @@ def store_coefficients(
     HAS_SCALE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """Writes both for each segment. Returns whether any multiplier is not 1."""
+    """Writes both for each segment; returns whether any multiplier is not 1."""
     INF: tl.constexpr = float("inf")
     NAN: tl.constexpr = float("nan")
     lanes = tl.arange(0, BLOCK_SIZE)
@@ -57,7 +57,7 @@ def store_coefficients(
             norm = tl.where(nan > 0.0, NAN, norm)
         max_norm = tl.load(max_norm_ptr + (i + lanes) * max_norm_stride, mask=mask, other=INF)
         coef = clip_coefficient(norm, max_norm)
-        # The smaller; NaN in either wins.
+        # The smaller of the two; NaN if either is NaN.
         coef = tl.where(spike_coef < coef, spike_coef, coef)
         coef = tl.where(spike_coef == spike_coef, coef, spike_coef)
         multiplier = coef
@@ -66,6 +66,6 @@ def store_coefficients(
         multiplier = tl.where(skip, 1.0, multiplier)
         tl.store(coef_ptr + i + lanes, coef, mask=mask)
         tl.store(multiplier_ptr + i + lanes, multiplier, mask=mask)
-        scales = tl.maximum(scales, (mask & (multiplier != 1.0)).to(tl.int32))  # NaN is not 1
+        scales = tl.maximum(scales, (mask & (multiplier != 1.0)).to(tl.int32))  # true for NaN
         i += BLOCK_SIZE
     return tl.max(scales, axis=0) > 0

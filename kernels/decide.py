@@ -1,14 +1,15 @@
-"""Launch 2, decide: one program gives the verdict and brings the guard's state up to date.
+"""Launch 2, decide: one program computes the verdict and updates the state of the guard.
 
     clip_coef[s] = min(1, max_norm[s] / (norm[s] + 1e-6))
     skip         = a fault, or a spike of a rule that skips
     changes      = whether apply has anything to do in any segment
 
-I/O: a few numbers per segment, and the rings of the rules; no gradient. One program, float64.
-What is wrong is told by `faults`, spikes by `rules`, coefficients by `coefficients`.
+I/O: a few numbers per segment, and the rings of the rules; no gradients. One program, in float64.
+Faults are detected in `faults`, spikes in `rules`; `coefficients` computes the coefficients.
 
-Every comparison says what NaN does. Sums over segments and rings are added in another order than
-PyTorch's; all else is bit for bit the arithmetic of `fastguard.stages.reference.decide`."""
+Comments on comparisons say what happens for NaN. Sums over segments and rings are added in another
+order than in PyTorch; everything else matches `fastguard.stages.reference.decide` bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +57,7 @@ def decide_kernel(
     summary_ptr,  # float64 (4, n_segments)
     max_norm_ptr,  # float64 (n_segments,), or (1,) with stride 0
     losses_ptr,  # float64 (n_losses,)
-    given_ptr,  # uint8 (n_losses,): 0 for a loss that no rank gave
+    given_ptr,  # uint8 (n_losses,): 0 for a loss given by no rank
     inv_scale_ptr,  # float64 (1,)
     overflow_ptr,  # float32 (1,): > 0 if a loss scaler found non-finite gradients
     falls_ptr,  # uint8 (1,): 1 if the scaler lowers its scale after an overflow
@@ -74,7 +75,7 @@ def decide_kernel(
     changes_ptr,  # float32
     spikes_ptr,  # uint8 (n_rules,)
     thresholds_ptr,  # float64 (n_rules,)
-    undo_ptr,  # float64 (5 + 4 * n_rules,): the counters, and of each rule its ring and one value
+    undo_ptr,  # float64 (5 + 4 * n_rules,): counters, then per rule its ring and one value
     n_segments,
     max_norm_stride,
     n_losses,
@@ -82,7 +83,7 @@ def decide_kernel(
     ring_stride,
     P: tl.constexpr,
     INF_NORM: tl.constexpr,
-    ROOTED: tl.constexpr,  # the summary holds norms in place of power sums
+    ROOTED: tl.constexpr,  # the summary contains norms instead of power sums
     ZERO: tl.constexpr,  # nonfinite="zero"
     PROPAGATE: tl.constexpr,  # nonfinite="propagate"
     HAS_SCALE: tl.constexpr,
@@ -148,7 +149,7 @@ def decide_kernel(
 
 @triton.jit
 def count_step(counters_ptr, undo_ptr, skipped, lowered):
-    """Brings the counters up to date, and notes what they were for a step that fails."""
+    """Updates the counters, and saves the old ones to undo a step that fails."""
     decided = tl.load(counters_ptr + DECIDED)
     applied = tl.load(counters_ptr + APPLIED)
     skips_so_far = tl.load(counters_ptr + SKIPPED)
@@ -159,7 +160,7 @@ def count_step(counters_ptr, undo_ptr, skipped, lowered):
     tl.store(undo_ptr + SKIPPED, skips_so_far.to(tl.float64))
     tl.store(undo_ptr + CONSECUTIVE_SKIPS, in_a_row.to(tl.float64))
     tl.store(undo_ptr + FOR_SCALE, for_scale.to(tl.float64))
-    tl.debug_barrier()  # all threads have read the counters before one writes them
+    tl.debug_barrier()  # all threads must have read the counters before any thread writes them
     tl.store(counters_ptr + DECIDED, decided + 1)
     tl.store(counters_ptr + APPLIED, applied + 1 - skipped)
     tl.store(counters_ptr + SKIPPED, skips_so_far + skipped)
@@ -194,21 +195,22 @@ def decide_step(
     Args:
         summary: float64 `(4, S)`: power sums and counts.
         norm_type: p.
-        rooted: Whether the summary holds norms.
+        rooted: Whether the summary contains norms.
         max_norm: float64 `(S,)` or `(1,)`.
         nonfinite: `"skip"`, `"raise"`, `"zero"` or `"propagate"`.
         losses: float64 `(L,)`.
         inv_scale: float64 `()`, or None.
         overflow: `()`, > 0 if a loss scaler found non-finite gradients, or None.
-        rules: float64 `(K, 8)`: the columns of `rules`, or None without rules.
-        counters, windows, rings: The guard's state, changed in place; None without a state.
-        given: bool `(L,)`: which losses there are; None: all.
-        scale_falls: bool `()`: the scaler lowers its scale after an overflow; None: not known.
+        rules: float64 `(K, 8)`, see `columns`; None without rules.
+        counters, windows, rings: The state of the guard, changed in place; None without a state.
+        given: bool `(L,)`: which losses were given; None: all.
+        scale_falls: bool `()`: whether the scaler lowers its scale after an overflow; None:
+            unknown.
 
     Returns:
-        The fields of `fastguard.stages.contract.Verdict` by name; and what the state was
-        before, float64 `(5 + 4 * K,)`, nothing without a state: the counters, and of each rule its
-        row of `rings` and the value that was overwritten in `windows`.
+        The fields of `fastguard.stages.contract.Verdict` by name; and the previous state, float64
+        `(5 + 4 * K,)`, arbitrary without a state: the counters, and per rule its row of `rings` and
+        the value that was overwritten in `windows`.
     """
     device, n_segments, n_losses = summary.device, summary.shape[1], losses.numel()
     n_rules = 0 if rules is None else rules.shape[0]
@@ -257,8 +259,10 @@ def decide_step(
 
 @functools.lru_cache(maxsize=64)
 def _templates(device: torch.device, n_segments: int, n_rules: int) -> tuple[Tensor, ...]:
-    """Tensors like those of a decision: `torch.empty_like` takes 0.8 µs, `torch.empty` of a shape,
-    a dtype and a device 1.5."""
+    """Returns templates of the results of a decision.
+
+    `torch.empty_like` takes 0.8 µs, and `torch.empty` with shape, dtype and device 1.5 µs.
+    """
 
     def like(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -293,7 +297,7 @@ def _variant(
     n_rules: int,
     ring_stride: int,
 ) -> Variant:
-    """The dtypes are no constants of the kernel, but types of arguments; None: there is none."""
+    """The dtypes are not constants of the kernel, but types of arguments; None: no argument."""
     return launchers.of(n_segments).variant(
         device,
         P=norm_type,

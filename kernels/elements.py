@@ -1,6 +1,7 @@
-"""The arithmetic of single elements and vectors of gradients, inlined into the kernels.
+"""Arithmetic on single elements and vectors of gradients, inlined into the kernels.
 
-Why squares are grouped, and how far off that is: see `measure`."""
+See `measure` for why squares are grouped, and for the error bounds.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ TRITON_DTYPES = {
 
 @triton.jit
 def float32_of(x):
-    """float32 of narrower elements, exactly. bf16 is the upper half of a float32."""
+    """Converts narrower elements to float32 exactly. bf16 is the upper half of a float32."""
     if x.dtype == tl.bfloat16:
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -27,7 +28,7 @@ def float32_of(x):
 
 @triton.jit
 def widened(x):
-    """float64 of gradient elements."""
+    """Converts gradient elements to float64."""
     if x.dtype == tl.float64:
         return x
     else:
@@ -36,43 +37,43 @@ def widened(x):
 
 @triton.jit
 def powers(x, P: tl.constexpr):
-    """|x|^P of float64 values."""
+    """Computes |x|^P of float64 values."""
     if P == 2.0:
         y = x * x
     elif P == 1.0:
         y = tl.abs(x)
     else:
-        y = tl.exp2(P * tl.log2(tl.abs(x)))  # 0: exp2(-inf) = 0; NaN stays NaN
+        y = tl.exp2(P * tl.log2(tl.abs(x)))  # 0 for 0, since exp2(-inf) = 0; NaN stays NaN
     return y
 
 
 @triton.jit
 def root(power_sum, P: tl.constexpr, INF_NORM: tl.constexpr):
-    """The p-norm that belongs to a power sum."""
+    """Computes the p-norm from a power sum."""
     if INF_NORM:
         return power_sum
     elif P == 2.0:
         return tl.sqrt(power_sum)
     else:
-        return tl.exp2(tl.log2(power_sum) / P)  # 0: exp2(-inf) = 0
+        return tl.exp2(tl.log2(power_sum) / P)  # 0 for 0, since exp2(-inf) = 0
 
 
 @triton.jit
 def unit_of(largest):
-    """What norms are divided by before they are raised to a power, so that none leaves float64."""
+    """Returns the divisor of values before they are raised to a power, which prevents overflow."""
     return tl.where((largest > 0.0) & (largest < float("inf")), largest, 1.0)
 
 
 @triton.jit
 def norm_of_two(a, b, P: tl.constexpr):
-    """The norm of everything, from the norms of two parts of it."""
+    """Computes the norm of a whole from the norms of its two parts."""
     unit = unit_of(tl.maximum(a, b))
     return root(powers(a / unit, P) + powers(b / unit, P), P, False) * unit
 
 
 @triton.jit
 def magnitude_bits(x):
-    """Bit patterns of |x|: ordered as the magnitudes are, with Inf and then NaN above them all."""
+    """Returns the bit patterns of |x|, ordered like the magnitudes, then Inf, then NaN."""
     if x.dtype == tl.float64:
         bits = x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
     else:
@@ -82,10 +83,10 @@ def magnitude_bits(x):
 
 @triton.jit
 def vector_powers(x, P: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, VEC: tl.constexpr):
-    """float64 `(SIZE // VEC,)`: the power sum of each 16-byte vector of a block."""
+    """Returns the power sum of each 16-byte vector of a block, float64 `(SIZE // VEC,)`."""
     if GROUP == 1:
         y = powers(widened(x), P)
-    else:  # 2, of 16 bits: one addition of exact squares
+    else:  # GROUP 2, 16-bit elements: one addition of exact squares
         x = float32_of(x)
         y = tl.sum(tl.reshape(x * x, (SIZE // 2, 2)), axis=1).to(tl.float64)
     return tl.sum(tl.reshape(y, (SIZE // VEC, VEC // GROUP)), axis=1)
@@ -93,10 +94,13 @@ def vector_powers(x, P: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, V
 
 @triton.jit
 def vector_squares(x, SIZE: tl.constexpr, VEC: tl.constexpr):
-    """float32 `(SIZE // VEC,)`, twice: the sum of squares of each 16-byte vector, and what rounding
-    took from it. Infinite or NaN where an element is, or where a square leaves the range."""
+    """Returns the sum of squares of each 16-byte vector, and its rounding error.
+
+    Both are float32 `(SIZE // VEC,)`. They are infinite or NaN if an element is, or if a square
+    leaves the range.
+    """
     if x.dtype == tl.float32:
-        # The upper 12 bits of the significand: their square is exact, the rest is small.
+        # The square of the upper 12 bits of the significand is exact; the rest is small.
         top = (x.to(tl.uint32, bitcast=True) & 0xFFFFF000).to(tl.float32, bitcast=True)
         y, lost = _added_in_pairs(top * top, (x - top) * (x + top), SIZE)
     else:
@@ -110,7 +114,7 @@ def vector_squares(x, SIZE: tl.constexpr, VEC: tl.constexpr):
 
 @triton.jit
 def _added_in_pairs(y, lost, SIZE: tl.constexpr):
-    """Sums of neighbours; what they round off joins what was lost before."""
+    """Adds neighbours, and their rounding errors to the previous ones."""
     a, b = tl.split(tl.reshape(lost, (SIZE // 2, 2)))
     y, rounded_off = _two_sum(*tl.split(tl.reshape(y, (SIZE // 2, 2))))
     return y, a + b + rounded_off
@@ -118,9 +122,10 @@ def _added_in_pairs(y, lost, SIZE: tl.constexpr):
 
 @triton.jit
 def _two_sum(a, b):
-    """`a + b`, and what the addition rounds off (Knuth).
+    """Returns `a + b` and the rounding error of the addition (Knuth).
 
-    Products that come here are exact, so that fusing one into an addition changes nothing."""
+    All products passed in are exact, so fusing one into an addition changes nothing.
+    """
     total = a + b
     b_seen = total - a
     return total, (a - (total - b_seen)) + (b - b_seen)

@@ -1,8 +1,9 @@
-"""What is wrong with a step, inside `decide`: NaN and Inf, overflow of a loss scale, bad losses.
+"""Detects what is wrong with a step, as a part of `decide`: NaN, Inf, overflow, bad losses.
 
-    fault = a bad gradient that is not cleaned, a bad loss, or a norm that no float64 holds
+    fault = a bad gradient that is not cleaned, a bad loss, or a norm too large for float64
 
-Every comparison says what NaN does. The conditions are scalars of one bit."""
+Comments on comparisons say what happens for NaN. Conditions are one-bit scalars.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +13,19 @@ import triton.language as tl
 
 @triton.jit
 def never():
-    """A condition that is false."""
+    """Returns a false condition."""
     return tl.full((), 0, tl.int32) > 0
 
 
 @triton.jit
 def any_of(condition):
+    """Returns whether a condition is true in any lane."""
     return tl.max(condition.to(tl.int32), axis=0) > 0
 
 
 @triton.jit
 def spread(condition, N: tl.constexpr):
-    """One condition in N lanes."""
+    """Broadcasts a condition to N lanes."""
     return tl.where(condition, tl.full((N,), 1, tl.int32), tl.full((N,), 0, tl.int32)) > 0
 
 
@@ -31,7 +33,7 @@ def spread(condition, N: tl.constexpr):
 def any_loss_is_lost(
     losses_ptr, given_ptr, n_losses, HAS_GIVEN: tl.constexpr, BLOCK_SIZE: tl.constexpr
 ):
-    """Whether a loss that was given is NaN or infinite."""
+    """Returns whether any given loss is NaN or infinite."""
     lanes = tl.arange(0, BLOCK_SIZE)
     lost = tl.zeros((BLOCK_SIZE,), dtype=tl.int32)
     i = 0
@@ -40,7 +42,7 @@ def any_loss_is_lost(
         if HAS_GIVEN:
             is_loss = is_loss & (tl.load(given_ptr + i + lanes, mask=is_loss, other=0) > 0)
         loss = tl.load(losses_ptr + i + lanes, mask=is_loss, other=0.0)
-        # NaN is not < inf
+        # also true for NaN
         lost = tl.maximum(lost, ((tl.abs(loss) < float("inf")) == 0).to(tl.int32))
         i += BLOCK_SIZE
     return tl.max(lost, axis=0) > 0
@@ -58,29 +60,29 @@ def faults_of(
     HAS_OVERFLOW: tl.constexpr,
     HAS_FALLS: tl.constexpr,
 ):
-    """The faults of a step, each a condition.
+    """Returns the faults of a step as conditions.
 
     Returns:
-        grad_fault: The gradients are not to be used.
-        loss_fault: Nor are they because of a loss.
-        too_large: No float64 holds the norm.
-        overflow: A loss scaler has found non-finite gradients.
-        lowers: All that is wrong is cured by a lower loss scale.
+        grad_fault: The gradients must not be used.
+        loss_fault: The gradients must not be used because of a loss.
+        too_large: The norm is too large for float64.
+        overflow: A loss scaler found non-finite gradients.
+        lowers: A lower loss scale removes all faults.
     """
     overflow = never()
     if HAS_OVERFLOW:
-        overflow = tl.load(overflow_ptr) > 0.0  # NaN is no overflow, as in the reference
+        overflow = tl.load(overflow_ptr) > 0.0  # false for NaN, as in the reference
     lowers = never()
     if HAS_FALLS:
         lowers = overflow & (tl.load(falls_ptr) > 0) & (loss_fault == 0)
-    too_large = total_norm == float("inf")  # no float64 holds the norm of these finite elements
+    too_large = total_norm == float("inf")  # the norm of the finite elements overflows float64
     if PROPAGATE:
         grad_fault = overflow
-        too_large = never()  # clipped to zero, as by torch
+        too_large = never()  # clipped to zero, as in torch
         loss_fault = never()
     elif ZERO:
-        # Cleaning cures what was counted; a fault that only the scaler saw is not cured by it. What
-        # a lower scale cures is not cleaned.
+        # Cleaning removes the non-finite elements that were counted, but not an overflow that only
+        # the scaler saw. If a lower scale removes the fault, nothing is cleaned.
         grad_fault = overflow & ((bad_grad == 0) | lowers)
     else:
         grad_fault = overflow | bad_grad

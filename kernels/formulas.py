@@ -1,16 +1,17 @@
-"""The elementwise formulas of `update`: AdamW, Adam, SGD, Lion; and their coefficients, `advance`.
+"""The elementwise formulas of `update` (AdamW, Adam, SGD, Lion), and their coefficients.
 
     AdamW  m <- m + (g - m) * (1 - b1)                       Adam: first  g <- g + p * wd
            v <- v * b2 + (g * g) * (1 - b2)
            w <- max(w, v), with amsgrad; else w = v
            p <- p * (1 - lr * wd) - (m * (lr / bc1)) / (sqrt(w) * (1 / sqrt(bc2)) + eps)
-    SGD    g <- g + p * wd                                   where wd is not 0
-           m <- m * momentum + g * (1 - dampening)           where there is momentum
+    SGD    g <- g + p * wd                                   if wd is not 0
+           m <- m * momentum + g * (1 - dampening)           with momentum
            p <- p - m * lr                                   Nesterov: g + m * momentum for m
     Lion   p <- p * (1 - lr * wd) - sign(m * b1 + g * (1 - b1)) * lr
            m <- m * b2 + g * (1 - b2)
 
-The columns of the coefficients are those of `fastguard.optim.contract.COEFFICIENTS`."""
+`advance` computes the coefficients; see `fastguard.optim.contract.COEFFICIENTS` for the columns.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ ADVANCE_SIZE = 128  # tensors per program
 
 @triton.jit
 def coefficients_at(coef_ptr, ARITHMETIC: tl.constexpr):
-    """The eight numbers of a tensor; those that its algorithm has no use for are any."""
+    """Loads the eight coefficients of a tensor; the ones unused by the algorithm are arbitrary."""
     return (
         tl.load(coef_ptr).to(ARITHMETIC),
         tl.load(coef_ptr + 1).to(ARITHMETIC),
@@ -64,7 +65,7 @@ def new_values(
     AMSGRAD: tl.constexpr, NESTEROV: tl.constexpr, REPRODUCIBLE: tl.constexpr,
     ARITHMETIC: tl.constexpr,
 ):  # fmt: skip
-    """Weight and states after a step; states that there are not come back as they are."""
+    """Returns weight and states after a step; unused states are returned unchanged."""
     if ALGORITHM == SGD:
         g = tl.where(c2 != 0.0, g + p * c2, g)
         if N_STATES == 0:
@@ -78,7 +79,7 @@ def new_values(
     else:
         if ALGORITHM == LION:
             toward = a * c0 + g * c1
-            # NaN is neither and stays NaN, as 0 stays 0.
+            # NaN and 0 stay as they are.
             one = tl.where(toward > 0.0, 1.0, tl.where(toward < 0.0, -1.0, toward))
             p = p * c5 - one * c4
             a = a * c2 + g * c3
@@ -89,7 +90,7 @@ def new_values(
             b = b * c2 + (g * g) * c3
             largest = b
             if AMSGRAD:
-                c = tl.where((b > c) | (b != b), b, c)  # NaN in either wins
+                c = tl.where((b > c) | (b != b), b, c)  # NaN if either is NaN
                 largest = c
             if REPRODUCIBLE and ARITHMETIC == tl.float32:
                 step = tl.div_rn(a * c5, tl.sqrt_rn(largest) * c6 + c4)
@@ -120,7 +121,7 @@ def advance_kernel(
     STOCHASTIC: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """Counts the step of each tensor, and turns hyper-parameters into coefficients, in float64."""
+    """Counts the step of each tensor and computes its coefficients in float64."""
     if tl.load(found_inf_ptr) != 0.0:  # skipped: the coefficients are not read
         return
     t = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
@@ -157,7 +158,7 @@ def advance_kernel(
             tl.store(c_ptr + 4, lr, mask=mask)
             tl.store(c_ptr + 5, 1.0 - lr * decay, mask=mask)
         else:
-            bc1 = 1.0 - tl.exp2(s * tl.log2(beta1))  # beta 0: log2 is -inf, exp2 of that is 0
+            bc1 = 1.0 - tl.exp2(s * tl.log2(beta1))  # for beta 0, exp2(-inf) is 0
             bc2 = 1.0 - tl.exp2(s * tl.log2(beta2))
             tl.store(c_ptr + 4, eps, mask=mask)
             tl.store(c_ptr + 5, lr / bc1, mask=mask)
@@ -188,16 +189,16 @@ def advance_steps(
     has_steps: bool,
     stochastic: bool,
 ) -> None:
-    """Counts a step that is not skipped.
+    """Counts a step and computes its coefficients, unless it is skipped.
 
     Args:
-        tensors, addresses: Of an update's table.
+        tensors, addresses: From the table of the update.
         hyper: float64 `(G, 9)`, see `fastguard.optim.contract.HYPER`.
         found_inf: float32 `()`.
         coefficients: float64 `(T, 10)`, written unless the step is skipped.
-        algorithm: Of `ALGORITHMS`.
-        has_steps: Whether the table has the addresses of step counters.
-        stochastic: Whether rounding needs a key.
+        algorithm: A value of `ALGORITHMS`.
+        has_steps: Whether the table contains addresses of step counters.
+        stochastic: Whether to compute noise keys.
     """
     n = coefficients.shape[0]
     launch = _variant(hyper.device, algorithm, has_steps, stochastic)

@@ -1,17 +1,17 @@
-"""Launching a kernel with as little host work as Triton allows.
+"""Launches kernels with as little host work as Triton allows.
 
-The first launch of a variant (constants, device, types of the arguments) goes through Triton's JIT,
-which compiles it; later ones hand plain integers to the launcher of the `CompiledKernel` that it
-returned. That is sound because no argument of our kernels is specialized on its value or alignment,
-so that one variant is right for every call. Addresses as integers spare a driver query for each.
+The first launch of a variant (constants, device, types of the arguments) uses Triton's JIT, which
+compiles it; later launches pass plain integers to the launcher of the returned `CompiledKernel`.
+This is safe because none of our kernels specializes an argument on its value or alignment, so one
+variant is valid for every call. Passing addresses as integers avoids a driver query for each.
 
-Host time with 8 pointers and 10 constants, without the driver's own [EPYC, Python 3.11]:
+Host time with 8 pointers and 10 constants, without the time of the driver [EPYC, Python 3.11]:
 
-| through                                    | µs  |                                            |
-|--------------------------------------------|-----|--------------------------------------------|
-| the JIT                                    | 5.9 |                                            |
-| `compiled[grid](...)`, torch's stream      | 4.4 | objects for hooks that nobody has set: 1.9 |
-| `compiled.run(...)`, the stream's address  | 1.4 | used                                       |
+| launched through                           | µs  |                                    |
+|--------------------------------------------|-----|------------------------------------|
+| the JIT                                    | 5.9 |                                    |
+| `compiled[grid](...)`, torch's stream      | 4.4 | of which 1.9 for objects for hooks |
+| `compiled.run(...)`, the stream's address  | 1.4 | used                               |
 """
 
 from __future__ import annotations
@@ -28,72 +28,73 @@ from fastguard.kernels import versions
 from fastguard.kernels.versions import launches_are_watched
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-"""Whether Triton runs kernels on the CPU (`TRITON_INTERPRET=1`), as the tests do."""
+"""Whether Triton interprets kernels on the CPU (`TRITON_INTERPRET=1`), as in the tests."""
 
 WARP = 32 if torch.version.hip is None else 64
-"""Threads of a warp. AMD's consumer cards have 32, and get programs half as large."""
+"""Threads per warp. It is 32 on AMD's consumer cards, whose programs are then half as large."""
 
-INTERPRETED_PROGRAMS = 3  # in the interpreter programs are slow and blocks nearly free
+INTERPRETED_PROGRAMS = 3  # the interpreter is slow per program, and block size hardly matters
 
 
 class Launcher:
-    """A kernel and the options that all its variants share.
+    """A kernel and the options shared by all its variants.
 
     Args:
-        kernel: A `@triton.jit` function that specializes none of its arguments: pointers, then
+        kernel: A `@triton.jit` function that specializes no argument, with pointers first, then
             integers, then constants.
-        num_warps: Warps of a program.
-        max_registers: Of a thread, on NVIDIA cards; None: the compiler chooses.
-        fuses: Whether a product and a sum may become one operation, rounded once.
+        num_warps: Warps per program.
+        max_registers: Maximum registers per thread on NVIDIA cards. Default: None, the compiler's
+            choice.
+        fuses: Whether a product and a sum may be fused into one operation. Default: True.
     """
 
     def __init__(
         self, kernel: Any, num_warps: int, max_registers: int | None = None, fuses: bool = True
     ) -> None:
         self.kernel = kernel
-        # Said in either case: the default differs between versions of triton.
+        # Always set, since the default differs between versions of triton.
         self.options: dict[str, int] = {"num_warps": num_warps, "enable_fp_fusion": fuses}
         if max_registers is not None and torch.version.hip is None:
             self.options["maxnreg"] = max_registers
 
     def variant(self, device: torch.device, **constants: Any) -> Variant:
-        """The kernel for one device and set of constants, to be kept and called often.
+        """Returns the kernel for a device and constants, to be reused for many launches.
 
         Args:
-            device: Where the tensors live; need not be the current device.
-            constants: The kernel's `constexpr` parameters, in their order.
+            device: Device of the tensors, which need not be the current device.
+            constants: The `constexpr` parameters of the kernel, in order.
         """
         return Variant(self, device, constants)
 
 
 class OneProgram:
-    """A kernel of one program, with as many warps as it has segments to go through.
+    """A kernel that runs as one program, with more warps for many segments.
 
-    With one warp and 128 lanes, 5000 segments take 40 rounds one after another, about 100 µs of
-    latency [der]; with 8 warps and 1024 lanes they take 5. Up to 128 segments one warp needs no
-    barrier between warps for its sums.
+    With one warp and 128 lanes, 5000 segments take 40 consecutive rounds, about 100 µs of latency
+    [der]; with 8 warps and 1024 lanes they take 5. For up to 128 segments, one warp computes sums
+    without a barrier between warps.
     """
 
-    MANY = 128  # segments
+    MANY = 128  # more segments than this get 8 warps
 
     def __init__(self, kernel: Any) -> None:
         self._few, self._many = Launcher(kernel, num_warps=1), Launcher(kernel, num_warps=8)
 
     def of(self, n_segments: int) -> Launcher:
-        """The launcher for so many segments."""
+        """Returns the launcher for a number of segments."""
         return self._few if n_segments <= self.MANY else self._many
 
     def block_size(self, n_segments: int) -> int:
-        """How many lanes go with it."""
+        """Returns the number of lanes for a number of segments."""
         if n_segments > self.MANY:
             return 1024
         return max(32, triton.next_power_of_2(n_segments))
 
 
 class Variant:
-    """A kernel on one device with constants, compiled at the first call.
+    """A kernel with constants on one device, compiled at the first call.
 
-    The types of the tensors must be the same at every call: a stage keeps one variant for each.
+    The dtypes of the tensors must be the same in every call; stages keep one variant for each set.
     """
 
     __slots__ = ("_compiled", "_constants", "_index", "_launcher", "_run", "_stream", "_values")
@@ -111,9 +112,9 @@ class Variant:
         """Launches on the current stream of the device.
 
         Args:
-            n_programs: The grid.
-            tensors: The kernel's pointers.
-            numbers: Its integers, below 2^31.
+            n_programs: Size of the grid.
+            tensors: The pointers of the kernel.
+            numbers: The integers of the kernel, below 2^31.
         """
         if INTERPRETED:
             self._launcher.kernel[(n_programs,)](*tensors, *numbers, **self._constants)
@@ -148,15 +149,19 @@ class Variant:
 
 @triton.jit(do_not_specialize=["x_ptr"])
 def trial_kernel(x_ptr, VALUE: tl.constexpr):
+    """Stores a value."""
     tl.store(x_ptr, VALUE)
 
 
 def try_launching(device: torch.device) -> None:
-    """Compiles and launches a kernel on a device, on both roads of a `Variant`. Waits for nothing.
+    """Compiles a kernel on a device and launches it in both ways of a `Variant`, without a sync.
+
+    Args:
+        device: The device.
 
     Raises:
-        Exception: Whatever a triton raises that can be imported and not used: without a C compiler
-            for its launcher, for a driver that is too old, or on a disk that is full.
+        Exception: Any error of a triton that can be imported but does not work: without a C
+            compiler for its launcher, with a driver that is too old, or with a full disk.
     """
     x = torch.empty(1, dtype=torch.float32, device=device)
     launch = Launcher(trial_kernel, num_warps=1).variant(device, VALUE=1.0)
@@ -166,13 +171,13 @@ def try_launching(device: torch.device) -> None:
 
 @functools.cache
 def raw_stream_of() -> Any:
-    """The function that gives the address of the current stream of a device, by its index."""
+    """Returns the function that maps a device index to the address of its current stream."""
     return triton.runtime.driver.active.get_current_stream
 
 
 @functools.cache
 def n_processors(device: torch.device) -> int:
-    """Multiprocessors of a device."""
+    """Returns the number of multiprocessors of a device."""
     if INTERPRETED:
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -180,7 +185,7 @@ def n_processors(device: torch.device) -> int:
 
 @functools.cache
 def wide_fp64(device: torch.device) -> bool:
-    """Whether fp64 units are plentiful: at 1/2 of the fp32 rate, not at 1/32 or less."""
+    """Returns whether fp64 runs at 1/2 of the fp32 rate, and not at 1/32 or less."""
     if INTERPRETED or torch.version.hip is not None:
         return True
     return torch.cuda.get_device_capability(device) in ((8, 0), (9, 0), (10, 0))

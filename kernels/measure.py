@@ -1,77 +1,79 @@
-"""Launch 1, measure: one read of the gradients gives power sums and finiteness.
+"""Launch 1, measure: computes power sums and detects NaN and Inf in one read of the gradients.
 
     sum[s] = sum over the finite elements g of segment s of |g|^p        (inf-norm: the maximum)
 
-I/O: reads N bytes once and writes 8 bytes a program (one segment) or a chunk (several). Chunks that
-hold NaN or Inf are read a second time.
+I/O: reads N bytes once and writes 8 bytes per program (one segment) or per chunk (several). Chunks
+that contain NaN or Inf are read a second time.
 
-The grid is persistent: program k walks chunks k, k + P, k + 2P, ... of the table (see `chunks`), in
-blocks of 128-bit loads. Partial sums are float64 and added in a fixed order, by the last program to
-finish (one segment) or by a second small launch with one program a segment: same inputs and same
-grid, bitwise the same sums. No floating-point atomics.
+The grid is persistent: program k processes chunks k, k + P, k + 2P, ... of the table (see
+`chunks`), in blocks of 128-bit loads. Partial sums are float64 and added in a fixed order, by the
+last program to finish (one segment) or by a second small launch with one program per segment. The
+same inputs and the same grid give bitwise the same sums. There are no floating-point atomics.
 
-Numerics of p = 2. Float64 squares lose nothing, but a GPU widens few numbers at a time (16 a clock
-and SM on sm_90, 2 on consumer cards). So `GROUP` squares of neighbours are added in float32, and
-their sum is widened. Squares of fp16 and bf16 are exact in float32; adding two of them rounds by
-at most u = 2^-24 of the power sum, half of that in the norm. Where a whole vector is added up, what
-its additions round off (Knuth's TwoSum) and what the square of a float32 loses is summed beside it,
-in float32: at most 2^-10 of the sum, in 6 roundings of a vector and 16 of the blocks of a chunk.
+Numerics of p = 2. Float64 squares are exact, but a GPU converts few numbers to float64 per clock
+(16 per SM on sm_90, 2 on consumer cards). Therefore `GROUP` neighbouring squares are added in
+float32, and only their sum is converted. Squares of fp16 and bf16 are exact in float32; adding two
+of them rounds by at most u = 2^-24 of the power sum, which is half of that in the norm. If a whole
+vector is added in float32, the rounding errors of its additions (Knuth's TwoSum) and of float32
+squares are summed separately, in float32: they are at most 2^-10 of the sum, with 6 roundings per
+vector and 16 for the blocks of a chunk.
 
-| dtype      | GROUP | widened in 16 bytes | error of the norm, at most | for                     |
-|------------|-------|---------------------|----------------------------|-------------------------|
-| fp64, fp32 | 1     | 0, 4                | that of float64 arithmetic | any card                |
-| fp16, bf16 | 2     | 4                   | 0.5 u = 3.0e-8             | any card                |
-| fp32       | 4     | 1                   | 11 * 2^-34 = 6.4e-10       | fp64 at 1/32 or slower  |
-| fp16, bf16 | 8     | 1                   | less                       | fp64 at 1/32 or slower  |
+| dtype      | GROUP | converted in 16 B | max. error of the norm     | for                    |
+|------------|-------|-------------------|----------------------------|------------------------|
+| fp64, fp32 | 1     | 0, 4              | that of float64 arithmetic | any card               |
+| fp16, bf16 | 2     | 4                 | 0.5 u = 3.0e-8             | any card               |
+| fp32       | 4     | 1                 | 11 * 2^-34 = 6.4e-10       | fp64 at 1/32 or slower |
+| fp16, bf16 | 8     | 1                 | less                       | fp64 at 1/32 or slower |
 
-The bounds hold for repeated values too, where all groups round the same way, and leave room for
-the rounding of the norm to float32 (6.0e-8). Without what is rounded off, sums of a whole vector
-were up to 8.9e-8 off, and 1.5e-7 with that rounding: patterns of four and eight values came to it.
+The bounds also hold for repeated values, for which all groups round the same way, and leave room
+for rounding the norm to float32 (6.0e-8). Without the rounding errors, sums of a whole vector were
+off by up to 8.9e-8, or 1.5e-7 including that rounding; patterns of four and eight values reached
+these errors.
 
-A grouped chunk is summed again in float64 where float32 has no room: its sum is infinite
-(|x| > 9e18), or so small (n * 2^-90) that what lies below 2^-126 could matter, and not every
-element is zero (the largest bit pattern tells, at an instruction an element). fp16 squares lie in
-[2^-48, 2^32] and never need it.
+A grouped chunk is summed again in float64 if float32 lacks range: if its sum is infinite
+(|x| > 9e18), or so small (n * 2^-90) that squares below 2^-126 could matter although not every
+element is zero (which the largest bit pattern shows, at one instruction per element). fp16 squares
+lie in [2^-48, 2^32] and never need it.
 
-Where power sums could leave float64 (ROOTED: float64, and p > 6), chunks and programs hand on
-norms. A chunk whose sum is infinite, or below n * 2^-960, is summed again from elements divided by
-the largest; norms are added up in the same way. The main loop is the same.
+If power sums could overflow or underflow float64 (ROOTED: float64, and p > 6), chunks and programs
+pass on norms instead. A chunk whose sum is infinite, or below n * 2^-960, is summed again with
+elements divided by the largest; norms are added in the same way. The main loop does not change.
 
-Finiteness is free: NaN or Inf anywhere makes the chunk's sum NaN or Inf (for the inf-norm, the
-largest bit pattern that of one). Only then is the chunk read again, in float64, tensor by tensor,
-and its NaN, +Inf and -Inf are counted with integer atomics, whose order cannot matter.
+Detecting NaN and Inf is free: any of them makes the sum of the chunk NaN or Inf (for the inf-norm,
+the largest bit pattern). Only then is the chunk read again, in float64, tensor by tensor, and its
+NaN, +Inf and -Inf are counted with integer atomics, whose order does not matter.
 
 Lab table (sass: machine code for sm_90; `make kernels-test` prints the current numbers):
 
-| the main loop alone                         | registers | loads in flight | instructions / 16 B |
-|---------------------------------------------|-----------|-----------------|---------------------|
-| fp32, an fp64 accumulator an element [sass] | 62        | 4               | 16.2                |
-| fp32, an fp64 accumulator a vector [sass]   | 32        | 4               | 17.2  (used)        |
-| the same, blocks twice as long [sass]       | 62        | 8               | 17.1                |
-| bf16, GROUP 1 [sass]                        | 40        | 4               | 27.2                |
-| bf16, GROUP 2, OR of the bits [sass]        | 32        | 4               | 39.5                |
+| only the main loop                           | registers | loads in flight | instructions / 16 B |
+|----------------------------------------------|-----------|-----------------|---------------------|
+| fp32, an fp64 accumulator per element [sass] | 62        | 4               | 16.2                |
+| fp32, an fp64 accumulator per vector [sass]  | 32        | 4               | 17.2  (used)        |
+| fp32, per vector, blocks doubled [sass]      | 62        | 8               | 17.1                |
+| bf16, GROUP 1 [sass]                         | 40        | 4               | 27.2                |
+| bf16, GROUP 2, OR of the bits [sass]         | 32        | 4               | 39.5                |
 
-| the whole kernel, sums of whole vectors     | registers | loads in flight | instructions / 16 B |
-|---------------------------------------------|-----------|-----------------|---------------------|
-| fp32, bf16, nothing kept [sass]             | 78, 74    | 4               | 15.8, 32.8          |
-| fp32, bf16, what is rounded off kept [sass] | 62, 62    | 4               | 54.2, 77.2  (used)  |
+| the whole kernel, sums of whole vectors      | registers | loads in flight | instructions / 16 B |
+|----------------------------------------------|-----------|-----------------|---------------------|
+| fp32, bf16, without rounding errors [sass]   | 78, 74    | 4               | 15.8, 32.8          |
+| fp32, bf16, with rounding errors [sass]      | 62, 62    | 4               | 54.2, 77.2  (used)  |
 
-Cards with little fp64 read 2 to 7 bytes a clock and SM [datasheets]: at most 36 instructions of the
-128 that an SM starts in a clock, so that keeping what is rounded off should not show.
+Cards with little fp64 read 2 to 7 bytes per clock and SM [datasheets]: at most 36 of the 128
+instructions that an SM issues per clock, so that summing the rounding errors should not be visible.
 
-The row of the next chunk is asked for before a chunk is read: expected are 0.3 µs less per chunk,
-which tiny tensors feel [der]; it costs up to 16 registers of the 80 and no spill, and the main loop
-is the same, but for at most 0.4 instructions of bf16 and 1.7 of p = 1 [sass]. What is counted lies
-in a scratch that is kept (see `scratch`): one launch less per bucket, and 0.5 µs less on the host
-besides (3.7 -> 3.2, the launch not counted).
+The row of the next chunk is loaded before a chunk is read, which should save 0.3 µs per chunk,
+mostly for tiny tensors [der]. It costs up to 16 of the 80 registers and no spill; the main loop
+stays the same, except for at most 0.4 more instructions for bf16 and 1.7 for p = 1 [sass]. Counts
+are kept in a persistent scratch (see `scratch`), which saves one launch per bucket, and another
+0.5 µs on the host (3.7 -> 3.2, without the launch).
 
-The whole kernel with the second look takes 80 registers at the most. Left alone, the compiler
-spilled up to ten of them outside the loop to stay at 64 or 48 [sass]; capped at 80 it spills none
-(one, outside the loop, for bf16 on sm_100 with triton 3.6). The bits are looked at before the
-squares: after them it took 2.4 instructions more [sass]. Powers other than 1 and 2 take 527
-instructions for 16 bytes: at 80 registers they spilled 41 times, at 112 and half a block 8 times
-with triton 3.6, at 120 not at all; two programs a multiprocessor fit either way. fp16 and bf16 take
-1040; in half a block they spilled up to 35 times at 168 registers, in a quarter not at all [sass].
+The whole kernel with the second pass takes at most 80 registers. Without a limit, the compiler
+spilled up to ten of them outside the loop to stay at 64 or 48 [sass]; limited to 80, it spills none
+(one, outside the loop, for bf16 on sm_100 with triton 3.6). Reading the bits before the squares
+takes 2.4 instructions less than after them [sass]. Powers other than 1 and 2 take 527 instructions
+per 16 bytes: they spilled 41 times with 80 registers, 8 times with 112 and half a block with triton
+3.6, and never with 120; two programs per multiprocessor fit in both cases. fp16 and bf16 take 1040;
+in half a block they spilled up to 35 times with 168 registers, in a quarter never [sass].
 """
 
 from __future__ import annotations
@@ -86,6 +88,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastguard.kernels import scratch
+from fastguard.kernels.chunk_address import chunk_at
 from fastguard.kernels.chunks import ChunkTable
 from fastguard.kernels.columns import CHUNK_COLUMNS, SEGMENT, SUMMARY_ROWS
 from fastguard.kernels.elements import (
@@ -112,7 +115,6 @@ from fastguard.kernels.summary import (
     zero_counts,
 )
 from fastguard.kernels.tuning import Tuning, n_programs, tuning_of
-from fastguard.kernels.walk import chunk_at
 
 
 @triton.jit(
@@ -125,7 +127,7 @@ def measure_kernel(
     addresses_ptr,  # int64 (n_stretches,): see `chunks`
     chunks_ptr,  # int64 (n_chunks, CHUNK_COLUMNS)
     pieces_ptr,  # int64 (n_pieces, PIECE_COLUMNS)
-    scratch_ptr,  # int64, zeros, see `summary`
+    scratch_ptr,  # int64, zero, see `summary`
     partials_ptr,  # float64 (n_programs,) if ONE_SEGMENT, else (n_chunks,)
     counts_ptr,  # int64 (3, n_tensors), written
     summary_ptr,  # float64 (4, n_segments)
@@ -137,14 +139,14 @@ def measure_kernel(
     ITEM_SIZE: tl.constexpr,
     P: tl.constexpr,
     INF_NORM: tl.constexpr,
-    ROOTED: tl.constexpr,  # norms in place of power sums, which could leave float64
+    ROOTED: tl.constexpr,  # norms instead of power sums, which could leave the range of float64
     GROUP: tl.constexpr,
     ONE_SEGMENT: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     VEC: tl.constexpr,
     REDUCE_SIZE: tl.constexpr,
-    EVICTION: tl.constexpr,  # of what was read from L2: "", "evict_first", "evict_last"
+    EVICTION: tl.constexpr,  # eviction policy of loads: "", "evict_first", "evict_last"
 ):
     LANES: tl.constexpr = BLOCK_SIZE // VEC
     WATCH_UNDERFLOW: tl.constexpr = GROUP > 1 and DTYPE != tl.float16
@@ -164,13 +166,13 @@ def measure_kernel(
     next_address, next_n = chunk_at(addresses_ptr, chunks_ptr, chunk)
     while chunk < n_chunks:
         address, n = next_address, next_n
-        # On its way while this chunk is read; behind the last one it is asked for in vain.
+        # Prefetches the next row while this chunk is read; unused after the last chunk.
         ahead = tl.minimum(chunk + n_programs, n_chunks - 1)
         next_address, next_n = chunk_at(addresses_ptr, chunks_ptr, ahead)
-        # The hint is true for whole vectors only: a chunk that is not aligned has none (n_vec = 0).
+        # The hint holds only for whole vectors; an unaligned chunk has none (n_vec = 0).
         x_ptr = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
         tail_ptr = address.to(tl.pointer_type(DTYPE))
-        n_vec = (n // VEC) * VEC  # a mask bounded by whole vectors keeps 128-bit loads
+        n_vec = (n // VEC) * VEC  # a mask that ends at a whole vector keeps loads 128 bits wide
         tail_mask = n_vec + tail_offsets < n
 
         if INF_NORM:
@@ -251,7 +253,7 @@ def measure_kernel(
 
     if ONE_SEGMENT:
         tl.store(partials_ptr + program, mine)
-        tl.debug_barrier()  # every thread's part is done before one of them takes the ticket
+        tl.debug_barrier()  # all threads must be done before one of them takes the ticket
         ticket = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu")
         if ticket == n_programs - 1:
             whole = sum_of_partials(partials_ptr, 0, n_programs, P, INF_NORM, ROOTED, REDUCE_SIZE)
@@ -266,11 +268,12 @@ def measure_kernel(
 
 @functools.cache
 def launcher_of(tuning: Tuning) -> Launcher:
+    """Returns the launcher for a tuning."""
     return Launcher(measure_kernel, tuning.num_warps, tuning.max_registers)
 
 
 def group_of(dtype: torch.dtype, norm_type: float, wide: bool) -> int:
-    """How many squares are added in float32 before one is widened; see the table above."""
+    """Returns how many squares are added in float32; see the table in the module docstring."""
     if norm_type != 2.0 or dtype is torch.float64:
         return 1
     if dtype is torch.float32:
@@ -289,19 +292,20 @@ def measure_chunks(
     rooted: bool,
     tuning: Tuning | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Measures what a table describes.
+    """Measures the gradients of a table.
 
     Args:
-        table: The chunks.
-        device, dtype: Of the gradients.
+        table: The chunk table.
+        device: Device of the gradients.
+        dtype: Dtype of the gradients.
         n_segments, n_tensors: S and T.
         norm_type: p.
-        inv_scale: `()`, what the gradients are still to be multiplied by, or None.
-        rooted: Whether to give norms in place of power sums.
-        tuning: Another than that of the norm.
+        inv_scale: `()`: factor of the gradients, applied to the results; None: 1.
+        rooted: Whether to return norms instead of power sums.
+        tuning: Launch parameters. Default: None, those for the norm and dtype.
 
     Returns:
-        `summary` float64 `(4, S)`, `counts` int64 `(3, T)`: see `stages.measure.GradStats`.
+        `summary` float64 `(4, S)` and `counts` int64 `(3, T)`; see `stages.grad_stats.GradStats`.
     """
     layout = table.layout
     n_chunks = layout.n_chunks
@@ -361,7 +365,7 @@ def constants_of(
     has_scale: bool,
     tuning: Tuning,
 ) -> dict[str, Any]:
-    """The constants of the kernel, in their order."""
+    """Returns the constants of the kernel, in order."""
     item = dtype.itemsize
     return {
         "DTYPE": TRITON_DTYPES[dtype],

@@ -1,7 +1,7 @@
-"""Launch 4, record: everything that a step's record needs from the device, in one float64 row.
+"""Launch 4, record: packs all device values of a step's record into one float64 row.
 
-I/O: a few numbers of the verdict; the counts of all tensors only if one of them is bad. One
-program. The same in PyTorch takes 25 operations of one number each: 25 launches.
+I/O: a few numbers of the verdict, and the counts of all tensors if any is bad. One program. In
+PyTorch this takes 25 operations on single numbers, and so 25 launches.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def record_kernel(
         mask = i + lanes < n_segments
         coef = tl.load(coef_ptr + i + lanes, mask=mask, other=INF)
         any_nan = tl.maximum(any_nan, (coef != coef).to(tl.int32))
-        smallest = tl.where(coef < smallest, coef, smallest)  # NaN is not smaller
+        smallest = tl.where(coef < smallest, coef, smallest)  # ignores NaN
         nan += tl.load(summary_ptr + n_segments + i + lanes, mask=mask, other=0.0)
         posinf += tl.load(summary_ptr + 2 * n_segments + i + lanes, mask=mask, other=0.0)
         neginf += tl.load(summary_ptr + 3 * n_segments + i + lanes, mask=mask, other=0.0)
@@ -100,7 +100,7 @@ def record_kernel(
     found = tl.zeros((), dtype=tl.int32)
     i = 0
     if n_nan + n_posinf + n_neginf == 0.0:
-        i = n_tensors  # nothing to look for
+        i = n_tensors  # nothing to find
     while i < n_tensors:
         mask = i + lanes < n_tensors
         nan_of = tl.load(counts_ptr + i + lanes, mask=mask, other=0)
@@ -154,14 +154,15 @@ def record_step(
     spikes: Tensor,
     thresholds: Tensor,
 ) -> None:
-    """Writes the record of one step into `row`, float64, contiguous; see `records.device_row`.
+    """Writes the record of one step to a row; see `fastguard.records.device_row`.
 
     Args:
-        row: What is written; the culprits that there are not stay as they were.
-        summary: float64 `(4, S)`, `counts` int64 `(3, T)`: see `GradStats`.
+        row: float64, contiguous, written; slots of unused culprits keep their values.
+        summary: float64 `(4, S)`; see `GradStats`.
+        counts: int64 `(3, T)`; see `GradStats`.
         clip_coef, found_inf, clean, reason, total_norm, spikes, thresholds: See `Verdict`.
-        counters: int64 `(5,)`: see `GuardState`.
-        lr: float64 `()`; None: not known on the device.
+        counters: int64 `(5,)`; see `GuardState`.
+        lr: float64 `()`; None: unknown on the device.
         losses: float64 `(L,)`.
     """
     n_losses, n_rules = losses.numel(), thresholds.numel()
@@ -186,7 +187,9 @@ def record_step(
 
 @functools.cache
 def _variant(device: torch.device, has_rules: bool, many_segments: bool) -> Variant:
-    """`has_rules` is no constant of the kernel, but decides the type of an argument. Tensors are
-    gone through as well as segments, so that even one segment has 128 lanes."""
+    """`has_rules` is not a constant of the kernel, but determines the type of an argument.
+
+    The kernel also goes through the tensors, so it has at least 128 lanes even for one segment.
+    """
     n = OneProgram.MANY + many_segments
     return launchers.of(n).variant(device, BLOCK_SIZE=launchers.block_size(n))

@@ -1,7 +1,7 @@
-"""The columns of a record's row: what `record` writes and `fastguard.records.device_row` reads.
+"""The columns of a record's row, which `record` writes and `fastguard.records.device_row` reads.
 
-A head of `HEAD` numbers; how many culprits there are; `CULPRIT` numbers for each of the first
-`CULPRITS`; then what differs from step to step. Plain numbers: this file needs no triton.
+The row consists of `HEAD` numbers, the number of culprits, `CULPRIT` numbers for each of the first
+`CULPRITS`, and then losses and rules, whose number varies. This module does not need triton.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ NEGINF_COUNT = 9
 LR = 10
 HEAD = 11
 
-N_CULPRITS = HEAD  # how many there are
+N_CULPRITS = HEAD  # total number of culprits
 CULPRITS_BEGIN = HEAD + 1
-CULPRITS = 8  # that are named
+CULPRITS = 8  # maximum number of culprits listed
 CULPRIT = 4  # index, NaN, +Inf, -Inf
 CULPRITS_END = CULPRITS_BEGIN + CULPRITS * CULPRIT

@@ -1,18 +1,19 @@
-"""The second look of `measure` at a chunk: what is not finite is counted, the rest summed exactly.
+"""The second pass of `measure` over a chunk: counts non-finite elements, sums the rest exactly.
 
-I/O: reads the chunk once in float64, twice where norms take the place of power sums. Integer
-atomics add to the counts, whose order cannot matter."""
+I/O: reads the chunk once in float64, or twice if norms replace power sums. Counts are added with
+integer atomics, whose order does not matter.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from fastguard.kernels.chunk_address import part_of_piece
 from fastguard.kernels.columns import FIRST_PIECE, PIECE_COLUMNS, PIECE_TENSOR, PIECES
 from fastguard.kernels.elements import powers, root, unit_of, widened
-from fastguard.kernels.walk import part_of_piece
 
-# The second look is rare: few elements, and few registers, at once.
+# The second pass is rare, so it uses small blocks, and few registers.
 RECOUNT_SIZE = tl.constexpr(512)
 
 
@@ -20,7 +21,7 @@ RECOUNT_SIZE = tl.constexpr(512)
 def recount(
     address,
     n_elements,
-    row_ptr,  # the chunk's, see `chunks`
+    row_ptr,  # row of the chunk, see `chunks`
     pieces_ptr,
     counts_ptr,
     n_tensors,
@@ -30,10 +31,11 @@ def recount(
     INF_NORM: tl.constexpr,
     ROOTED: tl.constexpr,
 ):
-    """The exact look: adds to the counts of the chunk's tensors.
+    """Sums a chunk exactly, and adds to the counts of its tensors.
 
-    Returns the sum (maximum, norm) over the finite elements, and the chunk's NaN, +Inf, -Inf
-    counts."""
+    Returns:
+        The sum (maximum, norm) over the finite elements, and the numbers of NaN, +Inf and -Inf.
+    """
     INF: tl.constexpr = float("inf")
     offsets = tl.arange(0, RECOUNT_SIZE)
     unit = tl.full((), 1.0, tl.float64)
@@ -44,7 +46,9 @@ def recount(
         while i < n_elements:
             mask = i + offsets < n_elements
             magnitude = tl.abs(widened(tl.load(chunk_ptr + i + offsets, mask=mask, other=0.0)))
-            largest = tl.maximum(largest, tl.where(magnitude < INF, magnitude, 0.0))  # NaN is not
+            largest = tl.maximum(
+                largest, tl.where(magnitude < INF, magnitude, 0.0)
+            )  # False for NaN
             i += RECOUNT_SIZE
         unit = unit_of(tl.max(largest, axis=0))
     acc = tl.zeros((RECOUNT_SIZE,), dtype=tl.float64)
@@ -57,7 +61,7 @@ def recount(
         start, n = part_of_piece(row_ptr, address, n_elements, pieces_ptr, piece, ITEM_SIZE)
         tensor = tl.load(pieces_ptr + PIECE_COLUMNS * piece + PIECE_TENSOR)
         x_ptr = start.to(tl.pointer_type(DTYPE))
-        # Three counts of 10 bits in one register: a lane sees MAX_CHUNK / RECOUNT_SIZE elements.
+        # Three 10-bit counts in one register: a lane reads MAX_CHUNK / RECOUNT_SIZE elements.
         found = tl.zeros((RECOUNT_SIZE,), dtype=tl.int32)
         i = 0
         while i < n:

@@ -1,7 +1,8 @@
-"""How `update` keeps its float32 results in fewer bits: see `fastguard.optim.bits`.
+"""Stores the float32 results of `update` in fewer bits; see `fastguard.optim.bits`.
 
-Nearest even by the hardware; up or down by a counter-based hash (lowbias32); or split into a
-bfloat16 and a 16-bit remainder, which together are the float32 bit for bit."""
+Rounding is to nearest even by the hardware, or stochastic with a counter-based hash (lowbias32), or
+a float32 is split into a bfloat16 and a 16-bit remainder that together restore it bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +11,12 @@ import triton.language as tl
 
 GOLDEN = tl.constexpr(0x9E3779B9)
 SECOND = tl.constexpr(0x85EBCA6B)
-CANONICAL_NAN = tl.constexpr(0x7FC00000)  # a GPU's, 0x7FFFFFFF, would carry into the sign
+CANONICAL_NAN = tl.constexpr(0x7FC00000)  # that of a GPU, 0x7FFFFFFF, would carry into the sign
 
 
 @triton.jit
 def lowbias32(x):
-    """A 32-bit hash of uint32."""
+    """Computes 32-bit hashes of uint32 numbers."""
     x = x ^ (x >> 16)
     x = x * 0x7FEB352D
     x = x ^ (x >> 15)
@@ -25,19 +26,20 @@ def lowbias32(x):
 
 @triton.jit
 def noise_at(first_counter, at, key):
-    """uint32: the noise of the elements `at` of a chunk; arithmetic that wraps around."""
+    """Returns the noise of the elements `at` of a chunk, uint32, in wrapping arithmetic."""
     return lowbias32((first_counter + at.to(tl.uint32)) * GOLDEN + key)
 
 
 @triton.jit
 def bits_of(x):
-    """uint32: the bits of float32, of NaN always the same."""
+    """Returns the bits of float32 as uint32, with a single bit pattern for NaN."""
     bits = x.to(tl.uint32, bitcast=True)
     return tl.where(x == x, bits, tl.full(bits.shape, CANONICAL_NAN, tl.uint32))
 
 
 @triton.jit
 def upper_half(bits):
+    """Returns the upper 16 bits as bfloat16."""
     return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
@@ -46,7 +48,7 @@ def stored(
     x, noise, DTYPE: tl.constexpr, STREAM: tl.constexpr, STOCHASTIC: tl.constexpr,
     EXACT_BF16: tl.constexpr,
 ):  # fmt: skip
-    """A result as it is kept. Only bfloat16 is rounded with noise."""
+    """Rounds a result to its stored dtype; only bfloat16 is rounded stochastically."""
     if DTYPE == tl.bfloat16:
         if STOCHASTIC:
             if STREAM >= 2:
@@ -65,15 +67,15 @@ def stored(
 
 @triton.jit
 def weight_of_parts(upper, lower):
-    """float32 of a bfloat16 and its remainder."""
+    """Restores the float32 from a bfloat16 and its remainder."""
     upper = upper.to(tl.int16, bitcast=True).to(tl.int32)
-    # Negative where bit 15 is set: the borrow comes with the sign.
+    # Negative if bit 15 is set, which borrows from the upper half.
     return ((upper << 16) + lower.to(tl.int32)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def weight_and_remainder(x):
-    """The bfloat16, rounded half up in magnitude, and the int16 that make up a float32."""
+    """Splits a float32 into a bfloat16, rounded half up in magnitude, and an int16."""
     bits = bits_of(x)
     lower = (bits & 0xFFFF).to(tl.uint16).to(tl.int16, bitcast=True)
     return upper_half(bits + 0x8000), lower

@@ -1,12 +1,13 @@
-"""The spike rules inside `decide`: their table, their thresholds, and the rings of accepted values.
+"""The spike rules, as a part of `decide`: their thresholds, and the rings of accepted values.
 
     threshold[k] = mean + sigma * max(std, 0.01 * |mean|, tiny)      of the values in ring k
 
     rules    float64 (K, 8): see `columns`
     windows  float64 (K, W), rings int64 (K, 3): see `fastguard.stages.contract.GuardState`
 
-The rules are lanes of one tile, `RULES` of them, and their rings are walked in blocks of `WINDOW`
-values: nothing passes from lane to lane through memory."""
+Each rule is a lane of one tile of `RULES` lanes, and the rings are read in blocks of `WINDOW`
+values, so that lanes exchange nothing through memory.
+"""
 
 from __future__ import annotations
 
@@ -55,13 +56,13 @@ def judged_rules(
     RULES: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """Judges the signals of a step, and lets them enter the rings.
+    """Applies the rules to the signals of a step, and adds accepted values to the rings.
 
     Returns:
-        spiked: Whether a rule saw a spike.
-        grad_spiked: Whether one saw it in the gradient norm.
-        skips: Whether one of them skips the step.
-        limit: float64, what the norm of the whole model is clipped to; inf for nothing.
+        spiked: Whether any rule detected a spike.
+        grad_spiked: Whether a rule detected a spike of the gradient norm.
+        skips: Whether such a rule skips the step.
+        limit: float64: limit of the norm of the whole model; inf for none.
     """
     INF: tl.constexpr = float("inf")
     NAN: tl.constexpr = float("nan")
@@ -86,7 +87,7 @@ def judged_rules(
     threshold = thresholds_of(
         rule_ptr, windows_ptr, ring_stride, k, is_rule, window, filled, RULES, WINDOW
     )
-    exceeds = (value > threshold) & spread(fault == 0, RULES)  # NaN: a fault, no spike
+    exceeds = (value > threshold) & spread(fault == 0, RULES)  # false for NaN, which is a fault
     lasting = (window > 0) & (consecutive >= window)
     spike = exceeds & (lasting == 0)
     skips = any_of(spike & can_skip)
@@ -95,13 +96,13 @@ def judged_rules(
     usable = fault == 0
     if ZERO == 0:
         usable = usable & (bad_grad == 0)
-    # A loss that this step did not give is NaN, and says nothing.
+    # A loss that was not given is NaN, and ignored.
     heard = (tl.abs(value) < INF) & spread(usable, RULES)
     moves = heard & spread(total_norm > 0.0, RULES)
     moves = moves & (spike | spread((fault | skips) == 0, RULES)) & (window > 0) & is_rule
     entry = tl.where(spike, threshold, value)
 
-    # What is about to change, for a step that fails.
+    # Saves the values that are about to change, to undo a step that fails.
     slot_ptr = windows_ptr + k.to(tl.int64) * ring_stride + at
     held = tl.load(slot_ptr, mask=is_rule & (window > 0), other=0.0)
     held_ptr = undo_ptr + COUNTERS + k * UNDO_COLUMNS
@@ -110,8 +111,8 @@ def judged_rules(
     tl.store(held_ptr + CONSECUTIVE_SPIKES, consecutive.to(tl.float64), mask=is_rule)
     tl.store(held_ptr + UNDO_VALUE, held, mask=is_rule)
 
-    tl.debug_barrier()  # all threads have read the rings before one writes them
-    tl.store(slot_ptr, entry, mask=moves)  # in place of the oldest when the ring is full
+    tl.debug_barrier()  # all threads must have read the rings before any thread writes them
+    tl.store(slot_ptr, entry, mask=moves)  # replaces the oldest value if the ring is full
     step = moves.to(tl.int64)
     streak = tl.where(exceeds, consecutive + 1, 0)
     tl.store(ring_ptr + FILLED, tl.minimum(filled + step, window), mask=is_rule)
@@ -134,8 +135,11 @@ def thresholds_of(
     RULES: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """float64 `(RULES,)`: what each rule compares with. Two passes over the rings, mean and then
-    deviations from it. Rings hold finite values only, so that no NaN comes here."""
+    """Returns the threshold of each rule, float64 `(RULES,)`.
+
+    Two passes over the rings compute the mean, and then the deviations from it. Rings contain only
+    finite values, so there is no NaN.
+    """
     sigma = tl.load(rule_ptr + SIGMA, mask=is_rule, other=0.0)
     warmup = tl.load(rule_ptr + WARMUP, mask=is_rule, other=0.0)
     fixed = tl.load(rule_ptr + FIXED, mask=is_rule, other=float("inf"))

@@ -1,12 +1,11 @@
-"""What measure needs between its programs, kept from step to step: no launch to fill it with zeros.
+"""Memory shared by the programs of measure, kept between steps so that no launch has to zero it.
 
     zeros     int64: a ticket, counts of segments, counts of tensors; zero between two launches
-    partials  float64: sums of programs or chunks; anything between two launches
+    partials  float64: sums of programs or chunks; arbitrary between two launches
 
-Whoever finds a count or the ticket other than zero sets it back to zero once it has been read: see
-`summary`. Kernels of one stream follow each other, so there is one scratch per stream. A CUDA graph
-gets one of its own, which it fills with zeros at each replay: its kernels may run beside those of
-other streams.
+A program that reads a nonzero count or ticket resets it to zero; see `summary`. Kernels on one
+stream run in order, so there is one scratch per stream. A CUDA graph gets its own, which is zeroed
+at each replay, since its kernels may run concurrently with those of other streams.
 """
 
 from __future__ import annotations
@@ -21,10 +20,12 @@ from fastguard.kernels.launch import raw_stream_of
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scratch:
-    """See above.
+    """The memory for launches on one stream.
 
     Attributes:
-        key: Its device and stream; None if it is not to be kept.
+        zeros: int64: ticket and counts.
+        partials: float64: partial sums.
+        key: Device and stream; None if it is not kept.
     """
 
     zeros: Tensor
@@ -32,18 +33,18 @@ class Scratch:
     key: tuple[torch.device, int] | None
 
 
-_kept: dict[tuple[torch.device, int], Scratch] = {}  # torch has few streams
+_kept: dict[tuple[torch.device, int], Scratch] = {}  # one entry per stream; torch has few streams
 
 
 def take(device: torch.device, n_zeros: int, n_partials: int) -> Scratch:
-    """Memory for launches on the current stream.
+    """Takes the memory for launches on the current stream, until the caller passes it to `keep`.
 
-    It is the caller's until `keep`. A caller that fails between two launches never gets there, and
-    counts that none has set back are not seen by the next step.
+    If a caller fails between two launches, it does not call `keep`, so that counts which were not
+    reset do not affect the next step.
 
     Args:
-        device: Where.
-        n_zeros, n_partials: How many numbers of each there must be.
+        device: The device.
+        n_zeros, n_partials: Minimum number of elements of each.
     """
     if device.type == "cpu":
         key = (device, 0)
@@ -58,7 +59,7 @@ def take(device: torch.device, n_zeros: int, n_partials: int) -> Scratch:
 
 
 def keep(own: Scratch) -> None:
-    """Gives the memory back, once all launches that use it have been made."""
+    """Returns the memory, after all launches that use it have been made."""
     if own.key is not None:
         _kept[own.key] = own
 

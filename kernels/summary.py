@@ -1,17 +1,18 @@
-"""The summary: partial sums to one column a segment, in a fixed order; and all columns together.
+"""The summary: reduces partial sums to one column per segment, in a fixed order.
 
     summary[:, s] = power sum, NaN, +Inf, -Inf
 
-Where power sums could leave float64 (ROOTED), partials and sums are norms instead, and are added up
-divided by the largest of them.
+If power sums could overflow or underflow float64 (ROOTED), partials and sums are norms instead,
+which are divided by the largest of them before they are added.
 
     scratch   int64: ticket (1,), counts of segments (3, S), counts of tensors (3, T)
     partials  float64 (P,)
 
-The scratch is zero between two launches (see `scratch`): what has been counted is moved out of it.
+The scratch is zero between two launches (see `scratch`): counts are moved out of it.
 
-I/O: 8 bytes per partial. With one segment the last program of `measure` writes its column itself;
-with several it is a launch of one program per segment. `decide` reads them."""
+I/O: 8 bytes per partial. With one segment, the last program of `measure` writes the column itself;
+with several, a second launch has one program per segment. `decide` reads the summary.
+"""
 
 from __future__ import annotations
 
@@ -31,20 +32,20 @@ REDUCE_SIZE = 512
 
 
 def n_zeros(n_segments: int, n_tensors: int) -> int:
-    """How many numbers the scratch has."""
+    """Returns the number of elements of the scratch."""
     return 1 + 3 * (n_segments + n_tensors)
 
 
 @triton.jit
 def places(scratch_ptr, n_segments, n_tensors):
-    """Where the counts of the tensors, those of the segments, and the ticket are."""
+    """Returns pointers to the counts of the tensors, the counts of the segments, and the ticket."""
     segment_counts_ptr = scratch_ptr + 1
     return segment_counts_ptr + 3 * n_segments, segment_counts_ptr, scratch_ptr
 
 
 @triton.jit
 def zero_counts(counts_ptr, n_tensors, SIZE: tl.constexpr):
-    """All programs together set the counts of the tensors to zero."""
+    """Sets the counts of the tensors to zero; all programs share the work."""
     i = tl.program_id(0) * SIZE
     while i < 3 * n_tensors:
         at = i + tl.arange(0, SIZE)
@@ -54,7 +55,7 @@ def zero_counts(counts_ptr, n_tensors, SIZE: tl.constexpr):
 
 @triton.jit
 def move_counts(scratch_ptr, counts_ptr, begin, end, SIZE: tl.constexpr):
-    """Moves counts [begin, end) out of the scratch, which is zero afterwards."""
+    """Moves counts [begin, end) out of the scratch, and zeroes them there."""
     i = begin
     while i < end:
         at = i + tl.arange(0, SIZE)
@@ -70,8 +71,13 @@ def store_summary(
     total, segment, summary_ptr, segment_counts_ptr, inv_scale_ptr, n_segments,
     P: tl.constexpr, INF_NORM: tl.constexpr, ROOTED: tl.constexpr, HAS_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Column `segment` of the summary: the power sum of the unscaled gradients, and the counts,
-    which are zero afterwards. Returns how many elements are not finite."""
+    """Writes column `segment` of the summary, and resets the counts of the segment.
+
+    The column contains the power sum of the unscaled gradients and the counts.
+
+    Returns:
+        The number of non-finite elements.
+    """
     if HAS_SCALE:
         inv = tl.load(inv_scale_ptr).to(tl.float64)
         if INF_NORM or ROOTED:
@@ -85,7 +91,7 @@ def store_summary(
         n = tl.load(segment_counts_ptr + kind * n_segments + segment, cache_modifier=".cg")
         tl.store(summary_ptr + (kind + 1) * n_segments + segment, n.to(tl.float64))
         n_bad += n.to(tl.float64)
-    tl.debug_barrier()  # all threads have read the counts before one of them sets them back
+    tl.debug_barrier()  # all threads must have read the counts before any thread resets them
     if n_bad > 0.0:
         for kind in tl.static_range(3):
             tl.store(segment_counts_ptr + kind * n_segments + segment, 0)
@@ -101,9 +107,7 @@ def whole_model(
     ROOTED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """Power sum (norm, if ROOTED), NaN and infinite elements of all segments together, as `decide`
-    wants them.
-    """
+    """Returns the power sum (norm, if ROOTED) of all segments, and how many are NaN or infinite."""
     lanes = tl.arange(0, BLOCK_SIZE)
     unit = tl.full((), 1.0, tl.float64)
     if ROOTED:
@@ -151,7 +155,7 @@ def sum_of_partials(
     ROOTED: tl.constexpr,
     REDUCE_SIZE: tl.constexpr,
 ):
-    """The sum (maximum, norm) of partials [start, end), in an order that nothing else changes."""
+    """Returns the sum (maximum, norm) of partials [start, end), in a fixed order."""
     offsets = tl.arange(0, REDUCE_SIZE)
     unit = tl.full((), 1.0, tl.float64)
     if ROOTED:
@@ -208,6 +212,7 @@ def segments_kernel(
     HAS_SCALE: tl.constexpr,
     REDUCE_SIZE: tl.constexpr,
 ):
+    """Writes the summary of one segment per program, and a share of the counts of the tensors."""
     tensor_counts_ptr, segment_counts_ptr, _ = places(scratch_ptr, n_segments, n_tensors)
     segment = tl.program_id(0)
     share = (3 * n_tensors + n_segments - 1) // n_segments
@@ -236,17 +241,17 @@ def reduce_segments(
     rooted: bool,
     scale_dtype: torch.dtype | None,
 ) -> None:
-    """Fills the summary of each segment from its partials.
+    """Computes the summary of each segment from its partials.
 
     Args:
-        starts: int64 `(S + 1,)`: where the chunks of each segment begin.
-        scratch: What measure has left there.
+        starts: int64 `(S + 1,)`: first chunk of each segment.
+        scratch: The scratch, as measure left it.
         counts: int64 `(3, T)`, written.
         summary: float64 `(4, S)`, written.
-        scale: `()`, or anything if `scale_dtype` is None.
+        scale: `()`: the inverse loss scale; ignored if `scale_dtype` is None.
         norm_type: p.
         rooted: Whether partials are norms.
-        scale_dtype: That of `scale`; None: there is none.
+        scale_dtype: Dtype of `scale`; None: no scale.
     """
     n_segments = summary.shape[1]
     launch = _variant(summary.device, norm_type, rooted, scale_dtype)

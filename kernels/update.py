@@ -1,4 +1,4 @@
-"""The update: one touch reads gradient, state and weight, obeys the verdict, and writes both.
+"""The update: one pass over gradient, state and weight that also applies the verdict.
 
     g <- 0 where g is non-finite and the verdict cleans
     g <- g * multiplier[segment] * sign         clip coefficient and unscaling, in registers
@@ -6,21 +6,22 @@
     AdamW, Adam, SGD, Lion: the formulas of `fastguard.optim.reference`, operation by operation
 
 I/O per element, AdamW: 28 bytes in float32; 14 in bfloat16; 28 with bfloat16 weights and gradients
-beside a float32 master and moments, 26 with a remainder in place of the master. The gradient is
-never written. A skipped step reads one scalar per program and writes nothing.
+and a float32 master and moments, 26 with a remainder in place of the master. The gradient is never
+written. A skipped step reads one scalar per program and writes nothing.
 
     chunks        int64 (C, 4): tensor, first element, elements, whether vectors are aligned
     tensors       int64 (T, 3): segment, group, counter of the first element
     addresses     int64 (T, 8): weight, gradient, up to three states, master, step
     coefficients  float64 (T, 10): written by `advance`, one number per use of a hyper-parameter
 
-Hyper-parameters are read from memory: none is a constant of a kernel. Every thread holds as many
-elements of each array, so that narrower ones travel in narrower loads and no layout is converted
-through shared memory. The elements behind the last whole vector, and tensors of which an array is
-not aligned, go element by element.
+Hyper-parameters are read from memory, and are not constants of the kernel. Every thread processes
+the same number of elements of each array, so that narrower arrays use narrower loads, and no layout
+is converted through shared memory. The elements after the last whole vector, and tensors with an
+unaligned array, are processed element by element.
 
-REPRODUCIBLE rounds division and root as IEEE does and fuses nothing: the reference's bits on every
-device. Otherwise both are approximate (2 ulps) and products are fused into sums.
+REPRODUCIBLE uses IEEE division and square root and no fused multiply-add, which gives the bits of
+the reference on every device. Otherwise, both are approximate (2 ulps) and products are fused into
+sums.
 
 Lab table, one vector of each array per thread (sass: machine code for sm_90; torch's own fused
 AdamW through the same compiler takes 60 instructions per element in fp32, 65 in bf16):
@@ -34,9 +35,9 @@ AdamW through the same compiler takes 60 instructions per element in fp32, 65 in
 | bf16, fp32 master, m, v     | 56        | 3 (1) + 3 (1)                   | 28.7         |
 | bf16, remainder, fp32 m, v  | 56        | 2 (3) + 2 (2)                   | 35.0         |
 
-One of them is the second product of multipliers below 2^-100. A branch around it that cleaning
-shares was expected to save it and saved nothing. Coefficients are read before the loop: inside it
-they cost 3.5 instructions per element, since a store might have changed them.
+One of the instructions is the second product for multipliers below 2^-100. A branch around it,
+shared with cleaning, was expected to save it, but saved nothing. Coefficients are read before the
+loop: inside it they cost 3.5 instructions per element, since a store might have changed them.
 """
 
 from __future__ import annotations
@@ -74,26 +75,27 @@ from fastguard.kernels.rounding import noise_at, stored, weight_and_remainder, w
 from fastguard.kernels.tuning import n_programs
 from fastguard.kernels.update_table import Arrays, update_table_of
 
-THREADS = 256  # of a program: each has one vector of each array
-SLOW_SIZE = tl.constexpr(256)  # elements at a time where there are no vectors
-SMALLEST_FACTOR = tl.constexpr(2.0**-100)  # smaller ones are no normal float32: two products
+THREADS = 256  # per program; each thread processes one vector of each array
+SLOW_SIZE = tl.constexpr(256)  # elements per block outside of whole vectors
+SMALLEST_FACTOR = tl.constexpr(2.0**-100)  # smaller ones are subnormal in float32: two products
 NO_MASTER, FLOAT32_MASTER, REMAINDER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 MASTERS: dict[str | None, int] = {None: 0, "float32": 1, "remainder": 2}
 
 
 @triton.jit
 def array_at(address_ptr, COLUMN: tl.constexpr, first, DTYPE: tl.constexpr):
-    """The address of element `first` of an array."""
+    """Returns the address of element `first` of an array."""
     return tl.load(address_ptr + COLUMN) + first * (DTYPE.primitive_bitwidth // 8)
 
 
 @triton.jit
 def as_arithmetic(x, ARITHMETIC: tl.constexpr):
+    """Converts elements to the dtype of the arithmetic."""
     return float32_of(x).to(ARITHMETIC) if x.dtype != tl.float64 else x
 
 
 @triton.jit
-def touch(
+def update_elements(
     p_ptr, g_ptr, a_ptr, b_ptr, c_ptr, x_ptr, at, mask, first_counter, key, clean, scale, factor,
     c0, c1, c2, c3, c4, c5, c6, c7,
     PARAM: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
@@ -101,7 +103,7 @@ def touch(
     STOCHASTIC: tl.constexpr, AMSGRAD: tl.constexpr, NESTEROV: tl.constexpr,
     REPRODUCIBLE: tl.constexpr, EXACT_BF16: tl.constexpr, ARITHMETIC: tl.constexpr,
 ):  # fmt: skip
-    """Reads and writes the elements `at` of a tensor."""
+    """Updates the elements `at` of a tensor."""
     g = as_arithmetic(tl.load(g_ptr + at, mask=mask, other=0.0), ARITHMETIC)
     if MASTER_KIND == FLOAT32_MASTER:
         p = tl.load(x_ptr + at, mask=mask, other=0.0)
@@ -118,7 +120,7 @@ def touch(
     if N_STATES > 2:
         c = as_arithmetic(tl.load(c_ptr + at, mask=mask, other=0.0), ARITHMETIC)
     if clean:
-        g = tl.where(tl.abs(g) < float("inf"), g, 0.0)  # NaN is not < inf
+        g = tl.where(tl.abs(g) < float("inf"), g, 0.0)  # False for NaN
     g = (g * scale) * factor
     p, a, b, c = new_values(
         p, g, a, b, c, c0, c1, c2, c3, c4, c5, c6, c7,
@@ -161,7 +163,7 @@ def update_kernel(
     n_chunks,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
-    A: tl.constexpr,  # dtypes of the states; of those that there are not, any
+    A: tl.constexpr,  # dtypes of the states; arbitrary for missing ones
     B: tl.constexpr,
     C: tl.constexpr,
     ALGORITHM: tl.constexpr,
@@ -171,18 +173,18 @@ def update_kernel(
     AMSGRAD: tl.constexpr,
     NESTEROV: tl.constexpr,
     REPRODUCIBLE: tl.constexpr,
-    EXACT_BF16: tl.constexpr,  # round in integers: the interpreter truncates
+    EXACT_BF16: tl.constexpr,  # rounds with integers, since the interpreter truncates
     BLOCK_SIZE: tl.constexpr,
     VEC: tl.constexpr,
 ):
     ARITHMETIC: tl.constexpr = tl.float64 if PARAM == tl.float64 else tl.float32
     X: tl.constexpr = tl.int16 if MASTER_KIND == REMAINDER else tl.float32
-    if tl.load(found_inf_ptr) != 0.0:  # NaN skips too
+    if tl.load(found_inf_ptr) != 0.0:  # also true for NaN
         return
     clean = tl.load(clean_ptr) != 0.0
     k = tl.program_id(0)
     while k < n_chunks:
-        # Backwards: what measure read last is still in L2.
+        # Backwards, since the gradients that measure read last are still in L2.
         row_ptr = chunks_ptr + UPDATE_COLUMNS * (n_chunks - 1 - k)
         tensor = tl.load(row_ptr + UPDATE_TENSOR)
         first = tl.load(row_ptr + UPDATE_FIRST)
@@ -202,12 +204,12 @@ def update_kernel(
         key = tl.load(coef_ptr + KEY_COLUMN).to(tl.int64).to(tl.uint32)
         c0, c1, c2, c3, c4, c5, c6, c7 = coefficients_at(coef_ptr, ARITHMETIC)
         multiplier = tl.load(multiplier_ptr + segment)
-        tiny = tl.abs(multiplier) < SMALLEST_FACTOR  # NaN is not, and makes NaN of everything
+        tiny = tl.abs(multiplier) < SMALLEST_FACTOR  # False for NaN, which makes the result NaN
         scale = tl.where(tiny, SMALLEST_FACTOR, 1.0).to(ARITHMETIC)
         factor = tl.where(tiny, multiplier / SMALLEST_FACTOR, multiplier).to(ARITHMETIC)
         factor = factor * tl.load(coef_ptr + SIGN_COLUMN).to(ARITHMETIC)
 
-        # True for whole vectors only. A hint inside a function is lost when it is inlined.
+        # These hints hold only for whole vectors. Inside a function they would be lost by inlining.
         p_ptr = tl.multiple_of(p_at.to(tl.pointer_type(PARAM)), VEC * PARAM.primitive_bitwidth // 8)
         g_ptr = tl.multiple_of(g_at.to(tl.pointer_type(GRAD)), VEC * GRAD.primitive_bitwidth // 8)
         a_ptr = tl.multiple_of(a_at.to(tl.pointer_type(A)), VEC * A.primitive_bitwidth // 8)
@@ -217,7 +219,7 @@ def update_kernel(
         i = 0
         while i < n_vec:
             at = i + tl.arange(0, BLOCK_SIZE)
-            touch(
+            update_elements(
                 p_ptr, g_ptr, a_ptr, b_ptr, c_ptr, x_ptr,
                 at, at < n_vec, counter, key, clean, scale, factor,
                 c0, c1, c2, c3, c4, c5, c6, c7,
@@ -234,7 +236,7 @@ def update_kernel(
         i = n_vec
         while i < n:
             at = i + tl.arange(0, SLOW_SIZE)
-            touch(
+            update_elements(
                 p_ptr, g_ptr, a_ptr, b_ptr, c_ptr, x_ptr,
                 at, at < n, counter, key, clean, scale, factor,
                 c0, c1, c2, c3, c4, c5, c6, c7,
@@ -262,14 +264,14 @@ def update_arrays(
     nesterov: bool,
     reproducible: bool,
 ) -> None:
-    """Takes the step of T tensors, or leaves everything as it is. Nothing waits.
+    """Takes the step of T tensors, or changes nothing if it is skipped, without a sync.
 
     Args:
-        arrays: The tensors; what is not a gradient is written.
+        arrays: The tensors; all but the gradients are written.
         hyper: float64 `(G, 9)`, contiguous: see `fastguard.optim.contract.HYPER`.
         multiplier: float64 `(S,)`, contiguous.
         clean, found_inf: float32 `()`.
-        algorithm: Of `ALGORITHMS`.
+        algorithm: A value of `ALGORITHMS`.
         master: `"float32"`, `"remainder"` or None.
         stochastic, amsgrad, nesterov, reproducible: See `fastguard.optim.contract.Update`.
     """
@@ -310,7 +312,7 @@ def variant_of(
     nesterov: bool,
     reproducible: bool,
 ) -> Variant:
-    """The kernel for tensors of these dtypes."""
+    """Returns the kernel for dtypes and options."""
     constants = constants_of(
         algorithm, parameter, gradient, states, master, stochastic, amsgrad, nesterov, reproducible
     )
@@ -318,7 +320,7 @@ def variant_of(
 
 
 def launcher_of(reproducible: bool) -> Launcher:
-    """The launcher of the kernel with or without fused multiply-adds."""
+    """Returns the launcher with or without fused multiply-adds."""
     return _exact if reproducible else _fused
 
 
@@ -328,7 +330,7 @@ def vector_size(
     states: tuple[torch.dtype, ...],
     master: str | None,
 ) -> int:
-    """Elements per thread and array: those of the widest array fill 16 bytes."""
+    """Returns the elements per thread and array, which fill 16 bytes in the widest array."""
     widest = max(dtype.itemsize for dtype in (parameter, gradient, *states))
     return 16 // max(widest, {None: 0, "float32": 4, "remainder": 2}[master])
 
@@ -344,7 +346,7 @@ def constants_of(
     nesterov: bool,
     reproducible: bool,
 ) -> dict[str, Any]:
-    """The constants of the kernel, in their order."""
+    """Returns the constants of the kernel, in order."""
     a, b, c = (*states, *(3 - len(states)) * (parameter,))
     vec = vector_size(parameter, gradient, states, master)
     return {

@@ -1,8 +1,8 @@
-"""The table of an update: chunks of tensors, and where their arrays are; see `update`.
+"""The table of an update: chunks of tensors, and the addresses of their arrays; see `update`.
 
-As in `chunks`, what depends on sizes and alignment is a layout that is kept, and the addresses are
-uploaded when they move: of an optimizer's arrays only the gradients do. Arrays are cut at whole
-vectors, so that all chunks of a tensor are aligned if the tensor is.
+As in `chunks`, the layout depends on sizes and alignment and is cached; addresses are uploaded
+whenever they change, which among the arrays of an optimizer only those of gradients do. Arrays are
+cut at whole vectors, so that all chunks of an aligned tensor are aligned.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from fastguard.kernels.upload import Upload, upload
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Arrays:
-    """The arrays of T tensors, and what is known of each tensor.
+    """The arrays of T tensors, and their segments, groups and counters.
 
     Attributes:
-        weights, gradients: T dense tensors each, of the same strides.
+        weights, gradients: T dense tensors each, with equal strides.
         states: Up to three lists of T tensors.
         masters, steps: T tensors each, or none.
         segment_ids, group_ids, counters: T numbers each; counters may be none.
-        vector: Elements of a vector: see `update.vector_size`.
+        vector: Elements per vector; see `update.vector_size`.
     """
 
     weights: Sequence[Tensor]
@@ -55,7 +55,7 @@ class Arrays:
     vector: int
 
     def columns(self) -> list[tuple[int, Sequence[Tensor]]]:
-        """The arrays that are updated element by element, and their columns of addresses."""
+        """Returns the elementwise arrays with their address columns."""
         lists = [(0, self.weights), (1, self.gradients)]
         lists += [(STATE.value + i, state) for i, state in enumerate(self.states)]
         return [*lists, (MASTER.value, self.masters)] if self.masters else lists
@@ -63,13 +63,13 @@ class Arrays:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class UpdateLayout:
-    """What does not depend on addresses, on the device of the tensors.
+    """The part of the table that does not depend on addresses, on the device of the tensors.
 
     Attributes:
-        upload: int64: chunks and tensors one after another.
-        chunks, tensors: Views of it.
+        upload: int64: concatenated chunks and tensors.
+        chunks, tensors: Views of the upload.
         n_chunks: C.
-        key: What it was built from.
+        key: Everything that the layout depends on.
     """
 
     upload: Upload
@@ -84,9 +84,9 @@ class UpdateTable:
     """A layout and addresses, on the device of the tensors.
 
     Attributes:
-        layout: How the tensors are cut.
+        layout: The cut of the tensors.
         upload: int64 `(T, 8)`: the addresses.
-        key: What it was built from.
+        key: Everything that the table depends on.
     """
 
     layout: UpdateLayout
@@ -95,7 +95,7 @@ class UpdateTable:
 
     @property
     def addresses(self) -> Tensor:
-        """int64 `(T * 8,)`."""
+        """The addresses, int64 `(T * 8,)`."""
         return self.upload.memory
 
 
@@ -106,11 +106,11 @@ _lock = threading.Lock()
 
 
 def update_table_of(arrays: Arrays, n_programs: int) -> UpdateTable:
-    """The table of an update, from the cache if nothing has moved. Waits for nothing.
+    """Returns the table of an update, from the cache if no address has changed, without a sync.
 
     Args:
-        arrays: What it describes.
-        n_programs: How many programs will share the chunks.
+        arrays: The tensors.
+        n_programs: Number of programs that share the chunks.
     """
     first = arrays.weights[0]
     kind = (first.device, first.dtype, n_programs)
@@ -118,7 +118,7 @@ def update_table_of(arrays: Arrays, n_programs: int) -> UpdateTable:
     pointers = [(column, list(map(Tensor.data_ptr, tensors))) for column, tensors in lists]
     known = (
         list(map(Tensor.numel, arrays.weights)),
-        list(arrays.segment_ids),  # copies: a caller may change its lists
+        list(arrays.segment_ids),  # copies, since a caller may change its lists
         list(arrays.group_ids),
         list(arrays.counters),
         arrays.vector,
@@ -169,12 +169,12 @@ def _new_layout(
 
 
 def _keep(cache: dict, kind: _Kind, one: UpdateTable | UpdateLayout) -> None:
-    with _lock:  # tuples are replaced, never changed: other threads may be reading them
+    with _lock:  # tuples are replaced, never changed, since other threads may be reading them
         cache[kind] = (one, *cache.get(kind, ())[: TABLES - 1])
 
 
 def cut(sizes: np.ndarray, aligned: np.ndarray, n_programs: int) -> np.ndarray:
-    """int64 `(C, 4)`: the chunks of tensors of these sizes."""
+    """Cuts tensors of these sizes into chunks, int64 `(C, 4)`."""
     if not sizes.sum():
         return np.zeros((0, UPDATE_COLUMNS.value), dtype=np.int64)
     size = chunk_size(int(sizes.sum()), n_programs)

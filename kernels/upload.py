@@ -1,13 +1,13 @@
-"""Tables of a few numbers on their way from the host to a device. The host waits for nothing.
+"""Uploads small tables to a device without a sync.
 
-They travel from pinned memory: a copy from any other returns when the driver has read it, and a
-CUDA graph cannot hold one. An upload may be read on any stream, whose kernels then come after it.
-While a graph is captured the copy is a part of the graph, which repeats it at each replay: its
-source stays where it is, and what it fills is for the graph alone.
+Uploads use pinned memory: a copy from other memory blocks until the driver has read it, and cannot
+be captured in a CUDA graph. An upload may be read on any stream, whose kernels are ordered after
+it. While a graph is captured, the copy becomes a part of the graph, repeated at each replay: its
+source is kept, and its destination is used only by the graph.
 
-No graph says when it ends, so that what it reads is kept for good. It is little: tables that were
-uploaded before (each of them once, however many graphs read it), and the sources of those that a
-graph uploads itself, each different content once. Capturing the same step again keeps nothing more.
+Since the end of a graph's life is unknown, everything that it reads is kept forever. This is little
+memory: each table that was uploaded before, once for all graphs, and the sources of tables that
+graphs upload, once per content. Capturing the same step again keeps nothing more.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from torch import Tensor
 
 from fastguard.kernels.launch import raw_stream_of
 
-ALIGNMENT = 16  # bytes, of a table in the spare memory
-SPARE_TABLES = 4  # as large as the largest so far: a graph has one for each bucket and stage
+ALIGNMENT = 16  # bytes; alignment of tables in the spare memory
+SPARE_TABLES = 4  # of the largest size so far: a graph has one per bucket and stage
 
 
 @dataclass(slots=True, eq=False)
 class Upload:
-    """One table on its device.
+    """A table on its device.
 
     Attributes:
         memory: The numbers.
-        buffers: Other memory that kernels use together with them.
-        source: What the replays of a graph upload from; None if no graph uploads.
-        event: On a GPU, the event behind the upload; None if a graph uploads.
-        streams: The addresses of the streams whose kernels come after it.
+        buffers: Other memory that kernels use together with the numbers.
+        source: Source of the upload in the replays of a graph; None if no graph uploads.
+        event: On a GPU, the event recorded after the upload; None if a graph uploads.
+        streams: Addresses of the streams that are ordered after the upload.
     """
 
     memory: Tensor
@@ -45,15 +45,15 @@ class Upload:
 
     @property
     def is_lasting(self) -> bool:
-        """Whether later steps may use it: what a graph uploads is not there before it runs."""
+        """Whether later steps may use the table; one uploaded by a graph exists only in replays."""
         return self.source is None
 
     def await_on_stream(self) -> None:
-        """Makes the current stream of a GPU come after the upload. The host goes on."""
+        """Orders the current stream of a GPU after the upload, without blocking the host."""
         if self.event is None:
             return
         if torch.cuda.is_current_stream_capturing():
-            # torch.cuda.graph waits for the device before it captures: the upload is over.
+            # torch.cuda.graph syncs before it captures, so the upload has finished.
             _kept[id(self)] = self
             return
         device = self.memory.device
@@ -67,25 +67,25 @@ class Upload:
         self.streams.add(address)
 
 
-_kept: dict[int, Upload] = {}  # by identity: what was uploaded before and a graph may read
-_sources: dict[bytes, Tensor] = {}  # by content: what graphs upload; memory of theirs is filled
-_spare = torch.from_numpy(np.empty(0, np.uint8))  # plain, whatever mode the import runs under
-_lock = threading.Lock()  # around the spare: no two graphs may get the same part of it
+_kept: dict[int, Upload] = {}  # by identity: earlier uploads that a graph may read
+_sources: dict[bytes, Tensor] = {}  # by content: the sources of uploads by graphs
+_spare = torch.from_numpy(np.empty(0, np.uint8))  # a plain tensor, even if imported in a torch mode
+_lock = threading.Lock()  # for the spare: two graphs must not get the same part of it
 
 
 def upload(numbers: np.ndarray, device: torch.device, buffers: tuple[Tensor, ...] = ()) -> Upload:
-    """Starts an upload on the current stream of a device; on a CPU there is nothing to do.
+    """Starts an upload on the current stream of a device; on a CPU nothing is copied.
 
     Args:
-        numbers: int64 or float64.
-        device: Where they go.
+        numbers: The table, int64 or float64.
+        device: The destination.
         buffers: See `Upload`.
     """
     if device.type == "cpu":
         return Upload(torch.from_numpy(numbers), buffers)
     if torch.cuda.is_current_stream_capturing():
         source = _source_for_graphs(numbers)
-        # What it fills belongs to the graph, like every temporary that a capture makes.
+        # The destination belongs to the graph, like every temporary created during capture.
         return Upload(source.to(device, non_blocking=True), buffers, source)
     source = _filled(_pinned_now(numbers.nbytes), numbers)
     memory = source.to(device, non_blocking=True)
@@ -94,7 +94,7 @@ def upload(numbers: np.ndarray, device: torch.device, buffers: tuple[Tensor, ...
 
 
 def _source_for_graphs(numbers: np.ndarray) -> Tensor:
-    """Pinned memory with these numbers that stays for good."""
+    """Returns pinned memory with these numbers that is kept forever."""
     content = numbers.dtype.str.encode() + repr(numbers.shape).encode() + numbers.tobytes()
     source = _sources.get(content)
     if source is None:
@@ -109,7 +109,7 @@ def _filled(pinned: Tensor, numbers: np.ndarray) -> Tensor:
 
 
 def _pinned_now(n_bytes: int) -> Tensor:
-    """Pinned memory for one upload: torch hands it out again only after the copy ran."""
+    """Returns pinned memory for one upload; torch reuses it only after the copy has run."""
     global _spare
     with _lock:
         if _spare.numel() < n_bytes:
@@ -118,9 +118,9 @@ def _pinned_now(n_bytes: int) -> Tensor:
 
 
 def _pinned_before(n_bytes: int) -> Tensor:
-    """Pinned memory for an upload by a graph, out of the spare.
+    """Returns pinned memory for an upload by a graph, from the spare if possible.
 
-    An allocator that asks the driver for memory can end the capture; so that comes last.
+    A new allocation from the driver may abort the capture, so it is the last resort.
     """
     global _spare
     with _lock:

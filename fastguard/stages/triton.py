@@ -29,6 +29,7 @@ from fastguard.kernels.decide import decide_step
 from fastguard.kernels.measure import measure_chunks
 from fastguard.kernels.record import record_step
 from fastguard.kernels.tuning import n_programs
+from fastguard.kernels.unit_table import unit_table
 from fastguard.kernels.upload import Upload, upload
 from fastguard.stages.contract import GuardState, Policy, Signals, Verdict
 from fastguard.stages.formulas import holds_norms
@@ -193,7 +194,7 @@ def unit_coefs(
 ) -> Tensor:
     """Computes the coefficient of each unit: see `fastguard.stages.reference_units.unit_coefs`."""
     bucket = units.bucket
-    table = unit_kernels.unit_table(units, tuple(limits.tolist()))
+    table = unit_table(units, tuple(limits.tolist()))
     for copies, tensors in (
         (table.grad_copies, bucket.grads),
         (table.weight_copies, units.weights),
@@ -208,7 +209,7 @@ def unit_coefs(
 def scale_units(units: UnitBucket, coefs: Tensor) -> None:
     """Scales each unit in place: see `fastguard.stages.reference_units.scale_units`."""
     bucket = units.bucket
-    table = unit_kernels.unit_table(units)
+    table = unit_table(units)
     unit_kernels.scale_units(table, bucket.device, bucket.dtype, coefs.contiguous())
     for position, buffer in table.grad_copies:
         bucket.grads[position].copy_(buffer)

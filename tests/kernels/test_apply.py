@@ -1,4 +1,4 @@
-"""apply in the interpreter against `reference.apply`, bit by bit where hardware rounds alike."""
+"""`apply` in the interpreter against `reference.apply`, bit by bit if hardware rounds equally."""
 
 import math
 
@@ -27,7 +27,7 @@ def gradients(dtype, bad):
 
 
 def both(grads, multiplier, clean, segments=None):
-    """The gradients after the kernel, and after the reference."""
+    """Returns the gradients after the kernel and after the reference."""
     copies = [g.clone() for g in grads]
     n = len(multiplier)
     factors = torch.tensor(multiplier, dtype=torch.float64)
@@ -53,7 +53,7 @@ def test_one_segment(dtype, multiplier, bad, clean):
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("clean", [False, True], ids=["keep", "clean"])
-def test_a_multiplier_that_float32_cannot_hold(dtype, clean):
+def test_a_multiplier_that_is_subnormal_in_float32(dtype, clean):
     grads = [g.clamp(-2, 2) * 1e38 for g in gradients(dtype, clean)]
     assert_same(*both(grads, [3e-43], clean))
     assert_same(*both(grads, [1.0, 3e-43, 2.0], clean, [0, 1, 1, 2, 1, 0]))
@@ -67,7 +67,7 @@ def test_each_segment_has_its_own_multiplier(dtype, clean):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_multiplier_of_1_touches_nothing(dtype):
+def test_a_multiplier_of_1_writes_nothing(dtype):
     grads = gradients(dtype, True)
     as_integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     before = [g.clone().view(as_integers) for g in grads]
@@ -79,7 +79,7 @@ def test_a_multiplier_of_1_touches_nothing(dtype):
         assert torch.equal(grad.view(as_integers), bits)
 
 
-def test_cleaning_keeps_every_finite_bit():
+def test_cleaning_does_not_change_finite_elements():
     grads = gradients(torch.bfloat16, True)
     before = [g.clone() for g in grads]
     bucket = bucketize(grads).buckets[0]
@@ -88,8 +88,8 @@ def test_cleaning_keeps_every_finite_bit():
         assert torch.equal(grad, torch.where(old.isfinite(), old, 0.0))
 
 
-def test_a_step_that_changes_no_segment_ends_before_the_table():
-    """The kernel believes the verdict's `changes`, and looks at no multiplier."""
+def test_a_step_without_changes_does_not_read_the_table():
+    """The kernel relies on the verdict's `changes` and reads no multiplier."""
     grads = gradients(torch.float32, False)
     before = [g.clone() for g in grads]
     bucket = bucketize(grads, segments=[0, 1, 1, 2, 1, 0], n_segments=3).buckets[0]
@@ -100,7 +100,7 @@ def test_a_step_that_changes_no_segment_ends_before_the_table():
     assert not torch.equal(grads[0], before[0])
 
 
-def test_version_counters_move():
+def test_version_counters_are_incremented():
     grads = gradients(torch.float32, False)
     versions = [g._version for g in grads]
     triton_stages.apply(
@@ -109,7 +109,7 @@ def test_version_counters_move():
     assert all(g._version > v for g, v in zip(grads, versions, strict=True))
 
 
-def test_strided_gradients_are_copied_out_again():
+def test_strided_gradients_are_copied_back():
     x = torch.randn(20, 30)
     want = x.clone()
     want[:, ::2] *= 0.5
@@ -119,7 +119,7 @@ def test_strided_gradients_are_copied_out_again():
     assert torch.equal(x, want)
 
 
-def test_unaligned_views_leave_their_neighbours_alone():
+def test_unaligned_views_do_not_change_their_neighbours():
     flat = torch.ones(100)
     triton_stages.apply(
         bucketize([flat[1:8], flat[9:50]]).buckets[0],
@@ -132,7 +132,7 @@ def test_unaligned_views_leave_their_neighbours_alone():
 
 
 def flat_bucket():
-    """Two gradients in one buffer, and a gap of zeros between them."""
+    """Returns two gradients in one buffer, with a gap of zeros between them."""
     flat = torch.zeros(CHUNK + 100)
     grads = [flat[:10].normal_(), flat[16 : CHUNK + 90].normal_()]
     flags = (flat.device, flat.dtype, grads, range(2), [0, 0])
@@ -141,7 +141,7 @@ def flat_bucket():
 
 @pytest.mark.parametrize("multiplier", MULTIPLIERS.values(), ids=MULTIPLIERS)
 @pytest.mark.parametrize("clean", [False, True], ids=["keep", "clean"])
-def test_flat_buckets_keep_the_zeros_between(multiplier, clean):
+def test_zeros_between_gradients_of_a_flat_bucket_stay_zero(multiplier, clean):
     flat, bucket = flat_bucket()
     flat[3] = flat[CHUNK + 1] = math.inf
     want = flat.clone()

@@ -1,4 +1,4 @@
-"""The chunk table on the host: every element once, aligned, in the right segment."""
+"""The chunk table on the host: each element is in it once, aligned, in the right segment."""
 
 import math
 import random
@@ -15,7 +15,7 @@ from fastguard.kernels.recount import RECOUNT_SIZE
 
 
 def table(grads, segments=None, n_segments=1, n_programs=3):
-    """Chunks and pieces with addresses in front of elements; starts; copies."""
+    """Returns chunks and pieces with absolute addresses, starts, and copies."""
     bucket = bucketize(grads, segments=segments, n_segments=n_segments).buckets[0]
     return host_table(bucket, n_segments, n_programs)
 
@@ -35,13 +35,13 @@ def host_table(bucket, n_segments, n_programs):
 
 
 def covered(rows, item):
-    """The addresses of all elements that a table names, sorted."""
+    """Returns the sorted addresses of all elements in a table."""
     parts = [np.arange(n) * item + address for address, n in rows[:, :2]]
     return np.sort(np.concatenate(parts)) if parts else np.zeros(0, dtype=np.int64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-def test_every_element_once_and_aligned(dtype):
+def test_each_element_is_in_the_table_once_and_aligned(dtype):
     rng = random.Random(3)
     flat = torch.zeros(60000, dtype=dtype)
     grads, at = [], 0
@@ -70,17 +70,17 @@ def test_every_element_once_and_aligned(dtype):
         assert all(segments[t] == segment for t in mine[:, 2])
 
 
-def test_adjacent_views_of_one_buffer_are_one_stretch_in_either_direction():
+def test_adjacent_views_of_one_buffer_share_a_stretch_in_either_direction():
     flat = torch.zeros(96)
     views = list(flat.split(8))
     assert len(table(views)[0]) == 1
     assert len(table(views[::-1])[0]) == 1
     assert len(table(views, [0] * 6 + [1] * 6, 2)[0]) == 2
-    assert len(table([views[0], views[2], views[1]])[0]) > 1  # no neighbours in the list
+    assert len(table([views[0], views[2], views[1]])[0]) > 1  # not adjacent in the list
 
 
-def test_neighbours_by_accident_are_not_joined():
-    """They would make the order of summation depend on the allocator."""
+def test_tensors_that_are_adjacent_by_chance_are_not_joined():
+    """Otherwise the order of summation would depend on the allocator."""
     flat = torch.zeros(64)
     storage = flat.untyped_storage()
     a = torch.empty(0).set_(storage, 0, (32,))
@@ -100,7 +100,7 @@ def test_small_models_get_small_chunks():
 @pytest.mark.parametrize("megabytes", [256, 512, 1024, 2048])
 @pytest.mark.parametrize("item", [2, 4])
 def test_all_programs_finish_together(n_programs, megabytes, item):
-    """The last round is nearly full: no more than 4 % of the time goes by with programs idle."""
+    """The last round is nearly full: programs are idle for at most 4 % of the time."""
     n = megabytes * 2**20 // item
     size = chunk_layout.chunk_size(n, n_programs)
     rounds = math.ceil(math.ceil(n / size) / n_programs)
@@ -112,11 +112,11 @@ def test_all_programs_finish_together(n_programs, megabytes, item):
 
 
 def test_a_chunk_can_be_recounted():
-    """Its NaN are counted in 10 bits a lane."""
+    """Counts of NaN fit in 10 bits per lane."""
     assert chunk_layout.MAX_CHUNK // RECOUNT_SIZE.value < 2**10
 
 
-def test_nothing_to_read_is_an_empty_table():
+def test_a_table_without_elements_is_empty():
     rows, pieces, starts, _ = table([torch.zeros(0)])
     assert len(rows) == len(pieces) == 0 and starts.tolist() == [0, 0]
 
@@ -129,7 +129,7 @@ def test_strides_with_holes_and_overlaps_get_a_buffer():
     assert [i for i, _ in table([torch.zeros(1).expand(5)])[3]] == [0]
 
 
-def test_a_run_is_read_whole_and_its_tensors_are_known():
+def test_a_run_is_one_stretch_and_its_tensors_are_pieces():
     flat = torch.zeros(100)
     grads = [flat[:10], flat[50:90]]
     bucket = GradBucket(flat.device, flat.dtype, grads, [4, 9], [0, 0], runs=(Run(flat, 0),))
@@ -142,7 +142,7 @@ def cached(grads, **options):
     return chunks.table_of(bucketize(grads, **options).buckets[0], options.get("n_segments", 1), 3)
 
 
-def test_the_table_is_kept_while_nothing_moves():
+def test_the_table_is_cached_while_addresses_stay():
     grads = [torch.zeros(5), torch.zeros(7)]
     first = cached(grads)
     assert cached(list(grads)) is first
@@ -154,20 +154,20 @@ def test_the_table_is_kept_while_nothing_moves():
     assert cached([grads[0][:3], grads[1]]) is not first  # same address, fewer elements
 
 
-def test_a_step_looks_its_gradients_up_once(monkeypatch):
+def test_a_step_looks_up_its_gradients_once(monkeypatch):
     bucket = bucketize([torch.randn(100), torch.randn(200)]).buckets[0]
     table = chunks.table_of(bucket, 1, 3)
-    monkeypatch.setattr(chunks, "_key", None)  # what apply would pay for
+    monkeypatch.setattr(chunks, "_key", None)  # the lookup that apply must not repeat
     assert chunks.table_of(bucket, 1, 3) is table
 
 
-def test_same_address_and_size_with_other_strides_is_another_table():
+def test_other_strides_at_the_same_address_have_another_table():
     x = torch.arange(100.0)
     assert cached([x[:50]]) is not cached([x[::2]])
 
 
-def test_at_the_same_addresses_each_form_of_a_long_list_has_a_table_of_its_own():
-    """Long lists are known by their form, and their sizes are not looked at again."""
+def test_each_form_of_a_long_list_at_the_same_addresses_has_its_own_table():
+    """Long lists are recognised by their form, without reading their sizes again."""
     x = torch.randn(layout_guards.FEWEST, 12)
     looks = {
         "rows": lambda: [row[:6] for row in x],
@@ -197,7 +197,7 @@ def test_old_tables_are_dropped():
 
 
 def test_a_flat_bucket_keeps_its_table(monkeypatch):
-    """Its slots never move: no step looks at them again, nor asks the cache."""
+    """Its slots never move, so no step reads their addresses again or uses the cache."""
     flat = torch.zeros(100)
     flags = (flat.device, flat.dtype, [flat[:10], flat[50:90]], [0, 1], [0, 0])
     bucket = GradBucket(*flags, runs=(Run(flat, 0),))
@@ -209,7 +209,7 @@ def test_a_flat_bucket_keeps_its_table(monkeypatch):
 
 
 def moving(sizes, offset=0, dtype=torch.float32, n=2):
-    """The same list of gradients at several addresses, all of them alive."""
+    """Returns the same list of gradients at several addresses, all alive."""
     flat = [torch.randn(sum(sizes) + 64, dtype=dtype) for _ in range(n)]
     return [[part.clone() for part in f[offset : offset + sum(sizes)].split(sizes)] for f in flat]
 
@@ -229,14 +229,14 @@ def test_only_addresses_are_uploaded_when_gradients_move(monkeypatch):
         assert one.addresses.tolist() == [g.data_ptr() for g in grads]
 
 
-def test_another_alignment_is_another_layout():
+def test_another_alignment_has_another_layout():
     flat = torch.randn(200)
     first, second = cached([flat[:50]]), cached([flat[101:151]])
     assert second.layout is not first.layout
-    assert cached([flat[60:110]]).layout is first.layout  # 240 bytes on: aligned as the first
+    assert cached([flat[60:110]]).layout is first.layout  # 240 bytes further: the same alignment
 
 
-def test_neighbours_that_part_are_another_layout():
+def test_tensors_that_are_no_longer_adjacent_have_another_layout():
     flat = torch.randn(64)
     joined = cached([flat[:32], flat[32:]])
     parted = cached([flat[:32], torch.randn(32)])
@@ -244,8 +244,8 @@ def test_neighbours_that_part_are_another_layout():
     assert joined.layout is not parted.layout
 
 
-def test_gradients_that_moved_measure_the_same():
-    """The layout of the first list serves the second."""
+def test_moved_gradients_have_the_same_sums():
+    """The layout of the first list is reused for the second."""
     from fastguard.stages import triton as triton_stages
 
     here, _ = moving([5000, 7, 9000])

@@ -1,4 +1,4 @@
-"""decide in the interpreter against `reference.decide`: verdict and state, step by step."""
+"""`decide` in the interpreter against `reference.decide`: verdict and state of each step."""
 
 import dataclasses
 import itertools
@@ -17,11 +17,11 @@ from fastguard.stages.spike_rules import SpikeRule, Threshold
 from guardtest.stories import assert_taken_back
 
 CPU = torch.device("cpu")
-RTOL = 1e-12  # sums over rings and segments in another order: n * eps of float64
+RTOL = 1e-12  # sums over rings and segments in another order differ by n * eps of float64
 
 
 def stats_of(norms, counts=(0, 0, 0), norm_type=2.0, rooted=False):
-    """Stats of segments with these norms, all bad elements in the first."""
+    """Returns stats of segments with these norms, with all bad elements in the first segment."""
     norms = torch.as_tensor(norms, dtype=torch.float64).reshape(-1)
     summary = torch.zeros(4, len(norms), dtype=torch.float64)
     summary[0] = norms if rooted or norm_type == math.inf else norms**norm_type
@@ -52,7 +52,7 @@ def assert_same(ours, theirs):
 
 
 class Story:
-    """A guard decided twice, by the kernel and by the reference."""
+    """A guard whose steps are decided twice, by the kernel and by the reference."""
 
     def __init__(self, policy):
         self.policy = policy
@@ -95,7 +95,7 @@ def test_one_call_without_a_state(mode, norm_type):
 @pytest.mark.parametrize("mode", MODES)
 def test_losses_and_scaler(mode):
     story = Story(policy_of(mode, [1.0, math.inf]))
-    # Cycles of 5, 3 and 4 values have no common factor: 20 steps meet nearly every pair.
+    # Cycles of 5, 3 and 4 values have no common factor: 20 steps cover nearly every pair.
     losses = itertools.cycle((1.0, math.nan, math.inf, -math.inf, 2.0))
     scales = itertools.cycle((None, 0.25, math.inf))
     found = itertools.cycle((0.0, None, 1.0, math.nan))
@@ -121,7 +121,7 @@ def test_counters():
 @pytest.mark.parametrize("mode", MODES)
 def test_an_overflow_that_only_lowers_a_loss_scale(mode):
     story = Story(policy_of(mode, grad_norm=SpikeRule(window=4, warmup=2, sigma=2.0)))
-    # All of (found, falls, loss, counted) in one run, with a good step behind each.
+    # All combinations of (found, falls, loss, counted) in one run, each followed by a good step.
     cases = itertools.product((1.0, 2.0, 0.0), (True, False, None), (1.0, math.nan), (0, 1))
     n_searches = 0
     for found, falls, loss, posinf in cases:
@@ -139,7 +139,7 @@ def test_an_overflow_that_only_lowers_a_loss_scale(mode):
     assert story.ours.counters[4] == n_searches == 4
 
 
-def test_a_spike_is_skipped_and_enters_clipped():
+def test_a_spike_is_skipped_and_enters_the_ring_clipped():
     story = Story(policy_of(grad_norm=SpikeRule(window=4, warmup=2, sigma=3.0)))
     for norm in (1.0, 1.1, 0.9):
         assert story.step(stats_of([norm])).found_inf == 0.0
@@ -172,7 +172,7 @@ def test_actions_and_losses(action):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_random_stories(mode):
+def test_random_runs(mode):
     rng = random.Random(7)
     rules = {
         "grad_norm": SpikeRule(window=4, warmup=2, sigma=2.0, action="clip"),
@@ -189,20 +189,22 @@ def test_random_stories(mode):
 
 
 @pytest.mark.parametrize("signal", ["ce", "aux"])
-def test_a_loss_that_no_rank_gave_is_neither_a_fault_nor_judged(signal):
-    """Of many ranks: places of losses stay, whether they are filled at a step or not."""
+def test_a_loss_given_by_no_rank_is_ignored(signal):
+    """With several ranks, losses keep their positions, even if they are not given in a step."""
     story = Story(policy_of(**{signal: SpikeRule(window=4, warmup=2, sigma=2.0)}))
     values = torch.tensor([2.0, math.nan, math.inf], dtype=torch.float64)
     for given in [(1, 0, 0), (1, 0, 0), (0, 0, 0), (1, 1, 0), (1, 0, 0)]:
         signals = Signals(values, ("ce", "aux", ""), given=torch.tensor(given) > 0)
         verdict = story.step(stats_of([3.0]), signals)
         assert bool(verdict.found_inf) == (given[1] == 1)
-    assert story.ours.rings[0, 0] == (3 if signal == "ce" else 0)  # none enters at a bad step
+    assert story.ours.rings[0, 0] == (
+        3 if signal == "ce" else 0
+    )  # nothing enters a ring in a bad step
 
 
 @pytest.mark.parametrize("mode", ["skip", "zero", "propagate", "raise"])
 @pytest.mark.parametrize("norm_type", [2.0, 3.0, 0.5])
-def test_norms_whose_powers_leave_float64(mode, norm_type):
+def test_norms_whose_powers_overflow_float64(mode, norm_type):
     for norms in ([2e200], [3e200, 4e200, 0.0], [1e-200, 1e-300], [1e308] * 200, [math.inf, 1.0]):
         for counts in ((0, 0, 0), (0, 2, 0)):
             limits = torch.full((len(norms),), 1e100, dtype=torch.float64)

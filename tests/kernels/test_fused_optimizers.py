@@ -1,4 +1,4 @@
-"""`fastguard.optim` on the update kernel in a guard: the bits of the CPU, step by step."""
+"""`fastguard.optim` in a guard: the update kernel gives the same bits as the CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHAPES = [(5, 7), (129,), ()]
 
 
 def trained(update: Any, kind: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
-    """Weights and state after a clipped, a skipped and a cleaned step."""
+    """Returns weights and state after a clipped, a skipped and a cleaned step."""
     monkeypatch.setattr("fastguard.optim.backend.updater_for", lambda device: update)
     torch.manual_seed(0)
     options = dict(options)

@@ -1,4 +1,4 @@
-"""Adaptive limits beside the kernels: the rules decide on tensors, and nothing reads a number."""
+"""Adaptive limits with the kernels: the rules compute on tensors and never sync."""
 
 import math
 from dataclasses import replace
@@ -19,7 +19,7 @@ from guardtest.stories import float64, stats_of
 
 
 class TwiceTheMean(AdaptiveLimit):
-    """Clips to twice the mean norm so far."""
+    """Clips to twice the mean of the norms so far."""
 
     initial = (0.0,)
 
@@ -40,13 +40,13 @@ RULES = {
 
 @pytest.fixture
 def served_by_the_kernels(monkeypatch):
-    """On the CPU too."""
+    """Uses the interpreted kernels for CPU tensors."""
     monkeypatch.setattr(backend, "stages", lambda device, kind=Kind.PLAIN: triton_stages)
 
 
 @pytest.mark.parametrize("n_segments", [1, 3])
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_decisions_are_those_of_the_reference(served_by_the_kernels, rule, n_segments):
+def test_decisions_match_the_reference(served_by_the_kernels, rule, n_segments):
     wanted, own = (Limited(rule, n_segments, tensors=True) for _ in range(2))
     policy = replace(own.policy, on_host=False)
     n_clipped = 0
@@ -67,7 +67,7 @@ def test_decisions_are_those_of_the_reference(served_by_the_kernels, rule, n_seg
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_a_guarded_run_is_the_same(monkeypatch, rule):
-    """`AdaGC` and the others by tensor; a rule of one's own for the whole model too."""
+    """All rules with one segment per tensor; a custom rule also for the whole model."""
     scope = "global" if isinstance(rule, TwiceTheMean) else "tensor"
     plain = adamw(max_norm=rule, clip_scope=scope)
     train(plain, range(12), bad=(0, 4))
@@ -82,7 +82,7 @@ def test_a_guarded_run_is_the_same(monkeypatch, rule):
 
 
 class Reads(TorchDispatchMode):
-    """The operations that would make the host wait for a GPU."""
+    """Records the operations that would sync with a GPU."""
 
     WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "unique")
 
@@ -101,7 +101,7 @@ class Reads(TorchDispatchMode):
 
 @pytest.mark.parametrize("n_segments", [1, 3])
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_no_operation_of_a_rule_reads_a_number(rule, n_segments):
+def test_rules_do_not_sync(rule, n_segments):
     guard = Limited(rule, n_segments, tensors=True)
     _, verdict = guard.step([1.0] * n_segments)
     stats = stats_of([2.0] * n_segments)
@@ -111,7 +111,7 @@ def test_no_operation_of_a_rule_reads_a_number(rule, n_segments):
     assert reads.names == [] and reads.seen > 5
 
 
-def test_the_watcher_sees_a_rule_that_reads():
+def test_a_rule_that_syncs_is_detected():
     class Reading(TwiceTheMean):
         def limit(self, norm, state, step):
             return norm * float(norm[0])

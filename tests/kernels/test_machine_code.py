@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels: read from the machine code, without a GPU."""
+"""The machine code of the kernels: registers, spills, loads, instructions; without a GPU."""
 
 import functools
 import json
@@ -13,23 +13,23 @@ from guardtest.versions import has_triton
 
 TARGETS = ["80", "90", "100", "89", "120", "gfx90a", "gfx942"]
 SUPPORT = Path(__file__).parents[1] / "support"
-MAX_REGISTERS = 80  # three programs of 256 threads a multiprocessor
-MAX_ROCM_REGISTERS = 128  # four waves a SIMD; a program of 256 threads is one
-MAX_ANY_POWER_REGISTERS = 128  # logarithms bound it: two programs a multiprocessor will do
-MAX_UNIT_REGISTERS = 128  # four programs of 128 threads a multiprocessor
-MAX_LONE_REGISTERS = 255  # one program in all
-MAX_LONE_SPILLS = 16  # instructions of it, once a step: sm_80 keeps to 128 registers
-# (kernel, target, triton): spill instructions outside the main loop, once for each chunk.
+MAX_REGISTERS = 80  # three programs of 256 threads per multiprocessor
+MAX_ROCM_REGISTERS = 128  # four waves per SIMD; a program of 256 threads is one
+MAX_ANY_POWER_REGISTERS = 128  # limited by logarithms: two programs per multiprocessor suffice
+MAX_UNIT_REGISTERS = 128  # four programs of 128 threads per multiprocessor
+MAX_LONE_REGISTERS = 255  # kernels with a single program
+MAX_LONE_SPILLS = 16  # spill instructions, once per step: sm_80 stays at 128 registers
+# (kernel, target, triton): spill instructions outside the main loop, once per chunk.
 KNOWN_SPILLS = {("measure bf16 p=2", 100, "3.6.0"): 5}
-# The same for measure with triton 3.4, whose ptxas finds no register for the prefetch of a chunk
-# row in float64 and with logarithms.
+# For measure with triton 3.4, whose ptxas has no register left for the prefetch of a chunk row in
+# float64 and with logarithms.
 MAX_SPILLS_OF_3_4 = 14
-MAX_INSTRUCTIONS = {  # of the main loop, for each 16 bytes read; the budget of sm_90 is about 99
+MAX_INSTRUCTIONS = {  # of the main loop, per 16 bytes read; the budget of sm_90 is about 99
     "measure fp16": 40,
     "measure bf16": 48,
     "measure fp32": 24,
     "measure fp64": 18,
-    # On cards with little fp64. They read 2 to 7 bytes a clock and SM: a third of their budget.
+    # Cards with little fp64 read 2 to 7 bytes per clock and SM: a third of their budget.
     "measure fp16 group": 80,
     "measure bf16 group": 88,
     "measure fp32 group": 64,
@@ -109,7 +109,7 @@ def test_machine_code(target, capsys):
             _check_update(row, name.removeprefix("update "))
         if not name.startswith(("measure", "apply")):
             continue
-        # In flight, 128 bits each; where logarithms are the bound, one will do.
+        # 128-bit loads in flight; one is enough if logarithms are the limit.
         assert row["loads"] >= (1 if any_power else 4), row
         if name.startswith("apply"):
             assert row["stores"] >= 4, row
@@ -120,19 +120,19 @@ def test_machine_code(target, capsys):
 
 
 def _check_units(row: dict) -> None:
-    """Loads of whole vectors where rows are aligned; the inf-norm has one narrow loop."""
+    """Aligned rows are loaded as whole vectors; the inf-norm has one narrow loop."""
     if "p=inf" in row["kernel"]:
         return
     assert row["loads"] >= (1 if "p=3" in row["kernel"] else 2), row
     assert row["narrow_loads"] == row["narrow_stores"] == row["loop_spills"] == 0, row
     if "p=2" in row["kernel"]:
-        assert row["instructions"] <= 48, row  # an element of fp16 costs two float64 additions
+        assert row["instructions"] <= 48, row  # an fp16 element costs two float64 additions
     if row["kernel"].startswith("scale"):
         assert row["stores"] == row["loads"], row
 
 
 def _check_update(row: dict, case: str) -> None:
-    """Arrays of the widest dtype travel in 128 bits, narrower ones in as many elements."""
+    """Arrays of the widest dtype use 128-bit loads, narrower ones the same number of elements."""
     assert row["spills"] == 0 and row["loads"] >= 2 and row["stores"] >= 2, row
     if "per_element" in row:  # not ROCm
         narrow = {"adamw fp32 of bf16 gradients": (1, 0), "adamw master": (1, 1)}

@@ -1,4 +1,4 @@
-"""measure in the interpreter against the definition in float64, `reference.measure_bucket`."""
+"""`measure` in the interpreter against the float64 definition, `reference.measure_bucket`."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ from guardtest.tolerances import KEPT_RTOL, MEASURED_RTOL
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 BAD = {"nan": math.nan, "+inf": math.inf, "-inf": -math.inf}
-CHUNK = 4096  # elements of a chunk of a small model
+CHUNK = 4096  # elements per chunk of a small model
 short = str
 
 
@@ -24,7 +24,7 @@ def bucket_of(grads, segments=None, n_segments=1):
 
 
 def check(grads, norm_type=2.0, segments=None, n_segments=1, inv_scale=None):
-    """Counts must be equal, and norms as close as the promise says."""
+    """Counts must be equal, and norms within the promised error."""
     bucket = bucket_of(grads, segments, n_segments)
     arguments = (bucket, n_segments, len(grads), norm_type, inv_scale)
     summary, counts = triton_stages.measure_bucket(*arguments)
@@ -33,14 +33,14 @@ def check(grads, norm_type=2.0, segments=None, n_segments=1, inv_scale=None):
     torch.testing.assert_close(counts, expected_counts, rtol=0, atol=0)
     torch.testing.assert_close(summary[1:], expected[1:], rtol=0, atol=0)
     float64 = norm_type != 2.0 or bucket.dtype is torch.float64
-    # A power sum is off by p times what its norm is; float64 sums by n * eps at the most.
+    # The relative error of a power sum is p times that of its norm; of float64 sums, n * eps.
     rtol = 1e-12 if float64 else 2 * MEASURED_RTOL
     torch.testing.assert_close(summary[0], expected[0], rtol=rtol, atol=0)
     return summary, counts
 
 
 def sizes(dtype):
-    """Around every edge: a vector, a block, a chunk, and nothing at all."""
+    """Returns sizes around the edges of a vector, a block and a chunk, and 0."""
     vec = 16 // dtype.itemsize
     block = 16384 // dtype.itemsize
     edges = (vec, block, CHUNK, 2 * CHUNK)
@@ -67,8 +67,8 @@ PLACES = {
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("norm_type", [2.0, math.inf, 0.5], ids=short)
-def test_every_bad_value_in_every_place(dtype, norm_type):
-    """The full product at one size: one tensor a case, all cases in one call."""
+def test_each_bad_value_at_each_position(dtype, norm_type):
+    """The full product at one size: one tensor per case, all cases in one call."""
     cases = list(itertools.product(PLACES.values(), BAD.values()))
     grads = []
     for place, value in cases:
@@ -105,7 +105,7 @@ def norm_error(grads):
 
 @pytest.fixture(params=[False, True], ids=["any-card", "slow-fp64"])
 def bound(request, dtype, monkeypatch):
-    """Of the error of a norm, on either kind of card."""
+    """Bound of the error of a norm, for both kinds of cards."""
     if not request.param:
         return MEASURED_RTOL
     sum_whole_vectors(monkeypatch, dtype)
@@ -116,7 +116,7 @@ MAGNITUDES = [1e-40, 1e-30, 1e-25, 1e-21, 1e-20, 1e-19, 1e-8, 1.0, 1e8, 1e18, 1e
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
-def test_norm_is_true_at_any_magnitude(dtype, bound):
+def test_the_norm_is_accurate_at_any_magnitude(dtype, bound):
     for magnitude in MAGNITUDES:
         x = torch.randn(CHUNK + 70, dtype=torch.float64) * magnitude
         x = x.clamp(-3e38, 3e38).to(dtype)
@@ -131,7 +131,7 @@ def test_constant_arrays_round_the_same_way_everywhere(dtype, bound):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=short)
 def test_repeated_patterns_that_lose_the_small_squares(dtype, bound):
-    """Large beside small in every group: the small square falls off the end of float32."""
+    """Large next to small in every group: float32 loses the small square."""
     for exponent in (-11.0, -11.9, -12.1, -12.4, -13.0):
         for width in (2, 4, 8):
             pattern = torch.full((width,), 2.0**exponent)
@@ -141,8 +141,8 @@ def test_repeated_patterns_that_lose_the_small_squares(dtype, bound):
 
 
 @pytest.mark.parametrize("dtype", BAD_PATTERNS, ids=short)
-@pytest.mark.parametrize("repeats", [1, 7, 1000, 100_000])  # the last: many blocks in a chunk
-def test_patterns_whose_roundings_all_go_one_way(dtype, repeats, bound):
+@pytest.mark.parametrize("repeats", [1, 7, 1000, 100_000])  # 100,000: many blocks per chunk
+def test_patterns_that_always_round_the_same_way(dtype, repeats, bound):
     assert norm_error([torch.tensor(BAD_PATTERNS[dtype]).to(dtype).repeat(repeats)]) <= bound
 
 
@@ -156,12 +156,12 @@ def test_mixtures_of_magnitudes(dtype):
 
 
 def test_a_chunk_of_zeros_is_not_read_twice(monkeypatch):
-    """Zeros have no small squares to lose, so that grouped sums of 0 are trusted."""
+    """Zeros have no small squares to lose, so grouped sums of 0 are trusted."""
     summary, _ = check([torch.zeros(CHUNK).bfloat16(), torch.zeros(3).bfloat16()])
     assert summary[0].item() == 0.0
 
 
-def test_a_large_finite_gradient_is_not_called_infinite():
+def test_a_large_finite_gradient_does_not_count_as_infinite():
     for dtype, value in ((torch.float32, 3e38), (torch.bfloat16, 3e38), (torch.float64, 1e200)):
         x = torch.full((100,), value, dtype=dtype)
         summary, counts = triton_stages.measure_bucket(bucket_of([x]), 1, 1, 2.0)
@@ -172,7 +172,7 @@ def test_a_large_finite_gradient_is_not_called_infinite():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=short)
 @pytest.mark.parametrize("norm_type", [2.0, 3.0, 0.5, 10.0, 100.0], ids=short)
 @pytest.mark.parametrize("magnitude", [1e200, 1e-200, 1e-310, 1e30, 1e-30, 0.0])
-def test_norms_whose_powers_leave_float64(dtype, norm_type, magnitude):
+def test_norms_whose_powers_overflow_float64(dtype, norm_type, magnitude):
     if dtype is torch.float32 and (norm_type < 3.0 or not 1e-40 < magnitude < 1e40):
         pytest.skip("float64 holds these")
     grads = [torch.rand(n).double().mul(magnitude).to(dtype) for n in (CHUNK + 5, 7, 0, 300)]
@@ -184,7 +184,7 @@ def test_norms_whose_powers_leave_float64(dtype, norm_type, magnitude):
 
 @pytest.mark.parametrize("norm_type", [2.0, 1.0, math.inf, 3.0], ids=short)
 @pytest.mark.parametrize("n_segments", [1, 2])
-def test_inv_scale_is_folded_into_the_sums(norm_type, n_segments):
+def test_inv_scale_is_applied_to_the_sums(norm_type, n_segments):
     grads = [torch.randn(100) * 65536, torch.randn(9) * 65536]
     for inv_scale in (torch.tensor(2.0**-16), torch.tensor(1 / 3, dtype=torch.float64)):
         check(
@@ -192,13 +192,13 @@ def test_inv_scale_is_folded_into_the_sums(norm_type, n_segments):
         )
 
 
-def test_a_segment_for_each_tensor():
+def test_one_segment_per_tensor():
     grads = [torch.randn(1 + i % 5) for i in range(100)]
     check(grads, segments=range(100), n_segments=100)
 
 
 def test_determinism():
-    """Two runs, bitwise the same; and whatever the order in which chunks were cached."""
+    """Two runs are bitwise equal, in whatever order tables were cached."""
     grads = [torch.randn(3 * CHUNK + 1), torch.randn(77)]
     first = triton_stages.measure_bucket(bucket_of(grads), 1, 2, 2.0)[0]
     for _ in range(3):
@@ -210,7 +210,7 @@ def test_strided_gradients_are_copied_and_counted():
     x = torch.randn(40, 30)
     before = triton_stages.diagnostics()["copied_gradients"]
     check([x.t(), x.clone().to(memory_format=torch.contiguous_format)])
-    assert triton_stages.diagnostics()["copied_gradients"] == before  # one block of memory as it is
+    assert triton_stages.diagnostics()["copied_gradients"] == before  # it is one block of memory
     check([x[:, ::2], torch.ones(1).expand(4, 5)])
     assert triton_stages.diagnostics()["copied_gradients"] == before + 2
     assert environment()["diagnostics"] == triton_stages.diagnostics()
@@ -223,6 +223,6 @@ def test_the_same_gradient_twice_counts_twice():
     assert counts[0].tolist() == [1, 1, 0]
 
 
-def test_nothing_but_empty_tensors():
+def test_only_empty_tensors():
     summary, counts = check([torch.zeros(0), torch.zeros(3, 0)])
     assert not summary.any() and not counts.any()

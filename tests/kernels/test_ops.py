@@ -1,4 +1,4 @@
-"""The ops that compiled code calls, served by the interpreted kernels in place of the reference."""
+"""The ops of compiled code, with the interpreted kernels instead of the reference."""
 
 import math
 
@@ -14,7 +14,7 @@ from fastguard.stages import triton as triton_stages
 
 @pytest.fixture(autouse=True)
 def served_by_the_kernels(monkeypatch):
-    """On the CPU too, and for decide as well, which has a shortcut there."""
+    """Uses the kernels on the CPU, also for `decide`, which has a shortcut there."""
     monkeypatch.setattr(backend, "stages", lambda device, kind=Kind.PLAIN: triton_stages)
     monkeypatch.setattr(ops, "decide_stage", triton_stages.decide)
     monkeypatch.setattr(clip, "decide", triton_stages.decide)
@@ -46,7 +46,7 @@ def test_opcheck(name):
 
 
 @pytest.mark.parametrize("mode", ["propagate", "zero"])
-def test_the_drop_in_functions_run_on_the_kernels(mode):
+def test_the_drop_in_functions_use_the_kernels(mode):
     parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (5, 4100, 1)]
     for p in parameters:
         p.grad = torch.randn_like(p)

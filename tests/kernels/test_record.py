@@ -1,4 +1,4 @@
-"""record in the interpreter against `reference.pack`, number by number."""
+"""`record` in the interpreter against `reference.pack`: every number is equal."""
 
 import math
 
@@ -17,7 +17,7 @@ RULES = {"grad_norm": SpikeRule(window=4, warmup=2), "loss 1": Threshold(max=0.5
 
 
 def outcome_of(counts, n_segments=1, n_losses=0, rules=None, max_norm=1.0, lr=None):
-    """A step decided by the reference, after one without incident."""
+    """A step decided by the reference, after a good one."""
     summary = torch.rand(4, n_segments, dtype=torch.float64)
     summary[1:] = 0.0
     summary[1:, -1] = counts.sum(1).double()
@@ -46,7 +46,7 @@ def assert_same_row(outcome, lr=None):
     ours, theirs = rows
     if lr is None:
         ours, theirs = (repr(r).replace(f"lr={r.lr}", "") for r in rows)
-    assert repr(ours) == repr(theirs)  # NaN is NaN
+    assert repr(ours) == repr(theirs)  # by repr, so that NaN equals NaN
 
 
 @pytest.mark.parametrize("n_tensors", [1, 7, 8, 9, 127, 128, 129, 700])
@@ -66,7 +66,7 @@ def test_culprits(n_tensors, bad):
     assert_same_row(outcome_of(counts))
 
 
-def test_bad_elements_of_another_rank_alone():
+def test_bad_elements_only_on_another_rank():
     outcome = outcome_of(torch.zeros(3, 5, dtype=torch.int64))
     outcome.stats.summary[1] = 3.0
     assert_same_row(outcome)
@@ -92,6 +92,6 @@ def test_losses_and_rules(n_losses, rules):
 
 
 @pytest.mark.parametrize("lr", [0.1, 0.0, 1e-300, math.nan])
-def test_the_learning_rate_of_a_tensor(lr):
+def test_a_learning_rate_that_is_a_tensor(lr):
     outcome = outcome_of(torch.zeros(3, 2, dtype=torch.int64))
     assert_same_row(outcome, torch.tensor(lr, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""The scratch of measure: one per stream, zero between two launches, given up after a failure."""
+"""The scratch of `measure`: one per stream, zero between launches, dropped after a failure."""
 
 import math
 
@@ -26,8 +26,8 @@ def measured(grads, n_segments):
 
 
 @pytest.mark.parametrize("n_segments", [1, 3])
-def test_a_bad_step_leaves_nothing_behind(n_segments):
-    """Lists of other sizes lay the counts out differently over the same memory."""
+def test_a_bad_step_does_not_affect_the_next(n_segments):
+    """Lists of other sizes use another layout of counts in the same memory."""
     bad = [torch.randn(n) for n in (5, 9000, 7, 600)]
     bad[1][8000] = math.nan
     bad[3][2] = math.inf
@@ -39,10 +39,10 @@ def test_a_bad_step_leaves_nothing_behind(n_segments):
     for sound in ([torch.randn(8)], [torch.randn(30) for _ in range(3)]):
         summary, counts = measured(sound, 1)
         assert not counts.any() and not summary[1:].any()
-        assert next(iter(scratch._kept.values())) is kept  # large enough: nothing is made
+        assert next(iter(scratch._kept.values())) is kept  # large enough, so reused
 
 
-def test_counts_of_more_tensors_than_a_block():
+def test_counts_of_more_tensors_than_fit_in_a_block():
     n = REDUCE_SIZE // 3 + 2
     grads = [torch.randn(3) for _ in range(n)]
     grads[0][0] = grads[-1][2] = math.nan
@@ -52,7 +52,7 @@ def test_counts_of_more_tensors_than_a_block():
         assert not next(iter(scratch._kept.values())).zeros.any()
 
 
-def test_a_list_that_needs_more_gets_more():
+def test_a_longer_list_gets_a_larger_scratch():
     measured([torch.randn(3)], 1)
     (small,) = scratch._kept.values()
     measured([torch.randn(3) for _ in range(50)], 50)
@@ -61,7 +61,7 @@ def test_a_list_that_needs_more_gets_more():
 
 
 def test_after_a_failure_between_two_launches_the_scratch_is_not_kept(monkeypatch):
-    """The first launch has counted, and the second would have set the counts back."""
+    """The first launch has counted, and the second would have reset the counts."""
     bad = [torch.full((9,), math.nan), torch.randn(4)]
     reduce = measure.reduce_segments
 
@@ -77,7 +77,7 @@ def test_after_a_failure_between_two_launches_the_scratch_is_not_kept(monkeypatc
     assert not counts.any()
 
 
-def test_streams_and_graphs_have_a_scratch_of_their_own(monkeypatch):
+def test_streams_and_graphs_have_their_own_scratch(monkeypatch):
     stream, capturing = 1, False
     monkeypatch.setattr(scratch, "raw_stream_of", lambda: lambda index: stream)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)

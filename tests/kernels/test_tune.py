@@ -1,4 +1,4 @@
-"""Every shape that benchmarks/tune.py tries gives the sums of the one in use."""
+"""All launch parameters that benchmarks/tune.py tries give the same sums."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ tune = benchmarks("tune")
 
 
 @pytest.mark.parametrize("one", tune.TRIES, ids=lambda one: one.name)
-def test_a_try_measures_the_same(one):
+def test_each_trial_gives_the_same_sums(one):
     grads = [torch.randn(n) for n in (70_001, 9, 33_000)]
     summary, counts = tune.reader(grads, one, torch.device("cpu"))()
     want, _ = reference.measure_bucket(bucketize(grads).buckets[0], 1, 3, 2.0)
@@ -20,7 +20,7 @@ def test_a_try_measures_the_same(one):
     assert not counts.any()
 
 
-def test_rows_are_those_of_a_lab_table():
+def test_rows_have_the_format_of_a_lab_table():
     spread = {"p20": 0.9, "p50": 0.95, "p80": 1.0}
     row = {"try": "a", "dtype": "float32", "expected": "1", "ratio": spread, "limit_percent": 93.21}
     assert tune.lab_rows([row], "A Card")[1] == (
@@ -29,7 +29,7 @@ def test_rows_are_those_of_a_lab_table():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
-def test_without_a_card_it_says_so(monkeypatch, capsys):
+def test_without_a_card_it_reports_that(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["tune"])
     assert tune.main() == 2
     assert "needs a CUDA device" in capsys.readouterr().out

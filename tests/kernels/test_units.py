@@ -23,7 +23,7 @@ def units_of(ps, norm_type=2.0):
 
 
 def both(ps, norm_type=2.0, propagates=True, inv_scale=None, limits=LIMITS):
-    """The coefficients of the kernel, which scales the gradients, and of the reference."""
+    """Returns the coefficients of the kernel, which scales the gradients, and of the reference."""
     for units in units_of(ps, norm_type):
         with torch.no_grad():
             given = (units, limits, norm_type, propagates, inv_scale)
@@ -41,12 +41,12 @@ def test_every_shape_and_dtype(dtype, norm_type):
         rtol = 1e-7 if dtype.itemsize == 2 else 1e-12  # two squares are added in float32
         torch.testing.assert_close(coefs, want, rtol=rtol, atol=0)
         assert 5 < (coefs < 1).sum() < len(coefs)
-    if dtype is not torch.bfloat16:  # the interpreter truncates
+    if dtype is not torch.bfloat16:  # the interpreter truncates bfloat16
         assert_clipped([p.grad for p in ps], wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_scaled_as_the_reference_scales(dtype):
+def test_scaling_matches_the_reference(dtype):
     ps, others = parameters(dtype), parameters(dtype)
     for p, other in zip(ps, others, strict=True):
         if p.numel():
@@ -56,7 +56,7 @@ def test_scaled_as_the_reference_scales(dtype):
     coefs = torch.rand(n, dtype=torch.float64)
     coefs[::3] = 1.0
     coefs[1::7] = NAN
-    coefs[2::7] = 1e-41  # no normal float32
+    coefs[2::7] = 1e-41  # subnormal in float32
     with torch.no_grad():
         triton_stages.unit_coefs(units, LIMITS, 2.0, True)
         triton_stages.scale_units(units, coefs)
@@ -81,7 +81,7 @@ def test_bad_units(dtype, propagates):
 
 
 @pytest.mark.parametrize("magnitude", [1e-30, 1e30, 3e38])
-def test_squares_that_leave_float32(magnitude):
+def test_squares_that_overflow_float32(magnitude):
     ps = parameters()
     for p in ps:
         p.grad.clamp_(-1, 1).mul_(magnitude)
@@ -90,7 +90,7 @@ def test_squares_that_leave_float32(magnitude):
     assert_clipped([p.grad for p in ps], wanted)
 
 
-def test_squares_that_leave_float64():
+def test_squares_that_overflow_float64():
     p = torch.nn.Parameter(torch.ones(2, 3, dtype=torch.float64))
     p.grad = torch.tensor([[3e200, 0.0, 4e200], [0.0, 0.0, 1e-3]], dtype=torch.float64)
     ((coefs, _),) = both([p])
@@ -118,7 +118,7 @@ def test_layouts(layout):
     assert (copied == 0) == (layout == "channels_last")
 
 
-def test_a_loss_scale_is_seen_through():
+def test_a_loss_scale_does_not_change_coefficients():
     ps, scaled = parameters(), parameters()
     for p in scaled:
         p.grad.mul_(1024.0)
@@ -128,7 +128,7 @@ def test_a_loss_scale_is_seen_through():
     torch.testing.assert_close(of_scaled, wanted, rtol=1e-12, atol=0)
 
 
-def test_other_limits_make_another_table():
+def test_other_limits_have_another_table():
     ps = parameters()
     for p in ps:
         p.grad.fill_(1.0)
@@ -140,7 +140,7 @@ def test_other_limits_make_another_table():
     torch.testing.assert_close(other, one / 2)
 
 
-def test_same_bits_at_every_call_and_version_counters_move():
+def test_calls_are_deterministic_and_increment_version_counters():
     ps = parameters()
     (units,) = units_of(ps)
     with torch.no_grad():
@@ -152,7 +152,7 @@ def test_same_bits_at_every_call_and_version_counters_move():
     assert all(p.grad._version > v for p, v in zip(ps, versions, strict=True))
 
 
-def test_neighbours_of_a_row_stay():
+def test_neighbours_of_a_row_do_not_change():
     whole = torch.ones(100)
     p = torch.nn.Parameter(torch.ones(3, 9))
     p.grad = whole[1:28].view(3, 9)

@@ -1,4 +1,4 @@
-"""The update kernel in the interpreter against `fastguard.optim.reference`, bit by bit."""
+"""The update kernel in the interpreter gives the bits of `fastguard.optim.reference`."""
 
 import itertools
 import math
@@ -13,7 +13,7 @@ from fastguard.optim import triton as triton_optim
 from fastguard.optim.contract import STATES, Update
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-SHAPES = [(7,), (13, 37), (4500,), (1,), (0,), (29, 11)]  # aligned or not, by turns; two chunks
+SHAPES = [(7,), (13, 37), (4500,), (1,), (0,), (29, 11)]  # alternately aligned and not; two chunks
 GROUPS = [0, 1, 0, 1, 0, 1]
 SEGMENTS = [0, 1, 2, 1, 0, 2]
 # lr, beta1, beta2, eps, weight_decay, momentum, dampening, sign, seed
@@ -25,7 +25,7 @@ MULTIPLIERS = [0.37, 1.0, 2.0**-16]
 
 
 def lying(x, odd):
-    """As it is, or as a view that is not 16-byte aligned."""
+    """Returns a tensor as it is, or as a view that is not 16-byte aligned."""
     if not odd:
         return x
     flat = torch.empty(x.numel() + 1, dtype=x.dtype)
@@ -37,7 +37,7 @@ def made(
     rounding="nearest", n_steps=3, multiplier=MULTIPLIERS, found_inf=0.0, clean=0.0, seed=0,
     shapes=SHAPES, **options,
 ):  # fmt: skip
-    """An update of tensors of (weight, gradient, state) dtypes; every second one lies oddly."""
+    """Returns an update of (weight, gradient, state) dtypes; every second tensor is unaligned."""
     torch.manual_seed(seed)
     weight, gradient, state = dtypes
     each = [odd and i % 2 == 1 for i in range(len(shapes))]
@@ -103,7 +103,7 @@ def assert_same_bits(ours, theirs):
 
 
 def check(n_updates=2, grads=None, **options):
-    """The kernel and the reference take the same steps; gradients are never written."""
+    """Checks that kernel and reference take equal steps and do not write gradients."""
     ours, theirs = made(**options), made(**options)
     for one in range(n_updates):
         for i, (a, b) in enumerate(zip(ours.grads, theirs.grads, strict=True)):
@@ -142,8 +142,8 @@ ALGORITHMS = {
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
 @pytest.mark.parametrize("dtypes", MIXES.values(), ids=MIXES)
-def test_every_algorithm_with_every_mix_of_dtypes(algorithm, dtypes):
-    """Groups, segments, lists of aligned and of unaligned tensors, in one."""
+def test_each_algorithm_with_each_mix_of_dtypes(algorithm, dtypes):
+    """Several groups and segments, with aligned and unaligned tensors."""
     check(**algorithm, dtypes=dtypes, odd=True)
 
 
@@ -164,7 +164,7 @@ def test_a_float32_master_behind_float16():
 
 
 def test_a_remainder_is_exactly_the_float32_weight():
-    """Both masters take the same steps, bit for bit."""
+    """Both kinds of masters take bitwise equal steps."""
     options = {"dtypes": (BF16, BF16, F32), "algorithm": "adamw"}
     whole, split = check(**options, master="float32"), check(**options, master="remainder")
     for exact, high, low in zip(whole.masters, split.parameters, split.masters, strict=True):
@@ -174,11 +174,11 @@ def test_a_remainder_is_exactly_the_float32_weight():
 @pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
 @pytest.mark.parametrize("master", [None, "float32", "remainder"], ids=str)
 def test_stochastic_rounding(algorithm, master):
-    """Weights without a master, and states, with the reference's noise."""
+    """Weights without a master, and states, use the noise of the reference."""
     check(**algorithm, dtypes=(BF16, BF16, BF16), rounding="stochastic", master=master, odd=True)
 
 
-def test_noise_is_indifferent_to_how_chunks_are_cut(monkeypatch):
+def test_noise_does_not_depend_on_chunks(monkeypatch):
     options = {"dtypes": (BF16, BF16, BF16), "rounding": "stochastic", "shapes": [(30_000,)]}
     first = made(**options)
     triton_optim.update(first)
@@ -191,7 +191,7 @@ def test_noise_is_indifferent_to_how_chunks_are_cut(monkeypatch):
 
 
 def test_stochastic_rounding_is_unbiased():
-    """0.999 lies a quarter of a step above 0.99609375: a mean within 4 sigma over 10^6."""
+    """0.999 is a quarter of a step above 0.99609375; the mean is within 4 sigma of 10^6 values."""
     n = 10**6
     one = made(
         algorithm="sgd", stateless=True, dtypes=(BF16, BF16, BF16), rounding="stochastic",
@@ -206,7 +206,7 @@ def test_stochastic_rounding_is_unbiased():
     assert set(levels.unique().tolist()) == {low, high}
     p = (0.999 - low) / (high - low)
     sigma = (high - low) * math.sqrt(p * (1 - p) / n)
-    assert abs(levels.mean().item() - 0.999) <= 4 * sigma + 1e-9  # 0.999 itself is a float32
+    assert abs(levels.mean().item() - 0.999) <= 4 * sigma + 1e-9  # 0.999 is rounded to float32
 
 
 @pytest.mark.parametrize("found_inf", [1.0, math.nan, 2.0])
@@ -256,8 +256,8 @@ def test_without_steps():
         assert_same_bits(written(ours), written(theirs))
 
 
-def test_arrays_of_other_strides():
-    """Channels last, transposed, with holes; kept ones are copied back."""
+def test_arrays_with_other_strides():
+    """Channels last, transposed, with holes; all but gradients are copied back."""
 
     def strided(one):
         lists = [one.parameters, one.grads, *one.states.values()]
@@ -278,7 +278,7 @@ def test_arrays_of_other_strides():
         assert_same_bits(written(ours), written(theirs))
 
 
-def test_hyper_parameters_change_without_another_kernel():
+def test_other_hyper_parameters_use_the_same_kernel():
     one = made()
     update.variant_of.cache_clear()
     for lr in (1e-3, 2e-3, 5e-4):
@@ -287,7 +287,7 @@ def test_hyper_parameters_change_without_another_kernel():
     assert update.variant_of.cache_info().currsize == 1
 
 
-def test_the_table_is_kept_until_something_moves(monkeypatch):
+def test_the_table_is_cached_until_an_address_changes(monkeypatch):
     uploads = []
     upload = update_table.upload
 
@@ -305,20 +305,20 @@ def test_the_table_is_kept_until_something_moves(monkeypatch):
     assert len(uploads) == 2
     one.grads[2] = one.grads[2].clone()
     triton_optim.update(one)
-    assert uploads[2:] == [8 * len(SHAPES)]  # addresses alone
+    assert uploads[2:] == [8 * len(SHAPES)]  # only addresses
     one.segment_ids[0] = 1
     triton_optim.update(one)
     assert len(uploads) == 5
 
 
-def test_version_counters_move():
+def test_version_counters_are_incremented():
     one = made()
     versions = [t._version for t in written(one)]
     triton_optim.update(one)
     assert all(t._version > v for t, v in zip(written(one), versions, strict=True))
 
 
-def test_the_columns_are_those_of_the_contract():
+def test_the_columns_match_the_contract():
     assert columns.HYPER_COLUMNS.value == len(contract.HYPER)
     assert columns.COEFFICIENT_COLUMNS.value == contract.N_COEFFICIENTS
     assert (columns.SIGN_COLUMN.value, columns.KEY_COLUMN.value) == (contract.SIGN, contract.KEY)
@@ -326,8 +326,8 @@ def test_the_columns_are_those_of_the_contract():
     assert list(contract.HYPER) == list(formulas.HYPER)
 
 
-def test_a_device_with_kernels_takes_them(monkeypatch):
-    """By the table of the stages, so that `FASTGUARD_BACKEND=torch` turns all of them off."""
+def test_a_device_with_kernels_uses_them(monkeypatch):
+    """The stages select the backend, so `FASTGUARD_BACKEND=torch` turns these kernels off too."""
     device = torch.device("cuda", 0)
     for served, take in (("triton", triton_optim.update), ("torch", reference.update)):
         monkeypatch.setattr(optim_backend, "backend_of", lambda device, served=served: served)

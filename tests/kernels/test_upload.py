@@ -1,4 +1,4 @@
-"""Uploads to a GPU that is not there: what is pinned, what streams wait for, what is kept."""
+"""Uploads to a simulated GPU: pinned memory, waits of streams, kept memory."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ class Event:
 
 
 class Stream:
-    """Hands out events, and remembers which it was told to wait for."""
+    """Creates events, and records the events it waits for."""
 
     def __init__(self, address):
         self.cuda_stream, self.waited = address, []
@@ -29,7 +29,7 @@ class Stream:
 
 
 class OnDevice(torch.Tensor):
-    """A CPU tensor that says it lies on a GPU."""
+    """A CPU tensor that claims to be on a GPU."""
 
     device = CUDA
 
@@ -39,7 +39,7 @@ class OnDevice(torch.Tensor):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """The current stream and whether it captures can be set; pinned memory is ordinary."""
+    """A simulated GPU with a settable current stream and capture; pinned memory is ordinary."""
 
     class Gpu:
         stream, capturing, pinned = Stream(1), False, []
@@ -69,12 +69,12 @@ def numbers(n=3):
     return np.arange(float(n))
 
 
-def test_each_stream_comes_after_an_upload_once(gpu):
+def test_each_stream_waits_for_an_upload_once(gpu):
     first, second = gpu.stream, Stream(2)
     made = upload.upload(numbers(), CUDA)
     assert made.memory.tolist() == [0.0, 1.0, 2.0] and made.is_lasting
     made.await_on_stream()
-    assert not first.waited  # it made the upload
+    assert not first.waited  # the stream of the upload itself
     gpu.stream = second
     for _ in range(2):
         made.await_on_stream()
@@ -91,11 +91,11 @@ def test_a_graph_uploads_from_memory_that_was_pinned_before(gpu):
         assert one.source.tolist() == [i, i + 1.0, i + 2.0] and not one.is_lasting
         one.await_on_stream()
     assert all(any(s is m.source for s in upload._sources.values()) for m in made)
-    upload.upload(numbers() + 99, CUDA)  # the spare is used up: better than nothing
+    upload.upload(numbers() + 99, CUDA)  # the spare is used up: a new allocation
     assert len(gpu.pinned) == before + 1
 
 
-def test_what_a_graph_reads_is_kept(gpu):
+def test_memory_that_a_graph_reads_is_kept(gpu):
     made = upload.upload(numbers(), CUDA)
     gpu.capturing = True
     for _ in range(2):
@@ -104,17 +104,17 @@ def test_what_a_graph_reads_is_kept(gpu):
 
 
 def test_capturing_again_keeps_nothing_more(gpu):
-    """A training loop may capture its step every hour for a month."""
+    """For example, a loop may capture its step every hour for a month."""
     upload.upload(numbers(), CUDA)
     gpu.capturing = True
     made = [upload.upload(numbers(), CUDA) for _ in range(50)]
     assert len(upload._sources) == 1 and not upload._kept
     assert all(one.source is made[0].source for one in made)
-    upload.upload(numbers().astype(np.int64), CUDA)  # as many bytes, other numbers
+    upload.upload(numbers().astype(np.int64), CUDA)  # other numbers of the same size
     assert len(upload._sources) == 2
 
 
-def test_rules_that_a_graph_uploads_are_no_other_steps(gpu, monkeypatch):
+def test_rules_uploaded_by_a_graph_are_not_used_by_other_steps(gpu, monkeypatch):
     monkeypatch.setattr(triton_stages, "_rule_tables", {})
     arguments = ((Threshold(max=7.0),), ("grad_norm",), (), CUDA)
     gpu.capturing = True
