@@ -1,7 +1,7 @@
 """The benchmark suite: `make bench`, or `python -m benchmarks --help`.
 
-What guarding a step costs, against what one would otherwise write and against the memory's limit.
-The runner is `fastguard.commands.bench`; here are the cases, the growth curves, the charts, and the
-comparison of two results. `pytest benchmarks --benchmark-only` runs the same cases under
-pytest-benchmark.
+Measures what guarding a step costs, compared with the usual alternatives and with the limit of
+memory bandwidth. The runner is `fastguard.commands.bench`; this package contains the cases, growth
+curves, charts, and the comparison of two results. `pytest benchmarks --benchmark-only` runs the
+same cases under pytest-benchmark.
 """

@@ -1,7 +1,7 @@
-"""`make bench`: measures everything, prints it, refreshes the results and their charts.
+"""`make bench`: measures everything, prints it, and updates the results and their charts.
 
 python -m benchmarks                      # the whole suite: about six minutes on two cores
-python -m benchmarks --quick              # a minute, printed only; the same as `fastguard bench`
+python -m benchmarks --quick              # about a minute, only printed; same as `fastguard bench`
 python -m benchmarks --device cuda        # on a GPU
 """
 
@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch reads it: no lines of the profiler
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read by torch; silences its profiler
 
 import torch
 
@@ -37,14 +37,17 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> int:
+    """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: cpu)", default="cpu")
-    parser.add_argument("--quick", action="store_true", help="a minute's selection, no files")
-    parser.add_argument("--out", metavar="DIR", help=f"where to write (default: {RESULTS.name})")
+    parser.add_argument(
+        "--quick", action="store_true", help="a selection of about a minute; writes no files"
+    )
+    parser.add_argument("--out", metavar="DIR", help=f"output folder (default: {RESULTS.name})")
     args = parser.parse_args()
     try:
         device = device_of(args.device)
@@ -84,7 +87,7 @@ def main() -> int:
 
 
 def whole(device: torch.device, command: str, console):
-    """Cases, growth, memory, accuracy."""
+    """Measures cases, growth, memory, accuracy and syncs."""
     seconds = CPU_SECONDS if device.type == "cpu" else CUDA_SECONDS
     result = measure_cases(cases(device), device, command=command, seconds=seconds, console=console)
     growth = measure_cases(

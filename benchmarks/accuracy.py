@@ -1,7 +1,7 @@
-"""Norms against float64, where squares are ordinary, underflow, and overflow.
+"""The error of norms against float64: for ordinary squares, and if they underflow or overflow.
 
-Measured by the functions that change nothing: beside the 1e-6 of torch's formula for the clip
-coefficient, a norm of 1e-26 is nothing, and clipping to it scales all gradients to zero.
+Uses functions that do not change gradients: a norm of 1e-26 is negligible next to the 1e-6 in
+torch's formula of the clip coefficient, so clipping to it would scale all gradients to zero.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FIELD = tuple(NORMS)
 
 
 def accuracy_cases() -> list[Case]:
-    """The gradients of the table of targets, and every model that is read in a second."""
+    """Returns the cases of the targets, and every model that can be read within a second."""
     models = [name for name in MODELS if name != "llama-3.2-1b"]
     return [
         *(Case(name, model_shapes(name), FIELD) for name in models),
@@ -41,8 +41,9 @@ def accuracy_cases() -> list[Case]:
 def measure_accuracy(
     case: Case, device: torch.device, magnitudes: Sequence[float] = MAGNITUDES
 ) -> list[dict[str, Any]]:
-    """The relative error of each contender at each magnitude, for normal values; at 1 for constant
-    ones too, where rounding errors all point the same way.
+    """Measures the relative error of each contender at each magnitude, for normal values.
+
+    At magnitude 1 also for constant values, whose rounding errors all have the same sign.
     """
     found = []
     with torch.no_grad():

@@ -1,8 +1,8 @@
-"""The cases under pytest-benchmark: `pytest benchmarks --benchmark-only`, whole, or `-k gpt2`.
+"""The cases under pytest-benchmark: `pytest benchmarks --benchmark-only`, all, or `-k gpt2`.
 
-Before each measured round the baseline of the case runs once, so that a round has a ratio here too:
-it is in `extra_info` of `--benchmark-json`, with the percent of the limit. `--device cuda`
-measures on a GPU.
+Before each measured round, the baseline of the case runs once, so each round has a ratio. Ratios
+and the percentage of the limit are in `extra_info` of `--benchmark-json`. `--device cuda` measures
+on a GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastguard.commands.bench.workload import Case, Workload, bytes_needed
 ROUNDS = 7
 
 
-@functools.lru_cache(maxsize=1)  # tests of one case come one after the other
+@functools.lru_cache(maxsize=1)  # tests of the same case are consecutive
 def field_of(case: Case, device: torch.device) -> tuple[Workload, dict[str, Prepared], dict]:
     work = Workload(case, device)
     return work, *prepare(work)

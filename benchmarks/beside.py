@@ -1,10 +1,10 @@
-"""What living beside the step costs: records, losses, snapshots, activation guards.
+"""The cost of features around the step: records, losses, snapshots, activation guards.
 
     python -m benchmarks.beside [records] [growth] [snapshot] [activations] [ranks] [busy] [units]
 
-Two ways of the same thing take turns, because machines are shared; the median of the ratios of the
-pairs is the result. For the records it is a median of differences, in microseconds (and their
-quartiles): 20 of them are the 2 % of a 1 ms step. Everything runs on the CPU.
+Two variants run alternately, since machines are shared; the result is the median of the ratios of
+the pairs. For records, it is the median of differences in microseconds, with quartiles: 20 µs are
+2 % of a 1 ms step. Everything runs on the CPU.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ from fastguard.recovery.snapshot_stores import InMemory
 
 Work = Callable[[], object]
 FETCHED = 20
-"""Steps between two calls of `records()`."""
+"""Number of steps between two calls of `records()`."""
 
 
 def seconds(work: Work, repeat: int = 1) -> float:
+    """Returns the mean time of a call."""
     start = time.perf_counter()
     for _ in range(repeat):
         work()
@@ -43,17 +44,18 @@ def seconds(work: Work, repeat: int = 1) -> float:
 
 
 def in_turns(one: Work, other: Work, *, pairs: int, repeat: int = 1) -> list[tuple[float, float]]:
-    """Seconds of each, pair by pair; the first pair warms up and is not counted."""
+    """Returns the seconds of both for each pair; the first pair is a warm-up and left out."""
     times = [(seconds(one, repeat), seconds(other, repeat)) for _ in range(pairs + 1)]
     return times[1:]
 
 
 def ratio(times: list[tuple[float, float]]) -> float:
-    """How many times as long the second takes: the median over the pairs."""
+    """Returns the time of the second divided by the first, the median over the pairs."""
     return statistics.median(b / a for a, b in times)
 
 
 def guarded(n_elements: int, **settings: Any) -> fastguard.GuardedOptimizer:
+    """Returns a guarded AdamW with ten parameters that have gradients."""
     parameters = [torch.nn.Parameter(torch.zeros(n_elements // 10)) for _ in range(10)]
     for p in parameters:
         p.grad = torch.full_like(p, 1e-3)
@@ -63,7 +65,7 @@ def guarded(n_elements: int, **settings: Any) -> fastguard.GuardedOptimizer:
 
 
 def step_of_one_ms() -> int:
-    """Elements of a model whose guarded AdamW step takes about 1 ms here."""
+    """Returns the number of elements for which a guarded AdamW step takes about 1 ms here."""
     n = 100_000
     opt = guarded(n)
     took = statistics.median(seconds(opt.step, 20) for _ in range(20))
@@ -75,13 +77,13 @@ def step_of_one_ms() -> int:
 
 
 def records() -> None:
-    """Records, losses and a sink, each against the same step without; one thread does it all.
+    """Measures records, losses and a sink against the same step without them, on one thread.
 
-    One optimizer takes all steps, so that every way works on the same memory: two models of one
-    size differ by tens of microseconds a step. The first way is there twice: what it costs more
-    than itself is the noise. Records are fetched every `FETCHED` steps, as by a progress line.
+    One optimizer takes all steps, so that all variants use the same memory: two models of the same
+    size differ by tens of microseconds per step. The first variant runs twice, and the difference
+    is the noise. Records are fetched every `FETCHED` steps, as a progress bar would do.
     """
-    torch.set_num_threads(1)  # threads that wait for a core would drown microseconds
+    torch.set_num_threads(1)  # waiting for a core would take longer than the differences
     n = step_of_one_ms()
     opt = guarded(n)
     recorder, add = opt._recorder, opt._recorder.add
@@ -91,10 +93,10 @@ def records() -> None:
         def microseconds() -> float:
             recorder.add = add if keeps else lambda _: None  # type: ignore[method-assign]
             recorder.sinks = list(sinks)
-            opt.step(loss=loss)  # not counted: it follows another way, the others their own
+            opt.step(loss=loss)  # warm-up, since the previous step was of another variant
             opt.records()
             times = [seconds(lambda: opt.step(loss=loss)) for _ in range(FETCHED)]
-            fetching = seconds(opt.records)  # where the records are made
+            fetching = seconds(opt.records)  # creates the records
             return (statistics.median(times) + fetching / FETCHED) * 1e6
 
         return microseconds
@@ -120,9 +122,9 @@ def records() -> None:
 
 
 def all_in_turns(ways: dict[str, Callable[[], float]], rounds: int) -> list[dict[str, float]]:
-    """What each way measures, round by round, each round in an order of its own.
+    """Returns the values of all variants for each round; each round has a random order.
 
-    The first round warms up and is not counted.
+    The first round is a warm-up and left out.
     """
     order, draws = list(ways), random.Random(0)
     measured = []
@@ -133,7 +135,7 @@ def all_in_turns(ways: dict[str, Callable[[], float]], rounds: int) -> list[dict
 
 
 def growth() -> None:
-    """The last steps of a long run that nobody drains, against the first of a new one."""
+    """Measures late steps of a run whose records are never fetched against those of a new run."""
     torch.set_num_threads(1)
     long = guarded(10_000)
     for _ in range(50_000):
@@ -147,7 +149,7 @@ def growth() -> None:
 
 
 def snapshot() -> None:
-    """A snapshot of gpt2-124m with the state of AdamW, against a plain copy of the same bytes."""
+    """Measures a snapshot of gpt2-124m with its AdamW state against a copy of the same bytes."""
     model = torch.nn.ParameterList(torch.nn.Parameter(torch.zeros(s)) for s in gpt2())
     opt = fastguard.GuardedOptimizer(torch.optim.AdamW(model.parameters(), fused=True))
     for p in model:
@@ -170,22 +172,23 @@ def snapshot() -> None:
         place.take(objects, Moment(0, next(steps)), None)
 
     take()
-    take()  # the first two make their buffers
+    take()  # the first two allocate buffers
     pairs = in_turns(plain, take, pairs=22)
     gb = sum(t.nbytes for t in tensors) / 1e9
     copy = statistics.median(a for a, _ in pairs)
     print(f"plain copy of {gb:.2f} GB: {copy * 1e3:.0f} ms")
-    # One looks at most of what it copies, the next at the rest of that.
+    # Snapshots alternate: one checks most of the tensors it copies, the next one the rest.
     for name, times in (("first", pairs[::2]), ("second", pairs[1::2])):
         print(f"  each {name} snapshot: {ratio(times):.3f} of it")
 
 
 def gpt2() -> list[tuple[int, ...]]:
+    """Returns the shapes of gpt2-124m."""
     return [tuple(shape) for shape in model_shapes("gpt2-124m")]
 
 
 def activations() -> None:
-    """Forward and backward of a small transformer, guarded and not."""
+    """Measures forward and backward of a small transformer with and without `ActivationGuard`."""
     torch.manual_seed(0)
     layer = torch.nn.TransformerEncoderLayer(256, 4, 1024, batch_first=True, dropout=0.0)
     model = torch.nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
@@ -206,7 +209,7 @@ def activations() -> None:
 
 
 def ranks() -> None:
-    """Backward pass of DDP on one rank, with `RankWatch` and without."""
+    """Measures a DDP step on one rank with and without `RankWatch`."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -235,9 +238,9 @@ def ranks() -> None:
 
 
 def busy() -> None:
-    """Clipping beside processes that keep every core busy, as data workers do, against torch's.
+    """Measures clipping against torch's while other processes keep all cores busy.
 
-    Threads of a parallel loop wait for the last of them, and that one waits for a core.
+    The threads of a parallel loop wait for the last one, which waits for a core.
     """
     lists = {
         "29 tensors of 0.5 MB": ([(4500,)] * 29, torch.float32),
@@ -265,7 +268,7 @@ def busy() -> None:
 
 
 def _against_torch(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, max_norm: float) -> str:
-    """Clips gradients of these shapes by torch and by fastguard in turns; returns both times."""
+    """Measures clipping gradients of these shapes, by torch and fastguard alternately."""
     parameters = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes]
     pristine = [torch.randn(shape).to(dtype) for shape in shapes]
     for p in parameters:
@@ -284,8 +287,8 @@ def _against_torch(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, max_no
 
 
 def units() -> None:
-    """Adaptive gradient clipping of models, by the formula tensor by tensor and by fastguard."""
-    print("units: CPU time of adaptive gradient clipping, formula and fastguard in turns")
+    """Measures adaptive gradient clipping of models: the formula per tensor, and fastguard."""
+    print("units: CPU time of adaptive gradient clipping, formula and fastguard, alternating")
     torch.set_num_threads(1)
     for name in ("resnet50", "yolo11n", "vit-b16"):
         parameters = [torch.nn.Parameter(torch.randn(s) * 0.05) for s in model_shapes(name)]
@@ -300,7 +303,7 @@ def units() -> None:
 
 
 def by_units(parameters: Sequence[torch.nn.Parameter]) -> None:
-    """The formula of arXiv 2102.06171 in operations of torch, tensor by tensor, as libraries do."""
+    """Applies the formula of arXiv 2102.06171 in torch, tensor by tensor, as libraries do."""
     with torch.no_grad():
         for p in parameters:
             assert p.grad is not None
@@ -316,7 +319,7 @@ def _cpu_seconds(
     parameters: Sequence[torch.nn.Parameter],
     pristine: Sequence[torch.Tensor],
 ) -> float:
-    """Of this process: other processes do not count."""
+    """Returns the CPU time of a call; other processes do not count."""
     for p, grad in zip(parameters, pristine, strict=True):
         p.grad = grad.clone()
     start = time.process_time()
@@ -328,9 +331,10 @@ PARTS = {f.__name__: f for f in (records, growth, snapshot, activations, ranks, 
 
 
 def main(names: list[str]) -> int:
+    """Runs the parts with these names, or all; returns the exit status."""
     unknown = [name for name in names if name not in PARTS]
     if unknown:
-        print(f"there is no {unknown[0]!r}; choose from {', '.join(PARTS)}", file=sys.stderr)
+        print(f"unknown part {unknown[0]!r}; choose from {', '.join(PARTS)}", file=sys.stderr)
         return 2
     logging.disable(logging.WARNING)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")

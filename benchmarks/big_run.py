@@ -1,10 +1,10 @@
-"""`fastguard report` on a run of a million steps: seconds, and the most memory it held.
+"""`fastguard report` on a run of a million steps: its time and peak memory.
 
     python -m benchmarks.big_run [--steps N] [--incidents N] [--keep DIR]
 
-The file is what a `JsonLinesSink` would have written, rotated at 1 GiB: rendering a million
-records would take a minute, so each line is a real record's with the numbers replaced. The report
-runs in a process of its own; its greatest resident size is the kernel's.
+The file is what a `JsonLinesSink` would write, rotated at 1 GiB. Serializing a million records
+would take a minute, so each line is that of a real record with its numbers replaced. The report
+runs in a separate process; its peak memory is the maximum resident set size from the kernel.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ LAYERS = [f"blocks.{i}.{part}.weight" for i in range(24) for part in ("attn", "m
 
 
 def lines(steps: int, incidents: int, seed: int = 0) -> Iterator[list[str]]:
-    """A run that learns, in blocks of lines; bad steps are spread over it evenly, and the last
-    comes before the last step."""
+    """Yields the lines of a run that learns, in blocks.
+
+    Bad steps are evenly spaced, and the last step is good.
+    """
     random = np.random.default_rng(seed)
     template = dumps(
         StepRecord(-1, -2.0, -3.0, "ACTION", losses={"loss": -4.0}, lr=-5.0).as_dict()
@@ -52,7 +54,7 @@ def lines(steps: int, incidents: int, seed: int = 0) -> Iterator[list[str]]:
         lr = 3e-4 * np.minimum(1, share / 0.01) * (0.5 + 0.5 * np.cos(np.pi * share))
         threshold = 2.0 + 0.01 * random.normal(size=len(step))
         action = np.where(coef < 1, "clipped", "applied")
-        # The order of the fields in a record.
+        # In the order of the fields of a record.
         columns = [c.tolist() for c in (step, norm, coef, action, loss, threshold, lr)]
         yield [
             bad_line(row) if row[0] in bad else template % row for row in zip(*columns, strict=True)
@@ -60,7 +62,7 @@ def lines(steps: int, incidents: int, seed: int = 0) -> Iterator[list[str]]:
 
 
 def bad_line(row: tuple) -> str:
-    """A skipped step: NaN in the loss and in the gradients of three layers."""
+    """Returns the line of a skipped step with NaN in the loss and in three gradients."""
     step, norm, coef, _, _, threshold, lr = row
     culprits = tuple((LAYERS[(step + i) % len(LAYERS)], 1 + step % 9, 0, 0) for i in range(3))
     record = StepRecord(
@@ -82,7 +84,7 @@ def bad_line(row: tuple) -> str:
 
 
 def write_run(path: Path, steps: int, incidents: int, *, file_bytes: int = FILE_BYTES) -> int:
-    """Writes a run, rotated like that of a `JsonLinesSink`; its size in bytes."""
+    """Writes a run with the rotation of a `JsonLinesSink`; returns its size in bytes."""
     full, size, total = 0, 0, 0
     file = path.open("w", encoding="utf-8")
     for block in lines(steps, incidents):
@@ -100,10 +102,11 @@ def write_run(path: Path, steps: int, incidents: int, *, file_bytes: int = FILE_
 
 
 def main() -> None:
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=1_000_000)
     parser.add_argument("--incidents", type=int, default=1000)
-    parser.add_argument("--keep", metavar="DIR", help="write the run there and leave it")
+    parser.add_argument("--keep", metavar="DIR", help="write the run to this folder and keep it")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(args.keep or temporary)

@@ -1,9 +1,10 @@
-"""Did anything get slower? Compares two results: `python benchmarks/compare.py OLD.json NEW.json`.
+"""Compares two results to find regressions: `python benchmarks/compare.py OLD.json NEW.json`.
 
-What is compared is the ratio to the peer that was measured in the same rounds, so two runs need not
-have seen the same load. A row of fastguard is flagged when its new spread (p20..p80) lies wholly
-below the old one and its median fell by more than the tolerance; or when its norm got worse than
-1e-7. Exit status: 0 nothing flagged, 1 something is, 2 wrong use.
+Compares ratios to a peer that was measured in the same rounds, so the load of the two runs may
+differ. A row of fastguard is flagged if its new spread (p20..p80) is entirely below the old one and
+its median fell by more than the tolerance, or if the error of its norm grew beyond 1e-7.
+
+Exit status: 0 if nothing is flagged, 1 if something is, 2 for wrong use.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ NORM_ERROR = 1e-7
 
 @dataclass(frozen=True)
 class Change:
-    """One row in both results.
+    """A row that is in both results.
 
     Attributes:
-        case, contender: Which.
-        old, new: The ratios, with keys p20, p50, p80.
+        case, contender: The row.
+        old, new: The ratios, with keys p20, p50 and p80.
         verdict: `"SLOWER"` and `"NORM"` are flagged; `"faster"` and `""` are not.
     """
 
@@ -40,15 +41,17 @@ class Change:
 
     @property
     def flagged(self) -> bool:
+        """Whether the change is a regression."""
         return self.verdict.isupper()
 
     @property
     def percent(self) -> float:
+        """The change of the median ratio in percent."""
         return 100.0 * (self.new["p50"] / self.old["p50"] - 1.0)
 
 
 def compare(old: Result, new: Result, tolerance: float = TOLERANCE) -> list[Change]:
-    """The rows of fastguard that both results have, in the order of the new one."""
+    """Returns the changes of the rows of fastguard in both results, in the order of the new one."""
     before = {(r["case"], r["series"], r["contender"]): r for r in old["rows"]}
     changes = []
     for row in new["rows"]:
@@ -75,7 +78,7 @@ def _verdict(old: dict[str, Any], new: dict[str, Any], tolerance: float) -> str:
 
 
 def missing(old: Result, new: Result) -> list[str]:
-    """Rows of the old result that the new one lacks: whole cases, or single contenders."""
+    """Returns the rows of the old result that the new one lacks."""
     there = {(r["case"], r["series"], r["contender"]) for r in new["rows"]}
     return [
         f"{r['case']}: {r['contender']}"
@@ -85,6 +88,7 @@ def missing(old: Result, new: Result) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="compare.py",
         description=__doc__,
@@ -96,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         "--tolerance",
         type=float,
         default=TOLERANCE,
-        help="the least relative change of a median that counts (default: %(default)s)",
+        help="smallest relative change of a median that is flagged (default: %(default)s)",
     )
     args = parser.parse_args(argv)
     try:
@@ -107,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, result in (("old", old), ("new", new)):
         print(f"{name}: {title_of(result['machine'])}, {result['date']}, commit {result['commit']}")
     if title_of(old["machine"]) != title_of(new["machine"]):
-        print("Not the same machine: ratios depend on it, read them with care.")
+        print("Warning: the machines differ, and ratios depend on the machine.")
     changes = compare(old, new, args.tolerance)
     if not changes:
         print("compare.py: the two results have no row in common", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The option that the suite adds to pytest."""
+"""Adds the option `--device` to pytest."""
 
 import pytest
 

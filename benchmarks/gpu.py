@@ -1,13 +1,12 @@
-"""The kernels' targets on one GPU, in two minutes: the cases that they need, by their weight.
+"""Measures the cases of the GPU targets in two minutes, the most important ones first.
 
 python -m benchmarks.gpu --out benchmarks/results/gpu.json
-python -m benchmarks.gpu --device cpu --quick        # tries the script itself, on 1/256 of the size
+python -m benchmarks.gpu --device cpu --quick        # a trial of this script, on 1/256 of the size
 
-The runner, the byte models and the targets are those of the whole suite
-(`fastguard.commands.bench`), and so is the file. It is written anew after each case, and a case
-that no time is left for is named in it.
-COMMIT=... names the source where there is no .git. A target that is missed keeps its number; the
-exit status is 1 if a case failed, or if a guarded step made the host wait for the device.
+Runner, byte models, targets and the format of the file are those of the whole suite
+(`fastguard.commands.bench`). The file is rewritten after each case, and lists cases for which no
+time was left. COMMIT=... names the source if there is no .git. Missed targets keep their numbers.
+The exit status is 1 if a case failed, or if a guarded step synced with the device.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ from fastguard.commands.bench.session import quiet_guard
 from fastguard.commands.bench.table import row_table
 from fastguard.commands.bench.workload import Case
 
-SECONDS = 110.0  # after which no case is begun; the last may take ten more
+SECONDS = 110.0  # no case starts later; the last one may take ten more seconds
 CASE_SECONDS = 4.0
 CLIP = ("torch foreach", "fastguard")
 STEP = ("bare step", USUAL_STEP, "GuardedOptimizer")
 
 
 def cases() -> list[Case]:
-    """In the order of their weight: what is left out for want of time is the last."""
+    """Returns the cases, the most important first: the last ones are left out if time is short."""
     one, small, gpt2 = ONE_GB["1 x 256M"], EXTREMES["2000 x 1k"], model_shapes("gpt2-124m")
     adamw = ("AdamW", "fused")
     return [
@@ -60,7 +59,7 @@ def cases() -> list[Case]:
 
 
 def a_256th(case: Case) -> Case:
-    """The same with small tensors; its name belongs to no target."""
+    """Returns a case with smaller tensors, under a name that matches no target."""
     shapes = [(max(1, n // 256), *rest) for n, *rest in case.shapes]
     return replace(case, name=f"{case.name} / 256", shapes=shapes)
 
@@ -74,7 +73,7 @@ def measure_all(
     seconds: float,
     case_seconds: float,
 ) -> None:
-    """Runs the cases and puts rows, or why there are none, into the result."""
+    """Runs the cases, and adds rows, or the reasons for missing ones, to the result."""
     start = time.perf_counter()
     limit = Ceilings(**result["ceilings"])
     try:
@@ -88,7 +87,7 @@ def measure_all(
             continue
         try:
             rows, missing = run_case(case, device, limit, seconds=case_seconds)
-        except Exception as error:  # the others are worth having; this one is reported and fails
+        except Exception as error:  # reported; the other cases still run
             _failed(result, case.id, error)
             continue
         result["rows"] += [row.as_dict() for row in rows]
@@ -103,6 +102,7 @@ def _failed(result: Result, what: str, error: Exception) -> None:
 
 
 def main() -> int:
+    """Runs the command line; returns the exit status."""
     args = options("gpu", __doc__, quick="small sizes and few rounds", seconds=SECONDS)
     if args is None:
         return 2

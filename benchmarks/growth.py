@@ -1,7 +1,7 @@
-"""How the cost grows: with tensors, with bytes, with segments.
+"""How the cost grows with the number of tensors, bytes and segments.
 
-Expected: linear in bytes at the speed of memory; for each tensor a fraction of what torch takes,
-nothing with trusted flat buckets; for each segment a few microseconds.
+Expected: linear in bytes, at memory bandwidth; per tensor a fraction of torch's cost, and none with
+trusted flat buckets; a few microseconds per segment.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ TENSORS = (10, 30, 100, 300, 1000, 3000, 10_000, 20_000)
 MEGABYTES = (1, 4, 16, 64, 256, 1024, 4096)
 SEGMENTS = (1, 4, 16, 64, 256, 1024, 4096)
 SMALL: Shape = (256,)
-SECONDS = 0.5  # a point
+SECONDS = 0.5  # per point
 
-# series -> the key of a row that is its axis, what a slope is counted in, and by what factor
+# series -> key of a row for the axis, unit of the slope, factor from ms to that unit
 AXES: dict[str, tuple[str, str, float]] = {
     "tensors": ("tensors", "µs a tensor", 1e3),
     "bytes": ("grad_bytes", "ms a GB", 1e9),
@@ -29,11 +29,11 @@ AXES: dict[str, tuple[str, str, float]] = {
 
 
 def growth_cases(device: torch.device) -> list[Case]:
-    """The points of all curves."""
-    roads = ("torch foreach", "fastguard", "fastguard flat", "fastguard flat trusted")
+    """Returns the cases of all curves."""
+    variants = ("torch foreach", "fastguard", "fastguard flat", "fastguard flat trusted")
     measures = ("fastguard measure", "fastguard measure flat")
     return [
-        *(Case(f"{n} x 256", [SMALL] * n, roads, series="tensors") for n in TENSORS),
+        *(Case(f"{n} x 256", [SMALL] * n, variants, series="tensors") for n in TENSORS),
         *(
             Case(f"{mb} MB", [(mb * 2**15,)] * 8, ("torch foreach", "fastguard"), series="bytes")
             for mb in MEGABYTES
@@ -53,10 +53,10 @@ def growth_cases(device: torch.device) -> list[Case]:
 
 
 def fits(result: Result) -> list[dict[str, Any]]:
-    """A line through each curve.
+    """Fits a line to each curve.
 
-    `ms = start + slope * x`, with relative errors weighed alike, and the exponent of `ms = c * x^e`
-    over the larger half of the curve: 1 is linear, 0 is flat.
+    The line `ms = start + slope * x` minimizes relative errors. The exponent of `ms = c * x^e` is
+    fitted to the larger half of the curve: 1 is linear, 0 is constant.
     """
     found = []
     for series in AXES:
@@ -82,13 +82,14 @@ def fits(result: Result) -> list[dict[str, Any]]:
 
 
 def contenders_of(result: Result, series: str) -> list[str]:
-    """Who is in a series, in order of appearance."""
+    """Returns the contenders of a series, in order of appearance."""
     return list(dict.fromkeys(r["contender"] for r in result["rows"] if r["series"] == series))
 
 
 def curve(result: Result, series: str, contender: str) -> tuple[np.ndarray, np.ndarray]:
-    """The axis and the milliseconds of one contender: on a GPU the host's for tensors and
-    segments, the device's for bytes.
+    """Returns the axis and the milliseconds of a contender.
+
+    On a GPU, these are host times for tensors and segments, and device times for bytes.
     """
     axis = AXES[series][0]
     clock = "device_ms" if series == "bytes" else "host_ms"

@@ -1,10 +1,10 @@
-"""Each adaptive limit beside a fixed one: norm, limit and loss of a small GPT with gradient spikes.
+"""Adaptive limits and a fixed one: norm, limit and loss of a small GPT with gradient spikes.
 
     python -m benchmarks.limits [OUT.png]
 
-Trains the demo's model once per rule, with the same weights, batches and spikes, on one thread of
-the CPU; a minute or two on an idle machine. A spike is noise with thirty times the norm of an
-ordinary gradient. Nothing is measured here: the picture shows what the rules do.
+Trains the model of the demo once per rule, with the same weights, batches and spikes, on one CPU
+thread, in a minute or two on an idle machine. A spike is noise with thirty times the norm of an
+ordinary gradient. This is no measurement: the picture illustrates the rules.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NORM, LIMIT, LOSS = "#9aa5b1", "#d9822b", "#0b7a75"
 
 @dataclass
 class Run:
-    """What one run left behind, step by step."""
+    """The values of each step of a run."""
 
     norms: list[float] = field(default_factory=list)
     limits: list[float] = field(default_factory=list)
@@ -45,7 +45,7 @@ class Run:
 
 
 def train(name: str) -> Run:
-    """The demo's model with one of `LIMITS`."""
+    """Trains the model of the demo with one of `LIMITS`."""
     settings, text = Settings(steps=STEPS), load_text()
     torch.manual_seed(settings.seed)
     model = GPT(settings.width, settings.layers, settings.heads, settings.context)
@@ -77,13 +77,13 @@ def train(name: str) -> Run:
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """The mean of the last `SMOOTH` values at each step."""
+    """Returns the mean of the last `SMOOTH` values at each step."""
     windows = (values[max(0, i + 1 - SMOOTH) : i + 1] for i in range(len(values)))
     return [sum(window) / len(window) for window in windows]
 
 
 def draw(runs: dict[str, Run], path: Path) -> None:
-    """One column per run: norm and limit above, loss below beside that of the fixed limit."""
+    """Draws a column per run: norm and limit above; below, its loss and that of the fixed limit."""
     import matplotlib as mpl
 
     with mpl.rc_context(STYLE):
@@ -120,6 +120,7 @@ def draw(runs: dict[str, Run], path: Path) -> None:
 
 
 def main(path: Path) -> None:
+    """Trains all runs and draws them."""
     with one_thread():
         runs = {name: train(name) for name in LIMITS}
     for name, run in runs.items():

@@ -1,7 +1,7 @@
-"""Working memory: what a call allocates beyond the gradients, at its peak.
+"""Working memory: the peak of what a call allocates besides the gradients.
 
-On a CPU every allocation of PyTorch is seen by its profiler. The call runs in a thread of its own,
-because staging buffers belong to a thread and would otherwise have been there before.
+On a CPU, the profiler of PyTorch sees every allocation. The call runs in a new thread: staging
+buffers are per thread, and would otherwise already exist.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TENSORS = 16
 
 
 def memory_cases() -> list[Case]:
-    """Models of growing size, and many small tensors."""
+    """Returns models of increasing size, and many small tensors."""
 
     def evenly(mb: int, itemsize: int) -> list[Shape]:
         return [(mb * 2**20 // itemsize // TENSORS,)] * TENSORS
@@ -35,7 +35,7 @@ def memory_cases() -> list[Case]:
 
 
 def measure_memory(case: Case, device: torch.device) -> list[dict[str, Any]]:
-    """The peak of each contender of a case."""
+    """Measures the peak of each contender of a case."""
     found = []
     with torch.no_grad():
         work = Workload(case, device)
@@ -53,7 +53,7 @@ def measure_memory(case: Case, device: torch.device) -> list[dict[str, Any]]:
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """The most that `call` holds at once beyond what was there before."""
+    """Returns the peak of memory that `call` holds at once, in bytes."""
     if device.type == "cuda":
         call()
         torch.cuda.synchronize(device)
@@ -62,7 +62,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU]):  # the profiler wants to begin in this thread
+    with profile(activities=[ProfilerActivity.CPU]):  # the profiler must first run in this thread
         pass
     peaks: list[int] = []
     thread = threading.Thread(target=lambda: peaks.append(_profiled_peak(call)))

@@ -1,4 +1,4 @@
-"""A few small calls of every kernel, for compute-sanitizer: python -m benchmarks.sanitize"""
+"""Calls every kernel a few times, for compute-sanitizer: python -m benchmarks.sanitize"""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import fastguard
 
 
 def main() -> None:
+    """Runs all calls."""
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         sizes = (1, 7, 4097, 70_001)
         flat = torch.randn(sum(sizes) + 1, device="cuda").to(dtype)
@@ -27,7 +28,7 @@ def main() -> None:
 
 
 def guarded_steps() -> None:
-    """Decisions with rules and losses, and their records: a good step, a spike, a NaN."""
+    """Takes good steps, a spike and a NaN, with rules, losses and records."""
     p = torch.nn.Parameter(torch.zeros(5000, device="cuda"))
     guarded = fastguard.GuardedOptimizer(
         torch.optim.AdamW([p], fused=True),

@@ -1,4 +1,4 @@
-"""What the scripts for one card share: their options, and which source they measure."""
+"""Shared by the scripts for a single card: options, and the commit that is measured."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from fastguard.commands.usage import UsageError
 def options(
     name: str, about: str | None, *, quick: str, seconds: float, what: str = ""
 ) -> argparse.Namespace | None:
-    """The options of `python -m benchmarks.<name>`; None after saying that the device is not there.
+    """Parses the options of `python -m benchmarks.<name>`.
 
     Args:
-        name: Of the module.
-        about: Its docstring.
-        quick: What `--quick` does.
-        seconds: The default of `--seconds`.
-        what: What these are for.
+        name: Name of the module.
+        about: Docstring of the module.
+        quick: Help of `--quick`.
+        seconds: Default of `--seconds`.
+        what: Help of `--seconds`.
 
     Returns:
-        `device` (a card is the current one from here on), `out`, `quick` and `seconds`.
+        `device`, which becomes the current device, `out`, `quick` and `seconds`; None, after
+        printing an error, if the device is not available.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{name}",
@@ -44,7 +45,7 @@ def options(
     try:
         args.device = device_of(args.device)
     except UsageError as error:
-        print(f"{error}; --quick tries the script", file=sys.stderr)
+        print(f"{error}; use --device cpu --quick to try the script", file=sys.stderr)
         return None
     if args.device.type == "cuda":
         args.device = torch.device("cuda", args.device.index or 0)
@@ -53,5 +54,5 @@ def options(
 
 
 def commit() -> str | None:
-    """`COMMIT`, which names the source where there is no .git, else the commit of the tree."""
+    """Returns `COMMIT`, which names the source if there is no .git, or the commit of the tree."""
     return os.environ.get("COMMIT") or machine.commit()

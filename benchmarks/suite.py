@@ -1,7 +1,7 @@
 """All cases of the suite.
 
-Models are parameter lists of real ones (benchmarks/shapes); extremes are what breaks a guard: many
-tiny tensors, one huge one, thousands of adapters.
+Models are parameter lists of real models (benchmarks/shapes); extremes are hard for a guard: many
+tiny tensors, one huge tensor, thousands of adapters.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from fastguard.commands.bench.steps import FLAT_PARAMETERS, STEPS, TRUSTED_PARAM
 from fastguard.commands.bench.workload import Case, Shape, Situation
 
 SHAPES = Path(__file__).parent / "shapes"
-CPU_SECONDS, CUDA_SECONDS = 2.0, 1.0  # a case
-LARGE = 2**30  # elements: from here on only the two that matter, a call takes seconds on a CPU
+CPU_SECONDS, CUDA_SECONDS = 2.0, 1.0  # per case
+LARGE = 2**30  # elements; larger cases have two contenders, since a call takes seconds on a CPU
 
 CLIPS: tuple[Situation, ...] = ("nothing to clip", "clipping")
 STEP_SITUATIONS: tuple[Situation, ...] = (*CLIPS, "one NaN, skipped")
@@ -47,18 +47,18 @@ ONE_GB: dict[str, list[Shape]] = {"1 x 256M": [(2**28,)]}
 
 
 def model_shapes(name: str) -> list[Shape]:
-    """The parameters of a model, in the order in which it lists them."""
+    """Returns the shapes of the parameters of a model, in its order."""
     listed = json.loads((SHAPES / f"{name}.json").read_text())["parameters"]
     return [tuple(shape) for _, shape in listed]
 
 
 def cases(device: torch.device) -> list[Case]:
-    """Functions first, then whole steps."""
+    """Returns all cases: functions first, then whole steps."""
     return [*function_cases(device), *step_cases(device)]
 
 
 def function_cases(device: torch.device) -> list[Case]:
-    """Clipping alone: models, extremes, dtypes, a NaN, cold caches, compiled."""
+    """Returns the cases of clipping: models, extremes, dtypes, a NaN, cold caches, compiled."""
     cuda = device.type == "cuda"
     everyone = (*EVERYONE, *ON_CUDA) if cuda else EVERYONE
 
@@ -91,14 +91,14 @@ def function_cases(device: torch.device) -> list[Case]:
 
 
 def compiled_cases() -> list[Case]:
-    """Eager against compiled. Ten tensors: of 148, PyTorch compiles for minutes on a CPU."""
+    """Returns eager against compiled. With 148 tensors, compiling takes minutes on a CPU."""
     shapes: list[Shape] = [(1_000_000,)] * 10
     return [Case("10 x 1M", shapes, COMPILED, situation=s) for s in CLIPS]
 
 
 def step_cases(device: torch.device) -> list[Case]:
-    """Whole optimizer steps."""
-    roads = [(kind, road) for kind in ("AdamW", "SGD") for road in ("fused", "foreach")]
+    """Returns the cases of whole optimizer steps."""
+    variants = [(kind, variant) for kind in ("AdamW", "SGD") for variant in ("fused", "foreach")]
     listed = [
         Case(
             "convnext-t",
@@ -108,13 +108,13 @@ def step_cases(device: torch.device) -> list[Case]:
             situation=situation,
             optimizer=optimizer,
         )
-        for optimizer in roads
+        for optimizer in variants
         for situation in STEP_SITUATIONS
     ]
     gpt2 = model_shapes("gpt2-124m")
     fused = ("AdamW", "fused")
     for name in WHOLE_STEPS:
-        if name == "gpt2-124m":  # below, with everyone
+        if name == "gpt2-124m":  # below, with all contenders
             continue
         shapes = EXTREMES[name] if name in EXTREMES else model_shapes(name)
         listed.append(Case(name, shapes, STEP_FIELD, "clip + step", optimizer=fused))

@@ -1,4 +1,4 @@
-"""How often a guarded step makes the host wait for a GPU."""
+"""Counts the syncs of a guarded step with a GPU."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import fastguard
 
 
 def count_syncs(device: torch.device) -> int | None:
-    """Waits that PyTorch sees in ten guarded steps of a fused AdamW; None on a CPU.
+    """Returns the syncs that PyTorch detects in ten guarded steps of a fused AdamW; None on a CPU.
 
-    With a limit that changes, rules, losses on the device and on the host, a loss scaler, and
-    records that are fetched.
+    The steps have a changing limit, rules, losses on device and host, a loss scaler, and fetch
+    records.
     """
     if device.type != "cuda":
         return None
@@ -38,15 +38,15 @@ def count_syncs(device: torch.device) -> int | None:
             scaler.update()
         guarded.records()
 
-    step(0)  # creates the optimizer's state
+    step(0)  # creates the state of the optimizer
     waits = waits_of(lambda: [step(k) for k in range(10)], device)
     for wait in sorted(set(waits)):
-        print(f"a guarded step waited: {wait}")
+        print(f"a guarded step synced: {wait}")
     return len(waits)
 
 
 def waits_of(work: Callable[[], object], device: torch.device) -> list[str]:
-    """What PyTorch says of each time that the host waits for a GPU in `work`."""
+    """Returns the messages of PyTorch for each sync with a GPU in `work`."""
     torch.cuda.synchronize(device)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -55,5 +55,5 @@ def waits_of(work: Callable[[], object], device: torch.device) -> list[str]:
             work()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    # Not the notice, once a process, that the mode does not see "all synchronizing operations".
+    # Leaves out the notice, once per process, that the mode misses some synchronizing operations.
     return [str(w.message) for w in seen if "called a synchronizing" in str(w.message)]

@@ -1,7 +1,7 @@
-"""The speeds that the project set itself, each looked up in a result.
+"""The performance targets of the project, compared with a result.
 
-A target that belongs to another kind of machine, or whose case was not run, is printed all the
-same, as not measured. One that is missed keeps its number.
+Targets for other machines, and targets whose case was not run, are printed as not measured. Missed
+targets keep their numbers.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ MODELS = ("convnext-t", "gpt2-124m", "llama-3.2-1b", "resnet50", "vit-b16", "yol
 NOT_MEASURED = "not measured on this machine"
 TARGET_MACHINES = {"cpu": "two CPU cores", "cuda": "an H200-class card"}
 VERDICTS = {True: "[green]met[/green]", False: "[red]missed[/red]", None: ""}
-Found = tuple[float, str] | None  # the value, and how it is written
+Found = tuple[float, str] | None  # the value, and its text
 
 
 @dataclass(frozen=True)
 class Target:
-    """One number to reach.
+    """A target.
 
     Attributes:
         device: `"cpu"` (two cores) or `"cuda"` (an H200-class card).
-        what: The case in words.
-        bound: The value to reach: at least it, or at most it when `at_most`.
-        unit: Written behind the number.
-        look_up: Finds the measured value.
+        what: Description of the case.
+        bound: The lower bound, or the upper bound if `at_most`.
+        unit: Unit printed after the number.
+        look_up: Finds the measured value in a result.
+        at_most: Whether the value must not exceed the bound. Default: False.
     """
 
     device: str
@@ -43,6 +44,7 @@ class Target:
     at_most: bool = False
 
     def judge(self, result: Result) -> dict[str, str | bool | None]:
+        """Compares the target with a result."""
         found = self.look_up(result) if result["machine"]["device"] == self.device else None
         sign = "<=" if self.at_most else ">="
         met = None
@@ -58,16 +60,16 @@ class Target:
 
 
 def judge(result: Result) -> list[dict[str, str | bool | None]]:
-    """Every target beside what this result says."""
+    """Compares all targets with a result."""
     return [target.judge(result) for target in TARGETS]
 
 
 def target_table(result: Result, *, unmeasured: bool = True) -> Any:
-    """What was to be reached, and what is.
+    """Returns a table of targets and measured values.
 
     Args:
         result: A result.
-        unmeasured: Also the targets of other machines, and of cases that were not run.
+        unmeasured: Include targets of other machines and of cases that were not run. Default: True.
     """
     box, table = rich_parts()
     t = table.Table(title="Targets", box=box.SIMPLE_HEAD, title_justify="left")
@@ -101,7 +103,7 @@ def _ratio(case: str, contender: str = "fastguard") -> Callable[[Result], Found]
 
 
 def _whole_step(name: str, contender: str = FLAT_PARAMETERS) -> Callable[[Result], Found]:
-    """Guard and fused AdamW with flat parameters, against `clip_grad_norm_` and fused AdamW."""
+    """The guarded AdamW of a contender against `clip_grad_norm_` and fused AdamW."""
 
     def look_up(result: Result) -> Found:
         case = f"{name} fp32, AdamW fused, nothing to clip"
@@ -139,7 +141,7 @@ def _working_memory(result: Result) -> Found:
 
 
 def _worst_error(result: Result) -> Found:
-    """Of all norms that were compared, those of the timed cases (magnitude 1) included."""
+    """Finds the largest error of all norms, including those of the timed cases (magnitude 1)."""
     found: list[tuple[float, str]] = []
     for a in result["accuracy"]:
         if a["contender"].startswith("fastguard"):
@@ -155,7 +157,7 @@ def _worst_error(result: Result) -> Found:
 
 
 def _limit(case: str) -> Callable[[Result], Found]:
-    """Of the read pass alone; of the whole call, and said so, where that was not measured."""
+    """Finds the percentage of the read pass, else (with a note) that of the whole call."""
 
     def look_up(result: Result) -> Found:
         alone, whole = find(result, case, READ_PASS), find(result, case, "fastguard")
@@ -281,7 +283,7 @@ TARGETS: tuple[Target, ...] = (
     ),
     Target("cuda", "2000 x 1k, host time", 300, " µs", _host_us(SMALL, "fastguard"), at_most=True),
     Target("cuda", "2000 x 1k, host time", 10, "x torch", _host_ratio(SMALL, "fastguard")),
-    # 40 µs, and 0.1 µs for each of 2000 identity checks
+    # 40 µs plus 0.1 µs for each of 2000 identity checks
     Target(
         "cuda",
         "2000 x 1k, flat, host time",

@@ -1,13 +1,13 @@
-"""Whole training steps of GPT-2 124M, bare and guarded: what a user feels.
+"""Whole training steps of GPT-2 124M, unguarded and guarded: the cost that a user sees.
 
 python -m benchmarks.training_step --out FILE
-python -m benchmarks.training_step --device cpu --quick      # tries the script, on a tiny model
+python -m benchmarks.training_step --device cpu --quick      # a trial of this script
 
-Forward and backward in bf16 autocast, fused AdamW, 8 x 1024 tokens; eager, then compiled. The ways
-to guard a step share one model, one optimizer and one batch and take turns, round by round. A
-sample is `STEPS` steps in a row, from an idle device to an idle device: where a way makes the host
-wait, the device runs dry, as it does in training. What a way adds is taken against the bare step of
-the same round. The learning rate is tiny, so that the weights stay where they are.
+Forward and backward in bf16 autocast, fused AdamW, 8 x 1024 tokens; eager, then compiled. All
+variants share one model, one optimizer and one batch, and alternate in every round. A sample is
+`STEPS` consecutive steps from an idle device to an idle device, so that a sync lets the device run
+out of work, as in training. The added time is relative to the bare step of the same round. The
+learning rate is tiny, so the weights hardly change.
 
 The file is written after each mode. The exit status is 1 if a mode failed.
 """
@@ -44,7 +44,7 @@ from fastguard.commands.demo.model import GPT
 MODES = ("eager", "compiled")
 BARE = "bare step"
 MAX_NORM = 1.0
-STEPS = 5  # of a sample
+STEPS = 5  # per sample
 WARM_UP = 3
 
 
@@ -56,10 +56,11 @@ class Size:
     layers: int = 12
     heads: int = 12
     context: int = 1024
-    vocabulary: int = 50304  # GPT-2's 50257, padded so that the tensor cores take it
+    vocabulary: int = 50304  # the 50257 of GPT-2, padded for tensor cores
     batch: int = 8
 
     def model(self) -> GPT:
+        """Creates the model."""
         return GPT(
             self.width,
             self.layers,
@@ -79,7 +80,7 @@ Step = Callable[[], None]
 def ways_to_step(
     model: torch.nn.Module, inner: torch.optim.Optimizer
 ) -> dict[str, Callable[[Tensor], object]]:
-    """What comes after the backward pass, as one writes it; each is handed the loss."""
+    """Returns the variants of the code after the backward pass; each takes the loss."""
     parameters = list(model.parameters())
     guarded = fastguard.GuardedOptimizer(inner, max_norm=MAX_NORM)
     clipped = (inner, parameters, MAX_NORM)
@@ -98,7 +99,7 @@ def ways_to_step(
 
 
 def training_steps(size: Size, device: torch.device, mode: str) -> dict[str, Step]:
-    """The whole step for each way to end it, around one model."""
+    """Returns the whole training step of each variant, with one model."""
     torch.manual_seed(0)
     model = size.model().to(device)
     inner = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
@@ -120,8 +121,8 @@ def training_steps(size: Size, device: torch.device, mode: str) -> dict[str, Ste
 
 
 def measured(size: Size, device: torch.device, mode: str, seconds: float) -> list[dict[str, Any]]:
-    """One row a way: milliseconds a step, what it adds to the bare one, waits, peak memory."""
-    gc.collect()  # the model of another mode is part of reference cycles
+    """Measures one row per variant: ms per step, added time, syncs, peak memory."""
+    gc.collect()  # frees the model of the other mode, which is in reference cycles
     steps = training_steps(size, device, mode)
     for step in steps.values():
         for _ in range(WARM_UP):
@@ -148,7 +149,7 @@ def measured(size: Size, device: torch.device, mode: str, seconds: float) -> lis
 
 
 def ms_a_step(step: Step, device: torch.device) -> float:
-    """Of `STEPS` steps in a row, until the device is idle."""
+    """Returns the milliseconds per step of `STEPS` consecutive steps, until the device is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -160,7 +161,7 @@ def ms_a_step(step: Step, device: torch.device) -> float:
 
 
 def peak_mb(step: Step, device: torch.device) -> float | None:
-    """The most memory that a step holds on a GPU, model and optimizer included, in 1e6 bytes."""
+    """Returns the peak GPU memory of a step, including model and optimizer, in 1e6 bytes."""
     if device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats(device)
@@ -170,9 +171,9 @@ def peak_mb(step: Step, device: torch.device) -> float | None:
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """In Markdown."""
+    """Returns the rows as a Markdown table."""
     lines = [
-        "| mode | after the backward pass | ms a step | added p50 [p20..p80] | waits | peak MB |",
+        "| mode | after the backward pass | ms per step | added p50 [p20..p80] | waits | peak MB |",
         "|---|---|---:|---:|---:|---:|",
     ]
     for row in rows:
@@ -186,8 +187,13 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> int:
+    """Runs the command line; returns the exit status."""
     args = options(
-        "training_step", __doc__, quick="a tiny model and few rounds", seconds=15.0, what="a mode "
+        "training_step",
+        __doc__,
+        quick="a tiny model and few rounds",
+        seconds=15.0,
+        what="per mode ",
     )
     if args is None:
         return 2
@@ -200,7 +206,7 @@ def main() -> int:
         try:
             with quiet_guard():
                 document["rows"] += measured(size, device, mode, seconds)
-        except Exception as error:  # the other mode is worth having
+        except Exception as error:  # the other mode still runs
             document["failures"][mode] = f"{type(error).__name__}: {error}"
             traceback.print_exc()
         if args.out:

@@ -1,9 +1,9 @@
-"""Other shapes of the read pass, against the one in use: python -m benchmarks.tune [--out FILE]
+"""Other launch parameters of the read pass: python -m benchmarks.tune [--out FILE]
 
-Each try says before it runs what it is expected to give. All of them take turns, round by round,
-in one process, with a cold L2. The ratio is the time of the shape in use over that of the try,
-within a round: above 1 is faster. What a card says becomes a row of the lab table in
-`kernels/measure.py`. On a machine without a card the exit status is 2.
+Each trial states the expected result in advance. All trials alternate in every round, in one
+process, with a cold L2. The ratio is the time of the current parameters divided by the time of the
+trial in the same round: above 1 is faster. The results on a card become rows of the lab table in
+`kernels/measure.py`. On a machine without a card, the exit status is 2.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ CHUNK = 65536
 
 @dataclass(frozen=True)
 class Try:
-    """One change.
+    """A trial.
 
     Attributes:
-        name: What is changed.
-        expected: What it should give, and why.
-        changes: Fields of `Tuning`.
-        chunk: Elements a chunk, in place of balanced ones.
+        name: The change.
+        expected: The expected ratio, and the reason.
+        changes: Changed fields of `Tuning`.
+        chunk: Elements per chunk; None: balanced chunks.
     """
 
     name: str
@@ -51,10 +51,10 @@ class Try:
 
 TRIES = (
     Try("as it is", "1"),
-    Try("as it is, once more", "1: what differs is noise"),
+    Try("as it is, again", "1: any difference is noise"),
     Try("chunks of 65536", "0.90 to 0.97: programs idle in the last round", chunk=CHUNK),
-    Try("chunks of 16384", "0.97 to 1: four times as many rows are waited for", chunk=16384),
-    Try("2 programs", "below 1: 32 kB in flight a multiprocessor", (("programs", 2),)),
+    Try("chunks of 16384", "0.97 to 1: waits for four times as many rows", chunk=16384),
+    Try("2 programs", "below 1: 32 kB in flight per multiprocessor", (("programs", 2),)),
     Try(
         "32 kB blocks, 2 programs",
         "1: 64 kB in flight, but 128 registers",
@@ -62,7 +62,7 @@ TRIES = (
     ),
     Try(
         "8 kB blocks, 4 warps, 6 programs",
-        "1: the same in flight; the end is finer",
+        "1: the same in flight; a shorter last round",
         (("block_bytes", 8192), ("num_warps", 4), ("programs", 6)),
     ),
     Try(
@@ -75,7 +75,7 @@ TRIES = (
 
 
 def reader(grads: list[torch.Tensor], one: Try, device: torch.device) -> Callable[[], object]:
-    """The read pass in one shape, over a table of its own."""
+    """Returns the read pass of a trial, with its own table."""
     from fastguard.kernels import chunk_layout, chunks
     from fastguard.kernels.measure import measure_chunks
     from fastguard.kernels.tuning import PLAIN, n_programs
@@ -94,7 +94,7 @@ def reader(grads: list[torch.Tensor], one: Try, device: torch.device) -> Callabl
 
 
 def measured(device: torch.device, dtype: torch.dtype, read_gb_s: float) -> list[dict[str, Any]]:
-    """One row a try that compiles."""
+    """Measures one row per trial that compiles."""
     n = MEGABYTES * 2**20 // dtype.itemsize // 8
     grads = [torch.randn(n, device=device).to(dtype) for _ in range(8)]
     n_bytes = sum(g.nbytes for g in grads)
@@ -105,7 +105,7 @@ def measured(device: torch.device, dtype: torch.dtype, read_gb_s: float) -> list
             for _ in range(3):
                 calls[one]()
             torch.cuda.synchronize(device)
-        except Exception:  # a shape that does not compile is an answer too
+        except Exception:  # parameters that do not compile are a result too
             traceback.print_exc()
             calls.pop(one, None)
     clock, evict = Clock(device), Evictor(device)
@@ -127,7 +127,7 @@ def measured(device: torch.device, dtype: torch.dtype, read_gb_s: float) -> list
 
 
 def lab_rows(rows: list[dict[str, Any]], card: str) -> list[str]:
-    """As in the docstring of a kernel."""
+    """Returns rows of a table for the docstring of a kernel."""
     lines = ["| try | dtype | expected | ratio p50 [p20..p80] | of the read ceiling | card |"]
     for row in rows:
         r = row["ratio"]
@@ -138,16 +138,17 @@ def lab_rows(rows: list[dict[str, Any]], card: str) -> list[str]:
 
 
 def main() -> int:
+    """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__)
     parser.add_argument("--out", type=Path, help="a JSON file to write")
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        print("benchmarks.tune needs a CUDA device: on a CPU there is nothing to tune by")
+        print("benchmarks.tune needs a CUDA device")
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
     reason = backend.why_not_triton(device)
     if reason is not None:
-        print(f"benchmarks.tune needs the kernels, which cannot serve {device}: {reason}")
+        print(f"benchmarks.tune needs the kernels, which are not available on {device}: {reason}")
         return 2
     limit, machine = ceilings(device), describe_machine(device)
     rows = []

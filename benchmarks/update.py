@@ -1,16 +1,16 @@
-"""One fused update against what does the same in torch, and against the bandwidth of a copy.
+"""The fused update against the equivalent in torch, and against the bandwidth of a copy.
 
 python -m benchmarks.update --out FILE
-python -m benchmarks.update --device cpu --quick             # tries the script, on the reference
+python -m benchmarks.update --device cpu --quick             # a trial of this script
 
-AdamW over tensors of 16 M elements. What is compared takes turns, round by round:
+AdamW over tensors of 16 M elements. All variants alternate in every round:
 
-    fp32, bf16        the update with the clip coefficient in it, against torch's multiplication of
-                      the gradients and its fused AdamW
-    bf16, remainder   the same, against the float32 copies of the weights that are kept by hand
+    fp32, bf16        the update, including the clip coefficient, against multiplying the gradients
+                      and the fused AdamW of torch
+    bf16, remainder   the same, against float32 copies of the weights kept by hand
 
-Bytes per element: 28 (fp32), 14 (bf16), 26 (bf16 with a remainder). The bandwidth that counts is
-that of a copy, read and written. Targets: 90 % of it, and 1.2 times torch in bf16.
+Bytes per element: 28 (fp32), 14 (bf16), 26 (bf16 with a remainder). The limit is the bandwidth of a
+copy, counting reads and writes. Targets: 90 % of it, and 1.2 times torch in bf16.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def update_of(device: torch.device, n: int, case: str) -> Update:
 
 
 def by_torch(one: Update, case: str) -> Callable[[], None]:
-    """The same step as people write it."""
+    """Returns the same step as written by hand with torch."""
     exact = [p.float() if case == "remainder" else p.clone() for p in one.parameters]
     weights = [torch.nn.Parameter(p) for p in exact]
     optimizer = torch.optim.AdamW(
@@ -83,7 +83,7 @@ def by_torch(one: Update, case: str) -> Callable[[], None]:
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """From an idle device to an idle device."""
+    """Returns the time from an idle device to an idle device."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -94,7 +94,7 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 
 
 def measured(device: torch.device, n: int, case: str, seconds: float) -> dict:
-    """One row."""
+    """Measures the row of a case."""
     one = update_of(device, n, case)
     source = torch.empty(N_TENSORS * n * CASES[case][1] // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -126,6 +126,7 @@ def measured(device: torch.device, n: int, case: str, seconds: float) -> dict:
 
 
 def main() -> int:
+    """Runs the command line; returns the exit status."""
     args = options("update", __doc__, quick="small tensors", seconds=4.0, what="per case ")
     if args is None:
         return 2

@@ -2,9 +2,9 @@
 
     python -m benchmarks.verify_speed [MEGABYTES]
 
-The two run in turns, because machines are shared; the ratio of each pair is the result. `store` is
-what verifying a checkpoint of a store does (SHA-256, every tensor), `foreign` what
-verifying another program's file does (CRC-32, every tensor).
+The two alternate, since machines are shared; the result is the ratio of each pair. `store` verifies
+a checkpoint of a store (SHA-256, every tensor), `foreign` a file of another program (CRC-32, every
+tensor).
 """
 
 from __future__ import annotations
@@ -25,16 +25,18 @@ PAIRS = 9
 
 
 def seconds(work: Callable[[], object]) -> float:
+    """Returns the time of a call."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def main(megabytes: int = 512) -> None:
+    """Measures files of this size for each dtype."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.pt"
         print(
-            f"torch {torch.__version__}, {torch.get_num_threads()} threads, {megabytes} MB a file"
+            f"torch {torch.__version__}, {torch.get_num_threads()} threads, {megabytes} MB per file"
         )
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             n = megabytes * 2**20 // (8 * dtype.itemsize)

@@ -1,7 +1,7 @@
-"""The charts, drawn from a result file and nothing else: `python -m benchmarks.plots FILE.json`.
+"""Draws the charts of a result file: `python -m benchmarks.plots FILE.json`.
 
-Every chart says at its foot which machine, versions, commit and date it shows, and the command that
-makes it again.
+The footer of each chart names the machine, versions, commit and date, and the command that
+reproduces it.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from fastguard.commands.bench.results import load
 
 
 def draw(result_file: Path, folder: Path) -> list[Path]:
-    """Draws every chart that the result has data for, as PNG and SVG.
+    """Draws every chart for which the result has data, as PNG and SVG.
 
     Returns:
-        What was written.
+        The written files.
     """
     result = load(result_file)
     written = []

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.plots FILE.json`: the charts of a result file, beside it."""
+"""`python -m benchmarks.plots FILE.json`: draws the charts of a result file into its folder."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Growth: cost against tensors, bytes, segments; memory against the model."""
+"""The chart of growth: cost by tensors, bytes and segments; memory by model size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastguard.commands.bench.results import Result
 
 
 def growth(result: Result) -> Figure | None:
-    """Four panels, log-log; the slope of a line is written at its end."""
+    """Draws four log-log panels; the slope of each line is written at its end."""
     if not result["fits"]:
         return None
     figure, axes = plt.subplots(2, 2, figsize=(11, 8.2))
@@ -82,7 +82,7 @@ def _slope(result: Result, series: str, contender: str) -> str:
 
 
 def _two_digits(value: float) -> str:
-    """Without an exponent."""
+    """Formats two digits without an exponent."""
     return f"{value:.0f}" if abs(value) >= 10 else f"{value:.2g}"
 
 

@@ -1,4 +1,4 @@
-"""What all charts share: colours, names, the frame around them, and where the numbers come from."""
+"""Shared by all charts: colors, labels, title, legend, and the footer with the source."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ STYLE: Any = {
     "grid.color": FAINT,
     "grid.linewidth": 0.6,
     "legend.frameon": False,
-    "svg.hashsalt": "fastguard",  # the same result gives the same file
+    "svg.hashsalt": "fastguard",  # makes files reproducible
 }
 
 
@@ -78,7 +78,7 @@ def frame(
     *,
     handles: Sequence[Any] = (),
 ) -> None:
-    """Title, legend under it, and at the foot where the numbers come from."""
+    """Adds the title, a legend below it, and the source as a footer."""
     height = figure.get_figheight()
     figure.text(0.012, 1 - 0.14 / height, title, fontsize=13, fontweight="bold", va="top")
     if handles:
@@ -97,7 +97,7 @@ def frame(
 
 
 def source_of(result: Result) -> str:
-    """Machine, versions, commit, date, command: one line."""
+    """Returns machine, versions, commit, date and command as one line."""
     found = result["versions"]
     commit = f" at {result['commit']}" if result["commit"] else ""
     return " · ".join(

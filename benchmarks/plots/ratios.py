@@ -1,4 +1,4 @@
-"""Ratios: how many times torch's speed, and how far the norm is off."""
+"""The chart of ratios: speed relative to torch, and the error of the norm."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BARS = ("fastguard", "fastguard flat", "GradScaler + clip", "isfinite + clip")
 
 
 def ratios(result: Result) -> Figure | None:
-    """Bars that leave the line of torch to the right (faster) or to the left (slower)."""
+    """Draws bars from the line of torch to the right (faster) or to the left (slower)."""
     rows = [r for r in result["rows"] if not (r["series"] or r["optimizer"])]
     groups = list(
         dict.fromkeys(
@@ -26,7 +26,7 @@ def ratios(result: Result) -> Figure | None:
             if r["contender"] == "fastguard" and r["situation"] == "nothing to clip"
         )
     )
-    # Where torch is compiled the point is another one; the table has it.
+    # Compiled cases make another comparison, which the table shows.
     compiled = {r["name"] for r in rows if r["contender"] == "torch compiled"}
     groups = [g for g in groups if g[0] not in compiled]
     if not groups:
@@ -96,7 +96,9 @@ def _norm_errors(axis: Axes, rows: list[dict[str, Any]], groups: Sequence[tuple]
                 continue
             error = min(max(float(row["norm_error"]), 1e-10), 1.0)
             pair.append(error)
-            ms = 9 if contender == "torch foreach" else 5.5  # seen behind ours where both agree
+            ms = (
+                9 if contender == "torch foreach" else 5.5
+            )  # larger, to be visible behind ours if both agree
             axis.plot(error, y, "o", color=color_of(contender), ms=ms, zorder=3)
             if float(row["norm_error"]) > 1:
                 axis.text(0.45, y - 0.27, "overflows", fontsize=7, ha="right", color=QUIET)

@@ -1,4 +1,4 @@
-"""Roofline: how much of the memory's speed is reached."""
+"""The roofline chart: achieved fraction of memory bandwidth."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastguard.commands.bench.results import Result
 
 
 def roofline(result: Result) -> Figure | None:
-    """Bytes that the case must move, by time, against the measured bandwidth."""
+    """Draws the bytes that a case must move per time, and the measured bandwidth."""
     rows = [
         r
         for r in result["rows"]

@@ -1,4 +1,4 @@
-"""Steps: what guarding adds to an optimizer step."""
+"""The chart of steps: the time that guarding adds to an optimizer step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEP_BARS = (
 
 
 def steps(result: Result) -> Figure | None:
-    """Time of a guarded step in percent of the bare one."""
+    """Draws the added time of a guarded step in percent of the bare step."""
     rows = [r for r in result["rows"] if r["optimizer"]]
     groups = list(dict.fromkeys((r["name"], r["optimizer"]) for r in rows))
     if not groups:

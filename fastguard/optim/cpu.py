@@ -39,7 +39,7 @@ def update(update: Update) -> None:
     clean = update.clean.item() != 0.0
     for (group, multiplier, _), members in _by_coefficients(update, multipliers).items():
         hyper = dict(zip(HYPER, rows[group], strict=True))
-        if _fused_means_it(update, names) and not _rounds_twice(update, multiplier):
+        if _fused_is_equivalent(update, names) and not _rounds_twice(update, multiplier):
             fused = _Fused(update, hyper, update.steps and update.steps[members[0]])
             _directly(update, members, names, fused, multiplier, clean)
         else:
@@ -70,10 +70,10 @@ def _by_coefficients(
 
 def _fused_serves_several_steps(update: Update) -> bool:
     names = [name for name in STATES[update.algorithm] if name in update.states]
-    return update.algorithm in ("adam", "adamw") and _fused_means_it(update, names)
+    return update.algorithm in ("adam", "adamw") and _fused_is_equivalent(update, names)
 
 
-def _fused_means_it(update: Update, names: Sequence[str]) -> bool:
+def _fused_is_equivalent(update: Update, names: Sequence[str]) -> bool:
     """Whether torch's fused kernel computes the same directly on the tensors."""
     dtype = update.parameters[0].dtype
     if update.algorithm == "sgd" and dtype in HALF:
