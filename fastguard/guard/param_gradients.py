@@ -77,9 +77,9 @@ class Gradients:
         self.layout: Layout = self._lay_out()
         check_plain_shards(self.layout.parameters, group)
         self.team: Team | None = team_of(self.layout.parameters, group)
-        self.with_parameters = bool(with_parameters)
-        self.trusted = (with_parameters or flat) == TRUSTED
-        self.turn = 0
+        self.with_parameters: bool = bool(with_parameters)
+        self.trusted: bool = (with_parameters or flat) == TRUSTED
+        self.turn: int = 0
         if with_parameters:
             self.check_movable()
         self.flat = self._flattened(self.layout) if flat or with_parameters else None

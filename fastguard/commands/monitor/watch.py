@@ -66,7 +66,7 @@ class Watch:
         self.actions: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
         self.layers: dict[str, float] = {}
-        self.layers_step = 0
+        self.layers_step: int = 0
         self._window: deque[tuple[str, str | None]] = deque()
 
     def catch_up(self, lines: Iterable[bytes]) -> None:

@@ -77,7 +77,7 @@ class LayerHistory:
     """
 
     def __init__(self) -> None:
-        self.shift = 0
+        self.shift: int = 0
         self._layers: dict[str, _Layer] = {}
         self._columns: dict[int, int] = {}  # the first watched step of each
 
