@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 from fastguard.commands.scan import huggingface
 from fastguard.commands.scan.bare import Bare
+from fastguard.commands.scan.budget import JUDGED, PLACED, VALUE, Budget
 from fastguard.commands.scan.found import LogScan, Run, Stretch
 from fastguard.commands.scan.lines import Line, text_of
 from fastguard.commands.scan.plain import Passed
@@ -30,6 +31,9 @@ KEPT = 1000
 STEPS = 10
 """Maximum number of steps kept per stretch."""
 
+TAIL = 1 << 16
+"""Number of bytes of lines only counted in which the place is searched."""
+
 EXCERPT = 200
 """Maximum number of characters kept of a line."""
 
@@ -39,6 +43,7 @@ class Findings:
 
     Args:
         shapes: Knows where a line of text names its place.
+        budget: What the places of bad rows are paid from.
 
     Attributes:
         found: The results so far.
@@ -50,7 +55,8 @@ class Findings:
         dicts: Whether the progress bars of this log count the steps of dicts.
     """
 
-    def __init__(self, shapes: Shapes) -> None:
+    def __init__(self, shapes: Shapes, budget: Budget) -> None:
+        self._budget = budget
         self.found: LogScan = LogScan()
         self.series: AllSeries = AllSeries()
         self.passed: Passed = Passed(shapes.where, shapes.is_setting)
@@ -165,6 +171,12 @@ class Findings:
             for value, n in bare.kinds.items():
                 stretch.count((value,), n)
 
+    def count(self, number: int, lines: bytes, last_line: int) -> None:
+        """Adds lines that are only searched for NaN and Inf."""
+        if lines:
+            self.found.n_lines += self.found.counted.add(number, lines, last_line)
+            self.passed.add_all(lines[-TAIL:].partition(b"\n")[2] if len(lines) > TAIL else lines)
+
     def data(self, number: int, reading: Reading, text: str) -> None:
         """Adds a line of structured data, which has its own names and place."""
         self.end_run()
@@ -198,7 +210,7 @@ class Findings:
         self.passed.forget()
         before = self.place
         for name, at, values in rows.series(begin, end):
-            self.series.take_all(
+            alone = self.series.take_all(
                 name,
                 rows.numbers[at[0] : at[-1] + 1]
                 if len(at) == at[-1] + 1 - at[0]
@@ -206,11 +218,13 @@ class Findings:
                 lambda i, at=at: rows.place(at[i]).within(before),
                 values,
             )
+            self._budget.spend(JUDGED * alone)
         mentions = rows.mentions[
             bisect_left(rows.mentions, begin) : bisect_left(rows.mentions, end)
         ]
         for i in mentions:
             self.mention(rows.numbers[i], rows.text(i).encode(errors="replace"))
+        self._budget.spend(sum(PLACED + VALUE * len(rows.bad[i]) for i in bad))
         for i in bad:
             self._again_finite(rows, begin, i)
             place = rows.place(i)

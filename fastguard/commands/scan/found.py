@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from fastguard.commands.scan.budget import Counted
 from fastguard.commands.scan.lines import Line
 from fastguard.commands.scan.reading import Place, Where
 from fastguard.commands.scan.series import Growth, Series
@@ -61,6 +62,7 @@ class LogScan:
         mention: The first such line.
         series: The losses and gradient norms that spike or climb, in structured logs.
         n_records: Number of lines that are fastguard records, which are not judged here.
+        counted: The lines that were only searched, to bound the work.
         problem: Why the log could not be read to its end, or that it is empty; or None.
     """
 
@@ -72,6 +74,7 @@ class LogScan:
     mention: Line | None = None
     series: list[tuple[Series, Growth | None]] = field(default_factory=list)
     n_records: int = 0
+    counted: Counted = field(default_factory=Counted)
     problem: str | None = None
 
     @property

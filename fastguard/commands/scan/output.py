@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from fastguard.commands.scan.budget import Counted
 from fastguard.commands.scan.findings import STEPS
 from fastguard.commands.scan.found import LogScan, Stretch
 from fastguard.commands.scan.reading import Place
@@ -31,6 +32,7 @@ def as_dict(log: str, found: LogScan) -> dict[str, Any]:
         "mentions": found.n_mentions,
         "first_mention": None if found.mention is None else found.mention._asdict(),
         "fastguard_records": found.n_records,
+        "only_counted": _counted_as_dict(found.counted),
         "problem": found.problem,
     }
 
@@ -42,16 +44,18 @@ def print_text(log: str, found: LogScan) -> None:
     if found.n_bad:
         first = found.stretches[0]
         steps = _steps(first)
+        at_least = "at least " if found.counted.n_nonfinite else ""
+        and_steps = f"; steps {steps}" if len(first.steps) > 1 else ""
         print(
-            f"{name}: NaN or Inf in {found.n_bad:,} of {lines}, first in line {first.first_line:,}"
-            f"{_in_words(first.first)}{f'; steps {steps}' if len(first.steps) > 1 else ''}"
+            f"{name}: NaN or Inf in {at_least}{found.n_bad:,} of {lines}, first in line "
+            f"{first.first_line:,}{_in_words(first.first)}{and_steps}"
         )
         rows = [_row(stretch) for stretch in found.stretches[:ROWS]]
         print_table(["line", "epoch", "batch", "step", "lines", "values", "written by"], rows)
         if found.n_stretches > ROWS:
             print(f"... and {found.n_stretches - ROWS:,} more (--json has up to 1,000)")
     else:
-        print(f"{name}: no NaN or Inf in {lines}")
+        print(f"{name}: no NaN or Inf in {_lines(found.n_lines - found.counted.n_nonfinite)}")
     for series, growth in found.series:
         for sentence in _judgement(series, growth):
             print(f"{printable(series.name)}: {sentence}")
@@ -63,6 +67,8 @@ def _lines(n: int) -> str:
 
 
 def _print_notes(found: LogScan) -> None:
+    if found.counted.n_lines:
+        print(f"note: {_counted(found.counted)}")
     if found.mention is not None:
         print(
             f"note: {_lines(found.n_mentions)} with the word NaN or Inf, but without a "
@@ -76,6 +82,20 @@ def _print_notes(found: LogScan) -> None:
         )
     if found.problem is not None:
         print(f"note: read up to there only: {found.problem}")
+
+
+def _counted(counted: Counted) -> str:
+    """Describes the lines that were only searched."""
+    n, first = counted.n_nonfinite, counted.first
+    between = f"{counted.first_line:,} to {counted.last_line:,}"
+    contain = "none contains one"
+    if first is not None:
+        text = printable(first.text)
+        contain = f"{n:,} contain{'s' * (n == 1)} one, first line {first.number:,}: {text}"
+    return (
+        f"to bound the time, {_lines(counted.n_lines)} in the range {between} were only searched "
+        f"for NaN and Inf, not analysed: {contain} (--full analyses all)"
+    )
 
 
 def _judgement(series: Series, growth: Growth | None) -> Iterator[str]:
@@ -171,6 +191,18 @@ def _stretch_as_dict(stretch: Stretch) -> dict[str, Any]:
         "values": values,
         "steps": stretch.steps[:STEPS],
         "excerpt": stretch.excerpt,
+    }
+
+
+def _counted_as_dict(counted: Counted) -> dict[str, Any] | None:
+    if not counted.n_lines:
+        return None
+    return {
+        "first_line": counted.first_line,
+        "last_line": counted.last_line,
+        "lines": counted.n_lines,
+        "with_nonfinite": counted.n_nonfinite,
+        "first": None if counted.first is None else counted.first._asdict(),
     }
 
 

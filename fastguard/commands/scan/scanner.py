@@ -10,42 +10,39 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import accumulate, islice
+from itertools import islice
 from typing import Any, BinaryIO
 
 from fastguard.commands.scan import documents, json_lines
 from fastguard.commands.scan.bare import bare_lines
+from fastguard.commands.scan.budget import IN_RUN, KNOWN, NEW, ROW, Budget, n_lines
+from fastguard.commands.scan.cursor import TOGETHER, Cursor
 from fastguard.commands.scan.events import EventsError, read_scalars
 from fastguard.commands.scan.findings import Findings
 from fastguard.commands.scan.foreign import NotTextError
-from fastguard.commands.scan.found import LogScan
+from fastguard.commands.scan.found import LogScan, Run
 from fastguard.commands.scan.huggingface import bare_bar
 from fastguard.commands.scan.json_lines import JsonLines
 from fastguard.commands.scan.lines import Block, read_blocks, text_of
 from fastguard.commands.scan.objects import rows_of
 from fastguard.commands.scan.reading import Place, Reading
 from fastguard.commands.scan.shapes import Shapes
-from fastguard.commands.scan.suspects import BAR, ENDS, Suspects
+from fastguard.commands.scan.suspects import BAR, ENDS
 from fastguard.commands.scan.table import Table
 from fastguard.commands.scan.values import Value
 
 LONG = 1000
 """Number of characters of an object used for its excerpt."""
 
-TOGETHER = 512
-"""Number of objects that are read together."""
-
 TENSORBOARD = "tensorboard"
 
-_BLANK = re.compile(rb"(?:[ \t\f\v]*+(?:\n|\Z))++")
-_OBJECTS = re.compile(rb"(?:\{\"[^\n]*+\n){1,%d}+" % TOGETHER)
 
-
-def scan_log(file: BinaryIO) -> LogScan:
+def scan_log(file: BinaryIO, *, full: bool = False) -> LogScan:
     """Reads a log to its end.
 
     Args:
         file: Binary file, open for reading; need not be seekable.
+        full: Whether to analyse every line, however long that takes. Default: False.
 
     Returns:
         What was found in the readable part; `problem` says why reading stopped early.
@@ -56,7 +53,7 @@ def scan_log(file: BinaryIO) -> LogScan:
         >>> found.n_bad, found.stretches[0].first_line, found.stretches[0].first.batch
         (1, 3, 16)
     """
-    scanner = _Scanner()
+    scanner = _Scanner(Budget(unlimited=full))
     problem = None
     try:
         for block in scanner.without_document(read_blocks(file)):
@@ -76,7 +73,7 @@ def scan_events(path: str) -> LogScan:
     Args:
         path: The file.
     """
-    scanner = _Scanner()
+    scanner = _Scanner(Budget(unlimited=True))
     problem = None
     try:
         for number, step, tag, value in read_scalars(path):
@@ -91,9 +88,10 @@ def scan_events(path: str) -> LogScan:
 class _Scanner:
     """Keeps the state of a log between lines: a table, a stretch."""
 
-    def __init__(self) -> None:
-        self._shapes = Shapes()
-        self._findings = Findings(self._shapes)
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self._shapes = Shapes(budget)
+        self._findings = Findings(self._shapes, budget)
         self._table = Table(self._findings.series)
         self._json = JsonLines(self._findings.series)
 
@@ -123,6 +121,7 @@ class _Scanner:
                 if not error.cut_short:
                     break
             else:
+                self._budget.earn(end)
                 self._take_document(entries, parts[0][:end])
                 yield Block(1 + parts[0].count(b"\n", 0, end), parts[0][end:])
                 yield from blocks
@@ -138,73 +137,94 @@ class _Scanner:
 
     def take(self, block: Block) -> None:
         """Reads the lines of a block."""
-        data = block.data
-        # Equal lengths keep offsets valid in both.
-        lines = data.replace(b"\r\n", b" \n").replace(b"\r", b"\n") if b"\r" in data else data
-        suspects: Suspects | None = None
-        at, size = 0, len(lines)
-        number, counted = block.number, 0
-        while at < size:
-            if (blank := _BLANK.match(lines, at)) is not None:
-                at = blank.end()
-                continue
-            if self._findings.run is None:
-                json = lines.startswith(b'{"', at)
+        self._budget.earn(len(block.data))
+        cursor = Cursor(block)
+        while cursor.skip_blank():
+            may_be_first = False
+            if self._budget.spent:
+                self._findings.end_run()
+                may_be_first = self._search(cursor)
+                if not may_be_first:
+                    return
+            elif self._findings.run is None:
+                json = cursor.starts(b'{"')
                 if not json and not self._table.waits:
-                    suspects = suspects or Suspects(lines)
-                    suspect = suspects.after(at, *self._ends())
-                    begin = size if suspect >= size else lines.rfind(b"\n", at, suspect) + 1
-                    begin = max(at, begin)
-                    self._pass(lines[at:begin])
-                    if begin >= size:
+                    self._pass(cursor, cursor.suspect(*self._ends()))
+                    if cursor.done:
                         return
-                    at = begin
-                    json = lines.startswith(b'{"', at)
-                number, counted = number + data.count(b"\n", counted, at), at
-                if (end := self._take_rows(number, data, lines, at, json=json)) > at:
-                    at = end
+                    json = cursor.starts(b'{"')
+                if self._take_rows(cursor, json=json):
                     continue
-            end = lines.find(b"\n", at)
-            end = size if end < 0 else end
-            line = lines[at:end]
-            number, counted = number + data.count(b"\n", counted, at), at
-            if not self._table.waits and (bare := bare_lines(lines, at)) is not None:
-                self._take(number, line)
-                self._findings.take_bare(bare, number + data.count(b"\n", at, max(at, bare.last)))
-                at = bare.end
-                continue
-            if self._findings.run is not None:
-                shape = self._shapes.known(line)
-                if shape is None or not self._findings.run.goes_on(number, line, shape):
-                    self._findings.end_run()
-                    continue
-            else:
-                self._take(number, line)
-            self._findings.found.n_lines += 1
-            at = end + 1
+            self._take_line(cursor, alone=may_be_first)
 
-    def _take_rows(self, number: int, data: bytes, lines: bytes, at: int, *, json: bool) -> int:
-        """Reads structured lines together; returns the offset of their end."""
-        if json:
-            first = lines.find(b"\n", at) + 1
-            if not isinstance(json_lines.parse(lines[at:first]), dict):
-                return at
-            found = _OBJECTS.match(lines, at)
-            assert found is not None  # the first line is one
-            each = found[0].split(b"\n")[:-1]
+    def _search(self, cursor: Cursor) -> bool:
+        """Counts the lines of a block that nothing is left to spend on.
+
+        Returns:
+            Whether it stopped at a line that may be the first finding of the log.
+        """
+        end = cursor.size
+        if not self._findings.found.n_bad and self._budget.reserve():
+            end = cursor.value()
+        self._findings.count(
+            cursor.number, cursor.lines[cursor.at : end], cursor.number_at(end - 1)
+        )
+        cursor.at = end
+        return not cursor.done
+
+    def _take_line(self, cursor: Cursor, *, alone: bool) -> None:
+        """Reads one line, or the numbers or lines like the last one that begin with it."""
+        self._budget.spend(KNOWN)
+        lines, at = cursor.lines, cursor.at
+        line, number = cursor.line(), cursor.number
+        if not alone and not self._table.waits and (bare := bare_lines(lines, at)) is not None:
+            self._take(number, line)
+            self._findings.take_bare(bare, cursor.number_at(max(at, bare.last)))
+            cursor.at = bare.end
+            return
+        if self._findings.run is not None:
+            if not self._take_run(cursor, self._findings.run):
+                self._findings.end_run()
+            return
+        self._take(number, line)
+        self._findings.found.n_lines += 1
+        cursor.at = at + len(line) + 1
+
+    def _take_run(self, cursor: Cursor, run: Run) -> int:
+        """Reads lines like the last one, which was bad; returns how many there were."""
+        n, plain = 0, not self._table.waits
+        for line, at, number in cursor.rest():
+            if n and plain and bare_lines(cursor.lines, at) is not None:
+                break
+            shape = self._shapes.known(line)
+            if shape is None or not run.goes_on(number, line, shape):
+                break
+            n += 1
+            cursor.at = at + len(line) + 1
+        self._budget.spend(n // IN_RUN)
+        self._findings.found.n_lines += n
+        return n
+
+    def _take_rows(self, cursor: Cursor, *, json: bool) -> bool:
+        """Reads structured lines together; returns whether there were any."""
+        if not json:
+            end, text = self._table.rows(cursor.lines, cursor.at)
+            if not text:
+                return False
+            numbers = cursor.numbers(end, text.count(b"\n"))
+            rows = self._table.read_rows(text, numbers)
+            self._findings.judge(rows, lambda i: self._take(numbers[i], rows.text(i).encode()))
+        else:
+            each = cursor.objects()
+            if not each:
+                return False
             objects = json_lines.parse_lines(each)
-            end = at + sum(map(len, each[: len(objects)])) + len(objects)
-            numbers = _numbers(number, data, at, end, len(objects))
+            end = cursor.at + sum(map(len, each[: len(objects)])) + len(objects)
+            numbers = cursor.numbers(end, len(objects))
             self._take_objects(objects, numbers, lambda i: text_of(each[i]))
             self._table.give_up()
-            return end
-        end, text = self._table.rows(lines, at)
-        if not text:
-            return at
-        numbers = _numbers(number, data, at, end, text.count(b"\n"))
-        rows = self._table.read_rows(text, numbers)
-        self._findings.judge(rows, lambda i: self._take(numbers[i], rows.text(i).encode()))
-        return end
+        cursor.at = end
+        return True
 
     def _ends(self) -> Iterator[re.Pattern[bytes]]:
         """Patterns that may end the current stretch or give its step."""
@@ -230,11 +250,21 @@ class _Scanner:
 
     def _take_document(self, entries: Iterator[documents.Entry], text: bytes) -> None:
         while batch := list(islice(entries, TOGETHER)):
+            if self._budget.spent:
+                self._count_document(batch[0][0], text)
+                break
             numbers, objects = zip(*batch, strict=True)
             self._take_objects(objects, numbers, lambda i, objects=objects: str(objects[i])[:LONG])
         self._table.give_up()
         if not self._findings.found.n_lines and text.strip(b" \t\r\n[]{}"):
             self._findings.found.n_lines += 1
+
+    def _count_document(self, number: int, text: bytes) -> None:
+        """Counts the rest of a document, from the line with this number on."""
+        begin = 0
+        for _ in range(number - 1):
+            begin = text.index(b"\n", begin) + 1
+        self._findings.count(number, text[begin:], number + text[begin:].rstrip().count(b"\n"))
 
     def _take_objects(
         self,
@@ -246,7 +276,8 @@ class _Scanner:
         self._findings.judge(rows, lambda i: self._take_object(numbers[i], objects[i], text(i)))
 
     def _take_json(self, number: int, line: bytes) -> bool:
-        found = json_lines.parse(line)
+        self._budget.spend(ROW)
+        found = json_lines.parse(line) if line.rstrip().endswith(b"}") else None
         if not isinstance(found, dict):
             return False
         self._table.give_up()
@@ -255,22 +286,26 @@ class _Scanner:
 
     def _take_object(self, number: int, found: Mapping[str, Any], text: str) -> None:
         """Reads one object individually."""
+        self._budget.spend(NEW)
         reading = self._json.read(found)
         if reading.dialect == json_lines.RECORD:
             self._findings.found.n_records += 1
         else:
             self._findings.data(number, reading, text if reading.bad else "")
 
-    def _pass(self, lines: bytes) -> None:
-        if not lines:
-            return
-        self._findings.found.n_lines += sum(map(bool, map(bytes.strip, lines.split(b"\n"))))
-        self._findings.passed.add_all(lines)
+    def _pass(self, cursor: Cursor, end: int) -> None:
+        """Skips lines without NaN, Inf and structured data."""
+        lines = cursor.lines[cursor.at : end]
+        cursor.at = end
+        if lines:
+            self._findings.found.n_lines += n_lines(lines)
+            self._findings.passed.add_all(lines)
 
     def _take(self, number: int, line: bytes) -> None:
         if line.startswith(b'{"') and self._take_json(number, line):
             return
         if self._table.waits:
+            self._budget.spend(ROW)
             text = text_of(line)
             if (reading := self._table.read(text)) is not None:
                 self._findings.data(number, reading, text)
@@ -283,12 +318,3 @@ class _Scanner:
                 findings.take_step(step)
                 return
         findings.text(number, line, self._shapes.of(line))
-
-
-def _numbers(first: int, data: bytes, begin: int, end: int, n: int) -> Sequence[int]:
-    """The line numbers of `n` consecutive rows."""
-    rows = data[begin:end]
-    if b"\r" not in rows or b"\r" not in rows.replace(b"\r\n", b""):
-        return range(first, first + n)
-    ends = (character == b"\n" for character in re.findall(rb"\r(?!\n)|\n", rows))
-    return list(accumulate(ends, initial=first))[:n]

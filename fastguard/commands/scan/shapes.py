@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
+from fastguard.commands.scan.budget import ROW, Budget, units_of
 from fastguard.commands.scan.huggingface import HuggingFace
 from fastguard.commands.scan.lightning import Lightning
 from fastguard.commands.scan.lines import text_of
@@ -75,9 +76,14 @@ class Shape(NamedTuple):
 
 
 class Shapes:
-    """Parses lines of text, each shape once."""
+    """Parses lines of text, each shape once.
 
-    def __init__(self) -> None:
+    Args:
+        budget: What parsing is paid from.
+    """
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
         self._ultralytics = Ultralytics()
         self._others = (Lightning(), HuggingFace(), Plain())
         self._known: dict[bytes, Shape | tuple[Span, ...]] = {}
@@ -90,6 +96,7 @@ class Shapes:
         shape = self.known(line)
         if shape is not None:
             return shape
+        self._budget.spend(units_of(line))
         short, same = shortened(line)
         shape = self._read(short)
         meant = _digits_with_a_meaning(short)
@@ -130,6 +137,7 @@ class Shapes:
         key = line.translate(SHAPE)
         where = self._places.get(key)
         if where is None:
+            self._budget.spend(ROW)
             text = text_of(line)
             where = where_in(text).in_bytes(text, line)
             self._keep(self._places, key, where)

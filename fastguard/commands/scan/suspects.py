@@ -38,13 +38,15 @@ class Suspects:
 
     Args:
         lines: The block.
+
+    Attributes:
+        lower: The block in lower case.
     """
 
     def __init__(self, lines: bytes) -> None:
-        self._lower = lines.lower()
+        self.lower = lines.lower()
         self._next = dict.fromkeys((*_NEEDLES, _JSON), -1)
         self._soonest = -1
-        self._ends: dict[re.Pattern[bytes], int] = {}
 
     def after(self, at: int, *ends: re.Pattern[bytes]) -> int:
         """Offset of the first suspect or match of `ends` from `at` on; else the end."""
@@ -55,15 +57,12 @@ class Suspects:
             self._soonest = min(self._next.values())
         soonest = self._soonest
         for pattern in ends:
-            known = self._ends.get(pattern, -1)
-            if known < at:
-                end = pattern.search(self._lower, at)
-                known = self._ends[pattern] = end.start() if end else len(self._lower)
-            soonest = min(soonest, known)
+            if (end := pattern.search(self.lower, at, soonest)) is not None:
+                soonest = end.start()
         return soonest
 
     def _find(self, needle: bytes, at: int) -> int:
-        lower = self._lower
+        lower = self.lower
         if needle is _JSON:
             if not at and lower.startswith(_JSON[1:]):
                 return 0

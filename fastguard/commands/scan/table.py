@@ -37,6 +37,9 @@ _NO_CELL = re.compile(r"[\s:=]")
 _CELL = rb'"?[^,;\t\n"#]*+"?'
 # Cells under a judged name or a place.
 _NUMBER = rb'"?[ ]*+(?:[+-]?(?:[0-9]++\.?[0-9]*+(?:e[+-]?[0-9]++)?|nan|inf(?:inity)?))?[ ]*+"?'
+MISSES = 256
+"""Number of consecutive other lines after which no more rows are expected."""
+
 MOST_ROWS = 4096
 """Maximum number of rows that are read together."""
 
@@ -60,6 +63,7 @@ class Table:
         self._names: list[str] = []
         self._bad: set[int] = set()  # columns that are still bad
         self._rows: re.Pattern[bytes] | None = None
+        self._misses = 0
 
     @property
     def waits(self) -> bool:
@@ -74,6 +78,13 @@ class Table:
         """Parses a line; None if it does not belong to a table."""
         if self._begun and not self._names:
             return None
+        reading = self._read(text)
+        self._misses = 0 if reading is not None else self._misses + 1
+        if self._misses > MISSES:
+            self.give_up()
+        return reading
+
+    def _read(self, text: str) -> Reading | None:
         text = text.lstrip("\ufeff# ") if text.lstrip().startswith(("#", "\ufeff")) else text
         if not self._begun:
             self._begun = True

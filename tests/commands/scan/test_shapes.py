@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from fastguard.commands.scan.budget import Budget
 from fastguard.commands.scan.found import LogScan
 from fastguard.commands.scan.reading import Place
 from fastguard.commands.scan.scanner import scan_log
@@ -72,7 +73,7 @@ def test_lines_alike_are_counted_as_if_each_were_read() -> None:
 
 
 def test_what_is_remembered_is_bounded() -> None:
-    shapes = Shapes()
+    shapes = Shapes(Budget())
     for i in range(3 * KEPT):
         shapes.of(("a" * (i % 1000) + f" loss{i} nan" + "b" * (i // 1000)).encode())
         assert max(len(shapes._known), len(shapes._meant), len(shapes._once)) <= KEPT + 1

@@ -1,0 +1,128 @@
+"""`Cursor`: a place in a block of a log that moves over its lines, and knows their numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
+from fastguard.commands.scan import json_lines
+from fastguard.commands.scan.budget import NONFINITE, VALUES
+from fastguard.commands.scan.lines import Block
+from fastguard.commands.scan.suspects import Suspects
+
+TOGETHER = 512
+"""Number of objects that are read together."""
+
+_BLANK = re.compile(rb"(?:[ \t\f\v]*+(?:\n|\Z))++")
+_OBJECTS = re.compile(rb"(?:\{\"[^\n]*+\n){1,%d}+" % TOGETHER)
+
+
+class Cursor:
+    """Moves over the lines of a block.
+
+    Args:
+        block: The block.
+
+    Attributes:
+        lines: The lines, ended by line feeds only; offsets are those of the block.
+        size: Offset of their end.
+        at: Offset of the next line.
+    """
+
+    def __init__(self, block: Block) -> None:
+        self._data = data = block.data
+        # Equal lengths keep offsets valid in both.
+        self.lines = data.replace(b"\r\n", b" \n").replace(b"\r", b"\n") if b"\r" in data else data
+        self.size = len(data)
+        self.at = 0
+        self._number, self._counted = block.number, 0
+        self._suspects: Suspects | None = None
+        self._values: dict[re.Pattern[bytes], int] = {}
+
+    @property
+    def done(self) -> bool:
+        """Whether no line is left."""
+        return self.at >= self.size
+
+    @property
+    def number(self) -> int:
+        """The number of the next line."""
+        self._number += self._data.count(b"\n", self._counted, self.at)
+        self._counted = self.at
+        return self._number
+
+    def number_at(self, place: int) -> int:
+        """The number of the line at an offset after the next line."""
+        return self.number + self._data.count(b"\n", self.at, place)
+
+    def numbers(self, end: int, n: int) -> Sequence[int]:
+        """The numbers of the next `n` lines, up to the offset `end`."""
+        rows = self._data[self.at : end]
+        first = self.number
+        if b"\r" not in rows or b"\r" not in rows.replace(b"\r\n", b""):
+            return range(first, first + n)
+        ends = (character == b"\n" for character in re.findall(rb"\r(?!\n)|\n", rows))
+        return list(accumulate(ends, initial=first))[:n]
+
+    def skip_blank(self) -> bool:
+        """Moves to the next line that is not blank; returns whether there is one."""
+        if not self.done and (blank := _BLANK.match(self.lines, self.at)) is not None:
+            self.at = blank.end()
+        return not self.done
+
+    def starts(self, text: bytes) -> bool:
+        """Whether the next line begins with this."""
+        return self.lines.startswith(text, self.at)
+
+    def line(self) -> bytes:
+        """The next line."""
+        end = self.lines.find(b"\n", self.at)
+        return self.lines[self.at : end if end >= 0 else self.size]
+
+    def rest(self) -> Iterator[tuple[bytes, int, int]]:
+        """Yields the next lines that are not blank, their offsets and their numbers."""
+        lines, data, at = self.lines, self._data, self.at
+        number = self.number
+        while at < self.size:
+            end = lines.find(b"\n", at)
+            end = self.size if end < 0 else end
+            line = lines[at:end]
+            if line and not line.isspace():
+                yield line, at, number
+            number += data.startswith(b"\n", end)
+            at = end + 1
+
+    def suspect(self, *ends: re.Pattern[bytes]) -> int:
+        """Offset of the next line that must be parsed or matches one of `ends`; else the end."""
+        return self._line_of(self._searched.after(self.at, *ends))
+
+    def value(self) -> int:
+        """Offset of the next line that seems to name a NaN or Inf; else the end."""
+        if NONFINITE.search(self._searched.lower, self.at) is None:
+            return self.size
+        for pattern in VALUES:
+            if self._values.get(pattern, -1) < self.at:
+                found = pattern.search(self._searched.lower, self.at)
+                self._values[pattern] = self.size if found is None else found.start()
+        return self._line_of(min(self._values.values()))
+
+    def _line_of(self, place: int) -> int:
+        if place >= self.size:
+            return self.size
+        return max(self.at, self.lines.rfind(b"\n", self.at, place) + 1)
+
+    @property
+    def _searched(self) -> Suspects:
+        if self._suspects is None:
+            self._suspects = Suspects(self.lines)
+        return self._suspects
+
+    def objects(self) -> list[bytes]:
+        """The next lines that begin like JSON objects; none if the next one is no object."""
+        line = self.lines[self.at : self.lines.find(b"\n", self.at) + 1]
+        if not line.rstrip().endswith(b"}") or not isinstance(json_lines.parse(line), dict):
+            return []
+        found = _OBJECTS.match(self.lines, self.at)
+        assert found is not None  # the first line is one
+        return found[0].split(b"\n")[:-1]
