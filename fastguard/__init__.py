@@ -26,10 +26,9 @@ if TYPE_CHECKING:
         clip_grad_value_,
         clip_grads_with_norm_,
         get_total_norm,
-        measure_grads,
-        sanitize_grads_,
     )
     from fastguard.functional.flat_buckets import FlatGradBuckets
+    from fastguard.functional.measure_and_sanitize import measure_grads, sanitize_grads_
     from fastguard.functional.patch import patch_torch, unpatch_torch
     from fastguard.guard.guarded import GuardedOptimizer
     from fastguard.guard.model_buffers import ModelBuffers, protect_buffers
@@ -44,10 +43,11 @@ if TYPE_CHECKING:
     from fastguard.recovery.rollback import Rewind, Rollback
     from fastguard.recovery.warmup import Warmup
     from fastguard.stages.agc import AGC
+    from fastguard.stages.auto_clip import AutoClip
     from fastguard.stages.backend import backend_for
     from fastguard.stages.contract import Verdict
     from fastguard.stages.grad_stats import GradStats
-    from fastguard.stages.limit_rules import AdaGC, AdaptiveLimit, AutoClip, ZClip
+    from fastguard.stages.limit_rules import AdaGC, AdaptiveLimit, ZClip
     from fastguard.stages.spike_rules import SpikeRule, Threshold
 
 __all__ = [
@@ -121,9 +121,9 @@ _HOMES = {
     "diagnosis.provenance": "NonFiniteReport explain_nonfinite",
     "errors": "NonFiniteGradError TrainingDivergedError",
     "functional.adaptive": "clip_grad_adaptive_",
-    "functional.clip": "clip_grad_norm_ clip_grad_value_ clip_grads_with_norm_ "
-    "get_total_norm measure_grads sanitize_grads_",
+    "functional.clip": "clip_grad_norm_ clip_grad_value_ clip_grads_with_norm_ get_total_norm",
     "functional.flat_buckets": "FlatGradBuckets",
+    "functional.measure_and_sanitize": "measure_grads sanitize_grads_",
     "functional.patch": "patch_torch unpatch_torch",
     "guard.guarded": "GuardedOptimizer",
     "guard.model_buffers": "ModelBuffers protect_buffers",
@@ -138,10 +138,11 @@ _HOMES = {
     "recovery.rollback": "Rewind Rollback",
     "recovery.warmup": "Warmup",
     "stages.agc": "AGC",
+    "stages.auto_clip": "AutoClip",
     "stages.backend": "backend_for",
     "stages.contract": "Verdict",
     "stages.grad_stats": "GradStats",
-    "stages.limit_rules": "AdaGC AdaptiveLimit AutoClip ZClip",
+    "stages.limit_rules": "AdaGC AdaptiveLimit ZClip",
     "stages.spike_rules": "SpikeRule Threshold",
 }
 """What the imports above say, for Python: the module of each public name."""

@@ -42,7 +42,8 @@ from fastguard.recovery.guarded_lr import GuardedLR
 from fastguard.recovery.rollback import Rollback
 from fastguard.recovery.warmup import Warmup
 from fastguard.stages.agc import AGC
-from fastguard.stages.limit_rules import AdaGC, AutoClip, ZClip
+from fastguard.stages.auto_clip import AutoClip
+from fastguard.stages.limit_rules import AdaGC, ZClip
 from fastguard.stages.measure import norm_type_of
 from fastguard.stages.spike_rules import Rule
 

@@ -3,6 +3,8 @@
 Modules:
     arguments       checks of arguments
     clip            the drop-in functions
+    measure_and_sanitize
+                    `measure_grads`, `sanitize_grads_`
     adaptive        `clip_grad_adaptive_`, eager and compiled
     ops, compiled   the drop-in functions under `torch.compile`
     flat_buckets    `FlatGradBuckets`

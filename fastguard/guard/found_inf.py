@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 _CLAIM = "_step_supports_amp_scaling"
 
 
-def knows_found_inf(optimizer: Optimizer) -> bool:
+def supports_found_inf(optimizer: Optimizer) -> bool:
     """Whether a step of the fused kernels changes nothing while `found_inf` is 1."""
     kind = type(optimizer)
     own = vars(optimizer).get(_CLAIM)  # torch sets it on the instance

@@ -1,4 +1,4 @@
-"""Calling the `step` of the wrapped optimizer: its arguments and its closure."""
+"""Calls the `step` of the wrapped optimizer: sorts its arguments, and evaluates its closure."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastguard.guard.found_inf import knows_found_inf
+from fastguard.guard.found_inf import supports_found_inf
 from fastguard.guard.optimizer_copy import OptimizerCopy
-from fastguard.guard.step_hooks import has_post_hooks, told_of_the_step
+from fastguard.guard.step_hooks import has_post_hooks, noting_completion
 
 CLOSURES = ("closure", "fn", "func")
-"""What the names of parameters contain that take a function."""
+"""Parts of parameter names that denote a closure."""
 
 
 @dataclass(slots=True)
 class StepCall:
-    """One call of `GuardedOptimizer.step`, as far as it concerns the wrapped optimizer.
+    """The arguments and results of one call of the wrapped optimizer's `step`.
 
     Attributes:
         closure: Evaluates the model and returns the loss; None: there is none.
         args, kwargs: All other arguments for the wrapped optimizer.
-        place: The position or the name under which the wrapped `step` takes the closure; None: it
-            takes none, and the guard alone evaluates it.
-        result: What the closure has returned.
-        returned: What the wrapped `step` returned, noted in the same line: no interrupt comes
-            between. Before its post-hooks run, None.
+        place: The position or name of the closure in the wrapped `step`; None: it takes no
+            closure, so only the guard evaluates it.
+        result: The result of the closure.
+        returned: The result of the wrapped `step`, appended in the line of the call so that no
+            interrupt can come in between. None is appended before its post-hooks run.
     """
 
     closure: Callable[[], Any] | None = None
@@ -44,7 +44,7 @@ class StepCall:
     def with_closure(
         self, closure: Callable[[], Any] | None
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments for the wrapped `step`, a closure among them."""
+        """Returns the arguments for the wrapped `step` including a closure."""
         args, place = self.args, self.place
         if isinstance(place, int):
             return (*args[:place], closure, *args[place + 1 :]), dict(self.kwargs)
@@ -52,15 +52,15 @@ class StepCall:
 
 
 class StepSignature(NamedTuple):
-    """What the `step` of an optimizer takes.
+    """The parameters of an optimizer's `step`.
 
     Attributes:
-        closure: The name of the parameter for the closure; None: no name tells which it is.
-        place: The position of that parameter; None: it goes by name.
-        takes_any: Nothing is known of the positional parameters (`*args`): the first one is the
-            closure if it can be called.
-        n_other: How many positional parameters it has besides.
-        shared: Those of the guard's own keyword arguments that it takes too.
+        closure: The name of the closure parameter; None: it cannot be told from the names.
+        place: The position of the closure parameter; None: keyword only.
+        takes_any: Whether it has only `*args` as positional parameters; then the first argument is
+            the closure if it is callable.
+        n_other: Number of other positional parameters.
+        shared: Keyword arguments of the guard that it also takes.
     """
 
     closure: str | None = "closure"
@@ -74,9 +74,9 @@ class StepSignature(NamedTuple):
         """Reads the signature of an optimizer's `step`."""
         try:
             parameters = inspect.signature(optimizer.step).parameters.values()
-        except (TypeError, ValueError):  # some callables of C have none
+        except (TypeError, ValueError):  # some C functions have no signature
             return StepSignature()
-        # A scheduler puts a function on the instance that looks like the unbound method.
+        # A scheduler sets a function on the instance that has the signature of the unbound method.
         parameters = [p for p in parameters if p.name != "self"]
         kinds = {p.kind for p in parameters}
         variable = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
@@ -101,8 +101,8 @@ class StepSignature(NamedTuple):
         """Sorts the arguments of `GuardedOptimizer.step`.
 
         Args:
-            args, kwargs: Those for the wrapped `step`, the closure among them.
-            own: The guard's own keyword arguments.
+            args, kwargs: The arguments for the wrapped `step`, including the closure.
+            own: The keyword arguments of the guard.
 
         Raises:
             TypeError: The closure cannot be called.
@@ -116,11 +116,11 @@ class StepSignature(NamedTuple):
             return self._with_named(args, dict(kwargs), str(name))
         place = self.place
         if self.closure is None:
-            found = _evaluation_among(args, kwargs)
+            found = _call_with_found_closure(args, kwargs)
             if found is not None:
                 return found
             if not self.n_other:
-                place = 0  # what the guard alone evaluates
+                place = 0  # a closure that only the guard evaluates
         if place is None or place >= len(args):
             return StepCall(None, args, kwargs)
         closure, rest = args[place], args[place + 1 :]
@@ -132,9 +132,7 @@ class StepSignature(NamedTuple):
         return StepCall(checked_closure(closure), args, kwargs, self.place)
 
     def _with_named(self, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> StepCall:
-        """A call whose closure was given by name; the wrapped `step` may have another name for it,
-        or none.
-        """
+        """Returns the call for a closure passed by keyword, whose name in `step` may differ."""
         closure = checked_closure(kwargs.pop(name))
         if self.closure is None:
             return StepCall(closure, args, kwargs)
@@ -145,9 +143,10 @@ class StepSignature(NamedTuple):
         return call
 
 
-def _evaluation_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepCall | None:
-    """The call with what evaluates the model as its closure, where no name says which argument that
-    is; None: no argument does.
+def _call_with_found_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepCall | None:
+    """Returns the call with the first argument that is a function without parameters as closure.
+
+    For a `step` whose parameter names do not tell. None: there is no such argument.
     """
     for place, value in [*enumerate(args), *kwargs.items()]:
         if _evaluates(value):
@@ -157,33 +156,32 @@ def _evaluation_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepCall
 
 
 def _evaluates(value: Any) -> bool:
-    """Whether a value is a function without arguments; modules and classes are not meant."""
+    """Whether a value is a function without required arguments; not a module or class."""
     if not callable(value) or isinstance(value, type | torch.nn.Module | Tensor):
         return False
     try:
         inspect.signature(value).bind()
-    except (TypeError, ValueError):  # it needs arguments, or does not tell
+    except (TypeError, ValueError):  # it needs arguments, or has no signature
         return False
     return True
 
 
 class ClosureNeeded(Exception):
-    """An optimizer evaluates its closure itself; its step has been put back."""
+    """The optimizer evaluates its closure itself; its step has been undone."""
 
 
 class _EvaluatedElsewhere(Exception):
-    """Leaves the optimizer's step: the closure is called again, or behind a move of the weights."""
+    """Raised from the closure if it is called again, or after the weights have changed."""
 
 
 class InnerStep:
-    """Calls the `step` of an optimizer.
+    """Calls the `step` of an optimizer, after the guard has evaluated the closure.
 
-    The closure has been evaluated then, and the gradients may have been clipped. Optimizers that
-    evaluate it first of all, as nearly all do, get one that returns the known loss. Whether an
-    optimizer is one of them shows at its first step with a closure, of which a copy is made.
+    Nearly all optimizers evaluate their closure first, and get one that returns the known loss. The
+    others are found in their first step with a closure, which is undone from a copy.
 
     Args:
-        optimizer: The wrapped one.
+        optimizer: The wrapped optimizer.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -192,21 +190,21 @@ class InnerStep:
         self._before: OptimizerCopy | None = None
 
     def evaluate(self, call: StepCall) -> Any:
-        """What the closure returns; None without one."""
+        """Evaluates the closure and returns its result; None without a closure."""
         if call.closure is None:
             return None
         if call.place is not None and not self._evaluates_first:
-            with suppress(Exception):  # a state may hold what cannot be copied
+            with suppress(Exception):  # the state may hold objects that cannot be copied
                 self._before = OptimizerCopy.of(self.optimizer, gradients=True)
         with torch.enable_grad():
             call.result = call.closure()
         return call.result
 
     def __call__(self, call: StepCall) -> None:
-        """Steps; notes what `step` returned.
+        """Calls `step` and stores its result.
 
         Raises:
-            ClosureNeeded: The optimizer evaluates its closure elsewhere too.
+            ClosureNeeded: The optimizer evaluates its closure again, or after changing the weights.
             TypeError: It does so after steps in which it did not, or its state cannot be copied.
         """
         if call.closure is None or call.place is None:
@@ -218,8 +216,8 @@ class InnerStep:
         except _EvaluatedElsewhere:
             if self._before is None:
                 raise TypeError(
-                    f"{type(self.optimizer).__name__}.step evaluates its closure behind a move of "
-                    "the weights, which has no copy to be put back from; fastguard cannot guard it"
+                    f"{type(self.optimizer).__name__}.step evaluates its closure after changing "
+                    "the weights, which cannot be undone without a copy; fastguard cannot guard it"
                 ) from None
             self._before.restore()
             raise ClosureNeeded from None
@@ -230,13 +228,13 @@ class InnerStep:
         if not has_post_hooks(optimizer):
             call.returned.append(optimizer.step(*args, **kwargs))
             return
-        with told_of_the_step(optimizer, call.returned):
+        with noting_completion(optimizer, call.returned):
             call.returned.append(optimizer.step(*args, **kwargs))
 
     def _known(self, loss: Any) -> Callable[[], Any]:
-        """A closure that returns the known loss where an evaluation would give the same."""
+        """Returns a closure that returns the known loss as long as the weights are unchanged."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if self._evaluates_first:  # a look at one tells enough, and costs nothing
+        if self._evaluates_first:  # one parameter suffices as a check, and costs nothing
             parameters = parameters[:1]
         before: list[tuple[int, ...]] | None = _versions(parameters)
 
@@ -244,46 +242,46 @@ class InnerStep:
             nonlocal before
             if _versions(parameters) != before:
                 raise _EvaluatedElsewhere
-            before = None  # not a second time
+            before = None  # a second call raises
             return loss
 
         return known
 
 
 def steps_as_torch(optimizer: Optimizer) -> bool:
-    """Whether the step of an optimizer is one of torch's, which evaluate their closure first."""
+    """Whether the step of an optimizer is defined in torch; these evaluate their closure first."""
     module = getattr(inspect.unwrap(type(optimizer).step), "__module__", "")
     return f"{module}.".startswith("torch.optim.")
 
 
 def _versions(parameters: list[Tensor]) -> list[tuple[int, ...]]:
-    """What tells whether parameters and their gradients are still the same."""
+    """Returns version counters that change when parameters or their gradients do."""
     return [
         (p._version, -1 if p.grad is None else id(p.grad), 0 if p.grad is None else p.grad._version)
         for p in parameters
     ]
 
 
-def found_inf_is_heeded(optimizer: Optimizer) -> bool:
-    """Whether the kernels of an optimizer read `found_inf`, in every param group as it is now.
+def reads_found_inf(optimizer: Optimizer) -> bool:
+    """Whether the kernels of an optimizer read `found_inf`, in every param group.
 
-    The groups can change at any time, by hand or with a state dict. With `foreach` beside `fused`
-    the SGD of torch takes the former, and refuses `found_inf`.
+    The groups may change at any time, by hand or by loading a state dict. With both `foreach` and
+    `fused`, torch's SGD uses the former and refuses `found_inf`.
     """
-    return knows_found_inf(optimizer) and all(
+    return supports_found_inf(optimizer) and all(
         group.get("fused") and not group.get("foreach") for group in optimizer.param_groups
     )
 
 
 def checked_closure(closure: object) -> Any:
-    """The closure of a step.
+    """Returns the closure of a step.
 
     Raises:
-        TypeError: It cannot be called: most likely it is the loss.
+        TypeError: It is not callable, and so probably the loss.
     """
     if closure is not None and not callable(closure):
         raise TypeError(
-            f"the closure is a {type(closure).__name__}, which cannot be called; if it is the loss "
+            f"the closure is a {type(closure).__name__}, but must be callable; if it is the loss "
             "of this step, pass opt.step(loss=loss)"
         )
     return closure

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastguard.gradients.buckets import GradBuckets
-from fastguard.guard.inner_step import InnerStep, StepCall, found_inf_is_heeded
+from fastguard.guard.inner_step import InnerStep, StepCall, reads_found_inf
 from fastguard.guard.read_first import ReadsFirstIfNeeded
 from fastguard.guard.step_hooks import has_step_hooks
 from fastguard.stages.apply import apply
@@ -37,7 +37,7 @@ class OnDevice(ReadsFirstIfNeeded):
 
     def fits(self) -> bool:
         """Whether the kernels of the optimizer still read `found_inf`, in every param group."""
-        return found_inf_is_heeded(self.optimizer)
+        return reads_found_inf(self.optimizer)
 
     def reset(self) -> None:
         """Forgets which parameters have a momentum buffer."""

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from fastguard.gradients.buckets import GradBuckets
 from fastguard.gradients.tensor_kinds import has_numbers
 from fastguard.guard.clip_scope import Limit
-from fastguard.guard.inner_step import InnerStep, StepCall, found_inf_is_heeded
+from fastguard.guard.inner_step import InnerStep, StepCall, reads_found_inf
 from fastguard.guard.step_hooks import run_global_hooks
 from fastguard.stages.apply import apply
 from fastguard.stages.contract import Verdict
@@ -36,7 +36,7 @@ class ReadFirst:
 
     def fits(self) -> bool:
         """Whether the optimizer still cannot skip by itself."""
-        return not found_inf_is_heeded(self.optimizer)
+        return not reads_found_inf(self.optimizer)
 
     def reset(self) -> None:
         """Does nothing: there is no state per parameter."""

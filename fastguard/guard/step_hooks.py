@@ -98,7 +98,7 @@ def has_post_hooks(optimizer: Optimizer) -> bool:
 
 
 @contextmanager
-def told_of_the_step(optimizer: Optimizer, returned: list[Any]) -> Iterator[None]:
+def noting_completion(optimizer: Optimizer, returned: list[Any]) -> Iterator[None]:
     """Adds None to `returned` after the step itself and before any post-hook.
 
     The weights have changed by then, even if a hook raises.

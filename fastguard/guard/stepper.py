@@ -24,7 +24,7 @@ from fastguard.guard.clip_scope import Limit
 from fastguard.guard.compiled_step import CompiledStep
 from fastguard.guard.flat_step import FlatStep
 from fastguard.guard.in_update import InUpdate
-from fastguard.guard.inner_step import StepCall, found_inf_is_heeded
+from fastguard.guard.inner_step import StepCall, reads_found_inf
 from fastguard.guard.on_device import OnDevice
 from fastguard.guard.param_gradients import Gradients
 from fastguard.guard.read_first import ReadFirst
@@ -107,4 +107,4 @@ def stepper_for(optimizer: Optimizer) -> Stepper:
         return WholeStep(optimizer)
     if isinstance(optimizer, FusedOptimizer):
         return InUpdate(optimizer)
-    return OnDevice(optimizer) if found_inf_is_heeded(optimizer) else ReadFirst(optimizer)
+    return OnDevice(optimizer) if reads_found_inf(optimizer) else ReadFirst(optimizer)

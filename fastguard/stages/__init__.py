@@ -2,7 +2,8 @@
 
 Modules:
     spike_rules, rule_table         what counts as a spike; the rules as columns of numbers
-    limit_rules, adaptive_limits    limits of the gradient norm that adapt during training
+    limit_rules, auto_clip, adaptive_limits
+                                    limits of the gradient norm that adapt during training
     agc, units, reference_units     adaptive gradient clipping: one coefficient per unit
     grad_stats, contract, reason    the types passed between stages
     formulas                        formulas that stages share

@@ -5,7 +5,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from fastguard import GuardedOptimizer
-from fastguard.guard.inner_step import found_inf_is_heeded
+from fastguard.guard.inner_step import reads_found_inf
 from guardtest.guarded import parameters_of
 from guardtest.training import assert_same_bits, give_gradients, new_parameters, poison, snapshot
 
@@ -70,7 +70,7 @@ def test_a_skipped_step_changes_nothing(name):
     make, obeys = MADE[name]
     inner = make()
     LambdaLR(inner, lambda step: 1.0)  # wraps the step of the instance
-    assert found_inf_is_heeded(inner) is obeys
+    assert reads_found_inf(inner) is obeys
     opt = GuardedOptimizer(inner)
     assert ("found_inf" in opt.describe()) is obeys
     give_gradients(parameters_of(opt), 0)

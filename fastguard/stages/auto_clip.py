@@ -1,0 +1,141 @@
+"""`AutoClip`: an adaptive limit that is a percentile of the previous norms."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastguard.errors.checked_numbers import count_of, number_of
+from fastguard.stages.limit_rules import (
+    LARGEST_WINDOW,
+    AdaptiveLimit,
+    LimitStep,
+    Numbers,
+    Undo,
+    set_number,
+)
+
+
+@dataclass(frozen=True)
+class AutoClip(AdaptiveLimit):
+    """Clips to a percentile of the previous norms (Seetharaman et al. 2020, arXiv 2007.14469).
+
+    The limit is the `percentile` of the last `window` norms including the current one, with linear
+    interpolation. The paper keeps all norms of a run; for its rule, choose a `window` of at least
+    the number of steps.
+
+    Args:
+        percentile: From 0 to 100; the paper recommends 10. Default: 10.
+        window: Number of norms that are kept, with 16 bytes each; at most 2**20. Default: 10,000.
+
+    Raises:
+        TypeError, ValueError: An argument has the wrong type, or is out of range.
+
+    Example:
+        >>> AutoClip().percentile
+        10.0
+    """
+
+    percentile: float = 10.0
+    window: int = 10_000
+
+    def __post_init__(self) -> None:
+        percentile = number_of("AutoClip percentile", self.percentile, "use a number up to 100")
+        if not 0 <= percentile <= 100:  # also refuses NaN
+            raise ValueError(
+                f"AutoClip percentile={self.percentile!r} must be a number from 0 to 100"
+            )
+        set_number(self, "percentile", percentile)
+        count_of("AutoClip window", self.window, 1, LARGEST_WINDOW)
+
+    @property
+    def initial(self) -> Sequence[float]:  # type: ignore[override]
+        """The ring of norms by arrival, then the sorted norms; `inf` for entries not yet filled."""
+        return [math.inf] * (2 * self.window)
+
+    def limit(self, norm: Tensor, state: Tensor, step: LimitStep) -> Tensor:
+        """Returns the percentile of the norms, including the current one."""
+        ordered = self._updated(norm, state, step)[1]
+        last = (step.seen + 1).clamp(max=self.window) - 1
+        place = last * (self.percentile / 100)
+        low = place.floor()
+        low_value = ordered.gather(0, low.long()[None])[0]
+        high_value = ordered.gather(0, torch.minimum(low + 1, last).long()[None])[0]
+        return low_value + (place - low) * (high_value - low_value)
+
+    def learn(self, norm: Tensor, state: Tensor, step: LimitStep) -> Tensor:
+        """Returns both lists with the oldest norm replaced by the current one."""
+        return torch.cat(self._updated(norm, state, step))
+
+    def _updated(self, norm: Tensor, state: Tensor, step: LimitStep) -> tuple[Tensor, Tensor]:
+        """Returns the ring and the sorted norms with the oldest norm replaced by this one.
+
+        Each is float64 `(window, S)`.
+        """
+        arrived, ordered = state.split(self.window)
+        at = (step.seen % self.window).long()[None]
+        oldest = arrived.gather(0, at)  # inf while the ring is not full
+        leaves = (ordered < oldest).sum(0)
+        enters = (ordered < norm).sum(0) - (oldest < norm).long()[0]
+        # Values after the removed one move down one place; values after the new one move up.
+        k = torch.arange(self.window, device=norm.device)[:, None]
+        source = k - (k > enters).long()
+        source = (source + (source >= leaves).long()).clamp(max=self.window - 1)
+        ordered = torch.where(k == enters, norm, ordered.gather(0, source))
+        return arrived.scatter(0, at, norm[None]), ordered
+
+    def on_host(self, norm: float, numbers: Numbers) -> tuple[float, Callable[[Undo], None]]:  # type: ignore[override]
+        """Computes limit and update in Python floats: see `AdaptiveLimit.on_host`.
+
+        Takes two binary searches, and moves the part of the sorted norms between the two places.
+        """
+        seen, window = int(numbers[0]), self.window
+        filled, start = min(seen, window), 1 + window
+        if seen < window:
+            leaves = start + filled
+            enters = bisect_left(numbers, norm, start, leaves)
+        else:
+            oldest = numbers[1 + seen % window]
+            leaves = bisect_left(numbers, oldest, start, start + filled)
+            enters = bisect_left(numbers, norm, start, start + filled) - (oldest < norm)
+        last = min(seen + 1, window) - 1
+        place = last * (self.percentile / 100)
+        low = int(place)
+
+        def ordered(i: int) -> float:
+            i += start
+            if i == enters:
+                return norm
+            i -= i > enters
+            return numbers[i + (i >= leaves)]
+
+        value = ordered(low)
+        value += (place - low) * (ordered(min(low + 1, last)) - value)
+        return value, partial(self._learn_on_host, numbers, norm, leaves, enters)
+
+    def _learn_on_host(
+        self, numbers: Numbers, norm: float, leaves: int, enters: int, undo: Undo
+    ) -> None:
+        at = 1 + int(numbers[0]) % self.window
+        if undo is not None:
+            undo.append(partial(self._restore, numbers, numbers[0], at, numbers[at]))
+        if enters < leaves:
+            numbers[enters + 1 : leaves + 1] = numbers[enters:leaves]
+        elif enters > leaves:
+            numbers[leaves:enters] = numbers[leaves + 1 : enters + 1]
+        numbers[enters] = norm
+        numbers[at] = norm
+        numbers[0] += 1.0
+
+    def _restore(self, numbers: Numbers, seen: float, at: int, oldest: float) -> None:
+        """Restores the ring and sorts it again: correct wherever the update was interrupted."""
+        numbers[0], numbers[at] = seen, oldest
+        both = np.asarray(numbers)
+        both[1 + self.window :] = np.sort(both[1 : 1 + self.window])
