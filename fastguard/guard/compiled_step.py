@@ -44,7 +44,7 @@ from fastguard.stages.contract import Verdict
 
 log: logging.Logger = logging.getLogger("fastguard")
 
-BACKEND = "inductor"  # of torch.compile
+BACKEND = "inductor"  # backend of torch.compile
 MOST_GRAPHS = 16
 """Maximum number of compiled updates per set of parameters; others read the verdict first."""
 

@@ -122,7 +122,7 @@ class GuardedOptimizer(ReportingOptimizer):
         watch: Further quantities for `StepRecord.watch`: `"tensor_norms"`, `"update_ratio"`,
             `"noise_scale"`, `"replica_drift"`, `"underflow"`. See docs/watch.md for their cost.
             Default: none.
-        watch_every: Number of steps between watched steps, >= 1; the first step is watched.
+        watch_every: Interval in steps at which they are read, >= 1; the first step is included.
             Default: 100.
 
     Attributes:

@@ -229,7 +229,7 @@ def _is_unit(module: nn.Module) -> bool:
 
 
 def _of_unit(unit: nn.Module) -> Iterable[nn.Module]:
-    """The modules whose parameters are gathered with those of `unit`."""
+    """Yields the modules whose parameters are gathered together with `unit`."""
     yield unit
     for child in unit.children():
         if not _is_unit(child):

@@ -160,7 +160,7 @@ class ReportingOptimizer(OptimizerWrapper):
 
     @property
     def watch_every(self) -> int:
-        """Number of steps between watched steps."""
+        """Interval between watched steps, in steps."""
         return WATCH_EVERY if self._watch is None else self._watch.every
 
     @property

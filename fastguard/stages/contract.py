@@ -1,4 +1,4 @@
-"""The types passed between stages: signals, policy, guard state, verdict; also see `grad_stats`."""
+"""The types passed between stages: signals, policy, guard state, verdict. See `grad_stats` too."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _nothing(device: torch.device) -> Signals:
 
 NonFinite = Literal["skip", "zero", "raise", "propagate"]
 
-N_COUNTERS = 5  # of `GuardState`
+N_COUNTERS = 5  # number of counters in `GuardState`
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -214,17 +214,17 @@ def fresh_limits(policy: Policy, device: torch.device) -> Tensor:
 
 
 class Known(NamedTuple):
-    """What a decision that was taken on the host knows, in plain Python values.
+    """The values of a decision made on the host, as Python numbers.
 
     Attributes:
         total_norm, skipped, cleaned, spikes, thresholds: As in `Verdict`.
-        clip_coef: The smallest of all segments.
-        changes_gradients: Whether there is anything for apply to do.
-        reason: Why the step was not simply applied.
-        nonfinite_counts: NaN, +Inf and -Inf of the whole model.
+        clip_coef: The smallest coefficient of all segments.
+        changes_gradients: Whether the apply stage changes any gradient.
+        reason: Why the step was not applied unchanged.
+        nonfinite_counts: Numbers of NaN, +Inf and -Inf elements of the whole model.
         losses: The losses that were judged, by name.
-        step, consecutive_skips: Counters of the state after this step; 0 without a state.
-        limit: What an adaptive rule allowed the norm; None: `Policy.joint_limit` says it.
+        step, consecutive_skips: Counters after this step; 0 without a state.
+        limit: The limit set by an adaptive rule; None: `Policy.joint_limit` applies.
     """
 
     total_norm: float
@@ -314,7 +314,7 @@ def only_lowers_scale(signals: Signals) -> Tensor | None:
     """
     if signals.found_inf is None or signals.scale_falls is None:
         return None
-    sound = signals.losses.isfinite()  # NaN is not
+    sound = signals.losses.isfinite()  # False for NaN
     if signals.given is not None:
         sound = sound | ~signals.given
     return (signals.found_inf > 0) & signals.scale_falls & sound.all()

@@ -66,7 +66,7 @@ SMALLEST_FACTOR = 2.0**-100
 def unscaled(
     summary: Tensor, dtype: torch.dtype, norm_type: float, inv_scale: Tensor | None
 ) -> Tensor:
-    """Returns the summary of `gradients * inv_scale`, given that of the gradients."""
+    """Returns the summary of `gradients * inv_scale`, given the summary of the gradients."""
     if inv_scale is None:
         return summary
     inv = inv_scale.to(device=summary.device, dtype=torch.float64)

@@ -93,7 +93,7 @@ def measure_bucket(
 
 
 def joined(parts: Sequence[Tensor], like: Tensor, norm_type: float, rooted: bool) -> Tensor:
-    """Combines power sums, or norms, of tensors into that of their segment, float64 `(1,)`."""
+    """Combines power sums, or norms, of tensors of a segment into one, float64 `(1,)`."""
     if not parts:
         return like.new_zeros(1, dtype=torch.float64)
     each = torch.stack(list(parts))

@@ -49,7 +49,7 @@ QUANTITIES: dict[str, type[Quantity]] = {
 }
 
 WATCH_EVERY = 100
-"""Default number of steps between watched steps."""
+"""Default interval between watched steps, in steps."""
 
 
 class Watch:
@@ -57,7 +57,7 @@ class Watch:
 
     Args:
         names: Names of the quantities, each once, in the order of `QUANTITIES`.
-        every: Number of steps between watched steps.
+        every: Interval between watched steps, in steps.
     """
 
     def __init__(self, names: tuple[str, ...], every: int) -> None:

@@ -72,7 +72,7 @@ class Blocks(_Auditable):
         return self._ends[len(self.large)]
 
     def power_sums(self) -> np.ndarray:
-        """The sum of squares of each block, in float32 arithmetic within a block."""
+        """Returns the sum of squares of each block, computed in float32 within a block."""
         parts = [self._sums_of_rows()] if self.large else []
         with _no_warnings():
             parts.extend(map(sums_of_squares, self.stacks))
@@ -128,7 +128,7 @@ class JoinedBlocks(_Auditable):
         self._ends = [0]  # number of blocks before each vector, and in total
 
     def power_sums(self) -> np.ndarray:
-        """The sum of squares of each block, in float32 arithmetic within a block."""
+        """Returns the sum of squares of each block, computed in float32 within a block."""
         parts = []
         of = (-1, -1)
         for values, start, stop in gathered(self._tensors, JOINED, self._sizes, joined=JOINED):

@@ -146,7 +146,7 @@ def _sums_of_squares(rows: Tensor, out: np.ndarray) -> None:
 
 @functools.cache
 def _block(row: int) -> int:
-    """Elements of a dot product: as many as divide a row, where that are not too few."""
+    """Returns the length of dot products: a divisor of the row length if a large one exists."""
     if row <= BLOCK:
         return row
     return next((d for d in range(BLOCK, BLOCK // 4, -1) if row % d == 0), BLOCK)
@@ -155,7 +155,7 @@ def _block(row: int) -> int:
 def _exact(
     rows: Tensor, numbers: np.ndarray, norm_type: float, propagates: bool, out: np.ndarray
 ) -> None:
-    """Writes the norms of the rows of these numbers, from float64 elements over the largest."""
+    """Writes the norms of these rows, computed in float64 relative to the largest element."""
     length = rows.shape[1]
     each = max(1, PIECE // length)
     for first in range(0, len(numbers), each):
@@ -172,7 +172,7 @@ def _exact(
 
 
 def _nonfinite(piece: Tensor) -> Tensor:
-    """0 for finite elements, Inf for infinite ones, NaN for NaN."""
+    """Returns 0 for finite elements, Inf for infinite ones, and NaN for NaN."""
     return torch.where(piece.isfinite(), 0.0, piece.abs().float())
 
 
