@@ -78,7 +78,7 @@ def test_the_tables_of_speeds_hold_the_committed_results(page: Path) -> None:
 
 
 def test_the_tables_of_speeds_name_their_own_rows() -> None:
-    """One figure of each table, found by another road than the one that wrote it."""
+    """One figure of each table, computed in another way than by the code that wrote it."""
     ratios = {(row["case"], row["contender"]): row["ratio"]["p50"] for row in RESULT["rows"]}
     ms = {(row["case"], row["contender"]): row["ms"]["p50"] for row in RESULT["rows"]}
     step = "yolo11n fp32, AdamW fused, nothing to clip"

@@ -135,7 +135,7 @@ def test_no_graph_is_kept():
 
 @pytest.mark.parametrize("n", [5, 23])
 def test_losses_on_a_device_wait_in_rows_and_count_the_same(monkeypatch, n):
-    """The road of a GPU, with the host in its place: rows, several transfers, a late new name."""
+    """As on a GPU, with the host in its place: rows, several transfers, a new name later."""
     rows = LossMeter()
     direct = LossMeter()
     for i in range(n):

@@ -53,7 +53,7 @@ def test_a_loaded_state_is_whole_and_forgets_the_steps_before_it() -> None:
 
 @pytest.fixture
 def delayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The road of a GPU that nobody waits for: the record of step k comes before step k + 1."""
+    """As on a GPU without synchronisation: the record of step k arrives before step k + 1."""
     longrun.delay_records(monkeypatch)
 
 

@@ -1,4 +1,4 @@
-"""`Rollback` on the road of a GPU that nobody waits for: a record comes before the next step."""
+"""`Rollback` as on a GPU without synchronisation: a record arrives before the next step."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ class LongRun:
 
 
 def delay_records(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The road of a GPU that nobody waits for: the record of step k comes before step k + 1."""
+    """As on a GPU without synchronisation: the record of step k arrives before step k + 1."""
 
     def deliver(optimizer: GuardedOptimizer, *, before: bool) -> None:
         if before:

@@ -216,10 +216,10 @@ class Ranks:
 
 @contextmanager
 def collectives() -> Iterator[list[tuple[str, int]]]:
-    """The `(name, bytes)` of every collective that this rank takes part in while inside.
+    """Records `(name, bytes)` of every collective of this rank within the context.
 
-    Bytes are those of the tensors that this rank gives. Seen where every road meets, in the
-    dispatcher: c10d's own ops and the functional ones of DTensor.
+    Bytes are the size of this rank's input tensors. Recorded in the dispatcher, which all
+    collectives use: the ops of c10d and the functional ones of DTensor.
     """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode

@@ -158,7 +158,7 @@ class NobodyWaits(TorchDispatchMode):
 
 
 def test_the_meter_waits_for_nothing_during_an_epoch(monkeypatch, guarded):
-    """The road of losses on a GPU, with the host in its place."""
+    """Handles losses as on a GPU, with the host in its place."""
     monkeypatch.setattr(loss_meter, "_gpu_of", lambda values: torch.device("cpu"))
     meter, losses = LossMeter(), [*map(torch.tensor, guarded.losses[BATCHES : 2 * BATCHES])]
     with NobodyWaits():
