@@ -7,6 +7,7 @@ Modules:
                     `measure_grads`, `sanitize_grads_`
     adaptive        `clip_grad_adaptive_`, eager and compiled
     ops, compiled   the drop-in functions under `torch.compile`
-    flat_buckets    `FlatGradBuckets`
+    flat_buckets, flat_layout
+                    `FlatGradBuckets`
     patch           `patch_torch`
 """

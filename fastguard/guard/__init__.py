@@ -8,14 +8,14 @@ Modules:
     param_gradients           the gradients of the parameters
     stepper                   the ways to skip a step: `on_device`, `in_update`, `read_first`,
                               `whole_step`
-    flat_parameters, flat_step, flat_checks
+    flat_parameters, flat_blocks, flat_step, flat_checks
                               `flat_parameters=True`: parameters and state in one buffer
     compiled_step, compiled_state, masked_update, tensor_settings
                               `compile_step=True`: a compiled update with masked writes
     inner_step, step_hooks, step_in_flight
                               calls of the wrapped optimizer; undoing a step after an exception
     grad_scaler, found_inf    loss scaling
-    state_dict/               saving and loading
+    saving, state_dict/       saving and loading
     unit_clipping, clamp      `AGC` and `clip_value` within a step
     model_buffers, buffer_places
                               restoring batch statistics after a skipped step

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from fastguard.functional.flat_buckets import check_flat, dtype_of_grad
+from fastguard.functional.flat_layout import check_flat, dtype_of_grad
 from fastguard.gradients.buckets import name_of
 from fastguard.gradients.tensor_kinds import PLAIN_TYPES
 from fastguard.ranks.dtensors import is_dtensor

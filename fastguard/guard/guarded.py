@@ -45,11 +45,10 @@ from fastguard.guard.compiled_state import check_compiled_optimizer
 from fastguard.guard.flat_checks import check_flat_dtypes, check_flat_optimizer
 from fastguard.guard.grad_scaler import ScalerInputs, longest_search, scaler_inputs, tell_scaler
 from fastguard.guard.inner_step import ClosureNeeded, StepCall, StepSignature
-from fastguard.guard.lifetime import saved_with
 from fastguard.guard.param_gradients import Flat, Gradients
 from fastguard.guard.rank_arguments import arguments_of, places_of
-from fastguard.guard.reporting import ReportingOptimizer
-from fastguard.guard.state_dict import guard_state, inner_state, parts, torch_dcp
+from fastguard.guard.saving import SavableOptimizer
+from fastguard.guard.state_dict import guard_state, torch_dcp
 from fastguard.guard.step_hooks import with_own_hooks, without_global_pre_hooks
 from fastguard.guard.step_in_flight import StepInFlight
 from fastguard.guard.stepper import requested_stepper
@@ -77,7 +76,7 @@ NOT_GIVEN: Any = object()
 """Default for the closure; an explicit None is passed to the wrapped `step`."""
 
 
-class GuardedOptimizer(ReportingOptimizer):
+class GuardedOptimizer(SavableOptimizer):
     """Wraps an optimizer so that bad steps never reach the weights.
 
     Args:
@@ -429,49 +428,3 @@ class GuardedOptimizer(ReportingOptimizer):
             set_to_none: As in torch; ignored with flat buckets.
         """
         self._gradients.zero_(set_to_none)
-
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
-        """Returns the state dict of the wrapped optimizer, with the guard's state in `"fastguard"`.
-
-        For `torch.distributed.checkpoint`, the first param group contains that state as well.
-        """
-        for hook in self._optimizer_state_dict_pre_hooks.values():
-            hook(self)
-        guard = guard_state.save(self._state, self._policy, self._taken_back)
-        state_dict = parts.joined(self.optimizer.state_dict(), guard)
-        if torch_dcp.is_calling():
-            torch_dcp.embed(state_dict, self.optimizer)
-        for hook in self._optimizer_state_dict_post_hooks.values():
-            state_dict = hook(self, state_dict) or state_dict
-        return state_dict
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads the state of optimizer and guard, including counters and spike baselines.
-
-        A state dict without `"fastguard"` resets the guard, with a warning. `lifetime` keeps counts
-        that loading takes back.
-
-        Args:
-            state_dict: The result of `state_dict()`.
-
-        Raises:
-            TypeError, ValueError: It belongs to another configuration; nothing was changed.
-        """
-        state_dict = parts.opened(state_dict)
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = hook(self, state_dict) or state_dict
-        wrapped, saved = parts.parts(state_dict, self.optimizer)
-        guard = guard_state.load(saved, self._policy, self._device)
-        taken_back = saved_with(saved)
-        inner_state.load(self.optimizer, wrapped, self._check_param_groups)
-        self._fitting_stepper().reset()
-        self._observed = ObservedLosses()
-        self._go_on_from(guard, taken_back)
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
-
-    def _check_param_groups(self) -> None:
-        limits(self.param_groups, self.clip_scope, self.max_norm)
-        for group in self.param_groups:
-            check_settings(group, group["params"])

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from fastguard.functional.flat_buckets import FlatGradBuckets, check_flat
+from fastguard.functional.flat_buckets import FlatGradBuckets
+from fastguard.functional.flat_layout import check_flat
 from fastguard.gradients.buckets import GradBuckets, bucketize
 from fastguard.gradients.tensor_kinds import WRAPPED
 from fastguard.guard.clip_scope import ClipScope, Layout, lay_out
@@ -193,9 +194,9 @@ class Gradients:
         name = next(name for name, q in named if q is p)
         argument = "flat_parameters" if self.with_parameters else "flat_buckets"
         raise RuntimeError(
-            f"{name} or its gradient was replaced, frozen or thawed, and {argument}={TRUSTED!r} "
-            "promises that none is; clear gradients with the zero_grad() of the guard, or pass "
-            f"{argument}=True, which looks at every parameter in every step"
+            f"{name} or its gradient was replaced, frozen or unfrozen, which "
+            f"{argument}={TRUSTED!r} does not allow; clear gradients with the zero_grad() of the "
+            f"guard, or pass {argument}=True, which checks every parameter in every step"
         )
 
     def _refuse_wrapped(self, buckets: GradBuckets) -> None:

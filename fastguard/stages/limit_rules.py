@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ class AdaptiveLimit:
         ...         return [state[0] + (norm - state[0]) / (step.seen + 1)]
     """
 
-    initial: Sequence[float] = ()
+    initial: ClassVar[Sequence[float]] = ()
 
     def limit(self, norm: Tensor, state: Tensor, step: LimitStep) -> Tensor:
         """Returns the limit of each segment for this step.
@@ -140,7 +140,7 @@ class ZClip(AdaptiveLimit):
     warmup: int = 25
     max_norm: float | None = 1.0
 
-    initial: Sequence[float] = (0.0, 0.0)  # mean, variance
+    initial: ClassVar[Sequence[float]] = (0.0, 0.0)  # mean, variance
 
     def __post_init__(self) -> None:
         set_number(self, "z", _positive("ZClip z", self.z))
@@ -239,7 +239,7 @@ class AdaGC(AdaptiveLimit):
     warmup: int = 100
     max_norm: float = 1.0
 
-    initial: Sequence[float] = (math.inf,)  # average: the minimum with the first norm is that norm
+    initial: ClassVar[Sequence[float]] = (math.inf,)  # average, before a first minimum
 
     def __post_init__(self) -> None:
         set_number(self, "ratio", _positive("AdaGC ratio", self.ratio))

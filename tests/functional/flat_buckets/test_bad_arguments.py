@@ -19,9 +19,9 @@ def test_parameters_without_dense_real_gradients_are_refused_and_nothing_is_atta
             FlatGradBuckets([good, bad])
         assert good.grad is None
     for nothing in ([], [torch.zeros(2)]):
-        with pytest.raises(ValueError, match="no parameter that needs a gradient"):
+        with pytest.raises(ValueError, match="no parameter that requires grad"):
             FlatGradBuckets(nothing)
-    with pytest.raises(ValueError, match="no parameter that needs a gradient"):
+    with pytest.raises(ValueError, match="no parameter that requires grad"):
         FlatGradBuckets(p for p in ())
 
 

@@ -1,4 +1,4 @@
-"""`flat_parameters="trusted"`, `flat_buckets="trusted"`: a step looks at a share of the tensors."""
+"""`flat_parameters="trusted"`, `flat_buckets="trusted"`: a step checks a share of the tensors."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fastguard import GuardedOptimizer
-from fastguard.functional.flat_buckets import LEAST, TURNS, share_of
+from fastguard.functional.flat_layout import SMALLEST_SHARE, TURNS, share_of
 from guardtest.flat_pairs import CLOSE, in_one_buffer
 from guardtest.grads import assert_bitwise_equal
 
@@ -42,14 +42,16 @@ def train(model, opt, numbers):
 
 
 @pytest.mark.parametrize("n", [0, 1, 15, 16, 17, 1000, 5000])
-def test_all_are_seen_in_64_turns(n):
+def test_all_are_checked_in_64_turns(n):
     seen = [i for turn in range(5, 5 + TURNS) for i in range(n)[share_of(n, turn)]]
     assert set(seen) == set(range(n))
-    assert max(len(range(n)[share_of(n, turn)]) for turn in range(TURNS)) <= max(LEAST, n / 60)
+    assert max(len(range(n)[share_of(n, turn)]) for turn in range(TURNS)) <= max(
+        SMALLEST_SHARE, n / 60
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_is_the_same_as_without(kind):
+def test_training_equals_training_without_it(kind):
     models = [perceptron() for _ in range(3)]
     guards = [guard(models[0], kind), guard(models[1], kind, True), guard(models[2], None)]
     for model, opt in zip(models, guards, strict=True):
@@ -82,7 +84,7 @@ BROKEN = (replace_grad, remove_grads, swap_memory_of_grad, freeze)
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("change", BROKEN, ids=lambda f: f.__name__)
-def test_a_broken_promise_is_an_error_that_changes_nothing(kind, change):
+def test_a_replaced_tensor_is_an_error_and_nothing_is_changed(kind, change):
     model = perceptron()
     opt = guard(model, kind)
     train(model, opt, range(2))
@@ -95,7 +97,7 @@ def test_a_broken_promise_is_an_error_that_changes_nothing(kind, change):
     assert opt.steps_taken == 2
 
 
-def test_a_parameter_with_other_memory_is_an_error():
+def test_a_parameter_with_replaced_memory_is_an_error():
     model = perceptron()
     opt = guard(model, "flat_parameters")
     train(model, opt, range(2))
@@ -105,7 +107,7 @@ def test_a_parameter_with_other_memory_is_an_error():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_thawed_parameter_is_an_error(kind):
+def test_an_unfrozen_parameter_is_an_error(kind):
     model = perceptron()
     model[0].weight.requires_grad_(False)
     opt = guard(model, kind)
@@ -116,7 +118,7 @@ def test_a_thawed_parameter_is_an_error(kind):
         opt.step()
 
 
-def test_among_thousands_one_replaced_gradient_is_found_within_64_steps():
+def test_one_replaced_gradient_among_thousands_is_found_within_64_steps():
     parameters = [nn.Parameter(torch.zeros(2)) for _ in range(3000)]
     opt = GuardedOptimizer(torch.optim.SGD(parameters, lr=0.1), flat_parameters="trusted")
     opt.step()
@@ -127,7 +129,7 @@ def test_among_thousands_one_replaced_gradient_is_found_within_64_steps():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_param_group_that_is_added_later(kind):
+def test_a_param_group_added_later(kind):
     models = [perceptron() for _ in range(2)]
     guards = [guard(models[0], kind), guard(models[1], kind, True)]
     for model, opt in zip(models, guards, strict=True):
@@ -140,7 +142,7 @@ def test_a_param_group_that_is_added_later(kind):
         assert_bitwise_equal(p.detach(), q.detach())
 
 
-def test_copies_and_state_dicts_go_on():
+def test_copies_and_state_dicts():
     model = perceptron()
     opt = guard(model, "flat_parameters")
     train(model, opt, range(4))
@@ -158,8 +160,8 @@ def test_copies_and_state_dicts_go_on():
 
 
 @pytest.mark.parametrize("value", [True, "trusted"])
-def test_a_graph_from_before_the_step_is_stale(value):
-    """Autograd notices by the version counters, which flat updates have to move themselves."""
+def test_a_graph_from_before_the_step_is_invalid(value):
+    """Autograd detects it by version counters, which flat updates must increment themselves."""
     model = perceptron()
     opt = guard(model, "flat_parameters", value)
     train(model, opt, range(2))
@@ -171,8 +173,8 @@ def test_a_graph_from_before_the_step_is_stale(value):
         loss.backward()
 
 
-def test_every_version_counter_moves_unless_the_promise_was_given():
-    for value, n_moved in ((True, 1000), ("trusted", LEAST)):
+def test_every_version_counter_is_incremented_unless_trusted():
+    for value, n_moved in ((True, 1000), ("trusted", SMALLEST_SHARE)):
         parameters = [nn.Parameter(torch.zeros(2)) for _ in range(1000)]
         opt = GuardedOptimizer(torch.optim.SGD(parameters, lr=0.1), flat_parameters=value)
         opt.step()
@@ -189,8 +191,8 @@ def test_other_values_are_refused(kind, value):
         guard(perceptron(), kind, value)
 
 
-def test_a_parameter_list_that_was_edited_is_noticed():
-    """Two different tensors of one element may be equal: `==` of lists says they are the same."""
+def test_an_edited_parameter_list_is_detected():
+    """Different tensors with one element may be equal, so `==` of lists is not enough."""
     old, new = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))
     inner = torch.optim.SGD([old], lr=1.0)
     opt = GuardedOptimizer(inner, flat_buckets=True)
