@@ -114,7 +114,7 @@ def test_an_unfrozen_parameter_is_an_error(kind):
     train(model, opt, range(2))
     model[0].weight.requires_grad_(True)
     backward(model, 3)
-    with pytest.raises(RuntimeError, match=r"0\.weight or its gradient was replaced.* or thawed"):
+    with pytest.raises(RuntimeError, match=r"0\.weight or its gradient was replaced.* or unfrozen"):
         opt.step()
 
 
