@@ -151,7 +151,7 @@ class CompiledStep(ReadsFirstIfNeeded):
         run_global_hooks(self.optimizer)
         start = None if graph.has_run else time.perf_counter()
         args = verdict.found_inf, multiplier, verdict.clean, *inputs
-        call.returned.append(graph.run(*args) or None)  # one line: no interrupt comes between
+        call.returned.append(graph.run(*args) or None)  # one line: no interrupt in between
         graph.has_run = True
         if start is not None:
             log.info(

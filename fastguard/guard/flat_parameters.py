@@ -54,7 +54,7 @@ class FlatParameters:
 
     @property
     def on_host(self) -> bool:
-        """Whether reading the verdict costs nothing."""
+        """Whether the gradients are on a CPU, where reading the verdict costs nothing."""
         return all(b.flat.device.type == "cpu" for b in self._flat.buffers)
 
     @contextmanager

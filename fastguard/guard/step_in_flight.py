@@ -1,4 +1,4 @@
-"""`StepInFlight`: makes a guarded step atomic, so that an exception leaves it taken or not taken.
+"""`StepInFlight`: makes a guarded step atomic: after an exception it counts fully, or not at all.
 
 An exception can occur at any line: out of memory in the wrapped step, Ctrl-C anywhere. So the guard
 either keeps the previous values of what a step changes (counters, spike baselines, observed

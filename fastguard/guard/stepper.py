@@ -56,7 +56,7 @@ class Stepper(Protocol):
     def applicable(
         self, limits: tuple[Limit, ...], rules: tuple[Rule, ...]
     ) -> tuple[tuple[Limit, ...], tuple[Rule, ...]]:
-        """Returns the limits and spike rules that can be applied, in place of the given ones."""
+        """Returns the limits and spike rules adapted to what this stepper can apply."""
         ...
 
     def evaluate(self, call: StepCall, loss: Any, *, stop_at_nonfinite: bool) -> tuple[Any, Any]:
@@ -68,7 +68,8 @@ class Stepper(Protocol):
             stop_at_nonfinite: Whether repeated evaluations end with the first non-finite loss.
 
         Returns:
-            The result of `GuardedOptimizer.step` in case the wrapped `step` returns None; the loss.
+            The result of `GuardedOptimizer.step`, used if the wrapped `step` returns None; and the
+            loss.
         """
         ...
 

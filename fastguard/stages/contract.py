@@ -164,7 +164,7 @@ class GuardState:
         return GuardState(counters, windows, rings, limits)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copies carry no `undo`: the step that it belongs to ends here, not in the copy."""
+        """Copies have no `undo`, which belongs to a step of the original."""
         return GuardState, (self.counters, self.windows, self.rings, self.limits)
 
     def note_all(self) -> None:

@@ -43,9 +43,10 @@ if TYPE_CHECKING:
 
 
 ROUNDED_OFF = 1e-6
-"""Above the rounding error of sums of weights such as 1/3, below the weight of 1 copy in 10^6."""
+"""Tolerance for rounding weighted counts up: above the rounding error of weights such as 1/3, and
+below 1e-6, the weight of one of a million copies."""
 INCURABLE = 2.0**-20
-"""Added to the number of scalers: exactly representable, and in sum below 1 on 10^6 ranks."""
+"""Added per rank to the number of scalers; exact in float64, and below 1 in total on 10^6 ranks."""
 
 
 LEAST = 2.0**-1022
@@ -124,8 +125,8 @@ def _as_power_sums(stats: GradStats) -> Tensor:
 def _exceeds_float64(power_sums: Tensor) -> bool:
     """Whether a power sum exceeds the range of float64, so that the ranks must sum norms instead.
 
-    All ranks see the same sums. Only called on a CPU, since a GPU would have to synchronise. There,
-    the norm becomes inf, so that the step is bad, or it is at most 1e-48, too small to matter.
+    All ranks see the same sums. Only called on a CPU, since a GPU would have to synchronise. On a
+    GPU, the norm becomes inf, which makes the step bad, or it is below 1e-48, too small to matter.
     """
     x = power_sums.numpy()
     return bool(((x == math.inf) | (x > 0) & (x < LEAST * 2.0**62)).any())

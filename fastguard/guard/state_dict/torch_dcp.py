@@ -61,8 +61,8 @@ def embed(state_dict: dict[str, Any], optimizer: Optimizer) -> None:
 def make_room(optimizer: Optimizer) -> None:
     """Adds an entry for the guard's state to the param groups if a state dict to load has one.
 
-    Called by the property `state`, which torch.distributed.checkpoint reads first when loading.
-    With an entry, a flattened state dict without the guard's state could not be loaded.
+    Called by the property `state`, which torch.distributed.checkpoint reads first when loading. For
+    a flattened state dict without the guard's state no entry is added, as torch would miss it.
     """
     reader = sys._getframe(2)
     if reader.f_globals.get("__name__") != _MODULE or reader.f_code.co_name != _FIRST_READER:

@@ -76,7 +76,7 @@ def decide(
     coefs = _clip_coefs(stats, policy, max_norm, spike_limit, total_norm, sums, bad_grad)
     clip_coef = coefs if isinstance(coefs, Tensor) else _float64([coefs])
     multiplier, smallest = clip_coef, _smallest(coefs)
-    multiplies = smallest != 1.0  # NaN is not 1
+    multiplies = smallest != 1.0  # True for NaN
     if skip:
         multiplier, multiplies = torch.ones_like(clip_coef), False
     elif signals.inv_scale is not None:
