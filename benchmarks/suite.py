@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.targets import MODELS, WHOLE_STEPS
+from fastguard.commands.bench.contenders import PEERS_ON_CUDA
 from fastguard.commands.bench.selection import FUNCTIONS, USUAL_STEP
 from fastguard.commands.bench.steps import FLAT_PARAMETERS, STEPS, TRUSTED_PARAMETERS
 from fastguard.commands.bench.workload import Case, Shape, Situation
@@ -25,7 +26,6 @@ STEP_SITUATIONS: tuple[Situation, ...] = (*CLIPS, "one NaN, skipped")
 EVERYONE = (*FUNCTIONS[:1], "torch for-loop", *FUNCTIONS[1:])
 COMPILED = ("torch foreach", "torch compiled", "fastguard", "fastguard compiled")
 LARGE_FIELD = ("torch foreach", "fastguard")
-ON_CUDA = ("apex", "TransformerEngine")
 
 STEP_FIELD = (
     "bare step",
@@ -44,6 +44,10 @@ EXTREMES: dict[str, list[Shape]] = {
     "20k LoRA": [(8, 128), (128, 8)] * 10_000,
 }
 ONE_GB: dict[str, list[Shape]] = {"1 x 256M": [(2**28,)]}
+# The lists of NeMo Automodel's pull request 3685; the shapes of the first are not in it, but their
+# number, 500, and the number of their elements, 859 * 2**18.
+MIXED_MATRICES: list[Shape] = [(1024, 512)] * 359 + [(512, 512)] * 141
+ONE_3_GB: list[Shape] = [(6_000_261, 256)]
 
 
 def model_shapes(name: str) -> list[Shape]:
@@ -60,7 +64,7 @@ def cases(device: torch.device) -> list[Case]:
 def function_cases(device: torch.device) -> list[Case]:
     """Returns the cases of clipping: models, extremes, dtypes, a NaN, cold caches, compiled."""
     cuda = device.type == "cuda"
-    everyone = (*EVERYONE, *ON_CUDA) if cuda else EVERYONE
+    everyone = (*EVERYONE, *PEERS_ON_CUDA) if cuda else EVERYONE
 
     def both(name: str, shapes: list[Shape], dtype: str = "fp32", **more) -> list[Case]:
         few = sum(torch.Size(s).numel() for s in shapes) >= LARGE and not cuda
@@ -78,8 +82,10 @@ def function_cases(device: torch.device) -> list[Case]:
         listed += both("llama-3-8b", model_shapes("llama-3-8b"), "bf16")
     for name, shapes in (EXTREMES | ONE_GB if cuda else EXTREMES).items():
         listed += both(name, shapes)
+    listed += both("500 matrices", MIXED_MATRICES, "mixed matrices")
     if cuda:
         listed += both("1 x 256M", ONE_GB["1 x 256M"], "bf16")
+        listed += both("1 x 1536M", ONE_3_GB, "bf16")
     else:
         listed += both("5000 x 100", EXTREMES["5000 x 100"], cold=True)
     for name, shapes in (

@@ -203,6 +203,26 @@ def transformer_engine_clip(work: Workload) -> Prepared:
     return _on_parameters(work, call)
 
 
+def nemo_automodel_clip(work: Workload) -> Prepared:
+    """Clips as NeMo Automodel does: sum of squares in Triton kernels, then torch's scaling."""
+    _finite_only(work)
+    _needs_cuda(work)
+    try:
+        from nemo_automodel.components.training.triton.grad_norm import (  # type: ignore[import-not-found]
+            multi_tensor_sumsq,
+        )
+    except ImportError as error:
+        raise NotHere(f"nemo_automodel is not importable ({error})") from None
+
+    def call() -> Tensor:
+        norm = multi_tensor_sumsq(work.grads).sqrt()
+        torch.nn.utils.clip_grads_with_norm_(work.parameters, work.max_norm, norm)
+        return norm
+
+    return _on_parameters(work, call)
+
+
+PEERS_ON_CUDA = ("apex", "TransformerEngine", "NeMo Automodel")
 CONTENDERS: dict[str, Callable[[Workload], Prepared]] = {
     "torch foreach": torch_foreach,
     "torch for-loop": torch_for_loop,
@@ -212,6 +232,7 @@ CONTENDERS: dict[str, Callable[[Workload], Prepared]] = {
     READ_PASS: read_pass,
     "apex": apex_clip,
     "TransformerEngine": transformer_engine_clip,
+    "NeMo Automodel": nemo_automodel_clip,
     "fastguard": fastguard_function,
     "fastguard compiled": fastguard_compiled,
     "fastguard flat": fastguard_flat,

@@ -141,7 +141,7 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    for package in ("triton", "numpy", "apex", "transformer_engine"):
+    for package in ("triton", "numpy", "apex", "transformer_engine", "nemo_automodel"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fastguard.commands.bench.contenders import PEERS_ON_CUDA
 from fastguard.commands.bench.steps import STEPS
 from fastguard.commands.bench.workload import Case, Shape
 
@@ -31,7 +32,7 @@ def gpt2_shapes(layers: int = 12, width: int = 768, vocabulary: int = 50257) -> 
 def selection(device: torch.device) -> list[Case]:
     """A model, many small tensors, and whole steps."""
     gpt2 = gpt2_shapes()
-    functions = (*FUNCTIONS, "apex", "TransformerEngine") if device.type == "cuda" else FUNCTIONS
+    functions = (*FUNCTIONS, *PEERS_ON_CUDA) if device.type == "cuda" else FUNCTIONS
     cases = [
         Case("gpt2-124m", gpt2, functions, situation="nothing to clip"),
         Case("gpt2-124m", gpt2, functions, situation="clipping"),

@@ -27,6 +27,7 @@ Shape = tuple[int, ...]
 Situation = Literal["nothing to clip", "clipping", "one NaN, zeroed", "one NaN, skipped"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 UPDATED = {"AdamW": 3, "SGD": 2}  # tensors as large as g that a step reads and writes
+MIXED_FROM = 2**19
 BLOCK = 2**22 - 3  # random values drawn; tiled, because drawing 1e9 takes longer than measuring
 
 
@@ -52,7 +53,8 @@ class Case:
         shapes: One shape per parameter.
         contenders: Names from `contenders.CONTENDERS` and `steps.STEPS`.
         baseline: The contender whose time is divided by that of each other one.
-        dtype: `"fp32"`, `"bf16"`, `"fp16"`, or `"mixed"`: bf16 matrices and fp32 vectors.
+        dtype: `"fp32"`, `"bf16"`, `"fp16"`; `"mixed"`: bf16 matrices and fp32 vectors;
+            `"mixed matrices"`: bf16 from `MIXED_FROM` elements on, fp32 below.
         situation: State of the gradients.
         optimizer: `("AdamW" | "SGD", "fused" | "foreach")` for a whole step; None: a function.
         cold: Whether caches are emptied before every call. Always the case on a GPU.
@@ -196,6 +198,8 @@ def float64_norm(tensors: Sequence[Tensor]) -> float:
 
 
 def _dtype(name: str, shape: Shape) -> torch.dtype:
+    if name == "mixed matrices":
+        return torch.bfloat16 if math.prod(shape) >= MIXED_FROM else torch.float32
     if name == "mixed":
         return torch.float32 if len(shape) < 2 else torch.bfloat16
     return DTYPES[name]

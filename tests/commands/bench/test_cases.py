@@ -80,3 +80,12 @@ def test_every_target_of_a_cpu_has_its_case_in_the_suite(benchmarks):
     verdicts = targets.judge(result)
     assert [v["what"] for v in verdicts if v["device"] == "cpu" and v["met"] is None] == []
     assert all(v["measured"] == targets.NOT_MEASURED for v in verdicts if v["device"] == "cuda")
+
+
+def test_the_lists_of_another_library_have_its_numbers_of_elements(benchmarks):
+    suite = benchmarks("suite")
+    cases = {case.name: case for case in suite.cases(torch.device("cuda"))}
+    matrices, one = cases["500 matrices"], cases["1 x 1536M"]
+    assert (len(matrices.shapes), matrices.elements) == (500, 225_181_696)
+    assert matrices.grad_bytes == 2 * 359 * 2**19 + 4 * 141 * 2**18
+    assert (one.elements, one.grad_bytes) == (1_536_066_816, 3_072_133_632)

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 
 from fastguard.commands.bench import Case
-from fastguard.commands.bench.contenders import CONTENDERS, READ_PASS
+from fastguard.commands.bench.contenders import CONTENDERS, PEERS_ON_CUDA, READ_PASS
 from fastguard.commands.bench.machine import Ceilings
 
 ROOT = Path(__file__).parents[3]
@@ -19,7 +19,7 @@ LIMIT = Ceilings(read_gb_s=10.0, update_gb_s=20.0, copy_gb_s=20.0)
 SHAPES = [(40, 7), (7,), (3, 5, 2), (300,)]
 ONLY_READ = ("fastguard measure", "fastguard measure flat", READ_PASS)
 EAGER = tuple(name for name in CONTENDERS if "compiled" not in name and name not in ONLY_READ)
-ON_CPU = tuple(name for name in EAGER if name not in ("apex", "TransformerEngine"))
+ON_CPU = tuple(name for name in EAGER if name not in PEERS_ON_CUDA)
 
 
 def benchmarks(name: str) -> ModuleType:
