@@ -22,9 +22,9 @@ SECONDS = 0.5  # per point
 
 # series -> key of a row for the axis, unit of the slope, factor from ms to that unit
 AXES: dict[str, tuple[str, str, float]] = {
-    "tensors": ("tensors", "µs a tensor", 1e3),
-    "bytes": ("grad_bytes", "ms a GB", 1e9),
-    "segments": ("segments", "µs a segment", 1e3),
+    "tensors": ("tensors", "µs per tensor", 1e3),
+    "bytes": ("grad_bytes", "ms per GB", 1e9),
+    "segments": ("segments", "µs per segment", 1e3),
 }
 
 

@@ -37,7 +37,7 @@ def growth(result: Result) -> Figure | None:
         title, label = titles[series]
         axis.set_title(title)
         axis.set_xlabel(label)
-        axis.set_ylabel("ms a call")
+        axis.set_ylabel("ms per call")
     _memory(axes[1, 1], result)
     for axis in axes.flat:
         axis.set_xscale("log")

@@ -35,7 +35,7 @@ def test_fits_find_slope_and_exponent(benchmarks, result):
     made_up["rows"] = []
     for n in growth.TENSORS:
         row = copy.deepcopy(result["rows"][0])
-        ms = 1e-3 * n  # 1 µs a tensor
+        ms = 1e-3 * n  # 1 µs per tensor
         row |= {"series": "tensors", "tensors": n, "contender": "fastguard"}
         row["host_ms"] = {"p20": ms, "p50": ms, "p80": ms}
         made_up["rows"].append(row)

@@ -1,7 +1,7 @@
-"""Compiles kernels ahead of time, without a GPU, and reads what the compiler made of them.
+"""Compiles kernels ahead of time, without a GPU, and reads their machine code.
 
 `python -m guardtest.machine_code [TARGET...] [only=BEGINNING]` prints one JSON line for each kernel
-variant (whose name begins so) and target. It must run in a process of its own, without
+variant whose name has this beginning, and target. It must run in a separate process, without
 TRITON_INTERPRET.
 """
 
@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 CUDA = (80, 90, 100)
-SLOW_FP64 = (89, 120)  # they measure in another way; the other kernels are the same
+SLOW_FP64 = (89, 120)  # `measure` differs on them; the other kernels do not
 ROCM = ("gfx90a", "gfx942")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32, "fp64": tl.float64}
@@ -41,14 +41,14 @@ def compiled(
     target: int | str,
     threads: int | None = None,
 ):
-    """A kernel for a target, with the options of its launcher.
+    """Compiles a kernel for a target, with the options of its launcher.
 
     Args:
         launcher: A `fastguard.kernels.launch.Launcher`.
-        signature: Type of each argument that is no constant, such as `"*fp64"` or `"i32"`.
-        constants: The others.
+        signature: Type of each argument that is not a constant, such as `"*fp64"` or `"i32"`.
+        constants: The constants.
         target: A CUDA architecture such as 90, or a ROCm one such as "gfx942".
-        threads: Of a program, where ROCm takes fewer warps for as many.
+        threads: Threads per program, for ROCm, whose warps are larger.
     """
     kernel = launcher.kernel
     options = dict(launcher.options)
@@ -66,7 +66,7 @@ def compiled(
 
 
 def sass(kernel) -> str:
-    """The machine code of a CUDA kernel."""
+    """Returns the machine code of a CUDA kernel as text."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
@@ -82,9 +82,10 @@ def sass(kernel) -> str:
 
 
 def read_cuda(kernel) -> dict:
-    """Registers, spills, and the main loop: the shortest with most 128-bit loads of any.
+    """Returns registers, spills, and counts of the main loop: the shortest with 128-bit loads.
 
-    Loads and instructions of a loop that the compiler unrolled are those of all its copies."""
+    If the compiler unrolled the loop, the counts include all copies.
+    """
     text = sass(kernel)
     code = [(int(at, 16), name, rest) for at, name, rest in _INSTRUCTION.findall(text)]
     loops = []
@@ -99,7 +100,7 @@ def read_cuda(kernel) -> dict:
         "spills": sum(name.startswith(("LDL", "STL")) for _, name, _ in code),
     }
     if wide:
-        # The loop that does the work without looking for what is wrong has no barrier in it.
+        # The main loop has no barrier; loops that count non-finite elements do.
         main = min((w for w in wide if not _count(w, "BAR")), key=Counter.total)
         loads = _count(main, "LDG", "128")
         report |= {
@@ -118,7 +119,7 @@ def _count(loop: Counter, name: str, width: str = "") -> int:
 
 
 def read_rocm(kernel) -> dict:
-    """Registers and spills of a ROCm kernel, and its loads and stores of 128 bits."""
+    """Returns registers, spills, and 128-bit loads and stores of a ROCm kernel."""
     text = kernel.asm["amdgcn"]
     number = {
         what: int(re.search(rf"\.{what}:\s+(\d+)", text)[1])
@@ -133,7 +134,7 @@ def read_rocm(kernel) -> dict:
 
 
 def variants():
-    """`(name, launcher, signature, constants)` of what is compiled."""
+    """Yields `(name, launcher, signature, constants)` of each variant to compile."""
     from fastguard.kernels import apply, decide, measure, record, summary, tuning, units
     from fastguard.stages.formulas import holds_norms
 
@@ -166,7 +167,7 @@ def variants():
     for dtype, group in (("fp16", 8), ("bf16", 8), ("fp32", 4)):
         yield measured(dtype, group=group)
         yield measured(dtype, group=group, one=False)
-    # Every dtype with every other norm, and either value of the two switches with each.
+    # Each dtype with every other norm, and both values of the two switches with each.
     yield measured("fp16", p=inf)
     yield measured("bf16", p=inf, one=False, scale=False)
     yield measured("fp32", p=inf)
@@ -226,7 +227,7 @@ def variants():
     }
     sizes = ("n_segments", "max_norm_stride", "n_losses", "n_rules", "ring_stride")
     verdict |= dict.fromkeys(sizes, "i32")
-    # (rules, segments, p, norms in place of power sums, mode, what signals there are)
+    # (rules, segments, p, norms instead of power sums, mode, signals)
     for rules, segments, p, rooted, mode, has in (
         (0, 32, 2.0, False, "PROPAGATE", False),
         (0, 128, inf, False, "ZERO", True),
@@ -285,14 +286,14 @@ def variants():
 
 
 def update_variants():
-    """Of the update kernel, and of what counts its steps."""
+    """Yields the variants of the update kernel and of `advance`."""
     from fastguard.kernels import formulas, update
 
     names = ("chunks_ptr", "tensors_ptr", "addresses_ptr")
     pointers = {**dict.fromkeys(names, "*i64"), "coefficients_ptr": "*fp64"}
     pointers |= {"multiplier_ptr": "*fp64", "clean_ptr": "*fp32", "found_inf_ptr": "*fp32"}
     pointers["n_chunks"] = "i32"
-    # name, algorithm, weight, gradient, states, then what differs from the ordinary
+    # name, algorithm, (weight, gradient, states), options that differ from the default
     fp32, bf16 = ("fp32", "fp32", ("fp32", "fp32")), ("bf16", "bf16", ("bf16", "bf16"))
     mixed = ("bf16", "bf16", ("fp32", "fp32"))
     cases = [

@@ -1,10 +1,10 @@
-"""Values whose squares, added in float32, round the worst way; measured as a slow card does."""
+"""Values whose squares round worst when added in float32, as on a card with little fp64."""
 
 import inspect
 
 import torch
 
-# Of millions of random patterns those whose sums, as a tree, are furthest off: 7e-8 to 9e-8 of the
+# Of millions of random patterns, those with the largest errors of tree sums: 7e-8 to 9e-8 of the
 # norm, and at some lengths 13e-8 to 15e-8 of a norm in float32.
 BAD_PATTERNS = {
     torch.float32: [0.6765885, 1.0098354, 0.3796353, 1.5557141],
@@ -16,9 +16,9 @@ BAD_PATTERNS = {
 
 
 def sum_whole_vectors(monkeypatch, dtype: torch.dtype) -> None:
-    """From here on the kernels measure this dtype as on a card with little fp64."""
+    """Makes the kernels measure this dtype as on a card with little fp64."""
     from fastguard.kernels import measure
 
     monkeypatch.setattr(measure, "group_of", lambda *_: 16 // dtype.itemsize)
-    # Variants that are kept have the group of this device.
+    # Cached variants have the group size of this device.
     monkeypatch.setattr(measure, "_variant", inspect.unwrap(measure._variant))

@@ -1,4 +1,4 @@
-"""Updates of `fastguard.optim` to be taken by two backends."""
+"""Updates of `fastguard.optim`, for comparing two backends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SEGMENTS = [0, 1, 1, 0, 0, 1, 0]
 
 
 def hyper_rows(algorithm: str, **values: float) -> Tensor:
-    """Two groups with other hyper-parameters."""
+    """Returns two param groups with different hyper-parameters."""
     first = dict(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=1e-2, momentum=0.9)
     second = dict(lr=3e-2, beta1=0.8, beta2=0.95, eps=1e-6, weight_decay=0.0, momentum=0.5)
     rows = []
@@ -40,10 +40,10 @@ def random_update(
     hyper: dict[str, float] | None = None,
     **options: Any,
 ) -> Update:
-    """An update in the middle of a training run: tensors have taken 1 to 7 steps.
+    """Returns an update as in the middle of a training run: tensors have taken 1 to 7 steps.
 
     Args:
-        strided: Some gradients and states have other strides than their parameter.
+        strided: Whether some gradients and states have other strides than their parameter.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -91,12 +91,12 @@ def random_update(
 
 
 def copied(update: Update) -> Update:
-    """The same update of other memory, with the same strides."""
+    """Returns a copy of an update, with the same strides."""
     return copy.deepcopy(update)
 
 
 def written(update: Update) -> dict[str, Tensor]:
-    """All that an update writes, by name."""
+    """Returns all tensors that an update writes, by name."""
     named = {f"parameter {i}": t for i, t in enumerate(update.parameters)}
     named |= {f"master {i}": t for i, t in enumerate(update.masters)}
     named |= {f"step {i}": t for i, t in enumerate(update.steps)}
@@ -106,7 +106,7 @@ def written(update: Update) -> dict[str, Tensor]:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal bit for bit: the sign of 0 and NaN count too."""
+    """Whether tensors are bitwise equal, including the sign of 0 and NaN."""
     kinds = {8: torch.int64, 4: torch.int32, 2: torch.int16}
     kind = kinds[a.itemsize]
     return torch.equal(a.contiguous().view(kind), b.contiguous().view(kind))
