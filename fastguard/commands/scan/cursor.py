@@ -33,9 +33,11 @@ class Cursor:
     def __init__(self, block: Block) -> None:
         self._data = data = block.data
         # Equal lengths keep offsets valid in both.
-        self.lines = data.replace(b"\r\n", b" \n").replace(b"\r", b"\n") if b"\r" in data else data
-        self.size = len(data)
-        self.at = 0
+        self.lines: bytes = (
+            data.replace(b"\r\n", b" \n").replace(b"\r", b"\n") if b"\r" in data else data
+        )
+        self.size: int = len(data)
+        self.at: int = 0
         self._number, self._counted = block.number, 0
         self._suspects: Suspects | None = None
         self._values: dict[re.Pattern[bytes], int] = {}

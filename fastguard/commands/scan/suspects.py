@@ -44,7 +44,7 @@ class Suspects:
     """
 
     def __init__(self, lines: bytes) -> None:
-        self.lower = lines.lower()
+        self.lower: bytes = lines.lower()
         self._next = dict.fromkeys((*_NEEDLES, _JSON), -1)
         self._soonest = -1
 
