@@ -253,8 +253,8 @@ def without_rank_watch() -> str:
     return ""
 
 
-def test_the_noise_scale_asks_for_what_sees_the_local_gradients(four: Ranks) -> None:
-    assert "make a fastguard.RankWatch(opt, model)" in same_on_all(four.run(without_rank_watch))
+def test_the_noise_scale_needs_a_rank_watch(four: Ranks) -> None:
+    assert "create a fastguard.RankWatch(opt, model)" in same_on_all(four.run(without_rank_watch))
 
 
 # Shards.
