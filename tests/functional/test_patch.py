@@ -81,7 +81,7 @@ def test_undoing_too_often_is_an_error():
         fastguard.unpatch_torch()
     with fastguard.patch_torch():
         pass
-    with pytest.raises(RuntimeError, match="needs a patch_torch"):
+    with pytest.raises(RuntimeError, match="call patch_torch"):
         fastguard.unpatch_torch()
 
 
