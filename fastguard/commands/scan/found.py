@@ -80,7 +80,7 @@ class LogScan:
     @property
     def found(self) -> bool:
         """Whether anything bad was found."""
-        return self.n_bad > 0 or bool(self.series)
+        return self.n_bad > 0 or any(growth or series.alarms for series, growth in self.series)
 
 
 class Run:

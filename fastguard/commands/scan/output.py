@@ -107,10 +107,17 @@ def _judgement(series: Series, growth: Growth | None) -> Iterator[str]:
         unit = units.pop() if len(units) == 1 else "place"
         at = f"{unit}{'s' * (len(places) > 1)} {', '.join(number for _, number in places)}"
         more = f" and {series.n_spikes - len(shown):,} more" if series.n_spikes > len(shown) else ""
-        first = shown[0]
+        first, largest = shown[0], series.largest
+        further = ""
+        if largest is not None and series.n_spikes > len(shown):
+            further = f"; the largest at {' '.join(_at(largest.place, largest.line))}: "
+            further += f"{largest.value:.4g}, where {largest.threshold:.4g} is"
+        if not series.alarms:
+            further += "; not an alarm: a noisy series as long as this has such values"
         yield (
             f"SpikeRule(sigma={RULE.sigma:g}) would have skipped {at}{more}: {first.value:.4g}, "
-            f"where {first.threshold:.4g} is accepted (window={RULE.window}, warmup={RULE.warmup})"
+            f"where {first.threshold:.4g} is accepted (window={RULE.window}, "
+            f"warmup={RULE.warmup}){further}"
         )
     if growth is not None:
         yield (
@@ -213,6 +220,8 @@ def _series_as_dict(series: Series, growth: Growth | None) -> dict[str, Any]:
         "rule": {"sigma": RULE.sigma, "window": RULE.window, "warmup": RULE.warmup},
         "n_spikes": series.n_spikes,
         "spikes": spikes,
+        "largest_spike": None if series.largest is None else _placed(series.largest),
+        "alarm": series.alarms or growth is not None,
         "climbing_since": None if growth is None else _placed(growth),
     }
 

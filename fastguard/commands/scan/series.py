@@ -34,6 +34,17 @@ NAMES = 64
 POINTS = 512
 """Maximum number of points per series for judging growth; longer series are averaged in pairs."""
 
+LONG = 10_000
+"""Number of values from which only spikes far above the threshold are an alarm.
+
+The noise of a loss passes 6 sigma of 32 values once in a million values, and heavy-tailed gradient
+norms do so once in a hundred. There a spike must be 1.5 times as far above the mean, for every
+further factor of 10 a quarter more, and rarer than one in `RARE` or four times as high as the
+fourth highest.
+"""
+
+RARE = 2000
+
 FEWEST = 12
 """Minimum number of points for judging growth."""
 
@@ -79,11 +90,16 @@ class Series:
     Attributes:
         spikes: The first `KEPT` spikes.
         n_spikes: Number of spikes.
+        largest: The spike that is farthest above its threshold.
     """
 
     name: str
     spikes: list[Spike] = field(default_factory=list)
     n_spikes: int = 0
+    largest: Spike | None = None
+    _n: int = 0
+    _highest: list[float] = field(default_factory=list)  # four spikes, in order
+    _heights: list[int] = field(default_factory=lambda: [0] * 16)
     _ring: deque[float] = field(default_factory=lambda: deque(maxlen=RULE.window))
     _in_a_row: int = 0
     _points: list[tuple[int, Place, float]] = field(default_factory=list)
@@ -103,13 +119,33 @@ class Series:
         spike = exceeds and self._in_a_row < RULE.window
         self._in_a_row = self._in_a_row + 1 if exceeds else 0
         if spike:
-            self.n_spikes += 1
-            if len(self.spikes) < KEPT:
-                self.spikes.append(Spike(line, place, value, threshold))
+            self._take_spike(Spike(line, place, value, threshold))
         if value or not is_grad_norm(self.name):
             ring.append(threshold if spike else value)
         self._keep([line], lambda _: place, [value], 0, 1)
         return spike
+
+    def _take_spike(self, spike: Spike) -> None:
+        self.n_spikes += 1
+        if len(self.spikes) < KEPT:
+            self.spikes.append(spike)
+        mean = sum(self._ring) / len(self._ring)
+        height = (spike.value - mean) / (spike.threshold - mean)
+        self._heights[int(min(4 * height, len(self._heights) + 3)) - 4] += 1
+        self._highest = sorted([*self._highest, spike.value])[-4:]
+        if self.largest is None or spike.value / spike.threshold > (
+            self.largest.value / self.largest.threshold
+        ):
+            self.largest = spike
+
+    @property
+    def alarms(self) -> bool:
+        """Whether the spikes are more than the tail of a long noisy series."""
+        if self._n < LONG:
+            return self.n_spikes > 0
+        n = sum(self._heights[int(math.log10(self._n / LONG)) + 2 :])
+        stands_out = bool(self._highest) and self._highest[-1] > 4 * self._highest[0]
+        return 0 < n and (n <= max(3, self._n // RARE) or stands_out)
 
     def take_all(
         self, lines: Sequence[int], place: Callable[[int], Place], values: Sequence[float]
@@ -182,7 +218,7 @@ class Series:
         scale = low if low > 0 else max(smooth[: n // 2 + 1]) - low
         rise = end - low
         if len(tail) < max(FEWEST // 2, n // 10) or not rise > 0.25 * scale:
-            return None
+            return self._end_of_long(values)
         above = rise >= 0.5 * scale
         steady = _is_trend(values[low_at + 1 :])
         # Exclude the noise of a few points: all of the later half must lie above all values that
@@ -191,9 +227,21 @@ class Series:
         stays = above and len(later) >= FEWEST and min(later) > max(earlier[: 2 * half + 5])
         worse = n >= 20 and steady and begin > 0 and end >= 1.25 * begin
         if not ((above and (steady or stays)) or worse):
-            return None
+            return self._end_of_long(values)
         line, place, _ = points[low_at]
         return Growth(line, place, low, end)
+
+    def _end_of_long(self, values: list[float]) -> Growth | None:
+        """How a long series climbs within its last tenth, which points of many values hide."""
+        n = len(values)
+        level = median(values[n // 2 :])
+        end = min(self._ring, default=level)
+        low_at = max((i for i in range(n) if values[i] <= level), default=0)
+        highest = max(values[n // 2 : low_at + 1], default=level)
+        if self._stride == 1 or level <= 0 or end < 1.5 * level or end <= highest:
+            return None
+        line, place, _ = self._points[low_at]
+        return Growth(line, place, level, median(self._ring))
 
     def _keep(
         self,
@@ -203,6 +251,7 @@ class Series:
         at: int,
         end: int,
     ) -> None:
+        self._n += end - at
         while at < end:
             if not self._pending:
                 self._group = (lines[at], place(at))

@@ -151,9 +151,11 @@ class Table:
             for i, cell in enumerate(column):
                 if cell[-1:].isdigit() or (found := _nonfinite(name, cell)) is None:
                     continue
-                if found is _SENTENCE:
+                if found is _SENTENCE and not self._has_place(
+                    [cell.strip().decode(errors="replace") for cell in cells[i * k : i * k + k]]
+                ):
                     odd.add(i)
-                elif found is _BOUND or self._places[j]:
+                elif found in (_SENTENCE, _BOUND) or self._places[j]:
                     mentions.add(i)
                 else:
                     bad.setdefault(i, []).append(found)
@@ -196,6 +198,10 @@ class Table:
             self._bad |= bad_at.get(end, set())
             begin = end + 1
 
+    def _has_place(self, cells: list[str]) -> bool:
+        """Whether the cells of the place are numbers, as in a row."""
+        return bool(self._places_at) and all(cells[i][-1:].isdigit() for i, _ in self._places_at)
+
     def _row(self, cells: list[str]) -> Reading | None:
         bad, found, again_good = [], set(), False
         numbers: dict[str, float] = {}
@@ -218,8 +224,9 @@ class Table:
                         numbers[name] = number
             elif not has_nonfinite(cell):
                 continue
-            elif _NO_CELL.search(cell):  # a sentence with commas in it: plain text
-                return None
+            elif _NO_CELL.search(cell):
+                if not self._has_place(cells):  # a sentence with commas in it: plain text
+                    return None
             elif not is_bound(name, canonical(cell)):
                 bad.append(Value(name, canonical(cell)))
                 found.add(i)

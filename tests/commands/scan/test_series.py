@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 import fastguard
 from fastguard.commands.scan.columns import is_grad_norm, is_loss
 from fastguard.commands.scan.reading import Place
-from fastguard.commands.scan.series import KEPT, POINTS, RULE, AllSeries, Series
+from fastguard.commands.scan.series import KEPT, POINTS, RULE, AllSeries, Growth, Series
 
 
 def judged(values: list[float], name: str = "loss") -> Series:
@@ -135,3 +136,62 @@ def test_values_taken_together_are_judged_as_one_by_one(name: str, kind: str) ->
         together.take_all(lines, lambda i, lines=lines: Place(step=lines[i]), part)
         at += len(part)
     assert one == together and (kind != "spikes" or one.n_spikes > 100)
+
+
+def judged_together(name: str, values: np.ndarray) -> tuple[Series, Growth | None]:
+    series = Series(name)
+    for i in range(0, len(values), 4096):
+        part = values[i : i + 4096].tolist()
+        series.take_all(range(i, i + len(part)), lambda k, i=i: Place(step=i + k), part)
+    return series, series.growth()
+
+
+N = 200_000
+T = np.arange(N) / N
+
+
+def gaussian(scale: float = 1.0) -> np.ndarray:
+    return scale * np.random.default_rng(4).standard_normal(N)
+
+
+FALLING = (2 + 6 * np.exp(-30 * T)) * (1 + gaussian(0.05))
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("loss", FALLING),
+        ("loss", 0.05 + 8 * (np.arange(N) + 10.0) ** -0.4 * np.exp(gaussian(0.2))),
+        ("loss", 2 + 0.5 * np.cos(10 * np.pi * T) * np.exp(-T) + gaussian(0.02)),
+        ("loss", np.where(T < 0.4, 4, 4 - 2 * np.clip(20 * T - 8, 0, 1)) + gaussian(0.1)),
+        ("loss", 10 - 9 * np.clip(50 * T, 0, 1) + gaussian(0.1)),
+        ("val_loss", 1 + np.exp(-20 * T) + 0.15 * T + gaussian(0.02)),
+        ("loss", 5 + np.cumsum(gaussian(0.03)) / np.sqrt(N)),
+        ("grad_norm", np.exp(gaussian())),
+        ("grad_norm", np.abs(np.random.default_rng(4).standard_t(3, N))),
+        ("grad_norm", np.random.default_rng(4).pareto(3, N) + 1),
+    ],
+    ids="falling power oscillating plateau warmup overfit walk lognormal t pareto".split(),
+)
+def test_a_long_noisy_series_is_no_alarm(name: str, values: np.ndarray) -> None:
+    series, growth = judged_together(name, values)
+    assert growth is None and not series.alarms
+
+
+@pytest.mark.parametrize("at", [N // 3, N - 40])
+@pytest.mark.parametrize("heavy", [False, True])
+def test_a_real_spike_in_a_long_series_is_an_alarm(at: int, heavy: bool) -> None:
+    values = np.exp(gaussian()) if heavy else FALLING.copy()
+    values[at] = 1e4 if heavy else 30
+    series, growth = judged_together("grad_norm" if heavy else "loss", values)
+    assert series.alarms and growth is None
+    assert series.largest is not None and series.largest.place.step == at
+
+
+@pytest.mark.parametrize("last", [1000, N // 100, N // 20, N // 5, N // 2])
+def test_a_long_series_that_diverges_at_its_end_is_said_to_climb(last: int) -> None:
+    values = FALLING.copy()
+    values[-last:] += np.linspace(0, 20, last)
+    _, growth = judged_together("loss", values)
+    assert growth is not None and growth.end > 10
+    assert growth.place.step is not None and growth.place.step <= N - last // 2

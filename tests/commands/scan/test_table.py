@@ -100,3 +100,10 @@ def test_no_row_takes_long(piece: str) -> None:
     begun = time.process_time()
     scan(f"epoch,loss{line}\n{line}\n1,nan{line}\n")
     assert time.process_time() - begun < 2.0
+
+
+def test_a_note_about_nan_does_not_hide_the_nan_of_its_row() -> None:
+    text = "epoch,step,loss,note\n0,1,0.5,ok\n0,2,nan,loss became nan here\n0,3,0.4,fine\n"
+    (stretch,) = scan_log(io.BytesIO(text.encode())).stretches
+    assert (stretch.first.step, stretch.first_line, stretch.dialect) == (2, 3, "table")
+    assert [tuple(value) for value in stretch.values] == [("loss", "nan")]
