@@ -198,7 +198,16 @@ def test_a_storage_that_is_said_to_have_more_elements_than_its_record(tmp_path):
     found = records()
     found["data/0"] = found["data/0"][:8]
     path = write(tmp_path / "x.pt", under("x", found))
-    with pytest.raises(DamagedFile, match=r"claims 4 elements but has 2"):
+    with pytest.raises(DamagedFile, match=r"claims 4 elements of 4 bytes but has 8"):
+        inspect(path)
+
+
+@pytest.mark.parametrize("more", [1, 4, 64])
+def test_a_record_that_is_longer_than_its_storage_is_damage(tmp_path, more):
+    found = records()
+    found["data/0"] += bytes(more)
+    path = write(tmp_path / "x.pt", under("x", found))
+    with pytest.raises(DamagedFile, match=rf"claims 4 elements of 4 bytes but has {16 + more}"):
         inspect(path)
 
 

@@ -298,10 +298,11 @@ def _check_storage(
         raise DamagedFile(f"damaged: storage {ref.key:.80} has two types")
     if ref.key in places and not ref.start:
         start, end = places[ref.key]
-        n_held = (end - start) // (ref.dtype or torch.uint8).itemsize
-        if ref.n > n_held:
+        itemsize = (ref.dtype or torch.uint8).itemsize
+        if ref.n * itemsize != end - start:  # torch refuses a longer record as well
             raise DamagedFile(
-                f"damaged: storage {ref.key:.80} claims {ref.n} elements but has {n_held}"
+                f"damaged: storage {ref.key:.80} claims {ref.n} elements of {itemsize} bytes but "
+                f"has {end - start} bytes"
             )
 
 
