@@ -56,7 +56,8 @@ class OptimizerWrapper(Optimizer):
     @property
     def state(self) -> Any:  # type: ignore[override]
         """The state of the wrapped optimizer."""
-        torch_dcp.make_room(self.optimizer)
+        gradients = self.__dict__.get("_gradients")  # absent while a guard is constructed
+        torch_dcp.make_room(self.optimizer, None if gradients is None else gradients.flat)
         return self.optimizer.state
 
     @state.setter

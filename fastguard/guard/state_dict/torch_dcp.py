@@ -4,6 +4,8 @@
   it creates its state. This step goes directly to the wrapped optimizer.
 - They keep only `state` and `param_groups` of a state dict, so the guard's state is stored in the
   first param group.
+- They create no state for an optimizer that has gradients, and with flat buckets every parameter
+  always has one, so gradients that are all zero are detached first.
 - They read a flattened state dict by the keys of the current param groups, so the first of these
   needs an entry for the guard's state while they do.
 """
@@ -12,9 +14,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from fastguard.functional.flat_buckets import FlatGradBuckets
 
 KEY = "fastguard"
 _MODULE = "torch.distributed.checkpoint.state_dict"
@@ -58,15 +63,26 @@ def embed(state_dict: dict[str, Any], optimizer: Optimizer) -> None:
         optimizer.param_groups[0].pop(KEY, None)
 
 
-def make_room(optimizer: Optimizer) -> None:
-    """Adds an entry for the guard's state to the param groups if a state dict to load has one.
+def make_room(optimizer: Optimizer, flat: FlatGradBuckets | None) -> None:
+    """Prepares a guard for loading a state dict or for creating its state.
 
-    Called by the property `state`, which torch.distributed.checkpoint reads first when loading. For
-    a flattened state dict without the guard's state no entry is added, as torch would miss it.
+    Adds an entry for the guard's state to the param groups if a state dict to load has one. For a
+    flattened state dict without the guard's state no entry is added, as torch would miss it.
+    Detaches flat gradients that are all zero if there is no state yet, which waits for a GPU.
+
+    Called by the property `state`, which torch.distributed.checkpoint reads first when loading.
+
+    Args:
+        optimizer: The wrapped optimizer.
+        flat: Its flat gradients, or None.
     """
     reader = sys._getframe(2)
     if reader.f_globals.get("__name__") != _MODULE or reader.f_code.co_name != _FIRST_READER:
         return
+    if flat is not None and not optimizer.state and not any(b.flat.any() for b in flat.buffers):
+        for p, view in zip(flat.parameters, flat.views, strict=True):
+            if p.grad is view:
+                p.grad = None
     loader = reader.f_back
     flattened = None if loader is None else loader.f_locals.get("state_dict")
     if isinstance(flattened, Mapping) and any(map(_is_of_guard, flattened)):

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+import fastguard.optim
 from fastguard import GuardedOptimizer, SpikeRule
 from fastguard.guard.state_dict.torch_dcp import split
 from guardtest.training import assert_same_bits, snapshot
@@ -216,3 +217,40 @@ def test_a_state_dict_without_state_is_refused_by_an_optimizer_with_state() -> N
     with pytest.raises(ValueError, match="lacks 'state'"):
         opt.load_state_dict(saved)
     assert_same_bits(snapshot(opt), before)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"flatten_optimizer_state_dict": True}, {"full_state_dict": True}]
+)
+@pytest.mark.parametrize("flat", ["flat_buckets", "flat_parameters", "own"])
+def test_a_guard_with_flat_gradients_gets_its_state_before_the_first_step(
+    flat: str, options: dict[str, bool]
+) -> None:
+    """Their gradients are always there, and torch creates no state for what has gradients."""
+
+    def made() -> tuple[torch.nn.Module, GuardedOptimizer]:
+        if flat != "own":
+            return build(**{flat: True})
+        model, _ = build()
+        groups = [{"params": list(layer.parameters())} for layer in model]
+        inner = fastguard.optim.AdamW(groups, lr=0.1)
+        return model, GuardedOptimizer(inner, flat_buckets=True)
+
+    form = StateDictOptions(**options)
+    model, opt = made()
+    train(model, opt, range(4))
+    saved = copy.deepcopy(get_optimizer_state_dict(model, opt, options=form))
+    other, fresh = made()
+    other.load_state_dict(model.state_dict())
+    set_optimizer_state_dict(other, fresh, saved, options=form)
+    for each in ((model, opt), (other, fresh)):
+        train(*each, range(4, 7))
+    assert_same_bits(snapshot(fresh), snapshot(opt))
+
+
+def test_flat_gradients_that_are_not_zero_stay() -> None:
+    model, opt = build(flat_buckets=True)
+    model(torch.ones(5, 3)).sum().backward()
+    before = [p.grad.clone() for p in model.parameters()]
+    get_optimizer_state_dict(model, opt)
+    assert all(map(torch.equal, [p.grad for p in model.parameters()], before))
