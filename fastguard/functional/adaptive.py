@@ -11,6 +11,7 @@ from torch import Tensor
 from fastguard.functional.arguments import Parameters, gradients_for, limit_like, listed, mode_of
 from fastguard.functional.ops import define
 from fastguard.gradients.buckets import bucketize, parameters_of
+from fastguard.gradients.tensor_kinds import TRACED, kind_of
 from fastguard.gradients.unit_buckets import refuse_dtensors, unit_buckets
 from fastguard.stages.agc import AGC, limited_positions
 from fastguard.stages.apply import scale
@@ -77,7 +78,8 @@ def clip_grad_adaptive_(
     tensors = parameters_of(parameters)
     refuse_dtensors(tensors, names)
     limited = limited_positions(tensors, names, [exclude] if isinstance(exclude, str) else exclude)
-    if torch.compiler.is_compiling():
+    present = {type(g) for g in grads if g is not None}
+    if torch.compiler.is_compiling() or kind_of(present) is TRACED:
         _clip_compiled(grads, tensors, names, limited, clip_factor, eps, p, mode)
         return
     agc = AGC(clip_factor, eps)
@@ -134,7 +136,7 @@ def _clip_compiled(
     if not ids:
         return
     places = [k for k, i in enumerate(ids) if i in limited]
-    on_host = torch.empty(0, device="cpu")
+    on_host = grads[ids[0]].new_empty(0, device="cpu")  # type: ignore[union-attr]
     limits = torch.cat([limit_like(clip_factor, on_host), limit_like(eps, on_host)])
     torch.ops.fastguard.clip_units(
         [grads[i] for i in ids],

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastguard.gradients.transfer import moved
 from fastguard.gradients.unit_buckets import UnitBucket
 from fastguard.stages.formulas import SMALLEST_FACTOR, factor_dtype, root
 
@@ -35,7 +36,7 @@ def unit_coefs(
     Returns:
         float64 `(U,)`: at most 1. A unit with NaN or Inf in its weights is not clipped.
     """
-    clip_factor, eps = limits.tolist()
+    clip_factor, eps = moved(limits, units.device).unbind()  # placeholders have no .tolist()
     parts = []
     for grad, weight, n in zip(units.bucket.grads, units.weights, units.counts, strict=True):
         if n:

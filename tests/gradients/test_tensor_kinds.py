@@ -44,6 +44,10 @@ FUNCTIONS = {
         parameters(gs), 2.0, fastguard.get_total_norm(gs)
     ),
     "clip_grad_value_": lambda gs: fastguard.clip_grad_value_(parameters(gs), 15.0),
+    "clip_grad_adaptive_": lambda gs: fastguard.clip_grad_adaptive_(parameters(gs)),
+    "clip_grad_adaptive_ zero": lambda gs: fastguard.clip_grad_adaptive_(
+        parameters(gs), nonfinite="zero"
+    ),
     "sanitize_grads_": lambda gs: fastguard.sanitize_grads_(parameters(gs)).total_norm,
     "sanitize_grads_ 1": lambda gs: fastguard.sanitize_grads_(parameters(gs), nan=1.0).total_norm,
     "measure_grads": lambda gs: fastguard.measure_grads(parameters(gs)).nan_count,
@@ -56,6 +60,7 @@ RAISING = {
         parameters(gs), 2.0, error_if_nonfinite=True
     ),
     "raise": lambda gs: fastguard.clip_grad_norm_(parameters(gs), 2.0, nonfinite="raise"),
+    "adaptive raise": lambda gs: fastguard.clip_grad_adaptive_(parameters(gs), nonfinite="raise"),
 }
 every_function = pytest.mark.parametrize("name", FUNCTIONS)
 every_function_and_raise = pytest.mark.parametrize("name", {**FUNCTIONS, **RAISING})

@@ -36,6 +36,7 @@ GUARDS = {
     "group": {"clip_scope": "group", "max_norm": 1.0},
     "tensor": {"clip_scope": "tensor", "max_norm": 1.0},
     "flat": {"flat_buckets": True, "max_norm": 1.0},
+    "agc": {"max_norm": fastguard.AGC(0.1), "clip_scope": "unit"},
 }
 
 
