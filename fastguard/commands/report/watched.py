@@ -44,11 +44,11 @@ class Watched:
         self.norms.add(step, layer_norms(watch))
         self.ratios.add(step, layer_ratios(watch))
         noise = watch.get("noise_scale")
-        if type(noise) in (int, float) and abs(noise) < _LARGEST:
+        if isinstance(noise, (int, float)) and abs(noise) < _LARGEST:
             self.noise = float(noise), step
         shares = watch.get("underflow")
         for name, share in shares.items() if isinstance(shares, Mapping) else ():
-            if isinstance(name, str) and type(share) in (int, float) and 0 <= share <= 1:
+            if isinstance(name, str) and isinstance(share, (int, float)) and 0 <= share <= 1:
                 name = printable(name, 40)
                 if name in self.underflow or len(self.underflow) < _MOST_FORMATS:
                     self.underflow[name] = max(self.underflow.get(name, (0.0, step)), (share, step))
