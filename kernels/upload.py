@@ -69,7 +69,7 @@ class Upload:
 
 _kept: dict[int, Upload] = {}  # by identity: earlier uploads that a graph may read
 _sources: dict[bytes, Tensor] = {}  # by content: the sources of uploads by graphs
-_spare = torch.from_numpy(np.empty(0, np.uint8))  # a plain tensor, even if imported in a torch mode
+_spare = torch.from_numpy(np.empty(0, np.uint8))  # replaced by the first upload
 _lock = threading.Lock()  # for the spare: two graphs must not get the same part of it
 
 

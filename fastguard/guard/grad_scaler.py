@@ -51,11 +51,6 @@ class ScalerInputs(NamedTuple):
     scale_falls: Tensor | None = None
     scaler: GradScaler | None = None
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether no scaler has set anything."""
-        return self is _NOTHING
-
     def signals(self, losses: Tensor, loss_names: Sequence[str]) -> Signals:
         """Returns the signals of a step with these losses."""
         return Signals(

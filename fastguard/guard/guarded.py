@@ -372,8 +372,6 @@ class GuardedOptimizer(SavableOptimizer):
             self._missing_losses = self._missing_losses.after(losses)
         if scaling.scaler is not None:
             self._recorder.longest_search = longest_search(scaling.scaler)
-        if not losses and scaling.is_empty:
-            return Signals.none(self._device)
         return scaling.signals(stacked(losses, self._device), tuple(losses))
 
     def _current_policy(self) -> Policy:

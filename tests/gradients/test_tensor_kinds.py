@@ -324,17 +324,30 @@ def test_a_first_import_under_fake_tensor_mode_leaves_plain_constants():
     code = """
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-def clip(fastguard):
-    p = torch.nn.Parameter(torch.zeros(4)); p.grad = torch.ones(4)
-    opt = fastguard.GuardedOptimizer(torch.optim.SGD([p], lr=0.1), max_norm=1.0)
-    norm = fastguard.clip_grad_norm_([p], 1.5)
-    opt.step()
+def clip(fastguard, dtype, optimizer):
+    ps = [torch.nn.Parameter(torch.zeros(4, dtype=dtype)) for _ in range(4)]
+    opt = fastguard.GuardedOptimizer(optimizer(ps, lr=0.1), max_norm=1.0)
+    for _ in range(2):
+        for p in ps:
+            p.grad = torch.ones(4, dtype=dtype)
+        norm = fastguard.clip_grad_norm_(ps, 1.5)
+        opt.step()
     return norm, opt
+def each(fastguard):
+    for dtype in (torch.float32, torch.bfloat16):
+        for optimizer in (
+            torch.optim.SGD,
+            torch.optim.AdamW,
+            lambda ps, lr: torch.optim.SGD(ps, lr, momentum=0.9, fused=True),
+            lambda ps, lr: torch.optim.AdamW(ps, lr, fused=True),
+            fastguard.optim.AdamW,
+        ):
+            yield clip(fastguard, dtype, optimizer)
 with FakeTensorMode():
     import fastguard
-    clip(fastguard)
-norm, opt = clip(fastguard)
-assert norm.item() == 2.0 and abs(opt.records()[0].total_norm - 1.5) < 1e-5
+    assert len(list(each(fastguard))) == 10
+for norm, opt in each(fastguard):
+    assert norm.item() == 4.0 and abs(opt.records()[1].total_norm - 1.5) < 1e-2
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 

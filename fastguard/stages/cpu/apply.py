@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastguard.gradients.buckets import GradBucket
 from fastguard.gradients.cpu_threads import Tensors, in_pieces
+from fastguard.gradients.tensor_kinds import lasting
 from fastguard.stages.cpu.power_sums import by_number
 from fastguard.stages.formulas import (
     SMALLEST_FACTOR,
@@ -23,7 +24,10 @@ FACTORS: dict[torch.dtype, type[np.float32 | np.float64]] = {
     torch.float64: np.float64,
 }
 HALF = (torch.float16, torch.bfloat16)
-_IGNORED = torch.zeros((), device=CPU)  # the found_inf output of the scaler's operation; not used
+with lasting():
+    _IGNORED = torch.zeros(
+        (), device=CPU
+    )  # the found_inf output of the scaler's operation; not used
 
 
 def apply(
