@@ -1,9 +1,10 @@
 """Decides whether a checkpoint file holds model weights.
 
-Trainers write optimizers, schedules, random states, histories and data into separate files with
-checkpoint suffixes, and none of those may replace weights. No file says "these are weights", so
-everything known not to be is excluded: everything in an optimizer's state dict (recognised by its
-`param_groups`, at any depth and with any extra keys), and everything under a telling name.
+Trainers also save optimizers, schedules, random states, histories and data in files with
+checkpoint suffixes. Such a file must not replace a checkpoint of the weights. File formats do not
+mark weights, so this module excludes every tensor that is known to be something else: the contents
+of an optimizer's state dict (recognised by its `param_groups`, at any depth and with any extra
+keys), and tensors with names such as `scheduler`, `rng_state` or `loss`.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ _BESIDE = re.compile(
     """,
     re.VERBOSE | re.IGNORECASE,
 )
-# Names of data, when they are a tensor's own name or that of its list. Layers use these names too,
-# but their tensors end in `weight`.
+# Names of data tensors and of lists of them. A layer can have such a name too, but the names of its
+# tensors are longer: `outputs.weight`.
 _DATA = re.compile(
     r"""
     (?:.*_)?(?:data|dataset|[xy]|inputs?|targets?|labels?|images?|samples?|predictions?|preds?
@@ -41,7 +42,7 @@ _STATES = re.compile(
 
 
 def holds_weights(contents: Contents) -> bool:
-    """Whether the file contains a model that can be resumed from or used."""
+    """Whether the file contains model weights."""
     names = [s.name for s in contents.spans if s.dtype.is_floating_point or s.dtype.is_complex]
     names += [name for name, array in contents.arrays if array.is_floating]
     optimizers = _optimizers(contents)
@@ -49,12 +50,12 @@ def holds_weights(contents: Contents) -> bool:
 
 
 def is_named_otherwise(path: Path) -> bool:
-    """Whether the file name says that it holds no weights: `optimizer.pt`, `rng_state.pth`."""
+    """Whether the file name rules out weights, as do `optimizer.pt` and `rng_state.pth`."""
     return any(_BESIDE.fullmatch(part) for part in re.split(r"[.\-]", path.name)[:-1])
 
 
 def _optimizers(contents: Contents) -> set[str]:
-    """Returns the prefix of `param_groups` in the names of each optimizer: `"optimizers.0."`."""
+    """Returns the path prefix of each optimizer's state dict, such as `"optimizers.0."`."""
     found = set()
     for name, _ in named_leaves(contents.tree):
         match = _GROUPS.search(name)

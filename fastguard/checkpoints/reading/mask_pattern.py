@@ -1,4 +1,4 @@
-"""Detects whether the -Inf in a tensor form a mask, reading blocks of rows."""
+"""Detects whether the -Inf elements of a tensor form an attention mask; reads it in blocks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastguard.checkpoints.reading.spans import Span
 
 _BLOCK = 4 * 2**20  # bytes
 _LEAST = 3
-"""Minimum number of -Inf in a mask: one or two in a corner can be anything."""
+"""Minimum number of -Inf in a mask: one or two are not enough to recognise a pattern."""
 _SHARE = 8
 """Minimum density: at least every eighth element of a mask is -Inf."""
 
@@ -22,10 +22,9 @@ _SHARE = 8
 def is_banded(file: BinaryIO, span: Span) -> bool:
     """Whether the tensor is a causal mask, a sliding-window mask, or a batch of them.
 
-    In such a mask the position of -Inf depends only on the distance to the diagonal, which no
-    weight
-    does: each row is the previous row shifted by one. Finite values are ignored (ALiBi adds
-    slopes).
+    In such a mask, whether an element is -Inf depends only on its distance to the diagonal: each
+    row is the previous row shifted by one. Weights do not have this pattern. Finite values are
+    ignored, since ALiBi adds slopes to masks.
     """
     n_dimensions = len(span.size)
     inner = _as_it_lies(span)[-2:]  # a transposed mask is accepted too
@@ -38,7 +37,7 @@ def is_banded(file: BinaryIO, span: Span) -> bool:
             infinite = torch.cat([before, infinite])
             first -= 1
         moved = infinite[1:, 1:] == infinite[:-1, :-1]
-        # first row of another matrix
+        # the first row of the next matrix in a batch
         begins = torch.arange(first + 1, first + len(infinite)) % n_rows == 0
         if not (moved.all(dim=1) | begins).all():
             return False
@@ -54,15 +53,16 @@ def is_two_valued(file: BinaryIO, span: Span) -> bool:
 
 
 def _as_it_lies(span: Span) -> list[int]:
-    """Returns its dimensions larger than one, ordered so that the contiguous one is last."""
+    """Returns the dimensions with size > 1, ordered by stride; the contiguous one is last."""
     long = [d for d, size in enumerate(span.size) if size != 1]
     return sorted(long, key=lambda d: -span.stride[d])
 
 
 def _rows(file: BinaryIO, span: Span) -> Iterator[tuple[int, Tensor]]:
-    """Yields blocks of rows in memory order, with the number of the first row in each.
+    """Yields blocks of rows in memory order, each with the index of its first row.
 
-    Tensors with gaps, or with rows too long to read, yield one NaN, which no mask contains.
+    For complex tensors, and tensors with gaps or with rows too long to read, yields a single NaN,
+    which no mask contains.
     """
     dimensions = _as_it_lies(span)
     n_columns = span.size[dimensions[-1]] if dimensions else 1

@@ -1,4 +1,4 @@
-"""Walks the tree from `load_inert`, yielding each leaf with the path that a user knows."""
+"""Traverses the tree from `load_inert` and yields each leaf with its dotted path."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
     """Yields every non-container in the tree with its path: `("ema.0.weight", TensorRef)`.
 
     Parameters, buffers and children of a pickled module have the names that `named_parameters`
-    gives them. Each container is entered once, under its first path.
+    gives them. Each container is visited once, under the first path that leads to it.
 
     Raises:
-        DamagedFile: Containers are nested more deeply than in any checkpoint.
+        DamagedFile: Containers are nested more than 500 deep, or a path is over 1000 characters.
     """
     return ((path, leaf) for path, leaf, _ in owned_leaves(tree))
 
@@ -30,7 +30,7 @@ def named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
 def owned_leaves(tree: Any) -> Iterator[tuple[str, Any, Sequence[Any]]]:
     """Like `named_leaves`, also yielding the containers around each leaf, outermost first.
 
-    The sequence is one reused object; its contents change with the next leaf.
+    Every item has the same list object, which changes with the next leaf; copy it to keep it.
     """
     entered = {id(tree)}
     owners: list[Any] = []
@@ -56,8 +56,8 @@ def owned_leaves(tree: Any) -> Iterator[tuple[str, Any, Sequence[Any]]]:
             entered.add(id(value))
             if len(stack) > _DEEPEST or len(below) > _LONGEST_PATH:
                 raise DamagedFile(
-                    f"its containers are nested more than {_DEEPEST} deep, or their names have "
-                    f"thousands of characters: {below[:60]}..."
+                    f"its containers are nested more than {_DEEPEST} deep, or their path has more "
+                    f"than {_LONGEST_PATH} characters: {below[:60]}..."
                 )
             stack.append((below, children))
             owners.append(value)
@@ -84,16 +84,16 @@ def _items(value: dict[Any, Any]) -> Children:
     for key, child in dict.items(value):
         yield _text(key), child
         if isinstance(key, OpaqueKey) and key.tensor is not None:
-            yield _text(key), key.tensor  # state of an optimizer that was pickled as an object
+            yield _text(key), key.tensor  # a pickled optimizer object has parameters as keys
 
 
 def _parts(part: Any) -> Children:
-    """Yields the attributes of a stand-in; a module's three dicts add nothing to the path."""
+    """Yields the attributes of a stand-in. A module's three dicts are left out of the paths."""
     if (
         isinstance(part, tuple)
         and len(part) == 2
         and all(p is None or isinstance(p, dict) for p in part)
-    ):  # (`__dict__`, slots)
+    ):  # the state is (`__dict__`, slots)
         return (child for p in part if isinstance(p, dict) for child in _attributes(p))
     return _attributes(part) if isinstance(part, dict) else iter([("", part)])
 

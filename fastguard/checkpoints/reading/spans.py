@@ -21,7 +21,7 @@ class Span:
         start: First byte, counted from the beginning of the file.
         n: Number of elements from the first to the last, including gaps.
         size, stride: As in torch, in elements.
-        dense: Whether the tensor holds each of these elements exactly once.
+        dense: Whether the tensor uses each of these elements exactly once.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Contents:
         format: `"torch"`, `"torch (legacy)"`, `"torch (shards)"` or `"safetensors"`.
         tree: The nested containers, with a `TensorRef` for each tensor. For safetensors, the spans
             by name, including empty ones; None for shards.
-        spans: The tensors, each view of the data once, in file order.
+        spans: The tensors in file order; identical views of the same data are listed once.
         records: Checksums stored in the file, in file order.
         arrays: Numpy arrays in the pickle itself whose numbers can be checked.
         unread: Name and description of each value whose numbers cannot be checked.
