@@ -1,4 +1,4 @@
-"""Measures a list of cases into one result, with progress on the terminal."""
+"""Runs a list of benchmark cases, shows their progress, and returns one result."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def measure_cases(
     seconds: float,
     console: Any = None,
 ) -> Result:
-    """Measures the ceilings, then every case.
+    """Measures the memory bandwidth of the device, then every case.
 
     Args:
         cases: The cases.
@@ -51,7 +51,7 @@ def measure_cases(
 
 @contextmanager
 def quiet_guard() -> Iterator[None]:
-    """Hides the log lines about skipped steps, of which benchmarks cause many."""
+    """Hides the log lines about skipped steps; benchmarks skip many steps."""
     log = logging.getLogger("fastguard")
     handler, propagates = logging.NullHandler(), log.propagate
     log.addHandler(handler)
@@ -77,7 +77,7 @@ def _progress(console: Any, total: int) -> Iterator[Any]:
         TextColumn("{task.description}"),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("measuring the memory", total=total)
+        task = progress.add_task("measuring memory bandwidth", total=total)
         started = False
 
         def advance(label: str) -> None:

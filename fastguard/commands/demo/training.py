@@ -1,4 +1,4 @@
-"""The three ways to take a step, and their shared training loop."""
+"""The three step methods that the demo compares, and their shared training loop."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Bare:
     def step(self, loss: Tensor, batch: int) -> float:
         """Takes one step; returns the gradient norm before it."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = number(torch.nn.utils.get_total_norm(gradients))  # for the picture
+        norm = number(torch.nn.utils.get_total_norm(gradients))  # for the plot
         self.optimizer.step()
         return norm
 
@@ -101,7 +101,7 @@ class Run:
     """The results of one run.
 
     Attributes:
-        name: Name of the way to step.
+        name: Name of the step method.
         losses: Training loss of each step, in nats per byte.
         norms: Gradient norm of each step; in the guarded run, over the finite elements.
         validation: Loss on held-out text after the last step.
@@ -133,10 +133,10 @@ def train(
     on_step: Callable[[Run], None] = lambda run: None,
     shards: Shards = Shards(),  # noqa: B008  (frozen)
 ) -> Run:
-    """Trains a fresh model, with the same weights, batches and faults for each way.
+    """Trains a new model. Initial weights, batches and faults are the same for each step method.
 
     Args:
-        way: How to step.
+        way: The step method: `Bare`, `Clipped` or `Guarded`.
         settings: Sizes, steps, seed.
         text: Training and validation text.
         faults: Faults to inject.
@@ -184,9 +184,11 @@ def train(
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Limits torch to one thread. A second thread makes a model this small a quarter faster on an
-    idle machine but ten times slower on a busy one, and one thread gives the same bits on any
-    number of cores."""
+    """Limits torch to one thread.
+
+    For a model this small, a second thread is a quarter faster on an idle machine but ten times
+    slower on a busy one. With one thread, results are bitwise equal for any number of cores.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""`summarise`: reads a run of any length once and keeps what the report shows."""
+"""`summarise`: reads the records of a run in one pass and keeps only what the report shows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastguard.records.layers import layer_of
 from fastguard.records.read_json_lines import Block
 
 BUCKETS = 1024
-"""Maximum number of buckets; with two points each, more than a screen has columns."""
+"""Maximum number of buckets. At two points per bucket, this exceeds the width of a screen."""
 
 REACH = 16
 """Number of steps before and after the first step of an incident that are drawn individually."""
@@ -37,9 +37,9 @@ class Jump:
     """A place where the step number went back: a rollback, a resume, or another run in the file.
 
     Attributes:
-        record: Index of the first record after it, from 0.
-        from_step: Step of the record before.
-        to_step: Step of the record after.
+        record: Index of the first record after the jump, from 0.
+        from_step: Step number of the preceding record.
+        to_step: Step number of the record after the jump.
     """
 
     record: int
@@ -61,12 +61,13 @@ class Summary:
         shift: A bucket is `2**shift` steps wide.
         curves: Every series that has a finite value, downsampled; the steps around the first
             incident of each row of the table are drawn individually.
-        events: Bad steps by reason and action, joined by a line feed.
-        layers: Bad steps in which a layer was a culprit, by layer.
-        layer_steps: Like `layers`, per step; in buckets only if a layer has more than 1024 steps.
+        events: Counts of bad steps; the key is reason and action, joined by a line feed.
+        layers: Counts of bad steps per layer that contains a culprit.
+        layer_steps: Like `layers`, for each step; bucketed only if a layer has more than 1024 bad
+            steps.
         table: The incidents.
         evidence: What the incidents have in common.
-        watched: What the watched steps found.
+        watched: Measurements of the watched steps.
         jumps: Where the step number went back, the first 200 times.
         n_jumps: How often the step number went back.
         unnamed_losses: Whether there were more losses than are drawn.
@@ -127,7 +128,7 @@ def summarise(
 
 
 class _Part(NamedTuple):
-    """The drawn part of a block: `step` int64, `good` bool, float64 by series, all `(n,)`."""
+    """The part of a block that is drawn. Arrays are `(n,)`: int64, bool, and float64 per series."""
 
     step: np.ndarray
     good: np.ndarray
@@ -177,7 +178,7 @@ def _downsample(summary: Summary, parts: list[_Part]) -> None:
 
 
 def _jumps(summary: Summary, step: np.ndarray, before: int) -> set[int]:
-    """Notes and returns the rows at which the step number does not increase."""
+    """Records and returns the rows at which the step number does not increase."""
     previous = np.concatenate([[before], step[:-1]])
     rows = np.flatnonzero(step <= previous).tolist()
     summary.n_jumps += len(rows)
@@ -188,8 +189,10 @@ def _jumps(summary: Summary, step: np.ndarray, before: int) -> set[int]:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Pauses garbage collection: searching thousands of new dicts for cycles, which records cannot
-    have, would take a quarter of the time."""
+    """Pauses garbage collection, which would take a quarter of the time.
+
+    It would search thousands of new dicts for reference cycles, but records cannot contain any.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
