@@ -1,7 +1,7 @@
-"""Reads consecutive JSON objects by columns.
+"""Reads consecutive JSON objects as columns.
 
-Most have the same names as the one before, with numbers in the same places, so each name is
-interpreted once for all of them and the loops over the values run in C.
+Most objects have the same keys as the previous one, with numbers at the same keys. Each key is
+therefore interpreted once for all of them, and the loops over the values run in C.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastguard.commands.scan.words import is_bound, is_metric
 from fastguard.records.read_json_lines import are_records
 
 FEWEST = 4
-"""Minimum number of objects with the same names that are read together."""
+"""Minimum number of objects with the same keys that are read together."""
 
 _NUMBERS = frozenset({int, float})
 _EMPTY = frozenset({bool, type(None)})
@@ -38,14 +38,14 @@ def rows_of(
     reader: json_lines.JsonLines,
     series: AllSeries,
 ) -> Rows:
-    """Reads objects together.
+    """Reads objects as columns.
 
     Args:
         objects: The objects in order.
         numbers: Their line numbers.
         text: Returns the text of an object.
-        reader: Reads the place of an object that does not name it plainly.
-        series: Decides which names are judged.
+        reader: Finds the place of an object that does not give it as plain numbers.
+        series: Decides which names are losses or gradient norms, whose values are kept.
     """
     columns = _Columns(objects, series)
     places = {names: _places(names, columns.nested) for names, _ in columns.parts}
@@ -57,7 +57,7 @@ def rows_of(
 
     said = {tuple(name is None for name in named or ()) for named in places.values()}
     if len(said) > 1 and any(one[:1] != (False,) for one in said):
-        columns.odd.update(range(len(objects)))  # places complete one another
+        columns.odd.update(range(len(objects)))  # each place is completed from an earlier one
     return Rows(
         json_lines.NAME,
         numbers,
@@ -72,7 +72,7 @@ def rows_of(
 
 
 class _Columns:
-    """The columns of some objects."""
+    """The columns of a list of objects."""
 
     def __init__(self, objects: Sequence[Mapping[str, Any]], series: AllSeries) -> None:
         self._series = series
@@ -80,7 +80,7 @@ class _Columns:
         self.bad: dict[int, list[Value]] = {}
         self.odd: set[int] = set()
         self.measured = bytearray(len(objects))
-        self.nested = False  # whether nested objects name a place
+        self.nested = False  # whether nested objects contain an epoch, batch or step
         self.parts = _parts(objects)
         for (names, label), at in self.parts.items():
             part = objects if len(at) == len(objects) else [objects[i] for i in at]
@@ -93,7 +93,7 @@ class _Columns:
                 self._take(str(long), column, at, 1)
 
     def joined(self) -> dict[str, Column]:
-        """The columns, each as one piece."""
+        """Returns the columns by name, each with its pieces merged."""
         joined: dict[str, Column] = {}
         for name, pieces in self._columns.items():
             if len(pieces) == 1:
@@ -201,7 +201,7 @@ def _parts(objects: Sequence[Mapping[str, Any]]) -> dict[tuple[Names, str | None
 
 
 def _places(names: Names, nested: bool) -> tuple[str | None, ...] | None:
-    """The names of epoch, batch and step; None if each object must be searched."""
+    """Returns the keys of epoch, batch and step, or None if each object must be searched."""
     kinds = [kind_of(name) for name in names]
     if nested or not any(kinds):
         return None
@@ -209,7 +209,7 @@ def _places(names: Names, nested: bool) -> tuple[str | None, ...] | None:
 
 
 def _place(found: Mapping[str, Any], named: tuple[str | None, ...] | None) -> Place | None:
-    """The place that an object names in plain numbers, or None."""
+    """Returns the place that an object gives as plain numbers, or None."""
     if named is None:
         return None
     epoch, batch, step = (None if name is None else found[name] for name in named)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from fastguard.commands.scan.values import Value
 
 INT = r"[0-9]{1,15}"
-"""Pattern of a number in a log, with few enough digits for every integer type and `int`."""
+"""Pattern of an integer in a log; 15 digits fit in an int64 and, exactly, in a float64."""
 
 
 class Place(NamedTuple):
@@ -19,9 +19,9 @@ class Place(NamedTuple):
     Attributes:
         epoch: Epoch; fractional in some logs.
         epochs: Total number of epochs.
-        batch: Batch within the epoch, as a progress bar counts: the number done.
+        batch: Number of batches done in the epoch, as a progress bar shows it.
         batches: Total number of batches.
-        step: Step of the whole run.
+        step: Step number, counted over the whole run.
     """
 
     epoch: float | None = None
@@ -31,7 +31,7 @@ class Place(NamedTuple):
     step: int | None = None
 
     def within(self, last: Place) -> Place:
-        """This place, completed from the last known one before it."""
+        """Returns this place; without an epoch, its missing fields are those of `last`."""
         if self.epoch is not None or last is NOWHERE:
             return self
         return Place(
@@ -48,7 +48,7 @@ Span = tuple[int, int]
 
 
 class Where(NamedTuple):
-    """Which characters of a line give its place; the same for lines that differ only in digits.
+    """The spans of the place in a line; valid for all lines that differ from it only in digits.
 
     Attributes:
         epoch, epochs, batch, batches, step: `(begin, end)` of the number, or None.
@@ -61,7 +61,7 @@ class Where(NamedTuple):
     step: Span | None = None
 
     def place(self, line: str | bytes) -> Place:
-        """The place that a line names."""
+        """Returns the place that a line gives."""
         if self == _NO_SPANS:
             return NOWHERE
         epoch = None
@@ -74,7 +74,7 @@ class Where(NamedTuple):
         return Place(epoch, epochs, batch, batches, step)
 
     def in_bytes(self, text: str, line: bytes) -> Where:
-        """The spans in the bytes from which the text was decoded, as UTF-8 or else Latin-1."""
+        """Converts the spans to offsets in the bytes that `text` was decoded from."""
         if len(text) == len(line):
             return self
         return Where(
@@ -90,7 +90,7 @@ def _bytes(text: str) -> int:
 
 
 def span_of(match: re.Match[str] | None, *groups: int | str) -> Span | None:
-    """The span of the first of these groups that matched, or None."""
+    """Returns the span of the first of these groups that matched, or None."""
     if match is None:
         return None
     return next((match.span(group) for group in groups if match[group] is not None), None)
@@ -103,9 +103,9 @@ class Reading(NamedTuple):
         dialect: Dialect of the line.
         place: Where in the run it was written.
         bad: Its NaN and Inf values.
-        measured: Whether it reports losses or norms. If it does and none is bad, the run is finite
-            here.
-        where: Characters that give the place, if a line with other digits reads the same.
+        measured: Whether it reports losses or norms. If it does, and none is bad, the run is
+            finite at this point.
+        where: The spans of the place, if they are valid for all lines that differ only in digits.
         numbers: Its finite losses and gradient norms, if it is structured data.
     """
 

@@ -1,4 +1,4 @@
-"""Messages with which training code reports NaN or Inf: evidence of one without a value.
+"""Finds messages in which training code reports NaN or Inf in words, without a measured value.
 
 RuntimeError: Function 'MulBackward0' returned nan values in its 0th output.   (torch)
 FloatingPointError: invalid value (nan) encountered in jit(train_step)         (JAX)
@@ -7,8 +7,8 @@ AssertionError: Rank 0: found NaN in local grad norm in backward pass          (
 Detected nan and/or inf values in `encoder.weight`.                            (Lightning)
 Batch 3: Invalid loss, terminating training                                    (Keras)
 
-All have the same structure: what was met, a verb that says so, and where. A sentence about a
-possibility ("if", "when", "no", "checks") does not count, nor does one about a table of data.
+All have the same structure: the kind of value, a verb such as "found", and the place. Sentences
+about a possibility ("if", "when", "no", "checks") and about a table of data are ignored.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ import re
 from typing import NamedTuple
 
 WINDOW = 160
-"""Number of characters on either side of a NaN in which a sentence about it is searched."""
+"""Number of characters on either side of a NaN in which to search for a sentence about it."""
 
 WINDOWS = 4
-"""Maximum number of places searched in a line; such sentences come early."""
+"""Maximum number of windows searched in a line; such sentences come early."""
 
 
 LONG = 600
-"""From this length, a line is an array or a table, and only its first NaN may be in a sentence."""
+"""Lines of this length or more are arrays or tables; only their first NaN is searched."""
 
 
 class Sentence(NamedTuple):
-    """Evidence in words.
+    """A sentence that reports NaN or Inf.
 
     Attributes:
         name: What was NaN or Inf; "" if not stated.
-        value: The words for it: "NaN", "infinite", "inf or nan", "non-finite".
+        value: The kind, in the words of the line: "NaN", "infinite", "inf or nan", "non-finite".
         start, end: Span in the line.
     """
 
@@ -59,7 +59,7 @@ _SUBJECT = (
     r"scores?|objective|elbo|rewards?|actions?|observations?|states?|embeddings?|updates?|tensors?|"
     r"matrix|logprobs?|model|metric|[qv][ _-]?values?|advantages?|targets?|layers?|function|scale))"
 )
-# Input data is not training: gaps in a table are not a divergence.
+# Excludes input data: missing values in a table do not mean that training diverged.
 _PLACE = (
     r"(?!(?:the |your |an? )?(?:input|data|dataset|dataframe|columns?|rows?|csv|files?|features?|"
     r"config\w*|log|annotations?|metadata|cells?|table|raw)\b)"
@@ -74,7 +74,7 @@ _PASSIVE = r"(?:found|detected|encountered|produced|generated|returned|occurred|
 _WAS = r"(?:was |were |is |are |has been |have been )?"
 _KINDS = r"(?: (?:values?|elements?|entries|numbers?))?"
 
-# Bounded quantifiers, so that no line takes long.
+# Quantifiers are bounded to limit the time per line.
 _SENTENCES = tuple(
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
@@ -120,7 +120,7 @@ COUNT = re.compile(
     r"|\b(?P<n4>\d{1,15})(?:/\d{1,15})? samples got (?P<value4>nan|inf) grad",
     re.IGNORECASE,
 )
-"""A count of bad things; evidence unless it is 0."""
+"""A count of NaN or Inf; it reports a problem unless it is 0."""
 
 _ERROR = _SENTENCES[-1]
 _VERBS = re.compile(
@@ -129,7 +129,7 @@ _VERBS = re.compile(
     "|samples|skipped|iterations|observed|gave|diverged|ing| is| was| are| were| has| have| had"
     "| got| hit| saw| seen| in | at | on | with "
 )
-"""A line without any of these words contains no such sentence."""
+"""Text without any of these words contains no such sentence."""
 
 _CONDITION = re.compile(
     r"\b(?:if|in case|when|whenever|whether|unless|until|once|assert|not|no|never|without|free of|"
@@ -149,7 +149,7 @@ _END = re.compile(r"[.;!]\s|\n")
 
 
 def bad_of_sentence(text: str) -> Sentence | None:
-    """The first such sentence in a line, or None.
+    """Returns the first sentence in a line that reports NaN or Inf, or None.
 
     Example:
         >>> bad_of_sentence("NaN loss at step 40000").name
@@ -173,7 +173,7 @@ def bad_of_sentence(text: str) -> Sentence | None:
 
 
 def _in_window(text: str, trigger: int) -> Sentence | None:
-    # Evaluated once: a condition before a sentence also precedes the NaN in it.
+    # Checked once for all patterns: a condition before a sentence also precedes the NaN in it.
     unsure = _CONDITION.search(_END.split(text[:trigger])[-1]) is not None
     for pattern in (_ERROR,) if unsure else _SENTENCES:
         for match in pattern.finditer(text):

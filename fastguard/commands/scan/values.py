@@ -1,12 +1,13 @@
 """Decides which NaN and Inf in a line of text are values and which are words.
 
-"loss: nan" is a value; "info", "nano" and "banana" do not match; "checking for nan values" is a
-mention: the word without a measurement. Also mentions: bounds that begin at infinity, as in
-"val_loss improved from inf to 0.69" or "best_acc=-inf", rates ("samples per second: inf"), settings
-("missing=nan") and the log level INF.
+In "loss: nan", the NaN is a value. "info", "nano" and "banana" do not match. In "checking for nan
+values", it is a mention: the word without a measurement. These are also mentions: bounds that
+begin at infinity ("val_loss improved from inf to 0.69", "best_acc=-inf"), rates ("samples per
+second: inf"), settings ("missing=nan") and the log level INF.
 
-A value has a name before it in the same clause, or is among numbers. Its name is the nearest one
-before the separator, or before a place in between, as in "Cost after iteration 100: nan".
+A NaN or Inf is a value if a name precedes it in the same clause, or if it is among numbers. Its
+name is the nearest name before the separator. A step or epoch between the two is skipped, as in
+"Cost after iteration 100: nan".
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from fastguard.commands.scan.tokens import NUMBER, TOKEN, canonical, may_have, r
 from fastguard.commands.scan.words import LEVEL, UNIT_OF_RATE, is_bound, is_metric
 
 CONTEXT = 100
-"""Number of characters considered on either side; patterns here may be quadratic in it."""
+"""Number of characters considered on either side; matching may take quadratic time in it."""
 
 LISTED = 4
-"""Maximum number of values of an array listed individually; of the others only the kinds."""
+"""Maximum number of array values listed individually; of the rest, each kind is listed once."""
 
 
 class Value(NamedTuple):
@@ -63,14 +64,14 @@ _CONTAINER = re.compile(
     r"(?:\w*(?:tensor|array|float\d*|parameter|decimal|print|scalar|variable))$", re.IGNORECASE
 )
 
-# What follows a value, as opposed to a word in a sentence.
+# Matches the text after a value, but not the text after a word in a sentence.
 _NO_WORD = re.compile(
     rf"[\"'`\])}}>%*]*\s*"
     rf"(?:$|[,;|/，；│┃]?\s*{NUMBER}|[,;，；]?\s*[^\W\d][\w./@%-]*(?: [^\W\d][\w./@%-]*)?[\"']?\s*"
     rf"[=:：＝]|[\[(<|–—│┃║±。;；-]|[,，](?:\s*$|\s*[\[(\"'])|\.\s*$)",
     re.IGNORECASE,
 )
-# After a value without a name, a name begins only behind a comma: "nan gradients: 0" is one name.
+# A word directly after the token shows that it is part of a name: "nan gradients: 0".
 _ALONE = re.compile(r"[\"'`\])}>%]*\s+[^\W\d_]")
 _CONTAINER_BEFORE = re.compile(r"(?:tensor|array|float)\(\[*$", re.IGNORECASE)
 _QUOTED_FLOAT = re.compile(r"float\([\"'][+-]?$")
@@ -91,15 +92,15 @@ _BESTS = re.compile(r"\b(?:best|from|lowest|highest)\b", re.IGNORECASE)
 
 
 def has_nonfinite(text: str) -> bool:
-    """Whether the text has NaN or Inf as a token, be it a value or a word."""
+    """Whether the text contains NaN or Inf, either as a value or as a word."""
     return may_have(text.lower()) and (
         TOKEN.search(text) is not None or bad_of_sentence(text) is not None
     )
 
 
-@lru_cache(64)  # the scanner and each dialect ask for a line
+@lru_cache(64)  # the scanner and each dialect pass the same line
 def nonfinite_values(text: str) -> tuple[tuple[Value, ...], bool]:
-    """The NaN and Inf values in a line, and whether it also contains mentions.
+    """Returns the NaN and Inf values in a line, and whether it also contains mentions.
 
     Example:
         >>> nonfinite_values("INFO epoch 3 loss: nan, grad norm inf (nano-banana inference)")
@@ -137,7 +138,7 @@ def nonfinite_values(text: str) -> tuple[tuple[Value, ...], bool]:
 
 
 def _others(text: str, begin: int, end: int) -> Iterator[Value]:
-    """The values of an array after its first: some, then each remaining kind once."""
+    """Yields the array values after the first: up to `LISTED`, then each remaining kind once."""
     kinds = set()
     for token in islice(TOKEN.finditer(text, begin, end), LISTED):
         kinds.add(canonical(token[0]))
@@ -155,7 +156,7 @@ def _others(text: str, begin: int, end: int) -> Iterator[Value]:
 
 
 def _name(before: str, after: str, end: str, token: str) -> str | None:
-    """`_name_of_value`, asked once for contexts that differ in digits alone."""
+    """Calls `_name_of_value` with all digits replaced by 1, so that more calls are cached."""
     alike = before.translate(_DIGITS)
     name = _name_of_value(alike, after.translate(_DIGITS), end.translate(_DIGITS), token)
     if not name or "1" not in name:
@@ -167,7 +168,7 @@ def _name(before: str, after: str, end: str, token: str) -> str | None:
 
 
 def _in_sentence(value: str) -> str:
-    """The kind meant by "NaN", "infinite" or "inf or nan"."""
+    """Returns the kind for words such as "NaN", "infinite" or "inf or nan"."""
     if "nan" in value and "inf" not in value:
         return "nan"
     return "inf" if "inf" in value and "nan" not in value and "non" not in value else "non-finite"
@@ -175,10 +176,10 @@ def _in_sentence(value: str) -> str:
 
 @lru_cache(1 << 11)
 def _name_of_value(before: str, after: str, end: str, token: str) -> str | None:
-    """The name of the value between two texts, "" if it has none; None if it is a word.
+    """Returns the name of the value between two texts: "" if it has none, None if it is a word.
 
     Args:
-        before: Up to `CONTEXT` characters before it.
+        before: The text before it, up to `CONTEXT` characters.
         after: The text after it.
         end: The text after the array or row that it begins.
         token: The token as written.
@@ -190,11 +191,11 @@ def _name_of_value(before: str, after: str, end: str, token: str) -> str | None:
         return None
     if text != "nan" and _INTERVAL.search(before[-20:] + token + after[:20]):
         return None
-    level = token == "INF"  # as some loggers write INFO
+    level = token == "INF"  # how some loggers abbreviate INFO
     opened = _OPENERS.search(before)
-    assert opened is not None  # it may be empty
+    assert opened is not None  # the pattern also matches the empty string
     stem = before[: opened.start()]
-    if _QUOTED_FLOAT.search(before):  # source code: what is printed has no quotes
+    if _QUOTED_FLOAT.search(before):  # source code: printed values have no quotes
         return None
     if not stem and not _CONTAINER_BEFORE.search(before):
         return _LEVEL if level and LETTER.search(end) else _at_start(before, after, end)
@@ -226,14 +227,14 @@ def _name_of_value(before: str, after: str, end: str, token: str) -> str | None:
 
 
 def _measured(name: str, before: str, text: str) -> str | None:
-    """A metric in a sentence, unless the sentence is about a possibility."""
+    """Returns the name of a metric in a sentence; None if the sentence is about a possibility."""
     if is_bound(name, text) or _CONDITION.search(before):
         return None
     return name
 
 
 def _separated(name: str, stem: str, end: str, text: str, *, in_call: bool) -> str | None:
-    """A name followed by a separator, unless it is a bound, a rate or a setting."""
+    """Returns a name followed by a separator; None if it is a bound, a rate or a setting."""
     if is_bound(name, text) or (not is_metric(name) and is_bound(name.split()[-1], text)):
         return None
     clause = CLAUSE.split(stem[:-1])[-1].strip(" \"'`()")
@@ -269,7 +270,7 @@ def _among_numbers(before: str, after: str, end: str) -> str | None:
 
 
 def _at_start(before: str, after: str, end: str) -> str | None:
-    """A value with only brackets before it."""
+    """Returns "" for a value with only brackets before it, or None if it is a word."""
     if not _stands_alone(end):
         return None
     others = TOKEN.sub("", before + after)
@@ -277,7 +278,7 @@ def _at_start(before: str, after: str, end: str) -> str | None:
 
 
 def _stands_alone(end: str) -> bool:
-    """Whether the following text is not a word of the same clause."""
+    """Whether no word of the same clause follows the value."""
     if _ALONE.match(end):
         return False
     return _NO_WORD.match(end) is not None or _CLOSER.match(end) is not None
