@@ -1,7 +1,7 @@
-"""`observe`: runs one training step, forward and backward, and records everything in it.
+"""`observe`: runs the forward and backward pass of one step; records activations and gradients.
 
-If a stage fails, the results before it are kept: without a loss the backward pass starts at the
-output, and without an output there are the activations up to the module that raised.
+If a stage fails, earlier results are kept. Without a loss, the backward pass starts at the model's
+output. Without an output, only the activations up to the module that raised are recorded.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Values:
         largest: Magnitude of the largest finite element.
         rms: Root mean square of the finite elements.
         zeros: How many are exactly 0.
-        over, under: How many finite elements overflow in float16, or are not 0 but round to 0 in
-            it.
+        over: How many finite elements overflow in float16.
+        under: How many nonzero elements round to 0 in float16.
     """
 
     numel: int
@@ -60,7 +60,7 @@ class Values:
     @staticmethod
     @torch.no_grad()
     def of(tensor: Tensor) -> Values:
-        """Computes the statistics in a few reads; synchronises with the GPU."""
+        """Computes the statistics in a few passes over the tensor; synchronises with the GPU."""
         x = as_real(tensor).detach()
         size = x.abs()
         finite = size.isfinite()
@@ -116,16 +116,17 @@ class Observation:
     """One observed step.
 
     Attributes:
-        functions: Arguments of the torch functions in the step.
-        activations: In the order in which calls ended: an inner module before its outer one.
+        functions: Observations on the torch functions called in the step.
+        activations: In the order in which module calls returned, inner modules before outer ones.
         called: Names of the modules in the order in which they were entered.
         failures: Errors, at most one per stage.
-        output: The model's output, detached; None if it returned nothing or was not called whole.
+        output: The model's output, detached; None if the model returned None, raised, or was called
+            only through its submodules.
         result: What the step returned, detached.
         parts: The parts of the loss; empty if there is none.
-        gradients: Dense gradients by parameter; None for a parameter that was not reached. None
-            altogether if there was no backward pass.
-        from_output: The backward pass started at the output, because there is no loss.
+        gradients: Dense gradients by parameter name, with None for a parameter that the backward
+            pass did not reach. The attribute is None if there was no backward pass.
+        from_output: Whether the backward pass started at the output, because there was no loss.
     """
 
     functions: FunctionWatch
@@ -149,10 +150,10 @@ class Observation:
 
 
 def observe(subject: Subject, batch: Any = None, *, backward: bool = True) -> Observation:
-    """Runs one step on a copy of the batch; does not raise errors of the model or the loss.
+    """Runs one step on a copy of the batch; records errors in the model or the loss.
 
     Args:
-        subject: What to run. Its parameters, buffers and generators are not restored.
+        subject: The model and its step. Parameters, buffers and generators are not restored.
         batch: Replaces the subject's own batch. Default: None.
         backward: Whether to run the backward pass. Default: True.
     """
@@ -255,7 +256,7 @@ class _Watch:
 
 @contextmanager
 def _unseen() -> Iterator[None]:
-    """Excludes code from the step: no `FunctionWatch` and no autocast."""
+    """Disables `FunctionWatch` and autocast, so that reading an activation is not observed."""
     with (
         torch._C.DisableTorchFunction(),
         torch.autocast("cpu", enabled=False),
