@@ -1,4 +1,4 @@
-"""The columns of the tables that kernels and launchers share; each is named only here.
+"""Column indices of the tables that kernels and launchers share, defined only here.
 
     chunks  int64 (C, 6): stretch, first byte, elements, segment, first piece, pieces
     pieces  int64 (M, 3): first byte, elements, tensor id
@@ -51,7 +51,7 @@ CONSECUTIVE_SKIPS = tl.constexpr(3)
 FOR_SCALE = tl.constexpr(4)
 COUNTERS = tl.constexpr(5)
 
-# Values overwritten by decide, to undo a step that fails: the counters, then these per rule.
+# Old values of what `decide` overwrites, to undo a failed step: counters, then these per rule.
 UNDO_VALUE = tl.constexpr(3)  # after the three columns of the ring
 UNDO_COLUMNS = tl.constexpr(4)
 
@@ -77,14 +77,14 @@ GRADIENT = tl.constexpr(1)
 STATE = tl.constexpr(2)  # the first of three
 MASTER = tl.constexpr(5)
 STEP_ADDRESS = tl.constexpr(6)
-ADDRESS_COLUMNS = tl.constexpr(8)  # 64 bytes, two sectors of memory
+ADDRESS_COLUMNS = tl.constexpr(8)  # 64 bytes: two memory sectors
 
 # A tensor in the table of units; see `unit_table`.
 GRAD_ADDRESS = tl.constexpr(0)
 WEIGHT_ADDRESS = tl.constexpr(1)
 ROW_SIZE = tl.constexpr(2)
 FIRST_UNIT = tl.constexpr(3)
-ALIGNED = tl.constexpr(4)  # 1 if the rows of the gradient are aligned, plus 2 for the weight
+ALIGNED = tl.constexpr(4)  # bit 0: aligned rows in the gradient; bit 1: in the weight
 UNIT_COLUMNS = tl.constexpr(5)
 
 # `HYPER`, `N_COEFFICIENTS`, `SIGN` and `KEY` of `fastguard.optim.contract`.

@@ -79,7 +79,7 @@ def new_values(
     else:
         if ALGORITHM == LION:
             toward = a * c0 + g * c1
-            # NaN and 0 stay as they are.
+            # The sign; 0 and NaN stay as they are.
             one = tl.where(toward > 0.0, 1.0, tl.where(toward < 0.0, -1.0, toward))
             p = p * c5 - one * c4
             a = a * c2 + g * c3
@@ -121,7 +121,7 @@ def advance_kernel(
     STOCHASTIC: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """Counts the step of each tensor and computes its coefficients in float64."""
+    """Increments the step counter of each tensor and computes its coefficients in float64."""
     if tl.load(found_inf_ptr) != 0.0:  # skipped: the coefficients are not read
         return
     t = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
@@ -189,7 +189,7 @@ def advance_steps(
     has_steps: bool,
     stochastic: bool,
 ) -> None:
-    """Counts a step and computes its coefficients, unless it is skipped.
+    """Increments the step counters and computes the coefficients, unless the step is skipped.
 
     Args:
         tensors, addresses: From the table of the update.

@@ -1,12 +1,12 @@
-"""The spike rules, as a part of `decide`: their thresholds, and the rings of accepted values.
+"""The spike rules in `decide`: computes thresholds and updates the rings of accepted values.
 
-    threshold[k] = mean + sigma * max(std, 0.01 * |mean|, tiny)      of the values in ring k
+    threshold[k] = mean + sigma * max(std, 0.01 * |mean|, tiny)      over the values in ring k
 
     rules    float64 (K, 8): see `columns`
     windows  float64 (K, W), rings int64 (K, 3): see `fastguard.stages.contract.GuardState`
 
-Each rule is a lane of one tile of `RULES` lanes, and the rings are read in blocks of `WINDOW`
-values, so that lanes exchange nothing through memory.
+Each rule is one lane of a tile with `RULES` lanes. The rings are read in blocks of `WINDOW` values,
+so lanes do not exchange data through memory.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def judged_rules(
     Returns:
         spiked: Whether any rule detected a spike.
         grad_spiked: Whether a rule detected a spike of the gradient norm.
-        skips: Whether such a rule skips the step.
-        limit: float64: limit of the norm of the whole model; inf for none.
+        skips: Whether any rule that detected a spike skips the step.
+        limit: float64: the limit for the total norm; inf if there is none.
     """
     INF: tl.constexpr = float("inf")
     NAN: tl.constexpr = float("nan")
@@ -96,7 +96,7 @@ def judged_rules(
     usable = fault == 0
     if ZERO == 0:
         usable = usable & (bad_grad == 0)
-    # A loss that was not given is NaN, and ignored.
+    # A loss that was not passed to `step` is NaN here, and is ignored.
     heard = (tl.abs(value) < INF) & spread(usable, RULES)
     moves = heard & spread(total_norm > 0.0, RULES)
     moves = moves & (spike | spread((fault | skips) == 0, RULES)) & (window > 0) & is_rule
@@ -137,8 +137,8 @@ def thresholds_of(
 ):
     """Returns the threshold of each rule, float64 `(RULES,)`.
 
-    Two passes over the rings compute the mean, and then the deviations from it. Rings contain only
-    finite values, so there is no NaN.
+    The first pass over the rings computes the mean, the second the standard deviation. Rings
+    contain only finite values, so the results are not NaN.
     """
     sigma = tl.load(rule_ptr + SIGMA, mask=is_rule, other=0.0)
     warmup = tl.load(rule_ptr + WARMUP, mask=is_rule, other=0.0)

@@ -1,11 +1,11 @@
-"""Memory shared by the programs of measure, kept between steps so that no launch has to zero it.
+"""Memory shared by the programs of `measure`; reused across steps to avoid zeroing it.
 
     zeros     int64: a ticket, counts of segments, counts of tensors; zero between two launches
-    partials  float64: sums of programs or chunks; arbitrary between two launches
+    partials  float64: partial sums per program or chunk; arbitrary between two launches
 
 A program that reads a nonzero count or ticket resets it to zero; see `summary`. Kernels on one
 stream run in order, so there is one scratch per stream. A CUDA graph gets its own, which is zeroed
-at each replay, since its kernels may run concurrently with those of other streams.
+at each replay, since its kernels may run concurrently with kernels on other streams.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Scratch:
     Attributes:
         zeros: int64: ticket and counts.
         partials: float64: partial sums.
-        key: Device and stream; None if it is not kept.
+        key: Device and stream; None if the memory is not reused.
     """
 
     zeros: Tensor
@@ -39,8 +39,8 @@ _kept: dict[tuple[torch.device, int], Scratch] = {}  # one entry per stream; tor
 def take(device: torch.device, n_zeros: int, n_partials: int) -> Scratch:
     """Takes the memory for launches on the current stream, until the caller passes it to `keep`.
 
-    If a caller fails between two launches, it does not call `keep`, so that counts which were not
-    reset do not affect the next step.
+    A caller that fails between two launches must not call `keep`: some counts were not reset, and
+    would affect the next step.
 
     Args:
         device: The device.
@@ -59,7 +59,7 @@ def take(device: torch.device, n_zeros: int, n_partials: int) -> Scratch:
 
 
 def keep(own: Scratch) -> None:
-    """Returns the memory, after all launches that use it have been made."""
+    """Makes the memory available again; call it after all launches that use the memory."""
     if own.key is not None:
         _kept[own.key] = own
 

@@ -21,7 +21,7 @@ from fastguard.kernels.chunk_layout import ALIGNMENT
 from fastguard.kernels.chunks import TABLES, Bucket, is_dense
 from fastguard.kernels.upload import Upload, upload
 
-KEY = -1  # key in the memo of a bucket, next to the chunk tables by number of segments
+KEY = -1  # key in a bucket's memo; chunk tables use the number of segments as their key
 
 
 class Units(Protocol):
@@ -69,7 +69,7 @@ def unit_table(units: Units, limits: tuple[float, ...] | None = None) -> UnitTab
 
     Args:
         units: The gradients and weights.
-        limits: clip_factor and eps. Default: None, those of the last call for this bucket.
+        limits: clip_factor and eps. None: the limits of the last call for this bucket.
     """
     kept = units.bucket.memo.tables.get(KEY)
     if kept is not None and limits is None:
@@ -131,7 +131,7 @@ def _aligned(t: Tensor, row: int) -> bool:
 def _in_rows(
     tensors: Sequence[Tensor], counts: Sequence[int]
 ) -> tuple[list[Tensor], tuple[tuple[int, Tensor], ...]]:
-    """Replaces tensors whose rows are not contiguous by buffers; returns both."""
+    """Replaces tensors whose rows are not contiguous with buffers; also returns the buffers."""
     copies = {
         i: torch.empty_like(t, memory_format=torch.contiguous_format)
         for i, (t, n) in enumerate(zip(tensors, counts, strict=True))

@@ -1,8 +1,8 @@
 """The table of an update: chunks of tensors, and the addresses of their arrays; see `update`.
 
-As in `chunks`, the layout depends on sizes and alignment and is cached; addresses are uploaded
-whenever they change, which among the arrays of an optimizer only those of gradients do. Arrays are
-cut at whole vectors, so that all chunks of an aligned tensor are aligned.
+As in `chunks`, the layout depends on sizes and alignment, and is cached. Addresses are uploaded
+whenever they change; of an optimizer's arrays, only gradients move. Arrays are cut at vector
+boundaries, so that all chunks of an aligned tensor are aligned.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Arrays:
     Attributes:
         weights, gradients: T dense tensors each, with equal strides.
         states: Up to three lists of T tensors.
-        masters, steps: T tensors each, or none.
-        segment_ids, group_ids, counters: T numbers each; counters may be none.
+        masters, steps: T tensors each, or empty.
+        segment_ids, group_ids, counters: T numbers each; counters may be empty.
         vector: Elements per vector; see `update.vector_size`.
     """
 
@@ -84,7 +84,7 @@ class UpdateTable:
     """A layout and addresses, on the device of the tensors.
 
     Attributes:
-        layout: The cut of the tensors.
+        layout: The division of the tensors into chunks.
         upload: int64 `(T, 8)`: the addresses.
         key: Everything that the table depends on.
     """
