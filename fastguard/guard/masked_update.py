@@ -4,8 +4,8 @@
     x <- old x if found_inf else new x                                        weights and state
 
 The Python code of the optimizer is traced once with placeholders instead of tensors. Tracing
-therefore changes nothing, and an update that cannot be traced is found before any change. In
-compiled form each array is read and written once, as without masks; copies exist only in the graph.
+therefore modifies nothing, and an update that cannot be traced is rejected before any change. The
+compiled update reads and writes each array once, as without masks; it makes no copies of them.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Place(NamedTuple):
     """The location of a number or tensor in an optimizer.
 
     Attributes:
-        owner: The number of a param group, or of a parameter among the updated ones.
+        owner: The index of a param group, or of a parameter in `Members.params`.
         key: The name of the entry.
-        of_group: True: a setting of a param group; False: state of a parameter.
+        of_group: Whether it is a setting of a param group; False for the state of a parameter.
         item: The position in a tuple such as `betas`; None: the entry itself.
     """
 
@@ -80,10 +80,11 @@ class Members:
 
     Attributes:
         params: The parameters with a gradient.
-        groups: The param group number of each.
-        segments: The number of the clip coefficient of each.
-        states: The names of the state tensors of each.
-        has_constants: Whether states have other entries, which become constants of a graph.
+        groups: The index of each parameter's group.
+        segments: The index of each parameter's clip coefficient.
+        states: The names of each parameter's state tensors.
+        has_constants: Whether states have entries that are not tensors; the graph treats them as
+            constants.
     """
 
     params: list[Tensor]
@@ -143,7 +144,8 @@ def trace(optimizer: Optimizer, members: Members, settings: Mapping[Place, Tenso
 
     Raises:
         NotTraceable: The step cannot be compiled.
-        CreatesState, CountsInPython: It can be compiled once its state exists, in tensors.
+        CreatesState: The step can be compiled after its state has been created.
+        CountsInPython: The step can be compiled after its counters have become tensors.
     """
     notes: dict[str, Any] = {}
 
@@ -233,7 +235,7 @@ class _OptimizerOfPlaceholders:
             raise NotTraceable(_untraceable_line(self.optimizer, error)) from error
 
     def after(self, written: Sequence[Tensor], versions: Iterable[int]) -> Iterator[Tensor | None]:
-        """Returns the new value of each tensor after the step; None: it was not changed.
+        """Returns the value of each tensor after the step, or None if it was not changed.
 
         Args:
             written: Weights, state tensors, settings.
@@ -246,7 +248,7 @@ class _OptimizerOfPlaceholders:
             if vars(self.optimizer)[name] != number:
                 raise NotTraceable(
                     f"{type(self.optimizer).__name__}.step changes its attribute {name}, a Python "
-                    "number, which a skip on the device cannot preserve"
+                    "number, which a step skipped on the device cannot leave unchanged"
                 )
         replaced: dict[int, Tensor] = {}
         counts: list[Place] = []
@@ -291,7 +293,7 @@ class _OptimizerOfPlaceholders:
             raise CreatesState(f"{name} creates the {where} {place.key!r}")
         elif isinstance(old, Tensor) or isinstance(new, Tensor) or old != new:
             raise NotTraceable(
-                f"{name} replaces the {where} {place.key!r} by a {type(new).__name__}"
+                f"{name} replaces the {where} {place.key!r} with a {type(new).__name__}"
             )
 
 
@@ -316,10 +318,10 @@ class _Noting(dict):
 
 
 def _implementation(optimizer: Optimizer, on_gpu: bool) -> list[tuple[str, bool]]:
-    """Returns the settings that select an implementation which can be compiled.
+    """Returns the settings that select a compilable implementation of the step.
 
-    `capturable` keeps counters on the device; other libraries may refuse it on a CPU, where it is
-    not needed. `foreach` gives few kernel launches with inductor.
+    `capturable` keeps step counters on the device. On a CPU it is not needed, and optimizers of
+    other libraries may refuse it. `foreach` reduces the number of kernel launches with inductor.
     """
     capturable = on_gpu or steps_as_torch(optimizer)
     return [("capturable", capturable), ("fused", False), ("foreach", on_gpu)]
@@ -342,7 +344,7 @@ def _with_tensors(
 
 
 def _number(value: Any) -> float | None:
-    """Returns a Python number, with which comparisons can be decided; None for a tensor."""
+    """Returns a Python number, whose comparisons can be evaluated; None for a tensor."""
     return value if type(value) in NUMBERS else None
 
 
@@ -351,7 +353,7 @@ def _scaled_and_cleaned(grad: Tensor, multiplier: Tensor, clean: Tensor) -> Tens
     wide = factor_dtype(grad.dtype)
     cleaned = torch.where(grad.isfinite() | (clean == 0), grad, 0.0)
     factor = multiplier.to(wide)
-    tiny = factor < SMALLEST_FACTOR  # not accurate in one multiplication
+    tiny = factor < SMALLEST_FACTOR  # a single multiplication would lose accuracy
     first = torch.where(tiny, SMALLEST_FACTOR, 1.0).to(wide)
     factor = torch.where(tiny, (multiplier / SMALLEST_FACTOR).to(wide), factor)
     return (cleaned.to(wide) * first * factor).to(grad.dtype)
@@ -367,9 +369,9 @@ def _untraceable_line(optimizer: Optimizer, error: Exception) -> str:
         f for f in frames if f.filename.startswith(folder) and not f.filename.startswith(here)
     ]
     if "DataDependent" in type(error).__name__:
-        first = "it needs a number from the device in Python"
+        first = "it reads a value from the device in Python"
     elif "convert all Tensors to FakeTensors" in str(error):
-        first = "it uses a tensor that is not itself an entry of `state` or `param_groups`"
+        first = "it uses a tensor that is not a direct entry of `state` or `param_groups`"
     else:
         reason = str(error).strip().splitlines()
         first = f"{type(error).__name__}: {reason[0][:200]}" if reason else type(error).__name__

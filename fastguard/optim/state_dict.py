@@ -1,4 +1,4 @@
-"""Loads state dicts of these optimizers and of torch's."""
+"""Loads state dicts saved by the fused optimizers or by torch's optimizers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def check_modes(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> None:
-    """Raises a ValueError for a state dict that was saved with another `master`."""
+    """Raises a ValueError for a state dict that was saved with a different `master`."""
     saved_groups = state_dict["param_groups"] if "param_groups" in state_dict else ()
     for g, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=False)):
         if "master" in saved and saved["master"] != group["master"]:
@@ -31,7 +31,7 @@ def check_modes(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> Non
 def take_over(
     optimizer: FusedOptimizer, saved: Mapping[str, Any], before: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Replaces the values that torch has loaded, and cast, by those of the state dict.
+    """Replaces the values that torch loaded and cast with the original ones from the state dict.
 
     Args:
         optimizer: The optimizer, after torch has loaded the state dict.
@@ -55,7 +55,7 @@ def take_over(
 
 
 def _check_shapes(entries: Mapping[str, Any], p: Tensor) -> None:
-    """Raises a ValueError for state of another shape: a fused update would write past its end."""
+    """Raises a ValueError for state of the wrong shape; an update would write past its end."""
     for key, value in entries.items():
         expected = torch.Size() if key == STEP else p.shape
         if isinstance(value, Tensor) and value.shape != expected:
@@ -67,7 +67,7 @@ def _check_shapes(entries: Mapping[str, Any], p: Tensor) -> None:
 
 
 def _kept(key: str, value: Any, group: Mapping[str, Any], p: Tensor) -> Any:
-    """Returns a saved entry in the dtype of this optimizer; None: it will be initialized anew."""
+    """Returns a saved entry in this optimizer's dtype, or None if it must be reinitialized."""
     if not isinstance(value, Tensor):
         if key == STEP:  # a number in old versions of torch
             return torch.tensor(float(value), device=p.device)
@@ -75,7 +75,7 @@ def _kept(key: str, value: Any, group: Mapping[str, Any], p: Tensor) -> Any:
     if key == STEP:
         return value.to(device=p.device, dtype=torch.float32, copy=True)
     if key in MASTER_KEYS.values():
-        # torch's optimizers cast a master when they load it, and then update the weight without it.
+        # torch's optimizers cast a loaded master and never update it, so a cast master is outdated.
         exact = torch.int16 if key == "remainder" else torch.float32
         is_ours = MASTER_KEYS.get(group["master"]) == key
         return value.to(p.device, copy=True) if is_ours and value.dtype is exact else None

@@ -103,9 +103,9 @@ def scalars(record: StepRecord, prefix: str = "train") -> dict[str, float]:
         prefix: Part of each name before the slash. Default: `"train"`.
 
     Returns:
-        Finite numbers only, so that a plot has a gap elsewhere and `skipped` shows the incident.
-        The exception is the gradient norm, which is NaN or Inf where torch's would be, since the
-        norm of the finite elements would look like a dip. A loss named `seg` becomes
+        Finite numbers only: plots have a gap where a value is not finite, and `skipped` shows the
+        incident. The exception is the gradient norm, which is NaN or Inf whenever torch's norm
+        would be; the norm of the finite elements would look like a dip. A loss named `seg` becomes
         `train/seg_loss`.
 
     Example:
@@ -123,9 +123,10 @@ def scalars(record: StepRecord, prefix: str = "train") -> dict[str, float]:
 
 
 def _watched(record: StepRecord) -> dict[str, float]:
-    """What a watched step adds: `grad_norms/layer.weight`, `update_ratios/layer.weight`, and so on.
+    """Returns the scalars of a watched step: `grad_norms/layer.weight`, `noise_scale`, and so on.
 
-    The plurals keep apart what MLflow could not hold as both metric and folder.
+    `grad_norms` is plural because MLflow cannot have a folder with the name of a metric, and
+    `grad_norm` is a metric.
     """
     watch = record.watch
     values = {f"grad_norms/{name}": v for name, v in watch.get("tensor_norms", {}).items()}

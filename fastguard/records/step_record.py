@@ -13,10 +13,10 @@ from fastguard.records.strict_json import shortened, strict
 from fastguard.stages.reason import Reason
 
 LOSS_SCALE = Reason.LOSS_SCALE.label
-"""The reason of a skip that is not an incident."""
+"""The reason of a skip that only lowers a loss scale, which is not an incident."""
 
 REPLICA_DRIFT = "replica_drift"
-"""The reason of a step in which replicas differ, and where `StepRecord.watch` says which."""
+"""The reason of a step in which replicas differ; also their key in `StepRecord.watch`."""
 
 MOST_OF_A_TAG = 400
 """Maximum characters of a tag in a log line."""
@@ -32,26 +32,26 @@ class StepRecord:
         clip_coef: The smallest clip coefficient of all segments; 1 if nothing was clipped.
         action: `"applied"`, `"clipped"`, `"sanitized"` or `"skipped"`.
         reason: None, `"nonfinite_grad"`, `"nonfinite_loss"`, `"grad_spike"`, `"loss_spike"`, or
-            `"loss_scale"`: an overflow that only lowers the loss scale of a `GradScaler`, or
-            `"replica_drift"`: ranks that must be equal differ. An applied step may have a reason,
-            from a rule with `action="record"` or from replicas that drift.
-        nan, posinf, neginf: Numbers of such elements in the whole model.
+            `"loss_scale"` (an overflow that only lowers the loss scale of a `GradScaler`), or
+            `"replica_drift"` (replicas that must be equal differ). An applied step can have a
+            reason too: a rule with `action="record"`, or replica drift.
+        nan, posinf, neginf: Numbers of NaN, +Inf and -Inf gradient elements in the whole model.
         culprits: `(name, nan, posinf, neginf)` of the first bad parameters.
         n_culprits: Number of bad parameters.
         losses: Losses of the step by name.
         spikes: The signals that spiked.
-        thresholds: What each rule compared its signal with; inf during warm-up.
+        thresholds: The threshold of each rule, by signal; inf during warm-up.
         consecutive_skips: Incidents skipped since the last applied step; 0 if this step was
             applied. A skip that only lowers a loss scale does not change it.
         lr: Learning rate of the first param group.
         tag: The caller's tag, to find the batch again.
         culprit_ranks: Number of ranks with non-finite values; 0 in one process.
         culprit_rank: That rank, if there is only one; `culprits` are its parameters.
-        limit: The norm of the whole model at which it would be clipped: `max_norm`, or the limit
-            set by an adaptive rule; with several segments, the norm where each is at its limit.
-            `inf`: no limit.
-        watch: What `GuardedOptimizer(watch=...)` found, by quantity; empty in a step that is not
-            watched. docs/watch.md says what each part holds.
+        limit: The total norm above which gradients are clipped: `max_norm`, or the limit set by an
+            adaptive rule; with several segments, the total norm if each is at its limit. `inf`: no
+            limit.
+        watch: Results of `GuardedOptimizer(watch=...)`, by quantity; empty in a step that is not
+            watched. docs/watch.md describes each quantity.
     """
 
     step: int
@@ -89,7 +89,7 @@ class StepRecord:
             False
         """
         if self.reason is None:
-            return self.action == "skipped"  # written without its reason
+            return self.action == "skipped"  # the record may lack a reason
         return self.reason != LOSS_SCALE
 
     def as_dict(self) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class StepRecord:
 
     @property
     def because(self) -> str:
-        """How the reason relates to the action; empty if there is no reason.
+        """The reason in words, depending on the action; empty if there is no reason.
 
         Example:
             >>> StepRecord(1, 2.0, 1.0, "applied", "loss_spike").because
@@ -200,13 +200,13 @@ class StepRecord:
 
 
 def _drifted(suspects: object) -> list[str]:
-    """Which replicas differ, and in what; nothing if the value in a file is of another kind."""
+    """Returns which replicas differ, and in what; ignores malformed values from a file."""
     said = []
     for what, ranks in suspects.items() if isinstance(suspects, dict) else ():
         if not isinstance(ranks, list):
             continue
         if len(ranks) == 1:
-            said.append(f"the {what} of rank {ranks[0]} differ from those of the other ranks;")
+            said.append(f"the {what} of rank {ranks[0]} differ from the other ranks;")
         elif ranks:
             said.append(f"the {what} of {len(ranks)} ranks differ;")
     return said

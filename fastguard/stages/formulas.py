@@ -27,7 +27,7 @@ def holds_norms(dtype: torch.dtype, norm_type: float) -> bool:
 def norm_of_norms(norms: Tensor, norm_type: float) -> Tensor:
     """Combines norms of parts, along the first dimension, into the norm of the whole (float64).
 
-    Accurate wherever the result is a float64; inf if it exceeds the largest float64.
+    Accurate whenever the result is in the float64 range; inf if it is larger.
     """
     if not norms.shape[0]:
         return norms.sum(0)
@@ -42,7 +42,7 @@ TINY = 2.0**-1022  # smallest normal float64: lower bound for the std of a spike
 
 
 def clip_coefficients(norms: Tensor, max_norm: Tensor) -> Tensor:
-    """Returns `min(1, max_norm / (norm + 1e-6))`: 1 if `max_norm` is inf, else NaN for NaN."""
+    """Returns `min(1, max_norm / (norm + 1e-6))`: 1 for infinite `max_norm`, NaN for NaN."""
     coef = (max_norm / (norms + EPS)).clamp(max=1.0)  # NaN stays NaN
     return coef.masked_fill(max_norm == math.inf, 1.0)
 
@@ -60,7 +60,7 @@ def propagated_norms(norms: Tensor, nonfinite_counts: Tensor) -> Tensor:
 
 
 SMALLEST_FACTOR = 2.0**-100
-"""Smallest factor of a single multiplication; smaller ones are split, to stay normal float32."""
+"""Smallest factor of one multiplication; smaller ones are split into two normal float32."""
 
 
 def unscaled(
@@ -76,5 +76,5 @@ def unscaled(
 
 
 def factor_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype of the factor for a gradient: float32, or float64 for float64."""
+    """Returns the dtype of the scale factor: float64 for float64 gradients, else float32."""
     return torch.float64 if dtype is torch.float64 else torch.float32

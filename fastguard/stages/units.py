@@ -1,10 +1,10 @@
-"""Adaptive gradient clipping as a stage: one coefficient per unit of each parameter.
+"""The adaptive gradient clipping stage: one coefficient per unit (row) of each parameter.
 
     unit_buckets -> unit_coefs -> scale_units
 
 I/O: reads gradients and weights once (2N bytes) and writes 8 bytes per unit; then reads and writes
-the gradients of the clipped units. With `GuardedOptimizer`, this is a second read of the gradients,
-since it measures them before to decide whether to take the step.
+the gradients of the clipped units. With `GuardedOptimizer`, this is the second pass over the
+gradients: the first one measures them to decide whether to take the step.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def clip_units(
     inv_scale: Tensor | None = None,
     verdict: Verdict | None = None,
 ) -> Tensor | None:
-    """Scales the units that are above their limits, in place. Does not wait for a GPU.
+    """Scales the units whose norms exceed their limits, in place, without a sync.
 
     Args:
         units: Gradients and weights.
