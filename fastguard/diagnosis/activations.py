@@ -236,5 +236,5 @@ def _matching(model: nn.Module, modules: str | Sequence[str]) -> dict[str, nn.Mo
     }
     if not found:
         known = ", ".join(name for name, _ in model.named_modules() if name) or "none"
-        raise ValueError(f"no module matches modules={modules!r}; there are: {known}")
+        raise ValueError(f"no module matches modules={modules!r}; the modules are: {known}")
     return found

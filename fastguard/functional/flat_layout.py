@@ -86,14 +86,14 @@ def check_flat(parameters: Sequence[Tensor], names: Sequence[str] | None) -> Non
             )
         if is_dtensor(p):
             raise TypeError(
-                f"{name} is a DTensor, but flat buckets hold only plain tensors; guard without "
-                "flat buckets"
+                f"{name} is a DTensor, but flat buckets support only plain tensors; use "
+                "GuardedOptimizer without flat buckets"
             )
         if not p.requires_grad and p.grad is None:
             continue
         if p.layout is not torch.strided or p.dtype not in FLOATING:
             raise TypeError(
-                f"{name} is {p.dtype} ({p.layout}), but flat buckets hold only dense real "
+                f"{name} is {p.dtype} ({p.layout}), but flat buckets support only dense real "
                 "gradients; leave this parameter out"
             )
         if p.grad is not None:

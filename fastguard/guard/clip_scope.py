@@ -209,17 +209,15 @@ def names_by_tensor(
     for item in named:
         if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)):
             raise TypeError(
-                f"named_parameters holds a {type(item).__name__}, but must give (name, parameter) "
-                "pairs; pass model.named_parameters()"
+                f"named_parameters yields a {type(item).__name__}, not a (name, parameter) "
+                "pair; pass model.named_parameters()"
             )
         names.setdefault(item[1], item[0])
     parameters = [p for group in groups for p in group["params"]]
     if parameters and not any(p in names for p in parameters):
-        what = (
-            "these are of another model" if names else "it is empty, and a generator is read once"
-        )
+        what = "they belong to another model" if names else "it is empty; generators work only once"
         raise ValueError(
             f"named_parameters names none of the optimizer's {len(parameters)} parameters: {what}; "
-            "pass model.named_parameters() of the model whose parameters the optimizer has"
+            "pass named_parameters() of the model that the optimizer updates"
         )
     return names

@@ -264,7 +264,7 @@ class GuardedOptimizer(SavableOptimizer):
 
     def _take(self, call: StepCall, loss: Loss | None, tag: Any) -> Any:
         """Takes one step; after an exception, `_after_failure` concludes it."""
-        self._conclude()  # an earlier step, if its end was interrupted
+        self._conclude()  # an earlier step may have been interrupted before its end
         self._deliver(before=True)
         flight = self._flight = StepInFlight(self._steps_taken + 1, call, self._observed)
         stop = self.nonfinite != "propagate"

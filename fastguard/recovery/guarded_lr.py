@@ -311,9 +311,7 @@ class GuardedLR(LRScheduler):
             if self._have_joined:
                 error.add_note(
                     f"{type(self.schedule).__name__} may not accept param groups added later; "
-                    "create the "
-                    "schedule again, and a new GuardedLR around it, after "
-                    "add_param_group"
+                    "after add_param_group, create the schedule again, and a new GuardedLR with it"
                 )
             raise
         self._lr.take_over(self._groups)
@@ -327,9 +325,8 @@ class GuardedLR(LRScheduler):
             return
         if n < before:
             raise ValueError(
-                f"the optimizer has {n} param groups, but GuardedLR knows {before}; after removing "
-                "one, "
-                "create a new GuardedLR"
+                f"the optimizer has {n} param groups, but GuardedLR has {before}; after removing "
+                "a param group, create a new GuardedLR"
             )
         floors = one_each("floor", self._given_floor, before, n)
         if self.warmup is not None:

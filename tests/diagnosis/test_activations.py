@@ -283,7 +283,7 @@ def test_incident_d_trains_with_finite_activations_under_a_cleaning_guard():
         ({"limit": 0.0}, ValueError, "limit=0.0"),
         ({"limit": NAN}, ValueError, "limit=nan"),
         ({"limit": "10"}, TypeError, "limit='10'"),
-        ({"modules": "decoder.*"}, ValueError, "there are: bad, good"),
+        ({"modules": "decoder.*"}, ValueError, "the modules are: bad, good"),
     ],
 )
 def test_wrong_arguments(kwargs, error, says):

@@ -277,4 +277,4 @@ def test_what_cannot_be_joined_is_refused_on_every_rank(four: Ranks) -> None:
         assert "pass mesh.get_group() of the intended dimension" in mesh
         assert "this rank is not a member" in foreign
         assert "no group contains both" in apart
-        assert "flat buckets hold only plain tensors" in flat
+        assert "flat buckets support only plain tensors" in flat

@@ -389,9 +389,7 @@ def test_a_param_group_that_is_gone_is_named() -> None:
     opt = guarded(n_groups=2)
     lr = GuardedLR(opt)
     del opt.param_groups[1]
-    with pytest.raises(
-        ValueError, match=r"has 1 param groups, but GuardedLR knows 2.*create a new"
-    ):
+    with pytest.raises(ValueError, match=r"has 1 param groups, but GuardedLR has 2.*create a new"):
         lr.step()
 
 

@@ -106,7 +106,9 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for name, _ in pairs:
             if name in seen:
-                raise DamagedFile(f"it names {name:.200} twice, which readers handle differently")
+                raise DamagedFile(
+                    f"the name {name:.200} appears twice, which readers handle differently"
+                )
             seen.add(name)
     for name in found:
         name.encode()  # a lone surrogate is not text
@@ -128,9 +130,7 @@ def _safetensor(name: str, entry: dict[str, Any], data: int, file_size: int) -> 
         raise DamagedFile(f"{name:.200} has dtype {kind}, which is not supported")
     size, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
     if any(type(number) is not int for number in (*size, begin, end)):
-        raise DamagedFile(
-            f"damaged: the shape or place of {name:.200} does not consist of integers"
-        )
+        raise DamagedFile(f"damaged: the shape or data_offsets of {name:.200} are not all integers")
     if len(size) > _MOST_DIMENSIONS:
         raise DamagedFile(
             f"{name:.200} has {len(size):,} dimensions; torch supports at most {_MOST_DIMENSIONS}"

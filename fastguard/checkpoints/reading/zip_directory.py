@@ -94,7 +94,7 @@ def _damaged(what: str) -> DamagedFile:
 
 
 def _differs(what: str) -> DamagedFile:
-    return DamagedFile(f"damaged, or made to be read differently by different programs: {what}")
+    return DamagedFile(f"damaged, or crafted so that programs read it differently: {what}")
 
 
 def _place(file: IO[bytes], size: int) -> tuple[int, int, int]:
@@ -102,10 +102,10 @@ def _place(file: IO[bytes], size: int) -> tuple[int, int, int]:
     file.seek(max(size - _END.size, 0))
     tail = file.read(_END.size)
     if len(tail) < _END.size or tail[:4] != b"PK\x05\x06":
-        raise _damaged("the directory of the archive is not at its end")
+        raise _damaged("the archive does not end with its directory")
     _, disk, first_disk, n_here, n, length, start, comment = _END.unpack(tail)
     if disk or first_disk or n_here != n or comment:
-        raise _differs("its end record does not describe one whole archive")
+        raise _differs("its end record does not describe a complete, single archive")
     end = size - _END.size
     wide = _wide_place(file, end)
     if wide is not None:
@@ -144,7 +144,7 @@ def _wide_place(file: IO[bytes], end: int) -> tuple[int, int, int, int] | None:
         or first_disk
         or n_here != n
     ):
-        raise _differs("its 64-bit end record does not describe one whole archive")
+        raise _differs("its 64-bit end record does not describe a complete, single archive")
     return start, n, n_bytes, first
 
 

@@ -33,8 +33,7 @@ def setup_of(spec: str) -> dict[str, Any]:
     if "/" in module_name or os.sep in module_name or module_name[0] == ".":
         name = Path(module_name).name.strip(".").removesuffix(".py")
         raise UsageError(
-            f"{module_name!r} is a file, not a module; run this in its folder and write "
-            f"{name}:{path}"
+            f"{module_name!r} is a file, not a module; run this in its folder with {name}:{path}"
         )
     folder = os.getcwd()
     if folder not in sys.path:

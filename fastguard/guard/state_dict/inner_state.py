@@ -32,7 +32,7 @@ def load(optimizer: Optimizer, state_dict: Any, check: Callable[[], None]) -> No
     before = _Attributes(optimizer)
     live, groups = optimizer.state, optimizer.param_groups
     seen_by_torch: list[dict[str, Any]] = []
-    # Optimizers that never called Optimizer.__init__ have no hooks, and load in another way.
+    # Optimizers that never called Optimizer.__init__ have no hooks and load differently.
     hooked = hasattr(optimizer, "_optimizer_load_state_dict_pre_hooks")
     hook = hooked and optimizer.register_load_state_dict_pre_hook(
         lambda _, adapted: seen_by_torch.append(adapted)
