@@ -42,7 +42,10 @@ TINY = 2.0**-1022  # smallest normal float64: lower bound for the std of a spike
 
 
 def clip_coefficients(norms: Tensor, max_norm: Tensor) -> Tensor:
-    """Returns `min(1, max_norm / (norm + 1e-6))`: 1 for infinite `max_norm`, NaN for NaN."""
+    """Returns `min(1, max_norm / (norm + 1e-6))`.
+
+    The result is 1 if `max_norm` is inf, whatever the norm; otherwise NaN stays NaN.
+    """
     coef = (max_norm / (norms + EPS)).clamp(max=1.0)  # NaN stays NaN
     return coef.masked_fill(max_norm == math.inf, 1.0)
 
