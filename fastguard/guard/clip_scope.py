@@ -215,7 +215,7 @@ def names_by_tensor(
         names.setdefault(item[1], item[0])
     parameters = [p for group in groups for p in group["params"]]
     if parameters and not any(p in names for p in parameters):
-        what = "they belong to another model" if names else "it is empty; is it a used generator?"
+        what = "they belong to another model" if names else "it is empty (an exhausted generator?)"
         raise ValueError(
             f"named_parameters names none of the optimizer's {len(parameters)} parameters: {what}; "
             "pass named_parameters() of the model that the optimizer updates"
