@@ -1,6 +1,6 @@
 """`make bench`: measures everything, prints it, and updates the results and their charts.
 
-python -m benchmarks                      # the whole suite: about six minutes on two cores
+python -m benchmarks                      # the whole suite: about five minutes on two cores
 python -m benchmarks --quick              # about a minute, only printed; same as `fastguard bench`
 python -m benchmarks --device cuda        # on a GPU
 """
