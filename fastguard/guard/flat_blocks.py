@@ -73,16 +73,16 @@ class Run:
         """Returns the state of the run for the optimizer; the step count is the first tensor's."""
         block = self.block
         if self.entries is None:
-            self.entries = {
+            self.others = block.steps[self.first + 1 : self.last]
+            self.entries = {  # set last, so that an interrupt leaves both to the next call
                 key: block.steps[self.first] if key == STEP else self.piece(block.states[key])
                 for key in self.keys
             }
-            self.others = block.steps[self.first + 1 : self.last]
         return dict(self.entries)
 
     def spread_step(self) -> None:
         """Copies the step count of the first parameter to all others of the run."""
-        if self.others is not None and self.entries is not None and STEP in self.keys:
+        if self.entries is not None and self.others is not None and STEP in self.keys:
             self.others.copy_(self.entries[STEP])
 
 
