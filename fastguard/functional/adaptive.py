@@ -12,7 +12,7 @@ from fastguard.functional.arguments import Parameters, gradients_for, limit_like
 from fastguard.functional.ops import define
 from fastguard.gradients.buckets import bucketize, parameters_of
 from fastguard.gradients.tensor_kinds import TRACED, kind_of
-from fastguard.gradients.unit_buckets import refuse_dtensors, unit_buckets
+from fastguard.gradients.unit_buckets import refuse_dtensors, refuse_shards, unit_buckets
 from fastguard.stages.agc import AGC, limited_positions
 from fastguard.stages.apply import scale
 from fastguard.stages.decide import raise_if_nonfinite
@@ -60,7 +60,7 @@ def clip_grad_adaptive_(
     Raises:
         NonFiniteGradError: A gradient is non-finite, in raise mode; this waits for a GPU.
         TypeError, ValueError: An argument has the wrong type or is out of range; or a parameter is
-            a DTensor, whose shards hold parts of units.
+            a DTensor or a shard of FSDP1 or DeepSpeed, which hold parts of units.
 
     Example:
         >>> import torch, fastguard
@@ -76,10 +76,11 @@ def clip_grad_adaptive_(
     parameters = listed(parameters)
     grads, names = gradients_for(parameters, strict=True)
     tensors = parameters_of(parameters)
-    refuse_dtensors(tensors, names)
+    compiling = torch.compiler.is_compiling()
+    (refuse_dtensors if compiling else refuse_shards)(tensors, names)
     limited = limited_positions(tensors, names, [exclude] if isinstance(exclude, str) else exclude)
     present = {type(g) for g in grads if g is not None}
-    if torch.compiler.is_compiling() or kind_of(present) is TRACED:
+    if compiling or kind_of(present) is TRACED:
         _clip_compiled(grads, tensors, names, limited, clip_factor, eps, p, mode)
         return
     agc = AGC(clip_factor, eps)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastguard.gradients.buckets import BucketMemo, GradBucket, bucketize, name_of
 from fastguard.ranks.dtensors import dtensor_types
+from fastguard.ranks.plain_shards import is_managed, what_reshaped
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,22 @@ def _as_real(weight: Tensor) -> Tensor:
     return torch.view_as_real(weight) if weight.is_complex() else weight
 
 
+def refuse_shards(weights: Sequence[Tensor], names: Sequence[str] | None) -> None:
+    """Refuses DTensors, and tensors that FSDP1 or DeepSpeed has split or flattened.
+
+    Raises:
+        TypeError: One was found; the message names it.
+    """
+    refuse_dtensors(weights, names)
+    engine = what_reshaped(weights)
+    if engine is not None:
+        i = next(i for i, w in enumerate(weights) if is_managed(w))
+        raise TypeError(
+            f"{name_of(i, names)} is a part of a flat tensor of {engine}, which does not know the "
+            f"units of the layers; {_REMEDY}"
+        )
+
+
 def refuse_dtensors(weights: Sequence[Tensor], names: Sequence[str] | None) -> None:
     """Raises a TypeError that names the first DTensor."""
     known = dtensor_types(set(map(type, weights)))
@@ -111,7 +128,11 @@ def refuse_dtensors(weights: Sequence[Tensor], names: Sequence[str] | None) -> N
     i = next(i for i, w in enumerate(weights) if isinstance(w, known))
     raise TypeError(
         f"{name_of(i, names)} is a DTensor: a shard holds parts of units whose norms this rank "
-        "does not know, so adaptive gradient clipping does not support it; use another limit, such "
-        "as "
-        "max_norm=1.0, or leave this parameter out"
+        f"does not know; {_REMEDY}"
     )
+
+
+_REMEDY = (
+    "adaptive gradient clipping does not support it, so use another limit, such as max_norm=1.0, "
+    "or leave this parameter out"
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastguard.gradients.unit_buckets import refuse_dtensors, unit_buckets
+from fastguard.gradients.unit_buckets import refuse_shards, unit_buckets
 from fastguard.guard.clip_scope import Layout
 from fastguard.stages.agc import AGC, limited_positions
 from fastguard.stages.contract import Signals, Verdict
@@ -19,12 +19,12 @@ class UnitClipping:
         layout: The parameters and their names.
 
     Raises:
-        TypeError: A parameter is a DTensor.
+        TypeError: A parameter is a DTensor, or a shard of FSDP1 or DeepSpeed.
         ValueError: An entry of `agc.exclude` matches no parameter.
     """
 
     def __init__(self, agc: AGC, layout: Layout) -> None:
-        refuse_dtensors(layout.parameters, layout.names)
+        refuse_shards(layout.parameters, layout.names)
         self._positions = limited_positions(layout.parameters, layout.names, agc.exclude)
         self._limits = torch.tensor([agc.clip_factor, agc.eps], dtype=torch.float64, device="cpu")
 

@@ -15,10 +15,11 @@ parameters: a step must be taken by all ranks or by none.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Size, Tensor
 from torch.distributed import ProcessGroup
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -107,6 +108,19 @@ def is_managed(p: Tensor) -> bool:
     return "_fsdp_flattened" in marks or "ds_id" in marks
 
 
+def what_reshaped(tensors: Sequence[Tensor]) -> str | None:
+    """Returns what has split or flattened one of these tensors; None if each has its own shape."""
+    managed = [t for t in tensors if is_managed(t)]
+    if any(hasattr(t, "_unpadded_unsharded_size") for t in managed):
+        return FSDP1
+    if not managed or _is_cleared(tensors):
+        return None
+    kind = _kind(tensors, ())
+    if kind is None:
+        _cleared[tensors[0]] = len(tensors)
+    return kind
+
+
 def _is_cleared(tensors: Sequence[Tensor]) -> bool:
     """Whether a list was searched before, since functions receive it at every step."""
     return not tensors or _cleared.get(tensors[0]) == len(tensors)
@@ -129,14 +143,34 @@ def _kind(tensors: Sequence[Tensor], replaced: Sequence[Tensor]) -> str | None:
 
 def _are_flat_shards(flattened: Sequence[Tensor]) -> bool:
     """Whether FSDP1 has split these tensors; with NO_SHARD it only flattens them."""
-    whole = [getattr(t, "_unpadded_unsharded_size", None) for t in flattened]
-    if any(size is not None for size in whole):  # flat parameters
-        return any(
-            size is not None and t.numel() < size.numel()
-            for t, size in zip(flattened, whole, strict=True)
-        )
+    flat = [t for t in flattened if hasattr(t, "_unpadded_unsharded_size")]
+    if flat:
+        return any(map(_is_split, flat))
     # Original parameters: a shard is a range of the flat one, or empty, whatever shape it had.
-    return any(not t.numel() for t in flattened) or all(t.dim() == 1 for t in flattened)
+    ranges = [t for t in flattened if t.dim() == 1]
+    if not ranges:
+        return False
+    # With NO_SHARD, a bias is a range too, and nothing on it tells the two apart.
+    flat = _flat_parameters_of(ranges)
+    if flat:
+        return any(map(_is_split, flat))
+    return len(ranges) == len(flattened) or any(not t.numel() for t in ranges)
+
+
+def _is_split(flat: Tensor) -> bool:
+    whole: Size = flat._unpadded_unsharded_size  # type: ignore[attr-defined]
+    return flat.numel() < whole.numel()
+
+
+def _flat_parameters_of(originals: Sequence[Tensor]) -> list[Tensor]:
+    """Returns the flat parameters of FSDP1 that contain one of these original parameters.
+
+    Originals don't refer to their flat parameter, so this searches all objects in memory (0.1 s for
+    a million). It finds nothing after `gc.freeze`.
+    """
+    wanted = set(map(id, originals))
+    flat = (o for o in gc.get_objects() if issubclass(type(o), Tensor) and hasattr(o, "_params"))
+    return [f for f in flat if not wanted.isdisjoint(map(id, f._params or ()))]
 
 
 _warned: set[str] = set()

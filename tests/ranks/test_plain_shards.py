@@ -145,6 +145,72 @@ def test_with_the_group_all_ranks_decide_as_one(two: Ranks, use_orig_params: boo
     assert len({ours for ours, *_ in norms}) == 1
 
 
+def only_vectors(strategy: str) -> tuple[list[str], float, float]:
+    """Trains biases alone. What is said without a group, as replicas, as shards; two norms."""
+    model = Net()
+    for name, p in model.named_parameters():
+        p.requires_grad_("bias" in name)
+    sharded = FullyShardedDataParallel(
+        model,
+        device_id=torch.device("cpu"),
+        sharding_strategy=ShardingStrategy[strategy],
+        use_orig_params=True,
+    )
+    wrapped = torch.optim.SGD([p for p in sharded.parameters() if p.requires_grad], lr=0.1)
+    world = dist.group.WORLD
+    said = [
+        raised(lambda g=g: GuardedOptimizer(wrapped, group=g)) for g in (None, Replicated(world))
+    ]
+    group = Replicated(world) if strategy == "NO_SHARD" else world
+    opt = GuardedOptimizer(wrapped, group=group)
+    backward(sharded)
+    theirs = sharded.clip_grad_norm_(1e9).item()
+    opt.step()
+    return said, opt.records()[0].total_norm, theirs
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_vectors_are_shards_only_if_they_were_split(two: Ranks, strategy: str) -> None:
+    for said, ours, theirs in two.run(only_vectors, strategy):
+        assert ours == pytest.approx(theirs, rel=1e-6)
+        for refusal in said:
+            assert ("shards of FullyShardedDataParallel" in refusal) == (strategy != "NO_SHARD")
+
+
+def units(strategy: str, use_orig_params: bool) -> list[str]:
+    """What the function and the guard say of tensors without the rows of their layers."""
+    model = fsdp(strategy, use_orig_params)
+    params = backward(model)
+    group = Replicated(dist.group.WORLD) if strategy == "NO_SHARD" else dist.group.WORLD
+    said = []
+    for attempt in (
+        lambda: fastguard.clip_grad_adaptive_(params),
+        lambda: GuardedOptimizer(
+            torch.optim.SGD(params), max_norm=fastguard.AGC(), clip_scope="unit", group=group
+        ),
+    ):
+        try:
+            attempt()
+            said.append("")
+        except (TypeError, ValueError) as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.mark.parametrize("use_orig_params", [False, True], ids=["flat", "original"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_adaptive_clipping_refuses_tensors_without_their_units(
+    two: Ranks, strategy: str, use_orig_params: bool
+) -> None:
+    for of_function, of_guard in two.run(units, strategy, use_orig_params):
+        if strategy == "NO_SHARD" and use_orig_params:
+            assert of_function == of_guard == ""
+            continue
+        assert "is a part of a flat tensor of FullyShardedDataParallel" in of_function
+        assert "max_norm=1.0" in of_function
+        assert of_guard == of_function or "the ranks of a plain group hold different" in of_guard
+
+
 def a_trainers_own_recipe() -> tuple[float, float, list[str]]:
     """It joins the norms of shards itself, as FSDP does, through torch's functions."""
     plain_shards._warned.clear()
