@@ -139,7 +139,10 @@ class GuardCallback(Callback):
     ) -> None:
         """Passes the loss of a micro-batch to the guard if its optimizer is clear."""
         for span in self._spans:
-            _add_batch(span, trainer)
+            _begin_batch(span, trainer)
+            # If one of several optimizers has stepped, the loss belongs to another one.
+            if len(self._spans) == 1 or not span.has_stepped:
+                span.add()
         optimizer = alone_in_training(self.optimizers, loss, trainer.world_size)
         if optimizer is None:
             return
@@ -219,7 +222,8 @@ class GuardCallback(Callback):
         """Returns the tag; `global_step` is the Trainer's counter after this step."""
         assert self._trainer is not None
         span = self._spans[i]
-        _add_batch(span, self._trainer)  # its backward pass may be part of the step's closure
+        _begin_batch(span, self._trainer)
+        span.add()  # its backward pass may be part of the step's closure
         return span.tag(self._trainer.global_step + 1)
 
     def _count(self, i: int, *_: Any) -> None:
@@ -265,6 +269,5 @@ class _Names:
         return self.monitors.own("_find_names_from_schedulers")(plain)
 
 
-def _add_batch(span: BatchSpan, trainer: Trainer) -> None:
+def _begin_batch(span: BatchSpan, trainer: Trainer) -> None:
     span.begin(trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_idx)
-    span.add()

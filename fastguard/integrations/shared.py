@@ -172,6 +172,12 @@ class BatchSpan:
     def __init__(self) -> None:
         self._now: tuple[int | None, int] | None = None  # epoch and batch
         self._added: list[tuple[int | None, int]] = []  # the first and the last one
+        self._stepped: tuple[int | None, int] | None = None  # the current one at the last step
+
+    @property
+    def has_stepped(self) -> bool:
+        """Whether a step has been taken on the current batch."""
+        return self._now is not None and self._now == self._stepped
 
     def begin(self, epoch: int | None, batch: int) -> None:
         """Sets the current batch.
@@ -204,6 +210,7 @@ class BatchSpan:
     def clear(self) -> None:
         """Starts a new span after a step."""
         self._added.clear()
+        self._stepped = self._now
 
 
 class StepTags:

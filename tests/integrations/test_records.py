@@ -320,6 +320,39 @@ def test_a_tag_of_the_user_stays(tmp_path):
     assert all("mine" in record.losses for record in records)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_each_of_two_optimizers_has_its_own_batches(tmp_path, accumulate):
+    """As in a GAN: both step on a batch, and each passes a loss of its own backward."""
+    lightning = require("lightning")
+    from fastguard.integrations.lightning import GuardCallback
+
+    class Two(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.nets = nn.ModuleList([new_model(), new_model()])
+
+        def training_step(self, batch, batch_idx):
+            for net, optimizer in zip(self.nets, self.optimizers(), strict=True):
+                self.manual_backward(loss_of(net, batch))
+                if (batch_idx + 1) % accumulate == 0:
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(net.parameters(), lr=0.1) for net in self.nets]
+
+    lightning.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+        callbacks=[GuardCallback(records=tmp_path / "records.jsonl")],
+        enable_progress_bar=False, enable_model_summary=False,
+    ).fit(Two(), loader())  # fmt: skip
+    expected = [*range(BATCHES)] if accumulate == 1 else ["0-1", "2-3"]
+    for name in ("records.jsonl", "records-1.jsonl"):
+        records = list(read_records(tmp_path / name))
+        assert [record.tag["batch"] for record in records] == expected
+
+
 def test_spans():
     span = BatchSpan()
     assert span.tag(1) == {"global_step": 1}  # before any batch is known
