@@ -123,6 +123,11 @@ class GuardedLR(LRScheduler):
         """The factor by which incidents have reduced the schedule."""
         return self.backoff**self.backoffs
 
+    @property
+    def _factor(self) -> float:
+        """The factor on the schedule: of the back-offs and of `lower`."""
+        return self.backoff_factor * self._lowered
+
     def step(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """Advances the schedule by one if a step was applied since the last call.
 
@@ -298,7 +303,7 @@ class GuardedLR(LRScheduler):
 
     def _say(self, what: str, record: StepRecord) -> None:
         # Recovery is logged at the same level, since showing only the back-off would mislead.
-        log.warning("GuardedLR: " + what, self.backoff_factor * self._lowered, record.step)
+        log.warning("GuardedLR: " + what, self._factor, record.step)
 
     def _advance(self, *args: Any, **kwargs: Any) -> None:
         """Steps the wrapped schedule, which must find the values it wrote, not ours."""
@@ -357,7 +362,7 @@ class GuardedLR(LRScheduler):
         share = 1.0
         if self.warmup is not None:
             share = min(1.0, self.applied_steps / self.warmup.steps)
-        factor = self.backoff_factor * self._lowered
+        factor = self._factor
         rates: list[float | None] = []
         for i, scheduled in enumerate(self._lr.scheduled):
             lr = wanted = scheduled * factor

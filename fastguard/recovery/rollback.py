@@ -299,6 +299,10 @@ class Rollback:
         self._inbox.clear()
         skip = self._stretch.positions_since(taken.moment)
         step = taken.moment.step
+        if (
+            self.lr is not None
+        ):  # the restored schedule has lost back-offs, and may have been lowered
+            story += f"; lr at {self.lr._factor:g} of the schedule"
         log.warning("rolled back to step %d (attempt %d): %s", step, self.attempts, story)
         return Rewind(step, taken.position, skip, reason, self.attempts)
 

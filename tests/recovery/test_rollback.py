@@ -228,6 +228,30 @@ def test_each_attempt_lowers_the_lr_further_and_counts_skips_anew() -> None:
     assert seen == pytest.approx([0.005, 0.0025])
 
 
+def test_the_log_says_where_the_lr_is_after_a_rollback(caplog: pytest.LogCaptureFixture) -> None:
+    """The snapshot's schedule has none of the back-offs that led to the rollback."""
+    p = torch.nn.Parameter(torch.zeros(2))
+    opt = GuardedOptimizer(torch.optim.SGD([p], lr=1.0))
+    lr = GuardedLR(opt, backoff=0.1)
+    rollback = Rollback(opt, {}, every=2, after_skips=2, lr=lr, lr_factor=0.5)
+    for loss in (1.0, 1.0, math.nan, math.nan):
+        p.grad = torch.ones(2)
+        opt.step(loss=loss)
+        lr.step()
+        rollback.step()
+    assert lr.get_last_lr() == [0.5]
+    said = [m for m in caplog.messages if "rolled back" in m or "backed off" in m]
+    assert [m.rpartition(" at ")[2] for m in said[-1:]] == ["0.5 of the schedule"]
+    assert "backed off to 0.01 of the schedule" in said[-2]
+
+
+def test_without_a_schedule_the_log_says_nothing_of_the_lr(caplog) -> None:
+    p = torch.nn.Parameter(torch.zeros(2))
+    opt = GuardedOptimizer(torch.optim.SGD([p], lr=1.0))
+    Rollback(opt, {}).trigger()
+    assert caplog.messages[-1].endswith("the caller asked for it, at step 0")
+
+
 def test_spikes_must_come_in_a_row() -> None:
     run = Run(every=100, after_skips=None, after_spikes=2)
     for i in range(12):
