@@ -1,6 +1,7 @@
 """Norms on a CPU have a relative error below 1e-7 for any gradients."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,6 +122,30 @@ def test_constants_constructed_against_the_audit(monkeypatch):
     grads.append(torch.full((rest,), up))
     true = math.sqrt(math.fsum(g[0].item() ** 2 * g.numel() for g in grads))
     assert 1e-7 < abs(norm_of(grads) / true - 1.0) < 1e-6
+
+
+def around_the_drawn(n, size):
+    """Constant tensors: one constant, except around the drawn blocks, which hold another one."""
+    values = torch.full((n,), 1.6936933337030498, dtype=torch.float64)
+    sums = values.square().cumsum(0)
+    for i in torch.searchsorted(sums, torch.from_numpy(l2_sums._FEW) * sums[-1]).tolist():
+        values[max(0, i - 1) : i + 2] = 1.529094116759635
+    return [torch.full((size,), value) for value in values.tolist()]
+
+
+def test_the_stated_limits_of_the_audit(monkeypatch):
+    monkeypatch.undo()
+    stated = " ".join(
+        (Path(__file__).parents[3] / "docs/limits.md").read_text(encoding="utf-8").split()
+    )
+    assert 2**17 == l2_sums.EXACT_BELOW and "sums of 2^17 elements and more" in stated
+    below = around_the_drawn(60, 2048)
+    assert sum(g.numel() for g in below) < l2_sums.EXACT_BELOW
+    assert_norm_is_true(*below)
+    assert "200 of 9,999 elements for which it is 1.2e-6" in stated
+    grads = around_the_drawn(200, 9999)
+    true = math.sqrt(math.fsum(g[0].item() ** 2 * g.numel() for g in grads))
+    assert abs(norm_of(grads) / true - 1.0) < 1.25e-6
 
 
 # Magnitudes.
