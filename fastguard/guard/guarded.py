@@ -149,7 +149,7 @@ class GuardedOptimizer(SavableOptimizer):
 
     _step_supports_amp_scaling = True  # GradScaler.step then calls step even after an overflow
     rank_watch: RankWatch | None = None
-    _agreed = False  # whether the arguments of all ranks have been compared
+    _n_agreed = 0  # number of segments when the arguments of all ranks were compared; 0: not yet
     _may_have_losses = False  # whether losses have been checked to be allowed without a group
 
     @keywords_only
@@ -358,13 +358,16 @@ class GuardedOptimizer(SavableOptimizer):
             self._state, self._device = self._state.to(device), device
 
     def _agree(self) -> None:
-        """Checks in the first step that all ranks have the same arguments."""
-        team = self._gradients.team
-        if self._agreed or watched():  # there are no values to compare while tracing
+        """Checks in the first step, and with new segments, that all ranks have the same arguments.
+
+        Ranks whose numbers of segments change at different steps cannot reduce their sums anyway.
+        """
+        team, n = self._gradients.team, self._gradients.layout.n_segments
+        if self._n_agreed == n or watched():  # there are no values to compare while tracing
             return
         if team is not None:
             check_agreement(arguments_of(self, team), places_of(self, team), team)
-        self._agreed = True
+        self._n_agreed = n
 
     def _signals(self, scaling: ScalerInputs) -> Signals:
         losses = self._observed.take()

@@ -10,8 +10,9 @@ same parameters in a different order would clip each by the norm of another, so 
 names and shapes are compared too, in order. Names are used if all ranks have them; without names,
 parameters of the same shape cannot be distinguished.
 
-Later changes, such as a trainer changing `max_norm`, are not checked, because that would need a
-collective per step.
+When the number of segments changes, as with parameters that are added under these scopes, the ranks
+compare once more. Other changes, such as a trainer changing `max_norm`, are not checked, because
+that would need a collective per step.
 """
 
 from __future__ import annotations

@@ -267,3 +267,42 @@ def order_of_stages() -> str:
 
 def test_stages_hold_what_they_hold(two: Ranks) -> None:
     assert two.run(order_of_stages) == ["clipped"] * 2
+
+
+def added_later(scope: str, swapped: bool) -> tuple[list[list[str]], str]:
+    """The collectives of four steps, between which parameters join; and what is said of these."""
+    rank = dist.get_rank()
+    first = parameters(1)
+    opt = GuardedOptimizer(
+        torch.optim.SGD([("first", first[0])], lr=1.0),
+        max_norm=1.0,
+        clip_scope=scope,
+        group=fastguard.Replicated(dist.group.WORLD),
+    )
+    calls, said = [], ""
+    for step in range(4):
+        if step == 2:
+            joining = list(zip("ab", parameters(2), strict=True))
+            for named in joining[:: -1 if swapped and rank == 1 else 1]:
+                opt.add_param_group({"params": [named]})
+        with collectives() as seen:
+            try:
+                opt.step()
+            except ValueError as error:
+                said = str(error)
+        calls.append([name for name, _ in seen])
+    return calls, said
+
+
+@pytest.mark.parametrize("scope", ["tensor", "group"])
+def test_parameters_that_join_are_compared_once(two: Ranks, scope: str) -> None:
+    once = ["allreduce_", "allreduce_"]
+    for calls, said in two.run(added_later, scope, False):
+        assert calls == [once, once[1:], once, once[1:]] and said == ""
+    for _, said in two.run(added_later, scope, True):
+        assert "'a' of shape (2,) on rank 0, 'b' of shape (2,) on rank 1" in said
+
+
+def test_with_one_segment_the_order_does_not_matter(two: Ranks) -> None:
+    for calls, said in two.run(added_later, "global", True):
+        assert [len(each) for each in calls] == [2, 1, 1, 1] and said == ""
