@@ -144,7 +144,7 @@ class HoldsATensor(Own):
 @pytest.mark.parametrize(
     ("kind", "told"),
     [
-        (Waits, r"test_other_optimizers.py:\d+, in update: if grad.norm\(\) > 1.0: \(it needs"),
+        (Waits, r"test_other_optimizers.py:\d+, in update: if grad.norm\(\) > 1.0: \(it reads"),
         (CountsInItself, "changes its attribute n, a Python number"),
         (Swaps, "'kind'"),
         (HoldsATensor, r"test_other_optimizers.py:\d+, in update: self.total \+= grad"),
