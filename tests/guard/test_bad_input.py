@@ -77,7 +77,9 @@ def test_names_of_other_parameters():
     for named in (other.named_parameters(), exhausted, [], {}.items()):
         with pytest.raises(ValueError, match=r"named_parameters names none of .* 2 parameters"):
             GuardedOptimizer(sgd(list(model.parameters())), named_parameters=named)
-    with pytest.raises(ValueError, match=r"it is empty.*exhausted generator.*named_parameters\(\) of the model"):
+    with pytest.raises(
+        ValueError, match=r"it is empty.*exhausted generator.*named_parameters\(\) of the model"
+    ):
         GuardedOptimizer(sgd(list(model.parameters())), named_parameters=exhausted)
     for whole in (model, nn.Sequential(model)):
         with pytest.raises(TypeError, match=r"is a \w+; pass model.named_parameters\(\)"):
