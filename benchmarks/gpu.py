@@ -3,7 +3,7 @@
 python -m benchmarks.gpu --out benchmarks/results/gpu.json
 python -m benchmarks.gpu --device cpu --quick        # a trial of this script, on 1/256 of the size
 
-Runner, byte models, targets and the format of the file are those of the whole suite
+Runner, byte models, targets and the format of the file are shared with the whole suite
 (`fastguard.commands.bench`). The file is rewritten after each case, and lists cases for which no
 time was left. COMMIT=... names the source if there is no .git. Missed targets keep their numbers.
 The exit status is 1 if a case failed, or if a guarded step synced with the device.

@@ -83,7 +83,7 @@ def smoothed(values: list[float]) -> list[float]:
 
 
 def draw(runs: dict[str, Run], path: Path) -> None:
-    """Draws a column per run: norm and limit above; below, its loss and that of the fixed limit."""
+    """Draws a column per run: norm and limit above; below, its loss and the fixed limit's."""
     import matplotlib as mpl
 
     with mpl.rc_context(STYLE):

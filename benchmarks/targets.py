@@ -157,7 +157,7 @@ def _worst_error(result: Result) -> Found:
 
 
 def _limit(case: str) -> Callable[[Result], Found]:
-    """Finds the percentage of the read pass, else (with a note) that of the whole call."""
+    """Finds the percentage of the read pass, else (with a note) of the whole call."""
 
     def look_up(result: Result) -> Found:
         alone, whole = find(result, case, READ_PASS), find(result, case, "fastguard")

@@ -53,16 +53,21 @@ def pair(kind: str, dtype: torch.dtype = torch.float32, **options: Any):
     )
 
 
-@pytest.mark.parametrize("reproducible", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_it_trains_like_torch(kind, reproducible):
-    a, b, ours, theirs = pair(kind, reproducible=reproducible)
-    for step in range(10):
+def assert_trains_alike(a, b, ours, theirs, steps):
+    """Takes steps with both optimizers and compares the parameters."""
+    for step in range(steps):
         give(step, ours, theirs)
         a.step()
         b.step()
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reproducible", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_trains_like_torch(kind, reproducible):
+    a, b, ours, theirs = pair(kind, reproducible=reproducible)
+    assert_trains_alike(a, b, ours, theirs, steps=10)
     for p, q in zip(ours, theirs, strict=True):
         assert set(b.state[q]) <= set(a.state[p])
 
@@ -250,12 +255,7 @@ def test_param_groups_have_their_own_settings(kind):
 
     a = getattr(guarded, name)(groups(ours), lr=1e-2, **settings)
     b = getattr(torch.optim, name)(groups(theirs), lr=1e-2, **settings)
-    for step in range(3):
-        give(step, ours, theirs)
-        a.step()
-        b.step()
-    for p, q in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
+    assert_trains_alike(a, b, ours, theirs, steps=3)
 
 
 def test_parameters_without_a_gradient_are_updated_once_they_have_one():
