@@ -25,14 +25,15 @@ ROUGH = 1e-2
 """Tolerance in bfloat16, where torch rounds the norm and the coefficient to three digits."""
 
 AT_LIMIT, NEAR_LIMIT, CONSTANT = 20, 100, 100
-"""Steps in a row after which each fault is reported. A varying norm is within 1e-4 of a given
-number in one step in thousands, and does not stay within 1 % below it."""
+"""Steps in a row after which each fault is reported. An unclipped norm varies: it falls within 1e-4
+of a given number once in thousands of steps, and does not stay within 1 % below it."""
 
 HIT = 3
-"""Weight of a matching step; a differing step subtracts 1."""
+"""What a matching step adds to a count; a step that does not match subtracts 1."""
 
 LONGEST_SEARCH = 160
-"""Steps to halve a scale from the largest float32 to its floor, with some retries."""
+"""Skipped steps in which a scaler halves its scale from the largest float32 to the smallest, with
+some retries."""
 
 
 class Advice:
@@ -42,7 +43,7 @@ class Advice:
         self._clipped_before = ClippedBefore()
         self._searches = 0
 
-    def see(
+    def check(
         self, record: StepRecord, max_norm: float, longest_search: int = LONGEST_SEARCH
     ) -> None:
         """Processes one record.
@@ -54,42 +55,42 @@ class Advice:
         """
         if record.reason is None:
             self._searches = 0
-            self._clipped_before.see(record.total_norm, max_norm)
+            self._clipped_before.check(record.total_norm, max_norm)
         elif record.is_incident:
             self._searches = 0
         else:
             self._searches += 1
             if self._searches == longest_search:
-                _say_that_the_scale_does_not_fall(longest_search)
+                _warn_scale_does_not_fall(longest_search)
 
 
 class ClippedBefore:
     """Detects from the norms of a run whether gradients were already clipped.
 
-    A step that was not clipped only partly offsets the others, so that a loop that clips most of
-    its steps is detected too.
+    A step that was not clipped lowers a count but does not reset it, so that a loop that clips
+    most of its steps, not all, is detected too.
     """
 
     def __init__(self) -> None:
-        self.told: bool = False
+        self.has_warned: bool = False
         self._at_limit = self._near_limit = self._alike = 0
         self._first = self._lowest = self._highest = math.nan  # range of the norms that are alike
 
-    def see(self, norm: float, max_norm: float) -> None:
+    def check(self, norm: float, max_norm: float) -> None:
         """Processes the norm of one step."""
-        if self.told or not 0.0 < norm < math.inf:
+        if self.has_warned or not 0.0 < norm < math.inf:
             return
         if 0.0 < max_norm < math.inf and self._is_at_limit(norm, max_norm):
-            self._say(f"{max_norm:g}, the guard's own max_norm")
+            self._warn(f"{max_norm:g}, the guard's own max_norm")
         elif self._is_constant(norm):
-            self._say(f"{self._first:.4g}, as if clipped to a limit other than the guard's")
+            self._warn(f"{self._first:.4g}, as if clipped to a limit other than the guard's")
 
     def _is_at_limit(self, norm: float, max_norm: float) -> bool:
         off = abs(norm - max_norm)
         if off > ROUGH * max_norm:  # true for nearly every step of a normal run
             if self._at_limit:
                 self._at_limit -= 1
-            if self._near_limit:  # 0 after a norm that was not clipped
+            if self._near_limit:  # a norm above the limit cannot have been clipped to it
                 self._near_limit = self._near_limit - 1 if norm < max_norm else 0
             return False
         self._near_limit += HIT
@@ -99,8 +100,8 @@ class ClippedBefore:
     def _is_constant(self, norm: float) -> bool:
         """Whether the norm stays at a number that a person would choose as a limit.
 
-        Norms that are equal to the last bit do not count: rounding changes a clipped norm, but not
-        that of a toy model with a constant gradient.
+        Norms that are all bitwise equal do not count: clipped norms differ by rounding errors,
+        whereas a toy model with a constant gradient has exactly the same norm at every step.
         """
         if not abs(norm - self._first) <= EXACT * self._first:  # also true for NaN
             if self._alike:
@@ -113,15 +114,13 @@ class ClippedBefore:
         moves = self._lowest < self._highest
         return self._alike >= HIT * CONSTANT and moves and _is_round(self._first)
 
-    def _say(self, what: str) -> None:
-        self.told = True
+    def _warn(self, what: str) -> None:
+        self.has_warned = True
         log.warning(
             "the gradient norm is the same at nearly every step: %s. This is typical of gradients "
             "clipped before they reach the guard: its records then show the limit instead of the "
-            "norm, "
-            "and spike rules have no effect. If the loop calls clip_grad_norm_, remove that call: "
-            "the "
-            "guard clips by itself",
+            "norm, and spike rules have no effect. If the loop calls clip_grad_norm_, remove that "
+            "call: the guard clips by itself",
             what,
         )
 
@@ -131,7 +130,7 @@ def _is_round(x: float) -> bool:
     return abs(x - float(f"{x:.1e}")) <= EXACT * x
 
 
-def _say_that_the_scale_does_not_fall(steps: int) -> None:
+def _warn_scale_does_not_fall(steps: int) -> None:
     log.warning(
         "%d steps in a row were skipped to lower the loss scale, more than it takes from any scale "
         "to its floor. The scaler may not be lowering it: call scaler.update() after each step, "

@@ -1,9 +1,12 @@
 """The record of a step as one float64 row, for the transfer from a device to the host.
 
+The values of a row, in order:
+
     total_norm, clip_coef, skipped, cleaned, reason, step, consecutive skips, NaN, +Inf, -Inf, lr,
     number of culprits, (index, NaN, +Inf, -Inf) of the first 8, L losses, K spikes, K thresholds,
-    on several ranks: which of the L losses were given, number of culprit ranks, and their sum, with
-    an adaptive limit: the limit of the whole model's norm
+    if several ranks decide together: for each of the L losses whether it was given, the number of
+        culprit ranks, and the sum of their numbers
+    with an adaptive limit: the limit of the whole model's norm
 
 Rows are stored in a ring on the device; each is copied to a ring in pinned memory, followed by an
 event, without blocking.
@@ -26,18 +29,18 @@ from fastguard.stages.contract import GuardState, Known, Signals, Verdict
 from fastguard.stages.grad_stats import GradStats
 from fastguard.stages.reason import Reason
 
-ROWS = 64  # size of the ring: how many steps a device may be behind the host
+ROWS = 64  # size of the ring: how many steps the device may lag behind the host
 
 
 class Watched(Protocol):
-    """What was read of a watched step besides its norm: see `fastguard.guard.watch`."""
+    """The quantities measured in a watched step; see `fastguard.guard.watch`."""
 
     def values(self) -> Tensor:
-        """float64 `(n,)`, on the device of the stats."""
+        """Returns the raw values, float64 `(n,)`, on the device of the stats."""
         ...
 
-    def tell(self, numbers: list[float], known: Known) -> dict[str, Any]:
-        """`StepRecord.watch`, from these values on the host."""
+    def results(self, numbers: list[float], known: Known) -> dict[str, Any]:
+        """Returns `StepRecord.watch`, computed from the raw values on the host."""
         ...
 
 
@@ -46,12 +49,13 @@ class Outcome:
     """A decided step, from which its record is made.
 
     Attributes:
-        stats, signals, verdict, state: Results of the four stages; `state` is after the step.
+        stats, signals, verdict, state: Results of the four stages; `state` is the state after the
+            step.
         signal_names: The signal that each rule judges.
         lr: Learning rate of the first param group, a number or a tensor on the device of the stats.
         tag: The caller's tag, to find the batch again.
         limit: Limit of the whole model's norm, as in `Policy.joint_limit`.
-        watched: What was read of a watched step; None: the step is not watched.
+        watched: The quantities measured in the step; None: the step is not watched.
         key: A unique object that identifies the step.
     """
 
@@ -107,7 +111,7 @@ def learning_rate(groups: Sequence[Mapping[str, Any]], device: torch.device) -> 
         return lr if lr.numel() == 1 and not lr.is_complex() else math.nan
     try:
         return math.nan if isinstance(lr, str | bytes) else float(lr)  # type: ignore[arg-type]
-    except Exception:  # errors of foreign objects must not cost the step
+    except Exception:  # an error in a foreign object must not fail the step
         return math.nan
 
 
@@ -132,7 +136,7 @@ class Row(NamedTuple):
         known: The decision.
         lr: Learning rate, if it was on the device.
         n_culprits: Number of bad tensors.
-        culprits: `(index, NaN, +Inf, -Inf)` of the first of them.
+        culprits: `(index, NaN, +Inf, -Inf)` of the first `CULPRITS` bad tensors.
         ranks: Number of ranks with non-finite values, and the rank if there is only one.
         limit: Limit of the whole model's norm, if it was on the device.
     """
@@ -226,7 +230,7 @@ class Arrival:
     row: Tensor
     event: torch.cuda.Event | None
 
-    def is_here(self) -> bool:
+    def has_arrived(self) -> bool:
         """Whether the row can be read."""
         return self.event is None or self.event.query()
 

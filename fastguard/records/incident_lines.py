@@ -1,9 +1,9 @@
-"""The log lines of incidents, repeats held back: `IncidentLines`.
+"""`IncidentLines`: logs incidents, with a limit on the rate of similar lines.
 
-The first `BURST` incidents of a kind (same action, same reason) have a line each; after them one
-line every `INTERVAL` seconds, and the others are counted: "... and 17 more". The count comes before
-the next line of that kind, else at the first good step after the interval, else at the end of the
-run. Records and sinks hold every incident.
+The first `BURST` incidents of a kind (same action and reason) are logged, then one per `INTERVAL`
+seconds; the others are only counted. The count ("... and 17 more") is logged before the next line
+of that kind, at the first good step after the interval, or at the end of the run, whichever comes
+first. Records and sinks contain every incident.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from fastguard.records.step_record import StepRecord
 log: logging.Logger = logging.getLogger("fastguard")
 
 BURST = 3
-"""Lines of one kind that may come at once."""
+"""Number of incidents of one kind that are logged without delay."""
 
 INTERVAL = 10.0
-"""Seconds from one line of a kind to the next after them."""
+"""Seconds between later lines of that kind."""
 
 WIDTH = 120
-"""Characters of a line, prefix included."""
+"""Maximum characters of a line, including the prefix."""
 
 
 @dataclass(slots=True)
@@ -34,9 +34,11 @@ class _Kind:
     """Incidents with the same action and reason.
 
     Attributes:
-        allowed: Lines that may come now, `BURST` at most; a fraction grows with time.
-        at: When `allowed` was computed, and when the last line came.
-        held: Incidents without a line since then.
+        level: Logging level.
+        what: Action and reason in words.
+        allowed: Number of lines that may be logged now, up to `BURST`; grows with time.
+        at: Time of the last incident, when `allowed` was computed.
+        held: Number of incidents that were not logged since the last line.
         first, last: Steps of the first and the last of them.
     """
 
@@ -48,8 +50,8 @@ class _Kind:
     first: int = 0
     last: int = 0
 
-    def say_held(self) -> None:
-        """Logs how many were held back, if any were."""
+    def log_held(self) -> None:
+        """Logs how many incidents were held back, if any."""
         if not self.held:
             return
         steps = f"step {self.first}" if self.held == 1 else f"steps {self.first} to {self.last}"
@@ -61,17 +63,17 @@ class IncidentLines:
     """Logs the incidents of one run.
 
     Args:
-        clock: Gives the time in seconds.
+        clock: Returns the time in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._kinds: dict[tuple[str, str | None], _Kind] = {}
         self._holds = False
-        self._at_end = weakref.finalize(self, _say_all_held, self._kinds)
+        self._at_end = weakref.finalize(self, _log_all_held, self._kinds)
 
-    def see(self, record: StepRecord) -> None:
-        """Takes in the next record of the run."""
+    def add(self, record: StepRecord) -> None:
+        """Logs the next record of the run if it is an incident, or counts it."""
         if record.reason is None:
             if self._holds:
                 self._after_good_step()
@@ -86,7 +88,7 @@ class IncidentLines:
         kind.allowed = min(float(BURST), kind.allowed + (now - kind.at) / INTERVAL)
         kind.at = now
         if kind.allowed >= 1.0:
-            kind.say_held()
+            kind.log_held()
             kind.allowed -= 1.0
             log.log(kind.level, "%s", record.line(WIDTH - len(PREFIX)))
             return
@@ -95,7 +97,7 @@ class IncidentLines:
 
     def flush(self) -> None:
         """Logs how many incidents were held back."""
-        _say_all_held(self._kinds)
+        _log_all_held(self._kinds)
         self._holds = False
 
     def _after_good_step(self) -> None:
@@ -103,10 +105,10 @@ class IncidentLines:
         waiting = [kind for kind in self._kinds.values() if kind.held]
         for kind in waiting:
             if now - kind.at >= INTERVAL:
-                kind.say_held()
+                kind.log_held()
         self._holds = any(kind.held for kind in waiting)
 
 
-def _say_all_held(kinds: dict[tuple[str, str | None], _Kind]) -> None:
+def _log_all_held(kinds: dict[tuple[str, str | None], _Kind]) -> None:
     for kind in kinds.values():
-        kind.say_held()
+        kind.log_held()

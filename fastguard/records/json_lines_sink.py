@@ -1,8 +1,8 @@
-"""`JsonLinesSink`, and the checks of `opt.add_sink(sink)`.
+"""`JsonLinesSink`, and the checks of the argument of `opt.add_sink(sink)`.
 
 A sink is a callable that takes one `StepRecord`. It is called once per step, in order, when the
-record has reached the host. A failing sink never ends a run, even if it raises: lost records are
-counted, and one warning is logged.
+record has reached the host. A sink that raises does not end the run: the lost records are counted,
+and one warning is logged.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class JsonLinesSink:
     last line, which readers skip; the next run starts on a new line. Full files are renamed to
     `records.1.jsonl`, `records.2.jsonl`, ... and the oldest beyond `keep` are deleted.
 
-    Only one process may write to a file. Its threads may share a sink, and several sinks may share
-    a path. A copy in another process, forked or pickled, can write only while no other process
-    does; until then its records are lost and counted.
+    Only one process may write to a file at a time. Its threads may share a sink, and several sinks
+    may share a path. A sink that was copied to another process (by a fork or by pickling) loses and
+    counts its records for as long as the first process has the file open.
 
     Args:
         path: The file; its folder is created.
@@ -79,8 +79,7 @@ class JsonLinesSink:
         self._writer = LineWriter.of(path)
 
     def __getstate__(self) -> tuple[Path, int, int | None]:
-        # A descriptor number may mean another file elsewhere, so a copy opens its own when it first
-        # writes.
+        # A descriptor is not valid in another process, so a copy opens the file at its first write.
         return self._writer.path, self.max_bytes, self.keep
 
     def __setstate__(self, state: tuple[Path, int, int | None]) -> None:
@@ -136,7 +135,7 @@ def sink_of(sink: object) -> Callable[[StepRecord], object]:
 
 
 def check_sink(sink: object) -> Callable[[StepRecord], object]:
-    """Like `sink_of`, for callables only; raises a TypeError for anything else."""
+    """Returns the sink if it is a callable and not a class; raises a TypeError otherwise."""
     if isinstance(sink, type):
         raise TypeError(
             f"sink is the class {sink.__name__}; pass an instance: add_sink({sink.__name__}(...))"
@@ -150,8 +149,8 @@ def check_file(path: str | os.PathLike[str]) -> Path:
     """Returns the path of a file of records, which need not exist.
 
     Raises:
-        TypeError: It is not a path.
-        IsADirectoryError: It is a folder, or written like one.
+        TypeError: The argument is not a path.
+        IsADirectoryError: The path is a folder, or ends in a slash.
     """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(

@@ -1,4 +1,4 @@
-"""What a watched step found, by layer: the module that a parameter belongs to."""
+"""Groups the results of a watched step by layer, the module that a parameter belongs to."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def layer_of(parameter: str) -> str:
-    """The module that a parameter belongs to.
+    """Returns the name of the module that a parameter belongs to.
 
     Example:
         >>> layer_of("blocks.0.qkv.weight"), layer_of("scale")
@@ -18,10 +18,10 @@ def layer_of(parameter: str) -> str:
 
 
 def layer_norms(watch: Mapping[str, Any]) -> dict[str, float]:
-    """The L2 norm of the gradients of each layer.
+    """Returns the L2 norm of the gradients of each layer.
 
     Args:
-        watch: As in `StepRecord`; values that are not positive finite numbers are left out.
+        watch: As in `StepRecord`; values other than positive finite numbers are ignored.
 
     Example:
         >>> layer_norms({"tensor_norms": {"head.weight": 3.0, "head.bias": 4.0, "scale": None}})
@@ -31,10 +31,10 @@ def layer_norms(watch: Mapping[str, Any]) -> dict[str, float]:
 
 
 def layer_ratios(watch: Mapping[str, Any]) -> dict[str, float]:
-    """The largest |update| / |weight| of each layer's tensors.
+    """Returns the largest |update| / |weight| among the tensors of each layer.
 
     Args:
-        watch: As in `StepRecord`; values that are not positive finite numbers are left out.
+        watch: As in `StepRecord`; values other than positive finite numbers are ignored.
 
     Example:
         >>> layer_ratios({"update_ratio": {"head.weight": 1e-3, "head.bias": 2e-2}})
@@ -43,16 +43,16 @@ def layer_ratios(watch: Mapping[str, Any]) -> dict[str, float]:
     return _by_layer(watch.get("update_ratio"), max)
 
 
-def _by_layer(values: object, together: Callable[[Iterable[float]], float]) -> dict[str, float]:
+def _by_layer(values: object, combine: Callable[[Iterable[float]], float]) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     for name, value in _positive(values):
         found.setdefault(layer_of(name), []).append(value)
-    joined = {layer: together(values) for layer, values in found.items()}
+    joined = {layer: combine(values) for layer, values in found.items()}
     return {layer: value for layer, value in joined.items() if math.isfinite(value)}
 
 
 def _positive(values: object) -> Iterator[tuple[str, float]]:
-    """The positive finite numbers in a mapping from a file that anyone may have written."""
+    """Yields the positive finite numbers of a mapping; it may come from a malformed file."""
     if not isinstance(values, Mapping):
         return
     for name, value in values.items():

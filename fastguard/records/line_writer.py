@@ -1,10 +1,10 @@
 """Writes files of lines: one descriptor and one lock per file, with rotation.
 
-All sinks of a process that write to the same path share one `LineWriter`, on any thread. Other
-processes are refused, since two rotating writers would rename each other's files. The lock is a
-`flock` on the file itself, which the system releases when the process dies for any reason. A forked
-child, such as a data loader worker, closes what it inherits first; it may write once its parent has
-closed the file.
+All sinks of a process that write to the same path share one `LineWriter`, on any thread. A second
+process gets an error, since two processes that rotate would rename each other's files. The lock is
+a `flock` on the file itself, which the system releases when the process ends for any reason. A
+forked child, such as a data loader worker, first closes the descriptors that it inherited; it may
+write once its parent has closed the file.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.
 class LineWriter:
     """Appends lines to a file and rotates it; created by `LineWriter.of`.
 
-    While a line is being written, a signal handler may write another line or close the file; such a
-    nested call neither opens nor closes anything.
+    While a line is being written, a signal handler may write another line or close the file. Such a
+    nested call writes to the open file if there is one; it never opens or closes it.
 
     Attributes:
         path: The absolute path, since a program may change its working directory.
@@ -119,20 +119,20 @@ class LineWriter:
                 self._stop()
 
     def flush(self) -> None:
-        """Waits until everything written is on disk."""
+        """Blocks until everything written is on disk."""
         with self.lock:
             if self._stat() is not None:
                 os.fsync(self._file)
 
     def leave(self) -> None:
-        """Removes one user; the last one closes the file."""
+        """Ends the use by one caller; after the last one, closes the file."""
         with self.lock:
             self._users -= 1
             if not self._is_at_work:
                 self._stop()
 
     def __del__(self) -> None:
-        self._release()  # all users are gone, but one did not close
+        self._release()  # in case a user was deleted without `leave`
 
     def _stop(self) -> None:
         self._is_at_work = False
@@ -140,10 +140,9 @@ class LineWriter:
             self._release()
 
     def _stat(self) -> os.stat_result | None:
-        """Returns the `stat` of the open file; None if the descriptor no longer belongs to it.
+        """Returns the `stat` of the open file; None if the descriptor no longer refers to it.
 
-        A program may close all descriptors, as daemons do, and the next file it opens gets the same
-        number.
+        A daemon may close all descriptors, and the next file that it opens gets the same number.
         """
         if self._file < 0:
             return None
@@ -178,8 +177,9 @@ class LineWriter:
     def _rotate(self, keep: int | None) -> None:
         """Renames the full file and starts the next one.
 
-        The full file stays open and locked until the next one is, so that no other process can
-        intervene. If that fails, the full file takes more lines, and the next line tries again.
+        The full file stays open and locked until the next one is locked, so that no other process
+        can take over in between. If the next one cannot be opened, lines go to the full file, and
+        the next line tries again.
         """
         try:
             if identity_at(self.path) == self._identity:  # otherwise it has already been renamed
@@ -189,18 +189,18 @@ class LineWriter:
                     number += 1
                 os.rename(self.path, new)
             self._take(_opened(self.path))
-        except BlockingIOError:  # another process is about to be refused
+        except BlockingIOError:  # another process has just locked it, and will now release it
             return
         except OSError as error:
             if not self._cannot_rotate:
                 self._cannot_rotate = True
-                log.warning("%s stays in use although it is full: %s", self.path, error)
+                log.warning("cannot rotate %s, so it grows beyond max_bytes: %s", self.path, error)
             return
         self._cannot_rotate = False
         _delete(self.path, keep)
 
     def _take(self, file: int) -> None:
-        """Switches to this file from the previous one."""
+        """Switches to a newly opened file and closes the previous one."""
         identity = identity_of(os.fstat(file))
         before = -1 if self._stat() is None else self._file
         self._file, self._identity, self._is_cut = file, identity, False
@@ -208,8 +208,7 @@ class LineWriter:
             os.close(before)
 
     def _release(self) -> None:
-        """Closes the file. Forgets its number first, since a checkpoint may soon get that
-        number."""
+        """Closes the file, after clearing its descriptor: the number may be reused at once."""
         file = -1 if self._stat() is None else self._file
         self._forget()
         if file >= 0:
@@ -220,7 +219,7 @@ class LineWriter:
 
     @classmethod
     def release_all(cls) -> None:
-        """Closes descriptors inherited by a forked child; the parent's locks stay held."""
+        """Closes the descriptors that a forked child inherited; the parent keeps its locks."""
         cls._all_lock = threading.Lock()
         for writer in list(cls._all.values()):
             writer.lock = threading.RLock()  # another thread may have held it
@@ -233,7 +232,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _opened(path: Path) -> int:
-    """Opens the file, created if needed, locked and ready for the next line."""
+    """Opens the file, creates it if needed, locks it, and ends a truncated last line."""
     while True:
         with contextlib.suppress(FileNotFoundError):
             # Checked before opening: opening some devices has side effects.
@@ -246,7 +245,7 @@ def _opened(path: Path) -> int:
                 raise _in_use(path, file)
             if identity_at(path) == identity_of(found):
                 if found.st_size and os.pread(file, 1, found.st_size - 1) != b"\n":
-                    os.write(file, b"\n")  # after a truncated line
+                    os.write(file, b"\n")
                 return file
         except BaseException:
             os.close(file)
@@ -278,13 +277,12 @@ def _in_use(path: Path, file: int | None = None) -> BlockingIOError:
     return BlockingIOError(
         f"{path} is open for writing in {owner}, and only one process may write a file of records; "
         "close it there, or choose another file. With several ranks, add the sink on one rank "
-        "only, "
-        "in the process that trains, not in one that forks it"
+        "only, in the process that trains, not in one that forks it"
     )
 
 
 def _holder(file: int) -> int | None:
-    """Returns the process that holds the lock of an open file, if the system shows it."""
+    """Returns the id of the process that holds the lock of an open file, if it is known."""
     found = os.fstat(file)
     name = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
     with contextlib.suppress(OSError, ValueError, IndexError):
@@ -296,7 +294,7 @@ def _holder(file: int) -> int | None:
 
 
 def _rotates_elsewhere(path: Path) -> bool:
-    """Whether another process has just renamed the file and is about to start the next one."""
+    """Whether another process has renamed the file and not yet started the next one."""
     for newest in rotated_files(path)[-1:]:
         with contextlib.suppress(OSError):
             file = open_at(newest)
@@ -309,7 +307,7 @@ def _rotates_elsewhere(path: Path) -> bool:
 
 
 def _delete(path: Path, keep: int | None) -> None:
-    """Deletes the oldest full files beyond `keep`; failing to do so loses no records."""
+    """Deletes the oldest full files beyond `keep`; logs a warning if it cannot."""
     if keep is None:
         return
     full = rotated_files(path)

@@ -103,10 +103,10 @@ def scalars(record: StepRecord, prefix: str = "train") -> dict[str, float]:
         prefix: Part of each name before the slash. Default: `"train"`.
 
     Returns:
-        Finite numbers only: plots have a gap where a value is not finite, and `skipped` shows the
-        incident. The exception is the gradient norm, which is NaN or Inf whenever torch's norm
-        would be; the norm of the finite elements would look like a dip. A loss named `seg` becomes
-        `train/seg_loss`.
+        The values by name. Values that are not finite are left out, which makes a gap in plots;
+        `skipped` shows the incident. Only the gradient norm may be NaN or Inf: it is then the norm
+        that torch would compute, since the norm of the finite elements would look like a dip. A
+        loss named `seg` becomes `train/seg_loss`.
 
     Example:
         >>> from fastguard import StepRecord
@@ -115,7 +115,7 @@ def scalars(record: StepRecord, prefix: str = "train") -> dict[str, float]:
     """
     values = {"clip_coef": record.clip_coef, "lr": record.lr}
     values |= {"skipped": float(record.action == "skipped")}
-    # "seg_loss" and not "loss/seg": MLflow's file store cannot have loss as both metric and folder.
+    # "seg_loss", not "loss/seg": in MLflow's file store, a metric "loss" excludes a folder "loss".
     values |= {name if "loss" in name else f"{name}_loss": v for name, v in record.losses.items()}
     values |= _watched(record)
     values = {name: value for name, value in values.items() if math.isfinite(value)}
@@ -125,8 +125,8 @@ def scalars(record: StepRecord, prefix: str = "train") -> dict[str, float]:
 def _watched(record: StepRecord) -> dict[str, float]:
     """Returns the scalars of a watched step: `grad_norms/layer.weight`, `noise_scale`, and so on.
 
-    `grad_norms` is plural because MLflow cannot have a folder with the name of a metric, and
-    `grad_norm` is a metric.
+    The folder is named `grad_norms` because MLflow refuses a folder with the name of the metric
+    `grad_norm`.
     """
     watch = record.watch
     values = {f"grad_norms/{name}": v for name, v in watch.get("tensor_norms", {}).items()}

@@ -2,15 +2,14 @@
 
     mean[name] = sum(w * loss) / sum(w)   over the batches whose w * loss is finite
 
-Losses on a CPU are counted at once. On a GPU, `update` only copies them, as float64, into the next
-row of a buffer on the device. When its `ROWS` rows are full, they are copied to the host, followed
-by an event that is read when the next `ROWS` are full, so it almost never blocks. (Sums on the
-device were tried: a dozen launches per batch instead of one per loss.) `compute` waits for
-transfers in progress.
+Losses on a CPU are counted immediately. Losses on a GPU are copied, as float64, into the next row
+of a buffer on the device. When its `ROWS` rows are full, they are copied to the host
+asynchronously; the host reads them when the next `ROWS` rows are full, so it almost never blocks.
+(Sums on the device were tried: a dozen launches per batch instead of one per loss.) `compute`
+synchronises.
 
-An epoch without a valid batch has the mean None, and the text says so. Memory does not grow with
-the number of batches: the first `KEPT_BAD` bad batches are listed; the tags of later ones are
-dropped.
+If no batch is valid, the mean is None, and the text says so. Memory does not grow with the number
+of batches: only the first `KEPT_BAD` bad batches are listed.
 """
 
 from __future__ import annotations
@@ -81,7 +80,7 @@ class LossSummary:
 
     @property
     def mean(self) -> float | None:
-        """The mean of the loss that was given without a name."""
+        """The mean of the loss that was passed without a name."""
         return self.means.get(LOSS)
 
     def __str__(self) -> str:
@@ -139,9 +138,9 @@ class LossMeter:
         Losses without values, under `FakeTensorMode` or on the meta device, are ignored.
 
         Args:
-            loss: A scalar, or a dict of scalars by name; some batches may lack some names.
+            loss: A scalar, or a dict of scalars by name; the names may differ between batches.
             weight: Weight of the batch, >= 0, such as its number of samples. Default: 1.
-            tag: Any value that helps to find the batch again. Default: None.
+            tag: Any value that identifies the batch. Default: None.
 
         Raises:
             TypeError, ValueError: The loss is invalid as in `GuardedOptimizer.step`, or `weight` is
@@ -187,7 +186,7 @@ class LossMeter:
             self._count(batch, values)
 
     def _settle(self) -> None:
-        """Counts losses that are still on a GPU."""
+        """Counts the losses that are still on a GPU. Synchronises."""
         if self._waiting is not None:
             self._count_all(self._waiting.arrived())
             self._waiting.send()
@@ -198,10 +197,11 @@ class LossMeter:
         return _summary([self.state_dict()])
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> LossSummary:
-        """Returns the means and counts over all ranks of `group`, equal on all. Synchronises.
+        """Returns the means and counts over all ranks of `group`. Synchronises.
 
-        The state of this rank does not change, so repeated calls count nothing twice. Ranks may
-        have different names and different numbers of batches. Every rank must call it.
+        Every rank must call it; all get the same result. Ranks may have different names and
+        different numbers of batches. The state of the meter does not change, so that repeated
+        calls count nothing twice.
 
         Args:
             group: The ranks; None: all ranks.
@@ -242,7 +242,13 @@ class _Batch:
 
 @dataclass(slots=True)
 class _Waiting:
-    """Losses on a GPU that the host has not read: float64 `(ROWS, width)`, one row per batch."""
+    """Losses on a GPU that the host has not read yet.
+
+    Attributes:
+        rows: float64 `(ROWS, width)`, one row per batch: its losses and its weight.
+        batches: The batches of the filled rows.
+        travelling: The rows in transfer to the host, the event that ends it, and their batches.
+    """
 
     rows: Tensor
     batches: list[_Batch] = field(default_factory=list)
@@ -278,11 +284,12 @@ class _Waiting:
         host = torch.empty(filled.shape, dtype=filled.dtype, pin_memory=True)
         host.copy_(filled, non_blocking=True)
         event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(filled.device))  # not the current device's
+        # The stream of the losses' device, which need not be the current device.
+        event.record(torch.cuda.current_stream(filled.device))
         self.travelling = (host, event, batches)
 
     def arrived(self) -> Iterator[tuple[_Batch, Sequence[float]]]:
-        """Yields the rows sent last, after waiting for them."""
+        """Waits for the rows that were sent last, and yields them."""
         if self.travelling is None:
             return
         (host, event, batches), self.travelling = self.travelling, None
@@ -294,7 +301,7 @@ class _Waiting:
 
 
 def _summary(states: Sequence[Mapping[str, Any]]) -> LossSummary:
-    """Combines the states of all ranks in rank order, so that all ranks get the same bits."""
+    """Combines the states of all ranks in rank order, so that all get bitwise equal results."""
     totals: dict[str, list[float]] = {}
     bad: list[BadBatch] = []
     for rank, state in enumerate(states):
@@ -314,7 +321,7 @@ def _summary(states: Sequence[Mapping[str, Any]]) -> LossSummary:
 
 
 def _gpu_of(values: Iterable[Tensor | float]) -> torch.device | None:
-    """Returns the device of the first value that is not on the host."""
+    """Returns the device of the first value that is not on the CPU; None if there is none."""
     for value in values:
         if isinstance(value, Tensor) and value.device.type != "cpu":
             return value.device

@@ -22,15 +22,15 @@ Loss = Tensor | float | Mapping[str, Tensor | float]
 
 
 def named_losses(loss: Loss | None, *, read: bool = False) -> dict[str, Tensor | float]:
-    """Returns the user's `loss` argument by name: detached scalars, and numbers unchanged.
+    """Returns the user's `loss` argument as a dict by name, with tensors detached.
 
     Args:
         loss: A scalar, or scalars by name; None: no loss.
-        read: Whether to read CPU tensors as numbers, which halves the cost of what follows.
+        read: Whether to convert CPU tensors to floats, which halves the cost of the later stages.
 
     Raises:
         TypeError: A loss is neither a real number nor a real tensor.
-        ValueError: A loss has several elements, is too large for a float, or has the name of the
+        ValueError: A loss has several elements, is too large for a float, or is named like the
             gradient norm.
     """
     if loss is None:
@@ -55,7 +55,7 @@ def named_losses(loss: Loss | None, *, read: bool = False) -> dict[str, Tensor |
 
 
 def _real(name: str, value: object) -> Tensor | float:
-    """Returns a number as a float and a tensor unchanged; raises for anything else."""
+    """Returns a number as a float and a real tensor unchanged; raises for anything else."""
     kind = type(value).__name__
     if isinstance(value, Tensor):
         if not (value.is_complex() or value.dtype is torch.bool):
@@ -88,7 +88,7 @@ class ObservedLosses:
 
     def observe(self, losses: Mapping[str, Tensor | float]) -> None:
         """Adds one micro-batch; keeps the mapping."""
-        if self._given_back:  # they belong to a failed step that was not retried
+        if self._given_back:  # the kept losses belong to a failed step that was not retried
             self._batches, self._given_back = [], False
         copies = {  # the caller may reuse its buffers
             name: value.to(torch.float64, copy=True)
@@ -119,12 +119,11 @@ class ObservedLosses:
         self.keep_for_retry()
 
     def keep_for_retry(self) -> None:
-        """Marks the step as failed: if the next step has its own losses, the current ones are
-        dropped."""
+        """Marks the step as failed; if losses are observed before a retry, they replace these."""
         self._given_back = bool(self._batches)
 
     def keep(self) -> None:
-        """Marks the same step as retried: its losses stay, and more may be added."""
+        """Marks the failed step as being retried: its losses are kept, and more may be added."""
         self._given_back = False
 
 

@@ -3,7 +3,8 @@
 `read_records` yields one `StepRecord` at a time, at about 20 µs per line. `read_blocks` is for
 files of gigabytes, at about 3 µs per line: it parses a block in one call into plain dicts. Lines
 that are not records (truncated by a kill, zeroed by a crash, edited by hand) are skipped and
-counted. A run consists of the current file of a `JsonLinesSink` and the full files beside it.
+counted. The records of a run are in the current file of a `JsonLinesSink` and the full files
+beside it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fastguard.records.regular_files import folder_error
 from fastguard.records.rotated_files import open_run
 from fastguard.records.step_record import FIELDS, StepRecord
 
-try:  # twice as fast as json, which reads what orjson refuses (a bare NaN)
+try:  # twice as fast as json, which is still needed for what orjson refuses, such as a bare NaN
     from orjson import loads as _loads
 except ImportError:
     _loads: Callable[[bytes], Any] = json.loads
@@ -33,8 +34,8 @@ _required = itemgetter("step", "total_norm", "clip_coef", "action")  # fields wi
 _NUMBERS = frozenset({int, float, str})  # NaN and infinities are strings
 
 BLOCK_BYTES = 512 << 10
-"""Bytes to read at a time; also the longest line that is a record. The parsed block still fits a
-core's cache: with 4 MiB it takes a fifth longer."""
+"""Bytes to read at a time; also the longest line that can be a record. A parsed block of this size
+fits in a core's cache; with 4 MiB, reading takes a fifth longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +59,17 @@ def read_blocks(path: Path, *, block_bytes: int = BLOCK_BYTES) -> Iterator[Block
 
     Args:
         path: The current file.
-        block_bytes: Bytes to read at a time; also the longest line that is a record.
+        block_bytes: Bytes to read at a time; also the longest line that can be a record.
 
     Raises:
-        OSError: There is no file, or a file cannot be read, or is a pipe or a device.
+        OSError: There is no file, or it cannot be read, or it is a pipe or a device.
     """
     for _, file in open_run(path):
         yield from _blocks(file, block_bytes)
 
 
 def parse_lines(data: bytes) -> tuple[list[dict[str, Any]], int]:
-    """Returns the records in some whole lines, and the number of damaged lines; ignores blank ones.
+    """Returns the records in complete lines, and the number of damaged lines; ignores blank ones.
 
     Example:
         >>> line = b'{"step": 1, "total_norm": 2.5, "clip_coef": 1.0, "action": "applied"}'
@@ -76,8 +77,8 @@ def parse_lines(data: bytes) -> tuple[list[dict[str, Any]], int]:
         ([{'step': 1, 'total_norm': 2.5, 'clip_coef': 1.0, 'action': 'applied'}], 1)
     """
     try:
-        # One call for all lines. A string cannot contain a bare line feed, so no damaged line can
-        # absorb the start of the next and still be JSON with the same number of items.
+        # Parse all lines in one call. A JSON string cannot contain a bare line feed, so a damaged
+        # line cannot swallow the start of the next one and still give the right number of items.
         stripped = data.strip()
         found = _loads(b"[" + stripped.replace(b"\n", b",\n") + b"]")
         if len(found) == stripped.count(b"\n") + 1 and are_records(found):
@@ -112,8 +113,8 @@ def _parse(line: bytes) -> Any:
 def are_records(values: list[Any]) -> bool:
     """Whether all of these JSON values are fastguard records, of this version or a later one.
 
-    All readers use this check. It verifies that the mandatory fields exist and have the right
-    types; it does not check other fields. The loops over the values run in C.
+    All readers use this check. It checks that the required fields exist and have the right types,
+    and nothing else. The loops over the values run in C.
 
     Example:
         >>> are_records([{"step": 3, "total_norm": "NaN", "clip_coef": 1, "action": "skipped"}])
@@ -138,7 +139,7 @@ def are_records(values: list[Any]) -> bool:
 
 def _blocks(file: BinaryIO, block_bytes: int) -> Iterator[Block]:
     rest = b""  # the unfinished last line of the block
-    too_long = False  # `rest` follows the first block of an endless line
+    too_long = False  # inside a line that is longer than a block and was dropped
     while data := file.read(block_bytes):
         size = len(data)
         data = rest + data
@@ -183,7 +184,7 @@ _FLOATS = ("total_norm", "clip_coef", "lr", "limit")
 def read_records(path: str | os.PathLike[str], *, strict: bool = False) -> Iterator[StepRecord]:
     """Yields the records of a `JsonLinesSink`, oldest first, including rotated files.
 
-    A run may continue meanwhile; records up to about the time of the call are read.
+    The run may still be writing; records up to about the time of the call are read.
 
     Args:
         path: The current file.
@@ -192,9 +193,9 @@ def read_records(path: str | os.PathLike[str], *, strict: bool = False) -> Itera
 
     Raises:
         FileNotFoundError: Neither this file nor a full one beside it exists.
-        IsADirectoryError: It is a folder.
-        OSError: It cannot be read, or is a pipe or a device.
-        ValueError: With `strict`: a line is not a record; the message names file and line.
+        IsADirectoryError: The path is a folder.
+        OSError: A file cannot be read, or is a pipe or a device.
+        ValueError: With `strict`, a line is not a record; the message names file and line.
     """
     path = Path(path)
     if path.is_dir():
@@ -210,8 +211,7 @@ def read_records(path: str | os.PathLike[str], *, strict: bool = False) -> Itera
                 if strict:
                     raise ValueError(
                         f"{printable(str(name))}:{number} is not a record "
-                        f"({shown(error, 200, str)}); "
-                        "delete the line, or read with strict=False"
+                        f"({shown(error, 200, str)}); delete the line, or read with strict=False"
                     ) from None
                 skipped += 1
     if skipped:
@@ -274,14 +274,14 @@ def _record(fields: Any) -> StepRecord:
 
 
 def _numbers(value: Any) -> Any:
-    """The value with floats in place of the strings that stand for NaN and infinities."""
+    """Returns the value with the strings for NaN and infinities replaced by floats."""
     if isinstance(value, dict):
         return {name: _numbers(item) for name, item in value.items()}
     return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
 
 
 def _count(name: str, value: Any) -> int:
-    # integers that a float64, and so JSON, represents exactly
+    # Above 2^53, a float64 and thus many JSON parsers cannot represent every integer.
     if type(value) is not int or not 0 <= value < 1 << 53:
         raise ValueError(f"{name} is {shown(value)}, not a count")
     return value

@@ -1,9 +1,9 @@
 """`Recorder`: makes the records of a run and delivers them.
 
 On a GPU a record is packed on the device and copied to the host after the step, without blocking.
-On a CPU its numbers are available at once. If nothing happened and nobody listens, `StepRecord`s
-are made later, many at a time: right after a step, when caches hold the model, one costs 15 µs;
-in a batch, 4 µs.
+On a CPU its numbers are available at once. For steps without an incident, and without sinks or
+subscribers, the `StepRecord`s are made later, many at a time: one costs 4 µs in a batch, but 15 µs
+right after a step, when the caches are full of the model.
 """
 
 from __future__ import annotations
@@ -37,9 +37,11 @@ KEPT = 4096
 """Number of records kept for `records()` and for `history`; older ones are dropped."""
 
 INBOX = 1 << 16
-"""Number of records kept for a subscriber that takes none: 36 MB, more steps than most epochs."""
+"""Number of records kept for a subscriber that takes none: 36 MB, and more steps than most epochs
+have."""
 
-_LABELS = tuple(reason.label for reason in Reason)  # creating a Reason costs as much as the rest
+# By number, because creating a Reason costs as much as the rest of a record.
+_LABELS = tuple(reason.label for reason in Reason)
 
 
 def record_now(outcome: Outcome) -> StepRecord:
@@ -89,11 +91,11 @@ def _action(coef: float, skipped: bool, cleaned: bool) -> str:
         return "skipped"
     if cleaned:
         return "sanitized"
-    return "applied" if coef >= 1.0 else "clipped"  # a NaN coefficient also changes gradients
+    return "applied" if coef >= 1.0 else "clipped"  # also "clipped" if the coefficient is NaN
 
 
 class _Known(NamedTuple):
-    """The numbers that the record of a host-decided step is made from, without gradients."""
+    """The values for the record of a step decided on the host; holds no gradients."""
 
     key: object
     known: Known
@@ -135,19 +137,20 @@ class _Known(NamedTuple):
             len(culprits),
             self.ranks,
             self.limit,
-            _told(self.watched, self.known),
+            _watch_results(self.watched, self.known),
         )
 
 
-def _told(watched: tuple[Watched, Tensor] | None, known: Known) -> dict[str, Any]:
-    """What a watched step tells, from values that have reached the host."""
-    return {} if watched is None else watched[0].tell(watched[1].tolist(), known)
+def _watch_results(watched: tuple[Watched, Tensor] | None, known: Known) -> dict[str, Any]:
+    """Returns `StepRecord.watch`; the values must have reached the host."""
+    return {} if watched is None else watched[0].results(watched[1].tolist(), known)
 
 
-def _on_its_way(outcome: Outcome) -> tuple[Watched, Tensor] | None:
-    """The values of a watched step in pinned memory, which an event recorded after this covers.
+def _send_watched(outcome: Outcome) -> tuple[Watched, Tensor] | None:
+    """Starts copying the values of a watched step to the host; returns them with their copy.
 
-    Before `Ring.send`, which records one. Pinned memory comes from a cache of torch's.
+    Call it before `Ring.send`, whose event then covers this copy too. torch caches the pinned
+    memory.
     """
     if outcome.watched is None:
         return None
@@ -204,21 +207,24 @@ class _Pending:
             row.n_culprits,
             row.ranks,
             limit,
-            _told(self.watched, row.known),
+            _watch_results(self.watched, row.known),
         )
 
 
 class Recorder:
     """Collects the records of a run and logs its incidents.
 
-    An incident is one warning of the `fastguard` logger; an overflow that only lowers a loss scale
-    is logged at level INFO; repeats are counted. Memory is bounded: `KEPT` finished records, `ROWS`
-    in transfer or not yet made, and `INBOX` per live subscriber.
+    An incident is logged as a warning of the `fastguard` logger, an overflow that only lowers a
+    loss scale at level INFO; frequent repeats are only counted. Memory is bounded: `KEPT` finished
+    records, `ROWS` in transfer or not yet made, and `INBOX` per live subscriber.
 
     Attributes:
-        history: The last finished records, whether or not they were fetched.
+        finished: Finished records that `drain` has not returned yet.
+        history: The last finished records, including those that `drain` has returned.
         max_norm: Current limit of the whole model's norm; inf: no limit.
-        longest_search: Steps in a row that the loss scaler may need to find its scale.
+        longest_search: Steps in a row that a loss scaler may skip to find its scale.
+        last: The last finished record; None: there is none.
+        sinks: Called with each finished record.
         undelivered: Finished records not yet delivered to the subscribers.
     """
 
@@ -234,9 +240,9 @@ class Recorder:
         self._newest: object = None
         self._pending: deque[_Pending | _Known] = deque()
         self._made: tuple[object, StepRecord] | None = None
-        self._told: tuple[StepRecord | None, int, int] = (None, 0, 0)
+        self._called: tuple[StepRecord | None, int, int] = (None, 0, 0)
         self.sinks: list[Callable[[StepRecord], object]] = []
-        self._losing: set[int] = set()
+        self._failed_sinks: set[int] = set()
         self._inboxes: list[weakref.ref[Inbox]] = []
         self.undelivered: list[StepRecord] = []
 
@@ -252,8 +258,7 @@ class Recorder:
     def add(self, outcome: Outcome) -> None:
         """Adds the outcome of a step. Blocks only if the device is `ROWS` steps behind.
 
-        After an interrupt it may be called again with the same outcome and resumes where it
-        stopped.
+        If it was interrupted, it may be called again with the same outcome, and resumes.
 
         A step captured in a CUDA graph leaves no record, since no host code runs when the graph is
         replayed. A step on placeholders has nothing to record.
@@ -269,14 +274,14 @@ class Recorder:
         if not self._has(outcome.key):
             self._pending.append(_Known.of(outcome))
             self._newest = outcome.key
-        alone = outcome.signals.bad_ranks is None
-        if not alone or known.reason or self.sinks or self._inboxes:
-            self.wait()  # does not block, unless the model was on a device before
+        is_joint = outcome.signals.bad_ranks is not None
+        if is_joint or known.reason or self.sinks or self._inboxes:
+            self.wait()  # blocks only if the model was on a device before
         elif len(self._pending) >= ROWS:
             self.poll()
 
     def send(self, outcome: Outcome) -> None:
-        """Adds the outcome of a step through the ring."""
+        """Adds the outcome of a step decided on the device: packs it and starts its transfer."""
         if self._has(outcome.key):
             return
         device, ring = outcome.stats.summary.device, self._ring
@@ -285,7 +290,7 @@ class Recorder:
         if len(self._pending) >= ROWS:
             self._pending[0].arrival.wait()
         self.poll()
-        watched = _on_its_way(outcome)
+        watched = _send_watched(outcome)
         self._pending.append(_Pending.of(outcome, ring.send(outcome), watched))
         self._newest = outcome.key
 
@@ -295,7 +300,7 @@ class Recorder:
 
     def poll(self) -> None:
         """Finishes the records that have arrived. Never blocks."""
-        while self._pending and self._pending[0].arrival.is_here():
+        while self._pending and self._pending[0].arrival.has_arrived():
             self._finish_oldest()
 
     def wait(self) -> StepRecord | None:
@@ -306,19 +311,20 @@ class Recorder:
         return self.last
 
     def forget_last(self) -> None:
-        """Clears the last record: after loading a state, earlier steps do not affect the next."""
+        """Clears the last record after a state was loaded, so that it does not affect the next
+        step."""
         self.wait()
         self.last = None
         self.undelivered = []
 
     @property
     def has_subscribers(self) -> bool:
-        """Whether any subscriber acts on the records of this run."""
+        """Whether there is a subscriber to the records of this run."""
         return bool(self._inboxes)
 
     def add_sink(self, sink: Callable[[StepRecord], object]) -> None:
         """See `GuardedOptimizer.add_sink`."""
-        self.poll()  # a sink does not get records of earlier steps
+        self.poll()  # finished first, since a new sink does not get records of earlier steps
         self.sinks.append(sink)
 
     def subscribe(self) -> Inbox:
@@ -334,7 +340,7 @@ class Recorder:
         for ref in self._inboxes[:]:  # a copy: a subscriber may disappear meanwhile
             if (inbox := ref()) is not None:
                 inbox.receive(self.undelivered)
-        self.undelivered = []  # a new list, which tells the inboxes to start over
+        self.undelivered = []  # by a new list, the inboxes know that nothing of it was taken
         return last
 
     def drain(self) -> list[StepRecord]:
@@ -347,20 +353,21 @@ class Recorder:
     def _finish_oldest(self) -> None:
         """Delivers the oldest record, then removes it from the queue.
 
-        After an interrupt this is repeated, and each recipient still gets the record once.
+        If an interrupt stops it, the next call repeats it; each recipient still gets the record
+        only once.
         """
         item = self._pending[0]
         made = self._made
         if made is None or made[0] is not item:
             made = self._made = item, item.record()
         self._finish(made[1])
-        if self._pending and self._pending[0] is item:  # no sink has asked for records meanwhile
+        if self._pending and self._pending[0] is item:  # else a sink has called `wait` meanwhile
             self._pending.popleft()
 
     def _finish(self, record: StepRecord) -> None:
         if record is not self.last:
-            self._lines.see(record)
-            self._advice.see(record, self.max_norm, self.longest_search)
+            self._lines.add(record)
+            self._advice.check(record, self.max_norm, self.longest_search)
             self.last = record
         if not self.finished or self.finished[-1] is not record:
             self.finished.append(record)
@@ -369,32 +376,32 @@ class Recorder:
         if self._inboxes and (not self.undelivered or self.undelivered[-1] is not record):
             self.undelivered.append(record)
         if self.sinks:
-            self._tell_sinks(record)
+            self._call_sinks(record)
 
-    def _tell_sinks(self, record: StepRecord) -> None:
+    def _call_sinks(self, record: StepRecord) -> None:
         """Calls each sink once.
 
-        A sink that was interrupted is called a second time but not a third, since it may raise the
-        interrupt itself.
+        A sink that was interrupted is called a second time, but not a third, since the sink itself
+        may be what raises the interrupt.
         """
         while True:
-            told, k, tries = self._told
-            k, tries = (k, tries) if told is record else (0, 0)
+            called, k, tries = self._called
+            k, tries = (k, tries) if called is record else (0, 0)
             if k >= len(self.sinks):
                 return
             try:
-                # set first, since a sink may ask for the records itself
-                self._told = (record, k + 1, 0)
+                # Set before the call, in case the sink asks for the records.
+                self._called = (record, k + 1, 0)
                 self.sinks[k](record)
             except Exception as error:  # a sink can fail in any way; the run continues
-                self._say_once(self.sinks[k], error)
+                self._warn_once(self.sinks[k], error)
             except BaseException:
-                self._told = (record, k + 1 if tries else k, tries + 1)
+                self._called = (record, k + 1 if tries else k, tries + 1)
                 raise
 
-    def _say_once(self, sink: Callable[[StepRecord], object], error: Exception) -> None:
-        if id(sink) not in self._losing:
-            self._losing.add(id(sink))
+    def _warn_once(self, sink: Callable[[StepRecord], object], error: Exception) -> None:
+        if id(sink) not in self._failed_sinks:
+            self._failed_sinks.add(id(sink))
             log.warning(
                 "records are being lost: %s raised %s",
                 shown(sink, 200),

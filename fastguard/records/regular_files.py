@@ -1,4 +1,4 @@
-"""Opens only regular files: reading a pipe may block, and a device may never end."""
+"""Opens regular files only, since reading from a pipe may block, and a device may never end."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ def open_regular(
         buffering: As in `open`.
 
     Raises:
-        NotRegularFile: It is something else; `strerror` says what.
-        IsADirectoryError, OSError: It is a folder, or cannot be opened.
+        NotRegularFile: The path is a pipe, a device, a socket or a link; `strerror` says which.
+        IsADirectoryError: The path is a folder.
+        OSError: The file cannot be opened.
 
     Example:
         >>> open_regular(os.devnull)
@@ -44,7 +45,7 @@ def open_regular(
     # Checked before opening, which has side effects on some devices (tapes rewind, watchdogs
     # start).
     check_regular(os.stat(path, follow_symlinks=follow_links), path)
-    # O_NONBLOCK: do not wait for a pipe that has replaced the file meanwhile.
+    # O_NONBLOCK: never wait, in case a pipe has replaced the file since the check.
     flags = os.O_RDONLY | _flags("O_NONBLOCK", "O_CLOEXEC", "O_BINARY", "O_NOCTTY")
     handle = os.open(path, flags if follow_links else flags | _flags("O_NOFOLLOW"))
     try:
@@ -66,7 +67,7 @@ def check_regular(found: os.stat_result, path: str | os.PathLike[str]) -> None:
 
 
 def _flags(*names: str) -> int:
-    """Returns the `os.open` flags that this system has."""
+    """Combines those `os.open` flags that this system has."""
     flags = 0
     for name in names:
         flags |= getattr(os, name, 0)

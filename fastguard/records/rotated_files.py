@@ -1,7 +1,7 @@
 """Lists and reads the files of one run: the current `records.jsonl` and the full files beside it.
 
 A writer renames a full file to `records.1.jsonl`, `records.2.jsonl`, ... and starts a new one.
-Readers may work at the same time: they read all records up to some moment, in order, without gaps.
+Readers may run at the same time: they see all records up to some moment, in order, without gaps.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ _AHEAD = 32
 """How many files to open in advance, since the writer may delete them in the meantime."""
 
 _TRIES = 20
-"""How often to list a folder again if a rotation keeps interfering."""
+"""How often to list a folder again if a rotation interferes each time."""
 
 
 def rotated_files(path: str | os.PathLike[str]) -> list[Path]:
-    """Returns the full files of a run, oldest first, without the current one and without
-    folders."""
+    """Returns the full files of a run, oldest first, without the current one."""
     path = Path(path)
     start, end = f"{path.stem}.", path.suffix
     try:
@@ -47,12 +46,12 @@ def rotated_files(path: str | os.PathLike[str]) -> list[Path]:
 
 
 def full_file(path: Path, number: int) -> Path:
-    """Returns the name of a full file of the run `path`."""
+    """Returns the path of the full file with this number; `path` is the current file."""
     return path.with_name(f"{path.stem}.{number}{path.suffix}")
 
 
 def number_of(path: Path, full: Path) -> int:
-    """Returns the number of a full file of the run `path`."""
+    """Returns the number of a full file; `path` is the current file."""
     return int(full.name[len(path.stem) + 1 : len(full.name) - len(path.suffix)])
 
 
@@ -69,7 +68,7 @@ def open_at(path: Path) -> int | None:
     """Opens a regular file for reading and returns its descriptor; None if it does not exist.
 
     Raises:
-        OSError: It cannot be read, or is a pipe, a device or a folder.
+        OSError: The file cannot be read, or is a pipe, a device or a folder.
     """
     file = _opened(path)
     if file is None:
@@ -79,7 +78,7 @@ def open_at(path: Path) -> int | None:
 
 
 def identity_at(path: Path) -> Identity | None:
-    """Returns the identity of the file that has this name now, or None."""
+    """Returns the identity of the file that now has this name; None if there is none."""
     try:
         return identity_of(os.stat(path))
     except FileNotFoundError:
@@ -88,7 +87,7 @@ def identity_at(path: Path) -> Identity | None:
 
 def index_of(identity: Identity, files: Sequence[Path]) -> int | None:
     """Returns the index of the file with this identity, or None."""
-    for i in reversed(range(len(files))):  # recently rotated files are requested most
+    for i in reversed(range(len(files))):  # from the newest, which is most often the one
         if identity_at(files[i]) == identity:
             return i
     return None
@@ -97,17 +96,17 @@ def index_of(identity: Identity, files: Sequence[Path]) -> int | None:
 def around(
     path: Path, current: Identity | None, newest: Path | None
 ) -> tuple[list[Path], list[Path]]:
-    """Returns the full files older and newer than the file that was found under the name `path`.
+    """Returns the full files that are older and newer than a file opened as the current one.
 
     Args:
         path: The name of the current file.
-        current: The file that was opened under that name; None if there was none.
-        newest: The newest full file before that, in case the opened file is deleted.
+        current: The identity of the opened file; None if there was none.
+        newest: The newest full file before that one was opened; used if it has been deleted.
     """
     i, listed = None, rotated_files(path)
     for _ in range(_TRIES):
-        # A file renamed during the listing may be missing from it. The list is complete if the
-        # opened file still has its name, or if it is listed with all numbers after it.
+        # A listing may miss a file that is renamed meanwhile. It is complete if the opened file
+        # still has its name, or if it lists that file and all later numbers.
         if current is None or identity_at(path) == current:
             return listed, []
         i = index_of(current, listed)
@@ -116,7 +115,7 @@ def around(
         listed = rotated_files(path)
     if i is not None:
         return listed[:i], listed[i + 1 :]
-    # The opened file was deleted, or replaced by hand.
+    # The opened file has been deleted, or replaced by hand.
     first = listed.index(newest) + 1 if newest in listed else 0
     return listed[:first], listed[first:]
 
@@ -127,10 +126,10 @@ def _have_no_hole(path: Path, files: Sequence[Path]) -> bool:
 
 
 def open_run(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """Yields the files of a run with their names, oldest first, each open while it is read.
+    """Yields the files of a run, oldest first, as path and open file.
 
-    The writer may rotate meanwhile; records up to about now are read, without gaps. A warning is
-    logged if full files were deleted before they could be read.
+    The writer may rotate meanwhile; the files hold all records up to about the time of the call. A
+    warning is logged if full files were deleted before they could be read.
 
     Raises:
         FileNotFoundError: Neither this file nor a full one beside it exists.
@@ -162,7 +161,7 @@ def _each(path: Path, files: Sequence[Path]) -> Iterator[tuple[Path, BinaryIO]]:
                 file = _opened(name)
                 if file is not None:
                     ahead.append((name, file))
-                elif begun or ahead:  # otherwise it is the oldest, which a writer may delete
+                elif begun or ahead:  # a gap; only the oldest files may disappear unnoticed
                     deleted += 1
             if ahead:
                 begun = True

@@ -16,7 +16,8 @@ LOSS_SCALE = Reason.LOSS_SCALE.label
 """The reason of a skip that only lowers a loss scale, which is not an incident."""
 
 REPLICA_DRIFT = "replica_drift"
-"""The reason of a step in which replicas differ; also their key in `StepRecord.watch`."""
+"""The reason of a step in which replicas differ; also the key of the result in
+`StepRecord.watch`."""
 
 MOST_OF_A_TAG = 400
 """Maximum characters of a tag in a log line."""
@@ -39,18 +40,18 @@ class StepRecord:
         culprits: `(name, nan, posinf, neginf)` of the first bad parameters.
         n_culprits: Number of bad parameters.
         losses: Losses of the step by name.
-        spikes: The signals that spiked.
+        spikes: The signals above their threshold: `"grad_norm"`, or the names of losses.
         thresholds: The threshold of each rule, by signal; inf during warm-up.
-        consecutive_skips: Incidents skipped since the last applied step; 0 if this step was
-            applied. A skip that only lowers a loss scale does not change it.
+        consecutive_skips: Number of skipped steps since the last applied one, including this step;
+            steps skipped only to lower a loss scale do not count.
         lr: Learning rate of the first param group.
-        tag: The caller's tag, to find the batch again.
+        tag: The value passed as `tag`, to find the batch again.
         culprit_ranks: Number of ranks with non-finite values; 0 in one process.
         culprit_rank: That rank, if there is only one; `culprits` are its parameters.
         limit: The total norm above which gradients are clipped: `max_norm`, or the limit set by an
-            adaptive rule; with several segments, the total norm if each is at its limit. `inf`: no
-            limit.
-        watch: Results of `GuardedOptimizer(watch=...)`, by quantity; empty in a step that is not
+            adaptive rule. With several segments, the total norm of gradients whose segments are
+            all at their limits. `inf`: no limit.
+        watch: Results of `GuardedOptimizer(watch=...)`, by quantity; empty if the step was not
             watched. docs/watch.md describes each quantity.
     """
 
@@ -77,10 +78,10 @@ class StepRecord:
 
     @property
     def is_incident(self) -> bool:
-        """Whether the step calls for a reaction: warning, back-off, skip budget, rollback.
+        """Whether the step needs a reaction: a warning, a lower learning rate, or a rollback.
 
         True for every skipped step and every step with a reason, except an overflow that only
-        lowers a loss scale: a `GradScaler` searches for its scale that way in a healthy run.
+        lowers a loss scale: in a healthy run, a `GradScaler` finds its scale that way.
 
         Example:
             >>> StepRecord(1, 2.0, 1.0, "skipped", "nonfinite_grad").is_incident
@@ -89,15 +90,15 @@ class StepRecord:
             False
         """
         if self.reason is None:
-            return self.action == "skipped"  # the record may lack a reason
+            return self.action == "skipped"  # a record from a file may lack its reason
         return self.reason != LOSS_SCALE
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the fields by name, as values that strict JSON can represent.
 
         NaN and infinities become the strings `"NaN"`, `"Infinity"` and `"-Infinity"`, which
-        `float()` reads back. A tag that JSON cannot represent becomes its `str`; a tag that is very
-        long, deep or unprintable is shortened, see `strict_json.shortened`.
+        `float()` converts back. A tag that JSON cannot represent becomes its `str`; a very long or
+        deeply nested tag is shortened, as by `strict_json.shortened`.
 
         Example:
             >>> record = StepRecord(1, math.nan, 1.0, "skipped", culprits=(("head", 2, 0, 0),))
@@ -113,8 +114,8 @@ class StepRecord:
     def torch_norm(self) -> float:
         """The norm as torch computes it: NaN if any element is NaN, else Inf if any is infinite.
 
-        `total_norm` covers only the finite elements, so it is near 0 if most were not finite. Logs,
-        loggers and plots show this norm instead.
+        `total_norm` covers only the finite elements and is near 0 if most elements are not finite.
+        Logs, loggers and plots therefore show this norm.
 
         Example:
             >>> StepRecord(1, 0.25, 1.0, "skipped", "nonfinite_grad", nan=3).torch_norm
@@ -126,7 +127,7 @@ class StepRecord:
 
     @property
     def because(self) -> str:
-        """The reason in words, depending on the action; empty if there is no reason.
+        """The reason as a phrase for messages; empty if there is no reason.
 
         Example:
             >>> StepRecord(1, 2.0, 1.0, "applied", "loss_spike").because
@@ -155,7 +156,7 @@ class StepRecord:
         return printable(" ".join(parts))
 
     def line(self, limit: int) -> str:
-        """Formats the record in at most `limit` characters, keeping the most important parts.
+        """Formats one log line of at most `limit` characters, with the most important parts.
 
         Example:
             >>> record = StepRecord(
@@ -178,7 +179,7 @@ class StepRecord:
         return printable(tag, MOST_OF_A_TAG)
 
     def _causes(self, n_culprits: int, n_losses: float) -> Iterator[str]:
-        """Yields what was not finite or too large, and where."""
+        """Yields phrases that say what was not finite or above a threshold, and where."""
         if self.culprits:
             total = max(self.n_culprits, len(self.culprits))
             yield describe_culprits(self.culprits[:n_culprits], total) + ";"
@@ -200,7 +201,7 @@ class StepRecord:
 
 
 def _drifted(suspects: object) -> list[str]:
-    """Returns which replicas differ, and in what; ignores malformed values from a file."""
+    """Returns phrases that say which replicas differ, and in what; ignores malformed values."""
     said = []
     for what, ranks in suspects.items() if isinstance(suspects, dict) else ():
         if not isinstance(ranks, list):

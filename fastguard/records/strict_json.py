@@ -1,9 +1,9 @@
 """Encodes values as JSON that every parser reads.
 
 JSON (RFC 8259) has no NaN or infinity. Python writes them anyway, and jq, JavaScript and most
-databases then refuse the line. Here they become the strings `"NaN"`, `"Infinity"`, `"-Infinity"`,
-as in the JSON mapping of Protocol Buffers; `float()` reads them back. null would be shorter, but
-could not distinguish a NaN loss from a missing one.
+databases refuse such a line. Here they become the strings `"NaN"`, `"Infinity"` and `"-Infinity"`,
+as in the JSON mapping of Protocol Buffers; `float()` converts them back. null would be shorter, but
+would not distinguish a NaN loss from a missing one.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def strict(value: Any) -> Any:
         if math.isfinite(value):
             return value
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if value is None or isinstance(value, (str, int)):  # a union type would be created on each call
+    if value is None or isinstance(value, (str, int)):  # not str | int, created on each call
         return value
     if isinstance(value, Mapping):
         return {str(key): strict(item) for key, item in value.items()}
@@ -48,11 +48,11 @@ def strict(value: Any) -> Any:
 def shortened(value: Any, room: int = MOST_CHARACTERS) -> Any:
     """Converts a value like `strict`, with limited size and depth.
 
-    Omitted parts are marked by `…`; values that cannot be shown are marked as such. It never
-    raises, whatever the value's methods do.
+    `…` marks omitted parts. Never raises, even if a method of the value does; a text says then that
+    the value cannot be shown.
 
     Args:
-        value: Any value: deeper than the recursion limit, cyclic, or an integer of 5000 digits.
+        value: Any value; it may be cyclic, nested beyond the recursion limit, or a huge integer.
         room: Approximate limit on the characters of text.
 
     Example:
@@ -86,7 +86,7 @@ class _Shortened:
                     return self._mapping(value, depth + 1)
                 return self._list(value, depth + 1)
             return self._text(str(value))
-        except Exception as error:  # the value's class decides what its methods do
+        except Exception as error:  # methods of any class may raise anything
             return _cannot_be_shown(value, error)
 
     def _integer(self, value: int) -> Any:
@@ -114,7 +114,7 @@ class _Shortened:
         for key, item in values.items():
             if self._room <= 0:
                 return {**found, _MORE: _MORE}
-            name = self._name(key)  # before the item, which may use all the room
+            name = self._name(key)  # before the item, which may use up the room
             found[name] = self.of(item, depth)
         return found
 
@@ -138,12 +138,11 @@ def dumps(value: Any, *, indent: int | None = None) -> str:
 
 
 def encode(value: Any) -> str:
-    """Encodes a value that is already strict.
+    """Encodes a value that `strict` has converted.
 
-    Letters of all scripts are kept. Unprintable characters are escaped as JSON does, so that a file
-    or a name cannot send commands to the terminal, and every stream can encode it. This covers
-    control characters beyond those that JSON must escape, text direction overrides and lone
-    surrogates.
+    Letters of all scripts are kept. Unprintable characters get a JSON escape, including control
+    characters, direction overrides and lone surrogates that JSON itself would allow. A name in a
+    file therefore cannot send commands to the terminal, and every stream can encode the text.
 
     Example:
         >>> print(encode({"é": chr(0x9B) + "2J" + chr(0x202E)}))

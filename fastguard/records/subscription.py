@@ -1,8 +1,8 @@
 """`Inbox`: delivers the records of a run to code that acts on them, such as a schedule.
 
-All inboxes of a run are filled at the same moment, which is the same on every rank and every rerun.
-An owner may ask for records earlier, for its own inbox only, because other subscribers' behaviour
-depends on when they receive records.
+All inboxes of a run are filled at the same point of a step, the same on every rank and in every
+rerun, because subscribers act on the records when they receive them. An owner may fetch records
+earlier, for its own inbox only.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ log: logging.Logger = logging.getLogger("fastguard")
 
 
 class Inbox(deque["StepRecord"]):
-    """A queue of records in order, each once; take them out with `popleft`.
+    """A queue of the records of a run, each once and in order; take them out with `popleft`.
 
-    The run holds a weak reference: an inbox without an owner receives nothing. Beyond `maxlen`
-    records the oldest are lost, and one warning is logged.
+    The run holds only a weak reference to it. Beyond `maxlen` records the oldest are lost, and one
+    warning is logged.
 
     Args:
         records: Initial records.
@@ -42,38 +42,38 @@ class Inbox(deque["StepRecord"]):
         self._expected: list[StepRecord] = []
         self._source: Sequence[StepRecord] = ()
         self._taken = 0  # number taken from the source
-        self._said = False
+        self._has_warned = False
 
     def settle(self) -> None:
-        """Takes the records of all steps so far, before the other inboxes. Waits for them."""
+        """Fetches the records of all steps so far, for this inbox only. Waits for them."""
         self.receive(self._waiting())
 
     def coming(self) -> list[StepRecord]:
-        """Returns the records of steps so far that have not arrived here. Waits for them."""
+        """Returns the records of the steps so far that are not in the inbox yet. Waits for them."""
         waiting = self._waiting()
         return [*self._expected, *waiting[self._taken_of(waiting) :]]
 
     def expect(self, records: Sequence[StepRecord]) -> None:
-        """Adds records of a run that this one continues, to arrive with the next ones."""
+        """Sets records of an earlier run, which this run continues, to arrive before the next."""
         self._expected = list(records)
 
     def receive(self, records: Sequence[StepRecord]) -> None:
-        """Takes expected records, and those waiting for all inboxes that are new here.
+        """Adds the expected records, and the undelivered ones that are new to this inbox.
 
         Args:
-            records: All waiting records. The same list grows until it has been delivered to every
-                inbox. After an interrupt it may be passed again.
+            records: All undelivered records. The same list grows until it has been delivered to
+                every inbox. After an interrupt it may be passed again.
         """
         taken = self._taken_of(records)
         new = [*self._expected, *records[taken:]] if self._expected or taken else records
-        if new and not (self and self[-1] is new[-1]):  # the second part: interrupted right here
+        if new and not (self and self[-1] is new[-1]):  # else an interrupt came after `extend`
             overflows = self.maxlen is not None and len(self) + len(new) > self.maxlen
             self.extend(new)
-            if overflows and not self._said:
-                self._said = True
+            if overflows and not self._has_warned:
+                self._has_warned = True
                 log.warning(
-                    "an inbox is full: %d records that its owner does not take; the oldest are "
-                    "lost",
+                    "the inbox of a subscriber is full: it holds %d records that were not taken, "
+                    "and loses the oldest",
                     len(self),
                 )
         self._source, self._taken, self._expected = records, len(records), []

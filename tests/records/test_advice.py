@@ -105,7 +105,7 @@ def test_a_constant_gradient_is_told_nothing(log):
 def seen(norms, limit=1.0):
     advice = Advice()
     for step, norm in enumerate(norms):
-        advice.see(StepRecord(step, norm, 1.0, "applied"), limit)
+        advice.check(StepRecord(step, norm, 1.0, "applied"), limit)
 
 
 def test_how_many_steps_it_takes(log):
@@ -144,7 +144,7 @@ def test_norms_of_sound_runs(norms, log):
 def test_incidents_say_nothing_of_clipping(log):
     advice = Advice()
     for step in range(5 * NEAR_LIMIT):
-        advice.see(StepRecord(step, 1.0, 1.0, "skipped", "nonfinite_grad"), 1.0)
+        advice.check(StepRecord(step, 1.0, 1.0, "skipped", "nonfinite_grad"), 1.0)
     assert told(log) == []
 
 
@@ -181,7 +181,7 @@ def test_searches_with_steps_between_them_are_told_nothing(log):
     advice = Advice()
     for step in range(5 * LONGEST_SEARCH):
         reason = "loss_scale" if step % 50 else None
-        advice.see(StepRecord(step, 1.0 + step, 1.0, "skipped", reason), INF)
+        advice.check(StepRecord(step, 1.0 + step, 1.0, "skipped", reason), INF)
     assert not log.records
 
 

@@ -39,10 +39,10 @@ def lines(clock):
 
 def test_repeats_are_counted_and_the_count_comes_before_the_next_line(lines, clock, caplog):
     for step in range(1, BURST + 18):
-        lines.see(bad(step))
+        lines.add(bad(step))
     assert [m.split()[2] for m in caplog.messages] == ["1", "2", "3"]
     clock.now += INTERVAL
-    lines.see(bad(100))
+    lines.add(bad(100))
     more, last = caplog.messages[BURST:]
     assert more == "fastguard: ... and 17 more skipped because of nonfinite_grad (steps 4 to 20)"
     assert last.startswith("fastguard: step 100 skipped")
@@ -51,15 +51,15 @@ def test_repeats_are_counted_and_the_count_comes_before_the_next_line(lines, clo
 def test_an_incident_now_and_then_always_has_its_line(lines, clock, caplog):
     for step in range(1, 100):
         clock.now += INTERVAL
-        lines.see(bad(step))
-        lines.see(good(step))
+        lines.add(bad(step))
+        lines.add(good(step))
     assert len(caplog.messages) == 99
 
 
 def test_another_kind_has_lines_of_its_own(lines, caplog):
     for step in range(1, 20):
-        lines.see(bad(step))
-    lines.see(bad(20, "applied", "loss_spike", losses={"loss": 5.0}, spikes=("loss",)))
+        lines.add(bad(step))
+    lines.add(bad(20, "applied", "loss_spike", losses={"loss": 5.0}, spikes=("loss",)))
     assert caplog.messages[-1].startswith(
         "fastguard: step 20 applied despite loss_spike (rule only records): loss=5 > nan"
     )
@@ -67,12 +67,12 @@ def test_another_kind_has_lines_of_its_own(lines, caplog):
 
 def test_what_was_held_back_is_said_when_it_is_over(lines, clock, caplog):
     for step in range(1, 6):
-        lines.see(bad(step))
-    lines.see(good(6))
+        lines.add(bad(step))
+    lines.add(good(6))
     assert len(caplog.messages) == BURST  # it may go on
     clock.now += INTERVAL
-    lines.see(good(7))
-    lines.see(good(8))
+    lines.add(good(7))
+    lines.add(good(8))
     assert len(caplog.messages) == BURST + 1
     assert caplog.messages[-1].endswith(
         "... and 2 more skipped because of nonfinite_grad (steps 4 to 5)"
@@ -82,7 +82,7 @@ def test_what_was_held_back_is_said_when_it_is_over(lines, clock, caplog):
 def test_what_was_held_back_is_said_at_the_end_of_the_run(clock, caplog):
     lines = IncidentLines(clock)
     for step in range(1, BURST + 2):
-        lines.see(bad(step))
+        lines.add(bad(step))
     del lines
     gc.collect()
     assert caplog.messages[-1].endswith("... and 1 more skipped because of nonfinite_grad (step 4)")
@@ -91,7 +91,7 @@ def test_what_was_held_back_is_said_at_the_end_of_the_run(clock, caplog):
 def test_a_lowered_loss_scale_is_no_warning(lines, caplog):
     caplog.set_level(logging.INFO)
     for step in range(1, 9):
-        lines.see(bad(step, reason="loss_scale"))
+        lines.add(bad(step, reason="loss_scale"))
     lines.flush()
     assert {r.levelno for r in caplog.records} == {logging.INFO}
     assert "and 5 more skipped because of loss_scale" in caplog.messages[-1]
@@ -102,7 +102,7 @@ def test_a_line_has_120_characters_at_most_and_the_cause_first(lines, caplog):
     losses = {f"loss_{name}": NAN for name in "abcdefgh"}
     tag = {"epoch": 3, "file": "shard-00012-of-00512.parquet"}
     record = bad(12345, nan=96, culprits=culprits, n_culprits=40, losses=losses, tag=tag)
-    lines.see(record)
+    lines.add(record)
     (message,) = caplog.messages
     assert len(message) == 120
     assert "model.layers.0.mlp.down_proj.weight (12 NaN) and 39 more" in message

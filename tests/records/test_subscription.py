@@ -94,7 +94,7 @@ def test_an_inbox_that_nobody_empties_is_bounded(caplog, monkeypatch):
         opt.step()
         quick.popleft()
     assert [r.step for r in slow] == [3, 4, 5]
-    assert caplog.text.count("an inbox is full") == 1
+    assert caplog.text.count("inbox of a subscriber is full") == 1
 
 
 def a_record_on_its_way(recorder, step):

@@ -56,13 +56,13 @@ class NoiseScale:
             scale = moved(step.scale.detach(), step.device).double()
             squared = squared / (scale * scale)
 
-        def tell(numbers: list[float], known: Known) -> dict[str, Any]:
+        def results(numbers: list[float], known: Known) -> dict[str, Any]:
             small, big = numbers[0] / n, known.total_norm**2
             if known.skipped or not 0.0 < small < float("inf"):  # also for NaN
                 return {}
             return self._averaged((n * big - small) / (n - 1), (small - big) / (n - 1))
 
-        return Reading(squared.reshape(1), tell, sums_over_ranks=True)
+        return Reading(squared.reshape(1), results, sums_over_ranks=True)
 
     def _averaged(self, signal: float, noise: float) -> dict[str, Any]:
         """Adds an estimate to the averages; returns the record, empty if not yet meaningful."""

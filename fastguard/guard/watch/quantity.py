@@ -1,7 +1,7 @@
 """The interface of watched quantities: they read a step and add values to its record.
 
     Quantity.read(step) -> Reading     device tensors, before the decision; never waits
-    Reading.tell(numbers, known)       on the host, when the record is created
+    Reading.results(numbers, known)    on the host, when the record is created
 
 Values of a reading with `sums_over_ranks` become part of the vector that the ranks exchange anyway,
 and are replaced by their sums over the ranks: 8 bytes per value, no further collective.
@@ -78,13 +78,13 @@ class Reading:
 
     Attributes:
         values: float64 `(n,)`, on the device of the decision.
-        tell: Returns entries for `StepRecord.watch`, from the values as floats and the decision.
+        results: Returns entries for `StepRecord.watch`, from the values as floats and the decision.
         sums_over_ranks: Whether the values are summed over the ranks.
         after_update: Returns new values after the optimizer has stepped; None: they don't change.
     """
 
     values: Tensor
-    tell: Callable[[list[float], Known], dict[str, Any]]
+    results: Callable[[list[float], Known], dict[str, Any]]
     sums_over_ranks: bool = False
     after_update: Callable[[], Tensor] | None = None
 

@@ -53,7 +53,7 @@ class ReplicaDrift:
         mine = numbers_on([_number_of(ranks.index(team.rank))], step.device)
         values = torch.cat([c, c * c, c * mine])
 
-        def tell(numbers: list[float], known: Known) -> dict[str, Any]:
+        def results(numbers: list[float], known: Known) -> dict[str, Any]:
             p, q, r = (list(map(int, numbers[4 * k : 4 * k + 4])) for k in range(3))
             suspects = {}
             for k, what in enumerate(WATCHED):
@@ -61,7 +61,7 @@ class ReplicaDrift:
                 suspects[what] = [ranks[i] for i in differing(len(ranks), sums)]
             return {"replica_drift": suspects}
 
-        return Reading(values, tell, sums_over_ranks=True)
+        return Reading(values, results, sums_over_ranks=True)
 
 
 def checksum(tensors: Sequence[Tensor], device: torch.device) -> Tensor:

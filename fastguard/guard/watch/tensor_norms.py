@@ -46,7 +46,7 @@ class TensorNorms:
         names = [step.layout.names[i] for i in at]
         sizes = [parameters[i].numel() for i in at]
 
-        def tell(numbers: list[float], known: Known) -> dict[str, Any]:
+        def results(numbers: list[float], known: Known) -> dict[str, Any]:
             power_sums, nonzero = numbers[: len(names)], numbers[len(names) :]
             norms = map(math.sqrt, power_sums)
             of_each = zip(names, sizes, nonzero, strict=True)
@@ -57,7 +57,7 @@ class TensorNorms:
                 "zero_share": by_name(list(some), some.values()),
             }
 
-        return Reading(values.flatten(), tell, sums_over_ranks=step.is_sharded)
+        return Reading(values.flatten(), results, sums_over_ranks=step.is_sharded)
 
 
 def _nonzero(grads: list[Tensor], device: torch.device) -> Tensor:

@@ -32,7 +32,7 @@ class UpdateRatio:
                 torch._foreach_sub_(before, weights)
             return torch.cat([norms, _norms(before, step.device)])
 
-        def tell(numbers: list[float], known: Known) -> dict[str, Any]:
+        def results(numbers: list[float], known: Known) -> dict[str, Any]:
             if known.skipped:
                 return {}
             n = len(names)
@@ -41,7 +41,7 @@ class UpdateRatio:
             return {"update_ratio": by_name(list(ratios), ratios.values())}
 
         nothing = torch.cat([norms, torch.zeros_like(norms)])
-        return Reading(nothing, tell, after_update=after_update)
+        return Reading(nothing, results, after_update=after_update)
 
 
 def _norms(tensors: list[Tensor], device: torch.device) -> Tensor:

@@ -110,7 +110,7 @@ class WatchedStep:
         """Returns all values, float64 `(n,)`."""
         return torch.cat([reading.values for reading in self._readings])
 
-    def tell(self, numbers: list[float], known: Known) -> dict[str, Any]:
+    def results(self, numbers: list[float], known: Known) -> dict[str, Any]:
         """Returns `StepRecord.watch` for this step.
 
         Args:
@@ -121,7 +121,7 @@ class WatchedStep:
         at = 0
         for reading in self._readings:
             n = len(reading.values)
-            told |= reading.tell(numbers[at : at + n], known)
+            told |= reading.results(numbers[at : at + n], known)
             at += n
         return told
 
