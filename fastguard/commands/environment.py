@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 import fastguard
+from fastguard.errors.versions import missing_features
 from fastguard.records.strict_json import dumps
 from fastguard.stages.backend import why_not_triton
-from fastguard.versions import missing_features
 
 FRAMEWORKS = (
     "transformers",

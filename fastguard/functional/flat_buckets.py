@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
+from fastguard.errors.versions import grad_dtype_of
 from fastguard.functional.clip import clip_buckets
 from fastguard.functional.flat_layout import (
     FlatBuffer,
@@ -43,7 +44,6 @@ from fastguard.gradients.tensor_kinds import PLAIN, kind_of, watched
 from fastguard.ranks.plain_shards import check_plain_shards
 from fastguard.stages.grad_stats import GradStats
 from fastguard.stages.measure import measure, norm_type_of
-from fastguard.versions import grad_dtype_of
 
 WITH_A_GROUP = (
     "FlatGradBuckets does not support a group; use fastguard.clip_grad_norm_(..., group=), or "

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from fastguard.errors.versions import grad_dtype_of
 from fastguard.gradients.buckets import FLOATING, Run, name_of
 from fastguard.ranks.dtensors import is_dtensor
-from fastguard.versions import grad_dtype_of
 
 ALIGN = 16  # bytes, as needed for 128-bit loads and vectorised optimizer kernels
 SMALLEST_SHARE, TURNS = 16, 64  # parameters per turn, turns until all have been checked

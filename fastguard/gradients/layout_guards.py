@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastguard.versions import tensor_guards
+from fastguard.errors.versions import tensor_guards
 
 FORMS = 8  # number kept: sets of None gradients alternate
 FEWEST = 4  # tensors; a shorter list is looked at as fast in Python

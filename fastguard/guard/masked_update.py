@@ -25,10 +25,10 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim import Optimizer
 
+from fastguard.errors.versions import as_if_compiling
 from fastguard.guard.inner_step import steps_as_torch
 from fastguard.guard.tensor_settings import Branch, TensorSettings, python_of_tensors
 from fastguard.stages.formulas import SMALLEST_FACTOR, factor_dtype
-from fastguard.versions import as_if_compiling
 
 NUMBERS = (int, float)
 

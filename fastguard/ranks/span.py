@@ -22,8 +22,8 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fastguard.errors.versions import root_mesh_of
 from fastguard.ranks.local_group import local_group
-from fastguard.versions import root_mesh_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -22,6 +22,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from fastguard.errors.versions import OLDEST_TRITON, numbers_of
 from fastguard.gradients.buckets import GradBucket
 from fastguard.gradients.tensor_kinds import PLAIN, WRAPPED, Kind
 from fastguard.gradients.unit_buckets import UnitBucket
@@ -29,7 +30,6 @@ from fastguard.stages import reference, traced
 from fastguard.stages.contract import GuardState, Policy, Signals, Verdict
 from fastguard.stages.cpu import stages as cpu
 from fastguard.stages.grad_stats import GradStats
-from fastguard.versions import OLDEST_TRITON, numbers_of
 
 TRITON_DEVICES = ("cuda",)  # ROCm devices call themselves cuda too
 SETTING = "FASTGUARD_BACKEND"  # an environment variable: "torch" or "triton"

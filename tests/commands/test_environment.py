@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import fastguard
-from fastguard import versions
 from fastguard.commands import environment
 from fastguard.commands.cli import main
+from fastguard.errors import versions
 from fastguard.stages import backend
 
 

@@ -14,8 +14,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fastguard
+from fastguard.errors.versions import SHARDED_ESTIMATES
 from fastguard.gradients.tensor_kinds import Kind, kind_of, lasting, watched
-from fastguard.versions import SHARDED_ESTIMATES
 from guardtest.versions import needs
 
 INF = float("inf")

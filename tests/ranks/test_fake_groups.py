@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import fastguard
-from fastguard.versions import SHARDED_ESTIMATES
+from fastguard.errors.versions import SHARDED_ESTIMATES
 from guardtest.versions import needs
 
 

@@ -27,7 +27,7 @@ from fastguard.ranks.groups import Group
 from guardtest.ranks import Ranks, collectives
 
 # `fully_shard` leaves the mean to gloo, which takes the sum in old versions of torch (see
-# `fastguard.versions.FSDP_MEANS_ON_CPU`); for this dtype it divides by itself.
+# `fastguard.errors.versions.FSDP_MEANS_ON_CPU`); for this dtype it divides by itself.
 MEANS = MixedPrecisionPolicy(reduce_dtype=torch.float64)
 STEPS, BATCH, BAD_STEP, BAD_RANK, SPIKE_STEP = 9, 8, 4, 1, 7
 

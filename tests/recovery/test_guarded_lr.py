@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import (
 
 import fastguard
 from fastguard import GuardedLR, GuardedOptimizer, StepRecord, Warmup
-from fastguard.versions import STRICT_LAMBDAS
+from fastguard.errors.versions import STRICT_LAMBDAS
 from guardtest.scheduled import BAD, GOOD, guarded, play
 from guardtest.versions import needs
 

@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from fastguard import GuardedLR, GuardedOptimizer, Warmup
-from fastguard.versions import TENSOR_PLATEAU
+from fastguard.errors.versions import TENSOR_PLATEAU
 from guardtest import longrun
 from guardtest.scheduled import BAD, GOOD, guarded
 from guardtest.versions import needs

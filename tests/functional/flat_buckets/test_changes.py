@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastguard import FlatGradBuckets, GuardedOptimizer
-from fastguard.versions import GRAD_DTYPE
+from fastguard.errors.versions import GRAD_DTYPE
 from guardtest.flat import attached
 from guardtest.interrupts import interrupted
 from guardtest.training import new_parameters

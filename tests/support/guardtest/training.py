@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastguard.versions import FUSED_ADAGRAD
+from fastguard.errors.versions import FUSED_ADAGRAD
 
 SHAPES = ((3, 4), (5,), (2, 3, 2), ())
 NONFINITE = {"nan": float("nan"), "+inf": float("inf"), "-inf": float("-inf")}

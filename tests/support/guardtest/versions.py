@@ -1,10 +1,10 @@
-"""What a test needs of torch itself; `fastguard.versions` is what the package needs."""
+"""What a test needs of torch itself; `fastguard.errors.versions` is what the package needs."""
 
 from importlib import metadata
 
 import pytest
 
-from fastguard.versions import TORCH, Feature, numbers_of
+from fastguard.errors.versions import TORCH, Feature, numbers_of
 
 
 def has_torch(*version: int) -> bool:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastguard import versions
+from fastguard.errors import versions
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCES = [
     path
     for folder in ("fastguard", "kernels", "tests")
