@@ -22,7 +22,7 @@ class SlowArrival:
     def __init__(self):
         self.waited = 0
 
-    def is_here(self):
+    def has_arrived(self):
         return bool(self.waited)
 
     def wait(self):
