@@ -1,4 +1,4 @@
-"""Tracks one hyper-parameter of all param groups: its scheduled and its actual values."""
+"""`GroupValues`: keeps apart the scheduled and the actual values of a hyper-parameter."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Setting(NamedTuple):
     """How to read and write a hyper-parameter of a param group.
 
     Attributes:
-        read: Returns its value as a number; None if the group has none.
-        write: Sets the value and returns the value now stored, which rounding may change.
+        read: Returns the value as a number; None if the group has no such hyper-parameter.
+        write: Sets the value, and returns the value as stored, which may be rounded.
     """
 
     read: Callable[[Group], float | None]
@@ -26,56 +26,60 @@ class Setting(NamedTuple):
 
 
 class GroupValues:
-    """The scheduled value of each param group, and the value written instead.
+    """The values of one hyper-parameter in all param groups.
 
     Args:
         setting: The hyper-parameter.
 
     Attributes:
-        scheduled: The scheduled value of each group; None if it has no such hyper-parameter.
+        scheduled: The value of each group according to the schedule; None if the group has no such
+            hyper-parameter. The groups themselves may hold other values, set by `write`.
     """
 
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
         self.scheduled: list[Any] = []
-        self._held: list[float | None] = []
+        self._written: list[float | None] = []
 
     def join(self, groups: Sequence[Group]) -> None:
         """Adds new groups; their current values become the scheduled ones."""
         joining = [self._setting.read(group) for group in groups[len(self.scheduled) :]]
         self.scheduled += joining
-        self._held += joining
+        self._written += joining
 
     def write(self, groups: Sequence[Group], values: Sequence[float | None]) -> None:
-        """Writes values other than the scheduled ones to the groups."""
+        """Writes values to the groups; None leaves a group unchanged."""
         for i, value in enumerate(values):
             if value is not None:
-                self._held[i] = self._setting.write(groups[i], value)
+                self._written[i] = self._setting.write(groups[i], value)
 
-    def put_back(self, groups: Sequence[Group]) -> None:
+    def restore(self, groups: Sequence[Group]) -> None:
         """Restores the scheduled values in the groups."""
         self.write(groups, self.scheduled)
 
-    def take_over(self, groups: Sequence[Group]) -> None:
+    def adopt(self, groups: Sequence[Group]) -> None:
         """Makes the groups' current values the scheduled ones."""
         self.scheduled = [self._setting.read(group) for group in groups]
-        self._held = list(self.scheduled)
+        self._written = list(self.scheduled)
 
-    def take_over_changed(self, groups: Sequence[Group]) -> None:
-        """Makes values that others changed the scheduled ones. Syncs if they are tensors on a
-        GPU."""
+    def adopt_changed(self, groups: Sequence[Group]) -> None:
+        """Makes values that other code has changed the scheduled ones. Syncs with the GPU if they
+        are tensors there."""
         for i, group in enumerate(groups):
             now = self._setting.read(group)
-            if now != self._held[i]:
-                self.scheduled[i] = self._held[i] = now
+            if now != self._written[i]:
+                self.scheduled[i] = self._written[i] = now
 
-    def leave_changed(self, groups: Sequence[Group], values: list[float | None]) -> None:
-        """Removes from `values`, to be written next, those of groups that others have changed.
+    def keep_changed(self, groups: Sequence[Group], values: list[float | None]) -> None:
+        """Sets to None the entries of `values` whose groups other code has changed.
 
         Groups with a tensor learning rate are not checked, since that would sync with the GPU.
         """
         for i, group in enumerate(groups[: len(values)]):
-            if not isinstance(group["lr"], Tensor) and self._setting.read(group) != self._held[i]:
+            if (
+                not isinstance(group["lr"], Tensor)
+                and self._setting.read(group) != self._written[i]
+            ):
                 values[i] = None
 
 
@@ -94,7 +98,7 @@ def _write_lr(group: Group, value: float) -> float:
         group["lr"] = value
         return value
     lr.fill_(value)
-    # the tensor itself may be on a device
+    # Rounded on the CPU; reading the tensor itself could sync with a device.
     return torch.tensor(value, dtype=lr.dtype, device="cpu").item()
 
 
@@ -114,18 +118,18 @@ def _write_momentum(group: Group, value: float) -> float:
 
 LR = Setting(_read_lr, _write_lr)
 MOMENTUM = Setting(_read_momentum, _write_momentum)
-"""Name of the key: momentum of SGD, beta1 of the Adam family."""
+"""The momentum of SGD, or beta1 of the Adam family."""
 
 
 def one_each(name: str, value: float | Sequence[float], before: int, n: int) -> list[float]:
-    """Returns the values of an argument for groups `before` to `n`.
+    """Returns the values of an argument for the groups from index `before` to `n - 1`.
 
-    The argument is one number for all groups, or one per group. Groups added later use the last
-    entry.
+    The argument is one number for all groups, or a sequence with one per group. Groups added later
+    use the last entry.
 
     Raises:
-        TypeError, ValueError: It is not a number, or the number of entries differs from the number
-            of groups.
+        TypeError: An entry is not a number.
+        ValueError: The number of entries differs from the number of groups.
     """
     entries = list(value) if isinstance(value, Sequence) else [value]
     if isinstance(value, TEXT):

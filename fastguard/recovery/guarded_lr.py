@@ -3,11 +3,12 @@
     lr = max(floor, backoff_factor * schedule)          during warm-up:
     lr = max(floor, start + (backoff_factor * schedule - start) * n / steps)
 
-The schedule is any scheduler of torch, stepped as usual: once per step, once per epoch, or with a
-metric. Everything else follows the optimizer's steps automatically: warm-up, floor, back-off after
-an incident, and recovery by one factor per `recovery` applied steps in a row. A schedule below the
-floor is clamped to it, which is logged once and then counted; a warm-up from below the floor is
-clamped silently.
+Here n is the number of applied steps, and start the initial value of the warm-up. The schedule is
+any torch scheduler, stepped as usual: once per step, once per epoch, or with a metric. The rest
+follows the optimizer's steps automatically: warm-up, floor, back-off after an incident, and
+recovery, which undoes one back-off after every `recovery` applied steps in a row. If the schedule
+falls below the floor, the rate is clamped, which is logged once and then counted. A warm-up that
+starts below the floor is clamped silently.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from fastguard.recovery.group_values import LR, MOMENTUM, GroupValues, one_each
 from fastguard.recovery.schedule_arguments import (
     check_back_off,
     guarded_of,
-    looks_at_metrics,
+    needs_metric,
     schedule_of,
 )
 from fastguard.recovery.warmup import Warmup
@@ -45,11 +46,11 @@ class GuardedLR(LRScheduler):
     epoch, or with each new metric for `ReduceLROnPlateau`. Warm-up, floor and back-off act before
     each optimizer step, however rarely `step` is called.
 
-    On a path without synchronisation (fused optimizers on a GPU), it acts on the verdict of step k
-    at step k + 1, on every rank alike. Tensor learning rates remain the same tensors.
+    With a fused optimizer on a GPU, which does not synchronise, it acts on the verdict of step k at
+    step k + 1, on all ranks alike. Tensor learning rates are updated in place.
 
-    A param group added later joins with its own learning rate; it uses the last entry of a
-    per-group `floor` or warm-up. Assign to `lr.floor[i]` for another floor.
+    A param group added later keeps its own learning rate and uses the last entry of a per-group
+    `floor` or warm-up. Assign to `lr.floor[i]` to change its floor.
 
     Args:
         schedule: A torch scheduler created for the guarded optimizer (or for the optimizer inside
@@ -60,8 +61,16 @@ class GuardedLR(LRScheduler):
         backoff: Factor applied after an incident (a skipped step, unless it only lowers a loss
             scale), in (0, 1]. Default: 1, no back-off.
         recovery: Applied steps in a row after which one back-off is undone; None: never.
-        warmup: See `Warmup`; it counts optimizer steps, whatever the schedule counts. Default:
-            None.
+        warmup: See `Warmup`; it counts optimizer steps, even if the schedule counts epochs.
+            Default: None.
+
+    Attributes:
+        schedule: The wrapped scheduler.
+        floor: Lower bound of the learning rate of each param group.
+        backoffs: Number of back-offs in force.
+        clean_steps: Steps applied in a row since the last incident, back-off or recovery.
+        applied_steps: Number of applied steps, which the warm-up counts.
+        held_at_floor: How often the schedule was below the floor.
 
     Raises:
         TypeError, ValueError: An argument has an invalid type or value.
@@ -105,14 +114,15 @@ class GuardedLR(LRScheduler):
         self.clean_steps: int = 0
         self.applied_steps: int = 0
         self.held_at_floor: int = 0
-        self._looks_at_metrics = looks_at_metrics(self.schedule)
-        self._is_due = False  # a step was applied since the schedule's last step
-        self._is_others = False  # between two blocks of `in_force` the trainer owns the groups
+        self._needs_metric = needs_metric(self.schedule)
+        self._is_due = False  # whether a step was applied since the schedule's last step
+        # Whether a trainer writes the learning rates: between two blocks of `in_force`.
+        self._is_trainers_turn = False
         self._inbox = self.optimizer.subscribe()
         self._lr, self._momentum = GroupValues(LR), GroupValues(MOMENTUM)
         self._start_lr: list[float] = []
         self._start_momentum: list[float] = []
-        self._take_in_groups()
+        self._register_groups()
         if any(not f >= 0 for f in self.floor):
             raise ValueError(f"floor={floor!r} must be >= 0")
         self._set()
@@ -125,38 +135,38 @@ class GuardedLR(LRScheduler):
 
     @property
     def _factor(self) -> float:
-        """The factor on the schedule: of the back-offs and of `lower`."""
+        """The total factor on the schedule, by back-offs and `lower`."""
         return self.backoff_factor * self._lowered
 
     def step(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        """Advances the schedule by one if a step was applied since the last call.
+        """Advances the schedule by one if an optimizer step was applied since the last call.
 
         A schedule that uses a metric, such as `ReduceLROnPlateau`, advances whenever it is given
-        one; without one it waits for the next call.
+        one, and not otherwise.
 
         Args:
-            args, kwargs: Arguments of the wrapped schedule: a metric, or the (fractional) epoch of
-                `CosineAnnealingWarmRestarts`.
+            args, kwargs: Arguments for the schedule's `step`: a metric, or the (fractional) epoch
+                of `CosineAnnealingWarmRestarts`.
         """
-        self._is_others = False
-        learned = self._catch_up()
+        self._is_trainers_turn = False
+        has_new_steps = self._catch_up()
         given = bool(args or kwargs)
-        advances = given if self._looks_at_metrics else self._is_due
+        advances = given if self._needs_metric else self._is_due
         try:
             if advances:
                 self._advance(*args, **kwargs)
                 self._is_due = False
         finally:
-            if learned or given or advances:
+            if has_new_steps or given or advances:
                 self._set()
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
         """Wraps the optimizer step of a trainer that writes the learning rates itself.
 
-        The values that the trainer writes to the param groups act as the schedule: inside the
-        block, floor, back-off and warm-up are applied to them; afterwards the groups hold them
-        again. The trainer advances its own schedule as it likes.
+        The values that the trainer has written to the param groups act as the schedule: inside the
+        block, floor, back-off and warm-up are applied to them; after the block, the groups hold the
+        trainer's values again. The trainer steps its own schedule as usual.
 
         Example:
             >>> import torch, fastguard
@@ -171,27 +181,27 @@ class GuardedLR(LRScheduler):
         """
         self._catch_up()
         groups = self.optimizer.param_groups
-        self._lr.take_over_changed(groups)
-        self._momentum.take_over_changed(groups)
-        self._is_others = False
+        self._lr.adopt_changed(groups)
+        self._momentum.adopt_changed(groups)
+        self._is_trainers_turn = False
         self._set()
         try:
             yield
         finally:
-            self._take_in_groups()
-            self._lr.put_back(groups := self.optimizer.param_groups)
+            self._register_groups()
+            self._lr.restore(groups := self.optimizer.param_groups)
             if self._start_momentum:
-                self._momentum.put_back(groups)
-            self._is_others = True
+                self._momentum.restore(groups)
+            self._is_trainers_turn = True
 
     def lower(self, factor: float | None = None) -> None:
         """Backs off manually, as after an incident.
 
         Args:
-            factor: A number in (0, 1) that multiplies the schedule permanently; None: `backoff`,
-                from which the rate recovers as usual.
+            factor: A number in (0, 1) that multiplies the schedule permanently. None: multiply it
+                by `backoff`, which recovery undoes as usual.
         """
-        self._take_in_groups()
+        self._register_groups()
         if factor is None:
             self.backoffs += 1
             self.clean_steps = 0
@@ -206,11 +216,11 @@ class GuardedLR(LRScheduler):
         return [group["lr"] for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns plain values: the wrapped schedule's state and the verdicts still to be acted on.
+        """Returns the state as plain values. Waits for the verdict of the last step.
 
-        Waits for the verdict of the last step.
+        It includes the wrapped schedule's state, and the verdicts not acted on yet.
         """
-        self._take_in_groups()
+        self._register_groups()
         return {
             "schedule": self.schedule.state_dict(),
             "scheduled": list(self._lr.scheduled),
@@ -221,17 +231,17 @@ class GuardedLR(LRScheduler):
             "applied_steps": self.applied_steps,
             "held_at_floor": self.held_at_floor,
             "is_due": self._is_due,
-            "told": [_as_told(record) for record in self._inbox],
-            "coming": [_as_told(record) for record in self._inbox.coming()],
+            "told": [_verdict(record) for record in self._inbox],
+            "coming": [_verdict(record) for record in self._inbox.coming()],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores a `state_dict()` exactly.
 
         Raises:
-            ValueError: It has another number of param groups; nothing was changed.
+            ValueError: The number of param groups differs; nothing was changed.
         """
-        self._take_in_groups()
+        self._register_groups()
         n, saved = len(self._lr.scheduled), len(state_dict["scheduled"])
         if saved != n:
             raise ValueError(
@@ -247,28 +257,28 @@ class GuardedLR(LRScheduler):
         self.clean_steps = state_dict["clean_steps"]
         self.applied_steps = state_dict["applied_steps"]
         self._is_due = state_dict.get("is_due", False)
-        self._inbox.clear()  # these steps are unknown to the loaded state
+        self._inbox.clear()  # steps that are not part of the loaded run
         self._inbox.extend(_records(state_dict.get("told", ())))
         self._inbox.expect(_records(state_dict.get("coming", ())))
         self._show()
-        self.held_at_floor = state_dict["held_at_floor"]  # absent before there was a floor
+        self.held_at_floor = state_dict["held_at_floor"]  # last, since `_show` may count again
 
-    _lowered = 1.0  # by `lower(factor)`, permanently
+    _lowered = 1.0  # product of the factors of `lower(factor)`
 
     def _follow(self) -> None:
-        """Runs before each optimizer step, so that warm-up and back-off need no call of `step`.
+        """Applies warm-up and back-off before each optimizer step, without a call of `step`.
 
-        Values that others have written since are not changed, for as long as they set the rate.
+        Values that other code has written since are left unchanged.
         """
         is_new = len(self.optimizer.param_groups) != len(self._lr.scheduled)
-        if self._is_others or not (self._inbox or is_new) or self._is_captured():
+        if self._is_trainers_turn or not (self._inbox or is_new) or self._is_captured():
             return
         self._catch_up()
         self._set(unless_changed=True)
 
     def _is_captured(self) -> bool:
-        """Whether a CUDA graph is capturing the step, which would freeze this value for all
-        replays."""
+        """Whether a CUDA graph captures the step, in which case every replay would write the same
+        value."""
         on_gpu = any(isinstance(g["lr"], Tensor) and g["lr"].is_cuda for g in self._groups)
         return on_gpu and torch.cuda.is_current_stream_capturing()
 
@@ -278,7 +288,7 @@ class GuardedLR(LRScheduler):
 
     def _catch_up(self) -> bool:
         """Processes the steps since the last call; returns whether there were any."""
-        self._take_in_groups()
+        self._register_groups()
         n = len(self._inbox)
         for _ in range(n):
             self._learn(self._inbox.popleft())
@@ -302,14 +312,14 @@ class GuardedLR(LRScheduler):
             self._say("recovered to %g of the schedule after step %d", record)
 
     def _say(self, what: str, record: StepRecord) -> None:
-        # Recovery is logged at the same level, since showing only the back-off would mislead.
+        # Recovery has the same level as back-off: a log with only back-offs would mislead.
         log.warning("GuardedLR: " + what, self._factor, record.step)
 
     def _advance(self, *args: Any, **kwargs: Any) -> None:
-        """Steps the wrapped schedule, which must find the values it wrote, not ours."""
-        self._lr.put_back(self._groups)
+        """Steps the wrapped schedule, after restoring the values that it wrote itself."""
+        self._lr.restore(self._groups)
         if self._start_momentum:
-            self._momentum.put_back(self._groups)
+            self._momentum.restore(self._groups)
         try:
             self.schedule.step(*args, **kwargs)
         except Exception as error:
@@ -319,11 +329,11 @@ class GuardedLR(LRScheduler):
                     "after add_param_group, create the schedule again, and a new GuardedLR with it"
                 )
             raise
-        self._lr.take_over(self._groups)
-        self._momentum.take_over(self._groups)
+        self._lr.adopt(self._groups)
+        self._momentum.adopt(self._groups)
 
-    def _take_in_groups(self) -> None:
-        """Registers every param group, including those added since."""
+    def _register_groups(self) -> None:
+        """Registers param groups that were added since the last call."""
         groups = self._groups
         n, before = len(groups), len(self._lr.scheduled)
         if n == before:
@@ -351,14 +361,14 @@ class GuardedLR(LRScheduler):
             )  # fmt: skip
 
     def _show(self) -> None:
-        """Updates the groups, unless they belong to a trainer between two blocks of `in_force`."""
-        if self._is_others:
-            self._lr.put_back(self._groups)
+        """Writes the values to the groups; the scheduled ones while a trainer owns the groups."""
+        if self._is_trainers_turn:
+            self._lr.restore(self._groups)
         else:
             self._set()
 
     def _set(self, *, unless_changed: bool = False) -> None:
-        held = False
+        clamped = False
         share = 1.0
         if self.warmup is not None:
             share = min(1.0, self.applied_steps / self.warmup.steps)
@@ -368,21 +378,21 @@ class GuardedLR(LRScheduler):
             lr = wanted = scheduled * factor
             if share < 1.0:
                 lr = self._start_lr[i] + (wanted - self._start_lr[i]) * share
-            rates.append(max(self.floor[i], lr))  # a NaN becomes the floor
-            held |= wanted < self.floor[i]
+            rates.append(max(self.floor[i], lr))  # NaN becomes the floor
+            clamped |= wanted < self.floor[i]
         momenta: list[float | None] = []
         if self._start_momentum:
             pairs = zip(self._start_momentum, self._momentum.scheduled, strict=True)
             momenta = [b if b is None else a + (b - a) * share for a, b in pairs]
         if unless_changed:
-            self._lr.leave_changed(self._groups, rates)
-            self._momentum.leave_changed(self._groups, momenta)
+            self._lr.keep_changed(self._groups, rates)
+            self._momentum.keep_changed(self._groups, momenta)
         self._lr.write(self._groups, rates)
         self._momentum.write(self._groups, momenta)
-        if held:
-            self._say_held(factor)
+        if clamped:
+            self._warn_clamped(factor)
 
-    def _say_held(self, factor: float) -> None:
+    def _warn_clamped(self, factor: float) -> None:
         if not self.held_at_floor:
             log.warning(
                 "GuardedLR: clamped lr %s to floor %s",
@@ -392,8 +402,8 @@ class GuardedLR(LRScheduler):
         self.held_at_floor += 1
 
 
-def _as_told(record: StepRecord) -> list[Any]:
-    """Returns the part of a record that the schedule acts on."""
+def _verdict(record: StepRecord) -> list[Any]:
+    """Returns the part of a record that `GuardedLR` acts on."""
     return [record.step, record.action, record.reason]
 
 

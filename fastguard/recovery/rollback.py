@@ -1,10 +1,10 @@
-"""`Rollback`: returns to the last good state within the process when skipping is not enough.
+"""`Rollback`: restores the last good state, without a restart, when skipping is not enough.
 
-After every `every` applied clean steps, the state of model, optimizer and all other objects with a
-`state_dict` is saved in host memory or in a `CheckpointStore`. When too many steps in a row are
-skipped or spike, or on request, the newest state that is finite throughout is loaded, the learning
-rate is lowered, and the caller is told where to continue and which data to leave out. After
-`max_attempts` without progress it raises an error with the history.
+After every `every` applied steps, the state of the model, the optimizer and all other objects with
+a `state_dict` is saved in host memory or in a `CheckpointStore`. When too many steps in a row are
+skipped or spike, or on request, the newest snapshot without NaN or Inf is loaded, the learning rate
+is lowered, and the caller learns where to continue and which data to leave out. After
+`max_attempts` rollbacks without progress, an error with the history is raised.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from fastguard.guard.guarded import GuardedOptimizer
 from fastguard.guard.weak_hooks import hook_weakly
 from fastguard.ranks.lockstep import Peers
 from fastguard.recovery.guarded_lr import GuardedLR
-from fastguard.recovery.incident_log import BadStretch
+from fastguard.recovery.incident_log import IncidentLog
 from fastguard.recovery.snapshot_stores import (
     POSITION,
     InMemory,
     InStore,
     NothingToRestore,
-    Place,
+    SnapshotStorage,
     group_sizes,
 )
 
@@ -46,12 +46,12 @@ log: logging.Logger = logging.getLogger("fastguard")
 
 @dataclass(frozen=True, slots=True)
 class Rewind:
-    """The instructions for the training loop after a rollback.
+    """Where the training loop should continue after a rollback.
 
     Attributes:
         step: The optimizer step whose state was restored.
-        position: The data position then: the argument of `Rollback.step` at that step.
-        skip: Positions of the bad steps since then, in order: data to leave out.
+        position: The data position that was passed to `Rollback.step` at that step.
+        skip: Positions of the bad steps since then, in order; their data should be left out.
         reason: What triggered the rollback.
         attempt: Number of this rollback among those for the same problem, from 1.
     """
@@ -64,42 +64,45 @@ class Rewind:
 
 
 class Rollback:
-    """Takes snapshots and returns to them.
+    """Takes snapshots of the training state, and restores one when training goes wrong.
 
-    With several ranks, every rank constructs it and calls its methods at the same steps; all ranks
-    return to the same snapshot, or none does. Tensor learning rates remain the same tensors. A
-    rollback never raises the scale of a `GradScaler`, since a larger one would only overflow again.
+    With several ranks, every rank must construct it and call its methods at the same steps; either
+    all ranks restore the same snapshot, or none does. Tensor learning rates are restored in place.
+    A rollback never raises the scale of a `GradScaler`, since it would only overflow again.
 
-    After a param group is added, the next good step is saved, since no earlier state can be loaded.
+    After a param group was added, earlier snapshots can no longer be loaded, so the next good step
+    is saved.
 
-    Loading a state into the optimizer starts over: earlier steps no longer count, and the next good
-    step is saved. Until then only an earlier snapshot is available; call `snapshot` once everything
-    is loaded to get a better one.
+    After a state was loaded into the optimizer, earlier steps no longer count, and the next good
+    step is saved. Until then a rollback would restore a snapshot from before the load; to avoid
+    that, call `snapshot` once everything is loaded.
 
-    On a path without synchronisation (fused optimizers on a GPU), it acts on the verdict of step k
-    at step k + 1, but waits for the verdict of a step that may be saved.
+    With a fused optimizer on a GPU, which does not synchronise, it acts on the verdict of step k at
+    step k + 1, but waits for the verdict of a step that may be saved.
 
     Args:
-        optimizer: The guarded optimizer; part of every snapshot.
-        objects: Everything else in the run, by name: model, scheduler, GradScaler, EMA, data
-            loader; anything with `state_dict` and `load_state_dict`. Random number generators are
-            always included.
+        optimizer: The guarded optimizer, which is part of every snapshot.
+        objects: The other objects of the run, by name, such as model, scheduler, GradScaler, EMA
+            and data loader; each has `state_dict` and `load_state_dict`. Random number generators
+            are always included.
         every: Applied steps between snapshots. A snapshot waits for a step without an incident, for
-            up to as many steps again; after that, a step that was applied in spite of an incident
-            (cleaned, or with a spike that no rule acts on) may be saved. Default: 100.
+            at most `every` more steps; after that, a step that was applied despite an incident
+            (cleaned, or with a spike while `after_spikes` is None) may be saved. Default: 100.
         keep: Number of snapshots kept in host memory; a `store` has its own setting. Default: 2.
         after_skips: Skipped steps in a row that trigger a rollback; None: no limit. Steps skipped
             only to lower a loss scale do not count. Default: 5.
         after_spikes: Steps with a spike (recorded, clipped or skipped) in a row that trigger a
-            rollback; None: no limit.
+            rollback; None: no limit. Default: None.
         lr: The schedule to lower at a rollback. Default: None.
-        lr_factor: The factor by which it is lowered, in (0, 1].
-        max_attempts: Rollbacks without a snapshot past the problem before giving up.
-        store: Where to keep snapshots instead of host memory: slower, but a restarted process can
-            load them with `store.load("last-clean", ...)`, under the names in `objects`,
-            `optimizer`, `lr`, and `position` for the data position. Use a separate directory. If
-            the disk fails, the error is logged and the run continues.
-        position: The current data position, for the snapshot taken at once; see `step`.
+        lr_factor: The factor by which it is lowered, in (0, 1]. Default: 0.5.
+        max_attempts: Number of rollbacks for the same problem before an error is raised; the count
+            restarts at a snapshot beyond the problem. Default: 3.
+        store: Where to keep snapshots instead of host memory, in a directory of its own. It is
+            slower, but a restarted process can load them with `store.load("last-clean", ...)`,
+            under the names in `objects`, `optimizer`, `lr`, and `position` for the data position.
+            If the disk fails, the error is logged and the run continues. Default: None.
+        position: The current data position, for the first snapshot, which is taken at once; see
+            `step`. Default: None.
 
     Raises:
         TypeError, ValueError: An argument has an invalid type or value.
@@ -157,19 +160,20 @@ class Rollback:
         self.lr_factor: float = lr_factor
         self.max_attempts = max_attempts
         self.attempts: int = 0
-        self._trouble_until = 0
+        self._problem_until = 0
         self._inbox = optimizer.subscribe()
-        # each with the number of steps until then
+        # (number of steps taken at the call of `step`, position)
         self._positions: deque[tuple[int, Any]] = deque()
-        self._stretch = BadStretch(every, after_skips, after_spikes)
-        hook_weakly(optimizer.register_load_state_dict_post_hook, self._go_on_from_loaded_state)
+        self._incidents = IncidentLog(every, after_skips, after_spikes)
+        hook_weakly(optimizer.register_load_state_dict_post_hook, self._forget_steps_before_load)
         self._sizes = group_sizes(optimizer)
-        self._place: Place
+        self._storage: SnapshotStorage
         if store is None:
-            self._place = InMemory(optimizer, keep, Peers(optimizer.process_group))
+            self._storage = InMemory(optimizer, keep, Peers(optimizer.process_group))
         else:
-            self._place = InStore(store)
-        self._first: tuple[Any] | None = None  # the position, while there is nothing to copy
+            self._storage = InStore(store)
+        # The position of the first snapshot, while the model has no values to copy.
+        self._first: tuple[Any] | None = None
         if _resumed(optimizer, store):
             return
         if self._has_nothing_to_copy():
@@ -181,31 +185,30 @@ class Rollback:
     @property
     def every(self) -> int:
         """Applied steps between snapshots."""
-        return self._stretch.every
+        return self._incidents.every
 
     @property
     def rollbacks(self) -> int:
         """Number of rollbacks in total; `attempts` counts those for the current problem."""
-        return self._stretch.rollbacks
+        return self._incidents.rollbacks
 
     @property
     def snapshots(self) -> list[int]:
         """Steps of the available snapshots, oldest first."""
-        return [moment.step for moment in self._place.moments()]
+        return [moment.step for moment in self._storage.moments()]
 
     def step(self, position: Any = None) -> Rewind | None:
         """Processes the steps since the last call; call it after every `optimizer.step`.
 
-        One call may also cover several steps. Waits for the verdict of a step if a snapshot depends
-        on it.
+        One call may also cover several steps. It waits for the verdict of the last step only if a
+        snapshot depends on it.
 
         Args:
             position: The current data position: any value that identifies this batch. With a
-                `store`, a value that a checkpoint can hold: numbers, strings, and containers of
-                them.
+                `store`, it must be a number, a string, or a container of them. Default: None.
 
         Returns:
-            None, or the instructions after a rollback.
+            None, or after a rollback, where to continue.
 
         Raises:
             TrainingDivergedError: `max_attempts` rollbacks did not solve the problem, or no
@@ -213,42 +216,42 @@ class Rollback:
         """
         if self._sizes != (sizes := group_sizes(self.optimizer)):
             self._sizes = sizes  # parameters were added: earlier snapshots can no longer be loaded
-            self._stretch.keep_next()
+            self._incidents.make_due()
         self._positions.append((self.optimizer.steps_taken, position))
         reason = self._learn_all()
-        if reason is None and self._stretch.is_due_after(1):
-            # Only this inbox: other subscribers' timing must not depend on our snapshots.
+        if reason is None and self._incidents.is_due_after(1):
+            # Fetched for this inbox only: our snapshots must not change the timing of others.
             self._inbox.settle()
             reason = self._learn_all()
         if reason is not None:
             return self.trigger(reason)
-        if self._stretch.is_due:
+        if self._incidents.is_due:
             self.snapshot(position)
         return None
 
     def snapshot(self, position: Any = None) -> None:
-        """Saves the current state; overwrites the oldest snapshot beyond `keep`.
+        """Saves the current state, and drops the oldest snapshot beyond `keep`.
 
-        Does nothing while the model has lazy modules before their first forward pass, or under
-        `FakeTensorMode`, since there is no state to save.
+        Does nothing before the first forward pass of lazy modules, or under `FakeTensorMode`, since
+        there are no values to save.
 
         Args:
-            position: The current data position; see `step`.
+            position: The current data position; see `step`. Default: None.
         """
         if self._has_nothing_to_copy():
             return
         self._first = None
-        now = self._stretch.now(self.optimizer.steps_taken)
-        kept = self._place.take(self.objects, now, position)
-        self._stretch.begin_anew()
-        if not kept:
+        now = self._incidents.now(self.optimizer.steps_taken)
+        is_saved = self._storage.take(self.objects, now, position)
+        self._incidents.restart_count()
+        if not is_saved:
             return
-        self._stretch.taken(oldest=min(self._place.moments(), default=now))
-        if now.step > self._trouble_until:
+        self._incidents.forget_until(oldest=min(self._storage.moments(), default=now))
+        if now.step > self._problem_until:
             self.attempts = 0
 
     def _has_nothing_to_copy(self) -> bool:
-        """Whether parameters or buffers are lazy, or placeholders."""
+        """Whether some parameters or buffers have no values, because they are lazy or fake."""
         tensors = chain.from_iterable(map(_tensors_of, self.objects.values()))
         return any(is_lazy(t) or not has_numbers(t) for t in tensors)
 
@@ -260,48 +263,46 @@ class Rollback:
         """Rolls back now.
 
         Args:
-            reason: The reason to log and return.
+            reason: The reason, for the log and for `Rewind.reason`.
 
         Returns:
-            The instructions for the training loop.
+            Where the training loop should continue.
 
         Raises:
             TrainingDivergedError: See `step`.
         """
         self.optimizer.settle()
-        told = self._positions[-1][0] if self._positions else 0
-        while self._inbox and self._inbox[0].step <= told:
+        known = self._positions[-1][0] if self._positions else 0  # steps covered by `step`
+        while self._inbox and self._inbox[0].step <= known:
             self._learn()
         self.attempts += 1
         now = self.optimizer.steps_taken
         story = f"{reason}, at step {now}"
         if self.attempts > self.max_attempts:
             raise TrainingDivergedError(
-                f"{story}; {self.max_attempts} rollbacks did not solve it. {self._stretch}",
-                self._stretch.culprits,
+                f"{story}; {self.max_attempts} rollbacks did not solve it. {self._incidents}",
+                self._incidents.culprits,
             )
         try:
             with _same_tensors(self.optimizer), lower_scales_stay(self.objects.values()):
-                taken = self._place.restore(self.objects)
+                taken = self._storage.restore(self.objects)
         except NothingToRestore as error:
             raise TrainingDivergedError(
                 f"{story}, and {error}. Start again from an older checkpoint",
-                self._stretch.culprits,
+                self._incidents.culprits,
             ) from error
-        self._stretch.go_back()
+        self._incidents.rolled_back()
         if self.lr is not None and self.lr_factor < 1:
-            # The restored schedule includes the effect of rollbacks before its snapshot.
-            times = self._stretch.rollbacks - taken.moment.rollbacks
+            # The restored schedule already includes the rollbacks before its snapshot.
+            times = self._incidents.rollbacks - taken.moment.rollbacks
             self.lr.lower(self.lr_factor**times)
         self.optimizer.zero_grad()
-        self._trouble_until = max(self._trouble_until, now)
+        self._problem_until = max(self._problem_until, now)
         self._positions.clear()
         self._inbox.clear()
-        skip = self._stretch.positions_since(taken.moment)
+        skip = self._incidents.positions_since(taken.moment)
         step = taken.moment.step
-        if (
-            self.lr is not None
-        ):  # the restored schedule has lost back-offs, and may have been lowered
+        if self.lr is not None:  # its back-offs were restored, and it may have been lowered
             story += f"; lr at {self.lr._factor:g} of the schedule"
         log.warning("rolled back to step %d (attempt %d): %s", step, self.attempts, story)
         return Rewind(step, taken.position, skip, reason, self.attempts)
@@ -313,17 +314,17 @@ class Rollback:
         return reason
 
     def _learn(self) -> str | None:
-        """Takes the next record, with the position of the first `step` call after it."""
+        """Processes the next record, with the position of the first `step` call after its step."""
         record = self._inbox.popleft()
         while self._positions and self._positions[0][0] < record.step:
             self._positions.popleft()
-        return self._stretch.learn(record, self._positions[0][1] if self._positions else None)
+        return self._incidents.learn(record, self._positions[0][1] if self._positions else None)
 
-    def _go_on_from_loaded_state(self) -> None:
-        """Discards steps before a load, which did not lead to the current state."""
+    def _forget_steps_before_load(self) -> None:
+        """Discards earlier steps after a load, since they did not lead to the current state."""
         self._positions.clear()
         self._inbox.clear()
-        self._stretch.go_on_from_another_state()
+        self._incidents.state_was_loaded()
 
 
 def _check_counts(**counts: object) -> None:
@@ -336,8 +337,8 @@ def _check_reachable(after_skips: int | None, limit: int | None) -> None:
     if after_skips is not None and limit is not None and after_skips > limit:
         raise ValueError(
             f"after_skips={after_skips} is never reached: the optimizer ends the run after more "
-            "than "
-            f"max_consecutive_skips={limit} skips in a row; use after_skips <= {limit}, or None"
+            f"than max_consecutive_skips={limit} skips in a row; use after_skips <= {limit}, or "
+            "None"
         )
 
 
@@ -355,8 +356,8 @@ def _check_memory(name: str, thing: Any) -> None:
     if any(t.is_meta for t in _tensors_of(thing)):
         raise ValueError(
             f"objects[{name!r}] has parameters on the meta device, which have no values to save; "
-            "allocate the model with model.to_empty(device=...), load its weights, "
-            "then create the optimizer"
+            "allocate the model with model.to_empty(device=...), load its weights, then create "
+            "the optimizer"
         )
 
 
@@ -366,7 +367,7 @@ def _with_own(
     """Returns the user's objects and those that every snapshot includes."""
     if not isinstance(objects, Mapping):
         raise TypeError(
-            f"objects is a {type(objects).__name__}; pass a dict by name, such as "
+            f"objects is a {type(objects).__name__}, expected a dict of objects by name, such as "
             "{'model': model}"
         )
     own: dict[str, Any] = {"optimizer": optimizer}
@@ -380,17 +381,17 @@ def _with_own(
             )
         if name == POSITION or own.get(name, thing) is not thing:
             raise ValueError(
-                f"objects[{name!r}] has a name that Rollback uses itself; choose another one"
+                f"objects[{name!r}] has a name that Rollback uses itself; choose another name"
             )
     return {**objects, **own}
 
 
 @contextmanager
 def _same_tensors(optimizer: GuardedOptimizer) -> Iterator[None]:
-    """Restores tensors in param groups in place, also on a GPU.
+    """Keeps the tensors in param groups and copies loaded values into them.
 
-    Loading an optimizer replaces them, but a compiled or captured step would keep using the old
-    ones.
+    Loading an optimizer state replaces these tensors, but a compiled or captured step would go on
+    using the old ones.
     """
     before = [{k: v for k, v in g.items() if isinstance(v, Tensor)} for g in optimizer.param_groups]
     yield
@@ -402,6 +403,6 @@ def _same_tensors(optimizer: GuardedOptimizer) -> Iterator[None]:
 
 
 def _resumed(optimizer: GuardedOptimizer, store: CheckpointStore | None) -> bool:
-    """Whether the optimizer's step is that of the last clean checkpoint, just loaded."""
+    """Whether the optimizer has just loaded the last clean checkpoint, so that none is needed."""
     newest = None if store is None else store.last_clean()
     return newest is not None and 0 < newest.step == optimizer.steps_taken

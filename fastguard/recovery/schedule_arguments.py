@@ -14,10 +14,10 @@ from fastguard.recovery.warmup import Warmup
 
 
 def guarded_of(schedule: Any, optimizer: Any) -> GuardedOptimizer:
-    """Returns the guarded optimizer whose steps count.
+    """Returns the guarded optimizer: `optimizer`, `schedule`, or the optimizer of `schedule`.
 
     Raises:
-        TypeError: Neither argument is one or refers to one.
+        TypeError: None of them is a `GuardedOptimizer`.
     """
     found = optimizer or (
         schedule if isinstance(schedule, GuardedOptimizer) else getattr(schedule, "optimizer", None)
@@ -31,10 +31,10 @@ def guarded_of(schedule: Any, optimizer: Any) -> GuardedOptimizer:
 
 
 def schedule_of(schedule: Any) -> LRScheduler | ReduceLROnPlateau:
-    """Returns the schedule to wrap, or a constant one for an optimizer.
+    """Returns the schedule to wrap; for a guarded optimizer, a constant one.
 
     Raises:
-        TypeError: It is neither.
+        TypeError: The argument is neither a scheduler nor a guarded optimizer.
     """
     if isinstance(schedule, GuardedOptimizer):
         return ConstantLR(schedule, factor=1.0)
@@ -47,8 +47,8 @@ def schedule_of(schedule: Any) -> LRScheduler | ReduceLROnPlateau:
     return schedule
 
 
-def looks_at_metrics(schedule: LRScheduler | ReduceLROnPlateau) -> bool:
-    """Whether its `step` requires an argument."""
+def needs_metric(schedule: LRScheduler | ReduceLROnPlateau) -> bool:
+    """Whether the schedule's `step` requires a metric."""
     try:
         inspect.signature(schedule.step).bind()
     except TypeError:

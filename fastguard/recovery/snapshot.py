@@ -1,15 +1,16 @@
 """A copy of a training state in host memory, which can be restored within seconds.
 
-Buffers are allocated once and reused: the second snapshot costs one plain copy. From a GPU the copy
-runs on its own stream into pinned memory; the next optimizer step waits for it on the device, not
-on the host. State that the next forward pass may change (batch statistics, an EMA) is copied
-synchronously on the current stream. With DTensors, each rank copies its own shard.
+Buffers are allocated once and reused, so that every snapshot after the first costs one plain copy.
+From a GPU the copy runs on its own stream into pinned memory; the next optimizer step waits for it
+on the device, not on the host. State that the next forward pass may change (batch statistics, an
+EMA) is copied on the current stream. With DTensors, each rank copies its own shard.
 
-The copy can be checked for NaN and Inf while it is made: on a GPU by one more read there; on a CPU
-by sums of pieces that the copy left in cache, which costs 0.35 of a plain copy instead of 0.5 for a
-separate read. Only the share `LOOKED` of the host's own tensors is checked that way, and the rest
-when the result is needed, at the next snapshot: two snapshots of 1.25 plain copies stall a run less
-than one of 1.0 and one of 1.4. Not every copy is checked: see `snapshot_stores.InMemory`.
+A copy can be checked for NaN and Inf while it is made. Tensors on a GPU are read once more there.
+Tensors on the host are summed piece by piece while the copied piece is in cache, which costs 0.35
+of a plain copy; a separate read would cost 0.5. Only the share `CHECKED_SHARE` of the tensors on
+the host is checked during the copy, and the rest at the next snapshot, when the result is needed:
+two snapshots of 1.25 plain copies each delay a run less than one of 1.0 and one of 1.4. Not every
+copy is checked: see `snapshot_stores.InMemory`.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from fastguard.stages.grad_stats import GradStats
 from fastguard.stages.measure import measure
 
 RNG = "rng"
-LOOKED = 0.7
-"""Share of the host's bytes checked while they are copied. Of 0.6, 0.66, 0.7 and 0.74, this value
-made two successive snapshots most alike: 1.26 and 1.27 of a plain copy on two cores.
+CHECKED_SHARE = 0.7
+"""Share of the host's bytes that are checked during the copy. Of 0.6, 0.66, 0.7 and 0.74, this
+value made the cost of two successive snapshots most equal: 1.26 and 1.27 plain copies on two cores.
 """
 
 
@@ -50,8 +51,8 @@ class Snapshot:
         self.position: Any = None
         self._states: dict[str, Any] = {}
         self._copied: dict[torch.device, torch.cuda.Event] = {}
-        self._seen: GradStats | None = None  # of the tensors on a GPU
-        # copies of the other tensors, known to be finite
+        self._gpu_stats: GradStats | None = None  # of the tensors on a GPU
+        # Copies of host tensors that are known to be finite.
         self._finite: frozenset[Tensor] = frozenset()
 
     def take(
@@ -68,18 +69,18 @@ class Snapshot:
         Args:
             objects: Objects with `state_dict`, by name.
             step, position: Values for the attributes.
-            optimizer: Its parameters and state do not change until its next step.
-            check: Whether to check for NaN and Inf meanwhile: all tensors on a GPU, and `LOOKED` of
-                the rest. `nonfinite` reads what was not checked. Default: True.
+            optimizer: The optimizer whose parameters and state do not change until its next step.
+            check: Whether to check for NaN and Inf during the copy: all tensors on a GPU, and
+                `CHECKED_SHARE` of the others. `nonfinite` checks the rest. Default: True.
 
         Returns:
-            For each GPU with tensors, the event that the optimizer must wait for on that GPU.
+            For each GPU with tensors, the event that the optimizer's next step must wait for.
         """
-        self.step, self._finite = None, frozenset()  # invalid while it is being written
+        self.step, self._finite = None, frozenset()  # invalid until the copy is complete
         states = {name: state_of(thing, name) for name, thing in objects.items()}
         on_gpu = [(n, t) for n, t in _tensors(states, "") if _on_gpu(t)] if check else []
-        self._seen = _measured(on_gpu) if on_gpu else None
-        copier = HostCopier(optimizer, LOOKED if check else 0.0)
+        self._gpu_stats = _measured(on_gpu) if on_gpu else None
+        copier = HostCopier(optimizer, CHECKED_SHARE if check else 0.0)
         try:
             self._states = copier.copied(states, self._states)
         except CannotCopy as error:
@@ -92,15 +93,15 @@ class Snapshot:
         return self._copied
 
     def nonfinite(self) -> list[str]:
-        """Returns names of saved tensors that contain NaN or Inf, and of numbers that are NaN.
+        """Returns the names of saved tensors that contain NaN or Inf, and of numbers that are NaN.
 
-        Infinite numbers are allowed: `ReduceLROnPlateau` starts with one. Waits for the copy, and
-        reads what was not checked before.
+        Infinite numbers are allowed, since `ReduceLROnPlateau` starts with one. Waits for the copy,
+        and checks what was not checked before.
         """
         self._wait()
         bad, seen = [], frozenset[str]()
-        if self._seen is not None:
-            bad, seen = self._seen.culprits(), frozenset(self._seen.names or ())
+        if self._gpu_stats is not None:
+            bad, seen = self._gpu_stats.culprits(), frozenset(self._gpu_stats.names or ())
         unknown, numbers = [], []
         for name, leaf in leaves(self._states, ""):
             if isinstance(leaf, float):
@@ -111,7 +112,7 @@ class Snapshot:
         return [name for name, *_ in bad] + numbers
 
     def restore(self, objects: Mapping[str, Any]) -> None:
-        """Loads the saved states bit for bit, including random number generators. Waits."""
+        """Waits for the copy, then loads the saved states, including random number generators."""
         self._wait()
         for name, thing in objects.items():
             # A copy: an optimizer may keep the tensors it is given.
@@ -124,13 +125,13 @@ class Snapshot:
 
 
 def _values(tensor: Tensor) -> Tensor:
-    """Returns the part of a tensor that can be NaN or Inf, readable by `measure`; may be empty."""
+    """Returns a tensor that `measure` can read and that is finite if the given one is."""
     if is_lazy(tensor):
         return torch.empty(0)
     if tensor.layout is not torch.strided or tensor.is_nested:
         tensor = tensor._values() if tensor.layout is torch.sparse_coo else tensor.values()
     if not has_plain_type(tensor):
-        if not has_memory(tensor):  # only its class knows its contents
+        if not has_memory(tensor):  # a subclass without storage cannot be read
             return torch.empty(0)
         with torch._C.DisableTorchFunctionSubclass():
             tensor = tensor.detach().as_subclass(Tensor)

@@ -23,7 +23,7 @@ from fastguard.recovery.snapshot import Snapshot
 log: logging.Logger = logging.getLogger("fastguard")
 
 POSITION = "position"
-"""Name of the data position in a checkpoint of `Rollback`."""
+"""The name under which a checkpoint of `Rollback` holds the data position."""
 
 
 class NothingToRestore(RuntimeError):
@@ -31,7 +31,7 @@ class NothingToRestore(RuntimeError):
 
 
 class Taken(NamedTuple):
-    """A snapshot.
+    """When a restored snapshot was taken.
 
     Attributes:
         moment: The optimizer step after which it was taken.
@@ -42,15 +42,15 @@ class Taken(NamedTuple):
     position: Any
 
 
-class Place(Protocol):
-    """A place for snapshots."""
+class SnapshotStorage(Protocol):
+    """Takes and restores snapshots."""
 
     def moments(self) -> list[Moment]:
         """Returns the moments of the restorable snapshots, oldest first."""
         ...
 
     def take(self, objects: Mapping[str, Any], moment: Moment, position: Any) -> bool:
-        """Saves the state of the objects; returns False if that failed and was logged."""
+        """Saves the state of the objects; if that fails, logs it and returns False."""
         ...
 
     def restore(self, objects: Mapping[str, Any]) -> Taken:
@@ -68,12 +68,12 @@ def group_sizes(optimizer: torch.optim.Optimizer) -> tuple[int, ...]:
 
 
 class _Slot(Snapshot):
-    """A snapshot and what is known about it.
+    """A snapshot with what is known about it.
 
     Attributes:
         moment: When it was taken.
-        sizes: The `group_sizes` then.
-        checked: Whether it was checked while being copied, up to `snapshot.LOOKED`.
+        sizes: The `group_sizes` at that time.
+        checked: Whether its first part (`snapshot.CHECKED_SHARE`) was checked during the copy.
         bad: Its non-finite tensors on any rank; None: not determined yet.
     """
 
@@ -84,15 +84,15 @@ class _Slot(Snapshot):
 
 
 class InMemory:
-    """Snapshots in host memory; the oldest beyond `keep` is overwritten.
+    """Snapshots in host memory; a new one overwrites the oldest beyond `keep`.
 
-    Exception: if `keep` is more than 1, the only snapshot known to be finite is kept, so that
-    unusable ones, for example with NaN in an EMA, do not displace it. The newest is then
-    overwritten by one that is checked while being copied; so every second one is checked. The
-    unchecked rest is read at the next snapshot.
+    There is one exception. If `keep` is more than 1 and the oldest snapshot may be the only finite
+    one, it is kept, so that unusable snapshots (for example with NaN in an EMA) cannot displace it.
+    The new snapshot then overwrites the newest one, and is itself checked during the copy; the part
+    that was not checked is read at the next snapshot. As a result, every second one is checked.
 
     Args:
-        optimizer: Its steps wait on the device until the latest copy is complete.
+        optimizer: The optimizer; its next step waits on the device for the latest copy.
         keep: Number of snapshots to keep.
         peers: The ranks that roll back together.
     """
@@ -103,7 +103,7 @@ class InMemory:
         self._peers = peers
         self._slots: deque[_Slot] = deque()
         self._copied: Mapping[torch.device, torch.cuda.Event] = {}
-        # A hook that held its snapshots would keep their memory for the optimizer's lifetime.
+        # Weakly: the hook must not keep the snapshots in memory for the optimizer's lifetime.
         hook_weakly(optimizer.register_step_pre_hook, self._wait_for_copy)
 
     def moments(self) -> list[Moment]:
@@ -111,7 +111,7 @@ class InMemory:
         return [slot.moment for slot in self._slots if slot.step is not None]
 
     def take(self, objects: Mapping[str, Any], moment: Moment, position: Any) -> bool:
-        """Saves the state of the objects; see `Place.take`."""
+        """Saves the state of the objects; see `SnapshotStorage.take`."""
         safe = self._keep == 1 or self._is_one_finite([*self._slots][1:])
         if len(self._slots) < self._keep:
             slot = _Slot()
@@ -126,7 +126,7 @@ class InMemory:
         return True
 
     def restore(self, objects: Mapping[str, Any]) -> Taken:
-        """Restores the newest finite state; see `Place.restore`."""
+        """Restores the newest finite state; see `SnapshotStorage.restore`."""
         refused = []
         what = "is finite"
         while self._slots:
@@ -147,7 +147,7 @@ class InMemory:
         raise NothingToRestore(f"no snapshot {what}: {'; '.join(refused)}")
 
     def _is_one_finite(self, slots: list[_Slot]) -> bool:
-        """Whether one of these is known to be finite."""
+        """Whether at least one of these snapshots is known to be finite."""
         return any(slot.checked and not self._bad(slot) for slot in slots)
 
     def _bad(self, slot: _Slot) -> list[str]:
@@ -173,23 +173,23 @@ class InMemory:
 class InStore:
     """Snapshots in a `CheckpointStore`, from which a restarted process can continue.
 
-    The store verifies each one after writing and keeps as many as it was configured to. Disk errors
-    are logged, and the run continues.
+    The store verifies each snapshot after writing it, and keeps as many as its own arguments say.
+    Disk errors are logged, and the run continues.
 
     Args:
-        store: The store; its ranks roll back together.
+        store: The store, whose ranks roll back together.
     """
 
     def __init__(self, store: CheckpointStore) -> None:
         self._store = store
-        self._moments: dict[int, Moment] = {}  # by step, of this process only
+        self._moments: dict[int, Moment] = {}  # by step; only those saved by this process
 
     def moments(self) -> list[Moment]:
         """Returns the moments of the restorable snapshots, oldest first."""
         return [self._moment(entry.step) for entry in self._store.list() if entry.clean]
 
     def take(self, objects: Mapping[str, Any], moment: Moment, position: Any) -> bool:
-        """Saves the state of the objects; see `Place.take`."""
+        """Saves the state of the objects; see `SnapshotStorage.take`."""
         if self._store.save({**objects, POSITION: position}, step=moment.step) is None:
             return False
         self._moments[moment.step] = moment
@@ -197,14 +197,14 @@ class InStore:
         return True
 
     def restore(self, objects: Mapping[str, Any]) -> Taken:
-        """Restores the newest finite state; see `Place.restore`."""
+        """Restores the newest finite state; see `SnapshotStorage.restore`."""
         try:
             checkpoint = self._store.load("last-clean", objects)
         except (CheckpointError, OSError) as error:
             where = self._store.directory
             raise NothingToRestore(f"{where} has no usable snapshot: {error}") from error
         try:
-            # later checkpoints are set aside, since those steps are repeated
+            # The steps of later checkpoints will be repeated, so set those aside.
             self._store.rollback()
         except (CheckpointError, OSError) as error:
             log.error(

@@ -1,4 +1,4 @@
-"""`Warmup`: the start of a run, as plain numbers."""
+"""`Warmup`: the settings of a warm-up, used by `GuardedLR`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fastguard.errors.checked_numbers import TEXT, count_of, number_of
 
 @dataclass(frozen=True, slots=True)
 class Warmup:
-    """A linear transition from a start value to the schedule, over applied steps.
+    """A linear transition from initial values to the schedule, over applied steps.
 
     Args:
         steps: Number of applied steps, >= 1.
         lr: Initial learning rate, one for all param groups or one per group. It may be above the
-            schedule: bias groups are often warmed from high to low. Default: 0.
+            schedule; the learning rate of biases is often lowered during warm-up. Default: 0.
         momentum: Initial momentum (beta1 for the Adam family), in the same form; None: unchanged.
 
     Example:

@@ -262,7 +262,7 @@ def test_old_incidents_are_forgotten() -> None:
     run = Run(every=2, after_skips=5)
     for i in range(40):
         assert run.batch(i, math.nan if i % 4 == 3 else 1.0) is None
-    assert len(run.rollback._stretch._bad) <= 4
+    assert len(run.rollback._incidents._bad) <= 4
 
 
 def test_a_snapshot_before_the_end_of_the_trouble_is_no_way_out() -> None:

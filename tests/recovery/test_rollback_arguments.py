@@ -24,7 +24,7 @@ def test_a_schedule_that_cannot_be_lowered_is_refused() -> None:
 
 @pytest.mark.parametrize("objects", [torch.nn.Linear(2, 1), None, ["model"]])
 def test_objects_without_names_are_refused(objects) -> None:
-    with pytest.raises(TypeError, match=r"objects is a .*pass a dict.*\{'model': model\}"):
+    with pytest.raises(TypeError, match=r"objects is a .*expected a dict.*\{'model': model\}"):
         Rollback(plain_guard(), objects)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastguard import GuardedOptimizer, Rollback, StepRecord, Threshold
-from fastguard.recovery.incident_log import BadStretch
+from fastguard.recovery.incident_log import IncidentLog
 
 SPIKES = {"loss": Threshold(max=1.0, action="record")}
 
@@ -44,7 +44,7 @@ def test_what_is_let_through_at_every_step_is_no_bar_to_a_snapshot(guard, every_
     loop = Loop(guard, every=5, keep=2)
     loop.steps(40, **every_step)
     assert loop.rollback.snapshots == [30, 40]
-    assert len(loop.rollback._stretch._bad) == 10
+    assert len(loop.rollback._incidents._bad) == 10
     loop.steps(3, **every_step)
     rewind = loop.rollback.trigger()
     assert (rewind.step, rewind.skip) == (40, (41, 42, 43))
@@ -76,7 +76,11 @@ def test_propagated_nan_is_in_no_snapshot_and_the_reason_is_said(
     assert loop.rollback.snapshots == [0, 3]
     said = [m for m in caplog.messages if "no snapshot" in m]
     assert len(said) == 1
-    assert "30 bad steps" in said[0] and "every=3" in said[0] and "nonfinite_grad" in said[0]
+    assert (
+        "30 steps since the last one were bad" in said[0]
+        and "every=3" in said[0]
+        and "nonfinite_grad" in said[0]
+    )
     assert loop.rollback.trigger().step == 3
 
 
@@ -94,11 +98,13 @@ def test_the_memory_of_bad_steps_is_bounded(
     loop = Loop({}, every=1, after_skips=None)
     loop.steps(50, math.nan)
     assert loop.rollback.trigger().skip == (46, 47, 48, 49, 50)
-    assert sum("data of the first ones to leave out" in message for message in caplog.messages) == 1
+    assert (
+        sum("Rewind.skip will lack the first ones" in message for message in caplog.messages) == 1
+    )
 
 
 def test_the_search_for_a_loss_scale_is_no_bad_step() -> None:
-    stretch = BadStretch(every=2, after_skips=2, after_spikes=None)
+    stretch = IncidentLog(every=2, after_skips=2, after_spikes=None)
     overflow = StepRecord(1, 1.0, 1.0, "skipped", "loss_scale", posinf=3)
     bad = StepRecord(1, 1.0, 1.0, "skipped", "nonfinite_grad", nan=3)
     for _ in range(20):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastguard.gradients.buckets import GradBuckets
-from fastguard.recovery.snapshot import LOOKED, Snapshot
+from fastguard.recovery.snapshot import CHECKED_SHARE, Snapshot
 from fastguard.stages.grad_stats import GradStats
 from fastguard.stages.measure import measure
 
@@ -180,7 +180,7 @@ def test_a_copy_that_was_not_finished_is_none() -> None:
 
 
 def test_what_was_seen_to_be_finite_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastguard.recovery.snapshot.LOOKED", 1.0)
+    monkeypatch.setattr("fastguard.recovery.snapshot.CHECKED_SHARE", 1.0)
     values = [torch.ones(5), torch.ones(2, 3).T, torch.ones(3).half(), torch.tensor(2), "text", 3.0]
     slot = taken(values)
     read = names_read(monkeypatch)
@@ -197,7 +197,7 @@ def test_what_was_not_looked_at_is_read_when_somebody_asks(monkeypatch: pytest.M
     read = names_read(monkeypatch)
     assert slot.nonfinite() == []
     left = sum(values[int(name.rpartition(".")[2])].numel() for name in read())
-    assert left / sum(map(torch.numel, values)) == pytest.approx(1 - LOOKED, abs=0.02)
+    assert left / sum(map(torch.numel, values)) == pytest.approx(1 - CHECKED_SHARE, abs=0.02)
     for i, value in enumerate(values):
         value[i] = NAN
         slot.take({"x": Holder(values)}, 2, None)

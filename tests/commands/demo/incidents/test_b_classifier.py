@@ -25,7 +25,7 @@ from fastguard.commands.demo.incidents.classifier import (
     Guarded,
 )
 from fastguard.commands.demo.incidents.classifier_data import Kind
-from fastguard.recovery.incident_log import BadStretch
+from fastguard.recovery.incident_log import IncidentLog
 from guardtest import require
 from guardtest.incidents import assert_shown
 from guardtest.training import assert_same_bits
@@ -302,7 +302,7 @@ def test_without_skipping_the_weights_are_lost(monkeypatch, tmp_path):
 
 
 def test_without_leaving_the_data_out_no_attempt_gets_past_them(monkeypatch, tmp_path):
-    monkeypatch.setattr(BadStretch, "positions_since", lambda *_: ())
+    monkeypatch.setattr(IncidentLog, "positions_since", lambda *_: ())
     outcome = classifier.run(tmp_path, guarded=True)
     assert not outcome.survived
     assert "3 rollbacks did not solve it" in outcome.facts["error"]
