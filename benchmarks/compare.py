@@ -4,7 +4,7 @@ Compares ratios to a peer that was measured in the same rounds, so the load of t
 differ. A row of fastguard is flagged if its new spread (p20..p80) is entirely below the old one and
 its median fell by more than the tolerance, or if the error of its norm grew beyond 1e-7.
 
-Exit status: 0 if nothing is flagged, 1 if something is, 2 for wrong use.
+Exit status: 0 if nothing is flagged, 1 if something is, 2 for a usage error.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The `fastguard` command: dispatches to subcommands, each in its own module.
 
-Exit status: 0 fine, 1 found something bad, 2 wrong use. Wrong use prints one line to stderr, never
-a traceback.
+Exit status: 0 no problem, 1 a problem was found, 2 usage error. A usage error prints one line to
+stderr, never a traceback.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 
 from fastguard import __version__
 from fastguard.commands.parsing import Parser
-from fastguard.commands.standard_output import lasting_output
+from fastguard.commands.standard_output import pipe_safe_output
 from fastguard.commands.usage import UsageError
 from fastguard.errors.plain_text import printable
 from fastguard.records.regular_files import NotRegularFile
 
-FINE, FOUND_BAD, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+FINE, FOUND_BAD, USAGE_ERROR, INTERRUPTED = 0, 1, 2, 130
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, _CommandParser]]:
     parser = Parser(
         prog="fastguard",
         description="Keep PyTorch training finite, at the speed of memory.",
-        epilog="Exit status: 0 fine, 1 found something bad, 2 wrong use.",
+        epilog="Exit status: 0 no problem, 1 a problem was found, 2 usage error.",
     )
     parser.add_argument("--version", action="version", version=f"fastguard {__version__}")
     commands = parser.add_subparsers(
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         >>> main(["env", "--no-such-option"])
         2
     """
-    with lasting_output():
+    with pipe_safe_output():
         try:
             parser, commands = _parser()
             _complete(parser, commands)
@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return int(stop.code or 0)
         if args.name is None:
             parser.print_help(sys.stderr)
-            return WRONG_USE
+            return USAGE_ERROR
         return _run(args)
 
 
@@ -149,10 +149,10 @@ def _run(args: argparse.Namespace) -> int:
     except NotRegularFile as error:
         name = printable(f"{error.filename} {error.strerror}")
         print(f"fastguard {args.name}: {name}", file=sys.stderr)
-        return WRONG_USE
+        return USAGE_ERROR
     except (UsageError, OSError) as error:
         print(f"fastguard {args.name}: {printable(str(error))}", file=sys.stderr)
-        return WRONG_USE
+        return USAGE_ERROR
     except KeyboardInterrupt:
         print(f"\nfastguard {args.name}: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 @contextmanager
-def written(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on exit, flushes it and renames it to `path`.
 
     If the block raises, `path` is unchanged.
@@ -17,7 +17,7 @@ def written(path: Path) -> Iterator[Path]:
     Example:
         >>> import tempfile
         >>> target = Path(tempfile.mkdtemp()) / "numbers.txt"
-        >>> with written(target) as temporary:
+        >>> with atomic_write(target) as temporary:
         ...     _ = temporary.write_text("1 2 3")
         >>> target.read_text()
         '1 2 3'

@@ -30,7 +30,7 @@ class Paragraphs(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports wrong use in one line that suggests the nearest command or option."""
+    """Reports a usage error in one line that suggests the nearest command or option."""
 
     def __init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", Paragraphs)
@@ -50,5 +50,5 @@ def options_of(parser: argparse.ArgumentParser) -> Iterator[str]:
     for action in parser._actions:
         yield from (name for name in action.option_strings if name.startswith("--"))
         if isinstance(action, argparse._SubParsersAction):
-            for below in action.choices.values():
-                yield from options_of(below)
+            for subparser in action.choices.values():
+                yield from options_of(subparser)

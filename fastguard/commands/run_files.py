@@ -1,4 +1,4 @@
-"""Finds the file that a command's RUN argument names, and which program wrote it."""
+"""Finds the records file for a command's RUN argument, and detects which program wrote it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from fastguard.records.step_record import FIELDS
 
 Writer = Literal["fastguard", "another program", "unknown"]
 
-LOOKED_AT = 256 << 10
+PREFIX_BYTES = 256 << 10
 """Number of bytes read from the start of a file to detect which program wrote it."""
 
 
-def writer_of(lines: Iterable[bytes | str]) -> Writer:
+def detect_writer(lines: Iterable[bytes | str]) -> Writer:
     """Detects which program wrote these JSON lines; used by `report`, `monitor` and `scan`.
 
     One record is enough for `"fastguard"`, since a crash may leave truncated or zero-filled lines
@@ -32,11 +32,11 @@ def writer_of(lines: Iterable[bytes | str]) -> Writer:
     Otherwise the result is `"unknown"`.
 
     Example:
-        >>> writer_of(['{"step": 3, "total_norm": 1.5, "clip_coef": 1, "action": "applied"}'])
+        >>> detect_writer(['{"step": 3, "total_norm": 1.5, "clip_coef": 1, "action": "applied"}'])
         'fastguard'
-        >>> writer_of(['{"step": 3, "loss": NaN}'])
+        >>> detect_writer(['{"step": 3, "loss": NaN}'])
         'another program'
-        >>> writer_of(["epoch 3 loss nan"])
+        >>> detect_writer(["epoch 3 loss nan"])
         'unknown'
     """
     writer: Writer = "unknown"
@@ -56,7 +56,7 @@ def writer_of(lines: Iterable[bytes | str]) -> Writer:
     return writer
 
 
-def refuse_lines_of_others(run: Path) -> None:
+def refuse_foreign_lines(run: Path) -> None:
     """Checks the start of a run's newest non-empty file.
 
     Raises:
@@ -67,7 +67,7 @@ def refuse_lines_of_others(run: Path) -> None:
             continue
         try:
             with open_regular(path) as file:
-                writer = writer_of(islice(file.read(LOOKED_AT).splitlines(), 1000))
+                writer = detect_writer(islice(file.read(PREFIX_BYTES).splitlines(), 1000))
         except FileNotFoundError:  # a rotation renamed it after it was listed
             continue
         if writer == "another program":
@@ -80,7 +80,7 @@ def refuse_lines_of_others(run: Path) -> None:
             return
 
 
-def refuse_without_records(path: Path, damaged: int) -> NoReturn:
+def raise_no_records(path: Path, damaged: int) -> NoReturn:
     """Reports a run that has no valid record.
 
     Raises:
@@ -92,9 +92,9 @@ def refuse_without_records(path: Path, damaged: int) -> NoReturn:
             "for the first"
         )
     name = printable(shlex.quote(str(path)))
-    lines = "its only line is not" if damaged == 1 else f"none of its {damaged:,} lines is one"
+    lines = "its only line is not a record" if damaged == 1 else f"{damaged:,} lines were read"
     raise UsageError(
-        f"{name} holds no fastguard record: {lines}; for the log of another program use: "
+        f"{name} holds no fastguard record ({lines}); if another program wrote it, use: "
         f"fastguard scan {name}"
     )
 
@@ -122,14 +122,14 @@ def find_run(run: str | os.PathLike[str]) -> Path:
     return path
 
 
-def begun(run: Path) -> bool:
-    """Whether the run's file exists, or its folder contains any run."""
+def run_exists(run: Path) -> bool:
+    """Whether the records file exists, or the folder contains one."""
     if run.is_dir():
         return bool(_current_files(run))
     return run.exists() or bool(rotated_files(run))
 
 
-def file_of(run: str | os.PathLike[str]) -> Path:
+def records_file(run: str | os.PathLike[str]) -> Path:
     """Returns the current file of a run, after checking that it can hold fastguard records.
 
     Raises:
@@ -142,11 +142,11 @@ def file_of(run: str | os.PathLike[str]) -> Path:
             f"{path} is not a regular file; pass the file of a JsonLinesSink, or save the pipe to "
             "a file first"
         )
-    refuse_lines_of_others(path)
+    refuse_foreign_lines(path)
     return path
 
 
 def _current_files(folder: Path) -> list[Path]:
     files = sorted(path for path in folder.glob("*.jsonl") if not path.is_dir())
-    full = {old for file in files for old in rotated_files(file)}
-    return [file for file in files if file not in full]
+    rotated = {old for file in files for old in rotated_files(file)}
+    return [file for file in files if file not in rotated]

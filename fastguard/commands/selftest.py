@@ -1,7 +1,7 @@
 """Compares the backend of each device on this machine with the reference.
 
-Checks on each device: measuring gradients of many dtypes and sizes, with and without NaN and Inf;
-decisions; scaling and cleaning of gradients; and that a guarded optimizer skips a bad step and
+On each device it measures gradients of many dtypes and sizes, with and without NaN and Inf; makes
+decisions; scales and cleans gradients; and checks that a guarded optimizer skips a bad step and
 clips a good one as torch does. Takes a few seconds. Exit status 1 if anything differs.
 """
 
@@ -35,7 +35,7 @@ SIZES = (1, 7, 1024, 4099, 65536, 65537, 300_001)  # around the vector, block an
 NAN, INF = math.nan, math.inf
 
 NORM_RTOL = 1e-7
-"""Relative tolerance of the norm of 16- and 32-bit gradients that fastguard documents."""
+"""The documented relative tolerance of the norm of 16- and 32-bit gradients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +73,13 @@ def run(args: argparse.Namespace) -> int:
         notes = ["no GPU found: checked the CPU stages only, not the Triton kernels"]
     bad = [check for check in checks if check.problem is not None]
     if args.json:
-        told = {
+        result = {
             "ok": not bad,
             "seconds": seconds,
             "notes": notes,
             "checks": list(map(asdict, checks)),
         }
-        print(dumps(told, indent=2))
+        print(dumps(result, indent=2))
         return 1 if bad else 0
     print_table(
         ["device", "stages", "check", "cases", "result"],
@@ -109,8 +109,8 @@ def _without_kernels(device: torch.device) -> str | None:
 
 def check_device(device: torch.device) -> Iterator[Check]:
     """Runs all checks on one device; an exception counts as a failed check."""
-    served = "triton" if backend.backend_of(device) == "triton" else None
-    stages = served or ("cpu" if device.type == "cpu" else "reference")
+    without_kernels = "cpu" if device.type == "cpu" else "reference"
+    stages = "triton" if backend.backend_of(device) == "triton" else without_kernels
     for what, differences in CHECKS.items():
         cases, problem = 0, None
         try:
@@ -124,12 +124,15 @@ def check_device(device: torch.device) -> Iterator[Check]:
 
 
 def gradients(device: torch.device, dtype: torch.dtype, *, bad: bool) -> list[Tensor]:
-    """Gradients of `SIZES`, equal in every call; with `bad`, some hold NaN or Inf."""
-    made = torch.Generator().manual_seed(0)
-    found = [torch.randn(n, generator=made).to(dtype) for n in SIZES]
+    """Creates one gradient per size in `SIZES`, with the same values in every call.
+
+    With `bad`, some of them contain NaN or Inf.
+    """
+    generator = torch.Generator().manual_seed(0)
+    grads = [torch.randn(n, generator=generator).to(dtype) for n in SIZES]
     if bad:
-        found[1][3], found[3][-1], found[5][-1], found[6][1000:1003] = NAN, INF, -INF, NAN
-    return [grad.to(device) for grad in found]
+        grads[1][3], grads[3][-1], grads[5][-1], grads[6][1000:1003] = NAN, INF, -INF, NAN
+    return [grad.to(device) for grad in grads]
 
 
 def _buckets(grads: list[Tensor]) -> GradBuckets:
@@ -137,7 +140,7 @@ def _buckets(grads: list[Tensor]) -> GradBuckets:
 
 
 def _reference_stats(buckets: GradBuckets, norm_type: float) -> GradStats:
-    """The statistics that the reference computes, as `GradStats`."""
+    """Measures with the reference."""
     (bucket,) = buckets.buckets
     summary, counts = reference.measure_bucket(
         bucket, buckets.n_measured, buckets.n_tensors, norm_type

@@ -1,4 +1,4 @@
-"""Makes printing robust to closed pipes and limited encodings.
+"""Lets commands finish although a pipe was closed or an encoding lacks a character.
 
 `fastguard demo | head` still writes its files, and `fastguard ckpt verify runs | head -1` still
 reads everything and returns the right exit status.
@@ -14,7 +14,7 @@ from io import TextIOWrapper
 from typing import Any, TextIO
 
 
-class Outlasting:
+class PipeSafeStream:
     """A text stream that silently discards output once its reader has closed the pipe.
 
     Args:
@@ -28,7 +28,7 @@ class Outlasting:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Writes a text; returns its length, even if it was discarded."""
+        """Writes `text` and returns its length, even if the text was discarded."""
         self._attempt(lambda: self._stream.write(text))
         return len(text)
 
@@ -42,22 +42,19 @@ class Outlasting:
         except BrokenPipeError:
             # Redirect the descriptor, not only this object, so that buffered text and the output
             # of child processes are discarded too.
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+            devnull = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(devnull, self._stream.fileno())
+            os.close(devnull)
 
 
 @contextmanager
-def lasting_output() -> Iterator[None]:
-    """Within the block, closed pipes on stdout and stderr do not stop the command.
-
-    Characters that the encoding lacks, such as é in ASCII, are escaped.
-    """
+def pipe_safe_output() -> Iterator[None]:
+    """Makes stdout and stderr ignore closed pipes, and escape characters not in their encoding."""
     streams = [s for s in (sys.stdout, sys.stderr) if isinstance(s, TextIOWrapper)]
     before = [stream.errors for stream in streams]
     for stream in streams:
         stream.reconfigure(errors="backslashreplace")
-    stdout, stderr = Outlasting(sys.stdout), Outlasting(sys.stderr)
+    stdout, stderr = PipeSafeStream(sys.stdout), PipeSafeStream(sys.stderr)
     try:
         with redirect_stdout(stdout), redirect_stderr(stderr):  # type: ignore[type-var]
             yield

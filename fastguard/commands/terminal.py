@@ -45,7 +45,7 @@ def text_of(value: object) -> str:
 
 @contextmanager
 def incidents_unlogged() -> Iterator[None]:
-    """Silences the guard's log lines in commands that print the incidents themselves."""
+    """Hides the guard's log lines about incidents, for commands that print incidents themselves."""
     log = logging.getLogger("fastguard")
     before = log.level
     log.setLevel(logging.ERROR)

@@ -12,11 +12,11 @@ from fastguard.errors.plain_text import shown
 
 
 class UsageError(Exception):
-    """Wrong use of a command: one line with the value and the fix. Exit status 2."""
+    """A command was used wrongly. The message is one line: the wrong value and how to fix it."""
 
 
 def need(*packages: str, extra: str) -> None:
-    """Checks that optional packages can be imported before any work is done.
+    """Checks that optional packages can be imported; called before a command starts its work.
 
     Raises:
         UsageError: A package cannot be imported; the message names the extra to install.
@@ -57,7 +57,9 @@ def integer(low: int, high: int, *, why: str = "") -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{shown(text)} is not an integer") from None
         if not low <= value <= high:
             reason = f" ({why})" if why else ""
-            raise argparse.ArgumentTypeError(f"{shown(value)} is not in {low} ... {high}{reason}")
+            raise argparse.ArgumentTypeError(
+                f"{shown(value)} is not between {low} and {high}{reason}"
+            )
         return value
 
     return parse

@@ -51,16 +51,16 @@ def diagnose(
 
     Args:
         model: The model, in the mode and with the weights to be diagnosed.
-        batch: `(inputs, targets)`, a mapping with exactly these two keys, or any other mapping,
-            which is passed to the model as keyword arguments. A tuple or mapping of inputs is
-            unpacked.
-        loss_fn: The loss is `loss_fn(model(inputs), targets)`, a scalar or a dict of named scalars;
-            if the batch is a mapping of keyword arguments, `loss_fn(output, batch)`. None: the
-            output's `loss`.
+        batch: `(inputs, targets)`; a mapping with exactly the keys `"inputs"` and `"targets"`; or
+            any other mapping, which is passed to the model as keyword arguments. A tuple or mapping
+            of inputs is unpacked.
+        loss_fn: Called as `loss_fn(model(inputs), targets)`, or as `loss_fn(output, batch)` if the
+            batch is a mapping of keyword arguments. Returns a scalar or a dict of named scalars.
+            None: the loss is the output's `loss`.
         optimizer: The optimizer that trains the model; a `GuardedOptimizer` is unwrapped. None: a
             few AdamW steps show whether the model can learn at all.
-        data: Further batches, such as a DataLoader; the first 8 are checked. An iterator is
-            advanced by as many.
+        data: Further batches, such as a DataLoader; the first 8 are checked. If it is an iterator,
+            they are consumed.
         step: Replaces `loss_fn`: `step(model, batch)` returns the loss, a dict of parts whose sum
             is the loss, or a dict, object or tuple that contains the loss under `loss` or as its
             first entry. It must not call backward or step the optimizer.
@@ -69,7 +69,7 @@ def diagnose(
             device.
 
     Returns:
-        The findings. `print` shows them; `errors`, `worst` and `of(kind)` select among them.
+        The findings. Print them, or select some with `errors`, `worst` and `of(kind)`.
 
     Raises:
         TypeError: An argument has the wrong type. Errors of the model and the loss become findings.
@@ -78,11 +78,11 @@ def diagnose(
     Example:
         >>> import torch, fastguard
         >>> model = torch.nn.Linear(4, 1)
-        >>> batch = torch.randn(8, 4), torch.randn(8)  # an output of (8, 1) meets targets of (8,)
+        >>> batch = torch.randn(8, 4), torch.randn(8)  # the outputs will be (8, 1), not (8,)
         >>> found = fastguard.diagnose(model, batch, torch.nn.functional.mse_loss)
         >>> found.errors[0].kind, found.errors[0].seen
-        ('silent-broadcast', 'mse_loss silently expands output [8, 1] and target [8] to [8, 8]:
-        every output meets the targets of others')
+        ('silent-broadcast', 'mse_loss silently expands output [8, 1] and target [8] to [8, 8], so
+        it compares every output with all targets')
     """
     start = time.perf_counter()
     subject = Subject.of(model, batch, loss_fn, optimizer, data, step, autocast)

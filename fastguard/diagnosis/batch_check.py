@@ -3,7 +3,7 @@
     low[t], high[t] = min and max of tensor t     (NaN propagates to both)
 
 Each tensor is read once, by `aminmax`, on its own device; there is no sync until `problems()` is
-called. The two numbers per tensor show NaN, Inf, constant values (both are equal), and values out
+called. These two numbers reveal NaN, Inf, constant values (both numbers are equal) and values out
 of range. If a tensor contains NaN, its other problems are not reported.
 """
 
@@ -60,7 +60,8 @@ class BatchCheck:
         low, high: float64 `(T,)`, on the batch's device: smallest and largest element, NaN if the
             tensor contains NaN; +Inf and -Inf if it is empty.
         limits: Allowed `(low, high)` of each tensor; -Inf and Inf without a limit.
-        constant_is_bad: Whether constant values are a problem: for floats with several elements.
+        constant_is_bad: Whether constant values are a problem, as they are for floating-point
+            tensors with several elements.
     """
 
     names: tuple[str, ...]
@@ -70,13 +71,14 @@ class BatchCheck:
     constant_is_bad: tuple[bool, ...]
 
     def signals(self, prefix: str = "batch.") -> dict[str, Tensor]:
-        """Returns the verdict as losses that the guarded step acts on and records. Never syncs.
+        """Returns the result as losses for the guarded step. Never synchronises.
 
-        Each tensor gives one float64 `()`: 0 if it is fine, 1 if it is constant or out of range,
-        NaN if it is not finite. Pass them to `opt.step(loss={"loss": loss, **check.signals()})`: a
-        non-finite batch then skips its step on the device, whatever the loss is, and the record
-        names the tensor. With `spike={"batch.inputs": Threshold(max=0.5)}`, constant and
-        out-of-range tensors skip the step too; add `action="record"` to only record them.
+        For each tensor there is one float64 `()`: 0 if it is fine, 1 if it is constant or out of
+        range, NaN if it is not finite. Pass them to
+        `opt.step(loss={"loss": loss, **check.signals()})`: a non-finite batch then skips its step
+        on the device, whatever the loss is, and the record names the tensor. With
+        `spike={"batch.inputs": Threshold(max=0.5)}`, constant and out-of-range tensors skip the
+        step too; add `action="record"` to only record them.
 
         Args:
             prefix: Start of each name.

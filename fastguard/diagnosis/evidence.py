@@ -1,4 +1,4 @@
-"""`Evidence`: what the checks examine; computed on first use, once, without side effects."""
+"""`Evidence`: the data that the checks examine, computed on first use, without side effects."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class Evidence:
-    """Everything known about a subject. Each pass starts from the saved state.
+    """Lazily computed observations of a subject. Each pass starts from the saved state.
 
     Attributes:
         subject: What is diagnosed.
@@ -55,7 +55,7 @@ class Evidence:
 
     @cached_property
     def step_in_float32(self) -> Observation:
-        """The same step in float32; the very same object if no 16-bit numbers are involved."""
+        """The same step in float32; the object `step` itself if no 16-bit dtype is involved."""
         if not self.subject.low_precision:
             return self.step
 
@@ -91,12 +91,12 @@ class Evidence:
 
     @cached_property
     def part_gradients(self) -> dict[str, dict[str, float]]:
-        """Gradient norms by part of the loss and trained parameter."""
+        """Gradient norms by part of the loss and by trained parameter."""
         return self.untouched(lambda: part_gradients(self.subject, self.trained))
 
     @cached_property
     def part_gradients_nearby(self) -> dict[str, dict[str, float]]:
-        """Like `part_gradients`, at other weights, where a part at its optimum has a gradient."""
+        """`part_gradients` at perturbed weights, where a part at its optimum has a gradient."""
 
         def work() -> dict[str, dict[str, float]]:
             perturb(self.trained)
@@ -105,7 +105,7 @@ class Evidence:
         return self.untouched(work)
 
     @property
-    def no_steps(self) -> str:
+    def no_steps_reason(self) -> str:
         """Why no real steps can be taken; empty if they can."""
         step = self.step
         if step.failed("backward"):
@@ -132,14 +132,14 @@ class Evidence:
     def explained(self) -> NonFiniteReport | None:
         """Where the first non-finite value appeared; None if all is finite or it cannot be found.
 
-        Without a loss, values that reach the output count.
+        If there is no loss, the values that reach the output are examined instead.
         """
         if self.is_finite:
             return None
         loss_fn, step = self.subject.loss_fn, self.subject.given_step
         if self.step.failures:
             loss_fn, step = _mean_of_output, None
-        with contextlib.suppress(Exception):  # errors here also occurred in `step` and are reported
+        with contextlib.suppress(Exception):  # errors here also occur in `step`, which reports them
             report = self.untouched(
                 lambda: explain_nonfinite(
                     self.subject.model,
@@ -154,10 +154,9 @@ class Evidence:
 
     @cached_property
     def repaired(self) -> Evidence:
-        """Evidence for the batch with harmful NaN and Inf set to 0.
+        """Evidence for the same batch with NaN and Inf set to 0, if they reach the loss.
 
-        The findings after a non-finite batch all have that cause; this evidence shows other
-        problems.
+        A non-finite batch causes all later findings; this evidence reveals the other problems.
         """
         report = self.explained
         if report is None or report.origin != "batch":

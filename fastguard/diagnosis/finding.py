@@ -108,8 +108,8 @@ class Finding:
             worse than it could. `"note"`: worth knowing. `"ok"`: the family found no problems.
         seen: What was observed, in words and numbers.
         where: The module, parameter, part of the batch or param group; empty for the whole model.
-        value: The number that was judged, in the unit given in `seen`.
-        limit: What `value` was compared with; None if there is nothing to compare.
+        value: The measured number, in the unit given in `seen`.
+        limit: The limit for `value`; None if there is none.
         remedy: What to do about it.
     """
 
@@ -124,7 +124,7 @@ class Finding:
 
     def __post_init__(self) -> None:
         assert self.check in CHECKS and self.kind in _RANK and self.severity in SEVERITIES
-        # these contain names of modules, parameters and losses
+        # The texts contain names of modules, parameters and losses.
         for name in ("seen", "where", "remedy"):
             object.__setattr__(self, name, printable(getattr(self, name)))
 
@@ -148,7 +148,7 @@ def by_importance(finding: Finding) -> tuple[int, int, int]:
 
 
 def percent(share: float) -> str:
-    """Formats `0.25` as `25 %`, with three digits."""
+    """Formats a share with three digits: `0.25` becomes `25 %`."""
     return f"{100 * share:.3g} %"
 
 

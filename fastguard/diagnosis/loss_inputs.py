@@ -1,9 +1,9 @@
 """Recognises what a loss function received: logits, probabilities or log-probabilities.
 
-A loss expects one of them and cannot tell them apart: cross-entropy of probabilities, or the
-negative log-likelihood of logits, is a number like any other. Sums over an axis show probabilities,
-whatever computed them; whether numbers between 0 and 1 are logits shows in the operation that
-produced them.
+A loss expects one of these kinds but does not check it: cross-entropy of probabilities, or the
+negative log-likelihood of logits, silently gives a wrong number. Probabilities are recognised by
+their sum over an axis. Numbers between 0 and 1 that do not sum to 1 may be logits; the operation
+that produced them decides.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Argument = Callable[..., Any]
 TOLERANCE = 0.02
 """Tolerance for a sum of probabilities, which eps, smoothing or 16 bits change a little."""
 ENOUGH = 32
-"""Numbers that all lie between 0 and 1, with nothing else known about them."""
+"""Minimum number of values between 0 and 1 that are suspected to be probabilities."""
 
 SIGMOID, SOFTMAX, LOG_SOFTMAX = "sigmoid", "softmax", "log_softmax"
 _MAKES = {
@@ -38,7 +38,7 @@ _MAKES = {
     "log_softmax": LOG_SOFTMAX,
     "logsigmoid": LOG_SOFTMAX,
 }
-# The same by autograd node, for compiled and scripted parts, which call no torch functions.
+# By autograd node, for compiled and scripted parts, which call no torch functions.
 _MADE_BY = {
     "Sigmoid": SIGMOID,
     "Softmax": SOFTMAX,
@@ -64,13 +64,14 @@ class LossInput:
     Attributes:
         function: The loss function.
         argument: `"input"` or `"target"`.
-        problem: `"activated"`: its activation was already applied. `"twice"`: likewise, but this
-            changes nothing. `"form"`: a log is missing or superfluous. `"axis"`: normalised over
-            an axis other than the classes. `"swapped"`: input and target are exchanged.
-            `"length"`: targets longer than their inputs are dropped from the loss.
+        problem: `"activated"`: the activation that the loss applies was already applied. `"twice"`:
+            likewise, but applying it twice changes nothing. `"form"`: a log is missing or
+            superfluous. `"axis"`: normalised over an axis other than the classes. `"swapped"`:
+            input and target are exchanged. `"length"`: targets longer than their inputs are
+            dropped from the loss.
         seen: A description.
-        surely: Whether there is more evidence than the range of the values; for `"length"`, whether
-            no sample is left.
+        is_certain: Whether there is more evidence than the range of the values; for `"length"`,
+            whether no sample is left.
         classes: Number of classes.
     """
 
@@ -78,7 +79,7 @@ class LossInput:
     argument: str
     problem: str
     seen: str
-    surely: bool = True
+    is_certain: bool = True
     classes: int = 0
 
 
@@ -86,7 +87,8 @@ class Makers:
     """Remembers which activation produced a tensor, across changes of its shape and dtype."""
 
     def __init__(self) -> None:
-        self._made: dict[int, tuple[Tensor, str]] = {}  # holding the tensor keeps its id in use
+        # By id of the tensor. Holding the tensor prevents reuse of its id.
+        self._made: dict[int, tuple[Tensor, str]] = {}
 
     def of(self, tensor: Any) -> str:
         """Returns the activation, or an empty string if none is known."""
@@ -104,29 +106,33 @@ class Makers:
                 if made and tensor.is_floating_point():
                     self._made[id(tensor)] = (tensor, made)
                 else:
-                    self._made.pop(id(tensor), None)  # overwritten in place by another operation
+                    self._made.pop(id(tensor), None)  # another operation overwrote it in place
 
     def forget(self) -> None:
         """Releases the tensors."""
         self._made.clear()
 
 
-def look_at(
+def find_problems(
     function: str, argument: Argument, makers: Makers, in_loss: bool
 ) -> Iterable[LossInput]:
     """Returns the problems with a function's arguments; none if it is not a loss.
 
-    `in_loss`: the model has returned its output, so this function belongs to the loss.
+    Args:
+        function: Name of the torch function.
+        argument: Finds its arguments.
+        makers: The activations that produced its inputs.
+        in_loss: Whether the model has already returned, so that the call belongs to the loss.
     """
-    look = _LOOKS.get(function) or (_BY_HAND.get(function) if in_loss else None)
-    if look is None:
+    check = _CHECKS.get(function) or (_HANDWRITTEN.get(function) if in_loss else None)
+    if check is None:
         return ()
     first = argument(0, "input", "log_probs")
     if not isinstance(first, Tensor) or not first.is_floating_point() or first.numel() < 2:
         return ()
     if bool(first.isnan().any()) or bool((first == math.inf).any()):
         return ()  # other checks report it
-    return look(function, first, argument, makers)
+    return check(function, first, argument, makers)
 
 
 def _cross_entropy(name: str, x: Tensor, argument: Argument, makers: Makers) -> list[LossInput]:
@@ -162,7 +168,7 @@ def _cross_entropy(name: str, x: Tensor, argument: Argument, makers: Makers) -> 
 def _binary(name: str, x: Tensor, argument: Argument, makers: Makers) -> list[LossInput]:
     made = makers.of(x)
     if made == LOG_SOFTMAX:
-        seen = f"{name} got the logarithms of probabilities, so no output can mean more than 0.5"
+        seen = f"{name} got logarithms of probabilities, so no predicted probability exceeds 0.5"
         return [LossInput(name, "input", "form", seen)]
     if not _in_unit(x):
         return []
@@ -172,7 +178,7 @@ def _binary(name: str, x: Tensor, argument: Argument, makers: Makers) -> list[Lo
         return []
     low, high = (float(end) for end in x.aminmax())
     seen = f"{name} got {x.numel()} numbers that all lie between {low:.3g} and {high:.3g}"
-    return [LossInput(name, "input", "activated", seen, surely=False)]
+    return [LossInput(name, "input", "activated", seen, is_certain=False)]
 
 
 def _likelihood(name: str, x: Tensor, argument: Argument, makers: Makers) -> list[LossInput]:
@@ -197,13 +203,13 @@ def _ctc(name: str, x: Tensor, argument: Argument, makers: Makers) -> list[LossI
         for i, what in enumerate(("targets", "input_lengths", "target_lengths"), start=1)
     )
     found = _likelihood(name, x, argument, makers)
-    # Without zero_infinity the loss is Inf, and the search for its origin reports it.
+    # Without zero_infinity the loss is Inf, which the check of non-finite losses reports.
     if not argument(6, "zero_infinity") or not isinstance(targets, Tensor):
         return found
     samples, n = list(unaligned(targets, inputs, lengths)), len(lengths_of(lengths))
     if samples:
         seen = f"{len(samples)} of {n} samples cannot be aligned: {samples[0]}"
-        found.append(LossInput(name, "target", "length", seen, surely=len(samples) == n))
+        found.append(LossInput(name, "target", "length", seen, is_certain=len(samples) == n))
     return found
 
 
@@ -237,14 +243,14 @@ def _divergence(name: str, x: Tensor, argument: Argument, makers: Makers) -> lis
         found.append(LossInput(name, "target", "form", seen))
     if not found and target.requires_grad and not x.requires_grad:
         seen = "the gradient flows only through the target of kl_div, not through its input"
-        found.append(LossInput(name, "input", "swapped", seen, surely=False))
+        found.append(LossInput(name, "input", "swapped", seen, is_certain=False))
     if not found and over == 0 and x.ndim > 1 and first and makers.of(x) == LOG_SOFTMAX:
         seen = _wrong_axis(name, first, over, x.ndim - 1)
         found.append(LossInput(name, "input", "axis", seen))
     return found
 
 
-def _again(name: str, x: Tensor, argument: Argument, makers: Makers) -> list[LossInput]:
+def _activated_twice(name: str, x: Tensor, argument: Argument, makers: Makers) -> list[LossInput]:
     """Checks a hand-written loss whose first function is an activation."""
     made = makers.of(x)
     if made not in (SIGMOID, SOFTMAX) or not _in_unit(x):
@@ -252,8 +258,8 @@ def _again(name: str, x: Tensor, argument: Argument, makers: Makers) -> list[Los
     return [LossInput(name, "input", "activated", f"{name} in the loss got the output of a {made}")]
 
 
-Look = Callable[[str, Tensor, Argument, Makers], list[LossInput]]
-_LOOKS: dict[str, Look] = {
+LossCheck = Callable[[str, Tensor, Argument, Makers], list[LossInput]]
+_CHECKS: dict[str, LossCheck] = {
     "cross_entropy": _cross_entropy,
     "binary_cross_entropy_with_logits": _binary,
     "multilabel_soft_margin_loss": _binary,
@@ -262,8 +268,8 @@ _LOOKS: dict[str, Look] = {
     "binary_cross_entropy": _binary_likelihood,
     "kl_div": _divergence,
 }
-_BY_HAND: dict[str, Look] = dict.fromkeys(
-    ("softmax", "log_softmax", "logsumexp", "sigmoid", "logsigmoid"), _again
+_HANDWRITTEN: dict[str, LossCheck] = dict.fromkeys(
+    ("softmax", "log_softmax", "logsumexp", "sigmoid", "logsigmoid"), _activated_twice
 )
 
 
@@ -281,22 +287,22 @@ def form_of(x: Tensor, axis: int) -> tuple[str, int]:
         return "", axis
     low = float(x.min())
     # All zeros are logarithms of 1, not probabilities.
-    as_it_is = low >= 0 and high > 0
-    if not as_it_is and high > TOLERANCE:
+    is_linear = low >= 0 and high > 0
+    if not is_linear and high > TOLERANCE:
         return "", axis
     wide = x if x.dtype is torch.float64 else x.float()  # no more memory than the loss itself uses
-    mass = wide if as_it_is else wide.exp()
+    mass = wide if is_linear else wide.exp()
     others = [i for i in range(x.ndim) if i != axis]
     for i in [axis, *others]:
         if x.shape[i] > 1 and bool(((mass.sum(i) - 1).abs() < TOLERANCE).all()):
-            return "probabilities" if as_it_is else "log-probabilities", i
+            return "probabilities" if is_linear else "log-probabilities", i
     return "", axis
 
 
 def _is_bounded_by_hand(x: Tensor) -> bool:
-    """Whether the tensor is a quotient with a model-dependent denominator, `1 / (1 + exp(-z))`.
+    """Whether the tensor looks like a handwritten sigmoid or clamp, such as `1 / (1 + exp(-z))`.
 
-    The output of a layer may lie between 0 and 1 by chance.
+    The values alone prove nothing: a layer's output may lie between 0 and 1 by chance.
     """
     node = _below_shapes(x)
     if node is None:

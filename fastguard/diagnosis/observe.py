@@ -123,9 +123,9 @@ class Observation:
         output: The model's output, detached; None if the model returned None, raised, or was called
             only through its submodules.
         result: What the step returned, detached.
-        parts: The parts of the loss; empty if there is none.
-        gradients: Dense gradients by parameter name, with None for a parameter that the backward
-            pass did not reach. The attribute is None if there was no backward pass.
+        parts: The parts of the loss; empty if there is no loss.
+        gradients: Dense gradients by parameter name; None for a parameter that the backward pass
+            did not reach. None instead of a dict if there was no backward pass.
         from_output: Whether the backward pass started at the output, because there was no loss.
     """
 

@@ -1,9 +1,10 @@
-"""`part_gradients`: the effect of each part of a loss on each parameter.
+"""`part_gradients`: the effect of each part of a loss on each parameter, measured by its gradient.
 
-The value of a part says little: PPO's policy loss is about 0 at every step, and an entropy bonus is
-negative. What counts is its gradient. At its optimum a part has almost no gradient either, as the
-entropy of a fresh policy or a KL term that starts from 0; a little away from there it does, while
-a part with too small a weight has a small gradient everywhere.
+The value of a part does not show its effect: PPO's policy loss is about 0 at every step, and an
+entropy bonus is negative. A small gradient has two possible causes. A part at its optimum, such as
+the entropy of a new policy or a KL term that starts at 0, has a small gradient only there. A part
+whose weight is too small has a small gradient everywhere. `perturb` moves the weights, so that the
+gradient can be measured elsewhere too.
 """
 
 from __future__ import annotations
@@ -56,8 +57,7 @@ def part_gradients(
 
 @torch.no_grad()
 def perturb(parameters: dict[str, nn.Parameter]) -> None:
-    """Changes the weights by about half of their size, and at least half of a usual initial
-    size."""
+    """Adds noise to the weights: half of their rms, or of a usual initial rms if that is larger."""
     for parameter in parameters.values():
         if parameter.ndim > 1 and parameter.is_floating_point():
             rms = float(parameter.detach().double().square().mean().sqrt())

@@ -12,7 +12,7 @@ from fastguard.records import strict_json
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """The result of `fastguard.diagnose`. Iterating over it yields the findings.
+    """The result of `fastguard.diagnose`; iterating over it yields the findings.
 
     Attributes:
         findings: Most important first: errors, warnings, notes, then one `"ok"` for each family of

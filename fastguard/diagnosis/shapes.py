@@ -11,9 +11,9 @@ from fastguard.diagnosis.observe import Observation
 
 
 def misfits(output: Any, target: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yields position, output and target where their shapes differ.
+    """Yields position, output and target of each pair whose shapes differ.
 
-    An output without dimensions is a loss computed by the model and matches no target.
+    An output without dimensions is a loss computed by the model and is not compared.
     """
     for where, a, b in _paired(output, target, ""):
         if a.ndim and a.shape != b.shape and not _are_classes(a, b):
@@ -24,8 +24,8 @@ def raised_by_shapes(step: Observation, targets: Any) -> bool:
     """Whether mismatched shapes of output and targets explain an error raised by the loss."""
     if step.failed("loss") is None:
         return False
-    met = any(meeting.result is None for meeting in step.functions.meetings)
-    return met or any(True for _ in misfits(step.output, targets))
+    raised = any(mismatch.result is None for mismatch in step.functions.shape_mismatches)
+    return raised or any(True for _ in misfits(step.output, targets))
 
 
 def _paired(output: Any, target: Any, where: str) -> Iterator[tuple[str, Tensor, Tensor]]:

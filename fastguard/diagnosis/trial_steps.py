@@ -19,7 +19,7 @@ from fastguard.functional.clip import clip_grad_norm_
 
 N_STEPS = 5
 SECONDS = 8.0
-"""Seconds after which no further step starts: a diagnosis should take less than half a minute."""
+"""No further step starts after this time, to keep a diagnosis below half a minute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Update:
     """The effect of the first step on one parameter.
 
     Attributes:
-        weight, moved: Norm of the parameter before the step, and of the difference.
+        weight, moved: Norm of the parameter before the step, and norm of its change.
         stuck: Share of the elements that have a gradient but did not change, bit for bit.
         dtype: Dtype of the parameter.
     """
@@ -56,9 +56,9 @@ class RealSteps:
 def take_steps(subject: Subject, trained: dict[str, nn.Parameter]) -> RealSteps:
     """Trains on the batch. The caller must restore everything that changes.
 
-    If the subject has no optimizer, AdamW with its defaults shows whether the model can learn at
-    all. Every step uses the same random numbers, so that dropout does not hide a falling loss. The
-    optimizer's hooks, which may write logs or averages, do not run.
+    If the subject has no optimizer, AdamW with its defaults is used. Every step uses the same
+    random numbers, so that dropout does not hide a falling loss. The optimizer's hooks do not run,
+    because they may write logs or averages.
     """
     optimizer = subject.optimizer
     if optimizer is None:

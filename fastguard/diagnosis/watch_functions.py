@@ -1,8 +1,8 @@
 """`FunctionWatch`: records every torch function called in a step, with its arguments.
 
 Module hooks see neither a loss function nor `torch.sigmoid` inside a forward. This class tracks
-which tensors come from the model's output and which from the targets, so it finds where the two
-meet with different shapes, class indices out of range, and saturated activations.
+which tensors come from the model's output and which from the targets. It finds functions that
+combine the two with different shapes, class indices out of range, and saturated activations.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fastguard.diagnosis.loss_inputs import Argument, LossInput, Makers, argument_of, look_at
+from fastguard.diagnosis.loss_inputs import Argument, LossInput, Makers, argument_of, find_problems
 from fastguard.diagnosis.replay.subject import is_readable, tensors
 
 Shape = tuple[int, ...]
 
-# These broadcast with at most a Python warning.
+# These broadcast without an error; some only emit a Python warning.
 ELEMENTWISE_LOSSES = frozenset(
     "mse_loss l1_loss smooth_l1_loss huber_loss kl_div poisson_nll_loss gaussian_nll_loss "
     "soft_margin_loss binary_cross_entropy binary_cross_entropy_with_logits".split()
@@ -43,23 +43,23 @@ _NONE: frozenset[str] = frozenset()
 
 
 class IndexOutOfRange(IndexError):
-    """Raised instead of torch's own error, which on a GPU would make CUDA unusable in the
-    process."""
+    """Raised before torch's own error, which would make a GPU unusable in this process."""
 
 
 class NoProbability(ValueError):
-    """Raised instead of torch's error for a binary cross-entropy of values outside [0, 1]."""
+    """Raised before torch's own error for a binary cross-entropy of values outside [0, 1]."""
 
 
 @dataclass(frozen=True, slots=True)
-class Meeting:
-    """An output and a target that met with different shapes.
+class ShapeMismatch:
+    """A function call that combined an output and a target of different shapes.
 
     Attributes:
-        function: The function that received them.
+        function: The function.
         output, target: Their shapes.
         result: The broadcast shape; None if they cannot be broadcast and the function raised.
-        both_ways: Both were expanded: each output was compared with several targets.
+        both_ways: Whether both were expanded, so that each output was compared with several
+            targets.
     """
 
     function: str
@@ -76,7 +76,7 @@ class Indices:
     Attributes:
         function: The function that received them.
         n: Number of classes or rows: 0 to n - 1 are allowed.
-        ignored: The one other index that is allowed, if any.
+        ignored: The value of `ignore_index`, if any.
         low, high: Smallest and largest index that is not ignored.
         bad_share: Share of indices out of range.
     """
@@ -127,7 +127,7 @@ class FunctionWatch(TorchFunctionMode):
         targets: The targets of the batch.
 
     Attributes:
-        meetings, indices, saturations, large: Observations, in order.
+        shape_mismatches, indices, saturations, large: Observations, in order.
         binary_targets: `(low, high)` of the targets passed to binary cross-entropies.
         loss_inputs: Arguments of losses that are not of the expected kind.
         over_first_axis: The module of each softmax over axis 0, and the size of that axis.
@@ -136,7 +136,7 @@ class FunctionWatch(TorchFunctionMode):
 
     def __init__(self, where: Callable[[], str], targets: Any) -> None:
         super().__init__()
-        self.meetings: list[Meeting] = []
+        self.shape_mismatches: list[ShapeMismatch] = []
         self.indices: list[Indices] = []
         self.saturations: list[Saturation] = []
         self.large: list[Large] = []
@@ -147,7 +147,7 @@ class FunctionWatch(TorchFunctionMode):
         self._makers = Makers()
         self._has_output = False
         self._where = where
-        # holding the tensor keeps its id in use
+        # By id of the tensor. Holding the tensor prevents reuse of its id.
         self._roles: dict[int, tuple[Tensor, frozenset[str]]] = {}
         self._mark(targets, frozenset((TARGET,)))
 
@@ -178,35 +178,35 @@ class FunctionWatch(TorchFunctionMode):
             return func(*args, **kwargs)
         argument = argument_of(args, kwargs)
         with torch.no_grad():
-            self._look_at_indices(name, argument)
-            self._look_at_loss_inputs(name, argument)
-            meeting = self._meeting(name, given)
+            self._observe_indices(name, argument)
+            self._observe_loss_inputs(name, argument)
+            mismatch = self._shape_mismatch(name, given)
         try:
             out = func(*args, **kwargs)
         except Exception:
             self.raised = self.raised or name
-            if meeting is not None and meeting.result is None:
-                self.meetings.append(meeting)
+            if mismatch is not None and mismatch.result is None:
+                self.shape_mismatches.append(mismatch)
             raise
-        if meeting is not None and meeting.result is not None:
-            self.meetings.append(meeting)
+        if mismatch is not None and mismatch.result is not None:
+            self.shape_mismatches.append(mismatch)
         self._makers.note(name, given, out)
         roles = _NONE.union(*map(self._roles_of, given))
         if roles:
             self._mark(out, roles | {RESHAPED} if name in _RESHAPE else roles)
         if isinstance(out, Tensor) and self._where():
             with torch.no_grad():
-                self._look_at_size(name, out)
+                self._observe_size(name, out)
                 if name in ("softmax", "log_softmax") and out.ndim > 1:
                     if _axis(out, argument(1, "dim")) == 0:
                         self.over_first_axis.append((self._where(), out.shape[0]))
                 if name in _SATURATED:
-                    self._look_at_saturation(name, out, args, kwargs)
+                    self._observe_saturation(name, out, args, kwargs)
         return out
 
     # Shapes.
 
-    def _meeting(self, name: str, given: list[Tensor]) -> Meeting | None:
+    def _shape_mismatch(self, name: str, given: list[Tensor]) -> ShapeMismatch | None:
         if len(given) < 2 or not given[0].numel() > 1 < given[1].numel():
             return None
         first, second = given[:2]
@@ -220,18 +220,18 @@ class FunctionWatch(TorchFunctionMode):
         try:
             result = tuple(torch.broadcast_shapes(*shapes))
         except RuntimeError:
-            return Meeting(name, *shapes, None, False)
+            return ShapeMismatch(name, *shapes, None, False)
         both_ways = result not in shapes
         deliberate = RESHAPED in self._roles_of(first) | self._roles_of(second)
-        # Arithmetic between tensors with a deliberately added axis compares all pairs.
+        # If an axis was added deliberately, arithmetic is meant to compare all pairs.
         outer = both_ways and len(shapes[0]) != len(shapes[1]) and not deliberate
         if name in ELEMENTWISE_LOSSES or (name in ARITHMETIC and outer):
-            return Meeting(name, *shapes, result, both_ways)
+            return ShapeMismatch(name, *shapes, result, both_ways)
         return None
 
     # Values.
 
-    def _look_at_indices(self, name: str, argument: Argument) -> None:
+    def _observe_indices(self, name: str, argument: Argument) -> None:
         first = argument(0, "input", "self")
         if name == "embedding":
             weight = argument(1, "weight")
@@ -248,8 +248,8 @@ class FunctionWatch(TorchFunctionMode):
             low, high = target.aminmax()
             self.binary_targets.append((float(low), float(high)))
 
-    def _look_at_loss_inputs(self, name: str, argument: Argument) -> None:
-        found = list(look_at(name, argument, self._makers, self._has_output))
+    def _observe_loss_inputs(self, name: str, argument: Argument) -> None:
+        found = list(find_problems(name, argument, self._makers, self._has_output))
         self.loss_inputs += found
         if found and name == "binary_cross_entropy":
             self.raised = self.raised or name
@@ -263,20 +263,20 @@ class FunctionWatch(TorchFunctionMode):
         if found.bad_share:
             raise IndexOutOfRange(f"{name}: {found.low} to {found.high} is outside 0 to {n - 1}")
 
-    def _look_at_size(self, name: str, out: Tensor) -> None:
+    def _observe_size(self, name: str, out: Tensor) -> None:
         if not out.is_floating_point() or not out.numel() or name in _FLOAT32_IN_AUTOCAST:
             return
         if out.dtype.itemsize < 2 or out.layout is not torch.strided:
             return
         low, high = out.detach().aminmax()
-        # false for NaN, which is reported elsewhere
+        # False for NaN, which other checks report.
         if max(-float(low), float(high)) > FLOAT16_MAX:
             size = out.detach().abs()
             largest = float(torch.where(size.isfinite(), size, torch.zeros_like(size)).max())
             if largest > FLOAT16_MAX:
                 self.large.append(Large(self._where(), name, largest))
 
-    def _look_at_saturation(
+    def _observe_saturation(
         self, name: str, out: Tensor, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> None:
         stuck = _SATURATED[name]

@@ -1,9 +1,9 @@
 """Integration with Accelerate: every optimizer that `accelerator.prepare` receives is guarded.
 
-Accelerate's own calls keep their meaning: `clip_grad_norm_` sets the limit that the guard applies
-in the next step, once; `optimizer.step_was_skipped` includes the guard's skips, so prepared
-schedulers wait for a step that is applied; `backward` passes the loss to the guard. When a step is
-skipped, changes that the bad batch made to running statistics are undone.
+The training loop does not change. `clip_grad_norm_` sets a limit that the guard applies once, in
+the next step. `optimizer.step_was_skipped` includes the guard's skips, so prepared schedulers wait
+for an applied step. `backward` passes the loss to the guard. When a step is skipped, changes that
+the bad batch made to running statistics are undone.
 
 Tested with accelerate 1.15.0.
 """
@@ -23,17 +23,17 @@ from torch.optim import Optimizer
 from fastguard.functional.clip import get_total_norm
 from fastguard.guard.guarded import GuardedOptimizer
 from fastguard.guard.model_buffers import ModelBuffers
-from fastguard.integrations.replaced import TakenOver
-from fastguard.integrations.requested_limit import AskedLimit, was_skipped
+from fastguard.integrations.replaced import ReplacedMethods
+from fastguard.integrations.requested_limit import RequestedLimit, was_skipped
 from fastguard.integrations.shared import (
     BatchSpan,
     RunRecords,
     Sink,
     StepTags,
-    alone_in_training,
     engine_error,
     guarded,
     needs,
+    optimizer_of_loss,
 )
 
 with needs("huggingface"):
@@ -47,7 +47,7 @@ METHODS = ("prepare_optimizer", "clip_grad_norm_", "backward", "end_training")
 class GuardedAcceleratedOptimizer(AcceleratedOptimizer):
     """Accelerate's wrapper around a guarded optimizer."""
 
-    limit: AskedLimit
+    limit: RequestedLimit
     statistics: ModelBuffers | None
     guard: AcceleratorGuard
 
@@ -57,13 +57,13 @@ class GuardedAcceleratedOptimizer(AcceleratedOptimizer):
         return was_skipped(self.optimizer)
 
     def attach(self) -> None:
-        """Attaches the step hooks, which copies of an optimizer lack."""
+        """Attaches the step hooks, which are not copied with an optimizer."""
         if self.statistics is not None:
             self.statistics.follow(self.optimizer)
         StepTags(self.optimizer, self._tag, self._clear)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A scheduler sets `step` on the instance: a copy would step the original.
+        # A scheduler replaces `step` on the instance; a copy of it would step the original.
         return {name: v for name, v in super().__getstate__().items() if name != "step"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -109,10 +109,10 @@ class AcceleratorGuard:
         self.span: BatchSpan = BatchSpan()
         self._model = model
         self._passes = _Passes()
-        # In the order of `prepare`; weak, since a trainer creates new ones and drops old ones.
+        # In the order of `prepare`. Weak, since a trainer may replace its optimizers.
         self.prepared: weakref.WeakKeyDictionary[GuardedAcceleratedOptimizer, None]
         self.prepared = weakref.WeakKeyDictionary()
-        self._accelerates = TakenOver(accelerator, self, METHODS)
+        self._replaced = ReplacedMethods(accelerator, self, METHODS)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "prepared": list(self.prepared)}
@@ -122,7 +122,7 @@ class AcceleratorGuard:
         self.prepared = weakref.WeakKeyDictionary(dict.fromkeys(state["prepared"]))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AcceleratorGuard:
-        return self  # as the accelerator does
+        return self  # like the accelerator's own deepcopy
 
     @property
     def model(self) -> nn.Module | None:
@@ -130,7 +130,7 @@ class AcceleratorGuard:
         return self._model
 
     def model_of(self, optimizer: Optimizer) -> nn.Module | None:
-        """Returns the model that owns a new optimizer's parameters; a copy may have replaced it."""
+        """Returns the model that owns a new optimizer's parameters, perhaps a copy of `model`."""
         wanted = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for model in (self.model, *self.accelerator._models):
             if model is not None and not wanted.isdisjoint(map(id, model.parameters())):
@@ -142,7 +142,7 @@ class AcceleratorGuard:
     ) -> AcceleratedOptimizer:
         """Prepares an optimizer like Accelerate's method, guarded."""
         if isinstance(optimizer, AcceleratedOptimizer):
-            return self._accelerates.own("prepare_optimizer")(optimizer, device_placement)
+            return self._replaced.original("prepare_optimizer")(optimizer, device_placement)
         model = None if self.model is None else self.model_of(optimizer)
         optimizer = guarded(
             optimizer,
@@ -157,13 +157,13 @@ class AcceleratorGuard:
             optimizer, device_placement=device_placement, scaler=self.accelerator.scaler
         )
         prepared.guard = self
-        prepared.limit = AskedLimit(optimizer, fixed=self.fixed)
+        prepared.limit = RequestedLimit(optimizer, fixed=self.fixed)
         prepared.statistics = None if model is None else ModelBuffers(model)
         prepared.attach()
-        prepared._is_accelerate_prepared = True  # so that Accelerate only registers it
+        prepared._is_accelerate_prepared = True  # then Accelerate only registers it
         self.prepared[prepared] = None
         self.open_records()
-        return self._accelerates.own("prepare_optimizer")(prepared, device_placement)
+        return self._replaced.original("prepare_optimizer")(prepared, device_placement)
 
     def open_records(self) -> None:
         """Opens the records on the main process, again after `end_training`."""
@@ -182,48 +182,47 @@ class AcceleratorGuard:
                 self.accelerator.unscale_gradients()
                 prepared.limit.norm(max_norm, norm_type)
                 return self.total_norm(prepared.optimizer, parameters)
-        # Parameters of several optimizers, or a part of one: there is no step to clip within.
-        return self._accelerates.own("clip_grad_norm_")(parameters, max_norm, norm_type)
+        # These are not the parameters of exactly one optimizer, so no step can clip them.
+        return self._replaced.original("clip_grad_norm_")(parameters, max_norm, norm_type)
 
     def total_norm(self, optimizer: GuardedOptimizer, parameters: list[Tensor]) -> Tensor:
-        """Measures the norm that `clip_grad_norm_` returns now, with another read of the
-        gradients."""
+        """Measures the norm that `clip_grad_norm_` returns, which reads the gradients once more."""
         grads = [p.grad for p in parameters if p.grad is not None]
         return get_total_norm(grads, optimizer.norm_type, group=optimizer.group)
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
-        """Like Accelerate's method; passes the loss to the guard if its optimizer is clear."""
+        """Like Accelerate's method; also passes the loss to the guard if its optimizer is known."""
         self.count_batch()
         optimizers = [prepared.optimizer for prepared in self.prepared]
-        optimizer = alone_in_training(optimizers, loss, self.accelerator.num_processes)
+        optimizer = optimizer_of_loss(optimizers, loss, self.accelerator.num_processes)
         if optimizer is not None:
             optimizer.observe(self.loss_of_batch(loss.detach()))
-        self._accelerates.own("backward")(loss, **kwargs)
+        self._replaced.original("backward")(loss, **kwargs)
 
     def count_batch(self) -> None:
-        """Counts a batch; in a custom loop, each call of `backward` is one batch."""
+        """Counts a batch. In a custom loop, each call of `backward` counts as one batch."""
         self.span.begin(*self._passes.next_batch(self.accelerator.gradient_state))
         self.span.add()
 
     def loss_of_batch(self, loss: Tensor) -> Tensor:
-        """Returns the loss of a micro-batch; their mean is the loss of the step."""
+        """Returns the loss of a micro-batch, such that their mean is the loss of the step."""
         return loss
 
     def tag(self, optimizer: GuardedOptimizer) -> dict[str, Any]:
-        """Returns the position in the data of the next step."""
+        """Returns the tag of the next step: the batches that contribute to it."""
         return self.span.tag(optimizer.steps_taken + 1)
 
     def end_training(self) -> None:
         """Like Accelerate's method; also writes the last records."""
         self.records.end()
-        self._accelerates.own("end_training")()
+        self._replaced.original("end_training")()
 
 
 class _Passes:
     """Counts passes over the data, from Accelerate's state of its data loaders."""
 
     def __init__(self) -> None:
-        self._pass: tuple[Any, ...] | None = None  # differs between passes
+        self._pass: tuple[Any, ...] | None = None  # identifies the current pass
         self._epoch: int | None = None
         self._batch = 0
 
@@ -237,7 +236,7 @@ class _Passes:
         if loader is None:
             now: tuple[Any, ...] = ()
         else:
-            # A loop that is left early does not count as an iteration, but stays referenced.
+            # A loop that ended early does not count as an iteration, but its reference remains.
             references = len(state.dataloader_references)
             now = (id(loader.dataset), id(loader), loader.iteration, references)
         if now == self._pass:
@@ -256,7 +255,7 @@ class _Passes:
 
 
 def _skipped_batches(loader: Any) -> int:
-    """Returns how many batches `skip_first_batches` left out, itself or through the sampler."""
+    """Returns the number of batches that `skip_first_batches` skips."""
     samplers = (getattr(loader, name, None) for name in ("batch_sampler", "sampler"))
     return max(getattr(part, "skip_batches", 0) for part in (loader, *samplers))
 
@@ -275,8 +274,7 @@ def guard(
         accelerator: The accelerator, before its `prepare` is called.
         model: The model being trained, so that records name its parameters and a skipped step
             restores its running statistics. Prepare it before its optimizer, or first in the same
-            call.
-            Default: None.
+            call. Default: None.
         records: JSON lines file to which the main process appends each record. Default: None.
         sinks: Called with each record on the main process, such as `TensorBoardSink("run")`.
         options: Arguments of `GuardedOptimizer`. If they include `max_norm`, limits passed to

@@ -1,7 +1,7 @@
 """Integration with Lightning Fabric: every optimizer that `fabric.setup` receives is guarded.
 
-`fabric.clip_gradients` sets the limit that the guard applies in the next step, once, with every
-precision; `fabric.backward` passes the loss to the guard. When a step is skipped, changes that the
+`fabric.clip_gradients` sets a limit that the guard applies once, in the next step, with every
+precision. `fabric.backward` passes the loss to the guard. When a step is skipped, changes that the
 bad batch made to running statistics are undone.
 
 Tested with lightning 2.6.6.
@@ -21,16 +21,16 @@ from torch.optim import Optimizer
 from fastguard.functional.clip import get_total_norm
 from fastguard.guard.guarded import GuardedOptimizer
 from fastguard.guard.model_buffers import ModelBuffers
-from fastguard.integrations.replaced import TakenOver
-from fastguard.integrations.requested_limit import AskedLimit
+from fastguard.integrations.replaced import ReplacedMethods
+from fastguard.integrations.requested_limit import RequestedLimit
 from fastguard.integrations.shared import (
     BatchSpan,
     RunRecords,
     Sink,
     StepTags,
-    alone_in_training,
     guarded,
     needs,
+    optimizer_of_loss,
     refuse_deepspeed,
 )
 
@@ -43,8 +43,8 @@ with needs("lightning"):
 class FabricGuard:
     """Replaces two methods of a Fabric and four of its strategy.
 
-    The strategy's `backward` is not replaced: Fabric assumes that a plain `loss.backward()` would
-    bypass a strategy with its own `backward`, and forbids it.
+    The strategy's `backward` is not replaced, because Fabric forbids a plain `loss.backward()` for
+    strategies that override it.
 
     Args:
         fabric: The Fabric, before its `setup` is called.
@@ -65,10 +65,10 @@ class FabricGuard:
         self.options: dict[str, Any] = options
         self.records = records
         self.span: BatchSpan = BatchSpan()
-        self.limits: dict[GuardedOptimizer, AskedLimit] = {}
+        self.limits: dict[GuardedOptimizer, RequestedLimit] = {}
         self._statistics: dict[GuardedOptimizer, ModelBuffers] = {}
-        self._fabrics = TakenOver(fabric, self, ("backward", "setup_dataloaders"))
-        self._strategys = TakenOver(
+        self._fabric_methods = ReplacedMethods(fabric, self, ("backward", "setup_dataloaders"))
+        self._strategy_methods = ReplacedMethods(
             strategy,
             self,
             (
@@ -91,29 +91,29 @@ class FabricGuard:
 
     def setup_dataloaders(self, *dataloaders: Any, **kwargs: Any) -> Any:
         """Like Fabric's method; the loaders also report the batch they return."""
-        loaders = self._fabrics.own("setup_dataloaders")(*dataloaders, **kwargs)
+        loaders = self._fabric_methods.original("setup_dataloaders")(*dataloaders, **kwargs)
         for loader in loaders if isinstance(loaders, list) else [loaders]:
             if type(loader) is _FabricDataLoader:
-                loader.__class__ = _TellingDataLoader
+                loader.__class__ = _ReportingDataLoader
                 loader.fastguard_span = self.span
         return loaders
 
     def backward(self, tensor: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Like Fabric's method; passes the loss to the guard if its optimizer is clear."""
+        """Like Fabric's method; also passes the loss to the guard if its optimizer is known."""
         self.span.add()
-        optimizer = alone_in_training(list(self.limits), tensor, self.world_size)
+        optimizer = optimizer_of_loss(list(self.limits), tensor, self.world_size)
         if optimizer is not None:
             optimizer.observe(tensor.detach())
-        self._fabrics.own("backward")(tensor, *args, **kwargs)
+        self._fabric_methods.original("backward")(tensor, *args, **kwargs)
 
     def setup_module_and_optimizers(
         self, module: nn.Module, optimizers: list[Optimizer], *rest: Any
     ) -> tuple[Any, ...]:
-        """Like the strategy's method; FSDP's does not set up optimizers passed with a module."""
-        theirs = self._strategys.own("setup_module_and_optimizers")
-        module, optimizers, *rest_of_it = theirs(module, optimizers, *rest)
-        ours = [o if o in self.limits else self.setup_optimizer(o) for o in optimizers]
-        return module, ours, *rest_of_it
+        """Like the strategy's method; also guards optimizers that it did not set up (FSDP)."""
+        setup = self._strategy_methods.original("setup_module_and_optimizers")
+        module, optimizers, *others = setup(module, optimizers, *rest)
+        guarded = [o if o in self.limits else self.setup_optimizer(o) for o in optimizers]
+        return module, guarded, *others
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
         """Sets up an optimizer like the strategy's method, guarded."""
@@ -126,10 +126,10 @@ class FabricGuard:
         )
         if self.model is not None:
             self._statistics[optimizer] = ModelBuffers(self.model)
-        self.limits[optimizer] = AskedLimit(optimizer, fixed="max_norm" in self.options)
+        self.limits[optimizer] = RequestedLimit(optimizer, fixed="max_norm" in self.options)
         self._attach(optimizer)
         self.records.begin(list(self.limits), writes=self.strategy.is_global_zero)
-        return self._strategys.own("setup_optimizer")(optimizer)
+        return self._strategy_methods.original("setup_optimizer")(optimizer)
 
     def clip_gradients_norm(
         self,
@@ -155,7 +155,7 @@ class FabricGuard:
         self.limits[optimizer].value(clip_val)
 
     def _attach(self, optimizer: GuardedOptimizer) -> None:
-        """Attaches the step hooks, which copies of an optimizer lack."""
+        """Attaches the step hooks, which are not copied with an optimizer."""
         if optimizer in self._statistics:
             self._statistics[optimizer].follow(optimizer)
         StepTags(
@@ -163,22 +163,21 @@ class FabricGuard:
         )
 
     def _unscale(self, optimizer: GuardedOptimizer) -> None:
-        """Unscales without the precision plugin, which refuses an optimizer that can unscale
-        itself."""
+        """Unscales without the precision plugin, which refuses optimizers that can unscale."""
         scaler = getattr(self.strategy.precision, "scaler", None)
         if scaler is not None:
             scaler.unscale_(optimizer)
 
 
-class _TellingDataLoader(_FabricDataLoader):
-    """Fabric's data loader, which also reports to the guard which batch it returns."""
+class _ReportingDataLoader(_FabricDataLoader):
+    """Fabric's data loader; also tells the guard which batch it returns."""
 
     fastguard_span: BatchSpan
 
     def __iter__(self) -> Iterator[Any]:
         epoch = self._num_iter_calls
         for batch, item in enumerate(super().__iter__()):
-            if torch.is_grad_enabled():  # otherwise it is validation, perhaps before a step
+            if torch.is_grad_enabled():  # not in validation
                 self.fastguard_span.begin(epoch, batch)
             yield item
 
@@ -197,8 +196,7 @@ def guard(
         fabric: The Fabric, before its `setup` is called.
         model: The model being trained, so that records name its parameters and a skipped step
             restores its running statistics. Set it up before its optimizer, or in the same call.
-            Default:
-                None.
+            Default: None.
         records: JSON lines file to which rank 0 appends each record. Default: None.
         sinks: Called with each record on rank 0, such as `TensorBoardSink("run")`.
         options: Arguments of `GuardedOptimizer`. If they include `max_norm`, limits passed to

@@ -1,8 +1,8 @@
 """Integration with the Trainer of transformers: `guard(trainer)` before `trainer.train()`.
 
-The Trainer's optimizer is guarded when it is created. `max_grad_norm` becomes the guard's limit and
-is applied once; the logged `grad_norm` is the norm that the guard measured in the step; schedulers
-wait for a step that is applied; the guard's state is saved in `optimizer.pt`.
+The Trainer's optimizer is guarded when it is created. `max_grad_norm` becomes the guard's limit.
+The logged `grad_norm` is the norm that the guard measured in the step. Schedulers wait for an
+applied step. The guard's state is saved in `optimizer.pt`.
 
 Tested with transformers 5.23.0 and accelerate 1.15.0.
 """
@@ -44,8 +44,8 @@ class GuardCallback(TrainerCallback):
         self._guard: TrainerGuard | None = None
         self._norm: Tensor | None = None
 
-    def norm_to_come(self, device: torch.device) -> Tensor:
-        """Returns the norm of the next step, `()`; NaN until then."""
+    def next_norm(self, device: torch.device) -> Tensor:
+        """Returns a tensor `()` that will hold the norm of the next step; NaN until then."""
         self._norm = torch.full((), math.nan, device=device)
         return self._norm
 
@@ -71,7 +71,7 @@ class GuardCallback(TrainerCallback):
         self._guard.begin_batch()
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Records that another micro-batch of the same step follows."""
+        """Counts the next micro-batch of the same step."""
         self.on_step_begin(args, state, control)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -80,7 +80,7 @@ class GuardCallback(TrainerCallback):
         self._guard.records.end()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Fills in the norm that the Trainer received when it asked for clipping. Never syncs."""
+        """Fills in the tensor that the Trainer received as the norm. Never syncs."""
         if self._norm is not None and self.optimizer is not None and self.optimizer.last:
             self._norm.copy_(total_norm_of(self.optimizer.last))
 
@@ -99,7 +99,7 @@ class GuardCallback(TrainerCallback):
 
 
 class TrainerGuard(AcceleratorGuard):
-    """The guard of a Trainer's accelerator; the Trainer uses the norm only after the step."""
+    """The guard of a Trainer's accelerator. The Trainer reads the norm after the step."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class TrainerGuard(AcceleratorGuard):
         self.trainer = trainer
         self.callback = callback
         self._epoch, self._batch = -1, 0  # the next batch
-        self._first_batch = 0  # of the first epoch, where a resumed run may start in the middle
+        self._first_batch = 0  # in the first epoch; a resumed run may start in the middle
         limit = trainer.args.max_grad_norm or None  # for the Trainer, 0 means no limit
         super().__init__(
             trainer.accelerator,
@@ -135,15 +135,16 @@ class TrainerGuard(AcceleratorGuard):
     def begin_training(
         self, prepared: GuardedAcceleratedOptimizer, args: Any, state: Any, loader: Any
     ) -> None:
-        """Starts training, perhaps in the middle of an epoch."""
+        """Starts training; a resumed run may start in the middle of an epoch."""
         if prepared.guard is not self:
-            # The Trainer is a copy; both share one accelerator, which works for one at a time.
+            # The Trainer is a copy: it shares the accelerator with the original, which must not
+            # train at the same time.
             prepared.guard.prepared.pop(prepared, None)
             self.records: RunRecords = prepared.guard.records
             prepared.guard = self
             self.prepared: weakref.WeakKeyDictionary[GuardedAcceleratedOptimizer, None]
             self.prepared = weakref.WeakKeyDictionary({prepared: None})
-        self._accelerates.take()
+        self._replaced.install()
         self.open_records()
         done = state.epoch or 0.0
         self._epoch = math.floor(done + 1e-6)
@@ -171,12 +172,11 @@ class TrainerGuard(AcceleratorGuard):
         return self.span.tag(self.trainer.state.global_step + 1)
 
     def total_norm(self, optimizer: GuardedOptimizer, parameters: list[Tensor]) -> Tensor:
-        """Returns the norm that the next step will measure, without a read of its own."""
-        return self.callback.norm_to_come(parameters[0].device)
+        """Returns a tensor for the norm that the next step measures, which avoids a read."""
+        return self.callback.next_norm(parameters[0].device)
 
     def loss_of_batch(self, loss: Tensor) -> Tensor:
-        """Undoes the Trainer's division before backward, so that the mean is the loss of the
-        step."""
+        """Undoes the Trainer's division, so that the mean over micro-batches is the step's loss."""
         return loss * self.trainer.current_gradient_accumulation_steps
 
 

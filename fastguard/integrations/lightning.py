@@ -2,9 +2,9 @@
 
 Every optimizer that `configure_optimizers` returns is guarded, in automatic and manual optimization
 and with every precision plugin. Lightning's clipping, by `gradient_clip_val` or `clip_gradients`,
-sets the limit that the guard applies within the step, once. Per-step schedules wait for a step that
-is applied; running statistics are restored after a skipped step; the guard's state is saved with
-the optimizer's. For Fabric, use `fastguard.integrations.fabric`. docs/lightning.md has complete
+sets a limit that the guard applies once, within the step. Per-step schedules wait for an applied
+step. Running statistics are restored after a skipped step. The guard's state is saved with the
+optimizer's. For Fabric, use `fastguard.integrations.fabric`. docs/lightning.md has complete
 examples of both.
 
 Tested with lightning 2.6.6.
@@ -26,16 +26,16 @@ from torch.optim import Optimizer
 
 from fastguard.guard.guarded import GuardedOptimizer
 from fastguard.guard.model_buffers import ModelBuffers
-from fastguard.integrations.replaced import TakenOver
-from fastguard.integrations.requested_limit import AskedLimit, total_norm_of, was_skipped
+from fastguard.integrations.replaced import ReplacedMethods
+from fastguard.integrations.requested_limit import RequestedLimit, total_norm_of, was_skipped
 from fastguard.integrations.shared import (
     BatchSpan,
     RunRecords,
     Sink,
     StepTags,
-    alone_in_training,
     guarded,
     needs,
+    optimizer_of_loss,
     refuse_deepspeed,
 )
 
@@ -51,14 +51,15 @@ class GuardCallback(Callback):
     """Guards the optimizers of each `fit`, and logs every step.
 
     Logs `train/grad_norm` (before clipping), `train/clip_coef` and `train/skipped_steps` (so far)
-    without synchronising with the GPU; a per-step schedule reads each verdict.
+    without synchronising with the GPU. With a per-step schedule, each step synchronises, because
+    the schedule waits for an applied step.
 
     Args:
         records: JSON lines file to which rank 0 appends each record; records of a second optimizer
             go to `records-1.jsonl` beside it. Default: None.
         sinks: Called with each record on rank 0, such as `TensorBoardSink("run")`.
         options: Arguments of `GuardedOptimizer`; `max_norm` defaults to the Trainer's
-            `gradient_clip_val`, and replaces all of Lightning's limits if given.
+            `gradient_clip_val`. If given, all of Lightning's limits are ignored.
 
     Attributes:
         optimizers: The guarded optimizers of the last `fit`, for their records and counters.
@@ -78,14 +79,14 @@ class GuardCallback(Callback):
         self.options = options
         self.optimizers: list[GuardedOptimizer] = []
         self._records = RunRecords(records, sinks)
-        self._limits: list[AskedLimit] = []
+        self._limits: list[RequestedLimit] = []
         self._spans: list[BatchSpan] = []
         self._skipped: list[Tensor] = []
         self._logged: list[int] = []
         self._trainer: Trainer | None = None
         self._statistics: ModelBuffers | None = None
         self._hooks: list[Any] = []
-        self._lightnings: list[TakenOver] = []
+        self._replaced: list[ReplacedMethods] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_hooks": []}
@@ -114,19 +115,23 @@ class GuardCallback(Callback):
         ]
         self.optimizers = [o for o in trainer.optimizers if isinstance(o, GuardedOptimizer)]
         fixed = "max_norm" in self.options
-        self._limits = [AskedLimit(optimizer, fixed=fixed) for optimizer in self.optimizers]
+        self._limits = [RequestedLimit(optimizer, fixed=fixed) for optimizer in self.optimizers]
         self._spans = [BatchSpan() for _ in self.optimizers]
         self._trainer = trainer
         self._attach()
-        # On the acting objects, not on the module, which users copy and save.
-        self._lightnings = [
-            TakenOver(trainer.precision_plugin, self, ["clip_gradients"]),
-            TakenOver(trainer.fit_loop.epoch_loop, self, ["update_lr_schedulers"]),
-            *(_Names(c).monitors for c in trainer.callbacks if isinstance(c, LearningRateMonitor)),
+        # Not on the module, which users copy and save.
+        self._replaced = [
+            ReplacedMethods(trainer.precision_plugin, self, ["clip_gradients"]),
+            ReplacedMethods(trainer.fit_loop.epoch_loop, self, ["update_lr_schedulers"]),
+            *(
+                _PlainNames(c).monitors
+                for c in trainer.callbacks
+                if isinstance(c, LearningRateMonitor)
+            ),
         ]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Uses the current state, perhaps restored, as the start for counting and for restoring."""
+        """Starts counting from the current state, which a checkpoint may have restored."""
         self._records.begin(self.optimizers, writes=trainer.is_global_zero)
         self._skipped = [torch.tensor(float(o.skipped_steps)) for o in self.optimizers]
         self._logged = [optimizer.steps_taken for optimizer in self.optimizers]
@@ -137,13 +142,13 @@ class GuardCallback(Callback):
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
-        """Passes the loss of a micro-batch to the guard if its optimizer is clear."""
+        """Passes the loss of a micro-batch to the guard if its optimizer is known."""
         for span in self._spans:
             _begin_batch(span, trainer)
-            # If one of several optimizers has stepped, the loss belongs to another one.
+            # With several optimizers, the loss belongs to one that has not stepped on this batch.
             if len(self._spans) == 1 or not span.has_stepped:
                 span.add()
-        optimizer = alone_in_training(self.optimizers, loss, trainer.world_size)
+        optimizer = optimizer_of_loss(self.optimizers, loss, trainer.world_size)
         if optimizer is None:
             return
         loss = loss.detach()
@@ -174,9 +179,9 @@ class GuardCallback(Callback):
         """Writes the last records and restores Lightning's own methods."""
         self._records.end()
         self._detach()
-        for methods in self._lightnings:
-            methods.give_back()
-        self._lightnings, self._trainer, self._statistics = [], None, None
+        for methods in self._replaced:
+            methods.restore()
+        self._replaced, self._trainer, self._statistics = [], None, None
 
     on_exception = teardown
 
@@ -198,11 +203,10 @@ class GuardCallback(Callback):
         )
 
     def _attach(self) -> None:
-        """Attaches the step hooks, which copies of an optimizer lack."""
+        """Attaches the step hooks, which are not copied with an optimizer."""
         for i, optimizer in enumerate(self.optimizers):
-            # The closure returns only the last micro-batch's loss, divided by
-            # accumulate_grad_batches, and nothing with a scaler; on_before_backward sees all
-            # losses.
+            # loss={}: on_before_backward has passed the losses of all micro-batches. The closure
+            # returns only the last one, divided by accumulate_grad_batches, and none with a scaler.
             tag = partial(self._tag, i)
             self._hooks.append(StepTags(optimizer, tag, self._spans[i].clear, loss={}))
             if self._statistics is not None:  # training has started
@@ -234,8 +238,7 @@ class GuardCallback(Callback):
     def clip_gradients(
         self, optimizer: Any, clip_val: float = 0.0, gradient_clip_algorithm: str = "norm"
     ) -> None:
-        """Replaces the precision plugin's method, which refuses an optimizer that unscales
-        itself."""
+        """Replaces the precision plugin's method, which refuses optimizers that can unscale."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer.optimizer
         limit = next((limit for limit in self._limits if limit.optimizer is optimizer), None)
@@ -246,27 +249,25 @@ class GuardCallback(Callback):
         """Replaces the training loop's method: a per-step schedule waits for an applied step."""
         if interval == "step" and self.optimizers and was_skipped(self.optimizers[0]):
             return
-        theirs = self._lightnings[1].own("update_lr_schedulers")
+        theirs = self._replaced[1].original("update_lr_schedulers")
         theirs(interval=interval, update_plateau_schedulers=update_plateau_schedulers)
 
 
-class _Names:
-    """Gives a `LearningRateMonitor` the names of the wrapped optimizers.
-
-    This includes schedules created for the guard after the fit started.
-    """
+class _PlainNames:
+    """Makes a `LearningRateMonitor` use the names of the wrapped optimizers."""
 
     def __init__(self, monitor: LearningRateMonitor) -> None:
-        self.monitors = TakenOver(monitor, self, ["_find_names_from_schedulers"])
+        self.monitors = ReplacedMethods(monitor, self, ["_find_names_from_schedulers"])
 
     def _find_names_from_schedulers(self, configs: list[Any]) -> Any:
         plain = []
         for config in configs:
             optimizer = config.scheduler.optimizer
-            while isinstance(optimizer, GuardedOptimizer):  # Lightning's wrapper is one too
+            # Lightning's wrapper is a subclass of the class that it wraps.
+            while isinstance(optimizer, GuardedOptimizer):
                 optimizer = optimizer.optimizer
             plain.append(replace(config, scheduler=SimpleNamespace(optimizer=optimizer)))
-        return self.monitors.own("_find_names_from_schedulers")(plain)
+        return self.monitors.original("_find_names_from_schedulers")(plain)
 
 
 def _begin_batch(span: BatchSpan, trainer: Trainer) -> None:

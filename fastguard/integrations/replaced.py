@@ -1,4 +1,4 @@
-"""Replaces methods of an object until they are given back."""
+"""Replaces methods of an object until they are restored."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from types import MethodType
 from typing import Any
 
 
-class TakenOver:
+class ReplacedMethods:
     """Replaces methods of one object with methods of the same names of another object.
 
-    The replaced methods are looked up when called, not stored, so that copies and pickles of both
-    objects refer to each other like the originals.
+    The original methods are looked up when they are called, not stored. In a copy or a pickle of
+    both objects, each copy therefore refers to the other copy.
 
     Args:
         owner: The object whose methods are replaced, on this instance only.
@@ -24,15 +24,15 @@ class TakenOver:
         ...         return "step"
         >>> class Guard:
         ...     def __init__(self, trainer):
-        ...         self.trainers = TakenOver(trainer, self, ["step"])
+        ...         self.replaced = ReplacedMethods(trainer, self, ["step"])
         ...
         ...     def step(self):
-        ...         return "guarded " + self.trainers.own("step")()
+        ...         return "guarded " + self.replaced.original("step")()
         >>> trainer = Trainer()
         >>> guard = Guard(trainer)
         >>> trainer.step()
         'guarded step'
-        >>> guard.trainers.give_back()
+        >>> guard.replaced.restore()
         >>> trainer.step()
         'step'
     """
@@ -42,20 +42,20 @@ class TakenOver:
         self.by: object = by
         self.names: Sequence[str] = names
         self._of_instance = {name: vars(owner)[name] for name in names if name in vars(owner)}
-        self.take()
+        self.install()
 
-    def take(self) -> None:
-        """Installs the other object's methods, whatever replaced them meanwhile."""
+    def install(self) -> None:
+        """Installs the new methods, also if other methods have replaced them since."""
         for name in self.names:
             setattr(self.owner, name, getattr(self.by, name))
 
-    def own(self, name: str) -> Callable[..., Any]:
-        """Returns the method that was replaced."""
+    def original(self, name: str) -> Callable[..., Any]:
+        """Returns the original method."""
         if name in self._of_instance:
             return self._of_instance[name]
         return MethodType(getattr(type(self.owner), name), self.owner)
 
-    def give_back(self) -> None:
+    def restore(self) -> None:
         """Restores the owner's methods."""
         for name in self.names:
             vars(self.owner).pop(name, None)

@@ -1,7 +1,7 @@
-"""Carries out a framework's clipping call within the guard's next step.
+"""Moves a framework's clipping into the guard's next step.
 
-Frameworks first clip and then step; clipping in both places would scale gradients twice. So the
-call only stores its limit here, and gradients are read and scaled once.
+Frameworks first clip and then step; clipping in both places would scale gradients twice. Their
+clipping call therefore only stores its limit here, and gradients are read and scaled once.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from fastguard.stages.measure import norm_type_of
 from fastguard.stages.reason import Reason
 
 
-class AskedLimit:
-    """The limits that a framework requests of a guarded optimizer, each for one step.
+class RequestedLimit:
+    """The limits that a framework requests from a guarded optimizer, each for one step.
 
     Args:
         optimizer: The optimizer; its `max_norm` applies to steps without a request.
@@ -46,16 +46,15 @@ class AskedLimit:
         """
         if norm_type_of(norm_type) != self.optimizer.norm_type:
             raise ValueError(
-                f"asked to clip the norm with p={norm_type}, but the guard measures "
-                f"p={self.optimizer.norm_type:g}; give the guard norm_type={norm_type}"
+                f"cannot clip with norm_type={norm_type}, because the guard measures norm_type="
+                f"{self.optimizer.norm_type:g}; pass norm_type={norm_type} to the guard"
             )
         limit = limit_of("max_norm", max_norm, quiet=True)
         if not self.fixed:
             self.optimizer.max_norm = limit
 
     def value(self, clip_value: float) -> None:
-        """Clamps the elements in the next step; unlike torch, it keeps Inf so that it is
-        detected."""
+        """Clamps the elements in the next step; unlike in torch, Inf stays Inf and is detected."""
         limit = limit_of("clip_value", clip_value)
         for group in self.optimizer.param_groups:
             if "clip_value" not in group:
@@ -70,9 +69,9 @@ class AskedLimit:
 
 
 def total_norm_of(verdict: Verdict) -> Tensor:
-    """Returns the norm as torch reports it: NaN if non-finite elements remained. Never syncs.
+    """Returns the norm that torch would report: NaN if non-finite elements remained. Never syncs.
 
-    The guard's records contain the norm of the finite elements, and the counts of the others.
+    In contrast, records contain the norm of the finite elements and the counts of the others.
     """
     found = (verdict.reason == int(Reason.NONFINITE_GRAD)) | (
         verdict.reason == int(Reason.LOSS_SCALE)

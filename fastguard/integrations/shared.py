@@ -1,4 +1,4 @@
-"""Code shared by all integrations: guarding, assigning losses and batches, opening records."""
+"""Code shared by all integrations: guarding, assigning losses and batches, writing records."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def guarded(
     replicated: bool,
     max_norm: float | None = None,
 ) -> GuardedOptimizer:
-    """Guards a trainer's optimizer with the usual settings unless the user overrides them.
+    """Guards a trainer's optimizer with suitable defaults, which the user's options override.
 
     Args:
         optimizer: The optimizer; a `GuardedOptimizer` is returned unchanged.
@@ -70,22 +70,22 @@ def guarded(
         max_norm: The trainer's own limit. Default: None.
 
     Raises:
-        ValueError: Several processes hold no replicas, and `options` do not say what they hold.
+        ValueError: There are several processes without replicas, and `options` has no `group`.
     """
     if isinstance(optimizer, GuardedOptimizer):
         return optimizer
-    usual = {
+    defaults = {
         "max_norm": max_norm,
         "named_parameters": None if model is None else model.named_parameters(),
-        **usual_group(options, world_size, replicated=replicated),
+        **default_group(options, world_size, replicated=replicated),
     }
-    return GuardedOptimizer(optimizer, **{**usual, **options})
+    return GuardedOptimizer(optimizer, **{**defaults, **options})
 
 
-def usual_group(
+def default_group(
     options: Mapping[str, Any], world_size: int, *, replicated: bool
 ) -> dict[str, Replicated]:
-    """Returns the `group` of `GuardedOptimizer` that fits how a framework distributes a model.
+    """Returns the `group` argument of `GuardedOptimizer` for the way a model is distributed.
 
     Args:
         options: The user's options; a `group` there is kept.
@@ -93,13 +93,13 @@ def usual_group(
         replicated: Whether each holds a replica of the model with the same gradients (DDP).
 
     Returns:
-        The argument by name, or an empty dict.
+        `{"group": ...}`, or an empty dict if no argument is needed.
 
     Raises:
-        ValueError: What the ranks hold is unknown, so each would decide for itself.
+        ValueError: There are several processes without replicas, so each would decide by itself.
 
     Example:
-        >>> usual_group({}, 1, replicated=False)
+        >>> default_group({}, 1, replicated=False)
         {}
     """
     if world_size == 1 or "group" in options:
@@ -115,7 +115,7 @@ def usual_group(
 
 
 def engine_error(engine: str) -> ValueError:
-    """Returns the error for a trainer that steps through an engine, which leaves no step to guard.
+    """Returns the error for a trainer whose steps are taken by an engine such as DeepSpeed.
 
     DeepSpeed and Megatron keep copies of the gradients and clip them by their own settings. A guard
     around their inner optimizer would clip a second time, or never be called.
@@ -125,16 +125,15 @@ def engine_error(engine: str) -> ValueError:
     """
     return ValueError(
         f"{engine} takes the steps and clips by its own settings, so nothing can be guarded here; "
-        "train with DDP or FSDP2, or use the engine without the trainer and guard the optimizer it "
-        "is given, as docs/recipes.md does with DeepSpeed and Megatron-Core"
+        "train with DDP or FSDP2, or use the engine without the trainer and guard the optimizer "
+        "that you pass to it, as docs/recipes.md does with DeepSpeed and Megatron-Core"
     )
 
 
 def refuse_deepspeed(strategy: object) -> None:
     """Raises a ValueError for a strategy that trains through DeepSpeed.
 
-    Recognised by class names: each edition of Lightning has its own class, some of them elsewhere
-    (Habana's), and only some derive from DDPStrategy.
+    It is recognised by class name, because different packages define different classes.
 
     Example:
         >>> refuse_deepspeed(object())
@@ -143,13 +142,13 @@ def refuse_deepspeed(strategy: object) -> None:
         raise engine_error(type(strategy).__name__)
 
 
-def alone_in_training(
+def optimizer_of_loss(
     optimizers: Sequence[GuardedOptimizer], loss: Tensor, world_size: int
 ) -> GuardedOptimizer | None:
-    """Returns the optimizer that a loss belongs to; None if that is not clear.
+    """Returns the optimizer that a loss belongs to; None if that is unknown.
 
-    It is clear if one optimizer trains on one number. Losses of several ranks are combined over a
-    group, so without a group they are ignored.
+    It is known if there is one optimizer and the loss is a scalar. On several ranks, losses are
+    combined over a group, so an optimizer without a group gets no loss.
     """
     if len(optimizers) != 1 or loss.numel() != 1:
         return None
@@ -171,8 +170,8 @@ class BatchSpan:
 
     def __init__(self) -> None:
         self._now: tuple[int | None, int] | None = None  # epoch and batch
-        self._added: list[tuple[int | None, int]] = []  # the first and the last one
-        self._stepped: tuple[int | None, int] | None = None  # the current one at the last step
+        self._added: list[tuple[int | None, int]] = []  # first and last batch of the next step
+        self._stepped: tuple[int | None, int] | None = None  # current batch at the last step
 
     @property
     def has_stepped(self) -> bool:
@@ -220,7 +219,7 @@ class StepTags:
         optimizer: The optimizer; its `step` is called without arguments, or with a closure.
         tag: Returns the tag of the next step. Called before a closure is evaluated.
         clear: Called after each step.
-        usual: Further arguments of `step`, unless the caller passes them.
+        defaults: Further arguments of `step`, unless the caller passes them.
     """
 
     def __init__(
@@ -228,9 +227,9 @@ class StepTags:
         optimizer: GuardedOptimizer,
         tag: Callable[[], dict[str, Any]],
         clear: Callable[[], object],
-        **usual: Any,
+        **defaults: Any,
     ) -> None:
-        self._tag, self._clear, self._usual = tag, clear, usual
+        self._tag, self._clear, self._defaults = tag, clear, defaults
         self._hooks = (
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -242,16 +241,16 @@ class StepTags:
             hook.remove()
 
     def _before_step(self, _: Optimizer, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        return args, {"tag": self._tag(), **self._usual, **kwargs}
+        return args, {"tag": self._tag(), **self._defaults, **kwargs}
 
     def _after_step(self, *_: Any) -> None:
         self._clear()
 
 
 class RunRecords:
-    """The destinations of a run's records: one file, and sinks. One process per run writes.
+    """Writes a run's records to one file and to sinks, in one process per run.
 
-    The file is opened when training starts and appended to, so a resumed run continues in it.
+    The file is opened when training starts. Records are appended, so a resumed run continues it.
 
     Args:
         records: The JSON lines file; its folder is created. None: no file.
@@ -276,7 +275,7 @@ class RunRecords:
             raise TypeError(f"sinks={sinks!r} must be a list of sinks, such as [{name}]")
         for sink in sinks:
             check_sink(sink)
-        # Absolute: the file is opened later, and programs change the working directory.
+        # The file is opened later, when the working directory may have changed.
         self.records: Path | None = None if records is None else check_file(records).absolute()
         self.sinks: tuple[Sink, ...] = tuple(sinks)
         self._files: weakref.WeakKeyDictionary[ReportingOptimizer, _File] = (
@@ -299,10 +298,10 @@ class RunRecords:
         """Opens the files when training starts or continues.
 
         Args:
-            optimizers: All optimizers of the run, in a fixed order. Records of the second one go to
-                `records-1.jsonl`, since each counts its own steps.
+            optimizers: All optimizers of the run, in a fixed order. Each counts its own steps, so
+                the records of the second one go to `records-1.jsonl`.
             writes: Whether this process writes.
-            completed: Adds data to a record that only the trainer knows. Default: None.
+            completed: Returns a record with data added that only the trainer knows. Default: None.
 
         Raises:
             OSError: A file cannot be opened.
@@ -314,7 +313,7 @@ class RunRecords:
                 self._files[optimizer] = file = _File(self.records, i)
                 for sink in (file, *self.sinks):
                     optimizer.add_sink(sink if completed is None else _Completed(sink, completed))
-                # On a GPU the last step's record is in transfer until it is requested.
+                # On a GPU the last step's record may still be in transfer.
                 recorder = weakref.ref(optimizer._recorder)
                 weakref.finalize(optimizer, _wait_for_records, recorder)
             self._files[optimizer].open()

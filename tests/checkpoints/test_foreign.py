@@ -119,7 +119,10 @@ def test_what_is_ignored_is_ignored_by_every_action(tmp_path, capsys):
         write(path, epoch, odds=torch.full((2,), -float("inf")))
     ignore = ["--ignore", "odds"]
     assert main(["ckpt", "rollback", str(last)]) == 1
-    assert "; --ignore PATTERN passes over tensors that may be so" in capsys.readouterr().err
+    assert (
+        "; use --ignore PATTERN for tensors that are non-finite by design"
+        in capsys.readouterr().err
+    )
     assert main(["ckpt", "rollback", str(last), *ignore]) == 0
     assert "the replaced file was complete and finite too" in capsys.readouterr().out
     assert last.read_bytes() == good.read_bytes()

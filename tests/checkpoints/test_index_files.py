@@ -54,7 +54,7 @@ def second(index):
 def test_a_whole_model_is_ok(index, capsys, whole):
     status, out, err = ckpt(capsys, "verify", index if whole == "index" else index.parent)
     assert (status, err) == (0, "")
-    assert f"ok   {index}: 3 tensors, each in the file that it names" in out
+    assert f"ok   {index}: 3 tensors, each present in the file named by the index" in out
     assert out.count("ok ") == 3
 
 

@@ -258,6 +258,6 @@ def test_numbers_that_are_nan_are_noted(tmp_path, capsys):
     torch.save({"model": WEIGHTS, "optimizer": {"param_groups": groups}}, tmp_path / "x.pt")
     status, out, _ = ckpt(capsys, "verify", tmp_path / "x.pt")
     places = "optimizer.param_groups.0.lr, optimizer.param_groups.1.lr\n"
-    assert status == 0 and f"note: numbers beside the tensors that are NaN: {places}" in out
+    assert status == 0 and f"note: values other than tensors that are NaN: {places}" in out
     status, out, _ = ckpt(capsys, "verify", tmp_path / "x.pt", "--ignore", "optimizer.*")
     assert status == 0 and "that are NaN" not in out

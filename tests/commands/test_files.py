@@ -2,12 +2,12 @@
 
 import pytest
 
-from fastguard.commands.files import written
+from fastguard.commands.files import atomic_write
 
 
 def test_a_file_appears_at_the_end(tmp_path):
     path = tmp_path / "picture.png"
-    with written(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(b"new")
         assert temporary.suffix == ".png" and temporary.parent == tmp_path
         assert not path.exists()
@@ -18,7 +18,7 @@ def test_a_file_appears_at_the_end(tmp_path):
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "records.jsonl"
     path.write_bytes(b"old")
-    with pytest.raises(KeyError), written(path) as temporary:
+    with pytest.raises(KeyError), atomic_write(path) as temporary:
         temporary.write_bytes(b"half")
         raise KeyError
     assert path.read_bytes() == b"old"

@@ -6,7 +6,7 @@ import pytest
 
 from fastguard import JsonLinesSink, StepRecord
 from fastguard.commands.cli import main
-from fastguard.commands.run_files import find_run, refuse_lines_of_others, writer_of
+from fastguard.commands.run_files import detect_writer, find_run, refuse_foreign_lines
 from fastguard.commands.usage import UsageError
 from guardtest import require
 
@@ -47,21 +47,21 @@ FOREIGN = [
 
 @pytest.mark.parametrize("before", [b"", b"\x00" * 64 + b"\n", b'{"step": 2, "total_no\n[1]\n'])
 def test_one_record_says_that_fastguard_wrote_the_lines(before):
-    assert writer_of((before + RECORD.encode()).splitlines()) == "fastguard"
-    assert writer_of([*FOREIGN, RECORD]) == "fastguard"
+    assert detect_writer((before + RECORD.encode()).splitlines()) == "fastguard"
+    assert detect_writer([*FOREIGN, RECORD]) == "fastguard"
 
 
 @pytest.mark.parametrize("line", FOREIGN)
 def test_json_lines_of_other_programs_are_known(line):
-    assert writer_of([line]) == writer_of([line.encode()]) == "another program"
-    assert writer_of([codecs.BOM_UTF8 + line.encode()]) == "another program"
+    assert detect_writer([line]) == detect_writer([line.encode()]) == "another program"
+    assert detect_writer([codecs.BOM_UTF8 + line.encode()]) == "another program"
 
 
 @pytest.mark.parametrize(
     "line", ["", "epoch 3 loss nan", "[1]", '{"step": 1', '{"step": 1}', "{" * 100_000, "{}"]
 )
 def test_other_lines_say_nothing_of_their_writer(line):
-    assert writer_of([line]) == "unknown"
+    assert detect_writer([line]) == "unknown"
 
 
 @pytest.mark.parametrize("command", [["report"], ["monitor", "--once"]], ids=lambda c: c[0])
@@ -81,10 +81,10 @@ def test_lines_of_others_are_refused_with_the_command_that_reads_them(
 def test_an_empty_file_after_a_rotation_is_judged_by_the_last_full_one(tmp_path):
     path = write(tmp_path / "records.jsonl", 100, max_bytes=2048)
     path.write_bytes(b"")
-    refuse_lines_of_others(path)
+    refuse_foreign_lines(path)
     (tmp_path / "records.jsonl").write_text(FOREIGN[0])
     with pytest.raises(UsageError, match="another program"):
-        refuse_lines_of_others(path)
+        refuse_foreign_lines(path)
 
 
 @pytest.mark.parametrize("command", [["report"], ["monitor", "--once"]], ids=lambda c: c[0])

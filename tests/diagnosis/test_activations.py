@@ -1,4 +1,4 @@
-"""ActivationGuard: counts or cleans what modules put out, without waiting and without a trace."""
+"""`ActivationGuard` counts or cleans the outputs of modules."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAN, INF = math.nan, math.inf
 
 
 class Give(nn.Module):
-    """Puts its input plus fixed values out, in a container of choice."""
+    """Returns its input plus fixed values, in a container."""
 
     def __init__(self, values, pack=lambda x: x):
         super().__init__()
@@ -34,7 +34,7 @@ def model(*values: float) -> nn.Sequential:
 BAD = (NAN, INF, -INF, 5.0, -50.0, 1.0)
 
 
-def test_counts_by_module_and_changes_nothing():
+def test_count_mode_counts_by_module_and_changes_nothing():
     net, x = model(*BAD), torch.zeros(2, 6)
     plain = net(x)
     with ActivationGuard(net, limit=10.0) as guard:
@@ -47,7 +47,7 @@ def test_counts_by_module_and_changes_nothing():
     assert str(guard).splitlines()[0] == "bad: 4 NaN, 8 Inf, 4 over 10"
 
 
-def test_clean_selects_and_clamps():
+def test_clean_mode_replaces_and_clamps():
     with ActivationGuard(model(*BAD), mode="clean", limit=10.0, modules="bad") as guard:
         assert list(guard.counts()) == ["bad"]
     net = model(*BAD)
@@ -57,7 +57,7 @@ def test_clean_selects_and_clamps():
     assert net2.bad(torch.zeros(6)).tolist() == [0.0, 0.0, 0.0, 5.0, -50.0, 1.0]
 
 
-def test_the_gradient_of_a_replaced_element_is_zero_also_if_its_own_is_nan():
+def test_the_gradient_of_a_replaced_element_is_zero_even_if_the_incoming_gradient_is_nan():
     net = model(*BAD)
     ActivationGuard(net, mode="clean", limit=10.0)
     x = torch.zeros(6, requires_grad=True)
@@ -67,7 +67,7 @@ def test_the_gradient_of_a_replaced_element_is_zero_also_if_its_own_is_nan():
     assert x.grad[5] == 3.0
 
 
-def test_a_finite_step_is_bitwise_the_same_under_a_cleaning_guard():
+def test_clean_mode_leaves_a_finite_step_bitwise_unchanged():
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)), torch.randn(3, 4)
     net(x).sum().backward()
@@ -81,7 +81,7 @@ def test_a_finite_step_is_bitwise_the_same_under_a_cleaning_guard():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_every_float_keeps_its_dtype(dtype):
+def test_outputs_keep_their_dtype(dtype):
     net = model(*BAD).to(dtype)
     guard = ActivationGuard(net, mode="clean", limit=10.0)
     out = net(torch.zeros(6, dtype=dtype))
@@ -90,7 +90,7 @@ def test_every_float_keeps_its_dtype(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.float8_e4m3fn], ids=str)
-def test_floats_of_eight_bits(dtype):
+def test_8_bit_floats_are_counted_and_cleaned(dtype):
     class Low(nn.Module):
         def forward(self, x):
             return x.to(dtype)
@@ -106,13 +106,13 @@ def test_floats_of_eight_bits(dtype):
     assert torch.equal(out.view(torch.uint8)[[1, 2, 4]], plain.view(torch.uint8)[[1, 2, 4]])
     with ActivationGuard(net, mode="clean") as guard:
         assert net(x).float().tolist()[3] == 64.0
-    if dtype is torch.float8_e5m2:  # the other has no infinities
+    if dtype is torch.float8_e5m2:  # float8_e4m3fn has no infinities
         with ActivationGuard(net) as guard:
             net(torch.tensor([INF, -INF, 1.0]))
         assert guard.counts()[""].inf == 2
 
 
-def test_packed_floats_of_four_bits_are_passed_over():
+def test_packed_4_bit_floats_are_ignored():
     packed = torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
     with ActivationGuard(nn.Identity(), mode="clean") as guard:
         assert guard._see(0, packed) is None
@@ -127,14 +127,14 @@ def test_packed_floats_of_four_bits_are_passed_over():
     ],
     ids=["tuple", "dict", "nested"],
 )
-def test_outputs_in_containers(pack, unpack):
+def test_outputs_in_containers_are_cleaned(pack, unpack):
     net = Give([NAN, 1.0], pack)
     guard = ActivationGuard(net, mode="clean")
     assert unpack(net(torch.zeros(2))).tolist() == [0.0, 1.0]
     assert guard.counts() == {"": (1, 0, 0)}
 
 
-def test_an_lstm_and_an_empty_output():
+def test_lstm_outputs_and_empty_outputs_are_supported():
     net = nn.LSTM(2, 3)
     guard = ActivationGuard(net, mode="clean")
     out, (h, _) = net(torch.full((4, 1, 2), NAN))
@@ -152,7 +152,7 @@ def test_an_lstm_and_an_empty_output():
         ("", [""]),
     ],
 )
-def test_modules_are_chosen_by_pattern(patterns, names):
+def test_modules_are_selected_by_pattern(patterns, names):
     class Enc(nn.Sequential):
         pass
 
@@ -179,7 +179,7 @@ def test_reset_and_remove():
     assert not any(m._forward_hooks for m in net.modules())
 
 
-def test_nothing_of_it_is_in_the_state_dict_and_memory_does_not_grow():
+def test_the_state_dict_is_unchanged_and_memory_does_not_grow():
     net = model(NAN)
     keys = list(net.state_dict())
     guard = ActivationGuard(net)
@@ -191,7 +191,7 @@ def test_nothing_of_it_is_in_the_state_dict_and_memory_does_not_grow():
     assert guard.counts()["bad"].nan == 100
 
 
-def test_unguarded_looks_away():
+def test_unguarded_disables_the_guard():
     net = model(NAN)
     guard = ActivationGuard(net, mode="clean")
     with unguarded():
@@ -226,7 +226,7 @@ def test_a_compiled_model_is_one_graph_and_counts_the_same(mode, backend):
     assert stats["total"] == stats["ok"]
 
 
-def test_compiled_code_sees_a_guard_go():
+def test_compiled_code_notices_a_removed_guard():
     torch._dynamo.reset()
     net, x = Give(BAD), torch.zeros(6)
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
@@ -238,7 +238,7 @@ def test_compiled_code_sees_a_guard_go():
     assert guard.counts()[""].nan == 1
 
 
-def test_compiled_code_sees_a_late_guard_after_a_reset():
+def test_compiled_code_notices_a_late_guard_after_a_dynamo_reset():
     torch._dynamo.reset()
     net, x = Give(BAD), torch.zeros(6)
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
@@ -250,7 +250,7 @@ def test_compiled_code_sees_a_late_guard_after_a_reset():
 
 
 def test_incident_d_trains_with_finite_activations_under_a_cleaning_guard():
-    """Logs of 0 in the decoder: plain torch gets NaN weights, the guarded model learns."""
+    """With logarithms of 0 in the decoder, plain torch gets NaN weights, the guard does not."""
 
     class LogHead(nn.Module):
         def forward(self, x):
@@ -291,13 +291,13 @@ def test_wrong_arguments(kwargs, error, says):
         ActivationGuard(model(1.0), **kwargs)
 
 
-def test_a_model_that_is_none():
+def test_a_model_that_is_not_a_module_raises_type_error():
     with pytest.raises(TypeError, match="not a torch"):
         ActivationGuard(torch.relu)
 
 
 @pytest.mark.parametrize("mode", ["count", "clean"])
-def test_a_model_on_the_meta_device_is_counted_once_it_has_memory(mode):
+def test_a_model_on_the_meta_device_is_counted_after_it_gets_memory(mode):
     module = nn.Linear(2, 1, device="meta")
     guard = ActivationGuard(module, mode=mode)
     assert str(guard) == "no bad values in the outputs of 1 modules"

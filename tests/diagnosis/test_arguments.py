@@ -1,4 +1,4 @@
-"""What `diagnose` takes: every kind of batch, model and data; what is none is refused by name."""
+"""Batches, models and data that `diagnose` accepts or refuses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TwoInputs(nn.Module):
 
 
 class ComputesItsLoss(nn.Module):
-    """As the models of transformers do."""
+    """Like the models of transformers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ def steps(model: nn.Module, batch: Any) -> dict[str, Tensor]:
         "loader",
     ],
 )
-def test_every_kind_of_batch_and_model_is_taken(make) -> None:
+def test_every_kind_of_batch_and_model_is_supported(make) -> None:
     model, batch, loss_fn, more = make(*sound_batch())
     found = diagnose(model, batch, loss_fn, **more)
     assert found.ok, str(found)
@@ -84,7 +84,7 @@ def test_every_kind_of_batch_and_model_is_taken(make) -> None:
 
 
 class Mapped(nn.Module):
-    """Computes its output sample by sample."""
+    """Computes its output sample by sample, under `torch.vmap`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class Complex(nn.Module):
     ],
     ids=["vmap", "complex", "float64"],
 )
-def test_unusual_models_are_diagnosed_too(make) -> None:
+def test_unusual_models_are_supported(make) -> None:
     model, optimizer = make()
     batch = sound_batch()
     if next(model.parameters()).dtype is torch.float64:
@@ -166,16 +166,16 @@ def test_an_iterator_of_batches_loses_eight() -> None:
         ({"loss_fn": nn.MSELoss}, "loss_fn is the class MSELoss; pass an instance of it"),
         ({"autocast": 16}, "autocast=16 is not a context; pass 'float16', 'bfloat16' or"),
     ],
-    ids=lambda value: "".join(value) if isinstance(value, dict) else "",  # an address is no id
+    ids=lambda value: "".join(value) if isinstance(value, dict) else "",  # no memory addresses
 )
-def test_bad_arguments_are_named(change, says) -> None:
+def test_invalid_arguments_raise_errors_that_name_them(change, says) -> None:
     arguments = {"model": sound_model(), "batch": sound_batch(), "loss_fn": nn.MSELoss()} | change
     with pytest.raises(TypeError) as error:
         diagnose(**arguments)
     assert says in str(error.value)
 
 
-def test_autocast_by_the_name_of_its_dtype() -> None:
+def test_autocast_may_be_given_as_the_name_of_a_dtype() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.Softplus(), nn.Linear(8, 1))
     nn.init.constant_(model[0].bias, 1e5)
     found = diagnose(model, sound_batch(), nn.MSELoss(), autocast="float16")
@@ -184,7 +184,7 @@ def test_autocast_by_the_name_of_its_dtype() -> None:
         diagnose(model, sound_batch(), nn.MSELoss(), autocast="float8")
 
 
-def test_a_batch_without_tensors_is_the_step_s_own_affair() -> None:
+def test_a_step_may_take_a_batch_without_tensors() -> None:
     x, y = sound_batch()
     found = diagnose(
         sound_model(), "first", step=lambda model, name: functional.mse_loss(model(x), y)

@@ -1,4 +1,4 @@
-"""check_batch: one read of a batch says what is wrong with it, and the guarded step obeys."""
+"""`check_batch` finds problems in one read, and the guarded step acts on its signals."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def problems(batch, **kwargs) -> list[str]:
         ([], []),
     ],
 )
-def test_what_is_wrong_in_words(values, says, dtype):
+def test_problems_are_described(values, says, dtype):
     assert problems(torch.tensor(values, dtype=dtype)) == says
 
 
-def test_nan_in_the_last_element_of_many():
+def test_nan_in_the_last_element_is_found():
     x = torch.rand(100_003)
     x[-1] = NAN
     assert problems(x) == ["inputs holds NaN"]
 
 
-def test_every_tensor_has_a_name():
+def test_tensors_in_nested_containers_are_named():
     bad = torch.tensor([NAN])
     batch = (
         {"image": bad, "meta": ["text", 3, None]},
@@ -57,7 +57,7 @@ def test_every_tensor_has_a_name():
     assert [p.name for p in check_batch([bad, bad], names=["a"]).problems()] == ["a", "[1]"]
 
 
-def test_a_number_limits_floats_and_a_dict_limits_by_pattern():
+def test_a_number_limits_floats_and_a_dict_limits_tensors_by_pattern():
     batch = torch.tensor([-3.0, 300.0]), torch.tensor([0, 12])
     assert problems(batch, low=0.0, high=255.0) == [
         "inputs goes down to -3, below 0",
@@ -67,12 +67,12 @@ def test_a_number_limits_floats_and_a_dict_limits_by_pattern():
     assert problems(batch, low=-3.0, high=300.0) == []
 
 
-def test_labels_that_are_all_the_same_are_no_problem():
+def test_constant_labels_are_not_a_problem():
     assert problems((torch.rand(3), torch.zeros(4, dtype=torch.long))) == []
     assert problems((torch.rand(3), torch.ones(4, dtype=torch.bool))) == []
 
 
-def test_unusual_tensors():
+def test_complex_sparse_8_bit_and_strided_tensors_are_checked():
     assert problems(torch.tensor([1 + 1j, complex(0, NAN)])) == ["inputs holds NaN"]
     sparse = torch.sparse_coo_tensor([[0, 2]], [1.0, INF], (4,))
     assert problems(sparse) == ["inputs holds +Inf"]
@@ -84,7 +84,7 @@ def test_unusual_tensors():
 
 
 @pytest.mark.parametrize("bits", [8, 16, 32, 64])
-def test_unsigned_integers(bits):
+def test_unsigned_integers_are_checked(bits):
     dtype = getattr(torch, f"uint{bits}")
     top = 2 ** min(bits, 53) - 1
     x = torch.tensor([3, top], dtype=torch.int64).to(dtype)
@@ -94,12 +94,12 @@ def test_unsigned_integers(bits):
 
 
 @pytest.mark.parametrize("batch", [None, "abc", {"text": "hello"}, [], (1.0, [2])])
-def test_a_batch_without_tensors_is_not_fine(batch):
+def test_a_batch_without_tensors_raises_value_error(batch):
     with pytest.raises(ValueError, match=r"contains no tensor to check"):
         check_batch(batch)
 
 
-def test_who_reads_batches_of_every_kind_is_told_nothing_of_what_is_not_there():
+def test_read_batch_allows_a_batch_without_tensors():
     assert batch_check.read_batch("abc", low={"inputs*": 0.0}, names=()).problems() == []
 
 
@@ -116,13 +116,13 @@ def test_who_reads_batches_of_every_kind_is_told_nothing_of_what_is_not_there():
         ({"high": {"inputs": None}}, TypeError, r"high\['inputs'\]=None is not a number"),
     ],
 )
-def test_a_limit_that_cannot_be_meant_is_named(limits, error, message):
+def test_invalid_limits_raise_errors_that_name_them(limits, error, message):
     with pytest.raises(error, match=message):
         check_batch((torch.rand(2), torch.rand(2)), **limits)
 
 
-def test_the_index_in_a_name_is_no_set_of_characters():
-    """`fnmatch` alone would read `[1]` as the character 1."""
+def test_brackets_in_a_pattern_are_indices():
+    """Plain `fnmatch` would treat `[1]` as the character 1."""
     far = torch.tensor([0.0, 5.0])
     batch = ([far, far], far, far)
     for pattern, names in (
@@ -136,7 +136,7 @@ def test_the_index_in_a_name_is_no_set_of_characters():
         assert [p.name for p in problems] == names
 
 
-def test_the_first_pattern_that_matches_counts_and_others_may_match_too():
+def test_the_first_matching_pattern_applies():
     check = check_batch(
         (torch.tensor([0.0, 5.0]), torch.tensor([0.0, 5.0])), high={"inputs": 9, "*": 1}
     )
@@ -158,7 +158,7 @@ def test_the_first_pattern_that_matches_counts_and_others_may_match_too():
         ([0.0, -INF], NAN),
     ],
 )
-def test_signals_are_device_numbers(values, signal):
+def test_signals_are_0_1_or_nan(values, signal):
     signals = check_batch(torch.tensor(values), low=0.0, high=1.0).signals()
     (value,) = signals.values()
     assert list(signals) == ["batch.inputs"]
@@ -166,8 +166,8 @@ def test_signals_are_device_numbers(values, signal):
     torch.testing.assert_close(value.item(), signal, equal_nan=True)
 
 
-def test_the_guarded_step_obeys_and_records_a_bad_batch():
-    """A model that hides the NaN (max(x, 0) of torch does not, but nan_to_num does)."""
+def test_the_guarded_step_skips_and_records_a_bad_batch():
+    """The model hides the NaN with `nan_to_num`, so only the check sees it."""
     model = nn.Linear(2, 1)
     opt = fastguard.GuardedOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.1),
@@ -191,6 +191,6 @@ def test_the_guarded_step_obeys_and_records_a_bad_batch():
 
 
 @pytest.mark.parametrize("kwargs", [{"low": NAN}, {"high": {"inputs": NAN}}])
-def test_a_limit_that_is_nan_is_refused(kwargs):
+def test_a_nan_limit_raises_value_error(kwargs):
     with pytest.raises(ValueError, match="NaN"):
         check_batch(torch.rand(2), **kwargs)

@@ -1,4 +1,4 @@
-"""What a diagnosis says: its order, its words and numbers, its table."""
+"""The order of findings, and how a diagnosis is formatted."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def finding(kind: str, severity: str, check: str = "data", **more: Any) -> Findi
     return Finding(check, kind, severity, "seen", **more)  # type: ignore[arg-type]
 
 
-def test_errors_come_first_then_what_matters_most() -> None:
+def test_findings_are_ordered_by_severity_then_importance() -> None:
     model = sound_model()
     batch = sound_batch()
     optimizer = torch.optim.AdamW([model[2].weight], lr=8.88e-21)
@@ -46,14 +46,14 @@ def test_errors_come_first_then_what_matters_most() -> None:
     ]
 
 
-def test_the_order_of_kinds_is_that_of_the_story() -> None:
-    story = ["shape-mismatch", "lr-vanished", "nonfinite-activation", "no-gradient"]
-    places = [KINDS.index(kind) for kind in (*story, "nonfinite-data", "range")]
-    assert places == sorted(places)
+def test_kinds_are_ordered_by_importance() -> None:
+    expected = ["shape-mismatch", "lr-vanished", "nonfinite-activation", "no-gradient"]
+    ranks = [KINDS.index(kind) for kind in (*expected, "nonfinite-data", "range")]
+    assert ranks == sorted(ranks)
     assert len(set(KINDS)) == len(KINDS)
 
 
-def test_a_diagnosis_in_words_and_numbers() -> None:
+def test_a_diagnosis_is_formatted_as_text_and_json() -> None:
     found = Diagnosis(
         (
             finding("nonfinite-data", "error", where="inputs", value=math.inf, remedy="drop it"),
@@ -73,13 +73,13 @@ def test_a_diagnosis_in_words_and_numbers() -> None:
     ]
     assert found.worst == "error" and not found.ok and len(found.errors) == 1
     assert len(found.at_least("warning")) == 2 and found.of("range")[0].value == 255.0
-    said = json.loads(found.to_json())
-    assert said["findings"][0]["value"] == "Infinity" and said["worst"] == "error"
+    result = json.loads(found.to_json())
+    assert result["findings"][0]["value"] == "Infinity" and result["worst"] == "error"
     assert list(found) == list(found.findings)
     assert Diagnosis((finding("ok", "ok"),), 0.1).ok
 
 
-def test_the_table_shows_every_finding_and_takes_brackets_literally() -> None:
+def test_the_table_shows_every_finding_and_escapes_markup() -> None:
     require("rich")
     from rich.console import Console
 
@@ -115,7 +115,7 @@ def test_an_empty_batch_comes_first() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 8])
-def test_a_model_that_returns_its_loss_has_no_output_to_resize(n: int) -> None:
+def test_a_model_that_returns_its_loss_has_no_shape_finding(n: int) -> None:
     class WithLoss(nn.Module):
         def __init__(self) -> None:
             super().__init__()

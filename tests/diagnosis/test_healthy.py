@@ -1,4 +1,4 @@
-"""No false alarm: six healthy models, in float32 and under bfloat16 autocast, fresh and trained."""
+"""Healthy models have no problems, in float32 and under bfloat16 autocast, new and trained."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from guardtest.models import HEALTHY
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", HEALTHY)
-def test_a_healthy_model_is_found_healthy(name: str, autocast: torch.dtype | None) -> None:
+def test_a_healthy_model_has_no_problems(name: str, autocast: torch.dtype | None) -> None:
     model, batch, loss_fn = HEALTHY[name]()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     context = torch.autocast("cpu", autocast) if autocast else None
@@ -26,11 +26,11 @@ def test_a_healthy_model_is_found_healthy(name: str, autocast: torch.dtype | Non
 
     for when, found in (("fresh", fresh), ("trained", trained)):
         assert found.ok, f"{when}:\n{found}"
-        # Every family has looked and has said so.
+        # Every family of checks has run.
         assert {f.check for f in found if f.severity == "ok"} == set(CHECKS)
 
 
-def test_a_healthy_model_is_found_healthy_without_an_optimizer() -> None:
+def test_a_healthy_model_without_an_optimizer_has_no_problems() -> None:
     model, batch, loss_fn = HEALTHY["mlp"]()
     found = diagnose(model, batch, loss_fn)
     assert found.ok

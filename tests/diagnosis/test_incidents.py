@@ -1,4 +1,4 @@
-"""The stories behind it: models that somebody had to repair by hand, diagnosed in one run."""
+"""Setups with several faults, as in incident D, are diagnosed in one run."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fastguard import diagnose
 
 
 class Unit(nn.Module):
-    """Divides by a norm without a floor."""
+    """Divides by a norm without an eps."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x / x.norm(dim=1, keepdim=True)
 
 
 class Broken(nn.Module):
-    """Segments and classifies; its decoder forgets to go back to 224, one head is never used."""
+    """Segments and classifies; its mask is 32 x 32 instead of 224 x 224, one head is never used."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,12 +54,12 @@ def both_losses(output: dict[str, Tensor], target: dict[str, Tensor]) -> dict[st
 def broken_setup() -> dict[str, Any]:
     model = Broken()
     with torch.no_grad():
-        model.encoder[2].bias.fill_(-10.0)  # where the input is dark, all 16 channels are 0
+        model.encoder[2].bias.fill_(-10.0)  # then all 16 channels are 0 where the input is dark
     images = torch.rand(4, 3, 224, 224)
     images[0] *= 255.0
     images[1, 0, 17, 17] = math.nan
     target = {"mask": (torch.rand(4, 1, 224, 224) > 0.5).float(), "label": torch.arange(4)}
-    # As the schedule left it after too many epochs.
+    # The learning rate after too many epochs of its schedule.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.1)
     optimizer.step()
@@ -73,11 +73,11 @@ def broken_setup() -> dict[str, Any]:
     }
 
 
-def test_the_model_that_could_not_learn_is_told_all_its_faults_in_order_of_importance() -> None:
+def test_all_faults_of_a_broken_setup_are_reported_in_order_of_importance() -> None:
     found = diagnose(**broken_setup())
 
     bad = [(f.kind, f.where) for f in found.at_least("warning")]
-    story = [
+    expected = [
         ("shape-mismatch", "mask"),
         ("lr-vanished", "param group 0"),
         ("nonfinite-activation", "refine (Unit)"),
@@ -86,7 +86,7 @@ def test_the_model_that_could_not_learn_is_told_all_its_faults_in_order_of_impor
         ("nonfinite-data", "inputs"),
         ("range", "inputs"),
     ]
-    assert [finding for finding in bad if finding in story] == story
+    assert [finding for finding in bad if finding in expected] == expected
     assert all(f.remedy for f in found.at_least("warning"))
     assert found.seconds < 30
 
@@ -94,13 +94,13 @@ def test_the_model_that_could_not_learn_is_told_all_its_faults_in_order_of_impor
     assert "[4, 1, 32, 32] and target [4, 1, 224, 224]" in by_kind["shape-mismatch"].seen
     assert "started at 0.001" in by_kind["lr-vanished"].seen
     assert by_kind["lr-vanished"].value == pytest.approx(1e-21)
-    born = by_kind["nonfinite-activation"].seen
-    assert "aten.div.Tensor" in born and "denominators are exactly 0" in born
-    assert "x / x.norm(dim=1, keepdim=True)" in born
+    seen = by_kind["nonfinite-activation"].seen
+    assert "aten.div.Tensor" in seen and "denominators are exactly 0" in seen
+    assert "x / x.norm(dim=1, keepdim=True)" in seen
     assert "not contribute to the output" in by_kind["no-gradient"].seen
 
 
-def test_after_the_advice_is_followed_nothing_is_left() -> None:
+def test_the_repaired_setup_has_no_problems() -> None:
     setup = broken_setup()
     model = setup["model"]
     model.decoder = nn.Sequential(
@@ -117,8 +117,8 @@ def test_after_the_advice_is_followed_nothing_is_left() -> None:
     assert found.ok, str(found)
 
 
-def test_float16_is_blamed_for_what_float32_can_hold() -> None:
-    """A refinement whose squares leave float16's range: the model itself is sound."""
+def test_an_overflow_in_float16_is_attributed_to_the_dtype() -> None:
+    """The squares in a module exceed the range of float16; the model itself is sound."""
 
     class Refine(nn.Module):
         def __init__(self) -> None:
@@ -138,20 +138,20 @@ def test_float16_is_blamed_for_what_float32_can_hold() -> None:
         findings = diagnose(model, batch, functional.mse_loss, autocast=autocast)
         return {f.kind: f for f in findings}
 
-    blamed = found(torch.float16)["float16-range"]
-    assert blamed.severity == "error"
-    assert "the range of float16 is to blame, not the model" in blamed.seen
-    assert blamed.where == "0 (Refine)"
-    assert blamed.value == pytest.approx(400**2, rel=0.1)
+    overflow = found(torch.float16)["float16-range"]
+    assert overflow.severity == "error"
+    assert "the range of float16 is to blame, not the model" in overflow.seen
+    assert overflow.where == "0 (Refine)"
+    assert overflow.value == pytest.approx(400**2, rel=0.1)
 
     assert not found(torch.bfloat16).keys() & {"float16-range", "nonfinite-activation"}
-    # Without autocast there is nothing to blame, and yet a warning for whoever would try it.
+    # Without autocast there is only a warning that float16 would overflow.
     in_float32 = found(None)
     assert "float16-range" not in in_float32
     assert in_float32["float16-overflow"].where == "0 (Refine)"
 
 
-def test_the_model_is_blamed_where_float32_does_not_help() -> None:
+def test_a_failure_in_float32_too_is_attributed_to_the_model() -> None:
     model = nn.Sequential(nn.Linear(4, 4, bias=False), Unit(), nn.Linear(4, 1))
     batch = torch.zeros(2, 4), torch.ones(2, 1)
     autocast = torch.autocast("cpu", torch.float16)

@@ -1,4 +1,4 @@
-"""Losses that get probabilities for logits, logits for log-probabilities, or the wrong axis."""
+"""Losses with the wrong kind of input are reported: probabilities for logits, or a wrong axis."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from guardtest.kinds.setups import Between, mlp
 KINDS = ("activated-twice", "wrong-form", "wrong-axis", "swapped-arguments")
 
 
-def told(found: Diagnosis) -> list[tuple[str, str, str]]:
+def kinds_of(found: Diagnosis) -> list[tuple[str, str, str]]:
     return [(f.severity, f.kind, f.where) for f in found.of(*KINDS)]
 
 
@@ -32,7 +32,7 @@ def network(*ends: nn.Module, out: int = 5) -> nn.Module:
 
 def classify(end: nn.Module, loss: Callable[..., Tensor], target: Any = None, **more: Any) -> Any:
     batch = torch.randn(32, 8), labels() if target is None else target
-    return told(diagnose(network(end), batch, loss, **more))
+    return kinds_of(diagnose(network(end), batch, loss, **more))
 
 
 CE = nn.CrossEntropyLoss()
@@ -41,25 +41,25 @@ by_hand = Between(lambda z: z.exp() / z.exp().sum(1, keepdim=True))
 
 
 @pytest.mark.parametrize("end", [nn.Softmax(1), nn.Softmax(-1), by_hand, nn.Sigmoid()])
-def test_an_activation_before_cross_entropy(end: nn.Module) -> None:
+def test_an_activation_before_cross_entropy_is_reported(end: nn.Module) -> None:
     assert classify(end, CE) == TWICE
     assert classify(end, CE, autocast="bfloat16") == TWICE
 
 
-def test_an_activation_before_cross_entropy_in_other_styles() -> None:
+def test_an_activation_in_compiled_functional_or_loss_code_is_reported() -> None:
     softmax_in_loss = lambda z, y: functional.cross_entropy(z.softmax(1).float(), y)  # noqa: E731
     assert classify(nn.Identity(), softmax_in_loss) == TWICE
     batch = torch.randn(32, 8), labels()
-    assert told(diagnose(torch.compile(network(nn.Softmax(1))), batch, CE)) == TWICE
+    assert kinds_of(diagnose(torch.compile(network(nn.Softmax(1))), batch, CE)) == TWICE
 
     def functional_style(model: nn.Module, batch: Any) -> Tensor:
         output = functional_call(model, dict(model.named_parameters()), (batch[0],))
         return functional.cross_entropy(torch.softmax(output, dim=1), batch[1])
 
-    assert told(diagnose(network(), batch, step=functional_style)) == TWICE
+    assert kinds_of(diagnose(network(), batch, step=functional_style)) == TWICE
 
 
-def test_a_loss_written_by_hand() -> None:
+def test_an_activation_before_a_handwritten_loss_is_reported() -> None:
     def likelihood(output: Tensor, target: Tensor) -> Tensor:
         return -output.log_softmax(1).gather(1, target[:, None]).mean()
 
@@ -67,17 +67,17 @@ def test_a_loss_written_by_hand() -> None:
     assert classify(nn.Identity(), likelihood) == []
 
 
-def test_a_softmax_of_images() -> None:
+def test_a_softmax_over_channels_or_pixels_is_reported() -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Softmax2d())
     batch = torch.randn(4, 3, 8, 8), torch.arange(4 * 64).view(4, 8, 8) % 6
-    assert told(diagnose(model, batch, CE)) == TWICE
+    assert kinds_of(diagnose(model, batch, CE)) == TWICE
     for dim in (2, 3):
-        found = told(diagnose(nn.Sequential(model[0], nn.Softmax(dim)), batch, CE))
+        found = kinds_of(diagnose(nn.Sequential(model[0], nn.Softmax(dim)), batch, CE))
         assert found == [("error", "wrong-axis", "input of cross_entropy")]
-    assert told(diagnose(model[0], batch, CE)) == []
+    assert kinds_of(diagnose(model[0], batch, CE)) == []
 
 
-def test_log_softmax_twice_is_harmless() -> None:
+def test_log_softmax_before_cross_entropy_is_only_a_note() -> None:
     found = classify(nn.LogSoftmax(1), CE)
     assert found == [("note", "activated-twice", "input of cross_entropy")]
 
@@ -86,7 +86,7 @@ def test_log_softmax_twice_is_harmless() -> None:
     "loss", [nn.BCEWithLogitsLoss(), nn.MultiLabelSoftMarginLoss()], ids=["bce", "multilabel"]
 )
 @pytest.mark.parametrize("end", [nn.Sigmoid(), nn.Softmax(-1), nn.Hardsigmoid()])
-def test_a_sigmoid_before_a_loss_that_has_one(loss: nn.Module, end: nn.Module) -> None:
+def test_a_sigmoid_before_a_loss_with_logits_is_reported(loss: nn.Module, end: nn.Module) -> None:
     (found,) = classify(end, loss, torch.rand(32, 5).round())
     assert found[:2] == ("error", "activated-twice")
     assert classify(nn.Identity(), loss, torch.rand(32, 5).round()) == []
@@ -101,20 +101,20 @@ def test_a_sigmoid_before_a_loss_that_has_one(loss: nn.Module, end: nn.Module) -
     ],
     ids=["reciprocal", "quotient", "clamp"],
 )
-def test_a_sigmoid_by_hand_is_suspected_by_its_range(by_hand) -> None:
+def test_a_handwritten_sigmoid_is_a_warning(by_hand) -> None:
     found = classify(Between(by_hand), nn.BCEWithLogitsLoss(), torch.rand(32, 5).round())
     assert [f[:2] for f in found] == [("warning", "activated-twice")]
 
 
-def test_logits_that_lie_between_0_and_1_by_chance() -> None:
+def test_logits_between_0_and_1_are_not_reported() -> None:
     for scale in (0.1, 0.001):
         model = network(Between(lambda z, scale=scale: 0.5 + (z * scale).tanh() / 4))
         found = diagnose(model, (torch.randn(32, 8), torch.ones(32, 5)), nn.BCEWithLogitsLoss())
-        assert told(found) == []
+        assert kinds_of(found) == []
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
-def test_an_activation_that_no_torch_function_shows() -> None:
+def test_an_activation_in_scripted_code_is_reported() -> None:
     class Scripted(nn.Module):
         def __init__(self, end: nn.Module, out: int) -> None:
             super().__init__()
@@ -124,28 +124,28 @@ def test_an_activation_that_no_torch_function_shows() -> None:
             return self.inner(x)
 
     x = torch.randn(32, 8)
-    assert told(diagnose(Scripted(nn.Softmax(1), 5), (x, labels()), CE)) == TWICE
+    assert kinds_of(diagnose(Scripted(nn.Softmax(1), 5), (x, labels()), CE)) == TWICE
     logits = nn.BCEWithLogitsLoss()
-    (found,) = told(diagnose(Scripted(nn.Sigmoid(), 1), (x, torch.ones(32, 1)), logits))
+    (found,) = kinds_of(diagnose(Scripted(nn.Sigmoid(), 1), (x, torch.ones(32, 1)), logits))
     assert found[:2] == ("error", "activated-twice")
     special = Between(torch.special.expit)
     assert classify(special, logits, torch.rand(32, 5).round())[0][:2] == found[:2]
 
 
-def test_a_sigmoid_that_was_reshaped() -> None:
+def test_a_reshaped_sigmoid_is_reported() -> None:
     loss = lambda o, t: functional.binary_cross_entropy_with_logits(o[:, 0].double(), t)  # noqa: E731
     batch = torch.randn(8, 8), torch.ones(8).double()
-    found = told(diagnose(network(nn.Sigmoid(), out=1), batch, loss))
+    found = kinds_of(diagnose(network(nn.Sigmoid(), out=1), batch, loss))
     assert [f[:2] for f in found] == [("error", "activated-twice")]
 
 
-def test_logarithms_before_a_loss_that_takes_logits() -> None:
+def test_log_probabilities_before_a_loss_with_logits_are_reported() -> None:
     for end in (nn.LogSigmoid(), nn.LogSoftmax(1)):
         found = classify(end, nn.BCEWithLogitsLoss(), torch.rand(32, 5).round())
         assert [f[:2] for f in found] == [("error", "wrong-form")]
 
 
-def test_logits_before_a_loss_of_probabilities() -> None:
+def test_logits_before_bce_loss_are_reported() -> None:
     found = classify(nn.Identity(), nn.BCELoss(), torch.rand(32, 5).round())
     assert found == [("error", "wrong-form", "input of binary_cross_entropy")]
     assert classify(nn.Sigmoid(), nn.BCELoss(), torch.rand(32, 5).round()) == []
@@ -156,13 +156,13 @@ def test_logits_before_a_loss_of_probabilities() -> None:
     [
         (nn.Identity(), ["wrong-form"]),
         (nn.Softmax(1), ["wrong-form"]),
-        (nn.LogSoftmax(0), ["wrong-axis", "wrong-axis"]),  # told of the model and of the loss
+        (nn.LogSoftmax(0), ["wrong-axis", "wrong-axis"]),  # one for the model, one for the loss
         (nn.LogSoftmax(1), []),
         (nn.Sequential(nn.Softmax(1), Between(lambda p: (p + 1e-4).log())), []),
     ],
     ids=["logits", "probabilities", "batch", "right", "log-of-softmax"],
 )
-def test_what_the_negative_likelihood_takes(end: nn.Module, kinds: list[str]) -> None:
+def test_inputs_of_nll_loss_are_checked(end: nn.Module, kinds: list[str]) -> None:
     for autocast in (None, "bfloat16"):
         assert [f[1] for f in classify(end, nn.NLLLoss(), autocast=autocast)] == kinds
 
@@ -195,9 +195,9 @@ def flat_loss(output: Tensor, target: Tensor) -> Tensor:
     ],
     ids=["right", "softmax", "implicit", "time", "time-kept", "nll-time", "nll"],
 )
-def test_sequences(end: nn.Module, loss: Any, kinds: list[str]) -> None:
+def test_losses_of_sequences_are_checked(end: nn.Module, loss: Any, kinds: list[str]) -> None:
     tokens = torch.randint(20, (8, 13))
-    found = told(diagnose(Language(end), (tokens[:, :-1], tokens[:, 1:]), loss))
+    found = kinds_of(diagnose(Language(end), (tokens[:, :-1], tokens[:, 1:]), loss))
     assert [f[1] for f in found] == kinds
 
 
@@ -217,7 +217,9 @@ P = torch.rand(32, 5, generator=torch.Generator().manual_seed(1)).softmax(1)
     ],
     ids=["right", "right-log", "probabilities", "logits", "log-target", "no-log-target", "swapped"],
 )
-def test_what_the_divergence_takes(end: nn.Module, target: Tensor, log_target, expected) -> None:
+def test_arguments_of_kl_div_are_checked(
+    end: nn.Module, target: Tensor, log_target, expected
+) -> None:
     for loss in (
         nn.KLDivLoss(reduction="batchmean", log_target=log_target),
         lambda o, t: functional.kl_div(o, t, reduction="batchmean", log_target=log_target),
@@ -225,18 +227,18 @@ def test_what_the_divergence_takes(end: nn.Module, target: Tensor, log_target, e
         assert classify(end, loss, target) == expected
 
 
-def test_a_divergence_that_learns_through_its_target_alone() -> None:
+def test_a_gradient_only_through_the_target_of_kl_div_is_reported() -> None:
     loss = lambda o, t: functional.kl_div(t.log(), o, reduction="batchmean")  # noqa: E731
     assert classify(nn.Softmax(1), loss, P) == [("warning", "swapped-arguments", "input of kl_div")]
 
 
-def test_ctc() -> None:
+def test_inputs_of_ctc_loss_are_checked() -> None:
     def loss(output: Tensor, target: Tensor) -> Tensor:
         return functional.ctc_loss(output, target, (12,) * 4, (3,) * 4)
 
     batch = torch.randn(12, 4, 8), torch.arange(12).view(4, 3) % 4 + 1
     ends = (nn.Identity(), nn.Softmax(-1), nn.LogSoftmax(1), nn.LogSoftmax(-1))
-    kinds = [[f[1] for f in told(diagnose(network(end), batch, loss))] for end in ends]
+    kinds = [[f[1] for f in kinds_of(diagnose(network(end), batch, loss))] for end in ends]
     assert kinds == [["wrong-form"], ["wrong-form"], ["wrong-axis"], []]
 
 
@@ -246,12 +248,12 @@ def test_ctc() -> None:
     [
         ((2, 2), (3, 3), "error"),
         ((3, 2), (3, 3), "note"),
-        ((4, 4), (4, 4), "error"),  # each of two equal neighbours needs a blank between them
+        ((4, 4), (4, 4), "error"),  # two equal neighbours need a blank between them
         ((12, 12), (4, 4), None),
     ],
     ids=["none-left", "one-left", "repeats", "all-left"],
 )
-def test_ctc_that_leaves_samples_out(inputs, lengths, expected, as_given) -> None:
+def test_samples_that_ctc_loss_drops_are_reported(inputs, lengths, expected, as_given) -> None:
     target = torch.tensor([[1, 2, 3, 3], [2, 3, 3, 1]])[:, : lengths[0]]
 
     def loss(output: Tensor, target: Tensor) -> Tensor:
@@ -267,7 +269,7 @@ def test_ctc_that_leaves_samples_out(inputs, lengths, expected, as_given) -> Non
     assert bool(found.of("all-gradients-zero")) == (expected == "error")
 
 
-# Across the samples of a batch.
+# Samples that depend on each other.
 
 
 class Attends(nn.Module):
@@ -281,7 +283,7 @@ class Attends(nn.Module):
 
 
 class Last(nn.Module):
-    """The last state of a layer that may take time first."""
+    """Classifies by the last state of a layer, which may expect (time, batch)."""
 
     def __init__(self, layer: nn.Module, turned: bool = False) -> None:
         super().__init__()
@@ -311,13 +313,15 @@ def encoder(batch_first: bool) -> nn.Module:
         (Last(encoder(False), turned=True), None),
     ],
 )
-def test_samples_that_see_each_other(model: nn.Module, where: str | None) -> None:
+def test_samples_that_depend_on_each_other_are_reported(
+    model: nn.Module, where: str | None
+) -> None:
     found = diagnose(model, (torch.randn(16, 6, 8), labels(16)), CE)
     assert [f.where for f in found.of("wrong-axis")] == ([where] if where else [])
 
 
-def test_time_first_sequences_attend_over_time() -> None:
-    """Axis 0 may be the time: without one target a sample, nothing is said."""
+def test_a_softmax_over_time_is_not_reported() -> None:
+    """Axis 0 may be the time if there is not one target per sample."""
     batch = torch.randn(6, 16, 8), labels(96).view(6, 16)
 
     class Causal(nn.Module):
@@ -329,4 +333,4 @@ def test_time_first_sequences_attend_over_time() -> None:
             pooled = (self.score(x).softmax(0) * x).sum(0, keepdim=True)
             return self.head(x + pooled)
 
-    assert told(diagnose(Causal(), batch, flat_loss)) == []
+    assert kinds_of(diagnose(Causal(), batch, flat_loss)) == []

@@ -1,4 +1,4 @@
-"""Optimizers that hold a part of a model, and losses of several parts."""
+"""Optimizers that hold only a part of a model, and losses with several parts."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def adam(module: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.Adam(module.parameters(), lr=2e-4, betas=(0.5, 0.999))
 
 
-def test_each_half_of_a_gan_has_its_optimizer() -> None:
+def test_each_half_of_a_gan_may_have_its_own_optimizer() -> None:
     torch.manual_seed(0)
     model, batch = GAN(), torch.randn(32, 8)
     judge = diagnose(model, batch, None, adam(model.judge), step=judge_step)
     assert judge.ok, str(judge)
-    assert judge.of("not-optimized")[0].severity == "note"  # another optimizer's
+    assert judge.of("not-optimized")[0].severity == "note"  # another optimizer trains them
     maker = diagnose(model, batch, None, adam(model.maker), step=maker_step)
     assert maker.errors == [], str(maker)
     assert not maker.of("no-gradient")
@@ -53,7 +53,7 @@ def test_each_half_of_a_gan_has_its_optimizer() -> None:
     assert diagnose(model, batch, None, guarded, step=judge_step).ok
 
 
-def test_what_the_optimizer_holds_must_contribute() -> None:
+def test_parameters_of_the_optimizer_must_contribute_to_the_loss() -> None:
     model, batch = GAN(), torch.randn(32, 8)
     both = by_kind(diagnose(model, batch, None, adam(model), step=judge_step))
     assert both["no-gradient"].severity == "error" and "maker.0.weight" in both["no-gradient"].where
@@ -62,7 +62,7 @@ def test_what_the_optimizer_holds_must_contribute() -> None:
     assert "that the optimizer holds" in wrong.errors[0].seen
 
 
-def test_gradients_of_0_are_those_of_what_is_trained() -> None:
+def test_zero_gradients_are_reported_only_for_trained_parameters() -> None:
     model, batch = GAN(), torch.randn(32, 8)
 
     def dead(model: GAN, batch: Tensor) -> Tensor:
@@ -74,8 +74,8 @@ def test_gradients_of_0_are_those_of_what_is_trained() -> None:
     assert not diagnose(model, batch, None, adam(model.judge), step=dead).errors
 
 
-def test_clipping_is_that_of_what_the_optimizer_holds() -> None:
-    """The other half has gradients a million times larger."""
+def test_only_parameters_of_the_optimizer_are_clipped() -> None:
+    """The parameters outside the optimizer have gradients a million times larger."""
 
     class Halves(nn.Module):
         def __init__(self) -> None:
@@ -92,7 +92,7 @@ def test_clipping_is_that_of_what_the_optimizer_holds() -> None:
     assert not found.of("small-update", "does-not-fall", "exploding-gradient"), str(found)
 
 
-def test_a_bias_that_cancels_is_no_fault() -> None:
+def test_a_bias_that_cancels_is_only_a_note() -> None:
     def critic(model: GAN, batch: Tensor) -> Tensor:
         fake = model.maker(torch.randn(len(batch), 4)).detach()
         return model.judge(fake).mean() - model.judge(batch).mean()
@@ -141,7 +141,7 @@ def ppo(entropy: float = 0.01, value: float = 0.5) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "separate"])
 @pytest.mark.parametrize("gain", [1.0, 0.01], ids=["usual", "nearly-uniform"])
-def test_a_policy_loss_about_0_matters(shared: bool, gain: float) -> None:
+def test_a_policy_loss_of_about_0_is_not_reported(shared: bool, gain: float) -> None:
     step = ppo()
     model, batch = ActorCritic(shared), torch.randn(32, 8)
     nn.init.orthogonal_(model.policy.weight, gain)
@@ -152,7 +152,7 @@ def test_a_policy_loss_about_0_matters(shared: bool, gain: float) -> None:
     assert abs(step(model, batch)["policy"].item()) < 1e-6
 
 
-def test_a_part_whose_gradient_drowns_is_told_whatever_its_value() -> None:
+def test_a_part_with_a_negligible_gradient_is_reported() -> None:
     batch = torch.randn(32, 8)
     (entropy,) = diagnose(ActorCritic(), batch, step=ppo(entropy=1e-7)).of("loss-parts")
     assert (entropy.severity, entropy.where) == ("warning", "entropy")
@@ -168,12 +168,12 @@ def test_a_part_whose_gradient_drowns_is_told_whatever_its_value() -> None:
     assert large.where == "large"
 
 
-def test_parts_on_different_parameters_do_not_compete() -> None:
+def test_parts_on_different_parameters_are_not_compared() -> None:
     found = diagnose(ActorCritic(shared=False), torch.randn(32, 8), step=ppo(value=1e5))
     assert not found.of("loss-parts")
 
 
-def test_a_number_for_the_log_among_the_parts_is_noted() -> None:
+def test_a_metric_among_the_parts_is_a_note() -> None:
     def step(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
         logits, values = model(batch)
         target = torch.arange(32) % 4

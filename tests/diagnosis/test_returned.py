@@ -1,4 +1,4 @@
-"""What a step may return, and what is said of what it may not."""
+"""What a step may return, and the findings for other results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Result:
 
 
 class ModelOutput(OrderedDict):
-    """Transformers': a dict whose entries are attributes too."""
+    """Like the class of transformers: a dict whose entries are also attributes."""
 
     def __getattr__(self, name: str) -> Any:
         return self[name]
@@ -52,7 +52,7 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("form", LOSSES.values(), ids=LOSSES)
-def test_a_loss_among_other_things_is_found(form) -> None:
+def test_the_loss_is_found_in_every_form_of_result(form) -> None:
     torch.manual_seed(0)
     model, batch = sound_model(), sound_batch()
     found = diagnose(model, batch, step=step_returning(form))
@@ -81,7 +81,7 @@ DETACHED = {
 
 
 @pytest.mark.parametrize("form, what", NUMBERS.values(), ids=NUMBERS)
-def test_a_number_is_a_detached_loss(form, what: str) -> None:
+def test_a_loss_that_is_a_number_is_reported_as_detached(form, what: str) -> None:
     found = by_kind(diagnose(sound_model(), sound_batch(), step=step_returning(form)))
     assert f"the loss is detached: the step returned {what}," in found["loss-detached"].seen
     assert ".item()" in found["loss-detached"].remedy
@@ -89,13 +89,13 @@ def test_a_number_is_a_detached_loss(form, what: str) -> None:
 
 
 @pytest.mark.parametrize("form", DETACHED.values(), ids=DETACHED)
-def test_a_tensor_without_its_graph_is_a_detached_loss(form) -> None:
+def test_a_tensor_without_a_graph_is_reported_as_detached(form) -> None:
     found = diagnose(sound_model(), sound_batch(), step=step_returning(form))
     assert [f.kind for f in found.errors] == ["loss-detached"]
     assert found.of("not-checked")[-1].seen == "no steps were taken: the loss has no gradient"
 
 
-def test_nothing_and_no_loss() -> None:
+def test_none_and_results_without_a_loss_are_reported() -> None:
     nothing = diagnose(sound_model(), sound_batch(), step=step_returning(lambda loss, _: None))
     assert "return loss" in nothing.of("loss-shape")[0].remedy
     form = lambda loss, output: {"logits": output, "n": 3}  # noqa: E731
@@ -103,7 +103,7 @@ def test_nothing_and_no_loss() -> None:
     assert "a dict" in other.of("loss-shape")[0].seen
 
 
-def test_a_step_that_goes_backward_itself_is_told_not_to() -> None:
+def test_a_step_that_calls_backward_gets_a_remedy() -> None:
     def step(model: nn.Module, batch: Any) -> Tensor:
         loss = functional.mse_loss(model(batch[0]), batch[1])
         loss.backward()
@@ -131,14 +131,14 @@ class Needs(OwnLoss):
 
 
 @pytest.mark.parametrize("model", [OwnLoss(), Needs()], ids=["optional", "required"])
-def test_a_model_that_makes_its_own_loss_is_shown_how_to_pass_it(model: nn.Module) -> None:
+def test_the_remedy_for_a_model_with_its_own_loss_is_a_step(model: nn.Module) -> None:
     found = diagnose(model, sound_batch())
     assert any("step=lambda model, batch: model(*batch)" in f.remedy for f in found), str(found)
-    told = diagnose(model, sound_batch(), step=lambda model, batch: model(*batch))
-    assert told.ok, str(told)
+    found = diagnose(model, sound_batch(), step=lambda model, batch: model(*batch))
+    assert found.ok, str(found)
 
 
-def test_a_model_that_makes_its_own_loss_beside_a_loss_fn() -> None:
+def test_a_model_with_its_own_loss_and_a_loss_fn_is_reported() -> None:
     x, y = sound_batch()
     found = by_kind(diagnose(OwnLoss(), ((x, y), y), functional.mse_loss))
     assert "looks like its own loss" in found["loss-shape"].seen
@@ -147,7 +147,7 @@ def test_a_model_that_makes_its_own_loss_beside_a_loss_fn() -> None:
     assert not passed_on.of("loss-shape")
 
 
-def test_labels_that_a_mapping_lacks() -> None:
+def test_missing_labels_in_a_mapping_are_named() -> None:
     class Labelled(OwnLoss):
         def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
             return super().forward(x, labels)
@@ -158,6 +158,6 @@ def test_labels_that_a_mapping_lacks() -> None:
     assert diagnose(Labelled(), {"x": x, "labels": y}).ok
 
 
-def test_what_stands_beside_the_loss_is_not_blamed() -> None:
+def test_nan_in_other_results_of_the_step_is_not_reported() -> None:
     masked = lambda loss, output: {"loss": loss, "scores": output.detach().log()}  # noqa: E731
     assert not explain_nonfinite(sound_model(), sound_batch(), step=step_returning(masked)).found

@@ -1,4 +1,4 @@
-"""Settings of an optimizer that destroy a run whatever its learning rate is."""
+"""Optimizer settings that can ruin a run at any learning rate are reported."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KINDS = ("eps-vanished", "weight-decay", "momentum")
 
 
 def with_dead_unit(dtype: torch.dtype) -> dict[str, Any]:
-    """The gradients of one unit are exactly 0."""
+    """A setup in which the gradients of one unit are exactly 0."""
     torch.manual_seed(0)
     setup = regression(mlp(4, 16, 1).to(dtype))
     nn.init.constant_(setup["model"][0].bias[:1], -10.0)
@@ -37,7 +37,7 @@ def run(
 
 @pytest.mark.parametrize("kind", ["Adam", "AdamW", "RMSprop", "Adagrad", "NAdam", "Adamax"])
 @pytest.mark.parametrize("foreach", [False, True])
-def test_an_eps_that_is_0_in_float16(kind: str, foreach: bool) -> None:
+def test_an_eps_that_rounds_to_0_in_float16_is_an_error(kind: str, foreach: bool) -> None:
     found = by_kind(run(kind, torch.float16, foreach=foreach))
     assert found["eps-vanished"].severity == "error"
     assert "is 0 in float16, whose smallest number is 6e-08" in found["eps-vanished"].seen
@@ -48,18 +48,18 @@ def test_an_eps_that_is_0_in_float16(kind: str, foreach: bool) -> None:
     assert not run(kind, torch.float16, foreach=foreach, eps=1e-4).of("eps-vanished", "diverges")
 
 
-def test_an_eps_that_is_0_before_it_does_harm() -> None:
+def test_an_eps_that_rounds_to_0_without_effect_is_a_warning() -> None:
     (found,) = run("RAdam", torch.float16).of("eps-vanished")
     assert found.severity == "warning"
 
 
-def test_eps_of_fused_kernels_is_float32() -> None:
+def test_an_eps_that_is_not_rounded_is_accepted() -> None:
     assert not run("AdamW", torch.float16, fused=True).of("eps-vanished", "diverges")
     assert not run("Adadelta", torch.float16).of("eps-vanished")  # its 1e-6 fits
     assert not run("Adafactor").of("eps-vanished")  # its eps is a pair
 
 
-def test_an_eps_of_0() -> None:
+def test_an_eps_of_0_is_reported() -> None:
     found = by_kind(run("Adam", eps=0.0))
     assert found["eps-vanished"].seen.startswith("eps is 0: ")
     assert "1e-8" in found["eps-vanished"].remedy
@@ -86,18 +86,20 @@ def test_an_eps_of_0() -> None:
         ("AdamW", {"edit": {"weight_decay": -0.1}}, "error"),
     ],
 )
-def test_a_weight_decay_that_decides_the_step(kind: str, more: dict, severity: str) -> None:
+def test_a_weight_decay_that_dominates_the_step_is_reported(
+    kind: str, more: dict, severity: str
+) -> None:
     (found,) = run(kind, **more).of("weight-decay")
     assert found.severity == severity
     assert "weight_decay" in found.remedy
 
 
-def test_a_run_that_its_weight_decay_destroys() -> None:
+def test_a_divergence_caused_by_weight_decay_names_it_in_the_remedy() -> None:
     found = by_kind(run("SGD", lr=0.1, momentum=0.9, weight_decay=50))
     assert found["diverges"].remedy.startswith("fix the optimizer first: lr * weight_decay")
 
 
-def test_a_schedule_warms_the_decay_up_too() -> None:
+def test_weight_decay_is_judged_at_the_peak_learning_rate() -> None:
     found = run("AdamW", weight_decay=50, edit={"lr": 1e-9, "initial_lr": 1e-3})
     assert found.of("weight-decay")[0].severity == "warning"
 
@@ -105,7 +107,7 @@ def test_a_schedule_warms_the_decay_up_too() -> None:
 @pytest.mark.parametrize(
     "kind, more, severity, says",
     [
-        ("SGD", {"lr": 1e-4, "momentum": 0.9999}, "warning", "1e+04 times the learning rate"),
+        ("SGD", {"lr": 1e-4, "momentum": 0.9999}, "warning", "the step by up to 1e+04"),
         ("SGD", {"lr": 1e-4, "momentum": 1.0}, "error", "momentum=1 is outside [0, 1)"),
         ("SGD", {"lr": 1e-4, "momentum": 0.9, "edit": {"momentum": 1.5}}, "error", "momentum=1.5"),
         ("RMSprop", {"momentum": 0.9999}, "warning", "1e+04 steps"),
@@ -118,7 +120,9 @@ def test_a_schedule_warms_the_decay_up_too() -> None:
         ("AdamW", {"edit": {"betas": (0.9, 1.0)}}, "error", "betas[1]=1"),
     ],
 )
-def test_averages_over_too_long(kind: str, more: dict, severity: str, says: str) -> None:
+def test_too_long_or_invalid_averages_are_reported(
+    kind: str, more: dict, severity: str, says: str
+) -> None:
     (found,) = run(kind, **more).of("momentum")
     assert found.severity == severity and says in found.seen
 
@@ -137,11 +141,11 @@ def test_averages_over_too_long(kind: str, more: dict, severity: str, says: str)
         pytest.param("Muon", {}, marks=MUON),
     ],
 )
-def test_settings_that_are_usual(kind: str, more: dict) -> None:
+def test_usual_settings_are_accepted(kind: str, more: dict) -> None:
     assert not run(kind, **more).of(*KINDS)
 
 
-def test_a_guard_is_looked_into() -> None:
+def test_the_optimizer_inside_a_guard_is_checked() -> None:
     setup = with_dead_unit(torch.float16)
     guard = GuardedOptimizer(torch.optim.Adam(setup["model"].parameters()), max_norm=1.0)
     assert diagnose(**setup, optimizer=guard).of("eps-vanished")[0].severity == "error"

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fastguard import read_records
-from fastguard.integrations.replaced import TakenOver
+from fastguard.integrations.replaced import ReplacedMethods
 from guardtest import require
 from guardtest.gloo_groups import end_groups
 from guardtest.plain_loop import batches, new_model
@@ -283,10 +283,10 @@ def test_methods_that_somebody_else_has_put_on_an_object_are_called_and_given_ba
 
     class Guard:
         def __init__(self, owner):
-            self.owners = TakenOver(owner, self, ["act"])
+            self.owners = ReplacedMethods(owner, self, ["act"])
 
         def act(self):
-            return f"guarded {self.owners.own('act')()}"
+            return f"guarded {self.owners.original('act')()}"
 
     for put_first in (False, True):
         owner = Owner()
@@ -296,5 +296,5 @@ def test_methods_that_somebody_else_has_put_on_an_object_are_called_and_given_ba
         assert owner.act() == ("guarded put there" if put_first else "guarded own")
         twin = copy.deepcopy(guard)
         assert twin.owners.owner.act.__self__ is twin
-        guard.owners.give_back()
+        guard.owners.restore()
         assert owner.act() == ("put there" if put_first else "own")

@@ -1,4 +1,4 @@
-"""DeepSpeed on two ranks: partitions in plain tensors, which a guard must not judge alone."""
+"""DeepSpeed on two ranks: the guard needs a group for partitions in plain tensors."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def norms(stage: int, dtype: str | None, joined: bool) -> list[float] | str:
 @pytest.mark.parametrize(("stage", "dtype"), [(1, "bf16"), (2, None), (3, "bf16")])
 def test_partitions_need_a_group(stage: int, dtype: str | None) -> None:
     with Ranks(2) as ranks:
-        for said in ranks.run(norms, stage, dtype, False):
-            assert "shards of DeepSpeed ZeRO in plain tensors" in said
-            assert "pass group=torch.distributed.group.WORLD" in said
+        for error in ranks.run(norms, stage, dtype, False):
+            assert "shards of DeepSpeed ZeRO in plain tensors" in error
+            assert "pass group=torch.distributed.group.WORLD" in error
         first, second = ranks.run(norms, stage, dtype, True)
     assert first == second == pytest.approx([CLIPPED_TO] * 2, rel=1e-2)  # that of both partitions
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from fastguard.integrations.shared import usual_group
+from fastguard.integrations.shared import default_group
 
 
 @pytest.mark.parametrize(
@@ -30,5 +30,5 @@ def test_what_to_install(monkeypatch, module, framework, extra):
 
 def test_ranks_that_hold_other_things_than_replicas_need_a_group():
     with pytest.raises(ValueError, match="pass group= to the guard"):
-        usual_group({}, 4, replicated=False)
-    assert usual_group({"group": None}, 4, replicated=False) == {}
+        default_group({}, 4, replicated=False)
+    assert default_group({"group": None}, 4, replicated=False) == {}

@@ -1,9 +1,9 @@
 """Times one call: wall time and, on a GPU, host and device time separately.
 
-On a GPU a call is timed twice. First on an idle device until it is idle again: the time that a user
-waits, and how long the host was busy. Then behind a kernel that keeps the device busy until the
-host has queued everything: the time between two events is then pure device work, without waiting
-for launches.
+On a GPU each call is timed twice. The first time, the device is idle: the time until it is idle
+again is the wall time, and the time until the call returns is the host time. The second time, a
+kernel keeps the device busy until the host has queued everything: the time between two events is
+then pure device work, without launch gaps.
 """
 
 from __future__ import annotations
@@ -15,14 +15,18 @@ from typing import NamedTuple
 import torch
 
 CYCLES = 2_000_000  # per reading: 1 ms at full clock
-WARM_S, GIVE_UP_S = 0.1, 1.0
-SAME = 0.02
+WARM_S, GIVE_UP_S = 0.1, 1.0  # minimum and maximum duration of the calibration
+MAX_DRIFT = 0.02  # relative change between two readings that agree
 SHORTEST_SLEEP_MS = 0.2  # margin for a slower host
 
 
 class Sample(NamedTuple):
-    """Times in milliseconds. `wall`: until the result is available. `host`: until the call
-    returned. `device`: pure device work. On a CPU all three are equal.
+    """Times of one call in milliseconds; on a CPU all three are equal.
+
+    Attributes:
+        wall_ms: Until the result was available.
+        host_ms: Until the call returned.
+        device_ms: Pure device work.
     """
 
     wall_ms: float
@@ -77,7 +81,7 @@ class Clock:
         start = time.perf_counter()
         self._cycles_in_ms(CYCLES)  # warm-up: loads the kernel
         last, now = self._cycles_in_ms(CYCLES), self._cycles_in_ms(CYCLES)
-        while (passed := time.perf_counter() - start) < WARM_S or abs(now / last - 1.0) > SAME:
+        while (passed := time.perf_counter() - start) < WARM_S or abs(now / last - 1.0) > MAX_DRIFT:
             if passed > GIVE_UP_S:
                 break  # the clock keeps changing: a longer sleep is safe
             last, now = now, self._cycles_in_ms(CYCLES)

@@ -1,8 +1,7 @@
 """The contenders that clip gradients: fastguard's variants and the usual alternatives.
 
-Each contender is a function `(workload) -> Prepared` that returns a call without arguments, which
-clips the gradients of the workload once and returns their norm, and a function that restores the
-gradients. A peer that is not available raises `NotHere` with the reason.
+Each contender is a function `(workload) -> Prepared`. A contender that cannot run raises
+`Unavailable` with the reason.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ READ_PASS = "fastguard read pass"
 torch_clip: Callable[..., Tensor] = torch.nn.utils.clip_grad_norm_
 
 
-class NotHere(Exception):
-    """A contender is not available on this machine or for this case; the message says why."""
+class Unavailable(Exception):
+    """A contender cannot run on this machine or in this case; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def isfinite_then_clip(work: Workload) -> Prepared:
 
 
 def grad_scaler_then_clip(work: Workload) -> Prepared:
-    """The calls of a script with `torch.amp.GradScaler`, around an optimizer that does nothing."""
+    """`unscale_`, `clip_grad_norm_`, `step` and `update`, with an optimizer that does nothing."""
     _finite_only(work)
     optimizer = _NoOptimizer(work.parameters)
     scaler = grad_scaler(work.device)
@@ -140,7 +139,7 @@ def _flat(work: Workload, *, trusted: bool) -> Prepared:
 
 
 def measure_segments(work: Workload) -> Prepared:
-    """The measuring stage alone, with the parameters distributed over segments."""
+    """Only the stage that measures, with the parameters distributed over segments."""
     segments, count = work.segment_ids, work.case.segments
 
     def call() -> Tensor:
@@ -158,7 +157,7 @@ def measure_segments_flat(work: Workload) -> Prepared:
 
 
 def read_pass(work: Workload) -> Prepared:
-    """One launch over existing buckets, for comparison with the read ceiling."""
+    """One pass over existing buckets, for comparison with the read bandwidth."""
     buckets = bucketize(work.grads)
 
     def call() -> None:
@@ -174,7 +173,7 @@ def apex_clip(work: Workload) -> Prepared:
     try:
         from apex.contrib.clip_grad import clip_grad_norm_  # type: ignore[import-not-found]
     except ImportError as error:
-        raise NotHere(f"apex is not importable ({error})") from None
+        raise Unavailable(f"apex is not importable ({error})") from None
     return _on_parameters(work, lambda: clip_grad_norm_(work.parameters, work.max_norm))
 
 
@@ -189,7 +188,7 @@ def transformer_engine_clip(work: Workload) -> Prepared:
             multi_tensor_scale,
         )
     except ImportError as error:
-        raise NotHere(f"transformer_engine is not importable ({error})") from None
+        raise Unavailable(f"transformer_engine is not importable ({error})") from None
     overflow = torch.zeros(1, dtype=torch.int, device=work.device)
 
     def call() -> Tensor:
@@ -212,7 +211,7 @@ def nemo_automodel_clip(work: Workload) -> Prepared:
             multi_tensor_sumsq,
         )
     except ImportError as error:
-        raise NotHere(f"nemo_automodel is not importable ({error})") from None
+        raise Unavailable(f"nemo_automodel is not importable ({error})") from None
 
     def call() -> Tensor:
         norm = multi_tensor_sumsq(work.grads).sqrt()
@@ -263,9 +262,9 @@ def _mode(work: Workload):
 
 def _finite_only(work: Workload) -> None:
     if work.case.situation.startswith("one NaN"):
-        raise NotHere("it has no way to clean a gradient")
+        raise Unavailable("it cannot replace NaN in a gradient")
 
 
 def _needs_cuda(work: Workload) -> None:
     if work.device.type != "cuda":
-        raise NotHere("it runs on CUDA devices only")
+        raise Unavailable("it needs a CUDA device")

@@ -25,8 +25,8 @@ TRIES = 7
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Bandwidths in GB/s (1e9 bytes): read, in-place update and copy; the latter two count both
-    directions.
+    """Memory bandwidths in GB/s (1e9 bytes). Update (in place) and copy count bytes read plus bytes
+    written.
     """
 
     read_gb_s: float
@@ -41,7 +41,7 @@ def ceilings(device: torch.device, *, n_bytes: int | None = None) -> Ceilings:
     y = torch.empty_like(x)
     clock = Clock(device)
     rows = x.view(-1, 256)
-    # Several sums, because none is the fastest on every machine.
+    # No single reduction is the fastest on every machine.
     readers: list[Callable[[], object]] = [
         lambda: x.sum(),
         lambda: torch.linalg.vector_norm(rows, dim=1),
@@ -67,10 +67,9 @@ def ceilings(device: torch.device, *, n_bytes: int | None = None) -> Ceilings:
 class Evictor:
     """Evicts the caches by reading unrelated memory.
 
-    Unlike filling, reading leaves nothing to be written back during the measured call. Rotating
-    gradients through several addresses would also defeat address-keyed caches, which does not
-    happen in training, where gradients stay in place. Two buffers alternate, so that the memory
-    read is itself not cached.
+    Reading, unlike filling, leaves nothing to be written back during the measured call. Two buffers
+    alternate, so that the memory read is not itself cached. Giving the gradients new addresses
+    instead would also invalidate caches keyed by address, which in training stay valid.
     """
 
     def __init__(self, device: torch.device) -> None:

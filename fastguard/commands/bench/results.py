@@ -12,7 +12,7 @@ import torch
 
 from fastguard.commands.bench.machine import Ceilings, commit, describe_machine, versions
 from fastguard.commands.bench.runner import Row
-from fastguard.commands.files import written
+from fastguard.commands.files import atomic_write
 from fastguard.records.strict_json import dumps
 
 SCHEMA = 1
@@ -40,7 +40,7 @@ SPREADS = ("ms", "host_ms", "device_ms", "ratio")
 
 
 def new_result(command: str, device: torch.device, limit: Ceilings, rows: Sequence[Row]) -> Result:
-    """A result with its rows; callers add growth, memory and accuracy."""
+    """Creates a result with these rows; the other lists are empty, for callers to fill."""
     return {
         "schema": SCHEMA,
         "command": command,
@@ -69,7 +69,7 @@ def save(result: Result, path: Path) -> None:
 def write(document: dict[str, Any], path: Path) -> None:
     """Writes a measurement of any schema atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(dumps(rounded(document), indent=1) + "\n")
 
 
@@ -104,7 +104,7 @@ def check(result: object) -> None:
         if key not in result:
             raise ValueError(f"the key {key!r} is missing; measure it again")
         if not isinstance(result[key], kind):
-            raise ValueError(f"the key {key!r} holds {type(result[key]).__name__}")
+            raise ValueError(f"the key {key!r} has the wrong type {type(result[key]).__name__}")
     for row in result["rows"]:
         if missing := set(Row.__annotations__) - set(row):
             raise ValueError(f"a row of {row.get('case')!r} lacks {', '.join(sorted(missing))}")

@@ -1,9 +1,8 @@
 """Runs all contenders of a case in turn, round by round, and computes ratios within each round.
 
-A shared machine changes speed within seconds. Contenders measured one after the other would see
-different conditions; alternating ones see the same, so the ratios within a round are stable even if
-the times are not. Gradients that a contender changes are restored before each call, so that every
-measured call does the full work.
+A shared machine changes speed within seconds. Contenders that alternate see the same conditions, so
+the ratios within a round are stable even if the times are not. Gradients that a contender changes
+are restored before each call, so that every measured call does the full work.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 
 from fastguard.commands.bench.clock import Clock, Sample
-from fastguard.commands.bench.contenders import CONTENDERS, NotHere, Prepared
+from fastguard.commands.bench.contenders import CONTENDERS, Prepared, Unavailable
 from fastguard.commands.bench.machine import Ceilings, Evictor, available_bytes
 from fastguard.commands.bench.steps import STEPS, inner_optimizer
 from fastguard.commands.bench.workload import Case, Workload, bytes_needed
@@ -111,23 +110,23 @@ def run_case(
         return [], dict.fromkeys(case.contenders, reason)
     with torch.no_grad():
         work = Workload(case, device)
-        field, left_out = prepare(work)
+        contenders, left_out = prepare(work)
         errors = {}
-        for name, prepared in list(field.items()):
+        for name, prepared in list(contenders.items()):
             try:
                 errors[name] = warm_up(prepared, work)
-            except Exception as error:  # report peers that refuse a dtype
+            except Exception as error:  # some peers refuse a dtype
                 if name.startswith(OURS):
                     raise
                 left_out[name] = f"{type(error).__name__}: {error}"
-                del field[name]
+                del contenders[name]
                 work.restore()
-        if case.baseline not in field:
+        if case.baseline not in contenders:
             return [], left_out
-        samples = interleave(field, work, seconds=seconds, on_round=on_round)
+        samples = interleave(contenders, work, seconds=seconds, on_round=on_round)
     rows = [
         summarise(case, name, samples[name], samples[case.baseline], limit, errors[name])
-        for name in field
+        for name in contenders
     ]
     return rows, left_out
 
@@ -137,16 +136,16 @@ def prepare(work: Workload) -> tuple[dict[str, Prepared], dict[str, str]]:
     inner = None
     if work.case.optimizer is not None:
         inner = inner_optimizer(work, work.parameters)
-    field, left_out = {}, {}
+    contenders, left_out = {}, {}
     for name in work.case.contenders:
         try:
             if inner is None:
-                field[name] = CONTENDERS[name](work)
+                contenders[name] = CONTENDERS[name](work)
             else:
-                field[name] = STEPS[name](work, inner)
-        except NotHere as reason:
+                contenders[name] = STEPS[name](work, inner)
+        except Unavailable as reason:
             left_out[name] = str(reason)
-    return field, left_out
+    return contenders, left_out
 
 
 def warm_up(prepared: Prepared, work: Workload) -> float | None:
@@ -168,7 +167,7 @@ def relative_error(norm: torch.Tensor, truth: float) -> float:
 
 
 def interleave(
-    field: dict[str, Prepared],
+    contenders: dict[str, Prepared],
     work: Workload,
     *,
     seconds: float,
@@ -178,23 +177,24 @@ def interleave(
     clock = Clock(work.device)
     cold = work.case.cold or work.device.type == "cuda"
     evict = Evictor(work.device) if cold else None
-    # Wakes the CPU threads: they are awake after a backward pass but sleep after a serial copy.
+    # Wakes the CPU threads, which are awake after a backward pass but asleep after a serial copy.
     awake = torch.ones(2**18, device=work.device)
     preparations = {
-        name: _preparation(prepared, evict or awake.sum) for name, prepared in field.items()
+        name: _preparation(prepared, evict or awake.sum) for name, prepared in contenders.items()
     }
     repeats = {
         name: 1 if cold or work.case.changes_grads else _repeats(clock, prepared)
-        for name, prepared in field.items()
+        for name, prepared in contenders.items()
     }
-    samples: dict[str, list[Sample]] = {name: [] for name in field}
+    samples: dict[str, list[Sample]] = {name: [] for name in contenders}
     gc_was_on = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        for order in rounds(field, seconds):
+        for order in rounds(contenders, seconds):
             for name in order:
-                sample = clock.sample(field[name].call, preparations[name], repeat=repeats[name])
+                call = contenders[name].call
+                sample = clock.sample(call, preparations[name], repeat=repeats[name])
                 samples[name].append(sample)
             if on_round:
                 on_round()
@@ -205,7 +205,7 @@ def interleave(
 
 
 def rounds(names: Iterable[str], seconds: float) -> Iterator[list[str]]:
-    """Yields the rotated order of each round for about `seconds`."""
+    """Yields the order of each round, rotated by one each time, for about `seconds`."""
     order = list(names)
     stop = time.perf_counter() + seconds
     for n in range(MOST_ROUNDS):

@@ -51,7 +51,7 @@ def measure_cases(
 
 @contextmanager
 def quiet_guard() -> Iterator[None]:
-    """Hides the log lines about skipped steps; benchmarks skip many steps."""
+    """Hides the log lines about skipped steps, of which benchmarks have many."""
     log = logging.getLogger("fastguard")
     handler, propagates = logging.NullHandler(), log.propagate
     log.addHandler(handler)

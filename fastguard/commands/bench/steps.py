@@ -1,7 +1,7 @@
 """Whole optimizer steps, guarded in every usual way, around the same inner optimizer.
 
-All contenders of a case step the same parameters, so that none profits from its memory layout; flat
-buckets own their gradients and therefore use a twin. The learning rate is tiny: the arithmetic is
+All contenders of a case step the same parameters, so that none profits from its memory layout. Flat
+contenders own their memory and therefore step a copy. The learning rate is tiny: the arithmetic is
 the same, but the weights hardly change.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fastguard
-from fastguard.commands.bench.contenders import NotHere, Prepared, grad_scaler, torch_clip
+from fastguard.commands.bench.contenders import Prepared, Unavailable, grad_scaler, torch_clip
 from fastguard.commands.bench.workload import Workload
 
 LR = 1e-12
@@ -25,8 +25,8 @@ TRUSTED_PARAMETERS = f"{FLAT_PARAMETERS} trusted"
 def inner_optimizer(work: Workload, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
     """The optimizer named by a case."""
     assert work.case.optimizer is not None
-    kind, road = work.case.optimizer
-    fused, foreach = road == "fused", road == "foreach"
+    kind, implementation = work.case.optimizer
+    fused, foreach = implementation == "fused", implementation == "foreach"
     if kind == "AdamW":
         return torch.optim.AdamW(parameters, lr=LR, fused=fused, foreach=foreach)
     return torch.optim.SGD(parameters, lr=LR, momentum=0.9, fused=fused, foreach=foreach)
@@ -65,13 +65,13 @@ def clip_and_step_if_all_is_finite(
 
 def bare_step(work: Workload, inner: torch.optim.Optimizer) -> Prepared:
     """No guard: the baseline cost."""
-    _not_poisoned(work)
+    _finite_only(work)
     return Prepared(_stepping(inner), work.restore, work.parameters)
 
 
 def clip_then_step(work: Workload, inner: torch.optim.Optimizer) -> Prepared:
     """Clips without checking for NaN."""
-    _not_poisoned(work)
+    _finite_only(work)
 
     def call() -> Tensor:
         return clip_and_step(inner, work.parameters, work.max_norm)
@@ -161,6 +161,6 @@ def _stepping(optimizer: torch.optim.Optimizer) -> Callable[[], Tensor | None]:
     return call
 
 
-def _not_poisoned(work: Workload) -> None:
+def _finite_only(work: Workload) -> None:
     if work.case.situation.startswith("one NaN"):
-        raise NotHere("a NaN would destroy its state")
+        raise Unavailable("a NaN would reach its weights and state")

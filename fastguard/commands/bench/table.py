@@ -27,9 +27,9 @@ def row_table(result: Result) -> Any:
     ceilings = result["ceilings"]
     t = table.Table(
         title=f"Guarding a step on {title_of(result['machine'])}, {result['date'][:10]}",
-        caption=f"ratio: time of the baseline (=) over time of the contender, in the same round. "
+        caption=f"ratio: time of the baseline (=) divided by the contender's, in the same round. "
         f"limit: read {ceilings['read_gb_s']:.0f} GB/s, update {ceilings['update_gb_s']:.0f} GB/s; "
-        "more than 100 % is served from a cache",
+        "above 100 %, the data came from a cache",
         box=box.SIMPLE_HEAD,
         title_justify="left",
         caption_justify="left",

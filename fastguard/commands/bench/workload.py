@@ -9,8 +9,9 @@ Byte models, in bytes of gradients g (parameters p, momenta m and v have the sam
 | one NaN, zeroed | read g | | |
 | one NaN, skipped | | read g | read g |
 
-An update is one read and one write of the same memory. Nothing else has to move, so the limit of a
-case is `read / read bandwidth + 2 * update / update bandwidth`; data that fits a cache may beat it.
+An update is one read and one write of the same memory. Nothing else has to move, so the minimum
+time of a case is `read / read bandwidth + 2 * update / update bandwidth`, unless its data fits into
+a cache.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ Shape = tuple[int, ...]
 Situation = Literal["nothing to clip", "clipping", "one NaN, zeroed", "one NaN, skipped"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 UPDATED = {"AdamW": 3, "SGD": 2}  # tensors as large as g that a step reads and writes
-MIXED_FROM = 2**19
-BLOCK = 2**22 - 3  # random values drawn; tiled, because drawing 1e9 takes longer than measuring
+MIXED_FROM = 2**19  # elements
+BLOCK = 2**22 - 3  # random values drawn and repeated; drawing 1e9 takes longer than measuring
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Case:
         name: Name of the gradients: a model, or `"5000 x 100"`.
         shapes: One shape per parameter.
         contenders: Names from `contenders.CONTENDERS` and `steps.STEPS`.
-        baseline: The contender whose time is divided by that of each other one.
+        baseline: The contender that the others are compared with.
         dtype: `"fp32"`, `"bf16"`, `"fp16"`; `"mixed"`: bf16 matrices and fp32 vectors;
             `"mixed matrices"`: bf16 from `MIXED_FROM` elements on, fp32 below.
         situation: State of the gradients.
@@ -136,7 +137,8 @@ class Workload:
         at = 0
         for shape in case.shapes:
             dtype = _dtype(case.dtype, shape)
-            parameter = _parameter(shape, dtype, device, real=case.optimizer is not None)
+            owns_memory = case.optimizer is not None
+            parameter = _parameter(shape, dtype, device, owns_memory=owns_memory)
             parameter.grad = torch.empty(shape, dtype=dtype, device=device)
             at = _tile(parameter.grad.view(-1), block, at)
             self.parameters.append(parameter)
@@ -156,7 +158,7 @@ class Workload:
 
     @property
     def segment_ids(self) -> list[int]:
-        """Segment of each parameter, in equal stretches."""
+        """The segment of each parameter: consecutive parameters, as many in each segment."""
         n, count = len(self.parameters), self.case.segments
         return [i * count // n for i in range(n)]
 
@@ -164,8 +166,8 @@ class Workload:
         """A copy of parameters and gradients, for contenders that store gradients elsewhere."""
         twins = []
         for p in self.parameters:
-            real = self.case.optimizer is not None
-            twin = torch.nn.Parameter(p.detach().clone() if real else p.detach())
+            owns_memory = self.case.optimizer is not None
+            twin = torch.nn.Parameter(p.detach().clone() if owns_memory else p.detach())
             assert p.grad is not None
             twin.grad = p.grad.clone()
             twins.append(twin)
@@ -206,9 +208,9 @@ def _dtype(name: str, shape: Shape) -> torch.dtype:
 
 
 def _parameter(
-    shape: Shape, dtype: torch.dtype, device: torch.device, *, real: bool
+    shape: Shape, dtype: torch.dtype, device: torch.device, *, owns_memory: bool
 ) -> torch.nn.Parameter:
-    if real:
+    if owns_memory:
         return torch.nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
     return torch.nn.Parameter(torch.zeros((), dtype=dtype, device=device).expand(shape))
 

@@ -1,4 +1,4 @@
-"""Output of `fastguard ckpt`: lines as they come, or with `--json` one object at the end."""
+"""Output of `fastguard ckpt`: one line per result, or with `--json` one object at the end."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from fastguard.records.strict_json import dumps, strict
 
 
 class Answer:
-    """Collects results in order.
+    """Prints each result, or collects all of them and prints one JSON object at the end.
 
     Args:
-        as_json: Keep the results for `end` instead of printing them.
+        as_json: Whether to collect the results for `end` instead of printing them.
     """
 
     def __init__(self, as_json: bool) -> None:
@@ -21,14 +21,14 @@ class Answer:
         self._found: list[dict[str, Any]] = []
 
     def say(self, line: str, **facts: Any) -> None:
-        """Adds a line about one file, and its facts for JSON."""
+        """Reports one file: a line of text, and the same facts for JSON."""
         if facts:
             self._found.append(facts)
         if not self.as_json:
             say(line)
 
     def note(self, text: str, indent: str = "") -> None:
-        """Adds a remark about the preceding file."""
+        """Adds a note about the file reported last."""
         if self.as_json:
             self._found[-1].setdefault("notes", []).append(text)
         else:
@@ -37,7 +37,7 @@ class Answer:
     def table(
         self, heads: Sequence[str], rows: Sequence[Sequence[str]], facts: Sequence[dict[str, Any]]
     ) -> None:
-        """Adds rows of text, and their facts for JSON."""
+        """Reports several files as a table, and the same facts for JSON."""
         self._found += facts
         if not self.as_json:
             print_table(heads, rows)

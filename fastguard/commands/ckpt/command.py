@@ -5,8 +5,8 @@
   fastguard ckpt rollback PATH     resume from the last good checkpoint
 
 PATH is the directory of a CheckpointStore, a .pt, .pth, .ckpt, .bin or .safetensors file, or a
-folder of such files; verify includes subfolders. Files are never unpickled. A rollback keeps what
-it replaces beside it.
+folder of such files; verify includes subfolders. Files are never unpickled. A rollback keeps a copy
+of the file that it replaces.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fastguard.checkpoints.reading.file_report import nan_numbers, not_ignored
 from fastguard.checkpoints.reading.inspect_file import inspect
 from fastguard.checkpoints.reading.weights_only import refused_names
 from fastguard.checkpoints.store import CheckpointStore
-from fastguard.commands.ckpt import rollback as going_back
+from fastguard.commands.ckpt import rollback as rollback_action
 from fastguard.commands.ckpt.answer import Answer
 from fastguard.commands.parsing import Parser
 from fastguard.commands.terminal import say, text_of
@@ -58,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rollback.add_argument(
         "--to",
         metavar="WHICH",
-        help="in a store: a step, best or last-clean (default); else the file to copy "
-        "(default: the latest good one beside it)",
+        help="for a store: a step, best or last-clean (default); for a file: the file to copy "
+        "(default: the latest good one in the same folder)",
     )
     for action in (listing, verify, rollback):
         action.add_argument("--json", action="store_true", help="print one JSON object")
@@ -80,14 +80,15 @@ def run(args: argparse.Namespace) -> int:
     answer = Answer(args.json)
     try:
         if args.action == "rollback":
-            return answer.end(going_back.run(_existing(args.path), args.to, args.ignore, answer))
+            path = _existing(args.path)
+            return answer.end(rollback_action.run(path, args.to, args.ignore, answer))
         paths = [_existing(path) for path in args.paths]
         if args.action == "list":
             return answer.end(max(_list(path, answer) for path in paths))
         return answer.end(max(_verify(path, args.ignore, answer) for path in paths))
     except StoreLocked as error:
-        who, _, _ = str(error).rpartition(";")  # the rest is advice for programs
-        raise UsageError(f"{who}; end that run first; list and verify work meanwhile") from None
+        problem, _, _ = str(error).rpartition(";")  # the remedy after it is for Python code
+        raise UsageError(f"{problem}; end that run first; list and verify work meanwhile") from None
     except CheckpointError as error:
         say(f"fastguard ckpt: {error}", file=sys.stderr)
         return FOUND_BAD
@@ -231,7 +232,10 @@ def _verify(path: Path, ignore: Sequence[str], answer: Answer) -> int:
     if is_index(path):
         return _verify_index(path, ignore, answer, with_files=True)
     if path.suffix != ".distcp" and any(missing_parts([path.name])):
-        answer.say(f"note: {path} is one file of several; the others: verify {path.parent}")
+        answer.say(
+            f"note: {path} is one file of several; to verify all of them: "
+            f"fastguard ckpt verify {path.parent}"
+        )
     kind = "shards" if path.suffix == ".distcp" else "file"
     return _verify_found(
         finding.Found(path.parent if kind == "shards" else path, kind), ignore, answer
@@ -263,7 +267,7 @@ def _verify_found(found: finding.Found, ignore: Sequence[str], answer: Answer) -
         return _verify_index(found.path, ignore, answer, with_files=False)
     if found.kind == "incomplete":
         return _report(answer, found.path, found.why, (), 0)
-    if found.kind == "shards":  # unverified, so the status is not 0
+    if found.kind == "shards":  # not verified, so the exit status is not 0
         if not finding.is_of_a_store(found.path) and (lacking := missing_shards(found.path)):
             return _report(answer, found.path, lacking, (), 0)
         why = finding.how_to_read_shards(found.path)
@@ -319,7 +323,7 @@ def _verify_file(path: Path, ignore: Sequence[str], answer: Answer) -> int:
     if nan := not_ignored(nan_numbers(found.contents.tree), ignore):
         more = f" and {len(nan) - SHOWN} more" if len(nan) > SHOWN else ""
         names = ", ".join(name for name, *_ in nan[:SHOWN])
-        answer.note(f"numbers beside the tensors that are NaN: {names}{more}", INDENT)
+        answer.note(f"values other than tensors that are NaN: {names}{more}", INDENT)
     for name, what in unread[:SHOWN]:
         answer.note(f"{name} was not read: {what}", INDENT)
     if refused := refused_names(found.contents.names):
@@ -341,8 +345,12 @@ def _verify_index(path: Path, ignore: Sequence[str], answer: Answer, *, with_fil
     for problem in found.problems:
         answer.say(f"BAD  {path}: {problem}", path=str(path), verdict="bad", problem=problem)
     if not found.problems:
-        told = f"{found.n_tensors} tensors, each in the file that it names"
-        answer.say(f"ok   {path}: {told}", path=str(path), verdict="ok", tensors=found.n_tensors)
+        answer.say(
+            f"ok   {path}: {found.n_tensors} tensors, each present in the file named by the index",
+            path=str(path),
+            verdict="ok",
+            tensors=found.n_tensors,
+        )
     status = FOUND_BAD if found.problems else FINE
     return max(
         [status, *(_verify_file(file, ignore, answer) for file in found.files if with_files)]
@@ -391,17 +399,20 @@ def _report(
     for culprit in bad:
         answer.say(f"       {describe_culprits([culprit])}")
     if bad:
-        answer.say('       (--ignore PATTERN passes over tensors that may be so, as "*.attn_mask")')
+        answer.say(
+            "       (use --ignore PATTERN for tensors that are non-finite by design, such as "
+            '"*.attn_mask")'
+        )
     if bad or problem is not None:
         return FOUND_BAD
-    told = foreign.NO_TENSORS
+    text = foreign.NO_TENSORS
     if n_tensors:
         tensors = "1 tensor" if n_tensors == 1 else f"{n_tensors} tensors"
         excepted = [f"{n_meant} by design"] * bool(n_meant) + [f"{n_ignored} ignored"] * bool(
             n_ignored
         )
-        told = f"{tensors}, {'finite' if excepted or n_unread else 'all finite'}"
-        told += f" except {' and '.join(excepted)}" if excepted else ""
-    told += f"; {n_unread} more not read" if n_unread else ""
-    answer.say(f"ok   {path}: {told}", **facts)
+        text = f"{tensors}, {'finite' if excepted or n_unread else 'all finite'}"
+        text += f" except {' and '.join(excepted)}" if excepted else ""
+    text += f"; {n_unread} more not read" if n_unread else ""
+    answer.say(f"ok   {path}: {text}", **facts)
     return FINE

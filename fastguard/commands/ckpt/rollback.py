@@ -25,15 +25,16 @@ FINE, FOUND_BAD = 0, 1
 
 
 def run(path: Path, to: str | None, ignore: Sequence[str], answer: Answer) -> int:
-    """Makes an earlier checkpoint the one to resume from; returns the exit status."""
+    """Makes an earlier checkpoint the one that training resumes from; returns the exit status."""
     if path.is_dir() and is_store(path):
         return _rollback_store(path, to, answer)
     if path.is_file() and is_store(path.parent) and is_checkpoint(path):
         raise UsageError(
-            f"{path} is a checkpoint of a store: fastguard ckpt rollback {path.parent} --to STEP"
+            f"{path} is a checkpoint of a store; use: fastguard ckpt rollback {path.parent} "
+            "--to STEP"
         )
     _refuse_index(path)
-    target = _resumed_from(path) if path.is_dir() else path
+    target = _file_to_resume_from(path) if path.is_dir() else path
     passed_over: Sequence[str] = ()
     if to is None:
         source, passed_over = foreign.good_source(target, ignore)
@@ -41,19 +42,19 @@ def run(path: Path, to: str | None, ignore: Sequence[str], answer: Answer) -> in
             answer.say(f"passed over {line}")
         if source is None:
             hint = (
-                "; --ignore PATTERN passes over tensors that may be so"
+                "; use --ignore PATTERN for tensors that are non-finite by design"
                 if any(foreign.NOT_FINITE in line for line in passed_over)
                 else ""
             )
             say(f"fastguard ckpt: no good checkpoint beside {target}{hint}", file=sys.stderr)
             return FOUND_BAD
     else:
-        source = _named(Path(to), target)
+        source = _source_file(Path(to), target)
     before, after = foreign.describe(target), foreign.describe(source)
     was_good = foreign.is_sound(target, ignore)
     backup = foreign.roll_back_file(target, source, ignore=ignore)
     answer.say(
-        f"{target}{_where(before)} is now a copy of {source}{_where(after)}",
+        f"{target}{_position(before)} is now a copy of {source}{_position(after)}",
         path=str(target),
         copy_of=str(source),
         kept_in=str(backup),
@@ -63,11 +64,11 @@ def run(path: Path, to: str | None, ignore: Sequence[str], answer: Answer) -> in
     )
     answer.say(f"the replaced file is kept in {backup}")
     if to is None and after.epoch is None and after.step is None:
-        answer.note("it names no epoch or step; it was chosen by modification time")
+        answer.note("it contains no epoch or step; it was chosen by modification time")
     if was_good:
         answer.note(f"the replaced file was complete and finite too; to undo: --to {backup}")
     if not after.resumable:
-        answer.note("it holds no optimizer state, so the optimizer starts from scratch")
+        answer.note("it contains no optimizer state, so the optimizer starts from scratch")
     return FINE
 
 
@@ -76,14 +77,14 @@ def _rollback_store(path: Path, to: str | None, answer: Answer) -> int:
     if to is not None:
         if not to.isdecimal() and to not in ("last", "last-clean", "best"):
             raise UsageError(
-                f"--to {to!r} is not a checkpoint of a store; use a step, best, last-clean"
+                f"--to {to!r} is not a checkpoint of a store; use a step, best or last-clean"
             )
         which = int(to) if to.isdecimal() else to  # type: ignore[assignment]
     with CheckpointStore(path) as store:
         before = store.list()
-        with _said_once():
+        with _rollback_unlogged():
             target = store.rollback(which)
-        aside = {entry.serial: entry for entry in store.replaced()}  # with their verdicts
+        aside = {entry.serial: entry for entry in store.replaced()}  # these have verdicts
         for entry in before:
             if entry.serial in aside:
                 answer.say(f"put aside {aside[entry.serial]}")
@@ -99,17 +100,17 @@ def _rollback_store(path: Path, to: str | None, answer: Answer) -> int:
 
 
 @contextlib.contextmanager
-def _said_once() -> Iterator[None]:
-    """Hides the log line about the rollback, which the command prints itself."""
+def _rollback_unlogged() -> Iterator[None]:
+    """Hides the log line about the rollback, because the command prints the result itself."""
 
-    def other(record: logging.LogRecord) -> bool:
+    def is_other(record: logging.LogRecord) -> bool:
         return not record.msg.startswith(f"{PREFIX}rolled back to")
 
-    log.addFilter(other)
+    log.addFilter(is_other)
     try:
         yield
     finally:
-        log.removeFilter(other)
+        log.removeFilter(is_other)
 
 
 def _refuse_index(path: Path) -> None:
@@ -117,7 +118,7 @@ def _refuse_index(path: Path) -> None:
         raise UsageError(f"{path} is an index without tensors; pass one of the files")
 
 
-def _named(source: Path, target: Path) -> Path:
+def _source_file(source: Path, target: Path) -> Path:
     _refuse_index(source)
     if source.is_dir():
         raise UsageError(f"--to {source} is a folder; pass a file in it")
@@ -131,7 +132,7 @@ def _named(source: Path, target: Path) -> Path:
     return source
 
 
-def _resumed_from(folder: Path) -> Path:
+def _file_to_resume_from(folder: Path) -> Path:
     for path in (folder / "last.pt", folder / "weights" / "last.pt", folder / "last.ckpt"):
         if path.is_file():
             return path
@@ -143,14 +144,14 @@ def _resumed_from(folder: Path) -> Path:
     newest = max(found, key=lambda path: foreign.describe(path).modified)
     raise UsageError(
         f"{folder} is not a store and has no last.pt or last.ckpt; pass the file that training "
-        f"resumes from, for instance: fastguard ckpt rollback {newest} (--to FILE chooses the "
-        "file to copy)"
+        f"resumes from, for instance: fastguard ckpt rollback {newest} (use --to FILE to choose "
+        "the file to copy)"
     )
 
 
-def _where(found: foreign.Description) -> str:
+def _position(found: foreign.Description) -> str:
     known = {"epoch": found.epoch, "step": found.step, "metric": found.metric}
-    told = ", ".join(
+    text = ", ".join(
         f"{name} {text_of(value)}" for name, value in known.items() if value is not None
     )
-    return f" ({told})" if told else ""
+    return f" ({text})" if text else ""

@@ -1,12 +1,12 @@
 """Trains a small GPT on Python's own source three times through the same faults.
 
-Bare PyTorch, PyTorch with clip_grad_norm_, and fastguard start from the same weights and see the
+Bare PyTorch, PyTorch with clip_grad_norm_, and fastguard start from the same weights and get the
 same batches. Prints the outcome of each run, and writes a picture (demo.png) and the records of the
 guarded run (records.jsonl). Exit status 1 if the guarded run did not stay finite.
 
-With --incident it replays a failed run, unguarded and guarded, and writes the guarded run's records
-(records.jsonl), picture (incident.png) and report (records.html). Exit status 1 if the unguarded
-run survived or the guarded run did not.
+With --incident it replays a failed run, unguarded and guarded, and writes a picture of both
+(incident.png) and the guarded run's records (records.jsonl) and report (records.html). Exit status
+1 if the unguarded run survived or the guarded run did not.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `fastguard demo`."""
-    steps = integer(FEWEST_STEPS, 1_000_000, why="the faults need room")
+    steps = integer(FEWEST_STEPS, 1_000_000, why="in fewer steps, the faults would overlap")
     parser.add_argument(
         "--steps", type=steps, default=Settings().steps, help="steps of each run (%(default)s)"
     )
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     folder = output_folder(args.out)
     if args.incident is not None:
         if args.fsdp:
-            raise UsageError("--incident plays in one process; leave out --fsdp")
+            raise UsageError("--incident runs in one process; leave out --fsdp")
         from fastguard.commands.demo.incidents.play import play
 
         return play(args.incident, folder)

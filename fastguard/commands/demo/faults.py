@@ -1,4 +1,4 @@
-"""The faults that the demo injects: bad batches, bad kernels and bad memory."""
+"""The faults that the demo injects into losses and gradients."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from fastguard.ranks.dtensors import local_parts
 
-FEWEST_STEPS = 20  # with fewer steps, the faults below overlap
-EARLY, LATE = "blocks.0.qkv.weight", "head.weight"
-SPIKE = 1e4
+FEWEST_STEPS = 20  # with fewer steps, the faults overlap
+EARLY, LATE = "blocks.0.qkv.weight", "head.weight"  # parameters whose gradients get Inf, NaN
+SPIKE = 1e4  # factor
 
 
 class Kind(Enum):
@@ -39,18 +39,22 @@ class Fault:
     kind: Kind
     in_burst: bool = False
 
-    def spoil_loss(self, loss: Tensor) -> Tensor:
-        """Returns the loss to run the backward pass from."""
+    def corrupt_loss(self, loss: Tensor) -> Tensor:
+        """Returns the loss, multiplied by NaN if this fault affects the loss."""
         return loss * math.nan if self.kind is Kind.NAN_LOSS else loss
 
     @torch.no_grad()
-    def spoil_gradients(self, model: nn.Module, strikes_here: bool = True) -> None:
-        """Changes gradients in place: one element where the fault strikes, or all of them."""
+    def corrupt_gradients(self, model: nn.Module, on_this_rank: bool = True) -> None:
+        """Corrupts gradients in place.
+
+        A spike scales all of them, on every rank. Other faults change one element, and only if
+        `on_this_rank`.
+        """
         if self.kind is Kind.SPIKE:
             for p in model.parameters():
                 assert p.grad is not None
                 p.grad.mul_(SPIKE)
-        elif not strikes_here:
+        elif not on_this_rank:
             return
         elif self.kind is Kind.INF_GRAD:
             _gradient(model, EARLY)[0] = math.inf
@@ -61,8 +65,8 @@ class Fault:
 def plan(steps: int) -> tuple[Fault, ...]:
     """Plans the faults of a run of `steps` steps.
 
-    The spike comes first because it is the only fault that bare PyTorch survives; the burst comes
-    last, when a run has the most to lose.
+    The spike comes first because it is the only fault that bare PyTorch survives. The burst comes
+    last, when most training would be lost.
     """
     burst = (Kind.INF_GRAD, Kind.NAN_GRAD, Kind.SPIKE, Kind.NAN_LOSS)
     return (

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from fastguard.commands.demo.faults import Fault
 from fastguard.commands.demo.training import Bare, Clipped, Guarded, Run
-from fastguard.commands.files import written
+from fastguard.commands.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,7 +50,7 @@ def draw(runs: Sequence[Run], faults: Sequence[Fault], max_norm: float, path: Pa
     bottom.set(xlim=(0, len(runs[0].losses)))
     bottom.set_xlabel("step", fontsize=9, color=INK)
     figure.suptitle(_title(runs, faults), x=0.01, ha="left", fontsize=13, weight="bold", color=INK)
-    with written(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary)
 
 
@@ -109,7 +109,7 @@ def _draw_losses(axes: Axes, runs: Sequence[Run]) -> None:
             text = f"{run.name}: weights are NaN"
             beside = (12, 10) if run.name == Clipped.name else (12, -4)
             _annotate(axes, text, (steps[-1], smooth[-1]), beside, "left", color)
-    # The first steps fall from chance level and would squeeze the rest of the plot.
+    # Leave out the first steps: the initial loss is so high that it would flatten the curves.
     shown = [v for run in runs for v in _finite(run.losses)[1][len(run.losses) // 14 :]]
     if shown:
         axes.set_ylim(min(shown) - 0.15, max(shown) + 0.15)
@@ -127,7 +127,7 @@ def _draw_norms(axes: Axes, runs: Sequence[Run], max_norm: float) -> None:
         axes.plot(steps, norms, color=color, linewidth=WIDTHS[run.name] / 2)
         if run.destroyed_at is not None:
             lost = range(run.destroyed_at, len(norms) + 1)
-            dashes = (0, (5, 5)) if run.name == Bare.name else (5, (5, 5))  # take turns
+            dashes = (0, (5, 5)) if run.name == Bare.name else (5, (5, 5))  # colors alternate
             axes.plot(lost, [CEILING] * len(lost), color=color, linewidth=2, linestyle=dashes)
             axes.plot(lost[0], CEILING, marker="X", markersize=8, color=color, zorder=5)
         if skipped:

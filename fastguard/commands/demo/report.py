@@ -1,4 +1,4 @@
-"""The demo's final output: two tables, one sentence per run, and the records as JSON."""
+"""The demo's final output: two tables, a short text per run, and the records as JSON lines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from fastguard.commands.demo.faults import Fault, Kind
 from fastguard.commands.demo.training import Bare, Clipped, Guarded, Run
-from fastguard.commands.files import written
+from fastguard.commands.files import atomic_write
 from fastguard.errors import describe_culprits
 from fastguard.records.step_record import StepRecord
 from fastguard.records.strict_json import dumps
@@ -66,19 +66,19 @@ def where(record: StepRecord) -> str:
 
 
 def sentences(runs: Sequence[Run], faults: Sequence[Fault]) -> list[str]:
-    """Describes what happened, in one sentence per run."""
+    """Describes what happened, in one short text per run."""
     by_name = {run.name: run for run in runs}
     bare, clipped, guarded = (by_name[way.name] for way in (Bare, Clipped, Guarded))
     if not faults:
-        return [_followed(clipped, guarded)]
+        return [_agreement(clipped, guarded)]
     spike = next(fault for fault in faults if fault.kind is Kind.SPIKE)
     before, after = _around(bare.losses, spike.step)
     return [
-        f"{bare.name}: after {_call(spike)} the training loss went from {before:.2f} to "
+        f"{bare.name}: after {_step_text(spike)} the training loss went from {before:.2f} to "
         f"{after:.2f}. {_destruction(bare, faults)}",
-        f"{clipped.name}: scaled {_call(spike)} back to norm 1. {_destruction(clipped, faults)} "
-        "Clipping cannot help: one Inf makes the norm Inf and the coefficient 0, and 0 × Inf is "
-        "NaN.",
+        f"{clipped.name}: clipped the gradients of {_step_text(spike)} to norm 1. "
+        f"{_destruction(clipped, faults)} Clipping cannot help: one Inf makes the norm Inf and the "
+        "coefficient 0, and 0 × Inf is NaN.",
         f"{guarded.name}: skipped {guarded.skipped} of {len(guarded.losses)} steps, "
         f"{_precision(guarded, faults)}. Weights and optimizer state are as if those steps had "
         "never been taken.",
@@ -87,19 +87,19 @@ def sentences(runs: Sequence[Run], faults: Sequence[Fault]) -> list[str]:
 
 def write_records(records: Iterable[StepRecord], path: Path) -> None:
     """Writes one record per line, as returned by `StepRecord.as_dict`."""
-    with written(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("".join(f"{dumps(r.as_dict())}\n" for r in records), "utf-8")
 
 
-def _followed(clipped: Run, guarded: Run) -> str:
+def _agreement(clipped: Run, guarded: Run) -> str:
     pairs = enumerate(zip(clipped.losses, guarded.losses, strict=True), start=1)
-    parted = next((step for step, (a, b) in pairs if a != b), None)
-    apart = abs(clipped.validation - guarded.validation)
-    bits = "in every bit" if parted is None else f"bit for bit until step {parted}"
+    differs_at = next((step for step, (a, b) in pairs if a != b), None)
+    difference = abs(clipped.validation - guarded.validation)
+    until = "at every step" if differs_at is None else f"before step {differs_at}"
     return (
-        f"Without faults {guarded.name} follows {clipped.name}: the training losses agree {bits}, "
-        f"the validation losses to {apart:.1g}. Only a clip coefficient below 1 can tell them "
-        "apart: torch sums the norm in float32."
+        f"Without faults {guarded.name} agrees with {clipped.name}: the training losses are equal "
+        f"{until}, and the validation losses differ by {difference:.1g}. Only clipping can cause a "
+        "difference, because torch sums the norm in float32."
     )
 
 
@@ -110,7 +110,7 @@ def _around(losses: Sequence[float], step: int) -> tuple[float, float]:
     return sum(before) / max(1, len(before)), max(after, default=math.nan)
 
 
-def _call(fault: Fault) -> str:
+def _step_text(fault: Fault) -> str:
     return f"step {fault.step} ({fault.kind.value})"
 
 
@@ -118,15 +118,15 @@ def _destruction(run: Run, faults: Sequence[Fault]) -> str:
     cause = next((fault for fault in faults if fault.step == run.destroyed_at), None)
     if cause is None:
         return "Its weights stayed finite."
-    return f"Then {_call(cause)} put NaN into its weights, and every loss since is NaN."
+    return f"Then {_step_text(cause)} put NaN into its weights, and every later loss is NaN."
 
 
 def _precision(guarded: Run, faults: Sequence[Fault]) -> str:
     skipped = {record.step for record in guarded.records if record.action == "skipped"}
-    spoiled = {fault.step for fault in faults}
-    if skipped == spoiled:
-        return "the spoiled ones and no other"
-    return f"{len(skipped & spoiled)} of the {len(spoiled)} spoiled ones"
+    faulty = {fault.step for fault in faults}
+    if skipped == faulty:
+        return "exactly those with a fault"
+    return f"including {len(skipped & faulty)} of the {len(faulty)} with a fault"
 
 
 def _table(*columns: str) -> Table:

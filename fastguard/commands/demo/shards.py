@@ -1,8 +1,8 @@
 """The demo on several processes: `torchrun --nproc-per-node 2 -m fastguard demo --fsdp`.
 
 Each process holds a shard of every parameter (FSDP2, gloo, on the CPU) and trains on its part of
-each batch. NaN and Inf strike only the last process; the others learn about it in the one
-collective of the guarded step.
+each batch. NaN and Inf are injected only in the last process; the guarded step's single collective
+tells the other processes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COMMAND = "torchrun --nproc-per-node 2 -m fastguard demo --fsdp"
 
 @dataclass(frozen=True, slots=True)
 class Shards:
-    """This process's place among the training processes; a single process holds everything."""
+    """The rank of this process and the number of processes; the default is a single process."""
 
     rank: int = 0
     size: int = 1
@@ -35,8 +35,8 @@ class Shards:
         return self.rank == 0
 
     @property
-    def is_struck(self) -> bool:
-        """Whether faults strike this process."""
+    def has_faults(self) -> bool:
+        """Whether NaN and Inf are injected in this process."""
         return self.rank == self.size - 1
 
     def shard_(self, model: nn.Module) -> None:
@@ -72,7 +72,7 @@ class Shards:
         return bad.item() == 0
 
 
-def number(norm: Tensor) -> float:
+def norm_as_float(norm: Tensor) -> float:
     """Converts a norm to float; for sharded parameters, sums up partial results first."""
     return (norm.full_tensor() if is_dtensor(norm) else norm).item()
 
@@ -88,7 +88,7 @@ def processes(sharded: bool, batch_size: int) -> Iterator[Shards]:
         yield Shards()
         return
     if not dist.is_available() or "RANK" not in os.environ:
-        raise UsageError(f"--fsdp trains on several processes; run: {COMMAND}")
+        raise UsageError(f"--fsdp needs several processes; run: {COMMAND}")
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if batch_size % size:
         raise UsageError(f"{size} processes cannot share batches of {batch_size}; use 2, 4 or 8")

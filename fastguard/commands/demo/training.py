@@ -13,7 +13,7 @@ from torch import Tensor
 from fastguard import GuardedOptimizer, SpikeRule, StepRecord
 from fastguard.commands.demo.faults import Fault
 from fastguard.commands.demo.model import GPT
-from fastguard.commands.demo.shards import Shards, number
+from fastguard.commands.demo.shards import Shards, norm_as_float
 from fastguard.commands.demo.text import Text
 
 
@@ -52,9 +52,9 @@ class Bare:
         self.records: list[StepRecord] = []
 
     def step(self, loss: Tensor, batch: int) -> float:
-        """Takes one step; returns the gradient norm before it."""
+        """Takes one step; returns the gradient norm."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = number(torch.nn.utils.get_total_norm(gradients))  # for the plot
+        norm = norm_as_float(torch.nn.utils.get_total_norm(gradients))  # for the plot
         self.optimizer.step()
         return norm
 
@@ -65,8 +65,8 @@ class Clipped(Bare):
     name = "clip_grad_norm_"
 
     def step(self, loss: Tensor, batch: int) -> float:
-        """Clips and takes one step; returns the gradient norm before it."""
-        norm = number(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_norm))
+        """Clips and takes one step; returns the gradient norm before clipping."""
+        norm = norm_as_float(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_norm))
         self.optimizer.step()
         return norm
 
@@ -87,7 +87,7 @@ class Guarded(Bare):
         self.optimizer: torch.optim.Optimizer = self.guard
 
     def step(self, loss: Tensor, batch: int) -> float:
-        """Takes one guarded step; returns the gradient norm before it."""
+        """Takes one guarded step; returns the norm of the finite gradient elements."""
         self.guard.step(loss=loss, tag={"batch": batch})
         self.records.extend(self.guard.records())
         return self.records[-1].total_norm
@@ -133,14 +133,14 @@ def train(
     on_step: Callable[[Run], None] = lambda run: None,
     shards: Shards = Shards(),  # noqa: B008  (frozen)
 ) -> Run:
-    """Trains a new model. Initial weights, batches and faults are the same for each step method.
+    """Trains a new model. Initial weights, batches and faults do not depend on the step method.
 
     Args:
         way: The step method: `Bare`, `Clipped` or `Guarded`.
         settings: Sizes, steps, seed.
         text: Training and validation text.
         faults: Faults to inject.
-        on_step: Called after each step with the run so far.
+        on_step: Called with the run after each step.
         shards: The processes that train together.
 
     Returns:
@@ -161,12 +161,12 @@ def train(
         fault = fault_at.get(step)
         inputs, targets = shards.part(next(batches))
         loss = model.loss(inputs, targets)
-        if fault and shards.is_struck:
-            loss = fault.spoil_loss(loss)
+        if fault and shards.has_faults:
+            loss = fault.corrupt_loss(loss)
         stepper.optimizer.zero_grad()
         loss.backward()
         if fault:
-            fault.spoil_gradients(model, shards.is_struck)
+            fault.corrupt_gradients(model, shards.has_faults)
 
         run.norms.append(stepper.step(loss, batch=step))
         schedule.step()

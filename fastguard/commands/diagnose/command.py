@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fail-on",
         choices=("error", "warning", _NEVER),
         default="error",
-        help="exit status 1 from this severity on (%(default)s)",
+        help="lowest severity that gives exit status 1 (%(default)s)",
     )
 
 
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     """Calls the factory, runs the diagnosis and prints the findings."""
     # Output of the user's code must not end up in the JSON.
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
-        diagnosis = _diagnosed(args)
+        diagnosis = _diagnose(args)
     if args.json:
         print(diagnosis.to_json())
     else:
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     return FOUND_BAD if bad else FINE
 
 
-def _diagnosed(args: argparse.Namespace) -> Diagnosis:
+def _diagnose(args: argparse.Namespace) -> Diagnosis:
     if args.checkpoint is not None and not args.checkpoint.exists():
         raise UsageError(f"--checkpoint {args.checkpoint} does not exist")
     setup = setup_of(args.setup)

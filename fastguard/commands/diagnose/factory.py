@@ -38,7 +38,7 @@ def setup_of(spec: str) -> dict[str, Any]:
     folder = os.getcwd()
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    found: Any = _imported(module_name)
+    found: Any = _import(module_name)
     for name in path.split("."):
         if not hasattr(found, name):
             known = ", ".join(n for n, v in vars(found).items() if callable(v) and n[0] != "_")
@@ -49,11 +49,11 @@ def setup_of(spec: str) -> dict[str, Any]:
     try:
         setup = found()
     except (Exception, SystemExit) as error:
-        raise UsageError(f"{spec}() raises {_told(error)}") from None
-    return _checked(setup, spec)
+        raise UsageError(f"{spec}() raises {_one_line(error)}") from None
+    return _check_setup(setup, spec)
 
 
-def _imported(name: str) -> Any:
+def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -62,15 +62,15 @@ def _imported(name: str) -> Any:
                 f"there is no module {name!r} here or in the environment; run this in the folder "
                 "of your script, and leave out the .py"
             ) from None
-        raise UsageError(f"importing {name} raises {_told(error)}") from None
+        raise UsageError(f"importing {name} raises {_one_line(error)}") from None
     except (Exception, SystemExit) as error:
         hint = ""
         if isinstance(error, SystemExit):
             hint = '; put what should run only as a script under if __name__ == "__main__":'
-        raise UsageError(f"importing {name} raises {_told(error)}{hint}") from None
+        raise UsageError(f"importing {name} raises {_one_line(error)}{hint}") from None
 
 
-def _checked(setup: Any, spec: str) -> dict[str, Any]:
+def _check_setup(setup: Any, spec: str) -> dict[str, Any]:
     keys = ", ".join((*REQUIRED, *OPTIONAL))
     if not isinstance(setup, Mapping):
         raise UsageError(f"{spec}() returns a {type(setup).__name__}; return a dict with {keys}")
@@ -85,7 +85,7 @@ def _checked(setup: Any, spec: str) -> dict[str, Any]:
     return dict(setup)
 
 
-def _told(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     """The error in one line, with the line of the user's code that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if not f.filename.startswith("<") and f.filename != __file__]

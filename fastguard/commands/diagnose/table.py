@@ -34,7 +34,7 @@ def table(diagnosis: Diagnosis) -> Table:
     found = Table(box=box.SIMPLE_HEAD, show_lines=True)
     found.add_column("check", no_wrap=True)
     found.add_column("finding and remedy", ratio=1)
-    found.add_column("how bad", justify="right", no_wrap=True)
+    found.add_column("value", justify="right", no_wrap=True)
     for finding in diagnosis:
         color = _COLORS[finding.severity]
         head = finding.kind if finding.severity != "ok" else ""
@@ -45,13 +45,13 @@ def table(diagnosis: Diagnosis) -> Table:
         found.add_row(
             f"{escape(finding.check)}\n[{color}]{finding.severity}[/]",
             "\n".join(lines),
-            how_bad(finding),
+            value_and_limit(finding),
         )
     return found
 
 
-def how_bad(finding: Finding) -> str:
-    """The measured value and its limit."""
+def value_and_limit(finding: Finding) -> str:
+    """The measured value and its limit, on two lines."""
     if finding.limit is None or finding.severity == "ok":
         return ""
     return f"{finding.value:.3g}\nlimit {finding.limit:.3g}"

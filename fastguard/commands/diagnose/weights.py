@@ -1,8 +1,8 @@
 """`load_weights`: loads a model's weights from any checkpoint file without unpickling it.
 
 The readers of `fastguard.checkpoints` locate each tensor by name and byte position, in torch files
-(including pickled modules) and safetensors files. Any prefix before the model's parameter names is
-accepted: `state_dict.`, `model.`, `objects.model.module.`.
+(including pickled modules) and safetensors files. The model's parameter names may have any common
+prefix in the file: `state_dict.`, `model.`, `objects.model.module.`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     spans = {span.name: span for span in contents.spans}
     prefix = _prefix(spans, wanted)
     found = {name: spans[prefix + name] for name in wanted if prefix + name in spans}
-    # The file holds tied weights once, under the first of their names.
+    # A file may contain tied weights only once, under the first of their names.
     loaded = {wanted[name].data_ptr() for name in found}
     missing = [name for name, t in wanted.items() if name not in found]
     missing = [name for name in missing if wanted[name].data_ptr() not in loaded]

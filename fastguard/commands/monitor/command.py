@@ -17,7 +17,7 @@ from pathlib import Path
 from fastguard.commands.monitor.follow import Follower
 from fastguard.commands.monitor.summary import as_dict, as_text
 from fastguard.commands.monitor.watch import Watch
-from fastguard.commands.run_files import begun, file_of, refuse_without_records
+from fastguard.commands.run_files import raise_no_records, records_file, run_exists
 from fastguard.commands.usage import UsageError, integer, need
 from fastguard.records.strict_json import dumps
 
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_seconds,
         default=1.0,
         metavar="SECONDS",
-        help="between two updates (%(default)s)",
+        help="time between two updates (%(default)s)",
     )
 
 
@@ -51,29 +51,31 @@ def run(args: argparse.Namespace) -> int:
     if args.json and not args.once:
         raise UsageError("--json prints once; add --once")
     if not args.wait:
-        file_of(args.path)  # report wrong use before taking over the screen
+        records_file(args.path)  # report usage errors before taking over the screen
     watch = _once(args) if args.once else _live(args)
     if watch.latest is None and (watch.damaged or args.once):
-        refuse_without_records(file_of(args.path), watch.damaged)
+        raise_no_records(records_file(args.path), watch.damaged)
     return FOUND_BAD if watch.incidents_in_window else FINE
 
 
 def _once(args: argparse.Namespace) -> Watch:
-    while args.wait and not begun(args.path):
+    while args.wait and not run_exists(args.path):
         time.sleep(args.interval)
-    path = file_of(args.path)
+    path = records_file(args.path)
     watch, age = _read(path, args.last)
     while args.wait and watch.latest is None and not watch.damaged:
         time.sleep(args.interval)
         watch, age = _read(path, args.last)
     if watch.latest is not None or (args.json and not watch.damaged):
-        told = as_dict(path, watch, age) if args.json else as_text(path, watch, age)
-        print(dumps(told, indent=2) if args.json else told)
+        if args.json:
+            print(dumps(as_dict(path, watch, age), indent=2))
+        else:
+            print(as_text(path, watch, age))
     return watch
 
 
 def _read(path: Path, last: int) -> tuple[Watch, float | None]:
-    """The run, and the seconds since it was last written to."""
+    """Reads the run; returns it and the seconds since its file was last written."""
     follower = Follower(path)
     watch = Watch(last)
     watch.catch_up(chain(follower.poll(), follower.finish()))
@@ -100,5 +102,5 @@ def _seconds(text: str) -> float:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
     if not 0.05 <= value <= 3600:
-        raise argparse.ArgumentTypeError(f"{value:g} is not in 0.05 ... 3600")
+        raise argparse.ArgumentTypeError(f"{value:g} is not between 0.05 and 3600")
     return value

@@ -1,8 +1,8 @@
-"""`Follower`: the lines of a run, old and new, across rotation, replacement and truncation.
+"""`Follower`: reads the lines of a run, old and new, across rotation, replacement and truncation.
 
-A `JsonLinesSink` closes a full file, renames it and opens a new one under the old name. So a file
-that no longer has the name, and has been read to its end after that was noticed, is complete.
-Several rotations may happen between two polls: the rotated files after ours are then read in order,
+A `JsonLinesSink` closes a full file, renames it and opens a new one under the old name. A renamed
+file therefore receives no more lines: once the rename is noticed, reading to the end completes the
+file. If several rotations happened between two polls, the newer rotated files are read in order
 before the current one.
 """
 
@@ -27,8 +27,8 @@ BLOCK = 1 << 20
 
 
 class Lines:
-    """Splits chunks of bytes into lines. A line that grows beyond `BLOCK` is abandoned: its start
-    is returned as a line, which is not a valid record.
+    """Splits chunks of bytes into lines. Of a line longer than `BLOCK`, only the start is returned,
+    which is not a valid record.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Lines:
         self._dropping = False
 
     def feed(self, chunk: bytes) -> list[bytes]:
-        """The lines completed by `chunk`, without their newlines."""
+        """Returns the lines completed by `chunk`, without newlines."""
         *whole, rest = (self._rest + chunk).split(b"\n")
         if self._dropping and whole:
             del whole[0]
@@ -54,7 +54,7 @@ class Lines:
 
 
 class Follower:
-    """Reads a run from its oldest file, then whatever is appended, across rotations.
+    """Reads a run from its oldest file on, then the lines appended to it.
 
     Args:
         path: The current file of a `JsonLinesSink`; it does not have to exist yet.
@@ -76,7 +76,7 @@ class Follower:
             OSError: The file cannot be read.
         """
         while True:
-            # Check before reading: after the rename nothing more is written to the file.
+            # Check before reading: nothing is written to a file after it was renamed.
             is_current = self._file >= 0 and identity_at(self.path) == self._identity
             yield from self._read_to_end()
             if is_current or not self._open_next():
@@ -84,7 +84,7 @@ class Follower:
             yield from self.finish()
 
     def finish(self) -> Iterator[bytes]:
-        """Yields the incomplete last line, if any; call it when nothing more will come."""
+        """Yields the incomplete last line, if any. Call it after the file is complete."""
         rest = self._lines.flush()
         if rest:
             yield rest
@@ -116,7 +116,7 @@ class Follower:
             self._take(current)
 
     def _open_next(self) -> bool:
-        """Opens the file after ours; returns whether there is one yet."""
+        """Opens the file after the one being read; returns False if there is none yet."""
         current = open_at(self.path)  # before listing, so that no file is missed
         older, newer = around(self.path, self._identity, self._newest)
         for path in newer:

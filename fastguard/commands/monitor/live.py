@@ -16,11 +16,11 @@ from rich.live import Live
 from fastguard.commands.monitor.follow import Follower
 from fastguard.commands.monitor.screen import Screen
 from fastguard.commands.monitor.watch import Rate, Watch
-from fastguard.commands.run_files import begun, file_of
+from fastguard.commands.run_files import records_file, run_exists
 
 
 def watch_live(run: Path, last: int, interval: float) -> Watch:
-    """Redraws the screen every `interval` seconds; returns what was read when Ctrl-C ends it.
+    """Redraws the screen every `interval` seconds until Ctrl-C; returns the state of the run.
 
     Args:
         run: A file or folder, which may not exist yet.
@@ -29,9 +29,9 @@ def watch_live(run: Path, last: int, interval: float) -> Watch:
     """
     watch = Watch(last)
     screen = Screen(run, watch)
-    # The alternate screen leaves nothing behind, and resizing cannot garble earlier output.
+    # The alternate screen restores the terminal on exit, and resizing cannot garble older output.
     live = Live(screen, console=Console(highlight=False), screen=True, auto_refresh=False)
-    with _terminated_by_exit(), live:
+    with _exit_on_sigterm(), live:
         try:
             follower = _wait_for_file(screen, interval, live)
             _follow(follower, screen, interval, live)
@@ -41,11 +41,11 @@ def watch_live(run: Path, last: int, interval: float) -> Watch:
 
 
 def _wait_for_file(screen: Screen, interval: float, live: Live) -> Follower:
-    while not begun(screen.run):
+    while not run_exists(screen.run):
         screen.state = "waiting for the file"
         live.refresh()
         time.sleep(interval)
-    return Follower(file_of(screen.run))
+    return Follower(records_file(screen.run))
 
 
 def _follow(follower: Follower, screen: Screen, interval: float, live: Live) -> None:
@@ -67,8 +67,8 @@ def _follow(follower: Follower, screen: Screen, interval: float, live: Live) -> 
 
 
 @contextmanager
-def _terminated_by_exit() -> Iterator[None]:
-    """Turns SIGTERM into an exception, so that the terminal is restored."""
+def _exit_on_sigterm() -> Iterator[None]:
+    """Turns SIGTERM into `SystemExit`, so that the terminal is restored."""
 
     def leave(signum: int, frame: object) -> None:
         sys.exit(128 + signum)

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from fastguard.commands.monitor.sparkline import ASCII_BARS, BARS, shares, sparkline
+from fastguard.commands.monitor.sparkline import ASCII_BARS, BARS, sparkline, split_evenly
 from fastguard.commands.monitor.summary import counts, duration, layers, verdict
 from fastguard.commands.monitor.watch import Watch
 from fastguard.commands.terminal import printable
@@ -102,7 +102,7 @@ class Screen:
         text = Text(f"{name} {value(records[-1]):>9.4g} ")
         start, room = len(text), max(1, width - len(text))
         text.append(sparkline([value(r) for r in records], room, bars), style="cyan")
-        for i, share in enumerate(shares(records, room)):
+        for i, share in enumerate(split_evenly(records, room)):
             if any(r.is_incident for r in share):
                 text.stylize("red", start + i, start + i + 1)
         return text
@@ -117,4 +117,4 @@ class Screen:
             yield Text(printable(str(record)), style=COLORS.get(record.action, ""))
 
     def _foot(self) -> Text:
-        return Text("Ctrl-C ends", style="dim")
+        return Text("Ctrl-C to quit", style="dim")

@@ -16,11 +16,11 @@ LOG_FROM = 100.0
 T = TypeVar("T")
 
 
-def shares(values: Sequence[T], width: int) -> list[Sequence[T]]:
+def split_evenly(values: Sequence[T], width: int) -> list[Sequence[T]]:
     """Splits the values into at most `width` parts of nearly equal length.
 
     Example:
-        >>> shares([1, 2, 3, 4, 5], 2)
+        >>> split_evenly([1, 2, 3, 4, 5], 2)
         [[1, 2], [3, 4, 5]]
     """
     n = min(width, len(values))
@@ -28,9 +28,9 @@ def shares(values: Sequence[T], width: int) -> list[Sequence[T]]:
 
 
 def sparkline(values: Sequence[float], width: int, bars: str = BARS) -> str:
-    """Draws at most `width` characters, each for the largest finite value of an equal share.
+    """Draws at most `width` characters, each for the largest finite value of its part.
 
-    A share without a finite value (all NaN or Inf) is drawn as `"!"`.
+    The values are split evenly. A part without a finite value (all NaN or Inf) is drawn as `"!"`.
 
     Args:
         values: Oldest first.
@@ -41,7 +41,7 @@ def sparkline(values: Sequence[float], width: int, bars: str = BARS) -> str:
         >>> sparkline([1, 2, 3, 4, float("nan"), 8], 6)
         '▁▂▃▄!█'
     """
-    tops = [max(filter(math.isfinite, s), default=math.nan) for s in shares(values, width)]
+    tops = [max(filter(math.isfinite, s), default=math.nan) for s in split_evenly(values, width)]
     finite = [top for top in tops if math.isfinite(top)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
     scale = math.log if low > 0 and high / low >= LOG_FROM else _half
@@ -57,5 +57,5 @@ def sparkline(values: Sequence[float], width: int, bars: str = BARS) -> str:
 
 
 def _half(value: float) -> float:
-    """Halved linear scale: the span between the extreme floats would overflow."""
+    """A linear scale, halved so that the span between the largest floats does not overflow."""
     return value / 2

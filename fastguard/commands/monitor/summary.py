@@ -1,4 +1,4 @@
-"""What `fastguard monitor --once` prints, as text and as JSON."""
+"""The output of `fastguard monitor --once`, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def as_dict(path: Path, watch: Watch, age: float | None) -> dict[str, Any]:
 
     Args:
         path: The file of records.
-        watch: What was read from it.
+        watch: The state of the run.
         age: Seconds since the last write, or None.
     """
     latest = watch.latest
@@ -89,7 +89,7 @@ def position(record: StepRecord) -> str:
 
 
 def layers(watch: Watch) -> str:
-    """The layers with the largest gradient norms, at the latest step that was watched for them."""
+    """The layers with the largest gradient norms, at the latest step that recorded them."""
     norms = [f"{printable(name, NAME)} {norm:.4g}" for name, norm in watch.layers.items()]
     return f"largest gradient norms at step {watch.layers_step:,}: {', '.join(norms)}"
 

@@ -21,7 +21,7 @@ INCIDENTS = 100
 """Maximum number of incidents kept for listing; the others are counted."""
 
 INCIDENT = b'"reason": "'
-"""Substring of every incident line as `JsonLinesSink` writes it; in other lines it is null."""
+"""Substring of every incident's line from `JsonLinesSink`; in other lines the reason is null."""
 
 LAYERS = 3
 """Number of layers shown, those with the largest gradient norm."""
@@ -37,7 +37,7 @@ RATE_SECONDS = 30.0
 
 
 class Watch:
-    """Takes lines of records, oldest first. Memory depends only on `last`, not on the records.
+    """The state of a run, updated line by line. Its memory depends only on `last`.
 
     Args:
         last: Number of records covered by the counts and the verdict.
@@ -51,8 +51,9 @@ class Watch:
         damaged: Number of lines that are not valid records.
         actions: Number of times each action was taken in the `last` records.
         reasons: Number of incidents per reason in the `last` records.
-        layers: The gradient norms of the layers at the latest step that was watched for them, the
-            largest `LAYERS` of them, largest first; and that step in `layers_step`.
+        layers: The `LAYERS` largest gradient norms by layer, largest first, at the latest step that
+            recorded them.
+        layers_step: That step.
     """
 
     def __init__(self, last: int) -> None:
@@ -70,18 +71,19 @@ class Watch:
         self._window: deque[tuple[str, str | None]] = deque()
 
     def catch_up(self, lines: Iterable[bytes]) -> None:
-        """Takes what a run has written so far. Before the `last` lines only incidents are parsed,
-        which takes a thirtieth of the time.
+        """Adds the lines that the run has written so far, oldest first.
+
+        Of the lines before the `last` ones, only incidents are parsed, which is 30 times faster.
         """
         latest: deque[bytes] = deque(maxlen=self.last)
         for line in lines:
             if len(latest) == self.last:
-                self._pass_over(latest[0])
+                self._add_old_line(latest[0])
             latest.append(line)
         for line in latest:
             self.feed(line)
 
-    def _pass_over(self, line: bytes) -> None:
+    def _add_old_line(self, line: bytes) -> None:
         self.n_records += 1
         if INCIDENT not in line:
             return
@@ -94,7 +96,7 @@ class Watch:
             self.incidents.append(record)
 
     def feed(self, line: bytes) -> None:
-        """Takes one line; a line that is not a valid record counts as damaged."""
+        """Adds one line; a line that is not a valid record counts as damaged."""
         if not line.strip():
             return
         try:
@@ -148,8 +150,10 @@ def _decrement(counts: Counter[str], key: str) -> None:
 
 
 def bounded(record: StepRecord) -> StepRecord:
-    """Shortens a record to what a screen can show: long names and tags, hundreds of losses, and of
-    what was watched only the ranks that differ.
+    """Shortens a record to what a screen can show.
+
+    Limits the length of names and tags and the number of losses, and of `watch` keeps only the
+    replica drift.
 
     Example:
         >>> record = StepRecord(1, 1.0, 1.0, "applied", tag="x" * 10**6, spikes=("a",) * 10**6)

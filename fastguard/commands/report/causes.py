@@ -1,9 +1,9 @@
 """Infers the likely cause of a run's incidents from what they have in common.
 
-Each candidate cause counts the incidents that it explains. The first that explains at least half is
-reported; if none does, the report says so. Candidates are ordered from most to least specific: a
-recurring batch, a part of the loss, a layer, the stage in which the first non-finite value
-appeared, then the causes of finite spikes.
+For each candidate cause, the incidents that it explains are counted. The first one that explains at
+least half of them is reported; if none does, the report says so. The candidates, from most to least
+specific: a recurring batch, a part of the loss, a layer, the pass (forward or backward) in which
+the first non-finite value appeared, then the causes of finite spikes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _candidates(summary: Summary, norm_rises: bool) -> Iterator[tuple[int, str]]
     for tags, what in ((evidence.tags, "tag"), (evidence.batches, "batch")):
         for tag, n in tags.most_common(1):
             if n > 1:
-                text = f"the data: {what} {tag} was there each time. Inspect it or leave it out."
+                text = f"the data: {what} {tag} was used each time. Inspect it or leave it out."
                 yield n, text
     for name, n in evidence.lone_losses.most_common(1):
         text = (
@@ -52,14 +52,14 @@ def _candidates(summary: Summary, norm_rises: bool) -> Iterator[tuple[int, str]]
         yield n, text
     text = (
         "the forward pass: the loss itself was not finite. Bad input or an overflow: "
-        "fastguard.check_batch and fastguard.explain_nonfinite tell which."
+        "use fastguard.check_batch and fastguard.explain_nonfinite to find out which."
     )
     yield kinds["loss"], text
     for layer, n in evidence.layers.most_common(1):
         text = f"the backward pass of {layer}: its gradients alone were not finite. {_FIND}"
         yield n, text
     text = (
-        "an overflow: infinite gradients without a NaN, from a finite loss, and lowering the loss "
+        "an overflow: infinite gradients without NaN, from a finite loss, and lowering the loss "
         "scale did not help. If the model runs in fp16, its values exceed the range; use bf16."
     )
     yield kinds["overflow"], text
@@ -71,7 +71,7 @@ def _candidates(summary: Summary, norm_rises: bool) -> Iterator[tuple[int, str]]
 def _spikes(summary: Summary, norm_rises: bool) -> Iterator[tuple[int, str]]:
     n = summary.evidence.kinds["grad_spike"] + summary.evidence.kinds["loss_spike"]
     if norm_rises:
-        text = "a learning rate that is too high: spikes, and a gradient norm that keeps rising."
+        text = "a learning rate that is too high: there are spikes, and the gradient norm rises."
         yield n, text
     lr = summary.curves.get(LR)
     if lr is not None and lr.high.max() > lr.low.min():

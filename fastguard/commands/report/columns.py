@@ -1,8 +1,8 @@
 """Converts records to columns: float64 arrays of everything the report draws, and the bad steps.
 
-A Python loop over a million records costs more than parsing them, so one list comprehension gathers
-each field of a block and numpy converts it in one call: about 1 µs per record in total. Only bad
-steps are processed one by one.
+A Python loop over a million records takes longer than parsing them. Instead, one list comprehension
+gathers each field of a block and numpy converts it in one call: about 1 µs per record in total.
+Only bad steps are processed one by one.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class ColumnReader:
             return self._columns(readable, len(records) - len(readable))
 
     def _readable(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Returns the readable records, found by bisection, so that a few bad ones stay cheap."""
+        """Returns the readable records. Bisection makes this fast if few of them are bad."""
         try:
             self._columns(records, 0)
             return records
@@ -227,7 +227,7 @@ def _floats(values: list[Any]) -> np.ndarray:
     """Converts to float64: None becomes NaN, and the strings of strict JSON become numbers."""
     column = np.array(values, dtype=np.float64)
     if column.ndim != 1:
-        raise ValueError("a list where a number belongs")
+        raise ValueError("expected a number, got a list")
     return column
 
 

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastguard.commands.files import written
-from fastguard.commands.run_files import file_of, refuse_without_records
+from fastguard.commands.files import atomic_write
+from fastguard.commands.run_files import raise_no_records, records_file
 from fastguard.commands.usage import need, output_folder
 from fastguard.errors.plain_text import printable
 from fastguard.records.read_json_lines import read_blocks
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Reads the records, writes the page and prints the verdict."""
     need("jinja2", "plotly", "rich", extra="report")
-    path = file_of(args.records)
+    path = records_file(args.records)
     folder = output_folder(args.out if args.out is not None else str(path.parent))
 
     from fastguard.commands.report.page import render
@@ -51,10 +51,10 @@ def run(args: argparse.Namespace) -> int:
     with _progress(path) as progress:
         summary = summarise(read_blocks(path), progress=progress)
     if not summary.records:
-        refuse_without_records(path, summary.damaged)
+        raise_no_records(path, summary.damaged)
     verdict = judge(summary)
     page = folder / f"{path.stem}.html"
-    with written(page) as temporary:
+    with atomic_write(page) as temporary:
         temporary.write_text(render(path.name, summary, verdict), "utf-8")
     if args.json:
         print(dumps(_as_dict(summary, verdict, page), indent=2))

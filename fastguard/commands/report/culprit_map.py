@@ -33,8 +33,8 @@ def _drawn_layers(layers: Tally) -> list[str]:
 
 def _add_heat_map(summary: Summary, layers: Sequence[str], figure: go.Figure, i: int) -> None:
     first, last = summary.first_step, summary.last_step
-    # One step in ten thousand would be too thin to see: draw wide cells, with a thin mark in each
-    # at its first bad step.
+    # A cell one step wide would be too thin to see, so cells are wide, and a thin mark in each
+    # shows its first bad step.
     bits = max(summary.layers.shift, ((last - first) // _HEAT_COLUMNS).bit_length())
     counts = np.full((len(layers), (last >> bits) - (first >> bits) + 1), np.nan)
     marks = []
@@ -55,7 +55,7 @@ def _add_heat_map(summary: Summary, layers: Sequence[str], figure: go.Figure, i:
         col=1,
         colorscale=[[0, "#f3b27a"], [0.5, "#e5484d"], [1, "#7d1128"]],
         opacity=0.8,
-        meta="from afar",
+        meta="overview",
         showscale=False,
         hoverongaps=False,
         hovertemplate="%{customdata}<br>bad in %{z:,} steps near %{x:,.0f}<extra></extra>",
@@ -68,7 +68,7 @@ def _add_heat_map(summary: Summary, layers: Sequence[str], figure: go.Figure, i:
         mode="markers",
         showlegend=False,
         hoverinfo="skip",
-        meta="from afar",
+        meta="overview",
         marker={"symbol": "line-ns", "size": 12, "line": {"width": 1, "color": "#7d1128"}},
     )
     _add_single_steps(figure, summary, layers, names, i)
@@ -107,6 +107,6 @@ def _add_single_steps(
         line={"width": 14, "color": "#e5484d"},
         visible=False,
         showlegend=False,
-        meta="close by",
+        meta="detail",
         hovertemplate="%{text}<extra></extra>",
     )

@@ -1,8 +1,8 @@
 """The curves of a report: losses, gradient norm, clip coefficient and learning rate.
 
 Every line passes through the minimum and maximum of each bucket, at the steps where they occurred,
-and through every step around an incident: all points are measured and no extreme is lost. If a
-bucket holds more than one step, its mean is drawn on top.
+and through every step around an incident. All points are thus measured values, and no extreme is
+lost. If a bucket holds more than one step, its mean is drawn on top.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def _drawn_values(summary: Summary, plot: _Plot) -> np.ndarray:
 def _range(summary: Summary, plot: _Plot) -> list[float] | None:
     """The axis range of a row with nearly constant values; None to fit the data.
 
-    Around a constant, Plotly would show ±1, which is a thousand learning rates.
+    Around a constant Plotly would show ±1, a thousand times a usual learning rate.
     """
     if plot.title == "Clip coefficient":
         return [0.0, 1.05]

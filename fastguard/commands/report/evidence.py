@@ -53,9 +53,10 @@ class Evidence:
 def kind_of(bad: BadStep) -> str:
     """What went wrong first, as far as the record shows.
 
-    `"loss"`: a loss was non-finite. `"backward"`: NaN in gradients of a finite loss. `"overflow"`:
-    Inf without NaN in gradients of a finite loss, or found only by a GradScaler. Otherwise, the
-    reason in the record.
+    Returns:
+        `"loss"` if a loss was non-finite; `"backward"` if the losses were finite and a gradient was
+        NaN; `"overflow"` if the losses were finite and gradients were only infinite, or only a
+        GradScaler found the overflow. Otherwise, the reason in the record.
     """
     if bad.bad_losses:
         return "loss"

@@ -103,7 +103,7 @@ class IncidentTable:
         return True
 
     def pass_over(self, record: int, *, went_back: bool = False) -> None:
-        """Skips a step that is neither good nor bad; an incident before it continues."""
+        """Passes over a step that is neither good nor bad; it does not end an incident."""
         if self.last is not None and record == self.last.end and not went_back:
             self.last.end = self.rows[-1].end = record + 1
 

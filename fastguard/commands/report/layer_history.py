@@ -17,14 +17,20 @@ MOST_LAYERS = 256
 """Maximum number of layers; any others are left out."""
 
 GREW = 10.0
-"""A layer has grown when a value is this many times its usual one."""
+"""A layer has grown if its value is this many times its usual value."""
 
-_SETTLED = 8  # values before "usual" means something
-_MEMORY = 16  # values that the usual one is averaged over
+_SETTLED = 8  # number of values before there is a usual value
+_MEMORY = 16  # number of values that the usual value is averaged over
 
 
 class Growth(NamedTuple):
-    """The step at which a layer left its usual range, and the value there as a multiple of it."""
+    """A layer whose value left its usual range.
+
+    Attributes:
+        step: The step at which it did.
+        layer: The layer.
+        factor: The value at that step, divided by the usual value.
+    """
 
     step: int
     layer: str
@@ -39,10 +45,10 @@ class _Layer:
         cells: The largest value in each column and its step.
         count: Number of values.
         log_sum: Sum of their logarithms.
-        usual: The logarithm of the usual value: an average of the last ones.
+        usual: The logarithm of the usual value: a moving average.
         grew_at, factor: See `Growth`; `grew_at` is None while the layer is within its usual range.
-        grown: Whether two values in a row were outside it. A single one is an outlier, unless it is
-            the last.
+        grown: Whether two consecutive values were outside the usual range. A single one counts as
+            an outlier, unless it is the last value.
     """
 
     cells: dict[int, tuple[float, int]] = field(default_factory=dict)
@@ -82,7 +88,7 @@ class LayerHistory:
         self._columns: dict[int, int] = {}  # the first watched step of each
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds a watched step: positive values by layer."""
+        """Adds the values of a watched step, positive numbers by layer."""
         if not values:
             return
         self._columns.setdefault(step >> self.shift, step)
@@ -132,7 +138,7 @@ class LayerHistory:
         return math.exp(self._layers[layer].log_sum / self._layers[layer].count)
 
     def growths(self) -> list[Growth]:
-        """The layers that grew to ten times their usual value or more, the first one first."""
+        """The layers that grew to ten times their usual value or more, in order of the step."""
         found = [
             Growth(layer.grew_at, name, layer.factor)
             for name, layer in self._layers.items()

@@ -1,6 +1,6 @@
 "use strict";
 
-// The library of the plots lies in the page compressed: a third of its size.
+// The plotting library is embedded compressed, at less than half its size.
 async function load(packed) {
   const bytes = Uint8Array.from(atob(packed), (character) => character.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
@@ -29,7 +29,7 @@ async function load(packed) {
     return Object.keys(plot.layout).filter((key) => key.startsWith(letter + "axis"));
   }
 
-  // The axes of lines fit what is seen; those with a range of their own keep it.
+  // Axes without an explicit range are fitted to the visible part of their lines.
   const fitted = axes("y").filter((axis) => plot._fullLayout[axis]?.autorange);
 
   function fitting(axis, range) {
@@ -63,7 +63,7 @@ async function load(packed) {
     return Plotly.relayout(plot, change);
   }
 
-  // Whole names beside the plots would leave a phone no room for them.
+  // On a phone, long names beside the plots would leave no room for the plots.
   function fit() {
     const change = {};
     for (const axis of axes("y")) change[axis + ".tickfont.size"] = narrow.matches ? 10 : 12;
@@ -72,13 +72,13 @@ async function load(packed) {
     return Plotly.relayout(plot, change);
   }
 
-  // From afar the means are the picture, close by the steps themselves.
+  // Zoomed out, the means are prominent; zoomed in, the individual steps are.
   let close = false, exact = false;
   function focus() {
     const range = plot.layout.xaxis.range;
     if ((range[1] - range[0] < 256) !== exact) {
       exact = !exact;
-      for (const [kind, seen] of [["from afar", !exact], ["close by", exact]]) {
+      for (const [kind, seen] of [["overview", !exact], ["detail", exact]]) {
         const cells = plot.data.flatMap((trace, i) => (trace.meta === kind ? [i] : []));
         if (cells.length) Plotly.restyle(plot, { visible: seen }, cells);
       }
@@ -104,7 +104,7 @@ async function load(packed) {
     plot.scrollIntoView({ block: "start" });
   }
 
-  // An exponential moving average, without the bias towards its beginning; a gap stays a gap.
+  // A bias-corrected exponential moving average; gaps stay gaps.
   function smoothed(values, weight) {
     let mean = 0, total = 0;
     return Array.from(values, (value) => {
@@ -144,7 +144,7 @@ async function load(packed) {
     show(whole, []);
     plot.scrollIntoView({ block: "start" });
   });
-  // Where fingers scroll, a finger on a plot must scroll the page too.
+  // On a touch screen, dragging on a plot must scroll the page.
   if (matchMedia("(pointer: coarse)").matches) Plotly.relayout(plot, { dragmode: false });
   dark.addEventListener("change", paint);
   narrow.addEventListener("change", fit);

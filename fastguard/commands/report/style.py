@@ -1,4 +1,4 @@
-"""What the rows of a report have in common: colors, labels, and what a row is."""
+"""Colors, labels and helpers shared by the rows of a report's figure."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Row:
         title: What it shows.
         height: In pixels.
         draw: Adds its traces to the figure, given the row's number from 1.
-        layers: The names of its ticks, if it has one line per layer.
+        layers: The layers, if it has one line per layer.
         is_curve: Whether bad steps are marked above it.
     """
 

@@ -101,7 +101,7 @@ class Summary:
 def summarise(
     blocks: Iterable[Block], *, progress: Callable[[int], object] | None = None
 ) -> Summary:
-    """Summarizes a run. Drawn values take 8 bytes each until they are downsampled.
+    """Summarizes a run. Until they are downsampled, drawn values take 8 bytes of memory each.
 
     Args:
         blocks: The records, oldest first.
@@ -128,7 +128,7 @@ def summarise(
 
 
 class _Part(NamedTuple):
-    """The part of a block that is drawn. Arrays are `(n,)`: int64, bool, and float64 per series."""
+    """The part of a block that is drawn: arrays `(n,)` of int64, bool, and float64 per series."""
 
     step: np.ndarray
     good: np.ndarray

@@ -4,11 +4,11 @@
     y(x) = level + slope * (x - hinge)  after it
 
 The curve is averaged into at most 128 bins, on a logarithmic scale if it is positive. Only the part
-after its lowest point (running median of five) is used. The hinge above is fitted to it by least
-squares, with every bin tried as the hinge. The series counts as rising only if the fit explains at
-least half of the variance (so the rise is at least three standard deviations of the residual), it
-reaches `factor` times the level, and its last quarter still rises. Noise, a plateau after warm-up
-and a single spike do not pass.
+after its lowest point (running median of five) is used. The function above is fitted to it by least
+squares, with every bin tried as the hinge. The series counts as rising if the fit explains at least
+half of the variance (so the rise is at least three standard deviations of the residual), the rise
+reaches `factor` times the level, and the last quarter still rises. Noise, a plateau after warm-up
+and a single spike do not meet these conditions.
 """
 
 from __future__ import annotations

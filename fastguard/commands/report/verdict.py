@@ -1,5 +1,5 @@
-"""Describes the outcome of a run in words. Every sentence gives its evidence, and says so if the
-records do not reveal a cause."""
+"""Describes the outcome of a run in words. Every sentence gives its evidence; if the records do not
+reveal a cause, the verdict says so."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _ending(summary: Summary) -> Iterator[str]:
     if summary.survived or last is None:
         return
     if last.steps == 1:
-        yield f"The last step, {last.first_step:,}, was bad ({_reasons(last)}); nothing follows it."
+        yield f"The last step, {last.first_step:,}, was bad ({_reasons(last)})."
         return
     applied = last.steps - last.actions["skipped"]
     since = (
@@ -83,8 +83,8 @@ def _ending(summary: Summary) -> Iterator[str]:
     if not applied:
         yield (
             f"{since}, and every one was skipped: weights and optimizer state are those from "
-            f"before step {last.first.step:,}. If the batches are sound, the weights were bad "
-            "before: `fastguard ckpt verify` tells."
+            f"before step {last.first.step:,}. If the batches are fine, the weights were already "
+            "bad; check a checkpoint with `fastguard ckpt verify`."
         )
         return
     yield (
@@ -120,7 +120,7 @@ def _rises(rises: dict[Series, Rise]) -> Iterator[str]:
     for series, rise in rises.items():
         what = "Gradient norm" if series == NORM else f"Loss “{printable(series.name, 80)}”"
         yield (
-            f"{what} rising since about step {rise.since:,}: from {rise.before:.3g} to "
+            f"{what} has been rising since about step {rise.since:,}: from {rise.before:.3g} to "
             f"{rise.now:.3g}."
         )
 
@@ -139,7 +139,7 @@ def _loss_scale(summary: Summary) -> Iterator[str]:
     if n:
         yield (
             f"{plural(n, 'step')} {'was' if n == 1 else 'were'} skipped only to lower the loss "
-            "scale, as a GradScaler does in every fp16 run: no incident."
+            "scale, as a GradScaler does in every fp16 run. These are not incidents."
         )
 
 
@@ -154,7 +154,7 @@ def _learning_rate(summary: Summary) -> Iterator[str]:
     since = len(gone) - int(np.argmin(gone[::-1])) if not gone.all() else 0
     if since < len(gone) and len(gone) - since > _LR_GONE_FOR * len(gone):
         yield (
-            f"The learning rate is next to zero ({curve.high[-1]:.3g}) since about step "
+            f"The learning rate has been almost zero ({curve.high[-1]:.3g}) since about step "
             f"{int(curve.middle[since]):,}: nothing is learned any more."
         )
 

@@ -1,4 +1,4 @@
-"""`Watched`: what `GuardedOptimizer(watch=...)` recorded over a run, and what it says."""
+"""`Watched`: collects what `GuardedOptimizer(watch=...)` recorded, and words the findings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LARGE, SMALL = 1e-2, 1e-5
 
 _MOST_NAMED = 3
 _MOST_FORMATS = 16
-_FEW = 3  # watched steps; below, an average says little
+_FEW = 3  # minimum number of watched steps for an average
 _UNDERFLOW = 0.01
 _LARGEST = 1e300
 _BATCH_TOO_SMALL = 2.0
@@ -22,7 +22,7 @@ _BATCH_TOO_SMALL = 2.0
 
 @dataclass(slots=True)
 class Watched:
-    """What the watched steps of a run found.
+    """The measurements of the watched steps of a run.
 
     Attributes:
         norms: Gradient norm by layer.
@@ -38,7 +38,7 @@ class Watched:
     underflow: dict[str, tuple[float, int]] = field(default_factory=dict)
 
     def add(self, step: int, watch: object) -> None:
-        """Adds the `watch` of one record; what is of another kind there is left out."""
+        """Adds the `watch` of one record; values of an unexpected type are ignored."""
         if not isinstance(watch, Mapping):
             return
         self.norms.add(step, layer_norms(watch))
@@ -54,7 +54,7 @@ class Watched:
                     self.underflow[name] = max(self.underflow.get(name, (0.0, step)), (share, step))
 
     def findings(self) -> Iterator[str]:
-        """One sentence for each finding."""
+        """Yields one sentence per finding."""
         yield from self._growth()
         yield from self._ratios()
         yield from self._batch()
@@ -70,7 +70,7 @@ class Watched:
         )
         yield (
             f"Layer “{first.layer}” grew first: at step {first.step:,} its gradient norm was "
-            f"{first.factor:,.0f} times its usual one{followed}."
+            f"{first.factor:,.0f} times its usual value{followed}."
         )
 
     def _ratios(self) -> Iterator[str]:
@@ -83,16 +83,16 @@ class Watched:
         small = {layer: mean for layer, mean in means.items() if mean < SMALL}
         if large:
             named = _named(large, largest_first=True)
-            yield f"Updates are large for the weights (|update| / |weight|, usually 1e-3): {named}."
+            yield f"Layers with large updates (|update| / |weight|, usually 1e-3): {named}."
         if small:
             named = _named(small, largest_first=False)
-            yield f"Layers that hardly move (|update| / |weight|, usually 1e-3): {named}."
+            yield f"Layers that hardly change (|update| / |weight|, usually 1e-3): {named}."
 
     def _batch(self) -> Iterator[str]:
         if self.noise is not None and self.noise[0] >= _BATCH_TOO_SMALL:
             yield (
-                f"The batch could be about {self.noise[0]:,.0f} times larger: the gradient noise "
-                f"scale at step {self.noise[1]:,}."
+                f"The batch could be about {self.noise[0]:,.0f} times larger, according to the "
+                f"gradient noise scale at step {self.noise[1]:,}."
             )
 
     def _underflow(self) -> Iterator[str]:
@@ -102,7 +102,7 @@ class Watched:
             if share > _UNDERFLOW
         ]
         if lost:
-            yield f"Gradients below the smallest normal number, at most: {', '.join(lost)}."
+            yield f"Largest share of gradients below the smallest normal number: {', '.join(lost)}."
 
 
 def _named(means: dict[str, float], *, largest_first: bool) -> str:

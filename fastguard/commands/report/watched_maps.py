@@ -16,7 +16,7 @@ from fastguard.commands.report.summary import Summary
 _MOST_LAYERS = 40
 _COLORS = [[0, "#2b6cb0"], [0.5, "rgba(140,140,140,0.15)"], [1, "#d6303a"]]
 _HEALTHY_RATIO = 1e-3
-_DECADES = 2.0  # from the middle of the color scale to its ends
+_DECADES = 2.0  # powers of ten between the middle of the color scale and its ends
 
 
 def watched_rows(summary: Summary) -> list[Row]:
@@ -76,7 +76,7 @@ def _add_map(
 
 
 def _edges(steps: list[int]) -> list[float]:
-    """The edges of columns around these steps: a watched step stands for those up to the next."""
+    """The edges of the columns: each watched step represents the steps until the next one."""
     gaps = [after - before for before, after in pairwise(steps)]
     last = gaps[-1] if gaps else 1
     return [float(step) for step in steps] + [float(steps[-1] + last)]

@@ -1,4 +1,4 @@
-"""Checks the backward pass: which parameters get a gradient, is it finite, does it vanish."""
+"""Checks the gradients: whether they exist, are finite, and neither vanish nor explode."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from fastguard.diagnosis.observe import Values
 
 CHECK = "backward"
 
-# share of trainable elements without gradient above which a part is considered missing
-FORGOTTEN = 0.01
+FORGOTTEN = 0.01  # share of trainable elements without a gradient that counts as an error
 TOTAL_NORM_HIGH, TOTAL_NORM_HOPELESS = 1e2, 1e6
-PROFILE = 1e4  # largest ratio between the rms gradients of two layers
-DEEP = 4  # fewer weights than this give no profile
+PROFILE = 1e4  # largest ratio between the rms gradients of early and late layers
+DEEP = 4  # minimum number of weights for comparing early and late layers
 
 _TWICE = (
     "the graph had already been freed: step= must return the loss and not call backward or "
     "optimizer.step, which diagnose does itself; in training, look for a state (of an RNN, a "
-    "memory) that is carried over from the last batch without .detach()."
+    "memory) that is carried over from the previous batch without .detach()."
 )
 
 
@@ -37,8 +36,8 @@ def check(evidence: Evidence) -> Iterator[Finding]:
             remedy=_TWICE
             if "second time" in str(failure.error)
             else "look for in-place changes to tensors that the backward pass needs, and for "
-            "operations "
-            "without a derivative; torch.autograd.set_detect_anomaly(True) shows the line.",
+            "operations without a derivative; torch.autograd.set_detect_anomaly(True) shows the "
+            "line.",
         )
     if evidence.step.gradients is None:
         return
@@ -83,9 +82,9 @@ def _nonfinite(evidence: Evidence) -> Iterator[Finding]:
         return
     report = evidence.explained
     values = evidence.gradients[bad[0]]
-    born = ""
+    origin = ""
     if report is not None:
-        born = "; first in " + ", ".join(
+        origin = "; first in " + ", ".join(
             text
             for text in (report.operation, report.module, report.evidence, report.source)
             if text
@@ -95,7 +94,7 @@ def _nonfinite(evidence: Evidence) -> Iterator[Finding]:
         "nonfinite-gradient",
         "error",
         f"the loss is finite, but {len(bad)} of {len(evidence.gradients)} gradients are not: "
-        f"{several(bad)}{born}",
+        f"{several(bad)}{origin}",
         where=report.module if report is not None else bad[0],
         value=values.nonfinite / values.numel,
         limit=0,
@@ -111,7 +110,9 @@ def _zero(evidence: Evidence) -> Iterator[Finding]:
     if not zero:
         return
     everything = len(zero) == len(trained)
-    left_out = any(f.problem == "length" and f.surely for f in evidence.step.functions.loss_inputs)
+    left_out = any(
+        f.problem == "length" and f.is_certain for f in evidence.step.functions.loss_inputs
+    )
     # A bias alone may cancel, as the last one of a Wasserstein critic does.
     matrices = [n for n in zero if evidence.subject.parameters[n].ndim > 1]
     yield Finding(
@@ -122,7 +123,7 @@ def _zero(evidence: Evidence) -> Iterator[Finding]:
         where="" if everything else zero[0],
         value=len(zero) / len(trained),
         limit=0,
-        remedy="give the loss samples that it can align, as the check of the loss says."
+        remedy="make sure that the loss gets samples that it can align; see the loss check."
         if left_out
         else "look for dead ReLUs, saturated activations, a clamp that is always at its end, a "
         "softmax over one class, and weights that are all 0 further on.",
@@ -143,8 +144,8 @@ def _sizes(evidence: Evidence) -> Iterator[Finding]:
             where=name,
             value=norm,
             limit=TOTAL_NORM_HIGH,
-            remedy="GuardedOptimizer(max_norm=1.0) clips it; then look for large inputs, a summed "
-            "loss, a missing norm, a large gain.",
+            remedy="clip it with GuardedOptimizer(max_norm=1.0); then look for large inputs, a "
+            "summed loss, a missing norm, or a large gain.",
         )
     if len(profile) < DEEP:
         return
@@ -164,13 +165,13 @@ def _sizes(evidence: Evidence) -> Iterator[Finding]:
                 where=profile[0][0],
                 value=ratio,
                 limit=PROFILE,
-                remedy="norms and residual connections between the layers, Kaiming's or Xavier's "
+                remedy="use norms and residual connections between the layers, Kaiming or Xavier "
                 "initialisation, and no saturating activations in deep stacks.",
             )
 
 
 def _trained(evidence: Evidence) -> dict[str, Values]:
-    """The gradients of what the optimizer holds."""
+    """The gradients of the parameters that the optimizer holds."""
     return {n: v for n, v in evidence.gradients.items() if n in evidence.trained}
 
 

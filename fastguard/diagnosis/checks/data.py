@@ -1,4 +1,4 @@
-"""Checks batches: finite, in a normal range, varied, with valid labels and no duplicates."""
+"""Checks batches: whether they are finite and in range, and have valid labels and no duplicates."""
 
 from __future__ import annotations
 
@@ -49,18 +49,17 @@ def _empty(prefix: str, inputs: Any) -> Finding | None:
         CHECK,
         "empty-batch",
         "error",
-        f"there are no samples: {list(tensor.shape)}; the mean of no losses is 0/0, NaN",
+        f"there are no samples: {list(tensor.shape)}; the mean of no losses is 0/0, which is NaN",
         where=name,
         value=0,
         limit=1,
         remedy="check what filters the samples, and the sampler; a DataLoader drops a partial "
-        "batch "
-        "with drop_last=True.",
+        "batch with drop_last=True.",
     )
 
 
 def _of_batch(prefix: str, inputs: Any, targets: Any, harmful: bool) -> Iterator[Finding]:
-    """Checks one batch; `harmful`: the step is not finite, so -Inf may be more than a mask."""
+    """Checks one batch. `harmful`: the step is not finite, so a -Inf may be more than a mask."""
     names = (f"{prefix}inputs", f"{prefix}targets")
     high = {f"{prefix}inputs*": RANGE}
     low = {f"{prefix}inputs*": -RANGE}
@@ -130,8 +129,8 @@ def _constant(values: TensorRange) -> Finding:
         f"all {values.numel} elements are {values.max:.4g}",
         where=values.name,
         value=values.max,
-        remedy="nothing can be learned from it: check how it is read and normalised (a division by "
-        "a standard deviation of 0, an integer division by 255).",
+        remedy="check how it is read and normalised (a division by a standard deviation of 0, an "
+        "integer division by 255); nothing can be learned from constant data.",
     )
 
 
@@ -179,7 +178,7 @@ def _bad_indices(found: Indices, where: str) -> Finding:
         "index-out-of-range",
         "error",
         f"{percent(found.bad_share)} of the {'indices' if tokens else 'labels'} given to "
-        f"{found.function} are out of range: they go from {found.low} to {found.high}, allowed are "
+        f"{found.function} are out of range: they go from {found.low} to {found.high}; expected "
         f"0 to {found.n - 1}{ignored}",
         where=where or ("inputs" if tokens else "targets"),
         value=found.high if found.high >= found.n else found.low,
@@ -187,8 +186,7 @@ def _bad_indices(found: Indices, where: str) -> Finding:
         remedy="make the embedding as large as the vocabulary of the tokenizer."
         if tokens
         else "count classes from 0, give the last layer one output per class, and mark positions "
-        "to "
-        "skip with ignore_index. On a GPU this fails with a device-side assert.",
+        "to skip with ignore_index. On a GPU this fails with a device-side assert.",
     )
 
 

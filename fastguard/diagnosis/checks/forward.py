@@ -1,4 +1,4 @@
-"""Checks the forward pass: it runs, fits its targets, stays finite and in range, and is alive."""
+"""Checks the forward pass: whether it runs, has the shape of its targets, and stays in range."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from fastguard.diagnosis.finding import Finding, percent, several
 from fastguard.diagnosis.observe import Activation
 from fastguard.diagnosis.provenance import NonFiniteReport
 from fastguard.diagnosis.shapes import misfits
-from fastguard.diagnosis.watch_functions import IndexOutOfRange, Meeting, NoProbability, Saturation
+from fastguard.diagnosis.watch_functions import (
+    IndexOutOfRange,
+    NoProbability,
+    Saturation,
+    ShapeMismatch,
+)
 
 CHECK = "forward"
 
@@ -34,7 +39,7 @@ _LEFT_OUT = (
 _ONE_VALUE = (
     "one value has no variance, so a norm over it is undefined in training: drop a last "
     "batch of one sample (DataLoader(drop_last=True)), give this layer more than one position, "
-    "use GroupNorm or LayerNorm, or call model.eval() to use its averages."
+    "use GroupNorm or LayerNorm, or call model.eval() to use the running statistics."
 )
 
 
@@ -51,7 +56,8 @@ def check(evidence: Evidence) -> Iterator[Finding]:
             CHECK,
             "eval-mode",
             "note",
-            "the model is in evaluation mode: dropout is off, batch norms use their averages",
+            "the model is in evaluation mode: dropout is off, and batch norms use their running "
+            "statistics",
             remedy="call model.train() first to diagnose training.",
         )
 
@@ -82,7 +88,7 @@ def _remedy_of(evidence: Evidence, message: str) -> str:
     return "; ".join(filter(None, [hint, _LEFT_OUT]))
 
 
-# Does it fit?
+# Does it have the shape of its targets?
 
 
 def _shapes(evidence: Evidence) -> Iterator[Finding]:
@@ -90,9 +96,9 @@ def _shapes(evidence: Evidence) -> Iterator[Finding]:
     places = {
         (tuple(a.shape), tuple(b.shape)): where for where, a, b in misfits(step.output, targets)
     }
-    for meeting in step.functions.meetings:
-        yield _meeting(meeting, places.get((meeting.output, meeting.target), ""))
-    if step.functions.meetings:  # the loss already reported shapes that do not fit, or raised
+    for mismatch in step.functions.shape_mismatches:
+        yield _shape_mismatch(mismatch, places.get((mismatch.output, mismatch.target), ""))
+    if step.functions.shape_mismatches:  # reported above
         return
     failed = step.failed("loss")
     for where, output, target in misfits(step.output, targets):
@@ -102,7 +108,7 @@ def _shapes(evidence: Evidence) -> Iterator[Finding]:
             "resized-output" if failed is None else "shape-mismatch",
             "note" if failed is None else "error",
             f"the output is {list(output.shape)}, its target {list(target.shape)}; the loss "
-            + ("makes them fit" if failed is None else f"raises {failed}"),
+            + ("accepts this" if failed is None else f"raises {failed}"),
             where=where,
             value=larger / max(smaller, 1),
             limit=1,
@@ -110,28 +116,28 @@ def _shapes(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
-def _meeting(meeting: Meeting, where: str) -> Finding:
-    shapes = f"output {list(meeting.output)} and target {list(meeting.target)}"
-    smaller, larger = sorted((math.prod(meeting.output), math.prod(meeting.target)))
-    if meeting.result is None:
+def _shape_mismatch(mismatch: ShapeMismatch, where: str) -> Finding:
+    shapes = f"output {list(mismatch.output)} and target {list(mismatch.target)}"
+    smaller, larger = sorted((math.prod(mismatch.output), math.prod(mismatch.target)))
+    if mismatch.result is None:
         return Finding(
             CHECK,
             "shape-mismatch",
             "error",
-            f"{meeting.function} cannot compare {shapes}",
+            f"{mismatch.function} cannot compare {shapes}",
             where=where,
             value=larger / smaller,
             limit=1,
             remedy=_FIT,
         )
-    all_pairs = ": every output meets the targets of others" if meeting.both_ways else ""
+    all_pairs = ", so it compares every output with all targets" if mismatch.both_ways else ""
     return Finding(
         CHECK,
         "silent-broadcast",
-        "error" if meeting.both_ways else "warning",
-        f"{meeting.function} silently expands {shapes} to {list(meeting.result)}{all_pairs}",
+        "error" if mismatch.both_ways else "warning",
+        f"{mismatch.function} silently expands {shapes} to {list(mismatch.result)}{all_pairs}",
         where=where,
-        value=math.prod(meeting.result) / larger,
+        value=math.prod(mismatch.result) / larger,
         limit=1,
         remedy="give both the same shape before the loss, with output.squeeze(1) or "
         "target.unsqueeze(1).",
@@ -156,11 +162,11 @@ def _nonfinite(evidence: Evidence) -> Iterator[Finding]:
             where=bad[0].where,
             value=bad[0].values.nonfinite / bad[0].values.numel,
             limit=0,
-            remedy="fine for a mask of -Inf; but a NaN that is only masked out returns in the "
-            "backward pass as 0 * NaN.",
+            remedy="this is fine for a mask of -Inf; but a NaN that is only masked out reappears "
+            "in the backward pass as 0 * NaN.",
         )
         return
-    if evidence.repaired is not evidence:  # the model may produce some as well
+    if evidence.repaired is not evidence:  # the model itself may also produce NaN or Inf
         yield from _nonfinite(evidence.repaired)
     yield _first_nonfinite(evidence, bad, report)
 
@@ -183,7 +189,7 @@ def _first_nonfinite(
         elif report.origin is not None:
             seen.append(f"the {report.origin} value {report.tensor} was non-finite before")
         if report.origin == "batch":
-            seen.append("the checks from the backward pass on replaced it by 0")
+            seen.append("the checks of the backward pass and later ones replaced it by 0")
         seen += [text for text in (report.evidence, report.source) if text]
     return Finding(
         CHECK,
@@ -223,7 +229,7 @@ def _extreme(evidence: Evidence) -> Iterator[Finding]:
     )
 
 
-# Does a signal pass through?
+# Is it saturated?
 
 
 def _saturated(saturations: list[Saturation]) -> Iterator[Finding]:
@@ -261,7 +267,6 @@ _SATURATION = {
     "softmax": (
         "of the softmax's rows are one-hot and pass no gradient",
         "divide attention scores by the square root of the head size, or normalise queries and "
-        "keys. A "
-        "softmax over an axis of length 1 is always 1; then the axis is wrong.",
+        "keys. A softmax over an axis of length 1 is always 1; then the axis is wrong.",
     ),
 }

@@ -1,4 +1,4 @@
-"""Checks the weights: finite, not all equal, of a normal scale; and the eps of norms."""
+"""Checks that weights are finite, varied and of a usual scale; and checks the eps of norms."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHECK = "initialisation"
 # the last layer of a policy.
 GAIN_HIGH, GAIN_LOW = 10.0, 0.009
 GAIN_HOPELESS = 1e3  # ten such layers exceed the range of float32
-NORM_EPS = 1e-12  # the smallest in any published model
+NORM_EPS = 1e-12  # the smallest eps in any published model
 
 _WEIGHTED = (
     nn.Linear,
@@ -71,8 +71,7 @@ def _nonfinite(evidence: Evidence) -> Iterator[Finding]:
             limit=0,
             remedy="if the model is new, check how this tensor is initialised (torch.empty is not "
             "initialised); otherwise an earlier step destroyed it: go back to a checkpoint that "
-            "passes "
-            "`fastguard ckpt verify`, and train with fastguard.GuardedOptimizer.",
+            "passes `fastguard ckpt verify`, and train with fastguard.GuardedOptimizer.",
         )
 
 
@@ -100,8 +99,8 @@ def _norm(module: Any, name: str) -> Iterator[Finding]:
             where=name,
             value=float(variance.min()),
             limit=0,
-            remedy="averaging checkpoints or a broken load can cause this: call "
-            "module.reset_running_stats() and run some batches in training mode.",
+            remedy="call module.reset_running_stats() and run some batches in training mode; "
+            "averaging checkpoints or a broken load can cause this.",
         )
 
 
@@ -124,13 +123,12 @@ def _weight(module: Any, name: str) -> Iterator[Finding]:
         "extreme-gain",
         "error" if gain > GAIN_HOPELESS or gain < 1 / GAIN_HOPELESS**2 else "warning",
         f"the weights multiply the size of their input by {gain:.3g} (rms of the weights times "
-        f"the square root of {fan_in} inputs): too {too}",
+        f"the square root of {fan_in} inputs), which is too {too}",
         where=name,
         value=gain,
         limit=GAIN_HIGH if gain > 1 else GAIN_LOW,
         remedy="use torch.nn.init.kaiming_normal_(weight) before ReLUs, xavier_uniform_ before "
-        "tanh "
-        "or no activation; set biases to 0.",
+        "tanh or no activation; set biases to 0.",
     )
 
 
@@ -140,12 +138,11 @@ def _constant(name: str, value: float) -> Finding:
             CHECK,
             "zero-weight",
             "warning",
-            "every weight is 0: earlier layers get no gradient until it has changed",
+            "every weight is 0: earlier layers get no gradient until the weights have changed",
             where=name,
             limit=0,
-            remedy="this is right for the last layer of a residual branch or an adapter; elsewhere "
-            "use "
-            "torch.nn.init.kaiming_normal_(weight).",
+            remedy="this is fine for the last layer of a residual branch or an adapter; elsewhere "
+            "use torch.nn.init.kaiming_normal_(weight).",
         )
     return Finding(
         CHECK,
@@ -159,7 +156,7 @@ def _constant(name: str, value: float) -> Finding:
 
 
 def _fan_in(module: Any) -> int:
-    """Returns how many inputs are summed into one output."""
+    """Returns the number of inputs that are summed into one output."""
     shape = module.weight.shape
     if isinstance(module, nn.modules.conv._ConvTransposeNd):  # (in, out / groups, *kernel)
         overlap = math.prod(math.ceil(k / s) for k, s in zip(shape[2:], module.stride, strict=True))

@@ -1,4 +1,4 @@
-"""Checks the loss: present, scalar, finite, a mean and not a sum, with parts of similar effect."""
+"""Checks the loss: whether it exists, is scalar, finite and a mean, and the effect of its parts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fastguard.diagnosis.watch_functions import IndexOutOfRange, NoProbability
 CHECK = "loss"
 
 LARGE = 1e4
-PARTS = 1e3  # beyond this ratio the smaller part has no effect
+PARTS = 1e3  # largest ratio of the gradient norms of two parts
 
 
 def check(evidence: Evidence) -> Iterator[Finding]:
@@ -59,7 +59,7 @@ def _failure(evidence: Evidence) -> Iterator[Finding]:
         CHECK,
         "loss-raises",
         "error",
-        f"the loss raises {failure}{function}; later findings are without it",
+        f"the loss raises {failure}{function}; later checks run without a loss",
         where=failure.where,
         remedy=_remedy_of(evidence, failure),
     )
@@ -88,7 +88,7 @@ def _kind(evidence: Evidence) -> Iterator[Finding]:
                 "the model returns one number for all samples, which looks like its own loss, but "
                 "loss_fn compares it with the targets",
                 value=1,
-                remedy=f"if it is its loss, pass {instead} in place of loss_fn.",
+                remedy=f"if this number is the loss, pass {instead} instead of loss_fn.",
             )
         return
     if subject.loss_fn is None and subject.given_step is None and not number_in(step.result):
@@ -126,12 +126,12 @@ def _kind(evidence: Evidence) -> Iterator[Finding]:
         CHECK,
         "loss-shape",
         "error",
-        f"the loss is {what}; expected a number, a dict of numbers, or something with a `loss`",
+        f"the loss is {what}; expected a scalar tensor, a dict of them, or an object with a `loss`",
         value=result.numel() if isinstance(result, Tensor) else 0,
         limit=1,
         remedy='reduce it, with .mean() or reduction="mean".'
         if isinstance(result, Tensor)
-        else "return only the loss: itself, something with a `loss`, or a dict of its parts.",
+        else "return the loss itself, a dict of its parts, or an object with a `loss`.",
     )
 
 
@@ -154,17 +154,17 @@ def _values(evidence: Evidence) -> Iterator[Finding]:
     if bad:
         report = evidence.explained
         earlier = report is not None and any(a.values.nonfinite for a in evidence.step.activations)
-        born = ", ".join(filter(None, (report.operation, report.evidence))) if report else ""
-        told = ", ".join(f"{name} is {value}" for name, value in bad.items())
+        origin = ", ".join(filter(None, (report.operation, report.evidence))) if report else ""
+        text = ", ".join(f"{name} is {value}" for name, value in bad.items())
         yield Finding(
             CHECK,
             "nonfinite-loss",
             "error",
-            told + ("; it follows from the activations" if earlier else f"; first in {born}"),
+            text + ("; the cause is in the activations" if earlier else f"; first in {origin}"),
             where=", ".join(bad) if len(parts) > 1 else "",
             value=len(bad),
             limit=0,
-            remedy="repair the first non-finite activation."
+            remedy="fix the first non-finite activation."
             if earlier
             else (report.remedy if report is not None else "check its largest inputs."),
         )
@@ -186,7 +186,7 @@ def _values(evidence: Evidence) -> Iterator[Finding]:
 
 def _parts(evidence: Evidence) -> Iterator[Finding]:
     """Compares the parts by their gradients, each on the parameters that it affects."""
-    if len(evidence.step.parts) < 2 or evidence.no_steps:
+    if len(evidence.step.parts) < 2 or evidence.no_steps_reason:
         return
     found = evidence.part_gradients
     for name, own in found.items():
@@ -200,8 +200,7 @@ def _parts(evidence: Evidence) -> Iterator[Finding]:
                 "warning",
                 f"the gradient of {name} is {norm:.3g}, while that of the other parts on the same "
                 f"parameters is {rest:.3g}: {rest / norm:.3g} times larger, so {name} has almost "
-                "no "
-                "effect",
+                "no effect",
                 where=name,
                 value=rest / norm,
                 limit=PARTS,
@@ -216,9 +215,8 @@ def _parts(evidence: Evidence) -> Iterator[Finding]:
             "note",
             f"no gradient comes from {several(idle)}, which adds to the loss but trains nothing",
             where=idle[0],
-            remedy="this is right for a number that is only logged, and for a part that is "
-            "inactive on "
-            "this batch; otherwise look for .detach() and .item() in it.",
+            remedy="this is fine for a value that is only logged, and for a part that is inactive "
+            "on this batch; otherwise look for .detach() and .item() in it.",
         )
 
 

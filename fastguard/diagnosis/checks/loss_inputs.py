@@ -29,17 +29,17 @@ _TAKES = {
 
 def check_loss_inputs(evidence: Evidence) -> Iterator[Finding]:
     """Reports each problem once per function."""
-    told: set[tuple[str, str, str]] = set()
+    reported: set[tuple[str, str, str]] = set()
     for found in evidence.step.functions.loss_inputs:
         key = (found.function, found.argument, found.problem)
-        if key not in told:
-            told.add(key)
+        if key not in reported:
+            reported.add(key)
             yield _finding(found)
 
 
 def _finding(found: LossInput) -> Finding:
-    severity: Severity = "error" if found.surely else "warning"
-    if found.problem == "twice" or (found.problem == "length" and not found.surely):
+    severity: Severity = "error" if found.is_certain else "warning"
+    if found.problem == "twice" or (found.problem == "length" and not found.is_certain):
         severity = "note"
     return Finding(
         CHECK,
@@ -56,17 +56,17 @@ def _consequence(found: LossInput) -> str:
     if found.problem == "twice":
         return ", and applies log_softmax again, which changes nothing"
     if found.problem == "length":
-        left = ": no sample has a loss or a gradient" if found.surely else ""
+        left = ": no sample has a loss or a gradient" if found.is_certain else ""
         return f"; zero_infinity=True drops them{left}"
     if found.problem != "activated":
         return ""
     if found.function not in _TAKES:
-        return ": it flattens values that were already activated"
+        return ": the activation is applied twice"
     again = f"; it applies {_TAKES[found.function]} itself"
     if found.function == "cross_entropy" and found.classes:
         least = math.log(1 + (found.classes - 1) / math.e)
         return f"{again}, so the loss cannot fall below {least:.3g}"
-    return f"{again}, so no output can mean less than 0.5"
+    return f"{again}, so no predicted probability is below 0.5"
 
 
 def _remedy(found: LossInput) -> str:
@@ -79,8 +79,7 @@ def _remedy(found: LossInput) -> str:
         return (
             "take the softmax over the class axis: dim=1 for (N, C, ...); if the classes are last, "
             "move them there with output.movedim(-1, 1). Softmax without dim= uses axis 0 of a "
-            "tensor "
-            "with 1 or 3 dimensions."
+            "tensor with 1 or 3 dimensions."
         )
     if name == "kl_div":
         if found.problem == "swapped":
@@ -96,7 +95,7 @@ def _remedy(found: LossInput) -> str:
         return f"pass output.log_softmax(dim) over the classes{instead}."
     if name == "binary_cross_entropy":
         return "use binary_cross_entropy_with_logits, or end the model with a sigmoid."
-    if not found.surely:
+    if not found.is_certain:
         return "if the model ends with a sigmoid, remove it: this loss expects logits."
     other = ", or use nll_loss(probabilities.log(), target)" if name == "cross_entropy" else ""
     return f"pass the logits: remove the activation from the model during training{other}."

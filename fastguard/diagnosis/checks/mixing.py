@@ -23,7 +23,7 @@ from fastguard.diagnosis.replay.subject import split, tensors
 
 CHECK = "forward"
 
-CHANGED = 1e-3  # relative to the output's size; rounding is a thousandth of it
+CHANGED = 1e-3  # relative to the largest output; rounding errors are a thousand times smaller
 _TIME_FIRST = (nn.RNNBase, nn.MultiheadAttention)
 
 
@@ -47,27 +47,27 @@ def check_mixing(evidence: Evidence) -> Iterator[Finding]:
         CHECK,
         "wrong-axis",
         "error",
-        f"the output of a sample changes when another sample of the batch changes, due to {what}"
-        f"{several(where)}: axis 0 holds the {n} samples",
+        f"the output of a sample depends on other samples of the batch, because of {what}"
+        f"{several(where)}: axis 0 is the batch of {n} samples",
         where=where[0],
         value=n,
         remedy="take the softmax over dim=-1 or dim=1; without dim= it uses axis 0 of a tensor "
-        "with "
-        "1 or 3 dimensions."
+        "with 1 or 3 dimensions."
         if suspects
         else "create the layer with batch_first=True, or pass it input.transpose(0, 1).",
     )
 
 
 def _samples(evidence: Evidence) -> int:
-    """Returns the size of axis 0 if it is certainly the batch axis; else 0."""
+    """Returns the number of samples if axis 0 is certainly the batch axis; otherwise 0."""
     inputs, targets = split(evidence.subject.batch)
     first, second = tensors(inputs), tensors(targets)
     sizes = {t.shape[0] if t.ndim else 0 for t in (*first, *second)}
     if len(sizes) != 1 or not second:
         return 0
     n = sizes.pop()
-    # A sequence may be (time, batch); one target per sample, rows or images cannot.
+    # A sequence may be (time, batch). With one target per sample, or for rows and images, axis 0
+    # is the batch.
     plain = all(t.numel() == n for t in second) or all(
         t.ndim == 4 or (t.ndim == 2 and t.is_floating_point()) for t in first
     )

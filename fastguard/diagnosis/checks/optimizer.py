@@ -1,4 +1,4 @@
-"""Checks that the optimizer holds the model's parameters and moves them by a normal amount."""
+"""Checks that the optimizer holds the model's parameters and changes them by a usual amount."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastguard.guard.model_buffers import are_protected
 CHECK = "optimizer"
 
 _UNLESS = ", unless another optimizer trains them (as in a GAN)"
-VANISHED_LR = 1e-12  # in float32 it cannot move any weight above 1e-5
+VANISHED_LR = 1e-12  # in float32 it cannot change any weight above 1e-5
 UPDATE_HIGH = 0.1  # relative to the weights' norm; 1e-3 is usual
 UPDATE_LOW = 1e-8  # below the spacing of float32 numbers
 
@@ -28,7 +28,7 @@ def check(evidence: Evidence) -> Iterator[Finding]:
     optimizer = evidence.subject.optimizer
     if optimizer is None:
         yield Finding(
-            CHECK, "not-checked", "note", "no optimizer was given", remedy="give optimizer=."
+            CHECK, "not-checked", "note", "no optimizer was given", remedy="pass optimizer=."
         )
         return
     yield from _members(evidence, optimizer)
@@ -59,7 +59,7 @@ def _members(evidence: Evidence, optimizer: Optimizer) -> Iterator[Finding]:
         return
     left_out = [name for name, p in trainable.items() if p not in held]
     if left_out:
-        # If they have no gradient in this step, they belong to another step with another optimizer.
+        # Without a gradient in this step, they belong to another optimizer with another step.
         reached = evidence.step.gradients is None or any(n in evidence.gradients for n in left_out)
         yield Finding(
             CHECK,
@@ -102,13 +102,13 @@ def _buffers(evidence: Evidence) -> Iterator[Finding]:
             CHECK,
             "unprotected-buffers",
             "note",
-            "a batch with NaN leaves it in the running statistics even if its step is skipped: "
+            "a batch with NaN makes these running statistics NaN even if its step is skipped: "
             f"{several(changing)}",
             where=changing[0],
             value=len(changing),
             limit=0,
-            remedy="fastguard.protect_buffers(model, optimizer) restores them with the step; "
-            "the trainer integrations do so already.",
+            remedy="call fastguard.protect_buffers(model, optimizer), which restores them when a "
+            "step is skipped; the trainer integrations do so already.",
         )
 
 
@@ -124,11 +124,11 @@ def _learning_rate(optimizer: Optimizer, group: dict[str, Any], where: str) -> I
         CHECK,
         "lr-vanished",
         "warning" if warms_up else "error",
-        f"the learning rate is {lr:.3g}, so no weight moves{scheduled}",
+        f"the learning rate is {lr:.3g}, so no weight changes{scheduled}",
         where=where,
         value=lr,
         limit=VANISHED_LR,
-        remedy="this is right only if a warm-up begins here; take one step and check again."
+        remedy="this is fine only if a warm-up begins here; take one step and check again."
         if warms_up
         else "restart the schedule, step it once per epoch or per step as planned, and give it a "
         "floor: fastguard.GuardedLR(scheduler, floor=1e-6).",
@@ -146,8 +146,8 @@ def _decayed_norms(evidence: Evidence, group: dict[str, Any], where: str) -> Ite
             CHECK,
             "decayed-norms",
             "note",
-            f"weight decay {decay:g} also pulls biases and scales of norms to 0, here "
-            f"{len(decayed)}: {several(decayed)}",
+            f"weight decay {decay:g} also applies to {len(decayed)} biases and scales of norms: "
+            f"{several(decayed)}",
             where=where,
             value=len(decayed),
             limit=0,
@@ -172,8 +172,8 @@ def _eps(evidence: Evidence, group: dict[str, Any], where: str) -> Iterator[Find
         CHECK,
         "eps-dominates",
         "warning",
-        f"gradients with rms {rms:.3g} or less are smaller than eps {float(eps):g}, which then "
-        f"scales the step down instead of only protecting it: {several(below)}",
+        f"gradients with rms {rms:.3g} or less are smaller than eps {float(eps):g}, which "
+        f"therefore makes the step smaller: {several(below)}",
         where=where,
         value=rms,
         limit=float(eps),
@@ -182,7 +182,7 @@ def _eps(evidence: Evidence, group: dict[str, Any], where: str) -> Iterator[Find
 
 
 def _updates(evidence: Evidence, optimizer: Optimizer) -> Iterator[Finding]:
-    if evidence.no_steps:
+    if evidence.no_steps_reason:
         return
     updates = evidence.real_steps.updates
     names = {p: name for name, p in evidence.subject.parameters.items()}

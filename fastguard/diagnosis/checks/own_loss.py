@@ -27,12 +27,12 @@ def step_for(evidence: Evidence) -> str:
     label = label or next((p for p in beyond if p.default is p.empty), None)
     if label is None:
         return ""
-    one, two = ("batch[0]", "batch[1]")
+    given, target = ("batch[0]", "batch[1]")
     if isinstance(batch, Mapping):
-        one, two = 'batch["inputs"]', 'batch["targets"]'
-    first = f"**{one}" if is_mapping else f"*{one}" if isinstance(inputs, list | tuple) else one
-    by_place = not is_mapping and label is beyond[0] and label.kind is not label.KEYWORD_ONLY
-    call = f"{first}, {two}" if by_place else f"{first}, {label.name}={two}"
+        given, target = 'batch["inputs"]', 'batch["targets"]'
+    stars = "**" if is_mapping else "*" if isinstance(inputs, list | tuple) else ""
+    positional = not is_mapping and label is beyond[0] and label.kind is not label.KEYWORD_ONLY
+    call = f"{stars}{given}, " + (target if positional else f"{label.name}={target}")
     call = "*batch" if call == "batch[0], batch[1]" else call
     return f"step=lambda model, batch: model({call})"
 
@@ -61,7 +61,7 @@ def hint_for(evidence: Evidence) -> str:
 
 
 def returns_its_loss(evidence: Evidence) -> bool:
-    """Whether the model outputs one number for many targets and it is not used as the loss."""
+    """Whether the model outputs one number for many targets that is not used as the loss."""
     subject, step = evidence.subject, evidence.step
     output, targets = step.output, subject.targets
     return (
@@ -75,7 +75,7 @@ def returns_its_loss(evidence: Evidence) -> bool:
 
 
 def _arguments(evidence: Evidence) -> Iterator[inspect.Parameter]:
-    """Returns the parameters of the model's forward, in order."""
+    """Yields the parameters of the model's forward, in order."""
     try:
         taken = inspect.signature(evidence.subject.model.forward).parameters.values()
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Checks 16-bit precision: overflow in float16, rounding to zero, and whether it causes NaN."""
+"""Checks 16-bit precision: overflow in float16, rounding to zero, and NaN caused by either."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from fastguard.diagnosis.observe import FLOAT16_MAX, Observation, Values
 
 CHECK = "precision"
 
-LOST_GRADIENTS = 0.1
-LOSS_DIFFERENCE = 0.05
-ROUNDED = 0.5
+LOST_GRADIENTS = 0.1  # share of nonzero gradients that would round to 0
+LOSS_DIFFERENCE = 0.05  # relative
+ROUNDED = 0.5  # share of elements that an update leaves unchanged
 
 
 def check(evidence: Evidence) -> Iterator[Finding]:
-    """Compares with float32, and counts float32 values that float16 could not hold."""
+    """Compares the step with float32, and counts float32 values out of the range of float16."""
     evidence = evidence.repaired
     yield from _to_blame(evidence)
     yield from _overflow(evidence)
@@ -50,8 +50,7 @@ def _to_blame(evidence: Evidence) -> Iterator[Finding]:
         "float16-range",
         "error",
         f"this batch is not finite in {name} but finite in float32: the range of {name} is to "
-        "blame, "
-        f"not the model{reached}",
+        f"blame, not the model{reached}",
         where=(report.module if report is not None else "") or first,
         value=largest,
         limit=FLOAT16_MAX,
@@ -95,7 +94,7 @@ def _underflow(evidence: Evidence) -> Iterator[Finding]:
     if not not_zero or under / not_zero <= LOST_GRADIENTS:
         return
     largest = max(v.largest for v in values)
-    # A quarter of the scale that would overflow, since later batches may have larger gradients.
+    # A quarter of the largest scale without overflow: later batches may have larger gradients.
     scale = 2.0 ** min(24, math.floor(math.log2(FLOAT16_MAX / largest)) - 2) if largest else 2.0**16
     yield Finding(
         CHECK,
@@ -134,7 +133,7 @@ def _loss_differs(evidence: Evidence) -> Iterator[Finding]:
 def _rounded_updates(evidence: Evidence) -> Iterator[Finding]:
     if not any(p.dtype.itemsize == 2 for p in evidence.subject.parameters.values()):
         return
-    if evidence.no_steps:
+    if evidence.no_steps_reason:
         return
     updates = evidence.real_steps.updates
     stuck = {n: u for n, u in updates.items() if u.dtype.itemsize == 2 and u.stuck > ROUNDED}
@@ -147,8 +146,7 @@ def _rounded_updates(evidence: Evidence) -> Iterator[Finding]:
         "rounded-update",
         "warning",
         f"a step leaves up to {percent(worst)} of the elements of {several(list(stuck))} "
-        "unchanged: "
-        f"the update is less than half of the distance between two {dtype} numbers",
+        f"unchanged: the update is less than half of the distance between two {dtype} numbers",
         where=next(iter(stuck)),
         value=worst,
         limit=ROUNDED,

@@ -15,21 +15,21 @@ CHECK = "real steps"
 def check(evidence: Evidence) -> Iterator[Finding]:
     """Trains for a few steps if there is a finite loss."""
     evidence = evidence.repaired
-    reason = evidence.no_steps
+    reason = evidence.no_steps_reason
     if reason:
         yield Finding(CHECK, "not-checked", "note", f"no steps were taken: {reason}")
         return
     seen = evidence.real_steps
     first, *after = seen.losses
-    told = f"{len(after)} steps of {seen.optimizer} on this batch: loss {_path(seen.losses)}"
+    text = f"{len(after)} steps of {seen.optimizer} on this batch: loss {_path(seen.losses)}"
     if not all(map(math.isfinite, after)):
         yield Finding(
             CHECK,
             "diverges",
             "error",
-            f"{told}; it was finite before the steps",
+            f"{text}; it was finite before the steps",
             value=next(i for i, loss in enumerate(after, 1) if not math.isfinite(loss)),
-            remedy=_blamed(evidence)
+            remedy=_settings_to_fix(evidence)
             or "lower the learning rate by ten, warm it up, and clip: "
             "GuardedOptimizer(max_norm=1.0).",
         )
@@ -38,20 +38,19 @@ def check(evidence: Evidence) -> Iterator[Finding]:
             CHECK,
             "does-not-fall",
             "warning",
-            f"{told}; it does not fall",
+            f"{text}; it does not fall",
             value=min(after),
             limit=first,
-            remedy=_blamed(evidence)
+            remedy=_settings_to_fix(evidence)
             or "if it rises, the learning rate is too high; if it is flat, the rate is too low or "
-            "the "
-            "gradients do not belong to this loss. A fully trained model may also show this.",
+            "the gradients do not belong to this loss. A fully trained model may also show this.",
         )
     else:
-        yield Finding(CHECK, "ok", "ok", told, value=min(after), limit=first)
+        yield Finding(CHECK, "ok", "ok", text, value=min(after), limit=first)
 
 
-def _blamed(evidence: Evidence) -> str:
-    """Returns what to fix first if an optimizer setting explains the result of the steps."""
+def _settings_to_fix(evidence: Evidence) -> str:
+    """Returns a remedy if optimizer settings explain the result of the steps; otherwise empty."""
     found = [f for f in check_settings(evidence) if f.severity in ("error", "warning")]
     worst = [f for f in found if f.severity == "error"] or found
     return "fix the optimizer first: " + "; ".join(f.seen for f in worst) + "." if worst else ""

@@ -1,4 +1,4 @@
-"""Checks settings that ruin a run at any learning rate: eps, weight decay, momentum."""
+"""Checks optimizer settings that can ruin a run at any learning rate: eps, decay, momentum."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fastguard.diagnosis.finding import Finding, Severity, percent, several
 
 CHECK = "optimizer"
 
-SHRINK = 1e-2  # share of the weights per step; AdamW's usual 1e-3 * 1e-2 is a thousandth of it
-SHRINK_OF_LARGE = 1e-3  # the same, for a weight decay larger than in any published recipe
-LARGE_DECAY = 10.0
+SHRINK = 1e-2  # share of the weights removed per step; AdamW usually removes 1e-3 * 1e-2 = 1e-5
+SHRINK_OF_LARGE = 1e-3  # the same limit for a weight decay of LARGE_DECAY or more
+LARGE_DECAY = 10.0  # larger than in any published recipe
 DECAY_OVER_GRADIENT = 10.0
-MATTERING_DECAY = 0.1  # when coupled to the gradient; 1e-4 to 1e-2 is usual
+MATTERING_DECAY = 0.1  # smallest coupled decay that is checked; 1e-4 to 1e-2 is usual
 MOMENTUM = 0.995  # averages over 200 steps; 0.9 to 0.99 is usual
 BETA1, BETA2 = 0.995, 0.99999
 
@@ -45,13 +45,13 @@ def _number(group: dict[str, Any], name: str) -> float:
 
 def _eps(evidence: Evidence, group: dict[str, Any], where: str) -> Iterator[Finding]:
     eps = _number(group, "eps")
-    # Some kernels, such as torch's fused ones, compute in float32 whatever the dtype is.
+    # Some kernels, such as torch's fused ones, compute in float32 for any dtype.
     names = {p: name for name, p in evidence.trained.items()}
     held = {names[p]: p for p in group["params"] if p in names}
     zero = [n for n, p in held.items() if float(torch.tensor(eps, dtype=p.dtype)) == 0.0]
     if not zero:
         return
-    updates = {} if evidence.no_steps else evidence.real_steps.updates
+    updates = {} if evidence.no_steps_reason else evidence.real_steps.updates
     destroyed = [n for n in zero if n in updates and not math.isfinite(updates[n].moved)]
     kind = type(evidence.subject.optimizer)
     in_dtype = kind.__module__.startswith("torch.optim") and not group.get("fused")
@@ -92,15 +92,17 @@ def _weight_decay(evidence: Evidence, group: dict[str, Any], where: str) -> Iter
         grows = f"weight decay {decay:g} is negative: it makes the weights grow without bound"
         yield _decay(where, "error", grows, decay, 0.0)
     elif _is_adaptive(group) and not _is_decoupled(evidence, group):
-        yield from _drowned(evidence, group, where, decay)
+        yield from _coupled_decay(evidence, group, where, decay)
     elif not math.isnan(lr) and not (_is_adaptive(group) and decay <= MATTERING_DECAY):
-        yield from _shrinks(group, where, decay, lr)
+        yield from _decoupled_decay(group, where, decay, lr)
 
 
-def _shrinks(group: dict[str, Any], where: str, decay: float, lr: float) -> Iterator[Finding]:
-    """Checks decay that is subtracted from the weights: lr * decay of them per step."""
+def _decoupled_decay(
+    group: dict[str, Any], where: str, decay: float, lr: float
+) -> Iterator[Finding]:
+    """Checks decay that removes `lr * decay` of the weights per step."""
     momentum = _number(group, "momentum")
-    # Decay that passes through the momentum is applied many times over.
+    # In SGD the decay passes through the momentum, which multiplies its effect.
     times = 1 / (1 - momentum) if 0 < momentum < 1 and "dampening" in group else 1.0
     shrink = lr * decay * times
     product = f"lr * weight_decay = {lr:g} * {decay:g} = {lr * decay:.3g}"
@@ -120,7 +122,7 @@ def _shrinks(group: dict[str, Any], where: str, decay: float, lr: float) -> Iter
         yield _decay(where, "note", what, decay, LARGE_DECAY)
 
 
-def _drowned(
+def _coupled_decay(
     evidence: Evidence, group: dict[str, Any], where: str, decay: float
 ) -> Iterator[Finding]:
     """Checks decay that is added to the gradient and then scaled with it."""
@@ -132,9 +134,9 @@ def _drowned(
     ratio = decay * weights / gradient if measured else math.nan
     if decay < MATTERING_DECAY or not (ratio > DECAY_OVER_GRADIENT or decay >= LARGE_DECAY):
         return
-    told = f", {ratio:.3g} times the gradient of the loss" if measured else ""
+    relative = f", {ratio:.3g} times the gradient of the loss" if measured else ""
     what = (
-        f"weight decay {decay:g} adds {decay:g} times the weights to the gradient{told}; this "
+        f"weight decay {decay:g} adds {decay:g} times the weights to the gradient{relative}; this "
         "optimizer rescales the sum, so the decay dominates the step"
     )
     yield _decay(where, "warning", what, ratio if measured else decay, DECAY_OVER_GRADIENT)
@@ -146,7 +148,7 @@ def _norm(evidence: Evidence, name: str) -> float:
 
 
 def _is_adaptive(group: dict[str, Any]) -> bool:
-    """Whether the optimizer divides by the size of the gradient; SGD has none of these keys."""
+    """Whether the optimizer divides by the size of the gradient, judged by the group's keys."""
     is_asgd = "t0" in group
     return not is_asgd and any(
         name in group for name in ("betas", "alpha", "rho", "lr_decay", "beta2_decay")
@@ -215,8 +217,8 @@ def _odd_betas(group: dict[str, Any], one: float, two: float) -> str:
         return f"the first averages the gradient over {1 / (1 - one):.3g} steps{swapped}"
     if "eps" in group and one * one > two > 0:  # Lion has no eps and no second moment
         return (
-            "the second moment decays faster than the first, so the remains of an old large "
-            "gradient are divided by a new small root"
+            "the second moment decays faster than the first, so after a large gradient the "
+            "denominator becomes small while the numerator is still large"
         )
     if two > BETA2:
         steps = f"{1 / (1 - two):.3g}"
@@ -230,7 +232,7 @@ def _average(where: str, name: str, value: float, undamped: bool) -> Finding:
         seen = f"{name}={value:g} is outside [0, 1): the average never decays, or grows"
     else:
         times = 1 / (1 - value)
-        grown = f" and makes the step {times:.3g} times the learning rate" if undamped else ""
+        grown = f" and multiplies the step by up to {times:.3g}" if undamped else ""
         seen = f"{name}={value:g} averages over {times:.3g} steps{grown}"
     return Finding(
         CHECK,
@@ -240,6 +242,6 @@ def _average(where: str, name: str, value: float, undamped: bool) -> Finding:
         where=where,
         value=value,
         limit=1.0 if outside else MOMENTUM,
-        remedy="0.9 is usual and 0.99 the maximum; for a longer average lower the learning rate by "
-        "the factor by which the momentum raises it.",
+        remedy="0.9 is usual and 0.99 the maximum; for a longer average, lower the learning rate "
+        "by the factor by which the momentum multiplies the step.",
     )

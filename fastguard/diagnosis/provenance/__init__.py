@@ -1,8 +1,7 @@
 """`explain_nonfinite`: reruns a bad batch and names where its first NaN or Inf appeared.
 
-The replay uses the same weights, the same batch and, if given, the same random numbers. Every
-operation is checked, which is slow and, on a GPU, adds a sync after each. There is no cost until it
-is called.
+The replay uses the same weights, the same batch and, if given, the same random numbers. It checks
+the result of every operation, which is slow and, on a GPU, needs a sync per operation.
 """
 
 from __future__ import annotations
@@ -50,30 +49,30 @@ def explain_nonfinite(
 
     Args:
         model: The model, with the weights it had before the bad step.
-        batch: `(inputs, targets)`, a mapping with exactly these two keys, or any other mapping,
-            which is passed to the model as keyword arguments. A tuple or mapping of inputs is
-            unpacked.
-        loss_fn: The loss is `loss_fn(model(inputs), targets)`; if the batch is a mapping of keyword
-            arguments, `loss_fn(output, batch)`. None: the output's `loss`; without one there is no
-            backward pass.
+        batch: `(inputs, targets)`; a mapping with exactly the keys `"inputs"` and `"targets"`; or
+            any other mapping, which is passed to the model as keyword arguments. A tuple or mapping
+            of inputs is unpacked.
+        loss_fn: Called as `loss_fn(model(inputs), targets)`, or as `loss_fn(output, batch)` if the
+            batch is a mapping of keyword arguments. None: the loss is the output's `loss`; without
+            one there is no backward pass.
         step: Replaces `loss_fn`: `step(model, batch)` returns a loss, a dict of parts whose sum is
             the loss, or a dict, object or tuple that contains the loss under `loss` or as its first
             entry.
         autocast: The autocast used in the step: a context such as
             `torch.autocast("cuda", torch.float16)`, or `"float16"` or `"bfloat16"` for the model's
             device. None: no autocast.
-        rng: `fastguard.random_state()`, taken before the bad batch, so that dropout repeats. None:
-            the current state of the generators.
+        rng: The value of `fastguard.random_state()` from before the bad batch, so that dropout uses
+            the same random numbers. None: the current state of the generators.
         loss_scale: The factor by which a GradScaler multiplied the loss. Default: 1.
 
     Returns:
-        A report; its text tells the story and a remedy.
+        A report. Print it to see where the value appeared, why, and a remedy.
 
     Raises:
         TypeError: `batch` is of another kind, both `loss_fn` and `step` are given, or another
             argument has the wrong type.
         ValueError: The model has no values yet: it is lazy, or on the meta device.
-        Exception: Any error of the model, after all state was restored.
+        Exception: The model raised an error. All state is restored first.
 
     Example:
         >>> import torch, fastguard

@@ -1,9 +1,9 @@
 """`BackwardTrace`: finds the autograd node that produced the first non-finite gradient.
 
-Every node of the graph has a hook on its incoming and outgoing gradients. A node is an origin if
-its incoming gradients are finite and its outgoing ones are not, and if its values reach a leaf:
-`torch.where` may discard them on the way. Gradients are computed by `torch.autograd.grad`, so
-`.grad` and its hooks are not touched.
+Hooks on every node of the graph check its incoming and outgoing gradients. A node is an origin if
+its incoming gradients are finite, its outgoing gradients are not, and the bad values reach a leaf
+(`torch.where` may discard them on the way). Gradients are computed by `torch.autograd.grad`, which
+does not touch `.grad` and its hooks.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from fastguard.diagnosis.replay.tensor_range import TensorRange
 
 
 @dataclass(frozen=True, slots=True)
-class NodeBirth:
+class NodeOrigin:
     """A node that turned finite gradients into non-finite ones.
 
     Attributes:
-        node: Its position in the graph walk.
+        node: Index of the node in `graph_of`.
         name: `DivBackward0`.
         sequence: The number assigned by autograd, which identifies the forward operation.
         inputs: Ranges of the incoming gradients, then of the saved tensors.
@@ -49,14 +49,14 @@ class BackwardTrace:
 
     Attributes:
         bad_leaves: Leaves whose gradient is not finite.
-        birth: The first origin whose values reached a leaf; None if there is none.
+        origin: The first origin whose values reached a leaf; None if there is none.
     """
 
     def __init__(self, loss: Tensor) -> None:
         assert loss.grad_fn is not None
         self._nodes = graph_of(loss.grad_fn)
         self._position = {node: i for i, node in enumerate(self._nodes)}
-        self._births: dict[int, NodeBirth] = {}  # in the order of execution
+        self._origins: dict[int, NodeOrigin] = {}  # in the order of execution
         self._bad_edges: dict[int, list[bool]] = {}
         leaves = {i: n.variable for i, n in enumerate(self._nodes) if hasattr(n, "variable")}
         handles = [
@@ -76,8 +76,8 @@ class BackwardTrace:
         ]
         self.bad_leaves: list[Tensor] = [leaves[i] for i in bad]
         arrived = self._above(bad)
-        births = (birth for i, birth in self._births.items() if i in arrived)
-        self.birth: NodeBirth | None = next(births, None)
+        origins = (origin for i, origin in self._origins.items() if i in arrived)
+        self.origin: NodeOrigin | None = next(origins, None)
 
     def _ran(self, i: int, outgoing: Sequence[Any], incoming: Sequence[Any]) -> None:
         edges = [not all(map(all_finite, floats(g))) for g in outgoing]
@@ -88,7 +88,7 @@ class BackwardTrace:
         saved = _saved(node)
         inputs = [TensorRange.of("incoming gradient", t) for t in floats(incoming)]
         inputs += [TensorRange.of(name, t) for name, t in saved]
-        self._births[i] = NodeBirth(
+        self._origins[i] = NodeOrigin(
             i,
             node.name().rpartition("::")[2],
             node._sequence_nr(),
@@ -114,7 +114,7 @@ class BackwardTrace:
 
 
 def graph_of(root: Any) -> list[Any]:
-    """Returns every node below this one, including itself."""
+    """Returns this node and every node that its gradients flow to."""
     nodes, seen, todo = [], {root}, [root]
     while todo:
         node = todo.pop()

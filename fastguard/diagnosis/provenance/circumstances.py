@@ -1,7 +1,7 @@
 """Explains failures that show in the arguments of a call, not in the ranges of its inputs.
 
-Examples are a variance of too few values, a CTC target longer than its input, and a softmax over
-nothing but -Inf. `told_by` examines the call that produced the first NaN or Inf.
+Examples are a variance of too few values, a CTC target longer than its input, and a softmax over a
+row of -Inf. `explain_call` examines the call that produced the first NaN or Inf.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastguard.diagnosis.replay.calls import Call
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class Explanation:
     """An explanation from the arguments of a call.
 
     Attributes:
@@ -31,11 +31,11 @@ class Told:
     remedy: str
 
 
-def told_by(call: Call, outputs: Sequence[Tensor]) -> Told | None:
-    """Explains the non-finite outputs of a call; None if the arguments do not."""
+def explain_call(call: Call, outputs: Sequence[Tensor]) -> Explanation | None:
+    """Explains the non-finite outputs of a call by its arguments; None if they cannot."""
     name = call.name.strip("_")
-    look = _LOOKS.get(name)
-    return None if look is None else look(call, outputs)
+    check = _CHECKS.get(name)
+    return None if check is None else check(call, outputs)
 
 
 # Variances.
@@ -47,7 +47,7 @@ _FEW_VALUES = (
 )
 
 
-def _too_few(call: Call, outputs: Sequence[Tensor]) -> Told | None:
+def _too_few(call: Call, outputs: Sequence[Tensor]) -> Explanation | None:
     self = call.argument("self")
     correction = call.argument("correction")
     correction = 1 if correction is None else correction
@@ -58,7 +58,7 @@ def _too_few(call: Call, outputs: Sequence[Tensor]) -> Told | None:
     what = "standard deviation" if "std" in call.name else "variance"
     values = f"{n} value{'s' * (n > 1)}"
     spread = "0" if n == 1 else "a nonzero sum"
-    return Told(
+    return Explanation(
         "variance of too few values",
         f"the {what} of {values} with correction={correction:g} (Bessel's) divides {spread} by "
         f"{n} - {correction:g}, taken as 0",
@@ -69,7 +69,7 @@ def _too_few(call: Call, outputs: Sequence[Tensor]) -> Told | None:
 # Divisions by a number counted in Python.
 
 
-def _divided_by_zero(call: Call, outputs: Sequence[Tensor]) -> Told | None:
+def _divided_by_zero(call: Call, outputs: Sequence[Tensor]) -> Explanation | None:
     other = call.argument("other")
     if isinstance(other, Tensor):
         if other.is_floating_point() or other.is_complex():
@@ -77,32 +77,31 @@ def _divided_by_zero(call: Call, outputs: Sequence[Tensor]) -> Told | None:
         zeros, n = int((other == 0).sum()), other.numel()
         if not zeros:
             return None
-        evidence = f"{zeros} of {n} denominators are exactly 0; they are counts, {other.dtype}"
-        evidence = evidence.replace("torch.", "") if n > 1 else "the denominator, a count, is 0"
+        evidence = f"{zeros} of {n} denominators are exactly 0; they are integers, {other.dtype}"
+        evidence = evidence.replace("torch.", "") if n > 1 else "the denominator, an integer, is 0"
     elif other == 0:
         evidence = "the denominator is the number 0"
     else:
         return None
-    return Told(
+    return Explanation(
         "division",
         evidence,
-        "nothing was counted (an empty mask), or n - 1 for one sample: skip such a batch, or "
-        "divide "
-        "by max(count, 1), count.clamp_min(1); variances and torch.cov take correction=0.",
+        "an empty mask gives a count of 0, and one sample gives n - 1 = 0: skip such a batch, or "
+        "divide by max(count, 1), count.clamp_min(1); variances and torch.cov take correction=0.",
     )
 
 
 # CTC.
 
 
-def _ctc(call: Call, outputs: Sequence[Tensor]) -> Told | None:
+def _ctc(call: Call, outputs: Sequence[Tensor]) -> Explanation | None:
     losses = outputs[0].flatten()
     inputs = call.argument("input_lengths")
     samples = unaligned(call.argument("targets"), inputs, call.argument("target_lengths"))
     found = [sample for sample in samples if not losses[sample.sample].isfinite()]
     if not found:
         return None
-    return Told(
+    return Explanation(
         "CTC target longer than its input",
         f"{len(found)} of {len(losses)} samples cannot be aligned, so their loss is Inf: "
         f"{found[0]}",
@@ -113,8 +112,8 @@ def _ctc(call: Call, outputs: Sequence[Tensor]) -> Told | None:
 # Cross-entropy.
 
 
-def _nothing_counts(call: Call, outputs: Sequence[Tensor]) -> Told | None:
-    """Explains a mean over counted targets when no target counts."""
+def _nothing_counts(call: Call, outputs: Sequence[Tensor]) -> Explanation | None:
+    """Explains a mean over targets that are all ignored or have weight 0."""
     targets, ignored = call.argument("target"), call.argument("ignore_index")
     weight = call.argument("weight")
     if not targets.numel():
@@ -123,23 +122,22 @@ def _nothing_counts(call: Call, outputs: Sequence[Tensor]) -> Told | None:
     if not counted.numel():
         evidence = f"all {targets.numel()} targets are ignore_index={ignored}"
     elif weight is not None and not bool(weight[counted].any()):
-        evidence = f"the class weights of all {counted.numel()} targets that count are 0"
+        evidence = f"the class weights of all {counted.numel()} targets that are not ignored are 0"
     else:
         return None
-    return Told(
+    return Explanation(
         "mean of nothing",
-        f"{evidence}, so the mean over the others is 0/0",
+        f"{evidence}, so the mean is 0/0",
         "skip such a batch, or take the sum and divide by max(count, 1); if every batch is like "
         "this, check how targets are marked: a prompt mask that covers the answer, sequences cut "
-        "off "
-        "before it, a padding token that is also a label.",
+        "off before it, a padding token that is also a label.",
     )
 
 
 # Softmax.
 
 
-def _masked_rows(call: Call, outputs: Sequence[Tensor]) -> Told | None:
+def _masked_rows(call: Call, outputs: Sequence[Tensor]) -> Explanation | None:
     self, dim = call.argument("self"), call.argument("dim")
     if not isinstance(dim, int) or not self.ndim or not self.shape[dim]:
         return None
@@ -147,7 +145,7 @@ def _masked_rows(call: Call, outputs: Sequence[Tensor]) -> Told | None:
     n = int(empty.sum())
     if not n or call.name.strip("_") == "logsumexp":
         return None
-    return Told(
+    return Explanation(
         "exponential or softmax",
         f"{n} of {empty.numel()} rows are entirely -Inf: every position is masked, and the "
         "softmax of nothing is 0/0",
@@ -158,7 +156,7 @@ def _masked_rows(call: Call, outputs: Sequence[Tensor]) -> Told | None:
     )
 
 
-_LOOKS: dict[str, Callable[[Call, Sequence[Tensor]], Told | None]] = {
+_CHECKS: dict[str, Callable[[Call, Sequence[Tensor]], Explanation | None]] = {
     **dict.fromkeys(("std", "var", "std_mean", "var_mean"), _too_few),
     **dict.fromkeys(("div", "true_divide", "remainder", "fmod"), _divided_by_zero),
     **dict.fromkeys(("ctc_loss", "cudnn_ctc_loss"), _ctc),

@@ -1,12 +1,13 @@
 """`ForwardTrace`: finds the operation of a forward pass that produced the first non-finite value.
 
 Every ATen operation passes through here, below autograd and autocast. An operation with a
-non-finite output becomes an `Event`, which knows which inputs were non-finite and which events
+non-finite output becomes an `Event`, which stores which inputs were non-finite and which events
 produced those. From a bad loss the trace leads back to events with finite inputs: these are the
-origins. Non-finite values that never reach the loss are not on such a path and are never blamed.
+origins. Non-finite values that never reach the loss are not on such a path and are not reported.
 
-A -Inf that the program *wrote* (an attention mask: `masked_fill(mask, -inf)`) is `placed`: neither
-it nor passing it on is an origin, but a NaN computed from it (the softmax of a row of -Inf) is.
+A -Inf that the program *wrote* (an attention mask: `masked_fill(mask, -inf)`) is `placed`. An
+operation that writes it or passes it on is not an origin, but an operation that computes a NaN from
+it (the softmax of a row of -Inf) is.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch.nn.modules.module import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastguard.diagnosis.provenance.circumstances import Told, told_by
+from fastguard.diagnosis.provenance.circumstances import Explanation, explain_call
 from fastguard.diagnosis.provenance.report import Origin
 from fastguard.diagnosis.replay.calls import LOW, Call, all_finite, floats, is_view, storage_of
 from fastguard.diagnosis.replay.tensor_range import TensorRange, as_real
@@ -68,11 +69,11 @@ class Event:
     Attributes:
         index: Number of the operation.
         operation: `aten.div.Tensor`.
-        causes: Origins of its non-finite inputs.
-        placed: It wrote, or passed on, an Inf that the program asked for.
+        causes: What produced its non-finite inputs.
+        placed: Whether it wrote, or passed on, an Inf that the program asked for.
         inputs, outputs: Ranges; only recorded at origins.
         precision: Whether float32 would have been finite; None if not tried.
-        told: The explanation from its arguments; None if there is only the evidence of the ranges.
+        explanation: The explanation by its arguments; None if only the ranges may explain it.
     """
 
     index: int
@@ -83,10 +84,10 @@ class Event:
     inputs: tuple[TensorRange, ...] = ()
     outputs: tuple[TensorRange, ...] = ()
     precision: bool | None = None
-    told: Told | None = None
+    explanation: Explanation | None = None
 
     @property
-    def birth(self) -> bool:
+    def is_origin(self) -> bool:
         """Whether it turned finite values into non-finite ones, or a requested Inf into NaN."""
         return not self.placed and all(cause.placed for cause in self.causes)
 
@@ -118,7 +119,7 @@ class ForwardTrace(TorchDispatchMode):
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._thread = threading.get_ident()
         self._outermost = sys._getframe(1)
-        self.already: list[Any] = [self._meet(t, origin, name) for origin, name, t in outside]
+        self.already: list[Any] = [self._check_new(t, origin, name) for origin, name, t in outside]
 
     def __enter__(self) -> ForwardTrace:
         self._hooks = [
@@ -164,8 +165,7 @@ class ForwardTrace(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        # A node is numbered before its operation runs; the first operation after that belongs to
-        # it.
+        # Autograd numbers a node before its operation runs; the next operation belongs to it.
         node = torch.autograd._get_sequence_nr() - 1
         if node not in self.sites:
             self.sites[node] = self._site()
@@ -178,8 +178,8 @@ class ForwardTrace(TorchDispatchMode):
             return out
         call = Call.of(func, args, kwargs)
         for _, tensor in call.inputs:
-            self._meet(tensor)
-        call.keep_what_is_overwritten()
+            self._check_new(tensor)
+        call.save_overwritten()
         out = func(*args, **kwargs)
         self._index += 1
         outputs = floats(out)
@@ -199,15 +199,15 @@ class ForwardTrace(TorchDispatchMode):
             for t, v in bad_inputs
         )
         has_nan = any(bool(as_real(t).isnan().any()) for t in outputs)
-        asked_for = any(math.isinf(x) for x in call.numbers)
+        is_requested = any(math.isinf(x) for x in call.numbers)
         placed = (
             not has_nan
-            and (asked_for or bool(causes))
+            and (is_requested or bool(causes))
             and all(cause.placed for cause in causes)
             and call.name not in _UNINITIALISED
         )
         event = Event(self._index, str(call.func), self._site(), causes, placed)
-        if not event.birth:
+        if not event.is_origin:
             return event
         inputs = [TensorRange.of(name, value) for name, _, value in call.read()]
         inputs += [_number_range(x) for x in call.numbers if not math.isfinite(x)]
@@ -222,10 +222,12 @@ class ForwardTrace(TorchDispatchMode):
                 :_DESCRIBED
             ],
             call.is_finite_in_float32(outputs),
-            told_by(call, outputs),
+            explain_call(call, outputs),
         )
 
-    def _meet(self, tensor: Tensor, origin: Origin = "constant", name: str = "a tensor") -> Any:
+    def _check_new(
+        self, tensor: Tensor, origin: Origin = "constant", name: str = "a tensor"
+    ) -> Any:
         """Checks an unknown tensor; returns its cause if it is not finite."""
         key = storage_of(tensor)
         if key not in self._known:
@@ -259,9 +261,9 @@ class ForwardTrace(TorchDispatchMode):
     def origin_of(causes: Iterable[Cause]) -> tuple[Cause | None, list[Event]]:
         """Returns the first cause behind these causes, and the events since, in order."""
         users: dict[int, list[Event]] = {}
-        met: dict[int, Cause] = {}
+        found: dict[int, Cause] = {}
         for cause, user in _ancestry(causes):
-            met[id(cause)] = cause
+            found[id(cause)] = cause
             if user is not None:
                 users.setdefault(id(cause), []).append(user)
 
@@ -270,9 +272,9 @@ class ForwardTrace(TorchDispatchMode):
                 return cause.index
             return min((u.index for u in users.get(id(cause), ())), default=-1) - 0.5
 
-        born = [c for c in met.values() if isinstance(c, Event) and c.birth]
-        brought = [c for c in met.values() if isinstance(c, Outside) and not c.placed]
-        candidates = born + brought or list(met.values())
+        computed = [c for c in found.values() if isinstance(c, Event) and c.is_origin]
+        existing = [c for c in found.values() if isinstance(c, Outside) and not c.placed]
+        candidates = computed + existing or list(found.values())
         if not candidates:
             return None, []
         origin = min(candidates, key=first_used)

@@ -18,7 +18,7 @@ class Kind:
     """Operations that fail in the same way.
 
     Attributes:
-        name: Their usual name.
+        name: What they have in common.
         operations: Operators and autograd nodes, without overload and underscore.
         remedy: What to do.
     """
@@ -36,15 +36,15 @@ KINDS = (
     _kind(
         "division",
         "div divide true_divide reciprocal remainder fmod addcdiv floor_divide",
-        "give the denominator a floor: x / (y + eps) for y >= 0, x / y.clamp_min(eps), or "
+        "bound the denominator from below: x / (y + eps) for y >= 0, x / y.clamp_min(eps), or "
         "torch.nn.functional.normalize(x, eps=1e-6) to divide by a norm.",
     ),
     _kind(
         "square root or norm",
         "sqrt rsqrt norm linalg_vector_norm linalg_matrix_norm cdist euclidean_dist dist hypot std "
         "cdist_forward",
-        "the derivative of a root is infinite at 0: add eps inside it, (x.square().sum() + "
-        "eps).sqrt(), or keep zeros out before the root; torch.where after it does not help, "
+        "the derivative of a root is infinite at 0: add eps inside the root, (x.square().sum() + "
+        "eps).sqrt(), or remove zeros before it; torch.where after the root does not help, "
         "because 0 * Inf is NaN.",
     ),
     _kind(
@@ -57,8 +57,8 @@ KINDS = (
         "logarithm",
         "log log2 log10 log1p logit xlogy log_sigmoid special_entr binary_cross_entropy kl_div "
         "digamma lgamma",
-        "clamp the argument, x.clamp_min(eps).log(), or use the fused form that never sees a 0: "
-        "log_softmax, logsigmoid, binary_cross_entropy_with_logits.",
+        "clamp the argument, x.clamp_min(eps).log(), or use a fused function, which avoids the "
+        "logarithm of 0: log_softmax, logsigmoid, binary_cross_entropy_with_logits.",
     ),
     _kind(
         "exponential or softmax",
@@ -67,7 +67,7 @@ KINDS = (
         "scaled_dot_product_efficient_attention scaled_dot_product_attention_math "
         "scaled_dot_product_cudnn_attention scaled_dot_product_fused_attention_overrideable",
         "subtract the maximum first (softmax, logsumexp and log_softmax do), clamp the argument, "
-        "and never mask every position of a row of an attention: its softmax is 0/0.",
+        "and never mask all positions of an attention row: its softmax is 0/0.",
     ),
     _kind(
         "inverse function at the edge of its domain",
@@ -99,8 +99,7 @@ KINDS = (
         "mean of nothing",
         "mean nanmean nll_loss_forward nll_loss nll_loss_nd nll_loss2d_forward nll_loss2d median",
         "0/0: there were no elements, or every target was ignore_index. Skip such a batch, or "
-        "divide "
-        "a sum by max(count, 1).",
+        "divide a sum by max(count, 1).",
     ),
     _kind(
         "product",
@@ -136,17 +135,15 @@ OUTSIDE = {
     "batch": "repair or drop this sample; fastguard.check_batch finds such batches before the "
     "step.",
     "constant": "check where this tensor is created; it is neither a parameter, nor a buffer, nor "
-    "part "
-    "of the batch.",
+    "part of the batch.",
 }
 
 MEAN_OF_NOTHING = next(kind for kind in KINDS if kind.name == "mean of nothing")
 
 _ROOT_OF_NEGATIVE = (
     "the root of a negative number is NaN: use x.clamp_min(0).sqrt(), or x.clamp_min(eps).sqrt() "
-    "if a "
-    "gradient flows or the root is a divisor. Values that should never be negative, such as a "
-    "variance computed as E[x²] - E[x]², become so by rounding: use torch.var, or use float32."
+    "if a gradient flows or the root is a divisor. Rounding can make values negative that should "
+    "never be, such as a variance computed as E[x²] - E[x]²: use torch.var, or use float32."
 )
 
 _ROOT_IN_DENOMINATOR = (
@@ -161,7 +158,7 @@ OTHER = _kind(
 
 
 def kind_of(operation: str) -> Kind:
-    """Returns the kind of an ATen operator or autograd node; `OTHER` if it is in no class."""
+    """Returns the kind of an ATen operator or autograd node; `OTHER` if it belongs to none."""
     name = base_name(operation)
     return next((kind for kind in KINDS if name in kind.operations), OTHER)
 
@@ -195,7 +192,7 @@ def base_name(operation: str) -> str:
 
 
 def evidence_of(kind: Kind, inputs: Sequence[TensorRange], operation: str = "") -> str:
-    """Returns what in the inputs explains an operation's NaN or Inf; may be empty."""
+    """Returns the properties of the inputs that explain a NaN or Inf; may be empty."""
     if kind is MEAN_OF_NOTHING and (empty := [f"{r.name} is empty" for r in inputs if not r.numel]):
         return "; ".join(empty)
     found = [f"{r.name} holds a NaN or Inf" for r in inputs if r.nonfinite]

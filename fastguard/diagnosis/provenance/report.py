@@ -1,4 +1,4 @@
-"""`NonFiniteReport`: the result of a search for the first non-finite value, as a readable story."""
+"""`NonFiniteReport`: the result of a search for the first non-finite value."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ class NonFiniteReport:
         if self.origin is None:
             lines = [
                 "Nothing found: loss and gradients of this batch are finite.",
-                "If the step did fail, the weights or the random numbers were different: call this "
-                "before the weights change, with rng= from before the batch.",
+                "If the step did fail, the weights or the random numbers were different: call "
+                "explain_nonfinite before the weights change, with rng= from before the batch.",
             ]
         else:
             lines = [self._headline(), *self._where()]
@@ -89,11 +89,11 @@ class NonFiniteReport:
         return f"A {self.origin} value was non-finite before any operation: {self.tensor}."
 
     def _where(self) -> list[str]:
-        born = self.origin in ("forward", "backward")
+        computed = self.origin in ("forward", "backward")
         one = {
             "module": self.module,
-            "operation" if born else "used by": self.operation,
-            "tensor": self.tensor if born else "",
+            "operation" if computed else "used by": self.operation,
+            "tensor": self.tensor if computed else "",
             "source": self.source or "",
         }
         many = {
@@ -109,7 +109,7 @@ class NonFiniteReport:
 _PRECISION = {
     True: "the same computation in float32 is finite: the range of the 16-bit format is to blame, "
     "not the model. Keep this part in float32, or use bfloat16 instead of float16.",
-    False: "the same computation in float32 is not finite either: precision is not to blame.",
+    False: "the same computation in float32 is not finite either: precision is not the cause.",
 }
 
 

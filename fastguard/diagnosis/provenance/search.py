@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_flatten_with_path
 
 from fastguard.checkpoints.random_state import set_random_state
 from fastguard.diagnosis.provenance import remedies
-from fastguard.diagnosis.provenance.backward import BackwardTrace, NodeBirth
-from fastguard.diagnosis.provenance.circumstances import Told
+from fastguard.diagnosis.provenance.backward import BackwardTrace, NodeOrigin
+from fastguard.diagnosis.provenance.circumstances import Explanation
 from fastguard.diagnosis.provenance.forward import Cause, Event, ForwardTrace, Outside, Site
 from fastguard.diagnosis.provenance.report import NonFiniteReport, Origin
 from fastguard.diagnosis.replay.calls import all_finite, floats
@@ -22,7 +22,7 @@ from fastguard.diagnosis.replay.losses import loss_parts
 from fastguard.diagnosis.replay.replay import Step, copied, in_float32, widened_batch
 
 REACHED = 6
-"""How many later operations a report lists, one per module."""
+"""Maximum number of later operations that a report lists, one per module."""
 
 
 class Search:
@@ -79,7 +79,7 @@ class Search:
         self.low_precision = trace.low_precision
         already = tuple(c.range for c in trace.already if isinstance(c, Outside))
         loss = loss_parts(result)
-        # Values returned beside the loss (logits with a mask of -Inf) are harmless.
+        # Other values that the step returns (logits with a mask of -Inf) are harmless.
         report = self._forward_report(trace, trace.cause_of(loss or result))
         if not report.found and loss:
             report = self._backward_report(trace, sum(loss.values(), torch.zeros(())))
@@ -130,7 +130,7 @@ class Search:
                 kind=origin.origin,
                 remedy=remedies.OUTSIDE[origin.origin],
             )
-        told = origin.told or _by_ranges(origin)
+        told = origin.explanation or _by_ranges(origin)
         return NonFiniteReport(
             origin="forward",
             module=origin.site.module,
@@ -143,7 +143,7 @@ class Search:
             kind=told.kind,
             evidence=told.evidence,
             remedy=told.remedy,
-            precision=origin.precision or None,  # False proves nothing: the cause may be earlier
+            precision=origin.precision or None,  # False is inconclusive: the cause may be earlier
         )
 
     def _backward_report(self, trace: ForwardTrace, loss: Tensor) -> NonFiniteReport:
@@ -156,46 +156,46 @@ class Search:
             self._parameters.get(t, f"a leaf of shape {tuple(t.shape)}")
             for t in backward.bad_leaves
         )
-        birth = backward.birth
-        if birth is None:
+        node = backward.origin
+        if node is None:
             return NonFiniteReport("backward", bad_gradients=names, remedy=remedies.OTHER.remedy)
-        # Values of the forward pass that torch.where hid reappear as a factor of the gradient.
-        hidden = [c for c in trace.cause_of(list(birth.bad_saved)) if not c.placed]
+        # Forward values hidden by torch.where reappear as factors of the gradient.
+        hidden = [c for c in trace.cause_of(list(node.bad_saved)) if not c.placed]
         if hidden:
             report = self._forward_report(trace, hidden)
-            reached = (*report.reached, f"hidden from the loss, but a factor in {birth.name}")
+            reached = (*report.reached, f"hidden from the loss, but a factor in {node.name}")
             return replace(report, bad_gradients=names, reached=reached)
-        site = _site_of(birth, trace.sites)
-        kind = remedies.kind_of(birth.name)
+        site = _site_of(node, trace.sites)
+        kind = remedies.kind_of(node.name)
         return NonFiniteReport(
             origin="backward",
             module=site.module,
-            operation=birth.name,
+            operation=node.name,
             tensor="outgoing gradient",
             source=site.source,
-            inputs=birth.inputs,
-            outputs=birth.outputs,
+            inputs=node.inputs,
+            outputs=node.outputs,
             bad_gradients=names,
             kind=kind.name,
-            evidence=remedies.evidence_of(kind, birth.inputs, birth.name),
+            evidence=remedies.evidence_of(kind, node.inputs, node.name),
             remedy=kind.remedy,
         )
 
 
-_WRITTEN = Told(
+_WRITTEN = Explanation(
     "an Inf that the program wrote",
     "the program wrote this Inf, as masks do, and nothing removed it afterwards",
-    "where a whole row is masked, its maximum, logsumexp or sum is also Inf: exclude such rows "
-    "from the loss, or mask with a large finite number, torch.finfo(x.dtype).min.",
+    "if a whole row is masked, its maximum, logsumexp or sum is also Inf: exclude such rows from "
+    "the loss, or mask with a large finite number, torch.finfo(x.dtype).min.",
 )
 
 
-def _by_ranges(event: Event) -> Told:
+def _by_ranges(event: Event) -> Explanation:
     """Explains an operation by the ranges of its inputs."""
     if event.placed:
         return _WRITTEN
     kind = remedies.kind_at(event.operation, event.inputs)
-    return Told(
+    return Explanation(
         kind.name,
         remedies.evidence_of(kind, event.inputs, event.operation),
         remedies.remedy_at(event.operation, event.inputs),
@@ -209,9 +209,9 @@ def _parts_of(batch: Any) -> Iterator[tuple[Origin, str, Tensor]]:
             yield "batch", "batch" + "".join(map(str, path)), leaf
 
 
-def _site_of(birth: NodeBirth, sites: Mapping[int, Site]) -> Site:
+def _site_of(node: NodeOrigin, sites: Mapping[int, Site]) -> Site:
     """Returns where a node's operation was called, or the previous node's if unknown."""
-    numbers = [n for n in sites if n <= birth.sequence]
+    numbers = [n for n in sites if n <= node.sequence]
     return sites[max(numbers)] if numbers else Site("", None)
 
 

@@ -39,7 +39,7 @@ def checked_model(model: Any) -> nn.Module:
     if empty:
         raise ValueError(
             f"{empty[0]} has no values yet (it is lazy, or on the meta device); run one batch "
-            "through the model, or load it, first"
+            "through the model first, or load its weights"
         )
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         model = model.module

@@ -86,7 +86,7 @@ class Call:
                 return self.before.get(id(value), value)
         return None
 
-    def keep_what_is_overwritten(self) -> None:
+    def save_overwritten(self) -> None:
         """Copies inputs that the call will overwrite, unless it ignores their contents."""
         if self.name not in _OVERWRITES:
             self.before = {id(t): t.detach().clone() for t in self.written}

@@ -39,7 +39,7 @@ def loss_parts(result: Any) -> dict[str, Tensor]:
 
 
 def carried_loss(result: Any) -> Any:
-    """Returns the `loss` of a mapping, named tuple or data class; None if it has none."""
+    """Returns the `loss` of a mapping or an object; None if it has none."""
     if isinstance(result, Mapping):
         return result.get("loss")
     if isinstance(result, Tensor | torch.nn.Module) or isinstance(result, type):
@@ -63,7 +63,7 @@ def total_of(result: Any) -> Tensor | None:
 
 
 def number_in(result: Any) -> str:
-    """Describes a loss that became a number without gradients; else returns an empty string."""
+    """Describes a loss that is a plain number without a graph; empty for any other result."""
     if isinstance(result, list | tuple) and result:
         inside = number_in(result[0])
         return f"{inside} in a {type(result).__name__}" if inside else ""

@@ -26,7 +26,7 @@ def copied(batch: Any) -> Any:
 
 
 def step_of(loss_fn: Callable[..., Any] | None, step: Step | None) -> Step:
-    """Returns a function from a model and a batch to a loss, or to an output without a loss."""
+    """Returns `step(model, batch)`, which computes the loss, or the output if there is no loss."""
     if step is not None:
         return step
 

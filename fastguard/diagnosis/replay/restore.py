@@ -63,8 +63,8 @@ class State:
     """The state before a diagnosis, which can be restored repeatedly.
 
     `ModuleState` saves modules, their parameters and buffers, and random number generators. This
-    class adds gradients (the tensors themselves: nothing writes to them), lists, dicts, sets and
-    deques in modules, parameters known only to the optimizer, and the optimizer.
+    class also saves lists, dicts, sets and deques in modules, parameters that only the optimizer
+    holds, and the optimizer. Gradients are saved by reference, because nothing writes to them.
     """
 
     def __init__(self, subject: Subject) -> None:
@@ -74,7 +74,7 @@ class State:
             (value, copy.copy(value))
             for module in modules
             for name, value in module.__dict__.items()
-            # The containers of nn.Module itself (parameters, hooks) are not written to.
+            # Nothing writes to the containers of nn.Module itself (parameters, hooks).
             if type(value) in (list, dict, set, deque) and name not in _OWN
         ]
         known = set(subject.parameters.values())
@@ -166,6 +166,6 @@ def _keeper(thing: Any) -> Callable[[], Any]:
         return refill
     try:
         kept = copy.deepcopy(thing)
-    except Exception:  # a process group or stream, which steps do not replace by value
+    except Exception:  # a process group or a stream, which steps do not change
         return lambda: thing
     return lambda: copy.deepcopy(kept)

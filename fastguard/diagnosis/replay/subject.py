@@ -31,7 +31,7 @@ class Subject:
     Attributes:
         model: The model without DataParallel, DistributedDataParallel or torch.compile wrappers.
         batch: The batch, as in `fastguard.explain_nonfinite`.
-        loss_fn, given_step: As given by the caller.
+        loss_fn, given_step: The arguments of `diagnose`.
         step: `step(model, batch)` returns a loss, its parts by name, or an output without a loss.
         optimizer: The optimizer that steps, without the guard around it.
         guard: The guard around it, if any.
@@ -149,6 +149,5 @@ def tensors(tree: Any) -> list[Tensor]:
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """Whether a tensor's values are accessible, which they are not in torch.vmap or
-    torch.func.grad."""
+    """Whether a tensor's values can be read; inside torch.vmap and torch.func.grad they cannot."""
     return not is_functorch_wrapped_tensor(tensor)

@@ -3,8 +3,8 @@
 Written for and tested with ultralytics 8.4.190, which is AGPL-3.0: `torch-fastguard[ultralytics]`.
 
 The trainer's own step clips to norm 10, skips only in fp16, and always updates the EMA; in fp32 and
-bf16 one bad batch destroys every weight. With the guard, a skipped step changes nothing: weights,
-optimizer state, BatchNorm statistics and EMA stay as they were.
+bf16, one bad batch destroys every weight. With the guard, a skipped step leaves weights, optimizer
+state, BatchNorm statistics and EMA unchanged.
 """
 
 # pyright: reportMissingImports=false
@@ -29,7 +29,7 @@ def guard(
 ) -> UltralyticsGuard:
     """Guards every later `model.train(...)`; records go to `records.jsonl` in the run's folder.
 
-    Each step reads its verdict on the host; the trainer's progress bar syncs there anyway.
+    Each step synchronises with the GPU, as the trainer's progress bar does anyway.
 
     Args:
         model: A `YOLO` or another ultralytics model, or one of its trainers.
@@ -67,8 +67,8 @@ def guard(
     for callback in model.callbacks["on_pretrain_routine_end"]:
         if isinstance(getattr(callback, "__self__", None), UltralyticsGuard):
             raise ValueError("the model is already guarded; call guard() only once")
-    written = RunRecords(records, sinks)
-    guarded = UltralyticsGuard({"max_norm": max_norm, **options}, schedule or {}, written)
+    run_records = RunRecords(records, sinks)
+    guarded = UltralyticsGuard({"max_norm": max_norm, **options}, schedule or {}, run_records)
     for name in vars(UltralyticsGuard):
         if name.startswith("on_") or name == "teardown":
             model.add_callback(name, getattr(guarded, name))

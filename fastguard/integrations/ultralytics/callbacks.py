@@ -9,7 +9,7 @@ from typing import Any
 
 from fastguard.guard.guarded import GuardedOptimizer
 from fastguard.guard.model_buffers import ModelBuffers
-from fastguard.integrations.replaced import TakenOver
+from fastguard.integrations.replaced import ReplacedMethods
 from fastguard.integrations.requested_limit import was_skipped
 from fastguard.integrations.shared import RunRecords, guarded
 from fastguard.integrations.ultralytics.epoch_losses import EpochLosses
@@ -35,12 +35,11 @@ class UltralyticsGuard:
         self._schedule = schedule
         self._records = records
         self._run: RunRecords | None = None
-        # batches of the next step, and their images
+        # Number and image files of each batch of the next step.
         self._window: list[tuple[int, Sequence[str]]] = []
 
     def on_pretrain_routine_end(self, trainer: Any) -> None:
-        """Attaches the guard when optimizer, scheduler and EMA exist and a resumed state is
-        loaded."""
+        """Attaches the guard. Optimizer, scheduler and EMA exist, and a resumed state is loaded."""
         from ultralytics.utils import RANK
 
         self._trainer = trainer
@@ -61,38 +60,38 @@ class UltralyticsGuard:
         self._run = RunRecords(file, self._records.sinks)
         self._run.begin([self.optimizer], writes=RANK in (-1, 0), completed=self._with_images)
         trainer.optimizer = self.optimizer
-        self._trainers = TakenOver(trainer, self, ("optimizer_step", "preprocess_batch"))
+        self._replaced = ReplacedMethods(trainer, self, ("optimizer_step", "preprocess_batch"))
 
     def on_train_epoch_start(self, trainer: Any) -> None:
-        """Starts an epoch, also when the trainer restarts one without its gradients."""
+        """Starts an epoch. If the trainer restarts one, the gradients so far are discarded."""
         self._batch = 0
         self._losses = EpochLosses()
         if trainer.nan_recovery_attempts or trainer._oom_retries:
             self._window.clear()
 
     def on_train_batch_start(self, trainer: Any) -> None:
-        """Runs before the forward pass."""
+        """Counts the batch and repairs the running mean of the losses."""
         self._batch += 1
-        self._losses.mend_means(trainer)
+        self._losses.repair_means(trainer)
 
     def on_train_batch_end(self, trainer: Any) -> None:
-        """Runs after each batch; without a step, its gradients wait for the next batch."""
+        """Passes the loss to the guard if the batch had no step of its own (accumulation)."""
         if self._window:
             self._observe(trainer)
 
     def on_train_epoch_end(self, trainer: Any) -> None:
-        """Runs before the trainer writes its log and checks for NaN to recover from."""
+        """Corrects the epoch's losses before the trainer logs them and checks them for NaN."""
         self._losses.close(trainer)
 
     def teardown(self, trainer: Any) -> None:
-        """Runs when training ends or fails."""
+        """Closes the records when training ends or fails."""
         if self._run is not None:
             self._run.end()
 
     def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Like the trainer's method; also remembers the batch's images until its step."""
+        """Like the trainer's method; also keeps the names of the batch's images until its step."""
         self._window.append((self._batch, batch.get("im_file", ())))
-        return self._trainers.own("preprocess_batch")(batch)
+        return self._replaced.original("preprocess_batch")(batch)
 
     def _observe(self, trainer: Any) -> None:
         self.optimizer.observe(trainer.loss_items)
@@ -109,7 +108,7 @@ class UltralyticsGuard:
             trainer.scaler.step(self.optimizer, tag=tag)
         trainer.scaler.update()
         self.optimizer.zero_grad()
-        self.optimizer.settle()  # makes the record while its images are known
+        self.optimizer.settle()  # creates the record now, before the window is cleared
         if not was_skipped(self.optimizer):
             self._losses.applied(trainer)
             if trainer.ema:
@@ -117,7 +116,7 @@ class UltralyticsGuard:
         self._window.clear()
 
     def _with_images(self, record: StepRecord) -> StepRecord:
-        """Adds the images to the record of a skipped incident."""
+        """Adds the names of the images to the record of a skipped incident."""
         if record.action != "skipped" or not record.is_incident:
             return record
         images = [name for _, names in self._window for name in names]
@@ -127,7 +126,7 @@ class UltralyticsGuard:
         state_dict["guarded_lr"] = self.lr.state_dict()
 
     def _resume(self, checkpoint: str) -> None:
-        """Restores what the trainer left out when loading the optimizer from its checkpoint."""
+        """Restores the guard's state, which the trainer does not load from its checkpoint."""
         from ultralytics.nn.tasks import load_checkpoint
 
         saved = load_checkpoint(checkpoint)[1]["optimizer"]

@@ -1,8 +1,8 @@
 """`EpochLosses`: excludes the losses of skipped batches from an Ultralytics epoch.
 
-The trainer keeps a running mean of each loss part, which a single NaN ruins. It also takes a NaN
-loss in the epoch's last batch as a sign of destroyed weights, goes back to `last.pt` and repeats
-the whole epoch. A skipped batch is no such sign.
+The trainer keeps a running mean of each loss part, which a single NaN makes NaN. If the loss of the
+epoch's last batch is NaN, the trainer also assumes that the weights are destroyed, goes back to
+`last.pt` and repeats the whole epoch. Neither is right for a batch that was skipped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class EpochLosses:
     """The losses of one epoch."""
 
     def __init__(self) -> None:
-        # the trainer's means, while they were finite
+        # The trainer's means when they were last finite.
         self._means: Mapping[str, Tensor] | None = None
         self._loss: Tensor | None = None  # loss of the last applied step
 
@@ -27,24 +27,24 @@ class EpochLosses:
         """Records that the step of the current batch was applied."""
         self._loss = trainer.loss.detach()
 
-    def mend_means(self, trainer: Any) -> None:
-        """Removes a batch that made the running means NaN or Inf. Synchronises with the GPU."""
+    def repair_means(self, trainer: Any) -> None:
+        """Restores running means that a batch made NaN or Inf. Synchronises with the GPU."""
         if trainer.tloss is None:
             return
         if all(math.isfinite(mean) for mean in trainer.tloss.values()):
             self._means = trainer.tloss
         else:
-            # None at the first batch: the mean starts with the next one
+            # None if there is none yet: the mean then starts with the next batch.
             trainer.tloss = self._means
 
     def close(self, trainer: Any) -> None:
         """Corrects the losses at the end of the epoch.
 
-        Recovery is left to the trainer: a NaN loss stays if the weights are not finite, or if no
-        step of the whole epoch was applied.
+        A NaN loss is kept, so that the trainer recovers, if the weights are not finite or no step
+        of the whole epoch was applied.
         """
-        self.mend_means(trainer)
-        if trainer.tloss is None:  # there was no good batch
+        self.repair_means(trainer)
+        if trainer.tloss is None:  # no batch was good
             trainer.tloss = trainer.loss_items
         lost = trainer.loss is not None and not trainer.loss.isfinite()
         if lost and self._loss is not None and _is_finite(trainer.model):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastguard.commands.bench import Workload
-from fastguard.commands.bench.contenders import CONTENDERS, PEERS_ON_CUDA, NotHere
+from fastguard.commands.bench.contenders import CONTENDERS, PEERS_ON_CUDA, Unavailable
 from fastguard.commands.bench.runner import prepare, relative_error
 from fastguard.commands.bench.steps import STEPS
 from guardtest.bench import CPU, ON_CPU, a_case
@@ -65,5 +65,5 @@ def test_a_call_that_changes_gradients_gets_them_back():
 
 @pytest.mark.parametrize("name", PEERS_ON_CUDA)
 def test_peers_of_a_gpu_say_why_they_are_left_out(name):
-    with pytest.raises(NotHere, match="CUDA"):
+    with pytest.raises(Unavailable, match="CUDA"):
         CONTENDERS[name](Workload(a_case(), CPU))

@@ -52,7 +52,7 @@ def test_without_epoch_and_step_the_time_decides_and_that_is_said(tmp_path, caps
     write(tmp_path / "b.pt", modified=20)
     _, out, _ = ckpt(capsys, "rollback", tmp_path)
     assert "is now a copy of" in out and "a.pt" in out
-    assert "it names no epoch or step; it was chosen by modification time" in out
+    assert "it contains no epoch or step; it was chosen by modification time" in out
 
 
 def test_the_step_decides_where_there_is_no_epoch(tmp_path, capsys):
@@ -96,7 +96,7 @@ def test_a_file_of_a_store_is_rolled_back_by_its_store(store, capsys):
         path = store / opened.list()[1].file
     status, _, err = ckpt(capsys, "rollback", path)
     assert status == 2
-    assert f"is a checkpoint of a store: fastguard ckpt rollback {store} --to STEP" in err
+    assert f"is a checkpoint of a store; use: fastguard ckpt rollback {store} --to STEP" in err
 
 
 def test_one_checkpoint_is_not_several(store, caplog):

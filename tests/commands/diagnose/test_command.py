@@ -1,4 +1,4 @@
-"""`fastguard diagnose module:factory`: what it prints, how it ends, and every wrong use."""
+"""`fastguard diagnose module:factory`: output, exit status and usage errors."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def too_large_for_float16():
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with train.py in it, to stand in."""
+    """The current folder, which contains train.py."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.delitem(sys.modules, "train", raising=False)
@@ -96,7 +96,7 @@ def write(folder: Path, text: str) -> None:
         ("too_large_for_float16", ["--autocast", "bfloat16"], 0),
     ],
 )
-def test_the_exit_status_tells_the_severity(factory, more, status, folder, capsys) -> None:
+def test_the_exit_status_depends_on_the_severity(factory, more, status, folder, capsys) -> None:
     assert main(["diagnose", f"train:{factory}", *more]) == status
     printed = capsys.readouterr().out
     assert ("float16-range" in printed) == (more == ["--autocast", "float16"])
@@ -110,13 +110,13 @@ def test_findings_are_printed_with_a_remedy_and_the_verdict_last(folder, capsys)
     assert "1 error" in printed.splitlines()[-1]
 
 
-def test_json_is_all_that_is_printed(folder, capsys) -> None:
+def test_with_json_only_json_is_printed(folder, capsys) -> None:
     assert main(["diagnose", "train:broken", "--json"]) == 1
     captured = capsys.readouterr()
-    said = json.loads(captured.out)
+    result = json.loads(captured.out)
     assert captured.err == "building\n"
-    assert said["worst"] == "error"
-    first = said["findings"][0]
+    assert result["worst"] == "error"
+    first = result["findings"][0]
     assert (first["kind"], first["severity"], first["check"]) == (
         "lr-vanished",
         "error",
@@ -125,7 +125,7 @@ def test_json_is_all_that_is_printed(folder, capsys) -> None:
     assert first["value"] == 8.88e-21 and first["limit"] > 0 and first["remedy"]
 
 
-def test_a_terminal_gets_a_table(folder) -> None:
+def test_a_table_is_printed_on_a_terminal(folder) -> None:
     require("rich")
     import pty
 
@@ -138,7 +138,7 @@ def test_a_terminal_gets_a_table(folder) -> None:
         while True:
             try:
                 piece = os.read(inside, 65536)
-            except OSError:  # the other end has been closed
+            except OSError:  # the other end was closed
                 break
             printed += piece
             if not piece:
@@ -146,11 +146,11 @@ def test_a_terminal_gets_a_table(folder) -> None:
         assert process.wait() == 1
     os.close(inside)
     text = printed.decode()
-    assert "how bad" in text and "lr-vanished" in text and "limit 1e-12" in text
+    assert "value" in text and "lr-vanished" in text and "limit 1e-12" in text
     assert "\x1b[1;31m" in text  # errors are red
 
 
-# Wrong use: one line, status 2, no traceback.
+# Usage errors: one line, status 2, no traceback.
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_a_terminal_gets_a_table(folder) -> None:
         ("train:number", "data is a int; pass an iterable of batches"),
     ],
 )
-def test_wrong_use_is_one_line(spec, says, folder, capsys) -> None:
+def test_a_usage_error_is_one_line(spec, says, folder, capsys) -> None:
     write(
         folder,
         """
@@ -205,7 +205,7 @@ def test_wrong_use_is_one_line(spec, says, folder, capsys) -> None:
     assert error.startswith("fastguard diagnose: ") and error.count("\n") == 1
 
 
-def test_the_line_that_raised_is_named(folder, capsys) -> None:
+def test_the_line_of_user_code_that_raised_is_named(folder, capsys) -> None:
     write(folder, "def raises():\n    return {}['here']\n")
     line = (folder / "train.py").read_text().splitlines().index("    return {}['here']") + 1
     assert main(["diagnose", "train:raises"]) == 2
@@ -222,7 +222,7 @@ def test_the_line_that_raised_is_named(folder, capsys) -> None:
         ("x = 1\ndef", "train.py:2)"),
     ],
 )
-def test_a_module_that_cannot_be_imported_is_wrong_use(code, says, folder, capsys) -> None:
+def test_a_module_that_cannot_be_imported_is_a_usage_error(code, says, folder, capsys) -> None:
     (folder / "train.py").write_text(code)
     assert main(["diagnose", "train:make"]) == 2
     assert says in capsys.readouterr().err
@@ -253,13 +253,13 @@ def poisoned() -> nn.Module:
     ],
     ids=["state_dict", "nested", "ddp", "pickled", "legacy"],
 )
-def test_weights_of_a_checkpoint_are_what_is_diagnosed(save, folder, capsys) -> None:
+def test_the_weights_of_a_checkpoint_are_diagnosed(save, folder, capsys) -> None:
     save(poisoned(), folder / "last.pt")
     assert main(["diagnose", "train:sound", "--checkpoint", "last.pt"]) == 1
     assert "2.bias (1 NaN)" in capsys.readouterr().out
 
 
-def test_safetensors_and_stores_can_be_given_too(folder, capsys) -> None:
+def test_safetensors_and_stores_are_accepted(folder, capsys) -> None:
     model = poisoned()
     with CheckpointStore(folder / "store") as store:
         store.save(step=1, model=model)
@@ -272,7 +272,7 @@ def test_safetensors_and_stores_can_be_given_too(folder, capsys) -> None:
 
 
 def write_safetensors(path: Path, model: nn.Module) -> None:
-    """The format is a length, a JSON header, and the bytes."""
+    """Writes the length of the header, the JSON header, and the bytes of the tensors."""
     header, data = {}, b""
     for name, tensor in model.state_dict().items():
         raw = tensor.numpy().tobytes()
@@ -287,7 +287,7 @@ def _prefixed(model: nn.Module, prefix: str) -> dict[str, torch.Tensor]:
     return {prefix + name: tensor for name, tensor in model.state_dict().items()}
 
 
-def test_tied_weights_lie_in_a_file_once(folder, capsys) -> None:
+def test_tied_weights_may_be_saved_once(folder, capsys) -> None:
     write(
         folder,
         """
@@ -331,7 +331,7 @@ def test_tied_weights_lie_in_a_file_once(folder, capsys) -> None:
     ],
     ids=["missing", "folder", "damaged", "other", "partial", "shape"],
 )
-def test_a_checkpoint_that_does_not_fit_is_wrong_use(make, says, folder, capsys) -> None:
+def test_a_checkpoint_that_does_not_fit_is_a_usage_error(make, says, folder, capsys) -> None:
     make(folder / "last.pt")
     assert main(["diagnose", "train:sound", "--checkpoint", "last.pt"]) == 2
     error = capsys.readouterr().err

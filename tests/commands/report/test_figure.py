@@ -110,7 +110,7 @@ def test_a_constant_learning_rate_has_an_axis_of_its_size(figure):
 
 
 def test_a_zoom_shows_bars_exactly_as_long_as_the_bad_steps(figure):
-    (bars,) = [trace for trace in figure.data if trace.meta == "close by"]
+    (bars,) = [trace for trace in figure.data if trace.meta == "detail"]
     spans = {(a, b) for a, b in zip(bars.x, bars.x[1:], strict=False) if None not in (a, b)}
     assert spans == {(699.5, 701.5), (2344.5, 2345.5), (4998.5, 4999.5)}
     assert bars.visible is False and "bad in steps 700 to 701" in bars.text[0]

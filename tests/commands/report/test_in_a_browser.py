@@ -147,18 +147,18 @@ def traces(browser, meta, field):
 def test_an_incident_zooms_the_values_too_and_shows_single_steps(browser, page):
     opened(browser, page, *DESK)
     whole = y_range(browser, "yaxis2")
-    assert traces(browser, "close by", "visible") == [False]
+    assert traces(browser, "detail", "visible") == [False]
     browser.find_element("css selector", "a[href='#incident-2']").click()
     wait_until(browser, "document.getElementById('plot')._fullLayout.xaxis.range[0] > 1000")
     assert y_range(browser, "yaxis")[1] < 0.7  # the losses there: 0.5, and less than 0.002
-    assert traces(browser, "close by", "visible") == [True]
-    assert set(traces(browser, "from afar", "visible")) == {False}
-    (cells,) = traces(browser, "close by", "x")
+    assert traces(browser, "detail", "visible") == [True]
+    assert set(traces(browser, "overview", "visible")) == {False}
+    (cells,) = traces(browser, "detail", "x")
     assert [1199.5, 1201.5] == [x for x in cells if x is not None and 1190 < x < 1210][:2]
     browser.find_element("id", "whole").click()
     wait_until(browser, "document.getElementById('plot')._fullLayout.xaxis.range[1] > 2900")
     assert y_range(browser, "yaxis2") == whole
-    assert traces(browser, "close by", "visible") == [False]
+    assert traces(browser, "detail", "visible") == [False]
 
 
 def test_every_curve_has_the_marks_of_the_incidents(browser, page):

@@ -1,4 +1,4 @@
-"""What explain_nonfinite takes, and what it refuses by name, before anything has run."""
+"""The arguments of `explain_nonfinite` are validated before anything runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Large(nn.Module):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "fp16", "half", torch.float16, "torch.float16"])
-def test_autocast_by_its_dtype(dtype) -> None:
+def test_autocast_may_be_given_as_a_dtype(dtype) -> None:
     model = nn.Sequential(nn.Linear(4, 4), Large(), nn.Linear(4, 1))
     nn.init.constant_(model[2].weight, 1.0)
     report = explain_nonfinite(model, BATCH, nn.MSELoss(), autocast=dtype)
@@ -56,14 +56,14 @@ def test_a_model_without_values_is_refused(device) -> None:
         ({"autocast": "cuda"}, ValueError, "choose 'float16' or 'bfloat16'"),
         ({"loss_scale": "x"}, TypeError, "loss_scale='x' is not a number"),
     ],
-    ids=lambda value: "".join(value) if isinstance(value, dict) else "",  # an address is no id
+    ids=lambda value: "".join(value) if isinstance(value, dict) else "",  # no memory addresses
 )
-def test_bad_arguments_are_named(change, kind, says) -> None:
+def test_invalid_arguments_raise_errors_that_name_them(change, kind, says) -> None:
     arguments = {"model": nn.Linear(4, 1), "batch": BATCH, "loss_fn": nn.MSELoss()} | change
     with pytest.raises(kind) as error:
         explain_nonfinite(**arguments)
     assert says in str(error.value)
 
 
-def test_a_state_of_the_generators_is_taken() -> None:
+def test_a_generator_state_is_accepted() -> None:
     assert not explain_nonfinite(nn.Linear(4, 1), BATCH, nn.MSELoss(), rng=random_state()).found

@@ -1,4 +1,4 @@
-"""The birthplace of a NaN gradient is named where the loss is finite."""
+"""If the loss is finite, the autograd node that produced the first bad gradient is found."""
 
 import math
 
@@ -31,11 +31,11 @@ BACKWARD = {
 
 
 @pytest.mark.parametrize("case", BACKWARD, ids=[c.replace(" ", "-") for c in BACKWARD])
-def test_a_finite_loss_with_a_nan_gradient(case):
+def test_the_origin_of_a_nan_gradient_is_found(case):
     function, node, kind = BACKWARD[case]
     model = chain(Call(function))
     mean(model(zeros()[0])).backward()
-    assert not all(p.grad.isfinite().all() for p in model.parameters())  # torch has the problem
+    assert not all(p.grad.isfinite().all() for p in model.parameters())
 
     report = explain_nonfinite(model, zeros(), mean)
     assert (report.origin, report.operation, report.kind) == ("backward", node, kind)
@@ -48,8 +48,8 @@ def test_a_finite_loss_with_a_nan_gradient(case):
     assert math.isfinite(report.loss["loss"])
 
 
-def test_a_norm_of_zero_that_only_the_backward_pass_divides_by():
-    """Incident C once more: eps in the wrong place, so the forward pass is finite."""
+def test_a_zero_norm_that_only_the_backward_pass_divides_by_is_found():
+    """As in incident C, but with eps in the wrong place, so that the forward pass is finite."""
 
     def unit(x):
         return x / ((x * x).sum(-1, keepdim=True).sqrt() + 1e-6)
@@ -59,18 +59,18 @@ def test_a_norm_of_zero_that_only_the_backward_pass_divides_by():
     assert "exactly 0" in report.evidence
 
 
-def test_a_bad_gradient_that_is_thrown_away_is_not_blamed():
-    def thrown_away(x):  # Inf at the root, but torch.where passes no gradient on to x
+def test_a_discarded_bad_gradient_is_not_reported():
+    def discarded(x):  # the root's gradient is Inf, but torch.where does not pass it on to x
         return torch.where(x > 1, x, torch.zeros_like(x)).sqrt()
 
-    model = chain(Call(thrown_away))
+    model = chain(Call(discarded))
     assert not explain_nonfinite(model, zeros(), mean).found
 
-    model = chain(Call(lambda x: x.abs() ** 0.5 + thrown_away(x)))  # the root's backward runs first
+    model = chain(Call(lambda x: x.abs() ** 0.5 + discarded(x)))  # the root's backward runs first
     assert explain_nonfinite(model, zeros(), mean).operation == "PowBackward0"
 
 
-def test_a_value_that_where_hid_in_the_forward_pass_is_found_there():
+def test_a_forward_value_hidden_by_where_is_found_in_the_forward_pass():
     def hidden(x):
         return torch.where(x == 0, x, x * (1.0 / x))
 
@@ -80,7 +80,7 @@ def test_a_value_that_where_hid_in_the_forward_pass_is_found_there():
     assert "a factor in MulBackward0" in report.reached[-1]
 
 
-def test_a_custom_function_with_a_wrong_backward():
+def test_a_custom_function_with_a_wrong_backward_is_found():
     class Half(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -98,7 +98,7 @@ def test_a_custom_function_with_a_wrong_backward():
     assert "saved tensor 0" in [r.name for r in report.inputs]
 
 
-def test_a_loss_scale_that_overflows_float16():
+def test_an_overflow_caused_by_the_loss_scale_is_found():
     model = nn.Linear(4, 4).half()
     batch = torch.ones(2, 4).half(), None
     scaled = explain_nonfinite(model, batch, lambda y, _: y.sum(), loss_scale=2.0**16)

@@ -1,4 +1,4 @@
-"""Causes that only the arguments of a call tell: too few values, too long targets, empty rows."""
+"""Causes found in the arguments of a call: too few values, too long targets, fully masked rows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ONE_VALUE = {
 
 
 @pytest.mark.parametrize("function", ONE_VALUE.values(), ids=ONE_VALUE)
-def test_the_deviation_of_one_value(function) -> None:
+def test_standard_deviation_of_one_value_is_explained(function) -> None:
     report = explain_nonfinite(chain(Call(function)), (torch.randn(1, 4), None), mean)
     assert report.kind == "variance of too few values"
     assert "of 1 value with correction=1 (Bessel's) divides 0 by 1 - 1" in report.evidence
@@ -36,13 +36,13 @@ def test_the_deviation_of_one_value(function) -> None:
     assert report.source is not None and "test_circumstances.py" in report.source
 
 
-def test_a_correction_as_large_as_the_number_of_values() -> None:
+def test_a_correction_equal_to_the_number_of_values_is_explained() -> None:
     call = Call(lambda x: x.var(1, correction=4))
     report = explain_nonfinite(chain(call), (torch.randn(4, 4), None), mean)
     assert "variance of 4 values with correction=4" in report.evidence
 
 
-def test_a_deviation_of_enough_values_is_not_blamed_on_its_correction() -> None:
+def test_a_standard_deviation_that_overflows_is_not_explained_by_its_correction() -> None:
     call = Call(lambda x: (x.double() * 1e300).std(0).float())  # the squares overflow
     report = explain_nonfinite(chain(call), (torch.randn(3, 4), None), mean)
     assert report.operation == "aten.std.correction"
@@ -53,12 +53,12 @@ def test_a_deviation_of_enough_values_is_not_blamed_on_its_correction() -> None:
     "divide, says",
     [
         (lambda x: x.sum(0) / (len(x) - 1), "the denominator is the number 0"),
-        (lambda x: x.sum(0) / (x > 1e9).sum(), "the denominator, a count, is 0"),
-        (lambda x: x / (x > 1e9).sum(0), "4 of 4 denominators are exactly 0; they are counts"),
+        (lambda x: x.sum(0) / (x > 1e9).sum(), "the denominator, an integer, is 0"),
+        (lambda x: x / (x > 1e9).sum(0), "4 of 4 denominators are exactly 0; they are integers"),
     ],
     ids=["number", "count", "counts"],
 )
-def test_a_division_by_a_count(divide, says: str) -> None:
+def test_division_by_a_zero_count_is_explained(divide, says: str) -> None:
     report = explain_nonfinite(chain(Call(divide)), (torch.randn(1, 4), None), mean)
     assert report.kind == "division" and says in report.evidence
     assert "max(count, 1)" in report.remedy
@@ -87,7 +87,9 @@ def ctc(inputs, lengths, targets, *, tensors=True, loss=functional.ctc_loss, **s
     ids=["padded", "concatenated", "repeats", "no-input"],
 )
 @pytest.mark.parametrize("tensors", [True, False], ids=["tensors", "tuples"])
-def test_ctc_targets_longer_than_their_input(arguments, says: str, tensors: bool) -> None:
+def test_ctc_targets_longer_than_their_input_are_explained(
+    arguments, says: str, tensors: bool
+) -> None:
     for settings in ({}, {"reduction": "none"}, {"loss": nn.CTCLoss(reduction="sum")}):
         report = ctc(*arguments, tensors=tensors, **settings)
         assert report.kind == "CTC target longer than its input"
@@ -96,7 +98,7 @@ def test_ctc_targets_longer_than_their_input(arguments, says: str, tensors: bool
     assert not ctc(*arguments, tensors=tensors, zero_infinity=True).found
 
 
-def test_ctc_that_is_infinite_for_another_reason_is_not_put_down_to_lengths() -> None:
+def test_an_infinite_ctc_loss_with_another_cause_is_not_explained_by_lengths() -> None:
     def step(model, batch):
         scores = model(batch).log_softmax(-1).masked_fill(torch.arange(6) == 2, -math.inf)
         return functional.ctc_loss(scores, torch.tensor([[1, 2]]), (5,), (2,))
@@ -105,7 +107,7 @@ def test_ctc_that_is_infinite_for_another_reason_is_not_put_down_to_lengths() ->
     assert report.found and report.kind != "CTC target longer than its input"
 
 
-def test_rows_that_are_masked_throughout() -> None:
+def test_a_softmax_of_a_fully_masked_row_is_explained() -> None:
     mask = torch.zeros(3, 4, dtype=torch.bool)
     mask[1] = True
     call = Call(lambda x: x.masked_fill(mask, -math.inf).softmax(-1))
@@ -114,7 +116,7 @@ def test_rows_that_are_masked_throughout() -> None:
     assert "unmasked" in report.remedy
 
 
-def test_an_inf_that_the_program_wrote_and_that_arrives() -> None:
+def test_an_inf_written_by_the_program_that_reaches_the_loss_is_explained() -> None:
     everything = torch.ones(3, 4, dtype=torch.bool)
     call = Call(lambda x: x + x.masked_fill(everything, -math.inf).logsumexp(-1, keepdim=True))
     model = nn.Sequential(nn.Linear(4, 4), call)
@@ -123,7 +125,7 @@ def test_an_inf_that_the_program_wrote_and_that_arrives() -> None:
     assert "nothing removed it afterwards" in report.evidence and "finfo" in report.remedy
 
 
-def test_what_the_ranges_tell_of_roots_quotients_and_norms() -> None:
+def test_roots_quotients_and_norms_are_explained_by_ranges() -> None:
     def explained(function, inputs=None):
         inputs = torch.zeros(3, 4) if inputs is None else inputs
         return explain_nonfinite(chain(Call(function)), (inputs, None), mean)
@@ -142,7 +144,7 @@ def test_what_the_ranges_tell_of_roots_quotients_and_norms() -> None:
 
 
 @pytest.mark.parametrize("shape", [(6,), (2, 3, 3)], ids=["classes", "images"])
-def test_targets_of_which_none_counts(shape: tuple[int, ...]) -> None:
+def test_a_mean_over_ignored_or_weightless_targets_is_explained(shape: tuple[int, ...]) -> None:
     def explained(targets, **settings):
         model = nn.Conv2d(4, 5, 1) if len(shape) > 1 else nn.Linear(4, 5)
         inputs = torch.randn(shape[0], 4, *shape[1:])
@@ -153,4 +155,5 @@ def test_targets_of_which_none_counts(shape: tuple[int, ...]) -> None:
     assert ignored.evidence.startswith(f"all {n} targets are ignore_index=-1")
     assert "prompt mask" in ignored.remedy
     weightless = explained(torch.full(shape, 2), weight=torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0]))
-    assert weightless.evidence.startswith(f"the class weights of all {n} targets that count are 0")
+    expected = f"the class weights of all {n} targets that are not ignored are 0"
+    assert weightless.evidence.startswith(expected)

@@ -1,4 +1,4 @@
-"""What explain_nonfinite takes, compiled and guarded models among it, and what it refuses."""
+"""Models, batches and arguments that `explain_nonfinite` accepts or refuses."""
 
 import pytest
 import torch
@@ -9,19 +9,19 @@ from fastguard import explain_nonfinite
 from guardtest.chains import Call, chain, mean, zeros
 
 
-def test_a_healthy_batch():
+def test_a_healthy_batch_gives_an_empty_report():
     report = explain_nonfinite(chain(), (torch.randn(2, 4), None), mean)
     assert (report.found, report.already, report.bad_gradients) == (False, (), ())
     assert "rng=" in str(report)
 
 
-def test_a_compiled_model_is_looked_into():
+def test_a_compiled_model_is_replayed_eagerly():
     model = torch.compile(chain(Call(torch.log)), backend="eager")
     report = explain_nonfinite(model, zeros(), mean)
     assert report.module == "1 (Call)"
 
 
-def test_a_guard_that_cleans_does_not_hide_the_birth():
+def test_an_activation_guard_does_not_hide_the_origin():
     model = chain(Call(torch.log))
     with fastguard.ActivationGuard(model, mode="clean") as guard:
         assert model(zeros()[0]).isfinite().all()
@@ -31,7 +31,7 @@ def test_a_guard_that_cleans_does_not_hide_the_birth():
     assert report.operation == "aten.log.default"
 
 
-def test_checkpointed_parts():
+def test_the_origin_in_a_checkpointed_part_is_found():
     def part(x):
         return torch.utils.checkpoint.checkpoint(lambda y: y.abs().sqrt(), x, use_reentrant=False)
 
@@ -40,17 +40,17 @@ def test_checkpointed_parts():
 
 
 @pytest.mark.parametrize("batch", [torch.zeros(2), (1, 2, 3), None], ids=["tensor", "3", "none"])
-def test_a_batch_of_no_known_kind_is_refused(batch):
+def test_an_unsupported_batch_raises_type_error(batch):
     with pytest.raises(TypeError, match=r"pass \(inputs, targets\)"):
         explain_nonfinite(nn.Linear(2, 2), batch, mean)
 
 
-def test_loss_fn_and_step_together_are_refused():
+def test_loss_fn_and_step_together_raise_type_error():
     with pytest.raises(TypeError, match="both"):
         explain_nonfinite(nn.Linear(2, 2), zeros(), mean, step=lambda m, b: None)
 
 
-def test_a_root_of_negative_numbers():
+def test_a_root_of_negative_numbers_gets_its_own_remedy():
     report = explain_nonfinite(chain(Call(lambda x: (x.abs() - 100).sqrt())), zeros(), mean)
     assert report.operation == "aten.sqrt.default"
     assert "clamp_min(0)" in report.remedy and "negative" in report.evidence

@@ -1,4 +1,4 @@
-"""Operations of both passes are sorted into kinds, and each kind has its remedy."""
+"""Operations and autograd nodes are classified into kinds with a remedy each."""
 
 import math
 
@@ -26,17 +26,17 @@ from fastguard.diagnosis.replay.tensor_range import TensorRange
         ("ToCopyBackward0", "to_copy"),
     ],
 )
-def test_operators_and_nodes_have_one_name(operation, name):
+def test_operators_and_autograd_nodes_share_base_names(operation, name):
     assert base_name(operation) == name
     assert any(name in kind.operations for kind in KINDS)
 
 
-def test_no_operation_is_of_two_kinds():
+def test_every_operation_belongs_to_at_most_one_kind():
     names = [name for kind in KINDS for name in kind.operations]
     assert len(names) == len(set(names))
 
 
-def test_of_an_operation_of_no_kind_only_the_ranges_speak():
+def test_evidence_for_an_unknown_operation_is_only_non_finite_inputs():
     kind = kind_of("aten.sort.default")
     assert kind is OTHER and kind.remedy.startswith("check the ranges")
     large = TensorRange("self", "float32", (2,), min=1.0, max=1e9, numel=2)
@@ -46,7 +46,7 @@ def test_of_an_operation_of_no_kind_only_the_ranges_speak():
     assert evidence_of(kind, [large, bad]) == "other holds a NaN or Inf"
 
 
-def test_a_root_of_a_negative_number_is_clamped_at_0():
+def test_the_remedy_for_a_root_of_a_negative_number_is_a_clamp():
     negative = TensorRange("self", "float32", (2,), min=-1.0, max=1.0, numel=2)
     for operation in ("aten.sqrt.default", "aten.rsqrt.default"):
         remedy = remedy_at(operation, [negative])
@@ -58,7 +58,7 @@ def test_a_root_of_a_negative_number_is_clamped_at_0():
     assert evidence_of(kind_of(norm), [negative], norm) == ""
 
 
-def test_what_is_made_of_nothing_is_a_mean_of_nothing():
+def test_an_operation_on_empty_inputs_is_a_mean_of_nothing():
     empty = TensorRange("self", "float32", (0, 4), min=math.nan, max=math.nan, numel=0)
     full = TensorRange("target", "float32", (1,), min=1.0, max=1.0, numel=1)
     kind = kind_at("aten.mse_loss.default", [empty, empty])

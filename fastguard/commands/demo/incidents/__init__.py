@@ -1,7 +1,7 @@
 """Small training runs that fail: `fastguard demo --incident A`.
 
-Each is a module with a function `run(folder, guarded) -> Outcome` that uses the same weights, data
-and faults, unguarded or guarded. The code is meant to be read and copied.
+Each is a module with a function `run(folder, guarded) -> Outcome`. Both runs use the same weights,
+data and faults. The code is meant to be read and copied.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Outcome:
     """The outcome of one run.
 
     Attributes:
-        survived: Whether everything that the run leaves behind is finite and usable.
+        survived: Whether the final weights, state and files are finite and the model learned.
         ended: How it ended, in one sentence.
         losses: The loss of each batch in order, as the run itself computed it.
         records: One record per step of a guarded run, oldest first.
@@ -40,7 +40,7 @@ class Incident:
     """One scenario.
 
     Attributes:
-        letter: The letter that the user types.
+        letter: The value of `--incident`.
         title: The title, one line.
         module: Module that defines `run`; imported only when it is played.
         packages: Required packages besides torch.
@@ -62,7 +62,7 @@ class Incident:
 
         Args:
             folder: Output folder; must be empty.
-            guarded: With fastguard, or as it was.
+            guarded: Whether to use fastguard; otherwise the run is as it originally was.
         """
         return self.load().run(folder, guarded)
 
@@ -102,7 +102,7 @@ def incident(letter: str) -> Incident:
     """Returns the incident with a letter.
 
     Raises:
-        KeyError: There is none.
+        KeyError: No incident has this letter.
 
     Example:
         >>> incident("A").title

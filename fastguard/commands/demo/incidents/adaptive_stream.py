@@ -1,10 +1,10 @@
 """D. The model that could not learn: segmentation and classification, 224 x 224.
 
 The decoder's mask is 32 x 32, so its loss cannot be computed and counts as Inf. Attention divides
-by a length of 0 wherever the image is black, so the other loss is NaN. No step is ever taken, while
-the schedule, meant for epochs, halves the learning rate at each batch, down to 8.88e-21, until the
-run is stopped. `diagnose` reports all of that at once. With its advice applied, the same script
-learns, guarded against bad data; the schedule is left unchanged, to be stopped by the floor.
+by a length of 0 wherever the image is black, so the other loss is NaN. The run therefore never
+takes a step, while the schedule, meant for epochs, halves the learning rate at each batch, down to
+8.88e-21. `diagnose` reports all of that at once. With its advice applied and bad data guarded
+against, the same script learns; the schedule is left unchanged, because `GuardedLR` has a floor.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ from fastguard.commands.demo.incidents.adaptive_stream_model import (
     quality,
     repaired,
 )
-from fastguard.commands.demo.incidents.plain_loop import all_finite, alone
+from fastguard.commands.demo.incidents.plain_loop import all_finite, quiet_one_thread
 
 BATCHES, BATCH_SIZE = 120, 4
 PATIENCE = 50  # batches without a better loss before the run stops
 FAULTS = {30: Kind.DEAD_PIXEL, 60: Kind.SWAPPED_BYTES, 90: Kind.SIXTEEN_BITS}  # by batch, from 1
 LR_BEFORE, LR = 1e-5, 2e-2
-HALVED_EVERY = 1  # scheduler steps; epochs were intended
+HALVED_EVERY = 1  # calls of `step`; the schedule was meant to be stepped once per epoch
 SCHEDULE: dict[str, Any] = {"floor": 1e-2, "warmup": Warmup(steps=10, lr=2e-2)}
 GUARD: dict[str, Any] = {
     "max_norm": 1.0,
     "spike": {
         "grad_norm": Threshold(max=100.0),  # skips
-        "batch.inputs": Threshold(max=0.5, action="record"),  # 1 if they leave their range
+        "batch.inputs": Threshold(max=0.5, action="record"),  # 1 if inputs are out of range
     },
 }
 ACTIVATIONS: dict[str, Any] = {"mode": "clean", "limit": 100.0}
@@ -58,15 +58,15 @@ LEARNED = {"iou": 0.6, "accuracy": 0.8}  # chance: 0.13 for a full mask, and a f
 
 
 def run(folder: Path, guarded: bool) -> Outcome:
-    """Trains as it was; or diagnoses that run, then trains with the advice. See `Incident.run`.
+    """Trains as the original run did; or diagnoses that run, then trains with the advice applied.
 
-    The losses are the classification losses. Facts: `iou` and `accuracy` on held-out images;
-    `weights`, whether they are finite; `steps`, the number taken; `parts` of the last loss; `lr`
-    before each batch and after the last. Guarded only: `found`, the diagnosis of the original run;
-    per batch the `counts` of the activation guard by module, and `said`, the result of its check;
-    `held_at_floor`, how often the schedule wanted a lower rate.
+    See `Incident.run`. The losses are the classification losses. Facts: `iou` and `accuracy` on
+    held-out images; `weights`, whether they are finite; `steps`, the number taken; `parts` of the
+    last loss; `lr` before each batch and after the last. Guarded only: `found`, the diagnosis of
+    the original run; per batch `counts`, those of the activation guard by module, and
+    `batch_checks`, the result of `check_batch`; `held_at_floor`, see `GuardedLR`.
     """
-    with alone():
+    with quiet_one_thread():
         found = diagnose(**make()) if guarded else None
         training = Guarded() if guarded else AsItWas()
         training.train()
@@ -77,7 +77,7 @@ def run(folder: Path, guarded: bool) -> Outcome:
 
 
 def make() -> dict[str, Any]:
-    """The setup for `fastguard diagnose`: model and optimizer as the run left them, and a batch."""
+    """The setup for `fastguard diagnose`: the model and optimizer after the run, and a batch."""
     training = AsItWas()
     training.train()
     return {
@@ -122,7 +122,8 @@ class AsItWas:
             self.lr.append(self.optimizer.param_groups[0]["lr"])
             data = draw(BATCH_SIZE, batch, FAULTS.get(batch), scaled=self.scaled)
             self.losses.append(self.one_batch(data, batch))
-            with warnings.catch_warnings(action="ignore"):  # torch warns that no step was taken
+            # torch warns that the schedule is stepped before the optimizer.
+            with warnings.catch_warnings(action="ignore"):
                 self.schedule.step()
             better = self.losses[-1] < best
             best, waited = (self.losses[-1], 0) if better else (best, waited + 1)
@@ -137,7 +138,7 @@ class AsItWas:
         for name, part in PARTS.items():
             try:
                 parts[name] = part(output[name], targets[name])
-            except ValueError:  # shape mismatch, ignored by the script to finish the epoch
+            except ValueError:  # shape mismatch; the script ignores it to finish the epoch
                 parts[name] = torch.tensor(math.inf)
         self.parts = {name: loss.item() for name, loss in parts.items()}
         total = torch.stack([*parts.values()]).sum()
@@ -163,7 +164,7 @@ class AsItWas:
 
 
 class Guarded(AsItWas):
-    """The script with the advice and fastguard's lines."""
+    """The script with the advice applied and fastguard's lines added."""
 
     lr_at_start = LR
     scaled = True
@@ -178,7 +179,7 @@ class Guarded(AsItWas):
         self.schedule: LRScheduler = self.guarded_lr
         self.activations: ActivationGuard = ActivationGuard(self.model, **ACTIVATIONS)
         self.counts: list[dict[str, Any]] = []
-        self.said: list[str] = []
+        self.batch_checks: list[str] = []
 
     def new_model(self) -> AdaptiveStream:
         """Creates the repaired model."""
@@ -196,7 +197,7 @@ class Guarded(AsItWas):
         (record,) = self.guard.flush()
         self.records.append(record)
         self.steps: int = self.guard.applied_steps
-        self.said.append(str(check))
+        self.batch_checks.append(str(check))
         self.counts.append(self.activations.counts())
         self.activations.reset()
         self.parts: dict[str, float] = {name: loss.item() for name, loss in parts.items()}
@@ -206,7 +207,7 @@ class Guarded(AsItWas):
         """See `run`."""
         return super().facts() | {
             "counts": self.counts,
-            "said": self.said,
+            "batch_checks": self.batch_checks,
             "held_at_floor": self.guarded_lr.held_at_floor,
         }
 
@@ -217,5 +218,4 @@ def _sentence(facts: Mapping[str, Any], training: AsItWas) -> str:
     if n < BATCHES:
         return f"stopped after {n} batches and {facts['steps']} steps at lr {lr:.3g}; {quality}"
     skipped = [str(r.tag["batch"]) for r in training.records if r.action == "skipped"]
-    without = " and ".join(skipped) or "skipping anything"
-    return f"trained all {n} batches, without {without}; {quality}"
+    return f"trained all {n} batches, skipped {' and '.join(skipped) or 'none'}; {quality}"

@@ -18,8 +18,8 @@ class Kind(Enum):
     """Kinds of faulty batches."""
 
     DEAD_PIXEL = "one pixel of the sensor is NaN"
-    SWAPPED_BYTES = "a line of an image was read with its bytes in the wrong order"
-    SIXTEEN_BITS = "masks are as the files have them, 0 or 65535"
+    SWAPPED_BYTES = "a row of an image was read in the wrong byte order"
+    SIXTEEN_BITS = "masks are 0 or 65535, as in the files, instead of 0 or 1"
 
 
 def draw(n: int, seed: int, fault: Kind | None = None, *, scaled: bool = True) -> Batch:
@@ -32,8 +32,8 @@ def draw(n: int, seed: int, fault: Kind | None = None, *, scaled: bool = True) -
         scaled: Whether the images range from 0 to 1; otherwise to 255, as from the camera.
 
     Returns:
-        Images `(n, 3, SIZE, SIZE)`, and by name `mask`, `(n, 1, SIZE, SIZE)`, 1 on the disc, and
-        `label`, its color, int64 `(n,)`.
+        Images `(n, 3, SIZE, SIZE)`, and a dict of targets: `mask` `(n, 1, SIZE, SIZE)`, 1 on the
+        disc, and `label` `(n,)` int64, the index of its color.
     """
     random = torch.Generator().manual_seed(seed)
     rows, columns = torch.meshgrid(*[torch.arange(SIZE).float()] * 2, indexing="ij")

@@ -67,7 +67,7 @@ class AdaptiveStream(nn.Module):
 
 
 def as_it_was() -> AdaptiveStream:
-    """The original: a 32 x 32 mask, a division without a floor, unit weights, an unused head."""
+    """The original model: a 32 x 32 mask, no `eps` in a division, unit weights, an unused head."""
     model = AdaptiveStream(Attention(eps=0.0), mask_size=32)
     model.boundary = nn.Conv2d(CHANNELS, 1, 3)
     for parameter in model.parameters():
@@ -76,7 +76,7 @@ def as_it_was() -> AdaptiveStream:
 
 
 def repaired() -> AdaptiveStream:
-    """With the advice: a mask of the target's size, a floor, Kaiming initialization."""
+    """The model with the advice applied: a mask of the target's size, `eps`, Kaiming init."""
     model = AdaptiveStream(Attention(eps=1e-6), mask_size=SIZE)
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):

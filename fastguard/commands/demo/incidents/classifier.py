@@ -1,11 +1,11 @@
 """B. The checkpoint that could not be trusted: two bad batches, and their traces on the disk.
 
 The script skips steps with non-finite gradients by hand, so no weight is NaN. But the forward pass
-went through BatchNorm, so its running statistics and the EMA's are NaN. Training does not use them:
-its losses stay finite, and an epoch meant to verify the fix succeeds. `last.pt` is NaN, and so is
-`best.pt`, which is chosen by training loss. In epoch 5 the statistics are frozen, as usual at the
-end of a run, and everything is lost. Guarded, the run goes back a few batches, and every checkpoint
-has a verdict.
+has already updated BatchNorm, so its running statistics and those of the EMA are NaN. Training does
+not use them: its losses stay finite, and an epoch meant to verify the fix succeeds. `last.pt`
+contains NaN, and so does `best.pt`, which is chosen by training loss. In epoch 5 the statistics are
+frozen, as usual at the end of a run, and everything is lost. Guarded, the run goes back a few
+batches, and every checkpoint has a verdict.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fastguard.commands.demo.incidents import Outcome
 from fastguard.commands.demo.incidents.classifier_data import Kind, draw
 from fastguard.commands.demo.incidents.classifier_files import Files
 from fastguard.commands.demo.incidents.classifier_model import Classifier, averaged
-from fastguard.commands.demo.incidents.plain_loop import alone
+from fastguard.commands.demo.incidents.plain_loop import quiet_one_thread
 from fastguard.records.step_record import StepRecord
 
 EPOCHS, BATCHES, BATCH_SIZE = 6, 48, 16
@@ -44,11 +44,11 @@ def run(folder: Path, guarded: bool) -> Outcome:
     """Trains the classifier, resuming from any files in the folder; see `Incident.run`.
 
     Facts: `files`, the non-finite tensors of each checkpoint by file name; `last`, the name of the
-    file to resume from; `accuracy` of its EMA on held-out images. Guarded only: `error`, what ended
-    the run early; `entries` of the manifest; and per rollback `rewinds`, `redone` batches,
-    `seconds`, and the learning rate `lr` after it.
+    file to resume from; `accuracy` of its EMA on held-out images; `error`, the message if the run
+    ended early, or None. Guarded only: `entries` of the manifest; and per rollback `rewinds`,
+    `redone` (number of repeated batches), `seconds`, and `lr`, the learning rate after it.
     """
-    with alone():
+    with quiet_one_thread():
         training = Guarded(folder) if guarded else AsItWas(folder)
         with closing(training):
             error = None
@@ -98,7 +98,7 @@ class AsItWas:
             self.one_batch(self.batch + 1)
 
     def one_batch(self, batch: int) -> None:
-        """Trains on a batch, then does the work due after it."""
+        """Trains on a batch, and saves at the end of an epoch."""
         self.forward_backward_step(batch)
         self.batch = batch
         if batch % BATCHES == 0:
@@ -114,11 +114,11 @@ class AsItWas:
         loss = cross_entropy(self.model(images), labels)
         self.optimizer.zero_grad()
         loss.backward()
-        self.take(loss, batch)
+        self.take_step(loss, batch)
         self.ema.update_parameters(self.model)
         self.losses.append(loss.item())
 
-    def take(self, loss: Tensor, batch: int) -> None:
+    def take_step(self, loss: Tensor, batch: int) -> None:
         """The handwritten check before each step."""
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
         if torch.isfinite(norm):
@@ -200,7 +200,7 @@ class Guarded(AsItWas):
         self.batch: int = batch
         if batch not in self.leave_out:
             self.forward_backward_step(batch)
-            if self.went_back(batch):
+            if self.roll_back_if_due(batch):
                 return
         ends_epoch = batch % BATCHES == 0
         saved = self.store.maybe_save(
@@ -215,7 +215,7 @@ class Guarded(AsItWas):
         if saved is not None:
             self.unsaved.clear()
 
-    def take(self, loss: Tensor, batch: int) -> None:
+    def take_step(self, loss: Tensor, batch: int) -> None:
         """Takes the guarded step and collects its records."""
         epoch, number = _place(batch)
         self.guard.step(loss=loss, tag={"epoch": epoch, "batch": number})
@@ -224,7 +224,7 @@ class Guarded(AsItWas):
         self.records.extend(news)
         self.unsaved += [record for record in news if record.is_incident]
 
-    def went_back(self, batch: int) -> bool:
+    def roll_back_if_due(self, batch: int) -> bool:
         """Rolls back if the step was bad; `self.batch` is then the batch to resume from."""
         start = time.perf_counter()
         rewind = self.rollback.step(position=batch)
@@ -257,7 +257,7 @@ class Guarded(AsItWas):
 
 
 def _place(batch: int) -> tuple[int, int]:
-    """Epoch and batch within it, both from 1, of a batch number of the whole run."""
+    """Converts a batch number of the run to epoch and batch within the epoch, all from 1."""
     epoch, number = divmod(batch - 1, BATCHES)
     return epoch + 1, number + 1
 
@@ -268,6 +268,6 @@ def _sentence(facts: Mapping[str, Any], training: AsItWas) -> str:
     lost = [name for name, bad in facts["files"].items() if bad]
     if lost:
         nan = sum(not math.isfinite(loss) for loss in training.losses)
-        return f"{nan} losses NaN; not finite on the disk: {', '.join(lost)}"
-    redone = " and ".join(map(str, facts.get("redone", ()))) or "nothing"
-    return f"accuracy {facts['accuracy']:.2f}, every checkpoint clean; {redone} batches done again"
+        return f"{nan} losses are NaN; files with NaN: {', '.join(lost)}"
+    redone = " and ".join(map(str, facts.get("redone", ()))) or "no"
+    return f"accuracy {facts['accuracy']:.2f}, every checkpoint clean; {redone} batches repeated"

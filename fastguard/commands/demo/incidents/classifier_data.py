@@ -17,7 +17,7 @@ class Kind(Enum):
     """Kinds of faulty batches."""
 
     BAD_PIXEL = "one pixel is NaN"
-    MISLABELLED = "the classes were counted from 1"
+    MISLABELLED = "labels start at 1 instead of 0"
 
 
 def draw(n: int, seed: int, fault: Kind | None = None) -> Batch:

@@ -1,4 +1,4 @@
-"""Checkpoints as a detector's trainer writes them: whole pickled modules, without a verdict."""
+"""Checkpoints as a detection trainer writes them: whole pickled modules, without verification."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Files:
         ema: AveragedModel,
         optimizer: Optimizer,
     ) -> None:
-        """Saves the end of an epoch. Validation is off, so the fitness is the training fitness."""
+        """Saves at the end of an epoch. Validation is off, so the fitness is the training loss."""
         fitness = -statistics.fmean(losses)
         content = {
             "epoch": epoch,

@@ -1,8 +1,8 @@
 """A. The detector that met NaN in epoch 3: two bad batches in the Ultralytics trainer, fp32, SGD.
 
-As it was: batch 15 makes every weight and the EMA NaN, every later loss is NaN, and the trainer
-goes back to `last.pt` and repeats the epoch three times until it gives up. Guarded, the two batches
-are skipped, and training is otherwise unaffected.
+In the original run, batch 15 makes every weight and the EMA NaN, every later loss is NaN, and the
+trainer goes back to `last.pt` and repeats the epoch three times until it gives up. Guarded, the two
+batches are skipped, and training is otherwise unaffected.
 """
 
 # pyright: reportMissingImports=false
@@ -42,7 +42,7 @@ SETTINGS: dict[str, Any] = {
     "mosaic": 0.0,
     "scale": 0.0,
     "translate": 0.0,
-    "save_period": 1,  # last.pt loses its optimizer at the end, these do not
+    "save_period": 1,  # the trainer strips the optimizer from last.pt, but not from these files
     "device": "cpu",
     "plots": False,
     "verbose": False,
@@ -52,9 +52,9 @@ SETTINGS: dict[str, Any] = {
 def run(folder: Path, guarded: bool) -> Outcome:
     """Trains the detector; see `Incident.run`.
 
-    Facts: `epochs`, every epoch begun; `error`, the exception of the trainer; `weights`,
-    `statistics` (of BatchNorm), `ema`, `momenta` (of SGD), whether they are finite at the end;
-    `ema_updates`; `lr` and `momentum` at each step taken, by name of the param group.
+    Facts: `epochs`, every epoch begun; `error`, the exception of the trainer; whether `weights`,
+    `statistics` (of BatchNorm), `ema` and `momenta` (of SGD) are finite at the end; `ema_updates`;
+    `lr` and `momentum` at each step taken, by name of the param group.
     """
     from ultralytics import YOLO
 
@@ -91,7 +91,7 @@ class Watch:
         self.momentum: list[dict[str, float]] = []
 
     def attach(self, model: Any) -> None:
-        """Adds callbacks; call after the guard, so that `on_train_start` finds its optimizer."""
+        """Adds callbacks. Call it after `guard`, so that `on_train_start` sees the wrapper."""
         for event in ("on_train_start", "on_train_epoch_start", "on_train_batch_end"):
             model.add_callback(event, getattr(self, event))
 
@@ -138,12 +138,12 @@ def _sentence(facts: dict[str, Any], records: Sequence[Any]) -> str:
     if facts["error"]:
         redone = begun - len(set(facts["epochs"]))
         return (
-            f"gave up in epoch {facts['epochs'][-1]} of {wanted} after training it {redone} times "
-            f"again: {facts['error']}"
+            f"gave up in epoch {facts['epochs'][-1]} of {wanted} after repeating it {redone} "
+            f"times: {facts['error']}"
         )
     skipped = [record for record in records if record.action == "skipped"]
     where = " and ".join(f"batch {r.tag['batch']} of epoch {r.tag['epoch']}" for r in skipped)
-    return f"trained all {wanted} epochs, without {where or 'skipping anything'}"
+    return f"trained all {wanted} epochs, skipped {where or 'nothing'}"
 
 
 @contextmanager

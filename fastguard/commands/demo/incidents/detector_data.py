@@ -55,7 +55,7 @@ def write_detector(folder: Path, n_train: int, n_val: int = 4, seed: int = 0) ->
 
 
 def _draw(random: np.random.Generator) -> tuple[np.ndarray, list[str]]:
-    """An image `(SIZE, SIZE, 3)` uint8, and `class x y width height` of each box, as shares."""
+    """An image `(SIZE, SIZE, 3)` uint8, and per box `class x y width height` relative to `SIZE`."""
     image = random.integers(0, 80, (SIZE, SIZE, 3), dtype=np.uint8)
     lines = []
     for k, color in enumerate(COLORS.values()):

@@ -1,4 +1,4 @@
-"""Injects the faults of the detector's two batches, as callbacks of the Ultralytics trainer."""
+"""Corrupts batches of the detector, through callbacks of the Ultralytics trainer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 class Kind(Enum):
     """Kinds of faulty batches."""
 
-    OVERFLOW = "Inf out of the class branch, as half precision has it above 65504"
+    OVERFLOW = "the class branch returns Inf, as half precision does above 65504"
     BAD_PIXEL = "one pixel of one image is NaN"
 
 

@@ -1,9 +1,9 @@
 """E. The averages that turned NaN: a decoder of signed distances and a table of latent codes.
 
-One shape of the validation set has NaN distances, so every validation mean is NaN. From the first
-such training batch on, so are the training mean and every weight. In epoch 5 every batch is bad, so
-nothing is usable. Guarded, means cover the finite values and report how many were not; decoder and
-codes are each clipped at their own limit, and both limits come from a file.
+One shape of the validation set has NaN distances, so every validation mean is NaN. The first such
+training batch makes the training mean and every weight NaN. In epoch 5 every batch is bad. Guarded,
+means cover only the finite values and report how many were not finite; decoder and codes each have
+their own clipping limit, read from a file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ from fastguard import GuardConfig, GuardedOptimizer, LossMeter, StepRecord, Tens
 from fastguard.commands.demo.incidents import Outcome
 from fastguard.commands.demo.incidents.latent_codes_data import Batch, Kind, sample
 from fastguard.commands.demo.incidents.latent_codes_model import AutoDecoder, losses
-from fastguard.commands.demo.incidents.plain_loop import all_finite, alone, state_is_finite
+from fastguard.commands.demo.incidents.plain_loop import (
+    all_finite,
+    quiet_one_thread,
+    state_is_finite,
+)
 from fastguard.records.loss_meter import LossSummary
 
 EPOCHS, BATCHES, BATCH_SIZE = 6, 20, 4
@@ -49,7 +53,7 @@ names = ["shapes", "points", "sdf"]
 low = { sdf = -2.0 }
 high = { sdf = 2.0 }
 
-[spike."batch.sdf"]     # 1 if the distances leave that range
+[spike."batch.sdf"]     # 1 if distances are out of that range
 max = 0.5
 action = "record"
 """
@@ -59,12 +63,12 @@ def run(folder: Path, guarded: bool) -> Outcome:
     """Trains decoder and codes; see `Incident.run`. The losses are the distance losses.
 
     Facts: `training` and `validation`, per epoch, the printed mean or, guarded, the `LossSummary`;
-    `weights`, `momenta`, whether they are finite at the end; `error`, the final mean squared error
-    on the sound validation batches; `arrived`, per step, the gradient norms of decoder and codes
-    that the optimizer received; guarded only, the `clip_coefs` of both. The guarded curves are
-    in the folder `tensorboard`.
+    whether `weights` and `momenta` are finite at the end; `error`, the final mean squared error on
+    the valid validation batches; `arrived`, per step, the gradient norms of decoder and codes that
+    the optimizer received. Guarded only: the `clip_coefs` of both. The curves of the guarded run
+    are in the folder `tensorboard`.
     """
-    with alone():
+    with quiet_one_thread():
         torch.manual_seed(0)
         model = AutoDecoder()
         training = Guarded(model, folder) if guarded else AsItWas(model)
@@ -81,7 +85,7 @@ def run(folder: Path, guarded: bool) -> Outcome:
                     training.average(losses(model, *data), (epoch, batch))
             means["validation"].append(training.mean())
         training.close()
-        facts = {**_judged(model), **means, "momenta": state_is_finite(training.optimizer)}
+        facts = {**_evaluate(model), **means, "momenta": state_is_finite(training.optimizer)}
 
     facts |= {"arrived": training.arrived, "clip_coefs": training.clip_coefs}
     survived = facts["weights"] and facts["momenta"] and facts["error"] < LEARNED
@@ -118,14 +122,14 @@ class AsItWas:
         """Takes one step; returns the distance loss before it."""
         parts = losses(self.model, *data)
         torch.stack([*parts.values()]).sum().backward()
-        self.take(parts, data, tag)
+        self.take_step(parts, data, tag)
         modules = self.model.decoder, self.model.codes
         self.arrived.append([_grad_norm(module) for module in modules])
         self.optimizer.zero_grad()
         self.average(parts, tag)
         return parts["sdf"].item()
 
-    def take(self, parts: Mapping[str, Tensor], data: Batch, tag: tuple[int, int]) -> None:
+    def take_step(self, parts: Mapping[str, Tensor], data: Batch, tag: tuple[int, int]) -> None:
         """Takes the optimizer step."""
         self.optimizer.step()
 
@@ -159,7 +163,7 @@ class Guarded(AsItWas):
         self.guard.add_sink(TensorBoardSink(self.writer))
         self.meter: LossMeter = LossMeter()
 
-    def take(self, parts: Mapping[str, Tensor], data: Batch, tag: tuple[int, int]) -> None:
+    def take_step(self, parts: Mapping[str, Tensor], data: Batch, tag: tuple[int, int]) -> None:
         """Checks the batch and takes the guarded step."""
         check = self.config.check(data)
         signals = {} if check is None else check.signals()
@@ -189,7 +193,7 @@ def _grad_norm(module: torch.nn.Module) -> float:
 
 
 @torch.no_grad()
-def _judged(model: AutoDecoder) -> dict[str, Any]:
+def _evaluate(model: AutoDecoder) -> dict[str, Any]:
     """The quality of the model on the valid validation batches."""
     errors = [losses(model, *data)["sdf"].item() for data in validation_set()]
     del errors[BROKEN_VALIDATION_BATCH - 1]
@@ -201,12 +205,12 @@ def _sentence(facts: Mapping[str, Any]) -> str:
     if not facts["weights"]:
         n = len(training) + len(validation)
         lost = [mean for mean in training + validation if mean is None or math.isnan(mean)]
-        return f"weights NaN; {n - len(lost)} of {n} means were a number"
-    silent = [str(epoch) for epoch, mean in enumerate(training, start=1) if mean is None]
-    said = f"; epoch {', '.join(silent)} had no valid batch, and said so" if silent else ""
-    return f"trained all {EPOCHS} epochs, error {facts['error']:.4f}{said}"
+        return f"the weights are NaN; {len(lost)} of {n} means are NaN"
+    empty = [str(epoch) for epoch, mean in enumerate(training, start=1) if mean is None]
+    note = f"; epoch {', '.join(empty)} reported that no batch was valid" if empty else ""
+    return f"trained all {EPOCHS} epochs, error {facts['error']:.4f}{note}"
 
 
 def _numbers(means: list[Any]) -> list[float | None]:
-    """The means of the distances, None where there is none."""
+    """The mean distance loss of each epoch; None if an epoch has none."""
     return [mean.means["sdf"] if isinstance(mean, LossSummary) else mean for mean in means]

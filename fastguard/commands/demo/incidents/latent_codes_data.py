@@ -17,7 +17,7 @@ class Kind(Enum):
 
     OPEN_MESH = "a mesh with a hole has no inside: the distances of one shape are NaN"
     MILLIMETRES = "one shape was not normalised: its distances are a thousand times too large"
-    LOST_SCALE = "the file of scales was lost, and all distances were divided by 0"
+    LOST_SCALE = "the scales are missing, so all distances were divided by 0"
 
 
 def sample(n: int, random: torch.Generator, fault: Kind | None = None) -> Batch:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastguard.commands.demo.incidents import Incident, Outcome
-from fastguard.commands.files import written
+from fastguard.commands.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +39,7 @@ def draw(incident: Incident, before: Outcome, guarded: Outcome, path: Path) -> N
     _draw_norms(bottom, guarded)
     bottom.set_xlabel("batch", fontsize=9, color=INK)
     figure.suptitle(incident.title, x=0.01, ha="left", fontsize=13, weight="bold", color=INK)
-    with written(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary)
 
 

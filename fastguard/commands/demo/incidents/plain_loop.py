@@ -14,8 +14,8 @@ from fastguard.commands.demo.training import one_thread
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """Runs on one thread and without log output."""
+def quiet_one_thread() -> Iterator[None]:
+    """Limits torch to one thread and hides the log output of fastguard."""
     log = logging.getLogger("fastguard")
     before = log.level
     log.setLevel(logging.ERROR)

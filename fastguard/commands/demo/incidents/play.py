@@ -18,7 +18,7 @@ RUNS = {"as-it-was": False, "guarded": True}
 
 
 def play(letter: str, folder: Path) -> int:
-    """Runs an incident both ways and writes `records.jsonl`, `incident.png`, `records.html`.
+    """Runs an incident unguarded and guarded; writes the records, the picture and the report.
 
     Args:
         letter: Letter of the incident.

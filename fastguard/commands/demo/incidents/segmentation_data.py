@@ -14,9 +14,9 @@ Batch = tuple[Tensor, dict[str, Tensor]]
 class Kind(Enum):
     """Kinds of faulty batches."""
 
-    LETTERBOX = "half of an image is the black that a resize padded it with"
-    TWELVE_BITS = "the images are as another microscope has them, 0 to 4095"
-    MICROMETRES = "the distance maps are in micrometres, all others in centimetres"
+    LETTERBOX = "a resize padded half of an image with black"
+    TWELVE_BITS = "images of another microscope range from 0 to 4095"
+    MICROMETRES = "the distance maps are in micrometres instead of centimetres"
 
 
 def draw(n: int, random: torch.Generator, fault: Kind | None = None) -> Batch:
@@ -28,9 +28,9 @@ def draw(n: int, random: torch.Generator, fault: Kind | None = None) -> Batch:
         fault: Fault to inject, if any.
 
     Returns:
-        Images `(n, 1, SIZE, SIZE)`, in 0..1 without a fault, and by name, of the same shape: `mask`
-        and `boundary`, 0 or 1; `level`, the distance from the boundary in pixels, positive inside;
-        `distance`, the same in units of the image width.
+        Images `(n, 1, SIZE, SIZE)`, in 0..1 without a fault, and a dict of targets of the same
+        shape: `mask` and `boundary`, 0 or 1; `level`, the distance from the boundary in pixels,
+        positive inside; `distance`, the same in units of the image width.
     """
     rows, columns = torch.meshgrid(*[torch.arange(SIZE).float()] * 2, indexing="ij")
     place = 6 + (SIZE - 12) * torch.rand(n, 2, 1, 1, generator=random)

@@ -9,22 +9,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 HEADS = ("seg", "boundary", "contour", "distance")
-SLIDE_PIXELS = 3  # slide pixels per image pixel
+SLIDE_PIXELS = 3  # pixels of the scanned slide per pixel of the image
 
 
 def divided(slope: Tensor) -> Tensor:
-    """The original directions `(B, 2, H, W)`: 0/0 where the image is flat."""
+    """The original normalization of slopes `(B, 2, H, W)`; 0/0 where the image is constant."""
     return slope / slope.norm(dim=1, keepdim=True)
 
 
 def masked(slope: Tensor) -> Tensor:
-    """A repair that does not help: the values are finite, but the backward pass has 0 * Inf."""
+    """A fix that does not work: the values are finite, but the backward pass computes 0 * Inf."""
     norm = slope.norm(dim=1, keepdim=True)
     return torch.where(norm > 0, slope / norm, 0.0)
 
 
 def floored(slope: Tensor) -> Tensor:
-    """The repair that works."""
+    """The fix that works."""
     return functional.normalize(slope, dim=1, eps=1e-6)
 
 
@@ -45,7 +45,7 @@ class Attention(nn.Module):
 
 
 class BoundaryRefinement(nn.Module):
-    """Searches for the boundary along the direction of the steepest change in the image."""
+    """Predicts the boundary from features and the direction of the image gradient."""
 
     def __init__(self, channels: int, direction: Callable[[Tensor], Tensor] = divided) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ import torch
 import torch._dynamo  # the first optimizer imports it, here once for all children
 
 from fastguard.commands.demo.incidents.classifier import BATCHES, AsItWas, Guarded
-from fastguard.commands.demo.incidents.plain_loop import alone
+from fastguard.commands.demo.incidents.plain_loop import quiet_one_thread
 
 BATCH = 4 * BATCHES + 20
 RUNS = {
@@ -30,7 +30,7 @@ def ended(way, folder, number):
     pid = os.fork()
     if pid == 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        with alone():
+        with quiet_one_thread():
             way(folder).train(lambda batch: batch == BATCH and os.kill(os.getpid(), number))
         os._exit(0)
     _, status = os.waitpid(pid, 0)

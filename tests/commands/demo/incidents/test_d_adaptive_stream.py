@@ -163,14 +163,14 @@ def test_the_batch_with_the_dead_pixel_is_skipped_though_its_loss_is_finite(guar
     assert record.action == "skipped"
     assert math.isnan(record.losses["batch.inputs"])
     assert math.isfinite(record.losses["mask"]) and math.isfinite(record.losses["label"])
-    assert guarded.facts["said"][DEAD - 1] == "inputs holds NaN"
+    assert guarded.facts["batch_checks"][DEAD - 1] == "inputs holds NaN"
 
 
 def test_what_leaves_its_range_is_told_and_cleaned_on_the_way(guarded):
     record = record_of(guarded, SWAPPED)
     assert record.spikes == ("batch.inputs",) and record.losses["batch.inputs"] == 1.0
     assert record.action in ("applied", "clipped")
-    assert "inputs goes up to 3.40282e+38, above 1" in guarded.facts["said"][SWAPPED - 1]
+    assert "inputs goes up to 3.40282e+38, above 1" in guarded.facts["batch_checks"][SWAPPED - 1]
     counts = guarded.facts["counts"][SWAPPED - 1]
     assert counts["encoder.0"].inf > 0 and counts["encoder.0"].over_limit > 0
     assert not any(counts["classifier"]) and not any(counts["decoder.0"])
@@ -178,7 +178,7 @@ def test_what_leaves_its_range_is_told_and_cleaned_on_the_way(guarded):
 
 def test_where_nothing_is_wrong_nothing_is_counted(guarded):
     for batch, (counts, said) in enumerate(
-        zip(guarded.facts["counts"], guarded.facts["said"], strict=True), start=1
+        zip(guarded.facts["counts"], guarded.facts["batch_checks"], strict=True), start=1
     ):
         if batch not in (DEAD, SWAPPED):
             assert not any(map(any, counts.values())), batch

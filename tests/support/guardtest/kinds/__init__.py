@@ -1,7 +1,7 @@
-"""Every kind of finding: a setup in which it is seen, and the same one repaired, in which it isn't.
+"""For every kind of finding, a setup with the defect and the same setup without it.
 
-A case makes both: `sick=True` has the defect, `sick=False` differs from it in the defect alone.
-One file for each check of the package; importing it registers its cases.
+`faulty=True` creates the setup with the defect, `faulty=False` the one without. There is one file
+per family of checks; importing it registers its cases.
 """
 
 from guardtest.kinds import (  # noqa: F401  (they register)

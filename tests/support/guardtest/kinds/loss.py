@@ -11,9 +11,9 @@ from guardtest.kinds.setups import classification, mlp, regression
 
 
 @case("loss-raises", "error", "loss", says="no such weighting")
-def loss_raises(sick: bool) -> Setup:
+def loss_raises(faulty: bool) -> Setup:
     def loss(output: Tensor, target: Tensor) -> Tensor:
-        if sick:
+        if faulty:
             raise KeyError("no such weighting")
         return functional.mse_loss(output, target)
 
@@ -21,37 +21,37 @@ def loss_raises(sick: bool) -> Setup:
 
 
 @case("loss-shape", "error", "loss", says="shape [8, 1]")
-def loss_shape(sick: bool) -> Setup:
-    return regression(loss_fn=nn.MSELoss(reduction="none" if sick else "mean"))
+def loss_shape(faulty: bool) -> Setup:
+    return regression(loss_fn=nn.MSELoss(reduction="none" if faulty else "mean"))
 
 
 @case("loss-detached", "error", "loss")
-def loss_detached(sick: bool) -> Setup:
+def loss_detached(faulty: bool) -> Setup:
     return regression(
         loss_fn=lambda output, target: functional.mse_loss(
-            output.detach() if sick else output, target
+            output.detach() if faulty else output, target
         )
     )
 
 
 @case("nonfinite-loss", "error", "loss", where="distance", says="aten.log.default")
-def nonfinite_loss(sick: bool) -> Setup:
+def nonfinite_loss(faulty: bool) -> Setup:
     def loss(output: Tensor, target: Tensor) -> dict[str, Tensor]:
-        distance = ((output - output) + (0.0 if sick else 1.0)).log().mean()
+        distance = ((output - output) + (0.0 if faulty else 1.0)).log().mean()
         return {"fit": functional.mse_loss(output, target), "distance": distance}
 
     return regression(loss_fn=loss)
 
 
 @case("large-loss", "warning", "loss")
-def large_loss(sick: bool) -> Setup:
-    factor = 1e6 if sick else 1.0
+def large_loss(faulty: bool) -> Setup:
+    factor = 1e6 if faulty else 1.0
     return regression(loss_fn=lambda output, target: factor * functional.mse_loss(output, target))
 
 
 @case("loss-parts", "warning", "loss", where="prior")
-def loss_parts(sick: bool) -> Setup:
-    factor = 1e-6 if sick else 1.0
+def loss_parts(faulty: bool) -> Setup:
+    factor = 1e-6 if faulty else 1.0
 
     def loss(output: Tensor, target: Tensor) -> dict[str, Tensor]:
         prior = factor * (output.square().mean() + 0.1)
@@ -61,32 +61,32 @@ def loss_parts(sick: bool) -> Setup:
 
 
 @case("sum-reduction", "warning", "loss")
-def sum_reduction(sick: bool) -> Setup:
-    return regression(loss_fn=nn.MSELoss(reduction="sum" if sick else "mean"))
+def sum_reduction(faulty: bool) -> Setup:
+    return regression(loss_fn=nn.MSELoss(reduction="sum" if faulty else "mean"))
 
 
 @case("activated-twice", "error", "loss", where="cross_entropy", says="cannot fall below 0.551")
-def activated_twice(sick: bool) -> Setup:
-    end = nn.Softmax(1) if sick else nn.Identity()
+def activated_twice(faulty: bool) -> Setup:
+    end = nn.Softmax(1) if faulty else nn.Identity()
     return classification(model=nn.Sequential(mlp(4, 16, 3), end))
 
 
 @case("wrong-form", "error", "loss", where="input of nll_loss", says="not 1")
-def wrong_form(sick: bool) -> Setup:
-    end = nn.Identity() if sick else nn.LogSoftmax(1)
+def wrong_form(faulty: bool) -> Setup:
+    end = nn.Identity() if faulty else nn.LogSoftmax(1)
     return classification(model=nn.Sequential(mlp(4, 16, 3), end), loss_fn=nn.NLLLoss())
 
 
-@case("wrong-axis", "error", "forward", where="1 (LogSoftmax)", says="holds the 8 samples")
-def wrong_axis(sick: bool) -> Setup:
-    end = nn.LogSoftmax(0 if sick else 1)
+@case("wrong-axis", "error", "forward", where="1 (LogSoftmax)", says="is the batch of 8 samples")
+def wrong_axis(faulty: bool) -> Setup:
+    end = nn.LogSoftmax(0 if faulty else 1)
     return classification(model=nn.Sequential(mlp(4, 16, 3), end), loss_fn=nn.NLLLoss())
 
 
 @case("swapped-arguments", "error", "loss", where="kl_div", says="got probabilities as input")
-def swapped_arguments(sick: bool) -> Setup:
+def swapped_arguments(faulty: bool) -> Setup:
     def loss(output: Tensor, target: Tensor) -> Tensor:
-        pair = (target, output) if sick else (output, target)
+        pair = (target, output) if faulty else (output, target)
         return functional.kl_div(*pair, reduction="batchmean")
 
     batch = torch.randn(8, 4), torch.rand(8, 3).softmax(1)
@@ -95,9 +95,9 @@ def swapped_arguments(sick: bool) -> Setup:
 
 
 @case("unaligned-targets", "error", "loss", where="target of ctc_loss", says="4 labels for 3 time")
-def unaligned_targets(sick: bool) -> Setup:
+def unaligned_targets(faulty: bool) -> Setup:
     def loss(output: Tensor, target: Tensor) -> Tensor:
-        steps = (3 if sick else 6,) * 8
+        steps = (3 if faulty else 6,) * 8
         return functional.ctc_loss(output, target, steps, (4,) * 8, zero_infinity=True)
 
     batch = torch.randn(6, 8, 4), torch.arange(32).view(8, 4) % 4 + 1

@@ -7,10 +7,10 @@ from guardtest.kinds.setups import regression, with_sgd
 
 
 @case("diverges", "error", "real steps", says="finite before the steps")
-def diverges(sick: bool) -> Setup:
-    return with_sgd(regression(), lr=1e12 if sick else 0.01)
+def diverges(faulty: bool) -> Setup:
+    return with_sgd(regression(), lr=1e12 if faulty else 0.01)
 
 
 @case("does-not-fall", "warning", "real steps")
-def does_not_fall(sick: bool) -> Setup:
-    return with_sgd(regression(), lr=0.01, maximize=sick)
+def does_not_fall(faulty: bool) -> Setup:
+    return with_sgd(regression(), lr=0.01, maximize=faulty)

@@ -1,4 +1,4 @@
-"""Sound setups, which a case makes sick in one respect."""
+"""Sound setups, which a case makes faulty in one respect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a diagnosis goes where something is broken: one fault does not hide the next."""
+"""One fault does not hide the others: a diagnosis continues after errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastguard import diagnose
 from guardtest.sound import by_kind, sound_batch, sound_model
 
 
-def test_a_model_that_raises_is_still_told_all_else() -> None:
+def test_a_model_that_raises_still_gets_all_other_findings() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8, eps=0.0), nn.Linear(9, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     inputs, targets = sound_batch()
@@ -25,7 +25,7 @@ def test_a_model_that_raises_is_still_told_all_else() -> None:
     assert {"lr-vanished", "norm-eps", "nonfinite-data"} <= found.keys()
 
 
-def test_without_a_loss_the_way_back_begins_at_the_output() -> None:
+def test_without_a_loss_the_backward_pass_starts_at_the_output() -> None:
     class Half(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -43,7 +43,7 @@ def test_without_a_loss_the_way_back_begins_at_the_output() -> None:
     assert "contribute to the output" in found["no-gradient"].seen
 
 
-def test_a_loss_that_checks_shapes_itself_is_understood() -> None:
+def test_an_assertion_about_shapes_in_the_loss_is_reported_as_a_shape_mismatch() -> None:
     def strict_loss(output: Tensor, target: Tensor) -> Tensor:
         assert output.shape == target.shape, "shapes"
         return (output - target).square().mean()
@@ -52,12 +52,12 @@ def test_a_loss_that_checks_shapes_itself_is_understood() -> None:
     found = by_kind(diagnose(nn.Conv2d(3, 1, 1), batch, strict_loss))
     assert "[2, 1, 4, 4], its target [2, 1, 8, 8]" in found["shape-mismatch"].seen
     assert found["shape-mismatch"].value == 4
-    assert "loss-raises" not in found  # told once
+    assert "loss-raises" not in found  # reported once
 
 
 @pytest.mark.parametrize("shape", [(8, 3), (8, 3, 5), (8, 5, 3)])
-def test_class_numbers_fit_scores_by_class(shape) -> None:
-    """So an error of the loss is not put down to shapes."""
+def test_class_indices_do_not_mismatch_class_scores(shape) -> None:
+    """An error of the loss is then not reported as a shape mismatch."""
 
     def broken_loss(output: Tensor, target: Tensor) -> Tensor:
         raise KeyError("weights")
@@ -70,7 +70,7 @@ def test_class_numbers_fit_scores_by_class(shape) -> None:
 
 
 def test_a_check_that_fails_does_not_stop_the_others(monkeypatch) -> None:
-    """The batch of the second pass is another than that of the first."""
+    """The model works in the first pass only."""
     calls = []
 
     class Moody(nn.Module):
@@ -93,7 +93,7 @@ def test_a_check_that_fails_does_not_stop_the_others(monkeypatch) -> None:
     assert {"initialisation", "data", "backward"} <= {f.check for f in found if f.severity == "ok"}
 
 
-def test_activation_checkpoints_of_both_kinds() -> None:
+def test_both_kinds_of_activation_checkpoints_are_supported() -> None:
     class Checkpointed(nn.Module):
         def __init__(self, reentrant: bool) -> None:
             super().__init__()
@@ -111,7 +111,7 @@ def test_activation_checkpoints_of_both_kinds() -> None:
         assert gradient.eq(1).all()
 
 
-def test_a_bad_batch_does_not_hide_what_is_wrong_with_the_model() -> None:
+def test_a_bad_batch_does_not_hide_problems_of_the_model() -> None:
     class Unit(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x / x.norm(dim=1, keepdim=True)
@@ -120,20 +120,20 @@ def test_a_bad_batch_does_not_hide_what_is_wrong_with_the_model() -> None:
     inputs, targets = sound_batch()
     inputs[0] = 0.0
     inputs[1, 2] = math.nan
-    born = diagnose(model, (inputs, targets), nn.MSELoss()).of("nonfinite-activation")
-    assert [f.where for f in born] == ["1 (Unit)", "0 (Linear)"]
-    assert "the batch value batch[0] was non-finite before" in born[1].seen
+    found = diagnose(model, (inputs, targets), nn.MSELoss()).of("nonfinite-activation")
+    assert [f.where for f in found] == ["1 (Unit)", "0 (Linear)"]
+    assert "the batch value batch[0] was non-finite before" in found[1].seen
 
 
-def test_a_token_that_is_not_in_the_vocabulary() -> None:
+def test_a_token_outside_the_vocabulary_is_reported() -> None:
     model = nn.Sequential(nn.Embedding(10, 4), nn.Flatten(), nn.Linear(8, 1))
     batch = torch.tensor([[1, 2], [3, 11]]), torch.randn(2, 1)
     found = by_kind(diagnose(model, batch, nn.MSELoss()))
-    assert "from 1 to 11, allowed are 0 to 9" in found["index-out-of-range"].seen
+    assert "from 1 to 11; expected 0 to 9" in found["index-out-of-range"].seen
     assert found["index-out-of-range"].where == "inputs"
 
 
-def test_labels_of_further_batches_are_held_against_the_loss() -> None:
+def test_labels_of_further_batches_are_checked_against_the_loss() -> None:
     model = nn.Linear(4, 3)
     good = torch.randn(8, 4), torch.arange(8) % 3
     bad = torch.randn(8, 4), torch.arange(8) % 3 + 1
@@ -150,7 +150,7 @@ def test_labels_of_further_batches_are_held_against_the_loss() -> None:
         (nn.GroupNorm(4, 4), (1, 4)),
     ],
 )
-def test_a_norm_of_one_value_is_told_what_to_do(norm: nn.Module, shape: tuple[int, ...]) -> None:
+def test_a_norm_over_one_value_gets_a_remedy(norm: nn.Module, shape: tuple[int, ...]) -> None:
     model = nn.Sequential(norm, nn.Flatten(), nn.Linear(4, 1))
     found = by_kind(diagnose(model, (torch.randn(shape), torch.randn(shape[0], 1)), nn.MSELoss()))
     assert "more than 1" in found["forward-raises"].seen

@@ -1,4 +1,4 @@
-"""A replay leaves no trace: model, batch, gradients and generators are as before."""
+"""A replay restores model, batch, gradients and random number generators."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAN = math.nan
 
 
 class Restless(nn.Module):
-    """Everything that a forward pass may change."""
+    """Changes everything that a forward pass may change."""
 
     def __init__(self):
         super().__init__()
@@ -40,7 +40,7 @@ class Restless(nn.Module):
         return self.last.log()
 
 
-def test_nothing_is_changed_afterwards():
+def test_all_state_is_restored():
     model, x = Restless(), torch.randn(8, 4)
     model.linear.weight.grad = torch.full((4, 4), NAN)
     gradient, seen = model.linear.weight.grad, model.seen
@@ -58,7 +58,7 @@ def test_nothing_is_changed_afterwards():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_everything_is_put_back_when_the_model_raises():
+def test_all_state_is_restored_when_the_model_raises():
     def fail(x):
         torch.rand(3)
         raise RuntimeError("out of ideas")
@@ -72,8 +72,8 @@ def test_everything_is_put_back_when_the_model_raises():
     assert torch.equal(torch.get_rng_state(), generator)
 
 
-def test_a_replay_draws_the_random_numbers_of_the_bad_batch():
-    """Only a mask that drops all four units makes this batch bad: then their sum is 0."""
+def test_a_replay_with_rng_uses_the_random_numbers_of_the_bad_batch():
+    """This batch fails only if dropout drops all four units, so that their sum is 0."""
     model = nn.Sequential(nn.Dropout(0.5), Call(lambda x: x / x.sum(-1, keepdim=True)))
     batch = torch.ones(1, 4), None
 
@@ -91,7 +91,7 @@ def test_a_replay_draws_the_random_numbers_of_the_bad_batch():
     assert str(explain_nonfinite(model, batch, mean, rng=before)) == str(report)
 
 
-def test_the_graph_of_a_loss_in_the_making_stays_usable():
+def test_an_existing_graph_stays_usable():
     model = SegNet()
     x = torch.randn(2, 3, 8, 8)
     loss = model(x).mean()

@@ -1,4 +1,4 @@
-"""What a diagnosis does not mistake for a fault."""
+"""Deliberate and harmless setups are not reported as faults."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def masked(output: Tensor, target: Tensor) -> Tensor:
     ],
     ids=["squeezed", "all-pairs", "nearest", "expanded", "mask", "ignored", "soft-labels"],
 )
-def test_losses_that_mean_what_they_do(width, target, loss_fn) -> None:
+def test_deliberate_broadcasting_is_not_an_error(width, target, loss_fn) -> None:
     found = diagnose(nn.Linear(4, width), (torch.randn(8, 4), target()), loss_fn)
     assert found.errors == [], str(found)
 
 
-def test_an_attention_mask_of_minus_infinity_among_the_inputs() -> None:
+def test_an_attention_mask_among_the_inputs_is_not_an_error() -> None:
     class Attends(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -63,7 +63,7 @@ def test_an_attention_mask_of_minus_infinity_among_the_inputs() -> None:
     assert found.errors == [], str(found)
 
 
-def test_a_schedule_that_warms_up_from_zero_has_not_vanished() -> None:
+def test_a_warm_up_from_zero_is_only_a_warning() -> None:
     model = sound_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 10))
@@ -75,10 +75,10 @@ def test_a_schedule_that_warms_up_from_zero_has_not_vanished() -> None:
     assert severity() == "warning"
     sum(p.sum() for p in model.parameters()).backward()
     optimizer.step()
-    assert severity() == "error"  # it has begun, and is still 0
+    assert severity() == "error"  # still 0 after the first step
 
 
-def test_a_small_unused_head_is_no_error_and_a_large_one_is() -> None:
+def test_a_small_unused_head_is_a_warning_and_a_large_one_an_error() -> None:
     class Pooled(nn.Module):
         def __init__(self, width: int) -> None:
             super().__init__()
@@ -95,7 +95,7 @@ def test_a_small_unused_head_is_no_error_and_a_large_one_is() -> None:
     assert [severity(1), severity(1000)] == ["warning", "error"]
 
 
-def test_an_adapter_that_starts_from_zero_is_no_error() -> None:
+def test_an_adapter_initialised_to_zero_is_not_an_error() -> None:
     class Adapted(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -111,8 +111,8 @@ def test_an_adapter_that_starts_from_zero_is_no_error() -> None:
     assert found.errors == [], str(found)
 
 
-def test_a_guarded_optimizer_steps_as_it_would_with_its_clipping() -> None:
-    """Unclipped, this learning rate destroys the model."""
+def test_the_real_steps_of_a_guarded_optimizer_are_clipped() -> None:
+    """Without clipping, this learning rate destroys the model."""
 
     def found(max_norm: float | None) -> Diagnosis:
         torch.manual_seed(0)

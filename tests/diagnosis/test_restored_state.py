@@ -1,4 +1,4 @@
-"""A diagnosis leaves no trace, whatever it finds: everything is as before, bit for bit."""
+"""A diagnosis restores all state bit for bit, whatever it finds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from guardtest.training import same_bits
 
 
 class Rich(nn.Module):
-    """A model with everything that a forward pass may change."""
+    """Changes everything that a forward pass may change."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Rich(nn.Module):
 
 
 def everything(model: Rich, optimizer: torch.optim.Optimizer, batch: Any) -> dict[str, Any]:
-    """Values and identities."""
+    """The values and identities of all state."""
     state: dict[str, Any] = {f"model.{k}": v.clone() for k, v in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         state[f"{name} is"] = id(parameter)
@@ -94,7 +94,7 @@ def raising(output: Tensor, target: Tensor) -> Tensor:
     ],
     ids=["AdamW-tensor-lr", "SGD", "LBFGS"],
 )
-def test_nothing_is_changed(make, poison, loss_fn, used) -> None:
+def test_all_state_is_restored(make, poison, loss_fn, used) -> None:
     model = Rich()
     optimizer = make([p for p in model.parameters() if p.requires_grad])
     stepped = []
@@ -128,8 +128,8 @@ def test_nothing_is_changed(make, poison, loss_fn, used) -> None:
     assert bool(found.errors) == (poison is not None or loss_fn is raising)
 
 
-def test_a_guard_sees_nothing_of_it() -> None:
-    """Neither the counters and records of the optimizer, nor the counts of activations."""
+def test_guards_do_not_count_the_steps_of_a_diagnosis() -> None:
+    """Neither the counters and records of the optimizer nor the activation counts change."""
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
     optimizer = GuardedOptimizer(torch.optim.AdamW(model.parameters()), max_norm=1.0)
     guard = ActivationGuard(model, limit=1e-3)
@@ -144,7 +144,7 @@ def test_a_guard_sees_nothing_of_it() -> None:
     assert all(same_bits(before[k], v) for k, v in model.state_dict().items())
 
 
-def test_parameters_that_only_the_optimizer_knows_are_put_back() -> None:
+def test_parameters_held_only_by_the_optimizer_are_restored() -> None:
     model, latents = nn.Linear(4, 1), nn.Parameter(torch.randn(8, 4))
     optimizer = torch.optim.AdamW([*model.parameters(), latents])
     latents.grad = torch.ones(8, 4)
@@ -153,7 +153,7 @@ def test_parameters_that_only_the_optimizer_knows_are_put_back() -> None:
     assert same_bits(latents, before) and latents.grad is gradient
 
 
-def test_everything_is_put_back_after_an_interruption() -> None:
+def test_all_state_is_restored_after_an_interruption() -> None:
     model = nn.Linear(4, 1)
     before = model.weight.detach().clone()
     calls = []
