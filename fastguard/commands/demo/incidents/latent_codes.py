@@ -207,7 +207,7 @@ def _sentence(facts: Mapping[str, Any]) -> str:
         lost = [mean for mean in training + validation if mean is None or math.isnan(mean)]
         return f"the weights are NaN; {len(lost)} of {n} means are NaN"
     empty = [str(epoch) for epoch, mean in enumerate(training, start=1) if mean is None]
-    note = f"; epoch {', '.join(empty)} reported that no batch was valid" if empty else ""
+    note = f"; epoch {', '.join(empty)} had no valid batch" if empty else ""
     return f"trained all {EPOCHS} epochs, error {facts['error']:.4f}{note}"
 
 
