@@ -88,7 +88,8 @@ class ReportingOptimizer(OptimizerWrapper):
     def history(self) -> list[StepRecord]:
         """The last 4096 records of finished steps, oldest first; does not affect `records()`.
 
-        Includes steps that a load or a rollback has taken back. Never waits.
+        Includes steps that a load or a rollback has taken back. Never waits; other threads may read
+        it during a step.
         """
         self._recorder.poll()
         return list(self._recorder.history)

@@ -10,26 +10,23 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import compress
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
-from fastguard.errors import NAMED_CULPRITS, Culprit
 from fastguard.errors.plain_text import shown
 from fastguard.gradients.tensor_kinds import TRACED
 from fastguard.records.advice import LONGEST_SEARCH, Advice
-from fastguard.records.device_row import ROWS, Arrival, Outcome, Ring, Watched, unpack
+from fastguard.records.device_row import ROWS, Outcome, Ring
 from fastguard.records.incident_lines import IncidentLines
-from fastguard.records.step_record import REPLICA_DRIFT, StepRecord
+from fastguard.records.step_record import StepRecord
 from fastguard.records.subscription import Inbox
+from fastguard.records.unfinished import Pending, Settled, send_watched
 from fastguard.stages.contract import HostVerdict, Known
-from fastguard.stages.reason import Reason
 
 log: logging.Logger = logging.getLogger("fastguard")
 
@@ -40,175 +37,7 @@ INBOX = 1 << 16
 """Number of records kept for a subscriber that takes none: 36 MB, and more steps than most epochs
 have."""
 
-# By number, because creating a Reason costs as much as the rest of a record.
-_LABELS = tuple(reason.label for reason in Reason)
-
-
-def record_now(outcome: Outcome) -> StepRecord:
-    """Returns the record of a step decided on the host, where all values are available."""
-    return _Known.of(outcome).record()
-
-
-def _record(
-    known: Known,
-    signal_names: Sequence[str],
-    lr: float,
-    tag: Any,
-    culprits: Sequence[Culprit],
-    n_culprits: int,
-    ranks: tuple[int, int | None],
-    limit: float,
-    watch: dict[str, Any],
-) -> StepRecord:
-    differ = any(watch.get(REPLICA_DRIFT, {}).values())
-    nan, posinf, neginf = known.nonfinite_counts
-    return StepRecord(
-        step=known.step,
-        total_norm=known.total_norm,
-        clip_coef=known.clip_coef,
-        action=_action(known.clip_coef, known.skipped, known.cleaned),
-        reason=_LABELS[known.reason] or (REPLICA_DRIFT if differ else None),
-        nan=nan,
-        posinf=posinf,
-        neginf=neginf,
-        culprits=tuple(culprits[:NAMED_CULPRITS]),
-        n_culprits=n_culprits,
-        losses=dict(known.losses),
-        spikes=tuple(compress(signal_names, known.spikes)),
-        thresholds=dict(zip(signal_names, known.thresholds, strict=True)),
-        consecutive_skips=known.consecutive_skips,
-        lr=lr,
-        tag=tag,
-        culprit_ranks=ranks[0],
-        culprit_rank=ranks[1],
-        limit=limit,
-        watch=watch,
-    )
-
-
-def _action(coef: float, skipped: bool, cleaned: bool) -> str:
-    if skipped:
-        return "skipped"
-    if cleaned:
-        return "sanitized"
-    return "applied" if coef >= 1.0 else "clipped"  # also "clipped" if the coefficient is NaN
-
-
-class _Known(NamedTuple):
-    """The values for the record of a step decided on the host; holds no gradients."""
-
-    key: object
-    known: Known
-    signal_names: Sequence[str]
-    lr: float
-    tag: Any
-    culprits: Sequence[Culprit]
-    ranks: tuple[int, int | None]
-    limit: float
-    watched: tuple[Watched, Tensor] | None
-
-    arrival = Arrival(torch.empty(0, device="cpu"), None)  # already on the host
-
-    @staticmethod
-    def of(outcome: Outcome) -> _Known:
-        assert isinstance(outcome.verdict, HostVerdict)
-        known = outcome.verdict.known
-        return _Known(
-            outcome.key,
-            known,
-            outcome.signal_names,
-            float(outcome.lr),  # converted now, since a tensor may change
-            outcome.tag,
-            outcome.stats.culprits() if any(known.nonfinite_counts) else (),
-            outcome.signals.culprit_rank,
-            float(outcome.limit) if known.limit is None else known.limit,
-            None if outcome.watched is None else (outcome.watched, outcome.watched.values()),
-        )
-
-    def record(self) -> StepRecord:
-        """Returns the record."""
-        culprits = self.culprits
-        return _record(
-            self.known,
-            self.signal_names,
-            self.lr,
-            self.tag,
-            culprits,
-            len(culprits),
-            self.ranks,
-            self.limit,
-            _watch_results(self.watched, self.known),
-        )
-
-
-def _watch_results(watched: tuple[Watched, Tensor] | None, known: Known) -> dict[str, Any]:
-    """Returns `StepRecord.watch`; the values must have reached the host."""
-    return {} if watched is None else watched[0].results(watched[1].tolist(), known)
-
-
-def _send_watched(outcome: Outcome) -> tuple[Watched, Tensor] | None:
-    """Starts copying the values of a watched step to the host; returns them with their copy.
-
-    Call it before `Ring.send`, whose event then covers this copy too. torch caches the pinned
-    memory.
-    """
-    if outcome.watched is None:
-        return None
-    values = outcome.watched.values()
-    on_gpu = values.device.type == "cuda"
-    host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=on_gpu)
-    return outcome.watched, host.copy_(values, non_blocking=on_gpu)
-
-
-@dataclass(frozen=True, slots=True)
-class _Pending:
-    """A record in transfer to the host, with the values that only the host knows."""
-
-    key: object
-    arrival: Arrival
-    name_of: Callable[[int], str]
-    loss_names: Sequence[str]
-    signal_names: tuple[str, ...]
-    lr: float | None
-    tag: Any
-    is_joint: bool
-    limit: float | None
-    watched: tuple[Watched, Tensor] | None
-
-    @staticmethod
-    def of(outcome: Outcome, arrival: Arrival, watched: tuple[Watched, Tensor] | None) -> _Pending:
-        lr = None if outcome.lr_is_on_device else float(outcome.lr)
-        return _Pending(
-            outcome.key,
-            arrival,
-            outcome.stats.name,
-            outcome.signals.loss_names,
-            outcome.signal_names,
-            lr,
-            outcome.tag,
-            outcome.is_joint,
-            None if outcome.limit_is_on_device else float(outcome.limit),
-            watched,
-        )
-
-    def record(self) -> StepRecord:
-        """Returns the record. The row must have arrived."""
-        # The names of other ranks' losses may only be known now.
-        row = unpack(self.arrival.row, self.loss_names, self.is_joint, self.limit is None)
-        culprits = [(self.name_of(i), n, p, m) for i, n, p, m in row.culprits]
-        lr = row.lr if self.lr is None else self.lr
-        limit = row.limit if self.limit is None else self.limit
-        return _record(
-            row.known,
-            self.signal_names,
-            lr,
-            self.tag,
-            culprits,
-            row.n_culprits,
-            row.ranks,
-            limit,
-            _watch_results(self.watched, row.known),
-        )
+T = TypeVar("T")
 
 
 class Recorder:
@@ -217,6 +46,9 @@ class Recorder:
     An incident is logged as a warning of the `fastguard` logger, an overflow that only lowers a
     loss scale at level INFO; frequent repeats are only counted. Memory is bounded: `KEPT` finished
     records, `ROWS` in transfer or not yet made, and `INBOX` per live subscriber.
+
+    One thread takes the steps; others may read and fetch records meanwhile. One thread at a time
+    finishes records.
 
     Attributes:
         finished: Finished records that `drain` has not returned yet.
@@ -238,13 +70,15 @@ class Recorder:
         self.last: StepRecord | None = None
         self._ring: Ring | None = None
         self._newest: object = None
-        self._pending: deque[_Pending | _Known] = deque()
+        self._pending: deque[Pending | Settled] = deque()
         self._made: tuple[object, StepRecord] | None = None
         self._called: tuple[StepRecord | None, int, int] = (None, 0, 0)
         self.sinks: list[Callable[[StepRecord], object]] = []
         self._failed_sinks: set[int] = set()
         self._inboxes: list[weakref.ref[Inbox]] = []
         self.undelivered: list[StepRecord] = []
+        # Reentrant: a sink may ask for records, and a thread that was interrupted may go on.
+        self._finishing = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
         # Sinks and subscribers belong to the run, not to a copy of its optimizer.
@@ -272,7 +106,7 @@ class Recorder:
 
     def _add_known(self, outcome: Outcome, known: Known) -> None:
         if not self._has(outcome.key):
-            self._pending.append(_Known.of(outcome))
+            self._pending.append(Settled.of(outcome))
             self._newest = outcome.key
         is_joint = outcome.signals.bad_ranks is not None
         if is_joint or known.reason or self.sinks or self._inboxes:
@@ -287,27 +121,44 @@ class Recorder:
         device, ring = outcome.stats.summary.device, self._ring
         if ring is None or ring.width < outcome.width or ring.device != device:
             ring = self._ring = Ring(device, outcome.width)
-        if len(self._pending) >= ROWS:
-            self._pending[0].arrival.wait()
+        if len(self._pending) >= ROWS and (oldest := self._oldest()) is not None:
+            oldest.arrival.wait()
         self.poll()
-        watched = _send_watched(outcome)
-        self._pending.append(_Pending.of(outcome, ring.send(outcome), watched))
+        watched = send_watched(outcome)
+        self._pending.append(Pending.of(outcome, ring.send(outcome), watched))
         self._newest = outcome.key
 
     def _has(self, key: object) -> bool:
         """Whether this step is the newest one added."""
-        return key is self._newest or (bool(self._pending) and self._pending[-1].key is key)
+        if key is self._newest:
+            return True
+        newest = _newest(self._pending)
+        return newest is not None and newest.key is key
+
+    def _oldest(self) -> Pending | Settled | None:
+        """Returns the oldest unfinished record; None if another thread has finished it."""
+        try:
+            return self._pending[0]
+        except IndexError:
+            return None
 
     def poll(self) -> None:
-        """Finishes the records that have arrived. Never blocks."""
-        while self._pending and self._pending[0].arrival.has_arrived():
-            self._finish_oldest()
+        """Finishes the records that have arrived, unless another thread does. Never blocks."""
+        if not self._finishing.acquire(blocking=False):
+            return
+        try:
+            while (oldest := self._oldest()) is not None and oldest.arrival.has_arrived():
+                self._finish_oldest(oldest)
+        finally:
+            self._finishing.release()
 
     def wait(self) -> StepRecord | None:
         """Waits for the records of all steps so far and returns the last one."""
-        while self._pending:
-            self._pending[0].arrival.wait()
-            self._finish_oldest()
+        while (oldest := self._oldest()) is not None:
+            oldest.arrival.wait()
+            with self._finishing:
+                if self._oldest() is oldest:
+                    self._finish_oldest(oldest)
         return self.last
 
     def forget_last(self) -> None:
@@ -346,22 +197,24 @@ class Recorder:
     def drain(self) -> list[StepRecord]:
         """Returns the finished records since the last call, oldest first. Never blocks."""
         self.poll()
-        records = list(self.finished)
-        self.finished.clear()
-        return records
+        records: list[StepRecord] = []
+        try:
+            while True:  # `list` and `clear` would lose what another thread adds in between
+                records.append(self.finished.popleft())
+        except IndexError:
+            return records
 
-    def _finish_oldest(self) -> None:
+    def _finish_oldest(self, oldest: Pending | Settled) -> None:
         """Delivers the oldest record, then removes it from the queue.
 
         If an interrupt stops it, the next call repeats it; each recipient still gets the record
         only once.
         """
-        item = self._pending[0]
         made = self._made
-        if made is None or made[0] is not item:
-            made = self._made = item, item.record()
+        if made is None or made[0] is not oldest:
+            made = self._made = oldest, oldest.record()
         self._finish(made[1])
-        if self._pending and self._pending[0] is item:  # else a sink has called `wait` meanwhile
+        if self._oldest() is oldest:  # else a sink has called `wait` meanwhile
             self._pending.popleft()
 
     def _finish(self, record: StepRecord) -> None:
@@ -369,11 +222,10 @@ class Recorder:
             self._lines.add(record)
             self._advice.check(record, self.max_norm, self.longest_search)
             self.last = record
-        if not self.finished or self.finished[-1] is not record:
-            self.finished.append(record)
-        if not self.history or self.history[-1] is not record:
-            self.history.append(record)
-        if self._inboxes and (not self.undelivered or self.undelivered[-1] is not record):
+        for records in (self.finished, self.history):
+            if _newest(records) is not record:
+                records.append(record)
+        if self._inboxes and _newest(self.undelivered) is not record:
             self.undelivered.append(record)
         if self.sinks:
             self._call_sinks(record)
@@ -408,3 +260,11 @@ class Recorder:
                 shown(error, 200),
                 exc_info=error,
             )
+
+
+def _newest(records: Sequence[T]) -> T | None:
+    """Returns the last item; None if there is none, perhaps because another thread took it."""
+    try:
+        return records[-1]
+    except IndexError:
+        return None

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from fastguard import SpikeRule, Threshold
 from fastguard.ranks.loss_names import OTHERS, OWN, PLACES, LossNames
 from fastguard.records.device_row import Outcome
-from fastguard.records.recorder import Recorder, record_now
+from fastguard.records.recorder import Recorder
+from fastguard.records.unfinished import Settled
 from fastguard.stages import reference
 from fastguard.stages.contract import GuardState, Policy, Signals
 from fastguard.stages.cpu import decide
@@ -66,7 +67,7 @@ def test_the_same_decisions_and_records(mode: str) -> None:
         recorder.send(Outcome(stats, signals, on_device, there, policy.signals, 0.1))
         read = _read_on_host(signals)
         on_host = decide.decide(stats, read, here, policy)
-        expected = record_now(Outcome(stats, read, on_host, here, policy.signals, 0.1))
+        expected = Settled.of(Outcome(stats, read, on_host, here, policy.signals, 0.1)).record()
         assert repr(recorder.wait()) == repr(expected)
         assert set(expected.losses) == set(losses)
     assert (here.rings == there.rings).all() and (here.windows == there.windows).all()

@@ -10,7 +10,8 @@ import torch
 
 from fastguard import GuardedOptimizer, SpikeRule, StepRecord, Threshold
 from fastguard.records.device_row import ROWS, Outcome
-from fastguard.records.recorder import KEPT, Recorder, record_now
+from fastguard.records.recorder import KEPT, Recorder
+from fastguard.records.unfinished import Settled
 from fastguard.stages.contract import GuardState, Policy, Signals
 from fastguard.stages.decide import decide
 from fastguard.stages.grad_stats import GradStats
@@ -278,7 +279,7 @@ def test_a_record_by_way_of_the_ring_is_that_of_a_cpu(n_tensors, mode, bad, lr):
     recorder = Recorder()
     for outcome in outcomes(counts, mode, lr=lr, tag="tag"):
         recorder.send(outcome)
-        assert repr(recorder.wait()) == repr(record_now(outcome))
+        assert repr(recorder.wait()) == repr(Settled.of(outcome).record())
 
 
 def test_the_ring_turns_without_losing_a_record():

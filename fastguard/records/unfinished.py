@@ -1,0 +1,182 @@
+"""Records in the making: the values of a step, until they are on the host and a record is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import compress
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastguard.errors import NAMED_CULPRITS, Culprit
+from fastguard.records.device_row import Arrival, Outcome, Watched, unpack
+from fastguard.records.step_record import REPLICA_DRIFT, StepRecord
+from fastguard.stages.contract import HostVerdict, Known
+from fastguard.stages.reason import Reason
+
+# By number, because creating a Reason costs as much as the rest of a record.
+_LABELS = tuple(reason.label for reason in Reason)
+
+
+def _record(
+    known: Known,
+    signal_names: Sequence[str],
+    lr: float,
+    tag: Any,
+    culprits: Sequence[Culprit],
+    n_culprits: int,
+    ranks: tuple[int, int | None],
+    limit: float,
+    watch: dict[str, Any],
+) -> StepRecord:
+    differ = any(watch.get(REPLICA_DRIFT, {}).values())
+    nan, posinf, neginf = known.nonfinite_counts
+    return StepRecord(
+        step=known.step,
+        total_norm=known.total_norm,
+        clip_coef=known.clip_coef,
+        action=_action(known.clip_coef, known.skipped, known.cleaned),
+        reason=_LABELS[known.reason] or (REPLICA_DRIFT if differ else None),
+        nan=nan,
+        posinf=posinf,
+        neginf=neginf,
+        culprits=tuple(culprits[:NAMED_CULPRITS]),
+        n_culprits=n_culprits,
+        losses=dict(known.losses),
+        spikes=tuple(compress(signal_names, known.spikes)),
+        thresholds=dict(zip(signal_names, known.thresholds, strict=True)),
+        consecutive_skips=known.consecutive_skips,
+        lr=lr,
+        tag=tag,
+        culprit_ranks=ranks[0],
+        culprit_rank=ranks[1],
+        limit=limit,
+        watch=watch,
+    )
+
+
+def _action(coef: float, skipped: bool, cleaned: bool) -> str:
+    if skipped:
+        return "skipped"
+    if cleaned:
+        return "sanitized"
+    return "applied" if coef >= 1.0 else "clipped"  # also "clipped" if the coefficient is NaN
+
+
+class Settled(NamedTuple):
+    """The values for the record of a step decided on the host; holds no gradients."""
+
+    key: object
+    known: Known
+    signal_names: Sequence[str]
+    lr: float
+    tag: Any
+    culprits: Sequence[Culprit]
+    ranks: tuple[int, int | None]
+    limit: float
+    watched: tuple[Watched, Tensor] | None
+
+    arrival = Arrival(torch.empty(0, device="cpu"), None)  # already on the host
+
+    @staticmethod
+    def of(outcome: Outcome) -> Settled:
+        assert isinstance(outcome.verdict, HostVerdict)
+        known = outcome.verdict.known
+        return Settled(
+            outcome.key,
+            known,
+            outcome.signal_names,
+            float(outcome.lr),  # converted now, since a tensor may change
+            outcome.tag,
+            outcome.stats.culprits() if any(known.nonfinite_counts) else (),
+            outcome.signals.culprit_rank,
+            float(outcome.limit) if known.limit is None else known.limit,
+            None if outcome.watched is None else (outcome.watched, outcome.watched.values()),
+        )
+
+    def record(self) -> StepRecord:
+        """Returns the record."""
+        culprits = self.culprits
+        return _record(
+            self.known,
+            self.signal_names,
+            self.lr,
+            self.tag,
+            culprits,
+            len(culprits),
+            self.ranks,
+            self.limit,
+            _watch_results(self.watched, self.known),
+        )
+
+
+def _watch_results(watched: tuple[Watched, Tensor] | None, known: Known) -> dict[str, Any]:
+    """Returns `StepRecord.watch`; the values must have reached the host."""
+    return {} if watched is None else watched[0].results(watched[1].tolist(), known)
+
+
+def send_watched(outcome: Outcome) -> tuple[Watched, Tensor] | None:
+    """Starts copying the values of a watched step to the host; returns them with their copy.
+
+    Call it before `Ring.send`, whose event then covers this copy too. torch caches the pinned
+    memory.
+    """
+    if outcome.watched is None:
+        return None
+    values = outcome.watched.values()
+    on_gpu = values.device.type == "cuda"
+    host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=on_gpu)
+    return outcome.watched, host.copy_(values, non_blocking=on_gpu)
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A record in transfer to the host, with the values that only the host knows."""
+
+    key: object
+    arrival: Arrival
+    name_of: Callable[[int], str]
+    loss_names: Sequence[str]
+    signal_names: tuple[str, ...]
+    lr: float | None
+    tag: Any
+    is_joint: bool
+    limit: float | None
+    watched: tuple[Watched, Tensor] | None
+
+    @staticmethod
+    def of(outcome: Outcome, arrival: Arrival, watched: tuple[Watched, Tensor] | None) -> Pending:
+        lr = None if outcome.lr_is_on_device else float(outcome.lr)
+        return Pending(
+            outcome.key,
+            arrival,
+            outcome.stats.name,
+            outcome.signals.loss_names,
+            outcome.signal_names,
+            lr,
+            outcome.tag,
+            outcome.is_joint,
+            None if outcome.limit_is_on_device else float(outcome.limit),
+            watched,
+        )
+
+    def record(self) -> StepRecord:
+        """Returns the record. The row must have arrived."""
+        # The names of other ranks' losses may only be known now.
+        row = unpack(self.arrival.row, self.loss_names, self.is_joint, self.limit is None)
+        culprits = [(self.name_of(i), n, p, m) for i, n, p, m in row.culprits]
+        lr = row.lr if self.lr is None else self.lr
+        limit = row.limit if self.limit is None else self.limit
+        return _record(
+            row.known,
+            self.signal_names,
+            lr,
+            self.tag,
+            culprits,
+            row.n_culprits,
+            row.ranks,
+            limit,
+            _watch_results(self.watched, row.known),
+        )
