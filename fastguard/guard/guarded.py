@@ -396,6 +396,8 @@ class GuardedOptimizer(SavableOptimizer):
             )
             fixed = policy.joint_limit
             self._recorder.max_norm = math.inf if isinstance(fixed, Tensor) else fixed
+            if isinstance(self._stepper, WholeStep):
+                self._recorder.max_norm = None
             if hasattr(self, "_policy"):  # False in the constructor
                 guard_state.fit(self._state, self._policy, policy, self._device)
             layout = self._gradients.layout

@@ -44,18 +44,20 @@ class Advice:
         self._searches = 0
 
     def check(
-        self, record: StepRecord, max_norm: float, longest_search: int = LONGEST_SEARCH
+        self, record: StepRecord, max_norm: float | None, longest_search: int = LONGEST_SEARCH
     ) -> None:
         """Processes one record.
 
         Args:
             record: The next record.
-            max_norm: The limit of the whole model's norm; inf: no limit.
+            max_norm: The limit of the whole model's norm; inf: no limit; None: the guard cannot
+                clip.
             longest_search: Steps in a row that may be skipped to lower a loss scale.
         """
         if record.reason is None:
             self._searches = 0
-            self._clipped_before.check(record.total_norm, max_norm)
+            if max_norm is not None:
+                self._clipped_before.check(record.total_norm, max_norm)
         elif record.is_incident:
             self._searches = 0
         else:

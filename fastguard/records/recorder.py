@@ -53,7 +53,8 @@ class Recorder:
     Attributes:
         finished: Finished records that `drain` has not returned yet.
         history: The last finished records, including those that `drain` has returned.
-        max_norm: Current limit of the whole model's norm; inf: no limit.
+        max_norm: Current limit of the whole model's norm; inf: no limit; None: the guard cannot
+            clip, so that gradients may be clipped before they reach it.
         longest_search: Steps in a row that a loss scaler may skip to find its scale.
         last: The last finished record; None: there is none.
         sinks: Called with each finished record.
@@ -63,7 +64,7 @@ class Recorder:
     def __init__(self) -> None:
         self.finished: deque[StepRecord] = deque(maxlen=KEPT)
         self.history: deque[StepRecord] = deque(maxlen=KEPT)
-        self.max_norm: float = math.inf
+        self.max_norm: float | None = math.inf
         self.longest_search = LONGEST_SEARCH
         self._advice = Advice()
         self._lines = IncidentLines()

@@ -1,4 +1,4 @@
-"""Records in the making: the values of a step, until they are on the host and a record is needed."""
+"""Records in the making: the values of a step, until they reach the host and a record is needed."""
 
 from __future__ import annotations
 

@@ -92,6 +92,28 @@ def test_a_loop_that_leaves_clipping_to_the_guard_is_told_nothing(limit, batches
     assert told(log) == []
 
 
+@pytest.mark.parametrize("limit", [None, 5.0])
+def test_an_optimizer_that_the_guard_cannot_clip_is_told_nothing(limit, log):
+    """LBFGS: a warning of the guard says to clip in the closure."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 2)
+    inner = torch.optim.LBFGS(model.parameters(), lr=1e-4, max_iter=1)
+    opt = GuardedOptimizer(inner, max_norm=limit)
+
+    def closure():
+        opt.zero_grad()
+        loss = (20.0 * model(x).square()).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        return loss
+
+    for _ in range(CONSTANT + AT_LIMIT):
+        x = torch.randn(8, 4)
+        opt.step(closure)
+    norms = [record.total_norm for record in opt.records()]
+    assert max(norms) - min(norms) < 1e-5 and told(log) == []
+
+
 def test_a_constant_gradient_is_told_nothing(log):
     """A toy, whose norm is the same to the last bit."""
     p = nn.Parameter(torch.zeros(2))
