@@ -57,6 +57,13 @@ class FlatParameters:
         """Whether the gradients are on a CPU, where reading the verdict costs nothing."""
         return all(b.flat.device.type == "cpu" for b in self._flat.buffers)
 
+    @torch.no_grad()
+    def release(self) -> None:
+        """Gives every parameter its own memory; the next step moves all into blocks again."""
+        self._buffers = None
+        for p in self._flat.parameters:
+            p.data = p.data.clone()
+
     @contextmanager
     def runs_in_place_of_parameters(self) -> Iterator[None]:
         """Context in which the `step` of the optimizer works on runs; its hooks see parameters."""

@@ -42,6 +42,10 @@ class FlatStep(OnDevice):
         super().conclude(taken)
         self._flat.show_parameters()
 
+    def release(self) -> None:
+        """Gives every parameter its own memory until the next step."""
+        self._flat.release()
+
     @property
     def waits(self) -> bool:
         """Whether every step reads the verdict first."""

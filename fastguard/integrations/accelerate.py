@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastguard.functional.clip import get_total_norm
+from fastguard.guard.flat_step import FlatStep
 from fastguard.guard.guarded import GuardedOptimizer
 from fastguard.guard.model_buffers import ModelBuffers
 from fastguard.integrations.replaced import ReplacedMethods
@@ -41,7 +42,14 @@ with needs("huggingface"):
     from accelerate.optimizer import AcceleratedOptimizer
 
 ENGINES = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
-METHODS = ("prepare_optimizer", "clip_grad_norm_", "backward", "end_training")
+METHODS = (
+    "prepare_optimizer",
+    "clip_grad_norm_",
+    "backward",
+    "end_training",
+    "get_state_dict",
+    "load_state",
+)
 
 
 class GuardedAcceleratedOptimizer(AcceleratedOptimizer):
@@ -78,8 +86,7 @@ class GuardedAcceleratedOptimizer(AcceleratedOptimizer):
 
 
 class AcceleratorGuard:
-    """Replaces `prepare_optimizer`, `clip_grad_norm_`, `backward` and `end_training` of an
-    accelerator.
+    """Replaces the `METHODS` of an accelerator.
 
     Args:
         accelerator: The accelerator, before its `prepare` is called.
@@ -212,10 +219,49 @@ class AcceleratorGuard:
         """Returns the tag of the next step: the batches that contribute to it."""
         return self.span.tag(optimizer.steps_taken + 1)
 
+    def get_state_dict(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Like Accelerate's method; flat parameters are copied.
+
+        When Accelerate saves in the safetensors format, it drops tensors that share memory.
+        """
+        state_dict = self._accelerates.own("get_state_dict")(model, *args, **kwargs)
+        if self._flat_steps() and isinstance(state_dict, dict):
+            give_own_memory(state_dict)
+        return state_dict
+
+    def load_state(self, *args: Any, **kwargs: Any) -> None:
+        """Like Accelerate's method; safetensors cannot load into parameters that share memory."""
+        for stepper in self._flat_steps():
+            stepper.release()
+        self._accelerates.own("load_state")(*args, **kwargs)
+
+    def _flat_steps(self) -> list[FlatStep]:
+        steppers = (prepared.optimizer._stepper for prepared in self.prepared)
+        return [stepper for stepper in steppers if isinstance(stepper, FlatStep)]
+
     def end_training(self) -> None:
         """Like Accelerate's method; also writes the last records."""
         self.records.end()
         self._replaced.original("end_training")()
+
+
+def give_own_memory(state_dict: dict[str, Any]) -> None:
+    """Replaces tensors that are a part of a larger memory by copies; tied tensors remain tied.
+
+    Example:
+        >>> import torch
+        >>> a, b = torch.arange(4.0).split(2)
+        >>> give_own_memory(tensors := {"a": a, "tied": a, "b": b})
+        >>> tensors["b"].untyped_storage().nbytes(), tensors["a"] is tensors["tied"]
+        (8, True)
+    """
+    copies: dict[tuple[Any, ...], Tensor] = {}
+    for name, value in state_dict.items():
+        if isinstance(value, Tensor) and value.untyped_storage().nbytes() != value.nbytes:
+            key = value.data_ptr(), value.dtype, value.shape, value.stride()
+            if key not in copies:
+                copies[key] = value.clone()
+            state_dict[name] = copies[key]
 
 
 class _Passes:

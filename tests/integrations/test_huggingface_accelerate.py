@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from fastguard import GuardedOptimizer
@@ -135,6 +136,29 @@ def test_save_state_and_load_state_carry_the_guard(tmp_path):
     resumed.train(data[3:])
     assert_same_bits(resumed.final_state(), whole.final_state())
     assert resumed.optimizer.optimizer.skipped_steps == len(BAD)
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+@pytest.mark.parametrize("flat", [True, "trusted"])
+def test_flat_parameters_are_saved_and_loaded(tmp_path, flat, safe):
+    """Accelerate drops tensors that share memory when it writes safetensors."""
+    options = {"flat_parameters": flat, "nonfinite": "skip"}
+    data = batches(poisoned=BAD)
+    whole = Run(options=options).train(data[:3])
+    whole.accelerator.save_state(str(tmp_path / "state"), safe_serialization=safe)
+    whole.accelerator.save_model(whole.model, str(tmp_path / "model"), safe_serialization=safe)
+    saved = {name: value.clone() for name, value in whole.model.state_dict().items()}
+    (file,) = [*(tmp_path / "model").iterdir()]
+    loaded = load_file(file) if safe else torch.load(file)
+    assert_same_bits({name: loaded[name] for name in saved}, saved)
+    whole.train(data[3:])
+    resumed = Run(options=options).train(data[:1])
+    resumed.accelerator.load_state(str(tmp_path / "state"))
+    assert_same_bits(dict(resumed.model.state_dict()), saved)
+    resumed.train(data[3:])
+    assert_same_bits(resumed.final_state(), whole.final_state())
+    memory = {p.untyped_storage().data_ptr() for p in resumed.model.parameters()}
+    assert len(memory) == 1
 
 
 def test_running_statistics_that_were_loaded_are_those_to_go_back_to(tmp_path):
