@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
 from fastguard.errors import MOST_OF_A_NAME
-from fastguard.errors.plain_text import printable
+from fastguard.errors.plain_text import printable, shown
 from fastguard.gradients.layout_guards import FEWEST, Form, Group, known_form, new_form
 from fastguard.gradients.tensor_kinds import PLAIN, PLAIN_TYPES, Kind, kind_of, watched, wraps
 from fastguard.ranks.dtensors import local_parts
@@ -200,7 +200,7 @@ def _no_parameter(items: list, named: bool) -> TypeError:
     wrong = next(item for item in items if not _is_parameter(item, named))
     return TypeError(
         "parameters must be tensors or (name, tensor) pairs, but one is a "
-        f"{type(wrong).__name__}: {wrong!r}; pass model.parameters() or model.named_parameters()"
+        f"{type(wrong).__name__}: {shown(wrong)}; pass model.parameters() or model.named_parameters()"
     )
 
 
@@ -299,7 +299,7 @@ def _looked_at(
     except AttributeError:
         wrong = next(g for g in grads if not isinstance(g, Tensor))
         raise TypeError(
-            f"gradients must be tensors, but one is a {type(wrong).__name__}: {wrong!r}"
+            f"gradients must be tensors, but one is a {type(wrong).__name__}: {shown(wrong)}"
         ) from None
     if layouts != {torch.strided}:
         _refuse_sparse(grads, ids, names)

@@ -133,7 +133,9 @@ def named_parameters_of(param_group: dict[str, Any]) -> list[tuple[str | None, T
     for item in given:
         name, p = item if isinstance(item, tuple) and len(item) == 2 else (None, item)
         if not isinstance(p, Tensor):
-            raise TypeError(f"the param group holds {p!r}, a {type(p).__name__}; pass parameters")
+            raise TypeError(
+                f"the param group holds {shown(p)}, a {type(p).__name__}; pass parameters"
+            )
         named.append((name, p))
     return named
 

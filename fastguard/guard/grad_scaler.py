@@ -117,7 +117,7 @@ def lower_scales_stay(objects: Iterable[Any]) -> Iterator[None]:
     """Context in which objects may load an older state without raising a loss scale. Never waits.
 
     Args:
-        objects: Scalers, or objects with a scaler as attribute; others are ignored.
+        objects: Scalers, or objects with a scaler as attribute; others are ignored, as is None.
     """
     before = [
         (scaler, scaler._init_scale if scaler._scale is None else scaler._scale.clone())

@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -375,6 +376,7 @@ class GuardedOptimizer(SavableOptimizer):
             self._missing_losses = self._missing_losses.after(losses)
         if scaling.scaler is not None:
             self._recorder.longest_search = longest_search(scaling.scaler)
+            self._scaler = ref(scaling.scaler)
         return scaling.signals(stacked(losses, self._device), tuple(losses))
 
     def _current_policy(self) -> Policy:

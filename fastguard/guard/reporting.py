@@ -9,8 +9,10 @@ import copy
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import ref
 
 import torch
+from torch.amp.grad_scaler import GradScaler
 from torch.distributed import ProcessGroup
 from torch.nn.parameter import is_lazy
 
@@ -59,6 +61,7 @@ class ReportingOptimizer(OptimizerWrapper):
     _stepper: Stepper
     _observed: ObservedLosses
     _flight: StepInFlight | None = None
+    _scaler: ref[GradScaler] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ReportingOptimizer:
         """Copies everything except process groups, which cannot be copied and are shared."""
@@ -147,6 +150,11 @@ class ReportingOptimizer(OptimizerWrapper):
     def settle(self) -> None:
         """Waits for all steps so far, so that every inbox has their records."""
         self._recorder.deliver()
+
+    @property
+    def scaler_in_use(self) -> GradScaler | None:
+        """The scaler that took the last step with loss scaling; None: there is none."""
+        return None if self._scaler is None else self._scaler()
 
     @property
     def process_group(self) -> ProcessGroup | None:

@@ -142,7 +142,15 @@ class OptimizerWrapper(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # As in torch, copies have no hooks. They also omit the `step` that a scheduler sets on the
         # instance: it is bound to this optimizer, so a copy would step the original.
-        transient = ("step", "_opt_called", "grad_scale", "found_inf", "rank_watch", "_flight")
+        transient = (
+            "step",
+            "_opt_called",
+            "grad_scale",
+            "found_inf",
+            "rank_watch",
+            "_flight",
+            "_scaler",
+        )
         return {
             name: value
             for name, value in self.__dict__.items()

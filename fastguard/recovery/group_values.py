@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastguard.errors.checked_numbers import TEXT, number_of
+from fastguard.errors.plain_text import shown
 
 Group = dict[str, Any]
 
@@ -133,11 +134,11 @@ def one_each(name: str, value: float | Sequence[float], before: int, n: int) -> 
     """
     entries = list(value) if isinstance(value, Sequence) else [value]
     if isinstance(value, TEXT):
-        raise TypeError(f"{name}={value!r} must be a number >= 0, or one for each param group")
+        raise TypeError(f"{name}={shown(value)} must be a number >= 0, or one for each param group")
     numbers = [number_of(name, v, "use a number >= 0, one for each param group") for v in entries]
     if isinstance(value, Sequence) and ((before == 0 and len(entries) != n) or not entries):
         raise ValueError(
-            f"{name}={value!r} has {len(entries)} entries for {n} param groups; give one per group "
+            f"{name}={shown(value)} has {len(entries)} entries for {n} param groups; give one per group "
             "(groups added later use the last one), or one number for all"
         )
     return [numbers[min(i, len(numbers) - 1)] for i in range(before, n)]

@@ -284,7 +284,8 @@ class Rollback:
                 self._incidents.culprits,
             )
         try:
-            with _same_tensors(self.optimizer), lower_scales_stay(self.objects.values()):
+            scaled = [*self.objects.values(), self.optimizer.scaler_in_use]
+            with _same_tensors(self.optimizer), lower_scales_stay(scaled):
                 taken = self._storage.restore(self.objects)
         except NothingToRestore as error:
             raise TrainingDivergedError(

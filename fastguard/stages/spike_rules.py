@@ -138,12 +138,14 @@ def rules_by_signal(spike: Rule | Mapping[str, Rule] | None) -> dict[str, Rule]:
         )
     if not isinstance(spike, Mapping):
         raise TypeError(
-            f"spike={spike!r} must be a SpikeRule, a Threshold, or a dict of them by signal "
+            f"spike={shown(spike)} must be a SpikeRule, a Threshold, or a dict of them by signal "
             f"('{GRAD_NORM}' or the name of a loss)"
         )
     for signal, rule in spike.items():
         if not isinstance(signal, str) or not isinstance(rule, SpikeRule | Threshold):
-            raise TypeError(f"spike[{signal!r}]={rule!r} must be a SpikeRule or a Threshold")
+            raise TypeError(
+                f"spike[{shown(signal)}]={shown(rule)} must be a SpikeRule or a Threshold"
+            )
         if rule.action == "clip" and signal != GRAD_NORM:
             raise ValueError(
                 f"spike[{signal!r}] has action='clip', but only '{GRAD_NORM}' can be clipped; "

@@ -179,3 +179,25 @@ def test_complex_gradients_are_refused_by_name_before_any_change(call):
     with pytest.raises(TypeError, match=r"gradient of b is complex.*use"):
         call(list(named))
     assert real.tolist() == [30.0]
+
+
+LARGE = [nn.Parameter(torch.ones(30, 30)), nn.Parameter(torch.ones(30))]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda opt: fastguard.clip_grad_norm_([LARGE], 1.0),
+        lambda opt: fastguard.get_total_norm([torch.ones(3), LARGE]),
+        lambda opt: fastguard.GuardedOptimizer(opt.optimizer, spike=LARGE),
+        lambda opt: fastguard.GuardedOptimizer(opt.optimizer, spike={"loss": LARGE}),
+        lambda opt: opt.add_param_group({"params": [LARGE]}),
+        lambda opt: fastguard.GuardedLR(opt, floor=[0.1] * 1000),
+    ],
+    ids=["clip", "total_norm", "spike", "spike dict", "add_param_group", "floor"],
+)
+def test_a_large_wrong_value_is_shortened_to_one_line(call):
+    opt = fastguard.GuardedOptimizer(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1))
+    with pytest.raises((TypeError, ValueError)) as raised:
+        call(opt)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 300

@@ -1,5 +1,6 @@
 """An overflow that only lowers a loss scale is not an incident: the scaler handles it."""
 
+import copy
 import logging
 import math
 
@@ -220,6 +221,30 @@ def test_a_rollback_does_not_restore_a_larger_scale(stored, tmp_path):
     assert run.scaler.get_scale() == FITS
     run.step()
     assert run.opt.applied_steps == 1
+
+
+class Trainer:
+    """Keeps its scaler out of sight, in a list two attributes deep."""
+
+    def __init__(self, scaler):
+        self.precision = type("Precision", (), {})()
+        self.precision.scalers = [scaler]
+
+    def state_dict(self):
+        return self.precision.scalers[0].state_dict()
+
+    def load_state_dict(self, state_dict):
+        self.precision.scalers[0].load_state_dict(state_dict)
+
+
+def test_a_rollback_does_not_restore_a_larger_scale_wherever_the_scaler_is_kept():
+    run = Run(scaler())
+    rollback = Rollback(run.opt, {"trainer": Trainer(run.scaler)}, after_skips=None)
+    run.steps(9)
+    rollback.trigger()
+    assert run.scaler.get_scale() == FITS
+    twin = copy.deepcopy(run.opt)
+    assert run.opt.scaler_in_use is run.scaler and twin.scaler_in_use is None
 
 
 def test_a_rollback_restores_a_smaller_scale():
