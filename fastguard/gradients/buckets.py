@@ -199,8 +199,8 @@ def gradients_of(
 def _no_parameter(items: list, named: bool) -> TypeError:
     wrong = next(item for item in items if not _is_parameter(item, named))
     return TypeError(
-        "parameters must be tensors or (name, tensor) pairs, but one is a "
-        f"{type(wrong).__name__}: {shown(wrong)}; pass model.parameters() or model.named_parameters()"
+        f"parameters must be tensors or (name, tensor) pairs, but one is a {type(wrong).__name__}: "
+        f"{shown(wrong)}; pass model.parameters() or model.named_parameters()"
     )
 
 

@@ -171,7 +171,7 @@ class ClosureNeeded(Exception):
 
 
 class _EvaluatedElsewhere(Exception):
-    """Raised from the closure if it is called again, or after the weights have changed."""
+    """Raised from the closure if it is called again, with arguments, or with changed weights."""
 
 
 class InnerStep:
@@ -204,7 +204,8 @@ class InnerStep:
         """Calls `step` and stores its result.
 
         Raises:
-            ClosureNeeded: The optimizer evaluates its closure again, or after changing the weights.
+            ClosureNeeded: The optimizer evaluates its closure again, with arguments, or after changing
+            the weights.
             TypeError: It does so after steps in which it did not, or its state cannot be copied.
         """
         if call.closure is None or call.place is None:
@@ -232,15 +233,22 @@ class InnerStep:
             call.returned.append(optimizer.step(*args, **kwargs))
 
     def _known(self, loss: Any) -> Callable[[], Any]:
-        """Returns a closure that returns the known loss as long as the weights are unchanged."""
+        """Returns a closure that returns the known loss as long as the weights are unchanged.
+
+        It does not do so for arguments, which only the user's closure understands.
+        """
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        values: list[Tensor] = []
         if self._evaluates_first:  # one parameter suffices as a check, and costs nothing
             parameters = parameters[:1]
+        else:
+            with suppress(Exception):  # tensors that cannot be copied
+                values = [p.detach().clone() for p in parameters]
         before: list[tuple[int, ...]] | None = _versions(parameters)
 
-        def known() -> Any:
+        def known(*args: Any, **kwargs: Any) -> Any:
             nonlocal before
-            if _versions(parameters) != before:
+            if args or kwargs or _versions(parameters) != before or _differ(parameters, values):
                 raise _EvaluatedElsewhere
             before = None  # a second call raises
             return loss
@@ -260,6 +268,13 @@ def _versions(parameters: list[Tensor]) -> list[tuple[int, ...]]:
         (p._version, -1 if p.grad is None else id(p.grad), 0 if p.grad is None else p.grad._version)
         for p in parameters
     ]
+
+
+def _differ(parameters: list[Tensor], values: list[Tensor]) -> bool:
+    """Whether weights differ from earlier values; changes of `p.data` increment no version."""
+    with suppress(Exception):  # tensors that cannot be compared: placeholders, some subclasses
+        return not all(map(torch.equal, parameters, values))
+    return False
 
 
 def reads_found_inf(optimizer: Optimizer) -> bool:

@@ -106,8 +106,8 @@ class WholeStep:
         self._before = OptimizerCopy.of(self.optimizer)
         losses: list[Any] = []
 
-        def remember() -> Any:
-            given = closure()
+        def remember(*args: Any, **kwargs: Any) -> Any:
+            given = closure(*args, **kwargs)
             losses[1:] = [given]  # keeps the first and the last loss
             if stop_at_nonfinite and _is_nonfinite(given):
                 raise _NonFiniteLoss

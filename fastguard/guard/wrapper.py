@@ -9,6 +9,7 @@ missing there too, because training loops check with `hasattr`.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import wraps
@@ -20,6 +21,8 @@ from torch.utils.hooks import RemovableHandle
 
 from fastguard.guard.state_dict import torch_dcp
 
+log: logging.Logger = logging.getLogger("fastguard")
+
 # Set by GradScaler on the wrapper. Not delegated, or values on the wrapped optimizer would be taken
 # for the scaler's.
 _SCALER_ATTRIBUTES = frozenset({"grad_scale", "found_inf"})
@@ -29,6 +32,7 @@ class OptimizerWrapper(Optimizer):
     """An optimizer that takes param groups, state and defaults from `self.optimizer`."""
 
     optimizer: Optimizer
+    _warned_of_other_step = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Makes methods of subclasses by Lightning and Fabric delegate to the wrapped optimizer.
@@ -173,15 +177,30 @@ def _delegating(name: str) -> Callable[..., Any]:
 def _returning(around: OptimizerWrapper, method: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps a method of the wrapped optimizer to return the wrapper in place of its `self`.
 
-    Otherwise chained calls would continue on the unguarded optimizer.
+    Otherwise chained calls would continue on the unguarded optimizer. A method such as `first_step`
+    that changes the weights logs one warning, since the guard does not see that change.
     """
+    steps = method.__name__.endswith("_step")
 
     @wraps(method)
     def delegated(*args: Any, **kwargs: Any) -> Any:
+        before = _versions(around) if steps else None
         result = method(*args, **kwargs)
+        if steps and not around._warned_of_other_step and _versions(around) != before:
+            around._warned_of_other_step = True
+            log.warning(
+                "%s.%s changes the weights outside of step, so the guard does not check these "
+                "changes; call step(closure) instead",
+                type(around.optimizer).__name__,
+                method.__name__,
+            )
         return around if result is around.optimizer else result
 
     return delegated
+
+
+def _versions(optimizer: Optimizer) -> list[int]:
+    return [p._version for group in optimizer.param_groups for p in group["params"]]
 
 
 def _is_delegated(name: str) -> bool:

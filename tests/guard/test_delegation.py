@@ -171,3 +171,31 @@ def test_an_incomplete_copy_has_no_attributes_and_does_not_recurse():
             getattr(opt, name)
     opt.anything = 1
     assert opt.anything == 1
+
+
+class TwoCalls(torch.optim.SGD):
+    """SAM as many loops drive it: two methods in place of `step`."""
+
+    @torch.no_grad()
+    def first_step(self):
+        for p in self.param_groups[0]["params"]:
+            p.add_(p.grad, alpha=0.05)
+
+    def second_step(self):
+        super().step()
+
+    def next_step(self):
+        return 1
+
+
+def test_methods_that_step_around_the_guard_log_one_warning(caplog):
+    parameters = new_parameters()
+    opt = GuardedOptimizer(TwoCalls(parameters, lr=0.1))
+    give_gradients(parameters, 0)
+    caplog.clear()
+    assert opt.next_step() == 1
+    assert not caplog.records
+    opt.first_step()
+    opt.second_step()
+    (record,) = caplog.records
+    assert "TwoCalls.first_step changes the weights outside of step" in record.getMessage()

@@ -505,6 +505,39 @@ class Clears(torch.optim.SGD):
         return loss
 
 
+class MovesData(torch.optim.SGD):
+    """SAM whose ascent changes `p.data`, which no version counter shows, and keeps the gradients."""
+
+    def step(self, closure):
+        weights = [p for group in self.param_groups for p in group["params"]]
+        for p in weights:
+            p.data.add_(p.grad, alpha=0.05)
+        loss = closure()
+        for p in weights:
+            p.data.sub_(p.grad, alpha=0.05)
+        super().step()
+        return loss
+
+
+class LineSearch(torch.optim.Optimizer):
+    """Halves the rate until the loss falls, which it evaluates without a backward pass."""
+
+    def __init__(self, ps):
+        super().__init__(ps, {"lr": 1.5})
+
+    def step(self, closure):
+        loss = closure()
+        weights = [(p, p.data.clone()) for group in self.param_groups for p in group["params"]]
+        lr = self.param_groups[0]["lr"]
+        for _ in range(4):
+            for p, start in weights:
+                p.data = start - lr * p.grad
+            if closure(backward=False) < loss:
+                break
+            lr /= 2
+        return loss
+
+
 class Moody(torch.optim.SGD):
     """The step depends on the loss, if there is one."""
 
@@ -520,6 +553,8 @@ NEEDY = {
     "SAM": lambda ps: SAM(ps, lr=0.1, momentum=0.9),
     "schedule-free": ScheduleFreeClosure,
     "clears": lambda ps: Clears(ps, lr=0.1, momentum=0.9),
+    "moves data": lambda ps: MovesData(ps, lr=0.1, momentum=0.9),
+    "line search": LineSearch,
 }
 EVALUATE_FIRST = {
     "AliG": AliG,
@@ -537,11 +572,13 @@ class Evaluations:
         self.bad = False
         self.n = 0
 
-    def __call__(self):
+    def __call__(self, backward=True):
         self.n += 1
+        loss = sum((p - 1.0).square().sum() for p in self.parameters)
+        if not backward:
+            return loss.detach()
         for p in self.parameters:
             p.grad = None
-        loss = sum((p - 1.0).square().sum() for p in self.parameters)
         loss.backward()
         if self.bad:
             self.parameters[1].grad[2] = NAN
