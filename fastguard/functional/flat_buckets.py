@@ -113,6 +113,7 @@ class FlatGradBuckets:
 
     def zero_(self) -> None:
         """Sets all gradients to zero, by one fill per buffer. Detached gradients are reattached."""
+        self._take_in_lazy()
         if not self.trusted and self._moved():
             self._attach()
         for buffer in self.buffers:
@@ -144,6 +145,7 @@ class FlatGradBuckets:
         if self._kind is PLAIN and watched():  # plain tensors when slots were laid out
             return self._current_buckets()
         if self.trusted:
+            self._take_in_lazy()
             self.in_place = True
             return self._buckets
         if self._moved():  # first: it brings the views into a cache
@@ -168,6 +170,7 @@ class FlatGradBuckets:
             A parameter that was frozen or unfrozen, or whose gradient is not in its slot; None: all
             parameters of the share are unchanged.
         """
+        self._take_in_lazy()
         rest = self._left_out[share_of(len(self._left_out), turn)]
         some = share_of(len(self.parameters), turn)
         parameters, views = self.parameters[some], self.views[some]
@@ -263,11 +266,19 @@ class FlatGradBuckets:
         self.views: list[Tensor] = []
         self._half_moved: list[Tensor] = []
         self._attach(may_be_empty=not fill)
-        if not fill:
-            return
+        if fill:
+            self._fill()
+
+    def _fill(self) -> None:
         for p, view in zip(self.parameters, self.views, strict=True):
             if p.grad is None:
                 p.grad = view
+
+    def _take_in_lazy(self) -> None:
+        """Gives slots to trusted parameters that were lazy when slots were laid out."""
+        if self.trusted and not all(map(is_lazy, self._lazy)):
+            self._attach()
+            self._fill()
 
     @torch.no_grad()
     def _attach(self, may_be_empty: bool = True) -> None:
@@ -303,6 +314,7 @@ class FlatGradBuckets:
         self.names: list[str] | None = None if names is None else [names[i] for i in chosen]
         self.segments: list[int] | None = None if segments is None else segment_of
         self._left_out = [p for p in items if not has_slot(p)]
+        self._lazy: list[Tensor] = list(filter(is_lazy, items))
         self._kind = kind_of(set(map(type, views)))
         self._buckets = self._buckets_of_slots()
         self._half_moved = []

@@ -39,7 +39,7 @@ from fastguard.guard.masked_update import (
 )
 from fastguard.guard.param_gradients import Gradients
 from fastguard.guard.read_first import ReadsFirstIfNeeded, says_skip
-from fastguard.guard.step_hooks import has_step_hooks, run_global_hooks
+from fastguard.guard.step_hooks import has_step_hooks, run_global_post_hooks, run_global_pre_hooks
 from fastguard.stages.contract import Verdict
 
 log: logging.Logger = logging.getLogger("fastguard")
@@ -148,7 +148,7 @@ class CompiledStep(ReadsFirstIfNeeded):
             return
         n_segments = self._gradients.layout.n_segments
         multiplier = verdict.multiplier.expand(n_segments)
-        run_global_hooks(self.optimizer)
+        run_global_pre_hooks(self.optimizer)
         start = None if graph.has_run else time.perf_counter()
         args = verdict.found_inf, multiplier, verdict.clean, *inputs
         call.returned.append(graph.run(*args) or None)  # one line: no interrupt in between
@@ -160,6 +160,7 @@ class CompiledStep(ReadsFirstIfNeeded):
                 len(graph.live),
                 time.perf_counter() - start,
             )
+        run_global_post_hooks(self.optimizer)
 
     def conclude(self, taken: bool) -> None:
         """Marks the optimizer as stepped for a scheduler that was created with it."""

@@ -204,8 +204,8 @@ class InnerStep:
         """Calls `step` and stores its result.
 
         Raises:
-            ClosureNeeded: The optimizer evaluates its closure again, with arguments, or after changing
-            the weights.
+            ClosureNeeded: The optimizer evaluates its closure again, with arguments, or with other
+                weights.
             TypeError: It does so after steps in which it did not, or its state cannot be copied.
         """
         if call.closure is None or call.place is None:

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from fastguard.functional.flat_buckets import FlatGradBuckets
-from fastguard.functional.flat_layout import check_flat
+from fastguard.functional.flat_layout import check_flat, has_slot
 from fastguard.gradients.buckets import GradBuckets, bucketize
 from fastguard.gradients.tensor_kinds import WRAPPED
 from fastguard.guard.clip_scope import ClipScope, Layout, lay_out
@@ -285,5 +285,5 @@ class Gradients:
             trusted=self.trusted,
             segments=layout.segments,
             n_segments=layout.n_segments,
-            fill=fill,
+            fill=fill and any(map(has_slot, layout.parameters)),  # all may be frozen
         )

@@ -76,16 +76,22 @@ def is_hooked(optimizer: Optimizer) -> bool:
     return has_step_hooks(optimizer) or bool(has_global)
 
 
-def run_global_hooks(optimizer: Optimizer, *, pre: bool = True) -> None:
-    """Runs the global hooks for a step that was skipped.
-
-    Args:
-        optimizer: The optimizer to pass to the hooks.
-        pre: Whether to run pre-hooks too, not only post-hooks.
-    """
-    before: Mapping[int, Callable[..., Any]] = _global_optimizer_pre_hooks if pre else {}
-    for hook in [*before.values(), *_global_optimizer_post_hooks.values()]:
+def run_global_pre_hooks(optimizer: Optimizer) -> None:
+    """Runs the global pre-hooks for a step without `optimizer.step`, which would run them."""
+    for hook in [*_global_optimizer_pre_hooks.values()]:
         hook(optimizer, (optimizer,), {})
+
+
+def run_global_post_hooks(optimizer: Optimizer) -> None:
+    """Runs the global post-hooks, as `run_global_pre_hooks`."""
+    for hook in [*_global_optimizer_post_hooks.values()]:
+        hook(optimizer, (optimizer,), {})
+
+
+def run_global_hooks(optimizer: Optimizer) -> None:
+    """Runs the global hooks for a step that was skipped."""
+    run_global_pre_hooks(optimizer)
+    run_global_post_hooks(optimizer)
 
 
 def has_post_hooks(optimizer: Optimizer) -> bool:

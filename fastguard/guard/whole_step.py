@@ -12,9 +12,11 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from fastguard.gradients.buckets import GradBuckets
@@ -23,7 +25,7 @@ from fastguard.guard.clip_scope import Limit
 from fastguard.guard.inner_step import StepCall
 from fastguard.guard.optimizer_copy import OptimizerCopy
 from fastguard.guard.read_first import says_skip
-from fastguard.guard.step_hooks import run_global_hooks
+from fastguard.guard.step_hooks import run_global_post_hooks
 from fastguard.records.losses import named_losses
 from fastguard.stages.apply import apply
 from fastguard.stages.contract import Verdict
@@ -103,11 +105,15 @@ class WholeStep:
                 f"{type(self.optimizer).__name__}.step needs a closure that evaluates the model; "
                 "pass step(closure)"
             )
-        self._before = OptimizerCopy.of(self.optimizer)
+        parameters = chain.from_iterable(g["params"] for g in self.optimizer.param_groups)
+        # Lazy parameters get their values in the first evaluation.
+        self._before = None if any(map(is_lazy, parameters)) else OptimizerCopy.of(self.optimizer)
         losses: list[Any] = []
 
         def remember(*args: Any, **kwargs: Any) -> Any:
             given = closure(*args, **kwargs)
+            if self._before is None:
+                self._before = OptimizerCopy.of(self.optimizer)
             losses[1:] = [given]  # keeps the first and the last loss
             if stop_at_nonfinite and _is_nonfinite(given):
                 raise _NonFiniteLoss
@@ -117,7 +123,7 @@ class WholeStep:
             args, kwargs = call.with_closure(remember)
             result = self.optimizer.step(*args, **kwargs)
         except _NonFiniteLoss:
-            run_global_hooks(self.optimizer, pre=False)
+            run_global_post_hooks(self.optimizer)
             return losses[0], losses[-1]
         last = losses[-1] if losses else None
         return result, last if loss is None else loss

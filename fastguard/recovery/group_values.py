@@ -138,7 +138,7 @@ def one_each(name: str, value: float | Sequence[float], before: int, n: int) -> 
     numbers = [number_of(name, v, "use a number >= 0, one for each param group") for v in entries]
     if isinstance(value, Sequence) and ((before == 0 and len(entries) != n) or not entries):
         raise ValueError(
-            f"{name}={shown(value)} has {len(entries)} entries for {n} param groups; give one per group "
-            "(groups added later use the last one), or one number for all"
+            f"{name}={shown(value)} has {len(entries)} entries for {n} param groups; give one "
+            "per group (groups added later use the last one), or one number for all"
         )
     return [numbers[min(i, len(numbers) - 1)] for i in range(before, n)]

@@ -506,7 +506,7 @@ class Clears(torch.optim.SGD):
 
 
 class MovesData(torch.optim.SGD):
-    """SAM whose ascent changes `p.data`, which no version counter shows, and keeps the gradients."""
+    """SAM whose ascent changes `p.data`, which no version counter shows; it keeps gradients."""
 
     def step(self, closure):
         weights = [p for group in self.param_groups for p in group["params"]]

@@ -44,7 +44,7 @@ def train(model, opt, steps, bad=()):
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("inner", INNER)
-@pytest.mark.parametrize("flat", [False, True], ids=["", "flat"])
+@pytest.mark.parametrize("flat", [False, True, "trusted"], ids=["", "flat", "trusted"])
 @pytest.mark.parametrize("scope", ["global", "group", "tensor"])
 def test_a_guard_created_before_the_first_forward_pass_steps_as_the_bare_optimizer(
     model, inner, flat, scope, caplog
@@ -132,9 +132,10 @@ def test_functions_return_norm_zero_if_all_parameters_are_lazy(function):
     assert getattr(found, "total_norm", found) == 0.0
 
 
-def test_flat_buckets_include_lazy_parameters_once_they_have_a_gradient():
+@pytest.mark.parametrize("trusted", [False, True], ids=["", "trusted"])
+def test_flat_buckets_include_lazy_parameters_once_they_have_a_gradient(trusted):
     model = lazy_model()
-    flat = FlatGradBuckets(model.named_parameters())
+    flat = FlatGradBuckets(model.named_parameters(), trusted=trusted)
     assert flat.measure().total_norm == 0.0
     flat.zero_()
     model(torch.ones(2, 3)).sum().backward()
@@ -190,3 +191,47 @@ def test_a_rollback_before_the_first_forward_pass_gives_the_reason():
 def test_a_checkpoint_store_refuses_lazy_parameters(tmp_path):
     with pytest.raises(ValueError, match=r"model\.0\.weight belongs to a lazy module"):
         CheckpointStore(tmp_path).save({"model": lazy_model()}, step=0)
+
+
+@pytest.mark.parametrize("flat", [True, "trusted"])
+def test_flat_parameters_include_lazy_parameters(flat):
+    bare, guarded = lazy_model(), lazy_model()
+    plain = torch.optim.AdamW(bare.parameters(), lr=0.1, fused=True)
+    inner = torch.optim.AdamW(guarded.parameters(), lr=0.1)
+    opt = GuardedOptimizer(inner, flat_parameters=flat)
+    train(bare, plain, range(3))
+    train(guarded, opt, range(4), bad=[3])
+    for p, q in zip(guarded.parameters(), bare.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    assert (opt.applied_steps, opt.skipped_steps) == (3, 1)
+
+
+@pytest.mark.parametrize("bad", [False, True], ids=["", "bad first step"])
+def test_an_optimizer_that_evaluates_its_closure_may_start_with_lazy_parameters(bad):
+    def closure_of(model, opt, factor):
+        def closure():
+            opt.zero_grad()
+            torch.manual_seed(0)
+            loss = model(torch.randn(5, 3)).square().mean() * factor
+            loss.backward()
+            return loss
+
+        return closure
+
+    bare, guarded = lazy_model(), lazy_model()
+    plain = torch.optim.LBFGS(bare.parameters(), max_iter=3)
+    opt = GuardedOptimizer(torch.optim.LBFGS(guarded.parameters(), max_iter=3))
+    if bad:
+        opt.step(closure_of(guarded, opt, NAN))
+        with torch.no_grad():
+            torch.manual_seed(0)
+            bare(torch.randn(5, 3))
+            assert_same_bits(
+                {n: p for n, p in guarded.named_parameters()},
+                {n: p for n, p in bare.named_parameters()},
+            )
+    opt.step(closure_of(guarded, opt, 1.0))
+    plain.step(closure_of(bare, plain, 1.0))
+    assert (opt.applied_steps, opt.skipped_steps) == (1, int(bad))
+    if not bad:
+        assert_same_bits(snapshot(opt), snapshot(plain))

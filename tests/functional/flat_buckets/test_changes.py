@@ -181,6 +181,22 @@ def test_a_step_with_only_frozen_parameters_does_nothing_and_the_next_is_guarded
     assert attached(opt._gradients.flat)
 
 
+@pytest.mark.parametrize("flat", ["flat_buckets", "flat_parameters"])
+def test_a_guard_may_start_with_only_frozen_parameters(flat):
+    (p,) = new_parameters([(2,)])
+    p.requires_grad_(False)
+    opt = GuardedOptimizer(torch.optim.SGD([p], lr=0.1), **{flat: True})
+    opt.step()
+    before = p.detach().clone()
+    p.requires_grad_(True)
+    for factor in (NAN, 1.0):
+        opt.zero_grad()
+        (p.sum() * factor).backward()
+        opt.step()
+    assert torch.equal(p, before - 0.1)
+    assert (opt.applied_steps, opt.skipped_steps) == (2, 1)
+
+
 def test_a_copy_of_a_guard_keeps_a_gradient_that_is_none():
     a, b = new_parameters([(2,), (3,)])
     inner = torch.optim.SGD([a, b], lr=0.1, weight_decay=0.5)

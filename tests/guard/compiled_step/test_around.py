@@ -5,6 +5,10 @@ import math
 
 import pytest
 import torch
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from fastguard import GuardedOptimizer
 from fastguard.config import GuardConfig
@@ -129,6 +133,29 @@ def test_hooks_of_the_wrapped_optimizer_run_only_when_it_steps():
         give(params, seed, value)
         opt.step()
     assert calls == ["inner", "outer", "outer", "inner", "outer"]
+
+
+def test_global_post_hooks_see_the_new_weights():
+    params = parameters()
+    opt = compiled(adamw(params))
+    seen = []
+    handles = [
+        register_optimizer_step_pre_hook(lambda *_: seen.append(params[0].detach().clone())),
+        register_optimizer_step_post_hook(lambda *_: seen.append(params[0].detach().clone())),
+    ]
+    try:
+        start = params[0].detach().clone()
+        run(opt, params, [0])
+        assert torch.equal(seen[0], start) and torch.equal(seen[1], params[0])
+        handles.append(register_optimizer_step_post_hook(lambda *_: 1 / 0))
+        give(params, 1)
+        with pytest.raises(ZeroDivisionError):
+            opt.step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert torch.equal(seen[-1], params[0]) and not torch.equal(seen[-1], seen[1])
+    assert (opt.steps_taken, opt.applied_steps, len(opt.records())) == (2, 2, 2)
 
 
 def test_a_closure_is_evaluated_once():
