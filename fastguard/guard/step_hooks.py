@@ -8,7 +8,7 @@ that step. A profiler that counts steps by them counts each step once.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
