@@ -69,7 +69,8 @@ UPDATE_COLUMNS = tl.constexpr(4)
 SEGMENT_COLUMN = tl.constexpr(0)
 GROUP_COLUMN = tl.constexpr(1)
 COUNTER_COLUMN = tl.constexpr(2)
-TENSOR_COLUMNS = tl.constexpr(3)
+SIZE_COLUMN = tl.constexpr(3)  # elements
+TENSOR_COLUMNS = tl.constexpr(4)
 
 # A tensor of an update: addresses.
 WEIGHT = tl.constexpr(0)
@@ -87,8 +88,11 @@ FIRST_UNIT = tl.constexpr(3)
 ALIGNED = tl.constexpr(4)  # bit 0: aligned rows in the gradient; bit 1: in the weight
 UNIT_COLUMNS = tl.constexpr(5)
 
-# `HYPER`, `N_COEFFICIENTS`, `SIGN` and `KEY` of `fastguard.optim.contract`.
-HYPER_COLUMNS = tl.constexpr(9)
-COEFFICIENT_COLUMNS = tl.constexpr(10)
+# `HYPER`, `N_COEFFICIENTS`, `SIGN`, `KEY`, ... of `fastguard.optim.contract`.
+HYPER_COLUMNS = tl.constexpr(12)
+COEFFICIENT_COLUMNS = tl.constexpr(13)
 SIGN_COLUMN = tl.constexpr(8)
 KEY_COLUMN = tl.constexpr(9)
+SPIKE_COLUMN = tl.constexpr(10)
+RESET_COLUMN = tl.constexpr(11)
+SUM_SCALE_COLUMN = tl.constexpr(12)

@@ -36,6 +36,18 @@ def widened(x):
 
 
 @triton.jit
+def as_arithmetic(x, ARITHMETIC: tl.constexpr):
+    """Converts elements to float32 or float64, the dtype of the arithmetic of an update."""
+    return float32_of(x).to(ARITHMETIC) if x.dtype != tl.float64 else x
+
+
+@triton.jit
+def array_at(address_ptr, COLUMN: tl.constexpr, first, DTYPE: tl.constexpr):
+    """Returns the address of element `first` of an array."""
+    return tl.load(address_ptr + COLUMN) + first * (DTYPE.primitive_bitwidth // 8)
+
+
+@triton.jit
 def powers(x, P: tl.constexpr):
     """Computes |x|^P of float64 values."""
     if P == 2.0:

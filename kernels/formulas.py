@@ -4,6 +4,8 @@
            v <- v * b2 + (g * g) * (1 - b2)
            w <- max(w, v), with amsgrad; else w = v
            p <- p * (1 - lr * wd) - (m * (lr / bc1)) / (sqrt(w) * (1 / sqrt(bc2)) + eps)
+           spike-aware: first, at a reset,  m, v, w <- 0
+           g <- sign(g) * sqrt(v * threshold)                where |g| is larger and v > 0
     SGD    g <- g + p * wd                                   if wd is not 0
            m <- m * momentum + g * (1 - dampening)           with momentum
            p <- p - m * lr                                   Nesterov: g + m * momentum for m
@@ -16,6 +18,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import triton
@@ -28,20 +31,27 @@ from fastguard.kernels.columns import (
     GROUP_COLUMN,
     HYPER_COLUMNS,
     KEY_COLUMN,
+    RESET_COLUMN,
     SIGN_COLUMN,
+    SIZE_COLUMN,
+    SPIKE_COLUMN,
     STEP_ADDRESS,
+    SUM_SCALE_COLUMN,
     TENSOR_COLUMNS,
 )
 from fastguard.kernels.launch import Launcher, Variant
 from fastguard.kernels.rounding import lowbias32
 
 HYPER = (
-    "lr", "beta1", "beta2", "eps", "weight_decay", "momentum", "dampening", "sign", "seed"
+    "lr", "beta1", "beta2", "eps", "weight_decay", "momentum", "dampening", "sign", "seed",
+    "spike_threshold", "momentum_reset", "reset_warmup",
 )  # fmt: skip
 ALGORITHMS = {"adamw": 0, "adam": 1, "sgd": 2, "lion": 3}
 ADAMW, ADAM, SGD, LION = (tl.constexpr(i) for i in range(4))
 
 ADVANCE_SIZE = 128  # tensors per program
+SPIKE_GRACE = tl.constexpr(20)  # `fastguard.optim.options.SPIKE_GRACE`
+PI = tl.constexpr(math.pi)
 
 
 @triton.jit
@@ -57,6 +67,24 @@ def coefficients_at(coef_ptr, ARITHMETIC: tl.constexpr):
         tl.load(coef_ptr + 6).to(ARITHMETIC),
         tl.load(coef_ptr + 7).to(ARITHMETIC),
     )
+
+
+@triton.jit
+def root_of(x, REPRODUCIBLE: tl.constexpr, ARITHMETIC: tl.constexpr):
+    """Returns the square root, correctly rounded if the update is reproducible."""
+    if REPRODUCIBLE and ARITHMETIC == tl.float32:
+        return tl.sqrt_rn(x)
+    else:
+        return tl.sqrt(x)
+
+
+@triton.jit
+def without_spikes(g, v, threshold, REPRODUCIBLE: tl.constexpr, ARITHMETIC: tl.constexpr):
+    """Limits gradient elements to the root of `threshold` times their second moment."""
+    bound = root_of(v * threshold, REPRODUCIBLE, ARITHMETIC)
+    limited = tl.where(g < 0.0, -bound, bound)
+    # False for NaN. Without a second moment, an element would be kept at 0 for ever.
+    return tl.where((v > 0.0) & (tl.abs(g) > bound), limited, g)
 
 
 @triton.jit
@@ -92,15 +120,33 @@ def new_values(
             if AMSGRAD:
                 c = tl.where((b > c) | (b != b), b, c)  # NaN if either is NaN
                 largest = c
+            denominator = root_of(largest, REPRODUCIBLE, ARITHMETIC) * c6 + c4
             if REPRODUCIBLE and ARITHMETIC == tl.float32:
-                step = tl.div_rn(a * c5, tl.sqrt_rn(largest) * c6 + c4)
+                step = tl.div_rn(a * c5, denominator)
             else:
-                step = (a * c5) / (tl.sqrt(largest) * c6 + c4)
+                step = (a * c5) / denominator
             if ALGORITHM == ADAMW:
                 p = p * c7 - step
             else:
                 p = p - step
     return p, a, b, c
+
+
+@triton.jit
+def _store_spikes(c_ptr, h_ptr, s, mask):
+    """Stores the columns of a spike-aware update, and returns the warm-up after a reset."""
+    threshold = tl.load(h_ptr + 9, mask=mask, other=0.0)
+    period = tl.load(h_ptr + 10, mask=mask, other=0.0)
+    warmup = tl.load(h_ptr + 11, mask=mask, other=0.0)
+    has_reset = (period > 0.0) & (s >= period)
+    n = tl.where(period > 0.0, period, 1.0).to(tl.int64)
+    since = tl.where(period > 0.0, (s.to(tl.int64) % n).to(tl.float64), s)
+    clips = (threshold > 0.0) & (since >= SPIKE_GRACE)
+    tl.store(c_ptr + SPIKE_COLUMN, tl.where(clips, threshold, float("inf")), mask=mask)
+    reset = tl.where(has_reset & (since == 0.0), 1.0, 0.0)
+    tl.store(c_ptr + RESET_COLUMN, reset.to(tl.float64), mask=mask)
+    risen = 1.0 - 0.495 * (1.0 + tl.cos(since * (PI / (warmup + 1.0))))
+    return tl.where(has_reset & (since < warmup), risen, 1.0)
 
 
 @triton.jit(
@@ -119,6 +165,8 @@ def advance_kernel(
     ALGORITHM: tl.constexpr,
     HAS_STEPS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    SPIKES: tl.constexpr,
+    CLIPS: tl.constexpr,
     SIZE: tl.constexpr,
 ):
     """Increments the step counter of each tensor and computes its coefficients in float64."""
@@ -161,7 +209,15 @@ def advance_kernel(
             bc1 = 1.0 - tl.exp2(s * tl.log2(beta1))  # for beta 0, exp2(-inf) is 0
             bc2 = 1.0 - tl.exp2(s * tl.log2(beta2))
             tl.store(c_ptr + 4, eps, mask=mask)
-            tl.store(c_ptr + 5, lr / bc1, mask=mask)
+            rate = lr / bc1
+            if SPIKES:
+                rate *= _store_spikes(c_ptr, h_ptr, s, mask)
+            if CLIPS:
+                size = tl.load(tensors_ptr + TENSOR_COLUMNS * t + SIZE_COLUMN, mask=mask, other=1)
+                # A term is at most 1 / (1 - beta2), so the sum stays below 2^62.
+                bits = tl.floor(61.5 - tl.log2(size.to(tl.float64) / (1.0 - beta2)))
+                tl.store(c_ptr + SUM_SCALE_COLUMN, tl.exp2(tl.minimum(bits, 30.0)), mask=mask)
+            tl.store(c_ptr + 5, rate, mask=mask)
             tl.store(c_ptr + 6, 1.0 / tl.sqrt(bc2), mask=mask)
             if ALGORITHM == ADAMW:
                 tl.store(c_ptr + 7, 1.0 - lr * decay, mask=mask)
@@ -188,30 +244,43 @@ def advance_steps(
     algorithm: int,
     has_steps: bool,
     stochastic: bool,
+    spike_aware: bool,
+    update_clipping: bool,
 ) -> None:
     """Increments the step counters and computes the coefficients, unless the step is skipped.
 
     Args:
         tensors, addresses: From the table of the update.
-        hyper: float64 `(G, 9)`, see `fastguard.optim.contract.HYPER`.
+        hyper: float64 `(G, 12)`, see `fastguard.optim.contract.HYPER`.
         found_inf: float32 `()`.
-        coefficients: float64 `(T, 10)`, written unless the step is skipped.
+        coefficients: float64 `(T, 13)`, written unless the step is skipped.
         algorithm: A value of `ALGORITHMS`.
         has_steps: Whether the table contains addresses of step counters.
         stochastic: Whether to compute noise keys.
+        spike_aware, update_clipping: Whether to compute the columns that these need.
     """
     n = coefficients.shape[0]
-    launch = _variant(hyper.device, algorithm, has_steps, stochastic)
+    switches = (algorithm, has_steps, stochastic, spike_aware, update_clipping)
+    launch = _variant(hyper.device, *switches)
     pointers = (tensors, addresses, hyper, found_inf, coefficients)
     launch(triton.cdiv(n, ADVANCE_SIZE), pointers, n)
 
 
 @functools.lru_cache(maxsize=64)
-def _variant(device: torch.device, algorithm: int, has_steps: bool, stochastic: bool) -> Variant:
+def _variant(
+    device: torch.device,
+    algorithm: int,
+    has_steps: bool,
+    stochastic: bool,
+    spike_aware: bool,
+    update_clipping: bool,
+) -> Variant:
     return _advance.variant(
         device,
         ALGORITHM=algorithm,
         HAS_STEPS=has_steps,
         STOCHASTIC=stochastic,
+        SPIKES=spike_aware,
+        CLIPS=update_clipping,
         SIZE=ADVANCE_SIZE,
     )

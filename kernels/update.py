@@ -10,9 +10,9 @@ and a float32 master and moments, 26 with a remainder in place of the master. Th
 written. A skipped step reads one scalar per program and writes nothing.
 
     chunks        int64 (C, 4): tensor, first element, elements, whether vectors are aligned
-    tensors       int64 (T, 3): segment, group, counter of the first element
+    tensors       int64 (T, 4): segment, group, counter of the first element, elements
     addresses     int64 (T, 8): weight, gradient, up to three states, master, step
-    coefficients  float64 (T, 10): written by `advance`, one number per use of a hyper-parameter
+    coefficients  float64 (T, 13): written by `advance`, one number per use of a hyper-parameter
 
 Hyper-parameters are read from memory, and are not constants of the kernel. Every thread processes
 the same number of elements of each array, so that narrower arrays use narrower loads, and no layout
@@ -57,8 +57,10 @@ from fastguard.kernels.columns import (
     GRADIENT,
     KEY_COLUMN,
     MASTER,
+    RESET_COLUMN,
     SEGMENT_COLUMN,
     SIGN_COLUMN,
+    SPIKE_COLUMN,
     STATE,
     TENSOR_COLUMNS,
     UPDATE_ALIGNED,
@@ -68,11 +70,12 @@ from fastguard.kernels.columns import (
     UPDATE_TENSOR,
     WEIGHT,
 )
-from fastguard.kernels.elements import TRITON_DTYPES, float32_of
-from fastguard.kernels.formulas import advance_steps, coefficients_at, new_values
+from fastguard.kernels.elements import TRITON_DTYPES, array_at, as_arithmetic
+from fastguard.kernels.formulas import advance_steps, coefficients_at, new_values, without_spikes
 from fastguard.kernels.launch import INTERPRETED, WARP, Launcher, Variant
 from fastguard.kernels.rounding import noise_at, stored, weight_and_remainder, weight_of_parts
 from fastguard.kernels.tuning import n_programs
+from fastguard.kernels.update_clipping import lower_rates
 from fastguard.kernels.update_table import Arrays, update_table_of
 
 THREADS = 256  # per program; each thread processes one vector of each array
@@ -83,25 +86,15 @@ MASTERS: dict[str | None, int] = {None: 0, "float32": 1, "remainder": 2}
 
 
 @triton.jit
-def array_at(address_ptr, COLUMN: tl.constexpr, first, DTYPE: tl.constexpr):
-    """Returns the address of element `first` of an array."""
-    return tl.load(address_ptr + COLUMN) + first * (DTYPE.primitive_bitwidth // 8)
-
-
-@triton.jit
-def as_arithmetic(x, ARITHMETIC: tl.constexpr):
-    """Converts elements to the dtype of the arithmetic."""
-    return float32_of(x).to(ARITHMETIC) if x.dtype != tl.float64 else x
-
-
-@triton.jit
 def update_elements(
     p_ptr, g_ptr, a_ptr, b_ptr, c_ptr, x_ptr, at, mask, first_counter, key, clean, scale, factor,
+    threshold, reset,
     c0, c1, c2, c3, c4, c5, c6, c7,
     PARAM: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
     ALGORITHM: tl.constexpr, N_STATES: tl.constexpr, MASTER_KIND: tl.constexpr,
     STOCHASTIC: tl.constexpr, AMSGRAD: tl.constexpr, NESTEROV: tl.constexpr,
-    REPRODUCIBLE: tl.constexpr, EXACT_BF16: tl.constexpr, ARITHMETIC: tl.constexpr,
+    REPRODUCIBLE: tl.constexpr, SPIKES: tl.constexpr, EXACT_BF16: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
 ):  # fmt: skip
     """Updates the elements `at` of a tensor."""
     g = as_arithmetic(tl.load(g_ptr + at, mask=mask, other=0.0), ARITHMETIC)
@@ -122,6 +115,11 @@ def update_elements(
     if clean:
         g = tl.where(tl.abs(g) < float("inf"), g, 0.0)  # False for NaN
     g = (g * scale) * factor
+    if SPIKES:
+        a = tl.where(reset, 0.0, a)
+        b = tl.where(reset, 0.0, b)
+        c = tl.where(reset, 0.0, c)
+        g = without_spikes(g, b, threshold, REPRODUCIBLE, ARITHMETIC)
     p, a, b, c = new_values(
         p, g, a, b, c, c0, c1, c2, c3, c4, c5, c6, c7,
         ALGORITHM, N_STATES, AMSGRAD, NESTEROV, REPRODUCIBLE, ARITHMETIC,
@@ -173,6 +171,7 @@ def update_kernel(
     AMSGRAD: tl.constexpr,
     NESTEROV: tl.constexpr,
     REPRODUCIBLE: tl.constexpr,
+    SPIKES: tl.constexpr,
     EXACT_BF16: tl.constexpr,  # rounds with integers, since the interpreter truncates
     BLOCK_SIZE: tl.constexpr,
     VEC: tl.constexpr,
@@ -203,6 +202,8 @@ def update_kernel(
         coef_ptr = coefficients_ptr + COEFFICIENT_COLUMNS * tensor
         key = tl.load(coef_ptr + KEY_COLUMN).to(tl.int64).to(tl.uint32)
         c0, c1, c2, c3, c4, c5, c6, c7 = coefficients_at(coef_ptr, ARITHMETIC)
+        threshold = tl.load(coef_ptr + SPIKE_COLUMN).to(ARITHMETIC) if SPIKES else c0
+        reset = tl.load(coef_ptr + RESET_COLUMN) != 0.0 if SPIKES else clean
         multiplier = tl.load(multiplier_ptr + segment)
         tiny = tl.abs(multiplier) < SMALLEST_FACTOR  # False for NaN, which makes the result NaN
         scale = tl.where(tiny, SMALLEST_FACTOR, 1.0).to(ARITHMETIC)
@@ -221,10 +222,10 @@ def update_kernel(
             at = i + tl.arange(0, BLOCK_SIZE)
             update_elements(
                 p_ptr, g_ptr, a_ptr, b_ptr, c_ptr, x_ptr,
-                at, at < n_vec, counter, key, clean, scale, factor,
+                at, at < n_vec, counter, key, clean, scale, factor, threshold, reset,
                 c0, c1, c2, c3, c4, c5, c6, c7,
                 PARAM, A, B, C, ALGORITHM, N_STATES, MASTER_KIND, STOCHASTIC, AMSGRAD, NESTEROV,
-                REPRODUCIBLE, EXACT_BF16, ARITHMETIC,
+                REPRODUCIBLE, SPIKES, EXACT_BF16, ARITHMETIC,
             )  # fmt: skip
             i += BLOCK_SIZE
         p_ptr = p_at.to(tl.pointer_type(PARAM))
@@ -238,10 +239,10 @@ def update_kernel(
             at = i + tl.arange(0, SLOW_SIZE)
             update_elements(
                 p_ptr, g_ptr, a_ptr, b_ptr, c_ptr, x_ptr,
-                at, at < n, counter, key, clean, scale, factor,
+                at, at < n, counter, key, clean, scale, factor, threshold, reset,
                 c0, c1, c2, c3, c4, c5, c6, c7,
                 PARAM, A, B, C, ALGORITHM, N_STATES, MASTER_KIND, STOCHASTIC, AMSGRAD, NESTEROV,
-                REPRODUCIBLE, EXACT_BF16, ARITHMETIC,
+                REPRODUCIBLE, SPIKES, EXACT_BF16, ARITHMETIC,
             )  # fmt: skip
             i += SLOW_SIZE
         k += tl.num_programs(0)
@@ -263,17 +264,20 @@ def update_arrays(
     amsgrad: bool,
     nesterov: bool,
     reproducible: bool,
+    spike_aware: bool = False,
+    update_clipping: bool = False,
 ) -> None:
     """Takes the step of T tensors, or changes nothing if it is skipped, without a sync.
 
     Args:
         arrays: The tensors; all but the gradients are written.
-        hyper: float64 `(G, 9)`, contiguous: see `fastguard.optim.contract.HYPER`.
+        hyper: float64 `(G, 12)`, contiguous: see `fastguard.optim.contract.HYPER`.
         multiplier: float64 `(S,)`, contiguous.
         clean, found_inf: float32 `()`.
         algorithm: A value of `ALGORITHMS`.
         master: `"float32"`, `"remainder"` or None.
-        stochastic, amsgrad, nesterov, reproducible: See `fastguard.optim.contract.Update`.
+        stochastic, amsgrad, nesterov, reproducible, spike_aware, update_clipping: See
+            `fastguard.optim.contract.Update`.
     """
     weights, device = arrays.weights, hyper.device
     programs = n_programs(device)
@@ -284,14 +288,19 @@ def update_arrays(
     )
     advance_steps(
         layout.tensors, table.addresses, hyper, found_inf, coefficients, algorithm,
-        len(arrays.steps) > 0, stochastic,
+        len(arrays.steps) > 0, stochastic, spike_aware, update_clipping,
     )  # fmt: skip
     if not layout.n_chunks:
         return
+    if update_clipping:
+        lower_rates(
+            table, coefficients, multiplier, clean, found_inf, arrays, programs, spike_aware,
+            reproducible,
+        )  # fmt: skip
     launch = variant_of(
         device, algorithm, weights[0].dtype, arrays.gradients[0].dtype,
         tuple(state[0].dtype for state in arrays.states), master, stochastic, amsgrad, nesterov,
-        reproducible,
+        reproducible, spike_aware,
     )  # fmt: skip
     pointers = (
         layout.chunks, layout.tensors, table.addresses, coefficients, multiplier, clean, found_inf
@@ -311,11 +320,13 @@ def variant_of(
     amsgrad: bool,
     nesterov: bool,
     reproducible: bool,
+    spike_aware: bool,
 ) -> Variant:
     """Returns the kernel for dtypes and options."""
     constants = constants_of(
-        algorithm, parameter, gradient, states, master, stochastic, amsgrad, nesterov, reproducible
-    )
+        algorithm, parameter, gradient, states, master, stochastic, amsgrad, nesterov,
+        reproducible, spike_aware,
+    )  # fmt: skip
     return launcher_of(reproducible).variant(device, **constants)
 
 
@@ -345,6 +356,7 @@ def constants_of(
     amsgrad: bool,
     nesterov: bool,
     reproducible: bool,
+    spike_aware: bool = False,
 ) -> dict[str, Any]:
     """Returns the constants of the kernel, in order."""
     a, b, c = (*states, *(3 - len(states)) * (parameter,))
@@ -362,6 +374,7 @@ def constants_of(
         "AMSGRAD": amsgrad,
         "NESTEROV": nesterov,
         "REPRODUCIBLE": reproducible,
+        "SPIKES": spike_aware,
         "EXACT_BF16": INTERPRETED,
         "BLOCK_SIZE": THREADS * vec,
         "VEC": vec,

@@ -24,6 +24,7 @@ from fastguard.kernels.columns import (
     GROUP_COLUMN,
     MASTER,
     SEGMENT_COLUMN,
+    SIZE_COLUMN,
     STATE,
     STEP_ADDRESS,
     TENSOR_COLUMNS,
@@ -160,6 +161,7 @@ def _new_layout(
     for column, numbers in zip(columns, known[1:4], strict=True):
         if numbers:
             tensors[:, column] = numbers
+    tensors[:, SIZE_COLUMN.value] = known[0]
     uploaded = upload(np.concatenate([chunks.ravel(), tensors.ravel()]), device)
     memory = uploaded.memory
     layout = UpdateLayout(uploaded, memory[: chunks.size], memory[chunks.size :], len(chunks), key)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from fastguard.optim.contract import Algorithm
 from fastguard.optim.optimizer import FusedOptimizer
+from fastguard.optim.options import OF_ADAMW, OWN
 
 
 class Adam(FusedOptimizer):
@@ -82,6 +84,15 @@ class AdamW(Adam):
         reproducible: Use IEEE operations in a fixed order, which give the same bits on every
             device; default False.
         seed: Seed of stochastic rounding, in [0, 2**32); default 0.
+        update_clipping: Divide the learning rate of a tensor by the root mean square of
+            `grad / sqrt(second moment)` where that is above 1, as StableAdamW does (Wortsman et al.
+            2023); default False.
+        spike_threshold: Limit each gradient element to the root of `spike_threshold` times its
+            second moment, as SPAM does (Huang et al. 2025), which uses 5000; default None.
+        momentum_reset: Restart the moments from 0 each time a parameter has taken this many steps,
+            as SPAM does, which uses 500; default None.
+        reset_warmup: Number of steps, < `momentum_reset`, in which the learning rate rises again
+            after a reset; default 150.
 
     Raises:
         TypeError, ValueError: An argument or a parameter is not supported.
@@ -97,6 +108,7 @@ class AdamW(Adam):
     """
 
     algorithm: ClassVar[Algorithm] = "adamw"
+    own_settings: ClassVar[Mapping[str, Any]] = {**OWN, **OF_ADAMW}
 
     def __init__(
         self,

@@ -32,12 +32,22 @@ HYPER: tuple[str, ...] = (
     "dampening",
     "sign",  # -1.0 to maximize, else 1.0
     "seed",  # seed of stochastic rounding, an integer in [0, 2**32)
+    "spike_threshold",  # 0: no spike-aware clipping
+    "momentum_reset",  # steps between resets of the moments; 0: never
+    "reset_warmup",  # steps of warm-up after a reset
 )
 """The columns of `Update.hyper`; an algorithm ignores the ones that it does not use."""
 
-N_COEFFICIENTS = 10
-SIGN, KEY = 8, 9
-"""Columns of all algorithms: the sign, and the 32-bit noise key of the step (an integer)."""
+N_COEFFICIENTS = 13
+SIGN, KEY, SPIKE, RESET, SUM_SCALE = 8, 9, 10, 11, 12
+"""The other columns:
+
+SIGN       -1.0 to maximize, else 1.0
+KEY        the 32-bit noise key of the step, an integer
+SPIKE      `spike_threshold` of this step; infinity if nothing is clipped
+RESET      1.0 if the moments restart from 0 at this step, else 0.0
+SUM_SCALE  what update clipping multiplies the terms of its sum by, before it rounds them to int64
+"""
 
 _ADAM = ("beta1", "1 - beta1", "beta2", "1 - beta2", "eps", "lr / bc1", "1 / sqrt(bc2)")
 COEFFICIENTS: Mapping[str, tuple[str, ...]] = {
@@ -49,7 +59,7 @@ COEFFICIENTS: Mapping[str, tuple[str, ...]] = {
 """The coefficients that `advance` writes for each tensor, by algorithm, in columns 0 to 7.
 
 `bc1` and `bc2` are the bias corrections `1 - beta ** step`. For SGD, `1 - dampening` is 1 at the
-first step of a tensor.
+first step of a tensor. After a reset of the moments, `lr / bc1` is multiplied by the warm-up.
 """
 
 STATES: Mapping[str, tuple[str, ...]] = {
@@ -82,7 +92,7 @@ class Update:
         steps: T float32 tensors `()`, the number of steps each tensor has taken. Written. Empty if
             the update does not depend on it (Lion, and SGD without dampening, unless rounding is
             stochastic).
-        hyper: float64 `(G, 9)`, see `HYPER`: one row per param group. Values may change at every
+        hyper: float64 `(G, 12)`, see `HYPER`: one row per param group. Values may change at every
             step, so kernels must not treat them as constants.
         group_ids: T row numbers of `hyper`.
         multiplier: float64 `(S,)`: factors of the gradients (clip coefficient times the inverse of
@@ -103,6 +113,9 @@ class Update:
         nesterov: Use Nesterov momentum (SGD).
         reproducible: Use IEEE operations in the order of the reference, without fused multiply-add,
             so that every device gives the same bits. Otherwise, a backend may be a few ulps off.
+        spike_aware: Use the columns `spike_threshold` and `momentum_reset` of `hyper` (AdamW).
+        update_clipping: Divide the learning rate of a tensor by the root mean square of its update
+            if that is above 1 (AdamW).
     """
 
     algorithm: Algorithm
@@ -123,6 +136,8 @@ class Update:
     amsgrad: bool = False
     nesterov: bool = False
     reproducible: bool = False
+    spike_aware: bool = False
+    update_clipping: bool = False
 
     @property
     def device(self) -> torch.device:

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from fastguard.gradients.tensor_kinds import lasting
-from fastguard.optim import bits, reference
+from fastguard.optim import bits, cpu_clipping, reference
 from fastguard.optim.contract import HYPER, KEY, STATES, Update
 from fastguard.optim.pieces import Piece, pieces
+from fastguard.optim.scratch import Scratch, joined, scale, scatter, unflatten
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -37,7 +38,7 @@ def update(update: Update) -> None:
     names = [name for name in STATES[update.algorithm] if name in update.states]
     rows, multipliers = update.hyper.tolist(), update.multiplier.tolist()
     clean = update.clean.item() != 0.0
-    for (group, multiplier, _), members in _by_coefficients(update, multipliers).items():
+    for (group, multiplier, _, _), members in _by_coefficients(update, multipliers).items():
         hyper = dict(zip(HYPER, rows[group], strict=True))
         if _fused_is_equivalent(update, names) and not _rounds_twice(update, multiplier):
             fused = _Fused(update, hyper, update.steps and update.steps[members[0]])
@@ -52,19 +53,20 @@ with lasting():
 
 def _by_coefficients(
     update: Update, multipliers: Sequence[float]
-) -> dict[tuple[int, float, float], list[int]]:
+) -> dict[tuple[int, float, float, int], list[int]]:
     """Groups positions of tensors by param group, multiplier and step count.
 
-    The tensors of a group have equal coefficients. torch's fused Adam takes one step count per
-    tensor, so the count is ignored there.
+    The tensors of a group have equal coefficients; with update clipping, each tensor has its own.
+    torch's fused Adam takes one step count per tensor, so the count is ignored there.
     """
     counted = update.steps and not _fused_serves_several_steps(update)
     steps = torch.stack(list(update.steps)).tolist() if counted else [0.0] * len(update.parameters)
-    found: dict[tuple[int, float, float], list[int]] = {}
+    found: dict[tuple[int, float, float, int], list[int]] = {}
     keys = zip(update.group_ids, update.segment_ids, steps, strict=True)
     for i, (group, segment, step) in enumerate(keys):
         multiplier = multipliers[segment] if len(multipliers) > 1 else multipliers[0]
-        found.setdefault((group, multiplier, step), []).append(i)
+        alone = i if update.update_clipping else -1
+        found.setdefault((group, multiplier, step, alone), []).append(i)
     return found
 
 
@@ -82,7 +84,7 @@ def _fused_is_equivalent(update: Update, names: Sequence[str]) -> bool:
         return False  # torch rounds the second moment before using it, and it underflows
     return (
         update.algorithm != "lion"
-        and not update.reproducible
+        and not (update.reproducible or update.spike_aware or update.update_clipping)
         and update.master is None
         and update.rounding == "nearest"
         and all(update.states[name][0].dtype is dtype for name in names)
@@ -157,13 +159,13 @@ def _directly(
         steps = selected(update.steps) if update.steps else []
         fused(selected(update.parameters), selected(update.grads), states, steps)
         return
-    scratch = _Scratch(p.dtype)
+    scratch = Scratch(p.dtype)
     for piece in pieces(update, members, names):
         grads = piece.grads
         if not as_they_are:
             line = scratch.line("g", piece.n)
-            _scale(_joined(grads), multiplier, clean, line)
-            grads = _unflatten(line, grads) if len(grads) > 1 else [line]
+            scale(joined(grads), multiplier, clean, line)
+            grads = unflatten(line, grads) if len(grads) > 1 else [line]
         fused(piece.parameters, grads, piece.states, piece.steps)
         piece.write_back()
 
@@ -173,59 +175,7 @@ def _all_contiguous(update: Update, names: Sequence[str]) -> bool:
     return all(False not in set(map(Tensor.is_contiguous, of)) for of in lists)
 
 
-def _scale(g: Tensor, multiplier: float, clean: bool, out: Tensor) -> None:
-    """Cleans and scales like `reference.scaled`, but leaves the sign to the formula."""
-    if clean:
-        g = torch.nan_to_num(g.to(out.dtype), nan=0.0, posinf=0.0, neginf=0.0)
-    if abs(multiplier) < reference.SMALLEST_FACTOR:
-        g = g.to(out.dtype) * reference.SMALLEST_FACTOR
-        multiplier /= reference.SMALLEST_FACTOR
-    if multiplier == 1.0:
-        out.copy_(g)
-    elif g.dtype is out.dtype:
-        torch.mul(g, multiplier, out=out)
-    else:  # an operation on mixed dtypes takes three times as long
-        out.copy_(g).mul_(multiplier)
-
-
 # Through float32.
-
-
-class _Scratch:
-    """Reusable memory for one piece at a time, in the dtype of the arithmetic."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self._lines: dict[str, Tensor] = {}
-
-    def line(self, name: str, n: int) -> Tensor:
-        held = self._lines.get(name)
-        if held is None or held.numel() < n:
-            held = self._lines[name] = torch.empty(n, dtype=self.dtype)
-        return held[:n]
-
-    def widened(self, name: str, tensors: list[Tensor]) -> Tensor:
-        """Returns the elements of tensors as one vector of the dtype; a view if possible."""
-        flat = _joined(tensors)
-        return flat if flat.dtype is self.dtype else self.line(name, flat.numel()).copy_(flat)
-
-
-def _joined(tensors: list[Tensor]) -> Tensor:
-    """Returns the elements of tensors as one vector: a view of a single tensor, else a copy."""
-    return bits.in_memory_order(tensors[0]) if len(tensors) == 1 else _flatten(tensors)
-
-
-def _scatter(of: list[Tensor], values: Tensor) -> None:
-    """Copies a vector back to the tensors: the inverse of `_joined`."""
-    if len(of) == 1:
-        bits.in_memory_order(of[0]).copy_(values)
-    else:
-        torch._foreach_copy_(of, _unflatten(values, of))
-
-
-# Pieces of several tensors contain only contiguous ones: see `pieces`.
-_flatten = torch._C._nn.flatten_dense_tensors  # type: ignore[attr-defined]
-_unflatten = torch._C._nn.unflatten_dense_tensors  # type: ignore[attr-defined]
 
 
 def _through_float32(
@@ -237,19 +187,25 @@ def _through_float32(
     multiplier: float,
     clean: bool,
 ) -> None:
-    scratch = _Scratch(update.dtype)
+    scratch = Scratch(update.dtype)
     step = update.steps[members[0]] if update.steps else None
     count = torch.ones(1, dtype=torch.float64) if step is None else step.double().reshape(1)
     row = update.hyper[group : group + 1]
-    c = reference.coefficients(update, row, count)[0]
-    key, c = c[KEY].long(), [x.item() for x in c.to(update.dtype)]
+    sizes = torch.tensor([float(update.parameters[members[0]].numel())], dtype=torch.float64)
+    exact = reference.coefficients(update, row, count, sizes)[0]
+    if update.spike_aware or update.update_clipping:
+        cpu_clipping.prepare(update, members, names, exact, multiplier, clean)
+        hyper = _with_lr_of(exact, hyper, count.item())
+    key, c = exact[KEY].long(), exact.to(update.dtype).tolist()
     by_torch = update.algorithm != "lion" and not update.reproducible
     fused = _Fused(update, hyper, step) if by_torch else None
     for piece in pieces(update, members, names):
         w = _load_weight(update, piece, scratch)
         g = scratch.line("g", piece.n)
-        _scale(_joined(piece.grads), multiplier, clean, g)
+        scale(joined(piece.grads), multiplier, clean, g)
         states = [scratch.widened(f"state {number}", of) for number, of in enumerate(piece.states)]
+        if update.spike_aware:
+            cpu_clipping.limit_spikes(update, g, states[1], c, scratch)
         if fused is not None:
             fused([w], [g], [[s] for s in states], [] if step is None else [step])
         else:
@@ -263,6 +219,13 @@ def _through_float32(
         piece.write_back()
 
 
+def _with_lr_of(coefficients: Tensor, hyper: dict[str, float], step: float) -> dict[str, float]:
+    """Returns the hyper-parameters of AdamW with which torch's kernel uses these coefficients."""
+    lr = coefficients[5].item() * (1.0 - hyper["beta1"] ** step)
+    decay = 1.0 - coefficients[7].item()
+    return hyper | {"lr": lr, "weight_decay": decay / lr if lr else 0.0}
+
+
 def _noise(update: Update, piece: Piece, key: Tensor) -> Tensor | None:
     if update.rounding != "stochastic":
         return None
@@ -273,14 +236,14 @@ def _noise(update: Update, piece: Piece, key: Tensor) -> Tensor | None:
     return streams[0] if len(streams) == 1 else torch.cat(streams)
 
 
-def _load_weight(update: Update, piece: Piece, scratch: _Scratch) -> Tensor:
+def _load_weight(update: Update, piece: Piece, scratch: Scratch) -> Tensor:
     if update.master == "float32":
         return scratch.widened("w", piece.masters)
     if update.master is None:
         return scratch.widened("w", piece.parameters)
     w = scratch.widened("w", piece.parameters)
     # The bits of the weight are `high << 16`; the remainder is signed: see `bits`.
-    w.view(torch.int32).add_(_joined(piece.masters))
+    w.view(torch.int32).add_(joined(piece.masters))
     return w
 
 
@@ -289,9 +252,9 @@ def _store_weight(update: Update, piece: Piece, w: Tensor, noise: Tensor | None)
         if not math.isfinite(w.sum().item()):  # NaN would carry into the sign bit
             w.copy_(bits.bits_of(w).view(torch.float32))
         as_bits = w.view(torch.int32)
-        _scatter(piece.masters, as_bits.to(torch.int16))
+        scatter(piece.masters, as_bits.to(torch.int16))
         high = as_bits.add_(0x8000).bitwise_right_shift_(16).to(torch.int16)
-        _scatter(piece.parameters, high.view(torch.bfloat16))
+        scatter(piece.parameters, high.view(torch.bfloat16))
         return
     if update.master == "float32":
         _store(piece.masters, w, None, 0)
@@ -303,11 +266,11 @@ def _store(of: list[Tensor], values: Tensor, noise: Tensor | None, number: int) 
     dtype = of[0].dtype
     if len(of) == 1 and dtype is values.dtype and of[0].data_ptr() == values.data_ptr():
         return  # it was updated in place
-    _scatter(of, reference.stored(values, dtype, noise, number))
+    scatter(of, reference.stored(values, dtype, noise, number))
 
 
 def _formula(
-    update: Update, p: Tensor, g: Tensor, states: list[Tensor], c: list[float], scratch: _Scratch
+    update: Update, p: Tensor, g: Tensor, states: list[Tensor], c: list[float], scratch: Scratch
 ) -> None:
     """Applies `reference.formula` in place, with the same operations and so the same bits."""
     if update.algorithm == "sgd":

@@ -19,7 +19,7 @@ from fastguard.gradients.tensor_kinds import has_numbers
 from fastguard.optim import state_dict as states
 from fastguard.optim.backend import updater_of
 from fastguard.optim.contract import STATES, Algorithm
-from fastguard.optim.options import OF_TORCH, OWN, check_group, refuse_unknown
+from fastguard.optim.options import OF_ADAMW, OF_TORCH, OWN, check_group, refuse_unknown
 from fastguard.optim.orders import Orders
 from fastguard.optim.sort import check_gradients, updates_of
 
@@ -30,20 +30,22 @@ class FusedOptimizer(Optimizer):
     Args:
         params: Parameters, `(name, parameter)` pairs or param groups, as in torch.
         defaults: The hyper-parameters of the algorithm.
-        own: The other keyword arguments: those of `OWN`, and unknown ones.
+        own: The other keyword arguments: those of `own_settings`, and unknown ones.
 
     Raises:
         TypeError, ValueError: An argument or a parameter is not supported.
     """
 
     algorithm: ClassVar[Algorithm]
+    own_settings: ClassVar[Mapping[str, Any]] = OWN
     _step_supports_amp_scaling = True  # GradScaler sets found_inf and grad_scale
     _orders: Orders | None = None
 
     def __init__(self, params: Any, defaults: dict[str, Any], own: dict[str, Any]) -> None:
-        unknown = [key for key in own if key not in OWN]
-        refuse_unknown(type(self).__name__, unknown, [*defaults, *OWN])
-        super().__init__(params, {**defaults, **OF_TORCH, **OWN, **own})
+        known = self.own_settings
+        unknown = [key for key in own if key not in known]
+        refuse_unknown(type(self).__name__, unknown, [*defaults, *known])
+        super().__init__(params, {**defaults, **OF_TORCH, **known, **own})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group.
@@ -61,6 +63,8 @@ class FusedOptimizer(Optimizer):
     def check_groups(self, groups: Sequence[Mapping[str, Any]], first: int = 0) -> None:
         """Raises a TypeError or ValueError for param groups that are not supported."""
         for g, group in enumerate(groups, first):
+            unknown = [k for k in OF_ADAMW if k not in self.own_settings and group.get(k)]
+            refuse_unknown(type(self).__name__, unknown, self.own_settings)
             names = group.get("param_names") or [
                 f"parameter {i} of param group {g}" for i in range(len(group["params"]))
             ]
@@ -120,6 +124,9 @@ class FusedOptimizer(Optimizer):
             "beta2": beta2,
             "eps": group.get("eps", 0.0),
             "weight_decay": group["weight_decay"],
+            "spike_threshold": group.get("spike_threshold") or 0.0,
+            "momentum_reset": group.get("momentum_reset") or 0.0,
+            "reset_warmup": group.get("reset_warmup") or 0.0,
         }
 
     def state_names(self, group: Mapping[str, Any]) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from fastguard.errors import nearest
 from fastguard.errors.checked_numbers import count_of, number_of
 from fastguard.errors.plain_text import shown
+from fastguard.ranks.dtensors import is_dtensor
 
 MASTERS = (None, "float32", "remainder")
 ROUNDINGS = ("nearest", "stochastic")
@@ -23,6 +25,18 @@ OWN: dict[str, Any] = {
     "seed": 0,
 }
 """The settings that torch's optimizers lack, with their defaults."""
+
+OF_ADAMW: dict[str, Any] = {
+    "update_clipping": False,
+    "spike_threshold": None,
+    "momentum_reset": None,
+    "reset_warmup": 150,
+}
+"""The settings that only `AdamW` has in addition, with their defaults."""
+
+SPIKE_GRACE = 20
+"""Steps before the first spike is clipped, at the start and after each reset: the second moment of
+so few gradients is no measure. As `grad_accu_steps` in the code of the authors of SPAM."""
 
 OF_TORCH: dict[str, Any] = {
     "foreach": None,
@@ -67,6 +81,8 @@ def check_group(group: Mapping[str, Any], names: Sequence[str]) -> None:
             "torch.float32, torch.bfloat16 or torch.float16"
         )
     count_of("seed", group["seed"], 0, 2**32 - 1)
+    if "momentum_reset" in group:
+        _check_spike_settings(group)
     for name, p in zip(names, group["params"], strict=True):
         _check_parameter(group, name, p)
 
@@ -86,6 +102,35 @@ def _check_numbers(group: Mapping[str, Any]) -> None:
             f"nesterov=True needs momentum > 0 and dampening=0, but momentum={group['momentum']} "
             f"and dampening={group['dampening']}"
         )
+
+
+def _check_spike_settings(group: Mapping[str, Any]) -> None:
+    threshold, reset = group["spike_threshold"], group["momentum_reset"]
+    if not isinstance(group["update_clipping"], bool):
+        raise TypeError(f"update_clipping={shown(group['update_clipping'])} must be True or False")
+    if threshold is not None and not 0.0 < number_of("spike_threshold", threshold) < math.inf:
+        raise ValueError(
+            f"spike_threshold={shown(threshold)} must be None or a finite number > 0, such as 5000"
+        )
+    warmup = count_of("reset_warmup", group["reset_warmup"], 0)
+    if reset is None:
+        return
+    count_of("momentum_reset", reset, 1, optional=True)
+    if warmup >= reset:
+        raise ValueError(
+            f"reset_warmup={warmup} must be shorter than momentum_reset={reset}, or the learning "
+            "rate would never recover; use a shorter warm-up, or reset less often"
+        )
+    if threshold is not None and reset <= SPIKE_GRACE:
+        raise ValueError(
+            f"momentum_reset={reset} leaves no step for spike_threshold={shown(threshold)}: "
+            f"nothing is clipped in the {SPIKE_GRACE} steps after a reset; reset less often"
+        )
+
+
+def is_spike_aware(group: Mapping[str, Any]) -> bool:
+    """Whether a param group clips spikes or resets its moments."""
+    return group.get("spike_threshold") is not None or group.get("momentum_reset") is not None
 
 
 def _check_parameter(group: Mapping[str, Any], name: str, p: Tensor) -> None:
@@ -110,6 +155,11 @@ def _check_parameter(group: Mapping[str, Any], name: str, p: Tensor) -> None:
         raise ValueError(
             f"state_dtype={group['state_dtype']} requires parameters of at most 32 bits, but "
             f"{name} is {dtype}; {elsewhere} state_dtype=None"
+        )
+    if group.get("update_clipping") and is_dtensor(p):
+        raise ValueError(
+            f"update_clipping=True needs the whole of each tensor, but {name} is a DTensor, of "
+            f"which this rank has a part; {elsewhere} update_clipping=False"
         )
     rounded = dtype is torch.bfloat16 and master is None
     if group["rounding"] == "stochastic" and not rounded:

@@ -7,6 +7,10 @@
            v <- v * b2 + (g * g) * (1 - b2)
            w <- max(w, v), with amsgrad; else w = v
            p <- p * (1 - lr * wd) - (m * (lr / bc1)) / (sqrt(w) * (1 / sqrt(bc2)) + eps)
+           SPAM: first, at every `momentum_reset`-th step,  m, v, w <- 0
+           g <- sign(g) * sqrt(v * spike_threshold)          where |g| is larger and v > 0
+           StableAdamW: r = 1 / max(1, sqrt(mean((g / max(sqrt(w) / sqrt(bc2), eps))^2)))
+           lr <- lr * r, with the mean of finite terms over the tensor
     SGD    g <- g + p * wd                                   if wd is not 0
            m <- m * momentum + g * (1 - dampening)           with momentum
            p <- p - m * lr                                   Nesterov: g + m * momentum for m
@@ -15,14 +19,17 @@
 
 Every operation is one IEEE operation in float32 (float64 for float64 parameters), rounded to
 nearest, in this order and without fused multiply-add. Coefficients are computed in float64 and
-rounded once. Nothing syncs with the device: a skipped step selects the old values.
+rounded once. The sum of update clipping is one of integers, so its order has no effect. Nothing
+syncs with the device: a skipped step selects the old values.
 
 Sources: Loshchilov and Hutter 2019 (AdamW), Reddi et al. 2018 (amsgrad), Sutskever et al. 2013
-(SGD), Chen et al. 2023 (Lion).
+(SGD), Chen et al. 2023 (Lion), Huang et al. 2025 (SPAM, arXiv 2501.06842), Wortsman et al. 2023
+(StableAdamW, arXiv 2304.13013).
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +38,18 @@ from torch import Tensor
 
 from fastguard.gradients.tensor_kinds import has_numbers
 from fastguard.optim.bits import from_remainder, narrowed, noise_key, split, stream, with_noise
-from fastguard.optim.contract import HYPER, KEY, N_COEFFICIENTS, SIGN, STATES, Update
+from fastguard.optim.contract import (
+    HYPER,
+    KEY,
+    N_COEFFICIENTS,
+    RESET,
+    SIGN,
+    SPIKE,
+    STATES,
+    SUM_SCALE,
+    Update,
+)
+from fastguard.optim.options import SPIKE_GRACE
 
 SMALLEST_FACTOR = 2.0**-100
 """Smaller multipliers are applied as two products, since they would be subnormal in float32."""
@@ -40,6 +58,9 @@ SMALLEST_FACTOR = 2.0**-100
 def update(update: Update) -> None:
     """Takes the step of one bucket, or changes nothing if the step is skipped."""
     coefficients = advance(update)
+    if update.update_clipping:
+        for i in range(len(update.parameters)):
+            lower_lr(coefficients[i], update_ratio(update, i, coefficients[i]))
     for i in range(len(update.parameters)):
         _update_tensor(update, i, coefficients[i])
 
@@ -48,7 +69,7 @@ def advance(update: Update) -> Tensor:
     """Counts the step of each tensor and computes its coefficients.
 
     Returns:
-        float64 `(T, 10)`. After a skipped step, the coefficients must not be used.
+        float64 `(T, 13)`. After a skipped step, the coefficients must not be used.
     """
     taken = (update.found_inf == 0.0).float()  # not taken if NaN
     steps = [step + 1.0 for step in update.steps]
@@ -60,19 +81,22 @@ def advance(update: Update) -> Tensor:
         else torch.ones(len(update.parameters), dtype=torch.float64, device=update.device)
     )
     groups = torch.tensor(list(update.group_ids), device=update.device)
-    return coefficients(update, update.hyper.index_select(0, groups), count)
+    sizes = [float(p.numel()) for p in update.parameters]
+    sizes = torch.tensor(sizes, dtype=torch.float64, device=update.device)
+    return coefficients(update, update.hyper.index_select(0, groups), count, sizes)
 
 
-def coefficients(update: Update, rows: Tensor, count: Tensor) -> Tensor:
+def coefficients(update: Update, rows: Tensor, count: Tensor, sizes: Tensor) -> Tensor:
     """Computes the coefficients of n tensors.
 
     Args:
         update: The update.
-        rows: float64 `(n, 9)`: their hyper-parameters.
+        rows: float64 `(n, 12)`: their hyper-parameters.
         count: float64 `(n,)`: the number of the step that each takes, from 1.
+        sizes: float64 `(n,)`: their numbers of elements.
 
     Returns:
-        float64 `(n, 10)`.
+        float64 `(n, 13)`.
     """
     out = rows.new_zeros(len(rows), N_COEFFICIENTS)
     for column, value in enumerate(_formulas(update.algorithm, rows, count)):
@@ -80,6 +104,19 @@ def coefficients(update: Update, rows: Tensor, count: Tensor) -> Tensor:
     out[:, SIGN] = rows[:, HYPER.index("sign")]
     if update.rounding == "stochastic":
         out[:, KEY] = noise_key(rows[:, HYPER.index("seed")].long(), count.long()).double()
+    if update.spike_aware:
+        threshold, period, warmup = (rows[:, HYPER.index(name)] for name in HYPER[-3:])
+        has_reset = (period > 0.0) & (count >= period)
+        since = torch.fmod(count, torch.where(period > 0.0, period, math.inf))
+        clips = (threshold > 0.0) & (since >= SPIKE_GRACE)
+        out[:, SPIKE] = torch.where(clips, threshold, math.inf)
+        out[:, RESET] = (has_reset & (since == 0.0)).double()
+        cosine = torch.cos(since * (math.pi / (warmup + 1.0)))
+        out[:, 5] *= torch.where(has_reset & (since < warmup), 1.0 - 0.495 * (1.0 + cosine), 1.0)
+    if update.update_clipping:
+        # A term is at most 1 / (1 - beta2), so the sum stays below 2**62.
+        largest = sizes / (1.0 - rows[:, HYPER.index("beta2")])
+        out[:, SUM_SCALE] = torch.exp2((61.5 - largest.log2()).floor().clamp(max=30.0))
     return out
 
 
@@ -109,11 +146,10 @@ def _update_tensor(update: Update, i: int, coefficients: Tensor) -> None:
     dtype, p = update.dtype, update.parameters[i]
     key = coefficients[KEY].long()
     c = coefficients.to(dtype)
-    g = scaled(update.grads[i].to(dtype), update.multiplier[update.segment_ids[i]], update.clean, c)
-    names = [name for name in STATES[update.algorithm] if name in update.states]
-    states = [update.states[name][i] for name in names]
-    new = formula(update, weight_of(update, i), g, [s.to(dtype) for s in states], c)
+    g, values = gradient_and_states(update, i, c)
+    new = formula(update, weight_of(update, i), g, values, c)
 
+    states = [update.states[n][i] for n in STATES[update.algorithm] if n in update.states]
     skip = update.found_inf != 0.0  # NaN skips
     noise = None
     if update.rounding == "stochastic":
@@ -121,6 +157,55 @@ def _update_tensor(update: Update, i: int, coefficients: Tensor) -> None:
     for number, (state, value) in enumerate(zip(states, new.states, strict=True), 1):
         _store(state, stored(value, state.dtype, noise, number), skip)
     _store_weight(update, i, new.weight, noise, skip)
+
+
+def gradient_and_states(update: Update, i: int, c: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Returns what the formula reads besides the weight, in the dtype of the arithmetic."""
+    dtype = update.dtype
+    g = scaled(update.grads[i].to(dtype), update.multiplier[update.segment_ids[i]], update.clean, c)
+    names = [name for name in STATES[update.algorithm] if name in update.states]
+    states = [update.states[name][i].to(dtype) for name in names]
+    if update.spike_aware:
+        states = [torch.where(c[RESET] != 0.0, 0.0, s) for s in states]
+        g = without_spikes(g, states[1], c[SPIKE])
+    return g, states
+
+
+def without_spikes(g: Tensor, v: Tensor, threshold: Tensor) -> Tensor:
+    """Limits elements of a gradient to the root of `threshold` times their second moment.
+
+    An element without a second moment keeps its value; at 0 it could never get one.
+    """
+    bound = root(v * threshold)
+    return torch.where((v > 0.0) & (g.abs() > bound), torch.copysign(bound, g), g)  # NaN stays
+
+
+def update_ratio(update: Update, i: int, coefficients: Tensor) -> Tensor:
+    """Returns the mean over a tensor of `(g / max(sqrt(w) / sqrt(bc2), eps))^2`, float64 `()`."""
+    c = coefficients.to(update.dtype)
+    g, states = gradient_and_states(update, i, c)
+    moments = second_moments(update, g, states, c)
+    total = sum_of_squares(g / torch.maximum(root(moments) * c[6], c[4]), c[SUM_SCALE])
+    return total.double() / (coefficients[SUM_SCALE] * g.numel())
+
+
+def second_moments(update: Update, g: Tensor, states: list[Tensor], c: Tensor) -> Tensor:
+    """Returns the second moments that the update divides by, before bias correction."""
+    v = states[1] * c[2] + (g * g) * c[3]
+    return torch.maximum(states[2], v) if update.amsgrad else v
+
+
+def sum_of_squares(x: Tensor, scale: Tensor | float) -> Tensor:
+    """Returns the sum of the finite `x^2 * scale`, each truncated to int64."""
+    terms = (x * x) * scale
+    return torch.where(terms < math.inf, terms, 0.0).long().sum()  # False for NaN
+
+
+def lower_lr(coefficients: Tensor, ratio: Tensor) -> None:
+    """Divides the learning rate in the coefficients of a tensor by `max(1, sqrt(ratio))`."""
+    factor = torch.where(ratio > 1.0, 1.0 / ratio.sqrt(), 1.0)  # 1 for NaN, of an empty tensor
+    coefficients[5] *= factor
+    coefficients[7] = 1.0 - (1.0 - coefficients[7]) * factor
 
 
 def scaled(g: Tensor, multiplier: Tensor, clean: Tensor, c: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastguard.gradients.transfer import moved, numbers_on
 from fastguard.optim.contract import HYPER, Update
-from fastguard.optim.options import state_dtype_of
+from fastguard.optim.options import is_spike_aware, state_dtype_of
 from fastguard.optim.orders import Orders
 from fastguard.ranks.dtensors import dtensor_types, local_parts
 
@@ -61,6 +61,8 @@ class _Key(NamedTuple):
     amsgrad: bool
     nesterov: bool
     reproducible: bool
+    spike_aware: bool
+    update_clipping: bool
 
 
 @dataclass(slots=True)
@@ -87,6 +89,8 @@ def updates_of(optimizer: FusedOptimizer, orders: Orders) -> Iterator[Update]:
             bool(group.get("amsgrad")),
             bool(group.get("nesterov")),
             group["reproducible"],
+            is_spike_aware(group),
+            bool(group.get("update_clipping")),
         )
         of_group: dict[tuple[torch.device, torch.dtype, torch.dtype], _Bucket] = {}
         for p in group["params"]:
@@ -165,6 +169,8 @@ def _update(
         key.amsgrad,
         key.nesterov,
         key.reproducible,
+        key.spike_aware,
+        key.update_clipping,
     )
 
 
@@ -179,7 +185,7 @@ def _hyper_rows(optimizer: FusedOptimizer) -> list[list[Any]]:
 
 
 def _hyper(rows: list[list[Any]], device: torch.device) -> Tensor:
-    """Returns hyper-parameters as float64 `(G, 9)` on a device, without a sync for tensors."""
+    """Returns hyper-parameters as float64 `(G, 12)` on a device, without a sync for tensors."""
     flat = [0.0 if isinstance(v, Tensor) else float(v) for row in rows for v in row]
     hyper = numbers_on(flat, device).reshape(len(rows), len(HYPER))
     for g, row in enumerate(rows):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastguard.optim.options import OWN, state_dtype_of
+from fastguard.optim.options import state_dtype_of
 from fastguard.optim.sort import MASTER_KEYS, STEP
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def take_over(
     for group, saved_group, old in zip(
         optimizer.param_groups, saved["param_groups"], before, strict=True
     ):
-        for key in OWN:
+        for key in optimizer.own_settings:
             if key not in saved_group:
                 group[key] = old[key]
         for p in group["params"]:

@@ -3,6 +3,8 @@
     advance   launch 1, per tensor: step counts and coefficients
     update    launch 2, over a chunk table: see `fastguard.kernels.update`
 
+Update clipping needs two more between them: see `fastguard.kernels.update_clipping`.
+
 Nothing syncs with the device, and hyper-parameters are not constants of the kernels. Tensors that
 are not dense, or whose strides differ from the weight's, are copied to buffers and back; after a
 skipped step, the buffers are unchanged.
@@ -53,6 +55,8 @@ def update(update: Update) -> None:
         amsgrad=update.amsgrad,
         nesterov=update.nesterov,
         reproducible=update.reproducible,
+        spike_aware=update.spike_aware,
+        update_clipping=update.update_clipping,
     )
     for tensor, buffer in buffers:
         tensor.copy_(buffer)  # unchanged if the step was skipped

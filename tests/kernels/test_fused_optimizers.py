@@ -40,6 +40,7 @@ def trained(update: Any, kind: Any, options: dict[str, Any], monkeypatch: pytest
         (fused.AdamW, {}),
         (fused.AdamW, dict(dtype=torch.bfloat16, master="remainder")),
         (fused.AdamW, dict(dtype=torch.bfloat16, rounding="stochastic", seed=3)),
+        (fused.AdamW, dict(update_clipping=True, momentum_reset=2, reset_warmup=1)),
         (fused.Adam, dict(weight_decay=0.1, amsgrad=True)),
         (fused.SGD, dict(momentum=0.9, dampening=0.3)),
         (fused.SGD, dict(momentum=0.9, nesterov=True)),

@@ -11,15 +11,16 @@ from fastguard.optim import backend as optim_backend
 from fastguard.optim import bits, contract, cpu, reference
 from fastguard.optim import triton as triton_optim
 from fastguard.optim.contract import STATES, Update
+from fastguard.optim.options import SPIKE_GRACE
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 SHAPES = [(7,), (13, 37), (4500,), (1,), (0,), (29, 11)]  # alternately aligned and not; two chunks
 GROUPS = [0, 1, 0, 1, 0, 1]
 SEGMENTS = [0, 1, 2, 1, 0, 2]
-# lr, beta1, beta2, eps, weight_decay, momentum, dampening, sign, seed
+# lr, beta1, beta2, eps, weight_decay, momentum, dampening, sign, seed; threshold, reset, warm-up
 HYPER = [
-    [1e-3, 0.9, 0.999, 1e-8, 1e-2, 0.9, 0.1, 1.0, 3_000_000_000],
-    [3e-2, 0.8, 0.95, 1e-6, 0.0, 0.5, 0.0, -1.0, 11],
+    [1e-3, 0.9, 0.999, 1e-8, 1e-2, 0.9, 0.1, 1.0, 3_000_000_000, 0.5, 9, 4],
+    [3e-2, 0.8, 0.95, 1e-6, 0.0, 0.5, 0.0, -1.0, 11, 3.0, 0, 0],
 ]
 MULTIPLIERS = [0.37, 1.0, 2.0**-16]
 
@@ -145,6 +146,57 @@ ALGORITHMS = {
 def test_each_algorithm_with_each_mix_of_dtypes(algorithm, dtypes):
     """Several groups and segments, with aligned and unaligned tensors."""
     check(**algorithm, dtypes=dtypes, odd=True)
+
+
+SPIKES = {
+    "spikes": {"spike_aware": True},
+    "clipped": {"update_clipping": True},
+    "both": {"spike_aware": True, "update_clipping": True},
+}
+
+
+@pytest.mark.parametrize("dtypes", MIXES.values(), ids=MIXES)
+@pytest.mark.parametrize("amsgrad", [False, True], ids=["adamw", "amsgrad"])
+@pytest.mark.parametrize("options", SPIKES.values(), ids=SPIKES)
+def test_spikes_resets_and_update_clipping(options, amsgrad, dtypes):
+    """Tensors have taken 0 to 45 steps: some have a reset, some a warm-up, and some clip spikes."""
+    options = options | {"dtypes": dtypes, "amsgrad": amsgrad, "n_steps": 9}
+    ours = check(**options, odd=True, reproducible=True)
+    plain = made(**options | {"spike_aware": False, "update_clipping": False}, odd=True)
+    for _ in range(2):
+        triton_optim.update(plain)
+    assert not all(map(torch.equal, ours.parameters, plain.parameters))
+
+
+@pytest.mark.parametrize("master", ["float32", "remainder"])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_spikes_with_a_master(master, rounding):
+    check(**SPIKES["both"], dtypes=(BF16, BF16, BF16), master=master, rounding=rounding, n_steps=9)
+
+
+@pytest.mark.parametrize("clean", [0.0, 1.0], ids=["keep", "clean"])
+def test_update_clipping_leaves_out_nonfinite_elements(clean):
+    ours = check(**SPIKES["clipped"], grads=bad_ends, clean=clean, n_steps=9)
+    finite = [p.isfinite().sum().item() for p in ours.parameters if p.numel() > 2]
+    sizes = [p.numel() for p in ours.parameters if p.numel() > 2]
+    assert finite == (sizes if clean else [n - 3 for n in sizes])
+
+
+@pytest.mark.parametrize("found_inf", [1.0, math.nan])
+def test_a_skipped_step_neither_resets_nor_clips(found_inf):
+    options = {**SPIKES["both"], "found_inf": found_inf, "n_steps": 9}
+    assert_same_bits(written(check(**options)), written(made(**options)))
+
+
+def test_update_clipping_does_not_depend_on_chunks(monkeypatch):
+    options = {**SPIKES["both"], "shapes": [(30_000,)], "n_steps": 9}
+    first, second = made(**options), made(**options)
+    triton_optim.update(first)
+    monkeypatch.setattr(update_table, "chunk_size", lambda n, programs: 4096 * 3)
+    monkeypatch.setattr(update_table, "_layouts", {})
+    monkeypatch.setattr(update_table, "_tables", {})
+    triton_optim.update(second)
+    assert_same_bits(written(first), written(second))
 
 
 @pytest.mark.parametrize("odd", [False, True], ids=["aligned", "odd"])
@@ -321,7 +373,9 @@ def test_version_counters_are_incremented():
 def test_the_columns_match_the_contract():
     assert columns.HYPER_COLUMNS.value == len(contract.HYPER)
     assert columns.COEFFICIENT_COLUMNS.value == contract.N_COEFFICIENTS
-    assert (columns.SIGN_COLUMN.value, columns.KEY_COLUMN.value) == (contract.SIGN, contract.KEY)
+    for name in ("SIGN", "KEY", "SPIKE", "RESET", "SUM_SCALE"):
+        assert getattr(columns, f"{name}_COLUMN").value == getattr(contract, name)
+    assert formulas.SPIKE_GRACE.value == SPIKE_GRACE
     assert list(formulas.ALGORITHMS) == list(contract.COEFFICIENTS)
     assert list(contract.HYPER) == list(formulas.HYPER)
 

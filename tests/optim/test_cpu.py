@@ -33,6 +33,16 @@ CASES: dict[str, dict[str, Any]] = {
     "maximize": dict(hyper={"sign": -1.0}),
     "dampening": dict(hyper={"dampening": 0.3}),
 }
+# Every tensor of an update has taken another number of steps, so some reset and some do not.
+SPIKES = dict(spike_aware=True, hyper={"spike_threshold": 0.3, "momentum_reset": 3.0})
+ADAMW_CASES: dict[str, dict[str, Any]] = {
+    "clipped": dict(update_clipping=True),
+    "spikes": SPIKES | dict(first_step=20),
+    "resets": SPIKES | dict(hyper={"momentum_reset": 3.0, "reset_warmup": 2.0}),
+    "all": SPIKES | dict(hyper={"spike_threshold": 0.3, "momentum_reset": 24.0}, first_step=20),
+}
+ADAMW_CASES["all"] |= dict(update_clipping=True)
+OFF = dict(spike_aware=False, update_clipping=False)
 KINDS: dict[str, dict[str, Any]] = {
     "adamw": dict(algorithm="adamw"),
     "adam": dict(algorithm="adam"),
@@ -44,7 +54,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def the_update(kind: str, case: str, **options: Any):
-    given = CASES[case] | options
+    given = (CASES | ADAMW_CASES)[case] | options
     update = random_update(**KINDS[kind], **given)
     if case == "clean":
         for g in update.grads:
@@ -57,7 +67,10 @@ def the_update(kind: str, case: str, **options: Any):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_gives_the_bits_of_the_reference(kind, case):
-    update = the_update(kind, case, reproducible=True)
+    assert_the_bits_of_the_reference(the_update(kind, case, reproducible=True))
+
+
+def assert_the_bits_of_the_reference(update: Any) -> None:
     expected = copied(update)
     grads = [g.clone() for g in update.grads]
     cpu.update(update)
@@ -66,6 +79,19 @@ def test_it_gives_the_bits_of_the_reference(kind, case):
     wrong = [name for name, t in written(update).items() if not same_bits(t, theirs[name])]
     assert wrong == []
     assert all(map(same_bits, update.grads, grads))  # gradients are never written
+
+
+@pytest.mark.parametrize("kind", ["adamw", "amsgrad"])
+@pytest.mark.parametrize("setting", ["fp32", "fp64", "bf16", "remainder", "strided", "clean"])
+@pytest.mark.parametrize("case", ADAMW_CASES)
+def test_spikes_and_clipping_give_the_bits_of_the_reference(case, setting, kind):
+    update = the_update(kind, setting, reproducible=True, **ADAMW_CASES[case])
+    before = written(copied(update))
+    assert_the_bits_of_the_reference(update)
+    plain = the_update(kind, setting, reproducible=True, **ADAMW_CASES[case] | OFF)
+    cpu.update(plain)
+    after, theirs = written(update), written(plain)
+    assert any(not same_bits(after[name], theirs[name]) for name in before)  # it had an effect
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "stochastic" not in c])

@@ -37,12 +37,14 @@ def random_update(
     counted: bool = True,
     master: Any = None,
     seed: int = 0,
+    first_step: int = 0,
     hyper: dict[str, float] | None = None,
     **options: Any,
 ) -> Update:
     """Returns an update as in the middle of a training run: tensors have taken 1 to 7 steps.
 
     Args:
+        first_step: Number of steps that every tensor has taken in addition.
         strided: Whether some gradients and states have other strides than their parameter.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -75,7 +77,7 @@ def random_update(
         parameters,
         grads,
         states,
-        [torch.tensor(float(i + 1)) for i in range(len(SHAPES))] if counted else [],
+        [torch.tensor(float(first_step + i + 1)) for i in range(len(SHAPES))] if counted else [],
         hyper_rows(algorithm, **(hyper or {})),
         GROUPS,
         options.pop("multiplier", torch.tensor([0.37, 1.0], dtype=torch.float64)),

@@ -1,0 +1,60 @@
+"""Float32 copies of the pieces of an update on a CPU, in memory that stays in the cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastguard.optim import bits, reference
+
+
+class Scratch:
+    """Reusable memory for one piece at a time, in the dtype of the arithmetic."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._lines: dict[str, Tensor] = {}
+
+    def line(self, name: str, n: int) -> Tensor:
+        held = self._lines.get(name)
+        if held is None or held.numel() < n:
+            held = self._lines[name] = torch.empty(n, dtype=self.dtype)
+        return held[:n]
+
+    def widened(self, name: str, tensors: list[Tensor]) -> Tensor:
+        """Returns the elements of tensors as one vector of the dtype; a view if possible."""
+        flat = joined(tensors)
+        return flat if flat.dtype is self.dtype else self.line(name, flat.numel()).copy_(flat)
+
+
+def joined(tensors: list[Tensor]) -> Tensor:
+    """Returns the elements of tensors as one vector: a view of a single tensor, else a copy."""
+    return bits.in_memory_order(tensors[0]) if len(tensors) == 1 else flatten(tensors)
+
+
+def scatter(of: list[Tensor], values: Tensor) -> None:
+    """Copies a vector back to the tensors: the inverse of `joined`."""
+    if len(of) == 1:
+        bits.in_memory_order(of[0]).copy_(values)
+    else:
+        torch._foreach_copy_(of, unflatten(values, of))
+
+
+# Pieces of several tensors contain only contiguous ones: see `pieces`.
+flatten = torch._C._nn.flatten_dense_tensors  # type: ignore[attr-defined]
+unflatten = torch._C._nn.unflatten_dense_tensors  # type: ignore[attr-defined]
+
+
+def scale(g: Tensor, multiplier: float, clean: bool, out: Tensor) -> None:
+    """Cleans and scales like `reference.scaled`, but leaves the sign to the formula."""
+    if clean:
+        g = torch.nan_to_num(g.to(out.dtype), nan=0.0, posinf=0.0, neginf=0.0)
+    if abs(multiplier) < reference.SMALLEST_FACTOR:
+        g = g.to(out.dtype) * reference.SMALLEST_FACTOR
+        multiplier /= reference.SMALLEST_FACTOR
+    if multiplier == 1.0:
+        out.copy_(g)
+    elif g.dtype is out.dtype:
+        torch.mul(g, multiplier, out=out)
+    else:  # an operation on mixed dtypes takes three times as long
+        out.copy_(g).mul_(multiplier)
