@@ -214,8 +214,8 @@ def advance_kernel(
                 rate *= _store_spikes(c_ptr, h_ptr, s, mask)
             if CLIPS:
                 size = tl.load(tensors_ptr + TENSOR_COLUMNS * t + SIZE_COLUMN, mask=mask, other=1)
-                # A term is at most 1 / (1 - beta2), so the sum stays below 2^62.
-                bits = tl.floor(61.5 - tl.log2(size.to(tl.float64) / (1.0 - beta2)))
+                # A term is at most 1 / (1 - beta2): the sum stays below 2^53, exact in float64.
+                bits = tl.floor(52.5 - tl.log2(size.to(tl.float64) / (1.0 - beta2)))
                 tl.store(c_ptr + SUM_SCALE_COLUMN, tl.exp2(tl.minimum(bits, 30.0)), mask=mask)
             tl.store(c_ptr + 5, rate, mask=mask)
             tl.store(c_ptr + 6, 1.0 / tl.sqrt(bc2), mask=mask)

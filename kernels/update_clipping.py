@@ -11,6 +11,9 @@ one such element does not reach the others.
 
 I/O per element of AdamW: 8 bytes more in float32 (28 become 36), 6 with 16-bit gradients and
 float32 moments; two launches more. Nothing is written but one number per tensor.
+
+Machine code for sm_90, per element: 33 instructions in float32 (32 registers), 78 in bfloat16 with
+spikes and IEEE operations (55). With spikes, the update itself takes 36 instead of 27 in float32.
 """
 
 from __future__ import annotations

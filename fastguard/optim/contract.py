@@ -46,7 +46,7 @@ SIGN       -1.0 to maximize, else 1.0
 KEY        the 32-bit noise key of the step, an integer
 SPIKE      `spike_threshold` of this step; infinity if nothing is clipped
 RESET      1.0 if the moments restart from 0 at this step, else 0.0
-SUM_SCALE  what update clipping multiplies the terms of its sum by, before it rounds them to int64
+SUM_SCALE  what update clipping multiplies the terms of its sum by, before it truncates them
 """
 
 _ADAM = ("beta1", "1 - beta1", "beta2", "1 - beta2", "eps", "lr / bc1", "1 / sqrt(bc2)")

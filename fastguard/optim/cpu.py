@@ -22,8 +22,8 @@ from torch import Tensor
 
 from fastguard.gradients.tensor_kinds import lasting
 from fastguard.optim import bits, cpu_clipping, reference
-from fastguard.optim.contract import HYPER, KEY, STATES, Update
-from fastguard.optim.pieces import Piece, pieces
+from fastguard.optim.contract import HYPER, KEY, RESET, STATES, Update
+from fastguard.optim.pieces import Piece, fits, pieces
 from fastguard.optim.scratch import Scratch, joined, scale, scatter, unflatten
 
 HALF = (torch.bfloat16, torch.float16)
@@ -56,7 +56,8 @@ def _by_coefficients(
 ) -> dict[tuple[int, float, float, int], list[int]]:
     """Groups positions of tensors by param group, multiplier and step count.
 
-    The tensors of a group have equal coefficients; with update clipping, each tensor has its own.
+    The tensors of a group have equal coefficients, up to the learning rate that update clipping
+    lowers; it needs a tensor that does not fit in a piece to be alone.
     torch's fused Adam takes one step count per tensor, so the count is ignored there.
     """
     counted = update.steps and not _fused_serves_several_steps(update)
@@ -65,7 +66,8 @@ def _by_coefficients(
     keys = zip(update.group_ids, update.segment_ids, steps, strict=True)
     for i, (group, segment, step) in enumerate(keys):
         multiplier = multipliers[segment] if len(multipliers) > 1 else multipliers[0]
-        alone = i if update.update_clipping else -1
+        is_long = update.update_clipping and not fits(update.parameters[i])
+        alone = i if is_long else -1
         found.setdefault((group, multiplier, step, alone), []).append(i)
     return found
 
@@ -191,14 +193,16 @@ def _through_float32(
     step = update.steps[members[0]] if update.steps else None
     count = torch.ones(1, dtype=torch.float64) if step is None else step.double().reshape(1)
     row = update.hyper[group : group + 1]
-    sizes = torch.tensor([float(update.parameters[members[0]].numel())], dtype=torch.float64)
-    exact = reference.coefficients(update, row, count, sizes)[0]
-    if update.spike_aware or update.update_clipping:
-        cpu_clipping.prepare(update, members, names, exact, multiplier, clean)
-        hyper = _with_lr_of(exact, hyper, count.item())
-    key, c = exact[KEY].long(), exact.to(update.dtype).tolist()
+    exact = _coefficients(update, members, row, count)
+    if update.spike_aware and exact[0, RESET] != 0.0:
+        for name in names:
+            torch._foreach_zero_([update.states[name][i] for i in members])
+    is_long = update.update_clipping and not fits(update.parameters[members[0]])
+    if is_long:
+        cpu_clipping.clip_long(update, members[0], names, exact, multiplier, clean)
+    key, c = exact[0, KEY].long(), exact[0].to(update.dtype).tolist()
     by_torch = update.algorithm != "lion" and not update.reproducible
-    fused = _Fused(update, hyper, step) if by_torch else None
+    fused = _fused(update, hyper, step, exact) if by_torch else None
     for piece in pieces(update, members, names):
         w = _load_weight(update, piece, scratch)
         g = scratch.line("g", piece.n)
@@ -206,6 +210,10 @@ def _through_float32(
         states = [scratch.widened(f"state {number}", of) for number, of in enumerate(piece.states)]
         if update.spike_aware:
             cpu_clipping.limit_spikes(update, g, states[1], c, scratch)
+        if update.update_clipping and not is_long:
+            exact = _coefficients(update, piece.members, row, count)
+            c = cpu_clipping.clip_short(update, piece, g, states, exact, scratch)
+            fused = _fused(update, hyper, step, exact) if by_torch and len(exact) == 1 else None
         if fused is not None:
             fused([w], [g], [[s] for s in states], [] if step is None else [step])
         else:
@@ -219,11 +227,22 @@ def _through_float32(
         piece.write_back()
 
 
-def _with_lr_of(coefficients: Tensor, hyper: dict[str, float], step: float) -> dict[str, float]:
-    """Returns the hyper-parameters of AdamW with which torch's kernel uses these coefficients."""
-    lr = coefficients[5].item() * (1.0 - hyper["beta1"] ** step)
-    decay = 1.0 - coefficients[7].item()
-    return hyper | {"lr": lr, "weight_decay": decay / lr if lr else 0.0}
+def _coefficients(update: Update, members: list[int], row: Tensor, count: Tensor) -> Tensor:
+    """Returns the coefficients of tensors of one param group and step count, float64 `(k, 13)`."""
+    n = len(members) if update.update_clipping else 1
+    elements = [float(update.parameters[i].numel()) for i in members[:n]]
+    return reference.coefficients(
+        update, row.expand(n, -1), count.expand(n), torch.tensor(elements, dtype=torch.float64)
+    )
+
+
+def _fused(update: Update, hyper: dict[str, float], step: Any, exact: Tensor) -> _Fused:
+    """Returns torch's kernel with the learning rate of these coefficients."""
+    if update.spike_aware or update.update_clipping:
+        lr = exact[0, 5].item() * (1.0 - hyper["beta1"] ** step.item())
+        decay = 1.0 - exact[0, 7].item()
+        hyper = hyper | {"lr": lr, "weight_decay": decay / lr if lr else 0.0}
+    return _Fused(update, hyper, step)
 
 
 def _noise(update: Update, piece: Piece, key: Tensor) -> Tensor | None:

@@ -1,78 +1,126 @@
 """Update clipping and spike-aware clipping on a CPU, with the operations of the reference.
 
-I/O of update clipping per element: one more read of the gradient and of the second moment.
+Tensors that fit in a piece are clipped while they are in the cache. The gradient and the second
+moment of a longer tensor are read once more, before the update.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastguard.optim import reference
-from fastguard.optim.contract import RESET, SPIKE, SUM_SCALE, Update
-from fastguard.optim.pieces import pieces
+from fastguard.optim.contract import SPIKE, SUM_SCALE, Update
+from fastguard.optim.pieces import Piece, pieces
 from fastguard.optim.scratch import Scratch, joined, scale
 
 
-def prepare(
-    update: Update,
-    members: list[int],
-    names: Sequence[str],
-    coefficients: Tensor,
-    multiplier: float,
-    clean: bool,
-) -> None:
-    """Resets the moments of some tensors if it is time, and lowers their learning rate.
-
-    Args:
-        update: The update, which is not skipped.
-        members: Positions of tensors with the same coefficients; a single one with update clipping.
-        names: Names of the states.
-        coefficients: float64 `(13,)`, written.
-        multiplier: Factor of the gradients.
-        clean: Whether non-finite gradient elements count as 0.
-    """
-    if update.spike_aware and coefficients[RESET] != 0.0:
-        for name in names:
-            torch._foreach_zero_([update.states[name][i] for i in members])
-    if update.update_clipping:
-        ratio = _update_ratio(update, members, names, coefficients, multiplier, clean)
-        reference.lower_lr(coefficients, ratio)
-
-
-def _update_ratio(
-    update: Update,
-    members: list[int],
-    names: Sequence[str],
-    coefficients: Tensor,
-    multiplier: float,
-    clean: bool,
-) -> Tensor:
-    """Returns the number of `reference.update_ratio` for one tensor."""
-    c = coefficients.to(update.dtype).tolist()
-    scratch = Scratch(update.dtype)
-    total = 0
-    for piece in pieces(update, members, names):
-        g = scratch.line("g", piece.n)
-        scale(joined(piece.grads), multiplier, clean, g)
-        states = [scratch.widened(f"state {number}", of) for number, of in enumerate(piece.states)]
-        limit_spikes(update, g, states[1], c, scratch)
-        moments = reference.second_moments(update, g, states, c)
-        denominators = reference.root(moments).mul_(c[6]).clamp_(min=c[4])
-        total += int(reference.sum_of_squares(g / denominators, c[SUM_SCALE]).item())
-    elements = sum(update.parameters[i].numel() for i in members)
-    return torch.tensor(float(total), dtype=torch.float64) / (coefficients[SUM_SCALE] * elements)
-
-
-def limit_spikes(update: Update, g: Tensor, v: Tensor, c: list[float], scratch: Scratch) -> None:
+def limit_spikes(update: Update, g: Tensor, v: Tensor, c: Sequence[Any], scratch: Scratch) -> None:
     """Applies `reference.without_spikes` to a gradient in place."""
     if not update.spike_aware or c[SPIKE] == np.inf:
         return
     bound = torch.mul(v, c[SPIKE], out=scratch.line("t", g.numel()))
     np.sqrt(bound.numpy(), out=bound.numpy())
-    spikes = (g.abs() > bound) & (v > 0.0)  # False for NaN
+    spikes = (torch.abs(g, out=scratch.line("u", g.numel())) > bound) & (v > 0.0)  # False for NaN
     if spikes.any():
         g.copy_(torch.where(spikes, torch.copysign(bound, g), g))
+
+
+def clip_long(
+    update: Update,
+    i: int,
+    names: Sequence[str],
+    coefficients: Tensor,
+    multiplier: float,
+    clean: bool,
+) -> None:
+    """Lowers the learning rate of a tensor that does not fit in a piece.
+
+    Args:
+        update: The update, which is not skipped.
+        i: Position of the tensor.
+        names: Names of the states.
+        coefficients: float64 `(1, 13)`, written.
+        multiplier: Factor of the gradients.
+        clean: Whether non-finite gradient elements count as 0.
+    """
+    c = coefficients[0].to(update.dtype).tolist()
+    scratch, total = Scratch(update.dtype), 0.0
+    for piece in pieces(update, [i], names):
+        g = scratch.line("g", piece.n)
+        scale(joined(piece.grads), multiplier, clean, g)
+        states = [scratch.widened(f"state {number}", of) for number, of in enumerate(piece.states)]
+        limit_spikes(update, g, states[1], c, scratch)
+        total += _terms(update, g, states, c, scratch).sum(dtype=torch.float64).item()
+    sizes = torch.tensor([float(update.parameters[i].numel())], dtype=torch.float64)
+    _lower(coefficients, torch.tensor([total], dtype=torch.float64), sizes)
+
+
+def clip_short(
+    update: Update,
+    piece: Piece,
+    g: Tensor,
+    states: list[Tensor],
+    coefficients: Tensor,
+    scratch: Scratch,
+) -> list[Any]:
+    """Lowers the learning rates of the tensors of a piece, which holds them as a whole.
+
+    Args:
+        update: The update.
+        piece: The piece, with k tensors.
+        g, states: Its gradient, without spikes, and its states, in the dtype of the arithmetic.
+        coefficients: float64 `(k, 13)`, written.
+        scratch: The memory to use.
+
+    Returns:
+        The coefficients in the dtype of the arithmetic: numbers, or vectors where they differ from
+        tensor to tensor.
+    """
+    sizes = torch.tensor([p.numel() for p in piece.parameters])
+    c = _for_elements(coefficients, sizes, update.dtype, (SUM_SCALE,))
+    terms = _terms(update, g, states, c, scratch)
+    if len(sizes) == 1:
+        sums = terms.sum(dtype=torch.float64).reshape(1)
+    else:  # a difference of running sums, which serves empty tensors too
+        running = torch.nn.functional.pad(terms.long().cumsum(0), (1, 0))
+        ends = sizes.cumsum(0)
+        sums = (running[ends] - running[ends - sizes]).double()
+    _lower(coefficients, sums, sizes.double())
+    return _for_elements(coefficients, sizes, update.dtype, (5, 7))
+
+
+def _for_elements(
+    coefficients: Tensor, sizes: Tensor, dtype: torch.dtype, columns: tuple[int, ...]
+) -> list[Any]:
+    """Returns the columns as numbers, and those that differ as one number per element."""
+    rounded = coefficients.to(dtype)
+    c: list[Any] = rounded[0].tolist()
+    if len(sizes) > 1:
+        for column in columns:
+            c[column] = torch.repeat_interleave(rounded[:, column], sizes)
+    return c
+
+
+def _terms(
+    update: Update, g: Tensor, states: list[Tensor], c: Sequence[Any], scratch: Scratch
+) -> Tensor:
+    """Returns the terms of `reference.sum_of_squares`, which are integers, in scratch memory."""
+    t, u = (scratch.line(name, g.numel()) for name in "tu")
+    v = torch.mul(states[1], c[2], out=t).add_(torch.mul(g, g, out=u).mul_(c[3]))
+    if update.amsgrad:
+        torch.maximum(states[2], v, out=v)
+    np.sqrt(v.numpy(), out=v.numpy())
+    x = torch.div(g, v.mul_(c[6]).clamp_(min=c[4]), out=u)
+    terms = x.mul_(x).mul_(c[SUM_SCALE]).trunc_()
+    if not np.isfinite(terms.sum().item()):
+        terms.masked_fill_(~terms.isfinite(), 0.0)
+    return terms
+
+
+def _lower(coefficients: Tensor, sums: Tensor, sizes: Tensor) -> None:
+    reference.lower_lr(coefficients, sums / (coefficients[:, SUM_SCALE] * sizes))

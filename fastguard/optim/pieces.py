@@ -32,6 +32,7 @@ class Piece:
     """Tensors that are updated together.
 
     Attributes:
+        members: Positions of the tensors in the update.
         parameters, grads: One-dimensional views; several short tensors keep their shapes.
         states: One list per state of the algorithm, with one tensor per parameter.
         masters: One tensor per parameter; empty without a master.
@@ -41,6 +42,7 @@ class Piece:
         n: Total number of elements.
     """
 
+    members: list[int] = field(default_factory=list)
     parameters: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     states: list[list[Tensor]] = field(default_factory=list)
@@ -54,6 +56,11 @@ class Piece:
         """Copies results back to the tensors that were replaced by copies."""
         for original, copy in self.copies:
             original.copy_(copy)
+
+
+def fits(tensor: Tensor) -> bool:
+    """Whether a tensor fits in one piece."""
+    return tensor.numel() <= PIECE
 
 
 def pieces(update: Update, members: Sequence[int], states: Sequence[str]) -> Iterator[Piece]:
@@ -77,17 +84,17 @@ def pieces(update: Update, members: Sequence[int], states: Sequence[str]) -> Ite
         copies: list[tuple[Tensor, Tensor]] = []
         if not all(map(Tensor.is_contiguous, tensors)):
             tensors, copies = _alike(tensors)
-        if n <= size:
+        if fits(tensors[0]):
             if joined.n and joined.n + n > JOINED:
                 yield joined
                 joined = _empty(states)
-            _add(joined, tensors, step, first, update)
+            _add(joined, i, tensors, step, first, update)
             joined.copies += copies
             continue
         at = 0
         for views in zip(*(in_memory_order(t).split(size) for t in tensors), strict=True):
             piece = _empty(states)
-            _add(piece, list(views), step, first + at, update)
+            _add(piece, i, list(views), step, first + at, update)
             at += views[0].numel()
             yield piece
         for original, copy in copies:
@@ -100,8 +107,11 @@ def _empty(states: Sequence[str]) -> Piece:
     return Piece(states=[[] for _ in states])
 
 
-def _add(piece: Piece, tensors: list[Tensor], step: list[Tensor], first: int, u: Update) -> None:
+def _add(
+    piece: Piece, i: int, tensors: list[Tensor], step: list[Tensor], first: int, u: Update
+) -> None:
     n_states = len(piece.states)
+    piece.members.append(i)
     piece.parameters.append(tensors[0])
     piece.grads.append(tensors[1])
     for of, t in zip(piece.states, tensors[2 : 2 + n_states], strict=True):

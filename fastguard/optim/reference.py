@@ -19,8 +19,8 @@
 
 Every operation is one IEEE operation in float32 (float64 for float64 parameters), rounded to
 nearest, in this order and without fused multiply-add. Coefficients are computed in float64 and
-rounded once. The sum of update clipping is one of integers, so its order has no effect. Nothing
-syncs with the device: a skipped step selects the old values.
+rounded once. The terms of r are truncated to multiples of 1 / `SUM_SCALE`: their sum is exact in
+any order. Nothing syncs with the device: a skipped step selects the old values.
 
 Sources: Loshchilov and Hutter 2019 (AdamW), Reddi et al. 2018 (amsgrad), Sutskever et al. 2013
 (SGD), Chen et al. 2023 (Lion), Huang et al. 2025 (SPAM, arXiv 2501.06842), Wortsman et al. 2023
@@ -59,8 +59,10 @@ def update(update: Update) -> None:
     """Takes the step of one bucket, or changes nothing if the step is skipped."""
     coefficients = advance(update)
     if update.update_clipping:
-        for i in range(len(update.parameters)):
-            lower_lr(coefficients[i], update_ratio(update, i, coefficients[i]))
+        n = len(update.parameters)
+        lower_lr(
+            coefficients, torch.stack([update_ratio(update, i, coefficients[i]) for i in range(n)])
+        )
     for i in range(len(update.parameters)):
         _update_tensor(update, i, coefficients[i])
 
@@ -114,9 +116,9 @@ def coefficients(update: Update, rows: Tensor, count: Tensor, sizes: Tensor) -> 
         cosine = torch.cos(since * (math.pi / (warmup + 1.0)))
         out[:, 5] *= torch.where(has_reset & (since < warmup), 1.0 - 0.495 * (1.0 + cosine), 1.0)
     if update.update_clipping:
-        # A term is at most 1 / (1 - beta2), so the sum stays below 2**62.
+        # A term is at most 1 / (1 - beta2), so the sum stays below 2**53, and exact in float64.
         largest = sizes / (1.0 - rows[:, HYPER.index("beta2")])
-        out[:, SUM_SCALE] = torch.exp2((61.5 - largest.log2()).floor().clamp(max=30.0))
+        out[:, SUM_SCALE] = torch.exp2((52.5 - largest.log2()).floor().clamp(max=30.0))
     return out
 
 
@@ -184,28 +186,25 @@ def update_ratio(update: Update, i: int, coefficients: Tensor) -> Tensor:
     """Returns the mean over a tensor of `(g / max(sqrt(w) / sqrt(bc2), eps))^2`, float64 `()`."""
     c = coefficients.to(update.dtype)
     g, states = gradient_and_states(update, i, c)
-    moments = second_moments(update, g, states, c)
-    total = sum_of_squares(g / torch.maximum(root(moments) * c[6], c[4]), c[SUM_SCALE])
-    return total.double() / (coefficients[SUM_SCALE] * g.numel())
+    moments = states[1] * c[2] + (g * g) * c[3]
+    if update.amsgrad:
+        moments = torch.maximum(states[2], moments)
+    x = g / torch.maximum(root(moments) * c[6], c[4])
+    terms = (x * x) * c[SUM_SCALE]
+    terms = torch.where(terms < math.inf, terms, 0.0).trunc()  # False for NaN
+    return terms.sum(dtype=torch.float64) / (coefficients[SUM_SCALE] * g.numel())
 
 
-def second_moments(update: Update, g: Tensor, states: list[Tensor], c: Tensor) -> Tensor:
-    """Returns the second moments that the update divides by, before bias correction."""
-    v = states[1] * c[2] + (g * g) * c[3]
-    return torch.maximum(states[2], v) if update.amsgrad else v
+def lower_lr(coefficients: Tensor, ratios: Tensor) -> None:
+    """Divides the learning rates in the coefficients of n tensors by `max(1, sqrt(ratio))`.
 
-
-def sum_of_squares(x: Tensor, scale: Tensor | float) -> Tensor:
-    """Returns the sum of the finite `x^2 * scale`, each truncated to int64."""
-    terms = (x * x) * scale
-    return torch.where(terms < math.inf, terms, 0.0).long().sum()  # False for NaN
-
-
-def lower_lr(coefficients: Tensor, ratio: Tensor) -> None:
-    """Divides the learning rate in the coefficients of a tensor by `max(1, sqrt(ratio))`."""
-    factor = torch.where(ratio > 1.0, 1.0 / ratio.sqrt(), 1.0)  # 1 for NaN, of an empty tensor
-    coefficients[5] *= factor
-    coefficients[7] = 1.0 - (1.0 - coefficients[7]) * factor
+    Args:
+        coefficients: float64 `(n, 13)`, written.
+        ratios: float64 `(n,)`; NaN for an empty tensor, whose learning rate stays.
+    """
+    factors = torch.where(ratios > 1.0, 1.0 / ratios.sqrt(), 1.0)  # False for NaN
+    coefficients[:, 5] *= factors
+    coefficients[:, 7] = 1.0 - (1.0 - coefficients[:, 7]) * factors
 
 
 def scaled(g: Tensor, multiplier: Tensor, clean: Tensor, c: Tensor) -> Tensor:

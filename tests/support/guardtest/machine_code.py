@@ -286,8 +286,8 @@ def variants():
 
 
 def update_variants():
-    """Yields the variants of the update kernel and of `advance`."""
-    from fastguard.kernels import formulas, update
+    """Yields the variants of the update kernel, of `advance` and of update clipping."""
+    from fastguard.kernels import formulas, update, update_clipping
 
     names = ("chunks_ptr", "tensors_ptr", "addresses_ptr")
     pointers = {**dict.fromkeys(names, "*i64"), "coefficients_ptr": "*fp64"}
@@ -307,6 +307,7 @@ def update_variants():
         ("adamw remainder", "adamw", mixed, {"master": "remainder"}),
         ("adamw bf16 remainder", "adamw", bf16, {"master": "remainder", "stochastic": True}),
         ("adamw amsgrad", "adamw", ("fp32", "fp32", ("fp32",) * 3), {"amsgrad": True}),
+        ("adamw fp32 spikes", "adamw", fp32, {"spike_aware": True}),
         ("adamw fp64", "adamw", ("fp64", "fp64", ("fp64", "fp64")), {}),
         ("adam fp16", "adam", ("fp16", "fp16", ("fp16", "fp16")), {}),
         ("sgd nesterov fp32", "sgd", ("fp32", "fp32", ("fp32",)), {"nesterov": True}),
@@ -315,7 +316,7 @@ def update_variants():
     for name, algorithm, (weight, gradient, states), options in cases:
         switches = {
             "master": None, "stochastic": False, "amsgrad": False, "nesterov": False,
-            "reproducible": False, **options,
+            "reproducible": False, "spike_aware": False, **options,
         }  # fmt: skip
         dtypes = (_torch_dtype(weight), _torch_dtype(gradient), tuple(map(_torch_dtype, states)))
         number = formulas.ALGORITHMS[algorithm]
@@ -327,8 +328,20 @@ def update_variants():
     for algorithm, number in formulas.ALGORITHMS.items():
         stochastic = algorithm == "adamw"
         constants = {"ALGORITHM": number, "HAS_STEPS": True, "STOCHASTIC": stochastic}
+        constants |= {"SPIKES": stochastic, "CLIPS": stochastic}
         constants["SIZE"] = formulas.ADVANCE_SIZE
         yield f"advance {algorithm}", formulas._advance, steps, constants
+    summed = {k: v for k, v in pointers.items() if k != "n_chunks"}
+    summed |= {"sums_ptr": "*i64", "n_chunks": "i32"}
+    for name, dtype, exact in (("fp32", "fp32", False), ("bf16 spikes", "bf16", True)):
+        one = _torch_dtype(dtype)
+        vector = update.vector_size(one, one, (one, one), None)
+        constants = update_clipping.constants_of(one, one, (one,), vector, exact, exact)
+        launcher = update_clipping._exact if exact else update_clipping._fused
+        yield f"ratio {name}", launcher, summed, constants
+    ends = {"tensors_ptr": "*i64", "sums_ptr": "*i64", "found_inf_ptr": "*fp32"}
+    ends |= {"coefficients_ptr": "*fp64", "n_tensors": "i32"}
+    yield "rate", update_clipping._rate, ends, {"SIZE": formulas.ADVANCE_SIZE}
 
 
 def _torch_dtype(name: str):
@@ -354,11 +367,11 @@ def main(targets: list[str]) -> None:
         for target in wanted:
             if ("group" in name) is not (target in SLOW_FP64):
                 continue
-            threads = THREADS if name.startswith("update") else None
+            threads = THREADS if name.startswith(("update", "ratio")) else None
             kernel = compiled(launcher, signature, constants, target, threads)
             report = read_rocm(kernel) if isinstance(target, str) else read_cuda(kernel)
             line = {"kernel": name, "target": target, "triton": triton.__version__, **report}
-            if "instructions" in report and name.startswith("update"):
+            if "instructions" in report and name.startswith(("update", "ratio")):
                 per_block = report["instructions"] * report["loads"]
                 line["per_element"] = round(per_block / constants["VEC"], 1)
             print(json.dumps(line), flush=True)
