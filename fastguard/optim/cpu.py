@@ -24,7 +24,7 @@ from fastguard.gradients.tensor_kinds import lasting
 from fastguard.optim import bits, cpu_clipping, reference
 from fastguard.optim.contract import HYPER, KEY, RESET, STATES, Update
 from fastguard.optim.pieces import Piece, fits, pieces
-from fastguard.optim.scratch import Scratch, joined, scale, scatter, unflatten
+from fastguard.optim.scratch import Scratch, joined, scale, scatter, split
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -167,7 +167,7 @@ def _directly(
         if not as_they_are:
             line = scratch.line("g", piece.n)
             scale(joined(grads), multiplier, clean, line)
-            grads = unflatten(line, grads) if len(grads) > 1 else [line]
+            grads = split(line, grads)
         fused(piece.parameters, grads, piece.states, piece.steps)
         piece.write_back()
 
@@ -207,6 +207,11 @@ def _through_float32(
         w = _load_weight(update, piece, scratch)
         g = scratch.line("g", piece.n)
         scale(joined(piece.grads), multiplier, clean, g)
+        if fused is not None and len(piece.members) > 1 and _are_in_place(update, piece):
+            fused(split(w, piece.parameters), split(g, piece.parameters), piece.states, piece.steps)
+            _store_weight(update, piece, w, None)
+            piece.write_back()
+            continue
         states = [scratch.widened(f"state {number}", of) for number, of in enumerate(piece.states)]
         if update.spike_aware:
             cpu_clipping.limit_spikes(update, g, states[1], c, scratch)
@@ -245,6 +250,13 @@ def _fused(update: Update, hyper: dict[str, float], step: Any, exact: Tensor) ->
     return _Fused(update, hyper, step)
 
 
+def _are_in_place(update: Update, piece: Piece) -> bool:
+    """Whether torch's kernel can update the states of several tensors without joining them."""
+    if update.spike_aware or update.update_clipping or update.rounding == "stochastic":
+        return False
+    return all(of[0].dtype is update.dtype for of in piece.states)
+
+
 def _noise(update: Update, piece: Piece, key: Tensor) -> Tensor | None:
     if update.rounding != "stochastic":
         return None
@@ -261,19 +273,25 @@ def _load_weight(update: Update, piece: Piece, scratch: Scratch) -> Tensor:
     if update.master is None:
         return scratch.widened("w", piece.parameters)
     w = scratch.widened("w", piece.parameters)
-    # The bits of the weight are `high << 16`; the remainder is signed: see `bits`.
-    w.view(torch.int32).add_(joined(piece.masters))
+    # The bits of the weight are `high << 16`; the remainder is signed: see `bits`. An addition of
+    # int16 to int32 would allocate the copy, which takes as long as all other conversions together.
+    low = scratch.line("t", piece.n).view(torch.int32).copy_(joined(piece.masters))
+    w.view(torch.int32).add_(low)
     return w
 
 
 def _store_weight(update: Update, piece: Piece, w: Tensor, noise: Tensor | None) -> None:
     if update.master == "remainder":
-        if not math.isfinite(w.sum().item()):  # NaN would carry into the sign bit
-            w.copy_(bits.bits_of(w).view(torch.float32))
+        if not math.isfinite(w.sum().item()):
+            high, low = bits.split(w)
+            scatter(piece.masters, low)
+            scatter(piece.parameters, high)
+            return
         as_bits = w.view(torch.int32)
-        scatter(piece.masters, as_bits.to(torch.int16))
-        high = as_bits.add_(0x8000).bitwise_right_shift_(16).to(torch.int16)
-        scatter(piece.parameters, high.view(torch.bfloat16))
+        scatter(piece.masters, as_bits)  # keeps the lower 16 bits
+        # With the last bit set there is no tie, and rounding to nearest rounds half up.
+        as_bits.bitwise_or_(1)
+        scatter(piece.parameters, w)
         return
     if update.master == "float32":
         _store(piece.masters, w, None, 0)
@@ -285,7 +303,7 @@ def _store(of: list[Tensor], values: Tensor, noise: Tensor | None, number: int) 
     dtype = of[0].dtype
     if len(of) == 1 and dtype is values.dtype and of[0].data_ptr() == values.data_ptr():
         return  # it was updated in place
-    scatter(of, reference.stored(values, dtype, noise, number))
+    scatter(of, values if noise is None else reference.stored(values, dtype, noise, number))
 
 
 def _formula(

@@ -116,7 +116,7 @@ def _terms(
         torch.maximum(states[2], v, out=v)
     np.sqrt(v.numpy(), out=v.numpy())
     x = torch.div(g, v.mul_(c[6]).clamp_(min=c[4]), out=u)
-    terms = x.mul_(x).mul_(c[SUM_SCALE]).trunc_()
+    terms = x.mul_(x).mul_(c[SUM_SCALE]).floor_()
     if not np.isfinite(terms.sum().item()):
         terms.masked_fill_(~terms.isfinite(), 0.0)
     return terms

@@ -191,7 +191,7 @@ def update_ratio(update: Update, i: int, coefficients: Tensor) -> Tensor:
         moments = torch.maximum(states[2], moments)
     x = g / torch.maximum(root(moments) * c[6], c[4])
     terms = (x * x) * c[SUM_SCALE]
-    terms = torch.where(terms < math.inf, terms, 0.0).trunc()  # False for NaN
+    terms = torch.where(terms < math.inf, terms, 0.0).floor()  # False for NaN
     return terms.sum(dtype=torch.float64) / (coefficients[SUM_SCALE] * g.numel())
 
 
