@@ -35,8 +35,8 @@ OF_ADAMW: dict[str, Any] = {
 """The settings that only `AdamW` has in addition, with their defaults."""
 
 SPIKE_GRACE = 20
-"""Steps before the first spike is clipped, at the start and after each reset: the second moment of
-so few gradients is no measure. As `grad_accu_steps` in the code of the authors of SPAM."""
+"""No spike is clipped before this step, nor so many steps after a reset: the second moment of fewer
+gradients is no measure. It is `grad_accu_steps` in the code of the authors of SPAM."""
 
 OF_TORCH: dict[str, Any] = {
     "foreach": None,
