@@ -13,9 +13,7 @@ from fastguard.commands.scan.values import Value
 FEWEST = 8
 """Minimum number of lines that are processed together."""
 
-_NUMBER = (
-    rb"[+-]?+(?:[0-9]++(?:\.[0-9]*+)?+(?:e[+-]?+[0-9]++)?+|nan|inf(?:inity)?+)(?![\w.])"
-)
+_NUMBER = rb"[+-]?+(?:[0-9]++(?:\.[0-9]*+)?+(?:e[+-]?+[0-9]++)?+|nan|inf(?:inity)?+)(?![\w.])"
 _LINES = re.compile(
     rb"(?:%b\n"  # tried first: twice as fast for one number per line
     rb"|(?![ \t]*+\[[ \t]*+\d+,[ \t]*+\d+\])"  # [3, 2000] is epoch and batch

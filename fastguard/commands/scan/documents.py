@@ -9,8 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
+
+from fastguard.commands.scan.json_lines import parse_finite
+from fastguard.commands.scan.objects import ColumnRows
 
 LIMIT = 32 << 20
 """Maximum size of a document in bytes: parsed, a hostile one takes thirty times as much."""
@@ -20,15 +25,20 @@ LONG = 1 << 16
 
 _BEGIN = re.compile(rb"\s*(?:\{\s*\"|\[\s*(?:\{|\]))")
 _DECODER = json.JSONDecoder()
-_LIST = re.compile(r"\s*:\s*\[")
-_FLAT = re.compile(r'\{[^{}"]*+(?:"[^"\\]*+"[^{}"]*+)*+\}')  # an object without nested objects
+_LIST = re.compile(r"\s*:\s*\[(?=\s*\{)")  # a list of objects
 _SPACE = re.compile(r"[\s,]*")
+TOGETHER, ROWS = 512, 4096
+"""Maximum number of objects, and of rows of lists, that are yielded together."""
+
+DEPTHS = 8
+"""Maximum number of depths of nesting at which the objects are found in bulk."""
+
+_CELLS = frozenset({int, float, bool, str, type(None)})
 COUNTED = "epoch"
 """Unit of the position in a list of numbers if no list gives one: epochs, as in Keras."""
 
-
-Entry = tuple[int, Mapping[str, Any]]
-"""An object of a document: its line number, and its names and values."""
+Batch = tuple[Sequence[int], Sequence[Mapping[str, Any]]]
+"""Objects of a document, or rows of its lists, and their line numbers."""
 
 
 class NoDocumentError(Exception):
@@ -41,18 +51,6 @@ class NoDocumentError(Exception):
     def __init__(self, *, cut_short: bool) -> None:
         super().__init__()
         self.cut_short = cut_short
-
-
-class _Lines:
-    """Counts the lines of a text up to increasing offsets."""
-
-    def __init__(self, text: str) -> None:
-        self._text, self._number, self._counted = text, 1, 0
-
-    def at(self, place: int) -> int:
-        self._number += self._text.count("\n", self._counted, place)
-        self._counted = place
-        return self._number
 
 
 def may_begin(data: bytes) -> bool:
@@ -74,7 +72,7 @@ def may_begin(data: bytes) -> bool:
     return isinstance(whole, list) or any(map(_is_list, whole.values()))
 
 
-def read_document(data: bytes) -> tuple[Iterator[Entry], int]:
+def read_document(data: bytes) -> tuple[Iterator[Batch], int]:
     """The objects in a document, and the offset of its end.
 
     Raises:
@@ -84,6 +82,8 @@ def read_document(data: bytes) -> tuple[Iterator[Entry], int]:
         text = data.decode()
     except UnicodeDecodeError as error:
         raise NoDocumentError(cut_short=error.end >= len(data)) from None
+    if (value := parse_finite(data)) is not None:
+        return _together(_batches(text.rstrip(), value)), len(data.rstrip())
     begin = len(text) - len(text.lstrip())
     try:
         value, end = _DECODER.raw_decode(text, begin)
@@ -93,26 +93,31 @@ def read_document(data: bytes) -> tuple[Iterator[Entry], int]:
         at = getattr(error, "pos", 0)
         unended = "Unterminated string" in str(error)
         raise NoDocumentError(cut_short=unended or len(text) - at < 32) from None
-    return _entries(text, begin, value), len(text[:end].encode())
+    return _together(_batches(text[:end], value)), len(text[:end].encode())
 
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict | float | int)
 
 
-def _entries(text: str, begin: int, value: Any) -> Iterator[Entry]:
+def _batches(text: str, value: Any) -> Iterator[Batch]:
     lines = _Lines(text)
     if isinstance(value, list):
-        yield from _objects(text, text.index("[", begin) + 1, lines, value)
+        yield _objects(lines, text.index("[") + 1, value)
         return
     if not isinstance(value, dict):
         return
     rest = {}
     columns: dict[str, list[Any]] = {}
     has_objects = False
+    begin = 0
     opened = None
     for name, inner in _one_level(value):
-        if isinstance(inner, list) and inner and all(isinstance(item, dict) for item in inner):
+        if not isinstance(inner, list) or not inner:
+            rest[name] = inner
+            continue
+        types = {*map(type, inner)}
+        if types == {dict}:
             has_objects = True
             quoted = json.dumps(name.rpartition("/")[2])
             begin = text.find(quoted, begin)
@@ -120,20 +125,17 @@ def _entries(text: str, begin: int, value: Any) -> Iterator[Entry]:
                 begin = text.find(quoted, begin + 1)
             if begin >= 0 and opened:
                 begin = opened.end()
-                yield from _objects(text, begin, lines, inner)
+                yield _objects(lines, begin, inner)
             else:  # the text spells the name differently, as with \u escapes
                 begin = len(text)  # a hostile document may have many such names
-                yield from ((1, item) for item in inner)
-        elif isinstance(inner, list) and inner and all(map(_is_number, inner)):
+                yield [1] * len(inner), inner
+        elif types <= _CELLS:
             columns[name] = inner
         else:
             rest[name] = inner
-    length = max(map(len, columns.values()), default=0)
-    for i in range(length):
-        row: dict[str, Any] = {name: c[i] for name, c in columns.items() if i < len(c)}
-        yield (1, row if "epoch" in row or "step" in row else {COUNTED: i + 1, **row})
+    yield from _rows(columns)
     if rest and not columns and not has_objects:
-        yield 1, rest
+        yield [1], [rest]
 
 
 def _one_level(value: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -144,17 +146,108 @@ def _one_level(value: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, inner
 
 
-def _is_number(item: Any) -> bool:
-    return isinstance(item, int | float | str) or item is None
+def _rows(columns: Mapping[str, list[Any]]) -> Iterator[Batch]:
+    """The rows of lists of numbers; shorter lists are missing in the later rows."""
+    begin = 0
+    for length in sorted({*map(len, columns.values())}):
+        while begin < length:
+            end = min(length, begin + ROWS)
+            part: dict[str, Sequence[Any]] = {
+                name: column[begin:end] for name, column in columns.items() if len(column) >= length
+            }
+            if "epoch" not in part and "step" not in part:
+                part = {COUNTED: range(begin + 1, end + 1), **part}
+            yield [1] * (end - begin), ColumnRows(part)
+            begin = end
 
 
-def _objects(text: str, at: int, lines: _Lines, objects: Iterable[Any]) -> Iterator[Entry]:
-    """The objects of the list whose bracket precedes `at`, with their line numbers."""
-    for value in objects:
-        space = _SPACE.match(text, at)
-        at = space.end() if space else at
-        number = lines.at(at)
-        flat = _FLAT.match(text, at)
-        at = flat.end() if flat else _DECODER.raw_decode(text, at)[1]
-        if isinstance(value, dict):
-            yield number, value
+def _objects(lines: _Lines, at: int, values: list[Any]) -> Batch:
+    """The objects of the list whose bracket precedes `at`."""
+    return lines.numbers(at, values), [value for value in values if isinstance(value, dict)]
+
+
+def _together(lists: Iterable[Batch]) -> Iterator[Batch]:
+    """Joins short lists of objects and divides long ones."""
+    numbers: list[int] = []
+    objects: list[Mapping[str, Any]] = []
+    for more, added in lists:
+        if isinstance(added, ColumnRows):
+            if numbers:
+                yield numbers, objects
+                numbers, objects = [], []
+            yield more, added
+            continue
+        numbers += more
+        objects += added
+        whole = len(numbers) // TOGETHER * TOGETHER
+        for begin in range(0, whole, TOGETHER):
+            yield numbers[begin : begin + TOGETHER], objects[begin : begin + TOGETHER]
+        numbers, objects = numbers[whole:], objects[whole:]
+    if numbers:
+        yield numbers, objects
+
+
+class _Lines:
+    """The line numbers of the objects in a document, found by counting braces in bulk.
+
+    Args:
+        text: The document.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._many = "\n" in text
+        if not self._many:
+            return
+        characters = np.frombuffer(text.encode("latin-1", "replace"), np.uint8)
+        self._newlines = np.flatnonzero(characters == ord("\n"))
+        quotes = np.flatnonzero(characters == ord('"'))
+        quotes = quotes[characters[quotes - 1] != ord("\\")]
+        braces = np.flatnonzero((characters == ord("{")) | (characters == ord("}")))
+        self._braces = braces[np.searchsorted(quotes, braces) % 2 == 0]  # not in a string
+        self._opens = characters[self._braces] == ord("{")
+        self._depths = np.cumsum(np.where(self._opens, 1, -1))
+        self._begins: dict[int, np.ndarray] = {}
+
+    def numbers(self, at: int, values: list[Any]) -> Sequence[int]:
+        """The line number of each object of the list whose bracket precedes `at`."""
+        objects = [value for value in values if isinstance(value, dict)]
+        if not objects or not self._many:
+            return [1] * len(objects)
+        before = np.searchsorted(self._braces, at)
+        begins = self._at_depth(int(self._depths[before - 1]) + 1 if before else 1)
+        first = np.searchsorted(begins, at)
+        begins = begins[first : first + len(objects)]
+        # A quote after two backslashes misleads the count; then the last object is elsewhere.
+        if len(begins) == len(objects) and all(
+            self._is_at(int(begins[i]), objects[i]) for i in (0, -1)
+        ):
+            return (np.searchsorted(self._newlines, begins) + 1).tolist()
+        return self._one_by_one(at, values)
+
+    def _at_depth(self, depth: int) -> np.ndarray:
+        """Where objects begin that are nested in this number of objects, including themselves."""
+        if depth not in self._begins:
+            if len(self._begins) >= DEPTHS:
+                return np.zeros(0, np.int64)
+            self._begins[depth] = self._braces[self._opens & (self._depths == depth)]
+        return self._begins[depth]
+
+    def _is_at(self, begin: np.intp, value: Any) -> bool:
+        try:
+            return repr(_DECODER.raw_decode(self._text, int(begin))[0]) == repr(value)
+        except (ValueError, RecursionError):
+            return False
+
+    def _one_by_one(self, at: int, values: list[Any]) -> list[int]:
+        numbers = []
+        for value in values:
+            space = _SPACE.match(self._text, at)
+            begin = space.end() if space else at
+            try:
+                at = _DECODER.raw_decode(self._text, begin)[1]
+            except ValueError:  # the list was not found in the text
+                return [1] * sum(isinstance(value, dict) for value in values)
+            if isinstance(value, dict):
+                numbers.append(int(np.searchsorted(self._newlines, begin)) + 1)
+        return numbers

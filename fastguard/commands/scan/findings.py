@@ -184,6 +184,9 @@ class Findings:
         self.place = reading.place.within(self.place)
         for name, value in reading.numbers.items():
             self.series.take(name, number, self.place, value)
+        if reading.unread:
+            rest = reading.unread.replace("\n", " ")
+            self.found.counted.add(number, rest.encode(errors="replace"), number)
         if reading.bad:
             self.bad(number, text.encode(errors="replace"), reading.dialect, reading.bad)
             self._add_step()

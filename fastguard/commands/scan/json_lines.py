@@ -14,13 +14,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice, takewhile
+from itertools import chain, filterfalse, islice, takewhile
 from typing import Any
 
+from fastguard.commands.scan.budget import Budget, units_of
 from fastguard.commands.scan.columns import is_place, place_of
 from fastguard.commands.scan.places import names_settings, where_in
 from fastguard.commands.scan.reading import NOWHERE, Place, Reading
 from fastguard.commands.scan.series import AllSeries
+from fastguard.commands.scan.tokens import may_have
 from fastguard.commands.scan.values import Value, nonfinite_values
 from fastguard.commands.scan.words import is_bound, is_metric
 from fastguard.records.read_json_lines import are_records
@@ -33,6 +35,9 @@ DEPTH = 4
 
 MOST = 1000
 """Maximum number of values read per object."""
+
+LONG = 4096
+"""Strings of more characters are read in parts of this length, cut at a space or line feed."""
 
 MOST_BAD = 64
 """Maximum number of bad values reported per object."""
@@ -52,10 +57,12 @@ class JsonLines:
 
     Args:
         series: Decides which names are judged as series.
+        budget: What long texts are paid from.
     """
 
-    def __init__(self, series: AllSeries) -> None:
+    def __init__(self, series: AllSeries, budget: Budget) -> None:
         self._series = series
+        self._budget = budget
 
     def read(self, found: Mapping[str, Any]) -> Reading:
         """Parses an object."""
@@ -66,14 +73,16 @@ class JsonLines:
         places: list[tuple[str, str]] = []
         inner = NOWHERE
         measured = False
+        unread = ""
         label = long_name(found)
         for name, value in _flat(found):
             name = label if label is not None and name == "value" else name
             if isinstance(value, str) and (word := word_of(value)) is not None:
                 value = float(word)
             if isinstance(value, str):
-                texts, place = self._text(name, value)
+                texts, place, rest = self._text(name, value)
                 bad += texts
+                unread = unread or rest
                 inner = place if inner == NOWHERE else inner
                 measured |= bool(texts)
                 if is_place(name):
@@ -96,23 +105,53 @@ class JsonLines:
         place = NOWHERE if not bad and not numbers and is_settings(found) else place_of(places)
         if place == NOWHERE:
             place = inner
-        return Reading(NAME, place, tuple(bad[:MOST_BAD]), measured or bool(bad), None, numbers)
+        measured |= bool(bad)
+        return Reading(NAME, place, tuple(bad[:MOST_BAD]), measured, None, numbers, unread)
 
-    def _text(self, name: str, value: str) -> tuple[list[Value], Place]:
+    def _text(self, name: str, value: str) -> tuple[list[Value], Place, str]:
+        """The NaN and Inf in a string, the place that it names, and what was left unread of it."""
         if len(value) < 3:
-            return [], NOWHERE
-        bad = list(nonfinite_values(value)[0])
+            return [], NOWHERE, ""
+        bad, unread = self._long_text(value) if len(value) > LONG else (_bad(value), "")
         is_text = bool(bad) or name.rpartition("/")[2] in _TEXTS
-        return bad, where_in(value).place(value) if is_text else NOWHERE
+        return bad, where_in(value).place(value) if is_text else NOWHERE, unread
+
+    def _long_text(self, text: str) -> tuple[list[Value], str]:
+        """Like `_text`, part by part; each distinct value is listed once."""
+        bad: dict[Value, None] = {}
+        begin = 0
+        while begin < len(text):
+            end = begin + LONG
+            if end < len(text):
+                end = max(text.rfind(" ", begin, end), text.rfind("\n", begin, end)) + 1 or end
+            part = text[begin:end]
+            if may_have(part.lower()):
+                if self._budget.spent:
+                    return list(bad), text[begin:]
+                self._budget.spend(units_of(part.encode(errors="replace")))
+                bad.update(dict.fromkeys(_bad(part)))
+            begin = end
+        return list(bad), ""
+
+
+def _bad(text: str) -> list[Value]:
+    return list(nonfinite_values(text)[0])
+
+
+def parse_finite(text: bytes) -> Any:
+    """The JSON value of a text without NaN and Infinity, or None."""
+    if b"NaN" in text or b"Infinity" in text:
+        return None
+    try:
+        return _fast(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def parse(line: bytes) -> Any:
     """The JSON value of a text, or None."""
-    if b"NaN" not in line and b"Infinity" not in line:
-        try:
-            return _fast(line)
-        except (ValueError, RecursionError):
-            pass
+    if (value := parse_finite(line)) is not None:
+        return value
     try:
         return json.loads(line)
     except (ValueError, RecursionError):
@@ -135,8 +174,11 @@ def _flat(found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         prefix, value, depth = stack.pop()
         if isinstance(value, Mapping):
             if depth <= DEPTH:
-                items = [(f"{prefix}/{key}" if prefix else str(key), v) for key, v in value.items()]
-                stack += [(name, v, depth + 1) for name, v in reversed(items[:MOST])]
+                items = [
+                    (f"{prefix}/{key}" if prefix else str(key), inner, depth + 1)
+                    for key, inner in islice(value.items(), MOST)
+                ]
+                stack += reversed(items)
         elif isinstance(value, int) and (isinstance(value, bool) or abs(value) >> 1023):
             continue
         elif value is not None:
@@ -153,15 +195,16 @@ def long_name(found: Mapping[str, Any]) -> str | None:
 
 def _kinds(values: list[Any]) -> list[str]:
     """Which of nan, inf and -inf a list holds, including nested lists."""
-    kinds: dict[str, None] = {}
-    stack: list[tuple[Any, int]] = [(values, 0)]
-    while stack:
-        value, depth = stack.pop()
-        if isinstance(value, list) and depth <= DEPTH:
-            stack += [(inner, depth + 1) for inner in reversed(value)]
-        elif isinstance(value, float) and not math.isfinite(value):
-            kinds[str(value)] = None
-    return list(kinds)
+    for _ in range(DEPTH):
+        if list not in {*map(type, values)}:
+            break
+        values = list(chain.from_iterable(v if type(v) is list else (v,) for v in values))
+    floats = [value for value in values if type(value) is float]
+    bad = list(filterfalse(math.isfinite, floats))
+    first = {kind: bad.index(kind) for kind in (math.inf, -math.inf) if kind in bad}
+    if (nan := next(filter(math.isnan, bad), None)) is not None:
+        first[nan] = bad.index(nan)
+    return [str(kind) for kind in sorted(first, key=first.__getitem__)]
 
 
 def number_of(text: str) -> float | None:

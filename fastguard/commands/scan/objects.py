@@ -7,8 +7,9 @@ therefore interpreted once for all of them, and the loops over the values run in
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 from fastguard.commands.scan import json_lines
@@ -29,6 +30,23 @@ _EMPTY = frozenset({bool, type(None)})
 _IN_LISTS = _NUMBERS | _EMPTY | {str, dict}
 
 Names = tuple[Any, ...]
+
+
+class ColumnRows(Sequence[Mapping[str, Any]]):
+    """Objects given by their columns, each built when it is needed.
+
+    Args:
+        columns: The values of all objects, by name; equal lengths.
+    """
+
+    def __init__(self, columns: Mapping[str, Sequence[Any]]) -> None:
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, i: Any) -> Any:
+        return {name: column[i] for name, column in self.columns.items()}
 
 
 def rows_of(
@@ -85,10 +103,10 @@ class _Columns:
         for (names, label), at in self.parts.items():
             part = objects if len(at) == len(objects) else [objects[i] for i in at]
             settings = json_lines.is_settings(names) and not any(map(series.judges, names))
-            if len(at) < FEWEST or settings or len(names) > json_lines.MOST or are_records([*part]):
+            if len(at) < FEWEST or settings or len(names) > json_lines.MOST or _are_records(part):
                 self.odd.update(at)
                 continue
-            for name, column in zip(names, zip(*map(dict.values, part), strict=True), strict=True):  # type: ignore[arg-type]
+            for name, column in _columns(part):
                 long = label if name == "value" and label is not None else name
                 self._take(str(long), column, at, 1)
 
@@ -120,9 +138,7 @@ class _Columns:
             self.odd.update(at)
         elif depth <= json_lines.DEPTH:
             self.nested |= any(is_place(f"{name}/{key}") for key in column[0])
-            for key, inner in zip(
-                column[0], zip(*map(dict.values, column), strict=True), strict=True
-            ):
+            for key, inner in _columns(column):
                 self._take(f"{name}/{key}", inner, at, depth + 1)
 
     def _take_numbers(self, name: str, column: Sequence[Any], at: Sequence[int]) -> None:
@@ -188,8 +204,22 @@ class _Columns:
                 self.measured[i] = 1
 
 
+def _columns(part: Sequence[Mapping[str, Any]]) -> Iterable[tuple[str, Sequence[Any]]]:
+    """The names and columns of objects that all have the same names."""
+    if isinstance(part, ColumnRows):
+        return part.columns.items()
+    # `zip(*map(dict.values, part))` makes two objects each, for which garbage is collected: 5x.
+    return ((name, list(map(itemgetter(name), part))) for name in part[0])
+
+
+def _are_records(part: Sequence[Mapping[str, Any]]) -> bool:
+    return not isinstance(part, ColumnRows) and are_records([*part])
+
+
 def _parts(objects: Sequence[Mapping[str, Any]]) -> dict[tuple[Names, str | None], Sequence[int]]:
     """Groups objects by their names, and by the metric name if they hold a single value."""
+    if isinstance(objects, ColumnRows) and "value" not in objects.columns:
+        return {(tuple(objects.columns), None): range(len(objects))}
     names = list(map(tuple, objects))
     if len({*names}) == 1 and "value" not in names[0]:
         return {(names[0], None): range(len(objects))}
@@ -202,8 +232,10 @@ def _parts(objects: Sequence[Mapping[str, Any]]) -> dict[tuple[Names, str | None
 
 def _places(names: Names, nested: bool) -> tuple[str | None, ...] | None:
     """Returns the keys of epoch, batch and step, or None if each object must be searched."""
+    if nested or len(names) > json_lines.MOST:
+        return None
     kinds = [kind_of(name) for name in names]
-    if nested or not any(kinds):
+    if not any(kinds):
         return None
     return tuple(names[kinds.index(kind)] if kind in kinds else None for kind in KINDS)
 

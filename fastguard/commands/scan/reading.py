@@ -107,6 +107,7 @@ class Reading(NamedTuple):
             finite at this point.
         where: The spans of the place, if they are valid for all lines that differ only in digits.
         numbers: Its finite losses and gradient norms, if it is structured data.
+        unread: The rest of a long text in it, which was left out to bound the work.
     """
 
     dialect: str
@@ -115,3 +116,4 @@ class Reading(NamedTuple):
     measured: bool = True
     where: Where | None = None
     numbers: Mapping[str, float] = MappingProxyType({})
+    unread: str = ""

@@ -10,13 +10,14 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from typing import Any, BinaryIO
 
 from fastguard.commands.scan import documents, json_lines
 from fastguard.commands.scan.bare import bare_lines
 from fastguard.commands.scan.budget import IN_RUN, KNOWN, NEW, ROW, Budget, n_lines
-from fastguard.commands.scan.cursor import TOGETHER, Cursor
+from fastguard.commands.scan.cursor import Cursor
 from fastguard.commands.scan.events import EventsError, read_scalars
 from fastguard.commands.scan.findings import Findings
 from fastguard.commands.scan.foreign import NotTextError
@@ -93,7 +94,7 @@ class _Scanner:
         self._shapes = Shapes(budget)
         self._findings = Findings(self._shapes, budget)
         self._table = Table(self._findings.series)
-        self._json = JsonLines(self._findings.series)
+        self._json = JsonLines(self._findings.series, budget)
 
     def finish(self, problem: str | None) -> LogScan:
         """Returns all results."""
@@ -109,31 +110,33 @@ class _Scanner:
 
     def without_document(self, blocks: Iterator[Block]) -> Iterator[Block]:
         """Reads the JSON document that a log may begin with; yields the rest of the log."""
-        parts = [next(blocks, Block(1, b"")).data]
-        size = len(parts[0])
-        while size <= documents.LIMIT:
-            parts = [b"".join(parts)]
-            if not documents.may_begin(parts[0]):
-                break
-            try:
-                entries, end = documents.read_document(parts[0])
-            except documents.NoDocumentError as error:
-                if not error.cut_short:
-                    break
-            else:
-                self._budget.earn(end)
-                self._take_document(entries, parts[0][:end])
-                yield Block(1 + parts[0].count(b"\n", 0, end), parts[0][end:])
-                yield from blocks
-                return
-            tried = size  # each attempt parses all of it
-            while size < 4 * tried and (more := next(blocks, None)) is not None:
-                parts.append(more.data)
-                size += len(more.data)
-            if size == tried:
-                break
-        yield Block(1, b"".join(parts))
+        parts = [next(blocks, Block(1, b""))]
+        if documents.may_begin(parts[0].data):
+            with suppress(documents.NoDocumentError):
+                parts = [self._take_first(parts, blocks)]
+        yield from parts
         yield from blocks
+
+    def _take_first(self, parts: list[Block], blocks: Iterator[Block]) -> Block:
+        """Reads the document in a block, or in all blocks if it may end later, up to its limit.
+
+        Raises:
+            NoDocumentError: They are no document; `parts` holds what was taken from `blocks`.
+        """
+        try:
+            return self._take_document(parts[0].data)
+        except documents.NoDocumentError as error:
+            if not error.cut_short:
+                raise
+        size = len(parts[0].data)
+        for block in blocks:
+            parts.append(block)
+            size += len(block.data)
+            if size > documents.LIMIT:
+                break
+        if len(parts) == 1 or size > documents.LIMIT:
+            raise documents.NoDocumentError(cut_short=True)
+        return self._take_document(b"".join(part.data for part in parts))
 
     def take(self, block: Block) -> None:
         """Reads the lines of a block."""
@@ -248,16 +251,25 @@ class _Scanner:
         measured = stretch is not None and any(name == tag for name, _ in stretch.values)
         self._findings.data(number, Reading(TENSORBOARD, place, (), measured, None, numbers), "")
 
-    def _take_document(self, entries: Iterator[documents.Entry], text: bytes) -> None:
-        while batch := list(islice(entries, TOGETHER)):
+    def _take_document(self, data: bytes) -> Block:
+        """Reads a JSON document, and returns the text after it.
+
+        Raises:
+            NoDocumentError: The data does not begin with a whole document.
+        """
+        batches, end = documents.read_document(data)
+        text = data[:end]
+        self._budget.earn(end)
+        for numbers, objects in batches:
             if self._budget.spent:
-                self._count_document(batch[0][0], text)
+                self._count_document(numbers[0], text)
                 break
-            numbers, objects = zip(*batch, strict=True)
-            self._take_objects(objects, numbers, lambda i, objects=objects: str(objects[i])[:LONG])
+            self._budget.spend(len(numbers) // 2)
+            self._take_objects(objects, numbers, lambda i, objects=objects: _text_of(objects[i]))
         self._table.give_up()
         if not self._findings.found.n_lines and text.strip(b" \t\r\n[]{}"):
             self._findings.found.n_lines += 1
+        return Block(1 + text.count(b"\n"), data[end:])
 
     def _count_document(self, number: int, text: bytes) -> None:
         """Counts the rest of a document, from the line with this number on."""
@@ -273,7 +285,9 @@ class _Scanner:
         text: Callable[[int], str],
     ) -> None:
         rows = rows_of(objects, numbers, text, self._json, self._findings.series)
-        self._findings.judge(rows, lambda i: self._take_object(numbers[i], objects[i], text(i)))
+        self._findings.judge(
+            rows, lambda i: self._take_object(numbers[i], objects[i], lambda: text(i))
+        )
 
     def _take_json(self, number: int, line: bytes) -> bool:
         self._budget.spend(ROW)
@@ -281,17 +295,17 @@ class _Scanner:
         if not isinstance(found, dict):
             return False
         self._table.give_up()
-        self._take_object(number, found, text_of(line))
+        self._take_object(number, found, lambda: text_of(line))
         return True
 
-    def _take_object(self, number: int, found: Mapping[str, Any], text: str) -> None:
+    def _take_object(self, number: int, found: Mapping[str, Any], text: Callable[[], str]) -> None:
         """Reads one object individually."""
         self._budget.spend(NEW)
         reading = self._json.read(found)
         if reading.dialect == json_lines.RECORD:
             self._findings.found.n_records += 1
         else:
-            self._findings.data(number, reading, text if reading.bad else "")
+            self._findings.data(number, reading, text() if reading.bad else "")
 
     def _pass(self, cursor: Cursor, end: int) -> None:
         """Skips lines without NaN, Inf and structured data."""
@@ -318,3 +332,8 @@ class _Scanner:
                 findings.take_step(step)
                 return
         findings.text(number, line, self._shapes.of(line))
+
+
+def _text_of(found: Mapping[str, Any]) -> str:
+    """The beginning of an object, for its excerpt."""
+    return str(dict(islice(found.items(), LONG // 4)))[:LONG]

@@ -1,0 +1,99 @@
+"""JSON documents: the line of each object, lists as columns, bounded work for long strings."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import random
+import time
+
+import pytest
+
+from fastguard.commands.scan import budget, documents
+from fastguard.commands.scan.found import LogScan
+from fastguard.commands.scan.scanner import scan_log
+
+
+def scan(text: str, *, full: bool = False) -> LogScan:
+    return scan_log(io.BytesIO(text.encode()), full=full)
+
+
+def test_lists_of_the_same_name_are_told_apart() -> None:
+    for first in ([], [0.5, 0.25], [1.0, None]):
+        value = {"train": {"log": first, "n": []}, "val": {"log": [{"step": 6, "loss": math.nan}]}}
+        text = json.dumps(value, indent=1)
+        found = scan(text)
+        line = 1 + text[: text.index('"step"')].count("\n") - 1
+        assert found.stretches[0].first.step == 6 and found.stretches[0].first_line == line
+
+
+@pytest.mark.parametrize("odd", ["a } b", "{", "}{", '"{', '\\"{', "\\\\", "\\"])
+@pytest.mark.parametrize("indent", [None, 1, 4])
+def test_braces_and_quotes_in_strings_do_not_shift_the_lines(odd: str, indent: int | None) -> None:
+    rows = [{"step": i, "note": odd if i % 7 == 3 else "x", "loss": 0.5} for i in range(40)]
+    rows[25]["loss"] = rows[39]["loss"] = math.nan
+    text = json.dumps({"note": odd, "log_history": rows, odd: [{"a": 1}]}, indent=indent)
+    steps = [s for stretch in scan(text).stretches for s in stretch.steps]
+    lines = [stretch.first_line for stretch in scan(text).stretches]
+    before = [text[: text.index(f'"step": {i}')].count("\n") for i in (25, 39)]
+    assert steps == [25, 39]
+    assert lines == [n + (indent is None) for n in before]
+
+
+@pytest.mark.parametrize("name", ["loss", "value"])
+def test_lists_of_numbers_are_read_as_the_rows_that_they_form(name: str) -> None:
+    rng = random.Random(1)
+    odd = [math.nan, math.inf, None, "nan", "0.5", True]
+    values = [rng.choice(odd) if rng.random() < 0.1 else rng.random() for _ in range(9000)]
+    short = values[:5000]
+    columns = {name: values, "val_loss": short}
+    rows = [
+        {"epoch": i + 1, name: value, **({"val_loss": short[i]} if i < 5000 else {})}
+        for i, value in enumerate(values)
+    ]
+    found, expected = scan(json.dumps(columns)), scan(json.dumps(rows), full=True)
+    assert found.n_lines == expected.n_lines == 9000
+    assert found.n_bad == expected.n_bad > 400
+    assert [s.values for s in found.stretches] == [s.values for s in expected.stretches]
+    assert [s.first for s in found.stretches] == [s.first for s in expected.stretches]
+
+
+def test_long_texts_are_read_as_far_as_they_may_cost(monkeypatch) -> None:
+    monkeypatch.setattr(budget, "FIRST", 20_000)
+    text = "epoch 3 loss nan " + "alpha nan beta 0.5 " * 50_000
+    found = scan(json.dumps({"text": text}))
+    assert found.stretches[0].first.epoch == 3
+    assert found.counted.n_nonfinite == 1 and found.counted.first_line == 1
+    full = scan(json.dumps({"text": text}), full=True)
+    assert not full.counted.n_lines and full.n_bad == 1
+
+
+def test_a_long_text_without_the_words_is_read_to_its_end() -> None:
+    found = scan(json.dumps({"text": "alpha nano beta " * 20_000 + "epoch 7: loss is nan"}))
+    assert found.n_bad == 1 and not found.counted.n_lines
+
+
+def test_a_document_that_never_ends_is_read_as_lines(monkeypatch) -> None:
+    monkeypatch.setattr(documents, "LIMIT", 1 << 21)
+    rows = "".join(f'{{"step": {i}, "loss": 0.5}},\n' for i in range(150_000))
+    found = scan("[\n" + rows + '{"step": 150000, "loss": NaN}\n')
+    assert found.n_bad == 1 and found.stretches[0].first_line == 150_002
+
+
+def test_nested_lists_name_each_kind_in_order() -> None:
+    (stretch,) = scan('{"step": 6, "norms": [1.0, [-Infinity, [NaN]], Infinity, "x"]}').stretches
+    assert [value.text for value in stretch.values] == ["-inf", "nan", "inf"]
+
+
+def test_one_object_of_many_names_takes_time_by_its_size_alone() -> None:
+    def seconds(n: int) -> float:
+        text = json.dumps({f"layer{i}": [math.nan, 0.5] for i in range(n)})
+        times = []
+        for _ in range(3):
+            begun = time.process_time()
+            assert scan(text).n_bad
+            times.append(time.process_time() - begun)
+        return min(times)
+
+    assert seconds(32_000) < 24 * seconds(4_000)
