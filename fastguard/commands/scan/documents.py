@@ -233,9 +233,9 @@ class _Lines:
             self._begins[depth] = self._braces[self._opens & (self._depths == depth)]
         return self._begins[depth]
 
-    def _is_at(self, begin: np.intp, value: Any) -> bool:
+    def _is_at(self, begin: int, value: Any) -> bool:
         try:
-            return repr(_DECODER.raw_decode(self._text, int(begin))[0]) == repr(value)
+            return repr(_DECODER.raw_decode(self._text, begin)[0]) == repr(value)
         except (ValueError, RecursionError):
             return False
 
