@@ -1,4 +1,4 @@
-"""The command line's frame: which commands there are, how each ends, and what it needs."""
+"""The `fastguard` command: subcommands, exit statuses, usage errors and optional packages."""
 
 import os
 import subprocess
@@ -24,18 +24,18 @@ sys.exit(main({argv!r}))
 
 
 def without(names, argv, cwd):
-    """A command in a process where some packages cannot be imported."""
+    """Runs a command in a process in which some packages cannot be imported."""
     code = WITHOUT.format(names=set(names), argv=argv)
     return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True)
 
 
-def test_no_command_prints_the_help_and_is_wrong_use(capsys):
+def test_without_a_command_the_help_is_printed_and_the_status_is_2(capsys):
     assert main([]) == 2
     assert "COMMAND" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv", [["--version"], ["--help"], ["report", "--help"]], ids=" ".join)
-def test_version_and_help_import_no_torch(argv, tmp_path):
+def test_version_and_help_do_not_import_torch(argv, tmp_path):
     done = without(["torch"], argv, tmp_path)
     assert done.returncode == 0 and "fastguard" in done.stdout, done.stderr
 
@@ -49,7 +49,7 @@ def test_help_lists_every_command(capsys):
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
-def test_every_command_has_a_help_of_its_own(command, capsys):
+def test_every_command_has_its_own_help(command, capsys):
     assert main([command.name, "--help"]) == 0
     assert f"usage: fastguard {command.name}" in capsys.readouterr().out
 
@@ -59,7 +59,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"fastguard {__version__}\n"
 
 
-def test_an_unknown_command_is_wrong_use(capsys):
+def test_an_unknown_command_is_a_usage_error(capsys):
     assert main(["train"]) == 2
     assert "invalid choice: 'train'" in capsys.readouterr().err
 
@@ -73,7 +73,7 @@ def test_a_mistyped_option_shows_the_usage_of_its_command(argv, capsys):
 
 
 @pytest.mark.parametrize(
-    "error, status, said",
+    "error, status, message",
     [
         (usage.UsageError("no such thing; do this"), 2, "fastguard fake: no such thing; do this\n"),
         (OSError(28, "No space left on device", "x.png"), 2, "No space left on device: 'x.png'"),
@@ -81,8 +81,8 @@ def test_a_mistyped_option_shows_the_usage_of_its_command(argv, capsys):
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
-def test_what_a_command_raises_becomes_a_line_and_a_status(
-    error, status, said, capsys, monkeypatch
+def test_an_error_of_a_command_becomes_one_line_and_an_exit_status(
+    error, status, message, capsys, monkeypatch
 ):
     class Fake:
         """A command that fails."""
@@ -99,29 +99,29 @@ def test_what_a_command_raises_becomes_a_line_and_a_status(
     monkeypatch.setitem(sys.modules, "fake", Fake)
     assert main(["fake"]) == status
     captured = capsys.readouterr()
-    assert said in captured.err and captured.out == ""
+    assert message in captured.err and captured.out == ""
 
 
-def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
+def test_an_internal_error_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr("fastguard.commands.environment.run", lambda args: [][0])
     with pytest.raises(IndexError):
         main(["env"])
 
 
-def test_python_m_fastguard_is_the_same_command(tmp_path):
+def test_python_m_fastguard_runs_the_same_command(tmp_path):
     command = [sys.executable, "-m", "fastguard", "--version"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"fastguard {__version__}\n")
 
 
-def test_a_reader_that_leaves_early_is_no_error(tmp_path):
+def test_a_closed_pipe_is_not_an_error(tmp_path):
     command = f"{sys.executable} -m fastguard env | head -1"
     done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.startswith("fastguard ") and done.stderr == ""
 
 
 @pytest.mark.parametrize("missing", ["rich", "matplotlib"])
-def test_demo_without_an_extra_names_the_extra(missing, tmp_path):
+def test_demo_names_the_missing_extra(missing, tmp_path):
     done = without([missing], ["demo", "--steps", "20", "--out", "out"], tmp_path)
     assert done.returncode == 2
     assert done.stderr == (
@@ -137,7 +137,7 @@ def test_env_needs_torch_and_numpy_only(tmp_path):
     assert "backend: torch" in done.stdout
 
 
-def test_wrong_use_is_one_printable_line_whatever_the_file_is_called(tmp_path, capsys):
+def test_a_usage_error_is_one_printable_line_for_any_file_name(tmp_path, capsys):
     assert main(["report", str(tmp_path / "no\x1b[2J\nfastguard report: fine")]) == 2
     assert main(["monitor", "--once", "--last", "\x1b[2J", str(tmp_path)]) == 2
     assert main(["report", "a", "b\x1b[2J"]) == 2
@@ -146,7 +146,7 @@ def test_wrong_use_is_one_printable_line_whatever_the_file_is_called(tmp_path, c
     assert not any(line.startswith("fastguard report: fine") for line in printed.splitlines())
 
 
-def test_a_terminal_without_a_code_for_a_character_gets_its_escape(tmp_path):
+def test_characters_that_the_encoding_lacks_are_escaped(tmp_path):
     environ = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
     command = [sys.executable, "-m", "fastguard", "report", "größe.jsonl"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environ)
@@ -154,13 +154,13 @@ def test_a_terminal_without_a_code_for_a_character_gets_its_escape(tmp_path):
     assert done.stderr.startswith("fastguard report: no such file: gr\\xf6\\xdfe.jsonl;")
 
 
-def test_the_streams_are_left_as_they_were():
+def test_the_streams_are_restored():
     before = sys.stdout.errors, sys.stderr.errors
     assert main(["--version"]) == 0
     assert (sys.stdout.errors, sys.stderr.errors) == before
 
 
-def test_the_exit_status_is_kept_though_the_reader_leaves(tmp_path):
+def test_a_closed_pipe_does_not_change_the_exit_status(tmp_path):
     bad = tmp_path / "bad.pt"
     bad.write_bytes(b"no checkpoint")
     paths = " ".join([str(bad)] * 1500)  # more than a pipe holds
@@ -184,18 +184,18 @@ def test_the_exit_status_is_kept_though_the_reader_leaves(tmp_path):
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_what_was_meant_is_said(argv, meant, capsys):
+def test_a_typo_gets_a_suggestion(argv, meant, capsys):
     assert main(argv) == 2
     assert f"; did you mean '{meant}'?" in capsys.readouterr().err
 
 
-def test_nothing_is_proposed_where_nothing_is_near(capsys):
+def test_no_suggestion_without_a_similar_name(capsys):
     assert main(["train"]) == 2
     assert "did you mean" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
-def test_the_help_is_filled_to_a_narrow_terminal(command, capsys, monkeypatch):
+def test_the_help_is_wrapped_to_the_width_of_the_terminal(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     assert main([command.name, "--help"]) == 0
     *description, _ = capsys.readouterr().out.partition("options:")[0].splitlines()
@@ -210,7 +210,7 @@ for command in [[], *([name] for name in sys.argv[1:])]:
 """
 
 
-def test_no_help_needs_more_than_ascii(tmp_path):
+def test_all_help_texts_are_ascii(tmp_path):
     environ = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     names = [command.name for command in COMMANDS]
     argv = [sys.executable, "-c", ALL_HELP, *names]

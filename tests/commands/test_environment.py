@@ -1,4 +1,4 @@
-"""`fastguard env`: versions, devices and who serves them."""
+"""`fastguard env`: versions, devices and the backend of each device."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ from fastguard.errors import versions
 from fastguard.stages import backend
 
 
-def test_as_a_user_runs_it(tmp_path):
+def test_the_command_prints_versions(tmp_path):
     command = [sys.executable, "-m", "fastguard", "env"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
@@ -26,7 +26,7 @@ def test_as_a_user_runs_it(tmp_path):
     assert lines[0][0] == "fastguard"
 
 
-def test_as_json(capsys):
+def test_json_output_has_versions_machine_and_devices(capsys):
     assert main(["env", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["versions"]["numpy"] == np.__version__
@@ -36,7 +36,7 @@ def test_as_json(capsys):
     assert (cpu["stages"], cpu["not_triton"]) == ("cpu", "Triton kernels need a CUDA device")
 
 
-def test_verbose_tells_what_was_copied(capsys, monkeypatch):
+def test_verbose_shows_the_number_of_copied_gradients(capsys, monkeypatch):
     stages = SimpleNamespace(diagnostics=lambda: {"copied_gradients": 3})
     monkeypatch.setitem(sys.modules, "fastguard.stages.triton", stages)
     assert main(["env"]) == 0
@@ -49,14 +49,14 @@ def test_verbose_tells_what_was_copied(capsys, monkeypatch):
     assert environment.environment()["diagnostics"] == {"copied_gradients": 0}
 
 
-def test_what_is_not_installed_is_listed_as_missing(monkeypatch):
+def test_packages_that_are_not_installed_are_listed(monkeypatch):
     monkeypatch.setattr(environment, "FRAMEWORKS", ("fastguard-missing", "numpy"))
     found = environment.environment()
     assert found["frameworks"] == {"fastguard-missing": None, "numpy": np.__version__}
     assert f"{'fastguard-missing':<18} -" in environment.as_text(found).splitlines()
 
 
-def test_what_an_old_torch_lacks_is_listed_with_its_consequence(monkeypatch):
+def test_missing_features_of_an_old_torch_are_listed_with_their_effect(monkeypatch):
     monkeypatch.setattr(versions, "TORCH", (2, 11))
     found = environment.environment()
     name, since = versions.FUSED_ADAGRAD.name, "since torch 2.12"
@@ -71,7 +71,7 @@ def test_what_an_old_torch_lacks_is_listed_with_its_consequence(monkeypatch):
     "problem, backend_name, stages",
     [(None, "triton", "triton"), ("triton is not installed", "torch", "reference")],
 )
-def test_a_gpu_says_who_serves_it_and_why(problem, backend_name, stages, monkeypatch):
+def test_the_backend_of_a_gpu_is_shown_with_the_reason(problem, backend_name, stages, monkeypatch):
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(environment, "devices", lambda: [gpu])
     monkeypatch.setattr(environment, "_device_name", lambda device: "a GPU")
@@ -91,7 +91,7 @@ def test_a_gpu_says_who_serves_it_and_why(problem, backend_name, stages, monkeyp
     assert (problem is None) or problem in text
 
 
-def test_why_not_triton_tells_an_import_that_fails(monkeypatch):
+def test_why_not_triton_reports_a_failed_import(monkeypatch):
     monkeypatch.setattr(backend, "triton_problem", lambda device: None)
     monkeypatch.setitem(sys.modules, "fastguard.stages.triton", None)
     assert "its import failed" in backend.why_not_triton(torch.device("cuda", 0))

@@ -1,11 +1,11 @@
-"""A file is written whole or not at all."""
+"""`atomic_write` writes a complete file or leaves the old one."""
 
 import pytest
 
 from fastguard.commands.files import atomic_write
 
 
-def test_a_file_appears_at_the_end(tmp_path):
+def test_the_file_appears_when_the_block_ends(tmp_path):
     path = tmp_path / "picture.png"
     with atomic_write(path) as temporary:
         temporary.write_bytes(b"new")
@@ -15,7 +15,7 @@ def test_a_file_appears_at_the_end(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_after_a_failure_only_the_old_file_remains(tmp_path):
     path = tmp_path / "records.jsonl"
     path.write_bytes(b"old")
     with pytest.raises(KeyError), atomic_write(path) as temporary:

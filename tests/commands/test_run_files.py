@@ -1,4 +1,4 @@
-"""Which file a command's argument RUN names."""
+"""The records file for a command's RUN argument, and files of other programs."""
 
 import codecs
 
@@ -18,7 +18,7 @@ def write(path, count, **options):
     return path
 
 
-def test_a_folder_stands_for_the_run_in_it(tmp_path):
+def test_a_folder_with_one_run_names_that_run(tmp_path):
     path = write(tmp_path / "anything.jsonl", 100, max_bytes=2048)
     assert find_run(tmp_path) == path
     other = write(tmp_path / "other.jsonl", 1)
@@ -29,7 +29,7 @@ def test_a_folder_stands_for_the_run_in_it(tmp_path):
     assert find_run(tmp_path) == records
 
 
-def test_nothing_to_read_is_wrong_use(tmp_path):
+def test_a_run_without_records_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match=r"holds no \.jsonl file"):
         find_run(tmp_path)
     with pytest.raises(UsageError, match="no such file"):
@@ -46,13 +46,13 @@ FOREIGN = [
 
 
 @pytest.mark.parametrize("before", [b"", b"\x00" * 64 + b"\n", b'{"step": 2, "total_no\n[1]\n'])
-def test_one_record_says_that_fastguard_wrote_the_lines(before):
+def test_one_record_identifies_fastguard_as_the_writer(before):
     assert detect_writer((before + RECORD.encode()).splitlines()) == "fastguard"
     assert detect_writer([*FOREIGN, RECORD]) == "fastguard"
 
 
 @pytest.mark.parametrize("line", FOREIGN)
-def test_json_lines_of_other_programs_are_known(line):
+def test_json_lines_of_other_programs_are_recognized(line):
     assert detect_writer([line]) == detect_writer([line.encode()]) == "another program"
     assert detect_writer([codecs.BOM_UTF8 + line.encode()]) == "another program"
 
@@ -60,13 +60,13 @@ def test_json_lines_of_other_programs_are_known(line):
 @pytest.mark.parametrize(
     "line", ["", "epoch 3 loss nan", "[1]", '{"step": 1', '{"step": 1}', "{" * 100_000, "{}"]
 )
-def test_other_lines_say_nothing_of_their_writer(line):
+def test_the_writer_of_other_lines_is_unknown(line):
     assert detect_writer([line]) == "unknown"
 
 
 @pytest.mark.parametrize("command", [["report"], ["monitor", "--once"]], ids=lambda c: c[0])
 @pytest.mark.parametrize("line", FOREIGN)
-def test_lines_of_others_are_refused_with_the_command_that_reads_them(
+def test_json_lines_of_other_programs_are_refused_with_a_hint_to_scan(
     command, line, tmp_path, capsys
 ):
     path = tmp_path / "my run.jsonl"
@@ -78,7 +78,7 @@ def test_lines_of_others_are_refused_with_the_command_that_reads_them(
     assert not (tmp_path / "my run.html").exists()
 
 
-def test_an_empty_file_after_a_rotation_is_judged_by_the_last_full_one(tmp_path):
+def test_after_a_rotation_an_empty_file_is_judged_by_the_previous_one(tmp_path):
     path = write(tmp_path / "records.jsonl", 100, max_bytes=2048)
     path.write_bytes(b"")
     refuse_foreign_lines(path)
@@ -100,9 +100,7 @@ def test_an_empty_file_after_a_rotation_is_judged_by_the_last_full_one(tmp_path)
     ],
     ids=["json", "nested", "w&b", "trainer state", "text", "csv"],
 )
-def test_the_log_of_another_program_is_refused_and_the_right_command_named(
-    command, text, tmp_path, capsys
-):
+def test_logs_of_other_programs_are_refused_with_a_hint_to_scan(command, text, tmp_path, capsys):
     if command == ["report"]:
         require("plotly")
     path = tmp_path / "train log.jsonl"
@@ -114,7 +112,7 @@ def test_the_log_of_another_program_is_refused_and_the_right_command_named(
 
 
 @pytest.mark.parametrize("command", [["report"], ["monitor", "--once"]], ids=lambda c: c[0])
-def test_folders_with_the_names_of_files_are_passed_over(command, tmp_path, capsys):
+def test_folders_named_like_files_are_ignored(command, tmp_path, capsys):
     if command == ["report"]:
         require("plotly")
     for name in ("records.1.jsonl", "other.jsonl"):
@@ -132,7 +130,9 @@ def test_folders_with_the_names_of_files_are_passed_over(command, tmp_path, caps
     ids=["blank", "text", "x"],
 )
 @pytest.mark.parametrize("line", FOREIGN)
-def test_lines_of_others_far_into_a_file_are_no_records(command, before, line, tmp_path, capsys):
+def test_json_lines_of_other_programs_late_in_a_file_are_refused(
+    command, before, line, tmp_path, capsys
+):
     if command == ["report"]:
         require("plotly")
     path = tmp_path / "run.jsonl"

@@ -1,4 +1,4 @@
-"""`fastguard selftest`: what serves this machine agrees with the reference, and a fault is seen."""
+"""`fastguard selftest`: the backend of this machine agrees with the reference; faults are found."""
 
 import json
 
@@ -26,13 +26,13 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("stage", FAULTS)
-def test_a_stage_that_is_wrong_is_found(stage, monkeypatch, capsys):
+def test_a_wrong_stage_is_detected(stage, monkeypatch, capsys):
     name, wrong = FAULTS[stage]
     monkeypatch.setattr(cpu, name, wrong(getattr(cpu, name)))
     assert main(["selftest", "--json"]) == 1
-    told = json.loads(capsys.readouterr().out)
-    assert not told["ok"]
-    assert stage in {check["what"] for check in told["checks"] if check["problem"]}
+    result = json.loads(capsys.readouterr().out)
+    assert not result["ok"]
+    assert stage in {check["what"] for check in result["checks"] if check["problem"]}
 
 
 def test_a_stage_that_raises_is_a_failed_check(monkeypatch):

@@ -1,4 +1,4 @@
-"""The benchmarks of the source tree, and one small result for all tests."""
+"""Fixtures: the benchmarks of the source tree, and one small result."""
 
 import pytest
 
@@ -11,7 +11,7 @@ from guardtest.bench import CPU, LIMIT, ON_CPU, SHAPES, a_case
 
 @pytest.fixture(scope="session")
 def benchmarks():
-    """The package of the source tree, which is not installed."""
+    """Imports modules of `benchmarks/`, which is not installed."""
     return bench.benchmarks
 
 

@@ -1,4 +1,4 @@
-"""What is measured beside time: norm errors, peak memory, and how the cost grows with tensors."""
+"""Norm errors, peak memory, and the growth of the cost with the number of tensors."""
 
 import copy
 import math
@@ -9,7 +9,7 @@ import torch
 from guardtest.bench import CPU, a_case
 
 
-def test_accuracy_sees_torch_overflow_and_not_us(benchmarks):
+def test_accuracy_shows_the_overflow_of_torch_and_none_of_fastguard(benchmarks):
     rows = benchmarks("accuracy").measure_accuracy(
         a_case(contenders=("torch foreach", "fastguard")), CPU
     )
@@ -18,7 +18,7 @@ def test_accuracy_sees_torch_overflow_and_not_us(benchmarks):
     assert max(e for (_, _, name), e in by_key.items() if name == "fastguard") < 1e-7
 
 
-def test_peak_memory_counts_what_a_call_holds_at_once(benchmarks):
+def test_peak_memory_counts_simultaneous_allocations(benchmarks):
     peak_bytes = benchmarks("memory").peak_bytes
 
     def two_at_once_then_one():

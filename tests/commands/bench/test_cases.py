@@ -1,4 +1,4 @@
-"""Cases: their byte models, what a workload holds, and that no target lacks one."""
+"""Cases: byte models, workloads, and that the suite covers every target."""
 
 import pytest
 import torch
@@ -22,21 +22,21 @@ from guardtest.bench import CPU, LIMIT, SHAPES, a_case
         ({"optimizer": ("AdamW", "fused"), "situation": "one NaN, skipped"}, 1, 0),
     ],
 )
-def test_byte_models(changes, read, update):
+def test_byte_models_of_all_situations(changes, read, update):
     case = a_case(**changes)
     g = case.grad_bytes
     assert (case.io.read, case.io.update) == (read * g, update * g)
     assert case.io.seconds(10.0, 20.0) == pytest.approx(read * g / 1e10 + 2 * update * g / 2e10)
 
 
-def test_bytes_follow_the_dtype_of_each_parameter():
+def test_gradient_bytes_depend_on_the_dtype_of_each_parameter():
     elements = 280 + 7 + 30 + 300
     assert a_case().grad_bytes == 4 * elements
     assert a_case(dtype="bf16").grad_bytes == 2 * elements
     assert a_case(dtype="mixed").grad_bytes == 2 * 310 + 4 * 307
 
 
-def test_a_workload_holds_what_its_case_says():
+def test_a_workload_has_the_shapes_and_bytes_of_its_case():
     case = a_case(dtype="mixed")
     work = Workload(case, CPU)
     assert [tuple(g.shape) for g in work.grads] == SHAPES
@@ -51,14 +51,14 @@ def test_ids_of_the_suite_are_unique(benchmarks):
         assert len(set(ids)) == len(ids)
 
 
-def test_the_quick_selection_has_the_gpt2_of_the_shape_files(benchmarks):
+def test_the_quick_selection_uses_the_gpt2_shapes_of_the_suite(benchmarks):
     assert gpt2_shapes() == benchmarks("suite").model_shapes("gpt2-124m")
     assert all(case.baseline in case.contenders for case in selection(CPU))
 
 
-def test_every_target_of_a_cpu_has_its_case_in_the_suite(benchmarks):
-    # Rows with one and the same ratio for every case and contender: then only targets that look
-    # for something that the suite does not measure stay without a number.
+def test_the_suite_measures_every_cpu_target(benchmarks):
+    # Every case and contender gets a row. Only targets for something that the suite does not
+    # measure then remain without a number.
     rows = []
     for case in benchmarks("suite").cases(CPU):
         for name in case.contenders:
@@ -82,7 +82,7 @@ def test_every_target_of_a_cpu_has_its_case_in_the_suite(benchmarks):
     assert all(v["measured"] == targets.NOT_MEASURED for v in verdicts if v["device"] == "cuda")
 
 
-def test_the_lists_of_another_library_have_its_numbers_of_elements(benchmarks):
+def test_shape_lists_of_another_library_have_its_element_counts(benchmarks):
     suite = benchmarks("suite")
     cases = {case.name: case for case in suite.cases(torch.device("cuda"))}
     matrices, one = cases["500 matrices"], cases["1 x 1536M"]

@@ -1,4 +1,4 @@
-"""The commands that measure, run to their end on cases of a few kilobytes."""
+"""The benchmark commands and scripts run on cases of a few kilobytes."""
 
 import functools
 import subprocess
@@ -20,7 +20,7 @@ PAIR = ("torch foreach", "fastguard")
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Ceilings that nobody measures, and a clock that stops after the fewest rounds."""
+    """Two small cases, with fixed bandwidths and the minimum number of rounds."""
     monkeypatch.setattr("fastguard.commands.bench.session.ceilings", lambda device: LIMIT)
     return [a_case(contenders=PAIR), a_case(contenders=PAIR, situation="clipping")]
 
@@ -33,11 +33,11 @@ def tiny(monkeypatch):
         ("cuda:99", r"CUDA devices here; use --device cpu"),
     ],
 )
-def test_a_device_that_is_not_there_is_wrong_use(device, says, capsys):
+def test_a_missing_device_is_a_usage_error(device, says, capsys):
     require("rich")
     assert main(["bench", "--device", device]) == 2
-    said = capsys.readouterr().err
-    assert says in said and device in said and "Traceback" not in said
+    printed = capsys.readouterr().err
+    assert says in printed and device in printed and "Traceback" not in printed
 
 
 def test_fastguard_bench_measures_prints_and_writes(tiny, tmp_path, monkeypatch, capsys):
@@ -50,11 +50,11 @@ def test_fastguard_bench_measures_prints_and_writes(tiny, tmp_path, monkeypatch,
     assert result["command"] == "fastguard bench --device cpu"
     for case in tiny:
         assert find(result, case.id, "fastguard")["ratio"]["p50"] > 0
-    said = capsys.readouterr().out
-    assert "tiny" in said and path.name in said.replace("\n", "")
+    printed = capsys.readouterr().out
+    assert "tiny" in printed and path.name in printed.replace("\n", "")
 
 
-def test_a_cold_case_empties_the_caches_before_every_call(monkeypatch):
+def test_a_cold_case_evicts_the_caches_before_every_call(monkeypatch):
     emptied = []
     plain = Evictor.__call__
     monkeypatch.setattr(Evictor, "__call__", lambda self: (emptied.append(1), plain(self)))
@@ -65,7 +65,7 @@ def test_a_cold_case_empties_the_caches_before_every_call(monkeypatch):
 
 
 @pytest.mark.parametrize("contender", [name for name in CONTENDERS if "compiled" in name])
-def test_compiled_contenders(contender, monkeypatch):
+def test_compiled_contenders_compute_the_norm(contender, monkeypatch):
     """With a backend that needs no C++ compiler."""
     torch._dynamo.reset()
     compiled = functools.partial(torch.compile, backend="aot_eager")
@@ -105,7 +105,7 @@ def test_make_bench_measures_prints_writes_and_draws(
     assert "tiny" in capsys.readouterr().out
 
 
-def test_make_bench_refuses_a_device_that_is_not_there(benchmarks, monkeypatch, capsys):
+def test_make_bench_refuses_a_missing_device(benchmarks, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["benchmarks", "--device", "cuda:99"])
     assert benchmarks("__main__").main() == 2
     assert "use --device cpu" in capsys.readouterr().err
@@ -113,7 +113,7 @@ def test_make_bench_refuses_a_device_that_is_not_there(benchmarks, monkeypatch, 
 
 @pytest.fixture
 def gpu(benchmarks, monkeypatch):
-    """The script of a GPU on two small cases: functions, one its own, and whole steps."""
+    """`benchmarks/gpu.py` with two small cases: functions and whole steps."""
     script = benchmarks("gpu")
     function = a_case(contenders=(*script.CLIP, script.READ_PASS))
     step = a_case(contenders=script.STEP, baseline=script.USUAL_STEP, optimizer=("AdamW", "fused"))
@@ -123,7 +123,7 @@ def gpu(benchmarks, monkeypatch):
 
 
 @pytest.mark.parametrize("seconds", ["60", "-1"], ids=["", "out of time"])
-def test_the_gpu_script_can_be_tried_on_a_cpu(seconds, gpu, tmp_path, monkeypatch, capsys):
+def test_the_gpu_script_runs_on_a_cpu(seconds, gpu, tmp_path, monkeypatch, capsys):
     require("rich")
     out = tmp_path / "gpu.json"
     options = ["--device", "cpu", "--quick", "--seconds", seconds, "--out", str(out)]
@@ -138,9 +138,7 @@ def test_the_gpu_script_can_be_tried_on_a_cpu(seconds, gpu, tmp_path, monkeypatc
     assert "Ceilings" in capsys.readouterr().out
 
 
-def test_a_case_of_the_gpu_script_that_fails_is_named_and_is_its_exit_status(
-    gpu, tmp_path, monkeypatch
-):
+def test_the_gpu_script_names_failed_cases_and_exits_with_1(gpu, tmp_path, monkeypatch):
     require("rich")
 
     def broken(case, *args, **options):
@@ -154,11 +152,11 @@ def test_a_case_of_the_gpu_script_that_fails_is_named_and_is_its_exit_status(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_the_gpu_script_says_what_to_do_without_one(gpu, monkeypatch, capsys):
+def test_the_gpu_script_without_a_gpu_explains_what_to_do(gpu, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["gpu"])
     assert gpu.main() == 2
-    said = capsys.readouterr().err
-    assert "--device cpu" in said and "--quick" in said
+    printed = capsys.readouterr().err
+    assert "--device cpu" in printed and "--quick" in printed
 
 
 def test_the_suite_is_collected_by_pytest():

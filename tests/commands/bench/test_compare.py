@@ -1,4 +1,4 @@
-"""Two results compared: what got slower, and what the exit status says."""
+"""`benchmarks/compare.py`: flagged changes between two results, and the exit status."""
 
 import copy
 import subprocess
@@ -18,7 +18,7 @@ def slowed(result, factor, case=None):
 
 
 def steady(result):
-    """The result with narrow spreads, as a quiet machine gives."""
+    """The result with narrow spreads, as on an idle machine."""
     other = copy.deepcopy(result)
     for row in other["rows"]:
         p50 = row["ratio"]["p50"]
@@ -26,7 +26,7 @@ def steady(result):
     return other
 
 
-def test_compare_flags_what_got_slower_outside_its_spread(benchmarks, result):
+def test_compare_flags_a_slowdown_beyond_the_spread(benchmarks, result):
     compare = benchmarks("compare").compare
     old = steady(result)
     assert not any(c.flagged for c in compare(old, old))
@@ -38,14 +38,14 @@ def test_compare_flags_what_got_slower_outside_its_spread(benchmarks, result):
     assert not any(c.flagged for c in compare(old, slowed(old, 0.97)))  # within the tolerance
 
 
-def test_compare_believes_no_change_within_the_spread(benchmarks, result):
+def test_compare_ignores_changes_within_the_spread(benchmarks, result):
     old = steady(result)
     for row in old["rows"]:
         row["ratio"] |= {"p20": row["ratio"]["p50"] * 0.5, "p80": row["ratio"]["p50"] * 2}
     assert not any(c.flagged for c in benchmarks("compare").compare(old, slowed(old, 0.7)))
 
 
-def test_compare_flags_a_norm_that_got_worse(benchmarks, result):
+def test_compare_flags_a_less_accurate_norm(benchmarks, result):
     worse = copy.deepcopy(result)
     row = find(worse, a_case().id, "fastguard")
     for bad in (1e-3, "Infinity"):
@@ -54,7 +54,7 @@ def test_compare_flags_a_norm_that_got_worse(benchmarks, result):
         assert flagged.verdict == "NORM"
 
 
-def test_compare_says_by_its_exit_status_what_it_found(tmp_path, benchmarks, result, capsys):
+def test_the_exit_status_of_compare_shows_the_result(tmp_path, benchmarks, result, capsys):
     main = benchmarks("compare").main
     old, slow, broken = (str(tmp_path / f"{name}.json") for name in ("old", "slow", "broken"))
     save(steady(result), Path(old))

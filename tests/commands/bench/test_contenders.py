@@ -1,4 +1,4 @@
-"""The peers do the same work as we do, on gradients of a few kilobytes."""
+"""All contenders compute the same result, on gradients of a few kilobytes."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from guardtest.bench import CPU, ON_CPU, a_case
 
 @pytest.mark.parametrize("situation", ["nothing to clip", "clipping"])
 @pytest.mark.parametrize("contender", ON_CPU)
-def test_every_contender_gives_the_gradients_and_the_norm_of_torch(contender, situation):
+def test_every_contender_computes_the_same_gradients_and_norm_as_torch(contender, situation):
     work = Workload(a_case(situation=situation), CPU)
     expected = [g.clone() for g in work.grads]
     coef = min(1.0, work.max_norm / (work.true_norm + 1e-6))
@@ -24,7 +24,7 @@ def test_every_contender_gives_the_gradients_and_the_norm_of_torch(contender, si
 
 
 @pytest.mark.parametrize("contender", ["torch foreach", "fastguard", "fastguard flat"])
-def test_zero_mode_and_its_peer_clean_the_same_element(contender):
+def test_zero_mode_and_its_peer_clean_all_gradients(contender):
     work = Workload(a_case(situation="one NaN, zeroed"), CPU)
     dirty = sum(int(g.isnan().sum()) for g in work.grads)
     prepared = CONTENDERS[contender](work)
@@ -51,7 +51,7 @@ def test_every_step_leaves_finite_weights_and_can_be_repeated(optimizer, situati
     assert set(left_out) == ({"bare step", "clip + step"} if "NaN" in situation else set())
 
 
-def test_a_call_that_changes_gradients_gets_them_back():
+def test_changed_gradients_are_restored():
     work = Workload(a_case(situation="clipping"), CPU)
     before = [g.clone() for g in work.grads]
     for name in ("torch foreach", "fastguard", "fastguard flat"):
@@ -64,6 +64,6 @@ def test_a_call_that_changes_gradients_gets_them_back():
 
 
 @pytest.mark.parametrize("name", PEERS_ON_CUDA)
-def test_peers_of_a_gpu_say_why_they_are_left_out(name):
+def test_gpu_peers_explain_why_they_are_left_out(name):
     with pytest.raises(Unavailable, match="CUDA"):
         CONTENDERS[name](Workload(a_case(), CPU))

@@ -1,4 +1,4 @@
-"""Results: their file, what is drawn from it, the tables."""
+"""Results: the file, the charts and the tables."""
 
 import copy
 import json
@@ -14,7 +14,7 @@ from guardtest.bench import ON_CPU, ROOT, SHAPES, a_case, benchmarks
 targets = benchmarks("targets")
 
 
-def test_a_result_survives_the_file(tmp_path, result):
+def test_a_result_can_be_saved_and_loaded(tmp_path, result):
     path = tmp_path / "result.json"
     save(result, path)
     again = load(path)
@@ -33,7 +33,7 @@ def test_a_result_survives_the_file(tmp_path, result):
         (lambda r: r["rows"][0].update(ratio={"p50": 1.0}), "p20"),
     ],
 )
-def test_what_is_no_result_is_refused_with_the_reason(result, spoil, says):
+def test_an_invalid_result_is_refused_with_the_reason(result, spoil, says):
     spoiled = copy.deepcopy(result)
     check(spoiled)
     spoil(spoiled)
@@ -41,13 +41,13 @@ def test_what_is_no_result_is_refused_with_the_reason(result, spoil, says):
         check(spoiled)
 
 
-def test_committed_results_are_of_this_schema():
+def test_committed_results_have_the_current_schema():
     for path in (ROOT / "benchmarks" / "results").glob("*.json"):
         if "rows" in json.loads(path.read_text()):
             load(path)
 
 
-def test_charts_come_from_the_file_alone_and_are_the_same_each_time(tmp_path, benchmarks, result):
+def test_charts_are_reproducible_from_the_file(tmp_path, benchmarks, result):
     require("matplotlib")
     plots = benchmarks("plots")
     source = tmp_path / "some-machine.json"

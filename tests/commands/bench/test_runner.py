@@ -1,4 +1,4 @@
-"""The benchmark runner. Nothing here asserts on time."""
+"""The benchmark runner. No test asserts on time."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from fastguard.commands.bench.runner import FEWEST_ROUNDS, Spread, interleave, s
 from guardtest.bench import CPU, LIMIT, ON_CPU, a_case
 
 
-def test_rounds_interleave_and_each_begins_with_another_contender():
+def test_rounds_interleave_and_rotate_the_contenders():
     work = Workload(a_case(contenders=("torch foreach", "fastguard")), CPU)
     seen = []
 
@@ -20,14 +20,15 @@ def test_rounds_interleave_and_each_begins_with_another_contender():
         prepared = CONTENDERS[name](work)
         return replace(prepared, restore=lambda: seen.append(name))
 
-    field = {name: watched(name) for name in work.case.contenders}
-    samples = interleave(field, work, seconds=0.0)
-    assert {name: len(s) for name, s in samples.items()} == dict.fromkeys(field, FEWEST_ROUNDS)
+    contenders = {name: watched(name) for name in work.case.contenders}
+    samples = interleave(contenders, work, seconds=0.0)
+    counts = {name: len(s) for name, s in samples.items()}
+    assert counts == dict.fromkeys(contenders, FEWEST_ROUNDS)
     first, second = work.case.contenders
     assert seen[:8] == [first, second, second, first, first, second, second, first]
 
 
-def test_a_ratio_is_taken_within_a_round():
+def test_ratios_are_computed_within_rounds():
     baseline = [Sample(t, t, t) for t in (2.0, 20.0, 200.0)]
     own = [Sample(t, t, t) for t in (1.0, 10.0, 100.0)]
     row = summarise(a_case(), "fastguard", own, baseline, LIMIT, None)
@@ -36,7 +37,7 @@ def test_a_ratio_is_taken_within_a_round():
     assert row.limit_percent == pytest.approx(100 * a_case().grad_bytes / 1e10 / 10e-3)
 
 
-def test_the_baseline_is_once_as_fast_as_itself():
+def test_the_ratio_of_the_baseline_is_1():
     rows, left_out = run_case(a_case(), CPU, LIMIT, seconds=0.0)
     by_name = {row.contender: row for row in rows}
     assert set(by_name) == set(ON_CPU)
@@ -45,7 +46,7 @@ def test_the_baseline_is_once_as_fast_as_itself():
     assert all(row.norm_error is not None and row.norm_error < 1e-6 for row in rows)
 
 
-def test_a_peer_that_refuses_is_left_out_and_ours_is_not():
+def test_a_failing_peer_is_left_out_but_a_failing_fastguard_raises():
     rows, left_out = run_case(a_case(dtype="fp16"), CPU, LIMIT, seconds=0.0)
     assert "FP16" in left_out["GradScaler + clip"]
     assert "fastguard" in {row.contender for row in rows}
@@ -63,7 +64,7 @@ def test_a_peer_that_refuses_is_left_out_and_ours_is_not():
             run_case(a_case(), CPU, LIMIT, seconds=0.0)
 
 
-def test_a_case_that_does_not_fit_is_left_out_with_the_reason():
+def test_a_case_that_does_not_fit_into_memory_is_left_out():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fastguard.commands.bench.runner.available_bytes", lambda device: 1000)
         rows, left_out = run_case(a_case(), CPU, LIMIT)
@@ -78,7 +79,7 @@ def test_preparation_is_not_timed():
     assert sample.wall_ms == sample.host_ms == sample.device_ms
 
 
-def test_ceilings_and_machine():
+def test_bandwidths_and_machine_are_described():
     found = ceilings(CPU, n_bytes=2**16)
     assert min(found.read_gb_s, found.update_gb_s, found.copy_gb_s) > 0
     machine = describe_machine(CPU)

@@ -1,4 +1,4 @@
-"""Waits for a GPU are counted by what PyTorch warns of; here it warns without one."""
+"""Syncs are counted by PyTorch's warnings, which these tests emit without a GPU."""
 
 import warnings
 
@@ -10,7 +10,7 @@ NOTICE = (
 )
 
 
-def test_a_wait_is_counted_and_the_notice_of_the_mode_is_not(benchmarks, monkeypatch):
+def test_syncs_are_counted_without_the_notice_of_the_debug_mode(benchmarks, monkeypatch):
     modes = []
 
     def set_mode(mode):

@@ -1,4 +1,4 @@
-"""Whole training steps, bare and guarded: the model is GPT-2's, and each way does what it says."""
+"""`benchmarks/training_step.py`: the model is GPT-2, and all ways to step do the same work."""
 
 import functools
 import json
@@ -14,7 +14,7 @@ MEANT_TO_SKIP = {"clip + isfinite(norm) + step", "isfinite + clip + step", "Guar
 
 @pytest.fixture
 def script(benchmarks, monkeypatch):
-    """With a compiler that needs no C++."""
+    """The script, with a compiler backend that needs no C++."""
     torch._dynamo.reset()
     monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend="aot_eager"))
     return benchmarks("training_step")
@@ -37,11 +37,11 @@ def test_the_model_is_gpt2_124m(script):
         model = size.model()
     found = [p.shape for p in model.parameters()]
     padded = {torch.Size((50257, size.width)): torch.Size((size.vocabulary, size.width))}
-    # The linear layers of the original are transposed.
+    # GPT-2 stores its linear layers transposed.
     assert sorted(map(sorted, found)) == sorted(sorted(padded.get(s, s)) for s in expected)
 
 
-def test_it_can_be_tried_on_a_cpu(script, tmp_path, monkeypatch, capsys):
+def test_the_script_runs_on_a_cpu(script, tmp_path, monkeypatch, capsys):
     out = tmp_path / "new" / "training.json"
     assert run(script, monkeypatch, "--device", "cpu", "--out", str(out)) == 0
     document = json.loads(out.read_text())
@@ -56,7 +56,7 @@ def test_it_can_be_tried_on_a_cpu(script, tmp_path, monkeypatch, capsys):
     assert "| compiled | GuardedOptimizer |" in capsys.readouterr().out
 
 
-def test_a_mode_that_fails_is_named_and_costs_no_other(script, tmp_path, monkeypatch):
+def test_a_failing_mode_is_named_and_the_others_run(script, tmp_path, monkeypatch):
     def broken(*_):
         raise RuntimeError("no compiler")
 
@@ -69,14 +69,14 @@ def test_a_mode_that_fails_is_named_and_costs_no_other(script, tmp_path, monkeyp
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_it_says_what_to_do_without_a_card(script, monkeypatch, capsys):
+def test_the_script_without_a_gpu_explains_what_to_do(script, monkeypatch, capsys):
     assert run(script, monkeypatch) == 2
-    said = capsys.readouterr().err
-    assert "--device cpu" in said and "--quick" in said
+    printed = capsys.readouterr().err
+    assert "--device cpu" in printed and "--quick" in printed
 
 
-def test_all_clip_alike_and_those_that_guard_skip_a_nan(script):
-    """What is compared does the same work."""
+def test_all_ways_clip_alike_and_guarded_ones_skip_nan(script):
+    """All compared ways do the same work."""
     stepped = {}
     for name in ways_of(script):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""`fastguard ckpt`: incident B in one command, exit statuses, and no traceback for bad input."""
+"""`fastguard ckpt`: list, verify, rollback, exit statuses and usage errors."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ class Head(torch.nn.Module):
 
 
 def write(path, epoch, *, bad=False, fitness=0.1, optimizer=True):
-    """A checkpoint as a detector's trainer writes it: whole modules in half precision."""
+    """Writes a checkpoint like a detection trainer: pickled modules in half precision."""
     model = torch.nn.Sequential(Head(), torch.nn.Linear(2, 2)).half()
     state = {"state": {0: {"momentum_buffer": torch.ones(4)}}, "param_groups": [{"lr": 0.1}]}
     if bad:
@@ -41,7 +41,7 @@ def write(path, epoch, *, bad=False, fitness=0.1, optimizer=True):
 
 @pytest.fixture
 def weights(tmp_path):
-    """Incident B: a run whose last.pt lived through NaN; best.pt is of epoch 1."""
+    """The files of incident B: last.pt contains NaN, best.pt is good and from epoch 1."""
     folder = tmp_path / "train" / "weights"
     folder.mkdir(parents=True)
     write(folder / "best.pt", 1, fitness=0.31)
@@ -59,11 +59,11 @@ def store(tmp_path):
     return tmp_path / "run"
 
 
-def test_incident_b_in_one_command(weights, capsys):
+def test_incident_b_is_solved_by_one_command(weights, capsys):
     bad, best = (weights / "last.pt").read_bytes(), (weights / "best.pt").read_bytes()
     assert main(["ckpt", "rollback", str(weights.parent)]) == 0
     out = capsys.readouterr().out
-    assert (weights / "last.pt").read_bytes() == best  # epoch 1 and all, nobody edits a number
+    assert (weights / "last.pt").read_bytes() == best  # with its own epoch number
     assert (weights / "best.pt").read_bytes() == best
     assert (weights / "last.pt.replaced-1").read_bytes() == bad
     assert "passed over epoch2.pt: 1 tensor is not finite, first ema.1.weight" in out
@@ -83,18 +83,18 @@ def test_a_second_rollback_keeps_the_first_backup(weights, capsys):
     assert sorted(p.name for p in weights.iterdir() if "tmp" in p.name) == []
 
 
-def test_a_file_without_optimizer_is_no_choice_of_its_own(weights, capsys):
+def test_a_file_without_optimizer_state_is_not_chosen(weights, capsys):
     write(weights / "best.pt", 1, optimizer=False)
     assert main(["ckpt", "rollback", str(weights)]) == 0
     out = capsys.readouterr().out
     assert "passed over best.pt: holds no optimizer state to resume with" in out
     assert "copy of" in out and "epoch0.pt" in out
     target, source = str(weights / "last.pt"), str(weights / "best.pt")
-    assert main(["ckpt", "rollback", target, "--to", source]) == 0  # but the user may
+    assert main(["ckpt", "rollback", target, "--to", source]) == 0  # the user may choose it
     assert "the optimizer starts from scratch" in capsys.readouterr().out
 
 
-def test_the_checkpoint_of_another_model_is_no_choice_of_its_own(weights, capsys):
+def test_a_checkpoint_of_another_model_is_not_chosen(weights, capsys):
     others = {"epoch": 2, "optimizer": {}, "ema": torch.nn.Linear(3, 3)}
     torch.save(others, weights / "teacher.pt")
     assert main(["ckpt", "rollback", str(weights)]) == 0
@@ -103,7 +103,7 @@ def test_the_checkpoint_of_another_model_is_no_choice_of_its_own(weights, capsys
     assert "best.pt (epoch 1, metric 0.31)" in out
 
 
-def test_replacing_a_good_file_is_said_and_can_be_undone(weights, capsys):
+def test_replacing_a_good_file_is_noted_and_can_be_undone(weights, capsys):
     write(weights / "last.pt", 3)
     target, good = str(weights / "last.pt"), (weights / "last.pt").read_bytes()
     assert main(["ckpt", "rollback", target]) == 0
@@ -113,7 +113,7 @@ def test_replacing_a_good_file_is_said_and_can_be_undone(weights, capsys):
     assert (weights / "last.pt").read_bytes() == good
 
 
-def test_when_nothing_is_good_nothing_is_changed(weights, capsys):
+def test_without_a_good_checkpoint_nothing_changes(weights, capsys):
     for name in ("best", "epoch0"):
         write(weights / f"{name}.pt", 0, bad=True)
     before = {p.name: p.read_bytes() for p in weights.iterdir()}
@@ -127,7 +127,7 @@ def test_when_nothing_is_good_nothing_is_changed(weights, capsys):
     assert {p.name: p.read_bytes() for p in weights.iterdir()} == before
 
 
-def test_verify_names_bad_tensors_by_path(weights, capsys):
+def test_verify_names_bad_tensors(weights, capsys):
     assert main(["ckpt", "verify", str(weights / "best.pt")]) == 0
     assert "all finite" in capsys.readouterr().out
     assert main(["ckpt", "verify", str(weights)]) == 1
@@ -138,7 +138,7 @@ def test_verify_names_bad_tensors_by_path(weights, capsys):
     assert main(["ckpt", "verify", str(weights), *pattern]) == 0
 
 
-def test_verify_of_damaged_and_dangerous_files(weights, capsys):
+def test_verify_reports_damaged_and_dangerous_files(weights, capsys):
     os.truncate(weights / "last.pt", 900)
     torch.save({"x": _Bomb()}, weights / "best.pt")
     assert main(["ckpt", "verify", str(weights / "last.pt"), str(weights / "best.pt")]) == 1
@@ -152,7 +152,7 @@ class _Bomb:
         return os.system, ("false",)
 
 
-def test_list_of_foreign_files(weights, capsys):
+def test_list_shows_files_of_other_programs(weights, capsys):
     (weights / "notes.txt").write_text("")
     os.truncate(weights / "epoch0.pt", 100)
     assert main(["ckpt", "list", str(weights)]) == 1
@@ -164,7 +164,7 @@ def test_list_of_foreign_files(weights, capsys):
     assert why.startswith(f"BAD  {weights / 'epoch0.pt'}: truncated or damaged")
 
 
-def test_list_verify_and_rollback_of_a_store(store, capsys):
+def test_a_store_is_listed_verified_and_rolled_back(store, capsys):
     assert main(["ckpt", "list", str(store)]) == 0
     rows = capsys.readouterr().out.splitlines()[1:]
     assert [row.split()[:3] for row in rows] == [
@@ -190,7 +190,7 @@ def test_list_verify_and_rollback_of_a_store(store, capsys):
         assert (opened.last().step, opened.last().epoch) == (0, 0)
 
 
-def test_a_damaged_checkpoint_of_a_store(store, capsys):
+def test_a_damaged_checkpoint_of_a_store_is_reported(store, capsys):
     with CheckpointStore(store, read_only=True) as opened:
         entry = opened.last_clean()
     os.truncate(store / entry.file, 50)
@@ -200,7 +200,7 @@ def test_a_damaged_checkpoint_of_a_store(store, capsys):
     assert "training resumes after step-000000000" in capsys.readouterr().out
 
 
-def test_a_store_in_use_can_be_looked_at_but_not_rolled_back(store, capsys):
+def test_a_store_in_use_can_be_listed_but_not_rolled_back(store, capsys):
     with CheckpointStore(store):
         assert main(["ckpt", "list", str(store)]) == 0
         assert main(["ckpt", "verify", str(store)]) == 1
@@ -232,7 +232,7 @@ def test_wrong_use(store, monkeypatch, capsys, arguments, status, message):
     assert message in capsys.readouterr().err
 
 
-def test_a_manifest_of_a_newer_version(store, capsys):
+def test_a_manifest_of_a_newer_version_asks_to_upgrade(store, capsys):
     path = store / "manifest.json"
     path.write_text(path.read_text().replace('"version": 1', '"version": 9'))
     for action in ("list", "verify", "rollback"):
@@ -241,7 +241,7 @@ def test_a_manifest_of_a_newer_version(store, capsys):
 
 
 @pytest.mark.parametrize("text", ['{"name": "a web page"}', "{"], ids=["whole", "damaged"])
-def test_a_manifest_of_another_tool_makes_a_folder_no_store(weights, capsys, text):
+def test_a_folder_with_a_manifest_of_another_tool_is_not_a_store(weights, capsys, text):
     (weights / "manifest.json").write_text(text)
     assert main(["ckpt", "verify", str(weights)]) == 1
     assert "last.pt: 1 of" in capsys.readouterr().out
@@ -249,7 +249,7 @@ def test_a_manifest_of_another_tool_makes_a_folder_no_store(weights, capsys, tex
     assert (weights / "manifest.json").read_text() == text
 
 
-def test_the_command_itself(store):
+def test_the_command_runs_in_a_process(store):
     command = [sys.executable, "-m", "fastguard", "ckpt", "verify", store]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
@@ -257,7 +257,7 @@ def test_the_command_itself(store):
     assert "m.w (4 NaN)" in done.stdout
 
 
-def test_a_run_resumes_from_what_the_command_left(tmp_path):
+def test_a_run_resumes_after_a_rollback_by_the_command(tmp_path):
     run = LongRun()
     with CheckpointStore(tmp_path / "run") as opened:
         run.advance(4).save(opened)

@@ -1,4 +1,4 @@
-"""`fastguard demo` as a user sees it: what it prints, what it writes, how it ends."""
+"""`fastguard demo`: output, files and exit status."""
 
 import json
 import math
@@ -23,7 +23,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def only_json(value):
-    """For json.loads: NaN and Infinity are no JSON."""
+    """For json.loads: NaN and Infinity are not valid JSON."""
     raise AssertionError(f"{value} in a JSON file")
 
 
@@ -31,11 +31,11 @@ def demo(folder, *options):
     return main(["demo", "--steps", str(STEPS), "--out", str(folder), *options])
 
 
-def test_with_faults(tmp_path, capsys, caplog):
+def test_the_demo_with_faults(tmp_path, capsys, caplog):
     assert demo(tmp_path / "new" / "folder") == 0
     folder = tmp_path / "new" / "folder"
     printed = capsys.readouterr().out
-    assert caplog.records == []  # the incidents are in the table, and not between progress bars
+    assert caplog.records == []  # incidents are in the table, not between the progress bars
     for name in (Bare.name, Clipped.name):
         assert any(
             line.startswith(name) and " nan " in line and "NaN since step" in line
@@ -57,7 +57,7 @@ def test_with_faults(tmp_path, capsys, caplog):
     assert sum(map(math.isnan, losses)) == 2
 
 
-def test_without_faults(tmp_path, capsys):
+def test_the_demo_without_faults(tmp_path, capsys):
     assert demo(tmp_path, "--no-faults", "--seed", "3") == 0
     printed = capsys.readouterr().out
     assert "agrees with clip_grad_norm_" in printed
@@ -74,8 +74,8 @@ WRITTEN = {
 
 
 @pytest.mark.parametrize("what", WRITTEN)
-def test_a_reader_that_leaves_misses_only_what_is_printed(what, tmp_path):
-    """As `fastguard demo | head -1` does; unbuffered, so that every line meets the closed pipe."""
+def test_a_closed_pipe_does_not_stop_the_demo(what, tmp_path):
+    """Like `fastguard demo | head -1`; unbuffered, so that every later line is a failed write."""
     files, options = WRITTEN[what]
     command = [sys.executable, "-u", "-m", "fastguard", "demo", "--out", str(tmp_path), *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -87,7 +87,7 @@ def test_a_reader_that_leaves_misses_only_what_is_printed(what, tmp_path):
     assert all((tmp_path / name).stat().st_size for name in files)
 
 
-def test_status_1_when_the_guarded_run_is_not_finite(tmp_path, capsys, monkeypatch):
+def test_the_status_is_1_if_the_guarded_run_is_not_finite(tmp_path, capsys, monkeypatch):
     def destroyed(settings, faults, console, shards):
         return [run(way.name, 1, [math.nan] * STEPS) for way in (Bare, Clipped, Guarded)]
 
@@ -107,14 +107,14 @@ def test_status_1_when_the_guarded_run_is_not_finite(tmp_path, capsys, monkeypat
         (["--no-such-option"], "unrecognized arguments"),
     ],
 )
-def test_bad_options_are_one_line(options, complaint, tmp_path, capsys):
+def test_invalid_options_are_usage_errors(options, complaint, tmp_path, capsys):
     assert main(["demo", "--out", str(tmp_path / "out"), *options]) == 2
     assert complaint in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("place", ["a file", "below a file", "a null byte", "/proc"])
-def test_an_unwritable_folder_is_found_before_any_training(place, tmp_path, capsys, monkeypatch):
+def test_an_unwritable_folder_is_reported_before_training(place, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "train_all", lambda *args: pytest.fail("it trained"))
     file = tmp_path / "file"
     file.write_text("keep me")
@@ -132,14 +132,14 @@ def test_an_unwritable_folder_is_found_before_any_training(place, tmp_path, caps
     assert file.read_text() == "keep me"
 
 
-# What is said about runs that were not expected.
+# Sentences about runs with other outcomes.
 
 
 def run(name, destroyed_at=None, losses=(1.0,) * STEPS):
     return Run(name, list(losses), [1.0] * STEPS, validation=1.0, destroyed_at=destroyed_at)
 
 
-def test_sentences_do_not_claim_what_did_not_happen():
+def test_sentences_match_a_run_that_survived():
     bare, clipped, guarded = sentences(
         [run(Bare.name), run(Clipped.name), run(Guarded.name)], plan(STEPS)
     )
@@ -147,7 +147,7 @@ def test_sentences_do_not_claim_what_did_not_happen():
     assert "skipped 0 of 20 steps, including 0 of the 8 with a fault" in guarded
 
 
-def test_no_faults_sentence_names_the_step_where_the_runs_part():
+def test_without_faults_the_sentence_names_the_first_step_that_differs():
     other = (1.0,) * 4 + (1.5,) * (STEPS - 4)
     (sentence,) = sentences(
         [run(Bare.name), run(Clipped.name, losses=other), run(Guarded.name)], ()
@@ -158,7 +158,7 @@ def test_no_faults_sentence_names_the_step_where_the_runs_part():
 
 
 @pytest.mark.parametrize("lost", [1, STEPS])
-def test_runs_that_were_lost_from_the_first_step_can_be_drawn(lost, tmp_path):
+def test_runs_destroyed_at_any_step_can_be_drawn(lost, tmp_path):
     losses = [math.nan] * STEPS
     runs = [run(way.name, lost, losses) for way in (Bare, Clipped, Guarded)]
     draw(runs, plan(STEPS), 1.0, tmp_path / "demo.png")

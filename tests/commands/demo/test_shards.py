@@ -23,7 +23,7 @@ STEPS = 20
 
 
 def demo(folder: Path, port: int) -> tuple[int, str]:
-    """What `torchrun` does for each process, with what it would print."""
+    """Runs the demo in one process as `torchrun` does; returns exit status and output."""
     dist.destroy_process_group()
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     printed = io.StringIO()
@@ -33,7 +33,7 @@ def demo(folder: Path, port: int) -> tuple[int, str]:
 
 
 @pytest.mark.slow
-def test_two_processes(tmp_path: Path) -> None:
+def test_the_demo_on_two_processes(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

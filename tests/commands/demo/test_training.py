@@ -1,4 +1,4 @@
-"""The three runs of the demo: what the faults do to each, and that without faults they agree."""
+"""The three runs of the demo, with faults and without."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def runs(text):
 
 
 def at(step_of, kind, in_burst=False):
-    """The record of the fault of a kind."""
+    """The record of the fault of this kind."""
     (fault,) = (f for f in FAULTS if f.kind is kind and f.in_burst is in_burst)
     return step_of[fault.step]
 
@@ -48,7 +48,7 @@ def at(step_of, kind, in_burst=False):
 
 
 @pytest.mark.parametrize("way", [Bare, Clipped])
-def test_faults_destroy_what_is_not_guarded(runs, way):
+def test_faults_destroy_unguarded_runs(runs, way):
     (inf,) = (f.step for f in FAULTS if f.kind is Kind.INF_GRAD and not f.in_burst)
     run = runs[way]
     assert run.destroyed_at == inf
@@ -58,7 +58,7 @@ def test_faults_destroy_what_is_not_guarded(runs, way):
     assert (run.applied, run.skipped) == (TINY.steps, 0)
 
 
-def test_the_guarded_run_skips_the_faults_and_nothing_else(runs):
+def test_the_guarded_run_skips_exactly_the_faults(runs):
     run = runs[Guarded]
     assert run.destroyed_at is None
     assert run.validation < run.losses[0] < math.inf
@@ -69,7 +69,7 @@ def test_the_guarded_run_skips_the_faults_and_nothing_else(runs):
 
 
 @pytest.mark.parametrize("in_burst", [False, True], ids=["alone", "in a burst"])
-def test_each_kind_of_fault_is_recorded_as_what_it_is(runs, in_burst):
+def test_each_kind_of_fault_is_recorded(runs, in_burst):
     record_of = {record.step: record for record in runs[Guarded].records}
     spike, inf, loss, nan = (
         at(record_of, kind, in_burst)
@@ -84,7 +84,7 @@ def test_each_kind_of_fault_is_recorded_as_what_it_is(runs, in_burst):
     assert math.isnan(loss.losses["loss"])
 
 
-def test_the_burst_is_skipped_in_a_row(runs):
+def test_the_consecutive_skips_of_the_burst_are_counted(runs):
     burst = [f.step for f in FAULTS if f.in_burst]
     in_a_row = [r.consecutive_skips for r in runs[Guarded].records if r.step in burst]
     assert in_a_row == [1, 2, 3, 4]
@@ -93,8 +93,8 @@ def test_the_burst_is_skipped_in_a_row(runs):
 # Without faults.
 
 
-def test_without_faults_the_guarded_run_is_the_clipped_run_bit_for_bit(text):
-    """As long as the clip coefficient is 1; here max_norm is out of reach."""
+def test_without_faults_and_clipping_the_guarded_run_equals_the_clipped_run(text):
+    """Here max_norm is so large that nothing is clipped."""
     loose = dataclasses.replace(TINY, max_norm=1e3)
     clipped, guarded = (train(way, loose, text) for way in (Clipped, Guarded))
     assert all(record.clip_coef == 1.0 for record in guarded.records)
@@ -109,9 +109,9 @@ def test_without_faults_the_guarded_run_stays_close_when_both_clip(text):
     assert guarded.validation == pytest.approx(clipped.validation, abs=1e-3)
 
 
-def test_a_seed_gives_the_same_run_and_another_seed_another(text):
+def test_runs_are_reproducible_by_seed(text):
     first, again = (train(Guarded, TINY, text, FAULTS) for _ in range(2))
-    assert json.dumps(first.losses) == json.dumps(again.losses)  # as text: NaN equals itself there
+    assert json.dumps(first.losses) == json.dumps(again.losses)  # as text, NaN equals NaN
     assert [r.as_dict() for r in first.records] == [r.as_dict() for r in again.records]
     other = train(Guarded, dataclasses.replace(TINY, seed=1), text, FAULTS)
     assert first.losses[0] != other.losses[0]
@@ -121,7 +121,7 @@ def test_a_seed_gives_the_same_run_and_another_seed_another(text):
 
 
 @pytest.mark.parametrize("steps", [FEWEST_STEPS, 21, 50, 400, 1001])
-def test_faults_fit_into_the_run_and_do_not_overlap(steps):
+def test_faults_do_not_overlap_for_any_number_of_steps(steps):
     faults = plan(steps)
     when = [fault.step for fault in faults]
     assert len(set(when)) == len(when)
@@ -130,13 +130,13 @@ def test_faults_fit_into_the_run_and_do_not_overlap(steps):
     assert {fault.kind for fault in faults} == set(Kind)
 
 
-def test_training_reports_each_step(text):
+def test_on_step_is_called_after_each_step(text):
     seen = []
     train(Bare, TINY, text, on_step=lambda run: seen.append(len(run.losses)))
     assert seen == list(range(1, TINY.steps + 1))
 
 
-def test_one_thread_gives_the_threads_back():
+def test_one_thread_restores_the_number_of_threads():
     before = torch.get_num_threads()
     with pytest.raises(KeyError), one_thread():
         assert torch.get_num_threads() == 1
@@ -144,7 +144,7 @@ def test_one_thread_gives_the_threads_back():
     assert torch.get_num_threads() == before
 
 
-def test_text_is_source_and_held_out_files_are_not_trained_on(tmp_path):
+def test_held_out_files_are_not_in_the_training_text(tmp_path):
     for i in range(20):
         (tmp_path / f"m{i:02}.py").write_bytes(bytes([65 + i]) * 10_000)
     (tmp_path / "_generated.py").write_bytes(b"!" * 10_000)
@@ -164,6 +164,6 @@ def test_batches_are_windows_of_the_text_shifted_by_one(text):
     assert torch.equal(inputs, again)
 
 
-def test_a_python_without_source_says_so(tmp_path):
+def test_a_python_without_source_files_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match="holds 0 bytes of Python source"):
         load_text(tmp_path)

@@ -1,4 +1,4 @@
-"""`fastguard monitor --once`: what scripts read, and their exit statuses."""
+"""`fastguard monitor --once`: output for scripts and exit status."""
 
 from __future__ import annotations
 
@@ -46,25 +46,25 @@ def path(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "last, status", [(N - INCIDENT, 0), (N - INCIDENT + 1, 1), (N, 1), (1_000_000, 1), (1, 0)]
 )
-def test_the_status_tells_of_an_incident_in_the_last_steps(path, last, status, capsys) -> None:
+def test_the_exit_status_shows_incidents_in_the_last_steps(path, last, status, capsys) -> None:
     assert main(["monitor", str(path), "--once", "--last", str(last)]) == status
     printed = capsys.readouterr().out
     assert ("step 1500 skipped (tag ['epoch 3', 1500])" in printed) == (status == 1)
     assert f"in the last {min(last, N):,} step" in printed
 
 
-def test_the_json_has_everything_and_is_strict(path, capsys) -> None:
+def test_the_json_is_complete_and_strict(path, capsys) -> None:
     assert main(["monitor", str(path.parent), "--once", "--json"]) == 1
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
-    told = json.loads(capsys.readouterr().out, parse_constant=refuse)
-    assert told["file"] == str(path) and 0 <= told["age_s"] < 600
-    assert told["latest"]["step"] == N
-    assert told["records"] == 1000 and told["actions"] == {"applied": 999, "skipped": 1}
-    assert told["n_incidents"] == 1 and told["reasons"] == {"nonfinite_loss": 1}
-    assert told["incidents"][0]["losses"] == {"seg": "NaN"}
+    result = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert result["file"] == str(path) and 0 <= result["age_s"] < 600
+    assert result["latest"]["step"] == N
+    assert result["records"] == 1000 and result["actions"] == {"applied": 999, "skipped": 1}
+    assert result["n_incidents"] == 1 and result["reasons"] == {"nonfinite_loss": 1}
+    assert result["incidents"][0]["losses"] == {"seg": "NaN"}
 
 
 def test_damaged_and_half_written_lines_are_counted(path, capsys) -> None:
@@ -75,13 +75,13 @@ def test_damaged_and_half_written_lines_are_counted(path, capsys) -> None:
     assert "7 applied, 3 damaged lines" in printed and "step 2,000" in printed
 
 
-def test_a_last_record_without_its_newline_is_one(path, capsys) -> None:
+def test_a_last_record_without_a_newline_is_counted(path, capsys) -> None:
     path.write_text('{"step": 1, "total_norm": 1, "clip_coef": 1, "action": "applied"}')
     assert main(["monitor", str(path), "--once", "--last", "1"]) == 0
     assert "1 applied\n" in capsys.readouterr().out
 
 
-def test_a_run_without_a_step_yet_is_neither_fine_nor_bad(tmp_path, capsys) -> None:
+def test_a_run_without_a_step_yet_exits_with_2(tmp_path, capsys) -> None:
     (tmp_path / "r.jsonl").touch()
     assert main(["monitor", str(tmp_path), "--once"]) == 2
     captured = capsys.readouterr()
@@ -95,7 +95,7 @@ def test_a_run_without_a_step_yet_is_neither_fine_nor_bad(tmp_path, capsys) -> N
 
 
 def once_while_a_run_begins(path) -> int:
-    """The status of `monitor --once --wait` on a run whose first record comes a moment later."""
+    """The exit status of `monitor --once --wait` on a run that writes its first record later."""
 
     def begin() -> None:
         time.sleep(0.3)
@@ -109,7 +109,7 @@ def once_while_a_run_begins(path) -> int:
     return status
 
 
-def test_once_waits_for_the_first_record_of_an_empty_file(tmp_path, capsys) -> None:
+def test_wait_waits_for_the_first_record_of_an_empty_file(tmp_path, capsys) -> None:
     path = tmp_path / "r.jsonl"
     path.touch()
 
@@ -117,18 +117,20 @@ def test_once_waits_for_the_first_record_of_an_empty_file(tmp_path, capsys) -> N
     assert status == 0 and "1 applied" in capsys.readouterr().out
 
 
-def test_incidents_that_have_left_the_window_decide_nothing(path, capsys, monkeypatch) -> None:
+def test_incidents_before_the_window_do_not_change_the_exit_status(
+    path, capsys, monkeypatch
+) -> None:
     watch = Watch(last=3)
     for file in [*rotated_files(path), path]:
         for line in file.read_bytes().splitlines():
-            watch.feed(line)  # as the screen does, which goes on from the lines it began with
+            watch.feed(line)  # like the live screen
     assert watch.n_incidents == 1
     monkeypatch.setattr(command, "_once", lambda args: watch)
     assert main(["monitor", str(path), "--once"]) == 0
 
 
 @pytest.mark.parametrize(
-    "args, said",
+    "args, message",
     [
         (["missing.jsonl", "--once"], "no such file: missing.jsonl"),
         (["missing", "--once"], "no such file: missing"),
@@ -144,7 +146,9 @@ def test_incidents_that_have_left_the_window_decide_nothing(path, capsys, monkey
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_wrong_use_is_one_line_and_status_2(args, said, tmp_path, monkeypatch, capsys) -> None:
+def test_a_usage_error_is_one_line_with_status_2(
+    args, message, tmp_path, monkeypatch, capsys
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "two").mkdir()
@@ -153,10 +157,10 @@ def test_wrong_use_is_one_line_and_status_2(args, said, tmp_path, monkeypatch, c
     (tmp_path / "train.log").write_text("epoch 1 loss nan\n")
     assert main(["monitor", *args]) == 2
     error = capsys.readouterr().err
-    assert said in error and "Traceback" not in error
+    assert message in error and "Traceback" not in error
 
 
-def test_once_waits_for_a_run_when_asked(tmp_path, capsys) -> None:
+def test_wait_waits_for_the_run_to_start(tmp_path, capsys) -> None:
     path = tmp_path / "run" / "records.jsonl"
 
     status = once_while_a_run_begins(path)
@@ -191,5 +195,5 @@ def test_memory_does_not_grow_with_the_file(tmp_path) -> None:
         )
         grown[megabytes] = int(done.stdout.split("kB ")[-1])
         os.unlink(path)
-    assert grown[300] < grown[3] + 4000  # two blocks of a megabyte, and what malloc makes of them
+    assert grown[300] < grown[3] + 4000  # two blocks of a megabyte, and overhead of malloc
     assert grown[300] < 30_000

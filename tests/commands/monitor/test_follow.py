@@ -1,4 +1,4 @@
-"""A file is followed through everything that happens to log files, and no line comes twice."""
+"""`Follower` reads every line once, across rotation, replacement and truncation."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "r.jsonl"
 
 
-def test_it_begins_at_the_beginning_and_goes_on(path: Path) -> None:
+def test_old_and_new_lines_are_read(path: Path) -> None:
     write(path, 1, 2, 3, 4, 5)
     follower = Follower(path)
     assert read(follower) == [1, 2, 3, 4, 5]
@@ -48,7 +48,7 @@ def test_it_begins_at_the_beginning_and_goes_on(path: Path) -> None:
     assert read(follower) == [6, 7]
 
 
-def test_a_line_is_taken_when_its_end_has_been_written(path: Path) -> None:
+def test_a_line_is_read_once_it_is_complete(path: Path) -> None:
     write(path, 1)
     follower = Follower(path)
     with path.open("ab", buffering=0) as file:
@@ -59,14 +59,14 @@ def test_a_line_is_taken_when_its_end_has_been_written(path: Path) -> None:
     assert list(follower.finish()) == [b"4"] and list(follower.finish()) == []
 
 
-def test_a_run_begins_in_its_oldest_file(path: Path) -> None:
+def test_the_oldest_rotated_file_is_read_first(path: Path) -> None:
     write(path.with_name("r.9.jsonl"), 1, 2)
     write(path.with_name("r.10.jsonl"), 3, 4)
     write(path, 5)
     assert read(Follower(path)) == [1, 2, 3, 4, 5]
 
 
-def test_just_after_a_rotation_the_current_file_is_not_there_yet(path: Path) -> None:
+def test_the_current_file_may_be_missing_after_a_rotation(path: Path) -> None:
     write(path.with_name("r.1.jsonl"), 1, 2)
     follower = Follower(path)
     assert read(follower) == [1, 2]
@@ -74,7 +74,7 @@ def test_just_after_a_rotation_the_current_file_is_not_there_yet(path: Path) -> 
     assert read(follower) == [3]
 
 
-def test_a_file_that_does_not_exist_yet(path: Path) -> None:
+def test_a_file_may_be_created_later(path: Path) -> None:
     follower = Follower(path)
     assert read(follower) == [] and follower.age(time.time()) is None
     write(path, 1, 2, 3, 4, 5)
@@ -82,7 +82,7 @@ def test_a_file_that_does_not_exist_yet(path: Path) -> None:
     assert follower.age(time.time() + 60) >= 60
 
 
-def test_several_rotations_between_two_looks(path: Path) -> None:
+def test_several_rotations_between_two_polls(path: Path) -> None:
     write(path, 1)
     follower = Follower(path)
     assert read(follower) == [1]
@@ -97,17 +97,17 @@ def test_several_rotations_between_two_looks(path: Path) -> None:
     assert read(follower) == [5]
 
 
-def test_files_that_were_rotated_and_deleted_meanwhile_are_passed_over(path: Path) -> None:
+def test_files_deleted_after_a_rotation_are_skipped(path: Path) -> None:
     write(path, 1)
     follower = Follower(path)
     write(path, 2)
-    path.unlink()  # the sink keeps one full file, and two came after ours
+    path.unlink()  # the sink keeps one rotated file, and two newer ones were written
     write(path.with_name("r.3.jsonl"), 5)
     write(path, 6)
-    assert read(follower) == [1, 2, 5, 6]  # ours is still open, so nothing of it is lost
+    assert read(follower) == [1, 2, 5, 6]  # the open file is still readable after its deletion
 
 
-def test_a_cut_line_ends_with_its_file(path: Path) -> None:
+def test_an_incomplete_line_ends_with_its_file(path: Path) -> None:
     write(path, 1)
     follower = Follower(path)
     with path.open("ab") as file:
@@ -118,7 +118,7 @@ def test_a_cut_line_ends_with_its_file(path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["replaced", "deleted-and-made-anew", "truncated"])
-def test_a_new_run_under_the_same_name_is_read_from_its_beginning(path: Path, how: str) -> None:
+def test_a_new_run_under_the_same_name_is_read_from_the_start(path: Path, how: str) -> None:
     write(path, 1, 2, 3)
     follower = Follower(path)
     assert read(follower) == [1, 2, 3]
@@ -143,11 +143,11 @@ with JsonLinesSink(sys.argv[1], max_bytes=5000) as sink:
     for step in range(1, 2001):
         sink(StepRecord(step, 1.0, 1.0, "applied", lr=0.5))
         if step % 10 == 0:
-            time.sleep(0.001)  # long enough for the readers to look in between
+            time.sleep(0.001)  # lets the readers read in between
 """
 
 
-def test_no_line_is_lost_or_doubled_while_a_process_writes_and_rotates(path: Path) -> None:
+def test_no_line_is_lost_or_repeated_while_a_process_writes_and_rotates(path: Path) -> None:
     follower = Follower(path)
     process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)])
     seen: list[int] = []
@@ -156,10 +156,10 @@ def test_no_line_is_lost_or_doubled_while_a_process_writes_and_rotates(path: Pat
     seen += steps(follower.poll())
     assert process.returncode == 0
     assert seen == list(range(1, 2001))
-    assert len(os.listdir(path.parent)) > 50  # it did rotate, again and again
+    assert len(os.listdir(path.parent)) > 50  # it has rotated many times
 
 
-def test_a_follower_may_begin_in_the_middle_of_that(path: Path) -> None:
+def test_a_follower_may_start_while_a_process_writes_and_rotates(path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)])
     while not path.exists():
         time.sleep(0.01)
@@ -172,7 +172,7 @@ def test_a_follower_may_begin_in_the_middle_of_that(path: Path) -> None:
 
 @pytest.mark.parametrize("when", ["at-its-beginning", "when-it-goes-on"])
 @pytest.mark.parametrize("rotation", ROTATIONS, ids=str)
-def test_a_rotation_while_it_looks_around_loses_nothing(
+def test_a_rotation_during_listing_loses_no_line(
     path: Path, monkeypatch: pytest.MonkeyPatch, when: str, rotation: Rotation
 ) -> None:
     write(path.with_name("r.1.jsonl"), 1)
@@ -194,19 +194,19 @@ def test_a_rotation_while_it_looks_around_loses_nothing(
     assert seen == list(range(1, last + 2))
 
 
-def test_age_is_that_of_the_last_write(path: Path) -> None:
+def test_age_is_the_time_since_the_last_write(path: Path) -> None:
     with JsonLinesSink(path) as sink:
         sink(StepRecord(1, 1.0, 1.0, "applied"))
     os.utime(path, (1000, 1000))
     assert Follower(path).age(1060.0) == 60.0
-    assert Follower(path).age(900.0) == 0.0  # clocks of two machines
+    assert Follower(path).age(900.0) == 0.0  # the clocks of two machines may differ
 
 
 DATA = st.lists(st.sampled_from([b"\n", b"a", b"bc", b"\r", b"\x00"]), max_size=60).map(b"".join)
 
 
 @given(DATA, st.lists(st.integers(1, 7)))
-def test_lines_are_joined_however_they_come_in_pieces(data: bytes, sizes: list[int]) -> None:
+def test_lines_are_joined_across_chunks(data: bytes, sizes: list[int]) -> None:
     lines, found, at = Lines(), [], 0
     for size in [*sizes, len(data)]:
         found += lines.feed(data[at : at + size])
@@ -216,7 +216,7 @@ def test_lines_are_joined_however_they_come_in_pieces(data: bytes, sizes: list[i
 
 
 @pytest.mark.parametrize("pieces", [1, 3], ids=["one-chunk", "three-chunks"])
-def test_a_line_without_end_is_given_up_and_comes_once(pieces: int) -> None:
+def test_an_endless_line_is_abandoned_and_returned_once(pieces: int) -> None:
     lines = Lines()
     long = b"x" * (BLOCK + 3)
     step = -(-len(long) // pieces)

@@ -1,4 +1,4 @@
-"""Records that somebody sent: the screen shows text, no value ends it, memory stays bounded."""
+"""Untrusted records: output is printable, no value raises an error, memory is bounded."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TEXTS = {
 
 
 def rows(text: str) -> list[dict[str, Any]]:
-    """A run in which this text stands wherever a record has text."""
+    """A run with this text in every text field of its records."""
     found = []
     for step in range(1, 41):
         row: dict[str, Any] = {"step": step, "total_norm": 1.0, "clip_coef": 1.0, "lr": 0.1}
@@ -64,7 +64,7 @@ def screen_of(watch: Watch, run: Path) -> str:
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
-def test_all_that_is_shown_is_printable(
+def test_all_output_is_printable(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / text.replace("/", "_")
@@ -79,7 +79,7 @@ def test_all_that_is_shown_is_printable(
     shown.append(capsys.readouterr().err)
     for line in "\n".join(shown).split("\n"):
         assert line.isprintable() and not line.startswith("no incident in the last 9 steps")
-    assert json.loads(shown[2])["incidents"][0]["tag"] == {text: [text]}  # for a program, as it is
+    assert json.loads(shown[2])["incidents"][0]["tag"] == {text: [text]}  # JSON is not changed
 
 
 ODD = [
@@ -100,13 +100,13 @@ def assert_is_shown(records: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_every_odd_value_in_every_field(field: str) -> None:
+def test_odd_values_in_every_field_are_handled(field: str) -> None:
     for odd in ODD:
         assert_is_shown([good(1), good(2), {**good(3), "reason": "x", field: odd}])
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_odd_values_in_many_fields_at_once(seed: int) -> None:
+def test_odd_values_in_several_fields_are_handled(seed: int) -> None:
     rng = random.Random(seed)
     records = [good(1)]
     for step in range(2, 60):
@@ -119,13 +119,13 @@ def test_odd_values_in_many_fields_at_once(seed: int) -> None:
     assert_is_shown(records)
 
 
-def test_curves_of_the_largest_floats_have_a_scale() -> None:
+def test_curves_of_extreme_floats_are_scaled() -> None:
     assert sparkline([-1.7e308, 0.0, 1.7e308], 3) == "▁▅█"
     assert sparkline([5e-324, 1.7e308], 2) == "▁█"
     assert sparkline([0.0, 5e-324], 2) in ("▁█", "▁▁")
 
 
-def test_records_of_a_megabyte_do_not_add_up() -> None:
+def test_memory_is_bounded_for_records_of_a_megabyte() -> None:
     def line(step: int) -> bytes:
         row = good(step) | {"action": f"{step}" * 1000, "reason": "r" * 10_000}
         row |= {"tag": [[]] * 50_000, "losses": {f"{step} {i}" * 9: 1.0 for i in range(5_000)}}
@@ -133,7 +133,7 @@ def test_records_of_a_megabyte_do_not_add_up() -> None:
         return json.dumps(row).encode()
 
     watch = Watch(1000)
-    watch.feed(line(1))  # a first one, for what is made once
+    watch.feed(line(1))  # warm-up: some objects are allocated only once
     tracemalloc.start()
     for step in range(2, 27):
         watch.feed(line(step))
@@ -147,7 +147,7 @@ def test_records_of_a_megabyte_do_not_add_up() -> None:
 @pytest.mark.parametrize("name", ["r.jsonl", "r.1.jsonl"])
 @pytest.mark.parametrize("kind", ["pipe", "device"])
 @pytest.mark.parametrize("command", [["monitor", "--once"], ["report"]], ids=lambda c: c[0])
-def test_a_pipe_or_device_among_the_files_is_said_in_one_line(
+def test_a_pipe_or_device_among_the_files_is_a_usage_error(
     name: str, kind: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if command == ["report"]:

@@ -1,4 +1,4 @@
-"""The live screen in a real pseudo-terminal: followed, resized, interrupted, terminated."""
+"""The live screen in a pseudo-terminal: followed, resized, interrupted, terminated."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ENTER, LEAVE, SHOW_CURSOR = "\x1b[?1049h", "\x1b[?1049l", "\x1b[?25h"
 
 
 def _own_terminal() -> None:
-    """In the child: ^C is a signal, also in a background job, where it is ignored."""
+    """Makes Ctrl-C a signal in the child; in a background job it would be ignored."""
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -37,7 +37,7 @@ class Terminal:
         self.master, slave = pty.openpty()
         self.resize(24, 80)
         command = [sys.executable, "-m", "fastguard", "monitor", *map(str, args)]
-        # Readline exports the size of the terminal in which the tests run, to be believed for ever.
+        # Readline exports the size of the terminal in which the tests run.
         env = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
         self.process = subprocess.Popen(
             [*command, "--interval", "0.1"],
@@ -56,19 +56,19 @@ class Terminal:
 
     @property
     def screen(self) -> list[str]:
-        """The rows of the last frame that was drawn whole."""
+        """The rows of the last complete frame."""
         frames = self.output.split(ENTER, 1)[-1].split("\x1b[H")
         return [ANSI.sub("", row).rstrip() for row in frames[-1].split("\r\n")]
 
     def see(self, condition: Callable[[list[str]], bool], seconds: float = 60.0) -> list[str]:
-        """Waits for a frame of which this holds."""
+        """Waits for a frame that meets the condition."""
         until = time.monotonic() + seconds
         while not condition(self.screen):
             assert self._read(until - time.monotonic()), f"never seen; last:\n{self.output[-4000:]}"
         return self.screen
 
     def end(self) -> int:
-        """Reads to the end; the exit status."""
+        """Reads to the end; returns the exit status."""
         while self._read(60.0):
             pass
         return self.process.wait(60)
@@ -78,7 +78,7 @@ class Terminal:
             return False
         try:
             data = os.read(self.master, 1 << 16)
-        except OSError:  # how Linux says that nobody has the other end open any more
+        except OSError:  # on Linux: the other end is closed
             return False
         self.output += data.decode(errors="replace")
         return bool(data)
@@ -119,7 +119,7 @@ def has(*texts: str) -> Callable[[list[str]], bool]:
     return lambda rows: all(any(text in row for row in rows) for text in texts)
 
 
-def test_a_run_is_watched_from_before_it_begins_until_ctrl_c(tmp_path: Path, start) -> None:
+def test_the_screen_follows_a_run_from_before_its_start_until_ctrl_c(tmp_path: Path, start) -> None:
     terminal = start(tmp_path / "run", "--wait", "--last", "50")
     terminal.see(has("waiting for the file"))
     with JsonLinesSink(tmp_path / "run" / "records.jsonl", max_bytes=4000) as sink:
@@ -139,14 +139,14 @@ def test_a_run_is_watched_from_before_it_begins_until_ctrl_c(tmp_path: Path, sta
         drawn = len(terminal.output)
         sink(record(81))
 
-        def fits(rows: list[str]) -> bool:  # a frame may have been on its way
+        def fits(rows: list[str]) -> bool:  # an older frame may still arrive
             whole_frames = terminal.output[drawn:].split("\x1b[H")[1:-1]
             return any("step 81 " in f and len(f.split("\r\n")) <= 7 for f in whole_frames)
 
         rows = terminal.see(fits)
         assert max(len(row) for row in rows) <= 40
 
-        (tmp_path / "run" / "records.jsonl").write_text('{"cut off\n')  # by somebody's editor
+        (tmp_path / "run" / "records.jsonl").write_text('{"cut off\n')  # replaced by an editor
         terminal.see(has("1 damaged line"))
     os.write(terminal.master, b"\x03")
     assert terminal.end() == 1
@@ -156,7 +156,7 @@ def test_a_run_is_watched_from_before_it_begins_until_ctrl_c(tmp_path: Path, sta
     assert "Traceback" not in terminal.output
 
 
-def test_sigterm_gives_the_terminal_back(tmp_path: Path, start) -> None:
+def test_sigterm_restores_the_terminal(tmp_path: Path, start) -> None:
     with JsonLinesSink(tmp_path / "r.jsonl") as sink:
         sink(record(1))
     terminal = start(tmp_path)

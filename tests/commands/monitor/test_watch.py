@@ -1,4 +1,4 @@
-"""What the screen and the summary know of a run."""
+"""The state of a run that the screen and the summary show."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def line(step: int, action: str = "applied", **fields: object) -> bytes:
 
 
 @given(st.lists(st.sampled_from(ACTIONS)), st.integers(1, 10))
-def test_counts_are_those_of_the_last_records(actions: list[str], last: int) -> None:
+def test_counts_cover_the_last_records(actions: list[str], last: int) -> None:
     watch = Watch(last)
     for step, action in enumerate(actions):
         watch.feed(line(step, action))
@@ -37,7 +37,7 @@ def test_counts_are_those_of_the_last_records(actions: list[str], last: int) -> 
     assert watch.in_window == len(latest) and watch.n_records == len(actions)
 
 
-def test_damage_is_counted_and_blank_lines_are_nothing() -> None:
+def test_damaged_lines_are_counted_and_blank_lines_ignored() -> None:
     watch = Watch(10)
     for damaged in (b"{", b"[1]", b'{"step": 1}', b"\xff\xfe", b"\x00" * 100):
         watch.feed(damaged)
@@ -47,7 +47,7 @@ def test_damage_is_counted_and_blank_lines_are_nothing() -> None:
     assert (watch.damaged, watch.n_records) == (5, 1)
 
 
-def test_what_is_kept_does_not_grow() -> None:
+def test_memory_is_bounded() -> None:
     watch = Watch(last=1_000_000)
     for step in range(5000):
         watch.feed(line(step, "skipped"))
@@ -55,7 +55,7 @@ def test_what_is_kept_does_not_grow() -> None:
     assert watch.incidents_in_window == 5000
 
 
-def test_the_verdict_in_words() -> None:
+def test_the_verdict_is_one_sentence() -> None:
     watch = Watch(3)
     assert verdict(watch) == "no records yet"
     watch.feed(line(1))
@@ -109,7 +109,7 @@ def test_durations() -> None:
     ]
 
 
-def test_the_search_for_a_loss_scale_is_no_incident() -> None:
+def test_a_loss_scale_search_is_not_an_incident() -> None:
     watch = Watch(10)
     watch.feed(line(1, "skipped", reason="loss_scale", consecutive_skips=0))
     assert (watch.n_incidents, watch.incidents_in_window) == (0, 0)
@@ -141,7 +141,7 @@ def test_of_the_steps_before_the_last_ones_the_incidents_are_known(last: int) ->
     assert (quick.latest, quick.curve) == (whole.latest, whole.curve)
 
 
-def test_damage_before_the_last_steps_is_passed_over() -> None:
+def test_damaged_lines_before_the_window_are_ignored() -> None:
     watch = Watch(1)
     watch.catch_up([b'{"reason": "x"', b'\xff\x00"reason": "y"', b"z" * 3_000_000, line(4)])
     assert (watch.n_incidents, watch.n_records, watch.damaged) == (0, 4, 0)
@@ -160,7 +160,7 @@ def test_the_layers_with_the_largest_gradients_are_shown() -> None:
     }
 
 
-def test_what_was_watched_is_not_kept() -> None:
+def test_watched_statistics_are_not_kept() -> None:
     watch = Watch(10)
     norms = {f"layer{i}.w": 1.0 for i in range(5000)}
     drift = {"replica_drift": {"weights": [2], "gradients": 5}}

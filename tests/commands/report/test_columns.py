@@ -1,4 +1,4 @@
-"""Columns hold what the records hold, whatever is missing in them or wrong with them."""
+"""Records are converted to columns, also if fields are missing or have the wrong type."""
 
 import math
 
@@ -50,7 +50,7 @@ def test_fields_become_columns():
     assert (columns.bad, columns.rejected) == ([], 0)
 
 
-def test_an_older_record_with_nothing_but_its_step_is_a_record():
+def test_a_record_with_only_a_step_is_valid():
     columns = read({"step": 7}, as_read(8))
     assert columns.step.tolist() == [7, 8]
     assert math.isnan(columns.values[NORM][0])
@@ -69,13 +69,13 @@ def test_an_older_record_with_nothing_but_its_step_is_a_record():
         (as_read(norm=NAN), "nonfinite_grad"),
     ],
 )
-def test_what_went_wrong_is_found_also_where_no_reason_was_given(record, reason):
+def test_the_reason_of_a_bad_step_is_inferred_if_missing(record, reason):
     (bad,) = read(as_read(1), {**record, "step": 2}, as_read(3)).bad
     assert (bad.row, bad.step, bad.reason) == (1, 2, reason)
     assert bad.action == record["action"]
 
 
-def test_what_is_said_of_a_bad_step():
+def test_a_bad_step_keeps_its_details():
     record = as_read(
         4,
         norm=9.0,
@@ -110,7 +110,7 @@ def test_what_is_said_of_a_bad_step():
     ],
     ids=str,
 )
-def test_a_field_of_another_type_costs_one_record_and_no_more(wrong):
+def test_a_field_of_the_wrong_type_rejects_only_its_record(wrong):
     records = [as_read(step) for step in range(1, 10)]
     records[4] = {**records[4], **wrong}
     columns = read(*records)
@@ -118,12 +118,12 @@ def test_a_field_of_another_type_costs_one_record_and_no_more(wrong):
     assert columns.rejected == 1
 
 
-def test_all_records_of_another_type():
+def test_all_records_may_be_rejected():
     columns = read({"step": 1, "lr": "x"}, {"step": 2, "lr": "y"})
     assert (len(columns.step), columns.rejected) == (0, 2)
 
 
-def test_names_without_end_take_no_memory():
+def test_the_number_of_names_is_bounded():
     reader = ColumnReader()
     for step in range(100):
         columns = reader.read([as_read(step, losses={f"loss {step}": 1.0})])
@@ -131,7 +131,7 @@ def test_names_without_end_take_no_memory():
     assert reader.unnamed
 
 
-def test_a_series_stays_when_a_block_has_none_of_it():
+def test_a_series_missing_in_a_block_becomes_nan():
     reader = ColumnReader()
     reader.read([as_read(1, losses={"a": 1.0})])
     columns = reader.read([as_read(2)])

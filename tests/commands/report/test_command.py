@@ -1,4 +1,4 @@
-"""`fastguard report` as a user sees it: what it prints, what it writes, how it ends."""
+"""`fastguard report`: output, files and exit status."""
 
 import dataclasses
 import math
@@ -42,7 +42,7 @@ def written(path, records):
     return path
 
 
-def test_a_folder_is_read_and_the_page_is_written_beside_the_records(tmp_path, capsys):
+def test_a_page_is_written_next_to_the_records(tmp_path, capsys):
     written(tmp_path / "records.jsonl", [*map(record, range(1, 100)), bad(100), record(101)])
     assert main(["report", str(tmp_path)]) == 0
     printed = capsys.readouterr()
@@ -51,11 +51,11 @@ def test_a_folder_is_read_and_the_page_is_written_beside_the_records(tmp_path, c
     assert printed.err == ""
     page = (tmp_path / "records.html").read_text("utf-8")
     assert "1 incident in 101 steps, survived." in page and "records.jsonl" in page
-    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]  # nothing half-written
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]  # no temporary files
 
 
 @pytest.mark.parametrize("ranks, text", [((1, 3), "on rank 3"), ((2, None), "on 2 ranks")])
-def test_the_culprit_rank_is_told(tmp_path, ranks, text):
+def test_the_culprit_rank_is_shown(tmp_path, ranks, text):
     n, rank = ranks
     struck = dataclasses.replace(bad(50), culprit_ranks=n, culprit_rank=rank)
     written(tmp_path / "records.jsonl", [*map(record, range(1, 50)), struck, record(51)])
@@ -63,20 +63,20 @@ def test_the_culprit_rank_is_told(tmp_path, ranks, text):
     assert text in (tmp_path / "records.html").read_text("utf-8")
 
 
-def test_out_names_another_folder(tmp_path):
+def test_out_selects_another_folder(tmp_path):
     run = written(tmp_path / "run7.jsonl", map(record, range(1, 10)))
     assert main(["report", str(run), "--out", str(tmp_path / "new" / "folder")]) == 0
     assert (tmp_path / "new" / "folder" / "run7.html").exists()
     assert not (tmp_path / "run7.html").exists()
 
 
-def test_status_1_when_the_run_ended_in_an_incident(tmp_path, capsys):
+def test_the_status_is_1_if_the_run_ended_in_an_incident(tmp_path, capsys):
     written(tmp_path / "records.jsonl", [*map(record, range(1, 10)), *map(bad, range(10, 60))])
     assert main(["report", str(tmp_path)]) == 1
     assert "was not over when the records ended" in capsys.readouterr().out
 
 
-def test_damaged_lines_are_counted_and_the_rest_is_reported(tmp_path, capsys):
+def test_damaged_lines_are_counted_and_ignored(tmp_path, capsys):
     path = written(tmp_path / "records.jsonl", map(record, range(1, 10)))
     with path.open("ab") as file:
         file.write(b'\0\0\0\n{"step": 10, "loss": 0.5}\n{"step": 11, "total')
@@ -87,7 +87,7 @@ def test_damaged_lines_are_counted_and_the_rest_is_reported(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("only_steps", [1, 2, 1500])
-def test_records_with_nothing_but_what_each_has(only_steps, tmp_path):
+def test_records_with_only_required_fields_are_reported(only_steps, tmp_path):
     path = tmp_path / "records.jsonl"
     rest = '"total_norm": 1, "clip_coef": 1, "action": "applied"'
     path.write_text("".join(f'{{"step": {step}, {rest}}}\n' for step in range(only_steps)))
@@ -95,7 +95,7 @@ def test_records_with_nothing_but_what_each_has(only_steps, tmp_path):
     assert "No incident in" in (tmp_path / "records.html").read_text("utf-8")
 
 
-def test_nothing_to_report_is_wrong_use(tmp_path, capsys):
+def test_a_run_without_records_is_a_usage_error(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert "holds no .jsonl file" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "no.jsonl")]) == 2
@@ -106,7 +106,7 @@ def test_nothing_to_report_is_wrong_use(tmp_path, capsys):
     assert not (tmp_path / "empty.html").exists()
 
 
-def test_an_unwritable_folder_is_found_before_the_file_is_read(tmp_path, capsys, monkeypatch):
+def test_an_unwritable_folder_is_reported_before_reading(tmp_path, capsys, monkeypatch):
     written(tmp_path / "records.jsonl", map(record, range(1, 10)))
     reading = "fastguard.commands.report.command.read_blocks"
     monkeypatch.setattr(reading, lambda *args: pytest.fail("it read the file"))
@@ -116,7 +116,7 @@ def test_an_unwritable_folder_is_found_before_the_file_is_read(tmp_path, capsys,
 
 
 @pytest.mark.parametrize("missing", ["jinja2", "plotly", "rich"])
-def test_without_the_extra_it_names_the_extra(missing, tmp_path):
+def test_a_missing_extra_is_named(missing, tmp_path):
     written(tmp_path / "records.jsonl", map(record, range(1, 10)))
     code = WITHOUT.format(name=missing, run=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -127,7 +127,7 @@ def test_without_the_extra_it_names_the_extra(missing, tmp_path):
     )
 
 
-def test_two_runs_give_the_same_page_byte_for_byte(tmp_path):
+def test_the_page_is_reproducible_byte_for_byte(tmp_path):
     run = written(
         tmp_path / "records.jsonl", [*map(record, range(1, 3000)), bad(3000), record(3001)]
     )

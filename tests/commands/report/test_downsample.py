@@ -1,4 +1,4 @@
-"""However long the run, its extremes and means are exactly those of its steps."""
+"""Downsampling keeps extremes and means exact."""
 
 import numpy as np
 from hypothesis import given
@@ -18,7 +18,7 @@ def curve_of(step, value, limit=LIMIT, good=None, near=None):
 
 
 @given(steps_lists, st.integers(0, 2**32 - 1))
-def test_any_order_of_any_steps_is_summed_up_exactly(steps, seed):
+def test_steps_in_any_order_are_downsampled_exactly(steps, seed):
     random = np.random.default_rng(seed)
     steps = np.array(steps)
     values = random.choice([1.0, -2.0, 3.5, np.nan, np.inf, -np.inf, 1e300, 0.0], len(steps))
@@ -48,24 +48,24 @@ def test_any_order_of_any_steps_is_summed_up_exactly(steps, seed):
         np.testing.assert_allclose(curve.mean[i], expected, rtol=1e-12, atol=1e-12)
 
 
-def test_no_bucket_is_wider_than_it_must_be():
+def test_buckets_are_as_narrow_as_possible():
     assert shift_for(np.arange(100, 100 + LIMIT), LIMIT) == 0
     assert shift_for(np.arange(100, 101 + LIMIT), LIMIT) == 1
 
 
-def test_a_run_that_begins_late_is_as_fine_as_one_that_begins_at_one():
+def test_the_bucket_width_does_not_depend_on_the_first_step():
     assert [shift_for(np.arange(1000) + first, 64) for first in (0, 1 << 30)] == [4, 4]
 
 
-def test_the_middle_of_a_bucket_is_between_its_steps():
+def test_the_middle_of_a_bucket_is_the_mean_of_its_steps():
     assert curve_of(np.arange(8), np.ones(8), limit=2).middle.tolist() == [1.5, 5.5]
 
 
-def test_the_greatest_value_is_where_it_was_first():
+def test_the_step_of_the_maximum_is_the_first_one():
     assert curve_of(np.arange(8), np.array([1.0, 3, 3, 2, 3, 0, 0, 0]), limit=1).high_at == [1]
 
 
-def test_a_bad_step_without_a_value_is_a_gap_and_a_missing_value_is_none():
+def test_only_bad_steps_without_a_value_are_gaps():
     steps, values = np.arange(1, 9), np.array([1.0, 2, np.nan, 4, np.nan, 6, np.nan, 8])
     good = np.ones(8, bool)
     good[[2, 6]] = False
@@ -74,7 +74,7 @@ def test_a_bad_step_without_a_value_is_a_gap_and_a_missing_value_is_none():
     assert curve.x[np.isnan(curve.y)].tolist() == [3, 7]
 
 
-def test_a_long_bad_stretch_is_a_gap_in_a_long_run():
+def test_a_long_series_of_bad_steps_is_a_gap():
     steps = np.arange(1, 6401)
     values, good = np.ones(6400), np.ones(6400, bool)
     values[3000:5000], good[3000:5000] = np.nan, False

@@ -1,4 +1,4 @@
-"""What is drawn: every incident, every extreme, and the steps around an incident one by one."""
+"""The figure shows every incident, every extreme, and each step around an incident."""
 
 import math
 
@@ -49,7 +49,7 @@ def traces(figure, name):
     return [trace for trace in figure.data if trace.name == name]
 
 
-def test_rows_share_one_axis(figure):
+def test_rows_share_the_step_axis(figure):
     titles = [annotation.text for annotation in figure.layout.annotations]
     assert titles == [
         f"<b>{title}</b>"
@@ -71,16 +71,16 @@ def test_every_incident_is_marked(figure):
     assert all(text.startswith("step ") and "more" not in text for text in marks.text)
 
 
-def test_marks_that_stand_for_several_say_how_many():
+def test_marks_for_several_incidents_show_their_number():
     bad = {"action": "skipped", "reason": "nonfinite_loss"}
     rows = [record(step, **(bad if step % 2 else {})) for step in range(1, 6001)]
     texts = [t for m in traces(draw(summarise([Block(rows, 0, 0)])), "skipped") for t in m.text]
     more = [int(text.split(" and ")[1].split(" ")[0]) for text in texts if " and " in text]
     assert len(texts) <= 1024 + 1
-    assert len(texts) + sum(more) == 3000 + 1  # step 700 is bad, and even
+    assert len(texts) + sum(more) == 3000 + 1  # odd steps, and step 700
 
 
-def test_extremes_and_close_ups_are_on_the_line(summary):
+def test_extremes_and_steps_around_incidents_are_on_the_line(summary):
     x, y = summary.curves[NORM].x, summary.curves[NORM].y
     assert (1234, 500.0) in set(zip(x, y, strict=True))
     assert set(range(2345 - 16, 2345 + 17)) <= set(x)
@@ -89,7 +89,7 @@ def test_extremes_and_close_ups_are_on_the_line(summary):
     assert set(BAD) == set(contour.x[np.isnan(contour.y)])  # the line has gaps there
 
 
-def test_the_norm_of_a_step_with_nan_is_a_gap_and_not_a_dip():
+def test_the_norm_of_a_step_with_nan_is_a_gap():
     bad = {"nan": 3, "total_norm": 1e-9}
     rows = [record(step, **(bad if step in BAD else {})) for step in range(1, 5001)]
     curve = summarise([Block(rows, 0, 0)]).curves[NORM]
@@ -104,31 +104,31 @@ def test_every_curve_has_a_mark_at_each_bad_step(figure):
     assert over == {"y", "y2", "y3", "y4"}
 
 
-def test_a_constant_learning_rate_has_an_axis_of_its_size(figure):
+def test_the_axis_of_a_constant_learning_rate_fits_its_size(figure):
     lr, *_ = traces(figure, "learning rate")
     assert tuple(figure.layout[f"yaxis{lr.yaxis[1:]}"].range) == (0.0, 1.5 * 1e-3)
 
 
-def test_a_zoom_shows_bars_exactly_as_long_as_the_bad_steps(figure):
+def test_zooming_in_shows_bars_of_exact_length(figure):
     (bars,) = [trace for trace in figure.data if trace.meta == "detail"]
     spans = {(a, b) for a, b in zip(bars.x, bars.x[1:], strict=False) if None not in (a, b)}
     assert spans == {(699.5, 701.5), (2344.5, 2345.5), (4998.5, 4999.5)}
     assert bars.visible is False and "bad in steps 700 to 701" in bars.text[0]
 
 
-def test_thresholds_stand_with_what_they_limit(figure):
+def test_thresholds_are_drawn_with_their_signals(figure):
     (norm,) = traces(figure, "threshold")
     (seg,) = traces(figure, "threshold of seg")
     assert norm.yaxis == "y2" and seg.yaxis == "y"
     assert set(norm.y) == {9.0} and set(seg.y) == {3.0}
 
 
-def test_the_norm_is_logarithmic_where_it_spans_orders(figure):
+def test_a_norm_over_orders_of_magnitude_has_a_logarithmic_axis(figure):
     assert figure.layout.yaxis2.type == "log"
     assert figure.layout.yaxis.type != "log"
 
 
-def test_a_norm_of_zero_is_left_out_of_logarithms():
+def test_a_norm_of_zero_is_not_drawn_on_a_logarithmic_axis():
     rows = [record(step, total_norm=[0.0, 1.0, 900.0][step % 3]) for step in range(1, 100)]
     figure = draw(summarise([Block(rows, 0, 0)]))
     assert figure.layout.yaxis2.type == "log"
@@ -137,12 +137,12 @@ def test_a_norm_of_zero_is_left_out_of_logarithms():
 
 
 @pytest.mark.parametrize("values", [(0.0, 1000.0), (-5.0, 1000.0), (1.0, 40.0)])
-def test_a_loss_that_has_no_logarithm_or_needs_none_is_linear(values):
+def test_a_loss_with_zeros_or_a_narrow_range_has_a_linear_axis(values):
     rows = [record(step, losses={"loss": values[step % 2]}) for step in range(1, 100)]
     assert draw(summarise([Block(rows, 0, 0)])).layout.yaxis.type != "log"
 
 
-def test_the_heat_map_counts_each_layer_in_the_order_of_the_model(figure):
+def test_the_heat_map_counts_bad_steps_by_layer_in_natural_order(figure):
     (heat,) = [trace for trace in figure.data if trace.type == "heatmap"]
     assert [row[0] for row in heat.customdata] == ["blocks.9", "blocks.10"]
     assert np.nansum(heat.z, axis=1).tolist() == [len(BAD), len(BAD)]
@@ -152,36 +152,36 @@ def test_the_heat_map_counts_each_layer_in_the_order_of_the_model(figure):
         assert abs(heat.x[column] - step) <= width / 2 and heat.z[0][column] >= 1
 
 
-def test_the_norm_of_a_quiet_run_has_no_rows_for_incidents():
+def test_a_run_without_incidents_has_no_rows_for_them():
     records = [record(step) for step in range(1, 100)]
     titles = [a.text for a in draw(summarise([Block(records, 0, 0)])).layout.annotations]
     assert len(titles) == 4
 
 
-def test_few_steps_are_drawn_as_they_are():
+def test_few_steps_are_drawn_individually():
     figure = draw(summarise([Block([record(step) for step in range(1, 50)], 0, 0)]))
     (seg,) = traces(figure, "seg")
     assert list(seg.x) == list(range(1, 50))
     assert not [trace for trace in figure.data if trace.meta == "mean"]
 
 
-def test_a_single_step_is_a_dot():
+def test_a_single_step_is_drawn_as_a_marker():
     figure = draw(summarise([Block([record(1)], 0, 0)]))
     assert {trace.mode for trace in figure.data} == {"markers"}
 
 
-def test_names_are_text_and_no_markup():
+def test_names_are_escaped():
     losses = {"<b>x</b>": 1.0, "<a href='javascript:1'>": 2.0}
     figure = draw(summarise([Block([record(1, losses=losses), record(2, losses=losses)], 0, 0)]))
     assert all("<" not in (trace.name or "") for trace in figure.data)
 
 
-def test_nothing_to_draw():
+def test_a_summary_without_data_has_an_empty_figure():
     assert not draw(summarise([Block([{"step": 1}], 0, 0)])).data
     assert not draw(summarise([])).data
 
 
-def test_the_limit_is_drawn_beside_the_norm():
+def test_the_limit_is_drawn_with_the_norm():
     records = [record(step, limit=math.inf if step < 3 else 3.0 + step) for step in range(1, 9)]
     (trace,) = traces(draw(summarise([Block(records, 0, 0)])), "limit")
     drawn = dict(zip(trace.x, trace.y, strict=True))

@@ -1,4 +1,4 @@
-"""Records that somebody sent: no text of theirs is markup, no value ends the report."""
+"""Untrusted records: their text is never markup, and no value raises an error."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TEXTS = {
 
 
 def rows(text: str) -> list[dict[str, Any]]:
-    """A run in which this text stands wherever a record has text."""
+    """A run with this text in every text field of its records."""
     found = []
     for step in range(1, 121):
         row: dict[str, Any] = {
@@ -78,7 +78,7 @@ def strings(value: Any) -> Iterator[str]:
 
 
 class Page(HTMLParser):
-    """What a browser finds: elements with their attributes, and text."""
+    """The elements, attributes and links that a browser would find."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ def page_of(text: str) -> str:
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
-def test_no_text_of_the_records_is_markup_anywhere_in_the_plots(text: str) -> None:
+def test_text_from_records_is_never_markup_in_the_plots(text: str) -> None:
     figure = draw(summarise([Block(rows(text), 0, 0)]))
     plain = draw(summarise([Block(rows("plain"), 0, 0)]))
     ours = set(strings(plain.to_plotly_json()))  # templates and titles written in this package
@@ -108,12 +108,12 @@ def test_no_text_of_the_records_is_markup_anywhere_in_the_plots(text: str) -> No
     for found in theirs:
         assert "<" not in found and ">" not in found
         assert found.isprintable() and found.encode()
-        # Plotly decodes these once: nothing but the text that the records hold comes out.
+        # Plotly decodes these entities once, which gives back the text of the records.
         assert "&" not in found.replace("&amp;", "").replace("&lt;", "").replace("&gt;", "")
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
-def test_no_text_of_the_records_is_an_element_or_an_attribute_of_the_page(text: str) -> None:
+def test_text_from_records_is_never_markup_in_the_page(text: str) -> None:
     page = page_of(text)
     found, plain = Page(page), Page(page_of("plain"))
     assert found.elements == plain.elements and found.attributes == plain.attributes
@@ -125,7 +125,7 @@ def test_no_text_of_the_records_is_an_element_or_an_attribute_of_the_page(text: 
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
-def test_what_the_command_prints_is_printable(
+def test_the_output_of_the_command_is_printable(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / text.replace("/", "_")
@@ -148,7 +148,7 @@ ODD = [
 
 
 def assert_is_reported(records: list[dict[str, Any]], path: Path) -> None:
-    """Read from its file, judged, drawn and written, without a warning."""
+    """Checks that a report on these records is created without a warning."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -160,7 +160,7 @@ def assert_is_reported(records: list[dict[str, Any]], path: Path) -> None:
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_every_odd_value_in_every_field(field: str, tmp_path: Path) -> None:
+def test_odd_values_in_every_field_are_handled(field: str, tmp_path: Path) -> None:
     odd = itertools.cycle(ODD)
     records = []
     for step in range(1, 4 * len(ODD)):
@@ -173,7 +173,7 @@ def test_every_odd_value_in_every_field(field: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_odd_values_in_many_fields_at_once(seed: int, tmp_path: Path) -> None:
+def test_odd_values_in_several_fields_are_handled(seed: int, tmp_path: Path) -> None:
     rng = random.Random(seed)
     records = []
     for step in range(1, 200):
@@ -187,7 +187,7 @@ def test_odd_values_in_many_fields_at_once(seed: int, tmp_path: Path) -> None:
     assert_is_reported(records, tmp_path / "r.jsonl")
 
 
-def test_names_without_end_do_not_take_memory_without_end() -> None:
+def test_memory_is_bounded_for_any_number_of_names() -> None:
     def blocks() -> Iterator[Block]:
         for block in range(100):
             found = []
@@ -207,4 +207,4 @@ def test_names_without_end_do_not_take_memory_without_end() -> None:
     tracemalloc.stop()
     assert peak < 100e6
     assert len(summary.actions) <= 33 and len(summary.events.names) <= 65
-    assert len(page) < 8e6  # 4.9 MB of it are the library of the plots
+    assert len(page) < 8e6  # including the plotting library

@@ -1,4 +1,4 @@
-"""The page in a real browser: drawn, clickable, silent, and no wider than a phone."""
+"""The page in a real browser: plots, links, no network requests, and phones."""
 
 import math
 import re
@@ -80,7 +80,7 @@ DESK, PHONE = (1280, 900), (375, 800)
 
 
 @pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
-def test_everything_is_drawn_and_nothing_complains(size, browser, page):
+def test_the_page_is_drawn_without_errors(size, browser, page):
     opened(browser, page, *size)
     titles = [t.text for t in browser.find_elements("css selector", ".annotation-text")]
     assert titles == [
@@ -106,7 +106,7 @@ def test_everything_is_drawn_and_nothing_complains(size, browser, page):
 
 
 @pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
-def test_an_incident_leads_into_the_plot_and_back(size, browser, page):
+def test_selecting_an_incident_zooms_in_and_back(size, browser, page):
     opened(browser, page, *size)
     whole = x_ranges(browser)
     assert all(low <= 1 and high >= 3000 for low, high in whole)
@@ -118,7 +118,7 @@ def test_an_incident_leads_into_the_plot_and_back(size, browser, page):
     (mark,) = browser.find_elements("css selector", ".shapelayer path")
     assert mark.is_displayed()
     place = browser.find_element("id", "plot").rect["y"]
-    assert place <= browser.execute_script("return scrollY") + 1  # it came into view
+    assert place <= browser.execute_script("return scrollY") + 1  # it was scrolled into view
     assert link.find_element("xpath", "./ancestor::tr").get_attribute("class") == "chosen"
 
     browser.find_element("id", "whole").click()
@@ -144,7 +144,7 @@ def traces(browser, meta, field):
     return browser.execute_script(script, meta, field)
 
 
-def test_an_incident_zooms_the_values_too_and_shows_single_steps(browser, page):
+def test_zooming_in_fits_the_values_and_shows_single_steps(browser, page):
     opened(browser, page, *DESK)
     whole = y_range(browser, "yaxis2")
     assert traces(browser, "detail", "visible") == [False]
@@ -161,12 +161,12 @@ def test_an_incident_zooms_the_values_too_and_shows_single_steps(browser, page):
     assert traces(browser, "detail", "visible") == [False]
 
 
-def test_every_curve_has_the_marks_of_the_incidents(browser, page):
+def test_incidents_are_marked_on_every_curve(browser, page):
     opened(browser, page, *DESK)
     assert traces(browser, "mark", "x") == [list(INCIDENTS)] * 4
 
 
-def test_smoothing_draws_a_mean_and_leaves_the_values_faint(browser, page):
+def test_smoothing_draws_an_average_over_faint_values(browser, page):
     opened(browser, page, *DESK)
     before = traces(browser, "mean", "y")
     move = (
@@ -184,7 +184,7 @@ def test_smoothing_draws_a_mean_and_leaves_the_values_faint(browser, page):
     assert browser.get_log("browser") == []
 
 
-def test_a_page_of_a_thousand_steps_is_a_fraction_of_the_library(tmp_path):
+def test_a_page_of_a_thousand_steps_is_small(tmp_path):
     with JsonLinesSink(tmp_path / "records.jsonl") as sink:
         for step in range(1, 1001):
             sink(StepRecord(step, 1 + math.sin(step), 1.0, "applied", losses={"loss": 1 / step}))
@@ -192,7 +192,7 @@ def test_a_page_of_a_thousand_steps_is_a_fraction_of_the_library(tmp_path):
     assert (tmp_path / "records.html").stat().st_size < 2.2e6
 
 
-def test_a_link_to_an_incident_opens_at_it(browser, page):
+def test_a_link_to_an_incident_selects_it(browser, page):
     opened(browser, page, *DESK)
     browser.get("about:blank")
     browser.get(f"{page.as_uri()}#incident-3")
@@ -200,17 +200,17 @@ def test_a_link_to_an_incident_opens_at_it(browser, page):
     assert browser.get_log("browser") == []
 
 
-def test_a_phone_scrolls_down_and_never_sideways(browser, page):
+def test_the_page_fits_the_width_of_a_phone(browser, page):
     opened(browser, page, *PHONE)
     width = browser.execute_script("return document.documentElement.scrollWidth")
     assert width == PHONE[0]
-    # A finger on a plot scrolls the page instead of drawing a zoom box.
+    # Dragging on a plot scrolls the page instead of drawing a zoom box.
     assert browser.execute_script("return document.getElementById('plot').layout.dragmode") is False
     plot = browser.find_element("css selector", ".draglayer .nsewdrag").rect["width"]
     assert plot > 0.6 * PHONE[0]  # the names of the layers leave room for the plots
 
 
-def test_names_are_shown_and_not_run(browser, page):
+def test_names_are_shown_as_text(browser, page):
     opened(browser, page, *DESK)
     assert NASTY in browser.find_element("tag name", "table").text
     legend = browser.execute_script("return document.querySelector('.infolayer').textContent")
@@ -219,7 +219,7 @@ def test_names_are_shown_and_not_run(browser, page):
 
 
 @pytest.mark.parametrize("theme, dark", [("light", False), ("dark", True)])
-def test_the_plots_follow_the_theme(theme, dark, browser, page):
+def test_the_plots_use_the_color_scheme(theme, dark, browser, page):
     feature = {"name": "prefers-color-scheme", "value": theme}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
     opened(browser, page, *DESK)
@@ -229,7 +229,7 @@ def test_the_plots_follow_the_theme(theme, dark, browser, page):
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
-def test_the_file_asks_for_nothing(page):
+def test_the_page_makes_no_requests(page):
     own = re.sub(r"<script.*?</script>", "", page.read_text("utf-8"), flags=re.S)
     assert not re.search(r"(src|href)=.?https?:|@import|url\(", own)
     assert "default-src 'none'" in own
@@ -238,7 +238,7 @@ def test_the_file_asks_for_nothing(page):
 
 
 @pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
-def test_watched_layers_are_drawn_and_hovering_names_them(size, browser, tmp_path):
+def test_watched_layers_are_drawn_with_names(size, browser, tmp_path):
     with JsonLinesSink(tmp_path / "records.jsonl") as sink:
         for step in range(1, 401):
             grown = 1.2 ** max(0, step - 300)

@@ -1,4 +1,4 @@
-"""Bad steps in a row are one incident; the table stays short and counts them all."""
+"""Consecutive bad steps are one incident; the table is bounded and counts all incidents."""
 
 import pytest
 from hypothesis import given
@@ -23,13 +23,13 @@ def spans(table):
     return [(row.first_step, row.last_step, row.incidents, row.steps) for row in table.rows]
 
 
-def test_bad_steps_in_a_row_are_one_incident():
+def test_consecutive_bad_steps_are_one_incident():
     table = table_of([3, 4, 5, 9])
     assert spans(table) == [(4, 6, 1, 3), (10, 10, 1, 1)]
     assert (table.incidents, table.steps) == (2, 4)
 
 
-def test_going_back_begins_another():
+def test_a_step_number_that_goes_back_begins_a_new_incident():
     table = IncidentTable()
     assert table.add(0, bad(50))
     assert not table.add(1, bad(51))
@@ -45,7 +45,7 @@ def test_reasons_and_actions_are_counted():
     assert row.reasons == {"a": 2, "b": 1} and row.actions == {"x": 2, "y": 1}
 
 
-def test_the_closest_are_joined_first():
+def test_the_closest_incidents_are_merged_first():
     table = table_of([10, 12, 100, 200, 203, 400], limit=4)
     table.shorten()
     assert spans(table) == [(11, 13, 2, 2), (101, 101, 1, 1), (201, 204, 2, 2), (401, 401, 1, 1)]
@@ -53,7 +53,7 @@ def test_the_closest_are_joined_first():
 
 
 @given(st.sets(st.integers(0, 3000), min_size=1), st.integers(1, 12))
-def test_none_is_lost_however_many_there_are(records, limit):
+def test_merging_loses_no_incident(records, limit):
     records = sorted(records)
     table = table_of(records, limit)
     assert len(table.rows) <= 2 * limit
@@ -74,7 +74,7 @@ def test_an_incident_is_open_until_a_good_step(after, is_open):
     assert not table_of([]).is_open(after)
 
 
-def test_the_latest_incident_stands_alone_also_in_a_joined_row():
+def test_the_latest_incident_is_kept_when_merged():
     table = table_of([*range(0, 50, 2), 60, 61, 62], limit=1)
     table.shorten()
     assert spans(table) == [(1, 63, 26, 28)]

@@ -1,4 +1,4 @@
-"""One pass over a run keeps every incident and every extreme, and what is kept is small."""
+"""The summary keeps every incident and every extreme, in bounded memory."""
 
 import importlib.util
 import json
@@ -39,7 +39,7 @@ def bad(step, **more):
 
 
 def blocks_of(records, size=10):
-    """The blocks that a file of these records would give."""
+    """These records as blocks, as read from a file."""
     rows = [json.loads(json.dumps(r.as_dict())) for r in records]
     return [Block(rows[i : i + size], 0, 0) for i in range(0, len(rows), size)]
 
@@ -50,7 +50,7 @@ def summary_of(*records, size=10):
 
 @pytest.fixture(scope="module")
 def large(big_run, tmp_path_factory):
-    """200,000 steps, 300 incidents, in rotated files with two damaged lines: file and summary."""
+    """File and summary of 200,000 steps with 300 incidents, in rotated files, 2 lines damaged."""
     path = tmp_path_factory.mktemp("large") / "records.jsonl"
     big_run.write_run(path, 200_000, 300, file_bytes=20_000_000)
     with path.open("ab") as file:
@@ -98,11 +98,11 @@ def test_a_large_run_keeps_its_extremes(large):
         np.testing.assert_array_equal(values[curve.high_at - 1], curve.high)
 
 
-def test_what_is_kept_of_a_run_does_not_grow_with_it(big_run, tmp_path):
+def test_memory_is_bounded_for_long_runs(big_run, tmp_path):
     def kept(steps, incidents):
         path = tmp_path / f"{steps}.jsonl"
         big_run.write_run(path, steps, incidents)
-        summarise([])  # what the first call of anything allocates for good
+        summarise([])  # warm-up: some objects are allocated only once
         tracemalloc.start()
         summary = summarise(read_blocks(path, block_bytes=64 << 10))
         held, peak = tracemalloc.get_traced_memory()
@@ -111,26 +111,26 @@ def test_what_is_kept_of_a_run_does_not_grow_with_it(big_run, tmp_path):
         return held, peak
 
     small, large = kept(5_000, 500), kept(20_000, 2_000)
-    assert large[0] < 3e6  # what is left at the end
-    # The most at any time: 49 bytes per step for its 5 values, and 80 while one is downsampled, 131
-    # in all (161 with NumPy 1.26). A record has 430 bytes and becomes a larger object.
+    assert large[0] < 3e6  # memory after the summary
+    # Peak memory: 49 bytes per step for its 5 values, and 80 while one is downsampled, 131 in total
+    # (161 with NumPy 1.26). A record has 430 bytes and becomes a larger object.
     assert large[1] - small[1] < 15_000 * 240 and small[1] < 6e6
 
 
-def test_every_step_bad_is_bounded_too():
+def test_memory_is_bounded_if_every_step_is_bad():
     records = [
         bad(step, culprits=((f"layer{step % 1000}.w", 1, 0, 0),), n_culprits=1, tag=step)
         for step in range(1, 20_001, 2)
     ]
     summary = summary_of(*records, size=500)
-    assert (summary.table.incidents, len(summary.table.rows)) == (1, 1)  # in a row, in the file
+    assert (summary.table.incidents, len(summary.table.rows)) == (1, 1)  # consecutive records
     assert sum(map(summary.layers.total, summary.layers.names)) == 10_000
     assert len(summary.layers.names) <= 257
     assert not summary.survived
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
-def test_blocks_make_no_difference(size):
+def test_the_block_size_does_not_change_the_summary(size):
     random = np.random.default_rng(0)
     records = [
         bad(step) if random.random() < 0.2 else record(step, norm=random.random())
@@ -144,7 +144,7 @@ def test_blocks_make_no_difference(size):
     assert one.evidence.kinds == other.evidence.kinds
 
 
-def test_a_rollback_is_seen_by_the_step_going_back():
+def test_a_rollback_is_detected():
     summary = summary_of(*map(record, [*range(1, 51), *range(41, 61)]), size=20)
     assert summary.jumps == [Jump(record=50, from_step=50, to_step=41)]
     assert (summary.n_jumps, summary.records, summary.last_step) == (1, 70, 60)
@@ -155,20 +155,20 @@ def test_a_rollback_between_bad_steps_separates_two_incidents():
     assert summary.table.incidents == 2
 
 
-def test_two_writers_of_one_file_take_no_memory():
+def test_the_number_of_jumps_is_bounded():
     summary = summary_of(*(record(step) for i in range(2000) for step in (i, i)), size=100)
     assert summary.n_jumps == 2000
     assert len(summary.jumps) == 200
 
 
-def test_the_mean_leaves_bad_steps_out():
+def test_the_mean_excludes_bad_steps():
     summary = summary_of(*(record(s) for s in range(1, 5)), bad(5, norm=100.0), size=5)
     curve = summary.curves[NORM]
     assert np.nanmax(curve.mean) == 1.0 and curve.high.max() == 100.0
 
 
 @pytest.mark.parametrize("begin", [1, 5, 4000, 4001, 7998, 8000])
-def test_the_steps_around_an_incident_are_drawn_one_by_one(begin):
+def test_steps_around_an_incident_are_drawn_individually(begin):
     norms = np.random.default_rng(0).normal(10, size=8000)
     steps = range(1, 8001)
     summary = summary_of(
@@ -180,7 +180,7 @@ def test_the_steps_around_an_incident_are_drawn_one_by_one(begin):
     assert summary.shift == 3 and len(summary.curves[NORM].x) <= 2 * 1001 + len(near)
 
 
-def test_a_series_may_come_late_and_go_again():
+def test_a_series_may_cover_a_part_of_the_run():
     late = {"losses": {"loss": 1.0, "late": 5.0}}
     records = [record(s, **(late if 40 < s <= 60 else {})) for s in range(1, 101)]
     curve = summary_of(*records, size=10).curves[Series("loss", "late")]
@@ -192,19 +192,19 @@ def test_a_run_survives_if_a_good_step_follows(ending, survived):
     assert summary_of(record(1), bad(2), *ending).survived is survived
 
 
-def test_records_of_before_some_fields_were_there():
+def test_records_with_missing_fields_are_read():
     blocks = [Block([{"step": step} for step in range(1, 4)], 1, 0)]
     summary = summarise(blocks)
     assert (summary.records, summary.damaged, summary.table.incidents) == (3, 1, 0)
     assert not summary.curves
 
 
-def test_nothing_at_all():
+def test_an_empty_run_is_summarised():
     summary = summarise([])
     assert (summary.records, summary.survived, summary.table.rows) == (0, True, [])
 
 
-def test_progress_is_told_in_bytes(tmp_path):
+def test_progress_is_reported_in_bytes(tmp_path):
     path = tmp_path / "run.jsonl"
     with JsonLinesSink(path, max_bytes=4096) as sink:
         for step in range(100):
@@ -219,14 +219,14 @@ def search(step, **more):
     return record(step, "skipped", reason="loss_scale", culprits=(("a.w", 0, 1, 0),), **more)
 
 
-def test_the_search_for_a_loss_scale_is_no_incident():
+def test_a_loss_scale_search_is_not_an_incident():
     summary = summary_of(*(search(step) for step in range(1, 18)), record(18), record(19))
     assert (summary.table.incidents, summary.scale_searches) == (0, 17)
     assert summary.actions == {"skipped": 17, "applied": 2}
     assert summary.events.names == [] and summary.layers.names == []
 
 
-def test_the_search_for_a_loss_scale_neither_ends_nor_makes_an_incident():
+def test_a_loss_scale_search_neither_ends_nor_starts_an_incident():
     def run(*ending):
         return summary_of(record(1), bad(2), search(3), bad(4), search(5), *ending, size=2)
 

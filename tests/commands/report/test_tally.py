@@ -1,4 +1,4 @@
-"""Events are counted once each, in few enough buckets."""
+"""`Tally` counts every event once, in a bounded number of buckets."""
 
 import pytest
 from hypothesis import given
@@ -10,7 +10,7 @@ LIMIT = 8
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(0, 10_000)), min_size=1))
-def test_a_tally_counts_everything_once(events):
+def test_every_event_is_counted_once(events):
     tally = Tally(LIMIT, names=3)
     for name, step in events:
         tally.add(name, step)
@@ -27,7 +27,7 @@ def test_a_tally_counts_everything_once(events):
 
 
 @pytest.mark.parametrize("names", [1, 5])
-def test_a_tally_of_few_steps_keeps_each(names):
+def test_few_steps_are_counted_individually(names):
     tally = Tally(LIMIT)
     for i in range(names * 3):
         tally.add(f"layer {i % names}", i)

@@ -1,4 +1,4 @@
-"""A rise that lasts is found where it began; noise, transients and plateaus are none."""
+"""A lasting rise and its beginning are found; noise, transients and plateaus are not reported."""
 
 import numpy as np
 import pytest
@@ -30,13 +30,13 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_no_false_alarm(shape):
+def test_series_without_a_lasting_rise_are_not_reported(shape):
     for seed in range(20):
         assert find_rise(*averaged(shape * noise(seed))) is None
 
 
 @pytest.mark.parametrize("before", [1.0, 1 + 3 * np.exp(-STEP / 800)], ids=["flat", "falling"])
-def test_a_rise_is_found_where_it_begins(before):
+def test_the_beginning_of_a_rise_is_found(before):
     for seed in range(20):
         rise = find_rise(*averaged(before * RISE * noise(seed)))
         assert abs(rise.since - SINCE) < 400
@@ -44,14 +44,14 @@ def test_a_rise_is_found_where_it_begins(before):
         assert rise.now == pytest.approx(3.15, rel=0.15)
 
 
-def test_values_that_are_not_positive_rise_too():
+def test_a_rise_of_non_positive_values_is_found():
     line = -1 + 0.05 * np.log(noise(0)) + 2 * (RISE - 1)
     rise = find_rise(*averaged(line))
     assert abs(rise.since - SINCE) < 200
     assert rise.before == pytest.approx(-1, abs=0.1) and rise.now == pytest.approx(3, abs=0.2)
 
 
-def test_the_factor_decides():
+def test_a_rise_must_reach_the_factor():
     step, value = averaged(1 + 0.2 * (RISE - 1))
     assert find_rise(step, value, factor=1.5) is None
     assert find_rise(step, value, factor=1.1) is not None

@@ -1,4 +1,4 @@
-"""What is said of a run: true of the records, and no more than they tell."""
+"""The verdict on a run: every sentence follows from the records."""
 
 import math
 
@@ -41,16 +41,16 @@ def run(special, steps=STEPS, **more):
     return [special.get(step) or record(step, **more) for step in range(1, steps + 1)]
 
 
-def said(verdict, text):
+def findings_with(verdict, text):
     return [finding for finding in verdict.findings if text in finding]
 
 
 def cause_of(*bad_steps, steps=3000):
-    (cause,) = said(verdict_on(run({b["step"]: b for b in bad_steps}, steps)), "ause")
+    (cause,) = findings_with(verdict_on(run({b["step"]: b for b in bad_steps}, steps)), "ause")
     return cause
 
 
-def test_a_quiet_run():
+def test_a_run_without_incidents():
     verdict = verdict_on(run({}))
     assert verdict.headline == "No incident in 12,000 steps."
     assert (verdict.findings, verdict.survived) == ([], True)
@@ -66,17 +66,17 @@ def test_three_incidents_and_a_rising_norm():
     verdict = verdict_on(run(rise | incidents))
     assert verdict.headline == "3 incidents in 12,000 steps, all survived."
     assert verdict.survived
-    (rising,) = said(verdict, "rising")
+    (rising,) = findings_with(verdict, "rising")
     since = int(rising.partition("step ")[2].partition(":")[0].replace(",", ""))
     assert (
         rising.startswith("Gradient norm has been rising since about step")
         and abs(since - 9400) < 400
     )
-    (cause,) = said(verdict, "cause")
+    (cause,) = findings_with(verdict, "cause")
     assert cause.startswith("Likely cause (3 of 3 incidents): the backward pass of head:")
 
 
-def test_one_incident_is_singular():
+def test_a_single_incident_is_worded_in_the_singular():
     assert verdict_on(run({5: bad(5)}, 10)).headline == "1 incident in 10 steps, survived."
 
 
@@ -95,7 +95,7 @@ def test_a_run_that_never_recovered():
     assert not any("usable" in finding for finding in verdict.findings)
 
 
-def test_bad_steps_that_reached_the_weights_are_told():
+def test_bad_steps_that_reached_the_weights_are_reported():
     records = run({}, 50) + [record(s, losses={"loss": NAN}) for s in range(51, 60)]
     verdict = verdict_on(records)
     assert "9 of them reached the weights" in verdict.findings[0]
@@ -103,12 +103,12 @@ def test_bad_steps_that_reached_the_weights_are_told():
     assert not verdict.survived
 
 
-def test_a_bad_last_step_is_not_called_a_wreck():
+def test_a_single_bad_last_step_is_reported_as_such():
     verdict = verdict_on(run({50: bad(50)}, 50))
     assert verdict.findings[0] == ("The last step, 50, was bad (nonfinite_grad).")
 
 
-def test_the_batch_that_comes_back():
+def test_a_recurring_batch_is_a_cause():
     culprits = (("a.w", 1, 0, 0), ("b.w", 1, 0, 0))
     steps = [bad(s, culprits=culprits, tag=(s // 1000, 46)) for s in (46, 1046, 2046)]
     assert "(3 of 3 incidents): the data: batch 46 was used each time" in cause_of(*steps)
@@ -118,41 +118,41 @@ def test_the_batch_that_comes_back():
     assert "(2 of 2 incidents): the data: tag shard-7" in cause_of(*steps)
 
 
-def test_the_part_of_the_loss():
+def test_a_part_of_the_loss_is_a_cause():
     steps = [bad(s, "nonfinite_loss", losses={"seg": 1.0, "contour": NAN}) for s in (10, 900)]
     assert "the loss part “contour”" in cause_of(*steps)
     both = [bad(s, "nonfinite_loss", losses={"seg": NAN, "contour": NAN}) for s in (10, 900)]
     assert "the forward pass" in cause_of(*both)
 
 
-def test_the_stage_and_the_layer():
+def test_the_pass_and_the_layer_are_causes():
     def at(*culprits, **more):
         return cause_of(*(bad(s, culprits=culprits, **more) for s in (10, 900)))
 
     assert "backward pass of blocks.3.qkv:" in at(("blocks.3.qkv.weight", 1, 0, 0))
     several = (("a.w", 1, 0, 0), ("b.w", 0, 3, 0))
     assert "the backward pass: NaN" in at(*several)
-    # Eight are named: that the others were of the same layer is not known.
+    # Only eight culprits are named, so the layers of the others are unknown.
     assert "the backward pass: NaN" in at(("a.w", 1, 0, 0), n_culprits=12)
     assert "an overflow" in at(("a.w", 0, 1, 0), ("b.w", 0, 0, 2))
-    assert "an overflow" in at()  # only the scaler saw it
+    assert "an overflow" in at()  # found only by the scaler
 
 
-def test_spikes():
+def test_spikes_have_three_causes():
     def spikes(*steps):
         return [bad(s, "grad_spike", spikes=("grad_norm",), norm=90.0) for s in steps]
 
     assert "single batches" in cause_of(*spikes(400, 900))
     rise = {s: record(s, norm=NOISE[s] * (1 + (s - 6000) / 1000)) for s in range(6000, STEPS + 1)}
     verdict = verdict_on(run(rise | {s["step"]: s for s in spikes(7000, 9000)}))
-    assert said(verdict, "a learning rate that is too high: there are spikes")
+    assert findings_with(verdict, "a learning rate that is too high: there are spikes")
     warmup = run({s["step"]: s for s in spikes(100, 200)}, 3000)
     for row in warmup:
         row["lr"] = 1e-3 * min(1, row["step"] / 300)
-    assert said(verdict_on(warmup), "before the learning rate peaked, at step 300")
+    assert findings_with(verdict_on(warmup), "before the learning rate peaked, at step 300")
 
 
-def test_no_cause_is_claimed_that_half_of_the_incidents_do_not_share():
+def test_a_cause_must_explain_half_of_the_incidents():
     steps = [
         bad(10, culprits=(("a.w", 1, 0, 0),), tag=1),
         bad(20, culprits=(("a.w", 0, 1, 0), ("b.w", 0, 1, 0)), tag=2),
@@ -163,43 +163,43 @@ def test_no_cause_is_claimed_that_half_of_the_incidents_do_not_share():
     assert cause_of(*steps).startswith("No cause stands out")
 
 
-def test_clipping_most_steps_is_told():
+def test_clipping_most_steps_is_reported():
     records = [record(s, "clipped" if s % 4 else "applied", coef=0.5) for s in range(1, 401)]
-    assert said(verdict_on(records), "75% of the steps were clipped")
+    assert findings_with(verdict_on(records), "75% of the steps were clipped")
     records = [record(s, "applied" if s % 4 else "clipped") for s in range(1, 401)]
-    assert not said(verdict_on(records), "clipped")
+    assert not findings_with(verdict_on(records), "clipped")
 
 
-def test_a_learning_rate_that_vanished_is_told():
+def test_a_vanished_learning_rate_is_reported():
     records = [record(s, lr=1e-3 if s < 300 else 8.88e-21) for s in range(1, 1001)]
-    (finding,) = said(verdict_on(records), "learning rate")
+    (finding,) = findings_with(verdict_on(records), "learning rate")
     assert "8.88e-21" in finding and "since about step 300" in finding
     ends_at_zero = [record(s, lr=1e-3 * (1 - s / 1000)) for s in range(1, 1001)]
-    assert not said(verdict_on(ends_at_zero), "learning rate")
+    assert not findings_with(verdict_on(ends_at_zero), "learning rate")
     always = verdict_on([record(s, lr=0.0) for s in range(1, 100)])
-    assert said(always, "The learning rate is 0 at every step: nothing is learned.")
+    assert findings_with(always, "The learning rate is 0 at every step: nothing is learned.")
 
 
-def test_a_rising_loss_is_told_by_its_name():
+def test_a_rising_loss_is_reported_by_name():
     records = [
         record(s, losses={"seg": 2.0 + 0.01 * NOISE[s] + max(0, s - 800) / 100})
         for s in range(1, 1001)
     ]
-    assert said(verdict_on(records), "Loss “seg” has been rising since about step")
+    assert findings_with(verdict_on(records), "Loss “seg” has been rising since about step")
 
 
-def test_the_signals_of_a_batch_check_are_no_losses_that_rise():
+def test_signals_of_a_batch_check_are_not_rising_losses():
     records = [
         record(s, losses={"loss": 1.0, "batch.inputs": float(s > 800 and s % 3 == 0)})
         for s in range(1, 1001)
     ]
-    assert not said(verdict_on(records), "rising")
+    assert not findings_with(verdict_on(records), "rising")
 
 
 @pytest.mark.parametrize("times, text", [(1, "once, from 100"), (3, "3 times, first from 100")])
-def test_going_back_is_told(times, text):
+def test_a_step_number_that_goes_back_is_reported(times, text):
     records = [record(s) for _ in range(times + 1) for s in range(1, 101)]
-    assert said(verdict_on(records), f"went back {text} to 1")
+    assert findings_with(verdict_on(records), f"went back {text} to 1")
 
 
 @pytest.mark.parametrize(
@@ -209,21 +209,21 @@ def test_going_back_is_told(times, text):
         (1234, "1,234 lines could not be read and were left out."),
     ],
 )
-def test_damaged_lines_are_told(n, text):
+def test_damaged_lines_are_reported(n, text):
     assert verdict_on(run({}, 10), damaged=n).findings == [text]
 
 
-def test_no_record():
+def test_a_run_without_records_has_a_verdict():
     verdict = verdict_on([], damaged=3)
     assert verdict.headline == "No record was found."
-    assert said(verdict, "3 lines")
+    assert findings_with(verdict, "3 lines")
 
 
 @pytest.mark.parametrize("n", [1, 16])
-def test_a_search_for_a_loss_scale_is_told_and_is_no_incident(n):
+def test_a_loss_scale_search_is_reported_but_not_an_incident(n):
     searches = {s: bad(s, "loss_scale", culprits=[("w", 0, 3, 0)]) for s in range(1, n + 1)}
     verdict = verdict_on(run(searches, 3000))
     assert verdict.headline == "No incident in 3,000 steps."
-    (finding,) = said(verdict, "loss scale")
+    (finding,) = findings_with(verdict, "loss scale")
     assert finding.startswith("1 step was" if n == 1 else "16 steps were")
-    assert not said(verdict_on(run({}, 3000)), "loss scale")
+    assert not findings_with(verdict_on(run({}, 3000)), "loss scale")

@@ -1,4 +1,4 @@
-"""What the report says of watched steps: planted faults are named, healthy runs are not."""
+"""Findings about watched steps: injected faults are reported, healthy runs are not."""
 
 import math
 import random
@@ -48,9 +48,9 @@ def test_the_layer_that_grew_first_is_named():
         later = norms_at(step - 100, grown=LAYERS[5:])
         return {"tensor_norms": later | {name: norms_at(step, LAYERS)[name]}}
 
-    (said,) = [text for text in findings(watch_at) if "grew first" in text]
-    assert said.startswith("Layer “blocks.3.mlp” grew first: at step 2,0")
-    assert said.endswith("7 other layers followed.")
+    (finding,) = [text for text in findings(watch_at) if "grew first" in text]
+    assert finding.startswith("Layer “blocks.3.mlp” grew first: at step 2,0")
+    assert finding.endswith("7 other layers followed.")
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -75,7 +75,7 @@ def test_a_single_outlier_is_not_growth_unless_the_run_ends_there():
     assert run(21) == [(20, "head", pytest.approx(50.0))]
 
 
-def test_layers_that_move_too_far_or_not_at_all_are_named():
+def test_layers_with_too_large_or_too_small_updates_are_named():
     def watch_at(step):
         ratios = {f"{layer}.weight": 1e-3 for layer in LAYERS}
         return {"update_ratio": ratios | {"head.weight": 0.08, "embed.weight": 1e-7}}
@@ -85,14 +85,14 @@ def test_layers_that_move_too_far_or_not_at_all_are_named():
     assert small.startswith("Layers that hardly change") and small.endswith("“embed” 1e-07.")
 
 
-def test_a_learning_rate_that_decays_to_zero_is_healthy():
+def test_a_learning_rate_that_decays_to_zero_is_not_reported():
     def watch_at(step):
         return {"update_ratio": {"head.weight": 2e-3 * (1.0001 - step / 2300)}}
 
     assert findings(watch_at) == []
 
 
-def test_noise_scale_and_underflow():
+def test_noise_scale_and_underflow_are_reported():
     def watch_at(step):
         lost = {"float16": 0.2 if step == 101 else 0.01, "bfloat16": 0.0}
         return {"noise_scale": 7.6, "underflow": lost | {"exponents": {"-8": 3}}}
@@ -111,7 +111,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("watch", HOSTILE, ids=str)
-def test_odd_values_are_left_out(watch):
+def test_odd_values_are_ignored(watch):
     row = record(1) | {"watch": watch}
     verdict = judge(summarise([Block([row] * 20, 0, 0)]))
     assert verdict.headline == "No incident in 20 steps."
@@ -121,15 +121,15 @@ def test_odd_values_are_left_out(watch):
         draw(summarise([Block([row] * 20, 0, 0)]))
 
 
-def test_names_cannot_break_a_line():
+def test_names_are_printed_on_one_line():
     watched = Watched()
     for step in range(30):
         watched.add(step, {"tensor_norms": {"a\n\x1b[2Jb.weight": 1.0 if step < 20 else 1e3}})
-    (said,) = watched.findings()
-    assert "\n" not in said and "\x1b" not in said
+    (finding,) = watched.findings()
+    assert "\n" not in finding and "\x1b" not in finding
 
 
-def test_what_is_kept_is_bounded():
+def test_memory_is_bounded():
     history = LayerHistory()
     tracemalloc.start()
     for step in range(0, 200_000, 100):
@@ -149,8 +149,8 @@ def test_columns_keep_the_largest_value_and_its_step():
     assert [step for _, step in history.columns] == list(range(0, 1000, 16))
 
 
-def test_a_guarded_run_fills_the_maps(tmp_path):
-    """From a real guard to the figure: the layer with a wild learning rate turns red."""
+def test_a_guarded_run_is_drawn_in_heat_maps(tmp_path):
+    """The layer with a too large learning rate is red in the figure of a real run."""
     import torch
 
     drawing = require("fastguard.commands.report.figure")
@@ -175,7 +175,7 @@ def test_a_guarded_run_fills_the_maps(tmp_path):
     assert ratios.z[1].max() > 1.0 > abs(ratios.z[0]).max()
 
 
-def test_joined_by_layer():
+def test_parameters_are_joined_by_layer():
     assert layer_norms({"tensor_norms": {"a.w": 3, "a.b": 4.0, "c": 1.0}}) == {"a": 5.0, "c": 1.0}
     assert layer_ratios({"update_ratio": {"a.w": 3e-3, "a.b": 4e-3}}) == {"a": 4e-3}
     assert layer_norms({}) == layer_ratios({}) == {}

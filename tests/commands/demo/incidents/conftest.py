@@ -1,3 +1,3 @@
-"""What the tests of all incidents share."""
+"""Fixtures shared by the tests of all incidents."""
 
 from guardtest.incidents import as_it_was, folder, guarded, played  # noqa: F401  (fixtures)

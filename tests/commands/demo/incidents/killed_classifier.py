@@ -1,8 +1,7 @@
 """Runs of incident B that a signal ends: `python killed_classifier.py FOLDER`.
 
-Each is a forked child that sends the signal to itself in the middle of epoch 5; forking spares
-importing torch for each. Prints as JSON how each of them ended, and which batch it was at.
-Run by test_b_classifier.py.
+Each run is a forked child that sends the signal to itself in the middle of epoch 5; forking avoids
+importing torch again. Prints the exit statuses and the batch as JSON. Run by test_b_classifier.py.
 """
 
 import json
@@ -12,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-import torch._dynamo  # the first optimizer imports it, here once for all children
+import torch._dynamo  # imported by the first optimizer; here once for all children
 
 from fastguard.commands.demo.incidents.classifier import BATCHES, AsItWas, Guarded
 from fastguard.commands.demo.incidents.plain_loop import quiet_one_thread
@@ -26,7 +25,7 @@ RUNS = {
 
 
 def ended(way, folder, number):
-    """The exit status of a run that gets a signal before the batch, as a shell has it."""
+    """The exit status of a run that gets a signal before `BATCH`."""
     pid = os.fork()
     if pid == 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""B. The checkpoint that could not be trusted: first the damage, then the same run guarded."""
+"""B. The checkpoint that could not be trusted: the original run, then the guarded run."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ BAD = [BATCHES * (epoch - 1) + batch for epoch, batch in FAULTS]  # of the whole
 STATISTICS = ("model.bn.running_mean", "model.bn.running_var")
 
 
-# As it was.
+# The original run.
 
 
-def test_the_proof_of_the_cure_proves_nothing(as_it_was):
+def test_finite_losses_hide_the_bad_statistics(as_it_was):
     fourth = as_it_was.losses[3 * BATCHES : 4 * BATCHES]
     assert all(map(math.isfinite, fourth)) and max(fourth) < 1.0
     frozen = as_it_was.losses[(FROZEN_FROM - 1) * BATCHES :]
@@ -48,22 +48,22 @@ def test_the_proof_of_the_cure_proves_nothing(as_it_was):
     assert not as_it_was.survived and as_it_was.facts["accuracy"] < 0.4
 
 
-def test_last_and_best_are_not_finite_though_each_was_saved_at_a_finite_loss(as_it_was):
+def test_last_and_best_contain_nan_although_their_losses_were_finite(as_it_was):
     bad = {name for name, tensors in as_it_was.facts["files"].items() if tensors}
     assert bad == {"last.pt", "best.pt", "epoch4.pt", "epoch6.pt"}
     for name in bad:
         assert as_it_was.facts["files"][name][:2] == STATISTICS
 
 
-# Under guard: a rollback in the live run.
+# The guarded run: a rollback without a restart.
 
 
-def test_the_run_goes_back_some_batches_and_comes_to_its_end(guarded):
+def test_the_guarded_run_rolls_back_and_finishes(guarded):
     facts = guarded.facts
     assert guarded.survived and facts["accuracy"] > 0.8
     assert [i for i, loss in enumerate(guarded.losses, 1) if math.isnan(loss)] == [
         BAD[0],
-        BAD[1] + facts["redone"][0] - 1,  # the first bad batch is not done again
+        BAD[1] + facts["redone"][0] - 1,  # the first bad batch is not repeated
     ]
     for rewind, redone, bad in zip(facts["rewinds"], facts["redone"], BAD, strict=True):
         assert rewind.position == bad - redone
@@ -77,7 +77,7 @@ def test_a_rollback_lowers_the_learning_rate(guarded):
     assert guarded.records[-1].lr == LR / 4
 
 
-def test_the_offending_data_are_left_out_and_no_others(guarded):
+def test_only_the_bad_batches_are_left_out(guarded):
     assert [rewind.skip for rewind in guarded.facts["rewinds"]] == [(bad,) for bad in BAD]
     times_seen = {}
     for record in guarded.records:
@@ -88,7 +88,7 @@ def test_the_offending_data_are_left_out_and_no_others(guarded):
     assert sum(times_seen.values()) == EPOCHS * BATCHES + sum(guarded.facts["redone"]) - 2
 
 
-def test_it_gives_up_with_a_clear_error_after_its_attempts(monkeypatch, tmp_path):
+def test_the_run_gives_up_after_max_attempts(monkeypatch, tmp_path):
     corrupt = {(3, batch): Kind.BAD_PIXEL for batch in range(15, BATCHES + 1)}
     monkeypatch.setattr(classifier, "FAULTS", corrupt)
     outcome = classifier.run(tmp_path, guarded=True)
@@ -98,7 +98,7 @@ def test_it_gives_up_with_a_clear_error_after_its_attempts(monkeypatch, tmp_path
     assert "'epoch': 3, 'batch': 18" in error and "conv.weight (72 NaN)" in error
     assert [r.skip for r in outcome.facts["rewinds"]] == [(111,), (111, 112), (111, 112, 113)]
     assert [r.attempt for r in outcome.facts["rewinds"]] == [1, 2, 3]
-    # What it leaves behind is the last good state.
+    # The last checkpoint contains the last good state.
     assert outcome.facts["last"].startswith("step-000000096") and outcome.facts["accuracy"] > 0.8
     assert all(entry.clean for entry in outcome.facts["entries"])
 
@@ -106,7 +106,7 @@ def test_it_gives_up_with_a_clear_error_after_its_attempts(monkeypatch, tmp_path
 # Checkpoints with a verdict.
 
 
-def test_each_checkpoint_has_a_verdict_its_epoch_and_its_metric(guarded, folder):
+def test_each_checkpoint_has_a_verdict_an_epoch_and_a_metric(guarded, folder):
     entries = guarded.facts["entries"]
     assert [(e.step, e.epoch) for e in entries] == [(240, 5), (288, 6)]
     for entry in entries:
@@ -119,7 +119,7 @@ def test_each_checkpoint_has_a_verdict_its_epoch_and_its_metric(guarded, folder)
 
 @pytest.fixture(scope="module")
 def without_rollback(tmp_path_factory):
-    """The guarded run with a store for one checkpoint and no rollback; epoch 2 makes it worse."""
+    """The guarded run with `keep=1`, no rollback, and wrong labels in epoch 2."""
     folder = tmp_path_factory.mktemp("without_rollback")
     worse = {(2, batch): Kind.MISLABELLED for batch in range(40, BATCHES + 1)}
     with pytest.MonkeyPatch.context() as patch:
@@ -129,13 +129,13 @@ def without_rollback(tmp_path_factory):
         return folder, classifier.run(folder, guarded=True)
 
 
-def test_without_rollback_the_statistics_are_lost_as_they_were(without_rollback):
+def test_without_rollback_the_statistics_become_nan(without_rollback):
     _, outcome = without_rollback
     assert not outcome.survived
     assert all(map(math.isnan, outcome.losses[(FROZEN_FROM - 1) * BATCHES :]))
 
 
-def test_the_last_clean_and_the_best_are_never_rotated_away(without_rollback):
+def test_the_last_clean_and_the_best_checkpoint_are_kept(without_rollback):
     folder, _ = without_rollback
     with CheckpointStore(folder / "checkpoints", read_only=True) as store:
         assert [entry.epoch for entry in store.list()] == [1, 2, 6]  # keep=1
@@ -143,7 +143,7 @@ def test_the_last_clean_and_the_best_are_never_rotated_away(without_rollback):
         assert store.best().metric < store.last_clean().metric < math.inf
         last = store.last()
     assert tuple(name for name, *_ in last.bad)[:2] == STATISTICS
-    # Two bad batches, and then two epochs in which every step was skipped.
+    # Two bad batches, then two epochs in which every step was skipped.
     assert last.incidents == 2 + 2 * BATCHES
     assert "loss=nan" in last.notes[-1]
 
@@ -173,17 +173,17 @@ def test_the_command_lists_verifies_and_rolls_back(store, capsys):
         assert backup.epoch == 6 and (store / f"{backup.file}.replaced").exists()
 
 
-def test_what_the_command_leaves_is_resumed_from_at_the_right_batch(store, monkeypatch, capsys):
+def test_after_the_command_the_run_resumes_at_the_right_batch(store, monkeypatch, capsys):
     assert main(["ckpt", "rollback", str(store)]) == 0
     outcome = classifier.run(store.parent, guarded=True)
     assert outcome.survived
     first = outcome.records[0]
     assert first.tag == {"epoch": 3, "batch": 1} and first.step == 2 * BATCHES + 1
-    assert outcome.facts["rewinds"][0].position == 2 * BATCHES  # nor does it go back further
+    assert outcome.facts["rewinds"][0].position == 2 * BATCHES  # not further back
     assert [entry.epoch for entry in outcome.facts["entries"]][-2:] == [5, 6]
 
 
-# The files of the run as it was.
+# The files of the original run.
 
 
 @pytest.fixture
@@ -207,7 +207,7 @@ def test_pickled_modules_ema_and_optimizer_are_verified_by_name(files, capsys):
     assert "run.0.nested.optimizer.state.2.momentum_buffer (1 +Inf)" in printed
 
 
-def test_the_plan_is_one_command(files, capsys, monkeypatch):
+def test_the_manual_plan_is_one_command(files, capsys, monkeypatch):
     bad, good = (files / "last.pt").read_bytes(), (files / "epoch2.pt").read_bytes()
     assert main(["ckpt", "rollback", str(files)]) == 0
     printed = capsys.readouterr().out
@@ -215,14 +215,14 @@ def test_the_plan_is_one_command(files, capsys, monkeypatch):
     assert (files / "last.pt").read_bytes() == good
     assert (files / "last.pt.replaced-1").read_bytes() == bad  # the backup
 
-    # The epoch to resume from stands in the file; nobody edits a number.
+    # The epoch to resume from is stored in the file.
     monkeypatch.setattr(classifier, "FAULTS", {})  # the two images were repaired
     outcome = classifier.run(files, guarded=False)
     assert outcome.survived
     assert len(outcome.losses) == (EPOCHS - 2) * BATCHES
 
 
-def test_what_the_plan_by_hand_would_have_done(files, monkeypatch):
+def test_the_manual_plan_would_have_failed(files, monkeypatch):
     shutil.copy(files / "best.pt", files / "last.pt")
     monkeypatch.setattr(classifier, "FAULTS", {})
     assert not classifier.run(files, guarded=False).survived
@@ -233,17 +233,17 @@ def test_what_the_plan_by_hand_would_have_done(files, monkeypatch):
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """Runs that a signal ended in epoch 5: their folder, exit statuses, and the batch."""
+    """Runs ended by a signal in epoch 5: their folder, exit statuses, and the batch."""
     folder = tmp_path_factory.mktemp("killed")
     script = Path(__file__).with_name("killed_classifier.py")
     command = [sys.executable, str(script), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    return folder, told["statuses"], told["batch"]
+    result = json.loads(done.stdout)
+    return folder, result["statuses"], result["batch"]
 
 
-def test_sigterm_ended_the_run_as_it_was_with_the_epoch_lost(killed):
+def test_sigterm_loses_the_epoch_of_the_original_run(killed):
     folder, statuses, _ = killed
     assert statuses["as-it-was"] == -15
     assert torch.load(folder / "as-it-was/last.pt", weights_only=False)["epoch"] == 4
@@ -268,7 +268,7 @@ def test_kill_leaves_a_store_with_the_last_epoch(killed):
 
 
 @pytest.mark.parametrize("name", ["terminated", "killed"])
-def test_what_a_signal_ended_goes_on_as_if_nothing_had_been(name, killed, folder, tmp_path):
+def test_a_run_ended_by_a_signal_resumes_exactly(name, killed, folder, tmp_path):
     work = shutil.copytree(killed[0] / name, tmp_path / name)
     assert classifier.run(work, guarded=True).survived
     weights = []
@@ -279,15 +279,15 @@ def test_what_a_signal_ended_goes_on_as_if_nothing_had_been(name, killed, folder
     assert_same_bits(*weights)
 
 
-# What the demo leaves.
+# The files of the demo.
 
 
-def test_what_the_demo_leaves(folder):
+def test_the_demo_writes_picture_report_and_records(folder):
     assert_shown(folder)
     assert main(["ckpt", "verify", str(folder / "guarded" / "checkpoints")]) == 0
 
 
-# Each mechanism is needed: without it, the run does not end as it should.
+# Each mechanism is needed: without it, the guarded run fails.
 
 
 def test_without_skipping_the_weights_are_lost(monkeypatch, tmp_path):
@@ -301,7 +301,7 @@ def test_without_skipping_the_weights_are_lost(monkeypatch, tmp_path):
     assert "model.conv.weight" in [name for name, *_ in outcome.facts["entries"][-1].bad]
 
 
-def test_without_leaving_the_data_out_no_attempt_gets_past_them(monkeypatch, tmp_path):
+def test_without_leaving_out_the_bad_batch_the_run_gives_up(monkeypatch, tmp_path):
     monkeypatch.setattr(IncidentLog, "positions_since", lambda *_: ())
     outcome = classifier.run(tmp_path, guarded=True)
     assert not outcome.survived
@@ -309,13 +309,13 @@ def test_without_leaving_the_data_out_no_attempt_gets_past_them(monkeypatch, tmp
     assert [rewind.position for rewind in outcome.facts["rewinds"]] == [100] * 3
 
 
-def test_without_its_factor_the_learning_rate_stays(monkeypatch, tmp_path):
+def test_without_lr_factor_the_learning_rate_is_not_lowered(monkeypatch, tmp_path):
     monkeypatch.setitem(classifier.ROLLBACK, "lr_factor", 1.0)
     monkeypatch.setattr(classifier, "EPOCHS", 3)
     assert classifier.run(tmp_path, guarded=True).facts["lr"] == [LR, LR]
 
 
-def test_without_a_verdict_nothing_clean_is_left(monkeypatch, tmp_path):
+def test_without_a_verdict_no_clean_checkpoint_is_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(Entry, "clean", property(lambda entry: entry.verified))
     monkeypatch.setitem(classifier.ROLLBACK, "after_skips", None)
     monkeypatch.setitem(classifier.STORE, "keep", 1)

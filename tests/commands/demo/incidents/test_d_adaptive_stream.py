@@ -1,4 +1,4 @@
-"""D. The model that could not learn: the damage, its diagnosis, and the same script after it."""
+"""D. The model that could not learn: the original run, its diagnosis, and the repaired run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DEAD, SWAPPED, SIXTEEN = (
 )
 SPEC = "fastguard.commands.demo.incidents.adaptive_stream:make"
 
-STORY = [  # what has to be told, in this order
+EXPECTED = [  # what has to be reported, in this order
     ("shape-mismatch", "mask"),
     ("lr-vanished", "param group 0"),
     ("nonfinite-activation", "attention (Attention)"),
@@ -50,10 +50,10 @@ def record_of(outcome, batch):
     return record
 
 
-# As it was.
+# The original run.
 
 
-def test_nothing_is_learned(as_it_was):
+def test_the_original_run_learns_nothing(as_it_was):
     facts = as_it_was.facts
     assert not as_it_was.survived
     assert (facts["iou"], facts["accuracy"]) == (0.0, 0.0)
@@ -73,11 +73,11 @@ def test_the_learning_rate_vanishes(as_it_was):
 # The diagnosis.
 
 
-def test_one_run_tells_all_faults_in_order_of_importance(guarded):
+def test_all_faults_are_reported_in_order_of_importance(guarded):
     found = guarded.facts["found"]
-    told = [(f.kind, f.where) for f in found.at_least("warning")]
-    assert [finding for finding in told if finding in STORY] == STORY
-    assert told[:3] == STORY[:3]
+    reported = [(f.kind, f.where) for f in found.at_least("warning")]
+    assert [finding for finding in reported if finding in EXPECTED] == EXPECTED
+    assert reported[:3] == EXPECTED[:3]
     assert found.seconds < 60
 
 
@@ -88,9 +88,9 @@ def test_each_finding_has_a_remedy_and_the_numbers(guarded):
     assert "[4, 1, 32, 32] and target [4, 1, 224, 224]" in shape.seen
     (lr,) = found.of("lr-vanished")
     assert "8.88e-21" in lr.seen and "started at 1e-05" in lr.seen and "GuardedLR" in lr.remedy
-    born, of_the_batch = found.of("nonfinite-activation")
-    assert "aten.div.Tensor" in born.seen and "denominators are exactly 0" in born.seen
-    assert "eps" in born.remedy
+    division, of_the_batch = found.of("nonfinite-activation")
+    assert "aten.div.Tensor" in division.seen and "denominators are exactly 0" in division.seen
+    assert "eps" in division.remedy
     assert "the batch value batch[0] was non-finite before" in of_the_batch.seen
     assert "boundary.weight, boundary.bias" in found.of("no-gradient")[0].seen
     assert "inputs (1 NaN)" in found.of("nonfinite-data")[0].seen
@@ -98,14 +98,14 @@ def test_each_finding_has_a_remedy_and_the_numbers(guarded):
     assert "kaiming_normal_" in found.of("extreme-gain")[0].remedy
 
 
-def test_the_command_says_the_same(capsys):
+def test_the_command_reports_the_same_findings(capsys):
     assert main(["diagnose", SPEC, "--json"]) == 1
-    told = json.loads(capsys.readouterr().out)["findings"]
-    told = [(f["kind"], f["where"]) for f in told]
-    assert [finding for finding in told if finding in STORY] == STORY
+    reported = json.loads(capsys.readouterr().out)["findings"]
+    reported = [(f["kind"], f["where"]) for f in reported]
+    assert [finding for finding in reported if finding in EXPECTED] == EXPECTED
 
 
-CURES = {
+FIXES = {
     "shape-mismatch": {"mask_size": SIZE},
     "lr-vanished": {"lr": 1e-3},
     "no-gradient": {"boundary": False},
@@ -115,41 +115,41 @@ CURES = {
 }
 
 
-def findings(mask_size=32, lr=8.88e-21, eps=0.0, boundary=True, fault=Kind.DEAD_PIXEL, **cures):
-    """The diagnosis of the broken setup with some of its faults repaired: `(kind, where)`."""
+def findings(mask_size=32, lr=8.88e-21, eps=0.0, boundary=True, fault=Kind.DEAD_PIXEL, **fixes):
+    """The diagnosis of the broken setup with some faults fixed, as `(kind, where)`."""
     torch.manual_seed(0)
-    model = as_it_was() if cures.get("init", True) else repaired()
+    model = as_it_was() if fixes.get("init", True) else repaired()
     model.boundary = torch.nn.Conv2d(16, 1, 3) if boundary else torch.nn.Identity()
     model.attention = Attention(eps)
     model.decoder[1].size = mask_size
-    batch = draw(4, 1, fault, scaled=cures.get("scaled", False))
+    batch = draw(4, 1, fault, scaled=fixes.get("scaled", False))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     return [(f.kind, f.where) for f in diagnose(model, batch, losses, optimizer)]
 
 
-@pytest.mark.parametrize("kind", CURES)
-def test_a_finding_goes_with_its_cause_and_the_others_stay(kind):
-    left = findings(**CURES[kind])
+@pytest.mark.parametrize("kind", FIXES)
+def test_fixing_one_fault_removes_only_its_finding(kind):
+    left = findings(**FIXES[kind])
     assert kind not in [k for k, _ in left]
     assert ("nonfinite-activation", "attention (Attention)") in left
 
 
-def test_the_division_is_told_until_it_has_a_floor():
+def test_an_eps_removes_the_finding_of_the_division():
     assert ("nonfinite-activation", "attention (Attention)") not in findings(eps=1e-6)
 
 
-def test_after_all_cures_nothing_is_left():
+def test_the_repaired_setup_has_no_problems():
     torch.manual_seed(0)
     model = repaired()
-    lr = adaptive_stream.SCHEDULE["floor"]  # of all steps but the first
+    lr = adaptive_stream.SCHEDULE["floor"]  # used by all steps after the warm-up
     found = diagnose(model, draw(4, 1), losses, torch.optim.AdamW(model.parameters(), lr=lr))
     assert found.ok, found
 
 
-# The same script, after the advice.
+# The guarded run, with the advice applied.
 
 
-def test_it_learns(guarded):
+def test_the_guarded_run_learns(guarded):
     facts = guarded.facts
     assert guarded.survived and facts["weights"]
     assert facts["iou"] > 0.6  # chance, a full mask, is 0.13
@@ -166,7 +166,7 @@ def test_the_batch_with_the_dead_pixel_is_skipped_though_its_loss_is_finite(guar
     assert guarded.facts["batch_checks"][DEAD - 1] == "inputs holds NaN"
 
 
-def test_what_leaves_its_range_is_told_and_cleaned_on_the_way(guarded):
+def test_out_of_range_inputs_are_recorded_and_cleaned(guarded):
     record = record_of(guarded, SWAPPED)
     assert record.spikes == ("batch.inputs",) and record.losses["batch.inputs"] == 1.0
     assert record.action in ("applied", "clipped")
@@ -176,13 +176,13 @@ def test_what_leaves_its_range_is_told_and_cleaned_on_the_way(guarded):
     assert not any(counts["classifier"]) and not any(counts["decoder.0"])
 
 
-def test_where_nothing_is_wrong_nothing_is_counted(guarded):
-    for batch, (counts, said) in enumerate(
+def test_healthy_batches_have_no_counts(guarded):
+    for batch, (counts, report) in enumerate(
         zip(guarded.facts["counts"], guarded.facts["batch_checks"], strict=True), start=1
     ):
         if batch not in (DEAD, SWAPPED):
             assert not any(map(any, counts.values())), batch
-            assert said == "no problems in this batch", batch
+            assert report == "no problems in this batch", batch
 
 
 def test_a_norm_above_a_hundred_is_skipped(guarded):
@@ -194,7 +194,7 @@ def test_a_norm_above_a_hundred_is_skipped(guarded):
     assert [r.step for r in guarded.records if r.action == "skipped"] == [DEAD, SIXTEEN]
 
 
-def test_the_learning_rate_goes_from_its_start_to_the_floor_and_never_below(guarded):
+def test_the_learning_rate_never_falls_below_the_floor(guarded):
     lr, floor = guarded.facts["lr"], adaptive_stream.SCHEDULE["floor"]
     warm = adaptive_stream.SCHEDULE["warmup"]
     assert lr[0] == warm.lr and lr == sorted(lr, reverse=True)
@@ -202,21 +202,21 @@ def test_the_learning_rate_goes_from_its_start_to_the_floor_and_never_below(guar
     assert guarded.facts["held_at_floor"] > 0.9 * BATCHES
 
 
-def test_the_floor_says_once_that_the_schedule_wanted_below(caplog):
+def test_the_floor_is_logged_once(caplog):
     training = Guarded()
     for batch in range(1, 13):
         training.one_batch(draw(2, batch), batch)
         training.schedule.step()
-    (said,) = [r.getMessage() for r in caplog.records if "floor" in r.getMessage()]
-    assert "GuardedLR: clamped lr" in said and "to floor [0.01]" in said
+    (message,) = [r.getMessage() for r in caplog.records if "floor" in r.getMessage()]
+    assert "GuardedLR: clamped lr" in message and "to floor [0.01]" in message
 
 
-def test_what_the_demo_leaves(folder, guarded):
+def test_the_demo_writes_picture_report_and_records(folder, guarded):
     assert_shown(folder)
     assert_recorded(folder, guarded)
 
 
-# Each mechanism is needed: without it, the run does not end as it should.
+# Each mechanism is needed: without it, the guarded run fails.
 
 
 def test_without_the_floor_the_learning_rate_vanishes_again(monkeypatch, tmp_path):
@@ -232,7 +232,7 @@ def test_without_skipping_the_weights_are_lost(monkeypatch, tmp_path):
     assert not adaptive_stream.run(tmp_path, guarded=True).facts["weights"]
 
 
-def test_without_threshold_and_clip_one_batch_undoes_what_was_learned(monkeypatch, tmp_path):
+def test_without_threshold_and_clipping_one_batch_destroys_the_model(monkeypatch, tmp_path):
     monkeypatch.setitem(adaptive_stream.GUARD, "spike", None)
     monkeypatch.setitem(adaptive_stream.GUARD, "max_norm", None)
     outcome = adaptive_stream.run(tmp_path, guarded=True)
@@ -240,7 +240,7 @@ def test_without_threshold_and_clip_one_batch_undoes_what_was_learned(monkeypatc
     assert not outcome.survived
 
 
-def test_without_cleaning_the_batch_is_lost(monkeypatch, tmp_path):
+def test_without_cleaning_the_batch_is_skipped(monkeypatch, tmp_path):
     monkeypatch.setitem(adaptive_stream.ACTIVATIONS, "mode", "count")
     monkeypatch.setattr(adaptive_stream, "BATCHES", SWAPPED)
     outcome = adaptive_stream.run(tmp_path, guarded=True)
@@ -248,7 +248,7 @@ def test_without_cleaning_the_batch_is_lost(monkeypatch, tmp_path):
     assert record_of(outcome, SWAPPED).action == "skipped"
 
 
-def test_without_the_check_nobody_says_that_it_was_the_data(monkeypatch, tmp_path):
+def test_without_the_check_the_records_do_not_show_bad_data(monkeypatch, tmp_path):
     unchecked = read_batch((), names=())
     monkeypatch.setattr(adaptive_stream, "check_batch", lambda *_, **__: unchecked)
     monkeypatch.setattr(adaptive_stream, "BATCHES", SWAPPED)
@@ -257,15 +257,15 @@ def test_without_the_check_nobody_says_that_it_was_the_data(monkeypatch, tmp_pat
     assert record_of(outcome, SWAPPED).reason is None
 
 
-def test_without_the_floor_of_the_division_cleaning_does_not_help(monkeypatch, tmp_path):
-    """The gradient of 0/0 is NaN inside of the module, whatever is made of its output."""
+def test_without_eps_in_the_division_cleaning_does_not_help(monkeypatch, tmp_path):
+    """The gradient of 0/0 is NaN inside the module, even if its output is cleaned."""
 
-    def without_floor():
+    def without_eps():
         model = repaired()
         model.attention.eps = 0.0
         return model
 
-    monkeypatch.setattr(Guarded, "new_model", staticmethod(without_floor))
+    monkeypatch.setattr(Guarded, "new_model", staticmethod(without_eps))
     monkeypatch.setattr(adaptive_stream, "BATCHES", 10)
     outcome = adaptive_stream.run(tmp_path, guarded=True)
     assert all(map(math.isfinite, outcome.losses))

@@ -1,4 +1,4 @@
-"""E. The averages that turned NaN: first the damage, then the same run guarded."""
+"""E. The averages that turned NaN: the original run, then the guarded run."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ for package in ("rich", "matplotlib", "plotly", "tensorboard", "yaml"):
     require(package)
 TAG_OF = {fault: tag for tag, fault in FAULTS.items() if tag[0] != LOST_EPOCH}
 OPEN_MESH, MILLIMETRES = TAG_OF[Kind.OPEN_MESH], TAG_OF[Kind.MILLIMETRES]
-LIMITS = 1.0, 0.1  # of the norms of decoder and codes, as SETTINGS has them
+LIMITS = 1.0, 0.1  # max_norm of decoder and codes in SETTINGS
 
 
 def index(tag):
-    """The place of a batch among all steps."""
+    """The index of a batch among all steps."""
     epoch, batch = tag
     return BATCHES * (epoch - 1) + batch - 1
 
 
 def curves(folder):
-    """What TensorBoard shows: by tag, the value of each step."""
+    """The scalars in TensorBoard: by tag, the value of each step."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
@@ -58,7 +58,7 @@ def curves(folder):
     }
 
 
-# As it was.
+# The original run.
 
 
 def test_one_bad_batch_makes_every_mean_of_training_nan(as_it_was):
@@ -71,12 +71,12 @@ def test_one_bad_batch_makes_every_mean_of_training_nan(as_it_was):
 
 
 def test_one_bad_shape_makes_every_mean_of_validation_nan(as_it_was):
-    """In the first epoch too, when the model was still sound."""
+    """Also in the first epoch, when the model was still good."""
     assert all(map(math.isnan, as_it_was.facts["validation"]))
     assert math.isfinite(as_it_was.facts["training"][0])
 
 
-# Under guard.
+# The guarded run.
 
 
 def test_the_run_learns_to_the_end(guarded):
@@ -87,12 +87,12 @@ def test_the_run_learns_to_the_end(guarded):
     assert skipped == [OPEN_MESH, *((LOST_EPOCH, batch) for batch in range(1, BATCHES + 1))]
 
 
-def test_both_runs_are_one_until_the_first_bad_batch(as_it_was, guarded):
+def test_both_runs_agree_until_the_first_bad_batch(as_it_was, guarded):
     first = index(OPEN_MESH)
     assert guarded.losses[:first] == as_it_was.losses[:first]
 
 
-def test_decoder_and_codes_have_a_limit_each(guarded):
+def test_decoder_and_codes_have_their_own_limits(guarded):
     coefs, arrived = guarded.facts["clip_coefs"], guarded.facts["arrived"]
     assert {len(c) for c in coefs} == {2}
     exploded = index(MILLIMETRES)
@@ -104,7 +104,7 @@ def test_decoder_and_codes_have_a_limit_each(guarded):
             assert all(n <= limit * (1 + 1e-6) for n, limit in zip(norms, LIMITS, strict=True))
 
 
-def test_one_wrapper_measures_both_in_one_pass(monkeypatch, tmp_path):
+def test_one_guard_measures_both_in_one_pass(monkeypatch, tmp_path):
     passes, measure = [], fastguard.guard.guarded.measure
 
     def counted(*args):
@@ -118,7 +118,7 @@ def test_one_wrapper_measures_both_in_one_pass(monkeypatch, tmp_path):
     assert {tuple(stats.power_sum.shape) for stats in passes} == {(2,)}
 
 
-def test_the_means_are_those_of_the_finite_batches(guarded):
+def test_means_cover_the_finite_batches(guarded):
     for epoch, summary in enumerate(guarded.facts["training"], start=1):
         losses = guarded.losses[BATCHES * (epoch - 1) : BATCHES * epoch]
         finite = [loss for loss in losses if math.isfinite(loss)]
@@ -139,29 +139,29 @@ def test_the_bad_batches_are_counted_and_named(guarded):
         assert summary.means["sdf"] < 0.1
 
 
-def test_an_epoch_without_a_valid_batch_says_so(guarded):
+def test_an_epoch_without_a_valid_batch_is_reported(guarded):
     summary = guarded.facts["training"][LOST_EPOCH - 1]
     assert summary.means["sdf"] is None
     assert f"sdf: no valid batch ({BATCHES} seen, all not finite)" in str(summary)
     assert f"epoch {LOST_EPOCH} had no valid batch" in guarded.ended
-    # Validation of that epoch is that of the one before: nothing was learned, nothing was lost.
+    # The validation means do not change: nothing was learned, and nothing was lost.
     before, after = (guarded.facts["validation"][i].means for i in (LOST_EPOCH - 2, LOST_EPOCH - 1))
     assert before == after
 
 
-class NobodyWaits(TorchDispatchMode):
-    """Fails where a value of a tensor goes to the host: `item()`, `float()`, `bool()`."""
+class NoSync(TorchDispatchMode):
+    """Fails if a tensor value is copied to the host: `item()`, `float()`, `bool()`."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func is not torch.ops.aten._local_scalar_dense.default, "this waits for a GPU"
         return func(*args, **(kwargs or {}))
 
 
-def test_the_meter_waits_for_nothing_during_an_epoch(monkeypatch, guarded):
-    """Handles losses as on a GPU, with the host in its place."""
+def test_the_meter_never_syncs_during_an_epoch(monkeypatch, guarded):
+    """Makes the meter treat the CPU like a GPU."""
     monkeypatch.setattr(loss_meter, "_gpu_of", lambda values: torch.device("cpu"))
     meter, losses = LossMeter(), [*map(torch.tensor, guarded.losses[BATCHES : 2 * BATCHES])]
-    with NobodyWaits():
+    with NoSync():
         for batch, loss in enumerate(losses, start=1):
             meter.update({"sdf": loss}, tag=(2, batch))
         with pytest.raises(AssertionError, match="waits"):
@@ -180,7 +180,7 @@ def test_values_out_of_range_are_named(guarded):
     assert [n for n, v in nonfinite.losses.items() if not math.isfinite(v)] == ["sdf", "batch.sdf"]
 
 
-# The settings are a file's.
+# Settings from a file.
 
 
 YAML = """\
@@ -221,7 +221,7 @@ def latent_codes_settings():
     }
 
 
-def test_what_the_file_says_is_what_happens(monkeypatch, tmp_path):
+def test_the_limits_of_the_file_are_applied(monkeypatch, tmp_path):
     monkeypatch.setattr(latent_codes, "SETTINGS", SETTINGS.replace("0.1", "0.001"))
     monkeypatch.setattr(latent_codes, "EPOCHS", 1)
     norms = latent_codes.run(tmp_path, guarded=True).facts["arrived"]
@@ -229,13 +229,13 @@ def test_what_the_file_says_is_what_happens(monkeypatch, tmp_path):
     assert max(decoder for decoder, _ in norms) > 0.1
 
 
-def test_a_typing_error_in_the_file_is_named(monkeypatch, tmp_path):
+def test_a_typo_in_the_file_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr(latent_codes, "SETTINGS", SETTINGS.replace("codes.*", "code.*"))
     with pytest.raises(ValueError, match=r"groups\.code\.\* matches no parameter"):
         latent_codes.run(tmp_path, guarded=True)
 
 
-# What is left to look at.
+# TensorBoard, records and the demo's files.
 
 
 def test_norms_coefficients_and_skips_are_in_tensorboard(folder, guarded):
@@ -252,20 +252,20 @@ def test_norms_coefficients_and_skips_are_in_tensorboard(folder, guarded):
     assert all(map(math.isfinite, shown["train/sdf_loss"].values()))
 
 
-def test_what_the_demo_leaves(folder, guarded):
+def test_the_demo_writes_picture_report_and_records(folder, guarded):
     assert_shown(folder)
     records = list(read_records(folder / "records.jsonl", strict=True))
-    assert [json.dumps(r.as_dict()) for r in records] == [  # a tag that was a tuple is a list now
+    assert [json.dumps(r.as_dict()) for r in records] == [  # as JSON, tuples and lists are equal
         json.dumps(r.as_dict()) for r in guarded.records
     ]
 
 
-def test_what_was_looked_for_in_curves_is_one_command(folder, capsys):
+def test_the_incidents_are_shown_by_one_command(folder, capsys):
     assert main(["monitor", "--once", str(folder / "records.jsonl")]) == 1
     assert f"22 incidents in the last {EPOCHS * BATCHES} steps" in capsys.readouterr().out
 
 
-# Each mechanism is needed: without it, the run does not end as it should.
+# Each mechanism is needed: without it, the guarded run fails.
 
 
 def test_without_skipping_the_weights_are_lost(monkeypatch, tmp_path):
@@ -275,7 +275,7 @@ def test_without_skipping_the_weights_are_lost(monkeypatch, tmp_path):
     assert not outcome.survived and not outcome.facts["weights"]
 
 
-def test_with_one_limit_for_both_the_codes_get_more_than_theirs(monkeypatch, tmp_path):
+def test_with_a_single_limit_the_codes_exceed_theirs(monkeypatch, tmp_path):
     joint = SETTINGS[SETTINGS.index("[batch]") :] + "\n[guard]\nmax_norm = 1.0\n"
     monkeypatch.setattr(latent_codes, "SETTINGS", joint)
     outcome = latent_codes.run(tmp_path, guarded=True)
@@ -286,8 +286,8 @@ def test_with_one_limit_for_both_the_codes_get_more_than_theirs(monkeypatch, tmp
     assert codes > LIMITS[1] * 1.05
 
 
-def test_without_limits_one_batch_of_another_unit_stops_the_learning(monkeypatch, tmp_path):
-    """Adam remembers the squares of its gradients for a thousand steps."""
+def test_without_limits_one_batch_in_another_unit_stops_learning(monkeypatch, tmp_path):
+    """Adam averages squared gradients over a thousand steps."""
     limitless = SETTINGS.replace("max_norm = 1.0", "").replace("max_norm = 0.1", "")
     monkeypatch.setattr(latent_codes, "SETTINGS", limitless)
     outcome = latent_codes.run(tmp_path, guarded=True)
@@ -296,8 +296,8 @@ def test_without_limits_one_batch_of_another_unit_stops_the_learning(monkeypatch
 
 
 @pytest.fixture
-def safe_by_hand(monkeypatch):
-    """The average that people write: of the valid ones, and never divided by zero."""
+def handwritten_average(monkeypatch):
+    """A common handwritten average: over the valid losses, and never divided by zero."""
 
     def mean(self):
         valid = [loss for loss in self._of_the_epoch if math.isfinite(loss)]
@@ -308,7 +308,7 @@ def safe_by_hand(monkeypatch):
     monkeypatch.setattr(Guarded, "mean", mean)
 
 
-def test_without_the_meter_the_means_are_nan_though_the_weights_are_good(monkeypatch, tmp_path):
+def test_without_the_meter_means_are_nan_despite_finite_weights(monkeypatch, tmp_path):
     monkeypatch.setattr(Guarded, "average", AsItWas.average)
     monkeypatch.setattr(Guarded, "mean", AsItWas.mean)
     facts = latent_codes.run(tmp_path, guarded=True).facts
@@ -317,12 +317,12 @@ def test_without_the_meter_the_means_are_nan_though_the_weights_are_good(monkeyp
     assert math.isnan(facts["training"][OPEN_MESH[0] - 1])
 
 
-def test_with_an_average_made_safe_by_hand_the_lost_epoch_is_the_best(safe_by_hand, tmp_path):
+def test_with_a_handwritten_average_the_lost_epoch_looks_best(handwritten_average, tmp_path):
     means = latent_codes.run(tmp_path, guarded=True).facts["training"]
     assert min(means) == means[LOST_EPOCH - 1] == 0.0
 
 
-def test_without_the_check_of_batches_nobody_hears_of_the_other_unit(monkeypatch, tmp_path):
+def test_without_the_batch_check_the_other_unit_is_not_recorded(monkeypatch, tmp_path):
     monkeypatch.setattr(latent_codes, "SETTINGS", SETTINGS[: SETTINGS.index("[batch]")])
     monkeypatch.setattr(latent_codes, "EPOCHS", MILLIMETRES[0])
     record = latent_codes.run(tmp_path, guarded=True).records[index(MILLIMETRES)]
@@ -336,7 +336,7 @@ def test_without_its_sink_tensorboard_shows_nothing(monkeypatch, tmp_path):
     assert curves(tmp_path / "tensorboard") == {}
 
 
-def test_the_faults_are_what_they_say():
+def test_faulty_batches_contain_their_faults():
     random = torch.Generator().manual_seed(0)
     by_kind = {kind: sample(4, random, kind)[2] for kind in (None, *Kind)}
     assert by_kind[None].abs().max() < 2

@@ -1,4 +1,4 @@
-"""The pages on incidents, followed from top to bottom in one folder: Python and commands."""
+"""The pages on incidents: their code and commands run from top to bottom in one folder."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from fastguard.commands.demo.training import one_thread
 from guardtest import require
 
 PAGES = Path(__file__).resolve().parents[4] / "docs" / "incidents"
-PLAYED = "fastguard demo "  # each incident's own test plays it
-FOLLOWED = ("b", "d")  # the other pages have no commands beside; tests/test_docs.py runs their code
+PLAYED = "fastguard demo "  # not run here; each incident's own test does it
+FOLLOWED = ("b", "d")  # other pages have no other commands; tests/test_docs.py runs their code
 
 for package in ("rich", "matplotlib"):
     require(package)
 
 
 def commands(block: str) -> list[tuple[list[str], int]]:
-    """The arguments of each line, and the exit status that its comment tells."""
+    """The arguments of each line, and the exit status in its comment."""
     found = []
     for line in block.splitlines():
         if line and not line.startswith(PLAYED):
             program, *arguments = shlex.split(line, comments=True)
             assert program == "fastguard"
-            told = re.search(r"# exit status (\d)", line)
-            found.append((arguments, int(told[1]) if told else 0))
+            status = re.search(r"# exit status (\d)", line)
+            found.append((arguments, int(status[1]) if status else 0))
     return found
 
 
 @pytest.mark.parametrize("name", FOLLOWED)
-def test_a_reader_can_follow_the_page(name, tmp_path, monkeypatch):
+def test_the_code_and_commands_of_a_page_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(sys.modules, "train", None)  # the page's own is gone again afterwards
+    monkeypatch.setitem(sys.modules, "train", None)  # removes the page's module afterwards
     del sys.modules["train"]
     page = (PAGES / f"{name}.md").read_text()
     ran = 0
@@ -62,20 +62,20 @@ CALLED = set(re.findall(r"`(?:fastguard\.|opt\.|\w+=)?([A-Za-z]\w+_?)\(", TABLE)
 NAMED = set(re.findall(r"`((?:[A-Z][a-z]+){2,})`", TABLE))
 
 
-def test_the_table_names_what_there_is():
+def test_the_table_names_public_functions():
     assert len(CALLED | NAMED) >= 14
     assert [name for name in CALLED | NAMED if not hasattr(fastguard, name)] == []
     assert all(hasattr(fastguard.GuardedOptimizer, name) for name in METHODS)
 
 
 @pytest.mark.parametrize("page", sorted(PAGES.glob("*.md")), ids=lambda page: page.stem)
-def test_links_and_pictures_are_there(page):
+def test_links_and_pictures_exist(page):
     targets = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
     assert targets
     assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
-def test_every_incident_has_its_page_in_the_table():
+def test_the_table_links_a_page_for_every_incident():
     for story in INCIDENTS:
         assert f"]({story.letter.lower()}.md)" in TABLE
         assert (
