@@ -16,6 +16,7 @@ from fastguard.commands.usage import UsageError
 from fastguard.records.read_json_lines import are_records
 from fastguard.records.regular_files import open_regular
 from fastguard.records.rotated_files import rotated_files
+from fastguard.records.run_header import is_header
 from fastguard.records.step_record import FIELDS
 
 Writer = Literal["fastguard", "another program", "unknown"]
@@ -27,9 +28,9 @@ PREFIX_BYTES = 256 << 10
 def detect_writer(lines: Iterable[bytes | str]) -> Writer:
     """Detects which program wrote these JSON lines; used by `report`, `monitor` and `scan`.
 
-    One record is enough for `"fastguard"`, since a crash may leave truncated or zero-filled lines
-    at the start of a file. A JSON object with keys that no record has means `"another program"`.
-    Otherwise the result is `"unknown"`.
+    One record or header is enough for `"fastguard"`, since a crash may leave truncated or
+    zero-filled lines at the start of a file. A JSON object with keys that no record has means
+    `"another program"`. Otherwise the result is `"unknown"`.
 
     Example:
         >>> detect_writer(['{"step": 3, "total_norm": 1.5, "clip_coef": 1, "action": "applied"}'])
@@ -49,7 +50,7 @@ def detect_writer(lines: Iterable[bytes | str]) -> Writer:
             found = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if are_records([found]):
+        if are_records([found]) or is_header(found):
             return "fastguard"
         if found.keys() - set(FIELDS):
             writer = "another program"

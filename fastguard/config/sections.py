@@ -161,6 +161,8 @@ class RecordSection:
     jsonl: str | None = None
     max_bytes: int = 1 << 30
     keep: int | None = None
+    name: str | None = None
+    host: bool = True
     tensorboard: str | None = None
 
 
@@ -332,8 +334,9 @@ class GuardConfig:
         """Opens the destinations of records; `undo` closes them again."""
         sinks: list[JsonLinesSink | TensorBoardSink] = []
         if self.records.jsonl is not None:
-            size, keep = self.records.max_bytes, self.records.keep
-            sinks.append(JsonLinesSink(self.records.jsonl, max_bytes=size, keep=keep))
+            names = ("max_bytes", "keep", "name", "host")
+            settings = {name: getattr(self.records, name) for name in names}
+            sinks.append(JsonLinesSink(self.records.jsonl, **settings))
             undo.callback(sinks[-1].close)
         if self.records.tensorboard is not None:
             sinks.append(TensorBoardSink(self.records.tensorboard))

@@ -28,7 +28,7 @@ from fastguard.guard.stepper import Stepper, stepper_for
 from fastguard.guard.watch.watch import WATCH_EVERY, Watch
 from fastguard.guard.wrapper import OptimizerWrapper
 from fastguard.ranks.groups import Group
-from fastguard.records.json_lines_sink import sink_of
+from fastguard.records.json_lines_sink import sink_of, tell_guard
 from fastguard.records.losses import ObservedLosses
 from fastguard.records.recorder import Recorder
 from fastguard.records.step_record import StepRecord
@@ -132,6 +132,7 @@ class ReportingOptimizer(OptimizerWrapper):
             ['nonfinite_loss']
         """
         sink = sink_of(sink)
+        tell_guard(sink, self.describe(), self._device)
         self._recorder.add_sink(sink)
         return sink
 

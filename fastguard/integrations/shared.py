@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from fastguard.guard.guarded import GuardedOptimizer
 from fastguard.guard.reporting import ReportingOptimizer
 from fastguard.ranks.groups import Replicated
-from fastguard.records.json_lines_sink import JsonLinesSink, check_file, check_sink
+from fastguard.records.json_lines_sink import JsonLinesSink, check_file, check_sink, tell_guard
 from fastguard.records.recorder import Recorder
 from fastguard.records.step_record import StepRecord
 
@@ -310,9 +310,13 @@ class RunRecords:
             return
         for i, optimizer in enumerate(optimizers):
             if optimizer not in self._files:
-                self._files[optimizer] = file = _File(self.records, i)
+                self._files[optimizer] = file = _File(self.records, i, optimizer)
                 for sink in (file, *self.sinks):
-                    optimizer.add_sink(sink if completed is None else _Completed(sink, completed))
+                    if completed is None:
+                        optimizer.add_sink(sink)
+                    else:
+                        tell_guard(sink, optimizer.describe(), optimizer._device)
+                        optimizer.add_sink(_Completed(sink, completed))
                 # On a GPU the last step's record may still be in transfer.
                 recorder = weakref.ref(optimizer._recorder)
                 weakref.finalize(optimizer, _wait_for_records, recorder)
@@ -328,15 +332,18 @@ class RunRecords:
 class _File:
     """The file for one optimizer's records, if any."""
 
-    def __init__(self, records: Path | None, number: int) -> None:
+    def __init__(self, records: Path | None, number: int, optimizer: ReportingOptimizer) -> None:
         if records is not None and number:
             records = records.with_name(f"{records.stem}-{number}{records.suffix}")
         self.path = records
         self._sink: JsonLinesSink | None = None
+        # not the optimizer itself, whose sinks refer to this object
+        self._guard = optimizer.describe(), optimizer._device
 
     def open(self) -> None:
         if self._sink is None and self.path is not None:
             self._sink = JsonLinesSink(self.path)
+            self._sink.add_guard(*self._guard)
 
     def close(self) -> None:
         if self._sink is not None:

@@ -15,6 +15,7 @@ event, without blocking.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -56,6 +57,7 @@ class Outcome:
         tag: The caller's tag, to find the batch again.
         limit: Limit of the whole model's norm, as in `Policy.joint_limit`.
         watched: The quantities measured in the step; None: the step is not watched.
+        time: When the host decided or enqueued the step, in Unix seconds.
         key: A unique object that identifies the step.
     """
 
@@ -68,6 +70,7 @@ class Outcome:
     tag: Any = None
     limit: float | Tensor = math.inf
     watched: Watched | None = None
+    time: float = field(default_factory=time.time, init=False, compare=False)
     key: object = field(default_factory=object, init=False, compare=False, repr=False)
 
     @property

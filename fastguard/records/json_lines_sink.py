@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from fastguard.errors.checked_numbers import count_of
 from fastguard.errors.plain_text import shown
 from fastguard.records.line_writer import LineWriter
 from fastguard.records.regular_files import folder_error
+from fastguard.records.run_header import device_text, header_line
 from fastguard.records.step_record import StepRecord
 from fastguard.records.strict_json import encode
 
@@ -29,6 +33,9 @@ class JsonLinesSink:
     last line, which readers skip; the next run starts on a new line. Full files are renamed to
     `records.1.jsonl`, `records.2.jsonl`, ... and the oldest beyond `keep` are deleted.
 
+    Every file begins with a header, a line with versions, host, device and settings; see
+    docs/loggers.md. Readers of fastguard skip it.
+
     Only one process may write to a file at a time. Its threads may share a sink, and several sinks
     may share a path. A sink that was copied to another process (by a fork or by pickling) loses and
     counts its records for as long as the first process has the file open.
@@ -37,11 +44,14 @@ class JsonLinesSink:
         path: The file; its folder is created.
         max_bytes: Size in bytes at which a file is full. Default: 1 GiB.
         keep: Number of full files to keep besides the current one. None: all.
+        name: Name of the run, for the header, the report and the monitor. Default: None.
+        host: Whether the header has the name of this machine. Default: True.
 
     Attributes:
         lost: Number of records that could not be written.
 
     Raises:
+        TypeError: `name` is not a string, or `host` is not a bool.
         ValueError: `max_bytes` or `keep` is out of range.
         BlockingIOError: Another process writes to the file; the message names it if known.
         OSError: The file cannot be opened for writing, or is a pipe or a device.
@@ -57,12 +67,22 @@ class JsonLinesSink:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, max_bytes: int = 1 << 30, keep: int | None = None
+        self,
+        path: str | os.PathLike[str],
+        *,
+        max_bytes: int = 1 << 30,
+        keep: int | None = None,
+        name: str | None = None,
+        host: bool = True,
     ) -> None:
         count_of("max_bytes", max_bytes, 1024)
         if keep is not None:
             count_of("keep", keep, 0, optional=True)
-        self._set_up(check_file(path), max_bytes, keep)
+        if not isinstance(name, str | None):
+            raise TypeError(f"name={shown(name)} must be the name of the run, a string")
+        if not isinstance(host, bool):
+            raise TypeError(f"host={shown(host)} must be True or False")
+        self._set_up(check_file(path), max_bytes, keep, name, host)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._writer.open()
@@ -70,20 +90,43 @@ class JsonLinesSink:
             self._writer.leave()
             raise
 
-    def _set_up(self, path: Path, max_bytes: int, keep: int | None) -> None:
+    def _set_up(
+        self, path: Path, max_bytes: int, keep: int | None, name: str | None, host: bool
+    ) -> None:
         self.path = path
         self.max_bytes = max_bytes
         self.keep = keep
+        self.name = name
+        self.host = host
+        self._start = time.time()
+        self._guards: list[str] = []
+        self._device: str | None = None
+        self._header = b""  # the line; empty until it is first needed
+        self._begins = True  # the header is yet to be written
         self.lost: int = 0
         self._closed = False
         self._writer = LineWriter.of(path)
 
-    def __getstate__(self) -> tuple[Path, int, int | None]:
+    def __getstate__(self) -> tuple[Path, int, int | None, str | None, bool]:
         # A descriptor is not valid in another process, so a copy opens the file at its first write.
-        return self._writer.path, self.max_bytes, self.keep
+        return self._writer.path, self.max_bytes, self.keep, self.name, self.host
 
-    def __setstate__(self, state: tuple[Path, int, int | None]) -> None:
+    def __setstate__(self, state: tuple[Path, int, int | None, str | None, bool]) -> None:
         self._set_up(*state)
+
+    def add_guard(self, description: str, device: torch.device) -> None:
+        """Adds an optimizer to the header, which is written before the next record.
+
+        `GuardedOptimizer.add_sink` calls this.
+
+        Args:
+            description: `GuardedOptimizer.describe()`.
+            device: The device that decides its steps.
+        """
+        with self._writer.lock:
+            self._guards.append(description)
+            self._device = device_text(device)
+            self._header, self._begins = b"", True
 
     def __call__(self, record: StepRecord) -> None:
         with self._writer.lock:
@@ -91,11 +134,29 @@ class JsonLinesSink:
                 if self._closed:
                     raise OSError("the sink is closed")
                 line = encode(record.as_dict()) + "\n"
-                self._writer.append(line.encode(), self.max_bytes, self.keep)
+                if not self._header:
+                    self._header = self._new_header()
+                self._writer.append(
+                    line.encode(),
+                    self.max_bytes,
+                    self.keep,
+                    header=self._header,
+                    begins=self._begins,
+                )
+                self._begins = False
             except Exception as error:  # disks and records can fail in any way
                 self.lost += 1
                 if self.lost == 1:
                     log.warning("records are being lost: cannot write %s: %s", self.path, error)
+
+    def _new_header(self) -> bytes:
+        return header_line(
+            name=self.name,
+            time=self._start,
+            host=self.host,
+            device=self._device,
+            guards=self._guards,
+        )
 
     def close(self) -> None:
         """Flushes to disk and closes the file; later records are lost."""
@@ -115,6 +176,12 @@ class JsonLinesSink:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def tell_guard(sink: object, description: str, device: torch.device) -> None:
+    """Adds a guard to the header of a sink, if it has one; see `JsonLinesSink.add_guard`."""
+    if isinstance(sink, JsonLinesSink):
+        sink.add_guard(description, device)
 
 
 def sink_of(sink: object) -> Callable[[StepRecord], object]:

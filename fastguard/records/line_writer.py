@@ -92,13 +92,23 @@ class LineWriter:
                 finally:
                     self._stop()
 
-    def append(self, line: bytes, max_bytes: int, keep: int | None) -> None:
+    def append(
+        self,
+        line: bytes,
+        max_bytes: int,
+        keep: int | None,
+        *,
+        header: bytes = b"",
+        begins: bool = False,
+    ) -> None:
         """Writes one line with a single system call.
 
         Args:
             line: The line, including its newline.
             max_bytes: Rotate first if the file would become larger than this.
             keep: Number of full files to keep; None: all.
+            header: A line to write before the first line of a file.
+            begins: Whether to write the header before this line in any file.
 
         Raises:
             OSError: The line is lost.
@@ -112,9 +122,11 @@ class LineWriter:
             try:
                 self._is_at_work = True
                 size = self._size()
-                if size and size + len(line) > max_bytes:
+                data = header + line if begins or not size else line
+                if size and size + len(data) > max_bytes:
                     self._rotate(keep)
-                self._write(line)
+                    data = header + line if begins or not self._size() else line
+                self._write(data)
             finally:
                 self._stop()
 

@@ -3,8 +3,8 @@
 `read_records` yields one `StepRecord` at a time, at about 20 µs per line. `read_blocks` is for
 files of gigabytes, at about 3 µs per line: it parses a block in one call into plain dicts. Lines
 that are not records (truncated by a kill, zeroed by a crash, edited by hand) are skipped and
-counted. The records of a run are in the current file of a `JsonLinesSink` and the full files
-beside it.
+counted; headers are skipped. The records of a run are in the current file of a `JsonLinesSink` and
+the full files beside it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 from fastguard.errors.plain_text import printable, shown
 from fastguard.records.regular_files import folder_error
 from fastguard.records.rotated_files import open_run
+from fastguard.records.run_header import is_header, parse_header
 from fastguard.records.step_record import FIELDS, StepRecord
 
 try:  # twice as fast as json, which is still needed for what orjson refuses, such as a bare NaN
@@ -45,13 +46,15 @@ class Block:
     Attributes:
         records: One dict per line that satisfies `are_records`; other fields are unchecked and may
             be missing.
-        damaged: Number of lines that were not records.
+        damaged: Number of lines that were neither records nor headers.
         size: Number of bytes read.
+        headers: The headers, as dicts that satisfy `is_header`.
     """
 
     records: list[dict[str, Any]]
     damaged: int
     size: int
+    headers: list[dict[str, Any]] = field(default_factory=list)
 
 
 def read_blocks(path: Path, *, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
@@ -68,37 +71,45 @@ def read_blocks(path: Path, *, block_bytes: int = BLOCK_BYTES) -> Iterator[Block
         yield from _blocks(file, block_bytes)
 
 
-def parse_lines(data: bytes) -> tuple[list[dict[str, Any]], int]:
-    """Returns the records in complete lines, and the number of damaged lines; ignores blank ones.
+def parse_lines(data: bytes) -> Block:
+    """Parses complete lines; ignores blank ones.
 
     Example:
         >>> line = b'{"step": 1, "total_norm": 2.5, "clip_coef": 1.0, "action": "applied"}'
-        >>> parse_lines(line + b'\\n\\n{"step": 2, "lr"\\n')
-        ([{'step': 1, 'total_norm': 2.5, 'clip_coef': 1.0, 'action': 'applied'}], 1)
+        >>> block = parse_lines(line + b'\\n\\n{"step": 2, "lr"\\n')
+        >>> len(block.records), block.damaged
+        (1, 1)
     """
     try:
         # Parse all lines in one call. A JSON string cannot contain a bare line feed, so a damaged
         # line cannot swallow the start of the next one and still give the right number of items.
         stripped = data.strip()
         found = _loads(b"[" + stripped.replace(b"\n", b",\n") + b"]")
-        if len(found) == stripped.count(b"\n") + 1 and are_records(found):
-            return found, 0
+        if len(found) == stripped.count(b"\n") + 1:
+            if are_records(found):
+                return Block(found, 0, len(data))
+            headers = list(filter(is_header, found))
+            records = [value for value in found if not is_header(value)]
+            if headers and (not records or are_records(records)):
+                return Block(records, 0, len(data), headers)
     except (ValueError, RecursionError):
         pass
     return _one_by_one(data.split(b"\n"))
 
 
-def _one_by_one(lines: Sequence[bytes]) -> tuple[list[dict[str, Any]], int]:
-    records, damaged = [], 0
+def _one_by_one(lines: Sequence[bytes]) -> Block:
+    records, headers, damaged = [], [], 0
     for line in lines:
         if not line.strip():
             continue
         record = _parse(line)
         if are_records([record]):
             records.append(record)
+        elif is_header(record):
+            headers.append(record)
         else:
             damaged += 1
-    return records, damaged
+    return Block(records, damaged, sum(map(len, lines)), headers)
 
 
 def _parse(line: bytes) -> Any:
@@ -161,8 +172,8 @@ def _blocks(file: BinaryIO, block_bytes: int) -> Iterator[Block]:
 def _block(lines: bytes, size: int, damaged: int) -> Block:
     if not lines.strip():
         return Block([], damaged, size)
-    records, more = parse_lines(lines)
-    return Block(records, damaged + more, size)
+    block = parse_lines(lines)
+    return Block(block.records, damaged + block.damaged, size, block.headers)
 
 
 LONGEST_LINE = 1 << 24
@@ -178,13 +189,14 @@ _COUNTS = (
     "culprit_ranks",
 )
 
-_FLOATS = ("total_norm", "clip_coef", "lr", "limit")
+_FLOATS = ("total_norm", "clip_coef", "lr", "limit", "time")
 
 
 def read_records(path: str | os.PathLike[str], *, strict: bool = False) -> Iterator[StepRecord]:
     """Yields the records of a `JsonLinesSink`, oldest first, including rotated files.
 
-    The run may still be writing; records up to about the time of the call are read.
+    The run may still be writing; records up to about the time of the call are read. Headers are
+    skipped.
 
     Args:
         path: The current file.
@@ -208,6 +220,8 @@ def read_records(path: str | os.PathLike[str], *, strict: bool = False) -> Itera
             try:
                 yield parse_record(line)
             except ValueError as error:
+                if parse_header(line) is not None:
+                    continue
                 if strict:
                     raise ValueError(
                         f"{printable(str(name))}:{number} is not a record "

@@ -53,6 +53,8 @@ class StepRecord:
             all at their limits. `inf`: no limit.
         watch: Results of `GuardedOptimizer(watch=...)`, by quantity; empty if the step was not
             watched. docs/watch.md describes each quantity.
+        time: When the host decided or enqueued the step, in Unix seconds; NaN if unknown. Records
+            that differ only in it are equal.
     """
 
     step: int
@@ -75,6 +77,7 @@ class StepRecord:
     culprit_rank: int | None = None
     limit: float = math.inf
     watch: dict[str, Any] = field(default_factory=dict)
+    time: float = field(default=math.nan, compare=False)
 
     @property
     def is_incident(self) -> bool:

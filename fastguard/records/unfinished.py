@@ -30,6 +30,7 @@ def _record(
     ranks: tuple[int, int | None],
     limit: float,
     watch: dict[str, Any],
+    time: float,
 ) -> StepRecord:
     differ = any(watch.get(REPLICA_DRIFT, {}).values())
     nan, posinf, neginf = known.nonfinite_counts
@@ -54,6 +55,7 @@ def _record(
         culprit_rank=ranks[1],
         limit=limit,
         watch=watch,
+        time=time,
     )
 
 
@@ -77,6 +79,7 @@ class Settled(NamedTuple):
     ranks: tuple[int, int | None]
     limit: float
     watched: tuple[Watched, Tensor] | None
+    time: float
 
     arrival = Arrival(torch.empty(0, device="cpu"), None)  # already on the host
 
@@ -94,6 +97,7 @@ class Settled(NamedTuple):
             outcome.signals.culprit_rank,
             float(outcome.limit) if known.limit is None else known.limit,
             None if outcome.watched is None else (outcome.watched, outcome.watched.values()),
+            outcome.time,
         )
 
     def record(self) -> StepRecord:
@@ -109,6 +113,7 @@ class Settled(NamedTuple):
             self.ranks,
             self.limit,
             _watch_results(self.watched, self.known),
+            self.time,
         )
 
 
@@ -145,6 +150,7 @@ class Pending:
     is_joint: bool
     limit: float | None
     watched: tuple[Watched, Tensor] | None
+    time: float
 
     @staticmethod
     def of(outcome: Outcome, arrival: Arrival, watched: tuple[Watched, Tensor] | None) -> Pending:
@@ -160,6 +166,7 @@ class Pending:
             outcome.is_joint,
             None if outcome.limit_is_on_device else float(outcome.limit),
             watched,
+            outcome.time,
         )
 
     def record(self) -> StepRecord:
@@ -179,4 +186,5 @@ class Pending:
             row.ranks,
             limit,
             _watch_results(self.watched, row.known),
+            self.time,
         )

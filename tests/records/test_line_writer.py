@@ -289,7 +289,7 @@ def test_a_descriptor_that_somebody_else_closed_is_not_used(path: Path, tmp_path
 
 
 def test_a_file_that_is_deleted_or_cut_by_hand_is_begun_anew(path: Path) -> None:
-    sink = JsonLinesSink(path, max_bytes=1024)
+    sink = JsonLinesSink(path, max_bytes=1500)
     for step in (1, 2):
         sink(record(step))
     path.unlink()
@@ -303,7 +303,7 @@ def test_a_file_that_is_deleted_or_cut_by_hand_is_begun_anew(path: Path) -> None
 
 
 def test_a_file_that_was_moved_away_by_hand_is_not_renamed_again(path: Path) -> None:
-    sink = JsonLinesSink(path, max_bytes=1024)
+    sink = JsonLinesSink(path, max_bytes=1500)
     sink(record(1))
     path.rename(path.with_name("kept.jsonl"))
     path.write_text("not ours\n")
@@ -342,7 +342,7 @@ def test_a_link_to_a_file_of_records_is_the_same_file_to_another_process(path: P
 ROTATES = """
 import itertools, sys
 from fastguard import JsonLinesSink, StepRecord
-with JsonLinesSink(sys.argv[1], max_bytes=1024) as sink:   # one rotation in three records
+with JsonLinesSink(sys.argv[1], max_bytes=1500) as sink:   # one rotation in three records
     print("writing", flush=True)
     for step in range(1, 1501):
         sink(StepRecord(step, 1.0, 1.0, "applied"))
@@ -415,7 +415,7 @@ def test_a_full_file_that_cannot_be_deleted_costs_no_record(
 
 
 def test_without_a_descriptor_to_spare_the_full_file_takes_more(path: Path) -> None:
-    sink = JsonLinesSink(path, max_bytes=1024)
+    sink = JsonLinesSink(path, max_bytes=2048)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     free = os.dup(0)
     os.close(free)

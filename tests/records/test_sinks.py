@@ -69,7 +69,10 @@ def test_lines_are_json_that_every_parser_reads(tmp_path: Path) -> None:
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
-    fields = json.loads(sink.path.read_text(), parse_constant=refuse)
+    header, fields = (
+        json.loads(line, parse_constant=refuse) for line in sink.path.read_text().splitlines()
+    )
+    assert header["kind"] == "header"
     assert fields["total_norm"] == "Infinity" and fields["losses"]["seg"] == "NaN"
 
 
@@ -159,7 +162,7 @@ def test_damaged_lines_are_skipped_counted_and_named_on_demand(
         file.write(b'\x00\xff\n\n[1, 2]\n{"step": 1}\n')
     assert len(list(read_records(path))) == 1
     assert "3 damaged lines" in caplog.text
-    with pytest.raises(ValueError, match=r"r\.jsonl:2 is not a record"):
+    with pytest.raises(ValueError, match=r"r\.jsonl:3 is not a record"):
         list(read_records(path, strict=True))
     with pytest.raises(FileNotFoundError):
         list(read_records(tmp_path / "missing.jsonl"))

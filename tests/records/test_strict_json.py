@@ -48,6 +48,7 @@ def test_a_record_as_json_has_every_field():
         culprit_ranks=1,
         culprit_rank=3,
         watch={"tensor_norms": {"head.weight": math.inf}, "replica_drift": {"weights": [2]}},
+        time=1.7e9,
     )
     read = json.loads(dumps(record.as_dict()), parse_constant=no_constants)
     assert read == {
@@ -71,6 +72,7 @@ def test_a_record_as_json_has_every_field():
         "culprit_rank": 3,
         "limit": "Infinity",
         "watch": {"tensor_norms": {"head.weight": "Infinity"}, "replica_drift": {"weights": [2]}},
+        "time": 1.7e9,
     }
 
 

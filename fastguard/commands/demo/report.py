@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from fastguard.commands.demo.faults import Fault, Kind
 from fastguard.commands.demo.training import Bare, Clipped, Guarded, Run
-from fastguard.commands.files import atomic_write
 from fastguard.errors import describe_culprits
+from fastguard.records.json_lines_sink import JsonLinesSink
 from fastguard.records.step_record import StepRecord
-from fastguard.records.strict_json import dumps
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -85,10 +86,13 @@ def sentences(runs: Sequence[Run], faults: Sequence[Fault]) -> list[str]:
     ]
 
 
-def write_records(records: Iterable[StepRecord], path: Path) -> None:
-    """Writes one record per line, as returned by `StepRecord.as_dict`."""
-    with atomic_write(path) as temporary:
-        temporary.write_text("".join(f"{dumps(r.as_dict())}\n" for r in records), "utf-8")
+def write_records(run: Run, path: Path) -> None:
+    """Writes the records of the guarded run as a `JsonLinesSink` does, replacing an older file."""
+    path.unlink(missing_ok=True)
+    with JsonLinesSink(path, name="fastguard demo") as sink:
+        sink.add_guard(run.settings, torch.device("cpu"))
+        for record in run.records:
+            sink(record)
 
 
 def _agreement(clipped: Run, guarded: Run) -> str:

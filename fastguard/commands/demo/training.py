@@ -50,6 +50,7 @@ class Bare:
             self.parameters, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True
         )
         self.records: list[StepRecord] = []
+        self.settings: str = ""
 
     def step(self, loss: Tensor, batch: int) -> float:
         """Takes one step; returns the gradient norm."""
@@ -84,6 +85,7 @@ class Guarded(Bare):
             named_parameters=model.named_parameters(),
             spike={"grad_norm": settings.spike_rule},
         )
+        self.settings = self.guard.describe()
         self.optimizer: torch.optim.Optimizer = self.guard
 
     def step(self, loss: Tensor, batch: int) -> float:
@@ -107,6 +109,7 @@ class Run:
         validation: Loss on held-out text after the last step.
         destroyed_at: The step that made a weight NaN or Inf, or None.
         records: One record per step of the guarded run; empty for the others.
+        settings: The settings of the guard; empty for the others.
     """
 
     name: str
@@ -115,6 +118,7 @@ class Run:
     validation: float = math.nan
     destroyed_at: int | None = None
     records: list[StepRecord] = field(default_factory=list)
+    settings: str = ""
 
     @property
     def skipped(self) -> int:
@@ -155,7 +159,7 @@ def train(
     )
     batches = text.batches(settings.batch_size, settings.context, settings.seed)
     fault_at = {fault.step: fault for fault in faults}
-    run = Run(way.name, records=stepper.records)
+    run = Run(way.name, records=stepper.records, settings=stepper.settings)
 
     for step in range(1, settings.steps + 1):
         fault = fault_at.get(step)

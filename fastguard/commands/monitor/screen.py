@@ -12,7 +12,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from fastguard.commands.monitor.sparkline import ASCII_BARS, BARS, sparkline, split_evenly
-from fastguard.commands.monitor.summary import counts, duration, layers, verdict
+from fastguard.commands.monitor.summary import counts, duration, layers, named, verdict
 from fastguard.commands.monitor.watch import Watch
 from fastguard.commands.terminal import printable
 from fastguard.records.step_record import StepRecord
@@ -57,7 +57,7 @@ class Screen:
         color = "green" if not self.watch.incidents_in_window else "yellow"
         if latest is not None and latest.consecutive_skips:
             color = "red"
-        yield Text(printable(f"fastguard monitor {self.run}"), style="bold")
+        yield Text(printable(f"fastguard monitor {self.run}") + named(self.watch), style="bold")
         if latest is None and self.watch.damaged:
             yield Text(f"no records yet; {counts(self.watch)}")
             return

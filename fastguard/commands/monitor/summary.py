@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ def as_dict(path: Path, watch: Watch, age: float | None) -> dict[str, Any]:
     latest = watch.latest
     return {
         "file": str(path),
+        "run": None if watch.header is None else asdict(watch.header),
         "age_s": age,
         "latest": None if latest is None else latest.as_dict(),
         "records": watch.in_window,
@@ -44,7 +46,7 @@ def as_dict(path: Path, watch: Watch, age: float | None) -> dict[str, Any]:
 
 def as_text(path: Path, watch: Watch, age: float | None) -> str:
     """The state of a run as a few lines of text."""
-    lines = [f"{printable(str(path))}: {verdict(watch)}"]
+    lines = [f"{printable(str(path))}{named(watch)}: {verdict(watch)}"]
     if watch.latest is not None:
         written = "" if age is None else f", written {duration(age)} ago"
         lines.append(position(watch.latest) + written)
@@ -60,6 +62,12 @@ def as_text(path: Path, watch: Watch, age: float | None) -> str:
 def _in_window(watch: Watch) -> list[StepRecord]:
     kept = list(watch.incidents)
     return kept[max(0, len(kept) - watch.incidents_in_window) :]
+
+
+def named(watch: Watch) -> str:
+    """The name of the run in parentheses; empty if it has none."""
+    name = None if watch.header is None else watch.header.name
+    return f" ({printable(name, NAME)})" if name else ""
 
 
 def verdict(watch: Watch) -> str:

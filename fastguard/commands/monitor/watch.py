@@ -11,6 +11,7 @@ from itertools import islice
 from fastguard.errors import NAMED_CULPRITS
 from fastguard.records.layers import layer_norms
 from fastguard.records.read_json_lines import parse_record
+from fastguard.records.run_header import RunHeader, begins_as_header, parse_header
 from fastguard.records.step_record import REPLICA_DRIFT, StepRecord
 from fastguard.records.strict_json import shortened
 
@@ -48,7 +49,8 @@ class Watch:
         incidents: The last incidents, oldest first, including those before the `last` records.
         n_records: Total number of records.
         n_incidents: Total number of incidents.
-        damaged: Number of lines that are not valid records.
+        damaged: Number of lines that are neither valid records nor headers.
+        header: The latest header, or None.
         actions: Number of times each action was taken in the `last` records.
         reasons: Number of incidents per reason in the `last` records.
         layers: The `LAYERS` largest gradient norms by layer, largest first, at the latest step that
@@ -59,6 +61,7 @@ class Watch:
     def __init__(self, last: int) -> None:
         self.last = last
         self.latest: StepRecord | None = None
+        self.header: RunHeader | None = None
         self.curve: deque[StepRecord] = deque(maxlen=min(last, CURVE))
         self.incidents: deque[StepRecord] = deque(maxlen=INCIDENTS)
         self.n_records: int = 0
@@ -77,6 +80,9 @@ class Watch:
         """
         latest: deque[bytes] = deque(maxlen=self.last)
         for line in lines:
+            if begins_as_header(line):
+                self.feed(line)
+                continue
             if len(latest) == self.last:
                 self._add_old_line(latest[0])
             latest.append(line)
@@ -96,13 +102,15 @@ class Watch:
             self.incidents.append(record)
 
     def feed(self, line: bytes) -> None:
-        """Adds one line; a line that is not a valid record counts as damaged."""
+        """Adds one line; one that is neither a valid record nor a header counts as damaged."""
         if not line.strip():
             return
         try:
             whole = parse_record(line)
         except ValueError:
-            self.damaged += 1
+            header = parse_header(line)
+            self.header = header or self.header
+            self.damaged += header is None
             return
         record = bounded(whole)
         norms = layer_norms(whole.watch)
@@ -182,7 +190,7 @@ def _name(name: str) -> str:
 class Rate:
     """Steps per second over the last `RATE_SECONDS`.
 
-    Records carry no time, so their arrival time is used.
+    Measured by the arrival of records: this machine's clock may differ from that of the run.
     """
 
     def __init__(self) -> None:

@@ -33,15 +33,16 @@ _MOST_OF_A_TAG = 1000
 
 
 class Series(NamedTuple):
-    """Identifies one drawn line. `kind` is `"norm"`, `"limit"`, `"coef"`, `"lr"`, `"loss"` or
-    `"threshold"`; only the last two have a `name`."""
+    """Identifies one series. `kind` is `"norm"`, `"limit"`, `"coef"`, `"lr"`, `"time"`, `"loss"` or
+    `"threshold"`; only the last two have a `name`. All but the time are drawn."""
 
     kind: str
     name: str = ""
 
 
 NORM, COEF, LR, LIMIT = Series("norm"), Series("coef"), Series("lr"), Series("limit")
-_FIELDS = {NORM: "total_norm", COEF: "clip_coef", LR: "lr", LIMIT: "limit"}
+TIME = Series("time")
+_FIELDS = {NORM: "total_norm", COEF: "clip_coef", LR: "lr", LIMIT: "limit", TIME: "time"}
 _MAPPINGS = {"loss": "losses", "threshold": "thresholds"}
 
 

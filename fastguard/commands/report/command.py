@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,13 +56,19 @@ def run(args: argparse.Namespace) -> int:
     verdict = judge(summary)
     page = folder / f"{path.stem}.html"
     with atomic_write(page) as temporary:
-        temporary.write_text(render(path.name, summary, verdict), "utf-8")
+        temporary.write_text(render(_name(path, summary), summary, verdict), "utf-8")
     if args.json:
         print(dumps(_as_dict(summary, verdict, page), indent=2))
     else:
         print(verdict.headline, *(f"- {finding}" for finding in verdict.findings), sep="\n")
         print(f"Written: {printable(str(page))}")
     return 0 if verdict.survived else 1
+
+
+def _name(path: Path, summary: Summary) -> str:
+    """The name of the run, with that of its file."""
+    name = None if summary.header is None else summary.header.name
+    return path.name if not name else f"{name} · {path.name}"
 
 
 def _as_dict(summary: Summary, verdict: Verdict, page: Path) -> dict[str, Any]:
@@ -71,6 +78,10 @@ def _as_dict(summary: Summary, verdict: Verdict, page: Path) -> dict[str, Any]:
         "findings": verdict.findings,
         "survived": verdict.survived,
         "page": str(page),
+        "run": None if summary.header is None else asdict(summary.header),
+        "starts": summary.starts,
+        "first_time": None if summary.clock is None else summary.clock.start,
+        "last_time": None if summary.clock is None else summary.clock.end,
         "records": summary.records,
         "damaged_lines": summary.damaged,
         "first_step": summary.first_step,

@@ -55,6 +55,7 @@ def draw(summary: Summary) -> go.Figure:
             for i, row in enumerate(rows, 1)
             if row.layers
         },
+        "clock": None if summary.clock is None else summary.clock.as_dict(),
     }
     return figure
 

@@ -17,6 +17,9 @@ async function load(packed) {
   await Plotly.newPlot(plot, data, layout, config);
   const meta = plot.layout.meta;
   const whole = plot.layout.xaxis.range.slice();
+  const steps = plot._fullData.map((trace, i) => Array.from(trace.x ?? plot.data[i].x));  // the first: decoded, if visible
+  let timed = false;  // whether the axis shows the time
+  let marked = null;  // the chosen steps
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const narrow = matchMedia("(max-width: 640px)");
 
@@ -38,9 +41,10 @@ async function load(packed) {
     let low = Infinity, high = -Infinity;
     for (const trace of plot._fullData) {
       if (trace.yaxis !== short || !trace.visible) continue;
-      for (let i = 0; i < trace.x.length; i++) {
+      const at = steps[trace.index];
+      for (let i = 0; i < at.length; i++) {
         const y = trace.y[i];
-        if (trace.x[i] < range[0] || trace.x[i] > range[1] || y === null || !Number.isFinite(y)) continue;
+        if (at[i] < range[0] || at[i] > range[1] || y === null || !Number.isFinite(y)) continue;
         if (log && y <= 0) continue;
         low = Math.min(low, y);
         high = Math.max(high, y);
@@ -52,11 +56,85 @@ async function load(packed) {
     return [low - pad, high + pad];
   }
 
-  function show(range, shapes) {
-    const change = { shapes: shapes };
-    for (const axis of axes("x")) change[axis + ".range"] = range.slice();
+  // The steps that are seen. A date axis counts in milliseconds, as if its time zone were UTC.
+  function seen() {
+    const axis = plot._fullLayout.xaxis;
+    return axis.range.map((value) => stepAt(axis.r2l(value)));
+  }
+
+  function interpolated(value, from, to) {
+    const last = from.length - 1;
+    if (value <= from[0] || value >= from[last]) {  // beyond the ends: the mean speed
+      const end = value <= from[0] ? 0 : last;
+      return to[end] + (value - from[end]) * (to[last] - to[0]) / (from[last] - from[0] || 1);
+    }
+    let low = 0, high = last;
+    while (high - low > 1) {
+      const middle = (low + high) >> 1;
+      if (from[middle] <= value) low = middle; else high = middle;
+    }
+    const share = (value - from[low]) / (from[high] - from[low] || 1);
+    return to[low] + share * (to[high] - to[low]);
+  }
+
+  const zone = (milliseconds) => new Date(milliseconds).getTimezoneOffset() * 60000;
+  function at(step) {
+    if (!timed || step === null) return step;
+    const { start, steps, seconds } = meta.clock;
+    const milliseconds = 1000 * (start + interpolated(step, steps, seconds));
+    return milliseconds - zone(milliseconds);
+  }
+
+  function stepAt(value) {
+    if (!timed) return value;
+    const { start, steps, seconds } = meta.clock;
+    return interpolated((value + zone(value)) / 1000 - start, seconds, steps);
+  }
+
+  function marks() {
+    if (marked === null) return [];
+    return [{
+      type: "rect", xref: "x", yref: "paper", y0: 0, y1: 1, x0: at(marked[0] - 0.5), x1: at(marked[1] + 0.5),
+      fillcolor: "rgba(229, 72, 77, 0.2)", line: { width: 1, color: "rgba(229, 72, 77, 0.7)" },
+      layer: "below",
+    }];
+  }
+
+  // "step 7" becomes "step 7 at 12:30:05"; a cell of a map has a time instead of a step.
+  const CLOCK = "%b %-d %H:%M:%S";
+  const hovers = plot._fullData.map((trace) => trace.hovertemplate);
+  const own = plot._fullData.map((trace) => trace.customdata);
+  function hover(i) {
+    if (!timed || !hovers[i]) return hovers[i];
+    return hovers[i].replace("%{x:,}", `%{customdata:,} at %{x|${CLOCK}}`)
+      .replace("near step %{x:,.0f}", `near %{x|${CLOCK}}`).replace("%{x:,.0f}", `%{x|${CLOCK}}`);
+  }
+
+  async function useTime(wanted) {
+    const range = seen();
+    timed = wanted;
+    const change = { shapes: marks() };
+    for (const axis of axes("x")) {
+      change[axis + ".type"] = timed ? "date" : "linear";
+      change[axis + ".range"] = range.map(at);
+      change[axis + ".tickformat"] = timed ? "" : ",";
+      if (plot.layout[axis].title?.text) change[axis + ".title.text"] = timed
+        ? `time (${Intl.DateTimeFormat().resolvedOptions().timeZone})` : "step";
+    }
+    const traces = steps.map((_, i) => i);
+    await Plotly.update(plot, {
+      x: steps.map((x) => x.map(at)),
+      hovertemplate: traces.map(hover),
+      customdata: traces.map((i) => own[i] ?? (timed ? steps[i] : null)),
+    }, change, traces);
+  }
+  document.getElementById("axis")?.addEventListener("change", (event) => useTime(event.target.value === "time"));
+
+  function show(range) {
+    const change = { shapes: marks() };
+    for (const axis of axes("x")) change[axis + ".range"] = range.map(at);
     for (const axis of fitted) {
-      const close = shapes.length ? fitting(axis, range) : null;
+      const close = marked ? fitting(axis, range) : null;
       if (close) change[axis + ".range"] = close;
       else change[axis + ".autorange"] = true;
     }
@@ -75,12 +153,12 @@ async function load(packed) {
   // Zoomed out, the means are prominent; zoomed in, the individual steps are.
   let close = false, exact = false;
   function focus() {
-    const range = plot.layout.xaxis.range;
+    const range = seen();
     if ((range[1] - range[0] < 256) !== exact) {
       exact = !exact;
-      for (const [kind, seen] of [["overview", !exact], ["detail", exact]]) {
+      for (const [kind, visible] of [["overview", !exact], ["detail", exact]]) {
         const cells = plot.data.flatMap((trace, i) => (trace.meta === kind ? [i] : []));
-        if (cells.length) Plotly.restyle(plot, { visible: seen }, cells);
+        if (cells.length) Plotly.restyle(plot, { visible }, cells);
       }
     }
     if ((range[1] - range[0] < 16 * meta.bucket) === close) return;
@@ -96,11 +174,8 @@ async function load(packed) {
     const pad = Math.max(16, last - first);
     document.querySelectorAll("tr.chosen").forEach((row) => row.classList.remove("chosen"));
     link.closest("tr").classList.add("chosen");
-    show([first - pad, last + pad], [{
-      type: "rect", xref: "x", yref: "paper", x0: first - 0.5, x1: last + 0.5, y0: 0, y1: 1,
-      fillcolor: "rgba(229, 72, 77, 0.2)", line: { width: 1, color: "rgba(229, 72, 77, 0.7)" },
-      layer: "below",
-    }]);
+    marked = [first, last];
+    show([first - pad, last + pad]);
     plot.scrollIntoView({ block: "start" });
   }
 
@@ -115,14 +190,15 @@ async function load(packed) {
     });
   }
 
-  const lines = plot._fullData.flatMap(({ meta, x, y, line, xaxis, yaxis, index }) =>
-    meta === "steps" || meta === "mean" ? [{ index, x, y, line, xaxis, yaxis }] : []);
+  const lines = plot._fullData.flatMap(({ meta, y, line, xaxis, yaxis, index }) =>
+    meta === "steps" || meta === "mean" ? [{ index, y, line, xaxis, yaxis }] : []);
   let faint = null;
   async function smooth(weight) {
     if (faint === null) {
       faint = lines.map((_, i) => plot.data.length + i);
-      await Plotly.addTraces(plot, lines.map(({ x, y, line, xaxis, yaxis }) => ({
-        type: "scatter", mode: "lines", x, y, xaxis, yaxis, opacity: 0.25, meta: "faint",
+      for (const { index } of lines) steps.push(steps[index]);
+      await Plotly.addTraces(plot, lines.map(({ index, y, line, xaxis, yaxis }) => ({
+        type: "scatter", mode: "lines", x: steps[index].map(at), y, xaxis, yaxis, opacity: 0.25, meta: "faint",
         line: { color: line.color, width: 1 }, showlegend: false, hoverinfo: "skip",
       })));
     }
@@ -139,11 +215,16 @@ async function load(packed) {
       choose(link);
     });
   });
-  document.getElementById("whole")?.addEventListener("click", () => {
+  function showWhole() {
     document.querySelectorAll("tr.chosen").forEach((row) => row.classList.remove("chosen"));
-    show(whole, []);
+    marked = null;
+    show(whole);
+  }
+  document.getElementById("whole")?.addEventListener("click", () => {
+    showWhole();
     plot.scrollIntoView({ block: "start" });
   });
+  plot.on("plotly_doubleclick", showWhole);
   // On a touch screen, dragging on a plot must scroll the page.
   if (matchMedia("(pointer: coarse)").matches) Plotly.relayout(plot, { dragmode: false });
   dark.addEventListener("change", paint);

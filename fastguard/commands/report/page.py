@@ -23,6 +23,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from fastguard import __version__
+from fastguard.commands.report.about import about
 from fastguard.commands.report.evidence import tag_text
 from fastguard.commands.report.figure import draw
 from fastguard.commands.report.incidents import Row
@@ -89,6 +90,9 @@ def render(name: str, summary: Summary, verdict: Verdict) -> str:
         tone=_tone(summary),
         verdict=verdict,
         facts=_facts(summary),
+        about=about(summary),
+        guards=() if summary.header is None else summary.header.guards,
+        has_clock=summary.clock is not None,
         plot=_plot(draw(summary)),
         rows=_rows(summary),
         notes=_notes(summary),
@@ -120,8 +124,8 @@ def _plot(figure: go.Figure) -> Markup:
     config = {
         "responsive": True,
         "displaylogo": False,
-        "modeBarButtonsToRemove": ["select2d", "lasso2d"],
-        "doubleClick": "reset",
+        "modeBarButtonsToRemove": ["select2d", "lasso2d", "resetScale2d"],
+        "doubleClick": False,  # the page's script shows the whole run
     }
     drawn = json.loads(str(plotly.io.to_json(figure, validate=False)))
     told = json.dumps({"data": drawn["data"], "layout": drawn["layout"], "config": config})

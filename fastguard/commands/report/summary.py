@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastguard.commands.report.columns import ColumnReader, Columns, Series
+from fastguard.commands.report.clock import Clock, clock_of
+from fastguard.commands.report.columns import TIME, ColumnReader, Columns, Series
 from fastguard.commands.report.downsample import Curve, downsample, shift_for
 from fastguard.commands.report.evidence import Evidence
 from fastguard.commands.report.incidents import IncidentTable
@@ -20,6 +21,7 @@ from fastguard.commands.report.tally import Tally
 from fastguard.commands.report.watched import Watched
 from fastguard.records.layers import layer_of
 from fastguard.records.read_json_lines import Block
+from fastguard.records.run_header import RunHeader, header_of
 
 BUCKETS = 1024
 """Maximum number of buckets. At two points per bucket, this exceeds the width of a screen."""
@@ -71,6 +73,9 @@ class Summary:
         jumps: Where the step number went back, the first 200 times.
         n_jumps: How often the step number went back.
         unnamed_losses: Whether there were more losses than are drawn.
+        clock: When the steps were taken; None if the records do not tell.
+        header: The last header, or None.
+        starts: How often a process began to write; each has its own header.
     """
 
     records: int = 0
@@ -91,6 +96,9 @@ class Summary:
     jumps: list[Jump] = field(default_factory=list)
     n_jumps: int = 0
     unnamed_losses: bool = False
+    clock: Clock | None = None
+    header: RunHeader | None = None
+    starts: int = 0
 
     @property
     def survived(self) -> bool:
@@ -115,6 +123,10 @@ def summarise(
             columns = reader.read(block.records)
             summary.size += block.size
             summary.damaged += block.damaged + columns.rejected
+            for header in map(header_of, block.headers):
+                # full files repeat the header
+                summary.starts += summary.header is None or header.time != summary.header.time
+                summary.header = header
             if len(columns.step):
                 parts.append(_take(summary, columns, before))
                 before = int(columns.step[-1])
@@ -172,6 +184,9 @@ def _downsample(summary: Summary, parts: list[_Part]) -> None:
     summary.shift = shift_for(step, BUCKETS)
     for series in dict.fromkeys(chain.from_iterable(part.values for part in parts)):
         value = np.concatenate([p.values.get(series, np.full(len(p.step), np.nan)) for p in parts])
+        if series == TIME:
+            summary.clock = clock_of(step, value, shift=summary.shift, near=near)
+            continue
         curve = downsample(step, value, shift=summary.shift, good=good, near=near)
         if curve is not None:
             summary.curves[series] = curve

@@ -26,6 +26,7 @@ from fastguard.commands.scan.tokens import may_have
 from fastguard.commands.scan.values import Value, nonfinite_values
 from fastguard.commands.scan.words import is_bound, is_metric
 from fastguard.records.read_json_lines import are_records
+from fastguard.records.run_header import is_header
 
 NAME = "json"
 RECORD = "fastguard"
@@ -66,7 +67,7 @@ class JsonLines:
 
     def read(self, found: Mapping[str, Any]) -> Reading:
         """Parses an object."""
-        if are_records([found]):
+        if are_records([found]) or is_header(found):
             return Reading(RECORD, NOWHERE, measured=False)
         bad: list[Value] = []
         numbers: dict[str, float] = {}

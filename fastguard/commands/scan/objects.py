@@ -21,6 +21,7 @@ from fastguard.commands.scan.tokens import may_have
 from fastguard.commands.scan.values import Value
 from fastguard.commands.scan.words import is_bound, is_metric
 from fastguard.records.read_json_lines import are_records
+from fastguard.records.run_header import is_header
 
 FEWEST = 4
 """Minimum number of objects with the same keys that are read together."""
@@ -103,7 +104,7 @@ class _Columns:
         for (names, label), at in self.parts.items():
             part = objects if len(at) == len(objects) else [objects[i] for i in at]
             settings = json_lines.is_settings(names) and not any(map(series.judges, names))
-            if len(at) < FEWEST or settings or len(names) > json_lines.MOST or _are_records(part):
+            if len(at) < FEWEST or settings or len(names) > json_lines.MOST or _are_ours(part):
                 self.odd.update(at)
                 continue
             for name, column in _columns(part):
@@ -212,8 +213,9 @@ def _columns(part: Sequence[Mapping[str, Any]]) -> Iterable[tuple[str, Sequence[
     return ((name, list(map(itemgetter(name), part))) for name in part[0])
 
 
-def _are_records(part: Sequence[Mapping[str, Any]]) -> bool:
-    return not isinstance(part, ColumnRows) and are_records([*part])
+def _are_ours(part: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether these are records or headers of fastguard."""
+    return not isinstance(part, ColumnRows) and (are_records([*part]) or all(map(is_header, part)))
 
 
 def _parts(objects: Sequence[Mapping[str, Any]]) -> dict[tuple[Names, str | None], Sequence[int]]:

@@ -17,11 +17,12 @@ from fastguard import JsonLinesSink, StepRecord
 from fastguard.commands.monitor import follow
 from fastguard.commands.monitor.follow import BLOCK, Follower, Lines
 from fastguard.records.read_json_lines import parse_record
+from fastguard.records.run_header import begins_as_header
 from guardtest.rotation import ROTATIONS, Rotation
 
 
 def steps(lines: Iterable[bytes]) -> list[int]:
-    return [parse_record(line).step for line in lines]
+    return [parse_record(line).step for line in lines if not begins_as_header(line)]
 
 
 def write(path: Path, *numbers: int, mode: str = "ab") -> None:

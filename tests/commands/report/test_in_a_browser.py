@@ -1,11 +1,14 @@
 """The page in a real browser: plots, links, no network requests, and phones."""
 
 import math
+import platform
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
+import fastguard
 from fastguard import JsonLinesSink, StepRecord
 from fastguard.commands.cli import main
 from guardtest import require
@@ -15,6 +18,7 @@ require("plotly")
 
 INCIDENTS = (400, 1200, 1201, 2500)
 NASTY = "</script><script>alert('x')</script>"
+START = 1_700_000_000  # 2023-11-14 22:13:20 UTC
 LONG = "encoder.stages.11.blocks.23.attention.in_proj.base_layer.weight"
 
 
@@ -22,8 +26,8 @@ LONG = "encoder.stages.11.blocks.23.attention.in_proj.base_layer.weight"
 def page(tmp_path_factory) -> Path:
     """The report of 3,000 steps with three incidents and a rollback."""
     folder = tmp_path_factory.mktemp("run")
-    with JsonLinesSink(folder / "records.jsonl") as sink:
-        for step in [*range(1, 2001), *range(1801, 3001)]:
+    with JsonLinesSink(folder / "records.jsonl", name="<i>gpt</i>") as sink:
+        for i, step in enumerate([*range(1, 2001), *range(1801, 3001)]):
             bad = step in INCIDENTS
             sink(
                 StepRecord(
@@ -38,6 +42,7 @@ def page(tmp_path_factory) -> Path:
                     thresholds={"grad_norm": 3.0},
                     lr=1e-3,
                     tag=(NASTY, "x" * 300) if bad else None,
+                    time=START + 10 * i,
                 )
             )
     assert main(["report", str(folder)]) == 0
@@ -182,6 +187,88 @@ def test_smoothing_draws_an_average_over_faint_values(browser, page):
     wait_until(browser, f"{faint}.every((t) => !t.visible)")
     assert traces(browser, "mean", "y") == before
     assert browser.get_log("browser") == []
+
+
+def chosen_axis(browser, kind):
+    browser.execute_script(
+        "const axis = document.getElementById('axis'); axis.value = arguments[0];"
+        "axis.dispatchEvent(new Event('change'))",
+        kind,
+    )
+    wanted = "date" if kind == "time" else "linear"
+    wait_until(browser, f"document.getElementById('plot')._fullLayout.xaxis.type === '{wanted}'")
+
+
+def seen(browser):
+    """The ends of the x axis: steps, or UTC milliseconds."""
+    return browser.execute_script(
+        "const axis = document.getElementById('plot')._fullLayout.xaxis;"
+        "return axis.range.map((value) => axis.r2l(value))"
+    )
+
+
+@pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
+@pytest.mark.parametrize("zone", ["UTC", "America/New_York"])
+def test_the_axis_can_show_the_time(size, zone, browser, page):
+    browser.execute_cdp_cmd("Emulation.setTimezoneOverride", {"timezoneId": zone})
+    opened(browser, page, *size)
+    whole, steps = x_ranges(browser), traces(browser, "mark", "x")
+    chosen_axis(browser, "time")
+    shift = 0 if zone == "UTC" else -5 * 3600
+    first, last = [1000 * (START + shift + s) for s in (0, 10 * 3199)]
+    low, high = seen(browser)
+    span = last - first
+    assert first - 0.03 * span < low < first and last < high < last + 0.03 * span
+    # Step 1200 was taken once, step 2500 after the steps from 1801 had been repeated.
+    seconds = [10 * 399, 10 * 1199, 10 * 1200, 10 * 2699]
+    marks = traces(browser, "mark", "x")
+    assert marks == [[1000 * (START + shift + s) for s in seconds]] * 4
+    title = browser.execute_script(
+        "return Object.values(document.getElementById('plot').layout)"
+        ".map((axis) => axis?.title?.text).filter((text) => text)"
+    )
+    assert title == [f"time ({zone})"]
+    browser.find_element("css selector", "a[href='#incident-2']").click()
+    wait_until(browser, f"document.getElementById('plot').layout.xaxis.range[0] > {low + 1}")
+    low, high = seen(browser)
+    assert low == 1000 * (START + shift + 10 * (1199 - 16))
+    assert high == 1000 * (START + shift + 10 * (1200 + 16))
+    assert traces(browser, "close by", "visible") == [True]
+    chosen_axis(browser, "step")
+    assert seen(browser) == pytest.approx([1200 - 16, 1201 + 16])
+    browser.find_element("id", "whole").click()
+    wait_until(browser, "document.getElementById('plot')._fullLayout.xaxis.range[1] > 2900")
+    assert (x_ranges(browser), traces(browser, "mark", "x")) == (whole, steps)
+    assert browser.get_log("browser") == []
+
+
+def test_smoothed_lines_and_hovers_follow_the_axis(browser, page):
+    browser.execute_cdp_cmd("Emulation.setTimezoneOverride", {"timezoneId": "UTC"})
+    opened(browser, page, *DESK)
+    chosen_axis(browser, "time")
+    browser.execute_script(
+        "const slider = document.getElementById('smoothing'); slider.value = 0.9;"
+        "slider.dispatchEvent(new Event('input'))"
+    )
+    faint = "document.getElementById('plot').data.filter((t) => t.meta === 'faint')"
+    wait_until(browser, f"{faint}.length > 0 && {faint}.every((t) => t.visible)")
+    assert traces(browser, "faint", "x") == traces(browser, "mean", "x")
+    assert traces(browser, "mark", "hovertemplate")[0].startswith("step %{customdata:,} at %{x|")
+    assert traces(browser, "mark", "customdata")[0] == list(INCIDENTS)
+    chosen_axis(browser, "step")
+    assert traces(browser, "faint", "x") == traces(browser, "mean", "x")
+    assert max(traces(browser, "faint", "x")[0]) <= 3000
+    assert traces(browser, "mark", "hovertemplate")[0].startswith("step %{x:,}")
+    assert browser.get_log("browser") == []
+
+
+def test_the_page_tells_what_wrote_the_records(browser, page):
+    opened(browser, page, *DESK)
+    header = browser.find_element("tag name", "header").text
+    assert "<i>gpt</i> · records.jsonl" in header
+    assert "2023-11-14 22:13:20 to 2023-11-15 07:06:30 UTC, 8 h 53 min" in header
+    assert f"fastguard {fastguard.__version__}, torch {torch.__version__}" in header
+    assert platform.node() in header
 
 
 def test_a_page_of_a_thousand_steps_is_small(tmp_path):

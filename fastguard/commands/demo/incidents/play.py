@@ -48,7 +48,7 @@ def play(letter: str, folder: Path) -> int:
         if record.is_incident:
             print(f"  {record}")
 
-    records = _write(after.records, folder / "records.jsonl")
+    records = _write(after.records, folder / "records.jsonl", f"incident {letter}")
     picture = folder / "incident.png"
     draw(story, before, after, picture)
     print(f"Written: {records}, {picture}")
@@ -56,9 +56,9 @@ def play(letter: str, folder: Path) -> int:
     return 0 if after.survived and not before.survived else 1
 
 
-def _write(records: Iterable[StepRecord], path: Path) -> Path:
+def _write(records: Iterable[StepRecord], path: Path, name: str) -> Path:
     path.unlink(missing_ok=True)
-    with JsonLinesSink(path) as sink:
+    with JsonLinesSink(path, name=name) as sink:
         for record in records:
             sink(record)
     return path
