@@ -41,6 +41,13 @@ LABELS = {
     "GuardedOptimizer flat": "GuardedOptimizer, flat buckets",
     "GuardedOptimizer flat parameters": "GuardedOptimizer, flat parameters",
 }
+SHORT = {
+    "fastguard flat": "flat buckets",
+    "fastguard flat trusted": "trusted buckets",
+    "isfinite + clip": "isfinite, torch",
+}
+"""Labels at the end of a line, where there is little room."""
+
 STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -71,12 +78,17 @@ def label_of(contender: str) -> str:
     return LABELS.get(contender, contender)
 
 
+def short_label_of(contender: str) -> str:
+    return SHORT.get(contender, label_of(contender))
+
+
 def frame(
     figure: Figure,
     result: Result,
     title: str,
     *,
     handles: Sequence[Any] = (),
+    legend_rows: int = 1,
 ) -> None:
     """Adds the title, a legend below it, and the source as a footer."""
     height = figure.get_figheight()
@@ -86,13 +98,13 @@ def frame(
             handles=handles,
             loc="upper left",
             bbox_to_anchor=(0.005, 1 - 0.42 / height),
-            ncols=len(handles),
+            ncols=-(-len(handles) // legend_rows),
             fontsize=8.5,
             handlelength=1.2,
             columnspacing=1.6,
         )
     figure.text(0.012, 0.1 / height, source_of(result), fontsize=7.5, color=QUIET)
-    top = 1 - (0.78 if handles else 0.5) / height
+    top = 1 - (0.58 + 0.2 * legend_rows if handles else 0.5) / height
     figure.tight_layout(rect=(0.005, 0.3 / height, 0.985, top))
 
 

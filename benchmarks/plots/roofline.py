@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from benchmarks.plots.labels import Label, name_points
 from benchmarks.plots.look import INK, QUIET, bytes_of, color_of, frame, label_of
 from fastguard.commands.bench.results import Result
+
+CONTENDERS = ("torch foreach", "fastguard", "fastguard flat")
+NAMES = tuple(map(label_of, CONTENDERS))
 
 
 def roofline(result: Result) -> Figure | None:
@@ -27,7 +31,7 @@ def roofline(result: Result) -> Figure | None:
     roofs = {"nothing to clip": (1, read), "clipping": (3, 3 / (1 / read + 2 / update))}
     for axis, (situation, (moved, roof)) in zip(axes, roofs.items(), strict=True):
         chosen = [r for r in rows if r["situation"] == situation and not r["cold"]]
-        for contender in ("torch foreach", "fastguard", "fastguard flat"):
+        for contender in CONTENDERS:
             mine = sorted((r for r in chosen if r["contender"] == contender), key=_size)
             speed = [moved * r["grad_bytes"] / r["device_ms"]["p50"] / 1e6 for r in mine]
             axis.plot(
@@ -41,8 +45,6 @@ def roofline(result: Result) -> Figure | None:
                 markeredgewidth=0.7,
                 label=label_of(contender),
             )
-            if contender == "fastguard" and situation == "nothing to clip":
-                _name_points(axis, [r for r in mine if not r["series"]], moved)
         axis.axhline(roof, color=INK, lw=1.2)
         axis.annotate(
             f"limit of memory, {roof:.0f} GB/s",
@@ -64,6 +66,7 @@ def roofline(result: Result) -> Figure | None:
         )
         axis.set_xscale("log")
         axis.set_yscale("log")
+        axis.margins(x=0.1)
         axis.grid(which="major")
         axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: bytes_of(v)))
         axis.xaxis.set_minor_locator(NullLocator())
@@ -71,24 +74,25 @@ def roofline(result: Result) -> Figure | None:
         io = "read g" if moved == 1 else "read g, update g"
         axis.set_title(f"{situation[0].upper()}{situation[1:]} (must move: {io})")
         axis.set_xlabel("gradients")
+    low, high = axes[0].get_ylim()
+    axes[0].set_ylim(low / 2, high)  # room for the lowest name
     axes[0].set_ylabel("GB/s of the bytes that must move")
     handles, _ = axes[0].get_legend_handles_labels()
     frame(figure, result, "How much of the memory's speed is reached", handles=handles)
+    shown = [line.get_xydata() for line in axes[0].get_lines() if line.get_label() in NAMES]
+    name_points(figure, axes[0], _names(rows), np.concatenate(shown))
     return figure
 
 
-def _name_points(axis: Axes, rows: list[dict[str, Any]], moved: int) -> None:
+def _names(rows: list[dict[str, Any]]) -> list[Label]:
+    """The name of each model or list, below its slowest point."""
+    slowest: dict[tuple[str, int], float] = {}
     for r in rows:
-        speed = moved * r["grad_bytes"] / r["device_ms"]["p50"] / 1e6
-        axis.annotate(
-            r["name"],
-            (r["grad_bytes"], speed),
-            (0, -11),
-            textcoords="offset points",
-            ha="center",
-            fontsize=6.5,
-            color=QUIET,
-        )
+        shown = r["contender"] in CONTENDERS and not (r["series"] or r["cold"])
+        if shown and r["situation"] == "nothing to clip":
+            key, speed = (r["name"], r["grad_bytes"]), r["grad_bytes"] / r["device_ms"]["p50"] / 1e6
+            slowest[key] = min(speed, slowest.get(key, speed))
+    return [Label(size, speed, name) for (name, size), speed in slowest.items()]
 
 
 def _size(row: dict[str, Any]) -> int:

@@ -30,7 +30,7 @@ def steps(result: Result) -> Figure | None:
     if not groups:
         return None
     figure, axes = plt.subplots(
-        1, 2, figsize=(11, 1.9 + 0.62 * len(groups)), sharey=True, sharex=False
+        1, 2, figsize=(11, 2.2 + 0.85 * len(groups)), sharey=True, sharex=False
     )
     for axis, situation in zip(axes, ("nothing to clip", "clipping"), strict=True):
         _step_bars(axis, rows, groups, situation)
@@ -40,7 +40,8 @@ def steps(result: Result) -> Figure | None:
     for axis in axes:
         axis.tick_params(axis="y", length=0)
     handles = [plt.Rectangle((0, 0), 1, 1, color=color_of(b), label=label_of(b)) for b in STEP_BARS]
-    frame(figure, result, "What guarding adds to an optimizer step", handles=handles)
+    title = "What guarding adds to an optimizer step, in percent of the bare step"
+    frame(figure, result, title, handles=handles, legend_rows=2)
     return figure
 
 
@@ -55,7 +56,15 @@ def _step_bars(
             if (r["name"], r["optimizer"]) == group and r["situation"] == situation
         }
         if "bare step" not in here:
-            axis.text(0, y, "not measured", va="center", fontsize=7.5, color=QUIET)
+            axis.annotate(
+                "not measured",
+                (0, y),
+                (4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7.5,
+                color=QUIET,
+            )
             continue
         bare = here["bare step"]["ms"]["p50"]
         for k, contender in enumerate(STEP_BARS):
@@ -64,20 +73,21 @@ def _step_bars(
             added = 100 * (here[contender]["ms"]["p50"] / bare - 1)
             at = y - 0.4 + (k + 0.5) * thick
             axis.barh(at, added, thick * 0.86, color=color_of(contender))
-            place = max(added, 0.0)
             axis.annotate(
                 f"{added:+.0f} %",
-                (place, at),
-                (3, 0),
+                (added, at),
+                (3 if added >= 0 else -3, 0),
                 textcoords="offset points",
+                ha="left" if added >= 0 else "right",
                 va="center",
                 fontsize=6.5,
                 color=INK if contender == "GuardedOptimizer" else QUIET,
             )
     axis.axvline(0, color=INK, lw=1)
     axis.set_xscale("symlog", linthresh=25)
-    axis.xaxis.set_major_locator(FixedLocator((0, 10, 20, 50, 100, 200, 400, 1000)))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:+g} %" if v else "bare"))
+    axis.xaxis.set_major_locator(FixedLocator((-60, -20, 0, 20, 60, 200, 600)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:+g}" if v else "bare"))
+    axis.tick_params(axis="x", labelsize=8)
     axis.xaxis.set_minor_locator(NullLocator())
     axis.margins(x=0.12)
     axis.grid(axis="x")

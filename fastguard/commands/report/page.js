@@ -56,7 +56,7 @@ async function load(packed) {
     return [low - pad, high + pad];
   }
 
-  // The steps that are seen. A date axis counts in milliseconds, as if its time zone were UTC.
+  // The steps that are seen.
   function seen() {
     const axis = plot._fullLayout.xaxis;
     return axis.range.map((value) => stepAt(axis.r2l(value)));
@@ -77,18 +77,18 @@ async function load(packed) {
     return to[low] + share * (to[high] - to[low]);
   }
 
-  const zone = (milliseconds) => new Date(milliseconds).getTimezoneOffset() * 60000;
+  // Plotly shows milliseconds in the local time zone, and reads its axes as if that were UTC.
   function at(step) {
     if (!timed || step === null) return step;
     const { start, steps, seconds } = meta.clock;
-    const milliseconds = 1000 * (start + interpolated(step, steps, seconds));
-    return milliseconds - zone(milliseconds);
+    return 1000 * (start + interpolated(step, steps, seconds));
   }
 
   function stepAt(value) {
     if (!timed) return value;
     const { start, steps, seconds } = meta.clock;
-    return interpolated((value + zone(value)) / 1000 - start, seconds, steps);
+    const milliseconds = value + new Date(value).getTimezoneOffset() * 60000;
+    return interpolated(milliseconds / 1000 - start, seconds, steps);
   }
 
   function marks() {

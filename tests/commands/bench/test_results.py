@@ -88,3 +88,44 @@ def test_tables_name_every_case_contender_and_target(result):
 def test_row_fields_are_plain_json(result):
     assert json.loads(json.dumps(result["rows"][0]))["case"] == a_case().id
     assert set(result["rows"][0]) == set(Row.__annotations__)
+
+
+def drawn_texts(figure):
+    """The texts that are seen: a tick outside of its axis has a label too, which is not drawn."""
+    yield from figure.texts
+    for legend in figure.legends:
+        yield from legend.get_texts()
+    for axes in figure.axes:
+        yield from (*axes.texts, axes.xaxis.label, axes.yaxis.label, axes._left_title)
+        for axis, place in ((axes.xaxis, 0), (axes.yaxis, 1)):
+            low, high = sorted(axis.get_view_interval())
+            for label in axis.get_majorticklabels():
+                if low <= label.get_position()[place] <= high and label.get_visible():
+                    yield label
+
+
+@pytest.mark.parametrize("name", ["ratios", "steps", "roofline", "growth"])
+def test_no_label_of_a_chart_covers_another(name, benchmarks):
+    require("matplotlib")
+    from matplotlib.text import Text
+
+    plots = benchmarks("plots")
+    (source,) = (ROOT / "benchmarks" / "results").glob("cpu-*.json")
+    with plots.plt.rc_context(plots.STYLE):
+        figure = getattr(plots, name)(load(source))
+        figure.canvas.draw()
+    renderer, width = figure.canvas.get_renderer(), figure.bbox.width
+    boxes = [
+        (text.get_text(), Text.get_window_extent(text, renderer).padded(-1))
+        for text in drawn_texts(figure)
+        if text.get_text().strip()
+    ]
+    plots.plt.close(figure)
+    assert [text for text, box in boxes if box.x0 < 0 or box.x1 > width] == []
+    covered = [
+        (text, other)
+        for i, (text, box) in enumerate(boxes)
+        for other, another in boxes[i + 1 :]
+        if box.overlaps(another)
+    ]
+    assert covered == []

@@ -197,3 +197,36 @@ def test_memory_does_not_grow_with_the_file(tmp_path) -> None:
         os.unlink(path)
     assert grown[300] < grown[3] + 4000  # two blocks of a megabyte, and overhead of malloc
     assert grown[300] < 30_000
+
+
+def test_the_name_of_the_run_is_shown_and_its_header_is_no_damage(tmp_path, capsys) -> None:
+    with JsonLinesSink(tmp_path / "records.jsonl", name="gpt \x1b[2J", max_bytes=2048) as sink:
+        for step in range(1, 31):
+            sink(StepRecord(step, 1.0, 1.0, "applied"))
+    assert len(rotated_files(sink.path)) > 3  # each begins with a header
+    assert main(["monitor", str(sink.path), "--once", "--json", "--last", "7"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["records"], found["damaged_lines"], found["latest"]["step"]) == (7, 0, 30)
+    assert found["run"]["name"].startswith("gpt ")
+    assert main(["monitor", str(sink.path), "--once"]) == 0
+    text = capsys.readouterr().out
+    assert "records.jsonl (gpt " in text and "\x1b" not in text and "damaged" not in text
+
+
+def test_a_file_without_a_header_has_no_run(tmp_path, capsys) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_text(json.dumps(StepRecord(1, 1.0, 1.0, "applied").as_dict()) + "\n")
+    assert main(["monitor", str(path), "--once", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["run"] is None
+
+
+def test_headers_before_the_last_steps_are_not_counted_as_steps(tmp_path) -> None:
+    path = tmp_path / "records.jsonl"
+    for start in (1, 11, 21):
+        with JsonLinesSink(path, name=f"from {start}") as sink:
+            for step in range(start, start + 10):
+                sink(StepRecord(step, 1.0, 1.0, "applied"))
+    watch = Watch(5)
+    watch.catch_up(path.read_bytes().splitlines())
+    assert (watch.n_records, watch.in_window, watch.damaged) == (30, 5, 0)
+    assert watch.header is not None and watch.header.name == "from 21"

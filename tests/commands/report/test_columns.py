@@ -12,6 +12,7 @@ from fastguard.commands.report.columns import (
     LR,
     MOST_NAMES,
     NORM,
+    TIME,
     ColumnReader,
     Series,
 )
@@ -29,7 +30,7 @@ def read(*records):
 
 def test_fields_become_columns():
     columns = read(
-        as_read(1, norm=2.0, lr=0.1, losses={"a": 1.0}, thresholds={"grad_norm": 5.0}),
+        as_read(1, 2.0, lr=0.1, losses={"a": 1.0}, thresholds={"grad_norm": 5.0}, time=1.7e9),
         as_read(2, norm=3.0, coef=0.5, action="clipped", losses={"a": 2.0, "b": -1.0}),
     )
     assert columns.step.tolist() == [1, 2]
@@ -41,6 +42,7 @@ def test_fields_become_columns():
             COEF: [1.0, 0.5],
             LR: [0.1, NAN],
             LIMIT: [math.inf, math.inf],
+            TIME: [1.7e9, NAN],
             Series("loss", "a"): [1.0, 2.0],
             Series("loss", "b"): [NAN, -1.0],
             Series("threshold", "grad_norm"): [5.0, NAN],
@@ -127,7 +129,7 @@ def test_the_number_of_names_is_bounded():
     reader = ColumnReader()
     for step in range(100):
         columns = reader.read([as_read(step, losses={f"loss {step}": 1.0})])
-    assert len(columns.values) == 4 + MOST_NAMES
+    assert len(columns.values) == 5 + MOST_NAMES
     assert reader.unnamed
 
 

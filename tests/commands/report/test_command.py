@@ -1,12 +1,15 @@
 """`fastguard report`: output, files and exit status."""
 
 import dataclasses
+import json
 import math
 import subprocess
 import sys
 
 import pytest
+import torch
 
+import fastguard
 from fastguard import JsonLinesSink, StepRecord
 from fastguard.commands.cli import main
 from guardtest import require
@@ -136,3 +139,39 @@ def test_the_page_is_reproducible_byte_for_byte(tmp_path):
         assert main(["report", str(run)]) == 0
         pages.append((tmp_path / "records.html").read_bytes())
     assert pages[0] == pages[1]
+
+
+def test_the_json_has_the_header_and_the_times(tmp_path, capsys):
+    with JsonLinesSink(tmp_path / "records.jsonl", name="gpt", max_bytes=4096) as sink:
+        for step in range(1, 51):
+            sink(dataclasses.replace(record(step), time=1.7e9 + step))
+    assert main(["report", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["run"]["name"], found["run"]["fastguard"]) == ("gpt", fastguard.__version__)
+    assert (found["first_time"], found["last_time"]) == (1.7e9 + 1, 1.7e9 + 50)
+    assert (found["starts"], found["records"], found["damaged_lines"]) == (1, 50, 0)
+
+
+def test_each_process_that_wrote_is_counted_and_the_last_settings_are_shown(tmp_path, capsys):
+    path = tmp_path / "records.jsonl"
+    for limit in (1.5, 2.5):
+        p = torch.nn.Parameter(torch.zeros(2))
+        opt = fastguard.GuardedOptimizer(torch.optim.SGD([p], lr=0.1), max_norm=limit)
+        sink = opt.add_sink(path)
+        p.grad = torch.ones(2)
+        opt.step()
+        sink.close()
+    assert main(["report", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["starts"] == 2 and "max_norm=2.5" in found["run"]["guards"][0]
+    page = path.with_suffix(".html").read_text("utf-8")
+    assert "started 2 times" in page and "max_norm=2.5" in page and "max_norm=1.5" not in page
+
+
+def test_records_without_a_header_or_times_are_reported(tmp_path, capsys):
+    old = [{k: v for k, v in record(i).as_dict().items() if k != "time"} for i in range(1, 9)]
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(one) + "\n" for one in old))
+    assert main(["report", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["run"] is None and found["first_time"] is None and found["starts"] == 0
+    assert 'id="axis"' not in (tmp_path / "records.html").read_text("utf-8")
