@@ -141,9 +141,9 @@ def header_of(value: dict[str, Any]) -> RunHeader:
         if isinstance(value.get(key), str)
     }
     time, guards = value.get("time"), value.get("guards")
-    is_time = type(time) in (int, float) and 0 <= time < 1 << 53
+    is_time = isinstance(time, int | float) and 0 <= time < 1 << 53
     return RunHeader(
-        time=float(time) if is_time else None,  # type: ignore[arg-type]
+        time=float(time) if is_time else None,
         guards=tuple(
             printable(guard, MOST_OF_A_TEXT)
             for guard in (guards[:_GUARDS] if isinstance(guards, list) else ())

@@ -49,7 +49,8 @@ def test_the_demo_with_faults(tmp_path, capsys, caplog):
     assert sorted(path.name for path in folder.iterdir()) == ["demo.png", "records.jsonl"]
     assert (folder / "demo.png").read_bytes().startswith(PNG)
     lines = (folder / "records.jsonl").read_text("utf-8").splitlines()
-    records = [json.loads(line, parse_constant=only_json) for line in lines]
+    header, *records = [json.loads(line, parse_constant=only_json) for line in lines]
+    assert header["name"] == "fastguard demo" and "guarding AdamW" in header["guards"][0]
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     skipped = [record["step"] for record in records if record["action"] == "skipped"]
     assert skipped == [fault.step for fault in plan(STEPS)]
