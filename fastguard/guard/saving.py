@@ -28,6 +28,9 @@ class SavableOptimizer(ReportingOptimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         guard = guard_state.save(self._state, self._policy, self._taken_back)
+        if self._watch is not None and self._watch.has_state:
+            self._recorder.wait()
+            guard |= self._watch.state(self._state.counters.device)
         state_dict = parts.joined(self.optimizer.state_dict(), guard)
         if torch_dcp.is_calling():
             torch_dcp.embed(state_dict, self.optimizer)
@@ -54,10 +57,13 @@ class SavableOptimizer(ReportingOptimizer):
         wrapped, saved = parts.parts(state_dict, self.optimizer)
         guard = guard_state.load(saved, self._policy, self._device)
         taken_back = saved_with(saved)
+        watched = None if self._watch is None else self._watch.state_in(saved)
         inner_state.load(self.optimizer, wrapped, self._check_param_groups)
         self._fitting_stepper().reset()
         self._observed = ObservedLosses()
         self._go_on_from(guard, taken_back)
+        if self._watch is not None and watched is not None:
+            self._watch.go_on_from(watched)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -236,6 +236,67 @@ def noisy(scaled: bool) -> list[float | None]:
 def test_the_noise_scale_says_how_much_larger_the_batch_could_be(four: Ranks, scaled: bool) -> None:
     """tr(S) of a rank's gradient is 64, so that of a batch of four ranks 16; 16 / 4 = 4."""
     scales = same_on_all(four.run(noisy, scaled))
+    late = [scale for scale in scales[50:] if scale is not None]
+    assert len(late) > 140
+    assert sum(late) / len(late) == pytest.approx(4.0, rel=0.25)
+
+
+def noisy_in_two_runs(break_at: int | None) -> list[float | None]:
+    """The noise scale of 40 steps; from `break_at` on in a new guard that has loaded the state."""
+    p = nn.Linear(64, 1, bias=False)
+    nn.init.zeros_(p.weight)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+
+    def guarded() -> tuple[GuardedOptimizer, nn.Module]:
+        model = DistributedDataParallel(p)
+        opt = GuardedOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.0), **replicated(watch=("noise_scale",))
+        )
+        RankWatch(opt, model)
+        return opt, model
+
+    (opt, model), told = guarded(), []
+    for step in range(40):
+        if step == break_at:
+            told += opt.records()
+            state = opt.state_dict()
+            opt, model = guarded()
+            opt.load_state_dict(state)
+        opt.zero_grad()
+        model(0.25 + torch.randn(1, 64, generator=generator)).sum().backward()
+        opt.step()
+    return [r.watch.get("noise_scale") for r in [*told, *opt.records()]]
+
+
+def test_the_averages_of_the_noise_scale_are_part_of_the_state_dict(four: Ranks) -> None:
+    through = same_on_all(four.run(noisy_in_two_runs, None))
+    assert same_on_all(four.run(noisy_in_two_runs, 20)) == through
+    assert len([scale for scale in through if scale is not None]) > 20
+
+
+def sharded_noise() -> list[float | None]:
+    """As `noisy`, with a module that FSDP2 shards."""
+    model = nn.Sequential(nn.Linear(64, 1, bias=False))
+    nn.init.zeros_(model[0].weight)
+    mesh = init_device_mesh("cpu", (4,))
+    # this dtype: see `fastguard.versions.FSDP_MEANS_ON_CPU`
+    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float64))
+    opt = GuardedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.0),
+        watch=("noise_scale",),
+        watch_every=1,
+    )
+    RankWatch(opt, model)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    for _ in range(200):
+        opt.zero_grad()
+        model(0.25 + torch.randn(1, 64, generator=generator)).sum().backward()
+        opt.step()
+    return [r.watch.get("noise_scale") for r in opt.records()]
+
+
+def test_the_noise_scale_of_a_sharded_model(four: Ranks) -> None:
+    scales = same_on_all(four.run(sharded_noise))
     late = [scale for scale in scales[50:] if scale is not None]
     assert len(late) > 140
     assert sum(late) / len(late) == pytest.approx(4.0, rel=0.25)

@@ -29,10 +29,14 @@ DECAY = 0.9
 
 
 class NoiseScale:
-    """The noise scale, averaged over watched steps; a new process starts a new average."""
+    """The noise scale, averaged over watched steps.
+
+    Attributes:
+        averages: The averages of |G|^2 and tr(S) / B, saved in the state dict.
+    """
 
     def __init__(self) -> None:
-        self._signal = self._noise = self._weight = 0.0
+        self.averages: tuple[float, float] = (0.0, 0.0)
 
     def read(self, step: WatchedGradients) -> Reading:
         """Reads the squared norm of this rank's gradient before the reduction, float64 `(1,)`.
@@ -66,9 +70,10 @@ class NoiseScale:
 
     def _averaged(self, signal: float, noise: float) -> dict[str, Any]:
         """Adds an estimate to the averages; returns the record, empty if not yet meaningful."""
-        self._signal = DECAY * self._signal + (1 - DECAY) * signal
-        self._noise = DECAY * self._noise + (1 - DECAY) * noise
-        self._weight = DECAY * self._weight + (1 - DECAY)
-        if not (self._signal > 0.0 and self._noise >= 0.0):
+        before = self.averages  # both have the same bias towards 0, which their ratio has not
+        signal = DECAY * before[0] + (1 - DECAY) * signal
+        noise = DECAY * before[1] + (1 - DECAY) * noise
+        self.averages = signal, noise
+        if not (signal > 0.0 and noise >= 0.0):
             return {}
-        return {"noise_scale": self._noise / self._signal}
+        return {"noise_scale": noise / signal}

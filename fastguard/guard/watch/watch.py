@@ -12,7 +12,8 @@ which a rank may have loaded from another checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,7 +23,8 @@ from torch import Tensor
 from fastguard.errors import nearest
 from fastguard.errors.checked_numbers import count_of
 from fastguard.errors.plain_text import shown
-from fastguard.gradients.tensor_kinds import PLAIN
+from fastguard.gradients.tensor_kinds import PLAIN, has_numbers
+from fastguard.gradients.transfer import numbers_on
 from fastguard.guard.watch.noise_scale import NoiseScale
 from fastguard.guard.watch.quantity import Quantity, Reading, WatchedGradients
 from fastguard.guard.watch.replica_drift import ReplicaDrift
@@ -64,7 +66,51 @@ class Watch:
         self.names: tuple[str, ...] = names
         self.every: int = every
         self._quantities = [QUANTITIES[name]() for name in names]
+        self._noise = next((q for q in self._quantities if isinstance(q, NoiseScale)), None)
         self._steps = 0
+
+    @property
+    def has_state(self) -> bool:
+        """Whether a quantity depends on earlier steps."""
+        return self._noise is not None
+
+    def state(self, device: torch.device) -> dict[str, Tensor]:
+        """Returns what a state dict keeps: the averages of the noise scale, float64 `(2,)`.
+
+        All records so far must have been made.
+        """
+        if self._noise is None:
+            return {}
+        return {"noise_scale": numbers_on(self._noise.averages, device)}
+
+    def state_in(self, saved: Mapping[str, Any] | None) -> tuple[float, float]:
+        """Returns the averages in a saved state; zeros if it has none.
+
+        Raises:
+            ValueError: They are damaged.
+        """
+        given = None if saved is None or self._noise is None else saved.get("noise_scale")
+        if given is None:
+            return (0.0, 0.0)
+        if not isinstance(given, Tensor) or given.shape != (2,) or given.dtype != torch.float64:
+            raise ValueError(
+                f"state_dict['fastguard'] has noise_scale={shown(given)}, expected a float64 "
+                "tensor of shape (2,); delete the entry to start with a new guard"
+            )
+        if not has_numbers(given):
+            return (0.0, 0.0)
+        signal, noise = given.tolist()
+        if not (math.isfinite(signal) and math.isfinite(noise)):
+            raise ValueError(
+                f"state_dict['fastguard'] has noise_scale={[signal, noise]}, so it is damaged; "
+                "delete the entry to start with a new guard"
+            )
+        return signal, noise
+
+    def go_on_from(self, state: tuple[float, float]) -> None:
+        """Continues from the result of `state_in`."""
+        if self._noise is not None:
+            self._noise.averages = state
 
     def read(self, step: WatchedGradients) -> WatchedStep | None:
         """Counts a step, and reads the quantities if it is a watched one. Never waits.
