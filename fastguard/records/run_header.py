@@ -141,9 +141,10 @@ def header_of(value: dict[str, Any]) -> RunHeader:
         if isinstance(value.get(key), str)
     }
     time, guards = value.get("time"), value.get("guards")
-    is_time = isinstance(time, int | float) and 0 <= time < 1 << 53
+    if not (isinstance(time, int | float) and 0 <= time < 1 << 53):
+        time = None
     return RunHeader(
-        time=float(time) if is_time else None,
+        time=None if time is None else float(time),
         guards=tuple(
             printable(guard, MOST_OF_A_TEXT)
             for guard in (guards[:_GUARDS] if isinstance(guards, list) else ())

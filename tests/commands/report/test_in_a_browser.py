@@ -233,7 +233,7 @@ def test_the_axis_can_show_the_time(size, zone, browser, page):
     low, high = seen(browser)
     assert low == 1000 * (START + shift + 10 * (1199 - 16))
     assert high == 1000 * (START + shift + 10 * (1200 + 16))
-    assert traces(browser, "close by", "visible") == [True]
+    assert traces(browser, "detail", "visible") == [True]
     around = "const box = document.querySelector(arguments[0]).getBoundingClientRect();"
     shape = browser.execute_script(around + "return [box.left, box.right]", ".shapelayer path")
     plot = browser.execute_script(around + "return [box.left, box.right]", ".nsewdrag")
