@@ -41,17 +41,24 @@ class GroupValues:
         self._setting = setting
         self.scheduled: list[Any] = []
         self._written: list[float | None] = []
+        self._to_write: list[float | None] = []  # differs from `_written` only after an interrupt
 
     def join(self, groups: Sequence[Group]) -> None:
-        """Adds new groups; their current values become the scheduled ones."""
-        joining = [self._setting.read(group) for group in groups[len(self.scheduled) :]]
+        """Adds new groups; their current values become the scheduled ones.
+
+        If an interrupt stops it, the next call repeats it.
+        """
+        before = len(self.scheduled)
+        joining = [self._setting.read(group) for group in groups[before:]]
+        self._written[before:] = joining
+        self._to_write[before:] = joining
         self.scheduled += joining
-        self._written += joining
 
     def write(self, groups: Sequence[Group], values: Sequence[float | None]) -> None:
         """Writes values to the groups; None leaves a group unchanged."""
         for i, value in enumerate(values):
             if value is not None:
+                self._to_write[i] = value
                 self._written[i] = self._setting.write(groups[i], value)
 
     def restore(self, groups: Sequence[Group]) -> None:
@@ -61,14 +68,14 @@ class GroupValues:
     def adopt(self, groups: Sequence[Group]) -> None:
         """Makes the groups' current values the scheduled ones."""
         self.scheduled = [self._setting.read(group) for group in groups]
-        self._written = list(self.scheduled)
+        self._written, self._to_write = list(self.scheduled), list(self.scheduled)
 
     def adopt_changed(self, groups: Sequence[Group]) -> None:
         """Makes values that other code has changed the scheduled ones. Syncs with the GPU if they
         are tensors there."""
         for i, group in enumerate(groups):
             now = self._setting.read(group)
-            if now != self._written[i]:
+            if now not in (self._written[i], self._to_write[i]):
                 self.scheduled[i] = self._written[i] = now
 
     def keep_changed(self, groups: Sequence[Group], values: list[float | None]) -> None:
@@ -77,10 +84,8 @@ class GroupValues:
         Groups with a tensor learning rate are not checked, since that would sync with the GPU.
         """
         for i, group in enumerate(groups[: len(values)]):
-            if (
-                not isinstance(group["lr"], Tensor)
-                and self._setting.read(group) != self._written[i]
-            ):
+            own = (self._written[i], self._to_write[i])
+            if not isinstance(group["lr"], Tensor) and self._setting.read(group) not in own:
                 values[i] = None
 
 

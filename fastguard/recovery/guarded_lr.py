@@ -14,7 +14,6 @@ starts below the floor is clamped silently.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -34,6 +33,7 @@ from fastguard.recovery.schedule_arguments import (
     needs_metric,
     schedule_of,
 )
+from fastguard.recovery.step_counts import Counts, records_of, verdict_of
 from fastguard.recovery.warmup import Warmup
 
 log: logging.Logger = logging.getLogger("fastguard")
@@ -116,6 +116,8 @@ class GuardedLR(LRScheduler):
         self.held_at_floor: int = 0
         self._needs_metric = needs_metric(self.schedule)
         self._is_due = False  # whether a step was applied since the schedule's last step
+        self._is_behind = False  # whether values remain to be written
+        self._learned: tuple[StepRecord | None, Counts] = (None, Counts())
         # Whether a trainer writes the learning rates: between two blocks of `in_force`.
         self._is_trainers_turn = False
         self._inbox = self.optimizer.subscribe()
@@ -231,8 +233,8 @@ class GuardedLR(LRScheduler):
             "applied_steps": self.applied_steps,
             "held_at_floor": self.held_at_floor,
             "is_due": self._is_due,
-            "told": [_verdict(record) for record in self._inbox],
-            "coming": [_verdict(record) for record in self._inbox.coming()],
+            "told": [verdict_of(record) for record in self._inbox],
+            "coming": [verdict_of(record) for record in self._inbox.coming()],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -258,8 +260,8 @@ class GuardedLR(LRScheduler):
         self.applied_steps = state_dict["applied_steps"]
         self._is_due = state_dict.get("is_due", False)
         self._inbox.clear()  # steps that are not part of the loaded run
-        self._inbox.extend(_records(state_dict.get("told", ())))
-        self._inbox.expect(_records(state_dict.get("coming", ())))
+        self._inbox.extend(records_of(state_dict.get("told", ())))
+        self._inbox.expect(records_of(state_dict.get("coming", ())))
         self._show()
         self.held_at_floor = state_dict["held_at_floor"]  # last, since `_show` may count again
 
@@ -271,7 +273,8 @@ class GuardedLR(LRScheduler):
         Values that other code has written since are left unchanged.
         """
         is_new = len(self.optimizer.param_groups) != len(self._lr.scheduled)
-        if self._is_trainers_turn or not (self._inbox or is_new) or self._is_captured():
+        due = self._inbox or is_new or self._is_behind
+        if self._is_trainers_turn or not due or self._is_captured():
             return
         self._catch_up()
         self._set(unless_changed=True)
@@ -287,33 +290,47 @@ class GuardedLR(LRScheduler):
         return self.optimizer.param_groups
 
     def _catch_up(self) -> bool:
-        """Processes the steps since the last call; returns whether there were any."""
+        """Processes the steps since the last call; returns whether values are to be written.
+
+        If an interrupt stops it, the next call goes on.
+        """
         self._register_groups()
-        n = len(self._inbox)
-        for _ in range(n):
-            self._learn(self._inbox.popleft())
-        return n > 0
+        for _ in range(len(self._inbox)):
+            self._is_behind = True
+            self._learn(self._inbox[0])
+            self._inbox.popleft()
+        return self._is_behind
 
     def _learn(self, record: StepRecord) -> None:
+        """Counts a step. Counts it once if called again with the same record."""
+        learned, counts = self._learned
+        if learned is not record:
+            counts = self._counts_after(record)
+            self._learned = record, counts
+        self.backoffs, self.clean_steps, self.applied_steps, self._is_due = counts
+
+    def _counts_after(self, record: StepRecord) -> Counts:
+        """Returns the counts that include a step."""
+        counts = Counts(self.backoffs, self.clean_steps, self.applied_steps, self._is_due)
         if record.action == "skipped":
             if not record.is_incident:
-                return
-            self.clean_steps = 0
+                return counts
+            counts = counts._replace(clean_steps=0)
             if self.backoff < 1.0:
-                self.backoffs += 1
-                self._say("backed off to %g of the schedule after step %d", record)
-            return
-        self._is_due = True
-        self.applied_steps += 1
-        self.clean_steps += 1
-        if self.backoffs and self.recovery is not None and self.clean_steps >= self.recovery:
-            self.backoffs -= 1
-            self.clean_steps = 0
-            self._say("recovered to %g of the schedule after step %d", record)
+                counts = counts._replace(backoffs=self.backoffs + 1)
+                self._say("backed off to %g of the schedule after step %d", counts, record)
+            return counts
+        clean = self.clean_steps + 1
+        counts = Counts(self.backoffs, clean, self.applied_steps + 1, True)
+        if self.backoffs and self.recovery is not None and clean >= self.recovery:
+            counts = counts._replace(backoffs=self.backoffs - 1, clean_steps=0)
+            self._say("recovered to %g of the schedule after step %d", counts, record)
+        return counts
 
-    def _say(self, what: str, record: StepRecord) -> None:
+    def _say(self, what: str, counts: Counts, record: StepRecord) -> None:
         # Recovery has the same level as back-off: a log with only back-offs would mislead.
-        log.warning("GuardedLR: " + what, self._factor, record.step)
+        factor = self.backoff**counts.backoffs * self._lowered
+        log.warning("GuardedLR: " + what, factor, record.step)
 
     def _advance(self, *args: Any, **kwargs: Any) -> None:
         """Steps the wrapped schedule, after restoring the values that it wrote itself."""
@@ -343,16 +360,17 @@ class GuardedLR(LRScheduler):
                 f"the optimizer has {n} param groups, but GuardedLR has {before}; after removing "
                 "a param group, create a new GuardedLR"
             )
-        floors = one_each("floor", self._given_floor, before, n)
+        # Assigned to the end of each list, and `_lr` last, so that it can be repeated after an
+        # interrupt.
+        self.floor[before:] = one_each("floor", self._given_floor, before, n)
         if self.warmup is not None:
-            self._start_lr += one_each("Warmup lr", self.warmup.lr, before, n)
+            self._start_lr[before:] = one_each("Warmup lr", self.warmup.lr, before, n)
             if self.warmup.momentum is not None:
                 starts = one_each("Warmup momentum", self.warmup.momentum, before, n)
-                self._start_momentum += starts
-        self.floor += floors
-        self._lr.join(groups)
+                self._start_momentum[before:] = starts
+        self._have_joined, self._is_behind = before > 0, True
         self._momentum.join(groups)
-        self._have_joined = before > 0
+        self._lr.join(groups)
         if self._have_joined:
             log.info(
                 "GuardedLR: param group %d joins with lr %g and floor %g; assign to lr.floor[%d] "
@@ -389,6 +407,7 @@ class GuardedLR(LRScheduler):
             self._momentum.keep_changed(self._groups, momenta)
         self._lr.write(self._groups, rates)
         self._momentum.write(self._groups, momenta)
+        self._is_behind = False
         if clamped:
             self._warn_clamped(factor)
 
@@ -400,12 +419,3 @@ class GuardedLR(LRScheduler):
                 self.floor,
             )
         self.held_at_floor += 1
-
-
-def _verdict(record: StepRecord) -> list[Any]:
-    """Returns the part of a record that `GuardedLR` acts on."""
-    return [record.step, record.action, record.reason]
-
-
-def _records(told: Sequence[Sequence[Any]]) -> list[StepRecord]:
-    return [StepRecord(step, math.nan, math.nan, *rest) for step, *rest in told]

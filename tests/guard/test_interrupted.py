@@ -47,10 +47,17 @@ def counted(cls):
 
 
 class Run:
-    """A guarded run with all subscribers of its records, and a second run without interrupts."""
+    """A guarded run with all subscribers of its records, and a second run without interrupts.
 
-    def __init__(self, kind, options):
+    Args:
+        kind: A key of `KINDS`.
+        options: Of the guard.
+        steps_lr: Whether the loop steps the schedule; otherwise it only follows the optimizer.
+    """
+
+    def __init__(self, kind, options, *, steps_lr=True):
         self.kind = kind
+        self.steps_lr = steps_lr
         self.parameters, self.opt = self.build(options)
         self.twin_parameters, self.twin = self.build(options)
         self.told, self.inbox = [], self.opt.subscribe()
@@ -103,10 +110,12 @@ class Run:
         assert taken in (0, 1), where
         if taken:
             self.ready(self.twin_parameters, self.twin, i)()
-            self.twin_lr.step()
+            if self.steps_lr:
+                self.twin_lr.step()
         else:  # the wrapped step itself is never interrupted
             assert_same_bits(snapshot(self.opt), weights)
-        self.lr.step()
+        if self.steps_lr:
+            self.lr.step()
         assert self.rollback.step(position=i) is None
         self.records += self.opt.records()
         self.check(where)
@@ -124,7 +133,8 @@ class Run:
         if self.kind == "plain":  # the others are also called for a skipped step
             assert opt.optimizer.done == opt.applied_steps, where
         assert_same_bits(snapshot(opt), snapshot(twin))
-        assert self.lr.get_last_lr() == self.twin_lr.get_last_lr(), where
+        if self.steps_lr:
+            assert self.lr.get_last_lr() == self.twin_lr.get_last_lr(), where
 
 
 KINDS = {
@@ -202,6 +212,21 @@ def test_an_interrupt_at_each_line_of_a_road(setting, monkeypatch):
         missed = 0 if run.attempt(i, at, ROADS[setting]) else missed + 1
         at, i = at + 1, i + 1
     assert at > 10
+
+
+def test_an_interrupt_at_each_line_in_which_a_schedule_follows_the_steps():
+    run = Run("plain", {}, steps_lr=False)
+    places = set()
+    for i in range(400):
+        if i % 60 == 30:
+            for parameters, opt in (run.parameters, run.opt), (run.twin_parameters, run.twin):
+                parameters.append(torch.nn.Parameter(torch.ones(1 + i // 60)))
+                opt.add_param_group({"params": parameters[-1:], "lr": 0.1})
+        places.update(run.attempt(i, i % 60 if i % 3 else 10**6, "recovery"))
+    assert len(places) > 20
+    assert [r.lr for r in run.records] == [r.lr for r in run.twin.records()]
+    rates = [[group["lr"] for group in opt.param_groups] for opt in (run.opt, run.twin)]
+    assert rates[0] == rates[1]
 
 
 def test_losses_observed_before_an_interrupted_step_count_in_the_next_attempt():

@@ -1,0 +1,35 @@
+"""The step counts of `GuardedLR`, and what it saves of steps that it has not processed yet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from fastguard.records.step_record import StepRecord
+
+
+class Counts(NamedTuple):
+    """The counts of `GuardedLR` after a step.
+
+    Attributes:
+        backoffs: Number of back-offs in force.
+        clean_steps: Applied steps in a row since the last back-off or recovery.
+        applied_steps: Number of applied steps.
+        is_due: Whether a step was applied since the last step of the schedule.
+    """
+
+    backoffs: int = 0
+    clean_steps: int = 0
+    applied_steps: int = 0
+    is_due: bool = False
+
+
+def verdict_of(record: StepRecord) -> list[Any]:
+    """Returns the part of a record that `GuardedLR` acts on."""
+    return [record.step, record.action, record.reason]
+
+
+def records_of(verdicts: Sequence[Sequence[Any]]) -> list[StepRecord]:
+    """Returns records with these verdicts; their numbers are NaN."""
+    return [StepRecord(step, math.nan, math.nan, *rest) for step, *rest in verdicts]
