@@ -5,8 +5,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
+from fastguard.gradients.tensor_kinds import has_numbers
 from fastguard.guard.clip_scope import limits
+from fastguard.guard.watch.replica_drift import checksum
 from fastguard.ranks.agreement import COUNTS, Place
+from fastguard.ranks.dtensors import local_parts
 
 if TYPE_CHECKING:
     from fastguard.guard.guarded import GuardedOptimizer
@@ -42,13 +48,20 @@ def arguments_of(optimizer: GuardedOptimizer, team: Team) -> dict[str, str]:
 
 
 def places_of(optimizer: GuardedOptimizer, team: Team) -> dict[str, list[Place]] | None:
-    """Returns the parameters of each segment, by description; None for scopes with one segment."""
+    """Returns the parameters of each segment, by description; None for scopes with one segment.
+
+    Reads parameters without a name, and waits for a GPU.
+    """
     if team.distinct or optimizer.clip_scope in ("global", "unit"):
         return None
     layout = optimizer._gradients.layout
-    named = enumerate(zip(layout.names, layout.parameters, strict=True))
-    all_places: list[Place] = [
-        (None if name == f"parameter {i}" else name, tuple(p.shape)) for i, (name, p) in named
+    unnamed = [p for i, p in enumerate(layout.parameters) if layout.names[i] == f"parameter {i}"]
+    sums = _sums_of_replicas(unnamed, team)
+    all_places = [
+        Place(None, tuple(p.shape), *sums[p])
+        if name == f"parameter {i}"
+        else Place(name, tuple(p.shape))
+        for i, (name, p) in enumerate(zip(layout.names, layout.parameters, strict=True))
     ]
     if optimizer.clip_scope == "tensor":
         return {f"parameter {i}": [place] for i, place in enumerate(all_places)}
@@ -57,3 +70,27 @@ def places_of(optimizer: GuardedOptimizer, team: Team) -> dict[str, list[Place]]
         f"a parameter of param group {g}": [next(waiting) for _ in group["params"]]
         for g, group in enumerate(optimizer.param_groups)
     }
+
+
+def _sums_of_replicas(
+    parameters: list[Tensor], team: Team
+) -> dict[Tensor, tuple[int | None, int | None]]:
+    """Returns checksums of the values and the gradient of parameters that all ranks hold alike."""
+    sums: dict[Tensor, tuple[int | None, int | None]] = dict.fromkeys(parameters, (None, None))
+    sharing = team.sharing(parameters)
+    classes = sharing.classes or [0] * len(parameters)
+    replicas = [
+        p
+        for p, c in zip(parameters, classes, strict=True)
+        if sharing.weights[c] * team.size == 1.0 and has_numbers(p)
+    ]
+    if not replicas:
+        return sums
+    grads = [p if p.grad is None else p.grad for p in replicas]
+    cpu = torch.device("cpu")
+    found = [checksum([t], cpu) for t in local_parts([*replicas, *grads])]
+    numbers = torch.stack(found).tolist()
+    n = len(replicas)
+    for p, values, gradient in zip(replicas, numbers[:n], numbers[n:], strict=True):
+        sums[p] = values, -1 if p.grad is None else gradient
+    return sums

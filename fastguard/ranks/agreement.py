@@ -7,8 +7,9 @@ the hashes and their negatives, 176 bytes, which shows all ranks at once which a
 
 Coefficients of single tensors or param groups belong to positions in the vector. Ranks with the
 same parameters in a different order would clip each by the norm of another, so for these scopes
-names and shapes are compared too, in order. Names are used if all ranks have them; without names,
-parameters of the same shape cannot be distinguished.
+names and shapes are compared too, in order. Names are used if all ranks have them. Without names,
+replicas are recognised by checksums of their values and gradients; shards of the same shape cannot
+be distinguished.
 
 When the number of segments changes, as with parameters that are added under these scopes, the ranks
 compare once more. Other changes, such as a trainer changing `max_norm`, are not checked, because
@@ -18,9 +19,10 @@ that would need a collective per step.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -34,8 +36,29 @@ LISTED = 8
 """How many values an error lists, and how many ranks per value."""
 
 
-Place = tuple[str | None, tuple[int, ...]]
-"""A parameter's name, if any, and its shape."""
+class Place(NamedTuple):
+    """A parameter, as the ranks compare it.
+
+    Attributes:
+        name: Its name; None: it has none.
+        shape: Its shape.
+        values, gradient: Checksums that are equal on all ranks; None: it has a name, or the ranks
+            hold different parts of it.
+    """
+
+    name: str | None
+    shape: tuple[int, ...]
+    values: int | None = None
+    gradient: int | None = None
+
+    def by_name(self) -> str:
+        """Describes it by name and shape."""
+        return f"{self.name!r} of shape {self.shape}"
+
+    def by_sums(self, names: Sequence[str]) -> str:
+        """Describes it by its shape and some of its checksums."""
+        sums = [f"{name} {getattr(self, name):x}" for name in names]
+        return f"of shape {self.shape}" + (f" (checksum of {', '.join(sums)})" if sums else "")
 
 
 def check_agreement(
@@ -85,20 +108,32 @@ def _misplaced(everywhere: Sequence[dict[str, list[Place]]], ranks: Sequence[int
         everywhere: The positions on each rank, equal in number.
         ranks: The numbers of the ranks.
     """
-    listed = [place for places in everywhere for place in chain(*places.values())]
-    named = all(name is not None for name, _ in listed)
-    for what in everywhere[0]:
-        # Any order within a param group is fine, since its coefficient belongs to all of them.
-        held = [sorted(_described(place, named) for place in places[what]) for places in everywhere]
-        for column in zip(*held, strict=True):
-            if len(set(column)) > 1:
-                return [_by_rank(what, column, ranks)]
+    for described in _descriptions([[*chain(*places.values())] for places in everywhere]):
+        for what in everywhere[0]:
+            # Any order within a param group is fine, since its coefficient belongs to all of them.
+            held = [sorted(map(described, places[what])) for places in everywhere]
+            for column in zip(*held, strict=True):
+                if len(set(column)) > 1:
+                    return [_by_rank(what, column, ranks)]
     return []
 
 
-def _described(place: Place, named: bool) -> str:
-    name, shape = place
-    return f"{name!r} of shape {shape}" if named else f"of shape {shape}"
+def _descriptions(everywhere: Sequence[Sequence[Place]]) -> Iterator[Callable[[Place], str]]:
+    """Yields functions that describe parameters, so that equal ones have equal descriptions.
+
+    Checksums that differ between ranks, as after NaN in the gradients of one rank, do not tell the
+    order and are left out.
+    """
+    if all(place.name is not None for places in everywhere for place in places):
+        yield Place.by_name
+        return
+    yield lambda place: place.by_sums(())
+    for names in (("values", "gradient"), ("values",), ("gradient",)):
+        keys = [[(p.shape, *(getattr(p, n) for n in names)) for p in held] for held in everywhere]
+        known = all(None not in key for held in keys for key in held)
+        if known and all(Counter(held) == Counter(keys[0]) for held in keys):
+            yield lambda place, names=names: place.by_sums(names)
+            return
 
 
 def _hash(value: str) -> int:

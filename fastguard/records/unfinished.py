@@ -16,6 +16,7 @@ from fastguard.records.step_record import REPLICA_DRIFT, StepRecord
 from fastguard.stages.contract import HostVerdict, Known
 from fastguard.stages.reason import Reason
 
+_ARRIVED = Arrival(torch.empty(0, device="cpu"), None)
 # By number, because creating a Reason costs as much as the rest of a record.
 _LABELS = tuple(reason.label for reason in Reason)
 
@@ -81,10 +82,14 @@ class Settled(NamedTuple):
     watched: tuple[Watched, Tensor] | None
     time: float
 
-    arrival = Arrival(torch.empty(0, device="cpu"), None)  # already on the host
+    @property
+    def arrival(self) -> Arrival:
+        """The values are on the host already."""
+        return _ARRIVED
 
     @staticmethod
     def of(outcome: Outcome) -> Settled:
+        """Returns the values of a step decided on the host."""
         assert isinstance(outcome.verdict, HostVerdict)
         known = outcome.verdict.known
         return Settled(
@@ -154,6 +159,7 @@ class Pending:
 
     @staticmethod
     def of(outcome: Outcome, arrival: Arrival, watched: tuple[Watched, Tensor] | None) -> Pending:
+        """Returns the values of a step whose record is in transfer."""
         lr = None if outcome.lr_is_on_device else float(outcome.lr)
         return Pending(
             outcome.key,

@@ -242,6 +242,67 @@ def test_another_order_of_parameters_is_refused(two: Ranks, case: str, spread: s
         assert expected in message
 
 
+def unnamed(
+    by_rank: Sequence[str], groups: Sequence[int], scope: str, *, bad: bool = False, drift: int = 0
+) -> tuple[str, list[float]]:
+    """What the first step says of replicas of one shape without names, else the coefficients.
+
+    Args:
+        by_rank: The order of the parameters of each rank.
+        groups: The number of parameters in each param group.
+        scope: `clip_scope`.
+        bad: Whether the first gradient of rank 1 is NaN.
+        drift: How many weights of rank 1 differ from those of rank 0.
+    """
+    rank = dist.get_rank()
+    made = {}
+    for i, letter in enumerate("abc"):
+        made[letter] = parameter(torch.full((2,), 10.0**i))
+        made[letter].data.fill_(0.0 if letter == "c" else float(i))
+    for letter in "abc"[: drift * rank]:
+        made[letter].data += 0.5
+    if bad and rank == 1:
+        made["a"].grad[0] = math.nan
+    order = iter([made[letter] for letter in by_rank[rank]])
+    opt = GuardedOptimizer(
+        torch.optim.SGD([{"params": [next(order) for _ in range(n)]} for n in groups], lr=0.0),
+        max_norm=1.0,
+        clip_scope=scope,
+        group=fastguard.Replicated(dist.group.WORLD),
+    )
+    try:
+        opt.step()
+    except ValueError as error:
+        return str(error), []
+    return "", opt.last.clip_coef.tolist()
+
+
+@pytest.mark.parametrize("options", [{}, {"bad": True}, {"drift": 2}], ids=["", "bad", "drift"])
+def test_replicas_of_one_shape_without_names_are_told_apart(two: Ranks, options: dict) -> None:
+    if options.get("bad"):  # the gradients differ, and "a" and "c" have the same weights
+        by_rank = ("abc", "bac")
+    else:
+        by_rank = ("abc", "cba")
+    for message, _ in two.run(unnamed, by_rank, [3], "tensor", **options):
+        assert "parameter 0 is of shape (2,) (checksum of" in message
+
+
+def test_groups_of_replicas_without_names_are_told_apart(two: Ranks) -> None:
+    for message, _ in two.run(unnamed, ("abc", "cab"), [1, 2], "group"):
+        assert "a parameter of param group 0 is of shape (2,) (checksum of" in message
+    for order in ("abc", "acb"):
+        assert two.run(unnamed, ("abc", order), [1, 2], "group")[1][0] == ""
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"bad": True}, {"drift": 3}, {"bad": True, "drift": 1}], ids=str
+)
+def test_replicas_that_differ_are_in_order(two: Ranks, options: dict) -> None:
+    """Drift and bad gradients are no fault of the order."""
+    for message, coefficients in two.run(unnamed, ("abc", "abc"), [3], "tensor", **options):
+        assert message == "" and len(coefficients) == 3
+
+
 IN_PLACE = {
     "the same order": (("abcd", "abcd"), BOTH, "tensor"),
     "the same order, names on one rank": (("abcd", "abcd"), (False, True), "tensor"),
