@@ -1,4 +1,4 @@
-"""For every test: a seed, its share of the cores, the rules for tests/gpu and tests/kernels."""
+"""Seeds every test, divides the cores among workers, and marks tests/gpu and tests/kernels."""
 
 import gc
 import os
@@ -16,15 +16,15 @@ from guardtest import in_ci  # noqa: E402
 TESTS = Path(__file__).parent
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
-# What pytest finds by itself; a folder that is asked for by its path is collected all the same.
-# The integrations need trainers that .venv does not hold: `make test-integrations`.
+# Folders that pytest skips unless their path is given.
+# The integrations need trainers that are not in .venv: `make test-integrations`.
 collect_ignore = ["integrations"]
 if not INTERPRETING:
-    # Triton reads the variable when it is first imported, so these run in a process of their own.
+    # Triton reads the variable when it is first imported, so these tests need a separate process.
     collect_ignore.append("kernels")
 
-# No deadline: the first call of a property may compile, and machines are shared. In CI the same
-# commit gets the same examples; elsewhere every run draws new ones.
+# No deadline: the first call of a property may compile, and machines are shared. In CI, a
+# commit always gets the same examples; elsewhere every run draws new ones.
 hypothesis.settings.register_profile(
     "fastguard", deadline=None, derandomize=in_ci(), print_blob=True
 )
@@ -33,7 +33,7 @@ hypothesis.settings.load_profile("fastguard")
 
 def pytest_configure(config: pytest.Config) -> None:
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    if workers > 1:  # with more threads than cores, OpenMP spends its time waiting
+    if workers > 1:  # OpenMP is slow with more threads than cores
         threads = max(1, (os.cpu_count() or 1) // workers)
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that tests start
@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for folder in ("gpu", "kernels"):
             if item.path.is_relative_to(TESTS / folder):
                 item.add_marker(folder)
-    # The soak last: where time is cut off, everything else has been said.
+    # Slow tests last: if time runs out, all others have reported.
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
 
 
@@ -59,8 +59,8 @@ def pytest_collection(session: pytest.Session) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Hides everything imported and collected from the garbage collector: no test releases it, and
-    each full collection would traverse it for 0.2 s.
+    """Hides all imported and collected objects from the garbage collector: no test releases them,
+    and each full collection would traverse them for 0.2 s.
     """
     gc.enable()
     gc.collect()
@@ -79,9 +79,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_to_log(request: pytest.FixtureRequest) -> None:
-    """For tests that read the log: a guard logs what it held back when it is collected, and those
-    of earlier tests are to do so before.
+def collect_earlier_guards(request: pytest.FixtureRequest) -> None:
+    """Collects the guards of earlier tests before a test that reads the log, because a guard logs
+    its withheld messages when it is collected.
     """
     if "caplog" in request.fixturenames:
         gc.collect()
@@ -89,7 +89,7 @@ def nothing_left_to_log(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(autouse=True)
 def seed() -> int:
-    """Seeds every generator before each test: same result alone and in the suite."""
+    """Seeds every generator before each test, so that its result does not depend on other tests."""
     seed = 20260101
     random.seed(seed)
     np.random.seed(seed)

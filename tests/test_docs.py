@@ -1,4 +1,4 @@
-"""The Python blocks of the pages in docs/ run as they stand, each in an empty folder."""
+"""The Python blocks of the pages in docs/ run unchanged, each in an empty folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every example in a docstring runs as it stands."""
+"""Every example in a docstring runs unchanged."""
 
 import doctest
 import importlib
@@ -10,7 +10,7 @@ import pytest
 import fastguard
 from guardtest.gloo_groups import end_groups
 
-# tests/integrations and tests/kernels; runs the command line
+# The first two are tested in tests/integrations and tests/kernels; the last runs the command.
 ELSEWHERE = ("fastguard.integrations.", "fastguard.kernels", "fastguard.__main__")
 
 
@@ -56,6 +56,6 @@ def test_examples_run(name, tmp_path, monkeypatch):
         "FlatGradBuckets",
     ],
 )
-def test_what_users_call_first_has_an_example(name):
+def test_important_public_names_have_an_example(name):
     documented = getattr(fastguard, name)
     assert doctest.DocTestParser().get_examples(documented.__doc__), name

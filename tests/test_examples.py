@@ -29,7 +29,7 @@ def test_script(script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     "notebook", sorted(EXAMPLES.glob("*.ipynb")), ids=lambda notebook: notebook.stem
 )
 def test_notebook(notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What its cells assert holds; a cell that raises fails the test."""
+    """A cell that raises, as by an assert, fails the test."""
     nbformat, nbclient = require("nbformat"), require("nbclient")
     require("ipykernel")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

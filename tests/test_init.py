@@ -1,4 +1,4 @@
-"""The public names: what `fastguard` exports, and `__all__` lists by topic; imported when used."""
+"""The public names of `fastguard`, which are imported when they are first used."""
 
 import ast
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 import fastguard
 
 
-def test_every_list_of_public_names_is_the_same():
+def test_all_lists_of_public_names_are_equal():
     imports = {
         f"{node.module}.{name.name}"
         for node in ast.walk(ast.parse(Path(fastguard.__file__).read_text("utf-8")))
@@ -26,7 +26,7 @@ def test_every_public_name_is_documented():
     assert [name for name in fastguard.__all__ if not getattr(fastguard, name).__doc__] == []
 
 
-def test_names_are_found_and_listed_like_those_of_any_module():
+def test_dir_and_attribute_errors_work_as_in_any_module():
     assert set(fastguard.__all__) <= set(dir(fastguard))
     assert fastguard.SpikeRule is fastguard.SpikeRule
     assert fastguard.checkpoints.roll_back_file.__module__.startswith("fastguard.checkpoints")
@@ -47,5 +47,5 @@ assert clip().item() == 2.0
 """
 
 
-def test_a_name_may_be_used_for_the_first_time_in_compiled_code():
+def test_a_name_may_be_first_used_in_compiled_code():
     subprocess.run([sys.executable, "-c", COMPILED], check=True)

@@ -1,4 +1,4 @@
-"""benchmarks/on_gpu.sh without a GPU: whatever fails, the other stages run and one file says so."""
+"""benchmarks/on_gpu.sh without a GPU: if a stage fails, the others run, and the result names it."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "on_gpu.sh"
-# In place of the interpreter: nothing installs, benchmarks leave half a result and fail.
+# Replaces the interpreter: installing fails, and benchmarks write half a result and fail.
 PYTHON = """#!/bin/sh
 case "$*" in
     *"-m pip"*) exit 1 ;;
@@ -39,7 +39,7 @@ esac
 
 @pytest.fixture
 def run(tmp_path):
-    # A copy of what the script reads: it stages the package beside itself.
+    # A copy of the files that the script reads, because it stages the package beside itself.
     for folder in ("benchmarks", "fastguard", "kernels"):
         (tmp_path / folder).mkdir()
     script = tmp_path / "benchmarks" / "on_gpu.sh"
@@ -58,7 +58,7 @@ def run(tmp_path):
     return run
 
 
-def test_a_stage_that_fails_stops_no_other(run):
+def test_a_failed_stage_does_not_stop_the_others(run):
     done, folder = run()
     assert done.returncode == 1, done.stderr
     (final,) = (folder / "out").glob("*.json")
@@ -77,8 +77,8 @@ def test_a_stage_that_fails_stops_no_other(run):
     assert stages["tests"].endswith("exit status 1")
 
 
-def test_a_package_that_cannot_be_installed_is_staged(run):
-    """And tests never see the source folder, whose kernels/ others would take for a package."""
+def test_if_installing_fails_the_package_is_staged(run):
+    """Tests do not see the source folder, whose kernels/ would be importable as a package."""
     done, folder = run()
     stage = folder / "build" / "stage"
     assert (stage / "fastguard" / "kernels").is_dir()
@@ -87,7 +87,7 @@ def test_a_package_that_cannot_be_installed_is_staged(run):
     assert paths == [scripts, tests, scripts, scripts, tests]
 
 
-def test_a_package_that_is_staged_alone_is_no_failure(run):
+def test_staging_the_package_is_not_a_failure(run):
     done, folder = run(FAKE_STATUS="0")
     assert done.returncode == 0, done.stdout + done.stderr
     document = json.loads((folder / "out" / "gpu-a-card-9.json").read_text())
@@ -96,7 +96,7 @@ def test_a_package_that_is_staged_alone_is_no_failure(run):
 
 
 def test_stages_share_one_deadline_and_the_soak_takes_the_rest(run):
-    """Fakes take no time, so that each has what the later ones leave it."""
+    """The fake stages take no time: each limit is the deadline less the shares of later stages."""
     done, _ = run(FASTGUARD_SECONDS="300")
     limits = dict(re.findall(r"==> (\w+) \(at most (\d+) s\)", done.stdout))
     assert 50 <= int(limits["tests"]) <= 75
@@ -108,7 +108,7 @@ def test_stages_share_one_deadline_and_the_soak_takes_the_rest(run):
     assert "soak of 7.5 s" in done.stdout and "==> tests (at most 20 s)" in done.stdout
 
 
-def test_a_dry_run_runs_nothing_and_other_words_are_refused(run):
+def test_a_dry_run_runs_nothing_and_unknown_options_are_refused(run):
     done, folder = run("--dry-run")
     assert done.returncode == 0 and not list((folder / "out").iterdir())
     assert run("--help")[0].returncode == 2

@@ -1,4 +1,4 @@
-"""The wheel holds what it should, installs where it should, and `import fastguard` stays light."""
+"""The wheel is complete, installing it changes no other package, and its import is light."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def copy_of_sources(folder: Path) -> Path:
 def build_wheel(folder: Path) -> Path:
     """The wheel of this working tree, built from a copy.
 
-    In place, setuptools would also pack what an earlier build left in build/lib.
+    A build in place would also pack files that an earlier build left in build/lib.
     """
     copy_of_sources(folder)
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", folder, cwd=folder)
@@ -51,9 +51,9 @@ def build_wheel(folder: Path) -> Path:
 
 
 def install_in_new_environment(wheel: Path, folder: Path) -> Path:
-    """The Python of an environment that holds the wheel and borrows the torch installed here.
+    """The Python of a new environment with the wheel, which uses the torch installed here.
 
-    A .pth file adds a folder to the path but does not run the .pth files in there, so the editable
+    A .pth file adds a folder to the path but does not run the .pth files in it, so the editable
     install of this working tree stays invisible. `make wheel-test` installs everything anew.
     """
     venv.create(folder)
@@ -67,7 +67,7 @@ def install_in_new_environment(wheel: Path, folder: Path) -> Path:
 
 
 def modules(folder: str, package: str) -> dict[str, str]:
-    """Every Python file of `folder` -> its place in the wheel when the folder is `package`."""
+    """Maps each Python file of `folder` to its path in the wheel, where the folder is `package`."""
     return {
         path.relative_to(ROOT).as_posix(): f"{package}/{path.relative_to(ROOT / folder).as_posix()}"
         for path in (ROOT / folder).rglob("*.py")
@@ -91,7 +91,7 @@ def test_every_package_is_listed():
     assert sorted(PROJECT["tool"]["setuptools"]["packages"]) == sorted(packages)
 
 
-def test_the_oldest_versions_that_are_admitted_are_tested():
+def test_the_oldest_supported_versions_are_tested():
     asked = PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["gpu"]
     tested = (ROOT / "Makefile").read_text()
     for name in ("torch", "triton", "numpy"):
@@ -112,10 +112,10 @@ def test_the_documentation_names_the_versions_that_ci_tests():
 OWN_EXTRAS = ("cli", "gpu", "report", "tensorboard", "yaml")  # the others bring a trainer
 
 
-def test_installing_keeps_the_versions_that_are_there(tmp_path):
-    """What pip would install into this environment, which `make test` made: nothing but fastguard.
+def test_installing_keeps_the_installed_versions(tmp_path):
+    """In the environment of `make test`, pip would install fastguard and nothing else.
 
-    `make suite-oldest` asks that of an environment with the oldest torch, triton and numpy.
+    `make suite-oldest` checks this with the oldest torch, triton and numpy.
     """
     project = f"{copy_of_sources(tmp_path)}[{','.join(OWN_EXTRAS)}]"
     pip = [sys.executable, "-m", "pip", "install", "-qq", "--dry-run", "--no-index"]
@@ -137,8 +137,8 @@ def test_the_extras_of_trainers_keep_torch_too(tmp_path):
     assert not names & {"torch", "numpy", "triton"}
 
 
-def test_torch_and_numpy_have_lower_bounds_alone():
-    """No pin and no ceiling, so that pip never moves what a user has."""
+def test_torch_and_numpy_have_lower_bounds_only():
+    """Without pins and upper bounds, pip never changes the versions that a user has."""
     extras = PROJECT["project"]["optional-dependencies"]
     asked = [*PROJECT["project"]["dependencies"], *(r for own in OWN_EXTRAS for r in extras[own])]
     moved = [r for r in asked if re.search(r"==|<|~=", r.partition(";")[0])]
@@ -154,11 +154,11 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def python(wheel, tmp_path_factory):
-    """That of a new environment, with the wheel in it."""
+    """The Python of a new environment with the wheel."""
     return install_in_new_environment(wheel, tmp_path_factory.mktemp("venv"))
 
 
-def test_wheel_holds_the_package_and_works_from_another_folder(wheel, python, tmp_path):
+def test_wheel_contains_the_package_and_works_from_another_folder(wheel, python, tmp_path):
     files = set(zipfile.ZipFile(wheel).namelist())
     installed = {file for file in files if ".dist-info/" not in file}
     assert installed == {*MODULES.values(), *DATA}
@@ -172,8 +172,8 @@ def test_wheel_holds_the_package_and_works_from_another_folder(wheel, python, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", INCIDENTS, ids=[page.stem for page in INCIDENTS])
-def test_an_incident_can_be_followed_by_copy_and_paste(page, python, tmp_path, monkeypatch):
-    """Every block as a script, then every command of fastguard, in one folder."""
+def test_the_code_and_commands_of_an_incident_page_run(page, python, tmp_path, monkeypatch):
+    """All Python blocks run as scripts and all commands of fastguard run, in one folder."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PATH", str(python.parent), prepend=os.pathsep)
     for kind, block in re.findall(r"^```(python|sh)\n(.*?)^```", page.read_text(), re.S | re.M):
@@ -183,7 +183,7 @@ def test_an_incident_can_be_followed_by_copy_and_paste(page, python, tmp_path, m
         for line in block.splitlines() if kind == "sh" else ():
             if line.startswith("fastguard "):
                 done = subprocess.run(["sh", "-c", line], cwd=tmp_path, capture_output=True)
-                assert done.returncode in (0, 1), done.stderr.decode()  # 1: it found what is bad
+                assert done.returncode in (0, 1), done.stderr.decode()  # 1: a problem was found
                 assert b"Traceback" not in done.stderr
 
 

@@ -1,6 +1,6 @@
-"""README.md: its code runs, its links lead somewhere, its figures are the measured ones.
+"""README.md: its code runs, its links exist, and its figures are the measured ones.
 
-The same holds for the figures of docs/benchmarks.md.
+The figures of docs/benchmarks.md are checked too.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ PAGES = [
 
 
 def links(page: Path) -> set[Path]:
-    """The files that a page leads to."""
+    """The files that a page links to."""
     prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", prose)
     return {(page.parent / t).resolve() for t in targets if not t.startswith("http")}
 
 
-def test_readme_can_be_read_in_a_few_minutes() -> None:
+def test_readme_is_short() -> None:
     assert len(BLOCKS) >= 1
     assert len(README.read_text().split()) < 1200
 
@@ -60,7 +60,7 @@ def test_the_first_example_prints_what_the_page_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_links_lead_somewhere(page: Path) -> None:
+def test_link_targets_exist(page: Path) -> None:
     assert [target for target in links(page) if not target.exists()] == []
 
 
@@ -71,14 +71,14 @@ def test_every_page_is_two_clicks_from_the_readme() -> None:
 
 
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
-def test_the_tables_of_speeds_hold_the_committed_results(page: Path) -> None:
-    """`python -m benchmarks.tables --write` renews them."""
+def test_the_speed_tables_contain_the_committed_results(page: Path) -> None:
+    """`python -m benchmarks.tables --write` updates them."""
     text = page.read_text()
     assert tables.filled(text, RESULT) == text
 
 
-def test_the_tables_of_speeds_name_their_own_rows() -> None:
-    """One figure of each table, computed in another way than by the code that wrote it."""
+def test_figures_in_the_speed_tables_belong_to_their_rows() -> None:
+    """Computes one figure of each table independently of the code that wrote the tables."""
     ratios = {(row["case"], row["contender"]): row["ratio"]["p50"] for row in RESULT["rows"]}
     ms = {(row["case"], row["contender"]): row["ms"]["p50"] for row in RESULT["rows"]}
     step = "yolo11n fp32, AdamW fused, nothing to clip"

@@ -1,6 +1,6 @@
-"""The site that `make docs` builds holds every page and every public name.
+"""The site that `make docs` builds contains every page and every public name.
 
-`make docs` itself checks links and anchors; MkDocs is in an environment of its own.
+`make docs` itself checks links and anchors; MkDocs has a separate environment.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OUTSIDE = {"changelog.md", "contributing.md", "measuring.md"}  # .ci/site_links.
 
 
 def public_definitions(module: Path) -> set[str]:
-    """The public names of a trainer's module; its framework is not imported."""
+    """The public names of a trainer's module, found without importing the framework."""
     parts = module.relative_to(ROOT).with_suffix("").parts
     home = ".".join(part for part in parts if part != "__init__")
     body = ast.parse(module.read_text()).body
@@ -49,7 +49,7 @@ def test_every_integration_is_in_the_reference() -> None:
 
 
 def test_every_public_name_of_a_documented_module_is_in_the_reference() -> None:
-    """fastguard.optim is a module of its own, whose names are not in `fastguard.__all__`."""
+    """Covers fastguard.optim, whose names are not in `fastguard.__all__`."""
     import fastguard.optim
 
     names = getattr(fastguard.optim, "__all__", [])

@@ -1,4 +1,4 @@
-"""The test suite's own rules: nothing disappears unseen in CI."""
+"""The rules of the test suite: in CI, a missing module fails instead of skipping tests."""
 
 import sys
 
@@ -25,7 +25,7 @@ def test_a_missing_module_fails_in_ci(monkeypatch):
         require("guardtest_missing")
 
 
-def test_a_module_that_breaks_on_import_is_an_error(monkeypatch, tmp_path):
+def test_a_module_that_raises_on_import_is_an_error(monkeypatch, tmp_path):
     (tmp_path / "guardtest_broken.py").write_text("import guardtest_missing\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "guardtest_broken", raising=False)

@@ -1,4 +1,4 @@
-"""docs/tutorial.md, step by step: each diff applies, each run prints what the page shows."""
+"""docs/tutorial.md, step by step: each diff applies, and each run prints the output on the page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PARTS = re.findall(
 
 
 def applied(diff: str, script: str) -> str:
-    """The script after each hunk of the diff; each hunk must fit exactly one place."""
+    """The script after all hunks of the diff; each hunk must match exactly one place."""
     for hunk in diff.split("@@\n"):
         lines = hunk.splitlines(keepends=True)
         before = "".join(line[1:] for line in lines if line[0] != "+")
@@ -33,12 +33,12 @@ def applied(diff: str, script: str) -> str:
 
 
 def without_digits(text: str) -> str:
-    """The last digits of a loss differ between CPUs and versions of torch."""
+    """Hides decimals: the last digits of a loss differ between CPUs and versions of torch."""
     return re.sub(r"\d+\.\d+", "#", text)
 
 
 def agrees(line: str, shown: str) -> bool:
-    """Whether a line begins as the page shows it, up to the dots."""
+    """Whether a line begins with the text on the page, up to its dots."""
     return without_digits(line).startswith(without_digits(shown.removesuffix("...").rstrip()))
 
 

@@ -224,7 +224,7 @@ class AcceleratorGuard:
 
         When Accelerate saves in the safetensors format, it drops tensors that share memory.
         """
-        state_dict = self._accelerates.own("get_state_dict")(model, *args, **kwargs)
+        state_dict = self._replaced.original("get_state_dict")(model, *args, **kwargs)
         if self._flat_steps() and isinstance(state_dict, dict):
             give_own_memory(state_dict)
         return state_dict
@@ -233,7 +233,7 @@ class AcceleratorGuard:
         """Like Accelerate's method; safetensors cannot load into parameters that share memory."""
         for stepper in self._flat_steps():
             stepper.release()
-        self._accelerates.own("load_state")(*args, **kwargs)
+        self._replaced.original("load_state")(*args, **kwargs)
 
     def _flat_steps(self) -> list[FlatStep]:
         steppers = (prepared.optimizer._stepper for prepared in self.prepared)

@@ -1,4 +1,4 @@
-"""The trainers under test stay offline, and find a torchvision that can be imported."""
+"""Keeps the trainers under test offline, and makes torchvision importable."""
 
 import os
 import sys
@@ -12,16 +12,16 @@ from guardtest.incidents import as_it_was, folder, guarded, played  # noqa: F401
 from guardtest.torchvision_ops import define_missing_operators
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is first imported
-os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # before mlflow is
-os.environ["YOLO_OFFLINE"] = "true"  # before ultralytics is
-os.environ["YOLO_CONFIG_DIR"] = tempfile.mkdtemp()  # where it keeps settings that it may change
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # before mlflow is first imported
+os.environ["YOLO_OFFLINE"] = "true"  # before ultralytics is first imported
+os.environ["YOLO_CONFIG_DIR"] = tempfile.mkdtemp()  # so that it does not change the user's settings
 define_missing_operators()
-torch.set_num_threads(1)  # models this small only wait for further threads
+torch.set_num_threads(1)  # more threads only slow down models this small
 
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate_state() -> Iterator[None]:
-    """Accelerate keeps precision and accumulation of the first accelerator of a process."""
+    """Resets Accelerate, which keeps the settings of the first accelerator of a process."""
     yield
     state = sys.modules.get("accelerate.state")
     if state is not None:

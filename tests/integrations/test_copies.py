@@ -1,4 +1,4 @@
-"""Guarded objects are copied, pickled and launched as without the guard."""
+"""Guarded objects can be copied, pickled and launched as without the guard."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def reloaded(value):
 
 
 def saved(value):
-    """As `torch.save` of a whole object."""
+    """A whole object after `torch.save` and `torch.load`."""
     file = io.BytesIO()
     torch.save(value, file)
     file.seek(0)
@@ -62,14 +62,14 @@ def one_step(backward, model, optimizer, x, clip=None):
     "copied, prepared",
     [(copy.deepcopy, False), (reloaded, False), (reloaded, True), (saved, False), (saved, True)],
 )
-def test_a_copy_of_an_accelerator_guards(tmp_path, copied, prepared):
+def test_a_copy_of_a_guarded_accelerator_is_guarded(tmp_path, copied, prepared):
     model = new_model()
     accelerator = accelerator_of(model, records=tmp_path / "records.jsonl")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     if prepared:
         model, optimizer = accelerator.prepare(model, optimizer)
         one_step(accelerator.backward, model, optimizer, batches()[0])
-    # Accelerate's own deepcopy is the accelerator itself.
+    # Without a guard, deepcopy of an accelerator returns the accelerator itself.
     accelerator, model, optimizer = copied((accelerator, model, optimizer))
     if not prepared:
         model, optimizer = accelerator.prepare(model, optimizer)
@@ -87,7 +87,7 @@ def test_a_copy_of_an_accelerator_guards(tmp_path, copied, prepared):
 
 
 @every_copy
-def test_a_copy_of_a_fabric_guards(copied):
+def test_a_copy_of_a_guarded_fabric_is_guarded(copied):
     model = new_model()
     twin, model, optimizer = copied((fabric_of(model), model, torch.optim.SGD(model.parameters())))
     model, optimizer = twin.setup(model, optimizer)
@@ -100,8 +100,8 @@ def test_a_copy_of_a_fabric_guards(copied):
     assert all(b.isfinite().all() for b in model.buffers())
 
 
-def test_a_copy_of_a_fabric_and_what_it_has_set_up_goes_on_by_itself():
-    """Which a plain Fabric's cannot: its optimizer ends in a recursion."""
+def test_a_copy_of_a_fabric_with_its_model_and_optimizer_is_independent():
+    """Without the guard this copy fails: Fabric's optimizer wrapper recurses without end."""
     model = new_model()
     fabric = fabric_of(model)
     model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
@@ -116,7 +116,7 @@ def test_a_copy_of_a_fabric_and_what_it_has_set_up_goes_on_by_itself():
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "64-true"])
-def test_a_plain_backward_is_allowed_where_fabric_allows_it(precision):
+def test_a_plain_backward_is_allowed_if_fabric_allows_it(precision):
     fabric_module = require("lightning.fabric")
     from fastguard.integrations.fabric import guard
 
@@ -135,8 +135,8 @@ def test_a_plain_backward_is_allowed_where_fabric_allows_it(precision):
     assert_same_bits(final(True), final(False))
 
 
-def test_a_fabric_that_forbids_a_plain_backward_still_does():
-    """Mixed precision may have to scale the loss."""
+def test_a_plain_backward_is_refused_if_fabric_refuses_it():
+    """With mixed precision, Fabric may have to scale the loss."""
     fabric_module = require("lightning.fabric")
     from lightning.fabric.plugins import MixedPrecision
 
@@ -152,7 +152,7 @@ def test_a_fabric_that_forbids_a_plain_backward_still_does():
 
 
 class Trained(nn.Module):
-    """What the Trainer of transformers trains."""
+    """A model that the Trainer of transformers can train."""
 
     def __init__(self):
         super().__init__()
@@ -183,7 +183,7 @@ def trainer_in(folder):
 
 @pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
 @pytest.mark.parametrize("copied", [copy.deepcopy, reloaded])
-def test_a_copy_of_a_trainer_trains_guarded(tmp_path, copied, trained):
+def test_a_copy_of_a_guarded_trainer_is_guarded(tmp_path, copied, trained):
     from fastguard.integrations.huggingface import guard
 
     path = tmp_path / "records.jsonl"
@@ -204,12 +204,12 @@ def test_a_copy_of_a_trainer_trains_guarded(tmp_path, copied, trained):
     assert [r.tag["global_step"] for r in records] == [*range(1, 9)]
     assert [r.action == "skipped" for r in records] == [i == 1 for i in range(8)]
     if not trained:
-        trainer.train()  # and the original is still guarded
+        trainer.train()  # the original is still guarded
         assert trainer.optimizer.optimizer.skipped_steps == 1
 
 
 def loop_for_launchers(folder):
-    """Runs in a process of its own."""
+    """Runs in its own process."""
     import accelerate
 
     from fastguard.integrations.accelerate import guard
@@ -227,18 +227,18 @@ def loop_for_launchers(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["notebook", "debug"])
-def test_accelerates_launchers(tmp_path, launcher):
+def test_accelerates_launchers_run_a_guarded_loop(tmp_path, launcher):
     accelerate = require("accelerate")
     if launcher == "notebook":
         accelerate.notebook_launcher(loop_for_launchers, (tmp_path,), num_processes=1)
-    else:  # two forked processes, of which the first writes
+    else:  # two forked processes; the first one writes
         accelerate.debug_launcher(loop_for_launchers, (tmp_path,), num_processes=2)
     actions = [r.action for r in read_records(tmp_path / "run" / "records.jsonl", strict=True)]
     assert actions == ["applied", "skipped", "applied"]
 
 
 def loop_for_fabric(fabric, model, optimizer):
-    """Gets the guarded Fabric from the process that has launched this one."""
+    """Trains with the guarded Fabric of the process that launched this one."""
     torch.set_num_threads(1)
     model, optimizer = fabric.setup(model, optimizer)
     for x in batches(poisoned={1})[:3]:
@@ -249,13 +249,13 @@ def loop_for_fabric(fabric, model, optimizer):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_a_guarded_fabric_is_sent_to_the_processes_that_it_launches(tmp_path, monkeypatch, method):
+def test_a_guarded_fabric_works_in_launched_processes(tmp_path, monkeypatch, method):
     fabric_module = require("lightning.fabric")
     from lightning.fabric.strategies import DDPStrategy
 
     from fastguard.integrations.fabric import guard
 
-    # A spawned process imports this file by its name, and makes ready what conftest.py does.
+    # A spawned process imports this file by name and needs the preparation of conftest.py.
     (tmp_path / "sitecustomize.py").write_text(
         "from guardtest.torchvision_ops import define_missing_operators\n"
         "define_missing_operators()\n"
@@ -276,7 +276,7 @@ def test_a_guarded_fabric_is_sent_to_the_processes_that_it_launches(tmp_path, mo
     sys.modules.pop("test_copies", None)
 
 
-def test_methods_that_somebody_else_has_put_on_an_object_are_called_and_given_back():
+def test_methods_replaced_by_other_code_are_called_and_restored():
     class Owner:
         def act(self):
             return "own"

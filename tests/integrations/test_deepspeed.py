@@ -1,4 +1,4 @@
-"""The recipe for DeepSpeed in docs/recipes.md, in its own engine: stage 0, one process, the CPU."""
+"""The DeepSpeed recipe of docs/recipes.md in the real engine: stage 0, one process, on the CPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from guardtest.training import assert_same_bits
 
 
 class ForDeepSpeed(fastguard.GuardedOptimizer):
-    """As on the page."""
+    """The class of docs/recipes.md."""
 
     @property
     def overflow(self):
@@ -35,7 +35,7 @@ def deepspeed():
 
 
 def train(deepspeed, losses, optimizer, **config):
-    """The engine and its scheduler after steps whose losses are multiplied by `losses`."""
+    """The engine and its scheduler after steps whose losses were multiplied by `losses`."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
     opt = optimizer(model)
@@ -67,8 +67,8 @@ def plain(model):
     return torch.optim.AdamW(model.parameters(), lr=0.1)
 
 
-def test_a_bad_batch_leaves_the_state_of_a_run_without_it(deepspeed):
-    """Weights, optimizer state and schedule; DeepSpeed counts the step as skipped."""
+def test_a_poisoned_batch_leaves_the_state_of_a_run_without_it(deepspeed):
+    """Checks weights, optimizer state and schedule; DeepSpeed counts the step as skipped."""
     ours, our_lr, opt = train(deepspeed, [1.0, math.nan, 1.0, 1.0], guarded)
     theirs, their_lr, bare = train(deepspeed, [1.0, None, 1.0, 1.0], plain)
     assert_same_bits(ours.module.state_dict(), theirs.module.state_dict())
@@ -79,14 +79,14 @@ def test_a_bad_batch_leaves_the_state_of_a_run_without_it(deepspeed):
     assert opt.records()[1].culprits[0][0] == "0.weight"
 
 
-def test_a_clean_run_is_deepspeeds_own(deepspeed):
-    """Its clipping at coefficient 1 to the bit."""
+def test_a_run_without_faults_matches_plain_deepspeed(deepspeed):
+    """With a clipping coefficient of 1, bit for bit."""
     ours, *_ = train(deepspeed, [1.0] * 3, guarded)
     theirs, *_ = train(deepspeed, [1.0] * 3, plain, gradient_clipping=1e3)
     assert_same_bits(ours.module.state_dict(), theirs.module.state_dict())
 
 
-def test_clipped_steps_agree_within_rounding(deepspeed):
+def test_clipped_steps_match_within_rounding(deepspeed):
     def clipping(model):
         return ForDeepSpeed(torch.optim.SGD(model.parameters(), lr=0.1), max_norm=0.1)
 

@@ -14,7 +14,7 @@ CLIPPED_TO = 0.5
 
 
 class ForDeepSpeed(fastguard.GuardedOptimizer):
-    """As on the page of recipes."""
+    """The class of docs/recipes.md."""
 
     @property
     def overflow(self):
@@ -22,7 +22,7 @@ class ForDeepSpeed(fastguard.GuardedOptimizer):
 
 
 def norms(stage: int, dtype: str | None, joined: bool) -> list[float] | str:
-    """The norms of two steps whose gradients DeepSpeed itself has clipped, or what is refused."""
+    """The norms of two steps whose gradients DeepSpeed clipped, or the message of the error."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DS_ACCELERATOR", "cpu")
         deepspeed = require("deepspeed")
@@ -62,7 +62,9 @@ def test_partitions_need_a_group(stage: int, dtype: str | None) -> None:
             assert "shards of DeepSpeed ZeRO in plain tensors" in error
             assert "pass group=torch.distributed.group.WORLD" in error
         first, second = ranks.run(norms, stage, dtype, True)
-    assert first == second == pytest.approx([CLIPPED_TO] * 2, rel=1e-2)  # that of both partitions
+    assert (
+        first == second == pytest.approx([CLIPPED_TO] * 2, rel=1e-2)
+    )  # the norm over both partitions
 
 
 def test_whole_gradients_need_none() -> None:

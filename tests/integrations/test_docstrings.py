@@ -1,4 +1,4 @@
-"""Every example in a docstring of the integrations runs as it stands, and every page does."""
+"""The examples in docstrings of the integrations, and on their pages, run unchanged."""
 
 import doctest
 import importlib
@@ -20,7 +20,7 @@ NEEDS = {
     "loggers": ("mlflow", "wandb"),
     "ultralytics": ("ultralytics",),
 }
-"""The pages that need frameworks, and which; tests/test_docs.py leaves them out."""
+"""The pages that need frameworks, with these frameworks; tests/test_docs.py skips them."""
 
 MODULES = [m.name for m in pkgutil.iter_modules(fastguard.integrations.__path__)]
 BLOCKS = [

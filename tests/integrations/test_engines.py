@@ -1,4 +1,4 @@
-"""Trainers that step through DeepSpeed are refused before its engine exists."""
+"""Trainers that step through DeepSpeed are refused before its engine is created."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REFUSAL = "DeepSpeedStrategy takes the steps .* docs/recipes.md"
 
 @pytest.fixture(autouse=True)
 def environment():
-    """Lightning's launchers leave the rank of this process behind, which Accelerate reads."""
+    """Restores the environment: Lightning sets the rank of the process, which Accelerate reads."""
     before = dict(os.environ)
     yield
     os.environ.clear()
@@ -35,7 +35,7 @@ def environment():
 
 @pytest.fixture
 def deepspeed(monkeypatch):
-    """Without it neither of Lightning's two strategies can be constructed."""
+    """Makes both DeepSpeed strategies of Lightning constructible."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     module = require("deepspeed")
     # Its collectives in shared memory are compiled when they are first asked for: minutes.
@@ -56,7 +56,7 @@ class Module(lightning.LightningModule):
 
 
 def trainer_with(strategy, monkeypatch):
-    # All that these do first is to ask for a GPU, or for other processes.
+    # The replaced methods only check for a GPU or for other processes.
     monkeypatch.setattr(strategy, "setup_environment", lambda: None)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
@@ -73,29 +73,29 @@ def trainer_with(strategy, monkeypatch):
         )
 
 
-def test_the_trainer(deepspeed, monkeypatch):
+def test_a_trainer_with_deepspeed_is_refused(deepspeed, monkeypatch):
     trainer = trainer_with(lightning.pytorch.strategies.DeepSpeedStrategy(), monkeypatch)
     with pytest.raises(ValueError, match=REFUSAL):
         trainer.fit(Module(), torch.utils.data.DataLoader(torch.ones(3, 2, 4), batch_size=None))
-    assert not trainer.strategy.optimizers  # nothing was set up
+    assert not trainer.strategy.optimizers  # the optimizers were not set up
 
 
 class HPUDeepSpeedStrategy(DDPStrategy):
-    """What other vendors bring is known by its name."""
+    """A vendor's DeepSpeed strategy, which is recognized by its name."""
 
 
-def test_the_trainer_with_another_deepspeed(monkeypatch):
+def test_a_trainer_with_a_vendors_deepspeed_is_refused(monkeypatch):
     trainer = trainer_with(HPUDeepSpeedStrategy(), monkeypatch)
     with pytest.raises(ValueError, match="HPUDeepSpeedStrategy takes the steps"):
         trainer.fit(Module(), torch.utils.data.DataLoader(torch.ones(3, 2, 4), batch_size=None))
 
 
-def test_to_validate_through_deepspeed_takes_no_guard(deepspeed, monkeypatch):
+def test_validation_with_deepspeed_is_not_refused(deepspeed, monkeypatch):
     trainer = trainer_with(lightning.pytorch.strategies.DeepSpeedStrategy(), monkeypatch)
     GuardCallback().setup(trainer, Module(), "validate")
 
 
-def test_fabric(deepspeed):
+def test_fabric_with_deepspeed_is_refused(deepspeed):
     strategy = lightning.fabric.strategies.DeepSpeedStrategy()
     mine = lightning.Fabric(accelerator="cpu", devices=1, strategy=strategy)
     with pytest.raises(ValueError, match=REFUSAL):
@@ -104,13 +104,13 @@ def test_fabric(deepspeed):
 
 
 class LikeFSDP(SingleDeviceStrategy):
-    """As FSDPStrategy does on a GPU: of a joint setup, the optimizers come back as they are."""
+    """Returns the optimizers of a joint setup unchanged, as FSDPStrategy does on a GPU."""
 
     def setup_module_and_optimizers(self, module, optimizers, scheduler=None):
         return self.setup_module(module), optimizers, scheduler
 
 
-def test_fabric_guards_an_optimizer_that_comes_with_its_module():
+def test_fabric_guards_an_optimizer_that_is_set_up_with_its_module():
     mine = lightning.Fabric(accelerator="cpu", strategy=LikeFSDP())
     model = nn.Linear(4, 1)
     fabric.guard(mine, model, nonfinite="zero")
@@ -119,7 +119,7 @@ def test_fabric_guards_an_optimizer_that_comes_with_its_module():
     assert optimizer.optimizer.nonfinite == "zero"
 
 
-def test_accelerate(deepspeed, monkeypatch):
+def test_accelerate_with_deepspeed_is_refused(deepspeed, monkeypatch):
     accelerate = require("accelerate")
     from fastguard.integrations.accelerate import guard
 

@@ -1,4 +1,4 @@
-"""The environment of these tests: what was found, and that it is what the pages speak of."""
+"""The environment of these tests contains the frameworks that the pages describe."""
 
 import json
 import re
@@ -17,7 +17,7 @@ FRAMEWORKS = ("transformers", "accelerate", "lightning", "ultralytics")
 def test_fastguard_env_lists_the_frameworks(capsys):
     for name in FRAMEWORKS:
         require(name)
-    capsys.readouterr()  # some greet whoever imports them first
+    capsys.readouterr()  # some frameworks print a message on import
     assert cli.main(["env", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["frameworks"]
     assert {name: found[name] for name in FRAMEWORKS} == {name: PINS[name] for name in FRAMEWORKS}

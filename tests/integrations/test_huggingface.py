@@ -1,4 +1,4 @@
-"""The real Trainer of transformers, on tiny models built from a config, with and without guard."""
+"""The real Trainer of transformers on tiny models, with and without a guard."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def language_model():
 
 
 def trainer(folder, data=None, model=None, **arguments):
-    """One batch a step in the order of the data; a schedule that only counts its own steps."""
+    """A trainer with one batch per step, in order, and a schedule that counts its own steps."""
     defaults = dict(
         output_dir=str(folder),
         per_device_train_batch_size=1,
@@ -88,7 +88,7 @@ def trained(folder, *, guarded=True, options=None, resume=None, **settings):
 
 
 def final_state(built):
-    """Weights, buffers, optimizer state and schedule: all that a run leaves behind."""
+    """Weights, buffers, optimizer state and schedule at the end of a run."""
     state = {f"model.{k}": v for k, v in built.model.state_dict().items()}
     saved = built.optimizer.state_dict()
     for i, values in saved["state"].items():
@@ -108,7 +108,9 @@ def steps_logged(built, key):
 
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch", "sgd"])
 @pytest.mark.parametrize("max_grad_norm", [1e6, 0], ids=["never-reached", "none"])
-def test_a_clean_run_is_the_trainers_own_bit_for_bit(tmp_path, optim, max_grad_norm):
+def test_a_run_without_faults_matches_the_unguarded_trainer_bit_for_bit(
+    tmp_path, optim, max_grad_norm
+):
     settings = dict(optim=optim, max_grad_norm=max_grad_norm)
     own = trained(tmp_path, guarded=False, **settings)
     ours = trained(tmp_path, **settings)
@@ -121,7 +123,7 @@ def test_a_clean_run_is_the_trainers_own_bit_for_bit(tmp_path, optim, max_grad_n
 
 
 def test_max_grad_norm_is_applied_once(tmp_path):
-    """Twice would scale by 0.01 / (0.01 + 1e-6) once more: 1e-4 of every plain SGD step."""
+    """A second clipping would scale by 0.01 / (0.01 + 1e-6) and change every SGD step by 1e-4."""
     settings = dict(optim="sgd", max_grad_norm=0.01, learning_rate=10.0)
     own = trained(tmp_path, guarded=False, **settings)
     ours = trained(tmp_path, **settings)
@@ -135,18 +137,18 @@ def test_max_grad_norm_is_applied_once(tmp_path):
 
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch", "sgd", "adafactor"])
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-def test_poisoned_batches_might_as_well_have_been_left_out(tmp_path, optim, bf16):
+def test_poisoned_batches_leave_the_state_of_a_run_without_them(tmp_path, optim, bf16):
     settings = dict(optim=optim, max_grad_norm=0.5, bf16=bf16)
     ours = trained(tmp_path, data=Batches(poisoned=BAD), **settings)
     without = trained(tmp_path, data=Batches(left_out=BAD), **settings)
     assert_same_bits(final_state(ours), final_state(without))
     assert all(torch.isfinite(p).all() for p in ours.model.parameters())
     assert ours.optimizer.optimizer.skipped_steps == len(BAD)
-    assert ours.state.global_step == STEPS  # the Trainer counts what it tried
+    assert ours.state.global_step == STEPS  # the Trainer counts skipped steps too
 
 
-def test_a_scaler_scales_and_the_guard_unscales(tmp_path):
-    """fp16 on a CPU, which the Trainer refuses to construct but can run."""
+def test_the_guard_unscales_the_gradients_of_a_scaler(tmp_path):
+    """fp16 on a CPU: the Trainer refuses to set it up, but can run it."""
     built = trainer(tmp_path, data=Batches(poisoned=BAD), max_grad_norm=0.5)
     built.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     built.accelerator.native_amp = True
@@ -168,7 +170,7 @@ def test_unguarded_the_same_run_ends_in_nan(tmp_path):
     assert not torch.isfinite(bare.model.lm_head.weight).any()
 
 
-def test_one_bad_micro_batch_costs_the_whole_accumulated_step(tmp_path):
+def test_one_bad_micro_batch_skips_the_whole_accumulated_step(tmp_path):
     settings = dict(gradient_accumulation_steps=2, max_grad_norm=0.5)
     ours = trained(tmp_path, data=Batches(poisoned={5}), **settings)
     without = trained(tmp_path, data=Batches(left_out={4, 5}), **settings)
@@ -179,7 +181,7 @@ def test_one_bad_micro_batch_costs_the_whole_accumulated_step(tmp_path):
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "sgd"])
-def test_running_statistics_forget_a_poisoned_batch(tmp_path, optim):
+def test_running_statistics_are_restored_after_a_poisoned_batch(tmp_path, optim):
     def vision_model():
         torch.manual_seed(0)
         config = transformers.ResNetConfig(
@@ -208,13 +210,13 @@ def test_skips_are_visible_in_the_log(tmp_path, filtered):
     assert steps_logged(built, "skipped_steps") == [0, 1, 1, 1, 2, 2, 2, 2]
     norms = steps_logged(built, "grad_norm")
     assert {i for i, norm in enumerate(norms) if math.isnan(norm)} == BAD
-    # Unfiltered, the Trainer itself logs NaN from then on: it resets its sum by x - x.
+    # Without the filter the Trainer logs NaN from then on: it resets its sum by x - x.
     lost = set() if filtered else set(range(min(BAD), STEPS))
     losses = steps_logged(built, "loss")
     assert {i for i, loss in enumerate(losses) if math.isnan(loss)} == lost
 
 
-def test_reporters_see_what_the_guard_adds(tmp_path):
+def test_reporters_receive_the_values_of_the_guard(tmp_path):
     seen = []
 
     class Reporter(transformers.TrainerCallback):
@@ -228,15 +230,15 @@ def test_reporters_see_what_the_guard_adds(tmp_path):
     assert [logs["skipped_steps"] for logs in seen if "loss" in logs] == [0] * STEPS
 
 
-def test_the_schedule_waits_for_steps_that_happen(tmp_path):
+def test_the_schedule_counts_applied_steps_only(tmp_path):
     built = trained(tmp_path, data=Batches(poisoned=BAD))
     rates = steps_logged(built, "learning_rate")
     without = steps_logged(trained(tmp_path, data=Batches(left_out=BAD)), "learning_rate")
     assert [rate for i, rate in enumerate(rates) if i not in BAD] == without
 
 
-def test_resuming_is_bitwise_and_carries_the_guard(tmp_path):
-    """Step 4 is a spike only to a guard that knows the steps before the interruption."""
+def test_resuming_is_bitwise_and_restores_the_guard(tmp_path):
+    """Step 4 is a spike only if the guard remembers the steps before the interruption."""
     options = dict(spike=SpikeRule(window=8, sigma=6.0, warmup=2))
     settings = dict(
         data=Batches(poisoned=BAD), save_strategy="steps", save_steps=3, max_grad_norm=0.5
@@ -266,7 +268,7 @@ def test_a_limit_given_to_the_guard_replaces_max_grad_norm(tmp_path):
     assert_same_bits(final_state(ours), final_state(same))
 
 
-def test_an_optimizer_that_is_guarded_already_is_kept(tmp_path):
+def test_an_already_guarded_optimizer_is_kept(tmp_path):
     built = trainer(tmp_path, data=Batches(poisoned=BAD))
     mine = GuardedOptimizer(torch.optim.SGD(built.model.parameters(), lr=0.1))
     built.optimizer = mine
@@ -276,7 +278,7 @@ def test_an_optimizer_that_is_guarded_already_is_kept(tmp_path):
     assert mine.skipped_steps == len(BAD)
 
 
-def test_training_again_goes_on_with_the_same_guard(tmp_path):
+def test_a_second_train_call_uses_the_same_guard(tmp_path):
     built = trainer(tmp_path)
     callback = guard(built)
     built.train()
@@ -284,7 +286,7 @@ def test_training_again_goes_on_with_the_same_guard(tmp_path):
     assert callback.optimizer.steps_taken == 2 * STEPS
 
 
-def test_guarding_after_an_unguarded_run(tmp_path):
+def test_a_trainer_can_be_guarded_after_an_unguarded_run(tmp_path):
     built = trained(tmp_path, guarded=False)
     callback = guard(built)
     built.train()
@@ -298,7 +300,7 @@ def test_guarding_twice_is_refused(tmp_path):
         guard(built)
 
 
-def test_a_new_accelerator_is_noticed(tmp_path):
+def test_a_replaced_accelerator_must_be_guarded_again(tmp_path):
     built = trainer(tmp_path)
     guard(built)
     built.create_accelerator_and_postprocess()

@@ -1,4 +1,4 @@
-"""Plain loops over the real Accelerate, with and without guard."""
+"""Plain loops with the real Accelerate, with and without a guard."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastguard.integrations.accelerate import guard  # noqa: E402
 
 
 class Run:
-    """One plain Accelerate loop, as its documentation writes it."""
+    """A plain Accelerate loop, as in its documentation."""
 
     def __init__(self, optimizer="adamw-fused", *, guarded=True, options=None, **accelerator):
         self.accelerator = accelerate.Accelerator(cpu=True, **accelerator)
@@ -55,14 +55,14 @@ class Run:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("max_norm", [1e6, None], ids=str)
-def test_a_clean_run_is_accelerates_own_bit_for_bit(optimizer, max_norm):
+def test_a_run_without_faults_matches_plain_accelerate_bit_for_bit(optimizer, max_norm):
     own = Run(optimizer, guarded=False).train(batches(), max_norm)
     ours = Run(optimizer).train(batches(), max_norm)
     assert_same_bits(ours.final_state(), own.final_state())
     assert ours.norms == pytest.approx(own.norms, rel=1e-6)
 
 
-def test_what_clip_grad_norm_asks_for_is_applied_once():
+def test_the_limit_of_clip_grad_norm_is_applied_once():
     own = Run("sgd", guarded=False).train(batches(), 0.01)
     ours = Run("sgd").train(batches(), 0.01)
     for name, weight in own.final_state().items():
@@ -74,21 +74,21 @@ def test_what_clip_grad_norm_asks_for_is_applied_once():
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_poisoned_batches_might_as_well_have_been_left_out(optimizer, precision):
+def test_poisoned_batches_leave_the_state_of_a_run_without_them(optimizer, precision):
     ours = Run(optimizer, mixed_precision=precision).train(batches(poisoned=BAD))
     without = Run(optimizer, mixed_precision=precision).train(batches(left_out=BAD))
     assert_same_bits(ours.final_state(), without.final_state())
     assert {i for i, norm in enumerate(ours.norms) if math.isnan(norm)} == BAD
 
 
-def test_one_bad_micro_batch_costs_the_whole_accumulated_step():
+def test_one_bad_micro_batch_skips_the_whole_accumulated_step():
     ours = Run(gradient_accumulation_steps=2).train(batches(poisoned={5}))
     without = Run(gradient_accumulation_steps=2).train(batches(left_out={4, 5}))
     assert_same_bits(ours.final_state(), without.final_state())
     assert ours.optimizer.optimizer.steps_taken == STEPS // 2
 
 
-def test_accelerate_itself_knows_which_steps_were_skipped():
+def test_accelerate_reports_which_steps_were_skipped():
     run, skipped = Run(), []
     for x in batches(poisoned=BAD):
         run.train([x])
@@ -97,8 +97,8 @@ def test_accelerate_itself_knows_which_steps_were_skipped():
     assert {i for i, was in enumerate(skipped) if was} == BAD
 
 
-def test_a_scaler_scales_and_the_guard_unscales():
-    """fp16 on a CPU, which Accelerate refuses to construct but can run."""
+def test_the_guard_unscales_the_gradients_of_a_scaler():
+    """fp16 on a CPU: Accelerate refuses to set it up, but can run it."""
     accelerator = accelerate.Accelerator(cpu=True)
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     accelerator.native_amp = True
@@ -126,7 +126,7 @@ def test_a_scaler_scales_and_the_guard_unscales():
         assert records[i].total_norm < 100  # unscaled: the scale is 1024
 
 
-def test_save_state_and_load_state_carry_the_guard(tmp_path):
+def test_save_state_and_load_state_include_the_guard(tmp_path):
     data = batches(poisoned=BAD)
     whole = Run().train(data[:3])
     whole.accelerator.save_state(str(tmp_path))
@@ -161,7 +161,7 @@ def test_flat_parameters_are_saved_and_loaded(tmp_path, flat, safe):
     assert len(memory) == 1
 
 
-def test_running_statistics_that_were_loaded_are_those_to_go_back_to(tmp_path):
+def test_a_skip_after_a_load_restores_the_loaded_running_statistics(tmp_path):
     whole = Run().train(batches())
     whole.accelerator.save_state(str(tmp_path))
     resumed = Run()
@@ -170,7 +170,7 @@ def test_running_statistics_that_were_loaded_are_those_to_go_back_to(tmp_path):
     assert_same_bits(dict(resumed.model.state_dict()), dict(whole.model.state_dict()))
 
 
-def test_the_guard_sees_the_mean_loss_of_a_step():
+def test_the_guard_receives_the_mean_loss_of_a_step():
     run = Run(gradient_accumulation_steps=2, options={"nonfinite": "skip"})
     data = batches()
     with torch.no_grad():  # before the first update, in training mode as the loop
@@ -180,18 +180,18 @@ def test_the_guard_sees_the_mean_loss_of_a_step():
     assert record.losses["loss"] == pytest.approx(sum(expected) / 2, rel=1e-5)
 
 
-def test_a_limit_given_to_the_guard_wins():
+def test_a_limit_of_the_guard_has_priority():
     run = Run("sgd", options={"max_norm": 0.25}).train(batches(), max_norm=1e-3)
     other = Run("sgd", options={"max_norm": 0.25}).train(batches(), max_norm=None)
     assert_same_bits(run.final_state(), other.final_state())
 
 
-def test_a_limit_holds_for_one_step():
+def test_a_requested_limit_applies_to_one_step():
     run = Run("sgd").train(batches()[:1], max_norm=1e-3).train(batches()[1:2], max_norm=None)
     assert [r.action for r in run.optimizer.optimizer.records()] == ["clipped", "applied"]
 
 
-def test_clipping_a_part_of_the_model_is_left_to_accelerate():
+def test_accelerate_itself_clips_a_part_of_the_model():
     run = Run("sgd", options={"nonfinite": "skip"})
     head = run.model[3]
     (run.model(batches()[0]) - 1).square().mean().backward()
@@ -213,14 +213,14 @@ def test_two_optimizers_each_have_their_own_limit():
     assert [o.optimizer.records()[0].action for o in (first, second)] == ["applied", "clipped"]
 
 
-def test_another_norm_than_the_guard_measures_is_refused():
+def test_a_norm_type_that_the_guard_does_not_measure_is_refused():
     run = Run()
     run.accelerator.backward(run.model(batches()[0]).sum())
     with pytest.raises(ValueError, match="give the guard norm_type=inf"):
         run.accelerator.clip_grad_norm_(run.model.parameters(), 1.0, norm_type=math.inf)
 
 
-def test_an_optimizer_that_is_guarded_already_is_kept():
+def test_an_already_guarded_optimizer_is_kept():
     accelerator, model = accelerate.Accelerator(cpu=True), new_model()
     mine = GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), max_norm=3.0)
     guard(accelerator, model)
@@ -235,7 +235,7 @@ def test_guarding_twice_is_refused():
         guard(accelerator)
 
 
-def test_what_steps_by_itself_is_refused(monkeypatch):
+def test_engines_that_step_the_optimizer_themselves_are_refused(monkeypatch):
     accelerator = accelerate.Accelerator(cpu=True)
     monkeypatch.setattr(accelerator.state, "distributed_type", accelerate.DistributedType.DEEPSPEED)
     with pytest.raises(ValueError, match="takes the steps"):

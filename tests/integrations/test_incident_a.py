@@ -1,4 +1,4 @@
-"""A. The detector that met NaN in epoch 3: first the damage, then the same run under guard."""
+"""Incident A, a detector with NaN in epoch 3: the unguarded run, then the guarded one."""
 
 from __future__ import annotations
 
@@ -21,14 +21,21 @@ for package in ("rich", "matplotlib"):
 BAD = [BATCHES * (epoch - 1) + batch for epoch, batch in FAULTS]  # steps, from 1
 
 
-# As it was.
+# The unguarded run.
 
 
-def test_two_batches_cost_the_run(as_it_was):
+def test_two_bad_batches_ruin_the_unguarded_run(as_it_was):
     facts = as_it_was.facts
     assert not as_it_was.survived
     assert not any(facts[part] for part in ("weights", "statistics", "ema", "momenta"))
-    assert facts["epochs"] == (1, 2, 3, 3, 3, 3)  # the trainer's recovery meets the same batches
+    assert facts["epochs"] == (
+        1,
+        2,
+        3,
+        3,
+        3,
+        3,
+    )  # the trainer's recovery reaches the same batches again
     assert "NaN persisted" in facts["error"]
 
 
@@ -38,10 +45,10 @@ def test_every_loss_after_the_first_bad_batch_is_nan(as_it_was):
     assert not any(map(math.isfinite, as_it_was.losses[first - 1 : 3 * BATCHES]))
 
 
-# Under guard.
+# The guarded run.
 
 
-def test_the_run_ends_as_it_should(guarded):
+def test_the_guarded_run_trains_to_the_end(guarded):
     facts = guarded.facts
     assert guarded.survived
     assert (facts["error"], facts["epochs"]) == (None, (1, 2, 3, 4))
@@ -56,7 +63,7 @@ def test_the_trainers_own_log_has_no_nan(folder):
     assert all(math.isfinite(float(v)) for row in rows for v in row.split(","))
 
 
-def test_both_runs_are_one_until_the_first_bad_batch(as_it_was, guarded):
+def test_both_runs_are_identical_until_the_first_bad_batch(as_it_was, guarded):
     assert guarded.losses[: BAD[0] - 1] == as_it_was.losses[: BAD[0] - 1]
 
 
@@ -73,7 +80,7 @@ def test_the_records_name_batch_loss_part_parameter_and_image(guarded, folder):
     )
 
 
-def test_groups_warm_up_on_their_own_and_momentum_too(guarded):
+def test_each_param_group_has_its_own_warmup_of_rate_and_momentum(guarded):
     lr, momentum = guarded.facts["lr"], guarded.facts["momentum"]
     bias = [rates["bias"] for rates in lr[:BATCHES]]
     weight = [rates["weight"] for rates in lr[:BATCHES]]
@@ -82,7 +89,7 @@ def test_groups_warm_up_on_their_own_and_momentum_too(guarded):
     assert momentum[BATCHES]["weight"] == 0.937
 
 
-def test_the_learning_rate_backs_off_and_comes_back(guarded):
+def test_the_learning_rate_backs_off_and_recovers(guarded):
     rates = {record.step: record.lr for record in guarded.records}
     first, second = BAD
     after = [rates[first + n] / rates[first] for n in (1, 20, 21)]
@@ -99,7 +106,7 @@ def test_checkpoints_are_clean(folder, capsys):
     assert capsys.readouterr().out.count("all finite") == len(files)
 
 
-def test_what_had_to_be_grepped_is_one_command(folder, capsys):
+def test_monitor_names_the_epoch_and_batch_of_each_fault(folder, capsys):
     assert main(["monitor", "--once", str(folder / "guarded" / "run")]) == 1
     printed = capsys.readouterr().out
     assert "2 incidents" in printed and "cls_loss=nan" in printed
@@ -107,11 +114,11 @@ def test_what_had_to_be_grepped_is_one_command(folder, capsys):
         assert f"'epoch': {epoch}, 'batch': {batch}" in printed
 
 
-def test_the_picture_is_there(folder):
+def test_the_picture_is_written(folder):
     assert (folder / "incident.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
-# Each mechanism is needed: without it, the run does not end as it should.
+# Each mechanism is needed: without it the run is lost.
 
 
 def test_without_skipping_the_weights_are_lost(monkeypatch, tmp_path):
@@ -123,7 +130,7 @@ def test_without_skipping_the_weights_are_lost(monkeypatch, tmp_path):
     assert not outcome.survived and not outcome.facts["weights"]
 
 
-def test_without_care_for_batchnorm_the_averages_are_lost(monkeypatch, tmp_path):
+def test_without_protected_buffers_the_averages_are_lost(monkeypatch, tmp_path):
     monkeypatch.setattr(callbacks.ModelBuffers, "follow", lambda *_: None)
     outcome = detector.run(tmp_path, guarded=True)
     assert outcome.facts["weights"]

@@ -1,4 +1,4 @@
-"""The real Trainer of Lightning, with and without guard."""
+"""The real Trainer of Lightning, with and without a guard."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def batches(left_out: Collection[int] = (), poisoned: Collection[int] = (), n: i
 
 
 class Module(lightning.LightningModule):
-    """A network with running statistics and a schedule by step."""
+    """A network with running statistics and a schedule per step."""
 
     def __init__(self, optimizer="adamw-fused", schedule_interval="step"):
         super().__init__()
@@ -60,7 +60,7 @@ class Module(lightning.LightningModule):
 
 
 class Manual(Module):
-    """The same in manual optimization, with the clipping that its documentation advises."""
+    """The same network in manual optimization, clipped as Lightning's documentation advises."""
 
     def __init__(self, optimizer="adamw-fused", clip=0.5):
         super().__init__(optimizer)
@@ -106,7 +106,7 @@ def final_state(trainer):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("clip", [1e6, 0, None], ids=["never-reached", "zero", "none"])
-def test_a_clean_run_is_lightnings_own_bit_for_bit(optimizer, clip):
+def test_a_run_without_faults_matches_plain_lightning_bit_for_bit(optimizer, clip):
     own = trained(batches(), Module(optimizer), guarded=False, gradient_clip_val=clip)
     ours = trained(batches(), Module(optimizer), gradient_clip_val=clip)
     assert_same_bits(final_state(ours), final_state(own))
@@ -114,7 +114,7 @@ def test_a_clean_run_is_lightnings_own_bit_for_bit(optimizer, clip):
 
 @pytest.mark.parametrize("build", [Module, Manual], ids=["automatic", "manual"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
-def test_poisoned_batches_might_as_well_have_been_left_out(build, precision):
+def test_poisoned_batches_leave_the_state_of_a_run_without_them(build, precision):
     def run(data):
         data = [x.to(dtype) for x in data]
         clip = {} if build is Manual else {"gradient_clip_val": 0.5}
@@ -125,7 +125,7 @@ def test_poisoned_batches_might_as_well_have_been_left_out(build, precision):
     assert_same_bits(final_state(ours), final_state(without))
     assert all(torch.isfinite(p).all() for p in ours.lightning_module.parameters())
     assert ours.optimizers[0].skipped_steps == len(BAD)
-    assert ours.global_step == STEPS  # Lightning counts what it tried
+    assert ours.global_step == STEPS  # Lightning counts skipped steps too
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -140,7 +140,7 @@ def test_unguarded_the_same_run_ends_in_nan():
     assert not torch.isfinite(bare.lightning_module.net[0].weight).any()
 
 
-def test_one_bad_micro_batch_costs_the_whole_accumulated_step():
+def test_one_bad_micro_batch_skips_the_whole_accumulated_step():
     settings = dict(accumulate_grad_batches=2, gradient_clip_val=0.5)
     ours = trained(batches(poisoned={5}), **settings)
     without = trained(batches(left_out={4, 5}), **settings)
@@ -148,8 +148,8 @@ def test_one_bad_micro_batch_costs_the_whole_accumulated_step():
 
 
 @pytest.mark.parametrize("build", [Module, Manual], ids=["automatic", "manual"])
-def test_clipping_is_lightnings_own_within_rounding_and_once(build):
-    """Twice would scale by 0.01 / (0.01 + 1e-6) once more: 1e-4 of every step."""
+def test_clipping_matches_lightnings_within_rounding_and_happens_once(build):
+    """A second clipping would scale by 0.01 / (0.01 + 1e-6) and change every step by 1e-4."""
 
     def run(guarded):
         module = Manual("sgd", clip=0.01) if build is Manual else Module("sgd")
@@ -181,7 +181,7 @@ def test_clipping_by_value_is_moved_into_the_guard_and_still_finds_inf():
     assert_same_bits(final_state(ours), final_state(without))
 
 
-def test_a_module_that_chooses_its_clipping_itself():
+def test_a_module_may_override_configure_gradient_clipping():
     class Chooses(Module):
         def configure_gradient_clipping(self, optimizer, gradient_clip_val, **_):
             if self.trainer.global_step % 2:
@@ -192,7 +192,7 @@ def test_a_module_that_chooses_its_clipping_itself():
     assert actions == ["applied", "clipped"] * (STEPS // 2)
 
 
-def test_a_limit_given_to_the_guard_wins():
+def test_a_limit_of_the_guard_has_priority():
     def run(clip):
         callback = GuardCallback(max_norm=0.25)
         return trained(batches(), Module("sgd"), guarded=callback, gradient_clip_val=clip)
@@ -200,8 +200,8 @@ def test_a_limit_given_to_the_guard_wins():
     assert_same_bits(final_state(run(1e-3)), final_state(run(None)))
 
 
-def test_the_mixed_precision_plugin_would_refuse_this_optimizer():
-    """Why clipping is taken over: the plugin's own way ends the run."""
+def test_lightnings_mixed_precision_plugin_refuses_to_clip_this_optimizer():
+    """The reason why the guard replaces the clipping of the plugin."""
 
     class Guarded(Module):
         def configure_optimizers(self):
@@ -213,8 +213,8 @@ def test_the_mixed_precision_plugin_would_refuse_this_optimizer():
     assert {record.action for record in run.optimizers[0].records()} == {"clipped"}
 
 
-def test_a_scaler_scales_and_the_guard_unscales():
-    """16-mixed on a CPU, which Lightning itself offers only as a plugin."""
+def test_the_guard_unscales_the_gradients_of_a_scaler():
+    """16-mixed on a CPU, which needs the plugin of Lightning."""
     from lightning.pytorch.plugins import MixedPrecision
 
     def run(data):
@@ -235,7 +235,7 @@ def test_a_scaler_scales_and_the_guard_unscales():
 
 
 class Metrics(lightning.Callback):
-    """What the callbacks of a user find after each batch."""
+    """Collects the metrics that a user's callback sees after each batch."""
 
     def __init__(self):
         self.seen = []
@@ -245,7 +245,7 @@ class Metrics(lightning.Callback):
 
 
 @pytest.mark.parametrize("build", [Module, Manual], ids=["automatic", "manual"])
-def test_what_the_guard_saw_is_in_callback_metrics(build):
+def test_the_values_of_the_guard_are_in_callback_metrics(build):
     metrics = Metrics()
     run = trained(
         batches(poisoned=BAD), build(), guarded=False, callbacks=[GuardCallback(), metrics]
@@ -260,7 +260,7 @@ def test_what_the_guard_saw_is_in_callback_metrics(build):
     assert coefs == pytest.approx([record.clip_coef for record in records])
 
 
-def test_the_guard_sees_the_mean_loss_of_a_step():
+def test_the_guard_receives_the_mean_loss_of_a_step():
     module = Module()
     run = trained(batches(), module, accumulate_grad_batches=4)
     losses = [record.losses["loss"] for record in run.optimizers[0].records()]
@@ -268,15 +268,15 @@ def test_the_guard_sees_the_mean_loss_of_a_step():
     assert losses == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_guard_sees_the_loss_in_manual_optimization():
+def test_the_guard_receives_the_loss_in_manual_optimization():
     module = Manual()
     run = trained(batches(), module)
     losses = [record.losses["loss"] for record in run.optimizers[0].records()]
     assert losses == pytest.approx(module.losses, rel=1e-6)
 
 
-def test_resuming_is_bitwise_and_carries_the_guard(tmp_path):
-    """Two epochs; the baseline of the spike rule and the counters come from the first."""
+def test_resuming_is_bitwise_and_restores_the_guard(tmp_path):
+    """The second epoch continues with the spike rule's baseline and the counters of the first."""
 
     def callback():
         return GuardCallback(spike=SpikeRule(window=8, sigma=50.0, warmup=2))
@@ -296,7 +296,7 @@ def test_resuming_is_bitwise_and_carries_the_guard(tmp_path):
     assert resumed.callback_metrics["train/skipped_steps"] == 4
 
 
-def test_a_schedule_by_epoch_does_not_wait():
+def test_a_schedule_per_epoch_ignores_skipped_steps():
     run = trained(batches(poisoned={STEPS - 1}), Module(schedule_interval="epoch"), max_epochs=3)
     assert run.lr_scheduler_configs[0].scheduler.last_epoch == 3
 
@@ -323,14 +323,14 @@ def test_several_optimizers_in_manual_optimization():
                     self.clip_gradients(optimizer, 1e-3, "norm")
                 optimizer.step()
 
-    run = trained(batches(poisoned=BAD), Two())  # row 2 is poisoned: the second never sees it
+    run = trained(batches(poisoned=BAD), Two())  # NaN is in row 2, which the second does not use
     assert [o.skipped_steps for o in run.optimizers] == [len(BAD), 0]
     assert {r.action for r in run.optimizers[1].records()} == {"clipped"}
     assert run.callback_metrics["train/skipped_steps/0"] == len(BAD)
     assert run.callback_metrics["train/skipped_steps/1"] == 0
 
 
-def test_lightning_gets_its_own_methods_back_even_after_an_error():
+def test_lightnings_methods_are_restored_even_after_an_error():
     class Fails(Module):
         def training_step(self, batch, batch_idx):
             raise KeyError("in the middle")
@@ -346,7 +346,7 @@ def test_lightning_gets_its_own_methods_back_even_after_an_error():
             assert "clip_gradients" not in vars(trainer.precision_plugin)
 
 
-def test_one_callback_serves_fit_after_fit():
+def test_one_callback_can_be_used_for_several_fits():
     callback = GuardCallback()
     trained(batches(poisoned=BAD), guarded=callback)
     trained(batches(), guarded=callback)

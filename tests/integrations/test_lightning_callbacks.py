@@ -1,4 +1,4 @@
-"""Lightning's own callbacks and uncommon modules: as without the guard, to the last bit."""
+"""Lightning's own callbacks and unusual modules: bit for bit as without the guard."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from guardtest.training import assert_same_bits
 
 lightning = require("lightning")
 
-from lightning.pytorch import callbacks as lightnings  # noqa: E402
+from lightning.pytorch import callbacks as lightning_callbacks  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 
 from fastguard import GuardedOptimizer, read_records  # noqa: E402
@@ -35,7 +35,7 @@ def quiet():
 
 
 class Module(lightning.LightningModule):
-    """A body and a head, so that one can be frozen."""
+    """A body and a head; one of them can be frozen."""
 
     def __init__(self, schedule=None):
         super().__init__()
@@ -80,7 +80,7 @@ class ManyBatchesAtOnce(Module):
 
 
 class InTheMiddle(lightning.Callback):
-    """Does something with the trainer and the module after the third step."""
+    """Calls a function with the trainer and the module after the third step."""
 
     def __init__(self, act):
         self.act = act
@@ -90,7 +90,7 @@ class InTheMiddle(lightning.Callback):
             self.act(trainer, pl_module)
 
 
-class Unfreezing(lightnings.BaseFinetuning):
+class Unfreezing(lightning_callbacks.BaseFinetuning):
     def freeze_before_training(self, pl_module):
         self.freeze(pl_module.body)
 
@@ -106,14 +106,14 @@ def copied(trainer, module):
 
 
 def saved(trainer, module):
-    """As a whole, which users do, and through the pickle that spawned processes get."""
+    """Saves the trainer with `torch.save`, as users do, and pickles it as for spawned processes."""
     torch.save(module, io.BytesIO())
     twin = pickle.loads(pickle.dumps(trainer))
     assert type(twin.optimizers[0]) is type(trainer.optimizers[0])
 
 
 def fitted(folder, module, *others, guarded, data=None, **settings):
-    """What a fit leaves behind, and what it logged but for the guard's own values."""
+    """The state after a fit, and the logged values except those of the guard."""
     defaults = dict(
         max_epochs=3,
         accelerator="cpu",
@@ -134,23 +134,29 @@ def fitted(folder, module, *others, guarded, data=None, **settings):
 
 
 def finder():
-    return lightnings.LearningRateFinder(num_training_steps=20)
+    return lightning_callbacks.LearningRateFinder(num_training_steps=20)
 
 
 CASES = {
-    "averaging": (Module, lambda: lightnings.StochasticWeightAveraging(1e-2, swa_epoch_start=1)),
+    "averaging": (
+        Module,
+        lambda: lightning_callbacks.StochasticWeightAveraging(1e-2, swa_epoch_start=1),
+    ),
     "averaging-schedule": (
         lambda: Module("epoch"),
-        lambda: lightnings.StochasticWeightAveraging(1e-2, 1, annealing_strategy="linear"),
+        lambda: lightning_callbacks.StochasticWeightAveraging(1e-2, 1, annealing_strategy="linear"),
     ),
-    "moving-average": (Module, lightnings.EMAWeightAveraging),
+    "moving-average": (Module, lightning_callbacks.EMAWeightAveraging),
     "finder": (Module, finder),
     "finder-schedule": (lambda: Module("step"), finder),
     "late-scheduler": (LateScheduler, lightning.Callback),
     "no-optimizer": (NoOptimizer, lightning.Callback),
     "dataloader-iter": (ManyBatchesAtOnce, lightning.Callback),
     "unfreezing": (Module, Unfreezing),
-    "accumulation": (Module, lambda: lightnings.GradientAccumulationScheduler({0: 1, 1: 3})),
+    "accumulation": (
+        Module,
+        lambda: lightning_callbacks.GradientAccumulationScheduler({0: 1, 1: 3}),
+    ),
     "copied": (lambda: Module("step"), lambda: InTheMiddle(copied)),
     "saved": (lambda: Module("step"), lambda: InTheMiddle(saved)),
 }
@@ -158,7 +164,7 @@ CASES = {
 
 @pytest.mark.parametrize("first", [True, False], ids=["guard-first", "guard-last"])
 @pytest.mark.parametrize("build, other", CASES.values(), ids=CASES)
-def test_as_without_the_guard(tmp_path, build, other, first):
+def test_callbacks_and_modules_behave_as_without_the_guard(tmp_path, build, other, first):
     _, expected, logged = fitted(tmp_path, build(), other(), guarded=None)
     guard = GuardCallback()
     if first:
@@ -172,11 +178,11 @@ def test_as_without_the_guard(tmp_path, build, other, first):
 @pytest.mark.parametrize("late", [False, True], ids=["", "late"])
 @pytest.mark.parametrize("schedule", [None, "step", "epoch"])
 def test_learning_rate_monitor_logs_what_it_logs_without_the_guard(tmp_path, schedule, late):
-    """Averaging makes a schedule of its own, for the guard, in the middle of the fit."""
+    """Weight averaging creates a schedule for the guarded optimizer during the fit."""
     logged = []
     for guarded in (None, GuardCallback()):
-        monitor = lightnings.LearningRateMonitor(log_momentum=True, log_weight_decay=True)
-        others = [lightnings.StochasticWeightAveraging(1e-2, 1)] if late else []
+        monitor = lightning_callbacks.LearningRateMonitor(log_momentum=True, log_weight_decay=True)
+        others = [lightning_callbacks.StochasticWeightAveraging(1e-2, 1)] if late else []
         settings = dict(guarded=guarded, logger=CSVLogger(tmp_path))
         fitted(tmp_path, Module(schedule), *others, monitor, **settings)
         logged.append(monitor.lrs)
@@ -185,7 +191,7 @@ def test_learning_rate_monitor_logs_what_it_logs_without_the_guard(tmp_path, sch
 
 
 class Manual(Module):
-    """Saves and loads its optimizer through what `self.optimizers()` hands out."""
+    """Saves and loads its optimizer through the wrapper from `self.optimizers()`."""
 
     def __init__(self, by_hand=False):
         super().__init__()
@@ -208,21 +214,24 @@ class Manual(Module):
 
 
 @pytest.mark.parametrize("by_hand", [False, True], ids=["callback", "by-hand"])
-def test_a_state_that_is_loaded_through_lightnings_wrapper_reaches_the_guard(tmp_path, by_hand):
+def test_a_state_loaded_through_lightnings_wrapper_reaches_the_guard(tmp_path, by_hand):
     guard = None if by_hand else GuardCallback()
     data = batches(poisoned=BAD)
     trainer, _, _ = fitted(tmp_path, Manual(by_hand), guarded=guard, data=data, max_epochs=1)
     optimizer = trainer.optimizers[0]
-    assert (optimizer.applied_steps, optimizer.skipped_steps) == (4, 1)  # 2 + 1, and two more
+    assert (optimizer.applied_steps, optimizer.skipped_steps) == (
+        4,
+        1,
+    )  # 2 + 1 loaded, 2 more taken
     assert optimizer.steps_taken == 5
     wrapped = trainer.strategy._lightning_optimizers[0]
     assert wrapped.applied_steps == 4
     assert [r.step for r in wrapped.records()] == [1, 2, 3, 4, 5, 6, 4, 5]
-    assert optimizer.records() == []  # the same ones: they are handed out once
+    assert optimizer.records() == []  # each record is returned once
 
 
-def test_a_copy_in_the_middle_of_a_fit_is_a_guarded_trainer_of_its_own(tmp_path):
-    """It counts, tags and skips by itself, and leaves the original and its file alone."""
+def test_a_copy_made_during_a_fit_is_an_independent_guarded_trainer(tmp_path):
+    """It counts, tags and skips without any effect on the original and its file."""
     twins = []
 
     def branch(trainer, module):

@@ -1,4 +1,4 @@
-"""Plain loops over the real Lightning Fabric, with and without guard."""
+"""Plain loops with the real Lightning Fabric, with and without a guard."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastguard.integrations.fabric import guard  # noqa: E402
 
 
 class Run:
-    """One plain Fabric loop, as its documentation writes it."""
+    """A plain Fabric loop, as in its documentation."""
 
     def __init__(self, optimizer="adamw-fused", *, guarded=True, options=None, precision=None):
         self.fabric = fabric_module.Fabric(accelerator="cpu", devices=1, precision=precision)
@@ -52,7 +52,7 @@ class Run:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("clip", [{"max_norm": 1e6}, {"clip_val": 1e6}, {}], ids=str)
-def test_a_clean_run_is_fabrics_own_bit_for_bit(optimizer, clip):
+def test_a_run_without_faults_matches_plain_fabric_bit_for_bit(optimizer, clip):
     own = Run(optimizer, guarded=False).train(batches(), **clip)
     ours = Run(optimizer).train(batches(), **clip)
     assert_same_bits(ours.final_state(), own.final_state())
@@ -61,7 +61,7 @@ def test_a_clean_run_is_fabrics_own_bit_for_bit(optimizer, clip):
 
 
 @pytest.mark.parametrize("clip", [{"max_norm": 0.01}, {"clip_val": 0.01}], ids=str)
-def test_what_clip_gradients_asks_for_is_applied_once(clip):
+def test_the_limit_of_clip_gradients_is_applied_once(clip):
     own = Run("sgd", guarded=False).train(batches(), **clip)
     ours = Run("sgd").train(batches(), **clip)
     for name, weight in own.final_state().items():
@@ -70,7 +70,7 @@ def test_what_clip_gradients_asks_for_is_applied_once(clip):
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_poisoned_batches_might_as_well_have_been_left_out(optimizer, precision):
+def test_poisoned_batches_leave_the_state_of_a_run_without_them(optimizer, precision):
     dtype = {"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(precision, torch.float32)
     poisoned, rest = batches(poisoned=BAD).to(dtype), batches(left_out=BAD).to(dtype)
     ours = Run(optimizer, precision=precision).train(poisoned, max_norm=0.5)
@@ -79,13 +79,13 @@ def test_poisoned_batches_might_as_well_have_been_left_out(optimizer, precision)
     assert {i for i, norm in enumerate(ours.norms) if math.isnan(norm)} == BAD
 
 
-def test_fabrics_own_clipping_would_end_this_run():
+def test_fabrics_own_clipping_raises_on_nonfinite_norms():
     with pytest.raises(RuntimeError, match="non-finite"):
         Run(guarded=False).train(batches(poisoned=BAD), max_norm=0.5)
 
 
-def test_a_scaler_scales_and_the_guard_unscales():
-    """16-mixed on a CPU, which Fabric itself offers only as a plugin."""
+def test_the_guard_unscales_the_gradients_of_a_scaler():
+    """16-mixed on a CPU, which needs the plugin of Fabric."""
     from lightning.fabric.plugins import MixedPrecision
 
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -111,7 +111,7 @@ def test_a_scaler_scales_and_the_guard_unscales():
             assert record.total_norm < 100  # unscaled: the scale is 1024
 
 
-def test_one_bad_micro_batch_costs_the_whole_accumulated_step():
+def test_one_bad_micro_batch_skips_the_whole_accumulated_step():
     ours = Run().train(batches(poisoned={5}), accumulate=2, max_norm=0.5)
     without = Run().train(batches(left_out={4, 5}), accumulate=2, max_norm=0.5)
     assert_same_bits(ours.final_state(), without.final_state())
@@ -119,7 +119,7 @@ def test_one_bad_micro_batch_costs_the_whole_accumulated_step():
     assert [i for i, loss in enumerate(losses) if math.isnan(loss)] == [2]
 
 
-def test_save_and_load_carry_the_guard(tmp_path):
+def test_save_and_load_include_the_guard(tmp_path):
     data = batches(poisoned=BAD)
     whole = Run().train(data[:3])
     state = {"model": whole.model, "optimizer": whole.optimizer}
@@ -133,7 +133,7 @@ def test_save_and_load_carry_the_guard(tmp_path):
     assert resumed.guarded.skipped_steps == len(BAD)
 
 
-def test_a_guarded_schedule_waits_for_steps_that_happen():
+def test_a_guarded_schedule_counts_applied_steps_only():
     run = Run("sgd")
     schedule = fastguard.GuardedLR(
         torch.optim.lr_scheduler.ExponentialLR(run.guarded.optimizer, 0.5), optimizer=run.optimizer
@@ -144,13 +144,13 @@ def test_a_guarded_schedule_waits_for_steps_that_happen():
     assert schedule.get_last_lr() == [0.5 * 0.5 ** (STEPS - len(BAD))]
 
 
-def test_a_limit_given_to_the_guard_wins():
+def test_a_limit_of_the_guard_has_priority():
     run = Run("sgd", options={"max_norm": 0.25}).train(batches(), max_norm=1e-3)
     other = Run("sgd", options={"max_norm": 0.25}).train(batches())
     assert_same_bits(run.final_state(), other.final_state())
 
 
-def test_model_and_optimizer_set_up_apart():
+def test_model_and_optimizer_can_be_set_up_separately():
     fabric = fabric_module.Fabric(accelerator="cpu", devices=1)
     model = new_model()
     guard(fabric, model, max_norm=1e-3)

@@ -1,4 +1,4 @@
-"""A healthy run with a loss scaler that looks for its scale: as without the guard."""
+"""A healthy run whose loss scaler searches its scale behaves as without the guard."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from guardtest import require
 from guardtest.plain_loop import OPTIMIZERS, STEPS, batches, new_model
 from guardtest.training import assert_same_bits, snapshot
 
-OPTIONS = {"max_consecutive_skips": 1}  # which an overflow is not one of
+OPTIONS = {"max_consecutive_skips": 1}  # an overflow does not count as a skip
 
 
 def scaler():
-    """Scaled by it, gradients leave float16 in the first steps."""
+    """A scaler whose first scales make the gradients overflow float16."""
     return torch.amp.GradScaler("cpu", init_scale=2.0**24, backoff_factor=2.0**-4)
 
 
@@ -22,7 +22,7 @@ def with_accelerate(guarded):
     from fastguard.integrations.accelerate import guard
 
     accelerator = accelerate.Accelerator(cpu=True)
-    accelerator.scaler = scaler()  # Accelerate constructs none on a CPU, but can run one
+    accelerator.scaler = scaler()  # Accelerate creates none on a CPU, but can use one
     accelerator.native_amp = True
     accelerator.state._mixed_precision = "fp16"
     model = new_model()
@@ -93,13 +93,13 @@ def with_lightning(guarded):
 
 
 @pytest.mark.parametrize("run", [with_accelerate, with_fabric, with_lightning])
-def test_a_scaler_that_looks_for_its_scale_is_left_to_it(run):
+def test_overflows_of_a_scaler_that_searches_its_scale_are_not_incidents(run):
     model, optimizer, scale, lr = run(True)
     bare, inner, expected_scale, expected_lr = run(False)
     records = optimizer.records()
     overflows = [r for r in records if r.reason == "loss_scale"]
     assert 2 <= len(overflows) < STEPS and not any(r.is_incident for r in records)
     assert (scale, lr) == (expected_scale, expected_lr)
-    # Running statistics, too: the batches were good ones.
+    # The running statistics are equal too, because all batches were good.
     assert_same_bits(dict(model.state_dict()), dict(bare.state_dict()))
     assert_same_bits(snapshot(optimizer), snapshot(inner))

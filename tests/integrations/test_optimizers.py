@@ -1,4 +1,4 @@
-"""Every optimizer of the packages that people take them from, guarded next to bare."""
+"""Every optimizer of the popular packages, compared with and without a guard."""
 
 import copy
 import inspect
@@ -25,9 +25,9 @@ PACKAGES = (
     "transformers.optimization",
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the packages
 
-# Not driven by `step()` alone, or not on this machine.
+# These need more than `step()`, or other hardware.
 LEFT_OUT = {
     "schedulefree.AdamWScheduleFreeClosure": "steps by its closure",
     "schedulefree.RAdamScheduleFreeClosure": "steps by its closure",
@@ -47,7 +47,9 @@ LEFT_OUT = {
     "transformers.optimization.LayerWiseDummyOptimizer": "its step does nothing",
 }
 REFUSED = {"pytorch_optimizer.SafeFP16Optimizer": "has no param_groups"}
-CANNOT_SAVE = {"torch_optimizer.Lookahead"}  # with this torch: it never calls Optimizer.__init__
+CANNOT_SAVE = {
+    "torch_optimizer.Lookahead"
+}  # it never calls Optimizer.__init__, which this torch needs
 NEED_GRAPH = {
     "timm.optim.Adahessian",
     "torch_optimizer.Adahessian",
@@ -58,13 +60,13 @@ NEED_GRAPH = {
 
 @pytest.fixture(autouse=True)
 def eager() -> Iterator[None]:
-    """Some compile their update, which takes seconds for each."""
+    """Disables compilation, which takes seconds per optimizer."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
 
 class Model(nn.Module):
-    """Two layers, small enough for 200 optimizers; quantised states begin at 4096 elements."""
+    """Two layers, small enough for 200 optimizers. State is quantised from 4096 elements on."""
 
     def __init__(self, width: int = 12) -> None:
         super().__init__()
@@ -119,9 +121,9 @@ class Run:
     """A model and its optimizer, guarded or bare.
 
     Args:
-        name: Of the optimizer.
+        name: Name of the optimizer.
         guarded: Whether it is guarded.
-        how: Which of `MAKERS` makes it.
+        how: The entry of `MAKERS` that constructs it.
     """
 
     def __init__(self, name: str, guarded: bool, how: Maker) -> None:
@@ -135,7 +137,7 @@ class Run:
 
     def step(self, *steps: int, bad: bool = False) -> None:
         for step in steps:
-            torch.manual_seed(step)  # some draw numbers
+            torch.manual_seed(step)  # some optimizers use random numbers
             x = torch.randn(8, self.model.wide.in_features)
             loss = self.model(x).square().mean()
             loss.backward(create_graph=self.graph)
@@ -152,7 +154,7 @@ class Run:
 
 
 def values(state: Any) -> Any:
-    """Copies of what a state holds, in plain containers that `==` compares."""
+    """A copy of a state in plain containers, which `==` can compare."""
     if isinstance(state, Tensor) and (parts := parts_of(state)) is not None:
         return values(dict(parts.tensors))
     if isinstance(state, Tensor):
@@ -170,7 +172,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 def maker_of(name: str) -> Maker:
-    """The first way of making it in which it takes two steps."""
+    """The first entry of `MAKERS` whose optimizer can take two steps."""
     errors = []
     for how in MAKERS:
         try:
@@ -178,11 +180,11 @@ def maker_of(name: str) -> Maker:
             return how
         except Exception as error:
             errors.append(repr(error))
-    pytest.fail(f"{name} is made in none of the known ways: {errors}")
+    pytest.fail(f"none of MAKERS constructs {name}: {errors}")
 
 
 def resumed(name: str, how: Maker, guarded: bool) -> tuple[list[Tensor], Any]:
-    """Saved after three steps, loaded into another one, which takes two more."""
+    """Weights and state after three steps, a save, a load into a new run, and two more steps."""
     first, second = Run(name, guarded, how), Run(name, guarded, how)
     first.step(0, 1, 2)
     file = io.BytesIO()
@@ -203,7 +205,7 @@ def outcome(call: Callable[[], Any]) -> Any:
 
 
 @pytest.mark.parametrize("name", DRIVEN)
-def test_it_is_guarded_as_it_is_bare(name: str) -> None:
+def test_a_guarded_optimizer_matches_the_bare_one(name: str) -> None:
     how = maker_of(name)
     bare, guard = Run(name, False, how), Run(name, True, how)
     bare.step(0, 1, 2)
@@ -225,13 +227,13 @@ def test_it_is_guarded_as_it_is_bare(name: str) -> None:
 
     theirs = outcome(lambda: resumed(name, how, guarded=False))
     ours = outcome(lambda: resumed(name, how, guarded=True))
-    assert isinstance(theirs, tuple), f"bare, it does not resume: {theirs}"
-    assert isinstance(ours, tuple), f"guarded, it does not resume: {ours}"
+    assert isinstance(theirs, tuple), f"the bare optimizer does not resume: {theirs}"
+    assert isinstance(ours, tuple), f"the guarded optimizer does not resume: {ours}"
     assert same(ours[0], theirs[0]) and ours[1] == theirs[1]
 
 
 @pytest.mark.parametrize("name", sorted(set(DRIVEN) - CANNOT_SAVE))
-def test_rollback_brings_its_state_back(name: str) -> None:
+def test_a_rollback_restores_the_state(name: str) -> None:
     run = Run(name, True, maker_of(name))
     rollback = Rollback(run.opt, {"model": run.model}, every=2, after_skips=1)
     for step in range(2):
@@ -247,19 +249,19 @@ def test_rollback_brings_its_state_back(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
-def test_what_cannot_be_guarded_is_refused_with_the_reason(name: str) -> None:
+def test_unsupported_optimizers_are_refused_with_the_reason(name: str) -> None:
     with pytest.raises(TypeError, match=REFUSED[name]):
         GuardedOptimizer(OPTIMIZERS[name](adamw(Model())))
 
 
-def test_the_lists_speak_of_optimizers_that_there_are() -> None:
+def test_the_lists_name_existing_optimizers() -> None:
     named = {*LEFT_OUT, *REFUSED, *CANNOT_SAVE, *NEED_GRAPH}
     assert named <= set(OPTIMIZERS)
     assert len(DRIVEN) > 180
 
 
 @pytest.mark.parametrize("name", ["schedulefree.AdamWScheduleFree", "timm.optim.Lookahead"])
-def test_what_loops_probe_for_is_there(name: str) -> None:
+def test_attributes_that_training_loops_probe_exist(name: str) -> None:
     run = Run(name, True, maker_of(name))
     run.step(0, 1)
     inner = run.inner
@@ -276,8 +278,8 @@ def test_what_loops_probe_for_is_there(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["AdamW8bit", "AdamW4bit", "AdamWFp8"])
-def test_quantised_states_are_copied_with_the_guard(name: str) -> None:
-    """torchao's optimizers lose attributes in a copy and cannot step; their state is whole."""
+def test_quantised_state_is_copied_with_the_guard(name: str) -> None:
+    """A copied torchao optimizer loses attributes and cannot step, but its state is complete."""
     run = Run(f"torchao.optim.{name}", True, MAKERS[0])
     run.step(0, 1)
     before = run.state()

@@ -1,4 +1,4 @@
-"""Two real processes of DDP in each framework: one rank meets NaN, both skip."""
+"""Two DDP processes in each framework: if one rank has NaN, both skip."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def new_model():
 
 
 def batches(poison):
-    """Others on each rank; poisoned on rank 1 alone, or left out on both."""
+    """Different batches per rank; those of `BAD` are NaN on rank 1, or left out on both ranks."""
     generator = torch.Generator().manual_seed(dist.get_rank())
     x = torch.randn(STEPS, 6, 4, generator=generator)
     if not poison:
@@ -46,8 +46,8 @@ def batches(poison):
     return x
 
 
-def as_torchrun_does():
-    """The frameworks find the processes already there, and what conftest.py made ready."""
+def set_torchrun_environment():
+    """Sets the environment of torchrun, and repeats the preparation of conftest.py."""
     define_missing_operators()
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "12910")
@@ -58,7 +58,7 @@ def as_torchrun_does():
 
 
 def with_accelerate(poison, records):
-    as_torchrun_does()
+    set_torchrun_environment()
     import accelerate
 
     from fastguard.integrations.accelerate import guard
@@ -73,11 +73,11 @@ def with_accelerate(poison, records):
         accelerator.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
         optimizer.zero_grad()
-    return model.module.state_dict(), told(optimizer.optimizer)
+    return model.module.state_dict(), summary(optimizer.optimizer)
 
 
 def with_fabric(poison, records):
-    as_torchrun_does()
+    set_torchrun_environment()
     from lightning.fabric import Fabric
     from lightning.fabric.strategies import DDPStrategy
 
@@ -94,11 +94,11 @@ def with_fabric(poison, records):
         fabric.clip_gradients(model, optimizer, max_norm=0.5)
         optimizer.step()
         optimizer.zero_grad()
-    return model.module.state_dict(), told(optimizer.optimizer)
+    return model.module.state_dict(), summary(optimizer.optimizer)
 
 
 def with_lightning(poison, records):
-    as_torchrun_does()
+    set_torchrun_environment()
     import lightning
     from lightning.pytorch.strategies import DDPStrategy
 
@@ -131,10 +131,10 @@ def with_lightning(poison, records):
     )
     module = Module()
     trainer.fit(module, torch.utils.data.DataLoader(batches(poison), batch_size=None))
-    return module.net.state_dict(), told(callback.optimizers[0])
+    return module.net.state_dict(), summary(callback.optimizers[0])
 
 
-def told(optimizer):
+def summary(optimizer):
     records = optimizer.records()
     skipped = {record.step - 1 for record in records if record.action == "skipped"}
     return skipped, [record.losses["loss"] for record in records]
@@ -145,15 +145,15 @@ def told(optimizer):
     [("accelerate", with_accelerate), ("lightning", with_fabric), ("lightning", with_lightning)],
     ids=["accelerate", "fabric", "lightning"],
 )
-def test_all_ranks_skip_what_one_of_them_met(two, tmp_path, framework, run):
+def test_all_ranks_skip_if_one_of_them_has_nan(two, tmp_path, framework, run):
     require(framework)
     path = tmp_path / "records.jsonl"
-    (ours, told_0), (other, told_1) = two.run(run, True, path)
+    (ours, summary_0), (other, summary_1) = two.run(run, True, path)
     without = two.run(run, False, None)[0][0]
-    assert told_0[0] == told_1[0] == BAD
-    assert str(told_0[1]) == str(told_1[1])  # losses are joined: the same numbers on both ranks
+    assert summary_0[0] == summary_1[0] == BAD
+    assert str(summary_0[1]) == str(summary_1[1])  # losses are reduced: equal on both ranks
     assert_same_bits(dict(ours), dict(other))
     assert_same_bits(dict(ours), dict(without))
     records = list(read_records(path, strict=True))  # one rank writes
     assert [r.tag["global_step"] for r in records] == [*range(1, STEPS + 1)]
-    assert {r.step - 1 for r in records if r.culprit_ranks == 2} == BAD  # DDP has added the NaN
+    assert {r.step - 1 for r in records if r.culprit_ranks == 2} == BAD  # DDP has spread the NaN

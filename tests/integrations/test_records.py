@@ -1,4 +1,4 @@
-"""Records of a run in each trainer: one file that the commands find, sinks, tags by themselves."""
+"""Records of a run in each trainer: a file that the commands find, sinks, automatic tags."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastguard.integrations.shared import BatchSpan, RunRecords
 from guardtest import require
 from guardtest.plain_loop import batches, new_model
 
-BATCHES = 5  # an epoch; the fourth is poisoned
+BATCHES = 5  # per epoch; the fourth is poisoned
 POISONED = 3
 
 
@@ -75,7 +75,7 @@ def with_accelerate(folder, options, *, epochs=1, accumulate=1, checkpoint=None)
     model = new_model()
     guard(accelerator, model, **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    # An iterable one: Accelerate shuffles nothing, and batches are as they are.
+    # An iterable data set, so that Accelerate neither shuffles nor changes the batches.
     data = DataLoader([*batches(poisoned={POISONED}, n=BATCHES)], batch_size=1)
     model, optimizer, data = accelerator.prepare(model, optimizer, data)
     begin = 0
@@ -175,7 +175,7 @@ def fastguard(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @every_trainer
-def test_each_step_is_a_line_with_its_place_in_the_data(tmp_path, trained):
+def test_each_step_writes_a_record_with_its_epoch_and_batch(tmp_path, trained):
     seen = []
     path = tmp_path / "run" / "records.jsonl"
     trained(tmp_path, {"records": path, "sinks": [seen.append]}, epochs=2)
@@ -188,11 +188,11 @@ def test_each_step_is_a_line_with_its_place_in_the_data(tmp_path, trained):
 
 
 @every_trainer
-def test_the_batches_of_an_accumulated_step_are_a_span(tmp_path, trained):
+def test_the_tag_of_an_accumulated_step_is_a_span_of_batches(tmp_path, trained):
     path = tmp_path / "records.jsonl"
     trained(tmp_path, {"records": str(path)}, epochs=2, accumulate=2)
     spans = ["0-1", "2-3", 4]
-    if isinstance(trained, functools.partial):  # nobody tells when a plain backward() is called
+    if isinstance(trained, functools.partial):  # the guard does not see a plain backward()
         spans = [1, 3, 4]
     found = places(read_records(path))
     assert found == [(e, s, e * 3 + i + 1) for e in (0, 1) for i, s in enumerate(spans)]
@@ -217,13 +217,13 @@ def test_monitor_and_report_find_the_run(tmp_path, trained):
     assert (state["records"], state["n_incidents"]) == (BATCHES, 1)
     assert state["incidents"][0]["tag"] == {"epoch": 0, "batch": POISONED, "global_step": 4}
     written = fastguard("report", tmp_path / "run")
-    assert written.returncode == 0, written.stderr  # it was survived
+    assert written.returncode == 0, written.stderr  # the run ended well
     page = (tmp_path / "run" / "records.html").read_text()
     assert "epoch 0, batch 3, global_step 4" in page
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_a_loop_that_is_left_early_begins_the_next_epoch(tmp_path, plain):
+def test_leaving_a_loop_early_starts_the_next_epoch(tmp_path, plain):
     accelerate = require("accelerate")
     from fastguard.integrations.accelerate import guard
 
@@ -243,13 +243,13 @@ def test_a_loop_that_is_left_early_begins_the_next_epoch(tmp_path, plain):
             if i == 1:
                 break
     tags = [record.tag for record in read_records(tmp_path / "records.jsonl")]
-    if plain:  # nobody counts epochs
+    if plain:  # the guard does not see the epochs
         assert tags == [{"batch": i, "global_step": i + 1} for i in range(4)]
     else:
         assert [(t["epoch"], t["batch"]) for t in tags] == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
-def test_a_second_optimizer_has_a_file_of_its_own(tmp_path):
+def test_a_second_optimizer_has_its_own_file(tmp_path):
     accelerate = require("accelerate")
     from fastguard.integrations.accelerate import guard
 
@@ -280,7 +280,7 @@ def test_a_second_optimizer_has_a_file_of_its_own(tmp_path):
     ],
     ids=str,
 )
-def test_what_is_no_place_for_records_is_refused_at_once(
+def test_an_invalid_records_argument_is_refused_immediately(
     tmp_path, framework, options, error, message
 ):
     with pytest.raises(error, match=message):
@@ -293,7 +293,7 @@ def test_a_file_that_cannot_be_opened_is_refused_before_the_first_step(tmp_path)
         with_fabric(tmp_path, {"records": tmp_path / "run" / "records.jsonl"})
 
 
-def test_a_tag_of_the_user_stays(tmp_path):
+def test_a_tag_set_by_the_user_is_kept(tmp_path):
     lightning = require("lightning")
     from fastguard.integrations.lightning import GuardCallback
 
@@ -321,8 +321,8 @@ def test_a_tag_of_the_user_stays(tmp_path):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_each_of_two_optimizers_has_its_own_batches(tmp_path, accumulate):
-    """As in a GAN: both step on a batch, and each passes a loss of its own backward."""
+def test_two_optimizers_count_their_own_batches(tmp_path, accumulate):
+    """As in a GAN: both optimizers step on each batch, each with its own loss."""
     lightning = require("lightning")
     from fastguard.integrations.lightning import GuardCallback
 
@@ -353,21 +353,21 @@ def test_each_of_two_optimizers_has_its_own_batches(tmp_path, accumulate):
         assert [record.tag["batch"] for record in records] == expected
 
 
-def test_spans():
+def test_spans_of_batches():
     span = BatchSpan()
-    assert span.tag(1) == {"global_step": 1}  # before any batch is known
+    assert span.tag(1) == {"global_step": 1}  # no batch has begun yet
     span.begin(None, 4)
     span.add()
     assert span.tag(2) == {"batch": 4, "global_step": 2}
     span.clear()
     span.begin(1, 7)
     span.add()
-    span.begin(2, 0)  # gradients that wait across the end of an epoch
+    span.begin(2, 0)  # accumulation continues across the end of an epoch
     span.add()
     assert span.tag(3) == {"epoch": 2, "batch": "7-0", "global_step": 3}
 
 
-def test_ultralytics_writes_where_it_is_told(tmp_path):
+def test_ultralytics_writes_to_the_given_path(tmp_path):
     require("ultralytics")
     from fastguard.integrations.ultralytics import guard
     from guardtest.detector import train
@@ -379,8 +379,8 @@ def test_ultralytics_writes_where_it_is_told(tmp_path):
     assert RunRecords(path).records == path
 
 
-def test_the_file_lies_where_it_was_named(tmp_path, monkeypatch):
-    """Though the program is in another folder when training begins, and when it goes on."""
+def test_a_relative_path_is_resolved_when_it_is_given(tmp_path, monkeypatch):
+    """The program changes its working directory before training begins, and before it resumes."""
     monkeypatch.chdir(tmp_path)
     run = RunRecords("run/records.jsonl")
     opt = GuardedOptimizer(torch.optim.SGD(new_model().parameters(), lr=0.1))

@@ -1,4 +1,4 @@
-"""Files that `fastguard ckpt verify` calls whole are those that the reference reader opens."""
+"""`fastguard ckpt verify` accepts exactly the files that the safetensors library opens."""
 
 import json
 import struct
@@ -48,7 +48,7 @@ def is_whole(path):
 
 @given(st.dictionaries(st.sampled_from("abc"), TENSOR, max_size=3), METADATA, st.integers(0, 40))
 @settings(max_examples=200, deadline=None)
-def test_any_header(tmp_path_factory, tensors, metadata, n_bytes):
+def test_any_header_is_read_as_by_the_reference(tmp_path_factory, tensors, metadata, n_bytes):
     header = {**tensors, "__metadata__": metadata}
     text = json.dumps(header).encode()
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
@@ -58,7 +58,7 @@ def test_any_header(tmp_path_factory, tensors, metadata, n_bytes):
 
 @given(st.data())
 @settings(max_examples=150, deadline=None)
-def test_a_header_that_was_changed_in_one_place(tmp_path_factory, data):
+def test_a_header_with_one_change_is_judged_as_by_the_reference(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp()
     tensors = {
         "a": torch.ones(2, 3),
@@ -77,12 +77,12 @@ def test_a_header_that_was_changed_in_one_place(tmp_path_factory, data):
     found = opens(path)
     if found is None:
         assert not is_whole(path), bytes(raw[8 : 8 + length])
-    elif len(found) == len(tensors):  # else a name stands twice, which the reference lets pass
+    elif len(found) == len(tensors):  # otherwise a name is repeated, which the library accepts
         assert is_whole(path), bytes(raw[8 : 8 + length])
 
 
 @pytest.mark.parametrize("n_more", [1, 8])
-def test_bytes_behind_the_last_tensor(tmp_path, n_more):
+def test_bytes_after_the_last_tensor_are_refused(tmp_path, n_more):
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.ones(3)}, path)
     assert is_whole(path)
@@ -91,8 +91,8 @@ def test_bytes_behind_the_last_tensor(tmp_path, n_more):
     assert not is_whole(path)
 
 
-def test_a_model_with_flat_parameters_is_saved_as_a_state_dict(tmp_path):
-    """`save_model` wants tensors that own all of their storage, and says so."""
+def test_a_model_with_flat_parameters_must_be_saved_as_a_state_dict(tmp_path):
+    """`save_model` refuses tensors that do not own their whole storage."""
     model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 1))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     GuardedOptimizer(optimizer, flat_parameters=True)

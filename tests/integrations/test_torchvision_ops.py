@@ -1,4 +1,4 @@
-"""The nms that stands in for torchvision's, against cases with known answers."""
+"""The replacement of torchvision's nms gives the known results."""
 
 import torch
 
@@ -7,11 +7,11 @@ from guardtest.torchvision_ops import nms
 BOXES = torch.tensor([[0, 0, 10, 10], [1, 0, 11, 10], [20, 20, 30, 30], [0, 0, 10, 4]]).float()
 
 
-def test_of_boxes_that_overlap_the_best_stays():
+def test_the_best_of_overlapping_boxes_is_kept():
     assert nms(BOXES, torch.tensor([0.5, 0.9, 0.3, 0.1]), 0.5).tolist() == [1, 2, 3]
 
 
-def test_what_a_dropped_box_overlaps_is_not_dropped_for_it():
+def test_a_dropped_box_suppresses_no_other_box():
     chain = torch.tensor([[0, 0, 10, 10], [4, 0, 14, 10], [8, 0, 18, 10]]).float()
     assert nms(chain, torch.tensor([0.9, 0.8, 0.7]), 0.4).tolist() == [0, 2]
 

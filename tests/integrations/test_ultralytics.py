@@ -1,4 +1,4 @@
-"""`fastguard.integrations.ultralytics` in the real trainer: a tiny detector on drawn images."""
+"""`fastguard.integrations.ultralytics` in the real trainer: a tiny detector on synthetic images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ from guardtest.training import assert_same_bits
 YOLO = require("ultralytics").YOLO
 load_checkpoint = require("ultralytics.nn.tasks").load_checkpoint
 
-BAD = {(1, 2): Kind.OVERFLOW, (1, 5): Kind.BAD_PIXEL, (2, 8): Kind.BAD_PIXEL}  # a last one
+BAD = {
+    (1, 2): Kind.OVERFLOW,
+    (1, 5): Kind.BAD_PIXEL,
+    (2, 8): Kind.BAD_PIXEL,
+}  # the last of its epoch
 
 
 @pytest.fixture(params=["fp32", "bf16", "scaled"])
@@ -45,7 +49,7 @@ def with_faults(at=BAD):
     return Faults(at).attach
 
 
-def test_a_clean_run_is_the_trainers_own_bit_for_bit(tmp_path, precision):
+def test_a_run_without_faults_matches_the_unguarded_trainer_bit_for_bit(tmp_path, precision):
     guarded: list[Any] = []
     ours = train(tmp_path, lambda m: guarded.append(guard(m)), epochs=2, **precision)
     theirs = train(tmp_path, epochs=2, exist_ok=True, **precision)
@@ -55,7 +59,7 @@ def test_a_clean_run_is_the_trainers_own_bit_for_bit(tmp_path, precision):
     assert guarded[0].optimizer.applied_steps == 16
 
 
-def test_a_run_that_is_clipped_is_the_trainers_own_within_rounding(tmp_path):
+def test_a_clipped_run_matches_the_unguarded_trainer_within_rounding(tmp_path):
     gains = {"box": 750.0, "cls": 50.0, "lr0": 0.001}  # norms far above 10
     ours = train(tmp_path, guard, n_train=4, **gains)
     theirs = train(tmp_path, n_train=4, exist_ok=True, **gains)
@@ -72,8 +76,8 @@ def test_the_fixed_limit_is_replaced(tmp_path):
     assert all(r.clip_coef == pytest.approx(0.01 / r.total_norm, rel=1e-3) for r in records)
 
 
-def test_bad_batches_leave_the_state_of_a_run_without_them(tmp_path, precision):
-    """To the last bit: weights, BatchNorm statistics, momenta, EMA and its count."""
+def test_poisoned_batches_leave_the_state_of_a_run_without_them(tmp_path, precision):
+    """Weights, BatchNorm statistics, momenta, EMA and its counter are equal bit for bit."""
     ours = train(tmp_path, with_faults(), guard, epochs=2, **precision)
     theirs = train(tmp_path, left_out(BAD), epochs=2, exist_ok=True, **precision)
     assert_same_bits(state_of(ours), state_of(theirs))
@@ -81,7 +85,7 @@ def test_bad_batches_leave_the_state_of_a_run_without_them(tmp_path, precision):
 
 
 @pytest.mark.parametrize("kind", Kind, ids=[k.name.lower() for k in Kind])
-def test_unguarded_the_same_batch_ends_in_every_average(tmp_path, kind):
+def test_without_the_guard_a_bad_batch_spoils_every_average(tmp_path, kind):
     trainer = train(tmp_path, with_faults({(1, 2): kind}))
     state = state_of(trainer)
     for part in ("model.", "ema.", "optimizer."):
@@ -98,7 +102,7 @@ def test_a_window_of_batches_is_skipped_as_one(tmp_path):
     assert len(records[1].tag["images"]) == 4
 
 
-def test_records_say_which_batch_which_loss_and_which_parameter(tmp_path):
+def test_records_name_the_batch_the_loss_and_the_parameter(tmp_path):
     seen = []
     trainer = train(tmp_path, with_faults(), lambda m: guard(m, sinks=[seen.append]), epochs=2)
     records = list(read_records(trainer.save_dir / "records.jsonl"))
@@ -112,14 +116,14 @@ def test_records_say_which_batch_which_loss_and_which_parameter(tmp_path):
     assert all(Path(name).is_file() for name in pixel.tag["images"])
 
 
-def test_the_means_of_the_epoch_are_those_of_its_good_batches(tmp_path):
+def test_the_means_of_an_epoch_exclude_bad_batches(tmp_path):
     trainer = train(tmp_path, with_faults({(1, 1): Kind.BAD_PIXEL, (1, 8): Kind.BAD_PIXEL}), guard)
     header, row = (line.split(",") for line in trainer.csv.read_text().splitlines()[:2])
     train_losses = [float(v) for k, v in zip(header, row, strict=True) if k.startswith("train/")]
     assert len(train_losses) == 3 and all(0 < loss < 100 for loss in train_losses)
 
 
-def test_a_bad_last_batch_does_not_send_the_trainer_back(tmp_path):
+def test_a_bad_last_batch_does_not_start_the_trainers_recovery(tmp_path):
     epochs = []
 
     def count(model):
@@ -130,7 +134,7 @@ def test_a_bad_last_batch_does_not_send_the_trainer_back(tmp_path):
 
 
 def destroy_weights(model, epochs, before_batch):
-    """Notes the epochs, and makes a weight NaN within the second, once."""
+    """A callback that appends to `epochs`, and once makes a weight NaN in the second epoch."""
     batches = []
 
     def on_train_epoch_start(trainer):
@@ -147,7 +151,7 @@ def destroy_weights(model, epochs, before_batch):
 
 
 def test_the_trainers_own_recovery_still_works(tmp_path):
-    """Weights that something else destroyed are the trainer's to bring back."""
+    """The trainer restores weights that became NaN outside a guarded step."""
     epochs = []
 
     trainer = train(
@@ -162,19 +166,19 @@ def test_the_trainers_own_recovery_still_works(tmp_path):
     assert all(v.isfinite().all() for v in state.values())
     records = list(read_records(trainer.save_dir / "records.jsonl"))
     assert [r.action for r in records[8:16]] == ["applied"] * 2 + ["skipped"] * 6
-    again = records[16:24]  # the epoch once more, its fault too
+    again = records[16:24]  # the repeated epoch, with its fault
     assert [r.action for r in again] == ["applied"] * 3 + ["skipped"] + ["applied"] * 4
-    assert [r.step for r in again] == list(range(9, 17))  # the guard went back as well
+    assert [r.step for r in again] == list(range(9, 17))  # the guard was rolled back too
 
 
-def test_after_a_recovery_the_window_of_batches_begins_anew(tmp_path):
+def test_a_recovery_starts_a_new_window_of_batches(tmp_path):
     seen = []
     train(
         tmp_path,
         lambda m: guard(m, sinks=[seen.append]),
         lambda m: destroy_weights(m, [], before_batch=1),
         n_train=10,
-        nbs=8,  # four batches a step, five an epoch: some wait for the next epoch
+        nbs=8,  # four batches per step, five per epoch: the rest is accumulated in the next epoch
         epochs=2,
     )
     first_again = [r for r in seen if r.action != "skipped"][1]
@@ -182,7 +186,7 @@ def test_after_a_recovery_the_window_of_batches_begins_anew(tmp_path):
 
 
 def test_statistics_that_overflow_without_a_nan_do_not_reach_the_ema(tmp_path):
-    """1e30 in one pixel: loss and gradients are finite, BatchNorm's variance is not."""
+    """With 1e30 in one pixel, loss and gradients are finite but BatchNorm's variance is not."""
 
     def bright_pixel(model):
         def on_pretrain_routine_end(trainer):
@@ -207,8 +211,8 @@ def test_statistics_that_overflow_without_a_nan_do_not_reach_the_ema(tmp_path):
     }
 
 
-def test_several_gpus_decide_together(tmp_path):
-    """The trainer knows data parallelism on GPUs only: here its process group has one rank."""
+def test_the_guard_of_a_data_parallel_trainer_uses_its_group(tmp_path):
+    """The trainer supports data parallelism on GPUs only, so the process group has one rank."""
 
     def on_pretrain_routine_end(trainer):
         trainer.world_size = 2
@@ -238,7 +242,7 @@ def test_checkpoints_are_never_poisoned(tmp_path):
             assert all(s["momentum_buffer"].isfinite().all() for s in states)
 
 
-def test_a_resumed_run_goes_on_counting_and_backing_off(tmp_path, recwarn):
+def test_a_resumed_run_continues_counters_and_backoff(tmp_path, recwarn):
     schedule = {"backoff": 0.5}
     train(
         tmp_path,
@@ -257,7 +261,7 @@ def test_a_resumed_run_goes_on_counting_and_backing_off(tmp_path, recwarn):
 
 
 def rates(watched: list[dict[str, tuple[float, float]]]):
-    """Notes learning rate and momentum of each param group at each step that is taken."""
+    """Appends learning rate and momentum of each param group at each applied step."""
 
     def attach(model):
         def on_train_start(trainer):
@@ -273,7 +277,7 @@ def rates(watched: list[dict[str, tuple[float, float]]]):
     return attach
 
 
-def test_the_trainers_own_warmup_by_group_is_left_alone(tmp_path):
+def test_the_trainers_own_warmup_is_not_changed(tmp_path):
     warmup = {"epochs": 2, "warmup_epochs": 1, "warmup_bias_lr": 0.1, "warmup_momentum": 0.8}
     ours, theirs = [], []
     train(tmp_path, guard, rates(ours), **warmup)
@@ -282,7 +286,7 @@ def test_the_trainers_own_warmup_by_group_is_left_alone(tmp_path):
     assert ours[0] == {"bias": (0.1, 0.8), "weight": (0.0, 0.8), "bn": (0.0, 0.8)}
 
 
-def test_the_guards_warmup_by_group_counts_applied_steps(tmp_path):
+def test_the_guards_warmup_counts_applied_steps_in_each_group(tmp_path):
     watched = []
     warmup = Warmup(steps=4, lr=(0.0, 0.0, 0.1), momentum=0.5)
     train(
@@ -298,7 +302,7 @@ def test_the_guards_warmup_by_group_counts_applied_steps(tmp_path):
     assert [w["bn"][1] for w in watched[:5]] == pytest.approx([0.5, 0.6, 0.7, 0.8, 0.9])
 
 
-def test_the_learning_rate_backs_off_and_comes_back(tmp_path):
+def test_the_learning_rate_backs_off_and_recovers(tmp_path):
     watched = []
     train(
         tmp_path,
@@ -319,8 +323,8 @@ def test_too_many_skips_end_the_run_with_their_records_written(tmp_path):
     assert [record["action"] for record in records] == ["applied"] * 2 + ["skipped"] * 3
 
 
-def test_the_callbacks_travel_to_the_processes_of_other_gpus(tmp_path):
-    """The trainer pickles them for its workers."""
+def test_the_callbacks_can_be_pickled(tmp_path):
+    """The trainer pickles them for its worker processes."""
     model = YOLO("yolo11n.yaml")
     guard(model, max_norm=3.0, records=tmp_path / "records.jsonl", sinks=[print])
     copies = pickle.loads(pickle.dumps(model.callbacks["on_pretrain_routine_end"]))
@@ -332,7 +336,7 @@ def test_the_callbacks_travel_to_the_processes_of_other_gpus(tmp_path):
     )
 
 
-def test_wrong_use_is_named():
+def test_wrong_arguments_are_refused():
     with pytest.raises(TypeError, match="must be an ultralytics model"):
         guard(torch.nn.Linear(2, 2))
     model = YOLO("yolo11n.yaml")

@@ -1,4 +1,4 @@
-"""Incidents played as a user plays them, and what the runs themselves returned."""
+"""Runs incidents through the command line, and returns the outcomes of their runs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from fastguard.records.read_json_lines import read_records
 
 
 def play(letter: str, folder: Path) -> tuple[Outcome, Outcome]:
-    """`fastguard demo --incident LETTER`, which must end well.
+    """Runs `fastguard demo --incident LETTER`, which must exit with 0.
 
     Args:
-        letter: Of the incident.
-        folder: What is written goes there.
+        letter: Letter of the incident.
+        folder: Output folder.
 
     Returns:
-        The run as it was, and the guarded one.
+        Outcomes of the unguarded and of the guarded run.
     """
     outcomes = []
 
@@ -35,27 +35,27 @@ def play(letter: str, folder: Path) -> tuple[Outcome, Outcome]:
 
 
 def assert_shown(folder: Path) -> None:
-    """The picture and the page that the demo leaves."""
+    """Checks that the demo has written the picture and the report page."""
     assert (folder / "incident.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert "<html" in (folder / "records.html").read_text("utf-8")
 
 
 def assert_recorded(folder: Path, guarded: Outcome) -> None:
-    """The records that the demo leaves are those of the guarded run."""
+    """Checks that the records file of the demo contains the records of the guarded run."""
     records = list(read_records(folder / "records.jsonl", strict=True))
     assert [repr(r) for r in records] == [repr(r) for r in guarded.records]
 
 
-# Fixtures of the tests of one incident, whose module says which: LETTER.
+# Fixtures for a test module with one incident, whose letter is the module's LETTER.
 
 
 @pytest.fixture(scope="module")
 def played(request, tmp_path_factory) -> tuple[Path, Outcome, Outcome]:
-    """`fastguard demo --incident LETTER --out out`, in an empty folder: `out` and the outcomes."""
+    """Runs `fastguard demo --incident LETTER --out out`; returns `out` and both outcomes."""
     place = tmp_path_factory.mktemp("incident")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        outcomes = play(request.module.LETTER, Path("out"))  # relative, as the pages have it
+        outcomes = play(request.module.LETTER, Path("out"))  # relative, as on the pages
     return place / "out", *outcomes
 
 
