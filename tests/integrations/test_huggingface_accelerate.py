@@ -216,7 +216,7 @@ def test_two_optimizers_each_have_their_own_limit():
 def test_a_norm_type_that_the_guard_does_not_measure_is_refused():
     run = Run()
     run.accelerator.backward(run.model(batches()[0]).sum())
-    with pytest.raises(ValueError, match="give the guard norm_type=inf"):
+    with pytest.raises(ValueError, match="pass norm_type=inf to the guard"):
         run.accelerator.clip_grad_norm_(run.model.parameters(), 1.0, norm_type=math.inf)
 
 
