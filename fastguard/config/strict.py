@@ -32,6 +32,13 @@ def parse(text: str, suffix: str) -> Any:
         ValueError: It cannot be parsed, or `suffix` is unknown.
         ImportError: YAML support is not installed.
     """
+    try:
+        return _parse(text, suffix)
+    except RecursionError:
+        raise ValueError("it is nested too deeply for a configuration") from None
+
+
+def _parse(text: str, suffix: str) -> Any:
     if suffix == ".toml":
         return tomllib.loads(text)
     if suffix not in (".yaml", ".yml"):

@@ -357,6 +357,14 @@ def test_an_empty_section_of_yaml_is_not_silently_off(
         GuardConfig.from_file(path)
 
 
+@pytest.mark.parametrize("suffix", ["yaml", "toml"])
+def test_a_file_nested_too_deeply_is_refused(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"guard.{suffix}"
+    path.write_text(("guard: " if suffix == "yaml" else "guard = ") + "[" * 5000)
+    with pytest.raises(ValueError, match=rf"guard\.{suffix}: it is nested too deeply"):
+        GuardConfig.from_file(path)
+
+
 @pytest.mark.parametrize(
     ("text", "name", "lines"),
     [

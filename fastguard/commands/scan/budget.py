@@ -51,7 +51,8 @@ EXCERPT = 200
 
 # Slightly more than tokens.TOKEN. Each match extends to the end of its line, to count lines.
 NONFINITE = re.compile(
-    rb"(?:(?:nan|inf)(?<![a-z0-9_.]...)(?:inity|inite)?|1\.#[a-z]+|non-?finite)(?![a-z0-9_])[^\n]*+"
+    rb"(?:(?:nan|inf)(?<![a-z0-9_]...)(?:inity|inite)?|1\.#[a-z]+|non[ -]?finite|not a number)"
+    rb"(?![a-z0-9_])[^\n]*+"
 )
 _BLANK = re.compile(rb"\n[ \t\f\v\r]*+(?=\n|\Z)")
 _NAN = rb"[+-]?(?:nan|inf(?:inity)?|1\.#[a-z]+)(?![a-z0-9_/])"

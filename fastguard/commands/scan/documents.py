@@ -62,7 +62,9 @@ def may_begin(data: bytes) -> bool:
     """
     if not _BEGIN.match(data):
         return False
-    first = data.lstrip().partition(b"\n")[0]
+    first, _, rest = data.lstrip().partition(b"\n")
+    if first.rstrip().endswith(b"}") and rest.lstrip().startswith(b"{"):
+        return False
     if len(first) >= LONG:
         return True
     try:

@@ -168,7 +168,10 @@ def parse_lines(lines: Sequence[bytes]) -> list[Any]:
 
 
 def _flat(found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Names and values, with nested objects as `outer/inner`; skips booleans and None."""
+    """Names and values, with nested objects as `outer/inner`; skips booleans and None.
+
+    Objects in a list share its name, unless each names a single value itself.
+    """
     left = MOST
     stack: list[tuple[str, Any, int]] = [("", found, 0)]
     while stack and left:
@@ -182,6 +185,15 @@ def _flat(found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
                 stack += reversed(items)
         elif isinstance(value, int) and (isinstance(value, bool) or abs(value) >> 1023):
             continue
+        elif isinstance(value, list) and dict in {*map(type, value)}:
+            inner = [v for v in islice(value, MOST) if isinstance(v, Mapping)]
+            named = [(v, long_name(v)) for v in inner]
+            stack += [
+                (prefix, v, depth + 1) if name is None else (f"{prefix}/{name}", v["value"], depth)
+                for v, name in reversed(named)
+                if depth <= DEPTH
+            ]
+            yield prefix, [v for v in value if not isinstance(v, Mapping)]
         elif value is not None:
             left -= 1
             yield prefix, value
@@ -195,17 +207,21 @@ def long_name(found: Mapping[str, Any]) -> str | None:
 
 
 def _kinds(values: list[Any]) -> list[str]:
-    """Which of nan, inf and -inf a list holds, including nested lists."""
+    """Which of nan, inf and -inf a list holds, including nested lists and objects."""
     for _ in range(DEPTH):
-        if list not in {*map(type, values)}:
+        if not {list, dict} & {*map(type, values)}:
             break
-        values = list(chain.from_iterable(v if type(v) is list else (v,) for v in values))
+        values = list(chain.from_iterable(map(_items, values)))
     floats = [value for value in values if type(value) is float]
     bad = list(filterfalse(math.isfinite, floats))
     first = {kind: bad.index(kind) for kind in (math.inf, -math.inf) if kind in bad}
     if (nan := next(filter(math.isnan, bad), None)) is not None:
         first[nan] = bad.index(nan)
     return [str(kind) for kind in sorted(first, key=first.__getitem__)]
+
+
+def _items(value: Any) -> Iterable[Any]:
+    return value if type(value) is list else value.values() if type(value) is dict else (value,)
 
 
 def number_of(text: str) -> float | None:

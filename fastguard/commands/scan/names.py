@@ -18,13 +18,13 @@ CLAUSE = re.compile(r"[,;，；、|｜│┃║\[\]{}<>!?]|\.\s|[:=：＝]|\s-{1
 _BESIDE = re.compile(r"\s(?:before|after|pre|post)[ -]?clip(?:ping)?$", re.IGNORECASE)
 _MARKUP = re.compile(r"<([^<>]*)>$")
 _INDEX = re.compile(r"(?:\[[\w,. ]{0,20}\]|\])+$")  # loss[3]: nan
-_PLACES = frozenset(
+PLACES = frozenset(
     "after at in on for of from during over until by per this that "
     "the a an each every epoch epochs ep step steps iter iters iteration iterations it "
-    "batch batches minibatch update updates round rounds # @ no number t samples sample "
+    "and batch batches minibatch update updates round rounds # @ no number t samples sample "
     "examples images tokens so far now".split()
 )
-_STOPS = _PLACES | frozenset(
+_STOPS = PLACES | frozenset(
     "is was are were be been and or with to our your its current has have had got getting "
     "new which while then than as skip skipping monitored metric total: nan inf "
     "non-finite nonfinite".split()
@@ -79,7 +79,7 @@ def _last_clause(stem: str) -> str:
         if mark[0] == "(" and ")" in stem[mark.end() :] and depth:
             continue
         begin = max(begin, mark.end())
-    return stem[begin:]
+    return stem[begin:].rstrip(".…")
 
 
 def _is_name(word: str) -> bool:
@@ -91,7 +91,7 @@ def _is_name(word: str) -> bool:
 
 def _is_place(word: str) -> bool:
     bare = word.strip("()#[],.:@").lower()
-    return not bare or bare in _PLACES or not LETTER.search(bare) or _DIGIT.match(bare) is not None
+    return not bare or bare in PLACES or not LETTER.search(bare) or _DIGIT.match(bare) is not None
 
 
 def _is_parenthesis(word: str) -> bool:

@@ -28,7 +28,7 @@ FEWEST = 4
 
 _NUMBERS = frozenset({int, float})
 _EMPTY = frozenset({bool, type(None)})
-_IN_LISTS = _NUMBERS | _EMPTY | {str, dict}
+_IN_LISTS = _NUMBERS | _EMPTY | {str}
 
 Names = tuple[Any, ...]
 
@@ -191,6 +191,8 @@ class _Columns:
 
     def _take_lists(self, column: Sequence[list[Any]], at: Sequence[int]) -> None:
         flat = list(chain.from_iterable(column))
+        while flat and set(map(type, flat)) == {dict}:
+            flat = list(chain.from_iterable(map(dict.values, flat)))
         kinds = set(map(type, flat))
         if kinds <= _IN_LISTS and (float not in kinds or _all_finite(flat)):
             return

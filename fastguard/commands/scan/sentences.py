@@ -16,6 +16,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from fastguard.commands.scan.names import PLACES
+
 WINDOW = 160
 """Number of characters on either side of a NaN in which to search for a sentence about it."""
 
@@ -42,7 +44,7 @@ class Sentence(NamedTuple):
     end: int
 
 
-_BAD = r"(?:nans?|infs?|infinite|infinity|infinities|non-?finite)"
+_BAD = r"(?:nans?|infs?|infinite|infinity|infinities|non[ -]?finite)"
 _EITHER = (
     rf"[`'\"(]?(?P<value>(?<![\w-]){_BAD}(?:[`'\"]?(?:\s?/\s?|,\s|\s(?:or|and|and/or)\s)[`'\"]?{_BAD})"
     r"{0,2})(?![\w-])[`'\")]?"
@@ -79,7 +81,8 @@ _SENTENCES = tuple(
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
         rf"function '(?P<name>\w{{1,80}})' returned {_EITHER} values?\b",
-        rf"invalid (?:value )?{_EITHER} (?:value )?encountered in (?P<name>[\w.()\[\]-]{{1,60}})",
+        rf"invalid (?:value )?{_EITHER} (?:value )?encountered in (?:the )?"
+        r"(?P<name>[\w.()\[\]-]{1,60})",
         r"\binvalid (?P<name>loss), terminating training",
         r"\b(?:minimum (?P<name>loss scale) reached|(?P<other>loss scale) already at minimum)",
         rf"\bcannot convert float {_EITHER} to integer",
@@ -88,21 +91,23 @@ _SENTENCES = tuple(
         rf"\bthe (?P<name>loss) returned in \S{{1,60}} is {_EITHER}",
         rf"\bthe (?P<name>total norm) of order \S{{1,20}} for gradients .{{1,60}} is {_EITHER}",
         rf"\b{_SUBJECT}(?: (?:at|in|on|of|for|from) [\w./-]{{1,40}}(?: \d{{1,9}})?)?"
-        r"(?: or scores)? (?:is|was|are|were|became|becomes?|has become|have become|turned|went|"
-        r"contains?|contained|has|have|had|exploded to|diverged to)(?: now)?"
-        rf"(?: an?| the| some| either)? {_EITHER}",
+        r"(?: or scores)? (?:is|was|are|were|became|becomes?|has become|have become|went|hit|"
+        r"turned(?: in?to)?|contains?|contained|has|have|had|exploded to|diverged to)"
+        rf"(?: now)?(?: an?| the| some| either| all)? {_EITHER}",
         rf"\b{_SUBJECT}(?: \S{{1,40}}){{0,2}} contains? {_EITHER}",
         rf"\b{_MET} {_EITHER}: {_SUBJECT}",
         rf"\b{_MET}(?: an?| some| any| either| invalid)? {_EITHER} {_SUBJECT}\b",
         rf"\b{_MET}(?: an?| some| any| either)? {_EITHER}{_KINDS}(?: \([^)]{{1,60}}\))? "
         rf"(?:in|for|from|at) {_PLACE}",
-        rf"\b{_EITHER} {_SUBJECT} (?:{_WAS}{_PASSIVE}\b|during training"
+        rf"\b{_EITHER} {_SUBJECT}(?: values?)? (?:{_WAS}{_PASSIVE}\b|during training"
         r"|(?:at|in|on) (?:step|iter|iteration|epoch|batch|update)\W{0,3}\d)",
         rf"\b{_SUBJECT} {_EITHER} {_PASSIVE}\b",
         rf"\b{_EITHER} {_SUBJECT}(?: values?)?[,;:.!-]{{0,2}} "
         r"(?:skipp|stopp|end|abort|terminat|exit|restart|roll|recover)ing\b",
         rf"(?:^|[:\]!-]\s{{1,3}}){_EITHER}(?: values?)? in (?:the )?{_SUBJECT}\b",
-        rf"\b{_SUBJECT} (?:is|are|was|were|became) (?P<value>not finite)\b",
+        rf"(?:^|[:\]!-]\s{{1,3}}){_EITHER} {_SUBJECT} (?:in|at|on) (?:the\b|layers?\b|\d)",
+        rf"\b{_SUBJECT}[`'\"]? (?:is|are|was|were|became) (?P<value>not (?:an? )?"
+        r"(?:finite(?: number)?|number))\b",
         rf"\b{_EITHER}{_KINDS} {_WAS}{_PASSIVE} (?:in|on|at|for|by|during) {_PLACE}",
         rf"\b{_EITHER}{_KINDS} {_WAS}{_PASSIVE}(?=\s*(?:[.!,:;]|$))",
         rf"\w(?:error|exception):.{{0,120}}?\b(?:contains?|contain|had) (?:an? )?{_EITHER}",
@@ -134,7 +139,7 @@ _VERBS = re.compile(
 _CONDITION = re.compile(
     r"\b(?:if|in case|when|whenever|whether|unless|until|once|assert|not|no|never|without|free of|"
     r"checks?|checking|will|would|should|could|may|might|can|avoid|prevents?|raises?|test that|"
-    r"replac\w+|ignor\w+|handl\w+)\b|\b(?:0|zero)\s+$",
+    r"replac\w+|ignor\w+|handl\w+|isn't|aren't)\b|\b(?:0|zero)\s+$|[!=]=\s*$",
     re.IGNORECASE,
 )
 _DENIED = re.compile(
@@ -143,7 +148,8 @@ _DENIED = re.compile(
     re.IGNORECASE,
 )
 _TRIGGER = re.compile(
-    rf"(?<![a-z]){_BAD}(?![a-z])|not finite|invalid loss|loss scale", re.IGNORECASE
+    rf"(?<![a-z]){_BAD}(?![a-z])|not finite|not a (?:finite )?number|invalid loss|loss scale",
+    re.IGNORECASE,
 )
 _END = re.compile(r"[.;!]\s|\n")
 
@@ -172,18 +178,24 @@ def bad_of_sentence(text: str) -> Sentence | None:
     return None
 
 
+def is_possibility(before: str) -> bool:
+    """Whether the sentence that ends this text is about a possibility: "if", "no", "checks"."""
+    return _CONDITION.search(_END.split(before)[-1]) is not None
+
+
 def _in_window(text: str, trigger: int) -> Sentence | None:
     # Checked once for all patterns: a condition before a sentence also precedes the NaN in it.
-    unsure = _CONDITION.search(_END.split(text[:trigger])[-1]) is not None
-    for pattern in (_ERROR,) if unsure else _SENTENCES:
+    for pattern in (_ERROR,) if is_possibility(text[:trigger]) else _SENTENCES:
         for match in pattern.finditer(text):
             if _DENIED.match(text, match.end()):
                 continue
             groups = match.groupdict()
             name = groups.get("name") or groups.get("other") or ""
             value = groups.get("value") or "non-finite"
-            value = "non-finite" if value.lower() == "not finite" else value
+            if value.lower().startswith("not "):
+                value = "nan" if value.lower() == "not a number" else "non-finite"
             name = name.strip("`'\",.:[] ")
+            name = "" if name.lower() in PLACES else name
             name = name if name.count("(") == name.count(")") else name.strip("()")
             return Sentence(name, value, match.start(), match.end())
     for match in COUNT.finditer(text):

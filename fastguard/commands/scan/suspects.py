@@ -10,6 +10,7 @@ _NEEDLES = (
     b"nan",
     b"inf",
     b"finit",  # infinite, non-finite, infinity
+    b"not a number",
     b"1.#",
     b"gpu_mem",  # header of an Ultralytics table
     b"invalid loss",

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 # Scripts without spaces between words; they may be adjacent to a token.
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
 # As printed by Python, numpy, C and JavaScript, with the zeros that Lightning appends ("nan.0");
-# 1.#QNAN, -1.#IND and 1.#INF come from Microsoft's older C library. "NaN/Inf" is a word.
+# YAML writes .nan and -.inf; 1.#QNAN, -1.#IND and 1.#INF come from Microsoft's older C library.
+# "NaN/Inf" is a word.
 NONFINITE = (
-    rf"(?:(?<![\w.#@\\-])|(?<=[{_CJK}]))[+-]?"
+    rf"(?:(?<![\w.#@\\-])|(?<=\.\.)|(?<=[{_CJK}]))[+-]?(?:(?<![*/])\.)?"
     r"(?:(?:nan(?!/inf)|inf(?:inity)?(?!/nan))(?:\.0*)?"
     rf"(?:(?!\.?[\w-]|/[a-z])|(?=[{_CJK}])|(?=/(?:nan|inf)\b))"
     r"|1\.#(?:[qs]?nan|ind|inf)\d*)"
@@ -18,7 +19,7 @@ NONFINITE = (
 TOKEN = re.compile(NONFINITE, re.IGNORECASE)
 NUMBER = r"[+-]?(?:\d[\w.+%-]*|\.\d+|nan|inf(?:inity)?)(?![\w%])"
 _NEXT = (
-    r"(?:\s*[,;/]\s*|\s+)[+-]?(?:(?:nan|inf(?:inity)?)(?:\.0*)?(?!\.?[\w-]|/[a-z])"
+    r"(?:\s*[,;/]\s*|\s+)[+-]?(?:\.?(?:nan|inf(?:inity)?)(?:\.0*)?(?!\.?[\w-]|/[a-z])"
     r"|(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?(?![\w:/%]))"
 )
 # An array or a row of a table is judged as a unit, however long.
@@ -50,7 +51,9 @@ def runs(text: str) -> Iterator[re.Match[str]]:
         at = min((at for at in nexts.values() if at >= 0), default=-1)
         if at < 0:
             return
-        start = at - 1 if at > end and text[at - 1] in "+-" else at
+        start = at
+        for before in (".", "+-"):
+            start -= start > end and text[start - 1] in before
         run = RUN.match(text, start)
         end = at + 1
         if run is not None:
@@ -66,6 +69,7 @@ def may_have(lower: str) -> bool:
         or "infinity" in lower
         or "1.#" in lower
         or "finite" in lower
+        or "not a number" in lower
         or "invalid loss" in lower
         or "loss scale" in lower
     )

@@ -19,7 +19,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from fastguard.commands.scan.names import CLAUSE, LETTER, name_in
-from fastguard.commands.scan.sentences import bad_of_sentence
+from fastguard.commands.scan.sentences import bad_of_sentence, is_possibility
 from fastguard.commands.scan.tokens import NUMBER, TOKEN, canonical, may_have, runs
 from fastguard.commands.scan.words import LEVEL, UNIT_OF_RATE, is_bound, is_metric
 
@@ -81,11 +81,6 @@ _INTERVAL = re.compile(
 )
 _CLOSER = re.compile(r"[\"']?\s*(?:[\])}]|,\s*(?:device|dtype|grad_fn|requires_grad)=)")
 _BETTER = re.compile(r"\)?\s*(?:-*=?>|→|to\b)", re.IGNORECASE)
-_CONDITION = re.compile(
-    r"\b(?:if|in case|when|whenever|whether|unless|until|assert|not|no|never)\b|[!=]=\s*$"
-    r"|isn't|aren't|cannot|without",
-    re.IGNORECASE,
-)
 _DIGIT = re.compile(r"\d")
 _CELLS = re.compile(r"[\d\s.,;+eE-]*$")
 _BESTS = re.compile(r"\b(?:best|from|lowest|highest)\b", re.IGNORECASE)
@@ -228,7 +223,7 @@ def _name_of_value(before: str, after: str, end: str, token: str) -> str | None:
 
 def _measured(name: str, before: str, text: str) -> str | None:
     """Returns the name of a metric in a sentence; None if the sentence is about a possibility."""
-    if is_bound(name, text) or _CONDITION.search(before):
+    if is_bound(name, text) or is_possibility(before):
         return None
     return name
 

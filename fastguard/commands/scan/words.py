@@ -25,13 +25,13 @@ _RATES = frozenset(
     "minutes rate power util utilization memory mem gpu cpu watts".split()
 )
 _SETTINGS = frozenset(
-    "missing policy fill filler default mask masked pad padding ord posinf neginf tol "
+    "missing na policy fill filler default mask masked pad padding ord posinf neginf tol "
     "tolerance low high vmin vmax lang language locale encoding user author name host "
     "hostname path file level lvl dataset seed version id task split severity loglevel "
     "strategy sentinel placeholder".split()
 )
 _BOUNDS = frozenset(
-    "best max min maximum minimum lowest highest lower upper init initial patience clip "
+    "best max min maximum minimum lowest highest lower upper init initial patience clip old "
     "clipping timeout limit limits threshold mode bound bounds prev previous".split()
 )
 _BOUNDS_ANYWHERE = frozenset(
@@ -39,8 +39,9 @@ _BOUNDS_ANYWHERE = frozenset(
 )
 _SIZES = frozenset(
     "top num epochs steps tokens length len size budget interval every warmup horizon "
-    "workers retries attempts depth capacity rounds".split()
+    "window deadline workers retries attempts depth capacity rounds".split()
 )
+_ATTENTION = frozenset("attn attention causal alibi position".split())
 _LOSSES = frozenset("loss losses norm norms grad grads gnorm nll ppl perplexity".split())
 """Last words that make a name a metric regardless of the rest: "duration loss", "clip_loss"."""
 
@@ -117,6 +118,10 @@ def is_bound(name: str, text: str) -> bool:
 
 def _is_infinite_bound(words: tuple[str, ...], text: str) -> bool:
     if "best" in words or words[-1] == ("min" if text == "inf" else "max"):  # where a search begins
+        return True
+    if words[-1] == "max" and words[:-1] == ("lr",):
+        return True
+    if text == "-inf" and words[-1] in ("bias", "mask") and not _ATTENTION.isdisjoint(words):
         return True
     if words[0] in _BOUNDS and words[0] not in ("clip", "clipping"):
         return True

@@ -191,6 +191,12 @@ def said(tmp_path: Path, capsys, name: str, text: str | bytes) -> tuple[int, str
             ["step 6)", "Value nan"],
         ),
         ('"step";"loss"\n5;0.5\n6;inf\n', ["step 6)", "loss inf"]),
+        ("epoch|step|loss\n0|5|0.5\n0|6|inf\n", ["epoch 0, step 6)", "loss inf"]),
+        ("# run 3\n# lr=0.1\nstep,loss\n5,0.5\n6,nan\n", ["step 6)", "loss nan"]),
+        ("- step: 6\n  loss: .nan\n  floor: -.inf\n", ["step 6)", "loss nan", "floor -inf"]),
+        ('{"step": 6, "m": [{"name": "loss", "value": NaN}]}\n' * 6, ["step 6)", "m/loss nan"]),
+        ('{"step": 6, "m": [{"loss": 1, "b": [NaN]}]}\n' * 2, ["step 6)", "m/b nan"]),
+        ('{"step": 6, "m": [[{"loss": -Infinity}]]}\n' * 6, ["step 6)", "m -inf"]),
     ],
 )
 def test_data_of_many_forms(text: str, facts: list[str], tmp_path: Path, capsys) -> None:

@@ -217,6 +217,19 @@ BAD = {
     "Number of non-finite gradients: 12": "non-finite",
     "Gen Loss: 0.2 | Cycle Loss: nan | Idt Loss: 0.1": "Cycle Loss nan",
     "RuntimeError: Encountered nan gradients in model.layers.3.mlp.up_proj.weight": "gradients nan",
+    "loss....nan": "loss nan",
+    "loss.............. nan": "loss nan",
+    "Loss after 3 epochs and 200 batches: nan": "Loss nan",
+    "the training loss hit nan in epoch 7": "training loss nan",
+    "Found NaN in epoch 3": "nan",
+    "FloatingPointError: Invalid nan value encountered in the output of a jax.jit function": "output nan",
+    "Non finite loss encountered: stopping": "loss non-finite",
+    "NaN or Inf loss value detected, exit.": "loss non-finite",
+    "Loss is not a number": "Loss nan",
+    "loss turned into NaN": "loss nan",
+    "Early stopping conditioned on metric `val_loss` is not finite": "val_loss non-finite",
+    "gradient of layer1.weight is all NaN": "gradient nan",
+    "nan gradients in 3 layers": "gradients nan",
 }
 
 FINE = [
@@ -439,6 +452,15 @@ FINE = [
     "Val loss improved inf --> 0.3",
     "Validation score improved (-inf --> 0.8)",
     "New best: 0.3 (previous: inf)",
+    "new best: 0.3 (old: inf)",
+    "lr_max=inf",
+    "na_values=['nan']",
+    "attn bias: -inf",
+    "window=inf",
+    "deadline: inf",
+    "checking gradients for nan... none found",
+    "the score isn't nan",
+    "the label is a number, not a number of nan",
 ]
 
 

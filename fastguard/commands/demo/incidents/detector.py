@@ -72,6 +72,8 @@ def run(folder: Path, guarded: bool) -> Outcome:
         try:
             model.train(data=str(data), project=str(folder), name="run", **SETTINGS)
         except RuntimeError as failure:
+            if watch.trainer is None:  # training did not begin
+                raise
             error = str(failure)
 
     facts = {**watch.facts(), "error": error}
