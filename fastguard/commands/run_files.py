@@ -30,7 +30,7 @@ def detect_writer(lines: Iterable[bytes | str]) -> Writer:
 
     One record or header is enough for `"fastguard"`, since a crash may leave truncated or
     zero-filled lines at the start of a file. A JSON object with keys that no record has means
-    `"another program"`. Otherwise the result is `"unknown"`.
+    `"another program"`; anything else means `"unknown"`.
 
     Example:
         >>> detect_writer(['{"step": 3, "total_norm": 1.5, "clip_coef": 1, "action": "applied"}'])

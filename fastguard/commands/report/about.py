@@ -1,4 +1,4 @@
-"""What wrote the records of a run, where, and when; from their header and their times."""
+"""Describes where and when a run was recorded, from the header and the times of its records."""
 
 from __future__ import annotations
 

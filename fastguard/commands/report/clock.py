@@ -1,8 +1,8 @@
-"""`Clock`: when the steps of a run were taken, for a time axis beside the step axis.
+"""`Clock`: the time of each step of a run, for the time axis.
 
-A step that was repeated after a rollback counts at the time at which it was last taken. Times never
-decrease with the step number: where they would, because a clock was set back or a run ended below
-its highest step, the larger time is repeated.
+A step that was repeated after a rollback has the time of its last repetition. Times never decrease
+with the step number: where they would, because a clock was set back or a run ended below its
+highest step, the larger time is repeated.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Clock:
     """The times of some steps; the steps between them are interpolated.
 
     Attributes:
-        start: Unix seconds of the first of them.
+        start: Unix seconds of the first of these steps.
         steps: Step numbers, increasing.
         seconds: Seconds since `start`, never decreasing.
     """
@@ -48,7 +48,7 @@ def clock_of(step: np.ndarray, time: np.ndarray, *, shift: int, near: np.ndarray
 
     Args:
         step: int64 `(n,)`.
-        time: float64 `(n,)`, Unix seconds; other values are left out.
+        time: float64 `(n,)`, Unix seconds; invalid times are left out.
         shift: Keeps the first and the last step of every `2**shift` steps.
         near: bool `(n,)`: steps to keep in any case.
     """

@@ -34,7 +34,7 @@ _MOST_OF_A_TAG = 1000
 
 class Series(NamedTuple):
     """Identifies one series. `kind` is `"norm"`, `"limit"`, `"coef"`, `"lr"`, `"time"`, `"loss"` or
-    `"threshold"`; only the last two have a `name`. All but the time are drawn."""
+    `"threshold"`; only the last two have a `name`. All but `"time"` are drawn."""
 
     kind: str
     name: str = ""

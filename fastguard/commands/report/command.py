@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _name(path: Path, summary: Summary) -> str:
-    """The name of the run, with that of its file."""
+    """The name of the run and of its file."""
     name = None if summary.header is None else summary.header.name
     return path.name if not name else f"{name} · {path.name}"
 

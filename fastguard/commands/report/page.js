@@ -56,7 +56,7 @@ async function load(packed) {
     return [low - pad, high + pad];
   }
 
-  // The steps that are seen.
+  // The visible range of steps.
   function seen() {
     const axis = plot._fullLayout.xaxis;
     return axis.range.map((value) => stepAt(axis.r2l(value)));

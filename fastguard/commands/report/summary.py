@@ -73,9 +73,9 @@ class Summary:
         jumps: Where the step number went back, the first 200 times.
         n_jumps: How often the step number went back.
         unnamed_losses: Whether there were more losses than are drawn.
-        clock: When the steps were taken; None if the records do not tell.
+        clock: The times of the steps; None if the records contain no times.
         header: The last header, or None.
-        starts: How often a process began to write; each has its own header.
+        starts: Number of processes that wrote records; each wrote its own header.
     """
 
     records: int = 0
@@ -124,7 +124,7 @@ def summarise(
             summary.size += block.size
             summary.damaged += block.damaged + columns.rejected
             for header in map(header_of, block.headers):
-                # full files repeat the header
+                # A rotated file repeats the header of the file before.
                 summary.starts += summary.header is None or header.time != summary.header.time
                 summary.header = header
             if len(columns.step):
