@@ -119,7 +119,10 @@ class FlatGradBuckets:
         for buffer in self.buffers:
             for piece in in_pieces([buffer.flat]):
                 piece.zero_()
+        detached, self._detached = self._detached, []
         if self.trusted:
+            for p, view in detached:
+                p.grad = view
             return
         for p, view in zip(self.parameters, self.views, strict=True):
             grad = p.grad
@@ -210,6 +213,13 @@ class FlatGradBuckets:
                 foreign = True
         return not foreign
 
+    def detach(self) -> None:
+        """Sets gradients that are in their slots to None until `zero_`."""
+        pairs = zip(self.parameters, self.views, strict=True)
+        self._detached = [(p, view) for p, view in pairs if p.grad is view]
+        for p, _ in self._detached:
+            p.grad = None
+
     def release(self) -> None:
         """Gives every gradient its own memory again."""
         for p, view in zip(self.parameters, self.views, strict=True):
@@ -265,6 +275,7 @@ class FlatGradBuckets:
         self.in_place = False
         self.views: list[Tensor] = []
         self._half_moved: list[Tensor] = []
+        self._detached: list[tuple[Tensor, Tensor]] = []
         self._attach(may_be_empty=not fill)
         if fill:
             self._fill()

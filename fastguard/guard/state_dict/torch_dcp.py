@@ -80,9 +80,7 @@ def make_room(optimizer: Optimizer, flat: FlatGradBuckets | None) -> None:
     if reader.f_globals.get("__name__") != _MODULE or reader.f_code.co_name != _FIRST_READER:
         return
     if flat is not None and not optimizer.state and not any(b.flat.any() for b in flat.buffers):
-        for p, view in zip(flat.parameters, flat.views, strict=True):
-            if p.grad is view:
-                p.grad = None
+        flat.detach()
     loader = reader.f_back
     flattened = None if loader is None else loader.f_locals.get("state_dict")
     if isinstance(flattened, Mapping) and any(map(_is_of_guard, flattened)):

@@ -222,19 +222,20 @@ def test_a_state_dict_without_state_is_refused_by_an_optimizer_with_state() -> N
 @pytest.mark.parametrize(
     "options", [{}, {"flatten_optimizer_state_dict": True}, {"full_state_dict": True}]
 )
+@pytest.mark.parametrize("kept", [True, "trusted"])
 @pytest.mark.parametrize("flat", ["flat_buckets", "flat_parameters", "own"])
 def test_a_guard_with_flat_gradients_gets_its_state_before_the_first_step(
-    flat: str, options: dict[str, bool]
+    flat: str, kept: bool | str, options: dict[str, bool]
 ) -> None:
     """Their gradients are always there, and torch creates no state for what has gradients."""
 
     def made() -> tuple[torch.nn.Module, GuardedOptimizer]:
         if flat != "own":
-            return build(**{flat: True})
+            return build(**{flat: kept})
         model, _ = build()
         groups = [{"params": list(layer.parameters())} for layer in model]
         inner = fastguard.optim.AdamW(groups, lr=0.1)
-        return model, GuardedOptimizer(inner, flat_buckets=True)
+        return model, GuardedOptimizer(inner, flat_buckets=kept)
 
     form = StateDictOptions(**options)
     model, opt = made()
