@@ -102,6 +102,18 @@ def _add_lines(summary: Summary, plot: _Plot, figure: go.Figure, i: int) -> None
             showlegend=named and not coarse,
             **common,
         )
+        alone = _isolated(y)
+        if alone.any() and len(x) > 1:  # a line does not show a point between two gaps
+            figure.add_scatter(
+                x=x[alone],
+                y=y[alone],
+                row=i,
+                col=1,
+                marker={"color": line.color, "size": 4},
+                showlegend=False,
+                meta="isolated",
+                **{**common, "mode": "markers"},
+            )
         if coarse:
             figure.add_scatter(
                 x=curve.middle,
@@ -118,6 +130,12 @@ def _add_lines(summary: Summary, plot: _Plot, figure: go.Figure, i: int) -> None
         figure.update_yaxes(type="log", dtick=1, tickformat="~g", row=i, col=1)
     elif (shown := _range(summary, plot)) is not None:
         figure.update_yaxes(range=shown, row=i, col=1)
+
+
+def _isolated(y: np.ndarray) -> np.ndarray:
+    """Which finite values have no finite neighbor, bool `(n,)`."""
+    finite = np.pad(np.isfinite(y), 1)
+    return finite[1:-1] & ~finite[:-2] & ~finite[2:]
 
 
 def _is_wide(summary: Summary, plot: _Plot) -> bool:

@@ -190,3 +190,17 @@ def test_the_limit_is_drawn_with_the_norm():
 
 def test_a_run_without_a_limit_has_no_line_for_it(figure):
     assert all(not np.isfinite(trace.y).any() for trace in traces(figure, "limit"))
+
+
+def test_a_value_between_two_gaps_is_drawn_as_a_point():
+    """A line of one point is invisible: here the norm of a spike between two steps with NaN."""
+    bad = {"action": "skipped", "reason": "nonfinite_grad", "nan": 1}
+    spike = {"action": "skipped", "reason": "grad_spike", "total_norm": 70.0, "culprits": ()}
+    records = [
+        record(step, **{5: bad, 6: spike, 7: bad}.get(step, {"total_norm": 2.0}))
+        for step in range(1, 12)
+    ]
+    figure = draw(summarise([Block(records, 0, 0)]))
+    points = [trace for trace in figure.data if trace.meta == "isolated"]
+    assert [(list(p.x), list(p.y), p.mode) for p in points] == [([6], [70.0], "markers")]
+    assert points[0].yaxis == "y2" and not points[0].showlegend

@@ -1,9 +1,14 @@
-"""The picture of an incident: the losses of both runs on top, the guarded gradient norm below."""
+"""The picture of an incident: the losses of both runs on top, the guarded gradient norm below.
+
+Values are faint; on top of them, the median of the last `SMOOTH` finite values is drawn: a single
+spike does not change it, where a mean would show a plateau.
+"""
 
 from __future__ import annotations
 
 import math
 import statistics
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +21,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette is safe for color blindness.
 BEFORE, GUARDED, INK, FAINT = "#D55E00", "#009E73", "#333333", "#BBBBBB"
+SMOOTH = 10
 
 
 def draw(incident: Incident, before: Outcome, guarded: Outcome, path: Path) -> None:
@@ -56,7 +62,8 @@ def _draw_losses(axes: Axes, before: Outcome, guarded: Outcome) -> None:
         (guarded, GUARDED, 2.4, "with fastguard"),
         (before, BEFORE, 1.2, "as it was"),
     ):
-        axes.plot(*_points(run.losses), color=color, linewidth=width, label=f"{name}: {run.ended}")
+        steps = range(1, len(run.losses) + 1)
+        _draw_line(axes, steps, run.losses, color=color, width=width, label=name)
         lost = [i for i, v in enumerate(run.losses, start=1) if not math.isfinite(v)]
         axes.plot(lost, [ceiling] * len(lost), "x", color=color, markersize=5)
     if not all(math.isfinite(v) for v in before.losses):
@@ -64,14 +71,14 @@ def _draw_losses(axes: Axes, before: Outcome, guarded: Outcome) -> None:
         axes.annotate(
             "NaN, Inf", (0, ceiling), **beside, textcoords="offset points", fontsize=9, color=INK
         )
-    axes.set_ylabel("training loss", fontsize=9, color=INK)
-    # The sentences are long, so the legend is placed above the plot.
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), frameon=False, fontsize=9)
+    axes.set_ylabel(f"training loss, median of {SMOOTH} batches", fontsize=9, color=INK)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1.0), frameon=False, fontsize=9, ncols=2)
 
 
 def _draw_norms(axes: Axes, guarded: Outcome) -> None:
     records = guarded.records
-    axes.plot([r.step for r in records], [r.torch_norm for r in records], color=GUARDED)
+    norms = [r.torch_norm for r in records]
+    _draw_line(axes, [r.step for r in records], norms, color=GUARDED, width=1.6)
     skipped = [r for r in records if r.action == "skipped"]
     level = max((r.total_norm for r in records), default=1.0)
     axes.plot([r.step for r in skipped], [level] * len(skipped), "o", color=GUARDED, mfc="white")
@@ -88,6 +95,32 @@ def _draw_norms(axes: Axes, guarded: Outcome) -> None:
     axes.set_ylabel("gradient norm", fontsize=9, color=INK)
 
 
-def _points(values: Sequence[float]) -> tuple[list[int], list[float]]:
-    """All values by batch; NaN (a gap in the line) where not finite."""
-    return [*range(1, len(values) + 1)], [v if math.isfinite(v) else math.nan for v in values]
+def _draw_line(
+    axes: Axes,
+    steps: Sequence[int],
+    values: Sequence[float],
+    *,
+    color: str,
+    width: float,
+    label: str | None = None,
+) -> None:
+    """Draws values and their medians, with gaps where the values are not finite."""
+    finite = [v if math.isfinite(v) else math.nan for v in values]
+    axes.plot(steps, finite, color=color, linewidth=0.8, alpha=0.4)
+    axes.plot(steps, smoothed(finite), color=color, linewidth=width, label=label)
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """The median of each value and up to `SMOOTH - 1` finite values before it; NaN stays NaN.
+
+    Example:
+        >>> smoothed([1.0, math.nan, 3.0])
+        [1.0, nan, 2.0]
+    """
+    window: deque[float] = deque(maxlen=SMOOTH)
+    medians = []
+    for value in values:
+        if not math.isnan(value):
+            window.append(value)
+        medians.append(math.nan if math.isnan(value) else statistics.median(window))
+    return medians
