@@ -16,6 +16,7 @@ class Scratch:
         self._lines: dict[str, Tensor] = {}
 
     def line(self, name: str, n: int) -> Tensor:
+        """Returns the memory of a name for n elements; its content is arbitrary."""
         held = self._lines.get(name)
         if held is None or held.numel() < n:
             held = self._lines[name] = torch.empty(n, dtype=self.dtype)
