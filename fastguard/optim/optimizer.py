@@ -140,6 +140,13 @@ class FusedOptimizer(Optimizer):
 
     # State dicts.
 
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state dict, as torch's optimizers do.
+
+        Where a process group is initialized, remainders are int32 instead of int16.
+        """
+        return states.transferable(super().state_dict())
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this optimizer, or of torch's optimizer of the same name.
 

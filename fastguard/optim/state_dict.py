@@ -16,6 +16,22 @@ if TYPE_CHECKING:
     from fastguard.optim.optimizer import FusedOptimizer
 
 
+def transferable(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Returns a state dict whose tensors the ranks can exchange.
+
+    Neither gloo nor NCCL transfers int16, which a full state dict of shards needs, so remainders
+    are copied to int32 if there is a process group.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return state_dict
+    remainder = MASTER_KEYS["remainder"]
+    state = {
+        i: {k: v.to(torch.int32) if k == remainder else v for k, v in entries.items()}
+        for i, entries in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state}
+
+
 def check_modes(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> None:
     """Raises a ValueError for a state dict that was saved with a different `master`."""
     saved_groups = state_dict["param_groups"] if "param_groups" in state_dict else ()
@@ -76,7 +92,8 @@ def _kept(key: str, value: Any, group: Mapping[str, Any], p: Tensor) -> Any:
         return value.to(device=p.device, dtype=torch.float32, copy=True)
     if key in MASTER_KEYS.values():
         # torch's optimizers cast a loaded master and never update it, so a cast master is outdated.
-        exact = torch.int16 if key == "remainder" else torch.float32
-        is_ours = MASTER_KEYS.get(group["master"]) == key
-        return value.to(p.device, copy=True) if is_ours and value.dtype is exact else None
+        exact = (torch.int16, torch.int32) if key == "remainder" else (torch.float32,)
+        if MASTER_KEYS.get(group["master"]) != key or value.dtype not in exact:
+            return None
+        return value.to(device=p.device, dtype=exact[0], copy=True)
     return value.to(device=p.device, dtype=state_dtype_of(group, p), copy=True)

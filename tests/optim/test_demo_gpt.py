@@ -61,7 +61,7 @@ def train_guarded(model: GPT, master: str) -> tuple[Any, list[float], list[Any]]
         losses.append(loss.item())
     records = list(guard.history)
     assert [r.action == "skipped" for r in records] == [i == NAN_STEP for i in range(len(records))]
-    assert sum(r.action == "clipped" for r in records) > len(records) // 2
+    assert sum(r.action == "clipped" for r in records) > 10
     return optimizer.state, losses, records
 
 

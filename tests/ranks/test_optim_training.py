@@ -1,0 +1,147 @@
+"""`fastguard.optim` under FSDP2's `fully_shard`, DDP and torch.distributed.checkpoint."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import fastguard
+import fastguard.optim
+from guardtest.ranks import Ranks
+
+BF16 = torch.bfloat16
+KINDS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "master": dict(dtype=BF16, master="float32"),
+    "remainder": dict(dtype=BF16, master="remainder"),
+    "stochastic": dict(dtype=BF16, rounding="stochastic"),
+    "spikes": dict(spike_threshold=3.0, momentum_reset=30, reset_warmup=5),
+}
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    with Ranks(2) as ranks:
+        yield ranks
+
+
+def a_model(dtype: torch.dtype) -> torch.nn.Module:
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)]
+    return torch.nn.Sequential(*layers).to(dtype)
+
+
+def build(wrap: str, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Any, Any]:
+    """Returns a model and its guard; the model is plain, sharded ("fsdp") or replicated ("ddp")."""
+    model = a_model(dtype)
+    if wrap == "fsdp":
+        for layer in (model[0], model[2], model):
+            fully_shard(layer)
+    elif wrap == "ddp":
+        model = DistributedDataParallel(model)
+    inner = fastguard.optim.AdamW(model.parameters(), lr=1e-2, reproducible=True, **options)
+    group = fastguard.Replicated(dist.group.WORLD) if wrap == "ddp" else None
+    return model, fastguard.GuardedOptimizer(inner, group=group)
+
+
+def train(model: Any, opt: Any, steps: range, *, own_batches: bool = False) -> None:
+    """Trains; the third step is skipped. Every rank has the same batch, or its own."""
+    dtype = next(model.parameters()).dtype
+    for step in steps:
+        seed = 10 * step + (dist.get_rank() if own_batches else 0)
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        loss = model(x).float().square().mean() * (float("nan") if step == 2 else 1.0)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+
+
+def everything(model: Any, opt: Any) -> list[torch.Tensor]:
+    """All weights and states, whole."""
+    found = []
+    for p in model.parameters():
+        found += [p.detach(), *opt.optimizer.state[p].values()]
+    found = [t.int() if t.dtype is torch.int16 else t for t in found]  # gloo cannot gather int16
+    return [t.full_tensor() if isinstance(t, DTensor) else t.clone() for t in found]
+
+
+def trained(wrap: str, settings: dict[str, Any], own_batches: bool = False) -> list[torch.Tensor]:
+    model, opt = build(wrap, **settings)
+    train(model, opt, range(40), own_batches=own_batches)
+    assert opt.skipped_steps == 1
+    return everything(model, opt)
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "stochastic"])
+@pytest.mark.parametrize("wrap", ["fsdp", "ddp"])
+def test_ranks_with_the_same_batch_train_as_one_process_does_bit_for_bit(two, wrap, kind):
+    """The mean of two equal gradients is exact. Noise of shards is counted from their start."""
+    alone = trained("", KINDS[kind])
+    for whole in two.run(trained, wrap, KINDS[kind]):
+        assert all(map(torch.equal, whole, alone))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_replicas_with_their_own_batches_stay_equal(two, kind):
+    first, second = two.run(trained, "ddp", KINDS[kind], own_batches=True)
+    assert all(map(torch.equal, first, second))
+
+
+def resumed(folder: Path, settings: dict[str, Any], full: bool) -> bool:
+    options = StateDictOptions(full_state_dict=full, broadcast_from_rank0=full)
+    model, opt = build("fsdp", **settings)
+    train(model, opt, range(5), own_batches=True)
+    weights, state = get_state_dict(model, opt, options=options)
+    if full:
+        saved = copy.deepcopy((weights, state)) if dist.get_rank() == 0 else ({}, {})
+    else:
+        dcp.save({"model": weights, "optim": state}, checkpoint_id=folder)
+    train(model, opt, range(5, 40), own_batches=True)
+
+    other, fresh = build("fsdp", **settings)
+    if full:
+        weights, state = saved
+    else:
+        weights, state = get_state_dict(other, fresh, options=options)
+        dcp.load({"model": weights, "optim": state}, checkpoint_id=folder)
+    set_model_state_dict(other, weights, options=options)
+    set_optimizer_state_dict(other, fresh, state, options=options)
+    train(other, fresh, range(5, 40), own_batches=True)
+    pairs = zip(everything(model, opt), everything(other, fresh), strict=True)
+    return all(a.dtype is b.dtype and torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["sharded", "full"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_of_shards_resumes_bit_for_bit(two, tmp_path, kind, full):
+    assert two.run(resumed, tmp_path, KINDS[kind], full) == [True, True]
+
+
+def refusal() -> str:
+    try:
+        build("fsdp", update_clipping=True)
+    except ValueError as e:
+        return str(e)
+    return ""
+
+
+def test_update_clipping_refuses_shards(two):
+    for message in two.run(refusal):
+        assert "update_clipping=True needs the whole of each tensor" in message
+        assert "DTensor" in message and "update_clipping=False" in message
