@@ -12,16 +12,19 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from fastguard.gradients.buckets import name_of
 from fastguard.gradients.tensor_kinds import has_numbers
 from fastguard.optim import state_dict as states
 from fastguard.optim.backend import updater_of
+from fastguard.optim.bits import from_remainder
 from fastguard.optim.contract import STATES, Algorithm
 from fastguard.optim.options import OF_ADAMW, OF_TORCH, OWN, check_group, refuse_unknown
 from fastguard.optim.orders import Orders
 from fastguard.optim.sort import check_gradients, updates_of
+from fastguard.ranks.dtensors import local_parts
 
 
 class FusedOptimizer(Optimizer):
@@ -112,6 +115,24 @@ class FusedOptimizer(Optimizer):
         return Orders.of_scaler(
             getattr(self, "grad_scale", None), getattr(self, "found_inf", None), device
         )
+
+    def exact_weight(self, parameter: Tensor) -> Tensor:
+        """Returns the weight that the update changes: a float32 master, or the parameter itself.
+
+        Args:
+            parameter: A parameter of this optimizer.
+
+        Returns:
+            The master or the parameter, or, for `master="remainder"`, a new float32 tensor. Before
+            the first step there is no master.
+        """
+        state = self.state.get(parameter, {})
+        if "master" in state:
+            return state["master"]
+        if "remainder" not in state:
+            return parameter
+        high, low = local_parts([parameter.detach(), state["remainder"]])
+        return from_remainder(high, low)
 
     # Overridden by subclasses.
 

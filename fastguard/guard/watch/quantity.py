@@ -34,6 +34,8 @@ class WatchedGradients:
         scale: The loss scale of this step, `()`; None: there is none.
         local_squared_norm: Returns the squared norm `()` of this rank's gradients before they were
             reduced, including the loss scale; None: not available.
+        exact_weight: Returns the weight that the optimizer updates for a parameter: its float32
+            master if it keeps one; None: all parameters are their own.
     """
 
     layout: Layout
@@ -42,6 +44,7 @@ class WatchedGradients:
     inv_scale: Tensor | None = None
     scale: Tensor | None = None
     local_squared_norm: Callable[[], Tensor | None] | None = None
+    exact_weight: Callable[[Tensor], Tensor] | None = None
 
     @property
     def with_gradient(self) -> list[int]:
@@ -56,6 +59,13 @@ class WatchedGradients:
     def weights(self, positions: Sequence[int]) -> list[Tensor]:
         """Returns these parameters, detached."""
         return [p.detach() for p in local_parts([self.layout.parameters[i] for i in positions])]
+
+    def exact_weights(self, positions: Sequence[int]) -> list[Tensor]:
+        """Returns what the optimizer updates: these parameters, or its copies in float32."""
+        if self.exact_weight is None:
+            return self.weights(positions)
+        exact = [self.exact_weight(self.layout.parameters[i]) for i in positions]
+        return [w.detach() for w in local_parts(exact)]
 
     @property
     def is_sharded(self) -> bool:
@@ -89,15 +99,15 @@ class Reading:
     after_update: Callable[[], Tensor] | None = None
 
 
-ROOM = 140_000
-"""Bytes for the values of a quantity in a line of JSON: three quantities and the rest of a record
-stay below 512 KiB, the limit of readers for one line."""
+ROOM = 110_000
+"""Bytes for the values of an entry in a line of JSON: four entries and the rest of a record stay
+below 512 KiB, the limit of readers for one line."""
 
 
 def by_name(names: Sequence[str], values: Iterable[float]) -> dict[str, float]:
     """Returns the values by name, in the given order, rounded to 9 digits.
 
-    If they do not fit into a line of JSON (from about 2000 tensors on), only the largest ones.
+    If they do not fit into a line of JSON (from about 1500 tensors on), only the largest ones.
     """
     told = {name: float(f"{value:.9g}") for name, value in zip(names, values, strict=True)}
     sizes = {name: len(name.encode("ascii", "backslashreplace")) + 20 for name in told}

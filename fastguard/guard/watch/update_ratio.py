@@ -1,7 +1,10 @@
-"""`"update_ratio"`: |update| / |weight| per tensor; about 1e-3 is typical of healthy training.
+"""`"update_ratio"`: |update| / |weight| per tensor, |weight|, and weights that are NaN or infinite.
 
-I/O in a watched step: a copy of the weights (kept in memory until the end of the step), then one
-read of the copy and of the new weights. With shards, it is the ratio of this rank's part.
+A ratio of about 1e-3 is typical of healthy training. The weights of `fastguard.optim` are its exact
+float32 ones: a 16-bit weight mostly stands still, and then jumps.
+
+I/O in a watched step: a copy of the weights (kept in memory until the end of the step), then two
+reads of the new weights and one of the copy. With shards, it is the ratio of this rank's part.
 """
 
 from __future__ import annotations
@@ -11,46 +14,53 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastguard.gradients.transfer import moved
+from fastguard.gradients.buckets import bucketize
 from fastguard.guard.watch.quantity import Reading, WatchedGradients, by_name
 from fastguard.stages.contract import Known
+from fastguard.stages.measure import measure
 
 
 class UpdateRatio:
     """Shows which layers change too much, and which do not change."""
 
     def read(self, step: WatchedGradients) -> Reading:
-        """Reads the norms of the weights, then of their updates, float64 `(2 T,)`."""
+        """Reads norms of weights, norms of updates, and counts of bad weights, float64 `(3 T,)`."""
         at = [i for i in step.with_gradient if step.layout.parameters[i].numel()]
-        weights = step.weights(at)
         names = [step.layout.names[i] for i in at]
-        before = [w.clone() for w in weights]
-        norms = _norms(before, step.device)
+        before = [w.clone() for w in step.exact_weights(at)]
+        norms, _ = _norms_and_counts(before, step.device)
 
         def after_update() -> Tensor:
+            weights = step.exact_weights(at)
+            _, bad = _norms_and_counts(weights, step.device)
             if before:
                 torch._foreach_sub_(before, weights)
-            return torch.cat([norms, _norms(before, step.device)])
+            updates, _ = _norms_and_counts(before, step.device)
+            return torch.cat([norms, updates, bad])
 
         def results(numbers: list[float], known: Known) -> dict[str, Any]:
             if known.skipped:
                 return {}
             n = len(names)
-            pairs = zip(names, numbers[n:], numbers[:n], strict=True)
-            ratios = {name: moved / norm for name, moved, norm in pairs if norm > 0}
-            return {"update_ratio": by_name(list(ratios), ratios.values())}
+            norms, updates, bad = (numbers[k * n : (k + 1) * n] for k in range(3))
+            triples = zip(names, updates, norms, strict=True)
+            ratios = {name: moved / norm for name, moved, norm in triples if norm > 0}
+            found = {name: int(k) for name, k in zip(names, bad, strict=True) if k}
+            told: dict[str, Any] = {
+                "update_ratio": by_name(list(ratios), ratios.values()),
+                "weight_norm": by_name(names, norms),
+            }
+            if found:
+                told["nonfinite_weights"] = by_name(list(found), found.values())
+            return told
 
-        nothing = torch.cat([norms, torch.zeros_like(norms)])
-        return Reading(nothing, results, after_update=after_update)
+        return Reading(torch.cat([norms, norms * 0.0, norms * 0.0]), results, False, after_update)
 
 
-def _norms(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """Returns the norms of the tensors, float64 `(T,)`."""
+def _norms_and_counts(tensors: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Returns the norms of the finite elements and the numbers of others, float64 `(T,)` each."""
     if not tensors:
-        return torch.zeros(0, dtype=torch.float64, device=device)
-    wide = torch.float32 if all(t.itemsize <= 4 for t in tensors) else torch.float64
-    if any(t.is_complex() for t in tensors):
-        norms = [torch.linalg.vector_norm(t) for t in tensors]
-    else:
-        norms = torch._foreach_norm(tensors, 2.0, dtype=wide)
-    return torch.stack([moved(x, device).double() for x in norms])
+        return (torch.zeros(0, dtype=torch.float64, device=device),) * 2
+    n = len(tensors)
+    stats = measure(bucketize(tensors, segments=range(n), n_segments=n, device=device))
+    return stats.segment_norms, stats.segment_counts.sum(0)

@@ -31,6 +31,7 @@ from fastguard.guard.watch.replica_drift import ReplicaDrift
 from fastguard.guard.watch.tensor_norms import TensorNorms
 from fastguard.guard.watch.underflow import Underflow
 from fastguard.guard.watch.update_ratio import UpdateRatio
+from fastguard.optim.optimizer import FusedOptimizer
 from fastguard.ranks.team import Team
 from fastguard.stages.contract import Known, Signals
 
@@ -207,6 +208,7 @@ def read_step(
         signals.inv_scale,
         scale,
         None if run.rank_watch is None else run.rank_watch.take_squared_norm,
+        run.optimizer.exact_weight if isinstance(run.optimizer, FusedOptimizer) else None,
     )
     watched = watch.read(step)
     return (None, signals) if watched is None else (watched, watched.with_values(signals))
