@@ -150,7 +150,9 @@ class CompiledStep(ReadsFirstIfNeeded):
         multiplier = verdict.multiplier.expand(n_segments)
         run_global_pre_hooks(self.optimizer)
         start = None if graph.has_run else time.perf_counter()
-        args = verdict.found_inf, multiplier, verdict.clean, *inputs
+        # On a CPU, found_inf and clean may be one tensor; dynamo would compile again where they are
+        # not. A view is another tensor.
+        args = verdict.found_inf, multiplier, verdict.clean.view(()), *inputs
         call.returned.append(graph.run(*args) or None)  # one line: no interrupt in between
         graph.has_run = True
         if start is not None:

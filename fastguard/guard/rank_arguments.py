@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastguard.gradients.tensor_kinds import has_numbers
 from fastguard.guard.clip_scope import limits
+from fastguard.guard.compiled_step import CompiledStep
 from fastguard.guard.watch.replica_drift import checksum
 from fastguard.ranks.agreement import COUNTS, Place
 from fastguard.ranks.dtensors import local_parts
@@ -37,6 +38,8 @@ def arguments_of(optimizer: GuardedOptimizer, team: Team) -> dict[str, str]:
         "the number of param groups": None,
         COUNTS: None,
         "clip_value by param group": None,
+        "compile_step": None,
+        "flat_parameters": None,
     }
     if scope == "group":
         arguments["the number of param groups"] = len(groups)
@@ -44,6 +47,9 @@ def arguments_of(optimizer: GuardedOptimizer, team: Team) -> dict[str, str]:
         arguments[COUNTS] = [len(g["params"]) for g in groups]
         clamped = [None if g.get("clip_value") is None else float(g["clip_value"]) for g in groups]
         arguments["clip_value by param group"] = clamped
+        # These updates round differently, so replicas would diverge although they decide the same.
+        arguments["compile_step"] = isinstance(optimizer._stepper, CompiledStep)
+        arguments["flat_parameters"] = optimizer._gradients.with_parameters
     return {name: repr(value) for name, value in arguments.items()}
 
 

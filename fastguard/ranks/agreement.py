@@ -3,7 +3,7 @@
 Ranks with different limits, modes or rules make different decisions from the same numbers, and the
 replicas silently diverge; with different numbers of segments, their vectors differ in length. So
 before the first vector is sent, the ranks compare a hash of each argument: one MAX collective over
-the hashes and their negatives, 176 bytes, which shows all ranks at once which arguments differ.
+the hashes and their negatives, 208 bytes, which shows all ranks at once which arguments differ.
 
 Coefficients of single tensors or param groups belong to positions in the vector. Ranks with the
 same parameters in a different order would clip each by the norm of another, so for these scopes

@@ -111,6 +111,16 @@ REPLICAS = {
         "the number of parameters by param group is [2, 3] on rank 0, [2, 2] on rank 1",
     ),
     "clip_value": ({}, {"clip_value": 1}, "clip_value by param group is [None] on rank 0, [1.0]"),
+    "compile_step": (
+        {"compile_step": True},
+        {},
+        "compile_step is True on rank 0, False on rank 1",
+    ),
+    "flat_parameters": (
+        {},
+        {"flat_parameters": True},
+        "flat_parameters is False on rank 0, True on rank 1",
+    ),
 }
 
 
@@ -158,7 +168,7 @@ def stages() -> tuple[list[Any], float]:
 def test_what_may_differ_does_and_is_compared_once(two: Ranks) -> None:
     vector = ("allreduce_", 248)
     for seen, norm in two.run(stages):
-        assert seen == [[("allreduce_", 176), vector], [vector]]
+        assert seen == [[("allreduce_", 208), vector], [vector]]
         assert norm == pytest.approx(math.sqrt(14))
 
 

@@ -271,7 +271,7 @@ def collectives_of_a_step(name: str) -> list[list[tuple[str, int]]]:
 def test_a_step_is_one_collective_of_248_bytes(four: Ranks, name: str) -> None:
     for steps in four.run(collectives_of_a_step, name):
         compared, *others = steps  # the first step begins with a comparison of arguments
-        assert compared == [("allreduce_", 176), ("allreduce_", 248)]
+        assert compared == [("allreduce_", 208), ("allreduce_", 248)]
         assert others == [[("allreduce_", 248)]] * 2
 
 

@@ -145,7 +145,7 @@ def test_a_watched_step_sends_a_few_numbers_more_and_no_other_collective(four: R
     """12 numbers for the drift, one for the noise scale, none for the norms of whole tensors."""
     watched, other = [("allreduce_", 248 + 8 * 13)], [("allreduce_", 248)]
     for steps in four.run(bytes_of_steps):
-        assert steps == [[("allreduce_", 176), *watched], other, watched, other]
+        assert steps == [[("allreduce_", 208), *watched], other, watched, other]
 
 
 # The arithmetic of `differing`, for all pairs of a rank and a flipped bit.

@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 
 from fastguard import GuardedOptimizer
@@ -34,6 +35,47 @@ def test_a_thousand_steps_of_a_schedule_compile_once():
     assert opt._stepper._n_compiled == 1
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert opt.applied_steps == 1000
+
+
+def test_a_thousand_steps_with_a_schedule_for_each_param_group_compile_once():
+    torch._dynamo.utils.counters.clear()
+
+    def make(params):
+        groups = [
+            {"params": params[:1], "lr": 0.01, "weight_decay": 0.1},
+            {"params": params[1:], "lr": 0.02, "weight_decay": 0.0, "betas": (0.8, 0.99)},
+        ]
+        return torch.optim.AdamW(groups)
+
+    (params, opt), (others, plain) = pair(make)
+    schedulers = [
+        torch.optim.lr_scheduler.LambdaLR(
+            o, [lambda n: 1 / (1 + 0.01 * n), lambda n: 0.5 + 0.5 * math.cos(n / 100)]
+        )
+        for o in (opt, plain)
+    ]
+    for seed in range(1000):
+        for some, o in ((params, opt), (others, plain)):
+            give(some, seed, math.nan if seed % 250 == 3 else None)
+            o.step()
+        for scheduler in schedulers:
+            scheduler.step()
+    assert opt._stepper._n_compiled == 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert opt.skipped_steps == plain.skipped_steps == 4
+    assert_close(params, others)
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "zero"])
+@pytest.mark.parametrize("first", [None, math.nan], ids=["good first", "bad first"])
+def test_good_and_bad_steps_use_one_graph(nonfinite, first):
+    torch._dynamo.utils.counters.clear()
+    params = parameters()
+    opt = compiled(torch.optim.AdamW(params), nonfinite=nonfinite)
+    for seed, value in enumerate((first, None, math.nan, None, math.inf)):
+        give(params, seed, value)
+        opt.step()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_cycled_momentum_becomes_an_input():
