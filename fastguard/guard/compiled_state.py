@@ -37,6 +37,12 @@ def check_compiled_optimizer(optimizer: Optimizer, flat_parameters: bool) -> Non
             f"compile_step=True is not needed for fastguard.optim.{name}, which skips in its own "
             "update; guard it without compile_step"
         )
+    kind = type(optimizer)
+    if any(isinstance(getattr(kind, key, None), property) for key in ("param_groups", "state")):
+        raise TypeError(
+            f"compile_step=True does not support {name}, whose param_groups belong to another "
+            "optimizer; guard it without compile_step, or guard the other optimizer"
+        )
     step = vars(optimizer).get("step")
     if step is not None and not hasattr(step, "_wrapped_by_lr_sched"):
         raise TypeError(

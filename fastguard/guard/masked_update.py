@@ -26,6 +26,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim import Optimizer
 
 from fastguard.errors.versions import as_if_compiling
+from fastguard.guard.held_values import copied, is_container, is_object, same
 from fastguard.guard.inner_step import steps_as_torch
 from fastguard.guard.tensor_settings import Branch, TensorSettings, python_of_tensors
 from fastguard.stages.formulas import SMALLEST_FACTOR, factor_dtype
@@ -180,7 +181,17 @@ def trace(optimizer: Optimizer, members: Members, settings: Mapping[Place, Tenso
     scalar = torch.zeros((), device=device)
     verdict = scalar, scalar.new_ones(1 + max(members.segments), dtype=torch.float64), scalar
     inputs = [t.detach() for t in (*verdict, *members.inputs(optimizer), *settings.values())]
-    return Traced(make_fx(update, tracing_mode="fake")(*inputs), **notes)
+    graph = make_fx(update, tracing_mode="fake")(*inputs)
+    _drop_profiler_ranges(graph)
+    return Traced(graph, **notes)
+
+
+def _drop_profiler_ranges(graph: GraphModule) -> None:
+    """Removes the ranges of `record_function`, which dynamo cannot trace."""
+    for node in reversed(graph.graph.nodes):
+        if getattr(node.target, "namespace", None) == "profiler":
+            graph.graph.erase_node(node)
+    graph.recompile()
 
 
 class _OptimizerOfPlaceholders:
@@ -207,25 +218,29 @@ class _OptimizerOfPlaceholders:
         self.groups: list[_Noting] = []
         for i, group in enumerate(optimizer.param_groups):
             params = [w for w, g in zip(weights, members.groups, strict=True) if g == i]
-            own = {**_with_tensors(group, i, settings), "params": params}
+            own = {**_with_tensors(_own(group), i, settings), "params": params}
             own.update((k, v) for k, v in _implementation(optimizer, on_gpu) if k in group)
             self.groups.append(_Noting(own, self.read[i]))
         self.states = [
-            {**optimizer.state.get(p, {}), **tensors}
+            {**copied(optimizer.state.get(p, {})), **tensors}
             for p, tensors in zip(members.params, states, strict=True)
         ]
-        self._before_groups = [dict.copy(group) for group in self.groups]
-        self._before_states = [dict(state) for state in self.states]
+        self._before_groups = [_own(group) for group in self.groups]
+        self._before_states = [copied(state) for state in self.states]
         self._settings = settings
         self.optimizer = double = object.__new__(type(optimizer))
-        double.__dict__.update(
-            (k, v.copy() if isinstance(v, dict | list | set) else v)
-            for k, v in vars(optimizer).items()
-        )
+        attributes = {
+            k: v for k, v in vars(optimizer).items() if k not in ("state", "param_groups")
+        }
+        double.__dict__.update(copied(attributes, objects=False))
         double.__dict__.pop("step", None)  # set by a scheduler, bound to the original
         double.param_groups = self.groups  # type: ignore[assignment]
         double.state = defaultdict(dict, zip(weights, self.states, strict=True))  # type: ignore[arg-type]
-        self._before_self = {k: v for k, v in vars(double).items() if type(v) in NUMBERS}
+        self._before_self = {
+            k: copied(v, objects=False)
+            for k, v in vars(double).items()
+            if k in attributes and (type(v) in NUMBERS or is_container(v))
+        }
 
     def step(self) -> None:
         """Runs the step without torch's wrappers."""
@@ -244,12 +259,10 @@ class _OptimizerOfPlaceholders:
         Raises:
             NotTraceable, CreatesState, CountsInPython: As for `trace`.
         """
-        for name, number in self._before_self.items():
-            if vars(self.optimizer)[name] != number:
-                raise NotTraceable(
-                    f"{type(self.optimizer).__name__}.step changes its attribute {name}, a Python "
-                    "number, which a step skipped on the device cannot leave unchanged"
-                )
+        for name, value in self._before_self.items():
+            if not same(vars(self.optimizer)[name], value):
+                kind = "number" if type(value) in NUMBERS else type(value).__name__
+                raise NotTraceable(self._changes(f"its attribute {name}", kind))
         replaced: dict[int, Tensor] = {}
         counts: list[Place] = []
         pairs = [
@@ -262,7 +275,7 @@ class _OptimizerOfPlaceholders:
                     if key == "params":
                         continue
                     old, new = before.get(key), dict.get(now, key)
-                    if old is new:
+                    if same(old, new):
                         continue
                     place = Place(i, key, of_group)
                     self._compare(place, old, new, replaced, counts)
@@ -270,8 +283,8 @@ class _OptimizerOfPlaceholders:
             raise CountsInPython(counts)
         n = len(written) - len(self._settings)
         touched = [t._version for t in written[n:]]
-        same = [a == b for a, b in zip(touched, versions, strict=True)]
-        untouched = {id(t) for t, s in zip(written[n:], same, strict=True) if s}
+        each = zip(written[n:], touched, versions, strict=True)
+        untouched = {id(t) for t, now, before in each if now == before}
         return iter([replaced.get(id(t), None if id(t) in untouched else t) for t in written])
 
     def _compare(
@@ -291,10 +304,23 @@ class _OptimizerOfPlaceholders:
                 counts.append(place)
         elif old is None:
             raise CreatesState(f"{name} creates the {where} {place.key!r}")
+        elif type(old) is type(new) and (is_container(old) or is_object(old)):
+            raise NotTraceable(self._changes(f"the {where} {place.key!r}", type(old).__name__))
         elif isinstance(old, Tensor) or isinstance(new, Tensor) or old != new:
             raise NotTraceable(
                 f"{name} replaces the {where} {place.key!r} with a {type(new).__name__}"
             )
+
+    def _changes(self, what: str, kind: str) -> str:
+        return (
+            f"{type(self.optimizer).__name__}.step changes {what}, a Python {kind}, which a step "
+            "skipped on the device cannot leave unchanged"
+        )
+
+
+def _own(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a copy of a param group, with the same parameters."""
+    return copied({k: v for k, v in dict(group).items() if k != "params"})
 
 
 class _Noting(dict):

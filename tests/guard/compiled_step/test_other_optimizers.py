@@ -93,6 +93,73 @@ class HasAnAttribute(Own):
         p.sub_(grad, alpha=self.rate)
 
 
+class Holder:
+    def __init__(self):
+        self.last = None
+
+
+class NotesInAList(Own):
+    def update(self, group, p, grad, state):
+        state.setdefault("notes", [[0.0, None]])[0][1] = grad.norm()
+        p.sub_(grad)
+
+
+class NotesInAnObject(Own):
+    def update(self, group, p, grad, state):
+        state.setdefault("holder", Holder()).last = grad.norm()
+        p.sub_(grad)
+
+
+class NotesInASetting(Own):
+    def __init__(self, params):
+        super().__init__(params)
+        self.param_groups[0]["buffer"] = [[None]]
+
+    def update(self, group, p, grad, state):
+        group["buffer"][0][0] = grad.norm()
+        p.sub_(grad)
+
+
+class NotesInItself(Own):
+    def __init__(self, params):
+        super().__init__(params)
+        self.notes = {"last": [None]}
+
+    def update(self, group, p, grad, state):
+        self.notes["last"][0] = grad.norm()
+        p.sub_(grad)
+
+
+def notes_of(inner):
+    found = []
+    for p in inner.param_groups[0]["params"]:
+        state = inner.state.get(p, {})
+        found += [*state.get("notes", ()), *vars(state.get("holder", Holder())).values()]
+    return [*found, inner.param_groups[0].get("buffer"), getattr(inner, "notes", None)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "where"),
+    [
+        (NotesInAList, "the state 'notes'"),
+        (NotesInAnObject, "the state 'holder'"),
+        (NotesInASetting, "the setting 'buffer'"),
+        (NotesInItself, "its attribute notes"),
+    ],
+)
+def test_values_noted_in_python_are_refused_and_stay_as_they_were(kind, where):
+    """A trace would note its placeholders once, and the compiled update would note nothing."""
+    params = parameters()
+    inner = kind(params)
+    opt = compiled(inner)
+    give(params, 0)
+    with pytest.raises(TypeError, match=f"step changes {where}"):
+        for _ in range(3):  # state is created first
+            before = repr(notes_of(inner))
+            opt.step()
+    assert "Fake" not in before and repr(notes_of(inner)) == before
+
+
 def test_an_attribute_changed_from_outside():
     params = parameters()
     opt = compiled(HasAnAttribute(params), max_norm=None)
@@ -181,6 +248,42 @@ def test_refused_at_construction():
     inner.step = lambda: None
     with pytest.raises(TypeError, match="was replaced on the instance"):
         compiled(inner)
+
+
+class Wraps(Own):
+    """Keeps settings and state in the optimizer that it wraps, as Lookahead and others do."""
+
+    def __init__(self, inner):
+        self.inner = inner
+        torch.optim.Optimizer.__init__(self, inner.param_groups, {})
+
+    @property
+    def param_groups(self):
+        return self.inner.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups):
+        self.inner.param_groups = groups
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
+def test_an_optimizer_around_another_is_refused():
+    inner = torch.optim.AdamW(parameters())
+    with pytest.raises(TypeError, match="Wraps, whose param_groups belong to another optimizer"):
+        compiled(Wraps(inner))
+    assert type(inner.param_groups[0]) is dict
+
+
+class Profiled(Lion):
+    def update(self, group, p, grad, state):
+        with torch.profiler.record_function("update"):
+            super().update(group, p, grad, state)
+
+
+def test_profiler_ranges_in_the_step_are_supported():
+    test_it_is_supported(Profiled)
 
 
 def test_arguments_of_the_step_are_refused():
