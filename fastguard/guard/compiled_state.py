@@ -38,7 +38,9 @@ def check_compiled_optimizer(optimizer: Optimizer, flat_parameters: bool) -> Non
             "update; guard it without compile_step"
         )
     kind = type(optimizer)
-    if any(isinstance(getattr(kind, key, None), property) for key in ("param_groups", "state")):
+    forwards = [isinstance(getattr(kind, key, None), property) for key in ("param_groups", "state")]
+    holds = [isinstance(value, Optimizer) for value in vars(optimizer).values()]
+    if any(forwards) or any(holds):
         raise TypeError(
             f"compile_step=True does not support {name}, whose param_groups belong to another "
             "optimizer; guard it without compile_step, or guard the other optimizer"

@@ -28,7 +28,12 @@ from torch.optim import Optimizer
 from fastguard.errors.versions import as_if_compiling
 from fastguard.guard.held_values import copied, is_container, is_object, same
 from fastguard.guard.inner_step import steps_as_torch
-from fastguard.guard.tensor_settings import Branch, TensorSettings, python_of_tensors
+from fastguard.guard.tensor_settings import (
+    Branch,
+    TensorSettings,
+    WritesRealTensor,
+    python_of_tensors,
+)
 from fastguard.stages.formulas import SMALLEST_FACTOR, factor_dtype
 
 NUMBERS = (int, float)
@@ -396,7 +401,7 @@ def _untraceable_line(optimizer: Optimizer, error: Exception) -> str:
     ]
     if "DataDependent" in type(error).__name__:
         first = "it reads a value from the device in Python"
-    elif "convert all Tensors to FakeTensors" in str(error):
+    elif isinstance(error, WritesRealTensor) or "convert all Tensors to Fake" in str(error):
         first = "it uses a tensor that is not a direct entry of `state` or `param_groups`"
     else:
         reason = str(error).strip().splitlines()

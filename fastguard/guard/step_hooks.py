@@ -66,12 +66,8 @@ def _arguments(changed: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def has_step_hooks(optimizer: Optimizer) -> bool:
-    """Whether an optimizer has step hooks, not counting global ones.
-
-    An optimizer that never called `Optimizer.__init__` (torch_optimizer's Lookahead) has none.
-    """
-    kinds = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-    return any(getattr(optimizer, kind, None) for kind in kinds)
+    """Whether an optimizer has step hooks, not counting global ones."""
+    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
 
 
 def is_hooked(optimizer: Optimizer) -> bool:

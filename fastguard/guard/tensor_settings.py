@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 COMPARISONS: Mapping[str, Callable[[Any, Any], bool]] = {
     "ne": operator.ne,
@@ -34,6 +36,10 @@ COMPARISONS: Mapping[str, Callable[[Any, Any], bool]] = {
     "greater_equal": operator.ge,
     "less_equal": operator.le,
 }
+
+
+IN_PLACE = re.compile(r"\w*[^_]_|__i(add|sub|mul|truediv|pow|div)__")
+"""Names of functions that write into their first argument, as torch names them."""
 
 
 class Branch(NamedTuple):
@@ -56,8 +62,14 @@ class Branch(NamedTuple):
         return bool(self.compare(value, self.other)) == self.result
 
 
+class WritesRealTensor(Exception):
+    """The step writes into a tensor that is no placeholder, which a trace must not change."""
+
+
 class TensorSettings(TorchFunctionMode):
     """A mode in which torch accepts 0-dim tensors where it otherwise requires numbers.
+
+    It also stops writes into tensors that are no placeholders: torch would run them.
 
     Args:
         settings: `(tensor, key, value)` per setting: its tensor, its key in `branches`, and its
@@ -74,7 +86,12 @@ class TensorSettings(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "").strip("_")
+        name = getattr(func, "__name__", "")
+        if name == "__setitem__" or IN_PLACE.fullmatch(name) or kwargs.get("out") is not None:
+            written = [*args[:1], kwargs.get("out")]
+            if any(isinstance(t, Tensor) and not is_fake(t) for t in tree_leaves(written)):
+                raise WritesRealTensor(name)
+        name = name.strip("_")
         if name in COMPARISONS and len(args) == 2:
             decided = self._decided(COMPARISONS[name], *args)
             if decided is not None:
